@@ -1,0 +1,46 @@
+# Two commands matter: `make run` and `make test`. All of them work on a bare Debian 12 or 13 with python3 and make.
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+help: ## list the commands
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+
+$(VENV)/.run: pyproject.toml scripts/make-venv
+	scripts/make-venv $(PYTHON) $(VENV) .run
+
+$(VENV)/.dev: pyproject.toml scripts/make-venv
+	scripts/make-venv $(PYTHON) $(VENV) .dev --group test --group check --group bench
+
+run: $(VENV)/.run ## serve the example policy at 127.0.0.1:8080
+	exec $(BIN)/tidegate serve --demo
+
+test: $(VENV)/.dev ## install what the tests need and run them all
+	scripts/install-debian-packages $$(cat scripts/test-packages.txt)
+	$(BIN)/lint-imports --no-cache
+	$(BIN)/python -m pytest
+
+check: $(VENV)/.dev ## format, lint, strict types, import layers
+	$(BIN)/ruff format --check src tests bench
+	$(BIN)/ruff check src tests bench
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+
+format: $(VENV)/.dev ## format and mend what the linter can mend
+	$(BIN)/ruff check --fix src tests bench
+	$(BIN)/ruff format src tests bench
+
+bench: $(VENV)/.dev ## measure speed and memory side by side
+	scripts/install-debian-packages wrk
+	$(BIN)/python -m bench
+
+bench-smoke: $(VENV)/.dev ## the same at its smallest size: that it works, not how fast
+	scripts/install-debian-packages wrk
+	$(BIN)/python -m bench --smoke
+
+clean: ## remove what the other commands made
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis bench/results tidegate.db tidegate.db-wal tidegate.db-shm
+
+.PHONY: help run test check format bench bench-smoke clean

@@ -1,0 +1,68 @@
+"""Tidegate decides, for every request to an API, whether it may pass.
+
+    from tidegate import Limiter
+    limiter = Limiter("100/minute")
+    decision = await limiter.check("user-42")
+
+The names below are the public surface; everything else may change without notice. Nothing here blocks an event loop, and all of it serves one
+loop: it is not for threads.
+"""
+
+from tidegate._version import __version__
+from tidegate.catalog import Catalog
+from tidegate.catalog.cached import CachedCatalog
+from tidegate.catalog.policy_file import PolicyCatalog, load_policy
+from tidegate.counters import Charge, CounterStore
+from tidegate.counters.memory import MemoryCounters
+from tidegate.decision import Check, Decision, Observation
+from tidegate.doors.limiter import Limiter
+from tidegate.doors.middleware import RateLimitMiddleware
+from tidegate.errors import (
+    ApiKeyExpired,
+    ApiKeyRevoked,
+    BadRequest,
+    CatalogError,
+    CatalogUnavailable,
+    InvalidApiKey,
+    MissingApiKey,
+    PolicyError,
+    SettingsError,
+    StoreUnavailable,
+    TidegateError,
+)
+from tidegate.gate import Gate
+from tidegate.policy import Algorithm, ApiKey, Limit, Policy, Rule, Tier
+
+__all__ = [
+    "Algorithm",
+    "ApiKey",
+    "ApiKeyExpired",
+    "ApiKeyRevoked",
+    "BadRequest",
+    "CachedCatalog",
+    "Catalog",
+    "CatalogError",
+    "CatalogUnavailable",
+    "Charge",
+    "Check",
+    "CounterStore",
+    "Decision",
+    "Gate",
+    "InvalidApiKey",
+    "Limit",
+    "Limiter",
+    "MemoryCounters",
+    "MissingApiKey",
+    "Observation",
+    "Policy",
+    "PolicyCatalog",
+    "PolicyError",
+    "RateLimitMiddleware",
+    "Rule",
+    "SettingsError",
+    "StoreUnavailable",
+    "Tier",
+    "TidegateError",
+    "__version__",
+    "load_policy",
+]

@@ -1,0 +1,44 @@
+"""The five algorithms, as pure functions: `(limit, state, now, cost) → (state', remaining, reset, retry)`.
+
+Each module has `decide` and `expires_at`, no I/O and no clock. Times are integer µs since the epoch, read off the
+counter store's clock. A state is a tuple of integers, or None where nothing was consumed that still counts; it never depends
+on a limit's amount in a way that changing the amount would lose what was consumed.
+
+`decide` returns `(state', remaining, reset_after_us, retry_after_us)`:
+
+- `state'` is None when the cost is denied: then nothing may be written. For cost 0 it is the state as it stands.
+- `remaining` is what is left after the charge (before it, when denied), never below 0.
+- `reset_after_us` is the time until nothing that was consumed counts any more: the state is None again from then on.
+- `retry_after_us` is 0 when allowed, the exact time until the same cost passes if nobody else asks when denied, and
+  None when it never will (the cost is above the capacity).
+
+All functions may be called from anywhere at any time: they share nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Final, TypeAlias
+
+from tidegate.algorithms import fixed_window, leaky_bucket, sliding_log, sliding_window, token_bucket
+from tidegate.policy import Algorithm, Limit
+
+State: TypeAlias = tuple[Any, ...] | None
+Outcome: TypeAlias = tuple[State, int, int, int | None]
+Decide: TypeAlias = Callable[[Limit, Any, int, int], Outcome]
+ExpiresAt: TypeAlias = Callable[[Limit, Any], int]
+
+DECIDE: Final[Mapping[Algorithm, Decide]] = {
+    Algorithm.FIXED_WINDOW: fixed_window.decide,
+    Algorithm.SLIDING_WINDOW: sliding_window.decide,
+    Algorithm.SLIDING_LOG: sliding_log.decide,
+    Algorithm.TOKEN_BUCKET: token_bucket.decide,
+    Algorithm.LEAKY_BUCKET: leaky_bucket.decide,
+}
+EXPIRES_AT: Final[Mapping[Algorithm, ExpiresAt]] = {
+    Algorithm.FIXED_WINDOW: fixed_window.expires_at,
+    Algorithm.SLIDING_WINDOW: sliding_window.expires_at,
+    Algorithm.SLIDING_LOG: sliding_log.expires_at,
+    Algorithm.TOKEN_BUCKET: token_bucket.expires_at,
+    Algorithm.LEAKY_BUCKET: leaky_bucket.expires_at,
+}

@@ -1,0 +1,30 @@
+"""UTC calendar months in integer µs since the epoch."""
+
+from __future__ import annotations
+
+import datetime
+from functools import lru_cache
+from typing import Final
+
+_DAY_US: Final = 86_400_000_000
+_EPOCH_ORDINAL: Final = datetime.date(1970, 1, 1).toordinal()
+
+
+def month_bounds(now_us: int) -> tuple[int, int]:
+    """The calendar month that holds a moment.
+
+    Args:
+        now_us: µs since the epoch, years 1970 to 9998.
+
+    Returns:
+        Start (inside) and end (outside) of the month, µs since the epoch.
+    """
+    return _bounds_of_day(now_us // _DAY_US)
+
+
+@lru_cache(maxsize=256)
+def _bounds_of_day(day: int) -> tuple[int, int]:
+    date = datetime.date.fromordinal(_EPOCH_ORDINAL + day)
+    first = date.replace(day=1)
+    following = (first + datetime.timedelta(days=32)).replace(day=1)
+    return (first.toordinal() - _EPOCH_ORDINAL) * _DAY_US, (following.toordinal() - _EPOCH_ORDINAL) * _DAY_US

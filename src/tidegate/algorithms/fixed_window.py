@@ -1,0 +1,55 @@
+"""Fixed window: a count that starts anew at each window's start.
+
+Promise: in no window aligned to the epoch (for months, to the UTC calendar) is more than the amount admitted.
+Bound: across a window's border up to twice the amount may pass within one window's length.
+State: `(start, used)`.
+"""
+
+from __future__ import annotations
+
+from tidegate.algorithms.calendar import month_bounds
+from tidegate.policy import Limit
+
+
+def decide(
+    limit: Limit, state: tuple[int, int] | None, now: int, cost: int
+) -> tuple[tuple[int, int] | None, int, int, int | None]:
+    """Charge a cost to the window that holds `now`.
+
+    Args:
+        limit: what holds.
+        state: start of the window, µs, and units used in it; None for nothing.
+        now: µs since the epoch; before the state's window it counts as that window's start.
+        cost: units, 0 or more.
+
+    Returns:
+        See `tidegate.algorithms`.
+    """
+    if limit.calendar_month:
+        start, end = month_bounds(now)
+    else:
+        start = now - now % limit.window_us
+        end = start + limit.window_us
+    used = 0
+    if state is not None and state[0] >= start:
+        if state[0] > start:
+            now = start = state[0]
+            end = month_bounds(start)[1] if limit.calendar_month else start + limit.window_us
+        used = state[1]
+    free = limit.amount - used
+    if cost <= free or not cost:
+        return (start, used + cost), max(free - cost, 0), end - now, 0
+    return None, max(free, 0), end - now, end - now if cost <= limit.amount else None
+
+
+def expires_at(limit: Limit, state: tuple[int, int]) -> int:
+    """When the state stops counting: the end of its window.
+
+    Args:
+        limit: what holds.
+        state: as `decide` gave it.
+
+    Returns:
+        µs since the epoch.
+    """
+    return month_bounds(state[0])[1] if limit.calendar_month else state[0] + limit.window_us

@@ -1,0 +1,69 @@
+"""Sliding log: every admission is remembered with its moment and cost.
+
+Promise: exact. In no window `(t − window, t]`, wherever it lies, is more than the amount admitted.
+Price: one entry per admission (16 to 48 bytes in memory), so amounts are limited to 100,000 and a charge copies the log.
+State: `(used, moments, costs)`, the moments in order. A calendar month counts as 31 days.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from typing import TypeAlias
+
+from tidegate.policy import Limit
+
+LogState: TypeAlias = tuple[int, tuple[int, ...], tuple[int, ...]]
+
+
+def decide(limit: Limit, state: LogState | None, now: int, cost: int) -> tuple[LogState | None, int, int, int | None]:
+    """Charge a cost at `now`.
+
+    Args:
+        limit: what holds.
+        state: units used, moments in µs, costs; None for nothing.
+        now: µs since the epoch; before the last entry it counts as that entry's moment.
+        cost: units, 0 or more.
+
+    Returns:
+        See `tidegate.algorithms`.
+    """
+    window = limit.window_us
+    used, moments, costs = state if state is not None else (0, (), ())
+    if moments:
+        if now < moments[-1]:
+            now = moments[-1]
+        if moments[0] <= now - window:
+            gone = bisect_right(moments, now - window)
+            used -= sum(costs[:gone])
+            moments, costs = moments[gone:], costs[gone:]
+    free = limit.amount - used
+    if cost <= free or not cost:
+        if cost:
+            if moments and moments[-1] == now:
+                costs = (*costs[:-1], costs[-1] + cost)
+            else:
+                moments, costs = (*moments, now), (*costs, cost)
+        reset = moments[-1] + window - now if moments else 0
+        return (used + cost, moments, costs), max(free - cost, 0), reset, 0
+    reset = moments[-1] + window - now if moments else 0
+    if cost > limit.amount:
+        return None, max(free, 0), reset, None
+    needed = cost - free
+    for moment, freed in zip(moments, costs, strict=True):
+        needed -= freed
+        if needed <= 0:
+            return None, max(free, 0), reset, moment + window - now
+    raise AssertionError("a log that is full has entries that free it")
+
+
+def expires_at(limit: Limit, state: LogState) -> int:
+    """When the state stops counting: one window after its last entry.
+
+    Args:
+        limit: what holds.
+        state: as `decide` gave it.
+
+    Returns:
+        µs since the epoch.
+    """
+    return state[1][-1] + limit.window_us if state[1] else 0

@@ -1,0 +1,131 @@
+"""Sliding window: the current window's count plus the previous one's, weighted by how much of it is still in sight.
+
+Promise: `current + floor(previous × (window − elapsed) / window)` never exceeds the amount at an admission; so no window
+aligned to the epoch (or calendar month) holds more than the amount.
+Bound: the weight assumes that the previous window's requests were spread evenly; over an arbitrary window the count stays below
+twice the amount, and for evenly spread requests at the amount.
+State: `(start, current, previous)`. Source: the sliding window counter as Cloudflare described it in 2017, in integers.
+"""
+
+from __future__ import annotations
+
+from tidegate.algorithms.calendar import month_bounds
+from tidegate.policy import Limit
+
+
+def decide(
+    limit: Limit, state: tuple[int, int, int] | None, now: int, cost: int
+) -> tuple[tuple[int, int, int] | None, int, int, int | None]:
+    """Charge a cost to the current window.
+
+    Args:
+        limit: what holds.
+        state: start of the current window in µs, units in it, units in the one before; None for nothing.
+        now: µs since the epoch; before the state's window it counts as that window's start.
+        cost: units, 0 or more.
+
+    Returns:
+        See `tidegate.algorithms`.
+    """
+    if limit.calendar_month:
+        return _decide_in_month(limit, state, now, cost)
+    window = limit.window_us
+    if state is None:
+        start = now - now % window
+        current = previous = 0
+    else:
+        start, current, previous = state
+        elapsed = now - start
+        if elapsed >= window:
+            previous = current if elapsed < 2 * window else 0
+            current = 0
+            start = now - now % window
+        elif elapsed < 0:
+            now = start
+    left = start + window - now
+    free = limit.amount - current - previous * left // window if previous else limit.amount - current
+    if cost <= free or not cost:
+        current += cost
+        return (start, current, previous), free - cost if free > cost else 0, _reset(current, previous, left, window, window), 0
+    return (
+        None,
+        free if free > 0 else 0,
+        _reset(current, previous, left, window, window),
+        _retry(limit.amount, current, previous, left, window, window, cost),
+    )
+
+
+def _decide_in_month(
+    limit: Limit, state: tuple[int, int, int] | None, now: int, cost: int
+) -> tuple[tuple[int, int, int] | None, int, int, int | None]:
+    """The same in calendar months, whose lengths differ: each count is weighted over the month in which it fades."""
+    if state is not None and now < state[0]:
+        now = state[0]
+    start, end = month_bounds(now)
+    current = previous = 0
+    if state is not None:
+        if state[0] == start:
+            _, current, previous = state
+        elif month_bounds(start - 1)[0] == state[0]:
+            previous = state[1]
+    window = end - start
+    left = end - now
+    following_start, following_end = month_bounds(end)
+    following = following_end - following_start
+    free = limit.amount - current - previous * left // window
+    if cost <= free or not cost:
+        current += cost
+        return (start, current, previous), max(free - cost, 0), _reset(current, previous, left, window, following), 0
+    return (
+        None,
+        max(free, 0),
+        _reset(current, previous, left, window, following),
+        _retry(limit.amount, current, previous, left, window, following, cost),
+    )
+
+
+def _reset(current: int, previous: int, left: int, window: int, following: int) -> int:
+    """µs until the weighted count is 0.
+
+    `floor(n × r / w) = 0` from `r ≤ ceil(w / n) − 1` on, where r is what is left of the window in which n fades.
+    """
+    if current:
+        return left + following + 1 + -following // current
+    if previous:
+        until = left + 1 + -window // previous
+        return until if until > 0 else 0
+    return 0
+
+
+def _retry(amount: int, current: int, previous: int, left: int, window: int, following: int, cost: int) -> int | None:
+    """µs until the cost passes if nobody else asks.
+
+    `floor(n × r / w) ≤ a` from `r ≤ ceil((a + 1) × w / n) − 1` on; if the current count alone leaves no room, that happens in
+    the following window, where it is the one that fades.
+    """
+    if cost > amount:
+        return None
+    room = amount - current - cost
+    if room >= 0:
+        return left + 1 + -(room + 1) * window // previous
+    return left + following + 1 + -(amount - cost + 1) * following // current
+
+
+def expires_at(limit: Limit, state: tuple[int, int, int]) -> int:
+    """When the state stops counting: when its counts have faded out.
+
+    Args:
+        limit: what holds.
+        state: as `decide` gave it.
+
+    Returns:
+        µs since the epoch.
+    """
+    start, current, previous = state
+    if limit.calendar_month:
+        end = month_bounds(start)[1]
+        following = month_bounds(end)[1] - end
+    else:
+        end = start + limit.window_us
+        following = limit.window_us
+    return start + _reset(current, previous, end - start, end - start, following)

@@ -1,0 +1,65 @@
+"""The command line: `tidegate`.
+
+Every command that fails says why in one sentence on stderr and ends with exit code 2.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import click
+import typer
+
+from tidegate._version import __version__
+from tidegate.cli import keys, policy, serving
+from tidegate.errors import TidegateError
+from tidegate.simulate.command import simulate
+
+app = typer.Typer(
+    name="tidegate",
+    help="Decide for every request to an API whether it may pass. Start with: tidegate serve --demo",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and end.", is_eager=True)] = False,
+) -> None:
+    if version:
+        typer.echo(f"tidegate {__version__}")
+        raise typer.Exit
+
+
+app.command()(serving.serve)
+app.command()(serving.check)
+app.command()(serving.doctor)
+app.command()(simulate)
+app.command("tiers")(policy.tiers)
+app.command("rules")(policy.rules)
+app.add_typer(policy.app, name="policy")
+app.add_typer(keys.app, name="keys")
+app.add_typer(keys.database, name="db")
+
+
+def main() -> None:
+    """Run the command line; the entry point of the package."""
+    try:
+        status = app(standalone_mode=False)
+    except TidegateError as error:
+        typer.echo(f"tidegate: {error.message}", err=True)
+        sys.exit(2)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(2)
+    except (click.Abort, KeyboardInterrupt):
+        sys.exit(130)
+    except BrokenPipeError:
+        # Whoever read our output has gone (`tidegate rules | head`): nothing is left to say, not even at interpreter exit.
+        sys.stderr.close()
+        sys.exit(0)
+    sys.exit(status if isinstance(status, int) else 0)

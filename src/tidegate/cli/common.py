@@ -1,0 +1,104 @@
+"""What the commands share: the settings they read and the way they print."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from tidegate.catalog.sql import SqlCatalog
+from tidegate.settings import Settings, load_settings
+
+ConfigOption = Annotated[
+    Path | None,
+    typer.Option("--config", "-c", help="Settings file (TOML); tidegate.toml where it is there. TIDEGATE_SECTION__KEY overrides."),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+
+_T = TypeVar("_T")
+
+
+def read_settings(config: Path | None) -> Settings:
+    """The settings of a command.
+
+    Args:
+        config: the file given with `--config`.
+
+    Returns:
+        The settings.
+
+    Raises:
+        SettingsError: if they are refused.
+    """
+    return load_settings(config, os.environ)
+
+
+def with_catalog(config: Path | None, work: Callable[[SqlCatalog], Awaitable[_T]]) -> _T:
+    """Open the catalog, do something with it, close it.
+
+    Args:
+        config: the file given with `--config`.
+        work: what to do.
+
+    Returns:
+        What the work returned.
+
+    Raises:
+        TidegateError: whatever the work or the opening raised.
+    """
+
+    async def run() -> _T:
+        catalog = await SqlCatalog.open(read_settings(config).catalog.url)
+        try:
+            return await work(catalog)
+        finally:
+            await catalog.close()
+
+    return asyncio.run(run())
+
+
+def print_rows(columns: Sequence[str], rows: Iterable[Sequence[object]], as_json: bool, empty: str) -> None:
+    """Print rows as a table, or as a JSON list of objects.
+
+    Args:
+        columns: their names.
+        rows: values in the order of the columns.
+        as_json: JSON instead of a table.
+        empty: said on stderr where there is no row.
+    """
+    listed = [list(row) for row in rows]
+    if as_json:
+        print_json([dict(zip(columns, row, strict=True)) for row in listed])
+        return
+    if not listed:
+        typer.echo(empty, err=True)
+        return
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        table.add_column(column.replace("_", " "), overflow="fold")
+    for row in listed:
+        table.add_row(*(Text(_shown(value)) for value in row))
+    Console().print(table)
+
+
+def print_json(value: Any) -> None:
+    """Print JSON on stdout.
+
+    Args:
+        value: JSON types.
+    """
+    typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def _shown(value: object) -> str:
+    if value is None:
+        return "-"
+    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)

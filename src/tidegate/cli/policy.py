@@ -1,0 +1,105 @@
+"""`tidegate policy …`, `tidegate tiers`, `tidegate rules`."""
+
+from __future__ import annotations
+
+from importlib import resources
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tidegate.catalog.policy_file import load_policy, policy_warnings
+from tidegate.cli.common import ConfigOption, JsonOption, print_json, print_rows, with_catalog
+from tidegate.errors import PolicyError
+
+app = typer.Typer(help="Check a policy file, or print one to begin with.", no_args_is_help=True)
+
+
+def example_policy() -> str:
+    """The example policy that the package ships.
+
+    Returns:
+        TOML.
+    """
+    return resources.files("tidegate").joinpath("example.policy.toml").read_text(encoding="utf-8")
+
+
+@app.command("check")
+def check_file(
+    file: Annotated[Path, typer.Argument(help="The policy file.")],
+    as_json: JsonOption = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Warnings fail too.")] = False,
+) -> int:
+    """Say whether a policy file would be taken into force, as the server would: for CI and editors.
+
+    Exit code 0 if it would, 2 if it is refused (with file, line and reason) or, with --strict, if there are warnings.
+    """
+    try:
+        policy = load_policy(file)
+    except PolicyError as error:
+        if not as_json:
+            raise
+        print_json({"valid": False, "file": error.file, "line": error.line, "reason": error.reason, "warnings": []})
+        return 2
+    warnings = policy_warnings(policy)
+    if as_json:
+        print_json({"valid": True, "file": str(file), "line": None, "reason": None, "warnings": warnings})
+    else:
+        rules = sum(len(tier.rules) for tier in policy.tiers)
+        typer.echo(f"{file}: valid: {len(policy.tiers)} tiers, {rules} rules, {len(policy.api_keys)} API keys")
+        for warning in warnings:
+            typer.echo(f"{file}: warning: {warning}", err=True)
+    return 2 if strict and warnings else 0
+
+
+@app.command("example")
+def print_example() -> None:
+    """Print an example policy: tidegate policy example > tidegate.policy.toml."""
+    typer.echo(example_policy(), nl=False)
+
+
+def tiers(config: ConfigOption = None, as_json: JsonOption = False) -> None:
+    """List the tiers that are in force."""
+    found = with_catalog(config, lambda catalog: catalog.list_tiers())
+    print_rows(
+        ("name", "limits", "rules", "from"),
+        (
+            (tier.name, [limit.text for limit in tier.limits], len(tier.rules), "file" if tier.managed_by_file else "api")
+            for tier in found
+        ),
+        as_json,
+        "no tiers: give a policy file ([policy] file), for example the one of 'tidegate policy example'",
+    )
+
+
+def rules(
+    config: ConfigOption = None,
+    tier: Annotated[str | None, typer.Option("--tier", help="Only the rules of this tier.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """List the rules that are in force."""
+    found = with_catalog(config, lambda catalog: catalog.list_tiers())
+    if tier is not None and all(each.name != tier for each in found):
+        raise typer.BadParameter(f"no tier {tier!r}; there are: {', '.join(each.name for each in found) or 'none'}")
+    print_rows(
+        ("tier", "rule", "endpoint", "methods", "algorithm", "limits", "subject", "priority", "mode", "on_failure"),
+        (
+            (
+                each.name,
+                rule.name,
+                rule.endpoint,
+                list(rule.methods),
+                rule.algorithm.value,
+                [limit.text for limit in rule.limits],
+                rule.subject.value,
+                rule.priority,
+                rule.mode.value,
+                rule.on_failure.value,
+            )
+            for each in found
+            if tier is None or each.name == tier
+            for rule in each.rules
+        ),
+        as_json,
+        "no rules: give a policy file ([policy] file), for example the one of 'tidegate policy example'",
+    )

@@ -1,0 +1,243 @@
+"""`tidegate serve`, `tidegate check`, `tidegate doctor`."""
+
+from __future__ import annotations
+
+import asyncio
+import http.client
+import json
+import logging
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any
+from urllib.parse import urlsplit
+
+import msgspec
+import typer
+
+from tidegate._version import __version__
+from tidegate.catalog.policy_file import load_policy, policy_warnings
+from tidegate.catalog.sql import SqlCatalog
+from tidegate.cli.common import ConfigOption, JsonOption, print_json, read_settings
+from tidegate.counters.factory import open_counters
+from tidegate.errors import SettingsError, TidegateError
+from tidegate.server import Instance, free_address, run
+from tidegate.settings import Settings
+
+_ASK_TIMEOUT_S = 5.0
+
+_TOUR = """\
+Tidegate is deciding at http://{address} (metrics at /metrics, health at /health). Try it from another terminal:
+
+  # a free key may ask 100 times a minute
+  curl -s -X POST http://{address}/v1/check -H 'Content-Type: application/json' -d '{{"api_key":"demo-free-key-0001","path":"/api/v1/items"}}'
+
+  # what a gateway asks: 204 with the limit headers
+  curl -si http://{address}/v1/authorize -H 'X-API-Key: demo-premium-key-0001' -H 'X-Original-URI: /api/v1/items'
+
+  # six log-ins from one address: the last is answered 429
+  for i in 1 2 3 4 5 6; do curl -s -o /dev/null -w '%{{http_code}}\\n' -X POST http://{address}/v1/check -H 'Content-Type: application/json' -d '{{"method":"POST","path":"/login","ip":"203.0.113.7"}}'; done
+
+Ctrl-C ends it."""
+
+
+def serve(
+    config: ConfigOption = None,
+    demo: Annotated[bool, typer.Option("--demo", help="Serve the example policy and print requests to try.")] = False,
+) -> None:
+    """Run the server: the data plane at [server] http, until SIGTERM or Ctrl-C.
+
+    Without any setting it listens at 127.0.0.1:8080, counts in memory, keeps its catalog in tidegate.db and takes tidegate.policy.toml into
+    force if it is there. On SIGTERM it finishes what is in flight and exits 0 within [server] drain_s.
+    """
+    settings = read_settings(config)
+    logging.basicConfig(
+        level=settings.server.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
+    )
+
+    def tell(instance: Instance) -> None:
+        if demo:
+            typer.echo(_TOUR.format(address=instance.address))
+        else:
+            policy = settings.policy_path
+            typer.echo(
+                f"tidegate {__version__} decides at http://{instance.address} "
+                f"({'policy file ' + str(policy) if policy else 'no policy file'}, catalog {settings.catalog.url}, "
+                f"counters {urlsplit(settings.counters.url).scheme}://)"
+            )
+        sys.stdout.flush()
+
+    if not demo:
+        run(settings, tell)
+        return
+    with resources.as_file(resources.files("tidegate").joinpath("example.policy.toml")) as example:
+        run(msgspec.structs.replace(settings, policy=msgspec.structs.replace(settings.policy, file=str(example))), tell)
+
+
+def check(
+    key: Annotated[str, typer.Argument(help="The API key, or - for a caller without one.")],
+    method: Annotated[str, typer.Argument(help="HTTP method.")],
+    path: Annotated[str, typer.Argument(help="Path of the request.")],
+    ip: Annotated[str | None, typer.Option("--ip", help="Client address.")] = None,
+    cost: Annotated[int, typer.Option("--cost", help="Units; 0 only looks.")] = 1,
+    url: Annotated[str | None, typer.Option("--url", help="The server to ask; [server] http where not given.")] = None,
+    config: ConfigOption = None,
+    as_json: JsonOption = False,
+) -> int:
+    """Ask the running server about one request, and charge it as a real one.
+
+    Exit code 0: it may pass. 1: it may not. 2: it could not be decided.
+    """
+    address = url or f"http://{read_settings(config).server.http}"
+    body: dict[str, Any] = {"method": method, "path": path, "cost": cost}
+    if key != "-":
+        body["api_key"] = key
+    if ip is not None:
+        body["ip"] = ip
+    status, answer = _ask(address, "/v1/check", body)
+    if as_json:
+        print_json(answer)
+    elif status in (200, 429):
+        verdict = "allowed" if answer["allowed"] else "denied"
+        if answer["rule"] is None and answer["limit"] is None:
+            typer.echo(f"{verdict}: no limit of tier {answer['tier']} applies")
+        else:
+            typer.echo(
+                f"{verdict}: rule {answer['rule'] or '(tier)'} of tier {answer['tier']}: {answer['remaining']} of {answer['limit']} left, "
+                f"whole again in {answer['reset_after']:.3f} s"
+                + ("" if answer["allowed"] else f", retry after {_seconds(answer['retry_after'])}")
+            )
+    if status in (200, 429):
+        return 0 if answer["allowed"] else 1
+    if not as_json:
+        error = answer.get("error", {})
+        typer.echo(f"tidegate: {error.get('code', status)}: {error.get('message', 'no Tidegate answers there')}", err=True)
+    return 2
+
+
+def doctor(config: ConfigOption = None, as_json: JsonOption = False) -> int:
+    """Tell what is configured, what is reachable, and what is wrong.
+
+    Exit code 0 if nothing is wrong, 1 if something is.
+    """
+    findings = list(_examine(config))
+    wrong = sum(1 for _, ok, _ in findings if ok is False)
+    if as_json:
+        print_json([{"what": what, "ok": ok, "finding": text} for what, ok, text in findings])
+    else:
+        for what, ok, text in findings:
+            mark = {True: "ok   ", False: "WRONG", None: "note "}[ok]
+            typer.echo(f"{mark} {what}: {text}")
+        typer.echo(f"{wrong} wrong" if wrong else "nothing is wrong", err=True)
+    return 1 if wrong else 0
+
+
+def _examine(config: Path | None) -> Iterator[tuple[str, bool | None, str]]:
+    yield "tidegate", True, f"{__version__} on Python {sys.version.split()[0]}"
+    try:
+        settings = read_settings(config)
+    except SettingsError as error:
+        yield "settings", False, error.message
+        return
+    yield "settings", True, "understood"
+    yield from _examine_policy(settings)
+    yield _try("catalog", lambda: asyncio.run(_look_at_catalog(settings)))
+    yield _try("counters", lambda: f"{urlsplit(settings.counters.url).scheme}:// opens: {type(open_counters(settings.counters.url)).__name__}")
+    yield from _examine_listener(settings)
+    if settings.catalog.replicas:
+        yield "replicas", False, "catalog.replicas is set, but this version reads from catalog.url alone: remove it"
+    if settings.server.workers > 1:
+        yield "workers", False, f"server.workers = {settings.server.workers}: this version runs one process: set 1"
+
+
+def _examine_policy(settings: Settings) -> Iterator[tuple[str, bool | None, str]]:
+    path = settings.policy_path
+    if path is None:
+        yield "policy", None, "no policy file: rules come from the catalog alone ('tidegate policy example' prints one)"
+        return
+    try:
+        policy = load_policy(path)
+    except TidegateError as error:
+        yield "policy", False, error.message
+        return
+    yield "policy", True, f"{path}: {len(policy.tiers)} tiers, {len(policy.api_keys)} API keys"
+    for warning in policy_warnings(policy):
+        yield "policy", None, warning
+
+
+def _examine_listener(settings: Settings) -> Iterator[tuple[str, bool | None, str]]:
+    try:
+        free_address(settings.server.http, "server.http")
+        yield "server", None, f"nothing listens at {settings.server.http}: start it with 'tidegate serve'"
+        return
+    except SettingsError as error:
+        refused = error.message
+    try:
+        status, answer = _ask(f"http://{settings.server.http}", "/health", None)
+    except TidegateError:
+        yield "server", False, refused
+        return
+    if "components" not in answer:
+        yield "server", False, f"something that is not Tidegate listens at {settings.server.http}: set another server.http"
+        return
+    for name, component in answer["components"].items():
+        healthy = component["status"] == "healthy"
+        yield f"server {name}", healthy, component.get("reason", component["status"])
+    if status != 200 and all(component["status"] == "healthy" for component in answer["components"].values()):
+        yield "server", False, f"/health answers {status}"
+
+
+async def _look_at_catalog(settings: Settings) -> str:
+    url = settings.catalog.url
+    if url.startswith("sqlite:///") and not Path(url.removeprefix("sqlite:///")).exists():
+        # A doctor looks and does not treat: the file is made by 'serve', here only a place for it is looked for.
+        directory = Path(url.removeprefix("sqlite:///")).resolve().parent
+        try:
+            with tempfile.TemporaryFile(dir=directory):
+                return f"{url} is not there yet; 'tidegate serve' makes it"
+        except OSError as error:
+            raise SettingsError(f"{url} cannot be made: {error.strerror}: set catalog.url to a place that can be written") from None
+    catalog = await SqlCatalog.open(url)
+    try:
+        tiers = await catalog.list_tiers()
+        return f"{url}: version {await catalog.version()}, {len(tiers)} tiers"
+    finally:
+        await catalog.close()
+
+
+def _try(what: str, look: Callable[[], str]) -> tuple[str, bool | None, str]:
+    try:
+        return what, True, look()
+    except TidegateError as error:
+        return what, False, error.message
+
+
+def _ask(address: str, path: str, body: dict[str, Any] | None) -> tuple[int, dict[str, Any]]:
+    """Ask a server over HTTP; a body makes it a POST."""
+    parts = urlsplit(address)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise SettingsError(f"{address!r} is no URL of a server: write http://127.0.0.1:8080")
+    kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
+    connection = kind(parts.hostname, parts.port, timeout=_ASK_TIMEOUT_S)
+    try:
+        connection.request(
+            "GET" if body is None else "POST",
+            parts.path.rstrip("/") + path,
+            None if body is None else json.dumps(body),
+            {"Content-Type": "application/json"},
+        )
+        response = connection.getresponse()
+        answer = json.loads(response.read())
+    except (OSError, http.client.HTTPException) as error:
+        raise SettingsError(f"no Tidegate answers at {address} ({error}): start it with 'tidegate serve', or give --url") from None
+    except ValueError:
+        raise SettingsError(f"what answers at {address} is not Tidegate: give --url") from None
+    finally:
+        connection.close()
+    return response.status, answer if isinstance(answer, dict) else {}
+
+
+def _seconds(value: float | None) -> str:
+    return "never at this cost" if value is None else f"{value:.3f} s"

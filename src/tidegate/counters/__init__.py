@@ -1,0 +1,70 @@
+"""Where counts live. `CounterStore` is the port; `memory` is the embedded default.
+
+A store charges all counters of a `Charge` in one atomic step or none of them, by its own clock. When it cannot answer it raises
+`StoreUnavailable`; it never guesses. Stores serve one event loop; they may be shared by any number of tasks of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import msgspec
+
+from tidegate.decision import Decision
+from tidegate.policy import LimitSet
+
+
+class Charge(msgspec.Struct, frozen=True, gc=False):
+    """What one check asks of a store.
+
+    Args:
+        counters: pairs of limits and the subject they count, the rule's first. Usually all have one subject. Where a rule counts by
+            another subject than its tier's own limits, a store that shards by subject may need more than one step for them,
+            but must never admit more than any limit.
+        cost: units, 0 (peek) or more.
+    """
+
+    counters: tuple[tuple[LimitSet, str], ...]
+    cost: int = 1
+
+
+class CounterStore(Protocol):
+    """The port of the counters."""
+
+    async def charge(self, charges: Sequence[Charge]) -> list[Decision]:
+        """Decide each charge on its own, in order.
+
+        Args:
+            charges: any number of them.
+
+        Returns:
+            One decision for each. `at_us` is the store's clock and `holds_until_us` says how long the answer holds.
+
+        Raises:
+            StoreUnavailable: if the store does not answer.
+        """
+        ...
+
+    async def reset(self, counters: Sequence[tuple[LimitSet, str]]) -> None:
+        """Forget what was consumed.
+
+        Args:
+            counters: pairs of limits and subject.
+
+        Raises:
+            StoreUnavailable: if the store does not answer.
+        """
+        ...
+
+    async def ping(self) -> None:
+        """Find out whether the store answers.
+
+        Raises:
+            StoreUnavailable: if it does not.
+        """
+        ...
+
+    async def close(self) -> None:
+        """Give back what the store holds; it is not used afterwards."""
+        ...

@@ -1,0 +1,341 @@
+"""The HTTP data plane: an RSGI app without a framework.
+
+Every answer that is not 2xx or 429 has the error form `{"error": {"code", "message", "details"}}`; `/v1/authorize` answers 204, 401, 403
+and 429 without a body, and says the error's code in `X-Tidegate-Error`. A check never gets a bare 500: what nobody foresaw is logged and
+answered 503. Bodies, headers, and the time a body may take are bounded.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, Final, Protocol
+
+import msgspec
+
+from tidegate.decision import Check, Decision, Observation
+from tidegate.doors.answers import Headers, decision_body, encode, error_body, limit_headers
+from tidegate.doors.client_address import TrustedProxies, peer_address
+from tidegate.errors import BadRequest, RequestTooLarge, TidegateError
+from tidegate.gate import Gate, Observer
+
+logger = logging.getLogger(__name__)
+
+MAX_CHECK_BYTES: Final = 64 * 1024
+MAX_BATCH_BYTES: Final = 1024 * 1024
+MAX_BATCH: Final = 1000
+MAX_HEADER_BYTES: Final = 8 * 1024
+BODY_TIMEOUT_S: Final = 10.0
+
+_JSON: Final = ("content-type", "application/json")
+
+
+class Page(msgspec.Struct, frozen=True):
+    """An answer that no check is behind: health, metrics, OpenAPI.
+
+    Args:
+        status: HTTP status.
+        content_type: of the body.
+        body: the bytes.
+    """
+
+    status: int
+    content_type: str
+    body: bytes
+
+
+class _RequestHeaders(Protocol):
+    def get(self, key: str, default: Any = None) -> Any: ...
+    def get_all(self, key: str) -> list[str]: ...
+    def items(self) -> list[tuple[str, str]]: ...
+
+
+class _Scope(Protocol):
+    proto: str
+    method: str
+    path: str
+    client: str
+    headers: _RequestHeaders
+
+
+class NotFound(TidegateError):
+    """There is nothing at this path."""
+
+    code = "NOT_FOUND"
+    status = 404
+
+
+class MethodNotAllowed(TidegateError):
+    """The path is there, the method is not."""
+
+    code = "METHOD_NOT_ALLOWED"
+    status = 405
+
+
+class BodyTooSlow(TidegateError):
+    """The body did not arrive in time."""
+
+    code = "REQUEST_TIMEOUT"
+    status = 408
+
+
+class HeadersTooLarge(TidegateError):
+    """The headers are larger than any check needs."""
+
+    code = "HEADERS_TOO_LARGE"
+    status = 431
+
+
+class Unforeseen(TidegateError):
+    """A fault of ours; the log says more."""
+
+    code = "INTERNAL"
+    status = 503
+
+
+class CheckRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, gc=False):
+    """The body of `POST /v1/check`.
+
+    Args:
+        path: path of the request to decide.
+        method: its HTTP method.
+        api_key: the caller's key; may come as `X-API-Key` instead.
+        ip: the client's address.
+        cost: units, 0 (peek) or more.
+    """
+
+    path: str
+    method: str = "GET"
+    api_key: str | None = None
+    ip: str | None = None
+    cost: int = 1
+
+
+class BatchRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The body of `POST /v1/check/batch`.
+
+    Args:
+        checks: 1 to 1000 of them.
+    """
+
+    checks: list[CheckRequest]
+
+
+_CHECK: Final = msgspec.json.Decoder(CheckRequest)
+_BATCH: Final = msgspec.json.Decoder(BatchRequest)
+
+
+class DataPlane:
+    """The app.
+
+    Args:
+        gate: decides.
+        pages: path → what answers `GET` there: health, metrics and the like.
+        observe: is told of requests that were refused before the gate.
+        trusted: whose forwarding headers are believed.
+        body_timeout_s: how long a body may take.
+    """
+
+    def __init__(
+        self,
+        gate: Gate,
+        pages: Mapping[str, Callable[[], Awaitable[Page]]],
+        observe: Observer | None = None,
+        trusted: TrustedProxies | None = None,
+        body_timeout_s: float = BODY_TIMEOUT_S,
+    ) -> None:
+        self.draining = False
+        self.in_flight = 0
+        self.answered = 0
+        self._gate = gate
+        self._pages = pages
+        self._observe = observe
+        self._trusted = trusted or TrustedProxies()
+        self._body_timeout_s = body_timeout_s
+
+    async def __rsgi__(self, scope: _Scope, proto: Any) -> None:
+        """Answer one request."""
+        if scope.proto != "http":
+            proto.close(404)
+            return
+        self.in_flight += 1
+        try:
+            path = scope.path
+            if path == "/v1/authorize":
+                await self._authorize(scope, proto)
+            elif path == "/v1/check":
+                await self._check(scope, proto)
+            elif path == "/v1/check/batch":
+                await self._batch(scope, proto)
+            else:
+                await self._page(scope, proto)
+        except TidegateError as error:
+            self._refuse(proto, error)
+        except Exception:
+            logger.exception("a request met a fault that nobody foresaw")
+            self._refuse(proto, Unforeseen("this request met a fault of the limiter: see its log"))
+        finally:
+            self.in_flight -= 1
+            self.answered += 1
+
+    async def _authorize(self, scope: _Scope, proto: Any) -> None:
+        self._allow_methods(scope, ("GET", "HEAD"))
+        headers = scope.headers
+        self._bound_headers(headers)
+        peer = peer_address(scope.client)
+        trusted = self._trusted.trusts(peer)
+        uri = headers.get("x-original-uri") or (headers.get("x-forwarded-uri") if trusted else None)
+        if uri is None:
+            raise self._seen(
+                BadRequest("the path to decide is missing: send it as X-Original-URI, or as X-Forwarded-Uri from a trusted proxy")
+            )
+        method = headers.get("x-original-method") or (headers.get("x-forwarded-method") if trusted else None) or "GET"
+        forwarded_for = headers.get("x-forwarded-for") if trusted else None
+        if forwarded_for is not None:
+            forwarded_for = ",".join(headers.get_all("x-forwarded-for"))
+        ip = self._trusted.client(peer, headers.get("x-real-ip"), forwarded_for)
+        try:
+            check = Check.of(uri, method, self._key(headers), ip or None)
+        except BadRequest as error:
+            raise self._seen(error) from None
+        try:
+            decision = await self._gate.check(check)
+        except TidegateError as error:
+            if error.status in (401, 403):
+                self._empty(proto, error.status, [("x-tidegate-error", error.code)])
+                return
+            raise
+        self._empty(proto, 204 if decision.allowed else 429, limit_headers(decision))
+
+    async def _check(self, scope: _Scope, proto: Any) -> None:
+        self._allow_methods(scope, ("POST",))
+        headers = scope.headers
+        self._bound_headers(headers)
+        body = await self._body(headers, proto, MAX_CHECK_BYTES)
+        try:
+            asked = _CHECK.decode(body)
+            check = self._check_of(asked, self._key(headers))
+        except msgspec.MsgspecError as error:
+            raise self._seen(BadRequest(f"the body is not a check: {error}")) from None
+        except UnicodeDecodeError:
+            raise self._seen(BadRequest("the body is not a check: it is not UTF-8")) from None
+        except BadRequest as error:
+            raise self._seen(error) from None
+        decision = await self._gate.check(check)
+        headers_out = limit_headers(decision)
+        headers_out.append(_JSON)
+        self._bytes(proto, 200 if decision.allowed else 429, headers_out, encode(decision_body(decision)))
+
+    async def _batch(self, scope: _Scope, proto: Any) -> None:
+        self._allow_methods(scope, ("POST",))
+        headers = scope.headers
+        self._bound_headers(headers)
+        body = await self._body(headers, proto, MAX_BATCH_BYTES)
+        try:
+            asked = _BATCH.decode(body).checks
+            if not 1 <= len(asked) <= MAX_BATCH:
+                raise BadRequest(f"the batch has {len(asked)} checks: send 1 to {MAX_BATCH}", checks=len(asked))
+            header_key = self._key(headers)
+        except msgspec.MsgspecError as error:
+            raise self._seen(BadRequest(f"the body is not a batch of checks: {error}")) from None
+        except UnicodeDecodeError:
+            raise self._seen(BadRequest("the body is not a batch of checks: it is not UTF-8")) from None
+        except BadRequest as error:
+            raise self._seen(error) from None
+        answers: list[Decision | TidegateError | None] = []
+        checks: list[Check] = []
+        for each in asked:
+            try:
+                checks.append(self._check_of(each, header_key))
+                answers.append(None)
+            except BadRequest as error:
+                answers.append(self._seen(error))
+        decided = iter(await self._gate.check_many(checks))
+        whole = [next(decided) if answer is None else answer for answer in answers]
+        decisions = [error_body(each) if isinstance(each, TidegateError) else decision_body(each) for each in whole]
+        self._bytes(proto, 200, [_JSON], encode({"decisions": decisions}))
+
+    async def _page(self, scope: _Scope, proto: Any) -> None:
+        page = self._pages.get(scope.path)
+        if page is None:
+            raise NotFound(f"there is nothing at {scope.path[:200]!r}: see /openapi.json")
+        self._allow_methods(scope, ("GET", "HEAD"))
+        made = await page()
+        headers = [("content-type", made.content_type), ("cache-control", "no-store")]
+        if scope.method == "HEAD":
+            self._empty(proto, made.status, headers)
+        else:
+            self._bytes(proto, made.status, headers, made.body)
+
+    def _check_of(self, asked: CheckRequest, header_key: str | None) -> Check:
+        api_key = asked.api_key
+        if header_key is not None:
+            if api_key is not None and api_key != header_key:
+                raise BadRequest("api_key and the X-API-Key header differ: send one of them", field="api_key")
+            api_key = header_key
+        return Check.of(asked.path, asked.method, api_key, asked.ip, asked.cost)
+
+    def _key(self, headers: _RequestHeaders) -> str | None:
+        """The one key of the headers. Of two, a gateway and a backend may read different ones."""
+        keys = headers.get_all("x-api-key")
+        if not keys:
+            return None
+        if len(keys) > 1:
+            raise BadRequest(f"{len(keys)} X-API-Key headers came: send one", field="X-API-Key")
+        return keys[0]
+
+    async def _body(self, headers: _RequestHeaders, proto: Any, most: int) -> bytes:
+        """The whole body, bounded in size and time."""
+        length = headers.get("content-length")
+        if length is not None and length.isdecimal() and int(length) > most:
+            raise self._seen(RequestTooLarge(f"the body has {length} bytes: at most {most} are read", most=most))
+        try:
+            async with asyncio.timeout(self._body_timeout_s):
+                if length is not None:
+                    return await proto()  # type: ignore[no-any-return]
+                chunks: list[bytes] = []
+                size = 0
+                async for chunk in proto:
+                    size += len(chunk)
+                    if size > most:
+                        raise self._seen(RequestTooLarge(f"the body has more than {most} bytes", most=most))
+                    chunks.append(chunk)
+                return b"".join(chunks)
+        except TimeoutError:
+            raise self._seen(BodyTooSlow(f"the body did not arrive within {self._body_timeout_s:g} s")) from None
+
+    def _bound_headers(self, headers: _RequestHeaders) -> None:
+        size = 0
+        for name, value in headers.items():
+            size += len(name) + len(value)
+        if size > MAX_HEADER_BYTES:
+            raise self._seen(HeadersTooLarge(f"the headers have {size} bytes: at most {MAX_HEADER_BYTES} are read"))
+
+    def _allow_methods(self, scope: _Scope, methods: tuple[str, ...]) -> None:
+        if scope.method not in methods:
+            raise MethodNotAllowed(f"{scope.path} answers {' and '.join(methods)} only", allow=list(methods))
+
+    def _seen(self, error: TidegateError) -> TidegateError:
+        """Tell telemetry of an error that the gate will not see."""
+        if self._observe is not None:
+            self._observe(Observation(None, error.code, 0))
+        return error
+
+    def _refuse(self, proto: Any, error: TidegateError) -> None:
+        headers = [_JSON, ("x-tidegate-error", error.code)]
+        if isinstance(error, MethodNotAllowed):
+            headers.append(("allow", ", ".join(error.details["allow"])))  # type: ignore[arg-type]
+        if isinstance(error, RequestTooLarge | BodyTooSlow):
+            headers.append(("connection", "close"))
+        self._bytes(proto, error.status, headers, encode(error_body(error)))
+
+    def _bytes(self, proto: Any, status: int, headers: Headers, body: bytes) -> None:
+        if self.draining:
+            headers.append(("connection", "close"))
+        proto.response_bytes(status, headers, body)
+
+    def _empty(self, proto: Any, status: int, headers: Headers) -> None:
+        if self.draining:
+            headers.append(("connection", "close"))
+        proto.response_empty(status, headers)

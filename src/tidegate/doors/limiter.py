@@ -1,0 +1,120 @@
+"""The door of plain Python code: one rule, no policy file, no listener."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Final
+
+from tidegate.counters import Charge, CounterStore
+from tidegate.counters.factory import open_counters
+from tidegate.counters.memory import MemoryCounters
+from tidegate.decision import MAX_COST, Decision, clip
+from tidegate.errors import BadRequest
+from tidegate.policy import Algorithm, Limit, LimitSet, OnFailure
+
+LONGEST_SUBJECT: Final = 128
+
+
+class Limiter:
+    """Decides for subjects of your choice.
+
+        limiter = Limiter("100/minute")
+        decision = await limiter.check("user-42")
+        if not decision.allowed:
+            print(f"try again in {decision.retry_after} s")
+
+    Args:
+        limits: one limit such as `100/minute`, or several that must all pass.
+        algorithm: fixed_window, sliding_window, sliding_log, token_bucket or leaky_bucket.
+        counters: URL or a store; `memory://` counts in this process.
+        name: limiters of one name on one store share their counts; made from the limits where not given.
+        on_failure: local, allow or deny, when the store is unwell.
+
+    Raises:
+        PolicyError: if a limit is not understood or does not fit the algorithm.
+        SettingsError: if the URL is not understood.
+    """
+
+    def __init__(
+        self,
+        limits: str | Sequence[str],
+        *,
+        algorithm: str = Algorithm.SLIDING_WINDOW,
+        counters: str | CounterStore = "memory://",
+        name: str | None = None,
+        on_failure: str = OnFailure.LOCAL,
+    ) -> None:
+        texts = [limits] if isinstance(limits, str) else list(limits)
+        parsed = [Limit.parse(text) for text in texts]
+        self.counters: CounterStore = open_counters(counters) if isinstance(counters, str) else counters
+        label = name or ", ".join(texts)
+        self._limits = LimitSet(f"limiter:{label}", Algorithm(algorithm), parsed, OnFailure(on_failure), rule=label)
+        self._charge_one = self.counters.charge_one if isinstance(self.counters, MemoryCounters) else None
+
+    async def check(self, subject: str, cost: int = 1) -> Decision:
+        """Decide and charge one request.
+
+        Args:
+            subject: whom to count: any non-empty string.
+            cost: units, 0 (peek) to 1,000,000,000.
+
+        Returns:
+            The decision.
+
+        Raises:
+            BadRequest: if the cost or the subject makes no sense; nothing was charged.
+            StoreUnavailable: if the store fails and `on_failure` is deny.
+        """
+        if type(cost) is not int or not 0 <= cost <= MAX_COST:
+            raise BadRequest(f"cost {clip(cost)} must be a whole number from 0 to {MAX_COST}", field="cost")
+        if not subject or type(subject) is not str or len(subject) > LONGEST_SUBJECT:
+            subject = _fit_subject(subject)
+        if self._charge_one is not None:
+            return self._charge_one(self._limits, subject, cost)
+        return (await self.counters.charge([Charge(((self._limits, subject),), cost)]))[0]
+
+    async def check_many(self, asked: Sequence[tuple[str, int]]) -> list[Decision]:
+        """Decide requests each on its own, in order, with one call to the store.
+
+        Args:
+            asked: pairs of subject and cost.
+
+        Returns:
+            The decisions.
+
+        Raises:
+            BadRequest: as `check`; then nothing of the batch was charged.
+            StoreUnavailable: as `check`.
+        """
+        charges = []
+        for subject, cost in asked:
+            if type(cost) is not int or not 0 <= cost <= MAX_COST:
+                raise BadRequest(f"cost {clip(cost)} must be a whole number from 0 to {MAX_COST}", field="cost")
+            charges.append(Charge(((self._limits, _fit_subject(subject)),), cost))
+        return await self.counters.charge(charges)
+
+    async def reset(self, subject: str) -> None:
+        """Forget what a subject consumed.
+
+        Args:
+            subject: as for `check`.
+
+        Raises:
+            BadRequest: if it is empty or no string.
+            StoreUnavailable: if the store does not answer.
+        """
+        await self.counters.reset([(self._limits, _fit_subject(subject))])
+
+    async def close(self) -> None:
+        """Give back what the store holds."""
+        await self.counters.close()
+
+
+def _fit_subject(subject: object) -> str:
+    """The subject itself, or a digest where it is longer than a counter's key should be."""
+    if type(subject) is not str or not subject:
+        raise BadRequest(f"subject {clip(subject)} must be a non-empty string such as 'user-42'", field="subject")
+    if len(subject) <= LONGEST_SUBJECT:
+        return subject
+    return "h:" + hashlib.blake2b(subject.encode(errors="surrogatepass"), digest_size=32).hexdigest()

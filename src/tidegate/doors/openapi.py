@@ -1,0 +1,177 @@
+"""The OpenAPI 3.1 description of the data plane, made from the records that it reads and writes."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any, Final
+
+import msgspec
+
+from tidegate._version import __version__
+from tidegate.decision import MAX_COST
+from tidegate.doors.answers import DecisionBody
+from tidegate.doors.http import MAX_BATCH, CheckRequest
+
+_ERRORS: Final = {
+    400: "The request makes no sense; nothing was charged.",
+    401: "The API key is missing or unknown.",
+    403: "The API key was revoked or has expired.",
+    405: "The path is there, the method is not.",
+    408: "The body did not arrive in time.",
+    413: "The body is too large.",
+    431: "The headers are too large.",
+    503: "The counter store or the catalog does not answer.",
+}
+_ERROR_SCHEMA: Final = {
+    "type": "object",
+    "required": ["error"],
+    "additionalProperties": False,
+    "properties": {
+        "error": {
+            "type": "object",
+            "required": ["code", "message", "details"],
+            "properties": {"code": {"type": "string"}, "message": {"type": "string"}, "details": {"type": "object"}},
+        }
+    },
+}
+_LIMIT_HEADERS: Final = {
+    "RateLimit-Policy": "Quotas that hold, per draft-ietf-httpapi-ratelimit-headers-10.",
+    "RateLimit": "What is left of the quota with the least left.",
+    "X-RateLimit-Limit": "The most that can be had at once.",
+    "X-RateLimit-Remaining": "What is left.",
+    "X-RateLimit-Reset": "Unix seconds at which the limit is whole again.",
+    "Retry-After": "On 429: seconds to wait.",
+}
+
+
+@lru_cache(maxsize=1)
+def data_plane_openapi() -> dict[str, Any]:
+    """The description.
+
+    Returns:
+        An OpenAPI 3.1 document, JSON types only; do not change it.
+    """
+    _, schemas = msgspec.json.schema_components((CheckRequest, DecisionBody), "#/components/schemas/{name}")
+    schemas["CheckRequest"]["properties"]["cost"].update(minimum=0, maximum=MAX_COST)
+    schemas["CheckRequest"]["properties"]["path"].update(minLength=1, pattern="^/", examples=["/api/v1/items"])
+    schemas["BatchRequest"] = {
+        "type": "object",
+        "required": ["checks"],
+        "additionalProperties": False,
+        "properties": {
+            "checks": {"type": "array", "minItems": 1, "maxItems": MAX_BATCH, "items": {"$ref": "#/components/schemas/CheckRequest"}}
+        },
+    }
+    schemas["Error"] = _ERROR_SCHEMA
+    schemas["BatchAnswer"] = {
+        "type": "object",
+        "required": ["decisions"],
+        "properties": {
+            "decisions": {
+                "type": "array",
+                "description": "In the order of the checks; an error stands where a check could not be decided.",
+                "items": {"anyOf": [{"$ref": "#/components/schemas/DecisionBody"}, {"$ref": "#/components/schemas/Error"}]},
+            }
+        },
+    }
+    return {
+        "openapi": "3.1.0",
+        "info": {
+            "title": "Tidegate data plane",
+            "version": __version__,
+            "description": "Decides whether a request may pass. A denied check consumes nothing.",
+        },
+        "paths": {
+            "/v1/check": {"post": _check()},
+            "/v1/check/batch": {"post": _batch()},
+            "/v1/authorize": {"get": _authorize("authorize"), "head": _authorize("authorizeHead")},
+            "/health": {"get": _page("health", "How all parts are; 200 only when all are healthy.", (200, 503))},
+            "/readyz": {"get": _page("ready", "Whether this instance takes requests; for load balancers.", (200, 503))},
+            "/livez": {"get": _page("live", "Whether this process answers.", (200,))},
+            "/metrics": {"get": _page("metrics", "Metrics in Prometheus' text format.", (200,), "text/plain")},
+            "/openapi.json": {"get": _page("openapi", "This document.", (200,))},
+        },
+        "components": {
+            "schemas": schemas,
+            "securitySchemes": {"ApiKey": {"type": "apiKey", "in": "header", "name": "X-API-Key"}},
+        },
+    }
+
+
+def _check() -> dict[str, Any]:
+    decided = {"application/json": {"schema": {"$ref": "#/components/schemas/DecisionBody"}}}
+    return {
+        "operationId": "check",
+        "summary": "Decide one request and charge it if it passes.",
+        "security": [{"ApiKey": []}, {}],
+        "requestBody": _body("CheckRequest"),
+        "responses": {
+            "200": {"description": "It may pass.", "headers": _headers(), "content": decided},
+            "429": {"description": "It may not.", "headers": _headers(), "content": decided},
+            **_errors(400, 401, 403, 405, 408, 413, 431, 503),
+        },
+    }
+
+
+def _batch() -> dict[str, Any]:
+    return {
+        "operationId": "checkBatch",
+        "summary": "Decide several requests, each on its own, in order.",
+        "security": [{"ApiKey": []}, {}],
+        "requestBody": _body("BatchRequest"),
+        "responses": {
+            "200": {
+                "description": "The decisions.",
+                "content": {"application/json": {"schema": {"$ref": "#/components/schemas/BatchAnswer"}}},
+            },
+            **_errors(400, 405, 408, 413, 431, 503),
+        },
+    }
+
+
+def _authorize(operation: str) -> dict[str, Any]:
+    def header(name: str, text: str, schema: dict[str, Any]) -> dict[str, Any]:
+        return {"name": name, "in": "header", "required": False, "description": text, "schema": schema}
+
+    empty = {
+        "204": {"description": "It may pass.", "headers": _headers()},
+        "401": {"description": "The API key is missing or unknown; see X-Tidegate-Error."},
+        "403": {"description": "The API key was revoked or has expired; see X-Tidegate-Error."},
+        "429": {"description": "It may not pass.", "headers": _headers()},
+    }
+    return {
+        "operationId": operation,
+        "summary": "Decide the request that a gateway describes in headers.",
+        "security": [{"ApiKey": []}, {}],
+        "parameters": [
+            header("X-Original-URI", "Path of the request; its query is ignored.", {"type": "string"}),
+            header("X-Original-Method", "Its method; GET where not given.", {"type": "string"}),
+            header("X-Forwarded-Uri", "As X-Original-URI, from a trusted proxy.", {"type": "string"}),
+            header("X-Forwarded-Method", "As X-Original-Method, from a trusted proxy.", {"type": "string"}),
+            header("X-Real-IP", "Client address, from a trusted proxy.", {"type": "string"}),
+            header("X-Forwarded-For", "Addresses, from a trusted proxy; the last untrusted one is the client.", {"type": "string"}),
+        ],
+        "responses": {**empty, **_errors(400, 405, 431, 503)},
+    }
+
+
+def _page(operation: str, summary: str, statuses: tuple[int, ...], content_type: str = "application/json") -> dict[str, Any]:
+    content = {content_type: {"schema": {} if content_type == "text/plain" else {"type": "object"}}}
+    return {
+        "operationId": operation,
+        "summary": summary,
+        "responses": {str(status): {"description": summary, "content": content} for status in statuses} | _errors(405),
+    }
+
+
+def _body(schema: str) -> dict[str, Any]:
+    return {"required": True, "content": {"application/json": {"schema": {"$ref": f"#/components/schemas/{schema}"}}}}
+
+
+def _headers() -> dict[str, Any]:
+    return {name: {"description": text, "schema": {"type": "string"}} for name, text in _LIMIT_HEADERS.items()}
+
+
+def _errors(*statuses: int) -> dict[str, Any]:
+    content = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
+    return {str(status): {"description": _ERRORS[status], "content": content} for status in statuses}

@@ -1,0 +1,246 @@
+"""Method + path → rules, compiled once per tier.
+
+One index serves rules that enforce, another those that only watch. A literal path is one dictionary look-up; patterns of segments
+(`{id}`) stand in a trie; patterns with `*` are found by their literal beginning and end, so that a thousand rules cost about what ten do.
+Nothing is remembered per path: an attacker who varies paths grows nothing.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TypeAlias
+
+import msgspec
+
+from tidegate.policy import Algorithm, Limit, LimitSet, Mode, Override, Rule, Subject, Tier
+
+_Rank: TypeAlias = tuple[int, ...]
+
+
+class CompiledRule:
+    """A rule ready to be matched and counted.
+
+    Args:
+        rule: the rule.
+        limits: its limits, ready to be counted.
+        order: its place in the tier, the last tie-break.
+    """
+
+    __slots__ = ("limits", "methods", "rank", "rule", "subject")
+
+    def __init__(self, rule: Rule, limits: LimitSet, order: int) -> None:
+        self.rule = rule
+        self.limits = limits
+        self.subject = rule.subject
+        self.methods = frozenset(rule.methods) if rule.methods else None
+        self.rank = _rank(rule, order)
+
+    def __repr__(self) -> str:
+        return f"CompiledRule({self.rule.name!r})"
+
+
+class CompiledTier:
+    """A tier ready to be asked.
+
+    Args:
+        tier: the tier.
+        overrides: other limits for one key; rules that they do not name keep their own.
+    """
+
+    __slots__ = ("_enforced", "_watched", "limits", "tier")
+
+    def __init__(self, tier: Tier, overrides: Iterable[Override] = ()) -> None:
+        self.tier = tier
+        other = {override.rule: override.limits for override in overrides}
+        tier_limits = other.get("", tier.limits)
+        self.limits: LimitSet | None = None
+        suffix = ""
+        if tier_limits:
+            labelled = [msgspec.structs.replace(limit, label=f"tier {limit.text}") for limit in tier_limits]
+            self.limits = LimitSet(tier.name, Algorithm.SLIDING_WINDOW, labelled, tier=tier.name)
+            suffix = ", " + self.limits.quotas
+        compiled = [
+            CompiledRule(rule, _limit_set(tier, rule, other.get(rule.name, rule.limits), suffix), order)
+            for order, rule in enumerate(tier.rules)
+        ]
+        self._enforced = _Index(each for each in compiled if each.rule.mode is Mode.ENFORCE)
+        self._watched = _Index(each for each in compiled if each.rule.mode is Mode.SHADOW)
+
+    def match(self, method: str, path: str) -> CompiledRule | None:
+        """The one rule that answers.
+
+        Args:
+            method: upper-case HTTP method.
+            path: canonical path.
+
+        Returns:
+            The enforcing rule of the highest priority, then of the most specific pattern; None where none matches. Costs about
+            0.3 µs for a literal, 1 to 4 µs for a pattern among 1,000.
+        """
+        return self._enforced.best(method, path)
+
+    def watchers(self, method: str, path: str) -> tuple[CompiledRule, ...]:
+        """All shadow rules that match, in no particular order.
+
+        Args:
+            method: upper-case HTTP method.
+            path: canonical path.
+
+        Returns:
+            The rules.
+        """
+        return self._watched.every(method, path) if self._watched else ()
+
+
+def _limit_set(tier: Tier, rule: Rule, limits: tuple[Limit, ...], suffix: str) -> LimitSet:
+    # A tier's name holds no ':', so 'tier:rule' cannot be read two ways, nor equal a tier's own counter 'tier'.
+    made = LimitSet(
+        f"{tier.name}:{rule.name}", rule.algorithm, limits, rule.on_failure, rule=rule.name, tier=tier.name
+    )
+    made.quotas += suffix
+    return made
+
+
+def _rank(rule: Rule, order: int) -> _Rank:
+    """What is preferred sorts first: priority, then no `*`, more literal characters, fewer wildcards, named methods, order."""
+    parameters = len(re.findall(r"\{[^}]*\}", rule.endpoint))
+    stars = rule.endpoint.count("*")
+    literal = len(re.sub(r"\{[^}]*\}|\*", "", rule.endpoint))
+    return (-rule.priority, int(stars > 0), int(parameters > 0), -literal, stars, parameters, int(not rule.methods), order)
+
+
+class _Node:
+    """A place in the trie of segment patterns."""
+
+    __slots__ = ("literal", "parameter", "rules")
+
+    def __init__(self) -> None:
+        self.literal: dict[str, _Node] = {}
+        self.parameter: _Node | None = None
+        self.rules: list[CompiledRule] = []
+
+
+class _Index:
+    """All rules of one kind, found by path."""
+
+    __slots__ = ("_beginnings", "_first_pattern", "_lengths", "_literal", "_root")
+
+    def __init__(self, rules: Iterable[CompiledRule]) -> None:
+        self._literal: dict[str, tuple[CompiledRule, ...]] = {}
+        self._root: _Node | None = None
+        # literal beginning → lengths of the literal ends there, and literal end → rules with their expressions
+        self._beginnings: dict[str, tuple[list[int], dict[str, list[tuple[CompiledRule, re.Pattern[str] | None]]]]] = {}
+        patterns = []
+        for rule in sorted(rules, key=lambda each: each.rank):
+            endpoint = rule.rule.endpoint
+            if "*" in endpoint:
+                self._add_star(rule)
+                patterns.append(rule)
+            elif "{" in endpoint:
+                self._add_segments(rule)
+                patterns.append(rule)
+            else:
+                self._literal[endpoint] = (*self._literal.get(endpoint, ()), rule)
+        self._lengths = sorted({len(beginning) for beginning in self._beginnings}, reverse=True)
+        self._first_pattern: _Rank | None = min((rule.rank for rule in patterns), default=None)
+
+    def __bool__(self) -> bool:
+        return bool(self._literal or self._root or self._beginnings)
+
+    def best(self, method: str, path: str) -> CompiledRule | None:
+        found: CompiledRule | None = None
+        for rule in self._literal.get(path, ()):
+            if rule.methods is None or method in rule.methods:
+                found = rule
+                break
+        if self._first_pattern is None or (found is not None and found.rank < self._first_pattern):
+            return found
+        for rule in self._patterns(path):
+            if (found is None or rule.rank < found.rank) and (rule.methods is None or method in rule.methods):
+                found = rule
+        return found
+
+    def every(self, method: str, path: str) -> tuple[CompiledRule, ...]:
+        return tuple(
+            rule
+            for rules in (self._literal.get(path, ()), self._patterns(path))
+            for rule in rules
+            if rule.methods is None or method in rule.methods
+        )
+
+    def _patterns(self, path: str) -> Iterator[CompiledRule]:
+        for length in self._lengths:
+            entry = self._beginnings.get(path[:length])
+            if entry is None:
+                continue
+            end_lengths, by_end = entry
+            for end_length in end_lengths:
+                if length + end_length > len(path):
+                    break
+                for rule, expression in by_end.get(path[len(path) - end_length :], ()):
+                    if expression is None or expression.fullmatch(path):
+                        yield rule
+        if self._root is not None:
+            yield from _walk(self._root, path.split("/"), 1)
+
+    def _add_star(self, rule: CompiledRule) -> None:
+        endpoint = rule.rule.endpoint
+        beginning = re.split(r"[*{]", endpoint, maxsplit=1)[0]
+        end = re.split(r"[*}]", endpoint)[-1]
+        simple = endpoint == f"{beginning}*{end}"
+        expression = None if simple else re.compile(_expression(endpoint), re.DOTALL)
+        lengths, by_end = self._beginnings.setdefault(beginning, ([], {}))
+        by_end.setdefault(end, []).append((rule, expression))
+        if len(end) not in lengths:
+            lengths.append(len(end))
+            lengths.sort()
+
+    def _add_segments(self, rule: CompiledRule) -> None:
+        node = self._root = self._root or _Node()
+        for segment in rule.rule.endpoint.split("/")[1:]:
+            if segment.startswith("{"):
+                node.parameter = node.parameter or _Node()
+                node = node.parameter
+            else:
+                node = node.literal.setdefault(segment, _Node())
+        node.rules.append(rule)
+
+
+def _walk(node: _Node, segments: list[str], at: int) -> Iterator[CompiledRule]:
+    if at == len(segments):
+        yield from node.rules
+        return
+    segment = segments[at]
+    literal = node.literal.get(segment)
+    if literal is not None:
+        yield from _walk(literal, segments, at + 1)
+    if node.parameter is not None and segment:
+        yield from _walk(node.parameter, segments, at + 1)
+
+
+def _expression(endpoint: str) -> str:
+    parts: Mapping[str, str] = {"*": ".*"}
+    return "".join(
+        parts.get(piece, "[^/]+" if piece.startswith("{") else re.escape(piece))
+        for piece in re.split(r"(\*|\{[^}]*\})", endpoint)
+    )
+
+
+def subject_of(kind: Subject, caller: str, ip: str | None, tier: str) -> str | None:
+    """The subject that a rule counts, in a form that no two kinds share.
+
+    Args:
+        kind: whom the rule counts.
+        caller: subject of whoever asks: `k:…` with a key, `i:…` without.
+        ip: client address, already cut to what counts as one client, or None.
+        tier: name of the tier.
+
+    Returns:
+        The subject; None where the rule counts by ip and none is known.
+    """
+    if kind is Subject.API_KEY:
+        return caller
+    if kind is Subject.IP:
+        return None if ip is None else f"i:{ip}"
+    return f"t:{tier}"

@@ -1,0 +1,386 @@
+"""One running instance: its resources, its listeners, its signals, its end.
+
+Resources are opened in order and closed in reverse; `/health` and the drain walk the same list. The HTTP server stands behind `Listener`, so
+that another one can take its place.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import gc
+import hashlib
+import logging
+import signal
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, Final
+
+import uvloop
+from granian.constants import HTTPModes, Interfaces
+from granian.http import HTTP1Settings
+from granian.server.embed import Server as GranianServer
+
+from tidegate._version import __version__
+from tidegate.catalog.cached import CachedCatalog
+from tidegate.catalog.policy_file import load_policy
+from tidegate.catalog.sql import SqlCatalog
+from tidegate.catalog.watch import watch_policy
+from tidegate.counters import CounterStore
+from tidegate.counters.factory import open_counters
+from tidegate.counters.memory import MemoryCounters
+from tidegate.doors.answers import encode
+from tidegate.doors.client_address import TrustedProxies
+from tidegate.doors.http import DataPlane, Page
+from tidegate.doors.openapi import data_plane_openapi
+from tidegate.errors import PolicyError, SettingsError, TidegateError
+from tidegate.gate import Gate
+from tidegate.policy import Policy
+from tidegate.settings import Settings, parse_address
+from tidegate.telemetry.health import Health
+from tidegate.telemetry.metrics import Metrics
+
+logger = logging.getLogger(__name__)
+
+_HEADER_TIMEOUT_S: Final = 10.0
+_MOST_HEADER_BYTES: Final = 64 * 1024
+"""Beyond it the server itself answers 431, without the error form; up to it the data plane does, in its form."""
+_QUIET_S: Final = 0.2
+_SWEEP_STEPS: Final = 500
+_METRICS_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
+
+
+class Listener:
+    """The seam to the HTTP server: one RSGI app on one address.
+
+    Args:
+        app: the app.
+        host: address to listen at.
+        port: 1 to 65535.
+        header_timeout_s: how long a request's headers may take, s.
+    """
+
+    def __init__(self, app: Any, host: str, port: int, header_timeout_s: float = _HEADER_TIMEOUT_S) -> None:
+        self._server = GranianServer(
+            app,
+            address=host,
+            port=port,
+            interface=Interfaces.RSGI,
+            http=HTTPModes.http1,
+            http1_settings=HTTP1Settings(header_read_timeout=round(header_timeout_s * 1000), max_buffer_size=_MOST_HEADER_BYTES),
+            websockets=False,
+            backlog=1024,
+            log_enabled=False,
+        )
+        self._serving: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Listen; returns when connections are taken."""
+        self._serving = asyncio.create_task(self._server.serve())
+        await asyncio.sleep(0)
+        if self._serving.done():
+            self._serving.result()
+
+    async def stop(self, timeout_s: float) -> None:
+        """Take no more connections, and wait for the requests in flight.
+
+        Args:
+            timeout_s: how long to wait.
+        """
+        if self._serving is None:
+            return
+        self._server.stop()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._serving, timeout_s)
+
+
+class Instance:
+    """Everything that one process runs.
+
+    Args:
+        settings: all of them.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.metrics = Metrics(__version__)
+        self.health = Health()
+        self.address = ""
+        self._stack = contextlib.AsyncExitStack()
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def start(self) -> None:
+        """Open everything and listen.
+
+        Raises:
+            SettingsError: if a setting cannot be had: a port in use, a database that cannot be opened.
+            PolicyError: if the policy file is refused.
+            CatalogError: if the policy file contradicts the catalog.
+        """
+        settings = self.settings
+        if settings.server.workers > 1 and settings.counters.url == "memory://":
+            raise SettingsError(
+                f"server.workers = {settings.server.workers} needs counters that processes share: with memory:// each would count "
+                "on its own and admit the limit again; use one worker"
+            )
+        if settings.server.workers > 1:
+            raise SettingsError(f"server.workers = {settings.server.workers}: this version runs one process; start more instances")
+        host, port = free_address(settings.server.http, "server.http")
+        policy_path = settings.policy_path
+        first = None if policy_path is None else load_policy(policy_path)
+        self.catalog = await SqlCatalog.open(settings.catalog.url)
+        self._own("database", self.catalog.ping, self.catalog.close)
+        if first is not None:
+            await self.catalog.apply_policy(first, _digest(first))
+        self.counters = open_counters(settings.counters.url, max_subjects=settings.counters.max_subjects)
+        self._own(None, self.counters.ping, self.counters.close)
+        self.cached = CachedCatalog(
+            self.catalog,
+            l1_ttl_s=settings.cache.l1_ttl_s,
+            stale_if_error_s=settings.cache.stale_if_error_s,
+            max_keys=settings.cache.max_keys,
+        )
+        gate = Gate(self.cached, self.counters, self.metrics.observe)
+        self.data_plane = DataPlane(
+            gate,
+            {
+                "/health": self._health_page,
+                "/readyz": self._ready_page,
+                "/livez": self._live_page,
+                "/metrics": self._metrics_page,
+                "/openapi.json": self._openapi_page,
+            },
+            self.metrics.observe,
+            TrustedProxies(settings.server.trusted_proxies),
+            settings.server.body_timeout_s,
+        )
+        self._collect(self.counters)
+        self._version = await self.catalog.version()
+        self._spawn(self._poll_catalog(settings.catalog.poll_s), "looking for changes of the catalog")
+        if isinstance(self.counters, MemoryCounters):
+            self._spawn(_sweep(self.counters), "sweeping expired counters")
+        if policy_path is not None:
+            self._spawn(watch_policy(policy_path, self._apply_policy, self._policy_refused), "watching the policy file")
+        self._listener = Listener(self.data_plane, host, port)
+        await self._listener.start()
+        self.address = f"{f'[{host}]' if ':' in host else host}:{port}"
+        # What lives as long as the process is not looked at again by the collector: a full collection over a million counters
+        # would stop every check for milliseconds.
+        gc.collect()
+        gc.freeze()
+        logger.info("listening on http://%s", self.address)
+
+    async def drain(self, hurry: asyncio.Event) -> None:
+        """End in order: say so to balancers and clients, finish what is in flight, close everything.
+
+        Args:
+            hurry: ends the waiting early when set.
+        """
+        deadline = asyncio.get_running_loop().time() + self.settings.server.drain_s
+        data_plane = self.data_plane
+        # Keep-alive connections are first told to go (Connection: close): the server would cut those that look idle, and some
+        # of them have a request on the way.
+        data_plane.draining = True
+        logger.info("draining: %d requests in flight", data_plane.in_flight)
+        answered = -1
+        while not hurry.is_set() and _left(deadline) > 0 and (data_plane.in_flight or data_plane.answered != answered):
+            answered = data_plane.answered
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(hurry.wait(), min(_QUIET_S, max(_left(deadline), 0.001)))
+        await self._listener.stop(max(_left(deadline), 0.05))
+        await self.close()
+        logger.info("stopped")
+
+    async def close(self) -> None:
+        """Close what was opened, the last first."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._stack.aclose()
+
+    def _own(self, name: str | None, ping: Callable[[], Awaitable[None]], close: Callable[[], Awaitable[None]]) -> None:
+        """Take a resource into the list that health and the end of the process walk."""
+        if name is not None:
+            self.health.add(name, ping)
+        self._stack.push_async_callback(close)
+
+    def _spawn(self, work: Any, what: str) -> None:
+        task: asyncio.Task[None] = asyncio.create_task(work)
+        self._tasks.append(task)
+
+        def ended(done: asyncio.Task[None]) -> None:
+            if not done.cancelled() and done.exception() is not None:
+                logger.error("%s ended by a fault", what, exc_info=done.exception())
+
+        task.add_done_callback(ended)
+
+    def _collect(self, counters: CounterStore) -> None:
+        metrics, cached = self.metrics, self.cached
+        metrics.add_counter("rate_limiter_cache_hits", "Catalog look-ups answered from memory.", lambda: cached.hits)
+        metrics.add_counter("rate_limiter_cache_misses", "Catalog look-ups that went to the database.", lambda: cached.misses)
+        metrics.add_counter("rate_limiter_cache_stale", "Catalog look-ups answered from memory past their time.", lambda: cached.stale)
+        metrics.add_gauge("rate_limiter_cached_keys", "API keys cached, unknown ones included.", lambda: len(cached))
+        metrics.add_gauge("rate_limiter_policy_version", "Version of the catalog in force.", lambda: self._version)
+        metrics.add_gauge("rate_limiter_in_flight", "Requests being answered.", lambda: self.data_plane.in_flight)
+        if isinstance(counters, MemoryCounters):
+            metrics.add_gauge("rate_limiter_subjects", "Counters held in memory.", lambda: len(counters))
+            metrics.add_counter(
+                "rate_limiter_subjects_evicted", "Live counters dropped because max_subjects was reached.", lambda: counters.evicted
+            )
+
+    async def _poll_catalog(self, every_s: float) -> None:
+        """Take changes into force that other processes made, such as a key revoked on the command line."""
+        failing = False
+        while True:
+            await asyncio.sleep(every_s)
+            try:
+                version = await self.catalog.version()
+            except TidegateError as error:
+                if not failing:
+                    logger.warning("the catalog does not answer; cached entries serve meanwhile: %s", error)
+                failing = True
+                continue
+            failing = False
+            if version != self._version:
+                self._version = version
+                self.cached.invalidate()
+                logger.info("catalog version %d is in force", version)
+
+    async def _apply_policy(self, policy: Policy) -> None:
+        changed = await self.catalog.apply_policy(policy, _digest(policy))
+        self.metrics.policy_valid = True
+        if changed:
+            self._version = await self.catalog.version()
+            self.cached.invalidate()
+            self.metrics.policy_reloads += 1
+            logger.info("the policy file was taken into force as version %d", self._version)
+
+    def _policy_refused(self, error: PolicyError) -> None:
+        self.metrics.policy_reload_errors += 1
+        self.metrics.policy_valid = False
+        logger.error("the policy file is refused, the old policy stays in force: %s", error)
+
+    async def _health_page(self) -> Page:
+        report = await self.health.report()
+        return Page(200 if report.status == "healthy" else 503, "application/json", encode(report))
+
+    async def _ready_page(self) -> Page:
+        ready = not self.data_plane.draining
+        return Page(200 if ready else 503, "application/json", encode({"ready": ready, "draining": self.data_plane.draining}))
+
+    async def _live_page(self) -> Page:
+        return Page(200, "application/json", encode({"live": True}))
+
+    async def _metrics_page(self) -> Page:
+        return Page(200, _METRICS_TYPE, self.metrics.exposition())
+
+    async def _openapi_page(self) -> Page:
+        return Page(200, "application/json", encode(data_plane_openapi()))
+
+
+async def serve(settings: Settings, ready: Callable[[Instance], None] | None = None) -> None:
+    """Run an instance until SIGTERM or SIGINT; a second signal ends it at once.
+
+    Args:
+        settings: all of them.
+        ready: is called once it listens.
+
+    Raises:
+        TidegateError: if it cannot start.
+    """
+    instance = Instance(settings)
+    try:
+        await instance.start()
+    except BaseException:
+        await instance.close()
+        raise
+    stop, hurry = asyncio.Event(), asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def signalled() -> None:
+        (hurry if stop.is_set() else stop).set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, signalled)
+    if ready is not None:
+        ready(instance)
+    await stop.wait()
+    await instance.drain(hurry)
+
+
+def run(settings: Settings, ready: Callable[[Instance], None] | None = None) -> None:
+    """`serve` on an event loop of its own.
+
+    Args:
+        settings: all of them.
+        ready: is called once it listens.
+
+    Raises:
+        TidegateError: if it cannot start.
+    """
+    uvloop.run(serve(settings, ready))
+
+
+@contextlib.asynccontextmanager
+async def running(settings: Settings) -> AsyncIterator[Instance]:
+    """An instance inside a program that has its own event loop and signals.
+
+    Args:
+        settings: all of them; port 0 takes a free port.
+
+    Yields:
+        The instance; `address` says where it listens.
+    """
+    instance = Instance(settings)
+    try:
+        await instance.start()
+        yield instance
+    except BaseException:
+        await instance.close()
+        raise
+    hurry = asyncio.Event()
+    await instance.drain(hurry)
+
+
+def free_address(text: str, name: str) -> tuple[str, int]:
+    """Find out that an address can be listened at.
+
+    The server itself shares ports (SO_REUSEPORT), so a second instance on a port in use would start and take half of the connections.
+
+    Args:
+        text: `host:port`; port 0 for any free one.
+        name: of the setting, for the error.
+
+    Returns:
+        Host and port.
+
+    Raises:
+        SettingsError: naming the setting, the address and the remedy.
+    """
+    host, port = parse_address(text, name)
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+            bound = probe.getsockname()
+            return bound[0], bound[1]
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise SettingsError(f"{name} = {text!r}: the port is in use; stop what listens there or set another port") from None
+        raise SettingsError(f"{name} = {text!r} cannot be listened at: {error.strerror or error}") from None
+
+
+def _digest(policy: Policy) -> str:
+    return hashlib.sha256(encode(policy)).hexdigest()
+
+
+def _left(deadline: float) -> float:
+    return deadline - asyncio.get_running_loop().time()
+
+
+async def _sweep(counters: MemoryCounters) -> None:
+    """Drop expired counters also while nobody asks, a few at a time."""
+    while True:
+        await asyncio.sleep(0.01 if counters.sweep(_SWEEP_STEPS) == _SWEEP_STEPS else 0.5)

@@ -1,0 +1,261 @@
+"""Every setting, its default and its unit. A TOML file, and each key as an environment variable over it."""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+
+from tidegate.errors import SettingsError
+
+ENVIRONMENT_PREFIX: Final = "TIDEGATE_"
+DEFAULT_FILE: Final = "tidegate.toml"
+DEFAULT_POLICY_FILE: Final = "tidegate.policy.toml"
+
+
+class ServerSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """`[server]`: the listeners.
+
+    Args:
+        http: address of the data plane.
+        admin: address of the control plane.
+        grpc: address of the gRPC door.
+        workers: processes.
+        drain_s: how long SIGTERM waits for what is in flight, s.
+        trusted_proxies: networks whose forwarding headers are believed.
+        body_timeout_s: how long a request body may take, s.
+        log_level: debug, info, warning or error.
+    """
+
+    http: str = "127.0.0.1:8080"
+    admin: str = "127.0.0.1:8082"
+    grpc: str = "127.0.0.1:8081"
+    workers: int = 1
+    drain_s: float = 10.0
+    trusted_proxies: tuple[str, ...] = ("127.0.0.0/8", "::1/128")
+    body_timeout_s: float = 10.0
+    log_level: str = "info"
+
+
+class PolicySettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """`[policy]`: the policy file.
+
+    Args:
+        file: its path; where not given, `tidegate.policy.toml` is taken if it is there.
+    """
+
+    file: str | None = None
+
+
+class CatalogSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """`[catalog]`: where policy lives.
+
+    Args:
+        url: `sqlite:///file.db` (relative), `sqlite:////file.db` (absolute).
+        replicas: URLs of read replicas.
+        poll_s: how often changes made by other processes are looked for, s.
+    """
+
+    url: str = "sqlite:///tidegate.db"
+    replicas: tuple[str, ...] = ()
+    poll_s: float = 0.5
+
+
+class CounterSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """`[counters]`: where counts live.
+
+    Args:
+        url: `memory://`.
+        timeout_ms: deadline of a call to the store, ms.
+        on_failure: local, allow or deny while the store is unwell, for rules that do not say.
+        max_subjects: most counters held in memory.
+    """
+
+    url: str = "memory://"
+    timeout_ms: int = 50
+    on_failure: str = "local"
+    max_subjects: int = 1_000_000
+
+
+class BreakerSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """`[breaker]`: when a counter store that fails is left alone.
+
+    Args:
+        failures: that open it, within the window.
+        window_s: the window, s.
+        open_s: how long it stays open before one probe, s.
+    """
+
+    failures: int = 5
+    window_s: float = 10.0
+    open_s: float = 30.0
+
+
+class CacheSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """`[cache]`: the catalog in memory.
+
+    Args:
+        l1_ttl_s: how long an entry is fresh in this process, s.
+        l2_ttl_s: how long it is fresh in the shared cache, s.
+        stale_if_error_s: how long past that it serves while the catalog fails, s.
+        max_keys: most API keys cached in this process.
+    """
+
+    l1_ttl_s: float = 60.0
+    l2_ttl_s: float = 300.0
+    stale_if_error_s: float = 3600.0
+    max_keys: int = 100_000
+
+
+class AdminSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """`[admin]`: the control plane.
+
+    Args:
+        token: bearer token of the first operator.
+    """
+
+    token: str | None = None
+
+
+class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """All settings; each section is a record above."""
+
+    server: ServerSettings = ServerSettings()
+    policy: PolicySettings = PolicySettings()
+    catalog: CatalogSettings = CatalogSettings()
+    counters: CounterSettings = CounterSettings()
+    breaker: BreakerSettings = BreakerSettings()
+    cache: CacheSettings = CacheSettings()
+    admin: AdminSettings = AdminSettings()
+
+    @property
+    def policy_path(self) -> Path | None:
+        """The policy file, None where there is none: neither given nor at its usual place."""
+        if self.policy.file is not None:
+            return Path(self.policy.file)
+        usual = Path(DEFAULT_POLICY_FILE)
+        return usual if usual.exists() else None
+
+
+_RANGES: Final[Mapping[str, tuple[float, float]]] = {
+    "server.workers": (1, 1024),
+    "server.drain_s": (0, 3600),
+    "server.body_timeout_s": (0.1, 3600),
+    "catalog.poll_s": (0.05, 3600),
+    "counters.timeout_ms": (1, 60_000),
+    "counters.max_subjects": (1, 1_000_000_000),
+    "breaker.failures": (1, 1_000_000),
+    "breaker.window_s": (0.1, 86_400),
+    "breaker.open_s": (0.1, 86_400),
+    "cache.l1_ttl_s": (0.1, 86_400),
+    "cache.l2_ttl_s": (0.1, 86_400),
+    "cache.stale_if_error_s": (0, 86_400 * 365),
+    "cache.max_keys": (1, 100_000_000),
+}
+_CHOICES: Final[Mapping[str, tuple[str, ...]]] = {
+    "counters.on_failure": ("local", "allow", "deny"),
+    "server.log_level": ("debug", "info", "warning", "error"),
+}
+
+
+def load_settings(file: Path | None, environment: Mapping[str, str]) -> Settings:
+    """Read the settings.
+
+    Args:
+        file: the TOML file; None for `tidegate.toml` if it is there.
+        environment: variables; those named `TIDEGATE_SECTION__KEY` override the file.
+
+    Returns:
+        The settings.
+
+    Raises:
+        SettingsError: naming the setting, its value and the remedy.
+    """
+    if file is None and Path(DEFAULT_FILE).exists():
+        file = Path(DEFAULT_FILE)
+    raw: dict[str, Any] = {} if file is None else _read(file)
+    source = "the environment" if file is None else str(file)
+    for section, values in raw.items():
+        _check_known(section, values, source)
+    for variable, text in environment.items():
+        if not variable.startswith(ENVIRONMENT_PREFIX) or "__" not in variable:
+            continue  # Kubernetes makes TIDEGATE_PORT and the like of a service's name: those are no settings
+        section, _, key = variable[len(ENVIRONMENT_PREFIX) :].lower().partition("__")
+        _check_known(section, {key: text}, f"the environment variable {variable}")
+        raw.setdefault(section, {})[key] = _from_text(section, key, text)
+    try:
+        settings = msgspec.convert(raw, Settings, strict=False)
+    except msgspec.ValidationError as error:
+        raise SettingsError(f"a setting is not understood: {error} ({source}, or a TIDEGATE_ variable)") from None
+    for name, (least, most) in _RANGES.items():
+        value = _value(settings, name)
+        if not least <= value <= most:
+            raise SettingsError(f"setting {name} = {value} must be from {least:g} to {most:g}")
+    for name, choices in _CHOICES.items():
+        if _value(settings, name) not in choices:
+            raise SettingsError(f"setting {name} = {_value(settings, name)!r} is not known: use {', '.join(choices)}")
+    for name in ("http", "admin", "grpc"):
+        parse_address(getattr(settings.server, name), f"server.{name}")
+    return settings
+
+
+def parse_address(text: str, name: str) -> tuple[str, int]:
+    """Read a listener's address.
+
+    Args:
+        text: `host:port`, with an IPv6 host in brackets.
+        name: of the setting, for the error.
+
+    Returns:
+        Host and port, 0 to 65535 (0: any free one).
+
+    Raises:
+        SettingsError: naming the setting and its value.
+    """
+    host, colon, port = text.rpartition(":")
+    host = host.strip("[]")
+    if not colon or not host or not port.isascii() or not port.isdecimal() or int(port) > 65_535:
+        raise SettingsError(f"setting {name} = {text!r} is no address: write '127.0.0.1:8080' or '[::1]:8080'")
+    return host, int(port)
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise SettingsError(f"the settings file {file} is not there: give its path with --config") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(f"the settings file {file} cannot be read: {error}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise SettingsError(f"the settings file {file} is not TOML: {error}") from None
+
+
+def _check_known(section: str, values: object, source: str) -> None:
+    sections = {field.name: field.type for field in msgspec.structs.fields(Settings)}
+    if section not in sections:
+        raise SettingsError(f"{source} has the unknown section {section!r}{_nearest(section, sections)}")
+    if not isinstance(values, dict):
+        raise SettingsError(f"{source}: {section!r} is a section: write [{section}]")
+    keys = {field.name for field in msgspec.structs.fields(sections[section])}
+    for key in values:
+        if key not in keys:
+            raise SettingsError(f"{source} has the unknown setting '{section}.{key}'{_nearest(key, keys)}")
+
+
+def _nearest(name: str, known: Any) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f": did you mean {close[0]!r}?" if close else f": known are {', '.join(sorted(known))}"
+
+
+def _from_text(section: str, key: str, text: str) -> Any:
+    default = getattr(getattr(Settings(), section), key)
+    return [part.strip() for part in text.split(",") if part.strip()] if isinstance(default, tuple) else text
+
+
+def _value(settings: Settings, name: str) -> Any:
+    section, _, key = name.partition(".")
+    return getattr(getattr(settings, section), key)

@@ -1,0 +1,151 @@
+"""Fixtures that several tests share: real listeners on free loopback ports, a clock that stands still."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.cases.doors import POLICY
+from tidegate.catalog.cached import CachedCatalog
+from tidegate.catalog.policy_file import PolicyCatalog, parse_policy
+from tidegate.counters.memory import MemoryCounters
+from tidegate.decision import Observation
+from tidegate.gate import Gate
+
+MOMENT_US = 1_700_000_000_000_000
+"""2023-11-14 22:13:20 UTC: 20 s into its minute, so that no window ends by itself while the clock stands."""
+
+
+class Clock:
+    """A clock that a test moves."""
+
+    def __init__(self, now_us: int = MOMENT_US) -> None:
+        self.now_us = now_us
+
+    def __call__(self) -> int:
+        return self.now_us
+
+    def advance(self, seconds: float) -> None:
+        self.now_us += round(seconds * 1e6)
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def seen() -> list[Observation]:
+    return []
+
+
+@pytest.fixture
+def gate(clock: Clock, seen: list[Observation]) -> Gate:
+    """A gate over the policy of the door cases, with nothing consumed."""
+    return Gate(CachedCatalog(PolicyCatalog(parse_policy(POLICY))), MemoryCounters(clock=clock), seen.append)
+
+
+class Serve:
+    """A `tidegate serve` process of its own, in a directory of its own."""
+
+    def __init__(self, directory: Path, arguments: tuple[str, ...] = (), **environment: str) -> None:
+        self.directory = directory
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.environment = {
+            **{name: value for name, value in os.environ.items() if not name.startswith("TIDEGATE_")},
+            "TIDEGATE_SERVER__HTTP": f"127.0.0.1:{self.port}",
+            **environment,
+        }
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "tidegate", "serve", *arguments],
+            cwd=directory,
+            env=self.environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def wait_ready(self) -> None:
+        """Until it answers; fails with what it said if it ends instead."""
+        deadline = time.monotonic() + 30
+        while time.monotonic() < deadline:
+            if self.process.poll() is not None:
+                raise AssertionError(f"serve ended with {self.process.returncode}: {self.process.stderr.read()}")  # type: ignore[union-attr]
+            try:
+                if httpx.get(f"{self.url}/readyz", timeout=1).status_code == 200:
+                    return
+            except httpx.TransportError:
+                time.sleep(0.05)
+        raise AssertionError("serve did not get ready within 30 s")
+
+    def stop(self) -> tuple[int, str, str]:
+        """SIGTERM; returns exit code, stdout, stderr."""
+        if self.process.poll() is None:
+            self.process.terminate()
+        try:
+            out, err = self.process.communicate(timeout=30)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            out, err = self.process.communicate()
+        return self.process.returncode, out, err
+
+
+@pytest.fixture
+def serve(tmp_path: Path) -> Iterator[Callable[..., Serve]]:
+    """Starts `tidegate serve` in a directory of the test; ends it by its own process id."""
+    started: list[Serve] = []
+
+    def start(*arguments: str, wait: bool = True, **environment: str) -> Serve:
+        server = Serve(tmp_path, arguments, **environment)
+        started.append(server)
+        if wait:
+            server.wait_ready()
+        return server
+
+    yield start
+    for server in started:
+        server.stop()
+
+
+def free_port() -> int:
+    """A loopback port that is free now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture
+async def listen() -> AsyncIterator[Callable[..., object]]:
+    """Serves an RSGI app on a free port of loopback; gives its base URL."""
+    from tidegate.server import Listener
+
+    listeners: list[Listener] = []
+
+    async def start(app: object, header_timeout_s: float = 10.0) -> str:
+        port = free_port()
+        listener = Listener(app, "127.0.0.1", port, header_timeout_s=header_timeout_s)
+        await listener.start()
+        listeners.append(listener)
+        for _ in range(200):
+            try:
+                _, writer = await asyncio.open_connection("127.0.0.1", port)
+            except OSError:
+                await asyncio.sleep(0.02)
+            else:
+                writer.close()
+                break
+        return f"http://127.0.0.1:{port}"
+
+    yield start
+    for listener in listeners:
+        await listener.stop(5)
