@@ -129,12 +129,12 @@ class Instance:
         host, port = free_address(settings.server.http, "server.http")
         policy_path = settings.policy_path
         first = None if policy_path is None else load_policy(policy_path)
+        self.counters = open_counters(settings.counters.url, max_subjects=settings.counters.max_subjects)
+        self._own(None, self.counters.ping, self.counters.close)
         self.catalog = await SqlCatalog.open(settings.catalog.url)
         self._own("database", self.catalog.ping, self.catalog.close)
         if first is not None:
             await self.catalog.apply_policy(first, _digest(first))
-        self.counters = open_counters(settings.counters.url, max_subjects=settings.counters.max_subjects)
-        self._own(None, self.counters.ping, self.counters.close)
         self.cached = CachedCatalog(
             self.catalog,
             l1_ttl_s=settings.cache.l1_ttl_s,

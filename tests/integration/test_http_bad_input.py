@@ -234,8 +234,8 @@ async def test_fuzz_finds_no_500(door: str, gate: Gate, listen: Callable[..., An
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         try:
             writer.write(sent)
-            if writer.can_write_eof():
-                writer.write_eof()
+            if door == "raw":
+                writer.write_eof()  # random bytes rarely end a request: without this each would wait for the header timeout
             received = await asyncio.wait_for(reader.read(), 10)
         except ConnectionError:
             return

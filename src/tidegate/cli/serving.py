@@ -56,6 +56,7 @@ def serve(
     logging.basicConfig(
         level=settings.server.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
     )
+    logging.getLogger("alembic").setLevel(logging.WARNING)
 
     def tell(instance: Instance) -> None:
         if demo:

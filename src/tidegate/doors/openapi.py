@@ -51,7 +51,7 @@ def data_plane_openapi() -> dict[str, Any]:
     Returns:
         An OpenAPI 3.1 document, JSON types only; do not change it.
     """
-    _, schemas = msgspec.json.schema_components((CheckRequest, DecisionBody), "#/components/schemas/{name}")
+    _, schemas = msgspec.json.schema_components((CheckRequest, DecisionBody), ref_template="#/components/schemas/{name}")
     schemas["CheckRequest"]["properties"]["cost"].update(minimum=0, maximum=MAX_COST)
     schemas["CheckRequest"]["properties"]["path"].update(minLength=1, pattern="^/", examples=["/api/v1/items"])
     schemas["BatchRequest"] = {

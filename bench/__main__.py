@@ -1,0 +1,9 @@
+"""All benches, one after the other, each in a process of its own: python -m bench [--smoke]."""
+
+import subprocess
+import sys
+
+BENCHES = ("inprocess", "memory", "matching", "simulate", "http")
+
+for bench in BENCHES:
+    subprocess.run([sys.executable, "-m", f"bench.{bench}", *sys.argv[1:]], check=True)

@@ -1,0 +1,174 @@
+"""CPU per HTTP check, requests per CPU second beside FastAPI + slowapi, and latency at 70 % of the peak.
+
+    python -m bench.http [--smoke]
+
+Each server runs as a process of its own on loopback, wrk asks it from the other core, and the CPU time is what the kernel accounts to the
+server's process. Rounds are interleaved; medians are printed, and the ratio to the peer measured in the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import re
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from bench.measure import Goal, report
+
+HERE = Path(__file__).parent
+HEADERS = ("X-API-Key: demo-free-key-0001", "X-Original-URI: /api/v1/items", "X-Original-Method: GET", "X-Real-IP: 203.0.113.7")
+POLICY = """
+[[tiers]]
+name = "free"
+limits = ["900000000/day"]
+  [[tiers.rules]]
+  endpoint = "/api/v1/*"
+  limits = ["100000000/minute"]
+[[api_keys]]
+key = "demo-free-key-0001"
+tier = "free"
+"""
+POST = """
+wrk.method = "POST"
+wrk.body = '{"api_key":"demo-free-key-0001","method":"GET","path":"/api/v1/items","ip":"203.0.113.7"}'
+wrk.headers["Content-Type"] = "application/json"
+"""
+
+
+@contextlib.contextmanager
+def server(command: Callable[[int], list[str]], directory: str, **environment: str) -> Iterator[tuple[int, int]]:
+    """A server process on a free port; yields its process id and port."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = int(probe.getsockname()[1])
+    process = subprocess.Popen(
+        command(port),
+        cwd=directory,
+        env={**os.environ, **{name: value.format(port=port) for name, value in environment.items()}},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        deadline = time.monotonic() + 30
+        while True:
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+                break
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError(f"{command(port)[0]} did not start (exit code {process.poll()})")
+            time.sleep(0.05)
+        yield process.pid, port
+    finally:
+        process.terminate()
+        process.wait(20)
+
+
+def cpu_s(pid: int) -> float:
+    """CPU seconds of a process with all its threads and the children it has waited for."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return sum(int(field) for field in fields[11:15]) / os.sysconf("SC_CLK_TCK")
+
+
+def cpu_of_tree(pid: int) -> float:
+    """CPU seconds of a process and its live children (Granian's own command starts its worker as a child)."""
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return cpu_s(pid) + sum(cpu_of_tree(int(child)) for child in children)
+
+
+def wrk(port: int, path: str, seconds: float, connections: int, script: str | None = None) -> dict[str, Any]:
+    """Ask a path as fast as it answers; gives requests, errors and latencies in ms."""
+    command = ["wrk", "-t1", f"-c{connections}", f"-d{seconds:g}s", "--latency", "--timeout", "5s"]
+    for header in HEADERS:
+        command += ["-H", header]
+    if script is not None:
+        command += ["-s", script]
+    out = subprocess.run([*command, f"http://127.0.0.1:{port}{path}"], capture_output=True, text=True, check=True).stdout
+    requests = re.search(r"(\d+) requests in ([\d.]+)(m?s)", out)
+    p99 = re.search(r"99%\s+([\d.]+)(us|ms|s)", out)
+    p50 = re.search(r"50%\s+([\d.]+)(us|ms|s)", out)
+    if requests is None or p99 is None or p50 is None:
+        raise RuntimeError(f"wrk said:\n{out}")
+    in_ms = {"us": 1e-3, "ms": 1.0, "s": 1e3}
+    return {
+        "requests": int(requests.group(1)),
+        "rate": int(requests.group(1)) / float(requests.group(2)),
+        "p50_ms": float(p50.group(1)) * in_ms[p50.group(2)],
+        "p99_ms": float(p99.group(1)) * in_ms[p99.group(2)],
+        "errors": sum(map(int, re.findall(r"(?:connect|read|write|timeout) (\d+)", out)))
+        + sum(map(int, re.findall(r"Non-2xx or 3xx responses: (\d+)", out))),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--smoke", action="store_true", help="the smallest size: that it works, not how fast")
+    smoke = parser.parse_args().smoke
+    rounds, seconds = (1, 0.5) if smoke else (5, 3.0)
+    with tempfile.TemporaryDirectory() as directory, contextlib.ExitStack() as stack:
+        Path(directory, "tidegate.policy.toml").write_text(POLICY)
+        post = Path(directory, "post.lua")
+        post.write_text(POST)
+        ours = stack.enter_context(
+            server(lambda _: [sys.executable, "-m", "tidegate", "serve"], directory, TIDEGATE_SERVER__HTTP="127.0.0.1:{port}")
+        )
+        granian = ("--interface", "asgi", "--loop", "uvloop", "--no-ws", "--workers", "1", "--log-level", "error")
+        peer = stack.enter_context(
+            server(
+                lambda port: [
+                    sys.executable, "-m", "granian", *granian, "--host", "127.0.0.1", "--port", str(port), "slowapi_app:app",
+                ],
+                str(HERE / "peers"),
+            )
+        )
+        cases = {
+            "GET /v1/authorize": (ours, "/v1/authorize", None),
+            "POST /v1/check": (ours, "/v1/check", str(post)),
+            "FastAPI + slowapi": (peer, "/v1/authorize", None),
+        }
+        for (_, port), path, script in cases.values():
+            wrk(port, path, 0.5 if smoke else 1, 32, script)
+        cpu_us: dict[str, list[float]] = {name: [] for name in cases}
+        rates: dict[str, list[float]] = {name: [] for name in cases}
+        for _ in range(rounds):
+            for name, ((pid, port), path, script) in cases.items():
+                before = cpu_of_tree(pid)
+                asked = wrk(port, path, seconds, 32, script)
+                if asked["errors"]:
+                    raise RuntimeError(f"{name}: {asked['errors']} errors")
+                cpu_us[name].append((cpu_of_tree(pid) - before) / asked["requests"] * 1e6)
+                rates[name].append(asked["rate"])
+        median = {name: statistics.median(values) for name, values in cpu_us.items()}
+        peak = statistics.median(rates["GET /v1/authorize"])
+        # wrk pauses 2 ms on each connection: so many connections give 70 % of the peak.
+        paced = Path(directory, "paced.lua")
+        paced.write_text("function delay() return 2 end\n")
+        connections = max(round(0.7 * peak * 0.00215), 1)
+        latencies = [wrk(ours[1], "/v1/authorize", seconds, connections, str(paced)) for _ in range(rounds)]
+    ratios = [theirs / own for theirs, own in zip(cpu_us["FastAPI + slowapi"], cpu_us["GET /v1/authorize"], strict=True)]
+    report(
+        "http",
+        "HTTP on the embedded default (CPU of the server's process)",
+        [
+            ("GET /v1/authorize, µs CPU", median["GET /v1/authorize"], Goal(at_most=45)),
+            ("POST /v1/check, µs CPU", median["POST /v1/check"], Goal(at_most=70)),
+            ("FastAPI + slowapi (memory), µs CPU", median["FastAPI + slowapi"], None),
+            ("requests per CPU second, ratio to FastAPI + slowapi", statistics.median(ratios), Goal(at_least=6)),
+            ("peak, requests/s", peak, None),
+            ("rate at the latency run, share of the peak", statistics.median(each["rate"] for each in latencies) / peak, None),
+            ("p50 there, ms", statistics.median(each["p50_ms"] for each in latencies), None),
+            ("p99 there, ms", statistics.median(each["p99_ms"] for each in latencies), Goal(at_most=10)),
+        ],
+        smoke=smoke,
+    )
+
+
+if __name__ == "__main__":
+    main()

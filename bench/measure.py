@@ -1,0 +1,46 @@
+"""What the benches share: goals, and a table of figures that is also written as JSON."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+RESULTS = Path(__file__).parent / "results"
+
+
+class Goal(NamedTuple):
+    """What a figure should be."""
+
+    at_most: float | None = None
+    at_least: float | None = None
+
+    def met(self, value: float) -> bool:
+        """Whether a value meets the goal."""
+        return (self.at_most is None or value <= self.at_most) and (self.at_least is None or value >= self.at_least)
+
+    def __str__(self) -> str:
+        bounds = [f"≤ {self.at_most:g}"] if self.at_most is not None else []
+        return ", ".join(bounds + ([f"≥ {self.at_least:g}"] if self.at_least is not None else []))
+
+
+def report(name: str, title: str, figures: Sequence[tuple[str, float, Goal | None]], *, smoke: bool) -> None:
+    """Print figures with their goals, and write them to `bench/results/NAME.json`.
+
+    Args:
+        name: of the file.
+        title: of the table.
+        figures: label, value and goal of each.
+        smoke: whether the run was too short for its figures to mean anything: then goals are not judged.
+    """
+    print(f"\n{title}{' (smoke run: no figure to quote)' if smoke else ''}")
+    width = max(len(label) for label, _, _ in figures)
+    for label, value, goal in figures:
+        judged = "" if goal is None else f"goal {goal}" + ("" if smoke else ": met" if goal.met(value) else ": MISSED")
+        print(f"  {label:<{width}}  {value:>12,.2f}  {judged}")
+    rows: list[dict[str, Any]] = [{"label": label, "value": value, "goal": goal and str(goal)} for label, value, goal in figures]
+    RESULTS.mkdir(exist_ok=True)
+    written = {"title": title, "smoke": smoke, "python": platform.python_version(), "figures": rows}
+    (RESULTS / f"{name}.json").write_text(json.dumps(written, indent=2, ensure_ascii=False))

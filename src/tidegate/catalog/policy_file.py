@@ -1,0 +1,379 @@
+"""The policy file: TOML into a `Policy`, whole or not at all; and a catalog that holds one policy in memory.
+
+A refused file is told with file, line and reason, and an API key is never repeated in a message.
+"""
+
+from __future__ import annotations
+
+import datetime
+import difflib
+import re
+import tomllib
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+from tidegate.catalog.toml_lines import LineIndex
+from tidegate.catalog.toml_lines import Path as KeyPath
+from tidegate.errors import PolicyError
+from tidegate.policy import (
+    US_PER_S,
+    Algorithm,
+    ApiKey,
+    KeyStatus,
+    Limit,
+    Override,
+    Policy,
+    Rule,
+    Subject,
+    Tier,
+    fit_limits,
+    parse_key_digest,
+)
+
+MAX_FILE_BYTES: Final = 10_000_000
+
+_POLICY_FIELDS: Final = ("tiers", "api_keys", "anonymous")
+_TIER_FIELDS: Final = ("name", "limits", "rules")
+_RULE_FIELDS: Final = ("endpoint", "methods", "algorithm", "limits", "subject", "priority", "mode", "on_failure", "name")
+_KEY_FIELDS: Final = ("key", "sha256", "tier", "name", "status", "expires_at", "limits", "overrides")
+_OVERRIDE_FIELDS: Final = ("rule", "limits")
+# The first word of a record's complaint, where it is not the field's name itself.
+_FIELD_OF_WORD: Final = {"limit": "limits", "method": "methods", "rule": "name", "tier": "name"}
+
+_T = TypeVar("_T")
+
+
+def load_policy(path: Path) -> Policy:
+    """Read a policy file.
+
+    Args:
+        path: the file, or a link to it.
+
+    Returns:
+        The policy.
+
+    Raises:
+        PolicyError: with file, line and reason.
+    """
+    return parse_policy(read_policy_text(path), str(path))
+
+
+def read_policy_text(path: Path) -> str:
+    """The text of a policy file.
+
+    Args:
+        path: the file, or a link to it.
+
+    Returns:
+        Its text.
+
+    Raises:
+        PolicyError: if it cannot be read, is larger than 10 MB or is not UTF-8.
+    """
+    try:
+        with path.open("rb") as file:
+            raw = file.read(MAX_FILE_BYTES + 1)
+    except FileNotFoundError:
+        raise PolicyError("the policy file is not there: check [policy] file", str(path)) from None
+    except OSError as error:
+        raise PolicyError(f"the policy file cannot be read: {error.strerror or error}", str(path)) from None
+    if len(raw) > MAX_FILE_BYTES:
+        raise PolicyError(f"the policy file has more than {MAX_FILE_BYTES} bytes: keep API keys in the catalog", str(path))
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = raw[: error.start].count(b"\n") + 1
+        raise PolicyError("the policy file is not UTF-8 here", str(path), line) from None
+
+
+def parse_policy(text: str, file: str | None = None) -> Policy:
+    """Read the text of a policy file.
+
+    Args:
+        text: TOML.
+        file: path for messages.
+
+    Returns:
+        The policy.
+
+    Raises:
+        PolicyError: with file, line and reason.
+    """
+    try:
+        # As editors on Windows write it; a lone CR is refused by TOML itself.
+        raw = tomllib.loads(text.removeprefix("\ufeff"))
+    except tomllib.TOMLDecodeError as error:
+        found = re.search(r"\(at line (\d+), column (\d+)\)|\(at end of document\)", str(error))
+        line = int(found.group(1)) if found and found.group(1) else text.count("\n") + 1
+        reason = str(error)[: found.start()].strip() if found else str(error)
+        raise PolicyError(f"not TOML: {reason}", file, line) from None
+    except RecursionError:
+        raise PolicyError("not TOML that can be read: it is nested too deeply", file, 1) from None
+    return _Reader(raw, LineIndex(text), file).policy()
+
+
+class _Reader:
+    """Reads one decoded file. `at` is always the path of the thing in hand, for its line."""
+
+    def __init__(self, raw: dict[str, Any], lines: LineIndex, file: str | None) -> None:
+        self._raw = raw
+        self._lines = lines
+        self._file = file
+
+    def policy(self) -> Policy:
+        self._known(self._raw, _POLICY_FIELDS, ())
+        tiers: dict[str, Tier] = {}
+        for at, table in self._tables(self._raw, "tiers", ()):
+            tier = self._tier(table, at)
+            if tier.name in tiers:
+                raise self._error(f"tier {tier.name!r} stands twice: merge the two, or rename one", (*at, "name"))
+            tiers[tier.name] = tier
+        if not tiers:
+            raise self._error("the policy has no tiers: it needs at least one [[tiers]]", ())
+        keys: dict[str, ApiKey] = {}
+        for at, table in self._tables(self._raw, "api_keys", ()):
+            api_key = self._api_key(table, at, tiers)
+            if api_key.sha256 in keys:
+                raise self._error(f"the API key with the digest {api_key.sha256[:12]}… stands twice: remove one", at)
+            keys[api_key.sha256] = api_key
+        return Policy(tuple(tiers.values()), tuple(keys.values()), self._anonymous(tiers))
+
+    def _tier(self, table: dict[str, Any], at: KeyPath) -> Tier:
+        self._known(table, _TIER_FIELDS, at)
+        self._required(table, ("name",), at)
+        limits = self._limits(table.get("limits", []), (*at, "limits"))
+        rules: list[Rule] = []
+        for rule_at, rule_table in self._tables(table, "rules", at):
+            rule = self._rule(rule_table, rule_at)
+            if any(rule.name == other.name for other in rules):
+                raise self._error(
+                    f"tier {table['name']!r} has two rules {rule.name!r}: remove one, or give it other methods, mode or a name",
+                    rule_at,
+                )
+            rules.append(rule)
+        tier = self._placed(lambda: Tier.make(table["name"], rules, limits), table, at)
+        return Tier(tier.name, tier.rules, tier.limits, managed_by_file=True)
+
+    def _rule(self, table: dict[str, Any], at: KeyPath) -> Rule:
+        self._known(table, _RULE_FIELDS, at)
+        self._required(table, ("endpoint", "limits"), at)
+        limits = self._limits(table["limits"], (*at, "limits"))
+        methods = table.get("methods", [])
+        if not isinstance(methods, list) or ("methods" in table and not methods):
+            raise self._error("methods must be a list such as [\"GET\"]; leave it out for every method", (*at, "methods"))
+        if "name" in table and (not isinstance(table["name"], str) or not table["name"]):
+            raise self._error("name must be a non-empty string", (*at, "name"))
+        return self._placed(lambda: Rule.make(**{**table, "limits": limits, "methods": methods}), table, at)
+
+    def _api_key(self, table: dict[str, Any], at: KeyPath, tiers: Mapping[str, Tier]) -> ApiKey:
+        self._known(table, _KEY_FIELDS, at)
+        self._required(table, ("tier",), at)
+        name = table.get("name", "")
+        if not isinstance(name, str) or len(name) > 200:
+            raise self._error("name must be a string of at most 200 characters", (*at, "name"))
+        tier = tiers.get(table["tier"]) if isinstance(table["tier"], str) else None
+        if tier is None:
+            raise self._error(f"tier {table['tier']!r} is not in this policy{_nearest(table['tier'], tiers)}", (*at, "tier"))
+        status = table.get("status", KeyStatus.ACTIVE.value)
+        if status not in tuple(KeyStatus):
+            raise self._error(f"status {status!r} is not known: use active or revoked", (*at, "status"))
+        digest_at = (*at, "key" if "key" in table else "sha256")
+        return ApiKey(
+            sha256=self._placed(lambda: parse_key_digest(table.get("key"), table.get("sha256")), {}, digest_at),
+            tier=tier.name,
+            status=KeyStatus(status),
+            name=name,
+            expires_at_us=self._moment_us(table["expires_at"], (*at, "expires_at")) if "expires_at" in table else None,
+            overrides=self._overrides(table, at, tier),
+            managed_by_file=True,
+        )
+
+    def _overrides(self, table: dict[str, Any], at: KeyPath, tier: Tier) -> tuple[Override, ...]:
+        overrides: dict[str, Override] = {}
+        if "limits" in table:
+            limits_at = (*at, "limits")
+            limits = self._limits(table["limits"], limits_at)
+            self._placed(lambda: fit_limits(Algorithm.SLIDING_WINDOW, limits), {}, limits_at)
+            overrides[""] = Override("", limits)
+        by_name = {rule.name: rule for rule in tier.rules}
+        for override_at, override in self._tables(table, "overrides", at):
+            self._known(override, _OVERRIDE_FIELDS, override_at)
+            self._required(override, _OVERRIDE_FIELDS, override_at)
+            rule = by_name.get(override["rule"]) if isinstance(override["rule"], str) else None
+            rule_at, limits_at = (*override_at, "rule"), (*override_at, "limits")
+            if rule is None:
+                raise self._error(f"tier {tier.name!r} has no rule {override['rule']!r}{_nearest(override['rule'], by_name)}", rule_at)
+            if rule.subject is not Subject.API_KEY:
+                raise self._error(
+                    f"rule {rule.name!r} counts by {rule.subject}, not by API key: a key cannot have limits of its own there", rule_at
+                )
+            if rule.name in overrides:
+                raise self._error(f"rule {rule.name!r} is overridden twice: remove one", rule_at)
+            limits = self._limits(override["limits"], limits_at)
+            self._fit(rule, limits, limits_at)
+            overrides[rule.name] = Override(rule.name, limits)
+        return tuple(overrides.values())
+
+    def _fit(self, rule: Rule, limits: tuple[Limit, ...], at: KeyPath) -> None:
+        self._placed(lambda: fit_limits(rule.algorithm, limits), {}, at)
+
+    def _anonymous(self, tiers: Mapping[str, Tier]) -> str | None:
+        if "anonymous" not in self._raw:
+            return None
+        table = self._raw["anonymous"]
+        at: KeyPath = ("anonymous",)
+        if not isinstance(table, dict):
+            raise self._error("anonymous is a table: write [anonymous] and tier = \"…\" below it", at)
+        self._known(table, ("tier",), at)
+        self._required(table, ("tier",), at)
+        name = table["tier"]
+        if not isinstance(name, str) or name not in tiers:
+            raise self._error(f"tier {name!r} is not in this policy{_nearest(name, tiers)}", (*at, "tier"))
+        return name
+
+    def _limits(self, value: object, at: KeyPath) -> tuple[Limit, ...]:
+        if not isinstance(value, list):
+            raise self._error(f"limits must be a list such as [\"100/minute\"], not {str(value)[:40]!r}", at)
+        return tuple(self._placed(lambda text=text: Limit.parse(text), {}, at) for text in value)  # type: ignore[misc]
+
+    def _moment_us(self, value: object, at: KeyPath) -> int:
+        if isinstance(value, datetime.datetime):
+            if value.tzinfo is None:
+                raise self._error(f"expires_at {value.isoformat()} has no offset: write {value.isoformat()}Z", at)
+            return round(value.timestamp() * US_PER_S)
+        if isinstance(value, datetime.date):
+            return round(datetime.datetime.combine(value, datetime.time(), datetime.UTC).timestamp() * US_PER_S)
+        raise self._error(f"expires_at {str(value)[:40]!r} is no moment: write 2030-01-31T00:00:00Z, without quotes", at)
+
+    def _tables(self, table: dict[str, Any], name: str, at: KeyPath) -> Iterable[tuple[KeyPath, dict[str, Any]]]:
+        value = table.get(name, [])
+        header = ".".join([*(str(part) for part in at if isinstance(part, str)), name])
+        if not isinstance(value, list) or not all(isinstance(each, dict) for each in value):
+            raise self._error(f"{name} is a list of tables: write [[{header}]]", (*at, name))
+        return [((*at, name, number), each) for number, each in enumerate(value)]
+
+    def _known(self, table: Mapping[str, Any], known: Iterable[str], at: KeyPath) -> None:
+        for field in table:
+            if field not in known:
+                raise self._error(f"unknown field {field[:60]!r}{_nearest(field, known)}", (*at, field))
+
+    def _required(self, table: Mapping[str, Any], fields: Iterable[str], at: KeyPath) -> None:
+        for field in fields:
+            if field not in table:
+                raise self._error(f"{field!r} is missing here: add it", at)
+
+    def _placed(self, make: Callable[[], _T], table: Mapping[str, Any], at: KeyPath) -> _T:
+        """Make a record; its complaint gets the line of the field that it speaks of."""
+        try:
+            return make()
+        except PolicyError as error:
+            word = error.reason.split(" ", 1)[0]
+            field = _FIELD_OF_WORD.get(word, word)
+            raise self._error(error.reason, (*at, field) if field in table else at) from None
+
+    def _error(self, reason: str, at: KeyPath) -> PolicyError:
+        return PolicyError(reason, self._file, self._lines.line(at))
+
+
+def _nearest(name: object, known: Iterable[str]) -> str:
+    listed = list(known)
+    close = difflib.get_close_matches(str(name), listed, n=1)
+    if close:
+        return f": did you mean {close[0]!r}?"
+    return f": there are {', '.join(listed[:20])}" if listed else ""
+
+
+def policy_warnings(policy: Policy) -> list[str]:
+    """What is valid in a policy but surely not meant.
+
+    Args:
+        policy: a valid policy.
+
+    Returns:
+        One sentence each: rules that can never answer, limits that can never bind, tiers that nobody uses or that limit nothing.
+    """
+    warnings = []
+    used = {api_key.tier for api_key in policy.api_keys} | {policy.anonymous_tier}
+    for tier in policy.tiers:
+        if not tier.rules and not tier.limits:
+            warnings.append(f"tier {tier.name!r} limits nothing: it has neither rules nor limits")
+        if policy.api_keys and tier.name not in used:
+            warnings.append(f"tier {tier.name!r} has no API key in this file and is not the anonymous tier")
+        for number, rule in enumerate(tier.rules):
+            for place, other in enumerate(tier.rules):
+                if other is not rule and _always_before(other, place, rule, number):
+                    warnings.append(f"tier {tier.name!r}: rule {rule.name!r} never answers: {other.name!r} does, for the same requests")
+                    break
+            warnings.extend(
+                f"tier {tier.name!r}, rule {rule.name!r}: limit {idle.text!r} never binds: {binding.text!r} is reached first"
+                for idle, binding in _idle_limits(rule)
+            )
+    return warnings
+
+
+def _always_before(other: Rule, place: int, rule: Rule, number: int) -> bool:
+    """Whether `other` answers everything that `rule` could: same pattern and mode, its methods included, preferred."""
+    if other.endpoint != rule.endpoint or other.mode is not rule.mode:
+        return False
+    if other.methods and not (rule.methods and set(rule.methods) <= set(other.methods)):
+        return False
+    return (-other.priority, not other.methods, place) < (-rule.priority, not rule.methods, number)
+
+
+def _idle_limits(rule: Rule) -> Iterable[tuple[Limit, Limit]]:
+    """Pairs of a limit that can never bind and the shorter one that is always reached first."""
+    if rule.algorithm.is_bucket:
+        return
+    for limit in rule.limits:
+        for shorter in rule.limits:
+            # Twice the rate: a window counter may admit nearly twice its amount within one window's length.
+            fits = -(-limit.window_us // shorter.window_us) + 1
+            if shorter.window_us < limit.window_us and shorter.amount * fits <= limit.amount:
+                yield limit, shorter
+                break
+
+
+class PolicyCatalog:
+    """A catalog in memory that holds one policy: for the library, for tests and for simulations.
+
+    Args:
+        policy: what it holds first.
+    """
+
+    def __init__(self, policy: Policy) -> None:
+        self._version = 0
+        self.replace(policy)
+
+    def replace(self, policy: Policy) -> None:
+        """Hold another policy.
+
+        Args:
+            policy: the whole new policy.
+        """
+        self._tiers = {tier.name: tier for tier in policy.tiers}
+        self._keys = {api_key.sha256: api_key for api_key in policy.api_keys}
+        self._anonymous = policy.anonymous_tier
+        self._version += 1
+
+    async def api_key(self, sha256: str) -> ApiKey | None:
+        """See `Catalog.api_key`."""
+        return self._keys.get(sha256)
+
+    async def tier(self, name: str) -> Tier | None:
+        """See `Catalog.tier`."""
+        return self._tiers.get(name)
+
+    async def anonymous_tier(self) -> str | None:
+        """See `Catalog.anonymous_tier`."""
+        return self._anonymous
+
+    async def version(self) -> int:
+        """See `Catalog.version`."""
+        return self._version
+
+    async def ping(self) -> None:
+        """See `Catalog.ping`: memory always answers."""
+
+    async def close(self) -> None:
+        """See `Catalog.close`: there is nothing to give back."""

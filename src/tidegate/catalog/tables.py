@@ -1,0 +1,99 @@
+"""The catalog's tables, in SQLAlchemy Core: one schema for SQLite and PostgreSQL.
+
+Times are µs since the epoch (UTC). Limits are kept as the texts that a policy writes. Rows with `managed_by_file` belong to the policy file.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    Boolean,
+    CheckConstraint,
+    Column,
+    ForeignKey,
+    Index,
+    Integer,
+    MetaData,
+    String,
+    Table,
+    UniqueConstraint,
+    text,
+)
+
+# Names for every constraint, so that a migration can drop it by name on any database.
+metadata: Final = MetaData(
+    naming_convention={
+        "ix": "idx_%(table_name)s_%(column_0_N_name)s",
+        "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+        "ck": "ck_%(table_name)s_%(constraint_name)s",
+        "fk": "fk_%(table_name)s_%(column_0_N_name)s",
+        "pk": "pk_%(table_name)s",
+    }
+)
+
+# SQLite numbers rows by itself only in a column that is INTEGER to the letter.
+_RowId: Final = BigInteger().with_variant(Integer, "sqlite")
+
+tiers: Final = Table(
+    "tiers",
+    metadata,
+    Column("id", _RowId, primary_key=True, autoincrement=True),
+    Column("name", String(64), nullable=False),
+    Column("limits", JSON, nullable=False),
+    Column("managed_by_file", Boolean, nullable=False, default=False),
+    UniqueConstraint("name"),
+)
+
+rate_limit_rules: Final = Table(
+    "rate_limit_rules",
+    metadata,
+    Column("id", _RowId, primary_key=True, autoincrement=True),
+    Column("tier_id", _RowId, ForeignKey("tiers.id", ondelete="CASCADE"), nullable=False),
+    Column("name", String(256), nullable=False),
+    Column("endpoint_pattern", String(1024), nullable=False),
+    Column("methods", JSON, nullable=False),
+    Column("algorithm", String(32), nullable=False),
+    Column("limits", JSON, nullable=False),
+    Column("subject", String(16), nullable=False),
+    Column("priority", Integer, nullable=False),
+    Column("mode", String(16), nullable=False),
+    Column("on_failure", String(16), nullable=False),
+    Column("position", Integer, nullable=False),
+    Column("managed_by_file", Boolean, nullable=False, default=False),
+    UniqueConstraint("tier_id", "name"),
+    Index("idx_rules_tier_endpoint", "tier_id", "endpoint_pattern"),
+)
+
+api_keys: Final = Table(
+    "api_keys",
+    metadata,
+    # The first 24 hex digits of the digest: the same everywhere, and enough to be unique.
+    Column("id", String(24), primary_key=True),
+    Column("sha256", String(64), nullable=False),
+    Column("tier_id", _RowId, ForeignKey("tiers.id"), nullable=False),
+    Column("name", String(200), nullable=False),
+    Column("status", String(16), nullable=False),
+    Column("expires_at_us", BigInteger, nullable=True),
+    Column("overrides", JSON, nullable=False),
+    Column("created_at_us", BigInteger, nullable=False),
+    Column("revoked_at_us", BigInteger, nullable=True),
+    Column("revoked_reason", String(1000), nullable=True),
+    Column("managed_by_file", Boolean, nullable=False, default=False),
+    UniqueConstraint("sha256"),
+    Index("idx_api_keys_tier_id", "tier_id", "id"),
+    Index("idx_api_keys_status", "status", sqlite_where=text("status = 'active'"), postgresql_where=text("status = 'active'")),
+)
+
+policy_state: Final = Table(
+    "policy_state",
+    metadata,
+    Column("id", Integer, primary_key=True, autoincrement=False),
+    Column("version", BigInteger, nullable=False),
+    Column("anonymous_tier", String(64), nullable=True),
+    Column("file_digest", String(64), nullable=True),
+    Column("changed_at_us", BigInteger, nullable=False),
+    CheckConstraint("id = 1", name="single_row"),
+)

@@ -1,0 +1,103 @@
+"""Where in a TOML text each key stands: `tomllib` gives values without positions, and a refused policy must name its line."""
+
+from __future__ import annotations
+
+import re
+from typing import Final, TypeAlias
+
+Path: TypeAlias = tuple[str | int, ...]
+
+_KEY_PART: Final = re.compile(r"""\s*(?:([A-Za-z0-9_-]+)|"((?:[^"\\]|\\.)*)"|'([^']*)')\s*""")
+_STRING: Final = re.compile(r'"""(?:[^\\]|\\.)*?"{3,5}|\'\'\'.*?\'{3,5}|"(?:[^"\\\n]|\\.)*"|\'[^\'\n]*\'', re.DOTALL)
+
+
+class LineIndex:
+    """The 1-based line of every table and key of a TOML text that `tomllib` has accepted.
+
+    Args:
+        text: the TOML text.
+    """
+
+    def __init__(self, text: str) -> None:
+        self._lines: dict[Path, int] = {(): 1}
+        self._counts: dict[Path, int] = {}
+        table: Path = ()
+        for line, statement in _statements(text):
+            if statement.startswith("["):
+                table = self._open_table(statement, line)
+            else:
+                for depth in range(1, len(parts := _key(statement)[0]) + 1):
+                    self._lines.setdefault(table + parts[:depth], line)
+
+    def line(self, path: Path) -> int:
+        """The line of a key or table, or of the nearest thing around it that has one.
+
+        Args:
+            path: keys, and indices into arrays of tables.
+
+        Returns:
+            1 or more.
+        """
+        while path not in self._lines:
+            path = path[:-1]
+        return self._lines[path]
+
+    def _open_table(self, statement: str, line: int) -> Path:
+        array = statement.startswith("[[")
+        parts, _ = _key(statement.lstrip("["))
+        path: Path = ()
+        for number, part in enumerate(parts):
+            path = (*path, part)
+            last = number == len(parts) - 1
+            if last and array:
+                self._counts[path] = self._counts.get(path, -1) + 1
+            # A header names the newest element of each array on its way.
+            if path in self._counts:
+                self._lines.setdefault(path, line)
+                path = (*path, self._counts[path])
+        self._lines.setdefault(path, line)
+        return path
+
+
+def _statements(text: str) -> list[tuple[int, str]]:
+    """The beginnings of all statements with their lines: what stands at the start of a line outside any string or bracket."""
+    found: list[tuple[int, str]] = []
+    at, line, depth, fresh = 0, 1, 0, True
+    while at < len(text):
+        character = text[at]
+        if character == "\n":
+            line += 1
+            at += 1
+            fresh = depth == 0
+        elif character == "#":
+            at = _end_of_line(text, at)
+        elif fresh and not character.isspace():
+            fresh = False
+            found.append((line, text[at : _end_of_line(text, at)]))
+            if character == "[":
+                at = _end_of_line(text, at)
+        elif character in "\"'" and (string := _STRING.match(text, at)):
+            line += string.group().count("\n")
+            at = string.end()
+        else:
+            depth += (character in "[{") - (character in "]}")
+            at += 1
+    return found
+
+
+def _end_of_line(text: str, at: int) -> int:
+    end = text.find("\n", at)
+    return len(text) if end < 0 else end
+
+
+def _key(statement: str) -> tuple[tuple[str, ...], int]:
+    """The parts of the dotted key that a statement begins with, and where it ends."""
+    parts: list[str] = []
+    at = 0
+    while match := _KEY_PART.match(statement, at):
+        parts.append(match.group(1) or match.group(2) or match.group(3) or "")
+        at = match.end()
+        if statement[at : at + 1] != ".":
+            break
+        at += 1
+    return tuple(parts), at
