@@ -147,7 +147,7 @@ class Gate:
         """
         ip = check.ip
         if ip is not None and ":" in ip:
-            ip = _ipv6_client(ip)
+            ip = ipv6_client(ip)
         caller = await self._caller(check.api_key)
         tier = caller.tier
         subject = caller.subject
@@ -193,6 +193,17 @@ class Gate:
         return caller
 
 
-@lru_cache(maxsize=4096)
-def _ipv6_client(ip: str) -> str:
+@lru_cache(maxsize=65_536)
+def ipv6_client(ip: str) -> str:
+    """What counts as one client of an IPv6 address: its /64.
+
+    Args:
+        ip: the address, canonical.
+
+    Returns:
+        The network.
+
+    Raises:
+        ValueError: if it is no IPv6 address.
+    """
     return str(ipaddress.IPv6Network((ip, IPV6_PREFIX), strict=False))

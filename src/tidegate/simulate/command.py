@@ -1,5 +1,211 @@
-"""Placeholder while the command is being written."""
+"""`tidegate simulate`: the command around a simulation."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Final
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+from tidegate.catalog.policy_file import load_policy
+from tidegate.counters.memory import DEFAULT_MAX_SUBJECTS
+from tidegate.errors import SettingsError
+from tidegate.simulate.log_formats import FORMATS, Malformed, Parse, detect, parser_of
+from tidegate.simulate.log_lines import LogError, LogLines
+from tidegate.simulate.page import render_page
+from tidegate.simulate.replay import Replay
+from tidegate.simulate.report import Report, as_json, clean, make_report, print_report
+from tidegate.simulate.time_order import TimeOrder
+
+EXAMPLES_SHOWN: Final = 5
+DETECTED_WITHIN: Final = 1000
+_PROGRESS_LINES: Final = 20_000
+_SPAN: Final = re.compile(r"([0-9]{1,6})([smh]?)", re.ASCII)
 
 
-def simulate() -> None:
-    """Not here yet."""
+class Simulation:
+    """Reads logs and decides their requests.
+
+    Args:
+        replay: decides.
+        order: puts requests in order and hands them to `replay`.
+        log_format: one of `FORMATS`, or None to tell it by the first lines.
+        subject: ip, user, or the name of a field.
+        key_field: field with the API key, or None.
+    """
+
+    def __init__(self, replay: Replay, order: TimeOrder, log_format: str | None, subject: str, key_field: str | None) -> None:
+        self.lines = 0
+        self.malformed = 0
+        self.examples: list[str] = []
+        self._replay = replay
+        self._order = order
+        self._format = log_format
+        self._subject = subject
+        self._key_field = key_field
+
+    def read(self, log: LogLines) -> Iterator[int]:
+        """Read one log.
+
+        Args:
+            log: its lines.
+
+        Yields:
+            Bytes of the file read so far, now and then.
+
+        Raises:
+            LogError: if the log cannot be read or its format cannot be told.
+        """
+        parse: Parse | None = None
+        undecided: list[str] = []
+        add = self._order.add
+        number = 0
+        for line in log:
+            number += 1
+            if parse is None:
+                if not line.strip():
+                    continue
+                parse, is_header = self._parser(line)
+                if parse is None:
+                    undecided.append(line)
+                    if len(undecided) >= DETECTED_WITHIN:
+                        break
+                    continue
+                for earlier in undecided:
+                    self._count_malformed(log, earlier, number, "before the first line of the log's format")
+                if is_header:
+                    continue
+            try:
+                add(parse(line))
+                self.lines += 1
+            except Malformed as reason:
+                if line.strip():
+                    self._count_malformed(log, line, number, str(reason))
+            if number % _PROGRESS_LINES == 0:
+                yield log.position()
+        if parse is None and undecided:
+            raise LogError(
+                f"{log.source}: none of the first {len(undecided)} lines is of a format that is known: give --format "
+                f"({', '.join(FORMATS)}); the first is {clean(undecided[0][:80])!r}"
+            )
+        if log.broken is not None:
+            self.examples.append(log.broken)
+
+    def finish(self) -> Report:
+        """Decide what is held back, and sum up.
+
+        Returns:
+            The report.
+        """
+        self._order.finish()
+        self._replay.finish()
+        return make_report(self._replay, self._order, self.lines, self.malformed, self.examples)
+
+    def _parser(self, line: str) -> tuple[Parse | None, bool]:
+        """The parser that a line calls for, and whether the line was a header."""
+        found = detect(line)
+        name = self._format or (found[0] if found else None)
+        if name is None:
+            return None, False
+        if name == "csv":
+            columns = [column.strip().strip('"') for column in line.strip().split(",")]
+            return parser_of("csv", self._subject, self._key_field, columns), True
+        return parser_of(name, self._subject, self._key_field), False
+
+    def _count_malformed(self, log: LogLines, line: str, number: int, reason: str) -> None:
+        self.lines += 1
+        self.malformed += 1
+        if len(self.examples) < EXAMPLES_SHOWN:
+            self.examples.append(f"{log.source}:{number}: {reason}: {line.strip()[:100]}")
+
+
+def simulate(
+    logs: Annotated[list[str], typer.Argument(metavar="LOG...", help="Access logs, gzip or plain; - reads standard input.", show_default=False)],
+    policy: Annotated[Path, typer.Option("--policy", "-p", help="The policy file to try.", show_default=False)],
+    tier: Annotated[str | None, typer.Option("--tier", help="Tier of callers whose API key the policy does not know; the anonymous tier, or the only one.")] = None,
+    subject: Annotated[str, typer.Option("--subject", help="What names a caller: ip, user, or a field of the log.")] = "ip",
+    key_field: Annotated[str | None, typer.Option("--key-field", help="Field with the API key, for keys that the policy knows.")] = None,
+    log_format: Annotated[str | None, typer.Option("--format", help=f"One of {', '.join(FORMATS)}; told by the first lines where not given.")] = None,
+    reorder: Annotated[str, typer.Option("--reorder", help="How much out of order the log may be: 120s, 5m, 1h.")] = "120s",
+    reorder_max: Annotated[int, typer.Option("--reorder-max", min=1, help="Most requests held back to put them in order.")] = 500_000,
+    max_subjects: Annotated[int, typer.Option("--max-subjects", min=1, help="Most counters held; each takes about 200 bytes.")] = DEFAULT_MAX_SUBJECTS,
+    as_json_: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+    html: Annotated[Path | None, typer.Option("--html", help="Write a page with charts here too.", show_default=False)] = None,
+) -> int:
+    """What would this policy have done to yesterday's traffic?
+
+    Reads access logs (common, combined, nginx JSON lines, CSV with a header), puts the requests in time order, and decides them in the log's own time by the
+    rules and counters of live traffic. Tells for each rule what it would have allowed and blocked, who would have been blocked most, and the worst minute.
+
+      tidegate simulate access.log --policy tidegate.policy.toml
+      zcat old/*.gz | tidegate simulate - -p new.toml --html report.html
+
+    Exit code 0: done, malformed lines are counted and the first shown. 2: a log or the policy cannot be read. 130: interrupted; what was decided is told.
+    """
+    if log_format is not None and log_format not in FORMATS:
+        raise SettingsError(f"--format {log_format!r} is not known: use one of {', '.join(FORMATS)}")
+    if html is not None and not html.absolute().parent.is_dir():
+        raise SettingsError(f"--html {html}: the directory is not there: make it first")
+    replay = Replay(load_policy(policy), tier, by_ip=subject == "ip", max_subjects=max_subjects)
+    order = TimeOrder(replay.decide, _span_s(reorder), reorder_max)
+    simulation = Simulation(replay, order, log_format, subject.lower(), key_field.lower() if key_field else None)
+    opened = [LogLines(source) for source in logs]
+    interrupted = False
+    try:
+        with _progress(opened) as tell:
+            done = 0
+            for log in opened:
+                for position in simulation.read(log):
+                    tell(done + position)
+                done += log.size or 0
+                tell(done)
+    except KeyboardInterrupt:
+        interrupted = True
+    finally:
+        for log in opened:
+            log.close()
+    report = simulation.finish()
+    if report.requests == 0 and report.refused_paths == 0 and not interrupted:
+        shown = "".join(f"\n  {clean(example)}" for example in report.malformed_examples)
+        raise LogError(f"no request in {', '.join(logs)}: {report.malformed:,} of {report.lines:,} lines are malformed{shown}")
+    if html is not None:
+        try:
+            html.write_text(render_page(report, str(policy), logs), encoding="utf-8")
+        except OSError as error:
+            raise SettingsError(f"--html {html} cannot be written: {error.strerror or error}") from None
+    if as_json_:
+        typer.echo(json.dumps(as_json(report), indent=2))
+    else:
+        print_report(report, str(policy))
+    if interrupted:
+        typer.echo("interrupted: this is what was decided until then", err=True)
+        return 130
+    return 0
+
+
+@contextmanager
+def _progress(logs: list[LogLines]) -> Iterator[Callable[[int], None]]:
+    """A progress bar on stderr, where that is a terminal; yields what takes the bytes read."""
+    if not sys.stderr.isatty():
+        yield lambda _: None
+        return
+    sizes = [log.size for log in logs]
+    total = None if None in sizes else sum(size or 0 for size in sizes)
+    columns = (TextColumn("simulating"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("", total=total)
+        yield lambda read: progress.update(task, completed=read)
+
+
+def _span_s(text: str) -> int:
+    found = _SPAN.fullmatch(text.strip())
+    if found is None:
+        raise SettingsError(f"--reorder {text!r} is no span of time: write 120s, 5m or 1h")
+    return int(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[found[2]]
