@@ -2,8 +2,9 @@
 
     python -m bench.http [--smoke]
 
-Each server runs as a process of its own on loopback, wrk asks it from the other core, and the CPU time is what the kernel accounts to the
-server's process. Rounds are interleaved; medians are printed, and the ratio to the peer measured in the same run.
+Each server runs as a process of its own on loopback, wrk asks it from the other core, and the CPU time is what the kernel
+accounts to the server's process. Rounds are interleaved; medians are printed, and the ratio to the peer measured in the same
+run.
 """
 
 from __future__ import annotations
@@ -123,7 +124,15 @@ def main() -> None:
         peer = stack.enter_context(
             server(
                 lambda port: [
-                    sys.executable, "-m", "granian", *granian, "--host", "127.0.0.1", "--port", str(port), "slowapi_app:app",
+                    sys.executable,
+                    "-m",
+                    "granian",
+                    *granian,
+                    "--host",
+                    "127.0.0.1",
+                    "--port",
+                    str(port),
+                    "slowapi_app:app",
                 ],
                 str(HERE / "peers"),
             )

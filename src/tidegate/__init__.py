@@ -4,7 +4,8 @@
     limiter = Limiter("100/minute")
     decision = await limiter.check("user-42")
 
-The names below are the public surface; everything else may change without notice. Nothing here blocks an event loop, and all of it serves one
+The names below are the public surface; everything else may change without notice. Nothing here blocks an event loop, and all
+of it serves one
 loop: it is not for threads.
 """
 
@@ -31,7 +32,8 @@ from tidegate.errors import (
     TidegateError,
 )
 from tidegate.gate import Gate
-from tidegate.policy import Algorithm, ApiKey, Limit, Policy, Rule, Tier
+from tidegate.limits import Algorithm, Limit
+from tidegate.policy import ApiKey, Policy, Rule, Tier
 
 __all__ = [
     "Algorithm",
@@ -61,8 +63,8 @@ __all__ = [
     "Rule",
     "SettingsError",
     "StoreUnavailable",
-    "Tier",
     "TidegateError",
+    "Tier",
     "__version__",
     "load_policy",
 ]

@@ -9,8 +9,8 @@ from typing import Final
 import msgspec
 
 from tidegate.errors import BadRequest
+from tidegate.limits import US_PER_S, Limit, LimitSet
 from tidegate.paths import canonical_path
-from tidegate.policy import US_PER_S, Limit, LimitSet
 
 MAX_COST: Final = 1_000_000_000
 

@@ -20,8 +20,10 @@ from tidegate.errors import (
     MissingApiKey,
     TidegateError,
 )
+from tidegate.keys import is_possible_key
+from tidegate.limits import LimitSet
 from tidegate.matching import subject_of
-from tidegate.policy import KeyStatus, LimitSet, Subject, is_possible_key
+from tidegate.policy import KeyStatus, Subject
 
 Observer: TypeAlias = Callable[[Observation], None]
 
@@ -120,9 +122,7 @@ class Gate:
             at += len(own)
         return answers
 
-    def _tell(
-        self, answer: Decision | None, charges: list[Charge], charged: list[Decision], latency_ns: int
-    ) -> Decision:
+    def _tell(self, answer: Decision | None, charges: list[Charge], charged: list[Decision], latency_ns: int) -> Decision:
         """Tell telemetry what was decided; returns the decision."""
         decision = charged[0] if answer is None else answer
         if self._observe is not None:
@@ -142,8 +142,8 @@ class Gate:
     async def _plan(self, check: Check) -> tuple[Decision | None, list[Charge]]:
         """Whose limits a check is held against.
 
-        Returns the answer where nothing limits the check, else None; and the charges: first the one that decides (where there is no
-        answer yet), then one for each shadow rule.
+        Returns the answer where nothing limits the check, else None; and the charges: first the one that decides (where there
+        is no answer yet), then one for each shadow rule.
         """
         ip = check.ip
         if ip is not None and ":" in ip:

@@ -1,8 +1,8 @@
 """Method + path → rules, compiled once per tier.
 
 One index serves rules that enforce, another those that only watch. A literal path is one dictionary look-up; patterns of segments
-(`{id}`) stand in a trie; patterns with `*` are found by their literal beginning and end, so that a thousand rules cost about what ten do.
-Nothing is remembered per path: an attacker who varies paths grows nothing.
+(`{id}`) stand in a trie; patterns with `*` are found by their literal beginning and end, so that a thousand rules cost about
+what ten do. Nothing is remembered per path: an attacker who varies paths grows nothing.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from typing import TypeAlias
 
 import msgspec
 
-from tidegate.policy import Algorithm, Limit, LimitSet, Mode, Override, Rule, Subject, Tier
+from tidegate.limits import Algorithm, Limit, LimitSet
+from tidegate.policy import Mode, Override, Rule, Subject, Tier
 
 _Rank: TypeAlias = tuple[int, ...]
 
@@ -95,9 +96,7 @@ class CompiledTier:
 
 def _limit_set(tier: Tier, rule: Rule, limits: tuple[Limit, ...], suffix: str) -> LimitSet:
     # A tier's name holds no ':', so 'tier:rule' cannot be read two ways, nor equal a tier's own counter 'tier'.
-    made = LimitSet(
-        f"{tier.name}:{rule.name}", rule.algorithm, limits, rule.on_failure, rule=rule.name, tier=tier.name
-    )
+    made = LimitSet(f"{tier.name}:{rule.name}", rule.algorithm, limits, rule.on_failure, rule=rule.name, tier=tier.name)
     made.quotas += suffix
     return made
 

@@ -1,7 +1,7 @@
 """One running instance: its resources, its listeners, its signals, its end.
 
-Resources are opened in order and closed in reverse; `/health` and the drain walk the same list. The HTTP server stands behind `Listener`, so
-that another one can take its place.
+Resources are opened in order and closed in reverse; `/health` and the drain walk the same list. The HTTP server stands behind
+`Listener`, so that another one can take its place.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ class Listener:
         """
         if self._serving is None:
             return
-        self._server.stop()
+        self._server.stop()  # type: ignore[no-untyped-call]
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._serving, timeout_s)
 
@@ -125,7 +125,9 @@ class Instance:
                 "on its own and admit the limit again; use one worker"
             )
         if settings.server.workers > 1:
-            raise SettingsError(f"server.workers = {settings.server.workers}: this version runs one process; start more instances")
+            raise SettingsError(
+                f"server.workers = {settings.server.workers}: this version runs one process; start more instances"
+            )
         host, port = free_address(settings.server.http, "server.http")
         policy_path = settings.policy_path
         first = None if policy_path is None else load_policy(policy_path)
@@ -219,14 +221,18 @@ class Instance:
         metrics, cached = self.metrics, self.cached
         metrics.add_counter("rate_limiter_cache_hits", "Catalog look-ups answered from memory.", lambda: cached.hits)
         metrics.add_counter("rate_limiter_cache_misses", "Catalog look-ups that went to the database.", lambda: cached.misses)
-        metrics.add_counter("rate_limiter_cache_stale", "Catalog look-ups answered from memory past their time.", lambda: cached.stale)
+        metrics.add_counter(
+            "rate_limiter_cache_stale", "Catalog look-ups answered from memory past their time.", lambda: cached.stale
+        )
         metrics.add_gauge("rate_limiter_cached_keys", "API keys cached, unknown ones included.", lambda: len(cached))
         metrics.add_gauge("rate_limiter_policy_version", "Version of the catalog in force.", lambda: self._version)
         metrics.add_gauge("rate_limiter_in_flight", "Requests being answered.", lambda: self.data_plane.in_flight)
         if isinstance(counters, MemoryCounters):
             metrics.add_gauge("rate_limiter_subjects", "Counters held in memory.", lambda: len(counters))
             metrics.add_counter(
-                "rate_limiter_subjects_evicted", "Live counters dropped because max_subjects was reached.", lambda: counters.evicted
+                "rate_limiter_subjects_evicted",
+                "Live counters dropped because max_subjects was reached.",
+                lambda: counters.evicted,
             )
 
     async def _poll_catalog(self, every_s: float) -> None:
@@ -346,7 +352,8 @@ async def running(settings: Settings) -> AsyncIterator[Instance]:
 def free_address(text: str, name: str) -> tuple[str, int]:
     """Find out that an address can be listened at.
 
-    The server itself shares ports (SO_REUSEPORT), so a second instance on a port in use would start and take half of the connections.
+    The server itself shares ports (SO_REUSEPORT), so a second instance on a port in use would start and take half of the
+    connections.
 
     Args:
         text: `host:port`; port 0 for any free one.

@@ -207,7 +207,10 @@ async def test_slow_clients(gate: Gate, listen: Callable[..., Any]) -> None:
     url = await listen(DataPlane(gate, {}, body_timeout_s=0.3), header_timeout_s=0.5)
     port = int(url.rpartition(":")[2])
     trickling = []
-    for start in (b"GET /v1/authorize HTTP/1.1\r\nHost: x\r\nX-A", b"POST /v1/check HTTP/1.1\r\nHost: x\r\nContent-Length: 50\r\n\r\n{"):
+    for start in (
+        b"GET /v1/authorize HTTP/1.1\r\nHost: x\r\nX-A",
+        b"POST /v1/check HTTP/1.1\r\nHost: x\r\nContent-Length: 50\r\n\r\n{",
+    ):
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         writer.write(start)
         await writer.drain()
@@ -251,16 +254,24 @@ async def test_fuzz_finds_no_500(door: str, gate: Gate, listen: Callable[..., An
         lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
         max_leaves=6,
     )
-    checks = st.dictionaries(st.sampled_from(["path", "method", "api_key", "ip", "cost", "x"]), json_values | st.just("/a"), max_size=6)
+    checks = st.dictionaries(
+        st.sampled_from(["path", "method", "api_key", "ip", "cost", "x"]), json_values | st.just("/a"), max_size=6
+    )
     strategies: dict[str, st.SearchStrategy[bytes]] = {
         "raw": st.binary(max_size=300)
-        | st.builds(lambda verb, path, rest: b"%s %s HTTP/1.1\r\n%s\r\n\r\n" % (verb, path, rest), *([st.binary(max_size=40)] * 3)),
+        | st.builds(
+            lambda verb, path, rest: b"%s %s HTTP/1.1\r\n%s\r\n\r\n" % (verb, path, rest), *([st.binary(max_size=40)] * 3)
+        ),
         "check": checks.map(lambda body: json.dumps(body).encode()).map(
-            lambda body: b"POST /v1/check HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body)
+            lambda body: (
+                b"POST /v1/check HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body)
+            )
         ),
         "headers": st.tuples(header_text, header_text, header_text, header_text).map(
-            lambda four: b"GET /v1/authorize HTTP/1.1\r\nHost: x\r\nConnection: close\r\nX-API-Key: %s\r\nX-Original-URI: /%s\r\n"
-            b"X-Real-IP: %s\r\nX-Original-Method: %s\r\n\r\n" % four
+            lambda four: (
+                b"GET /v1/authorize HTTP/1.1\r\nHost: x\r\nConnection: close\r\nX-API-Key: %s\r\nX-Original-URI: /%s\r\n"
+                b"X-Real-IP: %s\r\nX-Original-Method: %s\r\n\r\n" % four
+            )
         ),
     }
 

@@ -289,9 +289,15 @@ def test_policy_check_says_what_the_server_would(serve: Callable[..., Any], tmp_
         assert "tidegate.policy.toml:4" in text
         assert "endpiont" in text
         assert "endpoint" in text
-    example = subprocess.run([sys.executable, "-m", "tidegate", "policy", "example"], capture_output=True, text=True, timeout=60, check=True)
+    example = subprocess.run(
+        [sys.executable, "-m", "tidegate", "policy", "example"], capture_output=True, text=True, timeout=60, check=True
+    )
     file.write_text(example.stdout)
     said = subprocess.run(
-        [sys.executable, "-m", "tidegate", "policy", "check", "--strict", str(file)], capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-m", "tidegate", "policy", "check", "--strict", str(file)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
     )
     assert said.returncode == 0, said.stderr

@@ -8,7 +8,7 @@ State: `(start, used)`.
 from __future__ import annotations
 
 from tidegate.algorithms.calendar import month_bounds
-from tidegate.policy import Limit
+from tidegate.limits import Limit
 
 
 def decide(

@@ -10,7 +10,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from typing import TypeAlias
 
-from tidegate.policy import Limit
+from tidegate.limits import Limit
 
 LogState: TypeAlias = tuple[int, tuple[int, ...], tuple[int, ...]]
 
@@ -30,8 +30,7 @@ def decide(limit: Limit, state: LogState | None, now: int, cost: int) -> tuple[L
     window = limit.window_us
     used, moments, costs = state if state is not None else (0, (), ())
     if moments:
-        if now < moments[-1]:
-            now = moments[-1]
+        now = max(now, moments[-1])
         if moments[0] <= now - window:
             gone = bisect_right(moments, now - window)
             used -= sum(costs[:gone])

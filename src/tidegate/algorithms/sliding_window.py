@@ -10,7 +10,7 @@ State: `(start, current, previous)`. Source: the sliding window counter as Cloud
 from __future__ import annotations
 
 from tidegate.algorithms.calendar import month_bounds
-from tidegate.policy import Limit
+from tidegate.limits import Limit
 
 
 def decide(

@@ -13,7 +13,7 @@ from __future__ import annotations
 from math import gcd
 from typing import TypeAlias
 
-from tidegate.policy import Limit
+from tidegate.limits import Limit
 
 BucketState: TypeAlias = tuple[int, int, int, int]
 
@@ -37,8 +37,7 @@ def decide(limit: Limit, state: BucketState | None, now: int, cost: int) -> tupl
         level = 0
     else:
         level, old_scale, old_rate, at = state
-        if now < at:
-            now = at
+        now = max(now, at)
         level -= (now - at) * old_rate
         if level <= 0:
             level = 0
@@ -57,11 +56,11 @@ def decide(limit: Limit, state: BucketState | None, now: int, cost: int) -> tupl
     )
 
 
-def expires_at(limit: Limit, state: BucketState) -> int:
+def expires_at(_: Limit, state: BucketState) -> int:
     """When the bucket is full again, by the state's own rate.
 
     Args:
-        limit: not needed: the state says it all.
+        _: the limit; not needed, the state says it all.
         state: as `decide` gave it.
 
     Returns:

@@ -1,8 +1,8 @@
 """Where policy lives. `Catalog` is the port that checks read; `sql` keeps it in SQLite or PostgreSQL, `policy_file` in a file,
 `cached` in memory in front of either.
 
-What a catalog returns is whole, immutable records. When it cannot answer it raises `CatalogUnavailable`. Any number of tasks of one
-event loop may ask at once.
+What a catalog returns is whole, immutable records. When it cannot answer it raises `CatalogUnavailable`. Any number of tasks
+of one event loop may ask at once.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """The catalog in memory: what the gate asks. One level of cache in front of any `Catalog`.
 
 What is cached is a whole compiled tier and a single API key, never a (key, path) pair, so paths grow nothing; keys are bounded by
-`max_keys`, unknown keys by `MAX_UNKNOWN` and remembered for seconds only. Concurrent misses of one key or tier make one query, and at
-most `MAX_QUERIES` queries run at once. When the catalog fails, what is cached serves up to `stale_if_error_s` past its time.
+`max_keys`, unknown keys by `MAX_UNKNOWN` and remembered for seconds only. Concurrent misses of one key or tier make one
+query, and at most `MAX_QUERIES` queries run at once. When the catalog fails, what is cached serves up to `stale_if_error_s`
+past its time.
 """
 
 from __future__ import annotations
@@ -192,7 +193,7 @@ class CachedCatalog:
             self.stale += 1
             return entry[1]
         if generation == self._generation:
-            shelf.put(name, value, self._clock() + self._l1_ttl_s * random.uniform(0.9, 1.1))  # noqa: S311
+            shelf.put(name, value, self._clock() + self._l1_ttl_s * random.uniform(0.9, 1.1))
         return value
 
     async def _load_caller(self, sha256: str) -> Caller | None:

@@ -16,20 +16,8 @@ from typing import Any, Final, TypeVar
 from tidegate.catalog.toml_lines import LineIndex
 from tidegate.catalog.toml_lines import Path as KeyPath
 from tidegate.errors import PolicyError
-from tidegate.policy import (
-    US_PER_S,
-    Algorithm,
-    ApiKey,
-    KeyStatus,
-    Limit,
-    Override,
-    Policy,
-    Rule,
-    Subject,
-    Tier,
-    fit_limits,
-    parse_key_digest,
-)
+from tidegate.limits import US_PER_S, Algorithm, Limit, fit_limits
+from tidegate.policy import ApiKey, KeyStatus, Override, Policy, Rule, Subject, Tier, parse_key_digest
 
 MAX_FILE_BYTES: Final = 10_000_000
 
@@ -161,7 +149,7 @@ class _Reader:
         limits = self._limits(table["limits"], (*at, "limits"))
         methods = table.get("methods", [])
         if not isinstance(methods, list) or ("methods" in table and not methods):
-            raise self._error("methods must be a list such as [\"GET\"]; leave it out for every method", (*at, "methods"))
+            raise self._error('methods must be a list such as ["GET"]; leave it out for every method', (*at, "methods"))
         if "name" in table and (not isinstance(table["name"], str) or not table["name"]):
             raise self._error("name must be a non-empty string", (*at, "name"))
         return self._placed(lambda: Rule.make(**{**table, "limits": limits, "methods": methods}), table, at)
@@ -203,10 +191,13 @@ class _Reader:
             rule = by_name.get(override["rule"]) if isinstance(override["rule"], str) else None
             rule_at, limits_at = (*override_at, "rule"), (*override_at, "limits")
             if rule is None:
-                raise self._error(f"tier {tier.name!r} has no rule {override['rule']!r}{_nearest(override['rule'], by_name)}", rule_at)
+                raise self._error(
+                    f"tier {tier.name!r} has no rule {override['rule']!r}{_nearest(override['rule'], by_name)}", rule_at
+                )
             if rule.subject is not Subject.API_KEY:
                 raise self._error(
-                    f"rule {rule.name!r} counts by {rule.subject}, not by API key: a key cannot have limits of its own there", rule_at
+                    f"rule {rule.name!r} counts by {rule.subject}, not by API key: a key cannot have limits of its own there",
+                    rule_at,
                 )
             if rule.name in overrides:
                 raise self._error(f"rule {rule.name!r} is overridden twice: remove one", rule_at)
@@ -224,7 +215,7 @@ class _Reader:
         table = self._raw["anonymous"]
         at: KeyPath = ("anonymous",)
         if not isinstance(table, dict):
-            raise self._error("anonymous is a table: write [anonymous] and tier = \"…\" below it", at)
+            raise self._error('anonymous is a table: write [anonymous] and tier = "…" below it', at)
         self._known(table, ("tier",), at)
         self._required(table, ("tier",), at)
         name = table["tier"]
@@ -234,7 +225,7 @@ class _Reader:
 
     def _limits(self, value: object, at: KeyPath) -> tuple[Limit, ...]:
         if not isinstance(value, list):
-            raise self._error(f"limits must be a list such as [\"100/minute\"], not {str(value)[:40]!r}", at)
+            raise self._error(f'limits must be a list such as ["100/minute"], not {str(value)[:40]!r}', at)
         return tuple(self._placed(lambda text=text: Limit.parse(text), {}, at) for text in value)  # type: ignore[misc]
 
     def _moment_us(self, value: object, at: KeyPath) -> int:
@@ -303,7 +294,9 @@ def policy_warnings(policy: Policy) -> list[str]:
         for number, rule in enumerate(tier.rules):
             for place, other in enumerate(tier.rules):
                 if other is not rule and _always_before(other, place, rule, number):
-                    warnings.append(f"tier {tier.name!r}: rule {rule.name!r} never answers: {other.name!r} does, for the same requests")
+                    warnings.append(
+                        f"tier {tier.name!r}: rule {rule.name!r} never answers: {other.name!r} does, for the same requests"
+                    )
                     break
             warnings.extend(
                 f"tier {tier.name!r}, rule {rule.name!r}: limit {idle.text!r} never binds: {binding.text!r} is reached first"

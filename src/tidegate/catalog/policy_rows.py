@@ -5,18 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from tidegate.policy import (
-    Algorithm,
-    ApiKey,
-    KeyStatus,
-    Limit,
-    Mode,
-    OnFailure,
-    Override,
-    Rule,
-    Subject,
-    Tier,
-)
+from tidegate.limits import Algorithm, Limit, OnFailure
+from tidegate.policy import ApiKey, KeyStatus, Mode, Override, Rule, Subject, Tier
 
 
 def tier_of(row: Mapping[Any, Any], rules: Iterable[Mapping[Any, Any]]) -> Tier:

@@ -78,7 +78,7 @@ async def upgrade_schema(engine: AsyncEngine) -> str:
         except CommandError as error:
             if "locate revision" in str(error):
                 raise SettingsError(
-                    f"the database {_shown(engine.url)} was made by a newer Tidegate: run that version, or give another catalog.url"
+                    f"the database {_shown(engine.url)} was made by a newer Tidegate: run that one, or give another catalog.url"
                 ) from None
             raise SettingsError(f"the database {_shown(engine.url)} cannot be upgraded: {error}") from None
         except (SQLAlchemyError, sqlite3.Error, OSError) as error:

@@ -1,7 +1,7 @@
 """The catalog in a database, through SQLAlchemy Core. One body for every database; what differs stands in `schema`.
 
-Every change is one transaction that first takes the row of `policy_state`: writers of all processes go one after the other, and each raises
-the version by which the others find out.
+Every change is one transaction that first takes the row of `policy_state`: writers of all processes go one after the other,
+and each raises the version by which the others find out.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from tidegate.catalog import policy_rows
 from tidegate.catalog.schema import open_engine, upgrade_schema
 from tidegate.catalog.tables import api_keys, policy_state, rate_limit_rules, tiers
 from tidegate.errors import CatalogError, CatalogUnavailable
-from tidegate.policy import ApiKey, KeyStatus, Policy, Tier, hash_api_key, is_possible_key, make_api_key
+from tidegate.keys import hash_api_key, is_possible_key, make_api_key
+from tidegate.policy import ApiKey, KeyStatus, Policy, Tier
 
 _ID_PREFIX = re.compile(r"[0-9a-f]{6,24}", re.ASCII)
 
@@ -303,7 +304,9 @@ async def _apply_rules(connection: AsyncConnection, tier: Tier, tier_id: int) ->
     wanted = {rule.name: policy_rows.row_of_rule(rule, tier_id, position) for position, rule in enumerate(tier.rules)}
     for name, row in held.items():
         if name in wanted and not row["managed_by_file"]:
-            raise CatalogError(f"rule {name!r} of tier {tier.name!r} in the policy file was made otherwise: rename one of the two")
+            raise CatalogError(
+                f"rule {name!r} of tier {tier.name!r} in the policy file was made otherwise: rename one of the two"
+            )
         if name not in wanted and row["managed_by_file"]:
             await connection.execute(delete(rate_limit_rules).where(rate_limit_rules.c.id == row["id"]))
     made = []

@@ -1,6 +1,7 @@
 """The catalog's tables, in SQLAlchemy Core: one schema for SQLite and PostgreSQL.
 
-Times are µs since the epoch (UTC). Limits are kept as the texts that a policy writes. Rows with `managed_by_file` belong to the policy file.
+Times are µs since the epoch (UTC). Limits are kept as the texts that a policy writes. Rows with `managed_by_file` belong to
+the policy file.
 """
 
 from __future__ import annotations

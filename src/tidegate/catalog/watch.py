@@ -1,9 +1,9 @@
 """Watching the policy file: every change of its content is taken into force or refused, once.
 
-The file is looked at five times a second: its identity, size and time, and only where one of them changed its content. That follows every way in
-which files change (written in place, renamed over, a link to a directory swapped as Kubernetes does), on every kind of mount; file system
-events are lost on network mounts and have to be set up anew after each swap. A change counts once two looks in a row see the same
-content, so a file that is being written is not refused by halves.
+The file is looked at five times a second: its identity, size and time, and only where one of them changed its content. That
+follows every way in which files change (written in place, renamed over, a link to a directory swapped as Kubernetes does), on
+every kind of mount; file system events are lost on network mounts and have to be set up anew after each swap. A change counts
+once two looks in a row see the same content, so a file that is being written is not refused by halves.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ async def watch_policy(
 ) -> None:
     """Watch until cancelled.
 
-    The file as it stands at the start counts as a change: what happened between its first reading and now is not missed. `apply` must
-    therefore be idempotent.
+    The file as it stands at the start counts as a change: what happened between its first reading and now is not missed.
+    `apply` must therefore be idempotent.
 
     Args:
         path: the policy file, or a link to it.

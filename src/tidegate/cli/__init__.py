@@ -8,13 +8,25 @@ from __future__ import annotations
 import sys
 from typing import Annotated
 
-import click
 import typer
 
 from tidegate._version import __version__
 from tidegate.cli import keys, policy, serving
 from tidegate.errors import TidegateError
 from tidegate.simulate.command import simulate
+
+
+def _end(status: object, **_: object) -> None:
+    """What a command returns is the exit code."""
+    if isinstance(status, int) and status:
+        raise typer.Exit(status)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"tidegate {__version__}")
+        raise typer.Exit
+
 
 app = typer.Typer(
     name="tidegate",
@@ -23,16 +35,17 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
+    result_callback=_end,
 )
 
 
 @app.callback()
 def _root(
-    version: Annotated[bool, typer.Option("--version", help="Print the version and end.", is_eager=True)] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and end.", callback=_print_version, is_eager=True)
+    ] = False,
 ) -> None:
-    if version:
-        typer.echo(f"tidegate {__version__}")
-        raise typer.Exit
+    pass
 
 
 app.command()(serving.serve)
@@ -49,17 +62,11 @@ app.add_typer(keys.database, name="db")
 def main() -> None:
     """Run the command line; the entry point of the package."""
     try:
-        status = app(standalone_mode=False)
+        app()
     except TidegateError as error:
         typer.echo(f"tidegate: {error.message}", err=True)
         sys.exit(2)
-    except click.ClickException as error:
-        error.show()
-        sys.exit(2)
-    except (click.Abort, KeyboardInterrupt):
-        sys.exit(130)
     except BrokenPipeError:
         # Whoever read our output has gone (`tidegate rules | head`): nothing is left to say, not even at interpreter exit.
         sys.stderr.close()
         sys.exit(0)
-    sys.exit(status if isinstance(status, int) else 0)

@@ -19,7 +19,9 @@ from tidegate.settings import Settings, load_settings
 
 ConfigOption = Annotated[
     Path | None,
-    typer.Option("--config", "-c", help="Settings file (TOML); tidegate.toml where it is there. TIDEGATE_SECTION__KEY overrides."),
+    typer.Option(
+        "--config", "-c", help="Settings file (TOML); tidegate.toml where it is there. TIDEGATE_SECTION__KEY overrides."
+    ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 

@@ -11,7 +11,7 @@ import typer
 
 from tidegate.catalog.sql import upgrade
 from tidegate.cli.common import ConfigOption, JsonOption, print_json, print_rows, read_settings, with_catalog
-from tidegate.policy import US_PER_S
+from tidegate.limits import US_PER_S
 
 app = typer.Typer(help="Make, list and revoke API keys.", no_args_is_help=True)
 database = typer.Typer(help="Look after the catalog's database.", no_args_is_help=True)
@@ -24,7 +24,9 @@ _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 def create(
     tier: Annotated[str, typer.Option("--tier", help="The key's tier.")],
     name: Annotated[str, typer.Option("--name", help="A label for people.")] = "",
-    expires_in: Annotated[str | None, typer.Option("--expires-in", help="Lifetime, such as 90d or 12h; for ever where not given.")] = None,
+    expires_in: Annotated[
+        str | None, typer.Option("--expires-in", help="Lifetime, such as 90d or 12h; for ever where not given.")
+    ] = None,
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -32,7 +34,15 @@ def create(
     expires_at_us = None if expires_in is None else _now_us() + _lifetime_us(expires_in)
     api_key, record = with_catalog(config, lambda catalog: catalog.create_key(tier, name=name, expires_at_us=expires_at_us))
     if as_json:
-        print_json({"id": record.id, "api_key": api_key, "tier": record.tier, "name": record.name, "expires_at": _iso(record.expires_at_us)})
+        print_json(
+            {
+                "id": record.id,
+                "api_key": api_key,
+                "tier": record.tier,
+                "name": record.name,
+                "expires_at": _iso(record.expires_at_us),
+            }
+        )
         return
     typer.echo(api_key)
     typer.echo(f"id {record.id}, tier {record.tier}. It is shown this once: keep it now.", err=True)

@@ -32,13 +32,15 @@ _TOUR = """\
 Tidegate is deciding at http://{address} (metrics at /metrics, health at /health). Try it from another terminal:
 
   # a free key may ask 100 times a minute
-  curl -s -X POST http://{address}/v1/check -H 'Content-Type: application/json' -d '{{"api_key":"demo-free-key-0001","path":"/api/v1/items"}}'
+  curl -s -X POST http://{address}/v1/check -H 'Content-Type: application/json' -d
+  '{{"api_key":"demo-free-key-0001","path":"/api/v1/items"}}'
 
   # what a gateway asks: 204 with the limit headers
   curl -si http://{address}/v1/authorize -H 'X-API-Key: demo-premium-key-0001' -H 'X-Original-URI: /api/v1/items'
 
   # six log-ins from one address: the last is answered 429
-  for i in 1 2 3 4 5 6; do curl -s -o /dev/null -w '%{{http_code}}\\n' -X POST http://{address}/v1/check -H 'Content-Type: application/json' -d '{{"method":"POST","path":"/login","ip":"203.0.113.7"}}'; done
+  for i in 1 2 3 4 5 6; do curl -s -o /dev/null -w '%{{http_code}}\\n' -X POST http://{address}/v1/check -H 'Content-Type:
+  application/json' -d '{{"method":"POST","path":"/login","ip":"203.0.113.7"}}'; done
 
 Ctrl-C ends it."""
 
@@ -49,8 +51,9 @@ def serve(
 ) -> None:
     """Run the server: the data plane at [server] http, until SIGTERM or Ctrl-C.
 
-    Without any setting it listens at 127.0.0.1:8080, counts in memory, keeps its catalog in tidegate.db and takes tidegate.policy.toml into
-    force if it is there. On SIGTERM it finishes what is in flight and exits 0 within [server] drain_s.
+    Without any setting it listens at 127.0.0.1:8080, counts in memory, keeps its catalog in tidegate.db and takes
+    tidegate.policy.toml into force if it is there. On SIGTERM it finishes what is in flight and exits 0 within [server]
+    drain_s.
     """
     settings = read_settings(config)
     logging.basicConfig(
@@ -145,7 +148,10 @@ def _examine(config: Path | None) -> Iterator[tuple[str, bool | None, str]]:
     yield "settings", True, "understood"
     yield from _examine_policy(settings)
     yield _try("catalog", lambda: asyncio.run(_look_at_catalog(settings)))
-    yield _try("counters", lambda: f"{urlsplit(settings.counters.url).scheme}:// opens: {type(open_counters(settings.counters.url)).__name__}")
+    yield _try(
+        "counters",
+        lambda: f"{urlsplit(settings.counters.url).scheme}:// opens: {type(open_counters(settings.counters.url)).__name__}",
+    )
     yield from _examine_listener(settings)
     if settings.catalog.replicas:
         yield "replicas", False, "catalog.replicas is set, but this version reads from catalog.url alone: remove it"
@@ -199,7 +205,9 @@ async def _look_at_catalog(settings: Settings) -> str:
             with tempfile.TemporaryFile(dir=directory):
                 return f"{url} is not there yet; 'tidegate serve' makes it"
         except OSError as error:
-            raise SettingsError(f"{url} cannot be made: {error.strerror}: set catalog.url to a place that can be written") from None
+            raise SettingsError(
+                f"{url} cannot be made: {error.strerror}: set catalog.url to a place that can be written"
+            ) from None
     catalog = await SqlCatalog.open(url)
     try:
         tiers = await catalog.list_tiers()
@@ -232,7 +240,9 @@ def _ask(address: str, path: str, body: dict[str, Any] | None) -> tuple[int, dic
         response = connection.getresponse()
         answer = json.loads(response.read())
     except (OSError, http.client.HTTPException) as error:
-        raise SettingsError(f"no Tidegate answers at {address} ({error}): start it with 'tidegate serve', or give --url") from None
+        raise SettingsError(
+            f"no Tidegate answers at {address} ({error}): start it with 'tidegate serve', or give --url"
+        ) from None
     except ValueError:
         raise SettingsError(f"what answers at {address} is not Tidegate: give --url") from None
     finally:

@@ -12,16 +12,16 @@ from typing import Protocol
 import msgspec
 
 from tidegate.decision import Decision
-from tidegate.policy import LimitSet
+from tidegate.limits import LimitSet
 
 
 class Charge(msgspec.Struct, frozen=True, gc=False):
     """What one check asks of a store.
 
     Args:
-        counters: pairs of limits and the subject they count, the rule's first. Usually all have one subject. Where a rule counts by
-            another subject than its tier's own limits, a store that shards by subject may need more than one step for them,
-            but must never admit more than any limit.
+        counters: pairs of limits and the subject they count, the rule's first. Usually all have one subject. Where a rule
+            counts by another subject than its tier's own limits, a store that shards by subject may need more than one step
+            for them, but must never admit more than any limit.
         cost: units, 0 (peek) or more.
     """
 

@@ -11,9 +11,7 @@ from tidegate.errors import SettingsError
 KINDS = ("memory://",)
 
 
-def open_counters(
-    url: str, *, max_subjects: int = DEFAULT_MAX_SUBJECTS, clock: Callable[[], int] | None = None
-) -> CounterStore:
+def open_counters(url: str, *, max_subjects: int = DEFAULT_MAX_SUBJECTS, clock: Callable[[], int] | None = None) -> CounterStore:
     """Open the counter store that a URL names.
 
     Args:

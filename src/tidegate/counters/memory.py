@@ -1,15 +1,16 @@
 """Counters in the memory of one process: exact, bounded, without a sweep that stops the world.
 
-Layout. A counter's key is a short token for (name, algorithm, windows) followed by the subject; its value is the algorithm's state, or a
-tuple of states where there are several limits. Keys are spread over 256 dictionaries, because a dictionary that grows is copied whole:
-1 million keys in one would stop everything for 40 ms, in 256 for 0.2 ms.
+Layout. A counter's key is a short token for (name, algorithm, windows) followed by the subject; its value is the algorithm's
+state, or a tuple of states where there are several limits. Keys are spread over 256 dictionaries, because a dictionary that
+grows is copied whole: 1 million keys in one would stop everything for 40 ms, in 256 for 0.2 ms.
 
 Expiry. Each key stands in exactly one bucket of keys that expire at about the same time (bucket width: an eighth of the time to
-expiry). Every charge does a bounded piece of the work that is due; a key whose life was prolonged meanwhile moves to a later bucket.
+expiry). Every charge does a bounded piece of the work that is due; a key whose life was prolonged meanwhile moves to a later
+bucket.
 
-Bounds. At `max_subjects` counters (a sliding log weighs one more for every `LOG_ENTRIES_A_SUBJECT` entries) the nearest to expiry go
-first and are counted in `evicted`. "Nearest" is exact to a bucket's width; after `_STEPS` prolonged keys in a row the next one goes
-even so, to keep the work of one check bounded.
+Bounds. At `max_subjects` counters (a sliding log weighs one more for every `LOG_ENTRIES_A_SUBJECT` entries) the nearest to
+expiry go first and are counted in `evicted`. "Nearest" is exact to a bucket's width; after `_STEPS` prolonged keys in a row
+the next one goes even so, to keep the work of one check bounded.
 
 Not for threads: one event loop, or a lock around it.
 """
@@ -24,7 +25,7 @@ from typing import Any, Final
 from tidegate.algorithms import DECIDE, EXPIRES_AT
 from tidegate.counters import Charge
 from tidegate.decision import Decision
-from tidegate.policy import Algorithm, LimitSet
+from tidegate.limits import Algorithm, LimitSet
 
 DEFAULT_MAX_SUBJECTS: Final = 1_000_000
 LOG_ENTRIES_A_SUBJECT: Final = 8
@@ -49,7 +50,7 @@ def store_clock() -> Callable[[], int]:
 class _Plan:
     """What was prepared for one `LimitSet`."""
 
-    __slots__ = ("decide", "elders", "expires_at", "limits", "logs", "only", "token")
+    __slots__ = ("decide", "elders", "expires_at", "fresh", "limits", "logs", "only", "token")
 
     def __init__(self, limits: LimitSet, token: str) -> None:
         self.limits = limits
@@ -57,13 +58,15 @@ class _Plan:
         self.decide = DECIDE[limits.algorithm]
         self.expires_at = EXPIRES_AT[limits.algorithm]
         self.only = limits.limits[0] if len(limits.limits) == 1 else None
+        self.fresh: tuple[Any, ...] = (None,) * len(limits.limits)
         self.logs = limits.algorithm is Algorithm.SLIDING_LOG
         self.elders: list[_Plan] = []
 
     def states_of(self, held: Any) -> tuple[Any, ...]:
         """The states of all limits in a stored value."""
         if self.only is None:
-            return tuple(held) if held else (None,) * len(self.limits.limits)
+            states: tuple[Any, ...] = held or self.fresh
+            return states
         return (held or None,)
 
     def stored(self, states: Sequence[Any]) -> Any:
@@ -72,6 +75,8 @@ class _Plan:
 
     def expiry(self, held: Any) -> int:
         """When a stored value stops counting, µs since the epoch; 0 for one that no longer does."""
+        if self.only is not None:
+            return self.expires_at(self.only, held) if held else 0
         return max(
             (
                 self.expires_at(limit, state)
@@ -117,21 +122,7 @@ class MemoryCounters:
 
     async def charge(self, charges: Sequence[Charge]) -> list[Decision]:
         """See `CounterStore.charge`; never raises `StoreUnavailable`."""
-        return [self.charge_now(charge) for charge in charges]
-
-    def charge_now(self, charge: Charge) -> Decision:
-        """Decide one charge, without an event loop.
-
-        Args:
-            charge: what is asked.
-
-        Returns:
-            The decision.
-        """
-        counters = charge.counters
-        if len(counters) == 1:
-            return self.charge_one(counters[0][0], counters[0][1], charge.cost)
-        return self._charge_all(counters, charge.cost)
+        return [self.charge_all(charge.counters, charge.cost) for charge in charges]
 
     def charge_one(self, limits: LimitSet, subject: str, cost: int) -> Decision:
         """Decide and charge one counter: the hot path. Costs about 0.6 µs for one sliding-window limit.
@@ -147,7 +138,7 @@ class MemoryCounters:
         plan = self._plans.get(limits) or self._prepare(limits)
         limit = plan.only
         if limit is None:
-            return self._charge_all(((limits, subject),), cost)
+            return self.charge_all(((limits, subject),), cost)
         now = self._clock()
         key = plan.token + subject
         shard = self._shards[hash(key) & 255]
@@ -165,12 +156,23 @@ class MemoryCounters:
             self.sweep(_STEPS, now)
         return Decision(state is not None, limit, remaining, reset, retry, now, limits)
 
-    def _charge_all(self, counters: tuple[tuple[LimitSet, str], ...], cost: int) -> Decision:
-        """Decide several limits and charge all of them or none."""
+    def charge_all(self, counters: tuple[tuple[LimitSet, str], ...], cost: int) -> Decision:
+        """Decide several counters and charge all of them or none.
+
+        Args:
+            counters: pairs of limits and subject, the rule's first.
+            cost: units, 0 (peek) or more.
+
+        Returns:
+            The decision. The limit with the least left is reported; where some deny, the one of those, with the latest retry: all
+            limits must pass.
+        """
+        if len(counters) == 1 and len(counters[0][0].limits) == 1:
+            return self.charge_one(counters[0][0], counters[0][1], cost)
         now = self._clock()
         writes = []
-        denied: Decision | None = None
-        tightest: Decision | None = None
+        binding, least, reset_after, retry_after = counters[0][0].limits[0], -1, 0, 0
+        never = denied = False
         for limits, subject in counters:
             plan = self._plans.get(limits) or self._prepare(limits)
             key = plan.token + subject
@@ -179,28 +181,35 @@ class MemoryCounters:
             if held is None and plan.elders:
                 held = self._inherit(plan, subject)
             states = []
-            for limit, old in zip(plan.limits.limits, plan.states_of(held), strict=True):
+            longest = 0
+            for limit, old in zip(limits.limits, plan.states_of(held), strict=True):
                 state, remaining, reset, retry = plan.decide(limit, old, now, cost)
-                states.append(state)
-                answer = Decision(state is not None, limit, remaining, reset, retry, now, counters[0][0])
                 if state is None:
-                    denied = answer if denied is None else _both_deny(denied, answer)
-                elif tightest is None or remaining < (tightest.remaining or 0):
-                    tightest = answer
-            writes.append((plan, shard, key, held, states))
+                    if not denied or remaining < least:
+                        binding, least, reset_after = limit, remaining, reset
+                    denied = True
+                    if retry is None:
+                        never = True
+                    elif retry > retry_after:
+                        retry_after = retry
+                elif not denied and (remaining < least or least < 0):
+                    binding, least, reset_after = limit, remaining, reset
+                states.append(state)
+                longest = max(longest, reset)
+            writes.append((plan, shard, key, held, states, longest))
+        if cost and not denied:
+            for plan, shard, key, held, states, longest in writes:
+                # Making room for one counter of this check may have evicted another of them: then that one is new again.
+                known = key in shard
+                value = shard[key] = states[0] if plan.only is not None else tuple(states)
+                if not known:
+                    self._file_new(key, now + longest, now)
+                if plan.logs:
+                    self._log_entries += plan.entries(value) - (plan.entries(held) if held and known else 0)
+        # Only now: a sweep may drop what was read above.
         if now >= self._next_due:
             self.sweep(_STEPS, now)
-        if denied is not None:
-            return denied
-        if cost:
-            for plan, shard, key, held, states in writes:
-                value = shard[key] = plan.stored(states)
-                if held is None:
-                    self._file_new(key, plan.expiry(value), now)
-                if plan.logs:
-                    self._log_entries += plan.entries(value) - (plan.entries(held) if held else 0)
-        assert tightest is not None, "a charge has at least one limit"
-        return tightest
+        return Decision(not denied, binding, least, reset_after, None if never else retry_after, now, counters[0][0])
 
     async def reset(self, counters: Sequence[tuple[LimitSet, str]]) -> None:
         """See `CounterStore.reset`."""
@@ -277,10 +286,7 @@ class MemoryCounters:
                 # A limit that is new here starts from nothing consumed: its algorithm is asked for that state by a peek.
                 now = self._clock()
                 value = plan.stored(
-                    [
-                        plan.decide(limit, state, now, 0)[0]
-                        for limit, state in zip(plan.limits.limits, states, strict=True)
-                    ]
+                    [plan.decide(limit, state, now, 0)[0] for limit, state in zip(plan.limits.limits, states, strict=True)]
                 )
                 self._shards[hash(key) & 255][key] = value
                 self._file_new(key, plan.expiry(value), now)
@@ -362,12 +368,3 @@ class MemoryCounters:
                 continue
             self._drop(plan, shard, key, held)
             self.evicted += expires > now
-
-
-def _both_deny(one: Decision, other: Decision) -> Decision:
-    """Of two denials the one with less left is reported, with the later retry: all limits must pass."""
-    least = other if (other.remaining or 0) < (one.remaining or 0) else one
-    retry: int | None = None
-    if one.retry_after_us is not None and other.retry_after_us is not None:
-        retry = max(one.retry_after_us, other.retry_after_us)
-    return Decision(False, least.binding, least.remaining, least.reset_after_us, retry, least.at_us, least.limits)

@@ -8,7 +8,7 @@ import msgspec
 
 from tidegate.decision import Decision
 from tidegate.errors import TidegateError
-from tidegate.policy import US_PER_S
+from tidegate.limits import US_PER_S
 
 Headers = list[tuple[str, str]]
 

@@ -1,8 +1,8 @@
 """The HTTP data plane: an RSGI app without a framework.
 
-Every answer that is not 2xx or 429 has the error form `{"error": {"code", "message", "details"}}`; `/v1/authorize` answers 204, 401, 403
-and 429 without a body, and says the error's code in `X-Tidegate-Error`. A check never gets a bare 500: what nobody foresaw is logged and
-answered 503. Bodies, headers, and the time a body may take are bounded.
+Every answer that is not 2xx or 429 has the error form `{"error": {"code", "message", "details"}}`; `/v1/authorize` answers
+204, 401, 403 and 429 without a body, and says the error's code in `X-Tidegate-Error`. A check never gets a bare 500: what
+nobody foresaw is logged and answered 503. Bodies, headers, and the time a body may take are bounded.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from tidegate.counters.factory import open_counters
 from tidegate.counters.memory import MemoryCounters
 from tidegate.decision import MAX_COST, Decision, clip
 from tidegate.errors import BadRequest
-from tidegate.policy import Algorithm, Limit, LimitSet, OnFailure
+from tidegate.limits import Algorithm, Limit, LimitSet, OnFailure
 
 LONGEST_SUBJECT: Final = 128
 

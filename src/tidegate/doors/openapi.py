@@ -59,7 +59,12 @@ def data_plane_openapi() -> dict[str, Any]:
         "required": ["checks"],
         "additionalProperties": False,
         "properties": {
-            "checks": {"type": "array", "minItems": 1, "maxItems": MAX_BATCH, "items": {"$ref": "#/components/schemas/CheckRequest"}}
+            "checks": {
+                "type": "array",
+                "minItems": 1,
+                "maxItems": MAX_BATCH,
+                "items": {"$ref": "#/components/schemas/CheckRequest"},
+            }
         },
     }
     schemas["Error"] = _ERROR_SCHEMA
@@ -149,7 +154,9 @@ def _authorize(operation: str) -> dict[str, Any]:
             header("X-Forwarded-Uri", "As X-Original-URI, from a trusted proxy.", {"type": "string"}),
             header("X-Forwarded-Method", "As X-Original-Method, from a trusted proxy.", {"type": "string"}),
             header("X-Real-IP", "Client address, from a trusted proxy.", {"type": "string"}),
-            header("X-Forwarded-For", "Addresses, from a trusted proxy; the last untrusted one is the client.", {"type": "string"}),
+            header(
+                "X-Forwarded-For", "Addresses, from a trusted proxy; the last untrusted one is the client.", {"type": "string"}
+            ),
         ],
         "responses": {**empty, **_errors(400, 405, 431, 503)},
     }

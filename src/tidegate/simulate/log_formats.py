@@ -10,7 +10,7 @@ from typing import Any, Final, NamedTuple, TypeAlias
 
 import msgspec
 
-from tidegate.policy import US_PER_S
+from tidegate.limits import US_PER_S
 
 FORMATS: Final = ("combined", "common", "json", "csv")
 
@@ -43,7 +43,7 @@ class Request(NamedTuple):
     api_key: str
 
 
-class Malformed(Exception):  # noqa: N818 - not an error of the program: a line that is counted
+class Malformed(Exception):
     """A line that is no request; the message says why."""
 
 
@@ -53,9 +53,14 @@ _REQUEST_PART = r"[^\"\\]*(?:\\.[^\"\\]*)*"
 # Host, user and time up to the request; the user may hold spaces, so it ends where " [" begins.
 _COMBINED: Final = re.compile(rf'(\S+) \S+ ([^\[]*?) \[([^\]]{{20,40}})\] "({_REQUEST_PART})" (?:\d{{3}}|-) (?:\d+|-)')
 _TAIL: Final = re.compile(rf' "({_REQUEST_PART})" "({_REQUEST_PART})"')
+_new: Final = tuple.__new__
+_USUAL_METHODS: Final = frozenset(("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"))
 _METHOD: Final = re.compile(r"[A-Z][A-Z_-]{0,31}", re.ASCII)
 _APACHE_TIME: Final = re.compile(r"(\d{2})/([A-Z][a-z]{2})/(\d{4}):(\d{2}):(\d{2}):(\d{2}) ([+-])(\d{2})(\d{2})", re.ASCII)
-_MONTHS: Final = {name: number for number, name in enumerate("Jan Feb Mar Apr May Jun Jul Aug Sep Oct Nov Dec".split(), 1)}
+_MONTHS: Final = {
+    name: number
+    for number, name in enumerate(["Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec"], 1)
+}
 _MINUTES_KEPT: Final = 10_000
 
 
@@ -150,7 +155,7 @@ def _combined(subject: str, key_field: str | None) -> Parse:
             raise Malformed("not a line of a common or combined log")
         ip, user, time_text, request = found.groups()
         parts = request.split(" ")
-        if len(parts) not in (2, 3) or not _METHOD.fullmatch(parts[0]):
+        if len(parts) not in (2, 3) or not (parts[0] in _USUAL_METHODS or _METHOD.fullmatch(parts[0])):
             raise Malformed(f"no HTTP request in {request[:60]!r}")
         named = key = ""
         if own_field is None or key_field is not None:
@@ -161,7 +166,8 @@ def _combined(subject: str, key_field: str | None) -> Parse:
             named = user
         else:
             named = ip
-        return Request(times(time_text), ip, parts[0], parts[1], "" if named == "-" else named, "" if key == "-" else key)
+        # A named tuple's own constructor costs five times this.
+        return _new(Request, (times(time_text), ip, parts[0], parts[1], "" if named == "-" else named, "" if key == "-" else key))
 
     return parse
 
@@ -184,7 +190,9 @@ def _record_reader(subject: str, key_field: str | None) -> Callable[[Mapping[str
         if not _METHOD.fullmatch(method):
             raise Malformed(f"{method[:40]!r} is no HTTP method")
         ip = _text(_first(record, IP_FIELDS))
-        named = {"ip": lambda: ip, "user": lambda: _text(_first(record, USER_FIELDS))}.get(subject, lambda: _text(record.get(subject)))()
+        named = {"ip": lambda: ip, "user": lambda: _text(_first(record, USER_FIELDS))}.get(
+            subject, lambda: _text(record.get(subject))
+        )()
         key = _text(record.get(key_field)) if key_field else _text(_first(record, KEY_FIELDS))
         return Request(_moment_us(time_value), ip, method, target, named, key)
 

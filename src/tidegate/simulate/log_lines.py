@@ -35,9 +35,9 @@ class LogLines:
         self.broken: str | None = None
         """Why the log ended early: a gzip stream that is cut off or damaged."""
         self._raw = self._open()
-        start = cast(io.BufferedReader, self._raw).peek(2)[:2]
+        start = cast("io.BufferedReader", self._raw).peek(2)[:2]
         packed = start == _GZIP_MAGIC
-        stream: IO[bytes] = cast(IO[bytes], gzip.GzipFile(fileobj=self._raw)) if packed else self._raw
+        stream: IO[bytes] = cast("IO[bytes]", gzip.GzipFile(fileobj=self._raw)) if packed else self._raw
         # A byte that is no UTF-8 stands as \xNN: hostile bytes stay visible and harmless.
         self._text = io.TextIOWrapper(stream, encoding="utf-8", errors="backslashreplace", newline="\n")
 
@@ -81,4 +81,6 @@ class LogLines:
         try:
             return Path(self.source).open("rb")
         except OSError as error:
-            raise LogError(f"{self.source} cannot be read: {error.strerror or error}: give an access log, or - for standard input") from None
+            raise LogError(
+                f"{self.source} cannot be read: {error.strerror or error}: give an access log, or - for standard input"
+            ) from None

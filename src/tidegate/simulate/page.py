@@ -47,9 +47,21 @@ def render_page(report: Report, policy: str, logs: Sequence[str]) -> str:
         HTML.
     """
     share = f"{report.blocked / report.requests:.1%}" if report.requests else "none"
-    worst = f"Worst minute: {report.worst_minute.at}, {report.worst_minute.blocked:,} blocked." if report.worst_minute.at else "Nothing was blocked."
+    worst = (
+        f"Worst minute: {report.worst_minute.at}, {report.worst_minute.blocked:,} blocked."
+        if report.worst_minute.at
+        else "Nothing was blocked."
+    )
     rules = [
-        (row.rule, row.tier, row.mode, f"{row.requests:,}", f"{row.allowed:,}", f"{row.blocked:,}", _share(row.blocked, row.requests))
+        (
+            row.rule,
+            row.tier,
+            row.mode,
+            f"{row.requests:,}",
+            f"{row.allowed:,}",
+            f"{row.blocked:,}",
+            _share(row.blocked, row.requests),
+        )
         for row in report.rules
     ]
     top = [(entry.subject, entry.rule, f"{entry.blocked:,}") for entry in report.top_blocked]
@@ -89,7 +101,7 @@ def _merged(report: Report) -> tuple[list[tuple[int, int, int]], int]:
         both[0] += allowed
         both[1] += blocked
     count = (end - start) // step_s + 1
-    return [(start + number * step_s, *sums.get(number, (0, 0))) for number in range(count)], step_s  # type: ignore[misc]
+    return [(start + number * step_s, *sums.get(number, (0, 0))) for number in range(count)], step_s
 
 
 def _lines(report: Report) -> str:
@@ -129,7 +141,9 @@ def _bars(values: Sequence[tuple[str, int]]) -> str:
         length = max((_WIDTH - 420) * value / most, 1)
         shown = label if len(label) <= 48 else label[:47] + "…"
         drawn.append(f'<text x="340" y="{y + 17}" text-anchor="end">{_safe(shown)}</text>')
-        drawn.append(f'<rect class="blocked" x="350" y="{y + 4}" width="{length:.1f}" height="18"><title>{_safe(label)}: {value}</title></rect>')
+        drawn.append(
+            f'<rect class="blocked" x="350" y="{y + 4}" width="{length:.1f}" height="18"><title>{_safe(label)}: {value}</title></rect>'
+        )
         drawn.append(f'<text x="{356 + length:.1f}" y="{y + 17}">{value:,}</text>')
     return f'<svg viewBox="0 0 {_WIDTH} {len(values) * 26 + 4}" role="img" aria-label="blocked requests">{"".join(drawn)}</svg>'
 
@@ -137,7 +151,8 @@ def _bars(values: Sequence[tuple[str, int]]) -> str:
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]], numbers_from: int) -> str:
     def cells(tag: str, values: Sequence[str]) -> str:
         return "".join(
-            f'<{tag}{" class=number" if place >= numbers_from else ""}>{_safe(value)}</{tag}>' for place, value in enumerate(values)
+            f"<{tag}{' class=number' if place >= numbers_from else ''}>{_safe(value)}</{tag}>"
+            for place, value in enumerate(values)
         )
 
     body = "".join(f"<tr>{cells('td', row)}</tr>" for row in rows)

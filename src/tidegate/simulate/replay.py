@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Final
+from typing import Final, TypeAlias
 
-from tidegate.counters import Charge
 from tidegate.counters.memory import DEFAULT_MAX_SUBJECTS, MemoryCounters
 from tidegate.errors import SettingsError
 from tidegate.gate import ipv6_client
+from tidegate.keys import hash_api_key
+from tidegate.limits import LimitSet
 from tidegate.matching import CompiledRule, CompiledTier, subject_of
 from tidegate.paths import canonical_path
-from tidegate.policy import LimitSet, Policy, Subject, hash_api_key
+from tidegate.policy import Policy, Subject
 from tidegate.simulate.log_formats import Request
 
 MAX_SERIES: Final = 2_000
@@ -75,8 +76,9 @@ class Series:
 class TopBlocked:
     """The subjects blocked most, in bounded memory.
 
-    Exact up to 10,000 subjects that were blocked at all; beyond that the space-saving sketch (Metwally, Agrawal, El Abbadi 2005): a newcomer takes
-    the place and the count of the one blocked least, so a count may be too high, by at most that least count.
+    Exact up to 10,000 subjects that were blocked at all; beyond that the space-saving sketch (Metwally, Agrawal, El Abbadi
+    2005): a newcomer takes the place and the count of the one blocked least, so a count may be too high, by at most that
+    least count.
     """
 
     def __init__(self, most: int = MAX_TOP) -> None:
@@ -149,7 +151,7 @@ class Replay:
         self._keys = {key.sha256: key for key in policy.api_keys}
         self._by_ip = by_ip
         self._callers: dict[str, tuple[str, CompiledTier] | None] = {}
-        self._matches: dict[tuple[str, str, str], tuple[CompiledRule | None, tuple[CompiledRule, ...]] | str] = {}
+        self._matches: dict[tuple[str, str, str], _Match | str] = {}
         self._minute = 0
         self._minute_blocked = 0
 
@@ -182,48 +184,43 @@ class Replay:
         if matched is None:
             if len(self._matches) >= _MAX_REMEMBERED:
                 self._matches.clear()
-            matched = self._matches[remembered] = _match(tier, method, target)
+            matched = self._matches[remembered] = self._match(tier, method, target)
         if isinstance(matched, str):
             self.refused_count += 1
             if len(self.refused) < 5:
                 self.refused.append((target, matched))
             return
         self.decided += 1
-        rule, watchers = matched
-        blocked = self._enforce(tier, rule, caller, ip)
+        rule, tally, watchers = matched
+        blocked = self._enforce(tier, rule, caller, ip, tally)
         self.series.add(self.now_us, blocked)
-        for watcher in watchers:
+        for watcher, watching in watchers:
             counted = subject_of(watcher.subject, caller, ip, tier.tier.name) or caller
-            allowed = self.counters.charge_one(watcher.limits, counted, 1).allowed
-            tally = self._tally(tier.tier.name, watcher.rule.name, watcher.rule.endpoint, "shadow")
-            if allowed:
-                tally.allowed += 1
+            if self.counters.charge_all(((watcher.limits, counted),), 1).allowed:
+                watching.allowed += 1
             else:
-                tally.blocked += 1
+                watching.blocked += 1
 
     def finish(self) -> None:
         """Close the last minute."""
         self._close_minute()
 
-    def _enforce(self, tier: CompiledTier, rule: CompiledRule | None, caller: str, ip: str) -> bool:
+    def _enforce(self, tier: CompiledTier, rule: CompiledRule | None, caller: str, ip: str, tally: RuleTally) -> bool:
         """Decide by the rule that answers and the tier's own limits; returns whether it was blocked."""
         own = tier.limits
-        name = tier.tier.name
+        counted = caller
         if rule is not None:
-            counted = caller if rule.subject is Subject.API_KEY else subject_of(rule.subject, caller, ip, name) or caller
-            if own is None:
-                allowed = self.counters.charge_one(rule.limits, counted, 1).allowed
-            else:
-                allowed = self._charge(((rule.limits, counted), (own, caller)))
-            tally = self._tally(name, rule.rule.name, rule.rule.endpoint, "enforce")
+            if rule.subject is not Subject.API_KEY:
+                counted = subject_of(rule.subject, caller, ip, tier.tier.name) or caller
+            counters: tuple[tuple[LimitSet, str], ...] = ((rule.limits, counted),)
+            if own is not None:
+                counters = ((rule.limits, counted), (own, caller))
         elif own is not None:
-            counted = caller
-            allowed = self.counters.charge_one(own, caller, 1).allowed
-            tally = self._tally(name, "(tier)", "", "enforce")
+            counters = ((own, caller),)
         else:
-            self._tally(name, "(no rule)", "", "none").allowed += 1
+            tally.allowed += 1
             return False
-        if allowed:
+        if self.counters.charge_all(counters, 1).allowed:
             tally.allowed += 1
             return False
         tally.blocked += 1
@@ -234,9 +231,6 @@ class Replay:
             self._minute = minute
         self._minute_blocked += 1
         return True
-
-    def _charge(self, counters: tuple[tuple[LimitSet, str], ...]) -> bool:
-        return self.counters.charge_now(Charge(counters)).allowed
 
     def _close_minute(self) -> None:
         if self._minute_blocked and (self.worst_minute is None or self._minute_blocked > self.worst_minute[1]):
@@ -257,19 +251,30 @@ class Replay:
         self._callers[api_key] = caller
         return caller
 
-    def _tally(self, tier: str, rule: str, endpoint: str, mode: str) -> RuleTally:
-        tally = self.tallies.get((tier, rule))
+    def _match(self, tier: CompiledTier, method: str, target: str) -> _Match | str:
+        """The rules of a request with their tallies, or why the live door would refuse its path."""
+        path, remedy = canonical_path(target.partition("?")[0])
+        if path is None:
+            return remedy
+        rule = tier.match(method, path)
+        if rule is not None:
+            tally = self._tally(tier, rule.rule.name, rule.rule.endpoint, "enforce")
+        elif tier.limits is not None:
+            tally = self._tally(tier, "(tier)", "", "enforce")
+        else:
+            tally = self._tally(tier, "(no rule)", "", "none")
+        watchers = tier.watchers(method, path)
+        return rule, tally, tuple((each, self._tally(tier, each.rule.name, each.rule.endpoint, "shadow")) for each in watchers)
+
+    def _tally(self, tier: CompiledTier, rule: str, endpoint: str, mode: str) -> RuleTally:
+        name = tier.tier.name
+        tally = self.tallies.get((name, rule))
         if tally is None:
-            tally = self.tallies[(tier, rule)] = RuleTally(tier, rule, endpoint, mode)
+            tally = self.tallies[(name, rule)] = RuleTally(name, rule, endpoint, mode)
         return tally
 
 
-def _match(tier: CompiledTier, method: str, target: str) -> tuple[CompiledRule | None, tuple[CompiledRule, ...]] | str:
-    """The rules of a request, or why the live door would refuse its path."""
-    path, remedy = canonical_path(target.partition("?")[0])
-    if path is None:
-        return remedy
-    return tier.match(method, path), tier.watchers(method, path)
+_Match: TypeAlias = tuple[CompiledRule | None, RuleTally, tuple[tuple[CompiledRule, RuleTally], ...]]
 
 
 def _default_tier(policy: Policy, tier: str | None) -> str:

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from tidegate.policy import US_PER_S
+from tidegate.limits import US_PER_S
 from tidegate.simulate.replay import Replay
 from tidegate.simulate.time_order import TimeOrder
 
@@ -131,7 +131,9 @@ def make_report(replay: Replay, order: TimeOrder, lines: int, malformed: int, ex
     """
     rows = [
         RuleRow(tally.rule, tally.endpoint, tally.allowed + tally.blocked, tally.allowed, tally.blocked, tally.tier, tally.mode)
-        for tally in sorted(replay.tallies.values(), key=lambda each: (each.mode == "shadow", -(each.allowed + each.blocked), each.rule))
+        for tally in sorted(
+            replay.tallies.values(), key=lambda each: (each.mode == "shadow", -(each.allowed + each.blocked), each.rule)
+        )
     ]
     counted = [row for row in rows if row.mode != "shadow"]
     step_s = replay.series.step_us // US_PER_S

@@ -5,15 +5,15 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable
 
-from tidegate.policy import US_PER_S
+from tidegate.limits import US_PER_S
 from tidegate.simulate.log_formats import Request
 
 
 class TimeOrder:
     """Holds requests back until nothing earlier is to be expected.
 
-    Requests stand in buckets of one second, and each bucket is sorted when its time has come: that costs less than a heap, and the order does not
-    depend on the order of the log.
+    Requests stand in buckets of one second, and each bucket is sorted when its time has come: that costs less than a heap,
+    and the order does not depend on the order of the log.
 
     Args:
         emit: takes the requests, in time order.

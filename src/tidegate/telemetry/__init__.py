@@ -1,5 +1,5 @@
 """What is seen of the gate from outside: metrics and health.
 
-Telemetry is told, it never decides: the gate hands over one `Observation` a check, and a fault here cannot change an answer. Tallies are plain
-integers of one event loop; scrapes read them without a lock.
+Telemetry is told, it never decides: the gate hands over one `Observation` a check, and a fault here cannot change an answer.
+Tallies are plain integers of one event loop; scrapes read them without a lock.
 """

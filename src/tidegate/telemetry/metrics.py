@@ -1,7 +1,7 @@
 """Metrics with the names that dashboards and alerts are written for.
 
-The hot path counts in plain integers (0.3 µs a check; `prometheus_client`'s own counters cost 2.7 µs) and a collector hands them over
-when somebody scrapes. No API key, ip or path is ever a label.
+The hot path counts in plain integers (0.3 µs a check; `prometheus_client`'s own counters cost 2.7 µs) and a collector hands
+them over when somebody scrapes. No API key, ip or path is ever a label.
 """
 
 from __future__ import annotations
@@ -113,7 +113,9 @@ class Metrics:
         requests.add_metric(["allowed"], self.allowed)
         requests.add_metric(["blocked"], self.blocked)
         yield requests
-        latency = HistogramMetricFamily("rate_limiter_latency_seconds", "Time from a check's arrival at the gate to its decision.")
+        latency = HistogramMetricFamily(
+            "rate_limiter_latency_seconds", "Time from a check's arrival at the gate to its decision."
+        )
         total = 0
         buckets: list[tuple[str, float]] = []
         for bound, count in zip((*BUCKETS_S, float("inf")), self._latency_counts, strict=True):
@@ -132,10 +134,14 @@ class Metrics:
         yield CounterMetricFamily("rate_limiter_degraded", "Checks decided while the counter store was unwell.", self.degraded)
         yield CounterMetricFamily("rate_limiter_policy_reloads", "Policy files taken into force.", self.policy_reloads)
         yield CounterMetricFamily(
-            "rate_limiter_policy_reload_errors", "Policy files refused; the old policy stayed in force.", self.policy_reload_errors
+            "rate_limiter_policy_reload_errors",
+            "Policy files refused; the old policy stayed in force.",
+            self.policy_reload_errors,
         )
         yield GaugeMetricFamily(
-            "rate_limiter_policy_valid", "1 while the policy file is the policy in force, 0 while it is refused.", int(self.policy_valid)
+            "rate_limiter_policy_valid",
+            "1 while the policy file is the policy in force, 0 while it is refused.",
+            int(self.policy_valid),
         )
         build = GaugeMetricFamily("rate_limiter_build_info", "Always 1; the labels say what runs.", labels=["version", "python"])
         build.add_metric([self._version, platform.python_version()], 1)
