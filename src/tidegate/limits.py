@@ -1,4 +1,4 @@
-"""Limits: `100/minute`, `30/90s`, `1000/month`, `100/minute burst 20`; and `LimitSet`, a rule's limits made ready to be counted."""
+"""Limits such as `100/minute` or `100/minute burst 20`; and `LimitSet`, a rule's limits made ready to be counted."""
 
 from __future__ import annotations
 

@@ -121,8 +121,8 @@ class Instance:
         settings = self.settings
         if settings.server.workers > 1 and settings.counters.url == "memory://":
             raise SettingsError(
-                f"server.workers = {settings.server.workers} needs counters that processes share: with memory:// each would count "
-                "on its own and admit the limit again; use one worker"
+                f"server.workers = {settings.server.workers} needs counters that processes share: with memory:// each "
+                "would count on its own and admit the limit again; use one worker"
             )
         if settings.server.workers > 1:
             raise SettingsError(

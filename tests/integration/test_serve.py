@@ -72,7 +72,8 @@ def test_the_printed_requests_work_as_pasted(serve: Callable[..., Any]) -> None:
     printed = []
     while not printed or "Ctrl-C" not in printed[-1]:
         printed.append(server.process.stdout.readline())
-    commands = [line.strip() for line in printed if line.strip().startswith(("curl", "for "))]
+    pasted = "".join(printed).replace("\\\n", " ").splitlines()
+    commands = [line.strip() for line in pasted if line.strip().startswith(("curl", "for "))]
     assert len(commands) == 3
     outputs = [subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=True).stdout for line in commands]
     assert json.loads(outputs[0])["remaining"] == 99

@@ -66,5 +66,5 @@ def expires_at(_: Limit, state: BucketState) -> int:
     Returns:
         µs since the epoch.
     """
-    level, _, rate, at = state
+    level, _scale, rate, at = state
     return at - (-level // rate)

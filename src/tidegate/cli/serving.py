@@ -32,15 +32,14 @@ _TOUR = """\
 Tidegate is deciding at http://{address} (metrics at /metrics, health at /health). Try it from another terminal:
 
   # a free key may ask 100 times a minute
-  curl -s -X POST http://{address}/v1/check -H 'Content-Type: application/json' -d
-  '{{"api_key":"demo-free-key-0001","path":"/api/v1/items"}}'
+  curl -s http://{address}/v1/check -d '{{"api_key":"demo-free-key-0001","path":"/api/v1/items"}}'
 
   # what a gateway asks: 204 with the limit headers
   curl -si http://{address}/v1/authorize -H 'X-API-Key: demo-premium-key-0001' -H 'X-Original-URI: /api/v1/items'
 
   # six log-ins from one address: the last is answered 429
-  for i in 1 2 3 4 5 6; do curl -s -o /dev/null -w '%{{http_code}}\\n' -X POST http://{address}/v1/check -H 'Content-Type:
-  application/json' -d '{{"method":"POST","path":"/login","ip":"203.0.113.7"}}'; done
+  for i in 1 2 3 4 5 6; do curl -sw '%{{http_code}}\n' -o /dev/null http://{address}/v1/check \
+    -d '{{"method":"POST","path":"/login","ip":"203.0.113.7"}}'; done
 
 Ctrl-C ends it."""
 
@@ -109,8 +108,8 @@ def check(
             typer.echo(f"{verdict}: no limit of tier {answer['tier']} applies")
         else:
             typer.echo(
-                f"{verdict}: rule {answer['rule'] or '(tier)'} of tier {answer['tier']}: {answer['remaining']} of {answer['limit']} left, "
-                f"whole again in {answer['reset_after']:.3f} s"
+                f"{verdict}: rule {answer['rule'] or '(tier)'} of tier {answer['tier']}: "
+                f"{answer['remaining']} of {answer['limit']} left, whole again in {answer['reset_after']:.3f} s"
                 + ("" if answer["allowed"] else f", retry after {_seconds(answer['retry_after'])}")
             )
     if status in (200, 429):
@@ -147,7 +146,7 @@ def _examine(config: Path | None) -> Iterator[tuple[str, bool | None, str]]:
         return
     yield "settings", True, "understood"
     yield from _examine_policy(settings)
-    yield _try("catalog", lambda: asyncio.run(_look_at_catalog(settings)))
+    yield _try("catalog", lambda: _look_at_catalog(settings.catalog.url))
     yield _try(
         "counters",
         lambda: f"{urlsplit(settings.counters.url).scheme}:// opens: {type(open_counters(settings.counters.url)).__name__}",
@@ -196,18 +195,21 @@ def _examine_listener(settings: Settings) -> Iterator[tuple[str, bool | None, st
         yield "server", False, f"/health answers {status}"
 
 
-async def _look_at_catalog(settings: Settings) -> str:
-    url = settings.catalog.url
-    if url.startswith("sqlite:///") and not Path(url.removeprefix("sqlite:///")).exists():
+def _look_at_catalog(url: str) -> str:
+    file = Path(url.removeprefix("sqlite:///"))
+    if url.startswith("sqlite:///") and not file.exists():
         # A doctor looks and does not treat: the file is made by 'serve', here only a place for it is looked for.
-        directory = Path(url.removeprefix("sqlite:///")).resolve().parent
         try:
-            with tempfile.TemporaryFile(dir=directory):
+            with tempfile.TemporaryFile(dir=file.resolve().parent):
                 return f"{url} is not there yet; 'tidegate serve' makes it"
         except OSError as error:
             raise SettingsError(
                 f"{url} cannot be made: {error.strerror}: set catalog.url to a place that can be written"
             ) from None
+    return asyncio.run(_read_catalog(url))
+
+
+async def _read_catalog(url: str) -> str:
     catalog = await SqlCatalog.open(url)
     try:
         tiers = await catalog.list_tiers()

@@ -16,11 +16,13 @@ _LEFT: Final = 56
 _BOTTOM: Final = 28
 _POINTS: Final = 480
 _STYLE: Final = """
-:root { color-scheme: light dark; --ink: #1b2733; --soft: #5b6b7b; --line: #d5dde5; --paper: #fff; --allowed: #2166ac; --blocked: #d6604d; }
+:root { color-scheme: light dark; --ink: #1b2733; --soft: #5b6b7b; --line: #d5dde5; --paper: #fff;
+  --allowed: #2166ac; --blocked: #d6604d; }
 @media (prefers-color-scheme: dark) {
   :root { --ink: #e6edf3; --soft: #9aa7b4; --line: #313d49; --paper: #10161d; --allowed: #6aaeea; --blocked: #f08a72; }
 }
-body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); max-width: 1000px; margin: 2rem auto; padding: 0 1rem; }
+body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper);
+  max-width: 1000px; margin: 2rem auto; padding: 0 1rem; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.1rem; margin-top: 2rem; }
 p.sum { font-size: 1.1rem; } .soft { color: var(--soft); }
 table { border-collapse: collapse; width: 100%; } th { text-align: left; font-weight: 600; }
@@ -29,7 +31,8 @@ td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; ov
 svg { width: 100%; height: auto; display: block; } svg text { fill: var(--soft); font-size: 12px; }
 .grid { stroke: var(--line); } .allowed { stroke: var(--allowed); fill: none; stroke-width: 1.5; }
 .blocked { stroke: var(--blocked); fill: none; stroke-width: 1.5; } rect.blocked { fill: var(--blocked); stroke: none; }
-.key::before { content: ""; display: inline-block; width: 1rem; height: .2rem; vertical-align: middle; margin-right: .4rem; background: currentColor; }
+.key::before { content: ""; display: inline-block; width: 1rem; height: .2rem; vertical-align: middle;
+  margin-right: .4rem; background: currentColor; }
 .key { margin-right: 1.5rem; } .of-allowed { color: var(--allowed); } .of-blocked { color: var(--blocked); }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; color: var(--soft); }
 """
@@ -64,6 +67,11 @@ def render_page(report: Report, policy: str, logs: Sequence[str]) -> str:
         )
         for row in report.rules
     ]
+    blocked_by_rule = [
+        (row.rule + (" (shadow)" if row.mode == "shadow" and "shadow" not in row.rule else ""), row.blocked)
+        for row in report.rules
+        if row.blocked
+    ][:12]
     top = [(entry.subject, entry.rule, f"{entry.blocked:,}") for entry in report.top_blocked]
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
@@ -73,10 +81,11 @@ def render_page(report: Report, policy: str, logs: Sequence[str]) -> str:
 <p class="sum">{report.requests:,} requests from {_safe(report.from_ or "-")} to {_safe(report.to or "-")}:
 {report.allowed:,} allowed, <b>{report.blocked:,} blocked</b> ({share}). {worst}</p>
 <h2>Over time</h2>
-<p><span class="key of-allowed">allowed</span><span class="key of-blocked">blocked</span><span class="soft">requests per {_step_text(_merged(report)[1])}</span></p>
+<p><span class="key of-allowed">allowed</span><span class="key of-blocked">blocked</span>
+<span class="soft">requests per {_step_text(_merged(report)[1])}</span></p>
 {_lines(report)}
 <h2>Blocked by rule</h2>
-{_bars([(f"{row.rule}{' (shadow)' if row.mode == 'shadow' and 'shadow' not in row.rule else ''}", row.blocked) for row in report.rules if row.blocked][:12])}
+{_bars(blocked_by_rule)}
 {_table(("rule", "tier", "mode", "requests", "allowed", "blocked", "share"), rules, 3)}
 <h2>Blocked most</h2>
 {_bars([(entry.subject, entry.blocked) for entry in report.top_blocked])}
@@ -142,7 +151,8 @@ def _bars(values: Sequence[tuple[str, int]]) -> str:
         shown = label if len(label) <= 48 else label[:47] + "…"
         drawn.append(f'<text x="340" y="{y + 17}" text-anchor="end">{_safe(shown)}</text>')
         drawn.append(
-            f'<rect class="blocked" x="350" y="{y + 4}" width="{length:.1f}" height="18"><title>{_safe(label)}: {value}</title></rect>'
+            f'<rect class="blocked" x="350" y="{y + 4}" width="{length:.1f}" height="18">'
+            f"<title>{_safe(label)}: {value}</title></rect>"
         )
         drawn.append(f'<text x="{356 + length:.1f}" y="{y + 17}">{value:,}</text>')
     return f'<svg viewBox="0 0 {_WIDTH} {len(values) * 26 + 4}" role="img" aria-label="blocked requests">{"".join(drawn)}</svg>'
