@@ -28,7 +28,7 @@ from tidegate.settings import Settings
 
 _ASK_TIMEOUT_S = 5.0
 
-_TOUR = """\
+_TOUR = r"""
 Tidegate is deciding at http://{address} (metrics at /metrics, health at /health). Try it from another terminal:
 
   # a free key may ask 100 times a minute
