@@ -23,6 +23,8 @@ from tidegate.errors import SettingsError
 
 _BUSY_TIMEOUT_MS: Final = 5_000
 _UPGRADE_TRIES: Final = 25
+# Alembic keeps what it runs on in a global of the process.
+_upgrading: Final = asyncio.Lock()
 
 
 def open_engine(url: str) -> AsyncEngine:
@@ -68,7 +70,7 @@ async def upgrade_schema(engine: AsyncEngine) -> str:
     # Two processes may start on one new file: the one that loses a step to the other looks again.
     for attempt in range(_UPGRADE_TRIES):
         try:
-            async with engine.begin() as connection:
+            async with _upgrading, engine.begin() as connection:
                 return await connection.run_sync(_upgrade)
         except OperationalError as error:
             reason = str(error.orig)

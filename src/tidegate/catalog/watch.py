@@ -54,7 +54,7 @@ async def watch_policy(
     while True:
         # In a thread: on a network mount that hangs, this must not stop the checks.
         look = await asyncio.to_thread(_look, path, seen)
-        settled = (look.text, look.refusal) == (seen.text, seen.refusal)
+        settled = look == seen
         if settled and (look.text, look.refusal) != (judged.text, judged.refusal) and await _judge(path, look, apply, refused):
             judged = look
         seen = look

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Final
@@ -18,14 +17,14 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from tidegate.catalog.policy_file import load_policy
 from tidegate.counters.memory import DEFAULT_MAX_SUBJECTS
 from tidegate.errors import SettingsError
-from tidegate.simulate.log_formats import FORMATS, Malformed, Parse, detect, parser_of
+from tidegate.simulate.log_formats import FIELDS, FORMATS, Parse, csv_columns, detect, parser_of
 from tidegate.simulate.log_lines import LogError, LogLines
+from tidegate.simulate.log_times import Malformed
 from tidegate.simulate.page import render_page
-from tidegate.simulate.replay import Replay
+from tidegate.simulate.replay import EXAMPLES_SHOWN, Replay
 from tidegate.simulate.report import Report, as_json, clean, make_report, print_report
 from tidegate.simulate.time_order import TimeOrder
 
-EXAMPLES_SHOWN: Final = 5
 DETECTED_WITHIN: Final = 1000
 _PROGRESS_LINES: Final = 20_000
 _SPAN: Final = re.compile(r"([0-9]{1,6})([smh]?)", re.ASCII)
@@ -40,17 +39,28 @@ class Simulation:
         log_format: one of `FORMATS`, or None to tell it by the first lines.
         subject: ip, user, or the name of a field.
         key_field: field with the API key, or None.
+        fields: other names for keys of `FIELDS`.
     """
 
-    def __init__(self, replay: Replay, order: TimeOrder, log_format: str | None, subject: str, key_field: str | None) -> None:
+    def __init__(
+        self,
+        replay: Replay,
+        order: TimeOrder,
+        log_format: str | None = None,
+        subject: str = "ip",
+        key_field: str | None = None,
+        fields: Mapping[str, str] | None = None,
+    ) -> None:
         self.lines = 0
         self.malformed = 0
         self.examples: list[str] = []
+        self.broken: list[str] = []
         self._replay = replay
         self._order = order
         self._format = log_format
         self._subject = subject
         self._key_field = key_field
+        self._fields = fields
 
     def read(self, log: LogLines) -> Iterator[int]:
         """Read one log.
@@ -65,7 +75,7 @@ class Simulation:
             LogError: if the log cannot be read or its format cannot be told.
         """
         parse: Parse | None = None
-        undecided: list[str] = []
+        undecided: list[tuple[int, str]] = []
         add = self._order.add
         number = 0
         for line in log:
@@ -75,12 +85,12 @@ class Simulation:
                     continue
                 parse, is_header = self._parser(line)
                 if parse is None:
-                    undecided.append(line)
+                    undecided.append((number, line))
                     if len(undecided) >= DETECTED_WITHIN:
                         break
                     continue
-                for earlier in undecided:
-                    self._count_malformed(log, earlier, number, "before the first line of the log's format")
+                for place, earlier in undecided:
+                    self._count_malformed(log, earlier, place, "before the first line of the log's format")
                 if is_header:
                     continue
             try:
@@ -94,10 +104,10 @@ class Simulation:
         if parse is None and undecided:
             raise LogError(
                 f"{log.source}: none of the first {len(undecided)} lines is of a format that is known: give --format "
-                f"({', '.join(FORMATS)}); the first is {clean(undecided[0][:80])!r}"
+                f"({', '.join(FORMATS)}); the first is '{clean(undecided[0][1].strip()[:80])}'"
             )
         if log.broken is not None:
-            self.examples.append(log.broken)
+            self.broken.append(log.broken)
 
     def finish(self) -> Report:
         """Decide what is held back, and sum up.
@@ -107,18 +117,15 @@ class Simulation:
         """
         self._order.finish()
         self._replay.finish()
-        return make_report(self._replay, self._order, self.lines, self.malformed, self.examples)
+        return make_report(self._replay, self._order, self.lines, self.malformed, self.examples, self.broken)
 
     def _parser(self, line: str) -> tuple[Parse | None, bool]:
         """The parser that a line calls for, and whether the line was a header."""
-        found = detect(line)
-        name = self._format or (found[0] if found else None)
+        name = self._format or detect(line)
         if name is None:
             return None, False
-        if name == "csv":
-            columns = [column.strip().strip('"') for column in line.strip().split(",")]
-            return parser_of("csv", self._subject, self._key_field, columns), True
-        return parser_of(name, self._subject, self._key_field), False
+        header = csv_columns(line) if name == "csv" else ()
+        return parser_of(name, self._subject, self._key_field, self._fields, header), name == "csv"
 
     def _count_malformed(self, log: LogLines, line: str, number: int, reason: str) -> None:
         self.lines += 1
@@ -142,6 +149,15 @@ def simulate(
     subject: Annotated[str, typer.Option("--subject", help="What names a caller: ip, user, or a field of the log.")] = "ip",
     key_field: Annotated[
         str | None, typer.Option("--key-field", help="Field with the API key, for keys that the policy knows.")
+    ] = None,
+    field: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--field",
+            metavar="NAME=FIELD",
+            help=f"What a JSON or CSV log calls one of {', '.join(FIELDS)}: ip=cf_ip. May be given several times.",
+            show_default=False,
+        ),
     ] = None,
     log_format: Annotated[
         str | None, typer.Option("--format", help=f"One of {', '.join(FORMATS)}; told by the first lines where not given.")
@@ -173,13 +189,11 @@ def simulate(
         raise SettingsError(f"--format {log_format!r} is not known: use one of {', '.join(FORMATS)}")
     if html is not None and not html.absolute().parent.is_dir():
         raise SettingsError(f"--html {html}: the directory is not there: make it first")
-    replay = Replay(load_policy(policy), tier, by_ip=subject == "ip", max_subjects=max_subjects)
+    replay = Replay(load_policy(policy), tier, by_ip=subject.lower() == "ip", max_subjects=max_subjects)
     order = TimeOrder(replay.decide, _span_s(reorder), reorder_max)
-    simulation = Simulation(replay, order, log_format, subject.lower(), key_field.lower() if key_field else None)
+    simulation = Simulation(replay, order, log_format, subject, key_field, _named_fields(field or []))
     opened = [LogLines(source) for source in logs]
     interrupted = False
-    # Millions of short-lived tuples and hardly a cycle: looking for cycles as often as usual would take a tenth of the time.
-    gc.set_threshold(200_000, 20, 100)
     try:
         with _progress(opened) as tell:
             done = 0
@@ -194,9 +208,14 @@ def simulate(
         for log in opened:
             log.close()
     report = simulation.finish()
-    if report.requests == 0 and report.refused_paths == 0 and not interrupted:
+    if report.lines == report.malformed and not interrupted:
+        named = ", ".join(logs)
+        if not report.lines:
+            raise LogError(
+                f"no line in {named}: give a log with at least one request" + "".join(f"; {each}" for each in report.broken)
+            )
         shown = "".join(f"\n  {clean(example)}" for example in report.malformed_examples)
-        raise LogError(f"no request in {', '.join(logs)}: {report.malformed:,} of {report.lines:,} lines are malformed{shown}")
+        raise LogError(f"no request in {named}: all {report.lines:,} lines are malformed{shown}")
     if html is not None:
         try:
             html.write_text(render_page(report, str(policy), logs), encoding="utf-8")
@@ -231,3 +250,13 @@ def _span_s(text: str) -> int:
     if found is None:
         raise SettingsError(f"--reorder {text!r} is no span of time: write 120s, 5m or 1h")
     return int(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[found[2]]
+
+
+def _named_fields(given: Sequence[str]) -> dict[str, str]:
+    fields = {}
+    for each in given:
+        name, _, field = each.partition("=")
+        if name not in FIELDS or not field:
+            raise SettingsError(f"--field {each!r} is not understood: write NAME=FIELD, where NAME is one of {', '.join(FIELDS)}")
+        fields[name] = field
+    return fields

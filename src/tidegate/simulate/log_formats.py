@@ -3,24 +3,32 @@
 from __future__ import annotations
 
 import csv
-import datetime
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Final, NamedTuple, TypeAlias
 
 import msgspec
 
-from tidegate.limits import US_PER_S
+from tidegate.errors import SettingsError
+from tidegate.paths import MAX_PATH_BYTES
+from tidegate.simulate.log_times import ApacheTimes, Malformed, moment_us
 
 FORMATS: Final = ("combined", "common", "json", "csv")
+FIELDS: Final[Mapping[str, tuple[str, ...]]] = {
+    "time": ("time_iso8601", "@timestamp", "timestamp", "time", "msec", "ts", "time_local", "datetime", "date"),
+    "ip": ("remote_addr", "client_ip", "ip", "remote_ip", "clientip", "host"),
+    "user": ("remote_user", "user", "username", "user_id"),
+    "method": ("request_method", "method", "verb"),
+    "path": ("request_uri", "uri", "path", "url", "target"),
+    "request": ("request", "request_line"),
+    "key": ("http_x_api_key", "x_api_key", "api_key"),
+}
+"""What a JSON or CSV log may call each thing, where nothing else was said."""
+COMBINED_FIELDS: Final = ("ip", "user", "referer", "agent")
 
-TIME_FIELDS: Final = ("time_iso8601", "@timestamp", "timestamp", "time", "msec", "ts", "time_local", "datetime", "date")
-IP_FIELDS: Final = ("remote_addr", "client_ip", "ip", "remote_ip", "clientip", "host")
-USER_FIELDS: Final = ("remote_user", "user", "username", "user_id")
-METHOD_FIELDS: Final = ("request_method", "method", "verb")
-TARGET_FIELDS: Final = ("request_uri", "uri", "path", "url", "target")
-REQUEST_FIELDS: Final = ("request", "request_line")
-KEY_FIELDS: Final = ("http_x_api_key", "x_api_key", "api_key", "key")
+MAX_NAME: Final = 255
+"""Most characters of an address or a caller's name: more than a host name has. What is counted stays bounded by it."""
+_MAX_KEY: Final = 128
 
 
 class Request(NamedTuple):
@@ -28,181 +36,202 @@ class Request(NamedTuple):
 
     Args:
         at_us: µs since the epoch.
-        ip: client, as logged; empty where unknown.
+        ip: client, as logged, at most 255 characters; empty where unknown.
         method: upper-case HTTP method.
-        target: path with query, as logged.
-        subject: value of the field that names the caller; empty where it is missing.
-        api_key: as logged; empty where there is none.
+        path: without query, as logged, escapes of the log taken off; cut where longer than any path may be.
+        subject: value of the field that names the caller, at most 255 characters; empty where it is missing.
+        api_key: as logged; empty where there is none or it is longer than a key can be.
     """
 
     at_us: int
     ip: str
     method: str
-    target: str
+    path: str
     subject: str
     api_key: str
 
 
-class Malformed(Exception):
-    """A line that is no request; the message says why."""
-
-
 Parse: TypeAlias = Callable[[str], Request]
 
-_REQUEST_PART = r"[^\"\\]*(?:\\.[^\"\\]*)*"
+_QUOTED: Final = r"[^\"\\]*(?:\\.[^\"\\]*)*"
+# Nearly every line, without a backslash or a second space anywhere that matters: in one go, with nothing to try twice.
+_PLAIN: Final = re.compile(
+    r'([^ ]{1,255}) [^ ]+ ([^ \[]{1,255}) \[([^\]]{26})\] "([A-Z]{1,32}) ([^ "\\?]*+)[^ "\\]*+ [^ "\\]*+" (?:\d{3}|-) (?:\d++|-)',
+    re.ASCII,
+)
 # Host, user and time up to the request; the user may hold spaces, so it ends where " [" begins.
-_COMBINED: Final = re.compile(rf'(\S+) \S+ ([^\[]*?) \[([^\]]{{20,40}})\] "({_REQUEST_PART})" (?:\d{{3}}|-) (?:\d+|-)')
-_TAIL: Final = re.compile(rf' "({_REQUEST_PART})" "({_REQUEST_PART})"')
-_new: Final = tuple.__new__
-_USUAL_METHODS: Final = frozenset(("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"))
+_ANY: Final = re.compile(
+    rf'([^ ]{{1,255}}) [^ ]+ ([^\[]{{1,255}}?) \[([^\]]{{20,40}})\] "({_QUOTED})" (?:\d{{3}}|-) (?:\d+|-)', re.ASCII
+)
+_TAIL: Final = re.compile(rf' "({_QUOTED})" "({_QUOTED})"')
 _METHOD: Final = re.compile(r"[A-Z][A-Z_-]{0,31}", re.ASCII)
-_APACHE_TIME: Final = re.compile(r"(\d{2})/([A-Z][a-z]{2})/(\d{4}):(\d{2}):(\d{2}):(\d{2}) ([+-])(\d{2})(\d{2})", re.ASCII)
-_MONTHS: Final = {
-    name: number
-    for number, name in enumerate(["Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec"], 1)
-}
-_MINUTES_KEPT: Final = 10_000
+_ESCAPED: Final = re.compile(r"\\(?:x([0-9A-Fa-f]{2})|(.))", re.DOTALL)
+_CONTROL: Final = {"n": "\n", "t": "\t", "r": "\r", "b": "\b", "f": "\f", "v": "\v"}
+_new: Final = tuple.__new__
 
 
-class _ApacheTimes:
-    """`17/May/2015:10:05:03 +0000` → µs; each minute is worked out once."""
-
-    def __init__(self) -> None:
-        self._minutes: dict[str, int] = {}
-
-    def __call__(self, text: str) -> int:
-        start = self._minutes.get(text[:17] + text[20:])
-        if start is None:
-            start = self._work_out(text)
-        try:
-            second = int(text[18:20])
-        except ValueError:
-            raise Malformed(f"the time {text!r} is not understood") from None
-        if not 0 <= second <= 60:
-            raise Malformed(f"the time {text!r} is not understood")
-        return start + second * US_PER_S
-
-    def _work_out(self, text: str) -> int:
-        found = _APACHE_TIME.fullmatch(text)
-        if found is None or found[2] not in _MONTHS:
-            raise Malformed(f"the time {text!r} is not understood")
-        day, month, year, hour, minute = int(found[1]), _MONTHS[found[2]], int(found[3]), int(found[4]), int(found[5])
-        offset = datetime.timedelta(hours=int(found[8]), minutes=int(found[9]))
-        try:
-            moment = datetime.datetime(year, month, day, hour, minute, tzinfo=datetime.UTC)
-            moment = moment - offset if found[7] == "+" else moment + offset
-        except (ValueError, OverflowError):
-            raise Malformed(f"the time {text!r} is no moment") from None
-        if len(self._minutes) >= _MINUTES_KEPT:
-            self._minutes.clear()
-        start = self._minutes[text[:17] + text[20:]] = _us_of(moment)
-        return start
-
-
-def parser_of(name: str, subject: str, key_field: str | None, header: Sequence[str] = ()) -> Parse:
+def parser_of(
+    name: str, subject: str, key_field: str | None, fields: Mapping[str, str] | None = None, header: Sequence[str] = ()
+) -> Parse:
     """The parser of a format.
 
     Args:
         name: combined, common, json or csv.
         subject: ip, user, or the name of a field.
-        key_field: field with the API key, None where there is none.
+        key_field: field with the API key, None for the usual ones.
+        fields: for json and csv: other names for keys of `FIELDS`.
         header: for csv: the names of its columns.
 
     Returns:
         A function from a line to its request that raises `Malformed`.
+
+    Raises:
+        SettingsError: if the log has no such field.
     """
     if name in ("combined", "common"):
-        return _combined(subject, key_field)
-    read = _record_reader(subject, key_field)
-    if name == "csv":
-        columns = [column.strip().lower() for column in header]
-        return lambda line: read(_csv_record(line, columns))
-    return lambda line: read(_json_record(line))
+        return _combined(subject.lower(), key_field.lower() if key_field else None)
+    names = dict(FIELDS) | {role: (field,) for role, field in (fields or {}).items()}
+    if key_field:
+        names["key"] = (key_field,)
+    names["subject"] = names.get(subject, (subject,))
+    if name == "json":
+        read = _record_reader(names)
+        return lambda line: read(_json_record(line))
+    columns = [column.strip().lower() for column in header]
+    names = {role: tuple(each.lower() for each in several) for role, several in names.items()}
+    for wanted in (*(names[role] for role in fields or {}), names["subject"], *((names["key"],) if key_field else ())):
+        if not set(wanted) & set(columns):
+            raise SettingsError(f"the log has no column {' or '.join(wanted)}: there are {', '.join(columns)[:500]}")
+    read_row = _record_reader(names)
+    return lambda line: read_row(_csv_record(line, columns))
 
 
-def detect(line: str) -> tuple[str, tuple[str, ...]] | None:
+def detect(line: str) -> str | None:
     """Tell a log's format by one of its lines.
 
     Args:
         line: the line.
 
     Returns:
-        The format's name and, for csv, its columns; None where the line tells nothing.
+        combined, common, json, csv (the line is the header then), or None where the line tells nothing.
     """
     text = line.strip()
     if text.startswith("{"):
         try:
-            return ("json", ()) if isinstance(msgspec.json.decode(text), dict) else None
-        except (msgspec.DecodeError, UnicodeDecodeError):
+            _json_record(text)
+        except Malformed:
             return None
-    if found := _COMBINED.match(text):
-        return ("combined" if _TAIL.match(text, found.end()) else "common"), ()
-    columns = tuple(column.strip().lower() for column in next(csv.reader([text]), []))
-    if len(columns) >= 2 and set(columns) & set(TIME_FIELDS) and set(columns) & {*TARGET_FIELDS, *REQUEST_FIELDS}:
-        return "csv", columns
+        return "json"
+    if found := _ANY.match(text):
+        return "combined" if _TAIL.match(text, found.end()) else "common"
+    columns = {column.lower() for column in csv_columns(text)}
+    if columns & set(FIELDS["time"]) and columns & {*FIELDS["path"], *FIELDS["request"]}:
+        return "csv"
     return None
 
 
+def csv_columns(line: str) -> list[str]:
+    """The columns of a CSV line.
+
+    Args:
+        line: the line.
+
+    Returns:
+        Their texts; none where it is not CSV.
+    """
+    try:
+        return [column.strip() for column in next(csv.reader([line.strip()], strict=True), [])]
+    except csv.Error:
+        return []
+
+
 def _combined(subject: str, key_field: str | None) -> Parse:
-    times = _ApacheTimes()
-    match = _COMBINED.match
-    own_field = {"ip": 1, "user": 2}.get(subject)
-    tail_fields = {"referer": 1, "agent": 2, "user_agent": 2}
+    for field in (subject, *((key_field,) if key_field else ())):
+        if field not in COMBINED_FIELDS:
+            raise SettingsError(f"a common or combined log has no field {field!r}: there are {', '.join(COMBINED_FIELDS)}")
+    moment_of = ApacheTimes()
+    plain = _PLAIN.match
+    by_ip = subject == "ip"
+    only_own = subject in ("ip", "user") and key_field is None
 
     def parse(line: str) -> Request:
-        found = match(line)
-        if found is None:
-            raise Malformed("not a line of a common or combined log")
-        ip, user, time_text, request = found.groups()
-        parts = request.split(" ")
-        if len(parts) not in (2, 3) or not (parts[0] in _USUAL_METHODS or _METHOD.fullmatch(parts[0])):
-            raise Malformed(f"no HTTP request in {request[:60]!r}")
-        named = key = ""
-        if own_field is None or key_field is not None:
-            tail = _TAIL.match(line, found.end())
-            fields = {"ip": ip, "user": user, **({name: tail[number] for name, number in tail_fields.items()} if tail else {})}
-            named, key = fields.get(subject, ""), fields.get(key_field or "", "")
-        elif own_field == 2:
-            named = user
+        found = plain(line)
+        if found is not None:
+            ip, user, time_text, method, path = found.groups()
         else:
-            named = ip
+            found = _ANY.match(line)
+            if found is None:
+                raise Malformed("not a line of a common or combined log")
+            ip, user, time_text, request = found.groups()
+            method, path = _request(request)
+        if len(path) > MAX_PATH_BYTES:
+            path = path[: MAX_PATH_BYTES + 1]
+        at_us = moment_of(time_text)
+        if only_own:
+            named, key = ip if by_ip else user, ""
+        else:
+            tail = _TAIL.match(line, found.end())
+            values = {"ip": ip, "user": user, "referer": tail[1] if tail else "", "agent": tail[2] if tail else ""}
+            named, key = _name(values[subject]), _key(values[key_field]) if key_field else ""
         # A named tuple's own constructor costs five times this.
-        return _new(Request, (times(time_text), ip, parts[0], parts[1], "" if named == "-" else named, "" if key == "-" else key))
+        return _new(Request, (at_us, ip, method, path, "" if named == "-" else named, key))
 
     return parse
 
 
-def _record_reader(subject: str, key_field: str | None) -> Callable[[Mapping[str, Any]], Request]:
+def _record_reader(names: Mapping[str, tuple[str, ...]]) -> Callable[[Mapping[str, Any]], Request]:
+    times, ips, methods, paths = names["time"], names["ip"], names["method"], names["path"]
+    requests, subjects, keys = names["request"], names["subject"], names["key"]
+
     def read(record: Mapping[str, Any]) -> Request:
-        time_value = _first(record, TIME_FIELDS)
+        time_value = _first(record, times)
         if time_value is None:
-            raise Malformed("no field with a time: one of " + ", ".join(TIME_FIELDS))
-        method, target = _first(record, METHOD_FIELDS), _first(record, TARGET_FIELDS)
-        request = _first(record, REQUEST_FIELDS)
-        if target is None and isinstance(request, str):
-            parts = request.split(" ")
-            if len(parts) not in (2, 3):
-                raise Malformed(f"no HTTP request in {request[:60]!r}")
-            method, target = parts[0], parts[1]
-        if not isinstance(target, str):
-            raise Malformed("no field with a path: one of " + ", ".join(TARGET_FIELDS))
-        method = str(method or "GET").upper()
-        if not _METHOD.fullmatch(method):
-            raise Malformed(f"{method[:40]!r} is no HTTP method")
-        ip = _text(_first(record, IP_FIELDS))
-        named = {"ip": lambda: ip, "user": lambda: _text(_first(record, USER_FIELDS))}.get(
-            subject, lambda: _text(record.get(subject))
-        )()
-        key = _text(record.get(key_field)) if key_field else _text(_first(record, KEY_FIELDS))
-        return Request(_moment_us(time_value), ip, method, target, named, key)
+            raise Malformed("no field with a time: " + _listed(times))
+        path = _first(record, paths)
+        if path is None:
+            request = _first(record, requests)
+            if not isinstance(request, str):
+                raise Malformed("no field with a path: " + _listed((*paths, *requests)))
+            method, path = _request(request)
+        else:
+            method = str(_first(record, methods) or "GET").upper()
+            if not isinstance(path, str) or not _METHOD.fullmatch(method):
+                raise Malformed(f"no HTTP request in {method[:40]!r} {str(path)[:60]!r}")
+            path = path.partition("?")[0][: MAX_PATH_BYTES + 1]
+        ip, subject, key = _name(_first(record, ips)), _name(_first(record, subjects)), _key(_first(record, keys))
+        if not (ip or subject or key):
+            raise Malformed("no field that names the caller: " + _listed(dict.fromkeys((*subjects, *ips))))
+        return _new(Request, (moment_us(time_value), ip, method, path, subject, key))
 
     return read
+
+
+def _request(request: str) -> tuple[str, str]:
+    """Method and path of a request line as it stands in a log."""
+    parts = request.split(" ")
+    if len(parts) not in (2, 3) or not _METHOD.fullmatch(parts[0]):
+        raise Malformed(f"no HTTP request in {request[:60]!r}")
+    path = parts[1].partition("?")[0][: MAX_PATH_BYTES + 1]
+    return parts[0], _ESCAPED.sub(_unescape, path) if "\\" in path else path
+
+
+def _unescape(found: re.Match[str]) -> str:
+    r"""What a server wrote as `\xNN`, `\"`, `\\` or `\n`; bytes beyond ASCII come back percent-encoded."""
+    if found[1]:
+        byte = int(found[1], 16)
+        return chr(byte) if byte < 0x80 else f"%{byte:02X}"
+    return _CONTROL.get(found[2], found[2])
 
 
 def _json_record(line: str) -> Mapping[str, Any]:
     try:
         record = msgspec.json.decode(line)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
+        # nginx without escape=json writes \xNN, which JSON has not; bytes that are no UTF-8 were read so too.
+        if "\\x" in line:
+            mended = _ESCAPED.sub(lambda found: rf"\u00{found[1]}" if found[1] else found[0], line)
+            if mended != line:
+                return _json_record(mended)
         raise Malformed(f"not JSON: {error}") from None
     if not isinstance(record, dict):
         raise Malformed("a JSON line must be an object")
@@ -219,38 +248,6 @@ def _csv_record(line: str, columns: list[str]) -> Mapping[str, Any]:
     return dict(zip(columns, values, strict=True))
 
 
-_apache_time: Final = _ApacheTimes()
-
-
-def _moment_us(value: object) -> int:
-    """A moment: ISO 8601, seconds or milliseconds since the epoch, or as Apache writes it."""
-    try:
-        if isinstance(value, str) and not _is_number(value):
-            if "/" in value:
-                return _apache_time(value.strip("[]"))
-            moment = datetime.datetime.fromisoformat(value)
-            # A time without offset is UTC, so that the result is the same on every machine.
-            return _us_of(moment if moment.tzinfo else moment.replace(tzinfo=datetime.UTC))
-        if isinstance(value, int | float | str) and not isinstance(value, bool):
-            seconds = float(value)
-            return round(seconds * (1_000 if seconds > 1e11 else US_PER_S))
-    except (ValueError, OverflowError):
-        pass  # told below, with the value
-    raise Malformed(f"the time {str(value)[:40]!r} is not understood")
-
-
-def _us_of(moment: datetime.datetime) -> int:
-    since = moment - datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
-    us = (since.days * 86_400 + since.seconds) * US_PER_S + since.microseconds
-    if us < 0:
-        raise Malformed(f"the time {moment.isoformat()} lies before 1970")
-    return us
-
-
-def _is_number(text: str) -> bool:
-    return text.replace(".", "", 1).isdecimal()
-
-
 def _first(record: Mapping[str, Any], names: tuple[str, ...]) -> Any:
     for name in names:
         value = record.get(name)
@@ -259,5 +256,20 @@ def _first(record: Mapping[str, Any], names: tuple[str, ...]) -> Any:
     return None
 
 
-def _text(value: object) -> str:
-    return "" if value is None or value == "-" else str(value)
+def _listed(names: Iterable[str]) -> str:
+    return " or ".join(names)
+
+
+def _name(value: object) -> str:
+    if value is None or value == "-":
+        return ""
+    if not isinstance(value, str | int | float):
+        raise Malformed("the caller's name must be text or a number")
+    text = str(value)
+    if len(text) > MAX_NAME:
+        raise Malformed(f"the caller's name has more than {MAX_NAME} characters")
+    return text
+
+
+def _key(value: object) -> str:
+    return value if isinstance(value, str) and value != "-" and len(value) <= _MAX_KEY else ""

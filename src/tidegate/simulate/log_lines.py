@@ -54,14 +54,15 @@ class LogLines:
             return 0  # a pipe has no position
 
     def __iter__(self) -> Iterator[str]:
-        """The lines without their ends; one longer than 64 KB is cut there, and what follows of it is left out."""
+        """The lines with their ends; one longer than 64 KB is cut there, and what follows of it is left out."""
         read: Callable[[int], str] = self._text.readline
         try:
             while line := read(MAX_LINE):
                 if line[-1] != "\n" and len(line) == MAX_LINE:
                     while (rest := read(MAX_LINE)) and rest[-1] != "\n":
                         pass
-                yield line
+                # A byte order mark at the beginning is no part of the first line.
+                yield line if line[0] != "\ufeff" else line[1:]
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             self.broken = f"{self.source}: the gzip stream ends early or is damaged ({error}): what was read so far counts"
         except OSError as error:
@@ -77,6 +78,8 @@ class LogLines:
 
     def _open(self) -> IO[bytes]:
         if self.source == "-":
+            if sys.stdin is None:
+                raise LogError("standard input is closed: pipe a log into it, or give a file")
             return sys.stdin.buffer
         try:
             return Path(self.source).open("rb")

@@ -2,123 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Final, TypeAlias
+from functools import lru_cache
+from typing import Final
+
+import msgspec
 
 from tidegate.counters.memory import DEFAULT_MAX_SUBJECTS, MemoryCounters
-from tidegate.errors import SettingsError
+from tidegate.decision import canonical_ip
+from tidegate.errors import BadRequest, SettingsError
 from tidegate.gate import ipv6_client
-from tidegate.keys import hash_api_key
+from tidegate.keys import hash_api_key, is_possible_key
 from tidegate.limits import LimitSet
 from tidegate.matching import CompiledRule, CompiledTier, subject_of
 from tidegate.paths import canonical_path
-from tidegate.policy import Policy, Subject
+from tidegate.policy import KeyStatus, Policy, Subject
 from tidegate.simulate.log_formats import Request
+from tidegate.simulate.tallies import MINUTE_US, RuleTally, Series, TopBlocked
 
-MAX_SERIES: Final = 2_000
-MAX_TOP: Final = 10_000
+EXAMPLES_SHOWN: Final = 5
 _MAX_REMEMBERED: Final = 50_000
-_MINUTE_US: Final = 60_000_000
+_REMEMBERED_LENGTH: Final = 256
+_NEVER: Final = 1 << 62
 
 
-class RuleTally:
-    """What one rule did.
+class _Known(msgspec.Struct, frozen=True):
+    """A caller whose API key the policy knows; refused from a moment on (µs since the epoch)."""
 
-    Args:
-        tier: name of its tier.
-        rule: its name, or what stands for it: `(tier)`, `(no rule)`.
-        endpoint: its pattern; empty where there is none.
-        mode: enforce, shadow or none.
-    """
-
-    __slots__ = ("allowed", "blocked", "endpoint", "mode", "rule", "tier")
-
-    def __init__(self, tier: str, rule: str, endpoint: str, mode: str) -> None:
-        self.tier = tier
-        self.rule = rule
-        self.endpoint = endpoint
-        self.mode = mode
-        self.allowed = 0
-        self.blocked = 0
+    subject: str
+    tier: CompiledTier
+    refused_from_us: int
 
 
-class Series:
-    """Allowed and blocked over time, in at most 2,000 steps: when they are used up, two become one."""
+class _Match(msgspec.Struct, frozen=True):
+    """What holds for a method and a path in a tier: limits of the rule that answers, of the tier, and who watches."""
 
-    def __init__(self) -> None:
-        self.step_us = _MINUTE_US
-        self.steps: dict[int, list[int]] = {}
-
-    def add(self, at_us: int, blocked: bool) -> None:
-        """Count one request.
-
-        Args:
-            at_us: µs since the epoch.
-            blocked: whether it was blocked.
-        """
-        step = self.steps.get(at_us // self.step_us)
-        if step is None:
-            step = self._new(at_us)
-        step[blocked] += 1
-
-    def _new(self, at_us: int) -> list[int]:
-        while len(self.steps) >= MAX_SERIES:
-            self.step_us *= 2
-            merged: dict[int, list[int]] = {}
-            for number, (allowed, blocked) in self.steps.items():
-                step = merged.setdefault(number // 2, [0, 0])
-                step[0] += allowed
-                step[1] += blocked
-            self.steps = merged
-        return self.steps.setdefault(at_us // self.step_us, [0, 0])
-
-
-class TopBlocked:
-    """The subjects blocked most, in bounded memory.
-
-    Exact up to 10,000 subjects that were blocked at all; beyond that the space-saving sketch (Metwally, Agrawal, El Abbadi
-    2005): a newcomer takes the place and the count of the one blocked least, so a count may be too high, by at most that
-    least count.
-    """
-
-    def __init__(self, most: int = MAX_TOP) -> None:
-        self.exact = True
-        self.counts: dict[tuple[str, str], int] = {}
-        self._most = most
-
-    def add(self, subject: str, rule: str) -> None:
-        """Count one blocked request.
-
-        Args:
-            subject: who was blocked.
-            rule: by which rule.
-        """
-        entry = (subject, rule)
-        count = self.counts.get(entry)
-        if count is None and len(self.counts) >= self._most:
-            self._shed()
-        self.counts[entry] = (count or self._floor) + 1
-
-    _floor = 0
-
-    def _shed(self) -> None:
-        """Drop the lower half at once: each newcomer then starts at the highest count that was dropped."""
-        self.exact = False
-        ordered = sorted(self.counts.items(), key=lambda item: item[1], reverse=True)
-        self._floor = ordered[len(ordered) // 2][1]
-        self.counts = dict(ordered[: len(ordered) // 2])
-
-    def top(self, most: int) -> list[tuple[str, str, int]]:
-        """The subjects blocked most.
-
-        Args:
-            most: at most so many.
-
-        Returns:
-            Subject, rule and count, the highest first; equal counts by name.
-        """
-        ordered = sorted(self.counts.items(), key=lambda item: (-item[1], item[0]))
-        return [(subject, rule, count) for (subject, rule), count in ordered[:most]]
+    tally: RuleTally
+    limits: LimitSet | None
+    kind: Subject
+    own: LimitSet | None
+    watchers: tuple[tuple[CompiledRule, RuleTally], ...]
 
 
 class Replay:
@@ -135,23 +57,27 @@ class Replay:
     """
 
     def __init__(self, policy: Policy, tier: str | None, by_ip: bool, max_subjects: int = DEFAULT_MAX_SUBJECTS) -> None:
-        self.tiers = {each.name: CompiledTier(each) for each in policy.tiers}
-        self.default_tier = self.tiers[_default_tier(policy, tier)]
         self.tallies: dict[tuple[str, str], RuleTally] = {}
         self.top = TopBlocked()
         self.series = Series()
         self.first_us: int | None = None
-        self.now_us = 0
-        self.decided = 0
+        self.now_us = -1
         self.refused: list[tuple[str, str]] = []
         self.refused_count = 0
+        self.refused_keys = 0
+        self.unknown_keys = 0
         self.without_subject = 0
         self.worst_minute: tuple[int, int] | None = None
         self.counters = MemoryCounters(max_subjects, clock=lambda: self.now_us)
-        self._keys = {key.sha256: key for key in policy.api_keys}
+        self._tiers = {each.name: CompiledTier(each) for each in policy.tiers}
+        self._default_tier = self._tiers[_default_tier(policy, tier)]
+        self._show(self._default_tier)
+        self._records = {key.sha256: key for key in policy.api_keys}
+        self._known: dict[str, _Known] = {}
+        self._labels: dict[str, str] = {}
         self._by_ip = by_ip
-        self._callers: dict[str, tuple[str, CompiledTier] | None] = {}
-        self._matches: dict[tuple[str, str, str], _Match | str] = {}
+        self._callers: dict[str, _Known | None] = {}
+        self._matches: dict[tuple[CompiledTier, str, str], _Match] = {}
         self._minute = 0
         self._minute_blocked = 0
 
@@ -161,110 +87,148 @@ class Replay:
         Args:
             request: one earlier than the last is decided at the last one's moment.
         """
-        at_us, ip, method, target, subject, api_key = request
+        at_us, ip, method, path, subject, api_key = request
         if at_us > self.now_us:
             self.now_us = at_us
             if self.first_us is None:
                 self.first_us = at_us
-        tier = self.default_tier
-        known = self._caller_of(api_key) if api_key else None
         if ":" in ip:
             ip = _client(ip)
+        tier = self._default_tier
+        known = self._caller_of(api_key) if api_key else None
         if known is not None:
-            caller, tier = known
-        elif self._by_ip:
-            caller = f"i:{ip}"
-        elif subject:
+            if known.refused_from_us <= self.now_us:
+                self.refused_keys += 1
+                return
+            caller, tier = known.subject, known.tier
+        elif subject and not self._by_ip:
             caller = f"k:{subject}"
         else:
-            self.without_subject += 1
             caller = f"i:{ip}"
-        remembered = (tier.tier.name, method, target)
-        matched = self._matches.get(remembered)
-        if matched is None:
-            if len(self._matches) >= _MAX_REMEMBERED:
-                self._matches.clear()
-            matched = self._matches[remembered] = self._match(tier, method, target)
-        if isinstance(matched, str):
-            self.refused_count += 1
-            if len(self.refused) < 5:
-                self.refused.append((target, matched))
+            if not subject:
+                self.without_subject += 1
+        match = self._matches.get((tier, method, path)) or self._match(tier, method, path)
+        if match is None:
             return
-        self.decided += 1
-        rule, tally, watchers = matched
-        blocked = self._enforce(tier, rule, caller, ip, tally)
+        blocked = not self._charge(match, tier, caller, ip)
         self.series.add(self.now_us, blocked)
-        for watcher, watching in watchers:
-            counted = subject_of(watcher.subject, caller, ip, tier.tier.name) or caller
+        for watcher, tally in match.watchers:
+            counted = subject_of(watcher.subject, caller, ip or None, tier.tier.name) or caller
             if self.counters.charge_all(((watcher.limits, counted),), 1).allowed:
-                watching.allowed += 1
+                tally.allowed += 1
             else:
-                watching.blocked += 1
+                tally.blocked += 1
 
     def finish(self) -> None:
         """Close the last minute."""
         self._close_minute()
 
-    def _enforce(self, tier: CompiledTier, rule: CompiledRule | None, caller: str, ip: str, tally: RuleTally) -> bool:
-        """Decide by the rule that answers and the tier's own limits; returns whether it was blocked."""
-        own = tier.limits
-        counted = caller
-        if rule is not None:
-            if rule.subject is not Subject.API_KEY:
-                counted = subject_of(rule.subject, caller, ip, tier.tier.name) or caller
-            counters: tuple[tuple[LimitSet, str], ...] = ((rule.limits, counted),)
-            if own is not None:
-                counters = ((rule.limits, counted), (own, caller))
+    def label(self, subject: str) -> str:
+        """What a subject is called in a report.
+
+        Args:
+            subject: as it was counted.
+
+        Returns:
+            The name of an API key (its id where it has none), `tier NAME`, or the caller as the log has it.
+        """
+        if subject.startswith("t:"):
+            return f"tier {subject[2:]}"
+        return self._labels.get(subject) or subject[2:]
+
+    def _charge(self, match: _Match, tier: CompiledTier, caller: str, ip: str) -> bool:
+        """Decide by the rule that answers and the tier's own limits, in one step as the gate does."""
+        limits, own, counted = match.limits, match.own, caller
+        counters: tuple[tuple[LimitSet, str], ...]
+        if limits is not None:
+            if match.kind is not Subject.API_KEY:
+                counted = subject_of(match.kind, caller, ip or None, tier.tier.name) or caller
+            counters = ((limits, counted),) if own is None else ((limits, counted), (own, caller))
         elif own is not None:
             counters = ((own, caller),)
         else:
-            tally.allowed += 1
-            return False
+            match.tally.allowed += 1
+            return True
         if self.counters.charge_all(counters, 1).allowed:
-            tally.allowed += 1
-            return False
-        tally.blocked += 1
-        self.top.add(counted[2:], tally.rule)
-        minute = self.now_us // _MINUTE_US
+            match.tally.allowed += 1
+            return True
+        match.tally.blocked += 1
+        self.top.add(counted, match.tally.rule)
+        minute = self.now_us // MINUTE_US
         if minute != self._minute:
             self._close_minute()
             self._minute = minute
         self._minute_blocked += 1
-        return True
+        return False
 
     def _close_minute(self) -> None:
         if self._minute_blocked and (self.worst_minute is None or self._minute_blocked > self.worst_minute[1]):
-            self.worst_minute = (self._minute * _MINUTE_US, self._minute_blocked)
+            self.worst_minute = (self._minute * MINUTE_US, self._minute_blocked)
         self._minute_blocked = 0
 
-    def _caller_of(self, api_key: str) -> tuple[str, CompiledTier] | None:
-        """The caller and the tier of an API key that the policy knows."""
-        if api_key in self._callers:
-            return self._callers[api_key]
-        if len(self._callers) >= _MAX_REMEMBERED:
-            self._callers.clear()
-        record = self._keys.get(hash_api_key(api_key))
-        caller = None
-        if record is not None:
-            tier = self.tiers[record.tier]
-            caller = (f"k:{record.id}", CompiledTier(tier.tier, record.overrides) if record.overrides else tier)
-        self._callers[api_key] = caller
-        return caller
+    def _caller_of(self, api_key: str) -> _Known | None:
+        """The caller of an API key, None (and counted) where the policy does not know it."""
+        try:
+            known = self._callers[api_key]
+        except KeyError:
+            if len(self._callers) >= _MAX_REMEMBERED:
+                self._callers.clear()
+            known = self._callers[api_key] = self._look_up(api_key)
+        if known is None:
+            self.unknown_keys += 1
+        return known
 
-    def _match(self, tier: CompiledTier, method: str, target: str) -> _Match | str:
-        """The rules of a request with their tallies, or why the live door would refuse its path."""
-        path, remedy = canonical_path(target.partition("?")[0])
-        if path is None:
-            return remedy
-        rule = tier.match(method, path)
+    def _look_up(self, api_key: str) -> _Known | None:
+        record = self._records.get(hash_api_key(api_key)) if is_possible_key(api_key) else None
+        if record is None:
+            return None
+        known = self._known.get(record.id)
+        if known is None:
+            tier = self._tiers[record.tier]
+            self._show(tier)
+            own = CompiledTier(tier.tier, record.overrides) if record.overrides else tier
+            refused_from_us = 0 if record.status is not KeyStatus.ACTIVE else record.expires_at_us
+            known = _Known(f"k:{record.id}", own, _NEVER if refused_from_us is None else refused_from_us)
+            self._known[record.id] = known
+            self._labels[known.subject] = record.name
+        return known
+
+    def _match(self, tier: CompiledTier, method: str, path: str) -> _Match | None:
+        """The rules of a request; None (and counted) where the live door would refuse how its path is spelled."""
+        canonical, remedy = canonical_path(path)
+        if canonical is None:
+            self.refused_count += 1
+            if len(self.refused) < EXAMPLES_SHOWN:
+                self.refused.append((path, remedy))
+            return None
+        rule = tier.match(method, canonical)
         if rule is not None:
             tally = self._tally(tier, rule.rule.name, rule.rule.endpoint, "enforce")
         elif tier.limits is not None:
             tally = self._tally(tier, "(tier)", "", "enforce")
         else:
             tally = self._tally(tier, "(no rule)", "", "none")
-        watchers = tier.watchers(method, path)
-        return rule, tally, tuple((each, self._tally(tier, each.rule.name, each.rule.endpoint, "shadow")) for each in watchers)
+        match = _Match(
+            tally,
+            None if rule is None else rule.limits,
+            Subject.API_KEY if rule is None else rule.subject,
+            tier.limits,
+            tuple(
+                (each, self._tally(tier, each.rule.name, each.rule.endpoint, "shadow"))
+                for each in tier.watchers(method, canonical)
+            ),
+        )
+        # Long paths are seldom asked for twice, and whoever sends them must not fill the memory.
+        if len(path) <= _REMEMBERED_LENGTH:
+            if len(self._matches) >= _MAX_REMEMBERED:
+                self._matches.clear()
+            self._matches[(tier, method, path)] = match
+        return match
+
+    def _show(self, tier: CompiledTier) -> None:
+        """Give all rules of a tier a row, also those that nothing will meet."""
+        for rule in tier.tier.rules:
+            self._tally(tier, rule.name, rule.endpoint, rule.mode.value)
 
     def _tally(self, tier: CompiledTier, rule: str, endpoint: str, mode: str) -> RuleTally:
         name = tier.tier.name
@@ -274,11 +238,10 @@ class Replay:
         return tally
 
 
-_Match: TypeAlias = tuple[CompiledRule | None, RuleTally, tuple[tuple[CompiledRule, RuleTally], ...]]
-
-
 def _default_tier(policy: Policy, tier: str | None) -> str:
-    names: Mapping[str, object] = {each.name: each for each in policy.tiers}
+    names = [each.name for each in policy.tiers]
+    if not names:
+        raise SettingsError("the policy has no tier: there is nothing to try")
     if tier is not None:
         if tier not in names:
             raise SettingsError(f"the policy has no tier {tier!r}: there are {', '.join(names)}")
@@ -286,13 +249,15 @@ def _default_tier(policy: Policy, tier: str | None) -> str:
     if policy.anonymous_tier is not None:
         return policy.anonymous_tier
     if len(names) == 1:
-        return next(iter(names))
+        return names[0]
     raise SettingsError(f"which tier do the log's callers have? Give --tier: there are {', '.join(names)}")
 
 
+@lru_cache(maxsize=65_536)
 def _client(ip: str) -> str:
-    """A client as the gate counts it. What is no address (a host name, say) stays as it is."""
+    """A client as the live door and the gate count it. What is no address (a host name, say) stays as it is."""
     try:
-        return ipv6_client(ip)
-    except ValueError:
+        canonical = canonical_ip(ip)
+        return ipv6_client(canonical) if ":" in canonical else canonical
+    except BadRequest:
         return ip

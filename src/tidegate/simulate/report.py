@@ -82,9 +82,12 @@ class Report(msgspec.Struct, frozen=True):
         out_of_order: lines earlier than one before them.
         late: of those, decided at a later moment than their own because they came too late to be put in order.
         refused_paths: requests whose path the live door refuses with 400; decided and charged by no rule.
+        refused_keys: requests whose API key the policy has revoked or let expire by then; the live door refuses them with 403.
+        unknown_keys: requests whose API key the policy does not know, decided as if they had brought none.
         without_subject: requests without the field that names the caller, counted by ip.
         evicted: counters dropped because there were too many subjects: their requests may count as allowed too often.
-        top_exact: whether the counts of `top_blocked` are exact.
+        top_over_by_at_most: how much too high counts of `top_blocked` may be; 0 where they are exact.
+        broken: logs that ended early, with the reason.
         from_: moment of the first request, ISO 8601.
         to: moment of the last.
         malformed_examples: the first few, with their places and reasons.
@@ -105,9 +108,12 @@ class Report(msgspec.Struct, frozen=True):
     out_of_order: int
     late: int
     refused_paths: int
+    refused_keys: int
+    unknown_keys: int
     without_subject: int
     evicted: int
-    top_exact: bool
+    top_over_by_at_most: int
+    broken: list[str]
     from_: str | None = msgspec.field(name="from")
     to: str | None
     malformed_examples: list[str]
@@ -116,7 +122,9 @@ class Report(msgspec.Struct, frozen=True):
     step_s: int
 
 
-def make_report(replay: Replay, order: TimeOrder, lines: int, malformed: int, examples: Sequence[str]) -> Report:
+def make_report(
+    replay: Replay, order: TimeOrder, lines: int, malformed: int, examples: Sequence[str], broken: Sequence[str]
+) -> Report:
     """Sum a simulation up.
 
     Args:
@@ -125,6 +133,7 @@ def make_report(replay: Replay, order: TimeOrder, lines: int, malformed: int, ex
         lines: read.
         malformed: of those.
         examples: of malformed lines.
+        broken: why logs ended early.
 
     Returns:
         The report.
@@ -142,7 +151,7 @@ def make_report(replay: Replay, order: TimeOrder, lines: int, malformed: int, ex
         malformed=malformed,
         span_s=0.0 if replay.first_us is None else (replay.now_us - replay.first_us) / US_PER_S,
         rules=rows,
-        top_blocked=[TopRow(*entry) for entry in replay.top.top(TOP)],
+        top_blocked=[TopRow(replay.label(subject), rule, blocked) for subject, rule, blocked in replay.top.top(TOP)],
         worst_minute=WorstMinute(*((_iso(replay.worst_minute[0]), replay.worst_minute[1]) if replay.worst_minute else (None, 0))),
         requests=sum(row.requests for row in counted),
         allowed=sum(row.allowed for row in counted),
@@ -150,9 +159,12 @@ def make_report(replay: Replay, order: TimeOrder, lines: int, malformed: int, ex
         out_of_order=order.out_of_order,
         late=order.late,
         refused_paths=replay.refused_count,
+        refused_keys=replay.refused_keys,
+        unknown_keys=replay.unknown_keys,
         without_subject=replay.without_subject,
         evicted=replay.counters.evicted,
-        top_exact=replay.top.exact,
+        top_over_by_at_most=replay.top.floor,
+        broken=list(broken),
         from_=None if replay.first_us is None else _iso(replay.first_us),
         to=None if replay.first_us is None else _iso(replay.now_us),
         malformed_examples=list(examples),
@@ -201,8 +213,6 @@ def print_report(report: Report, policy: str) -> None:
         for entry in report.top_blocked:
             top.add_row(Text(clean(entry.subject)), Text(clean(entry.rule)), f"{entry.blocked:,}")
         console.print(top)
-        if not report.top_exact:
-            console.print("More subjects were blocked than are kept apart: these counts may be too high.")
         console.print()
         console.print(f"Worst minute: {report.worst_minute.at}, {report.worst_minute.blocked:,} blocked")
     console.print()
@@ -224,11 +234,21 @@ def notes(report: Report) -> list[str]:
         f"{report.late:,} too late to be put in order"
     ]
     told.extend(f"  malformed: {clean(example)}" for example in report.malformed_examples)
+    told.extend(clean(reason) for reason in report.broken)
     if report.refused_paths:
         told.append(f"{report.refused_paths:,} paths in a spelling that is refused with 400, charged to no rule:")
         told.extend(f"  refused: {clean(example)}" for example in report.refused_examples)
+    if report.refused_keys:
+        told.append(f"{report.refused_keys:,} requests bring a revoked or expired API key, which is refused with 403")
+    if report.unknown_keys:
+        told.append(f"{report.unknown_keys:,} requests bring an API key that the policy does not know: decided as if without")
     if report.without_subject:
         told.append(f"{report.without_subject:,} requests do not name their caller and were counted by ip")
+    if report.top_over_by_at_most:
+        told.append(
+            "more subjects were blocked than are kept apart: those blocked most may be counted "
+            f"too high by up to {report.top_over_by_at_most:,}"
+        )
     if report.evicted:
         told.append(f"{report.evicted:,} counters were dropped for want of room: raise --max-subjects")
     return told

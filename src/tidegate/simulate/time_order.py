@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable
+from typing import Final
 
 from tidegate.limits import US_PER_S
 from tidegate.simulate.log_formats import Request
+
+_LONG: Final = 256
 
 
 class TimeOrder:
@@ -18,7 +21,8 @@ class TimeOrder:
     Args:
         emit: takes the requests, in time order.
         window_s: how much earlier than the latest line a line may be, s.
-        most: most requests held back; beyond it the earliest go early.
+        most: most requests held back; beyond it those of the earliest second go early. One with a long path weighs as several,
+            one for each 256 characters, so that long paths do not fill the memory.
     """
 
     def __init__(self, emit: Callable[[Request], None], window_s: int, most: int) -> None:
@@ -28,6 +32,7 @@ class TimeOrder:
         self._window_s = window_s
         self._most = most
         self._buckets: dict[int, list[Request]] = {}
+        self._extra: dict[int, int] = {}
         self._seconds: list[int] = []
         self._latest_us = -1
         self._latest_s = -1
@@ -57,6 +62,10 @@ class TimeOrder:
         else:
             bucket.append(request)
         self._held += 1
+        if len(request[3]) > _LONG:
+            extra = len(request[3]) // _LONG
+            self._held += extra
+            self._extra[second] = self._extra.get(second, 0) + extra
         if second > self._latest_s:
             self._latest_s = second
             self._release(second - self._window_s)
@@ -68,13 +77,12 @@ class TimeOrder:
         self._release(self._latest_s + 1)
 
     def _release(self, before_s: int) -> None:
-        """Emit all buckets before a second."""
-        if before_s <= self._next_s:
-            return
-        self._next_s = before_s
+        """Emit all buckets before a second; what comes for them later is late."""
+        self._next_s = max(self._next_s, before_s)
         while self._seconds and self._seconds[0] < before_s:
-            bucket = self._buckets.pop(heapq.heappop(self._seconds))
-            self._held -= len(bucket)
+            second = heapq.heappop(self._seconds)
+            bucket = self._buckets.pop(second)
+            self._held -= len(bucket) + self._extra.pop(second, 0)
             bucket.sort()
             for request in bucket:
                 self._emit(request)

@@ -1,0 +1,254 @@
+"""The catalog in a real SQLite file."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from alembic import command
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
+from sqlalchemy import inspect, text
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from tests.unit.test_policy_file import WHOLE
+from tidegate.catalog.policy_file import parse_policy
+from tidegate.catalog.schema import migration_config, open_engine, upgrade_schema
+from tidegate.catalog.sql import SqlCatalog, upgrade
+from tidegate.catalog.tables import metadata
+from tidegate.errors import CatalogError, CatalogUnavailable, SettingsError
+from tidegate.keys import hash_api_key
+from tidegate.policy import KeyStatus
+
+OTHER = '[[tiers]]\nname = "other"\n[[api_keys]]\nkey = "demo-other-key-001"\ntier = "other"\n'
+
+
+@pytest.fixture
+async def catalog(tmp_path: Path) -> AsyncIterator[SqlCatalog]:
+    made = await SqlCatalog.open(f"sqlite:///{tmp_path}/tidegate.db")
+    yield made
+    await made.close()
+
+
+@pytest.fixture
+async def engine(tmp_path: Path) -> AsyncIterator[AsyncEngine]:
+    made = open_engine(f"sqlite:///{tmp_path}/tidegate.db")
+    yield made
+    await made.dispose()
+
+
+async def test_policy_comes_back_as_it_went_in(catalog: SqlCatalog) -> None:
+    policy = parse_policy(WHOLE)
+    assert await catalog.version() == 0
+    assert await catalog.apply_policy(policy, "1") is True
+    assert await catalog.list_tiers() == list(policy.tiers)
+    assert await catalog.tier("free") == policy.tiers[0]
+    assert [await catalog.api_key(key.sha256) for key in policy.api_keys] == list(policy.api_keys)
+    assert await catalog.anonymous_tier() == "free"
+    assert await catalog.tier("none") is None
+    assert await catalog.api_key("0" * 64) is None
+
+
+async def test_applying_is_idempotent_and_follows_the_file(catalog: SqlCatalog) -> None:
+    policy = parse_policy(WHOLE)
+    await catalog.apply_policy(policy, "1")
+    assert await catalog.apply_policy(policy, "1") is False
+    assert await catalog.version() == 1
+    changed = parse_policy(WHOLE.replace('endpoint = "/x"', 'endpoint = "/y"').replace('rule = "/x"', 'rule = "/y"') + OTHER)
+    assert await catalog.apply_policy(changed, "2") is True
+    assert {tier.name: tier for tier in await catalog.list_tiers()} == {tier.name: tier for tier in changed.tiers}
+    assert await catalog.apply_policy(parse_policy(OTHER), "3") is True
+    assert [tier.name for tier in await catalog.list_tiers()] == ["other"]
+    assert await catalog.api_key(policy.api_keys[0].sha256) is None
+    assert await catalog.anonymous_tier() is None
+    assert await catalog.version() == 3
+
+
+async def test_rows_made_otherwise_stay(catalog: SqlCatalog) -> None:
+    await catalog.apply_policy(parse_policy(WHOLE), "1")
+    api_key, record = await catalog.create_key("free", name="acme", expires_at_us=5)
+    assert await catalog.api_key(hash_api_key(api_key)) == record
+    await catalog.apply_policy(parse_policy(WHOLE.replace("20000", "30000")), "2")
+    assert await catalog.api_key(record.sha256) == record
+    # The file may not take the tier away from under the key, nor claim the key.
+    version = await catalog.version()
+    with pytest.raises(CatalogError, match="still use it"):
+        await catalog.apply_policy(parse_policy(OTHER), "3")
+    claim = f'[[api_keys]]\nsha256 = "{record.sha256}"\ntier = "free"\n'
+    with pytest.raises(CatalogError, match="made otherwise"):
+        await catalog.apply_policy(parse_policy(WHOLE + claim), "4")
+    assert await catalog.version() == version
+    assert [tier.name for tier in await catalog.list_tiers()] == ["free"], "a refused policy leaves nothing behind"
+    assert await catalog.api_key(hash_api_key("demo-other-key-001")) is None
+
+
+async def test_tiers_and_rules_made_otherwise_are_not_taken_over(catalog: SqlCatalog, engine: AsyncEngine) -> None:
+    async with engine.begin() as connection:
+        await connection.execute(text("INSERT INTO tiers (name, limits, managed_by_file) VALUES ('free', '[]', 0)"))
+    with pytest.raises(CatalogError, match="tier 'free'"):
+        await catalog.apply_policy(parse_policy(OTHER + WHOLE), "1")
+    assert [tier.name for tier in await catalog.list_tiers()] == ["free"]
+    assert await catalog.version() == 0
+
+
+async def test_keys_are_made_listed_and_revoked(catalog: SqlCatalog, tmp_path: Path) -> None:
+    await catalog.apply_policy(parse_policy(OTHER), "1")
+    made = [await catalog.create_key("other", name=f"n{number}") for number in range(5)]
+    with pytest.raises(CatalogError, match="there are other"):
+        await catalog.create_key("none")
+    with pytest.raises(CatalogError, match="at most 200"):
+        await catalog.create_key("other", name="n" * 201)
+    first = await catalog.list_keys(limit=4)
+    rest = await catalog.list_keys(limit=4, after=first[-1].api_key.id)
+    assert sorted(row.api_key.id for row in first + rest) == [row.api_key.id for row in first + rest]
+    assert {row.api_key.sha256 for row in first + rest} >= {record.sha256 for _, record in made}
+    assert await catalog.list_keys(tier="none") == []
+    assert abs(first[0].created_at_us - time.time() * 1e6) < 60e6
+
+    by_id = await catalog.revoke_key(made[0][1].id, "leaked")
+    by_prefix = await catalog.revoke_key(made[1][1].id[:12], "leaked")
+    by_key = await catalog.revoke_key(made[2][0], "leaked")
+    for record, original in zip((by_id, by_prefix, by_key), made, strict=False):
+        assert (record.id, record.status) == (original[1].id, KeyStatus.REVOKED)
+        assert await catalog.api_key(record.sha256) == record
+    (row,) = [row for row in await catalog.list_keys() if row.api_key.id == by_id.id]
+    assert row.revoked_reason == "leaked"
+    assert row.revoked_at_us is not None
+    for key, said in (
+        (made[0][1].id, "already"),
+        ("abc", "neither"),
+        ("0" * 24, "no API key"),
+        ("%", "neither"),
+        (hash_api_key("demo-other-key-001")[:24], "policy file"),
+    ):
+        with pytest.raises(CatalogError, match=said):
+            await catalog.revoke_key(key, "x")
+    with pytest.raises(CatalogError, match="reason"):
+        await catalog.revoke_key(made[3][1].id, " ")
+    stored = (tmp_path / "tidegate.db").read_bytes() + (tmp_path / "tidegate.db-wal").read_bytes()
+    assert all(api_key.encode() not in stored for api_key, _ in made), "no key is stored"
+
+
+@pytest.mark.parametrize("hostile", ["'; DROP TABLE tiers; --", '" OR 1=1', "%_\\", "\x00", "𝕏" * 50, "${x}{{y}}"])
+async def test_hostile_texts_are_texts(hostile: str, catalog: SqlCatalog) -> None:
+    await catalog.apply_policy(parse_policy(OTHER), "1")
+    _, record = await catalog.create_key("other", name=hostile)
+    revoked = await catalog.revoke_key(record.id, hostile + "x")
+    assert revoked.name == hostile
+    assert await catalog.tier(hostile) is None
+    assert await catalog.api_key(hostile) is None
+    assert await catalog.list_keys(tier=hostile) == []
+    with pytest.raises(CatalogError):
+        await catalog.create_key(hostile)
+    with pytest.raises(CatalogError):
+        await catalog.revoke_key(hostile, "x")
+    assert len(await catalog.list_tiers()) == 1
+
+
+async def test_two_processes_see_each_other(catalog: SqlCatalog, tmp_path: Path) -> None:
+    other = await SqlCatalog.open(f"sqlite:///{tmp_path}/tidegate.db")
+    await catalog.apply_policy(parse_policy(OTHER), "1")
+    assert await other.version() == 1
+    _, record = await other.create_key("other")
+    assert await catalog.version() == 2
+    assert await catalog.api_key(record.sha256) == record
+    await other.close()
+
+
+async def test_writers_take_turns(tmp_path: Path) -> None:
+    """Eight catalogs open one new file and apply policies at once: all are applied, none by halves."""
+    url = f"sqlite:///{tmp_path}/new.db"
+    catalogs = await asyncio.gather(*(SqlCatalog.open(url) for _ in range(8)))
+    policies = [parse_policy(WHOLE.replace("20000", str(1000 + number))) for number in range(8)]
+    changed = await asyncio.gather(
+        *(each.apply_policy(policy, str(n)) for n, (each, policy) in enumerate(zip(catalogs, policies, strict=True)))
+    )
+    assert all(changed)
+    assert await catalogs[0].version() == 8
+    assert (await catalogs[0].list_tiers())[0] in {policy.tiers[0] for policy in policies}
+    same = await asyncio.gather(*(each.apply_policy(policies[0], "same") for each in catalogs))
+    assert sum(same) == 1
+    keys = await asyncio.gather(*(each.create_key("free") for each in catalogs for _ in range(5)))
+    assert len({key for key, _ in keys}) == len(await catalogs[0].list_keys(limit=1000)) - 2 == 40
+    for each in catalogs:
+        await each.close()
+
+
+async def test_look_ups_use_indexes(catalog: SqlCatalog, engine: AsyncEngine) -> None:
+    await catalog.apply_policy(parse_policy(WHOLE), "1")
+    queries = {
+        "key": "SELECT * FROM api_keys JOIN tiers ON tiers.id = api_keys.tier_id WHERE api_keys.sha256 = 'x'",
+        "tier": "SELECT * FROM tiers WHERE name = 'x'",
+        "rules": "SELECT * FROM rate_limit_rules WHERE tier_id = 1 ORDER BY position, id",
+        "prefix": "SELECT * FROM api_keys WHERE id >= 'abc' AND id < 'abcg'",
+        "active": "SELECT * FROM api_keys WHERE status = 'active'",
+    }
+    async with engine.connect() as connection:
+        for name, query in queries.items():
+            plan = [str(row[3]) for row in await connection.execute(text("EXPLAIN QUERY PLAN " + query))]
+            assert not any(step.startswith("SCAN") for step in plan), (name, plan)
+        indexes = [row[0] for row in await connection.execute(text("SELECT name FROM sqlite_master WHERE type = 'index'"))]
+    assert {"idx_rules_tier_endpoint", "idx_api_keys_status"} <= set(indexes)
+
+
+async def test_migrations_make_what_the_tables_say_and_go_back(engine: AsyncEngine) -> None:
+    assert await upgrade_schema(engine) == "0001"
+    assert await upgrade_schema(engine) == "0001"
+
+    def compare(connection: Any) -> Any:
+        return compare_metadata(MigrationContext.configure(connection, opts={"compare_type": True}), metadata)
+
+    def downgrade(connection: Any) -> list[str]:
+        command.downgrade(migration_config(connection), "base")
+        return inspect(connection).get_table_names()
+
+    async with engine.begin() as connection:
+        assert await connection.run_sync(compare) == []
+        assert await connection.run_sync(downgrade) == ["alembic_version"]
+    assert await upgrade_schema(engine) == "0001"
+
+
+async def test_databases_that_cannot_be_had(tmp_path: Path) -> None:
+    (tmp_path / "text.db").write_text("this is no database, but long enough to look at " * 100)
+    (tmp_path / "file").write_text("")
+    newer = open_engine(f"sqlite:///{tmp_path}/newer.db")
+    await upgrade_schema(newer)
+    async with newer.begin() as connection:
+        await connection.execute(text("UPDATE alembic_version SET version_num = '9999'"))
+    await newer.dispose()
+    for url, said in (
+        (f"sqlite:///{tmp_path}", "unable to open"),
+        (f"sqlite:///{tmp_path}/file/x.db", "directory that is there"),
+        (f"sqlite:///{tmp_path}/absent/x.db", "directory that is there"),
+        (f"sqlite:///{tmp_path}/text.db", "no SQLite database"),
+        (f"sqlite:///{tmp_path}/newer.db", "newer Tidegate"),
+        ("postgresql://user:secret@h/db", "'postgresql'"),
+        ("nonsense", "no database URL"),
+    ):
+        with pytest.raises(SettingsError) as refused:
+            await upgrade(url)
+        assert said in refused.value.message
+        assert "secret" not in refused.value.message
+        assert "\n" not in refused.value.message
+
+
+async def test_database_that_goes_away(catalog: SqlCatalog, engine: AsyncEngine) -> None:
+    await catalog.apply_policy(parse_policy(OTHER), "1")
+    async with engine.begin() as connection:
+        await connection.execute(text("DROP TABLE policy_state"))
+    with pytest.raises(CatalogUnavailable, match="no such table"):
+        await catalog.ping()
+    with pytest.raises(CatalogUnavailable, match="did not take the change"):
+        await catalog.create_key("other")
+
+
+async def test_in_memory() -> None:
+    catalog = await SqlCatalog.open("sqlite://")
+    await catalog.apply_policy(parse_policy(OTHER), "1")
+    _, record = await catalog.create_key("other")
+    assert await catalog.api_key(record.sha256) == record
+    await catalog.close()

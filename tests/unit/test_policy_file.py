@@ -1,0 +1,268 @@
+"""The policy file: what is read, and what is refused at which line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tidegate.catalog.policy_file import PolicyCatalog, load_policy, parse_policy, policy_warnings
+from tidegate.catalog.toml_lines import LineIndex
+from tidegate.errors import PolicyError
+from tidegate.keys import hash_api_key
+from tidegate.limits import Algorithm, OnFailure
+from tidegate.policy import KeyStatus, Mode, Subject
+
+WHOLE = """\
+# every field there is
+[[tiers]]
+name = "free"
+limits = ["20000/day"]
+
+  [[tiers.rules]]
+  endpoint = "/api/v1/*"
+  methods = ["GET", "post"]
+  algorithm = "token_bucket"
+  limits = ["100/minute burst 20"]
+  subject = "ip"
+  priority = 10
+  mode = "shadow"
+  on_failure = "deny"
+  name = "reads"
+
+  [[tiers.rules]]
+  endpoint = "/x"
+  limits = ["5/s"]
+
+[[api_keys]]
+key = "demo-free-key-0001"
+tier = "free"
+name = "demo"
+status = "revoked"
+expires_at = 2030-01-02T03:04:05+01:00
+limits = ["90000/day"]
+  [[api_keys.overrides]]
+  rule = "/x"
+  limits = ["50/s"]
+
+[[api_keys]]
+sha256 = "ABABABABABABABABABABABABABABABABABABABABABABABABABABABABABABABAB"
+tier = "free"
+expires_at = 2030-01-02
+
+[anonymous]
+tier = "free"
+"""
+
+
+def test_every_field() -> None:
+    policy = parse_policy(WHOLE)
+    (tier,) = policy.tiers
+    first, second = tier.rules
+    assert (tier.name, [limit.text for limit in tier.limits], tier.managed_by_file) == ("free", ["20000/day"], True)
+    assert (first.endpoint, first.methods, first.algorithm) == ("/api/v1/*", ("GET", "POST"), Algorithm.TOKEN_BUCKET)
+    assert (first.subject, first.priority, first.mode) == (Subject.IP, 10, Mode.SHADOW)
+    assert (first.on_failure, first.name, first.limits[0].burst) == (OnFailure.DENY, "reads", 20)
+    assert (second.algorithm, second.subject, second.mode, second.name) == (
+        Algorithm.SLIDING_WINDOW,
+        Subject.API_KEY,
+        Mode.ENFORCE,
+        "/x",
+    )
+    demo, other = policy.api_keys
+    assert (demo.sha256, demo.tier, demo.status) == (hash_api_key("demo-free-key-0001"), "free", KeyStatus.REVOKED)
+    assert demo.expires_at_us == 1_893_549_845_000_000
+    assert [(each.rule, each.limits[0].text) for each in demo.overrides] == [("", "90000/day"), ("/x", "50/second")]
+    assert (other.sha256, other.expires_at_us) == ("ab" * 32, 1_893_542_400_000_000)
+    assert policy.anonymous_tier == "free"
+
+
+REFUSED: dict[str, tuple[str, str, int, str]] = {
+    # what: replaced, by, line, said
+    "TOML syntax": ('name = "free"', 'name = "free', 3, "not TOML"),
+    "unknown section": ("[anonymous]", "[anonymus]", 37, "did you mean 'anonymous'"),
+    "unknown field of a tier": ("limits = [", "limit = [", 4, "did you mean 'limits'"),
+    "unknown field of a rule": ('mode = "shadow"', 'mod = "shadow"', 13, "did you mean 'mode'"),
+    "unit": ('["5/s"]', '["5/fortnight"]', 19, "'fortnight'"),
+    "limits as a text": ('["5/s"]', '"5/s"', 19, "must be a list"),
+    "limit of another type": ('["5/s"]', "[5]", 19, "5"),
+    "burst in a window": ('["20000/day"]', '["20000/day burst 5"]', 4, "burst"),
+    "same window twice": ('["5/s"]', '["5/s", "6/1s"]', 19, "same window"),
+    "algorithm": ('"token_bucket"', '"gcra"', 9, "'gcra'"),
+    "subject": ('subject = "ip"', 'subject = "user"', 11, "'user'"),
+    "priority": ("priority = 10", 'priority = "high"', 12, "'high'"),
+    "mode": ('mode = "shadow"', 'mode = "dry"', 13, "'dry'"),
+    "on_failure": ('on_failure = "deny"', 'on_failure = "open"', 14, "'open'"),
+    "method": ('"post"', '"po st"', 8, "'po st'"),
+    "methods as a text": ('["GET", "post"]', '"GET"', 8, "list"),
+    "no methods": ('["GET", "post"]', "[]", 8, "leave it out"),
+    "endpoint": ('endpoint = "/x"', 'endpoint = "x"', 18, "'/'"),
+    "empty name": ('name = "reads"', 'name = ""', 15, "non-empty"),
+    "tier name": ('name = "free"', 'name = "f r"', 3, "'f r'"),
+    "missing endpoint": ('  endpoint = "/x"\n', "", 17, "'endpoint' is missing"),
+    "two rules of one name": ('endpoint = "/x"', 'endpoint = "/x"\n  name = "reads"', 17, "two rules"),
+    "key and digest": ('key = "demo-free-key-0001"', f'key = "demo-free-key-0001"\nsha256 = "{"ab" * 32}"', 22, "exactly one"),
+    "short key": ("demo-free-key-0001", "short", 22, "16 to 128"),
+    "mistyped key": ("demo-free-key-0001", "tg_" + "a" * 38, 22, "check characters"),
+    "digest": ("ABABABABAB", "xyz", 33, "64 hex"),
+    "key twice": ("sha256 = ", f'sha256 = "{hash_api_key("demo-free-key-0001")}" #', 32, "stands twice"),
+    "tier of a key": ('tier = "free"\nname', 'tier = "fre"\nname', 23, "did you mean 'free'"),
+    "status": ('"revoked"', '"gone"', 25, "active or revoked"),
+    "expiry without offset": ("+01:00", "", 26, "has no offset"),
+    "expiry as a text": ("2030-01-02\n", '"2030-01-02"\n', 35, "without quotes"),
+    "rule of an override": ('rule = "/x"', 'rule = "/y"', 29, "no rule '/y'"),
+    "rule of an override by ip": ('rule = "/x"', 'rule = "reads"', 29, "counts by ip"),
+    "limits of an override": ('["50/s"]', '["50/s burst 3"]', 30, "burst"),
+    "anonymous tier": ('[anonymous]\ntier = "free"', '[anonymous]\ntier = "none"', 38, "'none'"),
+    "anonymous as a text": ('[anonymous]\ntier = "free"', "", 1, ""),
+}
+
+
+@pytest.mark.parametrize("what", [name for name in REFUSED if REFUSED[name][3]])
+def test_refused_with_file_line_and_reason(what: str) -> None:
+    replaced, by, line, said = REFUSED[what]
+    text = WHOLE.replace(replaced, by, 1) if what != "anonymous tier" else WHOLE.replace(replaced, by)
+    assert text != WHOLE
+    with pytest.raises(PolicyError) as refused:
+        parse_policy(text, "policy.toml")
+    assert refused.value.line == line, refused.value.message
+    assert said in refused.value.reason
+    assert refused.value.message.startswith(f"policy.toml:{line}: ")
+    assert "demo-free-key-0001" not in refused.value.message
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "no tiers"),
+        ("tiers = 5", "[[tiers]]"),
+        ('tiers = ["a"]', "[[tiers]]"),
+        ('anonymous = "free"\n[[tiers]]\nname="free"', "[anonymous]"),
+        ('[[tiers]]\nname = "a"\nrules = 1', "[[tiers.rules]]"),
+        ('[[tiers]]\nname = "a"\n[[tiers]]\nname = "a"', "stands twice"),
+        ("x = " + "[" * 3000, "not TOML"),
+    ],
+)
+def test_refused_as_a_whole(text: str, said: str) -> None:
+    with pytest.raises(PolicyError) as refused:
+        parse_policy(text, "p")
+    assert said in refused.value.reason
+    assert refused.value.line is not None
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(PolicyError, match="not there"):
+        load_policy(tmp_path / "absent.toml")
+    with pytest.raises(PolicyError, match="cannot be read"):
+        load_policy(tmp_path)
+    binary = tmp_path / "binary.toml"
+    binary.write_bytes(b'x = 1\ny = "\xff"\n')
+    with pytest.raises(PolicyError, match=r"binary\.toml:2: .*UTF-8"):
+        load_policy(binary)
+    large = tmp_path / "large.toml"
+    large.write_bytes(b"#" * 10_000_001)
+    with pytest.raises(PolicyError, match="more than 10000000 bytes"):
+        load_policy(large)
+    windows = tmp_path / "windows.toml"
+    windows.write_bytes(b"\xef\xbb\xbf" + WHOLE.replace("\n", "\r\n").encode())
+    assert load_policy(windows) == parse_policy(WHOLE)
+
+
+TRICKY = '''\
+a = """
+b = 1
+"""  # comment with [brackets] and "quotes
+'quoted key' = [
+  "x = 1",  # [[y]]
+  { z = 2 },
+]
+c.d."e f" = 'it''s'
+[t.u]
+v = \'\'\'
+[[no]]
+\'\'\'
+[[w]]
+x = 1
+[[w.y]]
+[w.y.z]
+q = 1
+[[w]]
+x = 2
+[[w.y]]
+[[w.y]]
+r = [[1, 2], [3]]
+'''
+
+
+def test_lines_of_tricky_toml() -> None:
+    index = LineIndex(TRICKY.replace("'it''s'", "'it s'"))
+    for path, line in {
+        ("a",): 1,
+        ("quoted key",): 4,
+        ("quoted key", 1, "z"): 4,
+        ("c", "d", "e f"): 8,
+        ("t", "u"): 9,
+        ("t", "u", "v"): 10,
+        ("w", 0): 13,
+        ("w", 0, "x"): 14,
+        ("w", 0, "y", 0): 15,
+        ("w", 0, "y", 0, "z", "q"): 17,
+        ("w", 1): 18,
+        ("w", 1, "x"): 19,
+        ("w", 1, "y", 1, "r"): 22,
+        ("nothing", "there"): 1,
+    }.items():
+        assert index.line(path) == line, path
+
+
+@given(st.text(max_size=80) | st.text("[]{}='\"#\n ab.,1\\", max_size=60))
+def test_any_text_is_read_or_refused(text: str) -> None:
+    LineIndex(text)
+    with pytest.raises(PolicyError):
+        parse_policy(text)
+
+
+def test_warnings() -> None:
+    policy = parse_policy(
+        """
+[[tiers]]
+name = "free"
+  [[tiers.rules]]
+  endpoint = "/a"
+  limits = ["100/minute", "10000000/day"]
+  [[tiers.rules]]
+  endpoint = "/a"
+  limits = ["1/s"]
+  methods = ["GET"]
+  priority = -1
+  [[tiers.rules]]
+  endpoint = "/b"
+  limits = ["100/minute", "5000/day"]
+[[tiers]]
+name = "idle"
+[[api_keys]]
+key = "demo-free-key-0001"
+tier = "free"
+"""
+    )
+    warnings = policy_warnings(policy)
+    assert len(warnings) == 4
+    assert any("'10000000/day' never binds" in warning for warning in warnings)
+    assert any("'GET /a' never answers" in warning for warning in warnings)
+    assert sum("'idle'" in warning for warning in warnings) == 2
+
+
+async def test_policy_catalog() -> None:
+    catalog = PolicyCatalog(parse_policy(WHOLE))
+    assert await catalog.tier("free") is not None
+    assert await catalog.tier("none") is None
+    assert await catalog.anonymous_tier() == "free"
+    assert await catalog.api_key("ab" * 32) is not None
+    before = await catalog.version()
+    catalog.replace(parse_policy('[[tiers]]\nname = "b"'))
+    assert await catalog.version() > before
+    assert await catalog.tier("free") is None
+    await catalog.ping()
+    await catalog.close()

@@ -1,0 +1,123 @@
+"""Lines of logs → requests."""
+
+from __future__ import annotations
+
+import datetime
+import time
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from tests.cases.logs import AT, COMBINED, COMMON, CSV_HEADER, LINES, MALFORMED, Line
+from tidegate.errors import SettingsError
+from tidegate.simulate.log_formats import FORMATS, Request, csv_columns, detect, parser_of
+from tidegate.simulate.log_times import Malformed, moment_us
+
+
+@pytest.mark.parametrize("case", LINES, ids=lambda case: case.title)
+def test_a_line_is_read(case: Line) -> None:
+    options = {"subject": "ip", "key_field": None} | case.options
+    parse = parser_of(case.log_format, **options, header=csv_columns(case.header))
+    expected = Request(case.at_us, case.ip, case.method, case.path, case.subject, case.api_key)
+    for end in ("", "\n", "\r\n"):
+        assert parse(case.line + end) == expected
+    assert detect(case.header or case.line) in ({case.log_format} if not case.options.get("fields") else {"json", None})
+
+
+@pytest.mark.parametrize(("log_format", "line", "reason"), MALFORMED)
+def test_a_malformed_line_says_why(log_format: str, line: str, reason: str) -> None:
+    with pytest.raises(Malformed, match=reason):
+        parser_of(log_format, "ip", None, header=csv_columns(CSV_HEADER))(line)
+
+
+@pytest.mark.parametrize(
+    "line", ["", "hello", "a,b", "time,agent", "{", '{"a":', "[1]", '"', 'a,"', "\x00\x01,\r,x", "{" * 50_000]
+)
+def test_a_line_that_tells_no_format(line: str) -> None:
+    assert detect(line) is None
+
+
+@pytest.mark.parametrize(
+    ("log_format", "options", "words"),
+    [
+        ("combined", {"subject": "tenant"}, "no field 'tenant'"),
+        ("common", {"key_field": "cookie"}, "no field 'cookie'"),
+        ("csv", {"subject": "tenant"}, "no column tenant"),
+        ("csv", {"key_field": "cookie"}, "no column cookie"),
+        ("csv", {"fields": {"ip": "cf_ip"}}, "no column cf_ip"),
+    ],
+)
+def test_a_field_that_the_log_cannot_have(log_format: str, options: dict[str, object], words: str) -> None:
+    with pytest.raises(SettingsError, match=words):
+        parser_of(log_format, **({"subject": "ip", "key_field": None} | options), header=csv_columns(CSV_HEADER))  # type: ignore[arg-type]
+
+
+@given(st.text(max_size=300))
+@example('\ufeff{"a":"\\ud800"}')
+@example("\\x" * 100)
+@example(COMBINED[:-1])
+def test_no_line_does_more_than_be_malformed(line: str) -> None:
+    detect(line)
+    for log_format in FORMATS:
+        try:
+            parser_of(log_format, "user", None, header=csv_columns(CSV_HEADER))(line)
+        except Malformed as reason:
+            assert str(reason)
+
+
+@given(
+    st.datetimes(datetime.datetime(1970, 1, 2), datetime.datetime(9999, 12, 30)),
+    st.integers(-14 * 60, 14 * 60),
+    st.from_regex(r"/[A-Za-z0-9%._~/-]{0,40}", fullmatch=True),
+    st.from_regex(r"[^ \\\"\n\r?]{0,20}", fullmatch=True),
+    st.sampled_from(("-", "ann", "ann lee", "o'neil")),
+)
+def test_a_combined_line_says_what_went_into_it(
+    moment: datetime.datetime, offset_min: int, path: str, query: str, user: str
+) -> None:
+    moment = moment.replace(microsecond=0, tzinfo=datetime.UTC)
+    local = moment + datetime.timedelta(minutes=offset_min)
+    if local.year > 9999 or local.year < 1970:
+        return
+    zone = f"{'-' if offset_min < 0 else '+'}{abs(offset_min) // 60:02}{abs(offset_min) % 60:02}"
+    written = f"{local.day:02}/{local:%b}/{local.year:04}:{local:%H:%M:%S} {zone}"
+    line = f'10.0.0.1 - {user} [{written}] "GET {path}?{query} HTTP/1.1" 200 1 "-" "-"'
+    request = parser_of("combined", "user", None)(line)
+    assert request.at_us == int(moment.timestamp()) * 1_000_000
+    assert (request.ip, request.method, request.path) == ("10.0.0.1", "GET", path)
+    assert request.subject == ("" if user == "-" else user)
+
+
+def test_the_timezone_of_the_machine_plays_no_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    # In New York clocks went from 02:00 to 03:00 on that day: 02:30 is no local time there.
+    line = COMMON.replace("14/Nov/2023:22:13:20", "12/Mar/2023:02:30:00")
+    expected = 1_678_588_200_000_000
+    try:
+        for zone in ("UTC", "America/New_York", "Asia/Kathmandu"):
+            monkeypatch.setenv("TZ", zone)
+            time.tzset()
+            assert parser_of("common", "ip", None)(line).at_us == expected
+            assert moment_us("2023-03-12T02:30:00") == expected
+            assert moment_us("2023-03-12 02:30:00.000") == expected
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+
+
+def test_the_hour_that_comes_twice_is_told_apart_by_its_offset() -> None:
+    summer = COMMON.replace("14/Nov/2023:22:13:20 +0000", "29/Oct/2023:02:30:00 +0200")
+    winter = COMMON.replace("14/Nov/2023:22:13:20 +0000", "29/Oct/2023:02:30:00 +0100")
+    parse = parser_of("common", "ip", None)
+    assert parse(winter).at_us - parse(summer).at_us == 3_600_000_000
+
+
+def test_a_path_longer_than_any_may_be_is_cut_to_one_that_is_refused() -> None:
+    for line in (COMMON.replace("/a ", "/" + "a" * 50_000 + " "), COMMON.replace("/a ", "/" + r"\x41" * 12_000 + " ")):
+        assert 8192 < len(parser_of("common", "ip", None)(line).path) <= 8193 or "A" in line or "\\" in line
+
+
+def test_an_api_key_longer_than_any_is_none() -> None:
+    parse = parser_of("json", "ip", None)
+    assert parse('{"time":1700000000,"ip":"1.1.1.1","path":"/","api_key":"' + "k" * 129 + '"}').api_key == ""
+    assert parse('{"time":1700000000,"ip":"1.1.1.1","path":"/","api_key":17}') == (AT, "1.1.1.1", "GET", "/", "1.1.1.1", "")
