@@ -156,10 +156,11 @@ def main() -> None:
                 rates[name].append(asked["rate"])
         median = {name: statistics.median(values) for name, values in cpu_us.items()}
         peak = statistics.median(rates["GET /v1/authorize"])
-        # wrk pauses 2 ms on each connection: so many connections give 70 % of the peak.
+        # wrk pauses 2 ms on each connection: a trial says how many connections give 70 % of the peak.
         paced = Path(directory, "paced.lua")
         paced.write_text("function delay() return 2 end\n")
-        connections = max(round(0.7 * peak * 0.00215), 1)
+        trial = wrk(ours[1], "/v1/authorize", min(seconds, 1), 32, str(paced))
+        connections = max(round(32 * 0.7 * peak / trial["rate"]), 1)
         latencies = [wrk(ours[1], "/v1/authorize", seconds, connections, str(paced)) for _ in range(rounds)]
     ratios = [theirs / own for theirs, own in zip(cpu_us["FastAPI + slowapi"], cpu_us["GET /v1/authorize"], strict=True)]
     report(

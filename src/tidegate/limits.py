@@ -6,7 +6,7 @@ import enum
 import math
 import re
 from collections.abc import Iterable, Mapping
-from typing import Final
+from typing import Final, TypeVar
 
 import msgspec
 
@@ -32,6 +32,9 @@ _UNITS_US: Final[Mapping[str, int]] = {
 }
 _MONTHS: Final = ("month", "months")
 _LIMIT: Final = re.compile(r"\s*([0-9_]+)\s*/\s*([0-9]*)\s*([A-Za-z]+)(?:\s+burst\s+([0-9_]+))?\s*", re.ASCII)
+
+
+_E = TypeVar("_E", bound=enum.StrEnum)
 
 
 class Algorithm(enum.StrEnum):
@@ -251,3 +254,24 @@ def short(value: object) -> str:
     """
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+def member_of(kind: type[_E], value: object, field: str) -> _E:
+    """The member of an enumeration that a policy names.
+
+    Args:
+        kind: the enumeration.
+        value: the name.
+        field: for the message.
+
+    Returns:
+        The member.
+
+    Raises:
+        PolicyError: naming the field, the value and the choices.
+    """
+    try:
+        return kind(str(value))
+    except ValueError:
+        choices = ", ".join(member.value for member in kind)
+        raise PolicyError(f"{field} {short(value)} is not known: use one of {choices}") from None

@@ -8,22 +8,19 @@ from __future__ import annotations
 import enum
 import re
 from collections.abc import Iterable
-from typing import Final, TypeVar
+from typing import Final
 
 import msgspec
 
 from tidegate.errors import PolicyError
 from tidegate.keys import FORM, hash_api_key, is_mistyped
-from tidegate.limits import Algorithm, Limit, OnFailure, fit_limits, short
+from tidegate.limits import Algorithm, Limit, OnFailure, fit_limits, member_of, short
 from tidegate.paths import canonical_path
 
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}", re.ASCII)
 _RULE_NAME: Final = re.compile(r"[\x20-\x7e]{1,256}", re.ASCII)
 _METHOD: Final = re.compile(r"[A-Z][A-Z0-9_-]{0,31}", re.ASCII)
 _SHA256: Final = re.compile(r"[0-9a-f]{64}", re.ASCII)
-
-
-_E = TypeVar("_E", bound=enum.StrEnum)
 
 
 class Subject(enum.StrEnum):
@@ -105,14 +102,14 @@ class Rule(msgspec.Struct, frozen=True, gc=False):
         Raises:
             PolicyError: naming the field, its value and the remedy.
         """
-        chosen = _member(Algorithm, algorithm, "algorithm")
+        chosen = member_of(Algorithm, algorithm, "algorithm")
         parsed = tuple(limit if isinstance(limit, Limit) else Limit.parse(limit) for limit in limits)
         fit_limits(chosen, parsed)
         upper = tuple(sorted({_method(method) for method in methods}))
         pattern = canonical_pattern(endpoint)
         if isinstance(priority, bool) or not isinstance(priority, int) or abs(priority) > 1_000_000:
             raise PolicyError(f"priority {short(priority)} must be a whole number from -1000000 to 1000000")
-        shadow = _member(Mode, mode, "mode")
+        shadow = member_of(Mode, mode, "mode")
         default = (",".join(upper) + " " if upper else "") + pattern + (" shadow" if shadow is Mode.SHADOW else "")
         if name and not _RULE_NAME.fullmatch(name):
             raise PolicyError(f"rule name {short(name)} must be 1 to 256 printable ASCII characters")
@@ -121,10 +118,10 @@ class Rule(msgspec.Struct, frozen=True, gc=False):
             limits=parsed,
             methods=upper,
             algorithm=chosen,
-            subject=_member(Subject, subject, "subject"),
+            subject=member_of(Subject, subject, "subject"),
             priority=priority,
             mode=shadow,
-            on_failure=_member(OnFailure, on_failure, "on_failure"),
+            on_failure=member_of(OnFailure, on_failure, "on_failure"),
             name=name or default,
         )
 
@@ -289,14 +286,6 @@ def parse_key_digest(api_key: object = None, sha256: object = None) -> str:
             "it is mistyped; make one with 'tidegate keys create' or use another prefix"
         )
     return hash_api_key(api_key)
-
-
-def _member(kind: type[_E], value: object, field: str) -> _E:
-    try:
-        return kind(str(value))
-    except ValueError:
-        choices = ", ".join(member.value for member in kind)
-        raise PolicyError(f"{field} {short(value)} is not known: use one of {choices}") from None
 
 
 def _method(value: object) -> str:

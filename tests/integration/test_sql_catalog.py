@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import sys
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -252,3 +254,18 @@ async def test_in_memory() -> None:
     _, record = await catalog.create_key("other")
     assert await catalog.api_key(record.sha256) == record
     await catalog.close()
+
+
+async def test_processes_that_start_at_once_on_a_new_file(tmp_path: Path) -> None:
+    command_line = (sys.executable, "-m", "tidegate", "db", "upgrade")
+    environment = {**os.environ, "TIDEGATE_CATALOG__URL": f"sqlite:///{tmp_path}/new.db"}
+    started = [
+        await asyncio.create_subprocess_exec(
+            *command_line, env=environment, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
+        )
+        for _ in range(4)
+    ]
+    for process in started:
+        out, err = await process.communicate()
+        assert process.returncode == 0, err
+        assert b"revision 0001" in out

@@ -363,7 +363,7 @@ class MemoryCounters:
             self._evict(now, room=0)
 
     def _evict(self, now: int, room: int) -> None:
-        """Make room: drop what has expired, else the nearest to expiry; never the last one, which would be its own free refill."""
+        """Make room: drop what has expired, else the nearest to expiry; never the last one: it would refill itself."""
         moved = 0
         while (
             self._ends

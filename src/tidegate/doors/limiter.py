@@ -11,7 +11,7 @@ from tidegate.counters.factory import open_counters
 from tidegate.counters.memory import MemoryCounters
 from tidegate.decision import MAX_COST, Decision, clip
 from tidegate.errors import BadRequest
-from tidegate.limits import Algorithm, Limit, LimitSet, OnFailure
+from tidegate.limits import Algorithm, Limit, LimitSet, OnFailure, member_of
 
 LONGEST_SUBJECT: Final = 128
 
@@ -49,7 +49,13 @@ class Limiter:
         parsed = [Limit.parse(text) for text in texts]
         self.counters: CounterStore = open_counters(counters) if isinstance(counters, str) else counters
         label = name or ", ".join(texts)
-        self._limits = LimitSet(f"limiter:{label}", Algorithm(algorithm), parsed, OnFailure(on_failure), rule=label)
+        self._limits = LimitSet(
+            f"limiter:{label}",
+            member_of(Algorithm, algorithm, "algorithm"),
+            parsed,
+            member_of(OnFailure, on_failure, "on_failure"),
+            rule=label,
+        )
         self._charge_one = self.counters.charge_one if isinstance(self.counters, MemoryCounters) else None
 
     async def check(self, subject: str, cost: int = 1) -> Decision:

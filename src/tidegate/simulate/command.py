@@ -18,7 +18,7 @@ from tidegate.catalog.policy_file import load_policy
 from tidegate.counters.memory import DEFAULT_MAX_SUBJECTS
 from tidegate.errors import SettingsError
 from tidegate.simulate.log_formats import FIELDS, FORMATS, Parse, csv_columns, detect, parser_of
-from tidegate.simulate.log_lines import LogError, LogLines
+from tidegate.simulate.log_lines import LogError, LogLines, log_size
 from tidegate.simulate.log_times import Malformed
 from tidegate.simulate.page import render_page
 from tidegate.simulate.replay import EXAMPLES_SHOWN, Replay
@@ -192,21 +192,19 @@ def simulate(
     replay = Replay(load_policy(policy), tier, by_ip=subject.lower() == "ip", max_subjects=max_subjects)
     order = TimeOrder(replay.decide, _span_s(reorder), reorder_max)
     simulation = Simulation(replay, order, log_format, subject, key_field, _named_fields(field or []))
-    opened = [LogLines(source) for source in logs]
+    sizes = [log_size(source) for source in logs]
     interrupted = False
     try:
-        with _progress(opened) as tell:
+        with _progress(sizes) as tell:
             done = 0
-            for log in opened:
-                for position in simulation.read(log):
-                    tell(done + position)
-                done += log.size or 0
+            for source, size in zip(logs, sizes, strict=True):
+                with LogLines(source) as log:
+                    for position in simulation.read(log):
+                        tell(done + position)
+                done += size or 0
                 tell(done)
     except KeyboardInterrupt:
         interrupted = True
-    finally:
-        for log in opened:
-            log.close()
     report = simulation.finish()
     if report.lines == report.malformed and not interrupted:
         named = ", ".join(logs)
@@ -232,12 +230,11 @@ def simulate(
 
 
 @contextmanager
-def _progress(logs: list[LogLines]) -> Iterator[Callable[[int], None]]:
+def _progress(sizes: list[int | None]) -> Iterator[Callable[[int], None]]:
     """A progress bar on stderr, where that is a terminal; yields what takes the bytes read."""
     if not sys.stderr.isatty():
         yield lambda _: None
         return
-    sizes = [log.size for log in logs]
     total = None if None in sizes else sum(size or 0 for size in sizes)
     columns = (TextColumn("simulating"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:

@@ -93,7 +93,7 @@ def parser_of(
     names = dict(FIELDS) | {role: (field,) for role, field in (fields or {}).items()}
     if key_field:
         names["key"] = (key_field,)
-    names["subject"] = names.get(subject, (subject,))
+    names["subject"] = names.get(subject.lower(), (subject,))
     if name == "json":
         read = _record_reader(names)
         return lambda line: read(_json_record(line))
@@ -101,7 +101,10 @@ def parser_of(
     names = {role: tuple(each.lower() for each in several) for role, several in names.items()}
     for wanted in (*(names[role] for role in fields or {}), names["subject"], *((names["key"],) if key_field else ())):
         if not set(wanted) & set(columns):
-            raise SettingsError(f"the log has no column {' or '.join(wanted)}: there are {', '.join(columns)[:500]}")
+            raise SettingsError(
+                f"the log has no column {_listed(wanted)}: there are {', '.join(columns)[:500]}: "
+                "name the one meant with --subject, --field or --key-field"
+            )
     read_row = _record_reader(names)
     return lambda line: read_row(_csv_record(line, columns))
 
@@ -211,8 +214,10 @@ def _request(request: str) -> tuple[str, str]:
     parts = request.split(" ")
     if len(parts) not in (2, 3) or not _METHOD.fullmatch(parts[0]):
         raise Malformed(f"no HTTP request in {request[:60]!r}")
-    path = parts[1].partition("?")[0][: MAX_PATH_BYTES + 1]
-    return parts[0], _ESCAPED.sub(_unescape, path) if "\\" in path else path
+    path = parts[1].partition("?")[0]
+    if "\\" in path:
+        path = _ESCAPED.sub(_unescape, path)
+    return parts[0], path[: MAX_PATH_BYTES + 1]
 
 
 def _unescape(found: re.Match[str]) -> str:

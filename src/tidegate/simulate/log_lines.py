@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import stat
 import sys
 import zlib
 from collections.abc import Callable, Iterator
@@ -23,8 +24,29 @@ class LogError(TidegateError):
     status = 400
 
 
+def log_size(source: str) -> int | None:
+    """Bytes of a log, before it is opened.
+
+    Args:
+        source: path, or `-` for standard input.
+
+    Returns:
+        The size; None where nobody knows: standard input, pipes.
+
+    Raises:
+        LogError: if it is not there.
+    """
+    if source == "-":
+        return None
+    try:
+        status = Path(source).stat()
+    except OSError as error:
+        raise _unreadable(source, error) from None
+    return status.st_size if stat.S_ISREG(status.st_mode) else None
+
+
 class LogLines:
-    """One log's lines.
+    """One log's lines. It is closed by leaving a `with` statement.
 
     Args:
         source: path, or `-` for standard input; gzip is known by its first bytes.
@@ -40,11 +62,6 @@ class LogLines:
         stream: IO[bytes] = cast("IO[bytes]", gzip.GzipFile(fileobj=self._raw)) if packed else self._raw
         # A byte that is no UTF-8 stands as \xNN: hostile bytes stay visible and harmless.
         self._text = io.TextIOWrapper(stream, encoding="utf-8", errors="backslashreplace", newline="\n")
-
-    @property
-    def size(self) -> int | None:
-        """Bytes of the file, None where nobody knows."""
-        return None if self.source == "-" else Path(self.source).stat().st_size
 
     def position(self) -> int:
         """Bytes of the file that were read."""
@@ -68,7 +85,10 @@ class LogLines:
         except OSError as error:
             raise LogError(f"{self.source} cannot be read: {error.strerror or error}") from None
 
-    def close(self) -> None:
+    def __enter__(self) -> LogLines:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         """Close the file; standard input stays open."""
         if self.source != "-":
             self._text.close()
@@ -84,6 +104,8 @@ class LogLines:
         try:
             return Path(self.source).open("rb")
         except OSError as error:
-            raise LogError(
-                f"{self.source} cannot be read: {error.strerror or error}: give an access log, or - for standard input"
-            ) from None
+            raise _unreadable(self.source, error) from None
+
+
+def _unreadable(source: str, error: OSError) -> LogError:
+    return LogError(f"{source} cannot be read: {error.strerror or error}: give an access log, or - for standard input")

@@ -1,0 +1,46 @@
+"""Finding the rule of a request among 1,000 rules of a tier.
+
+python -m bench.matching [--smoke]
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+
+from bench.measure import Goal, report
+from tidegate.matching import CompiledTier
+from tidegate.policy import Rule, Tier
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--smoke", action="store_true", help="the smallest size: that it works, not how fast")
+    smoke = parser.parse_args().smoke
+    rules = [Rule.make(f"/literal/number{number}", ["1/s"]) for number in range(250)]
+    rules += [Rule.make(f"/api/v1/{{tenant}}/kind{number}/{{id}}", ["1/s"]) for number in range(250)]
+    rules += [Rule.make(f"/files{number}/*", ["1/s"]) for number in range(250)]
+    rules += [Rule.make(f"/shared/*/end{number}", ["1/s"]) for number in range(250)]
+    tier = CompiledTier(Tier.make("t", rules))
+    rounds, count = (1, 2_000) if smoke else (7, 50_000)
+    figures: list[tuple[str, float, Goal | None]] = []
+    for label, path in (
+        ("literal", "/literal/number200"),
+        ("{id} pattern", "/api/v1/acme/kind200/42"),
+        ("* at the end", "/files200/a/b/c.bin"),
+        ("* with 250 of one beginning", "/shared/x/y/end200"),
+        ("no match", "/nothing/here/at/all"),
+    ):
+        taken = []
+        for _ in range(rounds):
+            started = time.process_time()
+            for _ in range(count):
+                tier.match("GET", path)
+            taken.append((time.process_time() - started) / count * 1e6)
+        figures.append((f"{label}, µs CPU", statistics.median(taken), Goal(at_most=5)))
+    report("matching", "One rule among 1,000", figures, smoke=smoke)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,97 @@
+"""The door of plain Python code, and the public surface."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+import tidegate
+from tests.conftest import Clock
+from tidegate import BadRequest, Limiter, MemoryCounters, PolicyError, SettingsError
+from tidegate.limits import Algorithm
+
+
+async def test_counts_each_subject_by_itself() -> None:
+    limiter = Limiter("2/day")
+    answers = [(await limiter.check(subject)).allowed for subject in ("a", "a", "a", "b")]
+    assert answers == [True, True, False, True]
+    denied = await limiter.check("a")
+    assert (denied.rule, denied.tier, denied.limit, denied.remaining) == ("2/day", None, 2, 0)
+    assert denied.retry_after is not None
+    assert 0 < denied.retry_after <= 172_800
+    await limiter.reset("a")
+    assert (await limiter.check("a")).remaining == 1
+    await limiter.close()
+
+
+@pytest.mark.parametrize("algorithm", list(Algorithm))
+async def test_every_algorithm(algorithm: str) -> None:
+    clock = Clock()
+    limiter = Limiter("1/minute", algorithm=algorithm, counters=MemoryCounters(clock=clock))
+    assert (await limiter.check("u")).allowed
+    denied = await limiter.check("u")
+    assert not denied.allowed
+    assert denied.retry_after_us is not None
+    clock.now_us += denied.retry_after_us
+    assert (await limiter.check("u")).allowed
+
+
+async def test_several_limits_and_costs() -> None:
+    limiter = Limiter(["5/minute", "8/day"], counters=MemoryCounters(clock=Clock()))
+    decisions = await limiter.check_many([("u", 4), ("u", 2), ("u", 1), ("u", 0)])
+    assert [each.allowed for each in decisions] == [True, False, True, True]
+    assert [each.remaining for each in decisions] == [1, 1, 0, 0]
+    assert (await limiter.check("u", cost=9)).retry_after is None
+
+
+async def test_limiters_of_one_name_share_a_store() -> None:
+    store = MemoryCounters(clock=Clock())
+    one, same, other = (Limiter("5/day", counters=store, name=name) for name in ("a", "a", "b"))
+    assert [(await each.check("u")).remaining for each in (one, same, other)] == [4, 3, 4]
+
+
+@pytest.mark.parametrize("subject", ["", None, 5, b"u"])
+async def test_subjects_that_make_no_sense(subject: Any) -> None:
+    limiter = Limiter("5/day")
+    for call in (limiter.check(subject), limiter.check_many([(subject, 1)]), limiter.reset(subject)):
+        with pytest.raises(BadRequest, match="non-empty string"):
+            await call
+
+
+@pytest.mark.parametrize("cost", [-1, 1.0, "1", None, True, 10**10])
+async def test_costs_that_make_no_sense(cost: Any) -> None:
+    limiter = Limiter("5/day")
+    for call in (limiter.check("u", cost), limiter.check_many([("v", 1), ("u", cost)])):
+        with pytest.raises(BadRequest, match="whole number"):
+            await call
+    assert (await limiter.check("v", 0)).remaining == 5, "nothing of a refused batch was charged"
+
+
+async def test_long_subjects_do_not_make_long_keys() -> None:
+    store = MemoryCounters(clock=Clock())
+    limiter = Limiter("5/day", counters=store)
+    for subject in ("x" * 100_000, "\ud800" * 200):
+        assert [(await limiter.check(subject)).remaining for _ in range(2)] == [4, 3]
+    assert all(len(key) < 150 for shard in store._shards for key in shard)
+
+
+def test_wrong_arguments() -> None:
+    with pytest.raises(PolicyError, match="fortnight"):
+        Limiter("5/fortnight")
+    with pytest.raises(SettingsError, match="memory://"):
+        Limiter("5/day", counters="carrier-pigeon://x")
+    with pytest.raises(PolicyError, match="gcra"):
+        Limiter("5/day", algorithm="gcra")
+
+
+def test_public_names() -> None:
+    """What others build on: change it only by adding."""
+    assert sorted(tidegate.__all__) == list(tidegate.__all__)
+    assert set(tidegate.__all__) == {
+        *("Algorithm", "ApiKey", "ApiKeyExpired", "ApiKeyRevoked", "BadRequest", "CachedCatalog", "Catalog", "CatalogError"),
+        *("CatalogUnavailable", "Charge", "Check", "CounterStore", "Decision", "Gate", "InvalidApiKey", "Limit", "Limiter"),
+        *("MemoryCounters", "MissingApiKey", "Observation", "Policy", "PolicyCatalog", "PolicyError", "RateLimitMiddleware"),
+        *("Rule", "SettingsError", "StoreUnavailable", "Tier", "TidegateError", "__version__", "load_policy"),
+    }
+    assert all(hasattr(tidegate, name) for name in tidegate.__all__)

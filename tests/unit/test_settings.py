@@ -1,0 +1,86 @@
+"""Settings: file, environment, ranges, and what is said about wrong ones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from tidegate.errors import SettingsError
+from tidegate.settings import Settings, load_settings, parse_address
+
+
+def test_defaults_run_on_an_empty_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    settings = load_settings(None, {})
+    assert settings == Settings()
+    assert settings.policy_path is None
+    (tmp_path / "tidegate.policy.toml").touch()
+    assert settings.policy_path == Path("tidegate.policy.toml")
+    (tmp_path / "tidegate.toml").write_text('[server]\nhttp = "127.0.0.1:1"\n')
+    assert load_settings(None, {}).server.http == "127.0.0.1:1"
+
+
+def test_the_environment_goes_over_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "t.toml"
+    file.write_text('[server]\nhttp = "127.0.0.1:1"\ndrain_s = 3\n[counters]\nmax_subjects = 5\n')
+    environment = {
+        "TIDEGATE_SERVER__HTTP": "[::1]:2",
+        "TIDEGATE_SERVER__TRUSTED_PROXIES": "10.0.0.0/8, 192.168.0.1",
+        "TIDEGATE_CACHE__L1_TTL_S": "1.5",
+        "TIDEGATE_PORT": "tcp://10.0.0.1:80",
+        "TIDEGATE_SERVICE_HOST": "10.0.0.1",
+        "PATH": "/bin",
+    }
+    settings = load_settings(file, environment)
+    assert (settings.server.http, settings.server.drain_s, settings.counters.max_subjects) == ("[::1]:2", 3, 5)
+    assert settings.server.trusted_proxies == ("10.0.0.0/8", "192.168.0.1")
+    assert settings.cache.l1_ttl_s == 1.5
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("[servr]\n", "did you mean 'server'"),
+        ("[server]\nhtp = 1\n", "did you mean 'http'"),
+        ("server = 1\n", "write [server]"),
+        ("[server]\nhttp = 8080\n", "str"),
+        ('[server]\nhttp = "8080"\n', "server.http = '8080'"),
+        ('[server]\nhttp = "h:99999"\n', "h:99999"),
+        ("[server]\ndrain_s = -1\n", "from 0 to 3600"),
+        ("[server]\nworkers = 0\n", "server.workers = 0"),
+        ('[server]\ndrain_s = "10s"\n', "float"),
+        ('[counters]\non_failure = "open"\n', "local, allow, deny"),
+        ('[server]\nlog_level = "loud"\n', "debug"),
+        ("[server\n", "not TOML"),
+    ],
+)
+def test_wrong_settings(text: str, said: str, tmp_path: Path) -> None:
+    file = tmp_path / "t.toml"
+    file.write_text(text)
+    with pytest.raises(SettingsError) as refused:
+        load_settings(file, {})
+    assert said in refused.value.message
+    assert "\n" not in refused.value.message
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    for path, said in ((tmp_path / "absent", "--config"), (tmp_path, "cannot be read")):
+        with pytest.raises(SettingsError, match=said):
+            load_settings(path, {})
+    with pytest.raises(SettingsError, match=r"unknown setting 'server\.nothing'"):
+        load_settings(None, {"TIDEGATE_SERVER__NOTHING": "1"})
+
+
+def test_addresses() -> None:
+    assert parse_address("[::1]:80", "x") == ("::1", 80)
+    assert parse_address("localhost:0", "x") == ("localhost", 0)
+
+
+def test_every_setting_is_in_the_docs() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "settings.md").read_text()
+    for section in msgspec.structs.fields(Settings):
+        for field in msgspec.structs.fields(section.type):
+            assert f"`{field.name}`" in page, f"{section.name}.{field.name}"
+            assert f"TIDEGATE_{section.name}__{field.name}".upper() in page

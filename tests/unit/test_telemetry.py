@@ -1,0 +1,109 @@
+"""Metrics and health."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import time
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from tidegate.decision import Decision, Observation
+from tidegate.telemetry import health
+from tidegate.telemetry.health import Health
+from tidegate.telemetry.metrics import BUCKETS_S, MAX_RULE_LABELS, Metrics
+
+
+def values(metrics: Metrics) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
+    return {
+        (sample.name, tuple(sorted(sample.labels.items()))): sample.value
+        for family in text_string_to_metric_families(metrics.exposition().decode())
+        for sample in family.samples
+    }
+
+
+def test_counts_and_latencies() -> None:
+    metrics = Metrics("1.2.3")
+    for latency_ns in (5_000, 10_000, 10_001, 9_000_000, 2_000_000_000):
+        metrics.observe(Observation(Decision(True), None, latency_ns))
+    metrics.observe(Observation(Decision(False, degraded=True), None, 100))
+    for code in ("INVALID_API_KEY", "INVALID_API_KEY", "CATALOG_UNAVAILABLE"):
+        metrics.observe(Observation(None, code, 1))
+    found = values(metrics)
+    assert found["rate_limiter_requests_total", (("status", "allowed"),)] == 5
+    assert found["rate_limiter_requests_total", (("status", "blocked"),)] == 1
+    assert found["rate_limiter_errors_total", (("type", "invalid_api_key"),)] == 2
+    assert found["rate_limiter_errors_total", (("type", "db_connection"),)] == 1
+    assert found["rate_limiter_degraded_total", ()] == 1
+    buckets = {
+        dict(labels)["le"]: value for (name, labels), value in found.items() if name == "rate_limiter_latency_seconds_bucket"
+    }
+    assert (buckets["1e-05"], buckets["5e-05"], buckets["0.01"], buckets["1.0"], buckets["+Inf"]) == (3, 4, 5, 5, 6)
+    assert found["rate_limiter_latency_seconds_sum", ()] == pytest.approx(2.009025101)
+    assert 0.01 in BUCKETS_S, "the objective's threshold is a bucket's bound"
+    assert any(name == "rate_limiter_build_info" and dict(labels)["version"] == "1.2.3" for name, labels in found)
+
+
+def test_labels_are_bounded() -> None:
+    metrics = Metrics("x")
+    for number in range(MAX_RULE_LABELS + 100):
+        metrics.observe(Observation(Decision(True), None, 1, (f"rule {number}",)))
+    assert len(metrics.shadow_blocked) == MAX_RULE_LABELS + 1
+    assert metrics.shadow_blocked["(other)"] == 100
+
+
+def test_values_that_others_keep() -> None:
+    metrics = Metrics("x")
+    metrics.add_gauge("held", "things held", lambda: 7)
+    metrics.add_counter("dropped", "things dropped", lambda: 3)
+    found = values(metrics)
+    assert (found["held", ()], found["dropped_total", ()]) == (7, 3)
+
+
+async def test_health_is_the_worst_component_and_says_why() -> None:
+    checked = Health()
+
+    async def well() -> None:
+        await asyncio.sleep(0)
+
+    async def unwell() -> None:
+        raise ConnectionError("refused")
+
+    checked.add("good", well)
+    assert (await checked.report()).status == "healthy"
+    checked.add("bad", unwell)
+    report = await checked.report()
+    assert report.status == "unhealthy"
+    assert report.components["bad"].reason == "ConnectionError: refused"
+    assert report.components["good"].status == report.components["rate_limiter"].status == "healthy"
+    assert re.fullmatch(r"\d{4}-.*\+00:00", report.timestamp)
+
+
+async def test_probes_are_shared_and_never_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(health, "PROBE_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(health, "PROBE_TTL_S", 0.1)
+    calls = 0
+    hang = asyncio.Event()
+
+    async def ping() -> None:
+        nonlocal calls
+        calls += 1
+        await hang.wait()
+
+    checked = Health()
+    checked.add("slow", ping)
+    for _ in range(3):
+        reports = await asyncio.gather(*(checked.report() for _ in range(20)))
+        assert {report.components["slow"].reason for report in reports} == {"no answer within 0.05 s"}
+    assert calls == 1, "nobody asks a part that has not answered the last one"
+    hang.set()
+    await asyncio.sleep(0.01)
+    assert (await checked.report()).status == "healthy"
+    await asyncio.gather(*(checked.report() for _ in range(20)))
+    assert calls == 1, "an answer holds for its time"
+    started = time.monotonic()
+    while calls == 1 and time.monotonic() - started < 5:
+        await checked.report()
+        await asyncio.sleep(0.02)
+    assert calls == 2
