@@ -121,7 +121,7 @@ def test_the_terminal_shows_everything_and_nothing_hostile(
     assert r"\x1b[2J\x1b]0;owned\x07[bold red]x[/]<script>" in shown.out
     assert "Worst minute: 2023-11-14T22:13:00+00:00, 2 blocked" in shown.out
     assert "7 lines read, 1 malformed" in shown.out
-    assert "1 paths in a spelling that is refused with 400" in shown.out
+    assert "refused with 400 for the spelling of their paths, and charged to no rule: 1\n" in shown.out
 
 
 @given(st.text())
@@ -202,6 +202,7 @@ def test_the_page_of_nothing_blocked_and_of_a_long_time(policy: Path, tmp_path: 
     page = Page((tmp_path / "report.html").read_text())
     assert "allowed: 400" in page.of("title")
     assert "Nothing was blocked." in " ".join(page.of("p"))
+    assert "requests per 4 days" in page.of("span")
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=30)

@@ -9,12 +9,13 @@ from typing import Final
 
 from tidegate._version import __version__
 from tidegate.simulate.report import Report, clean, notes
+from tidegate.simulate.tallies import coarser
 
 _WIDTH: Final = 960
 _HEIGHT: Final = 260
 _LEFT: Final = 56
 _BOTTOM: Final = 28
-_POINTS: Final = 480
+_POINTS: Final = 120
 _STYLE: Final = """
 :root { color-scheme: light dark; --ink: #1b2733; --soft: #5b6b7b; --line: #d5dde5; --paper: #fff;
   --allowed: #2166ac; --blocked: #d6604d; }
@@ -98,19 +99,19 @@ def render_page(report: Report, policy: str, logs: Sequence[str]) -> str:
 
 
 def _merged(report: Report) -> tuple[list[tuple[int, int, int]], int]:
-    """The series in at most 480 steps, with zeros where nothing came; and the length of a step in s."""
+    """The series in at most 120 steps, with zeros where nothing came; and the length of a step in s."""
     if not report.series:
         return [], report.step_s
-    start, end = report.series[0][0], report.series[-1][0]
-    factor = max(-(-((end - start) // report.step_s + 1) // _POINTS), 1)
-    step_s = report.step_s * factor
+    step_s = report.step_s
+    while (report.series[-1][0] // step_s - report.series[0][0] // step_s) >= _POINTS:
+        step_s = coarser(step_s)
     sums: dict[int, list[int]] = {}
     for at, allowed, blocked in report.series:
-        both = sums.setdefault((at - start) // step_s, [0, 0])
+        both = sums.setdefault(at // step_s, [0, 0])
         both[0] += allowed
         both[1] += blocked
-    count = (end - start) // step_s + 1
-    return [(start + number * step_s, *sums.get(number, (0, 0))) for number in range(count)], step_s
+    numbers = range(min(sums), max(sums) + 1)
+    return [(number * step_s, *sums.get(number, (0, 0))) for number in numbers], step_s
 
 
 def _lines(report: Report) -> str:
@@ -178,4 +179,7 @@ def _share(part: int, whole: int) -> str:
 
 
 def _step_text(seconds: int) -> str:
-    return "minute" if seconds == 60 else f"{seconds // 60:,} minutes"
+    for name, length in (("day", 86_400), ("hour", 3_600), ("minute", 60)):
+        if seconds % length == 0:
+            return name if seconds == length else f"{seconds // length:,} {name}s"
+    return f"{seconds} s"

@@ -145,7 +145,7 @@ def make_report(
         )
     ]
     counted = [row for row in rows if row.mode != "shadow"]
-    step_s = replay.series.step_us // US_PER_S
+    step_s = replay.series.step_s
     return Report(
         lines=lines,
         malformed=malformed,
@@ -236,7 +236,7 @@ def notes(report: Report) -> list[str]:
     told.extend(f"  malformed: {clean(example)}" for example in report.malformed_examples)
     told.extend(clean(reason) for reason in report.broken)
     if report.refused_paths:
-        told.append(f"{report.refused_paths:,} paths in a spelling that is refused with 400, charged to no rule:")
+        told.append(f"refused with 400 for the spelling of their paths, and charged to no rule: {report.refused_paths:,}")
         told.extend(f"  refused: {clean(example)}" for example in report.refused_examples)
     if report.refused_keys:
         told.append(f"{report.refused_keys:,} requests bring a revoked or expired API key, which is refused with 403")

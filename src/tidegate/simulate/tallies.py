@@ -4,9 +4,24 @@ from __future__ import annotations
 
 from typing import Final
 
+from tidegate.limits import US_PER_S
+
 MINUTE_US: Final = 60_000_000
 MAX_SERIES: Final = 2_000
 MAX_TOP: Final = 10_000
+_STEPS_S: Final = (60, 300, 900, 3_600, 21_600, 86_400)
+
+
+def coarser(step_s: int) -> int:
+    """The next longer step of a series: each holds whole ones of the last.
+
+    Args:
+        step_s: 60, or what this function gave, s.
+
+    Returns:
+        Up to a day 5 and 15 minutes, 1 and 6 hours; then twice as long each time, s.
+    """
+    return next((longer for longer in _STEPS_S if longer > step_s), 2 * step_s)
 
 
 class RuleTally:
@@ -31,10 +46,10 @@ class RuleTally:
 
 
 class Series:
-    """Allowed and blocked over time, in at most 2,000 steps: when they are used up, two become one."""
+    """Allowed and blocked over time, in at most 2,000 steps: when they are used up, longer ones take their place."""
 
     def __init__(self) -> None:
-        self.step_us = MINUTE_US
+        self.step_s = 60
         self.steps: dict[int, list[int]] = {}
 
     def add(self, at_us: int, blocked: bool) -> None:
@@ -44,21 +59,21 @@ class Series:
             at_us: µs since the epoch.
             blocked: whether it was blocked.
         """
-        step = self.steps.get(at_us // self.step_us)
+        step = self.steps.get(at_us // (self.step_s * US_PER_S))
         if step is None:
             step = self._new(at_us)
         step[blocked] += 1
 
     def _new(self, at_us: int) -> list[int]:
         while len(self.steps) >= MAX_SERIES:
-            self.step_us *= 2
+            longer_s = coarser(self.step_s)
             merged: dict[int, list[int]] = {}
             for number, (allowed, blocked) in self.steps.items():
-                step = merged.setdefault(number // 2, [0, 0])
+                step = merged.setdefault(number * self.step_s // longer_s, [0, 0])
                 step[0] += allowed
                 step[1] += blocked
-            self.steps = merged
-        return self.steps.setdefault(at_us // self.step_us, [0, 0])
+            self.steps, self.step_s = merged, longer_s
+        return self.steps.setdefault(at_us // (self.step_s * US_PER_S), [0, 0])
 
 
 class TopBlocked:
