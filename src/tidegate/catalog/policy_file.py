@@ -63,7 +63,7 @@ def read_policy_text(path: Path) -> str:
         with path.open("rb") as file:
             raw = file.read(MAX_FILE_BYTES + 1)
     except FileNotFoundError:
-        raise PolicyError("the policy file is not there: check [policy] file", str(path)) from None
+        raise PolicyError("the policy file is not there: give its path with [policy] file, or --policy", str(path)) from None
     except OSError as error:
         raise PolicyError(f"the policy file cannot be read: {error.strerror or error}", str(path)) from None
     if len(raw) > MAX_FILE_BYTES:
