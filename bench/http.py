@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import os
 import re
+import shutil
 import socket
 import statistics
 import subprocess
@@ -114,6 +115,8 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="the smallest size: that it works, not how fast")
     smoke = parser.parse_args().smoke
     rounds, seconds = (1, 1) if smoke else (5, 3)  # wrk takes whole seconds
+    if shutil.which("wrk") is None:
+        sys.exit("bench.http needs wrk: install the Debian package wrk")
     with tempfile.TemporaryDirectory() as directory, contextlib.ExitStack() as stack:
         Path(directory, "tidegate.policy.toml").write_text(POLICY)
         post = Path(directory, "post.lua")
