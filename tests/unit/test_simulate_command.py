@@ -413,7 +413,10 @@ def test_a_pipe_is_a_log_and_many_logs_are_opened_one_at_a_time(
 def test_a_terminal_sees_how_far_it_is_and_a_pipe_does_not(policy: Path, tmp_path: Path) -> None:
     log = write(tmp_path, [row(second) for second in range(50_000)])
     command = [sys.executable, "-m", "tidegate", "simulate", log, "-p", str(policy), "--json"]
-    ours, theirs = pty.openpty()
+    try:
+        ours, theirs = pty.openpty()
+    except OSError as problem:
+        pytest.skip(f"this machine gives no terminal: {problem}")
     with os.fdopen(ours, "rb", buffering=0) as terminal:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=theirs, env=ENVIRONMENT | {"TERM": "xterm"})
         os.close(theirs)
