@@ -12,6 +12,11 @@ on a limit's amount in a way that changing the amount would lose what was consum
 - `retry_after_us` is 0 when allowed, the exact time until the same cost passes if nobody else asks when denied, and
   None when it never will (the cost is above the capacity).
 
+`merge(limit, state, other)` adds a state of elsewhere without asking the limit: what a fallback admitted while the store was out of
+reach, or, with units below 0, what is given back.
+
+Beside each module stands its twin in Lua, which Redis runs; tests hold the two to each other step by step.
+
 All functions may be called from anywhere at any time: they share nothing.
 """
 
@@ -27,6 +32,7 @@ State: TypeAlias = tuple[Any, ...] | None
 Outcome: TypeAlias = tuple[State, int, int, int | None]
 Decide: TypeAlias = Callable[[Limit, Any, int, int], Outcome]
 ExpiresAt: TypeAlias = Callable[[Limit, Any], int]
+Merge: TypeAlias = Callable[[Limit, Any, Any], tuple[Any, ...]]
 
 DECIDE: Final[Mapping[Algorithm, Decide]] = {
     Algorithm.FIXED_WINDOW: fixed_window.decide,
@@ -41,4 +47,11 @@ EXPIRES_AT: Final[Mapping[Algorithm, ExpiresAt]] = {
     Algorithm.SLIDING_LOG: sliding_log.expires_at,
     Algorithm.TOKEN_BUCKET: token_bucket.expires_at,
     Algorithm.LEAKY_BUCKET: leaky_bucket.expires_at,
+}
+MERGE: Final[Mapping[Algorithm, Merge]] = {
+    Algorithm.FIXED_WINDOW: fixed_window.merge,
+    Algorithm.SLIDING_WINDOW: sliding_window.merge,
+    Algorithm.SLIDING_LOG: sliding_log.merge,
+    Algorithm.TOKEN_BUCKET: token_bucket.merge,
+    Algorithm.LEAKY_BUCKET: leaky_bucket.merge,
 }

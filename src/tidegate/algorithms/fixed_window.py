@@ -53,3 +53,21 @@ def expires_at(limit: Limit, state: tuple[int, int]) -> int:
         µs since the epoch.
     """
     return month_bounds(state[0])[1] if limit.calendar_month else state[0] + limit.window_us
+
+
+def merge(_: Limit, state: tuple[int, int] | None, other: tuple[int, int]) -> tuple[int, int]:
+    """Add what was admitted elsewhere: of two windows the later one counts, the same one counts both.
+
+    Args:
+        _: the limit; not needed.
+        state: as `decide` gave it, or None.
+        other: the same, of elsewhere; its units are below 0 where they are given back.
+
+    Returns:
+        The state that holds both.
+    """
+    if state is None or other[0] > state[0]:
+        return other[0], max(other[1], 0)
+    if other[0] < state[0]:
+        return state
+    return state[0], max(state[1] + other[1], 0)

@@ -9,6 +9,6 @@ code: what is level there is water here. A cost above the burst never passes.
 
 from __future__ import annotations
 
-from tidegate.algorithms.token_bucket import decide, expires_at
+from tidegate.algorithms.token_bucket import decide, expires_at, merge
 
-__all__ = ["decide", "expires_at"]
+__all__ = ["decide", "expires_at", "merge"]

@@ -66,3 +66,22 @@ def expires_at(limit: Limit, state: LogState) -> int:
         µs since the epoch.
     """
     return state[1][-1] + limit.window_us if state[1] else 0
+
+
+def merge(_: Limit, state: LogState | None, other: LogState) -> LogState:
+    """Put entries of elsewhere in their places.
+
+    Args:
+        _: the limit; not needed.
+        state: as `decide` gave it, or None.
+        other: the same, of elsewhere; its costs are below 0 where they are given back.
+
+    Returns:
+        The state that holds both.
+    """
+    entries: dict[int, int] = {}
+    for _used, moments, costs in (other,) if state is None else (state, other):
+        for moment, cost in zip(moments, costs, strict=True):
+            entries[moment] = entries.get(moment, 0) + cost
+    kept = sorted((moment, cost) for moment, cost in entries.items() if cost > 0)
+    return sum(cost for _, cost in kept), tuple(moment for moment, _ in kept), tuple(cost for _, cost in kept)

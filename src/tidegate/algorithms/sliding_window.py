@@ -129,3 +129,30 @@ def expires_at(limit: Limit, state: tuple[int, int, int]) -> int:
         end = start + limit.window_us
         following = limit.window_us
     return start + _reset(current, previous, end - start, end - start, following)
+
+
+def merge(limit: Limit, state: tuple[int, int, int] | None, other: tuple[int, int, int]) -> tuple[int, int, int]:
+    """Add what was admitted elsewhere, both seen from the later of the two windows.
+
+    Args:
+        limit: what holds.
+        state: as `decide` gave it, or None.
+        other: the same, of elsewhere; its units are below 0 where they are given back.
+
+    Returns:
+        The state that holds both.
+    """
+    if state is None:
+        state = (other[0], 0, 0)
+    start = max(state[0], other[0])
+    current, previous = _seen_from(limit, state, start)
+    more, more_before = _seen_from(limit, other, start)
+    return start, max(current + more, 0), max(previous + more_before, 0)
+
+
+def _seen_from(limit: Limit, state: tuple[int, int, int], start: int) -> tuple[int, int]:
+    """Units in the window that starts at `start`, which is not before the state's, and in the one before it."""
+    if state[0] == start:
+        return state[1], state[2]
+    before = month_bounds(start - 1)[0] if limit.calendar_month else start - limit.window_us
+    return 0, state[1] if state[0] == before else 0

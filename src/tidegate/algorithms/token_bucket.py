@@ -4,7 +4,8 @@ Promise: in no span of time t, wherever it lies, is more than `burst + amount ×
 `burst + amount`.
 State: `(level, scale, rate, at)`: what was taken, in units of 1/scale token, as it stood at `at`; it drains by `rate` units a µs.
 With `g = gcd(amount, window)`, `scale = window / g` and `rate = amount / g`: all integers, so no fraction is ever lost. The state
-says its own scale, so that a changed limit finds what was taken (rounded up to whole tokens once).
+says its own scale, so that a changed limit finds what was taken (rounded up to whole tokens once, and 2^53 at the most: levels
+are exact up to there on every store).
 A calendar month counts as 31 days; the default burst is the amount.
 """
 
@@ -13,7 +14,7 @@ from __future__ import annotations
 from math import gcd
 from typing import TypeAlias
 
-from tidegate.limits import Limit
+from tidegate.limits import MAX_EXACT, Limit
 
 BucketState: TypeAlias = tuple[int, int, int, int]
 
@@ -30,19 +31,11 @@ def decide(limit: Limit, state: BucketState | None, now: int, cost: int) -> tupl
     Returns:
         See `tidegate.algorithms`.
     """
-    divisor = gcd(limit.amount, limit.window_us)
-    scale = limit.window_us // divisor
-    rate = limit.amount // divisor
-    if state is None:
-        level = 0
-    else:
-        level, old_scale, old_rate, at = state
-        now = max(now, at)
-        level -= (now - at) * old_rate
-        if level <= 0:
-            level = 0
-        elif old_scale != scale or old_rate != rate:
-            level = -(-level // old_scale) * scale
+    scale, rate = scale_and_rate(limit)
+    level = 0
+    if state is not None:
+        now = max(now, state[3])
+        level = _level_at(state, now, scale, rate)
     burst = limit.capacity
     charged = level + cost * scale
     if charged <= burst * scale or not cost:
@@ -68,3 +61,45 @@ def expires_at(_: Limit, state: BucketState) -> int:
     """
     level, _scale, rate, at = state
     return at - (-level // rate)
+
+
+def merge(limit: Limit, state: BucketState | None, other: BucketState) -> BucketState:
+    """Add what was taken elsewhere, both as they stand at the later of the two moments.
+
+    Args:
+        limit: what holds.
+        state: as `decide` gave it, or None.
+        other: the same, of elsewhere; its level is below 0 where tokens are given back: those do not drain.
+
+    Returns:
+        The state that holds both.
+    """
+    scale, rate = scale_and_rate(limit)
+    at = other[3] if state is None else max(state[3], other[3])
+    level = 0 if state is None else _level_at(state, at, scale, rate)
+    level += -(-other[0] // other[1]) * scale if other[0] < 0 else _level_at(other, at, scale, rate)
+    return min(max(level, 0), MAX_EXACT), scale, rate, at
+
+
+def scale_and_rate(limit: Limit) -> tuple[int, int]:
+    """The integers that a limit is counted in.
+
+    Args:
+        limit: what holds.
+
+    Returns:
+        Units that make one token, and units that drain in one µs.
+    """
+    divisor = gcd(limit.amount, limit.window_us)
+    return limit.window_us // divisor, limit.amount // divisor
+
+
+def _level_at(state: BucketState, now: int, scale: int, rate: int) -> int:
+    """What is left of a state's level at a moment that is not before it, in units of 1/scale token."""
+    level, old_scale, old_rate, at = state
+    level -= (now - at) * old_rate
+    if level <= 0:
+        return 0
+    if old_scale != scale or old_rate != rate:
+        return min(-(-level // old_scale) * scale, MAX_EXACT)
+    return level
