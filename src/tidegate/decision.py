@@ -11,6 +11,7 @@ import msgspec
 from tidegate.errors import BadRequest
 from tidegate.limits import US_PER_S, Limit, LimitSet
 from tidegate.paths import canonical_path
+from tidegate.policy import Mode, Subject
 
 MAX_COST: Final = 1_000_000_000
 
@@ -147,6 +148,42 @@ class Observation(msgspec.Struct, frozen=True, gc=False):
     latency_ns: int
     shadow_denied: tuple[str, ...] = ()
     subject: str | None = None
+
+
+class RuleUsage(msgspec.Struct, frozen=True, gc=False):
+    """What is left to a caller under one rule.
+
+    Args:
+        rule: name of the rule; None for the tier's own limits.
+        endpoint: its pattern; None for the tier's own limits, which hold everywhere.
+        mode: whether it blocks.
+        subject: whom it counts; for a caller without an API key, `ip` stands where a key would be counted.
+        limits: all its limits, the shortest window first.
+        decision: the answer to a check of cost 0; of the limits it tells the one with the least left.
+    """
+
+    rule: str | None
+    endpoint: str | None
+    mode: Mode
+    subject: Subject
+    limits: tuple[Limit, ...]
+    decision: Decision
+
+
+class Usage(msgspec.Struct, frozen=True, gc=False):
+    """What is left to a caller under every rule of its tier.
+
+    Args:
+        tier: name of the caller's tier.
+        rules: the tier's own limits first, then the rules, the highest priority first.
+        not_counted: names of the rules that count by ip, where none is known; None among them stands for the tier's own limits.
+        truncated: whether the tier has more rules than are looked at.
+    """
+
+    tier: str
+    rules: tuple[RuleUsage, ...]
+    not_counted: tuple[str | None, ...] = ()
+    truncated: bool = False
 
 
 def canonical_ip(ip: object) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import ipaddress
 import time
@@ -10,25 +11,32 @@ from functools import lru_cache
 from typing import Final, TypeAlias
 
 from tidegate.catalog.cached import CachedCatalog, Caller
-from tidegate.counters import Charge, CounterStore
-from tidegate.decision import Check, Decision, Observation
+from tidegate.counters import Charge, CounterStore, Outcome
+from tidegate.decision import Check, Decision, Observation, RuleUsage, Usage, canonical_ip, clip
 from tidegate.errors import (
     ApiKeyExpired,
     ApiKeyRevoked,
     BadRequest,
     InvalidApiKey,
     MissingApiKey,
+    StoreUnavailable,
     TidegateError,
 )
 from tidegate.keys import is_possible_key
 from tidegate.limits import LimitSet
-from tidegate.matching import subject_of
-from tidegate.policy import KeyStatus, Subject
+from tidegate.matching import CompiledRule, CompiledTier, counted_by, subject_of
+from tidegate.policy import KeyStatus, Mode, Subject
 
 Observer: TypeAlias = Callable[[Observation], None]
 
 IPV6_PREFIX: Final = 64
 """Bits of an IPv6 address that make one client: a subscriber is handed a /64 (RFC 6177), and could vary the rest at will."""
+
+
+MAX_USAGE_RULES: Final = 1000
+"""Most rules that one question for usage looks at: as many as a batch has checks."""
+
+_RESET_AT_ONCE: Final = 1000
 
 
 class Gate:
@@ -74,11 +82,14 @@ class Gate:
         started_ns = time.perf_counter_ns()
         try:
             answer, charges = await self._plan(check)
-            charged = await self.counters.charge(charges) if charges else []
+            charged = await self.counters.charge(charges) if charges else ()
         except TidegateError as error:
             self._tell_error(error, time.perf_counter_ns() - started_ns)
             raise
-        return self._tell(answer, charges, charged, time.perf_counter_ns() - started_ns)
+        told = self._tell(answer, charges, charged, time.perf_counter_ns() - started_ns)
+        if isinstance(told, StoreUnavailable):
+            raise told
+        return told
 
     async def check_many(self, checks: Sequence[Check]) -> list[Decision | TidegateError]:
         """Decide checks each on its own, in order, with one call to the counter store.
@@ -100,13 +111,7 @@ class Gate:
             else:
                 plans.append(plan)
                 charges.extend(plan[1])
-        charged: list[Decision] = []
-        failed: TidegateError | None = None
-        if charges:
-            try:
-                charged = await self.counters.charge(charges)
-            except TidegateError as error:
-                failed = error
+        charged = await self.counters.charge(charges) if charges else ()
         share_ns = (time.perf_counter_ns() - started_ns) // max(len(checks), 1)
         answers: list[Decision | TidegateError] = []
         at = 0
@@ -115,21 +120,118 @@ class Gate:
                 answers.append(self._tell_error(planned, share_ns))
                 continue
             answer, own = planned
-            if own and failed is not None:
-                answers.append(self._tell_error(failed, share_ns))
-                continue
             answers.append(self._tell(answer, own, charged[at : at + len(own)], share_ns))
             at += len(own)
         return answers
 
-    def _tell(self, answer: Decision | None, charges: list[Charge], charged: list[Decision], latency_ns: int) -> Decision:
-        """Tell telemetry what was decided; returns the decision."""
+    async def usage(self, api_key: str | None = None, ip: str | None = None) -> Usage:
+        """What is left to a caller, with one call to the counter store. Charges nothing, and is not observed: it is no check.
+
+        Args:
+            api_key: the caller's key; None or empty for a caller without one.
+            ip: IPv4 or IPv6 address of the client, or None where nobody knows it.
+
+        Returns:
+            The tier's own limits and its rules, shadow rules included; of more than `MAX_USAGE_RULES` rules the first ones by
+            priority. A rule that counts by ip is left out where none is known; what the store could not say is degraded,
+            without numbers.
+
+        Raises:
+            MissingApiKey: no key came and there is no anonymous tier.
+            InvalidApiKey: the key is mistyped or unknown.
+            ApiKeyRevoked: the key was revoked.
+            ApiKeyExpired: the key's time is over.
+            BadRequest: the key is no string, or the ip no address.
+            CatalogUnavailable: the catalog fails and nothing cached can stand in.
+        """
+        _require_text(api_key, "api_key")
+        client = None if ip is None else _client(ip)
+        caller = await self._caller(api_key or None)
+        tier, has_key = caller.tier, bool(caller.subject)
+        looked_at: list[tuple[CompiledRule | None, LimitSet]] = [] if tier.limits is None else [(None, tier.limits)]
+        looked_at += [(rule, rule.limits) for rule in tier.rules[:MAX_USAGE_RULES]]
+        counted: list[tuple[CompiledRule | None, Subject, LimitSet]] = []
+        charges: list[Charge] = []
+        not_counted: list[str | None] = []
+        for rule, limits in looked_at:
+            kind = counted_by(Subject.API_KEY if rule is None else rule.subject, has_key)
+            subject = subject_of(kind, caller.subject, client, tier.tier.name)
+            if subject is None:
+                not_counted.append(limits.rule)
+                continue
+            counted.append((rule, kind, limits))
+            charges.append(Charge(((limits, subject),), cost=0))
+        peeked = await self.counters.charge(charges) if charges else ()
+        rules = [
+            RuleUsage(None, None, Mode.ENFORCE, kind, limits.limits, decision)
+            if rule is None
+            else RuleUsage(rule.rule.name, rule.rule.endpoint, rule.rule.mode, kind, limits.limits, decision)
+            for (rule, kind, limits), decision in zip(counted, map(_peeked, peeked, charges), strict=True)
+        ]
+        return Usage(tier.tier.name, tuple(rules), tuple(not_counted), len(tier.rules) > MAX_USAGE_RULES)
+
+    async def reset(self, api_key: str | None = None, *, ip: str | None = None, tier: str | None = None) -> int:
+        """Forget what one subject consumed, under every rule that could count it. Give exactly one argument.
+
+        Args:
+            api_key: a key, revoked and expired ones too: what its tier's rules by key and the tier's own limits counted.
+            ip: an address; an IPv6 address stands for its /64: what the rules by ip of all tiers counted, and what the
+                anonymous tier counted for callers without a key.
+            tier: name of a tier: what its rules by tier counted.
+
+        Returns:
+            How many counters were reset, one for each rule and one for a tier's own limits, whether they held anything or not.
+
+        Raises:
+            InvalidApiKey: the key is mistyped or unknown.
+            BadRequest: not exactly one argument was given, the ip is no address, or there is no such tier.
+            CatalogUnavailable: the catalog fails and nothing cached can stand in; nothing was reset.
+            StoreUnavailable: the counter store fails; some may have been reset: ask again.
+        """
+        if sum(given is not None for given in (api_key, ip, tier)) != 1:
+            raise BadRequest("a reset needs exactly one of api_key, ip and tier")
+        _require_text(api_key, "api_key")
+        _require_text(tier, "tier")
+        if api_key is not None:
+            caller = await self._caller(api_key, refused_too=True)
+            counters = [(limits, caller.subject) for limits in _own_sets(caller.tier)]
+        elif ip is not None:
+            subject = f"i:{_client(ip)}"
+            counters = [(limits, subject) for limits in await self._sets_by_ip()]
+        else:
+            assert tier is not None
+            compiled = await self.catalog.tier(tier)
+            if compiled is None:
+                raise BadRequest(f"there is no tier {clip(tier)}: see 'tidegate tiers'", field="tier")
+            counters = [(rule.limits, f"t:{tier}") for rule in compiled.rules if rule.subject is Subject.TIER]
+        for start in range(0, len(counters), _RESET_AT_ONCE):
+            await self.counters.reset(counters[start : start + _RESET_AT_ONCE])
+            # A store in memory never suspends: without this, many tiers would stop all checks until the last is through.
+            await asyncio.sleep(0)
+        return len(counters)
+
+    async def _sets_by_ip(self) -> list[LimitSet]:
+        """All that can count an ip: rules by ip of every tier, and what counts callers without a key."""
+        anonymous = await self.catalog.anonymous()
+        found = [] if anonymous is None else _own_sets(anonymous.tier)
+        for name in await self.catalog.tier_names():
+            compiled = await self.catalog.tier(name)
+            if compiled is not None:
+                found.extend(rule.limits for rule in compiled.rules if rule.subject is Subject.IP)
+        return found
+
+    def _tell(self, answer: Decision | None, charges: list[Charge], charged: Sequence[Outcome], latency_ns: int) -> Outcome:
+        """Tell telemetry what was decided; returns it."""
         decision = charged[0] if answer is None else answer
+        if isinstance(decision, StoreUnavailable):
+            self._tell_error(decision, latency_ns)
+            return decision
         if self._observe is not None:
             shadow_denied: tuple[str, ...] = ()
             if len(charged) > 1 or answer is not None:
                 watched = charged[1:] if answer is None else charged
-                shadow_denied = tuple(each.rule or "" for each in watched if not each.allowed)
+                # What a shadow rule could not be asked about, it would not have denied.
+                shadow_denied = tuple(each.rule or "" for each in watched if isinstance(each, Decision) and not each.allowed)
             subject = charges[0].counters[0][1] if answer is None else None
             self._observe(Observation(decision, None, latency_ns, shadow_denied, subject))
         return decision
@@ -173,7 +275,8 @@ class Gate:
                 charges.append(Charge(((watcher.limits, counted),), check.cost))
         return None if counters else Decision(True, open_tier=tier.tier.name), charges
 
-    async def _caller(self, api_key: str | None) -> Caller:
+    async def _caller(self, api_key: str | None, refused_too: bool = False) -> Caller:
+        """Who asks; with `refused_too` also whoever is not let in any more."""
         if api_key is None:
             anonymous = await self.catalog.anonymous()
             if anonymous is None:
@@ -185,12 +288,36 @@ class Gate:
         if caller is None:
             raise InvalidApiKey("the API key is unknown: check that it belongs to this service")
         record = caller.api_key
-        if record is not None:
+        if record is not None and not refused_too:
             if record.status is not KeyStatus.ACTIVE:
                 raise ApiKeyRevoked("the API key was revoked: ask for a new one", key_id=record.id)
             if record.expires_at_us is not None and record.expires_at_us * 1000 <= self._wall_clock_ns():
                 raise ApiKeyExpired("the API key has expired: ask for a new one", key_id=record.id)
         return caller
+
+
+def _own_sets(tier: CompiledTier) -> list[LimitSet]:
+    """What counts each caller of a tier by itself: by its key, or by its ip where it has none."""
+    found = [rule.limits for rule in tier.rules if rule.subject is Subject.API_KEY]
+    return found if tier.limits is None else [tier.limits, *found]
+
+
+def _peeked(outcome: Outcome, charge: Charge) -> Decision:
+    """What was seen of a counter; nothing, where the store did not answer."""
+    if isinstance(outcome, StoreUnavailable):
+        return Decision(False, limits=charge.counters[0][0], degraded=True)
+    return outcome
+
+
+def _require_text(value: object, field: str) -> None:
+    if value is not None and type(value) is not str:
+        raise BadRequest(f"{field} must be a string", field=field)
+
+
+def _client(ip: str) -> str:
+    """What counts as one client of any address, however it is written."""
+    canonical = canonical_ip(ip)
+    return ipv6_client(canonical) if ":" in canonical else canonical
 
 
 @lru_cache(maxsize=65_536)

@@ -55,6 +55,8 @@ class Algorithm(enum.StrEnum):
 class OnFailure(enum.StrEnum):
     """What a rule answers while the counter store is unwell."""
 
+    DEFAULT = "default"
+    """What the setting `counters.on_failure` says."""
     LOCAL = "local"
     ALLOW = "allow"
     DENY = "deny"
@@ -159,7 +161,7 @@ class LimitSet:
         name: str,
         algorithm: Algorithm,
         limits: Iterable[Limit],
-        on_failure: OnFailure = OnFailure.LOCAL,
+        on_failure: OnFailure = OnFailure.DEFAULT,
         *,
         rule: str | None = None,
         tier: str | None = None,

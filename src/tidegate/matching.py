@@ -49,7 +49,7 @@ class CompiledTier:
         overrides: other limits for one key; rules that they do not name keep their own.
     """
 
-    __slots__ = ("_enforced", "_watched", "limits", "tier")
+    __slots__ = ("_enforced", "_watched", "limits", "rules", "tier")
 
     def __init__(self, tier: Tier, overrides: Iterable[Override] = ()) -> None:
         self.tier = tier
@@ -65,8 +65,10 @@ class CompiledTier:
             CompiledRule(rule, _limit_set(tier, rule, other.get(rule.name, rule.limits), suffix), order)
             for order, rule in enumerate(tier.rules)
         ]
-        self._enforced = _Index(each for each in compiled if each.rule.mode is Mode.ENFORCE)
-        self._watched = _Index(each for each in compiled if each.rule.mode is Mode.SHADOW)
+        # What is preferred first: the highest priority, then the most specific pattern.
+        self.rules = tuple(sorted(compiled, key=lambda each: each.rank))
+        self._enforced = _Index(each for each in self.rules if each.rule.mode is Mode.ENFORCE)
+        self._watched = _Index(each for each in self.rules if each.rule.mode is Mode.SHADOW)
 
     def match(self, method: str, path: str) -> CompiledRule | None:
         """The one rule that answers.
@@ -224,6 +226,19 @@ def _expression(endpoint: str) -> str:
         parts.get(piece, "[^/]+" if piece.startswith("{") else re.escape(piece))
         for piece in re.split(r"(\*|\{[^}]*\})", endpoint)
     )
+
+
+def counted_by(kind: Subject, has_key: bool) -> Subject:
+    """Whom a rule really counts: a caller without an API key is counted by ip where a key would be.
+
+    Args:
+        kind: whom the rule counts.
+        has_key: whether the caller brings a key.
+
+    Returns:
+        The kind that holds for this caller.
+    """
+    return Subject.IP if kind is Subject.API_KEY and not has_key else kind
 
 
 def subject_of(kind: Subject, caller: str, ip: str | None, tier: str) -> str | None:

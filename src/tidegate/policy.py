@@ -67,7 +67,7 @@ class Rule(msgspec.Struct, frozen=True, gc=False):
     subject: Subject = Subject.API_KEY
     priority: int = 0
     mode: Mode = Mode.ENFORCE
-    on_failure: OnFailure = OnFailure.LOCAL
+    on_failure: OnFailure = OnFailure.DEFAULT
     name: str = ""
 
     @classmethod
@@ -80,7 +80,7 @@ class Rule(msgspec.Struct, frozen=True, gc=False):
         subject: str = Subject.API_KEY,
         priority: int = 0,
         mode: str = Mode.ENFORCE,
-        on_failure: str = OnFailure.LOCAL,
+        on_failure: str = OnFailure.DEFAULT,
         name: str = "",
     ) -> Rule:
         """Validate and normalise a rule.

@@ -29,6 +29,7 @@ from tidegate.catalog.sql import SqlCatalog
 from tidegate.catalog.watch import watch_policy
 from tidegate.counters import CounterStore
 from tidegate.counters.factory import open_counters
+from tidegate.counters.guarded import GuardedCounters
 from tidegate.counters.memory import MemoryCounters
 from tidegate.doors.answers import encode
 from tidegate.doors.client_address import TrustedProxies
@@ -131,8 +132,10 @@ class Instance:
         host, port = free_address(settings.server.http, "server.http")
         policy_path = settings.policy_path
         first = None if policy_path is None else load_policy(policy_path)
-        self.counters = open_counters(settings.counters.url, max_subjects=settings.counters.max_subjects)
-        self._own(None, self.counters.ping, self.counters.close)
+        self.counters = open_counters(settings.counters, settings.breaker)
+        self._own("redis" if isinstance(self.counters, GuardedCounters) else None, self.counters.ping, self.counters.close)
+        if isinstance(self.counters, GuardedCounters):
+            await self.counters.start()
         self.catalog = await SqlCatalog.open(settings.catalog.url)
         self._own("database", self.catalog.ping, self.catalog.close)
         if first is not None:
@@ -227,6 +230,8 @@ class Instance:
         metrics.add_gauge("rate_limiter_cached_keys", "API keys cached, unknown ones included.", lambda: len(cached))
         metrics.add_gauge("rate_limiter_policy_version", "Version of the catalog in force.", lambda: self._version)
         metrics.add_gauge("rate_limiter_in_flight", "Requests being answered.", lambda: self.data_plane.in_flight)
+        if isinstance(counters, GuardedCounters):
+            self._collect_guarded(counters)
         if isinstance(counters, MemoryCounters):
             metrics.add_gauge("rate_limiter_subjects", "Counters held in memory.", lambda: len(counters))
             metrics.add_counter(
@@ -234,6 +239,35 @@ class Instance:
                 "Live counters dropped because max_subjects was reached.",
                 lambda: counters.evicted,
             )
+
+    def _collect_guarded(self, counters: GuardedCounters) -> None:
+        metrics = self.metrics
+        metrics.add_labelled_counter(
+            "rate_limiter_fallbacks", "Checks decided without the counter store, by reason.", "reason", lambda: counters.degraded
+        )
+        metrics.add_gauge(
+            "rate_limiter_breakers_open", "Shards of the counter store that are left alone.", lambda: counters.open_breakers
+        )
+        metrics.add_gauge(
+            "rate_limiter_instances", "Instances that share the counter store, as last heard.", lambda: counters.instances
+        )
+        metrics.add_gauge("rate_limiter_counters_owed", "Counters still to be put back after an outage.", lambda: counters.owed)
+        metrics.add_counter("rate_limiter_counters_put_back", "Counters put back after an outage.", lambda: counters.put_back)
+        metrics.add_counter(
+            "rate_limiter_denials_remembered",
+            "Checks denied from memory, without asking the store.",
+            lambda: counters.denials.answered,
+        )
+        metrics.add_gauge(
+            "rate_limiter_store_in_flight",
+            "Calls that the counter store has not answered.",
+            lambda: sum(in_flight for _, _, in_flight in counters.store.describe()),
+        )
+        metrics.add_gauge(
+            "rate_limiter_store_shards_up",
+            "Shards of the counter store that are connected.",
+            lambda: sum(up for _, up, _ in counters.store.describe()),
+        )
 
     async def _poll_catalog(self, every_s: float) -> None:
         """Take changes into force that other processes made, such as a key revoked on the command line."""

@@ -69,16 +69,20 @@ class CounterSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """`[counters]`: where counts live.
 
     Args:
-        url: `memory://`.
-        timeout_ms: deadline of a call to the store, ms.
+        url: `memory://`, or a Redis: `redis://`, `redis+unix://`, `redis+sentinel://`, `redis+cluster://`, and `rediss…` for TLS.
+        timeout_ms: deadline of a check at the store, ms.
         on_failure: local, allow or deny while the store is unwell, for rules that do not say.
-        max_subjects: most counters held in memory.
+        max_subjects: most counters held in memory; on Redis, while it is unwell.
+        max_in_flight: most unanswered calls to one shard.
+        min_instances: at least so many instances share the limits while the store is unwell, also where none was heard of.
     """
 
     url: str = "memory://"
     timeout_ms: int = 50
     on_failure: str = "local"
     max_subjects: int = 1_000_000
+    max_in_flight: int = 10_000
+    min_instances: int = 1
 
 
 class BreakerSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -148,6 +152,8 @@ _RANGES: Final[Mapping[str, tuple[float, float]]] = {
     "catalog.poll_s": (0.05, 3600),
     "counters.timeout_ms": (1, 60_000),
     "counters.max_subjects": (1, 1_000_000_000),
+    "counters.max_in_flight": (1, 1_000_000),
+    "counters.min_instances": (1, 10_000),
     "breaker.failures": (1, 1_000_000),
     "breaker.window_s": (0.1, 86_400),
     "breaker.open_s": (0.1, 86_400),

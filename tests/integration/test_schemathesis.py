@@ -20,6 +20,8 @@ OPERATIONS = {
     ("post", "/v1/check"),
     ("post", "/v1/check/batch"),
     ("get", "/v1/authorize"),
+    ("get", "/v1/usage"),
+    ("head", "/v1/usage"),
     ("head", "/v1/authorize"),
     ("get", "/health"),
     ("get", "/readyz"),

@@ -8,17 +8,20 @@ from typing import Any
 
 import pytest
 
-from tests.cases.doors import EXPIRED, FREE, POLICY, REVOKED
+from tests.cases.doors import EXPIRED, FREE, OWN, POLICY, REVOKED
 from tests.conftest import Clock
 from tidegate.catalog.cached import MAX_UNKNOWN, CachedCatalog
 from tidegate.catalog.policy_file import PolicyCatalog, parse_policy
 from tidegate.counters import Charge
 from tidegate.counters.memory import MemoryCounters
-from tidegate.decision import Check, Decision, Observation
+from tidegate.decision import Check, Decision, Observation, Usage
 from tidegate.errors import BadRequest, CatalogUnavailable, InvalidApiKey, MissingApiKey, StoreUnavailable, TidegateError
-from tidegate.gate import Gate
+from tidegate.gate import MAX_USAGE_RULES, Gate
 from tidegate.keys import hash_api_key, make_api_key
+from tidegate.limits import LimitSet
 from tidegate.policy import ApiKey, Tier
+
+IP, OTHER_IP = "203.0.113.7", "198.51.100.1"
 
 
 class CountingCatalog(PolicyCatalog):
@@ -224,8 +227,8 @@ async def test_a_batch_is_decided_in_order_with_one_call(clock: Clock) -> None:
 
 async def test_a_store_that_fails_fails_the_checks_that_need_it() -> None:
     class Failing(MemoryCounters):
-        async def charge(self, charges: Sequence[Charge]) -> list[Decision]:
-            raise StoreUnavailable("away")
+        async def charge(self, charges: Sequence[Charge]) -> list[Any]:
+            return [StoreUnavailable("away") for _ in charges]
 
     seen: list[Observation] = []
     gate = Gate(CachedCatalog(PolicyCatalog(parse_policy(POLICY))), Failing(), seen.append)
@@ -246,3 +249,225 @@ async def test_a_policy_in_force_keeps_what_was_consumed(clock: Clock) -> None:
     catalog.replace(parse_policy(POLICY.replace("3/minute", "10/minute")))
     cached.invalidate()
     assert (await gate.check(Check.of("/api/v1/a", api_key=FREE))).remaining == 7
+
+
+def _left(usage: Usage) -> dict[str | None, int | None]:
+    return {each.rule: each.decision.remaining for each in usage.rules}
+
+
+async def test_usage_tells_every_rule_and_consumes_nothing(gate: Gate, seen: list[Observation]) -> None:
+    for path, method in (
+        ("/api/v1/a", "GET"),
+        ("/api/v1/a", "GET"),
+        ("/login", "POST"),
+        ("/everyone", "GET"),
+        ("/watched", "GET"),
+    ):
+        await gate.check(Check.of(path, method, FREE, IP))
+    seen.clear()
+    usage = await gate.usage(FREE, IP)
+    assert await gate.usage(FREE, IP) == usage, "the clock stands and nothing was consumed"
+    assert seen == [], "a question for usage is no check"
+    assert (usage.tier, usage.not_counted, usage.truncated) == ("free", (), False)
+    assert [(each.rule, each.endpoint, each.mode, each.subject, each.decision.remaining) for each in usage.rules] == [
+        (None, None, "enforce", "api_key", 15),
+        ("/everyone", "/everyone", "enforce", "tier", 1),
+        ("/watched shadow", "/watched", "shadow", "api_key", 0),
+        ("POST /login", "/login", "enforce", "ip", 1),
+        ("/paced", "/paced", "enforce", "api_key", 1),
+        ("/api/v1/users/{id}", "/api/v1/users/{id}", "enforce", "api_key", 2),
+        ("/uploads/*", "/uploads/*", "enforce", "api_key", 2),
+        ("/api/v1/*", "/api/v1/*", "enforce", "api_key", 1),
+    ]
+    several = usage.rules[-1]
+    assert [limit.text for limit in several.limits] == ["3/minute", "50/day"]
+    assert several.decision.limit == 3
+
+
+async def test_usage_creates_nothing(clock: Clock) -> None:
+    counters = MemoryCounters(clock=clock)
+    gate = Gate(CachedCatalog(PolicyCatalog(parse_policy(POLICY))), counters)
+    await gate.usage(FREE, IP)
+    assert len(counters) == 0
+
+
+async def test_usage_asks_the_store_once(clock: Clock) -> None:
+    calls: list[Sequence[Charge]] = []
+
+    class Counted(MemoryCounters):
+        async def charge(self, charges: Sequence[Charge]) -> list[Decision]:
+            calls.append(charges)
+            return await super().charge(charges)
+
+    rules = "".join(
+        f'[[tiers.rules]]\nendpoint = "/r{number}"\nlimits = ["1/s"]\npriority = {number}\n' for number in range(1003)
+    )
+    text = f'[[tiers]]\nname = "t"\n{rules}\n[[tiers]]\nname = "bare"\n[[api_keys]]\nkey = "{FREE}"\ntier = "t"\n'
+    text += f'[[api_keys]]\nkey = "{OWN}"\ntier = "bare"\n'
+    gate = Gate(CachedCatalog(PolicyCatalog(parse_policy(text))), Counted(clock=clock))
+    usage = await gate.usage(FREE)
+    assert (len(usage.rules), usage.truncated) == (MAX_USAGE_RULES, True)
+    assert (usage.rules[0].rule, usage.rules[-1].rule) == ("/r1002", "/r3"), "the highest priority first"
+    assert [len(charges) for charges in calls] == [MAX_USAGE_RULES]
+    assert all(charge.cost == 0 for charge in calls[0])
+    assert await gate.usage(OWN) == Usage("bare", ())
+    assert len(calls) == 1, "where there is nothing to ask, the store is not asked"
+
+
+async def test_usage_without_ip_names_what_it_leaves_out(gate: Gate) -> None:
+    usage = await gate.usage(FREE)
+    assert usage.not_counted == ("POST /login",)
+    assert "POST /login" not in _left(usage)
+    assert len(usage.rules) == 7
+    assert await gate.usage() == Usage("open", (), ("/api/v1/*",))
+    text = POLICY.replace('tier = "open"', 'tier = "free"')
+    gate = Gate(CachedCatalog(PolicyCatalog(parse_policy(text))), MemoryCounters())
+    usage = await gate.usage("")
+    assert list(_left(usage)) == ["/everyone"], "all else counts callers without a key by ip"
+    assert usage.not_counted[0] is None, "the tier's own limits"
+    assert len(usage.not_counted) == 7
+
+
+async def test_usage_counts_as_checks_do(gate: Gate) -> None:
+    await gate.check(Check.of("/api/v1/a", api_key=OWN, ip=IP))
+    assert _left(await gate.usage(OWN, IP))["/api/v1/*"] == 6, "the key's own limits"
+    assert _left(await gate.usage(FREE, IP))["/api/v1/*"] == 3
+    await gate.check(Check.of("/login", "POST", FREE, "2001:db8::1"))
+    assert _left(await gate.usage(OWN, "2001:DB8:0:0:ffff::2"))["POST /login"] == 1
+    await gate.check(Check.of("/login", "POST", FREE, IP))
+    assert _left(await gate.usage(OWN, f"::ffff:{IP}"))["POST /login"] == 1
+    await gate.check(Check.of("/api/v1/a", ip=IP))
+    anonymous = await gate.usage(ip=IP)
+    assert (anonymous.tier, _left(anonymous)) == ("open", {"/api/v1/*": 0})
+    assert anonymous.rules[0].subject == "ip"
+
+
+async def test_usage_refuses_as_checks_do(gate: Gate) -> None:
+    refused: dict[Any, str] = {
+        "nobody-knows-this-key": "INVALID_API_KEY",
+        "short": "INVALID_API_KEY",
+        REVOKED: "API_KEY_REVOKED",
+        EXPIRED: "API_KEY_EXPIRED",
+        7: "BAD_REQUEST",
+    }
+    for key, code in refused.items():
+        with pytest.raises(TidegateError) as caught:
+            await gate.usage(key, IP)
+        assert caught.value.code == code
+    with pytest.raises(BadRequest, match="not an IPv4 or IPv6 address"):
+        await gate.usage(FREE, "1.2.3")
+    closed = Gate(CachedCatalog(PolicyCatalog(parse_policy('[[tiers]]\nname = "t"'))), MemoryCounters())
+    with pytest.raises(MissingApiKey):
+        await closed.usage(ip=IP)
+
+
+async def _consume(gate: Gate) -> None:
+    """One unit of everything: for two keys, two addresses, and an address without a key."""
+    for key in (FREE, OWN):
+        for path, method in (("/api/v1/a", "GET"), ("/login", "POST"), ("/everyone", "GET"), ("/watched", "GET")):
+            await gate.check(Check.of(path, method, key, IP))
+    await gate.check(Check.of("/login", "POST", FREE, OTHER_IP))
+    for ip in (IP, OTHER_IP):
+        await gate.check(Check.of("/api/v1/a", ip=ip))
+
+
+async def test_reset_of_a_key(gate: Gate) -> None:
+    fresh = _left(await gate.usage(FREE, IP))
+    await _consume(gate)
+    other = await gate.usage(OWN, IP)
+    shared = _left(other)
+    assert await gate.reset(FREE) == 6, "the tier's own limits and five rules by key"
+    assert _left(await gate.usage(FREE, IP)) == {
+        **fresh,
+        "POST /login": shared["POST /login"],
+        "/everyone": shared["/everyone"],
+    }, "what other subjects share stays"
+    assert await gate.usage(OWN, IP) == other
+    assert await gate.reset(FREE) == 6, "whether anything was held or not"
+    assert await gate.reset(OWN) == 6
+    assert _left(await gate.usage(OWN, IP))["/api/v1/*"] == 7, "the key's own limits"
+
+
+async def test_reset_of_an_ip(gate: Gate) -> None:
+    await _consume(gate)
+    before = _left(await gate.usage(FREE, IP))
+    away = await gate.usage(FREE, OTHER_IP), await gate.usage(ip=OTHER_IP)
+    assert await gate.reset(ip=IP) == 2, "by ip in the tiers free and open"
+    assert _left(await gate.usage(FREE, IP)) == {**before, "POST /login": 2}
+    assert _left(await gate.usage(ip=IP)) == {"/api/v1/*": 1}
+    assert (await gate.usage(FREE, OTHER_IP), await gate.usage(ip=OTHER_IP)) == away
+    await gate.check(Check.of("/login", "POST", FREE, "2001:db8::1"))
+    await gate.reset(ip="2001:db8::ffff")
+    assert _left(await gate.usage(FREE, "2001:db8::2"))["POST /login"] == 2, "one /64 is one client"
+
+
+async def test_reset_of_an_ip_reaches_callers_without_a_key() -> None:
+    text = POLICY.replace('tier = "open"', 'tier = "free"')
+    gate = Gate(CachedCatalog(PolicyCatalog(parse_policy(text))), MemoryCounters())
+    fresh = _left(await gate.usage(ip=IP))
+    for path, method in (("/api/v1/a", "GET"), ("/login", "POST"), ("/watched", "GET"), ("/elsewhere", "GET")):
+        await gate.check(Check.of(path, method, ip=IP))
+        await gate.check(Check.of(path, method, FREE, OTHER_IP))
+    keyed = _left(await gate.usage(FREE, OTHER_IP))
+    assert await gate.reset(ip=IP) == 8, "the tier's own limits, five rules by key, and by ip in the tiers free and open"
+    assert _left(await gate.usage(ip=IP)) == fresh
+    assert _left(await gate.usage(FREE, OTHER_IP)) == keyed
+
+
+async def test_reset_of_a_tier(gate: Gate) -> None:
+    await _consume(gate)
+    before = _left(await gate.usage(FREE, IP))
+    assert before["/everyone"] == 0
+    assert await gate.reset(tier="free") == 1
+    assert _left(await gate.usage(FREE, IP)) == {**before, "/everyone": 2}
+    assert await gate.reset(tier="tight") == 0, "nothing there counts by tier"
+
+
+async def test_keys_that_are_not_let_in_can_be_reset(clock: Clock) -> None:
+    catalog = PolicyCatalog(parse_policy(POLICY))
+    cached = CachedCatalog(catalog)
+    gate = Gate(cached, MemoryCounters(clock=clock))
+    for _ in range(3):
+        await gate.check(Check.of("/api/v1/a", api_key=FREE))
+    for refused in ('status = "revoked"', "expires_at = 2020-01-01T00:00:00Z"):
+        catalog.replace(parse_policy(POLICY.replace(f'key = "{FREE}"', f'key = "{FREE}"\n{refused}')))
+        cached.invalidate()
+        assert await gate.reset(FREE) == 6
+        catalog.replace(parse_policy(POLICY))
+        cached.invalidate()
+        decision = await gate.check(Check.of("/api/v1/a", api_key=FREE, cost=3))
+        assert (decision.allowed, decision.remaining) == (True, 0)
+
+
+async def test_reset_goes_to_the_store_in_pieces(clock: Clock) -> None:
+    pieces: list[int] = []
+
+    class Counted(MemoryCounters):
+        async def reset(self, counters: Sequence[tuple[LimitSet, str]]) -> None:
+            pieces.append(len(counters))
+            await super().reset(counters)
+
+    rules = "".join(f'[[tiers.rules]]\nendpoint = "/r{number}"\nlimits = ["1/s"]\nsubject = "ip"\n' for number in range(1200))
+    text = f'[[tiers]]\nname = "a"\n{rules}\n[[tiers]]\nname = "b"\n{rules}'
+    gate = Gate(CachedCatalog(PolicyCatalog(parse_policy(text))), Counted(clock=clock))
+    assert await gate.reset(ip=IP) == 2400
+    assert pieces == [1000, 1000, 400]
+
+
+async def test_resets_that_make_no_sense(gate: Gate) -> None:
+    arguments: tuple[dict[str, Any], ...] = ({}, {"api_key": FREE, "ip": IP}, {"ip": IP, "tier": "free"})
+    for given in arguments:
+        with pytest.raises(BadRequest, match="exactly one"):
+            await gate.reset(**given)
+    with pytest.raises(BadRequest, match="not an IPv4 or IPv6 address"):
+        await gate.reset(ip="localhost")
+    for tier in ("none", ""):
+        with pytest.raises(BadRequest, match="there is no tier"):
+            await gate.reset(tier=tier)
+    for key in ("", "short", "nobody-knows-this-key"):
+        with pytest.raises(InvalidApiKey):
+            await gate.reset(key)
+    wrong: tuple[dict[str, Any], ...] = ({"api_key": 1}, {"tier": 1}, {"ip": 1})
+    for given in wrong:
+        with pytest.raises(BadRequest):
+            await gate.reset(**given)

@@ -12,8 +12,8 @@ on a limit's amount in a way that changing the amount would lose what was consum
 - `retry_after_us` is 0 when allowed, the exact time until the same cost passes if nobody else asks when denied, and
   None when it never will (the cost is above the capacity).
 
-`merge(limit, state, other)` adds a state of elsewhere without asking the limit: what a fallback admitted while the store was out of
-reach, or, with units below 0, what is given back.
+`merge(limit, state, other)` adds a state of elsewhere without asking the limit: what a fallback admitted while the store was
+away, or, with units below 0, what is given back.
 
 Beside each module stands its twin in Lua, which Redis runs; tests hold the two to each other step by step.
 

@@ -43,6 +43,17 @@ class Catalog(Protocol):
         """
         ...
 
+    async def tier_names(self) -> list[str]:
+        """All tiers there are.
+
+        Returns:
+            Their names, sorted.
+
+        Raises:
+            CatalogUnavailable: if the catalog does not answer.
+        """
+        ...
+
     async def anonymous_tier(self) -> str | None:
         """The tier of checks that bring no key.
 

@@ -169,6 +169,18 @@ class CachedCatalog:
             return entry[1]
         return await self._through(self._tiers, name, self._load_tier)
 
+    async def tier_names(self) -> list[str]:
+        """All tiers there are. Not cached: no check asks for them.
+
+        Returns:
+            Their names, sorted.
+
+        Raises:
+            CatalogUnavailable: if the catalog fails.
+        """
+        async with self._queries:
+            return await self.catalog.tier_names()
+
     def invalidate(self) -> None:
         """Forget everything that is cached. What is being loaded meanwhile is not kept."""
         self._generation += 1

@@ -357,6 +357,10 @@ class PolicyCatalog:
         """See `Catalog.tier`."""
         return self._tiers.get(name)
 
+    async def tier_names(self) -> list[str]:
+        """See `Catalog.tier_names`."""
+        return sorted(self._tiers)
+
     async def anonymous_tier(self) -> str | None:
         """See `Catalog.anonymous_tier`."""
         return self._anonymous

@@ -112,6 +112,13 @@ class SqlCatalog:
             )
             return policy_rows.tier_of(row, rules.mappings())
 
+    async def tier_names(self) -> list[str]:
+        """See `Catalog.tier_names`."""
+        async with self._reading() as connection:
+            names = (await connection.execute(select(tiers.c.name))).scalars().all()
+        # Not ordered by the database: each collates in its own way.
+        return sorted(names)
+
     async def anonymous_tier(self) -> str | None:
         """See `Catalog.anonymous_tier`."""
         async with self._reading() as connection:

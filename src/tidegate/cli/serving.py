@@ -22,6 +22,7 @@ from tidegate.catalog.policy_file import load_policy, policy_warnings
 from tidegate.catalog.sql import SqlCatalog
 from tidegate.cli.common import ConfigOption, JsonOption, print_json, read_settings
 from tidegate.counters.factory import open_counters
+from tidegate.counters.guarded import GuardedCounters
 from tidegate.errors import SettingsError, TidegateError
 from tidegate.server import Instance, free_address, run
 from tidegate.settings import Settings
@@ -147,10 +148,7 @@ def _examine(config: Path | None) -> Iterator[tuple[str, bool | None, str]]:
     yield "settings", True, "understood"
     yield from _examine_policy(settings)
     yield _try("catalog", lambda: _look_at_catalog(settings.catalog.url))
-    yield _try(
-        "counters",
-        lambda: f"{urlsplit(settings.counters.url).scheme}:// opens: {type(open_counters(settings.counters.url)).__name__}",
-    )
+    yield _try("counters", lambda: asyncio.run(_look_at_counters(settings)))
     yield from _examine_listener(settings)
     if settings.catalog.replicas:
         yield "replicas", False, "catalog.replicas is set, but this version reads from catalog.url alone: remove it"
@@ -207,6 +205,20 @@ def _look_at_catalog(url: str) -> str:
                 f"{url} cannot be made: {error.strerror}: set catalog.url to a place that can be written"
             ) from None
     return asyncio.run(_read_catalog(url))
+
+
+async def _look_at_counters(settings: Settings) -> str:
+    store = open_counters(settings.counters, settings.breaker)
+    scheme = urlsplit(settings.counters.url).scheme
+    if not isinstance(store, GuardedCounters):
+        return f"{scheme}://: counted in this process's memory"
+    try:
+        await store.store.start()
+        await store.ping()
+        shards = ", ".join(address for address, _, _ in store.store.describe())
+        return f"{scheme}:// answers: {shards}"
+    finally:
+        await store.store.close()
 
 
 async def _read_catalog(url: str) -> str:

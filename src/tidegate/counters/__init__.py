@@ -1,17 +1,20 @@
-"""Where counts live. `CounterStore` is the port; `memory` is the embedded default.
+"""Where counts live. `CounterStore` is the port; `memory` is the embedded default, `redis` is shared by many instances, and
+`guarded` stands before it and decides while it is away.
 
-A store charges all counters of a `Charge` in one atomic step or none of them, by its own clock. When it cannot answer it raises
-`StoreUnavailable`; it never guesses. Stores serve one event loop; they may be shared by any number of tasks of it.
+A store charges all counters of a `Charge` in one atomic step or none of them, by its own clock. Where it cannot answer it says
+`StoreUnavailable`; it never guesses (a `guarded` one answers in its place, and says that it does). Stores serve one event loop;
+they may be shared by any number of tasks of it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import msgspec
 
 from tidegate.decision import Decision
+from tidegate.errors import StoreUnavailable
 from tidegate.limits import LimitSet
 
 
@@ -29,20 +32,21 @@ class Charge(msgspec.Struct, frozen=True, gc=False):
     cost: int = 1
 
 
+Outcome: TypeAlias = Decision | StoreUnavailable
+
+
 class CounterStore(Protocol):
     """The port of the counters."""
 
-    async def charge(self, charges: Sequence[Charge]) -> list[Decision]:
+    async def charge(self, charges: Sequence[Charge]) -> Sequence[Outcome]:
         """Decide each charge on its own, in order.
 
         Args:
             charges: any number of them.
 
         Returns:
-            One decision for each. `at_us` is the store's clock and `holds_until_us` says how long the answer holds.
-
-        Raises:
-            StoreUnavailable: if the store does not answer.
+            For each its decision, or why there is none: a part of the store may be away while others answer. `at_us` is the
+            store's clock and `holds_until_us` says how long the answer holds.
         """
         ...
 

@@ -1,32 +1,58 @@
-"""From a counter store's URL to the store."""
+"""From the settings of the counters to the store."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Final
 
 from tidegate.counters import CounterStore
-from tidegate.counters.memory import DEFAULT_MAX_SUBJECTS, MemoryCounters
+from tidegate.counters.breaker import BreakerOptions
+from tidegate.counters.guarded import GuardedCounters, GuardOptions
+from tidegate.counters.memory import MemoryCounters
+from tidegate.counters.redis.store import RedisCounters
 from tidegate.errors import SettingsError
+from tidegate.limits import OnFailure
+from tidegate.settings import BreakerSettings, CounterSettings
 
-KINDS = ("memory://",)
+KINDS: Final = ("memory://", "redis://", "rediss://", "redis+unix://", "redis+sentinel://", "redis+cluster://")
 
 
-def open_counters(url: str, *, max_subjects: int = DEFAULT_MAX_SUBJECTS, clock: Callable[[], int] | None = None) -> CounterStore:
-    """Open the counter store that a URL names.
+def open_counters(
+    settings: CounterSettings | str,
+    breaker: BreakerSettings | None = None,
+    clock: Callable[[], int] | None = None,
+) -> CounterStore:
+    """Open the counter store that a URL names. One on Redis connects when it is first asked.
 
     Args:
-        url: `memory://`.
-        max_subjects: most counters held in memory, 1 or more.
+        settings: of the counters, or a URL alone; all else is as by default then.
+        breaker: when a store that fails is left alone; as by default where not given.
         clock: for `memory://`: gives µs since the epoch and never goes back; the machine's where not given.
 
     Returns:
-        The store.
+        The store; one on Redis is guarded.
 
     Raises:
-        SettingsError: if the URL names no store that this version has.
+        SettingsError: if the URL names no store that this version has, or is not understood.
     """
+    if isinstance(settings, str):
+        settings = CounterSettings(url=settings)
+    breaker = breaker or BreakerSettings()
+    url = settings.url
     if url == "memory://":
-        return MemoryCounters(max_subjects, clock)
+        return MemoryCounters(settings.max_subjects, clock)
     # Only the scheme is repeated: the rest of a store's URL may hold a password.
     scheme = url.partition("://")[0][:20]
-    raise SettingsError(f"counters.url with the scheme {scheme!r} is no counter store of this version: use {', '.join(KINDS)}")
+    if not scheme.startswith("redis"):
+        raise SettingsError(
+            f"counters.url with the scheme {scheme!r} is no counter store of this version: use {', '.join(KINDS)}"
+        )
+    return GuardedCounters(
+        RedisCounters(url, settings.timeout_ms / 1000, settings.max_in_flight),
+        GuardOptions(
+            OnFailure(settings.on_failure),
+            BreakerOptions(breaker.failures, breaker.window_s, breaker.open_s),
+            settings.min_instances,
+            settings.max_subjects,
+        ),
+    )

@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
-from tidegate.algorithms import DECIDE, EXPIRES_AT
+from tidegate.algorithms import DECIDE, EXPIRES_AT, MERGE, State
 from tidegate.counters import Charge
 from tidegate.decision import Decision
 from tidegate.limits import Algorithm, LimitSet
@@ -221,6 +221,50 @@ class MemoryCounters:
             plan = self._prepare(limits)
             for each in (plan, *plan.elders):
                 self._empty(each, subject)
+
+    def take(self, limits: LimitSet, subject: str) -> tuple[State, ...] | None:
+        """Take out what a subject consumed; afterwards it has consumed nothing here.
+
+        Args:
+            limits: of the counter.
+            subject: whom it counts.
+
+        Returns:
+            A state for each limit; None where nothing still counts.
+        """
+        plan = self._prepare(limits)
+        key = plan.token + subject
+        held = self._shards[hash(key) & 255].get(key)
+        if held is None and plan.elders:
+            held = self._inherit(plan, subject)
+        if not held or plan.expiry(held) <= self._clock():
+            return None
+        self._empty(plan, subject)
+        return plan.states_of(held)
+
+    def add(self, limits: LimitSet, subject: str, states: Sequence[State]) -> None:
+        """Add what was admitted elsewhere, without asking any limit.
+
+        Args:
+            limits: of the counter.
+            subject: whom it counts.
+            states: one for each limit, None for nothing.
+        """
+        plan = self._prepare(limits)
+        key = plan.token + subject
+        shard = self._shards[hash(key) & 255]
+        held = shard.get(key)
+        merge, now = MERGE[limits.algorithm], self._clock()
+        merged = []
+        for limit, mine, other in zip(limits.limits, plan.states_of(held), states, strict=True):
+            state = mine if other is None else merge(limit, mine, other)
+            # A limit that was given nothing begins with the state of a peek.
+            merged.append(plan.decide(limit, state, now, 0)[0])
+        value = shard[key] = plan.stored(merged)
+        if held is None:
+            self._file_new(key, plan.expiry(value), now)
+        if plan.logs:
+            self._count_entries(plan.entries(value) - (plan.entries(held) if held else 0), now)
 
     async def ping(self) -> None:
         """See `CounterStore.ping`: memory always answers."""

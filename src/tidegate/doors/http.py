@@ -15,7 +15,7 @@ from typing import Any, Final, Protocol
 import msgspec
 
 from tidegate.decision import Check, Decision, Observation
-from tidegate.doors.answers import Headers, decision_body, encode, error_body, limit_headers
+from tidegate.doors.answers import Headers, decision_body, encode, error_body, limit_headers, usage_body
 from tidegate.doors.client_address import TrustedProxies, peer_address
 from tidegate.errors import BadRequest, RequestTooLarge, TidegateError
 from tidegate.gate import Gate, Observer
@@ -168,6 +168,8 @@ class DataPlane:
                 await self._check(scope, proto)
             elif path == "/v1/check/batch":
                 await self._batch(scope, proto)
+            elif path == "/v1/usage":
+                await self._usage(scope, proto)
             else:
                 await self._page(scope, proto)
         except TidegateError as error:
@@ -191,12 +193,8 @@ class DataPlane:
                 BadRequest("the path to decide is missing: send it as X-Original-URI, or as X-Forwarded-Uri from a trusted proxy")
             )
         method = headers.get("x-original-method") or (headers.get("x-forwarded-method") if trusted else None) or "GET"
-        forwarded_for = headers.get("x-forwarded-for") if trusted else None
-        if forwarded_for is not None:
-            forwarded_for = ",".join(headers.get_all("x-forwarded-for"))
-        ip = self._trusted.client(peer, headers.get("x-real-ip"), forwarded_for)
         try:
-            check = Check.of(uri, method, self._key(headers), ip or None)
+            check = Check.of(uri, method, self._key(headers), self._ip(headers, peer, trusted))
         except BadRequest as error:
             raise self._seen(error) from None
         try:
@@ -256,6 +254,21 @@ class DataPlane:
         decisions = [error_body(each) if isinstance(each, TidegateError) else decision_body(each) for each in whole]
         self._bytes(proto, 200, [_JSON], encode({"decisions": decisions}))
 
+    async def _usage(self, scope: _Scope, proto: Any) -> None:
+        self._allow_methods(scope, ("GET", "HEAD"))
+        headers = scope.headers
+        self._bound_headers(headers)
+        peer = peer_address(scope.client)
+        try:
+            usage = await self._gate.usage(self._key(headers), self._ip(headers, peer, self._trusted.trusts(peer)))
+        except TidegateError as error:
+            raise self._seen(error) from None
+        headers_out: Headers = [_JSON, ("cache-control", "no-store")]
+        if scope.method == "HEAD":
+            self._empty(proto, 200, headers_out)
+        else:
+            self._bytes(proto, 200, headers_out, encode(usage_body(usage)))
+
     async def _page(self, scope: _Scope, proto: Any) -> None:
         page = self._pages.get(scope.path)
         if page is None:
@@ -284,6 +297,13 @@ class DataPlane:
         if len(keys) > 1:
             raise BadRequest(f"{len(keys)} X-API-Key headers came: send one", field="X-API-Key")
         return keys[0]
+
+    def _ip(self, headers: _RequestHeaders, peer: str, trusted: bool) -> str | None:
+        """The client's address as headers of a trusted peer tell it, else the peer's own; None where nobody knows it."""
+        forwarded_for = headers.get("x-forwarded-for") if trusted else None
+        if forwarded_for is not None:
+            forwarded_for = ",".join(headers.get_all("x-forwarded-for"))
+        return self._trusted.client(peer, headers.get("x-real-ip"), forwarded_for) or None
 
     async def _body(self, headers: _RequestHeaders, proto: Any, most: int) -> bytes:
         """The whole body, bounded in size and time."""

@@ -10,7 +10,7 @@ from tidegate.counters import Charge, CounterStore
 from tidegate.counters.factory import open_counters
 from tidegate.counters.memory import MemoryCounters
 from tidegate.decision import MAX_COST, Decision, clip
-from tidegate.errors import BadRequest
+from tidegate.errors import BadRequest, StoreUnavailable
 from tidegate.limits import Algorithm, Limit, LimitSet, OnFailure, member_of
 
 LONGEST_SUBJECT: Final = 128
@@ -78,27 +78,29 @@ class Limiter:
             subject = _fit_subject(subject)
         if self._charge_one is not None:
             return self._charge_one(self._limits, subject, cost)
-        return (await self.counters.charge([Charge(((self._limits, subject),), cost)]))[0]
+        outcome = (await self.counters.charge((Charge(((self._limits, subject),), cost),)))[0]
+        if isinstance(outcome, StoreUnavailable):
+            raise outcome
+        return outcome
 
-    async def check_many(self, asked: Sequence[tuple[str, int]]) -> list[Decision]:
-        """Decide requests each on its own, in order, with one call to the store.
+    async def check_many(self, asked: Sequence[tuple[str, int]]) -> list[Decision | StoreUnavailable]:
+        """Decide requests each on its own, in order, with one round trip for each shard of the store that they touch.
 
         Args:
             asked: pairs of subject and cost.
 
         Returns:
-            The decisions.
+            For each its decision, or the error that `check` would have raised.
 
         Raises:
             BadRequest: as `check`; then nothing of the batch was charged.
-            StoreUnavailable: as `check`.
         """
         charges = []
         for subject, cost in asked:
             if type(cost) is not int or not 0 <= cost <= MAX_COST:
                 raise BadRequest(f"cost {clip(cost)} must be a whole number from 0 to {MAX_COST}", field="cost")
             charges.append(Charge(((self._limits, _fit_subject(subject)),), cost))
-        return await self.counters.charge(charges)
+        return list(await self.counters.charge(charges))
 
     async def reset(self, subject: str) -> None:
         """Forget what a subject consumed.

@@ -9,8 +9,9 @@ import msgspec
 
 from tidegate._version import __version__
 from tidegate.decision import MAX_COST
-from tidegate.doors.answers import DecisionBody
+from tidegate.doors.answers import DecisionBody, UsageBody
 from tidegate.doors.http import MAX_BATCH, CheckRequest
+from tidegate.gate import MAX_USAGE_RULES
 
 _ERRORS: Final = {
     400: "The request makes no sense; nothing was charged.",
@@ -51,7 +52,9 @@ def data_plane_openapi() -> dict[str, Any]:
     Returns:
         An OpenAPI 3.1 document, JSON types only; do not change it.
     """
-    _, schemas = msgspec.json.schema_components((CheckRequest, DecisionBody), ref_template="#/components/schemas/{name}")
+    _, schemas = msgspec.json.schema_components(
+        (CheckRequest, DecisionBody, UsageBody), ref_template="#/components/schemas/{name}"
+    )
     schemas["CheckRequest"]["properties"]["cost"].update(minimum=0, maximum=MAX_COST)
     schemas["CheckRequest"]["properties"]["path"].update(minLength=1, pattern="^/", examples=["/api/v1/items"])
     schemas["BatchRequest"] = {
@@ -90,6 +93,7 @@ def data_plane_openapi() -> dict[str, Any]:
             "/v1/check": {"post": _check()},
             "/v1/check/batch": {"post": _batch()},
             "/v1/authorize": {"get": _authorize("authorize"), "head": _authorize("authorizeHead")},
+            "/v1/usage": {"get": _usage("usage"), "head": _usage("usageHead")},
             "/health": {"get": _page("health", "How all parts are; 200 only when all are healthy.", (200, 503))},
             "/readyz": {"get": _page("ready", "Whether this instance takes requests; for load balancers.", (200, 503))},
             "/livez": {"get": _page("live", "Whether this process answers.", (200,))},
@@ -135,9 +139,6 @@ def _batch() -> dict[str, Any]:
 
 
 def _authorize(operation: str) -> dict[str, Any]:
-    def header(name: str, text: str, schema: dict[str, Any]) -> dict[str, Any]:
-        return {"name": name, "in": "header", "required": False, "description": text, "schema": schema}
-
     empty = {
         "204": {"description": "It may pass.", "headers": _headers()},
         "401": {"description": "The API key is missing or unknown; see X-Tidegate-Error."},
@@ -149,16 +150,29 @@ def _authorize(operation: str) -> dict[str, Any]:
         "summary": "Decide the request that a gateway describes in headers.",
         "security": [{"ApiKey": []}, {}],
         "parameters": [
-            header("X-Original-URI", "Path of the request; its query is ignored.", {"type": "string"}),
-            header("X-Original-Method", "Its method; GET where not given.", {"type": "string"}),
-            header("X-Forwarded-Uri", "As X-Original-URI, from a trusted proxy.", {"type": "string"}),
-            header("X-Forwarded-Method", "As X-Original-Method, from a trusted proxy.", {"type": "string"}),
-            header("X-Real-IP", "Client address, from a trusted proxy.", {"type": "string"}),
-            header(
-                "X-Forwarded-For", "Addresses, from a trusted proxy; the last untrusted one is the client.", {"type": "string"}
-            ),
+            _header("X-Original-URI", "Path of the request; its query is ignored."),
+            _header("X-Original-Method", "Its method; GET where not given."),
+            _header("X-Forwarded-Uri", "As X-Original-URI, from a trusted proxy."),
+            _header("X-Forwarded-Method", "As X-Original-Method, from a trusted proxy."),
+            *_client_headers(),
         ],
         "responses": {**empty, **_errors(400, 405, 431, 503)},
+    }
+
+
+def _usage(operation: str) -> dict[str, Any]:
+    return {
+        "operationId": operation,
+        "summary": f"What is left to the caller under its tier's rules, the first {MAX_USAGE_RULES}; consumes nothing.",
+        "security": [{"ApiKey": []}, {}],
+        "parameters": _client_headers(),
+        "responses": {
+            "200": {
+                "description": "What is left.",
+                "content": {"application/json": {"schema": {"$ref": "#/components/schemas/UsageBody"}}},
+            },
+            **_errors(400, 401, 403, 405, 431, 503),
+        },
     }
 
 
@@ -169,6 +183,17 @@ def _page(operation: str, summary: str, statuses: tuple[int, ...], content_type:
         "summary": summary,
         "responses": {str(status): {"description": summary, "content": content} for status in statuses} | _errors(405),
     }
+
+
+def _client_headers() -> list[dict[str, Any]]:
+    return [
+        _header("X-Real-IP", "Client address, from a trusted proxy."),
+        _header("X-Forwarded-For", "Addresses, from a trusted proxy; the last untrusted one is the client."),
+    ]
+
+
+def _header(name: str, text: str) -> dict[str, Any]:
+    return {"name": name, "in": "header", "required": False, "description": text, "schema": {"type": "string"}}
 
 
 def _body(schema: str) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import platform
 from bisect import bisect_left
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Final
 
 from prometheus_client import CollectorRegistry, generate_latest
@@ -47,6 +47,7 @@ class Metrics:
         self._latency_sum_ns = 0
         self._gauges: list[tuple[str, str, Callable[[], float]]] = []
         self._counters: list[tuple[str, str, Callable[[], float]]] = []
+        self._labelled: list[tuple[str, str, str, Callable[[], Mapping[str, float]]]] = []
         self._version = version
         self._registry = CollectorRegistry()
         self._registry.register(_Collector(self))
@@ -94,6 +95,17 @@ class Metrics:
             read: gives the count when somebody scrapes.
         """
         self._counters.append((name, text, read))
+
+    def add_labelled_counter(self, name: str, text: str, label: str, read: Callable[[], Mapping[str, float]]) -> None:
+        """Collect counts that somebody else keeps by a label of few values, and that only grow.
+
+        Args:
+            name: of the metric, without `_total`.
+            text: what it counts.
+            label: its name.
+            read: gives the count of each value when somebody scrapes.
+        """
+        self._labelled.append((name, text, label, read))
 
     def exposition(self) -> bytes:
         """All metrics in Prometheus' text format 0.0.4.
@@ -150,6 +162,11 @@ class Metrics:
             yield GaugeMetricFamily(name, text, read())
         for name, text, read in self._counters:
             yield CounterMetricFamily(name, text, read())
+        for name, text, label, read_each in self._labelled:
+            family = CounterMetricFamily(name, text, labels=[label])
+            for value, counted in sorted(read_each().items()):
+                family.add_metric([value], counted)
+            yield family
 
 
 class _Collector(Collector):

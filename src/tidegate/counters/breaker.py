@@ -1,0 +1,103 @@
+"""A circuit breaker: closed, open after too many failures, and closed again when one probe succeeds."""
+
+from __future__ import annotations
+
+import enum
+from collections import deque
+
+import msgspec
+
+
+class BreakerState(enum.StrEnum):
+    """What a breaker does with a call."""
+
+    CLOSED = "closed"
+    OPEN = "open"
+    HALF_OPEN = "half_open"
+
+
+class BreakerOptions(msgspec.Struct, frozen=True):
+    """When a breaker opens and closes.
+
+    Args:
+        failures: that open it, 1 or more.
+        window_s: within this time, s.
+        open_s: how long it stays open before one probe, s.
+    """
+
+    failures: int = 5
+    window_s: float = 10.0
+    open_s: float = 30.0
+
+
+class Breaker:
+    """One for each shard. The caller brings the time, monotonic seconds.
+
+    Args:
+        options: see there.
+    """
+
+    __slots__ = ("_event", "_failed_at", "_opened_at", "opened", "options", "state")
+
+    def __init__(self, options: BreakerOptions) -> None:
+        self.options = options
+        self.state = BreakerState.CLOSED
+        self.opened = 0
+        self._failed_at: deque[float] = deque(maxlen=options.failures)
+        self._opened_at = 0.0
+        self._event: object = None
+
+    def admits(self, now: float) -> bool:
+        """Whether a call may be made. After `open_s` the first who asks is the probe; all others wait for its outcome.
+
+        Args:
+            now: monotonic seconds.
+
+        Returns:
+            True if the call is to be made; then its outcome must be told.
+        """
+        if self.state is BreakerState.CLOSED:
+            return True
+        if self.state is BreakerState.OPEN and now - self._opened_at >= self.options.open_s:
+            self.state = BreakerState.HALF_OPEN
+            self._opened_at = now
+            return True
+        if self.state is BreakerState.HALF_OPEN and now - self._opened_at >= self.options.open_s:
+            # The probe's outcome was never told: whoever made it was cancelled.
+            self._opened_at = now
+            return True
+        return False
+
+    def succeeded(self) -> None:
+        """A call succeeded."""
+        if self.state is not BreakerState.CLOSED:
+            self.state = BreakerState.CLOSED
+            self._failed_at.clear()
+
+    def failed(self, now: float, event: object = None) -> None:
+        """A call failed.
+
+        Args:
+            now: monotonic seconds.
+            event: what it failed by, where that is known: many calls that one broken connection takes down are one failure.
+        """
+        if self.state is BreakerState.OPEN or (event is not None and event == self._event):
+            return
+        self._event = event
+        self._failed_at.append(now)
+        enough = len(self._failed_at) == self.options.failures and now - self._failed_at[0] <= self.options.window_s
+        if enough or self.state is BreakerState.HALF_OPEN:
+            self.state = BreakerState.OPEN
+            self._opened_at = now
+            self.opened += 1
+
+    def is_idle(self, now: float) -> bool:
+        """Whether it remembers nothing: closed, and its last failure outside the window.
+
+        Args:
+            now: monotonic seconds.
+
+        Returns:
+            True where a new breaker would do the same.
+        """
+        return self.state is BreakerState.CLOSED and (not self._failed_at or now - self._failed_at[-1] > self.options.window_s)

@@ -1,0 +1,96 @@
+"""Denial memory: who was denied until T is denied until T without asking the store again.
+
+A remembered denial is never stricter than the store: the time is counted from before the store was asked, and until T nothing
+that others consume can make room. What can, is a limit that was raised or a policy that was re-loaded (then the limit sets are
+new ones, and a denial is remembered for its own) and a counter that was reset (then `clear` is called).
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from tidegate.decision import Decision
+from tidegate.limits import LimitSet
+
+MAX_DENIALS: Final = 100_000
+_Counters = tuple[tuple[LimitSet, str], ...]
+
+
+class DenialMemory:
+    """At most `most` denials; beyond, the oldest go first.
+
+    Args:
+        most: 1 or more; each costs about 400 bytes.
+    """
+
+    def __init__(self, most: int = MAX_DENIALS) -> None:
+        self.most = most
+        self.answered = 0
+        self._held: dict[_Counters, tuple[int, int, Decision]] = {}
+
+    def __len__(self) -> int:
+        """Denials held, those whose time is over included."""
+        return len(self._held)
+
+    def find(self, counters: _Counters, cost: int, now_us: int) -> Decision | None:
+        """The denial of a charge, as it stands now.
+
+        Args:
+            counters: of the charge.
+            cost: of the charge; a smaller one than was denied may pass.
+            now_us: monotonic µs.
+
+        Returns:
+            The denial; None where the store must be asked.
+        """
+        held = self._held.get(counters)
+        if held is None:
+            return None
+        until_us, denied_cost, decision = held
+        if until_us <= now_us:
+            del self._held[counters]
+            return None
+        if cost < denied_cost:
+            return None
+        self.answered += 1
+        left_us = until_us - now_us
+        passed_us = (decision.retry_after_us or 0) - left_us
+        return Decision(
+            False,
+            decision.binding,
+            decision.remaining,
+            max(decision.reset_after_us - passed_us, left_us),
+            left_us,
+            decision.at_us + passed_us,
+            decision.limits,
+        )
+
+    def remember(self, counters: _Counters, cost: int, decision: Decision, asked_us: int) -> None:
+        """Keep a denial of the store.
+
+        Args:
+            counters: of the charge.
+            cost: of the charge.
+            decision: what the store answered.
+            asked_us: monotonic µs before it was asked.
+        """
+        retry_us = decision.retry_after_us
+        if not retry_us:
+            return
+        self._held.pop(counters, None)
+        if len(self._held) >= self.most:
+            del self._held[next(iter(self._held))]
+        self._held[counters] = (asked_us + retry_us, cost, decision)
+
+    def sweep(self, now_us: int) -> None:
+        """Drop those whose time is over.
+
+        Args:
+            now_us: monotonic µs.
+        """
+        for counters in [counters for counters, (until_us, *_) in self._held.items() if until_us <= now_us]:
+            del self._held[counters]
+
+    def clear(self) -> None:
+        """Drop all: a counter was reset."""
+        self._held.clear()

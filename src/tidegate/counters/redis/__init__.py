@@ -1,0 +1,1 @@
+"""Counters on Redis: `store` is the port, over one `connection` a shard; `topology` knows which; `scripts` what Redis runs."""

@@ -1,0 +1,374 @@
+"""One multiplexed connection to one Redis server.
+
+Everything asked within one turn of the event loop goes out in one write; replies are matched in the order of the questions. A
+question that is not answered within the timeout fails, and its reply, should it still come, is discarded without shifting the
+others. At most `max_in_flight` questions are unanswered at once, those given up included: a server that stopped reading cannot
+make the process grow. A server that says nothing for `STALL_S` while questions are open is disconnected, hung as it may be;
+while it cannot be reached, questions fail at once.
+
+One event loop; any number of its tasks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import logging
+import random
+import ssl
+from collections import deque
+from collections.abc import Awaitable, Callable
+from typing import Any, Final, cast
+
+import hiredis
+import msgspec
+
+from tidegate.counters.redis.url import Credentials, Endpoint
+from tidegate.errors import StoreUnavailable
+
+logger = logging.getLogger(__name__)
+
+STALL_S: Final = 0.5
+_TICK_S: Final = 0.002
+_LATE_S: Final = 0.010
+_CONNECT_S: Final = 1.0
+_FIRST_PAUSE_S: Final = 0.05
+_LONGEST_PAUSE_S: Final = 2.0
+_EVENTS: Final = itertools.count(1)
+_NOTHING: Final = object()
+"""What the parser gives while a reply is incomplete. Its own default, False, is also what RESP3 calls false."""
+
+
+class ConnectionOptions(msgspec.Struct, frozen=True):
+    """What all connections of a store have in common.
+
+    Args:
+        timeout_s: deadline of a question, s.
+        max_in_flight: most unanswered questions.
+        credentials: who we are.
+        db: database number.
+        tls: None without TLS.
+        name: what the server's CLIENT LIST shows.
+    """
+
+    timeout_s: float = 0.05
+    max_in_flight: int = 10_000
+    credentials: Credentials = Credentials()
+    db: int = 0
+    tls: ssl.SSLContext | None = None
+    name: str = "tidegate"
+
+
+class Connection(asyncio.Protocol):
+    """Keeps itself connected until it is closed.
+
+    Args:
+        locate: says where the server is, before each attempt; may raise `StoreUnavailable`.
+        options: see there.
+        must_be_master: refuse a server that does not say it is a master.
+        subscribe: a channel to subscribe to; what comes goes to `on_push`.
+        on_push: is given what the server says unasked.
+        on_change: is told when the connection came up or went down.
+    """
+
+    def __init__(
+        self,
+        locate: Callable[[], Awaitable[Endpoint]],
+        options: ConnectionOptions,
+        *,
+        must_be_master: bool = False,
+        subscribe: str | None = None,
+        on_push: Callable[[list[Any]], None] | None = None,
+        on_change: Callable[[Connection], None] | None = None,
+    ) -> None:
+        self.endpoint = Endpoint()
+        self.up = False
+        self.why_down = "it was not connected yet"
+        self.event = next(_EVENTS)
+        """Names the last thing that went wrong here: what fails by it is one failure, however many calls it meets."""
+        self.loads: dict[str, float] = {}
+        """When each script was last loaded here, loop time."""
+        self._locate = locate
+        self._options = options
+        self._must_be_master = must_be_master
+        self._subscribe = subscribe
+        self._on_push = on_push
+        self._on_change = on_change
+        self._loop = asyncio.get_running_loop()
+        self._transport: asyncio.Transport | None = None
+        self._reader = hiredis.Reader(notEnoughData=_NOTHING)
+        self._out: list[bytes] = []
+        self._pending: deque[asyncio.Future[Any]] = deque()
+        self._sent = self._answered = self._given_up = 0
+        self._marks: deque[tuple[float, int]] = deque()
+        self._tick: asyncio.TimerHandle | None = None
+        self._tick_due = 0.0
+        self._tick_s = min(_TICK_S, options.timeout_s / 20)
+        self._stall_s = max(STALL_S, 4 * options.timeout_s)
+        self._heard_at = 0.0
+        self._gone = asyncio.Event()
+        self._came = asyncio.Event()
+        self._keeping = self._loop.create_task(self._keep_connected())
+
+    def __repr__(self) -> str:
+        return f"<Connection {self.endpoint} {'up' if self.up else 'down'}, {len(self._pending)} in flight>"
+
+    @property
+    def in_flight(self) -> int:
+        """Questions that the server has not answered, those given up included."""
+        return len(self._pending)
+
+    def ask(self, command: bytes) -> asyncio.Future[Any]:
+        """Put a question.
+
+        Args:
+            command: one command in RESP.
+
+        Returns:
+            The reply to come; an error of the server comes as a `hiredis.ReplyError`, not raised. Fails with `StoreUnavailable`
+            when the timeout passes or the connection is lost.
+
+        Raises:
+            StoreUnavailable: at once, while the server cannot be reached or too many questions are open.
+        """
+        if not self.up:
+            raise StoreUnavailable(
+                f"Redis at {self.endpoint} cannot be reached: {self.why_down}", reason="disconnected", event=self.event
+            )
+        if len(self._pending) >= self._options.max_in_flight:
+            raise StoreUnavailable(
+                f"Redis at {self.endpoint} has {len(self._pending)} unanswered calls: it is slower than what is asked of it "
+                "(counters.max_in_flight)",
+                reason="overload",
+            )
+        return self._put(command)
+
+    def _put(self, command: bytes) -> asyncio.Future[Any]:
+        future = self._loop.create_future()
+        self._pending.append(future)
+        self._sent += 1
+        out = self._out
+        if not out:
+            self._loop.call_soon(self._flush)
+            if self._tick is None:
+                self._arm(self._loop.time())
+        out.append(command)
+        return future
+
+    async def wait_up(self, timeout_s: float) -> bool:
+        """Wait until it is connected.
+
+        Args:
+            timeout_s: how long.
+
+        Returns:
+            Whether it is.
+        """
+        if not self.up:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._came.wait(), timeout_s)
+        return self.up
+
+    def drop(self, why: str) -> None:
+        """Give up the present connection; a new one is made.
+
+        Args:
+            why: for those who wait for an answer, and the log.
+        """
+        self.why_down = why
+        self.event = next(_EVENTS)
+        if self._transport is not None:
+            self._transport.abort()
+        self._down()
+
+    async def close(self) -> None:
+        """End it for good."""
+        self._keeping.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._keeping
+        self.drop("it was closed")
+
+    # The protocol's side.
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """See `asyncio.Protocol`."""
+        # uvloop's transports do not derive from asyncio.Transport, though they are all that it is.
+        self._transport = cast("asyncio.Transport", transport)
+
+    def data_received(self, data: bytes) -> None:
+        """See `asyncio.Protocol`."""
+        self._heard_at = 0.0
+        reader, pending = self._reader, self._pending
+        try:
+            reader.feed(data)
+            reply = reader.gets()
+            while reply is not _NOTHING:
+                if type(reply) is hiredis.PushNotification:
+                    if self._on_push is not None:
+                        self._on_push(reply)
+                elif pending:
+                    future = pending.popleft()
+                    self._answered += 1
+                    if not future.done():
+                        future.set_result(reply)
+                else:
+                    raise hiredis.ProtocolError("a reply came that nobody asked for")
+                reply = reader.gets()
+        except hiredis.ProtocolError as error:
+            # What follows cannot be told apart any more: an answer might go to the wrong question.
+            self.drop(f"it broke the protocol: {error}")
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """See `asyncio.Protocol`."""
+        if self.up or self._pending:
+            self.why_down = str(exc) if exc else "it closed the connection"
+            self.event = next(_EVENTS)
+        self._down()
+
+    def _flush(self) -> None:
+        out = self._out
+        self._out = []
+        if self._transport is not None and out:
+            self._transport.write(b"".join(out))
+
+    # Deadlines: marks in the stream of questions instead of a timer for each, which would cost more than the question itself.
+
+    def _arm(self, now: float) -> None:
+        self._tick_due = now + self._tick_s
+        self._tick = self._loop.call_at(self._tick_due, self._ticked)
+
+    def _ticked(self) -> None:
+        now = self._loop.time()
+        late = now - self._tick_due > _LATE_S
+        self._marks.append((now, self._sent))
+        if not late:
+            # When the loop itself was held up, replies may lie unread in the socket: they are read before anything is given up.
+            overdue = now - self._options.timeout_s
+            while self._marks and self._marks[0][0] <= overdue:
+                self._give_up(self._marks.popleft()[1])
+        if not self._pending:
+            self._tick = None
+            self._marks.clear()
+            self._heard_at = 0.0
+            return
+        if self._heard_at == 0.0 or late:
+            self._heard_at = now
+        elif now - self._heard_at > self._stall_s:
+            self.drop(f"it said nothing for {self._stall_s:g} s")
+            self._tick = None
+            return
+        self._arm(now)
+
+    def _give_up(self, sent: int) -> None:
+        """Fail the questions up to a place in the stream that are still open; their places wait for the replies."""
+        first = max(self._given_up - self._answered, 0)
+        last = sent - self._answered
+        if last > first:
+            self.event = next(_EVENTS)
+            error = StoreUnavailable(
+                f"Redis at {self.endpoint} did not answer within {self._options.timeout_s * 1000:g} ms",
+                reason="timeout",
+                event=self.event,
+            )
+            for future in itertools.islice(self._pending, first, last):
+                if not future.done():
+                    future.set_exception(error)
+                    future.exception()  # whoever asked may have gone
+        self._given_up = max(self._given_up, sent)
+
+    # Coming and going.
+
+    def _down(self) -> None:
+        was_up = self.up
+        self.up = False
+        self._came.clear()
+        self._transport = None
+        self._out = []
+        self._marks.clear()
+        self.loads.clear()
+        pending, self._pending = self._pending, deque()
+        self._sent = self._answered = self._given_up = 0
+        if pending:
+            error = StoreUnavailable(
+                f"the connection to Redis at {self.endpoint} was lost: {self.why_down}", reason="disconnected"
+            )
+            for future in pending:
+                if not future.done():
+                    future.set_exception(error)
+                    future.exception()
+        self._gone.set()
+        if was_up and self._on_change is not None:
+            self._on_change(self)
+
+    async def _keep_connected(self) -> None:
+        failures = 0
+        while True:
+            self._gone.clear()
+            try:
+                async with asyncio.timeout(max(_CONNECT_S, 4 * self._options.timeout_s)):
+                    await self._connect()
+            except (OSError, StoreUnavailable, TimeoutError) as error:
+                why = getattr(error, "message", None) or str(error) or "it did not answer in time"
+                if failures == 0:
+                    logger.warning("Redis at %s: %s", self.endpoint, why)
+                self.drop(why)
+                failures += 1
+            else:
+                if failures:
+                    logger.info("Redis at %s is back", self.endpoint)
+                failures = 0
+                await self._gone.wait()
+                logger.warning("Redis at %s was lost: %s", self.endpoint, self.why_down)
+            # Jittered, so that many instances do not come back at once.
+            pause_s = min(_FIRST_PAUSE_S * 2 ** min(failures, 10), _LONGEST_PAUSE_S)
+            await asyncio.sleep(pause_s * random.uniform(0.5, 1.0))
+
+    async def _connect(self) -> None:
+        options = self._options
+        self.endpoint = endpoint = await self._locate()
+        self._reader = hiredis.Reader(notEnoughData=_NOTHING)
+        if endpoint.path:
+            await self._loop.create_unix_connection(lambda: self, endpoint.path)
+        else:
+            await self._loop.create_connection(lambda: self, endpoint.host, endpoint.port, ssl=options.tls)
+        hello = ["HELLO", "3"]
+        if options.credentials.password or options.credentials.username:
+            hello += ["AUTH", options.credentials.username or "default", options.credentials.password]
+        hello += ["SETNAME", options.name]
+        asked = [self._put(encode_command(*hello))]
+        if options.db:
+            asked.append(self._put(encode_command("SELECT", str(options.db))))
+        if self._must_be_master:
+            asked.append(self._put(encode_command("ROLE")))
+        replies = [await future for future in asked]
+        for reply in replies:
+            if isinstance(reply, hiredis.ReplyError):
+                raise StoreUnavailable(f"Redis at {endpoint} refuses us: {reply}", reason="refused")
+        if self._must_be_master and replies[-1][0] != b"master":
+            raise StoreUnavailable(f"Redis at {endpoint} is a {replies[-1][0].decode()}, not the master", reason="not_master")
+        if self._subscribe is not None and self._transport is not None:
+            # Its confirmation is a push, not a reply: no question is put.
+            self._transport.write(encode_command("SUBSCRIBE", self._subscribe))
+        if self._transport is None:
+            raise StoreUnavailable(f"Redis at {endpoint} closed the connection", reason="disconnected")
+        self.up = True
+        self._came.set()
+        if self._on_change is not None:
+            self._on_change(self)
+
+
+def encode_command(*parts: str | bytes) -> bytes:
+    """One command in RESP.
+
+    Args:
+        parts: the command and its arguments.
+
+    Returns:
+        The bytes to write.
+    """
+    out = [b"*%d\r\n" % len(parts)]
+    for part in parts:
+        raw = part.encode() if isinstance(part, str) else part
+        out.append(b"$%d\r\n%b\r\n" % (len(raw), raw))
+    return b"".join(out)

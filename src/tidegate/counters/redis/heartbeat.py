@@ -1,0 +1,79 @@
+"""How instances know of each other: each says every second that it lives, in one sorted set of the store."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import msgspec
+
+from tidegate.counters.redis.scripts import script
+from tidegate.counters.redis.store import RedisCounters
+from tidegate.errors import StoreUnavailable
+
+BEAT_S: Final = 1.0
+GONE_S: Final = 5.0
+_TAG: Final = b"instances"
+_INSTANCES: Final = b"tg:{instances}"
+_RESETS: Final = b"tg:{instances}resets"
+_RESETS_KEPT_MS: Final = 86_400_000
+
+
+class Beat(msgspec.Struct, frozen=True):
+    """What a heartbeat learnt.
+
+    Args:
+        instances: that live, this one included.
+        resets: counters that were reset so far, by all; only whether it changed means something.
+        at_us: the store's clock, µs since the epoch.
+    """
+
+    instances: int
+    resets: int
+    at_us: int
+
+
+async def beat(store: RedisCounters, instance: str) -> Beat:
+    """Say that an instance lives.
+
+    Args:
+        store: where.
+        instance: a name that no other has.
+
+    Returns:
+        What was learnt.
+
+    Raises:
+        StoreUnavailable: if the store does not answer.
+    """
+    work = script("heartbeat", frozenset())
+    reply = await store.run(_TAG, work, (_INSTANCES, _RESETS), (instance, str(round(GONE_S * 1000))))
+    try:
+        return Beat(*(int(number) for number in reply))
+    except (TypeError, ValueError):
+        raise StoreUnavailable(f"Redis answered what no heartbeat says: {str(reply)[:100]}", reason="garbage") from None
+
+
+async def leave(store: RedisCounters, instance: str) -> None:
+    """Say that an instance ends, so that the others need not wait to find out.
+
+    Args:
+        store: where.
+        instance: its name.
+
+    Raises:
+        StoreUnavailable: if the store does not answer.
+    """
+    await store.call(_TAG, "ZREM", _INSTANCES, instance)
+
+
+async def announce_reset(store: RedisCounters) -> None:
+    """Tell all instances that a counter was reset; they learn it with their next beat.
+
+    Args:
+        store: where.
+
+    Raises:
+        StoreUnavailable: if the store does not answer.
+    """
+    await store.call(_TAG, "INCR", _RESETS)
+    await store.call(_TAG, "PEXPIRE", _RESETS, str(_RESETS_KEPT_MS))

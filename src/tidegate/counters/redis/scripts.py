@@ -1,0 +1,124 @@
+"""The Lua that Redis runs, put together from the files beside the algorithms and beside this module.
+
+A script holds only the algorithms that its call needs: Redis makes a script's functions anew on each call.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from functools import cache
+from importlib import resources
+from typing import Any, Final
+
+import msgspec
+
+from tidegate.algorithms import State
+from tidegate.algorithms.token_bucket import scale_and_rate
+from tidegate.limits import US_PER_S, Algorithm, Limit, LimitSet
+
+_LUA_NAME: Final = {algorithm: algorithm.value for algorithm in Algorithm} | {
+    Algorithm.LEAKY_BUCKET: Algorithm.TOKEN_BUCKET.value
+}
+_NEEDS: Final = {
+    "fixed_window": ("calendar", "packed"),
+    "sliding_window": ("calendar", "packed"),
+    "sliding_log": (),
+    "token_bucket": ("packed",),
+}
+_SHARED: Final = ("arithmetic", "calendar", "packed")
+
+
+class Script(msgspec.Struct, frozen=True):
+    """A script ready to be called.
+
+    Args:
+        source: Lua.
+        sha: SHA-1 of it, hex: its name for EVALSHA.
+    """
+
+    source: bytes
+    sha: str
+
+
+@cache
+def script(work: str, algorithms: frozenset[Algorithm], clock: str = "store_clock") -> Script:
+    """Put a script together.
+
+    Args:
+        work: `charge` or `absorb`.
+        algorithms: those that its counters use.
+        clock: the file that says `now`; tests have one of their own, given as Lua.
+
+    Returns:
+        The script.
+    """
+    names = sorted({_LUA_NAME[algorithm] for algorithm in algorithms})
+    needed = {part for name in names for part in _NEEDS[name]} | {"arithmetic"}
+    # First of all the clock: what tests put there may also stand between the script and Redis.
+    parts = [clock if " " in clock else _read("tidegate.counters.redis", clock), "local algorithms = {}\n"]
+    parts += [_read("tidegate.algorithms", part) for part in _SHARED if part in needed]
+    parts += [_read("tidegate.algorithms", name) for name in names]
+    parts.append(_read("tidegate.counters.redis", work))
+    source = "".join(parts).encode()
+    return Script(source, hashlib.sha1(source, usedforsecurity=False).hexdigest())
+
+
+def parameters(limits: LimitSet) -> bytes:
+    """What a script is told of a counter: `[algorithm, window, amount, …]` in MessagePack.
+
+    Args:
+        limits: of the counter.
+
+    Returns:
+        The bytes.
+    """
+    values: list[Any] = [_LUA_NAME[limits.algorithm]]
+    for limit in limits.limits:
+        values.append(_window(limit))
+        if limits.algorithm.is_bucket:
+            values += [limit.capacity, *scale_and_rate(limit)]
+        else:
+            values.append(limit.amount)
+    return msgspec.msgpack.encode(values)
+
+
+def wire_states(limits: LimitSet, states: Iterable[State]) -> bytes:
+    """States as `absorb` takes them.
+
+    Args:
+        limits: of the counter.
+        states: one for each limit, None for nothing.
+
+    Returns:
+        MessagePack: an array with a state or false for each limit.
+    """
+    return msgspec.msgpack.encode([False if state is None else _wire(limits.algorithm, state) for state in states])
+
+
+def layout(limits: LimitSet) -> str:
+    """What keeps counters of one name apart in Redis: the shape of their states.
+
+    Args:
+        limits: of the counter.
+
+    Returns:
+        The algorithm's name in Lua. Windows have names of their own inside a counter.
+    """
+    return _LUA_NAME[limits.algorithm]
+
+
+def _wire(algorithm: Algorithm, state: tuple[Any, ...]) -> list[int]:
+    if algorithm is Algorithm.SLIDING_LOG:
+        return [number for entry in zip(state[1], state[2], strict=True) for number in entry]
+    if algorithm.is_bucket:
+        return list(state)
+    return [state[0] // US_PER_S, *state[1:]]
+
+
+def _window(limit: Limit) -> int:
+    return 0 if limit.calendar_month else limit.window_us // US_PER_S
+
+
+def _read(package: str, name: str) -> str:
+    return resources.files(package).joinpath(f"{name}.lua").read_text(encoding="utf-8")

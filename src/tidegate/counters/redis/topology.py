@@ -1,0 +1,304 @@
+"""Which server counts a slot: one server, the master that sentinels name, or the nodes of a cluster.
+
+All three are asked alike: `connection_of(slot)`. What differs is how they learn where a server is, and what a redirection
+means to them. Each follows changes by itself, in the background, and asks for news at most once a second.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Sequence
+from typing import Any, Final, Protocol
+
+import hiredis
+import msgspec
+
+from tidegate.counters.redis.connection import Connection, ConnectionOptions, encode_command
+from tidegate.counters.redis.url import Endpoint, RedisUrl
+from tidegate.counters.redis.url import Topology as Kind
+from tidegate.errors import StoreUnavailable
+
+logger = logging.getLogger(__name__)
+
+SLOTS: Final = 16_384
+REFRESH_S: Final = 1.0
+_PATROL_S: Final = 10.0
+_FIRST_MAP_S: Final = 1.0
+
+
+class Topology(Protocol):
+    """What the store asks."""
+
+    sharded: bool
+    """Whether keys of different slots cannot be charged in one step."""
+
+    async def start(self, timeout_s: float) -> None:
+        """Connect; returns when the first servers are there or the time is over, whichever is first."""
+        ...
+
+    def connection_of(self, slot: int) -> Connection:
+        """The connection to the server that counts a slot; raises `StoreUnavailable` where nobody does."""
+        ...
+
+    def connection_to(self, endpoint: Endpoint) -> Connection:
+        """The connection to a server that a redirection names."""
+        ...
+
+    def connections(self) -> Sequence[Connection]:
+        """All servers that count."""
+        ...
+
+    def moved(self, slot: int, endpoint: Endpoint) -> None:
+        """A server said that another one counts a slot."""
+        ...
+
+    def doubt(self, connection: Connection, why: str) -> None:
+        """A server answered as one that should not be asked any more, such as a demoted master."""
+        ...
+
+    async def close(self) -> None:
+        """End all connections."""
+        ...
+
+
+class Standalone:
+    """One server, or the one that sentinels name as the master.
+
+    Args:
+        url: what to connect to.
+        options: of the connections.
+    """
+
+    sharded = False
+
+    def __init__(self, url: RedisUrl, options: ConnectionOptions) -> None:
+        self._url = url
+        self._watchers: list[Connection] = []
+        sentinels = url.topology is Kind.SENTINEL
+        self._connection = Connection(self._find_master if sentinels else self._only, options, must_be_master=sentinels)
+        if sentinels:
+            to_sentinel = msgspec.structs.replace(options, credentials=url.sentinel_credentials, db=0)
+            for endpoint in url.endpoints:
+                self._watchers.append(Connection(_at(endpoint), to_sentinel, subscribe="+switch-master", on_push=self._on_push))
+
+    async def start(self, timeout_s: float) -> None:
+        """See `Topology`."""
+        await self._connection.wait_up(timeout_s)
+
+    def connection_of(self, slot: int) -> Connection:  # noqa: ARG002 - one server counts them all
+        """See `Topology`."""
+        return self._connection
+
+    def connection_to(self, endpoint: Endpoint) -> Connection:
+        """See `Topology`."""
+        raise StoreUnavailable(
+            f"Redis at {self._connection.endpoint} redirects to {endpoint}: it is a cluster's node; write redis+cluster://",
+            reason="refused",
+        )
+
+    def connections(self) -> Sequence[Connection]:
+        """See `Topology`."""
+        return (self._connection,)
+
+    def moved(self, slot: int, endpoint: Endpoint) -> None:  # noqa: ARG002 - one server counts them all
+        """See `Topology`."""
+        self.connection_to(endpoint)
+
+    def doubt(self, connection: Connection, why: str) -> None:
+        """See `Topology`."""
+        connection.drop(why)
+
+    async def close(self) -> None:
+        """See `Topology`."""
+        for connection in (*self._watchers, self._connection):
+            await connection.close()
+
+    async def _only(self) -> Endpoint:
+        return self._url.endpoints[0]
+
+    async def _find_master(self) -> Endpoint:
+        """Ask the sentinels, all that can be reached, and take the answer that most of them give."""
+        ask = encode_command("SENTINEL", "GET-MASTER-ADDR-BY-NAME", self._url.master)
+        await asyncio.gather(*(watcher.wait_up(0.5) for watcher in self._watchers[:1]))
+        votes: dict[Endpoint, int] = {}
+        reached = 0
+        for watcher in self._watchers:
+            if not watcher.up and not await watcher.wait_up(0.05):
+                continue
+            try:
+                reply = await watcher.ask(ask)
+            except StoreUnavailable:
+                continue  # a sentinel that is gone has no vote; that none is left is said below
+            reached += 1
+            if isinstance(reply, list) and len(reply) == 2:
+                endpoint = Endpoint(reply[0].decode(), int(reply[1]))
+                votes[endpoint] = votes.get(endpoint, 0) + 1
+        if not reached:
+            raise StoreUnavailable("no sentinel can be reached", reason="disconnected")
+        if not votes:
+            raise StoreUnavailable(f"the sentinels know no master named {self._url.master!r}", reason="refused")
+        return max(votes, key=lambda endpoint: votes[endpoint])
+
+    def _on_push(self, push: list[Any]) -> None:
+        """`+switch-master`: name, old host, old port, new host, new port."""
+        if len(push) == 3 and push[0] == b"message":
+            words = push[2].decode(errors="replace").split()
+            if len(words) == 5 and words[0] == self._url.master:
+                endpoint = Endpoint(words[3], int(words[4]))
+                if endpoint != self._connection.endpoint:
+                    self._connection.drop(f"the sentinels made {endpoint} the master")
+
+
+class Cluster:
+    """The masters of a Redis Cluster.
+
+    Args:
+        url: some of its nodes.
+        options: of the connections.
+    """
+
+    sharded = True
+
+    def __init__(self, url: RedisUrl, options: ConnectionOptions) -> None:
+        self._seeds = url.endpoints
+        self._options = options
+        self._nodes: dict[Endpoint, Connection] = {}
+        self._owners: list[Connection | None] = [None] * SLOTS
+        self._wanted = asyncio.Event()
+        self._mapped = asyncio.Event()
+        self._following = asyncio.get_running_loop().create_task(self._follow())
+        self._dropping: set[asyncio.Task[None]] = set()
+
+    async def start(self, timeout_s: float) -> None:
+        """See `Topology`."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                await self._mapped.wait()
+                for connection in self.connections():
+                    await connection.wait_up(timeout_s)
+
+    def connection_of(self, slot: int) -> Connection:
+        """See `Topology`."""
+        connection = self._owners[slot]
+        if connection is None:
+            self._wanted.set()
+            raise StoreUnavailable(f"no node of the Redis cluster counts slot {slot}", reason="cluster_down")
+        return connection
+
+    def connection_to(self, endpoint: Endpoint) -> Connection:
+        """See `Topology`."""
+        connection = self._nodes.get(endpoint)
+        if connection is None:
+            connection = self._nodes[endpoint] = Connection(_at(endpoint), self._options, on_change=self._changed)
+        return connection
+
+    def connections(self) -> Sequence[Connection]:
+        """See `Topology`."""
+        return tuple(dict.fromkeys(owner for owner in self._owners if owner is not None))
+
+    def moved(self, slot: int, endpoint: Endpoint) -> None:
+        """See `Topology`."""
+        self._owners[slot] = self.connection_to(endpoint)
+        self._wanted.set()
+
+    def doubt(self, connection: Connection, why: str) -> None:
+        """See `Topology`."""
+        logger.info("Redis at %s: %s; asking for the cluster's map", connection.endpoint, why)
+        self._wanted.set()
+
+    async def close(self) -> None:
+        """See `Topology`."""
+        self._following.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._following
+        await asyncio.gather(*self._dropping, *(connection.close() for connection in self._nodes.values()))
+
+    def _changed(self, connection: Connection) -> None:
+        if not connection.up:
+            self._wanted.set()
+
+    async def _follow(self) -> None:
+        """Ask for the map: when something is amiss, else every `_PATROL_S`; at most once every `REFRESH_S`."""
+        for seed in self._seeds:
+            self.connection_to(seed)
+        while True:
+            self._wanted.clear()
+            whole = False
+            try:
+                whole = await self._refresh()
+            except StoreUnavailable as error:
+                logger.warning("the Redis cluster's map cannot be had: %s", error)
+            # While a part is missing or unreachable, a promotion is what is waited for.
+            await asyncio.sleep(REFRESH_S if self._mapped.is_set() else REFRESH_S / 10)
+            if whole:
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._wanted.wait(), _PATROL_S)
+
+    async def _refresh(self) -> bool:
+        """Take the map from the first node that gives one; says whether all of it can be reached."""
+        if not any(connection.up for connection in self._nodes.values()):
+            for seed in self._seeds:
+                self.connection_to(seed)
+            await asyncio.wait(
+                [asyncio.ensure_future(connection.wait_up(_FIRST_MAP_S)) for connection in self._nodes.values()],
+                return_when=asyncio.FIRST_COMPLETED,
+            )
+        # The busiest node knows best whom it serves; a node that was cut off from the others says CLUSTERDOWN itself.
+        for connection in list(self._nodes.values()):
+            if not connection.up:
+                continue
+            try:
+                reply = await connection.ask(encode_command("CLUSTER", "SLOTS"))
+            except StoreUnavailable:
+                continue  # the next one is asked; that none answers is said below
+            if isinstance(reply, hiredis.ReplyError):
+                if "cluster support disabled" in str(reply):
+                    raise StoreUnavailable(
+                        f"Redis at {connection.endpoint} is no cluster: write redis:// for redis+cluster://", reason="refused"
+                    )
+                continue
+            return self._take(connection, reply)
+        raise StoreUnavailable("no node of the Redis cluster answers", reason="disconnected")
+
+    def _take(self, source: Connection, ranges: list[Any]) -> bool:
+        owners: list[Connection | None] = [None] * SLOTS
+        for first, last, master, *_ in ranges:
+            host = master[0].decode() if master[0] else ""
+            endpoint = Endpoint(host if host not in ("", "?") else source.endpoint.host, int(master[1]))
+            owners[first : last + 1] = [self.connection_to(endpoint)] * (last + 1 - first)
+        used = {id(owner) for owner in owners if owner is not None}
+        if not used:
+            return False
+        self._owners = owners
+        self._mapped.set()
+        seeds = set(self._seeds)
+        for endpoint, connection in list(self._nodes.items()):
+            # Seeds stay, also as replicas: they know the map when the masters are gone.
+            if id(connection) not in used and endpoint not in seeds:
+                del self._nodes[endpoint]
+                task = asyncio.ensure_future(connection.close())
+                self._dropping.add(task)
+                task.add_done_callback(self._dropping.discard)
+        return all(owner is not None and owner.up for owner in owners)
+
+
+def open_topology(url: RedisUrl, options: ConnectionOptions) -> Topology:
+    """The topology of a URL; call it inside the event loop that will use it.
+
+    Args:
+        url: what to connect to.
+        options: of the connections.
+
+    Returns:
+        It connects in the background.
+    """
+    return Cluster(url, options) if url.topology is Kind.CLUSTER else Standalone(url, options)
+
+
+def _at(endpoint: Endpoint) -> Any:
+    async def locate() -> Endpoint:
+        return endpoint
+
+    return locate

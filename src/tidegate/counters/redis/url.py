@@ -1,0 +1,190 @@
+"""From a Redis URL to what is to be connected to.
+
+    redis://[user:password@]host[:6379][/db]                    one server
+    redis+unix:///path/to.sock[?db=1]                           one server on a socket of this machine
+    redis+sentinel://[user:password@]h:26379,h:26379/name[/db]  the master that sentinels name
+    redis+cluster://[user:password@]h:7000,h:7001               a cluster; any of its nodes will do
+    rediss://, rediss+sentinel://, rediss+cluster://            the same over TLS
+
+Options after `?`: `ca`, `cert`, `key` (PEM files for TLS), `sentinel_password`, `sentinel_user`, `db` (unix sockets).
+"""
+
+from __future__ import annotations
+
+import enum
+import ssl
+from typing import Final
+from urllib.parse import parse_qsl, unquote, urlsplit
+
+import msgspec
+
+from tidegate.errors import SettingsError
+
+DEFAULT_PORT: Final = 6379
+DEFAULT_SENTINEL_PORT: Final = 26379
+_OPTIONS: Final = frozenset(("ca", "cert", "key", "sentinel_user", "sentinel_password", "db"))
+
+
+class Topology(enum.Enum):
+    """How the servers of a URL belong together."""
+
+    STANDALONE = "standalone"
+    SENTINEL = "sentinel"
+    CLUSTER = "cluster"
+
+
+class Endpoint(msgspec.Struct, frozen=True):
+    """One server's address.
+
+    Args:
+        host: name or address; empty for a unix socket.
+        port: TCP port; 0 for a unix socket.
+        path: of the unix socket, else empty.
+    """
+
+    host: str = ""
+    port: int = 0
+    path: str = ""
+
+    def __str__(self) -> str:
+        if self.path:
+            return self.path
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+class Credentials(msgspec.Struct, frozen=True):
+    """Who we are for a server.
+
+    Args:
+        username: of the ACL user; empty for the default one.
+        password: empty where none is asked for.
+    """
+
+    username: str = ""
+    password: str = ""
+
+
+class RedisUrl(msgspec.Struct, frozen=True):
+    """A URL, understood.
+
+    Args:
+        topology: how the servers belong together.
+        endpoints: one or more: the server, the sentinels, or nodes of the cluster.
+        credentials: for the servers that count.
+        sentinel_credentials: for the sentinels.
+        db: number of the database, 0 or more; always 0 in a cluster.
+        master: the name that sentinels know the master by.
+        tls: whether to speak TLS.
+        ca: PEM file of the authority to trust; the system's where empty.
+        cert: PEM file of our certificate, empty for none.
+        key: PEM file of its key; in `cert` where empty.
+    """
+
+    topology: Topology
+    endpoints: tuple[Endpoint, ...]
+    credentials: Credentials = Credentials()
+    sentinel_credentials: Credentials = Credentials()
+    db: int = 0
+    master: str = ""
+    tls: bool = False
+    ca: str = ""
+    cert: str = ""
+    key: str = ""
+
+    def tls_context(self) -> ssl.SSLContext | None:
+        """What TLS connections are made with.
+
+        Returns:
+            The context; None without TLS.
+
+        Raises:
+            SettingsError: if a PEM file cannot be read.
+        """
+        if not self.tls:
+            return None
+        try:
+            context = ssl.create_default_context(cafile=self.ca or None)
+            if self.cert:
+                context.load_cert_chain(self.cert, self.key or None)
+        except (OSError, ssl.SSLError) as error:
+            files = ", ".join(name for name in (self.ca, self.cert, self.key) if name)
+            raise SettingsError(f"counters.url: the PEM files {files} cannot be used for TLS: {error}") from None
+        return context
+
+
+def parse_redis_url(url: str) -> RedisUrl:
+    """Read a Redis URL.
+
+    Args:
+        url: in one of the forms above.
+
+    Returns:
+        What it says.
+
+    Raises:
+        SettingsError: naming the part that is not understood; never the password.
+    """
+    scheme, _, rest = url.partition("://")
+    base, _, kind = scheme.partition("+")
+    if base not in ("redis", "rediss") or kind not in ("", "unix", "sentinel", "cluster") or (kind == "unix" and base != "redis"):
+        raise SettingsError(
+            f"counters.url with the scheme {scheme[:20]!r} is no Redis: use redis://, rediss://, redis+unix://, "
+            "redis+sentinel:// or redis+cluster:// (rediss+… for TLS)"
+        )
+    parts = urlsplit(f"redis://{rest}")
+    options = dict(parse_qsl(parts.query, keep_blank_values=True))
+    unknown = sorted(set(options) - _OPTIONS)
+    if unknown:
+        raise SettingsError(f"counters.url has the unknown option {unknown[0]!r}: known are {', '.join(sorted(_OPTIONS))}")
+    tls = base == "rediss"
+    if not tls and any(name in options for name in ("ca", "cert", "key")):
+        raise SettingsError("counters.url has PEM files but no TLS: write rediss:// for redis://")
+    user_text, at, hosts = parts.netloc.rpartition("@")
+    username, _, password = user_text.partition(":")
+    credentials = Credentials(unquote(username), unquote(password)) if at else Credentials()
+    segments = [unquote(segment) for segment in parts.path.split("/") if segment]
+    if kind == "unix":
+        if hosts or not parts.path:
+            raise SettingsError("counters.url for a unix socket needs three slashes: redis+unix:///run/redis/redis.sock")
+        return RedisUrl(Topology.STANDALONE, (Endpoint(path=unquote(parts.path)),), credentials, db=_db(options.get("db", "0")))
+    master = ""
+    if kind == "sentinel":
+        if not segments:
+            raise SettingsError("counters.url for sentinels needs the master's name: redis+sentinel://host:26379/mymaster")
+        master = segments.pop(0)
+    default_port = DEFAULT_SENTINEL_PORT if kind == "sentinel" else DEFAULT_PORT
+    endpoints = tuple(_endpoint(text, default_port) for text in hosts.split(","))
+    if kind == "" and len(endpoints) > 1:
+        raise SettingsError("counters.url names several servers: write redis+cluster:// or redis+sentinel://, whichever they are")
+    db = _db(segments[0] if segments else options.get("db", "0"))
+    if kind == "cluster" and db:
+        raise SettingsError(f"counters.url names database {db}, but a cluster has only database 0: drop it")
+    return RedisUrl(
+        {"": Topology.STANDALONE, "sentinel": Topology.SENTINEL, "cluster": Topology.CLUSTER}[kind],
+        endpoints,
+        credentials,
+        Credentials(options.get("sentinel_user", ""), options.get("sentinel_password", "")),
+        db,
+        master,
+        tls,
+        options.get("ca", ""),
+        options.get("cert", ""),
+        options.get("key", ""),
+    )
+
+
+def _endpoint(text: str, default_port: int) -> Endpoint:
+    host, bracket, rest = text.partition("]")
+    if bracket:
+        host, port = host.lstrip("["), rest.lstrip(":")
+    else:
+        host, _, port = text.partition(":")
+    if not host or (port and not (port.isascii() and port.isdecimal() and 0 < int(port) <= 65_535)):
+        raise SettingsError(f"counters.url: {text[:60]!r} is no address: write host or host:{default_port}")
+    return Endpoint(host, int(port) if port else default_port)
+
+
+def _db(text: str) -> int:
+    if not (text.isascii() and text.isdecimal() and len(text) <= 6):
+        raise SettingsError(f"counters.url: {text[:20]!r} is no number of a database: write 0, 1, …")
+    return int(text)

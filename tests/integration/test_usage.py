@@ -1,0 +1,150 @@
+"""`GET /v1/usage` over a real listener, and resets over a catalog in a database."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from tests.cases.doors import EXPIRED, FREE, POLICY, REVOKED
+from tidegate.catalog.cached import CachedCatalog
+from tidegate.catalog.policy_file import PolicyCatalog, parse_policy
+from tidegate.catalog.sql import SqlCatalog
+from tidegate.counters import Charge
+from tidegate.counters.memory import MemoryCounters
+from tidegate.decision import Check, Observation
+from tidegate.doors.client_address import TrustedProxies
+from tidegate.doors.http import DataPlane
+from tidegate.errors import StoreUnavailable
+from tidegate.gate import MAX_USAGE_RULES, Gate
+
+IP = "203.0.113.7"
+KEYED = {"X-API-Key": FREE, "X-Real-IP": IP}
+
+
+def _left(response: httpx.Response) -> dict[str | None, int]:
+    assert response.status_code == 200, response.text
+    return {each["rule"]: each["remaining"] for each in response.json()["rules"]}
+
+
+async def test_usage_over_http(gate: Gate, listen: Callable[..., Any]) -> None:
+    async with httpx.AsyncClient(base_url=await listen(DataPlane(gate, {}))) as client:
+        for path, method in (("/api/v1/a", "GET"), ("/login", "POST"), ("/watched", "GET")):
+            sent = {"path": path, "method": method, "api_key": FREE, "ip": IP}
+            assert (await client.post("/v1/check", json=sent)).status_code == 200
+        response = await client.get("/v1/usage", headers=KEYED)
+        assert (await client.get("/v1/usage", headers=KEYED)).json() == response.json(), "asking consumes nothing"
+        assert response.headers["content-type"] == "application/json"
+        assert response.headers["cache-control"] == "no-store"
+        assert "ratelimit" not in response.headers
+        body = response.json()
+        assert (body["tier"], body["not_counted"], body["truncated"]) == ("free", [], False)
+        by_rule = {each["rule"]: each for each in body["rules"]}
+        assert body["rules"][0] == by_rule[None]
+        assert (by_rule[None]["remaining"], by_rule[None]["window"], by_rule[None]["endpoint"]) == (17, 86400, None)
+        assert by_rule["POST /login"] == {
+            "rule": "POST /login",
+            "endpoint": "/login",
+            "mode": "enforce",
+            "subject": "ip",
+            "limit": 2,
+            "remaining": 1,
+            "reset_after": 40.000001,
+            "window": 60,
+            "degraded": False,
+        }
+        assert (by_rule["/watched shadow"]["mode"], by_rule["/watched shadow"]["remaining"]) == ("shadow", 0)
+        assert (by_rule["/everyone"]["remaining"], by_rule["/everyone"]["reset_after"]) == (2, 0)
+        await gate.reset(FREE)
+        assert _left(await client.get("/v1/usage", headers=KEYED)) == {
+            **{rule: each["limit"] for rule, each in by_rule.items()},
+            "POST /login": 1,
+        }
+        head = await client.head("/v1/usage", headers=KEYED)
+        assert (head.status_code, head.content) == (200, b"")
+
+
+async def test_the_address_is_whom_authorize_would_count(gate: Gate, listen: Callable[..., Any]) -> None:
+    await gate.check(Check.of("/login", "POST", FREE, IP))
+    await gate.check(Check.of("/api/v1/a", ip=IP))
+    async with httpx.AsyncClient(base_url=await listen(DataPlane(gate, {}))) as client:
+        for headers, left in (
+            ({"X-Real-IP": IP}, 1),
+            ({"X-Forwarded-For": f"1.1.1.1, {IP}, 127.0.0.1"}, 1),
+            ({"X-Forwarded-For": "198.51.100.1"}, 2),
+            ({}, 2),
+        ):
+            assert _left(await client.get("/v1/usage", headers={"X-API-Key": FREE, **headers}))["POST /login"] == left
+        anonymous = await client.get("/v1/usage", headers={"X-Real-IP": IP})
+        assert (anonymous.json()["tier"], _left(anonymous)) == ("open", {"/api/v1/*": 0})
+        assert _left(await client.get("/v1/usage", headers={"X-Real-IP": "198.51.100.1"})) == {"/api/v1/*": 1}
+    async with httpx.AsyncClient(base_url=await listen(DataPlane(gate, {}, trusted=TrustedProxies(["10.0.0.0/8"])))) as client:
+        assert _left(await client.get("/v1/usage", headers=KEYED))["POST /login"] == 2, "not believed: the peer is asked for"
+
+
+async def test_usage_errors_over_http(gate: Gate, listen: Callable[..., Any]) -> None:
+    told: list[Observation] = []
+    async with httpx.AsyncClient(base_url=await listen(DataPlane(gate, {}, told.append))) as client:
+        refused: list[tuple[Any, int, str]] = [
+            ({"X-API-Key": "nobody-knows-this-key"}, 401, "INVALID_API_KEY"),
+            ({"X-API-Key": REVOKED}, 403, "API_KEY_REVOKED"),
+            ({"X-API-Key": EXPIRED}, 403, "API_KEY_EXPIRED"),
+            ([("X-API-Key", FREE), ("X-API-Key", FREE)], 400, "BAD_REQUEST"),
+            ({"X-API-Key": FREE, "X-Real-IP": "nowhere"}, 400, "BAD_REQUEST"),
+            ({"X-API-Key": FREE, "X-Filler": "f" * 9000}, 431, "HEADERS_TOO_LARGE"),
+        ]
+        for headers, status, code in refused:
+            response = await client.get("/v1/usage", headers=headers)
+            assert (response.status_code, response.json()["error"]["code"]) == (status, code)
+            assert response.headers["x-tidegate-error"] == code
+        assert [each.error for each in told] == [code for _, _, code in refused], "each is counted once"
+        response = await client.post("/v1/usage")
+        assert (response.status_code, response.headers["allow"]) == (405, "GET, HEAD")
+    closed = Gate(CachedCatalog(PolicyCatalog(parse_policy('[[tiers]]\nname = "t"'))), MemoryCounters())
+    async with httpx.AsyncClient(base_url=await listen(DataPlane(closed, {}))) as client:
+        response = await client.get("/v1/usage")
+        assert (response.status_code, response.json()["error"]["code"]) == (401, "MISSING_API_KEY")
+
+
+async def test_a_store_that_fails_is_told(listen: Callable[..., Any]) -> None:
+    class Failing(MemoryCounters):
+        async def charge(self, charges: Sequence[Charge]) -> list[Any]:
+            return [StoreUnavailable("away") for _ in charges]
+
+    gate = Gate(CachedCatalog(PolicyCatalog(parse_policy(POLICY))), Failing())
+    async with httpx.AsyncClient(base_url=await listen(DataPlane(gate, {}))) as client:
+        response = await client.get("/v1/usage", headers=KEYED)
+        assert response.status_code == 200
+        rules = response.json()["rules"]
+        assert rules
+        assert all(rule["degraded"] and rule["remaining"] is None for rule in rules)
+
+
+async def test_an_answer_is_bounded(listen: Callable[..., Any]) -> None:
+    rules = "".join(f'[[tiers.rules]]\nendpoint = "/r{number}"\nlimits = ["1/month"]\n' for number in range(1001))
+    text = f'[[tiers]]\nname = "t"\nlimits = ["5/s"]\n{rules}\n[[api_keys]]\nkey = "{FREE}"\ntier = "t"\n'
+    gate = Gate(CachedCatalog(PolicyCatalog(parse_policy(text))), MemoryCounters())
+    async with httpx.AsyncClient(base_url=await listen(DataPlane(gate, {}))) as client:
+        body = (await client.get("/v1/usage", headers=KEYED)).json()
+    assert body["truncated"] is True
+    assert len(body["rules"]) == MAX_USAGE_RULES + 1, "the tier's own limits beside the rules"
+    assert body["rules"][1]["window"] == 31 * 86400
+
+
+async def test_resets_over_a_database(tmp_path: Path) -> None:
+    catalog = await SqlCatalog.open(f"sqlite:///{tmp_path}/tidegate.db")
+    try:
+        assert await catalog.tier_names() == []
+        await catalog.apply_policy(parse_policy(POLICY), "1")
+        assert await catalog.tier_names() == ["free", "open", "tight"]
+        gate = Gate(CachedCatalog(catalog), MemoryCounters())
+        await gate.check(Check.of("/login", "POST", FREE, IP))
+        await gate.check(Check.of("/api/v1/a", ip=IP))
+        await gate.check(Check.of("/everyone", api_key=FREE))
+        assert [await gate.reset(ip=IP), await gate.reset(tier="free"), await gate.reset(FREE)] == [2, 1, 6]
+        for usage in (await gate.usage(FREE, IP), await gate.usage(ip=IP)):
+            assert all(each.decision.remaining == each.decision.limit for each in usage.rules)
+    finally:
+        await catalog.close()
