@@ -1,0 +1,91 @@
+"""Denial memory: denies what the store would deny, until the moment it would not, and is bounded."""
+
+from __future__ import annotations
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.conftest import Clock
+from tidegate.counters.denials import DenialMemory
+from tidegate.counters.memory import MemoryCounters
+from tidegate.decision import Decision
+from tidegate.limits import Algorithm, Limit, LimitSet
+
+LIMITS = LimitSet("l", Algorithm.SLIDING_WINDOW, [Limit.parse("3/minute")])
+COUNTERS = ((LIMITS, "s"),)
+
+
+def denial(retry_us: int | None = 1_000_000, reset_us: int = 5_000_000) -> Decision:
+    return Decision(False, LIMITS.limits[0], 0, reset_us, retry_us, 77_000_000, LIMITS)
+
+
+def test_it_denies_until_the_moment_and_not_longer() -> None:
+    memory = DenialMemory()
+    memory.remember(COUNTERS, 1, denial(), asked_us=10_000_000)
+    answer = memory.find(COUNTERS, 1, 10_400_000)
+    assert answer is not None
+    assert not answer.allowed
+    assert (answer.retry_after_us, answer.reset_after_us, answer.at_us) == (600_000, 4_600_000, 77_400_000)
+    assert answer.holds_until_us == 78_000_000
+    assert memory.find(COUNTERS, 2, 10_999_999) is not None, "more than was denied is denied too"
+    assert memory.find(COUNTERS, 0, 10_500_000) is None, "a peek is never denied"
+    assert memory.find(((LIMITS, "other"),), 1, 10_500_000) is None
+    assert memory.find(COUNTERS, 1, 11_000_000) is None
+    assert len(memory) == 0
+    assert memory.answered == 2
+
+
+def test_a_smaller_cost_is_asked_about_and_a_new_limit_set_too() -> None:
+    memory = DenialMemory()
+    memory.remember(COUNTERS, 5, denial(), 0)
+    assert memory.find(COUNTERS, 4, 1) is None
+    assert memory.find(COUNTERS, 5, 1) is not None
+    raised = LimitSet("l", Algorithm.SLIDING_WINDOW, [Limit.parse("100/minute")])
+    assert memory.find(((raised, "s"),), 5, 1) is None
+    memory.clear()
+    assert memory.find(COUNTERS, 5, 1) is None
+
+
+def test_what_never_passes_is_not_remembered() -> None:
+    memory = DenialMemory()
+    memory.remember(COUNTERS, 5, denial(retry_us=None), 0)
+    assert len(memory) == 0
+
+
+def test_it_is_bounded_and_swept() -> None:
+    memory = DenialMemory(most=10)
+    for number in range(25):
+        memory.remember(((LIMITS, f"s{number}"),), 1, denial(1000 * (number + 1)), 0)
+    assert len(memory) == 10
+    assert memory.find(((LIMITS, "s14"),), 1, 0) is None
+    assert memory.find(((LIMITS, "s15"),), 1, 0) is not None
+    memory.sweep(20_000)
+    assert len(memory) == 5
+
+
+@settings(max_examples=200)
+@given(
+    st.sampled_from(list(Algorithm)),
+    st.lists(st.tuples(st.integers(0, 9_000_000), st.integers(0, 4)), min_size=1, max_size=40),
+    st.integers(0, 3_000),
+)
+def test_it_never_denies_what_the_store_would_allow(algorithm: Algorithm, steps: list[tuple[int, int]], delay_us: int) -> None:
+    """The store answers `delay_us` after it was asked; the memory counts from before."""
+    clock = Clock()
+    store = MemoryCounters(clock=clock)
+    limits = LimitSet("l", algorithm, [Limit.parse("4/7s"), Limit.parse("9/minute")])
+    counters = ((limits, "s"),)
+    memory = DenialMemory()
+    for advance, cost in steps:
+        clock.now_us += advance
+        remembered = memory.find(counters, cost, clock.now_us)
+        if remembered is not None:
+            truth = store.charge_all(counters, 0) if cost == 0 else None
+            assert truth is None
+            assert not store.charge_all(counters, cost).allowed
+            continue
+        asked_us = clock.now_us
+        clock.now_us += delay_us
+        decision = store.charge_all(counters, cost)
+        if not decision.allowed:
+            memory.remember(counters, cost, decision, asked_us)
