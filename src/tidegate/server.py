@@ -261,12 +261,12 @@ class Instance:
         metrics.add_gauge(
             "rate_limiter_store_in_flight",
             "Calls that the counter store has not answered.",
-            lambda: sum(in_flight for _, _, in_flight in counters.store.describe()),
+            lambda: sum(connection.in_flight for connection in counters.store.connections()),
         )
         metrics.add_gauge(
             "rate_limiter_store_shards_up",
             "Shards of the counter store that are connected.",
-            lambda: sum(up for _, up, _ in counters.store.describe()),
+            lambda: sum(connection.up for connection in counters.store.connections()),
         )
 
     async def _poll_catalog(self, every_s: float) -> None:

@@ -10,6 +10,7 @@ import itertools
 import time
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
@@ -171,6 +172,52 @@ def test_two_counters_are_charged_together_or_not_at_all(
         clock.now_us += advance
         reply = asked(any_redis, work, keys, *(parameters(limits) for limits in sets), cost, clock.now_us)
         assert in_lua(reply, sets) == outcome(memory.charge_all(tuple((limits, "s") for limits in sets), cost))
+
+
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 3_000_000), st.lists(st.tuples(st.integers(0, 5), st.integers(0, 4)), max_size=12)), max_size=5
+    )
+)
+@HELD
+def test_a_batch_decides_as_single_checks_do(any_redis: RedisServer, batches: list[tuple[int, list[tuple[int, int]]]]) -> None:
+    work = script("charge_many", frozenset(Algorithm), CLOCK_BY_ARGUMENT)
+    run = next(KEYS)
+    sets = [limit_set(algorithm, ["5/7s", "12/minute"], f"{algorithm}") for algorithm in Algorithm]
+    clock = Clock()
+    memory = MemoryCounters(clock=clock)
+    for advance, asks in batches:
+        clock.now_us += advance
+        keys: list[str] = []
+        plan: list[int] = []
+        expected = []
+        for number, cost in asks:
+            # Number 5 stands for a check of two counters.
+            own = sets[:2] if number == 5 else [sets[number]]
+            keys += [f"twin:{run}:{limits.name}" for limits in own]
+            plan += [len(own), cost, *(sets.index(limits) + 2 for limits in own)]
+            expected.append((own, outcome(memory.charge_all(tuple((limits, "s") for limits in own), cost))))
+        reply = asked(any_redis, work, keys, msgspec.msgpack.encode(plan), *(parameters(limits) for limits in sets), clock.now_us)
+        assert len(reply) == 5 * len(asks)
+        for place, (own, each) in enumerate(expected):
+            assert in_lua(reply[5 * place : 5 * place + 5], own) == each
+
+
+@pytest.mark.parametrize("algorithm", Algorithm)
+def test_a_window_ends_to_the_microsecond(any_redis: RedisServer, algorithm: Algorithm) -> None:
+    work = script("charge", frozenset((algorithm,)), CLOCK_BY_ARGUMENT)
+    for text, length_us in (("5/minute", 60_000_000), ("5/7s", 7_000_000), ("5/day", 86_400_000_000)):
+        limits = limit_set(algorithm, [text])
+        start = 2000 * 604_800_000_000
+        for into, times, more in itertools.product((0, 1, length_us // 3, length_us - 1), (1, 2, 3), (-1, 0, 1)):
+            key = f"twin:{next(KEYS)}"
+            clock = Clock(start + into)
+            memory = MemoryCounters(clock=clock)
+            for now in (start + into, start + length_us * times + more, start + into + length_us * times + more):
+                clock.now_us = max(now, clock.now_us)
+                for cost in (3, 1, 2):
+                    reply = asked(any_redis, work, [key], parameters(limits), cost, clock.now_us)
+                    assert in_lua(reply, [limits]) == outcome(memory.charge_one(limits, "s", cost))
 
 
 @pytest.mark.parametrize("algorithm", Algorithm)

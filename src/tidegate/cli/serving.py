@@ -215,7 +215,7 @@ async def _look_at_counters(settings: Settings) -> str:
     try:
         await store.store.start()
         await store.ping()
-        shards = ", ".join(address for address, _, _ in store.store.describe())
+        shards = ", ".join(str(connection.endpoint) for connection in store.store.connections())
         return f"{scheme}:// answers: {shards}"
     finally:
         await store.store.close()

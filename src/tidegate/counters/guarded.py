@@ -97,10 +97,11 @@ class GuardedCounters:
 
     async def start(self) -> None:
         """Connect, in the running event loop; does not fail where the store is away."""
-        if not self._started:
-            self._started = True
+        if self._beating is None:
             self._beating = asyncio.ensure_future(self._beat())
+        # All who come before it is connected wait for the same attempt.
         await self.store.start()
+        self._started = True
 
     async def charge(self, charges: Sequence[Charge]) -> Sequence[Outcome]:
         """See `CounterStore.charge`."""

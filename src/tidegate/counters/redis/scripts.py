@@ -46,7 +46,7 @@ def script(work: str, algorithms: frozenset[Algorithm], clock: str = "store_cloc
     """Put a script together.
 
     Args:
-        work: `charge` or `absorb`.
+        work: `charge`, `charge_many`, `absorb` or `heartbeat`.
         algorithms: those that its counters use.
         clock: the file that says `now`; tests have one of their own, given as Lua.
 
@@ -59,6 +59,8 @@ def script(work: str, algorithms: frozenset[Algorithm], clock: str = "store_cloc
     parts = [clock if " " in clock else _read("tidegate.counters.redis", clock), "local algorithms = {}\n"]
     parts += [_read("tidegate.algorithms", part) for part in _SHARED if part in needed]
     parts += [_read("tidegate.algorithms", name) for name in names]
+    if work.startswith("charge"):
+        parts.append(_read("tidegate.counters.redis", "decide"))
     parts.append(_read("tidegate.counters.redis", work))
     source = "".join(parts).encode()
     return Script(source, hashlib.sha1(source, usedforsecurity=False).hexdigest())

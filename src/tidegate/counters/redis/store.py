@@ -16,10 +16,12 @@ from __future__ import annotations
 import asyncio
 import binascii
 import hashlib
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Awaitable, Iterable, Sequence
 from typing import Any, Final
 
 import hiredis
+import msgspec
 
 from tidegate.algorithms import DECIDE, State
 from tidegate.counters import Charge, Outcome
@@ -32,8 +34,11 @@ from tidegate.errors import StoreUnavailable
 from tidegate.limits import Limit, LimitSet
 
 _PLANS_KEPT: Final = 65_536
+_AT_ONCE: Final = 50
+"""Most checks in one script: Redis does nothing else meanwhile, half a millisecond here."""
 _PAUSE_S: Final = 0.005
-_LONGEST_RAW_SUBJECT: Final = 40
+_PLAIN: Final = re.compile(r"[ -z|~]{1,40}", re.ASCII).fullmatch
+"""Subjects that stand in keys as they are: short, printable, without braces."""
 _COSTS: Final = tuple(b"$%d\r\n%d\r\n" % (len(str(cost)), cost) for cost in range(1000))
 _RETRIED: Final = ("TRYAGAIN", "CLUSTERDOWN", "LOADING", "MASTERDOWN", "BUSY")
 
@@ -41,13 +46,14 @@ _RETRIED: Final = ("TRYAGAIN", "CLUSTERDOWN", "LOADING", "MASTERDOWN", "BUSY")
 class _Plan:
     """What was prepared for the counters of a charge: all that does not depend on subject and cost."""
 
-    __slots__ = ("head", "limits", "places", "script", "suffix", "tail")
+    __slots__ = ("head", "limits", "name", "places", "script", "suffix", "tail")
 
     def __init__(self, sets: tuple[LimitSet, ...]) -> None:
         self.script = script("charge", frozenset(limits.algorithm for limits in sets))
         self.limits = sets[0]
         self.places: tuple[Limit, ...] = tuple(limit for limits in sets for limit in limits.limits)
         self.head = _head(self.script, len(sets), 2 * len(sets) + 1)
+        self.name = _name(sets[0])
         self.suffix = tuple(b"}" + _name(limits) + b"\r\n" for limits in sets)
         self.tail = b"".join(_bulk(parameters(limits)) for limits in sets)
 
@@ -98,9 +104,15 @@ class RedisCounters:
             await asyncio.shield(self._starting)
 
     async def charge(self, charges: Sequence[Charge]) -> list[Outcome]:
-        """See `CounterStore.charge`: one write for each shard touched; a shard that fails fails only its own charges."""
+        """See `CounterStore.charge`: one write for each shard touched, and where there is but one, one call for every 50.
+
+        A shard that fails fails only its own charges.
+        """
         if self._topology is None:
             await self.start()
+        if len(charges) > 1 and not self._must_topology().sharded:
+            pieces = [charges[start : start + _AT_ONCE] for start in range(0, len(charges), _AT_ONCE)]
+            return [outcome for each in [self._ask_many(piece) for piece in pieces] for outcome in await each]
         asked: list[asyncio.Future[Any] | asyncio.Task[Decision] | StoreUnavailable] = []
         for charge in charges:
             try:
@@ -245,14 +257,9 @@ class RedisCounters:
             await self._topology.close()
             self._topology = None
 
-    def describe(self) -> list[tuple[str, bool, int]]:
-        """The servers in use.
-
-        Returns:
-            For each its address, whether it is connected, and how many calls it has not answered.
-        """
-        connections = () if self._topology is None else self._topology.connections()
-        return [(str(connection.endpoint), connection.up, connection.in_flight) for connection in connections]
+    def connections(self) -> Sequence[Connection]:
+        """The connections to the servers that count, in no order; none before `start`."""
+        return () if self._topology is None else self._topology.connections()
 
     # One check.
 
@@ -272,6 +279,46 @@ class RedisCounters:
         tag = _tag(counters[0][1])
         connection = topology.connection_of(_slot(tag) if topology.sharded else 0)
         return connection.ask(_command(plan, charge, tag)), plan
+
+    def _ask_many(self, charges: Sequence[Charge]) -> Awaitable[list[Outcome]]:
+        """Write charges that one server counts as one call: a third less work for it than a call for each."""
+        keys: list[bytes] = []
+        which: dict[LimitSet, int] = {}
+        plan: list[int] = []
+        for charge in charges:
+            plan += (len(charge.counters), charge.cost)
+            for limits, subject in charge.counters:
+                keys.append(b"tg:{%b}%b" % (_tag(subject), self._plan(((limits, subject),)).name))
+                plan.append(which.setdefault(limits, len(which) + 2))
+        work = script("charge_many", frozenset(limits.algorithm for limits in which))
+        command = encode_command(
+            "EVALSHA",
+            work.sha,
+            str(len(keys)),
+            *keys,
+            msgspec.msgpack.encode(plan),
+            *(parameters(limits) for limits in which),
+        )
+        try:
+            future = self._must_topology().connection_of(0).ask(command)
+        except StoreUnavailable as error:
+            return _failed(len(charges), error)
+        return self._answer_many(charges, future, command, work)
+
+    async def _answer_many(
+        self, charges: Sequence[Charge], future: asyncio.Future[Any], command: bytes, work: Script
+    ) -> list[Outcome]:
+        try:
+            reply = await future
+            if type(reply) is not list:
+                reply = await self._follow(b"", command, reply, work)
+            if type(reply) is not list or len(reply) != 5 * len(charges):
+                raise StoreUnavailable(f"Redis answered what no counters say: {str(reply)[:100]}", reason="garbage")
+            return [
+                self._plan(charge.counters).decision(reply[5 * place : 5 * place + 5]) for place, charge in enumerate(charges)
+            ]
+        except StoreUnavailable as error:
+            return [error] * len(charges)
 
     async def _settle(self, charge: Charge, reply: Any) -> Decision:
         """Follow what Redis said instead of a decision."""
@@ -402,6 +449,10 @@ class RedisCounters:
         return self._topology
 
 
+async def _failed(count: int, error: StoreUnavailable) -> list[Outcome]:
+    return [error] * count
+
+
 async def _asked(connection: Connection, command: bytes) -> Any:
     return await connection.ask(command)
 
@@ -448,10 +499,12 @@ def _tag(subject: str) -> bytes:
     """
     if len(subject) == 26 and subject.startswith("k:"):
         try:
-            return b"k" + binascii.b2a_base64(binascii.unhexlify(subject[2:]), newline=False)
+            key_id = binascii.unhexlify(subject[2:])
+            if key_id.hex() == subject[2:]:
+                return b"k" + binascii.b2a_base64(key_id, newline=False)
         except ValueError:
             pass  # no key's id, but a subject that looks like one: it is plain
-    if len(subject) <= _LONGEST_RAW_SUBJECT and subject.isascii() and subject.isprintable() and not {"{", "}"} & set(subject):
+    if _PLAIN(subject):
         return b"=" + subject.encode()
     digest = hashlib.blake2b(subject.encode(errors="surrogatepass"), digest_size=16).digest()
     return b"#" + binascii.b2a_base64(digest, newline=False)

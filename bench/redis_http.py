@@ -1,0 +1,66 @@
+"""HTTP checks on Redis: CPU of the server beside FastAPI with `limits` and with fastapi-limiter, and latency at 70 % of the peak.
+
+    python -m bench.redis_http [--smoke]
+
+As `bench.http`, with one Redis for all on loopback. `limits` counts two sliding windows and asks for the stats that its headers
+need; fastapi-limiter counts two fixed windows and sends no headers: each as its documentation says.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import statistics
+import tempfile
+
+from bench.http import interleaved, need_wrk, ours, paced, peer, ratio
+from bench.measure import Goal, report
+from bench.redis_server import redis_server
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--smoke", action="store_true", help="the smallest size: that it works, not how fast")
+    smoke = parser.parse_args().smoke
+    rounds, seconds = (1, 1) if smoke else (5, 3)
+    need_wrk()
+    with tempfile.TemporaryDirectory() as directory, contextlib.ExitStack() as stack:
+        redis = stack.enter_context(redis_server())
+        own = stack.enter_context(ours(directory, TIDEGATE_COUNTERS__URL=redis.url))
+        limits = stack.enter_context(peer("limits_redis_app", REDIS_URL=redis.url))
+        limiter = stack.enter_context(peer("fastapi_limiter_app", REDIS_URL=redis.url))
+        cpu_us, rates = interleaved(
+            {
+                "ours": (own, "/v1/authorize", None),
+                "limits": (limits, "/v1/authorize", None),
+                "fastapi-limiter": (limiter, "/v1/authorize", None),
+            },
+            rounds,
+            seconds,
+        )
+        peak = statistics.median(rates["ours"])
+        latencies = paced(own[1], "/v1/authorize", peak, directory, rounds, seconds)
+    report(
+        "redis_http",
+        "HTTP on Redis (CPU of the server's process)",
+        [
+            ("GET /v1/authorize, µs CPU", statistics.median(cpu_us["ours"]), Goal(at_most=60)),
+            ("FastAPI + limits async, µs CPU", statistics.median(cpu_us["limits"]), None),
+            ("FastAPI + fastapi-limiter, µs CPU", statistics.median(cpu_us["fastapi-limiter"]), None),
+            ("checks per CPU second, ratio to FastAPI + limits", ratio(cpu_us, "limits", "ours"), Goal(at_least=12)),
+            (
+                "checks per CPU second, ratio to FastAPI + fastapi-limiter",
+                ratio(cpu_us, "fastapi-limiter", "ours"),
+                Goal(at_least=8),
+            ),
+            ("peak, requests/s", peak, None),
+            ("rate at the latency run, share of the peak", statistics.median(each["rate"] for each in latencies) / peak, None),
+            ("p50 there, ms", statistics.median(each["p50_ms"] for each in latencies), None),
+            ("p99 there, ms", statistics.median(each["p99_ms"] for each in latencies), Goal(at_most=10)),
+        ],
+        smoke=smoke,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,81 @@
+"""What a live key costs Redis, by algorithm.
+
+    python -m bench.redis_memory [--smoke]
+
+A million subjects with the ids of API keys, one check each, on a limit of one window and on one of three; the growth of
+`used_memory` over the number of keys, which includes the expiry's entry and the tables, and MEMORY USAGE of one key. Then the
+log: bytes of an entry. Cluster mode is on: it costs 16 bytes a key more.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import uvloop
+
+from bench.measure import Goal, report
+from bench.redis_server import BenchRedis, info, redis_server
+from tidegate.counters import Charge
+from tidegate.counters.redis.store import RedisCounters
+from tidegate.errors import StoreUnavailable
+from tidegate.limits import Algorithm, Limit, LimitSet
+
+PIECE = 500
+THREE = {
+    # No key may expire while a million are charged.
+    True: ("100/day burst 20", "1000/7d burst 100", "10000/month burst 1000"),
+    False: ("100/day", "1000/7d", "10000/month"),
+}
+
+
+async def fill(server: BenchRedis, limits: LimitSet, keys: int, each: int = 1) -> None:
+    """Charge `keys` subjects `each` times."""
+    store = RedisCounters(server.url, timeout_s=10)
+    await store.start()
+    for _ in range(each):
+        for start in range(0, keys, PIECE):
+            charges = [Charge(((limits, f"k:{number * 2654435761 % 2**96:024x}"),)) for number in range(start, start + PIECE)]
+            for outcome in await store.charge(charges):
+                if isinstance(outcome, StoreUnavailable) or not outcome.allowed:
+                    raise RuntimeError(f"a check was not charged: {outcome}")
+    await store.close()
+
+
+def measured(server: BenchRedis, limits: LimitSet, keys: int, each: int = 1) -> tuple[float, float]:
+    """Bytes a key by the growth of used_memory, and by MEMORY USAGE of one of them."""
+    server.client.flushall()
+    before = int(info(server, "memory")["used_memory"])
+    uvloop.run(fill(server, limits, keys, each))
+    held = int(server.client.dbsize())  # type: ignore[arg-type]
+    if held != keys:
+        raise RuntimeError(f"{held} keys are held, {keys} were charged")
+    grown = (int(info(server, "memory")["used_memory"]) - before) / keys
+    key = server.client.randomkey()
+    return grown, float(server.client.memory_usage(key) or 0)  # type: ignore[arg-type]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--smoke", action="store_true", help="the smallest size: that it works, not how much")
+    smoke = parser.parse_args().smoke
+    keys = 2_000 if smoke else 1_000_000
+    figures: list[tuple[str, float, Goal | None]] = []
+    with redis_server(cluster=True) as server:
+        for algorithm in Algorithm:
+            goal = None if algorithm is Algorithm.SLIDING_LOG else Goal(at_most=180)
+            for windows in (1, 3):
+                texts = THREE[algorithm.is_bucket][:windows]
+                limits = LimitSet(f"bench:{windows}", algorithm, [Limit.parse(text) for text in texts])
+                grown, usage = measured(server, limits, keys)
+                # The goal is of a key of one window; three are printed beside it.
+                figures.append((f"{algorithm}, {windows} window(s), bytes a key", grown, goal if windows == 1 else None))
+                figures.append((f"{algorithm}, {windows} window(s), MEMORY USAGE", usage, None))
+        log = LimitSet("bench:log", Algorithm.SLIDING_LOG, [Limit.parse("100000/day")])
+        entries, subjects = (20, PIECE) if smoke else (1_000, PIECE)
+        grown, _ = measured(server, log, subjects, entries)
+        figures.append((f"sliding_log, bytes an entry, logs of {entries}", grown / entries, Goal(at_most=24)))
+    report("redis_memory", f"{keys:,} live keys in Redis, cluster mode", figures, smoke=smoke)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,21 @@
+-- Checks that are asked together, each decided on its own, in order. KEYS: the counters of all, one check's after the other's.
+-- ARGV[1]: for each check how many counters it has, its cost, and for each counter which of the following parameters are its.
+-- ARGV[2], ...: algorithms and parameters. All in MessagePack. Answers five numbers a check.
+local plan = cmsgpack.unpack(ARGV[1])
+local known, answers = {}, {}
+local at, key, out = 1, 0, 0
+while at < #plan do
+  local count, cost = plan[at], plan[at + 1]
+  local keys, configs = {}, {}
+  for k = 1, count do
+    local which = plan[at + 1 + k]
+    if not known[which] then
+      known[which] = cmsgpack.unpack(ARGV[which])
+    end
+    keys[k], configs[k] = KEYS[key + k], known[which]
+  end
+  at, key = at + 2 + count, key + count
+  answers[out + 1], answers[out + 2], answers[out + 3], answers[out + 4], answers[out + 5] = decide(keys, configs, cost)
+  out = out + 5
+end
+return answers
