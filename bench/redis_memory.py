@@ -30,7 +30,7 @@ THREE = {
 
 async def fill(server: BenchRedis, limits: LimitSet, keys: int, each: int = 1) -> None:
     """Charge `keys` subjects `each` times."""
-    store = RedisCounters(server.url, timeout_s=10)
+    store = RedisCounters(server.url.replace("redis://", "redis+cluster://"), timeout_s=10)
     await store.start()
     for _ in range(each):
         for start in range(0, keys, PIECE):

@@ -15,6 +15,16 @@ import httpx
 import pytest
 
 from tests.cases.doors import POLICY
+from tests.servers.fixtures import (  # noqa: F401 - fixtures are found by their names
+    any_redis,
+    new_cluster,
+    new_redis,
+    new_sentinel,
+    redis_cluster,
+    redis_sentinel,
+    redis_server,
+    valkey_server,
+)
 from tidegate.catalog.cached import CachedCatalog
 from tidegate.catalog.policy_file import PolicyCatalog, parse_policy
 from tidegate.counters.memory import MemoryCounters

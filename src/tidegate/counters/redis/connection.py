@@ -67,6 +67,7 @@ class Connection(asyncio.Protocol):
         locate: says where the server is, before each attempt; may raise `StoreUnavailable`.
         options: see there.
         must_be_master: refuse a server that does not say it is a master.
+        in_cluster: whether the server is one of a cluster; it must say the same.
         subscribe: a channel to subscribe to; what comes goes to `on_push`.
         on_push: is given what the server says unasked.
         on_change: is told when the connection came up or went down.
@@ -78,6 +79,7 @@ class Connection(asyncio.Protocol):
         options: ConnectionOptions,
         *,
         must_be_master: bool = False,
+        in_cluster: bool = False,
         subscribe: str | None = None,
         on_push: Callable[[list[Any]], None] | None = None,
         on_change: Callable[[Connection], None] | None = None,
@@ -92,6 +94,7 @@ class Connection(asyncio.Protocol):
         self._locate = locate
         self._options = options
         self._must_be_master = must_be_master
+        self._in_cluster = in_cluster
         self._subscribe = subscribe
         self._on_push = on_push
         self._on_change = on_change
@@ -345,6 +348,14 @@ class Connection(asyncio.Protocol):
         for reply in replies:
             if isinstance(reply, hiredis.ReplyError):
                 raise StoreUnavailable(f"Redis at {endpoint} refuses us: {reply}", reason="refused")
+        clustered = isinstance(replies[0], dict) and replies[0].get(b"mode") == b"cluster"
+        if clustered is not self._in_cluster:
+            remedy = (
+                "is a cluster's node: write redis+cluster://"
+                if clustered
+                else "is no cluster: write redis:// for redis+cluster://"
+            )
+            raise StoreUnavailable(f"Redis at {endpoint} {remedy} in counters.url", reason="refused")
         if self._must_be_master and replies[-1][0] != b"master":
             raise StoreUnavailable(f"Redis at {endpoint} is a {replies[-1][0].decode()}, not the master", reason="not_master")
         if self._subscribe is not None and self._transport is not None:

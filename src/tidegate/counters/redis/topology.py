@@ -191,7 +191,9 @@ class Cluster:
         """See `Topology`."""
         connection = self._nodes.get(endpoint)
         if connection is None:
-            connection = self._nodes[endpoint] = Connection(_at(endpoint), self._options, on_change=self._changed)
+            connection = self._nodes[endpoint] = Connection(
+                _at(endpoint), self._options, in_cluster=True, on_change=self._changed
+            )
         return connection
 
     def connections(self) -> Sequence[Connection]:
@@ -254,10 +256,6 @@ class Cluster:
             except StoreUnavailable:
                 continue  # the next one is asked; that none answers is said below
             if isinstance(reply, hiredis.ReplyError):
-                if "cluster support disabled" in str(reply):
-                    raise StoreUnavailable(
-                        f"Redis at {connection.endpoint} is no cluster: write redis:// for redis+cluster://", reason="refused"
-                    )
                 continue
             return self._take(connection, reply)
         raise StoreUnavailable("no node of the Redis cluster answers", reason="disconnected")

@@ -1,0 +1,163 @@
+"""Instances that ask at a steady rate, and what they saw."""
+
+from __future__ import annotations
+
+import asyncio
+import statistics
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable, Sequence
+from typing import NamedTuple
+
+from tidegate.counters import Charge
+from tidegate.counters.breaker import BreakerOptions
+from tidegate.counters.guarded import GuardedCounters, GuardOptions
+from tidegate.counters.redis.store import RedisCounters
+from tidegate.errors import StoreUnavailable
+from tidegate.limits import Algorithm, Limit, LimitSet, OnFailure
+
+Event = tuple[float, Callable[[], Awaitable[object]]]
+"""When, in seconds from the start, and what is done to the servers."""
+
+
+class Seen(NamedTuple):
+    """One check.
+
+    Args:
+        at_s: since the start.
+        subject: whom it counted.
+        allowed: the answer; False where there was none.
+        degraded: whether the store was away.
+        latency_s: of the check.
+        error: the reason, where the answer was an error.
+    """
+
+    at_s: float
+    subject: str
+    allowed: bool
+    degraded: bool
+    latency_s: float
+    error: str | None
+
+
+class Load:
+    """Some instances on one Redis.
+
+    Args:
+        url: of it.
+        instances: how many.
+        amount: what each subject may have; the window is a year, so that nothing is given back meanwhile.
+        subjects: how many take turns.
+        rate: checks a second, of all instances together.
+        algorithm: how it counts.
+        timeout_s: of a check.
+        breaker: of each instance.
+        on_failure: of the rule.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        instances: int = 3,
+        amount: int = 40,
+        subjects: int = 60,
+        rate: int = 900,
+        algorithm: Algorithm = Algorithm.FIXED_WINDOW,
+        timeout_s: float = 0.05,
+        breaker: BreakerOptions | None = None,
+        on_failure: OnFailure = OnFailure.LOCAL,
+    ) -> None:
+        self.amount = amount
+        self.seen: list[Seen] = []
+        self.subjects = [f"subject-{number}" for number in range(subjects)]
+        self.limits = LimitSet("drill", algorithm, [Limit.parse(f"{amount}/366d")], on_failure, rule="drill")
+        self.stores = [
+            GuardedCounters(
+                RedisCounters(url, timeout_s),
+                GuardOptions(breaker=breaker or BreakerOptions(open_s=2.0), min_instances=instances),
+            )
+            for _ in range(instances)
+        ]
+        self._rate = rate
+        self._started = 0.0
+
+    async def run(self, seconds: float, events: Sequence[Event] = ()) -> None:
+        """Ask for some time, and let the events happen.
+
+        Args:
+            seconds: how long.
+            events: what happens meanwhile.
+        """
+        await asyncio.gather(*(store.start() for store in self.stores))
+        # One check a store, not counted: the scripts are loaded and the heartbeats known before anything is measured.
+        warm = LimitSet("drill:warm", Algorithm.FIXED_WINDOW, [Limit.parse("1000000/366d")])
+        for store in self.stores:
+            await store.charge([Charge(((warm, "warm"),))])
+        self._started = time.monotonic()
+        happening = [asyncio.ensure_future(self._happen(*event)) for event in events]
+        asking: set[asyncio.Task[None]] = set()
+        number = 0
+        while (passed := time.monotonic() - self._started) < seconds:
+            # So many are due by now: a late loop catches up, and does not lower the rate.
+            while number < passed * self._rate:
+                store = self.stores[number % len(self.stores)]
+                subject = self.subjects[(number * 7) % len(self.subjects)]
+                task = asyncio.ensure_future(self._ask(store, subject))
+                asking.add(task)
+                task.add_done_callback(asking.discard)
+                number += 1
+            await asyncio.sleep(0.002)
+        await asyncio.gather(*happening, *asking)
+
+    async def close(self) -> None:
+        """End the instances."""
+        for store in self.stores:
+            await store.close()
+
+    @property
+    def over_admitted(self) -> int:
+        """Units admitted above the limits, all subjects together."""
+        admitted = Counter(each.subject for each in self.seen if each.allowed)
+        return sum(max(count - self.amount, 0) for count in admitted.values())
+
+    @property
+    def degraded(self) -> list[Seen]:
+        """Checks decided without the store."""
+        return [each for each in self.seen if each.degraded]
+
+    @property
+    def errors(self) -> Counter[str]:
+        """Checks without an answer, by reason."""
+        return Counter(each.error for each in self.seen if each.error is not None)
+
+    @property
+    def back_after_s(self) -> float:
+        """When the last degraded check was, seconds since the start; 0 where there was none."""
+        return max((each.at_s for each in self.degraded), default=0.0)
+
+    def latency_ms(self, quantile: float, since_s: float = 0.0, until_s: float = float("inf")) -> float:
+        """A quantile of the checks asked between two moments, ms.
+
+        Args:
+            quantile: 0 to 1.
+            since_s: of the first moment, s since the start.
+            until_s: of the last.
+        """
+        latencies = sorted(each.latency_s for each in self.seen if since_s <= each.at_s < until_s)
+        if len(latencies) < 2:
+            return 0.0
+        return statistics.quantiles(latencies, n=1000, method="inclusive")[min(round(quantile * 1000), 999) - 1] * 1000
+
+    async def _ask(self, store: GuardedCounters, subject: str) -> None:
+        started = time.monotonic()
+        outcome = (await store.charge([Charge(((self.limits, subject),))]))[0]
+        latency_s = time.monotonic() - started
+        at_s = started - self._started
+        if isinstance(outcome, StoreUnavailable):
+            self.seen.append(Seen(at_s, subject, False, True, latency_s, str(outcome.details.get("reason", outcome))))
+        else:
+            self.seen.append(Seen(at_s, subject, outcome.allowed, outcome.degraded, latency_s, None))
+
+    async def _happen(self, at_s: float, event: Callable[[], Awaitable[object]]) -> None:
+        await asyncio.sleep(at_s)
+        await event()

@@ -1,0 +1,6 @@
+"""Real Redis and Valkey servers for tests: single ones, clusters, sentinels, TLS, and a proxy that spoils connections.
+
+Every server is a process of its own on free loopback ports below the range that the system hands out, with a temporary directory
+that goes with it; nothing persists. `fixtures.py` has the pytest fixtures. Where a binary is missing, a test skips and says which
+package has it. Servers may be used from several threads, each object's calls then come one after the other.
+"""
