@@ -100,8 +100,9 @@ class Load:
         while (passed := time.monotonic() - self._started) < seconds:
             # So many are due by now: a late loop catches up, and does not lower the rate.
             while number < passed * self._rate:
-                store = self.stores[number % len(self.stores)]
-                subject = self.subjects[(number * 7) % len(self.subjects)]
+                # Every instance asks about every subject: the turns of the two are shifted against each other.
+                store = self.stores[(number + number // len(self.subjects)) % len(self.stores)]
+                subject = self.subjects[number % len(self.subjects)]
                 task = asyncio.ensure_future(self._ask(store, subject))
                 asking.add(task)
                 task.add_done_callback(asking.discard)

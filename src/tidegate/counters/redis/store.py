@@ -522,6 +522,18 @@ def tag_of(subject: str) -> str:
     return _tag(subject).decode()
 
 
+def slot_of(subject: str) -> int:
+    """The slot of a cluster in which a subject's counters lie.
+
+    Args:
+        subject: as in a `Charge`.
+
+    Returns:
+        0 to 16383.
+    """
+    return _slot(_tag(subject))
+
+
 def _slot(tag: bytes) -> int:
     return binascii.crc_hqx(tag, 0) & 16_383
 
