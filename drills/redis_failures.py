@@ -25,6 +25,12 @@ from tidegate.counters.redis.store import slot_of
 from tidegate.limits import OnFailure
 
 TIMEOUT_S: Final = 0.05
+OPTIONS: Final = {
+    # By default a cluster that has lost one master refuses what the others count, until the replica is promoted.
+    "cluster-require-full-coverage": "no",
+    # A replica may stand for election however long its master was paused.
+    "cluster-replica-validity-factor": "0",
+}
 
 
 class Result(NamedTuple):
@@ -138,7 +144,7 @@ async def gone_and_allow(seconds: float = 5.0) -> Result:
 
 async def cluster_master_killed(seconds: float = 9.0) -> Result:
     """kill -9 of one master of three; its replica is promoted. The other shards must not notice."""
-    with RedisCluster(masters=3, replicas=1, node_timeout_ms=1000) as cluster:
+    with RedisCluster(masters=3, replicas=1, node_timeout_ms=1000, options=OPTIONS) as cluster:
         victim = cluster.owner_of(0)
         result = await _drill(cluster.url, 1.0, seconds - 1, (0.0, victim.kill))
     return result._replace(notes={"degraded subjects of other shards": _strangers(result, 3)})
@@ -146,7 +152,7 @@ async def cluster_master_killed(seconds: float = 9.0) -> Result:
 
 async def cluster_master_hung(seconds: float = 10.0) -> Result:
     """SIGSTOP of one master of three; its replica is promoted, and it comes back as a replica."""
-    with RedisCluster(masters=3, replicas=1, node_timeout_ms=1000) as cluster:
+    with RedisCluster(masters=3, replicas=1, node_timeout_ms=1000, options=OPTIONS) as cluster:
         victim = cluster.owner_of(0)
         result = await _drill(cluster.url, 1.0, seconds - 1, (0.0, victim.pause), (6.0, victim.resume))
     return result._replace(notes={"degraded subjects of other shards": _strangers(result, 3)})
@@ -154,7 +160,7 @@ async def cluster_master_hung(seconds: float = 10.0) -> Result:
 
 async def slots_migrated(seconds: float = 6.0) -> Result:
     """Every slot that holds a counter moves to another master, under load."""
-    with RedisCluster(masters=3, replicas=0) as cluster:
+    with RedisCluster(masters=3, replicas=0, options=OPTIONS) as cluster:
         load = Load(cluster.url, timeout_s=TIMEOUT_S)
         slots = sorted({slot_of(subject) for subject in load.subjects})
 
@@ -189,7 +195,9 @@ def _strangers(result: Result, masters: int) -> int:
     return len({each.subject for each in result.load.degraded if slot_of(each.subject) >= share})
 
 
-DRILLS: Final[dict[str, Callable[[], Awaitable[Result]]]] = {
+Drill = Callable[[], Awaitable[Result]]
+
+DRILLS: Final[dict[str, Drill]] = {
     drill.__name__: drill
     for drill in (
         nothing_happens,
@@ -210,7 +218,7 @@ DRILLS: Final[dict[str, Callable[[], Awaitable[Result]]]] = {
 SMOKE: Final = ("nothing_happens", "clients_killed", "hung")
 
 
-async def _awaited(drill: Callable[[], Awaitable[Result]]) -> Result:
+async def _awaited(drill: Drill) -> Result:
     return await drill()
 
 

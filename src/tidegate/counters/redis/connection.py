@@ -294,7 +294,7 @@ class Connection(asyncio.Protocol):
         self._sent = self._answered = self._given_up = 0
         if pending:
             error = StoreUnavailable(
-                f"the connection to Redis at {self.endpoint} was lost: {self.why_down}", reason="disconnected"
+                f"the connection to Redis at {self.endpoint} was lost: {self.why_down}", reason="disconnected", event=self.event
             )
             for future in pending:
                 if not future.done():

@@ -1,0 +1,100 @@
+"""Real failures of real servers under load: nobody gets an error, nothing is counted wrong, and exact counting resumes.
+
+The drills print the same with their times; here stands only what must hold on any machine.
+"""
+
+from __future__ import annotations
+
+import pytest
+from drills import redis_failures
+from drills.redis_failures import Result
+
+
+def must_be_back(result: Result) -> None:
+    """No error was given, and at the end the store decides again."""
+    load = result.load
+    assert not load.errors
+    assert load.seen[-1].at_s - load.back_after_s > 0.5, "degraded to the end"
+    assert all(store.owed == 0 for store in load.stores), "what was admitted locally is put back"
+
+
+def most_by_shares(result: Result) -> int:
+    """Units that the shares of all instances allow once, above what was counted before."""
+    load = result.load
+    return len(load.subjects) * len(load.stores) * max(load.amount // len(load.stores), 1)
+
+
+async def test_while_it_is_well_exactly_the_limits_are_admitted() -> None:
+    load = (await redis_failures.nothing_happens()).load
+    assert not load.errors
+    assert not load.degraded
+    admitted = {subject: sum(each.allowed for each in load.seen if each.subject == subject) for subject in load.subjects}
+    assert set(admitted.values()) == {load.amount}
+
+
+async def test_flushed_scripts_are_loaded_again_within_the_check() -> None:
+    result = await redis_failures.scripts_flushed()
+    assert (len(result.load.degraded), result.load.over_admitted) == (0, 0)
+    must_be_back(result)
+
+
+async def test_killed_connections_come_back() -> None:
+    result = await redis_failures.clients_killed()
+    must_be_back(result)
+    assert result.load.degraded
+    assert result.load.over_admitted <= most_by_shares(result)
+
+
+async def test_flushed_counters_begin_anew_and_nothing_else_happens() -> None:
+    result = await redis_failures.everything_flushed()
+    must_be_back(result)
+    assert not result.load.degraded
+    assert 0 < result.load.over_admitted <= result.load.amount * len(result.load.subjects)
+
+
+async def test_a_full_redis_is_a_fallback_and_no_error() -> None:
+    result = await redis_failures.out_of_memory()
+    must_be_back(result)
+    assert {reason for store in result.load.stores for reason in store.degraded} == {"out_of_memory", "breaker_open"}
+    assert result.load.over_admitted <= most_by_shares(result)
+
+
+async def test_a_hung_redis_is_found_by_the_deadline() -> None:
+    result = await redis_failures.hung()
+    must_be_back(result)
+    assert {reason for store in result.load.stores for reason in store.degraded} >= {"timeout", "breaker_open"}
+    assert result.load.over_admitted <= most_by_shares(result)
+
+
+async def test_a_lost_redis_and_its_empty_successor() -> None:
+    result = await redis_failures.gone()
+    must_be_back(result)
+    # What the old one had counted is lost with it.
+    assert result.load.over_admitted <= most_by_shares(result) + result.load.amount * len(result.load.subjects)
+
+
+async def test_a_rule_that_allows_gives_no_error() -> None:
+    must_be_back(await redis_failures.gone_and_allow())
+
+
+async def test_slots_move_unnoticed() -> None:
+    result = await redis_failures.slots_migrated()
+    must_be_back(result)
+    assert (len(result.load.degraded), result.load.over_admitted) == (0, 0)
+
+
+@pytest.mark.parametrize("drill", [redis_failures.cluster_master_killed, redis_failures.cluster_master_hung])
+async def test_a_lost_master_of_a_cluster_degrades_its_own_subjects_alone(drill: redis_failures.Drill) -> None:
+    result = await drill()
+    must_be_back(result)
+    assert result.load.degraded
+    assert result.notes["degraded subjects of other shards"] == 0
+    assert result.load.over_admitted <= most_by_shares(result)
+
+
+@pytest.mark.parametrize("drill", [redis_failures.sentinel_master_killed, redis_failures.sentinel_master_hung])
+async def test_a_lost_master_of_sentinels_is_followed(drill: redis_failures.Drill) -> None:
+    result = await drill()
+    must_be_back(result)
+    assert result.load.degraded
+    assert result.load.over_admitted <= most_by_shares(result)
