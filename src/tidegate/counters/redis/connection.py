@@ -3,8 +3,8 @@
 Everything asked within one turn of the event loop goes out in one write; replies are matched in the order of the questions. A
 question that is not answered within the timeout fails, and its reply, should it still come, is discarded without shifting the
 others. At most `max_in_flight` questions are unanswered at once, those given up included: a server that stopped reading cannot
-make the process grow. A server that says nothing for `STALL_S` while questions are open is disconnected, hung as it may be;
-while it cannot be reached, questions fail at once.
+make the process grow. A server that owes an answer for `STALL_S` is disconnected: it hangs, or what it says no
+longer fits what it is asked. While it cannot be reached, questions fail at once.
 
 One event loop; any number of its tasks.
 """
@@ -109,7 +109,7 @@ class Connection(asyncio.Protocol):
         self._tick_due = 0.0
         self._tick_s = min(_TICK_S, options.timeout_s / 20)
         self._stall_s = max(STALL_S, 4 * options.timeout_s)
-        self._heard_at = 0.0
+        self._owed: deque[tuple[float, int]] = deque()
         self._gone = asyncio.Event()
         self._came = asyncio.Event()
         self._keeping = self._loop.create_task(self._keep_connected())
@@ -201,7 +201,6 @@ class Connection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         """See `asyncio.Protocol`."""
-        self._heard_at = 0.0
         reader, pending = self._reader, self._pending
         try:
             reader.feed(data)
@@ -249,16 +248,18 @@ class Connection(asyncio.Protocol):
             # When the loop itself was held up, replies may lie unread in the socket: they are read before anything is given up.
             overdue = now - self._options.timeout_s
             while self._marks and self._marks[0][0] <= overdue:
-                self._give_up(self._marks.popleft()[1])
+                mark = self._marks.popleft()
+                self._give_up(mark[1])
+                self._owed.append(mark)
+        while self._owed and self._owed[0][1] <= self._answered:
+            self._owed.popleft()
         if not self._pending:
             self._tick = None
             self._marks.clear()
-            self._heard_at = 0.0
+            self._owed.clear()
             return
-        if self._heard_at == 0.0 or late:
-            self._heard_at = now
-        elif now - self._heard_at > self._stall_s:
-            self.drop(f"it said nothing for {self._stall_s:g} s")
+        if self._owed and now - self._owed[0][0] > self._stall_s:
+            self.drop(f"it owed an answer for {self._stall_s:g} s")
             self._tick = None
             return
         self._arm(now)
@@ -289,6 +290,7 @@ class Connection(asyncio.Protocol):
         self._transport = None
         self._out = []
         self._marks.clear()
+        self._owed.clear()
         self.loads.clear()
         pending, self._pending = self._pending, deque()
         self._sent = self._answered = self._given_up = 0

@@ -136,6 +136,8 @@ class RedisCounters:
                 else:
                     answers.append(await self._settle(charge, reply))
             except StoreUnavailable as error:
+                if error.details.get("reason") == "garbage":
+                    self._distrust(charge)
                 answers.append(error)
         return answers
 
@@ -156,7 +158,11 @@ class RedisCounters:
         future, plan = self._ask(charge)
         reply = await future
         if type(reply) is list:
-            return plan.decision(reply)
+            try:
+                return plan.decision(reply)
+            except StoreUnavailable:
+                self._distrust(charge)
+                raise
         return await self._settle(charge, reply)
 
     def shard_of(self, subject: str) -> str:
@@ -318,7 +324,14 @@ class RedisCounters:
                 self._plan(charge.counters).decision(reply[5 * place : 5 * place + 5]) for place, charge in enumerate(charges)
             ]
         except StoreUnavailable as error:
+            if error.details.get("reason") == "garbage":
+                self._distrust(charges[0])
             return [error] * len(charges)
+
+    def _distrust(self, charge: Charge) -> None:
+        """What a shard answered fits no question of ours: what follows would be given to the wrong ones."""
+        connection = self._must_topology().connection_of(slot_of(charge.counters[0][1]))
+        connection.drop("it answered what was not asked")
 
     async def _settle(self, charge: Charge, reply: Any) -> Decision:
         """Follow what Redis said instead of a decision."""
@@ -381,6 +394,7 @@ class RedisCounters:
     async def _follow(self, tag: bytes, command: bytes, reply: Any, work: Script | None = None) -> Any:
         """Do what an error reply tells, until a reply is none or the deadline passes."""
         if not isinstance(reply, hiredis.ReplyError):
+            self._must_topology().connection_of(_slot(tag)).drop("it answered what was not asked")
             raise StoreUnavailable(f"Redis answered what no counter says: {str(reply)[:100]}", reason="garbage")
         topology = self._must_topology()
         slot = _slot(tag)
@@ -563,7 +577,9 @@ def _as_of(decision: Decision, limits: LimitSet) -> Decision:
 
 def _named(reply: Any, source: Connection) -> Endpoint:
     """The address of `MOVED 3999 127.0.0.1:6381`; an empty host means the one that said so."""
-    host, _, port = str(reply).split(" ")[2].rpartition(":")
+    host, _, port = str(reply).rpartition(" ")[2].rpartition(":")
+    if not port.isascii() or not port.isdecimal():
+        raise StoreUnavailable(f"Redis at {source.endpoint} redirects to nowhere: {reply}", reason="garbage")
     return Endpoint(host or source.endpoint.host, int(port))
 
 
