@@ -69,6 +69,8 @@ class Load:
     ) -> None:
         self.amount = amount
         self.seen: list[Seen] = []
+        self.counted: dict[str, int] = {}
+        """What the store had counted at the end, by subject."""
         self.subjects = [f"subject-{number}" for number in range(subjects)]
         self.limits = LimitSet("drill", algorithm, [Limit.parse(f"{amount}/366d")], on_failure, rule="drill")
         self.stores = [
@@ -110,6 +112,19 @@ class Load:
             await asyncio.sleep(0.002)
         await asyncio.gather(*happening, *asking)
 
+    async def settle(self) -> None:
+        """Wait until nothing is owed to the store, and ask it what it has counted."""
+        deadline = time.monotonic() + 10
+        while any(store.owed for store in self.stores) and time.monotonic() < deadline:
+            await asyncio.sleep(0.1)
+        # The same counter under a limit that leaves room: what is left says what was counted.
+        roomy = LimitSet(self.limits.name, self.limits.algorithm, [Limit.parse("1000000000/366d")])
+        for subject in self.subjects:
+            outcome = (await self.stores[0].charge([Charge(((roomy, subject),), 0)]))[0]
+            if isinstance(outcome, StoreUnavailable) or outcome.degraded or outcome.remaining is None:
+                raise RuntimeError(f"the store cannot be asked what it counted: {outcome}")
+            self.counted[subject] = 1_000_000_000 - outcome.remaining
+
     async def close(self) -> None:
         """End the instances."""
         for store in self.stores:
@@ -118,8 +133,18 @@ class Load:
     @property
     def over_admitted(self) -> int:
         """Units admitted above the limits, all subjects together."""
-        admitted = Counter(each.subject for each in self.seen if each.allowed)
-        return sum(max(count - self.amount, 0) for count in admitted.values())
+        return sum(max(count - self.amount, 0) for count in self._admitted().values())
+
+    @property
+    def uncounted(self) -> int:
+        """Units admitted that the store does not know: lost with a master or a flush."""
+        return sum(max(count - self.counted[subject], 0) for subject, count in self._admitted().items())
+
+    @property
+    def counted_twice(self) -> int:
+        """Units that the store counted and nobody was admitted for: answers that came too late, debts paid again."""
+        admitted = self._admitted()
+        return sum(max(count - admitted[subject], 0) for subject, count in self.counted.items())
 
     @property
     def degraded(self) -> list[Seen]:
@@ -148,6 +173,9 @@ class Load:
         if len(latencies) < 2:
             return 0.0
         return statistics.quantiles(latencies, n=1000, method="inclusive")[min(round(quantile * 1000), 999) - 1] * 1000
+
+    def _admitted(self) -> Counter[str]:
+        return Counter(each.subject for each in self.seen if each.allowed)
 
     async def _ask(self, store: GuardedCounters, subject: str) -> None:
         started = time.monotonic()

@@ -57,6 +57,8 @@ class Result(NamedTuple):
             "back after, s": max(load.back_after_s - self.event_s, 0.0),
             "over-admitted": load.over_admitted,
             "over-admitted, % of all limits": 100 * load.over_admitted / limit,
+            "admitted and not counted": load.uncounted,
+            "counted and not admitted": load.counted_twice,
             "p99 before, ms": load.latency_ms(0.99, until_s=self.event_s),
             "p99 after, ms": load.latency_ms(0.99, since_s=self.event_s),
             **self.notes,
@@ -67,6 +69,7 @@ async def _drill(url: str, event_s: float, after_s: float, *events: tuple[float,
     load = Load(url, timeout_s=TIMEOUT_S, **options)
     try:
         await load.run(event_s + after_s, [(event_s + at_s, _in_thread(act)) for at_s, act in events])
+        await load.settle()
     finally:
         await load.close()
     return Result(load, event_s)
@@ -171,6 +174,7 @@ async def slots_migrated(seconds: float = 6.0) -> Result:
 
         try:
             await load.run(seconds, [(1.0, _in_thread(migrate))])
+            await load.settle()
         finally:
             await load.close()
         return Result(load, 1.0, {"slots moved": len(slots)})

@@ -18,6 +18,11 @@ def must_be_back(result: Result) -> None:
     assert all(store.owed == 0 for store in load.stores), "what was admitted locally is put back"
 
 
+def nothing_is_lost(result: Result) -> None:
+    """Redis knows of every unit that was admitted."""
+    assert result.load.uncounted == 0
+
+
 def most_by_shares(result: Result) -> int:
     """Units that the shares of all instances allow once, above what was counted before."""
     load = result.load
@@ -28,18 +33,21 @@ async def test_while_it_is_well_exactly_the_limits_are_admitted() -> None:
     load = (await redis_failures.nothing_happens()).load
     assert not load.errors
     assert not load.degraded
+    assert (load.uncounted, load.counted_twice) == (0, 0)
     admitted = {subject: sum(each.allowed for each in load.seen if each.subject == subject) for subject in load.subjects}
     assert set(admitted.values()) == {load.amount}
 
 
 async def test_flushed_scripts_are_loaded_again_within_the_check() -> None:
     result = await redis_failures.scripts_flushed()
+    nothing_is_lost(result)
     assert (len(result.load.degraded), result.load.over_admitted) == (0, 0)
     must_be_back(result)
 
 
 async def test_killed_connections_come_back() -> None:
     result = await redis_failures.clients_killed()
+    nothing_is_lost(result)
     must_be_back(result)
     assert result.load.degraded
     assert result.load.over_admitted <= most_by_shares(result)
@@ -54,6 +62,7 @@ async def test_flushed_counters_begin_anew_and_nothing_else_happens() -> None:
 
 async def test_a_full_redis_is_a_fallback_and_no_error() -> None:
     result = await redis_failures.out_of_memory()
+    nothing_is_lost(result)
     must_be_back(result)
     assert {reason for store in result.load.stores for reason in store.degraded} == {"out_of_memory", "breaker_open"}
     assert result.load.over_admitted <= most_by_shares(result)
@@ -61,6 +70,7 @@ async def test_a_full_redis_is_a_fallback_and_no_error() -> None:
 
 async def test_a_hung_redis_is_found_by_the_deadline() -> None:
     result = await redis_failures.hung()
+    nothing_is_lost(result)
     must_be_back(result)
     assert {reason for store in result.load.stores for reason in store.degraded} >= {"timeout", "breaker_open"}
     assert result.load.over_admitted <= most_by_shares(result)
@@ -79,6 +89,7 @@ async def test_a_rule_that_allows_gives_no_error() -> None:
 
 async def test_slots_move_unnoticed() -> None:
     result = await redis_failures.slots_migrated()
+    nothing_is_lost(result)
     must_be_back(result)
     assert (len(result.load.degraded), result.load.over_admitted) == (0, 0)
 

@@ -30,7 +30,7 @@ from tidegate.errors import StoreUnavailable
 logger = logging.getLogger(__name__)
 
 STALL_S: Final = 0.5
-_TICK_S: Final = 0.002
+_TICK_S: Final = 0.001
 _LATE_S: Final = 0.010
 _CONNECT_S: Final = 1.0
 _FIRST_PAUSE_S: Final = 0.05
