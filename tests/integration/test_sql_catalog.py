@@ -198,8 +198,8 @@ async def test_look_ups_use_indexes(catalog: SqlCatalog, engine: AsyncEngine) ->
 
 
 async def test_migrations_make_what_the_tables_say_and_go_back(engine: AsyncEngine) -> None:
-    assert await upgrade_schema(engine) == "0001"
-    assert await upgrade_schema(engine) == "0001"
+    assert await upgrade_schema(engine) == "0002"
+    assert await upgrade_schema(engine) == "0002"
 
     def compare(connection: Any) -> Any:
         return compare_metadata(MigrationContext.configure(connection, opts={"compare_type": True}), metadata)
@@ -211,7 +211,7 @@ async def test_migrations_make_what_the_tables_say_and_go_back(engine: AsyncEngi
     async with engine.begin() as connection:
         assert await connection.run_sync(compare) == []
         assert await connection.run_sync(downgrade) == ["alembic_version"]
-    assert await upgrade_schema(engine) == "0001"
+    assert await upgrade_schema(engine) == "0002"
 
 
 async def test_databases_that_cannot_be_had(tmp_path: Path) -> None:
@@ -268,4 +268,4 @@ async def test_processes_that_start_at_once_on_a_new_file(tmp_path: Path) -> Non
     for process in started:
         out, err = await process.communicate()
         assert process.returncode == 0, err
-        assert b"revision 0001" in out
+        assert b"revision 0002" in out

@@ -1,7 +1,7 @@
 """The catalog's tables, in SQLAlchemy Core: one schema for SQLite and PostgreSQL.
 
 Times are µs since the epoch (UTC). Limits are kept as the texts that a policy writes. Rows with `managed_by_file` belong to
-the policy file.
+the policy file. `revision` grows with every change of its row: who edits says which one was seen.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from sqlalchemy import (
     Index,
     Integer,
     MetaData,
+    PrimaryKeyConstraint,
     String,
     Table,
     UniqueConstraint,
@@ -45,6 +46,7 @@ tiers: Final = Table(
     Column("name", String(64), nullable=False),
     Column("limits", JSON, nullable=False),
     Column("managed_by_file", Boolean, nullable=False, default=False),
+    Column("revision", BigInteger, nullable=False, server_default="1"),
     UniqueConstraint("name"),
 )
 
@@ -64,6 +66,7 @@ rate_limit_rules: Final = Table(
     Column("on_failure", String(16), nullable=False),
     Column("position", Integer, nullable=False),
     Column("managed_by_file", Boolean, nullable=False, default=False),
+    Column("revision", BigInteger, nullable=False, server_default="1"),
     UniqueConstraint("tier_id", "name"),
     Index("idx_rules_tier_endpoint", "tier_id", "endpoint_pattern"),
 )
@@ -83,6 +86,7 @@ api_keys: Final = Table(
     Column("revoked_at_us", BigInteger, nullable=True),
     Column("revoked_reason", String(1000), nullable=True),
     Column("managed_by_file", Boolean, nullable=False, default=False),
+    Column("revision", BigInteger, nullable=False, server_default="1"),
     UniqueConstraint("sha256"),
     Index("idx_api_keys_tier_id", "tier_id", "id"),
     Index("idx_api_keys_status", "status", sqlite_where=text("status = 'active'"), postgresql_where=text("status = 'active'")),
@@ -97,4 +101,46 @@ policy_state: Final = Table(
     Column("file_digest", String(64), nullable=True),
     Column("changed_at_us", BigInteger, nullable=False),
     CheckConstraint("id = 1", name="single_row"),
+)
+
+# One row for each minute in which a rule blocked a subject. PostgreSQL keeps each day in a partition of its own, so that old days
+# are dropped and not deleted; what no day's partition takes goes to the default one.
+rate_limit_violations: Final = Table(
+    "rate_limit_violations",
+    metadata,
+    Column("minute_us", BigInteger, nullable=False),
+    Column("tier", String(64), nullable=False),
+    Column("rule", String(256), nullable=False),
+    Column("subject", String(160), nullable=False),
+    Column("blocked", BigInteger, nullable=False),
+    PrimaryKeyConstraint("minute_us", "tier", "rule", "subject"),
+    Index("idx_violations_subject_minute", "subject", "minute_us"),
+    postgresql_partition_by="RANGE (minute_us)",
+)
+
+admin_tokens: Final = Table(
+    "admin_tokens",
+    metadata,
+    Column("id", _RowId, primary_key=True, autoincrement=True),
+    Column("name", String(200), nullable=False),
+    Column("sha256", String(64), nullable=False),
+    Column("role", String(16), nullable=False),
+    Column("created_at_us", BigInteger, nullable=False),
+    Column("expires_at_us", BigInteger, nullable=True),
+    Column("revoked_at_us", BigInteger, nullable=True),
+    UniqueConstraint("sha256"),
+)
+
+audit_log: Final = Table(
+    "audit_log",
+    metadata,
+    Column("id", _RowId, primary_key=True, autoincrement=True),
+    Column("at_us", BigInteger, nullable=False),
+    Column("actor", String(200), nullable=False),
+    Column("action", String(32), nullable=False),
+    Column("kind", String(32), nullable=False),
+    Column("target", String(400), nullable=False),
+    Column("before", JSON, nullable=True),
+    Column("after", JSON, nullable=True),
+    Index("idx_audit_log_kind_target", "kind", "target", "id"),
 )
