@@ -100,12 +100,18 @@ class Instance:
     """Everything that one process runs.
 
     Args:
-        settings: all of them.
+        settings: all of them; an instance is one process, whatever `[server] workers` says.
+        shares_port: listen although others listen at the same address, as workers do.
+
+    Attributes:
+        exposition: gives what `/metrics` answers; this process's metrics where not replaced.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, shares_port: bool = False) -> None:
         self.settings = settings
+        self._shares_port = shares_port
         self.metrics = Metrics(__version__)
+        self.exposition: Callable[[], Awaitable[bytes]] = self._own_exposition
         self.health = Health()
         self.address = ""
         self._stack = contextlib.AsyncExitStack()
@@ -120,16 +126,9 @@ class Instance:
             CatalogError: if the policy file contradicts the catalog.
         """
         settings = self.settings
-        if settings.server.workers > 1 and settings.counters.url == "memory://":
-            raise SettingsError(
-                f"server.workers = {settings.server.workers} needs counters that processes share: with memory:// each "
-                "would count on its own and admit the limit again; use one worker"
-            )
-        if settings.server.workers > 1:
-            raise SettingsError(
-                f"server.workers = {settings.server.workers}: this version runs one process; start more instances"
-            )
-        host, port = free_address(settings.server.http, "server.http")
+        require_shared_counters(settings)
+        find = parse_address if self._shares_port else free_address
+        host, port = find(settings.server.http, "server.http")
         policy_path = settings.policy_path
         first = None if policy_path is None else load_policy(policy_path)
         self.counters = open_counters(settings.counters, settings.breaker)
@@ -169,7 +168,7 @@ class Instance:
             self._spawn(watch_policy(policy_path, self._apply_policy, self._policy_refused), "watching the policy file")
         self._listener = Listener(self.data_plane, host, port)
         await self._listener.start()
-        self.address = f"{f'[{host}]' if ':' in host else host}:{port}"
+        self.address = join_address(host, port)
         # What lives as long as the process is not looked at again by the collector: a full collection over a million counters
         # would stop every check for milliseconds.
         gc.collect()
@@ -193,7 +192,7 @@ class Instance:
             answered = data_plane.answered
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(hurry.wait(), min(_QUIET_S, max(_left(deadline), 0.001)))
-        await self._listener.stop(max(_left(deadline), 0.05))
+        await self._listener.stop(0.05 if hurry.is_set() else max(_left(deadline), 0.05))
         await self.close()
         logger.info("stopped")
 
@@ -313,7 +312,10 @@ class Instance:
         return Page(200, "application/json", encode({"live": True}))
 
     async def _metrics_page(self) -> Page:
-        return Page(200, _METRICS_TYPE, self.metrics.exposition())
+        return Page(200, _METRICS_TYPE, await self.exposition())
+
+    async def _own_exposition(self) -> bytes:
+        return self.metrics.exposition()
 
     async def _openapi_page(self) -> Page:
         return Page(200, "application/json", encode(data_plane_openapi()))
@@ -411,6 +413,35 @@ def free_address(text: str, name: str) -> tuple[str, int]:
         if error.errno == errno.EADDRINUSE:
             raise SettingsError(f"{name} = {text!r}: the port is in use; stop what listens there or set another port") from None
         raise SettingsError(f"{name} = {text!r} cannot be listened at: {error.strerror or error}") from None
+
+
+def join_address(host: str, port: int) -> str:
+    """Write an address as the settings have it.
+
+    Args:
+        host: a name or an address.
+        port: 0 to 65535.
+
+    Returns:
+        `host:port`, with an IPv6 host in brackets.
+    """
+    return f"{f'[{host}]' if ':' in host else host}:{port}"
+
+
+def require_shared_counters(settings: Settings) -> None:
+    """Refuse several workers that would count each on its own.
+
+    Args:
+        settings: all of them.
+
+    Raises:
+        SettingsError: saying what to change.
+    """
+    if settings.server.workers > 1 and settings.counters.url == "memory://":
+        raise SettingsError(
+            f"server.workers = {settings.server.workers} needs counters that processes share: with memory:// each "
+            "would count on its own and admit the limit again; use one worker"
+        )
 
 
 def _digest(policy: Policy) -> str:

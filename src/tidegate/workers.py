@@ -5,9 +5,10 @@ worker has a seat, numbered from 1, and a socket pair to the supervisor: the wor
 that the drain is to hurry, and each sees by its end that the other is gone. So a worker that dies is started again, and no worker
 outlives a supervisor that was killed.
 
-A scrape reaches one worker by chance, which asks the others over sockets in a directory that only this user can enter, and answers
-for all. A worker notes what it tells in a file of its seat before it tells it. The file stands in while the seat is empty, and
-whoever takes the seat next counts on from it: no counter goes backwards. What a killed worker counted after the last scrape is lost.
+A scrape reaches one worker by chance, which asks the others over sockets in a directory that only this user can enter, and
+answers for all. A worker notes what it tells in a file of its seat before it tells it. The file stands in while the seat is
+empty, and whoever takes the seat next counts on from it: no counter goes backwards. What a killed worker counted after the last
+scrape is lost.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import operator
 import os
 import signal
 import socket
@@ -23,20 +23,17 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from pathlib import Path
 from typing import Final, Self
 
 import msgspec
 import uvloop
-from prometheus_client import generate_latest
-from prometheus_client.metrics_core import GaugeMetricFamily, Metric
-from prometheus_client.parser import text_string_to_metric_families
-from prometheus_client.registry import Collector
 
 from tidegate.errors import SettingsError
 from tidegate.server import Instance, free_address, join_address, require_shared_counters
 from tidegate.settings import Settings
+from tidegate.telemetry.combined import combine
 
 logger = logging.getLogger(__name__)
 
@@ -52,18 +49,8 @@ _SEAT_VARIABLE: Final = "TIDEGATE_WORKER"
 _READY: Final = b"r"
 _HURRY: Final = b"h"
 _END: Final = b"# EOF\n"
-_MOST_SOCKET_PATH_BYTES: Final = 100
-
-# Whatever is not named here is a sum. What every worker sees of the same thing is not added up, and of two views the worse counts.
-_COMBINED: Final[Mapping[str, Callable[[float, float], float]]] = {
-    "rate_limiter_breakers_open": max,
-    "rate_limiter_build_info": max,
-    "rate_limiter_instances": max,
-    "rate_limiter_policy_reload_errors": max,
-    "rate_limiter_policy_valid": min,
-    "rate_limiter_policy_version": max,
-    "rate_limiter_store_shards_up": min,
-}
+_MOST_DIRECTORY_BYTES: Final = 90
+"""A socket's path has room for 104 bytes or more, on every system; its name in the directory takes 10."""
 
 
 class Seat(msgspec.Struct, frozen=True):
@@ -113,46 +100,6 @@ class Seat(msgspec.Struct, frozen=True):
             The path.
         """
         return Path(self.directory, f"{number or self.number}.{ending}")
-
-
-def combine(live: Iterable[bytes], past: Iterable[bytes] = (), answered: int | None = None) -> bytes:
-    """Make one exposition of those of several workers.
-
-    Args:
-        live: of workers that run.
-        past: of workers that do not: their counters and histograms count, their gauges do not.
-        answered: how many workers to report as answering, 0 or more; None for no such metric.
-
-    Returns:
-        Prometheus' text format 0.0.4.
-    """
-    combined: dict[str, tuple[Metric, dict[tuple[str, tuple[tuple[str, str], ...]], float]]] = {}
-    for runs, texts in ((True, live), (False, past)):
-        for text in texts:
-            for family in text_string_to_metric_families(text.decode()):
-                if family.type == "gauge" and not runs:
-                    continue
-                join = _COMBINED.get(family.name, operator.add)
-                _, values = combined.setdefault(family.name, (Metric(family.name, family.documentation, family.type), {}))
-                for sample in family.samples:
-                    series = sample.name, tuple(sorted(sample.labels.items()))
-                    values[series] = join(values[series], sample.value) if series in values else sample.value
-    families = []
-    for metric, values in combined.values():
-        for (name, labels), value in values.items():
-            metric.add_sample(name, dict(labels), value)
-        families.append(metric)
-    if answered is not None:
-        families.append(GaugeMetricFamily("rate_limiter_workers", "Worker processes that answered this scrape.", answered))
-    return generate_latest(_Families(families))
-
-
-class _Families(Collector):
-    def __init__(self, families: Sequence[Metric]) -> None:
-        self._families = families
-
-    def collect(self) -> Iterator[Metric]:
-        return iter(self._families)
 
 
 class Tally:
@@ -253,24 +200,33 @@ async def _work(settings: Settings, seat: Seat) -> None:
     stop, hurry = asyncio.Event(), asyncio.Event()
     with socket.socket(fileno=seat.channel) as channel:
         channel.setblocking(False)
+        alone = False
 
-        def heard() -> None:
-            if _heard(channel) == _HURRY:
+        def hear() -> None:
+            nonlocal alone
+            try:
+                word = channel.recv(1)
+            except BlockingIOError:
+                return
+            except OSError:
+                word = b""
+            if word:
                 hurry.set()
-            else:
-                loop.remove_reader(channel)
-                # As if told: before the handlers below are set that ends the process, later it drains.
-                signal.raise_signal(signal.SIGTERM)
+                return
+            alone = True
+            loop.remove_reader(channel)
+            # As if told: before the handlers below are set that ends the process, later it drains.
+            signal.raise_signal(signal.SIGTERM)
 
-        loop.add_reader(channel, heard)
+        loop.add_reader(channel, hear)
         instance = Instance(settings, shares_port=True)
+        tally = Tally(seat, settings.server.workers, instance.metrics.exposition)
+        instance.exposition = tally.gather
         try:
             await instance.start()
         except BaseException:
             await instance.close()
             raise
-        tally = Tally(seat, settings.server.workers, instance.metrics.exposition)
-        instance.exposition = tally.gather
         # A second signal does not hurry a worker: service managers signal every process, and the supervisor passes its own on.
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stop.set)
@@ -282,7 +238,7 @@ async def _work(settings: Settings, seat: Seat) -> None:
         tally.own()
         tally.close()
         loop.remove_reader(channel)
-        if os.getppid() == 1 or _heard(channel) == b"":
+        if alone:
             _forget(seat)
 
 
@@ -303,12 +259,13 @@ def supervise(settings: Settings, arguments: Sequence[str], ready: Callable[[str
     require_shared_counters(settings)
     address = join_address(*free_address(settings.server.http, "server.http"))
     try:
-        with tempfile.TemporaryDirectory(prefix="tidegate-", ignore_cleanup_errors=True) as directory:
-            if len(os.fsencode(directory)) > _MOST_SOCKET_PATH_BYTES - len("/1024.sock"):
-                raise SettingsError(f"the path of {directory} is too long for a socket: set TMPDIR to a shorter one")
-            return asyncio.run(_Supervisor(settings, arguments, address, directory, ready).run())
-    except FileNotFoundError as error:
-        raise SettingsError(f"server.workers = {settings.server.workers} needs a directory for temporary files: {error}") from None
+        made = tempfile.TemporaryDirectory(prefix="tidegate-", ignore_cleanup_errors=True)
+    except OSError as error:
+        raise SettingsError(f"workers need a directory for temporary files: {error.strerror}: set TMPDIR to one") from None
+    with made as directory:
+        if len(os.fsencode(directory)) > _MOST_DIRECTORY_BYTES:
+            raise SettingsError(f"the path {directory} is too long to hold a socket: set TMPDIR to a shorter one")
+        return asyncio.run(_Supervisor(settings, arguments, address, directory, ready).run())
 
 
 class _Worker:
@@ -395,7 +352,10 @@ class _Supervisor:
             asyncio.get_running_loop().add_signal_handler(number, self._signalled)
         # The first one alone: it brings the catalog up to date, and what hinders it would hinder all, and is said once.
         first = self._workers[0]
-        first.start()
+        try:
+            first.start()
+        except OSError as error:
+            raise SettingsError(f"a worker cannot be started: {error}") from None
         if not await first.listens():
             code = await first.ended()
             if self._stop.is_set():
@@ -451,14 +411,6 @@ class _Supervisor:
         logger.error("workers that did not end within %g s are killed", self._drain_s + GRACE_S)
         for worker in self._workers:
             worker.signal(signal.SIGKILL)
-
-
-def _heard(channel: socket.socket) -> bytes:
-    """What the supervisor says; empty if it is gone or says nothing that this side understands."""
-    try:
-        return channel.recv(1)
-    except OSError:
-        return b""
 
 
 def _how(code: int) -> str:

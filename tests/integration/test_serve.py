@@ -255,7 +255,7 @@ def test_request_in_flight_is_finished(serve: Callable[..., Any], tmp_path: Path
         ({"TIDEGATE_SERVER__WORKERS": "many"}, "int"),
         ({"TIDEGATE_SERVER__PORT": "80"}, "unknown setting 'server.port'"),
         ({"TIDEGATE_SERVR__HTTP": "x"}, "did you mean 'server'"),
-        ({"TIDEGATE_COUNTERS__URL": "redis://user:secret@h"}, "redis"),
+        ({"TIDEGATE_COUNTERS__URL": "mongodb://user:secret@h"}, "mongodb"),
         ({"TIDEGATE_CATALOG__URL": "sqlite:////proc/none/tidegate.db"}, "/proc/none/tidegate.db"),
         ({"TIDEGATE_POLICY__FILE": "absent.toml"}, "absent.toml"),
     ],

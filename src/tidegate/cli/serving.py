@@ -6,6 +6,7 @@ import asyncio
 import http.client
 import json
 import logging
+import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -24,8 +25,9 @@ from tidegate.cli.common import ConfigOption, JsonOption, print_json, read_setti
 from tidegate.counters.factory import open_counters
 from tidegate.counters.guarded import GuardedCounters
 from tidegate.errors import SettingsError, TidegateError
-from tidegate.server import Instance, free_address, run
+from tidegate.server import free_address, require_shared_counters, run
 from tidegate.settings import Settings
+from tidegate.workers import Seat, supervise, work
 
 _ASK_TIMEOUT_S = 5.0
 
@@ -48,36 +50,48 @@ Ctrl-C ends it."""
 def serve(
     config: ConfigOption = None,
     demo: Annotated[bool, typer.Option("--demo", help="Serve the example policy and print requests to try.")] = False,
-) -> None:
+) -> int:
     """Run the server: the data plane at [server] http, until SIGTERM or Ctrl-C.
 
     Without any setting it listens at 127.0.0.1:8080, counts in memory, keeps its catalog in tidegate.db and takes
     tidegate.policy.toml into force if it is there. On SIGTERM it finishes what is in flight and exits 0 within [server]
-    drain_s.
+    drain_s. With [server] workers above 1 it keeps so many processes behind the one address; they need counters on Redis.
     """
+    seat = Seat.taken(os.environ)
     settings = read_settings(config)
     logging.basicConfig(
-        level=settings.server.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
+        level=settings.server.log_level.upper(),
+        format=f"%(asctime)s %(levelname)s {'' if seat is None else f'worker {seat.number} '}%(name)s: %(message)s",
+        stream=sys.stderr,
     )
     logging.getLogger("alembic").setLevel(logging.WARNING)
 
-    def tell(instance: Instance) -> None:
+    def tell(address: str) -> None:
         if demo:
-            typer.echo(_TOUR.format(address=instance.address))
+            typer.echo(_TOUR.format(address=address))
         else:
             policy = settings.policy_path
             typer.echo(
-                f"tidegate {__version__} decides at http://{instance.address} "
+                f"tidegate {__version__} decides at http://{address} "
                 f"({'policy file ' + str(policy) if policy else 'no policy file'}, catalog {settings.catalog.url}, "
                 f"counters {urlsplit(settings.counters.url).scheme}://)"
             )
         sys.stdout.flush()
 
-    if not demo:
-        run(settings, tell)
-        return
     with resources.as_file(resources.files("tidegate").joinpath("example.policy.toml")) as example:
-        run(msgspec.structs.replace(settings, policy=msgspec.structs.replace(settings.policy, file=str(example))), tell)
+        if demo:
+            settings = msgspec.structs.replace(settings, policy=msgspec.structs.replace(settings.policy, file=str(example)))
+        if seat is not None:
+            work(settings, seat)
+        elif settings.server.workers > 1:
+            return supervise(settings, _worker_arguments(config, demo), tell)
+        else:
+            run(settings, lambda instance: tell(instance.address))
+    return 0
+
+
+def _worker_arguments(config: Path | None, demo: bool) -> list[str]:
+    return ["serve", *([] if config is None else ["--config", str(config)]), *(["--demo"] if demo else [])]
 
 
 def check(
@@ -153,7 +167,7 @@ def _examine(config: Path | None) -> Iterator[tuple[str, bool | None, str]]:
     if settings.catalog.replicas:
         yield "replicas", False, "catalog.replicas is set, but this version reads from catalog.url alone: remove it"
     if settings.server.workers > 1:
-        yield "workers", False, f"server.workers = {settings.server.workers}: this version runs one process: set 1"
+        yield _try("workers", lambda: _look_at_workers(settings))
 
 
 def _examine_policy(settings: Settings) -> Iterator[tuple[str, bool | None, str]]:
@@ -205,6 +219,11 @@ def _look_at_catalog(url: str) -> str:
                 f"{url} cannot be made: {error.strerror}: set catalog.url to a place that can be written"
             ) from None
     return asyncio.run(_read_catalog(url))
+
+
+def _look_at_workers(settings: Settings) -> str:
+    require_shared_counters(settings)
+    return f"{settings.server.workers} processes share {settings.server.http}"
 
 
 async def _look_at_counters(settings: Settings) -> str:

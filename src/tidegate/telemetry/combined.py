@@ -1,0 +1,65 @@
+"""One exposition of metrics out of those of several workers."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Final
+
+from prometheus_client import generate_latest
+from prometheus_client.metrics_core import Metric
+from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.registry import Collector
+
+# What is not named here is a sum. What every worker sees of the same thing is not added up: of two views the worse counts.
+_COMBINED: Final[Mapping[str, Callable[[float, float], float]]] = {
+    "rate_limiter_breakers_open": max,
+    "rate_limiter_build_info": max,
+    "rate_limiter_instances": max,
+    "rate_limiter_policy_reload_errors": max,
+    "rate_limiter_policy_valid": min,
+    "rate_limiter_policy_version": max,
+    "rate_limiter_store_shards_up": min,
+}
+
+
+def combine(live: Iterable[bytes], past: Iterable[bytes] = (), answered: int | None = None) -> bytes:
+    """Make one exposition of those of several workers.
+
+    Args:
+        live: of workers that run.
+        past: of workers that do not: their counters and histograms count, their gauges do not.
+        answered: how many workers to report as answering, 0 or more; None for no such metric.
+
+    Returns:
+        Prometheus' text format 0.0.4.
+    """
+    combined: dict[str, tuple[Metric, dict[tuple[str, tuple[tuple[str, str], ...]], float]]] = {}
+    for runs, texts in ((True, live), (False, past)):
+        for text in texts:
+            for family in text_string_to_metric_families(text.decode()):
+                if family.type == "gauge" and not runs:
+                    continue
+                join: Callable[[float, float], float] = _COMBINED.get(family.name, operator.add)
+                _, values = combined.setdefault(family.name, (Metric(family.name, family.documentation, family.type), {}))
+                for sample in family.samples:
+                    series = sample.name, tuple(sorted(sample.labels.items()))
+                    values[series] = join(values[series], sample.value) if series in values else sample.value
+    families = []
+    for metric, values in combined.values():
+        for (name, labels), value in values.items():
+            metric.add_sample(name, dict(labels), value)
+        families.append(metric)
+    if answered is not None:
+        workers = Metric("rate_limiter_workers", "Worker processes that answered this scrape.", "gauge")
+        workers.add_sample(workers.name, {}, answered)
+        families.append(workers)
+    return generate_latest(_Families(families))
+
+
+class _Families(Collector):
+    def __init__(self, families: Sequence[Metric]) -> None:
+        self._families = families
+
+    def collect(self) -> Iterator[Metric]:
+        return iter(self._families)
