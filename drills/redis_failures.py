@@ -21,7 +21,7 @@ from tests.servers.redis_sentinel import RedisSentinel
 from tests.servers.redis_server import RedisServer
 
 from drills.load import Load
-from tidegate.counters.redis.store import slot_of
+from tidegate.counters.redis.keyspace import slot_of
 from tidegate.limits import OnFailure
 
 TIMEOUT_S: Final = 0.05

@@ -13,7 +13,8 @@ from tests.servers.redis_server import RedisServer
 from tidegate.counters import Charge, CounterStore
 from tidegate.counters.guarded import GuardedCounters
 from tidegate.counters.memory import MemoryCounters
-from tidegate.counters.redis.store import RedisCounters, tag_of
+from tidegate.counters.redis.keyspace import tag_of
+from tidegate.counters.redis.store import RedisCounters
 from tidegate.decision import Decision
 from tidegate.limits import Algorithm, Limit, LimitSet
 

@@ -14,57 +14,28 @@ deadline. What cannot be settled until then raises `StoreUnavailable`; its `reas
 from __future__ import annotations
 
 import asyncio
-import binascii
-import hashlib
-import re
 from collections.abc import Awaitable, Iterable, Sequence
 from typing import Any, Final
 
 import hiredis
-import msgspec
 
 from tidegate.algorithms import DECIDE, State
 from tidegate.counters import Charge, Outcome
 from tidegate.counters.redis.connection import Connection, ConnectionOptions, encode_command
-from tidegate.counters.redis.scripts import Script, layout, parameters, script, wire_states
+from tidegate.counters.redis.keyspace import hash_tag, key_of, slot_of_tag
+from tidegate.counters.redis.plans import ChargePlan, absorb_command, batch_command, charge_command
+from tidegate.counters.redis.replies import RETRIED, named_endpoint, reason_of
+from tidegate.counters.redis.scripts import Script, script
 from tidegate.counters.redis.topology import Topology, open_topology
-from tidegate.counters.redis.url import Endpoint, RedisUrl, parse_redis_url
+from tidegate.counters.redis.url import RedisUrl, parse_redis_url
 from tidegate.decision import Decision
 from tidegate.errors import StoreUnavailable
-from tidegate.limits import Limit, LimitSet
+from tidegate.limits import LimitSet
 
 _PLANS_KEPT: Final = 65_536
 _AT_ONCE: Final = 50
 """Most checks in one script: Redis does nothing else meanwhile, half a millisecond here."""
 _PAUSE_S: Final = 0.005
-_PLAIN: Final = re.compile(r"[ -z|~]{1,40}", re.ASCII).fullmatch
-"""Subjects that stand in keys as they are: short, printable, without braces."""
-_COSTS: Final = tuple(b"$%d\r\n%d\r\n" % (len(str(cost)), cost) for cost in range(1000))
-_RETRIED: Final = ("TRYAGAIN", "CLUSTERDOWN", "LOADING", "MASTERDOWN", "BUSY")
-
-
-class _Plan:
-    """What was prepared for the counters of a charge: all that does not depend on subject and cost."""
-
-    __slots__ = ("head", "limits", "name", "places", "script", "suffix", "tail")
-
-    def __init__(self, sets: tuple[LimitSet, ...]) -> None:
-        self.script = script("charge", frozenset(limits.algorithm for limits in sets))
-        self.limits = sets[0]
-        self.places: tuple[Limit, ...] = tuple(limit for limits in sets for limit in limits.limits)
-        self.head = _head(self.script, len(sets), 2 * len(sets) + 1)
-        self.name = _name(sets[0])
-        self.suffix = tuple(b"}" + _name(limits) + b"\r\n" for limits in sets)
-        self.tail = b"".join(_bulk(parameters(limits)) for limits in sets)
-
-    def decision(self, reply: Any) -> Decision:
-        """The decision that a script's reply says."""
-        try:
-            binding, least, reset, retry, now = reply
-            limit = self.places[(binding if binding > 0 else -binding) - 1]
-            return Decision(binding > 0, limit, least, reset, None if retry < 0 else retry, now, self.limits)
-        except (TypeError, ValueError, IndexError):
-            raise StoreUnavailable(f"Redis answered what no counter says: {str(reply)[:100]}", reason="garbage") from None
 
 
 class RedisCounters:
@@ -86,7 +57,7 @@ class RedisCounters:
         self._options = ConnectionOptions(
             timeout_s, max_in_flight, self.url.credentials, self.url.db, self.url.tls_context(), name
         )
-        self._plans: dict[Any, _Plan] = {}
+        self._plans: dict[Any, ChargePlan] = {}
         self._topology: Topology | None = None
         self._starting: asyncio.Task[None] | None = None
 
@@ -174,18 +145,17 @@ class RedisCounters:
         Returns:
             Its address; changes when another server takes its place.
         """
-        topology = self._topology
-        if topology is None:
-            return ""
         try:
-            return str(topology.connection_of(_slot(_tag(subject)) if topology.sharded else 0).endpoint)
+            return str(self._connection(hash_tag(subject)).endpoint)
         except StoreUnavailable:
             return "nobody"
 
     async def reset(self, counters: Sequence[tuple[LimitSet, str]]) -> None:
         """See `CounterStore.reset`."""
         await self.start()
-        await self._each([(_tag(subject), encode_command("UNLINK", _key(limits, subject)), None) for limits, subject in counters])
+        await self._each(
+            [(hash_tag(subject), encode_command("UNLINK", key_of(limits, subject)), None) for limits, subject in counters]
+        )
 
     async def absorb(self, states: Iterable[tuple[LimitSet, str, Sequence[State]]]) -> None:
         """Add what was admitted elsewhere, without asking any limit. All is written before anything is waited for, so that
@@ -200,15 +170,7 @@ class RedisCounters:
         asked = []
         for limits, subject, each in states:
             work = script("absorb", frozenset((limits.algorithm,)))
-            command = b"".join(
-                (
-                    _head(work, 1, 3),
-                    _bulk(_key(limits, subject)),
-                    _bulk(parameters(limits)),
-                    _bulk(wire_states(limits, each)),
-                )
-            )
-            asked.append((_tag(subject), command, work))
+            asked.append((hash_tag(subject), absorb_command(work, limits, subject, each), work))
         await self._each(asked)
 
     async def call(self, tag: bytes, *parts: str | bytes) -> Any:
@@ -253,7 +215,7 @@ class RedisCounters:
         replies = await asyncio.gather(*(_asked(connection, encode_command("PING")) for connection in connections))
         for connection, reply in zip(connections, replies, strict=True):
             if isinstance(reply, hiredis.ReplyError):
-                raise StoreUnavailable(f"Redis at {connection.endpoint} answers PING with {reply}", reason=_reason(reply))
+                raise StoreUnavailable(f"Redis at {connection.endpoint} answers PING with {reply}", reason=reason_of(reply))
 
     async def close(self) -> None:
         """See `CounterStore.close`."""
@@ -269,22 +231,20 @@ class RedisCounters:
 
     # One check.
 
-    def _plan(self, counters: tuple[tuple[LimitSet, str], ...]) -> _Plan:
+    def _plan(self, counters: tuple[tuple[LimitSet, str], ...]) -> ChargePlan:
         key: Any = counters[0][0] if len(counters) == 1 else tuple(limits for limits, _ in counters)
         plan = self._plans.get(key)
         if plan is None:
             if len(self._plans) >= _PLANS_KEPT:
                 self._plans.clear()
-            plan = self._plans[key] = _Plan(tuple(limits for limits, _ in counters))
+            plan = self._plans[key] = ChargePlan(tuple(limits for limits, _ in counters))
         return plan
 
-    def _ask(self, charge: Charge) -> tuple[asyncio.Future[Any], _Plan]:
+    def _ask(self, charge: Charge) -> tuple[asyncio.Future[Any], ChargePlan]:
         counters = charge.counters
         plan = self._plan(counters)
-        topology = self._must_topology()
-        tag = _tag(counters[0][1])
-        connection = topology.connection_of(_slot(tag) if topology.sharded else 0)
-        return connection.ask(_command(plan, charge, tag)), plan
+        tag = hash_tag(counters[0][1])
+        return self._connection(tag).ask(charge_command(plan, charge, tag)), plan
 
     def _ask_many(self, charges: Sequence[Charge]) -> Awaitable[list[Outcome]]:
         """Write charges that one server counts as one call: a third less work for it than a call for each."""
@@ -294,17 +254,10 @@ class RedisCounters:
         for charge in charges:
             plan += (len(charge.counters), charge.cost)
             for limits, subject in charge.counters:
-                keys.append(b"tg:{%b}%b" % (_tag(subject), self._plan(((limits, subject),)).name))
+                keys.append(b"tg:{%b}%b" % (hash_tag(subject), self._plan(((limits, subject),)).name))
                 plan.append(which.setdefault(limits, len(which) + 2))
         work = script("charge_many", frozenset(limits.algorithm for limits in which))
-        command = encode_command(
-            "EVALSHA",
-            work.sha,
-            str(len(keys)),
-            *keys,
-            msgspec.msgpack.encode(plan),
-            *(parameters(limits) for limits in which),
-        )
+        command = batch_command(work, plan, keys, which)
         try:
             future = self._must_topology().connection_of(0).ask(command)
         except StoreUnavailable as error:
@@ -330,14 +283,13 @@ class RedisCounters:
 
     def _distrust(self, charge: Charge) -> None:
         """What a shard answered fits no question of ours: what follows would be given to the wrong ones."""
-        connection = self._must_topology().connection_of(slot_of(charge.counters[0][1]))
-        connection.drop("it answered what was not asked")
+        self._connection(hash_tag(charge.counters[0][1])).drop("it answered what was not asked")
 
     async def _settle(self, charge: Charge, reply: Any) -> Decision:
         """Follow what Redis said instead of a decision."""
         plan = self._plan(charge.counters)
-        tag = _tag(charge.counters[0][1])
-        return plan.decision(await self._follow(tag, _command(plan, charge, tag), reply, plan.script))
+        tag = hash_tag(charge.counters[0][1])
+        return plan.decision(await self._follow(tag, charge_command(plan, charge, tag), reply, plan.script))
 
     def _is_split(self, charge: Charge) -> bool:
         counters = charge.counters
@@ -345,7 +297,7 @@ class RedisCounters:
             len(counters) > 1
             and self._must_topology().sharded
             and any(subject != counters[0][1] for _, subject in counters[1:])
-            and len({_slot(_tag(subject)) for _, subject in counters}) > 1
+            and len({slot_of_tag(hash_tag(subject)) for _, subject in counters}) > 1
         )
 
     async def _charge_split(self, charge: Charge) -> Decision:
@@ -380,11 +332,7 @@ class RedisCounters:
 
     async def _each(self, asked: Iterable[tuple[bytes, bytes, Script | None]]) -> list[Any]:
         """Run commands, each on the shard of its tag. All are written before anything is waited for."""
-        topology = self._must_topology()
-        futures = [
-            (tag, command, work, topology.connection_of(_slot(tag) if topology.sharded else 0).ask(command))
-            for tag, command, work in asked
-        ]
+        futures = [(tag, command, work, self._connection(tag).ask(command)) for tag, command, work in asked]
         replies = []
         for tag, command, work, future in futures:
             reply = await future
@@ -394,10 +342,10 @@ class RedisCounters:
     async def _follow(self, tag: bytes, command: bytes, reply: Any, work: Script | None = None) -> Any:
         """Do what an error reply tells, until a reply is none or the deadline passes."""
         if not isinstance(reply, hiredis.ReplyError):
-            self._must_topology().connection_of(_slot(tag)).drop("it answered what was not asked")
+            self._connection(tag).drop("it answered what was not asked")
             raise StoreUnavailable(f"Redis answered what no counter says: {str(reply)[:100]}", reason="garbage")
         topology = self._must_topology()
-        slot = _slot(tag)
+        slot = slot_of_tag(tag)
         try:
             async with asyncio.timeout(self.timeout_s):
                 while True:
@@ -406,12 +354,12 @@ class RedisCounters:
                     if word == "NOSCRIPT" and work is not None:
                         reply = await self._load_and_ask(connection, command, work)
                     elif word == "MOVED":
-                        topology.moved(slot, _named(reply, connection))
+                        topology.moved(slot, named_endpoint(reply, connection))
                         connection = topology.connection_of(slot)
                         await connection.wait_up(self.timeout_s)
                         reply = await connection.ask(command)
                     elif word == "ASK":
-                        other = topology.connection_to(_named(reply, connection))
+                        other = topology.connection_to(named_endpoint(reply, connection))
                         await other.wait_up(self.timeout_s)
                         # Both in one write: another command between them would use up the ASKING.
                         asking = other.ask(encode_command("ASKING"))
@@ -422,7 +370,7 @@ class RedisCounters:
                             asking = other.ask(encode_command("ASKING"))
                             reply = await other.ask(command)
                             await asyncio.gather(load, asking)
-                    elif word in _RETRIED:
+                    elif word in RETRIED:
                         if word == "CLUSTERDOWN":
                             topology.doubt(connection, str(reply))
                         await asyncio.sleep(_PAUSE_S)
@@ -433,12 +381,12 @@ class RedisCounters:
                         await asyncio.sleep(_PAUSE_S)
                         reply = await topology.connection_of(slot).ask(command)
                     else:
-                        raise StoreUnavailable(f"Redis at {connection.endpoint} refuses: {reply}", reason=_reason(reply))
+                        raise StoreUnavailable(f"Redis at {connection.endpoint} refuses: {reply}", reason=reason_of(reply))
                     if not isinstance(reply, hiredis.ReplyError):
                         return reply
         except TimeoutError:
             raise StoreUnavailable(
-                f"Redis did not settle within {self.timeout_s * 1000:g} ms; last it said: {reply}", reason=_reason(reply)
+                f"Redis did not settle within {self.timeout_s * 1000:g} ms; last it said: {reply}", reason=reason_of(reply)
             ) from None
 
     async def _load_and_ask(self, connection: Connection, command: bytes, work: Script) -> Any:
@@ -457,10 +405,21 @@ class RedisCounters:
             raise StoreUnavailable(f"Redis at {connection.endpoint} refuses the script: {loaded_reply}", reason="refused")
         return await again
 
+    def _connection(self, tag: bytes) -> Connection:
+        """The connection to the server that counts a hash tag."""
+        topology = self._topology
+        if topology is None:
+            raise _not_started()
+        return topology.connection_of(slot_of_tag(tag) if topology.sharded else 0)
+
     def _must_topology(self) -> Topology:
         if self._topology is None:
-            raise StoreUnavailable("Redis was not connected to yet, or no more", reason="disconnected")
+            raise _not_started()
         return self._topology
+
+
+def _not_started() -> StoreUnavailable:
+    return StoreUnavailable("Redis was not connected to yet, or no more", reason="disconnected")
 
 
 async def _failed(count: int, error: StoreUnavailable) -> list[Outcome]:
@@ -469,87 +428,6 @@ async def _failed(count: int, error: StoreUnavailable) -> list[Outcome]:
 
 async def _asked(connection: Connection, command: bytes) -> Any:
     return await connection.ask(command)
-
-
-def _command(plan: _Plan, charge: Charge, tag: bytes) -> bytes:
-    """The bytes that ask Redis for a charge. `tag` is that of the first counter's subject."""
-    cost = charge.cost
-    cost_part = _COSTS[cost] if cost < 1000 else _bulk(b"%d" % cost)
-    suffixes = plan.suffix
-    # A key is "tg:{" + tag + suffix without its line's end: 4 and -2 bytes.
-    if len(suffixes) == 1:
-        suffix = suffixes[0]
-        return b"%b$%d\r\ntg:{%b%b%b%b" % (plan.head, len(tag) + len(suffix) + 2, tag, suffix, plan.tail, cost_part)
-    keys = []
-    for (_, subject), suffix in zip(charge.counters, suffixes, strict=True):
-        own = tag if subject == charge.counters[0][1] else _tag(subject)
-        keys.append(b"$%d\r\ntg:{%b%b" % (len(own) + len(suffix) + 2, own, suffix))
-    return b"%b%b%b%b" % (plan.head, b"".join(keys), plan.tail, cost_part)
-
-
-def _head(work: Script, keys: int, arguments: int) -> bytes:
-    count = b"%d" % keys
-    return b"*%d\r\n$7\r\nEVALSHA\r\n$40\r\n%b\r\n$%d\r\n%b\r\n" % (arguments + 3, work.sha.encode(), len(count), count)
-
-
-def _bulk(raw: bytes) -> bytes:
-    return b"$%d\r\n%b\r\n" % (len(raw), raw)
-
-
-def _key(limits: LimitSet, subject: str) -> bytes:
-    return b"tg:{%b}%b" % (_tag(subject), _name(limits))
-
-
-def _name(limits: LimitSet) -> bytes:
-    """Eight characters for a limit set's name and shape. 48 bits: only the sets of one subject must differ."""
-    digest = hashlib.blake2b(f"{layout(limits)}\0{limits.name}".encode(errors="surrogatepass"), digest_size=6).digest()
-    return binascii.b2a_base64(digest, newline=False)
-
-
-def _tag(subject: str) -> bytes:
-    """The hash tag of a subject: itself where it is short and plain, a key's id in base64, else a digest.
-
-    No two subjects share one: `k` + 16 characters are ids alone (a plain subject has `=` before it), `#` + 22 are digests.
-    """
-    if len(subject) == 26 and subject.startswith("k:"):
-        try:
-            key_id = binascii.unhexlify(subject[2:])
-            if key_id.hex() == subject[2:]:
-                return b"k" + binascii.b2a_base64(key_id, newline=False)
-        except ValueError:
-            pass  # no key's id, but a subject that looks like one: it is plain
-    if _PLAIN(subject):
-        return b"=" + subject.encode()
-    digest = hashlib.blake2b(subject.encode(errors="surrogatepass"), digest_size=16).digest()
-    return b"#" + binascii.b2a_base64(digest, newline=False)
-
-
-def tag_of(subject: str) -> str:
-    """The hash tag under which Redis keeps a subject's counters, for people who look: keys are `tg:{tag}name`.
-
-    Args:
-        subject: as in a `Charge`.
-
-    Returns:
-        The tag.
-    """
-    return _tag(subject).decode()
-
-
-def slot_of(subject: str) -> int:
-    """The slot of a cluster in which a subject's counters lie.
-
-    Args:
-        subject: as in a `Charge`.
-
-    Returns:
-        0 to 16383.
-    """
-    return _slot(_tag(subject))
-
-
-def _slot(tag: bytes) -> int:
-    return binascii.crc_hqx(tag, 0) & 16_383
 
 
 def _negative(state: State) -> State:
@@ -573,31 +451,3 @@ def _as_of(decision: Decision, limits: LimitSet) -> Decision:
         decision.at_us,
         limits,
     )
-
-
-def _named(reply: Any, source: Connection) -> Endpoint:
-    """The address of `MOVED 3999 127.0.0.1:6381`; an empty host means the one that said so."""
-    host, _, port = str(reply).rpartition(" ")[2].rpartition(":")
-    if not port.isascii() or not port.isdecimal():
-        raise StoreUnavailable(f"Redis at {source.endpoint} redirects to nowhere: {reply}", reason="garbage")
-    return Endpoint(host or source.endpoint.host, int(port))
-
-
-def _reason(reply: Any) -> str:
-    """One word for what Redis said."""
-    word = str(reply).partition(" ")[0]
-    return {
-        "OOM": "out_of_memory",
-        "LOADING": "loading",
-        "CLUSTERDOWN": "cluster_down",
-        "MASTERDOWN": "cluster_down",
-        "READONLY": "not_master",
-        "TRYAGAIN": "migrating",
-        "MOVED": "migrating",
-        "ASK": "migrating",
-        "NOAUTH": "refused",
-        "NOPERM": "refused",
-        "NOREPLICAS": "no_replicas",
-        "MISCONF": "misconfigured",
-        "BUSY": "busy",
-    }.get(word, "error")

@@ -1,0 +1,109 @@
+"""What is written to Redis for a charge: all that does not depend on subject and cost is prepared once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, Final
+
+import msgspec
+
+from tidegate.algorithms import State
+from tidegate.counters import Charge
+from tidegate.counters.redis.connection import encode_command
+from tidegate.counters.redis.keyspace import hash_tag, key_of, name_of
+from tidegate.counters.redis.scripts import Script, parameters, script, wire_states
+from tidegate.decision import Decision
+from tidegate.errors import StoreUnavailable
+from tidegate.limits import Limit, LimitSet
+
+_COSTS: Final = tuple(b"$%d\r\n%d\r\n" % (len(str(cost)), cost) for cost in range(1000))
+
+
+class ChargePlan:
+    """What was prepared for the counters of a charge: all that does not depend on subject and cost."""
+
+    __slots__ = ("head", "limits", "name", "places", "script", "suffix", "tail")
+
+    def __init__(self, sets: tuple[LimitSet, ...]) -> None:
+        self.script = script("charge", frozenset(limits.algorithm for limits in sets))
+        self.limits = sets[0]
+        self.places: tuple[Limit, ...] = tuple(limit for limits in sets for limit in limits.limits)
+        self.head = _script_head(self.script, len(sets), 2 * len(sets) + 1)
+        self.name = name_of(sets[0])
+        self.suffix = tuple(b"}" + name_of(limits) + b"\r\n" for limits in sets)
+        self.tail = b"".join(_bulk(parameters(limits)) for limits in sets)
+
+    def decision(self, reply: Any) -> Decision:
+        """The decision that a script's reply says."""
+        try:
+            binding, least, reset, retry, now = reply
+            limit = self.places[(binding if binding > 0 else -binding) - 1]
+            return Decision(binding > 0, limit, least, reset, None if retry < 0 else retry, now, self.limits)
+        except (TypeError, ValueError, IndexError):
+            raise StoreUnavailable(f"Redis answered what no counter says: {str(reply)[:100]}", reason="garbage") from None
+
+
+def charge_command(plan: ChargePlan, charge: Charge, tag: bytes) -> bytes:
+    """The bytes that ask Redis for a charge.
+
+    Args:
+        plan: of its counters.
+        charge: what is asked.
+        tag: the hash tag of the first counter's subject.
+
+    Returns:
+        One command.
+    """
+    cost = charge.cost
+    cost_part = _COSTS[cost] if cost < 1000 else _bulk(b"%d" % cost)
+    suffixes = plan.suffix
+    # A key is "tg:{" + tag + suffix without its line's end: 4 and -2 bytes.
+    if len(suffixes) == 1:
+        suffix = suffixes[0]
+        return b"%b$%d\r\ntg:{%b%b%b%b" % (plan.head, len(tag) + len(suffix) + 2, tag, suffix, plan.tail, cost_part)
+    keys = []
+    for (_, subject), suffix in zip(charge.counters, suffixes, strict=True):
+        own = tag if subject == charge.counters[0][1] else hash_tag(subject)
+        keys.append(b"$%d\r\ntg:{%b%b" % (len(own) + len(suffix) + 2, own, suffix))
+    return b"%b%b%b%b" % (plan.head, b"".join(keys), plan.tail, cost_part)
+
+
+def _script_head(work: Script, keys: int, arguments: int) -> bytes:
+    count = b"%d" % keys
+    return b"*%d\r\n$7\r\nEVALSHA\r\n$40\r\n%b\r\n$%d\r\n%b\r\n" % (arguments + 3, work.sha.encode(), len(count), count)
+
+
+def _bulk(raw: bytes) -> bytes:
+    return b"$%d\r\n%b\r\n" % (len(raw), raw)
+
+
+def batch_command(work: Script, plan: Sequence[int], keys: Sequence[bytes], sets: Iterable[LimitSet]) -> bytes:
+    """The bytes that ask one server for several charges at once; see `charge_many.lua`.
+
+    Args:
+        work: the script.
+        plan: for each charge how many counters it has, its cost, and which of `sets` are theirs, the first being 2.
+        keys: of all counters, in order.
+        sets: the limit sets in use.
+
+    Returns:
+        One command.
+    """
+    arguments = (msgspec.msgpack.encode(plan), *(parameters(limits) for limits in sets))
+    return encode_command("EVALSHA", work.sha, str(len(keys)), *keys, *arguments)
+
+
+def absorb_command(work: Script, limits: LimitSet, subject: str, states: Sequence[State]) -> bytes:
+    """The bytes that add to a counter what was admitted elsewhere.
+
+    Args:
+        work: the script.
+        limits: of the counter.
+        subject: whom it counts.
+        states: one for each limit, None for nothing.
+
+    Returns:
+        One command.
+    """
+    arguments = (parameters(limits), wire_states(limits, states))
+    return encode_command("EVALSHA", work.sha, "1", key_of(limits, subject), *arguments)
