@@ -282,6 +282,7 @@ class GuardedCounters:
     # What goes on beside.
 
     async def _beat(self) -> None:
+        await self.store.start()
         while True:
             before_us = time.monotonic_ns() // 1000
             try:
