@@ -59,7 +59,7 @@ def redis_server(cluster: bool = False) -> Iterator[BenchRedis]:
         if cluster:
             options += ("--cluster-enabled", "yes", "--cluster-port", str(bus))
         process = subprocess.Popen([binary, *options], stdout=subprocess.DEVNULL)
-        client = Redis(port=port)
+        client = Redis(host="127.0.0.1", port=port)
         try:
             deadline = time.monotonic() + 10
             while True:
