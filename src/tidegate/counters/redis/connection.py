@@ -107,6 +107,7 @@ class Connection(asyncio.Protocol):
         self._marks: deque[tuple[float, int]] = deque()
         self._tick: asyncio.TimerHandle | None = None
         self._tick_due = 0.0
+        self._waited = False
         self._tick_s = min(_TICK_S, options.timeout_s / 20)
         self._stall_s = max(STALL_S, 4 * options.timeout_s)
         self._owed: deque[tuple[float, int]] = deque()
@@ -242,10 +243,10 @@ class Connection(asyncio.Protocol):
 
     def _ticked(self) -> None:
         now = self._loop.time()
-        late = now - self._tick_due > _LATE_S
         self._marks.append((now, self._sent))
-        if not late:
-            # When the loop itself was held up, replies may lie unread in the socket: they are read before anything is given up.
+        # When the loop itself was held up, replies may lie unread in the socket: once they are read before anything is given up.
+        self._waited = now - self._tick_due > _LATE_S and not self._waited
+        if not self._waited:
             overdue = now - self._options.timeout_s
             while self._marks and self._marks[0][0] <= overdue:
                 mark = self._marks.popleft()
