@@ -42,8 +42,8 @@ class KeyFields(msgspec.Struct, frozen=True):
 
     tier: str | msgspec.UnsetType = msgspec.UNSET
     name: str | msgspec.UnsetType = msgspec.UNSET
-    expires_at_us: int | None | msgspec.UnsetType = msgspec.UNSET
-    limits: Sequence[str] | None | msgspec.UnsetType = msgspec.UNSET
+    expires_at_us: int | msgspec.UnsetType | None = msgspec.UNSET
+    limits: Sequence[str] | msgspec.UnsetType | None = msgspec.UNSET
     overrides: Sequence[tuple[str, Sequence[str]]] | msgspec.UnsetType = msgspec.UNSET
 
 
