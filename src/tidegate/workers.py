@@ -308,9 +308,7 @@ def supervise(settings: Settings, arguments: Sequence[str], ready: Callable[[str
                 raise SettingsError(f"the path of {directory} is too long for a socket: set TMPDIR to a shorter one")
             return asyncio.run(_Supervisor(settings, arguments, address, directory, ready).run())
     except FileNotFoundError as error:
-        raise SettingsError(
-            f"server.workers = {settings.server.workers} needs a directory for temporary files: {error}"
-        ) from None
+        raise SettingsError(f"server.workers = {settings.server.workers} needs a directory for temporary files: {error}") from None
 
 
 class _Worker:
