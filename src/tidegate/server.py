@@ -24,8 +24,10 @@ from granian.server.embed import Server as GranianServer
 
 from tidegate._version import __version__
 from tidegate.catalog.cached import CachedCatalog
+from tidegate.catalog.editing import CatalogEditor
 from tidegate.catalog.policy_file import load_policy
 from tidegate.catalog.sql import SqlCatalog
+from tidegate.catalog.tokens import first_token
 from tidegate.catalog.watch import watch_policy
 from tidegate.counters import CounterStore
 from tidegate.counters.factory import open_counters
@@ -53,21 +55,29 @@ _METRICS_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 
 
 class Listener:
-    """The seam to the HTTP server: one RSGI app on one address.
+    """The seam to the HTTP server: one app on one address.
 
     Args:
         app: the app.
         host: address to listen at.
         port: 1 to 65535.
         header_timeout_s: how long a request's headers may take, s.
+        interface: what the app speaks: RSGI, or ASGI without lifespan.
     """
 
-    def __init__(self, app: Any, host: str, port: int, header_timeout_s: float = _HEADER_TIMEOUT_S) -> None:
+    def __init__(
+        self,
+        app: Any,
+        host: str,
+        port: int,
+        header_timeout_s: float = _HEADER_TIMEOUT_S,
+        interface: Interfaces = Interfaces.RSGI,
+    ) -> None:
         self._server = GranianServer(
             app,
             address=host,
             port=port,
-            interface=Interfaces.RSGI,
+            interface=interface,
             http=HTTPModes.http1,
             http1_settings=HTTP1Settings(header_read_timeout=round(header_timeout_s * 1000), max_buffer_size=_MOST_HEADER_BYTES),
             websockets=False,
@@ -99,6 +109,9 @@ class Listener:
 class Instance:
     """Everything that one process runs.
 
+    Once started, `address` and `admin_address` say where it listens (the latter is empty where the control plane is off), and
+    `first_token` is the token of the first operator, on the start that made it.
+
     Args:
         settings: all of them.
     """
@@ -108,6 +121,9 @@ class Instance:
         self.metrics = Metrics(__version__)
         self.health = Health()
         self.address = ""
+        self.admin_address = ""
+        self.first_token: str | None = None
+        self._admin: Listener | None = None
         self._stack = contextlib.AsyncExitStack()
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -130,6 +146,7 @@ class Instance:
                 f"server.workers = {settings.server.workers}: this version runs one process; start more instances"
             )
         host, port = free_address(settings.server.http, "server.http")
+        admin = _admin_address(settings, port)
         policy_path = settings.policy_path
         first = None if policy_path is None else load_policy(policy_path)
         self.counters = open_counters(settings.counters, settings.breaker)
@@ -169,12 +186,39 @@ class Instance:
             self._spawn(watch_policy(policy_path, self._apply_policy, self._policy_refused), "watching the policy file")
         self._listener = Listener(self.data_plane, host, port)
         await self._listener.start()
-        self.address = f"{f'[{host}]' if ':' in host else host}:{port}"
+        self.address = _shown(host, port)
+        if admin is not None:
+            await self._start_admin(gate, *admin)
         # What lives as long as the process is not looked at again by the collector: a full collection over a million counters
         # would stop every check for milliseconds.
         gc.collect()
         gc.freeze()
         logger.info("listening on http://%s", self.address)
+
+    async def _start_admin(self, gate: Gate, host: str, port: int) -> None:
+        # Imported here: who switches the control plane off pays neither time nor memory for its framework.
+        from tidegate.doors.admin.app import AdminDeps, admin_app
+
+        settings = self.settings
+        editor = CatalogEditor(self.catalog, self._changed)
+        if not settings.admin.token:
+            self.first_token = await first_token(editor)
+        deps = AdminDeps(
+            editor,
+            gate,
+            settings.admin.token or None,
+            TrustedProxies(settings.server.trusted_proxies),
+            body_timeout_s=settings.server.body_timeout_s,
+        )
+        self._admin = Listener(admin_app(deps), host, port, interface=Interfaces.ASGINL)
+        await self._admin.start()
+        self.admin_address = _shown(host, port)
+        logger.info("the control plane is at http://%s", self.admin_address)
+
+    def _changed(self, version: int) -> None:
+        """Take a change into force that an operator made here."""
+        self._version = version
+        self.cached.invalidate()
 
     async def drain(self, hurry: asyncio.Event) -> None:
         """End in order: say so to balancers and clients, finish what is in flight, close everything.
@@ -193,7 +237,8 @@ class Instance:
             answered = data_plane.answered
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(hurry.wait(), min(_QUIET_S, max(_left(deadline), 0.001)))
-        await self._listener.stop(max(_left(deadline), 0.05))
+        listeners = [self._listener] if self._admin is None else [self._listener, self._admin]
+        await asyncio.gather(*(listener.stop(max(_left(deadline), 0.05)) for listener in listeners))
         await self.close()
         logger.info("stopped")
 
@@ -411,6 +456,26 @@ def free_address(text: str, name: str) -> tuple[str, int]:
         if error.errno == errno.EADDRINUSE:
             raise SettingsError(f"{name} = {text!r}: the port is in use; stop what listens there or set another port") from None
         raise SettingsError(f"{name} = {text!r} cannot be listened at: {error.strerror or error}") from None
+
+
+def _admin_address(settings: Settings, http_port: int) -> tuple[str, int] | None:
+    """Where the control plane is to listen; None where it is switched off."""
+    text = settings.server.admin
+    if not text:
+        return None
+    if parse_address(text, "server.admin")[1] == http_port:
+        raise SettingsError(
+            f"server.admin = {text!r} has the port of server.http: give the control plane one of its own, "
+            'or switch it off with admin = ""'
+        )
+    try:
+        return free_address(text, "server.admin")
+    except SettingsError as error:
+        raise SettingsError(f'{error.message}; admin = "" switches the control plane off') from None
+
+
+def _shown(host: str, port: int) -> str:
+    return f"{f'[{host}]' if ':' in host else host}:{port}"
 
 
 def _digest(policy: Policy) -> str:

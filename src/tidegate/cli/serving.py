@@ -62,6 +62,11 @@ def serve(
     logging.getLogger("alembic").setLevel(logging.WARNING)
 
     def tell(instance: Instance) -> None:
+        if instance.first_token is not None:
+            typer.echo(
+                f"control plane at http://{instance.admin_address}, token of the first operator, shown this once: "
+                f"{instance.first_token}"
+            )
         if demo:
             typer.echo(_TOUR.format(address=instance.address))
         else:
