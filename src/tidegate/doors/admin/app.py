@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any, Final
 
@@ -107,6 +108,22 @@ class _App(FastAPI):
                 described["components"]["schemas"].pop(name, None)
         return self.openapi_schema or described
 
+    def known_query(self, method: str, path: str) -> list[str]:
+        """Names of the query parameters that an operation reads.
+
+        Args:
+            method: in lower case.
+            path: of the request.
+
+        Returns:
+            The names.
+        """
+        described = self.openapi()["paths"]
+        found: dict[str, Any] = described.get(path) or next(
+            (each for template, each in described.items() if re.fullmatch(re.sub(r"\{[^}]*\}", "[^/]+", template), path)), {}
+        )
+        return [each["name"] for each in found.get(method, {}).get("parameters", ()) if each["in"] == "query"]
+
 
 async def _description(request: Request) -> JSONResponse:
     return JSONResponse(request.app.openapi())
@@ -114,12 +131,12 @@ async def _description(request: Request) -> JSONResponse:
 
 def _require_known_query(request: Request) -> None:
     """A parameter that nobody reads is a mistake: a filter that was mistyped would show everything."""
-    path = request.app.openapi()["paths"].get(request.scope["route"].path_format, {})
-    parameters = path.get(request.method.lower(), {}).get("parameters", ())
-    known = [each["name"] for each in parameters if each["in"] == "query"]
-    for name in request.query_params:
-        if name not in known:
-            raise BadRequest(f"unknown query parameter {clip(name)}: there are {', '.join(known) or 'none'}", field=clip(name))
+    if request.query_params:
+        known = request.app.known_query(request.method.lower(), request.url.path)
+        for name in request.query_params:
+            if name not in known:
+                there = ", ".join(known) or "none"
+                raise BadRequest(f"unknown query parameter {clip(name)}: there are {there}", field=name[:60])
 
 
 async def _refused(_: Request, error: Exception) -> JSONResponse:
