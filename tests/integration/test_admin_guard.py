@@ -208,7 +208,7 @@ async def test_injections_change_nothing(admin: Admin) -> None:
 
 async def test_what_is_too_long_is_refused(admin: Admin) -> None:
     await admin.tier()
-    long = "a" * 30_000
+    long = "a" * 20_000  # as much as the URL of a test takes
     answers = {**await _every_string(admin, long), **await _every_parameter(admin, long)}
     assert {what: answer.status_code for what, answer in answers.items() if answer.status_code not in (400, 404)} == {}
     assert max(len(answer.text) for answer in answers.values()) < 3000

@@ -34,6 +34,11 @@ OPERATIONS = {
 BEYOND_SCHEMA = [checks.positive_data_acceptance, checks.negative_data_rejection, checks.missing_required_header]
 
 
+@schemathesis.serializer("application/toml")
+def _toml(_: Any, value: Any) -> bytes:
+    return str(value).encode(errors="replace")
+
+
 @pytest.fixture(scope="module")
 def description(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """The description as a listener serves it."""
