@@ -41,7 +41,7 @@ def test_from_nothing_to_a_key_that_is_limited_and_revoked(serve: Callable[..., 
         assert http.post("/v1/check", json=check).status_code == 403
         # The two planes are two listeners.
         assert http.get("/admin/v1/tiers").status_code == 404
-        assert admin.post("http://127.0.0.1:%d/v1/check" % server.admin_port, json=check).status_code == 404
+        assert admin.post(f"http://127.0.0.1:{server.admin_port}/v1/check", json=check).status_code == 404
     assert server.stop()[0] == 0
     again = serve()
     assert "tga_" not in again.process.stdout.readline()

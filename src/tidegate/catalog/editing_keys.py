@@ -10,15 +10,8 @@ import msgspec
 from sqlalchemy import RowMapping, delete, insert, select, update
 
 from tidegate.catalog import policy_rows
-from tidegate.catalog.editing import (
-    CatalogEditor,
-    Change,
-    NotThere,
-    Seen,
-    held_tier,
-    now_us,
-    require_editable,
-)
+from tidegate.catalog.changing import Change, NotThere, Seen, held_tier, now_us, require_editable
+from tidegate.catalog.editing import CatalogEditor
 from tidegate.catalog.forms import Form, key_form
 from tidegate.catalog.tables import api_keys, rate_limit_rules, tiers
 from tidegate.errors import BadRequest, CatalogError, PolicyError

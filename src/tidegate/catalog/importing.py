@@ -12,8 +12,7 @@ from typing import Any, Final
 from sqlalchemy import delete, func, select, update
 
 from tidegate.catalog import policy_rows
-from tidegate.catalog.editing import (
-    CatalogEditor,
+from tidegate.catalog.changing import (
     Change,
     ManagedByFile,
     held_tier,
@@ -25,6 +24,7 @@ from tidegate.catalog.editing import (
     update_rule,
     update_tier,
 )
+from tidegate.catalog.editing import CatalogEditor
 from tidegate.catalog.editing_keys import insert_foreign_key, key_rows, update_key
 from tidegate.catalog.forms import Form, key_form, tier_form
 from tidegate.catalog.tables import api_keys, policy_state, rate_limit_rules, tiers

@@ -11,7 +11,8 @@ from typing import Any, Final
 import msgspec
 from sqlalchemy import ColumnElement, Select, and_, func, or_, select, tuple_
 
-from tidegate.catalog.editing import CatalogEditor, NotThere, now_us, rule_rows
+from tidegate.catalog.changing import NotThere, now_us, rule_rows
+from tidegate.catalog.editing import CatalogEditor
 from tidegate.catalog.editing_keys import is_key_id, key_rows, no_such_key
 from tidegate.catalog.forms import Form, audit_form, key_form, moment_text, rule_form, tier_form, token_form
 from tidegate.catalog.tables import admin_tokens, api_keys, audit_log, rate_limit_rules, rate_limit_violations, tiers

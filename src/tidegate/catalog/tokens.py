@@ -11,7 +11,8 @@ from typing import Any, Final
 import msgspec
 from sqlalchemy import insert, select, update
 
-from tidegate.catalog.editing import CatalogEditor, Change, NotThere, now_us
+from tidegate.catalog.changing import Change, NotThere, now_us
+from tidegate.catalog.editing import CatalogEditor
 from tidegate.catalog.forms import Form, token_form
 from tidegate.catalog.tables import admin_tokens
 from tidegate.errors import BadRequest, CatalogError

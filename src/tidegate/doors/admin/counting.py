@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from tidegate.catalog.cached import Caller
-from tidegate.catalog.editing import CatalogEditor, NotThere
+from tidegate.catalog.changing import NotThere
+from tidegate.catalog.editing import CatalogEditor
 from tidegate.catalog.reading import key_row
 from tidegate.counters import Charge
 from tidegate.decision import Decision, RuleUsage, Usage, canonical_ip

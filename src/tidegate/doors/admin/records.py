@@ -7,7 +7,8 @@ from typing import Annotated, Literal
 import msgspec
 from fastapi import APIRouter, Query
 
-from tidegate.catalog.editing import CatalogEditor, NotThere, now_us
+from tidegate.catalog.changing import NotThere, now_us
+from tidegate.catalog.editing import CatalogEditor
 from tidegate.catalog.forms import moment_us
 from tidegate.catalog.reading import DAY_US, Blocked, blocked_total, list_audit, list_violations, top_violators
 from tidegate.doors.admin.common import Actor, After, Exactly, Limit
