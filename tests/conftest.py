@@ -71,9 +71,11 @@ class Serve:
         self.directory = directory
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
+        self.admin_port = free_port()
         self.environment = {
             **{name: value for name, value in os.environ.items() if not name.startswith("TIDEGATE_")},
             "TIDEGATE_SERVER__HTTP": f"127.0.0.1:{self.port}",
+            "TIDEGATE_SERVER__ADMIN": f"127.0.0.1:{self.admin_port}",
             **environment,
         }
         self.process = subprocess.Popen(
@@ -143,7 +145,7 @@ def free_port() -> int:
 @pytest.fixture
 async def listen() -> AsyncIterator[Callable[..., object]]:
     """Serves an RSGI app on a free port of loopback; gives its base URL."""
-    from tidegate.server import Listener
+    from tidegate.listening import Listener
 
     listeners: list[Listener] = []
 

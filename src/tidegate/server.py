@@ -1,33 +1,29 @@
 """One running instance: its resources, its listeners, its signals, its end.
 
-Resources are opened in order and closed in reverse; `/health` and the drain walk the same list. The HTTP server stands behind
-`Listener`, so that another one can take its place.
+Resources are opened in order and closed in reverse; `/health` and the drain walk the same list.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import gc
 import hashlib
 import logging
 import signal
-import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, Final
 
 import uvloop
-from granian.constants import HTTPModes, Interfaces
-from granian.http import HTTP1Settings
-from granian.server.embed import Server as GranianServer
+from granian.constants import Interfaces
 
 from tidegate._version import __version__
 from tidegate.catalog.cached import CachedCatalog
+from tidegate.catalog.editing import CatalogEditor
 from tidegate.catalog.policy_file import load_policy
 from tidegate.catalog.sql import SqlCatalog
+from tidegate.catalog.tokens import first_token
 from tidegate.catalog.watch import watch_policy
-from tidegate.counters import CounterStore
 from tidegate.counters.factory import open_counters
 from tidegate.counters.guarded import GuardedCounters
 from tidegate.counters.memory import MemoryCounters
@@ -37,67 +33,25 @@ from tidegate.doors.http import DataPlane, Page
 from tidegate.doors.openapi import data_plane_openapi
 from tidegate.errors import PolicyError, SettingsError, TidegateError
 from tidegate.gate import Gate
+from tidegate.listening import Listener, admin_address, free_address, join_address
 from tidegate.policy import Policy
 from tidegate.settings import Settings, parse_address
+from tidegate.telemetry.collected import collect_cache, collect_counters
 from tidegate.telemetry.health import Health
 from tidegate.telemetry.metrics import Metrics
 
 logger = logging.getLogger(__name__)
 
-_HEADER_TIMEOUT_S: Final = 10.0
-_MOST_HEADER_BYTES: Final = 64 * 1024
-"""Beyond it the server itself answers 431, without the error form; up to it the data plane does, in its form."""
 _QUIET_S: Final = 0.2
 _SWEEP_STEPS: Final = 500
 _METRICS_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 
 
-class Listener:
-    """The seam to the HTTP server: one RSGI app on one address.
-
-    Args:
-        app: the app.
-        host: address to listen at.
-        port: 1 to 65535.
-        header_timeout_s: how long a request's headers may take, s.
-    """
-
-    def __init__(self, app: Any, host: str, port: int, header_timeout_s: float = _HEADER_TIMEOUT_S) -> None:
-        self._server = GranianServer(
-            app,
-            address=host,
-            port=port,
-            interface=Interfaces.RSGI,
-            http=HTTPModes.http1,
-            http1_settings=HTTP1Settings(header_read_timeout=round(header_timeout_s * 1000), max_buffer_size=_MOST_HEADER_BYTES),
-            websockets=False,
-            backlog=1024,
-            log_enabled=False,
-        )
-        self._serving: asyncio.Task[None] | None = None
-
-    async def start(self) -> None:
-        """Listen; returns when connections are taken."""
-        self._serving = asyncio.create_task(self._server.serve())
-        await asyncio.sleep(0)
-        if self._serving.done():
-            self._serving.result()
-
-    async def stop(self, timeout_s: float) -> None:
-        """Take no more connections, and wait for the requests in flight.
-
-        Args:
-            timeout_s: how long to wait.
-        """
-        if self._serving is None:
-            return
-        self._server.stop()  # type: ignore[no-untyped-call]
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._serving, timeout_s)
-
-
 class Instance:
     """Everything that one process runs.
+
+    Once started, `address` and `admin_address` say where it listens (the latter is empty where the control plane is off), and
+    `first_token` is the token of the first operator, on the start that made it.
 
     Args:
         settings: all of them; an instance is one process, whatever `[server] workers` says.
@@ -114,6 +68,9 @@ class Instance:
         self.exposition: Callable[[], Awaitable[bytes]] = self._own_exposition
         self.health = Health()
         self.address = ""
+        self.admin_address = ""
+        self.first_token: str | None = None
+        self._admin: Listener | None = None
         self._stack = contextlib.AsyncExitStack()
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -129,6 +86,7 @@ class Instance:
         require_shared_counters(settings)
         find = parse_address if self._shares_port else free_address
         host, port = find(settings.server.http, "server.http")
+        admin = admin_address(settings, port, find)
         policy_path = settings.policy_path
         first = None if policy_path is None else load_policy(policy_path)
         self.counters = open_counters(settings.counters, settings.breaker)
@@ -159,7 +117,10 @@ class Instance:
             TrustedProxies(settings.server.trusted_proxies),
             settings.server.body_timeout_s,
         )
-        self._collect(self.counters)
+        collect_cache(self.metrics, self.cached)
+        collect_counters(self.metrics, self.counters)
+        self.metrics.add_gauge("rate_limiter_policy_version", "Version of the catalog in force.", lambda: self._version)
+        self.metrics.add_gauge("rate_limiter_in_flight", "Requests being answered.", lambda: self.data_plane.in_flight)
         self._version = await self.catalog.version()
         self._spawn(self._poll_catalog(settings.catalog.poll_s), "looking for changes of the catalog")
         if isinstance(self.counters, MemoryCounters):
@@ -169,11 +130,38 @@ class Instance:
         self._listener = Listener(self.data_plane, host, port)
         await self._listener.start()
         self.address = join_address(host, port)
+        if admin is not None:
+            await self._start_admin(gate, *admin)
         # What lives as long as the process is not looked at again by the collector: a full collection over a million counters
         # would stop every check for milliseconds.
         gc.collect()
         gc.freeze()
         logger.info("listening on http://%s", self.address)
+
+    async def _start_admin(self, gate: Gate, host: str, port: int) -> None:
+        # Imported here: who switches the control plane off pays neither time nor memory for its framework.
+        from tidegate.doors.admin.app import AdminDeps, admin_app
+
+        settings = self.settings
+        editor = CatalogEditor(self.catalog, self._changed)
+        if not settings.admin.token:
+            self.first_token = await first_token(editor)
+        deps = AdminDeps(
+            editor,
+            gate,
+            settings.admin.token or None,
+            TrustedProxies(settings.server.trusted_proxies),
+            body_timeout_s=settings.server.body_timeout_s,
+        )
+        self._admin = Listener(admin_app(deps), host, port, interface=Interfaces.ASGINL)
+        await self._admin.start()
+        self.admin_address = join_address(host, port)
+        logger.info("the control plane is at http://%s", self.admin_address)
+
+    def _changed(self, version: int) -> None:
+        """Take a change into force that an operator made here."""
+        self._version = version
+        self.cached.invalidate()
 
     async def drain(self, hurry: asyncio.Event) -> None:
         """End in order: say so to balancers and clients, finish what is in flight, close everything.
@@ -192,7 +180,9 @@ class Instance:
             answered = data_plane.answered
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(hurry.wait(), min(_QUIET_S, max(_left(deadline), 0.001)))
-        await self._listener.stop(0.05 if hurry.is_set() else max(_left(deadline), 0.05))
+        listeners = [self._listener] if self._admin is None else [self._listener, self._admin]
+        left_s = 0.05 if hurry.is_set() else max(_left(deadline), 0.05)
+        await asyncio.gather(*(listener.stop(left_s) for listener in listeners))
         await self.close()
         logger.info("stopped")
 
@@ -218,55 +208,6 @@ class Instance:
                 logger.error("%s ended by a fault", what, exc_info=done.exception())
 
         task.add_done_callback(ended)
-
-    def _collect(self, counters: CounterStore) -> None:
-        metrics, cached = self.metrics, self.cached
-        metrics.add_counter("rate_limiter_cache_hits", "Catalog look-ups answered from memory.", lambda: cached.hits)
-        metrics.add_counter("rate_limiter_cache_misses", "Catalog look-ups that went to the database.", lambda: cached.misses)
-        metrics.add_counter(
-            "rate_limiter_cache_stale", "Catalog look-ups answered from memory past their time.", lambda: cached.stale
-        )
-        metrics.add_gauge("rate_limiter_cached_keys", "API keys cached, unknown ones included.", lambda: len(cached))
-        metrics.add_gauge("rate_limiter_policy_version", "Version of the catalog in force.", lambda: self._version)
-        metrics.add_gauge("rate_limiter_in_flight", "Requests being answered.", lambda: self.data_plane.in_flight)
-        if isinstance(counters, GuardedCounters):
-            self._collect_guarded(counters)
-        if isinstance(counters, MemoryCounters):
-            metrics.add_gauge("rate_limiter_subjects", "Counters held in memory.", lambda: len(counters))
-            metrics.add_counter(
-                "rate_limiter_subjects_evicted",
-                "Live counters dropped because max_subjects was reached.",
-                lambda: counters.evicted,
-            )
-
-    def _collect_guarded(self, counters: GuardedCounters) -> None:
-        metrics = self.metrics
-        metrics.add_labelled_counter(
-            "rate_limiter_fallbacks", "Checks decided without the counter store, by reason.", "reason", lambda: counters.degraded
-        )
-        metrics.add_gauge(
-            "rate_limiter_breakers_open", "Shards of the counter store that are left alone.", lambda: counters.open_breakers
-        )
-        metrics.add_gauge(
-            "rate_limiter_instances", "Instances that share the counter store, as last heard.", lambda: counters.instances
-        )
-        metrics.add_gauge("rate_limiter_counters_owed", "Counters still to be put back after an outage.", lambda: counters.owed)
-        metrics.add_counter("rate_limiter_counters_put_back", "Counters put back after an outage.", lambda: counters.put_back)
-        metrics.add_counter(
-            "rate_limiter_denials_remembered",
-            "Checks denied from memory, without asking the store.",
-            lambda: counters.denials.answered,
-        )
-        metrics.add_gauge(
-            "rate_limiter_store_in_flight",
-            "Calls that the counter store has not answered.",
-            lambda: sum(connection.in_flight for connection in counters.store.connections()),
-        )
-        metrics.add_gauge(
-            "rate_limiter_store_shards_up",
-            "Shards of the counter store that are connected.",
-            lambda: sum(connection.up for connection in counters.store.connections()),
-        )
 
     async def _poll_catalog(self, every_s: float) -> None:
         """Take changes into force that other processes made, such as a key revoked on the command line."""
@@ -383,49 +324,6 @@ async def running(settings: Settings) -> AsyncIterator[Instance]:
         raise
     hurry = asyncio.Event()
     await instance.drain(hurry)
-
-
-def free_address(text: str, name: str) -> tuple[str, int]:
-    """Find out that an address can be listened at.
-
-    The server itself shares ports (SO_REUSEPORT), so a second instance on a port in use would start and take half of the
-    connections.
-
-    Args:
-        text: `host:port`; port 0 for any free one.
-        name: of the setting, for the error.
-
-    Returns:
-        Host and port.
-
-    Raises:
-        SettingsError: naming the setting, the address and the remedy.
-    """
-    host, port = parse_address(text, name)
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        with socket.socket(family, kind, protocol) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(address)
-            bound = probe.getsockname()
-            return bound[0], bound[1]
-    except OSError as error:
-        if error.errno == errno.EADDRINUSE:
-            raise SettingsError(f"{name} = {text!r}: the port is in use; stop what listens there or set another port") from None
-        raise SettingsError(f"{name} = {text!r} cannot be listened at: {error.strerror or error}") from None
-
-
-def join_address(host: str, port: int) -> str:
-    """Write an address as the settings have it.
-
-    Args:
-        host: a name or an address.
-        port: 0 to 65535.
-
-    Returns:
-        `host:port`, with an IPv6 host in brackets.
-    """
-    return f"{f'[{host}]' if ':' in host else host}:{port}"
 
 
 def require_shared_counters(settings: Settings) -> None:

@@ -15,6 +15,7 @@ from tidegate.errors import SettingsError
 ENVIRONMENT_PREFIX: Final = "TIDEGATE_"
 DEFAULT_FILE: Final = "tidegate.toml"
 DEFAULT_POLICY_FILE: Final = "tidegate.policy.toml"
+MIN_TOKEN_LENGTH: Final = 16
 
 
 class ServerSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -22,7 +23,7 @@ class ServerSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     Args:
         http: address of the data plane.
-        admin: address of the control plane.
+        admin: address of the control plane; empty switches it off.
         grpc: address of the gRPC door.
         workers: processes.
         drain_s: how long SIGTERM waits for what is in flight, s.
@@ -119,7 +120,7 @@ class AdminSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """`[admin]`: the control plane.
 
     Args:
-        token: bearer token of the first operator.
+        token: bearer token of an operator, 16 characters or more; without one, one is made and printed at the first start.
     """
 
     token: str | None = None
@@ -205,7 +206,13 @@ def load_settings(file: Path | None, environment: Mapping[str, str]) -> Settings
         if _value(settings, name) not in choices:
             raise SettingsError(f"setting {name} = {_value(settings, name)!r} is not known: use {', '.join(choices)}")
     for name in ("http", "admin", "grpc"):
-        parse_address(getattr(settings.server, name), f"server.{name}")
+        if name != "admin" or settings.server.admin:
+            parse_address(getattr(settings.server, name), f"server.{name}")
+    if settings.admin.token and len(settings.admin.token) < MIN_TOKEN_LENGTH:
+        # The token itself is not repeated.
+        raise SettingsError(
+            f"setting admin.token has fewer than {MIN_TOKEN_LENGTH} characters: make one with 'openssl rand -hex 32'"
+        )
     return settings
 
 

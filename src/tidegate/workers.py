@@ -31,7 +31,8 @@ import msgspec
 import uvloop
 
 from tidegate.errors import SettingsError
-from tidegate.server import Instance, free_address, join_address, require_shared_counters
+from tidegate.listening import admin_address, free_address, join_address
+from tidegate.server import Instance, require_shared_counters
 from tidegate.settings import Settings
 from tidegate.telemetry.combined import combine
 
@@ -182,20 +183,21 @@ async def _ask(path: Path) -> bytes | None:
     return text.removesuffix(_END) if text.endswith(_END) else None
 
 
-def work(settings: Settings, seat: Seat) -> None:
+def work(settings: Settings, seat: Seat, ready: Callable[[Instance], None]) -> None:
     """Run a worker until SIGTERM, SIGINT, or the end of its supervisor.
 
     Args:
         settings: all of them.
         seat: of this worker.
+        ready: is called once it listens.
 
     Raises:
         TidegateError: if it cannot start.
     """
-    uvloop.run(_work(settings, seat))
+    uvloop.run(_work(settings, seat, ready))
 
 
-async def _work(settings: Settings, seat: Seat) -> None:
+async def _work(settings: Settings, seat: Seat, ready: Callable[[Instance], None]) -> None:
     loop = asyncio.get_running_loop()
     stop, hurry = asyncio.Event(), asyncio.Event()
     with socket.socket(fileno=seat.channel) as channel:
@@ -231,6 +233,7 @@ async def _work(settings: Settings, seat: Seat) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stop.set)
         await tally.listen()
+        ready(instance)
         with contextlib.suppress(OSError):  # the reader above sees the supervisor's end
             channel.send(_READY)
         await stop.wait()
@@ -257,7 +260,11 @@ def supervise(settings: Settings, arguments: Sequence[str], ready: Callable[[str
         SettingsError: if the workers cannot be started: counters that they cannot share, an address that is not free.
     """
     require_shared_counters(settings)
-    address = join_address(*free_address(settings.server.http, "server.http"))
+    host, port = free_address(settings.server.http, "server.http")
+    admin = admin_address(settings, port)
+    taken = {"TIDEGATE_SERVER__HTTP": join_address(host, port)}
+    if admin is not None:
+        taken["TIDEGATE_SERVER__ADMIN"] = join_address(*admin)
     try:
         made = tempfile.TemporaryDirectory(prefix="tidegate-", ignore_cleanup_errors=True)
     except OSError as error:
@@ -265,7 +272,7 @@ def supervise(settings: Settings, arguments: Sequence[str], ready: Callable[[str
     with made as directory:
         if len(os.fsencode(directory)) > _MOST_DIRECTORY_BYTES:
             raise SettingsError(f"the path {directory} is too long to hold a socket: set TMPDIR to a shorter one")
-        return asyncio.run(_Supervisor(settings, arguments, address, directory, ready).run())
+        return asyncio.run(_Supervisor(settings, arguments, taken, directory, ready).run())
 
 
 class _Worker:
@@ -334,15 +341,20 @@ class _Worker:
 
 class _Supervisor:
     def __init__(
-        self, settings: Settings, arguments: Sequence[str], address: str, directory: str, ready: Callable[[str], None]
+        self,
+        settings: Settings,
+        arguments: Sequence[str],
+        addresses: Mapping[str, str],
+        directory: str,
+        ready: Callable[[str], None],
     ) -> None:
         # -m puts the working directory before the library: only where this process has it there as well.
         safe = () if {"", str(Path.cwd())} & set(sys.path) else ("-P",)
         command = (sys.executable, *safe, "-m", "tidegate", *arguments)
-        environment = {**os.environ, "TIDEGATE_SERVER__HTTP": address}
+        environment = {**os.environ, **addresses}
         self._workers = [_Worker(number + 1, command, environment, directory) for number in range(settings.server.workers)]
         self._silent = {worker.number for worker in self._workers}
-        self._address = address
+        self._address = addresses["TIDEGATE_SERVER__HTTP"]
         self._drain_s = settings.server.drain_s
         self._ready = ready
         self._stop = asyncio.Event()

@@ -120,9 +120,19 @@ def row_of_api_key(api_key: ApiKey, tier_id: int, created_at_us: int) -> dict[st
         "name": api_key.name,
         "status": api_key.status.value,
         "expires_at_us": api_key.expires_at_us,
-        "overrides": [
-            {"rule": override.rule, "limits": [limit.text for limit in override.limits]} for override in api_key.overrides
-        ],
+        "overrides": override_rows(api_key.overrides),
         "created_at_us": created_at_us,
         "managed_by_file": api_key.managed_by_file,
     }
+
+
+def override_rows(overrides: Iterable[Override]) -> list[dict[str, Any]]:
+    """The value of the column `overrides` of an API key's row.
+
+    Args:
+        overrides: the key's overrides.
+
+    Returns:
+        JSON.
+    """
+    return [{"rule": override.rule, "limits": [limit.text for limit in override.limits]} for override in overrides]

@@ -25,7 +25,8 @@ from tidegate.cli.common import ConfigOption, JsonOption, print_json, read_setti
 from tidegate.counters.factory import open_counters
 from tidegate.counters.guarded import GuardedCounters
 from tidegate.errors import SettingsError, TidegateError
-from tidegate.server import free_address, require_shared_counters, run
+from tidegate.listening import free_address
+from tidegate.server import Instance, require_shared_counters, run
 from tidegate.settings import Settings
 from tidegate.workers import Seat, supervise, work
 
@@ -66,6 +67,14 @@ def serve(
     )
     logging.getLogger("alembic").setLevel(logging.WARNING)
 
+    def tell_token(instance: Instance) -> None:
+        if instance.first_token is not None:
+            typer.echo(
+                f"control plane at http://{instance.admin_address}, token of the first operator, shown this once: "
+                f"{instance.first_token}"
+            )
+            sys.stdout.flush()
+
     def tell(address: str) -> None:
         if demo:
             typer.echo(_TOUR.format(address=address))
@@ -78,15 +87,19 @@ def serve(
             )
         sys.stdout.flush()
 
+    def tell_all(instance: Instance) -> None:
+        tell_token(instance)
+        tell(instance.address)
+
     with resources.as_file(resources.files("tidegate").joinpath("example.policy.toml")) as example:
         if demo:
             settings = msgspec.structs.replace(settings, policy=msgspec.structs.replace(settings.policy, file=str(example)))
         if seat is not None:
-            work(settings, seat)
+            work(settings, seat, tell_token)
         elif settings.server.workers > 1:
             return supervise(settings, _worker_arguments(config, demo), tell)
         else:
-            run(settings, lambda instance: tell(instance.address))
+            run(settings, tell_all)
     return 0
 
 

@@ -1,0 +1,167 @@
+"""How rows of the catalog look to operators: plain JSON, the same in answers and in the audit log.
+
+No form ever holds a key, a token or a digest of one.
+"""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Mapping
+from typing import Any, TypeAlias
+
+from tidegate.errors import BadRequest
+from tidegate.limits import US_PER_S
+
+Form: TypeAlias = dict[str, Any]
+
+
+def tier_form(row: Mapping[Any, Any]) -> Form:
+    """A tier.
+
+    Args:
+        row: of `tiers`.
+
+    Returns:
+        Its form.
+    """
+    return {
+        "name": row["name"],
+        "limits": list(row["limits"]),
+        "managed_by_file": row["managed_by_file"],
+        "revision": row["revision"],
+    }
+
+
+def rule_form(row: Mapping[Any, Any]) -> Form:
+    """A rule.
+
+    Args:
+        row: of `rate_limit_rules`, with the tier's name as `tier_name`.
+
+    Returns:
+        Its form.
+    """
+    return {
+        "id": row["id"],
+        "tier": row["tier_name"],
+        "name": row["name"],
+        "endpoint": row["endpoint_pattern"],
+        "methods": list(row["methods"]),
+        "algorithm": row["algorithm"],
+        "limits": list(row["limits"]),
+        "subject": row["subject"],
+        "priority": row["priority"],
+        "mode": row["mode"],
+        "on_failure": row["on_failure"],
+        "managed_by_file": row["managed_by_file"],
+        "revision": row["revision"],
+    }
+
+
+def key_form(row: Mapping[Any, Any]) -> Form:
+    """An API key, without the key.
+
+    Args:
+        row: of `api_keys`, with the tier's name as `tier_name`.
+
+    Returns:
+        Its form; `limits` are those that hold instead of the tier's own, `overrides` those that hold instead of a rule's.
+    """
+    own = [override for override in row["overrides"] if not override["rule"]]
+    return {
+        "id": row["id"],
+        "tier": row["tier_name"],
+        "name": row["name"],
+        "status": row["status"],
+        "expires_at": moment_text(row["expires_at_us"]),
+        "limits": list(own[0]["limits"]) if own else None,
+        "overrides": [
+            {"rule": override["rule"], "limits": list(override["limits"])} for override in row["overrides"] if override["rule"]
+        ],
+        "created_at": moment_text(row["created_at_us"]),
+        "revoked_at": moment_text(row["revoked_at_us"]),
+        "revoked_reason": row["revoked_reason"],
+        "managed_by_file": row["managed_by_file"],
+        "revision": row["revision"],
+    }
+
+
+def token_form(row: Mapping[Any, Any]) -> Form:
+    """An operator's token, without the token.
+
+    Args:
+        row: of `admin_tokens`.
+
+    Returns:
+        Its form.
+    """
+    return {
+        "id": row["id"],
+        "name": row["name"],
+        "role": row["role"],
+        "created_at": moment_text(row["created_at_us"]),
+        "expires_at": moment_text(row["expires_at_us"]),
+        "revoked_at": moment_text(row["revoked_at_us"]),
+    }
+
+
+def audit_form(row: Mapping[Any, Any]) -> Form:
+    """A row of the audit log.
+
+    Args:
+        row: of `audit_log`.
+
+    Returns:
+        Its form.
+    """
+    return {
+        "id": row["id"],
+        "at": moment_text(row["at_us"]),
+        "actor": row["actor"],
+        "action": row["action"],
+        "kind": row["kind"],
+        "target": row["target"],
+        "before": row["before"],
+        "after": row["after"],
+    }
+
+
+def moment_text(at_us: int | None) -> str | None:
+    """A moment as answers write it.
+
+    Args:
+        at_us: µs since the epoch, or None.
+
+    Returns:
+        ISO 8601 in UTC, such as `2030-01-31T00:00:00Z`; None for None.
+    """
+    if at_us is None:
+        return None
+    whole_s, rest_us = divmod(at_us, US_PER_S)
+    moment = datetime.datetime(1970, 1, 1) + datetime.timedelta(seconds=whole_s, microseconds=rest_us)
+    return moment.isoformat() + "Z"
+
+
+def moment_us(text: str, field: str) -> int:
+    """Read a moment.
+
+    Args:
+        text: ISO 8601 with an offset, such as `2030-01-31T00:00:00Z`.
+        field: its name, for the error.
+
+    Returns:
+        µs since the epoch.
+
+    Raises:
+        BadRequest: naming the field, its value and the form.
+    """
+    try:
+        moment = datetime.datetime.fromisoformat(text)
+        if moment.tzinfo is None:
+            raise ValueError
+        since = moment - datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
+    except (ValueError, OverflowError):
+        raise BadRequest(
+            f"{field} {text[:60]!r} is no moment: write 2030-01-31T00:00:00Z, with its offset", field=field
+        ) from None
+    return (since.days * 86_400 + since.seconds) * US_PER_S + since.microseconds

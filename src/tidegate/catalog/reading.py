@@ -1,0 +1,398 @@
+"""What operators read of the catalog, page by page. A page begins behind the last row of the one before, never at a number: rows
+that come and go meanwhile neither repeat nor hide others.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from typing import Any, Final
+
+import msgspec
+from sqlalchemy import ColumnElement, Select, and_, func, or_, select, tuple_
+
+from tidegate.catalog.changing import NotThere, now_us, rule_rows
+from tidegate.catalog.editing import CatalogEditor
+from tidegate.catalog.editing_keys import is_key_id, key_rows, no_such_key
+from tidegate.catalog.forms import Form, audit_form, key_form, moment_text, rule_form, tier_form, token_form
+from tidegate.catalog.tables import admin_tokens, api_keys, audit_log, rate_limit_rules, rate_limit_violations, tiers
+from tidegate.errors import BadRequest
+from tidegate.policy import KeyStatus
+
+MAX_PAGE: Final = 500
+DAY_US: Final = 86_400_000_000
+
+
+class Page(msgspec.Struct, frozen=True):
+    """A page of a list.
+
+    Args:
+        items: forms, in order.
+        next: what to give as `after` for the page behind this one; None where this is the last.
+    """
+
+    items: list[Form]
+    next: str | None
+
+
+async def list_tiers(editor: CatalogEditor, limit: int, after: str | None, name: str | None = None) -> Page:
+    """Tiers by name.
+
+    Args:
+        editor: of the catalog.
+        limit: at most so many, 1 to 500.
+        after: `next` of the page before.
+        name: only those with this in their name, in any case.
+
+    Returns:
+        The page.
+
+    Raises:
+        CatalogUnavailable: if the database does not answer.
+    """
+    query = select(tiers).order_by(tiers.c.name)
+    if name is not None:
+        query = query.where(tiers.c.name.icontains(name, autoescape=True))
+    if after is not None:
+        query = query.where(tiers.c.name > after)
+    rows = await _rows(editor, query, limit)
+    return _page([tier_form(row) for row in rows], limit, lambda form: str(form["name"]))
+
+
+async def list_rules(
+    editor: CatalogEditor,
+    limit: int,
+    after: str | None,
+    tier: str | None = None,
+    endpoint: str | None = None,
+    name: str | None = None,
+) -> Page:
+    """Rules by id.
+
+    Args:
+        editor: of the catalog.
+        limit: at most so many, 1 to 500.
+        after: `next` of the page before.
+        tier: only those of this tier.
+        endpoint: only those with this in their endpoint, in any case.
+        name: only those with this in their name, in any case.
+
+    Returns:
+        The page.
+
+    Raises:
+        BadRequest: if `after` is none of this list.
+        CatalogUnavailable: if the database does not answer.
+    """
+    query = rule_rows().order_by(rate_limit_rules.c.id)
+    if tier is not None:
+        query = query.where(tiers.c.name == tier)
+    if endpoint is not None:
+        query = query.where(rate_limit_rules.c.endpoint_pattern.icontains(endpoint, autoescape=True))
+    if name is not None:
+        query = query.where(rate_limit_rules.c.name.icontains(name, autoescape=True))
+    if after is not None:
+        query = query.where(rate_limit_rules.c.id > _number(after))
+    rows = await _rows(editor, query, limit)
+    return _page([rule_form(row) for row in rows], limit, lambda form: str(form["id"]))
+
+
+async def list_keys(
+    editor: CatalogEditor,
+    limit: int,
+    after: str | None,
+    tier: str | None = None,
+    status: str | None = None,
+    name: str | None = None,
+) -> Page:
+    """API keys by id.
+
+    Args:
+        editor: of the catalog.
+        limit: at most so many, 1 to 500.
+        after: `next` of the page before.
+        tier: only those of this tier.
+        status: only those that are active, expired or revoked.
+        name: only those with this in their name, in any case.
+
+    Returns:
+        The page.
+
+    Raises:
+        CatalogUnavailable: if the database does not answer.
+    """
+    query = key_rows().order_by(api_keys.c.id)
+    if tier is not None:
+        query = query.where(tiers.c.name == tier)
+    if status == KeyStatus.REVOKED.value:
+        query = query.where(api_keys.c.status == status)
+    elif status is not None:
+        over = and_(api_keys.c.expires_at_us.is_not(None), api_keys.c.expires_at_us <= now_us())
+        query = query.where(api_keys.c.status == KeyStatus.ACTIVE.value, over if status == "expired" else ~over)
+    if name is not None:
+        query = query.where(api_keys.c.name.icontains(name, autoescape=True))
+    if after is not None:
+        query = query.where(api_keys.c.id > after)
+    rows = await _rows(editor, query, limit)
+    return _page([key_form(row) for row in rows], limit, lambda form: str(form["id"]))
+
+
+async def list_tokens(editor: CatalogEditor, limit: int, after: str | None) -> Page:
+    """Tokens by id, revoked ones too.
+
+    Args:
+        editor: of the catalog.
+        limit: at most so many, 1 to 500.
+        after: `next` of the page before.
+
+    Returns:
+        The page.
+
+    Raises:
+        BadRequest: if `after` is none of this list.
+        CatalogUnavailable: if the database does not answer.
+    """
+    query = select(admin_tokens).order_by(admin_tokens.c.id)
+    if after is not None:
+        query = query.where(admin_tokens.c.id > _number(after))
+    rows = await _rows(editor, query, limit)
+    return _page([token_form(row) for row in rows], limit, lambda form: str(form["id"]))
+
+
+async def list_audit(
+    editor: CatalogEditor,
+    limit: int,
+    after: str | None,
+    kind: str | None = None,
+    target: str | None = None,
+    actor: str | None = None,
+) -> Page:
+    """The audit log, the newest first.
+
+    Args:
+        editor: of the catalog.
+        limit: at most so many, 1 to 500.
+        after: `next` of the page before.
+        kind: only this kind of target.
+        target: only this target.
+        actor: only this actor.
+
+    Returns:
+        The page.
+
+    Raises:
+        BadRequest: if `after` is none of this list.
+        CatalogUnavailable: if the database does not answer.
+    """
+    query = select(audit_log).order_by(audit_log.c.id.desc())
+    for column, value in ((audit_log.c.kind, kind), (audit_log.c.target, target), (audit_log.c.actor, actor)):
+        if value is not None:
+            query = query.where(column == value)
+    if after is not None:
+        query = query.where(audit_log.c.id < _number(after))
+    rows = await _rows(editor, query, limit)
+    return _page([audit_form(row) for row in rows], limit, lambda form: str(form["id"]))
+
+
+class Blocked(msgspec.Struct, frozen=True):
+    """Which violations are meant.
+
+    Args:
+        since_us: from this minute on, µs since the epoch.
+        until_us: before this moment.
+        tier: only of this tier.
+        rule: only of this rule.
+        subject: only of this subject: `k:` and a key's id, `i:` and an address, `t:` and a tier.
+    """
+
+    since_us: int
+    until_us: int
+    tier: str | None = None
+    rule: str | None = None
+    subject: str | None = None
+
+
+async def list_violations(editor: CatalogEditor, limit: int, after: str | None, blocked: Blocked) -> Page:
+    """Violations, one item for each minute in which a rule blocked a subject, the newest first.
+
+    Args:
+        editor: of the catalog.
+        limit: at most so many, 1 to 500.
+        after: `next` of the page before.
+        blocked: which ones.
+
+    Returns:
+        The page.
+
+    Raises:
+        BadRequest: if `after` is none of this list.
+        CatalogUnavailable: if the database does not answer.
+    """
+    c = rate_limit_violations.c
+    query = select(rate_limit_violations).where(*_meant(blocked)).order_by(c.minute_us.desc(), c.tier, c.rule, c.subject)
+    if after is not None:
+        minute_us, tier, rule, subject = _place(after)
+        behind = and_(c.minute_us == minute_us, tuple_(c.tier, c.rule, c.subject) > tuple_(tier, rule, subject))
+        query = query.where(or_(c.minute_us < minute_us, behind))
+    rows = await _rows(editor, query, limit)
+    places = [[row["minute_us"], row["tier"], row["rule"], row["subject"]] for row in rows]
+    items = [
+        {
+            "minute": moment_text(row["minute_us"]),
+            "tier": row["tier"],
+            "rule": row["rule"],
+            "subject": row["subject"],
+            "blocked": row["blocked"],
+        }
+        for row in rows
+    ]
+    last = _written(places[limit - 1]) if len(items) > limit else None
+    return Page(items[:limit], last)
+
+
+async def top_violators(editor: CatalogEditor, limit: int, by: str, blocked: Blocked) -> list[Form]:
+    """Who was blocked most.
+
+    Args:
+        editor: of the catalog.
+        limit: at most so many.
+        by: subject, rule or tier: what is counted together.
+        blocked: which violations.
+
+    Returns:
+        Forms of what it is and how often it was blocked, the most first.
+
+    Raises:
+        CatalogUnavailable: if the database does not answer.
+    """
+    columns = {
+        "subject": (rate_limit_violations.c.subject,),
+        "rule": (rate_limit_violations.c.tier, rate_limit_violations.c.rule),
+        "tier": (rate_limit_violations.c.tier,),
+    }[by]
+    total = func.sum(rate_limit_violations.c.blocked).label("blocked")
+    query = select(*columns, total).where(*_meant(blocked)).group_by(*columns).order_by(total.desc(), *columns)
+    rows = await _rows(editor, query, limit - 1)
+    return [{"subject": None, "tier": None, "rule": None, **row, "blocked": int(row["blocked"])} for row in rows]
+
+
+async def blocked_total(editor: CatalogEditor, blocked: Blocked) -> int:
+    """How often something was blocked.
+
+    Args:
+        editor: of the catalog.
+        blocked: which violations.
+
+    Returns:
+        The sum.
+
+    Raises:
+        CatalogUnavailable: if the database does not answer.
+    """
+    query = select(func.coalesce(func.sum(rate_limit_violations.c.blocked), 0)).where(*_meant(blocked))
+    async with editor.reading() as connection:
+        return int((await connection.execute(query)).scalar_one())
+
+
+async def one_tier(editor: CatalogEditor, name: str) -> Form:
+    """One tier.
+
+    Args:
+        editor: of the catalog.
+        name: of the tier.
+
+    Returns:
+        Its form.
+
+    Raises:
+        NotThere: if there is none.
+        CatalogUnavailable: if the database does not answer.
+    """
+    rows = await _rows(editor, select(tiers).where(tiers.c.name == name), 1)
+    if not rows:
+        raise NotThere(f"there is no tier {name[:64]!r}: see GET /admin/v1/tiers")
+    return tier_form(rows[0])
+
+
+async def one_rule(editor: CatalogEditor, rule_id: int) -> Form:
+    """One rule.
+
+    Args:
+        editor: of the catalog.
+        rule_id: its id.
+
+    Returns:
+        Its form.
+
+    Raises:
+        NotThere: if there is none.
+        CatalogUnavailable: if the database does not answer.
+    """
+    rows = await _rows(editor, rule_rows().where(rate_limit_rules.c.id == rule_id), 1)
+    if not rows:
+        raise NotThere(f"there is no rule {rule_id}: see GET /admin/v1/rate-limit-rules")
+    return rule_form(rows[0])
+
+
+async def key_row(editor: CatalogEditor, key_id: str) -> Any:
+    """The row of an API key.
+
+    Args:
+        editor: of the catalog.
+        key_id: its id.
+
+    Returns:
+        The row, with its tier's name as `tier_name`.
+
+    Raises:
+        NotThere: if there is none.
+        CatalogUnavailable: if the database does not answer.
+    """
+    rows = await _rows(editor, key_rows().where(api_keys.c.id == key_id), 1) if is_key_id(key_id) else []
+    if not rows:
+        raise no_such_key(key_id)
+    return rows[0]
+
+
+async def _rows(editor: CatalogEditor, query: Select[Any], limit: int) -> list[Any]:
+    """One row more than a page has: it tells whether another page follows."""
+    async with editor.reading() as connection:
+        return list((await connection.execute(query.limit(limit + 1))).mappings().all())
+
+
+def _page(forms: list[Form], limit: int, name: Any) -> Page:
+    return Page(forms[:limit], name(forms[limit - 1]) if len(forms) > limit else None)
+
+
+def _meant(blocked: Blocked) -> list[ColumnElement[bool]]:
+    c = rate_limit_violations.c
+    conditions: list[ColumnElement[bool]] = [c.minute_us >= blocked.since_us, c.minute_us < blocked.until_us]
+    for column, value in ((c.tier, blocked.tier), (c.rule, blocked.rule), (c.subject, blocked.subject)):
+        if value is not None:
+            conditions.append(column == value)
+    return conditions
+
+
+def _number(after: str) -> int:
+    if not after.isascii() or not after.isdecimal() or len(after) > 18:
+        raise _no_place(after)
+    return int(after)
+
+
+def _written(place: list[Any]) -> str:
+    return base64.urlsafe_b64encode(msgspec.json.encode(place)).decode().rstrip("=")
+
+
+def _place(after: str) -> tuple[int, str, str, str]:
+    try:
+        raw = base64.urlsafe_b64decode(after + "=" * (-len(after) % 4))
+        place = msgspec.json.decode(raw, type=tuple[int, str, str, str])
+    except (ValueError, binascii.Error, msgspec.MsgspecError):
+        raise _no_place(after) from None
+    if not 0 <= place[0] < 2**62 or any("\0" in text for text in place[1:]):
+        raise _no_place(after)
+    return place
+
+
+def _no_place(after: str) -> BadRequest:
+    return BadRequest(f"after {after[:60]!r} is none of this list: give the 'next' of the page before", field="after")

@@ -1,0 +1,113 @@
+"""Rules that can never answer, because a preferred one takes every request first."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
+
+from tidegate.limits import Algorithm, Limit, LimitSet
+from tidegate.matching import CompiledRule
+from tidegate.policy import Mode, Rule
+
+_PIECES = re.compile(r"\*+|\{[^}]*\}|.", re.DOTALL)
+_STAR = "*"
+_SEGMENT = "{}"
+# The order in which rules are preferred does not look at their limits.
+_ANY_LIMITS = LimitSet("any", Algorithm.FIXED_WINDOW, [Limit.parse("1/s")])
+
+
+def covers(wider: str, pattern: str) -> bool:
+    """Whether one endpoint pattern matches every path that another one does.
+
+    All patterns are read as sets of states, one bit for each place in `wider`, so the cost is that of the product of both
+    lengths, whatever they say. Where it is not sure (`/a/*` and `/a/{x}*` in some spellings) the answer is False.
+
+    Args:
+        wider: the pattern that may match more.
+        pattern: the other one.
+
+    Returns:
+        True if `wider` surely matches all of it.
+    """
+    places = _pieces(wider)
+    stars = segments = 0
+    literals: dict[str, int] = {}
+    for at, piece in enumerate(places):
+        if piece == _STAR:
+            stars |= 1 << at
+        elif piece == _SEGMENT:
+            segments |= 1 << at
+        else:
+            literals[piece] = literals.get(piece, 0) | 1 << at
+    states = _past_stars(1, stars)
+    for piece in _pieces(pattern):
+        following = states & stars
+        if piece != _STAR:
+            following |= (states & literals.get(piece, 0)) << 1
+            if piece != "/":
+                # A segment takes one piece or more: a place behind it may stay where it is.
+                following |= (states & segments) << 1 | (states & segments << 1)
+        states = _past_stars(following, stars)
+        if not states:
+            return False
+    return bool(states >> len(places) & 1)
+
+
+def shadow_warnings(tier: str, rule_id: int, rows: Iterable[Mapping[Any, Any]]) -> list[str]:
+    """What a rule that was just made or changed does to the others of its tier, and they to it.
+
+    Args:
+        tier: the tier's name.
+        rule_id: of the rule in question.
+        rows: all rules of the tier, of `rate_limit_rules`, in order.
+
+    Returns:
+        One sentence each: the rule never answers, or another one never does any more.
+    """
+    ordered = [(order, row) for order, row in enumerate(rows) if row["mode"] == Mode.ENFORCE.value]
+    found = next(((order, row) for order, row in ordered if row["id"] == rule_id), None)
+    if found is None:
+        return []  # a shadow rule is asked beside all others, and takes nothing from them
+    order, row = found
+    own = _rank_of(order, row)
+    warnings = []
+    hidden_by = next(
+        (other for place, other in ordered if other is not row and _hides(other, row) and _rank_of(place, other) < own), None
+    )
+    if hidden_by is not None:
+        warnings.append(
+            f"tier {tier!r}: rule {row['name']!r} never answers: {hidden_by['name']!r} is preferred and takes all its requests; "
+            "give it a higher priority"
+        )
+    hidden = [other for place, other in ordered if other is not row and _hides(row, other) and own < _rank_of(place, other)]
+    warnings.extend(
+        f"tier {tier!r}: rule {other['name']!r} never answers any more: {row['name']!r} is preferred and takes all its requests"
+        for other in hidden[:10]
+    )
+    return warnings
+
+
+def _hides(other: Mapping[Any, Any], row: Mapping[Any, Any]) -> bool:
+    if not _covers_methods(other["methods"], row["methods"]):
+        return False
+    beginning = re.split(r"[*{]", other["endpoint_pattern"], maxsplit=1)[0]
+    return row["endpoint_pattern"].startswith(beginning) and covers(other["endpoint_pattern"], row["endpoint_pattern"])
+
+
+def _covers_methods(wider: Collection[str], methods: Collection[str]) -> bool:
+    return not wider or (bool(methods) and set(methods) <= set(wider))
+
+
+def _rank_of(order: int, row: Mapping[Any, Any]) -> tuple[int, ...]:
+    rule = Rule(row["endpoint_pattern"], (), tuple(row["methods"]), priority=row["priority"], name=row["name"])
+    return CompiledRule(rule, _ANY_LIMITS, order).rank
+
+
+def _pieces(pattern: str) -> list[str]:
+    return [_STAR if each[0] == "*" else _SEGMENT if each[0] == "{" else each for each in _PIECES.findall(pattern)]
+
+
+def _past_stars(states: int, stars: int) -> int:
+    # Runs of stars are one piece, so one step passes each.
+    return states | (states & stars) << 1

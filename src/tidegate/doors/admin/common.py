@@ -1,0 +1,89 @@
+"""What every room of the control plane needs: who asks, which revision was seen, which page is wanted."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Final
+
+from fastapi import Depends, Header, Query, Request, Response
+from fastapi.security import HTTPBearer
+
+from tidegate.catalog.forms import Form
+from tidegate.catalog.reading import MAX_PAGE
+from tidegate.doors.admin.forms import Plain, ProblemTold
+from tidegate.doors.admin.guard import principal_of
+from tidegate.errors import BadRequest, TidegateError
+
+_TAG: Final = re.compile(r'(W/)?"([0-9]{0,18})"', re.ASCII)
+
+ERRORS: Final[dict[int | str, dict[str, Any]]] = {
+    400: {"model": ProblemTold, "description": "What was sent makes no sense; the message says what and why."},
+    401: {"model": ProblemTold, "description": "No token came, or it is unknown, expired or revoked."},
+    403: {"model": ProblemTold, "description": "A viewer's token may only read."},
+    404: {"model": ProblemTold, "description": "What is asked for is not there."},
+    408: {"model": ProblemTold, "description": "The body did not come in time."},
+    409: {"model": ProblemTold, "description": "The catalog's state forbids it; the message says what to do first."},
+    413: {"model": ProblemTold, "description": "The body has more than 1 MB."},
+    429: {"model": ProblemTold, "description": "Too many requests, or wrong tokens; Retry-After says when to try again."},
+    503: {"model": ProblemTold, "description": "The catalog or the counter store does not answer."},
+}
+EDIT_ERRORS: Final[dict[int | str, dict[str, Any]]] = {
+    412: {"model": ProblemTold, "description": "It was changed since it was read: read it again."},
+    428: {"model": ProblemTold, "description": "If-Match is missing: send the ETag that was read."},
+}
+
+# Only for the description: the guard has looked at the token before.
+BEARER: Final = HTTPBearer(auto_error=False, description="TIDEGATE_ADMIN__TOKEN, or a token of /admin/v1/tokens")
+
+
+class RevisionNotGiven(TidegateError):
+    """A change that does not say which revision it saw."""
+
+    code = "IF_MATCH_MISSING"
+    status = 428
+
+
+def _actor_of(request: Request) -> str:
+    return principal_of(request.scope).name
+
+
+def _seen_of(
+    if_match: Annotated[
+        str, Header(alias="If-Match", max_length=1000, description='the ETag that was read, such as "3"; * for any')
+    ],
+) -> frozenset[int] | None:
+    """The revisions that If-Match names (RFC 9110, section 13.1.1); None for any."""
+    if if_match.strip() == "*":
+        return None
+    seen = set()
+    for tag in if_match.split(","):
+        match = _TAG.fullmatch(tag.strip())
+        if match is None:
+            raise BadRequest(
+                f'If-Match {if_match[:60]!r} is no ETag of ours: send it as it was read, such as "3"', field="If-Match"
+            )
+        if match[1] is None and match[2]:  # a weak tag matches nothing here
+            seen.add(int(match[2]))
+    return frozenset(seen)
+
+
+Actor = Annotated[str, Depends(_actor_of)]
+SeenRevisions = Annotated[frozenset[int] | None, Depends(_seen_of)]
+Limit = Annotated[int, Query(ge=1, le=MAX_PAGE, description="at most so many items")]
+After = Annotated[str | None, Query(max_length=2000, description="'next' of the page before"), Plain]
+Contains = Annotated[str | None, Query(max_length=200, description="only those with this in it, in any case"), Plain]
+Exactly = Annotated[str | None, Query(max_length=400, description="only this one"), Plain]
+
+
+def tagged(response: Response, form: Form) -> Form:
+    """Put the revision of what is answered into its ETag.
+
+    Args:
+        response: the answer.
+        form: what is answered.
+
+    Returns:
+        The form.
+    """
+    response.headers["ETag"] = f'"{form["revision"]}"'
+    return form

@@ -1,0 +1,181 @@
+"""What callers have left and what is reset, by the ids of their keys; and what a lowered limit finds in use."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from tidegate.catalog.cached import Caller
+from tidegate.catalog.changing import NotThere
+from tidegate.catalog.editing import CatalogEditor
+from tidegate.catalog.reading import key_row
+from tidegate.counters import Charge
+from tidegate.decision import Decision, RuleUsage, Usage, canonical_ip
+from tidegate.errors import StoreUnavailable
+from tidegate.gate import MAX_USAGE_RULES, Gate, ipv6_client
+from tidegate.limits import LimitSet
+from tidegate.matching import CompiledTier, counted_by, subject_of
+from tidegate.policy import Mode, Subject
+
+_RESET_AT_ONCE = 1000
+
+
+def client_of(ip: str) -> str:
+    """What counts as one client of an address: itself, or the /64 of an IPv6 address.
+
+    Args:
+        ip: IPv4 or IPv6.
+
+    Returns:
+        The client.
+
+    Raises:
+        BadRequest: if it is no address.
+    """
+    canonical = canonical_ip(ip)
+    return ipv6_client(canonical) if ":" in canonical else canonical
+
+
+async def caller_of(editor: CatalogEditor, gate: Gate, key_id: str) -> Caller:
+    """The caller that a key's id stands for; revoked and expired ones too.
+
+    Args:
+        editor: of the catalog.
+        gate: knows callers by their keys' digests.
+        key_id: the id.
+
+    Returns:
+        The caller.
+
+    Raises:
+        NotThere: if there is no such key.
+        CatalogUnavailable: if the catalog does not answer.
+    """
+    row = await key_row(editor, key_id)
+    caller = await gate.catalog.caller(row["sha256"])
+    if caller is None:
+        raise NotThere(f"there is no API key {key_id} any more: see GET /admin/v1/api-keys")
+    return caller
+
+
+async def usage_of_key(editor: CatalogEditor, gate: Gate, key_id: str, ip: str | None) -> Usage:
+    """What is left to a key; as `Gate.usage`, for a key of which only the id is known, and for refused ones too.
+
+    Args:
+        editor: of the catalog.
+        gate: what counts.
+        key_id: the key's id.
+        ip: address of its client, or None.
+
+    Returns:
+        The usage.
+
+    Raises:
+        NotThere: if there is no such key.
+        BadRequest: if the ip is no address.
+        CatalogUnavailable: if the catalog does not answer.
+    """
+    client = None if ip is None else client_of(ip)
+    caller = await caller_of(editor, gate, key_id)
+    tier = caller.tier
+    looked_at: list[tuple[str | None, str | None, Mode, Subject, LimitSet]] = []
+    if tier.limits is not None:
+        looked_at.append((None, None, Mode.ENFORCE, Subject.API_KEY, tier.limits))
+    for each in tier.rules[:MAX_USAGE_RULES]:
+        looked_at.append((each.rule.name, each.rule.endpoint, each.rule.mode, counted_by(each.subject, True), each.limits))
+    subjects = [subject_of(kind, caller.subject, client, tier.tier.name) for *_, kind, _ in looked_at]
+    counted = [(entry, subject) for entry, subject in zip(looked_at, subjects, strict=True) if subject is not None]
+    decisions = await _peek(gate, [(entry[-1], subject) for entry, subject in counted])
+    rules = tuple(
+        RuleUsage(name, endpoint, mode, kind, limits.limits, decision)
+        for ((name, endpoint, mode, kind, limits), _), decision in zip(counted, decisions, strict=True)
+    )
+    not_counted = tuple(entry[0] for entry, subject in zip(looked_at, subjects, strict=True) if subject is None)
+    return Usage(tier.tier.name, rules, not_counted, len(tier.rules) > MAX_USAGE_RULES)
+
+
+async def reset_key(editor: CatalogEditor, gate: Gate, key_id: str) -> int:
+    """Forget what a key consumed; as `Gate.reset`, for a key of which only the id is known.
+
+    Args:
+        editor: of the catalog.
+        gate: what counts.
+        key_id: the key's id.
+
+    Returns:
+        How many counters were reset.
+
+    Raises:
+        NotThere: if there is no such key.
+        CatalogUnavailable: if the catalog does not answer.
+        StoreUnavailable: if the counter store fails; some may have been reset.
+    """
+    caller = await caller_of(editor, gate, key_id)
+    counters = [(limits, caller.subject) for limits in _own_sets(caller.tier)]
+    for start in range(0, len(counters), _RESET_AT_ONCE):
+        await gate.counters.reset(counters[start : start + _RESET_AT_ONCE])
+    return len(counters)
+
+
+async def used_up_by_key(editor: CatalogEditor, gate: Gate, key_id: str) -> list[str]:
+    """Limits of a key's own that leave it nothing now: what a change to them may not have meant.
+
+    Args:
+        editor: of the catalog.
+        gate: what counts.
+        key_id: the key's id.
+
+    Returns:
+        One sentence each.
+
+    Raises:
+        CatalogUnavailable: if the catalog does not answer.
+    """
+    caller = await caller_of(editor, gate, key_id)
+    own = {override.rule for override in caller.api_key.overrides} if caller.api_key is not None else set()
+    sets = [limits for limits in _own_sets(caller.tier) if (limits.rule or "") in own][:MAX_USAGE_RULES]
+    return await _used_up(gate, [(limits, caller.subject) for limits in sets], f"the API key {key_id}")
+
+
+async def used_up_by_tier(gate: Gate, tier: str, rule: str) -> list[str]:
+    """Whether a rule that counts a whole tier leaves it nothing now. Rules that count each caller cannot be asked so.
+
+    Args:
+        gate: what counts.
+        tier: name of the tier.
+        rule: name of the rule.
+
+    Returns:
+        One sentence, or none.
+
+    Raises:
+        CatalogUnavailable: if the catalog does not answer.
+    """
+    compiled = await gate.catalog.tier(tier)
+    rules = () if compiled is None else compiled.rules
+    sets = [each.limits for each in rules if each.rule.name == rule and each.subject is Subject.TIER]
+    return await _used_up(gate, [(limits, f"t:{tier}") for limits in sets], f"tier {tier!r}")
+
+
+async def _used_up(gate: Gate, counters: Sequence[tuple[LimitSet, str]], whose: str) -> list[str]:
+    decisions = await _peek(gate, counters)
+    return [
+        f"{'rule ' + repr(limits.rule) if limits.rule else 'the limits over all endpoints'}: {whose} has used up "
+        f"{decision.binding} already, and is refused for up to {decision.reset_after:.0f} s"
+        for (limits, _), decision in zip(counters, decisions, strict=True)
+        if decision.remaining == 0 and not decision.degraded
+    ]
+
+
+async def _peek(gate: Gate, counters: Sequence[tuple[LimitSet, str]]) -> list[Decision]:
+    charges = [Charge((counter,), cost=0) for counter in counters]
+    outcomes = await gate.counters.charge(charges) if charges else ()
+    return [
+        Decision(False, limits=limits, degraded=True) if isinstance(outcome, StoreUnavailable) else outcome
+        for outcome, (limits, _) in zip(outcomes, counters, strict=True)
+    ]
+
+
+def _own_sets(tier: CompiledTier) -> list[LimitSet]:
+    """What counts each key of a tier by itself."""
+    found = [rule.limits for rule in tier.rules if rule.subject is Subject.API_KEY]
+    return found if tier.limits is None else [tier.limits, *found]

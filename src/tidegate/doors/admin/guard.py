@@ -1,0 +1,239 @@
+"""What stands before the control plane: who asks, how often, and how large a body may be."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any, Final, TypeAlias
+
+from tidegate.catalog.tokens import OPERATOR, Principal, TokenCheck
+from tidegate.decision import Decision
+from tidegate.doors.answers import ceil_s, encode, error_body
+from tidegate.doors.client_address import TrustedProxies
+from tidegate.doors.limiter import Limiter
+from tidegate.errors import RequestTooLarge, TidegateError
+
+logger = logging.getLogger(__name__)
+
+Scope: TypeAlias = MutableMapping[str, Any]
+Receive: TypeAlias = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send: TypeAlias = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+App: TypeAlias = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+GUARDED: Final = "/admin/v1/"
+OPEN: Final = frozenset({"/admin/v1/openapi.json", "/openapi.json"})
+TOKENS: Final = "/admin/v1/tokens"
+MAX_BODY_BYTES: Final = 1_000_000
+READING: Final = frozenset({"GET", "HEAD", "OPTIONS"})
+
+
+class MissingToken(TidegateError):
+    """No bearer token came."""
+
+    code = "MISSING_TOKEN"
+    status = 401
+
+
+class InvalidToken(TidegateError):
+    """The bearer token is unknown, expired or revoked."""
+
+    code = "INVALID_TOKEN"
+    status = 401
+
+
+class RoleTooSmall(TidegateError):
+    """The token's role may not do that."""
+
+    code = "FORBIDDEN"
+    status = 403
+
+
+class TooManyRequests(TidegateError):
+    """The control plane's own limit is reached."""
+
+    code = "RATE_LIMIT_EXCEEDED"
+    status = 429
+
+
+class BodyTooSlow(TidegateError):
+    """The body did not come in time."""
+
+    code = "REQUEST_TIMEOUT"
+    status = 408
+
+
+class Fault(TidegateError):
+    """A fault of ours."""
+
+    code = "INTERNAL"
+    status = 500
+
+
+class Guard:
+    """An ASGI app before another one.
+
+    Args:
+        app: what it guards.
+        tokens: tells whose a token is.
+        trusted: proxies whose word about the client's address is believed.
+        rate: limit of requests for each token.
+        failed_rate: limit of requests with a wrong token for each address; beyond it no token is looked at from there.
+        body_timeout_s: how long a body may take, s.
+    """
+
+    def __init__(
+        self,
+        app: App,
+        tokens: TokenCheck,
+        trusted: TrustedProxies,
+        rate: str = "600/minute",
+        failed_rate: str = "20/minute",
+        body_timeout_s: float = 10.0,
+    ) -> None:
+        self._app = app
+        self._tokens = tokens
+        self._trusted = trusted
+        self._requests = Limiter(rate, name="admin requests")
+        self._failures = Limiter(failed_rate, name="admin failures")
+        self._body_timeout_s = body_timeout_s
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        if scope["type"] != "http":
+            return
+        started = False
+
+        async def send_on(message: MutableMapping[str, Any]) -> None:
+            nonlocal started
+            started = True
+            await send(message)
+
+        try:
+            headers = _headers(scope)
+            if scope["path"].startswith(GUARDED) and scope["path"] not in OPEN:
+                scope.setdefault("state", {})["principal"] = await self._principal(scope, headers)
+            body = await self._body(headers, receive)
+            if body is not None:
+                await self._app(scope, _replay(body, receive), send_on)
+        except TidegateError as error:
+            await answer_error(send, error)
+        except Exception:
+            # The last one who can answer: without this, a fault would cut the connection without a word.
+            logger.exception("the control plane failed at %s %s", scope["method"], scope["path"][:200])
+            if not started:
+                await answer_error(send, Fault("the control plane failed: its log says why"))
+
+    async def _principal(self, scope: Scope, headers: dict[str, str]) -> Principal:
+        scheme, _, token = headers.get("authorization", "").partition(" ")
+        token = token.strip()
+        if scheme.lower() != "bearer" or not token:
+            raise MissingToken("no token came: send 'Authorization: Bearer …'")
+        peer = scope["client"][0] if scope.get("client") else ""
+        ip = self._trusted.client(peer, headers.get("x-real-ip"), headers.get("x-forwarded-for")) or "unknown"
+        if (await self._failures.check(ip, 0)).remaining == 0:
+            # Guesses must not go on, and a right one among them must not be let in.
+            self._refuse_more(await self._failures.check(ip), "wrong tokens came from this address")
+        principal = await self._tokens.principal(token)
+        if principal is None:
+            self._refuse_more(await self._failures.check(ip), "wrong tokens came from this address")
+            raise InvalidToken("the token is unknown, expired or revoked: ask an operator for a new one")
+        self._refuse_more(await self._requests.check(principal.subject), "requests came with this token")
+        reading = scope["method"] in READING and not f"{scope['path']}/".startswith(f"{TOKENS}/")
+        if principal.role != OPERATOR and not reading:
+            raise RoleTooSmall(f"the token {principal.name[:60]!r} is a viewer's, which may only read: ask an operator")
+        return principal
+
+    def _refuse_more(self, decision: Decision, what: str) -> None:
+        if not decision.allowed:
+            after_s = ceil_s(decision.retry_after_us or 0)
+            raise TooManyRequests(f"more than {decision.binding} {what}: try again in {after_s} s", retry_after_s=after_s)
+
+    async def _body(self, headers: dict[str, str], receive: Receive) -> bytes | None:
+        """The whole body; None where the client went away."""
+        length = headers.get("content-length", "")
+        if length.isdecimal() and int(length[:20]) > MAX_BODY_BYTES:
+            raise _too_large()
+        body = bytearray()
+        try:
+            async with asyncio.timeout(self._body_timeout_s):
+                while True:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        return None
+                    body += message.get("body", b"")
+                    if len(body) > MAX_BODY_BYTES:
+                        raise _too_large()
+                    if not message.get("more_body", False):
+                        return bytes(body)
+        except TimeoutError:
+            raise BodyTooSlow(f"the body did not come within {self._body_timeout_s:g} s: send it at once") from None
+
+
+def principal_of(scope: Scope) -> Principal:
+    """Who asks, as the guard found out.
+
+    Args:
+        scope: of the request.
+
+    Returns:
+        The principal.
+
+    Raises:
+        MissingToken: if the request did not pass the guard.
+    """
+    principal = scope.get("state", {}).get("principal")
+    if not isinstance(principal, Principal):
+        raise MissingToken("no token came: send 'Authorization: Bearer …'")
+    return principal
+
+
+def error_headers(error: TidegateError) -> dict[str, str]:
+    """Headers that an error's answer needs.
+
+    Args:
+        error: the error.
+
+    Returns:
+        Names in lower case → values.
+    """
+    if error.status == 401:
+        return {"www-authenticate": "Bearer"}
+    if isinstance(error, TooManyRequests):
+        return {"retry-after": str(error.details["retry_after_s"])}
+    return {"retry-after": "1"} if error.status == 503 else {}
+
+
+async def answer_error(send: Send, error: TidegateError) -> None:
+    """Answer with an error in the usual form.
+
+    Args:
+        send: of the request.
+        error: the error.
+    """
+    body = encode(error_body(error))
+    headers = {"content-type": "application/json", "content-length": str(len(body)), **error_headers(error)}
+    start = {"type": "http.response.start", "status": error.status}
+    await send({**start, "headers": [(name.encode(), value.encode()) for name, value in headers.items()]})
+    await send({"type": "http.response.body", "body": body})
+
+
+def _headers(scope: Scope) -> dict[str, str]:
+    return {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
+
+
+def _replay(body: bytes, receive: Receive) -> Receive:
+    given = False
+
+    async def again() -> MutableMapping[str, Any]:
+        nonlocal given
+        if given:
+            return await receive()
+        given = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return again
+
+
+def _too_large() -> RequestTooLarge:
+    return RequestTooLarge(f"the body has more than {MAX_BODY_BYTES} bytes: send less at once")

@@ -1,0 +1,131 @@
+"""/admin/v1/usage, /counters/reset, /violations and /audit-log: what happened, and what is left."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import msgspec
+from fastapi import APIRouter, Query
+
+from tidegate.catalog.changing import NotThere, now_us
+from tidegate.catalog.editing import CatalogEditor
+from tidegate.catalog.forms import moment_us
+from tidegate.catalog.reading import DAY_US, Blocked, blocked_total, list_audit, list_violations, top_violators
+from tidegate.doors.admin.common import Actor, After, Exactly, Limit
+from tidegate.doors.admin.counting import client_of, reset_key, usage_of_key
+from tidegate.doors.admin.forms import (
+    AuditPage,
+    Moment,
+    Plain,
+    ResetGiven,
+    ResetTold,
+    TopTold,
+    UsageTold,
+    ViolationPage,
+)
+from tidegate.doors.answers import usage_body
+from tidegate.errors import BadRequest, MissingApiKey
+from tidegate.gate import Gate
+
+By = Literal["subject", "rule", "tier"]
+KeyId = Annotated[str | None, Query(max_length=24, description="id of an API key"), Plain]
+Ip = Annotated[str | None, Query(max_length=45, description="IPv4 or IPv6 address of a client"), Plain]
+Most = Annotated[int, Query(ge=1, le=100, description="at most so many items")]
+
+
+def record_routes(editor: CatalogEditor, gate: Gate) -> APIRouter:
+    """The routes of records.
+
+    Args:
+        editor: of the catalog.
+        gate: what counts.
+
+    Returns:
+        The routes.
+    """
+    routes = APIRouter()
+
+    @routes.get("/usage", tags=["usage"], summary="What is left to a key, or to a client without one; charges nothing")
+    async def usage(api_key_id: KeyId = None, ip: Ip = None) -> UsageTold:
+        if api_key_id is None and ip is None:
+            raise BadRequest("nobody is named: give api_key_id, ip, or both")
+        if api_key_id is not None:
+            found = await usage_of_key(editor, gate, api_key_id, ip)
+            subject = f"k:{api_key_id}"
+        else:
+            try:
+                found = await gate.usage(ip=ip)
+            except MissingApiKey:
+                raise NotThere("there is no anonymous tier, so nothing is left to a client without a key") from None
+            subject = f"i:{client_of(ip or '')}"
+        now = now_us()
+        blocked = await blocked_total(editor, Blocked(now - DAY_US, now + 1, subject=subject))
+        return UsageTold.model_validate({**msgspec.to_builtins(usage_body(found)), "blocked_24h": blocked})
+
+    @routes.post("/counters/reset", tags=["usage"], summary="Forget what a key, a client or a tier consumed")
+    async def reset(given: ResetGiven, actor: Actor) -> ResetTold:
+        named = given.model_dump(exclude_none=True)
+        if len(named) != 1:
+            raise BadRequest("a reset needs exactly one of api_key_id, ip and tier")
+        if given.api_key_id is not None:
+            count = await reset_key(editor, gate, given.api_key_id)
+        elif given.ip is not None:
+            count = await gate.reset(ip=given.ip)
+        else:
+            if await gate.catalog.tier(given.tier or "") is None:
+                raise NotThere(f"there is no tier {given.tier!r}: see GET /admin/v1/tiers")
+            count = await gate.reset(tier=given.tier)
+        ((kind, target),) = named.items()
+        await editor.record(actor, "reset", "counters", f"{kind} {target}", {"reset": count})
+        return ResetTold(reset=count)
+
+    @routes.get("/violations", tags=["violations"], summary="Who was blocked in which minute, the newest first")
+    async def violations(
+        limit: Limit = 100,
+        after: After = None,
+        since: Moment | None = None,
+        until: Moment | None = None,
+        tier: Exactly = None,
+        rule: Exactly = None,
+        api_key_id: KeyId = None,
+        ip: Ip = None,
+    ) -> ViolationPage:
+        page = await list_violations(editor, limit, after, _blocked(since, until, tier, rule, api_key_id, ip))
+        return ViolationPage.model_validate({"items": page.items, "next": page.next})
+
+    @routes.get("/violations/top", tags=["violations"], summary="Who was blocked most, the most first")
+    async def top(
+        limit: Most = 10,
+        by: By = "subject",
+        since: Moment | None = None,
+        until: Moment | None = None,
+        tier: Exactly = None,
+        rule: Exactly = None,
+        api_key_id: KeyId = None,
+        ip: Ip = None,
+    ) -> TopTold:
+        items = await top_violators(editor, limit, by, _blocked(since, until, tier, rule, api_key_id, ip))
+        return TopTold.model_validate({"items": items})
+
+    @routes.get("/audit-log", tags=["audit log"], summary="Who changed what from what to what, the newest first")
+    async def audit_log(
+        limit: Limit = 100, after: After = None, kind: Exactly = None, target: Exactly = None, actor: Exactly = None
+    ) -> AuditPage:
+        page = await list_audit(editor, limit, after, kind, target, actor)
+        return AuditPage.model_validate({"items": page.items, "next": page.next})
+
+    return routes
+
+
+def _blocked(
+    since: str | None, until: str | None, tier: str | None, rule: str | None, api_key_id: str | None, ip: str | None
+) -> Blocked:
+    """The violations meant; of the last 24 h where no time is given."""
+    if api_key_id is not None and ip is not None:
+        raise BadRequest("api_key_id and ip are two subjects: give one of them")
+    until_us = now_us() + 1 if until is None else moment_us(until, "until")
+    since_us = until_us - DAY_US if since is None else moment_us(since, "since")
+    if since_us >= until_us:
+        raise BadRequest("since is not before until: swap the two")
+    subject = None if ip is None else f"i:{client_of(ip)}"
+    return Blocked(since_us, until_us, tier, rule, subject if api_key_id is None else f"k:{api_key_id}")

@@ -1,0 +1,71 @@
+"""/admin/v1/rate-limit-rules."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Path, Response
+
+from tidegate.catalog.editing import CatalogEditor
+from tidegate.catalog.reading import list_rules, one_rule
+from tidegate.doors.admin.common import EDIT_ERRORS, Actor, After, Contains, Exactly, Limit, SeenRevisions, tagged
+from tidegate.doors.admin.counting import used_up_by_tier
+from tidegate.doors.admin.forms import RuleFields, RuleGiven, RulePage, RulePatch, RuleTold
+from tidegate.errors import BadRequest
+from tidegate.gate import Gate
+
+RuleId = Annotated[int, Path(ge=1, le=2**53)]
+
+
+def rule_routes(editor: CatalogEditor, gate: Gate) -> APIRouter:
+    """The routes of rules.
+
+    Args:
+        editor: of the catalog.
+        gate: what counts, to warn of limits that are used up.
+
+    Returns:
+        The routes.
+    """
+    routes = APIRouter(prefix="/rate-limit-rules", tags=["rules"])
+
+    async def told(response: Response, form: dict[str, Any], warnings: list[str]) -> RuleTold:
+        warnings = warnings + await used_up_by_tier(gate, form["tier"], form["name"])
+        return RuleTold.model_validate({**tagged(response, form), "warnings": warnings})
+
+    @routes.get("", summary="List rules, by id")
+    async def read_all(
+        limit: Limit = 100, after: After = None, tier: Exactly = None, endpoint: Contains = None, name: Contains = None
+    ) -> RulePage:
+        page = await list_rules(editor, limit, after, tier, endpoint, name)
+        return RulePage.model_validate({"items": page.items, "next": page.next})
+
+    @routes.post("", status_code=201, summary="Add a rule to a tier")
+    async def create(given: RuleGiven, response: Response, actor: Actor) -> RuleTold:
+        fields = given.model_dump(exclude={"tier"})
+        fields["name"] = given.name or ""
+        return await told(response, *await editor.create_rule(actor, given.tier, fields))
+
+    @routes.get("/{rule_id}", summary="Read a rule")
+    async def read(rule_id: RuleId, response: Response) -> RuleTold:
+        return RuleTold.model_validate(tagged(response, await one_rule(editor, rule_id)))
+
+    @routes.put("/{rule_id}", summary="Write a rule over another; what is left out gets its default", responses=EDIT_ERRORS)
+    async def replace(rule_id: RuleId, given: RuleFields, response: Response, actor: Actor, seen: SeenRevisions) -> RuleTold:
+        fields = {**given.model_dump(), "name": given.name or ""}
+        return await told(response, *await editor.edit_rule(actor, rule_id, fields, seen, whole=True))
+
+    @routes.patch("/{rule_id}", summary="Change fields of a rule", responses=EDIT_ERRORS)
+    async def change(rule_id: RuleId, given: RulePatch, response: Response, actor: Actor, seen: SeenRevisions) -> RuleTold:
+        fields = given.model_dump(exclude_unset=True)
+        if not fields:
+            raise BadRequest("there is nothing to change: name at least one field, such as limits")
+        if "name" in fields:
+            fields["name"] = fields["name"] or ""
+        return await told(response, *await editor.edit_rule(actor, rule_id, fields, seen))
+
+    @routes.delete("/{rule_id}", status_code=204, summary="Remove a rule", responses=EDIT_ERRORS)
+    async def remove(rule_id: RuleId, actor: Actor, seen: SeenRevisions) -> None:
+        await editor.delete_rule(actor, rule_id, seen)
+
+    return routes

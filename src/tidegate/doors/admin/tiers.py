@@ -1,0 +1,52 @@
+"""/admin/v1/tiers."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Response
+
+from tidegate.catalog.editing import CatalogEditor
+from tidegate.catalog.reading import list_tiers, one_tier
+from tidegate.doors.admin.common import EDIT_ERRORS, Actor, After, Contains, Limit, SeenRevisions, tagged
+from tidegate.doors.admin.forms import TierGiven, TierLimits, TierPage, TierTold
+
+
+def tier_routes(editor: CatalogEditor) -> APIRouter:
+    """The routes of tiers.
+
+    Args:
+        editor: of the catalog.
+
+    Returns:
+        The routes.
+    """
+    routes = APIRouter(prefix="/tiers", tags=["tiers"])
+
+    @routes.get("", summary="List tiers, by name")
+    async def read_all(limit: Limit = 100, after: After = None, name: Contains = None) -> TierPage:
+        page = await list_tiers(editor, limit, after, name)
+        return TierPage.model_validate({"items": page.items, "next": page.next})
+
+    @routes.post("", status_code=201, summary="Make a tier without rules")
+    async def create(given: TierGiven, response: Response, actor: Actor) -> TierTold:
+        form = tagged(response, await editor.create_tier(actor, given.name, given.limits))
+        return TierTold.model_validate(form)
+
+    @routes.get("/{name}", summary="Read a tier")
+    async def read(name: str, response: Response) -> TierTold:
+        return TierTold.model_validate(tagged(response, await one_tier(editor, name)))
+
+    @routes.put("/{name}", summary="Give a tier other limits of its own", responses=EDIT_ERRORS)
+    async def replace(name: str, given: TierLimits, response: Response, actor: Actor, seen: SeenRevisions) -> TierTold:
+        form = await editor.edit_tier(actor, name, given.limits, seen)
+        return TierTold.model_validate(tagged(response, form))
+
+    @routes.patch("/{name}", summary="Give a tier other limits of its own", responses=EDIT_ERRORS)
+    async def change(name: str, given: TierLimits, response: Response, actor: Actor, seen: SeenRevisions) -> TierTold:
+        form = await editor.edit_tier(actor, name, given.limits, seen)
+        return TierTold.model_validate(tagged(response, form))
+
+    @routes.delete("/{name}", status_code=204, summary="Remove a tier with its rules", responses=EDIT_ERRORS)
+    async def remove(name: str, actor: Actor, seen: SeenRevisions) -> None:
+        await editor.delete_tier(actor, name, seen)
+
+    return routes

@@ -1,0 +1,46 @@
+"""/admin/v1/tokens; the guard lets operators alone come here."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from fastapi import APIRouter, Path, Response
+
+from tidegate.catalog import tokens
+from tidegate.catalog.editing import CatalogEditor
+from tidegate.catalog.forms import moment_us
+from tidegate.catalog.reading import list_tokens
+from tidegate.doors.admin.common import Actor, After, Limit
+from tidegate.doors.admin.forms import TokenGiven, TokenMade, TokenPage, TokenTold
+
+TokenId = Annotated[int, Path(ge=1, le=2**53)]
+
+
+def token_routes(editor: CatalogEditor) -> APIRouter:
+    """The routes of tokens.
+
+    Args:
+        editor: of the catalog.
+
+    Returns:
+        The routes.
+    """
+    routes = APIRouter(prefix="/tokens", tags=["tokens"])
+
+    @routes.get("", summary="List tokens, by id")
+    async def read_all(limit: Limit = 100, after: After = None) -> TokenPage:
+        page = await list_tokens(editor, limit, after)
+        return TokenPage.model_validate({"items": page.items, "next": page.next})
+
+    @routes.post("", status_code=201, summary="Make a token; the token itself is told this once")
+    async def create(given: TokenGiven, response: Response, actor: Actor) -> TokenMade:
+        expires_at_us = None if given.expires_at is None else moment_us(given.expires_at, "expires_at")
+        token, form = await tokens.create_token(editor, actor, given.name, given.role, expires_at_us)
+        response.headers["Cache-Control"] = "no-store"
+        return TokenMade.model_validate({**form, "token": token})
+
+    @routes.delete("/{token_id}", summary="Revoke a token; its record stays")
+    async def revoke(token_id: TokenId, actor: Actor) -> TokenTold:
+        return TokenTold.model_validate(await tokens.revoke_token(editor, actor, token_id))
+
+    return routes

@@ -1,0 +1,146 @@
+"""Addresses to listen at, and the seam to the HTTP server: another one can take its place behind `Listener`."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import socket
+from collections.abc import Callable
+from typing import Any, Final
+
+from granian.constants import HTTPModes, Interfaces
+from granian.http import HTTP1Settings
+from granian.server.embed import Server as GranianServer
+
+from tidegate.errors import SettingsError
+from tidegate.settings import Settings, parse_address
+
+_HEADER_TIMEOUT_S: Final = 10.0
+_MOST_HEADER_BYTES: Final = 64 * 1024
+"""Beyond it the server itself answers 431, without the error form; up to it the data plane does, in its form."""
+
+
+class Listener:
+    """The seam to the HTTP server: one app on one address.
+
+    Args:
+        app: the app.
+        host: address to listen at.
+        port: 1 to 65535.
+        header_timeout_s: how long a request's headers may take, s.
+        interface: what the app speaks: RSGI, or ASGI without lifespan.
+    """
+
+    def __init__(
+        self,
+        app: Any,
+        host: str,
+        port: int,
+        header_timeout_s: float = _HEADER_TIMEOUT_S,
+        interface: Interfaces = Interfaces.RSGI,
+    ) -> None:
+        self._server = GranianServer(
+            app,
+            address=host,
+            port=port,
+            interface=interface,
+            http=HTTPModes.http1,
+            http1_settings=HTTP1Settings(header_read_timeout=round(header_timeout_s * 1000), max_buffer_size=_MOST_HEADER_BYTES),
+            websockets=False,
+            backlog=1024,
+            log_enabled=False,
+        )
+        self._serving: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Listen; returns when connections are taken."""
+        self._serving = asyncio.create_task(self._server.serve())
+        await asyncio.sleep(0)
+        if self._serving.done():
+            self._serving.result()
+
+    async def stop(self, timeout_s: float) -> None:
+        """Take no more connections, and wait for the requests in flight.
+
+        Args:
+            timeout_s: how long to wait.
+        """
+        if self._serving is None:
+            return
+        self._server.stop()  # type: ignore[no-untyped-call]
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._serving, timeout_s)
+
+
+def free_address(text: str, name: str) -> tuple[str, int]:
+    """Find out that an address can be listened at.
+
+    The server itself shares ports (SO_REUSEPORT), so a second instance on a port in use would start and take half of the
+    connections.
+
+    Args:
+        text: `host:port`; port 0 for any free one.
+        name: of the setting, for the error.
+
+    Returns:
+        Host and port.
+
+    Raises:
+        SettingsError: naming the setting, the address and the remedy.
+    """
+    host, port = parse_address(text, name)
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+            bound = probe.getsockname()
+            return bound[0], bound[1]
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise SettingsError(f"{name} = {text!r}: the port is in use; stop what listens there or set another port") from None
+        raise SettingsError(f"{name} = {text!r} cannot be listened at: {error.strerror or error}") from None
+
+
+def join_address(host: str, port: int) -> str:
+    """Write an address as the settings have it.
+
+    Args:
+        host: a name or an address.
+        port: 0 to 65535.
+
+    Returns:
+        `host:port`, with an IPv6 host in brackets.
+    """
+    return f"{f'[{host}]' if ':' in host else host}:{port}"
+
+
+def admin_address(
+    settings: Settings, http_port: int, find: Callable[[str, str], tuple[str, int]] = free_address
+) -> tuple[str, int] | None:
+    """Where the control plane is to listen.
+
+    Args:
+        settings: all of them.
+        http_port: that of the data plane.
+        find: makes host and port of the setting's text and name.
+
+    Returns:
+        Host and port; None where the control plane is switched off.
+
+    Raises:
+        SettingsError: if the address cannot be had, or has the data plane's port.
+    """
+    text = settings.server.admin
+    if not text:
+        return None
+    if parse_address(text, "server.admin")[1] == http_port:
+        raise SettingsError(
+            f"server.admin = {text!r} has the port of server.http: give the control plane one of its own, "
+            'or switch it off with admin = ""'
+        )
+    try:
+        return find(text, "server.admin")
+    except SettingsError as error:
+        raise SettingsError(f'{error.message}; admin = "" switches the control plane off') from None

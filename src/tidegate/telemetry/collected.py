@@ -1,0 +1,71 @@
+"""What the parts of an instance count, as metrics."""
+
+from __future__ import annotations
+
+from tidegate.catalog.cached import CachedCatalog
+from tidegate.counters import CounterStore
+from tidegate.counters.guarded import GuardedCounters
+from tidegate.counters.memory import MemoryCounters
+from tidegate.telemetry.metrics import Metrics
+
+
+def collect_cache(metrics: Metrics, cached: CachedCatalog) -> None:
+    """Tell what the cache in front of the catalog does.
+
+    Args:
+        metrics: what is told.
+        cached: of this process.
+    """
+    metrics.add_counter("rate_limiter_cache_hits", "Catalog look-ups answered from memory.", lambda: cached.hits)
+    metrics.add_counter("rate_limiter_cache_misses", "Catalog look-ups that went to the database.", lambda: cached.misses)
+    metrics.add_counter(
+        "rate_limiter_cache_stale", "Catalog look-ups answered from memory past their time.", lambda: cached.stale
+    )
+    metrics.add_gauge("rate_limiter_cached_keys", "API keys cached, unknown ones included.", lambda: len(cached))
+
+
+def collect_counters(metrics: Metrics, counters: CounterStore) -> None:
+    """Tell what the counter store does.
+
+    Args:
+        metrics: what is told.
+        counters: of this process.
+    """
+    if isinstance(counters, GuardedCounters):
+        _collect_guarded(metrics, counters)
+    if isinstance(counters, MemoryCounters):
+        metrics.add_gauge("rate_limiter_subjects", "Counters held in memory.", lambda: len(counters))
+        metrics.add_counter(
+            "rate_limiter_subjects_evicted",
+            "Live counters dropped because max_subjects was reached.",
+            lambda: counters.evicted,
+        )
+
+
+def _collect_guarded(metrics: Metrics, counters: GuardedCounters) -> None:
+    metrics.add_labelled_counter(
+        "rate_limiter_fallbacks", "Checks decided without the counter store, by reason.", "reason", lambda: counters.degraded
+    )
+    metrics.add_gauge(
+        "rate_limiter_breakers_open", "Shards of the counter store that are left alone.", lambda: counters.open_breakers
+    )
+    metrics.add_gauge(
+        "rate_limiter_instances", "Instances that share the counter store, as last heard.", lambda: counters.instances
+    )
+    metrics.add_gauge("rate_limiter_counters_owed", "Counters still to be put back after an outage.", lambda: counters.owed)
+    metrics.add_counter("rate_limiter_counters_put_back", "Counters put back after an outage.", lambda: counters.put_back)
+    metrics.add_counter(
+        "rate_limiter_denials_remembered",
+        "Checks denied from memory, without asking the store.",
+        lambda: counters.denials.answered,
+    )
+    metrics.add_gauge(
+        "rate_limiter_store_in_flight",
+        "Calls that the counter store has not answered.",
+        lambda: sum(connection.in_flight for connection in counters.store.connections()),
+    )
+    metrics.add_gauge(
+        "rate_limiter_store_shards_up",
+        "Shards of the counter store that are connected.",
+        lambda: sum(connection.up for connection in counters.store.connections()),
+    )

@@ -1,0 +1,352 @@
+"""The control plane: what operators read and change."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import insert
+
+from tests.integration.admin_api import Admin, open_admin
+from tests.unit.test_policy_file import WHOLE
+from tidegate.catalog.policy_file import parse_policy
+from tidegate.catalog.tables import rate_limit_violations
+from tidegate.decision import Check
+from tidegate.errors import ApiKeyRevoked, TidegateError
+
+
+@pytest.fixture
+async def admin(tmp_path: Path) -> AsyncIterator[Admin]:
+    made = await open_admin(tmp_path)
+    yield made
+    await made.http.aclose()
+    await made.catalog.close()
+
+
+def _error(answer: Any, status: int, code: str) -> str:
+    assert answer.status_code == status, answer.text
+    assert set(answer.json()) == {"error"}
+    assert set(answer.json()["error"]) == {"code", "message", "details"}
+    assert answer.json()["error"]["code"] == code
+    return str(answer.json()["error"]["message"])
+
+
+async def test_tiers(admin: Admin) -> None:
+    made = await admin.http.post("/tiers", json={"name": "free", "limits": ["60/60s"]})
+    assert made.status_code == 201
+    assert made.json() == {"name": "free", "limits": ["60/minute"], "managed_by_file": False, "revision": 1, "warnings": []}
+    assert made.headers["etag"] == '"1"'
+    _error(await admin.http.post("/tiers", json={"name": "free"}), 409, "CATALOG_REFUSED")
+    assert "limit 'x'" in _error(await admin.http.post("/tiers", json={"name": "b", "limits": ["x"]}), 400, "POLICY_REFUSED")
+    _error(await admin.http.patch("/tiers/free", json={"limits": []}), 428, "IF_MATCH_MISSING")
+    changed = await admin.http.put("/tiers/free", json={"limits": ["7/day"]}, headers={"If-Match": made.headers["etag"]})
+    assert (changed.json()["limits"], changed.headers["etag"]) == (["7/day"], '"2"')
+    stale = await admin.http.put("/tiers/free", json={"limits": []}, headers={"If-Match": made.headers["etag"]})
+    assert "revision 2" in _error(stale, 412, "REVISION_STALE")
+    _error(await admin.http.delete("/tiers/free", headers={"If-Match": "2"}), 400, "BAD_REQUEST")
+    _error(await admin.http.delete("/tiers/free", headers={"If-Match": 'W/"2"'}), 412, "REVISION_STALE")
+    assert (await admin.http.get("/tiers/free")).headers["etag"] == '"2"'
+    key = await admin.key()
+    assert key["id"] in _error(await admin.http.delete("/tiers/free", headers={"If-Match": "*"}), 409, "CATALOG_REFUSED")
+    await admin.http.post(f"/api-keys/{key['id']}/revoke", json={"reason": "test"})
+    assert (await admin.http.delete(f"/api-keys/{key['id']}", headers={"If-Match": '"2"'})).status_code == 204
+    assert (await admin.http.delete("/tiers/free", headers={"If-Match": '"1", "2"'})).status_code == 204
+    assert "see GET" in _error(await admin.http.get("/tiers/free"), 404, "NOT_FOUND")
+
+
+async def test_rules(admin: Admin) -> None:
+    await admin.tier()
+    rule = await admin.rule(methods=["get"], priority=3)
+    assert (rule["name"], rule["methods"], rule["revision"], rule["warnings"]) == ("GET /api/*", ["GET"], 1, [])
+    path = f"/rate-limit-rules/{rule['id']}"
+    changed = await admin.http.patch(path, json={"endpoint": "/v2/*"}, headers={"If-Match": '"1"'})
+    assert (changed.json()["name"], changed.json()["priority"], changed.json()["revision"]) == ("GET /v2/*", 3, 2)
+    whole = await admin.http.put(path, json={"endpoint": "/v3", "limits": ["1/s"]}, headers={"If-Match": '"2"'})
+    assert (whole.json()["methods"], whole.json()["priority"], whole.json()["name"]) == ([], 0, "/v3")
+    again = await admin.http.post("/rate-limit-rules", json={"tier": "free", "endpoint": "/v3", "limits": ["2/s"]})
+    assert f"id {rule['id']}" in _error(again, 409, "CATALOG_REFUSED")
+    _error(await admin.http.patch(path, json={}, headers={"If-Match": "*"}), 400, "BAD_REQUEST")
+    _error(await admin.http.patch(path, json={"limits": ["1/s burst 2"]}, headers={"If-Match": "*"}), 400, "POLICY_REFUSED")
+    _error(await admin.http.post("/rate-limit-rules", json={"tier": "no", "endpoint": "/", "limits": ["1/s"]}), 404, "NOT_FOUND")
+    assert (await admin.http.delete(path, headers={"If-Match": '"3"'})).status_code == 204
+    _error(await admin.http.get(path), 404, "NOT_FOUND")
+
+
+async def test_rules_that_never_answer_are_warned_of(admin: Admin) -> None:
+    await admin.tier()
+    wide = await admin.rule("/api/*", priority=10)
+    hidden = await admin.rule("/api/{id}/items", methods=["GET"])
+    assert len(hidden["warnings"]) == 1
+    assert "'/api/*' is preferred" in hidden["warnings"][0]
+    assert (await admin.rule("/api/shadow", mode="shadow"))["warnings"] == []
+    lower = await admin.http.patch(f"/rate-limit-rules/{wide['id']}", json={"priority": -1}, headers={"If-Match": "*"})
+    assert lower.json()["warnings"] == []
+    higher = await admin.http.patch(f"/rate-limit-rules/{wide['id']}", json={"priority": 1}, headers={"If-Match": "*"})
+    assert "never answers any more" in higher.json()["warnings"][0]
+
+
+async def test_limits_that_are_used_up_are_warned_of(admin: Admin) -> None:
+    await admin.tier()
+    rule = await admin.rule(subject="tier", limits=["50/hour"])
+    own = await admin.rule("/own", limits=["50/hour"])
+    key = await admin.key()
+    await admin.gate.check(Check.of("/api/a", api_key=key["api_key"], cost=20))
+    await admin.gate.check(Check.of("/own", api_key=key["api_key"], cost=20))
+    fine = await admin.http.patch(f"/rate-limit-rules/{rule['id']}", json={"limits": ["30/hour"]}, headers={"If-Match": "*"})
+    assert fine.json()["warnings"] == []
+    low = await admin.http.patch(f"/rate-limit-rules/{rule['id']}", json={"limits": ["10/hour"]}, headers={"If-Match": "*"})
+    assert "tier 'free' has used up 10/hour" in low.json()["warnings"][0]
+    overrides = {"overrides": [{"rule": own["name"], "limits": ["10/hour"]}]}
+    low = await admin.http.put(f"/api-keys/{key['id']}/overrides", json=overrides, headers={"If-Match": "*"})
+    assert "has used up 10/hour" in low.json()["warnings"][0]
+
+
+async def test_a_created_key_works_and_a_revoked_one_stops(admin: Admin) -> None:
+    await admin.tier()
+    await admin.rule()
+    answer = await admin.http.post("/api-keys", json={"tier": "free", "name": "Åsa", "expires_at": "2100-01-01T02:00:00+02:00"})
+    key = answer.json()
+    assert (answer.status_code, answer.headers["cache-control"]) == (201, "no-store")
+    assert (key["name"], key["expires_at"], key["status"], len(key["id"])) == ("Åsa", "2100-01-01T00:00:00Z", "active", 24)
+    assert (await admin.gate.check(Check.of("/api/a", api_key=key["api_key"]))).allowed
+    read = (await admin.http.get(f"/api-keys/{key['id']}")).json()
+    assert read == {name: value for name, value in key.items() if name != "api_key"}
+    revoked = await admin.http.post(f"/api-keys/{key['id']}/revoke", json={"reason": "leaked"})
+    assert (revoked.status_code, revoked.json()["status"], revoked.json()["revoked_reason"]) == (200, "revoked", "leaked")
+    with pytest.raises(ApiKeyRevoked):
+        await admin.gate.check(Check.of("/api/a", api_key=key["api_key"]))
+    _error(await admin.http.post(f"/api-keys/{key['id']}/revoke", json={"reason": "x"}), 409, "CATALOG_REFUSED")
+    _error(await admin.http.post(f"/api-keys/{key['id']}/revoke", json={"reason": " "}), 400, "BAD_REQUEST")
+    _error(await admin.http.post(f"/api-keys/{key['id']}/rotate"), 409, "CATALOG_REFUSED")
+    message = _error(await admin.http.get(f"/api-keys/{key['api_key']}"), 404, "NOT_FOUND")
+    assert key["api_key"] not in message
+    _error(await admin.http.post("/api-keys", json={"tier": "free", "expires_at": "2001-01-01T00:00:00Z"}), 400, "BAD_REQUEST")
+    _error(await admin.http.post("/api-keys", json={"tier": "free", "expires_at": "2100-01-01T00:00:00"}), 400, "BAD_REQUEST")
+
+
+async def test_rotation(admin: Admin) -> None:
+    await admin.tier()
+    rule = await admin.rule()
+    overrides = [{"rule": rule["name"], "limits": ["9/minute"]}]
+    key = await admin.key(name="n", limits=["8/day"], overrides=overrides)
+    graced = (await admin.http.post(f"/api-keys/{key['id']}/rotate", json={"grace_s": 60})).json()
+    assert (graced["name"], graced["limits"], graced["overrides"]) == ("n", ["8/day"], overrides)
+    assert (graced["replaces"]["status"], graced["replaces"]["expires_at"] is None) == ("active", False)
+    for each in (key, graced):
+        assert (await admin.gate.check(Check.of("/api/a", api_key=each["api_key"]))).allowed
+    at_once = (await admin.http.post(f"/api-keys/{graced['id']}/rotate", json={})).json()
+    assert at_once["replaces"]["revoked_reason"] == f"replaced by {at_once['id']}"
+    with pytest.raises(ApiKeyRevoked):
+        await admin.gate.check(Check.of("/api/a", api_key=graced["api_key"]))
+
+
+async def test_overrides(admin: Admin) -> None:
+    await admin.tier()
+    await admin.tier("paid")
+    rule, by_ip = await admin.rule(), await admin.rule("/ip", subject="ip")
+    key = await admin.key()
+    path = f"/api-keys/{key['id']}"
+    given = {"limits": ["3/day"], "overrides": [{"rule": rule["name"], "limits": ["2/minute"]}]}
+    changed = await admin.http.put(f"{path}/overrides", json=given, headers={"If-Match": '"1"'})
+    assert (changed.json()["limits"], changed.json()["overrides"]) == (given["limits"], given["overrides"])
+    assert (await admin.gate.check(Check.of("/api/a", api_key=key["api_key"]))).limit == 2
+    for wrong in (by_ip["name"], "no such rule"):
+        body = {"overrides": [{"rule": wrong, "limits": ["2/minute"]}]}
+        _error(await admin.http.put(f"{path}/overrides", json=body, headers={"If-Match": "*"}), 400, "POLICY_REFUSED")
+    moved = await admin.http.patch(path, json={"tier": "paid", "expires_at": None, "name": "m"}, headers={"If-Match": "*"})
+    assert (moved.json()["tier"], moved.json()["limits"], moved.json()["overrides"]) == ("paid", ["3/day"], [])
+
+
+async def test_one_of_many_changes_wins(admin: Admin) -> None:
+    await admin.tier()
+    rule = await admin.rule()
+    path = f"/rate-limit-rules/{rule['id']}"
+    answers = await asyncio.gather(
+        *(admin.http.patch(path, json={"priority": number}, headers={"If-Match": '"1"'}) for number in range(50))
+    )
+    assert sorted(answer.status_code for answer in answers) == [200] + [412] * 49
+    assert (await admin.http.get(path)).json()["revision"] == 2
+    log = (await admin.http.get("/audit-log", params={"kind": "rule"})).json()["items"]
+    assert [each["action"] for each in log] == ["update", "create"]
+
+
+async def test_audit_log_tells_before_and_after(admin: Admin) -> None:
+    await admin.tier(limits=("1/day",))
+    await admin.http.put("/tiers/free", json={"limits": ["2/day"]}, headers={"If-Match": "*"})
+    key = await admin.key()
+    items = (await admin.http.get("/audit-log")).json()["items"]
+    assert [(each["actor"], each["action"], each["kind"], each["target"]) for each in items] == [
+        ("settings", "create", "api_key", key["id"]),
+        ("settings", "update", "tier", "free"),
+        ("settings", "create", "tier", "free"),
+    ]
+    assert (items[1]["before"]["limits"], items[1]["after"]["limits"]) == (["1/day"], ["2/day"])
+    assert items[2]["before"] is None
+    assert key["api_key"] not in str(items)
+    assert [
+        each["kind"] for each in (await admin.http.get("/audit-log", params={"target": "free", "kind": "tier"})).json()["items"]
+    ] == [
+        "tier",
+        "tier",
+    ]
+    assert len(admin.versions) == 3
+    assert admin.versions[-1] == await admin.catalog.version()
+
+
+async def test_pages_are_stable(admin: Admin) -> None:
+    await admin.tier()
+    made = {(await admin.key(name=f"k{number % 2}"))["id"] for number in range(11)}
+    seen: list[str] = []
+    after = None
+    while True:
+        page = (await admin.http.get("/api-keys", params={"limit": 3, **({"after": after} if after else {})})).json()
+        seen += [each["id"] for each in page["items"]]
+        made.add((await admin.key())["id"])  # what comes meanwhile neither repeats nor hides others
+        after = page["next"]
+        if after is None:
+            break
+    assert len(seen) == len(set(seen)) >= 11
+    assert seen == sorted(seen)
+    assert set(seen) <= made
+    first = sorted(made)[0]
+    await admin.http.post(f"/api-keys/{first}/revoke", json={"reason": "r"})
+    revoked = (await admin.http.get("/api-keys", params={"status": "revoked"})).json()
+    assert ([each["id"] for each in revoked["items"]], revoked["next"]) == ([first], None)
+    named = (await admin.http.get("/api-keys", params={"name": "K1", "tier": "free"})).json()["items"]
+    assert len(named) == 5
+    _error(await admin.http.get("/api-keys", params={"limit": 501}), 400, "BAD_REQUEST")
+    _error(await admin.http.get("/api-keys", params={"teir": "free"}), 400, "BAD_REQUEST")
+    _error(await admin.http.get("/audit-log", params={"after": "x"}), 400, "BAD_REQUEST")
+
+
+async def test_filters_take_their_text_as_it_is(admin: Admin) -> None:
+    await admin.tier("a_b")
+    await admin.tier("axb")
+    await admin.tier()
+    await admin.rule("/Api/V1/*")
+    assert [each["name"] for each in (await admin.http.get("/tiers", params={"name": "A_"})).json()["items"]] == ["a_b"]
+    rules = (await admin.http.get("/rate-limit-rules", params={"endpoint": "/v1/", "tier": "free"})).json()["items"]
+    assert [each["endpoint"] for each in rules] == ["/Api/V1/*"]
+    assert (await admin.http.get("/rate-limit-rules", params={"endpoint": "%"})).json()["items"] == []
+
+
+async def test_the_policy_files_rows_are_shown_and_left_alone(admin: Admin) -> None:
+    await admin.catalog.apply_policy(parse_policy(WHOLE), "1")
+    tier = (await admin.http.get("/tiers")).json()["items"][0]
+    rule = (await admin.http.get("/rate-limit-rules")).json()["items"][0]
+    key = (await admin.http.get("/api-keys")).json()["items"][0]
+    assert all(each["managed_by_file"] for each in (tier, rule, key))
+    any_tag = {"If-Match": "*"}
+    for answer in (
+        await admin.http.put(f"/tiers/{tier['name']}", json={"limits": []}, headers=any_tag),
+        await admin.http.delete(f"/tiers/{tier['name']}", headers=any_tag),
+        await admin.http.patch(f"/rate-limit-rules/{rule['id']}", json={"priority": 1}, headers=any_tag),
+        await admin.http.delete(f"/rate-limit-rules/{rule['id']}", headers=any_tag),
+        await admin.http.patch(f"/api-keys/{key['id']}", json={"name": "x"}, headers=any_tag),
+        await admin.http.post(f"/api-keys/{key['id']}/revoke", json={"reason": "x"}),
+        await admin.http.post(f"/api-keys/{key['id']}/rotate"),
+    ):
+        assert "policy file: change it there" in _error(answer, 409, "MANAGED_BY_FILE")
+    added = await admin.http.post("/rate-limit-rules", json={"tier": tier["name"], "endpoint": "/added", "limits": ["1/s"]})
+    assert added.status_code == 201
+    assert await admin.catalog.apply_policy(parse_policy(WHOLE), "2")
+    assert (await admin.http.get(f"/rate-limit-rules/{added.json()['id']}")).status_code == 200
+
+
+async def test_policy_goes_out_and_in(admin: Admin) -> None:
+    taken = await admin.http.post("/policy", params={"dry_run": True}, content=WHOLE)
+    assert (taken.status_code, taken.json()["dry_run"]) == (200, True)
+    assert (await admin.http.get("/tiers")).json()["items"] == []
+    wet = await admin.http.post("/policy", content=WHOLE)
+    assert wet.json()["changes"][0] | {"after": None} == taken.json()["changes"][0] | {"after": None}
+    out = await admin.http.get("/policy")
+    assert out.headers["content-type"].startswith("application/toml")
+    said, meant = parse_policy(out.text), parse_policy(WHOLE)
+    assert sorted(said.tiers, key=lambda tier: tier.name) == sorted(meant.tiers, key=lambda tier: tier.name)
+    assert sorted(said.api_keys, key=lambda key: key.sha256) == sorted(meant.api_keys, key=lambda key: key.sha256)
+    assert said.anonymous_tier == meant.anonymous_tier
+    version = await admin.catalog.version()
+    assert (await admin.http.post("/policy", content=out.text, params={"prune": True})).json()["changes"] == []
+    assert await admin.catalog.version() == version
+    text = '[[tiers]]\nname = "free"\nlimits = ["1/day"]\n[[tiers]]\nname = "new"\n[anonymous]\ntier = "new"\n'
+    changes = (await admin.http.post("/policy", content=text, params={"prune": True})).json()["changes"]
+    assert {(each["action"], each["kind"]) for each in changes} >= {("delete", "rule"), ("update", "tier"), ("delete", "api_key")}
+    assert [each["name"] for each in (await admin.http.get("/tiers")).json()["items"]] == ["free", "new"]
+    assert "line" not in _error(await admin.http.post("/policy", content="x = 1"), 400, "POLICY_REFUSED")
+    _error(await admin.http.post("/policy", content=b"\xff"), 400, "BAD_REQUEST")
+
+
+async def test_import_does_not_contradict_the_file(admin: Admin) -> None:
+    await admin.catalog.apply_policy(parse_policy(WHOLE), "1")
+    assert (await admin.http.post("/policy", content=WHOLE)).json()["changes"] == []
+    text = '[[tiers]]\nname = "first"\n[[tiers]]\nname = "free"\nlimits = ["77/day"]\n'
+    assert "'free' stands otherwise" in _error(await admin.http.post("/policy", content=text), 409, "MANAGED_BY_FILE")
+    assert (await admin.http.get("/tiers/first")).status_code == 404
+
+
+async def test_usage_and_reset(admin: Admin) -> None:
+    await admin.tier(limits=())
+    await admin.rule()
+    key = await admin.key()
+    for _ in range(5):
+        await admin.gate.check(Check.of("/api/a", api_key=key["api_key"]))
+    usage = (await admin.http.get("/usage", params={"api_key_id": key["id"]})).json()
+    assert [(each["rule"], each["limit"], each["remaining"]) for each in usage["rules"]] == [("/api/*", 5, 0)]
+    assert (usage["tier"], usage["blocked_24h"]) == ("free", 0)
+    assert (await admin.http.post("/counters/reset", json={"api_key_id": key["id"]})).json() == {"reset": 1}
+    usage = (await admin.http.get("/usage", params={"api_key_id": key["id"], "ip": "192.0.2.7"})).json()
+    assert usage["rules"][0]["remaining"] == 5
+    assert (await admin.http.post("/counters/reset", json={"tier": "free"})).json() == {"reset": 0}
+    assert (await admin.http.post("/counters/reset", json={"ip": "192.0.2.7"})).json() == {"reset": 0}
+    log = (await admin.http.get("/audit-log", params={"kind": "counters"})).json()["items"]
+    assert log[-1]["target"] == f"api_key_id {key['id']}"
+    _error(await admin.http.get("/usage"), 400, "BAD_REQUEST")
+    _error(await admin.http.get("/usage", params={"ip": "192.0.2.7"}), 404, "NOT_FOUND")
+    _error(await admin.http.get("/usage", params={"ip": "x"}), 400, "BAD_REQUEST")
+    _error(await admin.http.post("/counters/reset", json={"tier": "free", "ip": "::1"}), 400, "BAD_REQUEST")
+    _error(await admin.http.post("/counters/reset", json={"ip": "localhost"}), 400, "BAD_REQUEST")
+    _error(await admin.http.post("/counters/reset", json={"tier": "no"}), 404, "NOT_FOUND")
+
+
+async def test_violations(admin: Admin) -> None:
+    minute = 1_700_000_040_000_000
+    rows = [
+        {"minute_us": minute + 60_000_000 * number, "tier": "free", "rule": f"r{number % 2}", "subject": f"k:{number % 3:024x}"}
+        for number in range(12)
+    ]
+    async with admin.catalog._changing() as connection:
+        await connection.execute(insert(rate_limit_violations), [{**row, "blocked": 1 + at} for at, row in enumerate(rows)])
+    span = {"since": "2023-11-14T22:14:00Z", "until": "2023-11-14T23:14:00Z"}
+    seen: list[Any] = []
+    after = None
+    while True:
+        page = (await admin.http.get("/violations", params={**span, "limit": 5, **({"after": after} if after else {})})).json()
+        seen += page["items"]
+        after = page["next"]
+        if after is None:
+            break
+    assert [each["blocked"] for each in seen] == list(range(12, 0, -1))
+    assert seen[-1]["minute"] == "2023-11-14T22:14:00Z"
+    top = (await admin.http.get("/violations/top", params={**span, "limit": 2})).json()["items"]
+    assert [(each["subject"], each["blocked"]) for each in top] == [(f"k:{2:024x}", 30), (f"k:{1:024x}", 26)]
+    by_rule = (await admin.http.get("/violations/top", params={**span, "by": "rule"})).json()["items"]
+    assert [(each["tier"], each["rule"], each["blocked"]) for each in by_rule] == [("free", "r1", 42), ("free", "r0", 36)]
+    one = (await admin.http.get("/violations", params={**span, "api_key_id": f"{1:024x}", "rule": "r0"})).json()["items"]
+    assert [each["blocked"] for each in one] == [11, 5]
+    assert (await admin.http.get("/violations")).json() == {"items": [], "next": None}
+    _error(await admin.http.get("/violations", params={"since": span["until"], "until": span["since"]}), 400, "BAD_REQUEST")
+    _error(await admin.http.get("/violations", params={"since": "yesterday"}), 400, "BAD_REQUEST")
+    _error(await admin.http.get("/violations", params={"after": "AAAA"}), 400, "BAD_REQUEST")
+
+
+async def test_a_catalog_that_is_away_is_told(admin: Admin) -> None:
+    async with admin.catalog._changing() as connection:
+        await connection.exec_driver_sql("ALTER TABLE tiers RENAME TO away")
+    answer = await admin.http.get("/tiers")
+    _error(answer, 503, "CATALOG_UNAVAILABLE")
+    assert answer.headers["retry-after"] == "1"
+    with pytest.raises(TidegateError):
+        await admin.catalog.list_tiers()

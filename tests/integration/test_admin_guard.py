@@ -1,0 +1,273 @@
+"""Who may ask the control plane, how often, and with what."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import select, update
+
+from tests.integration.admin_api import Admin, open_admin
+from tidegate.catalog.tables import admin_tokens
+from tidegate.catalog.tokens import first_token
+from tidegate.doors.client_address import TrustedProxies
+
+INJECTIONS = (
+    "' OR '1'='1",
+    "x'; DROP TABLE tiers; --",
+    '"; DELETE FROM api_keys; --',
+    "\\'; --",
+    "%' OR 1=1 --",
+    "1) UNION SELECT 1--",
+)
+ANY = {"If-Match": "*"}
+
+
+@pytest.fixture
+async def admin(tmp_path: Path) -> AsyncIterator[Admin]:
+    made = await open_admin(tmp_path, trusted=TrustedProxies(["192.0.2.0/24"]))
+    yield made
+    await made.http.aclose()
+    await made.catalog.close()
+
+
+async def _token(admin: Admin, role: str, name: str = "n", **fields: Any) -> dict[str, Any]:
+    made = await admin.http.post("/tokens", json={"name": name, "role": role, **fields})
+    assert made.status_code == 201, made.text
+    return dict(made.json())
+
+
+async def test_no_token_and_wrong_ones(admin: Admin) -> None:
+    for token, code in (
+        (None, "MISSING_TOKEN"),
+        ("", "MISSING_TOKEN"),
+        ("nope", "INVALID_TOKEN"),
+        ("tga_" + "a" * 40, "INVALID_TOKEN"),
+    ):
+        async with admin.client(token) as http:
+            answer = await http.get("/tiers")
+            assert (answer.status_code, answer.json()["error"]["code"]) == (401, code)
+            assert answer.headers["www-authenticate"] == "Bearer"
+            assert (await http.get("/nothing")).status_code == 401
+            assert (await http.get("/openapi.json")).status_code == 200
+    async with admin.client(None) as http:
+        basic = await http.get("/tiers", headers={"Authorization": "Basic abc"})
+        assert basic.json()["error"]["code"] == "MISSING_TOKEN"
+
+
+async def test_roles(admin: Admin) -> None:
+    await admin.tier()
+    viewer, operator = await _token(admin, "viewer", "v"), await _token(admin, "operator", "o")
+    async with admin.client(viewer["token"]) as http:
+        assert (await http.get("/tiers")).status_code == 200
+        for answer in (
+            await http.post("/tiers", json={"name": "x"}),
+            await http.put("/tiers/free", json={"limits": []}, headers=ANY),
+            await http.delete("/tiers/free", headers=ANY),
+            await http.post("/policy", params={"dry_run": True}, content="x"),
+            await http.get("/tokens"),
+        ):
+            assert (answer.status_code, answer.json()["error"]["code"]) == (403, "FORBIDDEN")
+    async with admin.client(operator["token"]) as http:
+        assert (await http.post("/tiers", json={"name": "x"})).status_code == 201
+        assert (await http.get("/audit-log")).json()["items"][0]["actor"] == "o"
+        assert len((await http.get("/tokens")).json()["items"]) == 2
+
+
+async def test_tokens_end(admin: Admin) -> None:
+    made = await _token(admin, "viewer", expires_at="2100-01-01T00:00:00Z")
+    taken = await admin.http.post("/tokens", json={"name": "n"})
+    assert taken.status_code == 409
+    assert (await admin.http.post("/tokens", json={"name": "settings"})).status_code == 409
+    assert (await admin.http.post("/tokens", json={"name": "p", "expires_at": "2001-01-01T00:00:00Z"})).status_code == 400
+    async with admin.client(made["token"]) as http:
+        assert (await http.get("/tiers")).status_code == 200
+        async with admin.catalog._changing() as connection:
+            await connection.execute(update(admin_tokens).values(expires_at_us=1))
+        assert (await http.get("/tiers")).status_code == 401
+        async with admin.catalog._changing() as connection:
+            await connection.execute(update(admin_tokens).values(expires_at_us=None))
+        revoked = await admin.http.delete(f"/tokens/{made['id']}")
+        assert revoked.json()["revoked_at"] is not None
+        assert (await http.get("/tiers")).status_code == 401
+    assert (await admin.http.delete(f"/tokens/{made['id']}")).status_code == 409
+    assert (await admin.http.delete("/tokens/77")).status_code == 404
+    async with admin.editor.reading() as connection:
+        rows = (await connection.execute(select(admin_tokens))).mappings().all()
+    assert made["token"] not in str(rows)
+    assert made["token"] not in (await admin.http.get("/audit-log")).text
+
+
+async def test_the_first_token_is_made_once(admin: Admin) -> None:
+    token = await first_token(admin.editor)
+    assert token is not None
+    assert await first_token(admin.editor) is None
+    async with admin.client(token) as http:
+        assert (await http.post("/tiers", json={"name": "x"})).status_code == 201
+
+
+async def test_each_token_has_its_limit(tmp_path: Path) -> None:
+    admin = await open_admin(tmp_path, rate="3/minute")
+    other = await _token(admin, "viewer")
+    assert [(await admin.http.get("/tiers")).status_code for _ in range(3)] == [200, 200, 429]
+    answer = await admin.http.get("/tiers")
+    assert answer.json()["error"]["code"] == "RATE_LIMIT_EXCEEDED"
+    assert 0 < int(answer.headers["retry-after"]) <= 120
+    async with admin.client(other["token"]) as http:
+        assert (await http.get("/tiers")).status_code == 200
+    await admin.catalog.close()
+
+
+async def test_guesses_are_stopped_for_each_address(tmp_path: Path) -> None:
+    admin = await open_admin(tmp_path, trusted=TrustedProxies(["192.0.2.0/24"]))
+    async with admin.client("wrong-token-of-somebody") as http:
+        assert [(await http.get("/tiers")).status_code for _ in range(25)] == [401] * 20 + [429] * 5
+        assert "retry-after" in (await http.get("/tiers")).headers
+        assert (await http.get("/tiers", headers={"X-Forwarded-For": "198.51.100.7"})).status_code == 401
+    assert (await admin.http.get("/tiers")).status_code == 429  # a right guess among too many is not let in
+    assert (await admin.http.get("/tiers", headers={"X-Forwarded-For": "198.51.100.8"})).status_code == 200
+    await admin.catalog.close()
+
+
+async def test_bodies_are_bounded(admin: Admin) -> None:
+    for content in (b"x" * 1_000_001, _chunks()):
+        answer = await admin.http.post("/tiers", content=content, headers={"Content-Type": "application/json"})
+        assert (answer.status_code, answer.json()["error"]["code"]) == (413, "PAYLOAD_TOO_LARGE")
+
+
+async def _chunks() -> AsyncIterator[bytes]:
+    for _ in range(20):
+        yield b"x" * 100_000
+
+
+async def _every_string(admin: Admin, text: str) -> dict[str, Any]:
+    """One answer for each field that takes a text."""
+    key, rule = await admin.key(), await admin.rule(f"/{(await admin.key())['id']}")
+    rule_body = {"tier": "free", "endpoint": "/x", "limits": ["1/s"]}
+    http, found = admin.http, {}
+    fields = {"endpoint": text, "tier": text, "name": text, "limits": [text], "methods": [text], "algorithm": text}
+    for field, value in {**fields, "subject": text, "mode": text, "on_failure": text}.items():
+        found[f"rule {field}"] = await http.post("/rate-limit-rules", json={**rule_body, field: value})
+        if field != "tier":
+            path = f"/rate-limit-rules/{rule['id']}"
+            found[f"rule patch {field}"] = await http.patch(path, json={field: value}, headers=ANY)
+    for field, value in {"name": text, "limits": [text]}.items():
+        found[f"tier {field}"] = await http.post("/tiers", json={"name": "t", field: value})
+    overrides = [{"rule": text, "limits": ["1/s"]}]
+    for field, value in {"tier": text, "name": text, "expires_at": text, "limits": [text], "overrides": overrides}.items():
+        found[f"key {field}"] = await http.post("/api-keys", json={"tier": "free", field: value})
+        found[f"key patch {field}"] = await http.patch(f"/api-keys/{key['id']}", json={field: value}, headers=ANY)
+    for field in ("name", "role", "expires_at"):
+        found[f"token {field}"] = await http.post("/tokens", json={"name": "n", field: text})
+    for field in ("api_key_id", "ip", "tier"):
+        found[f"reset {field}"] = await http.post("/counters/reset", json={field: text})
+    found["policy"] = await http.post("/policy", content=text.encode())
+    found["unknown field"] = await http.post("/tiers", json={"name": "u", text: 1})
+    found["reason"] = await http.post(f"/api-keys/{key['id']}/revoke", json={"reason": text})
+    return found
+
+
+async def _every_parameter(admin: Admin, text: str) -> dict[str, Any]:
+    found = {}
+    for path, names in {
+        "/tiers": "after name limit",
+        "/rate-limit-rules": "after tier endpoint name",
+        "/api-keys": "after tier status name",
+        "/tokens": "after",
+        "/audit-log": "after kind target actor",
+        "/violations": "after since until tier rule api_key_id ip",
+        "/violations/top": "by since until tier rule api_key_id ip",
+        "/usage": "api_key_id ip",
+        "/policy": "keys",
+    }.items():
+        for name in [*names.split(), text]:
+            found[f"{path} {name[:20]}"] = await admin.http.get(path, params={name: text})
+    for path in ("/tiers/", "/rate-limit-rules/", "/api-keys/"):
+        escaped = "".join(f"%{byte:02x}" for byte in text.encode())
+        found[path] = await admin.http.get(path + escaped)
+    found["if-match"] = await admin.http.put("/tiers/free", json={"limits": []}, headers={"If-Match": text.encode()})
+    return found
+
+
+async def test_injections_change_nothing(admin: Admin) -> None:
+    await admin.tier()
+    for text in INJECTIONS:
+        for what, answer in {**await _every_string(admin, text), **await _every_parameter(admin, text)}.items():
+            assert answer.status_code in (200, 201, 400, 404, 409), (what, answer.text)
+            if answer.status_code >= 400:
+                assert answer.json()["error"]["message"], what
+    # What may be any text is kept as it is.
+    names = {each["name"] for each in (await admin.http.get("/api-keys", params={"limit": 500})).json()["items"]}
+    assert set(INJECTIONS) <= names
+    assert (await admin.http.get("/tiers/free")).status_code == 200
+    assert (await admin.http.get("/tiers", params={"name": INJECTIONS[0]})).json()["items"] == []
+
+
+async def test_what_is_too_long_is_refused(admin: Admin) -> None:
+    await admin.tier()
+    long = "a" * 20_000  # as much as the URL of a test takes
+    answers = {**await _every_string(admin, long), **await _every_parameter(admin, long)}
+    assert {what: answer.status_code for what, answer in answers.items() if answer.status_code not in (400, 404)} == {}
+    assert max(len(answer.text) for answer in answers.values()) < 3000
+    megabyte = await admin.http.post("/api-keys", json={"tier": "free", "name": "a" * 999_000})
+    assert (megabyte.status_code, len(megabyte.text) < 1000) == (400, True)
+    beyond = await admin.http.post("/api-keys", json={"tier": "free", "name": "a" * 1_000_000})
+    assert beyond.status_code == 413
+
+
+async def test_nul_and_lone_surrogates_are_refused(admin: Admin) -> None:
+    await admin.tier()
+    answers = {**await _every_string(admin, "a\0b"), **await _every_parameter(admin, "a\0b")}
+    assert {what: answer.status_code for what, answer in answers.items() if answer.status_code not in (400, 404)} == {}
+    for raw in (b'{"name": "\\ud800"}', b'{"\\ud800": 1, "name": "x"}', b'{"name": "\xff"}'):
+        answer = await admin.http.post("/tiers", content=raw, headers={"Content-Type": "application/json"})
+        assert answer.status_code == 400, answer.text
+
+
+@pytest.mark.parametrize("wrong", [None, 1, 1.5, True, [], {}, [[]], [None], {"a": 1}, 10**400])
+async def test_wrong_types_are_refused(admin: Admin, wrong: object) -> None:
+    await admin.tier()
+    for path, body in {
+        "/tiers": {"name": "t", "limits": ["1/s"]},
+        "/rate-limit-rules": {"tier": "free", "endpoint": "/x", "limits": ["1/s"], "priority": 1, "mode": "enforce"},
+        "/api-keys": {"tier": "free", "overrides": []},
+        "/tokens": {"name": "n", "role": "viewer"},
+    }.items():
+        for field, right in body.items():
+            if type(wrong) is type(right) and (wrong == [] or field == "priority"):
+                continue
+            answer = await admin.http.post(path, json={**body, field: wrong})
+            assert answer.status_code == 400, (path, field, answer.text)
+            assert field in answer.json()["error"]["message"]
+        whole = await admin.http.post(path, content=json.dumps(wrong), headers={"Content-Type": "application/json"})
+        assert whole.status_code == 400
+
+
+async def test_what_is_no_json_is_told(admin: Admin) -> None:
+    for content, kind, word in (
+        (b"{", "application/json", "JSON"),
+        (b"", "application/json", "missing"),
+        (b"[" * 100_000, "application/json", ""),
+        (b'{"name": "x"}', "text/plain", "Content-Type: application/json"),
+        (b'{"name": "x"}', "application/x-www-form-urlencoded", "Content-Type: application/json"),
+    ):
+        answer = await admin.http.post("/tiers", content=content, headers={"Content-Type": kind})
+        assert answer.status_code == 400
+        assert word in answer.json()["error"]["message"]
+
+
+async def test_errors_have_one_form(admin: Admin) -> None:
+    for answer, status in (
+        (await admin.http.get("/nothing"), 404),
+        (await admin.http.get("/tiers/"), 404),
+        (await admin.http.delete("/tiers"), 405),
+        (await admin.http.get("/rate-limit-rules/0"), 400),
+        (await admin.http.get("/rate-limit-rules/99999999999999999999999"), 400),
+        (await admin.http.get("http://admin/"), 404),
+    ):
+        assert answer.status_code == status
+        assert set(answer.json()["error"]) == {"code", "message", "details"}
+    assert "GET" in (await admin.http.delete("/tiers")).headers["allow"]

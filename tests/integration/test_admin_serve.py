@@ -1,0 +1,104 @@
+"""The control plane as `tidegate serve` runs it, on a listener of its own."""
+
+from __future__ import annotations
+
+import re
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import httpx
+import pytest
+
+TOKEN = "0123456789abcdef-of-a-test"
+
+
+def _first_token(server: Any) -> str:
+    found = re.search(r"tga_[0-9A-Za-z]{40}", server.process.stdout.readline())
+    assert found
+    return found[0]
+
+
+def _admin(server: Any, token: str) -> httpx.Client:
+    return httpx.Client(
+        base_url=f"http://127.0.0.1:{server.admin_port}/admin/v1", headers={"Authorization": f"Bearer {token}"}, timeout=10
+    )
+
+
+def test_from_nothing_to_a_key_that_is_limited_and_revoked(serve: Callable[..., Any]) -> None:
+    server = serve()
+    with _admin(server, _first_token(server)) as admin, httpx.Client(base_url=server.url) as http:
+        assert admin.post("/tiers", json={"name": "free"}).status_code == 201
+        rule = {"tier": "free", "endpoint": "/api/*", "limits": ["2/hour"]}
+        assert admin.post("/rate-limit-rules", json=rule).status_code == 201
+        key = admin.post("/api-keys", json={"tier": "free", "name": "n"}).json()
+        check = {"path": "/api/a", "api_key": key["api_key"]}
+        assert [http.post("/v1/check", json=check).status_code for _ in range(3)] == [200, 200, 429]
+        assert admin.post("/counters/reset", json={"api_key_id": key["id"]}).json() == {"reset": 1}
+        assert http.post("/v1/check", json=check).status_code == 200
+        assert admin.post(f"/api-keys/{key['id']}/revoke", json={"reason": "over"}).status_code == 200
+        assert http.post("/v1/check", json=check).status_code == 403
+        # The two planes are two listeners.
+        assert http.get("/admin/v1/tiers").status_code == 404
+        assert admin.post(f"http://127.0.0.1:{server.admin_port}/v1/check", json=check).status_code == 404
+    assert server.stop()[0] == 0
+    again = serve()
+    assert "tga_" not in again.process.stdout.readline()
+
+
+def test_the_settings_name_an_operator(serve: Callable[..., Any]) -> None:
+    server = serve(TIDEGATE_ADMIN__TOKEN=TOKEN)
+    assert "tga_" not in server.process.stdout.readline()
+    with _admin(server, TOKEN) as admin:
+        assert admin.get("/tiers").status_code == 200
+        assert admin.get("/tokens").json()["items"] == []
+    code, out, err = server.stop()
+    assert (code, TOKEN in out + err) == (0, False)
+
+
+def test_a_drain_finishes_what_is_in_flight(serve: Callable[..., Any]) -> None:
+    server = serve(TIDEGATE_ADMIN__TOKEN=TOKEN)
+    answered: list[int] = []
+
+    def slow() -> Any:
+        yield b'{"name": '
+        time.sleep(0.8)
+        yield b'"slow"}'
+
+    def ask() -> None:
+        with _admin(server, TOKEN) as admin:
+            answered.append(admin.post("/tiers", content=slow(), headers={"Content-Type": "application/json"}).status_code)
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    time.sleep(0.3)
+    assert server.stop()[0] == 0
+    thread.join(10)
+    assert answered == [201]
+
+
+def test_it_can_be_switched_off(serve: Callable[..., Any]) -> None:
+    server = serve(TIDEGATE_SERVER__ADMIN="")
+    assert "tga_" not in server.process.stdout.readline()
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(f"http://127.0.0.1:{server.admin_port}/admin/v1/openapi.json")
+    assert server.stop()[0] == 0
+
+
+def test_a_wrong_address_or_token_is_told(serve: Callable[..., Any]) -> None:
+    first = serve(TIDEGATE_ADMIN__TOKEN=TOKEN)
+    for environment, words in (
+        ({"TIDEGATE_SERVER__ADMIN": f"127.0.0.1:{first.admin_port}"}, ("port is in use", 'admin = ""')),
+        ({"TIDEGATE_SERVER__ADMIN": "nowhere"}, ("server.admin",)),
+        ({"TIDEGATE_ADMIN__TOKEN": "short-secret"}, ("admin.token", "16 characters")),
+    ):
+        code, _, err = serve(wait=False, **environment).stop_by_itself()
+        assert code == 2
+        assert all(word in err for word in words), err
+        assert "short-secret" not in err
+    port = first.admin_port
+    assert first.stop()[0] == 0
+    same = {"TIDEGATE_SERVER__HTTP": f"127.0.0.1:{port}", "TIDEGATE_SERVER__ADMIN": f"127.0.0.1:{port}"}
+    code, _, err = serve(wait=False, **same).stop_by_itself()
+    assert (code, "port of server.http" in err) == (2, True)

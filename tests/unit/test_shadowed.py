@@ -1,0 +1,56 @@
+"""Which endpoint pattern covers which, held against what the matcher does."""
+
+from __future__ import annotations
+
+import re
+import time
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tidegate.catalog.shadowed import covers
+from tidegate.matching import _expression
+
+PATTERNS = st.lists(st.sampled_from(["/", "a", "b", "*", "/{x}", "/{y}/"]), max_size=6).map(lambda parts: "/" + "".join(parts))
+PATHS = st.text("/ab", max_size=8).map(lambda text: "/" + text)
+
+
+@pytest.mark.parametrize(
+    ("wider", "pattern", "covered"),
+    [
+        ("/api/*", "/api/v1", True),
+        ("/api/*", "/api/{id}/x", True),
+        ("/api/*", "/api/v*/x", True),
+        ("/api/*", "/api", False),
+        ("/api/{id}", "/api/{name}", True),
+        ("/api/{id}", "/api/v1", True),
+        ("/api/{id}", "/api/*", False),
+        ("/api/{id}", "/api/", False),
+        ("/api/v1", "/api/{id}", False),
+        ("*/x", "/a/b/x", True),
+        ("/*/x", "/x", False),
+        ("/a**", "/a", True),
+        ("/a*b*c", "/a*c", False),
+        ("/a*b*c", "/axb*c", True),
+    ],
+)
+def test_covers(wider: str, pattern: str, covered: bool) -> None:
+    assert covers(wider, pattern) is covered
+
+
+@given(wider=PATTERNS, pattern=PATTERNS, path=PATHS)
+def test_what_is_covered_is_matched(wider: str, pattern: str, path: str) -> None:
+    if covers(wider, pattern) and re.fullmatch(_expression(pattern), path, re.DOTALL):
+        assert re.fullmatch(_expression(wider), path, re.DOTALL)
+
+
+@given(pattern=PATTERNS)
+def test_every_pattern_covers_itself(pattern: str) -> None:
+    assert covers(pattern, pattern)
+
+
+def test_spiteful_patterns_cost_little() -> None:
+    started = time.process_time()
+    assert not covers("/" + "*a" * 500, "/" + "a*" * 250 + "b" * 500)
+    assert time.process_time() - started < 0.5
