@@ -119,9 +119,9 @@ class Instance:
         )
         collect_cache(self.metrics, self.cached)
         collect_counters(self.metrics, self.counters)
-        self.metrics.add_gauge("rate_limiter_policy_version", "Version of the catalog in force.", lambda: self._version)
+        self.metrics.add_gauge("rate_limiter_policy_version", "Version of the catalog in force.", lambda: self.cached.version)
         self.metrics.add_gauge("rate_limiter_in_flight", "Requests being answered.", lambda: self.data_plane.in_flight)
-        self._version = await self.catalog.version()
+        self.cached.changed(await self.catalog.changes(0))
         self._spawn(self._poll_catalog(settings.catalog.poll_s), "looking for changes of the catalog")
         if isinstance(self.counters, MemoryCounters):
             self._spawn(_sweep(self.counters), "sweeping expired counters")
@@ -143,7 +143,7 @@ class Instance:
         from tidegate.doors.admin.app import AdminDeps, admin_app
 
         settings = self.settings
-        editor = CatalogEditor(self.catalog, self._changed)
+        editor = CatalogEditor(self.catalog, self.cached.touched)
         if not settings.admin.token:
             self.first_token = await first_token(editor)
         deps = AdminDeps(
@@ -157,11 +157,6 @@ class Instance:
         await self._admin.start()
         self.admin_address = join_address(host, port)
         logger.info("the control plane is at http://%s", self.admin_address)
-
-    def _changed(self, version: int) -> None:
-        """Take a change into force that an operator made here."""
-        self._version = version
-        self.cached.invalidate()
 
     async def drain(self, hurry: asyncio.Event) -> None:
         """End in order: say so to balancers and clients, finish what is in flight, close everything.
@@ -215,26 +210,24 @@ class Instance:
         while True:
             await asyncio.sleep(every_s)
             try:
-                version = await self.catalog.version()
+                changes = await self.catalog.changes(self.cached.version)
             except TidegateError as error:
                 if not failing:
                     logger.warning("the catalog does not answer; cached entries serve meanwhile: %s", error)
                 failing = True
                 continue
             failing = False
-            if version != self._version:
-                self._version = version
-                self.cached.invalidate()
-                logger.info("catalog version %d is in force", version)
+            if changes.version != self.cached.version:
+                self.cached.changed(changes)
+                logger.info("catalog version %d is in force", changes.version)
 
     async def _apply_policy(self, policy: Policy) -> None:
         changed = await self.catalog.apply_policy(policy, _digest(policy))
         self.metrics.policy_valid = True
         if changed:
-            self._version = await self.catalog.version()
-            self.cached.invalidate()
+            self.cached.changed(await self.catalog.changes(self.cached.version))
             self.metrics.policy_reloads += 1
-            logger.info("the policy file was taken into force as version %d", self._version)
+            logger.info("the policy file was taken into force as version %d", self.cached.version)
 
     def _policy_refused(self, error: PolicyError) -> None:
         self.metrics.policy_reload_errors += 1

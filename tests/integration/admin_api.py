@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import httpx
 
 from tidegate.catalog.cached import CachedCatalog
+from tidegate.catalog.change_log import Item
 from tidegate.catalog.editing import CatalogEditor
 from tidegate.catalog.sql import SqlCatalog
 from tidegate.counters.memory import MemoryCounters
@@ -30,9 +32,9 @@ class Admin:
         self.app = admin_app(AdminDeps(self.editor, self.gate, TOKEN, **options))
         self.http = self.client(TOKEN)
 
-    def _changed(self, version: int) -> None:
+    def _changed(self, version: int, items: Collection[Item]) -> None:
         self.versions.append(version)
-        self.cached.invalidate()
+        self.cached.touched(version, items)
 
     def client(self, token: str | None) -> httpx.AsyncClient:
         headers = {} if token is None else {"Authorization": f"Bearer {token}"}

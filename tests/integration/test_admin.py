@@ -317,7 +317,7 @@ async def test_violations(admin: Admin) -> None:
         {"minute_us": minute + 60_000_000 * number, "tier": "free", "rule": f"r{number % 2}", "subject": f"k:{number % 3:024x}"}
         for number in range(12)
     ]
-    async with admin.catalog._changing() as connection:
+    async with admin.catalog.database.transaction() as connection:
         await connection.execute(insert(rate_limit_violations), [{**row, "blocked": 1 + at} for at, row in enumerate(rows)])
     span = {"since": "2023-11-14T22:14:00Z", "until": "2023-11-14T23:14:00Z"}
     seen: list[Any] = []
@@ -343,7 +343,7 @@ async def test_violations(admin: Admin) -> None:
 
 
 async def test_a_catalog_that_is_away_is_told(admin: Admin) -> None:
-    async with admin.catalog._changing() as connection:
+    async with admin.catalog.database.transaction() as connection:
         await connection.exec_driver_sql("ALTER TABLE tiers RENAME TO away")
     answer = await admin.http.get("/tiers")
     _error(answer, 503, "CATALOG_UNAVAILABLE")

@@ -85,10 +85,10 @@ async def test_tokens_end(admin: Admin) -> None:
     assert (await admin.http.post("/tokens", json={"name": "p", "expires_at": "2001-01-01T00:00:00Z"})).status_code == 400
     async with admin.client(made["token"]) as http:
         assert (await http.get("/tiers")).status_code == 200
-        async with admin.catalog._changing() as connection:
+        async with admin.catalog.database.transaction() as connection:
             await connection.execute(update(admin_tokens).values(expires_at_us=1))
         assert (await http.get("/tiers")).status_code == 401
-        async with admin.catalog._changing() as connection:
+        async with admin.catalog.database.transaction() as connection:
             await connection.execute(update(admin_tokens).values(expires_at_us=None))
         revoked = await admin.http.delete(f"/tokens/{made['id']}")
         assert revoked.json()["revoked_at"] is not None

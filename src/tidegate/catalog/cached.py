@@ -4,17 +4,24 @@ What is cached is a whole compiled tier and a single API key, never a (key, path
 `max_keys`, unknown keys by `MAX_UNKNOWN` and remembered for seconds only. Concurrent misses of one key or tier make one
 query, and at most `MAX_QUERIES` queries run at once. When the catalog fails, what is cached serves up to `stale_if_error_s`
 past its time.
+
+A change of the catalog takes away what it touched and nothing else: one revoked key of a hundred thousand makes one query. A
+key that is known to be changed is never served again as it was; a changed tier is, while the catalog fails, for an old limit is
+better than none.
 """
 
 from __future__ import annotations
 
 import asyncio
+import itertools
+import math
 import random
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Final, Generic, TypeVar
 
 from tidegate.catalog import Catalog
+from tidegate.catalog.change_log import ALL, ANONYMOUS, KEY, TIER, Changes, Item, LastChanges
 from tidegate.errors import CatalogUnavailable
 from tidegate.matching import CompiledTier
 from tidegate.policy import ApiKey
@@ -22,8 +29,22 @@ from tidegate.policy import ApiKey
 MAX_UNKNOWN: Final = 10_000
 MAX_QUERIES: Final = 16
 UNKNOWN_TTL_S: Final = 5.0
+PATIENCE_S: Final = 0.05
+"""So long a check waits for the catalog where an entry past its time can stand in; the query goes on meanwhile."""
+RETRY_S: Final = 1.0
+"""So long nothing past its time is asked for again after the catalog failed."""
 
 _V = TypeVar("_V")
+
+
+class _HeldTier:
+    """A tier as it is cached, and whether it still is."""
+
+    __slots__ = ("compiled", "current")
+
+    def __init__(self, compiled: CompiledTier) -> None:
+        self.compiled = compiled
+        self.current = True
 
 
 class Caller:
@@ -31,48 +52,62 @@ class Caller:
 
     Args:
         api_key: the key's record; None for callers without a key.
-        tier: the tier's rules, with the key's own limits where it has any.
+        held: the tier's rules.
     """
 
-    __slots__ = ("api_key", "subject", "tier")
+    __slots__ = ("api_key", "held", "subject", "tier")
 
-    def __init__(self, api_key: ApiKey | None, tier: CompiledTier) -> None:
+    def __init__(self, api_key: ApiKey | None, held: _HeldTier) -> None:
         self.api_key = api_key
-        self.tier = tier
+        self.held = held
+        # The tier's rules, with the key's own limits where it has any.
+        self.tier = (
+            held.compiled if api_key is None or not api_key.overrides else CompiledTier(held.compiled.tier, api_key.overrides)
+        )
         self.subject = "" if api_key is None else f"k:{api_key.id}"
 
 
 class _Shelf(Generic[_V]):
-    """A bounded cache of one kind of thing, with single flight. The oldest entries go first."""
+    """A bounded cache of one kind of thing, with single flight. The oldest entries go first.
 
-    def __init__(self, most: int) -> None:
+    `past` holds what may be out of date and serves only while the catalog fails.
+    """
+
+    def __init__(self, kind: str, most: int) -> None:
+        self.kind = kind
         self.most = most
         self.entries: dict[str, tuple[float, _V]] = {}
+        self.past: dict[str, tuple[float, _V]] = {}
         self.flights: dict[str, asyncio.Task[_V]] = {}
 
     def put(self, name: str, value: _V, fresh_until: float) -> None:
         self.entries.pop(name, None)
+        if self.past:
+            self.past.pop(name, None)
         if len(self.entries) >= self.most:
             del self.entries[next(iter(self.entries))]
         self.entries[name] = (fresh_until, value)
 
-    async def fly(self, name: str, load: Callable[[str], Awaitable[_V]]) -> _V:
-        """Load a value once for all who ask for it meanwhile; none of them can cancel it for the others."""
-        task = self.flights.get(name)
-        if task is None:
-            task = self.flights[name] = asyncio.ensure_future(_awaited(load, name))
-            task.add_done_callback(lambda done: self._landed(name, done))
-        return await asyncio.shield(task)
+    def doubt(self, name: str) -> None:
+        """Serve an entry no more unless the catalog fails."""
+        entry = self.entries.pop(name, None)
+        if entry is not None:
+            self.past[name] = entry
+        self.flights.pop(name, None)
 
-    def _landed(self, name: str, done: asyncio.Task[_V]) -> None:
-        if self.flights.get(name) is done:
-            del self.flights[name]
-        if not done.cancelled():
-            done.exception()  # marks it as seen: every waiter may have gone before it failed
+    def doubt_all(self) -> None:
+        """Serve no entry more unless the catalog fails."""
+        self.past.update(self.entries)
+        self.entries = {}
+        self.flights.clear()
+        for name in list(itertools.islice(self.past, max(0, len(self.past) - self.most))):
+            del self.past[name]
 
-
-async def _awaited(load: Callable[[str], Awaitable[_V]], name: str) -> _V:
-    return await load(name)
+    def drop(self, name: str) -> None:
+        """Serve an entry never again."""
+        self.entries.pop(name, None)
+        self.past.pop(name, None)
+        self.flights.pop(name, None)
 
 
 class CachedCatalog:
@@ -99,12 +134,19 @@ class CachedCatalog:
         self._l1_ttl_s = l1_ttl_s
         self._stale_if_error_s = stale_if_error_s
         self._clock = clock
-        self._callers: _Shelf[Caller | None] = _Shelf(max_keys)
+        self._callers: _Shelf[Caller | None] = _Shelf(KEY, max_keys)
         self._unknown: dict[str, float] = {}
-        self._tiers: _Shelf[CompiledTier | None] = _Shelf(10_000)
-        self._anonymous: _Shelf[Caller | None] = _Shelf(1)
+        self._tiers: _Shelf[_HeldTier | None] = _Shelf(TIER, 10_000)
+        self._anonymous: _Shelf[Caller | None] = _Shelf(ANONYMOUS, 1)
         self._queries = asyncio.Semaphore(MAX_QUERIES)
         self._generation = 0
+        self._retry_at = -math.inf
+        self._last = LastChanges()
+
+    @property
+    def version(self) -> int:
+        """The version of the catalog that is in force here, as far as `changed` was told."""
+        return self._last.version
 
     async def caller(self, sha256: str) -> Caller | None:
         """The caller that an API key belongs to.
@@ -119,23 +161,16 @@ class CachedCatalog:
             CatalogUnavailable: if the catalog fails and nothing cached can stand in.
         """
         entry = self._callers.entries.get(sha256)
-        if entry is not None and entry[0] > self._clock():
+        if entry is not None and entry[0] > self._clock() and (caller := entry[1]) is not None and caller.held.current:
             self.hits += 1
-            return entry[1]
+            return caller
         until = self._unknown.get(sha256)
         if until is not None:
             if until > self._clock():
                 self.hits += 1
                 return None
             self._unknown.pop(sha256, None)
-        found = await self._through(self._callers, sha256, self._load_caller)
-        if found is None:
-            # Apart from the known ones, so that a flood of unknown keys cannot push those out.
-            self._callers.entries.pop(sha256, None)
-            if len(self._unknown) >= MAX_UNKNOWN:
-                del self._unknown[next(iter(self._unknown))]
-            self._unknown[sha256] = self._clock() + UNKNOWN_TTL_S
-        return found
+        return await self._through(self._callers, sha256, self._load_caller)
 
     async def anonymous(self) -> Caller | None:
         """The caller that checks without a key belong to.
@@ -147,7 +182,7 @@ class CachedCatalog:
             CatalogUnavailable: if the catalog fails and nothing cached can stand in.
         """
         entry = self._anonymous.entries.get("")
-        if entry is not None and entry[0] > self._clock():
+        if entry is not None and entry[0] > self._clock() and (entry[1] is None or entry[1].held.current):
             self.hits += 1
             return entry[1]
         return await self._through(self._anonymous, "", self._load_anonymous)
@@ -164,10 +199,8 @@ class CachedCatalog:
         Raises:
             CatalogUnavailable: if the catalog fails and nothing cached can stand in.
         """
-        entry = self._tiers.entries.get(name)
-        if entry is not None and entry[0] > self._clock():
-            return entry[1]
-        return await self._through(self._tiers, name, self._load_tier)
+        held = await self._tier(name)
+        return None if held is None else held.compiled
 
     async def tier_names(self) -> list[str]:
         """All tiers there are. Not cached: no check asks for them.
@@ -181,13 +214,54 @@ class CachedCatalog:
         async with self._queries:
             return await self.catalog.tier_names()
 
+    def changed(self, changes: Changes) -> None:
+        """Forget what was touched, or everything where that is not known. What is being loaded meanwhile is not kept.
+
+        Args:
+            changes: since `version`.
+        """
+        everything = changes.version < self.version or changes.floor > self.version
+        self._last.note(changes)
+        if everything:
+            self.invalidate()
+        self._forget(item for _, item in changes.items)
+
+    def touched(self, version: int, items: Iterable[Item]) -> None:
+        """Forget what a change touched that was made here, without waiting to read of it.
+
+        Args:
+            version: that the change made.
+            items: what it touched.
+        """
+        items = list(items)
+        if (ALL, "") in items:
+            self.invalidate()
+        else:
+            self._last.remember((version, item) for item in items)
+            self._forget(items)
+
     def invalidate(self) -> None:
-        """Forget everything that is cached. What is being loaded meanwhile is not kept."""
+        """Ask the catalog again about everything. What is being loaded meanwhile is not kept."""
         self._generation += 1
         for shelf in (self._callers, self._tiers, self._anonymous):
-            shelf.entries.clear()
-            shelf.flights.clear()
+            shelf.doubt_all()
         self._unknown.clear()
+
+    def _forget(self, items: Iterable[Item]) -> None:
+        for kind, name in items:
+            if kind == KEY:
+                self._callers.drop(name)
+                self._unknown.pop(name, None)
+            elif kind == TIER:
+                self._out_of_date(name)
+                self._tiers.doubt(name)
+            elif kind == ANONYMOUS:
+                self._anonymous.doubt("")
+
+    def _out_of_date(self, tier: str) -> None:
+        entry = self._tiers.entries.get(tier)
+        if entry is not None and entry[1] is not None:
+            entry[1].current = False
 
     def __len__(self) -> int:
         """API keys cached, unknown ones included."""
@@ -195,38 +269,85 @@ class CachedCatalog:
 
     async def _through(self, shelf: _Shelf[_V], name: str, load: Callable[[str], Awaitable[_V]]) -> _V:
         self.misses += 1
-        generation = self._generation
-        try:
-            value = await shelf.fly(name, load)
-        except CatalogUnavailable:
-            entry = shelf.entries.get(name)
-            if entry is None or entry[0] + self._stale_if_error_s <= self._clock():
-                raise
-            self.stale += 1
-            return entry[1]
-        if generation == self._generation:
-            shelf.put(name, value, self._clock() + self._l1_ttl_s * random.uniform(0.9, 1.1))
+        now = self._clock()
+        entry = shelf.entries.get(name) or shelf.past.get(name)
+        if entry is None or entry[0] + self._stale_if_error_s <= now:
+            return await asyncio.shield(self._flight(shelf, name, load))
+        if now >= self._retry_at:
+            try:
+                async with asyncio.timeout(PATIENCE_S):
+                    return await asyncio.shield(self._flight(shelf, name, load))
+            except (CatalogUnavailable, TimeoutError):
+                self._retry_at = now + RETRY_S
+        self.stale += 1
+        return entry[1]
+
+    def _flight(self, shelf: _Shelf[_V], name: str, load: Callable[[str], Awaitable[_V]]) -> asyncio.Task[_V]:
+        """One query for all who ask for it meanwhile; none of them can cancel it for the others."""
+        task = shelf.flights.get(name)
+        if task is None:
+            task = shelf.flights[name] = asyncio.ensure_future(self._load(shelf, name, load))
+
+            def landed(done: asyncio.Task[_V]) -> None:
+                if shelf.flights.get(name) is done:
+                    del shelf.flights[name]
+                if not done.cancelled():
+                    done.exception()  # marks it as seen: every waiter may have gone before it failed
+
+            task.add_done_callback(landed)
+        return task
+
+    async def _load(self, shelf: _Shelf[_V], name: str, load: Callable[[str], Awaitable[_V]]) -> _V:
+        generation, needed = self._generation, self._last.needed(shelf.kind, name)
+        value = await load(name)
+        if generation == self._generation and needed == self._last.needed(shelf.kind, name):
+            if value is None and shelf.kind == KEY:
+                # Apart from the known ones, so that a flood of unknown keys cannot push those out.
+                shelf.drop(name)
+                if len(self._unknown) >= MAX_UNKNOWN:
+                    del self._unknown[next(iter(self._unknown))]
+                self._unknown[name] = self._clock() + UNKNOWN_TTL_S
+            else:
+                shelf.put(name, value, self._clock() + self._l1_ttl_s * random.uniform(0.9, 1.1))
         return value
 
+    async def _tier(self, name: str) -> _HeldTier | None:
+        entry = self._tiers.entries.get(name)
+        if entry is not None and entry[0] > self._clock():
+            return entry[1]
+        held = await self._through(self._tiers, name, self._load_tier)
+        entry = self._tiers.entries.get(name)
+        if held is not None and (entry is None or entry[1] is not held):
+            # It was changed on the way: whoever holds it looks here again.
+            held.current = False
+        return held
+
     async def _load_caller(self, sha256: str) -> Caller | None:
-        async with self._queries:
-            api_key = await self.catalog.api_key(sha256)
+        entry = self._callers.entries.get(sha256)
+        if entry is not None and entry[0] > self._clock() and entry[1] is not None:
+            # Only its tier is out of date.
+            api_key = entry[1].api_key
+        else:
+            async with self._queries:
+                api_key = await self.catalog.api_key(sha256, self._last.needed(KEY, sha256))
         if api_key is None:
             return None
-        tier = await self.tier(api_key.tier)
-        if tier is None:
+        held = await self._tier(api_key.tier)
+        if held is None:
             raise CatalogUnavailable(f"the catalog knows the key {api_key.id} but not its tier {api_key.tier!r}: try again")
-        return Caller(api_key, CompiledTier(tier.tier, api_key.overrides) if api_key.overrides else tier)
+        return Caller(api_key, held)
 
-    async def _load_tier(self, name: str) -> CompiledTier | None:
+    async def _load_tier(self, name: str) -> _HeldTier | None:
         async with self._queries:
-            tier = await self.catalog.tier(name)
-        return None if tier is None else CompiledTier(tier)
+            tier = await self.catalog.tier(name, self._last.needed(TIER, name))
+        # Whoever holds what was cached before looks here again.
+        self._out_of_date(name)
+        return None if tier is None else _HeldTier(CompiledTier(tier))
 
     async def _load_anonymous(self, _: str) -> Caller | None:
         async with self._queries:
-            name = await self.catalog.anonymous_tier()
+            name = await self.catalog.anonymous_tier(self._last.needed(ANONYMOUS))
         if name is None:
             return None
-        tier = await self.tier(name)
-        return None if tier is None else Caller(None, tier)
+        held = await self._tier(name)
+        return None if held is None else Caller(None, held)

@@ -13,6 +13,7 @@ from sqlalchemy import RowMapping, delete, func, insert, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tidegate.catalog import policy_rows
+from tidegate.catalog.change_log import TIER, Writing
 from tidegate.catalog.forms import Form, rule_form, tier_form
 from tidegate.catalog.tables import audit_log, rate_limit_rules, tiers
 from tidegate.errors import CatalogError
@@ -49,15 +50,18 @@ class Change:
     """One transaction of one operator.
 
     Args:
-        connection: in the transaction, which has its turn among all writers.
+        writing: the transaction, which has its turn among all writers.
         actor: whose change it is, for the audit log.
-        version: the catalog's version that the change will have.
     """
 
-    def __init__(self, connection: AsyncConnection, actor: str, version: int) -> None:
-        self.connection = connection
+    def __init__(self, writing: Writing, actor: str) -> None:
+        self.writing = writing
+        self.connection: AsyncConnection = writing.connection
         self.actor = actor
-        self.version = version
+
+    def touch(self, kind: str, name: str = "") -> None:
+        """See `Writing.touch`."""
+        self.writing.touch(kind, name)
 
     async def audit(self, action: str, kind: str, target: str, before: Form | None, after: Form | None) -> None:
         """Write down what is changed, in the same transaction.
@@ -159,6 +163,7 @@ async def insert_tier(change: Change, tier: Tier) -> Form:
     """
     if await change.one(select(tiers.c.id).where(tiers.c.name == tier.name)) is not None:
         raise CatalogError(f"there is a tier {tier.name!r} already: change it, or take another name")
+    change.touch(TIER, tier.name)
     values = {**policy_rows.row_of_tier(tier), "managed_by_file": False}
     await change.connection.execute(insert(tiers).values(values))
     form = tier_form(await held_tier(change, tier.name))
@@ -177,6 +182,7 @@ async def update_tier(change: Change, row: RowMapping, tier: Tier) -> Form:
     Returns:
         The tier's form.
     """
+    change.touch(TIER, row["name"])
     values = {"limits": [limit.text for limit in tier.limits], "revision": row["revision"] + 1}
     await change.connection.execute(update(tiers).where(tiers.c.id == row["id"]).values(values))
     form = tier_form({**row, **values})
@@ -203,6 +209,7 @@ async def insert_rule(change: Change, tier: RowMapping, rule: Rule) -> Form:
     if count >= MAX_RULES:
         raise CatalogError(f"tier {tier['name']!r} has {count} rules: at most {MAX_RULES} are kept; remove some first")
     await _require_free_name(change, tier["id"], tier["name"], rule.name, None)
+    change.touch(TIER, tier["name"])
     values = policy_rows.row_of_rule(rule, tier["id"], 0 if last is None else last + 1)
     made = insert(rate_limit_rules).values({**values, "managed_by_file": False}).returning(rate_limit_rules.c.id)
     rule_id = (await change.connection.execute(made)).scalar_one()
@@ -226,6 +233,7 @@ async def update_rule(change: Change, row: RowMapping, rule: Rule) -> Form:
         CatalogError: if the tier has another rule of that name.
     """
     await _require_free_name(change, row["tier_id"], row["tier_name"], rule.name, row["id"])
+    change.touch(TIER, row["tier_name"])
     values = policy_rows.row_of_rule(rule, row["tier_id"], row["position"])
     values |= {"managed_by_file": False, "revision": row["revision"] + 1}
     await change.connection.execute(update(rate_limit_rules).where(rate_limit_rules.c.id == row["id"]).values(values))
@@ -241,6 +249,7 @@ async def remove_rule(change: Change, row: RowMapping) -> None:
         change: the transaction.
         row: the rule's row.
     """
+    change.touch(TIER, row["tier_name"])
     await change.connection.execute(delete(rate_limit_rules).where(rate_limit_rules.c.id == row["id"]))
     await change.audit("delete", "rule", str(row["id"]), rule_form(row), None)
 

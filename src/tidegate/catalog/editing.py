@@ -13,6 +13,7 @@ from typing import Any, Final
 from sqlalchemy import delete, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from tidegate.catalog.change_log import NONE, TIER, Item
 from tidegate.catalog.changing import (
     Change,
     Seen,
@@ -41,10 +42,10 @@ class CatalogEditor:
 
     Args:
         catalog: the catalog.
-        on_change: is told the new version after each change, synchronously; must not raise.
+        on_change: is told the new version and what was touched after each change, synchronously; must not raise.
     """
 
-    def __init__(self, catalog: SqlCatalog, on_change: Callable[[int], None]) -> None:
+    def __init__(self, catalog: SqlCatalog, on_change: Callable[[int, Collection[Item]], None]) -> None:
         self.catalog = catalog
         self._on_change = on_change
 
@@ -61,10 +62,9 @@ class CatalogEditor:
         Raises:
             CatalogUnavailable: if the database does not take it.
         """
-        async with self.catalog._changing() as connection:
-            version = int((await connection.execute(select(policy_state.c.version))).scalar_one())
-            yield Change(connection, actor, version)
-        self._on_change(version)
+        async with self.catalog.database.changing() as writing:
+            yield Change(writing, actor)
+        self._on_change(writing.version, writing.items)
 
     @contextlib.asynccontextmanager
     async def reading(self) -> AsyncIterator[AsyncConnection]:
@@ -76,7 +76,7 @@ class CatalogEditor:
         Raises:
             CatalogUnavailable: if the database does not answer.
         """
-        async with self.catalog._reading() as connection:
+        async with self.catalog.database.reading() as connection:
             yield connection
 
     async def record(self, actor: str, action: str, kind: str, target: str, after: Form | None = None) -> None:
@@ -93,6 +93,7 @@ class CatalogEditor:
             CatalogUnavailable: if the database does not take it.
         """
         async with self.changing(actor) as change:
+            change.touch(NONE)
             await change.audit(action, kind, target, None, after)
 
     async def create_tier(self, actor: str, name: str, limits: Collection[str]) -> Form:
@@ -169,6 +170,7 @@ class CatalogEditor:
             for rule in rules:
                 await change.audit("delete", "rule", str(rule["id"]), rule_form(rule), None)
             await change.connection.execute(delete(rate_limit_rules).where(rate_limit_rules.c.tier_id == row["id"]))
+            change.touch(TIER, row["name"])
             await change.connection.execute(delete(tiers).where(tiers.c.id == row["id"]))
             await change.audit("delete", "tier", row["name"], tier_form(row), None)
 

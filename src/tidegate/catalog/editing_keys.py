@@ -10,6 +10,7 @@ import msgspec
 from sqlalchemy import RowMapping, delete, insert, select, update
 
 from tidegate.catalog import policy_rows
+from tidegate.catalog.change_log import KEY
 from tidegate.catalog.changing import Change, NotThere, Seen, held_tier, now_us, require_editable
 from tidegate.catalog.editing import CatalogEditor
 from tidegate.catalog.forms import Form, key_form
@@ -200,6 +201,7 @@ async def delete_key(editor: CatalogEditor, actor: str, key_id: str, seen: Seen)
         over = row["expires_at_us"] is not None and row["expires_at_us"] <= now_us()
         if row["status"] == KeyStatus.ACTIVE.value and not over:
             raise CatalogError(f"the API key {row['id']} still works: revoke it first, with a reason")
+        change.touch(KEY, row["sha256"])
         await change.connection.execute(delete(api_keys).where(api_keys.c.id == row["id"]))
         await change.audit("delete", "api_key", row["id"], key_form(row), None)
 
@@ -215,6 +217,7 @@ async def insert_foreign_key(change: Change, record: ApiKey) -> Form:
         The key's form.
     """
     tier = await held_tier(change, record.tier)
+    change.touch(KEY, record.sha256)
     values = policy_rows.row_of_api_key(record, tier["id"], now_us())
     await change.connection.execute(insert(api_keys).values({**values, "managed_by_file": False}))
     form = key_form(await held_key(change, record.id))
@@ -237,6 +240,7 @@ async def update_key(
     Returns:
         The key's form.
     """
+    change.touch(KEY, row["sha256"])
     written = {**values, "revision": row["revision"] + 1}
     await change.connection.execute(update(api_keys).where(api_keys.c.id == row["id"]).values(written))
     form = key_form({**row, **written, "tier_name": tier_name or row["tier_name"]})
@@ -308,6 +312,7 @@ async def _insert_key(
 ) -> tuple[str, Form]:
     api_key = make_api_key()
     record = ApiKey(hash_api_key(api_key), tier["name"], name=name, expires_at_us=expires_at_us, overrides=overrides)
+    change.touch(KEY, record.sha256)
     await change.connection.execute(insert(api_keys).values(policy_rows.row_of_api_key(record, tier["id"], now_us())))
     form = key_form(await held_key(change, record.id))
     await change.audit(action, "api_key", record.id, None, form)

@@ -12,6 +12,7 @@ from typing import Any, Final
 from sqlalchemy import delete, func, select, update
 
 from tidegate.catalog import policy_rows
+from tidegate.catalog.change_log import ANONYMOUS, KEY, TIER
 from tidegate.catalog.changing import (
     Change,
     ManagedByFile,
@@ -39,7 +40,7 @@ class _Recorded(Change):
     """A change that also keeps what it did, to be shown."""
 
     def __init__(self, change: Change) -> None:
-        super().__init__(change.connection, change.actor, change.version)
+        super().__init__(change.writing, change.actor)
         self.changes: list[Form] = []
 
     async def audit(self, action: str, kind: str, target: str, before: Form | None, after: Form | None) -> None:
@@ -169,6 +170,7 @@ async def _take_keys(change: Change, policy: Policy, *, prune: bool) -> None:
         await update_key(change, row, changed, "update", tier["name"])
     for row in held.values():
         if not row["managed_by_file"]:
+            change.touch(KEY, row["sha256"])
             await change.connection.execute(delete(api_keys).where(api_keys.c.id == row["id"]))
             await change.audit("delete", "api_key", row["id"], key_form(row), None)
 
@@ -181,6 +183,7 @@ async def _take_anonymous(change: Change, name: str | None) -> None:
         return
     if state["file_digest"] is not None:
         raise ManagedByFile(f"the anonymous tier is {state['anonymous_tier']!r} by the policy file: change it there")
+    change.touch(ANONYMOUS)
     await change.connection.execute(update(policy_state).values(anonymous_tier=name))
     await change.audit("update", "anonymous_tier", name, {"tier": state["anonymous_tier"]}, {"tier": name})
 
@@ -194,6 +197,7 @@ async def _prune_tiers(change: Change, named: set[str]) -> None:
             raise CatalogError(f"tier {row['name']!r} is the anonymous tier: name another one in [anonymous] of the policy")
         for rule in (await change.connection.execute(rule_rows().where(tiers.c.id == row["id"]))).mappings().all():
             await remove_rule(change, rule)
+        change.touch(TIER, row["name"])
         await change.connection.execute(delete(tiers).where(tiers.c.id == row["id"]))
         await change.audit("delete", "tier", row["name"], tier_form(row), None)
 

@@ -349,11 +349,11 @@ class PolicyCatalog:
         self._anonymous = policy.anonymous_tier
         self._version += 1
 
-    async def api_key(self, sha256: str) -> ApiKey | None:
+    async def api_key(self, sha256: str, least: int = 0) -> ApiKey | None:  # noqa: ARG002 - it is always as it is now
         """See `Catalog.api_key`."""
         return self._keys.get(sha256)
 
-    async def tier(self, name: str) -> Tier | None:
+    async def tier(self, name: str, least: int = 0) -> Tier | None:  # noqa: ARG002 - it is always as it is now
         """See `Catalog.tier`."""
         return self._tiers.get(name)
 
@@ -361,7 +361,7 @@ class PolicyCatalog:
         """See `Catalog.tier_names`."""
         return sorted(self._tiers)
 
-    async def anonymous_tier(self) -> str | None:
+    async def anonymous_tier(self, least: int = 0) -> str | None:  # noqa: ARG002 - it is always as it is now
         """See `Catalog.anonymous_tier`."""
         return self._anonymous
 

@@ -1,91 +1,139 @@
-"""Opening a database and bringing its schema up to this version."""
+"""Bringing a database's schema up to this version, or back.
+
+Any number of processes may start at once on one database: one of them does it, the others wait. A step only adds as long as older
+versions of Tidegate run (expand); what they need is taken away later, by a step that raises `runs_from` (contract). So an older
+version finds a newer schema and works with it, unless that says otherwise.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import sqlite3
+from collections.abc import Callable
 from importlib import resources
-from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from alembic import command
 from alembic.config import Config
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from alembic.util.exc import CommandError
-from sqlalchemy import Connection, event
-from sqlalchemy.engine import URL, make_url
-from sqlalchemy.exc import ArgumentError, OperationalError, SQLAlchemyError
-from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
-from sqlalchemy.pool import StaticPool
+from sqlalchemy import Connection, text
+from sqlalchemy.exc import DBAPIError, OperationalError, SQLAlchemyError
+from sqlalchemy.ext.asyncio import AsyncEngine
 
+from tidegate.catalog.engines import is_postgres, open_engine, reason_of, shown
 from tidegate.errors import SettingsError
 
-_BUSY_TIMEOUT_MS: Final = 5_000
+logger = logging.getLogger(__name__)
+
+LOCK: Final = 0x7469_6465_6761_7465
+"""Names the lock of whoever changes the schema of a PostgreSQL: "tidegate" in ASCII."""
+PATIENCE_S: Final = 600.0
+"""So long another process may take to change the schema, and one statement of ours."""
 _UPGRADE_TRIES: Final = 25
+_PAUSE_S: Final = 0.2
+_LOCK_TIMEOUT_S: Final = 5
 # Alembic keeps what it runs on in a global of the process.
 _upgrading: Final = asyncio.Lock()
 
 
-def open_engine(url: str) -> AsyncEngine:
-    """An engine for a catalog's URL; nothing is connected yet.
+class _Busy(Exception):
+    """Another process changes the schema now."""
+
+
+async def upgrade_schema(url: str, engine: AsyncEngine) -> str:
+    """Bring the schema up to this version, where it is not.
 
     Args:
-        url: `sqlite:///relative.db`, `sqlite:////absolute.db`, or `sqlite://` for memory.
+        url: of the database.
+        engine: for it.
 
     Returns:
-        The engine.
+        The revision: of this version, or a later one that this version works with.
 
     Raises:
-        SettingsError: if the URL names no database that this version has.
+        SettingsError: if the database cannot be opened or written, or is too new for this version.
     """
     try:
-        parsed = make_url(url)
-    except ArgumentError:
-        raise SettingsError("catalog.url is no database URL: write 'sqlite:///tidegate.db'") from None
-    if parsed.drivername != "sqlite":
-        # Only the scheme is repeated: the rest of a database's URL may hold a password.
-        raise SettingsError(
-            f"catalog.url with the scheme {parsed.drivername!r} is no catalog of this version: use 'sqlite:///tidegate.db'"
-        )
-    in_memory = parsed.database in (None, "", ":memory:")
-    options: dict[str, Any] = {"poolclass": StaticPool} if in_memory else {}
-    engine = create_async_engine(parsed.set(drivername="sqlite+aiosqlite"), **options)
-    event.listen(engine.sync_engine, "connect", _on_connect)
-    return engine
+        async with engine.connect() as connection:
+            ready = await connection.run_sync(_usable)
+    except (SQLAlchemyError, sqlite3.Error, OSError) as error:
+        raise SettingsError(_why(url, reason_of(error))) from None
+    return ready or await change_schema(url, engine, _upgrade)
 
 
-async def upgrade_schema(engine: AsyncEngine) -> str:
-    """Bring the schema up to this version.
+async def upgrade(url: str) -> str:
+    """`upgrade_schema` for a database that nobody has opened.
 
     Args:
-        engine: the database.
+        url: of the database.
 
     Returns:
         The revision.
 
     Raises:
-        SettingsError: if the database cannot be opened or written, or is newer than this version.
+        SettingsError: if it cannot be done; it says why.
     """
-    # Two processes may start on one new file: the one that loses a step to the other looks again.
-    for attempt in range(_UPGRADE_TRIES):
+    engine = open_engine(url)
+    try:
+        return await upgrade_schema(url, engine)
+    finally:
+        await engine.dispose()
+
+
+async def downgrade(url: str, revision: str) -> str:
+    """Take the schema back. What a step had added is dropped with all that it holds.
+
+    Args:
+        url: of the database.
+        revision: such as `0002`.
+
+    Returns:
+        The revision.
+
+    Raises:
+        SettingsError: if there is no such revision, or the database cannot be had.
+    """
+
+    def take_back(connection: Connection) -> str:
+        config = migration_config(connection)
+        known = [each.revision for each in ScriptDirectory.from_config(config).walk_revisions()]
+        if revision not in known:
+            raise SettingsError(f"there is no revision {revision[:20]!r} of the schema: there are {', '.join(sorted(known))}")
+        command.downgrade(config, revision)
+        return revision
+
+    engine = open_engine(url)
+    try:
+        return await change_schema(url, engine, take_back)
+    finally:
+        await engine.dispose()
+
+
+async def change_schema(url: str, engine: AsyncEngine, change: Callable[[Connection], str]) -> str:
+    """Run a change of the schema, alone among all processes.
+
+    Args:
+        url: of the database.
+        engine: for it.
+        change: is run in a transaction; gives the revision.
+
+    Returns:
+        The revision.
+
+    Raises:
+        SettingsError: if it cannot be done; it says why.
+    """
+    if is_postgres(url):
+        # With patience of its own: a step over a large table takes longer than any answer to a check.
+        patient = open_engine(url, pool_size=1, timeout_s=PATIENCE_S)
         try:
-            async with _upgrading, engine.begin() as connection:
-                return await connection.run_sync(_upgrade)
-        except OperationalError as error:
-            reason = str(error.orig)
-            if attempt + 1 == _UPGRADE_TRIES or not ("already exists" in reason or "locked" in reason):
-                raise SettingsError(_why(engine.url, reason)) from None
-            await asyncio.sleep(0.1)
-        except CommandError as error:
-            if "locate revision" in str(error):
-                raise SettingsError(
-                    f"the database {_shown(engine.url)} was made by a newer Tidegate: run that one, or give another catalog.url"
-                ) from None
-            raise SettingsError(f"the database {_shown(engine.url)} cannot be upgraded: {error}") from None
-        except (SQLAlchemyError, sqlite3.Error, OSError) as error:
-            raise SettingsError(_why(engine.url, str(getattr(error, "orig", None) or error))) from None
-    raise AssertionError("the last try raises")
+            return await _change(url, patient, _alone(change), round(PATIENCE_S / _PAUSE_S))
+        finally:
+            await patient.dispose()
+    return await _change(url, engine, change, _UPGRADE_TRIES)
 
 
 def migration_config(connection: Connection) -> Config:
@@ -103,36 +151,86 @@ def migration_config(connection: Connection) -> Config:
     return config
 
 
-def _upgrade(connection: Connection) -> str:
+async def _change(url: str, engine: AsyncEngine, change: Callable[[Connection], str], tries: int) -> str:
+    # Two processes may start on one new database: the one that loses a step to the other looks again.
+    for attempt in range(tries):
+        try:
+            async with _upgrading, engine.begin() as connection:
+                return await connection.run_sync(change)
+        except _Busy:
+            if attempt == 0:
+                logger.info("another process changes the catalog's schema: waiting for it")
+        except (OperationalError, DBAPIError) as error:
+            reason = reason_of(error)
+            passing = ("already exists", "locked", "lock timeout", "deadlock", "duplicate key")
+            if attempt + 1 >= min(tries, _UPGRADE_TRIES) or not any(each in reason for each in passing):
+                raise SettingsError(_why(url, reason)) from None
+        except CommandError as error:
+            raise SettingsError(f"the database {shown(url)} cannot be upgraded: {error}") from None
+        except (SQLAlchemyError, sqlite3.Error, OSError) as error:
+            raise SettingsError(_why(url, reason_of(error))) from None
+        await asyncio.sleep(_PAUSE_S)
+    raise SettingsError(f"the database {shown(url)}: another process has been changing its schema for {PATIENCE_S:g} s")
+
+
+def _alone(change: Callable[[Connection], str]) -> Callable[[Connection], str]:
+    def locked(connection: Connection) -> str:
+        if not connection.execute(text("SELECT pg_try_advisory_xact_lock(:lock)"), {"lock": LOCK}).scalar_one():
+            raise _Busy
+        # Whoever waits for a table makes all who come later wait as well: better to give up and try again.
+        connection.execute(text(f"SET LOCAL lock_timeout = '{_LOCK_TIMEOUT_S}s'"))
+        return change(connection)
+
+    return locked
+
+
+def _usable(connection: Connection) -> str | None:
+    """The database's revision, if this version can work with it as it is; None if it is to be upgraded."""
     config = migration_config(connection)
+    script = ScriptDirectory.from_config(config)
+    head = script.get_current_head()
+    current = MigrationContext.configure(connection).get_current_revision()
+    if current == head:
+        return current
+    if current is None or current in {each.revision for each in script.walk_revisions()}:
+        return None
+    try:
+        runs_from = connection.execute(text("SELECT runs_from FROM policy_state")).scalar()
+    except SQLAlchemyError:
+        runs_from = None
+    if head is None or runs_from is None or runs_from > head:
+        raise SettingsError(
+            f"the database {shown(str(connection.engine.url))} was made by a newer Tidegate: run that one, or give another catalog.url"
+        )
+    logger.info("the catalog's schema is %s, newer than this version's %s, which works with it", current, head)
+    return current
+
+
+def _upgrade(connection: Connection) -> str:
+    # Another process may have done it meanwhile.
+    usable = _usable(connection)
+    if usable is not None:
+        return usable
+    config = migration_config(connection)
+    command.upgrade(config, "head")
     head = ScriptDirectory.from_config(config).get_current_head()
     assert head is not None, "the package ships its migrations"
-    # Alembic is asked only where there is something to do: a start then writes nothing.
-    if MigrationContext.configure(connection).get_current_revision() != head:
-        command.upgrade(config, "head")
     return head
 
 
-def _on_connect(connection: Any, _: Any) -> None:
-    cursor = connection.cursor()
-    cursor.execute(f"PRAGMA busy_timeout = {_BUSY_TIMEOUT_MS}")
-    cursor.execute("PRAGMA foreign_keys = ON")
-    cursor.execute("PRAGMA journal_mode = WAL")  # readers go on while another process writes
-    cursor.execute("PRAGMA synchronous = NORMAL")
-    cursor.close()
-
-
-def _shown(url: URL) -> str:
-    return str(Path(url.database or ":memory:"))
-
-
-def _why(url: URL, reason: str) -> str:
+def _why(url: str, reason: str) -> str:
     if "not a database" in reason or "malformed" in reason:
         remedy = "it is no SQLite database: move it away or give another catalog.url"
     elif "readonly" in reason or "unable to open" in reason:
         remedy = "give a catalog.url in a directory that is there and can be written"
     elif "already exists" in reason:
         remedy = "it holds tables of another program: give another catalog.url"
+    elif "read-only" in reason:
+        remedy = "it is a standby: catalog.url must name the primary, or all hosts that may be it"
+    elif "password" in reason or "authentication" in reason or "permission" in reason:
+        remedy = "give catalog.url a user that may write there"
+    elif "does not exist" in reason:
+        remedy = "make the database first: createdb"
     else:
         remedy = "see 'tidegate doctor'"
-    return f"the database {_shown(url)} cannot be opened ({reason}): {remedy}"
+    return f"the database {shown(url)} cannot be opened ({reason}): {remedy}"

@@ -100,7 +100,22 @@ policy_state: Final = Table(
     Column("anonymous_tier", String(64), nullable=True),
     Column("file_digest", String(64), nullable=True),
     Column("changed_at_us", BigInteger, nullable=False),
+    # The version before, so that a change without a row in `catalog_changes` is noticed.
+    Column("previous", BigInteger, nullable=True),
+    # The oldest revision of the schema whose Tidegate works with this one: raised where something is taken away.
+    Column("runs_from", String(16), nullable=False, server_default="0001"),
     CheckConstraint("id = 1", name="single_row"),
+)
+
+# What each version touched; see `change_log`.
+catalog_changes: Final = Table(
+    "catalog_changes",
+    metadata,
+    Column("version", BigInteger, nullable=False, autoincrement=False),
+    Column("previous", BigInteger, nullable=False),
+    Column("kind", String(16), nullable=False),
+    Column("name", String(64), nullable=False),
+    PrimaryKeyConstraint("version", "kind", "name"),
 )
 
 # One row for each minute in which a rule blocked a subject. PostgreSQL keeps each day in a partition of its own, so that old days

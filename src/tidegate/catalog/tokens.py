@@ -11,6 +11,7 @@ from typing import Any, Final
 import msgspec
 from sqlalchemy import insert, select, update
 
+from tidegate.catalog.change_log import NONE
 from tidegate.catalog.changing import Change, NotThere, now_us
 from tidegate.catalog.editing import CatalogEditor
 from tidegate.catalog.forms import Form, token_form
@@ -132,6 +133,7 @@ async def revoke_token(editor: CatalogEditor, actor: str, token_id: int) -> Form
             raise NotThere(f"there is no token {token_id}: see GET /admin/v1/tokens")
         if row["revoked_at_us"] is not None:
             raise CatalogError(f"the token {token_id} is revoked already")
+        change.touch(NONE)
         values = {"revoked_at_us": now_us()}
         await change.connection.execute(update(admin_tokens).where(admin_tokens.c.id == token_id).values(values))
         form = token_form({**row, **values})
@@ -163,6 +165,7 @@ async def first_token(editor: CatalogEditor) -> str | None:
 
 
 async def _insert_token(change: Change, name: str, role: str, expires_at_us: int | None) -> tuple[str, Form]:
+    change.touch(NONE)
     token = TOKEN_PREFIX + "".join(secrets.choice(BASE62) for _ in range(40))
     values: dict[str, Any] = {
         "name": name,

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from tidegate.catalog.sql import upgrade
+from tidegate.catalog import schema
 from tidegate.cli.common import ConfigOption, JsonOption, print_json, print_rows, read_settings, with_catalog
 from tidegate.limits import US_PER_S
 
@@ -92,8 +92,20 @@ def revoke(
 @database.command("upgrade")
 def upgrade_database(config: ConfigOption = None) -> None:
     """Bring the database's schema up to this version."""
-    revision = asyncio.run(upgrade(read_settings(config).catalog.url))
+    revision = asyncio.run(schema.upgrade(read_settings(config).catalog.url))
     typer.echo(f"the database is at revision {revision}")
+
+
+@database.command("downgrade")
+def downgrade_database(
+    revision: Annotated[str, typer.Argument(help="Where to go back to, such as 0002.")],
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    config: ConfigOption = None,
+) -> None:
+    """Take the database's schema back; what the later steps had added is dropped with all that it holds."""
+    if not yes:
+        typer.confirm(f"Drop what the steps after {revision} added, and all that it holds?", abort=True)
+    typer.echo(f"the database is at revision {asyncio.run(schema.downgrade(read_settings(config).catalog.url, revision))}")
 
 
 def _lifetime_us(text: str) -> int:

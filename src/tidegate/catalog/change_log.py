@@ -1,0 +1,196 @@
+"""What each change of the catalog touched, so that a cache forgets that and nothing else.
+
+Every change writes rows of `catalog_changes` under the version that it makes and with the version before, in its own transaction.
+Whoever has seen version N follows that chain from the present version down to N. Where it breaks, it is not known what was touched,
+and everything may be: rows were pruned, an older Tidegate wrote the change, or N was never a version of this database, because the
+primary that gave it was lost before it was copied. `Changes.floor` says from which version on the log is whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Final, TypeAlias
+
+import msgspec
+from sqlalchemy import delete, insert, select
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from tidegate.catalog.tables import catalog_changes, policy_state
+
+TIER: Final = "tier"
+KEY: Final = "key"
+ANONYMOUS: Final = "anonymous"
+ALL: Final = "all"
+"""More than `MOST_TOUCHED` things, or things that are not known."""
+NONE: Final = "none"
+"""Nothing that a check reads, such as an operator's token."""
+
+MOST_TOUCHED: Final = 500
+"""A change that touches more things than that is logged as one that touches everything."""
+KEPT_MS: Final = 86_400_000
+"""Versions are ms: rows older than a day are pruned by each change."""
+MOST_READ: Final = 10_000
+"""At most so many rows are read, the latest ones; and so many things are remembered."""
+
+Item: TypeAlias = tuple[str, str]
+"""What was touched: TIER and its name, KEY and its digest, or one of the others with an empty name."""
+
+
+class Changes(msgspec.Struct, frozen=True):
+    """What happened to a catalog since some version.
+
+    Args:
+        version: of the catalog now.
+        floor: what was touched up to this version is not known; the version asked about, where the log is whole.
+        items: what was touched above it, each with the version of its last change, in order of version.
+    """
+
+    version: int
+    floor: int
+    items: tuple[tuple[int, Item], ...] = ()
+
+
+class Writing:
+    """A transaction that changes the catalog.
+
+    Args:
+        connection: in the transaction.
+        version: that the catalog will have.
+        previous: that it has before.
+    """
+
+    def __init__(self, connection: AsyncConnection, version: int, previous: int) -> None:
+        self.connection = connection
+        self.version = version
+        self.previous = previous
+        self._touched: set[Item] | None = None
+
+    def touch(self, kind: str, name: str = "") -> None:
+        """Say that something changes. Where nothing is said before the transaction ends, everything counts as changed.
+
+        Args:
+            kind: TIER, KEY, ANONYMOUS or NONE.
+            name: of the tier, or digest of the key.
+        """
+        if self._touched is None:
+            self._touched = set()
+        if kind != NONE:
+            self._touched.add((kind, name))
+
+    @property
+    def items(self) -> list[Item]:
+        """What was touched, as the log tells it."""
+        if self._touched is None or len(self._touched) > MOST_TOUCHED:
+            return [(ALL, "")]
+        return sorted(self._touched)
+
+    async def log(self) -> None:
+        """Write down what was touched, and prune what is old."""
+        made = {"version": self.version, "previous": self.previous}
+        rows = [{**made, "kind": kind, "name": name} for kind, name in self.items or [(NONE, "")]]
+        await self.connection.execute(insert(catalog_changes), rows)
+        await self.connection.execute(delete(catalog_changes).where(catalog_changes.c.version <= self.version - KEPT_MS))
+
+
+async def read_changes(connection: AsyncConnection, since: int, most: int = MOST_READ) -> Changes:
+    """Read what was touched since a version.
+
+    Args:
+        connection: to the database that is written to.
+        since: the version that was seen, 0 or more.
+        most: at most so many rows are read, the latest ones.
+
+    Returns:
+        What happened. Where `since` is no version of this database (one that lost the last commits took the place of the one that
+        was asked before), nothing is known: the floor is its version.
+    """
+    # One statement is one snapshot: a version without its rows would look like a change of an older Tidegate.
+    query = (
+        select(
+            policy_state.c.version,
+            catalog_changes.c.version.label("changed"),
+            catalog_changes.c.previous,
+            catalog_changes.c.kind,
+            catalog_changes.c.name,
+        )
+        .select_from(policy_state.outerjoin(catalog_changes, catalog_changes.c.version > since))
+        .order_by(catalog_changes.c.version.desc())
+        .limit(most)
+    )
+    rows = (await connection.execute(query)).all()
+    version = int(rows[0].version)
+    if version < since:
+        return Changes(version, version)
+    found: dict[Item, int] = {}
+    # The chain is followed down: what is above `floor` is known, and `floor` is the version whose rows come next.
+    at = floor = version
+    for row in rows:
+        if row.changed is None:
+            break
+        if row.changed != at:
+            if row.changed != floor:
+                break  # a version is missing
+            at = row.changed
+        if row.kind == ALL:
+            break
+        floor = row.previous
+        if row.kind != NONE:
+            found.setdefault((row.kind, row.name), row.changed)
+    else:
+        if len(rows) == most:
+            floor = at  # rows of the lowest version may have been cut off
+    if floor < since:
+        return Changes(version, version)
+    items = sorted(((changed, item) for item, changed in found.items() if changed > floor), key=lambda each: each[0])
+    return Changes(version, floor, tuple(items))
+
+
+class LastChanges:
+    """Which version of the catalog a cached answer must have seen to be served.
+
+    Args:
+        most: things remembered, 1 or more; beyond it the oldest are forgotten and the floor rises to them.
+    """
+
+    def __init__(self, most: int = MOST_READ) -> None:
+        self.version = 0
+        self.floor = 0
+        self._most = most
+        self._at: dict[Item, int] = {}
+
+    def needed(self, kind: str, name: str = "") -> int:
+        """The version of the last change of something.
+
+        Args:
+            kind: TIER, KEY or ANONYMOUS.
+            name: of the tier, or digest of the key.
+
+        Returns:
+            A version; older answers may be wrong.
+        """
+        return self._at.get((kind, name), self.floor)
+
+    def note(self, changes: Changes) -> None:
+        """Take in what happened.
+
+        Args:
+            changes: since `version`, or since 0.
+        """
+        if changes.version < self.version or changes.floor > self.version:
+            self._at.clear()
+            self.floor = changes.floor
+        self.version = changes.version
+        self.remember(changes.items)
+
+    def remember(self, items: Iterable[tuple[int, Item]]) -> None:
+        """Take in some of what happened, whatever else did.
+
+        Args:
+            items: versions, and what they touched.
+        """
+        for at, item in items:
+            # The latest last; a change that was made here may be known before an earlier one is read of.
+            self._at[item] = max(at, self._at.pop(item, 0))
+        while len(self._at) > self._most:
+            oldest = next(iter(self._at))
+            self.floor = max(self.floor, self._at.pop(oldest))

@@ -1,0 +1,126 @@
+"""The policy file taken into the catalog: the rows that it owns are made equal to it, all others are left alone."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from sqlalchemy import delete, insert, select, update
+
+from tidegate.catalog import policy_rows
+from tidegate.catalog.change_log import ANONYMOUS, KEY, TIER, Writing
+from tidegate.catalog.tables import api_keys, policy_state, rate_limit_rules, tiers
+from tidegate.errors import CatalogError
+from tidegate.policy import Policy, Tier
+
+
+async def apply_file(writing: Writing, policy: Policy, digest: str) -> None:
+    """Make the rows that the policy file owns equal to it.
+
+    Args:
+        writing: the transaction.
+        policy: the file's policy.
+        digest: of the policy, kept as the one applied last.
+
+    Raises:
+        CatalogError: if the file contradicts rows that it does not own; the transaction is not to be committed then.
+    """
+    writing.touch(ANONYMOUS)
+    await _apply_tiers(writing, policy)
+    await _apply_keys(writing, policy)
+    await _drop_tiers(writing, policy)
+    await writing.connection.execute(update(policy_state).values(anonymous_tier=policy.anonymous_tier, file_digest=digest))
+
+
+async def _apply_tiers(writing: Writing, policy: Policy) -> None:
+    connection = writing.connection
+    held = {row["name"]: row for row in (await connection.execute(select(tiers))).mappings()}
+    for tier in policy.tiers:
+        row = held.get(tier.name)
+        if row is not None and not row["managed_by_file"]:
+            raise CatalogError(f"tier {tier.name!r} of the policy file was made otherwise: rename one of the two")
+        writing.touch(TIER, tier.name)
+        values = policy_rows.row_of_tier(tier)
+        if row is None:
+            tier_id = (await connection.execute(insert(tiers).values(values).returning(tiers.c.id))).scalar_one()
+        else:
+            tier_id = row["id"]
+            if any(row[column] != value for column, value in values.items()):
+                values["revision"] = row["revision"] + 1
+                await connection.execute(update(tiers).where(tiers.c.id == tier_id).values(values))
+        await _apply_rules(writing, tier, tier_id)
+
+
+async def _apply_rules(writing: Writing, tier: Tier, tier_id: int) -> None:
+    connection = writing.connection
+    rows = (await connection.execute(select(rate_limit_rules).where(rate_limit_rules.c.tier_id == tier_id))).mappings().all()
+    held = {row["name"]: row for row in rows}
+    wanted = {rule.name: policy_rows.row_of_rule(rule, tier_id, position) for position, rule in enumerate(tier.rules)}
+    for name, row in held.items():
+        if name in wanted and not row["managed_by_file"]:
+            raise CatalogError(
+                f"rule {name!r} of tier {tier.name!r} in the policy file was made otherwise: rename one of the two"
+            )
+        if name not in wanted and row["managed_by_file"]:
+            await connection.execute(delete(rate_limit_rules).where(rate_limit_rules.c.id == row["id"]))
+    made = []
+    for name, values in wanted.items():
+        kept = held.get(name)
+        if kept is None:
+            made.append(values)
+        elif any(kept[column] != value for column, value in values.items()):
+            values["revision"] = kept["revision"] + 1
+            await connection.execute(update(rate_limit_rules).where(rate_limit_rules.c.id == kept["id"]).values(values))
+    if made:
+        await connection.execute(insert(rate_limit_rules), made)
+
+
+async def _apply_keys(writing: Writing, policy: Policy) -> None:
+    connection = writing.connection
+    tier_ids = {row.name: row.id for row in await connection.execute(select(tiers.c.id, tiers.c.name))}
+    wanted = {api_key.sha256: api_key for api_key in policy.api_keys}
+    owned = {
+        row["sha256"]: row for row in (await connection.execute(select(api_keys).where(api_keys.c.managed_by_file))).mappings()
+    }
+    for sha256, row in owned.items():
+        if sha256 not in wanted:
+            writing.touch(KEY, sha256)
+            await connection.execute(delete(api_keys).where(api_keys.c.id == row["id"]))
+    made: list[dict[str, Any]] = []
+    for sha256, api_key in wanted.items():
+        kept = owned.get(sha256)
+        values = policy_rows.row_of_api_key(api_key, tier_ids[api_key.tier], _now_us())
+        if kept is None:
+            foreign = (await connection.execute(select(api_keys.c.id).where(api_keys.c.sha256 == sha256))).scalar()
+            if foreign is not None:
+                raise CatalogError(f"the API key {foreign} of the policy file was made otherwise: remove it from the file")
+            writing.touch(KEY, sha256)
+            made.append(values)
+            continue
+        del values["created_at_us"]
+        if any(kept[column] != value for column, value in values.items()):
+            writing.touch(KEY, sha256)
+            values["revision"] = kept["revision"] + 1
+            await connection.execute(update(api_keys).where(api_keys.c.id == kept["id"]).values(values))
+    if made:
+        await connection.execute(insert(api_keys), made)
+
+
+async def _drop_tiers(writing: Writing, policy: Policy) -> None:
+    connection = writing.connection
+    kept = {tier.name for tier in policy.tiers}
+    for row in (await connection.execute(select(tiers).where(tiers.c.managed_by_file))).mappings().all():
+        if row["name"] in kept:
+            continue
+        user = (await connection.execute(select(api_keys.c.id).where(api_keys.c.tier_id == row["id"]).limit(1))).scalar()
+        if user is not None:
+            raise CatalogError(
+                f"tier {row['name']!r} is gone from the policy file, but API keys made otherwise still use it, such as {user}: "
+                "keep the tier, or revoke and replace those keys first"
+            )
+        writing.touch(TIER, row["name"])
+        await connection.execute(delete(tiers).where(tiers.c.id == row["id"]))
+
+
+def _now_us() -> int:
+    return time.time_ns() // 1000

@@ -1,0 +1,204 @@
+"""Read replicas of the catalog: asked in turn, left out while they fail or lag, and taken back when they do not.
+
+A replica lags by the age of the oldest change that it has not seen. While nothing changes it does not lag, whatever its clocks and
+positions say; and one that is cut off from its primary is found as soon as there is something that it misses.
+
+One event loop; any number of its tasks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, Final
+
+from sqlalchemy import RowMapping, Select, select
+from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from tidegate.catalog.engines import reason_of
+from tidegate.catalog.tables import policy_state
+
+logger = logging.getLogger(__name__)
+
+PROBE_S: Final = 1.0
+_VERSIONS_KEPT: Final = 10_000
+
+
+class Replica:
+    """One replica, and whether it is asked.
+
+    Args:
+        name: its URL as logs may show it.
+        engine: its connections.
+
+    Attributes:
+        out: why it is left out; None while it is asked.
+        version: of the catalog that it had seen at the last look.
+        lag_s: age of the oldest change that it had not seen at the last look, s; 0 for none.
+        ejections: how often it was left out.
+    """
+
+    def __init__(self, name: str, engine: AsyncEngine) -> None:
+        self.name = name
+        self.engine = engine
+        self.out: str | None = "it was not looked at yet"
+        self.version = 0
+        self.lag_s = 0.0
+        self.ejections = 0
+
+    def leave_out(self, why: str) -> None:
+        """Ask it no more until a look finds it well.
+
+        Args:
+            why: for the log.
+        """
+        if self.out is None:
+            self.ejections += 1
+            logger.warning("the replica %s is left out: %s", self.name, why)
+        self.out = why
+
+    def take_back(self) -> None:
+        """Ask it again."""
+        if self.out is not None:
+            logger.info("the replica %s is asked", self.name)
+        self.out = None
+
+
+class Replicas:
+    """The replicas of one database.
+
+    Args:
+        replicas: any number.
+        timeout_s: how long one may take to answer, s.
+        max_lag_s: a replica that lags more is left out, s.
+        primary_version: asks the primary for its version.
+        clock: gives monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        replicas: Sequence[Replica],
+        timeout_s: float,
+        max_lag_s: float,
+        primary_version: Callable[[], Awaitable[int]],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.replicas = tuple(replicas)
+        self._timeout_s = timeout_s
+        self._max_lag_s = max_lag_s
+        self._primary_version = primary_version
+        self._clock = clock
+        self._turn = 0
+        # Versions of the primary with the time at which each was first seen here, ascending.
+        self._versions: deque[tuple[int, float]] = deque(maxlen=_VERSIONS_KEPT)
+        self._abandoned: set[asyncio.Task[Any]] = set()
+        self._watching: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Look at all of them, and go on looking until `close`."""
+        await self.look()
+        self._watching = asyncio.create_task(self._watch())
+
+    async def rows(self, query: Select[Any], least: int) -> Sequence[RowMapping] | None:
+        """Ask one replica after the other.
+
+        Args:
+            query: its first row says as `seen` which version the rows are of; it gives at least one row.
+            least: the version that they must have seen.
+
+        Returns:
+            The rows; None where no replica gives such.
+        """
+        asked = [replica for replica in self.replicas if replica.out is None]
+        self._turn += 1
+        for place in range(len(asked)):
+            replica = asked[(self._turn + place) % len(asked)]
+            try:
+                rows: Sequence[RowMapping] = await self._within(_rows(replica.engine, query))
+            except (SQLAlchemyError, OSError, TimeoutError) as error:
+                replica.leave_out(reason_of(error))
+                continue
+            if rows and rows[0]["seen"] >= least:
+                return rows
+        return None
+
+    def changed(self, version: int) -> None:
+        """Note that the primary has a new version.
+
+        Args:
+            version: the version.
+        """
+        if self._versions and version < self._versions[-1][0]:
+            # Another database took the primary's place, and knows less: what is counted begins anew.
+            self._versions.clear()
+        if not self._versions or version > self._versions[-1][0]:
+            self._versions.append((version, self._clock()))
+
+    async def look(self) -> None:
+        """See how each replica is, and what the primary's version is."""
+        await asyncio.gather(self._look_at_primary(), *(self._look_at(replica) for replica in self.replicas))
+        for replica in self.replicas:
+            replica.lag_s = self._lag_s(replica.version)
+            if replica.out is None and replica.lag_s > self._max_lag_s:
+                replica.leave_out(f"it lags {replica.lag_s:.1f} s behind, more than {self._max_lag_s:g} s")
+
+    async def close(self) -> None:
+        """Look no more, and end all connections."""
+        if self._watching is not None:
+            self._watching.cancel()
+            await asyncio.gather(self._watching, return_exceptions=True)
+        await asyncio.gather(*self._abandoned, return_exceptions=True)
+        for replica in self.replicas:
+            await replica.engine.dispose()
+
+    async def _watch(self) -> None:
+        while True:
+            await asyncio.sleep(PROBE_S)
+            await self.look()
+
+    async def _look_at_primary(self) -> None:
+        try:
+            self.changed(await self._within(self._primary_version()))
+        except Exception as error:  # noqa: BLE001 - whatever it is: while the primary is away, what was seen last holds
+            logger.debug("the primary's version cannot be had: %s", error)
+
+    async def _look_at(self, replica: Replica) -> None:
+        try:
+            rows = await self._within(_rows(replica.engine, select(policy_state.c.version.label("seen"))))
+        except (SQLAlchemyError, OSError, TimeoutError) as error:
+            replica.leave_out(reason_of(error))
+            return
+        replica.version = rows[0]["seen"] if rows else 0
+        if not rows:
+            replica.leave_out("it holds no catalog")
+        elif self._lag_s(replica.version) <= self._max_lag_s:
+            replica.take_back()
+
+    def _lag_s(self, version: int) -> float:
+        missed = next((at for each, at in self._versions if each > version), None)
+        return 0.0 if missed is None else self._clock() - missed
+
+    async def _within(self, asked: Awaitable[Any]) -> Any:
+        """Wait for an answer, but not for a driver that gives up slowly: it is left to end by itself."""
+        task = asyncio.ensure_future(asked)
+        done, _ = await asyncio.wait({task}, timeout=self._timeout_s)
+        if done:
+            return task.result()
+        self._abandoned.add(task)
+        task.add_done_callback(self._ended)
+        raise TimeoutError(f"no answer within {self._timeout_s:g} s")
+
+    def _ended(self, task: asyncio.Task[Any]) -> None:
+        self._abandoned.discard(task)
+        if not task.cancelled():
+            task.exception()  # marks it as seen
+
+
+async def _rows(engine: AsyncEngine, query: Select[Any]) -> Sequence[RowMapping]:
+    async with engine.connect() as connection:
+        rows: Sequence[RowMapping] = (await connection.execute(query)).mappings().all()
+    return rows
