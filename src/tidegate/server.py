@@ -20,8 +20,8 @@ from granian.constants import Interfaces
 from tidegate._version import __version__
 from tidegate.catalog.cached import CachedCatalog
 from tidegate.catalog.editing import CatalogEditor
+from tidegate.catalog.following import Follower
 from tidegate.catalog.policy_file import load_policy
-from tidegate.catalog.sql import SqlCatalog
 from tidegate.catalog.tokens import first_token
 from tidegate.catalog.watch import watch_policy
 from tidegate.counters.factory import open_counters
@@ -31,9 +31,10 @@ from tidegate.doors.answers import encode
 from tidegate.doors.client_address import TrustedProxies
 from tidegate.doors.http import DataPlane, Page
 from tidegate.doors.openapi import data_plane_openapi
-from tidegate.errors import PolicyError, SettingsError, TidegateError
+from tidegate.errors import PolicyError, SettingsError
 from tidegate.gate import Gate
 from tidegate.listening import Listener, admin_address, free_address, join_address
+from tidegate.opening import open_catalog, open_channel, share_catalog
 from tidegate.policy import Policy
 from tidegate.settings import Settings, parse_address
 from tidegate.telemetry.collected import collect_cache, collect_counters
@@ -91,14 +92,20 @@ class Instance:
         first = None if policy_path is None else load_policy(policy_path)
         self.counters = open_counters(settings.counters, settings.breaker)
         self._own("redis" if isinstance(self.counters, GuardedCounters) else None, self.counters.ping, self.counters.close)
+        store = None
         if isinstance(self.counters, GuardedCounters):
             await self.counters.start()
-        self.catalog = await SqlCatalog.open(settings.catalog.url)
+            store = self.counters.store
+        channel = open_channel(settings, store)
+        self.catalog = await open_catalog(settings, channel)
         self._own("database", self.catalog.ping, self.catalog.close)
+        shared = share_catalog(settings, self.catalog, store)
+        if shared is not None:
+            self._stack.push_async_callback(shared.settle)
         if first is not None:
             await self.catalog.apply_policy(first, _digest(first))
         self.cached = CachedCatalog(
-            self.catalog,
+            self.catalog if shared is None else shared,
             l1_ttl_s=settings.cache.l1_ttl_s,
             stale_if_error_s=settings.cache.stale_if_error_s,
             max_keys=settings.cache.max_keys,
@@ -117,12 +124,13 @@ class Instance:
             TrustedProxies(settings.server.trusted_proxies),
             settings.server.body_timeout_s,
         )
-        collect_cache(self.metrics, self.cached)
+        collect_cache(self.metrics, self.cached, shared, self.catalog.database)
         collect_counters(self.metrics, self.counters)
         self.metrics.add_gauge("rate_limiter_policy_version", "Version of the catalog in force.", lambda: self.cached.version)
         self.metrics.add_gauge("rate_limiter_in_flight", "Requests being answered.", lambda: self.data_plane.in_flight)
         self.cached.changed(await self.catalog.changes(0))
-        self._spawn(self._poll_catalog(settings.catalog.poll_s), "looking for changes of the catalog")
+        self.follower = Follower(self.catalog, self.cached, settings.catalog.poll_s, channel)
+        self._spawn(self.follower.run(), "following the catalog")
         if isinstance(self.counters, MemoryCounters):
             self._spawn(_sweep(self.counters), "sweeping expired counters")
         if policy_path is not None:
@@ -204,28 +212,11 @@ class Instance:
 
         task.add_done_callback(ended)
 
-    async def _poll_catalog(self, every_s: float) -> None:
-        """Take changes into force that other processes made, such as a key revoked on the command line."""
-        failing = False
-        while True:
-            await asyncio.sleep(every_s)
-            try:
-                changes = await self.catalog.changes(self.cached.version)
-            except TidegateError as error:
-                if not failing:
-                    logger.warning("the catalog does not answer; cached entries serve meanwhile: %s", error)
-                failing = True
-                continue
-            failing = False
-            if changes.version != self.cached.version:
-                self.cached.changed(changes)
-                logger.info("catalog version %d is in force", changes.version)
-
     async def _apply_policy(self, policy: Policy) -> None:
         changed = await self.catalog.apply_policy(policy, _digest(policy))
         self.metrics.policy_valid = True
         if changed:
-            self.cached.changed(await self.catalog.changes(self.cached.version))
+            await self.follower.look()
             self.metrics.policy_reloads += 1
             logger.info("the policy file was taken into force as version %d", self.cached.version)
 

@@ -56,13 +56,20 @@ class CatalogSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """`[catalog]`: where policy lives.
 
     Args:
-        url: `sqlite:///file.db` (relative), `sqlite:////file.db` (absolute).
-        replicas: URLs of read replicas.
-        poll_s: how often changes made by other processes are looked for, s.
+        url: `sqlite:///file.db` (relative), `sqlite:////file.db` (absolute), or a PostgreSQL as libpq reads it:
+            `postgresql://user@host1,host2/name`.
+        replicas: URLs of read replicas of that PostgreSQL.
+        max_replica_lag_s: a replica that lags more is left out, s.
+        pool_size: most connections for reading to each database server; another 4 to the primary are for writing.
+        timeout_s: how long a database may take to answer, s.
+        poll_s: how often changes made by other processes are looked for where they are not announced, s.
     """
 
     url: str = "sqlite:///tidegate.db"
     replicas: tuple[str, ...] = ()
+    max_replica_lag_s: float = 5.0
+    pool_size: int = 8
+    timeout_s: float = 2.0
     poll_s: float = 0.5
 
 
@@ -150,6 +157,9 @@ _RANGES: Final[Mapping[str, tuple[float, float]]] = {
     "server.workers": (1, 1024),
     "server.drain_s": (0, 3600),
     "server.body_timeout_s": (0.1, 3600),
+    "catalog.max_replica_lag_s": (0.1, 86_400),
+    "catalog.pool_size": (1, 1000),
+    "catalog.timeout_s": (0.05, 60),
     "catalog.poll_s": (0.05, 3600),
     "counters.timeout_ms": (1, 60_000),
     "counters.max_subjects": (1, 1_000_000_000),

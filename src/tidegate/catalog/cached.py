@@ -2,7 +2,7 @@
 
 What is cached is a whole compiled tier and a single API key, never a (key, path) pair, so paths grow nothing; keys are bounded by
 `max_keys`, unknown keys by `MAX_UNKNOWN` and remembered for seconds only. Concurrent misses of one key or tier make one
-query, and at most `MAX_QUERIES` queries run at once. When the catalog fails, what is cached serves up to `stale_if_error_s`
+query; how many queries run at once is bounded by the database's pool. When the catalog fails, what is cached serves up to `stale_if_error_s`
 past its time.
 
 A change of the catalog takes away what it touched and nothing else: one revoked key of a hundred thousand makes one query. A
@@ -27,7 +27,6 @@ from tidegate.matching import CompiledTier
 from tidegate.policy import ApiKey
 
 MAX_UNKNOWN: Final = 10_000
-MAX_QUERIES: Final = 16
 UNKNOWN_TTL_S: Final = 5.0
 PATIENCE_S: Final = 0.05
 """So long a check waits for the catalog where an entry past its time can stand in; the query goes on meanwhile."""
@@ -138,7 +137,6 @@ class CachedCatalog:
         self._unknown: dict[str, float] = {}
         self._tiers: _Shelf[_HeldTier | None] = _Shelf(TIER, 10_000)
         self._anonymous: _Shelf[Caller | None] = _Shelf(ANONYMOUS, 1)
-        self._queries = asyncio.Semaphore(MAX_QUERIES)
         self._generation = 0
         self._retry_at = -math.inf
         self._last = LastChanges()
@@ -211,8 +209,7 @@ class CachedCatalog:
         Raises:
             CatalogUnavailable: if the catalog fails.
         """
-        async with self._queries:
-            return await self.catalog.tier_names()
+        return await self.catalog.tier_names()
 
     def changed(self, changes: Changes) -> None:
         """Forget what was touched, or everything where that is not known. What is being loaded meanwhile is not kept.
@@ -328,8 +325,7 @@ class CachedCatalog:
             # Only its tier is out of date.
             api_key = entry[1].api_key
         else:
-            async with self._queries:
-                api_key = await self.catalog.api_key(sha256, self._last.needed(KEY, sha256))
+            api_key = await self.catalog.api_key(sha256, self._last.needed(KEY, sha256))
         if api_key is None:
             return None
         held = await self._tier(api_key.tier)
@@ -338,15 +334,13 @@ class CachedCatalog:
         return Caller(api_key, held)
 
     async def _load_tier(self, name: str) -> _HeldTier | None:
-        async with self._queries:
-            tier = await self.catalog.tier(name, self._last.needed(TIER, name))
+        tier = await self.catalog.tier(name, self._last.needed(TIER, name))
         # Whoever holds what was cached before looks here again.
         self._out_of_date(name)
         return None if tier is None else _HeldTier(CompiledTier(tier))
 
     async def _load_anonymous(self, _: str) -> Caller | None:
-        async with self._queries:
-            name = await self.catalog.anonymous_tier(self._last.needed(ANONYMOUS))
+        name = await self.catalog.anonymous_tier(self._last.needed(ANONYMOUS))
         if name is None:
             return None
         held = await self._tier(name)

@@ -64,12 +64,14 @@ class Database:
 
     Attributes:
         announce: is told the new version after each change; must not raise. PostgreSQL announces it besides (NOTIFY).
+        queries: of checks, so far.
     """
 
     def __init__(self, name: str, reader: AsyncEngine, writer: AsyncEngine) -> None:
         self.name = name
         self.announce: Callable[[int], Awaitable[None]] | None = None
         self.replicas: Replicas | None = None
+        self.queries = 0
         self._reader = reader
         self._writer = writer
 
@@ -90,14 +92,19 @@ class Database:
         options = options or DatabaseOptions()
         if options.replicas and not is_postgres(url):
             raise SettingsError("catalog.replicas is set, but catalog.url is no PostgreSQL: remove the one or change the other")
-        reader = open_engine(url, pool_size=options.pool_size, timeout_s=options.timeout_s)
+        reader = open_engine(url, reads_only=True, pool_size=options.pool_size, timeout_s=options.timeout_s)
         writer = reader
         replicas = []
         if is_postgres(url):
             writer = open_engine(url, pool_size=_WRITERS, timeout_s=WRITE_TIMEOUT_S)
             for each in options.replicas:
                 engine = open_engine(
-                    each, setting="catalog.replicas", writes=False, pool_size=options.pool_size, timeout_s=options.timeout_s
+                    each,
+                    setting="catalog.replicas",
+                    writes=False,
+                    reads_only=True,
+                    pool_size=options.pool_size,
+                    timeout_s=options.timeout_s,
                 )
                 replicas.append(Replica(shown(each), engine))
         database = cls(shown(url), reader, writer)
@@ -129,17 +136,27 @@ class Database:
             least: version that they must have seen, where the catalog has got so far.
 
         Returns:
-            The rows: a replica's, where one has seen that version, else the primary's.
+            The rows: a replica's, where one has seen that version, else the primary's; where that does not answer either, those of
+            a replica that was left out, if it has seen that version.
 
         Raises:
             CatalogUnavailable: if no database answers.
         """
+        self.queries += 1
         if self.replicas is not None:
             replicated = await self.replicas.rows(query, least)
             if replicated is not None:
                 return replicated
-        async with self.reading() as connection:
-            rows: Sequence[RowMapping] = (await connection.execute(query)).mappings().all()
+        try:
+            async with self.reading() as connection:
+                rows: Sequence[RowMapping] = (await connection.execute(query)).mappings().all()
+        except CatalogUnavailable:
+            replicated = None
+            if self.replicas is not None:
+                replicated = await self.replicas.rows(query, least, any_of_them=True)
+            if replicated is None:
+                raise
+            return replicated
         if not rows:
             raise CatalogUnavailable(f"the catalog's database {self.name} has lost the row of its state: restore a backup")
         return rows

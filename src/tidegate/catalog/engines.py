@@ -38,6 +38,7 @@ def open_engine(
     *,
     setting: str = "catalog.url",
     writes: bool = True,
+    reads_only: bool = False,
     pool_size: int = 8,
     timeout_s: float = 2.0,
 ) -> AsyncEngine:
@@ -48,7 +49,8 @@ def open_engine(
             `postgresql://user@host1,host2/name?sslmode=verify-full`.
         setting: whose value the URL is, for messages.
         writes: whether it must be a database that takes writes: of several hosts the primary, wherever it is now.
-        pool_size: most connections at once to a PostgreSQL.
+        reads_only: whether every statement stands for itself, which saves PostgreSQL two of three round trips a query.
+        pool_size: most connections, and so most queries at once.
         timeout_s: how long one answer of a PostgreSQL may take, and how long to wait for a free connection, s.
 
     Returns:
@@ -58,7 +60,8 @@ def open_engine(
         SettingsError: if the URL names no database that this version has, or psycopg is not installed.
     """
     if is_postgres(url):
-        return _postgres(url, setting, writes=writes, pool_size=pool_size, timeout_s=timeout_s)
+        engine = _postgres(url, setting, writes=writes, pool_size=pool_size, timeout_s=timeout_s)
+        return engine.execution_options(isolation_level="AUTOCOMMIT") if reads_only else engine
     try:
         parsed = make_url(url)
     except ArgumentError:
@@ -71,7 +74,7 @@ def open_engine(
             f"{setting} with the scheme {parsed.drivername!r} is no catalog of this version: use 'sqlite:///tidegate.db' "
             "or 'postgresql://user@host/name'"
         )
-    return _sqlite(parsed)
+    return _sqlite(parsed, pool_size, timeout_s)
 
 
 def shown(url: str) -> str:
@@ -101,9 +104,12 @@ def reason_of(error: Exception) -> str:
     return (str(getattr(error, "orig", None) or error).splitlines() or [type(error).__name__])[0]
 
 
-def _sqlite(parsed: URL) -> AsyncEngine:
+def _sqlite(parsed: URL, pool_size: int, timeout_s: float) -> AsyncEngine:
     in_memory = parsed.database in (None, "", ":memory:")
-    options: dict[str, Any] = {"poolclass": StaticPool} if in_memory else {}
+    options: dict[str, Any] = {"poolclass": StaticPool}
+    if not in_memory:
+        # Writers wait for each other as long as SQLite lets them, and so for a connection.
+        options = {"pool_size": pool_size, "max_overflow": 0, "pool_timeout": max(timeout_s, _BUSY_TIMEOUT_MS / 1000)}
     engine = create_async_engine(parsed.set(drivername="sqlite+aiosqlite"), **options)
     event.listen(engine.sync_engine, "connect", _prepare_sqlite)
     return engine

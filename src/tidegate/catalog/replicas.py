@@ -103,17 +103,18 @@ class Replicas:
         await self.look()
         self._watching = asyncio.create_task(self._watch())
 
-    async def rows(self, query: Select[Any], least: int) -> Sequence[RowMapping] | None:
+    async def rows(self, query: Select[Any], least: int, *, any_of_them: bool = False) -> Sequence[RowMapping] | None:
         """Ask one replica after the other.
 
         Args:
             query: its first row says as `seen` which version the rows are of; it gives at least one row.
             least: the version that they must have seen.
+            any_of_them: ask those that are left out too: there is nobody else.
 
         Returns:
             The rows; None where no replica gives such.
         """
-        asked = [replica for replica in self.replicas if replica.out is None]
+        asked = [replica for replica in self.replicas if replica.out is None or any_of_them]
         self._turn += 1
         for place in range(len(asked)):
             replica = asked[(self._turn + place) % len(asked)]

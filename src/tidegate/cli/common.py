@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tidegate.catalog.sql import SqlCatalog
+from tidegate.opening import opened_catalog
 from tidegate.settings import Settings, load_settings
 
 ConfigOption = Annotated[
@@ -58,11 +59,8 @@ def with_catalog(config: Path | None, work: Callable[[SqlCatalog], Awaitable[_T]
     """
 
     async def run() -> _T:
-        catalog = await SqlCatalog.open(read_settings(config).catalog.url)
-        try:
+        async with opened_catalog(read_settings(config)) as catalog:
             return await work(catalog)
-        finally:
-            await catalog.close()
 
     return asyncio.run(run())
 

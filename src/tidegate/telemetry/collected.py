@@ -3,25 +3,59 @@
 from __future__ import annotations
 
 from tidegate.catalog.cached import CachedCatalog
+from tidegate.catalog.database import Database
+from tidegate.catalog.shared import SharedCatalog
 from tidegate.counters import CounterStore
 from tidegate.counters.guarded import GuardedCounters
 from tidegate.counters.memory import MemoryCounters
 from tidegate.telemetry.metrics import Metrics
 
 
-def collect_cache(metrics: Metrics, cached: CachedCatalog) -> None:
-    """Tell what the cache in front of the catalog does.
+def collect_cache(
+    metrics: Metrics, cached: CachedCatalog, shared: SharedCatalog | None = None, database: Database | None = None
+) -> None:
+    """Tell what the caches in front of the catalog do, and the replicas behind them.
 
     Args:
         metrics: what is told.
         cached: of this process.
+        shared: of all instances; None where there is none.
+        database: of the catalog; None where it has none.
     """
     metrics.add_counter("rate_limiter_cache_hits", "Catalog look-ups answered from memory.", lambda: cached.hits)
-    metrics.add_counter("rate_limiter_cache_misses", "Catalog look-ups that went to the database.", lambda: cached.misses)
+    metrics.add_counter("rate_limiter_cache_misses", "Catalog look-ups not answered from memory.", lambda: cached.misses)
     metrics.add_counter(
         "rate_limiter_cache_stale", "Catalog look-ups answered from memory past their time.", lambda: cached.stale
     )
     metrics.add_gauge("rate_limiter_cached_keys", "API keys cached, unknown ones included.", lambda: len(cached))
+    if shared is not None:
+        metrics.add_counter("rate_limiter_shared_cache_hits", "Catalog look-ups answered from Redis.", lambda: shared.hits)
+        metrics.add_counter(
+            "rate_limiter_shared_cache_misses", "Catalog look-ups that Redis could not answer.", lambda: shared.misses
+        )
+        metrics.add_counter(
+            "rate_limiter_shared_cache_errors", "Times that Redis did not answer a catalog look-up.", lambda: shared.errors
+        )
+    if database is not None:
+        metrics.add_counter(
+            "rate_limiter_database_queries", "Catalog look-ups put to the database or a replica.", lambda: database.queries
+        )
+    replicas = None if database is None else database.replicas
+    if replicas is not None:
+        each = replicas.replicas
+        metrics.add_gauge(
+            "rate_limiter_replicas_asked", "Read replicas that are asked.", lambda: sum(replica.out is None for replica in each)
+        )
+        metrics.add_counter(
+            "rate_limiter_replica_ejections",
+            "Times that a replica was left out.",
+            lambda: sum(replica.ejections for replica in each),
+        )
+        metrics.add_gauge(
+            "rate_limiter_replica_lag_seconds",
+            "Age of the oldest change that a replica has not seen, of the one that lags most.",
+            lambda: max(replica.lag_s for replica in each),
+        )
 
 
 def collect_counters(metrics: Metrics, counters: CounterStore) -> None:

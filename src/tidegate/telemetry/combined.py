@@ -19,6 +19,8 @@ _COMBINED: Final[Mapping[str, Callable[[float, float], float]]] = {
     "rate_limiter_policy_reload_errors": max,
     "rate_limiter_policy_valid": min,
     "rate_limiter_policy_version": max,
+    "rate_limiter_replica_lag_seconds": max,
+    "rate_limiter_replicas_asked": min,
     "rate_limiter_store_shards_up": min,
 }
 

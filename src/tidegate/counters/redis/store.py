@@ -14,7 +14,7 @@ deadline. What cannot be settled until then raises `StoreUnavailable`; its `reas
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Any, Final
 
 import hiredis
@@ -172,6 +172,24 @@ class RedisCounters:
             work = script("absorb", frozenset((limits.algorithm,)))
             asked.append((hash_tag(subject), absorb_command(work, limits, subject, each), work))
         await self._each(asked)
+
+    def listening(
+        self, channel: str, on_push: Callable[[list[Any]], None], on_change: Callable[[Connection], None]
+    ) -> Connection:
+        """A new connection that listens on a channel; whoever asked closes it.
+
+        Args:
+            channel: its name.
+            on_push: is given what the server says unasked.
+            on_change: is told when the connection came up or went down.
+
+        Returns:
+            The connection, which keeps itself connected.
+
+        Raises:
+            StoreUnavailable: before `start`.
+        """
+        return self._must_topology().listening(channel, on_push, on_change)
 
     async def call(self, tag: bytes, *parts: str | bytes) -> Any:
         """Run a command on the shard of a hash tag, redirections followed.

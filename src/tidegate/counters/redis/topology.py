@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Sequence
+import random
+from collections.abc import Callable, Sequence
 from typing import Any, Final, Protocol
 
 import hiredis
@@ -58,6 +59,12 @@ class Topology(Protocol):
         """A server answered as one that should not be asked any more, such as a demoted master."""
         ...
 
+    def listening(
+        self, channel: str, on_push: Callable[[list[Any]], None], on_change: Callable[[Connection], None]
+    ) -> Connection:
+        """A new connection that listens on a channel, wherever that is heard; whoever asked closes it."""
+        ...
+
     async def close(self) -> None:
         """End all connections."""
         ...
@@ -77,6 +84,7 @@ class Standalone:
         self._url = url
         self._watchers: list[Connection] = []
         sentinels = url.topology is Kind.SENTINEL
+        self._options = options
         self._connection = Connection(self._find_master if sentinels else self._only, options, must_be_master=sentinels)
         if sentinels:
             to_sentinel = msgspec.structs.replace(options, credentials=url.sentinel_credentials, db=0)
@@ -109,6 +117,20 @@ class Standalone:
     def doubt(self, connection: Connection, why: str) -> None:
         """See `Topology`."""
         connection.drop(why)
+
+    def listening(
+        self, channel: str, on_push: Callable[[list[Any]], None], on_change: Callable[[Connection], None]
+    ) -> Connection:
+        """See `Topology`."""
+        locate = self._find_master if self._watchers else self._only
+        return Connection(
+            locate,
+            self._options,
+            must_be_master=bool(self._watchers),
+            subscribe=channel,
+            on_push=on_push,
+            on_change=on_change,
+        )
 
     async def close(self) -> None:
         """See `Topology`."""
@@ -209,6 +231,16 @@ class Cluster:
         """See `Topology`."""
         logger.info("Redis at %s: %s; asking for the cluster's map", connection.endpoint, why)
         self._wanted.set()
+
+    def listening(
+        self, channel: str, on_push: Callable[[list[Any]], None], on_change: Callable[[Connection], None]
+    ) -> Connection:
+        """See `Topology`."""
+        return Connection(self._any_node, self._options, in_cluster=True, subscribe=channel, on_push=on_push, on_change=on_change)
+
+    async def _any_node(self) -> Endpoint:
+        up = [endpoint for endpoint, connection in self._nodes.items() if connection.up]
+        return random.choice(up or self._seeds)
 
     async def close(self) -> None:
         """See `Topology`."""

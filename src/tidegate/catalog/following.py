@@ -1,0 +1,121 @@
+"""Following the catalog's changes: what others change is in force here within a second.
+
+A change is announced on a channel: Redis where instances share one, else PostgreSQL's own (NOTIFY). An announcement says only that
+there is something to read; what was touched is read from the database, from the version on that was seen last. So nothing is lost
+with a message: the same is asked whenever the channel comes back, and every few seconds while it is quiet. Where there is no channel,
+or it is down, the database is asked every `poll_s`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable
+from typing import Final, Protocol
+
+from tidegate.catalog import VersionedCatalog
+from tidegate.catalog.cached import CachedCatalog
+from tidegate.errors import TidegateError
+
+logger = logging.getLogger(__name__)
+
+QUIET_POLL_S: Final = 5.0
+"""So often the database is asked although the channel is up: for changes made by whoever could not announce them."""
+_PAUSE_S: Final = 0.5
+
+
+class Channel(Protocol):
+    """Where changes are announced."""
+
+    @property
+    def connected(self) -> bool:
+        """Whether announcements come through now."""
+        ...
+
+    async def announce(self, version: int) -> None:
+        """Tell all who listen that there is a new version; does not raise, for they find out all the same.
+
+        Args:
+            version: of the catalog.
+        """
+        ...
+
+    async def listen(self, heard: Callable[[], None]) -> None:
+        """Listen until cancelled, and come back whenever the connection is lost.
+
+        Args:
+            heard: is called at each announcement, and each time that listening begins.
+        """
+        ...
+
+
+class Follower:
+    """Keeps a cache in step with its catalog.
+
+    Args:
+        catalog: what is followed.
+        cached: is told what changed.
+        poll_s: how often to ask where no announcements come, s.
+        channel: where changes are announced; None where there is no such place.
+
+    Attributes:
+        failing: whether the catalog did not answer when it was asked last.
+    """
+
+    def __init__(self, catalog: VersionedCatalog, cached: CachedCatalog, poll_s: float, channel: Channel | None = None) -> None:
+        self.failing = False
+        self._catalog = catalog
+        self._cached = cached
+        self._poll_s = poll_s
+        self._channel = channel
+        self._heard = asyncio.Event()
+
+    async def run(self) -> None:
+        """Follow until cancelled."""
+        listening = None if self._channel is None else asyncio.create_task(self._listen(self._channel))
+        try:
+            while True:
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._heard.wait(), self._pause_s)
+                self._heard.clear()
+                await self.look()
+        finally:
+            if listening is not None:
+                listening.cancel()
+                await asyncio.gather(listening, return_exceptions=True)
+
+    async def look(self) -> bool:
+        """Take in what changed.
+
+        Returns:
+            Whether the catalog answered.
+        """
+        try:
+            changes = await self._catalog.changes(self._cached.version)
+        except TidegateError as error:
+            if not self.failing:
+                logger.warning("the catalog does not answer; cached entries serve meanwhile: %s", error)
+            self.failing = True
+            return False
+        if self.failing:
+            logger.info("the catalog answers again")
+        self.failing = False
+        if changes.version != self._cached.version:
+            self._cached.changed(changes)
+            logger.info("catalog version %d is in force", changes.version)
+        return True
+
+    @property
+    def _pause_s(self) -> float:
+        quiet = self._channel is not None and self._channel.connected and not self.failing
+        return max(QUIET_POLL_S, self._poll_s) if quiet else self._poll_s
+
+    async def _listen(self, channel: Channel) -> None:
+        while True:
+            try:
+                await channel.listen(self._heard.set)
+            except Exception:
+                # Polling goes on meanwhile, so a fault here costs half a second, not a change.
+                logger.exception("listening for changes of the catalog failed")
+            await asyncio.sleep(_PAUSE_S)

@@ -1,0 +1,223 @@
+"""The second level of cache: one for all instances, in the Redis that they count on.
+
+What is kept is a whole tier, a single API key, and the name of the anonymous tier, each with the version of the catalog that it
+is of. Whoever knows that a thing was changed at version N takes no entry of an older one; so nothing has to be deleted, and an entry
+that is written late harms nobody. Unknown keys are not kept: a flood of them would fill Redis. Every entry expires.
+
+While Redis does not answer, everything goes to the database, and Redis is asked again after a second.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import random
+import time
+from collections.abc import Callable
+from typing import Any, Final, Protocol, TypeVar
+
+import msgspec
+
+from tidegate.catalog import VersionedCatalog
+from tidegate.catalog.change_log import Changes
+from tidegate.errors import StoreUnavailable
+from tidegate.policy import ApiKey, Tier
+
+logger = logging.getLogger(__name__)
+
+AWAY_S: Final = 1.0
+
+_T = TypeVar("_T")
+
+
+class SharedStore(Protocol):
+    """The Redis of the counters, as far as the catalog needs it."""
+
+    async def call(self, tag: bytes, *parts: str | bytes) -> Any:
+        """Run a command on the shard of a hash tag.
+
+        Args:
+            tag: of the command's keys.
+            parts: the command.
+
+        Returns:
+            The reply.
+
+        Raises:
+            StoreUnavailable: if there is none.
+        """
+        ...
+
+
+class _Entry(msgspec.Struct, frozen=True, array_like=True):
+    version: int
+
+
+class _KeyEntry(_Entry, frozen=True, array_like=True):
+    value: ApiKey
+
+
+class _TierEntry(_Entry, frozen=True, array_like=True):
+    value: Tier
+
+
+class _NameEntry(_Entry, frozen=True, array_like=True):
+    value: str | None
+
+
+def _form() -> str:
+    """Names the form of the entries: versions of Tidegate whose records differ do not read each other's."""
+    described = msgspec.json.encode(msgspec.json.schema_components((_KeyEntry, _TierEntry, _NameEntry)), order="sorted")
+    return hashlib.sha256(described).hexdigest()[:6]
+
+
+class SharedCatalog:
+    """A catalog with a cache that all instances share.
+
+    Args:
+        catalog: where policy lives.
+        store: where the cache is kept.
+        ttl_s: how long an entry lives, s, give or take a tenth.
+        clock: gives monotonic seconds.
+
+    Attributes:
+        hits: answers from the cache.
+        misses: answers from the database, which the cache did not have.
+        errors: times that the cache did not answer.
+    """
+
+    def __init__(
+        self,
+        catalog: VersionedCatalog,
+        store: SharedStore,
+        ttl_s: float = 300.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.catalog = catalog
+        self.hits = self.misses = self.errors = 0
+        self._store = store
+        self._ttl_s = ttl_s
+        self._clock = clock
+        self._away_until = 0.0
+        self._keeping: set[asyncio.Task[None]] = set()
+        self._form = _form()
+        self._keys = msgspec.msgpack.Decoder(_KeyEntry)
+        self._tiers = msgspec.msgpack.Decoder(_TierEntry)
+        self._names = msgspec.msgpack.Decoder(_NameEntry)
+
+    async def api_key(self, sha256: str, least: int = 0) -> ApiKey | None:
+        """See `Catalog.api_key`."""
+        return (await self.read_key(sha256, least))[1]
+
+    async def read_key(self, sha256: str, least: int = 0) -> tuple[int, ApiKey | None]:
+        """See `VersionedCatalog.read_key`."""
+        name = f"k:{sha256}"
+        held = await self._get(name, self._keys, least)
+        if held is not None:
+            return held.version, held.value
+        version, api_key = await self.catalog.read_key(sha256, least)
+        if api_key is not None:
+            self._keep(name, _KeyEntry(version, api_key))
+        return version, api_key
+
+    async def tier(self, name: str, least: int = 0) -> Tier | None:
+        """See `Catalog.tier`."""
+        return (await self.read_tier(name, least))[1]
+
+    async def read_tier(self, name: str, least: int = 0) -> tuple[int, Tier | None]:
+        """See `VersionedCatalog.read_tier`."""
+        place = f"t:{name}"
+        held = await self._get(place, self._tiers, least)
+        if held is not None:
+            return held.version, held.value
+        version, tier = await self.catalog.read_tier(name, least)
+        if tier is not None:
+            self._keep(place, _TierEntry(version, tier))
+        return version, tier
+
+    async def anonymous_tier(self, least: int = 0) -> str | None:
+        """See `Catalog.anonymous_tier`."""
+        return (await self.read_anonymous(least))[1]
+
+    async def read_anonymous(self, least: int = 0) -> tuple[int, str | None]:
+        """See `VersionedCatalog.read_anonymous`."""
+        held = await self._get("a", self._names, least)
+        if held is not None:
+            return held.version, held.value
+        version, name = await self.catalog.read_anonymous(least)
+        self._keep("a", _NameEntry(version, name))
+        return version, name
+
+    async def tier_names(self) -> list[str]:
+        """See `Catalog.tier_names`; not cached."""
+        return await self.catalog.tier_names()
+
+    async def changes(self, since: int) -> Changes:
+        """See `VersionedCatalog.changes`; not cached."""
+        return await self.catalog.changes(since)
+
+    async def version(self) -> int:
+        """See `Catalog.version`; not cached."""
+        return await self.catalog.version()
+
+    async def ping(self) -> None:
+        """See `Catalog.ping`: of the database."""
+        await self.catalog.ping()
+
+    async def close(self) -> None:
+        """See `Catalog.close`; the store is somebody else's."""
+        await self.settle()
+        await self.catalog.close()
+
+    async def settle(self) -> None:
+        """Wait for entries that are being written."""
+        await asyncio.gather(*self._keeping)
+
+    async def _get(self, name: str, decoder: msgspec.msgpack.Decoder[_T], least: int) -> _T | None:
+        if self._clock() < self._away_until:
+            return None
+        tag, key = self._place(name)
+        try:
+            raw = await self._store.call(tag, "GET", key)
+        except StoreUnavailable as error:
+            self._failed(error)
+            return None
+        if isinstance(raw, bytes):
+            try:
+                entry = decoder.decode(raw)
+            except msgspec.DecodeError as error:
+                logger.warning("the shared cache holds what is no entry at %s: %s", key.decode(), error)
+            else:
+                if entry.version >= least:  # type: ignore[attr-defined]
+                    self.hits += 1
+                    return entry
+        self.misses += 1
+        return None
+
+    def _keep(self, name: str, entry: _Entry) -> None:
+        """Write an entry; whoever asked does not wait for it."""
+        task = asyncio.ensure_future(self._put(name, entry))
+        self._keeping.add(task)
+        task.add_done_callback(self._keeping.discard)
+
+    async def _put(self, name: str, entry: _Entry) -> None:
+        if self._clock() < self._away_until:
+            return
+        tag, key = self._place(name)
+        ttl_ms = round(self._ttl_s * 1000 * random.uniform(0.9, 1.1))
+        try:
+            await self._store.call(tag, "SET", key, msgspec.msgpack.encode(entry), "PX", str(ttl_ms))
+        except StoreUnavailable as error:
+            self._failed(error)
+
+    def _place(self, name: str) -> tuple[bytes, bytes]:
+        """The hash tag and the key of an entry. The tag has no part of the name that could be a brace."""
+        tag = hashlib.blake2b(name.encode(), digest_size=12).hexdigest().encode()
+        return tag, b"tgc:{%b}%b" % (tag, self._form.encode())
+
+    def _failed(self, error: StoreUnavailable) -> None:
+        if self._clock() >= self._away_until:
+            self.errors += 1
+            logger.debug("the shared cache does not answer: %s", error)
+        self._away_until = self._clock() + AWAY_S

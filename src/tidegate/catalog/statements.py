@@ -1,0 +1,22 @@
+"""SQL in files of its own: every statement has a name, and one home."""
+
+from __future__ import annotations
+
+import re
+from importlib import resources
+from typing import Final
+
+_NAME: Final = re.compile(r"^-- name: (\w+)$", re.MULTILINE)
+
+
+def load_statements(file: str) -> dict[str, str]:
+    """Read a file of statements.
+
+    Args:
+        file: its name in this package; before each statement stands a line `-- name: …`.
+
+    Returns:
+        The statements by their names.
+    """
+    _, *parts = _NAME.split(resources.files("tidegate.catalog").joinpath(file).read_text(encoding="utf-8"))
+    return {name: statement.strip() for name, statement in zip(parts[::2], parts[1::2], strict=True)}
