@@ -18,8 +18,13 @@ from tests.cases.doors import POLICY
 from tests.servers.fixtures import (  # noqa: F401 - fixtures are found by their names
     any_redis,
     new_cluster,
+    new_postgres,
+    new_postgres_cluster,
     new_redis,
     new_sentinel,
+    postgres_cluster,
+    postgres_server,
+    postgres_url,
     redis_cluster,
     redis_sentinel,
     redis_server,

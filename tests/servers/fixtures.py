@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+from tests.servers.postgres import PostgresServer
+from tests.servers.postgres_cluster import PostgresCluster
 from tests.servers.redis_cluster import RedisCluster
 from tests.servers.redis_sentinel import RedisSentinel
 from tests.servers.redis_server import RedisServer
@@ -47,6 +49,28 @@ def redis_sentinel() -> Iterator[RedisSentinel]:
         yield sentinel
 
 
+@pytest.fixture(scope="session")
+def postgres_server() -> Iterator[PostgresServer]:
+    """One PostgreSQL for all tests: they leave it as it is and use databases of their own."""
+    with PostgresServer() as server:
+        yield server
+
+
+@pytest.fixture
+def postgres_url(postgres_server: PostgresServer) -> Iterator[str]:
+    """An empty database on it, which goes with the test."""
+    url = postgres_server.new_database()
+    yield url
+    postgres_server.drop_database(url.rpartition("/")[2])
+
+
+@pytest.fixture(scope="session")
+def postgres_cluster() -> Iterator[PostgresCluster]:
+    """A PostgreSQL primary and two replicas for all tests: they leave their roles as they are and use databases of their own."""
+    with PostgresCluster() as cluster:
+        yield cluster
+
+
 @pytest.fixture
 def new_redis() -> Iterator[Callable[..., RedisServer]]:
     """Starts a `RedisServer` with these arguments; it ends with the test."""
@@ -63,6 +87,18 @@ def new_cluster() -> Iterator[Callable[..., RedisCluster]]:
 def new_sentinel() -> Iterator[Callable[..., RedisSentinel]]:
     """Starts a `RedisSentinel` with these arguments; it ends with the test."""
     yield from _factory(RedisSentinel)
+
+
+@pytest.fixture
+def new_postgres() -> Iterator[Callable[..., PostgresServer]]:
+    """Starts a `PostgresServer` with these arguments; it ends with the test."""
+    yield from _factory(PostgresServer)
+
+
+@pytest.fixture
+def new_postgres_cluster() -> Iterator[Callable[..., PostgresCluster]]:
+    """Starts a `PostgresCluster` with these arguments; it ends with the test."""
+    yield from _factory(PostgresCluster)
 
 
 def _factory(kind: type[Any]) -> Iterator[Callable[..., Any]]:
