@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -59,5 +58,5 @@ class Admin:
         return dict(made.json())
 
 
-async def open_admin(directory: Path, **options: Any) -> Admin:
-    return Admin(await SqlCatalog.open(f"sqlite:///{directory}/tidegate.db"), **options)
+async def open_admin(url: str, **options: Any) -> Admin:
+    return Admin(await SqlCatalog.open(url), **options)

@@ -1,10 +1,9 @@
-"""The control plane: what operators read and change."""
+"""The control plane: what operators read and change, on SQLite and on PostgreSQL."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,8 +18,8 @@ from tidegate.errors import ApiKeyRevoked, TidegateError
 
 
 @pytest.fixture
-async def admin(tmp_path: Path) -> AsyncIterator[Admin]:
-    made = await open_admin(tmp_path)
+async def admin(catalog_url: str) -> AsyncIterator[Admin]:
+    made = await open_admin(catalog_url)
     yield made
     await made.http.aclose()
     await made.catalog.close()

@@ -1,10 +1,9 @@
-"""Who may ask the control plane, how often, and with what."""
+"""Who may ask the control plane, how often, and with what; on SQLite and on PostgreSQL."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -27,8 +26,8 @@ ANY = {"If-Match": "*"}
 
 
 @pytest.fixture
-async def admin(tmp_path: Path) -> AsyncIterator[Admin]:
-    made = await open_admin(tmp_path, trusted=TrustedProxies(["192.0.2.0/24"]))
+async def admin(catalog_url: str) -> AsyncIterator[Admin]:
+    made = await open_admin(catalog_url, trusted=TrustedProxies(["192.0.2.0/24"]))
     yield made
     await made.http.aclose()
     await made.catalog.close()
@@ -109,8 +108,8 @@ async def test_the_first_token_is_made_once(admin: Admin) -> None:
         assert (await http.post("/tiers", json={"name": "x"})).status_code == 201
 
 
-async def test_each_token_has_its_limit(tmp_path: Path) -> None:
-    admin = await open_admin(tmp_path, rate="3/minute")
+async def test_each_token_has_its_limit(catalog_url: str) -> None:
+    admin = await open_admin(catalog_url, rate="3/minute")
     other = await _token(admin, "viewer")
     assert [(await admin.http.get("/tiers")).status_code for _ in range(3)] == [200, 200, 429]
     answer = await admin.http.get("/tiers")
@@ -121,8 +120,8 @@ async def test_each_token_has_its_limit(tmp_path: Path) -> None:
     await admin.catalog.close()
 
 
-async def test_guesses_are_stopped_for_each_address(tmp_path: Path) -> None:
-    admin = await open_admin(tmp_path, trusted=TrustedProxies(["192.0.2.0/24"]))
+async def test_guesses_are_stopped_for_each_address(catalog_url: str) -> None:
+    admin = await open_admin(catalog_url, trusted=TrustedProxies(["192.0.2.0/24"]))
     async with admin.client("wrong-token-of-somebody") as http:
         assert [(await http.get("/tiers")).status_code for _ in range(25)] == [401] * 20 + [429] * 5
         assert "retry-after" in (await http.get("/tiers")).headers

@@ -17,6 +17,7 @@ import itertools
 import math
 import random
 import time
+from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Iterable
 from typing import Final, Generic, TypeVar
 
@@ -28,22 +29,25 @@ from tidegate.policy import ApiKey
 
 MAX_UNKNOWN: Final = 10_000
 UNKNOWN_TTL_S: Final = 5.0
+SECOND_CHANCES: Final = 16
+"""So many entries get a second round for each that goes: where all are in use, no check waits until all were looked at."""
 PATIENCE_S: Final = 0.05
 """So long a check waits for the catalog where an entry past its time can stand in; the query goes on meanwhile."""
 RETRY_S: Final = 1.0
 """So long nothing past its time is asked for again after the catalog failed."""
 
-_V = TypeVar("_V")
+_V = TypeVar("_V", bound="_HeldTier | Caller | None")
 
 
 class _HeldTier:
     """A tier as it is cached, and whether it still is."""
 
-    __slots__ = ("compiled", "current")
+    __slots__ = ("compiled", "current", "recent")
 
     def __init__(self, compiled: CompiledTier) -> None:
         self.compiled = compiled
         self.current = True
+        self.recent = False
 
 
 class Caller:
@@ -54,11 +58,12 @@ class Caller:
         held: the tier's rules.
     """
 
-    __slots__ = ("api_key", "held", "subject", "tier")
+    __slots__ = ("api_key", "held", "recent", "subject", "tier")
 
     def __init__(self, api_key: ApiKey | None, held: _HeldTier) -> None:
         self.api_key = api_key
         self.held = held
+        self.recent = False
         # The tier's rules, with the key's own limits where it has any.
         self.tier = (
             held.compiled if api_key is None or not api_key.overrides else CompiledTier(held.compiled.tier, api_key.overrides)
@@ -67,7 +72,10 @@ class Caller:
 
 
 class _Shelf(Generic[_V]):
-    """A bounded cache of one kind of thing, with single flight. The oldest entries go first.
+    """A bounded cache of one kind of thing, with single flight.
+
+    The oldest entry goes first, but one that was asked for since it came there gets a second round (CLOCK; Corbató 1968): about as
+    good as the least recently used, for the price of one flag where a hit would else move the entry.
 
     `past` holds what may be out of date and serves only while the catalog fails.
     """
@@ -75,7 +83,8 @@ class _Shelf(Generic[_V]):
     def __init__(self, kind: str, most: int) -> None:
         self.kind = kind
         self.most = most
-        self.entries: dict[str, tuple[float, _V]] = {}
+        # Not a dict, in which the first entry is found ever more slowly the more were taken off the front.
+        self.entries: OrderedDict[str, tuple[float, _V]] = OrderedDict()
         self.past: dict[str, tuple[float, _V]] = {}
         self.flights: dict[str, asyncio.Task[_V]] = {}
 
@@ -83,8 +92,13 @@ class _Shelf(Generic[_V]):
         self.entries.pop(name, None)
         if self.past:
             self.past.pop(name, None)
-        if len(self.entries) >= self.most:
-            del self.entries[next(iter(self.entries))]
+        chances = SECOND_CHANCES
+        while len(self.entries) >= self.most:
+            oldest, entry = self.entries.popitem(last=False)
+            if chances and entry[1] is not None and entry[1].recent:
+                chances -= 1
+                entry[1].recent = False
+                self.entries[oldest] = entry
         self.entries[name] = (fresh_until, value)
 
     def doubt(self, name: str) -> None:
@@ -97,7 +111,7 @@ class _Shelf(Generic[_V]):
     def doubt_all(self) -> None:
         """Serve no entry more unless the catalog fails."""
         self.past.update(self.entries)
-        self.entries = {}
+        self.entries = OrderedDict()
         self.flights.clear()
         for name in list(itertools.islice(self.past, max(0, len(self.past) - self.most))):
             del self.past[name]
@@ -161,6 +175,7 @@ class CachedCatalog:
         entry = self._callers.entries.get(sha256)
         if entry is not None and entry[0] > self._clock() and (caller := entry[1]) is not None and caller.held.current:
             self.hits += 1
+            caller.recent = True
             return caller
         until = self._unknown.get(sha256)
         if until is not None:
@@ -311,6 +326,8 @@ class CachedCatalog:
     async def _tier(self, name: str) -> _HeldTier | None:
         entry = self._tiers.entries.get(name)
         if entry is not None and entry[0] > self._clock():
+            if entry[1] is not None:
+                entry[1].recent = True
             return entry[1]
         held = await self._through(self._tiers, name, self._load_tier)
         entry = self._tiers.entries.get(name)

@@ -16,6 +16,7 @@ from sqlalchemy import RowMapping, Select, insert, select, update
 from tidegate.catalog import policy_rows
 from tidegate.catalog.change_log import KEY, Changes, read_changes
 from tidegate.catalog.database import Database, DatabaseOptions
+from tidegate.catalog.gathering import Gathering
 from tidegate.catalog.policy_applied import apply_file
 from tidegate.catalog.tables import api_keys, policy_state, rate_limit_rules, tiers
 from tidegate.errors import CatalogError
@@ -54,6 +55,7 @@ class SqlCatalog:
 
     def __init__(self, database: Database) -> None:
         self.database = database
+        self._keys = Gathering(self._read_keys)
 
     @classmethod
     async def open(cls, url: str, options: DatabaseOptions | None = None) -> SqlCatalog:
@@ -77,12 +79,7 @@ class SqlCatalog:
 
     async def read_key(self, sha256: str, least: int = 0) -> tuple[int, ApiKey | None]:
         """See `VersionedCatalog.read_key`."""
-        held = api_keys.join(tiers, tiers.c.id == api_keys.c.tier_id)
-        query = select(policy_state.c.version.label("seen"), api_keys, tiers.c.name.label("tier_name")).select_from(
-            policy_state.outerjoin(held, api_keys.c.sha256 == sha256)
-        )
-        row = (await self.database.seen(query, least))[0]
-        return row["seen"], None if row["id"] is None else policy_rows.api_key_of(row)
+        return await self._keys.get(sha256, least)
 
     async def tier(self, name: str, least: int = 0) -> Tier | None:
         """See `Catalog.tier`."""
@@ -179,7 +176,8 @@ class SqlCatalog:
         """
         query = _keys().order_by(api_keys.c.id).limit(limit)
         if tier is not None:
-            query = query.where(tiers.c.name == tier)
+            # With a condition on the join instead, PostgreSQL would read and sort all keys of the tier for each page.
+            query = query.where(api_keys.c.tier_id == select(tiers.c.id).where(tiers.c.name == tier).scalar_subquery())
         if after is not None:
             query = query.where(api_keys.c.id > after)
         async with self.database.reading() as connection:
@@ -205,6 +203,7 @@ class SqlCatalog:
         """
         if len(name) > 200:
             raise CatalogError(f"the name has {len(name)} characters: at most 200 are kept")
+        _require_storable("the name", name)
         async with self.database.changing() as writing:
             connection = writing.connection
             row = (await connection.execute(select(tiers).where(tiers.c.name == tier))).mappings().first()
@@ -233,6 +232,7 @@ class SqlCatalog:
         """
         if not reason.strip() or len(reason) > 1000:
             raise CatalogError("a reason of 1 to 1000 characters is needed: for those who look later")
+        _require_storable("the reason", reason)
         async with self.database.changing() as writing:
             connection = writing.connection
             rows = (await connection.execute(_found(key))).mappings().all()
@@ -282,6 +282,15 @@ class SqlCatalog:
             return False
         return True
 
+    async def _read_keys(self, sha256s: Sequence[str], least: int) -> tuple[int, dict[str, ApiKey]]:
+        # One statement: its answer is of one moment, on every database.
+        held = api_keys.join(tiers, tiers.c.id == api_keys.c.tier_id)
+        query = select(policy_state.c.version.label("seen"), api_keys, tiers.c.name.label("tier_name")).select_from(
+            policy_state.outerjoin(held, api_keys.c.sha256.in_(sha256s))
+        )
+        rows = await self.database.seen(query, least)
+        return rows[0]["seen"], {row["sha256"]: policy_rows.api_key_of(row) for row in rows if row["id"] is not None}
+
 
 def _keys() -> Select[Any]:
     return select(api_keys, tiers.c.name.label("tier_name")).join(tiers, tiers.c.id == api_keys.c.tier_id)
@@ -295,6 +304,11 @@ def _found(key: str) -> Select[Any]:
     if not is_possible_key(key):
         raise CatalogError("that is neither an id (6 hex digits or more) nor an API key: see 'tidegate keys list'")
     return _keys().where(api_keys.c.sha256 == hash_api_key(key))
+
+
+def _require_storable(what: str, text: str) -> None:
+    if any(character == "\0" or "\ud800" <= character <= "\udfff" for character in text):
+        raise CatalogError(f"{what} has a NUL or a character that is not UTF-8, which no database keeps: leave it out")
 
 
 def _now_us() -> int:

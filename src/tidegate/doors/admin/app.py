@@ -78,7 +78,7 @@ def admin_app(deps: AdminDeps) -> FastAPI:
     )
     routes = APIRouter(prefix=PREFIX, responses=ERRORS, dependencies=[Depends(BEARER), Depends(_require_known_query)])
     for room in (
-        tier_routes(deps.editor),
+        tier_routes(deps.editor, deps.gate),
         rule_routes(deps.editor, deps.gate),
         key_routes(deps.editor, deps.gate),
         record_routes(deps.editor, deps.gate),

@@ -1,4 +1,4 @@
-"""What callers have left and what is reset, by the ids of their keys; and what a lowered limit finds in use."""
+"""What callers have left and what is reset, by the ids of their keys."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ async def usage_of_key(editor: CatalogEditor, gate: Gate, key_id: str, ip: str |
         looked_at.append((each.rule.name, each.rule.endpoint, each.rule.mode, counted_by(each.subject, True), each.limits))
     subjects = [subject_of(kind, caller.subject, client, tier.tier.name) for *_, kind, _ in looked_at]
     counted = [(entry, subject) for entry, subject in zip(looked_at, subjects, strict=True) if subject is not None]
-    decisions = await _peek(gate, [(entry[-1], subject) for entry, subject in counted])
+    decisions = await peek(gate, [(entry[-1], subject) for entry, subject in counted])
     rules = tuple(
         RuleUsage(name, endpoint, mode, kind, limits.limits, decision)
         for ((name, endpoint, mode, kind, limits), _), decision in zip(counted, decisions, strict=True)
@@ -110,63 +110,22 @@ async def reset_key(editor: CatalogEditor, gate: Gate, key_id: str) -> int:
         StoreUnavailable: if the counter store fails; some may have been reset.
     """
     caller = await caller_of(editor, gate, key_id)
-    counters = [(limits, caller.subject) for limits in _own_sets(caller.tier)]
+    counters = [(limits, caller.subject) for limits in own_sets(caller.tier)]
     for start in range(0, len(counters), _RESET_AT_ONCE):
         await gate.counters.reset(counters[start : start + _RESET_AT_ONCE])
     return len(counters)
 
 
-async def used_up_by_key(editor: CatalogEditor, gate: Gate, key_id: str) -> list[str]:
-    """Limits of a key's own that leave it nothing now: what a change to them may not have meant.
-
-    Args:
-        editor: of the catalog.
-        gate: what counts.
-        key_id: the key's id.
-
-    Returns:
-        One sentence each.
-
-    Raises:
-        CatalogUnavailable: if the catalog does not answer.
-    """
-    caller = await caller_of(editor, gate, key_id)
-    own = {override.rule for override in caller.api_key.overrides} if caller.api_key is not None else set()
-    sets = [limits for limits in _own_sets(caller.tier) if (limits.rule or "") in own][:MAX_USAGE_RULES]
-    return await _used_up(gate, [(limits, caller.subject) for limits in sets], f"the API key {key_id}")
-
-
-async def used_up_by_tier(gate: Gate, tier: str, rule: str) -> list[str]:
-    """Whether a rule that counts a whole tier leaves it nothing now. Rules that count each caller cannot be asked so.
+async def peek(gate: Gate, counters: Sequence[tuple[LimitSet, str]]) -> list[Decision]:
+    """What is left of counters; charges nothing.
 
     Args:
         gate: what counts.
-        tier: name of the tier.
-        rule: name of the rule.
+        counters: each limit set with the subject that it counts.
 
     Returns:
-        One sentence, or none.
-
-    Raises:
-        CatalogUnavailable: if the catalog does not answer.
+        For each the answer to a check of cost 0; degraded, without numbers, where the store did not say.
     """
-    compiled = await gate.catalog.tier(tier)
-    rules = () if compiled is None else compiled.rules
-    sets = [each.limits for each in rules if each.rule.name == rule and each.subject is Subject.TIER]
-    return await _used_up(gate, [(limits, f"t:{tier}") for limits in sets], f"tier {tier!r}")
-
-
-async def _used_up(gate: Gate, counters: Sequence[tuple[LimitSet, str]], whose: str) -> list[str]:
-    decisions = await _peek(gate, counters)
-    return [
-        f"{'rule ' + repr(limits.rule) if limits.rule else 'the limits over all endpoints'}: {whose} has used up "
-        f"{decision.binding} already, and is refused for up to {decision.reset_after:.0f} s"
-        for (limits, _), decision in zip(counters, decisions, strict=True)
-        if decision.remaining == 0 and not decision.degraded
-    ]
-
-
-async def _peek(gate: Gate, counters: Sequence[tuple[LimitSet, str]]) -> list[Decision]:
     charges = [Charge((counter,), cost=0) for counter in counters]
     outcomes = await gate.counters.charge(charges) if charges else ()
     return [
@@ -175,7 +134,14 @@ async def _peek(gate: Gate, counters: Sequence[tuple[LimitSet, str]]) -> list[De
     ]
 
 
-def _own_sets(tier: CompiledTier) -> list[LimitSet]:
-    """What counts each key of a tier by itself."""
+def own_sets(tier: CompiledTier) -> list[LimitSet]:
+    """What counts each key of a tier by itself.
+
+    Args:
+        tier: as a key sees it.
+
+    Returns:
+        The tier's own limits and its rules by key.
+    """
     found = [rule.limits for rule in tier.rules if rule.subject is Subject.API_KEY]
     return found if tier.limits is None else [tier.limits, *found]

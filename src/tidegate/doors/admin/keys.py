@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Query, Response
 from pydantic import BaseModel
 
 from tidegate.catalog import editing_keys
@@ -14,7 +14,6 @@ from tidegate.catalog.editing_keys import KeyFields
 from tidegate.catalog.forms import key_form, moment_us
 from tidegate.catalog.reading import key_row, list_keys
 from tidegate.doors.admin.common import EDIT_ERRORS, Actor, After, Contains, Exactly, Limit, SeenRevisions, tagged
-from tidegate.doors.admin.counting import used_up_by_key
 from tidegate.doors.admin.forms import (
     KeyGiven,
     KeyMade,
@@ -26,10 +25,14 @@ from tidegate.doors.admin.forms import (
     RevokeGiven,
     RotateGiven,
 )
+from tidegate.doors.admin.used_up import used_up_by_key
 from tidegate.errors import BadRequest
 from tidegate.gate import Gate
 
 Status = Literal["active", "expired", "revoked"]
+IdPrefix = Annotated[
+    str | None, Query(pattern="^[0-9a-f]{1,24}$", description="only those whose ids begin with this, 1 to 24 hex digits")
+]
 
 
 def key_routes(editor: CatalogEditor, gate: Gate) -> APIRouter:
@@ -52,9 +55,14 @@ def key_routes(editor: CatalogEditor, gate: Gate) -> APIRouter:
 
     @routes.get("", summary="List API keys, by id")
     async def read_all(
-        limit: Limit = 100, after: After = None, tier: Exactly = None, status: Status | None = None, name: Contains = None
+        limit: Limit = 100,
+        after: After = None,
+        tier: Exactly = None,
+        status: Status | None = None,
+        name: Contains = None,
+        id_prefix: IdPrefix = None,
     ) -> KeyPage:
-        page = await list_keys(editor, limit, after, tier, status, name)
+        page = await list_keys(editor, limit, after, tier, status, name, id_prefix)
         return KeyPage.model_validate({"items": page.items, "next": page.next})
 
     @routes.post("", status_code=201, summary="Make an API key; the key itself is told this once")

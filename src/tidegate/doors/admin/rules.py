@@ -9,8 +9,8 @@ from fastapi import APIRouter, Path, Response
 from tidegate.catalog.editing import CatalogEditor
 from tidegate.catalog.reading import list_rules, one_rule
 from tidegate.doors.admin.common import EDIT_ERRORS, Actor, After, Contains, Exactly, Limit, SeenRevisions, tagged
-from tidegate.doors.admin.counting import used_up_by_tier
 from tidegate.doors.admin.forms import RuleFields, RuleGiven, RulePage, RulePatch, RuleTold
+from tidegate.doors.admin.used_up import used_up_in_tier
 from tidegate.errors import BadRequest
 from tidegate.gate import Gate
 
@@ -30,7 +30,7 @@ def rule_routes(editor: CatalogEditor, gate: Gate) -> APIRouter:
     routes = APIRouter(prefix="/rate-limit-rules", tags=["rules"])
 
     async def told(response: Response, form: dict[str, Any], warnings: list[str]) -> RuleTold:
-        warnings = warnings + await used_up_by_tier(gate, form["tier"], form["name"])
+        warnings = warnings + await used_up_in_tier(editor, gate, form["tier"], form["name"])
         return RuleTold.model_validate({**tagged(response, form), "warnings": warnings})
 
     @routes.get("", summary="List rules, by id")

@@ -2,24 +2,35 @@
 
 from __future__ import annotations
 
-from fastapi import APIRouter, Response
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Path, Response
 
 from tidegate.catalog.editing import CatalogEditor
 from tidegate.catalog.reading import list_tiers, one_tier
 from tidegate.doors.admin.common import EDIT_ERRORS, Actor, After, Contains, Limit, SeenRevisions, tagged
-from tidegate.doors.admin.forms import TierGiven, TierLimits, TierPage, TierTold
+from tidegate.doors.admin.forms import Plain, TierGiven, TierLimits, TierPage, TierTold
+from tidegate.doors.admin.used_up import used_up_in_tier
+from tidegate.gate import Gate
+
+NameInPath = Annotated[str, Path(max_length=64), Plain]
 
 
-def tier_routes(editor: CatalogEditor) -> APIRouter:
+def tier_routes(editor: CatalogEditor, gate: Gate) -> APIRouter:
     """The routes of tiers.
 
     Args:
         editor: of the catalog.
+        gate: what counts, to warn of limits that are used up.
 
     Returns:
         The routes.
     """
     routes = APIRouter(prefix="/tiers", tags=["tiers"])
+
+    async def changed(response: Response, actor: str, name: str, given: TierLimits, seen: Any) -> TierTold:
+        form = tagged(response, await editor.edit_tier(actor, name, given.limits, seen))
+        return TierTold.model_validate({**form, "warnings": await used_up_in_tier(editor, gate, name, None)})
 
     @routes.get("", summary="List tiers, by name")
     async def read_all(limit: Limit = 100, after: After = None, name: Contains = None) -> TierPage:
@@ -32,21 +43,19 @@ def tier_routes(editor: CatalogEditor) -> APIRouter:
         return TierTold.model_validate(form)
 
     @routes.get("/{name}", summary="Read a tier")
-    async def read(name: str, response: Response) -> TierTold:
+    async def read(name: NameInPath, response: Response) -> TierTold:
         return TierTold.model_validate(tagged(response, await one_tier(editor, name)))
 
     @routes.put("/{name}", summary="Give a tier other limits of its own", responses=EDIT_ERRORS)
-    async def replace(name: str, given: TierLimits, response: Response, actor: Actor, seen: SeenRevisions) -> TierTold:
-        form = await editor.edit_tier(actor, name, given.limits, seen)
-        return TierTold.model_validate(tagged(response, form))
+    async def replace(name: NameInPath, given: TierLimits, response: Response, actor: Actor, seen: SeenRevisions) -> TierTold:
+        return await changed(response, actor, name, given, seen)
 
     @routes.patch("/{name}", summary="Give a tier other limits of its own", responses=EDIT_ERRORS)
-    async def change(name: str, given: TierLimits, response: Response, actor: Actor, seen: SeenRevisions) -> TierTold:
-        form = await editor.edit_tier(actor, name, given.limits, seen)
-        return TierTold.model_validate(tagged(response, form))
+    async def change(name: NameInPath, given: TierLimits, response: Response, actor: Actor, seen: SeenRevisions) -> TierTold:
+        return await changed(response, actor, name, given, seen)
 
     @routes.delete("/{name}", status_code=204, summary="Remove a tier with its rules", responses=EDIT_ERRORS)
-    async def remove(name: str, actor: Actor, seen: SeenRevisions) -> None:
+    async def remove(name: NameInPath, actor: Actor, seen: SeenRevisions) -> None:
         await editor.delete_tier(actor, name, seen)
 
     return routes

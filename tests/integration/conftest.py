@@ -1,0 +1,37 @@
+"""The catalog's databases: what is tested on one is tested on the other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.servers.postgres import PostgresServer
+
+DATABASES = ("sqlite", "postgresql")
+
+
+@pytest.fixture(scope="session")
+def reused_database(postgres_server: PostgresServer) -> Iterator[str]:
+    """The name of a database on PostgreSQL that tests use one after the other: making one takes longer than most of them."""
+    name = postgres_server.new_database().rpartition("/")[2]
+    yield name
+    postgres_server.drop_database(name)
+
+
+@pytest.fixture(params=DATABASES)
+def catalog_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """The URL of an empty database: a file of SQLite, and a database on PostgreSQL."""
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path}/tidegate.db"
+    server: PostgresServer = request.getfixturevalue("postgres_server")
+    name: str = request.getfixturevalue("reused_database")
+    # Whoever a failed test has left connected holds locks.
+    server.execute(
+        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()",
+        name,
+    )
+    server.execute("DROP SCHEMA public CASCADE", name)
+    server.execute("CREATE SCHEMA public", name)
+    return server.url(name)

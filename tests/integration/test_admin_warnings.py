@@ -1,0 +1,78 @@
+"""Whom a lowered limit leaves nothing is told with the change."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+from sqlalchemy import insert
+
+from tests.integration.admin_api import Admin, open_admin
+from tidegate.catalog.changing import now_us
+from tidegate.catalog.tables import rate_limit_violations
+from tidegate.decision import Check
+
+ANY = {"If-Match": "*"}
+
+
+@pytest.fixture
+async def admin(catalog_url: str) -> AsyncIterator[Admin]:
+    made = await open_admin(catalog_url)
+    yield made
+    await made.http.aclose()
+    await made.catalog.close()
+
+
+async def _lower(admin: Admin, rule: dict[str, Any], limit: str) -> list[str]:
+    answer = await admin.http.patch(f"/rate-limit-rules/{rule['id']}", json={"limits": [limit]}, headers=ANY)
+    assert answer.status_code == 200, answer.text
+    return list(answer.json()["warnings"])
+
+
+async def test_a_rule_by_key_looks_at_the_tiers_keys(admin: Admin) -> None:
+    await admin.tier()
+    rule = await admin.rule("/api/*", limits=["50/hour"])
+    keys = [await admin.key() for _ in range(5)]
+    for number, key in enumerate(keys):
+        await admin.gate.check(Check.of("/api/a", api_key=key["api_key"], cost=10 * number))
+    assert await _lower(admin, rule, "45/hour") == []
+    (said,) = await _lower(admin, rule, "20/hour")
+    assert "rule '/api/*': 3 of 5 callers that were looked at, such as the API key " in said
+    assert "refused for up to 7" in said or "refused for up to 3" in said, "a sliding window holds for up to two of its lengths"
+
+
+async def test_keys_with_limits_of_their_own_are_not_counted(admin: Admin) -> None:
+    await admin.tier()
+    rule = await admin.rule("/api/*", limits=["50/hour"])
+    key = await admin.key()
+    await admin.gate.check(Check.of("/api/a", api_key=key["api_key"], cost=40))
+    overrides = {"overrides": [{"rule": rule["name"], "limits": ["60/hour"]}]}
+    assert (await admin.http.put(f"/api-keys/{key['id']}/overrides", json=overrides, headers=ANY)).json()["warnings"] == []
+    assert await _lower(admin, rule, "10/hour") == []
+
+
+async def test_a_tiers_own_limits(admin: Admin) -> None:
+    await admin.tier(limits=("100/hour",))
+    key = await admin.key()
+    await admin.gate.check(Check.of("/x", api_key=key["api_key"], cost=30))
+    put = await admin.http.put("/tiers/free", json={"limits": ["30/hour"]}, headers=ANY)
+    assert "the limits over all endpoints: 1 of 1 callers" in put.json()["warnings"][0]
+    patched = await admin.http.patch("/tiers/free", json={"limits": ["31/hour"]}, headers=ANY)
+    assert patched.json()["warnings"] == []
+    assert (await admin.http.put("/tiers/free", json={"limits": []}, headers=ANY)).json()["warnings"] == []
+
+
+async def test_a_rule_by_ip_looks_at_those_that_were_blocked(admin: Admin) -> None:
+    await admin.tier()
+    rule = await admin.rule("/login", subject="ip", limits=["50/hour"])
+    key = await admin.key()
+    for last in (7, 8):
+        await admin.gate.check(Check.of("/login", api_key=key["api_key"], ip=f"203.0.113.{last}", cost=40))
+    assert await _lower(admin, rule, "40/hour") == [], "nobody knows of an address that was never blocked"
+    minute_us = now_us() // 60_000_000 * 60_000_000
+    row = {"minute_us": minute_us, "tier": "free", "rule": rule["name"], "subject": "i:203.0.113.7", "blocked": 3}
+    async with admin.catalog.database.transaction() as connection:
+        await connection.execute(insert(rate_limit_violations), [row])
+    (said,) = await _lower(admin, rule, "39/hour")
+    assert "1 of 1 callers that were looked at, such as 203.0.113.7, have used up" in said
