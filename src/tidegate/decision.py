@@ -140,7 +140,8 @@ class Observation(msgspec.Struct, frozen=True, gc=False):
         error: code of the error where it was refused, else None.
         latency_ns: time spent in the gate, ns; for a batch, its share.
         shadow_denied: names of the shadow rules that would have denied.
-        subject: whom the rule counted, or None.
+        subject: whom the rule counted, or, where the tier's own limits denied, whom these did; None where nothing limits the check.
+        denied_by: the limits that denied: the rule's or the tier's own; None where the check passed.
     """
 
     decision: Decision | None
@@ -148,6 +149,7 @@ class Observation(msgspec.Struct, frozen=True, gc=False):
     latency_ns: int
     shadow_denied: tuple[str, ...] = ()
     subject: str | None = None
+    denied_by: LimitSet | None = None
 
 
 class RuleUsage(msgspec.Struct, frozen=True, gc=False):

@@ -232,8 +232,17 @@ class Gate:
                 watched = charged[1:] if answer is None else charged
                 # What a shadow rule could not be asked about, it would not have denied.
                 shadow_denied = tuple(each.rule or "" for each in watched if isinstance(each, Decision) and not each.allowed)
-            subject = charges[0].counters[0][1] if answer is None else None
-            self._observe(Observation(decision, None, latency_ns, shadow_denied, subject))
+            subject: str | None = None
+            denied_by: LimitSet | None = None
+            if answer is None:
+                counters = charges[0].counters
+                subject = counters[0][1]
+                if not decision.allowed:
+                    denied_by = counters[0][0]
+                    # A decision names the rule that answered; whose limit it was that denied, its binding limit tells.
+                    if len(counters) > 1 and decision.binding in counters[1][0].limits:
+                        denied_by, subject = counters[1]
+            self._observe(Observation(decision, None, latency_ns, shadow_denied, subject, denied_by))
         return decision
 
     def _tell_error(self, error: TidegateError, latency_ns: int) -> TidegateError:

@@ -27,19 +27,21 @@ from tidegate.catalog.watch import watch_policy
 from tidegate.counters.factory import open_counters
 from tidegate.counters.guarded import GuardedCounters
 from tidegate.counters.memory import MemoryCounters
+from tidegate.decision import Observation
 from tidegate.doors.answers import encode
 from tidegate.doors.client_address import TrustedProxies
 from tidegate.doors.http import DataPlane, Page
 from tidegate.doors.openapi import data_plane_openapi
 from tidegate.errors import PolicyError, SettingsError
-from tidegate.gate import Gate
+from tidegate.gate import Gate, Observer
 from tidegate.listening import Listener, admin_address, free_address, join_address
 from tidegate.opening import open_catalog, open_channel, share_catalog
 from tidegate.policy import Policy
 from tidegate.settings import Settings, parse_address
-from tidegate.telemetry.collected import collect_cache, collect_counters
+from tidegate.telemetry.collected import collect_cache, collect_counters, collect_violations
 from tidegate.telemetry.health import Health
 from tidegate.telemetry.metrics import Metrics
+from tidegate.telemetry.violations import Violations, ViolationWriter
 
 logger = logging.getLogger(__name__)
 
@@ -110,7 +112,7 @@ class Instance:
             stale_if_error_s=settings.cache.stale_if_error_s,
             max_keys=settings.cache.max_keys,
         )
-        gate = Gate(self.cached, self.counters, self.metrics.observe)
+        gate = Gate(self.cached, self.counters, self._observer())
         self.data_plane = DataPlane(
             gate,
             {
@@ -145,6 +147,25 @@ class Instance:
         gc.collect()
         gc.freeze()
         logger.info("listening on http://%s", self.address)
+
+    def _observer(self) -> Observer:
+        """What is told of every check: metrics, and violations where they are kept."""
+        settings, count = self.settings.violations, self.metrics.observe
+        if not settings.enabled:
+            return count
+        violations = Violations(settings.max_entries)
+        writer = ViolationWriter(violations, self.catalog.database, settings.flush_s, settings.keep_days)
+        collect_violations(self.metrics, writer)
+        self._spawn(writer.run(), "writing violations")
+        # Behind the catalog in the list, and so before it at the end.
+        self._stack.push_async_callback(writer.flush)
+        note = violations.observe
+
+        def observe(seen: Observation) -> None:
+            count(seen)
+            note(seen)
+
+        return observe
 
     async def _start_admin(self, gate: Gate, host: str, port: int) -> None:
         # Imported here: who switches the control plane off pays neither time nor memory for its framework.

@@ -133,6 +133,22 @@ class AdminSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     token: str | None = None
 
 
+class ViolationSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """`[violations]`: what is kept of blocked checks.
+
+    Args:
+        enabled: whether they are written to the catalog's database.
+        flush_s: how often, s.
+        keep_days: how long they are kept, days.
+        max_entries: most subjects counted between two writes, each in its minute and rule.
+    """
+
+    enabled: bool = True
+    flush_s: float = 5.0
+    keep_days: int = 30
+    max_entries: int = 10_000
+
+
 class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """All settings; each section is a record above."""
 
@@ -143,6 +159,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     breaker: BreakerSettings = BreakerSettings()
     cache: CacheSettings = CacheSettings()
     admin: AdminSettings = AdminSettings()
+    violations: ViolationSettings = ViolationSettings()
 
     @property
     def policy_path(self) -> Path | None:
@@ -172,6 +189,9 @@ _RANGES: Final[Mapping[str, tuple[float, float]]] = {
     "cache.l2_ttl_s": (0.1, 86_400),
     "cache.stale_if_error_s": (0, 86_400 * 365),
     "cache.max_keys": (1, 100_000_000),
+    "violations.flush_s": (0.1, 3600),
+    "violations.keep_days": (1, 3650),
+    "violations.max_entries": (100, 1_000_000),
 }
 _CHOICES: Final[Mapping[str, tuple[str, ...]]] = {
     "counters.on_failure": ("local", "allow", "deny"),

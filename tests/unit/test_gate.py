@@ -471,3 +471,29 @@ async def test_resets_that_make_no_sense(gate: Gate) -> None:
     for given in wrong:
         with pytest.raises(BadRequest):
             await gate.reset(**given)
+
+
+async def test_who_denied_is_told(clock: Clock, seen: list[Observation]) -> None:
+    """A check that its rule lets pass and the tier's own limits do not is the caller's, not the address's."""
+    policy = """
+[[tiers]]
+name = "free"
+limits = ["3/hour"]
+  [[tiers.rules]]
+  endpoint = "/login"
+  subject = "ip"
+  limits = ["2/hour"]
+[[api_keys]]
+key = "demo-free-key-0001"
+tier = "free"
+"""
+    gate = Gate(CachedCatalog(PolicyCatalog(parse_policy(policy))), MemoryCounters(clock=clock), seen.append)
+    for path in ("/login", "/login", "/login", "/x", "/x"):
+        await gate.check(Check.of(path, api_key="demo-free-key-0001", ip="203.0.113.7"))
+    told = [(each.subject[:2] if each.subject else None, each.denied_by and each.denied_by.rule) for each in seen]
+    assert [each.decision.allowed for each in seen if each.decision] == [True, True, False, True, False]
+    assert [each.denied_by is None for each in seen] == [True, True, False, True, False]
+    assert told[2] == ("i:", "/login")
+    assert told[4] == ("k:", None)
+    assert seen[4].denied_by is not None
+    assert seen[4].denied_by.tier == "free"

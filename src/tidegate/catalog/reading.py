@@ -6,21 +6,25 @@ from __future__ import annotations
 
 import base64
 import binascii
+from collections.abc import Mapping
 from typing import Any, Final
 
 import msgspec
-from sqlalchemy import ColumnElement, Select, and_, func, or_, select, tuple_
+from sqlalchemy import Column, ColumnElement, Select, and_, func, literal_column, or_, select, true, tuple_
 
 from tidegate.catalog.changing import NotThere, now_us, rule_rows
 from tidegate.catalog.editing import CatalogEditor
 from tidegate.catalog.editing_keys import is_key_id, key_rows, no_such_key
 from tidegate.catalog.forms import Form, audit_form, key_form, moment_text, rule_form, tier_form, token_form
 from tidegate.catalog.tables import admin_tokens, api_keys, audit_log, rate_limit_rules, rate_limit_violations, tiers
+from tidegate.catalog.violations import OTHERS
 from tidegate.errors import BadRequest
 from tidegate.policy import KeyStatus
 
 MAX_PAGE: Final = 500
 DAY_US: Final = 86_400_000_000
+STRIDE: Final = 20_000
+"""A search for a part of a text looks at so many rows at once."""
 
 
 class Page(msgspec.Struct, frozen=True):
@@ -51,11 +55,9 @@ async def list_tiers(editor: CatalogEditor, limit: int, after: str | None, name:
         CatalogUnavailable: if the database does not answer.
     """
     query = select(tiers).order_by(tiers.c.name)
-    if name is not None:
-        query = query.where(tiers.c.name.icontains(name, autoescape=True))
     if after is not None:
         query = query.where(tiers.c.name > after)
-    rows = await _rows(editor, query, limit)
+    rows = await _rows_with(editor, query, limit, tiers.c.name, {"name": name})
     return _page([tier_form(row) for row in rows], limit, lambda form: str(form["name"]))
 
 
@@ -86,14 +88,10 @@ async def list_rules(
     """
     query = rule_rows().order_by(rate_limit_rules.c.id)
     if tier is not None:
-        query = query.where(tiers.c.name == tier)
-    if endpoint is not None:
-        query = query.where(rate_limit_rules.c.endpoint_pattern.icontains(endpoint, autoescape=True))
-    if name is not None:
-        query = query.where(rate_limit_rules.c.name.icontains(name, autoescape=True))
+        query = query.where(rate_limit_rules.c.tier_id == await _id_of_tier(editor, tier))
     if after is not None:
         query = query.where(rate_limit_rules.c.id > _number(after))
-    rows = await _rows(editor, query, limit)
+    rows = await _rows_with(editor, query, limit, rate_limit_rules.c.id, {"endpoint_pattern": endpoint, "name": name})
     return _page([rule_form(row) for row in rows], limit, lambda form: str(form["id"]))
 
 
@@ -104,6 +102,7 @@ async def list_keys(
     tier: str | None = None,
     status: str | None = None,
     name: str | None = None,
+    id_prefix: str | None = None,
 ) -> Page:
     """API keys by id.
 
@@ -114,6 +113,7 @@ async def list_keys(
         tier: only those of this tier.
         status: only those that are active, expired or revoked.
         name: only those with this in their name, in any case.
+        id_prefix: only those whose ids begin with this, of hex digits in lower case.
 
     Returns:
         The page.
@@ -123,17 +123,19 @@ async def list_keys(
     """
     query = key_rows().order_by(api_keys.c.id)
     if tier is not None:
-        query = query.where(tiers.c.name == tier)
+        query = query.where(api_keys.c.tier_id == await _id_of_tier(editor, tier))
     if status == KeyStatus.REVOKED.value:
-        query = query.where(api_keys.c.status == status)
+        query = query.where(api_keys.c.status == literal_column(f"'{KeyStatus.REVOKED.value}'"))
     elif status is not None:
         over = and_(api_keys.c.expires_at_us.is_not(None), api_keys.c.expires_at_us <= now_us())
-        query = query.where(api_keys.c.status == KeyStatus.ACTIVE.value, over if status == "expired" else ~over)
-    if name is not None:
-        query = query.where(api_keys.c.name.icontains(name, autoescape=True))
+        active = api_keys.c.status == literal_column(f"'{KeyStatus.ACTIVE.value}'")
+        query = query.where(active, over if status == "expired" else ~over)
+    if id_prefix is not None:
+        # 'g' sorts behind every hex digit: a range that the primary key's index answers, on any database.
+        query = query.where(api_keys.c.id >= id_prefix, api_keys.c.id < id_prefix + "g")
     if after is not None:
         query = query.where(api_keys.c.id > after)
-    rows = await _rows(editor, query, limit)
+    rows = await _rows_with(editor, query, limit, api_keys.c.id, {"name": name})
     return _page([key_form(row) for row in rows], limit, lambda form: str(form["id"]))
 
 
@@ -233,7 +235,8 @@ async def list_violations(editor: CatalogEditor, limit: int, after: str | None, 
     if after is not None:
         minute_us, tier, rule, subject = _place(after)
         behind = and_(c.minute_us == minute_us, tuple_(c.tier, c.rule, c.subject) > tuple_(tier, rule, subject))
-        query = query.where(or_(c.minute_us < minute_us, behind))
+        # The first condition says nothing new, but is one that an index answers.
+        query = query.where(c.minute_us <= minute_us, or_(c.minute_us < minute_us, behind))
     rows = await _rows(editor, query, limit)
     places = [[row["minute_us"], row["tier"], row["rule"], row["subject"]] for row in rows]
     items = [
@@ -272,6 +275,9 @@ async def top_violators(editor: CatalogEditor, limit: int, by: str, blocked: Blo
     }[by]
     total = func.sum(rate_limit_violations.c.blocked).label("blocked")
     query = select(*columns, total).where(*_meant(blocked)).group_by(*columns).order_by(total.desc(), *columns)
+    if by == "subject":
+        # The others are nobody; by rule and by tier they count.
+        query = query.where(rate_limit_violations.c.subject != OTHERS)
     rows = await _rows(editor, query, limit - 1)
     return [{"subject": None, "tier": None, "rule": None, **row, "blocked": int(row["blocked"])} for row in rows]
 
@@ -358,6 +364,46 @@ async def _rows(editor: CatalogEditor, query: Select[Any], limit: int) -> list[A
     """One row more than a page has: it tells whether another page follows."""
     async with editor.reading() as connection:
         return list((await connection.execute(query.limit(limit + 1))).mappings().all())
+
+
+async def _rows_with(
+    editor: CatalogEditor, query: Select[Any], limit: int, place: Column[Any], parts: Mapping[str, str | None]
+) -> list[Any]:
+    """As `_rows`, of the rows that have certain texts in certain columns, in any case.
+
+    No index finds a part of a text. So the rows are walked in order, `STRIDE` by `STRIDE`, until the page is full: no statement
+    takes long, however many rows there are and however few of them have the text.
+    """
+    wanted = {column: part for column, part in parts.items() if part is not None}
+    if not wanted:
+        return await _rows(editor, query, limit)
+    found: list[Any] = []
+    begin: Any = None
+    async with editor.reading() as connection:
+        while True:
+            rest = query if begin is None else query.where(place > begin)
+            condition = true() if rest.whereclause is None else rest.whereclause
+            # Where the stride ends is asked first: so that it is no more than a part of the index, whatever PostgreSQL expects.
+            last = select(place).where(condition).order_by(place).offset(STRIDE - 1).limit(1)
+            end = (await connection.execute(last)).scalar()
+            stride = (rest if end is None else rest.where(place <= end)).limit(STRIDE).subquery()
+            having = [stride.c[column].icontains(part, autoescape=True) for column, part in wanted.items()]
+            held = select(stride).where(*having).order_by(stride.c[place.name]).limit(limit + 1 - len(found))
+            found += (await connection.execute(held)).mappings().all()
+            if end is None or len(found) > limit:
+                return found
+            begin = end
+
+
+async def _id_of_tier(editor: CatalogEditor, name: str) -> ColumnElement[int]:
+    """The id of a tier, 0 where there is none, as a part of the statement.
+
+    Not the name in the join, nor a parameter: PostgreSQL knows how many rows a tier has only where the statement says which tier.
+    Otherwise it takes the largest one for one of the usual size, and reads and sorts all its rows for each page.
+    """
+    async with editor.reading() as connection:
+        found = (await connection.execute(select(tiers.c.id).where(tiers.c.name == name))).scalar()
+    return literal_column(str(int(found or 0)))
 
 
 def _page(forms: list[Form], limit: int, name: Any) -> Page:

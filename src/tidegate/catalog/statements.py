@@ -7,6 +7,7 @@ from importlib import resources
 from typing import Final
 
 _NAME: Final = re.compile(r"^-- name: (\w+)$", re.MULTILINE)
+_COMMENT: Final = re.compile(r"^--.*\n", re.MULTILINE)
 
 
 def load_statements(file: str) -> dict[str, str]:
@@ -16,7 +17,8 @@ def load_statements(file: str) -> dict[str, str]:
         file: its name in this package; before each statement stands a line `-- name: …`.
 
     Returns:
-        The statements by their names.
+        The statements by their names, without the lines of comment.
     """
     _, *parts = _NAME.split(resources.files("tidegate.catalog").joinpath(file).read_text(encoding="utf-8"))
-    return {name: statement.strip() for name, statement in zip(parts[::2], parts[1::2], strict=True)}
+    # What a comment says in passing, such as a colon before a word, is not to be taken for a parameter.
+    return {name: _COMMENT.sub("", statement).strip() for name, statement in zip(parts[::2], parts[1::2], strict=True)}

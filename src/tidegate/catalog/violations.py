@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import functools
 import hashlib
 import logging
 import re
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
-from typing import Any, Final, TypeAlias
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from typing import Any, Final, TypeAlias, cast
 
-from sqlalchemy import CursorResult, Insert, text
-from sqlalchemy.dialects import postgresql, sqlite
+import msgspec
+from sqlalchemy import CursorResult, String, text
+from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tidegate.catalog.database import Database
@@ -44,8 +46,8 @@ _MOST_MOVED: Final = 100_000
 _DELETED_AT_ONCE: Final = 5_000
 _PARTITION: Final = re.compile(r"rate_limit_violations_\d{8}", re.ASCII)
 _SQL: Final = load_statements("violations.sql")
-_COLUMNS: Final = rate_limit_violations.c
-_MOST: Final = tuple(column.type.length for column in (_COLUMNS.tier, _COLUMNS.rule, _COLUMNS.subject))  # type: ignore[attr-defined]
+_TEXTS: Final = [cast("String", rate_limit_violations.c[name].type).length or 0 for name in ("tier", "rule", "subject")]
+"""How many characters each text may have."""
 
 
 class OutcomeUnknown(CatalogUnavailable):
@@ -54,18 +56,6 @@ class OutcomeUnknown(CatalogUnavailable):
 
 class _Busy(Exception):
     """Another process keeps the violations now."""
-
-
-def _adding(insert: Callable[..., Any]) -> Insert:
-    statement = insert(rate_limit_violations)
-    added: Insert = statement.on_conflict_do_update(
-        index_elements=list(rate_limit_violations.primary_key),
-        set_={"blocked": _COLUMNS.blocked + statement.excluded.blocked},
-    )
-    return added
-
-
-_ADD: Final = {"sqlite": _adding(sqlite.insert), "postgresql": _adding(postgresql.insert)}
 
 
 async def write_violations(database: Database, rows: Iterable[tuple[ViolationKey, int]]) -> None:
@@ -80,21 +70,24 @@ async def write_violations(database: Database, rows: Iterable[tuple[ViolationKey
         OutcomeUnknown: if it is not known whether they were written: writing them again might count them twice.
         CatalogUnavailable: if the database does not take them; none was written.
     """
-    added = [
-        {"minute_us": minute_us, "tier": tier, "rule": rule, "subject": subject, "blocked": blocked}
-        for (minute_us, tier, rule, subject), blocked in sorted(((key[0], *map(_fitted, key[1:], _MOST)), n) for key, n in rows)
-    ]
-    if not added:
+    fitted = sorted((minute_us, *map(_fitted, texts, _TEXTS), blocked) for (minute_us, *texts), blocked in rows)
+    if not fitted:
         return
-    committing = False
-    try:
-        async with database.transaction() as connection:
-            await connection.execute(_ADD[database.dialect], added)
-            committing = True
-    except CatalogUnavailable as error:
-        if committing:
-            raise OutcomeUnknown(f"{error}: it may have been taken or not") from error
-        raise
+    parts = msgspec.json.encode(fitted).decode()
+    for tries_left in reversed(range(DAYS_AHEAD + 2)):
+        committing = False
+        try:
+            async with database.transaction() as connection:
+                await connection.execute(text(_SQL[f"add_{database.dialect}"]), {"parts": parts})
+                committing = True
+        except Exception as error:
+            if committing:
+                raise OutcomeUnknown(f"{error}: the last rows may be there or not") from error
+            # A day got its partition while its rows were on their way to the default one: now they find it, or the next day does.
+            if not tries_left or not isinstance(error.__cause__, IntegrityError):
+                raise
+        else:
+            return
 
 
 async def keep_violations(database: Database, keep_days: int, now_us: int | None = None) -> bool:
@@ -116,7 +109,7 @@ async def keep_violations(database: Database, keep_days: int, now_us: int | None
     """
     if database.dialect == "sqlite":
         now_us = time.time_ns() // 1000 if now_us is None else now_us
-        return await _all_of([_delete_old(database, now_us - keep_days * _DAY_US)])
+        return await _taken([functools.partial(_delete_old, database, now_us - keep_days * _DAY_US)])
     async with database.transaction() as connection:
         if now_us is None:
             now_us = int((await connection.execute(text(_SQL["clock"]))).scalar_one())
@@ -125,11 +118,11 @@ async def keep_violations(database: Database, keep_days: int, now_us: int | None
     today_us = now_us - now_us % _DAY_US
     # Names of days sort as the days do.
     old = sorted(name for name in there if _PARTITION.fullmatch(name) and name < partition_of(before_us))
-    return await _all_of(
+    return await _taken(
         [
-            *(_make_day(database, today_us + ahead * _DAY_US) for ahead in range(DAYS_AHEAD + 1)),
-            *(_drop_day(database, name) for name in old),
-            _delete_old(database, before_us),
+            *(functools.partial(_make_day, database, today_us + ahead * _DAY_US) for ahead in range(DAYS_AHEAD + 1)),
+            *(functools.partial(_drop_day, database, name) for name in old),
+            functools.partial(_delete_old, database, before_us),
         ]
     )
 
@@ -146,20 +139,19 @@ def partition_of(at_us: int) -> str:
     return f"rate_limit_violations_{datetime.datetime.fromtimestamp(at_us // 1_000_000, datetime.UTC):%Y%m%d}"
 
 
-async def _all_of(steps: Iterable[Coroutine[Any, Any, None]]) -> bool:
-    """Take steps one after the other, those after a failed one too."""
+async def _taken(steps: Iterable[Callable[[], Awaitable[None]]]) -> bool:
+    """Take steps one after the other, those after a failed one too; False where another process is at it."""
     failed: CatalogUnavailable | None = None
-    busy = False
     for step in steps:
         try:
-            await step
+            await step()
         except _Busy:
-            busy = True
+            return False  # whoever had the turn takes the other steps as well
         except CatalogUnavailable as error:
             failed = failed or error
     if failed is not None:
         raise failed
-    return not busy
+    return True
 
 
 @contextlib.asynccontextmanager

@@ -9,6 +9,7 @@ from tidegate.counters import CounterStore
 from tidegate.counters.guarded import GuardedCounters
 from tidegate.counters.memory import MemoryCounters
 from tidegate.telemetry.metrics import Metrics
+from tidegate.telemetry.violations import ViolationWriter
 
 
 def collect_cache(
@@ -74,6 +75,24 @@ def collect_counters(metrics: Metrics, counters: CounterStore) -> None:
             "Live counters dropped because max_subjects was reached.",
             lambda: counters.evicted,
         )
+
+
+def collect_violations(metrics: Metrics, writer: ViolationWriter) -> None:
+    """Tell what becomes of violations.
+
+    Args:
+        metrics: what is told.
+        writer: of this process.
+    """
+    metrics.add_counter("rate_limiter_violations_written", "Blocked checks written to the database.", lambda: writer.written)
+    metrics.add_counter(
+        "rate_limiter_violations_dropped",
+        "Blocked checks that the database does not have, or of which nobody knows.",
+        lambda: writer.dropped,
+    )
+    metrics.add_gauge(
+        "rate_limiter_violations_pending", "Entries of blocked checks that are not written yet.", lambda: writer.pending
+    )
 
 
 def _collect_guarded(metrics: Metrics, counters: GuardedCounters) -> None:
