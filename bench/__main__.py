@@ -3,7 +3,19 @@
 import subprocess
 import sys
 
-BENCHES = ("inprocess", "memory", "matching", "violations", "simulate", "http", "redis_calls", "redis_memory", "redis_http")
+BENCHES = (
+    "inprocess",
+    "memory",
+    "matching",
+    "violations",
+    "telemetry",
+    "simulate",
+    "http",
+    "redis_calls",
+    "redis_memory",
+    "redis_http",
+    "catalog",
+)
 
 for bench in BENCHES:
     subprocess.run([sys.executable, "-m", f"bench.{bench}", *sys.argv[1:]], check=True)

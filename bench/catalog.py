@@ -5,9 +5,9 @@
 A PostgreSQL and a Redis on loopback; keys by the ten thousand in 20 tiers. Four parts:
 
 1. one look-up at each level, one after the other: wall time and CPU of this process
-2. a Zipf workload over keys of which memory holds a fifth, as the requirement has it: how many look-ups each level answers, and how
-   much faster all of it is than asking the database each time; on loopback one after the other, and 32 at once with Redis 1 ms and PostgreSQL 20 ms away
-   (a proxy delays each answer)
+2. a Zipf workload over keys of which memory holds a fifth, as the requirement has it: how many look-ups each level answers, and
+   how much faster all of it is than asking the database each time; on loopback one after the other, and 32 at once with Redis
+   1 ms and PostgreSQL 20 ms away (a proxy delays each answer)
 3. a cold start: 5,000 distinct keys a second, memory empty, the shared cache warm, then cold; and what reaches the database
 4. a thousand who ask for one key at once
 """
@@ -27,11 +27,11 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import NamedTuple
 
 import uvloop
+from tests.servers.postgres import PostgresServer
+from tests.servers.tcp_proxy import TcpProxy
 
 from bench.measure import Goal, report
 from bench.redis_server import redis_server
-from tests.servers.postgres import PostgresServer
-from tests.servers.tcp_proxy import TcpProxy
 from tidegate.catalog.cached import CachedCatalog
 from tidegate.catalog.database import DatabaseOptions
 from tidegate.catalog.policy_file import parse_policy

@@ -18,6 +18,7 @@ from tidegate.limits import Algorithm, Limit, OnFailure, fit_limits, member_of, 
 from tidegate.paths import canonical_path
 
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}", re.ASCII)
+_MAX_RULE_NAME: Final = 256
 _RULE_NAME: Final = re.compile(r"[\x20-\x7e]{1,256}", re.ASCII)
 _METHOD: Final = re.compile(r"[A-Z][A-Z0-9_-]{0,31}", re.ASCII)
 _SHA256: Final = re.compile(r"[0-9a-f]{64}", re.ASCII)
@@ -57,7 +58,7 @@ class Rule(msgspec.Struct, frozen=True, gc=False):
         priority: higher is preferred; −1,000,000 to 1,000,000.
         mode: whether it blocks.
         on_failure: what it answers while the counter store is unwell.
-        name: unique in its tier; made from methods and endpoint where not given.
+        name: unique in its tier, at most 256 characters; made from methods and endpoint where not given.
     """
 
     endpoint: str
@@ -109,21 +110,33 @@ class Rule(msgspec.Struct, frozen=True, gc=False):
         pattern = canonical_pattern(endpoint)
         if isinstance(priority, bool) or not isinstance(priority, int) or abs(priority) > 1_000_000:
             raise PolicyError(f"priority {short(priority)} must be a whole number from -1000000 to 1000000")
-        shadow = member_of(Mode, mode, "mode")
-        default = (",".join(upper) + " " if upper else "") + pattern + (" shadow" if shadow is Mode.SHADOW else "")
         if name and not _RULE_NAME.fullmatch(name):
-            raise PolicyError(f"rule name {short(name)} must be 1 to 256 printable ASCII characters")
-        return cls(
+            raise PolicyError(f"rule name {short(name)} must be 1 to {_MAX_RULE_NAME} printable ASCII characters")
+        rule = cls(
             endpoint=pattern,
             limits=parsed,
             methods=upper,
             algorithm=chosen,
             subject=member_of(Subject, subject, "subject"),
             priority=priority,
-            mode=shadow,
+            mode=member_of(Mode, mode, "mode"),
             on_failure=member_of(OnFailure, on_failure, "on_failure"),
-            name=name or default,
+            name=name,
         )
+        if name:
+            return rule
+        if len(rule.default_name) > _MAX_RULE_NAME:
+            raise PolicyError(
+                f"endpoint {short(endpoint)} needs a 'name' for its rule: the one made from methods and endpoint has "
+                f"{len(rule.default_name)} characters, and at most {_MAX_RULE_NAME} are kept"
+            )
+        return msgspec.structs.replace(rule, name=rule.default_name)
+
+    @property
+    def default_name(self) -> str:
+        """The name that is made from methods, endpoint and mode, whatever the rule is called."""
+        methods = ",".join(self.methods) + " " if self.methods else ""
+        return methods + self.endpoint + (" shadow" if self.mode is Mode.SHADOW else "")
 
 
 class Tier(msgspec.Struct, frozen=True, gc=False):

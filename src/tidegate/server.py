@@ -104,10 +104,11 @@ class Instance:
         shared = share_catalog(settings, self.catalog, store)
         if shared is not None:
             self._stack.push_async_callback(shared.settle)
+        source = self.catalog if shared is None else shared
         if first is not None:
             await self.catalog.apply_policy(first, _digest(first))
         self.cached = CachedCatalog(
-            self.catalog if shared is None else shared,
+            source,
             l1_ttl_s=settings.cache.l1_ttl_s,
             stale_if_error_s=settings.cache.stale_if_error_s,
             max_keys=settings.cache.max_keys,
@@ -130,8 +131,8 @@ class Instance:
         collect_counters(self.metrics, self.counters)
         self.metrics.add_gauge("rate_limiter_policy_version", "Version of the catalog in force.", lambda: self.cached.version)
         self.metrics.add_gauge("rate_limiter_in_flight", "Requests being answered.", lambda: self.data_plane.in_flight)
-        self.cached.changed(await self.catalog.changes(0))
-        self.follower = Follower(self.catalog, self.cached, settings.catalog.poll_s, channel)
+        self.cached.changed(await source.changes(0))
+        self.follower = Follower(source, self.cached, settings.catalog.poll_s, channel)
         self._spawn(self.follower.run(), "following the catalog")
         if isinstance(self.counters, MemoryCounters):
             self._spawn(_sweep(self.counters), "sweeping expired counters")

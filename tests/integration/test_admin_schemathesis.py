@@ -1,8 +1,9 @@
-"""schemathesis against the OpenAPI description of the control plane, with an operator's token."""
+"""schemathesis against the OpenAPI description of the control plane, with an operator's token, on SQLite and on PostgreSQL."""
 
 from __future__ import annotations
 
 import asyncio
+import socket
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -14,6 +15,9 @@ from hypothesis import HealthCheck, given, settings
 from schemathesis import checks
 
 from tests.integration.admin_api import TOKEN, open_admin
+from tests.integration.conftest import DATABASES
+from tests.servers.postgres import PostgresServer
+from tests.servers.redis_server import wait_until
 from tests.unit.test_policy_file import WHOLE
 from tidegate.catalog.policy_file import parse_policy
 from tidegate.listening import Listener, free_address
@@ -40,14 +44,26 @@ def _toml(_: Any, value: Any) -> bytes:
     return str(value).encode(errors="replace")
 
 
+@pytest.fixture(scope="module", params=DATABASES)
+def url(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """One database for all operations, so that they meet what the others made."""
+    if request.param == "sqlite":
+        yield f"sqlite:///{tmp_path_factory.mktemp('schemathesis')}/tidegate.db"
+        return
+    server: PostgresServer = request.getfixturevalue("postgres_server")
+    made = server.new_database()
+    yield made
+    server.drop_database(made.rpartition("/")[2])
+
+
 @pytest.fixture(scope="module")
-def description(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+def description(url: str) -> Iterator[Any]:
     """The description as a listener serves it."""
     address: list[str] = []
     started, stop = threading.Event(), threading.Event()
 
     async def run() -> None:
-        admin = await open_admin(tmp_path_factory.mktemp("schemathesis"), failed_rate="1000000/minute")
+        admin = await open_admin(url, failed_rate="1000000/minute")
         await admin.catalog.apply_policy(parse_policy(WHOLE), "1")
         await admin.tier("own")
         host, port = free_address("127.0.0.1:0", "server.admin")
@@ -59,12 +75,16 @@ def description(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
         await listener.stop(5)
         await admin.catalog.close()
 
-    thread = threading.Thread(target=lambda: asyncio.run(run()))
+    thread = threading.Thread(target=lambda: asyncio.run(run()), daemon=True)
     thread.start()
-    assert started.wait(30)
-    yield schemathesis.openapi.from_url(f"{address[0]}/admin/v1/openapi.json")
-    stop.set()
-    thread.join(30)
+    try:
+        assert started.wait(30)
+        host, _, port = address[0].removeprefix("http://").partition(":")
+        wait_until(lambda: socket.create_connection((host, int(port))).close() is None, 10, "the listener takes connections")
+        yield schemathesis.openapi.from_url(f"{address[0]}/admin/v1/openapi.json")
+    finally:
+        stop.set()
+        thread.join(30)
 
 
 def test_every_operation_is_described(description: Any) -> None:

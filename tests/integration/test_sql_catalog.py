@@ -1,26 +1,20 @@
-"""The catalog in a real SQLite file."""
+"""The catalog in a database: in a file of SQLite, and on PostgreSQL."""
 
 from __future__ import annotations
 
 import asyncio
-import os
-import sys
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-from alembic import command
-from alembic.autogenerate import compare_metadata
-from alembic.migration import MigrationContext
-from sqlalchemy import inspect, text
+from sqlalchemy import select, text
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from tests.unit.test_policy_file import WHOLE
-from tidegate.catalog.policy_file import parse_policy
 from tidegate.catalog.engines import open_engine
-from tidegate.catalog.schema import migration_config, upgrade, upgrade_schema
+from tidegate.catalog.policy_file import parse_policy
+from tidegate.catalog.schema import upgrade, upgrade_schema
 from tidegate.catalog.sql import SqlCatalog
 from tidegate.catalog.tables import metadata
 from tidegate.errors import CatalogError, CatalogUnavailable, SettingsError
@@ -31,15 +25,15 @@ OTHER = '[[tiers]]\nname = "other"\n[[api_keys]]\nkey = "demo-other-key-001"\nti
 
 
 @pytest.fixture
-async def catalog(tmp_path: Path) -> AsyncIterator[SqlCatalog]:
-    made = await SqlCatalog.open(f"sqlite:///{tmp_path}/tidegate.db")
+async def catalog(catalog_url: str) -> AsyncIterator[SqlCatalog]:
+    made = await SqlCatalog.open(catalog_url)
     yield made
     await made.close()
 
 
 @pytest.fixture
-async def engine(tmp_path: Path) -> AsyncIterator[AsyncEngine]:
-    made = open_engine(f"sqlite:///{tmp_path}/tidegate.db")
+async def engine(catalog_url: str) -> AsyncIterator[AsyncEngine]:
+    made = open_engine(catalog_url)
     yield made
     await made.dispose()
 
@@ -92,14 +86,14 @@ async def test_rows_made_otherwise_stay(catalog: SqlCatalog) -> None:
 
 async def test_tiers_and_rules_made_otherwise_are_not_taken_over(catalog: SqlCatalog, engine: AsyncEngine) -> None:
     async with engine.begin() as connection:
-        await connection.execute(text("INSERT INTO tiers (name, limits, managed_by_file) VALUES ('free', '[]', 0)"))
+        await connection.execute(text("INSERT INTO tiers (name, limits, managed_by_file) VALUES ('free', '[]', false)"))
     with pytest.raises(CatalogError, match="tier 'free'"):
         await catalog.apply_policy(parse_policy(OTHER + WHOLE), "1")
     assert [tier.name for tier in await catalog.list_tiers()] == ["free"]
     assert await catalog.version() == 0
 
 
-async def test_keys_are_made_listed_and_revoked(catalog: SqlCatalog, tmp_path: Path) -> None:
+async def test_keys_are_made_listed_and_revoked(catalog: SqlCatalog, engine: AsyncEngine, tmp_path: Path) -> None:
     await catalog.apply_policy(parse_policy(OTHER), "1")
     made = [await catalog.create_key("other", name=f"n{number}") for number in range(5)]
     with pytest.raises(CatalogError, match="there are other"):
@@ -133,16 +127,20 @@ async def test_keys_are_made_listed_and_revoked(catalog: SqlCatalog, tmp_path: P
             await catalog.revoke_key(key, "x")
     with pytest.raises(CatalogError, match="reason"):
         await catalog.revoke_key(made[3][1].id, " ")
-    stored = (tmp_path / "tidegate.db").read_bytes() + (tmp_path / "tidegate.db-wal").read_bytes()
+    async with engine.connect() as connection:
+        rows = [str((await connection.execute(select(table))).all()) for table in metadata.sorted_tables]
+    stored = "".join(rows).encode() + _files(tmp_path)
+    assert all(record.sha256.encode() in stored for _, record in made)
     assert all(api_key.encode() not in stored for api_key, _ in made), "no key is stored"
 
 
-@pytest.mark.parametrize("hostile", ["'; DROP TABLE tiers; --", '" OR 1=1', "%_\\", "\x00", "𝕏" * 50, "${x}{{y}}"])
+@pytest.mark.parametrize("hostile", ["'; DROP TABLE tiers; --", '" OR 1=1', "%_\\", "𝕏" * 50, "${x}{{y}}", "\u202e\u200bعربي"])
 async def test_hostile_texts_are_texts(hostile: str, catalog: SqlCatalog) -> None:
     await catalog.apply_policy(parse_policy(OTHER), "1")
     _, record = await catalog.create_key("other", name=hostile)
     revoked = await catalog.revoke_key(record.id, hostile + "x")
     assert revoked.name == hostile
+    assert await catalog.api_key(record.sha256) == revoked
     assert await catalog.tier(hostile) is None
     assert await catalog.api_key(hostile) is None
     assert await catalog.list_keys(tier=hostile) == []
@@ -153,8 +151,19 @@ async def test_hostile_texts_are_texts(hostile: str, catalog: SqlCatalog) -> Non
     assert len(await catalog.list_tiers()) == 1
 
 
-async def test_two_processes_see_each_other(catalog: SqlCatalog, tmp_path: Path) -> None:
-    other = await SqlCatalog.open(f"sqlite:///{tmp_path}/tidegate.db")
+@pytest.mark.parametrize("text", ["a\0b", "a\ud800b"])
+async def test_texts_that_not_every_database_keeps_are_refused(text: str, catalog: SqlCatalog) -> None:
+    await catalog.apply_policy(parse_policy(OTHER), "1")
+    _, record = await catalog.create_key("other")
+    with pytest.raises(CatalogError, match=r"the name has .* leave it out"):
+        await catalog.create_key("other", name=text)
+    with pytest.raises(CatalogError, match=r"the reason has .* leave it out"):
+        await catalog.revoke_key(record.id, text)
+    assert len(await catalog.list_keys()) == 2
+
+
+async def test_two_processes_see_each_other(catalog: SqlCatalog, catalog_url: str) -> None:
+    other = await SqlCatalog.open(catalog_url)
     await catalog.apply_policy(parse_policy(OTHER), "1")
     applied = await other.version()
     assert applied > 0
@@ -164,10 +173,9 @@ async def test_two_processes_see_each_other(catalog: SqlCatalog, tmp_path: Path)
     await other.close()
 
 
-async def test_writers_take_turns(tmp_path: Path) -> None:
-    """Eight catalogs open one new file and apply policies at once: all are applied, none by halves."""
-    url = f"sqlite:///{tmp_path}/new.db"
-    catalogs = await asyncio.gather(*(SqlCatalog.open(url) for _ in range(8)))
+async def test_writers_take_turns(catalog_url: str) -> None:
+    """Eight catalogs open one new database and apply policies at once: all are applied, none by halves."""
+    catalogs = await asyncio.gather(*(SqlCatalog.open(catalog_url) for _ in range(8)))
     policies = [parse_policy(WHOLE.replace("20000", str(1000 + number))) for number in range(8)]
     changed = await asyncio.gather(
         *(each.apply_policy(policy, str(n)) for n, (each, policy) in enumerate(zip(catalogs, policies, strict=True)))
@@ -184,7 +192,9 @@ async def test_writers_take_turns(tmp_path: Path) -> None:
         await each.close()
 
 
+@pytest.mark.parametrize("catalog_url", ["sqlite"], indirect=True)
 async def test_look_ups_use_indexes(catalog: SqlCatalog, engine: AsyncEngine) -> None:
+    """What `test_postgres_plans` asks of the statements that the code really makes."""
     await catalog.apply_policy(parse_policy(WHOLE), "1")
     queries = {
         "key": "SELECT * FROM api_keys JOIN tiers ON tiers.id = api_keys.tier_id WHERE api_keys.sha256 = 'x'",
@@ -199,23 +209,6 @@ async def test_look_ups_use_indexes(catalog: SqlCatalog, engine: AsyncEngine) ->
             assert not any(step.startswith("SCAN") for step in plan), (name, plan)
         indexes = [row[0] for row in await connection.execute(text("SELECT name FROM sqlite_master WHERE type = 'index'"))]
     assert {"idx_rules_tier_endpoint", "idx_api_keys_status"} <= set(indexes)
-
-
-async def test_migrations_make_what_the_tables_say_and_go_back(engine: AsyncEngine) -> None:
-    assert await upgrade_schema(str(engine.url), engine) == "0003"
-    assert await upgrade_schema(str(engine.url), engine) == "0003"
-
-    def compare(connection: Any) -> Any:
-        return compare_metadata(MigrationContext.configure(connection, opts={"compare_type": True}), metadata)
-
-    def downgrade(connection: Any) -> list[str]:
-        command.downgrade(migration_config(connection), "base")
-        return inspect(connection).get_table_names()
-
-    async with engine.begin() as connection:
-        assert await connection.run_sync(compare) == []
-        assert await connection.run_sync(downgrade) == ["alembic_version"]
-    assert await upgrade_schema(str(engine.url), engine) == "0003"
 
 
 async def test_databases_that_cannot_be_had(tmp_path: Path) -> None:
@@ -247,7 +240,7 @@ async def test_database_that_goes_away(catalog: SqlCatalog, engine: AsyncEngine)
     await catalog.apply_policy(parse_policy(OTHER), "1")
     async with engine.begin() as connection:
         await connection.execute(text("DROP TABLE policy_state"))
-    with pytest.raises(CatalogUnavailable, match="no such table"):
+    with pytest.raises(CatalogUnavailable, match=r"no such table|does not exist"):
         await catalog.ping()
     with pytest.raises(CatalogUnavailable, match="did not take the change"):
         await catalog.create_key("other")
@@ -261,16 +254,5 @@ async def test_in_memory() -> None:
     await catalog.close()
 
 
-async def test_processes_that_start_at_once_on_a_new_file(tmp_path: Path) -> None:
-    command_line = (sys.executable, "-m", "tidegate", "db", "upgrade")
-    environment = {**os.environ, "TIDEGATE_CATALOG__URL": f"sqlite:///{tmp_path}/new.db"}
-    started = [
-        await asyncio.create_subprocess_exec(
-            *command_line, env=environment, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
-        )
-        for _ in range(4)
-    ]
-    for process in started:
-        out, err = await process.communicate()
-        assert process.returncode == 0, err
-        assert b"revision 0003" in out
+def _files(directory: Path) -> bytes:
+    return b"".join(path.read_bytes() for path in directory.iterdir())

@@ -209,3 +209,18 @@ def test_digests() -> None:
         with pytest.raises(PolicyError) as refused:
             parse_key_digest(given_key, digest)
         assert "a" * 16 not in refused.value.reason, "a key is never repeated"
+
+
+def test_a_rule_whose_name_would_be_too_long_needs_one() -> None:
+    longest = "/" + "a" * 255
+    assert Rule.make(longest, ["1/s"]).name == longest
+    for endpoint, methods, mode in ((longest + "a", (), "enforce"), (longest, ("GET",), "enforce"), (longest, (), "shadow")):
+        with pytest.raises(PolicyError, match=r"^endpoint .* needs a 'name' for its rule: .* has 2\d\d characters"):
+            Rule.make(endpoint, ["1/s"], methods, mode=mode)
+        assert Rule.make(endpoint, ["1/s"], methods, mode=mode, name="given").name == "given"
+
+
+def test_the_default_name_is_told_whatever_a_rule_is_called() -> None:
+    named = Rule.make("/x", ["1/s"], ["post", "get"], mode="shadow", name="given")
+    assert (named.name, named.default_name) == ("given", "GET,POST /x shadow")
+    assert Rule.make("/x", ["1/s"]).default_name == Rule.make("/x", ["1/s"]).name == "/x"

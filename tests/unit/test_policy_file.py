@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tidegate.catalog.forms import FIRST_US, LAST_US, moment_text, moment_us
 from tidegate.catalog.policy_file import PolicyCatalog, load_policy, parse_policy, policy_warnings
 from tidegate.catalog.toml_lines import LineIndex
 from tidegate.errors import PolicyError
@@ -111,6 +112,10 @@ REFUSED: dict[str, tuple[str, str, int, str]] = {
     "tier of a key": ('tier = "free"\nname', 'tier = "fre"\nname', 23, "did you mean 'free'"),
     "status": ('"revoked"', '"gone"', 25, "active or revoked"),
     "expiry without offset": ("+01:00", "", 26, "has no offset"),
+    "expiry beyond the years": ("2030-01-02T03:04:05+01:00", "9999-12-31T23:00:00-01:00", 26, "years 1 to 9999"),
+    "expiry before the years": ("2030-01-02T03:04:05+01:00", "0001-01-01T00:00:00+00:01", 26, "years 1 to 9999"),
+    "name with a NUL": ('name = "demo"', 'name = "de\\u0000mo"', 24, "NUL"),
+    "endpoint too long for a name": ('endpoint = "/x"', f'endpoint = "/{"x" * 300}"', 18, "needs a 'name'"),
     "expiry as a text": ("2030-01-02\n", '"2030-01-02"\n', 35, "without quotes"),
     "rule of an override": ('rule = "/x"', 'rule = "/y"', 29, "no rule '/y'"),
     "rule of an override by ip": ('rule = "/x"', 'rule = "reads"', 29, "counts by ip"),
@@ -150,6 +155,15 @@ def test_refused_as_a_whole(text: str, said: str) -> None:
         parse_policy(text, "p")
     assert said in refused.value.reason
     assert refused.value.line is not None
+
+
+def test_moments_are_exact_to_the_end_of_time() -> None:
+    text = WHOLE.replace("2030-01-02T03:04:05+01:00", "9999-12-31T23:59:59.999999Z")
+    assert parse_policy(text).api_keys[0].expires_at_us == LAST_US
+    assert moment_text(LAST_US) == moment_text(LAST_US + 1) == "9999-12-31T23:59:59.999999Z"
+    assert moment_text(FIRST_US) == moment_text(FIRST_US - 1) == "0001-01-01T00:00:00Z"
+    for at_us in (FIRST_US, LAST_US, -1, 0, 1_893_549_845_000_001):
+        assert moment_us(str(moment_text(at_us)), "expires_at") == at_us
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:

@@ -10,9 +10,11 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from tidegate.decision import Decision, Observation
+from tidegate.latency import BUCKETS_S, LatencyTally
+from tidegate.limits import Algorithm, Limit, LimitSet
 from tidegate.telemetry import health
 from tidegate.telemetry.health import Health
-from tidegate.telemetry.metrics import BUCKETS_S, MAX_RULE_LABELS, Metrics
+from tidegate.telemetry.metrics import MAX_RULE_LABELS, Metrics
 
 
 def values(metrics: Metrics) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
@@ -53,12 +55,56 @@ def test_labels_are_bounded() -> None:
     assert metrics.shadow_blocked["(other)"] == 100
 
 
+def of_rule(tier: str, rule: str | None, allowed: bool, remaining: int) -> Observation:
+    limits = LimitSet(f"{tier}:{rule}", Algorithm.FIXED_WINDOW, [Limit.parse("10/minute")], rule=rule, tier=tier)
+    return Observation(Decision(allowed, limits.limits[0], remaining, limits=limits), None, 1)
+
+
+def test_counts_by_tier_and_rule_and_near_the_limit() -> None:
+    metrics = Metrics("x")
+    for remaining in (9, 3, 2, 1, 0):
+        metrics.observe(of_rule("free", "/a", True, remaining))
+    metrics.observe(of_rule("free", "/a", False, 0))
+    metrics.observe(of_rule("free", None, False, 0))
+    found = values(metrics)
+
+    def count(tier: str, rule: str, status: str) -> float:
+        return found["rate_limiter_rule_requests_total", (("rule", rule), ("status", status), ("tier", tier))]
+
+    assert (count("free", "/a", "allowed"), count("free", "/a", "blocked"), count("free", "", "blocked")) == (5, 1, 1)
+    assert found["rate_limiter_near_limit_total", (("tier", "free"),)] == 3, "with a fifth left or less, and allowed"
+
+
+def test_labels_of_tiers_and_rules_are_bounded() -> None:
+    metrics = Metrics("x")
+    for number in range(MAX_RULE_LABELS + 50):
+        metrics.observe(of_rule(f"tier{number}", f"/{number}", True, 0))
+    metrics.observe(of_rule("tier0", "/0", True, 0))
+    found = values(metrics)
+    by_rule = {labels: value for (name, labels), value in found.items() if name == "rate_limiter_rule_requests_total"}
+    assert len(by_rule) == 2 * (MAX_RULE_LABELS + 1)
+    assert by_rule[("rule", "(other)"), ("status", "allowed"), ("tier", "(other)")] == 50
+    assert by_rule[("rule", "/0"), ("status", "allowed"), ("tier", "tier0")] == 2
+    near = [value for (name, _), value in found.items() if name == "rate_limiter_near_limit_total"]
+    assert (len(near), sum(near)) == (MAX_RULE_LABELS + 1, MAX_RULE_LABELS + 51)
+
+
 def test_values_that_others_keep() -> None:
     metrics = Metrics("x")
     metrics.add_gauge("held", "things held", lambda: 7)
     metrics.add_counter("dropped", "things dropped", lambda: 3)
+    metrics.add_labelled_gauge("state", "of shards", "shard", lambda: {"h:1": 2})
+    metrics.add_errors(lambda: [("redis_timeout", 4)])
+    tally = LatencyTally()
+    tally.add(10_000_000)
+    tally.add(10_000_001)
+    metrics.add_histogram("store_seconds", "calls", tally)
     found = values(metrics)
     assert (found["held", ()], found["dropped_total", ()]) == (7, 3)
+    assert found["state", (("shard", "h:1"),)] == 2
+    assert found["rate_limiter_errors_total", (("type", "redis_timeout"),)] == 4
+    assert found["store_seconds_bucket", (("le", "0.01"),)] == 1
+    assert found["store_seconds_count", ()] == 2
 
 
 async def test_health_is_the_worst_component_and_says_why() -> None:

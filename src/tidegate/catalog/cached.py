@@ -2,8 +2,8 @@
 
 What is cached is a whole compiled tier and a single API key, never a (key, path) pair, so paths grow nothing; keys are bounded by
 `max_keys`, unknown keys by `MAX_UNKNOWN` and remembered for seconds only. Concurrent misses of one key or tier make one
-query; how many queries run at once is bounded by the database's pool. When the catalog fails, what is cached serves up to `stale_if_error_s`
-past its time.
+query; how many queries run at once is bounded by the database's pool. When the catalog fails, what is cached serves up to
+`stale_if_error_s` past its time.
 
 A change of the catalog takes away what it touched and nothing else: one revoked key of a hundred thousand makes one query. A
 key that is known to be changed is never served again as it was; a changed tier is, while the catalog fails, for an old limit is
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import logging
 import math
 import random
 import time
@@ -27,6 +28,8 @@ from tidegate.errors import CatalogUnavailable
 from tidegate.matching import CompiledTier
 from tidegate.policy import ApiKey
 
+logger = logging.getLogger(__name__)
+
 MAX_UNKNOWN: Final = 10_000
 UNKNOWN_TTL_S: Final = 5.0
 SECOND_CHANCES: Final = 16
@@ -34,7 +37,7 @@ SECOND_CHANCES: Final = 16
 PATIENCE_S: Final = 0.05
 """So long a check waits for the catalog where an entry past its time can stand in; the query goes on meanwhile."""
 RETRY_S: Final = 1.0
-"""So long nothing past its time is asked for again after the catalog failed."""
+"""So long nothing past its time is asked for again after the catalog failed, and waited for after it was slow."""
 
 _V = TypeVar("_V", bound="_HeldTier | Caller | None")
 
@@ -74,8 +77,8 @@ class Caller:
 class _Shelf(Generic[_V]):
     """A bounded cache of one kind of thing, with single flight.
 
-    The oldest entry goes first, but one that was asked for since it came there gets a second round (CLOCK; Corbató 1968): about as
-    good as the least recently used, for the price of one flag where a hit would else move the entry.
+    The oldest entry goes first, but one that was asked for since it came there gets a second round (CLOCK; Corbató 1968): about
+    as good as the least recently used, for the price of one flag where a hit would else move the entry.
 
     `past` holds what may be out of date and serves only while the catalog fails.
     """
@@ -152,7 +155,7 @@ class CachedCatalog:
         self._tiers: _Shelf[_HeldTier | None] = _Shelf(TIER, 10_000)
         self._anonymous: _Shelf[Caller | None] = _Shelf(ANONYMOUS, 1)
         self._generation = 0
-        self._retry_at = -math.inf
+        self._retry_at = self._slow_until = -math.inf
         self._last = LastChanges()
 
     @property
@@ -246,11 +249,10 @@ class CachedCatalog:
             items: what it touched.
         """
         items = list(items)
+        self._last.remember((version, item) for item in items)
         if (ALL, "") in items:
             self.invalidate()
-        else:
-            self._last.remember((version, item) for item in items)
-            self._forget(items)
+        self._forget(items)
 
     def invalidate(self) -> None:
         """Ask the catalog again about everything. What is being loaded meanwhile is not kept."""
@@ -286,11 +288,15 @@ class CachedCatalog:
         if entry is None or entry[0] + self._stale_if_error_s <= now:
             return await asyncio.shield(self._flight(shelf, name, load))
         if now >= self._retry_at:
-            try:
-                async with asyncio.timeout(PATIENCE_S):
-                    return await asyncio.shield(self._flight(shelf, name, load))
-            except (CatalogUnavailable, TimeoutError):
-                self._retry_at = now + RETRY_S
+            flight = self._flight(shelf, name, load)
+            if now >= self._slow_until:
+                try:
+                    async with asyncio.timeout(PATIENCE_S):
+                        return await asyncio.shield(flight)
+                except TimeoutError:
+                    self._slow_until = now + RETRY_S
+                except CatalogUnavailable as error:
+                    logger.debug("an entry past its time stands in: %s", error)
         self.stale += 1
         return entry[1]
 
@@ -303,8 +309,9 @@ class CachedCatalog:
             def landed(done: asyncio.Task[_V]) -> None:
                 if shelf.flights.get(name) is done:
                     del shelf.flights[name]
-                if not done.cancelled():
-                    done.exception()  # marks it as seen: every waiter may have gone before it failed
+                # Looked at here, for every waiter may have gone before it failed.
+                if not done.cancelled() and isinstance(done.exception(), CatalogUnavailable):
+                    self._retry_at = self._clock() + RETRY_S
 
             task.add_done_callback(landed)
         return task
@@ -320,8 +327,16 @@ class CachedCatalog:
                     del self._unknown[next(iter(self._unknown))]
                 self._unknown[name] = self._clock() + UNKNOWN_TTL_S
             else:
-                shelf.put(name, value, self._clock() + self._l1_ttl_s * random.uniform(0.9, 1.1))
+                shelf.put(name, value, self._fresh_until(shelf, name, value))
         return value
+
+    def _fresh_until(self, shelf: _Shelf[_V], name: str, value: _V) -> float:
+        now = self._clock()
+        entry = shelf.entries.get(name)
+        if entry is not None and entry[0] > now and _of_one_key(value, entry[1]):
+            # Only its tier was asked for: the key is as old as it was.
+            return entry[0]
+        return now + self._l1_ttl_s * random.uniform(0.9, 1.1)
 
     async def _tier(self, name: str) -> _HeldTier | None:
         entry = self._tiers.entries.get(name)
@@ -362,3 +377,7 @@ class CachedCatalog:
             return None
         held = await self._tier(name)
         return None if held is None else Caller(None, held)
+
+
+def _of_one_key(one: object, other: object) -> bool:
+    return isinstance(one, Caller) and isinstance(other, Caller) and one.api_key is not None and one.api_key is other.api_key

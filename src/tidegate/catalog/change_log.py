@@ -1,9 +1,9 @@
 """What each change of the catalog touched, so that a cache forgets that and nothing else.
 
-Every change writes rows of `catalog_changes` under the version that it makes and with the version before, in its own transaction.
-Whoever has seen version N follows that chain from the present version down to N. Where it breaks, it is not known what was touched,
-and everything may be: rows were pruned, an older Tidegate wrote the change, or N was never a version of this database, because the
-primary that gave it was lost before it was copied. `Changes.floor` says from which version on the log is whole.
+Every change writes rows of `catalog_changes` under the version that it makes and with the version before, in its own
+transaction. Whoever has seen version N follows that chain from the present version down to N. Where it breaks, it is not known
+what was touched, and everything may be: rows were pruned, an older Tidegate wrote the change, or N was never a version of this
+database, because the primary that gave it was lost before it was copied. `Changes.floor` says from which version on the log is whole.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from typing import Final, TypeAlias
 
 import msgspec
-from sqlalchemy import delete, insert, select
+from sqlalchemy import delete, insert, select, true
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tidegate.catalog.tables import catalog_changes, policy_state
@@ -43,11 +43,14 @@ class Changes(msgspec.Struct, frozen=True):
         version: of the catalog now.
         floor: what was touched up to this version is not known; the version asked about, where the log is whole.
         items: what was touched above it, each with the version of its last change, in order of version.
+        versions: that the catalog had from the floor on, ascending. A number between them that is none of these was given by a
+            primary that is lost.
     """
 
     version: int
     floor: int
     items: tuple[tuple[int, Item], ...] = ()
+    versions: tuple[int, ...] = ()
 
 
 class Writing:
@@ -105,23 +108,20 @@ async def read_changes(connection: AsyncConnection, since: int, most: int = MOST
         was asked before), nothing is known: the floor is its version.
     """
     # One statement is one snapshot: a version without its rows would look like a change of an older Tidegate.
+    # Limited before it is joined, so that the index is walked that far and no further.
+    above = select(catalog_changes).where(catalog_changes.c.version > since)
+    log = above.order_by(catalog_changes.c.version.desc()).limit(most).subquery()
     query = (
-        select(
-            policy_state.c.version,
-            catalog_changes.c.version.label("changed"),
-            catalog_changes.c.previous,
-            catalog_changes.c.kind,
-            catalog_changes.c.name,
-        )
-        .select_from(policy_state.outerjoin(catalog_changes, catalog_changes.c.version > since))
-        .order_by(catalog_changes.c.version.desc())
-        .limit(most)
+        select(policy_state.c.version, log.c.version.label("changed"), log.c.previous, log.c.kind, log.c.name)
+        .select_from(policy_state.outerjoin(log, true()))
+        .order_by(log.c.version.desc())
     )
     rows = (await connection.execute(query)).all()
     version = int(rows[0].version)
     if version < since:
-        return Changes(version, version)
+        return Changes(version, version, versions=(version,))
     found: dict[Item, int] = {}
+    versions = {version}
     # The chain is followed down: what is above `floor` is known, and `floor` is the version whose rows come next.
     at = floor = version
     for row in rows:
@@ -131,6 +131,7 @@ async def read_changes(connection: AsyncConnection, since: int, most: int = MOST
             if row.changed != floor:
                 break  # a version is missing
             at = row.changed
+            versions.add(at)
         if row.kind == ALL:
             break
         floor = row.previous
@@ -140,9 +141,9 @@ async def read_changes(connection: AsyncConnection, since: int, most: int = MOST
         if len(rows) == most:
             floor = at  # rows of the lowest version may have been cut off
     if floor < since:
-        return Changes(version, version)
+        return Changes(version, version, versions=(version,))
     items = sorted(((changed, item) for item, changed in found.items() if changed > floor), key=lambda each: each[0])
-    return Changes(version, floor, tuple(items))
+    return Changes(version, floor, tuple(items), tuple(sorted({*versions, floor})))
 
 
 class LastChanges:
@@ -168,7 +169,7 @@ class LastChanges:
         Returns:
             A version; older answers may be wrong.
         """
-        return self._at.get((kind, name), self.floor)
+        return max(self._at.get((kind, name), 0), self.floor)
 
     def note(self, changes: Changes) -> None:
         """Take in what happened.
@@ -189,6 +190,9 @@ class LastChanges:
             items: versions, and what they touched.
         """
         for at, item in items:
+            if item[0] == ALL:
+                self.floor = max(self.floor, at)
+                continue
             # The latest last; a change that was made here may be known before an earlier one is read of.
             self._at[item] = max(at, self._at.pop(item, 0))
         while len(self._at) > self._most:

@@ -20,6 +20,7 @@ import msgspec
 from sqlalchemy import RowMapping, Select, case, func, select, update
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+from sqlalchemy.pool import QueuePool
 
 from tidegate.catalog.change_log import Writing
 from tidegate.catalog.engines import is_postgres, open_engine, reason_of, shown
@@ -124,9 +125,12 @@ class Database:
         return self._writer.dialect.name
 
     @property
-    def pool(self) -> str:
-        """How the connections for reading are used, for people."""
-        return self._reader.pool.status()
+    def connections(self) -> dict[str, int]:
+        """Connections for reading from the primary, by what they do: `in_use`, `idle`."""
+        pool = self._reader.pool
+        return (
+            {"in_use": pool.checkedout(), "idle": pool.checkedin()} if isinstance(pool, QueuePool) else {"in_use": 0, "idle": 0}
+        )
 
     async def seen(self, query: Select[Any], least: int) -> Sequence[RowMapping]:
         """The rows of a query for a check.
@@ -136,8 +140,8 @@ class Database:
             least: version that they must have seen, where the catalog has got so far.
 
         Returns:
-            The rows: a replica's, where one has seen that version, else the primary's; where that does not answer either, those of
-            a replica that was left out, if it has seen that version.
+            The rows: a replica's, where one has seen that version, else the primary's; where that does not answer either, those
+            of a replica that was left out, if it has seen that version.
 
         Raises:
             CatalogUnavailable: if no database answers.
@@ -228,7 +232,7 @@ class Database:
         except (SQLAlchemyError, OSError) as error:
             raise CatalogUnavailable(f"the catalog's database did not take the change: {reason_of(error)}") from error
         if self.replicas is not None:
-            self.replicas.changed(writing.version)
+            self.replicas.made(writing.version)
         if self.announce is not None:
             await self.announce(writing.version)
 
@@ -259,9 +263,11 @@ class Database:
                 await connection.close()
                 if attempt == 2 or getattr(error.orig, "sqlstate", None) != _READ_ONLY:
                     raise
-                # The primary of before is a standby now: connections to it are of no use for writing.
+                # The primary of before is a standby now: connections to it are of no use for writing, nor for reading what was
+                # written.
                 logger.info("the catalog's primary has become a standby; looking for the new one")
                 await self._writer.dispose()
+                await self._reader.dispose()
             except BaseException:
                 await connection.close()
                 raise

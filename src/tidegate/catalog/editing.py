@@ -223,7 +223,7 @@ class CatalogEditor:
             row = await held_rule(change, rule_id)
             require_editable(row, seen, f"rule {rule_id}")
             held = {} if whole else {field: value for field, value in rule_form(row).items() if field in RULE_FIELDS}
-            if held and Rule.make(**{**held, "name": ""}).name == row["name"]:
+            if held and Rule.make(**{**held, "name": "held"}).default_name == row["name"]:
                 held["name"] = ""
             form = await update_rule(change, row, Rule.make(**{**held, **fields}))
             return form, await _warnings(change, row["tier_name"], rule_id)

@@ -1,9 +1,10 @@
 """Following the catalog's changes: what others change is in force here within a second.
 
-A change is announced on a channel: Redis where instances share one, else PostgreSQL's own (NOTIFY). An announcement says only that
-there is something to read; what was touched is read from the database, from the version on that was seen last. So nothing is lost
-with a message: the same is asked whenever the channel comes back, and every few seconds while it is quiet. Where there is no channel,
-or it is down, the database is asked every `poll_s`.
+A change is announced on a channel: Redis where instances share one, else PostgreSQL's own (NOTIFY). An announcement says only
+that there is something to read; what was touched is read from the database, from the version on that was seen last. So nothing is
+lost with a message: the same is asked whenever the channel comes back, and every few seconds while it is quiet. Where there is no
+channel, or it is down, or was a moment ago (others may still be without it, and unable to announce), the database is asked every
+`poll_s`.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ logger = logging.getLogger(__name__)
 
 QUIET_POLL_S: Final = 5.0
 """So often the database is asked although the channel is up: for changes made by whoever could not announce them."""
+SETTLE_S: Final = 5.0
+"""So long after the channel came up it is not relied on: by then all others have it again too."""
 _PAUSE_S: Final = 0.5
 
 
@@ -45,7 +48,7 @@ class Channel(Protocol):
         """Listen until cancelled, and come back whenever the connection is lost.
 
         Args:
-            heard: is called at each announcement, and each time that listening begins.
+            heard: is called at each announcement, and each time that listening begins or is lost.
         """
         ...
 
@@ -70,6 +73,7 @@ class Follower:
         self._poll_s = poll_s
         self._channel = channel
         self._heard = asyncio.Event()
+        self._quiet_from = 0.0
 
     async def run(self) -> None:
         """Follow until cancelled."""
@@ -108,8 +112,11 @@ class Follower:
 
     @property
     def _pause_s(self) -> float:
-        quiet = self._channel is not None and self._channel.connected and not self.failing
-        return max(QUIET_POLL_S, self._poll_s) if quiet else self._poll_s
+        now = asyncio.get_running_loop().time()
+        if self._channel is None or not self._channel.connected:
+            self._quiet_from = now + SETTLE_S
+            return self._poll_s
+        return self._poll_s if self.failing or now < self._quiet_from else max(QUIET_POLL_S, self._poll_s)
 
     async def _listen(self, channel: Channel) -> None:
         while True:

@@ -7,12 +7,19 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Mapping
-from typing import Any, TypeAlias
+from typing import Any, Final, TypeAlias
 
 from tidegate.errors import BadRequest
 from tidegate.limits import US_PER_S
 
 Form: TypeAlias = dict[str, Any]
+
+FIRST_US: Final = -62_135_596_800_000_000
+"""0001-01-01T00:00:00Z, µs since the epoch: ISO 8601 writes nothing before it with four digits."""
+LAST_US: Final = 253_402_300_799_999_999
+"""9999-12-31T23:59:59.999999Z: nor behind it."""
+
+_EPOCH: Final = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
 
 
 def tier_form(row: Mapping[Any, Any]) -> Form:
@@ -133,13 +140,34 @@ def moment_text(at_us: int | None) -> str | None:
         at_us: µs since the epoch, or None.
 
     Returns:
-        ISO 8601 in UTC, such as `2030-01-31T00:00:00Z`; None for None.
+        ISO 8601 in UTC, such as `2030-01-31T00:00:00Z`, the nearest that it can write; None for None.
     """
     if at_us is None:
         return None
-    whole_s, rest_us = divmod(at_us, US_PER_S)
+    whole_s, rest_us = divmod(min(max(at_us, FIRST_US), LAST_US), US_PER_S)
     moment = datetime.datetime(1970, 1, 1) + datetime.timedelta(seconds=whole_s, microseconds=rest_us)
     return moment.isoformat() + "Z"
+
+
+def us_of(moment: datetime.datetime) -> int:
+    """µs since the epoch.
+
+    Args:
+        moment: with an offset; its time in UTC in the years 1 to 9999.
+
+    Returns:
+        The µs, exactly.
+
+    Raises:
+        ValueError: if it has no offset, or another year: an offset can carry it there.
+    """
+    if moment.tzinfo is None:
+        raise ValueError("it has no offset")
+    since = moment - _EPOCH
+    at_us = (since.days * 86_400 + since.seconds) * US_PER_S + since.microseconds
+    if not FIRST_US <= at_us <= LAST_US:
+        raise ValueError("it is not in the years 1 to 9999 of UTC")
+    return at_us
 
 
 def moment_us(text: str, field: str) -> int:
@@ -156,12 +184,8 @@ def moment_us(text: str, field: str) -> int:
         BadRequest: naming the field, its value and the form.
     """
     try:
-        moment = datetime.datetime.fromisoformat(text)
-        if moment.tzinfo is None:
-            raise ValueError
-        since = moment - datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
-    except (ValueError, OverflowError):
+        return us_of(datetime.datetime.fromisoformat(text))
+    except ValueError:
         raise BadRequest(
-            f"{field} {text[:60]!r} is no moment: write 2030-01-31T00:00:00Z, with its offset", field=field
+            f"{field} {text[:60]!r} is no moment of the years 1 to 9999: write 2030-01-31T00:00:00Z, with its offset", field=field
         ) from None
-    return (since.days * 86_400 + since.seconds) * US_PER_S + since.microseconds

@@ -13,10 +13,11 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
+from tidegate.catalog.forms import us_of
 from tidegate.catalog.toml_lines import LineIndex
 from tidegate.catalog.toml_lines import Path as KeyPath
 from tidegate.errors import PolicyError
-from tidegate.limits import US_PER_S, Algorithm, Limit, fit_limits
+from tidegate.limits import Algorithm, Limit, fit_limits, short
 from tidegate.policy import ApiKey, KeyStatus, Override, Policy, Rule, Subject, Tier, parse_key_digest
 
 MAX_FILE_BYTES: Final = 10_000_000
@@ -136,7 +137,8 @@ class _Reader:
             rule = self._rule(rule_table, rule_at)
             if any(rule.name == other.name for other in rules):
                 raise self._error(
-                    f"tier {table['name']!r} has two rules {rule.name!r}: remove one, or give it other methods, mode or a name",
+                    f"tier {short(table['name'])} has two rules {rule.name!r}: "
+                    "remove one, or give it other methods, mode or a name",
                     rule_at,
                 )
             rules.append(rule)
@@ -160,12 +162,14 @@ class _Reader:
         name = table.get("name", "")
         if not isinstance(name, str) or len(name) > 200:
             raise self._error("name must be a string of at most 200 characters", (*at, "name"))
+        if "\0" in name:
+            raise self._error("name must not have the character NUL, which PostgreSQL does not keep", (*at, "name"))
         tier = tiers.get(table["tier"]) if isinstance(table["tier"], str) else None
         if tier is None:
-            raise self._error(f"tier {table['tier']!r} is not in this policy{_nearest(table['tier'], tiers)}", (*at, "tier"))
+            raise self._error(f"tier {short(table['tier'])} is not in this policy{_nearest(table['tier'], tiers)}", (*at, "tier"))
         status = table.get("status", KeyStatus.ACTIVE.value)
         if status not in tuple(KeyStatus):
-            raise self._error(f"status {status!r} is not known: use active or revoked", (*at, "status"))
+            raise self._error(f"status {short(status)} is not known: use active or revoked", (*at, "status"))
         digest_at = (*at, "key" if "key" in table else "sha256")
         return ApiKey(
             sha256=self._placed(lambda: parse_key_digest(table.get("key"), table.get("sha256")), {}, digest_at),
@@ -192,7 +196,7 @@ class _Reader:
             rule_at, limits_at = (*override_at, "rule"), (*override_at, "limits")
             if rule is None:
                 raise self._error(
-                    f"tier {tier.name!r} has no rule {override['rule']!r}{_nearest(override['rule'], by_name)}", rule_at
+                    f"tier {tier.name!r} has no rule {short(override['rule'])}{_nearest(override['rule'], by_name)}", rule_at
                 )
             if rule.subject is not Subject.API_KEY:
                 raise self._error(
@@ -220,7 +224,7 @@ class _Reader:
         self._required(table, ("tier",), at)
         name = table["tier"]
         if not isinstance(name, str) or name not in tiers:
-            raise self._error(f"tier {name!r} is not in this policy{_nearest(name, tiers)}", (*at, "tier"))
+            raise self._error(f"tier {short(name)} is not in this policy{_nearest(name, tiers)}", (*at, "tier"))
         return name
 
     def _limits(self, value: object, at: KeyPath) -> tuple[Limit, ...]:
@@ -232,9 +236,12 @@ class _Reader:
         if isinstance(value, datetime.datetime):
             if value.tzinfo is None:
                 raise self._error(f"expires_at {value.isoformat()} has no offset: write {value.isoformat()}Z", at)
-            return round(value.timestamp() * US_PER_S)
+            try:
+                return us_of(value)
+            except ValueError as error:
+                raise self._error(f"expires_at {value.isoformat()}: {error}: leave it out for a key without end", at) from None
         if isinstance(value, datetime.date):
-            return round(datetime.datetime.combine(value, datetime.time(), datetime.UTC).timestamp() * US_PER_S)
+            return us_of(datetime.datetime.combine(value, datetime.time(), datetime.UTC))
         raise self._error(f"expires_at {str(value)[:40]!r} is no moment: write 2030-01-31T00:00:00Z, without quotes", at)
 
     def _tables(self, table: dict[str, Any], name: str, at: KeyPath) -> Iterable[tuple[KeyPath, dict[str, Any]]]:

@@ -61,6 +61,7 @@ class PostgresChannel:
                     await self._hear(connection, heard)
                 finally:
                     self._connected = False
+                    heard()
                     await connection.close()
             except (psycopg.Error, OSError) as error:
                 if not failing:

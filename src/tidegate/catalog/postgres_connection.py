@@ -38,7 +38,7 @@ class Connection(psycopg.AsyncConnection[Any]):
         finally:
             overdue.cancel()
 
-    async def _try_cancel(self, *, timeout: float = 5.0) -> None:  # noqa: ARG002 - psycopg's own
+    async def _try_cancel(self, *, timeout: float = 5.0) -> None:  # noqa: ARG002, ASYNC109 - psycopg's own
         """Whoever gives up a query gives up its connection: asking a frozen server to cancel it would take seconds."""
         self._cut()
 

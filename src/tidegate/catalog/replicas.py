@@ -1,7 +1,10 @@
 """Read replicas of the catalog: asked in turn, left out while they fail or lag, and taken back when they do not.
 
-A replica lags by the age of the oldest change that it has not seen. While nothing changes it does not lag, whatever its clocks and
-positions say; and one that is cut off from its primary is found as soon as there is something that it misses.
+A replica lags by the age of the oldest change that it has not seen. While nothing changes it does not lag, whatever its clocks
+and positions say; and one that is cut off from its primary is found as soon as there is something that it misses.
+
+A replica's answer counts if the primary is known to have had the version that it is of. Where a primary was lost with its last
+changes, a replica may show what the one in its place never had, and cannot follow that one.
 
 One event loop; any number of its tasks.
 """
@@ -11,7 +14,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Final
 
@@ -93,8 +95,10 @@ class Replicas:
         self._primary_version = primary_version
         self._clock = clock
         self._turn = 0
-        # Versions of the primary with the time at which each was first seen here, ascending.
-        self._versions: deque[tuple[int, float]] = deque(maxlen=_VERSIONS_KEPT)
+        # Versions of the primary → the time at which each was first seen here; the latest ones.
+        self._versions: dict[int, float] = {}
+        self._newest = 0
+        self._primary_answers = False
         self._abandoned: set[asyncio.Task[Any]] = set()
         self._watching: asyncio.Task[None] | None = None
 
@@ -109,7 +113,7 @@ class Replicas:
         Args:
             query: its first row says as `seen` which version the rows are of; it gives at least one row.
             least: the version that they must have seen.
-            any_of_them: ask those that are left out too: there is nobody else.
+            any_of_them: ask those that are left out too, and take any version: there is nobody else.
 
         Returns:
             The rows; None where no replica gives such.
@@ -123,29 +127,50 @@ class Replicas:
             except (SQLAlchemyError, OSError, TimeoutError) as error:
                 replica.leave_out(reason_of(error))
                 continue
-            if rows and rows[0]["seen"] >= least:
+            if not rows or rows[0]["seen"] < least:
+                continue
+            if any_of_them or not self._primary_answers or rows[0]["seen"] in self._versions:
                 return rows
         return None
 
-    def changed(self, version: int) -> None:
-        """Note that the primary has a new version.
+    def changed(self, *versions: int) -> None:
+        """Note what the primary says.
+
+        Args:
+            versions: that it had, and last the one that it has.
+        """
+        self._primary_answers = True
+        if versions[-1] < self._newest:
+            # Another database took the primary's place, and knows less: what is counted begins anew.
+            self._versions.clear()
+        self._newest = versions[-1]
+        for version in versions:
+            self._versions.setdefault(version, self._clock())
+        while len(self._versions) > _VERSIONS_KEPT:
+            del self._versions[next(iter(self._versions))]
+
+    def made(self, version: int) -> None:
+        """Note a version that was made here; of a later one may have been heard before.
 
         Args:
             version: the version.
         """
-        if self._versions and version < self._versions[-1][0]:
-            # Another database took the primary's place, and knows less: what is counted begins anew.
-            self._versions.clear()
-        if not self._versions or version > self._versions[-1][0]:
-            self._versions.append((version, self._clock()))
+        if version > self._newest:
+            self.changed(version)
+        else:
+            self._versions.setdefault(version, self._clock())
 
     async def look(self) -> None:
         """See how each replica is, and what the primary's version is."""
-        await asyncio.gather(self._look_at_primary(), *(self._look_at(replica) for replica in self.replicas))
+        await asyncio.gather(*(self._look_at(replica) for replica in self.replicas))
+        # After them: now it has all that they have, or never had it.
+        await self._look_at_primary()
         for replica in self.replicas:
             replica.lag_s = self._lag_s(replica.version)
             if replica.out is None and replica.lag_s > self._max_lag_s:
                 replica.leave_out(f"it lags {replica.lag_s:.1f} s behind, more than {self._max_lag_s:g} s")
+            if replica.out is None and self._is_ahead(replica):
+                replica.leave_out(f"it shows version {replica.version}, which its primary has not: it follows another one")
 
     async def close(self) -> None:
         """Look no more, and end all connections."""
@@ -165,6 +190,7 @@ class Replicas:
         try:
             self.changed(await self._within(self._primary_version()))
         except Exception as error:  # noqa: BLE001 - whatever it is: while the primary is away, what was seen last holds
+            self._primary_answers = False
             logger.debug("the primary's version cannot be had: %s", error)
 
     async def _look_at(self, replica: Replica) -> None:
@@ -176,11 +202,14 @@ class Replicas:
         replica.version = rows[0]["seen"] if rows else 0
         if not rows:
             replica.leave_out("it holds no catalog")
-        elif self._lag_s(replica.version) <= self._max_lag_s:
+        elif self._lag_s(replica.version) <= self._max_lag_s and not self._is_ahead(replica):
             replica.take_back()
 
+    def _is_ahead(self, replica: Replica) -> bool:
+        return self._primary_answers and replica.version > self._newest
+
     def _lag_s(self, version: int) -> float:
-        missed = next((at for each, at in self._versions if each > version), None)
+        missed = min((at for each, at in self._versions.items() if each > version), default=None)
         return 0.0 if missed is None else self._clock() - missed
 
     async def _within(self, asked: Awaitable[Any]) -> Any:

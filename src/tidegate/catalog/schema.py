@@ -8,9 +8,12 @@ version finds a newer schema and works with it, unless that says otherwise.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import functools
 import logging
 import sqlite3
-from collections.abc import Callable
+import threading
+from collections.abc import AsyncIterator, Callable
 from importlib import resources
 from typing import Final
 
@@ -35,8 +38,8 @@ PATIENCE_S: Final = 600.0
 _UPGRADE_TRIES: Final = 25
 _PAUSE_S: Final = 0.2
 _LOCK_TIMEOUT_S: Final = 5
-# Alembic keeps what it runs on in a global of the process.
-_upgrading: Final = asyncio.Lock()
+# Alembic keeps what it runs on in globals of the process, and a process may have several loops: so no lock of asyncio's.
+_alembic: Final = threading.Lock()
 
 
 class _Busy(Exception):
@@ -58,10 +61,10 @@ async def upgrade_schema(url: str, engine: AsyncEngine) -> str:
     """
     try:
         async with engine.connect() as connection:
-            ready = await connection.run_sync(_usable)
+            ready = await connection.run_sync(_usable, url)
     except (SQLAlchemyError, sqlite3.Error, OSError) as error:
         raise SettingsError(_why(url, reason_of(error))) from None
-    return ready or await change_schema(url, engine, _upgrade)
+    return ready or await change_schema(url, engine, functools.partial(_upgrade, url=url))
 
 
 async def upgrade(url: str) -> str:
@@ -94,7 +97,7 @@ async def downgrade(url: str, revision: str) -> str:
         The revision.
 
     Raises:
-        SettingsError: if there is no such revision, or the database cannot be had.
+        SettingsError: if there is no such revision, or it is not behind this one, or the database cannot be had.
     """
 
     def take_back(connection: Connection) -> str:
@@ -102,6 +105,12 @@ async def downgrade(url: str, revision: str) -> str:
         known = [each.revision for each in ScriptDirectory.from_config(config).walk_revisions()]
         if revision not in known:
             raise SettingsError(f"there is no revision {revision[:20]!r} of the schema: there are {', '.join(sorted(known))}")
+        current = MigrationContext.configure(connection).get_current_revision()
+        if current is None or (current in known and current < revision):
+            at = "empty" if current is None else f"at revision {current}"
+            raise SettingsError(f"the database {shown(url)} is {at}, which is before {revision}: use 'tidegate db upgrade'")
+        if current not in known:
+            raise SettingsError(f"the database {shown(url)} was made by a newer Tidegate: take it back with that one")
         command.downgrade(config, revision)
         return revision
 
@@ -133,7 +142,7 @@ async def change_schema(url: str, engine: AsyncEngine, change: Callable[[Connect
             return await _change(url, patient, _alone(change), round(PATIENCE_S / _PAUSE_S))
         finally:
             await patient.dispose()
-    return await _change(url, engine, change, _UPGRADE_TRIES)
+    return await _change(url, engine, _whole(change), _UPGRADE_TRIES)
 
 
 def migration_config(connection: Connection) -> Config:
@@ -155,22 +164,32 @@ async def _change(url: str, engine: AsyncEngine, change: Callable[[Connection], 
     # Two processes may start on one new database: the one that loses a step to the other looks again.
     for attempt in range(tries):
         try:
-            async with _upgrading, engine.begin() as connection:
+            async with _alembics_turn(), engine.begin() as connection:
                 return await connection.run_sync(change)
         except _Busy:
             if attempt == 0:
                 logger.info("another process changes the catalog's schema: waiting for it")
         except (OperationalError, DBAPIError) as error:
             reason = reason_of(error)
-            passing = ("already exists", "locked", "lock timeout", "deadlock", "duplicate key")
+            passing = ("locked", "lock timeout", "deadlock", "duplicate key")
             if attempt + 1 >= min(tries, _UPGRADE_TRIES) or not any(each in reason for each in passing):
                 raise SettingsError(_why(url, reason)) from None
         except CommandError as error:
-            raise SettingsError(f"the database {shown(url)} cannot be upgraded: {error}") from None
+            raise SettingsError(f"the schema of the database {shown(url)} cannot be changed: {error}") from None
         except (SQLAlchemyError, sqlite3.Error, OSError) as error:
             raise SettingsError(_why(url, reason_of(error))) from None
         await asyncio.sleep(_PAUSE_S)
     raise SettingsError(f"the database {shown(url)}: another process has been changing its schema for {PATIENCE_S:g} s")
+
+
+@contextlib.asynccontextmanager
+async def _alembics_turn() -> AsyncIterator[None]:
+    while not _alembic.acquire(blocking=False):
+        await asyncio.sleep(_PAUSE_S / 10)
+    try:
+        yield
+    finally:
+        _alembic.release()
 
 
 def _alone(change: Callable[[Connection], str]) -> Callable[[Connection], str]:
@@ -184,7 +203,16 @@ def _alone(change: Callable[[Connection], str]) -> Callable[[Connection], str]:
     return locked
 
 
-def _usable(connection: Connection) -> str | None:
+def _whole(change: Callable[[Connection], str]) -> Callable[[Connection], str]:
+    def begun(connection: Connection) -> str:
+        # SQLite's driver begins no transaction for DDL by itself: a step that was stopped half-way would stay so.
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
+        return change(connection)
+
+    return begun
+
+
+def _usable(connection: Connection, url: str) -> str | None:
     """The database's revision, if this version can work with it as it is; None if it is to be upgraded."""
     config = migration_config(connection)
     script = ScriptDirectory.from_config(config)
@@ -199,16 +227,14 @@ def _usable(connection: Connection) -> str | None:
     except SQLAlchemyError:
         runs_from = None
     if head is None or runs_from is None or runs_from > head:
-        raise SettingsError(
-            f"the database {shown(str(connection.engine.url))} was made by a newer Tidegate: run that one, or give another catalog.url"
-        )
+        raise SettingsError(f"the database {shown(url)} was made by a newer Tidegate: run that one, or give another catalog.url")
     logger.info("the catalog's schema is %s, newer than this version's %s, which works with it", current, head)
     return current
 
 
-def _upgrade(connection: Connection) -> str:
+def _upgrade(connection: Connection, url: str) -> str:
     # Another process may have done it meanwhile.
-    usable = _usable(connection)
+    usable = _usable(connection, url)
     if usable is not None:
         return usable
     config = migration_config(connection)

@@ -1,8 +1,10 @@
 """The second level of cache: one for all instances, in the Redis that they count on.
 
 What is kept is a whole tier, a single API key, and the name of the anonymous tier, each with the version of the catalog that it
-is of. Whoever knows that a thing was changed at version N takes no entry of an older one; so nothing has to be deleted, and an entry
-that is written late harms nobody. Unknown keys are not kept: a flood of them would fill Redis. Every entry expires.
+is of. Whoever knows that a thing was changed at version N takes no entry of an older one; so nothing has to be deleted, and an
+entry that is written late harms nobody. Nor does anybody take an entry of a version that the database never had, as far as is
+known: a primary may have given it that was lost with its last changes. Unknown keys are not kept: a flood of them would fill
+Redis. Every entry expires.
 
 While Redis does not answer, everything goes to the database, and Redis is asked again after a second.
 """
@@ -20,7 +22,7 @@ from typing import Any, Final, Protocol, TypeVar
 import msgspec
 
 from tidegate.catalog import VersionedCatalog
-from tidegate.catalog.change_log import Changes
+from tidegate.catalog.change_log import MOST_READ, Changes
 from tidegate.errors import StoreUnavailable
 from tidegate.policy import ApiKey, Tier
 
@@ -101,6 +103,9 @@ class SharedCatalog:
         self._clock = clock
         self._away_until = 0.0
         self._keeping: set[asyncio.Task[None]] = set()
+        # Versions that the database had, ascending; empty as long as nobody follows it.
+        self._versions: dict[int, None] = {}
+        self._latest = 0
         self._form = _form()
         self._keys = msgspec.msgpack.Decoder(_KeyEntry)
         self._tiers = msgspec.msgpack.Decoder(_TierEntry)
@@ -154,8 +159,15 @@ class SharedCatalog:
         return await self.catalog.tier_names()
 
     async def changes(self, since: int) -> Changes:
-        """See `VersionedCatalog.changes`; not cached."""
-        return await self.catalog.changes(since)
+        """See `VersionedCatalog.changes`; not cached, but what it says of versions is remembered."""
+        changes = await self.catalog.changes(since)
+        if self._latest not in changes.versions:
+            self._versions.clear()
+        self._versions.update(dict.fromkeys(changes.versions))
+        self._latest = changes.version
+        while len(self._versions) > MOST_READ:
+            del self._versions[next(iter(self._versions))]
+        return changes
 
     async def version(self) -> int:
         """See `Catalog.version`; not cached."""
@@ -186,10 +198,12 @@ class SharedCatalog:
         if isinstance(raw, bytes):
             try:
                 entry = decoder.decode(raw)
-            except msgspec.DecodeError as error:
+            except (msgspec.DecodeError, UnicodeDecodeError) as error:
                 logger.warning("the shared cache holds what is no entry at %s: %s", key.decode(), error)
             else:
-                if entry.version >= least:  # type: ignore[attr-defined]
+                version: int = entry.version  # type: ignore[attr-defined]
+                # One that is newer than what is known here is not taken either: it may be of a primary that was lost.
+                if version >= least and (not self._versions or version in self._versions):
                     self.hits += 1
                     return entry
         self.misses += 1

@@ -129,7 +129,10 @@ class SqlCatalog:
     async def changes(self, since: int) -> Changes:
         """See `VersionedCatalog.changes`."""
         async with self.database.reading() as connection:
-            return await read_changes(connection, since)
+            changes = await read_changes(connection, since)
+        if self.database.replicas is not None:
+            self.database.replicas.changed(*changes.versions)
+        return changes
 
     async def version(self) -> int:
         """See `Catalog.version`."""

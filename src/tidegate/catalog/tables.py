@@ -69,6 +69,7 @@ rate_limit_rules: Final = Table(
     Column("revision", BigInteger, nullable=False, server_default="1"),
     UniqueConstraint("tier_id", "name"),
     Index("idx_rules_tier_endpoint", "tier_id", "endpoint_pattern"),
+    Index("idx_rules_tier_id", "tier_id", "id"),
 )
 
 api_keys: Final = Table(
@@ -90,6 +91,15 @@ api_keys: Final = Table(
     UniqueConstraint("sha256"),
     Index("idx_api_keys_tier_id", "tier_id", "id"),
     Index("idx_api_keys_status", "status", sqlite_where=text("status = 'active'"), postgresql_where=text("status = 'active'")),
+    # Few keys are in these, and a page of few among many is found by no other index.
+    Index("idx_api_keys_revoked", "id", sqlite_where=text("status = 'revoked'"), postgresql_where=text("status = 'revoked'")),
+    Index(
+        "idx_api_keys_expires",
+        "expires_at_us",
+        sqlite_where=text("expires_at_us IS NOT NULL"),
+        postgresql_where=text("expires_at_us IS NOT NULL"),
+    ),
+    Index("idx_api_keys_file", "id", sqlite_where=text("managed_by_file = 1"), postgresql_where=text("managed_by_file")),
 )
 
 policy_state: Final = Table(
@@ -158,4 +168,6 @@ audit_log: Final = Table(
     Column("before", JSON, nullable=True),
     Column("after", JSON, nullable=True),
     Index("idx_audit_log_kind_target", "kind", "target", "id"),
+    Index("idx_audit_log_target", "target", "id"),
+    Index("idx_audit_log_actor", "actor", "id"),
 )

@@ -4,20 +4,63 @@ from __future__ import annotations
 
 import asyncio
 import datetime
+import enum
 import re
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any, Final
 
+import msgspec
 import typer
 
 from tidegate.catalog import schema
-from tidegate.cli.common import ConfigOption, JsonOption, print_json, print_rows, read_settings, with_catalog
+from tidegate.catalog.forms import moment_us
+from tidegate.cli.common import ConfigOption, JsonOption, print_json, print_rows, read_settings
+from tidegate.cli.control_plane import one_line
+from tidegate.cli.key_access import ApiKeys, KeyRecord, RotatedKey, Wanted, collect, find, with_keys
 from tidegate.limits import US_PER_S
 
-app = typer.Typer(help="Make, list and revoke API keys.", no_args_is_help=True)
+app = typer.Typer(
+    help="Make, list, show, revoke, rotate and delete API keys: in the database, or with --url over the admin API.",
+    no_args_is_help=True,
+)
 database = typer.Typer(help="Look after the catalog's database.", no_args_is_help=True)
 
-_LIFETIME = re.compile(r"([0-9]{1,6})([smhd])", re.ASCII)
-_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
+_LIFETIME: Final = re.compile(r"([0-9]{1,6})([smhd])", re.ASCII)
+_SECONDS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
+_ID_PART: Final = re.compile(r"[0-9a-f]{1,24}", re.ASCII)
+_MOST_GRACE_S: Final = 365 * 86_400
+
+UrlOption = Annotated[
+    str | None,
+    typer.Option(
+        "--url",
+        help="Ask the control plane at this URL, such as http://127.0.0.1:8082 ([server] admin) or https://…; "
+        "where not given, the database ([catalog] url).",
+    ),
+]
+TokenFileOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--token-file",
+        help="For --url: a file that holds the token; TIDEGATE_ADMIN__TOKEN ([admin] token) where not given. "
+        "There is no option for the token itself: everyone on the machine would see it in the list of processes.",
+    ),
+]
+KeyArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="KEY",
+        help="The key's id, the beginning of it (6 hex digits or more), or the key itself: it is hashed here and not sent.",
+    ),
+]
+
+
+class Status(enum.StrEnum):
+    """What a key can be."""
+
+    ACTIVE = "active"
+    EXPIRED = "expired"
+    REVOKED = "revoked"
 
 
 @app.command("create")
@@ -27,66 +70,173 @@ def create(
     expires_in: Annotated[
         str | None, typer.Option("--expires-in", help="Lifetime, such as 90d or 12h; for ever where not given.")
     ] = None,
+    url: UrlOption = None,
+    token_file: TokenFileOption = None,
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Make a key and show it, this once: only its digest is stored."""
-    expires_at_us = None if expires_in is None else _now_us() + _lifetime_us(expires_in)
-    api_key, record = with_catalog(config, lambda catalog: catalog.create_key(tier, name=name, expires_at_us=expires_at_us))
+    _require_text(tier, "--tier", 64)
+    _require_text(name, "--name", 200, blank=True)
+    expires_at_us = None if expires_in is None else _now_us() + _lifetime_s(expires_in, "--expires-in") * US_PER_S
+    made = with_keys(config, url, token_file, lambda keys: keys.create(tier, name, expires_at_us))
     if as_json:
-        print_json(
-            {
-                "id": record.id,
-                "api_key": api_key,
-                "tier": record.tier,
-                "name": record.name,
-                "expires_at": _iso(record.expires_at_us),
-            }
-        )
+        print_json(_json(made))
         return
-    typer.echo(api_key)
-    typer.echo(f"id {record.id}, tier {record.tier}. It is shown this once: keep it now.", err=True)
+    typer.echo(made.api_key)
+    typer.echo(f"id {made.id}, tier {one_line(made.tier)}. It is shown this once: keep it now.", err=True)
 
 
 @app.command("list")
 def list_keys(
     tier: Annotated[str | None, typer.Option("--tier", help="Only the keys of this tier.")] = None,
+    status: Annotated[Status | None, typer.Option("--status", help="Only these.")] = None,
+    name: Annotated[str | None, typer.Option("--name", help="Only those with this in their name, in any case.")] = None,
     limit: Annotated[int, typer.Option("--limit", min=1, max=10_000, help="At most so many.")] = 100,
     after: Annotated[str | None, typer.Option("--after", help="Go on after this id.")] = None,
+    url: UrlOption = None,
+    token_file: TokenFileOption = None,
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """List keys by id; the keys themselves are not known to anyone."""
-    rows = with_catalog(config, lambda catalog: catalog.list_keys(tier=tier, limit=limit, after=after))
-    print_rows(
-        ("id", "tier", "name", "status", "created_at", "expires_at", "revoked_reason", "from"),
-        (
+    if tier is not None:
+        _require_text(tier, "--tier", 64)
+    if name is not None:
+        _require_text(name, "--name", 200, blank=True)
+    if after is not None and not _ID_PART.fullmatch(after):
+        raise typer.BadParameter("that is no id: give the last one of the list before", param_hint="--after")
+    wanted = Wanted(tier, None if status is None else status.value, name)
+    page = with_keys(config, url, token_file, lambda keys: collect(keys, wanted, limit, after))
+    if as_json:
+        print_json([_json(record) for record in page.items])
+    else:
+        print_rows(
+            ("id", "tier", "name", "status", "created_at", "expires_at", "revoked_reason", "from"),
             (
-                row.api_key.id,
-                row.api_key.tier,
-                row.api_key.name,
-                row.api_key.status.value,
-                _iso(row.created_at_us),
-                _iso(row.api_key.expires_at_us),
-                row.revoked_reason,
-                "file" if row.api_key.managed_by_file else "api",
-            )
-            for row in rows
-        ),
-        as_json,
-        "no keys: make one with 'tidegate keys create --tier NAME'",
-    )
+                (
+                    record.id,
+                    one_line(record.tier),
+                    one_line(record.name),
+                    _status(record),
+                    _to_seconds(record.created_at),
+                    _to_seconds(record.expires_at),
+                    None if record.revoked_reason is None else one_line(record.revoked_reason),
+                    _origin(record),
+                )
+                for record in page.items
+            ),
+            False,
+            "no keys" if wanted != Wanted() or after else "no keys: make one with 'tidegate keys create --tier NAME'",
+        )
+    if page.next is not None:
+        typer.echo(f"there are more: go on with --after {page.next}", err=True)
+
+
+@app.command("show")
+def show(
+    key: KeyArgument,
+    url: UrlOption = None,
+    token_file: TokenFileOption = None,
+    config: ConfigOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show what is known of a key: tier, status, times, limits of its own; not the key."""
+    record = with_keys(config, url, token_file, lambda keys: find(keys, key))
+    if as_json:
+        print_json(_json(record))
+        return
+    for field, value in (
+        ("id", record.id),
+        ("tier", record.tier),
+        ("name", record.name),
+        ("status", _status(record)),
+        ("created at", _to_seconds(record.created_at)),
+        ("expires at", _to_seconds(record.expires_at)),
+        ("revoked at", _to_seconds(record.revoked_at)),
+        ("revoked reason", record.revoked_reason),
+        ("limits", None if record.limits is None else ", ".join(record.limits)),
+        *((f"limits of {override.rule}", ", ".join(override.limits)) for override in record.overrides),
+        ("from", _origin(record)),
+    ):
+        typer.echo(f"{one_line(field):<15} {one_line(value) if value else '-'}")
 
 
 @app.command("revoke")
 def revoke(
-    key: Annotated[str, typer.Argument(help="The key's id, the beginning of it (6 characters or more), or the key itself.")],
+    key: KeyArgument,
     reason: Annotated[str, typer.Option("--reason", help="Why, for those who look later.")],
+    url: UrlOption = None,
+    token_file: TokenFileOption = None,
     config: ConfigOption = None,
+    as_json: JsonOption = False,
 ) -> None:
-    """Revoke a key. Running servers refuse it within a second."""
-    record = with_catalog(config, lambda catalog: catalog.revoke_key(key, reason))
-    typer.echo(f"revoked {record.id} of tier {record.tier}")
+    """Revoke a key, for good. Running servers refuse it within a second."""
+    _require_text(reason, "--reason", 1000)
+
+    async def work(keys: ApiKeys) -> KeyRecord:
+        return await keys.revoke(await find(keys, key), reason)
+
+    record = with_keys(config, url, token_file, work)
+    if as_json:
+        print_json(_json(record))
+    else:
+        typer.echo(f"revoked {record.id} of tier {one_line(record.tier)}")
+
+
+@app.command("rotate")
+def rotate(
+    key: KeyArgument,
+    grace: Annotated[
+        str | None,
+        typer.Option("--grace", help="How long the old key still works, such as 1h or 7d; it is revoked now where not given."),
+    ] = None,
+    url: UrlOption = None,
+    token_file: TokenFileOption = None,
+    config: ConfigOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Replace a key by a new one of the same tier, name, end and limits, and show that, this once."""
+    grace_s = 0 if grace is None else _lifetime_s(grace, "--grace")
+    if grace_s > _MOST_GRACE_S:
+        raise typer.BadParameter(f"{grace!r} is too long: at most 365d", param_hint="--grace")
+
+    async def work(keys: ApiKeys) -> RotatedKey:
+        return await keys.rotate(await find(keys, key), grace_s)
+
+    made = with_keys(config, url, token_file, work)
+    if as_json:
+        print_json({**_json(made), "replaces": _json(made.replaces)})
+        return
+    old = made.replaces
+    typer.echo(made.api_key)
+    end = "is revoked" if old.status == Status.REVOKED else f"works until {_to_seconds(old.expires_at)}"
+    typer.echo(
+        f"id {made.id}, tier {one_line(made.tier)}, in place of {old.id}, which {end}. It is shown this once: keep it now.",
+        err=True,
+    )
+
+
+@app.command("delete")
+def delete(
+    key: KeyArgument,
+    url: UrlOption = None,
+    token_file: TokenFileOption = None,
+    config: ConfigOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Remove the record of a key that is revoked or expired; the audit log keeps what it was."""
+
+    async def work(keys: ApiKeys) -> KeyRecord:
+        record = await find(keys, key)
+        await keys.delete(record)
+        return record
+
+    record = with_keys(config, url, token_file, work)
+    if as_json:
+        print_json(_json(record))
+    else:
+        typer.echo(f"deleted {record.id} of tier {one_line(record.tier)}")
 
 
 @database.command("upgrade")
@@ -108,16 +258,44 @@ def downgrade_database(
     typer.echo(f"the database is at revision {asyncio.run(schema.downgrade(read_settings(config).catalog.url, revision))}")
 
 
-def _lifetime_us(text: str) -> int:
+def _lifetime_s(text: str, option: str) -> int:
     match = _LIFETIME.fullmatch(text)
     if match is None or int(match.group(1)) == 0:
-        raise typer.BadParameter(f"{text!r} is no lifetime: write 90d, 12h, 30m or 45s", param_hint="--expires-in")
-    return int(match.group(1)) * _SECONDS[match.group(2)] * US_PER_S
+        raise typer.BadParameter(f"{text[:60]!r} is no lifetime: write 90d, 12h, 30m or 45s", param_hint=option)
+    return int(match.group(1)) * _SECONDS[match.group(2)]
+
+
+def _require_text(text: str, option: str, most: int, *, blank: bool = False) -> None:
+    """Refuse here what the admin API would refuse, so that both ways take the same."""
+    if not blank and not text.strip():
+        raise typer.BadParameter("it is blank: write something", param_hint=option)
+    if len(text) > most:
+        raise typer.BadParameter(f"it has {len(text)} characters: at most {most} are kept", param_hint=option)
+    # An argument that is no UTF-8 arrives with surrogates in it.
+    if any(ord(character) < 0x20 or ord(character) == 0x7F or "\ud800" <= character <= "\udfff" for character in text):
+        raise typer.BadParameter("it must not have control characters, and must be UTF-8", param_hint=option)
+
+
+def _json(record: KeyRecord) -> dict[str, Any]:
+    """A record as --json prints it: as the admin API tells it, but for a status that says when the key's time is over."""
+    told: dict[str, Any] = msgspec.to_builtins(record)
+    del told["managed_by_file"]
+    return {**told, "status": _status(record), "from": _origin(record)}
+
+
+def _status(record: KeyRecord) -> str:
+    if record.status == Status.ACTIVE and record.expires_at is not None:
+        return Status.EXPIRED.value if moment_us(record.expires_at, "expires_at") <= _now_us() else record.status
+    return record.status
+
+
+def _origin(record: KeyRecord) -> str:
+    return "file" if record.managed_by_file else "api"
+
+
+def _to_seconds(moment: str | None) -> str | None:
+    return None if moment is None else re.sub(r"\.[0-9]+Z$", "Z", one_line(moment))
 
 
 def _now_us() -> int:
     return int(datetime.datetime.now(datetime.UTC).timestamp() * US_PER_S)
-
-
-def _iso(us: int | None) -> str | None:
-    return None if us is None else datetime.datetime.fromtimestamp(us / US_PER_S, datetime.UTC).isoformat(timespec="seconds")

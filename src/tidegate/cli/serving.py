@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import http.client
 import json
 import logging
 import os
@@ -21,6 +20,7 @@ import typer
 from tidegate._version import __version__
 from tidegate.catalog.policy_file import load_policy, policy_warnings
 from tidegate.catalog.sql import SqlCatalog
+from tidegate.cli.asking import NoAnswer, Server, ask
 from tidegate.cli.common import ConfigOption, JsonOption, print_json, read_settings
 from tidegate.counters.factory import open_counters
 from tidegate.counters.guarded import GuardedCounters
@@ -270,30 +270,17 @@ def _try(what: str, look: Callable[[], str]) -> tuple[str, bool | None, str]:
 
 
 def _ask(address: str, path: str, body: dict[str, Any] | None) -> tuple[int, dict[str, Any]]:
-    """Ask a server over HTTP; a body makes it a POST."""
-    parts = urlsplit(address)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise SettingsError(f"{address!r} is no URL of a server: write http://127.0.0.1:8080")
-    kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-    connection = kind(parts.hostname, parts.port, timeout=_ASK_TIMEOUT_S)
+    """Ask the data plane; a body makes it a POST."""
+    method, content = ("GET", None) if body is None else ("POST", json.dumps(body).encode())
     try:
-        connection.request(
-            "GET" if body is None else "POST",
-            parts.path.rstrip("/") + path,
-            None if body is None else json.dumps(body),
-            {"Content-Type": "application/json"},
-        )
-        response = connection.getresponse()
-        answer = json.loads(response.read())
-    except (OSError, http.client.HTTPException) as error:
-        raise SettingsError(
-            f"no Tidegate answers at {address} ({error}): start it with 'tidegate serve', or give --url"
-        ) from None
-    except ValueError:
-        raise SettingsError(f"what answers at {address} is not Tidegate: give --url") from None
-    finally:
-        connection.close()
-    return response.status, answer if isinstance(answer, dict) else {}
+        answer = ask(Server.at(address), method, path, timeout_s=_ASK_TIMEOUT_S, body=content)
+    except NoAnswer as error:
+        remedy = error.remedy or "start it with 'tidegate serve', or give --url"
+        raise SettingsError(f"no Tidegate answers at {address} ({error.reason}): {remedy}") from None
+    told = answer.json_object()
+    if told is None:
+        raise SettingsError(f"what answers at {address} is not Tidegate: give --url")
+    return answer.status, told
 
 
 def _seconds(value: float | None) -> str:

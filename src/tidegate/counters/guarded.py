@@ -33,6 +33,7 @@ from tidegate.counters.redis import heartbeat
 from tidegate.counters.redis.store import RedisCounters
 from tidegate.decision import Decision
 from tidegate.errors import StoreUnavailable
+from tidegate.latency import LatencyTally
 from tidegate.limits import LimitSet, OnFailure
 
 logger = logging.getLogger(__name__)
@@ -76,6 +77,8 @@ class GuardedCounters:
         """Decisions made without the store, by reason."""
         self.put_back = 0
         """Counters added to the store after an outage."""
+        self.latency = LatencyTally()
+        """Of calls to the store that were answered, or given up at their deadline."""
         self.denials = DenialMemory()
         self.breakers: dict[str, Breaker] = {}
         self._local = LocalShares(self.options.max_subjects, self._store_now_us)
@@ -110,7 +113,8 @@ class GuardedCounters:
         if len(charges) != 1:
             return await self._charge_many(charges)
         charge = charges[0]
-        asked_us = time.monotonic_ns() // 1000
+        asked_ns = time.monotonic_ns()
+        asked_us = asked_ns // 1000
         if self.denials:
             denied = self.denials.find(charge.counters, charge.cost, asked_us)
             if denied is not None:
@@ -120,7 +124,10 @@ class GuardedCounters:
         try:
             decision = await self.store.charge_one(charge)
         except StoreUnavailable as error:
+            if error.details.get("reason") == "timeout":
+                self.latency.add(time.monotonic_ns() - asked_ns)
             return (self._failed(charge, error),)
+        self.latency.add(time.monotonic_ns() - asked_ns)
         if not decision.allowed:
             self.denials.remember(charge.counters, charge.cost, decision, asked_us)
         return (decision,)
@@ -171,7 +178,11 @@ class GuardedCounters:
         if open_places and self._local.owed:
             open_places = await self._settle_first(charges, open_places, answers)
         if open_places:
+            started_ns = time.monotonic_ns()
             decided = await self.store.charge([charges[place] for place in open_places])
+            # One call, however many charges; what failed at once says nothing of the store's speed.
+            if any(not isinstance(each, StoreUnavailable) or each.details.get("reason") == "timeout" for each in decided):
+                self.latency.add(time.monotonic_ns() - started_ns)
             for place, outcome in zip(open_places, decided, strict=True):
                 charge = charges[place]
                 if isinstance(outcome, StoreUnavailable):

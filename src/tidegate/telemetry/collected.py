@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 from tidegate.catalog.cached import CachedCatalog
 from tidegate.catalog.database import Database
 from tidegate.catalog.shared import SharedCatalog
 from tidegate.counters import CounterStore
+from tidegate.counters.breaker import BreakerState
 from tidegate.counters.guarded import GuardedCounters
 from tidegate.counters.memory import MemoryCounters
 from tidegate.telemetry.metrics import Metrics
 from tidegate.telemetry.violations import ViolationWriter
+
+_STATES: Final = {BreakerState.CLOSED: 0, BreakerState.HALF_OPEN: 1, BreakerState.OPEN: 2}
 
 
 def collect_cache(
@@ -23,17 +28,27 @@ def collect_cache(
         shared: of all instances; None where there is none.
         database: of the catalog; None where it has none.
     """
-    metrics.add_counter("rate_limiter_cache_hits", "Catalog look-ups answered from memory.", lambda: cached.hits)
-    metrics.add_counter("rate_limiter_cache_misses", "Catalog look-ups not answered from memory.", lambda: cached.misses)
+
+    def levels(one: int, two: int | None) -> dict[str, float]:
+        return {"l1": one} if two is None else {"l1": one, "l2": two}
+
+    metrics.add_labelled_counter(
+        "rate_limiter_cache_hits",
+        "Catalog look-ups answered from memory (l1) and from Redis (l2).",
+        "level",
+        lambda: levels(cached.hits, None if shared is None else shared.hits),
+    )
+    metrics.add_labelled_counter(
+        "rate_limiter_cache_misses",
+        "Catalog look-ups that memory (l1) and Redis (l2) could not answer.",
+        "level",
+        lambda: levels(cached.misses, None if shared is None else shared.misses),
+    )
     metrics.add_counter(
         "rate_limiter_cache_stale", "Catalog look-ups answered from memory past their time.", lambda: cached.stale
     )
     metrics.add_gauge("rate_limiter_cached_keys", "API keys cached, unknown ones included.", lambda: len(cached))
     if shared is not None:
-        metrics.add_counter("rate_limiter_shared_cache_hits", "Catalog look-ups answered from Redis.", lambda: shared.hits)
-        metrics.add_counter(
-            "rate_limiter_shared_cache_misses", "Catalog look-ups that Redis could not answer.", lambda: shared.misses
-        )
         metrics.add_counter(
             "rate_limiter_shared_cache_errors", "Times that Redis did not answer a catalog look-up.", lambda: shared.errors
         )
@@ -41,9 +56,16 @@ def collect_cache(
         metrics.add_counter(
             "rate_limiter_database_queries", "Catalog look-ups put to the database or a replica.", lambda: database.queries
         )
+        metrics.add_labelled_gauge(
+            "rate_limiter_database_connections",
+            "Connections to the primary, for reading.",
+            "state",
+            lambda: dict(database.connections),
+        )
     replicas = None if database is None else database.replicas
     if replicas is not None:
         each = replicas.replicas
+        metrics.add_gauge("rate_limiter_replicas", "Read replicas that the settings name.", lambda: len(each))
         metrics.add_gauge(
             "rate_limiter_replicas_asked", "Read replicas that are asked.", lambda: sum(replica.out is None for replica in each)
         )
@@ -96,6 +118,19 @@ def collect_violations(metrics: Metrics, writer: ViolationWriter) -> None:
 
 
 def _collect_guarded(metrics: Metrics, counters: GuardedCounters) -> None:
+    metrics.add_histogram(
+        "rate_limiter_store_latency_seconds", "Time of one call to the counter store, those given up included.", counters.latency
+    )
+    # A check behind an open breaker met no error: it was not put to the store.
+    metrics.add_errors(
+        lambda: [(f"redis_{reason}", count) for reason, count in counters.degraded.items() if reason != "breaker_open"]
+    )
+    metrics.add_labelled_gauge(
+        "rate_limiter_breaker_state",
+        "Of each shard that failed lately: 0 closed, 1 half open, 2 open.",
+        "shard",
+        lambda: {shard: _STATES[breaker.state] for shard, breaker in counters.breakers.items()},
+    )
     metrics.add_labelled_counter(
         "rate_limiter_fallbacks", "Checks decided without the counter store, by reason.", "reason", lambda: counters.degraded
     )

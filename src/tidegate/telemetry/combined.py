@@ -13,6 +13,7 @@ from prometheus_client.registry import Collector
 
 # What is not named here is a sum. What every worker sees of the same thing is not added up: of two views the worse counts.
 _COMBINED: Final[Mapping[str, Callable[[float, float], float]]] = {
+    "rate_limiter_breaker_state": max,
     "rate_limiter_breakers_open": max,
     "rate_limiter_build_info": max,
     "rate_limiter_instances": max,
@@ -20,6 +21,7 @@ _COMBINED: Final[Mapping[str, Callable[[float, float], float]]] = {
     "rate_limiter_policy_valid": min,
     "rate_limiter_policy_version": max,
     "rate_limiter_replica_lag_seconds": max,
+    "rate_limiter_replicas": max,
     "rate_limiter_replicas_asked": min,
     "rate_limiter_store_shards_up": min,
 }

@@ -7,8 +7,7 @@ them over when somebody scrapes. No API key, ip or path is ever a label.
 from __future__ import annotations
 
 import platform
-from bisect import bisect_left
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Final
 
 from prometheus_client import CollectorRegistry, generate_latest
@@ -17,12 +16,14 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from tidegate.decision import Observation
+from tidegate.latency import BUCKETS_S, LatencyTally
 
-BUCKETS_S: Final = (0.00001, 0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0)
 MAX_RULE_LABELS: Final = 1000
+"""Most rules that are told apart, and most tiers; the others are counted together."""
+NEAR: Final = 5
+"""A caller with a fifth of its limit left or less is near it."""
 OTHER: Final = "(other)"
 
-_BUCKETS_NS: Final = tuple(round(bucket * 1e9) for bucket in BUCKETS_S)
 # The names of the errors in the requirement; any other error counts under its code in lower case.
 _ERROR_TYPES: Final = {"CATALOG_UNAVAILABLE": "db_connection"}
 
@@ -43,11 +44,17 @@ class Metrics:
         self.policy_valid = True
         self.errors: dict[str, int] = {}
         self.shadow_blocked: dict[str, int] = {}
-        self._latency_counts = [0] * (len(BUCKETS_S) + 1)
-        self._latency_sum_ns = 0
+        self.latency = LatencyTally()
+        # By tier and rule: allowed, blocked. By tier: allowed near the limit.
+        self._by_rule: dict[tuple[str | None, str | None], list[int]] = {}
+        self._near: dict[str, int] = {}
         self._gauges: list[tuple[str, str, Callable[[], float]]] = []
         self._counters: list[tuple[str, str, Callable[[], float]]] = []
-        self._labelled: list[tuple[str, str, str, Callable[[], Mapping[str, float]]]] = []
+        self._labelled: list[tuple[str, str, str, Callable[[], Mapping[str, float]], bool]] = []
+        self._histograms: list[tuple[str, str, LatencyTally]] = [
+            ("rate_limiter_latency_seconds", "Time from a check's arrival at the gate to its decision.", self.latency)
+        ]
+        self._error_sources: list[Callable[[], Iterable[tuple[str, int]]]] = []
         self._version = version
         self._registry = CollectorRegistry()
         self._registry.register(_Collector(self))
@@ -63,18 +70,35 @@ class Metrics:
             kind = _ERROR_TYPES.get(seen.error or "", (seen.error or "").lower())
             self.errors[kind] = self.errors.get(kind, 0) + 1
             return
-        if decision.allowed:
+        allowed = decision.allowed
+        limits = decision.limits
+        if limits is not None:
+            tally = self._by_rule.get((limits.tier, limits.rule)) or self._tally_of(limits.tier, limits.rule)
+            if not allowed:
+                tally[1] += 1
+            else:
+                tally[0] += 1
+                binding, remaining = decision.binding, decision.remaining
+                if binding is not None and remaining is not None and remaining * NEAR <= (binding.burst or binding.amount):
+                    tier = limits.tier or ""
+                    near = tier if tier in self._near or len(self._near) < MAX_RULE_LABELS else OTHER
+                    self._near[near] = self._near.get(near, 0) + 1
+        if allowed:
             self.allowed += 1
         else:
             self.blocked += 1
         if decision.degraded:
             self.degraded += 1
-        self._latency_counts[bisect_left(_BUCKETS_NS, seen.latency_ns)] += 1
-        self._latency_sum_ns += seen.latency_ns
+        self.latency.add(seen.latency_ns)
         if seen.shadow_denied:
             for rule in seen.shadow_denied:
                 name = rule if rule in self.shadow_blocked or len(self.shadow_blocked) < MAX_RULE_LABELS else OTHER
                 self.shadow_blocked[name] = self.shadow_blocked.get(name, 0) + 1
+
+    def _tally_of(self, tier: str | None, rule: str | None) -> list[int]:
+        """The tally of a rule that was not met yet; where there are too many, that of all others."""
+        key = (tier, rule) if len(self._by_rule) < MAX_RULE_LABELS else (OTHER, OTHER)
+        return self._by_rule.setdefault(key, [0, 0])
 
     def add_gauge(self, name: str, text: str, read: Callable[[], float]) -> None:
         """Collect a value that somebody else keeps.
@@ -105,7 +129,36 @@ class Metrics:
             label: its name.
             read: gives the count of each value when somebody scrapes.
         """
-        self._labelled.append((name, text, label, read))
+        self._labelled.append((name, text, label, read, False))
+
+    def add_labelled_gauge(self, name: str, text: str, label: str, read: Callable[[], Mapping[str, float]]) -> None:
+        """Collect values that somebody else keeps by a label of few values.
+
+        Args:
+            name: of the metric.
+            text: what it is, with its unit.
+            label: its name.
+            read: gives the value of each when somebody scrapes.
+        """
+        self._labelled.append((name, text, label, read, True))
+
+    def add_histogram(self, name: str, text: str, tally: LatencyTally) -> None:
+        """Collect durations that somebody else counts.
+
+        Args:
+            name: of the metric, in seconds.
+            text: what took so long.
+            tally: of the durations.
+        """
+        self._histograms.append((name, text, tally))
+
+    def add_errors(self, read: Callable[[], Iterable[tuple[str, int]]]) -> None:
+        """Collect errors that no check was refused for, beside those that one was.
+
+        Args:
+            read: gives types, none of which a refusal has, and counts that only grow.
+        """
+        self._error_sources.append(read)
 
     def exposition(self) -> bytes:
         """All metrics in Prometheus' text format 0.0.4.
@@ -125,20 +178,32 @@ class Metrics:
         requests.add_metric(["allowed"], self.allowed)
         requests.add_metric(["blocked"], self.blocked)
         yield requests
-        latency = HistogramMetricFamily(
-            "rate_limiter_latency_seconds", "Time from a check's arrival at the gate to its decision."
+        for name, text, tally in self._histograms:
+            yield _histogram(name, text, tally)
+        errors = CounterMetricFamily(
+            "rate_limiter_errors",
+            "Checks refused for another reason than a limit, or decided without the store.",
+            labels=["type"],
         )
-        total = 0
-        buckets: list[tuple[str, float]] = []
-        for bound, count in zip((*BUCKETS_S, float("inf")), self._latency_counts, strict=True):
-            total += count
-            buckets.append(("+Inf" if bound == float("inf") else repr(bound), total))
-        latency.add_metric([], buckets=buckets, sum_value=self._latency_sum_ns / 1e9)
-        yield latency
-        errors = CounterMetricFamily("rate_limiter_errors", "Requests refused for another reason than a limit.", labels=["type"])
-        for kind, count in sorted(self.errors.items()):
+        found = dict(self.errors)
+        for source in self._error_sources:
+            found.update(source())
+        for kind, count in sorted(found.items()):
             errors.add_metric([kind], count)
         yield errors
+        by_rule = CounterMetricFamily(
+            "rate_limiter_rule_requests", "Checks decided, by tier and rule.", labels=["tier", "rule", "status"]
+        )
+        for (tier, rule), (allowed, blocked) in self._by_rule.items():
+            by_rule.add_metric([tier or "", rule or "", "allowed"], allowed)
+            by_rule.add_metric([tier or "", rule or "", "blocked"], blocked)
+        yield by_rule
+        near = CounterMetricFamily(
+            "rate_limiter_near_limit", "Checks allowed with a fifth of the limit left or less.", labels=["tier"]
+        )
+        for name, count in sorted(self._near.items()):
+            near.add_metric([name], count)
+        yield near
         shadow = CounterMetricFamily("rate_limiter_shadow_blocked", "Checks a shadow rule would have blocked.", labels=["rule"])
         for rule, count in sorted(self.shadow_blocked.items()):
             shadow.add_metric([rule], count)
@@ -162,11 +227,22 @@ class Metrics:
             yield GaugeMetricFamily(name, text, read())
         for name, text, read in self._counters:
             yield CounterMetricFamily(name, text, read())
-        for name, text, label, read_each in self._labelled:
-            family = CounterMetricFamily(name, text, labels=[label])
+        for name, text, label, read_each, is_gauge in self._labelled:
+            family = (GaugeMetricFamily if is_gauge else CounterMetricFamily)(name, text, labels=[label])
             for value, counted in sorted(read_each().items()):
                 family.add_metric([value], counted)
             yield family
+
+
+def _histogram(name: str, text: str, tally: LatencyTally) -> HistogramMetricFamily:
+    family = HistogramMetricFamily(name, text)
+    total = 0
+    buckets: list[tuple[str, float]] = []
+    for bound, count in zip((*BUCKETS_S, float("inf")), tally.counts, strict=True):
+        total += count
+        buckets.append(("+Inf" if bound == float("inf") else repr(bound), total))
+    family.add_metric([], buckets=buckets, sum_value=tally.sum_ns / 1e9)
+    return family
 
 
 class _Collector(Collector):

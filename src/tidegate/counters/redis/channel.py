@@ -56,7 +56,7 @@ class RedisChannel:
         """Listen until cancelled.
 
         Args:
-            heard: is called at each announcement, and each time that listening begins.
+            heard: is called at each announcement, and each time that listening begins or is lost.
         """
 
         def pushed(push: list[Any]) -> None:
@@ -69,6 +69,7 @@ class RedisChannel:
         def changed(connection: Connection) -> None:
             if not connection.up:
                 self._subscribed = False
+                heard()
 
         await self._store.start()
         connection = self._connection = self._store.listening(self._name, pushed, changed)

@@ -1,0 +1,194 @@
+"""One question over HTTP, as a command asks it: blocking, a connection for each, through the standard library.
+
+What went wrong comes out as a reason and a remedy. A redirect is an answer as any other: nothing is sent on to where it points.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import socket
+import ssl
+from collections.abc import Mapping
+from typing import Any, Final
+from urllib.parse import urlsplit
+
+import msgspec
+
+from tidegate.errors import SettingsError, TidegateError
+
+_MOST_BYTES: Final = 100_000_000
+# What OpenSSL says where a certificate is good, but for another name or address.
+_OTHER_NAME: Final = frozenset({62, 64})
+
+
+class Server(msgspec.Struct, frozen=True):
+    """Where a server is. Make it with `at`.
+
+    Args:
+        url: as messages show it, without a slash at its end.
+        tls: whether it is asked over TLS.
+        host: name or address.
+        port: 0 to 65,535.
+        path: what stands before every path, without a slash at its end; mostly empty.
+    """
+
+    url: str
+    tls: bool
+    host: str
+    port: int
+    path: str
+
+    @classmethod
+    def at(cls, url: str) -> Server:
+        """Read a URL.
+
+        Args:
+            url: `http://127.0.0.1:8080`, or `https://name/where/a/proxy/puts/it`.
+
+        Returns:
+            The server.
+
+        Raises:
+            SettingsError: if it names none.
+        """
+        if "@" in url:
+            # Not repeated: what stands before the @ is mostly a password.
+            raise SettingsError("a URL of a server takes no user and no password: write http://127.0.0.1:8080")
+        try:
+            parts = urlsplit(url)
+            port = parts.port
+        except ValueError:
+            raise _no_url(url) from None
+        if (
+            parts.scheme not in ("http", "https")
+            or not parts.hostname
+            or parts.query
+            or parts.fragment
+            or any(not "!" <= character <= "~" for character in url)
+        ):
+            raise _no_url(url)
+        tls = parts.scheme == "https"
+        # The port is always said: without one, http.client looks for it in the host, and takes an IPv6 address apart.
+        port = (443 if tls else 80) if port is None else port
+        return cls(url.rstrip("/"), tls, parts.hostname, port, parts.path.rstrip("/"))
+
+
+class Answer(msgspec.Struct, frozen=True):
+    """What a server answered.
+
+    Args:
+        status: of HTTP.
+        headers: names in lower case → values.
+        body: as it came.
+    """
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+
+    def json_object(self) -> dict[str, Any] | None:
+        """The body as a JSON object.
+
+        Returns:
+            The object; None where the body is none.
+        """
+        try:
+            told = json.loads(self.body)
+        except (ValueError, RecursionError):
+            return None
+        return told if isinstance(told, dict) else None
+
+
+class NoAnswer(TidegateError):
+    """The server did not answer.
+
+    Args:
+        reason: why, as a part of a sentence.
+        remedy: what to do about it; None for the usual: start it, or give another address.
+        sent: whether the question went out. Then it may have been acted on.
+    """
+
+    code = "NO_ANSWER"
+
+    def __init__(self, reason: str, remedy: str | None, sent: bool) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.remedy = remedy
+        self.sent = sent
+
+
+def ask(
+    server: Server,
+    method: str,
+    path: str,
+    *,
+    timeout_s: float,
+    body: bytes | None = None,
+    headers: Mapping[str, str] | None = None,
+) -> Answer:
+    """Ask a server something.
+
+    Args:
+        server: where it is.
+        method: of HTTP.
+        path: with its query, from `/` on.
+        timeout_s: how long to connect, and how long to wait whenever nothing comes, s.
+        body: JSON, or None for none.
+        headers: besides the usual ones.
+
+    Returns:
+        The answer, whatever its status.
+
+    Raises:
+        NoAnswer: if none came, or only a part of one.
+    """
+    connection = (
+        # The context trusts the system's authorities, or those of SSL_CERT_FILE.
+        http.client.HTTPSConnection(server.host, server.port, timeout=timeout_s, context=ssl.create_default_context())
+        if server.tls
+        else http.client.HTTPConnection(server.host, server.port, timeout=timeout_s)
+    )
+    sent = False
+    try:
+        connection.connect()
+        sent = True
+        typed = {} if body is None else {"Content-Type": "application/json"}
+        connection.request(method, server.path + path, body, {"Accept": "application/json", **typed, **(headers or {})})
+        response = connection.getresponse()
+        content = response.read(_MOST_BYTES)
+        if response.length:
+            raise http.client.IncompleteRead(b"", response.length)
+    except (OSError, http.client.HTTPException, UnicodeError) as error:
+        reason, remedy = _why(error, server, timeout_s)
+        raise NoAnswer(reason, remedy, sent) from None
+    finally:
+        connection.close()
+    return Answer(response.status, {name.lower(): value for name, value in response.getheaders()}, content)
+
+
+def _why(error: Exception, server: Server, timeout_s: float) -> tuple[str, str | None]:
+    if isinstance(error, ssl.SSLCertVerificationError):
+        if error.verify_code in _OTHER_NAME:
+            return f"its certificate is not for {server.host}", "give the URL with the name that is in the certificate"
+        return (
+            f"its certificate is not trusted, {error.verify_message}",
+            "make this system trust its authority, or name the authority's file in SSL_CERT_FILE",
+        )
+    if isinstance(error, ssl.SSLError):
+        return f"it does not speak TLS as it should, {error.reason or 'it ended'}", "write http:// where no TLS stands before it"
+    if isinstance(error, TimeoutError):
+        return f"it did not answer within {timeout_s:g} s", None
+    if isinstance(error, http.client.RemoteDisconnected):
+        return "it closed the connection without an answer", "give another URL, with https:// where it speaks TLS"
+    if isinstance(error, http.client.IncompleteRead):
+        return "its answer was cut off", "try again"
+    if isinstance(error, http.client.HTTPException):
+        return "what is there does not speak HTTP", "give another URL, with https:// where it speaks TLS"
+    if isinstance(error, socket.gaierror | UnicodeError):
+        return f"the name {server.host!r} is not found", "give another URL"
+    return (getattr(error, "strerror", None) or str(error) or type(error).__name__).lower(), None
+
+
+def _no_url(url: str) -> SettingsError:
+    return SettingsError(f"{url[:200]!r} is no URL of a server: write http://127.0.0.1:8080")

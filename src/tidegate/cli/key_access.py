@@ -1,0 +1,399 @@
+"""API keys as the commands reach them, in two ways that do the same: in the database, and over the admin API.
+
+What is refused reads alike on both ways: its code and a sentence. An API key that a person names is hashed here, and only
+its id goes on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import getpass
+import os
+import re
+import sys
+from collections.abc import Callable, Coroutine, Iterator
+from pathlib import Path
+from typing import Annotated, Any, Final, Protocol, TypeVar
+
+import msgspec
+
+from tidegate.catalog import editing_keys, reading
+from tidegate.catalog.editing import CatalogEditor
+from tidegate.catalog.editing_keys import KeyFields
+from tidegate.catalog.forms import moment_text
+from tidegate.catalog.sql import SqlCatalog
+from tidegate.cli.common import with_catalog
+from tidegate.cli.control_plane import ControlPlane
+from tidegate.errors import BadRequest, CatalogError, CatalogUnavailable, PolicyError, SettingsError, TidegateError
+from tidegate.keys import hash_api_key, is_possible_key
+
+_ID_PREFIX: Final = re.compile(r"[0-9a-f]{6,24}", re.ASCII)
+_MOST_ACTOR: Final = 200
+
+_T = TypeVar("_T")
+
+
+class OwnLimits(msgspec.Struct, frozen=True):
+    """Limits that a key has instead of a rule's.
+
+    Args:
+        rule: its name.
+        limits: their texts.
+    """
+
+    rule: str
+    limits: list[str]
+
+
+class KeyRecord(msgspec.Struct, frozen=True):
+    """What is known of an API key, as the admin API tells it; the key itself is not.
+
+    Args:
+        id: 24 hex digits.
+        tier: name of its tier.
+        name: a label for people.
+        status: active or revoked; one whose time is over stays active here.
+        expires_at: ISO 8601 in UTC, None for never.
+        limits: instead of the tier's own; None where those hold.
+        overrides: instead of its rules'.
+        created_at: ISO 8601 in UTC.
+        revoked_at: ISO 8601 in UTC.
+        revoked_reason: as it was given.
+        managed_by_file: whether the policy file owns it.
+        revision: grows with every change.
+    """
+
+    id: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{24}$")]
+    tier: str
+    name: str
+    status: str
+    expires_at: str | None
+    limits: list[str] | None
+    overrides: list[OwnLimits]
+    created_at: str
+    revoked_at: str | None
+    revoked_reason: str | None
+    managed_by_file: bool
+    revision: int
+
+
+class MadeKey(KeyRecord, frozen=True):
+    """An API key that was just made.
+
+    Args:
+        api_key: the key itself, this once.
+    """
+
+    api_key: str
+
+
+class RotatedKey(MadeKey, frozen=True):
+    """An API key that was made in place of another.
+
+    Args:
+        replaces: the other one, as it is now.
+    """
+
+    replaces: KeyRecord
+
+
+class KeyPage(msgspec.Struct, frozen=True):
+    """A page of a list.
+
+    Args:
+        items: by id.
+        next: what to give as `after` for the page behind this one; None where this is the last.
+    """
+
+    items: list[KeyRecord]
+    next: str | None
+
+
+class Wanted(msgspec.Struct, frozen=True):
+    """Which keys are listed; None for all.
+
+    Args:
+        tier: name of their tier.
+        status: active, expired or revoked.
+        name: contained in their name, in any case.
+        id_prefix: what their ids begin with.
+    """
+
+    tier: str | None = None
+    status: str | None = None
+    name: str | None = None
+    id_prefix: str | None = None
+
+
+class KeyRefused(TidegateError):
+    """The catalog refused what was asked; the message begins with its code, as the admin API's does."""
+
+    code = "KEY_REFUSED"
+
+
+class KeyNotMeant(TidegateError):
+    """What was given names no API key, or several. It is not repeated: it may be the key itself."""
+
+    code = "NOT_FOUND"
+
+
+class ApiKeys(Protocol):
+    """What can be done with API keys, on either way. Every method raises a TidegateError where it is refused."""
+
+    async def create(self, tier: str, name: str, expires_at_us: int | None) -> MadeKey:
+        """Make a key.
+
+        Args:
+            tier: name of its tier.
+            name: a label for people, at most 200 characters.
+            expires_at_us: µs since the epoch, None for never.
+
+        Returns:
+            The key, this once, and its record.
+
+        Raises:
+            TidegateError: if there is no such tier.
+        """
+
+    async def page(self, wanted: Wanted, limit: int, after: str | None) -> KeyPage:
+        """A page of the list of keys, by id.
+
+        Args:
+            wanted: which ones.
+            limit: at most so many, 1 to 500.
+            after: only those behind this id.
+
+        Returns:
+            The page.
+
+        Raises:
+            TidegateError: if the keys cannot be read.
+        """
+
+    async def revoke(self, record: KeyRecord, reason: str) -> KeyRecord:
+        """Revoke a key.
+
+        Args:
+            record: of the key.
+            reason: why, 1 to 1,000 characters.
+
+        Returns:
+            Its record now.
+
+        Raises:
+            TidegateError: if it is revoked already, or the policy file owns it.
+        """
+
+    async def rotate(self, record: KeyRecord, grace_s: int) -> RotatedKey:
+        """Replace a key by a new one of the same tier, name, end and limits.
+
+        Args:
+            record: of the old key.
+            grace_s: how long that still works, s; with 0 it is revoked now.
+
+        Returns:
+            The new key, this once, and both records.
+
+        Raises:
+            TidegateError: if the old key is revoked or expired, or the policy file owns it.
+        """
+
+    async def delete(self, record: KeyRecord) -> None:
+        """Remove the record of a key.
+
+        Args:
+            record: as it was read.
+
+        Raises:
+            TidegateError: if the key still works, was changed since, or the policy file owns it.
+        """
+
+
+class KeysInCatalog:
+    """API keys in the database. See `ApiKeys`.
+
+    Args:
+        catalog: open.
+        actor: who asks, for the audit log.
+    """
+
+    def __init__(self, catalog: SqlCatalog, actor: str) -> None:
+        # Nothing in this process remembers what a change touched; the others are told by the database.
+        self._editor = CatalogEditor(catalog, lambda *_: None)
+        self._actor = actor
+
+    async def create(self, tier: str, name: str, expires_at_us: int | None) -> MadeKey:
+        """See `ApiKeys.create`."""
+        fields = KeyFields(tier, name, expires_at_us)
+        api_key, form = await editing_keys.create_key(self._editor, self._actor, fields)
+        return msgspec.convert({**form, "api_key": api_key}, MadeKey)
+
+    async def page(self, wanted: Wanted, limit: int, after: str | None) -> KeyPage:
+        """See `ApiKeys.page`."""
+        page = await reading.list_keys(self._editor, limit, after, **msgspec.structs.asdict(wanted))
+        return msgspec.convert({"items": page.items, "next": page.next}, KeyPage)
+
+    async def revoke(self, record: KeyRecord, reason: str) -> KeyRecord:
+        """See `ApiKeys.revoke`."""
+        return msgspec.convert(await editing_keys.revoke_key(self._editor, self._actor, record.id, reason), KeyRecord)
+
+    async def rotate(self, record: KeyRecord, grace_s: int) -> RotatedKey:
+        """See `ApiKeys.rotate`."""
+        api_key, form, old = await editing_keys.rotate_key(self._editor, self._actor, record.id, grace_s)
+        return msgspec.convert({**form, "api_key": api_key, "replaces": old}, RotatedKey)
+
+    async def delete(self, record: KeyRecord) -> None:
+        """See `ApiKeys.delete`."""
+        await editing_keys.delete_key(self._editor, self._actor, record.id, {record.revision})
+
+
+class KeysAtControlPlane:
+    """API keys over the admin API. See `ApiKeys`. Its methods block, and wait for nothing else.
+
+    Args:
+        plane: the control plane.
+    """
+
+    def __init__(self, plane: ControlPlane) -> None:
+        self._plane = plane
+
+    async def create(self, tier: str, name: str, expires_at_us: int | None) -> MadeKey:
+        """See `ApiKeys.create`."""
+        given = {"tier": tier, "name": name, "expires_at": moment_text(expires_at_us)}
+        return self._plane.post("/api-keys", given, MadeKey)
+
+    async def page(self, wanted: Wanted, limit: int, after: str | None) -> KeyPage:
+        """See `ApiKeys.page`."""
+        return self._plane.read("/api-keys", {"limit": limit, "after": after, **msgspec.structs.asdict(wanted)}, KeyPage)
+
+    async def revoke(self, record: KeyRecord, reason: str) -> KeyRecord:
+        """See `ApiKeys.revoke`."""
+        return self._plane.post(f"/api-keys/{record.id}/revoke", {"reason": reason}, KeyRecord)
+
+    async def rotate(self, record: KeyRecord, grace_s: int) -> RotatedKey:
+        """See `ApiKeys.rotate`."""
+        return self._plane.post(f"/api-keys/{record.id}/rotate", {"grace_s": grace_s}, RotatedKey)
+
+    async def delete(self, record: KeyRecord) -> None:
+        """See `ApiKeys.delete`."""
+        self._plane.delete(f"/api-keys/{record.id}", record.revision)
+
+
+def with_keys(
+    config: Path | None, url: str | None, token_file: Path | None, work: Callable[[ApiKeys], Coroutine[Any, Any, _T]]
+) -> _T:
+    """Do something with API keys, in the database or over the admin API.
+
+    Args:
+        config: the file given with `--config`.
+        url: of the control plane; None for the database.
+        token_file: a file with the control plane's token; None for the token of the settings.
+        work: what to do. It awaits nothing but the keys' methods.
+
+    Returns:
+        What the work returned.
+
+    Raises:
+        TidegateError: whatever was refused or could not be reached.
+    """
+    if url is not None:
+        return _at_once(work(KeysAtControlPlane(ControlPlane.at(url, token_file, config))))
+    if token_file is not None:
+        raise SettingsError("--token-file is for --url, without which the database is used: give both, or neither")
+
+    async def in_catalog(catalog: SqlCatalog) -> _T:
+        with _refusals_as_over_the_api():
+            return await work(KeysInCatalog(catalog, _actor()))
+
+    return with_catalog(config, in_catalog)
+
+
+async def find(keys: ApiKeys, meant: str) -> KeyRecord:
+    """The API key that a person means.
+
+    Args:
+        keys: on either way.
+        meant: its id, a beginning of the id of 6 digits or more that only it has, or the key itself.
+
+    Returns:
+        Its record.
+
+    Raises:
+        KeyNotMeant: if no key or several are meant.
+        TidegateError: if the keys cannot be read.
+    """
+    beginnings = []
+    if is_possible_key(meant):
+        # First, also where it looks like an id: a key of a policy file may be all hex digits, and a key must not go on as it is.
+        beginnings.append(hash_api_key(meant)[:24])
+    if _ID_PREFIX.fullmatch(meant):
+        beginnings.append(meant)
+    if not beginnings:
+        raise KeyNotMeant(
+            "that is neither an id (6 hex digits or more of it) nor an API key, unless it is mistyped: see 'tidegate keys list'"
+        )
+    for beginning in beginnings:
+        found = (await keys.page(Wanted(id_prefix=beginning), 2, None)).items
+        if len(found) > 1:
+            raise KeyNotMeant("the ids of several API keys begin with that: give more of the id, see 'tidegate keys list'")
+        if found:
+            return found[0]
+    raise KeyNotMeant("there is no such API key: give its id as 'tidegate keys list' shows it")
+
+
+async def collect(keys: ApiKeys, wanted: Wanted, limit: int, after: str | None) -> KeyPage:
+    """List keys, page by page.
+
+    Args:
+        keys: on either way.
+        wanted: which ones.
+        limit: at most so many, 1 or more.
+        after: only those behind this id.
+
+    Returns:
+        All of them as one page.
+
+    Raises:
+        TidegateError: if the keys cannot be read.
+    """
+    items: list[KeyRecord] = []
+    while True:
+        page = await keys.page(wanted, min(limit - len(items), reading.MAX_PAGE), after)
+        items += page.items
+        after = page.next
+        if after is None or not page.items or len(items) >= limit:
+            return KeyPage(items, after)
+
+
+def _at_once(work: Coroutine[Any, Any, _T]) -> _T:
+    """Run what never waits for an event loop without one: under a loop, Ctrl-C would wait for the answer that does not come."""
+    try:
+        work.send(None)
+    except StopIteration as done:
+        result: _T = done.value
+        return result
+    raise AssertionError("the work waits for an event loop")
+
+
+@contextlib.contextmanager
+def _refusals_as_over_the_api() -> Iterator[None]:
+    try:
+        yield
+    except (CatalogError, BadRequest, PolicyError, CatalogUnavailable) as error:
+        raise KeyRefused(f"{error.code}: {error.message}") from error
+
+
+def _actor() -> str:
+    return f"cli:{_user()}"[:_MOST_ACTOR]
+
+
+def _user() -> str:
+    if sys.platform == "win32":
+        return getpass.getuser()
+    import pwd
+
+    # The account that runs this, not LOGNAME or USER: the audit log is not to say what anyone may export.
+    try:
+        return pwd.getpwuid(os.geteuid()).pw_name
+    except KeyError:  # a container's user has a number and no name
+        return str(os.geteuid())

@@ -1,0 +1,202 @@
+"""The files in deploy/prometheus: the tools accept them, every alert is tried, every name that they use exists."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import msgspec
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from tests.servers.postgres_cluster import PostgresCluster
+from tests.servers.prometheus import PostgresExporter, RedisExporter, run
+from tests.servers.redis_server import RedisServer, wait_until
+
+ROOT = Path(__file__).parents[2]
+DEPLOY = ROOT / "deploy" / "prometheus"
+TESTS = sorted((DEPLOY / "tests").glob("*.yml"))
+
+REDIS_EXPORTER = {
+    "redis_up",
+    "redis_memory_used_bytes",
+    "redis_memory_max_bytes",
+    "redis_keyspace_hits_total",
+    "redis_keyspace_misses_total",
+}
+POSTGRES_EXPORTER = {"pg_up", "pg_replication_lag_seconds"}
+OTHERS = {
+    "up",  # Prometheus, of each target
+    "ALERTS",  # Prometheus, of each alert
+    "nginx_up",  # nginx-prometheus-exporter
+    "alertmanager_notifications_failed_total",
+    "probe_ssl_earliest_cert_expiry",  # blackbox exporter
+}
+
+POLICY = """\
+[[tiers]]
+name = "free"
+  [[tiers.rules]]
+  endpoint = "/*"
+  limits = ["2/minute"]
+[[api_keys]]
+key = "demo-free-key-0001"
+tier = "free"
+"""
+
+
+def rules(name: str) -> list[dict[str, Any]]:
+    return [rule for group in msgspec.yaml.decode((DEPLOY / name).read_text())["groups"] for rule in group["rules"]]
+
+
+ALERTS = rules("alerts.yml")
+RECORDED = rules("recording.yml")
+
+
+def names_in(expression: str) -> set[str]:
+    """The names of the metrics that an expression reads."""
+    bare = re.sub(r'"[^"]*"', "", expression)
+    bare = re.sub(r"\{[^}]*\}|\[[^\]]*\]", "", bare)
+    bare = re.sub(r"\b(by|without|on|ignoring)\s*\([^)]*\)", "", bare)
+    words = re.findall(r"(?<![\w:.])([a-zA-Z_:][\w:]*)\s*(\(?)", bare)
+    return {word for word, opens in words if not opens and word not in {"and", "or", "unless", "bool"}}
+
+
+def exposed(text: str) -> set[str]:
+    """The names of the series that an exposition has, or would have as soon as something is counted."""
+    names = set()
+    for family in text_string_to_metric_families(text):
+        names |= {sample.name for sample in family.samples}
+        names |= {"counter": {f"{family.name}_total"}, "histogram": {f"{family.name}_bucket", f"{family.name}_count"}}.get(
+            family.type, {family.name}
+        )
+    return names
+
+
+def tried() -> Iterator[tuple[str, list[tuple[str, float, set[str]]]]]:
+    """Of each test of the rules: its name, and by alert and time in s the severities that fire."""
+    for file in TESTS:
+        for test in msgspec.yaml.decode(file.read_text())["tests"]:
+            yield (
+                test["name"],
+                [
+                    (
+                        case["alertname"],
+                        seconds(case["eval_time"]),
+                        {alert["exp_labels"]["severity"] for alert in case.get("exp_alerts", ())},
+                    )
+                    for case in test["alert_rule_test"]
+                ],
+            )
+
+
+def seconds(duration: str) -> float:
+    return sum(int(number) * {"h": 3600, "m": 60, "s": 1}[unit] for number, unit in re.findall(r"(\d+)([hms])", duration))
+
+
+def test_promtool_accepts_the_files() -> None:
+    said = run("promtool", "check", "config", DEPLOY / "prometheus.yml")
+    assert "FAILED" not in said
+    run("promtool", "check", "rules", DEPLOY / "alerts.yml", DEPLOY / "recording.yml")
+
+
+@pytest.mark.parametrize("file", TESTS, ids=lambda path: path.stem)
+def test_every_alert_fires_and_clears(file: Path) -> None:
+    assert "SUCCESS" in run("promtool", "test", "rules", file.name, directory=file.parent)
+
+
+@pytest.mark.parametrize("alert", ALERTS, ids=lambda alert: f"{alert['alert']}-{alert['labels']['severity']}")
+def test_every_alert_is_tried_firing_clearing_and_just_below(alert: dict[str, Any]) -> None:
+    name, severity = alert["alert"], alert["labels"]["severity"]
+    fires = clears = below = False
+    for title, cases in tried():
+        moments = sorted((at, severity in severities) for case, at, severities in cases if case == name)
+        firing = [at for at, fired in moments if fired]
+        fires = fires or bool(firing)
+        clears = clears or (bool(firing) and not moments[-1][1])
+        below = below or (bool(moments) and not firing and title.startswith(f"{name} just below"))
+    assert fires, "no case in which it fires"
+    assert clears, "no case in which it fires and later does not"
+    assert below, "no case just below its threshold in which it does not fire"
+
+
+@pytest.mark.parametrize("alert", ALERTS, ids=lambda alert: f"{alert['alert']}-{alert['labels']['severity']}")
+def test_every_alert_says_what_to_do(alert: dict[str, Any]) -> None:
+    assert alert["labels"]["severity"] in {"critical", "warning", "none"}
+    annotations = alert["annotations"]
+    assert annotations["summary"]
+    assert annotations["description"]
+    file, _, anchor = annotations["runbook_url"].partition("#")
+    headings = re.findall(r"^#+ (.+)$", (ROOT / file).read_text(), re.MULTILINE)
+    assert anchor in {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
+
+
+def test_the_requirement_holds() -> None:
+    """Names, severities and durations that are agreed."""
+    agreed = {alert["alert"]: (alert["labels"]["severity"], alert.get("for")) for alert in ALERTS}
+    assert agreed["HighLatency"] == ("warning", "5m")
+    assert agreed["HighErrorRate"] == ("critical", "2m")
+    assert agreed["RedisDown"] == ("critical", "1m")
+    assert agreed["SuspiciousActivity"] == ("warning", "5m")
+    configuration = msgspec.yaml.decode((DEPLOY / "prometheus.yml").read_text())
+    assert configuration["global"]["scrape_interval"] == "15s"
+    assert all("scrape_interval" not in job for job in configuration["scrape_configs"])
+    assert "rate_limiter_requests_per_second" in {rule["record"] for rule in RECORDED}
+
+
+def test_names_are_found_in_expressions() -> None:
+    expression = 'sum by (le, x) (rate(a_total{b="c, d"}[5m])) / on(x) (e:f_g > 0) or vector(0) and h == 1e3 * 14.4'
+    assert names_in(expression) == {"a_total", "e:f_g", "h"}
+
+
+def test_every_name_in_an_expression_exists_and_every_metric_is_documented(
+    serve: Callable[..., Any], new_redis: Callable[..., RedisServer], postgres_url: str, tmp_path: Path
+) -> None:
+    (tmp_path / "tidegate.policy.toml").write_text(POLICY)
+    # One database as its own replica: the names are those of a real one.
+    server = serve(
+        TIDEGATE_COUNTERS__URL=new_redis().url, TIDEGATE_CATALOG__URL=postgres_url, TIDEGATE_CATALOG__REPLICAS=postgres_url
+    )
+    tidegate = exposed(httpx.get(f"{server.url}/metrics").text)
+    known = tidegate | {rule["record"] for rule in RECORDED} | REDIS_EXPORTER | POSTGRES_EXPORTER | OTHERS
+    unknown = {name: rule.get("alert") or rule["record"] for rule in ALERTS + RECORDED for name in names_in(rule["expr"]) - known}
+    assert not unknown
+    documented = set(re.findall(r"`(rate_limiter_\w+)`", (ROOT / "docs/monitoring.md").read_text()))
+    assert {re.sub(r"_(bucket|count|sum|created)$", "", name) for name in tidegate} <= documented
+
+
+def test_redis_exporter_has_its_names(redis_server: RedisServer) -> None:
+    with RedisExporter(redis_server.url) as exporter:
+        assert exposed(httpx.get(f"{exporter.url}/metrics").text) >= REDIS_EXPORTER
+
+
+def test_a_replica_that_has_replayed_everything_does_not_lag(postgres_cluster: PostgresCluster) -> None:
+    """The query file on a real replica: 0 however long nobody writes, then the age of what it has not replayed."""
+    replica = postgres_cluster.replicas[0]
+    with PostgresExporter(replica.url(), DEPLOY / "postgres_queries.yml") as exporter:
+
+        def lag() -> float:
+            text = httpx.get(f"{exporter.url}/metrics").raise_for_status().text
+            assert exposed(text) >= POSTGRES_EXPORTER
+            (found,) = (
+                sample.value
+                for family in text_string_to_metric_families(text)
+                for sample in family.samples
+                if sample.name == "pg_replication_lag_seconds"
+            )
+            return found
+
+        postgres_cluster.primary.execute("CREATE TABLE IF NOT EXISTS lag_seen (n int)")
+        wait_until(lambda: lag() == 0, 10, "the replica has replayed what it received")
+        replica.pause_replay()
+        try:
+            # The first one that it would replay since it started, or one of many: both are a lag.
+            postgres_cluster.primary.execute("INSERT INTO lag_seen VALUES (1)")
+            wait_until(lambda: lag() > 0, 10, "what is received and not replayed is a lag")
+        finally:
+            replica.resume_replay()
+        wait_until(lambda: lag() == 0, 10, "the lag is over")
+        postgres_cluster.primary.execute("DROP TABLE lag_seen")
