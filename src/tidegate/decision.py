@@ -140,7 +140,7 @@ class Observation(msgspec.Struct, frozen=True, gc=False):
         error: code of the error where it was refused, else None.
         latency_ns: time spent in the gate, ns; for a batch, its share.
         shadow_denied: names of the shadow rules that would have denied.
-        subject: whom the rule counted, or whom the tier's own limits did, where these denied; None where nothing limits the check.
+        subject: whom the rule counted, or whom the tier's own limits did, where these denied; None where nothing limits it.
         denied_by: the limits that denied: the rule's or the tier's own; None where the check passed.
     """
 

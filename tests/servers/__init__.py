@@ -1,4 +1,4 @@
-"""Real Redis, Valkey and PostgreSQL servers for tests: single, clusters, sentinels, replicas, TLS, a proxy that spoils connections.
+"""Real Redis, Valkey and PostgreSQL servers for tests: single, clusters, sentinels, replicas, TLS, a proxy that spoils answers.
 
 Every server is a process of its own on free loopback ports below the range that the system hands out, with a temporary directory
 that goes with it; nothing persists. `fixtures.py` has the pytest fixtures. Where a binary is missing, a test skips and says which

@@ -3,7 +3,8 @@
 Every change writes rows of `catalog_changes` under the version that it makes and with the version before, in its own
 transaction. Whoever has seen version N follows that chain from the present version down to N. Where it breaks, it is not known
 what was touched, and everything may be: rows were pruned, an older Tidegate wrote the change, or N was never a version of this
-database, because the primary that gave it was lost before it was copied. `Changes.floor` says from which version on the log is whole.
+database, because the primary that gave it was lost before it was copied. `Changes.floor` says from which version on the log is
+whole.
 """
 
 from __future__ import annotations

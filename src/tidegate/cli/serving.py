@@ -16,10 +16,14 @@ from urllib.parse import urlsplit
 
 import msgspec
 import typer
+from sqlalchemy import select
+from sqlalchemy.exc import SQLAlchemyError
 
 from tidegate._version import __version__
+from tidegate.catalog.engines import open_engine, reason_of, shown
 from tidegate.catalog.policy_file import load_policy, policy_warnings
 from tidegate.catalog.sql import SqlCatalog
+from tidegate.catalog.tables import policy_state
 from tidegate.cli.asking import NoAnswer, Server, ask
 from tidegate.cli.common import ConfigOption, JsonOption, print_json, read_settings
 from tidegate.counters.factory import open_counters
@@ -82,7 +86,7 @@ def serve(
             policy = settings.policy_path
             typer.echo(
                 f"tidegate {__version__} decides at http://{address} "
-                f"({'policy file ' + str(policy) if policy else 'no policy file'}, catalog {settings.catalog.url}, "
+                f"({'policy file ' + str(policy) if policy else 'no policy file'}, catalog {shown(settings.catalog.url)}, "
                 f"counters {urlsplit(settings.counters.url).scheme}://)"
             )
         sys.stdout.flush()
@@ -177,8 +181,8 @@ def _examine(config: Path | None) -> Iterator[tuple[str, bool | None, str]]:
     yield _try("catalog", lambda: _look_at_catalog(settings.catalog.url))
     yield _try("counters", lambda: asyncio.run(_look_at_counters(settings)))
     yield from _examine_listener(settings)
-    if settings.catalog.replicas:
-        yield "replicas", False, "catalog.replicas is set, but this version reads from catalog.url alone: remove it"
+    for url in settings.catalog.replicas:
+        yield _try("replica", lambda url=url: asyncio.run(_look_at_replica(url)))  # type: ignore[misc]
     if settings.server.workers > 1:
         yield _try("workers", lambda: _look_at_workers(settings))
 
@@ -253,11 +257,23 @@ async def _look_at_counters(settings: Settings) -> str:
         await store.store.close()
 
 
+async def _look_at_replica(url: str) -> str:
+    engine = open_engine(url, setting="catalog.replicas", writes=False, reads_only=True)
+    try:
+        async with engine.connect() as connection:
+            version = (await connection.execute(select(policy_state.c.version))).scalar_one()
+        return f"{shown(url)}: version {version}"
+    except (SQLAlchemyError, OSError) as error:
+        raise SettingsError(f"{shown(url)} does not answer as a replica of the catalog: {reason_of(error)}") from None
+    finally:
+        await engine.dispose()
+
+
 async def _read_catalog(url: str) -> str:
     catalog = await SqlCatalog.open(url)
     try:
         tiers = await catalog.list_tiers()
-        return f"{url}: version {await catalog.version()}, {len(tiers)} tiers"
+        return f"{shown(url)}: version {await catalog.version()}, {len(tiers)} tiers"
     finally:
         await catalog.close()
 

@@ -123,7 +123,10 @@ def _collect_guarded(metrics: Metrics, counters: GuardedCounters) -> None:
     )
     # A check behind an open breaker met no error: it was not put to the store.
     metrics.add_errors(
-        lambda: [(f"redis_{reason}", count) for reason, count in counters.degraded.items() if reason != "breaker_open"]
+        lambda: [
+            *((f"redis_{reason}", 0) for reason in ("timeout", "disconnected")),
+            *((f"redis_{reason}", count) for reason, count in counters.degraded.items() if reason != "breaker_open"),
+        ]
     )
     metrics.add_labelled_gauge(
         "rate_limiter_breaker_state",

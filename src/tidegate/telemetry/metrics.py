@@ -26,6 +26,16 @@ OTHER: Final = "(other)"
 
 # The names of the errors in the requirement; any other error counts under its code in lower case.
 _ERROR_TYPES: Final = {"CATALOG_UNAVAILABLE": "db_connection"}
+# Told from the beginning as 0: the first error of a series that was not there before is no rise to `rate()`.
+_KNOWN_ERRORS: Final = (
+    "api_key_expired",
+    "api_key_revoked",
+    "bad_request",
+    "db_connection",
+    "invalid_api_key",
+    "missing_api_key",
+    "store_unavailable",
+)
 
 
 class Metrics:
@@ -185,7 +195,7 @@ class Metrics:
             "Checks refused for another reason than a limit, or decided without the store.",
             labels=["type"],
         )
-        found = dict(self.errors)
+        found = dict.fromkeys(_KNOWN_ERRORS, 0) | self.errors
         for source in self._error_sources:
             found.update(source())
         for kind, count in sorted(found.items()):
