@@ -113,7 +113,8 @@ async def test_a_thousand_checks_in_a_batch(gate: Gate, listen: Callable[..., An
 
 async def test_chunked_body_is_bounded_too(gate: Gate, listen: Callable[..., Any]) -> None:
     async def chunks() -> Any:
-        for _ in range(20):
+        # No more than it takes: a client that is still sending when it is refused may see the connection go before the answer.
+        for _ in range(9):
             yield b" " * 8192
 
     async def small() -> Any:

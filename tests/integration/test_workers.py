@@ -138,7 +138,7 @@ def test_every_worker_answers_and_metrics_are_of_all(start: Callable[..., Any]) 
             assert 'rate_limiter_latency_seconds_bucket{le="+Inf"} 300.0\n' in text
             assert f"rate_limiter_workers {WORKERS}.0\n" in text
             assert "rate_limiter_policy_valid 1.0\n" in text
-            assert re.search(r"^rate_limiter_policy_version 1\.[0-9]+e\+012$", text, re.MULTILINE), (
+            assert re.search(r"^rate_limiter_policy_version 1\.[0-9]+e\+0?12$", text, re.MULTILINE), (
                 "ms since the epoch, not a sum"
             )
             assert text.count("# TYPE rate_limiter_requests_total ") == 1

@@ -42,6 +42,12 @@ class Connection(psycopg.AsyncConnection[Any]):
         """Whoever gives up a query gives up its connection: asking a frozen server to cancel it would take seconds."""
         self._cut()
 
+    def __del__(self, *_: object) -> None:
+        """One whose maker was cancelled is closed by nobody else; psycopg would warn of it, and we know."""
+        pgconn = getattr(self, "pgconn", None)
+        if pgconn is not None:
+            pgconn.finish()
+
     def _cut(self) -> None:
         try:
             # A copy of the descriptor: libpq closes its own when it sees the end.
