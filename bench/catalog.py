@@ -168,13 +168,16 @@ async def cold_start(stack: Stack, rate: int, seconds: float, label: str) -> Fig
         # From when it was due: what waits in the loop is part of what a client sees.
         taken.append(loop.time() - due)
 
-    tasks = []
+    # Not kept beyond their end: a server does not either, and the collector would look at all of them.
+    tasks: set[asyncio.Task[None]] = set()
     started = loop.time()
     for number, key in enumerate(stack.keys[: round(rate * seconds)]):
         due = started + number / rate
         if due > loop.time():
             await asyncio.sleep(due - loop.time())
-        tasks.append(asyncio.ensure_future(ask(key, due)))
+        task = asyncio.ensure_future(ask(key, due))
+        tasks.add(task)
+        task.add_done_callback(tasks.discard)
     await asyncio.gather(*tasks)
     took = loop.time() - started
     await shared.settle()
