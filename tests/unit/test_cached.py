@@ -603,3 +603,27 @@ async def test_changes_under_load_leave_nothing_old(clock: Seconds) -> None:
     await asyncio.gather(*checks)
     assert wrong == []
     assert held.count(KEY) > 80, "nearly every key was asked for before and after its change"
+
+
+async def test_a_fresh_tier_is_waited_for() -> None:
+    """Whoever changed a tier is not answered with the one of before, however slow the catalog is."""
+    catalog = PolicyCatalog(parse_policy('[[tiers]]\nname = "t"\nlimits = ["10/hour"]\n'))
+    cached = CachedCatalog(catalog)
+    assert await cached.fresh_tier("t") is await cached.tier("t")
+    slow = asyncio.Event()
+    asked = catalog.tier
+
+    async def after_a_while(name: str, least: int = 0) -> Tier | None:
+        await slow.wait()
+        return await asked(name, least)
+
+    catalog.tier = after_a_while  # type: ignore[method-assign]
+    before = await cached.tier("t")
+    cached.touched(1, [(TIER, "t")])
+    assert await cached.tier("t") is before, "a check takes the one of before where the new one does not come at once"
+    waiting = asyncio.create_task(cached.fresh_tier("t"))
+    await asyncio.sleep(0.01)
+    assert not waiting.done()
+    slow.set()
+    assert await waiting is not before
+    assert await cached.fresh_tier("none") is None

@@ -218,6 +218,23 @@ class CachedCatalog:
         held = await self._tier(name)
         return None if held is None else held.compiled
 
+    async def fresh_tier(self, name: str) -> CompiledTier | None:
+        """As `tier`, but nothing past its time stands in: for those who changed it, and can wait.
+
+        Args:
+            name: the tier's name.
+
+        Returns:
+            The tier; None where it is unknown.
+
+        Raises:
+            CatalogUnavailable: if the catalog fails.
+        """
+        entry = self._tiers.entries.get(name)
+        fresh = entry is not None and entry[0] > self._clock()
+        held = entry[1] if entry is not None and fresh else await asyncio.shield(self._flight(self._tiers, name, self._load_tier))
+        return None if held is None else held.compiled
+
     async def tier_names(self) -> list[str]:
         """All tiers there are. Not cached: no check asks for them.
 

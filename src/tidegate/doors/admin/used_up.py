@@ -67,7 +67,7 @@ async def used_up_in_tier(editor: CatalogEditor, gate: Gate, tier: str, rule: st
     Raises:
         CatalogUnavailable: if the catalog does not answer.
     """
-    compiled = await gate.catalog.tier(tier)
+    compiled = await gate.catalog.fresh_tier(tier)
     if compiled is None:
         return []
     found = next((each for each in compiled.rules if each.rule.name == rule), None)
