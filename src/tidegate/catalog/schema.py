@@ -60,6 +60,8 @@ async def upgrade_schema(url: str, engine: AsyncEngine) -> str:
         SettingsError: if the database cannot be opened or written, or is too new for this version.
     """
     try:
+        if not is_postgres(url):
+            _open_once(engine.url.database)
         async with engine.connect() as connection:
             ready = await connection.run_sync(_usable, url)
     except (SQLAlchemyError, sqlite3.Error, OSError) as error:
@@ -158,6 +160,12 @@ def migration_config(connection: Connection) -> Config:
     config.set_main_option("script_location", str(resources.files("tidegate.catalog").joinpath("migrations")).replace("%", "%%"))
     config.attributes["connection"] = connection
     return config
+
+
+def _open_once(file: str | None) -> None:
+    """Raise what SQLite says of a file that cannot be opened. Said by aiosqlite, it would come from a thread that outlives us."""
+    if file and file != ":memory:":
+        sqlite3.connect(file).close()
 
 
 async def _change(url: str, engine: AsyncEngine, change: Callable[[Connection], str], tries: int) -> str:
