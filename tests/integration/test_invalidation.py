@@ -24,7 +24,6 @@ import pytest
 from tests.servers.postgres import PostgresServer
 from tests.servers.redis_server import RedisServer
 from tests.servers.tcp_proxy import TcpProxy
-from tidegate.catalog.following import QUIET_POLL_S
 from tidegate.catalog.postgres_channel import PostgresChannel
 from tidegate.counters.redis.channel import ASK_S, CATALOG, RedisChannel
 from tidegate.counters.redis.connection import STALL_S
@@ -258,11 +257,11 @@ async def until(holds: Callable[[], Awaitable[bool]], within_s: float = 20.0) ->
     return time.monotonic() - began
 
 
-def tidegate(server: Any, *arguments: str) -> None:
+def tidegate(server: Any, *arguments: str, **environment: str) -> None:
     ended = subprocess.run(
         [sys.executable, "-m", "tidegate", *arguments],
         cwd=server.directory,
-        env=server.environment,
+        env={**server.environment, **environment},
         capture_output=True,
         text=True,
         timeout=60,
@@ -292,12 +291,13 @@ async def test_every_change_is_in_force_everywhere(
     several = {"TIDEGATE_SERVER__WORKERS": "2"} if "redis" in stack else {}
     servers = await start({**environment, "TIDEGATE_POLICY__FILE": str(file)}, {**environment, **several}, environment)
     admin, elsewhere = servers[0].admin, servers[2].admin
-    by_api, by_command, by_other, limited, moved = [await admin.key(name=f"n{number}") for number in range(5)]
+    by_api, by_command, unannounced, by_other, limited, moved = [await admin.key(name=f"n{number}") for number in range(6)]
     took: dict[str, float] = {}
     async with Load(
         servers,
         by_api=body(by_api),
         by_command=body(by_command),
+        unannounced=body(unannounced),
         by_other=body(by_other),
         limited=body(limited),
         moved=body(moved),
@@ -310,6 +310,10 @@ async def test_every_change_is_in_force_everywhere(
         took["revoked elsewhere"] = await load.in_force("by_other", await elsewhere.revoke(by_other), refused)
         await asyncio.to_thread(tidegate, servers[0], "keys", "revoke", by_command["id"], "--reason", "over")
         took["revoked by command"] = await load.in_force("by_command", time.time(), refused)
+        # By somebody who knows nothing of the Redis that the instances listen to.
+        revoke = ("keys", "revoke", unannounced["id"], "--reason", "over")
+        await asyncio.to_thread(tidegate, servers[0], *revoke, TIDEGATE_COUNTERS__URL="memory://")
+        took["revoked unannounced"] = await load.in_force("unannounced", time.time(), refused)
         limits = {"limits": ["550000/day"], "overrides": []}
         await admin.ask("PUT", f"/api-keys/{moved['id']}/overrides", **limits)
         took["limit of a key"] = await load.in_force("moved", time.time(), lambda answer: answer.told.get("limit") == 550_000)
@@ -382,7 +386,7 @@ async def test_messages_that_redis_loses_are_caught(
     assert took["down"] < POLL_S + PROMISE_S
     assert took["cut"] < POLL_S + PROMISE_S
     # Until its connection is found out, it relies on it.
-    assert took["stalled"] < ASK_S + STALL_S + POLL_S + PROMISE_S < QUIET_POLL_S
+    assert took["stalled"] < ASK_S + STALL_S + POLL_S + PROMISE_S
 
 
 async def test_a_channel_that_comes_back_brings_what_was_missed(
