@@ -1,4 +1,4 @@
-"""What telemetry costs a check, beside prometheus_client's own counters; and what a scrape costs with 1,000 rules.
+"""What telemetry costs a check, beside prometheus_client's own counters; a scrape with 1,000 rules; a log line; a span.
 
     python -m bench.telemetry [--smoke]
 
@@ -9,17 +9,25 @@ what ours does at the least: one labelled counter and one histogram, with childr
 from __future__ import annotations
 
 import argparse
+import logging
+import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from prometheus_client import CollectorRegistry, Counter, Histogram
 
 from bench.measure import Goal, report
-from tidegate.decision import Decision, Observation
+from tidegate.decision import Check, Decision, Observation
 from tidegate.latency import BUCKETS_S
 from tidegate.limits import Algorithm, Limit, LimitSet
+from tidegate.telemetry.access import AccessLog
+from tidegate.telemetry.logs import configure_logging
 from tidegate.telemetry.metrics import Metrics
+from tidegate.telemetry.requests import CURRENT, Request
+from tidegate.telemetry.tracing import Tracing
 from tidegate.telemetry.violations import Violations
 
 RULES = 1000
@@ -72,6 +80,37 @@ def peer() -> Callable[[Observation], None]:
     return observe
 
 
+def traced(sample: float) -> Callable[[Observation], None]:
+    """As a server has it that traces a share of the checks; spans are made and thrown away."""
+    own, tracing = ours(), Tracing("", sample, InMemorySpanExporter())
+
+    def observe(seen: Observation) -> None:
+        own(seen)
+        tracing.observe(seen)
+
+    return observe
+
+
+def line_us(count: int) -> float:
+    """CPU µs of one line of the access log, the writing of it included."""
+    with Path(os.devnull).open("w") as nowhere:
+        writer = configure_logging("info", "json", stream=nowhere)
+        access, request = (
+            AccessLog(1.0),
+            Request({"traceparent": "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"}, True),
+        )
+        request.check, request.seen = Check.of("/api/v1/items"), checks(1, 1)[0]
+        token = CURRENT.set(request)
+        started = time.process_time()
+        for _ in range(count):
+            access.write(request, "/v1/authorize", 204, 400_000)
+        writer.close()
+        taken = time.process_time() - started
+        logging.getLogger().handlers.clear()
+        CURRENT.reset(token)
+    return taken / count * 1e6
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smoke", action="store_true", help="the smallest size: that it works, not how fast")
@@ -102,6 +141,12 @@ def main() -> None:
         taken.append(time.process_time() - started)
     figures.append((f"a scrape with {RULES:,} rules, ms CPU", statistics.median(taken) * 1e3, None))
     figures.append((f"/metrics with {RULES:,} rules, kB", len(exposition) / 1e3, None))
+    figures.append(("a line of the access log, µs CPU", line_us(1000 if smoke else 20_000), None))
+    seen = checks(1, count // 10)
+    plain = statistics.median(per_call_ns(ours(), seen) for _ in range(3))
+    for sample in (0.01, 1.0):
+        taken_ns = statistics.median(per_call_ns(traced(sample), seen) for _ in range(3))
+        figures.append((f"tracing {sample:.0%} of the checks, added to each, µs CPU", (taken_ns - plain) / 1e3, None))
     report("telemetry", "What telemetry costs", figures, smoke=smoke)
 
 

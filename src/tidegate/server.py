@@ -12,7 +12,7 @@ import hashlib
 import logging
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import uvloop
 from granian.constants import Interfaces
@@ -24,6 +24,7 @@ from tidegate.catalog.following import Follower
 from tidegate.catalog.policy_file import load_policy
 from tidegate.catalog.tokens import first_token
 from tidegate.catalog.watch import watch_policy
+from tidegate.counters import CounterStore
 from tidegate.counters.factory import open_counters
 from tidegate.counters.guarded import GuardedCounters
 from tidegate.counters.memory import MemoryCounters
@@ -38,10 +39,15 @@ from tidegate.listening import Listener, admin_address, free_address, join_addre
 from tidegate.opening import open_catalog, open_channel, share_catalog
 from tidegate.policy import Policy
 from tidegate.settings import Settings, parse_address
+from tidegate.telemetry.access import AccessLog
 from tidegate.telemetry.collected import collect_cache, collect_counters, collect_violations
 from tidegate.telemetry.health import Health
+from tidegate.telemetry.logs import lines_dropped
 from tidegate.telemetry.metrics import Metrics
 from tidegate.telemetry.violations import Violations, ViolationWriter
+
+if TYPE_CHECKING:
+    from tidegate.telemetry.tracing import Tracing
 
 logger = logging.getLogger(__name__)
 
@@ -74,6 +80,7 @@ class Instance:
         self.admin_address = ""
         self.first_token: str | None = None
         self._admin: Listener | None = None
+        self._tracing: Tracing | None = None
         self._stack = contextlib.AsyncExitStack()
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -113,7 +120,8 @@ class Instance:
             stale_if_error_s=settings.cache.stale_if_error_s,
             max_keys=settings.cache.max_keys,
         )
-        gate = Gate(self.cached, self.counters, self._observer())
+        access = AccessLog(settings.server.access_log_sample) if settings.server.access_log_sample else None
+        gate = Gate(self.cached, self._counted(), self._observer(access))
         self.data_plane = DataPlane(
             gate,
             {
@@ -126,11 +134,13 @@ class Instance:
             self.metrics.observe,
             TrustedProxies(settings.server.trusted_proxies),
             settings.server.body_timeout_s,
+            access,
         )
         collect_cache(self.metrics, self.cached, shared, self.catalog.database)
         collect_counters(self.metrics, self.counters)
         self.metrics.add_gauge("rate_limiter_policy_version", "Version of the catalog in force.", lambda: self.cached.version)
         self.metrics.add_gauge("rate_limiter_in_flight", "Requests being answered.", lambda: self.data_plane.in_flight)
+        self.metrics.add_counter("rate_limiter_log_lines_dropped", "Log lines that nobody took.", lines_dropped)
         self.cached.changed(await source.changes(0))
         self.follower = Follower(source, self.cached, settings.catalog.poll_s, channel)
         self._spawn(self.follower.run(), "following the catalog")
@@ -149,24 +159,52 @@ class Instance:
         gc.freeze()
         logger.info("listening on http://%s", self.address)
 
-    def _observer(self) -> Observer:
-        """What is told of every check: metrics, and violations where they are kept."""
-        settings, count = self.settings.violations, self.metrics.observe
-        if not settings.enabled:
-            return count
+    def _observer(self, access: AccessLog | None) -> Observer:
+        """What is told of every check: metrics; violations, the access log and traces where they are kept."""
+        told: list[Observer] = [self.metrics.observe]
+        if self.settings.violations.enabled:
+            told.append(self._violations())
+        if access is not None:
+            told.append(access.observe)
+        if self._tracing is not None:
+            told.append(self._tracing.observe)
+        if len(told) == 1:
+            return told[0]
+        if len(told) == 2:
+            count, note = told
+
+            def observe_two(seen: Observation) -> None:
+                count(seen)
+                note(seen)
+
+            return observe_two
+
+        def observe(seen: Observation) -> None:
+            for each in told:
+                each(seen)
+
+        return observe
+
+    def _violations(self) -> Observer:
+        settings = self.settings.violations
         violations = Violations(settings.max_entries)
         writer = ViolationWriter(violations, self.catalog.database, settings.flush_s, settings.keep_days)
         collect_violations(self.metrics, writer)
         self._spawn(writer.run(), "writing violations")
         # Behind the catalog in the list, and so before it at the end.
         self._stack.push_async_callback(writer.flush)
-        note = violations.observe
+        return violations.observe
 
-        def observe(seen: Observation) -> None:
-            count(seen)
-            note(seen)
+    def _counted(self) -> CounterStore:
+        """The counters as the gate asks them: where checks are traced, each call is noted."""
+        if not self.settings.tracing.endpoint:
+            return self.counters
+        # Imported here: who does not trace needs no OpenTelemetry, and pays neither time nor memory for it.
+        from tidegate.telemetry.tracing import Tracing
 
-        return observe
+        self._tracing = Tracing(self.settings.tracing.endpoint, self.settings.tracing.sample)
+        self._stack.push_async_callback(self._tracing.close)
+        return self._tracing.counters(self.counters)
 
     async def _start_admin(self, gate: Gate, host: str, port: int) -> None:
         # Imported here: who switches the control plane off pays neither time nor memory for its framework.

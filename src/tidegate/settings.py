@@ -30,6 +30,8 @@ class ServerSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         trusted_proxies: networks whose forwarding headers are believed.
         body_timeout_s: how long a request body may take, s.
         log_level: debug, info, warning or error.
+        log_format: json (one line an event, Elastic Common Schema), text, or auto: text for a terminal, else json.
+        access_log_sample: share of the requests to the data plane's /v1/ that are logged, 0 to 1.
     """
 
     http: str = "127.0.0.1:8080"
@@ -40,6 +42,8 @@ class ServerSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     trusted_proxies: tuple[str, ...] = ("127.0.0.0/8", "::1/128")
     body_timeout_s: float = 10.0
     log_level: str = "info"
+    log_format: str = "auto"
+    access_log_sample: float = 0.0
 
 
 class PolicySettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -149,6 +153,18 @@ class ViolationSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
     max_entries: int = 10_000
 
 
+class TracingSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """`[tracing]`: OpenTelemetry, with the extra `otel`.
+
+    Args:
+        endpoint: where spans go, OTLP over HTTP, such as `http://127.0.0.1:4318/v1/traces`; without one there is no tracing.
+        sample: share of the checks that are traced where the caller's `traceparent` does not say.
+    """
+
+    endpoint: str | None = None
+    sample: float = 0.01
+
+
 class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """All settings; each section is a record above."""
 
@@ -160,6 +176,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     cache: CacheSettings = CacheSettings()
     admin: AdminSettings = AdminSettings()
     violations: ViolationSettings = ViolationSettings()
+    tracing: TracingSettings = TracingSettings()
 
     @property
     def policy_path(self) -> Path | None:
@@ -174,6 +191,7 @@ _RANGES: Final[Mapping[str, tuple[float, float]]] = {
     "server.workers": (1, 1024),
     "server.drain_s": (0, 3600),
     "server.body_timeout_s": (0.1, 3600),
+    "server.access_log_sample": (0, 1),
     "catalog.max_replica_lag_s": (0.1, 86_400),
     "catalog.pool_size": (1, 1000),
     "catalog.timeout_s": (0.05, 60),
@@ -192,10 +210,12 @@ _RANGES: Final[Mapping[str, tuple[float, float]]] = {
     "violations.flush_s": (0.1, 3600),
     "violations.keep_days": (1, 3650),
     "violations.max_entries": (100, 1_000_000),
+    "tracing.sample": (0, 1),
 }
 _CHOICES: Final[Mapping[str, tuple[str, ...]]] = {
     "counters.on_failure": ("local", "allow", "deny"),
     "server.log_level": ("debug", "info", "warning", "error"),
+    "server.log_format": ("auto", "json", "text"),
 }
 
 

@@ -108,7 +108,9 @@ class Follower:
         self.failing = False
         if changes.version != self._cached.version:
             self._cached.changed(changes)
-            logger.info("catalog version %d is in force", changes.version)
+            logger.info(
+                "catalog version %d is in force", changes.version, extra={"ecs": {"tidegate.policy_version": changes.version}}
+            )
         return True
 
     @property

@@ -60,13 +60,13 @@ class Replica:
         """
         if self.out is None:
             self.ejections += 1
-            logger.warning("the replica %s is left out: %s", self.name, why)
+            logger.warning("the replica %s is left out: %s", self.name, why, extra={"ecs": {"tidegate.replica": self.name}})
         self.out = why
 
     def take_back(self) -> None:
         """Ask it again."""
         if self.out is not None:
-            logger.info("the replica %s is asked", self.name)
+            logger.info("the replica %s is asked", self.name, extra={"ecs": {"tidegate.replica": self.name}})
         self.out = None
 
 

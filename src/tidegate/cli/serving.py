@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
 import os
 import sys
 import tempfile
@@ -32,6 +31,7 @@ from tidegate.errors import SettingsError, TidegateError
 from tidegate.listening import free_address
 from tidegate.server import Instance, require_shared_counters, run
 from tidegate.settings import Settings
+from tidegate.telemetry.logs import configure_logging
 from tidegate.workers import Seat, supervise, work
 
 _ASK_TIMEOUT_S = 5.0
@@ -64,12 +64,7 @@ def serve(
     """
     seat = Seat.taken(os.environ)
     settings = read_settings(config)
-    logging.basicConfig(
-        level=settings.server.log_level.upper(),
-        format=f"%(asctime)s %(levelname)s {'' if seat is None else f'worker {seat.number} '}%(name)s: %(message)s",
-        stream=sys.stderr,
-    )
-    logging.getLogger("alembic").setLevel(logging.WARNING)
+    configure_logging(settings.server.log_level, settings.server.log_format, None if seat is None else seat.number)
 
     def tell_token(instance: Instance) -> None:
         if instance.first_token is not None:

@@ -227,7 +227,7 @@ class GuardedCounters:
             breaker = self.breakers.get(shard)
             if breaker is not None:
                 if breaker.state is not BreakerState.CLOSED:
-                    logger.info("Redis shard %s is asked again", shard)
+                    logger.info("Redis shard %s is asked again", shard, extra={"ecs": {"tidegate.shard": shard}})
                 breaker.succeeded()
 
     def _failed(self, charge: Charge, error: StoreUnavailable) -> Outcome:
@@ -242,7 +242,13 @@ class GuardedCounters:
             was = breaker.state
             breaker.failed(now, error.details.get("event"))
             if breaker.state is BreakerState.OPEN and was is not BreakerState.OPEN:
-                logger.error("Redis shard %s is left alone for %g s: %s", shard, breaker.options.open_s, error)
+                logger.error(
+                    "Redis shard %s is left alone for %g s: %s",
+                    shard,
+                    breaker.options.open_s,
+                    error,
+                    extra={"ecs": {"tidegate.shard": shard, "error.code": error.code}},
+                )
         return self._fallback(charge, str(error.details.get("reason", "error")), error)
 
     def _fallback(self, charge: Charge, reason: str, error: StoreUnavailable | None = None) -> Outcome:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Mapping
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Any, Final, Protocol
 
 import msgspec
@@ -19,6 +20,8 @@ from tidegate.doors.answers import Headers, decision_body, encode, error_body, l
 from tidegate.doors.client_address import TrustedProxies, peer_address
 from tidegate.errors import BadRequest, RequestTooLarge, TidegateError
 from tidegate.gate import Gate, Observer
+from tidegate.telemetry.access import AccessLog
+from tidegate.telemetry.requests import CURRENT, REQUEST_ID, Request, current
 
 logger = logging.getLogger(__name__)
 
@@ -135,6 +138,7 @@ class DataPlane:
         observe: is told of requests that were refused before the gate.
         trusted: whose forwarding headers are believed.
         body_timeout_s: how long a body may take.
+        access: writes about a sample of the requests; None for no such log.
     """
 
     def __init__(
@@ -144,6 +148,7 @@ class DataPlane:
         observe: Observer | None = None,
         trusted: TrustedProxies | None = None,
         body_timeout_s: float = BODY_TIMEOUT_S,
+        access: AccessLog | None = None,
     ) -> None:
         self.draining = False
         self.in_flight = 0
@@ -153,6 +158,7 @@ class DataPlane:
         self._observe = observe
         self._trusted = trusted or TrustedProxies()
         self._body_timeout_s = body_timeout_s
+        self._access = access
 
     async def __rsgi__(self, scope: _Scope, proto: Any) -> None:
         """Answer one request."""
@@ -160,6 +166,15 @@ class DataPlane:
             proto.close(404)
             return
         self.in_flight += 1
+        request = Request(scope.headers)
+        # Granian runs each request in a task of its own: nobody else sees it, and nothing is to be put back.
+        CURRENT.set(request)
+        access = self._access
+        # Probes and scrapes are nobody's requests.
+        if access is not None and scope.path.startswith("/v1/") and access.wants():
+            request.wanted = True
+            proto = _Noted(proto)
+            started_ns = time.perf_counter_ns()
         try:
             path = scope.path
             if path == "/v1/authorize":
@@ -176,10 +191,13 @@ class DataPlane:
             self._refuse(proto, error)
         except Exception:
             logger.exception("a request met a fault that nobody foresaw")
-            self._refuse(proto, Unforeseen("this request met a fault of the limiter: see its log"))
+            self._refuse(proto, Unforeseen(f"this request met a fault of the limiter: its log tells of {request.id}"))
         finally:
             self.in_flight -= 1
             self.answered += 1
+            if access is not None and request.wanted:
+                access.write(request, scope.path[:200], proto.status, time.perf_counter_ns() - started_ns)
+            request.over = True
 
     async def _authorize(self, scope: _Scope, proto: Any) -> None:
         self._allow_methods(scope, ("GET", "HEAD"))
@@ -197,6 +215,7 @@ class DataPlane:
             check = Check.of(uri, method, self._key(headers), self._ip(headers, peer, trusted))
         except BadRequest as error:
             raise self._seen(error) from None
+        _note(check)
         try:
             decision = await self._gate.check(check)
         except TidegateError as error:
@@ -220,6 +239,7 @@ class DataPlane:
             raise self._seen(BadRequest("the body is not a check: it is not UTF-8")) from None
         except BadRequest as error:
             raise self._seen(error) from None
+        _note(check)
         decision = await self._gate.check(check)
         headers_out = limit_headers(decision)
         headers_out.append(_JSON)
@@ -338,12 +358,17 @@ class DataPlane:
 
     def _seen(self, error: TidegateError) -> TidegateError:
         """Tell telemetry of an error that the gate will not see."""
+        seen = Observation(None, error.code, 0)
         if self._observe is not None:
-            self._observe(Observation(None, error.code, 0))
+            self._observe(seen)
+        if self._access is not None:
+            self._access.observe(seen)
         return error
 
     def _refuse(self, proto: Any, error: TidegateError) -> None:
         headers = [_JSON, ("x-tidegate-error", error.code)]
+        if (request := current()) is not None:
+            headers.append((REQUEST_ID, request.id))
         if isinstance(error, MethodNotAllowed):
             headers.append(("allow", ", ".join(error.details["allow"])))  # type: ignore[arg-type]
         if isinstance(error, RequestTooLarge | BodyTooSlow):
@@ -359,3 +384,32 @@ class DataPlane:
         if self.draining:
             headers.append(("connection", "close"))
         proto.response_empty(status, headers)
+
+
+class _Noted:
+    """The answering side of a request that somebody wants to know the status of."""
+
+    def __init__(self, proto: Any) -> None:
+        self._proto = proto
+        self.status = 0
+
+    def __call__(self) -> Any:
+        return self._proto()
+
+    def __aiter__(self) -> AsyncIterator[bytes]:
+        return self._proto.__aiter__()  # type: ignore[no-any-return]
+
+    def response_bytes(self, status: int, headers: Headers, body: bytes) -> None:
+        self.status = status
+        self._proto.response_bytes(status, headers, body)
+
+    def response_empty(self, status: int, headers: Headers) -> None:
+        self.status = status
+        self._proto.response_empty(status, headers)
+
+
+def _note(check: Check) -> None:
+    """Let whoever writes about this request know what it asks."""
+    request = current()
+    if request is not None:
+        request.check = check

@@ -317,18 +317,23 @@ class Connection(asyncio.Protocol):
             except (OSError, StoreUnavailable, TimeoutError) as error:
                 why = getattr(error, "message", None) or str(error) or "it did not answer in time"
                 if failures == 0:
-                    logger.warning("Redis at %s: %s", self.endpoint, why)
+                    logger.warning("Redis at %s: %s", self.endpoint, why, extra=self._told)
                 self.drop(why)
                 failures += 1
             else:
                 if failures:
-                    logger.info("Redis at %s is back", self.endpoint)
+                    logger.info("Redis at %s is back", self.endpoint, extra=self._told)
                 failures = 0
                 await self._gone.wait()
-                logger.warning("Redis at %s was lost: %s", self.endpoint, self.why_down)
+                logger.warning("Redis at %s was lost: %s", self.endpoint, self.why_down, extra=self._told)
             # Jittered, so that many instances do not come back at once.
             pause_s = min(_FIRST_PAUSE_S * 2 ** min(failures, 10), _LONGEST_PAUSE_S)
             await asyncio.sleep(pause_s * random.uniform(0.5, 1.0))
+
+    @property
+    def _told(self) -> dict[str, dict[str, str]]:
+        """What a log line about this connection says beside its text."""
+        return {"ecs": {"server.address": str(self.endpoint)}}
 
     async def _connect(self) -> None:
         options = self._options

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any, Final, TypeAlias
 
@@ -13,6 +14,7 @@ from tidegate.doors.answers import ceil_s, encode, error_body
 from tidegate.doors.client_address import TrustedProxies
 from tidegate.doors.limiter import Limiter
 from tidegate.errors import RequestTooLarge, TidegateError
+from tidegate.telemetry.requests import CURRENT, REQUEST_ID, Request
 
 logger = logging.getLogger(__name__)
 
@@ -102,27 +104,35 @@ class Guard:
         """Answer one request."""
         if scope["type"] != "http":
             return
-        started = False
+        headers = _headers(scope)
+        request = Request(headers)
+        CURRENT.set(request)
+        status, started_ns = 0, time.perf_counter_ns()
 
         async def send_on(message: MutableMapping[str, Any]) -> None:
-            nonlocal started
-            started = True
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message.get("headers", ()), (REQUEST_ID.encode(), request.id.encode())]
             await send(message)
 
         try:
-            headers = _headers(scope)
             if scope["path"].startswith(GUARDED) and scope["path"] not in OPEN:
                 scope.setdefault("state", {})["principal"] = await self._principal(scope, headers)
             body = await self._body(headers, receive)
             if body is not None:
                 await self._app(scope, _replay(body, receive), send_on)
         except TidegateError as error:
-            await answer_error(send, error)
+            await answer_error(send_on, error)
         except Exception:
             # The last one who can answer: without this, a fault would cut the connection without a word.
             logger.exception("the control plane failed at %s %s", scope["method"], scope["path"][:200])
-            if not started:
-                await answer_error(send, Fault("the control plane failed: its log says why"))
+            if not status:
+                await answer_error(send_on, Fault(f"the control plane failed: its log tells of {request.id}"))
+        finally:
+            if scope["method"] not in READING or status >= 500:
+                _tell(scope, status, time.perf_counter_ns() - started_ns)
+            request.over = True
 
     async def _principal(self, scope: Scope, headers: dict[str, str]) -> Principal:
         scheme, _, token = headers.get("authorization", "").partition(" ")
@@ -216,6 +226,21 @@ async def answer_error(send: Send, error: TidegateError) -> None:
     start = {"type": "http.response.start", "status": error.status}
     await send({**start, "headers": [(name.encode(), value.encode()) for name, value in headers.items()]})
     await send({"type": "http.response.body", "body": body})
+
+
+def _tell(scope: Scope, status: int, duration_ns: int) -> None:
+    """Log a request that changes something, or tried to; what it changed is in the audit log."""
+    principal = scope.get("state", {}).get("principal")
+    told = {
+        "event.dataset": "tidegate.admin",
+        "event.duration": duration_ns,
+        "http.request.method": scope["method"],
+        "http.response.status_code": status,
+        "url.path": scope["path"][:500],
+        "user.name": principal.name if isinstance(principal, Principal) else None,
+    }
+    told = {name: each for name, each in told.items() if each is not None}
+    logger.info("%s %s answered %d", scope["method"], scope["path"][:200], status, extra={"ecs": told})
 
 
 def _headers(scope: Scope) -> dict[str, str]:
