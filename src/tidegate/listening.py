@@ -17,6 +17,8 @@ from tidegate.errors import SettingsError
 from tidegate.settings import Settings, parse_address
 
 _HEADER_TIMEOUT_S: Final = 10.0
+_START_TIMEOUT_S: Final = 15.0
+_LOOK_S: Final = 0.005
 _MOST_HEADER_BYTES: Final = 64 * 1024
 """Beyond it the server itself answers 431, without the error form; up to it the data plane does, in its form."""
 
@@ -52,13 +54,32 @@ class Listener:
             log_enabled=False,
         )
         self._serving: asyncio.Task[None] | None = None
+        self._address = (host, port)
 
     async def start(self) -> None:
-        """Listen; returns when connections are taken."""
+        """Listen; returns when connections are taken.
+
+        Raises:
+            SettingsError: if none is within `_START_TIMEOUT_S`.
+        """
         self._serving = asyncio.create_task(self._server.serve())
-        await asyncio.sleep(0)
-        if self._serving.done():
-            self._serving.result()
+        # The server binds in a thread of its own and says nothing when it has: what a client would find out is tried.
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + _START_TIMEOUT_S
+        while True:
+            await asyncio.sleep(_LOOK_S)
+            if self._serving.done():
+                self._serving.result()
+            try:
+                _, writer = await asyncio.open_connection(*self._address)
+            except OSError as error:
+                if loop.time() > deadline:
+                    raise SettingsError(f"nothing can connect to {join_address(*self._address)}: {error}") from None
+            else:
+                writer.close()
+                with contextlib.suppress(OSError):
+                    await writer.wait_closed()
+                return
 
     async def stop(self, timeout_s: float) -> None:
         """Take no more connections, and wait for the requests in flight.

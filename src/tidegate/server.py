@@ -148,15 +148,16 @@ class Instance:
             self._spawn(_sweep(self.counters), "sweeping expired counters")
         if policy_path is not None:
             self._spawn(watch_policy(policy_path, self._apply_policy, self._policy_refused), "watching the policy file")
-        self._listener = Listener(self.data_plane, host, port)
-        await self._listener.start()
-        self.address = join_address(host, port)
         if admin is not None:
             await self._start_admin(gate, *admin)
         # What lives as long as the process is not looked at again by the collector: a full collection over a million counters
         # would stop every check for milliseconds.
         gc.collect()
         gc.freeze()
+        # The data plane last: whoever sees it ready may believe that all is.
+        self._listener = Listener(self.data_plane, host, port)
+        self.address = join_address(host, port)
+        await self._listener.start()
         logger.info("listening on http://%s", self.address)
 
     def _observer(self, access: AccessLog | None) -> Observer:
@@ -317,11 +318,6 @@ async def serve(settings: Settings, ready: Callable[[Instance], None] | None = N
         TidegateError: if it cannot start.
     """
     instance = Instance(settings)
-    try:
-        await instance.start()
-    except BaseException:
-        await instance.close()
-        raise
     stop, hurry = asyncio.Event(), asyncio.Event()
     loop = asyncio.get_running_loop()
 
@@ -330,10 +326,45 @@ async def serve(settings: Settings, ready: Callable[[Instance], None] | None = N
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, signalled)
+    if not await started(instance, stop):
+        return
     if ready is not None:
         ready(instance)
     await stop.wait()
     await instance.drain(hurry)
+
+
+async def started(instance: Instance, stop: asyncio.Event) -> bool:
+    """Start an instance, unless it is told to stop before it listens.
+
+    Args:
+        instance: to start; closed where it does not.
+        stop: set when it is told to stop.
+
+    Returns:
+        Whether it is started, and so is to be drained.
+
+    Raises:
+        TidegateError: if it cannot start.
+    """
+    starting = asyncio.ensure_future(instance.start())
+    told = asyncio.ensure_future(stop.wait())
+    try:
+        await asyncio.wait((starting, told), return_when=asyncio.FIRST_COMPLETED)
+        if not starting.done() and not instance.address:
+            starting.cancel()
+            await asyncio.wait((starting,))
+            await instance.close()
+            logger.info("stopped before it had started")
+            return False
+        # Once it listens, requests may be in flight: they are for the drain to finish.
+        await starting
+    except BaseException:
+        await instance.close()
+        raise
+    finally:
+        told.cancel()
+    return True
 
 
 def run(settings: Settings, ready: Callable[[Instance], None] | None = None) -> None:

@@ -32,7 +32,7 @@ import uvloop
 
 from tidegate.errors import SettingsError
 from tidegate.listening import admin_address, free_address, join_address
-from tidegate.server import Instance, require_shared_counters
+from tidegate.server import Instance, require_shared_counters, started
 from tidegate.settings import Settings
 from tidegate.telemetry.combined import combine
 
@@ -217,21 +217,18 @@ async def _work(settings: Settings, seat: Seat, ready: Callable[[Instance], None
                 return
             alone = True
             loop.remove_reader(channel)
-            # As if told: before the handlers below are set that ends the process, later it drains.
-            signal.raise_signal(signal.SIGTERM)
+            stop.set()
 
         loop.add_reader(channel, hear)
-        instance = Instance(settings, shares_port=True)
-        tally = Tally(seat, settings.server.workers, instance.metrics.exposition)
-        instance.exposition = tally.gather
-        try:
-            await instance.start()
-        except BaseException:
-            await instance.close()
-            raise
         # A second signal does not hurry a worker: service managers signal every process, and the supervisor passes its own on.
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stop.set)
+        instance = Instance(settings, shares_port=True)
+        tally = Tally(seat, settings.server.workers, instance.metrics.exposition)
+        instance.exposition = tally.gather
+        if not await started(instance, stop):
+            loop.remove_reader(channel)
+            return
         await tally.listen()
         ready(instance)
         with contextlib.suppress(OSError):  # the reader above sees the supervisor's end

@@ -53,9 +53,11 @@ def description(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     thread = threading.Thread(target=lambda: asyncio.run(run()))
     thread.start()
     assert started.wait(30)
-    yield schemathesis.openapi.from_url(f"http://{address[0]}/openapi.json")
-    stop.set()
-    thread.join(30)
+    try:
+        yield schemathesis.openapi.from_url(f"http://{address[0]}/openapi.json")
+    finally:
+        stop.set()
+        thread.join(30)
 
 
 def test_every_operation_is_described(description: Any) -> None:
