@@ -1,4 +1,4 @@
-"""The client's one body, for blocking code and for asyncio alike: whom to ask, how often, and what an answer means. No I/O here."""
+"""The client's one body, for blocking code and asyncio alike: whom to ask, how often, and what an answer means. No I/O here."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`Client` for blocking code, `AsyncClient` for asyncio. Both drive the steps of `asking`, and differ in how they send and sleep."""
+"""`Client` for blocking code, `AsyncClient` for asyncio. Both drive the steps of `asking`; only how they send and sleep differs."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Sending one question with a deadline for the whole of it, blocking and on asyncio, through httpcore's pools of connections.
 
-httpcore hands what stands as a timeout through to the network backend unread. The backends are ours (`network`), and what we let it
-hand through is the moment, on the monotonic clock, at which the time is over: so no sum of waits for single bytes can exceed it.
+httpcore hands what stands as a timeout through to the network backend unread. The backends are ours (`network`), and what we let
+it hand through is the moment, on the monotonic clock, at which the time is over: so no sum of waits for single bytes can exceed it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 import httpcore
 
-from tidegate.client.network import DeadlineBackend
+from tidegate.client.network import AsyncDeadlineBackend, DeadlineBackend
 from tidegate.client.steps import NoReply, Question, Reply
 
 
@@ -78,7 +78,7 @@ class AsyncConnections:
     def __init__(self, most: int, keepalive_s: float, tls: ssl.SSLContext | None) -> None:
         self._most = most
         self._pool: httpcore.AsyncConnectionPool | None = httpcore.AsyncConnectionPool(
-            network_backend=_AsyncBackend(), **_options(most, keepalive_s, tls)
+            network_backend=AsyncDeadlineBackend(), **_options(most, keepalive_s, tls)
         )
 
     async def send(self, question: Question) -> Reply | NoReply:

@@ -1,4 +1,4 @@
-"""The network beneath httpcore's pools: what it takes for a timeout is here the moment, monotonic s, at which the time is over."""
+"""The network beneath httpcore's pools: what they take for a timeout is here the moment at which the time is over."""
 
 # ruff: noqa: ARG002, ASYNC109 - the signatures are httpcore's
 
