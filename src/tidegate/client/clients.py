@@ -1,4 +1,4 @@
-"""`Client` for blocking code, `AsyncClient` for asyncio. Both drive the steps of `asking`; only how they send and sleep differs."""
+"""`Client` for blocking code, `AsyncClient` for asyncio. Both drive the steps of `asking`; they send and sleep differently."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Sending one question with a deadline for the whole of it, blocking and on asyncio, through httpcore's pools of connections.
 
 httpcore hands what stands as a timeout through to the network backend unread. The backends are ours (`network`), and what we let
-it hand through is the moment, on the monotonic clock, at which the time is over: so no sum of waits for single bytes can exceed it.
+it hand through is the moment, on the monotonic clock, at which the time is over: so no sum of short waits can exceed it.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """What an answer's headers say of limits: Tidegate's own, and those that other servers give.
 
-Read are, in this order: `RateLimit` and `RateLimit-Policy` of draft-ietf-httpapi-ratelimit-headers-10; `RateLimit` as earlier drafts
-had it (`limit=100, remaining=50, reset=5`); `RateLimit-Limit`, `-Remaining`, `-Reset` of the first ones; `X-RateLimit-*` and
-`X-Rate-Limit-*`, whose reset is seconds with some servers and unix time with others; and `Retry-After` of RFC 9110, as seconds or as a date.
+Read are, in this order: `RateLimit` and `RateLimit-Policy` of draft-ietf-httpapi-ratelimit-headers-10; `RateLimit` as earlier
+drafts had it (`limit=100, remaining=50, reset=5`); `RateLimit-Limit`, `-Remaining`, `-Reset` of the first ones; `X-RateLimit-*`
+and `X-Rate-Limit-*`, whose reset is seconds with some servers and unix time with others; and `Retry-After` of RFC 9110, as
+seconds or as a date.
 What is not understood is passed over: headers are advice, and no answer is lost for them.
 """
 
