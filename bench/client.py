@@ -2,8 +2,8 @@
 
     python -m bench.client [--smoke]
 
-One `tidegate serve` on loopback; all ask it over one connection that is kept alive, one question after the other, and the CPU time
-is that of the asking process alone. Rounds are interleaved; medians and the median of the ratios round by round are printed.
+One `tidegate serve` on loopback; all ask it over one connection that is kept alive, one question after another. The CPU time is
+that of the asking process alone. Rounds are interleaved; medians and the median of the ratios round by round are printed.
 """
 
 from __future__ import annotations
