@@ -78,7 +78,9 @@ def test_what_tidegate_writes_is_read_back() -> None:
     assert told.quotas == (Quota("100/minute", 100, 60, 0, 42.0), Quota("5000/day", 5000, 86400))
 
 
-@given(st.lists(st.tuples(st.sampled_from(NAMES), st.text(max_size=80) | st.text('";,=\\ rtqw0123456789', max_size=80)), max_size=8))
+@given(
+    st.lists(st.tuples(st.sampled_from(NAMES), st.text(max_size=80) | st.text('";,=\\ rtqw0123456789', max_size=80)), max_size=8)
+)
 def test_nothing_in_headers_is_an_error(headers: list[tuple[str, str]]) -> None:
     told = read_limit_headers(headers, NOW_S)
     for number in (told.limit, told.remaining, told.reset_after, told.retry_after):

@@ -98,12 +98,15 @@ class Asking:
         deadline_s: for one call, s, all its servers together.
         on_failure: what holds for checks when no server is heard.
         breaker: when a server that fails is left alone.
+        most: connections at once.
 
     Raises:
         SettingsError: naming the value and the remedy.
     """
 
-    def __init__(self, urls: str | Sequence[str], deadline_s: float, on_failure: OnFailure, breaker: BreakerOptions) -> None:
+    def __init__(
+        self, urls: str | Sequence[str], deadline_s: float, on_failure: OnFailure, breaker: BreakerOptions, most: int
+    ) -> None:
         listed = [urls] if isinstance(urls, str) else list(urls)
         if not listed:
             raise SettingsError("the client needs the URL of a server: give 'http://127.0.0.1:8080'")
@@ -111,6 +114,8 @@ class Asking:
             raise SettingsError(f"deadline_s {clip(deadline_s)} must be from 0.001 to 3600 seconds: 0.25 is usual")
         if on_failure not in get_args(OnFailure):
             raise SettingsError(f"on_failure {clip(on_failure)} is unknown: write 'allow', 'deny' or 'raise'")
+        if most < 1:
+            raise SettingsError(f"max_connections {clip(most)} must be 1 or more: 100 is usual")
         self._asked = [_Asked(url, breaker) for url in listed]
         self._deadline_s = deadline_s
         self._on_failure = on_failure
@@ -160,9 +165,11 @@ class Asking:
             raise told
         return told
 
-    def wait(self, check: Check, most_s: float) -> Steps[Answer]:
+    def wait(self, check: Check, at_most_s: float) -> Steps[Answer]:
         """Steps of a check that is repeated until it passes; see `Client.wait`."""
-        give_up_at = monotonic() + most_s
+        if not at_most_s >= 0:
+            raise BadRequest(f"at_most_s {clip(at_most_s)} must be 0 or more seconds: 30 is usual", field="at_most_s")
+        give_up_at = monotonic() + at_most_s
         while True:
             answer = yield from self.check(check)
             if answer.allowed or answer.retry_after is None:
@@ -221,9 +228,8 @@ class Asking:
             told = reply if isinstance(reply, NoReply) else _understood(reply, read)
             self._note(one, told if isinstance(told, NoReply) else None)
             if isinstance(told, CatalogUnavailable):
-                told = NoReply(
-                    f"answered {told.code}: {told.message}", sent=False
-                )  # it charged nothing: another may know the key
+                # It charged nothing, and another server may know the key.
+                told = NoReply(f"answered {told.code}: {told.message}", sent=False)
             if not isinstance(told, NoReply):
                 return told
             unheard.append(f"{one.server.url} {told.reason}")
@@ -246,9 +252,7 @@ class Asking:
                 one.failure = failure.reason
                 breaker.failed(monotonic())
             after = breaker.state
-        if after is before or (BreakerState.HALF_OPEN in (after, before) and after is BreakerState.OPEN):
-            return
-        if after is BreakerState.OPEN:
+        if before is BreakerState.CLOSED and after is BreakerState.OPEN:
             logger.warning(
                 "%s %s: it is asked again every %g s, and where no other server answers, on_failure=%r holds",
                 one.server.url,
@@ -256,7 +260,7 @@ class Asking:
                 breaker.options.open_s,
                 self._on_failure,
             )
-        elif after is BreakerState.CLOSED:
+        elif before is not BreakerState.CLOSED and after is BreakerState.CLOSED:
             logger.info("%s answers again", one.server.url)
 
     def _unheard(self, reason: str) -> Answer | TidegateError:

@@ -53,7 +53,7 @@ class Client:
         keepalive_s: float = 30.0,
         ssl_context: ssl.SSLContext | None = None,
     ) -> None:
-        self._asking = Asking(urls, deadline_s, on_failure, breaker)
+        self._asking = Asking(urls, deadline_s, on_failure, breaker, max_connections)
         self._connections = Connections(max_connections, keepalive_s, _trust(self._asking, ssl_context))
 
     def check(
@@ -182,7 +182,7 @@ class AsyncClient:
         keepalive_s: float = 30.0,
         ssl_context: ssl.SSLContext | None = None,
     ) -> None:
-        self._asking = Asking(urls, deadline_s, on_failure, breaker)
+        self._asking = Asking(urls, deadline_s, on_failure, breaker, max_connections)
         self._connections = AsyncConnections(max_connections, keepalive_s, _trust(self._asking, ssl_context))
 
     async def check(

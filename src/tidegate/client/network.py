@@ -24,7 +24,7 @@ def _why(error: OSError | UnicodeError) -> str:
         return f"it does not speak TLS as it should, {error.reason or 'it ended'}"
     if isinstance(error, socket.gaierror | UnicodeError):
         return "its name is not found"
-    return (error.strerror or type(error).__name__).lower()
+    return (error.strerror or str(error) or type(error).__name__).lower()
 
 
 def _left(by: float | None) -> float:
@@ -213,6 +213,8 @@ class _AsyncStream(httpcore.AsyncNetworkStream):
             raise httpcore.ReadError(_why(error)) from None
 
     async def write(self, buffer: bytes, timeout: float | None = None) -> None:
+        if self._transport.is_closing():
+            raise httpcore.WriteError("it ended")
         if buffer:
             self._transport.write(buffer)
 
