@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import pickle
+import re
 import subprocess
 import sys
 import threading
@@ -252,3 +253,14 @@ async def test_answers_can_be_kept(new_client: Callable[..., Asker]) -> None:
     """In a queue or a log: an answer is a plain record."""
     answer = await new_client("http://127.0.0.1:1", on_failure="deny").check("/a")
     assert pickle.loads(pickle.dumps(answer)) == answer
+
+
+def test_the_page_says_what_works(serve: Callable[..., Any]) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "python.md").read_text()
+    section = page.partition("## Client")[2].partition("## Middleware")[0]
+    blocks = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    program = "\n".join(blocks).replace("http://127.0.0.1:8080", serve("--demo").url) + "\nclient.close()\n"
+    done = subprocess.run([sys.executable, "-W", "error", "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("True 99 0.0\n200 (('ratelimit-policy', ")
+    assert done.stdout.endswith("3.0 0\n")

@@ -157,7 +157,7 @@ async def test_the_second_server_is_asked_where_the_first_takes_no_connection(
     answer = await new_client([NOBODY, alive]).check(**ASK)
     assert (answer.failed, answer.remaining) == (False, 2)
     with deaf_port() as port:
-        answer = await new_client([f"http://127.0.0.1:{port}", alive], deadline_s=3).check(**ASK)
+        answer = await new_client([f"http://127.0.0.1:{port}", alive], deadline_s=5).check(**ASK)
         assert (answer.failed, answer.remaining) == (False, 1)
         told = await new_client([f"http://127.0.0.1:{port}", NOBODY], deadline_s=0.4).check(**ASK)
     assert (
