@@ -31,7 +31,7 @@ from tidegate import (
     SettingsError,
     TidegateError,
 )
-from tidegate.client import AsyncClient, Client
+from tidegate.client import AsyncClient, BreakerOptions, Client
 from tidegate.doors.http import DataPlane
 
 
@@ -65,6 +65,17 @@ async def test_the_doors_cases_as_batches(
         else Answer(one.status, one.limit, one.remaining, one.rule, one.tier)
         for one in told
     ] == [expected for _, expected in steps]
+
+
+async def test_a_key_that_is_no_text(gate: Gate, listen: Callable[..., Any], new_client: Callable[..., Asker]) -> None:
+    asker = new_client(await listen(DataPlane(gate, {})))
+    with pytest.raises(InvalidApiKey):
+        await asker.check("/api/v1/a", api_key="half \ud800 of one")
+    told = await asker.check_many([Check.of("/api/v1/a", api_key=key) for key in ("\udc80", FREE)])
+    assert [type(one).__name__ for one in told] == ["InvalidApiKey", "Answer"]
+    with pytest.raises(BadRequest, match="path"):
+        await asker.check("/\ud800", ip="198.51.100.1")
+    assert not (await asker.check("/caf\xe9", ip="198.51.100.1")).failed
 
 
 async def test_batches_of_any_length(gate: Gate, listen: Callable[..., Any], new_client: Callable[..., Asker]) -> None:
@@ -232,6 +243,7 @@ def test_without_httpcore_it_says_what_to_install() -> None:
         ({"deadline_s": 0}, "deadline_s"),
         ({"on_failure": "local"}, "on_failure"),
         ({"max_connections": 0}, "max_connections"),
+        ({"breaker": BreakerOptions(failures=0)}, "1 failure or more"),
     ],
 )
 def test_wrong_arguments(arguments: dict[str, Any], message: str) -> None:

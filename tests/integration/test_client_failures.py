@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import uvloop
 
 from tests.cases.doors import FREE
 from tests.conftest import Serve, free_port
@@ -24,7 +25,7 @@ from tests.servers.certificates import Authority
 from tests.servers.tcp_proxy import TcpProxy
 from tidegate import BadRequest, Check, Gate, LimiterUnavailable, StoreUnavailable
 from tidegate.breaker import BreakerState
-from tidegate.client import BreakerOptions
+from tidegate.client import AsyncClient, BreakerOptions
 from tidegate.doors.http import DataPlane
 
 NOBODY = "http://127.0.0.1:1"
@@ -119,6 +120,29 @@ async def test_a_limiter_that_hangs_costs_the_deadline(
             await asker.usage(ip="203.0.113.7")
     finally:
         os.kill(server.process.pid, signal.SIGCONT)
+
+
+def test_on_uvloop(serve: Callable[..., Serve]) -> None:
+    """Another loop, with transports of its own."""
+    server = serve("--demo")
+
+    async def ask() -> None:
+        async with AsyncClient(server.url, deadline_s=20) as asker:
+            assert [(await asker.check("/login", "POST", ip="203.0.113.7")).remaining for _ in range(3)] == [4, 3, 2]
+            asker._asking._deadline_s = 0.3
+            os.kill(server.process.pid, signal.SIGSTOP)
+            try:
+                answers = await asyncio.gather(*(asker.check("/a", ip="203.0.113.7") for _ in range(4)))
+            finally:
+                os.kill(server.process.pid, signal.SIGCONT)
+            assert {answer.failure for answer in answers} == {f"{server.url} did not answer in time"}
+            asker._asking._deadline_s = 20
+            assert (await asker.check("/login", "POST", ip="203.0.113.7", cost=0)).remaining == 2
+            server.process.terminate()
+            server.stop_by_itself()
+            assert "took no connection" in ((await asker.check("/a")).failure or "")
+
+    uvloop.run(ask())
 
 
 async def test_the_deadline_is_for_the_whole_answer(dribbling: str, new_client: Callable[..., Asker]) -> None:

@@ -116,6 +116,8 @@ class Asking:
             raise SettingsError(f"on_failure {clip(on_failure)} is unknown: write 'allow', 'deny' or 'raise'")
         if most < 1:
             raise SettingsError(f"max_connections {clip(most)} must be 1 or more: 100 is usual")
+        if breaker.failures < 1 or not breaker.window_s > 0 or not breaker.open_s > 0:
+            raise SettingsError(f"breaker {breaker} must have 1 failure or more, and times above 0 seconds")
         self._asked = [_Asked(url, breaker) for url in listed]
         self._deadline_s = deadline_s
         self._on_failure = on_failure
@@ -132,7 +134,7 @@ class Asking:
 
     def check(self, check: Check) -> Steps[Answer]:
         """Steps of one check; see `Client.check`."""
-        told = yield from self._ask(b"POST", "/v1/check", _read_check, _encode(check), repeatable=check.cost == 0)
+        told = yield from self._ask(b"POST", "/v1/check", _read_check, _body_of(check), repeatable=check.cost == 0)
         answer = self._unheard(told.reason) if isinstance(told, NoReply) else told
         if isinstance(answer, TidegateError):
             raise answer
@@ -273,13 +275,23 @@ class Asking:
 _AGENT: Final = f"tidegate-client/{__version__}".encode()
 
 
+def _body_of(check: Check) -> bytes:
+    """The check as JSON; its fields are those of `POST /v1/check`."""
+    try:
+        return _encode(check)
+    except UnicodeEncodeError:
+        # Half of a character that takes two: such a key is none, and that is the server's to say.
+        key = (check.api_key or "").encode(errors="replace").decode()
+        return _encode(msgspec.structs.replace(check, api_key=key))
+
+
 def _batches(checks: Sequence[Check]) -> Iterator[tuple[bytes, int, bool]]:
     """Bodies that a server takes, how many checks are in each, and whether these count nothing."""
     pieces: list[bytes] = []
     size = 0
     only_looks = True
     for check in checks:
-        piece = _encode(check)
+        piece = _body_of(check)
         if pieces and (len(pieces) == MAX_BATCH or size + len(piece) + 1 > MAX_BATCH_BYTES - 64):
             yield b'{"checks":[' + b",".join(pieces) + b"]}", len(pieces), only_looks
             pieces, size, only_looks = [], 0, True

@@ -12,7 +12,7 @@ import ssl
 import sys
 from collections.abc import Iterable
 from time import monotonic
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import httpcore
 
@@ -160,8 +160,7 @@ class _Wire(asyncio.Protocol):
         self._reader: asyncio.Future[None] | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self.transport = transport
+        self.transport = cast("asyncio.Transport", transport)  # uvloop's is no subclass
 
     def data_received(self, data: bytes) -> None:
         self.came += data
