@@ -60,6 +60,7 @@ async def measure(port: int, rounds: int, count: int) -> dict[str, list[float]]:
     with Client(url, deadline_s=5, on_failure="raise") as client, httpx.Client() as posting:
         async with AsyncClient(url, deadline_s=5, on_failure="raise") as async_client, httpx.AsyncClient() as async_posting:
             for warm_up in (True, *[False] * rounds):
+                bare.close()  # it opens itself again: the server ends connections that are not used for 10 s
                 measured = {
                     "sync": cpu_us(lambda: client.check("/api/v1/items", **ASKED), count),
                     "httpx": cpu_us(lambda: posting.post(f"{url}/v1/check", content=BODY, headers=JSON).content, count),

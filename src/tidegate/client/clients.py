@@ -35,7 +35,7 @@ class Client:
         on_failure: what holds for checks when no server is heard: `allow`, `deny`, or `raise`.
         breaker: when a server that fails is left alone, and for how long: 5 failures within 10 s, for 5 s.
         max_connections: open at once, 1 or more; further calls wait for one, within their deadline.
-        keepalive_s: how long an unused connection is kept, s.
+        keepalive_s: how long an unused connection is kept, s; less than the 10 s after which the server ends it.
         ssl_context: for https; what the system trusts where not given.
 
     Raises:
@@ -50,7 +50,7 @@ class Client:
         on_failure: OnFailure = "allow",
         breaker: BreakerOptions = BREAKER,
         max_connections: int = 100,
-        keepalive_s: float = 30.0,
+        keepalive_s: float = 5.0,
         ssl_context: ssl.SSLContext | None = None,
     ) -> None:
         self._asking = Asking(urls, deadline_s, on_failure, breaker, max_connections)
@@ -179,7 +179,7 @@ class AsyncClient:
         on_failure: OnFailure = "allow",
         breaker: BreakerOptions = BREAKER,
         max_connections: int = 100,
-        keepalive_s: float = 30.0,
+        keepalive_s: float = 5.0,
         ssl_context: ssl.SSLContext | None = None,
     ) -> None:
         self._asking = Asking(urls, deadline_s, on_failure, breaker, max_connections)

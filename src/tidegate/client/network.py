@@ -80,10 +80,15 @@ class DeadlineBackend(httpcore.NetworkBackend):
 
 
 class _Stream(httpcore.NetworkStream):
+    """Keeps what is written until something is read, so that head and body of a question go out at once."""
+
     def __init__(self, sock: socket.socket) -> None:
         self._socket = sock
+        self._unsent = b""
 
     def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
+        if self._unsent:
+            self._send(timeout)
         try:
             self._socket.settimeout(_left(timeout))
             return self._socket.recv(max_bytes)
@@ -93,7 +98,10 @@ class _Stream(httpcore.NetworkStream):
             raise httpcore.ReadError(_why(error)) from None
 
     def write(self, buffer: bytes, timeout: float | None = None) -> None:
-        rest = memoryview(buffer)
+        self._unsent += buffer
+
+    def _send(self, timeout: float | None) -> None:
+        rest, self._unsent = memoryview(self._unsent), b""
         try:
             while rest:
                 self._socket.settimeout(_left(timeout))
@@ -195,10 +203,11 @@ class _Wire(asyncio.Protocol):
 
 
 class _AsyncStream(httpcore.AsyncNetworkStream):
-    """The caller's one timer bounds everything but connecting."""
+    """As `_Stream`; the caller's one timer bounds everything but connecting."""
 
     def __init__(self, wire: _Wire) -> None:
         self._wire = wire
+        self._unsent = b""
 
     @property
     def _transport(self) -> asyncio.Transport:
@@ -206,16 +215,18 @@ class _AsyncStream(httpcore.AsyncNetworkStream):
         return self._wire.transport
 
     async def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
+        if self._unsent:
+            unsent, self._unsent = self._unsent, b""
+            if self._transport.is_closing():
+                raise httpcore.WriteError("it ended")
+            self._transport.write(unsent)
         try:
             return await self._wire.read(max_bytes)
         except OSError as error:
             raise httpcore.ReadError(_why(error)) from None
 
     async def write(self, buffer: bytes, timeout: float | None = None) -> None:
-        if self._transport.is_closing():
-            raise httpcore.WriteError("it ended")
-        if buffer:
-            self._transport.write(buffer)
+        self._unsent += buffer
 
     async def aclose(self) -> None:
         # Not close(): that waits for bytes a hung server never takes.
