@@ -15,7 +15,11 @@ from flask.typing import ResponseReturnValue
 from tidegate import TidegateError
 from tidegate.client import Client
 
-limiter = Client(os.environ.get("TIDEGATE_URL", "http://127.0.0.1:8080").split(","), on_failure="allow")
+limiter = Client(
+    os.environ.get("TIDEGATE_URL", "http://127.0.0.1:8080").split(","),
+    deadline_s=float(os.environ.get("TIDEGATE_DEADLINE_S", "0.25")),
+    on_failure="allow",
+)
 app = Flask(__name__)
 
 
