@@ -11,6 +11,24 @@ from tidegate.client import AsyncClient, Client
 PATIENT_S = 20.0
 """A deadline that a busy machine keeps, for tests that are not about deadlines."""
 
+POLICY = """
+[[tiers]]
+name = "free"
+  [[tiers.rules]]
+  endpoint = "/login"
+  limits = ["5/day"]
+  subject = "ip"
+  [[tiers.rules]]
+  endpoint = "/api/*"
+  limits = ["100/day"]
+[anonymous]
+tier = "free"
+[[api_keys]]
+key = "demo-free-key-0001"
+tier = "free"
+"""
+"""Of days: a test that ran across the end of a shorter window would count otherwise."""
+
 
 class Asker:
     """A client of either kind, asked in one way: the blocking one in a thread, so that servers of this loop can answer."""

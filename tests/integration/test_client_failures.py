@@ -20,7 +20,7 @@ import uvloop
 
 from tests.cases.doors import FREE
 from tests.conftest import Serve, free_port
-from tests.integration.client_asker import Asker
+from tests.integration.client_asker import POLICY, Asker
 from tests.servers.certificates import Authority
 from tests.servers.tcp_proxy import TcpProxy
 from tidegate import BadRequest, Check, Gate, LimiterUnavailable, StoreUnavailable
@@ -122,9 +122,10 @@ async def test_a_limiter_that_hangs_costs_the_deadline(
         os.kill(server.process.pid, signal.SIGCONT)
 
 
-def test_on_uvloop(serve: Callable[..., Serve]) -> None:
+def test_on_uvloop(serve: Callable[..., Serve], tmp_path: Path) -> None:
     """Another loop, with transports of its own."""
-    server = serve("--demo")
+    (tmp_path / "tidegate.policy.toml").write_text(POLICY)
+    server = serve()
 
     async def ask() -> None:
         async with AsyncClient(server.url, deadline_s=20) as asker:
