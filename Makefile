@@ -23,14 +23,14 @@ test: $(VENV)/.dev ## install what the tests need and run them all
 	$(BIN)/python -m pytest
 
 check: $(VENV)/.dev ## format, lint, strict types, import layers
-	$(BIN)/ruff format --check src tests bench drills
-	$(BIN)/ruff check src tests bench drills
+	$(BIN)/ruff format --check src tests bench drills examples
+	$(BIN)/ruff check src tests bench drills examples
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 
 format: $(VENV)/.dev ## format and mend what the linter can mend
-	$(BIN)/ruff check --fix src tests bench drills
-	$(BIN)/ruff format src tests bench drills
+	$(BIN)/ruff check --fix src tests bench drills examples
+	$(BIN)/ruff format src tests bench drills examples
 
 bench: $(VENV)/.dev ## measure speed and memory side by side
 	scripts/install-debian-packages wrk redis-server postgresql

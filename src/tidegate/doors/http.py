@@ -15,6 +15,7 @@ from typing import Any, Final, Protocol
 
 import msgspec
 
+from tidegate.bodies import MAX_BATCH, MAX_BATCH_BYTES
 from tidegate.decision import Check, Decision, Observation
 from tidegate.doors.answers import Headers, decision_body, encode, error_body, limit_headers, usage_body
 from tidegate.doors.client_address import TrustedProxies, peer_address
@@ -26,8 +27,6 @@ from tidegate.telemetry.requests import CURRENT, REQUEST_ID, Request, current
 logger = logging.getLogger(__name__)
 
 MAX_CHECK_BYTES: Final = 64 * 1024
-MAX_BATCH_BYTES: Final = 1024 * 1024
-MAX_BATCH: Final = 1000
 MAX_HEADER_BYTES: Final = 8 * 1024
 BODY_TIMEOUT_S: Final = 10.0
 

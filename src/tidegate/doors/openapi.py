@@ -8,9 +8,9 @@ from typing import Any, Final
 import msgspec
 
 from tidegate._version import __version__
+from tidegate.bodies import MAX_BATCH, DecisionBody, UsageBody
 from tidegate.decision import MAX_COST
-from tidegate.doors.answers import DecisionBody, UsageBody
-from tidegate.doors.http import MAX_BATCH, CheckRequest
+from tidegate.doors.http import CheckRequest
 from tidegate.gate import MAX_USAGE_RULES
 
 _ERRORS: Final = {
