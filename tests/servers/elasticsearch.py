@@ -72,6 +72,7 @@ class OpenSearch(Service):
             f"-Dopensearch.path.conf={home}/config",
             "-Dopensearch.distribution.type=tar",
             "-Dlog4j2.disable.jmx=true",
+            "-Dlog4j.shutdownHookEnabled=false",  # else it waits for itself when it stops
             "-cp",
             f"{home}/lib/*",
             "org.opensearch.bootstrap.OpenSearch",
@@ -121,8 +122,10 @@ class OpenSearch(Service):
 
         Raises:
             RuntimeError: with the answer, if its status is not 2xx.
+            ConnectionError: with the answer, if it is 503: shards that are not there yet.
         """
         answer = httpx.request(method, self.url + path, json=body, timeout=30)
         if not answer.is_success:
-            raise RuntimeError(f"{method} {path}: {answer.status_code} {answer.text}")
+            kind = ConnectionError if answer.status_code == 503 else RuntimeError
+            raise kind(f"{method} {path}: {answer.status_code} {answer.text}")
         return answer.json()

@@ -151,6 +151,11 @@ class Service:
             self._process.wait()
         self._process = None
 
+    @property
+    def alive(self) -> bool:
+        """Whether the process runs."""
+        return self._process is not None and self._process.poll() is None
+
     def kill(self) -> None:
         """End the process at once by SIGKILL; nothing happens if it does not run."""
         if self._process is not None:
