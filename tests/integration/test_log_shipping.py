@@ -25,9 +25,9 @@ from tests.servers.rsyslog import Shipper
 DEPLOY = Path(__file__).parents[2] / "deploy/logging"
 INDEX = "tidegate-logs-*"
 DAY = "2026-11-25"
-PATIENCE_S = 60.0
+PATIENCE_S = 120.0
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(600)
 
 
 def install(server: OpenSearch) -> subprocess.CompletedProcess[str]:
@@ -112,7 +112,9 @@ def test_the_template_maps_what_is_searched_and_no_more(server: OpenSearch, ship
         line(1, client={"ip": "2001:db8::1"}, tidegate={"tier": "free", "allowed": False, "surprise": {"a": 1}}, surprise="x"),
     )
     wait_count(server, 1, shipper)
-    (document,) = server.documents(INDEX, 'client.ip:"2001:db8::/32" AND tidegate.tier:free AND http.response.status_code:[400 TO 499]')
+    (document,) = server.documents(
+        INDEX, 'client.ip:"2001:db8::/32" AND tidegate.tier:free AND http.response.status_code:[400 TO 499]'
+    )
     assert document["_index"] == f"tidegate-logs-{DAY}"
     assert document["_source"]["tidegate"]["surprise"] == {"a": 1}
     assert document["_source"]["host"]["hostname"]
@@ -304,10 +306,9 @@ def test_whole_requests_that_are_refused_are_kept_and_sent_again(server: OpenSea
     assert shipper.kept(file) == ""
 
 
-@pytest.mark.parametrize("setting", [{"url": ""}, {"user": "a", "password": "with space"}])
-def test_settings_that_cannot_work_are_told_at_once(setting: dict[str, str]) -> None:
-    shipper = Shipper(**{"url": "http://127.0.0.1:9", **setting})
-    with pytest.raises(RuntimeError, match="error during parsing"):
+def test_a_password_that_rsyslogd_does_not_take_is_told_at_once() -> None:
+    shipper = Shipper("http://127.0.0.1:9", user="tidegate-shipper", password="with space")
+    with pytest.raises(RuntimeError, match="'pwd' contains whitespace"):
         shipper.start()
 
 
@@ -343,7 +344,7 @@ def test_a_full_queue_waits(server: OpenSearch) -> None:
 
 def test_tidegate_itself(server: OpenSearch, shipper: Shipper, serve: Callable[..., Serve]) -> None:
     """Its stderr goes to the file, as the systemd unit has it."""
-    instance = serve("--demo")
+    instance = serve("--demo", TIDEGATE_COUNTERS__URL="redis://127.0.0.1:1")  # something to complain of
     _, _, said = instance.stop()
     lines = [each for each in said.splitlines() if each]
     assert lines

@@ -35,7 +35,7 @@ rootLogger.appenderRef.console.ref = console
 class OpenSearch(Service):
     """One node without plugins, so without users and TLS; its indices outlive stops and starts, on the same port."""
 
-    start_s = 90.0
+    start_s = 150.0
     stop_s = 20.0
 
     def __init__(self) -> None:

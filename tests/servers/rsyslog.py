@@ -36,7 +36,9 @@ class Shipper:
     def __init__(self, url: str, user: str = "", password: str = "", changes: dict[str, str] | None = None) -> None:
         program = shutil.which("rsyslogd", path=f"{os.environ['PATH']}:/usr/sbin")
         if program is None or not any(Path("/usr/lib").glob("*/rsyslog/omelasticsearch.so")):
-            pytest.skip("rsyslogd or its module omelasticsearch is missing: they are in the packages rsyslog and rsyslog-elasticsearch")
+            pytest.skip(
+                "rsyslogd or its module omelasticsearch is missing: they are in the packages rsyslog and rsyslog-elasticsearch"
+            )
         self._program = program
         self.directory = Path(tempfile.mkdtemp(prefix="tidegate-rsyslog-"))
         weakref.finalize(self, shutil.rmtree, self.directory, ignore_errors=True)
