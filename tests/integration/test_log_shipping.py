@@ -1,4 +1,4 @@
-"""The shipped rsyslog configuration between log files and a real OpenSearch: what is written arrives, once, whatever is killed."""
+"""The shipped rsyslog configuration before a real OpenSearch: what is written arrives, once, whoever is killed."""
 
 from __future__ import annotations
 
