@@ -16,7 +16,7 @@ import pytest
 from tests.servers.redis_server import wait_until
 
 DEPLOY = Path(__file__).parents[2] / "deploy/logging/rsyslog"
-START_S = 20.0
+START_S = 60.0
 
 
 class Shipper:
@@ -91,6 +91,7 @@ class Shipper:
 
         Raises:
             RuntimeError: with what it logged, if it ends instead.
+            TimeoutError: if it does not within 60 s.
         """
         for path in self.state.glob("imfile-state*"):
             path.unlink()  # as the unit does
@@ -112,7 +113,11 @@ class Shipper:
             opened = Path(f"/proc/{self._process.pid}/fd")
             return any(os.path.realpath(one) == str(marker) for one in opened.iterdir())
 
-        wait_until(reads, START_S, "rsyslogd opens its log files")
+        try:
+            wait_until(reads, START_S, "rsyslogd opens its log files")
+        except BaseException:
+            self.stop()
+            raise
 
     def stop(self) -> None:
         """Kill it, as the unit does; nothing happens if it does not run."""
