@@ -19,6 +19,7 @@ run: $(VENV)/.run ## serve the example policy at 127.0.0.1:8080
 
 test: $(VENV)/.dev ## install what the tests need and run them all
 	scripts/install-debian-packages $$(cat scripts/test-packages.txt)
+	scripts/fetch-opensearch $(VENV)/opensearch
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/python -m pytest
 

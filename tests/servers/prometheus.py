@@ -37,6 +37,7 @@ _PACKAGES = {
     "amtool": "prometheus-alertmanager",
     "prometheus-redis-exporter": "prometheus-redis-exporter",
     "prometheus-postgres-exporter": "prometheus-postgres-exporter",
+    "java": "default-jre-headless",
 }
 
 
@@ -83,6 +84,9 @@ class Service:
         path: that answers 200 when it is ready.
     """
 
+    start_s = START_S
+    stop_s = STOP_S
+
     def __init__(self, program: str, path: str) -> None:
         self.program = need(program)
         self.port = free_port()
@@ -109,11 +113,15 @@ class Service:
         """What the process gets beside the environment of the tests."""
         return {}
 
+    def options(self) -> Mapping[str, Any]:
+        """What `subprocess.Popen` is told beside the above."""
+        return {}
+
     def start(self) -> None:
         """Start the process and wait until it answers.
 
         Raises:
-            RuntimeError: with what it logged, if it ends or does not answer within 20 s.
+            RuntimeError: with what it logged, if it ends or does not answer in time, 20 s for most.
         """
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
@@ -123,24 +131,37 @@ class Service:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
+                **self.options(),
             )
         try:
-            wait_until(self._answers, START_S, f"{self.program} on port {self.port} answers")
+            wait_until(self._answers, self.start_s, f"{self.program} on port {self.port} answers")
         except TimeoutError as error:
             self.stop()
             raise RuntimeError(f"{error}; its log:\n{self.tail()}") from None
 
     def stop(self) -> None:
-        """End the process, by force after 5 s; nothing happens if it does not run."""
+        """End the process, by force after 5 s for most; nothing happens if it does not run."""
         if self._process is None:
             return
         self._process.terminate()
         try:
-            self._process.wait(STOP_S)
+            self._process.wait(self.stop_s)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
         self._process = None
+
+    @property
+    def alive(self) -> bool:
+        """Whether the process runs."""
+        return self._process is not None and self._process.poll() is None
+
+    def kill(self) -> None:
+        """End the process at once by SIGKILL; nothing happens if it does not run."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
 
     def get(self, path: str, **parameters: str) -> Any:
         """Ask for JSON.
