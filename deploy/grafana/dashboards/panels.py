@@ -1,0 +1,409 @@
+"""Panels of one look, and how they are laid out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final, NamedTuple, TypeVar
+
+from grafana_foundation_sdk.builders import bargauge, common, piechart, stat, statetimeline, timeseries
+from grafana_foundation_sdk.builders import dashboard as build
+from grafana_foundation_sdk.builders import prometheus as prometheus_builder
+from grafana_foundation_sdk.cog.encoder import JSONEncoder
+from grafana_foundation_sdk.models import common as options
+from grafana_foundation_sdk.models import dashboard as model
+from grafana_foundation_sdk.models import piechart as pie_options
+
+SOURCE: Final = model.DataSourceRef(type_val="prometheus", uid="tidegate-prometheus")
+"""The data source that `provisioning/datasources` makes."""
+RUNBOOK: Final = "docs/monitoring.md"
+WIDTH: Final = 24
+"""Columns of a dashboard."""
+GREEN, YELLOW, RED, BLUE = "green", "yellow", "red", "blue"
+STATUS_COLOURS: Final = {"allowed": GREEN, "blocked": RED}
+
+Panel = timeseries.Panel | stat.Panel | piechart.Panel | bargauge.Panel | statetimeline.Panel
+_P = TypeVar("_P", timeseries.Panel, stat.Panel, piechart.Panel, bargauge.Panel, statetimeline.Panel)
+
+
+class Query(NamedTuple):
+    """What a panel asks of Prometheus."""
+
+    expression: str
+    legend: str = ""
+
+
+class Steps(NamedTuple):
+    """From which value on a panel is yellow and red; where `low_is_bad`, below which."""
+
+    yellow: float | None
+    red: float | None
+    low_is_bad: bool = False
+
+
+@dataclass(frozen=True)
+class Row:
+    """Panels under one heading.
+
+    Attributes:
+        title: the heading.
+        lines: panels beside each other, in lines below each other; those of a line share its width.
+    """
+
+    title: str
+    lines: Sequence[Sequence[Panel]]
+
+
+class Event(model.AnnotationQuery):
+    """Marks on the time axis where an expression is 1 or more, with the fields that only Prometheus' annotations have.
+
+    Args:
+        name: of the switch at the top of the dashboard.
+        expression: 1 or more while it happens.
+        title: of a mark; labels in double braces.
+        colour: of a mark.
+    """
+
+    def __init__(self, name: str, expression: str, title: str, colour: str) -> None:
+        super().__init__(name=name, datasource=SOURCE, icon_color=colour, expr=expression, built_in=None)
+        self._title = title
+
+    def to_json(self) -> dict[str, object]:
+        """As Grafana keeps it."""
+        return {**super().to_json(), "titleFormat": self._title, "step": "15s"}
+
+    def build(self) -> model.AnnotationQuery:
+        """Itself: it is what the dashboard's builder asks for."""
+        return self
+
+
+POLICY_CHANGES: Final = Event("Policy changes", "max(changes(rate_limiter_policy_version[1m])) > 0", "Policy changed", BLUE)
+ALERTS: Final = Event(
+    "Alerts", 'max by (alertname) (ALERTS{alertstate="firing", severity=~"critical|warning"})', "{{alertname}}", RED
+)
+
+
+def or_none(expression: str, label: str) -> str:
+    """Let an expression that has no series while all is well give one 0.
+
+    Args:
+        expression: whose series may not be there.
+        label: by which they are told apart; it says `none` then.
+
+    Returns:
+        The expression.
+    """
+    return f'{expression} or on() label_replace(vector(0), "{label}", "none", "", "")'
+
+
+def lines(
+    title: str,
+    description: str,
+    unit: str,
+    *queries: Query,
+    see: str = "dashboards",
+    steps: Steps | None = None,
+    stacked: bool = False,
+    colours: Mapping[str, str] | None = None,
+    most: float | None = None,
+    no_value: str | None = None,
+) -> timeseries.Panel:
+    """Lines over time, with the steps as dashed lines.
+
+    Args:
+        title: of the panel.
+        description: what it shows and what to do when it moves.
+        unit: Grafana's name of it.
+        queries: one or more.
+        see: the heading of the runbook that goes on from here, as an anchor.
+        steps: thresholds; None for none.
+        stacked: whether areas are put on each other.
+        colours: of series, by name.
+        most: of the axis; as the values are if None.
+        no_value: what stands there while there is no series.
+
+    Returns:
+        The panel, not placed yet.
+    """
+    panel = _common(timeseries.Panel(), title, description, unit, queries, see, steps)
+    panel = (
+        panel.line_width(1)
+        .fill_opacity(25 if stacked else 8)
+        .show_points(options.VisibilityMode.NEVER)
+        .min(0)
+        .legend(
+            common.VizLegendOptions()
+            .display_mode(options.LegendDisplayMode.LIST)
+            .placement(options.LegendPlacement.BOTTOM)
+            .show_legend(True)
+        )
+        .tooltip(common.VizTooltipOptions().mode(options.TooltipDisplayMode.MULTI).sort(options.SortOrder.DESCENDING))
+        .height(8)
+    )
+    if steps is not None:
+        panel.thresholds_style(common.GraphThresholdsStyleConfig().mode(options.GraphThresholdsStyleMode.DASHED))
+    if stacked:
+        panel.stacking(common.StackingConfig().mode(options.StackingMode.NORMAL))
+    if most is not None:
+        panel.max(most)
+    if no_value is not None:
+        panel.no_value(no_value)
+    return _coloured(panel, colours)
+
+
+def number(
+    title: str, description: str, unit: str, query: Query, see: str = "dashboards", steps: Steps | None = None, decimals: int | None = None
+) -> stat.Panel:
+    """One number, or one for each series, in the colour of the step that it has reached.
+
+    Args:
+        title: of the panel.
+        description: what it shows and what to do when it moves.
+        unit: Grafana's name of it.
+        query: whose last value is shown.
+        see: the heading of the runbook that goes on from here, as an anchor.
+        steps: thresholds; None for none.
+        decimals: digits behind the point; as many as fit if None.
+
+    Returns:
+        The panel, not placed yet.
+    """
+    panel = _common(stat.Panel(), title, description, unit, [query], see, steps)
+    if decimals is not None:
+        panel.decimals(decimals)
+    return (
+        panel.reduce_options(_last())
+        .color_mode(options.BigValueColorMode.VALUE)
+        .graph_mode(options.BigValueGraphMode.NONE if unit.startswith("dateTime") else options.BigValueGraphMode.AREA)
+        .height(4)
+    )
+
+
+def pie(
+    title: str,
+    description: str,
+    unit: str,
+    query: Query,
+    see: str = "dashboards",
+    colours: Mapping[str, str] | None = None,
+) -> piechart.Panel:
+    """Shares of a whole, over the time that the dashboard shows.
+
+    Args:
+        title: of the panel.
+        description: what it shows and what to do when it moves.
+        unit: Grafana's name of it.
+        query: asked once, for the end of that time.
+        see: the heading of the runbook that goes on from here, as an anchor.
+        colours: of series, by name.
+
+    Returns:
+        The panel, not placed yet.
+    """
+    panel = (
+        _common(piechart.Panel(), title, description, unit, [query], see, None, instant=True)
+        .reduce_options(_last())
+        .pie_type(pie_options.PieChartType.PIE)
+        .display_labels([pie_options.PieChartLabels.NAME, pie_options.PieChartLabels.PERCENT])
+        .legend(
+            piechart.PieChartLegendOptions()
+            .display_mode(options.LegendDisplayMode.LIST)
+            .placement(options.LegendPlacement.BOTTOM)
+            .show_legend(True)
+            .values([pie_options.PieChartLegendValues.VALUE])
+        )
+        .height(8)
+    )
+    return _coloured(panel, colours)
+
+
+def bars(title: str, description: str, unit: str, query: Query, see: str = "dashboards") -> bargauge.Panel:
+    """One bar for each series, the longest first if the query sorts them.
+
+    Args:
+        title: of the panel.
+        description: what it shows and what to do when it moves.
+        unit: Grafana's name of it.
+        query: asked once, for now.
+        see: the heading of the runbook that goes on from here, as an anchor.
+
+    Returns:
+        The panel, not placed yet.
+    """
+    return (
+        _common(bargauge.Panel(), title, description, unit, [query], see, None, instant=True)
+        .reduce_options(_last())
+        .orientation(options.VizOrientation.HORIZONTAL)
+        .display_mode(options.BarGaugeDisplayMode.BASIC)
+        .min(0)
+        .height(8)
+    )
+
+
+def states(
+    title: str, description: str, query: Query, names: Mapping[int, tuple[str, str]], see: str = "dashboards"
+) -> statetimeline.Panel:
+    """Which state each series was in, over time.
+
+    Args:
+        title: of the panel.
+        description: what it shows and what to do when it moves.
+        query: whose values are whole numbers.
+        names: name and colour of each state.
+        see: the heading of the runbook that goes on from here, as an anchor.
+
+    Returns:
+        The panel, not placed yet.
+    """
+    named: dict[str, model.ValueMappingResult] = {
+        str(value): model.ValueMappingResult(text=text, color=colour, index=index)
+        for index, (value, (text, colour)) in enumerate(names.items())
+    }
+    return (
+        _common(statetimeline.Panel(), title, description, "none", [query], see, None)
+        .mappings([model.ValueMap(options=named)])
+        .color_scheme(build.FieldColor().mode(model.FieldColorModeId.THRESHOLDS))
+        .show_value(options.VisibilityMode.NEVER)
+        .legend(
+            common.VizLegendOptions()
+            .display_mode(options.LegendDisplayMode.LIST)
+            .placement(options.LegendPlacement.BOTTOM)
+            .show_legend(True)
+        )
+        .height(8)
+    )
+
+
+def choice(name: str, label: str, query: str) -> build.QueryVariable:
+    """A choice at the top of the dashboard; all at first, and `.+` stands for all.
+
+    Args:
+        name: by which expressions name it, behind a `$`.
+        label: what is read beside it.
+        query: `label_values(SERIES, LABEL)`.
+
+    Returns:
+        The variable.
+    """
+    return (
+        build.QueryVariable(name)
+        .label(label)
+        .query({"query": query, "refId": name})
+        .datasource(SOURCE)
+        .refresh(model.VariableRefresh.ON_TIME_RANGE_CHANGED)
+        .sort(model.VariableSort.ALPHABETICAL_ASC)
+        .multi(True)
+        .include_all(True)
+        .all_value(".+")
+        .current(model.VariableOption(selected=True, text=["All"], value=["$__all"]))
+    )
+
+
+def dashboard(
+    name: str,
+    title: str,
+    description: str,
+    rows: Sequence[Row],
+    choices: Sequence[build.QueryVariable] = (),
+    since: str = "now-6h",
+) -> build.Dashboard:
+    """Put rows below each other, and the panels of each line beside each other.
+
+    Args:
+        name: of the file; `tidegate-NAME` is the uid.
+        title: of the dashboard.
+        description: which question it answers.
+        rows: its panels.
+        choices: its variables.
+        since: where the time axis begins at first.
+
+    Returns:
+        The dashboard.
+    """
+    made = (
+        build.Dashboard(title)
+        .uid(f"tidegate-{name}")
+        .description(description)
+        .tags(["tidegate"])
+        .timezone("browser")
+        .time(since, "now")
+        .refresh("30s")
+        .readonly()
+        .tooltip(model.DashboardCursorSync.CROSSHAIR)
+        .link(
+            build.DashboardLink("Tidegate")
+            .type(model.DashboardLinkType.DASHBOARDS)
+            .tags(["tidegate"])
+            .as_dropdown(True)
+            .keep_time(True)
+        )
+        .annotations([POLICY_CHANGES, ALERTS])
+    )
+    for variable in choices:
+        made.with_variable(variable)
+    number_of = 0
+    for row in rows:
+        number_of += 1
+        made.with_row(build.Row(row.title).id(number_of))
+        for line in row.lines:
+            for panel in line:
+                number_of += 1
+                made.with_panel(panel.id(number_of).span(WIDTH // len(line)))
+    return made
+
+
+def to_json(made: build.Dashboard) -> str:
+    """The file of a dashboard.
+
+    Args:
+        made: the dashboard.
+
+    Returns:
+        JSON, the same each time.
+    """
+    return json.dumps(made.build(), cls=JSONEncoder, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+
+
+def _common(
+    panel: _P,
+    title: str,
+    description: str,
+    unit: str,
+    queries: Sequence[Query],
+    see: str,
+    steps: Steps | None,
+    instant: bool = False,
+) -> _P:
+    panel.title(title).description(f"{description}\n\nWhat to do: {RUNBOOK}#{see}").unit(unit).datasource(SOURCE)
+    for letter, query in zip("ABCDEFGH", queries, strict=False):
+        target = prometheus_builder.Dataquery().expr(query.expression).legend_format(query.legend or "__auto").ref_id(letter)
+        panel.with_target((target.instant() if instant else target.range()).datasource(SOURCE))
+    panel.thresholds(build.ThresholdsConfig().mode(model.ThresholdsMode.ABSOLUTE).steps(_steps(steps)))
+    return panel
+
+
+def _steps(steps: Steps | None) -> list[model.Threshold]:
+    if steps is None:
+        return [model.Threshold(value=None, color=GREEN)]
+    named = [(value, colour) for value, colour in ((steps.yellow, YELLOW), (steps.red, RED)) if value is not None]
+    if not steps.low_is_bad:
+        return [model.Threshold(value=None, color=GREEN), *(model.Threshold(value=value, color=colour) for value, colour in named)]
+    # Below the first value it is red, and each value begins what is better.
+    named.sort()
+    better = [*(colour for _, colour in named), GREEN]
+    return [
+        model.Threshold(value=None, color=better[0]),
+        *(model.Threshold(value=value, color=colour) for (value, _), colour in zip(named, better[1:], strict=True)),
+    ]
+
+
+def _last() -> common.ReduceDataOptions:
+    return common.ReduceDataOptions().values(False).calcs(["lastNotNull"])
+
+
+def _coloured(panel: _P, colours: Mapping[str, str] | None) -> _P:
+    for name, colour in (colours or {}).items():
+        fixed = {"mode": "fixed", "fixedColor": colour}
+        panel.override_by_name(name, [model.DynamicConfigValue(id_val="color", value=fixed)])
+    return panel
