@@ -153,7 +153,13 @@ def lines(
 
 
 def number(
-    title: str, description: str, unit: str, query: Query, see: str = "dashboards", steps: Steps | None = None, decimals: int | None = None
+    title: str,
+    description: str,
+    unit: str,
+    query: Query,
+    see: str = "dashboards",
+    steps: Steps | None = None,
+    decimals: int | None = None,
 ) -> stat.Panel:
     """One number, or one for each series, in the colour of the step that it has reached.
 
@@ -388,7 +394,10 @@ def _steps(steps: Steps | None) -> list[model.Threshold]:
         return [model.Threshold(value=None, color=GREEN)]
     named = [(value, colour) for value, colour in ((steps.yellow, YELLOW), (steps.red, RED)) if value is not None]
     if not steps.low_is_bad:
-        return [model.Threshold(value=None, color=GREEN), *(model.Threshold(value=value, color=colour) for value, colour in named)]
+        return [
+            model.Threshold(value=None, color=GREEN),
+            *(model.Threshold(value=value, color=colour) for value, colour in named),
+        ]
     # Below the first value it is red, and each value begins what is better.
     named.sort()
     better = [*(colour for _, colour in named), GREEN]

@@ -71,7 +71,8 @@ def _all() -> list[list[Panel]]:
                 "percentunit",
                 Query(
                     "sum(rate(pg_stat_database_blks_hit[$__rate_interval])) / "
-                    "(sum(rate(pg_stat_database_blks_hit[$__rate_interval])) + sum(rate(pg_stat_database_blks_read[$__rate_interval])))"
+                    "(sum(rate(pg_stat_database_blks_hit[$__rate_interval])) + "
+                    "sum(rate(pg_stat_database_blks_read[$__rate_interval])))"
                 ),
                 "servicedown",
                 Steps(0.99, 0.9, low_is_bad=True),
@@ -116,7 +117,8 @@ def _tidegate() -> list[list[Panel]]:
             ),
             lines(
                 "Lag of the worst replica",
-                "Age of the oldest change it lacks, by instance. Notices a replica that lost its primary, which PostgreSQL's own lag does not.",
+                "Age of the oldest change it lacks, by instance. Notices a replica that lost its primary, which "
+                "PostgreSQL's own lag does not.",
                 "s",
                 Query("max by (instance) (rate_limiter_replica_lag_seconds) or vector(0)", "{{instance}}"),
                 see="replicationlag",
@@ -126,7 +128,8 @@ def _tidegate() -> list[list[Panel]]:
         [
             lines(
                 "Replicas asked",
-                "And configured, by instance. Fewer asked: one fails, does not answer in time, or lags. 0 where none is configured.",
+                "And configured, by instance. Fewer asked: one fails, does not answer in time, or lags. 0 "
+                "where none is configured.",
                 "short",
                 Query("sum by (instance) (rate_limiter_replicas_asked) or vector(0)", "asked by {{instance}}"),
                 Query("max(rate_limiter_replicas) or vector(0)", "configured"),
@@ -137,7 +140,8 @@ def _tidegate() -> list[list[Panel]]:
                 "Times in each interval, by instance. Grows steadily: one comes and goes.",
                 "short",
                 Query(
-                    "sum by (instance) (increase(rate_limiter_replica_ejections_total[$__rate_interval])) or vector(0)", "{{instance}}"
+                    "sum by (instance) (increase(rate_limiter_replica_ejections_total[$__rate_interval])) or vector(0)",
+                    "{{instance}}",
                 ),
                 see="replicaejected",
             ),
@@ -157,7 +161,8 @@ def _replication() -> list[list[Panel]]:
         [
             lines(
                 "Lag",
-                "Age of the last change replayed, by server; a primary has 0. The dashed lines are where ReplicationLag warns and pages.",
+                "Age of the last change replayed, by server; a primary has 0. The dashed lines are where "
+                "ReplicationLag warns and pages.",
                 "s",
                 Query(f"max by (instance) (pg_replication_lag_seconds{{{_SERVER}}})", "{{instance}}"),
                 see="replicationlag",
@@ -165,14 +170,16 @@ def _replication() -> list[list[Panel]]:
             ),
             lines(
                 "Conflicts",
-                "Queries a second that a replica cancelled to go on replaying, by server. A few are normal; many: a long query there, or `hot_standby_feedback`.",
+                "Queries a second that a replica cancelled to go on replaying, by server. A few are normal; many: a "
+                "long query there, or `hot_standby_feedback`.",
                 "ops",
                 Query(_each("pg_stat_database_conflicts"), "{{instance}}"),
                 see="replicationlag",
             ),
             lines(
                 "Conflicts by reason",
-                "A second. Snapshot: rows that the primary has removed; lock: a table that it changes; bufferpin: a page that a query holds.",
+                "A second. Snapshot: rows that the primary has removed; lock: a table that it changes; bufferpin: "
+                "a page that a query holds.",
                 "ops",
                 *(
                     Query(f"sum(rate(pg_stat_database_conflicts_confl_{reason}{{{_HERE}}}[$__rate_interval]))", reason)

@@ -117,7 +117,8 @@ def _memory() -> list[list[Panel]]:
         [
             lines(
                 "Share of maxmemory",
-                "By server. The dashed line is where RedisMemoryHigh begins; at 100 % it refuses writes. No line for a server without a limit.",
+                "By server. The dashed line is where RedisMemoryHigh begins; at 100 % it refuses writes. No line "
+                "for a server without a limit.",
                 "percentunit",
                 Query(f"instance:redis_memory_used:ratio{{{_HERE}}}", "{{instance}}"),
                 see="redismemoryhigh",
@@ -157,7 +158,8 @@ def _memory() -> list[list[Panel]]:
             ),
             lines(
                 "Evicted",
-                "Keys a second. Any but 0: counters are thrown away and limits admit more than they say. Set `maxmemory-policy noeviction`.",
+                "Keys a second. Any but 0: counters are thrown away and limits admit more than they say. Set "
+                "`maxmemory-policy noeviction`.",
                 "ops",
                 Query(_each("redis_evicted_keys_total"), "{{instance}}"),
                 see="redishitratelow",
@@ -252,7 +254,8 @@ def _replication() -> list[list[Panel]]:
             ),
             lines(
                 "Bytes behind",
-                "What each replica has not acknowledged. It is lost if the master dies now; grows: the replica or the network is slow.",
+                "What each replica has not acknowledged. It is lost if the master dies now; grows: the "
+                "replica or the network is slow.",
                 "bytes",
                 Query(
                     or_none(

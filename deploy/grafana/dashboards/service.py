@@ -115,7 +115,8 @@ def _all() -> list[list[Panel]]:
             ),
             pie(
                 "Allowed to blocked",
-                "Checks of the whole time shown. More blocked than your customers expect: a limit is too low, or somebody abuses.",
+                "Checks of the whole time shown. More blocked than your customers expect: a limit is "
+                "too low, or somebody abuses.",
                 "short",
                 Query(f"sum by (status) (increase(rate_limiter_requests_total{{{_HERE}}}[$__range]))", "{{status}}"),
                 see="suspiciousactivity",
@@ -143,7 +144,8 @@ def _all() -> list[list[Panel]]:
             ),
             lines(
                 "Errors by type",
-                "Errors a second. redis_…: decided all the same; db_connection, store_unavailable, internal: ours; the rest: callers'.",
+                "Errors a second. redis_…: decided all the same; db_connection, store_unavailable, internal: "
+                "ours; the rest: callers'.",
                 "ops",
                 Query("job:rate_limiter_errors:rate5m", "{{type}}"),
                 see="types-of-errors",
@@ -167,7 +169,8 @@ def _rules() -> list[list[Panel]]:
                 "The ten with most blocked checks a second. One that blocks all at once: was its limit lowered?",
                 "reqps",
                 Query(
-                    f'sort_desc(topk(10, sum by (tier, rule) ({_BY_RULE}{{tier=~"$tier", status="blocked"}})))', "{{tier}} {{rule}}"
+                    f'sort_desc(topk(10, sum by (tier, rule) ({_BY_RULE}{{tier=~"$tier", status="blocked"}})))',
+                    "{{tier}} {{rule}}",
                 ),
                 see="suspiciousactivity",
             ),
@@ -183,7 +186,8 @@ def _rules() -> list[list[Panel]]:
         [
             lines(
                 "Near the limit",
-                "Allowed with a fifth of the limit left or less, a second. Grows before blocked does: talk to the customer, or raise the limit.",
+                "Allowed with a fifth of the limit left or less, a second. Grows before blocked does: talk to the "
+                "customer, or raise the limit.",
                 "reqps",
                 Query(
                     or_none(
@@ -248,7 +252,8 @@ def _instances() -> list[list[Panel]]:
                 "Workers of each instance that answered. Fewer than `server.workers`: one starts again, look at the log.",
                 "short",
                 Query(
-                    f"sum by (instance) (rate_limiter_workers{{{_HERE}}}) or sum by (instance) (rate_limiter_build_info{{{_HERE}}})",
+                    f"sum by (instance) (rate_limiter_workers{{{_HERE}}}) or sum by (instance) "
+                    f"(rate_limiter_build_info{{{_HERE}}})",
                     "{{instance}}",
                 ),
                 see="process",
@@ -265,7 +270,8 @@ def _store() -> list[list[Panel]]:
                 "Calls to Redis, those given up included. The dashed line is where RedisLatencyHigh begins.",
                 "s",
                 Query(
-                    "histogram_quantile(0.5, sum by (le) (rate(rate_limiter_store_latency_seconds_bucket[$__rate_interval])))", "P50"
+                    "histogram_quantile(0.5, sum by (le) (rate(rate_limiter_store_latency_seconds_bucket[$__rate_interval])))",
+                    "P50",
                 ),
                 Query("job:rate_limiter_store_latency_seconds:p99_rate5m", "P99"),
                 see="redislatencyhigh",
@@ -290,14 +296,16 @@ def _store() -> list[list[Panel]]:
         [
             states(
                 "Breakers",
-                "Of each shard that failed lately, as the worst instance sees it. Open while Redis answers its exporter: the way between.",
+                "Of each shard that failed lately, as the worst instance sees it. Open while Redis answers its "
+                "exporter: the way between.",
                 Query(or_none(f"max by (shard) (rate_limiter_breaker_state{{{_HERE}}})", "shard"), "{{shard}}"),
                 {0: ("closed", GREEN), 1: ("half open", YELLOW), 2: ("open", RED)},
                 see="circuitopen",
             ),
             lines(
                 "Shards",
-                "Connected and left alone, by instance. Fewer connected than you run: one is down, or a new one is not known yet.",
+                "Connected and left alone, by instance. Fewer connected than you run: one is down, or a "
+                "new one is not known yet.",
                 "short",
                 Query(f"sum by (instance) (rate_limiter_store_shards_up{{{_HERE}}})", "connected, {{instance}}"),
                 Query(f"sum by (instance) (rate_limiter_breakers_open{{{_HERE}}})", "left alone, {{instance}}"),
@@ -398,7 +406,8 @@ def _catalog() -> list[list[Panel]]:
         [
             number(
                 "Policy version",
-                "When what is in force was last changed. Instances that differ for more than seconds: one does not hear of changes.",
+                "When what is in force was last changed. Instances that differ for more than seconds: one "
+                "does not hear of changes.",
                 "dateTimeAsIso",
                 Query(f"max by (instance) (rate_limiter_policy_version{{{_HERE}}})", "{{instance}}"),
                 "catalog",

@@ -102,9 +102,7 @@ def _burn(objective: _Objective) -> list[list[Panel]]:
                 f"1 uses the budget up in 30 days. Both above the dashed line, {rate:g}: "
                 f"{'a page' if rate > 3 else 'a warning'}.",
                 "short",
-                *(
-                    Query(f"{objective.missed}:ratio_rate{window} / {objective.budget:g}", window) for window in (short, long)
-                ),
+                *(Query(f"{objective.missed}:ratio_rate{window} / {objective.budget:g}", window) for window in (short, long)),
                 see=objective.alert,
                 steps=Steps(None, rate),
             )
