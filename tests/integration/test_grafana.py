@@ -96,7 +96,7 @@ def test_panels_say_what_they_are_and_do_not_overlap(name: str) -> None:
         assert panel["datasource"] == SOURCE
         assert panel["fieldConfig"]["defaults"]["unit"]
         text, _, see = panel["description"].partition("\n\nWhat to do: docs/monitoring.md#")
-        assert text.endswith("."), panel["title"]
+        assert text.endswith((".", "?")), panel["title"]
         assert see in anchors, panel["title"]
         assert panel["targets"]
         assert len({target["refId"] for target in panel["targets"]}) == len(panel["targets"])
@@ -128,7 +128,14 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
             lambda: prometheus.query("min(rate_limiter_policy_reload_errors_total) > 0") != [], PATIENCE_S, "the file is refused"
         )
         running.write_policy('[[tiers]]\nname = "new"\n')
-        wait_until(lambda: prometheus.query("min(rate_limiter_policy_reloads_total) > 1") != [], PATIENCE_S, "it is taken again")
+        wait_until(
+            lambda: (
+                prometheus.query("min(rate_limiter_policy_valid) == 1 and max(changes(rate_limiter_policy_version[1m])) > 0")
+                != []
+            ),
+            PATIENCE_S,
+            "it is taken again",
+        )
         running.redis.nodes[0].kill()
         wait_until(lambda: "RedisDown" in prometheus.firing(), PATIENCE_S, "the lost master is told")
         wait_until(
