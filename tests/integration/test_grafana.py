@@ -1,4 +1,4 @@
-"""The dashboards in deploy/grafana: generated, laid out, and every query of every panel answered by a real installation under load."""
+"""The dashboards in deploy/grafana: generated, laid out, and every query of every panel answered by a real installation."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
 import msgspec
 import pytest
 
@@ -200,14 +199,71 @@ def test_what_alerts_are_about_is_told_by_the_real_exporters(watched: Watched) -
     assert prometheus.query(ended) == []
 
 
-def test_events_are_marked(watched: Watched) -> None:
-    """As Grafana asks it: over the time shown."""
+def over_time(prometheus: Prometheus, expression: str) -> list[float]:
+    """All values since the installation runs, one a second, as a panel or an annotation asks for them."""
     now = time.time()
+    parameters = {"query": expression, "start": f"{now - 300:.0f}", "end": f"{now:.0f}", "step": "1"}
+    found = prometheus.get("/api/v1/query_range", **parameters)["data"]["result"]
+    return [float(value) for series in found for _, value in series["values"]]
+
+
+def test_events_are_marked(watched: Watched) -> None:
     for annotation in DASHBOARDS["service"]["annotations"]["list"]:
-        found = httpx.get(
-            f"{watched.prometheus.url}/api/v1/query_range",
-            params={"query": annotation["expr"], "start": now - 300, "end": now, "step": 1},
-        ).raise_for_status()
-        values = [float(value) for series in found.json()["data"]["result"] for _, value in series["values"]]
+        values = over_time(watched.prometheus, annotation["expr"])
         assert values, annotation["name"]
         assert max(values) >= 1
+
+
+@pytest.mark.parametrize(
+    ("name", "title", "reached"),
+    [
+        ("redis", "Down", 1),
+        ("redis", "Up", 1),
+        ("redis", "Replicas cut off", 1),
+        ("redis", "Bytes behind", 1),
+        ("service", "Breakers", 2),
+        ("service", "Shards", 1),
+        ("service", "Why without Redis", 0.1),
+        ("service", "Near the limit", 0.1),
+        ("service", "Shadow rules", 0.1),
+        ("service", "Denied from memory", 0.1),
+        ("service", "Violations written and lost", 0.1),
+        ("service", "Rules that block most", 0.1),
+        ("service", "Caches in trouble", 0.01),
+        ("service", "Policy files", 1),
+        ("postgresql", "Look-ups", 0.1),
+        ("postgresql", "Tuples written", 0.1),
+        ("load_balancers", "Responses by code", 0.1),
+        ("slo", "No decision, by type", 0.1),
+    ],
+)
+def test_panels_show_what_has_happened(watched: Watched, name: str, title: str, reached: float) -> None:
+    """Where 0 is said while all is well, it does not stay 0."""
+    dashboard = DASHBOARDS[name]
+    asked = [filled_in(expression, dashboard) for each, expression in expressions(dashboard) if each == title]
+    assert max(value for expression in asked for value in over_time(watched.prometheus, expression)) >= reached
+
+
+def plot(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, ROOT / "scripts/plot_service.py", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_a_picture_is_drawn(watched: Watched, tmp_path: Path) -> None:
+    picture = tmp_path / "service.png"
+    done = plot(watched.prometheus.url, picture, "--minutes", "2", "--window", "10s")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    drawn = picture.read_bytes()
+    assert drawn.startswith(b"\x89PNG")
+    assert len(drawn) > 20_000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [(("--window", "often"), "does not answer"), (("--minutes", "-1"), "--minutes is -1.0: give a positive number")],
+)
+def test_a_picture_that_cannot_be_drawn(watched: Watched, tmp_path: Path, arguments: tuple[str, ...], said: str) -> None:
+    done = plot(watched.prometheus.url, tmp_path / "service.png", *arguments)
+    assert done.returncode != 0
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr

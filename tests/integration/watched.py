@@ -1,7 +1,7 @@
 """A whole installation on loopback, watched by Prometheus with the shipped files, and load on it.
 
-Two instances over a Redis Cluster of two masters with a replica each and a PostgreSQL primary with a replica; HAProxy and nginx in
-front; an exporter beside each server; Prometheus and Alertmanager. Only intervals are divided.
+Two instances over a Redis Cluster of two masters with a replica each and a PostgreSQL primary with a replica; HAProxy and nginx
+in front; an exporter beside each server; Prometheus and Alertmanager. Only intervals are divided.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ class Watched:
         pause_s: of each of the two clients between two checks, s.
     """
 
-    def __init__(self, directory: Path, divisor: int, pause_s: float = 0.005) -> None:
+    def __init__(self, directory: Path, divisor: int, pause_s: float = 0.002) -> None:
         self.directory = directory
         self._divisor = divisor
         self._pause_s = pause_s

@@ -10,6 +10,7 @@ from typing import Final, NamedTuple, TypeVar
 from grafana_foundation_sdk.builders import bargauge, common, piechart, stat, statetimeline, timeseries
 from grafana_foundation_sdk.builders import dashboard as build
 from grafana_foundation_sdk.builders import prometheus as prometheus_builder
+from grafana_foundation_sdk.cog.builder import Builder
 from grafana_foundation_sdk.cog.encoder import JSONEncoder
 from grafana_foundation_sdk.models import common as options
 from grafana_foundation_sdk.models import dashboard as model
@@ -55,7 +56,7 @@ class Row:
     lines: Sequence[Sequence[Panel]]
 
 
-class Event(model.AnnotationQuery):
+class Event(model.AnnotationQuery, Builder[model.AnnotationQuery]):
     """Marks on the time axis where an expression is 1 or more, with the fields that only Prometheus' annotations have.
 
     Args:
@@ -106,6 +107,7 @@ def lines(
     steps: Steps | None = None,
     stacked: bool = False,
     colours: Mapping[str, str] | None = None,
+    least: float | None = 0,
     most: float | None = None,
     no_value: str | None = None,
 ) -> timeseries.Panel:
@@ -120,6 +122,7 @@ def lines(
         steps: thresholds; None for none.
         stacked: whether areas are put on each other.
         colours: of series, by name.
+        least: of the axis; as the values are if None.
         most: of the axis; as the values are if None.
         no_value: what stands there while there is no series.
 
@@ -131,7 +134,6 @@ def lines(
         panel.line_width(1)
         .fill_opacity(25 if stacked else 8)
         .show_points(options.VisibilityMode.NEVER)
-        .min(0)
         .legend(
             common.VizLegendOptions()
             .display_mode(options.LegendDisplayMode.LIST)
@@ -145,6 +147,8 @@ def lines(
         panel.thresholds_style(common.GraphThresholdsStyleConfig().mode(options.GraphThresholdsStyleMode.DASHED))
     if stacked:
         panel.stacking(common.StackingConfig().mode(options.StackingMode.NORMAL))
+    if least is not None:
+        panel.min(least)
     if most is not None:
         panel.max(most)
     if no_value is not None:

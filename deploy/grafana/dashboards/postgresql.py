@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from grafana_foundation_sdk.builders.dashboard import Dashboard
 
-from dashboards.panels import GREEN, RED, Panel, Query, Row, Steps, choice, dashboard, lines, number, states
+from dashboards.panels import GREEN, RED, Panel, Query, Row, Steps, choice, dashboard, lines, number, or_none, states
 
 _HERE = 'instance=~"$postgres", datname=~"$database"'
 _SERVER = 'instance=~"$postgres"'
@@ -120,7 +120,7 @@ def _tidegate() -> list[list[Panel]]:
                 "Age of the oldest change it lacks, by instance. Notices a replica that lost its primary, which "
                 "PostgreSQL's own lag does not.",
                 "s",
-                Query("max by (instance) (rate_limiter_replica_lag_seconds) or vector(0)", "{{instance}}"),
+                Query(or_none("max by (instance) (rate_limiter_replica_lag_seconds)", "instance"), "{{instance}}"),
                 see="replicationlag",
                 steps=Steps(10, 60),
             ),
@@ -131,7 +131,7 @@ def _tidegate() -> list[list[Panel]]:
                 "And configured, by instance. Fewer asked: one fails, does not answer in time, or lags. 0 "
                 "where none is configured.",
                 "short",
-                Query("sum by (instance) (rate_limiter_replicas_asked) or vector(0)", "asked by {{instance}}"),
+                Query(or_none("sum by (instance) (rate_limiter_replicas_asked)", "instance"), "asked by {{instance}}"),
                 Query("max(rate_limiter_replicas) or vector(0)", "configured"),
                 see="replicaejected",
             ),
@@ -140,7 +140,7 @@ def _tidegate() -> list[list[Panel]]:
                 "Times in each interval, by instance. Grows steadily: one comes and goes.",
                 "short",
                 Query(
-                    "sum by (instance) (increase(rate_limiter_replica_ejections_total[$__rate_interval])) or vector(0)",
+                    or_none("sum by (instance) (increase(rate_limiter_replica_ejections_total[$__rate_interval]))", "instance"),
                     "{{instance}}",
                 ),
                 see="replicaejected",

@@ -88,6 +88,7 @@ def _budgets() -> list[list[Panel]]:
                 "percentunit",
                 *(Query(_left(each), each.name) for each in (_AVAILABLE, _FAST)),
                 see="the-objectives",
+                least=None,
                 most=1,
             )
         ],
