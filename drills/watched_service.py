@@ -8,16 +8,18 @@ Halfway a Redis master is killed, and it is back, empty, after an eighth of the 
 from __future__ import annotations
 
 import argparse
+import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
 
-from scripts import plot_service
 from tests.integration.watched import Watched
 
 DIVISOR = 15
 """A scrape each second: rates over 10 s are then as fine as those over 2.5 minutes of the shipped intervals."""
 WINDOW = "10s"
+PLOT = Path(__file__).parents[1] / "scripts/plot_service.py"
 
 
 def main() -> None:
@@ -31,7 +33,18 @@ def main() -> None:
         time.sleep(given.minutes * 30)
         watched.lose_a_master(given.minutes * 7.5)
         time.sleep(max(0.0, began + given.minutes * 60 - time.monotonic()))
-        plot_service.main([watched.prometheus.url, str(given.picture), "--minutes", str(given.minutes), "--window", WINDOW])
+        given.picture.parent.mkdir(parents=True, exist_ok=True)
+        command = [
+            sys.executable,
+            PLOT,
+            watched.prometheus.url,
+            given.picture,
+            "--minutes",
+            str(given.minutes),
+            "--window",
+            WINDOW,
+        ]
+        subprocess.run(command, check=True)
 
 
 if __name__ == "__main__":

@@ -101,7 +101,7 @@ def draw(source: Source, window: str, path: Path) -> None:
     requests = source.ask(f"sum by (status) (rate(rate_limiter_requests_total[{window}]))", "status")
     if not requests:
         sys.exit("plot_service: no rate_limiter_requests_total in this time: is this the Prometheus that scrapes Tidegate?")
-    figure, (checks, latency, errors) = pyplot.subplots(3, 1, sharex=True, figsize=(9, 7), height_ratios=(3, 2, 2))
+    figure, (checks, latency, errors) = pyplot.subplots(3, 1, sharex=True, figsize=(10, 7), height_ratios=(3, 2, 2))
     for each, colour in zip(requests, (GREEN, RED), strict=False):
         _line(checks, each, colour)
     _finish(checks, "checks a second")
@@ -163,7 +163,7 @@ def _finish(axes: Axes, label: str) -> None:
     if axes.get_yscale() == "linear":
         axes.set_ylim(bottom=0)
     if axes.get_legend_handles_labels()[0]:
-        axes.legend(loc="upper left", fontsize="small", ncols=3, framealpha=0.8)
+        axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize="small", frameon=False)
 
 
 if __name__ == "__main__":

@@ -192,6 +192,8 @@ class Watched:
     def _serving(self) -> Iterator[Serve]:
         server = Serve(
             self.directory,
+            (),
+            self.directory / f"tidegate{len(list(self.directory.glob('tidegate*.log'))) + 1}.log",
             TIDEGATE_COUNTERS__URL=self.redis.url,
             TIDEGATE_CATALOG__URL=self.postgres.primary.url(),
             TIDEGATE_CATALOG__REPLICAS=",".join(self.postgres.replica_urls()),
