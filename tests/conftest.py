@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import socket
 import subprocess
@@ -71,12 +70,9 @@ def gate(clock: Clock, seen: list[Observation]) -> Gate:
 
 
 class Serve:
-    """A `tidegate serve` process of its own, in a directory of its own.
+    """A `tidegate serve` process of its own, in a directory of its own."""
 
-    What it says is read when it ends: one that says more than a pipe holds, 64 KiB, needs a file to say it to, or it hangs.
-    """
-
-    def __init__(self, directory: Path, arguments: tuple[str, ...] = (), log: Path | None = None, /, **environment: str) -> None:
+    def __init__(self, directory: Path, arguments: tuple[str, ...] = (), **environment: str) -> None:
         self.directory = directory
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
@@ -87,23 +83,21 @@ class Serve:
             "TIDEGATE_SERVER__ADMIN": f"127.0.0.1:{self.admin_port}",
             **environment,
         }
-        with contextlib.nullcontext(subprocess.PIPE) if log is None else log.open("w") as said:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "tidegate", "serve", *arguments],
-                cwd=directory,
-                env=self.environment,
-                stdout=said,
-                stderr=said,
-                text=True,
-            )
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "tidegate", "serve", *arguments],
+            cwd=directory,
+            env=self.environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
 
     def wait_ready(self) -> None:
         """Until it answers; fails with what it said if it ends instead."""
         deadline = time.monotonic() + 30
         while time.monotonic() < deadline:
             if self.process.poll() is not None:
-                said = self.process.stderr.read() if self.process.stderr else f"its log is in {self.directory}"
-                raise AssertionError(f"serve ended with {self.process.returncode}: {said}")
+                raise AssertionError(f"serve ended with {self.process.returncode}: {self.process.stderr.read()}")  # type: ignore[union-attr]
             try:
                 if httpx.get(f"{self.url}/readyz", timeout=1).status_code == 200:
                     return

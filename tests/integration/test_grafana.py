@@ -194,9 +194,12 @@ def test_what_alerts_are_about_is_told_by_the_real_exporters(watched: Watched) -
     days = {labels["instance"]: value for labels, value in prometheus.query("(probe_ssl_earliest_cert_expiry - time()) / 86400")}
     urls = {name: f"https://127.0.0.1:{port}" for name, port in watched.tls_ports.items()}
     assert days == {urls["lasting"]: pytest.approx(90, abs=0.1), urls["ending"]: pytest.approx(5, abs=0.1)}
-    ending, ended = (alert["expr"] for alert in ALERTS if alert["alert"] == "CertificateExpiry")
-    assert [labels["instance"] for labels, _ in prometheus.query(ending)] == [urls["ending"]]
-    assert prometheus.query(ended) == []
+    warning, critical = (alert["expr"] for alert in ALERTS if alert["alert"] == "CertificateExpiry")
+    assert [labels["instance"] for labels, _ in prometheus.query(warning)] == [urls["ending"]]
+    assert prometheus.query(critical) == []
+    # Of one that has ended, its end is not told.
+    (down,) = (alert["expr"] for alert in ALERTS if alert["alert"] == "ServiceDown")
+    assert [labels["instance"] for labels, _ in prometheus.query(down)] == [urls["ended"]]
 
 
 def over_time(prometheus: Prometheus, expression: str) -> list[float]:

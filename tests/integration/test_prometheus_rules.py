@@ -35,6 +35,7 @@ OTHERS = {
     "nginx_up",  # nginx-prometheus-exporter
     "alertmanager_notifications_failed_total",
     "probe_ssl_earliest_cert_expiry",  # blackbox exporter
+    "probe_success",
 }
 
 POLICY = """\

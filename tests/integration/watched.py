@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import IO, Self
 
 import httpx
 import trustme
@@ -192,8 +192,6 @@ class Watched:
     def _serving(self) -> Iterator[Serve]:
         server = Serve(
             self.directory,
-            (),
-            self.directory / f"tidegate{len(list(self.directory.glob('tidegate*.log'))) + 1}.log",
             TIDEGATE_COUNTERS__URL=self.redis.url,
             TIDEGATE_CATALOG__URL=self.postgres.primary.url(),
             TIDEGATE_CATALOG__REPLICAS=",".join(self.postgres.replica_urls()),
@@ -203,7 +201,15 @@ class Watched:
         )
         try:
             server.wait_ready()
-            yield server
+            # An instance that says more than a pipe holds, 64 KiB, would hang: of a lost master it says much.
+            with contextlib.ExitStack() as reading:
+                for pipe in filter(None, (server.process.stdout, server.process.stderr)):
+                    reading.callback(pipe.close)
+                    reader = threading.Thread(target=_read_to_the_end, args=(pipe,))
+                    reader.start()
+                    reading.callback(reader.join)
+                reading.callback(server.process.terminate)
+                yield server
         finally:
             server.stop()
 
@@ -211,11 +217,11 @@ class Watched:
         authority = trustme.CA()
         authority.cert_pem.write_to_path(str(self.directory / "authority.pem"))
         now = datetime.now(UTC)
-        ends = {"lasting": now + timedelta(days=90), "ending": now + timedelta(days=5)}
+        ends = {"lasting": now + timedelta(days=90), "ending": now + timedelta(days=5), "ended": now - timedelta(days=1)}
         self.tls_ports = {name: free_port() for name in ends}
         files = {}
         for name, end in ends.items():
-            leaf = authority.issue_cert(HOST, not_after=end)
+            leaf = authority.issue_cert(HOST, not_before=now - timedelta(days=30), not_after=end)
             files[f"{name}.pem"] = leaf.private_key_and_cert_chain_pem.bytes().decode()
         port = free_port()
         servers = " ".join(f"server {HOST}:{each.port};" for each in self.instances)
@@ -244,3 +250,8 @@ class Watched:
                 if self._done.wait(self._pause_s):
                     return
                 client.post("/v1/check", json=check)
+
+
+def _read_to_the_end(pipe: IO[str]) -> None:
+    for _ in pipe:
+        pass
