@@ -111,6 +111,32 @@ def test_no_key_and_no_address_of_a_caller_is_asked_for(name: str) -> None:
         assert not re.search(r"\b(api_key|subject|ip|path|key)\b", re.sub(r'"[^"]*"', "", expression)), title
 
 
+def steps(panel: dict[str, Any]) -> set[float]:
+    return {step["value"] for step in panel["fieldConfig"]["defaults"]["thresholds"]["steps"] if step["value"] is not None}
+
+
+def test_thresholds_are_those_of_the_alerts() -> None:
+    """Where a panel says that an alert begins, and the pairs of burn rates."""
+    numbers: dict[str, set[float]] = {}
+    for alert in ALERTS:
+        numbers.setdefault(alert["alert"], set()).update(float(number) for number in re.findall(r"[<>] ([\d.]+)", alert["expr"]))
+    compared = 0
+    for panel in itertools.chain.from_iterable(panels(dashboard) for dashboard in DASHBOARDS.values()):
+        for name in re.findall(r"\b([A-Z][a-z]+[A-Z]\w+) (?:begins|warns)", panel["description"]):
+            if numbers[name]:
+                assert steps(panel) & numbers[name], (panel["title"], name)
+                compared += 1
+    assert compared > 12
+    for panel in panels(DASHBOARDS["slo"]):
+        if found := re.fullmatch(r"(\w+) and (\w+)", panel["title"]):
+            (rate,) = steps(panel)
+            alert = panel["description"].rpartition("#")[2]
+            text = " ".join(each["expr"] for each in ALERTS if each["alert"].lower() == alert)
+            budget = {"availabilitybudgetburn": "0.0001", "latencybudgetburn": "0.01"}[alert]
+            least = budget if rate == 1 else f"{rate:g} * {budget}"
+            assert all(f"ratio_rate{window} > {least}" in text for window in found.groups()), panel["title"]
+
+
 @pytest.fixture(scope="module")
 def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
     """An installation that has seen load, a policy change, a refused policy file and a lost Redis master."""
@@ -155,10 +181,13 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
 def test_every_query_of_every_panel_is_answered(watched: Watched, name: str) -> None:
     dashboard = DASHBOARDS[name]
     wrong = {}
-    for title, expression in expressions(dashboard):
-        found = watched.prometheus.query(filled_in(expression, dashboard))
-        if not found or not all(math.isfinite(value) for _, value in found):
-            wrong[f"{title}: {expression}"] = found
+    for panel in panels(dashboard):
+        for target in panel["targets"]:
+            found = watched.prometheus.query(filled_in(target["expr"], dashboard))
+            finite = all(math.isfinite(value) for _, value in found)
+            named = set(re.findall(r"\{\{(\w+)\}\}", target["legendFormat"]))
+            if not found or not finite or not all(named <= set(labels) for labels, _ in found):
+                wrong[f"{panel['title']}: {target['expr']}"] = found
     assert not wrong
 
 
