@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import math
@@ -28,6 +29,7 @@ FILES = sorted((GRAFANA / "json").glob("*.json"))
 DASHBOARDS = {file.stem: json.loads(file.read_text()) for file in FILES}
 SOURCE = {"type": "prometheus", "uid": "tidegate-prometheus"}
 DIVISOR = 30
+BUSY_S = 20.0
 BUILT_IN = {"$__rate_interval": "1m", "$__range": "5m"}
 NAMES = sorted(DASHBOARDS)
 
@@ -177,18 +179,26 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
         yield running
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_every_query_of_every_panel_is_answered(watched: Watched, name: str) -> None:
-    dashboard = DASHBOARDS[name]
+def unanswered(prometheus: Prometheus, dashboard: dict[str, Any]) -> dict[str, Any]:
+    """The queries to which there is now no answer, one that is no number, or one without a label that the legend names."""
     wrong = {}
     for panel in panels(dashboard):
         for target in panel["targets"]:
-            found = watched.prometheus.query(filled_in(target["expr"], dashboard))
+            found = prometheus.query(filled_in(target["expr"], dashboard))
             finite = all(math.isfinite(value) for _, value in found)
             named = set(re.findall(r"\{\{(\w+)\}\}", target["legendFormat"]))
             if not found or not finite or not all(named <= set(labels) for labels, _ in found):
                 wrong[f"{panel['title']}: {target['expr']}"] = found
-    assert not wrong
+    return wrong
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_query_of_every_panel_is_answered(watched: Watched, name: str) -> None:
+    # All at once, but not at any moment: on a busy machine a scrape may come too late, with a time-out of a third of a second.
+    with contextlib.suppress(TimeoutError):
+        wait_until(lambda: not unanswered(watched.prometheus, DASHBOARDS[name]), BUSY_S, "all are answered")
+        return
+    assert unanswered(watched.prometheus, DASHBOARDS[name]) == {}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -217,24 +227,31 @@ def test_every_name_exists(watched: Watched) -> None:
 
 def test_what_alerts_are_about_is_told_by_the_real_exporters(watched: Watched) -> None:
     prometheus = watched.prometheus
-    assert [value for _, value in prometheus.query("nginx_up")] == [1]
-    assert [value for _, value in prometheus.query('up{job="haproxy"}')] == [1]
-    assert [value for _, value in prometheus.query("pg_up")] == [1, 1]
-    days = {labels["instance"]: value for labels, value in prometheus.query("(probe_ssl_earliest_cert_expiry - time()) / 86400")}
+    (down,) = (alert["expr"] for alert in ALERTS if alert["alert"] == "ServiceDown")
     urls = {name: f"https://127.0.0.1:{port}" for name, port in watched.tls_ports.items()}
+    wait_until(
+        # Of a certificate that has ended, nothing else is told.
+        lambda: [labels["instance"] for labels, _ in prometheus.query(down)] == [urls["ended"]],
+        BUSY_S,
+        "nothing is down but the site whose certificate has ended",
+    )
+    wait_until(
+        lambda: [value for _, value in prometheus.query('nginx_up or up{job="haproxy"} or pg_up')] == [1] * 4,
+        BUSY_S,
+        "HAProxy, nginx and both PostgreSQLs are up",
+    )
+    wait_until(lambda: len(prometheus.query("probe_ssl_earliest_cert_expiry")) == 2, BUSY_S, "two certificates have not ended")
+    days = {labels["instance"]: value for labels, value in prometheus.query("(probe_ssl_earliest_cert_expiry - time()) / 86400")}
     assert days == {urls["lasting"]: pytest.approx(90, abs=0.1), urls["ending"]: pytest.approx(5, abs=0.1)}
     warning, critical = (alert["expr"] for alert in ALERTS if alert["alert"] == "CertificateExpiry")
     assert [labels["instance"] for labels, _ in prometheus.query(warning)] == [urls["ending"]]
     assert prometheus.query(critical) == []
-    # Of one that has ended, its end is not told.
-    (down,) = (alert["expr"] for alert in ALERTS if alert["alert"] == "ServiceDown")
-    assert [labels["instance"] for labels, _ in prometheus.query(down)] == [urls["ended"]]
 
 
 def over_time(prometheus: Prometheus, expression: str) -> list[float]:
-    """All values since the installation runs, one a second, as a panel or an annotation asks for them."""
+    """All values since the installation runs, one for each second, as a panel or an annotation asks for them."""
     now = time.time()
-    parameters = {"query": expression, "start": f"{now - 300:.0f}", "end": f"{now:.0f}", "step": "1"}
+    parameters = {"query": expression, "start": f"{now - 900:.0f}", "end": f"{now:.0f}", "step": "1"}
     found = prometheus.get("/api/v1/query_range", **parameters)["data"]["result"]
     return [float(value) for series in found for _, value in series["values"]]
 
@@ -284,7 +301,7 @@ def plot(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
 def test_a_picture_is_drawn(watched: Watched, tmp_path: Path) -> None:
     picture = tmp_path / "service.png"
     done = plot(watched.prometheus.url, picture, "--minutes", "2", "--window", "10s")
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert done.returncode == 0, done.stderr
     drawn = picture.read_bytes()
     assert drawn.startswith(b"\x89PNG")
     assert len(drawn) > 20_000

@@ -245,7 +245,7 @@ class Watched:
         return path
 
     def _ask(self, url: str) -> None:
-        with httpx.Client(base_url=url, timeout=10) as client:
+        with httpx.Client(base_url=url, timeout=PATIENCE_S) as client:
             for check in itertools.cycle(CHECKS):
                 if self._done.wait(self._pause_s):
                     return
