@@ -219,8 +219,7 @@ def test_every_name_exists(watched: Watched) -> None:
     asked = {
         name for dashboard in DASHBOARDS.values() for _, expression in expressions(dashboard) for name in names_in(expression)
     }
-    # Told by instances of several workers alone.
-    assert asked - known <= {"rate_limiter_workers"}
+    assert asked - known == set()
     assert {name for rule in (*ALERTS, *RECORDED) for name in names_in(rule["expr"])} - known == set()
     assert {rule["record"] for rule in RECORDED} - known == set()
 

@@ -1,7 +1,7 @@
 """A whole installation on loopback, watched by Prometheus with the shipped files, and load on it.
 
-Two instances over a Redis Cluster of two masters with a replica each and a PostgreSQL primary with a replica; HAProxy and nginx
-in front; an exporter beside each server; Prometheus and Alertmanager. Only intervals are divided.
+Two instances, one of two workers, over a Redis Cluster of two masters with a replica each and a PostgreSQL primary with a
+replica; HAProxy and nginx in front; an exporter beside each server; Prometheus and Alertmanager. Only intervals are divided.
 """
 
 from __future__ import annotations
@@ -158,7 +158,7 @@ class Watched:
         self.postgres = enter(PostgresCluster(replicas=1))
         self.write_policy()
         # The first one makes the tables.
-        self.instances = [enter(self._serving()) for _ in range(2)]
+        self.instances = [enter(self._serving(workers)) for workers in (1, 2)]
         nginx, nginx_exporter = self._nginx()
         haproxy, haproxy_metrics = self._haproxy()
         blackbox = enter(BlackboxExporter(self.directory / "authority.pem"))
@@ -189,9 +189,10 @@ class Watched:
             self._running.callback(self._done.set)
 
     @contextlib.contextmanager
-    def _serving(self) -> Iterator[Serve]:
+    def _serving(self, workers: int) -> Iterator[Serve]:
         server = Serve(
             self.directory,
+            TIDEGATE_SERVER__WORKERS=str(workers),
             TIDEGATE_COUNTERS__URL=self.redis.url,
             TIDEGATE_CATALOG__URL=self.postgres.primary.url(),
             TIDEGATE_CATALOG__REPLICAS=",".join(self.postgres.replica_urls()),
