@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from dashboards import load_balancers, postgresql, redis, service, slo
-from dashboards.panels import to_json
+from dashboards.layout import to_json
 
 DASHBOARDS = {
     "service": service.made,

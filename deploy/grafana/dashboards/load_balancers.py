@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from grafana_foundation_sdk.builders.dashboard import Dashboard
 
-from dashboards.panels import GREEN, RED, Panel, Query, Row, Steps, choice, dashboard, lines, number, states
+from dashboards.layout import Row, choice, dashboard
+from dashboards.panels import GREEN, RED, Panel, Query, Steps, lines, number, states
 
 _HAPROXY = 'instance=~"$haproxy"'
 _NGINX = 'instance=~"$nginx"'

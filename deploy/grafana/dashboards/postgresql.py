@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from grafana_foundation_sdk.builders.dashboard import Dashboard
 
-from dashboards.panels import GREEN, RED, Panel, Query, Row, Steps, choice, dashboard, lines, number, or_none, states
+from dashboards.layout import Row, choice, dashboard
+from dashboards.panels import GREEN, RED, Panel, Query, Steps, lines, number, or_none, states
 
 _HERE = 'instance=~"$postgres", datname=~"$database"'
 _SERVER = 'instance=~"$postgres"'

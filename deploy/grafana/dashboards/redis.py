@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from grafana_foundation_sdk.builders.dashboard import Dashboard
 
-from dashboards.panels import GREEN, RED, Panel, Query, Row, Steps, bars, choice, dashboard, lines, number, or_none, states
+from dashboards.layout import Row, choice, dashboard
+from dashboards.panels import GREEN, RED, Panel, Query, Steps, bars, lines, number, or_none, states
 
 _HERE = 'instance=~"$redis"'
 

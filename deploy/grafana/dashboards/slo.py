@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 from grafana_foundation_sdk.builders.dashboard import Dashboard
 
-from dashboards.panels import Panel, Query, Row, Steps, dashboard, lines, number
+from dashboards.layout import Row, dashboard
+from dashboards.panels import Panel, Query, Steps, lines, number
 
 _PAIRS = (("5m", "1h", 14.4), ("30m", "6h", 6.0), ("2h", "1d", 3.0), ("6h", "3d", 1.0))
 """Short window, long window, and the burn rate at which both together alert, as in `deploy/prometheus/alerts.yml`."""
