@@ -37,6 +37,9 @@ _PACKAGES = {
     "amtool": "prometheus-alertmanager",
     "prometheus-redis-exporter": "prometheus-redis-exporter",
     "prometheus-postgres-exporter": "prometheus-postgres-exporter",
+    "nginx": "nginx",
+    "haproxy": "haproxy",
+    "keepalived": "keepalived",
 }
 
 
@@ -81,11 +84,12 @@ class Service:
     Args:
         program: its name.
         path: that answers 200 when it is ready.
+        port: to serve at; a free one if None.
     """
 
-    def __init__(self, program: str, path: str) -> None:
+    def __init__(self, program: str, path: str, port: int | None = None) -> None:
         self.program = need(program)
-        self.port = free_port()
+        self.port = port or free_port()
         self.address = f"{HOST}:{self.port}"
         self.url = f"http://{self.address}"
         self.directory = Path(tempfile.mkdtemp(prefix=f"tidegate-{program}-"))
