@@ -1,8 +1,9 @@
 """The HTTP data plane: an RSGI app without a framework.
 
 Every answer that is not 2xx or 429 has the error form `{"error": {"code", "message", "details"}}`; `/v1/authorize` answers
-204, 401, 403 and 429 without a body, and says the error's code in `X-Tidegate-Error`. A check never gets a bare 500: what
-nobody foresaw is logged and answered 503. Bodies, headers, and the time a body may take are bounded.
+204, 401, 403 and 429 without a body, and says the error's code in `X-Tidegate-Error`. Gateways that know no other refusal than
+401 and 403 get every other one as 403, if they ask for it. A check never gets a bare 500: what nobody foresaw is logged and
+answered 503. Bodies, headers, and the time a body may take are bounded.
 """
 
 from __future__ import annotations
@@ -15,7 +16,17 @@ from typing import Any, Final, Protocol
 import msgspec
 
 from tidegate.decision import Check, Decision, Observation
-from tidegate.doors.answers import Headers, decision_body, encode, error_body, limit_headers, usage_body
+from tidegate.doors.answers import (
+    NO_STORE,
+    Headers,
+    decision_body,
+    denial_cache_headers,
+    edge_cache_headers,
+    encode,
+    error_body,
+    limit_headers,
+    usage_body,
+)
 from tidegate.doors.client_address import TrustedProxies, peer_address
 from tidegate.errors import BadRequest, RequestTooLarge, TidegateError
 from tidegate.gate import Gate, Observer
@@ -27,7 +38,10 @@ MAX_BATCH_BYTES: Final = 1024 * 1024
 MAX_BATCH: Final = 1000
 MAX_HEADER_BYTES: Final = 8 * 1024
 BODY_TIMEOUT_S: Final = 10.0
+DENIED_STATUS: Final = "x-tidegate-denied-status"
+"""The request header by which a gateway asks for 403 in place of every refusal but 401."""
 
+_AUTHORIZE: Final = "/v1/authorize"
 _JSON: Final = ("content-type", "application/json")
 
 
@@ -162,7 +176,7 @@ class DataPlane:
         self.in_flight += 1
         try:
             path = scope.path
-            if path == "/v1/authorize":
+            if path == _AUTHORIZE:
                 await self._authorize(scope, proto)
             elif path == "/v1/check":
                 await self._check(scope, proto)
@@ -173,10 +187,10 @@ class DataPlane:
             else:
                 await self._page(scope, proto)
         except TidegateError as error:
-            self._refuse(proto, error)
+            self._refuse(scope, proto, error)
         except Exception:
             logger.exception("a request met a fault that nobody foresaw")
-            self._refuse(proto, Unforeseen("this request met a fault of the limiter: see its log"))
+            self._refuse(scope, proto, Unforeseen("this request met a fault of the limiter: see its log"))
         finally:
             self.in_flight -= 1
             self.answered += 1
@@ -197,14 +211,18 @@ class DataPlane:
             check = Check.of(uri, method, self._key(headers), self._ip(headers, peer, trusted))
         except BadRequest as error:
             raise self._seen(error) from None
-        try:
-            decision = await self._gate.check(check)
-        except TidegateError as error:
-            if error.status in (401, 403):
-                self._empty(proto, error.status, [("x-tidegate-error", error.code)])
-                return
-            raise
-        self._empty(proto, 204 if decision.allowed else 429, limit_headers(decision))
+        decision = await self._gate.check(check)
+        headers_out = limit_headers(decision)
+        if decision.allowed:
+            headers_out.append(NO_STORE)
+            self._empty(proto, 204, headers_out)
+            return
+        headers_out += denial_cache_headers(decision)
+        if headers.get(DENIED_STATUS) == "403":
+            headers_out += edge_cache_headers(decision)
+            self._empty(proto, 403, [*headers_out, ("x-tidegate-error", "RATE_LIMIT_EXCEEDED"), ("x-tidegate-status", "429")])
+        else:
+            self._empty(proto, 429, headers_out)
 
     async def _check(self, scope: _Scope, proto: Any) -> None:
         self._allow_methods(scope, ("POST",))
@@ -263,7 +281,7 @@ class DataPlane:
             usage = await self._gate.usage(self._key(headers), self._ip(headers, peer, self._trusted.trusts(peer)))
         except TidegateError as error:
             raise self._seen(error) from None
-        headers_out: Headers = [_JSON, ("cache-control", "no-store")]
+        headers_out: Headers = [_JSON, NO_STORE]
         if scope.method == "HEAD":
             self._empty(proto, 200, headers_out)
         else:
@@ -275,7 +293,7 @@ class DataPlane:
             raise NotFound(f"there is nothing at {scope.path[:200]!r}: see /openapi.json")
         self._allow_methods(scope, ("GET", "HEAD"))
         made = await page()
-        headers = [("content-type", made.content_type), ("cache-control", "no-store")]
+        headers = [("content-type", made.content_type), NO_STORE]
         if scope.method == "HEAD":
             self._empty(proto, made.status, headers)
         else:
@@ -342,7 +360,15 @@ class DataPlane:
             self._observe(Observation(None, error.code, 0))
         return error
 
-    def _refuse(self, proto: Any, error: TidegateError) -> None:
+    def _refuse(self, scope: _Scope, proto: Any, error: TidegateError) -> None:
+        if scope.path == _AUTHORIZE:
+            told: Headers = [("x-tidegate-error", error.code), NO_STORE]
+            if error.status in (401, 403):
+                self._empty(proto, error.status, told)
+                return
+            if scope.headers.get(DENIED_STATUS) == "403":
+                self._empty(proto, 403, [*told, ("x-tidegate-status", str(error.status))])
+                return
         headers = [_JSON, ("x-tidegate-error", error.code)]
         if isinstance(error, MethodNotAllowed):
             headers.append(("allow", ", ".join(error.details["allow"])))  # type: ignore[arg-type]
