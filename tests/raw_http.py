@@ -16,7 +16,7 @@ class RawAnswer(NamedTuple):
     """One answer.
 
     Args:
-        status: of it; 0 where the connection was closed without one.
+        status: of it; 0 where there is none: the connection was closed without an answer, or it is one of HTTP/0.9.
         headers: by name in lower case, of several the first.
         body: as it came.
     """
@@ -50,6 +50,8 @@ def exchange(port: int, request: bytes, method: str = "GET", timeout_s: float = 
                 received += chunk
         except ConnectionError:
             pass  # refused while more was on the way: what came before counts
+    if not received.startswith(b"HTTP/"):
+        return [RawAnswer(0, {}, received)]
     stream = _Stream(received)
     answers = []
     while stream.left():
@@ -58,7 +60,7 @@ def exchange(port: int, request: bytes, method: str = "GET", timeout_s: float = 
         headers = {name.lower(): value for name, value in reversed(answer.getheaders())}
         answers.append(RawAnswer(answer.status, headers, answer.read()))
         answer.close()
-    return answers or [RawAnswer(0, {}, b"")]
+    return answers
 
 
 def ask(port: int, path: str, method: str = "GET", headers: Mapping[str, str] | None = None) -> RawAnswer:
