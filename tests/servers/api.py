@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.server
 import json
+import socket
 import threading
 from types import TracebackType
 from typing import Any, Self
@@ -22,9 +24,19 @@ class Api:
     def __init__(self) -> None:
         self.received: list[dict[str, Any]] = []
         keep = self.received
+        self._connections: set[socket.socket] = set()
+        connections = self._connections
 
         class Handler(http.server.BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
+
+            def setup(self) -> None:
+                super().setup()
+                connections.add(self.connection)
+
+            def finish(self) -> None:
+                connections.discard(self.connection)
+                super().finish()
 
             def answer(self) -> None:
                 body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
@@ -61,7 +73,9 @@ class Api:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        """Waits for connections to end: stop first who keeps them open."""
         self._server.shutdown()
         self._thread.join()
+        for connection in list(self._connections):
+            with contextlib.suppress(OSError):  # it is closed already
+                connection.shutdown(socket.SHUT_RDWR)
         self._server.server_close()

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from tests.servers.haproxy import HAProxy
 from tests.servers.nginx import Nginx
 from tests.servers.redis_server import HOST, free_port
 
@@ -81,3 +82,55 @@ def gateway(
             shutil.chown(folder, "www-data")
         made.add(configured("nginx/edge-cache.conf", {"/run/tidegate-denials": str(folder)}))
     return made
+
+
+def haproxy(tidegate: Sequence[int], patient: bool = True) -> tuple[HAProxy, int]:
+    """deploy/haproxy/haproxy.cfg on free ports.
+
+    Args:
+        tidegate: ports of the instances.
+        patient: whether it waits longer for Tidegate than is deployed, but for its health checks.
+
+    Returns:
+        The HAProxy, not started, its stats socket `admin.sock` in its directory, and the port for operators.
+    """
+    port, operators = free_port(), free_port()
+    servers = "".join(f"    server tidegate{number} {HOST}:{each}\n" for number, each in enumerate(tidegate, 1))
+    changes = {
+        "    user haproxy\n    group haproxy\n": "",
+        "    log /dev/log local0\n": "",
+        "    log global\n    option httplog\n    option dontlog-normal\n": "",
+        "maxconn 20000": "maxconn 2000",  # needs more open files than tests may have
+        "bind :8080": f"bind {HOST}:{port}",
+        "bind :8405": f"bind {HOST}:{operators}",
+        "".join(f"    server tidegate{number} 10.0.0.1{number}:8080\n" for number in (1, 2, 3)): servers,
+        "stats socket /run/haproxy/admin.sock mode 660": "stats socket {directory}/admin.sock mode 600",
+    }
+    if patient:
+        changes |= {"timeout server 2s": "timeout server 20s", "timeout connect 250ms": "timeout connect 10s"}
+    return HAProxy(configured("haproxy/haproxy.cfg", changes), port), operators
+
+
+def nginx_balancer(tidegate: Sequence[int], patient: bool = True) -> tuple[Nginx, int]:
+    """deploy/nginx/lb.conf on a free port.
+
+    Args:
+        tidegate: ports of the instances.
+        patient: whether it waits longer for Tidegate than is deployed.
+
+    Returns:
+        The nginx, not started, and the port for operators.
+    """
+    port, operators = free_port(), free_port()
+    servers = "".join(f"    server {HOST}:{each} max_fails=3 fail_timeout=30s;\n" for each in tidegate)
+    changes = {
+        "listen 8080;": f"listen {HOST}:{port};",
+        "listen 127.0.0.1:8405;": f"listen {HOST}:{operators};",
+        "".join(f"    server 10.0.0.1{number}:8080 max_fails=3 fail_timeout=30s;\n" for number in (1, 2, 3)): servers,
+    }
+    if patient:
+        changes |= {
+            "proxy_read_timeout 2s;": "proxy_read_timeout 20s;",
+            "proxy_connect_timeout 250ms;": "proxy_connect_timeout 10s;",
+        }
+    return Nginx(configured("nginx/lb.conf", changes), port), operators
