@@ -129,7 +129,7 @@ def serve(tmp_path: Path) -> Iterator[Callable[..., Serve]]:
     started: list[Serve] = []
 
     def start(*arguments: str, wait: bool = True, **environment: str) -> Serve:
-        server = Serve(tmp_path, arguments, **environment)
+        server = Serve(tmp_path, arguments, None, **environment)
         started.append(server)
         if wait:
             server.wait_ready()
