@@ -33,20 +33,24 @@ format: $(VENV)/.dev ## format and mend what the linter can mend
 	$(BIN)/ruff format src tests bench drills
 
 bench: $(VENV)/.dev ## measure speed and memory side by side
-	scripts/install-debian-packages wrk redis-server postgresql
+	scripts/install-debian-packages wrk redis-server postgresql nginx
 	$(BIN)/python -m bench
 
 bench-smoke: $(VENV)/.dev ## the same at its smallest size: that it works, not how fast
-	scripts/install-debian-packages wrk redis-server postgresql
+	scripts/install-debian-packages wrk redis-server postgresql nginx
 	$(BIN)/python -m bench --smoke
 
 drills: $(VENV)/.dev ## let real servers fail under load, and print what it costs
-	scripts/install-debian-packages redis-server redis-sentinel
+	scripts/install-debian-packages redis-server redis-sentinel haproxy keepalived iproute2 curl
 	$(BIN)/python -m drills.redis_failures
+	$(BIN)/python -m drills.instance
+	$(BIN)/python -m drills.balancer
 
 drills-smoke: $(VENV)/.dev ## the quickest of them
-	scripts/install-debian-packages redis-server redis-sentinel
+	scripts/install-debian-packages redis-server redis-sentinel haproxy keepalived iproute2 curl
 	$(BIN)/python -m drills.redis_failures --smoke
+	$(BIN)/python -m drills.instance --smoke
+	$(BIN)/python -m drills.balancer --smoke
 
 clean: ## remove what the other commands made
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis bench/results tidegate.db tidegate.db-wal tidegate.db-shm

@@ -2,7 +2,8 @@
 
     python -m drills.http_load URL SECONDS RATE
 
-asks from a process of its own, so that it may run in another network namespace, and prints JSON.
+asks from a process of its own, so that it may run in another network namespace; says when it was answered first, and for so long
+from then on what it saw, as JSON.
 """
 
 from __future__ import annotations
@@ -145,8 +146,14 @@ async def _main(url: str, seconds: float, rate: float) -> None:
     # Long waits would hide how soon the other balancer answers: a client that asks anew is what is measured.
     load = HttpLoad(url, rate, connections=4, patience_s=0.5)
     until = asyncio.Event()
-    asyncio.get_running_loop().call_later(seconds, until.set)
-    await load.run(until)
+    running = asyncio.create_task(load.run(until))
+    while not any(each.failure is None for each in load.asked):
+        await asyncio.sleep(0.01)
+    print("answered", flush=True)
+    load.asked.clear()
+    await asyncio.sleep(seconds)
+    until.set()
+    await running
     print(json.dumps({"asked": len(load.asked), "failures": dict(load.failures), "longest_gap_s": load.longest_gap_s}))
 
 
