@@ -12,6 +12,7 @@ import argparse
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Final
@@ -26,6 +27,8 @@ RATE: Final = 100
 GOAL_S: Final = 3.5
 _BEFORE_S: Final = 1.0
 _AFTER_S: Final = 7.0
+_NOTICED_S: Final = 4.0
+"""keepalived asks twice, a second apart, before it takes a balancer for well again."""
 
 
 def asked_meanwhile(pair: BalancerPair, event: Callable[[], None]) -> dict[str, Any]:
@@ -58,7 +61,7 @@ def asked_meanwhile(pair: BalancerPair, event: Callable[[], None]) -> dict[str, 
 
 
 def settled(pair: BalancerPair) -> str:
-    """Wait until one balancer alone has the address.
+    """Wait until both balancers are well and one alone has the address.
 
     Args:
         pair: the balancers.
@@ -66,6 +69,8 @@ def settled(pair: BalancerPair) -> str:
     Returns:
         Its name.
     """
+    wait_until(lambda: [pair.alive(name) for name in BALANCERS] == [200, 200], 60, "both balancers have instances")
+    time.sleep(_NOTICED_S)
     wait_until(lambda: pair.active is not None, 30, "one balancer alone has the address")
     assert pair.active is not None
     return pair.active
@@ -106,7 +111,6 @@ def main() -> None:
             active = settled(pair)
             good &= _report(f"the link of {active}, which is active, is cut", asked_meanwhile(pair, pair.network[active].cut))
             pair.network[active].mend()
-            settled(pair)
     sys.exit(0 if good or smoke else 1)
 
 

@@ -71,6 +71,25 @@ class BalancerPair:
         holders = self.holders
         return holders[0] if len(holders) == 1 else None
 
+    def alive(self, name: str) -> int:
+        """What a balancer says of itself: 200, 503 without instances, 0 where it does not answer.
+
+        Args:
+            name: of the balancer.
+        """
+        asked = self.network[name].run(
+            "curl",
+            "--silent",
+            "--output",
+            "/dev/null",
+            "--max-time",
+            "2",
+            "--write-out",
+            "%{http_code}",
+            "http://127.0.0.1:8405/alive",
+        )
+        return int(asked.stdout)
+
     def kill_balancer(self, name: str) -> None:
         """SIGKILL to HAProxy; keepalived goes on.
 
@@ -137,8 +156,17 @@ class BalancerPair:
                 {"/etc/keepalived/check-balancer": str(DEPLOY / "keepalived/check-balancer"), "    enable_script_security\n": ""},
             )
         )
-        command = [need("keepalived"), "--dont-fork", "--log-console", "--vrrp", "--use-file", configuration, "--config-id", name]
-        pids = ["--pid", self.directory / f"{name}.pid", "--vrrp_pid", self.directory / f"{name}-vrrp.pid"]
+        command: list[str | Path] = [
+            need("keepalived"),
+            "--dont-fork",
+            "--log-console",
+            "--vrrp",
+            "--use-file",
+            configuration,
+            "--config-id",
+            name,
+        ]
+        pids: list[str | Path] = ["--pid", self.directory / f"{name}.pid", "--vrrp_pid", self.directory / f"{name}-vrrp.pid"]
         self._run(self.network[name], f"keepalived-{name}", *command, *pids)
 
     def _run(self, host: Host, name: str, *command: str | Path) -> Process:

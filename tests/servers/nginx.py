@@ -60,13 +60,14 @@ class Nginx(Service):
             path.parent.mkdir(exist_ok=True)
             path.write_text(text)
 
-    def add(self, http: str) -> None:
+    def add(self, http: str, first: bool = False) -> None:
         """Let more stand inside `http { … }`; holds from the next start or reload on.
 
         Args:
             http: a further file of /etc/nginx/conf.d.
+            first: whether it stands before the others.
         """
-        self._http += http
+        self._http = http + self._http if first else self._http + http
         user = "user www-data;" if os.geteuid() == 0 else ""
         self.configuration.write_text(_MAIN.format(user=user, directory=self.directory, level=self._level, http=self._http))
 
