@@ -201,14 +201,14 @@ class DataPlane:
         self._bound_headers(headers)
         peer = peer_address(scope.client)
         trusted = self._trusted.trusts(peer)
-        uri = headers.get("x-original-uri") or (headers.get("x-forwarded-uri") if trusted else None)
-        if uri is None:
-            raise self._seen(
-                BadRequest("the path to decide is missing: send it as X-Original-URI, or as X-Forwarded-Uri from a trusted proxy")
-            )
-        method = headers.get("x-original-method") or (headers.get("x-forwarded-method") if trusted else None) or "GET"
         try:
-            check = Check.of(uri, method, self._key(headers), self._ip(headers, peer, trusted))
+            uri = _one(headers, "x-original-uri") or (_one(headers, "x-forwarded-uri") if trusted else None)
+            if uri is None:
+                raise BadRequest(
+                    "the path to decide is missing: send it as X-Original-URI, or as X-Forwarded-Uri from a trusted proxy"
+                )
+            method = _one(headers, "x-original-method") or (_one(headers, "x-forwarded-method") if trusted else None) or "GET"
+            check = Check.of(uri, method, _one(headers, "x-api-key"), self._ip(headers, peer, trusted))
         except BadRequest as error:
             raise self._seen(error) from None
         decision = await self._gate.check(check)
@@ -231,7 +231,7 @@ class DataPlane:
         body = await self._body(headers, proto, MAX_CHECK_BYTES)
         try:
             asked = _CHECK.decode(body)
-            check = self._check_of(asked, self._key(headers))
+            check = self._check_of(asked, _one(headers, "x-api-key"))
         except msgspec.MsgspecError as error:
             raise self._seen(BadRequest(f"the body is not a check: {error}")) from None
         except UnicodeDecodeError:
@@ -252,7 +252,7 @@ class DataPlane:
             asked = _BATCH.decode(body).checks
             if not 1 <= len(asked) <= MAX_BATCH:
                 raise BadRequest(f"the batch has {len(asked)} checks: send 1 to {MAX_BATCH}", checks=len(asked))
-            header_key = self._key(headers)
+            header_key = _one(headers, "x-api-key")
         except msgspec.MsgspecError as error:
             raise self._seen(BadRequest(f"the body is not a batch of checks: {error}")) from None
         except UnicodeDecodeError:
@@ -278,7 +278,7 @@ class DataPlane:
         self._bound_headers(headers)
         peer = peer_address(scope.client)
         try:
-            usage = await self._gate.usage(self._key(headers), self._ip(headers, peer, self._trusted.trusts(peer)))
+            usage = await self._gate.usage(_one(headers, "x-api-key"), self._ip(headers, peer, self._trusted.trusts(peer)))
         except TidegateError as error:
             raise self._seen(error) from None
         headers_out: Headers = [_JSON, NO_STORE]
@@ -307,21 +307,12 @@ class DataPlane:
             api_key = header_key
         return Check.of(asked.path, asked.method, api_key, asked.ip, asked.cost)
 
-    def _key(self, headers: _RequestHeaders) -> str | None:
-        """The one key of the headers. Of two, a gateway and a backend may read different ones."""
-        keys = headers.get_all("x-api-key")
-        if not keys:
-            return None
-        if len(keys) > 1:
-            raise BadRequest(f"{len(keys)} X-API-Key headers came: send one", field="X-API-Key")
-        return keys[0]
-
     def _ip(self, headers: _RequestHeaders, peer: str, trusted: bool) -> str | None:
         """The client's address as headers of a trusted peer tell it, else the peer's own; None where nobody knows it."""
         forwarded_for = headers.get("x-forwarded-for") if trusted else None
         if forwarded_for is not None:
             forwarded_for = ",".join(headers.get_all("x-forwarded-for"))
-        return self._trusted.client(peer, headers.get("x-real-ip"), forwarded_for) or None
+        return self._trusted.client(peer, _one(headers, "x-real-ip") if trusted else None, forwarded_for) or None
 
     async def _body(self, headers: _RequestHeaders, proto: Any, most: int) -> bytes:
         """The whole body, bounded in size and time."""
@@ -385,3 +376,11 @@ class DataPlane:
         if self.draining:
             headers.append(("connection", "close"))
         proto.response_empty(status, headers)
+
+
+def _one(headers: _RequestHeaders, name: str) -> str | None:
+    """The one value of a header, or None. Of two, a gateway and a backend may read different ones; so both are refused."""
+    values = headers.get_all(name)
+    if len(values) > 1:
+        raise BadRequest(f"{len(values)} {name} headers came: send one", field=name)
+    return values[0] if values else None
