@@ -35,20 +35,24 @@ format: $(VENV)/.dev ## format and mend what the linter can mend
 	$(BIN)/ruff format $(PYTHON_CODE)
 
 bench: $(VENV)/.dev ## measure speed and memory side by side
-	scripts/install-debian-packages wrk redis-server postgresql
+	scripts/install-debian-packages wrk redis-server postgresql nginx
 	$(BIN)/python -m bench
 
 bench-smoke: $(VENV)/.dev ## the same at its smallest size: that it works, not how fast
-	scripts/install-debian-packages wrk redis-server postgresql
+	scripts/install-debian-packages wrk redis-server postgresql nginx
 	$(BIN)/python -m bench --smoke
 
 drills: $(VENV)/.dev ## let real servers fail under load, and print what it costs
-	scripts/install-debian-packages redis-server redis-sentinel
+	scripts/install-debian-packages redis-server redis-sentinel haproxy keepalived iproute2 curl
 	$(BIN)/python -m drills.redis_failures
+	$(BIN)/python -m drills.instance
+	$(BIN)/python -m drills.balancer
 
 drills-smoke: $(VENV)/.dev ## the quickest of them
-	scripts/install-debian-packages redis-server redis-sentinel
+	scripts/install-debian-packages redis-server redis-sentinel haproxy keepalived iproute2 curl
 	$(BIN)/python -m drills.redis_failures --smoke
+	$(BIN)/python -m drills.instance --smoke
+	$(BIN)/python -m drills.balancer --smoke
 
 dashboards: $(VENV)/.dev ## make the Grafana dashboards in deploy/grafana/json
 	PYTHONPATH=deploy/grafana $(BIN)/python -m dashboards
