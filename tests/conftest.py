@@ -94,7 +94,7 @@ class Serve:
 
     def wait_ready(self) -> None:
         """Until it answers; fails with what it said if it ends instead."""
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 60
         while time.monotonic() < deadline:
             if self.process.poll() is not None:
                 raise AssertionError(f"serve ended with {self.process.returncode}: {self.process.stderr.read()}")  # type: ignore[union-attr]
@@ -103,7 +103,7 @@ class Serve:
                     return
             except httpx.TransportError:
                 time.sleep(0.05)
-        raise AssertionError("serve did not get ready within 30 s")
+        raise AssertionError("serve did not get ready within 60 s")
 
     def stop_by_itself(self) -> tuple[int, str, str]:
         """Waits until it ends without being told to; returns exit code, stdout, stderr."""
