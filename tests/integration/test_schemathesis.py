@@ -37,7 +37,7 @@ def description(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """The description as a running instance serves it."""
     directory = tmp_path_factory.mktemp("schemathesis")
     configured = Settings(
-        server=ServerSettings(http="127.0.0.1:0", admin="", drain_s=1.0),
+        server=ServerSettings(http="127.0.0.1:0", admin="", grpc="", drain_s=1.0),
         policy=PolicySettings(file=str(Path(server.__file__).parent / "example.policy.toml")),
         catalog=CatalogSettings(url=f"sqlite:///{directory}/tidegate.db"),
     )
