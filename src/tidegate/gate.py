@@ -112,17 +112,18 @@ class Gate:
         self._tell_all(plans, settled, started_ns)
         return [each.outcome for each in settled]
 
-    async def decide(self, plans: Sequence[Plan | TidegateError]) -> list[Settled]:
-        """Decide the checks of one request: it passes if all do, and only then they are charged.
+    async def decide(self, plans: Sequence[Plan | TidegateError], whole: bool = True) -> list[Settled]:
+        """Decide the checks of one request.
 
         Args:
             plans: what `plan` made of each check, or the error that it raised; a door may make plans of its own.
+            whole: whether they are charged all or, where one is denied, none; otherwise each is on its own.
 
         Returns:
             For each what became of it.
         """
         started_ns = time.perf_counter_ns()
-        settled = await charge_together(self.counters, plans)
+        settled = await (charge_together if whole else charge_each)(self.counters, plans)
         self._tell_all(plans, settled, started_ns)
         return settled
 

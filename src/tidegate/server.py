@@ -12,6 +12,7 @@ import hashlib
 import logging
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import uvloop
@@ -189,7 +190,14 @@ class Instance:
         from tidegate.doors.grpc.listener import GrpcListener
         from tidegate.doors.grpc.service import RateLimitService
 
-        service = RateLimitService(gate, self.settings.envoy, self.metrics.observe)
+        envoy = self.settings.envoy
+        service = RateLimitService(gate, envoy, self.metrics.observe)
+        if envoy.config:
+            from tidegate.doors.grpc.watching import load_domains, watch_domains
+
+            path = Path(envoy.config)
+            service.domains = load_domains(path, envoy.domain)
+            self._spawn(watch_domains(path, envoy.domain, service, self._domains_refused), "watching [envoy] config")
         self._grpc = GrpcListener(service, host, port, self._shares_port)
         self._grpc.start()
         self.grpc_address = join_address(host, port)
@@ -277,6 +285,10 @@ class Instance:
         self.metrics.policy_reload_errors += 1
         self.metrics.policy_valid = False
         logger.error("the policy file is refused, the old policy stays in force: %s", error)
+
+    def _domains_refused(self, error: PolicyError) -> None:
+        self.metrics.policy_reload_errors += 1
+        logger.error("[envoy] config is refused, what was in force stays: %s", error)
 
     async def _health_page(self) -> Page:
         report = await self.health.report()

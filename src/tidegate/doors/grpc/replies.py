@@ -10,24 +10,12 @@ import msgspec
 from tidegate.decision import Decision
 from tidegate.doors.answers import encode, error_body, exceeded_body, limit_headers
 from tidegate.doors.grpc.messages import OK, OVER_LIMIT, RateLimitResponse
+from tidegate.doors.grpc.units import unit_of
 from tidegate.errors import StoreUnavailable, TidegateError
-from tidegate.limits import US_PER_S, Limit
+from tidegate.limits import US_PER_S
 from tidegate.together import Plan, Settled
 
 MOST_REMAINING: Final = 2**32 - 1
-
-# RateLimitResponse.RateLimit.Unit
-SECOND, MINUTE, HOUR, DAY, MONTH, YEAR, WEEK = 1, 2, 3, 4, 5, 6, 7
-UNITS_S: Final = {
-    SECOND: 1,
-    MINUTE: 60,
-    HOUR: 3_600,
-    DAY: 86_400,
-    WEEK: 7 * 86_400,
-    MONTH: 30 * 86_400,
-    YEAR: 365 * 86_400,
-}
-_UNIT_OF_US: Final = {seconds * US_PER_S: unit for unit, seconds in UNITS_S.items()}
 _JSON: Final = ("content-type", "application/json")
 
 
@@ -131,17 +119,12 @@ def _tell_limit(status: Any, decision: Decision, name: str) -> None:
         return
     limit = status.current_limit
     limit.requests_per_unit = min(binding.amount, MOST_REMAINING)
-    limit.unit = _unit(binding)
+    limit.unit = unit_of(binding)
     limit.name = name or decision.rule or ""
     status.limit_remaining = min(decision.remaining or 0, MOST_REMAINING)
     seconds, us = divmod(decision.reset_after_us, US_PER_S)
     status.duration_until_reset.seconds = seconds
     status.duration_until_reset.nanos = us * 1000
-
-
-def _unit(limit: Limit) -> int:
-    """The protocol's unit of a window; 0 where it has none of that length."""
-    return MONTH if limit.calendar_month else _UNIT_OF_US.get(limit.window_us, 0)
 
 
 def _add_headers(message: Any, headers: Iterable[tuple[str, str]]) -> None:
