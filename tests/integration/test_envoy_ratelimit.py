@@ -8,7 +8,8 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.servers.envoy import GRPC, SERVICE, EchoService, Envoy
+from tests.servers.api import Api
+from tests.servers.envoy import GRPC, SERVICE, Envoy
 
 CONFIGURATION = "ratelimit.yaml"
 KEY = "demo-free-key-0001"
@@ -37,8 +38,8 @@ tier = "free"
 
 
 @pytest.fixture
-def service() -> Iterator[EchoService]:
-    with EchoService() as service:
+def service() -> Iterator[Api]:
+    with Api() as service:
         yield service
 
 
@@ -47,7 +48,7 @@ def _policy(directory: Any) -> None:
 
 
 @pytest.fixture
-def gateway(serve: Callable[..., Any], service: EchoService, tmp_path: Any) -> Iterator[tuple[Envoy, Any]]:
+def gateway(serve: Callable[..., Any], service: Api, tmp_path: Any) -> Iterator[tuple[Envoy, Any]]:
     _policy(tmp_path)
     tidegate = serve(grpc=True)
     with Envoy(CONFIGURATION, {GRPC: tidegate.grpc_port, SERVICE: service.port}) as envoy:
@@ -55,7 +56,7 @@ def gateway(serve: Callable[..., Any], service: EchoService, tmp_path: Any) -> I
         yield envoy, tidegate
 
 
-def test_limits_hold_and_headers_reach_the_client(gateway: tuple[Envoy, Any], service: EchoService) -> None:
+def test_limits_hold_and_headers_reach_the_client(gateway: tuple[Envoy, Any], service: Api) -> None:
     envoy, _ = gateway
     with httpx.Client(base_url=envoy.url, headers={"X-API-Key": KEY}) as client:
         for left in (2, 1, 0):
@@ -72,7 +73,7 @@ def test_limits_hold_and_headers_reach_the_client(gateway: tuple[Envoy, Any], se
         assert denied.headers.get_list("content-type") == ["application/json"]
         assert denied.json()["error"]["code"] == "RATE_LIMIT_EXCEEDED"
         assert denied.json()["error"]["details"]["rule"] == "/api/*"
-        assert len(service.asked) == 3
+        assert len(service.received) == 3
         assert client.get("/elsewhere").status_code == 200
 
 
@@ -122,7 +123,7 @@ def test_drain_is_noticed_before_the_end_and_failing_open(gateway: tuple[Envoy, 
         assert (response.status_code, "x-ratelimit-limit" in response.headers) == (200, False)
 
 
-def test_failing_closed(serve: Callable[..., Any], service: EchoService, tmp_path: Any) -> None:
+def test_failing_closed(serve: Callable[..., Any], service: Api, tmp_path: Any) -> None:
     _policy(tmp_path)
     tidegate = serve(grpc=True)
     closed = {"failure_mode_deny: false": "failure_mode_deny: true"}

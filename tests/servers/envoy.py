@@ -1,23 +1,17 @@
-"""Envoy as a process, with a shipped configuration of which only the ports are others; and the service behind it.
-
-What stands in `deploy/envoy/` is run as it is. The service answers every request with what it was asked for, as JSON.
-"""
+"""Envoy as a process, with a shipped configuration of which only the ports are others."""
 
 from __future__ import annotations
 
-import http.server
-import json
 import re
 import shutil
 import subprocess
 import tempfile
-import threading
 import time
 import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 import httpx
 import pytest
@@ -131,49 +125,3 @@ class Envoy:
                 return
             time.sleep(0.05)
         raise AssertionError(f"Envoy does not take {cluster} for {'well' if healthy else 'unwell'}")
-
-
-class EchoService:
-    """The service behind the gateway: tells what it was asked for."""
-
-    def __init__(self) -> None:
-        service = self
-        self.asked: list[tuple[str, str]] = []
-
-        class Handler(http.server.BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def answer(self) -> None:
-                self.rfile.read(int(self.headers.get("Content-Length", 0)))
-                service.asked.append((self.command, self.path))
-                headers = {name.lower(): self.headers.get_all(name) for name in self.headers}
-                told: dict[str, Any] = {"method": self.command, "path": self.path, "headers": headers}
-                body = json.dumps(told).encode()
-                self.send_response(200)
-                self.send_header("Content-Type", "application/json")
-                self.send_header("Content-Length", str(len(body)))
-                self.end_headers()
-                if self.command != "HEAD":
-                    self.wfile.write(body)
-
-            do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = do_PATCH = do_OPTIONS = answer
-
-            def log_message(self, *_: object) -> None:
-                pass
-
-        class Server(http.server.ThreadingHTTPServer):
-            daemon_threads = True
-            request_queue_size = 64
-
-        self._server = Server((HOST, 0), Handler)
-        self.port = self._server.server_address[1]
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True)
-
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()

@@ -28,6 +28,9 @@ MAX_BATCH: Final = 1000
 MAX_HEADER_BYTES: Final = 8 * 1024
 BODY_TIMEOUT_S: Final = 10.0
 
+AUTHORIZE_ENVOY: Final = "/v1/authorize/envoy"
+"""`/v1/authorize` as Envoy's ext_authz needs it: it asks with the method of the request, and takes 200 alone for a yes."""
+
 _JSON: Final = ("content-type", "application/json")
 
 
@@ -164,6 +167,8 @@ class DataPlane:
             path = scope.path
             if path == "/v1/authorize":
                 await self._authorize(scope, proto)
+            elif path == AUTHORIZE_ENVOY:
+                await self._authorize(scope, proto, for_envoy=True)
             elif path == "/v1/check":
                 await self._check(scope, proto)
             elif path == "/v1/check/batch":
@@ -181,8 +186,9 @@ class DataPlane:
             self.in_flight -= 1
             self.answered += 1
 
-    async def _authorize(self, scope: _Scope, proto: Any) -> None:
-        self._allow_methods(scope, ("GET", "HEAD"))
+    async def _authorize(self, scope: _Scope, proto: Any, for_envoy: bool = False) -> None:
+        if not for_envoy:
+            self._allow_methods(scope, ("GET", "HEAD"))
         headers = scope.headers
         self._bound_headers(headers)
         peer = peer_address(scope.client)
@@ -204,7 +210,8 @@ class DataPlane:
                 self._empty(proto, error.status, [("x-tidegate-error", error.code)])
                 return
             raise
-        self._empty(proto, 204 if decision.allowed else 429, limit_headers(decision))
+        passes = 200 if for_envoy else 204
+        self._empty(proto, passes if decision.allowed else 429, limit_headers(decision))
 
     async def _check(self, scope: _Scope, proto: Any) -> None:
         self._allow_methods(scope, ("POST",))
