@@ -27,6 +27,7 @@ OPERATIONS = {
     ("get", "/readyz"),
     ("get", "/livez"),
     ("get", "/metrics"),
+    *((method, "/v1/authorize/envoy") for method in ("get", "head", "post", "put", "patch", "delete", "options")),
 }
 # What a schema cannot say: which spellings of a path are refused, and that 1.0 is no whole number here.
 BEYOND_SCHEMA = [checks.positive_data_acceptance, checks.negative_data_rejection]
