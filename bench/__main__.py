@@ -11,6 +11,7 @@ BENCHES = (
     "telemetry",
     "simulate",
     "http",
+    "grpc",
     "redis_calls",
     "redis_memory",
     "redis_http",
