@@ -23,7 +23,7 @@ async def main() -> None:
         return await service.answer(request)
 
     server = grpc.aio.server()
-    methods = {"ShouldRateLimit": grpc.unary_unary_rpc_method_handler(answer)}
+    methods: dict[str, Any] = {"ShouldRateLimit": grpc.unary_unary_rpc_method_handler(answer)}
     name = "envoy.service.ratelimit.v3.RateLimitService"
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(name, methods),))
     server.add_insecure_port(f"127.0.0.1:{sys.argv[1]}")
