@@ -6,13 +6,13 @@ import asyncio
 import hashlib
 import ipaddress
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Final, TypeAlias
 
 from tidegate.catalog.cached import CachedCatalog, Caller
 from tidegate.counters import Charge, CounterStore, Outcome
-from tidegate.decision import Check, Decision, Observation, RuleUsage, Usage, canonical_ip, clip
+from tidegate.decision import MAX_COST, Check, Decision, Observation, RuleUsage, Usage, canonical_ip, clip
 from tidegate.errors import (
     ApiKeyExpired,
     ApiKeyRevoked,
@@ -304,6 +304,38 @@ class Gate:
             if counted is not None:
                 charges.append(Charge(((watcher.limits, counted),), check.cost))
         return Plan(None if counters else Decision(True, open_tier=tier.tier.name), charges)
+
+    async def plan_entries(self, entries: Mapping[str, str], api_key: str | None, cost: int) -> Plan | None:
+        """Find out what a descriptor without a path is held against; charges nothing.
+
+        Args:
+            entries: values by key.
+            api_key: the caller's key; None for the anonymous tier.
+            cost: 0 (peek) to 1,000,000,000.
+
+        Returns:
+            The plan, for `decide`; None where nothing limits it.
+
+        Raises:
+            TidegateError: as `check`, but for `StoreUnavailable` and `MissingApiKey`.
+        """
+        if not 0 <= cost <= MAX_COST:
+            raise BadRequest(f"cost {clip(cost)} must be a whole number from 0 to {MAX_COST}", field="cost")
+        if api_key is None and await self.catalog.anonymous() is None:
+            return None
+        caller = await self._caller(api_key)
+        matched = caller.tier.match_entries(entries)
+        charges = [
+            (each.compiled.rule.mode, Charge(((each.compiled.limits, each.subject(entries, caller.subject)),), cost))
+            for each in matched
+        ]
+        enforced = next((charge for mode, charge in charges if mode is Mode.ENFORCE), None)
+        watched = [charge for mode, charge in charges if mode is Mode.SHADOW]
+        if enforced is None and not watched:
+            return None
+        if enforced is None:
+            return Plan(Decision(True, open_tier=caller.tier.tier.name), watched)
+        return Plan(None, [enforced, *watched])
 
     async def _caller(self, api_key: str | None, refused_too: bool = False) -> Caller:
         """Who asks; with `refused_too` also whoever is not let in any more."""

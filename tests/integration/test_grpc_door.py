@@ -8,10 +8,10 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import grpc
 import httpx
 import pytest
 
+import grpc
 from tests.conftest import Serve, free_port
 from tests.integration.rls import ask, caller, headers, health, request, watch
 from tidegate.doors.grpc.messages import NOT_SERVING, OK, OVER_LIMIT, SERVICE_UNKNOWN, SERVING
@@ -256,3 +256,33 @@ def test_wrong_addresses(serve: Callable[..., Serve], grpc_address: str, said: s
     ).stop_by_itself()
     assert code == 2
     assert said in err
+
+
+def test_rules_for_descriptors(serve: Callable[..., Serve], tmp_path: Any) -> None:
+    (tmp_path / "tidegate.policy.toml").write_text(
+        '[[tiers]]\nname = "open"\n[[tiers.rules]]\ndescriptor = { service = "pay", user = "*" }\nlimits = ["2/hour"]\n'
+        '[anonymous]\ntier = "open"\n'
+    )
+    server = serve(grpc=True, TIDEGATE_ADMIN__TOKEN="0123456789abcdef")
+    address = f"127.0.0.1:{server.grpc_port}"
+    sent = request([("service", "pay"), ("user", "a")])
+    answers = [ask(address, sent) for _ in range(3)]
+    assert [each.overall_code for each in answers] == [OK, OK, OVER_LIMIT]
+    assert answers[0].statuses[0].current_limit.name == "descriptor:service=pay&user=*"
+    assert ask(address, request([("service", "pay"), ("user", "b")])).statuses[0].limit_remaining == 1
+    assert ask(address, request([("service", "pay")])).statuses[0].limit_remaining == 0
+    # Through the admin API a descriptor stands as an endpoint.
+    with httpx.Client(
+        base_url=f"http://127.0.0.1:{server.admin_port}/admin/v1", headers={"Authorization": "Bearer 0123456789abcdef"}
+    ) as admin:
+        made = admin.post(
+            "/rate-limit-rules", json={"tier": "open", "endpoint": "descriptor:user=*&service=ship", "limits": ["1/hour"]}
+        )
+        assert (made.status_code, made.json()["endpoint"]) == (201, "descriptor:service=ship&user=*")
+        refused = admin.post("/rate-limit-rules", json={"tier": "open", "endpoint": "descriptor:a", "limits": ["1/hour"]})
+        assert (refused.status_code, "value ''" in refused.text) == (400, True)
+    deadline = time.monotonic() + 10
+    shipped = request([("service", "ship"), ("user", "a")])
+    while not ask(address, shipped).statuses[0].current_limit.requests_per_unit:
+        assert time.monotonic() < deadline
+    assert ask(address, shipped).overall_code == OVER_LIMIT

@@ -75,7 +75,7 @@ class Limiter:
         if type(cost) is not int or not 0 <= cost <= MAX_COST:
             raise BadRequest(f"cost {clip(cost)} must be a whole number from 0 to {MAX_COST}", field="cost")
         if not subject or type(subject) is not str or len(subject) > LONGEST_SUBJECT:
-            subject = fit_subject(subject)
+            subject = _fit_subject(subject)
         if self._charge_one is not None:
             return self._charge_one(self._limits, subject, cost)
         outcome = (await self.counters.charge((Charge(((self._limits, subject),), cost),)))[0]
@@ -99,7 +99,7 @@ class Limiter:
         for subject, cost in asked:
             if type(cost) is not int or not 0 <= cost <= MAX_COST:
                 raise BadRequest(f"cost {clip(cost)} must be a whole number from 0 to {MAX_COST}", field="cost")
-            charges.append(Charge(((self._limits, fit_subject(subject)),), cost))
+            charges.append(Charge(((self._limits, _fit_subject(subject)),), cost))
         return list(await self.counters.charge(charges))
 
     async def reset(self, subject: str) -> None:
@@ -112,37 +112,17 @@ class Limiter:
             BadRequest: if it is empty or no string.
             StoreUnavailable: if the store does not answer.
         """
-        await self.counters.reset([(self._limits, fit_subject(subject))])
+        await self.counters.reset([(self._limits, _fit_subject(subject))])
 
     async def close(self) -> None:
         """Give back what the store holds."""
         await self.counters.close()
 
 
-def fit_subject(subject: object) -> str:
-    """The subject itself, or a digest where it is longer than a counter's key should be.
-
-    Args:
-        subject: whom to count.
-
-    Returns:
-        At most 128 characters.
-
-    Raises:
-        BadRequest: if it is empty or no string.
-    """
+def _fit_subject(subject: object) -> str:
+    """The subject itself, or a digest where it is longer than a counter's key should be."""
     if type(subject) is not str or not subject:
         raise BadRequest(f"subject {clip(subject)} must be a non-empty string such as 'user-42'", field="subject")
-    return subject if len(subject) <= LONGEST_SUBJECT else digest_subject(subject)
-
-
-def digest_subject(subject: str) -> str:
-    """A digest in place of a subject.
-
-    Args:
-        subject: whom to count.
-
-    Returns:
-        66 characters.
-    """
+    if len(subject) <= LONGEST_SUBJECT:
+        return subject
     return "h:" + hashlib.blake2b(subject.encode(errors="surrogatepass"), digest_size=32).hexdigest()

@@ -15,11 +15,11 @@ import msgspec
 
 from tidegate.counters import Charge
 from tidegate.decision import MAX_COST, Decision, clip
+from tidegate.descriptors import entries_subject
 from tidegate.doors.grpc.ratelimit_file import FileLimit, Node, RateLimitFile
 from tidegate.doors.grpc.replies import Part
 from tidegate.doors.grpc.status import CallRefused, Status
 from tidegate.doors.grpc.units import UNITS_S, window_limit
-from tidegate.doors.limiter import digest_subject, fit_subject
 from tidegate.errors import BadRequest
 from tidegate.gate import Gate
 from tidegate.limits import MAX_AMOUNT, Algorithm, Limit, LimitSet
@@ -71,7 +71,7 @@ class FileDomain:
     def _find(self, entries: Entries, override: tuple[int, int] | None) -> tuple[FileLimit | None, str]:
         """The limit of a descriptor, and whom it counts: the entries, a shared wildcard in place of its values."""
         if override is not None:
-            return self._override(tuple(key for key, _ in entries), *override), _subject(entries)
+            return self._override(tuple(key for key, _ in entries), *override), entries_subject(entries)
         node: Node | None = self._root
         counted: Entries = []
         for key, value in entries:
@@ -79,7 +79,7 @@ class FileDomain:
             if node is None:
                 return None, ""
             counted.append((key, node.shared or value))
-        return (None if node is None else node.rate_limit), _subject(counted)
+        return (None if node is None else node.rate_limit), entries_subject(counted)
 
     def _part(self, limit: FileLimit | None, subject: str, cost: int) -> Part:
         if limit is None:
@@ -145,13 +145,3 @@ def _below(node: Node) -> Iterable[Node]:
     yield from node.exact.values()
     yield from (each for _, _, each in node.wildcards)
     yield from node.any_value.values()
-
-
-def _subject(entries: Entries) -> str:
-    """The entries as one text, so that no two lists of entries share one; a digest where it is long, or no text to show."""
-    text = "d:" + "&".join(f"{_escaped(key)}={_escaped(value)}" for key, value in entries)
-    return fit_subject(text) if text.isprintable() else digest_subject(text)
-
-
-def _escaped(text: str) -> str:
-    return text.replace("%", "%25").replace("&", "%26").replace("=", "%3D") if "%" in text or "&" in text or "=" in text else text

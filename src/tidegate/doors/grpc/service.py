@@ -1,6 +1,7 @@
 """`ShouldRateLimit`: bytes to checks, decisions to bytes.
 
-Descriptors of the domain `[envoy] domain` are checks under the policy, and are charged all or none. Descriptors of a domain from
+Descriptors of the domain `[envoy] domain` are checks under the policy where they have a path, else for its rules for descriptors;
+they are charged all or none. Descriptors of a domain from
 `[envoy] config` are counted as that file says, each on its own. Those of any other domain pass, and the log says so.
 """
 
@@ -143,7 +144,10 @@ class RateLimitService:
                     raise BadRequest(f"the entry {key!r} came twice in one descriptor: send one", field=field)
                 named[field] = value
             if "path" not in named:
-                return Part(None, cost)
+                api_key = named.get("api_key") or None
+                # Of two entries with one key the first counts.
+                by_key = dict(reversed(entries))
+                return Part(await self._gate.plan_entries(by_key, None if api_key is None else str(api_key), cost), cost)
             return Part(await self._gate.plan(Check.of(**named)), cost)
         except CatalogUnavailable as error:
             self._seen(error)
