@@ -156,7 +156,7 @@ class EnvoySettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         domain: whose descriptors are checks under the policy.
         api_key_entry: name of the entry that has the API key.
         method_entry: name of the entry that has the HTTP method; GET where there is none.
-        path_entry: name of the entry that has the path; a descriptor without one is no check.
+        path_entry: name of the entry that has the path; for a descriptor without one the rules for descriptors are asked.
         ip_entry: name of the entry that has the client's address.
         config: file or directory of limits in the form of envoyproxy/ratelimit, for domains of their own; none where empty.
     """

@@ -286,3 +286,24 @@ def test_rules_for_descriptors(serve: Callable[..., Serve], tmp_path: Any) -> No
     while not ask(address, shipped).statuses[0].current_limit.requests_per_unit:
         assert time.monotonic() < deadline
     assert ask(address, shipped).overall_code == OVER_LIMIT
+
+
+def test_a_rule_that_denies_while_redis_is_away(
+    serve: Callable[..., Serve], new_redis: Callable[..., Any], tmp_path: Any
+) -> None:
+    (tmp_path / "tidegate.policy.toml").write_text(
+        '[[tiers]]\nname = "open"\n[[tiers.rules]]\nendpoint = "/deny"\nlimits = ["9/hour"]\non_failure = "deny"\n'
+        '[[tiers.rules]]\nendpoint = "/local"\nlimits = ["9/hour"]\n[anonymous]\ntier = "open"\n'
+    )
+    redis = new_redis()
+    server = serve(grpc=True, TIDEGATE_COUNTERS__URL=redis.url)
+    address = f"127.0.0.1:{server.grpc_port}"
+    deny, local = ([("path", path), ("remote_address", "203.0.113.7")] for path in ("/deny", "/local"))
+    assert ask(address, request(deny, local)).overall_code == OK
+    redis.stop()
+    denied = ask(address, request(deny, local))
+    assert (denied.overall_code, [each.code for each in denied.statuses]) == (OVER_LIMIT, [OVER_LIMIT, OK])
+    assert headers(denied)["x-tidegate-error"] == "STORE_UNAVAILABLE"
+    assert ask(address, request(local)).overall_code == OK
+    with grpc.insecure_channel(address) as channel:
+        assert health(channel) == SERVING
