@@ -1,8 +1,8 @@
 """`ShouldRateLimit`: bytes to checks, decisions to bytes.
 
 Descriptors of the domain `[envoy] domain` are checks under the policy where they have a path, else for its rules for descriptors;
-they are charged all or none. Descriptors of a domain from `[envoy] config` are counted as that file says, each on its own. Those of
-any other domain pass, and the log says so.
+they are charged all or none. Descriptors of a domain from `[envoy] config` are counted as that file says, each on its own. Those
+of any other domain pass, and the log says so.
 """
 
 from __future__ import annotations
