@@ -137,3 +137,21 @@ def test_failing_closed(serve: Callable[..., Any], service: Api, tmp_path: Any) 
             envoy.wait_healthy("tidegate")
             assert client.get("/wide/x").status_code == 200
             again.stop()
+
+
+def test_in_place_of_envoyproxy_ratelimit(serve: Callable[..., Any], service: Api, tmp_path: Any) -> None:
+    _policy(tmp_path)
+    (tmp_path / "limits").mkdir()
+    (tmp_path / "limits" / "orders.yaml").write_text(
+        "domain: orders\ndescriptors:\n  - key: api_key\n    descriptors:\n      - key: method\n        descriptors:\n"
+        "          - key: path\n            value: /orders*\n            descriptors:\n"
+        "              - {key: remote_address, rate_limit: {unit: day, requests_per_unit: 2}}\n"
+    )
+    tidegate = serve(grpc=True, TIDEGATE_ENVOY__CONFIG="limits")
+    other = {"domain: tidegate": "domain: orders"}
+    with Envoy(CONFIGURATION, {GRPC: tidegate.grpc_port, SERVICE: service.port}, other) as envoy:
+        envoy.wait_healthy("tidegate")
+        with httpx.Client(base_url=envoy.url, headers={"X-API-Key": KEY}) as client:
+            assert [client.get("/orders/1").status_code for _ in range(3)] == [200, 200, 429]
+            assert client.post("/orders/1").headers["ratelimit"].startswith('"2/day";r=1;t=')
+            assert client.get("/other").status_code == 200

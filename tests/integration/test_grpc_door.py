@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -307,3 +309,30 @@ def test_a_rule_that_denies_while_redis_is_away(
     assert ask(address, request(local)).overall_code == OK
     with grpc.insecure_channel(address) as channel:
         assert health(channel) == SERVING
+
+
+BLOCKER = """
+import sys
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("pygrpc_native", "google", "yaml"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Blocker())
+"""
+
+
+def test_without_the_extra_the_door_is_off_and_says_how_to_get_it(serve: Callable[..., Serve], tmp_path: Any) -> None:
+    (tmp_path / "blocked").mkdir()
+    (tmp_path / "blocked" / "sitecustomize.py").write_text(BLOCKER)
+    without = {"PYTHONPATH": str(tmp_path / "blocked")}
+    server = serve("--demo", grpc=True, **without)
+    assert httpx.get(f"{server.url}/readyz").status_code == 200
+    code, _, err = server.stop()
+    assert (code, "the gRPC door is off: for Envoy, pip install 'tidegate[envoy]'" in err) == (0, True)
+    config = tmp_path / "ratelimit.yaml"
+    config.write_text("domain: d\n")
+    code, _, err = serve("--demo", wait=False, grpc=True, TIDEGATE_ENVOY__CONFIG=str(config), **without).stop_by_itself()
+    assert (code, "envoy.config needs pygrpc_native, google.protobuf, yaml: pip install 'tidegate[envoy]'" in err) == (2, True)
+    command = [sys.executable, "-m", "tidegate", "envoy", "check", str(config)]
+    told = subprocess.run(command, env={**server.environment, **without}, capture_output=True, text=True, timeout=60, check=False)
+    assert (told.returncode, "pip install 'tidegate[envoy]'" in told.stderr) == (2, True)
