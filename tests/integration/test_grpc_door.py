@@ -83,8 +83,11 @@ def test_a_check_and_what_is_told_of_it(server: Serve, address: str) -> None:
 
 
 def test_units(address: str) -> None:
-    told = {path: ask(address, request(entries(path))).statuses[0].current_limit.unit for path in ("/month/x", "/odd/x")}
-    assert told == {"/month/x": 5, "/odd/x": 0}
+    told = {path: ask(address, request(entries(path))).statuses[0].current_limit for path in ("/month/x", "/odd/x")}
+    assert {path: (limit.unit, limit.unit_multiplier.value) for path, limit in told.items()} == {
+        "/month/x": (5, 0),
+        "/odd/x": (1, 90),
+    }
 
 
 def test_hits(address: str) -> None:

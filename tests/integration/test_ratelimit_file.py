@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import grpc
 import pytest
 
+import grpc
 from tests.cases.ratelimit_file import CONFIG, DOMAIN, OURS, STEPS, Step
 from tests.conftest import Clock, Serve
 from tests.integration.rls import ask, caller, headers, request
@@ -26,6 +26,7 @@ from tidegate.doors.grpc.domains import FileDomain
 from tidegate.doors.grpc.messages import OK, OVER_LIMIT, RateLimitResponse
 from tidegate.doors.grpc.ratelimit_file import load_ratelimit, parse_ratelimit
 from tidegate.doors.grpc.service import RateLimitService
+from tidegate.doors.grpc.status import CallRefused
 from tidegate.errors import PolicyError
 from tidegate.gate import Gate
 from tidegate.settings import EnvoySettings
@@ -108,6 +109,16 @@ async def test_a_limit_that_envoy_sends_along(clock: Clock) -> None:
     sent.descriptors[0].limit.requests_per_unit, sent.descriptors[0].limit.unit = 1, 1
     codes = [RateLimitResponse.FromString(await service.answer(sent.SerializeToString())).overall_code for _ in range(2)]
     assert codes == [OK, OVER_LIMIT]
+    sent.descriptors[0].limit.unit, sent.descriptors[0].limit.unit_multiplier.value = 2, 5
+    answer = RateLimitResponse.FromString(await service.answer(sent.SerializeToString()))
+    limit = answer.statuses[0].current_limit
+    assert (limit.requests_per_unit, limit.unit, limit.unit_multiplier.value) == (1, 2, 5)
+    clock.advance(61)
+    assert RateLimitResponse.FromString(await service.answer(sent.SerializeToString())).overall_code == OVER_LIMIT
+    for unit, multiplier in ((0, 1), (8, 1), (2, 0), (4, 367)):
+        sent.descriptors[0].limit.unit, sent.descriptors[0].limit.unit_multiplier.value = unit, multiplier
+        with pytest.raises(CallRefused, match="at most 366 days"):
+            await service.answer(sent.SerializeToString())
 
 
 HEAD = "domain: d\ndescriptors:\n"

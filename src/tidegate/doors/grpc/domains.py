@@ -22,7 +22,7 @@ from tidegate.doors.grpc.status import CallRefused, Status
 from tidegate.doors.grpc.units import UNITS_S, window_limit
 from tidegate.errors import BadRequest
 from tidegate.gate import Gate
-from tidegate.limits import MAX_AMOUNT, Algorithm, Limit, LimitSet
+from tidegate.limits import MAX_AMOUNT, MAX_WINDOW_US, US_PER_S, Algorithm, Limit, LimitSet
 from tidegate.together import Plan, Settled
 
 MAX_OVERRIDES: Final = 1024
@@ -44,8 +44,10 @@ class FileDomain:
         self._sets: dict[str, LimitSet] = {}
         self._prepare(read.root)
         self._override = lru_cache(maxsize=MAX_OVERRIDES)(self._make_override)
+        # Stores remember what they prepared for each set: those of limits that are sent along must not be made anew each time.
+        self._sent_set = lru_cache(maxsize=MAX_OVERRIDES)(self._limit_set)
 
-    def parts(self, asked: list[tuple[Entries, int, tuple[int, int] | None]]) -> list[Part]:
+    def parts(self, asked: list[tuple[Entries, int, tuple[int, int, int] | None]]) -> list[Part]:
         """See `DomainLimits.parts`."""
         found = [self._find(entries, override) for entries, _, override in asked]
         replaced = {name for limit, _ in found if limit is not None for name in limit.replaces}
@@ -68,7 +70,7 @@ class FileDomain:
             await gate.counters.charge(rest)
         return settled
 
-    def _find(self, entries: Entries, override: tuple[int, int] | None) -> tuple[FileLimit | None, str]:
+    def _find(self, entries: Entries, override: tuple[int, int, int] | None) -> tuple[FileLimit | None, str]:
         """The limit of a descriptor, and whom it counts: the entries, a shared wildcard in place of its values."""
         if override is not None:
             return self._override(tuple(key for key, _ in entries), *override), entries_subject(entries)
@@ -88,7 +90,7 @@ class FileDomain:
             return Part(None, cost, unlimited=True)
         if cost > MAX_COST:
             return Part(BadRequest(f"hits of {cost} came: at most {MAX_COST} are counted at once", field="hits_addend"), cost)
-        limits = self._sets.get(limit.path) or self._limit_set(limit)
+        limits = self._sets.get(limit.path) or self._sent_set(limit)
         if limits.limits[0].amount == 0:
             plan = Plan(_refusal(limits, limit.shadow), ())
         else:
@@ -113,14 +115,15 @@ class FileDomain:
             tier=self.domain,
         )
 
-    def _make_override(self, keys: tuple[str, ...], amount: int, unit: int) -> FileLimit:
-        if unit not in UNITS_S or amount > MAX_AMOUNT:
+    def _make_override(self, keys: tuple[str, ...], amount: int, unit: int, multiplier: int) -> FileLimit:
+        seconds = UNITS_S.get(unit, 0) * multiplier
+        if not 1 <= seconds <= MAX_WINDOW_US // US_PER_S or amount > MAX_AMOUNT:
             raise CallRefused(
                 Status.INVALID_ARGUMENT,
-                f"a limit of {amount} requests for each unit {unit} came with a descriptor: "
-                f"send 0 to {MAX_AMOUNT}, and a unit of {min(UNITS_S)} to {max(UNITS_S)}",
+                f"a limit of {amount} requests for each {multiplier} of unit {unit} came with a descriptor: "
+                f"send 0 to {MAX_AMOUNT}, a unit of {min(UNITS_S)} to {max(UNITS_S)}, and at most 366 days",
             )
-        return FileLimit(window_limit(amount, unit), f"sent along: {', '.join(clip(key) for key in keys)}")
+        return FileLimit(window_limit(amount, unit, multiplier), f"sent along: {', '.join(clip(key) for key in keys)}")
 
 
 def _counted(settled: Settled) -> Decision | None:

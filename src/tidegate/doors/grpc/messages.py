@@ -33,10 +33,11 @@ _KINDS: Final = {
 # Name, number and kind of each field; * is repeated, and what is no kind is a message.
 _MESSAGES: Final[Mapping[str, tuple[tuple[str, int, str], ...]]] = {
     "Duration": (("seconds", 1, "int64"), ("nanos", 2, "int32")),
+    "UInt32Value": (("value", 1, "uint32"),),
     "UInt64Value": (("value", 1, "uint64"),),
     "HeaderValue": (("key", 1, "string"), ("value", 2, "string")),
     "Entry": (("key", 1, "bytes"), ("value", 2, "bytes")),
-    "LimitOverride": (("requests_per_unit", 1, "uint32"), ("unit", 2, "int32")),
+    "LimitOverride": (("requests_per_unit", 1, "uint32"), ("unit", 2, "int32"), ("unit_multiplier", 3, "UInt32Value")),
     "RateLimitDescriptor": (
         ("entries", 1, "*Entry"),
         ("limit", 2, "LimitOverride"),
@@ -44,7 +45,12 @@ _MESSAGES: Final[Mapping[str, tuple[tuple[str, int, str], ...]]] = {
         ("is_negative_hits", 4, "bool"),
     ),
     "RateLimitRequest": (("domain", 1, "bytes"), ("descriptors", 2, "*RateLimitDescriptor"), ("hits_addend", 3, "uint32")),
-    "RateLimit": (("requests_per_unit", 1, "uint32"), ("unit", 2, "int32"), ("name", 3, "string")),
+    "RateLimit": (
+        ("requests_per_unit", 1, "uint32"),
+        ("unit", 2, "int32"),
+        ("name", 3, "string"),
+        ("unit_multiplier", 4, "UInt32Value"),
+    ),
     "DescriptorStatus": (
         ("code", 1, "int32"),
         ("current_limit", 2, "RateLimit"),

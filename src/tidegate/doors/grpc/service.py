@@ -33,16 +33,18 @@ MAX_ENTRIES: Final = 64
 _TOLD_DOMAINS: Final = 100
 
 Entries = list[tuple[str, str]]
+SentLimit = tuple[int, int, int]
+"""Requests, unit and how many units, of a limit that Envoy sends along."""
 
 
 class DomainLimits(Protocol):
     """What counts the descriptors of one domain."""
 
-    def parts(self, asked: list[tuple[Entries, int, tuple[int, int] | None]]) -> list[Part]:
+    def parts(self, asked: list[tuple[Entries, int, SentLimit | None]]) -> list[Part]:
         """Find out what each descriptor of a request is held against.
 
         Args:
-            asked: of each its entries, its cost, and requests and unit of a limit that Envoy sent along.
+            asked: of each its entries, its cost, and the limit that Envoy sent along, if it did.
 
         Returns:
             One part for each.
@@ -189,5 +191,9 @@ class RateLimitService:
         return error
 
 
-def _override(descriptor: Any) -> tuple[int, int] | None:
-    return (descriptor.limit.requests_per_unit, descriptor.limit.unit) if descriptor.HasField("limit") else None
+def _override(descriptor: Any) -> SentLimit | None:
+    if not descriptor.HasField("limit"):
+        return None
+    limit = descriptor.limit
+    multiplier = limit.unit_multiplier.value if limit.HasField("unit_multiplier") else 1
+    return limit.requests_per_unit, limit.unit, multiplier

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Final
 
 from tidegate.limits import US_PER_S, Limit
@@ -18,29 +19,33 @@ UNITS_S: Final = {
 }
 """Seconds of each unit, as envoyproxy/ratelimit counts them."""
 
-_UNIT_OF_US: Final = {seconds * US_PER_S: unit for unit, seconds in UNITS_S.items()}
+_LONGEST_FIRST: Final = sorted(UNITS_S, key=UNITS_S.__getitem__, reverse=True)
 
 
-def unit_of(limit: Limit) -> int:
-    """The unit of a limit's window.
+@lru_cache(maxsize=1024)
+def unit_of(window_us: int) -> tuple[int, int]:
+    """The unit of a window, and how many of them it has.
 
     Args:
-        limit: any limit.
+        window_us: length of the window, whole seconds in µs.
 
     Returns:
-        Its number; 0 where no unit has that length.
+        Number of the longest unit that it has a whole number of, and that number.
     """
-    return MONTH if limit.calendar_month else _UNIT_OF_US.get(limit.window_us, 0)
+    seconds = window_us // US_PER_S
+    unit = next(each for each in _LONGEST_FIRST if seconds % UNITS_S[each] == 0)
+    return unit, seconds // UNITS_S[unit]
 
 
-def window_limit(amount: int, unit: int) -> Limit:
+def window_limit(amount: int, unit: int, multiplier: int = 1) -> Limit:
     """The limit of a number of requests for each unit: a window of fixed length, a month of 30 days and a year of 365.
 
     Args:
         amount: requests, 0 or more.
         unit: number of the unit.
+        multiplier: how many units the window has.
 
     Returns:
         The limit.
     """
-    return Limit(amount, UNITS_S[unit] * US_PER_S)
+    return Limit(amount, UNITS_S[unit] * multiplier * US_PER_S)
