@@ -93,6 +93,10 @@ def data_plane_openapi() -> dict[str, Any]:
             "/v1/check": {"post": _check()},
             "/v1/check/batch": {"post": _batch()},
             "/v1/authorize": {"get": _authorize("authorize"), "head": _authorize("authorizeHead")},
+            "/v1/authorize/envoy": {
+                method: _authorize(f"authorizeEnvoy{method.title()}", "200")
+                for method in ("get", "head", "post", "put", "patch", "delete", "options")
+            },
             "/v1/usage": {"get": _usage("usage"), "head": _usage("usageHead")},
             "/health": {"get": _page("health", "How all parts are; 200 only when all are healthy.", (200, 503))},
             "/readyz": {"get": _page("ready", "Whether this instance takes requests; for load balancers.", (200, 503))},
@@ -138,9 +142,9 @@ def _batch() -> dict[str, Any]:
     }
 
 
-def _authorize(operation: str) -> dict[str, Any]:
+def _authorize(operation: str, passes: str = "204") -> dict[str, Any]:
     empty = {
-        "204": {"description": "It may pass.", "headers": _headers()},
+        passes: {"description": "It may pass.", "headers": _headers()},
         "401": {"description": "The API key is missing or unknown; see X-Tidegate-Error."},
         "403": {
             "description": "The API key was revoked or has expired; see X-Tidegate-Error. Where X-Tidegate-Denied-Status "
