@@ -16,7 +16,7 @@ from typing import Any, Final, Protocol
 
 import msgspec
 
-from tidegate.bodies import MAX_BATCH, MAX_BATCH_BYTES
+from tidegate.bodies import MAX_BATCH, MAX_BATCH_BYTES, BatchRequest, CheckRequest
 from tidegate.decision import Check, Decision, Observation
 from tidegate.doors.answers import (
     NO_STORE,
@@ -30,6 +30,7 @@ from tidegate.doors.answers import (
     usage_body,
 )
 from tidegate.doors.client_address import TrustedProxies, peer_address
+from tidegate.doors.refusals import BodyTooSlow, HeadersTooLarge, MethodNotAllowed, NotFound, Unforeseen
 from tidegate.errors import BadRequest, RequestTooLarge, TidegateError
 from tidegate.gate import Gate, Observer
 from tidegate.telemetry.access import AccessLog
@@ -76,69 +77,6 @@ class _Scope(Protocol):
     path: str
     client: str
     headers: _RequestHeaders
-
-
-class NotFound(TidegateError):
-    """There is nothing at this path."""
-
-    code = "NOT_FOUND"
-    status = 404
-
-
-class MethodNotAllowed(TidegateError):
-    """The path is there, the method is not."""
-
-    code = "METHOD_NOT_ALLOWED"
-    status = 405
-
-
-class BodyTooSlow(TidegateError):
-    """The body did not arrive in time."""
-
-    code = "REQUEST_TIMEOUT"
-    status = 408
-
-
-class HeadersTooLarge(TidegateError):
-    """The headers are larger than any check needs."""
-
-    code = "HEADERS_TOO_LARGE"
-    status = 431
-
-
-class Unforeseen(TidegateError):
-    """A fault of ours; the log says more."""
-
-    code = "INTERNAL"
-    status = 503
-
-
-class CheckRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, gc=False):
-    """The body of `POST /v1/check`.
-
-    Args:
-        path: path of the request to decide.
-        method: its HTTP method.
-        api_key: the caller's key; may come as `X-API-Key` instead.
-        ip: the client's address.
-        cost: units, 0 (peek) or more.
-    """
-
-    path: str
-    method: str = "GET"
-    api_key: str | None = None
-    ip: str | None = None
-    cost: int = 1
-
-
-class BatchRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The body of `POST /v1/check/batch`.
-
-    Args:
-        checks: 1 to 1000 of them.
-    """
-
-    checks: list[CheckRequest]
 
 
 _CHECK: Final = msgspec.json.Decoder(CheckRequest)

@@ -8,9 +8,8 @@ from typing import Any, Final
 import msgspec
 
 from tidegate._version import __version__
-from tidegate.bodies import MAX_BATCH, DecisionBody, UsageBody
+from tidegate.bodies import MAX_BATCH, CheckRequest, DecisionBody, UsageBody
 from tidegate.decision import MAX_COST
-from tidegate.doors.http import CheckRequest
 from tidegate.gate import MAX_USAGE_RULES
 
 _ERRORS: Final = {
