@@ -153,11 +153,15 @@ class Model(RuleBasedStateMachine):
             logging.disable(logging.NOTSET)
 
     def run(self, work: Any) -> Any:
-        return self.loop.run_until_complete(work)
+        self.note_trouble()
+        try:
+            return self.loop.run_until_complete(work)
+        finally:
+            self.note_trouble()
+            self.truth.now_us = self.store.clock()
 
     def wait(self, seconds: float) -> None:
         self.run(asyncio.sleep(seconds))
-        self.truth.now_us = self.store.clock()
 
     # Failures.
 
@@ -190,7 +194,6 @@ class Model(RuleBasedStateMachine):
 
     @rule(trouble=st.sampled_from(Trouble), behind=st.integers(0, 2))
     def catalog_is_in_trouble(self, trouble: Trouble, behind: int) -> None:
-        self.note_trouble()
         self.catalog.trouble, self.catalog.behind = trouble, behind
         self.note_trouble()
 
@@ -269,7 +272,6 @@ class Model(RuleBasedStateMachine):
         self.look(self.instances[instance])
 
     def look(self, instance: Instance) -> None:
-        self.note_trouble()
         lossy = instance.cached.version < self.catalog.log_from
         if self.run(instance.follower.look()):
             if not lossy:
@@ -328,7 +330,6 @@ class Model(RuleBasedStateMachine):
         )
 
     def ask(self, instance: Instance, batch: list[tuple[tuple[str, str], str, int]]) -> list[Decision | TidegateError]:
-        self.note_trouble()
         if any(each.link.fault is Fault.LATE for each in self.instances):
             self.late_until = self.loop.time() + LATE_S + TIMEOUT_S
         checks = [Check.of(f"/{path}", method, key, IP, cost) for (method, path), key, cost in batch]
@@ -342,7 +343,6 @@ class Model(RuleBasedStateMachine):
                 answers = [error]
         else:
             answers = self.run(instance.gate.check_many(checks))
-        self.truth.now_us = self.store.clock()
         seen = iter(instance.counters.seen)
         for check, answer in zip(checks, answers, strict=True):
             note(f"{check} at {instance.number}: {answer!r}")
@@ -476,7 +476,6 @@ class Model(RuleBasedStateMachine):
 
     @rule(instance=instances, key=st.sampled_from(KEYS[:3]))
     def counters_are_reset(self, instance: int, key: str) -> None:
-        self.note_trouble()
         asked = self.instances[instance]
         reset: list[Any] = []
         original = asked.counters.reset
