@@ -225,6 +225,12 @@ class FaultyCatalog:
         self.policies.append(policy)
         self._items.append(list(items))
 
+    def keys_changed(self, since: int) -> dict[str, int]:
+        """The last change of each key that was changed after a version."""
+        return {
+            name: version for version in range(since + 1, self.head + 1) for kind, name in self._items[version] if kind == KEY
+        }
+
     async def api_key(self, sha256: str, least: int = 0) -> ApiKey | None:
         policy = await self._ask(least)
         return next((each for each in policy.api_keys if each.sha256 == sha256), None)

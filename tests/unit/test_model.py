@@ -115,10 +115,10 @@ class Instance:
         self.cached = CachedCatalog(catalog, l1_ttl_s=20.0, clock=loop.time)  # type: ignore[arg-type]
         self.follower = Follower(catalog, self.cached, 1.0)  # type: ignore[arg-type]
         self.gate = Gate(self.cached, self.counters, wall_clock_ns=loop.time_module(EPOCH_US).time_ns)
-        self.key_from = 0
-        """No key is served as it was before this version,"""
-        self.lost_from = 0
-        """nor before this one where nothing past its time stands in."""
+        self.key_from: dict[str, int] = {}
+        """A key is never served as it was before this version,"""
+        self.seen_from = 0
+        """and nothing as it was before this one, unless the catalog is in trouble."""
 
 
 class Model(RuleBasedStateMachine):
@@ -272,11 +272,12 @@ class Model(RuleBasedStateMachine):
         self.look(self.instances[instance])
 
     def look(self, instance: Instance) -> None:
-        lossy = instance.cached.version < self.catalog.log_from
+        since = instance.cached.version
         if self.run(instance.follower.look()):
-            if not lossy:
-                instance.key_from = self.catalog.head
-            instance.lost_from = self.catalog.head
+            # What the log does not tell is asked for again; while the catalog fails what was known before is better than nothing.
+            if since >= self.catalog.log_from:
+                instance.key_from |= self.catalog.keys_changed(since)
+            instance.seen_from = self.catalog.head
         else:
             assert self.catalog.trouble is Trouble.FAILS
 
@@ -306,7 +307,7 @@ class Model(RuleBasedStateMachine):
     def denial_ends_when_it_says(self, instance: int, ask: tuple[tuple[str, str], str, int]) -> None:
         """Nothing else happens until then."""
         asked = self.instances[instance]
-        if not self.is_calm() or asked.lost_from != self.catalog.head:
+        if not self.is_calm() or asked.seen_from != self.catalog.head:
             return
         answer = None
         for _ in range(10):
@@ -371,14 +372,14 @@ class Model(RuleBasedStateMachine):
             return
         digest = hash_api_key(check.api_key or "")
         expected: list[Any] = []
-        for version in range(instance.key_from if stale else instance.lost_from, self.catalog.head + 1):
+        for version in range(instance.key_from.get(digest, 0) if stale else instance.seen_from, self.catalog.head + 1):
             key = next((each for each in self.catalog.policies[version].api_keys if each.sha256 == digest), None)
             if key is None:
                 expected.append("INVALID_API_KEY")
             elif key.status is KeyStatus.REVOKED:
                 expected.append("API_KEY_REVOKED")
             else:
-                for of_tier in range(0 if stale else instance.lost_from, self.catalog.head + 1):
+                for of_tier in range(0 if stale else instance.seen_from, self.catalog.head + 1):
                     tier = next(each for each in self.catalog.policies[of_tier].tiers if each.name == key.tier)
                     expected.append(self.counted(tier, key, check))
         if charge is None:
