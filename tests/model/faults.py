@@ -130,7 +130,7 @@ class Link:
 
     async def reset(self, counters: Sequence[tuple[LimitSet, str]]) -> None:
         def forget(answered: bool) -> None:
-            for limits, subject in counters:
+            for limits, _ in counters:
                 self._store.known[id(limits)] = limits
             # Memory never waits: one step is the whole of it.
             with contextlib.suppress(StopIteration):

@@ -101,7 +101,7 @@ class Truth(Told):
         self.known = defaultdict(list, _copied(known))
         self.replicate()
 
-    def forget(self, instance: int, counters: Iterable[tuple[LimitSet, str]], done: bool) -> None:
+    def forget(self, instance: int, counters: Iterable[tuple[LimitSet, str]]) -> None:
         """A reset: other instances may deny for a second yet, by what they remember."""
         for counter in counters:
             for held in held_by(Charge((counter,))):

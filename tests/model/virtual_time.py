@@ -1,4 +1,4 @@
-"""An event loop in which waiting takes no time: its clock stands while a task can run, and jumps to the next timer where none can."""
+"""An event loop in which waiting takes no time: its clock stands while a task can run, else it jumps to the next timer."""
 
 from __future__ import annotations
 
