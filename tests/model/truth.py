@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from fractions import Fraction
 from typing import NamedTuple
 
@@ -55,10 +55,12 @@ class Truth(Told):
 
     Args:
         instances: how many there are.
+        clock: of the store, µs since the epoch.
     """
 
-    def __init__(self, instances: int) -> None:
+    def __init__(self, instances: int, clock: Callable[[], int]) -> None:
         self.instances = instances
+        self._clock = clock
         self.known: dict[Place, oracles.History] = defaultdict(list)
         """What the store has counted for certain."""
         self.maybe: dict[Place, oracles.History] = defaultdict(list)
@@ -67,7 +69,11 @@ class Truth(Told):
         self._replica: tuple[dict[Place, oracles.History], dict[Place, oracles.History]] = ({}, {})
         self.limit_of: dict[Place, Held] = {}
         self.asked = 0
-        self.now_us = 0
+
+    @property
+    def now_us(self) -> int:
+        """The store's clock."""
+        return self._clock()
 
     # What the faults tell.
 
@@ -78,15 +84,13 @@ class Truth(Told):
 
     def absorbed(self, instance: int, limits: LimitSet, subject: str, answered: bool) -> None:
         for held in held_by(Charge(((limits, subject),))):
+            self.drop_expired(instance, held, self.now_us)
             debt = self.owed[instance][held.place]
+            certain, besides = self._put_back(held, debt)
+            self.maybe[held.place] += besides if answered else certain + besides
             if answered:
-                self.known[held.place] += self._put_back(held, debt)
-                # A bucket's level is rounded where it is put back: what is not known for certain may be.
-                if held.limits.algorithm.is_bucket:
-                    self.maybe[held.place] += [(each.at_us, each.cost) for each in debt]
+                self.known[held.place] += certain
                 debt.clear()
-            else:
-                self.maybe[held.place] += [(each.at_us, each.cost) for each in debt]
 
     def replicate(self) -> None:
         self._replica = (_copied(self.known), _copied(self.maybe))
@@ -130,6 +134,13 @@ class Truth(Told):
         history = [(each.at_us, each.cost) for each in self.owed[instance][held.place]]
         return oracles.used(held.limits.algorithm, self.share(held), sorted(history), now)
 
+    def drop_expired(self, instance: int, held: Held, now: int) -> None:
+        """What an instance counts no more by itself it need not put back; a sliding window's last fraction of a unit goes so."""
+        debt = self.owed[instance][held.place]
+        if debt and not self.least_of_share(instance, held, now):
+            self.maybe[held.place] += [(each.at_us, each.cost) for each in debt]
+            debt.clear()
+
     def debts(self, instance: int, now: int) -> list[Place]:
         """What an instance owes and has not put back, as far as it still counts."""
         return [
@@ -138,15 +149,17 @@ class Truth(Told):
             if debt and self.least_of_share(instance, self.limit_of[place], now) > 0
         ]
 
-    def _put_back(self, held: Held, debt: list[Admitted]) -> oracles.History:
+    def _put_back(self, held: Held, debt: list[Admitted]) -> tuple[oracles.History, oracles.History]:
+        """What a debt adds to the store where it arrives, and what it may add besides."""
+        history = [(each.at_us, each.cost) for each in debt]
         if not held.limits.algorithm.is_bucket:
-            return [(each.at_us, each.cost) for each in debt]
-        # A bucket is put back as the level that is left of it, by the rate of the share.
-        share, level, last = self.share(held), Fraction(0), 0
-        for at, cost, _ in [*sorted(debt), (self.now_us, 0, 0)]:
+            return history, []
+        # A bucket is put back as the level that is left of it, by the share's rate, and rounded up to whole tokens.
+        now, share, level, last = self.now_us, self.share(held), Fraction(0), 0
+        for at, cost in [*sorted(history), (now, 0)]:
             level = max(level - Fraction(share.amount * (at - last), share.window_us), Fraction(0)) + cost
             last = at
-        return [(self.now_us, int(level))] if level >= 1 else []
+        return ([(now, int(level))] if level >= 1 else []), [(now, 2)]
 
 
 def _copied(histories: dict[Place, oracles.History]) -> dict[Place, oracles.History]:

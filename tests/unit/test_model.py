@@ -129,7 +129,7 @@ class Model(RuleBasedStateMachine):
         logging.disable(logging.CRITICAL)
         guarded.time = self.loop.time_module(EPOCH_US)
         self.store = SharedStore(lambda: self.loop.now_us() + EPOCH_US)
-        self.truth = Truth(INSTANCES)
+        self.truth = Truth(INSTANCES, self.store.clock)
         self.catalog = FaultyCatalog(first_policy())
         self.instances = [Instance(number, self.loop, self.store, self.catalog, self.truth) for number in range(INSTANCES)]
         self.troubled_until = 0.0
@@ -158,7 +158,6 @@ class Model(RuleBasedStateMachine):
             return self.loop.run_until_complete(work)
         finally:
             self.note_trouble()
-            self.truth.now_us = self.store.clock()
 
     def wait(self, seconds: float) -> None:
         self.run(asyncio.sleep(seconds))
@@ -445,6 +444,7 @@ class Model(RuleBasedStateMachine):
         if outcome.allowed:
             assert outcome.remaining == max(min(room), 0)
             for each in held if charge.cost else ():
+                truth.drop_expired(instance.number, each, now)
                 truth.owed[instance.number][each.place].append(Admitted(now, charge.cost, truth.asked))
 
     def must_fit_the_store(self, instance: Instance, charge: Charge, outcome: Decision, sent_us: int) -> None:
