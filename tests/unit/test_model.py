@@ -191,9 +191,13 @@ class Model(RuleBasedStateMachine):
         self.store.fail_over()
         self.truth.fail_over()
 
-    @rule(trouble=st.sampled_from(Trouble), behind=st.integers(0, 2))
-    def catalog_is_in_trouble(self, trouble: Trouble, behind: int) -> None:
-        self.catalog.trouble, self.catalog.behind = trouble, behind
+    @rule(behind=st.integers(0, 5))
+    def replicas_lag(self, behind: int) -> None:
+        self.catalog.behind = behind
+
+    @rule(trouble=st.sampled_from(Trouble))
+    def catalog_is_in_trouble(self, trouble: Trouble) -> None:
+        self.catalog.trouble = trouble
         self.note_trouble()
 
     @rule()
@@ -290,6 +294,24 @@ class Model(RuleBasedStateMachine):
     def checks_in_a_row(self, instance: int, ask: tuple[tuple[str, str], str, int], times: int) -> None:
         for number in range(times):
             self.ask(self.instances[(instance + number) % INSTANCES], [ask])
+
+    @rule(
+        instance=instances,
+        ask=asks,
+        fault=st.sampled_from([Fault.LOST, Fault.REPLY_LOST, Fault.LATE, Fault.DOWN]),
+        times=st.integers(1, 4),
+        away_s=st.sampled_from([0.0, OPEN_S]),
+    )
+    def outage_begins_and_ends(
+        self, instance: int, ask: tuple[tuple[str, str], str, int], fault: Fault, times: int, away_s: float
+    ) -> None:
+        asked = self.instances[instance]
+        asked.link.fault = fault
+        for _ in range(times):
+            self.ask(asked, [ask])
+        self.wait(away_s)
+        asked.link.fault, self.store.alive = Fault.NONE, True
+        self.ask(asked, [ask])
 
     @rule(instance=instances, batch=st.lists(asks, min_size=2, max_size=6))
     def checks_at_once(self, instance: int, batch: list[tuple[tuple[str, str], str, int]]) -> None:
@@ -540,7 +562,7 @@ class Model(RuleBasedStateMachine):
 
 
 Model.TestCase.settings = settings(
-    max_examples=int(os.environ.get("MODEL_EXAMPLES", "80")),
+    max_examples=int(os.environ.get("MODEL_EXAMPLES", "150")),
     stateful_step_count=int(os.environ.get("MODEL_STEPS", "40")),
     deadline=None,
     suppress_health_check=list(HealthCheck),
