@@ -48,7 +48,10 @@ drills-smoke: $(VENV)/.dev ## the quickest of them
 	scripts/install-debian-packages redis-server redis-sentinel
 	$(BIN)/python -m drills.redis_failures --smoke
 
+manifests: $(VENV)/.dev ## make what the Prometheus operator wants out of deploy/prometheus
+	$(BIN)/python deploy/kubernetes/generate.py
+
 clean: ## remove what the other commands made
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis bench/results tidegate.db tidegate.db-wal tidegate.db-shm
 
-.PHONY: help run test check format bench bench-smoke drills drills-smoke clean
+.PHONY: help run test check format bench bench-smoke drills drills-smoke manifests clean

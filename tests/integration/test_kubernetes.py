@@ -63,7 +63,9 @@ def named(overlay: str, kind: str, name: str) -> Manifest:
 
 def config_of(overlay: str, name: str) -> dict[str, str]:
     """A ConfigMap, with or without the hash in its name."""
-    found = [each for each in of_kind(overlay, "ConfigMap") if re.fullmatch(rf"{name}(-[0-9a-z]{{10}})?", each["metadata"]["name"])]
+    found = [
+        each for each in of_kind(overlay, "ConfigMap") if re.fullmatch(rf"{name}(-[0-9a-z]{{10}})?", each["metadata"]["name"])
+    ]
     assert len(found) == 1, name
     values: dict[str, str] = found[0]["data"]
     return values
@@ -136,7 +138,12 @@ def test_selectors_find_their_pods(overlay: str) -> None:
         assert selected(overlay, each["spec"]["selector"]["matchLabels"]) == [name]
         for spread in pod(overlay, name)["topologySpreadConstraints"]:
             assert selected(overlay, spread["labelSelector"]["matchLabels"]) == [name]
-    expected = {"rate-limiter": "rate-limiter", "rate-limiter-admin": "rate-limiter-admin", "redis": "redis", "redis-nodes": "redis"}
+    expected = {
+        "rate-limiter": "rate-limiter",
+        "rate-limiter-admin": "rate-limiter-admin",
+        "redis": "redis",
+        "redis-nodes": "redis",
+    }
     for each in of_kind(overlay, "Service"):
         assert selected(overlay, each["spec"]["selector"]) == [expected[each["metadata"]["name"]]]
     for each in of_kind(overlay, "PodDisruptionBudget"):
@@ -218,7 +225,11 @@ def test_stores_are_named_as_they_are(overlay: str) -> None:
         assert int(found[1]) < size
     assert named(overlay, "Service", service)["spec"]["publishNotReadyAddresses"], "they meet before they are ready"
     said = subprocess.run(
-        ["sh", ROOT / "deploy/redis/cluster/with-pods", "2", "make-cluster"], capture_output=True, text=True, timeout=20, check=False
+        ["sh", ROOT / "deploy/redis/cluster/with-pods", "2", "make-cluster"],
+        capture_output=True,
+        text=True,
+        timeout=20,
+        check=False,
     )
     assert "these are 2" in said.stderr
     maximum = {each["name"]: each.get("value") for each in pod(overlay, "redis")["containers"][0]["env"]}["REDIS_MAXMEMORY"]
@@ -281,7 +292,9 @@ def test_secrets_are_references_to_what_is_documented(overlay: str) -> None:
                     referred.setdefault(reference["name"], set()).add(reference["key"])
         for volume in spec["volumes"]:
             if "secret" in volume:
-                referred.setdefault(volume["secret"]["secretName"], set()).update(item["key"] for item in volume["secret"]["items"])
+                referred.setdefault(volume["secret"]["secretName"], set()).update(
+                    item["key"] for item in volume["secret"]["items"]
+                )
     assert referred == {**documented, **MADE_ELSEWHERE}
     for ingress in of_kind(overlay, "Ingress"):
         referred |= {tls["secretName"]: set() for tls in ingress["spec"]["tls"]}
@@ -320,7 +333,10 @@ def test_network_policies_let_pass_what_must_and_nothing_else(overlay: str) -> N
         name: [rule.get("to", ["anybody"]) for rule in spec["egress"]] for name, spec in policies.items() if spec.get("egress")
     }
     assert egress.keys() == {"names", "from-limiters", "from-redis", "database"}
-    assert sorted(selected(overlay, policies["from-limiters"]["podSelector"]["matchLabels"])) == ["rate-limiter", "rate-limiter-admin"]
+    assert sorted(selected(overlay, policies["from-limiters"]["podSelector"]["matchLabels"])) == [
+        "rate-limiter",
+        "rate-limiter-admin",
+    ]
     to_redis, to_database = (rule[0]["podSelector"]["matchLabels"] for rule in egress["from-limiters"])
     assert selected(overlay, to_redis) == ["redis"]
     assert to_database == {"cnpg.io/cluster": "tidegate-db"}
@@ -359,7 +375,10 @@ def test_overlays_change_what_they_say() -> None:
         "10M": (10, 9, "3gb", 6, "DoNotSchedule"),
         "100M": (35, 30, "8gb", 6, "DoNotSchedule"),
     }
-    for overlay, words in {"small": ("three instances", "three shards of 2 GB"), "100M": ("35 instances", "30 shards of 8 GB")}.items():
+    for overlay, words in {
+        "small": ("three instances", "three shards of 2 GB"),
+        "100M": ("35 instances", "30 shards of 8 GB"),
+    }.items():
         first = (KUBERNETES / "overlays" / overlay / "kustomization.yaml").read_text().splitlines()[0]
         assert all(each in first for each in words)
     names = {(each["kind"], re.sub(r"-[0-9a-z]{10}$", "", each["metadata"]["name"])) for each in rendered("small")}
@@ -380,7 +399,9 @@ def test_making_them_again_changes_nothing() -> None:
 
 def test_rules_of_the_operator_are_the_rules_of_the_files(tmp_path: Path) -> None:
     source = ROOT / "deploy" / "prometheus"
-    expected = [group for name in ("recording", "alerts") for group in yaml.safe_load((source / f"{name}.yml").read_text())["groups"]]
+    expected = [
+        group for name in ("recording", "alerts") for group in yaml.safe_load((source / f"{name}.yml").read_text())["groups"]
+    ]
     made = sorted(of_kind("small", "PrometheusRule"), key=lambda rule: rule["metadata"]["name"], reverse=True)
     groups = [group for rule in made for group in rule["spec"]["groups"]]
     assert groups == expected
@@ -408,7 +429,9 @@ def test_probes_and_ingress_ask_real_paths(limiter: Any) -> None:
         for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
             assert container[probe]["httpGet"]["port"] == "http"
             assert httpx.get(limiter.url + container[probe]["httpGet"]["path"]).status_code == 200
-    paths = [path["path"] for rule in named("small", "Ingress", "rate-limiter")["spec"]["rules"] for path in rule["http"]["paths"]]
+    paths = [
+        path["path"] for rule in named("small", "Ingress", "rate-limiter")["spec"]["rules"] for path in rule["http"]["paths"]
+    ]
     for path in paths:
         assert httpx.get(limiter.url + path).status_code != 404, path
     assert not {"/metrics", "/health", "/"} & set(paths)
