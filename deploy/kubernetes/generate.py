@@ -7,9 +7,10 @@ The rules are taken over as they stand. Of prometheus.yml the names of the jobs 
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Mapping
 from pathlib import Path
 
-import yaml
+import msgspec
 
 HERE = Path(__file__).parent
 SOURCE = HERE.parent / "prometheus"
@@ -45,11 +46,7 @@ spec:
 """
 
 # CloudNativePG's own exporter has other names for what the alerts ask for.
-_RENAMED = """\
-      metricRelabelings:
-        - {action: replace, sourceLabels: [__name__], regex: cnpg_collector_up, targetLabel: __name__, replacement: pg_up}
-        - {action: replace, sourceLabels: [__name__], regex: cnpg_pg_replication_lag, targetLabel: __name__, replacement: pg_replication_lag_seconds}
-"""
+_RENAMED = {"cnpg_collector_up": "pg_up", "cnpg_pg_replication_lag": "pg_replication_lag_seconds"}
 
 
 def rules() -> str:
@@ -74,7 +71,7 @@ def monitors() -> str:
     Raises:
         KeyError: if prometheus.yml has no job of one of these names.
     """
-    configuration = yaml.safe_load((SOURCE / "prometheus.yml").read_text(encoding="utf-8"))
+    configuration = msgspec.yaml.decode((SOURCE / "prometheus.yml").read_bytes())
     jobs = {job["job_name"]: job for job in configuration["scrape_configs"]}
     made = []
     for job, kind, selector, port in (
@@ -92,9 +89,17 @@ def monitors() -> str:
                 interval=jobs[job].get("scrape_interval", configuration["global"]["scrape_interval"]),
                 timeout=jobs[job].get("scrape_timeout", configuration["global"]["scrape_timeout"]),
             )
-            + (_RENAMED if job == "postgres" else "")
+            + (_renaming(_RENAMED) if job == "postgres" else "")
         )
     return _HEADER + "---\n".join(made)
+
+
+def _renaming(names: Mapping[str, str]) -> str:
+    lines = [
+        f"        - {{action: replace, sourceLabels: [__name__], regex: {old}, targetLabel: __name__, replacement: {new}}}\n"
+        for old, new in names.items()
+    ]
+    return "      metricRelabelings:\n" + "".join(lines)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The files in deploy/docker: linted, read by compose, held to the configurations that they mount; PostgreSQL's scripts run for real.
+"""The files in deploy/docker: linted, read by compose, held to the configurations that they mount; PostgreSQL's scripts are run.
 
 No engine runs here. `scripts/try-image` builds the image and runs it without one.
 """

@@ -1,4 +1,4 @@
-"""The scripts in deploy/redis/cluster, on real servers: they make a cluster, grow it under Tidegate's counters, and find moved nodes."""
+"""The scripts in deploy/redis/cluster, on real servers: a cluster is made, grown with its counters, mended, and handed over."""
 
 from __future__ import annotations
 
