@@ -11,6 +11,8 @@ BENCHES = (
     "telemetry",
     "simulate",
     "http",
+    "client",
+    "gateways",
     "redis_calls",
     "redis_memory",
     "redis_http",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -30,6 +29,7 @@ from tests.servers.fixtures import (  # noqa: F401 - fixtures are found by their
     redis_server,
     valkey_server,
 )
+from tests.servers.redis_server import free_port
 from tidegate.catalog.cached import CachedCatalog
 from tidegate.catalog.policy_file import PolicyCatalog, parse_policy
 from tidegate.counters.memory import MemoryCounters
@@ -70,11 +70,11 @@ def gate(clock: Clock, seen: list[Observation]) -> Gate:
 
 
 class Serve:
-    """A `tidegate serve` process of its own, in a directory of its own."""
+    """A `tidegate serve` process of its own, in a directory of its own; at a free port, if none is given."""
 
-    def __init__(self, directory: Path, arguments: tuple[str, ...] = (), **environment: str) -> None:
+    def __init__(self, directory: Path, arguments: tuple[str, ...] = (), port: int | None = None, **environment: str) -> None:
         self.directory = directory
-        self.port = free_port()
+        self.port = port or free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.admin_port = free_port()
         self.environment = {
@@ -129,7 +129,7 @@ def serve(tmp_path: Path) -> Iterator[Callable[..., Serve]]:
     started: list[Serve] = []
 
     def start(*arguments: str, wait: bool = True, **environment: str) -> Serve:
-        server = Serve(tmp_path, arguments, **environment)
+        server = Serve(tmp_path, arguments, None, **environment)
         started.append(server)
         if wait:
             server.wait_ready()
@@ -138,13 +138,6 @@ def serve(tmp_path: Path) -> Iterator[Callable[..., Serve]]:
     yield start
     for server in started:
         server.stop()
-
-
-def free_port() -> int:
-    """A loopback port that is free now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @pytest.fixture
