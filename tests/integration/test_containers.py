@@ -176,6 +176,10 @@ def test_addresses_are_those_that_the_configurations_name() -> None:
     configuration = (ROOT / "deploy" / "haproxy" / "haproxy.cfg").read_text()
     servers = dict(re.findall(r"^\s*server (\S+) ([\d.]+):8080", configuration, re.MULTILINE))
     assert servers == {name: address(name) for name in ("tidegate1", "tidegate2", "tidegate3")}
+    # HAProxy wants two files for each connection, and ends where it cannot have them.
+    (most,) = re.findall(r"^\s*maxconn (\d+)", configuration, re.MULTILINE)
+    for name in ("balancer1", "balancer2"):
+        assert SERVICES[name]["ulimits"]["nofile"]["hard"] >= 2 * int(most) + 100
 
 
 def test_settings_and_secrets_are_understood(secrets: Path) -> None:

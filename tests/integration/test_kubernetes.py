@@ -140,6 +140,7 @@ def test_selectors_find_their_pods(overlay: str) -> None:
             assert selected(overlay, spread["labelSelector"]["matchLabels"]) == [name]
     expected = {
         "rate-limiter": "rate-limiter",
+        "rate-limiter-grpc": "rate-limiter",
         "rate-limiter-admin": "rate-limiter-admin",
         "redis": "redis",
         "redis-nodes": "redis",
