@@ -35,11 +35,11 @@ format: $(VENV)/.dev ## format and mend what the linter can mend
 	$(BIN)/ruff format $(PYTHON_CODE)
 
 bench: $(VENV)/.dev ## measure speed and memory side by side
-	scripts/install-debian-packages wrk redis-server postgresql nginx
+	scripts/install-debian-packages wrk nghttp2-client redis-server postgresql nginx
 	$(BIN)/python -m bench
 
 bench-smoke: $(VENV)/.dev ## the same at its smallest size: that it works, not how fast
-	scripts/install-debian-packages wrk redis-server postgresql nginx
+	scripts/install-debian-packages wrk nghttp2-client redis-server postgresql nginx
 	$(BIN)/python -m bench --smoke
 
 drills: $(VENV)/.dev ## let real servers fail under load, and print what it costs

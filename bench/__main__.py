@@ -13,6 +13,7 @@ BENCHES = (
     "http",
     "client",
     "gateways",
+    "grpc",
     "redis_calls",
     "redis_memory",
     "redis_http",

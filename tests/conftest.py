@@ -72,15 +72,19 @@ def gate(clock: Clock, seen: list[Observation]) -> Gate:
 class Serve:
     """A `tidegate serve` process of its own, in a directory of its own; at a free port, if none is given."""
 
-    def __init__(self, directory: Path, arguments: tuple[str, ...] = (), port: int | None = None, **environment: str) -> None:
+    def __init__(
+        self, directory: Path, arguments: tuple[str, ...] = (), port: int | None = None, grpc: bool = False, **environment: str
+    ) -> None:
         self.directory = directory
         self.port = port or free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.admin_port = free_port()
+        self.grpc_port = free_port()
         self.environment = {
             **{name: value for name, value in os.environ.items() if not name.startswith("TIDEGATE_")},
             "TIDEGATE_SERVER__HTTP": f"127.0.0.1:{self.port}",
             "TIDEGATE_SERVER__ADMIN": f"127.0.0.1:{self.admin_port}",
+            "TIDEGATE_SERVER__GRPC": f"127.0.0.1:{self.grpc_port}" if grpc else "",
             **environment,
         }
         self.process = subprocess.Popen(
@@ -94,7 +98,7 @@ class Serve:
 
     def wait_ready(self) -> None:
         """Until it answers; fails with what it said if it ends instead."""
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 60
         while time.monotonic() < deadline:
             if self.process.poll() is not None:
                 raise AssertionError(f"serve ended with {self.process.returncode}: {self.process.stderr.read()}")  # type: ignore[union-attr]
@@ -103,7 +107,7 @@ class Serve:
                     return
             except httpx.TransportError:
                 time.sleep(0.05)
-        raise AssertionError("serve did not get ready within 30 s")
+        raise AssertionError("serve did not get ready within 60 s")
 
     def stop_by_itself(self) -> tuple[int, str, str]:
         """Waits until it ends without being told to; returns exit code, stdout, stderr."""
@@ -128,8 +132,8 @@ def serve(tmp_path: Path) -> Iterator[Callable[..., Serve]]:
     """Starts `tidegate serve` in a directory of the test; ends it by its own process id."""
     started: list[Serve] = []
 
-    def start(*arguments: str, wait: bool = True, **environment: str) -> Serve:
-        server = Serve(tmp_path, arguments, None, **environment)
+    def start(*arguments: str, wait: bool = True, grpc: bool = False, **environment: str) -> Serve:
+        server = Serve(tmp_path, arguments, None, grpc, **environment)
         started.append(server)
         if wait:
             server.wait_ready()

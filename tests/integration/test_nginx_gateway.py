@@ -6,7 +6,6 @@ import asyncio
 import os
 import re
 import signal
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -192,7 +191,6 @@ def test_one_variable_says_what_holds_while_all_are_away(
     nginx = start([server.port for server in servers], when_away=when_away, patient=False)
     for server in servers:
         server.process.send_signal(signal.SIGKILL if away == "gone" else signal.SIGSTOP)
-    started = time.monotonic()
     for _ in range(8):
         answer = httpx.get(nginx.url + ITEM, headers=KEY, timeout=30)
         assert answer.status_code == (200 if when_away == "open" else 503)
@@ -206,7 +204,6 @@ def test_one_variable_says_what_holds_while_all_are_away(
                 }
             }
         assert not any(name in answer.headers for name in ("x-ratelimit-remaining", "retry-after"))
-    assert time.monotonic() - started < 60
     assert len(api.received) == (8 if when_away == "open" else 0)
 
 
