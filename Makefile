@@ -57,7 +57,10 @@ drills-smoke: $(VENV)/.dev ## the quickest of them
 dashboards: $(VENV)/.dev ## make the Grafana dashboards in deploy/grafana/json
 	PYTHONPATH=deploy/grafana $(BIN)/python -m dashboards
 
+manifests: $(VENV)/.dev ## make what the Prometheus operator wants out of deploy/prometheus
+	$(BIN)/python deploy/kubernetes/generate.py
+
 clean: ## remove what the other commands made
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis bench/results tidegate.db tidegate.db-wal tidegate.db-shm
 
-.PHONY: help run test check format bench bench-smoke drills drills-smoke dashboards clean
+.PHONY: help run test check format bench bench-smoke drills drills-smoke dashboards manifests clean
