@@ -92,6 +92,21 @@ def test_what_could_not_be_put_back_is_owed_again() -> None:
     assert [state[1] for state in again if state is not None] == [4, 4]
 
 
+def test_a_bucket_that_was_given_back_drains_as_the_share_it_was() -> None:
+    limits = limit_set(Algorithm.TOKEN_BUCKET, "60/minute burst 4")
+    clock = Clock()
+    shares, untouched = LocalShares(1000, clock), LocalShares(1000, clock)
+    for each in (shares, untouched):
+        assert [each.charge(Charge(((limits, "s"),)), 4).allowed for _ in range(2)] == [True, False]
+    states = shares.take(limits, "s")
+    assert states is not None
+    shares.give_back(limits, "s", states)
+    clock.advance(3.9)
+    for each in (shares, untouched):
+        assert not each.charge(Charge(((limits, "s"),)), 4).allowed, "a quarter of one a second"
+    assert shares.take(limits, "s") == untouched.take(limits, "s")
+
+
 def test_what_no_longer_counts_is_not_owed() -> None:
     limits = limit_set(Algorithm.FIXED_WINDOW, "10/minute")
     clock = Clock(MOMENT_US)

@@ -36,6 +36,7 @@ class LocalShares:
         self.owed: dict[_Debt, LimitSet] = {}
         self._max_subjects = max_subjects
         self._counters = MemoryCounters(max_subjects, clock)
+        self._instances = 1
         self._shares: dict[LimitSet, tuple[int, LimitSet]] = {}
 
     def charge(self, charge: Charge, instances: int) -> Decision:
@@ -48,6 +49,7 @@ class LocalShares:
         Returns:
             The decision, degraded. Its limit is the rule's own, what remains is of the share.
         """
+        self._instances = instances
         counters = tuple((self._share(limits, instances), subject) for limits, subject in charge.counters)
         decision = self._counters.charge_all(counters, charge.cost)
         if decision.allowed and charge.cost:
@@ -108,7 +110,8 @@ class LocalShares:
             subject: whom they count.
             states: as `take` gave them.
         """
-        self._counters.add(self._share(limits, 1), subject, states)
+        # As the share that it was: under the whole limit a bucket would drain faster than this instance's share of it.
+        self._counters.add(self._share(limits, self._instances), subject, states)
         self.owed[_debt(limits, subject)] = limits
 
     def forget(self, limits: LimitSet, subject: str) -> None:
