@@ -70,11 +70,11 @@ def gate(clock: Clock, seen: list[Observation]) -> Gate:
 
 
 class Serve:
-    """A `tidegate serve` process of its own, in a directory of its own."""
+    """A `tidegate serve` process of its own, in a directory of its own; at a free port, if none is given."""
 
-    def __init__(self, directory: Path, arguments: tuple[str, ...] = (), **environment: str) -> None:
+    def __init__(self, directory: Path, arguments: tuple[str, ...] = (), port: int | None = None, **environment: str) -> None:
         self.directory = directory
-        self.port = free_port()
+        self.port = port or free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.admin_port = free_port()
         self.environment = {
@@ -129,7 +129,7 @@ def serve(tmp_path: Path) -> Iterator[Callable[..., Serve]]:
     started: list[Serve] = []
 
     def start(*arguments: str, wait: bool = True, **environment: str) -> Serve:
-        server = Serve(tmp_path, arguments, **environment)
+        server = Serve(tmp_path, arguments, None, **environment)
         started.append(server)
         if wait:
             server.wait_ready()
