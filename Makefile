@@ -35,14 +35,14 @@ format: $(VENV)/.dev ## format and mend what the linter can mend
 	$(BIN)/ruff format $(PYTHON_CODE)
 
 bench: $(VENV)/.dev ## measure speed and memory side by side
-	scripts/install-debian-packages wrk redis-server postgresql
+	scripts/install-debian-packages wrk redis-server postgresql nginx
 	$(BIN)/python -m bench
 
 bench-smoke: $(VENV)/.dev ## the same at its smallest size: that it works, not how fast
-	scripts/install-debian-packages wrk redis-server postgresql
+	scripts/install-debian-packages wrk redis-server postgresql nginx
 	$(BIN)/python -m bench --smoke
 
-DRILL_PACKAGES := redis-server redis-sentinel postgresql haproxy libfaketime
+DRILL_PACKAGES := redis-server redis-sentinel postgresql haproxy libfaketime keepalived iproute2 curl
 
 stack: $(VENV)/.dev ## run three instances behind HAProxy with Redis and PostgreSQL; REDIS=cluster, sentinel or standalone
 	@scripts/install-debian-packages $(DRILL_PACKAGES)
@@ -58,15 +58,19 @@ drill: $(VENV)/.dev ## let one thing go wrong with a whole stack under load: NAM
 	@scripts/install-debian-packages $(DRILL_PACKAGES)
 	$(BIN)/python -m drills $(or $(NAME),--list)
 
-drills: $(VENV)/.dev ## all of them, and the failures of a Redis without a stack
+drills: $(VENV)/.dev ## all of them, and those of a Redis, of instances and of balancers alone
 	scripts/install-debian-packages $(DRILL_PACKAGES)
 	$(BIN)/python -m drills
 	$(BIN)/python -m drills.redis_failures
+	$(BIN)/python -m drills.instance
+	$(BIN)/python -m drills.balancer
 
 drills-smoke: $(VENV)/.dev ## each at its smallest size: that it works, not how fast
 	scripts/install-debian-packages $(DRILL_PACKAGES)
 	$(BIN)/python -m drills --smoke
 	$(BIN)/python -m drills.redis_failures --smoke
+	$(BIN)/python -m drills.instance --smoke
+	$(BIN)/python -m drills.balancer --smoke
 
 dashboards: $(VENV)/.dev ## make the Grafana dashboards in deploy/grafana/json
 	PYTHONPATH=deploy/grafana $(BIN)/python -m dashboards
