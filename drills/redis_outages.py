@@ -94,12 +94,13 @@ async def redis_cluster_master(size: Size) -> Outcome:
     over_s = promoted_s if back_s is None else max(promoted_s, event_s + back_s)
     before_ms = percentile_ms(between(others, 1.5, event_s), 0.99)
     during_ms = percentile_ms(between(others, event_s, over_s), 0.99)
-    strangers = sum(map(is_bad, others))
+    strangers = sum(map(is_bad, between(others, event_s, over_s)))
     limits = size.limit * sum(1 for ip in load.ips if _slot(ip) < first_slot_of_others)
     goals = [
         no_errors(load.seen),
         at_most("exact again after the promotion", None if back_s is None else event_s + back_s - promoted_s, 5, "s"),
-        Goal("checks of other shards without Redis", f"{strangers}", "0", strangers == 0),
+        # A machine so busy that checks meet their deadline does not keep it.
+        Goal("checks of other shards without Redis meanwhile", f"{strangers}", "0", strangers == 0, timed=True),
         at_most("p99 of other shards: more than before by", during_ms - before_ms, 10, "ms"),
         over_admission_within_limits(units, limits),
     ]

@@ -88,8 +88,14 @@ def test_recovery_of_what_was_never_bad_is_at_once() -> None:
 
 
 def test_what_is_bad_to_the_end_has_not_recovered() -> None:
-    checks = [seen(number / 10, failure="status 503" if number in (20, 95) else None) for number in range(100)]
+    checks = [seen(number / 10, failure="status 503" if number >= 20 and number % 15 == 0 else None) for number in range(100)]
     assert recovery_s(checks, 1.5, is_bad) is None
+
+
+def test_a_stray_long_after_is_not_of_the_event() -> None:
+    checks = [seen(number / 10, 0, degraded=20 <= number < 30 or number == 70) for number in range(100)]
+    assert recovery_s(checks, 1.5, is_bad) == pytest.approx(1.4)
+    assert recovery_s(checks, 6.5, is_bad) == pytest.approx(0.5)
 
 
 def test_units_above_and_below_the_limits() -> None:
