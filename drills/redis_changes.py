@@ -134,8 +134,9 @@ async def slow_network(size: Size) -> Outcome:
     goals.append(Goal("admitted and not put back, units", f"{books.uncounted}", "0", books.uncounted == 0))
     goals.append(over_admission_within_limits(units))
     event_s = spans[1][1]
-    back_s = recovery_s(load.seen, event_s, is_bad)
-    over_s = returned_s if back_s is None else max(returned_s, event_s + back_s)
+    late_s = spans[-1][1]  # later than the deadline, from here on
+    back_s = recovery_s(load.seen, late_s, is_bad)
+    over_s = returned_s if back_s is None else max(returned_s, late_s + back_s)
     return Outcome(
         "slow-network", load.seen, event_s, over_s, running.ended_s, units, books, goals, notes, running.marks, running.looks
     )

@@ -156,7 +156,7 @@ class Running:
         return next((look.at_s for look in self.looks if look.at_s >= since_s and holds(look)), None)
 
     async def books(self) -> Books:
-        """After the load: wait, 45 s at most, until nothing is owed to Redis, and compare what was admitted to what it counted."""
+        """After the load: wait, 45 s at most, until nothing is owed, and compare what was admitted to what Redis counted."""
         deadline = time.monotonic() + SETTLE_S
         while (owed := (await self._look()).owed) and time.monotonic() < deadline:
             await asyncio.sleep(LOOK_EVERY_S)
