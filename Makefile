@@ -42,14 +42,32 @@ bench-smoke: $(VENV)/.dev ## the same at its smallest size: that it works, not h
 	scripts/install-debian-packages wrk nghttp2-client redis-server postgresql nginx
 	$(BIN)/python -m bench --smoke
 
-drills: $(VENV)/.dev ## let real servers fail under load, and print what it costs
-	scripts/install-debian-packages redis-server redis-sentinel haproxy keepalived iproute2 curl
+DRILL_PACKAGES := redis-server redis-sentinel postgresql haproxy libfaketime keepalived iproute2 curl
+
+stack: $(VENV)/.dev ## run three instances behind HAProxy with Redis and PostgreSQL; REDIS=cluster, sentinel or standalone
+	@scripts/install-debian-packages $(DRILL_PACKAGES)
+	@$(BIN)/python -m drills.stack_command up --redis $(or $(REDIS),cluster) --instances $(or $(INSTANCES),3)
+
+stack-status: $(VENV)/.dev ## what of it runs, where, and how it is
+	@$(BIN)/python -m drills.stack_command status
+
+stack-down: $(VENV)/.dev ## end it
+	@$(BIN)/python -m drills.stack_command down
+
+drill: $(VENV)/.dev ## let one thing go wrong with a whole stack under load: NAME=redis-cluster-master; without NAME, list them
+	@scripts/install-debian-packages $(DRILL_PACKAGES)
+	$(BIN)/python -m drills $(or $(NAME),--list)
+
+drills: $(VENV)/.dev ## all of them, and those of a Redis, of instances and of balancers alone
+	scripts/install-debian-packages $(DRILL_PACKAGES)
+	$(BIN)/python -m drills
 	$(BIN)/python -m drills.redis_failures
 	$(BIN)/python -m drills.instance
 	$(BIN)/python -m drills.balancer
 
-drills-smoke: $(VENV)/.dev ## the quickest of them
-	scripts/install-debian-packages redis-server redis-sentinel haproxy keepalived iproute2 curl
+drills-smoke: $(VENV)/.dev ## each at its smallest size: that it works, not how fast
+	scripts/install-debian-packages $(DRILL_PACKAGES)
+	$(BIN)/python -m drills --smoke
 	$(BIN)/python -m drills.redis_failures --smoke
 	$(BIN)/python -m drills.instance --smoke
 	$(BIN)/python -m drills.balancer --smoke
@@ -61,6 +79,6 @@ manifests: $(VENV)/.dev ## make what the Prometheus operator wants out of deploy
 	$(BIN)/python deploy/kubernetes/generate.py
 
 clean: ## remove what the other commands made
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis bench/results tidegate.db tidegate.db-wal tidegate.db-shm
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis bench/results drills/results tidegate.db tidegate.db-wal tidegate.db-shm
 
-.PHONY: help run test check format bench bench-smoke drills drills-smoke dashboards manifests clean
+.PHONY: help run test check format bench bench-smoke stack stack-status stack-down drill drills drills-smoke dashboards manifests clean

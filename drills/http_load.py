@@ -14,7 +14,7 @@ import json
 import sys
 import time
 from collections import Counter
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 from urllib.parse import urlsplit
 
 PATIENCE_S: Final = 10.0
@@ -44,6 +44,20 @@ class Asked(NamedTuple):
     at_s: float
     latency_s: float
     failure: str | None
+
+
+class Answer(NamedTuple):
+    """What a server answered.
+
+    Args:
+        status: of HTTP.
+        body: of it.
+        closes: whether the connection ends with it.
+    """
+
+    status: int
+    body: bytes
+    closes: bool
 
 
 class HttpLoad:
@@ -88,6 +102,25 @@ class HttpLoad:
         answered = sorted(each.at_s + each.latency_s for each in self.asked if each.failure is None)
         return max((after - before for before, after in itertools.pairwise(answered)), default=0.0)
 
+    def question(self) -> tuple[bytes, Any]:
+        """What to ask next: the bytes of the request, and what `heard` is to be told of it."""
+        return self._request, None
+
+    def heard(self, about: Any, at_s: float, latency_s: float, answer: Answer | None, failure: str | None) -> None:
+        """Take in what became of a request.
+
+        Args:
+            about: as `question` gave it.
+            at_s: when it was sent, s since the start.
+            latency_s: until the answer, or until it failed.
+            answer: None where none came.
+            failure: why none came.
+        """
+        del about
+        if answer is not None and answer.status != 204:
+            failure = f"status {answer.status}"
+        self.asked.append(Asked(at_s, latency_s, failure))
+
     def latency_ms(self, quantile: float) -> float:
         """A quantile of the requests that were answered well, ms.
 
@@ -105,17 +138,19 @@ class HttpLoad:
             await asyncio.sleep(max(due - time.monotonic(), 0))
             due = max(due + self._pause_s, time.monotonic())
             at = time.monotonic()
+            request, about = self.question()
+            answer: Answer | None = None
             failure: str | None = None
             try:
                 async with asyncio.timeout(self._patience_s):
                     if reader is None or writer is None or reader.at_eof():
                         _close(writer)
                         reader, writer = await asyncio.open_connection(self._host, self._port)
-                    writer.write(self._request)
+                    writer.write(request)
                     await writer.drain()
                     head = await reader.readuntil(b"\r\n\r\n")
-                    failure, closes = await self._read(head, reader)
-                    if closes:
+                    answer = await _read(head, reader)
+                    if answer.closes:
                         _close(writer)
                         reader = writer = None
             except TimeoutError:
@@ -125,16 +160,15 @@ class HttpLoad:
             if failure is not None:
                 _close(writer)
                 reader = writer = None
-            self.asked.append(Asked(at - started, time.monotonic() - at, failure))
+            self.heard(about, at - started, time.monotonic() - at, answer, failure)
         _close(writer)
 
-    async def _read(self, head: bytes, reader: asyncio.StreamReader) -> tuple[str | None, bool]:
-        """What is wrong with an answer, if anything, and whether its connection ends; its body is read."""
-        status, *lines = head.decode("latin-1").split("\r\n")
-        headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
-        await reader.readexactly(int(headers.get("content-length", 0)))
-        code = status.split(" ")[1]
-        return None if code == "204" else f"status {code}", headers.get("connection", "").lower() == "close"
+
+async def _read(head: bytes, reader: asyncio.StreamReader) -> Answer:
+    status, *lines = head.decode("latin-1").split("\r\n")
+    headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    body = await reader.readexactly(int(headers.get("content-length", 0)))
+    return Answer(int(status.split(" ")[1]), body, headers.get("connection", "").lower() == "close")
 
 
 def _close(writer: asyncio.StreamWriter | None) -> None:
