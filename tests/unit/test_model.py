@@ -8,7 +8,7 @@ What must hold, whatever happens:
 - what was admitted counts at least once (lost replies may count twice), but for what a failover or a reset takes away;
 - a revoked key is refused once the change was looked at; errors are those that are documented, and only where there is a cause.
 
-`MODEL_EXAMPLES` sets how many runs are tried, `MODEL_STEPS` how long each is at most.
+By default the same runs are tried each time. `MODEL_EXAMPLES` sets how many new ones are, `MODEL_STEPS` how long each is at most.
 """
 
 from __future__ import annotations
@@ -564,6 +564,7 @@ class Model(RuleBasedStateMachine):
 Model.TestCase.settings = settings(
     max_examples=int(os.environ.get("MODEL_EXAMPLES", "150")),
     stateful_step_count=int(os.environ.get("MODEL_STEPS", "40")),
+    derandomize="MODEL_EXAMPLES" not in os.environ,
     deadline=None,
     suppress_health_check=list(HealthCheck),
 )
