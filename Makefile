@@ -12,7 +12,7 @@ $(VENV)/.run: pyproject.toml scripts/make-venv
 	scripts/make-venv $(PYTHON) $(VENV) .run
 
 $(VENV)/.dev: pyproject.toml scripts/make-venv
-	scripts/make-venv $(PYTHON) $(VENV) .dev --group test --group check --group bench
+	scripts/make-venv $(PYTHON) $(VENV) .dev --group test --group check --group bench --group charts
 
 run: $(VENV)/.run ## serve the example policy at 127.0.0.1:8080
 	exec $(BIN)/tidegate serve --demo
