@@ -4,7 +4,8 @@
 
 1. bytes of a gateway's question and of its answer over HTTP, and of the call at Redis, without TCP's and IP's own headers
 2. from exec of `tidegate serve` to 200 at /readyz, from SIGTERM to its end, and the resident memory in between
-3. one API key in PostgreSQL with its indexes, and what the server's own processes spend on the look-up of one
+3. one API key in PostgreSQL with its indexes, what the server's own processes spend on the look-up of one, and what it takes
+   in the cache that instances share
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import uvloop
@@ -33,7 +35,9 @@ from bench.measure import Goal, report
 from bench.redis_server import info, redis_server
 from tidegate.catalog.database import DatabaseOptions
 from tidegate.catalog.policy_file import parse_policy
+from tidegate.catalog.shared import SharedCatalog
 from tidegate.catalog.sql import SqlCatalog
+from tidegate.counters.redis.store import RedisCounters
 
 Figures = list[tuple[str, float, Goal | None]]
 PATIENCE_S = 60.0
@@ -160,12 +164,33 @@ async def database(server: PostgresServer, count: int, look_ups: int) -> Figures
         for key in asked:
             await catalog.read_key(key)
         spent = sum(cpu_s(pid) - before.get(pid, 0.0) for pid in tree_of(server.pid))
+        entry = await cached_bytes(catalog, asked)
     finally:
         await catalog.close()
     return [
         ("an API key in PostgreSQL with its indexes, bytes", size / count, None),
         ("look-up of a key, µs CPU of PostgreSQL", spent / len(asked) * 1e6, None),
+        ("a key in the shared cache, bytes of Redis", entry, None),
     ]
+
+
+async def cached_bytes(catalog: SqlCatalog, keys: Sequence[str]) -> float:
+    """Redis memory of a key's entry in the shared cache."""
+    with redis_server(cluster=True) as redis:
+        store = RedisCounters(redis.url.replace("redis://", "redis+cluster://").removesuffix("/0"), timeout_s=10)
+        await store.start()
+        try:
+            shared = SharedCatalog(catalog, store)
+            await shared.read_key(keys[0])
+            await shared.settle()
+            before, held = info(redis, "memory")["used_memory"], int(redis.client.dbsize())  # type: ignore[arg-type]
+            for key in keys[1:]:
+                await shared.read_key(key)
+            await shared.settle()
+            more = int(redis.client.dbsize()) - held  # type: ignore[arg-type]
+            return float((info(redis, "memory")["used_memory"] - before) / more)
+        finally:
+            await store.close()
 
 
 def main() -> None:

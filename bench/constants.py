@@ -54,6 +54,9 @@ SOURCES: Final = {
     "look_up_cpu_us": Source(
         "capacity", "look-up of a key, µs CPU of PostgreSQL", "µs", "CPU of PostgreSQL for the look-up of one key"
     ),
+    "cache_entry_bytes": Source(
+        "capacity", "a key in the shared cache, bytes of Redis", "B", "Redis memory of a key in the shared cache"
+    ),
     "start_s": Source("capacity", "start to /readyz 200, s", "s", "from exec of tidegate serve to /readyz 200"),
     "drain_s": Source(
         "capacity", "SIGTERM to the end with nothing in flight, s", "s", "from SIGTERM to the end with nothing in flight"

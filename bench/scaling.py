@@ -1,4 +1,4 @@
-"""Does a check cost the same however many instances there are, and however many keys? Instances on a Redis Cluster of three masters.
+"""Does a check cost the same with more instances and with more keys? Instances on a Redis Cluster of three masters.
 
     python -m bench.scaling [--smoke] [--keys 10000000]
 
@@ -177,7 +177,9 @@ def draw(by_instances: dict[int, list[Cost]], by_keys: dict[int, list[Cost]], pa
             middle = [statistics.median(each[place] for each in seen[size]) for size in sizes]
             axis.plot(sizes, middle, marker="o", label=label)
             axis.fill_between(sizes, 0.9 * middle[0], 1.1 * middle[0], alpha=0.15)
-            axis.scatter([size for size in sizes for _ in seen[size]], [each[place] for size in sizes for each in seen[size]], s=6)
+            axis.scatter(
+                [size for size in sizes for _ in seen[size]], [each[place] for size in sizes for each in seen[size]], s=6
+            )
         axis.set(xlabel=name, ylabel="µs CPU a check", xscale=scale, ylim=(0, None))
         if scale == "linear":
             axis.set_xticks(sizes)
