@@ -43,12 +43,16 @@ bench-smoke: $(VENV)/.dev ## the same at its smallest size: that it works, not h
 drills: $(VENV)/.dev ## let real servers fail under load, and print what it costs
 	scripts/install-debian-packages redis-server redis-sentinel
 	$(BIN)/python -m drills.redis_failures
+	$(BIN)/python -m drills.autoscale
+	$(BIN)/python -m drills.fleet
 
 drills-smoke: $(VENV)/.dev ## the quickest of them
 	scripts/install-debian-packages redis-server redis-sentinel
 	$(BIN)/python -m drills.redis_failures --smoke
+	$(BIN)/python -m drills.autoscale --smoke
+	$(BIN)/python -m drills.fleet --smoke
 
 clean: ## remove what the other commands made
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis bench/results tidegate.db tidegate.db-wal tidegate.db-shm
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis bench/results drills/results tidegate.db tidegate.db-wal tidegate.db-shm
 
 .PHONY: help run test check format bench bench-smoke drills drills-smoke clean

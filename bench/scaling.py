@@ -32,7 +32,7 @@ from tests.servers.redis_cluster import RedisCluster
 from tests.servers.redis_server import RedisServer, free_port
 
 from bench.capacity import PATIENCE_S, ready
-from bench.http import cpu_of_tree, cpu_s, need_wrk
+from bench.http import need_wrk
 from bench.measure import RESULTS, Goal, report
 
 INSTANCES = 4
@@ -111,12 +111,12 @@ class Fleet:
     def ask(self, instances: int, keys: int, seconds: int, pause_ms: int = PAUSE_MS, connections: int = CONNECTIONS) -> Cost:
         """Ask so many instances at once; the cost of a check there."""
         asked = self.processes[:instances]
-        before = [cpu_of_tree(process.pid) for process in asked], [cpu_s(node.pid) for node in self.masters]
+        before = [_cpu_s(process.pid) for process in asked], [_cpu_s(node.pid) for node in self.masters]
         with ThreadPoolExecutor(instances) as pool:
             lines = pool.map(lambda number: self._wrk(number, keys, seconds, pause_ms, connections), range(instances))
             counts, rates = zip(*lines, strict=True)
-        own = sum(cpu_of_tree(process.pid) for process in asked) - sum(before[0])
-        redis = sum(cpu_s(node.pid) for node in self.masters) - sum(before[1])
+        own = sum(_cpu_s(process.pid) for process in asked) - sum(before[0])
+        redis = sum(_cpu_s(node.pid) for node in self.masters) - sum(before[1])
         return Cost(own / sum(counts) * 1e6, redis / sum(counts) * 1e6, sum(rates))
 
     def close(self) -> None:
@@ -152,6 +152,11 @@ class Fleet:
         if found is None or "Non-2xx" in out or "Socket errors" in out:
             raise RuntimeError(f"wrk said:\n{out}")
         return int(found[1]), int(found[1]) / float(found[2])
+
+
+def _cpu_s(pid: int) -> float:
+    """CPU seconds of a process's threads, to the nanosecond; a tick of /proc/PID/stat is 10 ms."""
+    return sum(int((task / "schedstat").read_text().split()[0]) for task in Path(f"/proc/{pid}/task").iterdir()) / 1e9
 
 
 def _ip(number: int) -> str:
