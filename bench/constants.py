@@ -36,7 +36,10 @@ SOURCES: Final = {
         "scaling", "one instance at its peak, Redis, µs CPU a check", "µs", "CPU of the Redis servers for one check"
     ),
     "redis_script_us": Source(
-        "redis_calls", "sliding_window, Redis µs CPU", "µs", "of that, what the script takes by Redis's own account"
+        "scaling",
+        "one instance at its peak, the script by Redis's account, µs",
+        "µs",
+        "of that, what the script takes by Redis's own account",
     ),
     "authorize_cpu_us": Source(
         "redis_http", "GET /v1/authorize, µs CPU", "µs", "CPU of an instance for GET /v1/authorize on one Redis server"

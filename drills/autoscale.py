@@ -4,7 +4,7 @@
 
 The traffic of 10M daily users over a day; the same with two spikes to ten times as much within a minute; the same with a flash
 crowd that comes in five minutes and thins out over an hour. The autoscaler (`drills/hpa.py`) sees what a cluster would show it:
-CPU from a scrape every 15 s over the last 15 s, the rate of checks from a scrape every 15 s over the last 30 s, each a moment
+CPU from a scrape every 15 s over the last 15 s, the rate of checks from a scrape every 15 s over the last minute, each a moment
 late. What a pod can decide, how long it takes to start and to drain is measured (`tidegate plan`); scheduling it and finding it
 ready is assumed. `over capacity` counts requests beyond what the ready pods can decide in that second: they wait or fail.
 
@@ -22,13 +22,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from drills.hpa import DEFAULT, SYNC_S, Autoscaler, Behaviour, Policy, Rules, Samples, Shipped, proposal, read_manifest
+from drills.hpa import DEFAULT, SYNC_S, Autoscaler, Behaviour, Policy, Rules, Samples, Shipped, proposal, shipped_in
 from tidegate.plan.assumptions import assume
 from tidegate.plan.constants import measured
 from tidegate.plan.fleet import instance_capacity
 
 RESULTS: Final = Path(__file__).parent / "results"
-MANIFEST: Final = Path(__file__).parents[1] / "deploy" / "kubernetes" / "base" / "hpa.yaml"
+MANIFESTS: Final = Path(__file__).parents[1] / "deploy" / "kubernetes" / "base"
 DAY_S: Final = 86_400
 USERS: Final = 10_000_000
 SPIKE_S: Final = 18 * 3600
@@ -36,11 +36,13 @@ CROWD_S: Final = 16 * 3600
 
 SCHEDULE_S: Final = 3.0
 """From the decision to exec in a pod, the image being there: assumed."""
-PROBE_S: Final = 5
+PROBE_S: Final = 2
 """Readiness probes come so often, and a pod is ready at the first that succeeds."""
 SCRAPE_S: Final = 15
 CPU_WINDOW_S: Final = 15
-RATE_WINDOW_S: Final = 30
+RATE_WINDOW_S: Final = 60
+PRE_STOP_S: Final = 10.0
+"""How long a pod that is to end waits until everybody has heard of it."""
 LATE_S: Final = 3
 """From a scrape until the autoscaler can see it."""
 WITHIN: Final = 1.02
@@ -55,7 +57,7 @@ WINNER: Final = Shipped(
     cpu_percent=70,
     pod_rate=10_000,
 )
-"""What won here, and what `deploy/kubernetes/base/hpa.yaml` is to say; a test compares the two."""
+"""What won here, and what `deploy/kubernetes/base` is to say; a test compares the two."""
 
 
 class Outcome(NamedTuple):
@@ -182,8 +184,7 @@ def replay(day: Sequence[float], shipped: Shipped, capacity: float, start_s: flo
     seen_at = -1
     ready = pods.ready(0)
     for second, load in enumerate(day):
-        if second % PROBE_S == 0:
-            ready = pods.ready(second)
+        ready = pods.ready(second)
         able = ready * capacity
         over += max(load - able, 0.0)
         served[second] = min(load, able) / ready if ready else 0.0
@@ -235,11 +236,13 @@ def behaviours(smoke: bool) -> dict[str, Behaviour]:
         Rules(0, (Policy("Percent", 100, 15), Policy("Pods", 10, 15))),
         Rules(0, (Policy("Percent", 300, 15),)),
     )
-    downs = [
+    slow = Rules(0, (Policy("Percent", 100, 30), Policy("Pods", 4, 30)))
+    downs = [Rules(600, (Policy("Pods", 1, 120),))]
+    downs += [
         Rules(window_s, (Policy("Percent", percent, 60),))
-        for window_s, percent in itertools.product((300, 600, 900, 1800), (10, 50, 100))
+        for window_s, percent in itertools.product((300, 600, 900), (10, 50, 100))
     ]
-    for up, down in itertools.product(ups, downs):
+    for up, down in itertools.product((*ups, slow), downs):
         named[f"up {_written(up)}; down {_written(down)}"] = Behaviour(up, down)
     return named
 
@@ -283,8 +286,9 @@ def main() -> None:
     asked = parser.parse_args()
     constants, assumed = measured(), assume()
     capacity = instance_capacity(constants, assumed)
-    start_s, drain_s = constants["start_s"].value, constants["drain_s"].value
-    base, where = (read_manifest(MANIFEST), str(MANIFEST)) if MANIFEST.exists() else (WINNER, "drills/autoscale.py")
+    start_s, drain_s = constants["start_s"].value, PRE_STOP_S + constants["drain_s"].value
+    shipped = shipped_in(MANIFESTS)
+    base, where = (WINNER, "drills/autoscale.py") if shipped is None else (shipped, "deploy/kubernetes/base")
     days = {name: make(asked.seed) for name, make in DAYS.items() if not asked.smoke or name == "two spikes"}
     print(
         f"a pod decides {capacity:,.0f} checks/s, is ready {SCHEDULE_S + start_s:.1f} s (and a probe) after the decision, "

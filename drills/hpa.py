@@ -230,6 +230,24 @@ def read_manifest(path: Path) -> Shipped:
     )
 
 
+def shipped_in(folder: Path) -> Shipped | None:
+    """Read the HPA among the manifests of a folder.
+
+    Args:
+        folder: with YAML files.
+
+    Returns:
+        What it says; None where there is none.
+
+    Raises:
+        ValueError: as `read_manifest`.
+    """
+    for path in sorted(folder.glob("*.yaml")):
+        if "kind: HorizontalPodAutoscaler" in path.read_text():
+            return read_manifest(path)
+    return None
+
+
 def _rules(given: dict[str, Any] | None, default: Rules) -> Rules:
     if given is None:
         return default

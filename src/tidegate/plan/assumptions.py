@@ -110,9 +110,9 @@ def assume(file: Path | None = None, given: Iterable[str] = (), options: Mapping
     prices_of = PRICES_OF
 
     def put(section: str, name: str, value: object, where: str) -> None:
-        known = (USE if section == "use" else PRICES).get(name)
+        known = {"use": USE, "prices": PRICES}.get(section, {}).get(name)
         if known is None:
-            names = ", ".join(USE if section == "use" else (f"prices.{each}" for each in PRICES))
+            names = ", ".join((*USE, *(f"prices.{each}" for each in PRICES)))
             raise SettingsError(f"{where}: there is no assumption {name!r}; there are {names}")
         (use if section == "use" else prices)[name] = _checked(name, known, value, where)
         full = name if section == "use" else f"prices.{name}"
