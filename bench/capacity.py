@@ -3,9 +3,10 @@
     python -m bench.capacity [--smoke]
 
 1. bytes of a gateway's question and of its answer over HTTP, and of the call at Redis, without TCP's and IP's own headers
-2. from exec of `tidegate serve` to 200 at /readyz, from SIGTERM to its end, and the resident memory in between
-3. one API key in PostgreSQL with its indexes, what the server's own processes spend on the look-up of one, and what it takes
-   in the cache that instances share
+2. from exec of `tidegate serve` to 200 at /readyz, from SIGTERM to its end, and the resident memory in between; of the starts,
+   the shortest is the one that neighbours on the machine held up least
+3. one API key in PostgreSQL with its indexes, what the server's own processes spend on the look-up of one (the least of
+   five rounds), and what it takes in the cache that instances share
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from tests.servers.process_tree import tree_of
 from tests.servers.redis_server import free_port
 
 from bench.catalog import fill, policy
-from bench.http import HEADERS, POLICY, cpu_s, ours
+from bench.http import HEADERS, POLICY, cpu_of_threads_s, ours
 from bench.measure import Goal, report
 from bench.redis_server import info, redis_server
 from tidegate.catalog.database import DatabaseOptions
@@ -41,6 +42,7 @@ from tidegate.counters.redis.store import RedisCounters
 
 Figures = list[tuple[str, float, Goal | None]]
 PATIENCE_S = 60.0
+ROUNDS = 5
 
 
 def ready(port: int) -> bool:
@@ -142,6 +144,7 @@ def lives(rounds: int) -> Figures:
         seen = [one_life(redis.url, directory) for _ in range(rounds)]
     return [
         ("start to /readyz 200, s", statistics.median(each[0] for each in seen), None),
+        ("start to /readyz 200, shortest, s", min(each[0] for each in seen), None),
         ("start to /readyz 200, longest, s", max(each[0] for each in seen), None),
         ("SIGTERM to the end with nothing in flight, s", statistics.median(each[1] for each in seen), None),
         ("resident memory of an instance, MB", statistics.median(each[2] for each in seen), None),
@@ -157,21 +160,26 @@ async def database(server: PostgresServer, count: int, look_ups: int) -> Figures
         size = server.execute("SELECT pg_total_relation_size('api_keys')")[0][0]
         for key in keys[:100]:
             await catalog.read_key(key)
-        # Backends that live on keep their times: no process may end between the two readings.
-        before = {pid: cpu_s(pid) for pid in tree_of(server.pid)}
         step = max(len(keys) // look_ups, 1)
         asked = keys[::step][:look_ups]
-        for key in asked:
-            await catalog.read_key(key)
-        spent = sum(cpu_s(pid) - before.get(pid, 0.0) for pid in tree_of(server.pid))
+        spent = [await look_up_cpu_s(server, catalog, asked[number::ROUNDS]) for number in range(ROUNDS)]
         entry = await cached_bytes(catalog, asked)
     finally:
         await catalog.close()
     return [
         ("an API key in PostgreSQL with its indexes, bytes", size / count, None),
-        ("look-up of a key, µs CPU of PostgreSQL", spent / len(asked) * 1e6, None),
+        ("look-up of a key, µs CPU of PostgreSQL", min(spent) * 1e6, None),
         ("a key in the shared cache, bytes of Redis", entry, None),
     ]
+
+
+async def look_up_cpu_s(server: PostgresServer, catalog: SqlCatalog, keys: Sequence[str]) -> float:
+    """CPU seconds of PostgreSQL's processes for the look-up of one key."""
+    # Processes that live on keep their times: none may end between the two readings.
+    before = {pid: cpu_of_threads_s(pid) for pid in tree_of(server.pid)}
+    for key in keys:
+        await catalog.read_key(key)
+    return sum(cpu_of_threads_s(pid) - before.get(pid, 0.0) for pid in tree_of(server.pid)) / len(keys)
 
 
 async def cached_bytes(catalog: SqlCatalog, keys: Sequence[str]) -> float:
@@ -198,7 +206,7 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="the smallest size: that it works, not how much")
     smoke = parser.parse_args().smoke
     figures = wire(200 if smoke else 5_000) + lives(1 if smoke else 9)
-    with PostgresServer() as server:
+    with PostgresServer({"autovacuum": "off"}) as server:  # its workers come and go between two readings
         figures += uvloop.run(database(server, 2_000 if smoke else 100_000, 200 if smoke else 10_000))
     report("capacity", "What a plan of capacity rests on", figures, smoke=smoke)
 

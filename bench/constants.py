@@ -35,12 +35,6 @@ SOURCES: Final = {
     "redis_cpu_us": Source(
         "scaling", "one instance at its peak, Redis, µs CPU a check", "µs", "CPU of the Redis servers for one check"
     ),
-    "redis_script_us": Source(
-        "scaling",
-        "one instance at its peak, the script by Redis's account, µs",
-        "µs",
-        "of that, what the script takes by Redis's own account",
-    ),
     "authorize_cpu_us": Source(
         "redis_http", "GET /v1/authorize, µs CPU", "µs", "CPU of an instance for GET /v1/authorize on one Redis server"
     ),
@@ -60,7 +54,7 @@ SOURCES: Final = {
     "cache_entry_bytes": Source(
         "capacity", "a key in the shared cache, bytes of Redis", "B", "Redis memory of a key in the shared cache"
     ),
-    "start_s": Source("capacity", "start to /readyz 200, s", "s", "from exec of tidegate serve to /readyz 200"),
+    "start_s": Source("capacity", "start to /readyz 200, shortest, s", "s", "from exec of tidegate serve to /readyz 200"),
     "drain_s": Source(
         "capacity", "SIGTERM to the end with nothing in flight, s", "s", "from SIGTERM to the end with nothing in flight"
     ),

@@ -32,7 +32,7 @@ from tests.servers.redis_cluster import RedisCluster
 from tests.servers.redis_server import RedisServer, free_port
 
 from bench.capacity import PATIENCE_S, ready
-from bench.http import need_wrk
+from bench.http import cpu_of_threads_s, need_wrk
 from bench.measure import RESULTS, Goal, report
 
 INSTANCES = 4
@@ -111,27 +111,13 @@ class Fleet:
     def ask(self, instances: int, keys: int, seconds: int, pause_ms: int = PAUSE_MS, connections: int = CONNECTIONS) -> Cost:
         """Ask so many instances at once; the cost of a check there."""
         asked = self.processes[:instances]
-        before = [_cpu_s(process.pid) for process in asked], [_cpu_s(node.pid) for node in self.masters]
+        before = [cpu_of_threads_s(process.pid) for process in asked], [cpu_of_threads_s(node.pid) for node in self.masters]
         with ThreadPoolExecutor(instances) as pool:
             lines = pool.map(lambda number: self._wrk(number, keys, seconds, pause_ms, connections), range(instances))
             counts, rates = zip(*lines, strict=True)
-        own = sum(_cpu_s(process.pid) for process in asked) - sum(before[0])
-        redis = sum(_cpu_s(node.pid) for node in self.masters) - sum(before[1])
+        own = sum(cpu_of_threads_s(process.pid) for process in asked) - sum(before[0])
+        redis = sum(cpu_of_threads_s(node.pid) for node in self.masters) - sum(before[1])
         return Cost(own / sum(counts) * 1e6, redis / sum(counts) * 1e6, sum(rates))
-
-    def reset_script_stats(self) -> None:
-        """Let the masters count their commands anew."""
-        for node in self.masters:
-            node.must("CONFIG", "RESETSTAT")
-
-    def script_us(self) -> float:
-        """What a script took since then, µs, by Redis's own account, over all masters."""
-        calls = spent = 0
-        for node in self.masters:
-            stats = node.facts("INFO", "commandstats").get("cmdstat_evalsha", "calls=0,usec=0")
-            counted = dict(part.split("=") for part in stats.split(","))
-            calls, spent = calls + int(counted["calls"]), spent + int(counted["usec"])
-        return spent / calls
 
     def close(self) -> None:
         """End the instances."""
@@ -168,11 +154,6 @@ class Fleet:
         return int(found[1]), int(found[1]) / float(found[2])
 
 
-def _cpu_s(pid: int) -> float:
-    """CPU seconds of a process's threads, to the nanosecond; a tick of /proc/PID/stat is 10 ms."""
-    return sum(int((task / "schedstat").read_text().split()[0]) for task in Path(f"/proc/{pid}/task").iterdir()) / 1e9
-
-
 def _ip(number: int) -> str:
     return f"10.{number // 65_536}.{number // 256 % 256}.{number % 256}"
 
@@ -194,8 +175,8 @@ def draw(by_instances: dict[int, list[Cost]], by_keys: dict[int, list[Cost]], pa
         sizes = sorted(seen)
         for label, place in (("instance", 0), ("Redis, all masters", 1)):
             middle = [statistics.median(each[place] for each in seen[size]) for size in sizes]
-            axis.plot(sizes, middle, marker="o", label=label)
-            axis.fill_between(sizes, 0.9 * middle[0], 1.1 * middle[0], alpha=0.15)
+            line = axis.plot(sizes, middle, marker="o", label=label)[0]
+            axis.fill_between(sizes, 0.9 * middle[0], 1.1 * middle[0], alpha=0.15, color=line.get_color())
             axis.scatter(
                 [size for size in sizes for _ in seen[size]], [each[place] for size in sizes for each in seen[size]], s=6
             )
@@ -203,7 +184,7 @@ def draw(by_instances: dict[int, list[Cost]], by_keys: dict[int, list[Cost]], pa
         if scale == "linear":
             axis.set_xticks(sizes)
         axis.legend()
-    figure.suptitle("A check costs the same with more instances and more keys (bands: ±10 % of the smallest size)")
+    figure.suptitle("CPU of a check by instances and live keys (lines: medians of the dots; bands: ±10 % of the smallest size)")
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
@@ -254,16 +235,13 @@ def main() -> None:
         for _ in range(rounds):
             for size, costs in by_keys.items():
                 costs.append(fleet.ask(1, size, seconds))
-        fleet.reset_script_stats()
         for _ in range(rounds):
             peaks.append(fleet.ask(1, min(10_000, most), seconds, pause_ms=0, connections=64))
-        script_us = fleet.script_us()
     peak = _middle(peaks)
     rows = figures("instance(s)", by_instances) + figures("keys", by_keys)
     rows += [
         ("one instance at its peak, µs CPU a check", peak.instance_us, None),
         ("one instance at its peak, Redis, µs CPU a check", peak.redis_us, None),
-        ("one instance at its peak, the script by Redis's account, µs", script_us, None),
     ]
     RESULTS.mkdir(exist_ok=True)
     draw(by_instances, by_keys, RESULTS / "scaling.png")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import signal
 import subprocess
 import time
@@ -13,9 +14,10 @@ import pytest
 from drills.load import Load
 
 from tests.servers.redis_cluster import SLOTS, RedisCluster
-from tests.servers.redis_server import RedisServer
+from tests.servers.redis_server import Client, RedisServer, free_port
 
-SCRIPT = Path(__file__).parents[2] / "deploy" / "redis" / "reshard.sh"
+DEPLOY = Path(__file__).parents[2] / "deploy" / "redis"
+SCRIPT = DEPLOY / "reshard.sh"
 NEW = {"cluster-enabled": "yes", "cluster-config-file": "nodes.conf", "cluster-node-timeout": 5000}
 
 
@@ -154,3 +156,53 @@ def test_what_it_refuses(cluster: RedisCluster, new: list[RedisServer]) -> None:
         time.sleep(0.1)
     assert "not well" in refused(member, address(new[0]), address(new[1]))
     assert new[0].facts("CLUSTER", "INFO")["cluster_known_nodes"] == "1"
+
+
+def test_the_configuration_files_are_taken_by_real_servers(tmp_path: Path) -> None:
+    port, bus = free_port(), free_port()
+    changed = {"dir": tmp_path, "bind": "127.0.0.1", "port": port, "cluster-port": bus, "maxmemory": "64mb"}
+    words = [word for name, value in changed.items() for word in (f"--{name}", str(value))]
+    with started(["redis-server", str(DEPLOY / "redis.conf"), *words], port) as client:
+        said = client.call(
+            "CONFIG", "GET", "maxmemory-policy", "cluster-enabled", "cluster-require-full-coverage", "appendonly", "save"
+        )
+        settings = dict(zip(said[::2], said[1::2], strict=True)) if isinstance(said, list) else said
+        assert settings[b"maxmemory-policy"] == b"noeviction"
+        assert settings[b"cluster-enabled"] == b"yes"
+        assert settings[b"cluster-require-full-coverage"] == b"no"
+        assert (settings[b"appendonly"], settings[b"save"]) == (b"no", b"")
+    port = free_port()
+    own = tmp_path / "sentinel.conf"
+    text = (DEPLOY / "sentinel.conf").read_text()
+    # Nobody listens there: what is tried is the file.
+    text = text.replace("mymaster 10.0.0.1 6379", f"mymaster 127.0.0.1 {free_port()}").replace("dir /tmp", f"dir {tmp_path}")
+    own.write_text(text.replace("port 26379", f"port {port}\nbind 127.0.0.1"))
+    with started(["redis-sentinel", str(own)], port) as client:
+        master = client.call("SENTINEL", "MASTER", "mymaster")
+        facts = dict(zip(master[::2], master[1::2], strict=True)) if isinstance(master, list) else master
+        assert (facts[b"quorum"], facts[b"down-after-milliseconds"]) == (b"2", b"3000")
+
+
+@contextlib.contextmanager
+def started(command: list[str], port: int) -> Iterator[Client]:
+    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        client = connected(process, port)
+        try:
+            yield client
+        finally:
+            client.close()
+    finally:
+        process.terminate()
+        process.wait(20)
+
+
+def connected(process: subprocess.Popen[bytes], port: int) -> Client:
+    deadline = time.monotonic() + 30
+    while True:
+        try:
+            return Client("127.0.0.1", port)
+        except OSError:
+            assert process.poll() is None, f"it ended with {process.poll()}"
+            assert time.monotonic() < deadline, "it does not listen"
+            time.sleep(0.05)

@@ -34,7 +34,6 @@ def constants(**replaced: float) -> dict[str, Constant]:
     values = {
         "check_cpu_us": 50.0,
         "redis_cpu_us": 20.0,
-        "redis_script_us": 10.0,
         "authorize_cpu_us": 40.0,
         "counter_bytes": 200.0,
         "question_bytes": 100.0,

@@ -316,10 +316,6 @@ def _redis(sheet: _Sheet, peak: float, found: Shares, counters: float | None) ->
         "redis_cpu_us counter_bytes cache_entry_bytes",
         "redis_cpu_target shard_gb shard_fill min_shards",
     )
-    # Our script alone is what no pipelining can take away.
-    bound = 1e6 * use["redis_cpu_target"] / known["redis_script_us"]
-    formula = f"{use['redis_cpu_target']:.0%} of a core / {known['redis_script_us']:g} µs of the script"
-    sheet.put("shard_bound", bound, "1/s", "a shard, at most", formula, "redis_script_us", "redis_cpu_target")
     nodes = shards * (1 + int(use["replicas_per_shard"]))
     formula = f"{shards} masters × (1 + {use['replicas_per_shard']:g})"
     sheet.put("redis_nodes", nodes, "", "Redis servers", formula, "", "replicas_per_shard")
