@@ -100,14 +100,14 @@ def _why(name: str, dau: int, plan: Plan, constants: Mapping[str, Constant], ass
     if name == "replicas":
         return (
             f"{plan.value('database_reads'):,.0f} look-ups/s after both caches, {constants['look_up_cpu_us'].value:g} µs each; "
-            "the requirement spreads all requests over 5, as if nothing were cached"
+            "the requirement has 5 for 3,500 requests/s, as if nothing were cached"
         )
     if name == "database_bytes":
         return f"{constants['api_key_bytes'].value:g} B a key with its indexes, where the requirement has 350 B a user"
     if name == "bandwidth":
         checks = plan.shown("bandwidth_checks")
         return (
-            f"the API's own traffic at {use['api_bytes']:g} B a request; the limiter's questions and answers are {checks} of ours"
+            f"the API's own traffic at {use['api_bytes']:g} B a request; questions to the limiter and answers take {checks} more"
         )
     if name == "bandwidth_edge":
         return (
