@@ -4,6 +4,7 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PYTHON_CODE := src tests bench drills examples deploy scripts
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -12,47 +13,55 @@ $(VENV)/.run: pyproject.toml scripts/make-venv
 	scripts/make-venv $(PYTHON) $(VENV) .run
 
 $(VENV)/.dev: pyproject.toml scripts/make-venv
-	scripts/make-venv $(PYTHON) $(VENV) .dev --group test --group check --group bench --group charts
+	scripts/make-venv $(PYTHON) $(VENV) .dev --group test --group check --group bench --group monitoring
 
 run: $(VENV)/.run ## serve the example policy at 127.0.0.1:8080
 	exec $(BIN)/tidegate serve --demo
 
 test: $(VENV)/.dev ## install what the tests need and run them all
 	scripts/install-debian-packages $$(cat scripts/test-packages.txt)
+	scripts/fetch-opensearch $(VENV)/opensearch
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/python -m pytest
 
 check: $(VENV)/.dev ## format, lint, strict types, import layers
-	$(BIN)/ruff format --check src tests bench drills
-	$(BIN)/ruff check src tests bench drills
+	$(BIN)/ruff format --check $(PYTHON_CODE)
+	$(BIN)/ruff check $(PYTHON_CODE)
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 
 format: $(VENV)/.dev ## format and mend what the linter can mend
-	$(BIN)/ruff check --fix src tests bench drills
-	$(BIN)/ruff format src tests bench drills
+	$(BIN)/ruff check --fix $(PYTHON_CODE)
+	$(BIN)/ruff format $(PYTHON_CODE)
 
 bench: $(VENV)/.dev ## measure speed and memory side by side
-	scripts/install-debian-packages wrk redis-server postgresql
+	scripts/install-debian-packages wrk nghttp2-client redis-server postgresql nginx
 	$(BIN)/python -m bench
 
 bench-smoke: $(VENV)/.dev ## the same at its smallest size: that it works, not how fast
-	scripts/install-debian-packages wrk redis-server postgresql
+	scripts/install-debian-packages wrk nghttp2-client redis-server postgresql nginx
 	$(BIN)/python -m bench --smoke
 
 drills: $(VENV)/.dev ## let real servers fail under load, and print what it costs
-	scripts/install-debian-packages redis-server redis-sentinel
+	scripts/install-debian-packages redis-server redis-sentinel haproxy keepalived iproute2 curl
 	$(BIN)/python -m drills.redis_failures
 	$(BIN)/python -m drills.autoscale
 	$(BIN)/python -m drills.fleet
+	$(BIN)/python -m drills.instance
+	$(BIN)/python -m drills.balancer
 
 drills-smoke: $(VENV)/.dev ## the quickest of them
-	scripts/install-debian-packages redis-server redis-sentinel
+	scripts/install-debian-packages redis-server redis-sentinel haproxy keepalived iproute2 curl
 	$(BIN)/python -m drills.redis_failures --smoke
 	$(BIN)/python -m drills.autoscale --smoke
 	$(BIN)/python -m drills.fleet --smoke
+	$(BIN)/python -m drills.instance --smoke
+	$(BIN)/python -m drills.balancer --smoke
+
+dashboards: $(VENV)/.dev ## make the Grafana dashboards in deploy/grafana/json
+	PYTHONPATH=deploy/grafana $(BIN)/python -m dashboards
 
 clean: ## remove what the other commands made
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis bench/results drills/results tidegate.db tidegate.db-wal tidegate.db-shm
 
-.PHONY: help run test check format bench bench-smoke drills drills-smoke clean
+.PHONY: help run test check format bench bench-smoke drills drills-smoke dashboards clean

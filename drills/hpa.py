@@ -209,7 +209,7 @@ def read_manifest(path: Path) -> Shipped:
     Raises:
         ValueError: if there is no HPA in it, or not with one CPU and one pods metric.
     """
-    import yaml  # type: ignore[import-untyped]
+    import yaml
 
     documents = [each for each in yaml.safe_load_all(path.read_text()) if each]
     found = [each for each in documents if each.get("kind") == "HorizontalPodAutoscaler"]

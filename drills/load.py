@@ -9,8 +9,8 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from typing import NamedTuple
 
+from tidegate.breaker import BreakerOptions
 from tidegate.counters import Charge
-from tidegate.counters.breaker import BreakerOptions
 from tidegate.counters.guarded import GuardedCounters, GuardOptions
 from tidegate.counters.redis.store import RedisCounters
 from tidegate.errors import StoreUnavailable

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -30,6 +29,7 @@ from tests.servers.fixtures import (  # noqa: F401 - fixtures are found by their
     redis_server,
     valkey_server,
 )
+from tests.servers.redis_server import free_port
 from tidegate.catalog.cached import CachedCatalog
 from tidegate.catalog.policy_file import PolicyCatalog, parse_policy
 from tidegate.counters.memory import MemoryCounters
@@ -70,17 +70,21 @@ def gate(clock: Clock, seen: list[Observation]) -> Gate:
 
 
 class Serve:
-    """A `tidegate serve` process of its own, in a directory of its own."""
+    """A `tidegate serve` process of its own, in a directory of its own; at a free port, if none is given."""
 
-    def __init__(self, directory: Path, arguments: tuple[str, ...] = (), **environment: str) -> None:
+    def __init__(
+        self, directory: Path, arguments: tuple[str, ...] = (), port: int | None = None, grpc: bool = False, **environment: str
+    ) -> None:
         self.directory = directory
-        self.port = free_port()
+        self.port = port or free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.admin_port = free_port()
+        self.grpc_port = free_port()
         self.environment = {
             **{name: value for name, value in os.environ.items() if not name.startswith("TIDEGATE_")},
             "TIDEGATE_SERVER__HTTP": f"127.0.0.1:{self.port}",
             "TIDEGATE_SERVER__ADMIN": f"127.0.0.1:{self.admin_port}",
+            "TIDEGATE_SERVER__GRPC": f"127.0.0.1:{self.grpc_port}" if grpc else "",
             **environment,
         }
         self.process = subprocess.Popen(
@@ -94,7 +98,7 @@ class Serve:
 
     def wait_ready(self) -> None:
         """Until it answers; fails with what it said if it ends instead."""
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 60
         while time.monotonic() < deadline:
             if self.process.poll() is not None:
                 raise AssertionError(f"serve ended with {self.process.returncode}: {self.process.stderr.read()}")  # type: ignore[union-attr]
@@ -103,7 +107,7 @@ class Serve:
                     return
             except httpx.TransportError:
                 time.sleep(0.05)
-        raise AssertionError("serve did not get ready within 30 s")
+        raise AssertionError("serve did not get ready within 60 s")
 
     def stop_by_itself(self) -> tuple[int, str, str]:
         """Waits until it ends without being told to; returns exit code, stdout, stderr."""
@@ -128,8 +132,8 @@ def serve(tmp_path: Path) -> Iterator[Callable[..., Serve]]:
     """Starts `tidegate serve` in a directory of the test; ends it by its own process id."""
     started: list[Serve] = []
 
-    def start(*arguments: str, wait: bool = True, **environment: str) -> Serve:
-        server = Serve(tmp_path, arguments, **environment)
+    def start(*arguments: str, wait: bool = True, grpc: bool = False, **environment: str) -> Serve:
+        server = Serve(tmp_path, arguments, None, grpc, **environment)
         started.append(server)
         if wait:
             server.wait_ready()
@@ -138,13 +142,6 @@ def serve(tmp_path: Path) -> Iterator[Callable[..., Serve]]:
     yield start
     for server in started:
         server.stop()
-
-
-def free_port() -> int:
-    """A loopback port that is free now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@
      ├── ApiKeyExpired           403 API_KEY_EXPIRED
      ├── StoreUnavailable        503 STORE_UNAVAILABLE
      ├── CatalogUnavailable      503 CATALOG_UNAVAILABLE
+     ├── LimiterUnavailable      503 LIMITER_UNAVAILABLE: a client's, whose server was not heard
      ├── PolicyError             a policy (file) that is refused: file, line, reason
      ├── SettingsError           a setting that is refused: which, its value, the remedy
      └── CatalogError            a change to the catalog that is refused
@@ -91,6 +92,13 @@ class CatalogUnavailable(TidegateError):
     """The catalog does not answer and nothing cached can stand in."""
 
     code = "CATALOG_UNAVAILABLE"
+    status = 503
+
+
+class LimiterUnavailable(TidegateError):
+    """No server gave a client an answer in time; what it asked for may have been counted."""
+
+    code = "LIMITER_UNAVAILABLE"
     status = 503
 
 

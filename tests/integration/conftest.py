@@ -1,12 +1,14 @@
-"""The catalog's databases: what is tested on one is tested on the other."""
+"""The catalog's databases and the two kinds of client: what is tested on one is tested on the other."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from tests.integration.client_asker import Asker
 from tests.servers.postgres import PostgresServer
 
 DATABASES = ("sqlite", "postgresql")
@@ -35,3 +37,17 @@ def catalog_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     server.execute("DROP SCHEMA public CASCADE", name)
     server.execute("CREATE SCHEMA public", name)
     return server.url(name)
+
+
+@pytest.fixture(params=["sync", "async"])
+async def new_client(request: pytest.FixtureRequest) -> AsyncIterator[Callable[..., Asker]]:
+    """Makes clients of one kind, and closes them."""
+    made: list[Asker] = []
+
+    def make(*arguments: Any, **options: Any) -> Asker:
+        made.append(Asker(request.param, *arguments, **options))
+        return made[-1]
+
+    yield make
+    for one in made:
+        await one.close()

@@ -16,13 +16,21 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import msgspec
 import pytest
 
-from tests.servers.prometheus import PEER_TIMEOUT_S, Alertmanager, Prometheus, Receiver, RedisExporter, run
+from tests.servers.exporters import RedisExporter
+from tests.servers.prometheus import (
+    DEPLOY,
+    PEER_TIMEOUT_S,
+    Alertmanager,
+    Prometheus,
+    Receiver,
+    divided,
+    prometheus_files,
+    run,
+)
 from tests.servers.redis_server import RedisServer, wait_until
 
-DEPLOY = Path(__file__).parents[2] / "deploy"
 DIVISOR = int(os.environ.get("TIDEGATE_ALERT_CHAIN_DIVISOR", "30"))
 PATIENCE_S = 25.0 if DIVISOR >= 30 else 300.0
 CONSEQUENCES = {"CircuitOpen", "DegradedDecisions"}
@@ -40,38 +48,16 @@ tier = "free"
 """
 
 
-def divided(text: str) -> str:
-    """The same file with every interval divided; windows of expressions stay as they are."""
-
-    def divide(found: re.Match[str]) -> str:
-        milliseconds = int(found[2]) * {"s": 1000, "m": 60_000}[found[3]] // DIVISOR
-        return f"{found[1]}{milliseconds}ms"
-
-    names = "scrape_interval|scrape_timeout|evaluation_interval|interval|for|group_wait|group_interval"
-    return re.sub(rf"^(\s*(?:- )?(?:{names}): )(\d+)([sm])$", divide, text, flags=re.MULTILINE)
-
-
 def alertmanager_files(directory: Path, receiver: Receiver) -> Path:
     """The shipped configuration, with the listener's addresses."""
     (directory / "slack_url").write_text(f"{receiver.url}/slack\n")
     (directory / "pagerduty_routing_key").write_text(f"{ROUTING_KEY}\n")
-    text = divided((DEPLOY / "alertmanager/alertmanager.yml").read_text())
+    text = divided((DEPLOY / "alertmanager/alertmanager.yml").read_text(), DIVISOR)
     text = text.replace("https://events.pagerduty.com/", f"{receiver.url}/")
     text = text.replace("/etc/alertmanager/", f"{directory}/")
     path = directory / "alertmanager.yml"
     path.write_text(text)
     return path
-
-
-def prometheus_files(directory: Path, **targets: list[str]) -> Path:
-    """The shipped configuration and rules, with these targets and no others."""
-    for name in ("prometheus.yml", "recording.yml", "alerts.yml"):
-        (directory / name).write_text(divided((DEPLOY / "prometheus" / name).read_text()))
-    (directory / "targets").mkdir()
-    for shipped in (DEPLOY / "prometheus/targets").glob("*.yml"):
-        groups = [{"targets": targets[shipped.stem]}] if shipped.stem in targets else []
-        (directory / "targets" / shipped.name).write_bytes(msgspec.yaml.encode(groups))
-    return directory / "prometheus.yml"
 
 
 @pytest.fixture
@@ -101,7 +87,7 @@ def test_who_is_told(labels: tuple[str, ...], receivers: str) -> None:
 def test_only_intervals_are_rewritten() -> None:
     text = "global:\n  scrape_interval: 15s\n  - name: x\n    interval: 30s\n    - expr: rate(a[5m])\n      for: 2m\n"
     expected = text.replace("15s", f"{15_000 // DIVISOR}ms").replace("30s", f"{30_000 // DIVISOR}ms")
-    assert divided(text) == expected.replace("2m\n", f"{120_000 // DIVISOR}ms\n")
+    assert divided(text, DIVISOR) == expected.replace("2m\n", f"{120_000 // DIVISOR}ms\n")
 
 
 def test_a_pair_notifies_once_and_outlives_one_of_each(redis_server: RedisServer, receiver: Receiver, tmp_path: Path) -> None:
@@ -119,7 +105,7 @@ def test_a_pair_notifies_once_and_outlives_one_of_each(redis_server: RedisServer
             PATIENCE_S,
             "the two know each other",
         )
-        files = prometheus_files(tmp_path, redis=[exporter.address], alertmanager=[first.address, second.address])
+        files = prometheus_files(tmp_path, DIVISOR, redis=[exporter.address], alertmanager=[first.address, second.address])
         a = running.enter_context(Prometheus(files, "a"))
         b = running.enter_context(Prometheus(files, "b"))
         wait_until(lambda: actions() != [], PATIENCE_S, "the page")
@@ -177,7 +163,9 @@ def test_a_killed_redis_pages_and_a_living_one_resolves(
         RedisExporter(redis.url) as exporter,
         Alertmanager(alertmanager_files(tmp_path, receiver)) as alertmanager,
         Prometheus(
-            prometheus_files(tmp_path, tidegate=[server.url[7:]], redis=[exporter.address], alertmanager=[alertmanager.address])
+            prometheus_files(
+                tmp_path, DIVISOR, tidegate=[server.url[7:]], redis=[exporter.address], alertmanager=[alertmanager.address]
+            )
         ) as prometheus,
     ):
         asking = threading.Thread(target=ask)

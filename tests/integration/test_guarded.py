@@ -9,8 +9,8 @@ from collections.abc import AsyncIterator, Callable
 import pytest
 
 from tests.servers.redis_server import RedisServer
+from tidegate.breaker import BreakerOptions
 from tidegate.counters import Charge, Outcome
-from tidegate.counters.breaker import BreakerOptions
 from tidegate.counters.guarded import GuardedCounters, GuardOptions
 from tidegate.counters.redis.store import RedisCounters
 from tidegate.decision import Decision

@@ -12,8 +12,9 @@ import msgspec
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from tests.servers.exporters import PostgresExporter, RedisExporter
 from tests.servers.postgres_cluster import PostgresCluster
-from tests.servers.prometheus import PostgresExporter, RedisExporter, run
+from tests.servers.prometheus import run
 from tests.servers.redis_server import RedisServer, wait_until
 
 ROOT = Path(__file__).parents[2]
@@ -34,6 +35,7 @@ OTHERS = {
     "nginx_up",  # nginx-prometheus-exporter
     "alertmanager_notifications_failed_total",
     "probe_ssl_earliest_cert_expiry",  # blackbox exporter
+    "probe_success",
 }
 
 POLICY = """\

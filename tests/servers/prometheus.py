@@ -1,4 +1,4 @@
-"""Prometheus, Alertmanager and two exporters as processes, and a listener that plays PagerDuty and Slack.
+"""Prometheus and Alertmanager as processes, with the shipped files, and a listener that plays PagerDuty and Slack.
 
 Each is a context manager that starts and stops one process of its own on a free loopback port, with a temporary directory that
 goes with it. What Debian starts by itself when it installs the packages is neither used nor touched.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import http.server
 import json
 import os
+import re
 import shutil
 import subprocess
 import tempfile
@@ -21,10 +22,12 @@ from types import TracebackType
 from typing import Any, Self
 
 import httpx
+import msgspec
 import pytest
 
 from tests.servers.redis_server import HOST, free_port, wait_until
 
+DEPLOY = Path(__file__).parents[2] / "deploy"
 START_S = 20.0
 STOP_S = 5.0
 PEER_TIMEOUT_S = 3
@@ -37,6 +40,12 @@ _PACKAGES = {
     "amtool": "prometheus-alertmanager",
     "prometheus-redis-exporter": "prometheus-redis-exporter",
     "prometheus-postgres-exporter": "prometheus-postgres-exporter",
+    "java": "default-jre-headless",
+    "nginx": "nginx",
+    "haproxy": "haproxy",
+    "keepalived": "keepalived",
+    "prometheus-nginx-exporter": "prometheus-nginx-exporter",
+    "prometheus-blackbox-exporter": "prometheus-blackbox-exporter",
 }
 
 
@@ -75,17 +84,62 @@ def run(program: str, *arguments: str | Path, directory: Path | None = None) -> 
     return said
 
 
+def divided(text: str, divisor: int) -> str:
+    """A shipped file with every interval divided; windows of expressions stay as they are.
+
+    Args:
+        text: of the file.
+        divisor: 1 or more.
+
+    Returns:
+        The text with intervals in ms.
+    """
+
+    def divide(found: re.Match[str]) -> str:
+        milliseconds = int(found[2]) * {"s": 1000, "m": 60_000}[found[3]] // divisor
+        return f"{found[1]}{milliseconds}ms"
+
+    names = "scrape_interval|scrape_timeout|evaluation_interval|interval|for|group_wait|group_interval"
+    return re.sub(rf"^(\s*(?:- )?(?:{names}): )(\d+)([sm])$", divide, text, flags=re.MULTILINE)
+
+
+def prometheus_files(directory: Path, divisor: int, blackbox: str | None = None, **targets: list[str]) -> Path:
+    """Write the shipped configuration and rules, with intervals divided, these targets and no others.
+
+    Args:
+        directory: where.
+        divisor: of the intervals.
+        blackbox: `host:port` of the blackbox exporter; the shipped one if None.
+        targets: by the name of their file in `targets/`.
+
+    Returns:
+        The configuration's path.
+    """
+    for name in ("prometheus.yml", "recording.yml", "alerts.yml"):
+        text = divided((DEPLOY / "prometheus" / name).read_text(), divisor)
+        (directory / name).write_text(text if blackbox is None else text.replace("127.0.0.1:9115", blackbox))
+    (directory / "targets").mkdir()
+    for shipped in (DEPLOY / "prometheus/targets").glob("*.yml"):
+        groups = [{"targets": targets[shipped.stem]}] if shipped.stem in targets else []
+        (directory / "targets" / shipped.name).write_bytes(msgspec.yaml.encode(groups))
+    return directory / "prometheus.yml"
+
+
 class Service:
     """A process that serves HTTP on a loopback port.
 
     Args:
         program: its name.
         path: that answers 200 when it is ready.
+        port: to serve at; a free one if None.
     """
 
-    def __init__(self, program: str, path: str) -> None:
+    start_s = START_S
+    stop_s = STOP_S
+
+    def __init__(self, program: str, path: str, port: int | None = None) -> None:
         self.program = need(program)
-        self.port = free_port()
+        self.port = port or free_port()
         self.address = f"{HOST}:{self.port}"
         self.url = f"http://{self.address}"
         self.directory = Path(tempfile.mkdtemp(prefix=f"tidegate-{program}-"))
@@ -109,11 +163,15 @@ class Service:
         """What the process gets beside the environment of the tests."""
         return {}
 
+    def options(self) -> Mapping[str, Any]:
+        """What `subprocess.Popen` is told beside the above."""
+        return {}
+
     def start(self) -> None:
         """Start the process and wait until it answers.
 
         Raises:
-            RuntimeError: with what it logged, if it ends or does not answer within 20 s.
+            RuntimeError: with what it logged, if it ends or does not answer in time, 20 s for most.
         """
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
@@ -123,24 +181,37 @@ class Service:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
+                **self.options(),
             )
         try:
-            wait_until(self._answers, START_S, f"{self.program} on port {self.port} answers")
+            wait_until(self._answers, self.start_s, f"{self.program} on port {self.port} answers")
         except TimeoutError as error:
             self.stop()
             raise RuntimeError(f"{error}; its log:\n{self.tail()}") from None
 
     def stop(self) -> None:
-        """End the process, by force after 5 s; nothing happens if it does not run."""
+        """End the process, by force after 5 s for most; nothing happens if it does not run."""
         if self._process is None:
             return
         self._process.terminate()
         try:
-            self._process.wait(STOP_S)
+            self._process.wait(self.stop_s)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
         self._process = None
+
+    @property
+    def alive(self) -> bool:
+        """Whether the process runs."""
+        return self._process is not None and self._process.poll() is None
+
+    def kill(self) -> None:
+        """End the process at once by SIGKILL; nothing happens if it does not run."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
 
     def get(self, path: str, **parameters: str) -> Any:
         """Ask for JSON.
@@ -174,10 +245,11 @@ class Prometheus(Service):
     Args:
         configuration: its file; what it names lies beside it.
         replica: what tells it from the other one of a pair.
+        port: to serve at; a free one if None.
     """
 
-    def __init__(self, configuration: Path, replica: str = "a") -> None:
-        super().__init__("prometheus", "/-/ready")
+    def __init__(self, configuration: Path, replica: str = "a", port: int | None = None) -> None:
+        super().__init__("prometheus", "/-/ready", port)
         self._configuration = configuration
         self._replica = replica
 
@@ -237,49 +309,6 @@ class Alertmanager(Service):
     def alerts(self) -> dict[str, bool]:
         """The names of the alerts it knows, and whether one of that name is inhibited."""
         return {each["labels"]["alertname"]: bool(each["status"]["inhibitedBy"]) for each in self.get("/api/v2/alerts")}
-
-
-class RedisExporter(Service):
-    """redis_exporter beside one Redis.
-
-    Args:
-        redis_url: of the Redis.
-    """
-
-    def __init__(self, redis_url: str) -> None:
-        super().__init__("prometheus-redis-exporter", "/metrics")
-        self._redis_url = redis_url
-
-    def arguments(self) -> Sequence[str]:
-        return f"--redis.addr={self._redis_url}", f"--web.listen-address={self.address}"
-
-
-class PostgresExporter(Service):
-    """postgres_exporter beside one PostgreSQL.
-
-    Args:
-        database_url: of a database on it.
-        queries: a file of queries to load; None for none.
-    """
-
-    def __init__(self, database_url: str, queries: Path | None = None) -> None:
-        super().__init__("prometheus-postgres-exporter", "/metrics")
-        self._database_url = database_url
-        self._queries = queries
-        # From 0.13 on it has a pg_replication_lag_seconds of its own.
-        said = subprocess.run([self.program, "--help"], capture_output=True, text=True, timeout=20, check=False)
-        self.has_own_lag = "--collector.replication" in said.stdout + said.stderr
-
-    def arguments(self) -> Sequence[str]:
-        return (
-            f"--web.listen-address={self.address}",
-            "--disable-settings-metrics",
-            *(["--no-collector.replication"] if self.has_own_lag and self._queries else []),
-            *([f"--extend.query-path={self._queries}"] if self._queries else []),
-        )
-
-    def environment(self) -> Mapping[str, str]:
-        return {"DATA_SOURCE_NAME": f"{self._database_url}?sslmode=disable"}
 
 
 class Receiver:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tidegate.counters.breaker import Breaker, BreakerOptions, BreakerState
+from tidegate.breaker import Breaker, BreakerOptions, BreakerState
 
 OPTIONS = BreakerOptions(failures=5, window_s=10, open_s=30)
 

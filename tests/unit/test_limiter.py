@@ -91,7 +91,16 @@ def test_public_names() -> None:
     assert set(tidegate.__all__) == {
         *("Algorithm", "ApiKey", "ApiKeyExpired", "ApiKeyRevoked", "BadRequest", "CachedCatalog", "Catalog", "CatalogError"),
         *("CatalogUnavailable", "Charge", "Check", "CounterStore", "Decision", "Gate", "InvalidApiKey", "Limit", "Limiter"),
-        *("MemoryCounters", "MissingApiKey", "Observation", "Policy", "PolicyCatalog", "PolicyError", "RateLimitMiddleware"),
+        *(
+            "LimiterUnavailable",
+            "MemoryCounters",
+            "MissingApiKey",
+            "Observation",
+            "Policy",
+            "PolicyCatalog",
+            "PolicyError",
+            "RateLimitMiddleware",
+        ),
         *("Rule", "SettingsError", "StoreUnavailable", "Tier", "TidegateError", "__version__", "load_policy"),
     }
     assert all(hasattr(tidegate, name) for name in tidegate.__all__)

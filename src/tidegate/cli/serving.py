@@ -23,13 +23,14 @@ from tidegate.catalog.engines import open_engine, reason_of, shown
 from tidegate.catalog.policy_file import load_policy, policy_warnings
 from tidegate.catalog.sql import SqlCatalog
 from tidegate.catalog.tables import policy_state
-from tidegate.cli.asking import NoAnswer, Server, ask
+from tidegate.cli.asking import NoAnswer, ask
 from tidegate.cli.common import ConfigOption, JsonOption, print_json, read_settings
 from tidegate.counters.factory import open_counters
 from tidegate.counters.guarded import GuardedCounters
 from tidegate.errors import SettingsError, TidegateError
 from tidegate.listening import free_address
 from tidegate.server import Instance, require_shared_counters, run
+from tidegate.server_url import Server
 from tidegate.settings import Settings
 from tidegate.telemetry.logs import configure_logging
 from tidegate.workers import Seat, supervise, work

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final
 
+from tidegate.breaker import BreakerOptions
 from tidegate.counters import CounterStore
-from tidegate.counters.breaker import BreakerOptions
 from tidegate.counters.guarded import GuardedCounters, GuardOptions
 from tidegate.counters.memory import MemoryCounters
 from tidegate.counters.redis.store import RedisCounters

@@ -25,8 +25,8 @@ from typing import Final
 import msgspec
 
 from tidegate.algorithms import State
+from tidegate.breaker import Breaker, BreakerOptions, BreakerState
 from tidegate.counters import Charge, Outcome
-from tidegate.counters.breaker import Breaker, BreakerOptions, BreakerState
 from tidegate.counters.denials import DenialMemory
 from tidegate.counters.local_shares import LocalShares
 from tidegate.counters.redis import heartbeat

@@ -8,9 +8,8 @@ from typing import Any, Final
 import msgspec
 
 from tidegate._version import __version__
+from tidegate.bodies import MAX_BATCH, CheckRequest, DecisionBody, UsageBody
 from tidegate.decision import MAX_COST
-from tidegate.doors.answers import DecisionBody, UsageBody
-from tidegate.doors.http import MAX_BATCH, CheckRequest
 from tidegate.gate import MAX_USAGE_RULES
 
 _ERRORS: Final = {
@@ -93,6 +92,10 @@ def data_plane_openapi() -> dict[str, Any]:
             "/v1/check": {"post": _check()},
             "/v1/check/batch": {"post": _batch()},
             "/v1/authorize": {"get": _authorize("authorize"), "head": _authorize("authorizeHead")},
+            "/v1/authorize/envoy": {
+                method: _authorize(f"authorizeEnvoy{method.title()}", "200")
+                for method in ("get", "head", "post", "put", "patch", "delete", "options")
+            },
             "/v1/usage": {"get": _usage("usage"), "head": _usage("usageHead")},
             "/health": {"get": _page("health", "How all parts are; 200 only when all are healthy.", (200, 503))},
             "/readyz": {"get": _page("ready", "Whether this instance takes requests; for load balancers.", (200, 503))},
@@ -138,12 +141,19 @@ def _batch() -> dict[str, Any]:
     }
 
 
-def _authorize(operation: str) -> dict[str, Any]:
+def _authorize(operation: str, passes: str = "204") -> dict[str, Any]:
     empty = {
-        "204": {"description": "It may pass.", "headers": _headers()},
+        passes: {"description": "It may pass.", "headers": _headers()},
         "401": {"description": "The API key is missing or unknown; see X-Tidegate-Error."},
-        "403": {"description": "The API key was revoked or has expired; see X-Tidegate-Error."},
-        "429": {"description": "It may not pass.", "headers": _headers()},
+        "403": {
+            "description": "The API key was revoked or has expired; see X-Tidegate-Error. Where X-Tidegate-Denied-Status "
+            "asks for it, any other refusal too; see X-Tidegate-Status.",
+            "headers": _headers() | {"X-Tidegate-Status": _told("What would be the status otherwise: 429, 400, 431 or 503.")},
+        },
+        "429": {
+            "description": "It may not pass.",
+            "headers": _headers() | {"Cache-Control": _told("For how long the denial holds."), "Vary": _told("For whom.")},
+        },
     }
     return {
         "operationId": operation,
@@ -154,6 +164,7 @@ def _authorize(operation: str) -> dict[str, Any]:
             _header("X-Original-Method", "Its method; GET where not given."),
             _header("X-Forwarded-Uri", "As X-Original-URI, from a trusted proxy."),
             _header("X-Forwarded-Method", "As X-Original-Method, from a trusted proxy."),
+            _header("X-Tidegate-Denied-Status", "403: answer 403 in place of any refusal but 401. Anything else is ignored."),
             *_client_headers(),
         ],
         "responses": {**empty, **_errors(400, 405, 431, 503)},
@@ -201,7 +212,11 @@ def _body(schema: str) -> dict[str, Any]:
 
 
 def _headers() -> dict[str, Any]:
-    return {name: {"description": text, "schema": {"type": "string"}} for name, text in _LIMIT_HEADERS.items()}
+    return {name: _told(text) for name, text in _LIMIT_HEADERS.items()}
+
+
+def _told(text: str) -> dict[str, Any]:
+    return {"description": text, "schema": {"type": "string"}}
 
 
 def _errors(*statuses: int) -> dict[str, Any]:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Final
 
+from tidegate.breaker import BreakerState
 from tidegate.catalog.cached import CachedCatalog
 from tidegate.catalog.database import Database
 from tidegate.catalog.shared import SharedCatalog
 from tidegate.counters import CounterStore
-from tidegate.counters.breaker import BreakerState
 from tidegate.counters.guarded import GuardedCounters
 from tidegate.counters.memory import MemoryCounters
 from tidegate.telemetry.metrics import Metrics

@@ -189,6 +189,7 @@ class Cluster:
         self._nodes: dict[Endpoint, Connection] = {}
         self._owners: list[Connection | None] = [None] * SLOTS
         self._wanted = asyncio.Event()
+        self._doubted = False
         self._mapped = asyncio.Event()
         self._following = asyncio.get_running_loop().create_task(self._follow())
         self._dropping: set[asyncio.Task[None]] = set()
@@ -229,7 +230,10 @@ class Cluster:
 
     def doubt(self, connection: Connection, why: str) -> None:
         """See `Topology`."""
-        logger.info("Redis at %s: %s; asking for the cluster's map", connection.endpoint, why)
+        # Every check of a lost part says so until the map is whole again: told once.
+        level = logging.DEBUG if self._doubted else logging.INFO
+        logger.log(level, "Redis at %s: %s; asking for the cluster's map", connection.endpoint, why)
+        self._doubted = True
         self._wanted.set()
 
     def listening(
@@ -264,6 +268,7 @@ class Cluster:
                 whole = await self._refresh()
             except StoreUnavailable as error:
                 logger.warning("the Redis cluster's map cannot be had: %s", error)
+            self._doubted = self._doubted and not whole
             # While a part is missing or unreachable, a promotion is what is waited for.
             await asyncio.sleep(REFRESH_S if self._mapped.is_set() else REFRESH_S / 10)
             if whole:

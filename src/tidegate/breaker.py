@@ -31,7 +31,7 @@ class BreakerOptions(msgspec.Struct, frozen=True):
 
 
 class Breaker:
-    """One for each shard. The caller brings the time, monotonic seconds.
+    """One for each shard, or for each server that a client asks. The caller brings the time, monotonic seconds.
 
     Args:
         options: see there.

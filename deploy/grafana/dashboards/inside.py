@@ -1,0 +1,221 @@
+"""What an instance is made of: its counter store, catalog, policy and violations, for the dashboard of the service."""
+
+from __future__ import annotations
+
+from dashboards.panels import GREEN, RED, YELLOW, Panel, Query, Steps, lines, number, or_none, states
+
+HERE = 'instance=~"$instance"'
+"""The instances that are chosen."""
+
+
+def rate(metric: str, by: str) -> str:
+    """A counter's rate on the instances that are chosen.
+
+    Args:
+        metric: the counter.
+        by: labels to sum by.
+
+    Returns:
+        The expression.
+    """
+    return f"sum by ({by}) (rate({metric}{{{HERE}}}[$__rate_interval]))"
+
+
+def store() -> list[list[Panel]]:
+    """Panels of the counter store.
+
+    Returns:
+        Lines of them.
+    """
+    return [
+        [
+            lines(
+                "Latency of the store",
+                "Calls to Redis, those given up included. The dashed line is where RedisLatencyHigh begins.",
+                "s",
+                Query(
+                    "histogram_quantile(0.5, sum by (le) (rate(rate_limiter_store_latency_seconds_bucket[$__rate_interval])))",
+                    "P50",
+                ),
+                Query("job:rate_limiter_store_latency_seconds:p99_rate5m", "P99"),
+                see="redislatencyhigh",
+                steps=Steps(None, 0.01),
+            ),
+            lines(
+                "Decided without Redis",
+                "Share of checks. The dashed line is where DegradedDecisions begins.",
+                "percentunit",
+                Query("job:rate_limiter_degraded_per_request:ratio_rate2m", "share"),
+                see="degradeddecisions",
+                steps=Steps(None, 0.01),
+            ),
+            lines(
+                "Why without Redis",
+                "Checks a second by reason.",
+                "reqps",
+                Query(or_none(rate("rate_limiter_fallbacks_total", "reason"), "reason"), "{{reason}}"),
+                see="degradeddecisions",
+            ),
+        ],
+        [
+            states(
+                "Breakers",
+                "Of each shard that failed lately, as the worst instance sees it. Open while Redis answers its "
+                "exporter: the way between.",
+                Query(or_none(f"max by (shard) (rate_limiter_breaker_state{{{HERE}}})", "shard"), "{{shard}}"),
+                {0: ("closed", GREEN), 1: ("half open", YELLOW), 2: ("open", RED)},
+                see="circuitopen",
+            ),
+            lines(
+                "Shards",
+                "Connected and left alone, by instance. Fewer connected than you run: one is down, or a "
+                "new one is not known yet.",
+                "short",
+                Query(f"sum by (instance) (rate_limiter_store_shards_up{{{HERE}}})", "connected, {{instance}}"),
+                Query(f"sum by (instance) (rate_limiter_breakers_open{{{HERE}}})", "left alone, {{instance}}"),
+                see="circuitopen",
+            ),
+            lines(
+                "Calls not answered yet",
+                "Grows: Redis is slow or hangs.",
+                "short",
+                Query(f"sum by (instance) (rate_limiter_store_in_flight{{{HERE}}})", "{{instance}}"),
+                see="redislatencyhigh",
+            ),
+        ],
+        [
+            lines(
+                "Instances that share the counters",
+                "As each last heard. Fewer than you run: one does not reach Redis.",
+                "short",
+                Query(f"sum by (instance) (rate_limiter_instances{{{HERE}}})", "{{instance}}"),
+                see="counter-store",
+            ),
+            lines(
+                "Owed after an outage",
+                "Counters still to be put back. Must fall to 0 when Redis is back.",
+                "short",
+                Query(f"sum by (instance) (rate_limiter_counters_owed{{{HERE}}})", "owed, {{instance}}"),
+                Query(f"sum(increase(rate_limiter_counters_put_back_total{{{HERE}}}[$__rate_interval]))", "put back"),
+                see="counter-store",
+            ),
+            lines(
+                "Denied from memory",
+                "Checks a second that were no call to Redis. Nothing to do: this is load that Redis does not have.",
+                "reqps",
+                Query(rate("rate_limiter_denials_remembered_total", "instance"), "{{instance}}"),
+                see="counter-store",
+            ),
+        ],
+    ]
+
+
+def catalog() -> list[list[Panel]]:
+    """Panels of the catalog, its caches and the policy.
+
+    Returns:
+        Lines of them.
+    """
+    return [
+        [
+            lines(
+                "Answered by the caches",
+                "Share of look-ups of keys and tiers, memory and Redis together. Below the dashed line CacheHitRateLow begins.",
+                "percentunit",
+                Query("job:rate_limiter_cache_hits:ratio_rate5m", "answered by a cache"),
+                see="cachehitratelow",
+                steps=Steps(None, 0.8, low_is_bad=True),
+                most=1,
+            ),
+            lines(
+                "Cache hits by level",
+                "Look-ups a second: l1 is memory, l2 is Redis.",
+                "ops",
+                Query(rate("rate_limiter_cache_hits_total", "level"), "found in {{level}}"),
+                Query(rate("rate_limiter_cache_misses_total", "level"), "missed by {{level}}"),
+                see="catalog",
+            ),
+            lines(
+                "Keys in memory",
+                "At `cache.max_keys` for long: raise it.",
+                "short",
+                Query(f"sum by (instance) (rate_limiter_cached_keys{{{HERE}}})", "{{instance}}"),
+                see="catalog",
+            ),
+        ],
+        [
+            lines(
+                "Caches in trouble",
+                "Look-ups a second. Stale: the database does not answer. Errors: Redis did not, and the database was asked.",
+                "ops",
+                Query(f"sum(rate(rate_limiter_cache_stale_total{{{HERE}}}[$__rate_interval]))", "answered past their time"),
+                Query(
+                    f"sum(rate(rate_limiter_shared_cache_errors_total{{{HERE}}}[$__rate_interval])) or vector(0)",
+                    "errors of the shared cache",
+                ),
+                see="catalog",
+            ),
+            lines(
+                "Policy files",
+                "Taken and refused, in each interval. Refused: the old policy stays in force, and the log names the line.",
+                "short",
+                Query(f"sum(increase(rate_limiter_policy_reloads_total{{{HERE}}}[$__rate_interval]))", "taken"),
+                Query(f"sum(increase(rate_limiter_policy_reload_errors_total{{{HERE}}}[$__rate_interval]))", "refused"),
+                see="policyreloadfailed",
+                colours={"taken": GREEN, "refused": RED},
+            ),
+            states(
+                "Policy file in force",
+                "Refused: an instance that starts now ends. Mend the file before anything restarts.",
+                Query(f"min by (instance) (rate_limiter_policy_valid{{{HERE}}})", "{{instance}}"),
+                {1: ("in force", GREEN), 0: ("refused", RED)},
+                see="policyinvalid",
+            ),
+        ],
+        [
+            number(
+                "Policy version",
+                "When what is in force was last changed. Instances that differ for more than seconds: one "
+                "does not hear of changes.",
+                "dateTimeAsIso",
+                Query(f"max by (instance) (rate_limiter_policy_version{{{HERE}}})", "{{instance}}"),
+                "catalog",
+            ),
+            number(
+                "Versions apart",
+                "Between the instance that is ahead and the one that is behind. 0 but for moments.",
+                "ms",
+                Query("max(rate_limiter_policy_version) - min(rate_limiter_policy_version)"),
+                "catalog",
+                Steps(1, 1000),
+            ),
+        ],
+    ]
+
+
+def violations() -> list[list[Panel]]:
+    """Panels of what becomes of violations.
+
+    Returns:
+        Lines of them.
+    """
+    return [
+        [
+            lines(
+                "Violations written and lost",
+                "Blocked checks a second that went to the database, and those that it does not have.",
+                "ops",
+                Query(f"sum(rate(rate_limiter_violations_written_total{{{HERE}}}[$__rate_interval]))", "written"),
+                Query(f"sum(rate(rate_limiter_violations_dropped_total{{{HERE}}}[$__rate_interval]))", "lost"),
+                see="violationsdropped",
+                colours={"written": GREEN, "lost": RED},
+            ),
+            lines(
+                "Violations that wait",
+                "Entries not written yet. Grows and stays: the database does not take writes.",
+                "short",
+                Query(f"sum by (instance) (rate_limiter_violations_pending{{{HERE}}})", "{{instance}}"),
+                see="violationsdropped",
+            ),
+        ]
+    ]

@@ -1,0 +1,283 @@
+"""What each PostgreSQL does, as postgres_exporter tells it, and what Tidegate sees of it."""
+
+from __future__ import annotations
+
+from grafana_foundation_sdk.builders.dashboard import Dashboard
+
+from dashboards.layout import Row, choice, dashboard
+from dashboards.panels import GREEN, RED, Panel, Query, Steps, lines, number, or_none, states
+
+_HERE = 'instance=~"$postgres", datname=~"$database"'
+_SERVER = 'instance=~"$postgres"'
+_CONFLICTS = ("snapshot", "lock", "bufferpin", "deadlock", "tablespace")
+
+
+def made() -> Dashboard:
+    """Make the dashboard.
+
+    Returns:
+        It.
+    """
+    return dashboard(
+        "postgresql",
+        "Tidegate: PostgreSQL",
+        "Does the catalog's database take reads and writes, and do its replicas follow?",
+        [
+            Row("All", _all()),
+            Row("As Tidegate sees it", _tidegate()),
+            Row("Replication", _replication()),
+            Row("Work", _work()),
+        ],
+        [
+            choice("postgres", "PostgreSQL", "label_values(pg_up, instance)"),
+            choice("database", "Database", 'label_values(pg_stat_database_tup_returned{datname!~"|template.*"}, datname)'),
+        ],
+    )
+
+
+def _each(metric: str) -> str:
+    return f"sum by (instance) (rate({metric}{{{_HERE}}}[$__rate_interval]))"
+
+
+def _all() -> list[list[Panel]]:
+    return [
+        [
+            number(
+                "Down",
+                "A PostgreSQL, or the exporter beside it, does not answer.",
+                "short",
+                Query('count(pg_up == 0 or up{job="postgres"} == 0) or vector(0)'),
+                "servicedown",
+                Steps(None, 1),
+            ),
+            number(
+                "Worst lag",
+                "Of the replica that is most behind. Yellow and red where ReplicationLag warns and pages.",
+                "s",
+                Query("max(pg_replication_lag_seconds)"),
+                "replicationlag",
+                Steps(10, 60),
+            ),
+            number(
+                "Connections in use",
+                "Share of `max_connections`, of the fullest server. At 100 % Tidegate and you are refused alike.",
+                "percentunit",
+                Query("max(sum by (instance) (pg_stat_activity_count) / max by (instance) (pg_settings_max_connections))"),
+                "servicedown",
+                Steps(0.7, 0.9),
+            ),
+            number(
+                "Found in memory",
+                "Share of blocks read. Below 99 % for long: `shared_buffers` is small for the catalog.",
+                "percentunit",
+                Query(
+                    "sum(rate(pg_stat_database_blks_hit[$__rate_interval])) / "
+                    "(sum(rate(pg_stat_database_blks_hit[$__rate_interval])) + "
+                    "sum(rate(pg_stat_database_blks_read[$__rate_interval])))"
+                ),
+                "servicedown",
+                Steps(0.99, 0.9, low_is_bad=True),
+            ),
+            number(
+                "Replicas left out",
+                "By Tidegate, of the instance that leaves out most. Red where ReplicaEjected begins.",
+                "short",
+                Query("max(rate_limiter_replicas - rate_limiter_replicas_asked) or vector(0)"),
+                "replicaejected",
+                Steps(None, 1),
+            ),
+            number(
+                "Checks refused",
+                "A second, because no database answered and nothing was cached.",
+                "ops",
+                Query('sum(rate(rate_limiter_errors_total{type="db_connection"}[$__rate_interval]))'),
+                "availabilitybudgetburn",
+                Steps(None, 0.001),
+            ),
+        ]
+    ]
+
+
+def _tidegate() -> list[list[Panel]]:
+    return [
+        [
+            lines(
+                "Look-ups",
+                "A second put to a database, by instance. Jumps after a restart; else the caches do not hold what is asked.",
+                "ops",
+                Query("sum by (instance) (rate(rate_limiter_database_queries_total[$__rate_interval]))", "{{instance}}"),
+                see="cachehitratelow",
+            ),
+            lines(
+                "Connections to the primary",
+                "All instances, for reading. All in use for long: slow queries, or raise `catalog.pool_size`.",
+                "short",
+                Query("sum by (state) (rate_limiter_database_connections)", "{{state}}"),
+                see="catalog",
+                stacked=True,
+            ),
+            lines(
+                "Lag of the worst replica",
+                "Age of the oldest change it lacks, by instance. Notices a replica that lost its primary, which "
+                "PostgreSQL's own lag does not.",
+                "s",
+                Query(or_none("max by (instance) (rate_limiter_replica_lag_seconds)", "instance"), "{{instance}}"),
+                see="replicationlag",
+                steps=Steps(10, 60),
+            ),
+        ],
+        [
+            lines(
+                "Replicas asked",
+                "And configured, by instance. Fewer asked: one fails, does not answer in time, or lags. 0 "
+                "where none is configured.",
+                "short",
+                Query(or_none("sum by (instance) (rate_limiter_replicas_asked)", "instance"), "asked by {{instance}}"),
+                Query("max(rate_limiter_replicas) or vector(0)", "configured"),
+                see="replicaejected",
+            ),
+            lines(
+                "Replicas left out",
+                "Times in each interval, by instance. Grows steadily: one comes and goes.",
+                "short",
+                Query(
+                    or_none("sum by (instance) (increase(rate_limiter_replica_ejections_total[$__rate_interval]))", "instance"),
+                    "{{instance}}",
+                ),
+                see="replicaejected",
+            ),
+            lines(
+                "Violations that wait",
+                "Entries not written yet, by instance. Grows and stays: the primary does not take writes.",
+                "short",
+                Query("sum by (instance) (rate_limiter_violations_pending)", "{{instance}}"),
+                see="violationsdropped",
+            ),
+        ],
+    ]
+
+
+def _replication() -> list[list[Panel]]:
+    return [
+        [
+            lines(
+                "Lag",
+                "Age of the last change replayed, by server; a primary has 0. The dashed lines are where "
+                "ReplicationLag warns and pages.",
+                "s",
+                Query(f"max by (instance) (pg_replication_lag_seconds{{{_SERVER}}})", "{{instance}}"),
+                see="replicationlag",
+                steps=Steps(10, 60),
+            ),
+            lines(
+                "Conflicts",
+                "Queries a second that a replica cancelled to go on replaying, by server. A few are normal; many: a "
+                "long query there, or `hot_standby_feedback`.",
+                "ops",
+                Query(_each("pg_stat_database_conflicts"), "{{instance}}"),
+                see="replicationlag",
+            ),
+            lines(
+                "Conflicts by reason",
+                "A second. Snapshot: rows that the primary has removed; lock: a table that it changes; bufferpin: "
+                "a page that a query holds.",
+                "ops",
+                *(
+                    Query(f"sum(rate(pg_stat_database_conflicts_confl_{reason}{{{_HERE}}}[$__rate_interval]))", reason)
+                    for reason in _CONFLICTS
+                ),
+                see="replicationlag",
+            ),
+        ]
+    ]
+
+
+def _work() -> list[list[Panel]]:
+    return [
+        [
+            lines(
+                "Tuples read",
+                "A second, by server: scanned, and fetched by an index. Much more scanned: a query without an index.",
+                "ops",
+                Query(_each("pg_stat_database_tup_returned"), "scanned, {{instance}}"),
+                Query(_each("pg_stat_database_tup_fetched"), "fetched, {{instance}}"),
+                see="cachehitratelow",
+            ),
+            lines(
+                "Tuples written",
+                "A second: mostly violations, which are written in batches.",
+                "ops",
+                Query(f"sum(rate(pg_stat_database_tup_inserted{{{_HERE}}}[$__rate_interval]))", "inserted"),
+                Query(f"sum(rate(pg_stat_database_tup_updated{{{_HERE}}}[$__rate_interval]))", "updated"),
+                Query(f"sum(rate(pg_stat_database_tup_deleted{{{_HERE}}}[$__rate_interval]))", "deleted"),
+                see="violationsdropped",
+            ),
+            lines(
+                "Transactions",
+                "A second, by server. Many rolled back: look at its log.",
+                "ops",
+                Query(_each("pg_stat_database_xact_commit"), "committed, {{instance}}"),
+                Query(_each("pg_stat_database_xact_rollback"), "rolled back, {{instance}}"),
+                see="servicedown",
+            ),
+        ],
+        [
+            lines(
+                "Connections by state",
+                "All servers. `idle in transaction` for long holds locks and row versions: find it in pg_stat_activity.",
+                "short",
+                Query(f"sum by (state) (pg_stat_activity_count{{{_HERE}}})", "{{state}}"),
+                see="violationsdropped",
+                stacked=True,
+            ),
+            lines(
+                "Longest transaction",
+                "By server. On a replica it holds replay up.",
+                "s",
+                Query(f"max by (instance) (pg_stat_activity_max_tx_duration{{{_HERE}}})", "{{instance}}"),
+                see="replicationlag",
+            ),
+            lines(
+                "Found in memory",
+                "Share of blocks read, by server. Low right after a restart.",
+                "percentunit",
+                Query(
+                    f"{_each('pg_stat_database_blks_hit')} / "
+                    f"(({_each('pg_stat_database_blks_hit')} + {_each('pg_stat_database_blks_read')}) > 0)",
+                    "{{instance}}",
+                ),
+                see="servicedown",
+                most=1,
+            ),
+        ],
+        [
+            lines(
+                "Deadlocks",
+                "A second, by server. Any but 0: somebody else writes to Tidegate's tables.",
+                "ops",
+                Query(_each("pg_stat_database_deadlocks"), "{{instance}}"),
+                see="servicedown",
+            ),
+            lines(
+                "Locks",
+                "Held or waited for, by mode.",
+                "short",
+                Query(f"sum by (mode) (pg_locks_count{{{_HERE}}})", "{{mode}}"),
+                see="violationsdropped",
+            ),
+            lines(
+                "Size",
+                "By database. Grows with violations, which have a partition a day.",
+                "bytes",
+                Query(f"max by (datname) (pg_database_size_bytes{{{_HERE}}})", "{{datname}}"),
+                see="violationsdropped",
+            ),
+            states(
+                "Up",
+                "Whether each exporter reaches its PostgreSQL.",
+                Query(f"min by (instance) (pg_up{{{_SERVER}}})", "{{instance}}"),
+                {1: ("up", GREEN), 0: ("down", RED)},
+                see="servicedown",
+            ),
+        ],
+    ]
