@@ -62,6 +62,8 @@ drills: $(VENV)/.dev ## all of them, and those of a Redis, of instances and of b
 	scripts/install-debian-packages $(DRILL_PACKAGES)
 	$(BIN)/python -m drills
 	$(BIN)/python -m drills.redis_failures
+	$(BIN)/python -m drills.autoscale
+	$(BIN)/python -m drills.fleet
 	$(BIN)/python -m drills.instance
 	$(BIN)/python -m drills.balancer
 
@@ -69,6 +71,8 @@ drills-smoke: $(VENV)/.dev ## each at its smallest size: that it works, not how 
 	scripts/install-debian-packages $(DRILL_PACKAGES)
 	$(BIN)/python -m drills --smoke
 	$(BIN)/python -m drills.redis_failures --smoke
+	$(BIN)/python -m drills.autoscale --smoke
+	$(BIN)/python -m drills.fleet --smoke
 	$(BIN)/python -m drills.instance --smoke
 	$(BIN)/python -m drills.balancer --smoke
 
