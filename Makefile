@@ -22,7 +22,7 @@ test: $(VENV)/.dev ## install what the tests need and run them all
 	scripts/install-debian-packages $$(cat scripts/test-packages.txt)
 	scripts/fetch-opensearch $(VENV)/opensearch
 	$(BIN)/lint-imports --no-cache
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 3 --dist loadfile
 
 check: $(VENV)/.dev ## format, lint, strict types, import layers
 	$(BIN)/ruff format --check $(PYTHON_CODE)
@@ -35,11 +35,11 @@ format: $(VENV)/.dev ## format and mend what the linter can mend
 	$(BIN)/ruff format $(PYTHON_CODE)
 
 bench: $(VENV)/.dev ## measure speed and memory side by side
-	scripts/install-debian-packages wrk redis-server postgresql nginx
+	scripts/install-debian-packages wrk nghttp2-client redis-server postgresql nginx
 	$(BIN)/python -m bench
 
 bench-smoke: $(VENV)/.dev ## the same at its smallest size: that it works, not how fast
-	scripts/install-debian-packages wrk redis-server postgresql nginx
+	scripts/install-debian-packages wrk nghttp2-client redis-server postgresql nginx
 	$(BIN)/python -m bench --smoke
 
 DRILL_PACKAGES := redis-server redis-sentinel postgresql haproxy libfaketime keepalived iproute2 curl
@@ -62,6 +62,8 @@ drills: $(VENV)/.dev ## all of them, and those of a Redis, of instances and of b
 	scripts/install-debian-packages $(DRILL_PACKAGES)
 	$(BIN)/python -m drills
 	$(BIN)/python -m drills.redis_failures
+	$(BIN)/python -m drills.autoscale
+	$(BIN)/python -m drills.fleet
 	$(BIN)/python -m drills.instance
 	$(BIN)/python -m drills.balancer
 
@@ -69,13 +71,18 @@ drills-smoke: $(VENV)/.dev ## each at its smallest size: that it works, not how 
 	scripts/install-debian-packages $(DRILL_PACKAGES)
 	$(BIN)/python -m drills --smoke
 	$(BIN)/python -m drills.redis_failures --smoke
+	$(BIN)/python -m drills.autoscale --smoke
+	$(BIN)/python -m drills.fleet --smoke
 	$(BIN)/python -m drills.instance --smoke
 	$(BIN)/python -m drills.balancer --smoke
 
 dashboards: $(VENV)/.dev ## make the Grafana dashboards in deploy/grafana/json
 	PYTHONPATH=deploy/grafana $(BIN)/python -m dashboards
 
+manifests: $(VENV)/.dev ## make what the Prometheus operator wants out of deploy/prometheus
+	$(BIN)/python deploy/kubernetes/generate.py
+
 clean: ## remove what the other commands made
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis bench/results drills/results tidegate.db tidegate.db-wal tidegate.db-shm
 
-.PHONY: help run test check format bench bench-smoke stack stack-status stack-down drill drills drills-smoke dashboards clean
+.PHONY: help run test check format bench bench-smoke stack stack-status stack-down drill drills drills-smoke dashboards manifests clean

@@ -112,6 +112,7 @@ def main() -> None:
                 directory,
                 TIDEGATE_SERVER__HTTP="127.0.0.1:{port}",
                 TIDEGATE_SERVER__ADMIN="",
+                TIDEGATE_SERVER__GRPC="",
             )
         )
         api = stack.enter_context(_nginx(_API))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import datetime
 import json
+import os
 import platform
 from collections.abc import Sequence
 from pathlib import Path
@@ -42,5 +44,23 @@ def report(name: str, title: str, figures: Sequence[tuple[str, float, Goal | Non
         print(f"  {label:<{width}}  {value:>12,.2f}  {judged}")
     rows: list[dict[str, Any]] = [{"label": label, "value": value, "goal": goal and str(goal)} for label, value, goal in figures]
     RESULTS.mkdir(exist_ok=True)
-    written = {"title": title, "smoke": smoke, "python": platform.python_version(), "figures": rows}
+    written = {
+        "title": title,
+        "smoke": smoke,
+        "command": f"python -m bench.{name}",
+        "measured_on": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "python": platform.python_version(),
+        "machine": machine(),
+        "figures": rows,
+    }
     (RESULTS / f"{name}.json").write_text(json.dumps(written, indent=2, ensure_ascii=False))
+
+
+def machine() -> str:
+    """What the figures were measured on: the processor's name, its cores, the system."""
+    names = [line.partition(":")[2].strip() for line in _lines(Path("/proc/cpuinfo")) if line.startswith("model name")]
+    return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores, {platform.system()}"
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text().splitlines() if path.exists() else []

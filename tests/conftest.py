@@ -82,16 +82,19 @@ class Serve:
         arguments: tuple[str, ...] = (),
         port: int | None = None,
         log: Path | None = None,
+        grpc: bool = False,
         **environment: str,
     ) -> None:
         self.directory = directory
         self.port = port or free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.admin_port = free_port()
+        self.grpc_port = free_port()
         self.environment = {
             **{name: value for name, value in os.environ.items() if not name.startswith("TIDEGATE_")},
             "TIDEGATE_SERVER__HTTP": f"127.0.0.1:{self.port}",
             "TIDEGATE_SERVER__ADMIN": f"127.0.0.1:{self.admin_port}",
+            "TIDEGATE_SERVER__GRPC": f"127.0.0.1:{self.grpc_port}" if grpc else "",
             **environment,
         }
         self.log = log
@@ -143,8 +146,8 @@ def serve(tmp_path: Path) -> Iterator[Callable[..., Serve]]:
     """Starts `tidegate serve` in a directory of the test; ends it by its own process id."""
     started: list[Serve] = []
 
-    def start(*arguments: str, wait: bool = True, **environment: str) -> Serve:
-        server = Serve(tmp_path, arguments, None, None, **environment)
+    def start(*arguments: str, wait: bool = True, grpc: bool = False, **environment: str) -> Serve:
+        server = Serve(tmp_path, arguments, None, None, grpc, **environment)
         started.append(server)
         if wait:
             server.wait_ready()

@@ -1,4 +1,4 @@
-"""What is answered over HTTP, as JSON: the server writes these records, the client reads them."""
+"""What is asked and answered over HTTP, as JSON: the server's doors and the client share these records."""
 
 from __future__ import annotations
 
@@ -77,3 +77,31 @@ class UsageBody(msgspec.Struct, frozen=True, gc=False):
     rules: tuple[RuleUsageBody, ...]
     not_counted: tuple[str | None, ...]
     truncated: bool
+
+
+class CheckRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, gc=False):
+    """The body of `POST /v1/check`.
+
+    Args:
+        path: path of the request to decide.
+        method: its HTTP method.
+        api_key: the caller's key; may come as `X-API-Key` instead.
+        ip: the client's address.
+        cost: units, 0 (peek) or more.
+    """
+
+    path: str
+    method: str = "GET"
+    api_key: str | None = None
+    ip: str | None = None
+    cost: int = 1
+
+
+class BatchRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The body of `POST /v1/check/batch`.
+
+    Args:
+        checks: 1 to 1000 of them.
+    """
+
+    checks: list[CheckRequest]

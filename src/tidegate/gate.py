@@ -6,13 +6,13 @@ import asyncio
 import hashlib
 import ipaddress
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Final, TypeAlias
 
 from tidegate.catalog.cached import CachedCatalog, Caller
 from tidegate.counters import Charge, CounterStore, Outcome
-from tidegate.decision import Check, Decision, Observation, RuleUsage, Usage, canonical_ip, clip
+from tidegate.decision import MAX_COST, Check, Decision, Observation, RuleUsage, Usage, canonical_ip, clip
 from tidegate.errors import (
     ApiKeyExpired,
     ApiKeyRevoked,
@@ -26,6 +26,7 @@ from tidegate.keys import is_possible_key
 from tidegate.limits import LimitSet
 from tidegate.matching import CompiledRule, CompiledTier, counted_by, subject_of
 from tidegate.policy import KeyStatus, Mode, Subject
+from tidegate.together import Plan, Settled, charge_each, charge_together
 
 Observer: TypeAlias = Callable[[Observation], None]
 
@@ -81,12 +82,12 @@ class Gate:
         """
         started_ns = time.perf_counter_ns()
         try:
-            answer, charges = await self._plan(check)
-            charged = await self.counters.charge(charges) if charges else ()
+            plan = await self.plan(check)
+            charged = await self.counters.charge(plan.charges) if plan.charges else ()
         except TidegateError as error:
             self._tell_error(error, time.perf_counter_ns() - started_ns)
             raise
-        told = self._tell(answer, charges, charged, time.perf_counter_ns() - started_ns)
+        told = self._tell(plan, charged, time.perf_counter_ns() - started_ns)
         if isinstance(told, StoreUnavailable):
             raise told
         return told
@@ -101,28 +102,30 @@ class Gate:
             For each check its decision, or the error that `check` would have raised.
         """
         started_ns = time.perf_counter_ns()
-        plans: list[tuple[Decision | None, list[Charge]] | TidegateError] = []
-        charges: list[Charge] = []
+        plans: list[Plan | TidegateError] = []
         for check in checks:
             try:
-                plan = await self._plan(check)
+                plans.append(await self.plan(check))
             except TidegateError as error:
                 plans.append(error)
-            else:
-                plans.append(plan)
-                charges.extend(plan[1])
-        charged = await self.counters.charge(charges) if charges else ()
-        share_ns = (time.perf_counter_ns() - started_ns) // max(len(checks), 1)
-        answers: list[Decision | TidegateError] = []
-        at = 0
-        for planned in plans:
-            if isinstance(planned, TidegateError):
-                answers.append(self._tell_error(planned, share_ns))
-                continue
-            answer, own = planned
-            answers.append(self._tell(answer, own, charged[at : at + len(own)], share_ns))
-            at += len(own)
-        return answers
+        settled = await charge_each(self.counters, plans)
+        self._tell_all(plans, settled, started_ns)
+        return [each.outcome for each in settled]
+
+    async def decide(self, plans: Sequence[Plan | TidegateError], whole: bool = True) -> list[Settled]:
+        """Decide the checks of one request.
+
+        Args:
+            plans: what `plan` made of each check, or the error that it raised; a door may make plans of its own.
+            whole: whether they are charged all or, where one is denied, none; otherwise each is on its own.
+
+        Returns:
+            For each what became of it.
+        """
+        started_ns = time.perf_counter_ns()
+        settled = await (charge_together if whole else charge_each)(self.counters, plans)
+        self._tell_all(plans, settled, started_ns)
+        return settled
 
     async def usage(self, api_key: str | None = None, ip: str | None = None) -> Usage:
         """What is left to a caller, with one call to the counter store. Charges nothing, and is not observed: it is no check.
@@ -220,8 +223,20 @@ class Gate:
                 found.extend(rule.limits for rule in compiled.rules if rule.subject is Subject.IP)
         return found
 
-    def _tell(self, answer: Decision | None, charges: list[Charge], charged: Sequence[Outcome], latency_ns: int) -> Outcome:
+    def _tell_all(self, plans: Sequence[Plan | TidegateError], settled: Sequence[Settled], started_ns: int) -> None:
+        share_ns = (time.perf_counter_ns() - started_ns) // max(len(plans), 1)
+        for plan, each in zip(plans, settled, strict=True):
+            if isinstance(plan, TidegateError):
+                self._tell_error(plan, share_ns)
+            elif each.charged and not isinstance(each.outcome, TidegateError):
+                charged = each.watched if plan.answer is not None else (each.outcome, *each.watched)
+                self._tell(plan, charged, share_ns)
+            elif isinstance(each.outcome, StoreUnavailable):
+                self._tell_error(each.outcome, share_ns)
+
+    def _tell(self, plan: Plan, charged: Sequence[Outcome], latency_ns: int) -> Outcome:
         """Tell telemetry what was decided; returns it."""
+        answer = plan.answer
         decision = charged[0] if answer is None else answer
         if isinstance(decision, StoreUnavailable):
             self._tell_error(decision, latency_ns)
@@ -235,7 +250,7 @@ class Gate:
             subject: str | None = None
             denied_by: LimitSet | None = None
             if answer is None:
-                counters = charges[0].counters
+                counters = plan.charges[0].counters
                 subject = counters[0][1]
                 if not decision.allowed:
                     denied_by = counters[0][0]
@@ -250,11 +265,17 @@ class Gate:
             self._observe(Observation(None, error.code, latency_ns))
         return error
 
-    async def _plan(self, check: Check) -> tuple[Decision | None, list[Charge]]:
-        """Whose limits a check is held against.
+    async def plan(self, check: Check) -> Plan:
+        """Find out whose limits a check is held against; charges nothing.
 
-        Returns the answer where nothing limits the check, else None; and the charges: first the one that decides (where there
-        is no answer yet), then one for each shadow rule.
+        Args:
+            check: what is asked.
+
+        Returns:
+            The plan, for `decide`.
+
+        Raises:
+            TidegateError: as `check`, but for `StoreUnavailable`.
         """
         ip = check.ip
         if ip is not None and ":" in ip:
@@ -282,7 +303,39 @@ class Gate:
             # A shadow rule that cannot be counted must not block the check that it only watches.
             if counted is not None:
                 charges.append(Charge(((watcher.limits, counted),), check.cost))
-        return None if counters else Decision(True, open_tier=tier.tier.name), charges
+        return Plan(None if counters else Decision(True, open_tier=tier.tier.name), charges)
+
+    async def plan_entries(self, entries: Mapping[str, str], api_key: str | None, cost: int) -> Plan | None:
+        """Find out what a descriptor without a path is held against; charges nothing.
+
+        Args:
+            entries: values by key.
+            api_key: the caller's key; None for the anonymous tier.
+            cost: 0 (peek) to 1,000,000,000.
+
+        Returns:
+            The plan, for `decide`; None where nothing limits it.
+
+        Raises:
+            TidegateError: as `check`, but for `StoreUnavailable` and `MissingApiKey`.
+        """
+        if not 0 <= cost <= MAX_COST:
+            raise BadRequest(f"cost {clip(cost)} must be a whole number from 0 to {MAX_COST}", field="cost")
+        if api_key is None and await self.catalog.anonymous() is None:
+            return None
+        caller = await self._caller(api_key)
+        matched = caller.tier.match_entries(entries)
+        charges = [
+            (each.compiled.rule.mode, Charge(((each.compiled.limits, each.subject(entries, caller.subject)),), cost))
+            for each in matched
+        ]
+        enforced = next((charge for mode, charge in charges if mode is Mode.ENFORCE), None)
+        watched = [charge for mode, charge in charges if mode is Mode.SHADOW]
+        if enforced is None and not watched:
+            return None
+        if enforced is None:
+            return Plan(Decision(True, open_tier=caller.tier.tier.name), watched)
+        return Plan(None, [enforced, *watched])
 
     async def _caller(self, api_key: str | None, refused_too: bool = False) -> Caller:
         """Who asks; with `refused_too` also whoever is not let in any more."""

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import importlib.util
+import logging
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 from granian.constants import HTTPModes, Interfaces
@@ -14,7 +16,9 @@ from granian.http import HTTP1Settings
 from granian.server.embed import Server as GranianServer
 
 from tidegate.errors import SettingsError
-from tidegate.settings import Settings, parse_address
+from tidegate.settings import Settings, join_address, parse_address
+
+logger = logging.getLogger(__name__)
 
 _HEADER_TIMEOUT_S: Final = 10.0
 _START_TIMEOUT_S: Final = 15.0
@@ -124,19 +128,6 @@ def free_address(text: str, name: str) -> tuple[str, int]:
         raise SettingsError(f"{name} = {text!r} cannot be listened at: {error.strerror or error}") from None
 
 
-def join_address(host: str, port: int) -> str:
-    """Write an address as the settings have it.
-
-    Args:
-        host: a name or an address.
-        port: 0 to 65535.
-
-    Returns:
-        `host:port`, with an IPv6 host in brackets.
-    """
-    return f"{f'[{host}]' if ':' in host else host}:{port}"
-
-
 def admin_address(
     settings: Settings, http_port: int, find: Callable[[str, str], tuple[str, int]] = free_address
 ) -> tuple[str, int] | None:
@@ -153,15 +144,60 @@ def admin_address(
     Raises:
         SettingsError: if the address cannot be had, or has the data plane's port.
     """
-    text = settings.server.admin
+    return _side_address(settings.server.admin, "admin", "control plane", {http_port: "server.http"}, find)
+
+
+def grpc_address(
+    settings: Settings,
+    http_port: int,
+    admin: tuple[str, int] | None,
+    find: Callable[[str, str], tuple[str, int]] = free_address,
+) -> tuple[str, int] | None:
+    """Where the gRPC door is to listen.
+
+    Args:
+        settings: all of them.
+        http_port: that of the data plane.
+        admin: host and port of the control plane; None where it is off.
+        find: makes host and port of the setting's text and name.
+
+    Returns:
+        Host and port; None where the gRPC door is switched off, or what it needs is not installed.
+
+    Raises:
+        SettingsError: if the address cannot be had, or `[envoy] config` cannot be read for want of what it needs.
+    """
+    missing = [name for name in ("pygrpc_native", "google.protobuf", "yaml") if not _is_installed(name)]
+    if settings.server.grpc and missing:
+        if settings.envoy.config:
+            raise SettingsError(f"envoy.config needs {', '.join(missing)}: pip install 'tidegate[envoy]'")
+        logger.info("the gRPC door is off: for Envoy, pip install 'tidegate[envoy]'")
+        return None
+    taken = {http_port: "server.http"}
+    if admin is not None:
+        taken[admin[1]] = "server.admin"
+    return _side_address(settings.server.grpc, "grpc", "gRPC door", taken, find)
+
+
+def _is_installed(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:  # the package that it would be in
+        return False
+
+
+def _side_address(
+    text: str, key: str, what: str, taken: Mapping[int, str], find: Callable[[str, str], tuple[str, int]]
+) -> tuple[str, int] | None:
     if not text:
         return None
-    if parse_address(text, "server.admin")[1] == http_port:
+    name = f"server.{key}"
+    port = parse_address(text, name)[1]
+    if port and port in taken:
         raise SettingsError(
-            f"server.admin = {text!r} has the port of server.http: give the control plane one of its own, "
-            'or switch it off with admin = ""'
+            f'{name} = {text!r} has the port of {taken[port]}: give the {what} one of its own, or switch it off with {key} = ""'
         )
     try:
-        return find(text, "server.admin")
+        return find(text, name)
     except SettingsError as error:
-        raise SettingsError(f'{error.message}; admin = "" switches the control plane off') from None
+        raise SettingsError(f'{error.message}; {key} = "" switches the {what} off') from None

@@ -13,6 +13,7 @@ from typing import TypeAlias
 
 import msgspec
 
+from tidegate.descriptors import entries_subject, entry_matches
 from tidegate.limits import Algorithm, Limit, LimitSet
 from tidegate.policy import Mode, Override, Rule, Subject, Tier
 
@@ -41,6 +42,46 @@ class CompiledRule:
         return f"CompiledRule({self.rule.name!r})"
 
 
+class DescriptorRule:
+    """A rule for descriptors. It matches those that have all its entries, and may have more.
+
+    Preferred is the highest priority, then the one with the most entries, then with the fewest `*`, then the first.
+
+    Args:
+        compiled: the rule, ready to be counted.
+    """
+
+    __slots__ = ("compiled", "entries", "rank")
+
+    def __init__(self, compiled: CompiledRule) -> None:
+        self.compiled = compiled
+        self.entries = compiled.rule.descriptor
+        stars = sum(value.endswith("*") for _, value in self.entries)
+        self.rank = (-compiled.rule.priority, -len(self.entries), stars, compiled.rank[-1])
+
+    def matches(self, entries: Mapping[str, str]) -> bool:
+        """Whether it is for a descriptor.
+
+        Args:
+            entries: values of the descriptor by key.
+        """
+        for key, pattern in self.entries:
+            value = entries.get(key)
+            if value is None or not entry_matches(pattern, value):
+                return False
+        return True
+
+    def subject(self, entries: Mapping[str, str], caller: str) -> str:
+        """Whom it counts: the values of its entries, and the API key that came, unless it counts the whole tier as one.
+
+        Args:
+            entries: values of the descriptor by key.
+            caller: subject of whoever asks: `k:…` with a key, empty without.
+        """
+        counted = [(key, entries[key]) for key, _ in self.entries]
+        return entries_subject(counted, caller.removeprefix("k:") if self.compiled.subject is Subject.API_KEY else "")
+
+
 class CompiledTier:
     """A tier ready to be asked.
 
@@ -49,7 +90,7 @@ class CompiledTier:
         overrides: other limits for one key; rules that they do not name keep their own.
     """
 
-    __slots__ = ("_enforced", "_watched", "limits", "rules", "tier")
+    __slots__ = ("_described", "_enforced", "_watched", "limits", "rules", "tier")
 
     def __init__(self, tier: Tier, overrides: Iterable[Override] = ()) -> None:
         self.tier = tier
@@ -66,7 +107,9 @@ class CompiledTier:
             for order, rule in enumerate(tier.rules)
         ]
         # What is preferred first: the highest priority, then the most specific pattern.
-        self.rules = tuple(sorted(compiled, key=lambda each: each.rank))
+        self.rules = tuple(sorted((each for each in compiled if not each.rule.descriptor), key=lambda each: each.rank))
+        described = (DescriptorRule(each) for each in compiled if each.rule.descriptor)
+        self._described = tuple(sorted(described, key=lambda each: each.rank))
         self._enforced = _Index(each for each in self.rules if each.rule.mode is Mode.ENFORCE)
         self._watched = _Index(each for each in self.rules if each.rule.mode is Mode.SHADOW)
 
@@ -82,6 +125,17 @@ class CompiledTier:
             0.3 µs for a literal, 1 to 4 µs for a pattern among 1,000.
         """
         return self._enforced.best(method, path)
+
+    def match_entries(self, entries: Mapping[str, str]) -> tuple[DescriptorRule, ...]:
+        """All rules for descriptors that match, the one that answers first: see `DescriptorRule`.
+
+        Args:
+            entries: values of the descriptor by key.
+
+        Returns:
+            The rules, shadow rules too. Costs about 0.1 µs for each rule for descriptors that the tier has.
+        """
+        return tuple(each for each in self._described if each.matches(entries))
 
     def watchers(self, method: str, path: str) -> tuple[CompiledRule, ...]:
         """All shadow rules that match, in no particular order.

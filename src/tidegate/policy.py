@@ -12,6 +12,8 @@ from typing import Final
 
 import msgspec
 
+from tidegate.descriptors import PREFIX as DESCRIPTOR
+from tidegate.descriptors import canonical_descriptor, descriptor_entries
 from tidegate.errors import PolicyError
 from tidegate.keys import FORM, hash_api_key, is_mistyped
 from tidegate.limits import Algorithm, Limit, OnFailure, fit_limits, member_of, short
@@ -50,7 +52,7 @@ class Rule(msgspec.Struct, frozen=True, gc=False):
     """What a tier may do at the endpoints of one pattern.
 
     Args:
-        endpoint: literal path; `*` matches any run of characters, `{id}` one whole segment.
+        endpoint: literal path; `*` matches any run of characters, `{id}` one whole segment. Or a descriptor, see `descriptors`.
         limits: all must pass.
         methods: upper-case HTTP methods; empty means every method.
         algorithm: how the limits count.
@@ -108,6 +110,8 @@ class Rule(msgspec.Struct, frozen=True, gc=False):
         fit_limits(chosen, parsed)
         upper = tuple(sorted({_method(method) for method in methods}))
         pattern = canonical_pattern(endpoint)
+        if pattern.startswith(DESCRIPTOR):
+            _require_for_descriptor(upper, subject)
         if isinstance(priority, bool) or not isinstance(priority, int) or abs(priority) > 1_000_000:
             raise PolicyError(f"priority {short(priority)} must be a whole number from -1000000 to 1000000")
         if name and not _RULE_NAME.fullmatch(name):
@@ -131,6 +135,11 @@ class Rule(msgspec.Struct, frozen=True, gc=False):
                 f"{len(rule.default_name)} characters, and at most {_MAX_RULE_NAME} are kept"
             )
         return msgspec.structs.replace(rule, name=rule.default_name)
+
+    @property
+    def descriptor(self) -> tuple[tuple[str, str], ...]:
+        """Keys and values of the descriptors that it is for; none where it is for paths."""
+        return descriptor_entries(self.endpoint)
 
     @property
     def default_name(self) -> str:
@@ -251,6 +260,8 @@ def canonical_pattern(endpoint: object) -> str:
     Raises:
         PolicyError: naming the pattern and the remedy.
     """
+    if isinstance(endpoint, str) and endpoint.startswith(DESCRIPTOR):
+        return canonical_descriptor(endpoint)
     if not isinstance(endpoint, str) or not endpoint.startswith("/") or len(endpoint) > 1024:
         raise PolicyError(f"endpoint {short(endpoint)} must begin with '/' and have at most 1024 characters")
     segments = []
@@ -299,6 +310,15 @@ def parse_key_digest(api_key: object = None, sha256: object = None) -> str:
             "it is mistyped; make one with 'tidegate keys create' or use another prefix"
         )
     return hash_api_key(api_key)
+
+
+def _require_for_descriptor(methods: tuple[str, ...], subject: str) -> None:
+    if methods:
+        raise PolicyError("methods are not for a descriptor, which has no method: put an entry for it into the descriptor")
+    if subject == Subject.IP:
+        raise PolicyError(
+            "subject 'ip' is not for a descriptor: put an entry for the address into it, such as remote_address = \"*\""
+        )
 
 
 def _method(value: object) -> str:

@@ -12,6 +12,7 @@ import hashlib
 import logging
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import uvloop
@@ -35,10 +36,10 @@ from tidegate.doors.http import DataPlane, Page
 from tidegate.doors.openapi import data_plane_openapi
 from tidegate.errors import PolicyError, SettingsError
 from tidegate.gate import Gate, Observer
-from tidegate.listening import Listener, admin_address, free_address, join_address
+from tidegate.listening import Listener, admin_address, free_address, grpc_address
 from tidegate.opening import open_catalog, open_channel, share_catalog
 from tidegate.policy import Policy
-from tidegate.settings import Settings, parse_address
+from tidegate.settings import Settings, join_address, parse_address
 from tidegate.telemetry.access import AccessLog
 from tidegate.telemetry.collected import collect_cache, collect_counters, collect_violations
 from tidegate.telemetry.health import Health
@@ -47,6 +48,7 @@ from tidegate.telemetry.metrics import Metrics
 from tidegate.telemetry.violations import Violations, ViolationWriter
 
 if TYPE_CHECKING:
+    from tidegate.doors.grpc.listener import GrpcListener
     from tidegate.telemetry.tracing import Tracing
 
 logger = logging.getLogger(__name__)
@@ -59,8 +61,8 @@ _METRICS_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 class Instance:
     """Everything that one process runs.
 
-    Once started, `address` and `admin_address` say where it listens (the latter is empty where the control plane is off), and
-    `first_token` is the token of the first operator, on the start that made it.
+    Once started, `address`, `admin_address` and `grpc_address` say where it listens (each of the latter two is empty where it is
+    off), and `first_token` is the token of the first operator, on the start that made it.
 
     Args:
         settings: all of them; an instance is one process, whatever `[server] workers` says.
@@ -78,8 +80,10 @@ class Instance:
         self.health = Health()
         self.address = ""
         self.admin_address = ""
+        self.grpc_address = ""
         self.first_token: str | None = None
         self._admin: Listener | None = None
+        self._grpc: GrpcListener | None = None
         self._tracing: Tracing | None = None
         self._stack = contextlib.AsyncExitStack()
         self._tasks: list[asyncio.Task[None]] = []
@@ -97,6 +101,7 @@ class Instance:
         find = parse_address if self._shares_port else free_address
         host, port = find(settings.server.http, "server.http")
         admin = admin_address(settings, port, find)
+        grpc = grpc_address(settings, port, admin, find)
         policy_path = settings.policy_path
         first = None if policy_path is None else load_policy(policy_path)
         self.counters = open_counters(settings.counters, settings.breaker)
@@ -139,7 +144,7 @@ class Instance:
         collect_cache(self.metrics, self.cached, shared, self.catalog.database)
         collect_counters(self.metrics, self.counters)
         self.metrics.add_gauge("rate_limiter_policy_version", "Version of the catalog in force.", lambda: self.cached.version)
-        self.metrics.add_gauge("rate_limiter_in_flight", "Requests being answered.", lambda: self.data_plane.in_flight)
+        self.metrics.add_gauge("rate_limiter_in_flight", "Requests being answered.", lambda: self.in_flight)
         self.metrics.add_counter("rate_limiter_log_lines_dropped", "Log lines that nobody took.", lines_dropped)
         self.cached.changed(await source.changes(0))
         self.follower = Follower(source, self.cached, settings.catalog.poll_s, channel)
@@ -148,6 +153,8 @@ class Instance:
             self._spawn(_sweep(self.counters), "sweeping expired counters")
         if policy_path is not None:
             self._spawn(watch_policy(policy_path, self._apply_policy, self._policy_refused), "watching the policy file")
+        if grpc is not None:
+            await self._start_grpc(gate, *grpc)
         if admin is not None:
             await self._start_admin(gate, *admin)
         # What lives as long as the process is not looked at again by the collector: a full collection over a million counters
@@ -159,6 +166,15 @@ class Instance:
         self.address = join_address(host, port)
         await self._listener.start()
         logger.info("listening on http://%s", self.address)
+
+    @property
+    def in_flight(self) -> int:
+        """Requests and calls being answered."""
+        return self.data_plane.in_flight + (0 if self._grpc is None else self._grpc.in_flight)
+
+    @property
+    def _answered(self) -> int:
+        return self.data_plane.answered + (0 if self._grpc is None else self._grpc.answered)
 
     def _observer(self, access: AccessLog | None) -> Observer:
         """What is told of every check: metrics; violations, the access log and traces where they are kept."""
@@ -207,6 +223,23 @@ class Instance:
         self._stack.push_async_callback(self._tracing.close)
         return self._tracing.counters(self.counters)
 
+    async def _start_grpc(self, gate: Gate, host: str, port: int) -> None:
+        from tidegate.doors.grpc.listener import GrpcListener
+        from tidegate.doors.grpc.service import RateLimitService
+
+        envoy = self.settings.envoy
+        service = RateLimitService(gate, envoy, self.metrics.observe)
+        if envoy.config:
+            from tidegate.doors.grpc.watching import load_domains, watch_domains
+
+            path = Path(envoy.config)
+            service.domains = load_domains(path, envoy.domain)
+            self._spawn(watch_domains(path, envoy.domain, service, self._domains_refused), "watching [envoy] config")
+        self._grpc = GrpcListener(service, host, port, self._shares_port)
+        self._grpc.start()
+        self.grpc_address = join_address(host, port)
+        logger.info("the gRPC door is at %s", self.grpc_address)
+
     async def _start_admin(self, gate: Gate, host: str, port: int) -> None:
         # Imported here: who switches the control plane off pays neither time nor memory for its framework.
         from tidegate.doors.admin.app import AdminDeps, admin_app
@@ -238,13 +271,15 @@ class Instance:
         # Keep-alive connections are first told to go (Connection: close): the server would cut those that look idle, and some
         # of them have a request on the way.
         data_plane.draining = True
-        logger.info("draining: %d requests in flight", data_plane.in_flight)
+        if self._grpc is not None:
+            self._grpc.drain()
+        logger.info("draining: %d requests in flight", self.in_flight)
         answered = -1
-        while not hurry.is_set() and _left(deadline) > 0 and (data_plane.in_flight or data_plane.answered != answered):
-            answered = data_plane.answered
+        while not hurry.is_set() and _left(deadline) > 0 and (self.in_flight or self._answered != answered):
+            answered = self._answered
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(hurry.wait(), min(_QUIET_S, max(_left(deadline), 0.001)))
-        listeners = [self._listener] if self._admin is None else [self._listener, self._admin]
+        listeners = [each for each in (self._listener, self._grpc, self._admin) if each is not None]
         left_s = 0.05 if hurry.is_set() else max(_left(deadline), 0.05)
         await asyncio.gather(*(listener.stop(left_s) for listener in listeners))
         await self.close()
@@ -255,6 +290,8 @@ class Instance:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._grpc is not None:
+            await self._grpc.stop(0)
         await self._stack.aclose()
 
     def _own(self, name: str | None, ping: Callable[[], Awaitable[None]], close: Callable[[], Awaitable[None]]) -> None:
@@ -285,6 +322,10 @@ class Instance:
         self.metrics.policy_reload_errors += 1
         self.metrics.policy_valid = False
         logger.error("the policy file is refused, the old policy stays in force: %s", error)
+
+    def _domains_refused(self, error: PolicyError) -> None:
+        self.metrics.policy_reload_errors += 1
+        logger.error("[envoy] config is refused, what was in force stays: %s", error)
 
     async def _health_page(self) -> Page:
         report = await self.health.report()

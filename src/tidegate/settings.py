@@ -24,7 +24,7 @@ class ServerSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     Args:
         http: address of the data plane.
         admin: address of the control plane; empty switches it off.
-        grpc: address of the gRPC door.
+        grpc: address of the gRPC door; empty switches it off.
         workers: processes.
         drain_s: how long SIGTERM waits for what is in flight, s.
         trusted_proxies: networks whose forwarding headers are believed.
@@ -165,6 +165,26 @@ class TracingSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     sample: float = 0.01
 
 
+class EnvoySettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """`[envoy]`: what the gRPC door makes of Envoy's descriptors.
+
+    Args:
+        domain: whose descriptors are checks under the policy.
+        api_key_entry: name of the entry that has the API key.
+        method_entry: name of the entry that has the HTTP method; GET where there is none.
+        path_entry: name of the entry that has the path; for a descriptor without one the rules for descriptors are asked.
+        ip_entry: name of the entry that has the client's address.
+        config: file or directory of limits in the form of envoyproxy/ratelimit, for domains of their own; none where empty.
+    """
+
+    domain: str = "tidegate"
+    api_key_entry: str = "api_key"
+    method_entry: str = "method"
+    path_entry: str = "path"
+    ip_entry: str = "remote_address"
+    config: str = ""
+
+
 class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """All settings; each section is a record above."""
 
@@ -177,6 +197,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     admin: AdminSettings = AdminSettings()
     violations: ViolationSettings = ViolationSettings()
     tracing: TracingSettings = TracingSettings()
+    envoy: EnvoySettings = EnvoySettings()
 
     @property
     def policy_path(self) -> Path | None:
@@ -256,8 +277,13 @@ def load_settings(file: Path | None, environment: Mapping[str, str]) -> Settings
         if _value(settings, name) not in choices:
             raise SettingsError(f"setting {name} = {_value(settings, name)!r} is not known: use {', '.join(choices)}")
     for name in ("http", "admin", "grpc"):
-        if name != "admin" or settings.server.admin:
+        if name == "http" or getattr(settings.server, name):
             parse_address(getattr(settings.server, name), f"server.{name}")
+    entries = [getattr(settings.envoy, f"{what}_entry") for what in ("api_key", "method", "path", "ip")]
+    if not all(entries) or len(set(entries)) < len(entries):
+        raise SettingsError(f"settings envoy.*_entry name the entries {', '.join(entries)}: give each a name of its own")
+    if not settings.envoy.domain:
+        raise SettingsError("setting envoy.domain is empty: Envoy sends a domain with every request; name it here")
     if settings.admin.token and len(settings.admin.token) < MIN_TOKEN_LENGTH:
         # The token itself is not repeated.
         raise SettingsError(
@@ -284,6 +310,19 @@ def parse_address(text: str, name: str) -> tuple[str, int]:
     if not colon or not host or not port.isascii() or not port.isdecimal() or int(port) > 65_535:
         raise SettingsError(f"setting {name} = {text!r} is no address: write '127.0.0.1:8080' or '[::1]:8080'")
     return host, int(port)
+
+
+def join_address(host: str, port: int) -> str:
+    """Write an address as the settings have it.
+
+    Args:
+        host: a name or an address.
+        port: 0 to 65535.
+
+    Returns:
+        `host:port`, with an IPv6 host in brackets.
+    """
+    return f"{f'[{host}]' if ':' in host else host}:{port}"
 
 
 def _read(file: Path) -> dict[str, Any]:

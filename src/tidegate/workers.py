@@ -31,9 +31,9 @@ import msgspec
 import uvloop
 
 from tidegate.errors import SettingsError
-from tidegate.listening import admin_address, free_address, join_address
+from tidegate.listening import admin_address, free_address, grpc_address
 from tidegate.server import Instance, require_shared_counters, started
-from tidegate.settings import Settings
+from tidegate.settings import Settings, join_address
 from tidegate.telemetry.combined import combine
 
 logger = logging.getLogger(__name__)
@@ -262,6 +262,9 @@ def supervise(settings: Settings, arguments: Sequence[str], ready: Callable[[str
     taken = {"TIDEGATE_SERVER__HTTP": join_address(host, port)}
     if admin is not None:
         taken["TIDEGATE_SERVER__ADMIN"] = join_address(*admin)
+    grpc = grpc_address(settings, port, admin)
+    if grpc is not None:
+        taken["TIDEGATE_SERVER__GRPC"] = join_address(*grpc)
     try:
         made = tempfile.TemporaryDirectory(prefix="tidegate-", ignore_cleanup_errors=True)
     except OSError as error:

@@ -1,4 +1,5 @@
-"""One table of cases through the library, the middleware, `POST /v1/check` and `GET /v1/authorize`: all give the same answers."""
+"""One table of cases through the library, the middleware, `POST /v1/check`, `GET /v1/authorize` and Envoy's rate limit
+service. All give the same answers."""
 
 from __future__ import annotations
 
@@ -10,12 +11,17 @@ import httpx
 import pytest
 
 from tests.cases.doors import CASES, Answer, Ask
+from tests.integration.rls import headers as rls_headers
+from tests.integration.rls import request
 from tidegate.decision import Check
 from tidegate.doors.answers import decision_body
+from tidegate.doors.grpc.messages import OK, OVER_LIMIT, RateLimitResponse
+from tidegate.doors.grpc.service import RateLimitService
 from tidegate.doors.http import DataPlane
 from tidegate.doors.middleware import RateLimitMiddleware
 from tidegate.errors import TidegateError
 from tidegate.gate import Gate
+from tidegate.settings import EnvoySettings
 
 _FIELDS = ("limit", "remaining", "rule", "tier")
 
@@ -115,6 +121,26 @@ async def test_middleware(name: str, gate: Gate) -> None:
         assert answer == expected, f"step {number}: {ask}"
         assert bool(reached) == (expected.status == 200)
         assert ("x-app" in response.headers) == (expected.status == 200)
+
+
+@pytest.mark.parametrize("name", CASES)
+async def test_grpc(name: str, gate: Gate) -> None:
+    service = RateLimitService(gate, EnvoySettings())
+    for number, (ask, expected) in enumerate(CASES[name]):
+        entries = [("path", ask.path), ("method", ask.method), ("remote_address", ask.ip)]
+        if ask.api_key is not None:
+            entries.append(("api_key", ask.api_key))
+        sent = request(entries, own_hits=[ask.cost])
+        response = RateLimitResponse.FromString(await service.answer(sent.SerializeToString()))
+        headers, status = rls_headers(response), response.statuses[0]
+        # A look where nothing is left says so, and every refusal is a denial: an error would pass where Envoy fails open.
+        passes = expected.status == 200 and not (ask.cost == 0 and expected.remaining == 0)
+        assert response.overall_code == status.code == (OK if passes else OVER_LIMIT), f"step {number}: {ask}"
+        assert headers.get("x-tidegate-error") == expected.code
+        if expected.limit is not None:
+            assert (headers["x-ratelimit-limit"], status.limit_remaining) == (str(expected.limit), expected.remaining)
+            assert status.current_limit.name == (expected.rule or "")
+        assert bool(response.raw_body) != passes
 
 
 async def _call(app: Any, ask: Ask, headers: dict[str, str]) -> httpx.Response:

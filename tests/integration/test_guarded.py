@@ -144,6 +144,24 @@ async def test_a_subjects_debt_is_paid_before_it_is_asked_about(store: tuple[Red
     assert counters.owed == 0
 
 
+async def test_a_debt_is_paid_first_also_where_the_tier_was_read_anew(new_redis: Callable[..., RedisServer]) -> None:
+    server = new_redis()
+    counters = GuardedCounters(RedisCounters(server.url, 0.5), GuardOptions(breaker=BreakerOptions(failures=1000)))
+    await counters.start()
+    limits = limit_set("10/day")
+    server.kill()
+    for _ in range(4):
+        assert (await decided(counters, (limits, "s"))).degraded
+    server.start()
+    await until(lambda: counters.store.connections()[0].up)
+    # No heartbeat came yet that might have put it back: the check itself must.
+    again = LimitSet(limits.name, limits.algorithm, limits.limits, limits.on_failure, rule=limits.rule)
+    first = await decided(counters, (again, "s"))
+    assert not first.degraded
+    assert first.remaining == 5
+    await counters.close()
+
+
 async def test_an_instance_that_starts_without_redis_counts_by_itself_until_it_comes(
     new_redis: Callable[..., RedisServer],
 ) -> None:

@@ -1,4 +1,4 @@
-"""The scripts in deploy/redis/cluster, on real servers: they make a cluster, grow it under Tidegate's counters, and find moved nodes."""
+"""The scripts in deploy/redis/cluster, on real servers: a cluster is made, grown with its counters, mended, and handed over."""
 
 from __future__ import annotations
 
@@ -140,7 +140,9 @@ def test_nodes_that_all_come_back_elsewhere_find_each_other(nodes: list[Node]) -
         script("meet-peers", *(each.address for each in six), port=node.port)
     for node in six:
         wait_until(lambda node=node: "cluster_state:ok" in node.ask("cluster", "info"), 60, "the cluster is well again")  # type: ignore[misc]
-    assert asyncio.run(consume(f"redis+cluster://:{PASSWORD}@{six[0].address}", 5)) == [98] * 5, "what was consumed is still known"
+    assert asyncio.run(consume(f"redis+cluster://:{PASSWORD}@{six[0].address}", 5)) == [98] * 5, (
+        "what was consumed is still known"
+    )
 
 
 @pytest.mark.parametrize("arguments", [[], ["a:1", "b:1"], ["a:1", "b:1", "c:1", "d:1", "e:1", "f:1", "g:1"]])
@@ -153,3 +155,17 @@ def test_the_password_is_on_no_command_line(nodes: list[Node]) -> None:
         assert PASSWORD not in Path(f"/proc/{node.process.pid}/cmdline").read_text()
     wait_until(lambda: "PONG" in nodes[0].ask("ping"), 20, "the node answers")
     assert "NOAUTH" in nodes[0].ask("--user", "default", "--pass", "not it", "ping") + nodes[0].ask("-a", "not it", "ping")
+
+
+def test_a_node_that_is_ended_hands_over_before(nodes: list[Node]) -> None:
+    six = nodes[:6]
+    script("make-cluster", *(node.address for node in six))
+    master, replica = six[0], six[1]
+    url = f"redis+cluster://:{PASSWORD}@{six[2].address}"
+    assert asyncio.run(consume(url, 20)) == [99] * 20
+    script("hand-over", port=replica.port)
+    assert "role:slave" in replica.ask("info", "replication"), "a replica has nothing to hand over"
+    script("hand-over", port=master.port)
+    assert "role:master" in replica.ask("info", "replication")
+    master.stop()
+    assert asyncio.run(consume(url, 20)) == [98] * 20, "nothing is lost, and nobody waits"

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from schemathesis import checks
 
 from tidegate import server
-from tidegate.settings import CatalogSettings, PolicySettings, ServerSettings, Settings
+from tidegate.settings import CatalogSettings, PolicySettings, ServerSettings, Settings, ViolationSettings
 
 OPERATIONS = {
     ("post", "/v1/check"),
@@ -27,6 +27,7 @@ OPERATIONS = {
     ("get", "/readyz"),
     ("get", "/livez"),
     ("get", "/metrics"),
+    *((method, "/v1/authorize/envoy") for method in ("get", "head", "post", "put", "patch", "delete", "options")),
 }
 # What a schema cannot say: which spellings of a path are refused, and that 1.0 is no whole number here.
 BEYOND_SCHEMA = [checks.positive_data_acceptance, checks.negative_data_rejection]
@@ -37,9 +38,11 @@ def description(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """The description as a running instance serves it."""
     directory = tmp_path_factory.mktemp("schemathesis")
     configured = Settings(
-        server=ServerSettings(http="127.0.0.1:0", admin="", drain_s=1.0),
+        server=ServerSettings(http="127.0.0.1:0", admin="", grpc="", drain_s=1.0),
         policy=PolicySettings(file=str(Path(server.__file__).parent / "example.policy.toml")),
         catalog=CatalogSettings(url=f"sqlite:///{directory}/tidegate.db"),
+        # Its writer uses `random` now and then, in this process: hypothesis takes that for the strategy's doing.
+        violations=ViolationSettings(enabled=False),
     )
     address: list[str] = []
     started, stop = threading.Event(), threading.Event()

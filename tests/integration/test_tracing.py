@@ -109,7 +109,9 @@ def attributes(span: Any) -> dict[str, Any]:
 def test_a_check_is_a_span_of_its_callers_trace_with_the_store_inside(
     traced: Callable[..., Any], collector: Collector, redis_server: RedisServer
 ) -> None:
-    server = traced(collector.url, TIDEGATE_COUNTERS__URL=redis_server.url, TIDEGATE_TRACING__SAMPLE="0")
+    server = traced(
+        collector.url, TIDEGATE_COUNTERS__URL=redis_server.url, TIDEGATE_COUNTERS__TIMEOUT_MS="5000", TIDEGATE_TRACING__SAMPLE="0"
+    )
     assert authorize(server, **TRACED, **{"X-Request-Id": "req-1"}).status_code == 204
     assert authorize(server, **UNTRACED).status_code == 204
     assert authorize(server).status_code == 204, "the sample is 0"

@@ -47,6 +47,8 @@ def start(serve: Callable[..., Any], redis_server: RedisServer, tmp_path: Path) 
             wait=False,
             TIDEGATE_SERVER__WORKERS=str(workers),
             TIDEGATE_COUNTERS__URL=redis_server.url,
+            # A busy machine misses 50 ms, and what may have been counted is counted again.
+            TIDEGATE_COUNTERS__TIMEOUT_MS="5000",
             TIDEGATE_SERVER__LOG_LEVEL="warning",
             TIDEGATE_ADMIN__TOKEN="token-of-the-settings",  # else the first line is the first operator's
             **environment,

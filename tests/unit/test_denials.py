@@ -27,7 +27,8 @@ def test_it_denies_until_the_moment_and_not_longer() -> None:
     assert not answer.allowed
     assert (answer.retry_after_us, answer.reset_after_us, answer.at_us) == (600_000, 4_600_000, 77_400_000)
     assert answer.holds_until_us == 78_000_000
-    assert memory.find(COUNTERS, 2, 10_999_999) is not None, "more than was denied is denied too"
+    assert memory.find(COUNTERS, 1, 10_999_999) is not None
+    assert memory.find(COUNTERS, 2, 10_500_000) is None, "more than was denied passes later, or never"
     assert memory.find(COUNTERS, 0, 10_500_000) is None, "a peek is never denied"
     assert memory.find(((LIMITS, "other"),), 1, 10_500_000) is None
     assert memory.find(COUNTERS, 1, 11_000_000) is None
@@ -35,11 +36,14 @@ def test_it_denies_until_the_moment_and_not_longer() -> None:
     assert memory.answered == 2
 
 
-def test_a_smaller_cost_is_asked_about_and_a_new_limit_set_too() -> None:
+def test_another_cost_is_asked_about_and_a_new_limit_set_too() -> None:
     memory = DenialMemory()
     memory.remember(COUNTERS, 5, denial(), 0)
     assert memory.find(COUNTERS, 4, 1) is None
+    assert memory.find(COUNTERS, 6, 1) is None
     assert memory.find(COUNTERS, 5, 1) is not None
+    memory.remember(COUNTERS, 4, denial(500_000), 0)
+    assert [each and each.retry_after_us for each in (memory.find(COUNTERS, cost, 1) for cost in (4, 5))] == [499_999, 999_999]
     raised = LimitSet("l", Algorithm.SLIDING_WINDOW, [Limit.parse("100/minute")])
     assert memory.find(((raised, "s"),), 5, 1) is None
     memory.clear()
@@ -80,9 +84,13 @@ def test_it_never_denies_what_the_store_would_allow(algorithm: Algorithm, steps:
         clock.now_us += advance
         remembered = memory.find(counters, cost, clock.now_us)
         if remembered is not None:
-            truth = store.charge_all(counters, 0) if cost == 0 else None
-            assert truth is None
-            assert not store.charge_all(counters, cost).allowed
+            truth = store.charge_all(counters, cost)
+            assert cost
+            assert not truth.allowed
+            # Who was admitted since may have made it later.
+            assert remembered.retry_after_us is not None
+            assert truth.retry_after_us is not None
+            assert remembered.retry_after_us <= truth.retry_after_us
             continue
         asked_us = clock.now_us
         clock.now_us += delay_us

@@ -59,7 +59,7 @@ def test_instances_together_admit_at_most_the_limit(algorithm: Algorithm, instan
     # Put together, they say exactly what was admitted.
     merged = None
     for share in shares:
-        owed = (limits, "s") in share.owed
+        owed = share.owes(limits, "s")
         states = share.take(limits, "s")
         assert (states is not None) == owed
         if states is not None:
@@ -85,11 +85,26 @@ def test_what_could_not_be_put_back_is_owed_again() -> None:
     assert states is not None
     shares.charge(Charge(((limits, "s"),)), 2)
     shares.give_back(limits, "s", states)
-    assert list(shares.owed) == [(limits, "s")]
+    assert list(shares.debts()) == [(limits, "s")]
     assert shares.charge(Charge(((limits, "s"),), 0), 2).remaining == 1
     again = shares.take(limits, "s")
     assert again is not None
     assert [state[1] for state in again if state is not None] == [4, 4]
+
+
+def test_a_bucket_that_was_given_back_drains_as_the_share_it_was() -> None:
+    limits = limit_set(Algorithm.TOKEN_BUCKET, "60/minute burst 4")
+    clock = Clock()
+    shares, untouched = LocalShares(1000, clock), LocalShares(1000, clock)
+    for each in (shares, untouched):
+        assert [each.charge(Charge(((limits, "s"),)), 4).allowed for _ in range(2)] == [True, False]
+    states = shares.take(limits, "s")
+    assert states is not None
+    shares.give_back(limits, "s", states)
+    clock.advance(3.9)
+    for each in (shares, untouched):
+        assert not each.charge(Charge(((limits, "s"),)), 4).allowed, "a quarter of one a second"
+    assert shares.take(limits, "s") == untouched.take(limits, "s")
 
 
 def test_what_no_longer_counts_is_not_owed() -> None:
@@ -118,4 +133,18 @@ def test_a_rule_and_its_tier_share_and_owe_together() -> None:
     assert [answer.allowed for answer in answers] == [True, True, True, False]
     assert answers[-1].binding is tier.limits[0]
     assert answers[-1].limits is rule
-    assert set(shares.owed) == {(rule, "s"), (tier, "s")}
+    assert set(shares.debts()) == {(rule, "s"), (tier, "s")}
+
+
+def test_a_debt_is_known_by_the_limits_of_a_tier_that_was_read_anew() -> None:
+    shares = LocalShares(100, Clock())
+    before, after = (limit_set(Algorithm.FIXED_WINDOW, *texts) for texts in (["10/minute"], ["20/minute", "50/hour"]))
+    shares.charge(Charge(((before, "s"),), 3), 2)
+    assert shares.owes(after, "s")
+    assert not shares.owes(after, "t")
+    assert not shares.owes(limit_set(Algorithm.SLIDING_LOG, "10/minute"), "s"), "another algorithm is another counter"
+    states = shares.take(after, "s")
+    assert states is not None
+    assert [state and state[1] for state in states] == [3, 0]
+    assert not shares.owes(before, "s")
+    assert shares.take(before, "s") is None

@@ -21,11 +21,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.cases.logs import COMBINED, COMMON, T0
+from tidegate.charts import clean
 from tidegate.errors import PolicyError, SettingsError, TidegateError
 from tidegate.simulate.command import Simulation, simulate
 from tidegate.simulate.log_lines import MAX_LINE, LogError, LogLines
 from tidegate.simulate.page import render_page
-from tidegate.simulate.report import Report, as_json, clean
+from tidegate.simulate.report import Report, as_json
 
 POLICY = """
 [[tiers]]

@@ -16,6 +16,7 @@ from typing import Any, Final, TypeVar
 from tidegate.catalog.forms import us_of
 from tidegate.catalog.toml_lines import LineIndex
 from tidegate.catalog.toml_lines import Path as KeyPath
+from tidegate.descriptors import descriptor_text
 from tidegate.errors import PolicyError
 from tidegate.limits import Algorithm, Limit, fit_limits, short
 from tidegate.policy import ApiKey, KeyStatus, Override, Policy, Rule, Subject, Tier, parse_key_digest
@@ -24,7 +25,18 @@ MAX_FILE_BYTES: Final = 10_000_000
 
 _POLICY_FIELDS: Final = ("tiers", "api_keys", "anonymous")
 _TIER_FIELDS: Final = ("name", "limits", "rules")
-_RULE_FIELDS: Final = ("endpoint", "methods", "algorithm", "limits", "subject", "priority", "mode", "on_failure", "name")
+_RULE_FIELDS: Final = (
+    "endpoint",
+    "descriptor",
+    "methods",
+    "algorithm",
+    "limits",
+    "subject",
+    "priority",
+    "mode",
+    "on_failure",
+    "name",
+)
 _KEY_FIELDS: Final = ("key", "sha256", "tier", "name", "status", "expires_at", "limits", "overrides")
 _OVERRIDE_FIELDS: Final = ("rule", "limits")
 # The first word of a record's complaint, where it is not the field's name itself.
@@ -147,14 +159,27 @@ class _Reader:
 
     def _rule(self, table: dict[str, Any], at: KeyPath) -> Rule:
         self._known(table, _RULE_FIELDS, at)
-        self._required(table, ("endpoint", "limits"), at)
+        self._required(table, ("limits",) if "descriptor" in table else ("endpoint", "limits"), at)
         limits = self._limits(table["limits"], (*at, "limits"))
+        table = self._with_endpoint(table, at)
         methods = table.get("methods", [])
         if not isinstance(methods, list) or ("methods" in table and not methods):
             raise self._error('methods must be a list such as ["GET"]; leave it out for every method', (*at, "methods"))
         if "name" in table and (not isinstance(table["name"], str) or not table["name"]):
             raise self._error("name must be a non-empty string", (*at, "name"))
         return self._placed(lambda: Rule.make(**{**table, "limits": limits, "methods": methods}), table, at)
+
+    def _with_endpoint(self, table: dict[str, Any], at: KeyPath) -> dict[str, Any]:
+        """A rule's table in which the endpoint stands for the descriptor, where it has one."""
+        if "descriptor" not in table:
+            return table
+        descriptor, descriptor_at = table["descriptor"], (*at, "descriptor")
+        if "endpoint" in table:
+            raise self._error("endpoint and descriptor stand side by side: a rule is for one of them", descriptor_at)
+        if not isinstance(descriptor, dict):
+            raise self._error('descriptor is a table: write descriptor = { user = "*" }', descriptor_at)
+        text = self._placed(lambda: descriptor_text(descriptor), {}, descriptor_at)
+        return {**{field: value for field, value in table.items() if field != "descriptor"}, "endpoint": text}
 
     def _api_key(self, table: dict[str, Any], at: KeyPath, tiers: Mapping[str, Tier]) -> ApiKey:
         self._known(table, _KEY_FIELDS, at)

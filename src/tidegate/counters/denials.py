@@ -1,6 +1,7 @@
 """Denial memory: who was denied until T is denied until T without asking the store again.
 
-A remembered denial is never stricter than the store: the time is counted from before the store was asked, and until T nothing
+A denial is remembered for its cost: a smaller one may pass, a larger one passes later or never, and is told so. It is never
+stricter than the store: the time is counted from before the store was asked, and until T nothing
 that others consume can make room. What can, is a limit that was raised or a policy that was re-loaded (then the limit sets are
 new ones, and a denial is remembered for its own) and a counter that was reset (then `clear` is called).
 """
@@ -26,7 +27,7 @@ class DenialMemory:
     def __init__(self, most: int = MAX_DENIALS) -> None:
         self.most = most
         self.answered = 0
-        self._held: dict[_Counters, tuple[int, int, Decision]] = {}
+        self._held: dict[tuple[_Counters, int], tuple[int, Decision]] = {}
 
     def __len__(self) -> int:
         """Denials held, those whose time is over included."""
@@ -37,20 +38,18 @@ class DenialMemory:
 
         Args:
             counters: of the charge.
-            cost: of the charge; a smaller one than was denied may pass.
+            cost: of the charge.
             now_us: monotonic µs.
 
         Returns:
             The denial; None where the store must be asked.
         """
-        held = self._held.get(counters)
+        held = self._held.get((counters, cost))
         if held is None:
             return None
-        until_us, denied_cost, decision = held
+        until_us, decision = held
         if until_us <= now_us:
-            del self._held[counters]
-            return None
-        if cost < denied_cost:
+            del self._held[counters, cost]
             return None
         self.answered += 1
         left_us = until_us - now_us
@@ -77,10 +76,10 @@ class DenialMemory:
         retry_us = decision.retry_after_us
         if not retry_us:
             return
-        self._held.pop(counters, None)
+        self._held.pop((counters, cost), None)
         if len(self._held) >= self.most:
             del self._held[next(iter(self._held))]
-        self._held[counters] = (asked_us + retry_us, cost, decision)
+        self._held[counters, cost] = (asked_us + retry_us, decision)
 
     def sweep(self, now_us: int) -> None:
         """Drop those whose time is over.
@@ -88,8 +87,8 @@ class DenialMemory:
         Args:
             now_us: monotonic µs.
         """
-        for counters in [counters for counters, (until_us, *_) in self._held.items() if until_us <= now_us]:
-            del self._held[counters]
+        for key in [key for key, (until_us, _) in self._held.items() if until_us <= now_us]:
+            del self._held[key]
 
     def clear(self) -> None:
         """Drop all: a counter was reset."""

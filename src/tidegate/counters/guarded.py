@@ -201,7 +201,7 @@ class GuardedCounters:
 
     async def _settle_first(self, charges: Sequence[Charge], places: list[int], answers: list[Outcome | None]) -> list[int]:
         """Put back what the subjects of some charges are owed for, before these are asked. Gives the places left to ask."""
-        owing = {counter for place in places for counter in charges[place].counters if counter in self._local.owed}
+        owing = {counter for place in places for counter in charges[place].counters if self._local.owes(*counter)}
         if not owing:
             return places
         try:
@@ -296,7 +296,7 @@ class GuardedCounters:
         while self._local.owed:
             now = time.monotonic()
             some = []
-            for limits, subject in self._local.owed:
+            for limits, subject in self._local.debts():
                 breaker = self.breakers.get(self.store.shard_of(subject))
                 if breaker is None or breaker.state is BreakerState.CLOSED:
                     some.append((limits, subject))
@@ -320,7 +320,7 @@ class GuardedCounters:
             if breaker.state is not BreakerState.CLOSED and (last or breaker.is_due(now))
         }
         probes: list[tuple[str, tuple[LimitSet, str, tuple[State, ...]]]] = []
-        for limits, subject in list(self._local.owed) if due else ():
+        for limits, subject in list(self._local.debts()) if due else ():
             shard = self.store.shard_of(subject)
             if shard in due and (states := self._local.take(limits, subject)) is not None:
                 self.breakers[shard].admits(now)

@@ -7,8 +7,8 @@ by `take` and added there, before the store is asked about that subject again.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Final
+from collections.abc import Callable, Iterator
+from typing import Final, TypeAlias
 
 import msgspec
 
@@ -17,9 +17,11 @@ from tidegate.counters import Charge
 from tidegate.counters.memory import MemoryCounters
 from tidegate.decision import Decision
 from tidegate.errors import PolicyError
-from tidegate.limits import Limit, LimitSet
+from tidegate.limits import Algorithm, Limit, LimitSet
 
 _SHARES_KEPT: Final = 65_536
+_Debt: TypeAlias = tuple[str, Algorithm, str]
+"""What names a counter in the store and its subject. Not the limit set: whenever a tier is read anew, its sets are new ones."""
 
 
 class LocalShares:
@@ -31,9 +33,10 @@ class LocalShares:
     """
 
     def __init__(self, max_subjects: int, clock: Callable[[], int]) -> None:
-        self.owed: dict[tuple[LimitSet, str], None] = {}
+        self.owed: dict[_Debt, LimitSet] = {}
         self._max_subjects = max_subjects
         self._counters = MemoryCounters(max_subjects, clock)
+        self._instances = 1
         self._shares: dict[LimitSet, tuple[int, LimitSet]] = {}
 
     def charge(self, charge: Charge, instances: int) -> Decision:
@@ -46,11 +49,12 @@ class LocalShares:
         Returns:
             The decision, degraded. Its limit is the rule's own, what remains is of the share.
         """
+        self._instances = instances
         counters = tuple((self._share(limits, instances), subject) for limits, subject in charge.counters)
         decision = self._counters.charge_all(counters, charge.cost)
         if decision.allowed and charge.cost:
-            for counter in charge.counters:
-                self.owed[counter] = None
+            for limits, subject in charge.counters:
+                self.owed[_debt(limits, subject)] = limits
             while len(self.owed) > self._max_subjects:
                 del self.owed[next(iter(self.owed))]
         return Decision(
@@ -64,6 +68,27 @@ class LocalShares:
             degraded=True,
         )
 
+    def owes(self, limits: LimitSet, subject: str) -> bool:
+        """Whether a subject was admitted anything here that was not taken out.
+
+        Args:
+            limits: the rule's own, as they are now.
+            subject: whom they count.
+
+        Returns:
+            True where `take` may give something.
+        """
+        return _debt(limits, subject) in self.owed
+
+    def debts(self) -> Iterator[tuple[LimitSet, str]]:
+        """All that is owed, the oldest first; nothing may be charged or taken meanwhile.
+
+        Yields:
+            Limits and subject of each.
+        """
+        for (_, _, subject), limits in self.owed.items():
+            yield limits, subject
+
     def take(self, limits: LimitSet, subject: str) -> tuple[State, ...] | None:
         """Take out what a subject was admitted here.
 
@@ -74,7 +99,7 @@ class LocalShares:
         Returns:
             A state for each limit; None where nothing is owed, or nothing that still counts.
         """
-        self.owed.pop((limits, subject), None)
+        self.owed.pop(_debt(limits, subject), None)
         return self._counters.take(self._share(limits, 1), subject)
 
     def give_back(self, limits: LimitSet, subject: str, states: tuple[State, ...]) -> None:
@@ -85,8 +110,9 @@ class LocalShares:
             subject: whom they count.
             states: as `take` gave them.
         """
-        self._counters.add(self._share(limits, 1), subject, states)
-        self.owed[(limits, subject)] = None
+        # As the share that it was: under the whole limit a bucket would drain faster than this instance's share of it.
+        self._counters.add(self._share(limits, self._instances), subject, states)
+        self.owed[_debt(limits, subject)] = limits
 
     def forget(self, limits: LimitSet, subject: str) -> None:
         """Nothing is owed any more: the counter was reset.
@@ -124,6 +150,10 @@ class LocalShares:
             self._shares.clear()
         self._shares[limits] = (instances, share)
         return share
+
+
+def _debt(limits: LimitSet, subject: str) -> _Debt:
+    return limits.name, limits.algorithm, subject
 
 
 def share_of(limit: Limit, instances: int, limits: LimitSet) -> Limit:

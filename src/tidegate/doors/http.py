@@ -16,7 +16,7 @@ from typing import Any, Final, Protocol
 
 import msgspec
 
-from tidegate.bodies import MAX_BATCH, MAX_BATCH_BYTES
+from tidegate.bodies import MAX_BATCH, MAX_BATCH_BYTES, BatchRequest, CheckRequest
 from tidegate.decision import Check, Decision, Observation
 from tidegate.doors.answers import (
     NO_STORE,
@@ -30,6 +30,7 @@ from tidegate.doors.answers import (
     usage_body,
 )
 from tidegate.doors.client_address import TrustedProxies, peer_address
+from tidegate.doors.refusals import BodyTooSlow, HeadersTooLarge, MethodNotAllowed, NotFound, Unforeseen
 from tidegate.errors import BadRequest, RequestTooLarge, TidegateError
 from tidegate.gate import Gate, Observer
 from tidegate.telemetry.access import AccessLog
@@ -44,6 +45,9 @@ DENIED_STATUS: Final = "x-tidegate-denied-status"
 """The request header by which a gateway asks for 403 in place of every refusal but 401."""
 
 _AUTHORIZE: Final = "/v1/authorize"
+AUTHORIZE_ENVOY: Final = "/v1/authorize/envoy"
+"""`/v1/authorize` as Envoy's ext_authz needs it: it asks with the method of the request, and takes 200 alone for a yes."""
+
 _JSON: Final = ("content-type", "application/json")
 
 
@@ -73,69 +77,6 @@ class _Scope(Protocol):
     path: str
     client: str
     headers: _RequestHeaders
-
-
-class NotFound(TidegateError):
-    """There is nothing at this path."""
-
-    code = "NOT_FOUND"
-    status = 404
-
-
-class MethodNotAllowed(TidegateError):
-    """The path is there, the method is not."""
-
-    code = "METHOD_NOT_ALLOWED"
-    status = 405
-
-
-class BodyTooSlow(TidegateError):
-    """The body did not arrive in time."""
-
-    code = "REQUEST_TIMEOUT"
-    status = 408
-
-
-class HeadersTooLarge(TidegateError):
-    """The headers are larger than any check needs."""
-
-    code = "HEADERS_TOO_LARGE"
-    status = 431
-
-
-class Unforeseen(TidegateError):
-    """A fault of ours; the log says more."""
-
-    code = "INTERNAL"
-    status = 503
-
-
-class CheckRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, gc=False):
-    """The body of `POST /v1/check`.
-
-    Args:
-        path: path of the request to decide.
-        method: its HTTP method.
-        api_key: the caller's key; may come as `X-API-Key` instead.
-        ip: the client's address.
-        cost: units, 0 (peek) or more.
-    """
-
-    path: str
-    method: str = "GET"
-    api_key: str | None = None
-    ip: str | None = None
-    cost: int = 1
-
-
-class BatchRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The body of `POST /v1/check/batch`.
-
-    Args:
-        checks: 1 to 1000 of them.
-    """
-
-    checks: list[CheckRequest]
 
 
 _CHECK: Final = msgspec.json.Decoder(CheckRequest)
@@ -192,6 +133,8 @@ class DataPlane:
             path = scope.path
             if path == _AUTHORIZE:
                 await self._authorize(scope, proto)
+            elif path == AUTHORIZE_ENVOY:
+                await self._authorize(scope, proto, for_envoy=True)
             elif path == "/v1/check":
                 await self._check(scope, proto)
             elif path == "/v1/check/batch":
@@ -212,8 +155,9 @@ class DataPlane:
                 access.write(request, scope.path[:200], proto.status, time.perf_counter_ns() - started_ns)
             request.over = True
 
-    async def _authorize(self, scope: _Scope, proto: Any) -> None:
-        self._allow_methods(scope, ("GET", "HEAD"))
+    async def _authorize(self, scope: _Scope, proto: Any, for_envoy: bool = False) -> None:
+        if not for_envoy:
+            self._allow_methods(scope, ("GET", "HEAD"))
         headers = scope.headers
         self._bound_headers(headers)
         peer = peer_address(scope.client)
@@ -224,7 +168,9 @@ class DataPlane:
                 raise BadRequest(
                     "the path to decide is missing: send it as X-Original-URI, or as X-Forwarded-Uri from a trusted proxy"
                 )
-            method = _one(headers, "x-original-method") or (_one(headers, "x-forwarded-method") if trusted else None) or "GET"
+            method = _one(headers, "x-original-method") or (_one(headers, "x-forwarded-method") if trusted else None)
+            if method is None:
+                method = scope.method if for_envoy else "GET"
             check = Check.of(uri, method, _one(headers, "x-api-key"), self._ip(headers, peer, trusted))
         except BadRequest as error:
             raise self._seen(error) from None
@@ -233,7 +179,7 @@ class DataPlane:
         headers_out = limit_headers(decision)
         if decision.allowed:
             headers_out.append(NO_STORE)
-            self._empty(proto, 204, headers_out)
+            self._empty(proto, 200 if for_envoy else 204, headers_out)
             return
         headers_out += denial_cache_headers(decision)
         if headers.get(DENIED_STATUS) == "403":
@@ -374,7 +320,7 @@ class DataPlane:
         return error
 
     def _refuse(self, scope: _Scope, proto: Any, error: TidegateError) -> None:
-        if scope.path == _AUTHORIZE:
+        if scope.path in (_AUTHORIZE, AUTHORIZE_ENVOY):
             told: Headers = [("x-tidegate-error", error.code), NO_STORE]
             if error.status in (401, 403):
                 self._empty(proto, error.status, told)

@@ -8,9 +8,8 @@ from typing import Any, Final
 import msgspec
 
 from tidegate._version import __version__
-from tidegate.bodies import MAX_BATCH, DecisionBody, UsageBody
+from tidegate.bodies import MAX_BATCH, CheckRequest, DecisionBody, UsageBody
 from tidegate.decision import MAX_COST
-from tidegate.doors.http import CheckRequest
 from tidegate.gate import MAX_USAGE_RULES
 
 _ERRORS: Final = {
@@ -93,6 +92,10 @@ def data_plane_openapi() -> dict[str, Any]:
             "/v1/check": {"post": _check()},
             "/v1/check/batch": {"post": _batch()},
             "/v1/authorize": {"get": _authorize("authorize"), "head": _authorize("authorizeHead")},
+            "/v1/authorize/envoy": {
+                method: _authorize(f"authorizeEnvoy{method.title()}", "200")
+                for method in ("get", "head", "post", "put", "patch", "delete", "options")
+            },
             "/v1/usage": {"get": _usage("usage"), "head": _usage("usageHead")},
             "/health": {"get": _page("health", "How all parts are; 200 only when all are healthy.", (200, 503))},
             "/readyz": {"get": _page("ready", "Whether this instance takes requests; for load balancers.", (200, 503))},
@@ -138,9 +141,9 @@ def _batch() -> dict[str, Any]:
     }
 
 
-def _authorize(operation: str) -> dict[str, Any]:
+def _authorize(operation: str, passes: str = "204") -> dict[str, Any]:
     empty = {
-        "204": {"description": "It may pass.", "headers": _headers()},
+        passes: {"description": "It may pass.", "headers": _headers()},
         "401": {"description": "The API key is missing or unknown; see X-Tidegate-Error."},
         "403": {
             "description": "The API key was revoked or has expired; see X-Tidegate-Error. Where X-Tidegate-Denied-Status "

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from tidegate.catalog.policy_file import load_policy
+from tidegate.charts import clean
 from tidegate.counters.memory import DEFAULT_MAX_SUBJECTS
 from tidegate.errors import SettingsError
 from tidegate.simulate.log_formats import FIELDS, FORMATS, Parse, csv_columns, detect, parser_of
@@ -22,7 +23,7 @@ from tidegate.simulate.log_lines import LogError, LogLines, log_size
 from tidegate.simulate.log_times import Malformed
 from tidegate.simulate.page import render_page
 from tidegate.simulate.replay import EXAMPLES_SHOWN, Replay
-from tidegate.simulate.report import Report, as_json, clean, make_report, print_report
+from tidegate.simulate.report import Report, as_json, make_report, print_report
 from tidegate.simulate.time_order import TimeOrder
 
 DETECTED_WITHIN: Final = 1000

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from tidegate.charts import clean
 from tidegate.limits import US_PER_S
 from tidegate.simulate.replay import Replay
 from tidegate.simulate.time_order import TimeOrder
@@ -252,18 +253,6 @@ def notes(report: Report) -> list[str]:
     if report.evicted:
         told.append(f"{report.evicted:,} counters were dropped for want of room: raise --max-subjects")
     return told
-
-
-def clean(text: str) -> str:
-    """A text from a log, safe for a terminal: control and invisible characters are shown as escapes.
-
-    Args:
-        text: whatever it was.
-
-    Returns:
-        Printable characters only.
-    """
-    return text if text.isprintable() else "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _table(columns: Sequence[str]) -> Table:

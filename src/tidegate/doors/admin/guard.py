@@ -13,6 +13,7 @@ from tidegate.decision import Decision
 from tidegate.doors.answers import ceil_s, encode, error_body
 from tidegate.doors.client_address import TrustedProxies
 from tidegate.doors.limiter import Limiter
+from tidegate.doors.refusals import BodyTooSlow
 from tidegate.errors import RequestTooLarge, TidegateError
 from tidegate.telemetry.requests import CURRENT, REQUEST_ID, Request
 
@@ -56,13 +57,6 @@ class TooManyRequests(TidegateError):
 
     code = "RATE_LIMIT_EXCEEDED"
     status = 429
-
-
-class BodyTooSlow(TidegateError):
-    """The body did not come in time."""
-
-    code = "REQUEST_TIMEOUT"
-    status = 408
 
 
 class Fault(TidegateError):

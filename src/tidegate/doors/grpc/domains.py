@@ -1,0 +1,150 @@
+"""What counts the descriptors of a domain that a file in the form of envoyproxy/ratelimit has: as that program does.
+
+Each descriptor is counted on its own, also where another one denies the request, in fixed windows from the epoch on. Of hits that
+go beyond a limit, as many count as there is room for, so that a request for one more is denied. A limit that Envoy sends with a
+descriptor goes before the file's. Counters lie in the one `CounterStore`, beside those of the policy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import lru_cache
+from typing import Final
+
+import msgspec
+
+from tidegate.counters import Charge
+from tidegate.decision import MAX_COST, Decision, clip
+from tidegate.descriptors import entries_subject
+from tidegate.doors.grpc.ratelimit_file import FileLimit, Node, RateLimitFile
+from tidegate.doors.grpc.replies import Part
+from tidegate.doors.grpc.status import CallRefused, Status
+from tidegate.doors.grpc.units import UNITS_S, window_limit
+from tidegate.errors import BadRequest
+from tidegate.gate import Gate
+from tidegate.limits import MAX_AMOUNT, MAX_WINDOW_US, US_PER_S, Algorithm, Limit, LimitSet
+from tidegate.together import Plan, Settled
+
+MAX_OVERRIDES: Final = 1024
+"""How many limits that Envoy sends along are kept prepared; any others are prepared anew."""
+
+Entries = list[tuple[str, str]]
+
+
+class FileDomain:
+    """The limits of one domain.
+
+    Args:
+        read: what its file says.
+    """
+
+    def __init__(self, read: RateLimitFile) -> None:
+        self.domain = read.domain
+        self._root = read.root
+        self._sets: dict[str, LimitSet] = {}
+        self._prepare(read.root)
+        self._override = lru_cache(maxsize=MAX_OVERRIDES)(self._make_override)
+        # Stores remember what they prepared for each set: those of limits that are sent along must not be made anew each time.
+        self._sent_set = lru_cache(maxsize=MAX_OVERRIDES)(self._limit_set)
+
+    def parts(self, asked: list[tuple[Entries, int, tuple[int, int, int] | None]]) -> list[Part]:
+        """See `DomainLimits.parts`."""
+        found = [self._find(entries, override) for entries, _, override in asked]
+        replaced = {name for limit, _ in found if limit is not None for name in limit.replaces}
+        return [
+            self._part(None if limit is not None and limit.name in replaced else limit, subject, cost)
+            for (limit, subject), (_, cost, _) in zip(found, asked, strict=True)
+        ]
+
+    async def settle(self, gate: Gate, parts: list[Part]) -> list[Settled]:
+        """See `DomainLimits.settle`."""
+        plans = [part.plan for part in parts if part.plan is not None]
+        settled = await gate.decide(plans, whole=False)
+        rest: list[Charge] = []
+        for number, plan in enumerate(plans):
+            counted = _counted(settled[number])
+            if isinstance(plan, Plan) and plan.charges and counted is not None and not counted.allowed and counted.remaining:
+                rest.append(Charge(plan.charges[0].counters, counted.remaining))
+                settled[number] = _emptied(settled[number], counted)
+        if rest:
+            await gate.counters.charge(rest)
+        return settled
+
+    def _find(self, entries: Entries, override: tuple[int, int, int] | None) -> tuple[FileLimit | None, str]:
+        """The limit of a descriptor, and whom it counts: the entries, a shared wildcard in place of its values."""
+        if override is not None:
+            return self._override(tuple(key for key, _ in entries), *override), entries_subject(entries)
+        node: Node | None = self._root
+        counted: Entries = []
+        for key, value in entries:
+            node = None if node is None else node.child(key, value)
+            if node is None:
+                return None, ""
+            counted.append((key, node.shared or value))
+        return (None if node is None else node.rate_limit), entries_subject(counted)
+
+    def _part(self, limit: FileLimit | None, subject: str, cost: int) -> Part:
+        if limit is None:
+            return Part(None, cost)
+        if limit.limit is None:
+            return Part(None, cost, unlimited=True)
+        if cost > MAX_COST:
+            return Part(BadRequest(f"hits of {cost} came: at most {MAX_COST} are counted at once", field="hits_addend"), cost)
+        limits = self._sets.get(limit.path) or self._sent_set(limit)
+        if limits.limits[0].amount == 0:
+            plan = Plan(_refusal(limits, limit.shadow), ())
+        else:
+            charge = Charge(((limits, subject),), cost)
+            plan = Plan(Decision(True, open_tier=self.domain) if limit.shadow else None, (charge,))
+        return Part(plan, cost, limit.name)
+
+    def _prepare(self, node: Node) -> None:
+        if node.rate_limit is not None and node.rate_limit.limit is not None:
+            self._sets[node.rate_limit.path] = self._limit_set(node.rate_limit)
+        for each in _below(node):
+            self._prepare(each)
+
+    def _limit_set(self, limit: FileLimit) -> LimitSet:
+        assert limit.limit is not None
+        # '/' stands in no tier's name, so no rule of the policy shares these counters.
+        return LimitSet(
+            f"envoy/{self.domain}/{limit.path}",
+            Algorithm.FIXED_WINDOW,
+            (limit.limit,),
+            rule=limit.path,
+            tier=self.domain,
+        )
+
+    def _make_override(self, keys: tuple[str, ...], amount: int, unit: int, multiplier: int) -> FileLimit:
+        seconds = UNITS_S.get(unit, 0) * multiplier
+        if not 1 <= seconds <= MAX_WINDOW_US // US_PER_S or amount > MAX_AMOUNT:
+            raise CallRefused(
+                Status.INVALID_ARGUMENT,
+                f"a limit of {amount} requests for each {multiplier} of unit {unit} came with a descriptor: "
+                f"send 0 to {MAX_AMOUNT}, a unit of {min(UNITS_S)} to {max(UNITS_S)}, and at most 366 days",
+            )
+        return FileLimit(window_limit(amount, unit, multiplier), f"sent along: {', '.join(clip(key) for key in keys)}")
+
+
+def _counted(settled: Settled) -> Decision | None:
+    """What was counted, of a shadow rule too; None where nothing was."""
+    outcome = settled.watched[0] if settled.watched else settled.outcome
+    return outcome if isinstance(outcome, Decision) else None
+
+
+def _emptied(settled: Settled, counted: Decision) -> Settled:
+    """The same, with nothing left."""
+    empty = msgspec.structs.replace(counted, remaining=0)
+    return Settled(settled.outcome, (empty,)) if settled.watched else Settled(empty)
+
+
+def _refusal(limits: LimitSet, shadow: bool) -> Decision:
+    """The answer of a limit of 0, for which nothing has to be counted."""
+    limit: Limit = limits.limits[0]
+    return Decision(shadow, limit, 0, limit.window_us, 0 if shadow else None, 0, limits)
+
+
+def _below(node: Node) -> Iterable[Node]:
+    yield from node.exact.values()
+    yield from (each for _, _, each in node.wildcards)
+    yield from node.any_value.values()

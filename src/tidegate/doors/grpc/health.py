@@ -1,0 +1,93 @@
+"""`grpc.health.v1.Health`: whether this instance is to be asked. It is while it can decide, degraded or not, until it drains."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final
+
+from google.protobuf.message import DecodeError
+
+from tidegate.doors.grpc.messages import NOT_SERVING, SERVICE_UNKNOWN, SERVING, HealthCheckRequest, HealthCheckResponse
+from tidegate.doors.grpc.status import CallRefused, Status
+
+SERVICES: Final = ("", "envoy.service.ratelimit.v3.RateLimitService", "grpc.health.v1.Health")
+"""What can be asked about; the empty name is the whole server."""
+
+MAX_WATCHERS: Final = 1000
+
+
+class HealthService:
+    """Answers checks at once, and tells watchers of every change.
+
+    Args:
+        send: hands a watcher, by the id of its call, one message; returns whether it could.
+    """
+
+    def __init__(self, send: Callable[[int, bytes], bool]) -> None:
+        self._send = send
+        self._serving = True
+        self._watchers: dict[int, str] = {}
+
+    def check(self, payload: bytes) -> bytes:
+        """Answer `Check`.
+
+        Args:
+            payload: a `HealthCheckRequest`.
+
+        Returns:
+            A `HealthCheckResponse`.
+
+        Raises:
+            CallRefused: if the message is none, or the service is unknown.
+        """
+        service = _service(payload)
+        if service not in SERVICES:
+            raise CallRefused(Status.NOT_FOUND, f"service {service[:80]!r} is unknown: ask for {SERVICES[1]!r}, or for ''")
+        return self._told(service)
+
+    def watch(self, call_id: int, payload: bytes) -> None:
+        """Begin a `Watch`: tell the state now, and again whenever it changes.
+
+        Args:
+            call_id: of the stream.
+            payload: a `HealthCheckRequest`.
+
+        Raises:
+            CallRefused: if the message is none, or too many watch already.
+        """
+        service = _service(payload)
+        if len(self._watchers) >= MAX_WATCHERS:
+            raise CallRefused(Status.RESOURCE_EXHAUSTED, f"{MAX_WATCHERS} calls watch already: use Check")
+        self._watchers[call_id] = service
+        self._send(call_id, self._told(service))
+
+    def forget(self, call_id: int) -> None:
+        """End a `Watch` whose client has gone.
+
+        Args:
+            call_id: of the stream.
+        """
+        self._watchers.pop(call_id, None)
+
+    def drain(self) -> list[int]:
+        """Say NOT_SERVING from now on.
+
+        Returns:
+            The streams that watch.
+        """
+        self._serving = False
+        for call_id, service in self._watchers.items():
+            self._send(call_id, self._told(service))
+        return list(self._watchers)
+
+    def _told(self, service: str) -> bytes:
+        state = (SERVING if self._serving else NOT_SERVING) if service in SERVICES else SERVICE_UNKNOWN
+        told: bytes = HealthCheckResponse(status=state).SerializeToString()
+        return told
+
+
+def _service(payload: bytes) -> str:
+    try:
+        return str(HealthCheckRequest.FromString(payload).service)
+    except DecodeError:
+        raise CallRefused(Status.INVALID_ARGUMENT, "the message is no grpc.health.v1.HealthCheckRequest") from None

@@ -1,0 +1,157 @@
+"""The seam to the HTTP/2 server: pygrpc-native, whose threads hand whole calls to the event loop and take answers from it.
+
+It was chosen by measurement; docs/dependencies.md has the figures. HTTP/2, flow control and the bounds of floods are its
+work (the Rust crates hyper and h2), outside the interpreter's lock; a burst of calls costs the loop one wake-up.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from typing import Final
+
+from pygrpc_native import EVENT_CALL, EVENT_CANCEL, STREAM_SENT, NativeGrpcFront
+
+from tidegate.doors.grpc.health import HealthService
+from tidegate.doors.grpc.service import RateLimitService
+from tidegate.doors.grpc.status import CallRefused, Status
+from tidegate.errors import SettingsError
+from tidegate.settings import join_address
+
+logger = logging.getLogger(__name__)
+
+MAX_STREAMS: Final = 256
+"""Calls at once on one connection; Envoy opens another one for more. The server buffers up to 4 MB of each."""
+
+MAX_METADATA_BYTES: Final = 16 * 1024
+KEEPALIVE_S: Final = 60
+"""A connection that says nothing for so long is asked whether it lives, and closed if it does not answer within 20 s."""
+
+SHOULD_RATE_LIMIT, CHECK, WATCH = 0, 1, 2
+_METHODS: Final = (
+    ("/envoy.service.ratelimit.v3.RateLimitService/ShouldRateLimit", False),
+    ("/grpc.health.v1.Health/Check", False),
+    ("/grpc.health.v1.Health/Watch", True),
+)
+_AT_ONCE: Final = 64
+
+
+class GrpcListener:
+    """The two services on one address.
+
+    Args:
+        service: answers Envoy.
+        host: address to listen at.
+        port: 1 to 65535.
+        shares_port: listen although others do at the same address, as workers do.
+
+    Attributes:
+        in_flight: calls being answered; streams that watch do not count.
+        answered: calls answered so far.
+    """
+
+    def __init__(self, service: RateLimitService, host: str, port: int, shares_port: bool = False) -> None:
+        self.in_flight = 0
+        self.answered = 0
+        self._service = service
+        self._health = HealthService(self._send)
+        self._address = join_address(host, port)
+        self._shares_port = shares_port
+        self._front: NativeGrpcFront | None = None
+        self._loop = asyncio.get_running_loop()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._hearing: threading.Thread | None = None
+
+    def start(self) -> None:
+        """Listen.
+
+        Raises:
+            SettingsError: if the address cannot be had.
+        """
+        try:
+            self._front = NativeGrpcFront(
+                self._address,
+                list(_METHODS),
+                io_threads=1,
+                keepalive_time_ms=KEEPALIVE_S * 1000,
+                max_concurrent_streams=MAX_STREAMS,
+                max_metadata_size=MAX_METADATA_BYTES,
+                reuse_port=self._shares_port,
+            )
+            self._front.start()
+        except OSError as error:
+            raise SettingsError(f"server.grpc = {self._address!r} cannot be listened at: {error.strerror or error}") from None
+        self._hearing = threading.Thread(target=self._hear, args=(self._front,), name="tidegate-grpc", daemon=True)
+        self._hearing.start()
+
+    def drain(self) -> None:
+        """Say NOT_SERVING to who asks and who watches; calls are answered as before."""
+        front = self._front
+        if front is not None:
+            for call_id in self._health.drain():
+                front.stream_end(call_id)
+
+    async def stop(self, timeout_s: float) -> None:
+        """Answer what is in flight, and take no more.
+
+        Args:
+            timeout_s: how long to wait.
+        """
+        front, self._front = self._front, None
+        if front is None:
+            return
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=timeout_s)
+        for task in self._tasks:
+            task.cancel()
+        # In a thread: closing waits for the server's own threads.
+        await asyncio.to_thread(front.close)
+        if self._hearing is not None:
+            await asyncio.to_thread(self._hearing.join, 5)
+
+    def _hear(self, front: NativeGrpcFront) -> None:
+        """In a thread of its own: pass calls to the loop until the server is closed."""
+        while (events := front.recv_batch(_AT_ONCE)) is not None:
+            try:
+                self._loop.call_soon_threadsafe(self._take, front, events)
+            except RuntimeError:  # the loop was closed without a stop
+                front.close()
+                return
+
+    def _take(self, front: NativeGrpcFront, events: list[tuple[int, int, int, bytes | None, bytes | str | None]]) -> None:
+        for kind, call_id, method, payload, _ in events:
+            if kind == EVENT_CANCEL:
+                self._health.forget(call_id)
+            elif kind == EVENT_CALL and payload is not None:
+                if method == SHOULD_RATE_LIMIT:
+                    task = self._loop.create_task(self._answer(front, call_id, payload))
+                    self._tasks.add(task)
+                    task.add_done_callback(self._tasks.discard)
+                else:
+                    self._tell_health(front, call_id, method, payload)
+
+    async def _answer(self, front: NativeGrpcFront, call_id: int, payload: bytes) -> None:
+        self.in_flight += 1
+        try:
+            front.respond(call_id, await self._service.answer(payload))
+        except CallRefused as refused:
+            front.fail(call_id, refused.status, refused.message)
+        except Exception:
+            logger.exception("a gRPC call met a fault that nobody foresaw")
+            front.fail(call_id, Status.INTERNAL, "this call met a fault of the limiter: see its log")
+        finally:
+            self.in_flight -= 1
+            self.answered += 1
+
+    def _tell_health(self, front: NativeGrpcFront, call_id: int, method: int, payload: bytes) -> None:
+        try:
+            if method == CHECK:
+                front.respond(call_id, self._health.check(payload))
+            else:
+                self._health.watch(call_id, payload)
+        except CallRefused as refused:
+            front.fail(call_id, refused.status, refused.message)
+
+    def _send(self, call_id: int, payload: bytes) -> bool:
+        return self._front is not None and self._front.stream_try_send(call_id, payload) == STREAM_SENT

@@ -1,0 +1,134 @@
+"""What a request's checks came to, as a `RateLimitResponse`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, Final
+
+import msgspec
+
+from tidegate.decision import Decision
+from tidegate.doors.answers import encode, error_body, exceeded_body, limit_headers
+from tidegate.doors.grpc.messages import OK, OVER_LIMIT, RateLimitResponse
+from tidegate.doors.grpc.units import MONTH, unit_of
+from tidegate.errors import StoreUnavailable, TidegateError
+from tidegate.limits import US_PER_S
+from tidegate.together import Plan, Settled
+
+MOST_REMAINING: Final = 2**32 - 1
+_JSON: Final = ("content-type", "application/json")
+
+
+class Part(msgspec.Struct, frozen=True, gc=False):
+    """What one descriptor comes to before anything is charged.
+
+    Args:
+        plan: what is to be decided, or why it cannot be; None where nothing limits the descriptor.
+        cost: units; 0 looks only.
+        name: what its limit is called; empty for the name of the rule.
+        unlimited: whether it was said that nothing limits it.
+    """
+
+    plan: Plan | TidegateError | None
+    cost: int
+    name: str = ""
+    unlimited: bool = False
+
+
+def reply(parts: Sequence[Part], settled: Iterable[Settled]) -> bytes:
+    """Render a request's answer. Its headers are those of the descriptor that denied first, else of the one with the least left.
+
+    Args:
+        parts: one for each descriptor, in order.
+        settled: for each part that has a plan, what became of it.
+
+    Returns:
+        A `RateLimitResponse`.
+    """
+    outcomes = iter(settled)
+    message = RateLimitResponse(overall_code=OK)
+    denial: Decision | TidegateError | None = None
+    least: Decision | None = None
+    for part in parts:
+        status = message.statuses.add(code=OK)
+        if part.plan is None:
+            if part.unlimited:
+                status.limit_remaining = MOST_REMAINING
+            continue
+        each = next(outcomes)
+        outcome = each.outcome
+        if isinstance(outcome, TidegateError):
+            status.code = OVER_LIMIT
+            if not isinstance(denial, Decision):
+                denial = denial or outcome
+            continue
+        shown = _shown(outcome, each)
+        _tell_limit(status, shown, part.name)
+        passes = outcome.allowed and not (part.cost == 0 and outcome.remaining == 0)
+        if not passes:
+            status.code = OVER_LIMIT
+            denial = denial or outcome
+        if shown.remaining is not None and (least is None or shown.remaining < (least.remaining or 0)):
+            least = shown
+    if denial is None:
+        if least is not None:
+            _add_headers(message, limit_headers(least))
+    elif isinstance(denial, Decision):
+        message.overall_code = OVER_LIMIT
+        _add_headers(message, [*limit_headers(denial), _JSON])
+        message.raw_body = encode(exceeded_body(denial))
+    else:
+        _deny(message, denial)
+    rendered: bytes = message.SerializeToString()
+    return rendered
+
+
+def denied(error: TidegateError) -> bytes:
+    """Deny a request that could not be read.
+
+    Args:
+        error: why.
+
+    Returns:
+        A `RateLimitResponse`.
+    """
+    message = RateLimitResponse()
+    _deny(message, error)
+    rendered: bytes = message.SerializeToString()
+    return rendered
+
+
+def _deny(message: Any, error: TidegateError) -> None:
+    message.overall_code = OVER_LIMIT
+    _add_headers(message, [("x-tidegate-error", error.code), _JSON])
+    message.raw_body = encode(error_body(error))
+
+
+def _shown(outcome: Decision, settled: Settled) -> Decision:
+    """Whose figures are told: those of a shadow rule where there are no others."""
+    if outcome.binding is None and settled.watched:
+        watched = settled.watched[0]
+        if not isinstance(watched, StoreUnavailable):
+            return watched
+    return outcome
+
+
+def _tell_limit(status: Any, decision: Decision, name: str) -> None:
+    binding = decision.binding
+    if binding is None:
+        return
+    limit = status.current_limit
+    limit.requests_per_unit = min(binding.amount, MOST_REMAINING)
+    limit.unit, multiplier = (MONTH, 1) if binding.calendar_month else unit_of(binding.window_us)
+    if multiplier > 1:
+        limit.unit_multiplier.value = multiplier
+    limit.name = name or decision.rule or ""
+    status.limit_remaining = min(decision.remaining or 0, MOST_REMAINING)
+    seconds, us = divmod(decision.reset_after_us, US_PER_S)
+    status.duration_until_reset.seconds = seconds
+    status.duration_until_reset.nanos = us * 1000
+
+
+def _add_headers(message: Any, headers: Iterable[tuple[str, str]]) -> None:
+    for key, value in headers:
+        message.response_headers_to_add.add(key=key, value=value)

@@ -1,0 +1,199 @@
+"""`ShouldRateLimit`: bytes to checks, decisions to bytes.
+
+Descriptors of the domain `[envoy] domain` are checks under the policy where they have a path, else for its rules for descriptors;
+they are charged all or none. Descriptors of a domain from `[envoy] config` are counted as that file says, each on its own. Those
+of any other domain pass, and the log says so.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any, Final, Protocol
+
+from google.protobuf.message import DecodeError
+
+from tidegate.decision import Check, Observation, clip
+from tidegate.doors.grpc.messages import RateLimitRequest
+from tidegate.doors.grpc.replies import Part, denied, reply
+from tidegate.doors.grpc.status import CallRefused, Status
+from tidegate.errors import BadRequest, CatalogUnavailable, RequestTooLarge, TidegateError
+from tidegate.gate import Gate
+from tidegate.settings import EnvoySettings
+from tidegate.together import Settled
+
+logger = logging.getLogger(__name__)
+
+MAX_MESSAGE_BYTES: Final = 1024 * 1024
+"""Far beyond the 60 KB of headers that Envoy lets through by default: what a client sends is denied, not lost."""
+
+MAX_DESCRIPTORS: Final = 100
+MAX_ENTRIES: Final = 64
+
+_TOLD_DOMAINS: Final = 100
+
+Entries = list[tuple[str, str]]
+SentLimit = tuple[int, int, int]
+"""Requests, unit and how many units, of a limit that Envoy sends along."""
+
+
+class DomainLimits(Protocol):
+    """What counts the descriptors of one domain."""
+
+    def parts(self, asked: list[tuple[Entries, int, SentLimit | None]]) -> list[Part]:
+        """Find out what each descriptor of a request is held against.
+
+        Args:
+            asked: of each its entries, its cost, and the limit that Envoy sent along, if it did.
+
+        Returns:
+            One part for each.
+        """
+        ...
+
+    async def settle(self, gate: Gate, parts: list[Part]) -> list[Settled]:
+        """Decide and charge.
+
+        Args:
+            gate: decides.
+            parts: of one request.
+
+        Returns:
+            For each part that has a plan, what became of it.
+        """
+        ...
+
+
+class RateLimitService:
+    """Answers `ShouldRateLimit`.
+
+    Args:
+        gate: decides.
+        settings: how descriptors are read.
+        observe: is told of what was refused before the gate.
+
+    Attributes:
+        domains: what counts the descriptors of other domains than the policy's; may be exchanged at any time.
+    """
+
+    def __init__(self, gate: Gate, settings: EnvoySettings, observe: Callable[[Observation], None] | None = None) -> None:
+        self._gate = gate
+        self._domain = settings.domain
+        self._names: Final[Mapping[str, str]] = {
+            settings.api_key_entry: "api_key",
+            settings.method_entry: "method",
+            settings.path_entry: "path",
+            settings.ip_entry: "ip",
+        }
+        self._path_entry = settings.path_entry
+        self._observe = observe
+        self._told: set[str] = set()
+        self.domains: Mapping[str, DomainLimits] = {}
+
+    async def answer(self, payload: bytes) -> bytes:
+        """Answer one request.
+
+        Args:
+            payload: a `RateLimitRequest`.
+
+        Returns:
+            A `RateLimitResponse`.
+
+        Raises:
+            CallRefused: if the request makes no sense (then the gateway is set up wrongly), or the catalog does not answer.
+        """
+        if len(payload) > MAX_MESSAGE_BYTES:
+            return denied(
+                self._seen(RequestTooLarge(f"the request has {len(payload)} bytes: at most {MAX_MESSAGE_BYTES} are read"))
+            )
+        try:
+            request = RateLimitRequest.FromString(payload)
+        except DecodeError:
+            raise self._refused("the message is no envoy.service.ratelimit.v3.RateLimitRequest") from None
+        domain, descriptors = request.domain.decode(errors="replace"), request.descriptors
+        if not domain:
+            raise self._refused("the request has no domain: name one in Envoy's filter, as [envoy] domain has it")
+        if not 1 <= len(descriptors) <= MAX_DESCRIPTORS:
+            raise self._refused(f"the request has {len(descriptors)} descriptors: send 1 to {MAX_DESCRIPTORS}")
+        limits = self.domains.get(domain)
+        if limits is not None:
+            asked = [(*self._entries(each, request), _override(each)) for each in descriptors]
+            parts = limits.parts([(entries, cost, limit) for entries, cost, limit in asked])
+            return reply(parts, await limits.settle(self._gate, parts))
+        if domain != self._domain:
+            self._tell(domain)
+            return reply([Part(None, 0)] * len(descriptors), [])
+        parts = [await self._part(each, request) for each in descriptors]
+        return reply(parts, await self._gate.decide([part.plan for part in parts if part.plan is not None]))
+
+    async def _part(self, descriptor: Any, request: Any) -> Part:
+        """The check that a descriptor of the policy's domain is."""
+        if descriptor.HasField("limit"):
+            raise self._refused(
+                f"a limit came with a descriptor of domain {self._domain!r}, where the policy has the limits: "
+                "leave it out, or use a domain of [envoy] config"
+            )
+        cost = 0
+        try:
+            entries, cost = self._entries(descriptor, request)
+            named: dict[str, object] = {"cost": cost}
+            for key, value in entries:
+                field = self._names.get(key)
+                if field is None:
+                    continue
+                if field in named:
+                    # Of two, the gateway and the backend may mean different ones.
+                    raise BadRequest(f"the entry {key!r} came twice in one descriptor: send one", field=field)
+                named[field] = value
+            if "path" not in named:
+                api_key = named.get("api_key") or None
+                # Of two entries with one key the first counts.
+                by_key = dict(reversed(entries))
+                return Part(await self._gate.plan_entries(by_key, None if api_key is None else str(api_key), cost), cost)
+            return Part(await self._gate.plan(Check.of(**named)), cost)
+        except CatalogUnavailable as error:
+            self._seen(error)
+            raise CallRefused(Status.UNAVAILABLE, error.message) from None
+        except TidegateError as error:
+            return Part(error, cost)
+
+    def _entries(self, descriptor: Any, request: Any) -> tuple[Entries, int]:
+        """The entries of a descriptor as text, and its cost."""
+        if descriptor.is_negative_hits:
+            raise CallRefused(Status.UNIMPLEMENTED, "negative hits came: nothing is given back; send hits of 0 or more")
+        if len(descriptor.entries) > MAX_ENTRIES:
+            raise self._refused(f"a descriptor has {len(descriptor.entries)} entries: at most {MAX_ENTRIES} are read")
+        # "Not given" is 1 for the request's own, for compatibility's sake in that protocol; a descriptor's own may be 0.
+        cost = descriptor.hits_addend.value if descriptor.HasField("hits_addend") else max(request.hits_addend, 1)
+        # What is not UTF-8 becomes lone surrogates: distinct, and refused where text is needed.
+        return [
+            (entry.key.decode(errors="surrogateescape"), entry.value.decode(errors="surrogateescape"))
+            for entry in descriptor.entries
+        ], cost
+
+    def _tell(self, domain: str) -> None:
+        if domain not in self._told and len(self._told) < _TOLD_DOMAINS:
+            self._told.add(domain)
+            logger.warning(
+                "descriptors of domain %s are not limited: it is neither [envoy] domain (%r) nor in [envoy] config",
+                clip(domain),
+                self._domain,
+            )
+
+    def _refused(self, message: str) -> CallRefused:
+        self._seen(BadRequest(message))
+        return CallRefused(Status.INVALID_ARGUMENT, message)
+
+    def _seen(self, error: TidegateError) -> TidegateError:
+        """Tell telemetry of an error that the gate will not see."""
+        if self._observe is not None:
+            self._observe(Observation(None, error.code, 0))
+        return error
+
+
+def _override(descriptor: Any) -> SentLimit | None:
+    if not descriptor.HasField("limit"):
+        return None
+    limit = descriptor.limit
+    multiplier = limit.unit_multiplier.value if limit.HasField("unit_multiplier") else 1
+    return limit.requests_per_unit, limit.unit, multiplier

@@ -1,0 +1,40 @@
+"""What the HTTP doors refuse before anything is decided, and what they answer where they themselves are at fault."""
+
+from __future__ import annotations
+
+from tidegate.errors import TidegateError
+
+
+class NotFound(TidegateError):
+    """There is nothing at this path."""
+
+    code = "NOT_FOUND"
+    status = 404
+
+
+class MethodNotAllowed(TidegateError):
+    """The path is there, the method is not."""
+
+    code = "METHOD_NOT_ALLOWED"
+    status = 405
+
+
+class BodyTooSlow(TidegateError):
+    """The body did not arrive in time."""
+
+    code = "REQUEST_TIMEOUT"
+    status = 408
+
+
+class HeadersTooLarge(TidegateError):
+    """The headers are larger than any check needs."""
+
+    code = "HEADERS_TOO_LARGE"
+    status = 431
+
+
+class Unforeseen(TidegateError):
+    """A fault of ours; the log says more."""
+
+    code = "INTERNAL"
+    status = 503

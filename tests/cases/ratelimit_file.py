@@ -1,0 +1,196 @@
+"""A configuration of envoyproxy/ratelimit, and what that program answers: the same table runs against it and against Tidegate.
+
+Where the two differ, `OURS` says so; it has one entry for each difference that docs/envoy.md tells.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+DOMAIN = "peer"
+CONFIG = """\
+# comments stay
+domain: peer
+descriptors:
+  - key: database
+    value: users
+    rate_limit:
+      unit: hour
+      requests_per_unit: 3
+  - key: database
+    value: default
+    rate_limit: {unit: DAY, requests_per_unit: 2}
+  - key: to_number
+    rate_limit:
+      unit: week
+      requests_per_unit: 2
+  - key: message_type
+    value: marketing
+    descriptors:
+      - key: to_number
+        rate_limit: {unit: month, requests_per_unit: 1}
+      - key: to_number
+        value: "42"
+        rate_limit: {unit: year, requests_per_unit: 3}
+  - key: path
+    value: /files/*
+    rate_limit: {unit: hour, requests_per_unit: 2}
+  - key: path
+    value: /files/deep/*
+    rate_limit: {unit: hour, requests_per_unit: 9}
+  - key: shared
+    value: a*
+    share_threshold: true
+    rate_limit: {unit: hour, requests_per_unit: 2}
+    descriptors:
+      - key: user
+        rate_limit: {unit: hour, requests_per_unit: 2}
+  - key: banned
+    rate_limit: {unit: hour, requests_per_unit: 0}
+  - key: watched
+    shadow_mode: true
+    rate_limit: {unit: hour, requests_per_unit: 1}
+  - key: free
+    rate_limit: {unlimited: true}
+  - key: category
+    value: read
+    rate_limit: {name: reads, unit: hour, requests_per_unit: 2}
+  - key: endpoint
+    value: /heavy
+    detailed_metric: true
+    rate_limit:
+      unit: hour
+      requests_per_unit: 5
+      replaces: [{name: reads}, {name: nobody}]
+  - key: nested
+    descriptors:
+      - key: only
+        rate_limit: {unit: hour, requests_per_unit: 1}
+  - key: hits
+    value_to_metric: true
+    rate_limit: {unit: hour, requests_per_unit: 10}
+"""
+
+OK, OVER = 1, 2
+MAX = 2**32 - 1
+Entries = tuple[tuple[str, str], ...]
+
+
+class Step(msgspec.Struct, frozen=True):
+    """One request, and what comes back.
+
+    Args:
+        descriptors: of the request.
+        code: overall.
+        statuses: code and what is left, of each descriptor.
+        hits: of the request, 0 where not given.
+        own_hits: of each descriptor.
+        limit: requests and unit of the first status, where they are to be looked at.
+    """
+
+    descriptors: tuple[Entries, ...]
+    code: int
+    statuses: tuple[tuple[int, int], ...]
+    hits: int = 0
+    own_hits: tuple[int | None, ...] = ()
+    limit: tuple[int, int] | None = None
+
+
+def _one(*entries: tuple[str, str], code: int = OK, left: int = 0, **more: object) -> Step:
+    return Step((entries,), code, ((code, left),), **more)  # type: ignore[arg-type]
+
+
+STEPS: dict[str, tuple[Step, ...]] = {
+    "a value": (
+        _one(("database", "users"), left=2, limit=(3, 3)),
+        _one(("database", "users"), left=1),
+        _one(("database", "users"), left=0),
+        _one(("database", "users"), code=OVER, left=0, limit=(3, 3)),
+        _one(("database", "default"), left=1, limit=(2, 4)),
+        _one(("database", "other")),
+    ),
+    "a key alone counts each value": (
+        _one(("to_number", "1"), left=1, limit=(2, 7)),
+        _one(("to_number", "2"), left=1),
+        _one(("to_number", "1"), left=0),
+        _one(("to_number", "1"), code=OVER),
+        _one(("to_number", ""), left=1),
+    ),
+    "nested": (
+        _one(("message_type", "marketing"), ("to_number", "1"), left=0, limit=(1, 5)),
+        _one(("message_type", "marketing"), ("to_number", "1"), code=OVER),
+        _one(("message_type", "marketing"), ("to_number", "42"), left=2, limit=(3, 6)),
+        _one(("message_type", "marketing")),
+        _one(("message_type", "other"), ("to_number", "1")),
+        _one(("to_number", "7"), ("more", "x")),
+        _one(("nested", "x")),
+        _one(("nested", "x"), ("only", "y"), left=0),
+        _one(("nested", "x"), ("only", "y"), code=OVER),
+        _one(("nested", "z"), ("only", "y"), left=0),
+    ),
+    "wildcards: the first in the file, each value for itself": (
+        _one(("path", "/files/a"), left=1, limit=(2, 3)),
+        _one(("path", "/files/b"), left=1),
+        _one(("path", "/files/deep/a"), left=1, limit=(2, 3)),
+        _one(("path", "/other")),
+        _one(
+            ("path", "/files"),
+        ),
+    ),
+    "wildcards whose values share": (
+        _one(("shared", "a1"), left=1),
+        _one(("shared", "a2"), left=0),
+        _one(("shared", "a3"), code=OVER),
+        _one(("shared", "a1"), ("user", "u"), left=1),
+        _one(("shared", "a2"), ("user", "u"), left=0),
+        _one(("shared", "a2"), ("user", "v"), left=1),
+        _one(("shared", "b")),
+    ),
+    "0, shadow, unlimited": (
+        _one(("banned", "x"), code=OVER, limit=(0, 3)),
+        _one(("watched", "x"), left=0, limit=(1, 3)),
+        _one(("watched", "x"), left=0),
+        _one(("free", "x"), left=MAX),
+        _one(("unknown", "x")),
+    ),
+    "replaces": (
+        Step(((("category", "read"),), (("endpoint", "/heavy"),)), OK, ((OK, 0), (OK, 4))),
+        _one(("category", "read"), left=1),
+        Step(((("category", "read"),), (("endpoint", "/light"),)), OK, ((OK, 0), (OK, 0))),
+        Step(((("category", "read"),), (("endpoint", "/heavy"),)), OK, ((OK, 0), (OK, 3))),
+        Step(((("category", "read"),), (("endpoint", "/light"),)), OVER, ((OVER, 0), (OK, 0))),
+    ),
+    "several descriptors are counted each on its own, also when the request is denied": (
+        Step(((("banned", "x"),), (("to_number", "several"),)), OVER, ((OVER, 0), (OK, 1))),
+        Step(((("banned", "x"),), (("to_number", "several"),)), OVER, ((OVER, 0), (OK, 0))),
+        Step(((("banned", "x"),), (("to_number", "several"),)), OVER, ((OVER, 0), (OVER, 0))),
+    ),
+    "hits": (
+        _one(("hits", "a"), left=7, hits=3),
+        _one(("hits", "a"), left=5, hits=9, own_hits=(2,)),
+        _one(("hits", "a"), left=5, own_hits=(0,)),
+        _one(("hits", "a"), code=OVER, left=0, hits=6),
+        _one(("hits", "a"), code=OVER, left=0),
+        _one(("hits", "a"), code=OVER, left=0, own_hits=(0,)),
+    ),
+    "hits that do not fit take what is left": (
+        _one(("hits", "part"), left=2, hits=8),
+        _one(("hits", "part"), code=OVER, left=0, hits=5),
+        _one(("hits", "part"), code=OVER, left=0),
+    ),
+    "a value that looks like the entries' own signs": (
+        _one(("hits", "a&hits=b"), left=9),
+        _one(("hits", "a%26hits%3Db"), left=9),
+        _one(("hits", "x" * 5000), left=9),
+        _one(("hits", "x" * 5001), left=9),
+        _one(("hits", "x" * 5000), left=8),
+    ),
+}
+
+OURS: dict[str, tuple[Step, ...]] = {
+    # There: OK until something more was asked for. Here a look says what the next request will be told.
+    "a look where exactly nothing is left": (
+        _one(("hits", "exact"), left=0, hits=10),
+        _one(("hits", "exact"), code=OVER, left=0, own_hits=(0,)),
+    ),
+}

@@ -1,0 +1,244 @@
+"""Configurations of envoyproxy/ratelimit: what they count, beside that program itself where it is there; and what is refused."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+
+from tests.cases.ratelimit_file import CONFIG, DOMAIN, OURS, STEPS, Step
+from tests.conftest import Clock, Serve
+from tests.integration.rls import ask, caller, headers, request
+from tests.servers.ratelimit_peer import RateLimitPeer
+from tidegate.catalog.cached import CachedCatalog
+from tidegate.catalog.policy_file import PolicyCatalog, parse_policy
+from tidegate.counters.memory import MemoryCounters
+from tidegate.counters.redis.store import RedisCounters
+from tidegate.decision import Observation
+from tidegate.doors.grpc.domains import FileDomain
+from tidegate.doors.grpc.messages import OK, OVER_LIMIT, RateLimitResponse
+from tidegate.doors.grpc.ratelimit_file import load_ratelimit, parse_ratelimit
+from tidegate.doors.grpc.service import RateLimitService
+from tidegate.doors.grpc.status import CallRefused
+from tidegate.errors import PolicyError
+from tidegate.gate import Gate
+from tidegate.settings import EnvoySettings
+
+
+def _sent(step: Step) -> Any:
+    return request(*step.descriptors, domain=DOMAIN, hits=step.hits, own_hits=step.own_hits)
+
+
+def _compare(step: Step, response: Any) -> None:
+    assert response.overall_code == step.code, step
+    assert tuple((each.code, each.limit_remaining) for each in response.statuses) == step.statuses, step
+    if step.limit is not None:
+        limit = response.statuses[0].current_limit
+        assert (limit.requests_per_unit, limit.unit) == step.limit, step
+
+
+def _service(counters: Any, seen: list[Observation] | None = None) -> RateLimitService:
+    policy = parse_policy('[[tiers]]\nname = "x"\nlimits = ["1/day"]\n')
+    observe = None if seen is None else seen.append
+    service = RateLimitService(Gate(CachedCatalog(PolicyCatalog(policy)), counters, observe), EnvoySettings())
+    service.domains = {each.domain: FileDomain(each) for each in parse_ratelimit([("config.yaml", CONFIG)])}
+    return service
+
+
+@pytest.mark.parametrize("name", [*STEPS, *OURS])
+@pytest.mark.parametrize("store", ["memory", "redis"])
+async def test_counts_as_the_file_says(name: str, store: str, clock: Clock, request: pytest.FixtureRequest) -> None:
+    if store == "memory":
+        counters: Any = MemoryCounters(clock=clock)
+    else:
+        server = request.getfixturevalue("new_redis")()
+        counters = RedisCounters(server.url, 5)
+    service = _service(counters)
+    try:
+        for step in {**STEPS, **OURS}[name]:
+            _compare(step, RateLimitResponse.FromString(await service.answer(_sent(step).SerializeToString())))
+    finally:
+        await counters.close()
+
+
+@pytest.fixture(scope="module")
+def peer(redis_server: Any) -> Iterator[str]:
+    with RateLimitPeer(CONFIG, redis_server) as running:
+        yield running.address
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_the_peer_answers_the_same(name: str, peer: str) -> None:
+    with grpc.insecure_channel(peer) as channel:
+        call = caller(channel)
+        for step in STEPS[name]:
+            _compare(step, call(_sent(step), timeout=10))
+
+
+async def test_windows_begin_at_the_epoch_and_telemetry_knows_the_domain(clock: Clock, seen: list[Observation]) -> None:
+    service = _service(MemoryCounters(clock=clock), seen)
+    entries = (("database", "users"),)
+    sent = request(entries, domain=DOMAIN).SerializeToString()
+    answers = [RateLimitResponse.FromString(await service.answer(sent)) for _ in range(4)]
+    hour_s = 3600 - clock.now_us // 1_000_000 % 3600
+    assert answers[3].statuses[0].duration_until_reset.seconds == hour_s
+    assert headers(answers[3])["retry-after"] == str(hour_s)
+    clock.advance(hour_s - 0.001)
+    assert RateLimitResponse.FromString(await service.answer(sent)).overall_code == OVER_LIMIT
+    clock.advance(0.001)
+    assert RateLimitResponse.FromString(await service.answer(sent)).overall_code == OK
+    decided = [each.decision for each in seen if each.decision is not None]
+    assert {(each.tier, each.rule) for each in decided} == {("peer", "database=users")}
+    assert [each.denied_by is not None for each in seen] == [False, False, False, True, True, False]
+    watched = request((("watched", "x"),), domain=DOMAIN).SerializeToString()
+    for _ in range(2):
+        await service.answer(watched)
+    assert [each.shadow_denied for each in seen[-2:]] == [(), ("watched",)]
+
+
+async def test_a_limit_that_envoy_sends_along(clock: Clock) -> None:
+    service = _service(MemoryCounters(clock=clock))
+    sent = request((("to_number", "1"),), domain=DOMAIN)
+    sent.descriptors[0].limit.requests_per_unit, sent.descriptors[0].limit.unit = 1, 1
+    codes = [RateLimitResponse.FromString(await service.answer(sent.SerializeToString())).overall_code for _ in range(2)]
+    assert codes == [OK, OVER_LIMIT]
+    sent.descriptors[0].limit.unit, sent.descriptors[0].limit.unit_multiplier.value = 2, 5
+    answer = RateLimitResponse.FromString(await service.answer(sent.SerializeToString()))
+    limit = answer.statuses[0].current_limit
+    assert (limit.requests_per_unit, limit.unit, limit.unit_multiplier.value) == (1, 2, 5)
+    clock.advance(61)
+    assert RateLimitResponse.FromString(await service.answer(sent.SerializeToString())).overall_code == OVER_LIMIT
+    for unit, multiplier in ((0, 1), (8, 1), (2, 0), (4, 367)):
+        sent.descriptors[0].limit.unit, sent.descriptors[0].limit.unit_multiplier.value = unit, multiplier
+        with pytest.raises(CallRefused, match="at most 366 days"):
+            await service.answer(sent.SerializeToString())
+
+
+HEAD = "domain: d\ndescriptors:\n"
+REFUSED = {
+    "not YAML": ("domain: [\n", 2, "not YAML"),
+    "no mapping": ("- a\n", 1, "mapping of domain"),
+    "empty": ("", 1, "0 documents"),
+    "two documents": ("domain: a\n---\ndomain: b\n", 1, "one domain into each file"),
+    "no domain": ("descriptors: []\n", 1, "'domain' is missing"),
+    "empty domain": ("domain: ''\n", 1, "domain is empty"),
+    "unknown field": (HEAD + "  - key: a\n    valeu: b\n", 4, "unknown field 'valeu'"),
+    "quota": (HEAD + "  - key: a\n    quota_mode: true\n", 4, "quota_mode is not supported: use shadow_mode"),
+    "no key": (HEAD + "  - value: a\n", 3, "'key' is missing"),
+    "twice": (HEAD + "  - key: a\n  - key: a\n", 4, "stands twice"),
+    "twice with value": (HEAD + "  - {key: a, value: b}\n  - {key: a, value: b}\n", 4, "with value 'b'"),
+    "wildcard twice": (HEAD + "  - {key: a, value: b*}\n  - {key: a, value: b*}\n", 4, "stands twice"),
+    "wildcard key": (HEAD + "  - key: a*\n", 3, "needs a value"),
+    "field twice": (HEAD + "  - key: a\n    key: b\n", 4, "'key' stands twice"),
+    "unit": (HEAD + "  - key: a\n    rate_limit: {unit: fortnight, requests_per_unit: 1}\n", 4, "fortnight"),
+    "no unit": (HEAD + "  - key: a\n    rate_limit: {requests_per_unit: 1}\n", 4, "'unit' is missing"),
+    "no amount": (HEAD + "  - key: a\n    rate_limit: {unit: hour}\n", 4, "0 refuses everything"),
+    "negative": (HEAD + "  - key: a\n    rate_limit: {unit: hour, requests_per_unit: -1}\n", 4, "-1"),
+    "too many": (HEAD + "  - key: a\n    rate_limit: {unit: hour, requests_per_unit: 4000000000}\n", 4, "1000000000"),
+    "unlimited with unit": (HEAD + "  - key: a\n    rate_limit: {unlimited: true, unit: hour}\n", 4, "has no unit"),
+    "flag": (HEAD + "  - key: a\n    shadow_mode: perhaps\n", 4, "true or false"),
+    "share": (HEAD + "  - {key: a, value: b, share_threshold: true}\n", 3, "end in '*'"),
+    "itself": (
+        HEAD + "  - key: a\n    rate_limit: {name: n, replaces: [{name: n}], unit: hour, requests_per_unit: 1}\n",
+        4,
+        "itself",
+    ),
+    "descriptors no list": ("domain: d\ndescriptors: {key: a}\n", 2, "is a list"),
+    "deep": ("domain: d\ndescriptors: " + "[{key: a, descriptors: " * 40 + "[]" + "}]" * 40 + "\n", 2, "more than 32 deep"),
+    "very deep": ("domain: d\ndescriptors: " + "[" * 5000 + "\n", 1, "not YAML"),
+    "laughs": (
+        "domain: d\ndescriptors:\n  - &a {key: k, descriptors: [{key: x}, {key: y}, {key: z}]}\n"
+        + "".join(
+            f"  - &{chr(98 + n)} {{key: k{n}, descriptors: [{{key: a, descriptors: [*{chr(97 + n)}]}}, "
+            f"{{key: b, descriptors: [*{chr(97 + n)}]}}, {{key: c, descriptors: [*{chr(97 + n)}]}}]}}\n"
+            for n in range(12)
+        ),
+        None,
+        "more than 100000 descriptors",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_refused_and_where(name: str, tmp_path: Path) -> None:
+    text, line, said = REFUSED[name]
+    file = tmp_path / "r.yaml"
+    file.write_text(text)
+    with pytest.raises(PolicyError) as refused:
+        load_ratelimit(file)
+    assert said in refused.value.reason
+    assert refused.value.file == str(file)
+    assert line is None or refused.value.line == line
+
+
+def test_a_directory_has_a_domain_in_each_file(tmp_path: Path) -> None:
+    with pytest.raises(PolicyError, match=r"no \.yaml file"):
+        load_ratelimit(tmp_path)
+    (tmp_path / "b.yaml").write_text("domain: b\n")
+    (tmp_path / "a.yml").write_text("domain: a\n")
+    (tmp_path / "notes.txt").write_text("no yaml: [")
+    assert [each.domain for each in load_ratelimit(tmp_path)] == ["a", "b"]
+    (tmp_path / "c.yaml").write_text("domain: a\n")
+    with pytest.raises(PolicyError, match=r"c\.yaml: domain 'a' is that of .*a\.yml too"):
+        load_ratelimit(tmp_path)
+    with pytest.raises(PolicyError, match="cannot be read"):
+        load_ratelimit(tmp_path / "nowhere.yaml")
+
+
+def _check(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "tidegate", "envoy", "check", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_the_command_says_what_the_server_would(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text(CONFIG)
+    told = _check(str(file))
+    assert (told.returncode, told.stdout) == (0, f"{file}: valid: domain peer, 16 limits\n")
+    assert "'detailed_metric' shapes that program's statistics only" in told.stderr
+    assert json.loads(_check(str(file), "--json").stdout)["domains"] == [{"domain": "peer", "limits": 16}]
+    file.write_text(REFUSED["quota"][0])
+    refused = _check(str(file))
+    assert refused.returncode == 2
+    assert f"{file}:4: quota_mode" in refused.stderr
+    assert json.loads(_check(str(file), "--json").stdout)["line"] == 4
+
+
+def test_serve_follows_the_file(serve: Callable[..., Serve], tmp_path: Path) -> None:
+    file = tmp_path / "ratelimit.yaml"
+    text = "domain: d\ndescriptors:\n  - key: k\n    rate_limit: {unit: day, requests_per_unit: %s}\n"
+    file.write_text(text % "2")
+    server = serve("--demo", grpc=True, TIDEGATE_ENVOY__CONFIG=str(file))
+    address = f"127.0.0.1:{server.grpc_port}"
+    sent = request([("k", "v")], domain="d")
+    assert [ask(address, sent).overall_code for _ in range(3)] == [OK, OK, OVER_LIMIT]
+    file.write_text(text % "many")
+    time.sleep(1)
+    assert ask(address, sent).overall_code == OVER_LIMIT
+    file.write_text(text % "5")
+    deadline = time.monotonic() + 10
+    while (answer := ask(address, sent)).overall_code != OK:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    # What was consumed under the old limit still counts.
+    assert answer.statuses[0].limit_remaining == 2
+    _, _, err = server.stop()
+    assert f"{file}:4: requests_per_unit 'many' must be a whole number" in err
+
+
+@pytest.mark.parametrize(
+    ("text", "said"), [("domain: tidegate\n", "domain 'tidegate' is the policy's"), ("domain: [", "ratelimit.yaml:1: not YAML")]
+)
+def test_serve_refuses_a_wrong_file_at_the_start(serve: Callable[..., Serve], tmp_path: Path, text: str, said: str) -> None:
+    file = tmp_path / "ratelimit.yaml"
+    file.write_text(text)
+    code, _, err = serve("--demo", wait=False, grpc=True, TIDEGATE_ENVOY__CONFIG=str(file)).stop_by_itself()
+    assert code == 2
+    assert said in err
