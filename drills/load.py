@@ -9,6 +9,8 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from typing import NamedTuple
 
+from drills.admissions import Admission, admission_of
+from drills.exactness import prove
 from tidegate.breaker import BreakerOptions
 from tidegate.counters import Charge
 from tidegate.counters.guarded import GuardedCounters, GuardOptions
@@ -69,6 +71,8 @@ class Load:
     ) -> None:
         self.amount = amount
         self.seen: list[Seen] = []
+        self.answers: list[Admission] = []
+        """The same, as the checker reads it; answers only."""
         self.counted: dict[str, int] = {}
         """What the store had counted at the end, by subject."""
         self.subjects = [f"subject-{number}" for number in range(subjects)]
@@ -135,6 +139,15 @@ class Load:
         """Units admitted above the limits, all subjects together."""
         return sum(max(count - self.amount, 0) for count in self._admitted().values())
 
+    def excess(self) -> tuple[int, int]:
+        """What the checker finds above the limits, all subjects together.
+
+        Returns:
+            Units of all that was admitted, and of what the store alone admitted.
+        """
+        reports = prove(self.answers, lambda _name, _subject: self.limits)
+        return sum(each.excess_units for each in reports), sum(each.store_excess_units for each in reports)
+
     @property
     def uncounted(self) -> int:
         """Units admitted that the store does not know: lost with a master or a flush."""
@@ -178,7 +191,7 @@ class Load:
         return Counter(each.subject for each in self.seen if each.allowed)
 
     async def _ask(self, store: GuardedCounters, subject: str) -> None:
-        started = time.monotonic()
+        started, sent_us = time.monotonic(), time.time_ns() // 1000
         outcome = (await store.charge([Charge(((self.limits, subject),))]))[0]
         latency_s = time.monotonic() - started
         at_s = started - self._started
@@ -186,6 +199,8 @@ class Load:
             self.seen.append(Seen(at_s, subject, False, True, latency_s, str(outcome.details.get("reason", outcome))))
         else:
             self.seen.append(Seen(at_s, subject, outcome.allowed, outcome.degraded, latency_s, None))
+            # The length of a check by the clock that is not stepped.
+            self.answers.append(admission_of(outcome, subject, 1, sent_us, sent_us + round(latency_s * 1e6)))
 
     async def _happen(self, at_s: float, event: Callable[[], Awaitable[object]]) -> None:
         await asyncio.sleep(at_s)

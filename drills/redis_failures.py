@@ -4,7 +4,8 @@
 
 Three instances ask 900 times a second about 60 subjects, each of which may have fewer units than are asked for; the breaker's
 open time is 2 s, so that a drill is short. `over-admitted` counts units above the limits, all subjects together; while the store
-is well it must be 0. What a subject was admitted by shares is put back, so an outage costs at most the limit once more.
+is well it must be 0. `excess by the checker` is the same figure as `drills.exactness` proves it from what each client saw. What a
+subject was admitted by shares is put back, so an outage costs at most the limit once more.
 """
 
 from __future__ import annotations
@@ -50,12 +51,15 @@ class Result(NamedTuple):
         """By name."""
         load = self.load
         limit = load.amount * len(load.subjects)
+        excess, store_excess = load.excess()
         return {
             "checks": len(load.seen),
             "errors": sum(load.errors.values()),
             "degraded": len(load.degraded),
             "back after, s": max(load.back_after_s - self.event_s, 0.0),
             "over-admitted": load.over_admitted,
+            "excess by the checker": excess,
+            "excess of the store alone": store_excess,
             "over-admitted, % of all limits": 100 * load.over_admitted / limit,
             "admitted and not counted": load.uncounted,
             "counted and not admitted": load.counted_twice,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import socket
 import subprocess
@@ -70,11 +71,21 @@ def gate(clock: Clock, seen: list[Observation]) -> Gate:
 
 
 class Serve:
-    """A `tidegate serve` process of its own, in a directory of its own."""
+    """A `tidegate serve` process of its own, in a directory of its own; at a free port, if none is given.
 
-    def __init__(self, directory: Path, arguments: tuple[str, ...] = (), **environment: str) -> None:
+    What it says is kept in pipes, 64 KiB each, or in the log that is given.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        arguments: tuple[str, ...] = (),
+        port: int | None = None,
+        log: Path | None = None,
+        **environment: str,
+    ) -> None:
         self.directory = directory
-        self.port = free_port()
+        self.port = port or free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.admin_port = free_port()
         self.environment = {
@@ -83,21 +94,25 @@ class Serve:
             "TIDEGATE_SERVER__ADMIN": f"127.0.0.1:{self.admin_port}",
             **environment,
         }
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "tidegate", "serve", *arguments],
-            cwd=directory,
-            env=self.environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        self.log = log
+        with contextlib.ExitStack() as files:
+            said = subprocess.PIPE if log is None else files.enter_context(log.open("ab"))
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "tidegate", "serve", *arguments],
+                cwd=directory,
+                env=self.environment,
+                stdout=said,
+                stderr=said,
+                text=True,
+            )
 
     def wait_ready(self) -> None:
         """Until it answers; fails with what it said if it ends instead."""
         deadline = time.monotonic() + 30
         while time.monotonic() < deadline:
             if self.process.poll() is not None:
-                raise AssertionError(f"serve ended with {self.process.returncode}: {self.process.stderr.read()}")  # type: ignore[union-attr]
+                said = self.log.read_text() if self.log is not None else self.process.stderr.read()  # type: ignore[union-attr]
+                raise AssertionError(f"serve ended with {self.process.returncode}: {said}")
             try:
                 if httpx.get(f"{self.url}/readyz", timeout=1).status_code == 200:
                     return
@@ -106,9 +121,9 @@ class Serve:
         raise AssertionError("serve did not get ready within 30 s")
 
     def stop_by_itself(self) -> tuple[int, str, str]:
-        """Waits until it ends without being told to; returns exit code, stdout, stderr."""
+        """Waits until it ends without being told to; returns exit code, stdout, stderr; of both nothing, where it has a log."""
         out, err = self.process.communicate(timeout=30)
-        return self.process.returncode, out, err
+        return self.process.returncode, out or "", err or ""
 
     def stop(self) -> tuple[int, str, str]:
         """SIGTERM; returns exit code, stdout, stderr."""
@@ -129,7 +144,7 @@ def serve(tmp_path: Path) -> Iterator[Callable[..., Serve]]:
     started: list[Serve] = []
 
     def start(*arguments: str, wait: bool = True, **environment: str) -> Serve:
-        server = Serve(tmp_path, arguments, **environment)
+        server = Serve(tmp_path, arguments, None, None, **environment)
         started.append(server)
         if wait:
             server.wait_ready()

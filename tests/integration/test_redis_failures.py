@@ -36,6 +36,7 @@ async def test_while_it_is_well_exactly_the_limits_are_admitted() -> None:
     assert (load.uncounted, load.counted_twice) == (0, 0)
     admitted = {subject: sum(each.allowed for each in load.seen if each.subject == subject) for subject in load.subjects}
     assert set(admitted.values()) == {load.amount}
+    assert load.excess() == (0, 0)
 
 
 async def test_flushed_scripts_are_loaded_again_within_the_check() -> None:
@@ -51,6 +52,7 @@ async def test_killed_connections_come_back() -> None:
     must_be_back(result)
     assert result.load.degraded
     assert result.load.over_admitted <= most_by_shares(result)
+    assert result.load.excess() == (result.load.over_admitted, 0), "what is too much the shares admitted, not the store"
 
 
 async def test_flushed_counters_begin_anew_and_nothing_else_happens() -> None:
@@ -58,6 +60,7 @@ async def test_flushed_counters_begin_anew_and_nothing_else_happens() -> None:
     must_be_back(result)
     assert not result.load.degraded
     assert 0 < result.load.over_admitted <= result.load.amount * len(result.load.subjects)
+    assert result.load.excess() == (result.load.over_admitted,) * 2, "the checker finds what the store forgot"
 
 
 async def test_a_full_redis_is_a_fallback_and_no_error() -> None:

@@ -20,6 +20,7 @@ class HAProxy(Service):
 
     Args:
         configuration: the whole of haproxy.cfg. It must listen on `port`; `daemon` and `master-worker` must not stand in it.
+            `{directory}` stands for `directory`, where a path must be absolute.
         port: that takes connections when it is ready, choose it with `free_port()`.
         files: further files by name, put into `directory`, in which it is started.
     """
@@ -29,7 +30,7 @@ class HAProxy(Service):
         # Made for root alone; HAProxy may give up being root.
         self.directory.chmod(0o755)
         self.configuration = self.directory / "haproxy.cfg"
-        self.configuration.write_text(configuration)
+        self.configuration.write_text(configuration.replace("{directory}", str(self.directory)))
         for name, text in (files or {}).items():
             (self.directory / name).write_text(text)
 

@@ -53,10 +53,23 @@ class Nginx(Service):
         self.directory.chmod(0o755)
         self.access_log = self.directory / "access.log"
         self.configuration = self.directory / "nginx.conf"
-        user = "user www-data;" if os.geteuid() == 0 else ""
-        self.configuration.write_text(_MAIN.format(user=user, directory=self.directory, level=level, http=http))
+        self._http, self._level = http, level
+        self.add("")
         for name, text in (files or {}).items():
-            (self.directory / name).write_text(text)
+            path = self.directory / name
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(text)
+
+    def add(self, http: str, first: bool = False) -> None:
+        """Let more stand inside `http { … }`; holds from the next start or reload on.
+
+        Args:
+            http: a further file of /etc/nginx/conf.d.
+            first: whether it stands before the others.
+        """
+        self._http = http + self._http if first else self._http + http
+        user = "user www-data;" if os.geteuid() == 0 else ""
+        self.configuration.write_text(_MAIN.format(user=user, directory=self.directory, level=self._level, http=self._http))
 
     def arguments(self) -> Sequence[str]:
         return "-p", str(self.directory), "-c", str(self.configuration), "-e", "stderr"

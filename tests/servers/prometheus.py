@@ -155,6 +155,12 @@ class Service:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.stop()
 
+    @property
+    def pid(self) -> int:
+        """Of the running process."""
+        assert self._process is not None, f"{self.program} does not run"
+        return self._process.pid
+
     def arguments(self) -> Sequence[str]:
         """Of the command line."""
         raise NotImplementedError

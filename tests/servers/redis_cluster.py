@@ -53,6 +53,7 @@ class RedisCluster:
             **({"masterauth": options["requirepass"]} if options and "requirepass" in options else {}),
             **(options or {}),
         }
+        self._kind, self._directives = kind, directives
         self.nodes = [RedisServer(kind, directives) for _ in range(masters * (1 + replicas))]
 
     def __enter__(self) -> Self:
@@ -87,6 +88,24 @@ class RedisCluster:
     def stop(self) -> None:
         """End all nodes."""
         stop_all(self.nodes)
+
+    def new_nodes(self, number: int) -> list[RedisServer]:
+        """Start more nodes, which nobody knows yet; they end with the others.
+
+        Args:
+            number: how many.
+
+        Returns:
+            They, at the end of `nodes` too.
+        """
+        new = [RedisServer(self._kind, self._directives) for _ in range(number)]
+        self.nodes += new
+        for node in new:
+            node.launch()
+        for node in new:
+            node.wait_ready()
+            self._ids[node.port] = node.must("CLUSTER", "MYID").decode()
+        return new
 
     def masters(self) -> list[RedisServer]:
         """Ask the nodes which of them are masters; those that are stopped or paused are left out.
@@ -218,9 +237,15 @@ class RedisCluster:
         Raises:
             TimeoutError: if that does not come in time.
         """
-        wait_until(
-            lambda: all(self._is_ok(node) for node in self.nodes if node.alive), timeout_s, "every node says cluster_state:ok"
-        )
+        wait_until(self.is_ok, timeout_s, "every node says cluster_state:ok")
+
+    def is_ok(self) -> bool:
+        """Whether every node that runs takes commands and every replica that runs is in sync.
+
+        Raises:
+            OSError: if a node does not answer.
+        """
+        return all(self._is_ok(node) for node in self.nodes if node.alive)
 
     def _form(self) -> None:
         for number, node in enumerate(self.nodes):

@@ -23,6 +23,7 @@ class RedisSentinel:
         kind: `redis` or `valkey`.
         options: more configuration directives for the master and the replicas; with `requirepass`, all of them use it.
         sentinel_options: more configuration directives for the sentinels.
+        failover_timeout_ms: after how long another failover is tried; three times `down_after_ms`, 3 s at least, if None.
 
     Attributes:
         servers: the master of the beginning, then the replicas.
@@ -37,6 +38,7 @@ class RedisSentinel:
         kind: Kind = "redis",
         options: Options | None = None,
         sentinel_options: Options | None = None,
+        failover_timeout_ms: int | None = None,
     ) -> None:
         shared = dict(options or {})
         password = shared.get("requirepass")
@@ -48,7 +50,7 @@ class RedisSentinel:
         directives = [
             f"monitor {NAME} {first.host} {first.port} 2",
             f"down-after-milliseconds {NAME} {down_after_ms}",
-            f"failover-timeout {NAME} {max(3000, 3 * down_after_ms)}",
+            f"failover-timeout {NAME} {failover_timeout_ms or max(3000, 3 * down_after_ms)}",
             f"parallel-syncs {NAME} {replicas}",
             *([f"auth-pass {NAME} {password}"] if password is not None else []),
         ]

@@ -1,0 +1,86 @@
+"""Brings up a whole stack, does one bad or big thing to it under load, and prints what clients saw of it.
+
+    python -m drills [NAME ...] [--smoke] [--pictures DIRECTORY] [--list]
+
+All drills where none is named. The exit code is 1 where a goal was missed; with --smoke the lengths are the smallest, and goals
+that depend on how fast the machine is are printed and not judged.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import sys
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Final
+
+import pytest
+
+from drills.outcome import Outcome
+from drills.picture import draw
+from drills.redis_drills import DRILLS as REDIS_DRILLS
+from drills.redis_drills import Size
+
+Drill = Callable[[Size], Awaitable[Outcome]]
+DRILLS: Final[dict[str, Drill]] = {drill.__name__.replace("_", "-"): drill for drill in REDIS_DRILLS}
+
+
+async def _awaited(drill: Drill, size: Size) -> Outcome:
+    return await drill(size)
+
+
+def run(name: str, size: Size, pictures: Path) -> bool:
+    """Run one drill and print its table.
+
+    Args:
+        name: of the drill.
+        size: how long it takes its time.
+        pictures: directory of the picture.
+
+    Returns:
+        Whether all goals were met.
+    """
+    began = time.monotonic()
+    print(f"\n{name}: {(DRILLS[name].__doc__ or '').strip().splitlines()[0]}", flush=True)
+    outcome = asyncio.run(_awaited(DRILLS[name], size))
+    print(outcome.table())
+    picture = pictures / f"{name}.png"
+    draw(outcome, picture)
+    print(f"  picture {picture}; {time.monotonic() - began:.0f} s in all", flush=True)
+    return outcome.met
+
+
+def main() -> None:
+    """Run the drills that were asked for."""
+    logging.disable(logging.CRITICAL)  # what servers say of the failure is known here
+    parser = argparse.ArgumentParser(
+        prog="python -m drills", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"which drills: {', '.join(DRILLS)}")
+    parser.add_argument("--smoke", action="store_true", help="the smallest size of each")
+    parser.add_argument("--pictures", type=Path, default=Path(__file__).parent / "results", help="where pictures go")
+    parser.add_argument("--list", action="store_true", help="name the drills and end")
+    asked = parser.parse_args()
+    if asked.list:
+        for name, drill in DRILLS.items():
+            print(f"{name:<24} {(drill.__doc__ or '').strip().splitlines()[0]}")
+        return
+    unknown = sorted(set(asked.names) - set(DRILLS))
+    if unknown:
+        parser.error(f"there is no drill {unknown[0]!r}: {', '.join(DRILLS)}")
+    missed = []
+    for name in asked.names or DRILLS:
+        try:
+            if not run(name, Size(asked.smoke), asked.pictures):
+                missed.append(name)
+        except pytest.skip.Exception as reason:
+            sys.exit(f"{name}: {reason}")
+    if missed:
+        sys.exit(f"\ngoals missed: {', '.join(missed)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,128 @@
+"""What a drill's table says, computed from what clients saw: gaps, recovery, percentiles, units above and below the limits."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from itertools import pairwise
+
+from drills.check_load import Seen
+
+Wanted = Callable[[Seen], bool]
+
+
+def percentile_ms(seen: Iterable[Seen], quantile: float) -> float:
+    """A quantile of how long answers took, by the nearest rank.
+
+    Args:
+        seen: checks; failed ones do not count.
+        quantile: 0 to 1.
+
+    Returns:
+        ms; 0 where there was no answer.
+    """
+    latencies = sorted(each.latency_s for each in seen if each.failure is None)
+    if not latencies:
+        return 0.0
+    # The smallest that so large a part does not exceed; ceil in whole numbers, as 0.99 * 100 is a little more than 99.
+    rank = -(-len(latencies) * round(quantile * 10_000) // 10_000)
+    return latencies[max(rank, 1) - 1] * 1000
+
+
+def between(seen: Iterable[Seen], since_s: float, until_s: float) -> list[Seen]:
+    """Checks that were sent in a span of time.
+
+    Args:
+        seen: all of them.
+        since_s: its first moment, s since the start.
+        until_s: its end, which does not belong to it.
+    """
+    return [each for each in seen if since_s <= each.at_s < until_s]
+
+
+def longest_gap_s(seen: Iterable[Seen], began_s: float = 0.0, ended_s: float | None = None) -> float:
+    """The longest time in which no check was answered.
+
+    Args:
+        seen: checks of the whole run.
+        began_s: when the first one was due, s since the start.
+        ended_s: when the load ended; silence before it counts. None: with the last answer.
+
+    Returns:
+        s.
+    """
+    moments = [began_s, *sorted(each.end_s for each in seen if each.failure is None)]
+    if ended_s is not None:
+        moments.append(max(ended_s, moments[-1]))
+    return max((after - before for before, after in pairwise(moments)), default=0.0)
+
+
+def recovery_s(seen: Iterable[Seen], event_s: float, is_bad: Wanted) -> float | None:
+    """From the event until the last bad answer.
+
+    Args:
+        seen: checks of the whole run.
+        event_s: when it happened, s since the start.
+        is_bad: what counts as bad.
+
+    Returns:
+        s; 0 where nothing bad came after the event; None where it is bad to the end: among the last 20 checks is a bad one.
+    """
+    ordered = sorted(seen, key=lambda each: each.at_s)
+    bad = [number for number, each in enumerate(ordered) if each.end_s >= event_s and is_bad(each)]
+    if not bad:
+        return 0.0
+    if bad[-1] >= len(ordered) - 20:
+        return None
+    return max(ordered[number].end_s for number in bad) - event_s
+
+
+def over_admitted(admitted: Mapping[str, int], limit: int) -> int:
+    """Units above the limit, all subjects together.
+
+    Args:
+        admitted: units by subject.
+        limit: of each.
+    """
+    return sum(max(units - limit, 0) for units in admitted.values())
+
+
+def under_admitted(asked: Mapping[str, int], admitted: Mapping[str, int], limit: int) -> int:
+    """Units that were asked for, that the limit had room for, and that were not admitted; all subjects together.
+
+    Args:
+        asked: units by subject.
+        admitted: units by subject.
+        limit: of each.
+    """
+    return sum(max(min(units, limit) - admitted.get(subject, 0), 0) for subject, units in asked.items())
+
+
+def asked_of(seen: Iterable[Seen], rule: str) -> Counter[str]:
+    """Checks by subject.
+
+    Args:
+        seen: checks.
+        rule: which.
+    """
+    return Counter(each.ip for each in seen if each.rule == rule)
+
+
+def admitted_of(seen: Iterable[Seen], rule: str) -> Counter[str]:
+    """Admitted checks by subject.
+
+    Args:
+        seen: checks.
+        rule: which.
+    """
+    return Counter(each.ip for each in seen if each.rule == rule and each.allowed)
+
+
+def uncounted(admitted: Mapping[str, int], counted: Mapping[str, int]) -> int:
+    """Units that were admitted and that Redis does not know; all subjects together.
+
+    Args:
+        admitted: by subject.
+        counted: by subject.
+    """
+    return sum(max(units - counted.get(subject, 0), 0) for subject, units in admitted.items())

@@ -1,0 +1,222 @@
+"""A stack under load: what a drill does to it, when, and how the instances themselves say that they are."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import Final, NamedTuple, Self, TypeVar
+
+import httpx
+
+from drills.check_load import LOOSE, CheckLoad
+from drills.figures import admitted_of, uncounted
+from drills.stack import Stack
+
+T = TypeVar("T")
+WARM_S: Final = 1.5
+"""The first connections and scripts are not part of any figure."""
+LOOK_EVERY_S: Final = 0.25
+SETTLE_S: Final = 45.0
+
+
+class Look(NamedTuple):
+    """What the instances said of themselves at one moment.
+
+    Args:
+        at_s: since the start of the load.
+        open_breakers: of each instance; None for one that did not answer.
+        owed: counters to be put back, all instances together.
+    """
+
+    at_s: float
+    open_breakers: tuple[int | None, ...]
+    owed: int
+
+
+class Mark(NamedTuple):
+    """Something that happened.
+
+    Args:
+        at_s: since the start of the load.
+        what: it was.
+    """
+
+    at_s: float
+    what: str
+
+
+class Running:
+    """Load on a stack; an asynchronous context manager that begins it and ends it.
+
+    Args:
+        stack: that runs.
+        rate: checks a second.
+        subjects: how many addresses take turns.
+
+    Attributes:
+        load: what clients saw.
+        marks: what happened.
+        looks: what the instances said.
+        ended_s: when the load ended, s since the start.
+    """
+
+    def __init__(self, stack: Stack, rate: float, subjects: int) -> None:
+        self.stack = stack
+        self.load = CheckLoad(stack.url, rate, subjects)
+        self.marks: list[Mark] = []
+        self.looks: list[Look] = []
+        self.ended_s = 0.0
+        self._until = asyncio.Event()
+
+    async def __aenter__(self) -> Self:
+        self._started = time.monotonic()
+        self._asking = asyncio.create_task(self.load.run(self._until))
+        self._looking = asyncio.create_task(self._look_on())
+        await self.rest(WARM_S)
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.ended_s = self.now_s
+        self._until.set()
+        await self._asking
+        await self._looking
+
+    @property
+    def now_s(self) -> float:
+        """Since the start of the load."""
+        return time.monotonic() - self._started
+
+    async def rest(self, seconds: float) -> None:
+        """Let the load go on.
+
+        Args:
+            seconds: how long.
+        """
+        await asyncio.sleep(seconds)
+
+    def mark(self, what: str) -> float:
+        """Note that something happens now.
+
+        Args:
+            what: it is.
+
+        Returns:
+            When, s since the start.
+        """
+        self.marks.append(Mark(self.now_s, what))
+        print(f"  {self.now_s:6.1f} s  {what}", flush=True)
+        return self.marks[-1].at_s
+
+    async def until(self, holds: Callable[[], bool], timeout_s: float, what: str, every_s: float = 0.05) -> float:
+        """Ask servers again and again, in a thread, and mark when something holds.
+
+        Args:
+            holds: may block; an `OSError` is a no.
+            timeout_s: for how long.
+            what: is marked.
+            every_s: how often.
+
+        Returns:
+            When, s since the start.
+
+        Raises:
+            TimeoutError: if it does not hold in time.
+        """
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline:
+            try:
+                if await asyncio.to_thread(holds):
+                    return self.mark(what)
+            except OSError:
+                pass  # a server that is away answers no question; asked again
+            await asyncio.sleep(every_s)
+        raise TimeoutError(f"{what}: not within {timeout_s:g} s")
+
+    def breakers_open(self, wanted: int) -> bool:
+        """Whether so many instances leave a shard alone, as they said last.
+
+        Args:
+            wanted: how many instances.
+        """
+        return bool(self.looks) and sum(1 for each in self.looks[-1].open_breakers if each) == wanted
+
+    def first_look_s(self, holds: Callable[[Look], bool], since_s: float) -> float | None:
+        """When the instances first said something.
+
+        Args:
+            holds: what.
+            since_s: from when on, s since the start.
+
+        Returns:
+            s since the start; None where they never did.
+        """
+        return next((look.at_s for look in self.looks if look.at_s >= since_s and holds(look)), None)
+
+    async def books(self) -> Books:
+        """Wait until nothing is owed to Redis, and compare what was admitted to what it has counted; after the load.
+
+        Raises:
+            TimeoutError: if something is still owed after 45 s.
+        """
+        deadline = time.monotonic() + SETTLE_S
+        while (owed := (await self._look()).owed) and time.monotonic() < deadline:
+            await asyncio.sleep(LOOK_EVERY_S)
+        if owed:
+            raise TimeoutError(f"{owed} counters are still to be put back {SETTLE_S:g} s after the load")
+        counted = await asyncio.to_thread(self.load.counted, self.stack.instances[0].url)
+        admitted = admitted_of(self.load.seen, LOOSE)
+        return Books(sum(admitted.values()), uncounted(admitted, counted), uncounted(counted, admitted))
+
+    async def _look_on(self) -> None:
+        while not self._until.is_set():
+            self.looks.append(await self._look())
+            await asyncio.sleep(LOOK_EVERY_S)
+
+    async def _look(self) -> Look:
+        async with httpx.AsyncClient(timeout=2) as client:
+            pages = await asyncio.gather(*(_metrics(client, each.url) for each in self.stack.instances))
+        return Look(
+            self.now_s,
+            tuple(None if page is None else _gauge(page, "rate_limiter_breakers_open") for page in pages),
+            sum(_gauge(page, "rate_limiter_counters_owed") for page in pages if page is not None),
+        )
+
+
+class Books(NamedTuple):
+    """What was admitted under the loose rule, and what Redis has counted of it.
+
+    Args:
+        admitted: units.
+        uncounted: of them, those that Redis does not know.
+        counted_twice: units that Redis knows and nobody was told of: answers that came too late, debts paid again.
+    """
+
+    admitted: int
+    uncounted: int
+    counted_twice: int
+
+
+async def in_thread(act: Callable[[], T]) -> T:
+    """Servers are told what to do by blocking calls: those must not hold up the load.
+
+    Args:
+        act: what is done.
+    """
+    return await asyncio.to_thread(act)
+
+
+async def _metrics(client: httpx.AsyncClient, url: str) -> str | None:
+    try:
+        return (await client.get(f"{url}/metrics")).text
+    except httpx.TransportError:
+        return None
+
+
+def _gauge(page: str, name: str) -> int:
+    found = re.search(rf"^{name} (\S+)$", page, re.MULTILINE)
+    if found is None:
+        raise ValueError(f"{name} does not stand in the metrics")
+    return round(float(found[1]))

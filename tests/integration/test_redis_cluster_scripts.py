@@ -1,0 +1,155 @@
+"""The scripts in deploy/redis/cluster, on real servers: they make a cluster, grow it under Tidegate's counters, and find moved nodes."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.servers.redis_server import HOST, binary, free_port, wait_until
+from tidegate import Limiter
+
+SCRIPTS = Path(__file__).parents[2] / "deploy" / "redis" / "cluster"
+PASSWORD = "0123456789abcdef"
+ENVIRONMENT = {**os.environ, "REDISCLI_AUTH": PASSWORD, "NODE_IP": HOST, "REDIS_MAXMEMORY": "64mb"}
+
+
+class Node:
+    """A server that `start-node` started.
+
+    Args:
+        directory: of its files.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        directory.mkdir(exist_ok=True)
+        self.directory = directory
+        self.port = free_port()
+        self.address = f"{HOST}:{self.port}"
+        self.start()
+
+    def start(self) -> None:
+        arguments = ["--port", str(self.port), "--bind", HOST, "--dir", str(self.directory)]
+        with (self.directory / "log").open("ab") as log:
+            self.process = subprocess.Popen(
+                ["sh", SCRIPTS / "start-node", *arguments],
+                cwd=self.directory,
+                env=ENVIRONMENT,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+
+    def stop(self) -> None:
+        self.process.terminate()
+        try:
+            self.process.wait(20)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+    def ask(self, *words: str) -> str:
+        command = ["redis-cli", "-e", "-h", HOST, "-p", str(self.port), *words]
+        done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=20, check=False)
+        return done.stdout + done.stderr
+
+
+def script(name: str, *arguments: str, port: int = 0, code: int = 0) -> str:
+    done = subprocess.run(
+        ["sh", SCRIPTS / name, *arguments],
+        env={**ENVIRONMENT, "REDIS_PORT": str(port)},
+        capture_output=True,
+        text=True,
+        timeout=170,
+        check=False,
+    )
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.fixture
+def nodes(tmp_path: Path) -> Iterator[list[Node]]:
+    if binary("redis") is None:
+        pytest.skip("redis-server is not installed: it comes with the Debian package redis-server")
+    started = [Node(tmp_path / str(place)) for place in range(8)]
+    yield started
+    for node in started:
+        node.stop()
+
+
+def roles(node: Node) -> list[tuple[str, bool, int]]:
+    """Of every node that one knows: its address, whether it is a master, and how many slots it has."""
+    known = []
+    for line in node.ask("cluster", "nodes").splitlines():
+        _, address, flags, _, _, _, _, _, *ranges = line.split()
+        bounds = [part.split("-") for part in ranges]
+        known.append((address.partition("@")[0], "master" in flags, sum(int(b[-1]) - int(b[0]) + 1 for b in bounds)))
+    return known
+
+
+async def consume(url: str, subjects: int) -> list[int]:
+    limiter = Limiter("100/day", counters=url)
+    try:
+        decisions = [await limiter.check(f"user-{subject}") for subject in range(subjects)]
+    finally:
+        await limiter.close()
+    assert not any(decision.degraded for decision in decisions)
+    return [decision.remaining for decision in decisions]
+
+
+def test_a_cluster_is_made_once_and_grown_with_its_counters(nodes: list[Node]) -> None:
+    six = [node.address for node in nodes[:6]]
+    for node in nodes[:6]:
+        # As after the start of a pod: a peer that is not there yet is left alone.
+        script("meet-peers", *six, "not-there.invalid:6379", port=node.port)
+    assert "3 shards count, all 6 nodes say so" in script("make-cluster", *six)
+    found = {address: (master, slots) for address, master, slots in roles(nodes[0])}
+    assert [found[address] for address in six] == [(True, 5461), (False, 0), (True, 5461), (False, 0), (True, 5462), (False, 0)]
+    assert [nodes[0].ask("config", "get", name).split()[1] for name in ("maxmemory-policy", "appendonly", "maxmemory")] == [
+        "noeviction",
+        "yes",
+        "67108864",
+    ]
+
+    url = f"redis+cluster://:{PASSWORD}@{six[0]},{six[2]}"
+    assert asyncio.run(consume(url, 50)) == [99] * 50
+    before = roles(nodes[0])
+    script("make-cluster", *six)
+    assert sorted(roles(nodes[0])) == sorted(before), "again changes nothing"
+
+    assert "4 shards count" in script("make-cluster", *six, nodes[6].address, nodes[7].address)
+    assert sorted(slots for _, master, slots in roles(nodes[0]) if master) == [4096] * 4
+    assert asyncio.run(consume(url, 50)) == [98] * 50, "the counters moved with their slots"
+
+
+def test_nodes_that_all_come_back_elsewhere_find_each_other(nodes: list[Node]) -> None:
+    six = nodes[:6]
+    script("make-cluster", *(node.address for node in six))
+    assert asyncio.run(consume(f"redis+cluster://:{PASSWORD}@{six[0].address}", 5)) == [99] * 5
+    for node in nodes:
+        node.stop()
+    for node in six:
+        node.port = free_port()
+        node.address = f"{HOST}:{node.port}"
+        node.start()
+    for node in six:
+        script("meet-peers", *(each.address for each in six), port=node.port)
+    for node in six:
+        wait_until(lambda node=node: "cluster_state:ok" in node.ask("cluster", "info"), 60, "the cluster is well again")  # type: ignore[misc]
+    assert asyncio.run(consume(f"redis+cluster://:{PASSWORD}@{six[0].address}", 5)) == [98] * 5, "what was consumed is still known"
+
+
+@pytest.mark.parametrize("arguments", [[], ["a:1", "b:1"], ["a:1", "b:1", "c:1", "d:1", "e:1", "f:1", "g:1"]])
+def test_too_few_or_unpaired_nodes_are_refused(arguments: list[str]) -> None:
+    assert "three or more pairs" in script("make-cluster", *arguments, code=1)
+
+
+def test_the_password_is_on_no_command_line(nodes: list[Node]) -> None:
+    for node in nodes:
+        assert PASSWORD not in Path(f"/proc/{node.process.pid}/cmdline").read_text()
+    wait_until(lambda: "PONG" in nodes[0].ask("ping"), 20, "the node answers")
+    assert "NOAUTH" in nodes[0].ask("--user", "default", "--pass", "not it", "ping") + nodes[0].ask("-a", "not it", "ping")

@@ -1,0 +1,136 @@
+"""The configurations in deploy/ as they would be installed, but for ports and paths."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from tests.servers.haproxy import HAProxy
+from tests.servers.nginx import Nginx
+from tests.servers.redis_server import HOST, free_port
+
+DEPLOY = Path(__file__).parents[2] / "deploy"
+
+
+def configured(path: str, changes: Mapping[str, str]) -> str:
+    """Read a file of deploy/ with some places changed.
+
+    Args:
+        path: below deploy/.
+        changes: what stands there, and what to put in its place.
+
+    Returns:
+        The text.
+
+    Raises:
+        ValueError: if one of the places is not there.
+    """
+    text = (DEPLOY / path).read_text()
+    for old, new in changes.items():
+        if old not in text:
+            raise ValueError(f"{old!r} does not stand in deploy/{path}: change it here too")
+        text = text.replace(old, new)
+    return text
+
+
+def snippets() -> dict[str, str]:
+    """What deploy/nginx holds for /etc/nginx/snippets, by path below /etc/nginx."""
+    return {f"snippets/{path.name}": path.read_text() for path in sorted((DEPLOY / "nginx").glob("tidegate-*.conf"))}
+
+
+def gateway(
+    tidegate: Sequence[int], api: int, when_away: str = "closed", edge: bool = False, patient: bool = True, level: str = "info"
+) -> Nginx:
+    """deploy/nginx/gateway.conf on a free port.
+
+    Args:
+        tidegate: ports of the instances.
+        api: port of the API.
+        when_away: `closed` or `open`.
+        edge: whether it keeps denials.
+        patient: whether it waits longer for Tidegate than is deployed: on a busy machine a first answer may take a second.
+        level: from which on errors are logged.
+
+    Returns:
+        The nginx, not started; its edge cache is in `denials` in its directory.
+    """
+    port = free_port()
+    instance = "server 127.0.0.1:8080 max_fails=3 fail_timeout=30s;"
+    text = configured(
+        "nginx/gateway.conf",
+        {
+            "listen 80;": f"listen {HOST}:{port};",
+            instance: "\n    ".join(instance.replace("8080", str(each)) for each in tidegate),
+            "127.0.0.1:8000": f"{HOST}:{api}",
+            "default closed": f"default {when_away}",
+            "default off": f"default {'tidegate_denials' if edge else 'off'}",
+        },
+    )
+    files = snippets()
+    if patient:
+        files["snippets/tidegate-server.conf"] = configured(
+            "nginx/tidegate-server.conf",
+            {"proxy_connect_timeout 250ms;": "proxy_connect_timeout 10s;", "proxy_read_timeout 1s;": "proxy_read_timeout 20s;"},
+        )
+    made = Nginx(text, port, files, level)
+    if edge:
+        folder = made.directory / "denials"
+        folder.mkdir(mode=0o700)
+        if os.geteuid() == 0:
+            shutil.chown(folder, "www-data")
+        made.add(configured("nginx/edge-cache.conf", {"/run/tidegate-denials": str(folder)}))
+    return made
+
+
+def haproxy(tidegate: Sequence[int], patient: bool = True) -> tuple[HAProxy, int]:
+    """deploy/haproxy/haproxy.cfg on free ports.
+
+    Args:
+        tidegate: ports of the instances.
+        patient: whether it waits longer for Tidegate than is deployed, but for its health checks.
+
+    Returns:
+        The HAProxy, not started, its stats socket `admin.sock` in its directory, and the port for operators.
+    """
+    port, operators = free_port(), free_port()
+    servers = "".join(f"    server tidegate{number} {HOST}:{each}\n" for number, each in enumerate(tidegate, 1))
+    changes = {
+        "    user haproxy\n    group haproxy\n": "",
+        "    log /dev/log local0\n": "",
+        "    log global\n    option httplog\n    option dontlog-normal\n": "",
+        "maxconn 20000": "maxconn 2000",  # needs more open files than tests may have
+        "bind :8080": f"bind {HOST}:{port}",
+        "bind :8405": f"bind {HOST}:{operators}",
+        "".join(f"    server tidegate{number} 10.0.0.1{number}:8080\n" for number in (1, 2, 3)): servers,
+        "stats socket /run/haproxy/admin.sock mode 660": "stats socket {directory}/admin.sock mode 600",
+    }
+    if patient:
+        changes |= {"timeout server 2s": "timeout server 20s", "timeout connect 250ms": "timeout connect 10s"}
+    return HAProxy(configured("haproxy/haproxy.cfg", changes), port), operators
+
+
+def nginx_balancer(tidegate: Sequence[int], patient: bool = True) -> tuple[Nginx, int]:
+    """deploy/nginx/lb.conf on a free port.
+
+    Args:
+        tidegate: ports of the instances.
+        patient: whether it waits longer for Tidegate than is deployed.
+
+    Returns:
+        The nginx, not started, and the port for operators.
+    """
+    port, operators = free_port(), free_port()
+    servers = "".join(f"    server {HOST}:{each} max_fails=3 fail_timeout=30s;\n" for each in tidegate)
+    changes = {
+        "listen 8080;": f"listen {HOST}:{port};",
+        "listen 127.0.0.1:8405;": f"listen {HOST}:{operators};",
+        "".join(f"    server 10.0.0.1{number}:8080 max_fails=3 fail_timeout=30s;\n" for number in (1, 2, 3)): servers,
+    }
+    if patient:
+        changes |= {
+            "proxy_read_timeout 2s;": "proxy_read_timeout 20s;",
+            "proxy_connect_timeout 250ms;": "proxy_connect_timeout 10s;",
+        }
+    return Nginx(configured("nginx/lb.conf", changes), port), operators
