@@ -142,6 +142,28 @@ class CheckLoad(HttpLoad):
         sent_us = now_us - round(latency_s * 1e6)  # by the clock that is not stepped
         self.answers.append(Admission(name, subject_of(ip), 1, decided.allowed, decided.degraded, sent_us, now_us))
 
+    def fill(self, instance_url: str, subjects: int) -> None:
+        """Let Redis hold counters of more addresses under the loose rule, none of which are asked about later.
+
+        Args:
+            instance_url: of an instance.
+            subjects: how many.
+
+        Raises:
+            RuntimeError: if one was not counted.
+        """
+        numbers = range(1, subjects + 1)
+        with httpx.Client(base_url=instance_url, timeout=30) as client:
+            for first in range(0, subjects, 1000):
+                checks = [
+                    {"path": f"/{LOOSE}", "ip": f"172.{16 + (number >> 16)}.{number >> 8 & 255}.{number & 255}"}
+                    for number in numbers[first : first + 1000]
+                ]
+                answer = client.post("/v1/check/batch", json={"checks": checks}).raise_for_status().json()
+                for decision in answer["decisions"]:
+                    if not decision.get("allowed") or decision["degraded"]:
+                        raise RuntimeError(f"Redis has not counted a check: {decision}")
+
     def counted(self, instance_url: str, rule: str = LOOSE, plenty: int = _PLENTY) -> dict[str, int]:
         """Ask an instance what Redis has counted; consumes nothing.
 

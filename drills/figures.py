@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from itertools import pairwise
 
+from drills.admissions import Admission
 from drills.check_load import Seen
 
 Wanted = Callable[[Seen], bool]
@@ -96,6 +97,34 @@ def under_admitted(asked: Mapping[str, int], admitted: Mapping[str, int], limit:
         limit: of each.
     """
     return sum(max(min(units, limit) - admitted.get(subject, 0), 0) for subject, units in asked.items())
+
+
+def under_in_windows(answers: Iterable[Admission], limit: int, window_us: int) -> tuple[int, int]:
+    """As `under_admitted` for windows that end meanwhile, as fixed windows do; of whole windows alone.
+
+    An answer belongs to the window in which it came: one sent before a window's end and admitted after it is the next one's,
+    where the limit was met before the end.
+
+    Args:
+        answers: of one limit of one rule.
+        limit: of each window.
+        window_us: its length, µs; windows begin at multiples of it since the epoch.
+
+    Returns:
+        Units not admitted, all subjects and windows together; and how many windows of subjects were looked at.
+    """
+    asked: Counter[tuple[str, int]] = Counter()
+    admitted: Counter[tuple[str, int]] = Counter()
+    for answer in answers:
+        window = answer.subject, answer.to_us // window_us
+        asked[window] += answer.cost
+        admitted[window] += answer.cost if answer.allowed else 0
+    if not asked:
+        return 0, 0
+    numbers = {number for _, number in asked}
+    first, last = min(numbers), max(numbers)  # neither is whole
+    whole = [window for window in asked if first < window[1] < last]
+    return sum(max(min(asked[window], limit) - admitted[window], 0) for window in whole), len(whole)
 
 
 def asked_of(seen: Iterable[Seen], rule: str) -> Counter[str]:

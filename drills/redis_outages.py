@@ -1,4 +1,4 @@
-"""What Redis can do to a stack, and what its clients see of it."""
+"""Redis dies, hangs or is gone, and what the clients of a stack see of it."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Size(NamedTuple):
 def stacked(topology: Topology, size: Size, **options: Any) -> Iterator[Stack]:
     """A stack for one drill, with its limits."""
     with tempfile.TemporaryDirectory() as directory:
-        policy = policy_of(f"{size.limit}/{FOREVER}")
+        policy = options.pop("policy", policy_of(f"{size.limit}/{FOREVER}"))
         with Stack(Path(directory), policy, topology, options.pop("sizes", size.sizes), **options) as stack:
             yield stack
 
@@ -174,7 +174,7 @@ async def redis_hang(size: Size) -> Outcome:
             await running.rest(size.of(20, 3))
             resumed_s = running.mark("SIGCONT")
             await in_thread(server.resume)
-            closed = await _closed(running)
+            closes = await closed(running)
             await running.rest(3)
         books = await running.books()
         units = units_of(running, stack.policy_file, size.limit)
@@ -189,7 +189,7 @@ async def redis_hang(size: Size) -> Outcome:
             "breakers open", "never" if opened_s is None else f"{opened_s - event_s:.1f} s", "all of them", opened_s is not None
         ),
         at_most("p99 while they are open", open_ms if opened_s is not None else None, 5, "ms"),
-        Goal("breakers close by themselves", "yes" if closed else "no", "yes", closed),
+        Goal("breakers close by themselves", "yes" if closes else "no", "yes", closes),
         Goal("admitted and not put back, units", f"{books.uncounted}", "0", books.uncounted == 0),
         over_admission_within_limits(units),
     ]
@@ -209,13 +209,13 @@ async def redis_gone(size: Size) -> Outcome:
         nodes = stack.cluster.nodes
         async with loaded(stack, size) as running:
             event_s = running.mark("kill -9 of every Redis")
-            await in_thread(lambda: [node.kill() for node in nodes])
+            await in_thread(lambda: _each(RedisServer.kill, nodes))
             await running.rest(size.of(60, 20))
             returned_s = running.mark("all are started again")
-            await in_thread(lambda: [node.launch() for node in nodes])
-            await in_thread(lambda: [node.wait_ready() for node in nodes])
+            await in_thread(lambda: _each(RedisServer.launch, nodes))
+            await in_thread(lambda: _each(RedisServer.wait_ready, nodes))
             await running.until(stack.cluster.is_ok, 30, "the cluster is well", 0.2)
-            closed = await _closed(running)
+            closes = await closed(running)
             await running.rest(2)
         books = await running.books()
         units = units_of(running, stack.policy_file, size.limit)
@@ -224,7 +224,7 @@ async def redis_gone(size: Size) -> Outcome:
     over_s = returned_s if back_s is None else event_s + back_s
     goals = [
         no_errors(load.seen),
-        Goal("breakers close by themselves", "yes" if closed else "no", "yes", closed),
+        Goal("breakers close by themselves", "yes" if closes else "no", "yes", closes),
         Goal("admitted and not counted at the end, units", f"{books.uncounted}", "0", books.uncounted == 0),
         over_admission_within_limits(units),
     ]
@@ -234,7 +234,7 @@ async def redis_gone(size: Size) -> Outcome:
     )
 
 
-async def _closed(running: Running) -> bool:
+async def closed(running: Running) -> bool:
     """Whether all breakers close in time."""
     try:
         await running.until(lambda: running.breakers_open(0), GIVEN_UP_S, "all breakers are closed")
@@ -242,6 +242,11 @@ async def _closed(running: Running) -> bool:
         running.mark("the breakers are still open")
         return False
     return True
+
+
+def _each(act: Callable[[RedisServer], None], servers: Sequence[RedisServer]) -> None:
+    for server in servers:
+        act(server)
 
 
 def _is_master(server: RedisServer) -> bool:
