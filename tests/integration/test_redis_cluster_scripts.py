@@ -140,7 +140,9 @@ def test_nodes_that_all_come_back_elsewhere_find_each_other(nodes: list[Node]) -
         script("meet-peers", *(each.address for each in six), port=node.port)
     for node in six:
         wait_until(lambda node=node: "cluster_state:ok" in node.ask("cluster", "info"), 60, "the cluster is well again")  # type: ignore[misc]
-    assert asyncio.run(consume(f"redis+cluster://:{PASSWORD}@{six[0].address}", 5)) == [98] * 5, "what was consumed is still known"
+    assert asyncio.run(consume(f"redis+cluster://:{PASSWORD}@{six[0].address}", 5)) == [98] * 5, (
+        "what was consumed is still known"
+    )
 
 
 @pytest.mark.parametrize("arguments", [[], ["a:1", "b:1"], ["a:1", "b:1", "c:1", "d:1", "e:1", "f:1", "g:1"]])
