@@ -21,16 +21,18 @@ from typing import Final
 import pytest
 
 from drills.findings import Findings
+from drills.flood import DRILLS as FLOODS
 from drills.outcome import Outcome
 from drills.picture import draw
 from drills.postgres_failures import DRILLS as POSTGRES_FAILURES
 from drills.redis_changes import DRILLS as REDIS_CHANGES
 from drills.redis_outages import DRILLS as REDIS_FAILURES
 from drills.redis_outages import Size
+from drills.soak import DRILLS as SOAKS
 
 Drill = Callable[[Size], Awaitable[Outcome | Findings]]
 DRILLS: Final[dict[str, Drill]] = {
-    drill.__name__.replace("_", "-"): drill for drill in (*REDIS_FAILURES, *REDIS_CHANGES, *POSTGRES_FAILURES)
+    drill.__name__.replace("_", "-"): drill for drill in (*REDIS_FAILURES, *REDIS_CHANGES, *POSTGRES_FAILURES, *FLOODS, *SOAKS)
 }
 
 

@@ -72,12 +72,12 @@ def instances(count: int, keys: Sequence[str], **environment: str) -> Iterator[l
             (where / "tidegate.policy.toml").write_text(policy_of(keys))
             each = Serve(where, (), None, where / "tidegate.log", TIDEGATE_ADMIN__TOKEN=TOKEN, **environment)
             running.callback(each.stop)
-            _wait_ready(each)  # the first one makes the tables
+            wait_ready(each)  # the first one makes the tables
             started.append(each)
         yield started
 
 
-def _wait_ready(server: Serve) -> None:
+def wait_ready(server: Serve) -> None:
     """As `Serve.wait_ready`, with the patience for a machine that starts several databases at once."""
     for last in (False, False, True):
         try:
@@ -183,6 +183,8 @@ async def pg_primary(size: Size) -> Findings:
             "writes: made, failed",
             f"{sum(w.status == 201 for w in load.operator.writes)}, {sum(w.status != 201 for w in load.operator.writes)}",
         ),
+        ("without a decision", _told_of(undecided)),
+        ("… sent after the kill, s", ", ".join(f"{each.at_s - spans[0][0]:.1f}" for each in undecided[:20]) or "-"),
         ("writes back after", ", ".join("never" if each is None else f"{each:.1f} s" for each in away)),
     ]
     goals = [
@@ -192,6 +194,14 @@ async def pg_primary(size: Size) -> Findings:
         at_most("writes back, worst, with these settings", worst, GOAL_S, "s"),
     ]
     return Findings(figures, goals)
+
+
+def _told_of(told: Sequence[Told]) -> str:
+    """What checks were answered, by status and code."""
+    return (
+        ", ".join(f"{count:,} x {answer}" for answer, count in Counter(f"{each.status} {each.code}" for each in told).items())
+        or "none"
+    )
 
 
 def _missing(server: Serve, keys: Sequence[str]) -> int:
@@ -298,11 +308,11 @@ async def pg_all(size: Size) -> Findings:
         ("checks of known keys meanwhile, p99", f"{len(ours):,}, {p99_ms(ours):.1f} ms"),
         (
             "checks of revoked keys meanwhile",
-            f"{len(theirs):,}: {dict(Counter(f'{each.status} {each.code}' for each in theirs))}",
+            f"{len(theirs):,}: {_told_of(theirs)}",
         ),
         (
             "checks of keys that nobody had seen",
-            f"{len(new.told):,}: {dict(Counter(f'{each.status} {each.code}' for each in new.told))}",
+            f"{len(new.told):,}: {_told_of(new.told)}",
         ),
         ("… the slowest answer", f"{max((each.latency_s for each in new.told), default=0):.2f} s"),
     ]
