@@ -35,25 +35,47 @@ format: $(VENV)/.dev ## format and mend what the linter can mend
 	$(BIN)/ruff format $(PYTHON_CODE)
 
 bench: $(VENV)/.dev ## measure speed and memory side by side
-	scripts/install-debian-packages wrk redis-server postgresql
+	scripts/install-debian-packages wrk redis-server postgresql nginx
 	$(BIN)/python -m bench
 
 bench-smoke: $(VENV)/.dev ## the same at its smallest size: that it works, not how fast
-	scripts/install-debian-packages wrk redis-server postgresql
+	scripts/install-debian-packages wrk redis-server postgresql nginx
 	$(BIN)/python -m bench --smoke
 
-drills: $(VENV)/.dev ## let real servers fail under load, and print what it costs
-	scripts/install-debian-packages redis-server redis-sentinel
-	$(BIN)/python -m drills.redis_failures
+DRILL_PACKAGES := redis-server redis-sentinel postgresql haproxy libfaketime wrk pg-auto-failover-cli "postgresql-15-auto-failover|postgresql-17-auto-failover" keepalived iproute2 curl
 
-drills-smoke: $(VENV)/.dev ## the quickest of them
-	scripts/install-debian-packages redis-server redis-sentinel
+stack: $(VENV)/.dev ## run three instances behind HAProxy with Redis and PostgreSQL; REDIS=cluster, sentinel or standalone
+	@scripts/install-debian-packages $(DRILL_PACKAGES)
+	@$(BIN)/python -m drills.stack_command up --redis $(or $(REDIS),cluster) --instances $(or $(INSTANCES),3)
+
+stack-status: $(VENV)/.dev ## what of it runs, where, and how it is
+	@$(BIN)/python -m drills.stack_command status
+
+stack-down: $(VENV)/.dev ## end it
+	@$(BIN)/python -m drills.stack_command down
+
+drill: $(VENV)/.dev ## let one thing go wrong with a whole stack under load: NAME=redis-cluster-master; without NAME, list them
+	@scripts/install-debian-packages $(DRILL_PACKAGES)
+	$(BIN)/python -m drills $(or $(NAME),--list)
+
+drills: $(VENV)/.dev ## all of them, and those of a Redis, of instances and of balancers alone
+	scripts/install-debian-packages $(DRILL_PACKAGES)
+	$(BIN)/python -m drills
+	$(BIN)/python -m drills.redis_failures
+	$(BIN)/python -m drills.instance
+	$(BIN)/python -m drills.balancer
+
+drills-smoke: $(VENV)/.dev ## each at its smallest size: that it works, not how fast
+	scripts/install-debian-packages $(DRILL_PACKAGES)
+	$(BIN)/python -m drills --smoke
 	$(BIN)/python -m drills.redis_failures --smoke
+	$(BIN)/python -m drills.instance --smoke
+	$(BIN)/python -m drills.balancer --smoke
 
 dashboards: $(VENV)/.dev ## make the Grafana dashboards in deploy/grafana/json
 	PYTHONPATH=deploy/grafana $(BIN)/python -m dashboards
 
 clean: ## remove what the other commands made
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis bench/results tidegate.db tidegate.db-wal tidegate.db-shm
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis bench/results drills/results tidegate.db tidegate.db-wal tidegate.db-shm
 
-.PHONY: help run test check format bench bench-smoke drills drills-smoke dashboards clean
+.PHONY: help run test check format bench bench-smoke stack stack-status stack-down drill drills drills-smoke dashboards clean

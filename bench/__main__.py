@@ -12,6 +12,7 @@ BENCHES = (
     "simulate",
     "http",
     "client",
+    "gateways",
     "redis_calls",
     "redis_memory",
     "redis_http",

@@ -16,7 +16,7 @@ from tests.conftest import Serve
 from tests.servers.deployed import DEPLOY
 from tests.servers.redis_server import RedisServer
 
-from drills.check_load import TIER, TIGHT, policy_of
+from drills.check_load import TIER, TIGHT, fill, policy_of
 from drills.exactness import limits_of_policy, prove
 from drills.figures import between, percentile_ms, recovery_s, under_in_windows
 from drills.outcome import Goal, Outcome, Units, at_most, no_errors, nothing_above, over_admission_within_limits, units_of
@@ -43,8 +43,8 @@ async def redis_reshard(size: Size) -> Outcome:
         shards = stack.sizes.shards
         # A replica follows its master: as the script wants them, neighbours are a shard.
         pairs = [node for number in range(shards) for node in (old[number], old[shards + number])]
+        fill(stack.instances[0].url, 3_000 if size.smoke else 18_000)
         async with loaded(stack, size) as running:
-            await in_thread(lambda: running.load.fill(stack.instances[0].url, 3_000 if size.smoke else 18_000))
             running.mark(f"{2 * more} nodes are started")
             new = await in_thread(lambda: cluster.new_nodes(2 * more))
             await running.rest(2)

@@ -23,7 +23,7 @@ from tests.servers.haproxy import HAProxy
 from tests.servers.postgres_cluster import PostgresCluster
 from tests.servers.redis_cluster import RedisCluster
 from tests.servers.redis_sentinel import RedisSentinel
-from tests.servers.redis_server import HOST, RedisServer
+from tests.servers.redis_server import HOST, RedisServer, free_port
 from tests.servers.tcp_proxy import TcpProxy
 
 T = TypeVar("T")
@@ -275,6 +275,6 @@ class Stack:
         }
         if self.sizes.postgres_replicas:
             environment["TIDEGATE_CATALOG__REPLICAS"] = ",".join(self.postgres.replica_urls())
-        instance = Serve(where, (), None, where / "tidegate.log", **environment)
+        instance = Serve(where, (), free_port(), where / "tidegate.log", **environment)
         self._running.callback(instance.stop)
         self.instances.append(instance)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -31,6 +30,7 @@ from tests.servers.fixtures import (  # noqa: F401 - fixtures are found by their
     redis_server,
     valkey_server,
 )
+from tests.servers.redis_server import free_port
 from tidegate.catalog.cached import CachedCatalog
 from tidegate.catalog.policy_file import PolicyCatalog, parse_policy
 from tidegate.counters.memory import MemoryCounters
@@ -108,7 +108,7 @@ class Serve:
 
     def wait_ready(self) -> None:
         """Until it answers; fails with what it said if it ends instead."""
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 60
         while time.monotonic() < deadline:
             if self.process.poll() is not None:
                 said = self.log.read_text() if self.log is not None else self.process.stderr.read()  # type: ignore[union-attr]
@@ -118,7 +118,7 @@ class Serve:
                     return
             except httpx.TransportError:
                 time.sleep(0.05)
-        raise AssertionError("serve did not get ready within 30 s")
+        raise AssertionError("serve did not get ready within 60 s")
 
     def stop_by_itself(self) -> tuple[int, str, str]:
         """Waits until it ends without being told to; returns exit code, stdout, stderr; of both nothing, where it has a log."""
@@ -153,13 +153,6 @@ def serve(tmp_path: Path) -> Iterator[Callable[..., Serve]]:
     yield start
     for server in started:
         server.stop()
-
-
-def free_port() -> int:
-    """A loopback port that is free now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
@@ -124,6 +125,18 @@ async def test_a_created_key_works_and_a_revoked_one_stops(admin: Admin) -> None
     assert key["api_key"] not in message
     _error(await admin.http.post("/api-keys", json={"tier": "free", "expires_at": "2001-01-01T00:00:00Z"}), 400, "BAD_REQUEST")
     _error(await admin.http.post("/api-keys", json={"tier": "free", "expires_at": "2100-01-01T00:00:00"}), 400, "BAD_REQUEST")
+
+
+async def test_a_key_whose_time_is_over_says_so(admin: Admin) -> None:
+    await admin.tier()
+    until = datetime.now(UTC) + timedelta(seconds=1)
+    key = await admin.key(expires_at=until.isoformat())
+    assert key["status"] == "active"
+    await asyncio.sleep((until - datetime.now(UTC)).total_seconds() + 0.01)
+    assert (await admin.http.get(f"/api-keys/{key['id']}")).json()["status"] == "expired"
+    for status, found in (("active", []), ("expired", ["expired"]), ("revoked", [])):
+        listed = (await admin.http.get("/api-keys", params={"status": status})).json()["items"]
+        assert [each["status"] for each in listed] == found
 
 
 async def test_rotation(admin: Admin) -> None:

@@ -19,9 +19,10 @@ import pytest
 import uvloop
 
 from tests.cases.doors import FREE
-from tests.conftest import Serve, free_port
+from tests.conftest import Serve
 from tests.integration.client_asker import POLICY, Asker
 from tests.servers.certificates import Authority
+from tests.servers.redis_server import free_port
 from tests.servers.tcp_proxy import TcpProxy
 from tidegate import BadRequest, Check, Gate, LimiterUnavailable, StoreUnavailable
 from tidegate.breaker import BreakerState

@@ -13,7 +13,8 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.conftest import Serve, free_port
+from tests.conftest import Serve
+from tests.servers.redis_server import free_port
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 KEY = {"X-API-Key": "demo-free-key-0001"}

@@ -189,6 +189,23 @@ async def test_forwarding_headers_of_untrusted_peers_are_not_believed(gate: Gate
         assert (await client.get("/v1/authorize", headers=forwarded)).status_code == 400
 
 
+@pytest.mark.parametrize(
+    "twice", ["X-API-Key", "X-Original-URI", "X-Original-Method", "X-Real-IP", "X-Forwarded-Uri", "X-Forwarded-Method"]
+)
+async def test_of_two_headers_none_is_chosen(twice: str, gate: Gate, listen: Callable[..., Any]) -> None:
+    """One may be the client's and the other one the gateway's."""
+    kind = "Forwarded" if "Forwarded" in twice else "Original"
+    path, method = f"X-{kind}-{'Uri' if kind == 'Forwarded' else 'URI'}", f"X-{kind}-Method"
+    headers = [("X-API-Key", FREE), (path, "/login"), (method, "POST"), ("X-Real-IP", "198.51.100.9")]
+    async with httpx.AsyncClient(base_url=await listen(DataPlane(gate, {}))) as client:
+        assert (await client.get("/v1/authorize", headers=headers)).status_code == 204
+        response = await client.get(
+            "/v1/authorize", headers=[*headers, *((name, value) for name, value in headers if name == twice)]
+        )
+        assert response.status_code == 400
+        assert twice.lower() in response.json()["error"]["message"]
+
+
 async def test_forwarded_for_of_a_trusted_peer(gate: Gate, listen: Callable[..., Any]) -> None:
     async with httpx.AsyncClient(base_url=await listen(DataPlane(gate, {}))) as client:
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -62,6 +60,7 @@ def gateway(
         "nginx/gateway.conf",
         {
             "listen 80;": f"listen {HOST}:{port};",
+            "listen 127.0.0.1:8404;": f"listen {HOST}:{free_port()};",
             instance: "\n    ".join(instance.replace("8080", str(each)) for each in tidegate),
             "127.0.0.1:8000": f"{HOST}:{api}",
             "default closed": f"default {when_away}",
@@ -76,11 +75,7 @@ def gateway(
         )
     made = Nginx(text, port, files, level)
     if edge:
-        folder = made.directory / "denials"
-        folder.mkdir(mode=0o700)
-        if os.geteuid() == 0:
-            shutil.chown(folder, "www-data")
-        made.add(configured("nginx/edge-cache.conf", {"/run/tidegate-denials": str(folder)}))
+        made.add(configured("nginx/edge-cache.conf", {"/run/tidegate-denials": str(made.directory / "denials")}))
     return made
 
 

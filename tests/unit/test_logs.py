@@ -17,7 +17,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tidegate.catalog.tokens import TOKEN_PREFIX
-from tidegate.keys import make_api_key
 from tidegate.telemetry.logs import HIDDEN, MAX_LINE_BYTES, LineWriter, configure_logging, lines_dropped
 from tidegate.telemetry.requests import CURRENT, Request
 
@@ -142,7 +141,7 @@ def test_no_traceparent_is_too_odd(came: str) -> None:
     assert parent is None or came.strip().split("-")[1] == parent.trace_id
 
 
-KEY = make_api_key()
+KEY = "tg_EhU1wGYuRDndsMwbfbdtLr2FSl7Gv98L1h1h2A"
 TOKEN = TOKEN_PREFIX + "a1" * 20
 SECRETS = [
     (f"the key {KEY} is unknown", KEY),

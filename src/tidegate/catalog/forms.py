@@ -6,11 +6,13 @@ No form ever holds a key, a token or a digest of one.
 from __future__ import annotations
 
 import datetime
+import time
 from collections.abc import Mapping
 from typing import Any, Final, TypeAlias
 
 from tidegate.errors import BadRequest
 from tidegate.limits import US_PER_S
+from tidegate.policy import KeyStatus
 
 Form: TypeAlias = dict[str, Any]
 
@@ -79,7 +81,7 @@ def key_form(row: Mapping[Any, Any]) -> Form:
         "id": row["id"],
         "tier": row["tier_name"],
         "name": row["name"],
-        "status": row["status"],
+        "status": "expired" if _is_over(row) else row["status"],
         "expires_at": moment_text(row["expires_at_us"]),
         "limits": list(own[0]["limits"]) if own else None,
         "overrides": [
@@ -91,6 +93,12 @@ def key_form(row: Mapping[Any, Any]) -> Form:
         "managed_by_file": row["managed_by_file"],
         "revision": row["revision"],
     }
+
+
+def _is_over(row: Mapping[Any, Any]) -> bool:
+    """Whether an active key's time is over."""
+    until_us = row["expires_at_us"]
+    return row["status"] == KeyStatus.ACTIVE.value and until_us is not None and until_us * 1000 <= time.time_ns()
 
 
 def token_form(row: Mapping[Any, Any]) -> Form:

@@ -52,7 +52,7 @@ class KeyRecord(msgspec.Struct, frozen=True):
         id: 24 hex digits.
         tier: name of its tier.
         name: a label for people.
-        status: active or revoked; one whose time is over stays active here.
+        status: active, expired or revoked.
         expires_at: ISO 8601 in UTC, None for never.
         limits: instead of the tier's own; None where those hold.
         overrides: instead of its rules'.

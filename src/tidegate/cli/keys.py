@@ -13,7 +13,6 @@ import msgspec
 import typer
 
 from tidegate.catalog import schema
-from tidegate.catalog.forms import moment_us
 from tidegate.cli.common import ConfigOption, JsonOption, print_json, print_rows, read_settings
 from tidegate.cli.control_plane import one_line
 from tidegate.cli.key_access import ApiKeys, KeyRecord, RotatedKey, Wanted, collect, find, with_keys
@@ -118,7 +117,7 @@ def list_keys(
                     record.id,
                     one_line(record.tier),
                     one_line(record.name),
-                    _status(record),
+                    record.status,
                     _to_seconds(record.created_at),
                     _to_seconds(record.expires_at),
                     None if record.revoked_reason is None else one_line(record.revoked_reason),
@@ -150,7 +149,7 @@ def show(
         ("id", record.id),
         ("tier", record.tier),
         ("name", record.name),
-        ("status", _status(record)),
+        ("status", record.status),
         ("created at", _to_seconds(record.created_at)),
         ("expires at", _to_seconds(record.expires_at)),
         ("revoked at", _to_seconds(record.revoked_at)),
@@ -277,16 +276,10 @@ def _require_text(text: str, option: str, most: int, *, blank: bool = False) -> 
 
 
 def _json(record: KeyRecord) -> dict[str, Any]:
-    """A record as --json prints it: as the admin API tells it, but for a status that says when the key's time is over."""
+    """A record as --json prints it: as the admin API tells it, and who owns it."""
     told: dict[str, Any] = msgspec.to_builtins(record)
     del told["managed_by_file"]
-    return {**told, "status": _status(record), "from": _origin(record)}
-
-
-def _status(record: KeyRecord) -> str:
-    if record.status == Status.ACTIVE and record.expires_at is not None:
-        return Status.EXPIRED.value if moment_us(record.expires_at, "expires_at") <= _now_us() else record.status
-    return record.status
+    return {**told, "from": _origin(record)}
 
 
 def _origin(record: KeyRecord) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from email.utils import formatdate
+from functools import lru_cache
 from typing import Any, Final
 
 import msgspec
@@ -12,6 +14,10 @@ from tidegate.errors import TidegateError
 from tidegate.limits import US_PER_S
 
 Headers = list[tuple[str, str]]
+
+NO_STORE: Final = ("cache-control", "no-store")
+MAX_EDGE_S: Final = 60
+"""For how long an edge cache of nginx answers in Tidegate's place at most: so late a raised limit is seen there."""
 
 _ENCODER: Final = msgspec.json.Encoder()
 
@@ -131,6 +137,60 @@ def limit_headers(decision: Decision) -> Headers:
     if not decision.allowed and decision.retry_after_us is not None:
         headers.append(("retry-after", str(ceil_s(decision.retry_after_us))))
     return headers
+
+
+def denial_cache_headers(decision: Decision) -> Headers:
+    """For how long, and for which requests, a cache may repeat a denial of `/v1/authorize`.
+
+    Until its retry and not a moment longer: seconds are rounded down. Not at all where that is below one second, where the same
+    cost never passes, and where the counter store was unwell: the denial may then be over when the store is back.
+
+    Args:
+        decision: a denial.
+
+    Returns:
+        `Cache-Control`, and `Vary` with all that the answer depends on.
+    """
+    max_age_s = _holds_s(decision)
+    if max_age_s < 1:
+        return [NO_STORE]
+    return [("cache-control", f"max-age={max_age_s}"), _VARY]
+
+
+def edge_cache_headers(decision: Decision) -> Headers:
+    """What a cache of nginx needs beside `denial_cache_headers`.
+
+    nginx counts in whole seconds of its clock and takes an answer for fresh while that second lasts, up to a second longer than
+    it was told: so it is told one less. It does not say `Age` either: the moment of the retry is told as a date.
+
+    Args:
+        decision: a denial.
+
+    Returns:
+        `X-Accel-Expires` in seconds, 0 for not at all, and `X-Tidegate-Retry-At`, an HTTP date rounded up.
+    """
+    headers = [("x-accel-expires", str(max(min(_holds_s(decision) - 1, MAX_EDGE_S), 0)))]
+    if decision.holds_until_us is not None:
+        headers.append(("x-tidegate-retry-at", _http_date(ceil_s(decision.holds_until_us))))
+    return headers
+
+
+_VARY: Final = (
+    "vary",
+    "X-API-Key, X-Original-URI, X-Original-Method, X-Forwarded-Uri, X-Forwarded-Method, X-Real-IP, X-Forwarded-For, "
+    "X-Tidegate-Denied-Status",
+)
+
+
+@lru_cache(maxsize=1024)
+def _http_date(at_s: int) -> str:
+    """Kept, because those who are denied ask again and again, and writing it costs 2 µs."""
+    return formatdate(at_s, usegmt=True)
+
+
+def _holds_s(decision: Decision) -> int:
+    """Whole seconds for which a denial may be repeated."""
+    return 0 if decision.degraded or decision.retry_after_us is None else decision.retry_after_us // US_PER_S
 
 
 def ceil_s(us: int) -> int:

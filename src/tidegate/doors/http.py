@@ -1,8 +1,9 @@
 """The HTTP data plane: an RSGI app without a framework.
 
 Every answer that is not 2xx or 429 has the error form `{"error": {"code", "message", "details"}}`; `/v1/authorize` answers
-204, 401, 403 and 429 without a body, and says the error's code in `X-Tidegate-Error`. A check never gets a bare 500: what
-nobody foresaw is logged and answered 503. Bodies, headers, and the time a body may take are bounded.
+204, 401, 403 and 429 without a body, and says the error's code in `X-Tidegate-Error`. Gateways that know no other refusal than
+401 and 403 get every other one as 403, if they ask for it. A check never gets a bare 500: what nobody foresaw is logged and
+answered 503. Bodies, headers, and the time a body may take are bounded.
 """
 
 from __future__ import annotations
@@ -17,7 +18,17 @@ import msgspec
 
 from tidegate.bodies import MAX_BATCH, MAX_BATCH_BYTES
 from tidegate.decision import Check, Decision, Observation
-from tidegate.doors.answers import Headers, decision_body, encode, error_body, limit_headers, usage_body
+from tidegate.doors.answers import (
+    NO_STORE,
+    Headers,
+    decision_body,
+    denial_cache_headers,
+    edge_cache_headers,
+    encode,
+    error_body,
+    limit_headers,
+    usage_body,
+)
 from tidegate.doors.client_address import TrustedProxies, peer_address
 from tidegate.errors import BadRequest, RequestTooLarge, TidegateError
 from tidegate.gate import Gate, Observer
@@ -29,7 +40,10 @@ logger = logging.getLogger(__name__)
 MAX_CHECK_BYTES: Final = 64 * 1024
 MAX_HEADER_BYTES: Final = 8 * 1024
 BODY_TIMEOUT_S: Final = 10.0
+DENIED_STATUS: Final = "x-tidegate-denied-status"
+"""The request header by which a gateway asks for 403 in place of every refusal but 401."""
 
+_AUTHORIZE: Final = "/v1/authorize"
 _JSON: Final = ("content-type", "application/json")
 
 
@@ -176,7 +190,7 @@ class DataPlane:
             started_ns = time.perf_counter_ns()
         try:
             path = scope.path
-            if path == "/v1/authorize":
+            if path == _AUTHORIZE:
                 await self._authorize(scope, proto)
             elif path == "/v1/check":
                 await self._check(scope, proto)
@@ -187,10 +201,10 @@ class DataPlane:
             else:
                 await self._page(scope, proto)
         except TidegateError as error:
-            self._refuse(proto, error)
+            self._refuse(scope, proto, error)
         except Exception:
             logger.exception("a request met a fault that nobody foresaw")
-            self._refuse(proto, Unforeseen(f"this request met a fault of the limiter: its log tells of {request.id}"))
+            self._refuse(scope, proto, Unforeseen(f"this request met a fault of the limiter: its log tells of {request.id}"))
         finally:
             self.in_flight -= 1
             self.answered += 1
@@ -204,25 +218,29 @@ class DataPlane:
         self._bound_headers(headers)
         peer = peer_address(scope.client)
         trusted = self._trusted.trusts(peer)
-        uri = headers.get("x-original-uri") or (headers.get("x-forwarded-uri") if trusted else None)
-        if uri is None:
-            raise self._seen(
-                BadRequest("the path to decide is missing: send it as X-Original-URI, or as X-Forwarded-Uri from a trusted proxy")
-            )
-        method = headers.get("x-original-method") or (headers.get("x-forwarded-method") if trusted else None) or "GET"
         try:
-            check = Check.of(uri, method, self._key(headers), self._ip(headers, peer, trusted))
+            uri = _one(headers, "x-original-uri") or (_one(headers, "x-forwarded-uri") if trusted else None)
+            if uri is None:
+                raise BadRequest(
+                    "the path to decide is missing: send it as X-Original-URI, or as X-Forwarded-Uri from a trusted proxy"
+                )
+            method = _one(headers, "x-original-method") or (_one(headers, "x-forwarded-method") if trusted else None) or "GET"
+            check = Check.of(uri, method, _one(headers, "x-api-key"), self._ip(headers, peer, trusted))
         except BadRequest as error:
             raise self._seen(error) from None
         _note(check)
-        try:
-            decision = await self._gate.check(check)
-        except TidegateError as error:
-            if error.status in (401, 403):
-                self._empty(proto, error.status, [("x-tidegate-error", error.code)])
-                return
-            raise
-        self._empty(proto, 204 if decision.allowed else 429, limit_headers(decision))
+        decision = await self._gate.check(check)
+        headers_out = limit_headers(decision)
+        if decision.allowed:
+            headers_out.append(NO_STORE)
+            self._empty(proto, 204, headers_out)
+            return
+        headers_out += denial_cache_headers(decision)
+        if headers.get(DENIED_STATUS) == "403":
+            headers_out += edge_cache_headers(decision)
+            self._empty(proto, 403, [*headers_out, ("x-tidegate-error", "RATE_LIMIT_EXCEEDED"), ("x-tidegate-status", "429")])
+        else:
+            self._empty(proto, 429, headers_out)
 
     async def _check(self, scope: _Scope, proto: Any) -> None:
         self._allow_methods(scope, ("POST",))
@@ -231,7 +249,7 @@ class DataPlane:
         body = await self._body(headers, proto, MAX_CHECK_BYTES)
         try:
             asked = _CHECK.decode(body)
-            check = self._check_of(asked, self._key(headers))
+            check = self._check_of(asked, _one(headers, "x-api-key"))
         except msgspec.MsgspecError as error:
             raise self._seen(BadRequest(f"the body is not a check: {error}")) from None
         except UnicodeDecodeError:
@@ -253,7 +271,7 @@ class DataPlane:
             asked = _BATCH.decode(body).checks
             if not 1 <= len(asked) <= MAX_BATCH:
                 raise BadRequest(f"the batch has {len(asked)} checks: send 1 to {MAX_BATCH}", checks=len(asked))
-            header_key = self._key(headers)
+            header_key = _one(headers, "x-api-key")
         except msgspec.MsgspecError as error:
             raise self._seen(BadRequest(f"the body is not a batch of checks: {error}")) from None
         except UnicodeDecodeError:
@@ -279,10 +297,10 @@ class DataPlane:
         self._bound_headers(headers)
         peer = peer_address(scope.client)
         try:
-            usage = await self._gate.usage(self._key(headers), self._ip(headers, peer, self._trusted.trusts(peer)))
+            usage = await self._gate.usage(_one(headers, "x-api-key"), self._ip(headers, peer, self._trusted.trusts(peer)))
         except TidegateError as error:
             raise self._seen(error) from None
-        headers_out: Headers = [_JSON, ("cache-control", "no-store")]
+        headers_out: Headers = [_JSON, NO_STORE]
         if scope.method == "HEAD":
             self._empty(proto, 200, headers_out)
         else:
@@ -294,7 +312,7 @@ class DataPlane:
             raise NotFound(f"there is nothing at {scope.path[:200]!r}: see /openapi.json")
         self._allow_methods(scope, ("GET", "HEAD"))
         made = await page()
-        headers = [("content-type", made.content_type), ("cache-control", "no-store")]
+        headers = [("content-type", made.content_type), NO_STORE]
         if scope.method == "HEAD":
             self._empty(proto, made.status, headers)
         else:
@@ -308,21 +326,12 @@ class DataPlane:
             api_key = header_key
         return Check.of(asked.path, asked.method, api_key, asked.ip, asked.cost)
 
-    def _key(self, headers: _RequestHeaders) -> str | None:
-        """The one key of the headers. Of two, a gateway and a backend may read different ones."""
-        keys = headers.get_all("x-api-key")
-        if not keys:
-            return None
-        if len(keys) > 1:
-            raise BadRequest(f"{len(keys)} X-API-Key headers came: send one", field="X-API-Key")
-        return keys[0]
-
     def _ip(self, headers: _RequestHeaders, peer: str, trusted: bool) -> str | None:
         """The client's address as headers of a trusted peer tell it, else the peer's own; None where nobody knows it."""
         forwarded_for = headers.get("x-forwarded-for") if trusted else None
         if forwarded_for is not None:
             forwarded_for = ",".join(headers.get_all("x-forwarded-for"))
-        return self._trusted.client(peer, headers.get("x-real-ip"), forwarded_for) or None
+        return self._trusted.client(peer, _one(headers, "x-real-ip") if trusted else None, forwarded_for) or None
 
     async def _body(self, headers: _RequestHeaders, proto: Any, most: int) -> bytes:
         """The whole body, bounded in size and time."""
@@ -364,7 +373,15 @@ class DataPlane:
             self._access.observe(seen)
         return error
 
-    def _refuse(self, proto: Any, error: TidegateError) -> None:
+    def _refuse(self, scope: _Scope, proto: Any, error: TidegateError) -> None:
+        if scope.path == _AUTHORIZE:
+            told: Headers = [("x-tidegate-error", error.code), NO_STORE]
+            if error.status in (401, 403):
+                self._empty(proto, error.status, told)
+                return
+            if scope.headers.get(DENIED_STATUS) == "403":
+                self._empty(proto, 403, [*told, ("x-tidegate-status", str(error.status))])
+                return
         headers = [_JSON, ("x-tidegate-error", error.code)]
         if (request := current()) is not None:
             headers.append((REQUEST_ID, request.id))
@@ -412,3 +429,11 @@ def _note(check: Check) -> None:
     request = current()
     if request is not None:
         request.check = check
+
+
+def _one(headers: _RequestHeaders, name: str) -> str | None:
+    """The one value of a header, or None. Of two, a gateway and a backend may read different ones; so both are refused."""
+    values = headers.get_all(name)
+    if len(values) > 1:
+        raise BadRequest(f"{len(values)} {name} headers came: send one", field=name)
+    return values[0] if values else None

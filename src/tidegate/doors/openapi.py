@@ -142,8 +142,15 @@ def _authorize(operation: str) -> dict[str, Any]:
     empty = {
         "204": {"description": "It may pass.", "headers": _headers()},
         "401": {"description": "The API key is missing or unknown; see X-Tidegate-Error."},
-        "403": {"description": "The API key was revoked or has expired; see X-Tidegate-Error."},
-        "429": {"description": "It may not pass.", "headers": _headers()},
+        "403": {
+            "description": "The API key was revoked or has expired; see X-Tidegate-Error. Where X-Tidegate-Denied-Status "
+            "asks for it, any other refusal too; see X-Tidegate-Status.",
+            "headers": _headers() | {"X-Tidegate-Status": _told("What would be the status otherwise: 429, 400, 431 or 503.")},
+        },
+        "429": {
+            "description": "It may not pass.",
+            "headers": _headers() | {"Cache-Control": _told("For how long the denial holds."), "Vary": _told("For whom.")},
+        },
     }
     return {
         "operationId": operation,
@@ -154,6 +161,7 @@ def _authorize(operation: str) -> dict[str, Any]:
             _header("X-Original-Method", "Its method; GET where not given."),
             _header("X-Forwarded-Uri", "As X-Original-URI, from a trusted proxy."),
             _header("X-Forwarded-Method", "As X-Original-Method, from a trusted proxy."),
+            _header("X-Tidegate-Denied-Status", "403: answer 403 in place of any refusal but 401. Anything else is ignored."),
             *_client_headers(),
         ],
         "responses": {**empty, **_errors(400, 405, 431, 503)},
@@ -201,7 +209,11 @@ def _body(schema: str) -> dict[str, Any]:
 
 
 def _headers() -> dict[str, Any]:
-    return {name: {"description": text, "schema": {"type": "string"}} for name, text in _LIMIT_HEADERS.items()}
+    return {name: _told(text) for name, text in _LIMIT_HEADERS.items()}
+
+
+def _told(text: str) -> dict[str, Any]:
+    return {"description": text, "schema": {"type": "string"}}
 
 
 def _errors(*statuses: int) -> dict[str, Any]:
