@@ -75,7 +75,8 @@ class _Killer:
         server.call("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
 
     def _redis_replica(self) -> None:
-        replicas = [each for each in self._stack.cluster.nodes if each not in self._stack.cluster.masters]
+        masters = self._stack.cluster.masters()
+        replicas = [each for each in self._stack.cluster.nodes if each not in masters]
         replica = self._random.choice(replicas)
         replica.kill()
         time.sleep(1)
