@@ -26,6 +26,9 @@ FORM_S = 60.0
 STOP_S = 10.0
 SCRIPTS = Path(__file__).parents[2] / "deploy/postgres"
 
+_SOCKETS = Path("/var/run/postgresql")
+"""Where Debian's PostgreSQL has them, and where pg_autoctl looks for its own server."""
+
 _OPTIONS = "listen_addresses = '127.0.0.1'\nshared_buffers = '32MB'\nfsync = off\ndynamic_shared_memory_type = mmap\n"
 """For a server of a few minutes, after what deploy/postgres says."""
 
@@ -35,6 +38,8 @@ def need() -> None:
     postgres.need()
     if shutil.which("pg_autoctl") is None or not list(Path("/usr/lib/postgresql").glob("*/lib/pgautofailover.so")):
         pytest.skip("pg_auto_failover is missing: Debian's pg-auto-failover-cli and postgresql-15-auto-failover (13: -17-)")
+    if os.geteuid() != 0 and not os.access(_SOCKETS, os.W_OK):
+        pytest.skip(f"pg_auto_failover needs to make sockets in {_SOCKETS}: run the tests as root, or as a user who may")
 
 
 class Keeper:
@@ -140,6 +145,8 @@ class Keeper:
         # pg_autoctl has one for its log lines, which outlives it.
         if semaphore is not None:
             subprocess.run(["ipcrm", "--semaphore-id", semaphore], capture_output=True, check=False)
+        for left in _SOCKETS.glob(f".s.PGSQL.{self.port}*"):
+            left.unlink(missing_ok=True)
 
     def terminate(self) -> None:
         """Tell it to end in good order, without waiting."""
