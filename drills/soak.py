@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import random
 import signal
@@ -104,7 +105,8 @@ async def soak(size: Size) -> Findings:
             {"TIDEGATE_COUNTERS__TIMEOUT_MS": "500", "TIDEGATE_BREAKER__OPEN_S": "2"},
             each=({}, {}, workers),
         )
-        with await in_thread(stack.__enter__):
+        with contextlib.ExitStack() as ending:
+            await in_thread(lambda: ending.enter_context(stack))
             killer = _Killer(stack, random.Random(SEED))
             async with Running(stack, RATE, SUBJECTS) as running:
 
