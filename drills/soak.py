@@ -61,9 +61,13 @@ class _Killer:
             ("a replica of Redis", self._redis_replica),
             ("a replica of PostgreSQL", self._postgres_replica),
         ]
+        self._due: list[tuple[str, Callable[[], None]]] = []
 
     def next(self) -> tuple[str, Callable[[], None]]:
-        return self._random.choice(self.deeds)
+        # Each once before one comes again, in an order that changes.
+        if not self._due:
+            self._due = self._random.sample(self.deeds, len(self.deeds))
+        return self._due.pop()
 
     def _worker(self) -> None:
         supervisor = self._stack.instances[-1].process.pid

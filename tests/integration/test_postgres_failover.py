@@ -68,7 +68,7 @@ def test_it_forms_with_the_settings_of_the_fragments(whole: PostgresFailover) ->
                 ((setting, _, shown),) = ask(keeper, query, database)
                 assert value in (setting, shown), f"{name} of {keeper}"
     query = "SELECT prosrc FROM pg_proc WHERE proname = 'get_most_advanced_standby'"
-    assert ["fast_forward" in source for (source,) in ask(failover.monitor, query, "pg_auto_failover")] == [True], "it is mended"
+    assert ["fast_forward" in source for (source,) in ask(whole.monitor, query, "pg_auto_failover")] == [True], "it is mended"
     assert ask(primary, "SHOW synchronous_standby_names")[0][0].startswith("ANY 1 "), "a commit waits for one standby"
     assert ask(primary, "SELECT count(*) FROM pg_stat_replication WHERE state = 'streaming'") == [(2,)]
     for standby in whole.nodes:
