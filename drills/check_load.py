@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+import random
 import time
 from typing import Any, Final, NamedTuple
 from urllib.parse import urlsplit
@@ -99,7 +99,7 @@ class _Decided(msgspec.Struct):
 
 
 class CheckLoad(HttpLoad):
-    """Asks `/v1/check` about some addresses, in turn under the tight and the loose rule.
+    """Asks `/v1/check` about some addresses, each as often as any other, under the tight and the loose rule.
 
     An answer is a decision, 200 or 429. Everything else is a failure.
 
@@ -118,13 +118,16 @@ class CheckLoad(HttpLoad):
         self.answers: list[Admission] = []
         """The same, as the checker of exactness reads it; answers only."""
         host = urlsplit(url).netloc
-        self._questions = itertools.cycle(
-            [(_request(host, rule, ip), (rule, ip)) for ip in self.ips for rule in (TIGHT, LOOSE)],
-        )
+        self._round = [(_request(host, rule, ip), (rule, ip)) for ip in self.ips for rule in (TIGHT, LOOSE)]
+        # In another order each round: else the balancer's turns would bring each address to the same instance again and again.
+        self._order = random.Random(0)
+        self._left: list[tuple[bytes, tuple[str, str]]] = []
         self._decided = msgspec.json.Decoder(_Decided)
 
     def question(self) -> tuple[bytes, Any]:
-        return next(self._questions)
+        if not self._left:
+            self._left = self._order.sample(self._round, len(self._round))
+        return self._left.pop()
 
     def heard(self, about: Any, at_s: float, latency_s: float, answer: Answer | None, failure: str | None) -> None:
         rule, ip = about

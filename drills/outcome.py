@@ -132,6 +132,7 @@ class Outcome(NamedTuple):
             lines += [
                 ("admitted, not counted", f"{self.books.uncounted:,} of {self.books.admitted:,} units"),
                 ("counted, not admitted", f"{self.books.counted_twice:,} units"),
+                ("counters still owed at the end", f"{self.books.owed:,}"),
             ]
         lines += self.notes
         text = [f"  {name:<34} {value}" for name, value in lines]

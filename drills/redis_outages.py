@@ -190,7 +190,7 @@ async def redis_hang(size: Size) -> Outcome:
         ),
         at_most("p99 while they are open", open_ms if opened_s is not None else None, 5, "ms"),
         Goal("breakers close by themselves", "yes" if closes else "no", "yes", closes),
-        Goal("admitted and not put back, units", f"{books.uncounted}", "0", books.uncounted == 0),
+        Goal("admitted and not put back, units", f"{books.uncounted}", "0", books.uncounted == books.owed == 0),
         over_admission_within_limits(units),
     ]
     notes = [
@@ -225,7 +225,7 @@ async def redis_gone(size: Size) -> Outcome:
     goals = [
         no_errors(load.seen),
         Goal("breakers close by themselves", "yes" if closes else "no", "yes", closes),
-        Goal("admitted and not counted at the end, units", f"{books.uncounted}", "0", books.uncounted == 0),
+        Goal("admitted and not counted at the end, units", f"{books.uncounted}", "0", books.uncounted == books.owed == 0),
         over_admission_within_limits(units),
     ]
     notes = [("exact again", "not at all" if back_s is None else f"{event_s + back_s - returned_s:.1f} s after the start")]

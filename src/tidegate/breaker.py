@@ -58,15 +58,20 @@ class Breaker:
         """
         if self.state is BreakerState.CLOSED:
             return True
-        if self.state is BreakerState.OPEN and now - self._opened_at >= self.options.open_s:
-            self.state = BreakerState.HALF_OPEN
-            self._opened_at = now
-            return True
-        if self.state is BreakerState.HALF_OPEN and now - self._opened_at >= self.options.open_s:
-            # The probe's outcome was never told: whoever made it was cancelled.
-            self._opened_at = now
-            return True
-        return False
+        if not self.is_due(now):
+            return False
+        # Half open already where the last probe's outcome was never told: whoever made it was cancelled.
+        self.state = BreakerState.HALF_OPEN
+        self._opened_at = now
+        return True
+
+    def is_due(self, now: float) -> bool:
+        """Whether it is not closed and a probe may be made; asking makes none of it.
+
+        Args:
+            now: monotonic seconds.
+        """
+        return self.state is not BreakerState.CLOSED and now - self._opened_at >= self.options.open_s
 
     def succeeded(self) -> None:
         """A call succeeded."""

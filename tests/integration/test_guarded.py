@@ -239,3 +239,53 @@ async def test_closing_puts_back_what_is_owed(new_redis: Callable[..., RedisServ
     await other.start()
     assert (await decided(other, (limits, "s"), cost=0)).remaining == 6
     await other.close()
+
+
+async def opened(counters: GuardedCounters, limits: LimitSet) -> None:
+    """Ask until the breaker is open; each attempt to reconnect that fails is one failure."""
+    deadline = time.monotonic() + 20
+    while not counters.open_breakers:
+        assert time.monotonic() < deadline
+        await decided(counters, (limits, "s"))
+        await asyncio.sleep(0.02)
+
+
+async def test_what_is_owed_is_put_back_though_no_check_comes_again(store: tuple[RedisServer, GuardedCounters]) -> None:
+    server, counters = store
+    limits = limit_set("1000000/day")
+    server.kill()
+    await opened(counters, limits)
+    assert counters.owed == 1
+    server.start()
+    # Nobody asks: a balancer may send everything to other instances, which are to know what this one has admitted.
+    await until(lambda: not counters.owed and not counters.open_breakers)
+    assert counters.put_back == 1
+
+
+async def test_a_probe_of_what_is_owed_that_fails_leaves_the_shard_alone(store: tuple[RedisServer, GuardedCounters]) -> None:
+    server, counters = store
+    server.kill()
+    await opened(counters, limit_set("1000000/day"))
+    opened_before = sum(breaker.opened for breaker in counters.breakers.values())
+    await until(lambda: sum(breaker.opened for breaker in counters.breakers.values()) > opened_before + 1)
+    assert counters.open_breakers == 1
+    assert counters.owed == 1
+    assert counters.put_back == 0
+
+
+async def test_closing_puts_back_what_is_owed_to_a_shard_that_is_left_alone(new_redis: Callable[..., RedisServer]) -> None:
+    server = new_redis()
+    patient = BreakerOptions(failures=3, window_s=10, open_s=3600)
+    counters = GuardedCounters(RedisCounters(server.url, 0.5), GuardOptions(breaker=patient))
+    await counters.start()
+    limits = limit_set("1000000/day")
+    server.kill()
+    await opened(counters, limits)
+    server.start()
+    await until(lambda: counters.store.connections()[0].up)
+    admitted = sum(counters.degraded.values())
+    await counters.close()
+    other = guarded(server)
+    await other.start()
+    assert (await decided(other, (limits, "s"), cost=0)).remaining == 1_000_000 - admitted
+    await other.close()

@@ -154,10 +154,14 @@ class GuardedCounters:
                 await self._beating
         if self.store.started:
             try:
+                # Whatever the breakers say: nobody will ask again.
+                await self._probe_debtors(last=True)
                 await self._settle_debts()
                 await heartbeat.leave(self.store, self.instance)
             except StoreUnavailable as error:
-                logger.warning("%d counters of an outage could not be put back: %s", self.owed, error)
+                logger.debug("the store does not answer at the end: %s", error)
+            if self.owed:
+                logger.warning("%d counters of an outage could not be put back", self.owed)
         await self.store.close()
 
     # Many, or in trouble.
@@ -224,11 +228,14 @@ class GuardedCounters:
 
     def _succeeded(self, charge: Charge) -> None:
         for shard in self._shards(charge):
-            breaker = self.breakers.get(shard)
-            if breaker is not None:
-                if breaker.state is not BreakerState.CLOSED:
-                    logger.info("Redis shard %s is asked again", shard, extra={"ecs": {"tidegate.shard": shard}})
-                breaker.succeeded()
+            self._answered(shard)
+
+    def _answered(self, shard: str) -> None:
+        breaker = self.breakers.get(shard)
+        if breaker is not None:
+            if breaker.state is not BreakerState.CLOSED:
+                logger.info("Redis shard %s is asked again", shard, extra={"ecs": {"tidegate.shard": shard}})
+            breaker.succeeded()
 
     def _failed(self, charge: Charge, error: StoreUnavailable) -> Outcome:
         """A call failed: tell the breaker, and answer in the store's place."""
@@ -272,6 +279,10 @@ class GuardedCounters:
             states = self._local.take(limits, subject)
             if states is not None:
                 taken.append((limits, subject, states))
+        await self._absorb(taken)
+
+    async def _absorb(self, taken: Sequence[tuple[LimitSet, str, tuple[State, ...]]]) -> None:
+        """Add to the store what was taken out of the shares; what it does not take is owed again."""
         try:
             await self.store.absorb(taken)
         except (StoreUnavailable, asyncio.CancelledError):
@@ -296,6 +307,34 @@ class GuardedCounters:
             await self._put_back(some)
             logger.debug("put back %d counters in %.3f s", len(some), time.monotonic() - now)
 
+    async def _probe_debtors(self, last: bool = False) -> None:
+        """Let something owed be the probe of each shard that is left alone: checks may never come again to be it.
+
+        Args:
+            last: whether shards are asked although their time has not come.
+        """
+        now = time.monotonic()
+        due = {
+            shard
+            for shard, breaker in self.breakers.items()
+            if breaker.state is not BreakerState.CLOSED and (last or breaker.is_due(now))
+        }
+        probes: list[tuple[str, tuple[LimitSet, str, tuple[State, ...]]]] = []
+        for limits, subject in list(self._local.owed) if due else ():
+            shard = self.store.shard_of(subject)
+            if shard in due and (states := self._local.take(limits, subject)) is not None:
+                self.breakers[shard].admits(now)
+                probes.append((shard, (limits, subject, states)))
+                due.discard(shard)
+        for shard, owed in probes:
+            try:
+                await self._absorb([owed])
+            except StoreUnavailable as error:
+                if (breaker := self.breakers.get(shard)) is not None:
+                    breaker.failed(time.monotonic(), error.details.get("event"))
+            else:
+                self._answered(shard)
+
     # What goes on beside.
 
     async def _beat(self) -> None:
@@ -309,10 +348,15 @@ class GuardedCounters:
                 if self._resets is not None and told.resets != self._resets:
                     self.denials.clear()
                 self._resets = told.resets
+            except StoreUnavailable as error:
+                # The breaker is told by checks and debts alone; what was learnt before stays.
+                logger.debug("no heartbeat: %s", error)
+            try:
+                # Also without a heartbeat: the shard that it lies on may be another one's.
+                await self._probe_debtors()
                 await self._settle_debts()
             except StoreUnavailable as error:
-                # The breaker is told by checks alone; what was learnt before stays.
-                logger.debug("no heartbeat: %s", error)
+                logger.debug("nothing could be put back: %s", error)
             now_us = time.monotonic_ns() // 1000
             self.denials.sweep(now_us)
             self._local.sweep(_SWEEP_STEPS)
