@@ -34,10 +34,7 @@ class Findings(NamedTuple):
             timed: whether goals are judged that depend on how fast the machine is.
         """
         lines = [f"  {name:<52} {value}" for name, value in self.figures]
-        for goal in self.goals:
-            verdict = "    " if goal.timed and not timed else "pass" if goal.met else "FAIL"
-            lines.append(f"  {verdict}  {goal.what:<46} {goal.measured:>10}   goal {goal.wanted}")
-        return "\n".join(lines)
+        return "\n".join(lines + [goal.line(timed) for goal in self.goals])
 
 
 def none_of(what: str, count: int, timed: bool = False) -> Goal:
