@@ -90,7 +90,10 @@ def main() -> None:
             if not run(name, Size(asked.smoke), asked.pictures):
                 missed.append(name)
         except pytest.skip.Exception as reason:
-            sys.exit(f"{name}: {reason}")
+            # Where it was asked for by name, that is a failure; of all drills, the others go on.
+            if asked.names:
+                sys.exit(f"{name}: {reason}")
+            print(f"  skipped: {reason}", flush=True)
     if missed:
         sys.exit(f"\ngoals missed: {', '.join(missed)}")
 

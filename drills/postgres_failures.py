@@ -162,9 +162,11 @@ async def pg_primary(size: Size) -> Findings:
                     killed_s = load.now_s
                     await in_thread(victim.kill)
                     print(f"  {killed_s:6.1f} s  {victim.name} is killed", flush=True)
-                    while load.operator.away_s(killed_s) is None and load.now_s < killed_s + 60:
+                    # To find and end all its processes takes a moment, in which it may still take a write.
+                    dead_s = load.now_s
+                    while (back_s := load.operator.away_s(dead_s)) is None and load.now_s < killed_s + 60:
                         await asyncio.sleep(0.05)
-                    away.append(load.operator.away_s(killed_s))
+                    away.append(None if back_s is None else back_s + dead_s - killed_s)
                     spans.append((killed_s, load.now_s))
                     print(f"  {load.now_s:6.1f} s  operators write again", flush=True)
                     victim.start()
