@@ -229,8 +229,8 @@ async def pg_pause(size: Size) -> Findings:
                     alarms, away = 0, []
                     for _ in range(rounds):
                         primary = failover.primary()
-                        silent_s = load.now_s
                         await in_thread(primary.pause)
+                        silent_s = load.now_s
                         await asyncio.sleep(pause_s)
                         await in_thread(primary.resume)
                         began = load.now_s
