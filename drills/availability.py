@@ -61,7 +61,7 @@ INSTANCE: Final = Measured(0, "0 of 11,603 requests failed: python -m drills.ins
 BALANCER: Final = Measured(2.1, "1.4-1.7 s killed, 1.5-2.1 s cut off: python -m drills.balancer")
 CLUSTER: Final = Measured(3.5, "node timeout 1,000 ms, a third of the subjects: python -m drills.redis_failures, docs/redis.md")
 SENTINEL: Final = Measured(3.8, "down-after 1,000 ms: python -m drills.redis_failures, docs/redis.md")
-POSTGRES: Final = Measured(10.2, "8.0-10.2 s until writes: python -m drills pg-primary")
+POSTGRES: Final = Measured(8.6, "7.0-8.6 s until writes: python -m drills pg-primary, 2026-11-25")
 
 
 class Component(NamedTuple):
