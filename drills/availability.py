@@ -55,7 +55,7 @@ class Measured(NamedTuple):
 
 
 NOTHING: Final = Measured(
-    0, "no client error: python -m drills redis-cluster-master redis-sentinel, python -m drills.redis_failures"
+    0, "no client error: python -m drills redis-cluster-master redis-sentinel-master, python -m drills.redis_failures"
 )
 INSTANCE: Final = Measured(0, "0 of 11,603 requests failed: python -m drills.instance")
 BALANCER: Final = Measured(2.1, "1.4-1.7 s killed, 1.5-2.1 s cut off: python -m drills.balancer")

@@ -6,6 +6,7 @@ import asyncio
 import json
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any, Final, NamedTuple
 from urllib.parse import urlsplit
 
@@ -136,3 +137,16 @@ class Operator:
         """
         # One that was under way may have been committed before; one sent later cannot.
         return next((each.end_s - since_s for each in self.writes if each.status == 201 and each.at_s >= since_s), None)
+
+    def longest_gap_s(self, since_s: float, until_s: float) -> float:
+        """The longest time without a write that succeeded.
+
+        Args:
+            since_s: the first moment, s since the start.
+            until_s: the last.
+
+        Returns:
+            s.
+        """
+        ends = [each.end_s for each in self.writes if each.status == 201 and since_s <= each.end_s <= until_s]
+        return max(after - before for before, after in pairwise([since_s, *ends, until_s]))

@@ -28,6 +28,8 @@ def test_a_write_counts_as_back_only_where_it_was_sent_after_the_kill() -> None:
     ]
     assert operator.away_s(10.0) == 6.5
     assert operator.away_s(18.0) is None
+    assert operator.longest_gap_s(10.0, 18.0) == pytest.approx(6.1)
+    assert operator.longest_gap_s(10.0, 30.0) == pytest.approx(12.9), "silence until the end counts"
 
 
 def test_the_percentile_leaves_out_what_was_not_decided() -> None:
