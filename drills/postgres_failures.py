@@ -252,7 +252,10 @@ async def pg_pause(size: Size) -> Findings:
                         away.append(load.operator.longest_gap_s(silent_s, load.now_s))
                     worst = f"{max(away):.1f} s" if away else "not measured"
                     figures.append(
-                        (f"silent for {pause_s:g} s", f"taken for death {alarms} of {rounds}; writes away for at most {worst}")
+                        (
+                            f"silent for {pause_s:g} s",
+                            f"the monitor acted {alarms} of {rounds} times; writes away for at most {worst}",
+                        )
                     )
     goals.append(none_of("checks without a decision", sum(not each.decided for each in load.told)))
     goals.append(none_of("silences after which the nodes did not find together", stuck))
