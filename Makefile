@@ -42,7 +42,7 @@ bench-smoke: $(VENV)/.dev ## the same at its smallest size: that it works, not h
 	scripts/install-debian-packages wrk nghttp2-client redis-server postgresql nginx
 	$(BIN)/python -m bench --smoke
 
-DRILL_PACKAGES := redis-server redis-sentinel postgresql haproxy libfaketime keepalived iproute2 curl
+DRILL_PACKAGES := redis-server redis-sentinel postgresql haproxy libfaketime wrk pg-auto-failover-cli "postgresql-15-auto-failover|postgresql-17-auto-failover" keepalived iproute2 curl
 
 stack: $(VENV)/.dev ## run three instances behind HAProxy with Redis and PostgreSQL; REDIS=cluster, sentinel or standalone
 	@scripts/install-debian-packages $(DRILL_PACKAGES)

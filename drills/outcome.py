@@ -31,6 +31,15 @@ class Goal(NamedTuple):
     met: bool
     timed: bool = False
 
+    def line(self, timed: bool = True) -> str:
+        """As it is printed.
+
+        Args:
+            timed: whether goals are judged that depend on how fast the machine is.
+        """
+        verdict = "    " if self.timed and not timed else "pass" if self.met else "FAIL"
+        return f"  {verdict}  {self.what:<46} {self.measured:>10}   goal {self.wanted}"
+
 
 class Units(NamedTuple):
     """Of the tight rule, all subjects together.
@@ -138,10 +147,7 @@ class Outcome(NamedTuple):
             ]
         lines += self.notes
         text = [f"  {name:<34} {value}" for name, value in lines]
-        for goal in self.goals:
-            verdict = "    " if goal.timed and not timed else "pass" if goal.met else "FAIL"
-            text.append(f"  {verdict}  {goal.what:<46} {goal.measured:>10}   goal {goal.wanted}")
-        return "\n".join(text)
+        return "\n".join(text + [goal.line(timed) for goal in self.goals])
 
 
 def units_of(running: Running, policy_file: Path, limit: int) -> Units:

@@ -88,7 +88,7 @@ class PostgresServer:
         self._programs = need()
         self.options = dict(options or {})
         self.port = port or free_port()
-        self.directory = _new_directory()
+        self.directory = new_directory()
         weakref.finalize(self, _remove, self.directory)
         self.data = self.directory / "data"
         self.log = self.directory / "server.log"
@@ -159,7 +159,7 @@ class PostgresServer:
         command = [str(self._programs / "postgres"), "-D", str(self.data), "-c", f"config_file={self._configuration}"]
         with self.log.open("ab") as log:
             process: subprocess.Popen[bytes] = subprocess.Popen(
-                command, cwd=self.directory, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, **_as_server()
+                command, cwd=self.directory, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, **as_server()
             )
         # They end before their directory goes: what is registered last is called first.
         weakref.finalize(self, kill_tree, process)
@@ -338,7 +338,7 @@ def _template(directory_of_programs: Path) -> Path:
     Returns:
         The data directory.
     """
-    directory = _new_directory()
+    directory = new_directory()
     atexit.register(_remove, directory)
     data = directory / "data"
     settings = ("--username", USER, "--auth", "trust", "--encoding", "UTF8", "--locale", "C.UTF-8", "--no-sync")
@@ -355,32 +355,46 @@ def _account() -> pwd.struct_passwd | None:
         return None
 
 
-def _as_server() -> dict[str, Any]:
-    """What to tell `subprocess`: to run as somebody whom PostgreSQL accepts, and without our own settings for it."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PG")}
+def as_server(environment: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """Say how a server is started: as somebody whom PostgreSQL accepts.
+
+    Args:
+        environment: for it; ours without our own settings for PostgreSQL if None.
+
+    Returns:
+        Arguments of `subprocess`.
+    """
+    if environment is None:
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("PG")}
     account = _account() if os.geteuid() == 0 else None
     if account is None:
         return {"env": environment}
     return {"env": environment, "user": account.pw_uid, "group": account.pw_gid, "extra_groups": []}
 
 
-def run(*command: str | Path, cwd: Path, told: str = "") -> None:
+def run(*command: str | Path, cwd: Path, told: str = "", environment: Mapping[str, str] | None = None) -> None:
     """Run one of PostgreSQL's programs, as the user who runs the servers.
 
     Args:
         command: the program with its arguments.
         cwd: where to run it.
         told: what it reads.
+        environment: as of `as_server`.
 
     Raises:
         RuntimeError: with what it said, if it fails.
     """
-    ended = subprocess.run(command, cwd=cwd, input=told, capture_output=True, text=True, check=False, **_as_server())
+    ended = subprocess.run(command, cwd=cwd, input=told, capture_output=True, text=True, check=False, **as_server(environment))
     if ended.returncode != 0:
         raise RuntimeError(f"{command[0]} ended with {ended.returncode}:\n{ended.stdout}{ended.stderr}")
 
 
-def _new_directory() -> Path:
+def new_directory() -> Path:
+    """Make a directory for servers, which belongs to the user who runs them.
+
+    Returns:
+        Its path.
+    """
     directory = Path(tempfile.mkdtemp(prefix="tidegate-postgres-"))
     account = _account()
     if os.geteuid() == 0 and account is not None:
