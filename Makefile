@@ -13,7 +13,7 @@ $(VENV)/.run: pyproject.toml scripts/make-venv
 	scripts/make-venv $(PYTHON) $(VENV) .run
 
 $(VENV)/.dev: pyproject.toml scripts/make-venv
-	scripts/make-venv $(PYTHON) $(VENV) .dev --group test --group check --group bench --group monitoring
+	scripts/make-venv $(PYTHON) $(VENV) .dev --group test --group check --group bench --group monitoring --group docs
 
 run: $(VENV)/.run ## serve the example policy at 127.0.0.1:8080
 	exec $(BIN)/tidegate serve --demo
@@ -82,7 +82,10 @@ dashboards: $(VENV)/.dev ## make the Grafana dashboards in deploy/grafana/json
 manifests: $(VENV)/.dev ## make what the Prometheus operator wants out of deploy/prometheus
 	$(BIN)/python deploy/kubernetes/generate.py
 
-clean: ## remove what the other commands made
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis bench/results drills/results tidegate.db tidegate.db-wal tidegate.db-shm
+docs: $(VENV)/.dev ## make the documentation as a site, in site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-.PHONY: help run test check format bench bench-smoke stack stack-status stack-down drill drills drills-smoke dashboards manifests clean
+clean: ## remove what the other commands made
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis bench/results drills/results site tidegate.db tidegate.db-wal tidegate.db-shm
+
+.PHONY: help run test check format bench bench-smoke stack stack-status stack-down drill drills drills-smoke dashboards manifests docs clean

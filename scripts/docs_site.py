@@ -1,0 +1,118 @@
+"""What mkdocs is told beside `mkdocs.yml`: pages made from the code, and links that leave the documentation.
+
+The HTTP interfaces are described by the servers themselves (OpenAPI), the Python one by its docstrings; both are made into pages
+when the site is built, so that no page says what the code does not. Files outside `docs/` become links to the repository.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Iterator
+from typing import Any, Final
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
+
+import tidegate
+from tidegate.catalog.cached import CachedCatalog
+from tidegate.catalog.editing import CatalogEditor
+from tidegate.catalog.sql import SqlCatalog
+from tidegate.counters.memory import MemoryCounters
+from tidegate.doors.admin.app import AdminDeps, admin_app
+from tidegate.doors.openapi import data_plane_openapi
+from tidegate.gate import Gate
+
+_OUTSIDE: Final = re.compile(r"\]\(\.\./([^)#]*)(#[^)]*)?\)")
+
+
+def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Let links to files outside the documentation lead to the repository.
+
+    Args:
+        markdown: of the page.
+        page: it.
+        config: of the site.
+        files: of the site.
+
+    Returns:
+        The page with the links changed.
+    """
+    del page, files
+    base = (config.repo_url or "").rstrip("/")
+    return _OUTSIDE.sub(lambda found: f"]({base}/blob/main/{found[1]}{found[2] or ''})", markdown)
+
+
+def on_files(files: Files, *, config: MkDocsConfig) -> Files:
+    """Add the pages that are made from the code.
+
+    Args:
+        files: of the site.
+        config: of the site.
+
+    Returns:
+        The same, and more.
+    """
+    made = {
+        "reference/python.md": _python(),
+        "reference/data-plane.md": _openapi("The data plane", data_plane_openapi()),
+        "reference/control-plane.md": _openapi("The control plane", asyncio.run(_control_plane())),
+    }
+    for path, text in made.items():
+        files.append(File.generated(config, path, content=text))
+    return files
+
+
+def _python() -> str:
+    names = [name for name in tidegate.__all__ if not name.startswith("_")]
+    parts = ["# Python\n", "What `import tidegate` gives, from its docstrings. [Python](../python.md) shows how it is used.\n"]
+    parts += [f"::: tidegate.{name}\n" for name in names]
+    parts += ["## tidegate.client\n", "::: tidegate.client.Client\n", "::: tidegate.client.AsyncClient\n"]
+    return "\n".join(parts)
+
+
+async def _control_plane() -> dict[str, Any]:
+    catalog = await SqlCatalog.open("sqlite://")
+    try:
+        gate = Gate(CachedCatalog(catalog), MemoryCounters())
+        return admin_app(AdminDeps(CatalogEditor(catalog, lambda *_: None), gate)).openapi()
+    finally:
+        await catalog.close()
+
+
+def _openapi(title: str, described: dict[str, Any]) -> str:
+    lines = [f"# {title}\n", f"From its own `/openapi.json`, version {described['info']['version']}.\n"]
+    for path, operations in described["paths"].items():
+        for method, operation in operations.items():
+            lines += [f"## {method.upper()} {path}\n", *_operation(operation)]
+    return "\n".join(lines)
+
+
+def _operation(operation: dict[str, Any]) -> Iterator[str]:
+    for text in (operation.get("summary"), operation.get("description")):
+        if text:
+            yield f"{text}\n"
+    parameters = operation.get("parameters", ())
+    if parameters:
+        yield "| parameter | in | needed | what |\n|---|---|---|---|"
+        for each in parameters:
+            yield f"| `{each['name']}` | {each['in']} | {'yes' if each.get('required') else ''} | {_cell(each.get('description'))} |"
+        yield ""
+    body = operation.get("requestBody", {}).get("content", {})
+    for kind, form in body.items():
+        yield f"Body: `{kind}`, {_schema(form.get('schema', {}))}\n"
+    yield "| status | what |\n|---|---|"
+    for status, answer in operation["responses"].items():
+        told = "; ".join(_schema(each.get("schema", {})) for each in answer.get("content", {}).values())
+        yield f"| {status} | {_cell(answer.get('description'))} {told} |"
+    yield ""
+
+
+def _schema(schema: dict[str, Any]) -> str:
+    name = str(schema.get("$ref", "")).rpartition("/")[2]
+    return f"`{name}`" if name else str(schema.get("type", ""))
+
+
+def _cell(text: str | None) -> str:
+    return " ".join((text or "").split()).replace("|", "\\|")
