@@ -60,6 +60,7 @@ class Keeper:
         self._home = home
         self._process: subprocess.Popen[bytes] | None = None
         self._paused = False
+        self._last_semaphore: str | None = None
 
     def __repr__(self) -> str:
         return f"<{self.name} on port {self.port} {'alive' if self.alive else 'not alive'}>"
@@ -138,9 +139,9 @@ class Keeper:
         """
         if self._process is None:
             return
-        semaphore = self._semaphore()
+        semaphore = self._semaphore() or self._last_semaphore
         kill_tree(self._process)
-        self._process = None
+        self._process = self._last_semaphore = None
         self._paused = False
         # pg_autoctl has one for its log lines, which outlives it.
         if semaphore is not None:
@@ -151,6 +152,7 @@ class Keeper:
     def terminate(self) -> None:
         """Tell it to end in good order, without waiting."""
         if self._process is not None and self.alive:
+            self._last_semaphore = self._semaphore()  # the file goes when it ends, the semaphore may stay
             self.resume()
             self._process.send_signal(signal.SIGINT)
 
