@@ -97,7 +97,8 @@ def _operation(operation: dict[str, Any]) -> Iterator[str]:
     if parameters:
         yield "| parameter | in | needed | what |\n|---|---|---|---|"
         for each in parameters:
-            yield f"| `{each['name']}` | {each['in']} | {'yes' if each.get('required') else ''} | {_cell(each.get('description'))} |"
+            needed = "yes" if each.get("required") else ""
+            yield f"| `{each['name']}` | {each['in']} | {needed} | {_cell(each.get('description'))} |"
         yield ""
     body = operation.get("requestBody", {}).get("content", {})
     for kind, form in body.items():
