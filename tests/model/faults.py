@@ -77,6 +77,9 @@ class Told:
     def charged(self, charge: Charge, decision: Decision) -> None:
         """A charge was decided, and nobody was told."""
 
+    def wiped(self, counters: Iterable[tuple[LimitSet, str]]) -> None:
+        """Counters were reset, and nobody was told."""
+
     def absorbed(self, instance: int, limits: LimitSet, subject: str, answered: bool) -> None:
         """What an instance admitted was added."""
 
@@ -135,6 +138,8 @@ class Link:
             # Memory never waits: one step is the whole of it.
             with contextlib.suppress(StopIteration):
                 self._store.counters.reset(counters).send(None)
+            if not answered:
+                self._told.wiped(counters)
 
         await self._call(forget)
 

@@ -92,6 +92,12 @@ class Truth(Told):
                 self.known[held.place] += certain
                 debt.clear()
 
+    def wiped(self, counters: Iterable[tuple[LimitSet, str]]) -> None:
+        # It may come late, and then wipes what was counted after it was asked for.
+        for counter in counters:
+            for held in held_by(Charge((counter,))):
+                self.maybe[held.place] += self.known.pop(held.place, [])
+
     def replicate(self) -> None:
         self._replica = (_copied(self.known), _copied(self.maybe))
 
