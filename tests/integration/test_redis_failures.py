@@ -87,7 +87,7 @@ async def test_a_lost_redis_and_its_empty_successor() -> None:
 
 
 async def test_a_rule_that_allows_gives_no_error() -> None:
-    must_be_back(await redis_failures.gone_and_allow())
+    must_be_back(await redis_failures.gone_and_allow(8.0))
 
 
 async def test_slots_move_unnoticed() -> None:
