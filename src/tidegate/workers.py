@@ -31,8 +31,9 @@ import msgspec
 import uvloop
 
 from tidegate.errors import SettingsError
+from tidegate.instance import Instance, require_shared_counters
 from tidegate.listening import admin_address, free_address, grpc_address
-from tidegate.server import Instance, require_shared_counters, started
+from tidegate.server import started
 from tidegate.settings import Settings, join_address
 from tidegate.telemetry.combined import combine
 

@@ -28,8 +28,9 @@ from tidegate.cli.common import ConfigOption, JsonOption, print_json, read_setti
 from tidegate.counters.factory import open_counters
 from tidegate.counters.guarded import GuardedCounters
 from tidegate.errors import SettingsError, TidegateError
+from tidegate.instance import Instance, require_shared_counters
 from tidegate.listening import free_address
-from tidegate.server import Instance, require_shared_counters, run
+from tidegate.server import run
 from tidegate.server_url import Server
 from tidegate.settings import Settings
 from tidegate.telemetry.logs import configure_logging

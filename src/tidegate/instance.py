@@ -1,0 +1,376 @@
+"""One running instance: its resources, its listeners, its end.
+
+Resources are opened in order and closed in reverse; `/health` and the drain walk the same list.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import hashlib
+import logging
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from granian.constants import Interfaces
+
+from tidegate._version import __version__
+from tidegate.catalog.cached import CachedCatalog
+from tidegate.catalog.editing import CatalogEditor
+from tidegate.catalog.following import Follower
+from tidegate.catalog.policy_file import load_policy
+from tidegate.catalog.tokens import first_token
+from tidegate.catalog.watch import watch_policy
+from tidegate.counters import CounterStore
+from tidegate.counters.factory import open_counters
+from tidegate.counters.guarded import GuardedCounters
+from tidegate.counters.memory import MemoryCounters
+from tidegate.decision import Observation
+from tidegate.doors.answers import encode
+from tidegate.doors.client_address import TrustedProxies
+from tidegate.doors.http import DataPlane, Page
+from tidegate.doors.openapi import data_plane_openapi
+from tidegate.errors import PolicyError, SettingsError
+from tidegate.gate import Gate, Observer
+from tidegate.listening import Listener, admin_address, free_address, grpc_address
+from tidegate.opening import open_catalog, open_channel, share_catalog
+from tidegate.policy import Policy
+from tidegate.settings import Settings, join_address, parse_address
+from tidegate.telemetry.access import AccessLog
+from tidegate.telemetry.collected import collect_cache, collect_counters, collect_violations
+from tidegate.telemetry.health import Health
+from tidegate.telemetry.logs import lines_dropped
+from tidegate.telemetry.metrics import Metrics
+from tidegate.telemetry.violations import Violations, ViolationWriter
+
+if TYPE_CHECKING:
+    from tidegate.doors.grpc.listener import GrpcListener
+    from tidegate.telemetry.tracing import Tracing
+
+logger = logging.getLogger(__name__)
+
+_QUIET_S: Final = 0.2
+_SWEEP_STEPS: Final = 500
+_METRICS_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
+
+
+class Instance:
+    """Everything that one process runs.
+
+    Once started, `address`, `admin_address` and `grpc_address` say where it listens (each of the latter two is empty where it is
+    off), and `first_token` is the token of the first operator, on the start that made it.
+
+    Args:
+        settings: all of them; an instance is one process, whatever `[server] workers` says.
+        shares_port: listen although others listen at the same address, as workers do.
+
+    Attributes:
+        exposition: gives what `/metrics` answers; this process's metrics where not replaced.
+    """
+
+    def __init__(self, settings: Settings, shares_port: bool = False) -> None:
+        self.settings = settings
+        self._shares_port = shares_port
+        self.metrics = Metrics(__version__)
+        self.exposition: Callable[[], Awaitable[bytes]] = self._own_exposition
+        self.health = Health()
+        self.address = ""
+        self.admin_address = ""
+        self.grpc_address = ""
+        self.first_token: str | None = None
+        self._admin: Listener | None = None
+        self._grpc: GrpcListener | None = None
+        self._tracing: Tracing | None = None
+        self._stack = contextlib.AsyncExitStack()
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def start(self) -> None:
+        """Open everything and listen.
+
+        Raises:
+            SettingsError: if a setting cannot be had: a port in use, a database that cannot be opened.
+            PolicyError: if the policy file is refused.
+            CatalogError: if the policy file contradicts the catalog.
+        """
+        settings = self.settings
+        require_shared_counters(settings)
+        find = parse_address if self._shares_port else free_address
+        host, port = find(settings.server.http, "server.http")
+        admin = admin_address(settings, port, find)
+        grpc = grpc_address(settings, port, admin, find)
+        policy_path = settings.policy_path
+        first = None if policy_path is None else load_policy(policy_path)
+        self.counters = open_counters(settings.counters, settings.breaker)
+        self._own("redis" if isinstance(self.counters, GuardedCounters) else None, self.counters.ping, self.counters.close)
+        store = None
+        if isinstance(self.counters, GuardedCounters):
+            await self.counters.start()
+            store = self.counters.store
+        channel = open_channel(settings, store)
+        self.catalog = await open_catalog(settings, channel)
+        self._own("database", self.catalog.ping, self.catalog.close)
+        shared = share_catalog(settings, self.catalog, store)
+        if shared is not None:
+            self._stack.push_async_callback(shared.settle)
+        source = self.catalog if shared is None else shared
+        if first is not None:
+            await self.catalog.apply_policy(first, _digest(first))
+        self.cached = CachedCatalog(
+            source,
+            l1_ttl_s=settings.cache.l1_ttl_s,
+            stale_if_error_s=settings.cache.stale_if_error_s,
+            max_keys=settings.cache.max_keys,
+        )
+        access = AccessLog(settings.server.access_log_sample) if settings.server.access_log_sample else None
+        gate = Gate(self.cached, self._counted(), self._observer(access))
+        self.data_plane = DataPlane(
+            gate,
+            {
+                "/health": self._health_page,
+                "/readyz": self._ready_page,
+                "/livez": self._live_page,
+                "/metrics": self._metrics_page,
+                "/openapi.json": self._openapi_page,
+            },
+            self.metrics.observe,
+            TrustedProxies(settings.server.trusted_proxies),
+            settings.server.body_timeout_s,
+            access,
+        )
+        collect_cache(self.metrics, self.cached, shared, self.catalog.database)
+        collect_counters(self.metrics, self.counters)
+        self.metrics.add_gauge("rate_limiter_policy_version", "Version of the catalog in force.", lambda: self.cached.version)
+        self.metrics.add_gauge("rate_limiter_in_flight", "Requests being answered.", lambda: self.in_flight)
+        self.metrics.add_counter("rate_limiter_log_lines_dropped", "Log lines that nobody took.", lines_dropped)
+        self.cached.changed(await source.changes(0))
+        self.follower = Follower(source, self.cached, settings.catalog.poll_s, channel)
+        self._spawn(self.follower.run(), "following the catalog")
+        if isinstance(self.counters, MemoryCounters):
+            self._spawn(_sweep(self.counters), "sweeping expired counters")
+        if policy_path is not None:
+            self._spawn(watch_policy(policy_path, self._apply_policy, self._policy_refused), "watching the policy file")
+        if grpc is not None:
+            await self._start_grpc(gate, *grpc)
+        if admin is not None:
+            await self._start_admin(gate, *admin)
+        # What lives as long as the process is not looked at again by the collector: a full collection over a million counters
+        # would stop every check for milliseconds.
+        gc.collect()
+        gc.freeze()
+        # The data plane last: whoever sees it ready may believe that all is.
+        self._listener = Listener(self.data_plane, host, port)
+        self.address = join_address(host, port)
+        await self._listener.start()
+        logger.info("listening on http://%s", self.address)
+
+    @property
+    def in_flight(self) -> int:
+        """Requests and calls being answered."""
+        return self.data_plane.in_flight + (0 if self._grpc is None else self._grpc.in_flight)
+
+    @property
+    def _answered(self) -> int:
+        return self.data_plane.answered + (0 if self._grpc is None else self._grpc.answered)
+
+    def _observer(self, access: AccessLog | None) -> Observer:
+        """What is told of every check: metrics; violations, the access log and traces where they are kept."""
+        told: list[Observer] = [self.metrics.observe]
+        if self.settings.violations.enabled:
+            told.append(self._violations())
+        if access is not None:
+            told.append(access.observe)
+        if self._tracing is not None:
+            told.append(self._tracing.observe)
+        if len(told) == 1:
+            return told[0]
+        if len(told) == 2:
+            count, note = told
+
+            def observe_two(seen: Observation) -> None:
+                count(seen)
+                note(seen)
+
+            return observe_two
+
+        def observe(seen: Observation) -> None:
+            for each in told:
+                each(seen)
+
+        return observe
+
+    def _violations(self) -> Observer:
+        settings = self.settings.violations
+        violations = Violations(settings.max_entries)
+        writer = ViolationWriter(violations, self.catalog.database, settings.flush_s, settings.keep_days)
+        collect_violations(self.metrics, writer)
+        self._spawn(writer.run(), "writing violations")
+        # Behind the catalog in the list, and so before it at the end.
+        self._stack.push_async_callback(writer.flush)
+        return violations.observe
+
+    def _counted(self) -> CounterStore:
+        """The counters as the gate asks them: where checks are traced, each call is noted."""
+        if not self.settings.tracing.endpoint:
+            return self.counters
+        # Imported here: who does not trace needs no OpenTelemetry, and pays neither time nor memory for it.
+        from tidegate.telemetry.tracing import Tracing
+
+        self._tracing = Tracing(self.settings.tracing.endpoint, self.settings.tracing.sample)
+        self._stack.push_async_callback(self._tracing.close)
+        return self._tracing.counters(self.counters)
+
+    async def _start_grpc(self, gate: Gate, host: str, port: int) -> None:
+        from tidegate.doors.grpc.listener import GrpcListener
+        from tidegate.doors.grpc.service import RateLimitService
+
+        envoy = self.settings.envoy
+        service = RateLimitService(gate, envoy, self.metrics.observe)
+        if envoy.config:
+            from tidegate.doors.grpc.watching import load_domains, watch_domains
+
+            path = Path(envoy.config)
+            service.domains = load_domains(path, envoy.domain)
+            self._spawn(watch_domains(path, envoy.domain, service, self._domains_refused), "watching [envoy] config")
+        self._grpc = GrpcListener(service, host, port, self._shares_port)
+        self._grpc.start()
+        self.grpc_address = join_address(host, port)
+        logger.info("the gRPC door is at %s", self.grpc_address)
+
+    async def _start_admin(self, gate: Gate, host: str, port: int) -> None:
+        # Imported here: who switches the control plane off pays neither time nor memory for its framework.
+        from tidegate.doors.admin.app import AdminDeps, admin_app
+
+        settings = self.settings
+        editor = CatalogEditor(self.catalog, self.cached.touched)
+        if not settings.admin.token:
+            self.first_token = await first_token(editor)
+        deps = AdminDeps(
+            editor,
+            gate,
+            settings.admin.token or None,
+            TrustedProxies(settings.server.trusted_proxies),
+            body_timeout_s=settings.server.body_timeout_s,
+        )
+        self._admin = Listener(admin_app(deps), host, port, interface=Interfaces.ASGINL)
+        await self._admin.start()
+        self.admin_address = join_address(host, port)
+        logger.info("the control plane is at http://%s", self.admin_address)
+
+    async def drain(self, hurry: asyncio.Event) -> None:
+        """End in order: say so to balancers and clients, finish what is in flight, close everything.
+
+        Args:
+            hurry: ends the waiting early when set.
+        """
+        deadline = asyncio.get_running_loop().time() + self.settings.server.drain_s
+        data_plane = self.data_plane
+        # Keep-alive connections are first told to go (Connection: close): the server would cut those that look idle, and some
+        # of them have a request on the way.
+        data_plane.draining = True
+        if self._grpc is not None:
+            self._grpc.drain()
+        logger.info("draining: %d requests in flight", self.in_flight)
+        answered = -1
+        while not hurry.is_set() and _left(deadline) > 0 and (self.in_flight or self._answered != answered):
+            answered = self._answered
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(hurry.wait(), min(_QUIET_S, max(_left(deadline), 0.001)))
+        listeners = [each for each in (self._listener, self._grpc, self._admin) if each is not None]
+        left_s = 0.05 if hurry.is_set() else max(_left(deadline), 0.05)
+        await asyncio.gather(*(listener.stop(left_s) for listener in listeners))
+        await self.close()
+        logger.info("stopped")
+
+    async def close(self) -> None:
+        """Close what was opened, the last first."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._grpc is not None:
+            await self._grpc.stop(0)
+        await self._stack.aclose()
+
+    def _own(self, name: str | None, ping: Callable[[], Awaitable[None]], close: Callable[[], Awaitable[None]]) -> None:
+        """Take a resource into the list that health and the end of the process walk."""
+        if name is not None:
+            self.health.add(name, ping)
+        self._stack.push_async_callback(close)
+
+    def _spawn(self, work: Any, what: str) -> None:
+        task: asyncio.Task[None] = asyncio.create_task(work)
+        self._tasks.append(task)
+
+        def ended(done: asyncio.Task[None]) -> None:
+            if not done.cancelled() and done.exception() is not None:
+                logger.error("%s ended by a fault", what, exc_info=done.exception())
+
+        task.add_done_callback(ended)
+
+    async def _apply_policy(self, policy: Policy) -> None:
+        changed = await self.catalog.apply_policy(policy, _digest(policy))
+        self.metrics.policy_valid = True
+        if changed:
+            await self.follower.look()
+            self.metrics.policy_reloads += 1
+            logger.info("the policy file was taken into force as version %d", self.cached.version)
+
+    def _policy_refused(self, error: PolicyError) -> None:
+        self.metrics.policy_reload_errors += 1
+        self.metrics.policy_valid = False
+        logger.error("the policy file is refused, the old policy stays in force: %s", error)
+
+    def _domains_refused(self, error: PolicyError) -> None:
+        self.metrics.policy_reload_errors += 1
+        logger.error("[envoy] config is refused, what was in force stays: %s", error)
+
+    async def _health_page(self) -> Page:
+        report = await self.health.report()
+        return Page(200 if report.status == "healthy" else 503, "application/json", encode(report))
+
+    async def _ready_page(self) -> Page:
+        ready = not self.data_plane.draining
+        return Page(200 if ready else 503, "application/json", encode({"ready": ready, "draining": self.data_plane.draining}))
+
+    async def _live_page(self) -> Page:
+        return Page(200, "application/json", encode({"live": True}))
+
+    async def _metrics_page(self) -> Page:
+        return Page(200, _METRICS_TYPE, await self.exposition())
+
+    async def _own_exposition(self) -> bytes:
+        return self.metrics.exposition()
+
+    async def _openapi_page(self) -> Page:
+        return Page(200, "application/json", encode(data_plane_openapi()))
+
+
+def require_shared_counters(settings: Settings) -> None:
+    """Refuse several workers that would count each on its own.
+
+    Args:
+        settings: all of them.
+
+    Raises:
+        SettingsError: saying what to change.
+    """
+    if settings.server.workers > 1 and settings.counters.url == "memory://":
+        raise SettingsError(
+            f"server.workers = {settings.server.workers} needs counters that processes share: with memory:// each "
+            "would count on its own and admit the limit again; use one worker"
+        )
+
+
+def _digest(policy: Policy) -> str:
+    return hashlib.sha256(encode(policy)).hexdigest()
+
+
+def _left(deadline: float) -> float:
+    return deadline - asyncio.get_running_loop().time()
+
+
+async def _sweep(counters: MemoryCounters) -> None:
+    """Drop expired counters also while nobody asks, a few at a time."""
+    while True:
+        await asyncio.sleep(0.01 if counters.sweep(_SWEEP_STEPS) == _SWEEP_STEPS else 0.5)
