@@ -91,6 +91,7 @@ def one_life(redis_url: str, directory: str) -> tuple[float, float, float]:
         **os.environ,
         "TIDEGATE_SERVER__HTTP": f"127.0.0.1:{port}",
         "TIDEGATE_SERVER__ADMIN": "",
+        "TIDEGATE_SERVER__GRPC": "",
         "TIDEGATE_COUNTERS__URL": redis_url,
     }
     started = time.monotonic()
@@ -118,7 +119,9 @@ def wire(checks: int) -> Figures:
     """Bytes of a check at the door and at Redis."""
     with tempfile.TemporaryDirectory() as directory, redis_server(cluster=True) as redis, contextlib.ExitStack() as stack:
         url = redis.url.replace("redis://", "redis+cluster://").removesuffix("/0")
-        _, port = stack.enter_context(ours(directory, TIDEGATE_COUNTERS__URL=url, TIDEGATE_SERVER__ADMIN=""))
+        _, port = stack.enter_context(
+            ours(directory, TIDEGATE_COUNTERS__URL=url, TIDEGATE_SERVER__ADMIN="", TIDEGATE_SERVER__GRPC="")
+        )
         deadline = time.monotonic() + PATIENCE_S
         while not ready(port):
             if time.monotonic() > deadline:

@@ -131,6 +131,7 @@ class Fleet:
             **os.environ,
             "TIDEGATE_SERVER__HTTP": f"127.0.0.1:{port}",
             "TIDEGATE_SERVER__ADMIN": "",
+            "TIDEGATE_SERVER__GRPC": "",
             "TIDEGATE_COUNTERS__URL": url,
             # A database of its own: what is measured is the way to Redis.
             "TIDEGATE_CATALOG__URL": f"sqlite:///{self.directory}/{port}.db",
