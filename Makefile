@@ -67,9 +67,9 @@ drills: $(VENV)/.dev ## all of them, and those of a Redis, of instances and of b
 	$(BIN)/python -m drills.instance
 	$(BIN)/python -m drills.balancer
 
-drills-smoke: $(VENV)/.dev ## each at its smallest size: that it works, not how fast
+drills-smoke: $(VENV)/.dev ## each at its smallest size: that it works, not how fast; NAMES="flood soak" for some
 	scripts/install-debian-packages $(DRILL_PACKAGES)
-	$(BIN)/python -m drills --smoke
+	$(BIN)/python -m drills --smoke $(NAMES)
 	$(BIN)/python -m drills.redis_failures --smoke
 	$(BIN)/python -m drills.autoscale --smoke
 	$(BIN)/python -m drills.fleet --smoke
