@@ -230,6 +230,23 @@ def test_sigterm_under_load_loses_no_request(serve: Callable[..., Any], tmp_path
     assert lost[0] == 0
 
 
+def test_told_to_end_while_it_starts_it_ends(serve: Callable[..., Any]) -> None:
+    """It waits for a database that takes connections and says nothing."""
+    with socket.socket() as hung:
+        hung.bind(("127.0.0.1", 0))
+        hung.listen()
+        hung.settimeout(30)
+        url = f"postgresql://nobody@127.0.0.1:{hung.getsockname()[1]}/none"
+        server = serve(wait=False, TIDEGATE_CATALOG__URL=url, TIDEGATE_CATALOG__TIMEOUT_S="30")
+        connection, _ = hung.accept()
+        with connection:
+            server.process.send_signal(signal.SIGTERM)
+            code, _, err = server.stop_by_itself()
+    assert code == 0, err
+    assert "stopped before it had started" in err
+    assert "Traceback" not in err
+
+
 def test_request_in_flight_is_finished(serve: Callable[..., Any], tmp_path: Path) -> None:
     (tmp_path / "tidegate.policy.toml").write_text(POLICY.format(limit=10))
     server = serve(TIDEGATE_SERVER__DRAIN_S="8")
