@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import sqlite3
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-from sqlalchemy import select, text
+from sqlalchemy import event, select, text
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from tests.unit.test_policy_file import WHOLE
@@ -190,6 +191,23 @@ async def test_writers_take_turns(catalog_url: str) -> None:
     assert len({key for key, _ in keys}) == len(await catalogs[0].list_keys(limit=1000)) - 2 == 40
     for each in catalogs:
         await each.close()
+
+
+async def test_a_refused_look_is_taken_again(tmp_path: Path) -> None:
+    """SQLite refuses one of two that make a file a WAL one at once, without waiting: a race, so here it is refused on purpose."""
+    url = f"sqlite:///{tmp_path}/new.db"
+    refused = [True, True]
+    engine = open_engine(url)
+
+    def refuse(*_: object) -> None:
+        if refused:
+            refused.pop()
+            raise sqlite3.OperationalError("database is locked")
+
+    event.listen(engine.sync_engine, "do_connect", refuse)
+    assert await upgrade_schema(url, engine) == await upgrade(url)
+    assert not refused
+    await engine.dispose()
 
 
 @pytest.mark.parametrize("catalog_url", ["sqlite"], indirect=True)

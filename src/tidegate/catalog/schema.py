@@ -15,7 +15,7 @@ import sqlite3
 import threading
 from collections.abc import AsyncIterator, Callable
 from importlib import resources
-from typing import Final
+from typing import Final, TypeVar
 
 from alembic import command
 from alembic.config import Config
@@ -40,6 +40,7 @@ _PAUSE_S: Final = 0.2
 _LOCK_TIMEOUT_S: Final = 5
 # Alembic keeps what it runs on in globals of the process, and a process may have several loops: so no lock of asyncio's.
 _alembic: Final = threading.Lock()
+_Result = TypeVar("_Result")
 
 
 class _Busy(Exception):
@@ -62,10 +63,10 @@ async def upgrade_schema(url: str, engine: AsyncEngine) -> str:
     try:
         if not is_postgres(url):
             _open_once(engine.url.database)
-        async with engine.connect() as connection:
-            ready = await connection.run_sync(_usable, url)
-    except (SQLAlchemyError, sqlite3.Error, OSError) as error:
+    except (sqlite3.Error, OSError) as error:
         raise SettingsError(_why(url, reason_of(error))) from None
+    # Looking takes turns as well: of two that make one new file of SQLite's a WAL one, the second is refused, however patient.
+    ready = await _in_turn(url, engine, functools.partial(_usable, url=url), _UPGRADE_TRIES)
     return ready or await change_schema(url, engine, functools.partial(_upgrade, url=url))
 
 
@@ -141,10 +142,10 @@ async def change_schema(url: str, engine: AsyncEngine, change: Callable[[Connect
         # With patience of its own: a step over a large table takes longer than any answer to a check.
         patient = open_engine(url, pool_size=1, timeout_s=PATIENCE_S)
         try:
-            return await _change(url, patient, _alone(change), round(PATIENCE_S / _PAUSE_S))
+            return await _in_turn(url, patient, _alone(change), round(PATIENCE_S / _PAUSE_S))
         finally:
             await patient.dispose()
-    return await _change(url, engine, _whole(change), _UPGRADE_TRIES)
+    return await _in_turn(url, engine, _whole(change), _UPGRADE_TRIES)
 
 
 def migration_config(connection: Connection) -> Config:
@@ -168,12 +169,12 @@ def _open_once(file: str | None) -> None:
         sqlite3.connect(file).close()
 
 
-async def _change(url: str, engine: AsyncEngine, change: Callable[[Connection], str], tries: int) -> str:
+async def _in_turn(url: str, engine: AsyncEngine, work: Callable[[Connection], _Result], tries: int) -> _Result:
     # Two processes may start on one new database: the one that loses a step to the other looks again.
     for attempt in range(tries):
         try:
             async with _alembics_turn(), engine.begin() as connection:
-                return await connection.run_sync(change)
+                return await connection.run_sync(work)
         except _Busy:
             if attempt == 0:
                 logger.info("another process changes the catalog's schema: waiting for it")
