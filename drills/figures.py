@@ -32,6 +32,27 @@ def percentile_ms(seen: Iterable[Seen], quantile: float) -> float:
     return latencies[max(rank, 1) - 1] * 1000
 
 
+def bucket_percentile_ms(counts: Mapping[float, int], quantile: float) -> float:
+    """A quantile of a histogram: within a bucket, observations are taken to lie evenly, as Prometheus does.
+
+    Args:
+        counts: how many were no longer than so many s; the last of them is infinite.
+        quantile: 0 to 1.
+
+    Returns:
+        ms; 0 where the histogram is empty; the last finite bound where the quantile lies above it.
+    """
+    bounds = sorted(counts)
+    rank = quantile * counts[bounds[-1]] if bounds else 0.0
+    below_s, below = 0.0, 0
+    for bound in bounds:
+        if rank and counts[bound] >= rank:
+            inside = below_s if bound == float("inf") else below_s + (bound - below_s) * (rank - below) / (counts[bound] - below)
+            return inside * 1000
+        below_s, below = bound, counts[bound]
+    return 0.0
+
+
 def between(seen: Iterable[Seen], since_s: float, until_s: float) -> list[Seen]:
     """Checks that were sent in a span of time.
 

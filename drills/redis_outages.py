@@ -48,7 +48,7 @@ class Size(NamedTuple):
     @property
     def sizes(self) -> Sizes:
         """Of the stack."""
-        return Sizes(postgres_replicas=0 if self.smoke else 1)
+        return Sizes(postgres_replicas=0 if self.smoke else 2)
 
 
 @contextlib.contextmanager
@@ -183,18 +183,20 @@ async def redis_hang(size: Size) -> Outcome:
     opened_s = running.first_look_s(lambda look: all(look.open_breakers), event_s)
     back_s = recovery_s(load.seen, event_s, is_bad)
     over_s = resumed_s if back_s is None else event_s + back_s
-    open_ms = percentile_ms(between(load.seen, opened_s, resumed_s), 0.99) if opened_s is not None else 0.0
+    open_ms = None if opened_s is None else running.own_percentile_ms(0.99, opened_s, resumed_s)
+    client_ms = 0.0 if opened_s is None else percentile_ms(between(load.seen, opened_s, resumed_s), 0.99)
     goals = [
         no_errors(load.seen),
         Goal(
             "breakers open", "never" if opened_s is None else f"{opened_s - event_s:.1f} s", "all of them", opened_s is not None
         ),
-        at_most("p99 while they are open", open_ms if opened_s is not None else None, 5, "ms"),
+        at_most("p99 of the instances while they are open", open_ms, 5, "ms"),
         Goal("breakers close by themselves", "yes" if closes else "no", "yes", closes),
         Goal("admitted and not put back, units", f"{books.uncounted}", "0", books.uncounted == books.owed == 0),
         over_admission_within_limits(units),
     ]
     notes = [
+        ("p99 while they are open", f"{open_ms or 0:.2f} ms at the instances, {client_ms:.1f} ms through the balancer"),
         ("breakers open after", "never" if opened_s is None else f"≤ {opened_s - event_s:.2f} s (looked at every 0.25 s)"),
         ("exact again", "not at all" if back_s is None else f"{event_s + back_s - resumed_s:.1f} s after it went on"),
     ]

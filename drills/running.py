@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Final, NamedTuple, Self, TypeVar
 
 import httpx
 
 from drills.check_load import LOOSE, CheckLoad
-from drills.figures import admitted_of, uncounted
+from drills.figures import admitted_of, bucket_percentile_ms, uncounted
 from drills.stack import Stack
 
 T = TypeVar("T")
@@ -29,11 +29,13 @@ class Look(NamedTuple):
         at_s: since the start of the load.
         open_breakers: of each instance; None for one that did not answer.
         owed: counters to be put back, all instances together.
+        latencies: how many checks took the instances no longer than so many s, all of them together, since they were started.
     """
 
     at_s: float
     open_breakers: tuple[int | None, ...]
     owed: int
+    latencies: Mapping[float, int]
 
 
 class Mark(NamedTuple):
@@ -155,6 +157,25 @@ class Running:
         """
         return next((look.at_s for look in self.looks if look.at_s >= since_s and holds(look)), None)
 
+    def own_percentile_ms(self, quantile: float, since_s: float, until_s: float) -> float:
+        """A quantile of how long checks took the instances, from their arrival at the gate to the decision.
+
+        Balancer, network and the client, which share the machine with all else here, are not in it.
+
+        Args:
+            quantile: 0 to 1.
+            since_s: checks after the first look from here on, s since the start.
+            until_s: checks before the last look up to here.
+
+        Returns:
+            ms, as good as the histogram's buckets; 0 where there was no check.
+        """
+        looks = [look for look in self.looks if since_s <= look.at_s <= until_s]
+        if not looks:
+            return 0.0
+        first, last = looks[0].latencies, looks[-1].latencies
+        return bucket_percentile_ms({bound: count - first.get(bound, 0) for bound, count in last.items()}, quantile)
+
     async def books(self) -> Books:
         """After the load: wait, 45 s at most, until nothing is owed, and compare what was admitted to what Redis counted."""
         deadline = time.monotonic() + SETTLE_S
@@ -176,6 +197,7 @@ class Running:
             self.now_s,
             tuple(None if page is None else _gauge(page, "rate_limiter_breakers_open") for page in pages),
             sum(_gauge(page, "rate_limiter_counters_owed") for page in pages if page is not None),
+            _buckets([page for page in pages if page is not None]),
         )
 
 
@@ -216,3 +238,11 @@ def _gauge(page: str, name: str) -> int:
     if found is None:
         raise ValueError(f"{name} does not stand in the metrics")
     return round(float(found[1]))
+
+
+def _buckets(pages: Sequence[str]) -> dict[float, int]:
+    counts: dict[float, int] = {}
+    for page in pages:
+        for bound, count in re.findall(r'^rate_limiter_latency_seconds_bucket\{le="([^"]+)"\} (\S+)$', page, re.MULTILINE):
+            counts[float(bound)] = counts.get(float(bound), 0) + round(float(count))
+    return counts

@@ -88,7 +88,7 @@ class _Killer:
         replica.start()
 
     def _postgres_replica(self) -> None:
-        replica = self._random.choice(self._stack.postgres.replicas)
+        replica = self._random.choice(self._stack.postgres_standbys())
         replica.kill()
         time.sleep(1)
         replica.start()
@@ -105,7 +105,7 @@ async def soak(size: Size) -> Findings:
             Path(directory),
             policy_of("40/366d"),
             "cluster",
-            Sizes(instances=3, shards=3, redis_replicas=1, postgres_replicas=1),
+            Sizes(postgres_replicas=size.sizes.postgres_replicas or 1),
             {"TIDEGATE_COUNTERS__TIMEOUT_MS": "500", "TIDEGATE_BREAKER__OPEN_S": "2"},
             each=({}, {}, workers),
         )

@@ -20,7 +20,8 @@ from tests.conftest import Serve
 from tests.servers import deployed
 from tests.servers.deployed_redis import redis_cluster, redis_sentinel, redis_standalone
 from tests.servers.haproxy import HAProxy
-from tests.servers.postgres_cluster import PostgresCluster
+from tests.servers.postgres_cluster import PostgresCluster, PostgresReplica
+from tests.servers.postgres_failover import Keeper, PostgresFailover
 from tests.servers.redis_cluster import RedisCluster
 from tests.servers.redis_sentinel import RedisSentinel
 from tests.servers.redis_server import HOST, RedisServer, free_port
@@ -40,13 +41,13 @@ class Sizes(NamedTuple):
         instances: of Tidegate.
         shards: masters of a Redis Cluster, 3 or more; of no account elsewhere.
         redis_replicas: of each master; of no account where Redis stands alone.
-        postgres_replicas: of the primary.
+        postgres_replicas: of the primary; of two or more pg_auto_failover promotes one where the primary dies.
     """
 
     instances: int = 3
     shards: int = 3
     redis_replicas: int = 1
-    postgres_replicas: int = 1
+    postgres_replicas: int = 2
 
 
 class Piece(NamedTuple):
@@ -162,7 +163,11 @@ class Stack:
             self.redis = redis_sentinel(3, sizes.redis_replicas)
         else:
             self.redis = redis_standalone()
-        self.postgres = PostgresCluster(replicas=sizes.postgres_replicas)
+        self.postgres: PostgresCluster | PostgresFailover
+        if sizes.postgres_replicas > 1:
+            self.postgres = PostgresFailover(sizes.postgres_replicas + 1)
+        else:
+            self.postgres = PostgresCluster(sizes.postgres_replicas)
         self.instances: list[Serve] = []
         self.proxy: Proxy | None = None
         self._settings, self._each = dict(settings or {}), list(each)
@@ -224,13 +229,26 @@ class Stack:
             for number, server in enumerate(servers, 1):
                 if server.alive:
                     yield Piece(f"{kind} {number}", f"{server.host}:{server.port}", server.pid)
-        for number, database in enumerate(self.postgres.servers):
-            if database.alive:
-                yield Piece(
-                    f"postgres replica {number}" if number else "postgres primary",
-                    f"{database.host}:{database.port}",
-                    database.pid,
-                )
+        yield from self._databases()
+
+    def postgres_standbys(self) -> list[Keeper] | list[PostgresReplica]:
+        """Servers of the catalog that take no writes at this moment."""
+        if isinstance(self.postgres, PostgresCluster):
+            return self.postgres.replicas
+        primary = self.postgres.primary()
+        return [each for each in self.postgres.nodes if each is not primary]
+
+    def _databases(self) -> Iterator[Piece]:
+        if isinstance(self.postgres, PostgresCluster):
+            for number, server in enumerate(self.postgres.servers):
+                if server.alive:
+                    what = f"postgres replica {number}" if number else "postgres primary"
+                    yield Piece(what, f"{server.host}:{server.port}", server.pid)
+            return
+        # Who of them is the primary changes: nodes, and their monitor.
+        for keeper in (self.postgres.monitor, *self.postgres.nodes):
+            if keeper.alive:
+                yield Piece(f"postgres {keeper.name}", f"{HOST}:{keeper.port}", keeper.pid)
 
     def _start(self) -> None:
         # Told before they start: they end what they have begun, also where the other one fails.

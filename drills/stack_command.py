@@ -129,22 +129,28 @@ def clean_up(path: Path, state: State) -> list[str]:
     Returns:
         What had to be ended.
     """
-    ended = []
-    # Processes that were started and not yet recorded have the stack's directory as their place for temporary files.
-    strangers = [Recorded("unrecorded", "", pid, began_at(pid) or 0) for pid in _pids_of(state.directory)]
-    for each in (*state.pieces, *strangers):
-        # PostgreSQL ends its children at SIGQUIT, and cannot at SIGKILL.
-        if each.runs:
-            ended.append(f"{each.what} {each.pid}")
-            os.kill(each.pid, signal.SIGQUIT if each.what.startswith("postgres") else signal.SIGKILL)
-    deadline = time.monotonic() + DOWN_WITHIN_S
-    while any(each.runs for each in (*state.pieces, *strangers)) and time.monotonic() < deadline:
-        time.sleep(0.05)
+    ended = _end(state.pieces)
+    # Processes that were started and not yet recorded, or that a killed one left, have the stack's directory as their place for
+    # temporary files.
+    ended += _end([Recorded("unrecorded", "", pid, began_at(pid) or 0) for pid in _pids_of(state.directory)])
     directory = Path(state.directory)
     # Nothing but what we made is removed, whatever the file says.
     if directory.name.startswith(_PREFIX):
         shutil.rmtree(directory, ignore_errors=True)
     path.unlink(missing_ok=True)
+    return ended
+
+
+def _end(processes: Sequence[Recorded]) -> list[str]:
+    ended = []
+    for each in processes:
+        # PostgreSQL, and pg_autoctl that keeps one, end their children at SIGQUIT, and cannot at SIGKILL.
+        if each.runs:
+            ended.append(f"{each.what} {each.pid}")
+            os.kill(each.pid, signal.SIGQUIT if each.what.startswith("postgres") else signal.SIGKILL)
+    deadline = time.monotonic() + DOWN_WITHIN_S / 2
+    while any(each.runs for each in processes) and time.monotonic() < deadline:
+        time.sleep(0.05)
     return ended
 
 

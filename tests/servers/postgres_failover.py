@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import subprocess
+import tempfile
 import weakref
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -69,6 +70,12 @@ class Keeper:
     def alive(self) -> bool:
         """Whether it runs, paused or not."""
         return self._process is not None and self._process.poll() is None
+
+    @property
+    def pid(self) -> int:
+        """Of `pg_autoctl`."""
+        assert self._process is not None, "it was never started"
+        return self._process.pid
 
     @property
     def pids(self) -> list[int]:
@@ -226,6 +233,17 @@ class PostgresFailover:
         hosts = ",".join(f"{HOST}:{node.port}" for node in self.nodes)
         return f"postgresql://{USER}@{hosts}/{quote(database, safe='')}"
 
+    def replica_urls(self, database: str = DATABASE) -> list[str]:
+        """Name a database on each node: what Tidegate gets as `catalog.replicas`, since any of them may be one.
+
+        Args:
+            database: its name.
+
+        Returns:
+            Their URLs, in the order of `nodes`.
+        """
+        return [node.url(database) for node in self.nodes]
+
     def start(self) -> None:
         """Make and start all, and wait until one is the primary and the others follow it.
 
@@ -346,6 +364,8 @@ def environment(home: Path) -> dict[str, str]:
         "XDG_DATA_HOME": str(home / "share"),
         "XDG_RUNTIME_DIR": str(home / "run"),
         "PATH": os.environ["PATH"],
+        # Whoever cleans up after a killed test or stack knows its processes by this.
+        "TMPDIR": tempfile.gettempdir(),
         "AUTH": "trust",
         "TLS": "--no-ssl",
         "LISTEN": HOST,

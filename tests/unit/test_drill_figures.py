@@ -9,6 +9,7 @@ from drills.figures import (
     admitted_of,
     asked_of,
     between,
+    bucket_percentile_ms,
     longest_gap_s,
     over_admitted,
     percentile_ms,
@@ -147,3 +148,18 @@ def test_goals_of_time() -> None:
 def test_the_policy_of_a_drill_is_one() -> None:
     (tier,) = parse_policy(policy_of("40/366d")).tiers
     assert [rule.name for rule in tier.rules] == [TIGHT, LOOSE]
+
+
+@pytest.mark.parametrize(
+    ("counts", "quantile", "ms"),
+    [
+        ({}, 0.99, 0.0),
+        ({0.001: 0, float("inf"): 0}, 0.99, 0.0),
+        ({0.001: 0, 0.002: 100, float("inf"): 100}, 0.5, 1.5),
+        ({0.001: 99, 0.002: 99, 0.005: 100, float("inf"): 100}, 0.99, 1.0),
+        ({0.001: 98, 0.002: 98, 0.005: 100, float("inf"): 100}, 0.99, 3.5),
+        ({0.001: 50, float("inf"): 100}, 0.99, 1.0),
+    ],
+)
+def test_a_quantile_of_buckets(counts: dict[float, int], quantile: float, ms: float) -> None:
+    assert bucket_percentile_ms(counts, quantile) == pytest.approx(ms)
