@@ -10,6 +10,7 @@ WIDTH: Final = 960
 HEIGHT: Final = 260
 _LEFT: Final = 56
 _BOTTOM: Final = 28
+_SHORT: Final = 10
 COLOURS: Final = ("allowed", "blocked")
 """Classes of lines and bars, in the style below."""
 STYLE: Final = """
@@ -24,6 +25,7 @@ h1 { font-size: 1.5rem; } h2 { font-size: 1.1rem; margin-top: 2rem; }
 p.sum { font-size: 1.1rem; } .soft { color: var(--soft); }
 table { border-collapse: collapse; width: 100%; } th { text-align: left; font-weight: 600; }
 th, td { padding: .3rem .6rem .3rem 0; border-bottom: 1px solid var(--line); overflow-wrap: anywhere; }
+td.short, th.short { white-space: nowrap; overflow-wrap: normal; }
 td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; overflow-wrap: normal; white-space: nowrap; }
 svg { width: 100%; height: auto; display: block; } svg text { fill: var(--soft); font-size: 12px; }
 .grid { stroke: var(--line); } .allowed { stroke: var(--allowed); fill: none; stroke-width: 1.5; }
@@ -157,11 +159,14 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]], numbers_from: i
         HTML.
     """
 
+    def kind(place: int, value: str) -> str:
+        if place >= numbers_from:
+            return " class=number"
+        # A figure with its unit stays on one line; what may be long is broken anywhere, so that the page never grows wider.
+        return " class=short" if len(value) <= _SHORT else ""
+
     def cells(tag: str, values: Sequence[str]) -> str:
-        return "".join(
-            f"<{tag}{' class=number' if place >= numbers_from else ''}>{safe(value)}</{tag}>"
-            for place, value in enumerate(values)
-        )
+        return "".join(f"<{tag}{kind(place, value)}>{safe(value)}</{tag}>" for place, value in enumerate(values))
 
     body = "".join(f"<tr>{cells('td', row)}</tr>" for row in rows)
     return f"<table><thead><tr>{cells('th', columns)}</tr></thead><tbody>{body}</tbody></table>"
