@@ -10,6 +10,7 @@ import pytest
 
 from tests.cases.doors import EXPIRED, FREE, OWN, POLICY, REVOKED
 from tests.conftest import Clock
+from tidegate.catalog import cached as cached_catalog
 from tidegate.catalog.cached import MAX_UNKNOWN, CachedCatalog
 from tidegate.catalog.policy_file import PolicyCatalog, parse_policy
 from tidegate.counters import Charge
@@ -240,7 +241,8 @@ async def test_a_store_that_fails_fails_the_checks_that_need_it() -> None:
     assert [each.error for each in seen] == ["STORE_UNAVAILABLE", "STORE_UNAVAILABLE", None]
 
 
-async def test_a_policy_in_force_keeps_what_was_consumed(clock: Clock) -> None:
+async def test_a_policy_in_force_keeps_what_was_consumed(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cached_catalog, "PATIENCE_S", 60.0)  # on a busy machine the old policy would rightly stand in
     catalog = PolicyCatalog(parse_policy(POLICY))
     cached = CachedCatalog(catalog)
     gate = Gate(cached, MemoryCounters(clock=clock))
