@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import signal
 import subprocess
 import time
@@ -108,7 +109,7 @@ def test_it_goes_on_where_it_was_killed(cluster: RedisCluster, new: list[RedisSe
         assert process.poll() is None, "it ended before it could be killed"
         time.sleep(0.02)
     # The shell and the redis-cli that moves slots.
-    subprocess.run(["kill", "-KILL", "--", f"-{process.pid}"], check=True)
+    os.killpg(process.pid, signal.SIGKILL)
     assert process.wait(10) == -signal.SIGKILL
     done = run(*command(cluster, new))
     assert done.returncode == 0, done.stdout + done.stderr
