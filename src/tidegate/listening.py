@@ -91,7 +91,7 @@ class Listener:
         Args:
             timeout_s: how long to wait.
         """
-        if self._serving is None:
+        if self._serving is None or self._serving.done():
             return
         self._server.stop()  # type: ignore[no-untyped-call]
         with contextlib.suppress(TimeoutError):
