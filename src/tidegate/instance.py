@@ -52,6 +52,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _QUIET_S: Final = 0.2
+_CLOSE_S: Final = 1.0
 _SWEEP_STEPS: Final = 500
 _METRICS_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -80,6 +81,7 @@ class Instance:
         self.admin_address = ""
         self.grpc_address = ""
         self.first_token: str | None = None
+        self._listener: Listener | None = None
         self._admin: Listener | None = None
         self._grpc: GrpcListener | None = None
         self._tracing: Tracing | None = None
@@ -284,7 +286,10 @@ class Instance:
         logger.info("stopped")
 
     async def close(self) -> None:
-        """Close what was opened, the last first."""
+        """Close what was opened, the last first; also of an instance that did not start."""
+        for listener in (self._listener, self._admin):
+            if listener is not None:
+                await listener.stop(_CLOSE_S)
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)

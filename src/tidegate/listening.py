@@ -91,7 +91,7 @@ class Listener:
         Args:
             timeout_s: how long to wait.
         """
-        if self._serving is None:
+        if self._serving is None or self._serving.done():
             return
         self._server.stop()  # type: ignore[no-untyped-call]
         with contextlib.suppress(TimeoutError):
@@ -167,7 +167,7 @@ def grpc_address(
     Raises:
         SettingsError: if the address cannot be had, or `[envoy] config` cannot be read for want of what it needs.
     """
-    missing = [name for name in ("pygrpc_native", "google.protobuf", "yaml") if not _is_installed(name)]
+    missing = missing_for_grpc()
     if settings.server.grpc and missing:
         if settings.envoy.config:
             raise SettingsError(f"envoy.config needs {', '.join(missing)}: pip install 'tidegate[envoy]'")
@@ -177,6 +177,15 @@ def grpc_address(
     if admin is not None:
         taken[admin[1]] = "server.admin"
     return _side_address(settings.server.grpc, "grpc", "gRPC door", taken, find)
+
+
+def missing_for_grpc() -> list[str]:
+    """What the gRPC door needs and is not installed.
+
+    Returns:
+        Names of modules; none where all of `tidegate[envoy]` is there.
+    """
+    return [name for name in ("pygrpc_native", "google.protobuf", "yaml") if not _is_installed(name)]
 
 
 def _is_installed(name: str) -> bool:

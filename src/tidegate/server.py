@@ -61,19 +61,26 @@ async def started(instance: Instance, stop: asyncio.Event) -> bool:
     try:
         await asyncio.wait((starting, told), return_when=asyncio.FIRST_COMPLETED)
         if not starting.done() and not instance.address:
-            starting.cancel()
-            await asyncio.wait((starting,))
+            failed = await _cancelled(starting)
             await instance.close()
-            logger.info("stopped before it had started")
+            logger.info("stopped before it had started%s", f", which had failed: {failed}" if failed else "")
             return False
         # Once it listens, requests may be in flight: they are for the drain to finish.
         await starting
     except BaseException:
+        await _cancelled(starting)
         await instance.close()
         raise
     finally:
         told.cancel()
     return True
+
+
+async def _cancelled(starting: asyncio.Future[None]) -> Exception | None:
+    """Cancel a start and wait for its end; returns the error with which it failed instead of being cancelled."""
+    starting.cancel()
+    (ended,) = await asyncio.gather(starting, return_exceptions=True)
+    return ended if isinstance(ended, Exception) else None
 
 
 def run(settings: Settings, ready: Callable[[Instance], None] | None = None) -> None:

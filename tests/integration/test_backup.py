@@ -23,7 +23,7 @@ from tidegate.catalog.cached import CachedCatalog
 from tidegate.catalog.editing import CatalogEditor
 from tidegate.catalog.editing_keys import KeyFields, create_key
 from tidegate.catalog.following import Follower
-from tidegate.catalog.reading import DAY_US
+from tidegate.catalog.reading_violations import DAY_US
 from tidegate.catalog.sql import SqlCatalog
 from tidegate.catalog.tables import api_keys, audit_log, catalog_changes, rate_limit_rules, rate_limit_violations
 from tidegate.catalog.violations import keep_violations, partition_of, write_violations

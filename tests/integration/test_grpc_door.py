@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -329,9 +330,13 @@ sys.meta_path.insert(0, Blocker())
 def test_without_the_extra_the_door_is_off_and_says_how_to_get_it(serve: Callable[..., Serve], tmp_path: Any) -> None:
     (tmp_path / "blocked").mkdir()
     (tmp_path / "blocked" / "sitecustomize.py").write_text(BLOCKER)
-    without = {"PYTHONPATH": str(tmp_path / "blocked")}
+    without = {"PYTHONPATH": os.pathsep.join([str(tmp_path / "blocked"), os.environ.get("PYTHONPATH", "")])}
     server = serve("--demo", grpc=True, **without)
     assert httpx.get(f"{server.url}/readyz").status_code == 200
+    command = [sys.executable, "-m", "tidegate", "doctor"]
+    told = subprocess.run(command, env=server.environment, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+    off = "note  gRPC door: off for want of pygrpc_native, google.protobuf, yaml: for Envoy, pip install 'tidegate[envoy]'"
+    assert (told.returncode, off in told.stdout) == (0, True), told.stdout
     code, _, err = server.stop()
     assert (code, "the gRPC door is off: for Envoy, pip install 'tidegate[envoy]'" in err) == (0, True)
     config = tmp_path / "ratelimit.yaml"

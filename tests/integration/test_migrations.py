@@ -22,6 +22,7 @@ from sqlalchemy import Connection, inspect, text
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from tests.cases import first_version
+from tests.integration.catalog_keys import editor_of, listed_keys, make_key
 from tidegate.catalog.change_log import LastChanges
 from tidegate.catalog.editing import CatalogEditor
 from tidegate.catalog.editing_keys import KeyFields, create_key, edit_key
@@ -203,10 +204,10 @@ async def test_what_the_first_version_wrote_reads_the_same(catalog_url: str, eng
     assert await catalog.list_tiers() == first_version.TIERS
     assert [await catalog.tier(tier.name) for tier in first_version.TIERS] == first_version.TIERS
     assert [await catalog.api_key(key.sha256) for key in first_version.KEYS] == first_version.KEYS
-    listed = await catalog.list_keys()
-    assert [row.api_key for row in listed] == first_version.KEYS
-    assert [row.created_at_us for row in listed] == [1_700_000_000_000_000 + number for number in range(1, 5)]
-    assert (listed[-1].revoked_at_us, listed[-1].revoked_reason) == (1_700_000_000_000_005, 'leaked: "x"')
+    listed = await listed_keys(catalog)
+    assert [form["id"] for form in listed] == [key.id for key in first_version.KEYS]
+    assert [form["created_at"] for form in listed] == [f"2023-11-14T22:13:20.00000{number}Z" for number in range(1, 5)]
+    assert (listed[-1]["revoked_at"], listed[-1]["revoked_reason"]) == ("2023-11-14T22:13:20.000005Z", 'leaked: "x"')
     assert await catalog.anonymous_tier() == first_version.ANONYMOUS
     assert await catalog.version() == first_version.VERSION
     changes = await catalog.changes(first_version.VERSION - 1)
@@ -214,7 +215,7 @@ async def test_what_the_first_version_wrote_reads_the_same(catalog_url: str, eng
     assert (await catalog.changes(first_version.VERSION)).items == ()
     # The file is known as it was applied, and every row is changed as one of this version is.
     assert await catalog.apply_policy(None, first_version.DIGEST) is False  # type: ignore[arg-type]
-    editor = CatalogEditor(catalog, lambda *_: None)
+    editor = editor_of(catalog)
     form, _ = await editor.edit_rule("me", 4, {"priority": 5}, {1})
     assert (form["name"], form["revision"], form["limits"]) == ("l", 2, ["7/hour"])
     key = await edit_key(editor, "me", "c" * 24, KeyFields(name="renamed"), {1})
@@ -294,9 +295,9 @@ async def test_a_newer_schema(catalog_url: str, engine: AsyncEngine) -> None:
         catalog = await SqlCatalog.open(catalog_url)
         assert await catalog.list_tiers() == first_version.TIERS
         since = await catalog.version()
-        _, key = await create_key(CatalogEditor(catalog, lambda *_: None), "me", KeyFields(tier="own"))
+        _, key = await make_key(catalog, "own")
         assert [item[0] for _, item in (await catalog.changes(since)).items] == ["key"]
-        assert any(row.api_key.id == key["id"] for row in await catalog.list_keys())
+        assert any(form["id"] == key.id for form in await listed_keys(catalog))
         await catalog.close()
     await _write(engine, f"UPDATE policy_state SET runs_from = '{int(HEAD) + 1:04}'")
     for act in (upgrade(catalog_url), SqlCatalog.open(catalog_url), downgrade(catalog_url, "0002")):
@@ -378,7 +379,7 @@ async def _reading(old: _Old, catalog: SqlCatalog, rounds: int) -> None:
 
 async def test_a_change_of_the_first_version_counts_as_one_of_everything(catalog_url: str, engine: AsyncEngine) -> None:
     catalog = await SqlCatalog.open(catalog_url)
-    editor = CatalogEditor(catalog, lambda *_: None)
+    editor = editor_of(catalog)
     await editor.create_tier("me", "first", ())
     known = LastChanges()
     known.note(await catalog.changes(0))

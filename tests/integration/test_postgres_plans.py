@@ -20,11 +20,12 @@ from sqlalchemy import event
 from sqlalchemy.engine import Engine
 
 from tests.servers.postgres import PostgresServer
-from tidegate.catalog import editing_keys, reading, tokens
+from tidegate.catalog import editing_keys, reading, reading_violations, tokens
 from tidegate.catalog.editing import CatalogEditor
 from tidegate.catalog.editing_keys import KeyFields
 from tidegate.catalog.policy_file import parse_policy
-from tidegate.catalog.reading import DAY_US, STRIDE, Blocked
+from tidegate.catalog.reading import STRIDE
+from tidegate.catalog.reading_violations import DAY_US, Blocked, blocked_total, list_violations, top_violators
 from tidegate.catalog.sql import SqlCatalog
 
 KEYS = 1_000_000
@@ -131,12 +132,12 @@ def _audit(after: str | None = None, **filters: Any) -> Callable[..., Awaitable[
 
 
 def _violations(until_us: int, after: str | None = None, **filters: Any) -> Callable[..., Awaitable[Any]]:
-    return lambda catalog, editor, server: reading.list_violations(editor, 100, after, Blocked(START_US, until_us, **filters))
+    return lambda catalog, editor, server: list_violations(editor, 100, after, Blocked(START_US, until_us, **filters))
 
 
 SUBJECT = "k:" + "77".rjust(24, "0")
 MIDDLE = "8" * 24
-PLACE = reading._written([START_US + 20 * HOUR_US, "tier-1", "rule 5", "k:"])
+PLACE = reading_violations._written([START_US + 20 * HOUR_US, "tier-1", "rule 5", "k:"])
 TODAY_US = START_US + DAY_US
 BY_KEY = ("pk_api_keys",)
 BY_TIER = ("idx_api_keys_tier_id",)
@@ -211,10 +212,10 @@ LOOK_UPS = {
     "violations of a subject": LookUp(_violations(TODAY_US, subject=SUBJECT), BY_SUBJECT),
     "violations of a rule": LookUp(_violations(TODAY_US, rule="rule 8"), BY_MINUTE, 400),
     "how often a subject was blocked": LookUp(
-        lambda catalog, editor, server: reading.blocked_total(editor, Blocked(START_US, TODAY_US, subject=SUBJECT)), BY_SUBJECT
+        lambda catalog, editor, server: blocked_total(editor, Blocked(START_US, TODAY_US, subject=SUBJECT)), BY_SUBJECT
     ),
     "who was blocked most": LookUp(
-        lambda catalog, editor, server: reading.top_violators(editor, 10, "subject", Blocked(START_US, START_US + HOUR_US)),
+        lambda catalog, editor, server: top_violators(editor, 10, "subject", Blocked(START_US, START_US + HOUR_US)),
         BY_MINUTE,
         7000,
     ),

@@ -14,14 +14,13 @@ from typing import Any
 import pytest
 from sqlalchemy import event
 
+from tests.integration.catalog_keys import editor_of, listed_keys, make_key, revoke_key
 from tests.servers.postgres import PostgresServer
 from tests.servers.postgres_cluster import PostgresCluster, PostgresReplica
 from tests.servers.redis_server import RedisServer
 from tidegate.catalog.cached import CachedCatalog
 from tidegate.catalog.change_log import ALL
 from tidegate.catalog.database import DatabaseOptions
-from tidegate.catalog.editing import CatalogEditor
-from tidegate.catalog.editing_keys import revoke_key
 from tidegate.catalog.policy_file import parse_policy
 from tidegate.catalog.shared import SharedCatalog
 from tidegate.catalog.sql import SqlCatalog
@@ -148,11 +147,7 @@ def replicas_of(catalog: SqlCatalog) -> Any:
 
 
 async def make_keys(catalog: SqlCatalog, count: int) -> list[ApiKey]:
-    return [(await catalog.create_key("free"))[1] for _ in range(count)]
-
-
-def editor_of(catalog: SqlCatalog, cached: CachedCatalog | None = None) -> CatalogEditor:
-    return CatalogEditor(catalog, (lambda *_: None) if cached is None else cached.touched)
+    return [(await make_key(catalog, "free"))[1] for _ in range(count)]
 
 
 def status_on(server: PostgresServer, name: str, key: ApiKey) -> list[Any]:
@@ -191,7 +186,7 @@ async def test_a_writer_reads_its_own_write(postgres_cluster: PostgresCluster, d
         replica.pause_replay()
     try:
         asked = Asked(catalog)
-        await revoke_key(editor_of(catalog, writer), "test", key.id, "over")
+        await revoke_key(catalog, key.id, "over", writer)
         listener.changed(await other.changes(listener.version))
         for each in (writer, listener):
             caller = await each.caller(key.sha256)
@@ -332,7 +327,7 @@ async def test_replicas_go_and_come_back_and_then_the_primary(
     await replicas_of(catalog).look()
     first.pause_replay()
     revoked = keys[0]
-    await revoke_key(editor_of(catalog), "test", revoked.id, "over")
+    await revoke_key(catalog, revoked.id, "over")
     changed = await catalog.version()
     second.caught_up(cluster.primary)
     clock.added += 60
@@ -351,7 +346,7 @@ async def test_replicas_go_and_come_back_and_then_the_primary(
     assert asked.take()["replica 0"] >= 19, "the last resort"
     with pytest.raises(CatalogUnavailable):
         await catalog.api_key(revoked.sha256, least=changed)
-    took_s, refused = await timed(catalog.create_key("free"))
+    took_s, refused = await timed(make_key(catalog, "free"))
     assert isinstance(refused, CatalogUnavailable)
     assert took_s < CONNECT_S + SLACK_S
 
@@ -373,7 +368,7 @@ async def test_a_promoted_standby_is_found_and_a_demoted_primary_left(
     old.execute("SELECT pg_reload_conf()", "postgres")
     assert old.execute("SHOW default_transaction_read_only") == [("on",)]
     first.promote()
-    await revoke_key(editor_of(catalog), "test", key.id, "over")
+    await revoke_key(catalog, key.id, "over")
     assert status_on(first, "tidegate", key) == [("revoked",)]
     assert status_on(old, "tidegate", key) == [("active",)]
     # Reading follows, too: what was written is read, and others' changes are heard of.
@@ -503,7 +498,7 @@ async def test_a_change_that_is_lost_with_its_primary_is_forgotten(
         behind.execute("SELECT pg_reload_conf()", "postgres")
         await until(lambda: behind.execute("SELECT 1 FROM pg_stat_wal_receiver") == [])
 
-        await revoke_key(editor_of(catalogs[0]), "test", key.id, "over")
+        await revoke_key(catalogs[0], key.id, "over")
         await look(0)
         lost = saw_it.version
         assert await status(saw_it) is KeyStatus.REVOKED
@@ -525,7 +520,7 @@ async def test_a_change_that_is_lost_with_its_primary_is_forgotten(
             assert replicas_of(catalog).replicas[0].out is not None
 
         # Later versions have gone past the lost one.
-        await revoke_key(editor_of(catalogs[0]), "test", other.id, "over")
+        await revoke_key(catalogs[0], other.id, "over")
         assert await catalogs[0].version() > lost
         for at in (0, 1):
             await look(at)
@@ -557,8 +552,8 @@ async def test_pools_are_bounded(postgres_cluster: PostgresCluster, database: st
     watching = asyncio.create_task(asyncio.to_thread(watch))
     reads = [catalog.tier("free", least=least) for least in (0, 0, await catalog.version()) for _ in range(100)]
     reads += [catalog.api_key(key.sha256) for key in keys]  # type: ignore[misc]
-    writes = [catalog.create_key("free") for _ in range(30)]
-    lists = [catalog.list_keys() for _ in range(100)]
+    writes = [make_key(catalog, "free") for _ in range(30)]
+    lists = [listed_keys(catalog) for _ in range(100)]
     assert all(await asyncio.gather(*reads, *writes, *lists))  # type: ignore[arg-type]
     over = True
     await watching
@@ -572,12 +567,12 @@ async def test_connections_that_are_cut_are_found(postgres_cluster: PostgresClus
     await asyncio.to_thread(postgres_cluster.wait_caught_up)
     terminate = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'tidegate' AND datname = %s"
     for _ in range(3):
-        await asyncio.gather(*(catalog.tier("free") for _ in range(20)), *(catalog.list_keys() for _ in range(20)))
+        await asyncio.gather(*(catalog.tier("free") for _ in range(20)), *(listed_keys(catalog) for _ in range(20)))
         cut = sum(len(server.execute(terminate, "postgres", [database])) for server in postgres_cluster.servers)
         assert cut >= 6
         for key in keys:
             assert await catalog.api_key(key.sha256) == key
-        await catalog.create_key("free")
+        await make_key(catalog, "free")
         await catalog.changes(0)
     assert [replica.ejections for replica in replicas_of(catalog).replicas] == [0, 0]
 

@@ -21,7 +21,7 @@ from tests.unit.test_violations import MINUTE_US, NOON_US, blocked, limit_set
 from tidegate.catalog import violations as table
 from tidegate.catalog.database import Database
 from tidegate.catalog.editing import CatalogEditor
-from tidegate.catalog.reading import Blocked, blocked_total, list_violations, top_violators
+from tidegate.catalog.reading_violations import Blocked, blocked_total, list_violations, top_violators
 from tidegate.catalog.sql import SqlCatalog
 from tidegate.catalog.violations import ViolationKey, keep_violations, partition_of, write_violations
 from tidegate.errors import CatalogUnavailable

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any, Final
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 from sqlalchemy import event
 from sqlalchemy.engine import URL, make_url
@@ -39,6 +39,7 @@ def open_engine(
     setting: str = "catalog.url",
     writes: bool = True,
     reads_only: bool = False,
+    looks_only: bool = False,
     pool_size: int = 8,
     timeout_s: float = 2.0,
 ) -> AsyncEngine:
@@ -50,6 +51,7 @@ def open_engine(
         setting: whose value the URL is, for messages.
         writes: whether it must be a database that takes writes: of several hosts the primary, wherever it is now.
         reads_only: whether every statement stands for itself, which saves PostgreSQL two of three round trips a query.
+        looks_only: whether a file of SQLite is to be left as it is: not made, not prepared, not written to.
         pool_size: most connections, and so most queries at once.
         timeout_s: how long one answer of a PostgreSQL may take, and how long to wait for a free connection, s.
 
@@ -74,7 +76,7 @@ def open_engine(
             f"{setting} with the scheme {parsed.drivername!r} is no catalog of this version: use 'sqlite:///tidegate.db' "
             "or 'postgresql://user@host/name'"
         )
-    return _sqlite(parsed, pool_size, timeout_s)
+    return _sqlite(parsed, pool_size, timeout_s, looks_only)
 
 
 def shown(url: str) -> str:
@@ -104,14 +106,17 @@ def reason_of(error: Exception) -> str:
     return (str(getattr(error, "orig", None) or error).splitlines() or [type(error).__name__])[0]
 
 
-def _sqlite(parsed: URL, pool_size: int, timeout_s: float) -> AsyncEngine:
+def _sqlite(parsed: URL, pool_size: int, timeout_s: float, looks_only: bool) -> AsyncEngine:
     in_memory = parsed.database in (None, "", ":memory:")
     options: dict[str, Any] = {"poolclass": StaticPool}
     if not in_memory:
         # Writers wait for each other as long as SQLite lets them, and so for a connection.
         options = {"pool_size": pool_size, "max_overflow": 0, "pool_timeout": max(timeout_s, _BUSY_TIMEOUT_MS / 1000)}
+        if looks_only:
+            # Not `mode=ro`, which leaves files behind beside one in WAL mode.
+            parsed = parsed.set(database=f"file:{quote(str(parsed.database))}", query={"uri": "true", "mode": "rw"})
     engine = create_async_engine(parsed.set(drivername="sqlite+aiosqlite"), **options)
-    event.listen(engine.sync_engine, "connect", _prepare_sqlite)
+    event.listen(engine.sync_engine, "connect", _look_at_sqlite if looks_only else _prepare_sqlite)
     return engine
 
 
@@ -161,4 +166,11 @@ def _prepare_sqlite(connection: Any, _: Any) -> None:
     cursor.execute("PRAGMA foreign_keys = ON")
     cursor.execute("PRAGMA journal_mode = WAL")  # readers go on while another process writes
     cursor.execute("PRAGMA synchronous = NORMAL")
+    cursor.close()
+
+
+def _look_at_sqlite(connection: Any, _: Any) -> None:
+    cursor = connection.cursor()
+    cursor.execute(f"PRAGMA busy_timeout = {_BUSY_TIMEOUT_MS}")
+    cursor.execute("PRAGMA query_only = ON")
     cursor.close()

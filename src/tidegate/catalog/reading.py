@@ -1,28 +1,24 @@
 """What operators read of the catalog, page by page. A page begins behind the last row of the one before, never at a number: rows
-that come and go meanwhile neither repeat nor hide others.
+that come and go meanwhile neither repeat nor hide others. `reading_violations` does the same for violations.
 """
 
 from __future__ import annotations
 
-import base64
-import binascii
 from collections.abc import Mapping
 from typing import Any, Final
 
 import msgspec
-from sqlalchemy import Column, ColumnElement, Select, and_, func, literal_column, or_, select, true, tuple_
+from sqlalchemy import Column, ColumnElement, Select, and_, literal_column, select, true
 
 from tidegate.catalog.changing import NotThere, now_us, rule_rows
 from tidegate.catalog.editing import CatalogEditor
 from tidegate.catalog.editing_keys import is_key_id, key_rows, no_such_key
-from tidegate.catalog.forms import Form, audit_form, key_form, moment_text, rule_form, tier_form, token_form
-from tidegate.catalog.tables import admin_tokens, api_keys, audit_log, rate_limit_rules, rate_limit_violations, tiers
-from tidegate.catalog.violations import OTHERS
+from tidegate.catalog.forms import Form, audit_form, key_form, rule_form, tier_form, token_form
+from tidegate.catalog.tables import admin_tokens, api_keys, audit_log, rate_limit_rules, tiers
 from tidegate.errors import BadRequest
 from tidegate.policy import KeyStatus
 
 MAX_PAGE: Final = 500
-DAY_US: Final = 86_400_000_000
 STRIDE: Final = 20_000
 """A search for a part of a text looks at so many rows at once."""
 
@@ -157,7 +153,7 @@ async def list_tokens(editor: CatalogEditor, limit: int, after: str | None) -> P
     query = select(admin_tokens).order_by(admin_tokens.c.id)
     if after is not None:
         query = query.where(admin_tokens.c.id > _number(after))
-    rows = await _rows(editor, query, limit)
+    rows = await rows_of(editor, query, limit)
     return _page([token_form(row) for row in rows], limit, lambda form: str(form["id"]))
 
 
@@ -192,112 +188,8 @@ async def list_audit(
             query = query.where(column == value)
     if after is not None:
         query = query.where(audit_log.c.id < _number(after))
-    rows = await _rows(editor, query, limit)
+    rows = await rows_of(editor, query, limit)
     return _page([audit_form(row) for row in rows], limit, lambda form: str(form["id"]))
-
-
-class Blocked(msgspec.Struct, frozen=True):
-    """Which violations are meant.
-
-    Args:
-        since_us: from this minute on, µs since the epoch.
-        until_us: before this moment.
-        tier: only of this tier.
-        rule: only of this rule.
-        subject: only of this subject: `k:` and a key's id, `i:` and an address, `t:` and a tier.
-    """
-
-    since_us: int
-    until_us: int
-    tier: str | None = None
-    rule: str | None = None
-    subject: str | None = None
-
-
-async def list_violations(editor: CatalogEditor, limit: int, after: str | None, blocked: Blocked) -> Page:
-    """Violations, one item for each minute in which a rule blocked a subject, the newest first.
-
-    Args:
-        editor: of the catalog.
-        limit: at most so many, 1 to 500.
-        after: `next` of the page before.
-        blocked: which ones.
-
-    Returns:
-        The page.
-
-    Raises:
-        BadRequest: if `after` is none of this list.
-        CatalogUnavailable: if the database does not answer.
-    """
-    c = rate_limit_violations.c
-    query = select(rate_limit_violations).where(*_meant(blocked)).order_by(c.minute_us.desc(), c.tier, c.rule, c.subject)
-    if after is not None:
-        minute_us, tier, rule, subject = _place(after)
-        behind = and_(c.minute_us == minute_us, tuple_(c.tier, c.rule, c.subject) > tuple_(tier, rule, subject))
-        # The first condition says nothing new, but is one that an index answers.
-        query = query.where(c.minute_us <= minute_us, or_(c.minute_us < minute_us, behind))
-    rows = await _rows(editor, query, limit)
-    places = [[row["minute_us"], row["tier"], row["rule"], row["subject"]] for row in rows]
-    items = [
-        {
-            "minute": moment_text(row["minute_us"]),
-            "tier": row["tier"],
-            "rule": row["rule"],
-            "subject": row["subject"],
-            "blocked": row["blocked"],
-        }
-        for row in rows
-    ]
-    last = _written(places[limit - 1]) if len(items) > limit else None
-    return Page(items[:limit], last)
-
-
-async def top_violators(editor: CatalogEditor, limit: int, by: str, blocked: Blocked) -> list[Form]:
-    """Who was blocked most.
-
-    Args:
-        editor: of the catalog.
-        limit: at most so many.
-        by: subject, rule or tier: what is counted together.
-        blocked: which violations.
-
-    Returns:
-        Forms of what it is and how often it was blocked, the most first.
-
-    Raises:
-        CatalogUnavailable: if the database does not answer.
-    """
-    columns = {
-        "subject": (rate_limit_violations.c.subject,),
-        "rule": (rate_limit_violations.c.tier, rate_limit_violations.c.rule),
-        "tier": (rate_limit_violations.c.tier,),
-    }[by]
-    total = func.sum(rate_limit_violations.c.blocked).label("blocked")
-    query = select(*columns, total).where(*_meant(blocked)).group_by(*columns).order_by(total.desc(), *columns)
-    if by == "subject":
-        # The others are nobody; by rule and by tier they count.
-        query = query.where(rate_limit_violations.c.subject != OTHERS)
-    rows = await _rows(editor, query, limit - 1)
-    return [{"subject": None, "tier": None, "rule": None, **row, "blocked": int(row["blocked"])} for row in rows]
-
-
-async def blocked_total(editor: CatalogEditor, blocked: Blocked) -> int:
-    """How often something was blocked.
-
-    Args:
-        editor: of the catalog.
-        blocked: which violations.
-
-    Returns:
-        The sum.
-
-    Raises:
-        CatalogUnavailable: if the database does not answer.
-    """
-    query = select(func.coalesce(func.sum(rate_limit_violations.c.blocked), 0)).where(*_meant(blocked))
-    async with editor.reading() as connection:
-        return int((await connection.execute(query)).scalar_one())
 
 
 async def one_tier(editor: CatalogEditor, name: str) -> Form:
@@ -314,7 +206,7 @@ async def one_tier(editor: CatalogEditor, name: str) -> Form:
         NotThere: if there is none.
         CatalogUnavailable: if the database does not answer.
     """
-    rows = await _rows(editor, select(tiers).where(tiers.c.name == name), 1)
+    rows = await rows_of(editor, select(tiers).where(tiers.c.name == name), 1)
     if not rows:
         raise NotThere(f"there is no tier {name[:64]!r}: see GET /admin/v1/tiers")
     return tier_form(rows[0])
@@ -334,7 +226,7 @@ async def one_rule(editor: CatalogEditor, rule_id: int) -> Form:
         NotThere: if there is none.
         CatalogUnavailable: if the database does not answer.
     """
-    rows = await _rows(editor, rule_rows().where(rate_limit_rules.c.id == rule_id), 1)
+    rows = await rows_of(editor, rule_rows().where(rate_limit_rules.c.id == rule_id), 1)
     if not rows:
         raise NotThere(f"there is no rule {rule_id}: see GET /admin/v1/rate-limit-rules")
     return rule_form(rows[0])
@@ -354,29 +246,53 @@ async def key_row(editor: CatalogEditor, key_id: str) -> Any:
         NotThere: if there is none.
         CatalogUnavailable: if the database does not answer.
     """
-    rows = await _rows(editor, key_rows().where(api_keys.c.id == key_id), 1) if is_key_id(key_id) else []
+    rows = await rows_of(editor, key_rows().where(api_keys.c.id == key_id), 1) if is_key_id(key_id) else []
     if not rows:
         raise no_such_key(key_id)
     return rows[0]
 
 
-async def _rows(editor: CatalogEditor, query: Select[Any], limit: int) -> list[Any]:
-    """One row more than a page has: it tells whether another page follows."""
+async def rows_of(editor: CatalogEditor, query: Select[Any], limit: int) -> list[Any]:
+    """The rows of a page, and one more: it tells whether another page follows.
+
+    Args:
+        editor: of the catalog.
+        query: in the page's order.
+        limit: most rows of the page.
+
+    Returns:
+        At most `limit` + 1 rows.
+
+    Raises:
+        CatalogUnavailable: if the database does not answer.
+    """
     async with editor.reading() as connection:
         return list((await connection.execute(query.limit(limit + 1))).mappings().all())
+
+
+def no_place(after: str) -> BadRequest:
+    """The error of an `after` that no page gave as its `next`.
+
+    Args:
+        after: what was given.
+
+    Returns:
+        The error.
+    """
+    return BadRequest(f"after {after[:60]!r} is none of this list: give the 'next' of the page before", field="after")
 
 
 async def _rows_with(
     editor: CatalogEditor, query: Select[Any], limit: int, place: Column[Any], parts: Mapping[str, str | None]
 ) -> list[Any]:
-    """As `_rows`, of the rows that have certain texts in certain columns, in any case.
+    """As `rows_of`, of the rows that have certain texts in certain columns, in any case.
 
     No index finds a part of a text. So the rows are walked in order, `STRIDE` by `STRIDE`, until the page is full: no statement
     takes long, however many rows there are and however few of them have the text.
     """
     wanted = {column: part for column, part in parts.items() if part is not None}
     if not wanted:
-        return await _rows(editor, query, limit)
+        return await rows_of(editor, query, limit)
     found: list[Any] = []
     begin: Any = None
     async with editor.reading() as connection:
@@ -410,35 +326,7 @@ def _page(forms: list[Form], limit: int, name: Any) -> Page:
     return Page(forms[:limit], name(forms[limit - 1]) if len(forms) > limit else None)
 
 
-def _meant(blocked: Blocked) -> list[ColumnElement[bool]]:
-    c = rate_limit_violations.c
-    conditions: list[ColumnElement[bool]] = [c.minute_us >= blocked.since_us, c.minute_us < blocked.until_us]
-    for column, value in ((c.tier, blocked.tier), (c.rule, blocked.rule), (c.subject, blocked.subject)):
-        if value is not None:
-            conditions.append(column == value)
-    return conditions
-
-
 def _number(after: str) -> int:
     if not after.isascii() or not after.isdecimal() or len(after) > 18:
-        raise _no_place(after)
+        raise no_place(after)
     return int(after)
-
-
-def _written(place: list[Any]) -> str:
-    return base64.urlsafe_b64encode(msgspec.json.encode(place)).decode().rstrip("=")
-
-
-def _place(after: str) -> tuple[int, str, str, str]:
-    try:
-        raw = base64.urlsafe_b64decode(after + "=" * (-len(after) % 4))
-        place = msgspec.json.decode(raw, type=tuple[int, str, str, str])
-    except (ValueError, binascii.Error, msgspec.MsgspecError):
-        raise _no_place(after) from None
-    if not 0 <= place[0] < 2**62 or any("\0" in text for text in place[1:]):
-        raise _no_place(after)
-    return place
-
-
-def _no_place(after: str) -> BadRequest:
-    return BadRequest(f"after {after[:60]!r} is none of this list: give the 'next' of the page before", field="after")

@@ -17,16 +17,18 @@ from collections.abc import AsyncIterator, Callable
 from importlib import resources
 from typing import Final, TypeVar
 
+import msgspec
 from alembic import command
 from alembic.config import Config
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from alembic.util.exc import CommandError
-from sqlalchemy import Connection, text
+from sqlalchemy import Connection, inspect, text
 from sqlalchemy.exc import DBAPIError, OperationalError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from tidegate.catalog.engines import is_postgres, open_engine, reason_of, shown
+from tidegate.catalog.tables import metadata
 from tidegate.errors import SettingsError
 
 logger = logging.getLogger(__name__)
@@ -41,6 +43,20 @@ _LOCK_TIMEOUT_S: Final = 5
 # Alembic keeps what it runs on in globals of the process, and a process may have several loops: so no lock of asyncio's.
 _alembic: Final = threading.Lock()
 _Result = TypeVar("_Result")
+
+
+class SchemaSeen(msgspec.Struct, frozen=True):
+    """The schema of a database, as it is.
+
+    Args:
+        revision: None where there is none yet.
+        head: that of this version.
+        usable: whether this version works with it as it is.
+    """
+
+    revision: str | None
+    head: str
+    usable: bool
 
 
 class _Busy(Exception):
@@ -60,14 +76,23 @@ async def upgrade_schema(url: str, engine: AsyncEngine) -> str:
     Raises:
         SettingsError: if the database cannot be opened or written, or is too new for this version.
     """
-    try:
-        if not is_postgres(url):
-            _open_once(engine.url.database)
-    except (sqlite3.Error, OSError) as error:
-        raise SettingsError(_why(url, reason_of(error))) from None
-    # Looking takes turns as well: of two that make one new file of SQLite's a WAL one, the second is refused, however patient.
-    ready = await _in_turn(url, engine, functools.partial(_usable, url=url), _UPGRADE_TRIES)
-    return ready or await change_schema(url, engine, functools.partial(_upgrade, url=url))
+    return await _look(url, engine, _usable) or await change_schema(url, engine, functools.partial(_upgrade, url=url))
+
+
+async def look_at_schema(url: str, engine: AsyncEngine) -> SchemaSeen:
+    """Find out what `upgrade_schema` would do, and do nothing.
+
+    Args:
+        url: of the database.
+        engine: for it.
+
+    Returns:
+        What was seen.
+
+    Raises:
+        SettingsError: if the database cannot be opened, is too new for this version, or holds tables of another program.
+    """
+    return await _look(url, engine, _seen)
 
 
 async def upgrade(url: str) -> str:
@@ -163,10 +188,21 @@ def migration_config(connection: Connection) -> Config:
     return config
 
 
-def _open_once(file: str | None) -> None:
+def _open_once(engine: AsyncEngine) -> None:
     """Raise what SQLite says of a file that cannot be opened. Said by aiosqlite, it would come from a thread that outlives us."""
-    if file and file != ":memory:":
-        sqlite3.connect(file).close()
+    if engine.url.database and engine.url.database != ":memory:":
+        (file,), options = engine.dialect.create_connect_args(engine.url)
+        sqlite3.connect(file, uri=options.get("uri", False)).close()
+
+
+async def _look(url: str, engine: AsyncEngine, look: Callable[[Connection, str], _Result]) -> _Result:
+    try:
+        if not is_postgres(url):
+            _open_once(engine)
+    except (sqlite3.Error, OSError) as error:
+        raise SettingsError(_why(url, reason_of(error))) from None
+    # Looking takes turns as well: of two that make one new file of SQLite's a WAL one, the second is refused, however patient.
+    return await _in_turn(url, engine, lambda connection: look(connection, url), _UPGRADE_TRIES)
 
 
 async def _in_turn(url: str, engine: AsyncEngine, work: Callable[[Connection], _Result], tries: int) -> _Result:
@@ -239,6 +275,17 @@ def _usable(connection: Connection, url: str) -> str | None:
         raise SettingsError(f"the database {shown(url)} was made by a newer Tidegate: run that one, or give another catalog.url")
     logger.info("the catalog's schema is %s, newer than this version's %s, which works with it", current, head)
     return current
+
+
+def _seen(connection: Connection, url: str) -> SchemaSeen:
+    head = ScriptDirectory.from_config(migration_config(connection)).get_current_head()
+    assert head is not None, "the package ships its migrations"
+    usable = _usable(connection, url) is not None
+    current = MigrationContext.configure(connection).get_current_revision()
+    foreign = set(inspect(connection).get_table_names()) & set(metadata.tables) if current is None else set()
+    if foreign:
+        raise SettingsError(_why(url, f"table {min(foreign)} already exists"))
+    return SchemaSeen(current, head, usable)
 
 
 def _upgrade(connection: Connection, url: str) -> str:

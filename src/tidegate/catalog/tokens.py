@@ -103,6 +103,7 @@ async def create_token(
     if expires_at_us is not None and expires_at_us <= now_us():
         raise BadRequest("expires_at is past: give a moment to come, or leave it out for a token without end", field="expires_at")
     async with editor.changing(actor) as change:
+        # No index finds a name, and none is worth it: operators are few, and make tokens seldom. Each request asks by digest.
         live = select(admin_tokens.c.id).where(admin_tokens.c.name == name, admin_tokens.c.revoked_at_us.is_(None))
         other = await change.one(live)
         if other is not None or name == SETTINGS_ACTOR:

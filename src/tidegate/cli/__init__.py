@@ -11,7 +11,8 @@ from typing import Annotated
 import typer
 
 from tidegate._version import __version__
-from tidegate.cli import envoy, keys, planning, policy, serving
+from tidegate.cli import database, envoy, keys, planning, policy, serving
+from tidegate.cli.doctor import doctor
 from tidegate.errors import TidegateError
 from tidegate.simulate.command import simulate
 
@@ -50,14 +51,14 @@ def _root(
 
 app.command()(serving.serve)
 app.command()(serving.check)
-app.command()(serving.doctor)
+app.command()(doctor)
 app.command()(simulate)
 app.command()(planning.plan)
 app.command("tiers")(policy.tiers)
 app.command("rules")(policy.rules)
 app.add_typer(policy.app, name="policy")
 app.add_typer(keys.app, name="keys")
-app.add_typer(keys.database, name="db")
+app.add_typer(database.app, name="db")
 app.add_typer(envoy.app, name="envoy")
 
 

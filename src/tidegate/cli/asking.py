@@ -14,10 +14,11 @@ from typing import Any, Final
 
 import msgspec
 
-from tidegate.errors import TidegateError
+from tidegate.errors import SettingsError, TidegateError
 from tidegate.server_url import Server
 
 _MOST_BYTES: Final = 100_000_000
+_TIMEOUT_S: Final = 5.0
 # What OpenSSL says where a certificate is good, but for another name or address.
 _OTHER_NAME: Final = frozenset({62, 64})
 
@@ -113,6 +114,32 @@ def ask(
     finally:
         connection.close()
     return Answer(response.status, {name.lower(): value for name, value in response.getheaders()}, content)
+
+
+def ask_data_plane(address: str, path: str, body: Mapping[str, Any] | None = None) -> tuple[int, dict[str, Any]]:
+    """Ask the data plane something.
+
+    Args:
+        address: `http://host:port`, or as `--url` gives it.
+        path: from `/` on.
+        body: makes it a POST.
+
+    Returns:
+        The status, and the object that was answered.
+
+    Raises:
+        SettingsError: if nobody answers there, or what does is not Tidegate.
+    """
+    method, content = ("GET", None) if body is None else ("POST", json.dumps(body).encode())
+    try:
+        answer = ask(Server.at(address), method, path, timeout_s=_TIMEOUT_S, body=content)
+    except NoAnswer as error:
+        remedy = error.remedy or "start it with 'tidegate serve', or give --url"
+        raise SettingsError(f"no Tidegate answers at {address} ({error.reason}): {remedy}") from None
+    told = answer.json_object()
+    if told is None:
+        raise SettingsError(f"what answers at {address} is not Tidegate: give --url")
+    return answer.status, told
 
 
 def _why(error: Exception, server: Server, timeout_s: float) -> tuple[str, str | None]:

@@ -1,8 +1,7 @@
-"""`tidegate keys …` and `tidegate db …`."""
+"""`tidegate keys …`."""
 
 from __future__ import annotations
 
-import asyncio
 import datetime
 import enum
 import re
@@ -12,8 +11,7 @@ from typing import Annotated, Any, Final
 import msgspec
 import typer
 
-from tidegate.catalog import schema
-from tidegate.cli.common import ConfigOption, JsonOption, print_json, print_rows, read_settings
+from tidegate.cli.common import ConfigOption, JsonOption, print_json, print_rows
 from tidegate.cli.control_plane import one_line
 from tidegate.cli.key_access import ApiKeys, KeyRecord, RotatedKey, Wanted, collect, find, with_keys
 from tidegate.limits import US_PER_S
@@ -22,7 +20,6 @@ app = typer.Typer(
     help="Make, list, show, revoke, rotate and delete API keys: in the database, or with --url over the admin API.",
     no_args_is_help=True,
 )
-database = typer.Typer(help="Look after the catalog's database.", no_args_is_help=True)
 
 _LIFETIME: Final = re.compile(r"([0-9]{1,6})([smhd])", re.ASCII)
 _SECONDS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
@@ -236,25 +233,6 @@ def delete(
         print_json(_json(record))
     else:
         typer.echo(f"deleted {record.id} of tier {one_line(record.tier)}")
-
-
-@database.command("upgrade")
-def upgrade_database(config: ConfigOption = None) -> None:
-    """Bring the database's schema up to this version."""
-    revision = asyncio.run(schema.upgrade(read_settings(config).catalog.url))
-    typer.echo(f"the database is at revision {revision}")
-
-
-@database.command("downgrade")
-def downgrade_database(
-    revision: Annotated[str, typer.Argument(help="Where to go back to, such as 0002.")],
-    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
-    config: ConfigOption = None,
-) -> None:
-    """Take the database's schema back; what the later steps had added is dropped with all that it holds."""
-    if not yes:
-        typer.confirm(f"Drop what the steps after {revision} added, and all that it holds?", abort=True)
-    typer.echo(f"the database is at revision {asyncio.run(schema.downgrade(read_settings(config).catalog.url, revision))}")
 
 
 def _lifetime_s(text: str, option: str) -> int:

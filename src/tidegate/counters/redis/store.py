@@ -7,8 +7,8 @@ Where a rule counts by another subject than its tier's own limits, a cluster may
 charged one after the other, and the first is given back where the second refuses: in between another check may be refused
 that would have passed; more than a limit is never admitted.
 
-What Redis answers beside replies (MOVED, ASK, TRYAGAIN, CLUSTERDOWN, LOADING, READONLY, NOSCRIPT) is followed within the check's
-deadline. What cannot be settled until then raises `StoreUnavailable`; its `reason` says why in one word.
+What Redis answers beside replies is followed within the check's deadline (`error_replies`). What cannot be settled until then
+raises `StoreUnavailable`; its `reason` says why in one word.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ import hiredis
 from tidegate.algorithms import DECIDE, State
 from tidegate.counters import Charge, Outcome
 from tidegate.counters.redis.connection import Connection, ConnectionOptions, encode_command
+from tidegate.counters.redis.error_replies import reason_of, settled
 from tidegate.counters.redis.keyspace import hash_tag, key_of, slot_of_tag
 from tidegate.counters.redis.plans import ChargePlan, absorb_command, batch_command, charge_command
-from tidegate.counters.redis.replies import RETRIED, named_endpoint, reason_of
 from tidegate.counters.redis.scripts import Script, script
 from tidegate.counters.redis.topology import Topology, open_topology
 from tidegate.counters.redis.url import RedisUrl, parse_redis_url
@@ -35,7 +35,6 @@ from tidegate.limits import LimitSet
 _PLANS_KEPT: Final = 65_536
 _AT_ONCE: Final = 50
 """Most checks in one script: Redis does nothing else meanwhile, half a millisecond here."""
-_PAUSE_S: Final = 0.005
 
 
 class RedisCounters:
@@ -288,7 +287,7 @@ class RedisCounters:
         try:
             reply = await future
             if type(reply) is not list:
-                reply = await self._follow(b"", command, reply, work)
+                reply = await self._settled(b"", command, reply, work)
             if type(reply) is not list or len(reply) != 5 * len(charges):
                 raise StoreUnavailable(f"Redis answered what no counters say: {str(reply)[:100]}", reason="garbage")
             return [
@@ -307,7 +306,7 @@ class RedisCounters:
         """Follow what Redis said instead of a decision."""
         plan = self._plan(charge.counters)
         tag = hash_tag(charge.counters[0][1])
-        return plan.decision(await self._follow(tag, charge_command(plan, charge, tag), reply, plan.script))
+        return plan.decision(await self._settled(tag, charge_command(plan, charge, tag), reply, plan.script))
 
     def _is_split(self, charge: Charge) -> bool:
         counters = charge.counters
@@ -354,74 +353,11 @@ class RedisCounters:
         replies = []
         for tag, command, work, future in futures:
             reply = await future
-            replies.append(await self._follow(tag, command, reply, work) if isinstance(reply, hiredis.ReplyError) else reply)
+            replies.append(await self._settled(tag, command, reply, work) if isinstance(reply, hiredis.ReplyError) else reply)
         return replies
 
-    async def _follow(self, tag: bytes, command: bytes, reply: Any, work: Script | None = None) -> Any:
-        """Do what an error reply tells, until a reply is none or the deadline passes."""
-        if not isinstance(reply, hiredis.ReplyError):
-            self._connection(tag).drop("it answered what was not asked")
-            raise StoreUnavailable(f"Redis answered what no counter says: {str(reply)[:100]}", reason="garbage")
-        topology = self._must_topology()
-        slot = slot_of_tag(tag)
-        try:
-            async with asyncio.timeout(self.timeout_s):
-                while True:
-                    connection = topology.connection_of(slot)
-                    word = str(reply).partition(" ")[0]
-                    if word == "NOSCRIPT" and work is not None:
-                        reply = await self._load_and_ask(connection, command, work)
-                    elif word == "MOVED":
-                        topology.moved(slot, named_endpoint(reply, connection))
-                        connection = topology.connection_of(slot)
-                        await connection.wait_up(self.timeout_s)
-                        reply = await connection.ask(command)
-                    elif word == "ASK":
-                        other = topology.connection_to(named_endpoint(reply, connection))
-                        await other.wait_up(self.timeout_s)
-                        # Both in one write: another command between them would use up the ASKING.
-                        asking = other.ask(encode_command("ASKING"))
-                        reply = await other.ask(command)
-                        await asking
-                        if str(reply).startswith("NOSCRIPT") and isinstance(reply, hiredis.ReplyError) and work is not None:
-                            load = other.ask(encode_command("SCRIPT", "LOAD", work.source))
-                            asking = other.ask(encode_command("ASKING"))
-                            reply = await other.ask(command)
-                            await asyncio.gather(load, asking)
-                    elif word in RETRIED:
-                        if word == "CLUSTERDOWN":
-                            topology.doubt(connection, str(reply))
-                        await asyncio.sleep(_PAUSE_S)
-                        reply = await topology.connection_of(slot).ask(command)
-                    elif word == "READONLY":
-                        topology.doubt(connection, "it is a replica now")
-                        await topology.connection_of(slot).wait_up(self.timeout_s)
-                        await asyncio.sleep(_PAUSE_S)
-                        reply = await topology.connection_of(slot).ask(command)
-                    else:
-                        raise StoreUnavailable(f"Redis at {connection.endpoint} refuses: {reply}", reason=reason_of(reply))
-                    if not isinstance(reply, hiredis.ReplyError):
-                        return reply
-        except TimeoutError:
-            raise StoreUnavailable(
-                f"Redis did not settle within {self.timeout_s * 1000:g} ms; last it said: {reply}", reason=reason_of(reply)
-            ) from None
-
-    async def _load_and_ask(self, connection: Connection, command: bytes, work: Script) -> Any:
-        """Load a script and ask again; of a batch that misses it, the first loads it for all."""
-        now = asyncio.get_running_loop().time()
-        loaded = connection.loads.get(work.sha)
-        if loaded is not None and now - loaded < self.timeout_s:
-            reply = await connection.ask(command)
-            if not (isinstance(reply, hiredis.ReplyError) and str(reply).startswith("NOSCRIPT")):
-                return reply
-        connection.loads[work.sha] = now
-        load = connection.ask(encode_command("SCRIPT", "LOAD", work.source))
-        again = connection.ask(command)
-        loaded_reply = await load
-        if isinstance(loaded_reply, hiredis.ReplyError):
-            raise StoreUnavailable(f"Redis at {connection.endpoint} refuses the script: {loaded_reply}", reason="refused")
-        return await again
+    async def _settled(self, tag: bytes, command: bytes, reply: Any, work: Script | None = None) -> Any:
+        return await settled(self._must_topology(), slot_of_tag(tag), command, reply, work, self.timeout_s)
 
     def _connection(self, tag: bytes) -> Connection:
         """The connection to the server that counts a hash tag."""

@@ -10,7 +10,8 @@ from fastapi import APIRouter, Query
 from tidegate.catalog.changing import NotThere, now_us
 from tidegate.catalog.editing import CatalogEditor
 from tidegate.catalog.forms import moment_us
-from tidegate.catalog.reading import DAY_US, Blocked, blocked_total, list_audit, list_violations, top_violators
+from tidegate.catalog.reading import list_audit
+from tidegate.catalog.reading_violations import DAY_US, Blocked, blocked_total, list_violations, top_violators
 from tidegate.doors.admin.common import Actor, After, Exactly, Limit
 from tidegate.doors.admin.counting import client_of, reset_key, usage_of_key
 from tidegate.doors.admin.forms import (

@@ -9,7 +9,7 @@ from sqlalchemy import select
 
 from tidegate.catalog.changing import now_us
 from tidegate.catalog.editing import CatalogEditor
-from tidegate.catalog.reading import DAY_US, Blocked, top_violators
+from tidegate.catalog.reading_violations import DAY_US, Blocked, top_violators
 from tidegate.catalog.tables import api_keys, tiers
 from tidegate.decision import Decision
 from tidegate.doors.admin.counting import caller_of, own_sets, peek

@@ -1,0 +1,32 @@
+"""`tidegate db …`."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Annotated
+
+import typer
+
+from tidegate.catalog import schema
+from tidegate.cli.common import ConfigOption, read_settings
+
+app = typer.Typer(help="Look after the catalog's database.", no_args_is_help=True)
+
+
+@app.command("upgrade")
+def upgrade(config: ConfigOption = None) -> None:
+    """Bring the database's schema up to this version."""
+    revision = asyncio.run(schema.upgrade(read_settings(config).catalog.url))
+    typer.echo(f"the database is at revision {revision}")
+
+
+@app.command("downgrade")
+def downgrade(
+    revision: Annotated[str, typer.Argument(help="Where to go back to, such as 0002.")],
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    config: ConfigOption = None,
+) -> None:
+    """Take the database's schema back; what the later steps had added is dropped with all that it holds."""
+    if not yes:
+        typer.confirm(f"Drop what the steps after {revision} added, and all that it holds?", abort=True)
+    typer.echo(f"the database is at revision {asyncio.run(schema.downgrade(read_settings(config).catalog.url, revision))}")

@@ -1,0 +1,227 @@
+"""`tidegate doctor`: it looks, and treats nothing. No schema is changed, no file made, nothing charged."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import sys
+import tempfile
+from collections.abc import Callable, Generator, Iterator
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import typer
+from sqlalchemy import func, select
+from sqlalchemy.exc import SQLAlchemyError
+
+from tidegate._version import __version__
+from tidegate.catalog.engines import open_engine, reason_of, shown
+from tidegate.catalog.policy_file import load_policy, policy_warnings
+from tidegate.catalog.schema import look_at_schema
+from tidegate.catalog.tables import policy_state, tiers
+from tidegate.cli.asking import ask_data_plane
+from tidegate.cli.common import ConfigOption, JsonOption, print_json, read_settings
+from tidegate.counters.factory import open_counters
+from tidegate.counters.guarded import GuardedCounters
+from tidegate.errors import SettingsError, TidegateError
+from tidegate.instance import require_shared_counters
+from tidegate.listening import admin_address, free_address, grpc_address, missing_for_grpc
+from tidegate.settings import Settings, parse_address
+
+Finding = tuple[str, bool | None, str]
+"""What was looked at, whether it is well (None for a note), and what was found."""
+
+_CONNECT_TIMEOUT_S = 2.0
+
+
+def doctor(config: ConfigOption = None, as_json: JsonOption = False) -> int:
+    """Tell what is configured, what is reachable, and what is wrong.
+
+    Exit code 0 if nothing is wrong, 1 if something is.
+    """
+    findings = list(_examine(config))
+    wrong = sum(1 for _, ok, _ in findings if ok is False)
+    if as_json:
+        print_json([{"what": what, "ok": ok, "finding": text} for what, ok, text in findings])
+    else:
+        for what, ok, text in findings:
+            mark = {True: "ok   ", False: "WRONG", None: "note "}[ok]
+            typer.echo(f"{mark} {what}: {text}")
+        typer.echo(f"{wrong} wrong" if wrong else "nothing is wrong", err=True)
+    return 1 if wrong else 0
+
+
+def _examine(config: Path | None) -> Iterator[Finding]:
+    yield "tidegate", True, f"{__version__} on Python {sys.version.split()[0]}"
+    try:
+        settings = read_settings(config)
+    except SettingsError as error:
+        yield "settings", False, error.message
+        return
+    yield "settings", True, "understood"
+    yield from _examine_policy(settings)
+    yield _try("catalog", lambda: _look_at_catalog(settings.catalog.url))
+    yield _try("counters", lambda: (True, asyncio.run(_look_at_counters(settings))))
+    runs = yield from _examine_data_plane(settings)
+    yield from _examine_side_listeners(settings, runs)
+    for url in settings.catalog.replicas:
+        yield _try("replica", lambda url=url: (True, asyncio.run(_look_at_replica(url))))  # type: ignore[misc]
+    if settings.server.workers > 1:
+        yield _try("workers", lambda: (True, _look_at_workers(settings)))
+
+
+def _examine_policy(settings: Settings) -> Iterator[Finding]:
+    path = settings.policy_path
+    if path is None:
+        yield "policy", None, "no policy file: rules come from the catalog alone ('tidegate policy example' prints one)"
+        return
+    try:
+        policy = load_policy(path)
+    except TidegateError as error:
+        yield "policy", False, error.message
+        return
+    yield "policy", True, f"{path}: {len(policy.tiers)} tiers, {len(policy.api_keys)} API keys"
+    for warning in policy_warnings(policy):
+        yield "policy", None, warning
+
+
+def _examine_data_plane(settings: Settings) -> Generator[Finding, None, bool]:
+    """Returns whether a Tidegate runs there."""
+    try:
+        free_address(settings.server.http, "server.http")
+        yield "server", None, f"nothing listens at {settings.server.http}: start it with 'tidegate serve'"
+        return False
+    except SettingsError as error:
+        refused = error.message
+    try:
+        status, answer = ask_data_plane(f"http://{settings.server.http}", "/health")
+    except TidegateError:
+        yield "server", False, refused
+        return False
+    if "components" not in answer:
+        yield "server", False, f"something that is not Tidegate listens at {settings.server.http}: set another server.http"
+        return False
+    for name, component in answer["components"].items():
+        healthy = component["status"] == "healthy"
+        yield f"server {name}", healthy, component.get("reason", component["status"])
+    if status != 200 and all(component["status"] == "healthy" for component in answer["components"].values()):
+        yield "server", False, f"/health answers {status}"
+    return True
+
+
+def _examine_side_listeners(settings: Settings, runs: bool) -> Iterator[Finding]:
+    """The control plane and the gRPC door: their addresses are free, or taken by the Tidegate that runs."""
+    find = parse_address if runs else free_address
+    http_port = parse_address(settings.server.http, "server.http")[1]
+    admin = None
+    try:
+        admin = admin_address(settings, http_port, find)
+        yield from _examine_address("control plane", settings.server.admin, admin, runs)
+    except SettingsError as error:
+        yield "control plane", False, error.message
+    missing = missing_for_grpc()
+    try:
+        address = grpc_address(settings, http_port, admin, find)
+        if settings.server.grpc and missing:
+            yield "gRPC door", None, f"off for want of {', '.join(missing)}: for Envoy, pip install 'tidegate[envoy]'"
+            return
+        yield from _examine_address("gRPC door", settings.server.grpc, address, runs)
+    except SettingsError as error:
+        yield "gRPC door", False, error.message
+
+
+def _examine_address(what: str, text: str, address: tuple[str, int] | None, runs: bool) -> Iterator[Finding]:
+    if address is None:
+        yield what, None, "switched off"
+    elif not runs:
+        yield what, True, f"{text} is free"
+    elif _is_listened_at(*address):
+        yield what, True, f"something listens at {text}"
+    else:
+        yield what, False, f"nothing listens at {text} though Tidegate runs: it was started with other settings than these"
+
+
+def _is_listened_at(host: str, port: int) -> bool:
+    try:
+        with socket.create_connection((host, port), _CONNECT_TIMEOUT_S):
+            return True
+    except OSError:
+        return False
+
+
+def _look_at_catalog(url: str) -> tuple[bool | None, str]:
+    if url.startswith("sqlite:///"):
+        file = Path(url.removeprefix("sqlite:///"))
+        try:
+            # The file is made by 'serve', here only a place for it is looked for. One in WAL mode has others beside it.
+            with tempfile.TemporaryFile(dir=file.resolve().parent):
+                pass
+        except OSError as error:
+            raise SettingsError(
+                f"{url} cannot be written: {error.strerror}: set catalog.url to a place that can be written"
+            ) from None
+        if not file.exists():
+            return True, f"{url} is not there yet; 'tidegate serve' makes it"
+        if not os.access(file, os.W_OK):
+            raise SettingsError(f"{url} cannot be written by this user: give it to the user that runs 'tidegate serve'")
+    return asyncio.run(_read_catalog(url))
+
+
+async def _read_catalog(url: str) -> tuple[bool | None, str]:
+    engine = open_engine(url, reads_only=True, looks_only=True)
+    try:
+        schema = await look_at_schema(url, engine)
+        if schema.revision is None:
+            return True, f"{shown(url)} is empty; 'tidegate serve' makes its tables, and so does 'tidegate db upgrade'"
+        if not schema.usable:
+            return None, (
+                f"{shown(url)} has the schema {schema.revision} of an older version: 'tidegate serve' brings it to "
+                f"{schema.head} when it starts; 'tidegate db upgrade' does so beforehand"
+            )
+        async with engine.connect() as connection:
+            version = (await connection.execute(select(policy_state.c.version))).scalar_one()
+            count = (await connection.execute(select(func.count()).select_from(tiers))).scalar_one()
+        return True, f"{shown(url)}: version {version}, {count} tiers"
+    except (SQLAlchemyError, OSError) as error:
+        raise SettingsError(f"{shown(url)} does not answer as a catalog: {reason_of(error)}") from None
+    finally:
+        await engine.dispose()
+
+
+def _look_at_workers(settings: Settings) -> str:
+    require_shared_counters(settings)
+    return f"{settings.server.workers} processes share {settings.server.http}"
+
+
+async def _look_at_counters(settings: Settings) -> str:
+    store = open_counters(settings.counters, settings.breaker)
+    scheme = urlsplit(settings.counters.url).scheme
+    if not isinstance(store, GuardedCounters):
+        return f"{scheme}://: counted in this process's memory"
+    try:
+        await store.store.start()
+        await store.ping()
+        shards = ", ".join(str(connection.endpoint) for connection in store.store.connections())
+        return f"{scheme}:// answers: {shards}"
+    finally:
+        await store.store.close()
+
+
+async def _look_at_replica(url: str) -> str:
+    engine = open_engine(url, setting="catalog.replicas", writes=False, reads_only=True)
+    try:
+        async with engine.connect() as connection:
+            version = (await connection.execute(select(policy_state.c.version))).scalar_one()
+        return f"{shown(url)}: version {version}"
+    except (SQLAlchemyError, OSError) as error:
+        raise SettingsError(f"{shown(url)} does not answer as a replica of the catalog: {reason_of(error)}") from None
+    finally:
+        await engine.dispose()
+
+
+def _try(what: str, look: Callable[[], tuple[bool | None, str]]) -> Finding:
+    try:
+        return (what, *look())
+    except TidegateError as error:
+        return what, False, error.message

@@ -1,0 +1,191 @@
+"""`tidegate doctor` looks at the catalog, its replicas and the listeners, changes nothing, and never shows a password."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import inspect, text
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from tests.servers.postgres_cluster import PostgresCluster
+from tests.servers.redis_server import free_port
+from tidegate.catalog.engines import open_engine
+from tidegate.catalog.schema import downgrade, upgrade
+
+Found = dict[str, tuple[bool | None, str]]
+"""What was looked at → whether it is well, and what was found; of replicas, the last one."""
+
+
+def _doctor(directory: Path, **environment: str) -> tuple[int, list[dict[str, Any]], str]:
+    ended = subprocess.run(
+        [sys.executable, "-m", "tidegate", "doctor", "--json"],
+        cwd=directory,
+        env={**{name: value for name, value in os.environ.items() if not name.startswith("TIDEGATE_")}, **environment},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    return ended.returncode, json.loads(ended.stdout), ended.stdout + ended.stderr
+
+
+def _found(directory: Path, **environment: str) -> tuple[int, Found]:
+    listeners = {name: f"127.0.0.1:{free_port()}" for name in ("HTTP", "ADMIN", "GRPC")}
+    addresses = {f"TIDEGATE_SERVER__{name}": address for name, address in listeners.items()}
+    code, findings, _ = _doctor(directory, **{**addresses, **environment})
+    return code, {each["what"]: (each["ok"], each["finding"]) for each in findings}
+
+
+async def _state(url: str) -> tuple[Any, ...]:
+    """All that a database holds; of a SQLite file its bytes, and what lies beside it."""
+    if url.startswith("sqlite"):
+        file = Path(url.removeprefix("sqlite:///"))
+        return tuple(sorted((path.name, path.read_bytes()) for path in file.parent.iterdir()))
+    engine = open_engine(url)
+    try:
+        async with engine.connect() as connection:
+            tables = await connection.run_sync(lambda held: sorted(inspect(held).get_table_names()))
+            return tuple([(table, await _rows(connection, table)) for table in tables])
+    finally:
+        await engine.dispose()
+
+
+async def _rows(connection: AsyncConnection, table: str) -> list[str]:
+    return sorted(str(row) for row in (await connection.execute(text(f'SELECT * FROM "{table}"'))).all())
+
+
+async def _write(url: str, *statements: str) -> None:
+    engine = open_engine(url)
+    async with engine.begin() as connection:
+        for statement in statements:
+            await connection.execute(text(statement))
+    await engine.dispose()
+
+
+async def test_a_new_database_is_left_empty(catalog_url: str, tmp_path: Path) -> None:
+    before = await _state(catalog_url)
+    code, found = _found(tmp_path, TIDEGATE_CATALOG__URL=catalog_url)
+    ok, said = found["catalog"]
+    assert (code, ok) == (0, True), found
+    assert "'tidegate serve' makes it" in said
+    assert await _state(catalog_url) == before
+
+
+async def test_an_old_schema_is_told_of_and_left(catalog_url: str, tmp_path: Path) -> None:
+    head = await upgrade(catalog_url)
+    await downgrade(catalog_url, "0002")
+    before = await _state(catalog_url)
+    code, found = _found(tmp_path, TIDEGATE_CATALOG__URL=catalog_url)
+    ok, said = found["catalog"]
+    assert (code, ok) == (0, None), found
+    assert "schema 0002 of an older version" in said
+    assert f"'tidegate serve' brings it to {head}" in said
+    assert "'tidegate db upgrade'" in said
+    assert await _state(catalog_url) == before
+    await upgrade(catalog_url)
+    before = await _state(catalog_url)
+    assert _found(tmp_path, TIDEGATE_CATALOG__URL=catalog_url)[1]["catalog"][0] is True
+    assert await _state(catalog_url) == before
+
+
+async def test_a_catalog_in_use_is_counted(catalog_url: str, tmp_path: Path) -> None:
+    await upgrade(catalog_url)
+    await _write(catalog_url, "INSERT INTO tiers (name, limits, managed_by_file) VALUES ('free', '[]', false)")
+    engine = open_engine(catalog_url)
+    async with engine.connect():  # as a server holds it
+        _, found = _found(tmp_path, TIDEGATE_CATALOG__URL=catalog_url)
+    await engine.dispose()
+    assert found["catalog"][0] is True
+    assert "version 0, 1 tiers" in found["catalog"][1]
+
+
+@pytest.mark.parametrize(
+    ("statements", "said"),
+    [
+        (("UPDATE alembic_version SET version_num = '9999'", "UPDATE policy_state SET runs_from = '9999'"), "newer Tidegate"),
+        (("DROP TABLE alembic_version",), "tables of another program"),
+        (("DELETE FROM policy_state",), "does not answer as a catalog"),
+        (("DROP TABLE tiers CASCADE", "DROP TABLE policy_state CASCADE"), "does not answer as a catalog"),
+    ],
+)
+async def test_a_database_of_others_is_refused(catalog_url: str, tmp_path: Path, statements: tuple[str, ...], said: str) -> None:
+    await upgrade(catalog_url)
+    sqlite = catalog_url.startswith("sqlite")
+    await _write(catalog_url, *(each.removesuffix(" CASCADE") if sqlite else each for each in statements))
+    before = await _state(catalog_url)
+    code, found = _found(tmp_path, TIDEGATE_CATALOG__URL=catalog_url)
+    assert code == 1
+    assert found["catalog"][0] is False
+    assert said in found["catalog"][1]
+    assert await _state(catalog_url) == before
+
+
+def test_files_that_are_no_catalog(tmp_path: Path) -> None:
+    (tmp_path / "text.db").write_text("this is no database, but long enough to look at " * 100)
+    for file, said in (("text.db", "no SQLite database"), ("absent/x.db", "a place that can be written")):
+        code, found = _found(tmp_path, TIDEGATE_CATALOG__URL=f"sqlite:///{tmp_path}/{file}")
+        assert (code, found["catalog"][0]) == (1, False)
+        assert said in found["catalog"][1]
+    assert [path.name for path in tmp_path.iterdir()] == ["text.db"]
+
+
+def test_listeners_of_a_server_that_does_not_run(tmp_path: Path) -> None:
+    code, found = _found(tmp_path)
+    assert code == 0
+    assert found["control plane"][0] is found["gRPC door"][0] is True
+    assert found["gRPC door"][1].endswith("is free")
+    assert _found(tmp_path, TIDEGATE_SERVER__GRPC="")[1]["gRPC door"] == (None, "switched off")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        for name, what, key in (("GRPC", "gRPC door", "grpc"), ("ADMIN", "control plane", "admin")):
+            code, found = _found(tmp_path, **{f"TIDEGATE_SERVER__{name}": address})
+            assert (code, found[what][0]) == (1, False)
+            assert f"server.{key} = '{address}': the port is in use" in found[what][1]
+            assert f'{key} = "" switches the {what} off' in found[what][1]
+    http = f"127.0.0.1:{free_port()}"
+    _, found = _found(tmp_path, TIDEGATE_SERVER__HTTP=http, TIDEGATE_SERVER__GRPC=http)
+    assert found["gRPC door"][0] is False
+    assert "has the port of server.http" in found["gRPC door"][1]
+
+
+def test_listeners_of_a_server_that_runs(serve: Callable[..., Any], tmp_path: Path) -> None:
+    server = serve("--demo", grpc=True)
+    listeners = {name: value for name, value in server.environment.items() if name.startswith("TIDEGATE_SERVER__")}
+    code, found = _found(tmp_path, **listeners)
+    assert code == 0, found
+    assert found["server database"][0] is found["control plane"][0] is found["gRPC door"][0] is True
+    assert found["gRPC door"][1] == f"something listens at 127.0.0.1:{server.grpc_port}"
+    code, found = (
+        _found(tmp_path, **listeners, TIDEGATE_SERVER__GRPC=f"127.0.0.1:{free_port()}")
+        if False
+        else _found(tmp_path, **{**listeners, "TIDEGATE_SERVER__GRPC": f"127.0.0.1:{free_port()}"})
+    )
+    assert (code, found["gRPC door"][0]) == (1, False)
+    assert "though Tidegate runs" in found["gRPC door"][1]
+
+
+def test_replicas_are_looked_at(postgres_cluster: PostgresCluster, tmp_path: Path) -> None:
+    database = postgres_cluster.primary.new_database()
+    name = database.rpartition("/")[2]
+    subprocess.run(
+        [sys.executable, "-m", "tidegate", "db", "upgrade"], env={**os.environ, "TIDEGATE_CATALOG__URL": database}, check=True
+    )
+    postgres_cluster.wait_caught_up()
+    replicas = [url.replace("postgres@", "postgres:secret-word@") for url in postgres_cluster.replica_urls(name)]
+    gone = f"postgresql://postgres:secret-word@127.0.0.1:1/{name}"
+    _, found, said = _doctor(tmp_path, TIDEGATE_CATALOG__URL=database, TIDEGATE_CATALOG__REPLICAS=",".join([*replicas, gone]))
+    looked = [(each["ok"], str(each["finding"])) for each in found if each["what"] == "replica"]
+    assert [ok for ok, _ in looked] == [True, True, False], looked
+    assert "version 0" in looked[0][1]
+    assert "127.0.0.1:1" in looked[2][1]
+    assert "does not answer as a replica" in looked[2][1]
+    assert "secret-word" not in said
+    postgres_cluster.primary.drop_database(name)
