@@ -25,7 +25,7 @@ from drills.running import WARM_S, Running, in_thread
 from drills.stack import Stack
 from tidegate.catalog.policy_file import load_policy
 
-MAKE_CLUSTER: Final = DEPLOY / "redis/cluster/make-cluster"
+MAKE_CLUSTER: Final = DEPLOY / "redis/make-cluster"
 GROWN_WITHIN_S: Final = 300
 DELAYS_MS: Final = (5, 20, 80)
 SHIFT_S: Final = 600
@@ -35,7 +35,7 @@ WINDOW_LIMIT: Final = 12
 
 
 async def redis_reshard(size: Size) -> Outcome:
-    """A cluster grows from 3 to 9 shards by deploy/redis/cluster/make-cluster, with all its counters."""
+    """A cluster grows from 3 to 9 shards by deploy/redis/make-cluster, with all its counters."""
     more = 1 if size.smoke else 6
     with stacked("cluster", size) as stack:
         cluster = stack.cluster

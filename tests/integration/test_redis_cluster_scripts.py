@@ -1,4 +1,4 @@
-"""The scripts in deploy/redis/cluster, on real servers: a cluster is made, grown with its counters, mended, and handed over."""
+"""The scripts in deploy/redis, on real servers: a cluster is made, grown with its counters, mended, and handed over."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 from tests.servers.redis_server import HOST, binary, free_port, wait_until
 from tidegate import Limiter
 
-SCRIPTS = Path(__file__).parents[2] / "deploy" / "redis" / "cluster"
+SCRIPTS = Path(__file__).parents[2] / "deploy" / "redis"
 PASSWORD = "0123456789abcdef"
 ENVIRONMENT = {**os.environ, "REDISCLI_AUTH": PASSWORD, "NODE_IP": HOST, "REDIS_MAXMEMORY": "64mb"}
 
@@ -32,8 +32,8 @@ class Node:
         self.address = f"{HOST}:{self.port}"
         self.start()
 
-    def start(self) -> None:
-        arguments = ["--port", str(self.port), "--bind", HOST, "--dir", str(self.directory)]
+    def start(self, *more: str) -> None:
+        arguments = ["--port", str(self.port), "--bind", HOST, "--dir", str(self.directory), *more]
         with (self.directory / "log").open("ab") as log:
             self.process = subprocess.Popen(
                 ["sh", SCRIPTS / "start-node", *arguments],
@@ -91,6 +91,10 @@ def roles(node: Node) -> list[tuple[str, bool, int]]:
     return known
 
 
+def settings(node: Node, *names: str) -> list[str]:
+    return [node.ask("config", "get", name).split()[1] for name in names]
+
+
 async def consume(url: str, subjects: int) -> list[int]:
     limiter = Limiter("100/day", counters=url)
     try:
@@ -124,6 +128,23 @@ def test_a_cluster_is_made_once_and_grown_with_its_counters(nodes: list[Node]) -
     assert "4 shards count" in script("make-cluster", *six, nodes[6].address, nodes[7].address)
     assert sorted(slots for _, master, slots in roles(nodes[0]) if master) == [4096] * 4
     assert asyncio.run(consume(url, 50)) == [98] * 50, "the counters moved with their slots"
+
+
+def test_a_node_runs_with_both_files_and_arguments_win(nodes: list[Node]) -> None:
+    node = nodes[0]
+    wait_until(lambda: "PONG" in node.ask("ping"), 20, "the node answers")
+    assert settings(node, "maxmemory-policy", "appendonly", "repl-backlog-size", "maxmemory") == [
+        "noeviction",
+        "yes",
+        str(64 * 2**20),
+        str(64 * 2**20),
+    ], "of redis.conf and of the environment"
+    of_cluster = ("cluster-enabled", "cluster-node-timeout", "cluster-replica-validity-factor", "cluster-require-full-coverage")
+    assert settings(node, *of_cluster) == ["yes", "3000", "0", "no"]
+    node.stop()
+    node.start("--cluster-node-timeout", "4321", "--maxmemory-policy", "volatile-ttl")
+    wait_until(lambda: "PONG" in node.ask("ping"), 20, "the node answers")
+    assert settings(node, "cluster-node-timeout", "maxmemory-policy", "appendonly") == ["4321", "volatile-ttl", "yes"]
 
 
 def test_nodes_that_all_come_back_elsewhere_find_each_other(nodes: list[Node]) -> None:

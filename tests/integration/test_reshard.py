@@ -159,28 +159,28 @@ def test_what_it_refuses(cluster: RedisCluster, new: list[RedisServer]) -> None:
 
 
 def test_the_configuration_files_are_taken_by_real_servers(tmp_path: Path) -> None:
-    port, bus = free_port(), free_port()
-    changed = {"dir": tmp_path, "bind": "127.0.0.1", "port": port, "cluster-port": bus, "maxmemory": "64mb"}
+    port = free_port()
+    changed = {"dir": tmp_path, "bind": "127.0.0.1", "port": port, "maxmemory": "64mb"}
     words = [word for name, value in changed.items() for word in (f"--{name}", str(value))]
     with started(["redis-server", str(DEPLOY / "redis.conf"), *words], port) as client:
-        said = client.call(
-            "CONFIG", "GET", "maxmemory-policy", "cluster-enabled", "cluster-require-full-coverage", "appendonly", "save"
-        )
+        said = client.call("CONFIG", "GET", "maxmemory-policy", "cluster-enabled", "appendonly", "save")
         settings = dict(zip(said[::2], said[1::2], strict=True)) if isinstance(said, list) else said
         assert settings[b"maxmemory-policy"] == b"noeviction"
-        assert settings[b"cluster-enabled"] == b"yes"
-        assert settings[b"cluster-require-full-coverage"] == b"no"
-        assert (settings[b"appendonly"], settings[b"save"]) == (b"no", b"")
+        assert settings[b"cluster-enabled"] == b"no", "what a cluster needs is in cluster.conf"
+        assert (settings[b"appendonly"], settings[b"save"]) == (b"yes", b"")
     port = free_port()
     own = tmp_path / "sentinel.conf"
     text = (DEPLOY / "sentinel.conf").read_text()
     # Nobody listens there: what is tried is the file.
-    text = text.replace("mymaster 10.0.0.1 6379", f"mymaster 127.0.0.1 {free_port()}").replace("dir /tmp", f"dir {tmp_path}")
-    own.write_text(text.replace("port 26379", f"port {port}\nbind 127.0.0.1"))
+    text = text.replace("mymaster 10.0.0.21 6379", f"mymaster 127.0.0.1 {free_port()}")
+    own.write_text(text.replace("port 26379", f"port {port}\nbind 127.0.0.1\ndir {tmp_path}"))
     with started(["redis-sentinel", str(own)], port) as client:
         master = client.call("SENTINEL", "MASTER", "mymaster")
         facts = dict(zip(master[::2], master[1::2], strict=True)) if isinstance(master, list) else master
-        assert (facts[b"quorum"], facts[b"down-after-milliseconds"]) == (b"2", b"3000")
+        names = (b"quorum", b"down-after-milliseconds", b"failover-timeout", b"parallel-syncs")
+        assert [facts[name] for name in names] == [b"2", b"3000", b"10000", b"1"]
+        refusal = str(client.call("SENTINEL", "SET", "mymaster", "notification-script", "/bin/true"))
+        assert "deny-scripts-reconfig" in refusal
 
 
 @contextlib.contextmanager
