@@ -81,8 +81,8 @@ def configured(server: RedisServer, *names: str) -> dict[str, str]:
     return {name: server.must("CONFIG", "GET", name)[1].decode() for name in names}
 
 
-def test_a_cluster_runs_with_the_shipped_file() -> None:
-    shipped = directives("cluster/redis.conf")
+def test_a_cluster_runs_with_the_shipped_files() -> None:
+    shipped = directives("redis.conf", "cluster.conf")
     with redis_cluster(masters=3, replicas=1) as cluster:
         names = ("appendonly", "cluster-node-timeout", "cluster-require-full-coverage", "maxmemory-policy")
         for node in cluster.nodes:

@@ -226,7 +226,7 @@ def test_stores_are_named_as_they_are(overlay: str) -> None:
         assert int(found[1]) < size
     assert named(overlay, "Service", service)["spec"]["publishNotReadyAddresses"], "they meet before they are ready"
     said = subprocess.run(
-        ["sh", ROOT / "deploy/redis/cluster/with-pods", "2", "make-cluster"],
+        ["sh", ROOT / "deploy/redis/with-pods", "2", "make-cluster"],
         capture_output=True,
         text=True,
         timeout=20,

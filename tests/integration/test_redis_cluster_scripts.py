@@ -1,9 +1,11 @@
-"""The scripts in deploy/redis/cluster, on real servers: a cluster is made, grown with its counters, mended, and handed over."""
+"""The scripts in deploy/redis, on real servers: a cluster is made, grown with its counters, mended, and handed over."""
 
 from __future__ import annotations
 
 import asyncio
 import os
+import shutil
+import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +15,7 @@ import pytest
 from tests.servers.redis_server import HOST, binary, free_port, wait_until
 from tidegate import Limiter
 
-SCRIPTS = Path(__file__).parents[2] / "deploy" / "redis" / "cluster"
+SCRIPTS = Path(__file__).parents[2] / "deploy" / "redis"
 PASSWORD = "0123456789abcdef"
 ENVIRONMENT = {**os.environ, "REDISCLI_AUTH": PASSWORD, "NODE_IP": HOST, "REDIS_MAXMEMORY": "64mb"}
 
@@ -32,8 +34,8 @@ class Node:
         self.address = f"{HOST}:{self.port}"
         self.start()
 
-    def start(self) -> None:
-        arguments = ["--port", str(self.port), "--bind", HOST, "--dir", str(self.directory)]
+    def start(self, *more: str) -> None:
+        arguments = ["--port", str(self.port), "--bind", HOST, "--dir", str(self.directory), *more]
         with (self.directory / "log").open("ab") as log:
             self.process = subprocess.Popen(
                 ["sh", SCRIPTS / "start-node", *arguments],
@@ -58,9 +60,9 @@ class Node:
         return done.stdout + done.stderr
 
 
-def script(name: str, *arguments: str, port: int = 0, code: int = 0) -> str:
+def script(name: str, *arguments: str, port: int = 0, code: int = 0, folder: Path = SCRIPTS) -> str:
     done = subprocess.run(
-        ["sh", SCRIPTS / name, *arguments],
+        ["sh", folder / name, *arguments],
         env={**ENVIRONMENT, "REDIS_PORT": str(port)},
         capture_output=True,
         text=True,
@@ -86,9 +88,13 @@ def roles(node: Node) -> list[tuple[str, bool, int]]:
     known = []
     for line in node.ask("cluster", "nodes").splitlines():
         _, address, flags, _, _, _, _, _, *ranges = line.split()
-        bounds = [part.split("-") for part in ranges]
+        bounds = [part.split("-") for part in ranges if not part.startswith("[")]
         known.append((address.partition("@")[0], "master" in flags, sum(int(b[-1]) - int(b[0]) + 1 for b in bounds)))
     return known
+
+
+def settings(node: Node, *names: str) -> list[str]:
+    return [node.ask("config", "get", name).split()[1] for name in names]
 
 
 async def consume(url: str, subjects: int) -> list[int]:
@@ -101,7 +107,7 @@ async def consume(url: str, subjects: int) -> list[int]:
     return [decision.remaining for decision in decisions]
 
 
-def test_a_cluster_is_made_once_and_grown_with_its_counters(nodes: list[Node]) -> None:
+def test_a_cluster_is_made_once_and_grown_with_its_counters(nodes: list[Node], tmp_path: Path) -> None:
     six = [node.address for node in nodes[:6]]
     for node in nodes[:6]:
         # As after the start of a pod: a peer that is not there yet is left alone.
@@ -109,21 +115,97 @@ def test_a_cluster_is_made_once_and_grown_with_its_counters(nodes: list[Node]) -
     assert "3 shards count, all 6 nodes say so" in script("make-cluster", *six)
     found = {address: (master, slots) for address, master, slots in roles(nodes[0])}
     assert [found[address] for address in six] == [(True, 5461), (False, 0), (True, 5461), (False, 0), (True, 5462), (False, 0)]
-    assert [nodes[0].ask("config", "get", name).split()[1] for name in ("maxmemory-policy", "appendonly", "maxmemory")] == [
-        "noeviction",
-        "yes",
-        "67108864",
-    ]
-
     url = f"redis+cluster://:{PASSWORD}@{six[0]},{six[2]}"
     assert asyncio.run(consume(url, 50)) == [99] * 50
     before = roles(nodes[0])
     script("make-cluster", *six)
     assert sorted(roles(nodes[0])) == sorted(before), "again changes nothing"
 
-    assert "4 shards count" in script("make-cluster", *six, nodes[6].address, nodes[7].address)
+    # As Kubernetes gives them: no file of a ConfigMap is a program.
+    mounted = tmp_path / "mounted"
+    shutil.copytree(SCRIPTS, mounted)
+    for file in mounted.iterdir():
+        file.chmod(0o444)
+    eight = [f"localhost:{node.port}" for node in nodes]
+    said = script("make-cluster", *eight, folder=mounted)
+    assert f"reshard: adding {eight[6]}" in said, "there is one way to grow"
+    assert "4 shards count" in said
     assert sorted(slots for _, master, slots in roles(nodes[0]) if master) == [4096] * 4
+    assert [(master, slots) for address, master, slots in roles(nodes[0]) if address == nodes[7].address] == [(False, 0)]
     assert asyncio.run(consume(url, 50)) == [98] * 50, "the counters moved with their slots"
+    before = roles(nodes[0])
+    assert "reshard" not in script("make-cluster", *eight)
+    assert sorted(roles(nodes[0])) == sorted(before), "again changes nothing"
+
+
+def test_growing_goes_on_where_it_was_killed(nodes: list[Node]) -> None:
+    eight = [node.address for node in nodes]
+    script("make-cluster", *eight[:6])
+    url = f"redis+cluster://:{PASSWORD}@{eight[0]}"
+    assert asyncio.run(consume(url, 50)) == [99] * 50
+    process = subprocess.Popen(
+        ["sh", SCRIPTS / "make-cluster", *eight],
+        env=ENVIRONMENT,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        process_group=0,
+    )
+
+    def slots() -> int:
+        return next((slots for address, _, slots in roles(nodes[6]) if address == eight[6]), 0)
+
+    try:
+        wait_until(lambda: slots() >= 50, 90, "slots move")
+    finally:
+        # make-cluster, reshard.sh and the redis-cli that moves slots.
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait(10)
+    assert slots() < 4000, "it was not in the middle any more"
+    assert "4 shards count" in script("make-cluster", *eight)
+    assert sorted(slots for _, master, slots in roles(nodes[0]) if master) == [4096] * 4
+    assert asyncio.run(consume(url, 50)) == [98] * 50
+
+
+def test_a_master_that_came_back_empty_becomes_the_replica(nodes: list[Node]) -> None:
+    eight = [node.address for node in nodes]
+    script("make-cluster", *eight[:6])
+    url = f"redis+cluster://:{PASSWORD}@{eight[1]}"
+    assert asyncio.run(consume(url, 50)) == [99] * 50
+    lost, promoted = nodes[0], nodes[1]
+    lost.stop()
+    wait_until(lambda: "role:master" in promoted.ask("info", "replication"), 60, "the replica is promoted")
+    wait_until(lambda: "cluster_state:ok" in promoted.ask("cluster", "info"), 60, "the cluster is well again")
+    shutil.rmtree(lost.directory)
+    lost.directory.mkdir()
+    lost.start()
+    assert "3 shards count, all 6 nodes say so" in script("make-cluster", *eight[:6])
+    replication = lost.ask("info", "replication").splitlines()
+    assert {"role:slave", f"master_port:{promoted.port}", "master_link_status:up"} <= set(replication)
+    assert asyncio.run(consume(url, 50)) == [98] * 50
+
+    # The others still know of the node that it was, without an address: nothing that growing has to wait for.
+    assert "noaddr" in promoted.ask("cluster", "nodes")
+    assert "4 shards count" in script("make-cluster", *eight[1::-1], *eight[2:])
+    assert sorted(slots for _, master, slots in roles(lost) if master) == [4096] * 4
+    assert asyncio.run(consume(url, 50)) == [97] * 50
+
+
+def test_a_node_runs_with_both_files_and_arguments_win(nodes: list[Node]) -> None:
+    node = nodes[0]
+    wait_until(lambda: "PONG" in node.ask("ping"), 20, "the node answers")
+    assert settings(node, "maxmemory-policy", "appendonly", "repl-backlog-size", "maxmemory") == [
+        "noeviction",
+        "yes",
+        str(64 * 2**20),
+        str(64 * 2**20),
+    ], "of redis.conf and of the environment"
+    of_cluster = ("cluster-enabled", "cluster-node-timeout", "cluster-replica-validity-factor", "cluster-require-full-coverage")
+    assert settings(node, *of_cluster) == ["yes", "3000", "0", "no"]
+    node.stop()
+    node.start("--cluster-node-timeout", "4321", "--maxmemory-policy", "volatile-ttl")
+    wait_until(lambda: "PONG" in node.ask("ping"), 20, "the node answers")
+    assert settings(node, "cluster-node-timeout", "maxmemory-policy", "appendonly") == ["4321", "volatile-ttl", "yes"]
 
 
 def test_nodes_that_all_come_back_elsewhere_find_each_other(nodes: list[Node]) -> None:

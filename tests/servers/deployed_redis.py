@@ -11,52 +11,53 @@ _OURS = ("port", "protected-mode")
 """What the starters say themselves."""
 
 
-def directives(path: str) -> Options:
+def directives(*names: str) -> Options:
     """Read a configuration of Redis.
 
     Args:
-        path: below deploy/redis.
+        names: of files in deploy/redis, in the order in which the server would read them.
 
     Returns:
-        Its directives by name, but for those that the starters give; several of one name as a list.
+        Their directives by name, but for those that the starters give; several of one name as a list.
     """
     found: dict[str, list[str]] = {}
-    for line in (DEPLOY / "redis" / path).read_text().splitlines():
-        name, _, value = line.strip().partition(" ")
-        if name and not name.startswith("#") and name not in _OURS:
-            found.setdefault(name, []).append(value.strip())
+    for file in names:
+        for line in (DEPLOY / "redis" / file).read_text().splitlines():
+            name, _, value = line.strip().partition(" ")
+            if name and not name.startswith("#") and name not in _OURS:
+                found.setdefault(name, []).append(value.strip())
     return {name: values[0] if len(values) == 1 else values for name, values in found.items()}
 
 
 def redis_standalone() -> RedisServer:
-    """One server with the configuration of a master under Sentinel."""
-    return RedisServer(options=directives("sentinel/redis.conf"))
+    """One server with deploy/redis/redis.conf."""
+    return RedisServer(options=directives("redis.conf"))
 
 
 def redis_cluster(masters: int = 3, replicas: int = 1) -> RedisCluster:
-    """A cluster with deploy/redis/cluster/redis.conf.
+    """A cluster whose nodes have deploy/redis/redis.conf and cluster.conf.
 
     Args:
         masters: how many.
         replicas: of each.
     """
-    return RedisCluster(masters, replicas, options=directives("cluster/redis.conf"))
+    return RedisCluster(masters, replicas, options=directives("redis.conf", "cluster.conf"))
 
 
 def redis_sentinel(sentinels: int = 3, replicas: int = 2) -> RedisSentinel:
-    """Sentinels, a master and its replicas with the files of deploy/redis/sentinel.
+    """Sentinels, a master and its replicas with deploy/redis/redis.conf and sentinel.conf.
 
     Args:
         sentinels: how many.
         replicas: how many.
     """
-    said = directives("sentinel/sentinel.conf")["sentinel"]
+    said = directives("sentinel.conf")["sentinel"]
     assert isinstance(said, list)
     watched = {line.split()[0]: line.split()[-1] for line in said if f" {NAME} " in line}
     return RedisSentinel(
         sentinels,
         replicas,
         down_after_ms=int(watched["down-after-milliseconds"]),
-        options=directives("sentinel/redis.conf"),
+        options=directives("redis.conf"),
         failover_timeout_ms=int(watched["failover-timeout"]),
     )
