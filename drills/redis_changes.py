@@ -58,7 +58,9 @@ async def redis_reshard(size: Size) -> Outcome:
         slots = [int(master.facts("CLUSTER", "INFO")["cluster_slots_assigned"]) for master in masters]
         units = units_of(running, stack.policy_file, size.limit)
     load = running.load
-    quiet = between(load.seen, WARM_S, event_s) + between(load.seen, over_s + 0.5, running.ended_s)
+    calm = ((WARM_S, event_s), (over_s + 0.5, running.ended_s))
+    quiet = [each for since_s, until_s in calm for each in between(load.seen, since_s, until_s)]
+    own_ms = max(running.own_percentile_ms(0.99, *span) for span in calm)
     degraded = sum(each.degraded for each in load.seen)
     # The binomial spread of so many keys over equal shards, three deviations either way.
     even = sum(keys) / len(keys)
@@ -66,7 +68,7 @@ async def redis_reshard(size: Size) -> Outcome:
     goals = [
         no_errors(load.seen),
         *nothing_above(units),
-        at_most("p99 outside the moves", percentile_ms(quiet, 0.99), 10, "ms"),
+        at_most("p99 of the instances outside the moves", own_ms, 10, "ms"),
         Goal("shards", f"{len(masters)}", f"{shards + more}", len(masters) == shards + more and min(slots) == 16_384),
         Goal(
             "keys of each shard",
@@ -76,6 +78,7 @@ async def redis_reshard(size: Size) -> Outcome:
         ),
     ]
     notes = [
+        ("p99 outside the moves", f"{own_ms:.2f} ms at the instances, {percentile_ms(quiet, 0.99):.1f} ms through the balancer"),
         ("moved within", f"{over_s - event_s:.1f} s"),
         ("decided without Redis meanwhile", f"{degraded} of {len(between(load.seen, event_s, over_s))} checks"),
     ]
