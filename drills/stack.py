@@ -231,7 +231,7 @@ class Stack:
                     yield Piece(f"{kind} {number}", f"{server.host}:{server.port}", server.pid)
         yield from self._databases()
 
-    def postgres_standbys(self) -> list[Keeper] | list[PostgresReplica]:
+    def postgres_standbys(self) -> Sequence[Keeper | PostgresReplica]:
         """Servers of the catalog that take no writes at this moment."""
         if isinstance(self.postgres, PostgresCluster):
             return self.postgres.replicas
