@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from typing import Any, Final
 
 import msgspec
@@ -132,12 +132,13 @@ class Database:
             {"in_use": pool.checkedout(), "idle": pool.checkedin()} if isinstance(pool, QueuePool) else {"in_use": 0, "idle": 0}
         )
 
-    async def seen(self, query: Select[Any], least: int) -> Sequence[RowMapping]:
+    async def seen(self, query: Select[Any], least: int, parameters: Mapping[str, Any] | None = None) -> Sequence[RowMapping]:
         """The rows of a query for a check.
 
         Args:
             query: its first row says as `seen` which version the rows are of; it gives at least one row.
             least: version that they must have seen, where the catalog has got so far.
+            parameters: of the query, where it has some.
 
         Returns:
             The rows: a replica's, where one has seen that version, else the primary's; where that does not answer either, those
@@ -148,16 +149,16 @@ class Database:
         """
         self.queries += 1
         if self.replicas is not None:
-            replicated = await self.replicas.rows(query, least)
+            replicated = await self.replicas.rows(query, least, parameters)
             if replicated is not None:
                 return replicated
         try:
             async with self.reading() as connection:
-                rows: Sequence[RowMapping] = (await connection.execute(query)).mappings().all()
+                rows: Sequence[RowMapping] = (await connection.execute(query, parameters)).mappings().all()
         except CatalogUnavailable:
             replicated = None
             if self.replicas is not None:
-                replicated = await self.replicas.rows(query, least, any_of_them=True)
+                replicated = await self.replicas.rows(query, least, parameters, any_of_them=True)
             if replicated is None:
                 raise
             return replicated

@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Final
 
 from sqlalchemy import RowMapping, Select, select
@@ -107,12 +107,15 @@ class Replicas:
         await self.look()
         self._watching = asyncio.create_task(self._watch())
 
-    async def rows(self, query: Select[Any], least: int, *, any_of_them: bool = False) -> Sequence[RowMapping] | None:
+    async def rows(
+        self, query: Select[Any], least: int, parameters: Mapping[str, Any] | None = None, *, any_of_them: bool = False
+    ) -> Sequence[RowMapping] | None:
         """Ask one replica after the other.
 
         Args:
             query: its first row says as `seen` which version the rows are of; it gives at least one row.
             least: the version that they must have seen.
+            parameters: of the query, where it has some.
             any_of_them: ask those that are left out too, and take any version: there is nobody else.
 
         Returns:
@@ -123,7 +126,7 @@ class Replicas:
         for place in range(len(asked)):
             replica = asked[(self._turn + place) % len(asked)]
             try:
-                rows: Sequence[RowMapping] = await self._within(_rows(replica.engine, query))
+                rows: Sequence[RowMapping] = await self._within(_rows(replica.engine, query, parameters))
             except (SQLAlchemyError, OSError, TimeoutError) as error:
                 replica.leave_out(reason_of(error))
                 continue
@@ -228,7 +231,7 @@ class Replicas:
             task.exception()  # marks it as seen
 
 
-async def _rows(engine: AsyncEngine, query: Select[Any]) -> Sequence[RowMapping]:
+async def _rows(engine: AsyncEngine, query: Select[Any], parameters: Mapping[str, Any] | None = None) -> Sequence[RowMapping]:
     async with engine.connect() as connection:
-        rows: Sequence[RowMapping] = (await connection.execute(query)).mappings().all()
+        rows: Sequence[RowMapping] = (await connection.execute(query, parameters)).mappings().all()
     return rows

@@ -6,8 +6,9 @@ How it is connected to, and how a change is made one step, stands in `database`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Final
 
-from sqlalchemy import RowMapping, select
+from sqlalchemy import RowMapping, bindparam, select
 
 from tidegate.catalog import policy_rows
 from tidegate.catalog.change_log import Changes, read_changes
@@ -16,6 +17,14 @@ from tidegate.catalog.gathering import Gathering
 from tidegate.catalog.policy_applied import apply_file
 from tidegate.catalog.tables import api_keys, policy_state, rate_limit_rules, tiers
 from tidegate.policy import ApiKey, Policy, Tier
+
+_SHA256S: Final = "sha256s"
+# One statement: its answer is of one moment, on every database. Made once: making it anew costs as much as sending it.
+_KEYS: Final = select(policy_state.c.version.label("seen"), api_keys, tiers.c.name.label("tier_name")).select_from(
+    policy_state.outerjoin(
+        api_keys.join(tiers, tiers.c.id == api_keys.c.tier_id), api_keys.c.sha256.in_(bindparam(_SHA256S, expanding=True))
+    )
+)
 
 
 class _NothingToDo(Exception):
@@ -167,10 +176,7 @@ class SqlCatalog:
         return True
 
     async def _read_keys(self, sha256s: Sequence[str], least: int) -> tuple[int, dict[str, ApiKey]]:
-        # One statement: its answer is of one moment, on every database.
-        held = api_keys.join(tiers, tiers.c.id == api_keys.c.tier_id)
-        query = select(policy_state.c.version.label("seen"), api_keys, tiers.c.name.label("tier_name")).select_from(
-            policy_state.outerjoin(held, api_keys.c.sha256.in_(sha256s))
-        )
-        rows = await self.database.seen(query, least)
+        # As many as a power of two, so that there are ten statements and not five hundred for the driver to prepare.
+        wanted = [*sha256s, *[sha256s[-1]] * ((1 << (len(sha256s) - 1).bit_length()) - len(sha256s))]
+        rows = await self.database.seen(_KEYS, least, {_SHA256S: wanted})
         return rows[0]["seen"], {row["sha256"]: policy_rows.api_key_of(row) for row in rows if row["id"] is not None}
