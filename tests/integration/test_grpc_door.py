@@ -16,7 +16,7 @@ import httpx
 import pytest
 
 from tests.conftest import Serve, free_port
-from tests.integration.rls import ask, caller, headers, health, request, watch
+from tests.integration.ratelimit_client import ask, caller, headers, health, request, watch
 from tidegate.doors.grpc.messages import NOT_SERVING, OK, OVER_LIMIT, SERVICE_UNKNOWN, SERVING
 
 KEY, OTHER = "demo-free-key-0001", "demo-other-key-0001"
