@@ -11,7 +11,6 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import http.client
 import os
@@ -32,7 +31,7 @@ from tests.servers.redis_server import free_port
 
 from bench.catalog import fill, policy
 from bench.http import HEADERS, POLICY, cpu_of_threads_s, ours
-from bench.measure import Goal, report
+from bench.measure import Goal, asked_for_smoke, report
 from bench.redis_server import info, redis_server
 from tidegate.catalog.database import DatabaseOptions
 from tidegate.catalog.policy_file import parse_policy
@@ -205,9 +204,7 @@ async def cached_bytes(catalog: SqlCatalog, keys: Sequence[str]) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--smoke", action="store_true", help="the smallest size: that it works, not how much")
-    smoke = parser.parse_args().smoke
+    smoke = asked_for_smoke(__doc__)
     figures = wire(200 if smoke else 5_000) + lives(1 if smoke else 9)
     with PostgresServer({"autovacuum": "off"}) as server:  # its workers come and go between two readings
         figures += uvloop.run(database(server, 2_000 if smoke else 100_000, 200 if smoke else 10_000))

@@ -14,7 +14,6 @@ A PostgreSQL and a Redis on loopback; keys by the ten thousand in 20 tiers. Four
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import contextlib
 import gc
@@ -30,7 +29,7 @@ import uvloop
 from tests.servers.postgres import PostgresServer
 from tests.servers.tcp_proxy import TcpProxy
 
-from bench.measure import Goal, report
+from bench.measure import Goal, asked_for_smoke, report
 from bench.redis_server import redis_server
 from tidegate.catalog.cached import CachedCatalog
 from tidegate.catalog.database import DatabaseOptions
@@ -219,9 +218,7 @@ def zipf(keys: Sequence[str], count: int, exponent: float) -> list[str]:
 
 
 async def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--smoke", action="store_true", help="the smallest size: that it works, not how fast")
-    smoke = parser.parse_args().smoke
+    smoke = asked_for_smoke(__doc__)
     count, rate, seconds = (2_000, 1_000, 1.0) if smoke else (25_000, 5_000, 5.0)
     figures: Figures = []
     with PostgresServer() as server, redis_server() as redis:

@@ -8,7 +8,6 @@ that of the asking process alone. Rounds are interleaved; medians and the median
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import http.client
 import statistics
@@ -20,7 +19,7 @@ from typing import Any
 import httpx
 
 from bench.http import ours
-from bench.measure import Goal, report
+from bench.measure import Goal, asked_for_smoke, report
 from tidegate.client import AsyncClient, Client
 from tidegate.decision import Check
 
@@ -79,9 +78,7 @@ async def measure(port: int, rounds: int, count: int) -> dict[str, list[float]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--smoke", action="store_true", help="the smallest size: that it works, not how fast")
-    smoke = parser.parse_args().smoke
+    smoke = asked_for_smoke(__doc__)
     rounds, count = (1, 100) if smoke else (7, 2_000)
     with tempfile.TemporaryDirectory() as directory, ours(directory) as (_, port):
         us = asyncio.run(measure(port, rounds, count))

@@ -10,7 +10,6 @@ cache; what reaches Tidegate is what nginx counts on its connections to it.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import statistics
 import sys
@@ -23,7 +22,7 @@ from tests.servers.nginx import Nginx
 from tests.servers.redis_server import free_port
 
 from bench.http import cpu_of_tree, need_wrk, server, wrk
-from bench.measure import Goal, report
+from bench.measure import Goal, asked_for_smoke, report
 
 POLICY = """
 [[tiers]]
@@ -99,9 +98,7 @@ def _flood(tidegate: tuple[int, int], api: int, edge: bool, seconds: int) -> dic
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--smoke", action="store_true", help="the smallest size: that it works, not how fast")
-    smoke = parser.parse_args().smoke
+    smoke = asked_for_smoke(__doc__)
     rounds, seconds = (1, 1) if smoke else (5, 3)
     need_wrk()
     with tempfile.TemporaryDirectory() as directory, contextlib.ExitStack() as stack:

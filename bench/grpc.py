@@ -9,7 +9,6 @@ service that answers at once. envoyproxy/ratelimit itself is measured where its 
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import importlib
 import re
@@ -25,7 +24,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from bench.http import HERE, cpu_of_tree, need_wrk, ours, server, wrk
-from bench.measure import Goal, report
+from bench.measure import Goal, asked_for_smoke, report
 from tidegate.doors.grpc.messages import RateLimitRequest
 
 DEPLOY = HERE.parent / "deploy" / "envoy"
@@ -185,9 +184,7 @@ def behind_envoy(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--smoke", action="store_true", help="the smallest size: that it works, not how fast")
-    smoke = parser.parse_args().smoke
+    smoke = asked_for_smoke(__doc__)
     rounds, seconds, calls = (1, 1, 500) if smoke else (5, 3, 20_000)
     need_wrk()
     if shutil.which("h2load") is None:

@@ -9,7 +9,6 @@ run.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import os
 import re
@@ -24,7 +23,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from bench.measure import Goal, report
+from bench.measure import Goal, asked_for_smoke, report
 
 HERE = Path(__file__).parent
 HEADERS = ("X-API-Key: demo-free-key-0001", "X-Original-URI: /api/v1/items", "X-Original-Method: GET", "X-Real-IP: 203.0.113.7")
@@ -172,15 +171,23 @@ def paced(port: int, path: str, peak: float, directory: str, rounds: int, second
     return [wrk(port, path, seconds, connections, str(script)) for _ in range(rounds)]
 
 
+def paced_figures(peak: float, latencies: list[dict[str, Any]]) -> list[tuple[str, float, Goal | None]]:
+    """What `paced` found, for the report."""
+    return [
+        ("peak, requests/s", peak, None),
+        ("rate at the latency run, share of the peak", statistics.median(each["rate"] for each in latencies) / peak, None),
+        ("p50 there, ms", statistics.median(each["p50_ms"] for each in latencies), None),
+        ("p99 there, ms", statistics.median(each["p99_ms"] for each in latencies), Goal(at_most=10)),
+    ]
+
+
 def ratio(cpu_us: dict[str, list[float]], theirs: str, own: str) -> float:
     """How many times the requests per CPU second, median over the rounds."""
     return statistics.median(a / b for a, b in zip(cpu_us[theirs], cpu_us[own], strict=True))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--smoke", action="store_true", help="the smallest size: that it works, not how fast")
-    smoke = parser.parse_args().smoke
+    smoke = asked_for_smoke(__doc__)
     rounds, seconds = (1, 1) if smoke else (5, 3)  # wrk takes whole seconds
     need_wrk()
     with tempfile.TemporaryDirectory() as directory, contextlib.ExitStack() as stack:
@@ -212,10 +219,7 @@ def main() -> None:
                 ratio(cpu_us, "FastAPI + slowapi", "GET /v1/authorize"),
                 Goal(at_least=6),
             ),
-            ("peak, requests/s", peak, None),
-            ("rate at the latency run, share of the peak", statistics.median(each["rate"] for each in latencies) / peak, None),
-            ("p50 there, ms", statistics.median(each["p50_ms"] for each in latencies), None),
-            ("p99 there, ms", statistics.median(each["p99_ms"] for each in latencies), Goal(at_most=10)),
+            *paced_figures(peak, latencies),
         ],
         smoke=smoke,
     )

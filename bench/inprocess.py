@@ -8,7 +8,6 @@ process's own; medians and the median of the ratios round by round are printed.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import statistics
 import time
@@ -17,7 +16,7 @@ from collections.abc import Awaitable, Callable
 import throttled
 from limits import parse, storage, strategies
 
-from bench.measure import Goal, report
+from bench.measure import Goal, asked_for_smoke, report
 from tidegate import Limiter
 from tidegate.limits import Algorithm
 
@@ -41,9 +40,7 @@ def per_call_us(check: Callable[[str], object], count: int) -> float:
 
 
 async def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--smoke", action="store_true", help="the smallest size: that it works, not how fast")
-    smoke = parser.parse_args().smoke
+    smoke = asked_for_smoke(__doc__)
     rounds, count = (2, 12_000) if smoke else (9, 200_000)
     moving = strategies.SlidingWindowCounterRateLimiter(storage.MemoryStorage())
     item = parse("100000/minute")

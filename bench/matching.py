@@ -5,19 +5,16 @@ python -m bench.matching [--smoke]
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
 
-from bench.measure import Goal, report
+from bench.measure import Goal, asked_for_smoke, report
 from tidegate.matching import CompiledTier
 from tidegate.policy import Rule, Tier
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--smoke", action="store_true", help="the smallest size: that it works, not how fast")
-    smoke = parser.parse_args().smoke
+    smoke = asked_for_smoke(__doc__)
     rules = [Rule.make(f"/literal/number{number}", ["1/s"]) for number in range(250)]
     rules += [Rule.make(f"/api/v1/{{tenant}}/kind{number}/{{id}}", ["1/s"]) for number in range(250)]
     rules += [Rule.make(f"/files{number}/*", ["1/s"]) for number in range(250)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import json
 import os
@@ -26,6 +27,20 @@ class Goal(NamedTuple):
     def __str__(self) -> str:
         bounds = [f"≤ {self.at_most:g}"] if self.at_most is not None else []
         return ", ".join(bounds + ([f"≥ {self.at_least:g}"] if self.at_least is not None else []))
+
+
+def asked_for_smoke(description: str | None) -> bool:
+    """Read the command line of a bench that has no other option than --smoke.
+
+    Args:
+        description: what --help prints above it.
+
+    Returns:
+        Whether the smallest size is wanted.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--smoke", action="store_true", help="the smallest size: that it works, not how fast or how much")
+    return bool(parser.parse_args().smoke)
 
 
 def report(name: str, title: str, figures: Sequence[tuple[str, float, Goal | None]], *, smoke: bool) -> None:

@@ -8,7 +8,6 @@ Redis CPU is what its INFO commandstats says of EVALSHA and INCRBY. Rounds are i
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import statistics
 import time
@@ -16,7 +15,7 @@ from collections.abc import Awaitable, Callable
 
 import uvloop
 
-from bench.measure import Goal, report
+from bench.measure import Goal, asked_for_smoke, report
 from bench.redis_peers import SUBJECTS, limits_async, redis_py_evalsha
 from bench.redis_server import BenchRedis, info, redis_server
 from tidegate import Limiter
@@ -117,9 +116,7 @@ def _redis_us(server: BenchRedis, command: str) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--smoke", action="store_true", help="the smallest size: that it works, not how fast")
-    smoke = parser.parse_args().smoke
+    smoke = asked_for_smoke(__doc__)
     rounds, calls = (1, 2_000) if smoke else (5, 40_000)
     own: list[float] = []
     redis_py: list[float] = []

@@ -8,20 +8,17 @@ need; fastapi-limiter counts two fixed windows and sends no headers: each as its
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import statistics
 import tempfile
 
-from bench.http import interleaved, need_wrk, ours, paced, peer, ratio
-from bench.measure import Goal, report
+from bench.http import interleaved, need_wrk, ours, paced, paced_figures, peer, ratio
+from bench.measure import Goal, asked_for_smoke, report
 from bench.redis_server import redis_server
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--smoke", action="store_true", help="the smallest size: that it works, not how fast")
-    smoke = parser.parse_args().smoke
+    smoke = asked_for_smoke(__doc__)
     rounds, seconds = (1, 1) if smoke else (5, 3)
     need_wrk()
     with tempfile.TemporaryDirectory() as directory, contextlib.ExitStack() as stack:
@@ -53,10 +50,7 @@ def main() -> None:
                 ratio(cpu_us, "fastapi-limiter", "ours"),
                 Goal(at_least=8),
             ),
-            ("peak, requests/s", peak, None),
-            ("rate at the latency run, share of the peak", statistics.median(each["rate"] for each in latencies) / peak, None),
-            ("p50 there, ms", statistics.median(each["p50_ms"] for each in latencies), None),
-            ("p99 there, ms", statistics.median(each["p99_ms"] for each in latencies), Goal(at_most=10)),
+            *paced_figures(peak, latencies),
         ],
         smoke=smoke,
     )

@@ -9,11 +9,9 @@ log: bytes of an entry. Cluster mode is on: it costs 16 bytes a key more.
 
 from __future__ import annotations
 
-import argparse
-
 import uvloop
 
-from bench.measure import Goal, report
+from bench.measure import Goal, asked_for_smoke, report
 from bench.redis_server import BenchRedis, info, redis_server
 from tidegate.counters import Charge
 from tidegate.counters.redis.store import RedisCounters
@@ -55,9 +53,7 @@ def measured(server: BenchRedis, limits: LimitSet, keys: int, each: int = 1) -> 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--smoke", action="store_true", help="the smallest size: that it works, not how much")
-    smoke = parser.parse_args().smoke
+    smoke = asked_for_smoke(__doc__)
     keys = 2_000 if smoke else 1_000_000
     figures: list[tuple[str, float, Goal | None]] = []
     with redis_server(cluster=True) as server:

@@ -8,7 +8,6 @@ what ours does at the least: one labelled counter and one histogram, with childr
 
 from __future__ import annotations
 
-import argparse
 import logging
 import os
 import statistics
@@ -19,7 +18,7 @@ from pathlib import Path
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from prometheus_client import CollectorRegistry, Counter, Histogram
 
-from bench.measure import Goal, report
+from bench.measure import Goal, asked_for_smoke, report
 from tidegate.decision import Check, Decision, Observation
 from tidegate.latency import BUCKETS_S
 from tidegate.limits import Algorithm, Limit, LimitSet
@@ -112,9 +111,7 @@ def line_us(count: int) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--smoke", action="store_true", help="the smallest size: that it works, not how fast")
-    smoke = parser.parse_args().smoke
+    smoke = asked_for_smoke(__doc__)
     rounds, count = (2, 20_000) if smoke else (9, 200_000)
     figures: list[tuple[str, float, Goal | None]] = []
     for label, seen in (

@@ -9,7 +9,6 @@ Then what writing a full summary to SQLite costs, and how long a task that only 
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import statistics
 import tempfile
@@ -18,7 +17,7 @@ import tracemalloc
 from collections import Counter
 from collections.abc import Callable, Sequence
 
-from bench.measure import Goal, report
+from bench.measure import Goal, asked_for_smoke, report
 from tidegate.catalog.database import Database
 from tidegate.decision import Decision, Observation
 from tidegate.limits import Algorithm, Limit, LimitSet
@@ -103,9 +102,7 @@ async def writing(rounds: int) -> tuple[float, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--smoke", action="store_true", help="the smallest size: that it works, not how fast")
-    smoke = parser.parse_args().smoke
+    smoke = asked_for_smoke(__doc__)
     rounds, count, flood = (2, 30_000, 30_000) if smoke else (9, 200_000, 1_000_000)
     kinds = {
         "allowed": [seen(number % KNOWN, allowed=True) for number in range(count)],

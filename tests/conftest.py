@@ -123,6 +123,18 @@ class Serve:
                 time.sleep(0.05)
         raise AssertionError("serve did not get ready within 60 s")
 
+    def run(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        """Runs another command of Tidegate with the same settings, in the same directory."""
+        return subprocess.run(
+            [sys.executable, "-m", "tidegate", *arguments],
+            cwd=self.directory,
+            env={**self.environment, **environment},
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+
     def stop_by_itself(self) -> tuple[int, str, str]:
         """Waits until it ends without being told to; returns exit code, stdout, stderr; of both nothing, where it has a log."""
         out, err = self.process.communicate(timeout=30)

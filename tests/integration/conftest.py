@@ -1,4 +1,4 @@
-"""The catalog's databases and the two kinds of client: what is tested on one is tested on the other."""
+"""The catalog's databases, the control plane over each, and the two kinds of client: what is tested on one is tested on all."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from tests.integration.admin_api import Admin, open_admin
 from tests.integration.client_asker import Asker
 from tests.servers.postgres import PostgresServer
 
@@ -37,6 +38,15 @@ def catalog_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     server.execute("DROP SCHEMA public CASCADE", name)
     server.execute("CREATE SCHEMA public", name)
     return server.url(name)
+
+
+@pytest.fixture
+async def admin(catalog_url: str) -> AsyncIterator[Admin]:
+    """The control plane of an empty catalog."""
+    made = await open_admin(catalog_url)
+    yield made
+    await made.http.aclose()
+    await made.catalog.close()
 
 
 @pytest.fixture(params=["sync", "async"])

@@ -3,27 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
 from sqlalchemy import insert
 
-from tests.integration.admin_api import Admin, open_admin
+from tests.integration.admin_api import Admin
 from tests.unit.test_policy_file import WHOLE
 from tidegate.catalog.policy_file import parse_policy
 from tidegate.catalog.tables import rate_limit_violations
 from tidegate.decision import Check
 from tidegate.errors import ApiKeyRevoked, TidegateError
-
-
-@pytest.fixture
-async def admin(catalog_url: str) -> AsyncIterator[Admin]:
-    made = await open_admin(catalog_url)
-    yield made
-    await made.http.aclose()
-    await made.catalog.close()
 
 
 def _error(answer: Any, status: int, code: str) -> str:

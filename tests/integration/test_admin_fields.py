@@ -10,14 +10,13 @@ import copy
 import itertools
 import json
 import re
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 from urllib.parse import quote, unquote
 
-import pytest
 from sqlalchemy import func, inspect, select
 
-from tests.integration.admin_api import TOKEN, Admin, open_admin
+from tests.integration.admin_api import TOKEN, Admin
 from tidegate.catalog.tables import admin_tokens, api_keys, metadata, rate_limit_rules, tiers
 
 INJECTION = "'; DROP TABLE api_keys; --"
@@ -54,14 +53,6 @@ class Answer(NamedTuple):
     @property
     def json(self) -> Any:
         return json.loads(self.text)
-
-
-@pytest.fixture
-async def admin(catalog_url: str) -> AsyncIterator[Admin]:
-    made = await open_admin(catalog_url)
-    yield made
-    await made.http.aclose()
-    await made.catalog.close()
 
 
 class Asker:

@@ -2,26 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
 from typing import Any
 
-import pytest
 from sqlalchemy import insert
 
-from tests.integration.admin_api import Admin, open_admin
+from tests.integration.admin_api import Admin
 from tidegate.catalog.changing import now_us
 from tidegate.catalog.tables import rate_limit_violations
 from tidegate.decision import Check
 
 ANY = {"If-Match": "*"}
-
-
-@pytest.fixture
-async def admin(catalog_url: str) -> AsyncIterator[Admin]:
-    made = await open_admin(catalog_url)
-    yield made
-    await made.http.aclose()
-    await made.catalog.close()
 
 
 async def _lower(admin: Admin, rule: dict[str, Any], limit: str) -> list[str]:

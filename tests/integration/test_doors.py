@@ -11,8 +11,8 @@ import httpx
 import pytest
 
 from tests.cases.doors import CASES, Answer, Ask
-from tests.integration.rls import headers as rls_headers
-from tests.integration.rls import request
+from tests.integration.ratelimit_client import headers as rls_headers
+from tests.integration.ratelimit_client import request
 from tidegate.decision import Check
 from tidegate.doors.answers import decision_body
 from tidegate.doors.grpc.messages import OK, OVER_LIMIT, RateLimitResponse

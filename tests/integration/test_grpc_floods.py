@@ -17,7 +17,7 @@ import hpack
 import pytest
 
 from tests.conftest import Serve
-from tests.integration.rls import SHOULD_RATE_LIMIT, ask, request
+from tests.integration.ratelimit_client import SHOULD_RATE_LIMIT, ask, request
 from tidegate.doors.grpc.messages import OK
 
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"

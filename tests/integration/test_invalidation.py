@@ -10,8 +10,6 @@ import contextlib
 import datetime
 import json
 import re
-import subprocess
-import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from pathlib import Path
@@ -258,15 +256,7 @@ async def until(holds: Callable[[], Awaitable[bool]], within_s: float = 20.0) ->
 
 
 def tidegate(server: Any, *arguments: str, **environment: str) -> None:
-    ended = subprocess.run(
-        [sys.executable, "-m", "tidegate", *arguments],
-        cwd=server.directory,
-        env={**server.environment, **environment},
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    ended = server.run(*arguments, **environment)
     assert ended.returncode == 0, ended.stderr
 
 

@@ -15,7 +15,7 @@ import pytest
 
 from tests.cases.ratelimit_file import CONFIG, DOMAIN, OURS, STEPS, Step
 from tests.conftest import Clock, Serve
-from tests.integration.rls import ask, caller, headers, request
+from tests.integration.ratelimit_client import ask, caller, headers, request
 from tests.servers.ratelimit_peer import RateLimitPeer
 from tidegate.catalog.cached import CachedCatalog
 from tidegate.catalog.policy_file import PolicyCatalog, parse_policy

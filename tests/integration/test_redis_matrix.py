@@ -13,7 +13,7 @@ from tests.servers.redis_server import RedisServer
 from tidegate.counters import Charge, CounterStore
 from tidegate.counters.guarded import GuardedCounters
 from tidegate.counters.memory import MemoryCounters
-from tidegate.counters.redis.keyspace import tag_of
+from tidegate.counters.redis.keyspace import hash_tag
 from tidegate.counters.redis.store import RedisCounters
 from tidegate.decision import Decision
 from tidegate.limits import Algorithm, Limit, LimitSet
@@ -125,9 +125,9 @@ async def test_a_new_windows_counts_begin_and_the_others_stay(store: CounterStor
 @given(st.lists(st.text(min_size=1, max_size=60), min_size=2, max_size=20, unique=True))
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_no_two_subjects_share_a_tag(subjects: list[str]) -> None:
-    tags = {tag_of(subject) for subject in subjects}
+    tags = {hash_tag(subject) for subject in subjects}
     assert len(tags) == len(subjects)
-    assert not any(brace in tag for tag in tags for brace in "{}")
+    assert not any(brace in tag for tag in tags for brace in b"{}")
 
 
 @pytest.mark.parametrize(
@@ -139,7 +139,7 @@ def test_no_two_subjects_share_a_tag(subjects: list[str]) -> None:
     ],
 )
 def test_subjects_made_to_meet_do_not(subjects: tuple[str, ...]) -> None:
-    tags = {tag_of(subject) for subject in subjects}
+    tags = {hash_tag(subject) for subject in subjects}
     assert len(tags) == len(subjects)
 
 
@@ -154,5 +154,5 @@ async def test_keys_are_as_documented(redis_server: RedisServer) -> None:
     assert len(keys) == 1
     assert redis_server.call("TYPE", keys[0]) in (b"string", "string")
     assert 0 < redis_server.call("PTTL", keys[0]) <= 2 * 86_400_000
-    (short,) = redis_server.call("KEYS", f"tg:{{{tag_of('k:' + '0f' * 12)}}}*")
+    (short,) = redis_server.call("KEYS", f"tg:{{{hash_tag('k:' + '0f' * 12).decode()}}}*")
     assert len(short) == 30

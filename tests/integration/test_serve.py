@@ -31,18 +31,6 @@ tier = "free"
 CHECK = {"path": "/api/a", "api_key": "demo-free-key-0001"}
 
 
-def _tidegate(server: Any, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "tidegate", *arguments],
-        cwd=server.directory,
-        env=server.environment,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-
-
 def _until(what: Callable[[], Any], within_s: float = 10.0) -> Any:
     deadline = time.monotonic() + within_s
     while time.monotonic() < deadline:
@@ -129,18 +117,18 @@ def test_policy_behind_swapped_symlinks(serve: Callable[..., Any], tmp_path: Pat
 def test_key_made_and_revoked_beside_a_running_server(serve: Callable[..., Any], tmp_path: Path) -> None:
     (tmp_path / "tidegate.policy.toml").write_text(POLICY.format(limit=10))
     server = serve()
-    made = json.loads(_tidegate(server, "keys", "create", "--tier", "free", "--name", "acme", "--json").stdout)
+    made = json.loads(server.run("keys", "create", "--tier", "free", "--name", "acme", "--json").stdout)
     assert re.fullmatch(r"tg_[0-9A-Za-z]{38}", made["api_key"])
     ask = {"path": "/api/a", "api_key": made["api_key"]}
     assert httpx.post(f"{server.url}/v1/check", json=ask).json()["remaining"] == 9
     mistyped = made["api_key"][:-1] + ("a" if made["api_key"][-1] != "a" else "b")
     assert httpx.post(f"{server.url}/v1/check", json={**ask, "api_key": mistyped}).status_code == 401
 
-    listed = json.loads(_tidegate(server, "keys", "list", "--json").stdout)
+    listed = json.loads(server.run("keys", "list", "--json").stdout)
     assert {row["name"] for row in listed} == {"acme", ""}
     assert made["api_key"] not in json.dumps(listed)
 
-    revoked = _tidegate(server, "keys", "revoke", made["id"], "--reason", "leaked")
+    revoked = server.run("keys", "revoke", made["id"], "--reason", "leaked")
     assert revoked.returncode == 0, revoked.stderr
     _until(lambda: httpx.post(f"{server.url}/v1/check", json=ask).status_code == 403, within_s=3)
     assert made["api_key"] not in server.stop()[2], "no key is ever logged"
@@ -149,20 +137,20 @@ def test_key_made_and_revoked_beside_a_running_server(serve: Callable[..., Any],
 def test_check_command_and_doctor(serve: Callable[..., Any], tmp_path: Path) -> None:
     (tmp_path / "tidegate.policy.toml").write_text(POLICY.format(limit=1))
     server = serve()
-    first = _tidegate(server, "check", "demo-free-key-0001", "GET", "/api/a")
+    first = server.run("check", "demo-free-key-0001", "GET", "/api/a")
     assert (first.returncode, first.stdout[:8]) == (0, "allowed:")
-    second = _tidegate(server, "check", "demo-free-key-0001", "GET", "/api/a")
+    second = server.run("check", "demo-free-key-0001", "GET", "/api/a")
     assert (second.returncode, second.stdout[:7]) == (1, "denied:")
-    unknown = _tidegate(server, "check", "demo-nobody-key-01", "GET", "/api/a")
+    unknown = server.run("check", "demo-nobody-key-01", "GET", "/api/a")
     assert unknown.returncode == 2
     assert "INVALID_API_KEY" in unknown.stderr
-    doctor = _tidegate(server, "doctor")
+    doctor = server.run("doctor")
     assert doctor.returncode == 0, doctor.stdout
     assert "server database: healthy" in doctor.stdout
-    rules = json.loads(_tidegate(server, "rules", "--json").stdout)
+    rules = json.loads(server.run("rules", "--json").stdout)
     assert [(rule["tier"], rule["endpoint"], rule["limits"]) for rule in rules] == [("free", "/api/*", ["1/day"])]
     server.stop()
-    gone = _tidegate(server, "check", "demo-free-key-0001", "GET", "/api/a")
+    gone = server.run("check", "demo-free-key-0001", "GET", "/api/a")
     assert gone.returncode == 2
     assert "tidegate serve" in gone.stderr
 

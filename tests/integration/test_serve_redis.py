@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import concurrent.futures
 import json
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -45,18 +43,6 @@ def until(holds: Callable[[], bool], within_s: float = 20.0) -> None:
         time.sleep(0.05)
 
 
-def run(server: Any, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "tidegate", *arguments],
-        cwd=server.directory,
-        env={**server.environment, **environment},
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-
-
 def test_two_instances_admit_the_limit_once(
     serve: Callable[..., Any], new_redis: Callable[..., RedisServer], tmp_path: Path
 ) -> None:
@@ -75,7 +61,7 @@ def test_two_instances_admit_the_limit_once(
             f"{server.url}/v1/check/batch", json={"checks": [{"path": "/api/a", "api_key": KEY}, {"path": "/b", "api_key": KEY}]}
         ).json()
         assert [each["allowed"] for each in batch["decisions"]] == [False, True]
-    told = run(servers[0], "doctor", "--json")
+    told = servers[0].run("doctor", "--json")
     findings = {each["what"]: each for each in json.loads(told.stdout)}
     assert findings["counters"]["ok"]
     assert "answers" in findings["counters"]["finding"]
@@ -101,7 +87,7 @@ def test_it_serves_while_redis_is_away(serve: Callable[..., Any], new_redis: Cal
     assert httpx.get(f"{server.url}/readyz").status_code == 200, "an instance that can decide stays in the load balancer"
     metrics = httpx.get(f"{server.url}/metrics").text
     assert 'rate_limiter_fallbacks_total{reason="disconnected"}' in metrics
-    told = run(server, "doctor")
+    told = server.run("doctor")
     assert told.returncode == 1
     assert "WRONG counters" in told.stdout
     redis.start()

@@ -18,7 +18,7 @@ import httpx
 import pytest
 
 from tests.servers.redis_server import RedisServer
-from tidegate.workers import combine
+from tidegate.telemetry.combined import combine
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="workers are looked at in /proc")
 

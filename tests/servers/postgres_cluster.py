@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 from urllib.parse import quote
 
 from psycopg import sql
 
+from tests.servers.lifetime import Started
 from tests.servers.postgres import DATABASE, START_S, USER, Options, PostgresServer, run
 from tests.servers.redis_server import wait_until
 
@@ -115,7 +115,7 @@ class PostgresReplica(PostgresServer):
         wait_until(lambda: self._gives(rows, query, parameters), timeout_s, f"{self!r} {what}")
 
 
-class PostgresCluster:
+class PostgresCluster(Started):
     """A primary and replicas that stream from it; a context manager that starts and stops all.
 
     Args:
@@ -132,13 +132,6 @@ class PostgresCluster:
         self.primary = PostgresServer(options)
         self.replicas = [PostgresReplica(self.primary, options) for _ in range(replicas)]
         self.servers = [self.primary, *self.replicas]
-
-    def __enter__(self) -> Self:
-        self.start()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.stop()
 
     def url(self, database: str = DATABASE) -> str:
         """Name a database on whichever server takes writes, as libpq does.

@@ -11,14 +11,13 @@ import weakref
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 from urllib.parse import quote
 
 import psycopg
 import pytest
 
 from tests.servers import postgres
+from tests.servers.lifetime import Started
 from tests.servers.postgres import DATABASE, START_S, USER, as_server, new_directory, run
 from tests.servers.process_tree import freeze, kill_tree, thaw, tree_of
 from tests.servers.redis_server import HOST, free_port, wait_until
@@ -194,7 +193,7 @@ class Keeper:
             return None
 
 
-class PostgresFailover:
+class PostgresFailover(Started):
     """A monitor and nodes; a context manager that starts and stops all.
 
     Args:
@@ -213,13 +212,6 @@ class PostgresFailover:
         shutil.copytree(SCRIPTS, self.directory / SCRIPTS.name)
         self.monitor = Keeper("monitor", self.directory)
         self.nodes = [Keeper(f"node-{number}", self.directory) for number in range(1, nodes + 1)]
-
-    def __enter__(self) -> Self:
-        self.start()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.stop()
 
     def url(self, database: str = DATABASE) -> str:
         """Name a database on whichever node takes writes: what Tidegate gets as `catalog.url`.

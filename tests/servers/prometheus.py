@@ -25,6 +25,7 @@ import httpx
 import msgspec
 import pytest
 
+from tests.servers.lifetime import Started
 from tests.servers.redis_server import HOST, free_port, wait_until
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
@@ -125,7 +126,7 @@ def prometheus_files(directory: Path, divisor: int, blackbox: str | None = None,
     return directory / "prometheus.yml"
 
 
-class Service:
+class Service(Started):
     """A process that serves HTTP on a loopback port.
 
     Args:
@@ -147,13 +148,6 @@ class Service:
         self.log = self.directory / "server.log"
         self._path = path
         self._process: subprocess.Popen[bytes] | None = None
-
-    def __enter__(self) -> Self:
-        self.start()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.stop()
 
     @property
     def pid(self) -> int:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from types import TracebackType
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
+from tests.servers.lifetime import Started
 from tests.servers.redis_server import Kind, Options, RedisServer, stop_all, wait_until
 
 SLOTS = 16_384
@@ -21,7 +21,7 @@ class _SelfView(NamedTuple):
     ranges: tuple[tuple[int, int], ...]
 
 
-class RedisCluster:
+class RedisCluster(Started):
     """Some masters with the slots in equal shares, and replicas; a context manager that starts and stops all.
 
     Args:
@@ -55,13 +55,6 @@ class RedisCluster:
         }
         self._kind, self._directives = kind, directives
         self.nodes = [RedisServer(kind, directives) for _ in range(masters * (1 + replicas))]
-
-    def __enter__(self) -> Self:
-        self.start()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.stop()
 
     @property
     def url(self) -> str:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import hiredis
 
+from tests.servers.lifetime import Started
 from tests.servers.redis_server import Kind, Options, RedisServer, stop_all, wait_until
 
 NAME = "mymaster"
 FORM_S = 30.0
 
 
-class RedisSentinel:
+class RedisSentinel(Started):
     """Sentinels with a master and its replicas; a context manager that starts and stops all.
 
     Args:
@@ -56,13 +56,6 @@ class RedisSentinel:
         ]
         watch: dict[str, Any] = {"sentinel": directives, **(sentinel_options or {})}
         self.sentinels = [RedisServer(kind, watch, sentinel=True) for _ in range(sentinels)]
-
-    def __enter__(self) -> Self:
-        self.start()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.stop()
 
     @property
     def url(self) -> str:

@@ -15,14 +15,14 @@ import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal
 from urllib.parse import quote, urlencode
 
 import hiredis
 import pytest
 
 from tests.servers.certificates import Authority
+from tests.servers.lifetime import Started
 
 HOST = "127.0.0.1"
 BUS_OFFSET = 10_000
@@ -180,7 +180,7 @@ class Client:
         self._socket.close()
 
 
-class RedisServer:
+class RedisServer(Started):
     """A server process in a directory of its own; a context manager that starts and stops it.
 
     Nothing is persisted unless the options say so. The directory is kept over stops and starts, and goes with the object.
@@ -229,13 +229,6 @@ class RedisServer:
 
     def __repr__(self) -> str:
         return f"<{self.kind} {self.host}:{self.port} {'alive' if self.alive else 'not alive'}>"
-
-    def __enter__(self) -> Self:
-        self.start()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.stop()
 
     @property
     def url(self) -> str:

@@ -8,18 +8,17 @@ import subprocess
 import tempfile
 import weakref
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 import pytest
 
+from tests.servers.lifetime import Started
 from tests.servers.redis_server import wait_until
 
 DEPLOY = Path(__file__).parents[2] / "deploy/logging/rsyslog"
 START_S = 60.0
 
 
-class Shipper:
+class Shipper(Started):
     """rsyslogd in a directory of its own; the directory is kept over stops and starts, and goes with the object.
 
     Args:
@@ -61,13 +60,6 @@ class Shipper:
             "TIDEGATE_LOGS_PASSWORD": password,
         }
         self._process: subprocess.Popen[bytes] | None = None
-
-    def __enter__(self) -> Self:
-        self.start()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.stop()
 
     @property
     def pid(self) -> int:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from grafana_foundation_sdk.builders.dashboard import Dashboard
 
 from dashboards.layout import Row, choice, dashboard
-from dashboards.panels import GREEN, RED, Panel, Query, Steps, lines, number, states
+from dashboards.panels import GREEN, RED, Panel, Query, Steps, lines, number, states, up
+from dashboards.promql import rate, total
 
 _HAPROXY = 'instance=~"$haproxy"'
 _NGINX = 'instance=~"$nginx"'
@@ -30,7 +31,7 @@ def made() -> Dashboard:
 
 
 def _rate(metric: str, by: str, labels: str = _HAPROXY) -> str:
-    return f"sum by ({by}) (rate({metric}{{{labels}}}[$__rate_interval]))"
+    return rate(metric, labels, by)
 
 
 def _all() -> list[list[Panel]]:
@@ -141,14 +142,14 @@ def _haproxy() -> list[list[Panel]]:
                 "Sessions",
                 "Open, by front end. At its `maxconn` new ones wait.",
                 "short",
-                Query(f"sum by (proxy) (haproxy_frontend_current_sessions{{{_HAPROXY}}})", "{{proxy}}"),
+                Query(total("haproxy_frontend_current_sessions", _HAPROXY, "proxy"), "{{proxy}}"),
                 see="noinstanceup",
             ),
             lines(
                 "Queue",
                 "Requests that wait for a server, by back end. Any but 0 for long: too few instances.",
                 "short",
-                Query(f"sum by (proxy) (haproxy_backend_current_queue{{{_HAPROXY}}})", "{{proxy}}"),
+                Query(total("haproxy_backend_current_queue", _HAPROXY, "proxy"), "{{proxy}}"),
                 see="highlatency",
             ),
             lines(
@@ -184,9 +185,9 @@ def _nginx() -> list[list[Panel]]:
                 "Connections",
                 "What they do, all nginxes. Writing grows: back ends, or clients that read slowly.",
                 "short",
-                Query(f"sum(nginx_connections_reading{{{_NGINX}}})", "reading"),
-                Query(f"sum(nginx_connections_writing{{{_NGINX}}})", "writing"),
-                Query(f"sum(nginx_connections_waiting{{{_NGINX}}})", "waiting"),
+                Query(total("nginx_connections_reading", _NGINX), "reading"),
+                Query(total("nginx_connections_writing", _NGINX), "writing"),
+                Query(total("nginx_connections_waiting", _NGINX), "waiting"),
                 see="servicedown",
                 stacked=True,
             ),
@@ -201,12 +202,6 @@ def _nginx() -> list[list[Panel]]:
                 ),
                 see="servicedown",
             ),
-            states(
-                "Up",
-                "Whether each exporter reaches its nginx.",
-                Query(f"min by (instance) (nginx_up{{{_NGINX}}})", "{{instance}}"),
-                {1: ("up", GREEN), 0: ("down", RED)},
-                see="servicedown",
-            ),
+            up("nginx", "nginx_up", _NGINX, "servicedown"),
         ]
     ]

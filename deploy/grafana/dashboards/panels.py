@@ -37,19 +37,6 @@ class Steps(NamedTuple):
     low_is_bad: bool = False
 
 
-def or_none(expression: str, label: str) -> str:
-    """Let an expression that has no series while all is well give one 0.
-
-    Args:
-        expression: whose series may not be there.
-        label: by which they are told apart; it says `none` then.
-
-    Returns:
-        The expression.
-    """
-    return f'{expression} or on() label_replace(vector(0), "{label}", "none", "", "")'
-
-
 def lines(
     title: str,
     description: str,
@@ -86,12 +73,7 @@ def lines(
         panel.line_width(1)
         .fill_opacity(25 if stacked else 8)
         .show_points(options.VisibilityMode.NEVER)
-        .legend(
-            common.VizLegendOptions()
-            .display_mode(options.LegendDisplayMode.LIST)
-            .placement(options.LegendPlacement.BOTTOM)
-            .show_legend(True)
-        )
+        .legend(_legend())
         .tooltip(common.VizTooltipOptions().mode(options.TooltipDisplayMode.MULTI).sort(options.SortOrder.DESCENDING))
         .height(8)
     )
@@ -227,13 +209,29 @@ def states(
         .mappings([model.ValueMap(options=named)])
         .color_scheme(build.FieldColor().mode(model.FieldColorModeId.THRESHOLDS))
         .show_value(options.VisibilityMode.NEVER)
-        .legend(
-            common.VizLegendOptions()
-            .display_mode(options.LegendDisplayMode.LIST)
-            .placement(options.LegendPlacement.BOTTOM)
-            .show_legend(True)
-        )
+        .legend(_legend())
         .height(8)
+    )
+
+
+def up(of: str, metric: str, labels: str, see: str) -> statetimeline.Panel:
+    """Whether exporters reach what they tell of, by instance.
+
+    Args:
+        of: what that is.
+        metric: 1 or 0.
+        labels: matchers that its series must fit.
+        see: the heading of the runbook that goes on from here, as an anchor.
+
+    Returns:
+        The panel, not placed yet.
+    """
+    return states(
+        "Up",
+        f"Whether each exporter reaches its {of}.",
+        Query(f"min by (instance) ({metric}{{{labels}}})", "{{instance}}"),
+        {1: ("up", GREEN), 0: ("down", RED)},
+        see=see,
     )
 
 
@@ -271,6 +269,15 @@ def _steps(steps: Steps | None) -> list[model.Threshold]:
         model.Threshold(value=None, color=better[0]),
         *(model.Threshold(value=value, color=colour) for (value, _), colour in zip(named, better[1:], strict=True)),
     ]
+
+
+def _legend() -> common.VizLegendOptions:
+    return (
+        common.VizLegendOptions()
+        .display_mode(options.LegendDisplayMode.LIST)
+        .placement(options.LegendPlacement.BOTTOM)
+        .show_legend(True)
+    )
 
 
 def _last() -> common.ReduceDataOptions:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from grafana_foundation_sdk.builders.dashboard import Dashboard
 
 from dashboards.layout import Row, choice, dashboard
-from dashboards.panels import GREEN, RED, Panel, Query, Steps, lines, number, or_none, states
+from dashboards.panels import Panel, Query, Steps, lines, number, up
+from dashboards.promql import or_none, rate, total
 
 _HERE = 'instance=~"$postgres", datname=~"$database"'
 _SERVER = 'instance=~"$postgres"'
@@ -36,7 +37,7 @@ def made() -> Dashboard:
 
 
 def _each(metric: str) -> str:
-    return f"sum by (instance) (rate({metric}{{{_HERE}}}[$__rate_interval]))"
+    return rate(metric, _HERE, "instance")
 
 
 def _all() -> list[list[Panel]]:
@@ -105,14 +106,14 @@ def _tidegate() -> list[list[Panel]]:
                 "Look-ups",
                 "A second put to a database, by instance. Jumps after a restart; else the caches do not hold what is asked.",
                 "ops",
-                Query("sum by (instance) (rate(rate_limiter_database_queries_total[$__rate_interval]))", "{{instance}}"),
+                Query(rate("rate_limiter_database_queries_total", by="instance"), "{{instance}}"),
                 see="cachehitratelow",
             ),
             lines(
                 "Connections to the primary",
                 "All instances, for reading. All in use for long: slow queries, or raise `catalog.pool_size`.",
                 "short",
-                Query("sum by (state) (rate_limiter_database_connections)", "{{state}}"),
+                Query(total("rate_limiter_database_connections", by="state"), "{{state}}"),
                 see="catalog",
                 stacked=True,
             ),
@@ -132,7 +133,10 @@ def _tidegate() -> list[list[Panel]]:
                 "And configured, by instance. Fewer asked: one fails, does not answer in time, or lags. 0 "
                 "where none is configured.",
                 "short",
-                Query(or_none("sum by (instance) (rate_limiter_replicas_asked)", "instance"), "asked by {{instance}}"),
+                Query(
+                    or_none(total("rate_limiter_replicas_asked", by="instance"), "instance"),
+                    "asked by {{instance}}",
+                ),
                 Query("max(rate_limiter_replicas) or vector(0)", "configured"),
                 see="replicaejected",
             ),
@@ -150,7 +154,7 @@ def _tidegate() -> list[list[Panel]]:
                 "Violations that wait",
                 "Entries not written yet, by instance. Grows and stays: the primary does not take writes.",
                 "short",
-                Query("sum by (instance) (rate_limiter_violations_pending)", "{{instance}}"),
+                Query(total("rate_limiter_violations_pending", by="instance"), "{{instance}}"),
                 see="violationsdropped",
             ),
         ],
@@ -207,9 +211,9 @@ def _work() -> list[list[Panel]]:
                 "Tuples written",
                 "A second: mostly violations, which are written in batches.",
                 "ops",
-                Query(f"sum(rate(pg_stat_database_tup_inserted{{{_HERE}}}[$__rate_interval]))", "inserted"),
-                Query(f"sum(rate(pg_stat_database_tup_updated{{{_HERE}}}[$__rate_interval]))", "updated"),
-                Query(f"sum(rate(pg_stat_database_tup_deleted{{{_HERE}}}[$__rate_interval]))", "deleted"),
+                Query(rate("pg_stat_database_tup_inserted", _HERE), "inserted"),
+                Query(rate("pg_stat_database_tup_updated", _HERE), "updated"),
+                Query(rate("pg_stat_database_tup_deleted", _HERE), "deleted"),
                 see="violationsdropped",
             ),
             lines(
@@ -226,7 +230,7 @@ def _work() -> list[list[Panel]]:
                 "Connections by state",
                 "All servers. `idle in transaction` for long holds locks and row versions: find it in pg_stat_activity.",
                 "short",
-                Query(f"sum by (state) (pg_stat_activity_count{{{_HERE}}})", "{{state}}"),
+                Query(total("pg_stat_activity_count", _HERE, "state"), "{{state}}"),
                 see="violationsdropped",
                 stacked=True,
             ),
@@ -262,7 +266,7 @@ def _work() -> list[list[Panel]]:
                 "Locks",
                 "Held or waited for, by mode.",
                 "short",
-                Query(f"sum by (mode) (pg_locks_count{{{_HERE}}})", "{{mode}}"),
+                Query(total("pg_locks_count", _HERE, "mode"), "{{mode}}"),
                 see="violationsdropped",
             ),
             lines(
@@ -272,12 +276,6 @@ def _work() -> list[list[Panel]]:
                 Query(f"max by (datname) (pg_database_size_bytes{{{_HERE}}})", "{{datname}}"),
                 see="violationsdropped",
             ),
-            states(
-                "Up",
-                "Whether each exporter reaches its PostgreSQL.",
-                Query(f"min by (instance) (pg_up{{{_SERVER}}})", "{{instance}}"),
-                {1: ("up", GREEN), 0: ("down", RED)},
-                see="servicedown",
-            ),
+            up("PostgreSQL", "pg_up", _SERVER, "servicedown"),
         ],
     ]

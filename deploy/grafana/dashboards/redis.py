@@ -5,7 +5,8 @@ from __future__ import annotations
 from grafana_foundation_sdk.builders.dashboard import Dashboard
 
 from dashboards.layout import Row, choice, dashboard
-from dashboards.panels import GREEN, RED, Panel, Query, Steps, bars, lines, number, or_none, states
+from dashboards.panels import Panel, Query, Steps, bars, lines, number, up
+from dashboards.promql import or_none, rate, total
 
 _HERE = 'instance=~"$redis"'
 
@@ -31,7 +32,7 @@ def made() -> Dashboard:
 
 
 def _each(metric: str) -> str:
-    return f"sum by (instance) (rate({metric}{{{_HERE}}}[$__rate_interval]))"
+    return rate(metric, _HERE, "instance")
 
 
 def _all() -> list[list[Panel]]:
@@ -87,13 +88,7 @@ def _all() -> list[list[Panel]]:
             ),
         ],
         [
-            states(
-                "Up",
-                "Whether each exporter reaches its Redis.",
-                Query(f"min by (instance) (redis_up{{{_HERE}}})", "{{instance}}"),
-                {1: ("up", GREEN), 0: ("down", RED)},
-                see="redisdown",
-            ),
+            up("Redis", "redis_up", _HERE, "redisdown"),
             lines(
                 "Commands",
                 "A second, by server. Uneven among masters: rebalance the slots.",
@@ -139,7 +134,7 @@ def _memory() -> list[list[Panel]]:
                 "Keys",
                 "By server; a subject has one for each limit. Grows without end: look at how long your windows are.",
                 "short",
-                Query(f"sum by (instance) (redis_db_keys{{{_HERE}}})", "{{instance}}"),
+                Query(total("redis_db_keys", _HERE, "instance"), "{{instance}}"),
                 see="redismemoryhigh",
             ),
         ],

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from grafana_foundation_sdk.builders.dashboard import Dashboard
 
-from dashboards import inside
-from dashboards.inside import HERE, rate
+from dashboards import promql, service_parts
 from dashboards.layout import Row, choice, dashboard
-from dashboards.panels import STATUS_COLOURS, Panel, Query, Steps, bars, lines, number, or_none, pie
+from dashboards.panels import STATUS_COLOURS, Panel, Query, Steps, bars, lines, number, pie
+from dashboards.service_parts import HERE, rate
 
 _BY_RULE = "tier_rule:rate_limiter_rule_requests:rate5m"
 _SLOW = Steps(0.005, 0.01)
@@ -27,9 +27,9 @@ def made() -> Dashboard:
             Row("All instances", _all()),
             Row("Tiers and rules", _rules()),
             Row("Each instance", _instances()),
-            Row("Counter store", inside.store()),
-            Row("Catalog and policy", inside.catalog()),
-            Row("Violations", inside.violations()),
+            Row("Counter store", service_parts.store()),
+            Row("Catalog and policy", service_parts.catalog()),
+            Row("Violations", service_parts.violations()),
         ],
         [
             choice("instance", "Instance", "label_values(rate_limiter_build_info, instance)"),
@@ -171,7 +171,7 @@ def _rules() -> list[list[Panel]]:
                 "customer, or raise the limit.",
                 "reqps",
                 Query(
-                    or_none(
+                    promql.or_none(
                         f'sum by (tier) (rate(rate_limiter_near_limit_total{{{HERE}, tier=~"$tier"}}[$__rate_interval]))', "tier"
                     ),
                     "{{tier}}",
@@ -182,7 +182,7 @@ def _rules() -> list[list[Panel]]:
                 "Shadow rules",
                 "What each would have blocked, a second. Flat at what you expect: let it enforce.",
                 "reqps",
-                Query(or_none(rate("rate_limiter_shadow_blocked_total", "rule"), "rule"), "{{rule}}"),
+                Query(promql.or_none(rate("rate_limiter_shadow_blocked_total", "rule"), "rule"), "{{rule}}"),
                 see="checks",
             ),
         ],
@@ -196,7 +196,7 @@ def _instances() -> list[list[Panel]]:
                 "Checks by instance",
                 "A second. At the dashed line, 10,000, an autoscaler adds instances; uneven: look at the gateway's balance.",
                 "reqps",
-                Query(f"sum by (instance) (rate_limiter_requests_per_second{{{HERE}}})", "{{instance}}"),
+                Query(promql.total("rate_limiter_requests_per_second", HERE, "instance"), "{{instance}}"),
                 see="recorded",
                 steps=Steps(None, 10_000),
             ),
@@ -216,7 +216,7 @@ def _instances() -> list[list[Panel]]:
                 "In flight",
                 "Requests being answered. Grows and stays: the instance is full, add instances.",
                 "short",
-                Query(f"sum by (instance) (rate_limiter_in_flight{{{HERE}}})", "{{instance}}"),
+                Query(promql.total("rate_limiter_in_flight", HERE, "instance"), "{{instance}}"),
                 see="checks",
             ),
         ],

@@ -18,8 +18,9 @@ from tidegate.cli.asking import ask_data_plane
 from tidegate.cli.common import ConfigOption, JsonOption, print_json, read_settings
 from tidegate.instance import Instance
 from tidegate.server import run
+from tidegate.supervisor import supervise
 from tidegate.telemetry.logs import configure_logging
-from tidegate.workers import Seat, supervise, work
+from tidegate.worker import Seat, work
 
 _TOUR = r"""
 Tidegate is deciding at http://{address} (metrics at /metrics, health at /health). Try it from another terminal:

@@ -1,1 +1,1 @@
-"""Alembic's migrations of the catalog. `tidegate db upgrade` and the start of a server on SQLite run them."""
+"""Alembic's migrations of the catalog. `tidegate db upgrade` and the start of a server run them."""

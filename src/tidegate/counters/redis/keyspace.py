@@ -39,18 +39,6 @@ def hash_tag(subject: str) -> bytes:
     return b"#" + binascii.b2a_base64(digest, newline=False)
 
 
-def tag_of(subject: str) -> str:
-    """The hash tag under which Redis keeps a subject's counters, for people who look: keys are `tg:{tag}name`.
-
-    Args:
-        subject: as in a `Charge`.
-
-    Returns:
-        The tag.
-    """
-    return hash_tag(subject).decode()
-
-
 def slot_of(subject: str) -> int:
     """The slot of a cluster in which a subject's counters lie.
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dashboards.panels import GREEN, RED, YELLOW, Panel, Query, Steps, lines, number, or_none, states
+from dashboards import promql
+from dashboards.panels import GREEN, RED, YELLOW, Panel, Query, Steps, lines, number, states
 
 HERE = 'instance=~"$instance"'
 """The instances that are chosen."""
@@ -18,7 +19,7 @@ def rate(metric: str, by: str) -> str:
     Returns:
         The expression.
     """
-    return f"sum by ({by}) (rate({metric}{{{HERE}}}[$__rate_interval]))"
+    return promql.rate(metric, HERE, by)
 
 
 def store() -> list[list[Panel]]:
@@ -53,7 +54,7 @@ def store() -> list[list[Panel]]:
                 "Why without Redis",
                 "Checks a second by reason.",
                 "reqps",
-                Query(or_none(rate("rate_limiter_fallbacks_total", "reason"), "reason"), "{{reason}}"),
+                Query(promql.or_none(rate("rate_limiter_fallbacks_total", "reason"), "reason"), "{{reason}}"),
                 see="degradeddecisions",
             ),
         ],
@@ -62,7 +63,7 @@ def store() -> list[list[Panel]]:
                 "Breakers",
                 "Of each shard that failed lately, as the worst instance sees it. Open while Redis answers its "
                 "exporter: the way between.",
-                Query(or_none(f"max by (shard) (rate_limiter_breaker_state{{{HERE}}})", "shard"), "{{shard}}"),
+                Query(promql.or_none(f"max by (shard) (rate_limiter_breaker_state{{{HERE}}})", "shard"), "{{shard}}"),
                 {0: ("closed", GREEN), 1: ("half open", YELLOW), 2: ("open", RED)},
                 see="circuitopen",
             ),
@@ -71,15 +72,15 @@ def store() -> list[list[Panel]]:
                 "Connected and left alone, by instance. Fewer connected than you run: one is down, or a "
                 "new one is not known yet.",
                 "short",
-                Query(f"sum by (instance) (rate_limiter_store_shards_up{{{HERE}}})", "connected, {{instance}}"),
-                Query(f"sum by (instance) (rate_limiter_breakers_open{{{HERE}}})", "left alone, {{instance}}"),
+                Query(promql.total("rate_limiter_store_shards_up", HERE, "instance"), "connected, {{instance}}"),
+                Query(promql.total("rate_limiter_breakers_open", HERE, "instance"), "left alone, {{instance}}"),
                 see="circuitopen",
             ),
             lines(
                 "Calls not answered yet",
                 "Grows: Redis is slow or hangs.",
                 "short",
-                Query(f"sum by (instance) (rate_limiter_store_in_flight{{{HERE}}})", "{{instance}}"),
+                Query(promql.total("rate_limiter_store_in_flight", HERE, "instance"), "{{instance}}"),
                 see="redislatencyhigh",
             ),
         ],
@@ -88,14 +89,14 @@ def store() -> list[list[Panel]]:
                 "Instances that share the counters",
                 "As each last heard. Fewer than you run: one does not reach Redis.",
                 "short",
-                Query(f"sum by (instance) (rate_limiter_instances{{{HERE}}})", "{{instance}}"),
+                Query(promql.total("rate_limiter_instances", HERE, "instance"), "{{instance}}"),
                 see="counter-store",
             ),
             lines(
                 "Owed after an outage",
                 "Counters still to be put back. Must fall to 0 when Redis is back.",
                 "short",
-                Query(f"sum by (instance) (rate_limiter_counters_owed{{{HERE}}})", "owed, {{instance}}"),
+                Query(promql.total("rate_limiter_counters_owed", HERE, "instance"), "owed, {{instance}}"),
                 Query(f"sum(increase(rate_limiter_counters_put_back_total{{{HERE}}}[$__rate_interval]))", "put back"),
                 see="counter-store",
             ),
@@ -139,7 +140,7 @@ def catalog() -> list[list[Panel]]:
                 "Keys in memory",
                 "At `cache.max_keys` for long: raise it.",
                 "short",
-                Query(f"sum by (instance) (rate_limiter_cached_keys{{{HERE}}})", "{{instance}}"),
+                Query(promql.total("rate_limiter_cached_keys", HERE, "instance"), "{{instance}}"),
                 see="catalog",
             ),
         ],
@@ -148,7 +149,7 @@ def catalog() -> list[list[Panel]]:
                 "Caches in trouble",
                 "Look-ups a second. Stale: the database does not answer. Errors: Redis did not, and the database was asked.",
                 "ops",
-                Query(f"sum(rate(rate_limiter_cache_stale_total{{{HERE}}}[$__rate_interval]))", "answered past their time"),
+                Query(promql.rate("rate_limiter_cache_stale_total", HERE), "answered past their time"),
                 Query(
                     f"sum(rate(rate_limiter_shared_cache_errors_total{{{HERE}}}[$__rate_interval])) or vector(0)",
                     "errors of the shared cache",
@@ -205,8 +206,8 @@ def violations() -> list[list[Panel]]:
                 "Violations written and lost",
                 "Blocked checks a second that went to the database, and those that it does not have.",
                 "ops",
-                Query(f"sum(rate(rate_limiter_violations_written_total{{{HERE}}}[$__rate_interval]))", "written"),
-                Query(f"sum(rate(rate_limiter_violations_dropped_total{{{HERE}}}[$__rate_interval]))", "lost"),
+                Query(promql.rate("rate_limiter_violations_written_total", HERE), "written"),
+                Query(promql.rate("rate_limiter_violations_dropped_total", HERE), "lost"),
                 see="violationsdropped",
                 colours={"written": GREEN, "lost": RED},
             ),
@@ -214,7 +215,7 @@ def violations() -> list[list[Panel]]:
                 "Violations that wait",
                 "Entries not written yet. Grows and stays: the database does not take writes.",
                 "short",
-                Query(f"sum by (instance) (rate_limiter_violations_pending{{{HERE}}})", "{{instance}}"),
+                Query(promql.total("rate_limiter_violations_pending", HERE, "instance"), "{{instance}}"),
                 see="violationsdropped",
             ),
         ]
