@@ -597,6 +597,7 @@ async def test_a_frozen_server_holds_no_answer_and_never_the_loop(
             again = await asyncio.gather(*(timed(catalog.api_key(key.sha256)) for key in keys))
         server.resume()
         assert {type(found) for _, found in answers + again} == {CatalogUnavailable}
+        assert any("no answer within 1 s" in str(found) for _, found in answers), "the deadline is told, not a closed connection"
         slowest, slowest_again = max(took_s for took_s, _ in answers), max(took_s for took_s, _ in again)
         print(
             f"\nfrozen: slowest answer {slowest:.2f} s, then {slowest_again:.2f} s (timeout {timeout_s:g} s, connecting "
