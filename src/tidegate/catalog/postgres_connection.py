@@ -32,13 +32,18 @@ class Connection(psycopg.AsyncConnection[Any]):
 
     async def wait(self, gen: Any, *args: Any, **kwargs: Any) -> Any:
         """See `psycopg.AsyncConnection.wait`."""
-        loop = asyncio.get_running_loop()
-        due = loop.time() + self.deadline_s
-        overdue = loop.call_at(due, self._cut)
+        late = False
+
+        def cut() -> None:
+            nonlocal late
+            late = True
+            self._cut()
+
+        overdue = asyncio.get_running_loop().call_later(self.deadline_s, cut)
         try:
             return await super().wait(gen, *args, **kwargs)
         except psycopg.OperationalError:
-            if loop.time() < due:
+            if not late:
                 raise
             # Else it would read as if the server had closed the connection.
             raise psycopg.OperationalError(f"no answer within {self.deadline_s:g} s") from None
