@@ -345,7 +345,7 @@ class Instance:
         return Page(200, _METRICS_TYPE, await self.exposition())
 
     async def _own_exposition(self) -> bytes:
-        return self.metrics.exposition()
+        return await self.metrics.exposition_in_turns()
 
     async def _openapi_page(self) -> Page:
         return Page(200, "application/json", encode(data_plane_openapi()))

@@ -153,3 +153,22 @@ async def test_probes_are_shared_and_never_pile_up(monkeypatch: pytest.MonkeyPat
         await checked.report()
         await asyncio.sleep(0.02)
     assert calls == 2
+
+
+async def test_a_scrape_lets_checks_have_their_turn() -> None:
+    metrics = Metrics("x")
+    for number in range(MAX_RULE_LABELS):
+        metrics.observe(of_rule("free", f"rule {number}", True, 5))
+    turns = 0
+
+    async def count() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    counting = asyncio.create_task(count())
+    told = await metrics.exposition_in_turns()
+    counting.cancel()
+    assert told == metrics.exposition()
+    assert turns >= 2 * MAX_RULE_LABELS // 100, "no more than 100 lines at a time"
