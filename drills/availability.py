@@ -59,9 +59,9 @@ NOTHING: Final = Measured(
 )
 INSTANCE: Final = Measured(0, "0 of 11,603 requests failed: python -m drills.instance")
 BALANCER: Final = Measured(2.1, "1.4-1.7 s killed, 1.5-2.1 s cut off: python -m drills.balancer")
-CLUSTER: Final = Measured(3.5, "node timeout 1,000 ms, a third of the subjects: python -m drills.redis_failures, docs/redis.md")
-SENTINEL: Final = Measured(3.8, "down-after 1,000 ms: python -m drills.redis_failures, docs/redis.md")
-POSTGRES: Final = Measured(8.6, "7.0-8.6 s until writes: python -m drills pg-primary, 2026-11-25")
+CLUSTER: Final = Measured(6.0, "as shipped, a third of the subjects: python -m drills redis-cluster-master, 2026-11-28")
+SENTINEL: Final = Measured(5.9, "as shipped: python -m drills redis-sentinel-master, 2026-11-28")
+POSTGRES: Final = Measured(8.6, "6.4-8.6 s until writes: python -m drills pg-primary, 2026-11-25 and 2026-11-28")
 
 
 class Component(NamedTuple):
