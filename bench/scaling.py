@@ -40,6 +40,8 @@ CONNECTIONS = 16
 PAUSE_MS = 20
 """What wrk waits on each connection: about 700 checks a second and instance."""
 BATCH = 1_000
+TOLD_EVERY = 500_000
+"""Keys are made in minutes: who waits is told how far it is."""
 WITHIN = Goal(at_least=0.9, at_most=1.1)
 POLICY = """
 [[tiers]]
@@ -104,6 +106,8 @@ class Fleet:
             connection.request("POST", "/v1/check/batch", json.dumps({"checks": checks}), {"Content-Type": "application/json"})
             answer = connection.getresponse()
             decisions = json.loads(answer.read())["decisions"]
+            if start and start % TOLD_EVERY == 0:
+                print(f"  {start:,} of {keys:,} keys are live", file=sys.stderr, flush=True)
             if answer.status != 200 or any(each["degraded"] or not each["allowed"] for each in decisions):
                 raise RuntimeError(f"a batch was not counted: {answer.status}, {decisions[0]}")
         connection.close()

@@ -46,12 +46,11 @@ async def redis_reshard(size: Size) -> Outcome:
         async with loaded(stack, size) as running:
             running.mark(f"{2 * more} nodes are started")
             new = await in_thread(lambda: cluster.new_nodes(2 * more))
-            await running.rest(2)
             event_s = running.mark("reshard.sh")
             # Neighbours are a shard: master, replica, master, replica …
             await in_thread(lambda: _reshard(member, new))
             over_s = running.mark(f"{shards + more} shards count")
-            await running.rest(size.of(6, 3))
+            await running.rest(3)
         books = await running.books()
         masters = await in_thread(cluster.masters)
         keys = [int(master.must("DBSIZE")) for master in masters]

@@ -233,11 +233,15 @@ async def _metrics(port: int) -> str | None:
             reader, writer = await asyncio.open_connection(HOST, port)
             try:
                 writer.write(b"GET /metrics HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
-                return (await reader.read(-1)).decode()
+                head, _, page = (await reader.read(-1)).partition(b"\r\n\r\n")
             finally:
                 writer.close()
     except (OSError, TimeoutError):
         return None
+    # One that is killed meanwhile leaves half a page.
+    length = re.search(rb"(?i)\ncontent-length: *(\d+)", head)
+    whole = length is not None and len(page) == int(length[1]) and head.startswith(b"HTTP/1.1 200 ")
+    return page.decode() if whole else None
 
 
 def _gauge(page: str, name: str) -> int:
