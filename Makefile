@@ -64,8 +64,6 @@ drills: $(VENV)/.dev ## all of them, and those of a Redis, of instances and of b
 	$(BIN)/python -m drills.redis_failures
 	$(BIN)/python -m drills.autoscale
 	$(BIN)/python -m drills.fleet
-	$(BIN)/python -m drills.instance
-	$(BIN)/python -m drills.balancer
 
 drills-smoke: $(VENV)/.dev ## each at its smallest size: that it works, not how fast; NAMES="flood soak" for some
 	scripts/install-debian-packages $(DRILL_PACKAGES)
@@ -73,8 +71,6 @@ drills-smoke: $(VENV)/.dev ## each at its smallest size: that it works, not how 
 	$(BIN)/python -m drills.redis_failures --smoke
 	$(BIN)/python -m drills.autoscale --smoke
 	$(BIN)/python -m drills.fleet --smoke
-	$(BIN)/python -m drills.instance --smoke
-	$(BIN)/python -m drills.balancer --smoke
 
 dashboards: $(VENV)/.dev ## make the Grafana dashboards in deploy/grafana/json
 	PYTHONPATH=deploy/grafana $(BIN)/python -m dashboards

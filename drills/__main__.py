@@ -12,6 +12,7 @@ import argparse
 import asyncio
 import logging
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Awaitable, Callable
@@ -20,6 +21,7 @@ from typing import Final
 
 import pytest
 
+from drills import balancer, instance
 from drills.findings import Findings
 from drills.flood import DRILLS as FLOODS
 from drills.outcome import Outcome
@@ -31,9 +33,17 @@ from drills.redis_outages import Size
 from drills.soak import DRILLS as SOAKS
 
 Drill = Callable[[Size], Awaitable[Outcome | Findings]]
+PROGRAMS: Final = {"instance": instance, "balancer": balancer}
+"""Drills without a database, which have no table of this form: programs of their own."""
 DRILLS: Final[dict[str, Drill]] = {
     drill.__name__.replace("_", "-"): drill for drill in (*REDIS_FAILURES, *REDIS_CHANGES, *POSTGRES_FAILURES, *FLOODS, *SOAKS)
 }
+NAMES: Final = (*DRILLS, *PROGRAMS)
+
+
+def _told(name: str) -> str:
+    said = (PROGRAMS[name] if name in PROGRAMS else DRILLS[name]).__doc__ or ""
+    return f"{name:<24} {said.strip().splitlines()[0]}"
 
 
 async def _awaited(drill: Drill, size: Size) -> Outcome | Findings:
@@ -52,14 +62,18 @@ def run(name: str, size: Size, pictures: Path) -> bool:
         Whether all goals were met.
     """
     began = time.monotonic()
+    if name in PROGRAMS:
+        print(f"\n{_told(name)}", flush=True)
+        command = [sys.executable, "-m", f"drills.{name}", *(["--smoke"] if size.smoke else [])]
+        return subprocess.run(command, check=False).returncode == 0
     print(f"\n{name}: {(DRILLS[name].__doc__ or '').strip().splitlines()[0]}", flush=True)
     before = os.getloadavg()[0]
     outcome = asyncio.run(_awaited(DRILLS[name], size))
     print(outcome.table(timed=not size.smoke))
     drawn = ""
-    if isinstance(outcome, Outcome):
+    if outcome.seen:
         picture = pictures / f"{name}.png"
-        draw(outcome, picture)
+        draw(name, outcome.seen, outcome.marks, picture)
         drawn = f"; {picture}"
     # Figures of a machine that does other things too are to be read with that in mind.
     print(f"  {os.cpu_count()} cores, load {before:.1f} before; {time.monotonic() - began:.0f} s in all{drawn}", flush=True)
@@ -72,20 +86,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m drills", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"which drills: {', '.join(DRILLS)}")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"which drills: {', '.join(NAMES)}")
     parser.add_argument("--smoke", action="store_true", help="the smallest size of each")
     parser.add_argument("--pictures", type=Path, default=Path(__file__).parent / "results", help="where pictures go")
     parser.add_argument("--list", action="store_true", help="name the drills and end")
     asked = parser.parse_args()
     if asked.list:
-        for name, drill in DRILLS.items():
-            print(f"{name:<24} {(drill.__doc__ or '').strip().splitlines()[0]}")
+        for name in NAMES:
+            print(_told(name))
         return
-    unknown = sorted(set(asked.names) - set(DRILLS))
+    unknown = sorted(set(asked.names) - set(NAMES))
     if unknown:
-        parser.error(f"there is no drill {unknown[0]!r}: {', '.join(DRILLS)}")
+        parser.error(f"there is no drill {unknown[0]!r}: {', '.join(NAMES)}")
     missed = []
-    for name in asked.names or DRILLS:
+    for name in asked.names or NAMES:
         try:
             if not run(name, Size(asked.smoke), asked.pictures):
                 missed.append(name)

@@ -1,11 +1,13 @@
-"""What a drill without pictures found: figures, and goals that were met or missed."""
+"""What a drill found: figures of its own, and goals that were met or missed."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from drills.check_load import Seen
 from drills.outcome import Goal
+from drills.running import Mark
 
 
 class Findings(NamedTuple):
@@ -14,10 +16,14 @@ class Findings(NamedTuple):
     Args:
         figures: name and text of each.
         goals: what had to hold.
+        seen: the checks, for the picture.
+        marks: what happened.
     """
 
     figures: Sequence[tuple[str, str]]
     goals: Sequence[Goal]
+    seen: Sequence[Seen] = ()
+    marks: Sequence[Mark] = ()
 
     def met(self, timed: bool = True) -> bool:
         """Whether all goals were met.

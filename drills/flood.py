@@ -24,6 +24,7 @@ from drills.key_load import TOKEN, KeyLoad
 from drills.outcome import Goal, at_most
 from drills.postgres_failures import keys_of, p99_ms, policy_of, wait_ready
 from drills.redis_outages import Size
+from drills.running import Mark
 
 LIMIT: Final = 50
 TIMES: Final = 20
@@ -192,7 +193,13 @@ async def flood(size: Size) -> Findings:
         Goal("look-ups for one unknown key", f"{queries / unknown:.2f}", "≤ 1", queries <= unknown),
         Goal("keys more in Redis", f"{kept}", f"≤ {len(others)}", kept <= len(others)),
     ]
-    return Findings(figures, goals)
+    marks = [
+        Mark(hot_s, "one key at 20 times its limit"),
+        Mark(calm_s, "it ends"),
+        Mark(flood_s, "unknown keys"),
+        Mark(over_s, "they end"),
+    ]
+    return Findings(figures, goals, [each.seen for each in load.told], marks)
 
 
 DRILLS: Final = (flood,)

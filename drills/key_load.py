@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 
 import httpx
 
+from drills.check_load import Seen
 from drills.http_load import Answer, HttpLoad
 
 TOKEN: Final = "0123456789abcdef-of-a-drill"
@@ -38,6 +39,12 @@ class Told(NamedTuple):
     def decided(self) -> bool:
         """Whether it was allowed or refused for its limit."""
         return self.status in (200, 429)
+
+    @property
+    def seen(self) -> Seen:
+        """The same for the picture of a drill: who is told that the key is none, or is revoked, has an answer."""
+        answered = self.decided or self.status in (401, 403)
+        return Seen(self.at_s, self.latency_s, "", self.key, self.status == 200, False, None if answered else self.code)
 
 
 class KeyLoad(HttpLoad):

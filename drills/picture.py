@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
@@ -15,20 +16,26 @@ from matplotlib import pyplot
 
 from drills.check_load import Seen
 from drills.figures import percentile_ms
-from drills.outcome import Outcome
+from drills.running import Mark
 
 BIN_S: Final = 0.25
 
 
-def draw(outcome: Outcome, path: Path) -> None:
+MOST_MARKS: Final = 12
+"""So many are named; of more, only the lines are drawn."""
+
+
+def draw(name: str, seen: Sequence[Seen], marks: Sequence[Mark], path: Path) -> None:
     """Write a PNG.
 
     Args:
-        outcome: of the drill.
+        name: of the drill.
+        seen: all checks, one at least.
+        marks: what happened.
         path: where to; its directory is made.
     """
     bins: dict[int, list[Seen]] = defaultdict(list)
-    for each in outcome.seen:
+    for each in seen:
         bins[math.floor(each.at_s / BIN_S)].append(each)
     moments = [number * BIN_S for number in sorted(bins)]
     groups = [bins[number] for number in sorted(bins)]
@@ -46,9 +53,11 @@ def draw(outcome: Outcome, path: Path) -> None:
     trouble.set_ylabel("checks / s")
     trouble.set_xlabel("s")
     trouble.legend(loc="upper right")
-    for mark in outcome.marks:
+    for mark in marks:
         for axes in (latency, trouble):
-            axes.axvline(mark.at_s, color="#555555", linewidth=0.8, linestyle="--")
+            axes.axvline(mark.at_s, color="#555555", linewidth=0.8 if len(marks) <= MOST_MARKS else 0.3, linestyle="--")
+        if len(marks) > MOST_MARKS:
+            continue
         latency.annotate(
             mark.what,
             (mark.at_s, 1),
@@ -61,7 +70,7 @@ def draw(outcome: Outcome, path: Path) -> None:
         )
     for axes in (latency, trouble):
         axes.grid(alpha=0.2)
-    figure.suptitle(outcome.name)
+    figure.suptitle(name)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)

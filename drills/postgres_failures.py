@@ -19,11 +19,12 @@ from tests.servers.postgres_cluster import PostgresCluster
 from tests.servers.postgres_failover import PostgresFailover
 from tests.servers.redis_server import RedisServer
 
+from drills.check_load import Seen
 from drills.findings import Findings, none_of
 from drills.key_load import TOKEN, KeyLoad, Operator, Told
 from drills.outcome import Goal, at_most
 from drills.redis_outages import Size
-from drills.running import in_thread
+from drills.running import Mark, in_thread
 
 TIER: Final = "free"
 GOAL_S: Final = 10.0
@@ -96,11 +97,13 @@ class Clocked(NamedTuple):
         checks: one load an instance.
         operator: who writes.
         began: on the monotonic clock.
+        marks: what happened.
     """
 
     checks: list[KeyLoad]
     operator: Operator
     began: float
+    marks: list[Mark]
 
     @property
     def now_s(self) -> float:
@@ -111,6 +114,21 @@ class Clocked(NamedTuple):
     def told(self) -> list[Told]:
         """Every check, of all instances."""
         return [each for load in self.checks for each in load.told]
+
+    @property
+    def seen(self) -> list[Seen]:
+        """The same, for the picture."""
+        return [each.seen for each in self.told]
+
+    def mark(self, what: str, at_s: float | None = None) -> None:
+        """Note that something happened.
+
+        Args:
+            what: it was.
+            at_s: when, s since the start; now if None.
+        """
+        self.marks.append(Mark(self.now_s if at_s is None else at_s, what))
+        print(f"  {self.marks[-1].at_s:6.1f} s  {what}", flush=True)
 
 
 @contextlib.asynccontextmanager
@@ -128,7 +146,7 @@ async def asked(servers: Sequence[Serve], next_key: Callable[[], str], rate: flo
     running = [asyncio.create_task(each.run(until)) for each in loads]
     running.append(asyncio.create_task(operator.run(until)))
     try:
-        yield Clocked(loads, operator, time.monotonic())
+        yield Clocked(loads, operator, time.monotonic(), [])
     finally:
         until.set()
         await asyncio.gather(*running)
@@ -161,14 +179,14 @@ async def pg_primary(size: Size) -> Findings:
                     victim = failover.primary()
                     killed_s = load.now_s
                     await in_thread(victim.kill)
-                    print(f"  {killed_s:6.1f} s  {victim.name} is killed", flush=True)
+                    load.mark(f"{victim.name} is killed", killed_s)
                     # To find and end all its processes takes a moment, in which it may still take a write.
                     dead_s = load.now_s
                     while (back_s := load.operator.away_s(dead_s)) is None and load.now_s < killed_s + 60:
                         await asyncio.sleep(0.05)
                     away.append(None if back_s is None else back_s + dead_s - killed_s)
                     spans.append((killed_s, load.now_s))
-                    print(f"  {load.now_s:6.1f} s  operators write again", flush=True)
+                    load.mark("operators write again")
                     victim.start()
                     await in_thread(failover.wait_whole)
                     await asyncio.sleep(1)
@@ -195,7 +213,7 @@ async def pg_primary(size: Size) -> Findings:
         at_most("writes back, worst, required", worst, 30, "s"),
         at_most("writes back, worst, with these settings", worst, GOAL_S, "s"),
     ]
-    return Findings(figures, goals)
+    return Findings(figures, goals, load.seen, load.marks)
 
 
 def _told_of(told: Sequence[Told]) -> str:
@@ -231,6 +249,7 @@ async def pg_pause(size: Size) -> Findings:
                         primary = failover.primary()
                         await in_thread(primary.pause)
                         silent_s = load.now_s
+                        load.mark(f"silent for {pause_s:g} s")
                         await asyncio.sleep(pause_s)
                         await in_thread(primary.resume)
                         began = load.now_s
@@ -259,7 +278,7 @@ async def pg_pause(size: Size) -> Findings:
                     )
     goals.append(none_of("checks without a decision", sum(not each.decided for each in load.told)))
     goals.append(none_of("silences after which the nodes did not find together", stuck))
-    return Findings(figures, goals)
+    return Findings(figures, goals, load.seen, load.marks)
 
 
 async def pg_all(size: Size) -> Findings:
@@ -292,7 +311,7 @@ async def pg_all(size: Size) -> Findings:
                 gone_s = load.now_s
                 for each in database.servers:
                     await in_thread(each.kill)
-                print(f"  {gone_s:6.1f} s  all of PostgreSQL is gone, for {outage_s:g} s", flush=True)
+                load.mark(f"all of PostgreSQL is gone, for {outage_s:g} s", gone_s)
                 asking = asyncio.create_task(new.run(until))
                 await asyncio.sleep(outage_s)
                 until.set()
@@ -300,7 +319,7 @@ async def pg_all(size: Size) -> Findings:
                 back_s = load.now_s
                 for each in database.servers:
                     await in_thread(each.start)
-                print(f"  {load.now_s:6.1f} s  PostgreSQL is back", flush=True)
+                load.mark("PostgreSQL is back")
                 again_s = await asyncio.to_thread(_answers_again, servers, load, unseen[-1])
     is_revoked = set(revoked)
     during = [each for each in load.told if gone_s <= each.at_s < back_s]
@@ -329,7 +348,7 @@ async def pg_all(size: Size) -> Findings:
         none_of("unknown keys without 503 CATALOG_UNAVAILABLE", len(unclear)),
         at_most("new keys answered after the return", again_s, GOAL_S, "s"),
     ]
-    return Findings(figures, goals)
+    return Findings(figures, goals, load.seen, load.marks)
 
 
 def _make_and_revoke(server: Serve, names: list[str]) -> None:

@@ -154,7 +154,7 @@ async def soak(size: Size) -> Findings:
         Goal("counted and not admitted", f"{books.counted_twice}", f"≤ {unknown}, calls cut", books.counted_twice <= unknown),
         Goal("memory's slope, MiB a minute", f"{worst:+.2f}", f"< {LEAK_MIB_A_MINUTE:g}", worst < LEAK_MIB_A_MINUTE, timed=True),
     ]
-    return Findings(figures, goals)
+    return Findings(figures, goals, load.seen, running.marks)
 
 
 DRILLS: Final = (soak,)
