@@ -282,7 +282,7 @@ def test_events_are_marked(watched: Watched) -> None:
         ("postgresql", "Look-ups", 0.1),
         ("postgresql", "Tuples written", 0.1),
         ("load_balancers", "Responses by code", 0.1),
-        ("slo", "No decision, by type", 0.1),
+        ("slo", "No decision, by type", 0.01),
     ],
 )
 def test_panels_show_what_has_happened(watched: Watched, name: str, title: str, reached: float) -> None:
