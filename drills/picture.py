@@ -51,6 +51,7 @@ def draw(name: str, seen: Sequence[Seen], marks: Sequence[Mark], path: Path) -> 
     failed = [sum(each.failure is not None for each in group) / BIN_S for group in groups]
     trouble.fill_between(moments, failed, color="#c8352b", label="without an answer", step="post")
     trouble.set_ylabel("checks / s")
+    trouble.set_ylim(0, max([*alone, *failed, 1.0]) * 1.05)
     trouble.set_xlabel("s")
     trouble.legend(loc="upper right")
     for mark in marks:
