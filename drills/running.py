@@ -171,7 +171,8 @@ class Running:
         Returns:
             ms, as good as the histogram's buckets; 0 where there was no check.
         """
-        looks = [look for look in self.looks if since_s <= look.at_s <= until_s]
+        # One that did not answer is missing in the sums.
+        looks = [look for look in self.looks if since_s <= look.at_s <= until_s and None not in look.open_breakers]
         if not looks:
             return 0.0
         first, last = looks[0].latencies, looks[-1].latencies

@@ -17,7 +17,7 @@ import logging
 import os
 import signal
 import socket
-from collections.abc import Callable, MutableMapping
+from collections.abc import Awaitable, Callable, MutableMapping
 from pathlib import Path
 from typing import Final, Self
 
@@ -99,10 +99,12 @@ class Tally:
         live: gives this process's exposition.
     """
 
-    def __init__(self, seat: Seat, workers: int, live: Callable[[], bytes]) -> None:
+    def __init__(self, seat: Seat, workers: int, live: Callable[[], Awaitable[bytes]]) -> None:
         self._seat = seat
         self._workers = workers
         self._live = live
+        # Of two that are asked for at once the later one is noted last: else counters would go backwards where it is killed.
+        self._noting = asyncio.Lock()
         self._past = self._noted(seat.number)
         self._server: asyncio.AbstractServer | None = None
 
@@ -120,24 +122,26 @@ class Tally:
         """
         others = [number for number in range(1, self._workers + 1) if number != self._seat.number]
         answers = await asyncio.gather(*(_ask(self._seat.path("sock", number)) for number in others))
-        live = [self.own(), *(answer for answer in answers if answer is not None)]
+        live = [await self.own(), *(answer for answer in answers if answer is not None)]
         past = [self._noted(number) for number, answer in zip(others, answers, strict=True) if answer is None]
         # In a thread: parsing takes milliseconds that no check should wait for.
         return await asyncio.to_thread(combine, live, past, len(live))
 
-    def own(self) -> bytes:
+    async def own(self) -> bytes:
         """Note what this seat counted until now, so that it is known when this process is gone.
 
         Returns:
             The exposition, with what earlier workers of this seat counted.
         """
-        text = combine([self._live()], [self._past]) if self._past else self._live()
-        path = self._seat.path("new")
-        try:
-            path.write_bytes(text)
-            path.replace(self._seat.path("prom"))
-        except OSError as error:
-            logger.warning("what this worker counted cannot be noted in %s: %s", self._seat.directory, error.strerror)
+        async with self._noting:
+            live = await self._live()
+            text = combine([live], [self._past]) if self._past else live
+            path = self._seat.path("new")
+            try:
+                path.write_bytes(text)
+                path.replace(self._seat.path("prom"))
+            except OSError as error:
+                logger.warning("what this worker counted cannot be noted in %s: %s", self._seat.directory, error.strerror)
         return text
 
     def close(self) -> None:
@@ -148,7 +152,7 @@ class Tally:
 
     async def _answer(self, _: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.closing(writer), contextlib.suppress(ConnectionError):
-            writer.write(self.own() + _END)
+            writer.write(await self.own() + _END)
             await writer.drain()
 
     def _noted(self, number: int) -> bytes:
@@ -211,7 +215,7 @@ async def _work(settings: Settings, seat: Seat, ready: Callable[[Instance], None
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stop.set)
         instance = Instance(settings, shares_port=True)
-        tally = Tally(seat, settings.server.workers, instance.metrics.exposition)
+        tally = Tally(seat, settings.server.workers, instance.metrics.exposition_in_turns)
         instance.exposition = tally.gather
         if not await started(instance, stop):
             loop.remove_reader(channel)
@@ -222,7 +226,7 @@ async def _work(settings: Settings, seat: Seat, ready: Callable[[Instance], None
             channel.send(READY)
         await stop.wait()
         await instance.drain(hurry)
-        tally.own()
+        await tally.own()
         tally.close()
         loop.remove_reader(channel)
         if alone:
