@@ -28,6 +28,10 @@ from tests.servers.fixtures import (  # noqa: F401 - fixtures are found by their
     redis_cluster,
     redis_sentinel,
     redis_server,
+    running_cluster,
+    running_redis,
+    running_sentinel,
+    running_valkey,
     valkey_server,
 )
 from tests.servers.redis_server import free_port

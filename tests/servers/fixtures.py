@@ -14,39 +14,72 @@ from tests.servers.redis_sentinel import RedisSentinel
 from tests.servers.redis_server import RedisServer
 
 
+# One Redis of each kind runs for the whole session. Every file of tests finds it empty, whatever ran before: counters of the same
+# key and rule are the same counters.
+
+
 @pytest.fixture(scope="session")
-def redis_server() -> Iterator[RedisServer]:
-    """One Redis for all tests: they leave it as it is and use keys of their own."""
+def running_redis() -> Iterator[RedisServer]:
+    """The Redis behind `redis_server`."""
     with RedisServer("redis") as server:
         yield server
 
 
 @pytest.fixture(scope="session")
-def valkey_server() -> Iterator[RedisServer]:
-    """One Valkey for all tests: they leave it as it is and use keys of their own."""
+def running_valkey() -> Iterator[RedisServer]:
+    """The Valkey behind `valkey_server`."""
     with RedisServer("valkey") as server:
         yield server
 
 
-@pytest.fixture(scope="session", params=["redis", "valkey"])
+@pytest.fixture(scope="session")
+def running_cluster() -> Iterator[RedisCluster]:
+    """The cluster behind `redis_cluster`."""
+    with RedisCluster(masters=3, replicas=0) as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="session")
+def running_sentinel() -> Iterator[RedisSentinel]:
+    """The servers behind `redis_sentinel`."""
+    with RedisSentinel() as sentinel:
+        yield sentinel
+
+
+@pytest.fixture(scope="module")
+def redis_server(running_redis: RedisServer) -> RedisServer:
+    """A Redis for the tests of a file: they leave it as it is and use keys of their own."""
+    running_redis.must("FLUSHALL")
+    return running_redis
+
+
+@pytest.fixture(scope="module")
+def valkey_server(running_valkey: RedisServer) -> RedisServer:
+    """A Valkey for the tests of a file: they leave it as it is and use keys of their own."""
+    running_valkey.must("FLUSHALL")
+    return running_valkey
+
+
+@pytest.fixture(scope="module", params=["redis", "valkey"])
 def any_redis(request: pytest.FixtureRequest) -> RedisServer:
     """Both, one after the other."""
     server: RedisServer = request.getfixturevalue(f"{request.param}_server")
     return server
 
 
-@pytest.fixture(scope="session")
-def redis_cluster() -> Iterator[RedisCluster]:
-    """Three masters without replicas for all tests: they leave the slots where they are."""
-    with RedisCluster(masters=3, replicas=0) as cluster:
-        yield cluster
+@pytest.fixture(scope="module")
+def redis_cluster(running_cluster: RedisCluster) -> RedisCluster:
+    """Three masters without replicas for the tests of a file: they leave the slots where they are."""
+    for master in running_cluster.masters():
+        master.must("FLUSHALL")
+    return running_cluster
 
 
-@pytest.fixture(scope="session")
-def redis_sentinel() -> Iterator[RedisSentinel]:
-    """Three sentinels over a master and a replica for all tests: they leave the master where it is."""
-    with RedisSentinel() as sentinel:
-        yield sentinel
+@pytest.fixture(scope="module")
+def redis_sentinel(running_sentinel: RedisSentinel) -> RedisSentinel:
+    """Three sentinels over a master and a replica for the tests of a file: they leave the master where it is."""
+    running_sentinel.master().must("FLUSHALL")
+    return running_sentinel
 
 
 @pytest.fixture(scope="session")
