@@ -8,7 +8,7 @@ from typing import Any
 import httpx
 
 from tidegate.catalog.cached import CachedCatalog
-from tidegate.catalog.change_log import Item
+from tidegate.catalog.changes import Item
 from tidegate.catalog.editing import CatalogEditor
 from tidegate.catalog.sql import SqlCatalog
 from tidegate.counters.memory import MemoryCounters

@@ -23,7 +23,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from tests.cases import first_version
 from tests.integration.catalog_keys import editor_of, listed_keys, make_key
-from tidegate.catalog.change_log import LastChanges
+from tidegate.catalog.changes import LastChanges
 from tidegate.catalog.editing import CatalogEditor
 from tidegate.catalog.editing_keys import KeyFields, create_key, edit_key
 from tidegate.catalog.engines import open_engine

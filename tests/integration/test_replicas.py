@@ -20,7 +20,7 @@ from tests.servers.postgres import PostgresServer
 from tests.servers.postgres_cluster import PostgresCluster, PostgresReplica
 from tests.servers.redis_server import RedisServer
 from tidegate.catalog.cached import CachedCatalog
-from tidegate.catalog.change_log import ALL
+from tidegate.catalog.changes import ALL
 from tidegate.catalog.database import DatabaseOptions
 from tidegate.catalog.engines import open_engine
 from tidegate.catalog.policy_file import parse_policy

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from tests.servers.redis_server import RedisServer
 from tests.servers.tcp_proxy import TcpProxy
 from tidegate.catalog.cached import CachedCatalog
-from tidegate.catalog.change_log import Changes
+from tidegate.catalog.changes import Changes
 from tidegate.catalog.shared import AWAY_S, SharedCatalog
 from tidegate.counters.redis.store import RedisCounters
 from tidegate.limits import Limit

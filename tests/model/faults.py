@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 from tidegate.algorithms import State
-from tidegate.catalog.change_log import KEY, TIER, Changes, Item
+from tidegate.catalog.changes import KEY, TIER, Changes, Item
 from tidegate.counters import Charge, Outcome
 from tidegate.counters.memory import MemoryCounters
 from tidegate.decision import Decision

@@ -13,7 +13,6 @@ from tests.servers.redis_cluster import RedisCluster
 from tests.servers.redis_sentinel import RedisSentinel
 from tests.servers.redis_server import RedisServer
 
-
 # One Redis of each kind runs for the whole session. Every file of tests finds it empty, whatever ran before: counters of the same
 # key and rule are the same counters.
 

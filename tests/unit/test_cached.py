@@ -14,7 +14,7 @@ import pytest
 
 from tests.cases.doors import FREE, POLICY
 from tidegate.catalog.cached import MAX_UNKNOWN, PATIENCE_S, RETRY_S, SECOND_CHANCES, UNKNOWN_TTL_S, CachedCatalog
-from tidegate.catalog.change_log import ALL, ANONYMOUS, KEY, TIER, Changes
+from tidegate.catalog.changes import ALL, ANONYMOUS, KEY, TIER, Changes
 from tidegate.catalog.policy_file import PolicyCatalog, parse_policy
 from tidegate.errors import CatalogUnavailable
 from tidegate.keys import hash_api_key, make_api_key

@@ -16,20 +16,8 @@ from sqlalchemy import delete, insert, select, update
 
 from tidegate.catalog import database as database_module
 from tidegate.catalog.cached import CachedCatalog
-from tidegate.catalog.change_log import (
-    ALL,
-    ANONYMOUS,
-    KEPT_MS,
-    KEY,
-    MOST_READ,
-    MOST_TOUCHED,
-    NONE,
-    TIER,
-    Changes,
-    Item,
-    LastChanges,
-    read_changes,
-)
+from tidegate.catalog.change_log import KEPT_MS, MOST_TOUCHED, read_changes
+from tidegate.catalog.changes import ALL, ANONYMOUS, KEY, MOST_READ, NONE, TIER, Changes, Item, LastChanges
 from tidegate.catalog.database import Database
 from tidegate.catalog.engines import open_engine
 from tidegate.catalog.shared import SharedCatalog

@@ -11,7 +11,7 @@ import pytest
 
 from tidegate.catalog import following
 from tidegate.catalog.cached import CachedCatalog
-from tidegate.catalog.change_log import Changes
+from tidegate.catalog.changes import Changes
 from tidegate.catalog.following import Follower
 from tidegate.catalog.policy_file import PolicyCatalog, parse_policy
 from tidegate.errors import CatalogUnavailable

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from tidegate.catalog.change_log import Changes
+from tidegate.catalog.changes import Changes
 from tidegate.policy import ApiKey, Tier
 
 

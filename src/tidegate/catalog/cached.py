@@ -23,7 +23,7 @@ from collections.abc import Awaitable, Callable, Iterable
 from typing import Final, Generic, TypeVar
 
 from tidegate.catalog import Catalog
-from tidegate.catalog.change_log import ALL, ANONYMOUS, KEY, TIER, Changes, Item, LastChanges
+from tidegate.catalog.changes import ALL, ANONYMOUS, KEY, TIER, Changes, Item, LastChanges
 from tidegate.errors import CatalogUnavailable
 from tidegate.matching import CompiledTier
 from tidegate.policy import ApiKey

@@ -13,7 +13,8 @@ from sqlalchemy import RowMapping, delete, func, insert, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tidegate.catalog import policy_rows
-from tidegate.catalog.change_log import TIER, Writing
+from tidegate.catalog.change_log import Writing
+from tidegate.catalog.changes import TIER
 from tidegate.catalog.forms import Form, rule_form, tier_form
 from tidegate.catalog.tables import audit_log, rate_limit_rules, tiers
 from tidegate.errors import CatalogError

@@ -13,7 +13,7 @@ from typing import Any, Final
 from sqlalchemy import delete, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from tidegate.catalog.change_log import NONE, TIER, Item
+from tidegate.catalog.changes import NONE, TIER, Item
 from tidegate.catalog.changing import (
     Change,
     Seen,

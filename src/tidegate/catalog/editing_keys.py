@@ -10,7 +10,7 @@ import msgspec
 from sqlalchemy import RowMapping, delete, insert, select, update
 
 from tidegate.catalog import policy_rows
-from tidegate.catalog.change_log import KEY
+from tidegate.catalog.changes import KEY
 from tidegate.catalog.changing import Change, NotThere, Seen, held_tier, now_us, require_editable
 from tidegate.catalog.editing import CatalogEditor
 from tidegate.catalog.forms import Form, key_form

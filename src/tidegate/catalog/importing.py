@@ -12,7 +12,7 @@ from typing import Any, Final
 from sqlalchemy import delete, func, select, update
 
 from tidegate.catalog import policy_rows
-from tidegate.catalog.change_log import ANONYMOUS, KEY, TIER
+from tidegate.catalog.changes import ANONYMOUS, KEY, TIER
 from tidegate.catalog.changing import (
     Change,
     ManagedByFile,

@@ -8,7 +8,8 @@ from typing import Any
 from sqlalchemy import delete, insert, select, update
 
 from tidegate.catalog import policy_rows
-from tidegate.catalog.change_log import ANONYMOUS, KEY, TIER, Writing
+from tidegate.catalog.change_log import Writing
+from tidegate.catalog.changes import ANONYMOUS, KEY, TIER
 from tidegate.catalog.tables import api_keys, policy_state, rate_limit_rules, tiers
 from tidegate.errors import CatalogError
 from tidegate.policy import Policy, Tier

@@ -22,7 +22,7 @@ from typing import Any, Final, Protocol, TypeVar
 import msgspec
 
 from tidegate.catalog import VersionedCatalog
-from tidegate.catalog.change_log import MOST_READ, Changes
+from tidegate.catalog.changes import MOST_READ, Changes
 from tidegate.errors import StoreUnavailable
 from tidegate.policy import ApiKey, Tier
 

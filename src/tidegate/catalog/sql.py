@@ -11,7 +11,8 @@ from typing import Final
 from sqlalchemy import RowMapping, bindparam, select
 
 from tidegate.catalog import policy_rows
-from tidegate.catalog.change_log import Changes, read_changes
+from tidegate.catalog.change_log import read_changes
+from tidegate.catalog.changes import Changes
 from tidegate.catalog.database import Database, DatabaseOptions
 from tidegate.catalog.gathering import Gathering
 from tidegate.catalog.policy_applied import apply_file

@@ -11,7 +11,7 @@ from typing import Any, Final
 import msgspec
 from sqlalchemy import insert, select, update
 
-from tidegate.catalog.change_log import NONE
+from tidegate.catalog.changes import NONE
 from tidegate.catalog.changing import Change, NotThere, now_us
 from tidegate.catalog.editing import CatalogEditor
 from tidegate.catalog.forms import Form, token_form

@@ -1,0 +1,96 @@
+"""What changes of the catalog touched, as caches are told of it, and which answers they may still serve.
+
+Where this is written down and read: `change_log`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Final, TypeAlias
+
+import msgspec
+
+TIER: Final = "tier"
+KEY: Final = "key"
+ANONYMOUS: Final = "anonymous"
+ALL: Final = "all"
+"""More than `MOST_TOUCHED` things, or things that are not known."""
+NONE: Final = "none"
+"""Nothing that a check reads, such as an operator's token."""
+
+MOST_READ: Final = 10_000
+"""At most so many rows are read, the latest ones; and so many things are remembered."""
+
+Item: TypeAlias = tuple[str, str]
+"""What was touched: TIER and its name, KEY and its digest, or one of the others with an empty name."""
+
+
+class Changes(msgspec.Struct, frozen=True):
+    """What happened to a catalog since some version.
+
+    Args:
+        version: of the catalog now.
+        floor: what was touched up to this version is not known; the version asked about, where the log is whole.
+        items: what was touched above it, each with the version of its last change, in order of version.
+        versions: that the catalog had from the floor on, ascending. A number between them that is none of these was given by a
+            primary that is lost.
+    """
+
+    version: int
+    floor: int
+    items: tuple[tuple[int, Item], ...] = ()
+    versions: tuple[int, ...] = ()
+
+
+class LastChanges:
+    """Which version of the catalog a cached answer must have seen to be served.
+
+    Args:
+        most: things remembered, 1 or more; beyond it the oldest are forgotten and the floor rises to them.
+    """
+
+    def __init__(self, most: int = MOST_READ) -> None:
+        self.version = 0
+        self.floor = 0
+        self._most = most
+        self._at: dict[Item, int] = {}
+
+    def needed(self, kind: str, name: str = "") -> int:
+        """The version of the last change of something.
+
+        Args:
+            kind: TIER, KEY or ANONYMOUS.
+            name: of the tier, or digest of the key.
+
+        Returns:
+            A version; older answers may be wrong.
+        """
+        return max(self._at.get((kind, name), 0), self.floor)
+
+    def note(self, changes: Changes) -> None:
+        """Take in what happened.
+
+        Args:
+            changes: since `version`, or since 0.
+        """
+        if changes.version < self.version or changes.floor > self.version:
+            self._at.clear()
+            self.floor = changes.floor
+        self.version = changes.version
+        self.remember(changes.items)
+
+    def remember(self, items: Iterable[tuple[int, Item]]) -> None:
+        """Take in some of what happened, whatever else did.
+
+        Args:
+            items: versions, and what they touched.
+        """
+        for at, item in items:
+            if item[0] == ALL:
+                self.floor = max(self.floor, at)
+                continue
+            # The latest last; a change that was made here may be known before an earlier one is read of.
+            self._at[item] = max(at, self._at.pop(item, 0))
+        while len(self._at) > self._most:
+            oldest = next(iter(self._at))
+            self.floor = max(self.floor, self._at.pop(oldest))
