@@ -5,8 +5,7 @@
     decision = await limiter.check("user-42")
 
 The names below are the public surface; everything else may change without notice. Nothing here blocks an event loop, and all
-of it serves one
-loop: it is not for threads.
+of it serves one loop: it is not for threads.
 """
 
 from tidegate._version import __version__

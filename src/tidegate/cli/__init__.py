@@ -1,20 +1,60 @@
 """The command line: `tidegate`.
 
-Every command that fails says why in one sentence on stderr and ends with exit code 2.
+Every command that fails says why in one sentence on stderr and ends with exit code 2. A command is imported when it is run: one
+that opens no database does not wait for SQLAlchemy.
 """
 
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from importlib import import_module
+from typing import Annotated, Any, Final
 
 import typer
+from typer.core import TyperGroup
 
 from tidegate._version import __version__
-from tidegate.cli import database, envoy, keys, planning, policy, serving
-from tidegate.cli.doctor import doctor
 from tidegate.errors import TidegateError
-from tidegate.simulate.command import simulate
+
+_COMMANDS: Final = {
+    "serve": "tidegate.cli.serving:serve",
+    "check": "tidegate.cli.serving:check",
+    "doctor": "tidegate.cli.doctor:doctor",
+    "simulate": "tidegate.simulate.command:simulate",
+    "plan": "tidegate.cli.planning:plan",
+    "tiers": "tidegate.cli.policy:tiers",
+    "rules": "tidegate.cli.policy:rules",
+    "policy": "tidegate.cli.policy:app",
+    "keys": "tidegate.cli.keys:app",
+    "db": "tidegate.cli.database:app",
+    "envoy": "tidegate.cli.envoy:app",
+}
+"""Where each lies: a function, or a group of commands."""
+
+
+class _Commands(TyperGroup):
+    """The commands, each imported when it is asked for."""
+
+    def list_commands(self, ctx: Any) -> list[str]:  # noqa: ARG002 - as the base class has it
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:  # noqa: ARG002
+        if cmd_name in _COMMANDS and cmd_name not in self.commands:
+            module, _, attribute = _COMMANDS[cmd_name].partition(":")
+            found = getattr(import_module(module), attribute)
+            holder = typer.Typer(add_completion=False, rich_markup_mode=None)
+            if isinstance(found, typer.Typer):
+                holder.add_typer(found, name=cmd_name)
+            else:
+                holder.command(cmd_name)(found)
+            self.commands[cmd_name] = typer.main.get_group(holder).commands[cmd_name]
+        return self.commands.get(cmd_name)
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        if args[0] not in _COMMANDS:
+            for name in _COMMANDS:  # the base class looks for the nearest among those that it has
+                self.get_command(ctx, name)
+        return super().resolve_command(ctx, args)
 
 
 def _end(status: object, **_: object) -> None:
@@ -31,6 +71,7 @@ def _print_version(wanted: bool) -> None:
 
 app = typer.Typer(
     name="tidegate",
+    cls=_Commands,
     help="Decide for every request to an API whether it may pass. Start with: tidegate serve --demo",
     no_args_is_help=True,
     add_completion=False,
@@ -47,19 +88,6 @@ def _root(
     ] = False,
 ) -> None:
     pass
-
-
-app.command()(serving.serve)
-app.command()(serving.check)
-app.command()(doctor)
-app.command()(simulate)
-app.command()(planning.plan)
-app.command("tiers")(policy.tiers)
-app.command("rules")(policy.rules)
-app.add_typer(policy.app, name="policy")
-app.add_typer(keys.app, name="keys")
-app.add_typer(database.app, name="db")
-app.add_typer(envoy.app, name="envoy")
 
 
 def main() -> None:

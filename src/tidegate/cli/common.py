@@ -7,16 +7,17 @@ import json
 import os
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from tidegate.catalog.sql import SqlCatalog
-from tidegate.opening import opened_catalog
 from tidegate.settings import Settings, load_settings
+
+if TYPE_CHECKING:
+    from tidegate.catalog.sql import SqlCatalog
 
 ConfigOption = Annotated[
     Path | None,
@@ -57,6 +58,8 @@ def with_catalog(config: Path | None, work: Callable[[SqlCatalog], Awaitable[_T]
     Raises:
         TidegateError: whatever the work or the opening raised.
     """
+
+    from tidegate.opening import opened_catalog
 
     async def run() -> _T:
         async with opened_catalog(read_settings(config)) as catalog:

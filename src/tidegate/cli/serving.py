@@ -6,21 +6,18 @@ import os
 import sys
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 from urllib.parse import urlsplit
 
 import msgspec
 import typer
 
 from tidegate._version import __version__
-from tidegate.catalog.engines import shown
 from tidegate.cli.asking import ask_data_plane
 from tidegate.cli.common import ConfigOption, JsonOption, print_json, read_settings
-from tidegate.instance import Instance
-from tidegate.server import run
-from tidegate.supervisor import supervise
-from tidegate.telemetry.logs import configure_logging
-from tidegate.worker import Seat, work
+
+if TYPE_CHECKING:
+    from tidegate.instance import Instance
 
 _TOUR = r"""
 Tidegate is deciding at http://{address} (metrics at /metrics, health at /health). Try it from another terminal:
@@ -48,6 +45,12 @@ def serve(
     tidegate.policy.toml into force if it is there. On SIGTERM it finishes what is in flight and exits 0 within [server]
     drain_s. With [server] workers above 1 it keeps so many processes behind the one address; they need counters on Redis.
     """
+    from tidegate.catalog.engines import shown
+    from tidegate.server import run
+    from tidegate.supervisor import supervise
+    from tidegate.telemetry.logs import configure_logging
+    from tidegate.worker import Seat, work
+
     seat = Seat.taken(os.environ)
     settings = read_settings(config)
     configure_logging(settings.server.log_level, settings.server.log_format, None if seat is None else seat.number)
