@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import Any
 
 import pytest
-from sqlalchemy import event, text
+from sqlalchemy import event, func, select, text
 from sqlalchemy.exc import OperationalError
 
 from tests.integration.catalog_keys import editor_of, listed_keys, make_key, revoke_key
@@ -26,6 +26,7 @@ from tidegate.catalog.engines import open_engine
 from tidegate.catalog.policy_file import parse_policy
 from tidegate.catalog.shared import SharedCatalog
 from tidegate.catalog.sql import SqlCatalog
+from tidegate.catalog.tables import policy_state
 from tidegate.counters.redis.store import RedisCounters
 from tidegate.errors import CatalogUnavailable
 from tidegate.policy import ApiKey, KeyStatus
@@ -561,6 +562,33 @@ async def test_pools_are_bounded(postgres_cluster: PostgresCluster, database: st
     await watching
     assert 1 < most[postgres_cluster.primary] <= pool_size + 4
     assert all(1 <= most[replica] <= pool_size for replica in postgres_cluster.replicas)
+
+
+async def test_replicas_that_are_merely_busy_are_not_left_out(
+    postgres_cluster: PostgresCluster, database: str, open_catalog: Open
+) -> None:
+    catalog = await open_catalog(postgres_cluster, database, pool_size=1, timeout_s=1.5)
+    replicas = replicas_of(catalog)
+    slow = select(policy_state.c.version.label("seen"), func.pg_sleep(0.3))
+    # 12 s of work for two connections, which each may be waited for 1.5 s: most find none free.
+    answers = await asyncio.gather(*(replicas.rows(slow, 0) for _ in range(40)), replicas.look())
+    answered = sum(rows is not None for rows in answers)
+    assert 4 <= answered < 40
+    assert [(replica.out, replica.ejections) for replica in replicas.replicas] == [(None, 0), (None, 0)]
+    assert await catalog.tier("free") is not None, "nothing is held by who has given up"
+    assert all(not replica.free.locked() for replica in replicas.replicas)
+
+
+async def test_replicas_that_hang_are_left_out_however_busy(
+    postgres_cluster: PostgresCluster, database: str, open_catalog: Open
+) -> None:
+    catalog = await open_catalog(postgres_cluster, database, pool_size=1, timeout_s=1.0)
+    replicas = replicas_of(catalog)
+    forever = select(policy_state.c.version.label("seen"), func.pg_sleep(30))
+    assert await asyncio.gather(*(replicas.rows(forever, 0) for _ in range(6))) == [None] * 6
+    assert all(replica.ejections for replica in replicas.replicas)
+    assert await catalog.tier("free") is not None, "the primary is asked"
+    await until(lambda: all(replica.out is None for replica in replicas.replicas))
 
 
 async def test_connections_that_are_cut_are_found(postgres_cluster: PostgresCluster, database: str, open_catalog: Open) -> None:

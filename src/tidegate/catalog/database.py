@@ -107,7 +107,7 @@ class Database:
                     pool_size=options.pool_size,
                     timeout_s=options.timeout_s,
                 )
-                replicas.append(Replica(shown(each), engine))
+                replicas.append(Replica(shown(each), engine, options.pool_size))
         database = cls(shown(url), reader, writer)
         try:
             await upgrade_schema(url, writer)

@@ -3,6 +3,9 @@
 A replica lags by the age of the oldest change that it has not seen. While nothing changes it does not lag, whatever its clocks
 and positions say; and one that is cut off from its primary is found as soon as there is something that it misses.
 
+A replica that is slower than it is asked is not a failing one: where all of this process's connections to it stay in use, the
+next is asked, and none is left out, for the others would have to bear its load besides.
+
 A replica's answer counts if the primary is known to have had the version that it is of. Where a primary was lost with its last
 changes, a replica may show what the one in its place never had, and cannot follow that one.
 
@@ -36,19 +39,24 @@ class Replica:
     Args:
         name: its URL as logs may show it.
         engine: its connections.
+        connections: how many these are, 1 or more.
 
     Attributes:
         out: why it is left out; None while it is asked.
         version: of the catalog that it had seen at the last look.
+        shown: the latest that it has shown since, in any answer.
         lag_s: age of the oldest change that it had not seen at the last look, s; 0 for none.
         ejections: how often it was left out.
+        free: one for each connection that is not in use.
     """
 
-    def __init__(self, name: str, engine: AsyncEngine) -> None:
+    def __init__(self, name: str, engine: AsyncEngine, connections: int) -> None:
         self.name = name
         self.engine = engine
+        self.free = asyncio.Semaphore(connections)
         self.out: str | None = "it was not looked at yet"
         self.version = 0
+        self.shown = 0
         self.lag_s = 0.0
         self.ejections = 0
 
@@ -99,7 +107,7 @@ class Replicas:
         self._versions: dict[int, float] = {}
         self._newest = 0
         self._primary_answers = False
-        self._abandoned: set[asyncio.Task[Any]] = set()
+        self._asked: set[asyncio.Task[Any]] = set()
         self._watching: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
@@ -123,13 +131,19 @@ class Replicas:
         """
         asked = [replica for replica in self.replicas if replica.out is None or any_of_them]
         self._turn += 1
-        for place in range(len(asked)):
-            replica = asked[(self._turn + place) % len(asked)]
+        in_turn = [asked[(self._turn + place) % len(asked)] for place in range(len(asked))]
+        patience_s = self._timeout_s
+        for replica in sorted(in_turn, key=lambda replica: (replica.free.locked(), replica.out is not None)):
             try:
-                rows: Sequence[RowMapping] = await self._within(_rows(replica.engine, query, parameters))
+                rows = await self._ask(replica, query, parameters, patience_s)
+            except _Busy:
+                patience_s = 0  # one is waited for; the others were no less busy
+                continue
             except (SQLAlchemyError, OSError, TimeoutError) as error:
                 replica.leave_out(reason_of(error))
                 continue
+            if rows:
+                replica.shown = max(replica.shown, rows[0]["seen"])
             if not rows or rows[0]["seen"] < least:
                 continue
             if any_of_them or not self._primary_answers or rows[0]["seen"] in self._versions:
@@ -169,7 +183,8 @@ class Replicas:
         # After them: now it has all that they have, or never had it.
         await self._look_at_primary()
         for replica in self.replicas:
-            replica.lag_s = self._lag_s(replica.version)
+            # One that had no connection free for the look tells by its answers how far it is.
+            replica.lag_s = self._lag_s(replica.shown)
             if replica.out is None and replica.lag_s > self._max_lag_s:
                 replica.leave_out(f"it lags {replica.lag_s:.1f} s behind, more than {self._max_lag_s:g} s")
             if replica.out is None and self._is_ahead(replica):
@@ -180,7 +195,7 @@ class Replicas:
         if self._watching is not None:
             self._watching.cancel()
             await asyncio.gather(self._watching, return_exceptions=True)
-        await asyncio.gather(*self._abandoned, return_exceptions=True)
+        await asyncio.gather(*self._asked, return_exceptions=True)
         for replica in self.replicas:
             await replica.engine.dispose()
 
@@ -198,11 +213,13 @@ class Replicas:
 
     async def _look_at(self, replica: Replica) -> None:
         try:
-            rows = await self._within(_rows(replica.engine, select(policy_state.c.version.label("seen"))))
+            rows = await self._ask(replica, select(policy_state.c.version.label("seen")), None, self._timeout_s)
+        except _Busy:
+            return
         except (SQLAlchemyError, OSError, TimeoutError) as error:
             replica.leave_out(reason_of(error))
             return
-        replica.version = rows[0]["seen"] if rows else 0
+        replica.version = replica.shown = rows[0]["seen"] if rows else 0
         if not rows:
             replica.leave_out("it holds no catalog")
         elif self._lag_s(replica.version) <= self._max_lag_s and not self._is_ahead(replica):
@@ -215,23 +232,45 @@ class Replicas:
         missed = min((at for each, at in self._versions.items() if each > version), default=None)
         return 0.0 if missed is None else self._clock() - missed
 
+    async def _ask(
+        self, replica: Replica, query: Select[Any], parameters: Mapping[str, Any] | None, patience_s: float
+    ) -> Sequence[RowMapping]:
+        """The rows, or `_Busy` where no connection to it was free for so long."""
+        if replica.free.locked():
+            try:
+                await asyncio.wait_for(replica.free.acquire(), patience_s)
+            except TimeoutError as error:
+                raise _Busy from error
+        else:
+            await replica.free.acquire()
+        rows: Sequence[RowMapping] = await self._within(_rows(replica, query, parameters))
+        return rows
+
     async def _within(self, asked: Awaitable[Any]) -> Any:
         """Wait for an answer, but not for a driver that gives up slowly: it is left to end by itself."""
         task = asyncio.ensure_future(asked)
+        self._asked.add(task)
+        task.add_done_callback(self._ended)
         done, _ = await asyncio.wait({task}, timeout=self._timeout_s)
         if done:
             return task.result()
-        self._abandoned.add(task)
-        task.add_done_callback(self._ended)
         raise TimeoutError(f"no answer within {self._timeout_s:g} s")
 
     def _ended(self, task: asyncio.Task[Any]) -> None:
-        self._abandoned.discard(task)
+        self._asked.discard(task)
         if not task.cancelled():
             task.exception()  # marks it as seen
 
 
-async def _rows(engine: AsyncEngine, query: Select[Any], parameters: Mapping[str, Any] | None = None) -> Sequence[RowMapping]:
-    async with engine.connect() as connection:
-        rows: Sequence[RowMapping] = (await connection.execute(query, parameters)).mappings().all()
+class _Busy(Exception):
+    """All connections of this process to a replica are in use."""
+
+
+async def _rows(replica: Replica, query: Select[Any], parameters: Mapping[str, Any] | None) -> Sequence[RowMapping]:
+    """Ask on a connection that is free, and free it, however late."""
+    try:
+        async with replica.engine.connect() as connection:
+            rows: Sequence[RowMapping] = (await connection.execute(query, parameters)).mappings().all()
+    finally:
+        replica.free.release()
     return rows
