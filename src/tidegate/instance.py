@@ -154,7 +154,7 @@ class Instance:
         if policy_path is not None:
             self._spawn(watch_policy(policy_path, self._apply_policy, self._policy_refused), "watching the policy file")
         if grpc is not None:
-            await self._start_grpc(gate, *grpc)
+            await self._start_grpc(gate, access, *grpc)
         if admin is not None:
             await self._start_admin(gate, *admin)
         # What lives as long as the process is not looked at again by the collector: a full collection over a million counters
@@ -223,7 +223,7 @@ class Instance:
         self._stack.push_async_callback(self._tracing.close)
         return self._tracing.counters(self.counters)
 
-    async def _start_grpc(self, gate: Gate, host: str, port: int) -> None:
+    async def _start_grpc(self, gate: Gate, access: AccessLog | None, host: str, port: int) -> None:
         from tidegate.doors.grpc.listener import GrpcListener
         from tidegate.doors.grpc.service import RateLimitService
 
@@ -235,7 +235,7 @@ class Instance:
             path = Path(envoy.config)
             service.domains = load_domains(path, envoy.domain)
             self._spawn(watch_domains(path, envoy.domain, service, self._domains_refused), "watching [envoy] config")
-        self._grpc = GrpcListener(service, host, port, self._shares_port)
+        self._grpc = GrpcListener(service, host, port, self._shares_port, access, reads_metadata=self._tracing is not None)
         self._grpc.start()
         self.grpc_address = join_address(host, port)
         logger.info("the gRPC door is at %s", self.grpc_address)

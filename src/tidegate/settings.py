@@ -31,7 +31,7 @@ class ServerSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         body_timeout_s: how long a request body may take, s.
         log_level: debug, info, warning or error.
         log_format: json (one line an event, Elastic Common Schema), text, or auto: text for a terminal, else json.
-        access_log_sample: share of the requests to the data plane's /v1/ that are logged, 0 to 1.
+        access_log_sample: share of the requests to the data plane's /v1/ and of gRPC's calls that are logged, 0 to 1.
     """
 
     http: str = "127.0.0.1:8080"

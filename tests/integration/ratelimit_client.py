@@ -36,10 +36,11 @@ def request(*descriptors: Descriptor, domain: str = "tidegate", hits: int = 0, o
     return message
 
 
-def ask(address: str, message: Any) -> Any:
-    """Ask `ShouldRateLimit` once, over a connection of its own."""
+def ask(address: str, message: Any, **metadata: str) -> Any:
+    """Ask `ShouldRateLimit` once, over a connection of its own; `_` in a name of metadata stands for `-`."""
     with grpc.insecure_channel(address) as channel:
-        return caller(channel)(message, timeout=TIMEOUT_S, wait_for_ready=True)
+        sent = [(name.replace("_", "-"), value) for name, value in metadata.items()]
+        return caller(channel)(message, timeout=TIMEOUT_S, wait_for_ready=True, metadata=sent)
 
 
 def caller(channel: grpc.Channel) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -104,6 +105,18 @@ def test_bytes_that_are_no_text_are_denied_and_not_let_through(gateway: tuple[En
         assert (long.status_code, long.headers["x-tidegate-error"]) == (429, "BAD_REQUEST")
         huge = client.get("/wide/x", headers={"X-API-Key": "k" * 50_000})
         assert huge.status_code == 429
+
+
+def test_the_log_tells_a_request_by_the_id_that_envoy_gave_it(serve: Callable[..., Any], service: Api, tmp_path: Any) -> None:
+    _policy(tmp_path)
+    tidegate = serve(grpc=True, TIDEGATE_ADMIN__TOKEN="token-of-the-settings", TIDEGATE_SERVER__ACCESS_LOG_SAMPLE="1")
+    with Envoy(CONFIGURATION, {GRPC: tidegate.grpc_port, SERVICE: service.port}) as envoy:
+        envoy.wait_healthy("tidegate")
+        headers = {"X-API-Key": KEY, "X-Request-Id": "of-the-client"}
+        response = httpx.get(f"{envoy.url}/api/items", headers=headers)
+    assert response.status_code == 200
+    (told,) = (json.loads(line) for line in tidegate.stop()[2].splitlines() if '"tidegate.access"' in line)
+    assert told["http"]["request"]["id"] == response.json()["headers"]["x-request-id"][0] != "of-the-client"
 
 
 def test_drain_is_noticed_before_the_end_and_failing_open(gateway: tuple[Envoy, Any]) -> None:

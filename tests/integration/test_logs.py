@@ -11,11 +11,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import grpc
 import httpx
 import pytest
 
+from tests.integration.ratelimit_client import SHOULD_RATE_LIMIT, ask, request
 from tests.servers.postgres import PostgresServer
 from tests.servers.redis_server import RedisServer
+from tidegate.doors.grpc.messages import OK, OVER_LIMIT
 from tidegate.keys import make_api_key
 
 POLICY = """\
@@ -81,6 +84,38 @@ def test_the_access_log_tells_what_was_asked_and_decided(logged: Callable[..., A
     assert unknown["event"]["outcome"] == "failure"
     assert malformed["error"]["code"] == "BAD_REQUEST"
     assert batch["tidegate"]["door"] == "/v1/check/batch"
+
+
+def test_calls_over_grpc_are_in_the_access_log_too(serve: Callable[..., Any], tmp_path: Path) -> None:
+    (tmp_path / "tidegate.policy.toml").write_text(POLICY)
+    server = serve(grpc=True, TIDEGATE_ADMIN__TOKEN=TOKEN, TIDEGATE_SERVER__ACCESS_LOG_SAMPLE="1")
+    address = f"127.0.0.1:{server.grpc_port}"
+    entries = [
+        ("api_key", "policy-file-key-0001"),
+        ("method", "PUT"),
+        ("path", "/api/a?secret=1"),
+        ("remote_address", "203.0.113.7"),
+    ]
+    traceparent = f"00-{TRACE}-00f067aa0ba902b7-01"
+    assert ask(address, request(entries), x_request_id="req-1", traceparent=traceparent).overall_code == OK
+    ask(address, request(entries))
+    assert ask(address, request(entries)).overall_code == OVER_LIMIT
+    ask(address, request(entries, [("api_key", "nobody-has-this-key"), ("path", "/a")]))
+    with pytest.raises(grpc.RpcError):
+        ask(address, request(entries, domain=""), x_request_id="req-5")
+    first, second, third, two, refused = of(lines_of(server), "tidegate.access")
+    assert first["http"] == {"request": {"id": "req-1", "method": "PUT"}}
+    assert first["trace"]["id"] == TRACE
+    assert first["url"]["path"] == "/api/a"
+    assert first["client"]["ip"] == "203.0.113.7"
+    assert first["tidegate"]["door"] == SHOULD_RATE_LIMIT
+    assert (first["tidegate"]["grpc_answer"], first["tidegate"]["allowed"]) == ("OK", True)
+    assert first["event"]["duration"] > 0
+    assert len(second["http"]["request"]["id"]) == 32, "made where none came"
+    assert (third["tidegate"]["grpc_answer"], third["tidegate"]["allowed"]) == ("OVER_LIMIT", False)
+    assert (two["tidegate"]["grpc_answer"], "url" in two) == ("OVER_LIMIT", False), "of several descriptors no path is the one"
+    assert (refused["tidegate"]["grpc_answer"], refused["http"]["request"]["id"]) == ("INVALID_ARGUMENT", "req-5")
+    assert "policy-file-key-0001" not in json.dumps([first, second, third, two, refused])
 
 
 def test_a_sample_is_a_sample_and_off_by_default(logged: Callable[..., Any]) -> None:

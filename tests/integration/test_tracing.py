@@ -19,6 +19,7 @@ import httpx
 import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest, ExportTraceServiceResponse
 
+from tests.integration.ratelimit_client import ask, request
 from tests.servers.redis_server import RedisServer
 
 POLICY = """\
@@ -183,6 +184,21 @@ def test_a_collector_that_is_away_or_hangs_harms_no_check(traced: Callable[..., 
         code, _, err = server.stop()
         assert time.monotonic() - started < 20, "the end of a process does not wait for its collector"
     assert code == 0, err
+
+
+def test_a_call_over_grpc_is_a_span_of_its_callers_trace(serve: Callable[..., Any], collector: Collector, tmp_path: Path) -> None:
+    (tmp_path / "tidegate.policy.toml").write_text(POLICY)
+    server = serve(grpc=True, TIDEGATE_TRACING__ENDPOINT=collector.url, TIDEGATE_TRACING__SAMPLE="0")
+    address = f"127.0.0.1:{server.grpc_port}"
+    asked = request([("api_key", "policy-file-key-0001"), ("path", "/api/a")])
+    ask(address, asked, x_request_id="req-1", **TRACED)
+    ask(address, asked, **UNTRACED)
+    ask(address, asked)
+    assert server.stop()[0] == 0
+    (span,) = collector.spans("tidegate.check")
+    assert (span.trace_id.hex(), span.parent_span_id.hex()) == (TRACE, PARENT)
+    assert attributes(span)["http.request.id"] == "req-1"
+    assert attributes(span)["url.path"] == "/api/a"
 
 
 def test_off_it_is_not_even_imported() -> None:

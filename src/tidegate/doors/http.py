@@ -34,7 +34,7 @@ from tidegate.doors.refusals import BodyTooSlow, HeadersTooLarge, MethodNotAllow
 from tidegate.errors import BadRequest, RequestTooLarge, TidegateError
 from tidegate.gate import Gate, Observer
 from tidegate.telemetry.access import AccessLog
-from tidegate.telemetry.requests import CURRENT, REQUEST_ID, Request, current
+from tidegate.telemetry.requests import CURRENT, REQUEST_ID, Request, current, note
 
 logger = logging.getLogger(__name__)
 
@@ -174,7 +174,7 @@ class DataPlane:
             check = Check.of(uri, method, _one(headers, "x-api-key"), self._ip(headers, peer, trusted))
         except BadRequest as error:
             raise self._seen(error) from None
-        _note(check)
+        note(check)
         decision = await self._gate.check(check)
         headers_out = limit_headers(decision)
         if decision.allowed:
@@ -202,7 +202,7 @@ class DataPlane:
             raise self._seen(BadRequest("the body is not a check: it is not UTF-8")) from None
         except BadRequest as error:
             raise self._seen(error) from None
-        _note(check)
+        note(check)
         decision = await self._gate.check(check)
         headers_out = limit_headers(decision)
         headers_out.append(_JSON)
@@ -368,13 +368,6 @@ class _Noted:
     def response_empty(self, status: int, headers: Headers) -> None:
         self.status = status
         self._proto.response_empty(status, headers)
-
-
-def _note(check: Check) -> None:
-    """Let whoever writes about this request know what it asks."""
-    request = current()
-    if request is not None:
-        request.check = check
 
 
 def _one(headers: _RequestHeaders, name: str) -> str | None:

@@ -36,19 +36,19 @@ class AccessLog:
         if request is not None and request.wanted:
             request.seen = seen
 
-    def write(self, request: Request, door: str, status: int, duration_ns: int) -> None:
+    def write(self, request: Request, door: str, status: int | str, duration_ns: int) -> None:
         """Write the line.
 
         Args:
             request: that was answered.
             door: path of Tidegate's own that it came to.
-            status: of the answer.
+            status: of the answer: HTTP's number, or what a call of gRPC said.
             duration_ns: from its arrival to its answer, ns.
         """
         told: dict[str, Any] = {
             "event.dataset": "tidegate.access",
             "event.duration": duration_ns,
-            "http.response.status_code": status,
+            "http.response.status_code" if isinstance(status, int) else "tidegate.grpc_answer": status,
             "tidegate.door": door,
             "tidegate.sample": self._sample,
         }
@@ -74,5 +74,5 @@ class AccessLog:
                 if seen.subject is not None and seen.subject.startswith("k:"):
                     told["tidegate.key_id"] = seen.subject[2:]
         logger.info(
-            "%s answered %d", door, status, extra={"ecs": {name: each for name, each in told.items() if each is not None}}
+            "%s answered %s", door, status, extra={"ecs": {name: each for name, each in told.items() if each is not None}}
         )

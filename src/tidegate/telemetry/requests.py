@@ -26,7 +26,7 @@ _TRACEPARENT: Final = re.compile(
 class Headers(Protocol):
     """What a door has read; names in lower case."""
 
-    def get(self, key: str, default: Any = None) -> Any:
+    def get(self, key: str, /) -> Any:
         """The value of a header."""
         ...
 
@@ -88,6 +88,17 @@ class Request:
 
 
 CURRENT: Final[ContextVar[Request | None]] = ContextVar("tidegate_request", default=None)
+
+
+def note(check: Check) -> None:
+    """Let whoever writes about the present request know what it asks.
+
+    Args:
+        check: what it asks to decide.
+    """
+    request = current()
+    if request is not None:
+        request.check = check
 
 
 def current() -> Request | None:

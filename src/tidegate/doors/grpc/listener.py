@@ -2,6 +2,8 @@
 
 It was chosen by measurement; docs/dependencies.md has the figures. HTTP/2, flow control and the bounds of floods are its
 work (the Rust crates hyper and h2), outside the interpreter's lock; a burst of calls costs the loop one wake-up.
+
+The metadata of calls is taken over where somebody reads it: the access log for the request's id, traces for the caller's span.
 """
 
 from __future__ import annotations
@@ -9,15 +11,20 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from typing import Final
+import time
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from typing import Any, Final
 
 from pygrpc_native import EVENT_CALL, EVENT_CANCEL, STREAM_SENT, NativeGrpcFront
 
 from tidegate.doors.grpc.health import HealthService
+from tidegate.doors.grpc.messages import OK, OVER_LIMIT, RateLimitResponse
 from tidegate.doors.grpc.service import RateLimitService
 from tidegate.doors.grpc.status import CallRefused, Status
 from tidegate.errors import SettingsError
 from tidegate.settings import join_address
+from tidegate.telemetry.access import AccessLog
+from tidegate.telemetry.requests import CURRENT, Request
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +42,7 @@ _METHODS: Final = (
     ("/grpc.health.v1.Health/Watch", True),
 )
 _AT_ONCE: Final = 64
+_CODES: Final = {OK: "OK", OVER_LIMIT: "OVER_LIMIT"}
 
 
 class GrpcListener:
@@ -45,22 +53,34 @@ class GrpcListener:
         host: address to listen at.
         port: 1 to 65535.
         shares_port: listen although others do at the same address, as workers do.
+        access: writes about a sample of the calls; None for no such log.
+        reads_metadata: whether somebody besides the access log wants to know of a call's id and span.
 
     Attributes:
         in_flight: calls being answered; streams that watch do not count.
         answered: calls answered so far.
     """
 
-    def __init__(self, service: RateLimitService, host: str, port: int, shares_port: bool = False) -> None:
+    def __init__(
+        self,
+        service: RateLimitService,
+        host: str,
+        port: int,
+        shares_port: bool = False,
+        access: AccessLog | None = None,
+        reads_metadata: bool = False,
+    ) -> None:
         self.in_flight = 0
         self.answered = 0
         self._service = service
         self._health = HealthService(self._send)
         self._address = join_address(host, port)
         self._shares_port = shares_port
+        self._access = access
+        self._reads_metadata = reads_metadata or access is not None
         self._front: NativeGrpcFront | None = None
         self._loop = asyncio.get_running_loop()
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[Any]] = set()
         self._hearing: threading.Thread | None = None
 
     def start(self) -> None:
@@ -74,6 +94,7 @@ class GrpcListener:
                 self._address,
                 list(_METHODS),
                 io_threads=1,
+                call_details=self._reads_metadata,
                 keepalive_time_ms=KEEPALIVE_S * 1000,
                 max_concurrent_streams=MAX_STREAMS,
                 max_metadata_size=MAX_METADATA_BYTES,
@@ -112,37 +133,66 @@ class GrpcListener:
 
     def _hear(self, front: NativeGrpcFront) -> None:
         """In a thread of its own: pass calls to the loop until the server is closed."""
-        while (events := front.recv_batch(_AT_ONCE)) is not None:
+        receive: Callable[[int], Sequence[tuple[Any, ...]] | None] = (
+            front.recv_batch_details if self._reads_metadata else front.recv_batch
+        )
+        while (events := receive(_AT_ONCE)) is not None:
             try:
                 self._loop.call_soon_threadsafe(self._take, front, events)
             except RuntimeError:  # the loop was closed without a stop
                 front.close()
                 return
 
-    def _take(self, front: NativeGrpcFront, events: list[tuple[int, int, int, bytes | None, bytes | str | None]]) -> None:
-        for kind, call_id, method, payload, _ in events:
+    def _take(self, front: NativeGrpcFront, events: Sequence[tuple[Any, ...]]) -> None:
+        for event in events:
+            kind, call_id, method, payload = event[:4]
             if kind == EVENT_CANCEL:
                 self._health.forget(call_id)
             elif kind == EVENT_CALL and payload is not None:
                 if method == SHOULD_RATE_LIMIT:
-                    task = self._loop.create_task(self._answer(front, call_id, payload))
+                    if self._reads_metadata:
+                        answering: Coroutine[Any, Any, Any] = self._answer_noted(front, call_id, payload, _metadata(event[5]))
+                    else:
+                        answering = self._answer(front, call_id, payload)
+                    task = self._loop.create_task(answering)
                     self._tasks.add(task)
                     task.add_done_callback(self._tasks.discard)
                 else:
                     self._tell_health(front, call_id, method, payload)
 
-    async def _answer(self, front: NativeGrpcFront, call_id: int, payload: bytes) -> None:
+    async def _answer(self, front: NativeGrpcFront, call_id: int, payload: bytes) -> bytes | Status:
+        """Answer a call; gives what it was told: a `RateLimitResponse`, or an error of gRPC."""
         self.in_flight += 1
         try:
-            front.respond(call_id, await self._service.answer(payload))
+            answer = await self._service.answer(payload)
+            front.respond(call_id, answer)
         except CallRefused as refused:
             front.fail(call_id, refused.status, refused.message)
+            return refused.status
         except Exception:
             logger.exception("a gRPC call met a fault that nobody foresaw")
             front.fail(call_id, Status.INTERNAL, "this call met a fault of the limiter: see its log")
+            return Status.INTERNAL
         finally:
             self.in_flight -= 1
             self.answered += 1
+        return answer
+
+    async def _answer_noted(self, front: NativeGrpcFront, call_id: int, payload: bytes, metadata: Mapping[str, Any]) -> None:
+        """Answer a call of which log and traces know."""
+        access = self._access
+        request = Request(metadata, wanted=access is not None and access.wants())
+        # Each call is answered in a task of its own: nobody else sees it.
+        CURRENT.set(request)
+        started_ns = time.perf_counter_ns()
+        try:
+            told = await self._answer(front, call_id, payload)
+            if access is not None and request.wanted:
+                took_ns = time.perf_counter_ns() - started_ns
+                code = told.name if isinstance(told, Status) else _CODES[RateLimitResponse.FromString(told).overall_code]
+                access.write(request, _METHODS[SHOULD_RATE_LIMIT][0], code, took_ns)
+        finally:
+            request.over = True
 
     def _tell_health(self, front: NativeGrpcFront, call_id: int, method: int, payload: bytes) -> None:
         try:
@@ -155,3 +205,8 @@ class GrpcListener:
 
     def _send(self, call_id: int, payload: bytes) -> bool:
         return self._front is not None and self._front.stream_try_send(call_id, payload) == STREAM_SENT
+
+
+def _metadata(details: tuple[Sequence[tuple[str, str | bytes]], str, float | None]) -> dict[str, str | bytes]:
+    """The metadata of a call, of two values with one name the first."""
+    return dict(reversed(details[0]))

@@ -20,6 +20,7 @@ from tidegate.doors.grpc.status import CallRefused, Status
 from tidegate.errors import BadRequest, CatalogUnavailable, RequestTooLarge, TidegateError
 from tidegate.gate import Gate
 from tidegate.settings import EnvoySettings
+from tidegate.telemetry.requests import note
 from tidegate.together import Settled
 
 logger = logging.getLogger(__name__)
@@ -150,7 +151,10 @@ class RateLimitService:
                 # Of two entries with one key the first counts.
                 by_key = dict(reversed(entries))
                 return Part(await self._gate.plan_entries(by_key, None if api_key is None else str(api_key), cost), cost)
-            return Part(await self._gate.plan(Check.of(**named)), cost)
+            check = Check.of(**named)
+            if len(request.descriptors) == 1:
+                note(check)
+            return Part(await self._gate.plan(check), cost)
         except CatalogUnavailable as error:
             self._seen(error)
             raise CallRefused(Status.UNAVAILABLE, error.message) from None
