@@ -25,9 +25,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import uvloop
+from tests.servers.ports import free_port
 from tests.servers.postgres import PostgresServer
 from tests.servers.process_tree import tree_of
-from tests.servers.redis_server import free_port
 
 from bench.catalog import fill, policy
 from bench.http import HEADERS, POLICY, cpu_of_threads_s, ours

@@ -19,7 +19,7 @@ from typing import Any
 
 from tests.servers.deployed import gateway
 from tests.servers.nginx import Nginx
-from tests.servers.redis_server import free_port
+from tests.servers.ports import free_port
 
 from bench.http import cpu_of_tree, need_wrk, server, wrk
 from bench.measure import Goal, asked_for_smoke, report

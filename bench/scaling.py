@@ -28,8 +28,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+from tests.servers.ports import free_port
 from tests.servers.redis_cluster import RedisCluster
-from tests.servers.redis_server import RedisServer, free_port
+from tests.servers.redis_server import RedisServer
 
 from bench.capacity import PATIENCE_S, ready
 from bench.http import cpu_of_threads_s, need_wrk

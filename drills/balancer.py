@@ -18,8 +18,8 @@ from functools import partial
 from typing import Any, Final
 
 import pytest
+from tests.moments import wait_until
 from tests.servers.balancer_pair import BALANCERS, VIRTUAL, BalancerPair
-from tests.servers.redis_server import wait_until
 
 from drills.http_load import POLICY
 

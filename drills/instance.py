@@ -20,7 +20,8 @@ from typing import Final
 import httpx
 from tests.conftest import Serve
 from tests.servers.deployed import haproxy
-from tests.servers.redis_server import RedisServer, free_port
+from tests.servers.ports import free_port
+from tests.servers.redis_server import RedisServer
 
 from drills.http_load import POLICY, HttpLoad
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Final, NamedTuple, Self, TypeVar
 
-from tests.servers.redis_server import HOST
+from tests.servers.ports import HOST
 
 from drills.check_load import LOOSE, CheckLoad
 from drills.figures import admitted_of, bucket_percentile_ms, uncounted

@@ -20,11 +20,12 @@ from tests.conftest import Serve
 from tests.servers import deployed
 from tests.servers.deployed_redis import redis_cluster, redis_sentinel, redis_standalone
 from tests.servers.haproxy import HAProxy
+from tests.servers.ports import HOST, free_port
 from tests.servers.postgres_cluster import PostgresCluster, PostgresReplica
 from tests.servers.postgres_failover import Keeper, PostgresFailover
 from tests.servers.redis_cluster import RedisCluster
 from tests.servers.redis_sentinel import RedisSentinel
-from tests.servers.redis_server import HOST, RedisServer, free_port
+from tests.servers.redis_server import RedisServer
 from tests.servers.tcp_proxy import TcpProxy
 
 T = TypeVar("T")

@@ -34,7 +34,7 @@ from tests.servers.fixtures import (  # noqa: F401 - fixtures are found by their
     running_valkey,
     valkey_server,
 )
-from tests.servers.redis_server import free_port
+from tests.servers.ports import free_port
 from tidegate.catalog.cached import CachedCatalog
 from tidegate.catalog.policy_file import PolicyCatalog, parse_policy
 from tidegate.counters.memory import MemoryCounters

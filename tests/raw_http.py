@@ -9,7 +9,7 @@ import socket
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from tests.servers.redis_server import HOST
+from tests.servers.ports import HOST
 
 
 class RawAnswer(NamedTuple):

@@ -10,6 +10,7 @@ import pytest
 from sqlalchemy import select, update
 
 from tests.integration.admin_api import Admin, open_admin
+from tests.moments import MINUTE_S, stay_within
 from tidegate.catalog.tables import admin_tokens
 from tidegate.catalog.tokens import first_token
 from tidegate.doors.client_address import TrustedProxies
@@ -110,6 +111,7 @@ async def test_the_first_token_is_made_once(admin: Admin) -> None:
 
 async def test_each_token_has_its_limit(catalog_url: str) -> None:
     admin = await open_admin(catalog_url, rate="3/minute")
+    stay_within(MINUTE_S, 5)
     other = await _token(admin, "viewer")
     assert [(await admin.http.get("/tiers")).status_code for _ in range(3)] == [200, 200, 429]
     answer = await admin.http.get("/tiers")
@@ -122,6 +124,7 @@ async def test_each_token_has_its_limit(catalog_url: str) -> None:
 
 async def test_guesses_are_stopped_for_each_address(catalog_url: str) -> None:
     admin = await open_admin(catalog_url, trusted=TrustedProxies(["192.0.2.0/24"]))
+    stay_within(MINUTE_S, 5)
     async with admin.client("wrong-token-of-somebody") as http:
         assert [(await http.get("/tiers")).status_code for _ in range(25)] == [401] * 20 + [429] * 5
         assert "retry-after" in (await http.get("/tiers")).headers

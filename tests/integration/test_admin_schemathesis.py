@@ -16,8 +16,8 @@ from schemathesis import checks
 
 from tests.integration.admin_api import TOKEN, open_admin
 from tests.integration.conftest import DATABASES
+from tests.moments import wait_until
 from tests.servers.postgres import PostgresServer
-from tests.servers.redis_server import wait_until
 from tests.unit.test_policy_file import WHOLE
 from tidegate.catalog.policy_file import parse_policy
 from tidegate.listening import Listener, free_address

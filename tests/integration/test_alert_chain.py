@@ -18,6 +18,7 @@ from typing import Any
 import httpx
 import pytest
 
+from tests.moments import wait_until
 from tests.servers.exporters import RedisExporter
 from tests.servers.prometheus import (
     DEPLOY,
@@ -29,7 +30,7 @@ from tests.servers.prometheus import (
     prometheus_files,
     run,
 )
-from tests.servers.redis_server import RedisServer, wait_until
+from tests.servers.redis_server import RedisServer
 
 DIVISOR = int(os.environ.get("TIDEGATE_ALERT_CHAIN_DIVISOR", "30"))
 PATIENCE_S = 25.0 if DIVISOR >= 30 else 300.0

@@ -11,10 +11,10 @@ import pytest
 from drills.balancer import asked_meanwhile, other, settled
 from drills.http_load import POLICY
 
+from tests.moments import wait_until
 from tests.servers.balancer_pair import BALANCERS, VIRTUAL, BalancerPair
 from tests.servers.deployed import DEPLOY
 from tests.servers.prometheus import need
-from tests.servers.redis_server import wait_until
 
 CHECK = DEPLOY / "keepalived/check-balancer"
 

@@ -13,11 +13,12 @@ import pytest
 from drills.http_load import KEY, POLICY, HttpLoad
 
 from tests.conftest import Serve
+from tests.moments import wait_until
 from tests.servers.api import Api
 from tests.servers.deployed import haproxy, nginx_balancer
 from tests.servers.haproxy import HAProxy
 from tests.servers.nginx import Nginx
-from tests.servers.redis_server import free_port, wait_until
+from tests.servers.ports import free_port
 
 BALANCERS = ("haproxy", "nginx")
 ASK = {"X-API-Key": KEY, "X-Original-URI": "/item"}

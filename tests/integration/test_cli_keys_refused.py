@@ -18,7 +18,7 @@ import pytest
 
 from tests.integration.cli_ways import FILE_KEY, HEX_KEY, POLICY, TOKEN, Runner, over_api, with_catalog
 from tests.servers.certificates import Authority
-from tests.servers.redis_server import free_port
+from tests.servers.ports import free_port
 from tests.servers.strangers import Stranger, TlsFront
 from tidegate.catalog.sql import SqlCatalog
 from tidegate.cli import control_plane

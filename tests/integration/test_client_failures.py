@@ -22,7 +22,7 @@ from tests.cases.doors import FREE
 from tests.conftest import Serve
 from tests.integration.client_asker import POLICY, Asker
 from tests.servers.certificates import Authority
-from tests.servers.redis_server import free_port
+from tests.servers.ports import free_port
 from tests.servers.tcp_proxy import TcpProxy
 from tidegate import BadRequest, Check, Gate, LimiterUnavailable, StoreUnavailable
 from tidegate.breaker import BreakerState
@@ -97,9 +97,7 @@ async def test_a_limiter_that_hangs_costs_the_deadline(
 ) -> None:
     server = serve("--demo")
     asker = new_client(server.url, deadline_s=0.3)
-    assert (
-        not (await asker.check("/a", ip="203.0.113.7")).failed or True
-    )  # a connection is there already, if the machine is quick
+    await asker.check("/a", ip="203.0.113.7")  # a connection is there already, if the machine is quick
     os.kill(server.process.pid, signal.SIGSTOP)
     try:
         started = time.monotonic()

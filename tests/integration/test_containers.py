@@ -19,8 +19,9 @@ import psycopg
 import pytest
 import yaml
 
+from tests.moments import wait_until
+from tests.servers.ports import HOST, free_port
 from tests.servers.postgres import PostgresServer, programs
-from tests.servers.redis_server import HOST, free_port, wait_until
 from tidegate._version import __version__
 from tidegate.settings import load_settings
 

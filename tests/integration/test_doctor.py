@@ -15,8 +15,8 @@ import pytest
 from sqlalchemy import inspect, text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from tests.servers.ports import free_port
 from tests.servers.postgres_cluster import PostgresCluster
-from tests.servers.redis_server import free_port
 from tidegate.catalog.engines import open_engine
 from tidegate.catalog.schema import downgrade, upgrade
 

@@ -14,7 +14,8 @@ import httpx
 import pytest
 
 from tests.conftest import Serve
-from tests.servers.redis_server import free_port
+from tests.moments import MINUTE_S, stay_within
+from tests.servers.ports import free_port
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 KEY = {"X-API-Key": "demo-free-key-0001"}
@@ -43,6 +44,7 @@ def run() -> Iterator[Callable[..., str]]:
             except httpx.TransportError:
                 time.sleep(0.05)
             else:
+                stay_within(MINUTE_S, 5)
                 return url
         raise AssertionError(f"{app} did not start (exit code {process.poll()})")
 

@@ -7,8 +7,8 @@ import pytest
 
 from tests.servers.haproxy import HAProxy
 from tests.servers.nginx import Nginx
+from tests.servers.ports import free_port
 from tests.servers.process_tree import has_ended, tree_of
-from tests.servers.redis_server import free_port
 
 HAPROXY = """\
 global

@@ -20,8 +20,8 @@ import pytest
 
 from tests.integration.test_prometheus_rules import ALERTS, RECORDED, names_in
 from tests.integration.watched import PATIENCE_S, Watched
+from tests.moments import wait_until
 from tests.servers.prometheus import Prometheus
-from tests.servers.redis_server import wait_until
 
 ROOT = Path(__file__).parents[2]
 GRAFANA = ROOT / "deploy/grafana"

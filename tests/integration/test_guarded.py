@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable
 
 import pytest
 
+from tests.moments import until
 from tests.servers.redis_server import RedisServer
 from tidegate.breaker import BreakerOptions
 from tidegate.counters import Charge, Outcome
@@ -37,13 +38,6 @@ async def decided(store: GuardedCounters, *counters: tuple[LimitSet, str], cost:
     outcome = await ask(store, *counters, cost=cost)
     assert isinstance(outcome, Decision), outcome
     return outcome
-
-
-async def until(holds: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 20
-    while not holds():
-        assert time.monotonic() < deadline
-        await asyncio.sleep(0.02)
 
 
 async def exact_again(store: GuardedCounters) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.servers.redis_server import free_port
+from tests.servers.ports import free_port
 from tidegate.errors import SettingsError
 from tidegate.instance import Instance
 from tidegate.server import started

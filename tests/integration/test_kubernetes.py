@@ -21,8 +21,8 @@ import kubernetes_validate
 import pytest
 import yaml
 
+from tests.moments import wait_until
 from tests.servers.prometheus import Prometheus, run
-from tests.servers.redis_server import wait_until
 from tidegate._version import __version__
 from tidegate.catalog.policy_file import load_policy
 from tidegate.settings import Settings, load_settings

@@ -19,8 +19,8 @@ from typing import Any
 import pytest
 
 from tests.conftest import Serve
+from tests.moments import wait_until
 from tests.servers.elasticsearch import OpenSearch
-from tests.servers.redis_server import wait_until
 from tests.servers.rsyslog import Shipper
 
 DEPLOY = Path(__file__).parents[2] / "deploy/logging"

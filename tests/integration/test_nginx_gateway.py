@@ -19,7 +19,7 @@ from tests.raw_http import RawAnswer, ask
 from tests.servers.api import Api
 from tests.servers.deployed import gateway
 from tests.servers.nginx import Nginx
-from tests.servers.redis_server import free_port
+from tests.servers.ports import free_port
 from tidegate.doors.http import DataPlane
 from tidegate.gate import Gate
 

@@ -12,10 +12,11 @@ import msgspec
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from tests.moments import wait_until
 from tests.servers.exporters import PostgresExporter, RedisExporter
 from tests.servers.postgres_cluster import PostgresCluster
 from tests.servers.prometheus import run
-from tests.servers.redis_server import RedisServer, wait_until
+from tests.servers.redis_server import RedisServer
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy" / "prometheus"

@@ -12,7 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.servers.redis_server import HOST, binary, free_port, wait_until
+from tests.moments import wait_until
+from tests.servers.ports import HOST, free_port
+from tests.servers.redis_server import binary
 from tidegate import Limiter
 
 SCRIPTS = Path(__file__).parents[2] / "deploy" / "redis"

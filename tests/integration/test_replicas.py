@@ -16,6 +16,7 @@ from sqlalchemy import event, func, select, text
 from sqlalchemy.exc import OperationalError
 
 from tests.integration.catalog_keys import editor_of, listed_keys, make_key, revoke_key
+from tests.moments import until
 from tests.servers.postgres import PostgresServer
 from tests.servers.postgres_cluster import PostgresCluster, PostgresReplica
 from tests.servers.redis_server import RedisServer
@@ -105,15 +106,6 @@ class Asked:
     def take(self) -> dict[str, int]:
         taken, self.counts = dict(self.counts), Counter()
         return taken
-
-
-async def until(holds: Callable[[], bool], within_s: float = 15.0) -> float:
-    """Waits until something holds; says how long that took, s."""
-    began = time.monotonic()
-    while not holds():
-        assert time.monotonic() - began < within_s
-        await asyncio.sleep(0.01)
-    return time.monotonic() - began
 
 
 @contextlib.asynccontextmanager

@@ -14,8 +14,10 @@ from pathlib import Path
 import pytest
 from drills.load import Load
 
+from tests.moments import wait_until
+from tests.servers.ports import free_port
 from tests.servers.redis_cluster import SLOTS, RedisCluster
-from tests.servers.redis_server import Client, RedisServer, free_port, wait_until
+from tests.servers.redis_server import Client, RedisServer
 
 DEPLOY = Path(__file__).parents[2] / "deploy" / "redis"
 SCRIPT = DEPLOY / "reshard.sh"

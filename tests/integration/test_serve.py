@@ -18,6 +18,8 @@ from typing import Any
 import httpx
 import pytest
 
+from tests.moments import MINUTE_S, stay_within, wait_until
+
 POLICY = """\
 [[tiers]]
 name = "free"
@@ -29,16 +31,6 @@ key = "demo-free-key-0001"
 tier = "free"
 """
 CHECK = {"path": "/api/a", "api_key": "demo-free-key-0001"}
-
-
-def _until(what: Callable[[], Any], within_s: float = 10.0) -> Any:
-    deadline = time.monotonic() + within_s
-    while time.monotonic() < deadline:
-        found = what()
-        if found:
-            return found
-        time.sleep(0.05)
-    raise AssertionError(f"did not happen within {within_s} s")
 
 
 def _metric(server: Any, name: str) -> float:
@@ -63,6 +55,7 @@ def test_the_printed_requests_work_as_pasted(serve: Callable[..., Any]) -> None:
     pasted = "".join(printed).replace("\\\n", " ").splitlines()
     commands = [line.strip() for line in pasted if line.strip().startswith(("curl", "for "))]
     assert len(commands) == 3
+    stay_within(MINUTE_S, 5)
     outputs = [subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=True).stdout for line in commands]
     assert json.loads(outputs[0])["remaining"] == 99
     assert outputs[1].startswith("HTTP/1.1 204")
@@ -79,15 +72,15 @@ def test_policy_file_is_reloaded_and_a_wrong_one_refused(serve: Callable[..., An
     assert _remaining(server) == 7
 
     file.write_text(POLICY.format(limit=5))
-    _until(lambda: _remaining(server) == 2)  # what was consumed stays consumed
+    wait_until(lambda: _remaining(server) == 2)  # what was consumed stays consumed
 
     file.write_text(POLICY.format(limit=5).replace("/day", "/fortnight"))
-    _until(lambda: _metric(server, "rate_limiter_policy_reload_errors_total") == 1)
+    wait_until(lambda: _metric(server, "rate_limiter_policy_reload_errors_total") == 1)
     assert _metric(server, "rate_limiter_policy_valid") == 0
     assert _remaining(server) == 2, "the old policy stays in force"
 
     file.write_text(POLICY.format(limit=8))
-    _until(lambda: _remaining(server) == 5)
+    wait_until(lambda: _remaining(server) == 5)
     assert _metric(server, "rate_limiter_policy_valid") == 1
     code, _, err = server.stop()
     assert code == 0
@@ -109,9 +102,9 @@ def test_policy_behind_swapped_symlinks(serve: Callable[..., Any], tmp_path: Pat
     server = serve(TIDEGATE_POLICY__FILE=str(tmp_path / "policy.toml"))
     assert _remaining(server) == 10
     publish("..2026_02", 20)
-    _until(lambda: _remaining(server) == 20)
+    wait_until(lambda: _remaining(server) == 20)
     publish("..2026_03", 30)
-    _until(lambda: _remaining(server) == 30)
+    wait_until(lambda: _remaining(server) == 30)
 
 
 def test_key_made_and_revoked_beside_a_running_server(serve: Callable[..., Any], tmp_path: Path) -> None:
@@ -130,7 +123,7 @@ def test_key_made_and_revoked_beside_a_running_server(serve: Callable[..., Any],
 
     revoked = server.run("keys", "revoke", made["id"], "--reason", "leaked")
     assert revoked.returncode == 0, revoked.stderr
-    _until(lambda: httpx.post(f"{server.url}/v1/check", json=ask).status_code == 403, within_s=3)
+    wait_until(lambda: httpx.post(f"{server.url}/v1/check", json=ask).status_code == 403, 3)
     assert made["api_key"] not in server.stop()[2], "no key is ever logged"
 
 
@@ -241,7 +234,7 @@ def test_request_in_flight_is_finished(serve: Callable[..., Any], tmp_path: Path
     body = json.dumps(CHECK).encode()
     with socket.create_connection(("127.0.0.1", server.port), timeout=15) as connection:
         connection.sendall(b"POST /v1/check HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body[:5]))
-        _until(lambda: _metric(server, "rate_limiter_in_flight") >= 2)
+        wait_until(lambda: _metric(server, "rate_limiter_in_flight") >= 2)
         server.process.send_signal(signal.SIGTERM)
         time.sleep(0.5)
         connection.sendall(body[5:])

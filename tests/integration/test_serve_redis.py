@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import concurrent.futures
 import json
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
+from tests.moments import wait_until
 from tests.servers.redis_server import RedisServer
 
 KEY = "demo-free-key-0001"
@@ -34,13 +34,6 @@ tier = "free"
 
 def check(server: Any, path: str = "/api/a", **fields: Any) -> httpx.Response:
     return httpx.post(f"{server.url}/v1/check", json={"path": path, "api_key": KEY, **fields})
-
-
-def until(holds: Callable[[], bool], within_s: float = 20.0) -> None:
-    deadline = time.monotonic() + within_s
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 def test_two_instances_admit_the_limit_once(
@@ -66,7 +59,7 @@ def test_two_instances_admit_the_limit_once(
     assert findings["counters"]["ok"]
     assert "answers" in findings["counters"]["finding"]
     # Each hears of the other with its own next heartbeat.
-    until(lambda: "rate_limiter_instances 2.0" in httpx.get(f"{servers[0].url}/metrics").text)
+    wait_until(lambda: "rate_limiter_instances 2.0" in httpx.get(f"{servers[0].url}/metrics").text)
     for server in servers:
         assert server.stop()[0] == 0
 
@@ -78,11 +71,11 @@ def test_it_serves_while_redis_is_away(serve: Callable[..., Any], new_redis: Cal
     assert check(server).json()["degraded"] is False
     assert httpx.get(f"{server.url}/health").status_code == 200
     redis.kill()
-    until(lambda: check(server, cost=0).json()["degraded"])
+    wait_until(lambda: check(server, cost=0).json()["degraded"])
     assert check(server).status_code == 200
     denied = check(server, "/deny/a")
     assert (denied.status_code, denied.json()["error"]["code"]) == (503, "STORE_UNAVAILABLE")
-    until(lambda: httpx.get(f"{server.url}/health").status_code == 503)
+    wait_until(lambda: httpx.get(f"{server.url}/health").status_code == 503)
     assert httpx.get(f"{server.url}/health").json()["components"]["redis"]["status"] != "healthy"
     assert httpx.get(f"{server.url}/readyz").status_code == 200, "an instance that can decide stays in the load balancer"
     metrics = httpx.get(f"{server.url}/metrics").text
@@ -91,10 +84,10 @@ def test_it_serves_while_redis_is_away(serve: Callable[..., Any], new_redis: Cal
     assert told.returncode == 1
     assert "WRONG counters" in told.stdout
     redis.start()
-    until(lambda: not check(server, cost=0).json()["degraded"])
-    until(lambda: httpx.get(f"{server.url}/health").status_code == 200)
+    wait_until(lambda: not check(server, cost=0).json()["degraded"])
+    wait_until(lambda: httpx.get(f"{server.url}/health").status_code == 200)
     # One unit was admitted by the fallback, and is put back.
-    until(lambda: check(server, cost=0).json()["remaining"] == 49)
+    wait_until(lambda: check(server, cost=0).json()["remaining"] == 49)
     assert server.stop()[0] == 0
 
 

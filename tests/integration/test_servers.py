@@ -13,10 +13,12 @@ from pathlib import Path
 import hiredis
 import pytest
 
+from tests.moments import wait_until
 from tests.servers.certificates import Authority
+from tests.servers.ports import free_port
 from tests.servers.redis_cluster import RedisCluster
 from tests.servers.redis_sentinel import RedisSentinel
-from tests.servers.redis_server import Client, RedisServer, binary, free_port, need, wait_until
+from tests.servers.redis_server import Client, RedisServer, binary, need
 from tests.servers.tcp_proxy import TcpProxy
 
 BOTH = pytest.mark.parametrize("kind", ["redis", "valkey"])

@@ -14,7 +14,7 @@ import msgspec
 import pytest
 from drills.stack_command import Recorded, State, began_at, clean_up, main, read_state, write_state
 
-from tests.servers.redis_server import wait_until
+from tests.moments import wait_until
 
 
 @pytest.fixture

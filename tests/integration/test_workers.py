@@ -17,6 +17,7 @@ from typing import Any
 import httpx
 import pytest
 
+from tests.moments import wait_until
 from tests.servers.redis_server import RedisServer
 from tidegate.telemetry.combined import combine
 
@@ -71,16 +72,6 @@ def _lives(pid: int) -> bool:
     return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
 
 
-def _until(what: Callable[[], Any], within_s: float = 15.0) -> Any:
-    deadline = time.monotonic() + within_s
-    while time.monotonic() < deadline:
-        found = what()
-        if found:
-            return found
-        time.sleep(0.05)
-    raise AssertionError(f"did not happen within {within_s} s")
-
-
 def _metrics(server: Any) -> dict[str, float]:
     """One scrape on a connection of its own, so by a worker of chance."""
     text = httpx.get(f"{server.url}/metrics").text
@@ -131,7 +122,7 @@ def test_every_worker_answers_and_metrics_are_of_all(start: Callable[..., Any]) 
         for client in clients:
             for _ in range(5):
                 assert client.post(f"{server.url}/v1/check", json=CHECK).status_code == 200
-        _until(lambda: sum(_connections(server, pid) for pid in pids) == 60)
+        wait_until(lambda: sum(_connections(server, pid) for pid in pids) == 60)
         assert all(_connections(server, pid) > 0 for pid in pids)
         for client in clients[:20]:  # whatever worker it is that answers
             text = client.get(f"{server.url}/metrics").text
@@ -178,8 +169,8 @@ def test_a_worker_told_to_end_drains_and_is_replaced(start: Callable[..., Any]) 
     _check(server, 20)
     first, second = _workers(server)
     os.kill(first, signal.SIGTERM)
-    _until(lambda: not _lives(first))
-    _until(lambda: len(_workers(server)) == 2 and _metrics(server)["rate_limiter_workers"] == 2)
+    wait_until(lambda: not _lives(first))
+    wait_until(lambda: len(_workers(server)) == 2 and _metrics(server)["rate_limiter_workers"] == 2)
     assert second in _workers(server)
     assert _decided(_metrics(server)) == 20, "what was not scraped before the drain is not lost"
     code, _, err = server.stop()
@@ -201,7 +192,7 @@ def test_a_hung_worker_does_not_hold_up_a_scrape(start: Callable[..., Any]) -> N
             return None
         return {name: float(value) for name, value in re.findall(r"^([^#\s]\S*) (\S+)$", text, re.MULTILINE)}
 
-    samples = _until(scraped)
+    samples = wait_until(scraped)
     os.kill(pids[1], signal.SIGCONT)
     assert samples["rate_limiter_workers"] == WORKERS - 1
     assert _decided(samples) == 30, "its last told counts stand in"
@@ -241,7 +232,7 @@ def test_a_second_signal_hurries(start: Callable[..., Any]) -> None:
         for _ in range(8):
             connection = stack.enter_context(socket.create_connection(("127.0.0.1", server.port), timeout=15))
             connection.sendall(request)  # the rest never comes
-        _until(lambda: _metrics(server)["rate_limiter_in_flight"] >= 8)
+        wait_until(lambda: _metrics(server)["rate_limiter_in_flight"] >= 8)
         server.process.send_signal(signal.SIGTERM)
         time.sleep(1)
         assert any(map(_lives, pids)), "they wait for the requests in flight"
@@ -259,7 +250,7 @@ def test_no_worker_outlives_a_killed_supervisor(start: Callable[..., Any]) -> No
         assert len(pids) == WORKERS
         server.process.kill()
         try:
-            _until(lambda: not any(map(_lives, pids)), within_s=5)
+            wait_until(lambda: not any(map(_lives, pids)), 5)
         finally:
             for pid in filter(_lives, pids):
                 os.kill(pid, signal.SIGKILL)

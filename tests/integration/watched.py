@@ -23,10 +23,10 @@ from tests.conftest import Serve
 from tests.servers.exporters import BlackboxExporter, NginxExporter, PostgresExporter, RedisExporter
 from tests.servers.haproxy import HAProxy
 from tests.servers.nginx import Nginx
+from tests.servers.ports import HOST, free_port
 from tests.servers.postgres_cluster import PostgresCluster
 from tests.servers.prometheus import DEPLOY, Alertmanager, Prometheus, prometheus_files
 from tests.servers.redis_cluster import RedisCluster
-from tests.servers.redis_server import HOST, free_port
 
 PATIENCE_S = 60.0
 POLICY = """\

@@ -9,10 +9,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
 
+from tests.moments import wait_until
 from tests.servers.deployed import DEPLOY, configured
 from tests.servers.netns import Host, Network, Process, need_namespaces
 from tests.servers.prometheus import need
-from tests.servers.redis_server import wait_until
 
 VIRTUAL: Final = "10.0.0.10"
 BALANCERS: Final = ("balancer1", "balancer2")

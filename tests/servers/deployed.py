@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tests.servers.haproxy import HAProxy
 from tests.servers.nginx import Nginx
-from tests.servers.redis_server import HOST, free_port
+from tests.servers.ports import HOST, free_port
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 

@@ -13,8 +13,8 @@ from typing import Any
 import httpx
 import pytest
 
+from tests.servers.ports import HOST, free_port
 from tests.servers.prometheus import Service
-from tests.servers.redis_server import HOST, free_port
 
 LAYOUT = Path(sys.prefix) / "opensearch"
 HEAP = "256m"

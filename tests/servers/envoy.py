@@ -15,7 +15,7 @@ import httpx
 import pytest
 
 from tests.servers.lifetime import Started
-from tests.servers.redis_server import HOST, free_port
+from tests.servers.ports import HOST, free_port
 
 DEPLOY = Path(__file__).parents[2] / "deploy" / "envoy"
 START_S = 30.0

@@ -11,8 +11,8 @@ import socket
 import subprocess
 from collections.abc import Mapping, Sequence
 
+from tests.servers.ports import HOST
 from tests.servers.prometheus import Service
-from tests.servers.redis_server import HOST
 
 
 class HAProxy(Service):

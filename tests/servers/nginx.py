@@ -11,9 +11,9 @@ import socket
 import subprocess
 from collections.abc import Mapping, Sequence
 
+from tests.servers.ports import HOST
 from tests.servers.process_tree import has_ended, kill_tree, tree_of
 from tests.servers.prometheus import Service
-from tests.servers.redis_server import HOST
 
 _MAIN = """\
 {user}

@@ -21,9 +21,10 @@ import psycopg
 import pytest
 from psycopg import sql
 
+from tests.moments import wait_until
 from tests.servers.lifetime import Started
+from tests.servers.ports import HOST, free_port
 from tests.servers.process_tree import freeze, kill_tree, thaw, tree_of
-from tests.servers.redis_server import HOST, free_port, wait_until
 
 USER = "postgres"
 """The superuser, the database it administers others from, and where root starts servers, the system's user who runs them."""

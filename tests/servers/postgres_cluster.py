@@ -9,9 +9,9 @@ from urllib.parse import quote
 
 from psycopg import sql
 
+from tests.moments import wait_until
 from tests.servers.lifetime import Started
 from tests.servers.postgres import DATABASE, START_S, USER, Options, PostgresServer, run
-from tests.servers.redis_server import wait_until
 
 FORM_S = 30.0
 

@@ -16,11 +16,12 @@ from urllib.parse import quote
 import psycopg
 import pytest
 
+from tests.moments import wait_until
 from tests.servers import postgres
 from tests.servers.lifetime import Started
+from tests.servers.ports import HOST, free_port
 from tests.servers.postgres import DATABASE, START_S, USER, as_server, new_directory, run
 from tests.servers.process_tree import freeze, kill_tree, thaw, tree_of
-from tests.servers.redis_server import HOST, free_port, wait_until
 
 FORM_S = 60.0
 STOP_S = 10.0

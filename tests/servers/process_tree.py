@@ -10,7 +10,7 @@ import signal
 import subprocess
 from pathlib import Path
 
-from tests.servers.redis_server import wait_until
+from tests.moments import wait_until
 
 _WAIT_S = 5.0
 

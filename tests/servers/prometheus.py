@@ -25,8 +25,9 @@ import httpx
 import msgspec
 import pytest
 
+from tests.moments import wait_until
 from tests.servers.lifetime import Started
-from tests.servers.redis_server import HOST, free_port, wait_until
+from tests.servers.ports import HOST, free_port
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 START_S = 20.0

@@ -19,7 +19,8 @@ from typing import Self
 import grpc
 import pytest
 
-from tests.servers.redis_server import HOST, RedisServer, free_port
+from tests.servers.ports import HOST, free_port
+from tests.servers.redis_server import RedisServer
 
 PROGRAM = "service_cmd"
 START_S = 20.0

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from tests.moments import wait_until
 from tests.servers.lifetime import Started
-from tests.servers.redis_server import Kind, Options, RedisServer, stop_all, wait_until
+from tests.servers.redis_server import Kind, Options, RedisServer, stop_all
 
 SLOTS = 16_384
 FORM_S = 30.0

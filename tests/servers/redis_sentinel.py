@@ -6,8 +6,9 @@ from typing import Any
 
 import hiredis
 
+from tests.moments import wait_until
 from tests.servers.lifetime import Started
-from tests.servers.redis_server import Kind, Options, RedisServer, stop_all, wait_until
+from tests.servers.redis_server import Kind, Options, RedisServer, stop_all
 
 NAME = "mymaster"
 FORM_S = 30.0

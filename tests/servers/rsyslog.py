@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.moments import wait_until
 from tests.servers.lifetime import Started
-from tests.servers.redis_server import wait_until
 
 DEPLOY = Path(__file__).parents[2] / "deploy/logging/rsyslog"
 START_S = 60.0

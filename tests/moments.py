@@ -1,0 +1,74 @@
+"""Waiting: for something to hold, and for moments of the machine's own clock, where a server has no other."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+MINUTE_S = 60
+HOUR_S = 3600
+
+_T = TypeVar("_T")
+
+
+def wait_until(holds: Callable[[], _T], timeout_s: float = 20.0, what: str = "what was waited for") -> _T:
+    """Ask again and again until something holds.
+
+    Args:
+        holds: asked every 20 ms; what it raises as `OSError` counts as no.
+        timeout_s: for how long to ask.
+        what: that was waited for, for the error.
+
+    Returns:
+        What it gave at last.
+
+    Raises:
+        TimeoutError: if it does not hold in time.
+    """
+    deadline = time.monotonic() + timeout_s
+    while True:
+        try:
+            found = holds()
+            if found:
+                return found
+        except OSError as error:
+            last = f": {error}"
+        else:
+            last = ""
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"{what}: not within {timeout_s} s{last}")
+        time.sleep(0.02)
+
+
+async def until(holds: Callable[[], object], timeout_s: float = 20.0) -> float:
+    """Ask again and again until something holds, while the loop goes on.
+
+    Args:
+        holds: asked every 10 ms.
+        timeout_s: for how long to ask.
+
+    Returns:
+        How long it took, s.
+
+    Raises:
+        TimeoutError: if it does not hold in time.
+    """
+    began = time.monotonic()
+    async with asyncio.timeout(timeout_s):
+        while not holds():
+            await asyncio.sleep(0.01)
+    return time.monotonic() - began
+
+
+def stay_within(window_s: int, least_s: float) -> None:
+    """Wait for the next window where the present one is about to end, and what was used up with it.
+
+    Args:
+        window_s: length of windows that begin at the epoch, s.
+        least_s: what has to be left of the present one, s.
+    """
+    left_s = window_s - time.time() % window_s
+    if left_s < least_s:
+        time.sleep(left_s + 0.01)
