@@ -3,13 +3,17 @@
     python -m bench.inprocess [--smoke]
 
 10,000 subjects take turns on 100,000/minute, so that every check is charged. Rounds are interleaved; CPU time is the
-process's own; medians and the median of the ratios round by round are printed.
+process's own; medians and the median of the ratios round by round are printed. What importing takes is the CPU time of an
+interpreter that imports the package, less that of one that imports nothing.
 """
 
 from __future__ import annotations
 
 import asyncio
+import resource
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Awaitable, Callable
 
@@ -37,6 +41,14 @@ def per_call_us(check: Callable[[str], object], count: int) -> float:
     for number in range(count):
         check(SUBJECTS[number % 10_000])
     return (time.process_time() - started) / count * 1e6
+
+
+def import_ms(package: str) -> float:
+    """CPU ms of an interpreter that imports a package and ends."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run([sys.executable, "-c", f"import {package}"], check=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return (after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime) * 1e3
 
 
 async def main() -> None:
@@ -72,6 +84,10 @@ async def main() -> None:
         figures.append((f"{algorithm}, µs CPU", await _median_us(each, count), None))
     two_limits = Limiter(["100000/minute", "900000/day"])
     figures.append(("two limits, µs CPU", await _median_us(two_limits, count), None))
+    packages = {"Tidegate": "tidegate", "limits": "limits", "throttled-py": "throttled"}
+    imports = [{name: import_ms(package) - import_ms("sys") for name, package in packages.items()} for _ in range(rounds)]
+    for name in packages:
+        figures.append((f"import of {name}, ms CPU", statistics.median(each[name] for each in imports), None))
     report("inprocess", "In one process, counters in memory, sliding window, 10,000 subjects", figures, smoke=smoke)
 
 
