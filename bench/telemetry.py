@@ -8,12 +8,14 @@ what ours does at the least: one labelled counter and one histogram, with childr
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from prometheus_client import CollectorRegistry, Counter, Histogram
@@ -110,6 +112,38 @@ def line_us(count: int) -> float:
     return taken / count * 1e6
 
 
+class Scrape(NamedTuple):
+    """What one scrape took."""
+
+    cpu_s: float
+    held_s: float
+    size: int
+
+
+async def scrape(metrics: Metrics) -> Scrape:
+    """Make the exposition while something else wants its turn on the loop all the time, as checks do."""
+    held_s = 0.0
+    others_s = 0.0
+
+    async def wait_for_turns() -> None:
+        nonlocal held_s, others_s
+        left = time.perf_counter()
+        while True:
+            await asyncio.sleep(0)
+            came = time.perf_counter()
+            held_s = max(held_s, came - left)
+            left = time.perf_counter()
+            others_s += left - came
+
+    waiting = asyncio.create_task(wait_for_turns())
+    await asyncio.sleep(0)
+    started = time.process_time()
+    exposition = await metrics.exposition()
+    taken = time.process_time() - started - others_s
+    waiting.cancel()
+    return Scrape(taken, held_s, len(exposition))
+
+
 def main() -> None:
     smoke = asked_for_smoke(__doc__)
     rounds, count = (2, 20_000) if smoke else (9, 200_000)
@@ -131,13 +165,11 @@ def main() -> None:
     metrics = Metrics("bench")
     for each in checks(RULES, RULES):
         metrics.observe(each)
-    taken = []
-    for _ in range(3 if smoke else 15):
-        started = time.process_time()
-        exposition = metrics.exposition()
-        taken.append(time.process_time() - started)
-    figures.append((f"a scrape with {RULES:,} rules, ms CPU", statistics.median(taken) * 1e3, None))
-    figures.append((f"/metrics with {RULES:,} rules, kB", len(exposition) / 1e3, None))
+    scrapes = [asyncio.run(scrape(metrics)) for _ in range(3 if smoke else 15)]
+    figures.append((f"a scrape with {RULES:,} rules, ms CPU", statistics.median(each.cpu_s for each in scrapes) * 1e3, None))
+    held_ms = statistics.median(each.held_s for each in scrapes) * 1e3
+    figures.append(("the longest that it holds up checks, ms", held_ms, Goal(at_most=10)))
+    figures.append((f"/metrics with {RULES:,} rules, kB", scrapes[-1].size / 1e3, None))
     figures.append(("a line of the access log, µs CPU", line_us(1000 if smoke else 20_000), None))
     seen = checks(1, count // 10)
     plain = statistics.median(per_call_ns(ours(), seen) for _ in range(3))

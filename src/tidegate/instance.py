@@ -75,7 +75,7 @@ class Instance:
         self.settings = settings
         self._shares_port = shares_port
         self.metrics = Metrics(__version__)
-        self.exposition: Callable[[], Awaitable[bytes]] = self._own_exposition
+        self.exposition: Callable[[], Awaitable[bytes]] = self.metrics.exposition
         self.health = Health()
         self.address = ""
         self.admin_address = ""
@@ -343,9 +343,6 @@ class Instance:
 
     async def _metrics_page(self) -> Page:
         return Page(200, _METRICS_TYPE, await self.exposition())
-
-    async def _own_exposition(self) -> bytes:
-        return await self.metrics.exposition_in_turns()
 
     async def _openapi_page(self) -> Page:
         return Page(200, "application/json", encode(data_plane_openapi()))

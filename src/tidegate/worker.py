@@ -215,7 +215,7 @@ async def _work(settings: Settings, seat: Seat, ready: Callable[[Instance], None
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stop.set)
         instance = Instance(settings, shares_port=True)
-        tally = Tally(seat, settings.server.workers, instance.metrics.exposition_in_turns)
+        tally = Tally(seat, settings.server.workers, instance.metrics.exposition)
         instance.exposition = tally.gather
         if not await started(instance, stop):
             loop.remove_reader(channel)

@@ -11,7 +11,7 @@ import platform
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Final
 
-from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client import generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
@@ -69,8 +69,6 @@ class Metrics:
         ]
         self._error_sources: list[Callable[[], Iterable[tuple[str, int]]]] = []
         self._version = version
-        self._registry = CollectorRegistry()
-        self._registry.register(_Collector(self))
 
     def observe(self, seen: Observation) -> None:
         """Count one check.
@@ -173,16 +171,10 @@ class Metrics:
         """
         self._error_sources.append(read)
 
-    def exposition(self) -> bytes:
+    async def exposition(self) -> bytes:
         """All metrics in Prometheus' text format 0.0.4.
 
-        Returns:
-            The bytes.
-        """
-        return generate_latest(self._registry)
-
-    async def exposition_in_turns(self) -> bytes:
-        """The same, but checks are decided meanwhile: with 1,000 rules it would hold them up for longer than any may take.
+        Checks are decided meanwhile: with 1,000 rules it would hold them up for longer than any may take.
 
         Returns:
             The bytes; each family is of one moment, all of them together are not.
@@ -281,11 +273,3 @@ class _Families(Collector):
 
     def collect(self) -> Sequence[Metric]:
         return self._families
-
-
-class _Collector(Collector):
-    def __init__(self, metrics: Metrics) -> None:
-        self._metrics = metrics
-
-    def collect(self) -> Iterator[Metric]:
-        return self._metrics.collect()
