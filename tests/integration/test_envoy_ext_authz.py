@@ -102,6 +102,8 @@ def test_without_tidegate(house: Callable[..., Any], as_shipped: bool, status: i
         tidegate.process.terminate()
         # While it drains it is asked until Envoy has seen that, and answers.
         while envoy.healthy("tidegate"):
-            assert client.get("/wide/x").status_code == 200
+            answer = client.get("/wide/x")
+            # Envoy may have seen it between the look and the request, and then asks nobody.
+            assert answer.status_code == 200 or (answer.status_code == status and not envoy.healthy("tidegate"))
         assert tidegate.stop()[0] == 0
         assert client.get("/api/x").status_code == status
