@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -101,9 +102,14 @@ def test_without_tidegate(house: Callable[..., Any], as_shipped: bool, status: i
         assert client.get("/wide/x").headers["x-ratelimit-limit"] == "1000"
         tidegate.process.terminate()
         # While it drains it is asked until Envoy has seen that, and answers.
+        asked_at = time.monotonic()
         while envoy.healthy("tidegate"):
             answer = client.get("/wide/x")
-            # Envoy may have seen it between the look and the request, and then asks nobody.
-            assert answer.status_code == 200 or (answer.status_code == status and not envoy.healthy("tidegate"))
+            pause_s, asked_at = time.monotonic() - asked_at, time.monotonic()
+            if answer.status_code != 200:
+                # Whom nobody asks for 0.2 s ends before Envoy has seen it; on a busy machine this test is as slow as that.
+                assert answer.status_code == status
+                assert pause_s > 0.15 or not envoy.healthy("tidegate")
+                break
         assert tidegate.stop()[0] == 0
         assert client.get("/api/x").status_code == status
