@@ -216,5 +216,6 @@ def canonical_ip(ip: object) -> str:
 
 def clip(value: object) -> str:
     """The representation of a value that came from outside, short enough for a message."""
-    text = repr(value)
+    # Of a long text its beginning is enough; to escape all of it would cost its sender's peers.
+    text = repr(value[:80] if type(value) is str else value)
     return text if len(text) <= 80 else text[:77] + "..."

@@ -2,6 +2,9 @@
 
 Source of the rules: RFC 3986, sections 2.3, 3.3 and 6.2.2; what is refused there is what gateways and backends are known
 to read differently (empty and dot segments, encoded slashes, path parameters, backslashes).
+
+A path costs about the same whatever stands in it: all its characters are looked at in C, and the length of the result is
+known, and refused where it is too large, before anything is rewritten.
 """
 
 from __future__ import annotations
@@ -12,11 +15,28 @@ from typing import Final
 MAX_PATH_BYTES: Final = 8192
 
 _PLAIN: Final = re.compile(r"/[A-Za-z0-9\-._~!$&'()*+,=:@/]*", re.ASCII)
-_ESCAPE: Final = re.compile(r"%(?![0-9A-Fa-f]{2})", re.ASCII)
-_ENCODED: Final = re.compile(r"%([0-9A-Fa-f]{2})", re.ASCII)
-_UNRESERVED: Final = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-._~")
-_SLOPPY: Final = re.compile(r"[^A-Za-z0-9\-._~!$&'()*+,=:@/%]")
+_KEPT: Final = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-._~!$&'()*+,=:@/%"
+_UNRESERVED: Final = frozenset(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-._~")
+_CONTROL: Final = frozenset((*range(0x21), 0x7F))
+_REFUSED_RAW: Final = _CONTROL | frozenset(b"\\;#?")
 _REFUSED_BYTES: Final = {0x2F: "an encoded slash", 0x5C: "an encoded backslash"}
+_REFUSED_ESCAPES: Final = frozenset(range(0x20)) | {0x7F} | _UNRESERVED | _REFUSED_BYTES.keys()
+
+
+def _escapes(refused: frozenset[int]) -> re.Pattern[bytes]:
+    """Matches text whose every '%' begins an escape of a byte that is not refused."""
+    tens = {first: "".join(f"{second:X}" for second in range(16) if first << 4 | second not in refused) for first in range(16)}
+    allowed = "|".join(f"[{first:X}{first:x}][{seconds}{seconds.lower()}]" for first, seconds in tens.items() if seconds)
+    return re.compile(f"[^%]*+(?:%(?:{allowed})[^%]*+)*+".encode())
+
+
+_ESCAPES: Final = _escapes(_REFUSED_ESCAPES)
+_ESCAPE: Final = re.compile(rb"%[0-9A-Fa-f]{2}")
+# One bit tells lower-case from upper-case letters in ASCII.
+_CASE_BIT: Final = 0x20
+_BIT_AT_PERCENT: Final = bytes(_CASE_BIT * (byte == 0x25) for byte in range(256))
+_BIT_AT_LOWER: Final = bytes(_CASE_BIT * (byte in b"abcdef") for byte in range(256))
+_TOO_LONG: Final = f"a path has at most {MAX_PATH_BYTES} bytes"
 
 
 def canonical_path(path: str) -> tuple[str | None, str]:
@@ -27,46 +47,91 @@ def canonical_path(path: str) -> tuple[str | None, str]:
 
     Returns:
         `(path, "")` if the spelling is canonical (hex digits made upper-case and sloppy characters encoded, which
-        changes no meaning); `(None, reason)` with the remedy in the reason if it is refused. Costs 0.3 µs for plain paths.
+        changes no meaning); `(None, reason)` with the remedy in the reason if it is refused. Costs 0.3 µs for short plain
+        paths, 25 µs for plain ones of 8 KB, and at most ten times that for any other of that size.
     """
-    if _PLAIN.fullmatch(path) and "//" not in path and "/." not in path and len(path) <= MAX_PATH_BYTES:
+    if len(path) <= MAX_PATH_BYTES and _PLAIN.fullmatch(path) and "//" not in path and "/." not in path:
         return path, ""
     return _examine(path)
+
+
+def quote_path(path: str) -> str:
+    """Percent-encode a path that a server has decoded already.
+
+    Args:
+        path: decoded; a `%` in it stays, so that it is refused unless it begins an escape.
+
+    Returns:
+        The path, for `canonical_path`; itself where it is too long for that anyway.
+    """
+    if len(path) > MAX_PATH_BYTES:
+        return path
+    raw = path.encode(errors="surrogatepass")
+    return _encode(raw, set(raw.translate(None, _KEPT)))
 
 
 def _examine(path: str) -> tuple[str | None, str]:
     if not path.startswith("/"):
         return None, "a path begins with '/'"
     if len(path) > MAX_PATH_BYTES:
-        return None, f"a path has at most {MAX_PATH_BYTES} bytes"
-    if any(character <= " " or character == "\x7f" for character in path):
-        return None, "a path has no spaces or control characters: percent-encode them"
-    if "\\" in path:
-        return None, "a path has no backslashes: use '/'"
-    if ";" in path:
-        return None, "path parameters (';') are refused because backends read them differently: encode ';' as '%3B'"
-    if "#" in path or "?" in path:
-        return None, "a path has no query or fragment"
-    if _ESCAPE.search(path):
-        return None, "'%' must be followed by two hex digits"
-    for match in _ENCODED.finditer(path):
-        byte = int(match.group(1), 16)
-        if byte in _REFUSED_BYTES:
-            return None, f"{match.group()!r} is {_REFUSED_BYTES[byte]}, which backends read differently"
-        if byte < 0x20 or byte == 0x7F:
-            return None, f"{match.group()!r} is an encoded control character"
-        if chr(byte) in _UNRESERVED:
-            return None, f"{match.group()!r} is another spelling of {chr(byte)!r}: send {chr(byte)!r}"
-    segments = path.split("/")[1:]
-    if "." in segments or ".." in segments:
-        return None, "dot segments ('.', '..') are refused: send the path they resolve to"
-    if "" in segments[:-1]:
-        return None, "empty segments ('//') are refused: send a single '/'"
+        return None, _TOO_LONG
     try:
-        encoded = _SLOPPY.sub(lambda match: "".join(f"%{byte:02X}" for byte in match.group().encode()), path)
+        raw = path.encode()
     except UnicodeEncodeError:
         return None, "a path is valid Unicode"
-    encoded = _ENCODED.sub(lambda match: match.group().upper(), encoded)
-    if len(encoded) > MAX_PATH_BYTES:
-        return None, f"a path has at most {MAX_PATH_BYTES} bytes"
-    return encoded, ""
+    odd = raw.translate(None, _KEPT)
+    # Each of them takes two bytes more once it is encoded.
+    if len(raw) + 2 * len(odd) > MAX_PATH_BYTES:
+        return None, _TOO_LONG + (" once it is percent-encoded" if odd else "")
+    to_encode = set(odd)
+    if not to_encode.isdisjoint(_REFUSED_RAW):
+        return None, _why_raw(to_encode)
+    if "//" in path:
+        return None, "empty segments ('//') are refused: send a single '/'"
+    if "%" in path:
+        good = _ESCAPES.match(raw)
+        if good is not None and good.end() < len(raw):
+            return None, _why_escape(raw[good.end() : good.end() + 3])
+        raw = _upper_case_escapes(raw)
+    if "/." in path and _has_dot_segment(path):
+        return None, "dot segments ('.', '..') are refused: send the path they resolve to"
+    return _encode(raw, to_encode), ""
+
+
+def _encode(raw: bytes, odd: set[int]) -> str:
+    """Encode these bytes wherever they stand, each in one go. There are at most 176 of them."""
+    for byte in odd:
+        raw = raw.replace(bytes((byte,)), b"%%%02X" % byte)
+    return raw.decode("ascii")
+
+
+def _upper_case_escapes(raw: bytes) -> bytes:
+    """Make the two digits after each '%' upper-case: all at once, as one number of which the bits in question are cleared."""
+    percent = int.from_bytes(raw.translate(_BIT_AT_PERCENT))
+    lower = int.from_bytes(raw.translate(_BIT_AT_LOWER)) & (percent >> 8 | percent >> 16)
+    return (int.from_bytes(raw) ^ lower).to_bytes(len(raw)) if lower else raw
+
+
+def _has_dot_segment(path: str) -> bool:
+    return "/./" in path or "/../" in path or path.endswith(("/.", "/.."))
+
+
+def _why_raw(odd: set[int]) -> str:
+    if not odd.isdisjoint(_CONTROL):
+        return "a path has no spaces or control characters: percent-encode them"
+    if 0x5C in odd:
+        return "a path has no backslashes: use '/'"
+    if 0x3B in odd:
+        return "path parameters (';') are refused because backends read them differently: encode ';' as '%3B'"
+    return "a path has no query or fragment"
+
+
+def _why_escape(escape: bytes) -> str:
+    if not _ESCAPE.fullmatch(escape):
+        return "'%' must be followed by two hex digits"
+    byte, shown = int(escape[1:], 16), escape.decode()
+    if byte in _REFUSED_BYTES:
+        return f"{shown!r} is {_REFUSED_BYTES[byte]}, which backends read differently"
+    if byte in _UNRESERVED:
+        return f"{shown!r} is another spelling of {chr(byte)!r}: send {chr(byte)!r}"
+    return f"{shown!r} is an encoded control character"

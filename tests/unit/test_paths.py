@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
+import time
+from urllib.parse import quote
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tidegate.paths import MAX_PATH_BYTES, canonical_path
+from tidegate.paths import MAX_PATH_BYTES, canonical_path, quote_path
 
 ACCEPTED = {
     "/": "/",
@@ -86,3 +90,59 @@ def test_never_raises_and_is_idempotent(path: str) -> None:
         assert canonical_path(canonical) == (canonical, "")
         assert canonical.isascii()
         assert canonical.isprintable()
+
+
+@given(st.text("/aA0fF%3cC;éß€|^ .~\U0001f600", max_size=60).map("/".__add__))
+def test_what_is_encoded_is_what_the_standard_library_encodes(path: str) -> None:
+    canonical, _ = canonical_path(path)
+    if canonical is not None:
+        encoded = quote(path, safe="/%!$&'()*+,=:@~")
+        assert canonical == re.sub("%..", lambda escape: escape.group().upper(), encoded)
+
+
+@given(st.text(st.characters(codec="utf-8"), max_size=60).map("/".__add__))
+def test_a_decoded_path_is_quoted_as_the_standard_library_does(path: str) -> None:
+    assert quote_path(path) == quote(path, safe="/:@!$&'()*+,=~-._%")
+
+
+def test_a_decoded_path_of_any_text_can_be_quoted() -> None:
+    assert canonical_path(quote_path("/\ud800"))[0] == "/%ED%A0%80"
+    assert canonical_path(quote_path("/" + "é" * MAX_PATH_BYTES))[0] is None
+
+
+HOSTILE = {
+    "odd characters": "/" + "|" * 7600,
+    "odd characters that just fit": "/" + "|" * 2700,
+    "every second one odd": "/" + "a|" * 2000,
+    "characters of all scripts": "/" + "".join(chr(0x4E00 + 7 * number) for number in range(880)),
+    "lower-case escapes": "/" + "%c3%a9" * 1300,
+    "upper-case escapes": "/" + "%C3" * 2700,
+    "a bad escape at the end": "/" + "%C3" * 2700 + "%2f",
+    "a space at the end": "/" + "a" * 7600 + " ",
+    "many segments": "/" + "/a" * 3800 + "|",
+    "segments that begin with dots": "/" + "/..." * 2000,
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_no_path_costs_many_times_a_plain_one(name: str) -> None:
+    """The worst of these cost 335 times a plain path of their length once, and 7 times now; bounded at 40."""
+
+    def cost_ns(path: str) -> int:
+        taken = []
+        for _ in range(20):
+            started = time.process_time_ns()
+            canonical_path(path)
+            taken.append(time.process_time_ns() - started)
+        return min(taken)
+
+    plain = "/" + "a" * (len(HOSTILE[name].encode()) - 1)
+    assert cost_ns(HOSTILE[name]) < 40 * max(cost_ns(plain), 10_000)
+
+
+def test_the_length_is_that_of_the_result() -> None:
+    most = (MAX_PATH_BYTES - 1) // 3
+    assert canonical_path("/" + "|" * most)[0] == "/" + "%7C" * most
+    refused, remedy = canonical_path("/" + "|" * (most + 1))
+    assert refused is None
+    assert "once it is percent-encoded" in remedy

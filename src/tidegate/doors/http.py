@@ -35,6 +35,7 @@ from tidegate.errors import BadRequest, RequestTooLarge, TidegateError
 from tidegate.gate import Gate, Observer
 from tidegate.telemetry.access import AccessLog
 from tidegate.telemetry.requests import CURRENT, REQUEST_ID, Request, current, note
+from tidegate.time_slice import TimeSlice
 
 logger = logging.getLogger(__name__)
 
@@ -226,7 +227,10 @@ class DataPlane:
             raise self._seen(error) from None
         answers: list[Decision | TidegateError | None] = []
         checks: list[Check] = []
+        slice_ = TimeSlice()
         for each in asked:
+            if slice_.over:
+                await slice_.pause()
             try:
                 checks.append(self._check_of(each, header_key))
                 answers.append(None)
@@ -234,7 +238,11 @@ class DataPlane:
                 answers.append(self._seen(error))
         decided = iter(await self._gate.check_many(checks))
         whole = [next(decided) if answer is None else answer for answer in answers]
-        decisions = [error_body(each) if isinstance(each, TidegateError) else decision_body(each) for each in whole]
+        decisions = []
+        for answer in whole:
+            if slice_.over:
+                await slice_.pause()
+            decisions.append(error_body(answer) if isinstance(answer, TidegateError) else decision_body(answer))
         self._bytes(proto, 200, [_JSON], encode({"decisions": decisions}))
 
     async def _usage(self, scope: _Scope, proto: Any) -> None:

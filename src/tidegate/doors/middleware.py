@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from pathlib import Path
 from typing import Any, Final, TypeAlias
-from urllib.parse import quote
 
 from tidegate.catalog.cached import CachedCatalog
 from tidegate.catalog.policy_file import PolicyCatalog, load_policy
@@ -16,6 +15,7 @@ from tidegate.doors.answers import Headers, encode, error_body, exceeded_body, l
 from tidegate.doors.client_address import TrustedProxies
 from tidegate.errors import BadRequest, SettingsError, TidegateError
 from tidegate.gate import Gate, Observer
+from tidegate.paths import quote_path
 from tidegate.policy import Policy
 
 Scope: TypeAlias = MutableMapping[str, Any]
@@ -23,8 +23,6 @@ Message: TypeAlias = MutableMapping[str, Any]
 Receive: TypeAlias = Callable[[], Awaitable[Message]]
 Send: TypeAlias = Callable[[Message], Awaitable[None]]
 App: TypeAlias = Callable[[Scope, Receive, Send], Awaitable[None]]
-
-_KEPT: Final = "/:@!$&'()*+,=~-._%"
 
 
 class RateLimitMiddleware:
@@ -111,7 +109,7 @@ class RateLimitMiddleware:
         ip = self._trusted.client(peer, real_ip, forwarded_for)
         # The path as it was sent: once decoded, '%2F' and '/' look the same. Not every server gives it.
         raw = scope.get("raw_path")
-        path = raw.decode("latin-1").partition("?")[0] if raw else quote(scope["path"], safe=_KEPT)
+        path = raw.decode("latin-1").partition("?")[0] if raw else quote_path(scope["path"])
         cost = 1 if self._cost is None else self._cost(scope)
         return Check.of(path, scope["method"], keys[0] if keys else None, ip or None, cost)
 

@@ -23,6 +23,7 @@ from tidegate.doors.grpc.units import UNITS_S, window_limit
 from tidegate.errors import BadRequest
 from tidegate.gate import Gate
 from tidegate.limits import MAX_AMOUNT, MAX_WINDOW_US, US_PER_S, Algorithm, Limit, LimitSet
+from tidegate.time_slice import TimeSlice
 from tidegate.together import Plan, Settled
 
 MAX_OVERRIDES: Final = 1024
@@ -47,9 +48,14 @@ class FileDomain:
         # Stores remember what they prepared for each set: those of limits that are sent along must not be made anew each time.
         self._sent_set = lru_cache(maxsize=MAX_OVERRIDES)(self._limit_set)
 
-    def parts(self, asked: list[tuple[Entries, int, tuple[int, int, int] | None]]) -> list[Part]:
+    async def parts(self, asked: list[tuple[Entries, int, tuple[int, int, int] | None]]) -> list[Part]:
         """See `DomainLimits.parts`."""
-        found = [self._find(entries, override) for entries, _, override in asked]
+        found = []
+        slice_ = TimeSlice()
+        for entries, _, override in asked:
+            if slice_.over:
+                await slice_.pause()
+            found.append(self._find(entries, override))
         replaced = {name for limit, _ in found if limit is not None for name in limit.replaces}
         return [
             self._part(None if limit is not None and limit.name in replaced else limit, subject, cost)

@@ -21,6 +21,7 @@ from tidegate.errors import BadRequest, CatalogUnavailable, RequestTooLarge, Tid
 from tidegate.gate import Gate
 from tidegate.settings import EnvoySettings
 from tidegate.telemetry.requests import note
+from tidegate.time_slice import TimeSlice
 from tidegate.together import Settled
 
 logger = logging.getLogger(__name__)
@@ -41,8 +42,8 @@ SentLimit = tuple[int, int, int]
 class DomainLimits(Protocol):
     """What counts the descriptors of one domain."""
 
-    def parts(self, asked: list[tuple[Entries, int, SentLimit | None]]) -> list[Part]:
-        """Find out what each descriptor of a request is held against.
+    async def parts(self, asked: list[tuple[Entries, int, SentLimit | None]]) -> list[Part]:
+        """Find out what each descriptor of a request is held against; other requests get their turn in between.
 
         Args:
             asked: of each its entries, its cost, and the limit that Envoy sent along, if it did.
@@ -119,12 +120,17 @@ class RateLimitService:
         limits = self.domains.get(domain)
         if limits is not None:
             asked = [(*self._entries(each, request), _override(each)) for each in descriptors]
-            parts = limits.parts([(entries, cost, limit) for entries, cost, limit in asked])
+            parts = await limits.parts([(entries, cost, limit) for entries, cost, limit in asked])
             return reply(parts, await limits.settle(self._gate, parts))
         if domain != self._domain:
             self._tell(domain)
             return reply([Part(None, 0)] * len(descriptors), [])
-        parts = [await self._part(each, request) for each in descriptors]
+        parts = []
+        slice_ = TimeSlice()
+        for each in descriptors:
+            if slice_.over:
+                await slice_.pause()
+            parts.append(await self._part(each, request))
         return reply(parts, await self._gate.decide([part.plan for part in parts if part.plan is not None]))
 
     async def _part(self, descriptor: Any, request: Any) -> Part:
