@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tidegate.catalog.shadowed import covers
-from tidegate.matching import _expression
+from tidegate.globs import endpoint_expression
 
 PATTERNS = st.lists(st.sampled_from(["/", "a", "b", "*", "/{x}", "/{y}/"]), max_size=6).map(lambda parts: "/" + "".join(parts))
 PATHS = st.text("/ab", max_size=8).map(lambda text: "/" + text)
@@ -41,8 +41,8 @@ def test_covers(wider: str, pattern: str, covered: bool) -> None:
 
 @given(wider=PATTERNS, pattern=PATTERNS, path=PATHS)
 def test_what_is_covered_is_matched(wider: str, pattern: str, path: str) -> None:
-    if covers(wider, pattern) and re.fullmatch(_expression(pattern), path, re.DOTALL):
-        assert re.fullmatch(_expression(wider), path, re.DOTALL)
+    if covers(wider, pattern) and re.fullmatch(endpoint_expression(pattern), path, re.DOTALL):
+        assert re.fullmatch(endpoint_expression(wider), path, re.DOTALL)
 
 
 @given(pattern=PATTERNS)

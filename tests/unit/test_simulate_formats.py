@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import re
 import time
 
 import pytest
@@ -126,3 +127,22 @@ def test_an_api_key_longer_than_any_is_none() -> None:
     parse = parser_of("json", "ip", None)
     assert parse('{"time":1700000000,"ip":"1.1.1.1","path":"/","api_key":"' + "k" * 129 + '"}').api_key == ""
     assert parse('{"time":1700000000,"ip":"1.1.1.1","path":"/","api_key":17}') == (AT, "1.1.1.1", "GET", "/", "1.1.1.1", "")
+
+
+@given(st.lists(st.sampled_from(["a", "/", r"\x41", r"\xc3", r"\xG1", r"\"", r"\\", r"\n", r"\é", r"\x4", "x41"]), max_size=12))
+def test_escapes_of_the_log_are_taken_off_one_by_one(parts: list[str]) -> None:
+    text = "".join(parts)
+    expected, rest = "", text
+    while rest:
+        if hexadecimal := re.match(r"\\x([0-9A-Fa-f]{2})", rest):
+            byte = int(hexadecimal[1], 16)
+            expected += chr(byte) if byte < 0x80 else f"%{byte:02X}"
+            rest = rest[4:]
+        elif rest[0] == "\\" and len(rest) > 1:
+            expected += {"n": "\n"}.get(rest[1], rest[1])
+            rest = rest[2:]
+        else:
+            expected += rest[0]
+            rest = rest[1:]
+    line = f'203.0.113.7 - - [17/May/2015:10:05:03 +0000] "GET /{text} HTTP/1.1" 200 5'
+    assert parser_of("common", "ip", None)(line).path == f"/{expected}"
