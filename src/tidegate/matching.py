@@ -8,7 +8,7 @@ what ten do. Nothing is remembered per path: an attacker who varies paths grows 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import TypeAlias
 
 import msgspec
@@ -28,15 +28,16 @@ class CompiledRule:
         rule: the rule.
         limits: its limits, ready to be counted.
         order: its place in the tier, the last tie-break.
+        head_is_named: whether a rule of the same endpoint and mode names HEAD; see `counted_methods`.
     """
 
     __slots__ = ("limits", "methods", "rank", "rule", "subject")
 
-    def __init__(self, rule: Rule, limits: LimitSet, order: int) -> None:
+    def __init__(self, rule: Rule, limits: LimitSet, order: int, head_is_named: bool = False) -> None:
         self.rule = rule
         self.limits = limits
         self.subject = rule.subject
-        self.methods = frozenset(rule.methods) if rule.methods else None
+        self.methods = counted_methods(rule.methods, head_is_named)
         self.rank = _rank(rule, order)
 
     def __repr__(self) -> str:
@@ -103,8 +104,14 @@ class CompiledTier:
             labelled = [msgspec.structs.replace(limit, label=f"tier {limit.text}") for limit in tier_limits]
             self.limits = LimitSet(tier.name, Algorithm.SLIDING_WINDOW, labelled, tier=tier.name)
             suffix = ", " + self.limits.quotas
+        heads = {(rule.endpoint, rule.mode) for rule in tier.rules if "HEAD" in rule.methods}
         compiled = [
-            CompiledRule(rule, _limit_set(tier, rule, other.get(rule.name, rule.limits), suffix), order)
+            CompiledRule(
+                rule,
+                _limit_set(tier, rule, other.get(rule.name, rule.limits), suffix),
+                order,
+                (rule.endpoint, rule.mode) in heads,
+            )
             for order, rule in enumerate(tier.rules)
         ]
         # What is preferred first: the highest priority, then the most specific pattern.
@@ -289,6 +296,21 @@ def _walk(root: _Node, segments: list[str]) -> Iterator[_Candidate]:
         nodes = following
     for node in nodes:
         yield from node.rules
+
+
+def counted_methods(methods: Collection[str], head_is_named: bool) -> frozenset[str] | None:
+    """The methods that a rule counts. HEAD is answered as GET is (RFC 9110, 9.3.2), so it costs the service the same.
+
+    Args:
+        methods: that the rule names; empty for all.
+        head_is_named: whether a rule of the same tier, endpoint and mode names HEAD: then HEAD is that rule's.
+
+    Returns:
+        The methods, HEAD with GET; None for all.
+    """
+    if not methods:
+        return None
+    return frozenset(methods) | {"HEAD"} if "GET" in methods and not head_is_named else frozenset(methods)
 
 
 def counted_by(kind: Subject, has_key: bool) -> Subject:

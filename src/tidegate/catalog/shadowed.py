@@ -8,7 +8,7 @@ from typing import Any
 
 from tidegate.globs import endpoint_matcher
 from tidegate.limits import Algorithm, Limit, LimitSet
-from tidegate.matching import CompiledRule
+from tidegate.matching import CompiledRule, counted_methods
 from tidegate.policy import Mode, Rule
 
 _PIECES = re.compile(r"\*+|\{[^}]*\}|.", re.DOTALL)
@@ -73,15 +73,16 @@ def shadow_warnings(tier: str, rule_id: int, rows: Iterable[Mapping[Any, Any]]) 
         return []  # a shadow rule is asked beside all others, and takes nothing from them
     order, row = found
     own = _rank_of(order, row)
+    heads = {each["endpoint_pattern"] for _, each in ordered if "HEAD" in each["methods"]}
     hidden_by: Mapping[Any, Any] | None = None
     hidden: list[Mapping[Any, Any]] = []
     for place, other in ordered:
         if other is row:
             continue
         if _rank_of(place, other) < own:
-            if hidden_by is None and _hides(other, row):
+            if hidden_by is None and _hides(other, row, heads):
                 hidden_by = other
-        elif len(hidden) < _MAX_HIDDEN and _hides(row, other):
+        elif len(hidden) < _MAX_HIDDEN and _hides(row, other, heads):
             hidden.append(other)
     warnings = []
     if hidden_by is not None:
@@ -96,16 +97,20 @@ def shadow_warnings(tier: str, rule_id: int, rows: Iterable[Mapping[Any, Any]]) 
     return warnings
 
 
-def _hides(other: Mapping[Any, Any], row: Mapping[Any, Any]) -> bool:
-    if not _covers_methods(other["methods"], row["methods"]):
+def _hides(other: Mapping[Any, Any], row: Mapping[Any, Any], heads: Collection[str]) -> bool:
+    if not _covers_methods(_methods(other, heads), _methods(row, heads)):
         return False
     wider, pattern = other["endpoint_pattern"], row["endpoint_pattern"]
     # A pattern's own text is one of the paths that it matches, and a cheap test that nearly all pairs fail.
     return endpoint_matcher(wider)(pattern) and covers(wider, pattern)
 
 
-def _covers_methods(wider: Collection[str], methods: Collection[str]) -> bool:
-    return not wider or (bool(methods) and set(methods) <= set(wider))
+def _methods(row: Mapping[Any, Any], heads: Collection[str]) -> frozenset[str] | None:
+    return counted_methods(row["methods"], row["endpoint_pattern"] in heads)
+
+
+def _covers_methods(wider: frozenset[str] | None, methods: frozenset[str] | None) -> bool:
+    return wider is None or (methods is not None and methods <= wider)
 
 
 def _rank_of(order: int, row: Mapping[Any, Any]) -> tuple[int, ...]:
