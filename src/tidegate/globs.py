@@ -8,11 +8,70 @@ pattern times that of the text. A regular expression with several greedy `.*` ta
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from typing import Final
+from collections.abc import Callable, Iterator
+from typing import Final, Generic, TypeVar
 
 _PARAMETER: Final = re.compile(r"\{[^}]*\}")
 _TOKEN: Final = re.compile(r"(\*+|\{[^}]*\})")
+
+
+_T = TypeVar("_T")
+
+
+class GlobIndex(Generic[_T]):
+    """Things found by the literal beginning and the literal end of their patterns, so that a thousand cost about what ten do."""
+
+    __slots__ = ("_beginnings", "_lengths")
+
+    def __init__(self) -> None:
+        # literal beginning → lengths of the literal ends there, and literal end → things in the order in which they came
+        self._beginnings: dict[str, tuple[list[int], dict[str, list[_T]]]] = {}
+        self._lengths: list[int] = []
+
+    def __bool__(self) -> bool:
+        """Whether there is anything to find."""
+        return bool(self._beginnings)
+
+    def add(self, beginning: str, end: str, thing: _T) -> int:
+        """Add a thing.
+
+        Args:
+            beginning: what its pattern has before the first sign.
+            end: what its pattern has behind the last sign.
+            thing: to be found.
+
+        Returns:
+            How many things have this beginning and this end now.
+        """
+        if len(beginning) not in self._lengths:
+            self._lengths.append(len(beginning))
+            self._lengths.sort(reverse=True)
+        lengths, by_end = self._beginnings.setdefault(beginning, ([], {}))
+        if len(end) not in lengths:
+            lengths.append(len(end))
+            lengths.sort()
+        things = by_end.setdefault(end, [])
+        things.append(thing)
+        return len(things)
+
+    def candidates(self, text: str) -> Iterator[_T]:
+        """All whose beginning and end a text has, without overlap; the longest beginning first.
+
+        Args:
+            text: what a client sent.
+
+        Yields:
+            Each thing once.
+        """
+        for length in self._lengths:
+            entry = self._beginnings.get(text[:length])
+            if entry is None:
+                continue
+            end_lengths, by_end = entry
+            for end_length in end_lengths:
+                if length + end_length > len(text):
+                    break
+                yield from by_end.get(text[len(text) - end_length :], ())
 
 
 class Glob:

@@ -7,6 +7,7 @@ what ten do. Nothing is remembered per path: an attacker who varies paths grows 
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import TypeAlias
@@ -14,7 +15,7 @@ from typing import TypeAlias
 import msgspec
 
 from tidegate.descriptors import entries_subject, entry_matches
-from tidegate.globs import endpoint_matcher
+from tidegate.globs import GlobIndex, endpoint_matcher
 from tidegate.limits import Algorithm, Limit, LimitSet
 from tidegate.policy import Mode, Override, Rule, Subject, Tier
 
@@ -190,14 +191,13 @@ class _Node:
 class _Index:
     """All rules of one kind, found by path."""
 
-    __slots__ = ("_beginnings", "_first_pattern", "_lengths", "_literal", "_roots")
+    __slots__ = ("_first_pattern", "_literal", "_roots", "_stars")
 
     def __init__(self, rules: Iterable[CompiledRule]) -> None:
         self._literal: dict[str, tuple[CompiledRule, ...]] = {}
         # number of segments → trie of the patterns that have so many
         self._roots: dict[int, _Node] = {}
-        # literal beginning → lengths of the literal ends there, and literal end → rules with what decides, where both ends do not
-        self._beginnings: dict[str, tuple[list[int], dict[str, list[_Candidate]]]] = {}
+        self._stars: GlobIndex[_Candidate] = GlobIndex()
         patterns = []
         for rule in sorted(rules, key=lambda each: each.rank):
             endpoint = rule.rule.endpoint
@@ -209,11 +209,10 @@ class _Index:
                 patterns.append(rule)
             else:
                 self._literal[endpoint] = (*self._literal.get(endpoint, ()), rule)
-        self._lengths = sorted({len(beginning) for beginning in self._beginnings}, reverse=True)
         self._first_pattern: _Rank | None = min((rule.rank for rule in patterns), default=None)
 
     def __bool__(self) -> bool:
-        return bool(self._literal or self._roots or self._beginnings)
+        return bool(self._literal or self._roots or self._stars)
 
     def best(self, method: str, path: str) -> CompiledRule | None:
         found: CompiledRule | None = None
@@ -243,30 +242,16 @@ class _Index:
 
     def _candidates(self, path: str) -> Iterator[_Candidate]:
         """Rules whose pattern may match, each at most once, with what decides it; None where it does match."""
-        for length in self._lengths:
-            entry = self._beginnings.get(path[:length])
-            if entry is None:
-                continue
-            end_lengths, by_end = entry
-            for end_length in end_lengths:
-                if length + end_length > len(path):
-                    break
-                yield from by_end.get(path[len(path) - end_length :], ())
-        if self._roots:
-            root = self._roots.get(path.count("/"))
-            if root is not None:
-                yield from _walk(root, path.split("/"))
+        stars = self._stars.candidates(path)
+        root = self._roots.get(path.count("/")) if self._roots else None
+        return stars if root is None else itertools.chain(stars, _walk(root, path.split("/")))
 
     def _add_star(self, rule: CompiledRule) -> None:
         endpoint = rule.rule.endpoint
         beginning = re.split(r"[*{]", endpoint, maxsplit=1)[0]
         end = re.split(r"[*}]", endpoint)[-1]
         matches = None if endpoint == f"{beginning}*{end}" else endpoint_matcher(endpoint)
-        lengths, by_end = self._beginnings.setdefault(beginning, ([], {}))
-        by_end.setdefault(end, []).append((rule, matches))
-        if len(end) not in lengths:
-            lengths.append(len(end))
-            lengths.sort()
+        self._stars.add(beginning, end, (rule, matches))
 
     def _add_segments(self, rule: CompiledRule) -> None:
         segments = rule.rule.endpoint.split("/")[1:]
