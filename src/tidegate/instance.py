@@ -160,7 +160,21 @@ class Instance:
         gc.collect()
         gc.freeze()
         # The data plane last: whoever sees it ready may believe that all is.
-        self._listener = Listener(self.data_plane, host, port)
+        self._listener = Listener(
+            self.data_plane,
+            host,
+            port,
+            idle_timeout_s=settings.server.idle_timeout_s,
+            max_connections=settings.server.max_connections,
+        )
+        http = self._listener.server
+        self.metrics.add_gauge("rate_limiter_connections", "Open connections of the data plane.", lambda: http.connections)
+        self.metrics.add_labelled_counter(
+            "rate_limiter_connections_closed",
+            "Connections closed because too many were open: evicted while waiting, or refused while all were in use.",
+            "reason",
+            lambda: {"evicted": http.evicted, "refused": http.refused},
+        )
         self.address = join_address(host, port)
         await self._listener.start()
         logger.info("listening on http://%s", self.address)

@@ -195,8 +195,10 @@ class Connection(asyncio.Protocol):
 
     def on_headers_complete(self) -> None:
         """The head is whole: the request is put in line, though its body may still be on the way."""
-        parser = self._parser
         self._in_head, self._in_body = False, True
+        if self._stopped:
+            return  # it came in one piece with a request that ended the connection
+        parser = self._parser
         version = parser.get_http_version()
         headers = RequestHeaders(self._lines, self._size)
         exchange = Exchange(

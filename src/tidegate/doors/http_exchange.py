@@ -205,7 +205,6 @@ class Exchange:
     def _answer(self, status: int, headers: Headers, body: bytes) -> None:
         if self.answered:
             raise RuntimeError("this request was answered already")
-        self.answered = True
         # What is left of a request that was answered early would be read as the next one.
         closes = not self.keep_alive or not self.complete or _CLOSE in headers or self.connection.closing
         lines = [f"{name}: {value}\r\n" for name, value in headers]
@@ -221,4 +220,5 @@ class Exchange:
             # A line break inside a value would let whoever wrote it write headers.
             logger.error("an answer's header has a line break: %r", headers)
             raise ValueError("a header value has a line break")
+        self.answered = True
         self.connection.answer(self, f"{head}\r\n".encode() + (b"" if self.method == "HEAD" else body), closes)
