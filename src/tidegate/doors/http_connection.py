@@ -63,7 +63,6 @@ class Connection(asyncio.Protocol):
         "_head_bytes",
         "_in_body",
         "_in_head",
-        "_lines",
         "_linger_bytes",
         "_lingers",
         "_out",
@@ -71,11 +70,14 @@ class Connection(asyncio.Protocol):
         "_parser",
         "_pauses",
         "_raw_left",
+        "_received",
         "_receiving",
+        "_repeated",
         "_size",
         "_stopped",
         "_target",
         "_transport",
+        "_values",
         "_waiting",
         "client",
         "closing",
@@ -96,7 +98,9 @@ class Connection(asyncio.Protocol):
         self._receiving: Exchange | None = None
         self._waiting: deque[Exchange] = deque()
         self._out: list[bytes] = []
-        self._lines: list[tuple[bytes, bytes]] = []
+        self._values: dict[bytes, bytes] = {}
+        self._repeated: dict[bytes, list[bytes]] = {}
+        self._received = 0
         self._target = b""
         self._size = 0
         self._raw_left = 0
@@ -177,9 +181,10 @@ class Connection(asyncio.Protocol):
     def on_message_begin(self) -> None:
         """A request line begins."""
         self._began = self._in_head = True
-        self._lines = []
+        self._values = {}
+        self._repeated = {}
         self._target = b""
-        self._size = self._head_bytes = self._overhead = 0
+        self._size = self._received = self._head_bytes = self._overhead = 0
 
     def on_url(self, url: bytes) -> None:
         """The request's target, or a piece of it."""
@@ -190,8 +195,14 @@ class Connection(asyncio.Protocol):
         if self._in_body:
             return
         self._size += len(name) + len(value)
-        if len(self._lines) <= MAX_HEADERS:
-            self._lines.append((name.lower(), value))
+        self._received += 1
+        if self._received > MAX_HEADERS:
+            return
+        name = name.lower()
+        if name not in self._values:
+            self._values[name] = value
+        else:
+            self._repeated.setdefault(name, [self._values[name]]).append(value)
 
     def on_headers_complete(self) -> None:
         """The head is whole: the request is put in line, though its body may still be on the way."""
@@ -200,7 +211,7 @@ class Connection(asyncio.Protocol):
             return  # it came in one piece with a request that ended the connection
         parser = self._parser
         version = parser.get_http_version()
-        headers = RequestHeaders(self._lines, self._size)
+        headers = RequestHeaders(self._values, self._repeated, self._size)
         exchange = Exchange(
             self,
             parser.get_method().decode("latin-1"),
@@ -209,7 +220,7 @@ class Connection(asyncio.Protocol):
             parser.should_keep_alive(),
             version,
         )
-        if headers.get("expect", "").lower() == "100-continue" and version == "1.1":
+        if b"expect" in self._values and self._values[b"expect"].lower() == b"100-continue" and version == "1.1":
             exchange.expects_continue = True
         exchange.refusal = self._fault_of(exchange, parser)
         if exchange.refusal is not None:
@@ -264,17 +275,16 @@ class Connection(asyncio.Protocol):
 
     def _fault_of(self, exchange: Exchange, parser: httptools.HttpRequestParser) -> TidegateError | None:
         """What llhttp lets pass and the data plane does not."""
-        headers = exchange.headers
-        if len(self._lines) > MAX_HEADERS:
+        values = self._values
+        if self._received > MAX_HEADERS:
             return HeadersTooLarge(f"the request has more than {MAX_HEADERS} headers: none of a check needs so many")
         if exchange.version not in _VERSIONS:
             return BadRequest(f"HTTP/{exchange.version} is not supported: use HTTP/1.1")
-        coding = headers.get("transfer-encoding")
-        if coding is not None and (coding.lower() != "chunked" or exchange.version == "1.0"):
+        coding = values.get(b"transfer-encoding")
+        if coding is not None and (coding.lower() != b"chunked" or exchange.version == "1.0"):
             return BadRequest("the transfer coding is not supported: send Content-Length, or 'Transfer-Encoding: chunked'")
-        hosts = headers.get_all("host")
-        if len(hosts) > 1 or (not hosts and exchange.version == "1.1"):
-            return BadRequest(f"the request has {len(hosts)} Host headers: send one (RFC 9112, 3.2)")
+        if b"host" in self._repeated or (b"host" not in values and exchange.version == "1.1"):
+            return BadRequest("the request has no Host header, or several: send one (RFC 9112, 3.2)")
         if exchange.method == "CONNECT":
             return BadRequest("CONNECT is not supported: this is not a proxy")
         if coding is not None and parser.should_upgrade():
@@ -303,7 +313,12 @@ class Connection(asyncio.Protocol):
             self._stopped = self._lingers = True
             exchange.refuse(refusal)
         else:
-            exchange.task = self.server.run(exchange)
+            self.server.decide(exchange)
+
+    @property
+    def lost(self) -> bool:
+        """Whether there is no one to answer any more."""
+        return self._transport is None
 
     def answer(self, exchange: Exchange, data: bytes, closes: bool) -> None:
         """Send the answer of the exchange whose turn it is, and begin with the next one.
@@ -415,7 +430,7 @@ class Connection(asyncio.Protocol):
             return
         if exchange is not None:
             return
-        refused = Exchange(self, "GET", "", RequestHeaders([], 0), False, "1.1")
+        refused = Exchange(self, "GET", "", RequestHeaders({}, {}, 0), False, "1.1")
         refused.refusal = error
         self._enqueue(refused)
 

@@ -32,32 +32,34 @@ class RequestHeaders:
     """The headers of a request, names in lower case. Values are text as UTF-8; a byte that is not UTF-8 is a lone surrogate.
 
     Args:
-        lines: names (lower case) and values as they came.
+        values: the first value of each name.
+        repeated: all values of the names that came more than once.
         size: bytes of all names and values.
     """
 
-    __slots__ = ("_lines", "_values", "size")
+    __slots__ = ("_repeated", "_values", "size")
 
-    def __init__(self, lines: list[tuple[bytes, bytes]], size: int) -> None:
-        self._lines = lines
-        self._values: dict[bytes, bytes] = dict(reversed(lines))
+    def __init__(self, values: dict[bytes, bytes], repeated: dict[bytes, list[bytes]], size: int) -> None:
+        self._values = values
+        self._repeated = repeated
         self.size = size
 
     def get(self, key: str, default: Any = None) -> Any:
         """The first value of a name, or the default."""
         value = self._values.get(key.encode())
-        return default if value is None else value.decode(errors="surrogateescape")
+        return default if value is None else value.decode("utf-8", "surrogateescape")
 
     def get_all(self, key: str) -> list[str]:
         """Every value of a name, in the order they came."""
         name = key.encode()
-        if name not in self._values:
-            return []
-        return [value.decode(errors="surrogateescape") for each, value in self._lines if each == name]
+        if self._repeated and name in self._repeated:
+            return [value.decode("utf-8", "surrogateescape") for value in self._repeated[name]]
+        value = self._values.get(name)
+        return [] if value is None else [value.decode("utf-8", "surrogateescape")]
 
     def items(self) -> list[tuple[str, str]]:
-        """Every name with its value."""
-        return [(name.decode("latin-1"), value.decode(errors="surrogateescape")) for name, value in self._lines]
+        """Every name with its values, each by itself; the values of one name stand together."""
+        return [(name, value) for name in self.keys() for value in self.get_all(name)]
 
     def keys(self) -> list[str]:
         """The different names."""
@@ -70,7 +72,7 @@ class RequestHeaders:
         return iter(self.keys())
 
     def __len__(self) -> int:
-        return len(self._lines)
+        return len(self._values)
 
 
 class Exchange:

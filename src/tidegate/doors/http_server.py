@@ -13,9 +13,12 @@ import asyncio
 import logging
 import socket
 import time
+import types
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine, Generator
+from contextvars import copy_context
 from email.utils import formatdate
+from functools import partial
 from typing import Any, Final
 
 from tidegate.doors.http_connection import Connection
@@ -68,6 +71,7 @@ class HttpServer:
         self._reading: OrderedDict[Connection, float] = OrderedDict()
         self._idle: OrderedDict[Connection, float] = OrderedDict()
         self._lingering: OrderedDict[Connection, float] = OrderedDict()
+        self._undecided: list[Exchange] = []
         self._unwritten: list[Connection] = []
         self._server: asyncio.Server | None = None
         self._ticking: asyncio.TimerHandle | None = None
@@ -112,16 +116,33 @@ class HttpServer:
         if self._ticking is not None:
             self._ticking.cancel()
 
-    def run(self, exchange: Exchange) -> asyncio.Task[None]:
-        """Have the app answer an exchange.
+    def decide(self, exchange: Exchange) -> None:
+        """Have the app answer an exchange, after all that arrived in this turn of the loop was parsed.
 
         Args:
-            exchange: whose turn it is.
-
-        Returns:
-            The task.
+            exchange: whose turn it is on its connection.
         """
-        return self._loop.create_task(self._run(exchange))
+        self._undecided.append(exchange)
+        if len(self._undecided) == 1:
+            self._loop.call_soon(self._decide)
+
+    def _decide(self) -> None:
+        undecided, self._undecided = self._undecided, []
+        for exchange in undecided:
+            if exchange.answered or exchange.connection.lost:
+                continue
+            running = self._run(exchange)
+            if not exchange.complete:
+                exchange.task = self._loop.create_task(running)
+                continue
+            # Most are answered without waiting for anything: those need no task. The app must not ask for its task
+            # (`asyncio.timeout` does) before it has awaited something.
+            context = copy_context()
+            try:
+                awaited = context.run(running.send, None)
+            except StopIteration:
+                continue
+            exchange.task = self._loop.create_task(_resume(running, awaited), context=context)
 
     async def _run(self, exchange: Exchange) -> None:
         try:
@@ -213,3 +234,23 @@ class HttpServer:
                     connection.table = None
                 end(connection)
         self._ticking = self._loop.call_later(min(_TICK_S, self.header_timeout_s / 4), self._tick)
+
+
+async def _resume(running: Coroutine[Any, Any, None], awaited: Any) -> None:
+    """Go on, as a task, with a coroutine that has begun without one and awaits something."""
+    await _steps(running, awaited)
+
+
+@types.coroutine
+def _steps(running: Coroutine[Any, Any, None], awaited: Any) -> Generator[Any, Any, None]:
+    while True:
+        try:
+            result = yield awaited
+        except BaseException as error:  # noqa: BLE001 - handed on to the coroutine
+            step: Callable[[], Any] = partial(running.throw, error)
+        else:
+            step = partial(running.send, result)
+        try:
+            awaited = step()
+        except StopIteration:
+            return
