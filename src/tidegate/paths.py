@@ -3,6 +3,9 @@
 Source of the rules: RFC 3986, sections 2.3, 3.3 and 6.2.2; what is refused there is what gateways and backends are known
 to read differently (empty and dot segments, encoded slashes, path parameters, backslashes).
 
+An API that has such paths names them: `PathRules` lets encoded slashes through where its patterns say so, and reads escapes of
+unreserved characters as the characters. Both are off by default.
+
 A path costs about the same whatever stands in it: all its characters are looked at in C, and the length of the result is
 known, and refused where it is too large, before anything is rewritten.
 """
@@ -10,7 +13,13 @@ known, and refused where it is too large, before anything is rewritten.
 from __future__ import annotations
 
 import re
-from typing import Final
+from collections.abc import Iterable
+from typing import Final, Literal
+
+import msgspec
+
+from tidegate.errors import SettingsError
+from tidegate.globs import Glob
 
 MAX_PATH_BYTES: Final = 8192
 
@@ -30,20 +39,72 @@ def _escapes(refused: frozenset[int]) -> re.Pattern[bytes]:
     return re.compile(f"[^%]*+(?:%(?:{allowed})[^%]*+)*+".encode())
 
 
-_ESCAPES: Final = _escapes(_REFUSED_ESCAPES)
+# By whether encoded slashes, and escapes of unreserved characters, are let through.
+_ESCAPES: Final = {
+    (slashes, unreserved): _escapes(
+        _REFUSED_ESCAPES - (frozenset((0x2F,)) if slashes else frozenset()) - (_UNRESERVED if unreserved else frozenset())
+    )
+    for slashes in (False, True)
+    for unreserved in (False, True)
+}
 _ESCAPE: Final = re.compile(rb"%[0-9A-Fa-f]{2}")
+_UNRESERVED_ESCAPE: Final = re.compile(rb"%(?:2[DE]|3[0-9]|[46][1-9A-F]|5[0-9AF]|7[0-9AE])")
 # One bit tells lower-case from upper-case letters in ASCII.
 _CASE_BIT: Final = 0x20
 _BIT_AT_PERCENT: Final = bytes(_CASE_BIT * (byte == 0x25) for byte in range(256))
 _BIT_AT_LOWER: Final = bytes(_CASE_BIT * (byte in b"abcdef") for byte in range(256))
+_DOT_SEGMENTS: Final = "dot segments ('.', '..') are refused: send the path they resolve to"
 _TOO_LONG: Final = f"a path has at most {MAX_PATH_BYTES} bytes"
 
 
-def canonical_path(path: str) -> tuple[str | None, str]:
+class PathRules(msgspec.Struct, frozen=True):
+    """What an API lets through beyond what is safe for every API.
+
+    Args:
+        encoded_slashes: patterns with `*` for the paths that may have `%2F`; it stays `%2F`, and is no slash to any rule.
+        unreserved: what becomes of an escape of an unreserved character, such as `%7E` for `~`: refuse it, decode it, or keep it.
+    """
+
+    encoded_slashes: tuple[Glob, ...] = ()
+    unreserved: Literal["refuse", "decode", "keep"] = "refuse"
+
+    @classmethod
+    def of(cls, encoded_slashes: Iterable[str] = (), decode_unreserved: bool = False) -> PathRules:
+        """Make them from settings.
+
+        Args:
+            encoded_slashes: patterns such as `/projects/*`.
+            decode_unreserved: whether `%7E` is read as `~`.
+
+        Returns:
+            The rules.
+
+        Raises:
+            SettingsError: naming a pattern that no path can match.
+        """
+        globs = []
+        for pattern in encoded_slashes:
+            if not pattern.startswith("/") or len(pattern) > _MAX_PATTERN:
+                raise SettingsError(
+                    f"setting paths.encoded_slashes has {pattern[:80]!r}: a pattern begins with '/' and has at most "
+                    f"{_MAX_PATTERN} characters, such as '/projects/*'"
+                )
+            globs.append(Glob(pattern))
+        return cls(tuple(globs), "decode" if decode_unreserved else "refuse")
+
+
+STRICT: Final = PathRules()
+DEFERRED: Final = PathRules((Glob("*"),), "keep")
+"""For a path that is sent on to a server, which decides by rules of its own."""
+_MAX_PATTERN: Final = 1024
+
+
+def canonical_path(path: str, rules: PathRules = STRICT) -> tuple[str | None, str]:
     """Check how a path is spelled.
 
     Args:
         path: as it came, without query; percent-encoded, or with raw non-ASCII characters.
+        rules: what the API lets through beyond what is safe for every API.
 
     Returns:
         `(path, "")` if the spelling is canonical (hex digits made upper-case and sloppy characters encoded, which
@@ -52,7 +113,7 @@ def canonical_path(path: str) -> tuple[str | None, str]:
     """
     if len(path) <= MAX_PATH_BYTES and _PLAIN.fullmatch(path) and "//" not in path and "/." not in path:
         return path, ""
-    return _examine(path)
+    return _examine(path, rules)
 
 
 def quote_path(path: str) -> str:
@@ -70,7 +131,7 @@ def quote_path(path: str) -> str:
     return _encode(raw, set(raw.translate(None, _KEPT)))
 
 
-def _examine(path: str) -> tuple[str | None, str]:
+def _examine(path: str, rules: PathRules) -> tuple[str | None, str]:
     if not path.startswith("/"):
         return None, "a path begins with '/'"
     if len(path) > MAX_PATH_BYTES:
@@ -89,13 +150,36 @@ def _examine(path: str) -> tuple[str | None, str]:
     if "//" in path:
         return None, "empty segments ('//') are refused: send a single '/'"
     if "%" in path:
-        good = _ESCAPES.match(raw)
+        good = _ESCAPES[bool(rules.encoded_slashes), rules.unreserved != "refuse"].match(raw)
         if good is not None and good.end() < len(raw):
             return None, _why_escape(raw[good.end() : good.end() + 3])
         raw = _upper_case_escapes(raw)
-    if "/." in path and _has_dot_segment(path):
-        return None, "dot segments ('.', '..') are refused: send the path they resolve to"
+        if rules.unreserved == "decode":
+            raw = _decode_unreserved(raw)
+        if b"%2F" in raw:
+            return _with_slashes(_encode(raw, to_encode), rules)
+    if b"/." in raw and _has_dot_segment(raw):
+        return None, _DOT_SEGMENTS
     return _encode(raw, to_encode), ""
+
+
+def _with_slashes(path: str, rules: PathRules) -> tuple[str | None, str]:
+    """A path with encoded slashes. Whoever decodes them must not find in it what is refused when it is sent plainly."""
+    if not any(glob.matches(path) for glob in rules.encoded_slashes):
+        return None, _why_escape(b"%2F")
+    decoded = path.replace("%2F", "/")
+    if "//" in decoded:
+        return None, "empty segments ('//', also with '%2F') are refused: send a single '/'"
+    if _has_dot_segment(decoded.encode()):
+        return None, _DOT_SEGMENTS
+    return path, ""
+
+
+def _decode_unreserved(raw: bytes) -> bytes:
+    """Escapes of unreserved characters as the characters; '%' is none, so that nothing decoded begins an escape."""
+    for escape in set(_UNRESERVED_ESCAPE.findall(raw)):
+        raw = raw.replace(escape, bytes((int(escape[1:], 16),)))
+    return raw
 
 
 def _encode(raw: bytes, odd: set[int]) -> str:
@@ -112,8 +196,8 @@ def _upper_case_escapes(raw: bytes) -> bytes:
     return (int.from_bytes(raw) ^ lower).to_bytes(len(raw)) if lower else raw
 
 
-def _has_dot_segment(path: str) -> bool:
-    return "/./" in path or "/../" in path or path.endswith(("/.", "/.."))
+def _has_dot_segment(raw: bytes) -> bool:
+    return b"/./" in raw or b"/../" in raw or raw.endswith((b"/.", b"/.."))
 
 
 def _why_raw(odd: set[int]) -> str:
@@ -131,7 +215,8 @@ def _why_escape(escape: bytes) -> str:
         return "'%' must be followed by two hex digits"
     byte, shown = int(escape[1:], 16), escape.decode()
     if byte in _REFUSED_BYTES:
-        return f"{shown!r} is {_REFUSED_BYTES[byte]}, which backends read differently"
+        remedy = "; name the paths that need it in the setting paths.encoded_slashes" if byte == 0x2F else ""
+        return f"{shown!r} is {_REFUSED_BYTES[byte]}, which backends read differently{remedy}"
     if byte in _UNRESERVED:
         return f"{shown!r} is another spelling of {chr(byte)!r}: send {chr(byte)!r}"
     return f"{shown!r} is an encoded control character"

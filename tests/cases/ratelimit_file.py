@@ -48,6 +48,9 @@ descriptors:
     value: "*.json"
     share_threshold: true
     rate_limit: {unit: hour, requests_per_unit: 3}
+  - {key: text, value: x*, rate_limit: {unit: hour, requests_per_unit: 9}}
+  - {key: text, value: x*y, rate_limit: {unit: hour, requests_per_unit: 3}}
+  - {key: text, value: z*, share_threshold: true, rate_limit: {unit: hour, requests_per_unit: 3}}
   - key: several
     value: foo*bar*baz
     share_threshold: true
@@ -175,9 +178,10 @@ STEPS: dict[str, tuple[Step, ...]] = {
         _one(("several", "foobazbar")),
     ),
     "a value that is the text of a wildcard": (
-        _one(("inner", "/api/*/*"), left=8, limit=(9, 3)),
-        _one(("inner", "*.json"), left=2),
-        _one(("inner", "x.json"), left=1),
+        _one(("text", "x*y"), left=2, limit=(3, 3)),
+        _one(("text", "x-y"), left=8, limit=(9, 3)),
+        _one(("text", "z*"), left=2, limit=(3, 3)),
+        _one(("text", "z-"), left=1),
     ),
     "merge keys and underscores": (_one(("merged", "x"), left=999, limit=(1000, 3)),),
     "wildcards whose values share": (

@@ -219,9 +219,9 @@ def test_the_command_says_what_the_server_would(tmp_path: Path) -> None:
     file = tmp_path / "config.yaml"
     file.write_text(CONFIG)
     told = _check(str(file))
-    assert (told.returncode, told.stdout) == (0, f"{file}: valid: domain peer, 21 limits\n")
+    assert (told.returncode, told.stdout) == (0, f"{file}: valid: domain peer, 24 limits\n")
     assert "'detailed_metric' shapes that program's statistics only" in told.stderr
-    assert json.loads(_check(str(file), "--json").stdout)["domains"] == [{"domain": "peer", "limits": 21}]
+    assert json.loads(_check(str(file), "--json").stdout)["domains"] == [{"domain": "peer", "limits": 24}]
     file.write_text(REFUSED["quota"][0])
     refused = _check(str(file))
     assert refused.returncode == 2
