@@ -329,7 +329,7 @@ YAML: dict[str, File] = {
     "metadata that is no mapping": _refused("metadata is a mapping", _file("d", f"key: a, metadata: [b], {_limit(1)}")),
     "share_threshold without a wildcard": _refused("values with a '*'", _file("d", "key: a, value: b, share_threshold: true")),
     "a wildcard twice": _refused("stands twice", _file("d", "key: a, value: b*c", "key: a, value: b*c")),
-    # Refused here alone; each is told of in docs/envoy.md.
+    # Refused here alone; each is documented in docs/envoy.md.
     "a wildcard in a key": _refused("supported in values only", _file("d", f"key: a*, {_limit(1)}"), theirs=True),
     "a wildcard in a key that has a value": _refused(
         "supported in values only", _file("d", f"key: a*, value: b, {_limit(1)}"), theirs=True

@@ -34,7 +34,7 @@ def test_each_has_its_verdict(name: str) -> None:
 
 @pytest.mark.skipif(shutil.which(CHECKER) is None, reason=f"{CHECKER} of envoyproxy/ratelimit is not on the PATH")
 @pytest.mark.parametrize("name", FILES)
-def test_the_peer_has_the_verdict_that_is_told_of_it(name: str, tmp_path: Path) -> None:
+def test_the_peer_gives_the_verdict_of_the_table(name: str, tmp_path: Path) -> None:
     for number, text in enumerate(FILES[name].texts):
         (tmp_path / f"{number}.yaml").write_text(text)
     done = subprocess.run([CHECKER, "-config_dir", str(tmp_path)], capture_output=True, text=True, timeout=60, check=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import re
@@ -146,3 +147,34 @@ def test_escapes_of_the_log_are_taken_off_one_by_one(parts: list[str]) -> None:
             rest = rest[1:]
     line = f'203.0.113.7 - - [17/May/2015:10:05:03 +0000] "GET /{text} HTTP/1.1" 200 5'
     assert parser_of("common", "ip", None)(line).path == f"/{expected}"
+
+
+HEAD = '203.0.113.7 - - [17/May/2015:10:05:03 +0000] "GET /'
+K = 64 * 1024
+HOSTILE = {
+    "escapes": ("combined", HEAD + r"\x41" * (K // 4) + ' HTTP/1.1" 200 5 "-" "-"'),
+    "quotes": ("combined", HEAD + '\\"' * (K // 2) + ' HTTP/1.1" 200 5 "-" "-"'),
+    "a request that does not end": ("combined", HEAD + '\\"' * (K // 2)),
+    "an agent that does not end": ("combined", HEAD + ' HTTP/1.1" 200 5 "-" "' + '\\"' * (K // 2)),
+    "digits": ("combined", HEAD + ' HTTP/1.1" 200 ' + "5" * K + "x"),
+    "words": ("combined", HEAD + "GET " * (K // 4) + ' HTTP/1.1" 200 5 "-" "-"'),
+    "a user of many words": ("combined", "203.0.113.7 - " + "a " * (K // 2)),
+    "an ident": ("combined", "203.0.113.7 " + "a" * K),
+    "escapes that JSON has not": ("json", '{"time":1,"ip":"1","path":"/' + r"\x41" * (K // 4)),
+    "backslashes": ("json", '{"time":1,"ip":"1","path":"' + r"\x41" + "\\\\" * (K // 2) + r"\x4"),
+    "nesting": ("json", '{"time":' + "[" * K),
+    "columns": ("csv", "1,1,/" + "," * K),
+    "a number": ("csv", "9" * K + ",1,/"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_no_line_costs_more_than_its_length(name: str) -> None:
+    """Each takes less than 15 ms of CPU; one that were tried again from every character on would take minutes."""
+    log_format, line = HOSTILE[name]
+    parse = parser_of(log_format, "agent" if log_format == "combined" else "ip", None, None, ["time", "ip", "path"])
+    started = time.process_time()
+    detect(line)
+    with contextlib.suppress(Malformed):
+        parse(line)
+    assert time.process_time() - started < 1
