@@ -32,7 +32,14 @@ Observer: TypeAlias = Callable[[Observation], None]
 
 IPV6_PREFIX: Final = 64
 """Bits of an IPv6 address that make one client: a subscriber is handed a /64 (RFC 6177), and could vary the rest at will."""
-
+_NAT64: Final = ipaddress.IPv6Network("64:ff9b::/96")
+"""RFC 6052."""
+_LOCAL_NAT64: Final = ipaddress.IPv6Network("64:ff9b:1::/48")
+"""RFC 8215."""
+_SIIT: Final = ipaddress.IPv6Network("::ffff:0:0:0/96")
+"""IPv4-translated addresses, RFC 2765."""
+_COMPATIBLE: Final = ipaddress.IPv6Network("::/96")
+"""IPv4-compatible addresses, RFC 4291."""
 
 MAX_USAGE_RULES: Final = 1000
 """Most rules that one question for usage looks at: as many as a batch has checks."""
@@ -384,15 +391,36 @@ def _client(ip: str) -> str:
 
 @lru_cache(maxsize=65_536)
 def ipv6_client(ip: str) -> str:
-    """What counts as one client of an IPv6 address: its /64.
+    """What counts as one client of an IPv6 address: its /64, or the IPv4 address that a translator or a tunnel put into it.
+
+    A NAT64 gives all its IPv4 clients addresses in one /64, and a Teredo server does so too; a 6to4 client has 65,536 of them.
 
     Args:
         ip: the address, canonical.
 
     Returns:
-        The network.
+        The network, or the address where that is one client.
 
     Raises:
         ValueError: if it is no IPv6 address.
     """
-    return str(ipaddress.IPv6Network((ip, IPV6_PREFIX), strict=False))
+    address = ipaddress.IPv6Address(ip)
+    embedded = _embedded_ipv4(address)
+    if embedded is not None:
+        return str(embedded)
+    if address in _LOCAL_NAT64:
+        # Where the IPv4 address is, depends on the translator (RFC 6052); one address is one client of it.
+        return str(address)
+    return str(ipaddress.IPv6Network((int(address), IPV6_PREFIX), strict=False))
+
+
+def _embedded_ipv4(address: ipaddress.IPv6Address) -> ipaddress.IPv4Address | None:
+    """The IPv4 address of the client behind an IPv6 address; None where there is none."""
+    if address.sixtofour is not None:
+        return address.sixtofour
+    if address.teredo is not None:
+        return address.teredo[1]
+    # ::/96 but neither :: nor ::1, which are the host's own.
+    if address in _NAT64 or address in _SIIT or (address in _COMPATIBLE and int(address) > 1):
+        return ipaddress.IPv4Address(int(address) & 0xFFFF_FFFF)
+    return address.ipv4_mapped
