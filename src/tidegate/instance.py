@@ -113,7 +113,7 @@ class Instance:
         channel = open_channel(settings, store)
         self.catalog = await open_catalog(settings, channel)
         self._own("database", self.catalog.ping, self.catalog.close)
-        shared = share_catalog(settings, self.catalog, store)
+        shared = await share_catalog(settings, self.catalog, store)
         if shared is not None:
             self._stack.push_async_callback(shared.settle)
         source = self.catalog if shared is None else shared

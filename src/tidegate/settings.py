@@ -119,12 +119,15 @@ class CacheSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         l2_ttl_s: how long it is fresh in the shared cache, s.
         stale_if_error_s: how long past that it serves while the catalog fails, s.
         max_keys: most API keys cached in this process.
+        secret: seals the entries of the shared cache, 16 characters or more, the same for all instances of a catalog; where not
+            given, one is made and kept in the catalog's database.
     """
 
     l1_ttl_s: float = 60.0
     l2_ttl_s: float = 300.0
     stale_if_error_s: float = 3600.0
     max_keys: int = 100_000
+    secret: str | None = None
 
 
 class AdminSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -284,6 +287,12 @@ def load_settings(file: Path | None, environment: Mapping[str, str]) -> Settings
         raise SettingsError(f"settings envoy.*_entry name the entries {', '.join(entries)}: give each a name of its own")
     if not settings.envoy.domain:
         raise SettingsError("setting envoy.domain is empty: Envoy sends a domain with every request; name it here")
+    if settings.cache.secret and len(settings.cache.secret) < MIN_TOKEN_LENGTH:
+        # The secret itself is not repeated.
+        raise SettingsError(
+            f"setting cache.secret has fewer than {MIN_TOKEN_LENGTH} characters: make one with 'openssl rand -hex 32', "
+            "or leave it out for one that is kept in the catalog's database"
+        )
     if settings.admin.token and len(settings.admin.token) < MIN_TOKEN_LENGTH:
         # The token itself is not repeated.
         raise SettingsError(

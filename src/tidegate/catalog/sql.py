@@ -5,10 +5,11 @@ How it is connected to, and how a change is made one step, stands in `database`.
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Sequence
 from typing import Final
 
-from sqlalchemy import RowMapping, bindparam, select
+from sqlalchemy import RowMapping, bindparam, select, update
 
 from tidegate.catalog import policy_rows
 from tidegate.catalog.change_log import read_changes
@@ -175,6 +176,26 @@ class SqlCatalog:
         except _NothingToDo:
             return False
         return True
+
+    async def cache_secret(self) -> bytes:
+        """What entries of the shared cache are sealed with: the same for all instances of this database. Made at the first call.
+
+        Returns:
+            32 random bytes, in hex.
+
+        Raises:
+            CatalogUnavailable: if the database does not answer, or does not take a new one.
+        """
+        secret = select(policy_state.c.cache_secret)
+        async with self.database.reading() as connection:
+            held = (await connection.execute(secret)).scalar()
+        if held is None:
+            unset = update(policy_state).where(policy_state.c.cache_secret.is_(None))
+            async with self.database.transaction() as connection:
+                # Of two instances that start at once the second one finds what the first one made.
+                await connection.execute(unset.values(cache_secret=secrets.token_hex(32)))
+                held = (await connection.execute(secret)).scalar_one()
+        return str(held).encode()
 
     async def _read_keys(self, sha256s: Sequence[str], least: int) -> tuple[int, dict[str, ApiKey]]:
         # As many as a power of two, so that there are ten statements and not five hundred for the driver to prepare.

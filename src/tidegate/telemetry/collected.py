@@ -52,6 +52,11 @@ def collect_cache(
         metrics.add_counter(
             "rate_limiter_shared_cache_errors", "Times that Redis did not answer a catalog look-up.", lambda: shared.errors
         )
+        metrics.add_counter(
+            "rate_limiter_shared_cache_refused",
+            "Entries of the shared cache that were ignored: not sealed with the secret of this catalog, or invalid.",
+            lambda: shared.refused,
+        )
     if database is not None:
         metrics.add_counter(
             "rate_limiter_database_queries", "Catalog look-ups put to the database or a replica.", lambda: database.queries
