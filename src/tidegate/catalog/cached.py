@@ -13,7 +13,6 @@ better than none.
 from __future__ import annotations
 
 import asyncio
-import itertools
 import logging
 import math
 import random
@@ -88,7 +87,7 @@ class _Shelf(Generic[_V]):
         self.most = most
         # Not a dict, in which the first entry is found ever more slowly the more were taken off the front.
         self.entries: OrderedDict[str, tuple[float, _V]] = OrderedDict()
-        self.past: dict[str, tuple[float, _V]] = {}
+        self.past: OrderedDict[str, tuple[float, _V]] = OrderedDict()
         self.flights: dict[str, asyncio.Task[_V]] = {}
 
     def put(self, name: str, value: _V, fresh_until: float) -> None:
@@ -109,6 +108,7 @@ class _Shelf(Generic[_V]):
         entry = self.entries.pop(name, None)
         if entry is not None:
             self.past[name] = entry
+            self._bound_past()
         self.flights.pop(name, None)
 
     def doubt_all(self) -> None:
@@ -116,14 +116,17 @@ class _Shelf(Generic[_V]):
         self.past.update(self.entries)
         self.entries = OrderedDict()
         self.flights.clear()
-        for name in list(itertools.islice(self.past, max(0, len(self.past) - self.most))):
-            del self.past[name]
+        self._bound_past()
 
     def drop(self, name: str) -> None:
         """Serve an entry never again."""
         self.entries.pop(name, None)
         self.past.pop(name, None)
         self.flights.pop(name, None)
+
+    def _bound_past(self) -> None:
+        while len(self.past) > self.most:
+            self.past.popitem(last=False)
 
 
 class CachedCatalog:
@@ -151,7 +154,7 @@ class CachedCatalog:
         self._stale_if_error_s = stale_if_error_s
         self._clock = clock
         self._callers: _Shelf[Caller | None] = _Shelf(KEY, max_keys)
-        self._unknown: dict[str, float] = {}
+        self._unknown: OrderedDict[str, float] = OrderedDict()
         self._tiers: _Shelf[_HeldTier | None] = _Shelf(TIER, 10_000)
         self._anonymous: _Shelf[Caller | None] = _Shelf(ANONYMOUS, 1)
         self._generation = 0
@@ -340,12 +343,15 @@ class CachedCatalog:
             if value is None and shelf.kind == KEY:
                 # Apart from the known ones, so that a flood of unknown keys cannot push those out.
                 shelf.drop(name)
-                if len(self._unknown) >= MAX_UNKNOWN:
-                    del self._unknown[next(iter(self._unknown))]
-                self._unknown[name] = self._clock() + UNKNOWN_TTL_S
+                self._note_unknown(name)
             else:
                 shelf.put(name, value, self._fresh_until(shelf, name, value))
         return value
+
+    def _note_unknown(self, sha256: str) -> None:
+        if len(self._unknown) >= MAX_UNKNOWN:
+            self._unknown.popitem(last=False)
+        self._unknown[sha256] = self._clock() + UNKNOWN_TTL_S
 
     def _fresh_until(self, shelf: _Shelf[_V], name: str, value: _V) -> float:
         now = self._clock()
