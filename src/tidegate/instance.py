@@ -22,6 +22,7 @@ from tidegate.catalog.editing import CatalogEditor
 from tidegate.catalog.following import Follower
 from tidegate.catalog.policy_file import load_policy
 from tidegate.catalog.tokens import first_token
+from tidegate.catalog.unknown_keys import UnknownKeyLimit
 from tidegate.catalog.watch import watch_policy
 from tidegate.counters import CounterStore
 from tidegate.counters.factory import open_counters
@@ -124,9 +125,10 @@ class Instance:
             l1_ttl_s=settings.cache.l1_ttl_s,
             stale_if_error_s=settings.cache.stale_if_error_s,
             max_keys=settings.cache.max_keys,
+            unknown_keys=UnknownKeyLimit(bound) if (bound := settings.catalog.unknown_keys_per_minute) else None,
         )
         access = AccessLog(settings.server.access_log_sample) if settings.server.access_log_sample else None
-        gate = Gate(self.cached, self._counted(), self._observer(access))
+        gate = Gate(self.cached, self._counted(), self._observer(access), lookup_timeout_s=2 * settings.catalog.timeout_s)
         self.data_plane = DataPlane(
             gate,
             {

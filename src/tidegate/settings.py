@@ -67,6 +67,7 @@ class CatalogSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         pool_size: most connections for reading to each database server; another 4 to the primary are for writing.
         timeout_s: how long a database may take to answer, s.
         poll_s: how often changes made by other processes are looked for where they are not announced, s.
+        unknown_keys_per_minute: most look-ups of unknown API keys for one client address in one process; 0 for no bound.
     """
 
     url: str = "sqlite:///tidegate.db"
@@ -75,6 +76,7 @@ class CatalogSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     pool_size: int = 8
     timeout_s: float = 2.0
     poll_s: float = 0.5
+    unknown_keys_per_minute: int = 300
 
 
 class CounterSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -220,6 +222,7 @@ _RANGES: Final[Mapping[str, tuple[float, float]]] = {
     "catalog.pool_size": (1, 1000),
     "catalog.timeout_s": (0.05, 60),
     "catalog.poll_s": (0.05, 3600),
+    "catalog.unknown_keys_per_minute": (0, 1_000_000_000),
     "counters.timeout_ms": (1, 60_000),
     "counters.max_subjects": (1, 1_000_000_000),
     "counters.max_in_flight": (1, 1_000_000),

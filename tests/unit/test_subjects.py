@@ -18,12 +18,12 @@ from tidegate.catalog.policy_file import PolicyCatalog, parse_policy
 from tidegate.counters import Charge, CounterStore
 from tidegate.counters.redis.keyspace import key_of
 from tidegate.counters.redis.store import RedisCounters
-from tidegate.decision import Check, Decision, canonical_ip
+from tidegate.decision import Check, Decision, client_of
 from tidegate.descriptors import entries_subject
 from tidegate.doors.grpc.domains import FileDomain
 from tidegate.doors.grpc.ratelimit_file import parse_ratelimit
 from tidegate.doors.limiter import LONGEST_SUBJECT, _fit_subject
-from tidegate.gate import Gate, ipv6_client
+from tidegate.gate import Gate
 from tidegate.limits import Algorithm, Limit, LimitSet
 from tidegate.matching import CompiledTier, subject_of
 from tidegate.policy import Rule, Subject, Tier
@@ -93,8 +93,8 @@ def gate_subject(caller: tuple[str, Any]) -> str:
     if kind == "d":
         return entries_subject(what)
     if isinstance(what, ipaddress.IPv4Address):
-        return subject_of(Subject.IP, "", canonical_ip(str(what)), "t") or ""
-    return subject_of(Subject.IP, "", ipv6_client(canonical_ip(str(what[1]))), "t") or ""
+        return subject_of(Subject.IP, "", client_of(str(what)), "t") or ""
+    return subject_of(Subject.IP, "", client_of(str(what[1])), "t") or ""
 
 
 @given(st.lists(callers, min_size=2, max_size=8, unique=True))
@@ -164,8 +164,7 @@ def test_domains_whose_names_have_a_slash_count_apart() -> None:
     ],
 )
 def test_an_address_that_a_translator_made_counts_as_the_ipv4_client_behind_it(ip: str, client: str) -> None:
-    canonical = canonical_ip(ip)
-    assert (ipv6_client(canonical) if ":" in canonical else canonical) == client
+    assert client_of(ip) == client
 
 
 async def test_clients_of_one_translator_have_limits_of_their_own() -> None:

@@ -23,7 +23,8 @@ from typing import Final, Generic, TypeVar
 
 from tidegate.catalog import Catalog
 from tidegate.catalog.changes import ALL, ANONYMOUS, KEY, TIER, Changes, Item, LastChanges
-from tidegate.errors import CatalogUnavailable
+from tidegate.catalog.unknown_keys import UnknownKeyLimit
+from tidegate.errors import CatalogUnavailable, TooManyUnknownKeys
 from tidegate.matching import CompiledTier
 from tidegate.policy import ApiKey
 
@@ -138,6 +139,7 @@ class CachedCatalog:
         stale_if_error_s: how long past that it still serves while the catalog fails, s.
         max_keys: most API keys cached, 1 or more; each costs about 700 bytes.
         clock: gives monotonic seconds.
+        unknown_keys: bounds the look-ups of unknown keys by client; None for no bound.
     """
 
     def __init__(
@@ -147,8 +149,10 @@ class CachedCatalog:
         stale_if_error_s: float = 3600.0,
         max_keys: int = 100_000,
         clock: Callable[[], float] = time.monotonic,
+        unknown_keys: UnknownKeyLimit | None = None,
     ) -> None:
         self.catalog = catalog
+        self.unknown_keys = unknown_keys
         self.hits = self.misses = self.stale = 0
         self._l1_ttl_s = l1_ttl_s
         self._stale_if_error_s = stale_if_error_s
@@ -166,17 +170,30 @@ class CachedCatalog:
         """The version of the catalog that is in force here, as far as `changed` was told."""
         return self._last.version
 
-    async def caller(self, sha256: str) -> Caller | None:
+    def is_at_hand(self, sha256: str) -> bool:
+        """Whether `caller` answers from memory.
+
+        Args:
+            sha256: lower-case hex digest of the key.
+        """
+        entry = self._callers.entries.get(sha256)
+        if entry is not None and entry[0] > self._clock() and entry[1] is not None and entry[1].held.current:
+            return True
+        return self._unknown.get(sha256, 0.0) > self._clock()
+
+    async def caller(self, sha256: str, client: str | None = None) -> Caller | None:
         """The caller that an API key belongs to.
 
         Args:
             sha256: lower-case hex digest of the key.
+            client: address of whoever sent the key, as `client_of` gives it; None where it is not known, or does not matter.
 
         Returns:
             The caller, with revoked and expired keys too; None where the key is unknown. Costs 0.2 µs when cached.
 
         Raises:
             CatalogUnavailable: if the catalog fails and nothing cached can stand in.
+            TooManyUnknownKeys: if the key is not cached, and the client has sent too many unknown ones.
         """
         entry = self._callers.entries.get(sha256)
         if entry is not None and entry[0] > self._clock() and (caller := entry[1]) is not None and caller.held.current:
@@ -189,7 +206,24 @@ class CachedCatalog:
                 self.hits += 1
                 return None
             self._unknown.pop(sha256, None)
-        return await self._through(self._callers, sha256, self._load_caller)
+        if client is None or self.unknown_keys is None or sha256 in self._callers.flights:
+            return await self._through(self._callers, sha256, self._load_caller)
+        return await self._look_up(sha256, client, self.unknown_keys)
+
+    async def _look_up(self, sha256: str, client: str, limit: UnknownKeyLimit) -> Caller | None:
+        """A look-up that nobody else has under way, within the client's bound. A key that was known before has no bound."""
+        if sha256 not in self._callers.entries and sha256 not in self._callers.past:
+            wait_s = limit.wait_s(client)
+            if wait_s > 0:
+                limit.refused += 1
+                raise TooManyUnknownKeys(
+                    f"this address has sent too many unknown API keys: try again in {math.ceil(wait_s)} s",
+                    retry_after=math.ceil(wait_s),
+                )
+        found = await self._through(self._callers, sha256, self._load_caller)
+        if found is None:
+            limit.count(client)
+        return found
 
     async def anonymous(self) -> Caller | None:
         """The caller that checks without a key belong to.

@@ -82,6 +82,19 @@ def error_body(error: TidegateError) -> dict[str, Any]:
     return {"error": {"code": error.code, "message": error.message, "details": error.details}}
 
 
+def retry_headers(error: TidegateError) -> Headers:
+    """When an error that passes by itself is over.
+
+    Args:
+        error: the error.
+
+    Returns:
+        `Retry-After` in seconds, where the error says so; else none.
+    """
+    after_s = error.details.get("retry_after")
+    return [] if after_s is None else [("retry-after", str(after_s))]
+
+
 def exceeded_body(decision: Decision) -> dict[str, Any]:
     """The error form of a denial, for end clients.
 

@@ -8,9 +8,8 @@ from typing import Final
 import msgspec
 
 from tidegate.counters.memory import DEFAULT_MAX_SUBJECTS, MemoryCounters
-from tidegate.decision import canonical_ip
+from tidegate.decision import client_of
 from tidegate.errors import BadRequest, SettingsError
-from tidegate.gate import ipv6_client
 from tidegate.keys import hash_api_key, is_possible_key
 from tidegate.limits import LimitSet
 from tidegate.matching import CompiledRule, CompiledTier, subject_of
@@ -257,7 +256,6 @@ def _default_tier(policy: Policy, tier: str | None) -> str:
 def _client(ip: str) -> str:
     """A client as the live door and the gate count it. What is no address (a host name, say) stays as it is."""
     try:
-        canonical = canonical_ip(ip)
-        return ipv6_client(canonical) if ":" in canonical else canonical
+        return client_of(ip)
     except BadRequest:
         return ip

@@ -9,30 +9,14 @@ from tidegate.catalog.changing import NotThere
 from tidegate.catalog.editing import CatalogEditor
 from tidegate.catalog.reading import key_row
 from tidegate.counters import Charge
-from tidegate.decision import Decision, RuleUsage, Usage, canonical_ip
+from tidegate.decision import Decision, RuleUsage, Usage, client_of
 from tidegate.errors import StoreUnavailable
-from tidegate.gate import MAX_USAGE_RULES, Gate, ipv6_client
+from tidegate.gate import MAX_USAGE_RULES, Gate
 from tidegate.limits import LimitSet
 from tidegate.matching import CompiledTier, counted_by, subject_of
 from tidegate.policy import Mode, Subject
 
 _RESET_AT_ONCE = 1000
-
-
-def client_of(ip: str) -> str:
-    """What counts as one client of an address: itself, or the /64 of an IPv6 address.
-
-    Args:
-        ip: IPv4 or IPv6.
-
-    Returns:
-        The client.
-
-    Raises:
-        BadRequest: if it is no address.
-    """
-    canonical = canonical_ip(ip)
-    return ipv6_client(canonical) if ":" in canonical else canonical
 
 
 async def caller_of(editor: CatalogEditor, gate: Gate, key_id: str) -> Caller:

@@ -12,8 +12,9 @@ from tidegate.catalog.editing import CatalogEditor
 from tidegate.catalog.forms import moment_us
 from tidegate.catalog.reading import list_audit
 from tidegate.catalog.reading_violations import DAY_US, Blocked, blocked_total, list_violations, top_violators
+from tidegate.decision import client_of
 from tidegate.doors.admin.common import Actor, After, Exactly, Limit
-from tidegate.doors.admin.counting import client_of, reset_key, usage_of_key
+from tidegate.doors.admin.counting import reset_key, usage_of_key
 from tidegate.doors.admin.forms import (
     AuditPage,
     Moment,
