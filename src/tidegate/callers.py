@@ -7,7 +7,8 @@ import hashlib
 from collections.abc import Callable, Iterable
 from typing import Final, TypeAlias
 
-from tidegate.catalog.cached import CachedCatalog, Caller
+from tidegate.catalog.cache_level import Caller
+from tidegate.catalog.cached import CachedCatalog
 from tidegate.errors import ApiKeyExpired, ApiKeyRevoked, CatalogUnavailable, InvalidApiKey, MissingApiKey, TidegateError
 from tidegate.keys import is_possible_key
 from tidegate.policy import KeyStatus

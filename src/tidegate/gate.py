@@ -10,7 +10,8 @@ from typing import Final, TypeAlias
 import msgspec
 
 from tidegate.callers import LOOKUP_TIMEOUT_S, CallerLookup
-from tidegate.catalog.cached import CachedCatalog, Caller
+from tidegate.catalog.cache_level import Caller
+from tidegate.catalog.cached import CachedCatalog
 from tidegate.counters import Charge, CounterStore, Outcome
 from tidegate.decision import MAX_COST, Check, Decision, Observation, RuleUsage, Usage, client_of, clip, ipv6_client
 from tidegate.errors import BadRequest, MissingApiKey, StoreUnavailable, TidegateError

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tidegate.catalog.cached import Caller
+from tidegate.catalog.cache_level import Caller
 from tidegate.catalog.changing import NotThere
 from tidegate.catalog.editing import CatalogEditor
 from tidegate.catalog.reading import key_row
