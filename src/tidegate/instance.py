@@ -120,6 +120,13 @@ class Instance:
         source = self.catalog if shared is None else shared
         if first is not None:
             await self.catalog.apply_policy(first, _digest(first))
+        elif (released := await self.catalog.release_policy()) is not None:
+            logger.warning(
+                "no policy file is given, but one made %d tiers and %d API keys of this catalog: they stay active and are "
+                "released to operators, who can change and revoke them; see 'tidegate keys list'",
+                released.tiers,
+                released.api_keys,
+            )
         self.cached = CachedCatalog(
             source,
             l1_ttl_s=settings.cache.l1_ttl_s,

@@ -65,6 +65,7 @@ class CacheLevel(Generic[V]):
         self.flights: dict[str, asyncio.Task[V]] = {}
 
     def put(self, name: str, value: V, fresh_until: float) -> None:
+        """Keep an entry, in place of the oldest one where there are too many."""
         self.entries.pop(name, None)
         if self.past:
             self.past.pop(name, None)

@@ -94,7 +94,7 @@ async def edit_key(editor: CatalogEditor, actor: str, key_id: str, fields: KeyFi
     """
     async with editor.changing(actor) as change:
         row = await held_key(change, key_id)
-        require_editable(row, seen, f"the API key {row['id']}")
+        require_editable(change, row, seen, f"the API key {row['id']}")
         tier = await held_tier(change, row["tier_name"] if fields.tier is msgspec.UNSET else fields.tier)
         values: dict[str, Any] = {
             "tier_id": tier["id"],
@@ -129,7 +129,7 @@ async def rotate_key(editor: CatalogEditor, actor: str, key_id: str, grace_s: in
     """
     async with editor.changing(actor) as change:
         row = await held_key(change, key_id)
-        require_editable(row, seen, f"the API key {row['id']}")
+        require_editable(change, row, seen, f"the API key {row['id']}")
         now = now_us()
         over = row["expires_at_us"] is not None and row["expires_at_us"] <= now
         if row["status"] != KeyStatus.ACTIVE.value or over:
@@ -173,7 +173,7 @@ async def revoke_key(editor: CatalogEditor, actor: str, key_id: str, reason: str
         raise BadRequest("reason is empty: say why the key is revoked, for those who look later", field="reason")
     async with editor.changing(actor) as change:
         row = await held_key(change, key_id)
-        require_editable(row, seen, f"the API key {row['id']}")
+        require_editable(change, row, seen, f"the API key {row['id']}")
         if row["status"] == KeyStatus.REVOKED.value:
             raise CatalogError(f"the API key {row['id']} is revoked already")
         return await update_key(change, row, _revoked(reason), "revoke")
@@ -197,7 +197,7 @@ async def delete_key(editor: CatalogEditor, actor: str, key_id: str, seen: Seen)
     """
     async with editor.changing(actor) as change:
         row = await held_key(change, key_id)
-        require_editable(row, seen, f"the API key {row['id']}")
+        require_editable(change, row, seen, f"the API key {row['id']}")
         over = row["expires_at_us"] is not None and row["expires_at_us"] <= now_us()
         if row["status"] == KeyStatus.ACTIVE.value and not over:
             raise CatalogError(f"the API key {row['id']} still works: revoke it first, with a reason")
@@ -241,7 +241,7 @@ async def update_key(
         The key's form.
     """
     change.touch(KEY, row["sha256"])
-    written = {**values, "revision": row["revision"] + 1}
+    written = {**values, "managed_by_file": False, "revision": row["revision"] + 1}
     await change.connection.execute(update(api_keys).where(api_keys.c.id == row["id"]).values(written))
     form = key_form({**row, **written, "tier_name": tier_name or row["tier_name"]})
     await change.audit(action, "api_key", row["id"], key_form(row), form)

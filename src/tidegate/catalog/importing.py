@@ -40,7 +40,7 @@ class _Recorded(Change):
     """A change that also keeps what it did, to be shown."""
 
     def __init__(self, change: Change) -> None:
-        super().__init__(change.writing, change.actor)
+        super().__init__(change.writing, change.actor, change.has_file)
         self.changes: list[Form] = []
 
     async def audit(self, action: str, kind: str, target: str, before: Form | None, after: Form | None) -> None:
@@ -131,7 +131,7 @@ async def _take_tier(change: Change, tier: Tier, *, prune: bool) -> None:
         await insert_tier(change, tier)
         row = await held_tier(change, tier.name)
     elif policy_rows.row_of_tier(tier)["limits"] != row["limits"]:
-        _require_own(row, f"tier {tier.name!r}")
+        _require_own(change, row, f"tier {tier.name!r}")
         await update_tier(change, row, tier)
     held = {
         rule["name"]: rule for rule in (await change.connection.execute(rule_rows().where(tiers.c.id == row["id"]))).mappings()
@@ -143,11 +143,11 @@ async def _take_tier(change: Change, tier: Tier, *, prune: bool) -> None:
             continue
         values = policy_rows.row_of_rule(rule, row["id"], kept["position"])
         if any(kept[column] != value for column, value in values.items() if column != "managed_by_file"):
-            _require_own(kept, f"rule {rule.name!r} of tier {tier.name!r}")
+            _require_own(change, kept, f"rule {rule.name!r} of tier {tier.name!r}")
             await update_rule(change, kept, rule)
     if prune:
         for kept in held.values():
-            if not kept["managed_by_file"]:
+            if not change.is_of_file(kept):
                 await remove_rule(change, kept)
 
 
@@ -163,13 +163,13 @@ async def _take_keys(change: Change, policy: Policy, *, prune: bool) -> None:
         changed = {column: value for column, value in values.items() if column != "managed_by_file" and row[column] != value}
         if not changed:
             continue
-        _require_own(row, f"the API key {row['id']}")
+        _require_own(change, row, f"the API key {row['id']}")
         if "status" in changed:
             over = api_key.status is KeyStatus.REVOKED
             changed |= {"revoked_at_us": now_us() if over else None, "revoked_reason": "by import of a policy" if over else None}
         await update_key(change, row, changed, "update", tier["name"])
     for row in held.values():
-        if not row["managed_by_file"]:
+        if not change.is_of_file(row):
             change.touch(KEY, row["sha256"])
             await change.connection.execute(delete(api_keys).where(api_keys.c.id == row["id"]))
             await change.audit("delete", "api_key", row["id"], key_form(row), None)
@@ -190,8 +190,8 @@ async def _take_anonymous(change: Change, name: str | None) -> None:
 
 async def _prune_tiers(change: Change, named: set[str]) -> None:
     state = await change.one(select(policy_state.c.anonymous_tier))
-    for row in (await change.connection.execute(select(tiers).where(~tiers.c.managed_by_file))).mappings().all():
-        if row["name"] in named:
+    for row in (await change.connection.execute(select(tiers))).mappings().all():
+        if row["name"] in named or change.is_of_file(row):
             continue
         if state is not None and state["anonymous_tier"] == row["name"]:
             raise CatalogError(f"tier {row['name']!r} is the anonymous tier: name another one in [anonymous] of the policy")
@@ -202,8 +202,8 @@ async def _prune_tiers(change: Change, named: set[str]) -> None:
         await change.audit("delete", "tier", row["name"], tier_form(row), None)
 
 
-def _require_own(row: Mapping[Any, Any], what: str) -> None:
-    if row["managed_by_file"]:
+def _require_own(change: Change, row: Mapping[Any, Any], what: str) -> None:
+    if change.is_of_file(row):
         raise ManagedByFile(f"{what} stands otherwise in the policy file: change it there, or take it out of this text")
 
 

@@ -16,7 +16,7 @@ from tidegate.catalog.change_log import read_changes
 from tidegate.catalog.changes import Changes
 from tidegate.catalog.database import Database, DatabaseOptions
 from tidegate.catalog.gathering import Gathering
-from tidegate.catalog.policy_applied import apply_file
+from tidegate.catalog.policy_applied import Released, apply_file, release_file
 from tidegate.catalog.tables import api_keys, policy_state, rate_limit_rules, tiers
 from tidegate.policy import ApiKey, Policy, Tier
 
@@ -176,6 +176,27 @@ class SqlCatalog:
         except _NothingToDo:
             return False
         return True
+
+    async def release_policy(self) -> Released | None:
+        """Let operators change the rows of a policy file that is not given any more.
+
+        Returns:
+            What was released; None where no file was active.
+
+        Raises:
+            CatalogUnavailable: if the database does not answer; nothing was changed.
+        """
+        async with self.database.reading() as connection:
+            if (await connection.execute(select(policy_state.c.file_digest))).scalar() is None:
+                return None
+        try:
+            async with self.database.changing() as writing:
+                released = await release_file(writing, "tidegate serve")
+                if released is None:
+                    raise _NothingToDo
+        except _NothingToDo:
+            return None
+        return released
 
     async def cache_secret(self) -> bytes:
         """What entries of the shared cache are sealed with: the same for all instances of this database. Made at the first call.
