@@ -10,7 +10,7 @@ from typing import Final, TypeAlias
 from tidegate.catalog.cache_level import Caller
 from tidegate.catalog.cached import CachedCatalog
 from tidegate.errors import ApiKeyExpired, ApiKeyRevoked, CatalogUnavailable, InvalidApiKey, MissingApiKey, TidegateError
-from tidegate.keys import is_possible_key
+from tidegate.keys import is_possible_key, why_impossible
 from tidegate.policy import KeyStatus
 
 LOOKUP_TIMEOUT_S: Final = 4.0
@@ -59,7 +59,7 @@ class CallerLookup:
                 raise MissingApiKey("no API key came: send it as the X-API-Key header")
             return anonymous
         if not is_possible_key(api_key):
-            raise InvalidApiKey("the API key is mistyped: copy it again")
+            raise InvalidApiKey(why_impossible(api_key))
         caller = await self._catalog.caller(hashlib.sha256(api_key.encode()).hexdigest(), client)
         if caller is None:
             raise InvalidApiKey("the API key is unknown: check that it belongs to this service")

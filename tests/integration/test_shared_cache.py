@@ -336,6 +336,7 @@ async def test_an_entry_that_is_moved_to_another_place_is_not_taken(
     [
         ("k:" + "0" * 64, ApiKey("1" * 64, "free")),
         ("k:" + "0" * 64, ApiKey("0" * 64, "")),
+        ("k:" + "0" * 64, ApiKey("0" * 64, "free", counts_as="i:203.0.113.7")),
         ("k:" + "0" * 64, ApiKey("0" * 64, "free", overrides=(Override("", (Limit(-5, 60_000_000),)),))),
         ("k:" + "0" * 64, ApiKey("0" * 64, "free", overrides=(Override("", (Limit(5, 0),)),))),
         ("t:t", Tier("other")),

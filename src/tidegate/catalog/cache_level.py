@@ -44,7 +44,7 @@ class Caller:
         self.tier = (
             held.compiled if api_key is None or not api_key.overrides else CompiledTier(held.compiled.tier, api_key.overrides)
         )
-        self.subject = "" if api_key is None else f"k:{api_key.id}"
+        self.subject = "" if api_key is None else f"k:{api_key.owner}"
 
 
 class CacheLevel(Generic[V]):

@@ -108,7 +108,8 @@ async def edit_key(editor: CatalogEditor, actor: str, key_id: str, fields: KeyFi
 
 
 async def rotate_key(editor: CatalogEditor, actor: str, key_id: str, grace_s: int, seen: Seen = None) -> tuple[str, Form, Form]:
-    """Replace an API key by a new one of the same tier, name, end and overrides.
+    """Replace an API key by a new one of the same tier, name, end and overrides, which goes on with its counters: its owner has
+    consumed what it has consumed.
 
     Args:
         editor: of the catalog.
@@ -138,7 +139,13 @@ async def rotate_key(editor: CatalogEditor, actor: str, key_id: str, grace_s: in
         tier = await held_tier(change, row["tier_name"])
         overrides = policy_rows.api_key_of(row).overrides
         api_key, form = await _insert_key(
-            change, tier, name=row["name"], expires_at_us=row["expires_at_us"], overrides=overrides, action="rotate"
+            change,
+            tier,
+            name=row["name"],
+            expires_at_us=row["expires_at_us"],
+            overrides=overrides,
+            action="rotate",
+            counts_as=row["counts_as"] or row["id"],
         )
         values: dict[str, Any]
         if grace_s:
@@ -309,11 +316,14 @@ async def _insert_key(
     expires_at_us: int | None,
     overrides: tuple[Override, ...],
     action: str = "create",
+    counts_as: str | None = None,
 ) -> tuple[str, Form]:
     api_key = make_api_key()
     record = ApiKey(hash_api_key(api_key), tier["name"], name=name, expires_at_us=expires_at_us, overrides=overrides)
     change.touch(KEY, record.sha256)
-    await change.connection.execute(insert(api_keys).values(policy_rows.row_of_api_key(record, tier["id"], now_us())))
+    await change.connection.execute(
+        insert(api_keys).values({**policy_rows.row_of_api_key(record, tier["id"], now_us()), "counts_as": counts_as})
+    )
     form = key_form(await held_key(change, record.id))
     await change.audit(action, "api_key", record.id, None, form)
     return api_key, form

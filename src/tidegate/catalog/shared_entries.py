@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import re
 from typing import Final, TypeVar
 
 import msgspec
@@ -19,6 +20,7 @@ from tidegate.limits import Algorithm, Limit, fit_limits
 from tidegate.policy import ApiKey, Tier
 
 _TAG_BYTES: Final = 32
+_KEY_ID: Final = re.compile(r"[0-9a-f]{24}", re.ASCII)
 
 
 class Entry(msgspec.Struct, frozen=True, array_like=True):
@@ -120,6 +122,8 @@ def require_valid_key(api_key: ApiKey, sha256: str) -> None:
         raise InvalidEntry("it is of another API key")
     if not api_key.tier or (api_key.expires_at_us is not None and abs(api_key.expires_at_us) >= 1 << 63):
         raise InvalidEntry("it has no tier, or a time that the database cannot hold")
+    if api_key.counts_as and _KEY_ID.fullmatch(api_key.counts_as) is None:
+        raise InvalidEntry("it counts as what is no id of an API key")
     for override in api_key.overrides:
         _require_valid_limits(override.limits)
 

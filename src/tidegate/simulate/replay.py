@@ -187,7 +187,7 @@ class Replay:
             self._show(tier)
             own = CompiledTier(tier.tier, record.overrides) if record.overrides else tier
             refused_from_us = 0 if record.status is not KeyStatus.ACTIVE else record.expires_at_us
-            known = _Known(f"k:{record.id}", own, _NEVER if refused_from_us is None else refused_from_us)
+            known = _Known(f"k:{record.owner}", own, _NEVER if refused_from_us is None else refused_from_us)
             self._known[record.id] = known
             self._labels[known.subject] = record.name
         return known

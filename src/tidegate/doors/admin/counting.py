@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from sqlalchemy import select
+
 from tidegate.catalog.cache_level import Caller
 from tidegate.catalog.changing import NotThere
 from tidegate.catalog.editing import CatalogEditor
 from tidegate.catalog.reading import key_row
+from tidegate.catalog.tables import api_keys
 from tidegate.counters import Charge
 from tidegate.decision import Decision, RuleUsage, Usage, client_of
 from tidegate.errors import StoreUnavailable
@@ -39,6 +42,24 @@ async def caller_of(editor: CatalogEditor, gate: Gate, key_id: str) -> Caller:
     if caller is None:
         raise NotThere(f"there is no API key {key_id} any more: see GET /admin/v1/api-keys")
     return caller
+
+
+async def subject_of_key(editor: CatalogEditor, key_id: str) -> str:
+    """Whom counters and violations name for a key: the first key of its owner.
+
+    Args:
+        editor: of the catalog.
+        key_id: the key's id.
+
+    Returns:
+        The subject; that of the id itself where the key's record is gone.
+
+    Raises:
+        CatalogUnavailable: if the catalog does not answer.
+    """
+    async with editor.reading() as connection:
+        counts_as = (await connection.execute(select(api_keys.c.counts_as).where(api_keys.c.id == key_id))).scalar()
+    return f"k:{counts_as or key_id}"
 
 
 async def usage_of_key(editor: CatalogEditor, gate: Gate, key_id: str, ip: str | None) -> Usage:

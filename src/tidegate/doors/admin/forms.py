@@ -169,6 +169,7 @@ class KeyTold(Told):
     revoked_at: str | None
     revoked_reason: str | None
     managed_by_file: bool
+    counts_as: str
     revision: int
     warnings: list[str] = []
 
