@@ -174,6 +174,7 @@ class RuleUsage(msgspec.Struct, frozen=True, gc=False):
         subject: whom it counts; for a caller without an API key, `ip` stands where a key would be counted.
         limits: all its limits, the shortest window first.
         decision: the answer to a check of cost 0; of the limits it tells the one with the least left.
+        windows: the same for each of the limits by itself; none where the counter store could not say.
     """
 
     rule: str | None
@@ -182,6 +183,7 @@ class RuleUsage(msgspec.Struct, frozen=True, gc=False):
     subject: Subject
     limits: tuple[Limit, ...]
     decision: Decision
+    windows: tuple[Decision, ...] = ()
 
 
 class Usage(msgspec.Struct, frozen=True, gc=False):

@@ -19,6 +19,7 @@ from tidegate.limits import LimitSet
 from tidegate.matching import CompiledRule, CompiledTier, counted_by, subject_of
 from tidegate.policy import Mode, Subject
 from tidegate.together import Plan, Settled, charge_each, charge_together
+from tidegate.usage import peek
 
 Observer: TypeAlias = Callable[[Observation], None]
 
@@ -133,7 +134,7 @@ class Gate:
         return settled
 
     async def usage(self, api_key: str | None = None, ip: str | None = None) -> Usage:
-        """What is left to a caller, with one call to the counter store. Charges nothing, and is not observed: it is no check.
+        """What is left to a caller, in each window of each rule. Charges nothing, and is not observed: it is no check.
 
         Args:
             api_key: the caller's key; None or empty for a caller without one.
@@ -159,8 +160,8 @@ class Gate:
         tier, has_key = caller.tier, bool(caller.subject)
         looked_at: list[tuple[CompiledRule | None, LimitSet]] = [] if tier.limits is None else [(None, tier.limits)]
         looked_at += [(rule, rule.limits) for rule in tier.rules[:MAX_USAGE_RULES]]
-        counted: list[tuple[CompiledRule | None, Subject, LimitSet]] = []
-        charges: list[Charge] = []
+        counted: list[tuple[CompiledRule | None, Subject]] = []
+        counters: list[tuple[LimitSet, str]] = []
         not_counted: list[str | None] = []
         for rule, limits in looked_at:
             kind = counted_by(Subject.API_KEY if rule is None else rule.subject, has_key)
@@ -168,14 +169,13 @@ class Gate:
             if subject is None:
                 not_counted.append(limits.rule)
                 continue
-            counted.append((rule, kind, limits))
-            charges.append(Charge(((limits, subject),), cost=0))
-        peeked = await self.counters.charge(charges) if charges else ()
+            counted.append((rule, kind))
+            counters.append((limits, subject))
         rules = [
-            RuleUsage(None, None, Mode.ENFORCE, kind, limits.limits, decision)
+            RuleUsage(None, None, Mode.ENFORCE, kind, limits.limits, *seen)
             if rule is None
-            else RuleUsage(rule.rule.name, rule.rule.endpoint, rule.rule.mode, kind, limits.limits, decision)
-            for (rule, kind, limits), decision in zip(counted, map(_peeked, peeked, charges), strict=True)
+            else RuleUsage(rule.rule.name, rule.rule.endpoint, rule.rule.mode, kind, limits.limits, *seen)
+            for (rule, kind), (limits, _), seen in zip(counted, counters, await peek(self.counters, counters), strict=True)
         ]
         return Usage(tier.tier.name, tuple(rules), tuple(not_counted), len(tier.rules) > MAX_USAGE_RULES)
 
@@ -364,13 +364,6 @@ def _own_sets(tier: CompiledTier) -> list[LimitSet]:
     """What counts each caller of a tier by itself: by its key, or by its ip where it has none."""
     found = [rule.limits for rule in tier.rules if rule.subject is Subject.API_KEY]
     return found if tier.limits is None else [tier.limits, *found]
-
-
-def _peeked(outcome: Outcome, charge: Charge) -> Decision:
-    """What was seen of a counter; nothing, where the store did not answer."""
-    if isinstance(outcome, StoreUnavailable):
-        return Decision(False, limits=charge.counters[0][0], degraded=True)
-    return outcome
 
 
 def _require_text(value: object, field: str) -> None:

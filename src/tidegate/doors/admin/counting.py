@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from sqlalchemy import select
 
+from tidegate import usage
 from tidegate.catalog.cache_level import Caller
 from tidegate.catalog.changing import NotThere
 from tidegate.catalog.editing import CatalogEditor
@@ -89,10 +90,10 @@ async def usage_of_key(editor: CatalogEditor, gate: Gate, key_id: str, ip: str |
         looked_at.append((each.rule.name, each.rule.endpoint, each.rule.mode, counted_by(each.subject, True), each.limits))
     subjects = [subject_of(kind, caller.subject, client, tier.tier.name) for *_, kind, _ in looked_at]
     counted = [(entry, subject) for entry, subject in zip(looked_at, subjects, strict=True) if subject is not None]
-    decisions = await peek(gate, [(entry[-1], subject) for entry, subject in counted])
+    seen = await usage.peek(gate.counters, [(entry[-1], subject) for entry, subject in counted])
     rules = tuple(
-        RuleUsage(name, endpoint, mode, kind, limits.limits, decision)
-        for ((name, endpoint, mode, kind, limits), _), decision in zip(counted, decisions, strict=True)
+        RuleUsage(name, endpoint, mode, kind, limits.limits, *each)
+        for ((name, endpoint, mode, kind, limits), _), each in zip(counted, seen, strict=True)
     )
     not_counted = tuple(entry[0] for entry, subject in zip(looked_at, subjects, strict=True) if subject is None)
     return Usage(tier.tier.name, rules, not_counted, len(tier.rules) > MAX_USAGE_RULES)

@@ -303,6 +303,16 @@ class ViolationPage(Told):
     next: str | None
 
 
+class WindowUsageTold(Told):
+    """What is left of one limit."""
+
+    limit: int
+    window: int
+    used: int
+    remaining: int
+    resets_at: str | None
+
+
 class RuleUsageTold(Told):
     """What is left under one rule; of its limits the one with the least left."""
 
@@ -315,6 +325,7 @@ class RuleUsageTold(Told):
     reset_after: float | None
     window: int | None
     degraded: bool
+    windows: list[WindowUsageTold]
 
 
 class UsageTold(Told):
