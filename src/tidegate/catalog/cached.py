@@ -291,10 +291,11 @@ class CachedCatalog:
                 if replaced and not self._failing:
                     return await asyncio.shield(flight)
                 if now >= self._slow_until:
-                    async with asyncio.timeout(PATIENCE_S):
-                        return await asyncio.shield(flight)
-            except TimeoutError:
-                self._slow_until = now + RETRY_S
+                    # Not asyncio.timeout: it needs a task of its own, and the HTTP server begins without one.
+                    await asyncio.wait((flight,), timeout=PATIENCE_S)
+                    if flight.done():
+                        return flight.result()
+                    self._slow_until = now + RETRY_S
             except CatalogUnavailable as error:
                 logger.debug("an entry past its time serves: %s", error)
         self.stale += 1
