@@ -31,6 +31,7 @@ from tidegate.doors.answers import (
 )
 from tidegate.doors.client_address import TrustedProxies, peer_address
 from tidegate.doors.refusals import BodyTooSlow, HeadersTooLarge, MethodNotAllowed, NotFound, Unforeseen
+from tidegate.doors.request_headers import RequestHeaders, header_bytes, joined, single, single_path
 from tidegate.errors import BadRequest, RequestTooLarge, TidegateError
 from tidegate.gate import Gate, Observer
 from tidegate.telemetry.access import AccessLog
@@ -65,18 +66,12 @@ class Page(msgspec.Struct, frozen=True):
     body: bytes
 
 
-class _RequestHeaders(Protocol):
-    def get(self, key: str, default: Any = None) -> Any: ...
-    def get_all(self, key: str) -> list[str]: ...
-    def items(self) -> list[tuple[str, str]]: ...
-
-
 class _Scope(Protocol):
     proto: str
     method: str
     path: str
     client: str
-    headers: _RequestHeaders
+    headers: RequestHeaders
 
 
 _CHECK: Final = msgspec.json.Decoder(CheckRequest)
@@ -163,15 +158,15 @@ class DataPlane:
         peer = peer_address(scope.client)
         trusted = self._trusted.trusts(peer)
         try:
-            uri = _one(headers, "x-original-uri") or (_one(headers, "x-forwarded-uri") if trusted else None)
+            uri = single_path(headers, "x-original-uri") or (single_path(headers, "x-forwarded-uri") if trusted else None)
             if uri is None:
                 raise BadRequest(
                     "the path to decide is missing: send it as X-Original-URI, or as X-Forwarded-Uri from a trusted proxy"
                 )
-            method = _one(headers, "x-original-method") or (_one(headers, "x-forwarded-method") if trusted else None)
+            method = single(headers, "x-original-method") or (single(headers, "x-forwarded-method") if trusted else None)
             if method is None:
                 method = scope.method if for_envoy else "GET"
-            check = Check.of(uri, method, _one(headers, "x-api-key"), self._ip(headers, peer, trusted))
+            check = Check.of(uri, method, single(headers, "x-api-key"), self._ip(headers, peer, trusted))
         except BadRequest as error:
             raise self._seen(error) from None
         note(check)
@@ -195,7 +190,7 @@ class DataPlane:
         body = await self._body(headers, proto, MAX_CHECK_BYTES)
         try:
             asked = _CHECK.decode(body)
-            check = self._check_of(asked, _one(headers, "x-api-key"))
+            check = self._check_of(asked, single(headers, "x-api-key"))
         except msgspec.MsgspecError as error:
             raise self._seen(BadRequest(f"the body is not a check: {error}")) from None
         except UnicodeDecodeError:
@@ -217,7 +212,7 @@ class DataPlane:
             asked = _BATCH.decode(body).checks
             if not 1 <= len(asked) <= MAX_BATCH:
                 raise BadRequest(f"the batch has {len(asked)} checks: send 1 to {MAX_BATCH}", checks=len(asked))
-            header_key = _one(headers, "x-api-key")
+            header_key = single(headers, "x-api-key")
         except msgspec.MsgspecError as error:
             raise self._seen(BadRequest(f"the body is not a batch of checks: {error}")) from None
         except UnicodeDecodeError:
@@ -243,7 +238,7 @@ class DataPlane:
         self._bound_headers(headers)
         peer = peer_address(scope.client)
         try:
-            usage = await self._gate.usage(_one(headers, "x-api-key"), self._ip(headers, peer, self._trusted.trusts(peer)))
+            usage = await self._gate.usage(single(headers, "x-api-key"), self._ip(headers, peer, self._trusted.trusts(peer)))
         except TidegateError as error:
             raise self._seen(error) from None
         headers_out: Headers = [_JSON, NO_STORE]
@@ -272,14 +267,15 @@ class DataPlane:
             api_key = header_key
         return Check.of(asked.path, asked.method, api_key, asked.ip, asked.cost)
 
-    def _ip(self, headers: _RequestHeaders, peer: str, trusted: bool) -> str | None:
+    def _ip(self, headers: RequestHeaders, peer: str, trusted: bool) -> str | None:
         """The client's address as headers of a trusted peer tell it, else the peer's own; None where nobody knows it."""
-        forwarded_for = headers.get("x-forwarded-for") if trusted else None
-        if forwarded_for is not None:
-            forwarded_for = ",".join(headers.get_all("x-forwarded-for"))
-        return self._trusted.client(peer, _one(headers, "x-real-ip") if trusted else None, forwarded_for) or None
+        if not trusted:
+            return peer or None
+        real_ip = single(headers, "x-real-ip")
+        forwarded_for = None if real_ip else joined(headers, "x-forwarded-for")
+        return self._trusted.client(peer, real_ip, forwarded_for) or None
 
-    async def _body(self, headers: _RequestHeaders, proto: Any, most: int) -> bytes:
+    async def _body(self, headers: RequestHeaders, proto: Any, most: int) -> bytes:
         """The whole body, bounded in size and time."""
         length = headers.get("content-length")
         if length is not None and length.isdecimal() and int(length) > most:
@@ -299,10 +295,8 @@ class DataPlane:
         except TimeoutError:
             raise self._seen(BodyTooSlow(f"the body did not arrive within {self._body_timeout_s:g} s")) from None
 
-    def _bound_headers(self, headers: _RequestHeaders) -> None:
-        size = 0
-        for name, value in headers.items():
-            size += len(name) + len(value)
+    def _bound_headers(self, headers: RequestHeaders) -> None:
+        size = header_bytes(headers, MAX_HEADER_BYTES)
         if size > MAX_HEADER_BYTES:
             raise self._seen(HeadersTooLarge(f"the headers have {size} bytes: at most {MAX_HEADER_BYTES} are read"))
 
@@ -368,11 +362,3 @@ class _Noted:
     def response_empty(self, status: int, headers: Headers) -> None:
         self.status = status
         self._proto.response_empty(status, headers)
-
-
-def _one(headers: _RequestHeaders, name: str) -> str | None:
-    """The one value of a header, or None. Of two, a gateway and a backend may read different ones; so both are refused."""
-    values = headers.get_all(name)
-    if len(values) > 1:
-        raise BadRequest(f"{len(values)} {name} headers came: send one", field=name)
-    return values[0] if values else None

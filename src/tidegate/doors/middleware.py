@@ -14,7 +14,8 @@ from tidegate.counters.factory import open_counters
 from tidegate.decision import Check
 from tidegate.doors.answers import Headers, encode, error_body, exceeded_body, limit_headers
 from tidegate.doors.client_address import TrustedProxies
-from tidegate.errors import BadRequest, SettingsError, TidegateError
+from tidegate.doors.request_headers import AsgiHeaders, joined, single
+from tidegate.errors import SettingsError, TidegateError
 from tidegate.gate import Gate, Observer
 from tidegate.policy import Policy
 
@@ -98,25 +99,25 @@ class RateLimitMiddleware:
         await self.app(scope, receive, send_with_headers)
 
     def _check_of(self, scope: Scope) -> Check:
-        headers: dict[bytes, list[str]] = {}
-        for name, value in scope["headers"]:
-            if name in _READ:
-                headers.setdefault(name, []).append(value.decode("latin-1"))
-        keys = headers.get(b"x-api-key", [])
-        if len(keys) > 1:
-            raise BadRequest(f"{len(keys)} X-API-Key headers came: send one", field="X-API-Key")
+        headers = AsgiHeaders(scope["headers"], _READ)
         peer = scope["client"][0] if scope.get("client") else ""
-        real_ip = headers.get(b"x-real-ip", [None])[-1]
-        forwarded_for = ",".join(headers.get(b"x-forwarded-for", [])) or None
-        ip = self._trusted.client(peer, real_ip, forwarded_for)
+        ip: str | None = peer
+        if self._trusted.trusts(peer):
+            real_ip = single(headers, "x-real-ip")
+            ip = self._trusted.client(peer, real_ip, None if real_ip else joined(headers, "x-forwarded-for"))
         # The path as it was sent: once decoded, '%2F' and '/' look the same. Not every server gives it.
         raw = scope.get("raw_path")
-        path = raw.decode("latin-1").partition("?")[0] if raw else quote(scope["path"], safe=_KEPT)
+        path = _text(raw).partition("?")[0] if raw else quote(scope["path"], safe=_KEPT, errors="surrogateescape")
         cost = 1 if self._cost is None else self._cost(scope)
-        return Check.of(path, scope["method"], keys[0] if keys else None, ip or None, cost)
+        return Check.of(path, scope["method"], single(headers, "x-api-key"), ip or None, cost)
 
 
 _READ: Final = frozenset((b"x-api-key", b"x-real-ip", b"x-forwarded-for"))
+
+
+def _text(path: bytes) -> str:
+    """Raw UTF-8 in a path is one spelling with its escapes; what is not UTF-8 becomes lone surrogates, which are refused."""
+    return path.decode("utf-8", "surrogateescape")
 
 
 async def _answer(send: Send, status: int, headers: Headers, body: bytes) -> None:
