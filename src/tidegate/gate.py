@@ -287,13 +287,13 @@ class Gate:
         watchers = tier.watchers(check.method, check.path)
         if not subject and (rule is not None or tier.limits is not None or watchers):
             if ip is None:
-                raise BadRequest("ip is needed: a check that brings no API key is counted by ip", field="ip")
+                raise _ip_needed(check, "a check without an API key is counted by ip")
             subject = f"i:{ip}"
         counters: list[tuple[LimitSet, str]] = []
         if rule is not None:
             counted = subject if rule.subject is Subject.API_KEY else subject_of(rule.subject, subject, ip, tier.tier.name)
             if counted is None:
-                raise BadRequest(f"ip is needed: the rule {rule.rule.name!r} counts by ip", field="ip")
+                raise _ip_needed(check, f"the rule {clip(rule.rule.name)} counts by ip")
             counters.append((rule.limits, counted))
         if tier.limits is not None:
             counters.append((tier.limits, subject))
@@ -374,6 +374,11 @@ def _peeked(outcome: Outcome, charge: Charge) -> Decision:
 def _require_text(value: object, field: str) -> None:
     if value is not None and type(value) is not str:
         raise BadRequest(f"{field} must be a string", field=field)
+
+
+def _ip_needed(check: Check, why: str) -> BadRequest:
+    problem = "ip is needed" if check.bad_ip is None else f"ip {check.bad_ip} is not an IPv4 or IPv6 address"
+    return BadRequest(f"{problem}: {why}", field="ip")
 
 
 def _client(ip: str) -> str:

@@ -27,7 +27,7 @@ class ServerSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         grpc: address of the gRPC door; empty switches it off.
         workers: processes.
         drain_s: how long SIGTERM waits for what is in flight, s.
-        trusted_proxies: networks whose forwarding headers are believed.
+        trusted_proxies: addresses and networks whose forwarding headers are believed; `unix` for peers on a unix socket.
         body_timeout_s: how long a request body may take, s.
         log_level: debug, info, warning or error.
         log_format: json (one line an event, Elastic Common Schema), text, or auto: text for a terminal, else json.

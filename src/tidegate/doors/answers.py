@@ -178,7 +178,7 @@ def edge_cache_headers(decision: Decision) -> Headers:
 _VARY: Final = (
     "vary",
     "X-API-Key, X-Original-URI, X-Original-Method, X-Forwarded-Uri, X-Forwarded-Method, X-Real-IP, X-Forwarded-For, "
-    "X-Tidegate-Denied-Status",
+    "Forwarded, X-Tidegate-Denied-Status",
 )
 
 

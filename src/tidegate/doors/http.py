@@ -29,9 +29,9 @@ from tidegate.doors.answers import (
     limit_headers,
     usage_body,
 )
-from tidegate.doors.client_address import TrustedProxies, peer_address
+from tidegate.doors.client_address import TrustedProxies, address_or_none, peer_address
 from tidegate.doors.refusals import BodyTooSlow, HeadersTooLarge, MethodNotAllowed, NotFound, Unforeseen
-from tidegate.doors.request_headers import RequestHeaders, header_bytes, joined, single, single_path
+from tidegate.doors.request_headers import RequestHeaders, header_bytes, single, single_path
 from tidegate.errors import BadRequest, RequestTooLarge, TidegateError
 from tidegate.gate import Gate, Observer
 from tidegate.telemetry.access import AccessLog
@@ -166,7 +166,8 @@ class DataPlane:
             method = single(headers, "x-original-method") or (single(headers, "x-forwarded-method") if trusted else None)
             if method is None:
                 method = scope.method if for_envoy else "GET"
-            check = Check.of(uri, method, single(headers, "x-api-key"), self._ip(headers, peer, trusted))
+            ip = self._trusted.client(peer, headers)
+            check = Check.of(uri, method, single(headers, "x-api-key"), ip, strict_ip=False)
         except BadRequest as error:
             raise self._seen(error) from None
         note(check)
@@ -238,7 +239,8 @@ class DataPlane:
         self._bound_headers(headers)
         peer = peer_address(scope.client)
         try:
-            usage = await self._gate.usage(single(headers, "x-api-key"), self._ip(headers, peer, self._trusted.trusts(peer)))
+            ip = address_or_none(self._trusted.client(peer, headers))
+            usage = await self._gate.usage(single(headers, "x-api-key"), ip)
         except TidegateError as error:
             raise self._seen(error) from None
         headers_out: Headers = [_JSON, NO_STORE]
@@ -266,14 +268,6 @@ class DataPlane:
                 raise BadRequest("api_key and the X-API-Key header differ: send one of them", field="api_key")
             api_key = header_key
         return Check.of(asked.path, asked.method, api_key, asked.ip, asked.cost)
-
-    def _ip(self, headers: RequestHeaders, peer: str, trusted: bool) -> str | None:
-        """The client's address as headers of a trusted peer tell it, else the peer's own; None where nobody knows it."""
-        if not trusted:
-            return peer or None
-        real_ip = single(headers, "x-real-ip")
-        forwarded_for = None if real_ip else joined(headers, "x-forwarded-for")
-        return self._trusted.client(peer, real_ip, forwarded_for) or None
 
     async def _body(self, headers: RequestHeaders, proto: Any, most: int) -> bytes:
         """The whole body, bounded in size and time."""

@@ -13,8 +13,8 @@ from tidegate.counters import CounterStore
 from tidegate.counters.factory import open_counters
 from tidegate.decision import Check
 from tidegate.doors.answers import Headers, encode, error_body, exceeded_body, limit_headers
-from tidegate.doors.client_address import TrustedProxies
-from tidegate.doors.request_headers import AsgiHeaders, joined, single
+from tidegate.doors.client_address import FORWARDING, TrustedProxies
+from tidegate.doors.request_headers import AsgiHeaders, single
 from tidegate.errors import SettingsError, TidegateError
 from tidegate.gate import Gate, Observer
 from tidegate.policy import Policy
@@ -101,18 +101,15 @@ class RateLimitMiddleware:
     def _check_of(self, scope: Scope) -> Check:
         headers = AsgiHeaders(scope["headers"], _READ)
         peer = scope["client"][0] if scope.get("client") else ""
-        ip: str | None = peer
-        if self._trusted.trusts(peer):
-            real_ip = single(headers, "x-real-ip")
-            ip = self._trusted.client(peer, real_ip, None if real_ip else joined(headers, "x-forwarded-for"))
+        ip = self._trusted.client(peer, headers)
         # The path as it was sent: once decoded, '%2F' and '/' look the same. Not every server gives it.
         raw = scope.get("raw_path")
         path = _text(raw).partition("?")[0] if raw else quote(scope["path"], safe=_KEPT, errors="surrogateescape")
         cost = 1 if self._cost is None else self._cost(scope)
-        return Check.of(path, scope["method"], single(headers, "x-api-key"), ip or None, cost)
+        return Check.of(path, scope["method"], single(headers, "x-api-key"), ip, cost, strict_ip=False)
 
 
-_READ: Final = frozenset((b"x-api-key", b"x-real-ip", b"x-forwarded-for"))
+_READ: Final = FORWARDING | {b"x-api-key"}
 
 
 def _text(path: bytes) -> str:

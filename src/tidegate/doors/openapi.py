@@ -200,6 +200,7 @@ def _client_headers() -> list[dict[str, Any]]:
     return [
         _header("X-Real-IP", "Client address, from a trusted proxy."),
         _header("X-Forwarded-For", "Addresses, from a trusted proxy; the last untrusted one is the client."),
+        _header("Forwarded", "As X-Forwarded-For, in the form of RFC 7239; read where neither of the two came."),
     ]
 
 

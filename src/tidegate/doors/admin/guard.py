@@ -11,9 +11,10 @@ from typing import Any, Final, TypeAlias
 from tidegate.catalog.tokens import OPERATOR, Principal, TokenCheck
 from tidegate.decision import Decision
 from tidegate.doors.answers import ceil_s, encode, error_body
-from tidegate.doors.client_address import TrustedProxies
+from tidegate.doors.client_address import FORWARDING, TrustedProxies, counted_client
 from tidegate.doors.limiter import Limiter
 from tidegate.doors.refusals import BodyTooSlow
+from tidegate.doors.request_headers import AsgiHeaders
 from tidegate.errors import RequestTooLarge, TidegateError
 from tidegate.telemetry.requests import CURRENT, REQUEST_ID, Request
 
@@ -134,7 +135,7 @@ class Guard:
         if scheme.lower() != "bearer" or not token:
             raise MissingToken("no token came: send 'Authorization: Bearer …'")
         peer = scope["client"][0] if scope.get("client") else ""
-        ip = self._trusted.client(peer, headers.get("x-real-ip"), headers.get("x-forwarded-for")) or "unknown"
+        ip = counted_client(self._trusted.client(peer, AsgiHeaders(scope["headers"], FORWARDING)), peer)
         if (await self._failures.check(ip, 0)).remaining == 0:
             # Guesses must not go on, and a right one among them must not be let in.
             self._refuse_more(await self._failures.check(ip), "wrong tokens came from this address")

@@ -151,7 +151,7 @@ class RateLimitService:
                 # Of two entries with one key the first counts.
                 by_key = dict(reversed(entries))
                 return Part(await self._gate.plan_entries(by_key, None if api_key is None else str(api_key), cost), cost)
-            check = Check.of(**named)
+            check = Check.of(**named, strict_ip=False)
             if len(request.descriptors) == 1:
                 note(check)
             return Part(await self._gate.plan(check), cost)
