@@ -29,6 +29,7 @@ from tidegate.doors.answers import (
     limit_headers,
     usage_body,
 )
+from tidegate.doors.bearer import refuse_bearer_key
 from tidegate.doors.client_address import TrustedProxies, address_or_none, peer_address
 from tidegate.doors.refusals import BodyTooSlow, HeadersTooLarge, MethodNotAllowed, NotFound, Unforeseen
 from tidegate.doors.request_headers import RequestHeaders, header_bytes, single, single_path
@@ -115,7 +116,7 @@ class DataPlane:
             proto.close(404)
             return
         self.in_flight += 1
-        request = Request(scope.headers)
+        request = Request(scope.headers, False, scope.client, self._trusts_client)
         # Granian runs each request in a task of its own: nobody else sees it, and nothing is to be put back.
         CURRENT.set(request)
         access = self._access
@@ -167,8 +168,11 @@ class DataPlane:
             if method is None:
                 method = scope.method if for_envoy else "GET"
             ip = self._trusted.client(peer, headers)
-            check = Check.of(uri, method, single(headers, "x-api-key"), ip, strict_ip=False)
-        except BadRequest as error:
+            api_key = single(headers, "x-api-key")
+            if not api_key:
+                await refuse_bearer_key(self._gate, headers)
+            check = Check.of(uri, method, api_key, ip, strict_ip=False)
+        except TidegateError as error:
             raise self._seen(error) from None
         note(check)
         decision = await self._gate.check(check)
@@ -192,11 +196,13 @@ class DataPlane:
         try:
             asked = _CHECK.decode(body)
             check = self._check_of(asked, single(headers, "x-api-key"))
+            if check.api_key is None:
+                await refuse_bearer_key(self._gate, headers)
         except msgspec.MsgspecError as error:
             raise self._seen(BadRequest(f"the body is not a check: {error}")) from None
         except UnicodeDecodeError:
             raise self._seen(BadRequest("the body is not a check: it is not UTF-8")) from None
-        except BadRequest as error:
+        except TidegateError as error:
             raise self._seen(error) from None
         note(check)
         decision = await self._gate.check(check)
@@ -214,11 +220,13 @@ class DataPlane:
             if not 1 <= len(asked) <= MAX_BATCH:
                 raise BadRequest(f"the batch has {len(asked)} checks: send 1 to {MAX_BATCH}", checks=len(asked))
             header_key = single(headers, "x-api-key")
+            if not header_key and not all(each.api_key for each in asked):
+                await refuse_bearer_key(self._gate, headers)
         except msgspec.MsgspecError as error:
             raise self._seen(BadRequest(f"the body is not a batch of checks: {error}")) from None
         except UnicodeDecodeError:
             raise self._seen(BadRequest("the body is not a batch of checks: it is not UTF-8")) from None
-        except BadRequest as error:
+        except TidegateError as error:
             raise self._seen(error) from None
         answers: list[Decision | TidegateError | None] = []
         checks: list[Check] = []
@@ -240,7 +248,10 @@ class DataPlane:
         peer = peer_address(scope.client)
         try:
             ip = address_or_none(self._trusted.client(peer, headers))
-            usage = await self._gate.usage(single(headers, "x-api-key"), ip)
+            api_key = single(headers, "x-api-key")
+            if not api_key:
+                await refuse_bearer_key(self._gate, headers)
+            usage = await self._gate.usage(api_key, ip)
         except TidegateError as error:
             raise self._seen(error) from None
         headers_out: Headers = [_JSON, NO_STORE]
@@ -297,6 +308,9 @@ class DataPlane:
     def _allow_methods(self, scope: _Scope, methods: tuple[str, ...]) -> None:
         if scope.method not in methods:
             raise MethodNotAllowed(f"{scope.path} answers {' and '.join(methods)} only", allow=list(methods))
+
+    def _trusts_client(self, client: str) -> bool:
+        return self._trusted.trusts(peer_address(client))
 
     def _seen(self, error: TidegateError) -> TidegateError:
         """Tell telemetry of an error that the gate will not see."""

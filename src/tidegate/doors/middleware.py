@@ -13,6 +13,7 @@ from tidegate.counters import CounterStore
 from tidegate.counters.factory import open_counters
 from tidegate.decision import Check
 from tidegate.doors.answers import Headers, encode, error_body, exceeded_body, limit_headers
+from tidegate.doors.bearer import refuse_bearer_key
 from tidegate.doors.client_address import FORWARDING, TrustedProxies
 from tidegate.doors.request_headers import AsgiHeaders, single
 from tidegate.errors import SettingsError, TidegateError
@@ -78,18 +79,22 @@ class RateLimitMiddleware:
             await self.app(scope, receive, send)
             return
         try:
-            decision = await self.gate.check(self._check_of(scope))
+            headers = AsgiHeaders(scope["headers"], _READ)
+            check = self._check_of(scope, headers)
+            if check.api_key is None:
+                await refuse_bearer_key(self.gate, headers)
+            decision = await self.gate.check(check)
         except TidegateError as error:
             await _answer(send, error.status, [("x-tidegate-error", error.code)], encode(error_body(error)))
             return
-        headers = limit_headers(decision)
+        told = limit_headers(decision)
         if not decision.allowed:
-            await _answer(send, 429, headers, encode(exceeded_body(decision)))
+            await _answer(send, 429, told, encode(exceeded_body(decision)))
             return
-        if not headers:
+        if not told:
             await self.app(scope, receive, send)
             return
-        encoded = [(name.encode(), value.encode()) for name, value in headers]
+        encoded = [(name.encode(), value.encode()) for name, value in told]
 
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -98,8 +103,7 @@ class RateLimitMiddleware:
 
         await self.app(scope, receive, send_with_headers)
 
-    def _check_of(self, scope: Scope) -> Check:
-        headers = AsgiHeaders(scope["headers"], _READ)
+    def _check_of(self, scope: Scope, headers: AsgiHeaders) -> Check:
         peer = scope["client"][0] if scope.get("client") else ""
         ip = self._trusted.client(peer, headers)
         # The path as it was sent: once decoded, '%2F' and '/' look the same. Not every server gives it.
@@ -109,7 +113,7 @@ class RateLimitMiddleware:
         return Check.of(path, scope["method"], single(headers, "x-api-key"), ip, cost, strict_ip=False)
 
 
-_READ: Final = FORWARDING | {b"x-api-key"}
+_READ: Final = FORWARDING | {b"x-api-key", b"authorization"}
 
 
 def _text(path: bytes) -> str:

@@ -100,7 +100,7 @@ class Guard:
         if scope["type"] != "http":
             return
         headers = _headers(scope)
-        request = Request(headers)
+        request = Request(headers, peer=_peer(scope), trusts=self._trusted.trusts)
         CURRENT.set(request)
         status, started_ns = 0, time.perf_counter_ns()
 
@@ -134,7 +134,7 @@ class Guard:
         token = token.strip()
         if scheme.lower() != "bearer" or not token:
             raise MissingToken("no token came: send 'Authorization: Bearer …'")
-        peer = scope["client"][0] if scope.get("client") else ""
+        peer = _peer(scope)
         ip = counted_client(self._trusted.client(peer, AsgiHeaders(scope["headers"], FORWARDING)), peer)
         if (await self._failures.check(ip, 0)).remaining == 0:
             # Guesses must not go on, and a right one among them must not be let in.
@@ -236,6 +236,11 @@ def _tell(scope: Scope, status: int, duration_ns: int) -> None:
     }
     told = {name: each for name, each in told.items() if each is not None}
     logger.info("%s %s answered %d", scope["method"], scope["path"][:200], status, extra={"ecs": told})
+
+
+def _peer(scope: Scope) -> str:
+    """The address of whoever connected; empty where there is none."""
+    return scope["client"][0] if scope.get("client") else ""
 
 
 def _headers(scope: Scope) -> dict[str, str]:
