@@ -10,6 +10,7 @@ import msgspec
 
 from tidegate.bodies import DecisionBody, RuleUsageBody, UsageBody
 from tidegate.decision import Decision, RuleUsage, Usage
+from tidegate.doors.outward import outward
 from tidegate.errors import TidegateError
 from tidegate.limits import US_PER_S
 
@@ -71,7 +72,7 @@ def _rule_usage_body(usage: RuleUsage) -> RuleUsageBody:
 
 
 def error_body(error: TidegateError) -> dict[str, Any]:
-    """The JSON form of an error: `{"error": {"code", "message", "details"}}`.
+    """The JSON form of an error: `{"error": {"code", "message", "details"}}`; see `outward` for what it does not say.
 
     Args:
         error: the error.
@@ -79,7 +80,8 @@ def error_body(error: TidegateError) -> dict[str, Any]:
     Returns:
         What to encode.
     """
-    return {"error": {"code": error.code, "message": error.message, "details": error.details}}
+    message, details = outward(error)
+    return {"error": {"code": error.code, "message": message, "details": details}}
 
 
 def exceeded_body(decision: Decision) -> dict[str, Any]:

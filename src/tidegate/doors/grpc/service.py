@@ -17,6 +17,7 @@ from tidegate.decision import Check, Observation, clip
 from tidegate.doors.grpc.messages import RateLimitRequest
 from tidegate.doors.grpc.replies import Part, denied, reply
 from tidegate.doors.grpc.status import CallRefused, Status
+from tidegate.doors.outward import outward
 from tidegate.errors import BadRequest, CatalogUnavailable, RequestTooLarge, TidegateError
 from tidegate.gate import Gate
 from tidegate.settings import EnvoySettings
@@ -157,7 +158,7 @@ class RateLimitService:
             return Part(await self._gate.plan(check), cost)
         except CatalogUnavailable as error:
             self._seen(error)
-            raise CallRefused(Status.UNAVAILABLE, error.message) from None
+            raise CallRefused(Status.UNAVAILABLE, outward(error)[0]) from None
         except TidegateError as error:
             return Part(error, cost)
 
