@@ -13,6 +13,7 @@ class RsgiHeaders:
     """Headers as the data plane's server hands them over: nothing left out, every occurrence in order."""
 
     def __init__(self, pairs: Sequence[tuple[str, bytes]]) -> None:
+        self.size = sum(len(name) + len(value) for name, value in pairs)
         self._pairs = [(name.lower(), value.decode("utf-8", "surrogateescape")) for name, value in pairs]
 
     def get(self, key: str, default: Any = None) -> Any:
@@ -30,7 +31,9 @@ class RsgiHeaders:
 
 
 class _Proto:
-    """The answering side of one request."""
+    """The answering side of one request, which has arrived."""
+
+    complete = True
 
     def __init__(self, body: bytes) -> None:
         self._body = body

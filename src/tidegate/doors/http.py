@@ -32,7 +32,7 @@ from tidegate.doors.answers import (
 from tidegate.doors.bearer import refuse_bearer_key
 from tidegate.doors.client_address import TrustedProxies, address_or_none, peer_address
 from tidegate.doors.refusals import BodyTooSlow, HeadersTooLarge, MethodNotAllowed, NotFound, Unforeseen
-from tidegate.doors.request_headers import RequestHeaders, header_bytes, single, single_path
+from tidegate.doors.request_headers import RequestHeaders, single, single_path
 from tidegate.errors import BadRequest, RequestTooLarge, TidegateError
 from tidegate.gate import Gate, Observer
 from tidegate.telemetry.access import AccessLog
@@ -67,12 +67,18 @@ class Page(msgspec.Struct, frozen=True):
     body: bytes
 
 
+class _SizedHeaders(RequestHeaders, Protocol):
+    size: int
+
+    def get(self, key: str, default: Any = None) -> Any: ...
+
+
 class _Scope(Protocol):
     proto: str
     method: str
     path: str
     client: str
-    headers: RequestHeaders
+    headers: _SizedHeaders
 
 
 _CHECK: Final = msgspec.json.Decoder(CheckRequest)
@@ -280,11 +286,16 @@ class DataPlane:
             api_key = header_key
         return Check.of(asked.path, asked.method, api_key, asked.ip, asked.cost)
 
-    async def _body(self, headers: RequestHeaders, proto: Any, most: int) -> bytes:
+    async def _body(self, headers: _SizedHeaders, proto: Any, most: int) -> bytes:
         """The whole body, bounded in size and time."""
         length = headers.get("content-length")
         if length is not None and length.isdecimal() and int(length) > most:
             raise self._seen(RequestTooLarge(f"the body has {length} bytes: at most {most} are read", most=most))
+        if proto.complete:
+            body: bytes = await proto()
+            if len(body) > most:
+                raise self._seen(RequestTooLarge(f"the body has more than {most} bytes", most=most))
+            return body
         try:
             async with asyncio.timeout(self._body_timeout_s):
                 if length is not None:
@@ -300,8 +311,8 @@ class DataPlane:
         except TimeoutError:
             raise self._seen(BodyTooSlow(f"the body did not arrive within {self._body_timeout_s:g} s")) from None
 
-    def _bound_headers(self, headers: RequestHeaders) -> None:
-        size = header_bytes(headers, MAX_HEADER_BYTES)
+    def _bound_headers(self, headers: _SizedHeaders) -> None:
+        size = headers.size
         if size > MAX_HEADER_BYTES:
             raise self._seen(HeadersTooLarge(f"the headers have {size} bytes: at most {MAX_HEADER_BYTES} are read"))
 
@@ -356,6 +367,10 @@ class _Noted:
     def __init__(self, proto: Any) -> None:
         self._proto = proto
         self.status = 0
+
+    @property
+    def complete(self) -> bool:
+        return self._proto.complete  # type: ignore[no-any-return]
 
     def __call__(self) -> Any:
         return self._proto()

@@ -8,28 +8,19 @@ Values are text as bytes decode to with UTF-8 and `surrogateescape`: bytes that 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, Final, Protocol
+from typing import Final, Protocol
 
 from tidegate.decision import clip
 from tidegate.errors import BadRequest
 
 _SECRETS: Final = frozenset(("authorization", "x-api-key"))
-_MAX_CHARACTER_BYTES: Final = 4
 
 
 class RequestHeaders(Protocol):
     """The headers of one request; names in lower case."""
 
-    def get(self, key: str, default: Any = None) -> Any:
-        """The first value of a header."""
-        ...
-
     def get_all(self, key: str) -> list[str]:
         """Every value of a header, in order."""
-        ...
-
-    def items(self) -> list[tuple[str, str]]:
-        """Name and value of every header."""
         ...
 
     def __contains__(self, key: str) -> bool: ...
@@ -54,18 +45,9 @@ class AsgiHeaders:
                 values.setdefault(lower.decode("latin-1"), []).append(value.decode("utf-8", "surrogateescape").strip(" \t"))
         self._values = values
 
-    def get(self, key: str, default: Any = None) -> Any:
-        """See `RequestHeaders`."""
-        values = self._values.get(key)
-        return values[0] if values else default
-
     def get_all(self, key: str) -> list[str]:
         """See `RequestHeaders`."""
         return self._values.get(key, [])
-
-    def items(self) -> list[tuple[str, str]]:
-        """See `RequestHeaders`."""
-        return [(name, value) for name, values in self._values.items() for value in values]
 
     def __contains__(self, key: str) -> bool:
         return key in self._values
@@ -133,25 +115,6 @@ def joined(headers: RequestHeaders, name: str) -> str | None:
     return value if value.isascii() else _unusual(name, [value], may_be_unicode=False)
 
 
-def header_bytes(headers: RequestHeaders, enough: int) -> int:
-    """The size of all headers.
-
-    Args:
-        headers: of the request.
-        enough: up to this size an exact figure is not needed.
-
-    Returns:
-        Bytes of all names and values; of headers that certainly have fewer than `enough`, their characters.
-    """
-    pairs = headers.items()
-    size = 0
-    for name, value in pairs:
-        size += len(name) + len(value)
-    if size * _MAX_CHARACTER_BYTES <= enough:
-        return size
-    return sum(len(name) + (len(value) if value.isascii() else len(_encoded(value))) for name, value in pairs)
-
-
 def _unusual(name: str, values: list[str], *, may_be_unicode: bool) -> str:
     """What the fast path does not settle: no readable value, several values, a value beyond ASCII."""
     if len(values) > 1:
@@ -173,7 +136,3 @@ _REMEDY: Final = "percent-encode them or leave them out"
 
 def _is_unicode(value: str) -> bool:
     return not any("\ud800" <= character <= "\udfff" for character in value)
-
-
-def _encoded(value: str) -> bytes:
-    return value.encode("utf-8", "surrogateescape")
