@@ -32,7 +32,7 @@ from tidegate.doors.answers import (
 from tidegate.doors.bearer import refuse_bearer_key
 from tidegate.doors.client_address import TrustedProxies, address_or_none, peer_address
 from tidegate.doors.refusals import BodyTooSlow, HeadersTooLarge, MethodNotAllowed, NotFound, Unforeseen
-from tidegate.doors.request_headers import RequestHeaders, single, single_path
+from tidegate.doors.request_headers import RequestHeaders, single, single_path, utf8_path
 from tidegate.errors import BadRequest, RequestTooLarge, TidegateError
 from tidegate.gate import Gate, Observer
 from tidegate.telemetry.access import AccessLog
@@ -48,7 +48,10 @@ DENIED_STATUS: Final = "x-tidegate-denied-status"
 
 _AUTHORIZE: Final = "/v1/authorize"
 AUTHORIZE_ENVOY: Final = "/v1/authorize/envoy"
-"""`/v1/authorize` as Envoy's ext_authz needs it: it asks with the method of the request, and takes 200 alone for a yes."""
+"""`/v1/authorize` as Envoy's ext_authz needs it: it asks with the method of the request, and takes 200 alone for a yes.
+
+With `path_prefix` Envoy appends the path of the request: what follows is decided on then.
+"""
 
 _JSON: Final = ("content-type", "application/json")
 
@@ -76,7 +79,7 @@ class _SizedHeaders(RequestHeaders, Protocol):
 class _Scope(Protocol):
     proto: str
     method: str
-    path: str
+    path: str  # of the request line, not decoded, one character a byte
     client: str
     headers: _SizedHeaders
 
@@ -135,7 +138,7 @@ class DataPlane:
             path = scope.path
             if path == _AUTHORIZE:
                 await self._authorize(scope, proto)
-            elif path == AUTHORIZE_ENVOY:
+            elif path.startswith(AUTHORIZE_ENVOY) and _is_envoy(path):
                 await self._authorize(scope, proto, for_envoy=True)
             elif path == "/v1/check":
                 await self._check(scope, proto)
@@ -154,7 +157,12 @@ class DataPlane:
             self.in_flight -= 1
             self.answered += 1
             if access is not None and request.wanted:
-                access.write(request, scope.path[:200], proto.status, time.perf_counter_ns() - started_ns)
+                access.write(
+                    request,
+                    AUTHORIZE_ENVOY if _is_envoy(scope.path) else scope.path[:200],
+                    proto.status,
+                    time.perf_counter_ns() - started_ns,
+                )
             request.over = True
 
     async def _authorize(self, scope: _Scope, proto: Any, for_envoy: bool = False) -> None:
@@ -165,12 +173,18 @@ class DataPlane:
         peer = peer_address(scope.client)
         trusted = self._trusted.trusts(peer)
         try:
-            uri = single_path(headers, "x-original-uri") or (single_path(headers, "x-forwarded-uri") if trusted else None)
+            behind_prefix = for_envoy and len(scope.path) > len(AUTHORIZE_ENVOY)
+            if behind_prefix:
+                # Envoy's path_prefix: the request's own path and method are here, and its headers may be the client's.
+                uri: str | None = utf8_path(scope.path[len(AUTHORIZE_ENVOY) :])
+                method: str | None = scope.method
+            else:
+                uri = single_path(headers, "x-original-uri") or (single_path(headers, "x-forwarded-uri") if trusted else None)
+                method = single(headers, "x-original-method") or (single(headers, "x-forwarded-method") if trusted else None)
             if uri is None:
                 raise BadRequest(
                     "the path to decide is missing: send it as X-Original-URI, or as X-Forwarded-Uri from a trusted proxy"
                 )
-            method = single(headers, "x-original-method") or (single(headers, "x-forwarded-method") if trusted else None)
             if method is None:
                 method = scope.method if for_envoy else "GET"
             ip = self._trusted.client(peer, headers)
@@ -333,7 +347,7 @@ class DataPlane:
         return error
 
     def _refuse(self, scope: _Scope, proto: Any, error: TidegateError) -> None:
-        if scope.path in (_AUTHORIZE, AUTHORIZE_ENVOY):
+        if scope.path == _AUTHORIZE or _is_envoy(scope.path):
             told: Headers = [("x-tidegate-error", error.code), NO_STORE]
             if error.status in (401, 403):
                 self._empty(proto, error.status, told)
@@ -359,6 +373,10 @@ class DataPlane:
         if self.draining:
             headers.append(("connection", "close"))
         proto.response_empty(status, headers)
+
+
+def _is_envoy(path: str) -> bool:
+    return path == AUTHORIZE_ENVOY or path.startswith(f"{AUTHORIZE_ENVOY}/")
 
 
 class _Noted:

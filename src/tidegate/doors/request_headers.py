@@ -95,6 +95,26 @@ def single_path(headers: RequestHeaders, name: str) -> str | None:
     return _unusual(name, values, may_be_unicode=True)
 
 
+def utf8_path(path: str) -> str:
+    """A path of the request line as `Check.of` reads it.
+
+    Args:
+        path: one character for each byte that came.
+
+    Returns:
+        Its text as UTF-8.
+
+    Raises:
+        BadRequest: if it has bytes that are not UTF-8.
+    """
+    if path.isascii():
+        return path
+    text = path.encode("latin-1").decode("utf-8", "surrogateescape")
+    if _is_unicode(text):
+        return text
+    raise BadRequest(f"the path {clip(text)} has bytes that are not UTF-8: {_REMEDY}", field="path")
+
+
 def joined(headers: RequestHeaders, name: str) -> str | None:
     """The value of a header whose occurrences form one list.
 
