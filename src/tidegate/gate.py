@@ -8,7 +8,7 @@ import ipaddress
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
-from typing import Final, TypeAlias
+from typing import Final, Self, TypeAlias
 
 from tidegate.catalog.cached import CachedCatalog, Caller
 from tidegate.counters import Charge, CounterStore, Outcome
@@ -222,6 +222,16 @@ class Gate:
             if compiled is not None:
                 found.extend(rule.limits for rule in compiled.rules if rule.subject is Subject.IP)
         return found
+
+    async def close(self) -> None:
+        """Give back what the counter store holds; `async with` does it at the end."""
+        await self.counters.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
 
     def _tell_all(self, plans: Sequence[Plan | TidegateError], settled: Sequence[Settled], started_ns: int) -> None:
         share_ns = (time.perf_counter_ns() - started_ns) // max(len(plans), 1)

@@ -34,7 +34,8 @@ class RateLimitMiddleware:
 
         app.add_middleware(RateLimitMiddleware, policy="tidegate.policy.toml")
 
-    Websockets and lifespan pass untouched. Decided answers carry the limit headers; denials and errors have the error form.
+    Websockets pass untouched, and so does the lifespan, at whose shutdown a store made from a URL is closed. Decided answers
+    carry the limit headers; denials and errors have the error form.
 
     Args:
         app: the ASGI app.
@@ -70,13 +71,15 @@ class RateLimitMiddleware:
         assert gate is not None
         self.app = app
         self.gate = gate
+        self._owns_counters = policy is not None and isinstance(counters, str)
         self._trusted = TrustedProxies(trusted_proxies)
         self._cost = cost
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request, or let the app do so."""
         if scope["type"] != "http":
-            await self.app(scope, receive, send)
+            closes = scope["type"] == "lifespan" and self._owns_counters
+            await self.app(scope, receive, self._closing(send) if closes else send)
             return
         try:
             headers = AsgiHeaders(scope["headers"], _READ)
@@ -102,6 +105,14 @@ class RateLimitMiddleware:
             await send(message)
 
         await self.app(scope, receive, send_with_headers)
+
+    def _closing(self, send: Send) -> Send:
+        async def send_closed(message: Message) -> None:
+            if message["type"] in ("lifespan.shutdown.complete", "lifespan.shutdown.failed"):
+                await self.gate.close()
+            await send(message)
+
+        return send_closed
 
     def _check_of(self, scope: Scope, headers: AsgiHeaders) -> Check:
         peer = scope["client"][0] if scope.get("client") else ""
