@@ -26,6 +26,18 @@ Receive: TypeAlias = Callable[[], Awaitable[Message]]
 Send: TypeAlias = Callable[[Message], Awaitable[None]]
 App: TypeAlias = Callable[[Scope, Receive, Send], Awaitable[None]]
 
+EXPOSED_HEADERS: Final = (
+    "RateLimit",
+    "RateLimit-Policy",
+    "Retry-After",
+    "X-RateLimit-Limit",
+    "X-RateLimit-Remaining",
+    "X-RateLimit-Reset",
+    "X-Tidegate-Error",
+)
+"""The headers that pages of other sites may read of an answer, for a CORS middleware's `expose_headers`."""
+
+_EXPOSE: Final = ("access-control-expose-headers", ", ".join(EXPOSED_HEADERS))
 _KEPT: Final = "/:@!$&'()*+,=~-._%"
 
 
@@ -45,6 +57,8 @@ class RateLimitMiddleware:
         trusted_proxies: whose `X-Real-IP` and `X-Forwarded-For` are believed.
         cost: gives the cost of a request from its ASGI scope; 1 for every request where not given.
         observe: for `policy`: is told of every check.
+        pass_preflights: whether the preflights of browsers (CORS) go to the app uncounted: they never carry an API key. Not
+            needed where a CORS middleware is outside of this one, as it should be: a page may read only answers that it saw.
 
     Raises:
         SettingsError: unless exactly one of `gate` and `policy` is given.
@@ -61,6 +75,7 @@ class RateLimitMiddleware:
         trusted_proxies: Iterable[str] = (),
         cost: Callable[[Scope], int] | None = None,
         observe: Observer | None = None,
+        pass_preflights: bool = False,
     ) -> None:
         if (gate is None) == (policy is None):
             raise SettingsError("RateLimitMiddleware needs exactly one of 'gate' and 'policy'")
@@ -74,6 +89,7 @@ class RateLimitMiddleware:
         self._owns_counters = policy is not None and isinstance(counters, str)
         self._trusted = TrustedProxies(trusted_proxies)
         self._cost = cost
+        self._pass_preflights = pass_preflights
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request, or let the app do so."""
@@ -81,16 +97,22 @@ class RateLimitMiddleware:
             closes = scope["type"] == "lifespan" and self._owns_counters
             await self.app(scope, receive, self._closing(send) if closes else send)
             return
+        headers = AsgiHeaders(scope["headers"], _READ)
+        if self._pass_preflights and _is_preflight(scope, headers):
+            await self.app(scope, receive, send)
+            return
+        exposed = [_EXPOSE] if "origin" in headers else []
         try:
-            headers = AsgiHeaders(scope["headers"], _READ)
             check = self._check_of(scope, headers)
             if check.api_key is None:
                 await refuse_bearer_key(self.gate, headers)
             decision = await self.gate.check(check)
         except TidegateError as error:
-            await _answer(send, error.status, [("x-tidegate-error", error.code)], encode(error_body(error)))
+            await _answer(send, error.status, [("x-tidegate-error", error.code), *exposed], encode(error_body(error)))
             return
         told = limit_headers(decision)
+        if told:
+            told += exposed
         if not decision.allowed:
             await _answer(send, 429, told, encode(exceeded_body(decision)))
             return
@@ -124,7 +146,12 @@ class RateLimitMiddleware:
         return Check.of(path, scope["method"], single(headers, "x-api-key"), ip, cost, strict_ip=False)
 
 
-_READ: Final = FORWARDING | {b"x-api-key", b"authorization"}
+_READ: Final = FORWARDING | {b"x-api-key", b"authorization", b"origin", b"access-control-request-method"}
+
+
+def _is_preflight(scope: Scope, headers: AsgiHeaders) -> bool:
+    """Whether a browser asks if a request of another site's page may be sent (Fetch standard, "CORS-preflight request")."""
+    return scope["method"] == "OPTIONS" and "origin" in headers and "access-control-request-method" in headers
 
 
 def _text(path: bytes) -> str:
