@@ -31,7 +31,16 @@ from tidegate.doors.answers import (
 )
 from tidegate.doors.bearer import refuse_bearer_key
 from tidegate.doors.client_address import TrustedProxies, address_or_none, peer_address
-from tidegate.doors.refusals import BodyTooSlow, HeadersTooLarge, MethodNotAllowed, NotFound, Unforeseen
+from tidegate.doors.refusals import (
+    IDENTITY,
+    BodyTooSlow,
+    HeadersTooLarge,
+    MethodNotAllowed,
+    NotFound,
+    Unforeseen,
+    UnsupportedEncoding,
+    unsupported_encoding,
+)
 from tidegate.doors.request_headers import RequestHeaders, single, single_path, utf8_path
 from tidegate.errors import BadRequest, RequestTooLarge, TidegateError
 from tidegate.gate import Gate, Observer
@@ -298,10 +307,17 @@ class DataPlane:
             if api_key is not None and api_key != header_key:
                 raise BadRequest("api_key and the X-API-Key header differ: send one of them", field="api_key")
             api_key = header_key
-        return Check.of(asked.path, asked.method, api_key, asked.ip, asked.cost)
+        cost = asked.cost
+        if type(cost) is not int:
+            # In JSON 1.0 is the same number, and some languages write it so.
+            cost = 1 if cost is None else int(cost) if float(cost).is_integer() else cost
+        return Check.of(asked.path, "GET" if asked.method is None else asked.method, api_key, asked.ip, cost)
 
     async def _body(self, headers: _SizedHeaders, proto: Any, most: int) -> bytes:
         """The whole body, bounded in size and time."""
+        encoding = headers.get("content-encoding")
+        if encoding is not None and encoding.strip().lower() not in IDENTITY:
+            raise self._seen(unsupported_encoding(encoding))
         length = headers.get("content-length")
         if length is not None and length.isdecimal() and int(length) > most:
             raise self._seen(RequestTooLarge(f"the body has {length} bytes: at most {most} are read", most=most))
@@ -360,6 +376,8 @@ class DataPlane:
             headers.append((REQUEST_ID, request.id))
         if isinstance(error, MethodNotAllowed):
             headers.append(("allow", ", ".join(error.details["allow"])))  # type: ignore[arg-type]
+        if isinstance(error, UnsupportedEncoding):
+            headers.append(("accept-encoding", "identity"))
         if isinstance(error, RequestTooLarge | BodyTooSlow):
             headers.append(("connection", "close"))
         self._bytes(proto, error.status, headers, encode(error_body(error)))

@@ -19,6 +19,7 @@ _ERRORS: Final = {
     405: "The path is there, the method is not.",
     408: "The body did not arrive in time.",
     413: "The body is too large.",
+    415: "The body has a Content-Encoding.",
     431: "The headers are too large.",
     503: "The counter store or the catalog does not answer.",
 }
@@ -120,7 +121,7 @@ def _check() -> dict[str, Any]:
         "responses": {
             "200": {"description": "It may pass.", "headers": _headers(), "content": decided},
             "429": {"description": "It may not.", "headers": _headers(), "content": decided},
-            **_errors(400, 401, 403, 405, 408, 413, 431, 503),
+            **_errors(400, 401, 403, 405, 408, 413, 415, 431, 503),
         },
     }
 
@@ -136,7 +137,7 @@ def _batch() -> dict[str, Any]:
                 "description": "The decisions.",
                 "content": {"application/json": {"schema": {"$ref": "#/components/schemas/BatchAnswer"}}},
             },
-            **_errors(400, 405, 408, 413, 431, 503),
+            **_errors(400, 405, 408, 413, 415, 431, 503),
         },
     }
 

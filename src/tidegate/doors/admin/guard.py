@@ -13,7 +13,7 @@ from tidegate.decision import Decision
 from tidegate.doors.answers import ceil_s, encode, error_body
 from tidegate.doors.client_address import FORWARDING, TrustedProxies, counted_client
 from tidegate.doors.limiter import Limiter
-from tidegate.doors.refusals import BodyTooSlow
+from tidegate.doors.refusals import IDENTITY, BodyTooSlow, unsupported_encoding
 from tidegate.doors.request_headers import AsgiHeaders
 from tidegate.errors import RequestTooLarge, TidegateError
 from tidegate.telemetry.requests import CURRENT, REQUEST_ID, Request
@@ -156,6 +156,9 @@ class Guard:
 
     async def _body(self, headers: dict[str, str], receive: Receive) -> bytes | None:
         """The whole body; None where the client went away."""
+        encoding = headers.get("content-encoding", "")
+        if encoding.strip().lower() not in IDENTITY:
+            raise unsupported_encoding(encoding)
         length = headers.get("content-length", "")
         if length.isdecimal() and int(length[:20]) > MAX_BODY_BYTES:
             raise _too_large()
