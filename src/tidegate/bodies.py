@@ -100,21 +100,21 @@ class UsageBody(msgspec.Struct, frozen=True, gc=False):
 
 
 class CheckRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, gc=False):
-    """The body of `POST /v1/check`.
+    """The body of `POST /v1/check`. Null counts as left out, for writers that fill in every field.
 
     Args:
         path: path of the request to decide.
-        method: its HTTP method.
+        method: its HTTP method; GET where not given.
         api_key: the caller's key; may come as `X-API-Key` instead.
         ip: the client's address.
-        cost: units, 0 (peek) or more.
+        cost: units, 0 (peek) or more, also written as 1.0; 1 where not given.
     """
 
     path: str
-    method: str = "GET"
+    method: str | None = "GET"
     api_key: str | None = None
     ip: str | None = None
-    cost: int = 1
+    cost: int | float | None = 1
 
 
 class BatchRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -10,7 +10,6 @@ import tempfile
 from collections.abc import Callable, Generator, Iterator
 from importlib import resources
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import typer
 from sqlalchemy import func, select
@@ -31,6 +30,7 @@ from tidegate.instance import require_shared_counters
 from tidegate.listening import admin_address, free_address, grpc_address, missing_for_grpc
 from tidegate.policy import KeyStatus
 from tidegate.settings import Settings, parse_address
+from tidegate.url_parts import scheme_of
 
 Finding = tuple[str, bool | None, str]
 """What was looked at, whether it is well (None for a note), and what was found."""
@@ -238,7 +238,7 @@ def _look_at_workers(settings: Settings) -> str:
 
 async def _look_at_counters(settings: Settings) -> str:
     store = open_counters(settings.counters, settings.breaker)
-    scheme = urlsplit(settings.counters.url).scheme
+    scheme = scheme_of(settings.counters.url)
     if not isinstance(store, GuardedCounters):
         return f"{scheme}://: counted in this process's memory"
     try:

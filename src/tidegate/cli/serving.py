@@ -9,7 +9,6 @@ import tempfile
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
-from urllib.parse import urlsplit
 
 import msgspec
 import typer
@@ -57,6 +56,7 @@ def serve(
     from tidegate.server import run
     from tidegate.supervisor import supervise
     from tidegate.telemetry.logs import configure_logging
+    from tidegate.url_parts import scheme_of
     from tidegate.worker import Seat, work
 
     seat = Seat.taken(os.environ)
@@ -79,7 +79,7 @@ def serve(
             typer.echo(
                 f"tidegate {__version__} decides at http://{address} "
                 f"({'policy file ' + str(policy) if policy else 'no policy file'}, catalog {shown(settings.catalog.url)}, "
-                f"counters {urlsplit(settings.counters.url).scheme}://)"
+                f"counters {scheme_of(settings.counters.url)}://)"
             )
         sys.stdout.flush()
 

@@ -17,6 +17,7 @@ from tidegate.decision import Check, Observation, canonical_ip, clip
 from tidegate.doors.grpc.messages import RateLimitRequest
 from tidegate.doors.grpc.replies import Part, denied, reply
 from tidegate.doors.grpc.status import CallRefused, Status
+from tidegate.doors.outward import outward
 from tidegate.errors import BadRequest, CatalogUnavailable, RequestTooLarge, TidegateError
 from tidegate.gate import DescriptorCheck, Gate
 from tidegate.paths import STRICT, PathRules
@@ -143,7 +144,7 @@ class RateLimitService:
         for part in parts:
             if isinstance(part.plan, CatalogUnavailable):
                 self._seen(part.plan)
-                raise CallRefused(Status.UNAVAILABLE, part.plan.message)
+                raise CallRefused(Status.UNAVAILABLE, outward(part.plan)[0])
         return parts
 
     def _check_of(self, descriptor: Any, request: Any) -> tuple[Check | DescriptorCheck | TidegateError, int]:
@@ -170,7 +171,7 @@ class RateLimitService:
                 # Of two entries with one key the first counts.
                 by_key = dict(reversed(entries))
                 return DescriptorCheck(by_key, None if api_key is None else str(api_key), cost, _address(named.get("ip"))), cost
-            check = Check.of(**named, paths=self._paths)
+            check = Check.of(**named, paths=self._paths, strict_ip=False)
             if len(request.descriptors) == 1:
                 note(check)
             return check, cost
