@@ -23,6 +23,7 @@ from tidegate.gate import DescriptorCheck, Gate
 from tidegate.paths import STRICT, PathRules
 from tidegate.settings import EnvoySettings
 from tidegate.telemetry.requests import note
+from tidegate.time_slice import TimeSlice
 from tidegate.together import Settled
 
 logger = logging.getLogger(__name__)
@@ -134,7 +135,13 @@ class RateLimitService:
         if domain != self._domain:
             self._tell(domain)
             return reply([Part(None, 0)] * len(descriptors), [])
-        parts = await self._parts([self._check_of(each, request) for each in descriptors])
+        checks = []
+        slice_ = TimeSlice()
+        for each in descriptors:
+            if slice_.over:
+                await slice_.pause()
+            checks.append(self._check_of(each, request))
+        parts = await self._parts(checks)
         return reply(parts, await self._gate.decide([part.plan for part in parts if part.plan is not None]))
 
     async def _parts(self, checks: list[tuple[Check | DescriptorCheck | TidegateError, int]]) -> list[Part]:
