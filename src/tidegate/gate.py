@@ -18,6 +18,7 @@ from tidegate.errors import BadRequest, MissingApiKey, StoreUnavailable, Tidegat
 from tidegate.limits import LimitSet
 from tidegate.matching import CompiledRule, CompiledTier, counted_by, subject_of
 from tidegate.policy import Mode, Subject
+from tidegate.time_slice import TimeSlice
 from tidegate.together import Plan, Settled, charge_each, charge_together
 from tidegate.usage import peek
 
@@ -104,7 +105,8 @@ class Gate:
     async def check_many(self, checks: Sequence[Check]) -> list[Decision | TidegateError]:
         """Decide checks each on its own, in order, with one call to the counter store.
 
-        Callers that are not cached are looked up side by side, within `lookup_timeout_s` for all of them.
+        Callers that are not cached are looked up side by side, within `lookup_timeout_s` for all of them. While rules are
+        matched, other requests get their turn at least every 2 ms (see `TimeSlice`).
 
         Args:
             checks: what is asked; any number.
@@ -316,7 +318,8 @@ class Gate:
     async def plan_many(self, asked: Sequence[Check | DescriptorCheck]) -> list[Plan | TidegateError | None]:
         """Find out what each check of one request is held against; charges nothing.
 
-        Callers that are not cached are looked up side by side, within `lookup_timeout_s` for all of them.
+        Callers that are not cached are looked up side by side, within `lookup_timeout_s` for all of them; other requests get
+        their turn while rules are matched.
 
         Args:
             asked: checks, and descriptors without a path; any number.
@@ -328,7 +331,10 @@ class Gate:
         pairs = [(each.api_key, None if each.api_key is None else client) for each, client in zip(asked, clients, strict=True)]
         callers = await self._callers.find_all(pairs)
         plans: list[Plan | TidegateError | None] = []
+        slice_ = TimeSlice()
         for each, client, pair in zip(asked, clients, pairs, strict=True):
+            if slice_.over:
+                await slice_.pause()
             caller = callers[pair]
             try:
                 if isinstance(each, DescriptorCheck):
