@@ -27,6 +27,7 @@ from tidegate.doors.answers import (
     encode,
     error_body,
     limit_headers,
+    retry_headers,
     usage_body,
 )
 from tidegate.doors.bearer import refuse_bearer_key
@@ -44,8 +45,10 @@ from tidegate.doors.refusals import (
 from tidegate.doors.request_headers import RequestHeaders, single, single_path, utf8_path
 from tidegate.errors import BadRequest, RequestTooLarge, TidegateError
 from tidegate.gate import Gate, Observer
+from tidegate.paths import STRICT, PathRules
 from tidegate.telemetry.access import AccessLog
 from tidegate.telemetry.requests import CURRENT, REQUEST_ID, Request, current, note
+from tidegate.time_slice import TimeSlice
 
 logger = logging.getLogger(__name__)
 
@@ -107,6 +110,7 @@ class DataPlane:
         trusted: whose forwarding headers are believed.
         body_timeout_s: how long a body may take.
         access: writes about a sample of the requests; None for no such log.
+        paths: which spellings of a path are let through.
     """
 
     def __init__(
@@ -117,6 +121,7 @@ class DataPlane:
         trusted: TrustedProxies | None = None,
         body_timeout_s: float = BODY_TIMEOUT_S,
         access: AccessLog | None = None,
+        paths: PathRules = STRICT,
     ) -> None:
         self.draining = False
         self.in_flight = 0
@@ -127,6 +132,7 @@ class DataPlane:
         self._trusted = trusted or TrustedProxies()
         self._body_timeout_s = body_timeout_s
         self._access = access
+        self._paths = paths
 
     async def __rsgi__(self, scope: _Scope, proto: Any) -> None:
         """Answer one request."""
@@ -199,8 +205,8 @@ class DataPlane:
             ip = self._trusted.client(peer, headers)
             api_key = single(headers, "x-api-key")
             if not api_key:
-                await refuse_bearer_key(self._gate, headers)
-            check = Check.of(uri, method, api_key, ip, strict_ip=False)
+                await refuse_bearer_key(self._gate, headers, ip)
+            check = Check.of(uri, method, api_key, ip, paths=self._paths, strict_ip=False)
         except TidegateError as error:
             raise self._seen(error) from None
         note(check)
@@ -226,7 +232,7 @@ class DataPlane:
             asked = _CHECK.decode(body)
             check = self._check_of(asked, single(headers, "x-api-key"))
             if check.api_key is None:
-                await refuse_bearer_key(self._gate, headers)
+                await refuse_bearer_key(self._gate, headers, check.ip)
         except msgspec.MsgspecError as error:
             raise self._seen(BadRequest(f"the body is not a check: {error}")) from None
         except UnicodeDecodeError:
@@ -250,7 +256,7 @@ class DataPlane:
                 raise BadRequest(f"the batch has {len(asked)} checks: send 1 to {MAX_BATCH}", checks=len(asked))
             header_key = single(headers, "x-api-key")
             if not header_key and not all(each.api_key for each in asked):
-                await refuse_bearer_key(self._gate, headers)
+                await refuse_bearer_key(self._gate, headers, None)
         except msgspec.MsgspecError as error:
             raise self._seen(BadRequest(f"the body is not a batch of checks: {error}")) from None
         except UnicodeDecodeError:
@@ -259,7 +265,10 @@ class DataPlane:
             raise self._seen(error) from None
         answers: list[Decision | TidegateError | None] = []
         checks: list[Check] = []
+        slice_ = TimeSlice()
         for each in asked:
+            if slice_.over:
+                await slice_.pause()
             try:
                 checks.append(self._check_of(each, header_key))
                 answers.append(None)
@@ -267,7 +276,11 @@ class DataPlane:
                 answers.append(self._seen(error))
         decided = iter(await self._gate.check_many(checks))
         whole = [next(decided) if answer is None else answer for answer in answers]
-        decisions = [error_body(each) if isinstance(each, TidegateError) else decision_body(each) for each in whole]
+        decisions = []
+        for answer in whole:
+            if slice_.over:
+                await slice_.pause()
+            decisions.append(error_body(answer) if isinstance(answer, TidegateError) else decision_body(answer))
         self._bytes(proto, 200, [_JSON], encode({"decisions": decisions}))
 
     async def _usage(self, scope: _Scope, proto: Any) -> None:
@@ -279,7 +292,7 @@ class DataPlane:
             ip = address_or_none(self._trusted.client(peer, headers))
             api_key = single(headers, "x-api-key")
             if not api_key:
-                await refuse_bearer_key(self._gate, headers)
+                await refuse_bearer_key(self._gate, headers, ip)
             usage = await self._gate.usage(api_key, ip)
         except TidegateError as error:
             raise self._seen(error) from None
@@ -311,7 +324,7 @@ class DataPlane:
         if type(cost) is not int:
             # In JSON 1.0 is the same number, and some languages write it so.
             cost = 1 if cost is None else int(cost) if float(cost).is_integer() else cost
-        return Check.of(asked.path, "GET" if asked.method is None else asked.method, api_key, asked.ip, cost)
+        return Check.of(asked.path, "GET" if asked.method is None else asked.method, api_key, asked.ip, cost, self._paths)
 
     async def _body(self, headers: _SizedHeaders, proto: Any, most: int) -> bytes:
         """The whole body, bounded in size and time."""
@@ -364,14 +377,17 @@ class DataPlane:
 
     def _refuse(self, scope: _Scope, proto: Any, error: TidegateError) -> None:
         if scope.path == _AUTHORIZE or _is_envoy(scope.path):
-            told: Headers = [("x-tidegate-error", error.code), NO_STORE]
+            told: Headers = [("x-tidegate-error", error.code), NO_STORE, *retry_headers(error)]
             if error.status in (401, 403):
                 self._empty(proto, error.status, told)
                 return
             if scope.headers.get(DENIED_STATUS) == "403":
                 self._empty(proto, 403, [*told, ("x-tidegate-status", str(error.status))])
                 return
-        headers = [_JSON, ("x-tidegate-error", error.code)]
+            if error.status == 429:
+                self._empty(proto, 429, told)
+                return
+        headers = [_JSON, ("x-tidegate-error", error.code), *retry_headers(error)]
         if (request := current()) is not None:
             headers.append((REQUEST_ID, request.id))
         if isinstance(error, MethodNotAllowed):

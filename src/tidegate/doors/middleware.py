@@ -5,19 +5,19 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from pathlib import Path
 from typing import Any, Final, TypeAlias
-from urllib.parse import quote
 
 from tidegate.catalog.cached import CachedCatalog
 from tidegate.catalog.policy_file import PolicyCatalog, load_policy
 from tidegate.counters import CounterStore
 from tidegate.counters.factory import open_counters
 from tidegate.decision import Check
-from tidegate.doors.answers import Headers, encode, error_body, exceeded_body, limit_headers
+from tidegate.doors.answers import Headers, encode, error_body, exceeded_body, limit_headers, retry_headers
 from tidegate.doors.bearer import refuse_bearer_key
 from tidegate.doors.client_address import FORWARDING, TrustedProxies
 from tidegate.doors.request_headers import AsgiHeaders, single
 from tidegate.errors import SettingsError, TidegateError
 from tidegate.gate import Gate, Observer
+from tidegate.paths import PathRules, quote_path
 from tidegate.policy import Policy
 
 Scope: TypeAlias = MutableMapping[str, Any]
@@ -38,7 +38,6 @@ EXPOSED_HEADERS: Final = (
 """The headers that pages of other sites may read of an answer, for a CORS middleware's `expose_headers`."""
 
 _EXPOSE: Final = ("access-control-expose-headers", ", ".join(EXPOSED_HEADERS))
-_KEPT: Final = "/:@!$&'()*+,=~-._%"
 
 
 class RateLimitMiddleware:
@@ -59,9 +58,11 @@ class RateLimitMiddleware:
         observe: for `policy`: is told of every check.
         pass_preflights: whether the preflights of browsers (CORS) go to the app uncounted: they never carry an API key. Not
             needed where a CORS middleware is outside of this one, as it should be: a page may read only answers that it saw.
+        encoded_slashes: patterns with `*` for the paths that may have `%2F`, such as `/projects/*`; none where not given.
+        decode_unreserved: whether `%7E` is read as `~`, and so on; refused where not given.
 
     Raises:
-        SettingsError: unless exactly one of `gate` and `policy` is given.
+        SettingsError: unless exactly one of `gate` and `policy` is given, or for a pattern that no path can match.
         PolicyError: if the policy is refused.
     """
 
@@ -76,6 +77,8 @@ class RateLimitMiddleware:
         cost: Callable[[Scope], int] | None = None,
         observe: Observer | None = None,
         pass_preflights: bool = False,
+        encoded_slashes: Iterable[str] = (),
+        decode_unreserved: bool = False,
     ) -> None:
         if (gate is None) == (policy is None):
             raise SettingsError("RateLimitMiddleware needs exactly one of 'gate' and 'policy'")
@@ -90,6 +93,7 @@ class RateLimitMiddleware:
         self._trusted = TrustedProxies(trusted_proxies)
         self._cost = cost
         self._pass_preflights = pass_preflights
+        self._paths = PathRules.of(encoded_slashes, decode_unreserved)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request, or let the app do so."""
@@ -105,10 +109,11 @@ class RateLimitMiddleware:
         try:
             check = self._check_of(scope, headers)
             if check.api_key is None:
-                await refuse_bearer_key(self.gate, headers)
+                await refuse_bearer_key(self.gate, headers, check.ip)
             decision = await self.gate.check(check)
         except TidegateError as error:
-            await _answer(send, error.status, [("x-tidegate-error", error.code), *exposed], encode(error_body(error)))
+            told = [("x-tidegate-error", error.code), *retry_headers(error), *exposed]
+            await _answer(send, error.status, told, encode(error_body(error)))
             return
         told = limit_headers(decision)
         if told:
@@ -141,9 +146,9 @@ class RateLimitMiddleware:
         ip = self._trusted.client(peer, headers)
         # The path as it was sent: once decoded, '%2F' and '/' look the same. Not every server gives it.
         raw = scope.get("raw_path")
-        path = _text(raw).partition("?")[0] if raw else quote(scope["path"], safe=_KEPT, errors="surrogateescape")
+        path = _text(raw).partition("?")[0] if raw else quote_path(scope["path"])
         cost = 1 if self._cost is None else self._cost(scope)
-        return Check.of(path, scope["method"], single(headers, "x-api-key"), ip, cost, strict_ip=False)
+        return Check.of(path, scope["method"], single(headers, "x-api-key"), ip, cost, self._paths, strict_ip=False)
 
 
 _READ: Final = FORWARDING | {b"x-api-key", b"authorization", b"origin", b"access-control-request-method"}
