@@ -244,6 +244,27 @@ def canonical_ip(ip: object) -> str:
     raise BadRequest(f"ip {clip(ip)} is not an IPv4 or IPv6 address", field="ip")
 
 
+_MAX_ADDRESS: Final = 96
+# `[2001:db8::1%eth0]:443`, `192.0.2.1:443`, `fe80::1%eth0`
+_DECORATED: Final = re.compile(
+    r"\[([0-9A-Fa-f:.]+)(?:%[^\]\s%]{1,32})?\](?::[0-9]{1,5})?|([0-9.]+):[0-9]{1,5}|([0-9A-Fa-f]*:[0-9A-Fa-f:.]*)%[^\]\s%]{1,32}",
+    re.ASCII,
+)
+
+
+def _bare_address(text: str) -> str | None:
+    try:
+        if ":" not in text:
+            socket.inet_pton(socket.AF_INET, text)
+            return text
+        packed = socket.inet_pton(socket.AF_INET6, text)
+    except (OSError, ValueError):
+        return None
+    if packed.startswith(b"\0" * 10 + b"\xff\xff"):
+        return socket.inet_ntop(socket.AF_INET, packed[12:])
+    return socket.inet_ntop(socket.AF_INET6, packed)
+
+
 def client_of(ip: object) -> str:
     """What counts as one client of an address, however it is written: itself, or see `ipv6_client`.
 
@@ -295,27 +316,6 @@ def _embedded_ipv4(address: ipaddress.IPv6Address) -> ipaddress.IPv4Address | No
     if address in _NAT64 or address in _SIIT or (address in _COMPATIBLE and int(address) > 1):
         return ipaddress.IPv4Address(int(address) & 0xFFFF_FFFF)
     return address.ipv4_mapped
-
-
-_MAX_ADDRESS: Final = 96
-# `[2001:db8::1%eth0]:443`, `192.0.2.1:443`, `fe80::1%eth0`
-_DECORATED: Final = re.compile(
-    r"\[([0-9A-Fa-f:.]+)(?:%[^\]\s%]{1,32})?\](?::[0-9]{1,5})?|([0-9.]+):[0-9]{1,5}|([0-9A-Fa-f]*:[0-9A-Fa-f:.]*)%[^\]\s%]{1,32}",
-    re.ASCII,
-)
-
-
-def _bare_address(text: str) -> str | None:
-    try:
-        if ":" not in text:
-            socket.inet_pton(socket.AF_INET, text)
-            return text
-        packed = socket.inet_pton(socket.AF_INET6, text)
-    except (OSError, ValueError):
-        return None
-    if packed.startswith(b"\0" * 10 + b"\xff\xff"):
-        return socket.inet_ntop(socket.AF_INET, packed[12:])
-    return socket.inet_ntop(socket.AF_INET6, packed)
 
 
 def clip(value: object) -> str:

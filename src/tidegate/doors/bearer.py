@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 from typing import Final
 
-from tidegate.decision import client_of
+from tidegate.doors.client_address import counted_client
 from tidegate.doors.request_headers import RequestHeaders
-from tidegate.errors import BadRequest, CatalogUnavailable, MissingApiKey, TooManyUnknownKeys
+from tidegate.errors import CatalogUnavailable, MissingApiKey, TooManyUnknownKeys
 from tidegate.gate import Gate
 from tidegate.keys import KEY_PREFIX, is_possible_key
 
@@ -23,7 +23,7 @@ async def refuse_bearer_key(gate: Gate, headers: RequestHeaders, ip: str | None)
     Args:
         gate: knows the keys.
         headers: of the request.
-        ip: address that it came from, as `canonical_ip` reads it, or None.
+        ip: the client's address, or None; look-ups of unknown tokens are bounded for each, apart from those of unknown keys.
 
     Raises:
         MissingApiKey: naming the header that is read.
@@ -41,10 +41,7 @@ async def _is_key(gate: Gate, token: str, ip: str | None) -> bool:
     if not is_possible_key(token):
         return False
     try:
-        client = None if ip is None else client_of(ip)
-    except BadRequest:
-        client = None
-    try:
+        client = None if ip is None else f"bearer:{counted_client(ip, ip)}"
         return await gate.catalog.caller(hashlib.sha256(token.encode()).hexdigest(), client) is not None
     except (CatalogUnavailable, TooManyUnknownKeys):
         # Most bearer tokens are none of ours: while that cannot be known, they are not refused.

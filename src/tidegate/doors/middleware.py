@@ -38,7 +38,6 @@ EXPOSED_HEADERS: Final = (
 """The headers that pages of other sites may read of an answer, for a CORS middleware's `expose_headers`."""
 
 _EXPOSE: Final = ("access-control-expose-headers", ", ".join(EXPOSED_HEADERS))
-_KEPT: Final = "/:@!$&'()*+,=~-._%"
 
 
 class RateLimitMiddleware:
@@ -57,10 +56,10 @@ class RateLimitMiddleware:
         trusted_proxies: whose `X-Real-IP` and `X-Forwarded-For` are believed.
         cost: gives the cost of a request from its ASGI scope; 1 for every request where not given.
         observe: for `policy`: is told of every check.
-        encoded_slashes: patterns with `*` for the paths that may have `%2F`, such as `/projects/*`; none where not given.
-        decode_unreserved: whether `%7E` is read as `~`, and so on; refused where not given.
         pass_preflights: whether the preflights of browsers (CORS) go to the app uncounted: they never carry an API key. Not
             needed where a CORS middleware is outside of this one, as it should be: a page may read only answers that it saw.
+        encoded_slashes: patterns with `*` for the paths that may have `%2F`, such as `/projects/*`; none where not given.
+        decode_unreserved: whether `%7E` is read as `~`, and so on; refused where not given.
 
     Raises:
         SettingsError: unless exactly one of `gate` and `policy` is given, or for a pattern that no path can match.
@@ -77,9 +76,9 @@ class RateLimitMiddleware:
         trusted_proxies: Iterable[str] = (),
         cost: Callable[[Scope], int] | None = None,
         observe: Observer | None = None,
+        pass_preflights: bool = False,
         encoded_slashes: Iterable[str] = (),
         decode_unreserved: bool = False,
-        pass_preflights: bool = False,
     ) -> None:
         if (gate is None) == (policy is None):
             raise SettingsError("RateLimitMiddleware needs exactly one of 'gate' and 'policy'")
@@ -93,8 +92,8 @@ class RateLimitMiddleware:
         self._owns_counters = policy is not None and isinstance(counters, str)
         self._trusted = TrustedProxies(trusted_proxies)
         self._cost = cost
-        self._paths = PathRules.of(encoded_slashes, decode_unreserved)
         self._pass_preflights = pass_preflights
+        self._paths = PathRules.of(encoded_slashes, decode_unreserved)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request, or let the app do so."""

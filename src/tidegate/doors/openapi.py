@@ -19,8 +19,8 @@ _ERRORS: Final = {
     405: "The path is there, the method is not.",
     408: "The body did not arrive in time.",
     413: "The body is too large.",
-    429: "The address has sent too many unknown API keys; see Retry-After.",
     415: "The body has a Content-Encoding.",
+    429: "The address has sent too many unknown API keys; see Retry-After.",
     431: "The headers are too large.",
     503: "The counter store or the catalog does not answer.",
 }
