@@ -101,9 +101,10 @@ def parse_policy(text: str, file: str | None = None) -> Policy:
     Raises:
         PolicyError: with file, line and reason.
     """
+    # As editors on Windows write it. The lines are found in the same text, or the first table would have none.
+    text = text.removeprefix("\ufeff")
     try:
-        # As editors on Windows write it; a lone CR is refused by TOML itself.
-        raw = tomllib.loads(text.removeprefix("\ufeff"))
+        raw = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         found = re.search(r"\(at line (\d+), column (\d+)\)|\(at end of document\)", str(error))
         line = int(found.group(1)) if found and found.group(1) else text.count("\n") + 1

@@ -15,6 +15,7 @@ from typer.core import TyperGroup
 
 from tidegate._version import __version__
 from tidegate.errors import TidegateError
+from tidegate.terminal import say, tolerant_output
 
 _COMMANDS: Final = {
     "serve": "tidegate.cli.serving:serve",
@@ -92,12 +93,9 @@ def _root(
 
 def main() -> None:
     """Run the command line; the entry point of the package."""
-    try:
-        app()
-    except TidegateError as error:
-        typer.echo(f"tidegate: {error.message}", err=True)
-        sys.exit(2)
-    except BrokenPipeError:
-        # Whoever read our output has gone (`tidegate rules | head`): nothing is left to say, not even at interpreter exit.
-        sys.stderr.close()
-        sys.exit(0)
+    with tolerant_output():
+        try:
+            app()
+        except TidegateError as error:
+            say(f"tidegate: {error.message}", err=True)
+            sys.exit(2)

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 import msgspec
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -15,6 +14,7 @@ from tidegate.charts import clean
 from tidegate.limits import US_PER_S
 from tidegate.simulate.replay import Replay
 from tidegate.simulate.time_order import TimeOrder
+from tidegate.terminal import open_console
 
 TOP: Final = 10
 
@@ -196,7 +196,7 @@ def print_report(report: Report, policy: str) -> None:
         policy: path of the policy, for the title.
     """
     # Markup is off and every text is shown clean: what stands in a log was written by whoever sent the request.
-    console = Console(markup=False, highlight=False, emoji=False, soft_wrap=True)
+    console = open_console(markup=False, highlight=False, emoji=False, soft_wrap=True)
     console.print(
         f"{report.requests:,} requests from {report.from_} to {report.to} under {clean(policy)}: "
         f"{report.allowed:,} allowed, {report.blocked:,} blocked ({_share(report.blocked, report.requests)})"
