@@ -115,7 +115,7 @@ def _tolerant(stream: io.TextIOWrapper) -> TextIO:
     # As the interpreter does it: without a buffer where PYTHONUNBUFFERED asks for that.
     unbuffered = isinstance(stream.buffer, io.RawIOBase)
     return io.TextIOWrapper(
-        raw if unbuffered else io.BufferedWriter(raw),  # type: ignore[type-var]
+        raw if unbuffered else io.BufferedWriter(raw),
         encoding=stream.encoding,
         errors="backslashreplace",
         line_buffering=stream.line_buffering,
