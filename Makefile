@@ -18,6 +18,7 @@ $(VENV)/.dev: pyproject.toml scripts/make-venv locks/dev.txt locks/build.txt
 # In an environment of its own: what looks at packages shares none with them.
 SUPPLY := .venv-supply
 $(SUPPLY)/.done: locks/supply.txt
+	$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || scripts/install-debian-packages python3-venv
 	$(PYTHON) -m venv $(SUPPLY)
 	$(SUPPLY)/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes --no-deps --requirement locks/supply.txt
 	touch $@

@@ -330,6 +330,20 @@ def test_no_line_costs_more_than_its_length(line: str) -> None:
     assert min(cost_s(line) for _ in range(3)) < 80 * max(min(cost_s(line[: len(line) // 16]) for _ in range(3)), 0.001)
 
 
+@pytest.mark.parametrize(
+    "agent", ["curl/8", 'a "b" c', '" "9.9.9.9" "x', '" 1 2 3 9.9.9.9:1 5 6', '9.9.9.9" "', "", "9.9.9.9 - - [", "\\"]
+)
+def test_no_header_changes_the_client_of_envoy_s_lines(agent: str) -> None:
+    start = '[2023-11-14T22:13:20.000Z] "GET /a/b HTTP/1.1" 200 - '
+    default = f'{start}0 12 3 2 "203.0.113.7" "{agent}" "d3b0" "{agent}" "10.0.0.9:80"'
+    istio = (
+        f'{start}via_upstream - "-" 0 12 3 2 "9.9.9.9" "{agent}" "d3b0" "{agent}" "10.0.0.9:80" '
+        "inbound|80|| 127.0.0.6:4 10.0.0.9:80 203.0.113.7:51334 - default"
+    )
+    for line in (default, istio):
+        assert read([line]) == [(AT, "203.0.113.7", "GET", "/a/b", "203.0.113.7", "")]
+
+
 def test_times_of_every_kind() -> None:
     for text in (
         "14/Nov/2023:22:13:20.250 +0000",

@@ -40,10 +40,12 @@ _PREFIX: Final = re.compile(
     r")",
     re.ASCII,
 )
-_ENVOY: Final = re.compile(r'\[(\d{4}-\d\d-\d\dT[\d:.]{8,20}Z)\] "([^" ]{1,32}) ([^" ]*)[^"]*" (?:\d{1,3}|-) ', re.ASCII)
-# X-Forwarded-For, User-Agent, X-Request-Id, authority, upstream; Istio's lines go on with addresses, the client's the fourth.
-_ENVOY_TAIL: Final = re.compile(
-    r'"([^"]*)" "([^"]*)" "[^"]*" "[^"]*" "[^"]*"(?: [^ "]{1,255} [^ "]{1,255} [^ "]{1,255} ([^ "]{1,255}))?', re.ASCII
+# Envoy escapes nothing, so a User-Agent may hold quotes: what is needed is found from both ends. Behind the flags Istio has two
+# words and a text more; then come bytes and times, X-Forwarded-For, User-Agent, X-Request-Id, authority, upstream.
+_ENVOY: Final = re.compile(
+    r'\[(\d{4}-\d\d-\d\dT[\d:.]{8,20}Z)\] "([^" ]{1,32}) ([^" ]*)[^"]*" (?:\d{1,3}|-) [^ "]{1,64} '
+    r'(?:[^ "]{1,255} [^ "]{1,255} "[^"]*" )?(?:\d+|-) (?:\d+|-) (?:\d+|-) (?:\d+|-) "([^"]*)" "([^"]*)',
+    re.ASCII,
 )
 _HAPROXY: Final = re.compile(
     r"(?:haproxy\[\d+\]: )?(\S{2,64}:\d{1,5}) \[(\d\d/[A-Z][a-z]{2}/\d{4}:\d\d:\d\d:\d\d\.\d{3})\] "
@@ -202,13 +204,16 @@ def _is_chain(word: str) -> bool:
 
 def _envoy(text: str) -> Found:
     found = _ENVOY.match(text)
-    tail = _ENVOY_TAIL.search(text, found.end()) if found else None
-    if found is None or tail is None:
+    if found is None:
         raise Malformed("not a line of Envoy's default format")
     method, path = request_of_line(f"{found[2]} {found[3]}")
-    # Istio's downstream address is the client as Envoy itself worked it out of the chain.
-    client = tail[3] if tail[3] and tail[3] != "-" else tail[1]
-    return Found(moment_us(found[1]), client, method, path, agent=tail[2])
+    client = found[4]
+    if not text.endswith('"'):
+        # Istio goes on with cluster, upstream's and own address, the client's as Envoy worked it out of the chain, SNI, route.
+        behind = text.rsplit(" ", 6)
+        if len(behind) == 7 and behind[0].endswith('"') and address_of(behind[4]):
+            client = behind[4]
+    return Found(moment_us(found[1]), client, method, path, agent=found[5])
 
 
 def _haproxy(text: str) -> Found:
