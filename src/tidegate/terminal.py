@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final, TextIO
 import typer
 
 from tidegate.charts import clean
+from tidegate.errors import TidegateError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -83,6 +84,9 @@ def tolerant_output() -> Iterator[None]:
 
     A reader that has gone (`tidegate plan | head`) has what it wanted: what is written after that is dropped, and the command
     goes on to its own exit code. A character that the terminal's encoding does not have is shown as an escape.
+
+    Raises:
+        OutputError: where it cannot be written for another reason, such as a full disk.
     """
     replaced: list[tuple[str, TextIO]] = []
     for name in ("stdout", "stderr"):
@@ -95,19 +99,40 @@ def tolerant_output() -> Iterator[None]:
     try:
         yield
     finally:
+        failed: OutputError | None = None
         for name, stream in replaced:
-            getattr(sys, name).flush()
+            try:
+                getattr(sys, name).flush()
+            except OutputError as error:
+                failed = error
             setattr(sys, name, stream)
+        if failed is not None:
+            raise failed
+
+
+class OutputError(TidegateError):
+    """What a command prints cannot be written."""
+
+    code = "OUTPUT_UNWRITABLE"
 
 
 class _DroppingFile(io.FileIO):
     """A file descriptor for writing; what it cannot write because the reader has gone counts as written."""
 
+    failed = False
+
     def write(self, data: Any) -> int:
+        if not data:
+            return 0  # click tries with nothing whether a stream takes bytes; a full device refuses even that
         try:
             return super().write(data)
         except BrokenPipeError:
             return memoryview(data).nbytes
+        except OSError as error:
+            if self.failed:
+                return memoryview(data).nbytes  # reported once; the buffers above try again when they are closed
+            self.failed = True
+            raise OutputError(f"the output cannot be written: {error.strerror or error}") from None
 
 
 def _tolerant(stream: io.TextIOWrapper) -> TextIO:

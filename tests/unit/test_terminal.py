@@ -149,6 +149,15 @@ def test_a_reader_that_goes_leaves_the_exit_code(policy: Path) -> None:
     assert run("policy", "check", "missing.toml", directory=policy, command="2>&1 | true").returncode == 2
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has a device that is always full")
+@pytest.mark.parametrize(
+    ("arguments", "unbuffered"), [(("plan", "--dau", "10M"), ""), (("policy", "example"), "1"), (("--version",), "")]
+)
+def test_a_full_disk_is_one_sentence(policy: Path, arguments: tuple[str, ...], unbuffered: str) -> None:
+    ran = run(*arguments, directory=policy, command="> /dev/full", PYTHONUNBUFFERED=unbuffered)
+    assert (ran.returncode, ran.stderr) == (2, b"tidegate: the output cannot be written: No space left on device\n")
+
+
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
 def test_a_character_that_the_terminal_lacks_is_shown_as_an_escape(policy: Path, encoding: str) -> None:
     log = '{"time":1700000000,"ip":"10.0.0.1","path":"/donn\u00e9es/\u2603"}\n{"time":1}\u2603\n'

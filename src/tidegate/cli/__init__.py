@@ -15,7 +15,7 @@ from typer.core import TyperGroup
 
 from tidegate._version import __version__
 from tidegate.errors import TidegateError
-from tidegate.terminal import say, tolerant_output
+from tidegate.terminal import OutputError, say, tolerant_output
 
 _COMMANDS: Final = {
     "serve": "tidegate.cli.serving:serve",
@@ -93,9 +93,13 @@ def _root(
 
 def main() -> None:
     """Run the command line; the entry point of the package."""
-    with tolerant_output():
-        try:
-            app()
-        except TidegateError as error:
-            say(f"tidegate: {error.message}", err=True)
-            sys.exit(2)
+    try:
+        with tolerant_output():
+            try:
+                app()
+            except TidegateError as error:
+                say(f"tidegate: {error.message}", err=True)
+                sys.exit(2)
+    except OutputError as error:
+        say(f"tidegate: {error.message}", err=True)
+        sys.exit(2)
