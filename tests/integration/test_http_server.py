@@ -19,7 +19,7 @@ from tests.raw_http import exchange
 from tests.servers.ports import HOST
 from tidegate.doors.http import DataPlane, Page
 from tidegate.doors.http_connection import MAX_HEAD_BYTES, MAX_HEADERS, MAX_WAITING
-from tidegate.doors.http_exchange import Exchange
+from tidegate.doors.http_exchange import MAX_BUFFERED_BODY_BYTES, Exchange
 from tidegate.doors.http_server import RESERVED, HttpServer
 from tidegate.gate import Gate
 
@@ -329,6 +329,26 @@ async def test_a_client_that_leaves_is_given_up_before_its_body_is_whole(gate: G
         await until(lambda: plane.in_flight == 1)
         writer.close()
         await until(lambda: plane.in_flight == 0 and server.connections == 0)
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+async def test_a_body_larger_than_what_is_held_arrives_whole(chunked: bool) -> None:
+    class Late:
+        async def __rsgi__(self, scope: Exchange, proto: Exchange) -> None:
+            await asyncio.sleep(0.05)  # meanwhile more arrives than is held
+            body = b"".join([chunk async for chunk in proto]) if chunked else await proto()
+            proto.response_bytes(200, [], b"%d" % len(body))
+
+    body = b" " * (3 * MAX_BUFFERED_BODY_BYTES)
+    async with listening(Late()) as (_, port):
+        reader, writer = await asyncio.open_connection(HOST, port)
+        if chunked:
+            writer.write(head(POST, b"Connection: close", b"Transfer-Encoding: chunked"))
+            writer.write(b"%x\r\n%s\r\n0\r\n\r\n" % (len(body), body))
+        else:
+            writer.write(head(POST, b"Connection: close", b"Content-Length: %d" % len(body)) + body)
+        assert (await asyncio.wait_for(reader.read(), 20)).endswith(b"\r\n\r\n%d" % len(body))
+        writer.close()
 
 
 async def test_what_an_app_gets_wrong_is_a_503_in_the_error_form() -> None:

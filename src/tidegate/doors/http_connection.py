@@ -378,9 +378,8 @@ class Connection(asyncio.Protocol):
         """End the connection when what was gathered is written; what waits in line is not answered."""
         self.closing = self._stopped = self._ends = True
         self._waiting.clear()
-        self._pauses = 0
-        if self._transport is not None:
-            self._transport.resume_reading()
+        if self._pauses:
+            self._resume(self._pauses)
         if not self._out:
             self._out.append(b"")
             self.server.written(self)
@@ -435,7 +434,7 @@ class Connection(asyncio.Protocol):
         self._enqueue(refused)
 
     def _pause(self, reason: int) -> None:
-        if not self._pauses and self._transport is not None:
+        if not self._pauses and self._transport is not None and not self._transport.is_closing():
             self._transport.pause_reading()
         self._pauses |= reason
 
@@ -443,5 +442,5 @@ class Connection(asyncio.Protocol):
         if not self._pauses & reason:
             return
         self._pauses &= ~reason
-        if not self._pauses and self._transport is not None:
+        if not self._pauses and self._transport is not None and not self._transport.is_closing():
             self._transport.resume_reading()

@@ -174,8 +174,9 @@ class Exchange:
             return b"".join(self._chunks)
         taken: list[bytes] = []
         while not self.complete:
-            await self._arrival()
+            # Taken before it is waited for: while too much is held, nothing more arrives.
             taken += self._take()
+            await self._arrival()
         return b"".join(taken + self._chunks)
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
