@@ -88,23 +88,25 @@ def tolerant_output() -> Iterator[None]:
     Raises:
         OutputError: where it cannot be written for another reason, such as a full disk.
     """
-    replaced: list[tuple[str, TextIO]] = []
+    replaced: list[tuple[str, TextIO, _DroppingFile]] = []
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         # Only the process's own streams: a test or a program that put others in their place is to read them.
         if stream is not None and stream is getattr(sys, f"__{name}__") and isinstance(stream, io.TextIOWrapper):
             stream.flush()
-            replaced.append((name, stream))
-            setattr(sys, name, _tolerant(stream))
+            raw = _DroppingFile(stream.fileno(), "wb", closefd=False)
+            replaced.append((name, stream, raw))
+            setattr(sys, name, _tolerant(stream, raw))
     try:
         yield
     finally:
         failed: OutputError | None = None
-        for name, stream in replaced:
+        for name, stream, raw in replaced:
             try:
                 getattr(sys, name).flush()
             except OutputError as error:
                 failed = error
+            raw.given_up = True
             setattr(sys, name, stream)
         if failed is not None:
             raise failed
@@ -119,7 +121,8 @@ class OutputError(TidegateError):
 class _DroppingFile(io.FileIO):
     """A file descriptor for writing; what it cannot write because the reader has gone counts as written."""
 
-    failed = False
+    given_up = False
+    """Whether what is left in the buffers above is to be dropped: its failure was reported."""
 
     def write(self, data: Any) -> int:
         if not data:
@@ -129,14 +132,12 @@ class _DroppingFile(io.FileIO):
         except BrokenPipeError:
             return memoryview(data).nbytes
         except OSError as error:
-            if self.failed:
-                return memoryview(data).nbytes  # reported once; the buffers above try again when they are closed
-            self.failed = True
+            if self.given_up:
+                return memoryview(data).nbytes
             raise OutputError(f"the output cannot be written: {error.strerror or error}") from None
 
 
-def _tolerant(stream: io.TextIOWrapper) -> TextIO:
-    raw = _DroppingFile(stream.fileno(), "wb", closefd=False)
+def _tolerant(stream: io.TextIOWrapper, raw: _DroppingFile) -> TextIO:
     # As the interpreter does it: without a buffer where PYTHONUNBUFFERED asks for that.
     unbuffered = isinstance(stream.buffer, io.RawIOBase)
     return io.TextIOWrapper(
