@@ -97,6 +97,8 @@ def main() -> None:
         with tolerant_output():
             try:
                 app()
+            except OutputError:
+                raise  # said once the streams are the process's own again
             except TidegateError as error:
                 say(f"tidegate: {error.message}", err=True)
                 sys.exit(2)
