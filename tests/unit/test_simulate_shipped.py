@@ -197,8 +197,13 @@ def test_ports_and_chains_count_as_one_client(policy: Path, tmp_path: Path, caps
     assert simulate([str(log)], policy, as_json_=True, trusted_proxies=["10.0.0.0/8"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["top_blocked"] == [{"subject": "203.0.113.7", "rule": "/a*", "blocked": 2}]
+    assert found["untrusted_chains"] == 0
+    # Five peers, none of which is known as a proxy: that is said.
     assert simulate([str(log)], policy, as_json_=True) == 0
-    assert json.loads(capsys.readouterr().out)["blocked"] == 0, "five peers, none of which is known as a proxy"
+    found = json.loads(capsys.readouterr().out)
+    assert (found["blocked"], found["untrusted_chains"]) == (0, 5)
+    assert simulate([str(log)], policy) == 0
+    assert "5 lines have a chain of addresses" in capsys.readouterr().out
 
 
 def test_a_log_of_host_names_is_refused_with_its_share(policy: Path, tmp_path: Path) -> None:

@@ -138,6 +138,7 @@ class Simulation:
             examples=self.examples,
             broken=self.broken,
             no_address=self.no_address,
+            untrusted_chains=self._clients.untrusted_chains,
             no_address_examples=self.no_address_examples,
         )
 

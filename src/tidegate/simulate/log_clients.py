@@ -37,6 +37,8 @@ class Clients:
                 raise SettingsError(
                     f"--trusted-proxies {network!r} is not a valid address or network; expected for example 10.0.0.0/8"
                 ) from None
+        self.untrusted_chains = 0
+        """How many chains were asked about whose last address is no trusted proxy's, and so the one that counts."""
         self._known: dict[str, str] = {}
 
     def __call__(self, text: str) -> str:
@@ -55,6 +57,8 @@ class Clients:
                 if len(self._known) >= _REMEMBERED:
                     self._known.clear()
                 self._known[text] = found
+        if "," in text and found and found == address_of(text.rpartition(",")[2]):
+            self.untrusted_chains += 1
         return found
 
     def _work_out(self, text: str) -> str:

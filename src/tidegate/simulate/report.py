@@ -84,6 +84,7 @@ class Report(msgspec.Struct, frozen=True):
         late: of those, decided at a later moment than their own because they came too late to be put in order.
         refused_paths: requests whose path the live door refuses with 400; decided and charged by no rule.
         refused_keys: requests whose API key the policy has revoked or let expire by then; the live door refuses them with 403.
+        untrusted_chains: lines with a chain of addresses of which the last one was counted, as it is no trusted proxy's.
         no_address: lines whose client is not an address; the live door refuses such a check with 400.
         unknown_keys: requests whose API key the policy does not know, decided as if they had brought none.
         without_subject: requests without the field that names the caller, counted by ip.
@@ -113,6 +114,7 @@ class Report(msgspec.Struct, frozen=True):
     refused_paths: int
     refused_keys: int
     no_address: int
+    untrusted_chains: int
     unknown_keys: int
     without_subject: int
     evicted: int
@@ -136,6 +138,7 @@ def make_report(
     examples: Sequence[str],
     broken: Sequence[str],
     no_address: int = 0,
+    untrusted_chains: int = 0,
     no_address_examples: Sequence[str] = (),
 ) -> Report:
     """Sum a simulation up.
@@ -148,6 +151,7 @@ def make_report(
         examples: of malformed lines.
         broken: why logs ended early.
         no_address: lines whose client is not an address.
+        untrusted_chains: lines with a chain that ends with an untrusted address.
         no_address_examples: of those.
 
     Returns:
@@ -176,6 +180,7 @@ def make_report(
         refused_paths=replay.refused_count,
         refused_keys=replay.refused_keys,
         no_address=no_address,
+        untrusted_chains=untrusted_chains,
         unknown_keys=replay.unknown_keys,
         without_subject=replay.without_subject,
         evicted=replay.counters.evicted,
@@ -260,6 +265,11 @@ def notes(report: Report) -> list[str]:
     if report.no_address:
         told.append(f"{report.no_address:,} lines have a client that is not an address, which is refused with 400")
         told.extend(f"  refused: {clean(example)}" for example in report.no_address_examples)
+    if report.untrusted_chains:
+        told.append(
+            f"{report.untrusted_chains:,} lines have a chain of addresses, of which the last was counted: if that is a proxy of "
+            "yours, name it with --trusted-proxies"
+        )
     if report.unknown_keys:
         told.append(f"{report.unknown_keys:,} requests bring an API key that the policy does not know: decided as if without")
     if report.without_subject:
