@@ -10,7 +10,7 @@ import msgspec
 
 from tidegate.errors import BadRequest
 from tidegate.limits import US_PER_S, Limit, LimitSet
-from tidegate.paths import canonical_path
+from tidegate.paths import STRICT, PathRules, canonical_path
 from tidegate.policy import Mode, Subject
 
 MAX_COST: Final = 1_000_000_000
@@ -44,6 +44,7 @@ class Check(msgspec.Struct, frozen=True, gc=False):
         api_key: object = None,
         ip: object = None,
         cost: object = 1,
+        paths: PathRules = STRICT,
     ) -> Check:
         """Validate what a door was asked.
 
@@ -53,6 +54,7 @@ class Check(msgspec.Struct, frozen=True, gc=False):
             api_key: the key or None; an empty one counts as None.
             ip: IPv4 or IPv6 address or None.
             cost: whole number.
+            paths: which spellings of a path are let through.
 
         Returns:
             The check.
@@ -62,7 +64,7 @@ class Check(msgspec.Struct, frozen=True, gc=False):
         """
         if type(path) is not str or not path:
             raise BadRequest("path must be a non-empty string such as '/api/v1/items'", field="path")
-        canonical, remedy = canonical_path(path.partition("?")[0] if "?" in path else path)
+        canonical, remedy = canonical_path(path.partition("?")[0] if "?" in path else path, paths)
         if canonical is None:
             raise BadRequest(f"path {clip(path)} is refused: {remedy}", field="path")
         if method not in _USUAL_METHODS:
@@ -216,5 +218,6 @@ def canonical_ip(ip: object) -> str:
 
 def clip(value: object) -> str:
     """The representation of a value that came from outside, short enough for a message."""
-    text = repr(value)
+    # Of a long text its beginning is enough; to escape all of it would cost its sender's peers.
+    text = repr(value[:80] if type(value) is str else value)
     return text if len(text) <= 80 else text[:77] + "..."

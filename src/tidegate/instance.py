@@ -34,6 +34,7 @@ from tidegate.errors import PolicyError, SettingsError
 from tidegate.gate import Gate, Observer
 from tidegate.listening import AsgiListener, Listener, admin_address, free_address, grpc_address
 from tidegate.opening import open_catalog, open_channel, share_catalog
+from tidegate.paths import STRICT, PathRules
 from tidegate.policy import Policy
 from tidegate.settings import Settings, join_address, parse_address
 from tidegate.telemetry.access import AccessLog
@@ -83,6 +84,7 @@ class Instance:
         self._admin: AsgiListener | None = None
         self._grpc: GrpcListener | None = None
         self._tracing: Tracing | None = None
+        self._paths = STRICT
         self._stack = contextlib.AsyncExitStack()
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -96,6 +98,7 @@ class Instance:
         """
         settings = self.settings
         require_shared_counters(settings)
+        self._paths = PathRules.of(settings.paths.encoded_slashes, settings.paths.decode_unreserved)
         find = parse_address if self._shares_port else free_address
         host, port = find(settings.server.http, "server.http")
         admin = admin_address(settings, port, find)
@@ -138,6 +141,7 @@ class Instance:
             TrustedProxies(settings.server.trusted_proxies),
             settings.server.body_timeout_s,
             access,
+            self._paths,
         )
         collect_cache(self.metrics, self.cached, shared, self.catalog.database)
         collect_counters(self.metrics, self.counters)
@@ -240,7 +244,7 @@ class Instance:
         from tidegate.doors.grpc.service import RateLimitService
 
         envoy = self.settings.envoy
-        service = RateLimitService(gate, envoy, self.metrics.observe)
+        service = RateLimitService(gate, envoy, self.metrics.observe, self._paths)
         if envoy.config:
             from tidegate.doors.grpc.watching import load_domains, watch_domains
 

@@ -15,14 +15,17 @@ import msgspec
 from tidegate.descriptors import PREFIX as DESCRIPTOR
 from tidegate.descriptors import canonical_descriptor, descriptor_entries
 from tidegate.errors import PolicyError
+from tidegate.globs import Glob
 from tidegate.keys import FORM, hash_api_key, is_mistyped
 from tidegate.limits import Algorithm, Limit, OnFailure, fit_limits, member_of, short
-from tidegate.paths import canonical_path
+from tidegate.paths import PathRules, canonical_path
 
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}", re.ASCII)
 _MAX_RULE_NAME: Final = 256
 _RULE_NAME: Final = re.compile(r"[\x20-\x7e]{1,256}", re.ASCII)
 _METHOD: Final = re.compile(r"[A-Z][A-Z0-9_-]{0,31}", re.ASCII)
+# A pattern may have encoded slashes, whether or not the setting paths.encoded_slashes lets such paths through.
+_PATTERN_PATHS: Final = PathRules((Glob("*"),))
 _SHA256: Final = re.compile(r"[0-9a-f]{64}", re.ASCII)
 
 
@@ -275,7 +278,7 @@ def canonical_pattern(endpoint: object) -> str:
         else:
             segments.append(segment)
     probe = "/" + "/".join(segments)
-    canonical, remedy = canonical_path(probe)
+    canonical, remedy = canonical_path(probe, _PATTERN_PATHS)
     if canonical is None:
         raise PolicyError(f"endpoint {endpoint!r}: {remedy}")
     if canonical != probe:

@@ -60,6 +60,18 @@ class PolicySettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     file: str | None = None
 
 
+class PathSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """`[paths]`: spellings of paths that are refused unless an API needs them.
+
+    Args:
+        encoded_slashes: patterns with `*` for the paths that may have `%2F`.
+        decode_unreserved: whether an escape of an unreserved character, such as `%7E`, is read as the character.
+    """
+
+    encoded_slashes: tuple[str, ...] = ()
+    decode_unreserved: bool = False
+
+
 class CatalogSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """`[catalog]`: where policy lives.
 
@@ -194,6 +206,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     server: ServerSettings = ServerSettings()
     policy: PolicySettings = PolicySettings()
+    paths: PathSettings = PathSettings()
     catalog: CatalogSettings = CatalogSettings()
     counters: CounterSettings = CounterSettings()
     breaker: BreakerSettings = BreakerSettings()

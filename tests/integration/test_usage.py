@@ -138,7 +138,7 @@ async def test_resets_over_a_database(tmp_path: Path) -> None:
     try:
         assert await catalog.tier_names() == []
         await catalog.apply_policy(parse_policy(POLICY), "1")
-        assert await catalog.tier_names() == ["free", "open", "tight"]
+        assert await catalog.tier_names() == ["free", "open", "reader", "tight"]
         gate = Gate(CachedCatalog(catalog), MemoryCounters())
         await gate.check(Check.of("/login", "POST", FREE, IP))
         await gate.check(Check.of("/api/v1/a", ip=IP))

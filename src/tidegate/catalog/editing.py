@@ -6,6 +6,7 @@ refused: the file would write over them. What is refused changes nothing. `editi
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable, Collection, Mapping
 from typing import Any, Final
@@ -250,4 +251,6 @@ class CatalogEditor:
 
 async def _warnings(change: Change, tier: str, rule_id: int) -> list[str]:
     ordered = rule_rows().where(tiers.c.name == tier).order_by(rate_limit_rules.c.position, rate_limit_rules.c.id)
-    return shadow_warnings(tier, rule_id, (await change.connection.execute(ordered)).mappings().all())
+    rows = (await change.connection.execute(ordered)).mappings().all()
+    # Comparing patterns may take half a second where a tier has a thousand long ones: not on the event loop.
+    return await asyncio.to_thread(shadow_warnings, tier, rule_id, rows)

@@ -11,7 +11,7 @@ import msgspec
 from tidegate.errors import SettingsError
 from tidegate.simulate.log_clients import Clients
 from tidegate.simulate.log_request import (
-    ESCAPED,
+    FOR_JSON,
     MAX_NAME,
     METHOD,
     Directive,
@@ -20,6 +20,7 @@ from tidegate.simulate.log_request import (
     key_of,
     name_of,
     path_of,
+    replace_escapes,
     request_of_line,
 )
 from tidegate.simulate.log_times import Malformed, moment_us
@@ -173,7 +174,7 @@ def json_record(line: str) -> Mapping[str, Any]:
     except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
         # nginx without escape=json writes \xNN, which JSON has not; bytes that are no UTF-8 were read so too.
         if "\\x" in line:
-            mended = ESCAPED.sub(lambda found: rf"\u00{found[1]}" if found[1] else found[0], line)
+            mended = replace_escapes(line, FOR_JSON)
             if mended != line:
                 return json_record(mended)
         raise Malformed(f"not JSON: {error}") from None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Final, NamedTuple, TypeAlias
 
 from tidegate.paths import MAX_PATH_BYTES
@@ -12,9 +12,9 @@ from tidegate.simulate.log_times import Malformed
 MAX_NAME: Final = 255
 """Most characters of an address or a caller's name: more than a host name has. What is counted stays bounded by it."""
 METHOD: Final = re.compile(r"[A-Z][A-Z_-]{0,31}", re.ASCII)
-ESCAPED: Final = re.compile(r"\\(?:x([0-9A-Fa-f]{2})|(.))", re.DOTALL)
+_ESCAPED: Final = re.compile(r"(\\(?:x[0-9A-Fa-f]{2}|.))", re.DOTALL)
+_HEX: Final = "0123456789ABCDEFabcdef"
 _MAX_KEY: Final = 128
-_CONTROL: Final = {"n": "\n", "t": "\t", "r": "\r", "b": "\b", "f": "\f", "v": "\v"}
 _AUTHORITY: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]{0,15}://[^/?#]*")
 
 
@@ -86,7 +86,8 @@ def path_of(target: str) -> str:
             path = "/" + path
     path = path.partition("?")[0]
     if "\\" in path:
-        path = ESCAPED.sub(_unescape, path)
+        # An escape has at most 4 characters and stands for at least one.
+        path = replace_escapes(path[: 4 * (MAX_PATH_BYTES + 1)], _UNESCAPED)
     return path[: MAX_PATH_BYTES + 1]
 
 
@@ -124,9 +125,50 @@ def key_of(value: object) -> str:
     return value if isinstance(value, str) and value != "-" and len(value) <= _MAX_KEY else ""
 
 
-def _unescape(found: re.Match[str]) -> str:
-    r"""What a server wrote as `\xNN`, `\"`, `\\` or `\n`; bytes beyond ASCII come back percent-encoded."""
-    if found[1]:
-        byte = int(found[1], 16)
-        return chr(byte) if byte < 0x80 else f"%{byte:02X}"
-    return _CONTROL.get(found[2], found[2])
+def replace_escapes(text: str, replacements: Mapping[str, str]) -> str:
+    """Replace escapes without a call in Python for each of those that are known.
+
+    Args:
+        text: as logged.
+        replacements: by escape, with the backslash; it must have an answer for every one.
+
+    Returns:
+        The text with all of them replaced.
+    """
+    pieces = _ESCAPED.split(text)
+    pieces[1::2] = map(replacements.__getitem__, pieces[1::2])
+    return "".join(pieces)
+
+
+class _Unescaped(dict[str, str]):
+    r"""What a server wrote as `\xNN`, `\"`, `\\` or `\n`, by its escape; bytes beyond ASCII are percent-encoded.
+
+    All that is common is in the table, because what is not costs a call.
+    """
+
+    def __init__(self) -> None:
+        super().__init__({f"\\{chr(code)}": chr(code) for code in range(128)})
+        self |= {r"\n": "\n", r"\t": "\t", r"\r": "\r", r"\b": "\b", r"\f": "\f", r"\v": "\v"}
+        for digits in _BYTES:
+            byte = int(digits, 16)
+            self[rf"\x{digits}"] = chr(byte) if byte < 0x80 else f"%{byte:02X}"
+
+    def __missing__(self, escape: str) -> str:
+        return escape[1:]
+
+
+class _ForJson(dict[str, str]):
+    r"""`\xNN`, which JSON has not, as `\u00NN`; every other escape stays."""
+
+    def __init__(self) -> None:
+        super().__init__({f"\\{chr(code)}": f"\\{chr(code)}" for code in range(128)})
+        self |= {rf"\x{digits}": rf"\u00{digits}" for digits in _BYTES}
+
+    def __missing__(self, escape: str) -> str:
+        return escape
+
+
+_BYTES: Final = [first + second for first in _HEX for second in _HEX]
+_UNESCAPED: Final = _Unescaped()
+FOR_JSON: Final[Mapping[str, str]] = _ForJson()
+"""Escapes of nginx's default log format → JSON's."""

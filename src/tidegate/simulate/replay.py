@@ -14,7 +14,7 @@ from tidegate.gate import ipv6_client
 from tidegate.keys import hash_api_key, is_possible_key
 from tidegate.limits import LimitSet
 from tidegate.matching import CompiledRule, CompiledTier, subject_of
-from tidegate.paths import canonical_path
+from tidegate.paths import STRICT, PathRules, canonical_path
 from tidegate.policy import KeyStatus, Policy, Subject
 from tidegate.simulate.log_formats import Request
 from tidegate.simulate.tallies import MINUTE_US, RuleTally, Series, TopBlocked
@@ -51,12 +51,20 @@ class Replay:
         tier: tier of requests whose API key does not say one; None for the anonymous tier or the only one.
         by_ip: whether the caller of such a request is its ip; else the request's subject.
         max_subjects: most counters held.
+        paths: which spellings of a path are let through.
 
     Raises:
         SettingsError: if the policy has no such tier, or the tier to take is not clear.
     """
 
-    def __init__(self, policy: Policy, tier: str | None, by_ip: bool, max_subjects: int = DEFAULT_MAX_SUBJECTS) -> None:
+    def __init__(
+        self,
+        policy: Policy,
+        tier: str | None,
+        by_ip: bool,
+        max_subjects: int = DEFAULT_MAX_SUBJECTS,
+        paths: PathRules = STRICT,
+    ) -> None:
         self.tallies: dict[tuple[str, str], RuleTally] = {}
         self.top = TopBlocked()
         self.series = Series()
@@ -76,6 +84,7 @@ class Replay:
         self._known: dict[str, _Known] = {}
         self._labels: dict[str, str] = {}
         self._by_ip = by_ip
+        self._paths = paths
         self._callers: dict[str, _Known | None] = {}
         self._matches: dict[tuple[CompiledTier, str, str], _Match] = {}
         self._minute = 0
@@ -195,7 +204,7 @@ class Replay:
 
     def _match(self, tier: CompiledTier, method: str, path: str) -> _Match | None:
         """The rules of a request; None (and counted) where the live door would refuse how its path is spelled."""
-        canonical, remedy = canonical_path(path)
+        canonical, remedy = canonical_path(path, self._paths)
         if canonical is None:
             self.refused_count += 1
             if len(self.refused) < EXAMPLES_SHOWN:

@@ -19,8 +19,10 @@ from tidegate.doors.grpc.replies import Part, denied, reply
 from tidegate.doors.grpc.status import CallRefused, Status
 from tidegate.errors import BadRequest, CatalogUnavailable, RequestTooLarge, TidegateError
 from tidegate.gate import Gate
+from tidegate.paths import STRICT, PathRules
 from tidegate.settings import EnvoySettings
 from tidegate.telemetry.requests import note
+from tidegate.time_slice import TimeSlice
 from tidegate.together import Settled
 
 logger = logging.getLogger(__name__)
@@ -41,8 +43,8 @@ SentLimit = tuple[int, int, int]
 class DomainLimits(Protocol):
     """What counts the descriptors of one domain."""
 
-    def parts(self, asked: list[tuple[Entries, int, SentLimit | None]]) -> list[Part]:
-        """Find out what each descriptor of a request is held against.
+    async def parts(self, asked: list[tuple[Entries, int, SentLimit | None]]) -> list[Part]:
+        """Find out what each descriptor of a request is held against; other requests get their turn in between.
 
         Args:
             asked: of each its entries, its cost, and the limit that Envoy sent along, if it did.
@@ -72,12 +74,19 @@ class RateLimitService:
         gate: decides.
         settings: how descriptors are read.
         observe: is told of what was refused before the gate.
+        paths: which spellings of a path are let through.
 
     Attributes:
         domains: what counts the descriptors of other domains than the policy's; may be exchanged at any time.
     """
 
-    def __init__(self, gate: Gate, settings: EnvoySettings, observe: Callable[[Observation], None] | None = None) -> None:
+    def __init__(
+        self,
+        gate: Gate,
+        settings: EnvoySettings,
+        observe: Callable[[Observation], None] | None = None,
+        paths: PathRules = STRICT,
+    ) -> None:
         self._gate = gate
         self._domain = settings.domain
         self._names: Final[Mapping[str, str]] = {
@@ -87,6 +96,7 @@ class RateLimitService:
             settings.ip_entry: "ip",
         }
         self._path_entry = settings.path_entry
+        self._paths = paths
         self._observe = observe
         self._told: set[str] = set()
         self.domains: Mapping[str, DomainLimits] = {}
@@ -119,12 +129,17 @@ class RateLimitService:
         limits = self.domains.get(domain)
         if limits is not None:
             asked = [(*self._entries(each, request), _override(each)) for each in descriptors]
-            parts = limits.parts([(entries, cost, limit) for entries, cost, limit in asked])
+            parts = await limits.parts([(entries, cost, limit) for entries, cost, limit in asked])
             return reply(parts, await limits.settle(self._gate, parts))
         if domain != self._domain:
             self._tell(domain)
             return reply([Part(None, 0)] * len(descriptors), [])
-        parts = [await self._part(each, request) for each in descriptors]
+        parts = []
+        slice_ = TimeSlice()
+        for each in descriptors:
+            if slice_.over:
+                await slice_.pause()
+            parts.append(await self._part(each, request))
         return reply(parts, await self._gate.decide([part.plan for part in parts if part.plan is not None]))
 
     async def _part(self, descriptor: Any, request: Any) -> Part:
@@ -137,7 +152,7 @@ class RateLimitService:
         cost = 0
         try:
             entries, cost = self._entries(descriptor, request)
-            named: dict[str, object] = {"cost": cost}
+            named: dict[str, Any] = {"cost": cost}
             for key, value in entries:
                 field = self._names.get(key)
                 if field is None:
@@ -151,7 +166,7 @@ class RateLimitService:
                 # Of two entries with one key the first counts.
                 by_key = dict(reversed(entries))
                 return Part(await self._gate.plan_entries(by_key, None if api_key is None else str(api_key), cost), cost)
-            check = Check.of(**named)
+            check = Check.of(**named, paths=self._paths)
             if len(request.descriptors) == 1:
                 note(check)
             return Part(await self._gate.plan(check), cost)
