@@ -20,6 +20,7 @@ from tidegate.catalog.editing import CatalogEditor
 from tidegate.catalog.following import Follower
 from tidegate.catalog.policy_file import load_policy
 from tidegate.catalog.tokens import first_token
+from tidegate.catalog.unknown_keys import UnknownKeyLimit
 from tidegate.catalog.watch import watch_policy
 from tidegate.counters import CounterStore
 from tidegate.counters.factory import open_counters
@@ -114,20 +115,28 @@ class Instance:
         channel = open_channel(settings, store)
         self.catalog = await open_catalog(settings, channel)
         self._own("database", self.catalog.ping, self.catalog.close)
-        shared = share_catalog(settings, self.catalog, store)
+        shared = await share_catalog(settings, self.catalog, store)
         if shared is not None:
             self._stack.push_async_callback(shared.settle)
         source = self.catalog if shared is None else shared
         if first is not None:
             await self.catalog.apply_policy(first, _digest(first))
+        elif (released := await self.catalog.release_policy()) is not None:
+            logger.warning(
+                "no policy file is given, but one made %d tiers and %d API keys of this catalog: they stay active and are "
+                "released to operators, who can change and revoke them; see 'tidegate keys list'",
+                released.tiers,
+                released.api_keys,
+            )
         self.cached = CachedCatalog(
             source,
             l1_ttl_s=settings.cache.l1_ttl_s,
             stale_if_error_s=settings.cache.stale_if_error_s,
             max_keys=settings.cache.max_keys,
+            unknown_keys=UnknownKeyLimit(bound) if (bound := settings.catalog.unknown_keys_per_minute) else None,
         )
         access = AccessLog(settings.server.access_log_sample) if settings.server.access_log_sample else None
-        gate = Gate(self.cached, self._counted(), self._observer(access))
+        gate = Gate(self.cached, self._counted(), self._observer(access), lookup_timeout_s=2 * settings.catalog.timeout_s)
         self.data_plane = DataPlane(
             gate,
             {

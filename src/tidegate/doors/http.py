@@ -27,6 +27,7 @@ from tidegate.doors.answers import (
     encode,
     error_body,
     limit_headers,
+    retry_headers,
     usage_body,
 )
 from tidegate.doors.client_address import TrustedProxies, peer_address
@@ -338,14 +339,17 @@ class DataPlane:
 
     def _refuse(self, scope: _Scope, proto: Any, error: TidegateError) -> None:
         if scope.path in (_AUTHORIZE, AUTHORIZE_ENVOY):
-            told: Headers = [("x-tidegate-error", error.code), NO_STORE]
+            told: Headers = [("x-tidegate-error", error.code), NO_STORE, *retry_headers(error)]
             if error.status in (401, 403):
                 self._empty(proto, error.status, told)
                 return
             if scope.headers.get(DENIED_STATUS) == "403":
                 self._empty(proto, 403, [*told, ("x-tidegate-status", str(error.status))])
                 return
-        headers = [_JSON, ("x-tidegate-error", error.code)]
+            if error.status == 429:
+                self._empty(proto, 429, told)
+                return
+        headers = [_JSON, ("x-tidegate-error", error.code), *retry_headers(error)]
         if (request := current()) is not None:
             headers.append((REQUEST_ID, request.id))
         if isinstance(error, MethodNotAllowed):

@@ -11,7 +11,7 @@ from tidegate.catalog.policy_file import PolicyCatalog, load_policy
 from tidegate.counters import CounterStore
 from tidegate.counters.factory import open_counters
 from tidegate.decision import Check
-from tidegate.doors.answers import Headers, encode, error_body, exceeded_body, limit_headers
+from tidegate.doors.answers import Headers, encode, error_body, exceeded_body, limit_headers, retry_headers
 from tidegate.doors.client_address import TrustedProxies
 from tidegate.errors import BadRequest, SettingsError, TidegateError
 from tidegate.gate import Gate, Observer
@@ -82,7 +82,8 @@ class RateLimitMiddleware:
         try:
             decision = await self.gate.check(self._check_of(scope))
         except TidegateError as error:
-            await _answer(send, error.status, [("x-tidegate-error", error.code)], encode(error_body(error)))
+            told = [("x-tidegate-error", error.code), *retry_headers(error)]
+            await _answer(send, error.status, told, encode(error_body(error)))
             return
         headers = limit_headers(decision)
         if not decision.allowed:

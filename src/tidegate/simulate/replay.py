@@ -8,9 +8,8 @@ from typing import Final
 import msgspec
 
 from tidegate.counters.memory import DEFAULT_MAX_SUBJECTS, MemoryCounters
-from tidegate.decision import canonical_ip
+from tidegate.decision import client_of
 from tidegate.errors import BadRequest, SettingsError
-from tidegate.gate import ipv6_client
 from tidegate.keys import hash_api_key, is_possible_key
 from tidegate.limits import LimitSet
 from tidegate.matching import CompiledRule, CompiledTier, subject_of
@@ -197,7 +196,7 @@ class Replay:
             self._show(tier)
             own = CompiledTier(tier.tier, record.overrides) if record.overrides else tier
             refused_from_us = 0 if record.status is not KeyStatus.ACTIVE else record.expires_at_us
-            known = _Known(f"k:{record.id}", own, _NEVER if refused_from_us is None else refused_from_us)
+            known = _Known(f"k:{record.owner}", own, _NEVER if refused_from_us is None else refused_from_us)
             self._known[record.id] = known
             self._labels[known.subject] = record.name
         return known
@@ -266,7 +265,6 @@ def _default_tier(policy: Policy, tier: str | None) -> str:
 def _client(ip: str) -> str:
     """A client as the live door and the gate count it. What is no address (a host name, say) stays as it is."""
     try:
-        canonical = canonical_ip(ip)
-        return ipv6_client(canonical) if ":" in canonical else canonical
+        return client_of(ip)
     except BadRequest:
         return ip

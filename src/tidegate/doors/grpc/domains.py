@@ -112,9 +112,10 @@ class FileDomain:
 
     def _limit_set(self, limit: FileLimit) -> LimitSet:
         assert limit.limit is not None
-        # '/' stands in no tier's name, so no rule of the policy shares these counters.
+        # '/' is in no tier's name, so no rule of the policy shares these counters; nor does another domain whose name has one.
+        domain = self.domain.replace("%", "%25").replace("/", "%2F")
         return LimitSet(
-            f"envoy/{self.domain}/{limit.path}",
+            f"envoy/{domain}/{limit.path}",
             Algorithm.FIXED_WINDOW,
             (limit.limit,),
             rule=limit.path,

@@ -13,16 +13,15 @@ from typing import Any, Final, Protocol
 
 from google.protobuf.message import DecodeError
 
-from tidegate.decision import Check, Observation, clip
+from tidegate.decision import Check, Observation, canonical_ip, clip
 from tidegate.doors.grpc.messages import RateLimitRequest
 from tidegate.doors.grpc.replies import Part, denied, reply
 from tidegate.doors.grpc.status import CallRefused, Status
 from tidegate.errors import BadRequest, CatalogUnavailable, RequestTooLarge, TidegateError
-from tidegate.gate import Gate
+from tidegate.gate import DescriptorCheck, Gate
 from tidegate.paths import STRICT, PathRules
 from tidegate.settings import EnvoySettings
 from tidegate.telemetry.requests import note
-from tidegate.time_slice import TimeSlice
 from tidegate.together import Settled
 
 logger = logging.getLogger(__name__)
@@ -134,16 +133,21 @@ class RateLimitService:
         if domain != self._domain:
             self._tell(domain)
             return reply([Part(None, 0)] * len(descriptors), [])
-        parts = []
-        slice_ = TimeSlice()
-        for each in descriptors:
-            if slice_.over:
-                await slice_.pause()
-            parts.append(await self._part(each, request))
+        parts = await self._parts([self._check_of(each, request) for each in descriptors])
         return reply(parts, await self._gate.decide([part.plan for part in parts if part.plan is not None]))
 
-    async def _part(self, descriptor: Any, request: Any) -> Part:
-        """The check that a descriptor of the policy's domain is."""
+    async def _parts(self, checks: list[tuple[Check | DescriptorCheck | TidegateError, int]]) -> list[Part]:
+        """What each check is held against; their callers are looked up side by side."""
+        plans = iter(await self._gate.plan_many([check for check, _ in checks if not isinstance(check, TidegateError)]))
+        parts = [Part(check if isinstance(check, TidegateError) else next(plans), cost) for check, cost in checks]
+        for part in parts:
+            if isinstance(part.plan, CatalogUnavailable):
+                self._seen(part.plan)
+                raise CallRefused(Status.UNAVAILABLE, part.plan.message)
+        return parts
+
+    def _check_of(self, descriptor: Any, request: Any) -> tuple[Check | DescriptorCheck | TidegateError, int]:
+        """The check that a descriptor of the policy's domain is, or why it is none, and its cost."""
         if descriptor.HasField("limit"):
             raise self._refused(
                 f"a limit came with a descriptor of domain {self._domain!r}, where the policy has the limits: "
@@ -165,16 +169,13 @@ class RateLimitService:
                 api_key = named.get("api_key") or None
                 # Of two entries with one key the first counts.
                 by_key = dict(reversed(entries))
-                return Part(await self._gate.plan_entries(by_key, None if api_key is None else str(api_key), cost), cost)
+                return DescriptorCheck(by_key, None if api_key is None else str(api_key), cost, _address(named.get("ip"))), cost
             check = Check.of(**named, paths=self._paths)
             if len(request.descriptors) == 1:
                 note(check)
-            return Part(await self._gate.plan(check), cost)
-        except CatalogUnavailable as error:
-            self._seen(error)
-            raise CallRefused(Status.UNAVAILABLE, error.message) from None
+            return check, cost
         except TidegateError as error:
-            return Part(error, cost)
+            return error, cost
 
     def _entries(self, descriptor: Any, request: Any) -> tuple[Entries, int]:
         """The entries of a descriptor as text, and its cost."""
@@ -208,6 +209,14 @@ class RateLimitService:
         if self._observe is not None:
             self._observe(Observation(None, error.code, 0))
         return error
+
+
+def _address(ip: object) -> str | None:
+    """The client's address, where the entry for it holds one: to rules for descriptors it is a text like any other."""
+    try:
+        return None if ip is None else canonical_ip(ip)
+    except BadRequest:
+        return None
 
 
 def _override(descriptor: Any) -> SentLimit | None:
