@@ -66,7 +66,7 @@ class RuleUsageBody(msgspec.Struct, frozen=True, gc=False):
         limit: the most that can be had at once; null where the counter store is unwell and nothing is counted.
         remaining: what is left of it.
         reset_after: seconds until it is whole again.
-        window: seconds that the limit is about; 2678400, the longest, for a calendar month.
+        window: seconds that the limit is about; 2678400 for a calendar month, 31622400 for a year, the longest ones.
         degraded: whether the counter store was unwell.
         windows: each limit of the rule, the shortest window first; none where the counter store was unwell.
     """

@@ -358,7 +358,7 @@ def join_address(host: str, port: int) -> str:
 
 def _read(file: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(file.read_text(encoding="utf-8"))
+        return tomllib.loads(file.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise SettingsError(f"the settings file {file} is not there: give its path with --config") from None
     except (OSError, UnicodeDecodeError) as error:
