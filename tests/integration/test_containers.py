@@ -203,8 +203,11 @@ def test_settings_and_secrets_are_understood(secrets: Path) -> None:
     assert data_plane.policy.file == "/etc/tidegate/tidegate.policy.toml"
     for name, secret in COMPOSE["secrets"].items():
         assert (secrets.parent / secret["file"]).exists(), name
-    passwords = [(secrets / f"{name}_password").read_text().strip() for name in ("superuser", "database", "redis", "grafana")]
-    assert len(set(passwords)) == 4
+    passwords = [
+        (secrets / f"{name}_password").read_text().strip()
+        for name in ("superuser", "database", "redis", "redis_tidegate", "redis_exporter", "grafana")
+    ]
+    assert len(set(passwords)) == 6
     assert all(re.fullmatch(r"[0-9a-f]{48}", each) for each in passwords)
     assert secrets.stat().st_mode & 0o077 == 0, "the folder is closed to others"
 
