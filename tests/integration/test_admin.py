@@ -286,7 +286,7 @@ async def test_import_does_not_contradict_the_file(admin: Admin) -> None:
     await admin.catalog.apply_policy(parse_policy(WHOLE), "1")
     assert (await admin.http.post("/policy", content=WHOLE)).json()["changes"] == []
     text = '[[tiers]]\nname = "first"\n[[tiers]]\nname = "free"\nlimits = ["77/day"]\n'
-    assert "'free' stands otherwise" in _error(await admin.http.post("/policy", content=text), 409, "MANAGED_BY_FILE")
+    assert "'free' differs from the policy file" in _error(await admin.http.post("/policy", content=text), 409, "MANAGED_BY_FILE")
     assert (await admin.http.get("/tiers/first")).status_code == 404
 
 

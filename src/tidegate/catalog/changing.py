@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Final, TypeAlias
 
 from sqlalchemy import RowMapping, delete, func, insert, select, update
@@ -22,6 +22,8 @@ from tidegate.policy import Rule, Tier
 
 MAX_RULES: Final = 10_000
 """Most rules of one tier that can be made here."""
+BATCH_SIZE: Final = 500
+"""Rows that one statement reads or writes where there may be many."""
 
 Seen: TypeAlias = Collection[int] | None
 """The revisions that whoever asks for a change has seen; None for any."""
@@ -76,6 +78,17 @@ class Change:
         """
         row = {"at_us": now_us(), "actor": self.actor, "action": action, "kind": kind, "target": target}
         await self.connection.execute(insert(audit_log).values(**row, before=before, after=after))
+
+    async def audit_all(self, changes: Sequence[Form]) -> None:
+        """Write down many changes at once.
+
+        Args:
+            changes: each with the arguments of `audit` by name.
+        """
+        common = {"at_us": now_us(), "actor": self.actor}
+        for begin in range(0, len(changes), BATCH_SIZE):
+            rows = [{**common, **each} for each in changes[begin : begin + BATCH_SIZE]]
+            await self.connection.execute(insert(audit_log), rows)
 
     async def one(self, query: Any) -> RowMapping | None:
         """The first row of a query.

@@ -206,25 +206,6 @@ async def delete_key(editor: CatalogEditor, actor: str, key_id: str, seen: Seen)
         await change.audit("delete", "api_key", row["id"], key_form(row), None)
 
 
-async def insert_foreign_key(change: Change, record: ApiKey) -> Form:
-    """Take in a key that was made elsewhere, of which only the digest is known.
-
-    Args:
-        change: the transaction.
-        record: the key's record; its tier is there.
-
-    Returns:
-        The key's form.
-    """
-    tier = await held_tier(change, record.tier)
-    change.touch(KEY, record.sha256)
-    values = policy_rows.row_of_api_key(record, tier["id"], now_us())
-    await change.connection.execute(insert(api_keys).values({**values, "managed_by_file": False}))
-    form = key_form(await held_key(change, record.id))
-    await change.audit("create", "api_key", record.id, None, form)
-    return form
-
-
 async def update_key(
     change: Change, row: RowMapping, values: Mapping[str, Any], action: str, tier_name: str | None = None
 ) -> Form:

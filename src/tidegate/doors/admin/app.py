@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import Sequence
 from typing import Any, Final
@@ -126,7 +127,8 @@ class _App(FastAPI):
 
 
 async def _description(request: Request) -> JSONResponse:
-    return JSONResponse(request.app.openapi())
+    # Made at the first request, which takes some 0.3 s: in a thread, so that no check waits for it.
+    return JSONResponse(await asyncio.to_thread(request.app.openapi))
 
 
 def _require_known_query(request: Request) -> None:
