@@ -252,7 +252,7 @@ class Instance:
             editor,
             gate,
             settings.admin.token or None,
-            TrustedProxies(settings.server.trusted_proxies),
+            TrustedProxies(settings.admin.trusted_proxies, setting="admin.trusted_proxies"),
             body_timeout_s=settings.server.body_timeout_s,
         )
         self._admin = Listener(admin_app(deps), host, port, interface=Interfaces.ASGINL)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import sqlite3
+import stat
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -131,7 +133,7 @@ async def test_keys_are_made_listed_and_revoked(catalog: SqlCatalog, engine: Asy
     assert all(api_key.encode() not in stored for api_key, _ in made), "no key is stored"
 
 
-@pytest.mark.parametrize("hostile", ["'; DROP TABLE tiers; --", '" OR 1=1', "%_\\", "𝕏" * 50, "${x}{{y}}", "\u202e\u200bعربي"])
+@pytest.mark.parametrize("hostile", ["'; DROP TABLE tiers; --", '" OR 1=1', "%_\\", "𝕏" * 50, "${x}{{y}}", "عربي😀"])
 async def test_hostile_texts_are_texts(hostile: str, catalog: SqlCatalog) -> None:
     await catalog.apply_policy(parse_policy(OTHER), "1")
     _, record = await make_key(catalog, "other", name=hostile)
@@ -214,6 +216,23 @@ async def test_look_ups_use_indexes(catalog: SqlCatalog, engine: AsyncEngine) ->
     assert {"idx_rules_tier_endpoint", "idx_api_keys_status"} <= set(indexes)
 
 
+async def test_files_are_for_their_owner_alone(tmp_path: Path) -> None:
+    old = os.umask(0o022)
+    try:
+        made = await SqlCatalog.open(f"sqlite:///{tmp_path}/new.db")
+        await made.apply_policy(parse_policy(OTHER), "1")
+        modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in _listed(tmp_path)}
+        await made.close()
+        assert modes == dict.fromkeys(modes, 0o600)
+        assert {"new.db", "new.db-wal"} <= modes.keys()
+        # One whose mode was chosen by somebody keeps it.
+        (tmp_path / "new.db").chmod(0o640)
+        await (await SqlCatalog.open(f"sqlite:///{tmp_path}/new.db")).close()
+        assert [stat.S_IMODE(path.stat().st_mode) for path in _listed(tmp_path) if path.name == "new.db"] == [0o640]
+    finally:
+        os.umask(old)
+
+
 async def test_databases_that_cannot_be_had(tmp_path: Path) -> None:
     (tmp_path / "text.db").write_text("this is no database, but long enough to look at " * 100)
     (tmp_path / "file").write_text("")
@@ -255,6 +274,10 @@ async def test_in_memory() -> None:
     _, record = await make_key(catalog, "other")
     assert await catalog.api_key(record.sha256) == record
     await catalog.close()
+
+
+def _listed(directory: Path) -> list[Path]:
+    return sorted(directory.iterdir())
 
 
 def _files(directory: Path) -> bytes:

@@ -5,6 +5,8 @@ What differs between the two stands here and in `schema`; everything else is one
 
 from __future__ import annotations
 
+import contextlib
+import os
 from collections.abc import Callable
 from typing import Any, Final
 from urllib.parse import quote, urlsplit
@@ -104,6 +106,24 @@ def reason_of(error: Exception) -> str:
         Its first line.
     """
     return (str(getattr(error, "orig", None) or error).splitlines() or [type(error).__name__])[0]
+
+
+def make_private(file: str) -> None:
+    """Make the file of a SQLite database, where it is not there, for its owner alone.
+
+    It holds digests of keys and tokens, and addresses of clients. The files that SQLite makes beside it get the same mode.
+    One that is there keeps its mode: somebody may have given it to a group on purpose.
+
+    Args:
+        file: its path.
+
+    Raises:
+        OSError: if it cannot be made.
+    """
+    if os.path.lexists(file):
+        return
+    with contextlib.suppress(FileExistsError):  # another process made it meanwhile
+        os.close(os.open(file, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
 
 
 def _sqlite(parsed: URL, pool_size: int, timeout_s: float, looks_only: bool) -> AsyncEngine:

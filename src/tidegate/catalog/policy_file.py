@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from tidegate.catalog.forms import us_of
+from tidegate.catalog.labels import label_fault
 from tidegate.catalog.toml_lines import MAX_KEY_PARTS, LineIndex, line_of_deep_key
 from tidegate.catalog.toml_lines import Path as KeyPath
 from tidegate.descriptors import descriptor_text
@@ -213,8 +214,9 @@ class _Reader:
         name = table.get("name", "")
         if not isinstance(name, str) or len(name) > 200:
             raise self._error("name must be a string of at most 200 characters", (*at, "name"))
-        if "\0" in name:
-            raise self._error("name must not have the character NUL, which PostgreSQL does not keep", (*at, "name"))
+        fault = label_fault(name)
+        if fault is not None:
+            raise self._error(f"name {fault}", (*at, "name"))
         tier = tiers.get(table["tier"]) if isinstance(table["tier"], str) else None
         if tier is None:
             raise self._error(f"tier {short(table['tier'])} is not in this policy{_nearest(table['tier'], tiers)}", (*at, "tier"))

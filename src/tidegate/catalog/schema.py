@@ -27,7 +27,7 @@ from sqlalchemy import Connection, inspect, text
 from sqlalchemy.exc import DBAPIError, OperationalError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from tidegate.catalog.engines import is_postgres, open_engine, reason_of, shown
+from tidegate.catalog.engines import is_postgres, make_private, open_engine, reason_of, shown
 from tidegate.catalog.tables import metadata
 from tidegate.errors import SettingsError
 
@@ -192,6 +192,8 @@ def _open_once(engine: AsyncEngine) -> None:
     """Raise what SQLite says of a file that cannot be opened. Said by aiosqlite, it would come from a thread that outlives us."""
     if engine.url.database and engine.url.database != ":memory:":
         (file,), options = engine.dialect.create_connect_args(engine.url)
+        if not options.get("uri", False):
+            make_private(file)
         sqlite3.connect(file, uri=options.get("uri", False)).close()
 
 
@@ -199,7 +201,9 @@ async def _look(url: str, engine: AsyncEngine, look: Callable[[Connection, str],
     try:
         if not is_postgres(url):
             _open_once(engine)
-    except (sqlite3.Error, OSError) as error:
+    except OSError as error:
+        raise SettingsError(_why(url, f"unable to open: {error.strerror or error}")) from None
+    except sqlite3.Error as error:
         raise SettingsError(_why(url, reason_of(error))) from None
     # Looking takes turns as well: of two that make one new file of SQLite's a WAL one, the second is refused, however patient.
     return await _in_turn(url, engine, lambda connection: look(connection, url), _UPGRADE_TRIES)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
+import stat
 import sys
 import tempfile
 from collections.abc import Callable, Generator, Iterator
@@ -165,6 +166,10 @@ def _look_at_catalog(url: str) -> tuple[bool | None, str]:
             return True, f"{url} is not there yet; 'tidegate serve' makes it"
         if not os.access(file, os.W_OK):
             raise SettingsError(f"{url} cannot be written by this user: give it to the user that runs 'tidegate serve'")
+        mode = stat.S_IMODE(file.stat().st_mode)
+        if mode & 0o077:
+            _, found = asyncio.run(_read_catalog(url))
+            return None, f"{found}; other users may read it (mode {mode:04o}): chmod 600 {file}*"
     return asyncio.run(_read_catalog(url))
 
 

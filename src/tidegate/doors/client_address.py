@@ -17,20 +17,19 @@ class TrustedProxies:
 
     Args:
         networks: addresses or networks in CIDR form.
+        setting: whose value they are, for the error.
 
     Raises:
         SettingsError: naming the one that is not understood.
     """
 
-    def __init__(self, networks: Iterable[str] = DEFAULT_TRUSTED) -> None:
+    def __init__(self, networks: Iterable[str] = DEFAULT_TRUSTED, setting: str = "server.trusted_proxies") -> None:
         parsed = []
         for network in networks:
             try:
                 parsed.append(ipaddress.ip_network(network, strict=False))
             except ValueError:
-                raise SettingsError(
-                    f"server.trusted_proxies has {network!r}, which is no address or network: write '10.0.0.0/8'"
-                ) from None
+                raise SettingsError(f"{setting} has {network!r}, which is no address or network: write '10.0.0.0/8'") from None
         self._networks = tuple(parsed)
         self.trusts = lru_cache(maxsize=4096)(self._trusts)
 

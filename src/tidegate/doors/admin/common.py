@@ -10,8 +10,9 @@ from fastapi.security import HTTPBearer
 
 from tidegate.catalog.forms import Form
 from tidegate.catalog.reading import MAX_PAGE
+from tidegate.catalog.tokens import Principal
 from tidegate.doors.admin.forms import Plain, ProblemTold
-from tidegate.doors.admin.guard import principal_of
+from tidegate.doors.admin.guard import READING, principal_of, require_operator
 from tidegate.errors import BadRequest, TidegateError
 
 _TAG: Final = re.compile(r'(W/)?"([0-9]{0,18})"', re.ASCII)
@@ -47,6 +48,21 @@ def _actor_of(request: Request) -> str:
     return principal_of(request.scope).name
 
 
+def _principal_of(request: Request) -> Principal:
+    return principal_of(request.scope)
+
+
+def _require_role(request: Request) -> None:
+    """On every route: whoever passed the guard reads, operators do everything."""
+    principal = principal_of(request.scope)
+    if request.method not in READING:
+        require_operator(principal)
+
+
+def _require_operator(request: Request) -> None:
+    require_operator(principal_of(request.scope))
+
+
 def _seen_of(
     if_match: Annotated[
         str, Header(alias="If-Match", max_length=1000, description='the ETag that was read, such as "3"; * for any')
@@ -67,6 +83,12 @@ def _seen_of(
     return frozenset(seen)
 
 
+WITH_ROLE: Final = Depends(_require_role)
+"""The dependency of all routes."""
+OPERATORS_ONLY: Final = Depends(_require_operator)
+"""The dependency of routes that viewers may not even read."""
+
+Caller = Annotated[Principal, Depends(_principal_of)]
 Actor = Annotated[str, Depends(_actor_of)]
 SeenRevisions = Annotated[frozenset[int] | None, Depends(_seen_of)]
 Limit = Annotated[int, Query(ge=1, le=MAX_PAGE, description="at most so many items")]

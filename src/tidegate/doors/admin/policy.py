@@ -11,8 +11,10 @@ from tidegate.catalog.editing import CatalogEditor
 from tidegate.catalog.importing import export_policy, import_policy
 from tidegate.catalog.policy_file import parse_policy, policy_warnings
 from tidegate.catalog.policy_text import policy_text
-from tidegate.doors.admin.common import Actor
+from tidegate.catalog.tokens import OPERATOR
+from tidegate.doors.admin.common import Actor, Caller
 from tidegate.doors.admin.forms import ImportTold
+from tidegate.doors.admin.guard import require_operator
 from tidegate.doors.answers import encode
 from tidegate.errors import BadRequest
 from tidegate.policy import Policy
@@ -46,8 +48,17 @@ def policy_routes(editor: CatalogEditor) -> APIRouter:
     reading = asyncio.Lock()
 
     @routes.get("", summary="Write everything as a policy file", response_class=Response, responses=_EXPORTED)
-    async def export(keys: Annotated[bool, Query(description="whether API keys are in it, by their digests")] = True) -> Response:
-        text = await asyncio.to_thread(policy_text, await export_policy(editor, with_keys=keys))
+    async def export(
+        caller: Caller,
+        keys: Annotated[
+            bool | None,
+            Query(description="whether API keys are in it, by their digests; by default for operators, never for viewers"),
+        ] = None,
+    ) -> Response:
+        if keys:
+            require_operator(caller)
+        with_keys = caller.role == OPERATOR if keys is None else keys
+        text = await asyncio.to_thread(policy_text, await export_policy(editor, with_keys=with_keys))
         return Response(text, media_type=_TOML, headers={"Cache-Control": "no-store"})
 
     @routes.post(
