@@ -17,6 +17,7 @@ from tidegate.doors.client_address import TrustedProxies
 from tidegate.doors.limiter import Limiter
 from tidegate.doors.refusals import BodyTooSlow
 from tidegate.errors import BadRequest, RequestTooLarge, TidegateError
+from tidegate.telemetry.logs import BY_STRANGER
 from tidegate.telemetry.requests import CURRENT, REQUEST_ID, Request
 
 logger = logging.getLogger(__name__)
@@ -267,7 +268,9 @@ def _tell(scope: Scope, status: int, duration_ns: int) -> None:
         "user.name": principal.name if isinstance(principal, Principal) else None,
     }
     told = {name: each for name, each in told.items() if each is not None}
-    logger.info("%s %s answered %d", scope["method"], scope["path"][:200], status, extra={"ecs": told})
+    # What comes without a token is bounded: anybody can send it.
+    extra = {"ecs": told, BY_STRANGER: not isinstance(principal, Principal)}
+    logger.info("%s %s answered %d", scope["method"], scope["path"][:200], status, extra=extra)
 
 
 def _require_plain(path: str) -> None:
