@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
+import resource
 import sqlite3
 import stat
 import time
@@ -16,7 +18,9 @@ from sqlalchemy import event, select, text
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from tests.integration.catalog_keys import listed_keys, make_key, revoke_key
+from tests.servers.postgres import PostgresServer
 from tests.unit.test_policy_file import WHOLE
+from tidegate.catalog import database
 from tidegate.catalog.engines import open_engine
 from tidegate.catalog.policy_file import parse_policy
 from tidegate.catalog.schema import upgrade, upgrade_schema
@@ -189,7 +193,7 @@ async def test_a_refused_look_is_taken_again(tmp_path: Path) -> None:
     def refuse(*_: object) -> None:
         if refused:
             refused.pop()
-            raise sqlite3.OperationalError("database is locked")
+            _locked(tmp_path / "held.db")
 
     event.listen(engine.sync_engine, "do_connect", refuse)
     assert await upgrade_schema(url, engine) == await upgrade(url)
@@ -268,12 +272,81 @@ async def test_database_that_goes_away(catalog: SqlCatalog, engine: AsyncEngine)
         await make_key(catalog, "other")
 
 
+@pytest.mark.parametrize("catalog_url", ["sqlite"], indirect=True)
+async def test_a_full_disk_is_no_health(catalog: SqlCatalog, tmp_path: Path) -> None:
+    """The system refuses to let files grow, as it does where the disk is full."""
+    await catalog.apply_policy(parse_policy(OTHER), "1")
+    await catalog.ping()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1, hard))
+    try:
+        with pytest.raises(CatalogUnavailable, match="did not take the change"):
+            await make_key(catalog, "other")
+        for _ in range(2):
+            with pytest.raises(CatalogUnavailable, match="takes no writes"):
+                await catalog.ping()
+        assert await catalog.version()  # it still reads
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    await catalog.ping()
+    await make_key(catalog, "other")
+
+
+@pytest.mark.parametrize("catalog_url", ["sqlite"], indirect=True)
+async def test_health_finds_a_full_disk_where_nobody_writes(catalog: SqlCatalog, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(database, "WRITE_PROBE_S", 0.0)
+    version = await catalog.version()
+    await catalog.ping()
+    async with catalog.database.changing() as writing:
+        writing.touch("none")
+        await catalog.ping()  # whoever writes now is not waited for, and no fault
+    assert await catalog.version() > version
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1, hard))
+    try:
+        with pytest.raises(CatalogUnavailable, match="takes no writes"):
+            await catalog.ping()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    await catalog.ping()
+
+
+async def test_a_postgres_that_takes_no_writes_is_no_health(postgres_server: PostgresServer, postgres_url: str) -> None:
+    name = postgres_url.rpartition("/")[2]
+    owner = await SqlCatalog.open(postgres_url)
+    await owner.close()
+    postgres_server.execute("CREATE ROLE reader LOGIN", name)
+    try:
+        for grant in ("USAGE, CREATE ON SCHEMA public", "SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA public"):
+            postgres_server.execute(f"GRANT {grant} TO reader", name)
+        catalog = await SqlCatalog.open(postgres_url.replace("postgres@", "reader@"))
+        await catalog.ping()
+        postgres_server.execute("REVOKE UPDATE ON policy_state FROM reader", name)
+        with pytest.raises(CatalogUnavailable, match="did not take the change"):
+            await catalog.apply_policy(parse_policy(OTHER), "1")
+        with pytest.raises(CatalogUnavailable, match="takes no writes"):
+            await catalog.ping()
+        postgres_server.execute("GRANT UPDATE ON policy_state TO reader", name)
+        await catalog.ping()
+        await catalog.close()
+    finally:
+        postgres_server.execute("DROP OWNED BY reader", name)
+        postgres_server.execute("DROP ROLE reader", name)
+
+
 async def test_in_memory() -> None:
     catalog = await SqlCatalog.open("sqlite://")
     await catalog.apply_policy(parse_policy(OTHER), "1")
     _, record = await make_key(catalog, "other")
     assert await catalog.api_key(record.sha256) == record
     await catalog.close()
+
+
+def _locked(file: Path) -> None:
+    """What SQLite says where another holds the file."""
+    with contextlib.closing(sqlite3.connect(file)) as holder, contextlib.closing(sqlite3.connect(file, timeout=0)) as other:
+        holder.execute("BEGIN EXCLUSIVE")
+        other.execute("BEGIN EXCLUSIVE")
 
 
 def _listed(directory: Path) -> list[Path]:

@@ -20,7 +20,9 @@ from sqlalchemy.pool import StaticPool
 from tidegate.errors import SettingsError
 
 POSTGRES_SCHEMES: Final = ("postgresql", "postgres")
-_BUSY_TIMEOUT_MS: Final = 5_000
+LOWER: Final = "tidegate_lower"
+"""A function on connections to SQLite: lower case of any script. SQLite's own `lower` and LIKE know ASCII only."""
+BUSY_TIMEOUT_MS: Final = 5_000
 
 
 def is_postgres(url: str) -> bool:
@@ -131,7 +133,7 @@ def _sqlite(parsed: URL, pool_size: int, timeout_s: float, looks_only: bool) -> 
     options: dict[str, Any] = {"poolclass": StaticPool}
     if not in_memory:
         # Writers wait for each other as long as SQLite lets them, and so for a connection.
-        options = {"pool_size": pool_size, "max_overflow": 0, "pool_timeout": max(timeout_s, _BUSY_TIMEOUT_MS / 1000)}
+        options = {"pool_size": pool_size, "max_overflow": 0, "pool_timeout": max(timeout_s, BUSY_TIMEOUT_MS / 1000)}
         if looks_only:
             # Not `mode=ro`, which leaves files behind beside one in WAL mode.
             parsed = parsed.set(database=f"file:{quote(str(parsed.database))}", query={"uri": "true", "mode": "rw"})
@@ -181,16 +183,21 @@ def postgres_creator(url: str, setting: str, *, writes: bool, timeout_s: float) 
 
 
 def _prepare_sqlite(connection: Any, _: Any) -> None:
+    connection.create_function(LOWER, 1, _lower, deterministic=True)
     cursor = connection.cursor()
-    cursor.execute(f"PRAGMA busy_timeout = {_BUSY_TIMEOUT_MS}")
+    cursor.execute(f"PRAGMA busy_timeout = {BUSY_TIMEOUT_MS}")
     cursor.execute("PRAGMA foreign_keys = ON")
     cursor.execute("PRAGMA journal_mode = WAL")  # readers go on while another process writes
     cursor.execute("PRAGMA synchronous = NORMAL")
     cursor.close()
 
 
+def _lower(text: object) -> object:
+    return text.lower() if isinstance(text, str) else text
+
+
 def _look_at_sqlite(connection: Any, _: Any) -> None:
     cursor = connection.cursor()
-    cursor.execute(f"PRAGMA busy_timeout = {_BUSY_TIMEOUT_MS}")
+    cursor.execute(f"PRAGMA busy_timeout = {BUSY_TIMEOUT_MS}")
     cursor.execute("PRAGMA query_only = ON")
     cursor.close()

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Final
 from fastapi import Depends, Header, Query, Request, Response
 from fastapi.security import HTTPBearer
 
+from tidegate.catalog.changing import StaleRevision
 from tidegate.catalog.forms import Form
 from tidegate.catalog.reading import MAX_PAGE
 from tidegate.catalog.tokens import Principal
@@ -72,14 +73,22 @@ def _seen_of(
     if if_match.strip() == "*":
         return None
     seen = set()
+    weak = False
     for tag in if_match.split(","):
         match = _TAG.fullmatch(tag.strip())
         if match is None:
             raise BadRequest(
                 f'If-Match {if_match[:60]!r} is no ETag of ours: send it as it was read, such as "3"', field="If-Match"
             )
-        if match[1] is None and match[2]:  # a weak tag matches nothing here
+        if match[1] is not None:
+            weak = True
+        elif match[2]:
             seen.add(int(match[2]))
+    if weak and not seen:
+        raise StaleRevision(
+            f"If-Match {if_match[:60]!r} is a weak ETag, which never matches (RFC 9110, section 13.1.1): send it without the W/, "
+            "which a proxy that compresses answers may have added"
+        )
     return frozenset(seen)
 
 
