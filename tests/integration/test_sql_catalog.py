@@ -75,6 +75,31 @@ async def test_applying_is_idempotent_and_follows_the_file(catalog: SqlCatalog) 
     assert await catalog.version() > first + 1
 
 
+async def test_a_file_is_applied_in_few_statements(catalog: SqlCatalog) -> None:
+    """A rule that is put before a thousand others moves them all."""
+    rule = '[[tiers.rules]]\nendpoint = "/{}"\nlimits = ["1/s"]\n'
+    rules = "".join(rule.format(number) for number in range(1_000))
+    keys = "".join(f'[[api_keys]]\nsha256 = "{number << 200:064x}"\ntier = "t"\n' for number in range(1_000))
+    revoked = keys.replace("tier", "status = 'revoked'\ntier")
+    statements: list[str] = []
+    event.listen(
+        catalog.database._writer.sync_engine, "before_cursor_execute", lambda *arguments: statements.append(arguments[2])
+    )
+    for file in (
+        f'[[tiers]]\nname = "t"\n{rules}{keys}',
+        f'[[tiers]]\nname = "t"\n{rule.format("first")}{rules}{revoked}',
+        f'[[tiers]]\nname = "t"\n{rule.format("9")}',
+    ):
+        statements.clear()
+        policy = parse_policy(file)
+        assert await catalog.apply_policy(policy, file)
+        assert len(statements) < 60
+        (tier,) = await catalog.list_tiers()
+        assert tier == policy.tiers[0]
+        for api_key in policy.api_keys[:3]:
+            assert await catalog.api_key(api_key.sha256) == api_key
+
+
 async def test_rows_made_otherwise_stay(catalog: SqlCatalog) -> None:
     await catalog.apply_policy(parse_policy(WHOLE), "1")
     in_an_hour_us = int((time.time() + 3600) * 1e6)

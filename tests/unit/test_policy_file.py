@@ -117,7 +117,7 @@ REFUSED: dict[str, tuple[str, str, int, str]] = {
     "expiry without offset": ("+01:00", "", 26, "has no offset"),
     "expiry beyond the years": ("2030-01-02T03:04:05+01:00", "9999-12-31T23:00:00-01:00", 26, "years 1 to 9999"),
     "expiry before the years": ("2030-01-02T03:04:05+01:00", "0001-01-01T00:00:00+00:01", 26, "years 1 to 9999"),
-    "name with a NUL": ('name = "demo"', 'name = "de\\u0000mo"', 24, "NUL"),
+    "name with a NUL": ('name = "demo"', 'name = "de\\u0000mo"', 24, "U+0000"),
     "endpoint too long for a name": ('endpoint = "/x"', f'endpoint = "/{"x" * 300}"', 18, "needs a 'name'"),
     "expiry as a text": ("2030-01-02\n", '"2030-01-02"\n', 35, "without quotes"),
     "rule of an override": ('rule = "/x"', 'rule = "/y"', 29, "no rule '/y'"),

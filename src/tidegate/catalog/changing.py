@@ -13,6 +13,7 @@ from sqlalchemy import RowMapping, delete, func, insert, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tidegate.catalog import policy_rows
+from tidegate.catalog.bulk import insert_rows
 from tidegate.catalog.change_log import Writing
 from tidegate.catalog.changes import TIER
 from tidegate.catalog.forms import Form, rule_form, tier_form
@@ -22,8 +23,6 @@ from tidegate.policy import Rule, Tier
 
 MAX_RULES: Final = 10_000
 """Most rules of one tier that can be made here."""
-BATCH_SIZE: Final = 500
-"""Rows that one statement reads or writes where there may be many."""
 
 Seen: TypeAlias = Collection[int] | None
 """The revisions that whoever asks for a change has seen; None for any."""
@@ -86,9 +85,7 @@ class Change:
             changes: each with the arguments of `audit` by name.
         """
         common = {"at_us": now_us(), "actor": self.actor}
-        for begin in range(0, len(changes), BATCH_SIZE):
-            rows = [{**common, **each} for each in changes[begin : begin + BATCH_SIZE]]
-            await self.connection.execute(insert(audit_log), rows)
+        await insert_rows(self.connection, audit_log, [{**common, **each} for each in changes])
 
     async def one(self, query: Any) -> RowMapping | None:
         """The first row of a query.

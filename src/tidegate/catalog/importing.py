@@ -7,14 +7,15 @@ does not name, but never a row of the policy file. It is one transaction: a text
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from typing import Any, Final, TypeVar
+from collections.abc import AsyncIterator, Mapping
+from typing import Any, Final
 
-from sqlalchemy import Column, Table, bindparam, delete, func, insert, select, true, update
+from sqlalchemy import Column, func, insert, select, true, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tidegate.catalog import policy_rows
-from tidegate.catalog.changing import BATCH_SIZE, Change, now_us, rule_rows
+from tidegate.catalog.bulk import BATCH_SIZE, batches, delete_rows, insert_rows, update_rows
+from tidegate.catalog.changing import Change, now_us, rule_rows
 from tidegate.catalog.editing import CatalogEditor
 from tidegate.catalog.editing_keys import key_rows
 from tidegate.catalog.forms import Form
@@ -50,8 +51,6 @@ _KEY_COLUMNS: Final = (
     "revoked_reason",
     "revision",
 )
-
-_T = TypeVar("_T")
 
 
 class _Outdated(Exception):
@@ -182,12 +181,12 @@ async def _write(change: Change, plan: ImportPlan, tier_ids: dict[str, int]) -> 
     rule_ids: dict[tuple[int, str], int] = {}
     for kind, name in plan.touched:
         change.touch(kind, name)
-    for batch in _batches(plan.tier_inserts):
+    for batch in batches(plan.tier_inserts):
         made = await connection.execute(insert(tiers).returning(tiers.c.id, tiers.c.name), batch)
         tier_ids |= {row.name: row.id for row in made}
-    await _update(connection, tiers, plan.tier_updates, ("limits", "revision"))
-    await _update(connection, rate_limit_rules, plan.rule_updates, _RULE_COLUMNS)
-    for batch in _batches([{**each.values, "tier_id": tier_ids[each.tier]} for each in plan.rule_inserts]):
+    await update_rows(connection, tiers, plan.tier_updates, ("limits", "revision"))
+    await update_rows(connection, rate_limit_rules, plan.rule_updates, _RULE_COLUMNS)
+    for batch in batches([{**each.values, "tier_id": tier_ids[each.tier]} for each in plan.rule_inserts]):
         of_rule = rate_limit_rules.c
         made = await connection.execute(insert(rate_limit_rules).returning(of_rule.tier_id, of_rule.name, of_rule.id), batch)
         rule_ids |= {(row.tier_id, row.name): row.id for row in made}
@@ -196,37 +195,20 @@ async def _write(change: Change, plan: ImportPlan, tier_ids: dict[str, int]) -> 
         rule_id = rule_ids[tier_ids[each.tier], each.values["name"]]
         each.change["target"] = str(rule_id)
         each.change["after"]["id"] = rule_id
-    await _delete(connection, rate_limit_rules, plan.rule_deletes)
-    for batch in _batches(plan.key_inserts):
-        await connection.execute(insert(api_keys), [_with_tier_id(values, tier_ids) for values in batch])
-    await _update(connection, api_keys, [_with_tier_id(row, tier_ids) for row in plan.key_updates], _KEY_COLUMNS)
-    await _delete(connection, api_keys, plan.key_deletes)
+    await delete_rows(connection, rate_limit_rules, plan.rule_deletes)
+    await insert_rows(connection, api_keys, [_with_tier_id(values, tier_ids) for values in plan.key_inserts])
+    await update_rows(connection, api_keys, [_with_tier_id(row, tier_ids) for row in plan.key_updates], _KEY_COLUMNS)
+    await delete_rows(connection, api_keys, plan.key_deletes)
     if plan.anonymous_tier is not None:
         await connection.execute(update(policy_state).values(anonymous_tier=plan.anonymous_tier))
-    await _delete(connection, tiers, plan.tier_deletes)
+    await delete_rows(connection, tiers, plan.tier_deletes)
     await change.audit_all(plan.changes)
-
-
-async def _update(connection: AsyncConnection, table: Table, rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> None:
-    statement = update(table).where(table.c.id == bindparam("row_id")).values({column: bindparam(column) for column in columns})
-    for batch in _batches(rows):
-        await connection.execute(statement, [{"row_id": row["id"], **{each: row[each] for each in columns}} for row in batch])
-
-
-async def _delete(connection: AsyncConnection, table: Table, ids: Sequence[Any]) -> None:
-    for batch in _batches(ids):
-        await connection.execute(delete(table).where(table.c.id.in_(batch)))
 
 
 def _with_tier_id(row: Mapping[Any, Any], tier_ids: Mapping[str, int]) -> dict[str, Any]:
     values = dict(row)
     values["tier_id"] = tier_ids[values.pop("tier_name")]
     return values
-
-
-def _batches(rows: Sequence[_T]) -> Iterator[list[_T]]:
-    for begin in range(0, len(rows), BATCH_SIZE):
-        yield list(rows[begin : begin + BATCH_SIZE])
 
 
 def _without_idle(api_key: ApiKey, overridable: set[tuple[str, str]]) -> ApiKey:
