@@ -27,7 +27,7 @@ class HeldRows(msgspec.Struct, frozen=True):
     Args:
         version: of the catalog before they were read.
         anonymous_tier: its name, None where there is none.
-        has_file: whether a policy file was applied.
+        has_file: whether a policy file is active; without one, rows that one made are the operators' own.
         tiers: by name.
         rules: by the name of the tier, then by their own; with `tier_name`.
         keys: by digest; with `tier_name`.
@@ -124,10 +124,10 @@ class _Planner:
             self._plan.tier_inserts.append(values)
             self._record("create", "tier", tier.name, None, tier_form({**values, "revision": 1}))
         elif values["limits"] != row["limits"]:
-            _require_own(row, f"tier {tier.name!r}")
+            self._require_own(row, f"tier {tier.name!r}")
             self._plan.touched.append((TIER, tier.name))
-            changed = {**row, "limits": values["limits"], "revision": row["revision"] + 1}
-            self._plan.tier_updates.append({column: changed[column] for column in ("id", "limits", "revision")})
+            changed = {**row, "limits": values["limits"], "managed_by_file": False, "revision": row["revision"] + 1}
+            self._plan.tier_updates.append(changed)
             self._record("update", "tier", tier.name, tier_form(row), tier_form(changed))
         self._take_rules(tier)
 
@@ -153,13 +153,13 @@ class _Planner:
             values = policy_rows.row_of_rule(rule, kept["tier_id"], kept["position"])
             del values["managed_by_file"]
             if any(kept[column] != value for column, value in values.items()):
-                _require_own(kept, f"rule {rule.name!r} of tier {tier.name!r}")
-                written = {**values, "id": kept["id"], "revision": kept["revision"] + 1}
+                self._require_own(kept, f"rule {rule.name!r} of tier {tier.name!r}")
+                written = {**values, "id": kept["id"], "managed_by_file": False, "revision": kept["revision"] + 1}
                 self._plan.rule_updates.append(written)
                 self._plan.touched.append((TIER, tier.name))
                 self._record("update", "rule", str(kept["id"]), rule_form(kept), rule_form({**kept, **written}))
         if self._prune:
-            self._remove_rules(row for row in held.values() if not row["managed_by_file"])
+            self._remove_rules(row for row in held.values() if not self._is_of_file(row))
 
     def _remove_rules(self, rows: Any) -> None:
         for row in rows:
@@ -176,20 +176,20 @@ class _Planner:
         if row is None:
             self._plan.touched.append((KEY, api_key.sha256))
             self._plan.key_inserts.append(values)
-            form = key_form({**values, "revision": 1, "revoked_at_us": None, "revoked_reason": None})
+            form = key_form({**values, "counts_as": None, "revision": 1, "revoked_at_us": None, "revoked_reason": None})
             self._record("create", "api_key", api_key.id, None, form)
             return
         changed = {column: value for column, value in values.items() if column != "managed_by_file" and row[column] != value}
         if not changed:
             return
-        _require_own(row, f"the API key {row['id']}")
+        self._require_own(row, f"the API key {row['id']}")
         if "status" in changed:
             over = api_key.status is KeyStatus.REVOKED
             changed |= {
                 "revoked_at_us": self._now_us if over else None,
                 "revoked_reason": "by import of a policy" if over else None,
             }
-        written = {**row, **changed, "revision": row["revision"] + 1}
+        written = {**row, **changed, "managed_by_file": False, "revision": row["revision"] + 1}
         self._plan.touched.append((KEY, api_key.sha256))
         self._plan.key_updates.append(written)
         self._record("update", "api_key", row["id"], key_form(row), key_form(written))
@@ -197,7 +197,7 @@ class _Planner:
     def _prune_keys(self) -> None:
         named = {api_key.sha256 for api_key in self._policy.api_keys}
         for sha256, row in self._held.keys.items():
-            if sha256 not in named and not row["managed_by_file"]:
+            if sha256 not in named and not self._is_of_file(row):
                 self._plan.key_deletes.append(row["id"])
                 self._plan.touched.append((KEY, sha256))
                 self._record("delete", "api_key", row["id"], key_form(row), None)
@@ -217,7 +217,7 @@ class _Planner:
         named = {tier.name for tier in self._policy.tiers}
         anonymous = self._policy.anonymous_tier or self._held.anonymous_tier
         for name, row in self._held.tiers.items():
-            if name in named or row["managed_by_file"]:
+            if name in named or self._is_of_file(row):
                 continue
             if anonymous == name:
                 raise CatalogError(f"tier {name!r} is the anonymous tier: name another one in [anonymous] of the policy")
@@ -226,7 +226,9 @@ class _Planner:
             self._plan.touched.append((TIER, name))
             self._record("delete", "tier", name, tier_form(row), None)
 
+    def _is_of_file(self, row: Row) -> bool:
+        return self._held.has_file and bool(row["managed_by_file"])
 
-def _require_own(row: Row, what: str) -> None:
-    if row["managed_by_file"]:
-        raise ManagedByFile(f"{what} differs from the policy file: change it there, or take it out of this text")
+    def _require_own(self, row: Row, what: str) -> None:
+        if self._is_of_file(row):
+            raise ManagedByFile(f"{what} differs from the policy file: change it there, or take it out of this text")

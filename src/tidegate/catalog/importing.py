@@ -7,7 +7,8 @@ does not name, but never a row of the policy file. It is one transaction: a text
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
+import tomllib
+from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any, Final
 
 from sqlalchemy import Column, func, insert, select, true, update
@@ -39,6 +40,7 @@ _RULE_COLUMNS: Final = (
     "priority",
     "mode",
     "on_failure",
+    "managed_by_file",
     "revision",
 )
 _KEY_COLUMNS: Final = (
@@ -49,6 +51,7 @@ _KEY_COLUMNS: Final = (
     "overrides",
     "revoked_at_us",
     "revoked_reason",
+    "managed_by_file",
     "revision",
 )
 
@@ -137,10 +140,34 @@ async def import_policy(
     return []
 
 
+def import_warnings(text: str, changes: Sequence[Form]) -> list[str]:
+    """What may not have been meant by an import, beside what `policy_warnings` says of its policy.
+
+    Args:
+        text: the valid policy that was imported.
+        changes: that it made.
+
+    Returns:
+        One sentence where API keys came in by their digests: of a digest nobody can tell whether its key has a form that is
+        looked up at all.
+    """
+    tables = tomllib.loads(text.removeprefix("\ufeff")).get("api_keys", [])
+    by_digest = {str(table["sha256"]).lower()[:24] for table in tables if "sha256" in table}
+    made = {change["target"] for change in changes if (change["action"], change["kind"]) == ("create", "api_key")}
+    if not by_digest & made:
+        return []
+    return [
+        f"{len(by_digest & made)} API keys came by their digests: they match only if the keys themselves have 16 to 128 of "
+        "letters, digits, '_' and '-', and begin with 'tg_' only where Tidegate made them; any other key is refused before it is "
+        "looked up"
+    ]
+
+
 async def _read(connection: AsyncConnection, policy: Policy, *, prune: bool) -> HeldRows:
     """What the catalog holds of what a policy names, in pages: no statement and no turn of the event loop takes long."""
     columns = (policy_state.c.version, policy_state.c.anonymous_tier, policy_state.c.file_digest)
     state = (await connection.execute(select(*columns))).one()
+    has_file = state.file_digest is not None
     of_tiers = true() if prune else tiers.c.name.in_([tier.name for tier in policy.tiers])
     held = {row["name"]: row async for row in _pages(connection, select(tiers).where(of_tiers), tiers.c.id)}
     rules: dict[str, dict[str, Row]] = {}
@@ -156,11 +183,13 @@ async def _read(connection: AsyncConnection, policy: Policy, *, prune: bool) -> 
         named = key_rows().where(api_keys.c.sha256.in_(digests[begin : begin + BATCH_SIZE]))
         keys |= {row["sha256"]: row for row in (await connection.execute(named)).mappings()}
     if prune:
-        async for row in _pages(connection, key_rows().where(~api_keys.c.managed_by_file), api_keys.c.id):
+        # Without a file, rows that one made are the operators' own.
+        unnamed = key_rows().where(~api_keys.c.managed_by_file) if has_file else key_rows()
+        async for row in _pages(connection, unnamed, api_keys.c.id):
             keys[row["sha256"]] = row
             if len(keys) > len(digests) + MAX_KEYS:
                 raise CatalogError(f"more than {MAX_KEYS} API keys would be removed: name them in the text, or leave out prune")
-    return HeldRows(int(state.version), state.anonymous_tier, state.file_digest is not None, held, rules, keys)
+    return HeldRows(int(state.version), state.anonymous_tier, has_file, held, rules, keys)
 
 
 async def _pages(connection: AsyncConnection, query: Any, place: Column[Any]) -> AsyncIterator[Any]:
@@ -184,7 +213,7 @@ async def _write(change: Change, plan: ImportPlan, tier_ids: dict[str, int]) -> 
     for batch in batches(plan.tier_inserts):
         made = await connection.execute(insert(tiers).returning(tiers.c.id, tiers.c.name), batch)
         tier_ids |= {row.name: row.id for row in made}
-    await update_rows(connection, tiers, plan.tier_updates, ("limits", "revision"))
+    await update_rows(connection, tiers, plan.tier_updates, ("limits", "managed_by_file", "revision"))
     await update_rows(connection, rate_limit_rules, plan.rule_updates, _RULE_COLUMNS)
     for batch in batches([{**each.values, "tier_id": tier_ids[each.tier]} for each in plan.rule_inserts]):
         of_rule = rate_limit_rules.c

@@ -10,8 +10,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any, Final, TypeAlias
 
 from tidegate.catalog.tokens import OPERATOR, Principal, TokenCheck
-from tidegate.decision import Decision, clip
-from tidegate.doors.admin.counting import client_of
+from tidegate.decision import Decision, client_of, clip
 from tidegate.doors.answers import ceil_s, encode, error_body
 from tidegate.doors.client_address import TrustedProxies
 from tidegate.doors.limiter import Limiter
