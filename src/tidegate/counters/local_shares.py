@@ -7,6 +7,7 @@ by `take` and added there, before the store is asked about that subject again.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import Final, TypeAlias
 
@@ -33,7 +34,8 @@ class LocalShares:
     """
 
     def __init__(self, max_subjects: int, clock: Callable[[], int]) -> None:
-        self.owed: dict[_Debt, LimitSet] = {}
+        # Ordered: debts leave at the front, and finding the first key of a plain dict walks the gaps that they leave.
+        self.owed: OrderedDict[_Debt, LimitSet] = OrderedDict()
         self._max_subjects = max_subjects
         self._counters = MemoryCounters(max_subjects, clock)
         self._instances = 1
@@ -56,7 +58,7 @@ class LocalShares:
             for limits, subject in charge.counters:
                 self.owed[_debt(limits, subject)] = limits
             while len(self.owed) > self._max_subjects:
-                del self.owed[next(iter(self.owed))]
+                self.owed.popitem(last=False)
         return Decision(
             decision.allowed,
             _own_limit(decision.binding, charge),
