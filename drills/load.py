@@ -119,7 +119,7 @@ class Load:
     async def settle(self) -> None:
         """Wait until nothing is owed to the store, and ask it what it has counted."""
         deadline = time.monotonic() + 10
-        while any(store.owed for store in self.stores) and time.monotonic() < deadline:
+        while any(store.owed or len(store.late) for store in self.stores) and time.monotonic() < deadline:
             await asyncio.sleep(0.1)
         # The same counter under a limit that leaves room: what is left says what was counted.
         roomy = LimitSet(self.limits.name, self.limits.algorithm, [Limit.parse("1000000000/366d")])

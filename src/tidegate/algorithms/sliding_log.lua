@@ -200,7 +200,15 @@ local function sliding_log_absorb(key, config, others, now)
   redis.call('PEXPIRE', key, math.max(math.ceil((kept[#kept] + length - now) / 1000), 1))
 end
 
+-- Reads every entry; fails where one cannot be read.
+local function sliding_log_verify(held)
+  for index = 0, held.entries - 1 do
+    local moment, cost = sliding_log_entry(held, index)
+    local _ = moment + cost
+  end
+end
+
 algorithms.sliding_log = {
   parameters = 2, load = sliding_log_load, find = sliding_log_find, decide = sliding_log_decide, save = sliding_log_save,
-  tidy = sliding_log_tidy, absorb = sliding_log_absorb,
+  tidy = sliding_log_tidy, absorb = sliding_log_absorb, verify = sliding_log_verify,
 }

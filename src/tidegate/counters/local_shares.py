@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from itertools import islice
 from typing import Final, TypeAlias
 
 import msgspec
 
-from tidegate.algorithms import State
+from tidegate.algorithms import DECIDE, State
 from tidegate.counters import Charge
 from tidegate.counters.memory import MemoryCounters
 from tidegate.decision import Decision
@@ -90,6 +91,38 @@ class LocalShares:
         """
         for (_, _, subject), limits in self.owed.items():
             yield limits, subject
+
+    def oldest(self, count: int) -> list[tuple[LimitSet, str]]:
+        """Some of what is owed, the oldest first.
+
+        Args:
+            count: most of them.
+
+        Returns:
+            Limits and subject of each.
+        """
+        return [(limits, subject) for (_, _, subject), limits in islice(self.owed.items(), count)]
+
+    def defer(self, limits: LimitSet, subject: str) -> None:
+        """Make a debt the youngest one: it cannot be put back now.
+
+        Args:
+            limits: the rule's own.
+            subject: whom they count.
+        """
+        self.owed.move_to_end(_debt(limits, subject))
+
+    def owe(self, charge: Charge, at_us: int) -> None:
+        """Owe what was admitted elsewhere than here, at some moment.
+
+        Args:
+            charge: what was admitted.
+            at_us: when, by the store's clock.
+        """
+        for limits, subject in charge.counters:
+            decide = DECIDE[limits.algorithm]
+            states = [decide(limit, None, at_us, charge.cost)[0] for limit in limits.limits]
+            self.give_back(limits, subject, tuple(states))
 
     def take(self, limits: LimitSet, subject: str) -> tuple[State, ...] | None:
         """Take out what a subject was admitted here.
