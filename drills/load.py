@@ -125,6 +125,11 @@ class Load:
         roomy = LimitSet(self.limits.name, self.limits.algorithm, [Limit.parse("1000000000/366d")])
         for subject in self.subjects:
             outcome = (await self.stores[0].charge([Charge(((roomy, subject),), 0)]))[0]
+            while isinstance(outcome, StoreUnavailable) or outcome.degraded:
+                if time.monotonic() > deadline + 10:
+                    break
+                await asyncio.sleep(0.05)
+                outcome = (await self.stores[0].charge([Charge(((roomy, subject),), 0)]))[0]
             if isinstance(outcome, StoreUnavailable) or outcome.degraded or outcome.remaining is None:
                 raise RuntimeError(f"the store cannot be asked what it counted: {outcome}")
             self.counted[subject] = 1_000_000_000 - outcome.remaining

@@ -332,3 +332,62 @@ async def test_closing_puts_back_what_is_owed_to_a_shard_that_is_left_alone(new_
     await other.start()
     assert (await decided(other, (limits, "s"), cost=0)).remaining == 1_000_000 - admitted
     await other.close()
+
+
+async def test_a_shard_that_returns_is_used_again_long_before_open_s(new_redis: Callable[..., RedisServer]) -> None:
+    server = new_redis()
+    counters = GuardedCounters(RedisCounters(server.url, 0.5), GuardOptions(breaker=BreakerOptions(3, 10, 3600)))
+    await counters.start()
+    limits = limit_set("1000000/day")
+    server.kill()
+    await opened(counters, limits)
+    with pytest.raises(StoreUnavailable):
+        await counters.ping()
+    server.start()
+    await until(lambda: not counters.open_breakers and not counters.owed)
+    assert not (await decided(counters, (limits, "s"))).degraded
+    await counters.ping()
+    await counters.close()
+
+
+async def test_a_long_debt_does_not_silence_the_heartbeat(redis_server: RedisServer) -> None:
+    async with TcpProxy(redis_server.port) as proxy:
+        counters = GuardedCounters(RedisCounters(proxy.url, 1.0), GuardOptions(breaker=QUICK), "debtor")
+        await counters.start()
+        await until(lambda: counters.instances >= 1 and counters._resets is not None)
+        limits = limit_set("1000/day")
+        for number in range(3_000):
+            counters._local.owe(Charge(((limits, f"s{number}"),)), counters._store_now_us())
+        # Each step of 200 takes 0.3 s: 4.5 s in all.
+        proxy.delay_s = 0.3
+        beats: set[int] = set()
+        while counters.owed:
+            score = redis_server.call("ZSCORE", "tg:{instances}", "debtor")
+            beats.add(int(float(score)))
+            await asyncio.sleep(0.05)
+        assert len(beats) >= 3, "one a second or so, while the debt is put back"
+        proxy.delay_s = 0.0
+        await counters.close()
+
+
+@pytest.mark.parametrize(
+    ("refused", "works"),
+    [(["-evalsha", "-eval"], False), (["-time"], False), (["-get"], False), (["-script|load"], True)],
+)
+async def test_health_runs_the_real_script(any_redis: RedisServer, refused: list[str], works: bool) -> None:
+    any_redis.must("ACL", "SETUSER", "crippled", "reset", "on", ">pw", "~*", "&*", "+@all", *refused)
+    any_redis.must("SCRIPT", "FLUSH")
+    other = GuardedCounters(RedisCounters(any_redis.url.replace("redis://", "redis://crippled:pw@"), 5.0))
+    await other.start()
+    try:
+        limits = limit_set("5/day")
+        if works:
+            assert not (await decided(other, (limits, "s"))).degraded
+            await other.ping()
+        else:
+            assert (await decided(other, (limits, "s"))).degraded
+            with pytest.raises(StoreUnavailable, match=r"refuses|fails"):
+                await other.ping()
+    finally:
+        await other.close()
+        any_redis.must("ACL", "DELUSER", "crippled")

@@ -130,12 +130,12 @@ class GuardedCounters:
             return await self._charge_many(charges)
         charge = charges[0]
         asked_ns = time.monotonic_ns()
+        if self.breakers or self._local.owed or self.late.paid:
+            return await self._charge_many(charges)
         if self.denials:
             denied = self.denials.find(charge.counters, charge.cost, asked_ns // 1000)
             if denied is not None:
                 return (denied,)
-        if self.breakers or self._local.owed or self.late.paid:
-            return await self._charge_many(charges)
         try:
             decision = await self.store.charge_one(charge, asked_ns)
         except StoreUnavailable as error:
@@ -241,7 +241,7 @@ class GuardedCounters:
         # Goes on past the deadline of these checks: only its end says whether the debts are paid.
         putting = asyncio.ensure_future(self._debts.put_back_of(list(owing)))
         putting.add_done_callback(lambda done: None if done.cancelled() else done.exception())
-        await asyncio.wait((putting,), timeout=self.store.timeout_s)
+        await asyncio.wait((putting,), timeout=self.store.timeout_s * 1.1)
         error: StoreUnavailable
         if not putting.done():
             error = StoreUnavailable("Redis did not take what is owed within the deadline", reason="timeout")
@@ -324,6 +324,14 @@ class GuardedCounters:
         if on_failure is OnFailure.ALLOW:
             limit = limits.limits[0]
             return Decision(True, limit, max(limit.capacity - charge.cost, 0), 0, 0, self._store_now_us(), limits, degraded=True)
+        if self._debts.on_the_way and any(
+            (each.name, each.algorithm, s) in self._debts.on_the_way for each, s in charge.counters
+        ):
+            # What this instance admitted before is not in its share, nor is it known to be in the store: no more is admitted now.
+            share = self._local.charge(Charge(charge.counters, 0), self.instances)
+            return msgspec.structs.replace(
+                share, allowed=not charge.cost, remaining=0, retry_after_us=RETRY_US if charge.cost else 0
+            )
         return self._local.charge(charge, self.instances)
 
     # What goes on beside.

@@ -17,7 +17,7 @@ from tidegate.breaker import Breaker, BreakerOptions, BreakerState
 from tidegate.counters.local_shares import LocalShares
 from tidegate.counters.redis.topology import NO_SHARD
 from tidegate.errors import StoreUnavailable
-from tidegate.limits import LimitSet
+from tidegate.limits import Algorithm, LimitSet
 
 logger = logging.getLogger(__name__)
 
@@ -167,10 +167,12 @@ class Debts:
 
     Attributes:
         put_back: counters added so far.
+        on_the_way: counters whose debts were taken out and are being added: name, algorithm and subject, and how many times.
     """
 
     def __init__(self, store: Store, local: LocalShares, breakers: Mapping[str, Breaker]) -> None:
         self.put_back = 0
+        self.on_the_way: dict[tuple[str, Algorithm, str], int] = {}
         self._store = store
         self._local = local
         self._breakers = breakers
@@ -192,9 +194,16 @@ class Debts:
         if not taken:
             return
         outcomes: Sequence[StoreUnavailable | None] | None = None
+        names = [(limits.name, limits.algorithm, subject) for limits, subject, _ in taken]
+        for name in names:
+            self.on_the_way[name] = self.on_the_way.get(name, 0) + 1
         try:
             outcomes = await self._store.absorb(taken)
         finally:
+            for name in names:
+                self.on_the_way[name] -= 1
+                if not self.on_the_way[name]:
+                    del self.on_the_way[name]
             failed = None
             for place, each in enumerate(taken):
                 error = None if outcomes is None else outcomes[place]

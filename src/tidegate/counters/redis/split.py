@@ -1,8 +1,8 @@
 """Charging counters of several shards, where a rule counts by another subject than its tier's own limits.
 
 All counters are peeked at together, then all are charged together; those that the peek found too full are charged first, and
-where they refuse, nothing else is charged. So something has to be given back only where another check took the last units between the
-two steps. In between another check may be refused that would have passed; more than a limit is never admitted.
+where they refuse, nothing else is charged. So something has to be given back only where another check took the last units between
+the two steps. In between another check may be refused that would have passed; more than a limit is never admitted.
 """
 
 from __future__ import annotations
