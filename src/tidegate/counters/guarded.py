@@ -37,7 +37,7 @@ from tidegate.counters.redis.store import RedisCounters
 from tidegate.decision import Decision
 from tidegate.errors import StoreUnavailable
 from tidegate.latency import LatencyTally
-from tidegate.limits import LimitSet, OnFailure
+from tidegate.limits import Algorithm, LimitSet, OnFailure
 
 logger = logging.getLogger(__name__)
 
@@ -130,7 +130,7 @@ class GuardedCounters:
             return await self._charge_many(charges)
         charge = charges[0]
         asked_ns = time.monotonic_ns()
-        if self.breakers or self._local.owed or self.late.paid:
+        if self.breakers or self._local.owed or self.late.paid or self._debts.on_the_way:
             return await self._charge_many(charges)
         if self.denials:
             denied = self.denials.find(charge.counters, charge.cost, asked_ns // 1000)
@@ -211,7 +211,7 @@ class GuardedCounters:
                 answers[place] = self._fallback(charge, "breaker_open")
             else:
                 open_places.append(place)
-        if open_places and self._local.owed:
+        if open_places and (self._local.owed or self._debts.on_the_way):
             open_places = await self._settle_first(charges, open_places, answers, asked_us)
         if open_places:
             started_ns = time.monotonic_ns()
@@ -235,23 +235,29 @@ class GuardedCounters:
         self, charges: Sequence[Charge], places: list[int], answers: list[Outcome | None], asked_us: int
     ) -> list[int]:
         """Put back what the subjects of some charges owe, before these are asked. Gives the places left to ask."""
-        owing = {counter for place in places for counter in charges[place].counters if self._local.owes(*counter)}
+        counters = [counter for place in places for counter in charges[place].counters]
+        deadline = asked_us / 1e6 + 1.1 * self.store.timeout_s
+        coming = {counter: done for counter in counters if (done := self._debts.on_the_way.get(_name(*counter))) is not None}
+        if coming:
+            await asyncio.wait(set(coming.values()), timeout=max(deadline - time.monotonic(), 0))
+        late = {counter for counter, done in coming.items() if not done.done()}
+        owing = {counter for counter in counters if self._local.owes(*counter)}
+        error = StoreUnavailable("Redis did not take what is owed within the deadline", reason="timeout")
+        if owing:
+            # Goes on past the deadline of these checks: only its end says whether the debts are paid.
+            putting = asyncio.ensure_future(self._debts.put_back_of(list(owing)))
+            putting.add_done_callback(lambda done: None if done.cancelled() else done.exception())
+            await asyncio.wait((putting,), timeout=max(deadline - time.monotonic(), 0))
+            failure = putting.exception() if putting.done() else error
+            if isinstance(failure, StoreUnavailable):
+                error = failure
+            elif failure is not None:
+                raise failure
+            else:
+                owing.clear()
+        owing |= late
         if not owing:
             return places
-        # Goes on past the deadline of these checks: only its end says whether the debts are paid.
-        putting = asyncio.ensure_future(self._debts.put_back_of(list(owing)))
-        putting.add_done_callback(lambda done: None if done.cancelled() else done.exception())
-        await asyncio.wait((putting,), timeout=self.store.timeout_s * 1.1)
-        error: StoreUnavailable
-        if not putting.done():
-            error = StoreUnavailable("Redis did not take what is owed within the deadline", reason="timeout")
-        else:
-            failure = putting.exception()
-            if failure is None:
-                return places
-            if not isinstance(failure, StoreUnavailable):
-                raise failure
-            error = failure
         left = []
         for place in places:
             if owing.isdisjoint(charges[place].counters):
@@ -372,6 +378,10 @@ class GuardedCounters:
         """The store's clock, as far as it is known; never goes back."""
         self._latest_us = max(self._latest_us, time.monotonic_ns() // 1000 + self._offset_us)
         return self._latest_us
+
+
+def _name(limits: LimitSet, subject: str) -> tuple[str, Algorithm, str]:
+    return limits.name, limits.algorithm, subject
 
 
 def _now_us() -> int:

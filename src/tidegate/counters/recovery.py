@@ -167,12 +167,12 @@ class Debts:
 
     Attributes:
         put_back: counters added so far.
-        on_the_way: counters whose debts were taken out and are being added: name, algorithm and subject, and how many times.
+        on_the_way: counters whose debts were taken out and are being added, by name, algorithm and subject; done when it is over.
     """
 
     def __init__(self, store: Store, local: LocalShares, breakers: Mapping[str, Breaker]) -> None:
         self.put_back = 0
-        self.on_the_way: dict[tuple[str, Algorithm, str], int] = {}
+        self.on_the_way: dict[tuple[str, Algorithm, str], asyncio.Future[None]] = {}
         self._store = store
         self._local = local
         self._breakers = breakers
@@ -194,15 +194,14 @@ class Debts:
         if not taken:
             return
         outcomes: Sequence[StoreUnavailable | None] | None = None
+        done = asyncio.get_running_loop().create_future()
         names = [(limits.name, limits.algorithm, subject) for limits, subject, _ in taken]
-        for name in names:
-            self.on_the_way[name] = self.on_the_way.get(name, 0) + 1
+        self.on_the_way.update(dict.fromkeys(names, done))
         try:
             outcomes = await self._store.absorb(taken)
         finally:
             for name in names:
-                self.on_the_way[name] -= 1
-                if not self.on_the_way[name]:
+                if self.on_the_way.get(name) is done:
                     del self.on_the_way[name]
             failed = None
             for place, each in enumerate(taken):
@@ -214,6 +213,7 @@ class Debts:
                     self.put_back += 1
                 else:
                     logger.error("what subject %.80r owed cannot be added to its counter and is dropped: %s", each[1], error)
+            done.set_result(None)
         if failed is not None:
             raise failed
 
