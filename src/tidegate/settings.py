@@ -29,6 +29,8 @@ class ServerSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         drain_s: how long SIGTERM waits for what is in flight, s.
         trusted_proxies: networks whose forwarding headers are believed.
         body_timeout_s: how long a request body may take, s.
+        idle_timeout_s: how long a connection of the data plane may wait for its next request, s; keep it above that of gateways.
+        max_connections: most open connections of the data plane; above it those that wait longest are closed.
         log_level: debug, info, warning or error.
         log_format: json (one line an event, Elastic Common Schema), text, or auto: text for a terminal, else json.
         access_log_sample: share of the requests to the data plane's /v1/ and of gRPC's calls that are logged, 0 to 1.
@@ -41,6 +43,8 @@ class ServerSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     drain_s: float = 10.0
     trusted_proxies: tuple[str, ...] = ("127.0.0.0/8", "::1/128")
     body_timeout_s: float = 10.0
+    idle_timeout_s: float = 75.0
+    max_connections: int = 10_000
     log_level: str = "info"
     log_format: str = "auto"
     access_log_sample: float = 0.0
@@ -56,6 +60,18 @@ class PolicySettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     file: str | None = None
 
 
+class PathSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """`[paths]`: spellings of paths that are refused unless an API needs them.
+
+    Args:
+        encoded_slashes: patterns with `*` for the paths that may have `%2F`.
+        decode_unreserved: whether an escape of an unreserved character, such as `%7E`, is read as the character.
+    """
+
+    encoded_slashes: tuple[str, ...] = ()
+    decode_unreserved: bool = False
+
+
 class CatalogSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """`[catalog]`: where policy lives.
 
@@ -67,6 +83,7 @@ class CatalogSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         pool_size: most connections for reading to each database server; another 4 to the primary are for writing.
         timeout_s: how long a database may take to answer, s.
         poll_s: how often changes made by other processes are looked for where they are not announced, s.
+        unknown_keys_per_minute: most look-ups of unknown API keys for one client address in one process; 0 for no bound.
     """
 
     url: str = "sqlite:///tidegate.db"
@@ -75,6 +92,7 @@ class CatalogSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     pool_size: int = 8
     timeout_s: float = 2.0
     poll_s: float = 0.5
+    unknown_keys_per_minute: int = 300
 
 
 class CounterSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -119,12 +137,15 @@ class CacheSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         l2_ttl_s: how long it is fresh in the shared cache, s.
         stale_if_error_s: how long past that it serves while the catalog fails, s.
         max_keys: most API keys cached in this process.
+        secret: seals the entries of the shared cache, 16 characters or more, the same for all instances of a catalog; where not
+            given, one is made and kept in the catalog's database.
     """
 
     l1_ttl_s: float = 60.0
     l2_ttl_s: float = 300.0
     stale_if_error_s: float = 3600.0
     max_keys: int = 100_000
+    secret: str | None = None
 
 
 class AdminSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -190,6 +211,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     server: ServerSettings = ServerSettings()
     policy: PolicySettings = PolicySettings()
+    paths: PathSettings = PathSettings()
     catalog: CatalogSettings = CatalogSettings()
     counters: CounterSettings = CounterSettings()
     breaker: BreakerSettings = BreakerSettings()
@@ -212,11 +234,14 @@ _RANGES: Final[Mapping[str, tuple[float, float]]] = {
     "server.workers": (1, 1024),
     "server.drain_s": (0, 3600),
     "server.body_timeout_s": (0.1, 3600),
+    "server.idle_timeout_s": (1, 86_400),
+    "server.max_connections": (1, 1_000_000),
     "server.access_log_sample": (0, 1),
     "catalog.max_replica_lag_s": (0.1, 86_400),
     "catalog.pool_size": (1, 1000),
     "catalog.timeout_s": (0.05, 60),
     "catalog.poll_s": (0.05, 3600),
+    "catalog.unknown_keys_per_minute": (0, 1_000_000_000),
     "counters.timeout_ms": (1, 60_000),
     "counters.max_subjects": (1, 1_000_000_000),
     "counters.max_in_flight": (1, 1_000_000),
@@ -284,6 +309,12 @@ def load_settings(file: Path | None, environment: Mapping[str, str]) -> Settings
         raise SettingsError(f"settings envoy.*_entry name the entries {', '.join(entries)}: give each a name of its own")
     if not settings.envoy.domain:
         raise SettingsError("setting envoy.domain is empty: Envoy sends a domain with every request; name it here")
+    if settings.cache.secret and len(settings.cache.secret) < MIN_TOKEN_LENGTH:
+        # The secret itself is not repeated.
+        raise SettingsError(
+            f"setting cache.secret has fewer than {MIN_TOKEN_LENGTH} characters: make one with 'openssl rand -hex 32', "
+            "or leave it out for one that is kept in the catalog's database"
+        )
     if settings.admin.token and len(settings.admin.token) < MIN_TOKEN_LENGTH:
         # The token itself is not repeated.
         raise SettingsError(

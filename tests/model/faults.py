@@ -162,7 +162,14 @@ class Link:
                 self._told.absorbed(self._instance, limits, subject, answered)
 
         try:
-            await self._call(add)
+            if self.fault is Fault.LATE and self._store.alive:
+                # Nothing waits for it but the debt itself, so its answer is waited for.
+                await asyncio.sleep(LATE_S)
+                if not self._store.alive:
+                    raise _gone()
+                add(True)
+            else:
+                await self._call(add)
         except StoreUnavailable as error:
             return [error] * len(taken)
         return [None] * len(taken)
