@@ -42,6 +42,8 @@ from tidegate.limits import Algorithm, LimitSet, OnFailure
 logger = logging.getLogger(__name__)
 
 _SWEEP_STEPS: Final = 2000
+_SLOW: Final = frozenset(("migrating", "busy"))
+"""Reasons of a shard that is alive and could not charge within the deadline: its breaker stays closed."""
 _RECOVER_S: Final = 0.25
 _LAST_ANSWERS_S: Final = 0.5
 """How long the end of an instance waits for answers that are late."""
@@ -280,6 +282,8 @@ class GuardedCounters:
         if isinstance(error, LateAnswer):
             return self._decide_at_deadline(charge, error, asked_us)
         reason = str(error.details.get("reason", "error"))
+        if reason in _SLOW:
+            return self._decide_uncharged(charge, reason, error)
         shards = self._shards(charge) if self.breakers or "shard" not in error.details else []
         failed = error.details.get("shard")
         # The shard that was called, which need not be the one that counts the subject by now.
@@ -288,6 +292,19 @@ class GuardedCounters:
         if failed:
             self._breakers.release([shard for shard in shards if shard != failed])
         return self._fallback(charge, reason, error)
+
+    def _decide_uncharged(self, charge: Charge, reason: str, error: StoreUnavailable) -> Outcome:
+        """The deadline passed before a shard that is not away could charge: admit as for a late answer, and owe it."""
+        if self.breakers:
+            self._breakers.release(self._shards(charge))
+        if self._on_failure(charge) is not OnFailure.LOCAL:
+            return self._fallback(charge, reason, error)
+        allowed = not charge.cost or self.late.admits(charge, self.instances)
+        if allowed:
+            return self._fallback(charge, reason, error)
+        self.degraded[reason] = self.degraded.get(reason, 0) + 1
+        share = self._local.charge(Charge(charge.counters, 0), self.instances)
+        return msgspec.structs.replace(share, allowed=False, remaining=0, retry_after_us=RETRY_US)
 
     def _decide_at_deadline(self, charge: Charge, late: LateAnswer, asked_us: int) -> Outcome:
         """The shard has not answered yet: admit what it will most probably have charged, and see what it says."""
