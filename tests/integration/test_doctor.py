@@ -17,6 +17,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tests.servers.ports import free_port
 from tests.servers.postgres_cluster import PostgresCluster
+from tests.servers.redis_server import RedisServer
 from tidegate.catalog.engines import open_engine
 from tidegate.catalog.schema import downgrade, upgrade
 
@@ -189,3 +190,15 @@ def test_replicas_are_looked_at(postgres_cluster: PostgresCluster, tmp_path: Pat
     assert "does not answer as a replica" in looked[2][1]
     assert "secret-word" not in said
     postgres_cluster.primary.drop_database(name)
+
+
+def test_a_redis_that_answers_ping_and_refuses_the_script_is_wrong(any_redis: RedisServer, tmp_path: Path) -> None:
+    any_redis.must("ACL", "SETUSER", "doctor", "reset", "on", ">pw", "~*", "&*", "+@all", "-evalsha", "-eval")
+    url = any_redis.url.replace("redis://", "redis://doctor:pw@")
+    code, found = _found(tmp_path, TIDEGATE_COUNTERS__URL=url, TIDEGATE_COUNTERS__TIMEOUT_MS="5000")
+    assert (code, found["counters"][0]) == (1, False)
+    assert "evalsha" in found["counters"][1]
+    any_redis.must("ACL", "SETUSER", "doctor", "+evalsha")
+    code, found = _found(tmp_path, TIDEGATE_COUNTERS__URL=url, TIDEGATE_COUNTERS__TIMEOUT_MS="5000")
+    assert (code, found["counters"][0]) == (0, True), found
+    any_redis.must("ACL", "DELUSER", "doctor")

@@ -42,7 +42,7 @@ from tidegate.limits import Algorithm, LimitSet, OnFailure
 logger = logging.getLogger(__name__)
 
 _SWEEP_STEPS: Final = 2000
-_SLOW: Final = frozenset(("migrating", "busy"))
+_SLOW: Final = frozenset(("migrating", "busy", "noscript"))
 """Reasons of a shard that is alive and could not charge within the deadline: its breaker stays closed."""
 _RECOVER_S: Final = 0.25
 _LAST_ANSWERS_S: Final = 0.5

@@ -221,6 +221,7 @@ def reason_of(reply: Any) -> str:
         "NOREPLICAS": "no_replicas",
         "MISCONF": "misconfigured",
         "BUSY": "busy",
+        "NOSCRIPT": "noscript",
     }.get(word, "error")
 
 
