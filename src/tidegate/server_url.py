@@ -7,6 +7,7 @@ from urllib.parse import urlsplit
 import msgspec
 
 from tidegate.errors import SettingsError
+from tidegate.url_parts import masked
 
 
 class Server(msgspec.Struct, frozen=True):
@@ -62,4 +63,4 @@ class Server(msgspec.Struct, frozen=True):
 
 
 def _no_url(url: str) -> SettingsError:
-    return SettingsError(f"{url[:200]!r} is no URL of a server: write http://127.0.0.1:8080")
+    return SettingsError(f"{masked(url)!r} is no URL of a server: write http://127.0.0.1:8080")

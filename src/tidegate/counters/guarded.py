@@ -95,7 +95,8 @@ class GuardedCounters:
         self._refunds = 0
         self._cleared_us = 0
         self._beside: list[asyncio.Task[None]] = []
-        self._started = False
+        self._loop: asyncio.AbstractEventLoop | None = None
+        """In which it has started; None before."""
 
     @property
     def owed(self) -> int:
@@ -113,8 +114,9 @@ class GuardedCounters:
         return len(self._breakers.open)
 
     async def start(self) -> None:
-        """Connect, in the running event loop; does not fail where the store is away."""
-        if not self._beside:
+        """Connect, in the running event loop, anew where it is another one than before; does not fail where the store is away."""
+        if not self._beside or self._beside[0].get_loop() is not asyncio.get_running_loop():
+            self._stop_elsewhere()
             # Each by itself: a debt of minutes must not keep the heartbeat from its turn.
             self._beside = [
                 asyncio.ensure_future(_again_and_again(self._beat, heartbeat.BEAT_S, "the heartbeat")),
@@ -122,11 +124,11 @@ class GuardedCounters:
             ]
         # All who come before it is connected wait for the same attempt.
         await self.store.start()
-        self._started = True
+        self._loop = asyncio.get_running_loop()
 
     async def charge(self, charges: Sequence[Charge]) -> Sequence[Outcome]:
         """See `CounterStore.charge`."""
-        if not self._started:
+        if self._loop is not asyncio.get_running_loop():
             await self.start()
         if len(charges) != 1:
             return await self._charge_many(charges)
@@ -163,13 +165,13 @@ class GuardedCounters:
 
     async def windows(self, counters: Sequence[tuple[LimitSet, str]]) -> Sequence[Sequence[Decision] | None]:
         """See `CounterStore.windows`; of the store alone, for the fallback has shares of the limits and not the limits."""
-        if not self._started:
+        if self._loop is not asyncio.get_running_loop():
             await self.start()
         return await self.store.windows(counters)
 
     async def reset(self, counters: Sequence[tuple[LimitSet, str]]) -> None:
         """See `CounterStore.reset`; the other instances forget their remembered denials within a second."""
-        if not self._started:
+        if self._loop is not asyncio.get_running_loop():
             await self.start()
         for limits, subject in counters:
             self._local.forget(limits, subject)
@@ -185,10 +187,14 @@ class GuardedCounters:
 
     async def close(self) -> None:
         """See `CounterStore.close`: what is owed is put back first, as far as the store can be reached."""
-        for task in self._beside:
-            task.cancel()
-        await asyncio.gather(*self._beside, return_exceptions=True)
-        await self.late.close(_LAST_ANSWERS_S)
+        self._loop = None
+        if self._beside and self._beside[0].get_loop() is asyncio.get_running_loop():
+            for task in self._beside:
+                task.cancel()
+            await asyncio.gather(*self._beside, return_exceptions=True)
+            self._beside = []
+            await self.late.close(_LAST_ANSWERS_S)
+        self._stop_elsewhere()
         if self.store.started:
             try:
                 # Whatever the breakers say: nobody will ask again.
@@ -200,6 +206,13 @@ class GuardedCounters:
             if self.owed:
                 logger.warning("%d counters of an outage could not be put back", self.owed)
         await self.store.close()
+
+    def _stop_elsewhere(self) -> None:
+        """What runs beside in another event loop: cancelled there, if that loop runs again."""
+        beside, self._beside = self._beside, []
+        for task in beside:
+            if not task.done() and not task.get_loop().is_closed():
+                task.get_loop().call_soon_threadsafe(task.cancel)
 
     # Many, or in trouble.
 

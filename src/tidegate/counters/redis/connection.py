@@ -133,6 +133,7 @@ class Connection(asyncio.Protocol):
         self._gone = asyncio.Event()
         self._came = asyncio.Event()
         self._keeping = self._loop.create_task(self._keep_connected())
+        self._keeping.add_done_callback(self._ended)
 
     def __repr__(self) -> str:
         return f"<Connection {self.endpoint} {'up' if self.up else 'down'}, {len(self._pending)} in flight>"
@@ -229,6 +230,11 @@ class Connection(asyncio.Protocol):
         with contextlib.suppress(asyncio.CancelledError):
             await self._keeping
         self.drop("it was closed")
+
+    def _ended(self, _: asyncio.Task[None]) -> None:
+        """Its loop is about to end, with all tasks cancelled and nobody to call `close`: the socket must not outlive it."""
+        if self._transport is not None:
+            self._transport.abort()
 
     # The protocol's side.
 

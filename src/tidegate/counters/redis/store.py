@@ -73,14 +73,21 @@ class RedisCounters:
         self.refunds = 0
         """Split charges of which something was given back: who was denied meanwhile might pass now."""
         self.corrupt = CorruptCounters(self._run_by)
+        self._loop: asyncio.AbstractEventLoop | None = None
 
     @property
     def started(self) -> bool:
-        """Whether it has begun to connect."""
-        return self._topology is not None
+        """Whether it has begun to connect, in the running event loop."""
+        return self._topology is not None and self._loop is asyncio.get_running_loop()
 
     async def start(self) -> None:
-        """Connect, in the running event loop. Returns when the servers are there, or without them after a second."""
+        """Connect, in the running event loop; anew where it is another one than before. Returns when the servers are there, or
+        without them after a second.
+        """
+        loop = asyncio.get_running_loop()
+        if self._loop is not loop:
+            self._leave_loop()
+            self._loop = loop
         if self._topology is None:
             self._topology = open_topology(self.url, self._options)
             self._starting = asyncio.ensure_future(self._topology.start(max(1.0, self.timeout_s)))
@@ -96,7 +103,7 @@ class RedisCounters:
             charges: any number of them.
             asked_ns: monotonic ns from which the deadline counts; from now where 0.
         """
-        if self._topology is None:
+        if self._topology is None or self._loop is not asyncio.get_running_loop():
             await self.start()
         deadline = self._deadline(asked_ns)
         if len(charges) > 1 and not self._must_topology().sharded:
@@ -296,14 +303,24 @@ class RedisCounters:
 
     async def close(self) -> None:
         """See `CounterStore.close`."""
+        if self._loop is not asyncio.get_running_loop():
+            self._leave_loop()
+            return
         if self._starting is not None:
             self._starting.cancel()
+            self._starting = None
         for task in list(self._splits):
             task.cancel()
         await asyncio.gather(*self._splits, return_exceptions=True)
         if self._topology is not None:
             await self._topology.close()
             self._topology = None
+
+    def _leave_loop(self) -> None:
+        """Let go of what belongs to another event loop: it cannot be awaited here; that loop closes it if it runs again."""
+        loop, topology, self._topology, self._starting = self._loop, self._topology, None, None
+        if loop is not None and topology is not None and not loop.is_closed():
+            loop.call_soon_threadsafe(lambda: loop.create_task(topology.close()))
 
     def connections(self) -> Sequence[Connection]:
         """The connections to the servers that count, in no order; none before `start`."""
