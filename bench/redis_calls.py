@@ -20,7 +20,7 @@ from bench.redis_peers import SUBJECTS, limits_async, redis_py_evalsha
 from bench.redis_server import BenchRedis, info, redis_server
 from tidegate import Limiter
 from tidegate.counters.guarded import GuardedCounters
-from tidegate.counters.redis.connection import encode_command
+from tidegate.counters.redis.resp import encode_command
 from tidegate.limits import Algorithm
 
 IN_FLIGHT = 64

@@ -119,12 +119,17 @@ class Load:
     async def settle(self) -> None:
         """Wait until nothing is owed to the store, and ask it what it has counted."""
         deadline = time.monotonic() + 10
-        while any(store.owed for store in self.stores) and time.monotonic() < deadline:
+        while any(store.owed or len(store.late) for store in self.stores) and time.monotonic() < deadline:
             await asyncio.sleep(0.1)
         # The same counter under a limit that leaves room: what is left says what was counted.
         roomy = LimitSet(self.limits.name, self.limits.algorithm, [Limit.parse("1000000000/366d")])
         for subject in self.subjects:
             outcome = (await self.stores[0].charge([Charge(((roomy, subject),), 0)]))[0]
+            while isinstance(outcome, StoreUnavailable) or outcome.degraded:
+                if time.monotonic() > deadline + 10:
+                    break
+                await asyncio.sleep(0.05)
+                outcome = (await self.stores[0].charge([Charge(((roomy, subject),), 0)]))[0]
             if isinstance(outcome, StoreUnavailable) or outcome.degraded or outcome.remaining is None:
                 raise RuntimeError(f"the store cannot be asked what it counted: {outcome}")
             self.counted[subject] = 1_000_000_000 - outcome.remaining

@@ -13,6 +13,8 @@ from __future__ import annotations
 import argparse
 import asyncio
 import logging
+import random
+from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
 from types import MappingProxyType
 from typing import Any, Final, NamedTuple
@@ -20,6 +22,7 @@ from typing import Any, Final, NamedTuple
 from tests.servers.redis_cluster import RedisCluster
 from tests.servers.redis_sentinel import RedisSentinel
 from tests.servers.redis_server import RedisServer
+from tests.servers.tcp_proxy import TcpProxy
 
 from drills.load import Load
 from tidegate.counters.redis.keyspace import slot_of
@@ -184,6 +187,40 @@ async def slots_migrated(seconds: float = 6.0) -> Result:
         return Result(load, 1.0, {"slots moved": len(slots)})
 
 
+async def slow_answers(share: float, seconds: float = 6.0, rate: int = 900) -> Result:
+    """Some answers come 60 to 500 ms late, and what is behind them on a connection waits for them."""
+    with RedisServer() as server:
+        async with TcpProxy(server.port) as proxy:
+            load = Load(proxy.url, timeout_s=TIMEOUT_S, rate=rate)
+
+            async def begin() -> None:
+                proxy.vary_delay = lambda: random.uniform(0.06, 0.5) if random.random() < share else 0.0
+
+            try:
+                await load.run(seconds, [(0.3, begin)])
+                proxy.vary_delay = None
+                await load.settle()
+            finally:
+                await load.close()
+            answers = Counter[str]()
+            for store in load.stores:
+                answers.update(store.late.answers)
+            notes = {f"late answers, {name}": float(count) for name, count in answers.items()}
+            notes["used of what was charged late"] = float(sum(store.late.used for store in load.stores))
+            notes["breakers opened"] = float(sum(b.opened for store in load.stores for b in store.breakers.values()))
+            return Result(load, 0.3, notes)
+
+
+async def few_answers_late() -> Result:
+    """5 % of the answers come 60 to 500 ms late."""
+    return await slow_answers(0.05)
+
+
+async def many_answers_late() -> Result:
+    """50 % of the answers come 60 to 500 ms late."""
+    return await slow_answers(0.5)
+
+
 async def sentinel_master_killed(seconds: float = 12.0) -> Result:
     """kill -9 of the master that sentinels watch; they promote the replica."""
     with RedisSentinel(sentinels=3, replicas=1, down_after_ms=1000) as sentinel:
@@ -216,6 +253,8 @@ DRILLS: Final[dict[str, Drill]] = {
         hung,
         gone,
         gone_and_allow,
+        few_answers_late,
+        many_answers_late,
         slots_migrated,
         cluster_master_killed,
         cluster_master_hung,

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import enum
 from collections import deque
+from typing import Final
 
 import msgspec
+
+FIRST_WAIT_S: Final = 0.5
 
 
 class BreakerState(enum.StrEnum):
@@ -37,12 +40,17 @@ class Breaker:
         options: see there.
     """
 
-    __slots__ = ("_event", "_failed_at", "_opened_at", "opened", "options", "state")
+    __slots__ = ("_closed_at", "_event", "_failed_at", "_opened_at", "opened", "options", "state", "wait_s", "why")
 
     def __init__(self, options: BreakerOptions) -> None:
         self.options = options
         self.state = BreakerState.CLOSED
         self.opened = 0
+        self.why = ""
+        """What the last failure was, where that was told."""
+        self.wait_s = 0.0
+        """How long to wait between background probes: doubled each time that it opens again soon after it closed."""
+        self._closed_at = float("-inf")
         self._failed_at: deque[float] = deque(maxlen=options.failures)
         self._opened_at = 0.0
         self._event: object = None
@@ -73,25 +81,42 @@ class Breaker:
         """
         return self.state is not BreakerState.CLOSED and now - self._opened_at >= self.options.open_s
 
-    def succeeded(self) -> None:
-        """A call succeeded."""
+    def release(self) -> None:
+        """The probe that was admitted was not made: the next one who asks is it."""
+        if self.state is BreakerState.HALF_OPEN:
+            self._opened_at = float("-inf")
+
+    def succeeded(self, now: float = float("-inf")) -> None:
+        """A call succeeded.
+
+        Args:
+            now: monotonic seconds; only background probes need it.
+        """
         if self.state is not BreakerState.CLOSED:
             self.state = BreakerState.CLOSED
+            self._closed_at = now
             self._failed_at.clear()
 
-    def failed(self, now: float, event: object = None) -> None:
+    def failed(self, now: float, event: object = None, why: str = "") -> None:
         """A call failed.
 
         Args:
             now: monotonic seconds.
             event: what it failed by, where that is known: many calls that one broken connection takes down are one failure.
+            why: for those who ask why it is open.
         """
+        if why:
+            self.why = why
         if self.state is BreakerState.OPEN or (event is not None and event == self._event):
             return
         self._event = event
         self._failed_at.append(now)
         enough = len(self._failed_at) == self.options.failures and now - self._failed_at[0] <= self.options.window_s
         if enough or self.state is BreakerState.HALF_OPEN:
+            # Half open and failed again is the same outage.
+            if self.state is BreakerState.CLOSED:
+                soon = now - self._closed_at <= self.options.window_s
+                self.wait_s = min(self.wait_s * 2, self.options.open_s) if soon else min(FIRST_WAIT_S, self.options.open_s)
             self.state = BreakerState.OPEN
             self._opened_at = now
             self.opened += 1

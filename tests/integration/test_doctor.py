@@ -19,6 +19,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from tests.servers.ports import free_port
 from tests.servers.postgres import PostgresServer
 from tests.servers.postgres_cluster import PostgresCluster
+from tests.servers.redis_server import RedisServer
 from tidegate.catalog.engines import open_engine
 from tidegate.catalog.schema import downgrade, upgrade
 from tidegate.errors import SettingsError
@@ -245,3 +246,15 @@ async def test_other_users_may_read_the_file(tmp_path: Path) -> None:
     code, found = await asyncio.to_thread(_found, tmp_path, TIDEGATE_CATALOG__URL=f"sqlite:///{tmp_path}/x.db")
     assert (code, found["catalog"][0]) == (0, None)
     assert "chmod 600" in found["catalog"][1]
+
+
+def test_a_redis_that_answers_ping_and_refuses_the_script_is_wrong(any_redis: RedisServer, tmp_path: Path) -> None:
+    any_redis.must("ACL", "SETUSER", "doctor", "reset", "on", ">pw", "~*", "&*", "+@all", "-evalsha", "-eval")
+    url = any_redis.url.replace("redis://", "redis://doctor:pw@")
+    code, found = _found(tmp_path, TIDEGATE_COUNTERS__URL=url, TIDEGATE_COUNTERS__TIMEOUT_MS="5000")
+    assert (code, found["counters"][0]) == (1, False)
+    assert "evalsha" in found["counters"][1]
+    any_redis.must("ACL", "SETUSER", "doctor", "+evalsha")
+    code, found = _found(tmp_path, TIDEGATE_COUNTERS__URL=url, TIDEGATE_COUNTERS__TIMEOUT_MS="5000")
+    assert (code, found["counters"][0]) == (0, True), found
+    any_redis.must("ACL", "DELUSER", "doctor")

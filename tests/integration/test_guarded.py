@@ -10,6 +10,7 @@ import pytest
 
 from tests.moments import until
 from tests.servers.redis_server import RedisServer
+from tests.servers.tcp_proxy import TcpProxy
 from tidegate.breaker import BreakerOptions
 from tidegate.counters import Charge, Outcome
 from tidegate.counters.guarded import GuardedCounters, GuardOptions
@@ -96,25 +97,47 @@ async def test_the_settings_default_holds_for_rules_that_do_not_say(new_redis: C
 
 
 @pytest.mark.parametrize("algorithm", Algorithm)
-async def test_what_was_admitted_locally_is_put_back(store: tuple[RedisServer, GuardedCounters], algorithm: Algorithm) -> None:
-    server, counters = store
-    limits = limit_set("10/day burst 10" if algorithm.is_bucket else "10/day", algorithm=algorithm)
-    tier = limit_set("100/day")
-    for _ in range(2):
-        await decided(counters, (limits, "s"), (tier, "s"))
-    server.pause()
-    for _ in range(5):
-        answer = await decided(counters, (limits, "s"), (tier, "s"))
-        assert (answer.degraded, answer.allowed) == (True, True)
-    server.resume()
-    await exact_again(counters)
-    peek = await decided(counters, (limits, "s"), cost=0)
-    assert not peek.degraded
-    # 2 before, 5 by shares; calls that timed out may have been counted by Redis too once it went on.
-    assert peek.remaining is not None
-    assert peek.remaining <= 3
-    assert (await decided(counters, (tier, "s"), cost=0)).remaining == 90 + peek.remaining
-    assert counters.put_back >= 2
+async def test_what_was_admitted_locally_is_put_back(redis_server: RedisServer, algorithm: Algorithm) -> None:
+    async with TcpProxy(redis_server.port) as proxy:
+        counters = GuardedCounters(RedisCounters(proxy.url, 1.0), GuardOptions(breaker=QUICK))
+        await counters.start()
+        limits = limit_set("10/day burst 10" if algorithm.is_bucket else "10/day", algorithm=algorithm)
+        tier = limit_set("100/day")
+        for _ in range(2):
+            await decided(counters, (limits, "s"), (tier, "s"))
+        proxy.refuse = True
+        proxy.drop_all()
+        await until(lambda: not counters.store.connections()[0].up)
+        for _ in range(5):
+            answer = await decided(counters, (limits, "s"), (tier, "s"))
+            assert (answer.degraded, answer.allowed) == (True, True)
+        proxy.refuse = False
+        await exact_again(counters)
+        peek = await decided(counters, (limits, "s"), cost=0)
+        assert (peek.degraded, peek.remaining) == (False, 3)
+        assert (await decided(counters, (tier, "s"), cost=0)).remaining == 93
+        assert counters.put_back >= 2
+        await counters.close()
+
+
+@pytest.mark.parametrize("algorithm", Algorithm)
+async def test_what_a_slow_redis_counts_late_is_not_put_back(redis_server: RedisServer, algorithm: Algorithm) -> None:
+    async with TcpProxy(redis_server.port) as proxy:
+        counters = GuardedCounters(RedisCounters(proxy.url, 0.1), GuardOptions(breaker=QUICK))
+        await counters.start()
+        limits = limit_set("100/day burst 100" if algorithm.is_bucket else "100/day", algorithm=algorithm)
+        for _ in range(2):
+            await decided(counters, (limits, "s"))
+        proxy.stall = True
+        answers = await asyncio.gather(*(decided(counters, (limits, "s")) for _ in range(5)))
+        assert all(answer.degraded and answer.allowed for answer in answers)
+        proxy.stall = False
+        await until(lambda: sum(counters.late.answers.values()) == 5)
+        assert counters.late.answers == {"allowed": 5, "denied": 0, "lost": 0}
+        await until(lambda: not len(counters.late))
+        assert (counters.owed, counters.put_back, counters.open_breakers) == (0, 0, 0)
+        assert (await decided(counters, (limits, "s"), cost=0)).remaining == 93
+        await counters.close()
 
 
 async def test_a_subjects_debt_is_paid_before_it_is_asked_about(store: tuple[RedisServer, GuardedCounters]) -> None:
@@ -274,12 +297,20 @@ async def test_what_is_owed_is_put_back_though_no_check_comes_again(store: tuple
     assert counters.put_back == 1
 
 
-async def test_a_probe_of_what_is_owed_that_fails_leaves_the_shard_alone(store: tuple[RedisServer, GuardedCounters]) -> None:
+async def test_probes_that_fail_leave_the_breaker_open_and_the_debt_owed(store: tuple[RedisServer, GuardedCounters]) -> None:
     server, counters = store
     server.kill()
     await opened(counters, limit_set("1000000/day"))
-    opened_before = sum(breaker.opened for breaker in counters.breakers.values())
-    await until(lambda: sum(breaker.opened for breaker in counters.breakers.values()) > opened_before + 1)
+    probes = 0
+    probe = counters.store.probe
+
+    async def counted(shard: str, cost: int) -> None:
+        nonlocal probes
+        probes += 1
+        await probe(shard, cost)
+
+    counters.store.probe = counted  # type: ignore[method-assign]
+    await until(lambda: probes >= 2)
     assert counters.open_breakers == 1
     assert counters.owed == 1
     assert counters.put_back == 0
@@ -301,3 +332,62 @@ async def test_closing_puts_back_what_is_owed_to_a_shard_that_is_left_alone(new_
     await other.start()
     assert (await decided(other, (limits, "s"), cost=0)).remaining == 1_000_000 - admitted
     await other.close()
+
+
+async def test_a_shard_that_returns_is_used_again_long_before_open_s(new_redis: Callable[..., RedisServer]) -> None:
+    server = new_redis()
+    counters = GuardedCounters(RedisCounters(server.url, 0.5), GuardOptions(breaker=BreakerOptions(3, 10, 3600)))
+    await counters.start()
+    limits = limit_set("1000000/day")
+    server.kill()
+    await opened(counters, limits)
+    with pytest.raises(StoreUnavailable):
+        await counters.ping()
+    server.start()
+    await until(lambda: not counters.open_breakers and not counters.owed)
+    assert not (await decided(counters, (limits, "s"))).degraded
+    await counters.ping()
+    await counters.close()
+
+
+async def test_a_long_debt_does_not_silence_the_heartbeat(redis_server: RedisServer) -> None:
+    async with TcpProxy(redis_server.port) as proxy:
+        counters = GuardedCounters(RedisCounters(proxy.url, 1.0), GuardOptions(breaker=QUICK), "debtor")
+        await counters.start()
+        await until(lambda: counters.instances >= 1 and counters._resets is not None)
+        limits = limit_set("1000/day")
+        for number in range(3_000):
+            counters._local.owe(Charge(((limits, f"s{number}"),)), counters._store_now_us())
+        # Each step of 200 takes 0.3 s: 4.5 s in all.
+        proxy.delay_s = 0.3
+        beats: set[int] = set()
+        while counters.owed:
+            score = redis_server.call("ZSCORE", "tg:{instances}", "debtor")
+            beats.add(int(float(score)))
+            await asyncio.sleep(0.05)
+        assert len(beats) >= 3, "one a second or so, while the debt is put back"
+        proxy.delay_s = 0.0
+        await counters.close()
+
+
+@pytest.mark.parametrize(
+    ("refused", "works"),
+    [(["-evalsha", "-eval"], False), (["-time"], False), (["-get"], False), (["-script|load"], True)],
+)
+async def test_health_runs_the_real_script(any_redis: RedisServer, refused: list[str], works: bool) -> None:
+    any_redis.must("ACL", "SETUSER", "crippled", "reset", "on", ">pw", "~*", "&*", "+@all", *refused)
+    any_redis.must("SCRIPT", "FLUSH")
+    other = GuardedCounters(RedisCounters(any_redis.url.replace("redis://", "redis://crippled:pw@"), 5.0))
+    await other.start()
+    try:
+        limits = limit_set("5/day")
+        if works:
+            assert not (await decided(other, (limits, "s"))).degraded
+            await other.ping()
+        else:
+            assert (await decided(other, (limits, "s"))).degraded
+            with pytest.raises(StoreUnavailable, match=r"refuses|fails"):
+                await other.ping()
+    finally:
+        await other.close()
+        any_redis.must("ACL", "DELUSER", "crippled")

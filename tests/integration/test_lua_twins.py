@@ -271,6 +271,30 @@ def negative(state: Any) -> Any:
     return (-state[0], *state[1:]) if len(state) == 4 else (state[0], *(-units for units in state[1:]))
 
 
+def test_a_denial_of_a_long_log_is_bounded(any_redis: RedisServer) -> None:
+    work = script("charge", frozenset((Algorithm.SLIDING_LOG,)), CLOCK_BY_ARGUMENT)
+    limits, key, entries = limit_set(Algorithm.SLIDING_LOG, ["100000/day"]), f"twin:{next(KEYS)}", 100_000
+    header = [MOMENT_US + entries - 1, 86_400, entries, 0]
+    any_redis.must("RPUSH", key, b"".join(map(msgspec.msgpack.encode, header)))
+    for first in range(0, entries, 10_000):
+        moments = range(MOMENT_US + first, MOMENT_US + first + 10_000)
+        any_redis.must("RPUSH", key, *(msgspec.msgpack.encode(moment) + b"\x01" for moment in moments))
+    memory = MemoryCounters(clock=Clock(MOMENT_US + entries))
+    memory.add(limits, "s", [(entries, tuple(range(MOMENT_US, MOMENT_US + entries)), (1,) * entries)])
+    for cost in (1, 1_000, 1_001, 50_000, 100_000):
+        any_redis.must("CONFIG", "RESETSTAT")
+        reply = asked(any_redis, work, [key], parameters(limits), cost, MOMENT_US + entries)
+        assert in_lua(reply, [limits]) == outcome(memory.charge_one(limits, "s", cost))
+        ranges = any_redis.facts("INFO", "commandstats").get("cmdstat_lrange", "calls=0").partition(",")[0]
+        # 1, 8, 64, 512 and 1,024 entries; all of them take a hundred.
+        assert int(ranges.removeprefix("calls=")) <= 6
+    # Long after, nothing of it is read to find that all of it has expired.
+    any_redis.must("CONFIG", "RESETSTAT")
+    asked(any_redis, work, [key], parameters(limits), 1, MOMENT_US + 2 * 86_400_000_000)
+    assert "cmdstat_lrange" not in any_redis.facts("INFO", "commandstats")
+    any_redis.must("DEL", key)
+
+
 @given(st.integers(0, 1_000_000_000), st.integers(1, 31_622_400_000_000), st.integers(1, 31_622_400_000_000))
 @example(1_000_000_000, 31_622_400_000_000, 31_622_400_000_000)
 @example(999_999_999, 31_622_399_999_999, 31_622_400_000_000)

@@ -120,10 +120,19 @@ class Link:
     def shard_of(self, subject: str) -> str:
         return "the one"
 
-    async def charge_one(self, charge: Charge) -> Decision:
+    def shards(self) -> set[str]:
+        return {"the one"}
+
+    complete = True
+    refunds = 0
+
+    async def probe(self, shard: str, cost: int) -> None:
+        await self._call(lambda answered: None)
+
+    async def charge_one(self, charge: Charge, asked_ns: int = 0) -> Decision:
         return await self._call(lambda answered: self._charge(charge, answered))
 
-    async def charge(self, charges: Sequence[Charge]) -> list[Outcome]:
+    async def charge(self, charges: Sequence[Charge], asked_ns: int = 0) -> list[Outcome]:
         half = (len(charges) + 1) // 2 if self.fault is Fault.HALF and self._store.alive else len(charges)
         try:
             done: list[Outcome] = await self._call(lambda answered: [self._charge(each, answered) for each in charges[:half]])
@@ -143,7 +152,7 @@ class Link:
 
         await self._call(forget)
 
-    async def absorb(self, states: Iterable[tuple[LimitSet, str, Sequence[State]]]) -> None:
+    async def absorb(self, states: Iterable[tuple[LimitSet, str, Sequence[State]]]) -> list[StoreUnavailable | None]:
         taken = list(states)
 
         def add(answered: bool) -> None:
@@ -152,7 +161,18 @@ class Link:
                 self._store.counters.add(limits, subject, each)
                 self._told.absorbed(self._instance, limits, subject, answered)
 
-        await self._call(add)
+        try:
+            if self.fault is Fault.LATE and self._store.alive:
+                # Nothing waits for it but the debt itself, so its answer is waited for.
+                await asyncio.sleep(LATE_S)
+                if not self._store.alive:
+                    raise _gone()
+                add(True)
+            else:
+                await self._call(add)
+        except StoreUnavailable as error:
+            return [error] * len(taken)
+        return [None] * len(taken)
 
     async def run(self, tag: bytes, work: Any, keys: Any, arguments: Any) -> list[int]:
         """A heartbeat: the only script that the guard runs by itself."""

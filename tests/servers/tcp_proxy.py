@@ -43,6 +43,7 @@ class TcpProxy:
     Attributes:
         target_port: where connections made from now on go.
         delay_s: how much later each chunk of a reply reaches the client, the order kept; 0 for at once.
+        vary_delay: gives the same for each chunk anew, in place of `delay_s`; None for that.
         split: whether replies are written one byte at a time.
         cut_after: after how many more bytes of replies, of all connections together, the connection they came on is closed on
             both sides; then it is None again, which is for never.
@@ -57,6 +58,7 @@ class TcpProxy:
         self.target_port = target_port
         self.port = 0
         self.delay_s = 0.0
+        self.vary_delay: Callable[[], float] | None = None
         self.split = False
         self.cut_after: int | None = None
         self.refuse = False
@@ -174,7 +176,7 @@ class TcpProxy:
                 chunk = await source.read(_CHUNK)
             except OSError:
                 chunk = b""
-            await queue.put((now() + self.delay_s, chunk))
+            await queue.put((now() + (self.delay_s if self.vary_delay is None else self.vary_delay()), chunk))
 
     async def _replies(self, link: _Link, queue: asyncio.Queue[tuple[float, bytes]]) -> None:
         now = asyncio.get_running_loop().time

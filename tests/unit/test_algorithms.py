@@ -10,7 +10,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from tests import oracles
-from tidegate.algorithms import DECIDE, EXPIRES_AT
+from tests.conftest import MOMENT_US
+from tidegate.algorithms import DECIDE, EXPIRES_AT, sliding_log
 from tidegate.limits import Algorithm, Limit, fit_limits
 
 ALL = list(Algorithm)
@@ -271,3 +272,30 @@ def test_leaky_bucket_spaces_requests() -> None:
     gaps = {after - before for (before, _), (after, _) in itertools.pairwise(history)}
     # A third of a second is 333,333.3 µs; asked every 10 ms, the next multiple is 340 ms.
     assert gaps == {340_000}
+
+
+class _Counted(tuple[int, ...]):
+    """Counts the entries that are read one by one, and the copies."""
+
+    reads = 0
+
+    def __getitem__(self, place: object) -> object:  # type: ignore[override]
+        type(self).reads += len(range(*place.indices(len(self)))) if isinstance(place, slice) else 1
+        return super().__getitem__(place)  # type: ignore[index]
+
+
+def test_a_denial_of_a_long_log_is_bounded_and_its_retry_never_late() -> None:
+    limit = Limit.parse("100000/day")
+    moments = _Counted(range(MOMENT_US, MOMENT_US + 100_000))
+    costs = _Counted([1] * 100_000)
+    for now in (MOMENT_US + 200_000, MOMENT_US + limit.window_us + 4_000):
+        for cost in (10, 1_000, 50_000, 100_000):
+            _Counted.reads = 0
+            state, _, _, retry = sliding_log.decide(limit, (100_000, moments, costs), now, cost)
+            gone = max(now - limit.window_us - MOMENT_US + 1, 0)
+            if cost <= gone:
+                continue
+            assert state is None
+            exact = MOMENT_US + cost - 1 + limit.window_us - now
+            assert retry == exact if cost - gone <= sliding_log.LOOK_AHEAD else retry is not None and 0 < retry < exact
+            assert _Counted.reads <= sliding_log.LOOK_AHEAD + 50

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -65,6 +67,32 @@ def test_it_is_bounded_and_swept() -> None:
     assert memory.find(((LIMITS, "s15"),), 1, 0) is not None
     memory.sweep(20_000)
     assert len(memory) == 5
+
+
+def test_a_denial_at_the_bound_costs_the_same_whatever_the_bound() -> None:
+    def seconds(most: int, new: int = 60_000) -> float:
+        memory, decision = DenialMemory(most), denial(3_600_000_000)
+        keys = [((LIMITS, f"s{number}"),) for number in range(most + new)]
+        for key in keys[:most]:
+            memory.remember(key, 1, decision, 0)
+        began = time.process_time()
+        for key in keys[most:]:
+            memory.remember(key, 1, decision, 0)
+        return time.process_time() - began
+
+    # Evictions that search for the oldest entry make it more than 20 times as much.
+    assert seconds(100_000) < 10 * seconds(100)
+
+
+def test_a_sweep_examines_a_bounded_number_and_comes_round() -> None:
+    memory = DenialMemory()
+    for number in range(50):
+        memory.remember(((LIMITS, f"s{number}"),), 1, denial(1_000 if number >= 40 else 1_000_000), 0)
+    lengths = []
+    for _ in range(5):
+        memory.sweep(500_000, steps=10)
+        lengths.append(len(memory))
+    assert lengths == [50, 50, 50, 50, 40]
 
 
 @settings(max_examples=200)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -122,6 +124,22 @@ def test_debts_are_bounded() -> None:
     for number in range(500):
         shares.charge(Charge(((limits, f"s{number}"),)), 1)
     assert len(shares.owed) == 50
+
+
+def test_debts_leave_at_the_front_at_the_same_cost_however_many_left_before() -> None:
+    limits = limit_set(Algorithm.FIXED_WINDOW, "10/minute")
+
+    def seconds_each(debts: int) -> float:
+        shares = LocalShares(1_000_000, Clock())
+        for number in range(debts):
+            shares.owed["l", Algorithm.FIXED_WINDOW, f"s{number}"] = limits
+        began = time.process_time()
+        for _ in range(debts):
+            shares.take(*next(shares.debts()))
+        return (time.process_time() - began) / debts
+
+    # Where finding the first one walks the gaps that the others left, it is about 20 times as much.
+    assert seconds_each(60_000) < 6 * seconds_each(2_000)
 
 
 def test_a_rule_and_its_tier_share_and_owe_together() -> None:

@@ -276,3 +276,20 @@ def test_close_gives_everything_back() -> None:
     with pytest.raises(StopIteration):
         coroutine.send(None)
     assert (len(store), _states(store)) == (0, {})
+
+
+@pytest.mark.parametrize("texts", [("300/minute",), ("300/minute", "100000/hour")])
+def test_a_denied_log_drops_its_expired_entries(texts: tuple[str, ...]) -> None:
+    clock = Clock(START)
+    store = MemoryCounters(clock=clock)
+    limits = limit_set("log", Algorithm.SLIDING_LOG, *texts)
+    for _ in range(300):
+        clock.now_us += 1000
+        assert store.charge_all(((limits, "s"),), 1).allowed
+    clock.advance(59.9)
+    before = store._log_entries
+    denied = store.charge_all(((limits, "s"),), 300)
+    assert not denied.allowed
+    assert store._log_entries == before - 200
+    assert store.charge_all(((limits, "s"),), 0).remaining == 200
+    assert store.charge_all(((limits, "s"),), 300).retry_after_us == denied.retry_after_us

@@ -445,6 +445,12 @@ class Model(RuleBasedStateMachine):
         assert outcome.remaining is not None
         assert 0 <= outcome.remaining <= outcome.limit
         assert outcome.reset_after_us >= 0
+        coming = instance.guard._debts.on_the_way
+        if outcome.degraded and any((limits.name, limits.algorithm, subject) in coming for limits, subject in charge.counters):
+            # A debt that a slow store has not confirmed is neither in the share nor surely in the store.
+            allows = charge.counters[0][0].on_failure is OnFailure.ALLOW
+            assert outcome.allowed == (allows or not charge.cost), "while a debt is on its way nothing more is admitted"
+            return
         if outcome.allowed:
             assert outcome.retry_after_us == 0
         else:

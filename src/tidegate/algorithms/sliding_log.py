@@ -3,14 +3,20 @@
 Promise: exact. In no window `(t − window, t]`, wherever it lies, is more than the amount admitted.
 Price: one entry per admission (16 to 48 bytes in memory), so amounts are limited to 100,000 and a charge copies the log.
 State: `(used, moments, costs)`, the moments in order. A calendar month counts as 31 days, a year as 366.
+Denials: the retry is exact where up to `LOOK_AHEAD` entries have to expire first. Where more have to, which takes a cost of more
+than `LOOK_AHEAD` units, it is the expiry of the last entry examined: the same cost cannot pass earlier.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right
-from typing import TypeAlias
+from itertools import islice
+from typing import Final, TypeAlias
 
 from tidegate.limits import Limit
+
+LOOK_AHEAD: Final = 1000
+"""Most entries that a denial examines to find its retry; the same number is in the Lua."""
 
 LogState: TypeAlias = tuple[int, tuple[int, ...], tuple[int, ...]]
 
@@ -29,14 +35,16 @@ def decide(limit: Limit, state: LogState | None, now: int, cost: int) -> tuple[L
     """
     window = limit.window_us
     used, moments, costs = state if state is not None else (0, (), ())
+    gone = 0
     if moments:
         now = max(now, moments[-1])
         if moments[0] <= now - window:
             gone = bisect_right(moments, now - window)
-            used -= sum(costs[:gone])
-            moments, costs = moments[gone:], costs[gone:]
+            used -= sum(islice(costs, gone))
     free = limit.amount - used
     if cost <= free or not cost:
+        if gone:
+            moments, costs = moments[gone:], costs[gone:]
         if cost:
             if moments and moments[-1] == now:
                 costs = (*costs[:-1], costs[-1] + cost)
@@ -44,15 +52,16 @@ def decide(limit: Limit, state: LogState | None, now: int, cost: int) -> tuple[L
                 moments, costs = (*moments, now), (*costs, cost)
         reset = moments[-1] + window - now if moments else 0
         return (used + cost, moments, costs), max(free - cost, 0), reset, 0
-    reset = moments[-1] + window - now if moments else 0
+    reset = moments[-1] + window - now if gone < len(moments) else 0
     if cost > limit.amount:
         return None, max(free, 0), reset, None
-    needed = cost - free
-    for moment, freed in zip(moments, costs, strict=True):
-        needed -= freed
+    # A denial copies nothing: who is denied may come again at once.
+    needed, at = cost - free, gone
+    for at in range(gone, min(gone + LOOK_AHEAD, len(moments))):
+        needed -= costs[at]
         if needed <= 0:
-            return None, max(free, 0), reset, moment + window - now
-    raise AssertionError("a log that is full has entries that free it")
+            break
+    return None, max(free, 0), reset, moments[at] + window - now
 
 
 def expires_at(limit: Limit, state: LogState) -> int:

@@ -8,8 +8,9 @@ they may be shared by any number of tasks of it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol, TypeAlias
+import asyncio
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, TypeAlias
 
 import msgspec
 
@@ -30,6 +31,24 @@ class Charge(msgspec.Struct, frozen=True, gc=False):
 
     counters: tuple[tuple[LimitSet, str], ...]
     cost: int = 1
+
+
+class LateAnswer(StoreUnavailable):
+    """The deadline of a charge passed, and the store has not answered yet. It may have charged; it is slow, or gone.
+
+    Args:
+        message: see `TidegateError`.
+        answer: has the store's answer when it comes, and fails when it cannot come any more.
+        details: see `TidegateError`.
+
+    Attributes:
+        decode: makes a decision of what `answer` brings; it raises `StoreUnavailable` where that is none.
+    """
+
+    def __init__(self, message: str, answer: asyncio.Future[Any], **details: object) -> None:
+        super().__init__(message, reason="timeout", **details)
+        self.answer = answer
+        self.decode: Callable[[Any], Decision] | None = None
 
 
 Outcome: TypeAlias = Decision | StoreUnavailable

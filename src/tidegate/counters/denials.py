@@ -8,12 +8,15 @@ new ones, and a denial is remembered for its own) and a counter that was reset (
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from typing import Final
 
 from tidegate.decision import Decision
 from tidegate.limits import LimitSet
 
 MAX_DENIALS: Final = 100_000
+SWEEP_STEPS: Final = 2_000
+"""Most denials that one sweep examines: about 1 ms."""
 _Counters = tuple[tuple[LimitSet, str], ...]
 
 
@@ -21,13 +24,14 @@ class DenialMemory:
     """At most `most` denials; beyond, the oldest go first.
 
     Args:
-        most: 1 or more; each costs about 400 bytes.
+        most: 1 or more; each costs about 500 bytes.
     """
 
     def __init__(self, most: int = MAX_DENIALS) -> None:
         self.most = most
         self.answered = 0
-        self._held: dict[tuple[_Counters, int], tuple[int, Decision]] = {}
+        # Ordered: finding the first key of a plain dict walks the gaps of all that were deleted before it.
+        self._held: OrderedDict[tuple[_Counters, int], tuple[int, Decision]] = OrderedDict()
 
     def __len__(self) -> int:
         """Denials held, those whose time is over included."""
@@ -78,17 +82,23 @@ class DenialMemory:
             return
         self._held.pop((counters, cost), None)
         if len(self._held) >= self.most:
-            del self._held[next(iter(self._held))]
+            self._held.popitem(last=False)
         self._held[counters, cost] = (asked_us + retry_us, decision)
 
-    def sweep(self, now_us: int) -> None:
-        """Drop those whose time is over.
+    def sweep(self, now_us: int, steps: int = SWEEP_STEPS) -> None:
+        """Drop those whose time is over, a bounded number at a time.
 
         Args:
             now_us: monotonic µs.
+            steps: most denials to examine; those that still hold move to the end, so that the next sweep examines others.
         """
-        for key in [key for key, (until_us, _) in self._held.items() if until_us <= now_us]:
-            del self._held[key]
+        held = self._held
+        for _ in range(min(steps, len(held))):
+            key = next(iter(held))
+            if held[key][0] <= now_us:
+                del held[key]
+            else:
+                held.move_to_end(key)
 
     def clear(self) -> None:
         """Drop all: a counter was reset."""

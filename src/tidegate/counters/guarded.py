@@ -1,12 +1,15 @@
 """A counter store that may be away, guarded: a deadline on every call, a breaker a shard, a fallback for each rule.
 
-While the store is well, this adds a look at the denials that are remembered. When a call fails, or the breaker of its shard is
-open, the rule says what holds: `local` counts in memory at this instance's share of the limit, `allow` lets pass, `deny` refuses
-with `StoreUnavailable`. All such decisions are degraded, and counted by reason.
+While the store is healthy, this adds a look at the denials that are remembered. When a call fails, or the breaker of its shard
+is open, the rule says what holds: `local` counts in memory at this instance's share of the limit, `allow` lets pass, `deny`
+refuses with `StoreUnavailable`. All such decisions are degraded, and counted by reason.
+
+A shard that answers late is slow, not away: its breaker stays closed, and what it says late is taken into account
+(`late_answers`).
 
 When a shard is back, what was admitted locally is added to its counters: for a subject before it is asked about again by this
-instance, for all others in the background. Where it is not known whether the store took it (an answer that did not come), it is
-added again: an outage may cost a subject units, it never gives any.
+instance, for all others in the background (`recovery`). Where it is not known whether the store took it (the connection was lost
+first), it is added again: an outage may cost a subject units, it never gives any.
 
 One event loop; any number of its tasks.
 """
@@ -14,33 +17,36 @@ One event loop; any number of its tasks.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import os
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Final
 
 import msgspec
 
-from tidegate.algorithms import State
-from tidegate.breaker import Breaker, BreakerOptions, BreakerState
-from tidegate.counters import Charge, Outcome
+from tidegate.breaker import Breaker, BreakerOptions
+from tidegate.counters import Charge, LateAnswer, Outcome
 from tidegate.counters.denials import DenialMemory
+from tidegate.counters.late_answers import RETRY_US, LateAnswers
 from tidegate.counters.local_shares import LocalShares
+from tidegate.counters.recovery import Breakers, Debts
 from tidegate.counters.redis import heartbeat
 from tidegate.counters.redis.store import RedisCounters
 from tidegate.decision import Decision
 from tidegate.errors import StoreUnavailable
 from tidegate.latency import LatencyTally
-from tidegate.limits import LimitSet, OnFailure
+from tidegate.limits import Algorithm, LimitSet, OnFailure
 
 logger = logging.getLogger(__name__)
 
-_AT_ONCE: Final = 200
 _SWEEP_STEPS: Final = 2000
-_BREAKERS_KEPT: Final = 1000
+_SLOW: Final = frozenset(("migrating", "busy", "noscript"))
+"""Reasons of a shard that is alive and could not charge within the deadline: its breaker stays closed."""
+_RECOVER_S: Final = 0.25
+_LAST_ANSWERS_S: Final = 0.5
+"""How long the end of an instance waits for answers that are late."""
 
 
 class GuardOptions(msgspec.Struct, frozen=True):
@@ -48,7 +54,7 @@ class GuardOptions(msgspec.Struct, frozen=True):
 
     Args:
         on_failure: for limits that say `default`.
-        breaker: when a shard is left alone.
+        breaker: when calls to a shard stop, and for how long.
         min_instances: at least so many share the limits, also while none was heard of, 1 or more.
         max_subjects: most counters of the fallback.
     """
@@ -75,17 +81,20 @@ class GuardedCounters:
         self.instances = self.options.min_instances
         self.degraded: dict[str, int] = {}
         """Decisions made without the store, by reason."""
-        self.put_back = 0
-        """Counters added to the store after an outage."""
         self.latency = LatencyTally()
         """Of calls to the store that were answered, or given up at their deadline."""
         self.denials = DenialMemory()
-        self.breakers: dict[str, Breaker] = {}
+        self._breakers = Breakers(store, self.options.breaker)
+        self.breakers: dict[str, Breaker] = self._breakers.held
         self._local = LocalShares(self.options.max_subjects, self._store_now_us)
+        self._debts = Debts(store, self._local, self.breakers)
+        self.late = LateAnswers(_now_us, self._answered_late)
         self._offset_us = time.time_ns() // 1000 - time.monotonic_ns() // 1000
         self._latest_us = 0
         self._resets: int | None = None
-        self._beating: asyncio.Task[None] | None = None
+        self._refunds = 0
+        self._cleared_us = 0
+        self._beside: list[asyncio.Task[None]] = []
         self._loop: asyncio.AbstractEventLoop | None = None
         """In which it has started; None before."""
 
@@ -95,15 +104,24 @@ class GuardedCounters:
         return len(self._local.owed)
 
     @property
+    def put_back(self) -> int:
+        """Counters added to the store after an outage."""
+        return self._debts.put_back
+
+    @property
     def open_breakers(self) -> int:
-        """Shards that are left alone now."""
-        return sum(breaker.state is not BreakerState.CLOSED for breaker in self.breakers.values())
+        """Shards that are not called now."""
+        return len(self._breakers.open)
 
     async def start(self) -> None:
         """Connect, in the running event loop, anew where it is another one than before; does not fail where the store is away."""
-        if self._beating is None or self._beating.get_loop() is not asyncio.get_running_loop():
-            self._stop_beating_elsewhere()
-            self._beating = asyncio.ensure_future(self._beat())
+        if not self._beside or self._beside[0].get_loop() is not asyncio.get_running_loop():
+            self._stop_elsewhere()
+            # Each by itself: a debt of minutes must not keep the heartbeat from its turn.
+            self._beside = [
+                asyncio.ensure_future(_again_and_again(self._beat, heartbeat.BEAT_S, "the heartbeat")),
+                asyncio.ensure_future(_again_and_again(self._recover, _RECOVER_S, "the recovery from outages")),
+            ]
         # All who come before it is connected wait for the same attempt.
         await self.store.start()
         self._loop = asyncio.get_running_loop()
@@ -116,23 +134,34 @@ class GuardedCounters:
             return await self._charge_many(charges)
         charge = charges[0]
         asked_ns = time.monotonic_ns()
-        asked_us = asked_ns // 1000
+        if self.breakers or self._local.owed or self.late.paid or self._debts.on_the_way:
+            return await self._charge_many(charges)
         if self.denials:
-            denied = self.denials.find(charge.counters, charge.cost, asked_us)
+            denied = self.denials.find(charge.counters, charge.cost, asked_ns // 1000)
             if denied is not None:
                 return (denied,)
-        if self.breakers or self._local.owed:
-            return await self._charge_many(charges)
         try:
-            decision = await self.store.charge_one(charge)
+            decision = await self.store.charge_one(charge, asked_ns)
         except StoreUnavailable as error:
             if error.details.get("reason") == "timeout":
                 self.latency.add(time.monotonic_ns() - asked_ns)
-            return (self._failed(charge, error),)
+            return (self._failed(charge, error, asked_ns // 1000),)
         self.latency.add(time.monotonic_ns() - asked_ns)
-        if not decision.allowed:
-            self.denials.remember(charge.counters, charge.cost, decision, asked_us)
+        self._remember(charge, decision, asked_ns // 1000)
         return (decision,)
+
+    def _remember(self, charge: Charge, decision: Decision, asked_us: int) -> None:
+        """Remember a denial; and that little remains, for a deadline that passes later."""
+        if not decision.allowed:
+            if asked_us >= self._cleared_us:
+                self.denials.remember(charge.counters, charge.cost, decision, asked_us)
+        elif (
+            decision.binding is None
+            or decision.remaining is None
+            or decision.remaining * 2 >= (decision.binding.burst or decision.binding.amount)
+        ):
+            return
+        self.late.hear(charge.counters, decision)
 
     async def windows(self, counters: Sequence[tuple[LimitSet, str]]) -> Sequence[Sequence[Decision] | None]:
         """See `CounterStore.windows`; of the store alone, for the fallback has shares of the limits and not the limits."""
@@ -147,27 +176,30 @@ class GuardedCounters:
         for limits, subject in counters:
             self._local.forget(limits, subject)
         await self.store.reset(counters)
-        self.denials.clear()
+        self._forget_answers()
         await heartbeat.announce_reset(self.store)
 
     async def ping(self) -> None:
-        """See `CounterStore.ping`."""
+        """See `CounterStore.ping`: every shard decides checks, and none is left out because it failed."""
         await self.store.ping()
+        for shard, why in self._breakers.open.items():
+            raise StoreUnavailable(f"circuit breaker open for Redis shard {shard}: {why}", reason="breaker_open", shard=shard)
 
     async def close(self) -> None:
         """See `CounterStore.close`: what is owed is put back first, as far as the store can be reached."""
         self._loop = None
-        if self._beating is not None and self._beating.get_loop() is asyncio.get_running_loop():
-            self._beating.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._beating
-            self._beating = None
-        self._stop_beating_elsewhere()
+        if self._beside and self._beside[0].get_loop() is asyncio.get_running_loop():
+            for task in self._beside:
+                task.cancel()
+            await asyncio.gather(*self._beside, return_exceptions=True)
+            self._beside = []
+            await self.late.close(_LAST_ANSWERS_S)
+        self._stop_elsewhere()
         if self.store.started:
             try:
                 # Whatever the breakers say: nobody will ask again.
-                await self._probe_debtors(last=True)
-                await self._settle_debts()
+                await self._breakers.probe(time.monotonic, every=True)
+                await self._debts.settle()
                 await heartbeat.leave(self.store, self.instance)
             except StoreUnavailable as error:
                 logger.debug("the store does not answer at the end: %s", error)
@@ -175,110 +207,158 @@ class GuardedCounters:
                 logger.warning("%d counters of an outage could not be put back", self.owed)
         await self.store.close()
 
-    def _stop_beating_elsewhere(self) -> None:
-        """The heartbeat of another event loop: cancelled there, if that loop runs again."""
-        beating, self._beating = self._beating, None
-        if beating is not None and not beating.done() and not beating.get_loop().is_closed():
-            beating.get_loop().call_soon_threadsafe(beating.cancel)
+    def _stop_elsewhere(self) -> None:
+        """What runs beside in another event loop: cancelled there, if that loop runs again."""
+        beside, self._beside = self._beside, []
+        for task in beside:
+            if not task.done() and not task.get_loop().is_closed():
+                task.get_loop().call_soon_threadsafe(task.cancel)
 
     # Many, or in trouble.
 
     async def _charge_many(self, charges: Sequence[Charge]) -> list[Outcome]:
         answers: list[Outcome | None] = [None] * len(charges)
-        asked_us = time.monotonic_ns() // 1000
+        asked_ns = time.monotonic_ns()
+        asked_us = asked_ns // 1000
         now = asked_us / 1e6
         open_places: list[int] = []
         for place, charge in enumerate(charges):
-            denied = self.denials.find(charge.counters, charge.cost, asked_us) if self.denials else None
-            if denied is not None:
-                answers[place] = denied
-            elif self.breakers and not self._admits(charge, now):
+            answer = self.late.take_paid(charge) if self.late.paid else None
+            if answer is None and self.denials:
+                answer = self.denials.find(charge.counters, charge.cost, asked_us)
+            if answer is not None:
+                answers[place] = answer
+            elif self.breakers and not self._breakers.admit(self._shards(charge), now):
                 answers[place] = self._fallback(charge, "breaker_open")
             else:
                 open_places.append(place)
-        if open_places and self._local.owed:
-            open_places = await self._settle_first(charges, open_places, answers)
+        if open_places and (self._local.owed or self._debts.on_the_way):
+            open_places = await self._settle_first(charges, open_places, answers, asked_us)
         if open_places:
             started_ns = time.monotonic_ns()
-            decided = await self.store.charge([charges[place] for place in open_places])
+            decided = await self.store.charge([charges[place] for place in open_places], asked_ns)
             # One call, however many charges; what failed at once says nothing of the store's speed.
             if any(not isinstance(each, StoreUnavailable) or each.details.get("reason") == "timeout" for each in decided):
                 self.latency.add(time.monotonic_ns() - started_ns)
             for place, outcome in zip(open_places, decided, strict=True):
                 charge = charges[place]
                 if isinstance(outcome, StoreUnavailable):
-                    answers[place] = self._failed(charge, outcome)
+                    answers[place] = self._failed(charge, outcome, asked_us)
                     continue
                 answers[place] = outcome
                 if self.breakers:
-                    self._succeeded(charge)
-                if not outcome.allowed:
-                    self.denials.remember(charge.counters, charge.cost, outcome, asked_us)
+                    for shard in self._shards(charge):
+                        self._breakers.succeeded(shard, time.monotonic())
+                self._remember(charge, outcome, asked_us)
         return [answer for answer in answers if answer is not None]
 
-    async def _settle_first(self, charges: Sequence[Charge], places: list[int], answers: list[Outcome | None]) -> list[int]:
-        """Put back what the subjects of some charges are owed for, before these are asked. Gives the places left to ask."""
-        owing = {counter for place in places for counter in charges[place].counters if self._local.owes(*counter)}
+    async def _settle_first(
+        self, charges: Sequence[Charge], places: list[int], answers: list[Outcome | None], asked_us: int
+    ) -> list[int]:
+        """Put back what the subjects of some charges owe, before these are asked. Gives the places left to ask."""
+        counters = [counter for place in places for counter in charges[place].counters]
+        deadline = asked_us / 1e6 + 1.1 * self.store.timeout_s
+        coming = {counter: done for counter in counters if (done := self._debts.on_the_way.get(_name(*counter))) is not None}
+        if coming:
+            await asyncio.wait(set(coming.values()), timeout=max(deadline - time.monotonic(), 0))
+        late = {counter for counter, done in coming.items() if not done.done()}
+        owing = {counter for counter in counters if self._local.owes(*counter)}
+        error = StoreUnavailable("Redis did not take what is owed within the deadline", reason="timeout")
+        if owing:
+            # Goes on past the deadline of these checks: only its end says whether the debts are paid.
+            putting = asyncio.ensure_future(self._debts.put_back_of(list(owing)))
+            putting.add_done_callback(lambda done: None if done.cancelled() else done.exception())
+            await asyncio.wait((putting,), timeout=max(deadline - time.monotonic(), 0))
+            failure = putting.exception() if putting.done() else error
+            if isinstance(failure, StoreUnavailable):
+                error = failure
+            elif failure is not None:
+                raise failure
+            else:
+                owing.clear()
+        owing |= late
         if not owing:
             return places
-        try:
-            await self._put_back(list(owing))
-        except StoreUnavailable as error:
-            left = []
-            for place in places:
-                if owing.isdisjoint(charges[place].counters):
-                    left.append(place)
-                else:
-                    answers[place] = self._failed(charges[place], error)
-            return left
-        return places
+        left = []
+        for place in places:
+            if owing.isdisjoint(charges[place].counters):
+                left.append(place)
+            else:
+                answers[place] = self._failed(charges[place], error, asked_us)
+        return left
 
-    def _admits(self, charge: Charge, now: float) -> bool:
-        for shard in self._shards(charge):
-            breaker = self.breakers.get(shard)
-            if breaker is not None and not breaker.admits(now):
-                return False
-        return True
+    def _shards(self, charge: Charge) -> list[str]:
+        return list({self.store.shard_of(subject) for _, subject in charge.counters})
 
-    def _shards(self, charge: Charge) -> set[str]:
-        return {self.store.shard_of(subject) for _, subject in charge.counters}
+    def _failed(self, charge: Charge, error: StoreUnavailable, asked_us: int) -> Outcome:
+        """A call failed: the breaker of the shard that failed counts it, and the rule's fallback answers."""
+        if isinstance(error, LateAnswer):
+            return self._decide_at_deadline(charge, error, asked_us)
+        reason = str(error.details.get("reason", "error"))
+        if reason in _SLOW:
+            return self._decide_uncharged(charge, reason, error)
+        shards = self._shards(charge) if self.breakers or "shard" not in error.details else []
+        failed = error.details.get("shard")
+        # The shard that was called, which need not be the one that counts the subject by now.
+        for shard in [str(failed)] if failed else shards:
+            self._breakers.failed(shard, error, time.monotonic())
+        if failed:
+            self._breakers.release([shard for shard in shards if shard != failed])
+        return self._fallback(charge, reason, error)
 
-    def _succeeded(self, charge: Charge) -> None:
-        for shard in self._shards(charge):
-            self._answered(shard)
+    def _decide_uncharged(self, charge: Charge, reason: str, error: StoreUnavailable) -> Outcome:
+        """The deadline passed before a shard that is not away could charge: admit as for a late answer, and owe it."""
+        if self.breakers:
+            self._breakers.release(self._shards(charge))
+        if self._on_failure(charge) is not OnFailure.LOCAL:
+            return self._fallback(charge, reason, error)
+        allowed = not charge.cost or self.late.admits(charge, self.instances)
+        if allowed:
+            return self._fallback(charge, reason, error)
+        self.degraded[reason] = self.degraded.get(reason, 0) + 1
+        share = self._local.charge(Charge(charge.counters, 0), self.instances)
+        return msgspec.structs.replace(share, allowed=False, remaining=0, retry_after_us=RETRY_US)
 
-    def _answered(self, shard: str) -> None:
-        breaker = self.breakers.get(shard)
-        if breaker is not None:
-            if breaker.state is not BreakerState.CLOSED:
-                logger.info("Redis shard %s is asked again", shard, extra={"ecs": {"tidegate.shard": shard}})
-            breaker.succeeded()
+    def _decide_at_deadline(self, charge: Charge, late: LateAnswer, asked_us: int) -> Outcome:
+        """The shard has not answered yet: admit what it will most probably have charged, and see what it says."""
+        if self.breakers:
+            self._breakers.release(self._shards(charge))
+        admitted = False
+        if self._on_failure(charge) is not OnFailure.LOCAL:
+            outcome = self._fallback(charge, "timeout", late)
+        else:
+            self.degraded["timeout"] = self.degraded.get("timeout", 0) + 1
+            share = self._local.charge(Charge(charge.counters, 0), self.instances)
+            allowed = not charge.cost or self.late.admits(charge, self.instances)
+            admitted = allowed and charge.cost > 0
+            outcome = msgspec.structs.replace(
+                share,
+                allowed=allowed,
+                remaining=max((share.remaining or 0) - charge.cost, 0) if allowed else 0,
+                retry_after_us=0 if allowed else RETRY_US,
+            )
+        self.late.wait_for(charge, late, admitted, asked_us)
+        return outcome
 
-    def _failed(self, charge: Charge, error: StoreUnavailable) -> Outcome:
-        """A call failed: tell the breaker, and answer in the store's place."""
-        now = time.monotonic()
-        for shard in self._shards(charge):
-            breaker = self.breakers.get(shard)
-            if breaker is None:
-                if len(self.breakers) >= _BREAKERS_KEPT:
-                    self.breakers.clear()
-                breaker = self.breakers[shard] = Breaker(self.options.breaker)
-            was = breaker.state
-            breaker.failed(now, error.details.get("event"))
-            if breaker.state is BreakerState.OPEN and was is not BreakerState.OPEN:
-                logger.error(
-                    "Redis shard %s is left alone for %g s: %s",
-                    shard,
-                    breaker.options.open_s,
-                    error,
-                    extra={"ecs": {"tidegate.shard": shard, "error.code": error.code}},
-                )
-        return self._fallback(charge, str(error.details.get("reason", "error")), error)
+    def _answered_late(self, charge: Charge, admitted: bool, asked_us: int, answer: Decision | StoreUnavailable) -> None:
+        """What a shard said after the deadline, or that it cannot say anything any more."""
+        if isinstance(answer, StoreUnavailable):
+            shard = answer.details.get("shard")
+            if shard is not None:
+                self._breakers.failed(str(shard), answer, time.monotonic())
+        elif not answer.allowed and asked_us >= self._cleared_us:
+            self.denials.remember(charge.counters, charge.cost, answer, asked_us)
+        if admitted and (isinstance(answer, StoreUnavailable) or not answer.allowed):
+            self._local.owe(charge, self._store_now_us())
+
+    def _on_failure(self, charge: Charge) -> OnFailure:
+        own = charge.counters[0][0].on_failure
+        return self.options.on_failure if own is OnFailure.DEFAULT else own
 
     def _fallback(self, charge: Charge, reason: str, error: StoreUnavailable | None = None) -> Outcome:
         self.degraded[reason] = self.degraded.get(reason, 0) + 1
         limits = charge.counters[0][0]
-        on_failure = self.options.on_failure if limits.on_failure is OnFailure.DEFAULT else limits.on_failure
+        on_failure = self._on_failure(charge)
         if on_failure is OnFailure.DENY:
             return error or StoreUnavailable(
                 "the counter store does not answer, and this rule denies while it does not", reason=reason
@@ -286,107 +366,72 @@ class GuardedCounters:
         if on_failure is OnFailure.ALLOW:
             limit = limits.limits[0]
             return Decision(True, limit, max(limit.capacity - charge.cost, 0), 0, 0, self._store_now_us(), limits, degraded=True)
+        if self._debts.on_the_way and any(
+            (each.name, each.algorithm, s) in self._debts.on_the_way for each, s in charge.counters
+        ):
+            # What this instance admitted before is not in its share, nor is it known to be in the store: no more is admitted now.
+            share = self._local.charge(Charge(charge.counters, 0), self.instances)
+            return msgspec.structs.replace(
+                share, allowed=not charge.cost, remaining=0, retry_after_us=RETRY_US if charge.cost else 0
+            )
         return self._local.charge(charge, self.instances)
-
-    # Debts.
-
-    async def _put_back(self, counters: Sequence[tuple[LimitSet, str]]) -> None:
-        taken: list[tuple[LimitSet, str, tuple[State, ...]]] = []
-        for limits, subject in counters:
-            states = self._local.take(limits, subject)
-            if states is not None:
-                taken.append((limits, subject, states))
-        await self._absorb(taken)
-
-    async def _absorb(self, taken: Sequence[tuple[LimitSet, str, tuple[State, ...]]]) -> None:
-        """Add to the store what was taken out of the shares; what it does not take is owed again."""
-        try:
-            await self.store.absorb(taken)
-        except (StoreUnavailable, asyncio.CancelledError):
-            for each in taken:
-                self._local.give_back(*each)
-            raise
-        self.put_back += len(taken)
-
-    async def _settle_debts(self) -> None:
-        """Put back all that is owed to shards that are asked."""
-        while self._local.owed:
-            now = time.monotonic()
-            some = []
-            for limits, subject in self._local.debts():
-                breaker = self.breakers.get(self.store.shard_of(subject))
-                if breaker is None or breaker.state is BreakerState.CLOSED:
-                    some.append((limits, subject))
-                    if len(some) == _AT_ONCE:
-                        break
-            if not some:
-                return
-            await self._put_back(some)
-            logger.debug("put back %d counters in %.3f s", len(some), time.monotonic() - now)
-
-    async def _probe_debtors(self, last: bool = False) -> None:
-        """Let something owed be the probe of each shard that is left alone: checks may never come again to be it.
-
-        Args:
-            last: whether shards are asked although their time has not come.
-        """
-        now = time.monotonic()
-        due = {
-            shard
-            for shard, breaker in self.breakers.items()
-            if breaker.state is not BreakerState.CLOSED and (last or breaker.is_due(now))
-        }
-        probes: list[tuple[str, tuple[LimitSet, str, tuple[State, ...]]]] = []
-        for limits, subject in list(self._local.debts()) if due else ():
-            shard = self.store.shard_of(subject)
-            if shard in due and (states := self._local.take(limits, subject)) is not None:
-                self.breakers[shard].admits(now)
-                probes.append((shard, (limits, subject, states)))
-                due.discard(shard)
-        for shard, owed in probes:
-            try:
-                await self._absorb([owed])
-            except StoreUnavailable as error:
-                if (breaker := self.breakers.get(shard)) is not None:
-                    breaker.failed(time.monotonic(), error.details.get("event"))
-            else:
-                self._answered(shard)
 
     # What goes on beside.
 
     async def _beat(self) -> None:
+        """Say that this instance lives, and learn of the others; drop what has expired."""
         await self.store.start()
-        while True:
-            before_us = time.monotonic_ns() // 1000
-            try:
-                told = await heartbeat.beat(self.store, self.instance)
-                self.instances = max(told.instances, self.options.min_instances)
-                self._offset_us = told.at_us - (before_us + time.monotonic_ns() // 1000) // 2
-                if self._resets is not None and told.resets != self._resets:
-                    self.denials.clear()
-                self._resets = told.resets
-            except StoreUnavailable as error:
-                # The breaker is told by checks and debts alone; what was learnt before stays.
-                logger.debug("no heartbeat: %s", error)
-            try:
-                # Also without a heartbeat: the shard that it lies on may be another one's.
-                await self._probe_debtors()
-                await self._settle_debts()
-            except StoreUnavailable as error:
-                logger.debug("nothing could be put back: %s", error)
-            now_us = time.monotonic_ns() // 1000
-            self.denials.sweep(now_us)
+        if self.store.refunds != self._refunds:
+            # Whoever was denied while a split charge held units for a moment may pass now, here and elsewhere.
+            self._refunds = self.store.refunds
+            self._forget_answers()
+            await heartbeat.announce_reset(self.store)
+        before_us = _now_us()
+        try:
+            beat = await heartbeat.beat(self.store, self.instance)
+        finally:
+            self.denials.sweep(_now_us())
+            self.late.sweep()
             self._local.sweep(_SWEEP_STEPS)
-            self._forget_closed_breakers(now_us / 1e6)
-            await asyncio.sleep(heartbeat.BEAT_S)
+        self.instances = max(beat.instances, self.options.min_instances)
+        self._offset_us = beat.at_us - (before_us + _now_us()) // 2
+        if self._resets is not None and beat.resets != self._resets:
+            self._forget_answers()
+        self._resets = beat.resets
 
-    def _forget_closed_breakers(self, now: float) -> None:
-        """A breaker that is closed and has seen no failure for long is as good as none; without any, the hot path is shorter."""
-        for shard, breaker in list(self.breakers.items()):
-            if breaker.is_idle(now):
-                del self.breakers[shard]
+    async def _recover(self) -> None:
+        """Probe the shards whose breakers are open, and put back what is owed."""
+        await self._breakers.probe(time.monotonic)
+        await self._debts.settle()
+
+    def _forget_answers(self) -> None:
+        """Some counter was reset, or given units back: what the store said before does not hold any more."""
+        self._cleared_us = _now_us()
+        self.denials.clear()
+        self.late.forget()
 
     def _store_now_us(self) -> int:
         """The store's clock, as far as it is known; never goes back."""
         self._latest_us = max(self._latest_us, time.monotonic_ns() // 1000 + self._offset_us)
         return self._latest_us
+
+
+def _name(limits: LimitSet, subject: str) -> tuple[str, Algorithm, str]:
+    return limits.name, limits.algorithm, subject
+
+
+def _now_us() -> int:
+    return time.monotonic_ns() // 1000
+
+
+async def _again_and_again(work: Callable[[], Awaitable[None]], pause_s: float, what: str) -> None:
+    """Do something for as long as the instance lives, whatever becomes of one time."""
+    while True:
+        try:
+            await work()
+        except StoreUnavailable as error:
+            # The breakers learn of failures from checks and debts; what was learnt before stays.
+            logger.debug("%s: %s", what, error)
+        except Exception:
+            logger.exception("%s failed; it goes on", what)
+        await asyncio.sleep(pause_s)

@@ -7,12 +7,14 @@ by `take` and added there, before the store is asked about that subject again.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from itertools import islice
 from typing import Final, TypeAlias
 
 import msgspec
 
-from tidegate.algorithms import State
+from tidegate.algorithms import DECIDE, State
 from tidegate.counters import Charge
 from tidegate.counters.memory import MemoryCounters
 from tidegate.decision import Decision
@@ -33,7 +35,8 @@ class LocalShares:
     """
 
     def __init__(self, max_subjects: int, clock: Callable[[], int]) -> None:
-        self.owed: dict[_Debt, LimitSet] = {}
+        # Ordered: debts leave at the front, and finding the first key of a plain dict walks the gaps that they leave.
+        self.owed: OrderedDict[_Debt, LimitSet] = OrderedDict()
         self._max_subjects = max_subjects
         self._counters = MemoryCounters(max_subjects, clock)
         self._instances = 1
@@ -56,7 +59,7 @@ class LocalShares:
             for limits, subject in charge.counters:
                 self.owed[_debt(limits, subject)] = limits
             while len(self.owed) > self._max_subjects:
-                del self.owed[next(iter(self.owed))]
+                self.owed.popitem(last=False)
         return Decision(
             decision.allowed,
             _own_limit(decision.binding, charge),
@@ -88,6 +91,38 @@ class LocalShares:
         """
         for (_, _, subject), limits in self.owed.items():
             yield limits, subject
+
+    def oldest(self, count: int) -> list[tuple[LimitSet, str]]:
+        """Some of what is owed, the oldest first.
+
+        Args:
+            count: most of them.
+
+        Returns:
+            Limits and subject of each.
+        """
+        return [(limits, subject) for (_, _, subject), limits in islice(self.owed.items(), count)]
+
+    def defer(self, limits: LimitSet, subject: str) -> None:
+        """Make a debt the youngest one: it cannot be put back now.
+
+        Args:
+            limits: the rule's own.
+            subject: whom they count.
+        """
+        self.owed.move_to_end(_debt(limits, subject))
+
+    def owe(self, charge: Charge, at_us: int) -> None:
+        """Owe what was admitted elsewhere than here, at some moment.
+
+        Args:
+            charge: what was admitted.
+            at_us: when, by the store's clock.
+        """
+        for limits, subject in charge.counters:
+            decide = DECIDE[limits.algorithm]
+            states = [decide(limit, None, at_us, charge.cost)[0] for limit in limits.limits]
+            self.give_back(limits, subject, tuple(states))
 
     def take(self, limits: LimitSet, subject: str) -> tuple[State, ...] | None:
         """Take out what a subject was admitted here.

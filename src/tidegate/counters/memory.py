@@ -31,6 +31,8 @@ DEFAULT_MAX_SUBJECTS: Final = 1_000_000
 LOG_ENTRIES_A_SUBJECT: Final = 8
 _SHARDS: Final = 256
 _STEPS: Final = 8
+_TIDY: Final = 128
+"""A denial drops the expired entries of a log where there are more: the next denial would walk them again."""
 _PLANS_KEPT: Final = 65_536
 _GONE: Final[tuple[()]] = ()
 """State of a counter that was reset or carried over: nothing consumed, but its key still stands in a bucket."""
@@ -152,6 +154,8 @@ class MemoryCounters:
                 self._file_new(key, now + reset, now)
             if plan.logs:
                 self._count_entries(len(state[1]) - (len(held[1]) if held else 0), now)
+        elif state is None and plan.logs:
+            self._tidy(plan, shard, key, now)
         if now >= self._next_due:
             self.sweep(_STEPS, now)
         return Decision(state is not None, limit, remaining, reset, retry, now, limits)
@@ -210,6 +214,10 @@ class MemoryCounters:
                     self._file_new(key, now + longest, now)
                 if plan.logs:
                     self._count_entries(plan.entries(value) - (plan.entries(held) if held and known else 0), now)
+        elif denied:
+            for plan, shard, key, *_ in writes:
+                if plan.logs:
+                    self._tidy(plan, shard, key, now)
         # Only now: a sweep may drop what was read above.
         if now >= self._next_due:
             self.sweep(_STEPS, now)
@@ -357,6 +365,22 @@ class MemoryCounters:
                 self._log_entries += plan.entries(value)
                 return value
         return None
+
+    def _tidy(self, plan: _Plan, shard: dict[str, Any], key: str, now: int) -> None:
+        """Drop a log's expired entries, where they are many, though nothing is charged."""
+        held = shard.get(key)
+        if not held:
+            return
+        states = plan.states_of(held)
+        if not any(
+            state is not None and len(state[1]) > _TIDY and state[1][_TIDY] <= now - limit.window_us
+            for limit, state in zip(plan.limits.limits, states, strict=True)
+        ):
+            return
+        kept = shard[key] = plan.stored(
+            [plan.decide(limit, state, now, 0)[0] for limit, state in zip(plan.limits.limits, states, strict=True)]
+        )
+        self._log_entries += plan.entries(kept) - plan.entries(held)
 
     def _empty(self, plan: _Plan, subject: str) -> None:
         key = plan.token + subject

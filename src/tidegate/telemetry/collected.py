@@ -150,7 +150,18 @@ def _collect_guarded(metrics: Metrics, counters: GuardedCounters) -> None:
         "rate_limiter_fallbacks", "Checks decided without the counter store, by reason.", "reason", lambda: counters.degraded
     )
     metrics.add_gauge(
-        "rate_limiter_breakers_open", "Shards of the counter store that are left alone.", lambda: counters.open_breakers
+        "rate_limiter_breakers_open", "Shards of the counter store whose breaker is open.", lambda: counters.open_breakers
+    )
+    metrics.add_labelled_counter(
+        "rate_limiter_late_answers",
+        "Answers of the counter store after the deadline of their check, by what they said; lost: could not come any more.",
+        "answer",
+        lambda: counters.late.answers,
+    )
+    metrics.add_counter(
+        "rate_limiter_corrupt_counters",
+        "Counters that were reset because no script could read them.",
+        lambda: counters.store.corrupt.resets,
     )
     metrics.add_gauge(
         "rate_limiter_instances", "Instances that share the counter store, as last heard.", lambda: counters.instances

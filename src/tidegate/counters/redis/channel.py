@@ -10,7 +10,8 @@ import logging
 from collections.abc import Callable
 from typing import Any, Final
 
-from tidegate.counters.redis.connection import Connection, encode_command
+from tidegate.counters.redis.connection import Connection
+from tidegate.counters.redis.resp import encode_command
 from tidegate.counters.redis.store import RedisCounters
 from tidegate.errors import StoreUnavailable
 

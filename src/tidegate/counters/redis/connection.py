@@ -1,10 +1,11 @@
 """One multiplexed connection to one Redis server.
 
 Everything asked within one turn of the event loop goes out in one write; replies are matched in the order of the questions. A
-question that is not answered within the timeout fails, and its reply, should it still come, is discarded without shifting the
-others. At most `max_in_flight` questions are unanswered at once, those given up included: a server that stopped reading cannot
-make the process grow. A server that owes an answer for `STALL_S` is disconnected: it hangs, or what it says no
-longer fits what it is asked. While it cannot be reached, questions fail at once.
+question that is not answered within the timeout fails with `LateAnswer`; whoever asked can still have the reply when it comes. At
+most `max_in_flight` questions are unanswered at once, those given up included: a server that stopped reading cannot make the
+process grow. A server that owes answers and is silent for `STALL_S` is disconnected: it hangs, or what it says no longer fits
+what it is asked. One that goes on answering is slow, not gone: it is disconnected only when it is `MAX_LATE` times as late. While
+it cannot be reached, questions fail at once; the pauses between attempts grow until a connection has lasted for `STEADY_S`.
 
 One event loop; any number of its tasks.
 """
@@ -16,6 +17,7 @@ import contextlib
 import itertools
 import logging
 import random
+import secrets
 import ssl
 from collections import deque
 from collections.abc import Awaitable, Callable
@@ -24,15 +26,23 @@ from typing import Any, Final, cast
 import hiredis
 import msgspec
 
+from tidegate.counters import LateAnswer
+from tidegate.counters.redis.resp import encode_command
 from tidegate.counters.redis.url import Credentials, Endpoint
 from tidegate.errors import StoreUnavailable
 
 logger = logging.getLogger(__name__)
 
-STALL_S: Final = 0.5
+STALL_S: Final = 1.0
+MAX_LATE: Final = 2
+"""How many times `STALL_S` an answer may be late while others come."""
+STEADY_S: Final = 5.0
+"""A connection that lasted so long was useful: the next loss is retried at once."""
 _TICK_S: Final = 0.001
 _LATE_S: Final = 0.010
 _CONNECT_S: Final = 1.0
+_MARK_EVERY_S: Final = 0.1
+"""While answers are late, so often it is checked that they are those of our questions."""
 _FIRST_PAUSE_S: Final = 0.05
 _LONGEST_PAUSE_S: Final = 2.0
 _EVENTS: Final = itertools.count(1)
@@ -90,7 +100,9 @@ class Connection(asyncio.Protocol):
         self.event = next(_EVENTS)
         """Names the last thing that went wrong here: what fails by it is one failure, however many calls it meets."""
         self.loads: dict[str, float] = {}
-        """When each script was last loaded here, loop time."""
+        """When each script was last loaded here, monotonic s."""
+        self.refuses_load = False
+        """Whether SCRIPT LOAD is refused here: by an ACL, or because the command was renamed."""
         self._locate = locate
         self._options = options
         self._must_be_master = must_be_master
@@ -111,6 +123,13 @@ class Connection(asyncio.Protocol):
         self._tick_s = min(_TICK_S, options.timeout_s / 20)
         self._stall_s = max(STALL_S, 4 * options.timeout_s)
         self._owed: deque[tuple[float, int]] = deque()
+        self._late: deque[asyncio.Future[Any] | None] = deque()
+        """Of each question that was given up and is not answered yet; they are always the first ones in `_pending`."""
+        self._seen_answered = 0
+        self._last_answer = 0.0
+        self._marked_at = 0.0
+        self._subscribing: asyncio.Future[None] | None = None
+        self._pauses = 0
         self._gone = asyncio.Event()
         self._came = asyncio.Event()
         self._keeping = self._loop.create_task(self._keep_connected())
@@ -131,23 +150,41 @@ class Connection(asyncio.Protocol):
             command: one command in RESP.
 
         Returns:
-            The reply to come; an error of the server comes as a `hiredis.ReplyError`, not raised. Fails with `StoreUnavailable`
-            when the timeout passes or the connection is lost.
+            The reply to come; an error of the server comes as a `hiredis.ReplyError`, not raised. Fails with `LateAnswer` when
+            the timeout passes, and with `StoreUnavailable` when the connection is lost.
 
         Raises:
             StoreUnavailable: at once, while the server cannot be reached or too many questions are open.
         """
         if not self.up:
             raise StoreUnavailable(
-                f"Redis at {self.endpoint} cannot be reached: {self.why_down}", reason="disconnected", event=self.event
+                f"Redis at {self.endpoint} cannot be reached: {self.why_down}",
+                reason="disconnected",
+                event=self.event,
+                shard=str(self.endpoint),
             )
         if len(self._pending) >= self._options.max_in_flight:
             raise StoreUnavailable(
                 f"Redis at {self.endpoint} has {len(self._pending)} unanswered calls: it is slower than what is asked of it "
                 "(counters.max_in_flight)",
                 reason="overload",
+                shard=str(self.endpoint),
             )
         return self._put(command)
+
+    async def ask_patiently(self, command: bytes) -> Any:
+        """Put a question, and wait for its reply also past the timeout: for what no check waits for.
+
+        Args:
+            command: one command in RESP.
+
+        Returns:
+            The reply.
+
+        Raises:
+            StoreUnavailable: if the connection is lost first, as it is when the server owes answers for too long.
+        """
+        return await patiently(self.ask(command))
 
     def _put(self, command: bytes) -> asyncio.Future[Any]:
         future = self._loop.create_future()
@@ -214,19 +251,41 @@ class Connection(asyncio.Protocol):
             reply = reader.gets()
             while reply is not _NOTHING:
                 if type(reply) is hiredis.PushNotification:
-                    if self._on_push is not None:
-                        self._on_push(reply)
+                    self._pushed(reply)
                 elif pending:
                     future = pending.popleft()
                     self._answered += 1
                     if not future.done():
                         future.set_result(reply)
+                    elif self._answered <= self._given_up:
+                        late = self._late.popleft()
+                        if late is not None and not late.done():
+                            late.set_result(reply)
+                elif self._subscribing is not None and isinstance(reply, hiredis.ReplyError):
+                    # A subscription is confirmed by a push, and refused by a reply to no question.
+                    self._refuse_subscription(reply)
                 else:
                     raise hiredis.ProtocolError("a reply came that nobody asked for")
                 reply = reader.gets()
         except hiredis.ProtocolError as error:
             # What follows cannot be told apart any more: an answer might go to the wrong question.
             self.drop(f"it broke the protocol: {error}")
+
+    def _pushed(self, push: list[Any]) -> None:
+        if self._subscribing is not None and push[0] == b"subscribe" and not self._subscribing.done():
+            self._subscribing.set_result(None)
+        if self._on_push is not None:
+            self._on_push(push)
+
+    def _refuse_subscription(self, reply: hiredis.ReplyError) -> None:
+        if self._subscribing is not None and not self._subscribing.done():
+            self._subscribing.set_exception(
+                StoreUnavailable(
+                    f"Redis at {self.endpoint} refuses SUBSCRIBE {self._subscribe}: {reply}: the user needs +subscribe and "
+                    f"&{self._subscribe}",
+                    reason="refused",
+                )
+            )
 
     def connection_lost(self, exc: Exception | None) -> None:
         """See `asyncio.Protocol`."""
@@ -265,27 +324,48 @@ class Connection(asyncio.Protocol):
             self._marks.clear()
             self._owed.clear()
             return
-        if self._owed and now - self._owed[0][0] > self._stall_s:
-            self.drop(f"it owed an answer for {self._stall_s:g} s")
-            self._tick = None
-            return
+        if self._seen_answered != self._answered:
+            self._seen_answered, self._last_answer = self._answered, now
+        if self._owed and not self._waited:
+            owed_s = now - self._owed[0][0]
+            if min(owed_s, now - self._last_answer) > self._stall_s or owed_s > MAX_LATE * self._stall_s:
+                self.drop(f"it owed an answer for {owed_s:.3g} s")
+                self._tick = None
+                return
+            if self.up and now - self._marked_at > _MARK_EVERY_S:
+                self._marked_at = now
+                self._mark()
         self._arm(now)
+
+    def _mark(self) -> None:
+        """Ask for something that only one answer fits: late replies are read, so they must not be those of other questions."""
+        word = secrets.token_hex(4).encode()
+        asked = self._put(encode_command("PING", word))
+
+        def check(done: asyncio.Future[Any]) -> None:
+            error = None if done.cancelled() else done.exception()
+            if isinstance(error, LateAnswer):
+                error.answer.add_done_callback(check)
+            elif error is None and not done.cancelled() and done.result() != word and self.up:
+                self.drop("its answers do not fit the questions")
+
+        asked.add_done_callback(check)
 
     def _give_up(self, sent: int) -> None:
         """Fail the questions up to a place in the stream that are still open; their places wait for the replies."""
         first = max(self._given_up - self._answered, 0)
         last = sent - self._answered
         if last > first:
-            self.event = next(_EVENTS)
-            error = StoreUnavailable(
-                f"Redis at {self.endpoint} did not answer within {self._options.timeout_s * 1000:g} ms",
-                reason="timeout",
-                event=self.event,
-            )
+            message = f"Redis at {self.endpoint} did not answer within {self._options.timeout_s * 1000:g} ms"
+            shard = str(self.endpoint)
             for future in itertools.islice(self._pending, first, last):
-                if not future.done():
-                    future.set_exception(error)
-                    future.exception()  # whoever asked may have gone
+                if future.done():
+                    self._late.append(None)
+                    continue
+                late = self._loop.create_future()
+                self._late.append(late)
+                future.set_exception(LateAnswer(message, late, shard=shard))
+                future.exception()  # whoever asked may have gone
         self._given_up = max(self._given_up, sent)
 
     # Coming and going.
@@ -299,14 +379,20 @@ class Connection(asyncio.Protocol):
         self._marks.clear()
         self._owed.clear()
         self.loads.clear()
+        self.refuses_load = False
         pending, self._pending = self._pending, deque()
+        late, self._late = self._late, deque()
         self._sent = self._answered = self._given_up = 0
-        if pending:
+        subscribing = () if self._subscribing is None else (self._subscribing,)
+        if pending or subscribing:
             error = StoreUnavailable(
-                f"the connection to Redis at {self.endpoint} was lost: {self.why_down}", reason="disconnected", event=self.event
+                f"the connection to Redis at {self.endpoint} was lost: {self.why_down}",
+                reason="disconnected",
+                event=self.event,
+                shard=str(self.endpoint),
             )
-            for future in pending:
-                if not future.done():
+            for future in itertools.chain(pending, late, subscribing):
+                if future is not None and not future.done():
                     future.set_exception(error)
                     future.exception()
         self._gone.set()
@@ -314,26 +400,28 @@ class Connection(asyncio.Protocol):
             self._on_change(self)
 
     async def _keep_connected(self) -> None:
-        failures = 0
         while True:
             self._gone.clear()
+            quiet = logging.DEBUG if self._pauses else logging.WARNING
             try:
                 async with asyncio.timeout(max(_CONNECT_S, 4 * self._options.timeout_s)):
                     await self._connect()
             except (OSError, StoreUnavailable, TimeoutError) as error:
                 why = getattr(error, "message", None) or str(error) or "it did not answer in time"
-                if failures == 0:
-                    logger.warning("Redis at %s: %s", self.endpoint, why, extra=self._told)
+                logger.log(quiet, "Redis at %s: %s", self.endpoint, why, extra=self._told)
                 self.drop(why)
-                failures += 1
             else:
-                if failures:
-                    logger.info("Redis at %s is back", self.endpoint, extra=self._told)
-                failures = 0
+                if self._pauses:
+                    logger.log(logging.INFO, "Redis at %s is connected again", self.endpoint, extra=self._told)
+                up_since = self._loop.time()
                 await self._gone.wait()
-                logger.warning("Redis at %s was lost: %s", self.endpoint, self.why_down, extra=self._told)
-            # Jittered, so that many instances do not come back at once.
-            pause_s = min(_FIRST_PAUSE_S * 2 ** min(failures, 10), _LONGEST_PAUSE_S)
+                if self._loop.time() - up_since >= STEADY_S:
+                    self._pauses, quiet = 0, logging.WARNING
+                logger.log(quiet, "connection to Redis at %s lost: %s", self.endpoint, self.why_down, extra=self._told)
+            # Jittered, so that many instances do not come back at once. Only a connection that lasted shortens the next pause: a
+            # server that accepts, greets and closes would be asked without end.
+            pause_s = min(_FIRST_PAUSE_S * 2**self._pauses, _LONGEST_PAUSE_S)
+            self._pauses = min(self._pauses + 1, 10)
             await asyncio.sleep(pause_s * random.uniform(0.5, 1.0))
 
     @property
@@ -358,7 +446,7 @@ class Connection(asyncio.Protocol):
             asked.append(self._put(encode_command("SELECT", str(options.db))))
         if self._must_be_master:
             asked.append(self._put(encode_command("ROLE")))
-        replies = [await future for future in asked]
+        replies = [await patiently(future) for future in asked]
         for reply in replies:
             if isinstance(reply, hiredis.ReplyError):
                 raise StoreUnavailable(f"Redis at {endpoint} refuses us: {reply}", reason="refused")
@@ -374,7 +462,12 @@ class Connection(asyncio.Protocol):
             raise StoreUnavailable(f"Redis at {endpoint} is a {replies[-1][0].decode()}, not the master", reason="not_master")
         if self._subscribe is not None and self._transport is not None:
             # Its confirmation is a push, not a reply: no question is put.
+            self._subscribing = self._loop.create_future()
             self._transport.write(encode_command("SUBSCRIBE", self._subscribe))
+            try:
+                await self._subscribing
+            finally:
+                self._subscribing = None
         if self._transport is None:
             raise StoreUnavailable(f"Redis at {endpoint} closed the connection", reason="disconnected")
         self.up = True
@@ -383,17 +476,19 @@ class Connection(asyncio.Protocol):
             self._on_change(self)
 
 
-def encode_command(*parts: str | bytes) -> bytes:
-    """One command in RESP.
+async def patiently(asked: asyncio.Future[Any]) -> Any:
+    """The reply to a question, also past its timeout.
 
     Args:
-        parts: the command and its arguments.
+        asked: as `Connection.ask` gave it.
 
     Returns:
-        The bytes to write.
+        The reply.
+
+    Raises:
+        StoreUnavailable: if the connection is lost first.
     """
-    out = [b"*%d\r\n" % len(parts)]
-    for part in parts:
-        raw = part.encode() if isinstance(part, str) else part
-        out.append(b"$%d\r\n%b\r\n" % (len(raw), raw))
-    return b"".join(out)
+    try:
+        return await asked
+    except LateAnswer as late:
+        return await late.answer

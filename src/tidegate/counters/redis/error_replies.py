@@ -6,22 +6,34 @@ A check that gets its reply at once never comes here.
 from __future__ import annotations
 
 import asyncio
+import logging
+import time
 from typing import Any, Final
 
 import hiredis
 
-from tidegate.counters.redis.connection import Connection, encode_command
+from tidegate.counters import LateAnswer
+from tidegate.counters.redis.connection import Connection
+from tidegate.counters.redis.resp import encode_command, with_source
 from tidegate.counters.redis.scripts import Script
 from tidegate.counters.redis.topology import Topology
 from tidegate.counters.redis.url import Endpoint
 from tidegate.errors import StoreUnavailable
 
-_RETRIED: Final = ("TRYAGAIN", "CLUSTERDOWN", "LOADING", "MASTERDOWN", "BUSY")
-"""What passes by itself: asked again, a moment later."""
+logger = logging.getLogger(__name__)
+
+_FOLLOWED: Final = frozenset(("NOSCRIPT", "MOVED", "ASK", "READONLY", "TRYAGAIN", "CLUSTERDOWN", "LOADING", "MASTERDOWN", "BUSY"))
+"""What says where else to ask, or passes by itself: asked again, a moment later."""
 _PAUSE_S: Final = 0.005
+LOADED_S: Final = 0.05
+"""A script that was loaded so short a time ago is on its way: it is not loaded again."""
 
 
-async def settled(topology: Topology, slot: int, command: bytes, reply: Any, work: Script | None, timeout_s: float) -> Any:
+class ScriptFailed(StoreUnavailable):
+    """A script failed while it ran: for what its keys hold, or for what the user may not do."""
+
+
+async def settled(topology: Topology, slot: int, command: bytes, reply: Any, work: Script | None, deadline: float) -> Any:
     """Do what an error reply tells, until a reply is none or the deadline passes.
 
     Args:
@@ -30,59 +42,159 @@ async def settled(topology: Topology, slot: int, command: bytes, reply: Any, wor
         command: as it was written.
         reply: what came; where it is no error, whoever asked has found no sense in it.
         work: the script that the command runs; None where it runs none.
-        timeout_s: how long all of it may take, s.
+        deadline: of all of it, monotonic s.
 
     Returns:
         The reply.
 
     Raises:
-        StoreUnavailable: if there is none; its `reason` says why in one word.
+        LateAnswer: if the deadline passes while the command is unanswered.
+        ScriptFailed: if the script fails, which may be for what its keys hold.
+        StoreUnavailable: if there is no reply for another reason; its `reason` says which in one word.
     """
     if not isinstance(reply, hiredis.ReplyError):
         topology.connection_of(slot).drop("it answered what was not asked")
-        raise StoreUnavailable(f"Redis answered what no counter says: {str(reply)[:100]}", reason="garbage")
-    try:
-        async with asyncio.timeout(timeout_s):
-            while True:
-                connection = topology.connection_of(slot)
-                word = str(reply).partition(" ")[0]
-                if word == "NOSCRIPT" and work is not None:
-                    reply = await _load_and_ask(connection, command, work, timeout_s)
-                elif word == "MOVED":
-                    topology.moved(slot, _named_endpoint(reply, connection))
-                    connection = topology.connection_of(slot)
-                    await connection.wait_up(timeout_s)
-                    reply = await connection.ask(command)
-                elif word == "ASK":
-                    other = topology.connection_to(_named_endpoint(reply, connection))
-                    await other.wait_up(timeout_s)
-                    # Both in one write: another command between them would use up the ASKING.
-                    asking = other.ask(encode_command("ASKING"))
-                    reply = await other.ask(command)
-                    await asking
-                    if str(reply).startswith("NOSCRIPT") and isinstance(reply, hiredis.ReplyError) and work is not None:
-                        load = other.ask(encode_command("SCRIPT", "LOAD", work.source))
-                        asking = other.ask(encode_command("ASKING"))
-                        reply = await other.ask(command)
-                        await asyncio.gather(load, asking)
-                elif word in _RETRIED:
-                    if word == "CLUSTERDOWN":
-                        topology.doubt(connection, str(reply))
-                    await asyncio.sleep(_PAUSE_S)
-                    reply = await topology.connection_of(slot).ask(command)
-                elif word == "READONLY":
-                    topology.doubt(connection, "it is a replica now")
-                    await topology.connection_of(slot).wait_up(timeout_s)
-                    await asyncio.sleep(_PAUSE_S)
-                    reply = await topology.connection_of(slot).ask(command)
-                else:
-                    raise StoreUnavailable(f"Redis at {connection.endpoint} refuses: {reply}", reason=reason_of(reply))
-                if not isinstance(reply, hiredis.ReplyError):
-                    return reply
-    except TimeoutError:
-        raise StoreUnavailable(
-            f"Redis did not settle within {timeout_s * 1000:g} ms; last it said: {reply}", reason=reason_of(reply)
-        ) from None
+        raise StoreUnavailable(f"Redis answered what no counter says: {shown(reply)}", reason="garbage")
+    while True:
+        connection = topology.connection_of(slot)
+        word = str(reply).partition(" ")[0]
+        if is_script_failure(reply):
+            raise ScriptFailed(
+                f"a script fails on Redis at {connection.endpoint}: {shown(reply)}",
+                reason="script",
+                shard=str(connection.endpoint),
+            )
+        if word not in _FOLLOWED or (word == "NOSCRIPT" and work is None):
+            raise _refused(connection, reply)
+        if time.monotonic() >= deadline:
+            raise StoreUnavailable(
+                f"Redis at {connection.endpoint} did not settle within the deadline; last reply: {shown(reply)}",
+                reason=reason_of(reply),
+                shard=str(connection.endpoint),
+            )
+        if word == "NOSCRIPT" and work is not None:
+            reply = await _load_and_ask(connection, command, work, deadline)
+        elif word == "MOVED":
+            topology.moved(slot, _named_endpoint(reply, connection))
+            reply = await _ask_owner(topology, slot, command, deadline)
+        elif word == "ASK":
+            reply = await _ask_importer(topology.connection_to(_named_endpoint(reply, connection)), command, work, deadline)
+        else:
+            if word == "CLUSTERDOWN":
+                topology.doubt(connection, str(reply))
+            elif word == "READONLY":
+                topology.doubt(connection, "it is a replica now")
+            await asyncio.sleep(_PAUSE_S)
+            reply = await _ask_owner(topology, slot, command, deadline)
+        if not isinstance(reply, hiredis.ReplyError):
+            return reply
+
+
+async def answer_by(asked: asyncio.Future[Any], deadline: float, shard: str) -> Any:
+    """The reply to a question, until a deadline.
+
+    Args:
+        asked: the question.
+        deadline: monotonic s.
+        shard: who was asked, for the error.
+
+    Returns:
+        The reply.
+
+    Raises:
+        LateAnswer: when the deadline passes; the question stays open.
+        StoreUnavailable: if the connection is lost.
+    """
+    if not asked.done():
+        await asyncio.wait((asked,), timeout=max(deadline - time.monotonic(), 0))
+    if asked.done():
+        return asked.result()
+    raise LateAnswer(f"Redis at {shard} did not answer before the deadline", asked, shard=shard)
+
+
+async def _ask_owner(topology: Topology, slot: int, command: bytes, deadline: float) -> Any:
+    connection = topology.connection_of(slot)
+    await connection.wait_up(max(deadline - time.monotonic(), 0))
+    return await answer_by(connection.ask(command), deadline, str(connection.endpoint))
+
+
+async def _ask_importer(other: Connection, command: bytes, work: Script | None, deadline: float) -> Any:
+    """Ask the node that a slot moves to."""
+    await other.wait_up(max(deadline - time.monotonic(), 0))
+    # Both in one write: another command between them would use up the ASKING.
+    _forget(other.ask(encode_command("ASKING")))
+    reply = await answer_by(other.ask(command), deadline, str(other.endpoint))
+    if work is None or not _misses_script(reply):
+        return reply
+    load = other.ask(encode_command("SCRIPT", "LOAD", work.source))
+    _forget(other.ask(encode_command("ASKING")))
+    again = other.ask(command)
+    if not isinstance(await answer_by(load, deadline, str(other.endpoint)), hiredis.ReplyError):
+        return await answer_by(again, deadline, str(other.endpoint))
+    _forget(again)
+    _forget(other.ask(encode_command("ASKING")))
+    return await answer_by(other.ask(with_source(command, work.sha, work.source)), deadline, str(other.endpoint))
+
+
+async def _load_and_ask(connection: Connection, command: bytes, work: Script, deadline: float) -> Any:
+    """Load a script and ask again; of a batch that misses it, the first loads it for all. Where that is refused, use EVAL."""
+    shard = str(connection.endpoint)
+    now = time.monotonic()
+    loaded = connection.loads.get(work.sha)
+    if loaded is not None and now - loaded < LOADED_S:
+        reply = await answer_by(connection.ask(command), deadline, shard)
+        if not _misses_script(reply):
+            return reply
+    if not connection.refuses_load:
+        connection.loads[work.sha] = now
+        load = connection.ask(encode_command("SCRIPT", "LOAD", work.source))
+        again = connection.ask(command)
+        refusal = await answer_by(load, deadline, shard)
+        if not isinstance(refusal, hiredis.ReplyError):
+            return await answer_by(again, deadline, shard)
+        _forget(again)
+        if str(refusal).startswith("LOADING"):
+            return refusal
+        logger.warning(
+            "Redis at %s refuses SCRIPT LOAD: %s; scripts are sent with EVAL: allow +script|load to save that",
+            shard,
+            shown(refusal),
+        )
+        connection.refuses_load = True
+    return await answer_by(connection.ask(with_source(command, work.sha, work.source)), deadline, shard)
+
+
+def _misses_script(reply: Any) -> bool:
+    return isinstance(reply, hiredis.ReplyError) and str(reply).startswith("NOSCRIPT")
+
+
+def _forget(asked: asyncio.Future[Any]) -> None:
+    """Its reply is of no interest, nor is its failure."""
+    asked.add_done_callback(lambda done: None if done.cancelled() else done.exception())
+
+
+def _refused(connection: Connection, reply: Any) -> StoreUnavailable:
+    shard = str(connection.endpoint)
+    return StoreUnavailable(f"Redis at {shard} refuses: {shown(reply)}", reason=reason_of(reply), shard=shard)
+
+
+def shown(reply: Any) -> str:
+    """What Redis said, for a message: short, and on one line.
+
+    Args:
+        reply: anything.
+    """
+    return str(reply)[:200].encode("unicode_escape").decode()
+
+
+def is_script_failure(reply: Any) -> bool:
+    """Whether an error reply says that a script failed while it ran, by what it read or by what it may not do.
+
+    Args:
+        reply: of the server.
+    """
+    text = str(reply)
+    return isinstance(reply, hiredis.ReplyError) and "user_script:" in text and text.startswith(("WRONGTYPE", "ERR "))
 
 
 def reason_of(reply: Any) -> str:
@@ -109,29 +221,13 @@ def reason_of(reply: Any) -> str:
         "NOREPLICAS": "no_replicas",
         "MISCONF": "misconfigured",
         "BUSY": "busy",
+        "NOSCRIPT": "noscript",
     }.get(word, "error")
-
-
-async def _load_and_ask(connection: Connection, command: bytes, work: Script, timeout_s: float) -> Any:
-    """Load a script and ask again; of a batch that misses it, the first loads it for all."""
-    now = asyncio.get_running_loop().time()
-    loaded = connection.loads.get(work.sha)
-    if loaded is not None and now - loaded < timeout_s:
-        reply = await connection.ask(command)
-        if not (isinstance(reply, hiredis.ReplyError) and str(reply).startswith("NOSCRIPT")):
-            return reply
-    connection.loads[work.sha] = now
-    load = connection.ask(encode_command("SCRIPT", "LOAD", work.source))
-    again = connection.ask(command)
-    loaded_reply = await load
-    if isinstance(loaded_reply, hiredis.ReplyError):
-        raise StoreUnavailable(f"Redis at {connection.endpoint} refuses the script: {loaded_reply}", reason="refused")
-    return await again
 
 
 def _named_endpoint(reply: Any, source: Connection) -> Endpoint:
     """The address of `MOVED 3999 127.0.0.1:6381`; an empty host means the one that said so."""
     host, _, port = str(reply).rpartition(" ")[2].rpartition(":")
     if not port.isascii() or not port.isdecimal():
-        raise StoreUnavailable(f"Redis at {source.endpoint} redirects to nowhere: {reply}", reason="garbage")
+        raise StoreUnavailable(f"Redis at {source.endpoint} redirects to no address: {shown(reply)}", reason="garbage")
     return Endpoint(host or source.endpoint.host, int(port))

@@ -46,7 +46,15 @@ async def beat(store: RedisCounters, instance: str) -> Beat:
         StoreUnavailable: if the store does not answer.
     """
     work = script("heartbeat", frozenset())
-    reply = await store.run(_TAG, work, (_INSTANCES, _RESETS), (instance, str(round(GONE_S * 1000))))
+    arguments = (instance, str(round(GONE_S * 1000)))
+    try:
+        reply = await store.run(_TAG, work, (_INSTANCES, _RESETS), arguments)
+    except StoreUnavailable as error:
+        if "WRONGTYPE" not in error.message:
+            raise
+        # Something else wrote these keys: nobody would learn of anybody as long as they live.
+        await store.call(_TAG, "UNLINK", _INSTANCES, _RESETS)
+        reply = await store.run(_TAG, work, (_INSTANCES, _RESETS), arguments)
     try:
         return Beat(*(int(number) for number in reply))
     except (TypeError, ValueError):

@@ -9,8 +9,8 @@ import msgspec
 
 from tidegate.algorithms import State
 from tidegate.counters import Charge
-from tidegate.counters.redis.connection import encode_command
 from tidegate.counters.redis.keyspace import hash_tag, key_of, name_of
+from tidegate.counters.redis.resp import encode_command
 from tidegate.counters.redis.scripts import Script, parameters, script, wire_states
 from tidegate.decision import Decision
 from tidegate.errors import StoreUnavailable

@@ -46,7 +46,7 @@ def script(work: str, algorithms: frozenset[Algorithm], clock: str = "store_cloc
     """Put a script together.
 
     Args:
-        work: `charge`, `charge_many`, `absorb` or `heartbeat`.
+        work: `charge`, `charge_many`, `absorb`, `reset_corrupt` or `heartbeat`.
         algorithms: those that its counters use.
         clock: the file that says `now`; tests have one of their own, given as Lua.
 

@@ -3,30 +3,36 @@
 A counter is one key, `tg:{subject}name`: the subject is the hash tag, so that all counters of a subject lie on one shard; the
 name is a digest of the limit set's name and algorithm. All windows of the set are packed in its value. Every key expires.
 
-Where a rule counts by another subject than its tier's own limits, a cluster may hold the two on different shards. Then they are
-charged one after the other, and the first is given back where the second refuses: in between another check may be refused
-that would have passed; more than a limit is never admitted.
+Where a rule counts by another subject than its tier's own limits, a cluster may hold the two on different shards: see `split`.
 
-What Redis answers beside replies is followed within the check's deadline (`error_replies`). What cannot be settled until then
-raises `StoreUnavailable`; its `reason` says why in one word.
+What Redis answers beside replies is followed within the check's deadline (`error_replies`), which is one moment however many
+redirections there are. What cannot be settled until then raises `StoreUnavailable`; its `reason` says why in one word. Where the
+deadline passes while Redis has the check, that is a `LateAnswer`: whoever asked can still learn whether it was charged.
+A counter whose value no script can read is reset, and costs nobody else anything (`corrupt`).
 """
 
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
+from functools import partial
 from typing import Any, Final
 
 import hiredis
 
-from tidegate.algorithms import DECIDE, State
-from tidegate.counters import Charge, Outcome
-from tidegate.counters.redis.connection import Connection, ConnectionOptions, encode_command
-from tidegate.counters.redis.error_replies import reason_of, settled
+from tidegate.algorithms import State
+from tidegate.counters import Charge, LateAnswer, Outcome
+from tidegate.counters.redis.connection import MAX_LATE, STALL_S, Connection, ConnectionOptions, patiently
+from tidegate.counters.redis.corrupt import CorruptCounters
+from tidegate.counters.redis.error_replies import ScriptFailed, answer_by, settled, shown
 from tidegate.counters.redis.keyspace import hash_tag, key_of, slot_of_tag
 from tidegate.counters.redis.plans import ChargePlan, absorb_command, batch_command, charge_command
+from tidegate.counters.redis.probe import PROBE, probe_tags
+from tidegate.counters.redis.resp import encode_command
 from tidegate.counters.redis.scripts import Script, script
-from tidegate.counters.redis.topology import Topology, open_topology
+from tidegate.counters.redis.split import charge_split
+from tidegate.counters.redis.topology import NO_SHARD, Topology, open_topology
 from tidegate.counters.redis.url import RedisUrl, parse_redis_url
 from tidegate.decision import Decision
 from tidegate.errors import StoreUnavailable
@@ -35,6 +41,10 @@ from tidegate.limits import LimitSet
 _PLANS_KEPT: Final = 65_536
 _AT_ONCE: Final = 50
 """Most checks in one script: Redis does nothing else meanwhile, half a millisecond here."""
+_PATIENCE_S: Final = STALL_S * MAX_LATE
+"""How long what no check waits for may take; a connection that owes an answer for longer is dropped."""
+_Asked = tuple[bytes, bytes, Script | None]
+"""A command to come: the hash tag of its keys, its bytes, and the script that it runs."""
 
 
 class RedisCounters:
@@ -59,6 +69,10 @@ class RedisCounters:
         self._plans: dict[Any, ChargePlan] = {}
         self._topology: Topology | None = None
         self._starting: asyncio.Task[None] | None = None
+        self._splits: set[asyncio.Task[Decision]] = set()
+        self.refunds = 0
+        """Split charges of which something was given back: who was denied meanwhile might pass now."""
+        self.corrupt = CorruptCounters(self._run_by)
         self._loop: asyncio.AbstractEventLoop | None = None
 
     @property
@@ -80,67 +94,67 @@ class RedisCounters:
         if self._starting is not None:
             await asyncio.shield(self._starting)
 
-    async def charge(self, charges: Sequence[Charge]) -> list[Outcome]:
+    async def charge(self, charges: Sequence[Charge], asked_ns: int = 0) -> list[Outcome]:
         """See `CounterStore.charge`: one write for each shard touched, and where there is but one, one call for every 50.
 
         A shard that fails fails only its own charges.
+
+        Args:
+            charges: any number of them.
+            asked_ns: monotonic ns from which the deadline counts; from now where 0.
         """
         if self._topology is None or self._loop is not asyncio.get_running_loop():
             await self.start()
+        deadline = self._deadline(asked_ns)
         if len(charges) > 1 and not self._must_topology().sharded:
             pieces = [charges[start : start + _AT_ONCE] for start in range(0, len(charges), _AT_ONCE)]
-            return [outcome for each in [self._ask_many(piece) for piece in pieces] for outcome in await each]
-        asked: list[asyncio.Future[Any] | asyncio.Task[Decision] | StoreUnavailable] = []
+            return [outcome for each in [self._ask_many(piece, deadline) for piece in pieces] for outcome in await each]
+        asked: list[asyncio.Future[Any] | StoreUnavailable] = []
         for charge in charges:
             try:
-                if self._is_split(charge):
-                    asked.append(asyncio.ensure_future(self._charge_split(charge)))
-                else:
-                    asked.append(self._ask(charge)[0])
+                asked.append(self._split(charge) if self._is_split(charge) else self._ask(charge)[0])
             except StoreUnavailable as error:
                 asked.append(error)
-        answers: list[Outcome] = []
-        for charge, waiting in zip(charges, asked, strict=True):
-            if isinstance(waiting, StoreUnavailable):
-                answers.append(waiting)
-                continue
-            try:
-                reply = await waiting
-                if isinstance(reply, Decision):
-                    answers.append(reply)
-                elif type(reply) is list:
-                    answers.append(self._plan(charge.counters).decision(reply))
-                else:
-                    answers.append(await self._settle(charge, reply))
-            except StoreUnavailable as error:
-                if error.details.get("reason") == "garbage":
-                    self._distrust(charge)
-                answers.append(error)
-        return answers
+        return [await self._outcome(charge, waiting, deadline) for charge, waiting in zip(charges, asked, strict=True)]
 
-    async def charge_one(self, charge: Charge) -> Decision:
+    async def charge_one(self, charge: Charge, asked_ns: int = 0) -> Decision:
         """Decide one charge: the hot path.
 
         Args:
             charge: what is asked.
+            asked_ns: monotonic ns from which the deadline counts; from now where 0.
 
         Returns:
             The decision.
 
         Raises:
+            LateAnswer: if its shard has not answered when the deadline passes.
             StoreUnavailable: if its shard does not answer.
         """
         if len(charge.counters) > 1 and self._is_split(charge):
-            return await self._charge_split(charge)
+            return await answer_by(self._split(charge), self._deadline(asked_ns), "several shards")  # type: ignore[no-any-return]
         future, plan = self._ask(charge)
-        reply = await future
+        try:
+            reply = await future
+        except LateAnswer as late:
+            late.decode = plan.decision
+            raise
         if type(reply) is list:
             try:
                 return plan.decision(reply)
             except StoreUnavailable:
                 self._distrust(charge)
                 raise
-        return await self._settle(charge, reply)
+        return await self._settle(charge, reply, self._deadline(asked_ns))
+
+    def shards(self) -> set[str]:
+        """The servers that count now, by address."""
+        return {str(connection.endpoint) for connection in self.connections()}
+
+    @property
+    def complete(self) -> bool:
+        """Whether every subject has a server that counts it, as far as is known."""
+        return self._topology is None or self._topology.complete
 
     def shard_of(self, subject: str) -> str:
         """Which server counts a subject now.
@@ -154,7 +168,7 @@ class RedisCounters:
         try:
             return str(self._connection(hash_tag(subject)).endpoint)
         except StoreUnavailable:
-            return "nobody"
+            return NO_SHARD
 
     async def windows(self, counters: Sequence[tuple[LimitSet, str]]) -> list[tuple[Decision, ...] | None]:
         """See `CounterStore.windows`: all windows of a set are in one value, which a set of one of them reads as well."""
@@ -170,25 +184,37 @@ class RedisCounters:
     async def reset(self, counters: Sequence[tuple[LimitSet, str]]) -> None:
         """See `CounterStore.reset`."""
         await self.start()
-        await self._each(
-            [(hash_tag(subject), encode_command("UNLINK", key_of(limits, subject)), None) for limits, subject in counters]
-        )
+        asked: list[_Asked] = [
+            (hash_tag(subject), encode_command("UNLINK", key_of(limits, subject)), None) for limits, subject in counters
+        ]
+        _raised(await self._each(asked, patient=True))
 
-    async def absorb(self, states: Iterable[tuple[LimitSet, str, Sequence[State]]]) -> None:
+    async def absorb(self, states: Iterable[tuple[LimitSet, str, Sequence[State]]]) -> list[StoreUnavailable | None]:
         """Add what was admitted elsewhere, without asking any limit. All is written before anything is waited for, so that
-        a charge asked later by anybody finds it added.
+        a charge asked later by anybody finds it added. Waits also for answers that are late.
 
         Args:
             states: for each counter its limits, its subject, and a state for each limit (None for nothing).
 
-        Raises:
-            StoreUnavailable: if a shard does not answer; some may have been added then.
+        Returns:
+            For each counter None, or why it is not known to have been added.
         """
+        taken = list(states)
         asked = []
-        for limits, subject, each in states:
+        for limits, subject, each in taken:
             work = script("absorb", frozenset((limits.algorithm,)))
             asked.append((hash_tag(subject), absorb_command(work, limits, subject, each), work))
-        await self._each(asked)
+        outcomes = await self._each(asked, patient=True)
+        failed = [place for place, outcome in enumerate(outcomes) if isinstance(outcome, ScriptFailed)]
+        if failed:
+            deadline = time.monotonic() + _PATIENCE_S
+            for place in failed:
+                limits, subject, _ = taken[place]
+                await self._reset_corrupt(((limits, subject),), 0, deadline)
+            again = await self._each([asked[place] for place in failed], patient=True)
+            for place, outcome in zip(failed, again, strict=True):
+                outcomes[place] = outcome
+        return [outcome if isinstance(outcome, StoreUnavailable) else None for outcome in outcomes]
 
     def listening(
         self, channel: str, on_push: Callable[[list[Any]], None], on_change: Callable[[Connection], None]
@@ -221,7 +247,7 @@ class RedisCounters:
         Raises:
             StoreUnavailable: if there is none.
         """
-        return (await self._each([(tag, encode_command(*parts), None)]))[0]
+        return _raised(await self._each([(tag, encode_command(*parts), None)]))[0]
 
     async def run(self, tag: bytes, work: Script, keys: Sequence[bytes], arguments: Sequence[str]) -> Any:
         """Run a script on the shard of a hash tag, redirections followed.
@@ -239,18 +265,41 @@ class RedisCounters:
             StoreUnavailable: if there is none.
         """
         command = encode_command("EVALSHA", work.sha, str(len(keys)), *keys, *arguments)
-        return (await self._each([(tag, command, work)]))[0]
+        return _raised(await self._each([(tag, command, work)], patient=True))[0]
 
     async def ping(self) -> None:
-        """See `CounterStore.ping`: every shard must answer."""
+        """See `CounterStore.ping`: every shard must run the script that decides checks, with a peek, which writes nothing."""
         await self.start()
-        connections = self._must_topology().connections()
-        if not connections:
+        if not self.connections():
             raise StoreUnavailable("no node of the Redis cluster answers", reason="disconnected")
-        replies = await asyncio.gather(*(_asked(connection, encode_command("PING")) for connection in connections))
-        for connection, reply in zip(connections, replies, strict=True):
-            if isinstance(reply, hiredis.ReplyError):
-                raise StoreUnavailable(f"Redis at {connection.endpoint} answers PING with {reply}", reason=reason_of(reply))
+        outcomes = await asyncio.gather(*(self.probe(shard, 0) for shard in sorted(self.shards())), return_exceptions=True)
+        for outcome in outcomes:
+            if isinstance(outcome, BaseException):
+                raise outcome
+
+    async def probe(self, shard: str, cost: int) -> None:
+        """Find out whether a shard decides checks: with all algorithms, on counters of its own that expire in seconds.
+
+        Args:
+            shard: one of `shards`.
+            cost: 0 to look only, 1 to find out whether it can write too.
+
+        Raises:
+            StoreUnavailable: if it does not, or counts nothing any more.
+        """
+        topology = self._must_topology()
+        tag = probe_tags(topology).get(shard)
+        if tag is None:
+            raise StoreUnavailable(f"Redis at {shard} counts no subjects now", reason="cluster_down", shard=shard)
+        charge = Charge(tuple((limits, "probe") for limits in PROBE), cost)
+        plan = self._plan(charge.counters)
+        command = charge_command(plan, charge, tag)
+        deadline = self._deadline(0)
+        connection = topology.connection_of(slot_of_tag(tag))
+        reply = await connection.ask(command)
+        if type(reply) is not list:
+            reply = await settled(topology, slot_of_tag(tag), command, reply, plan.script, deadline)
+        plan.decision(reply)
 
     async def close(self) -> None:
         """See `CounterStore.close`."""
@@ -260,6 +309,9 @@ class RedisCounters:
         if self._starting is not None:
             self._starting.cancel()
             self._starting = None
+        for task in list(self._splits):
+            task.cancel()
+        await asyncio.gather(*self._splits, return_exceptions=True)
         if self._topology is not None:
             await self._topology.close()
             self._topology = None
@@ -291,7 +343,25 @@ class RedisCounters:
         tag = hash_tag(counters[0][1])
         return self._connection(tag).ask(charge_command(plan, charge, tag)), plan
 
-    def _ask_many(self, charges: Sequence[Charge]) -> Awaitable[list[Outcome]]:
+    async def _outcome(self, charge: Charge, asked: asyncio.Future[Any] | StoreUnavailable, deadline: float) -> Outcome:
+        """What became of one of several charges that were written together."""
+        if isinstance(asked, StoreUnavailable):
+            return asked
+        try:
+            reply = await answer_by(asked, deadline, "several shards") if isinstance(asked, asyncio.Task) else await asked
+            if isinstance(reply, Decision):
+                return reply
+            if type(reply) is list:
+                return self._plan(charge.counters).decision(reply)
+            return await self._settle(charge, reply, deadline)
+        except StoreUnavailable as error:
+            if isinstance(error, LateAnswer) and error.decode is None:
+                error.decode = self._plan(charge.counters).decision
+            if error.details.get("reason") == "garbage":
+                self._distrust(charge)
+            return error
+
+    def _ask_many(self, charges: Sequence[Charge], deadline: float) -> Awaitable[list[Outcome]]:
         """Write charges that one server counts as one call: a third less work for it than a call for each."""
         keys: list[bytes] = []
         which: dict[LimitSet, int] = {}
@@ -307,34 +377,78 @@ class RedisCounters:
             future = self._must_topology().connection_of(0).ask(command)
         except StoreUnavailable as error:
             return _failed(len(charges), error)
-        return self._answer_many(charges, future, command, work)
+        return self._answer_many(charges, future, command, work, deadline)
 
     async def _answer_many(
-        self, charges: Sequence[Charge], future: asyncio.Future[Any], command: bytes, work: Script
+        self, charges: Sequence[Charge], future: asyncio.Future[Any], command: bytes, work: Script, deadline: float
     ) -> list[Outcome]:
         try:
             reply = await future
             if type(reply) is not list:
-                reply = await self._settled(b"", command, reply, work)
-            if type(reply) is not list or len(reply) != 5 * len(charges):
-                raise StoreUnavailable(f"Redis answered what no counters say: {str(reply)[:100]}", reason="garbage")
+                reply = await settled(self._must_topology(), 0, command, reply, work, deadline)
+            failed = [place for place in range(len(charges)) if type(reply) is list and reply[5 * place : 5 * place + 1] == [0]]
+            # Each that failed is asked by itself: its own error says why, and a corrupt counter is reset then.
+            asked = {place: self._ask(charges[place])[0] for place in failed}
             return [
-                self._plan(charge.counters).decision(reply[5 * place : 5 * place + 5]) for place, charge in enumerate(charges)
+                await self._outcome(charge, asked[place], deadline)
+                if place in asked
+                else self._decision_at(charges, place, reply)
+                for place, charge in enumerate(charges)
             ]
+        except LateAnswer as late:
+            outcomes: list[Outcome] = []
+            for place in range(len(charges)):
+                each = LateAnswer(late.message, late.answer, shard=late.details.get("shard"))
+                each.decode = partial(self._decision_at, charges, place)
+                outcomes.append(each)
+            return outcomes
         except StoreUnavailable as error:
             if error.details.get("reason") == "garbage":
                 self._distrust(charges[0])
             return [error] * len(charges)
 
+    def _decision_at(self, charges: Sequence[Charge], place: int, reply: Any) -> Decision:
+        """The decision of one charge of a batch."""
+        if type(reply) is not list or len(reply) != 5 * len(charges):
+            raise StoreUnavailable(f"Redis answered what no counters say: {shown(reply)}", reason="garbage")
+        return self._plan(charges[place].counters).decision(reply[5 * place : 5 * place + 5])
+
     def _distrust(self, charge: Charge) -> None:
         """What a shard answered fits no question of ours: what follows would be given to the wrong ones."""
         self._connection(hash_tag(charge.counters[0][1])).drop("it answered what was not asked")
 
-    async def _settle(self, charge: Charge, reply: Any) -> Decision:
+    async def _settle(self, charge: Charge, reply: Any, deadline: float) -> Decision:
         """Follow what Redis said instead of a decision."""
         plan = self._plan(charge.counters)
         tag = hash_tag(charge.counters[0][1])
-        return plan.decision(await self._settled(tag, charge_command(plan, charge, tag), reply, plan.script))
+        command, slot = charge_command(plan, charge, tag), slot_of_tag(tag)
+        topology = self._must_topology()
+        try:
+            try:
+                return plan.decision(await settled(topology, slot, command, reply, plan.script, deadline))
+            except ScriptFailed:
+                # Tried again in any case: another check may have reset it first.
+                await self._reset_corrupt(charge.counters, charge.cost, deadline)
+            connection = topology.connection_of(slot)
+            again = await answer_by(connection.ask(command), deadline, str(connection.endpoint))
+            return plan.decision(
+                again if type(again) is list else await settled(topology, slot, command, again, plan.script, deadline)
+            )
+        except LateAnswer as late:
+            late.decode = plan.decision
+            raise
+
+    async def _reset_corrupt(self, counters: Sequence[tuple[LimitSet, str]], cost: int, deadline: float) -> bool:
+        return await self.corrupt.reset(counters, cost, deadline)
+
+    async def _run_by(self, tag: bytes, work: Script, keys: Sequence[bytes], arguments: Sequence[bytes], deadline: float) -> Any:
+        """Run a script until a deadline."""
+        command = encode_command("EVALSHA", work.sha, str(len(keys)), *keys, *arguments)
+        connection = self._connection(tag)
+        reply = await answer_by(connection.ask(command), deadline, str(connection.endpoint))
+        if isinstance(reply, hiredis.ReplyError):
+            reply = await settled(self._must_topology(), slot_of_tag(tag), command, reply, work, deadline)
+        return reply
 
     def _is_split(self, charge: Charge) -> bool:
         counters = charge.counters
@@ -345,47 +459,58 @@ class RedisCounters:
             and len({slot_of_tag(hash_tag(subject)) for _, subject in counters}) > 1
         )
 
-    async def _charge_split(self, charge: Charge) -> Decision:
-        """Charge counters of several shards: each in turn, and given back where a later one refuses."""
-        done: list[tuple[LimitSet, str, Decision]] = []
-        least: Decision | None = None
-        try:
-            for limits, subject in charge.counters:
-                decision = await self.charge_one(Charge(((limits, subject),), charge.cost))
-                if not decision.allowed:
-                    await self._give_back(done, charge.cost)
-                    return _as_of(decision, charge.counters[0][0])
-                done.append((limits, subject, decision))
-                if least is None or (decision.remaining or 0) < (least.remaining or 0):
-                    least = decision
-        except (StoreUnavailable, asyncio.CancelledError):
-            await self._give_back(done, charge.cost)
-            raise
-        assert least is not None
-        return _as_of(least, charge.counters[0][0])
+    def _split(self, charge: Charge) -> asyncio.Task[Decision]:
+        """Charge counters of several shards; goes on past the deadline of whoever waits."""
 
-    async def _give_back(self, done: Sequence[tuple[LimitSet, str, Decision]], cost: int) -> None:
-        if not cost:
-            return
-        for limits, subject, decision in done:
-            states = [_negative(DECIDE[limits.algorithm](limit, None, decision.at_us, cost)[0]) for limit in limits.limits]
+        async def give_back(states: Sequence[tuple[LimitSet, str, Sequence[State]]]) -> None:
+            self.refunds += 1
+            await self.absorb(states)
+
+        task = asyncio.ensure_future(charge_split(charge, self.charge_one, give_back))
+        self._splits.add(task)
+        task.add_done_callback(self._splits.discard)
+        return task
+
+    async def _each(self, asked: Iterable[_Asked], patient: bool = False) -> list[Any]:
+        """Run commands, each on the shard of its tag. All are written before anything is waited for.
+
+        Returns:
+            For each the reply, or the `StoreUnavailable` that there is instead.
+        """
+        deadline = time.monotonic() + (_PATIENCE_S if patient else self.timeout_s)
+        written: list[tuple[_Asked, asyncio.Future[Any] | StoreUnavailable]] = []
+        for each in asked:
             try:
-                await self.absorb([(limits, subject, states)])
-            except StoreUnavailable:
-                # The shard is gone with the charge: less is admitted than might be, never more.
+                written.append((each, self._connection(each[0]).ask(each[1])))
+            except StoreUnavailable as error:
+                written.append((each, error))
+        replies: list[Any] = []
+        for (tag, command, work), waiting in written:
+            if isinstance(waiting, StoreUnavailable):
+                replies.append(waiting)
                 continue
-
-    async def _each(self, asked: Iterable[tuple[bytes, bytes, Script | None]]) -> list[Any]:
-        """Run commands, each on the shard of its tag. All are written before anything is waited for."""
-        futures = [(tag, command, work, self._connection(tag).ask(command)) for tag, command, work in asked]
-        replies = []
-        for tag, command, work, future in futures:
-            reply = await future
-            replies.append(await self._settled(tag, command, reply, work) if isinstance(reply, hiredis.ReplyError) else reply)
+            try:
+                reply = await (patiently(waiting) if patient else waiting)
+                if isinstance(reply, hiredis.ReplyError):
+                    reply = await self._follow(tag, command, reply, work, deadline, patient)
+            except StoreUnavailable as error:
+                reply = error
+            replies.append(reply)
         return replies
 
-    async def _settled(self, tag: bytes, command: bytes, reply: Any, work: Script | None = None) -> Any:
-        return await settled(self._must_topology(), slot_of_tag(tag), command, reply, work, self.timeout_s)
+    async def _follow(self, tag: bytes, command: bytes, reply: Any, work: Script | None, deadline: float, patient: bool) -> Any:
+        try:
+            return await settled(self._must_topology(), slot_of_tag(tag), command, reply, work, deadline)
+        except LateAnswer as late:
+            if not patient:
+                raise
+            reply = await late.answer
+            if isinstance(reply, hiredis.ReplyError):
+                raise StoreUnavailable(f"Redis answered late and refuses: {shown(reply)}", reason="error") from None
+            return reply
+
+    def _deadline(self, asked_ns: int) -> float:
+        return (asked_ns / 1e9 if asked_ns else time.monotonic()) + self.timeout_s
 
     def _connection(self, tag: bytes) -> Connection:
         """The connection to the server that counts a hash tag."""
@@ -408,28 +533,9 @@ async def _failed(count: int, error: StoreUnavailable) -> list[Outcome]:
     return [error] * count
 
 
-async def _asked(connection: Connection, command: bytes) -> Any:
-    return await connection.ask(command)
-
-
-def _negative(state: State) -> State:
-    """What gives a lone charge back: its state with the units below 0."""
-    assert state is not None
-    if isinstance(state[1], tuple):
-        return (-state[0], state[1], tuple(-cost for cost in state[2]))
-    if len(state) == 4:
-        return (-state[0], *state[1:])
-    return (state[0], *(-units for units in state[1:]))
-
-
-def _as_of(decision: Decision, limits: LimitSet) -> Decision:
-    """A decision of one counter of a check, as the whole check's."""
-    return Decision(
-        decision.allowed,
-        decision.binding,
-        decision.remaining,
-        decision.reset_after_us,
-        decision.retry_after_us,
-        decision.at_us,
-        limits,
-    )
+def _raised(outcomes: list[Any]) -> list[Any]:
+    """Raises the first failure among what `_each` gave."""
+    for outcome in outcomes:
+        if isinstance(outcome, StoreUnavailable):
+            raise outcome
+    return outcomes

@@ -16,7 +16,8 @@ from typing import Any, Final, Protocol
 import hiredis
 import msgspec
 
-from tidegate.counters.redis.connection import Connection, ConnectionOptions, encode_command
+from tidegate.counters.redis.connection import Connection, ConnectionOptions
+from tidegate.counters.redis.resp import encode_command
 from tidegate.counters.redis.url import Endpoint, RedisUrl
 from tidegate.counters.redis.url import Topology as Kind
 from tidegate.errors import StoreUnavailable
@@ -24,6 +25,8 @@ from tidegate.errors import StoreUnavailable
 logger = logging.getLogger(__name__)
 
 SLOTS: Final = 16_384
+NO_SHARD: Final = "none"
+"""Stands for the server of a slot that none counts."""
 REFRESH_S: Final = 1.0
 _PATROL_S: Final = 10.0
 _FIRST_MAP_S: Final = 1.0
@@ -43,12 +46,21 @@ class Topology(Protocol):
         """The connection to the server that counts a slot; raises `StoreUnavailable` where nobody does."""
         ...
 
+    def owner_of(self, slot: int) -> Connection | None:
+        """The same, where nobody does None; asks for no news."""
+        ...
+
     def connection_to(self, endpoint: Endpoint) -> Connection:
         """The connection to a server that a redirection names."""
         ...
 
     def connections(self) -> Sequence[Connection]:
         """All servers that count."""
+        ...
+
+    @property
+    def complete(self) -> bool:
+        """Whether every slot has a server that counts it, as far as is known."""
         ...
 
     def moved(self, slot: int, endpoint: Endpoint) -> None:
@@ -99,6 +111,10 @@ class Standalone:
         """See `Topology`."""
         return self._connection
 
+    def owner_of(self, slot: int) -> Connection | None:  # noqa: ARG002 - one server counts them all
+        """See `Topology`."""
+        return self._connection
+
     def connection_to(self, endpoint: Endpoint) -> Connection:
         """See `Topology`."""
         raise StoreUnavailable(
@@ -109,6 +125,11 @@ class Standalone:
     def connections(self) -> Sequence[Connection]:
         """See `Topology`."""
         return (self._connection,)
+
+    @property
+    def complete(self) -> bool:
+        """See `Topology`."""
+        return True
 
     def moved(self, slot: int, endpoint: Endpoint) -> None:  # noqa: ARG002 - one server counts them all
         """See `Topology`."""
@@ -150,7 +171,7 @@ class Standalone:
             if not watcher.up and not await watcher.wait_up(0.05):
                 continue
             try:
-                reply = await watcher.ask(ask)
+                reply = await watcher.ask_patiently(ask)
             except StoreUnavailable:
                 continue  # a sentinel that is gone has no vote; that none is left is said below
             reached += 1
@@ -210,6 +231,10 @@ class Cluster:
             raise StoreUnavailable(f"no node of the Redis cluster counts slot {slot}", reason="cluster_down")
         return connection
 
+    def owner_of(self, slot: int) -> Connection | None:
+        """See `Topology`."""
+        return self._owners[slot]
+
     def connection_to(self, endpoint: Endpoint) -> Connection:
         """See `Topology`."""
         connection = self._nodes.get(endpoint)
@@ -222,6 +247,11 @@ class Cluster:
     def connections(self) -> Sequence[Connection]:
         """See `Topology`."""
         return tuple(dict.fromkeys(owner for owner in self._owners if owner is not None))
+
+    @property
+    def complete(self) -> bool:
+        """See `Topology`."""
+        return None not in self._owners
 
     def moved(self, slot: int, endpoint: Endpoint) -> None:
         """See `Topology`."""
@@ -289,7 +319,7 @@ class Cluster:
             if not connection.up:
                 continue
             try:
-                reply = await connection.ask(encode_command("CLUSTER", "SLOTS"))
+                reply = await connection.ask_patiently(encode_command("CLUSTER", "SLOTS"))
             except StoreUnavailable:
                 continue  # the next one is asked; that none answers is said below
             if isinstance(reply, hiredis.ReplyError):

@@ -1,0 +1,204 @@
+"""Checks that were decided at their deadline because a slow shard had not answered, and the answers that come afterwards.
+
+A slow shard goes on counting: what was sent to it is charged, or denied, and it says so late. So its answer is read.
+
+- *Admitted here and charged there*: it is counted, and nothing is owed.
+- *Admitted here and denied there*: what was admitted is owed to the store, and the denial is remembered: no more is admitted.
+- *Denied here and charged there*: the units are paid for. The next check of the same subject and cost gets them, without a call,
+  within a second and within the windows in which they were charged (algorithms with windows; for others they are lost).
+- *The answer cannot come any more*: what was admitted is owed.
+
+What may be admitted at a deadline has to be so little that the store will most probably charge it, whatever the other instances
+do at the same time. Each answer says what remains; while that is less than half of the limit it is remembered. At a deadline an
+instance admits, beyond what it knows to be charged, at most its share of what remained above a quarter of the limit: that
+quarter is for what the others may have used since. Where nothing is remembered, half of the limit was left when the subject was
+last seen here, if it was: then it is a share of a quarter of the limit, and one check in any case. An instance that is alone
+needs no such reserve.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict, deque
+from collections.abc import Callable
+from typing import Final, TypeAlias
+
+from tidegate.counters import Charge, LateAnswer
+from tidegate.counters.redis.split import outlast
+from tidegate.decision import Decision
+from tidegate.errors import StoreUnavailable
+from tidegate.limits import Algorithm, LimitSet
+
+MAX_HEARD: Final = 100_000
+MAX_PAID: Final = 10_000
+PAID_US: Final = 1_000_000
+RETRY_US: Final = 500_000
+"""After so long the answer has come, or the shard is not merely slow."""
+_WINDOWS: Final = (Algorithm.FIXED_WINDOW, Algorithm.SLIDING_WINDOW)
+_Counters: TypeAlias = tuple[tuple[LimitSet, str], ...]
+
+
+class LateAnswers:
+    """What one instance knows of the checks that a slow shard has not answered.
+
+    Args:
+        now_us: gives monotonic µs.
+        settle: is called with each charge whose answer came, whether it was admitted at its deadline, when it was asked, and
+            the answer.
+
+    Attributes:
+        answers: how they turned out: `allowed`, `denied`, `lost`.
+        used: checks that were allowed by units that were charged late.
+        paid: units that were charged, and that no check was admitted for: by counters and cost, when they end, and what the
+            store said.
+    """
+
+    def __init__(
+        self, now_us: Callable[[], int], settle: Callable[[Charge, bool, int, Decision | StoreUnavailable], None]
+    ) -> None:
+        self.answers = {"allowed": 0, "denied": 0, "lost": 0}
+        self.used = 0
+        self.paid: OrderedDict[tuple[_Counters, int], deque[tuple[int, Decision]]] = OrderedDict()
+        self._now_us = now_us
+        self._settle = settle
+        self._heard: OrderedDict[_Counters, tuple[int, int]] = OrderedDict()
+        self._outstanding: dict[_Counters, int] = {}
+        self._waiting: set[asyncio.Task[None]] = set()
+
+    def __len__(self) -> int:
+        """Answers that are waited for."""
+        return len(self._waiting)
+
+    def hear(self, counters: _Counters, decision: Decision) -> None:
+        """Remember that little remains; called for answers that say so, in time or late.
+
+        Args:
+            counters: of the charge.
+            decision: of the store.
+        """
+        if len(self._heard) >= MAX_HEARD and counters not in self._heard:
+            self._heard.popitem(last=False)
+        self._heard[counters] = (self._now_us() + decision.reset_after_us, decision.remaining or 0)
+
+    def admits(self, charge: Charge, instances: int) -> bool:
+        """Whether a check may pass at its deadline.
+
+        Args:
+            charge: what is asked.
+            instances: how many share the limits, 1 or more.
+        """
+        capacity = min(limit.capacity for limits, _ in charge.counters for limit in limits.limits)
+        outstanding = self._outstanding.get(charge.counters, 0)
+        # Whoever is alone knows of everything that is used.
+        reserve = capacity // 4 if instances > 1 else 0
+        heard = self._heard.get(charge.counters)
+        if heard is not None and heard[0] > self._now_us():
+            return outstanding + charge.cost <= max(heard[1] - reserve, 0) // instances
+        if not outstanding:
+            return charge.cost <= max(capacity // instances, 1)
+        return outstanding + charge.cost <= (capacity // 2 - reserve) // instances
+
+    def wait_for(self, charge: Charge, late: LateAnswer, admitted: bool, asked_us: int) -> None:
+        """Read the answer when it comes.
+
+        Args:
+            charge: what was asked.
+            late: as the store raised it.
+            admitted: whether the check was admitted, and its units are to be counted.
+            asked_us: monotonic µs before the store was asked.
+        """
+        if admitted:
+            self._outstanding[charge.counters] = self._outstanding.get(charge.counters, 0) + charge.cost
+        task = asyncio.ensure_future(self._read(charge, late, admitted, asked_us))
+        self._waiting.add(task)
+        task.add_done_callback(self._waiting.discard)
+
+    def take_paid(self, charge: Charge) -> Decision | None:
+        """What was charged late for a check like this one.
+
+        Args:
+            charge: what is asked.
+
+        Returns:
+            The store's decision; None where there is none.
+        """
+        key = (charge.counters, charge.cost)
+        held = self.paid.get(key)
+        if held is None:
+            return None
+        now_us = self._now_us()
+        while held and held[0][0] <= now_us:
+            held.popleft()
+        decision = held.popleft()[1] if held else None
+        if not held:
+            del self.paid[key]
+        self.used += decision is not None
+        return decision
+
+    def forget(self) -> None:
+        """A counter was reset: nothing that was heard holds any more."""
+        self._heard.clear()
+        self.paid.clear()
+
+    def sweep(self) -> None:
+        """Drop what was paid and not used in time."""
+        now_us = self._now_us()
+        while self.paid:
+            held = self.paid[next(iter(self.paid))]
+            if held[-1][0] > now_us:
+                return
+            self.paid.popitem(last=False)
+
+    async def close(self, timeout_s: float) -> None:
+        """Wait for what is still to come; what does not come counts as lost.
+
+        Args:
+            timeout_s: how long.
+        """
+        if self._waiting:
+            await asyncio.wait(tuple(self._waiting), timeout=timeout_s)
+        waiting = tuple(self._waiting)
+        for task in waiting:
+            task.cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)
+
+    async def _read(self, charge: Charge, late: LateAnswer, admitted: bool, asked_us: int) -> None:
+        answer: Decision | StoreUnavailable
+        try:
+            answer = await outlast(late)
+        except StoreUnavailable as error:
+            answer = error
+        except asyncio.CancelledError:
+            answer = StoreUnavailable("the instance ends, and the answer has not come", reason="timeout")
+        self._came(charge, admitted, asked_us, answer)
+
+    def _came(self, charge: Charge, admitted: bool, asked_us: int, answer: Decision | StoreUnavailable) -> None:
+        counters = charge.counters
+        if admitted:
+            left = self._outstanding.get(counters, 0) - charge.cost
+            if left > 0:
+                self._outstanding[counters] = left
+            else:
+                self._outstanding.pop(counters, None)
+        if isinstance(answer, StoreUnavailable):
+            self.answers["lost"] += 1
+        else:
+            self.answers["allowed" if answer.allowed else "denied"] += 1
+            self.hear(counters, answer)
+            if answer.allowed and charge.cost and not admitted:
+                self._keep_paid(charge, answer)
+        self._settle(charge, admitted, asked_us, answer)
+
+    def _keep_paid(self, charge: Charge, decision: Decision) -> None:
+        left_us = PAID_US
+        for limits, _ in charge.counters:
+            if limits.algorithm not in _WINDOWS:
+                return
+            for limit in limits.limits:
+                # Months begin where a second does, and so where a window of any length may.
+                window_us = PAID_US if limit.calendar_month else limit.window_us
+                left_us = min(left_us, window_us - decision.at_us % window_us)
+        if len(self.paid) >= MAX_PAID:
+            self.paid.popitem(last=False)
+        held = self.paid.setdefault((charge.counters, charge.cost), deque())
+        held.append((self._now_us() + left_us, decision))
