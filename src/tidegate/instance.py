@@ -11,12 +11,14 @@ import gc
 import hashlib
 import logging
 from collections.abc import Awaitable, Callable
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from granian.constants import Interfaces
 
 from tidegate._version import __version__
+from tidegate.background import SUPERVISOR, stop
 from tidegate.catalog.cached import CachedCatalog
 from tidegate.catalog.editing import CatalogEditor
 from tidegate.catalog.following import Follower
@@ -39,7 +41,7 @@ from tidegate.opening import open_catalog, open_channel, share_catalog
 from tidegate.policy import Policy
 from tidegate.settings import Settings, join_address, parse_address
 from tidegate.telemetry.access import AccessLog
-from tidegate.telemetry.collected import collect_cache, collect_counters, collect_violations
+from tidegate.telemetry.collected import collect_background, collect_cache, collect_counters, collect_violations
 from tidegate.telemetry.health import Health
 from tidegate.telemetry.logs import lines_dropped
 from tidegate.telemetry.metrics import Metrics
@@ -76,7 +78,7 @@ class Instance:
         self._shares_port = shares_port
         self.metrics = Metrics(__version__)
         self.exposition: Callable[[], Awaitable[bytes]] = self.metrics.exposition
-        self.health = Health()
+        self.health = Health(SUPERVISOR.failing)
         self.address = ""
         self.admin_address = ""
         self.grpc_address = ""
@@ -143,16 +145,17 @@ class Instance:
         )
         collect_cache(self.metrics, self.cached, shared, self.catalog.database)
         collect_counters(self.metrics, self.counters)
+        collect_background(self.metrics, SUPERVISOR)
         self.metrics.add_gauge("rate_limiter_policy_version", "Version of the catalog in force.", lambda: self.cached.version)
         self.metrics.add_gauge("rate_limiter_in_flight", "Requests being answered.", lambda: self.in_flight)
         self.metrics.add_counter("rate_limiter_log_lines_dropped", "Log lines that nobody took.", lines_dropped)
         self.cached.changed(await source.changes(0))
         self.follower = Follower(source, self.cached, settings.catalog.poll_s, channel)
-        self._spawn(self.follower.run(), "following the catalog")
+        self._spawn("catalog_follower", self.follower.run)
         if isinstance(self.counters, MemoryCounters):
-            self._spawn(_sweep(self.counters), "sweeping expired counters")
+            self._spawn("memory_sweep", partial(_sweep, self.counters))
         if policy_path is not None:
-            self._spawn(watch_policy(policy_path, self._apply_policy, self._policy_refused), "watching the policy file")
+            self._spawn("policy_file_watcher", partial(watch_policy, policy_path, self._apply_policy, self._policy_refused))
         if grpc is not None:
             await self._start_grpc(gate, access, *grpc)
         if admin is not None:
@@ -207,7 +210,7 @@ class Instance:
         violations = Violations(settings.max_entries)
         writer = ViolationWriter(violations, self.catalog.database, settings.flush_s, settings.keep_days)
         collect_violations(self.metrics, writer)
-        self._spawn(writer.run(), "writing violations")
+        self._spawn("violations_writer", writer.run)
         # Behind the catalog in the list, and so before it at the end.
         self._stack.push_async_callback(writer.flush)
         return violations.observe
@@ -234,7 +237,7 @@ class Instance:
 
             path = Path(envoy.config)
             service.domains = load_domains(path, envoy.domain)
-            self._spawn(watch_domains(path, envoy.domain, service, self._domains_refused), "watching [envoy] config")
+            self._spawn("envoy_config_watcher", partial(watch_domains, path, envoy.domain, service, self._domains_refused))
         self._grpc = GrpcListener(service, host, port, self._shares_port, access, reads_metadata=self._tracing is not None)
         self._grpc.start()
         self.grpc_address = join_address(host, port)
@@ -290,9 +293,7 @@ class Instance:
         for listener in (self._listener, self._admin):
             if listener is not None:
                 await listener.stop(_CLOSE_S)
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await stop(*self._tasks)
         if self._grpc is not None:
             await self._grpc.stop(0)
         await self._stack.aclose()
@@ -303,15 +304,8 @@ class Instance:
             self.health.add(name, ping)
         self._stack.push_async_callback(close)
 
-    def _spawn(self, work: Any, what: str) -> None:
-        task: asyncio.Task[None] = asyncio.create_task(work)
-        self._tasks.append(task)
-
-        def ended(done: asyncio.Task[None]) -> None:
-            if not done.cancelled() and done.exception() is not None:
-                logger.error("%s ended by a fault", what, exc_info=done.exception())
-
-        task.add_done_callback(ended)
+    def _spawn(self, name: str, work: Callable[[], Awaitable[None]]) -> None:
+        self._tasks.append(SUPERVISOR.start(name, work))
 
     async def _apply_policy(self, policy: Policy) -> None:
         changed = await self.catalog.apply_policy(policy, _digest(policy))

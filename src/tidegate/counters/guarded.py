@@ -14,7 +14,6 @@ One event loop; any number of its tasks.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import os
 import secrets
@@ -25,6 +24,7 @@ from typing import Final
 import msgspec
 
 from tidegate.algorithms import State
+from tidegate.background import SUPERVISOR, stop
 from tidegate.breaker import Breaker, BreakerOptions, BreakerState
 from tidegate.counters import Charge, Outcome
 from tidegate.counters.denials import DenialMemory
@@ -101,7 +101,7 @@ class GuardedCounters:
     async def start(self) -> None:
         """Connect, in the running event loop; does not fail where the store is away."""
         if self._beating is None:
-            self._beating = asyncio.ensure_future(self._beat())
+            self._beating = SUPERVISOR.start("redis_heartbeat", self._beat)
         # All who come before it is connected wait for the same attempt.
         await self.store.start()
         self._started = True
@@ -148,10 +148,7 @@ class GuardedCounters:
 
     async def close(self) -> None:
         """See `CounterStore.close`: what is owed is put back first, as far as the store can be reached."""
-        if self._beating is not None:
-            self._beating.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._beating
+        await stop(self._beating)
         if self.store.started:
             try:
                 # Whatever the breakers say: nobody will ask again.

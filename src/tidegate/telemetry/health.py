@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import datetime
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Final
 
 import msgspec
@@ -68,16 +68,22 @@ class _Probe:
             component = Component("healthy", round((time.monotonic() - started) * 1e3, 3))
         except Exception as error:  # noqa: BLE001 - whatever a part throws at its probe makes it unhealthy
             component = Component("unhealthy", round((time.monotonic() - started) * 1e3, 3), f"{type(error).__name__}: {error}")
+        finally:
+            self._running = None  # also of a probe that was cancelled: the next one is not to wait for it
         self._last = (time.monotonic(), component)
-        self._running = None
         return component
 
 
 class Health:
-    """Probes the parts of one instance."""
+    """Probes the parts of one instance.
 
-    def __init__(self) -> None:
+    Args:
+        failing: gives the background tasks of this process that are failing, each with its error.
+    """
+
+    def __init__(self, failing: Callable[[], Sequence[str]] = tuple) -> None:
         self._probes: list[_Probe] = []
+        self._failing = failing
 
     def add(self, name: str, ping: Callable[[], Awaitable[None]]) -> None:
         """Probe one more part.
@@ -92,10 +98,15 @@ class Health:
         """Ask every part, or what it said less than a second ago.
 
         Returns:
-            The report; `rate_limiter`, which is this process, is healthy by being able to answer.
+            The report; `rate_limiter`, which is this process, is healthy while none of its background tasks is failing.
         """
         looked = await asyncio.gather(*(probe.look() for probe in self._probes))
         components = {probe.name: component for probe, component in zip(self._probes, looked, strict=True)}
-        components["rate_limiter"] = Component("healthy", 0.0)
+        failing = self._failing()
+        components["rate_limiter"] = (
+            Component("unhealthy", 0.0, f"background tasks failed and were restarted: {'; '.join(failing)}")
+            if failing
+            else Component("healthy", 0.0)
+        )
         worst = "unhealthy" if any(each.status == "unhealthy" for each in components.values()) else "healthy"
         return Report(worst, components, datetime.datetime.now(datetime.UTC).isoformat())

@@ -24,6 +24,7 @@ from typing import Any, Final, cast
 import hiredis
 import msgspec
 
+from tidegate.background import SUPERVISOR, stop
 from tidegate.counters.redis.url import Credentials, Endpoint
 from tidegate.errors import StoreUnavailable
 
@@ -113,7 +114,7 @@ class Connection(asyncio.Protocol):
         self._owed: deque[tuple[float, int]] = deque()
         self._gone = asyncio.Event()
         self._came = asyncio.Event()
-        self._keeping = self._loop.create_task(self._keep_connected())
+        self._keeping = SUPERVISOR.start("redis_connection", self._keep_connected)
 
     def __repr__(self) -> str:
         return f"<Connection {self.endpoint} {'up' if self.up else 'down'}, {len(self._pending)} in flight>"
@@ -188,9 +189,7 @@ class Connection(asyncio.Protocol):
 
     async def close(self) -> None:
         """End it for good."""
-        self._keeping.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await self._keeping
+        await stop(self._keeping)
         self.drop("it was closed")
 
     # The protocol's side.

@@ -16,6 +16,7 @@ from typing import Any, Final, Protocol
 import hiredis
 import msgspec
 
+from tidegate.background import SUPERVISOR, stop
 from tidegate.counters.redis.connection import Connection, ConnectionOptions, encode_command
 from tidegate.counters.redis.url import Endpoint, RedisUrl
 from tidegate.counters.redis.url import Topology as Kind
@@ -191,7 +192,7 @@ class Cluster:
         self._wanted = asyncio.Event()
         self._doubted = False
         self._mapped = asyncio.Event()
-        self._following = asyncio.get_running_loop().create_task(self._follow())
+        self._following = SUPERVISOR.start("redis_topology", self._follow)
         self._dropping: set[asyncio.Task[None]] = set()
 
     async def start(self, timeout_s: float) -> None:
@@ -248,9 +249,7 @@ class Cluster:
 
     async def close(self) -> None:
         """See `Topology`."""
-        self._following.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await self._following
+        await stop(self._following)
         await asyncio.gather(*self._dropping, *(connection.close() for connection in self._nodes.values()))
 
     def _changed(self, connection: Connection) -> None:
