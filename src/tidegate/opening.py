@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import AsyncIterator
-from urllib.parse import urlsplit
 
 from tidegate.catalog.database import DatabaseOptions
 from tidegate.catalog.engines import is_postgres
@@ -49,7 +48,7 @@ async def opened_catalog(settings: Settings) -> AsyncIterator[SqlCatalog]:
         SettingsError: if the database cannot be had; it says why.
     """
     store = None
-    if is_postgres(settings.catalog.url) and urlsplit(settings.counters.url).scheme.startswith("redis"):
+    if is_postgres(settings.catalog.url) and settings.counters.url.startswith("redis"):
         # Connects when there is something to announce.
         store = RedisCounters(settings.counters.url, settings.counters.timeout_ms / 1000)
     catalog = await SqlCatalog.open(settings.catalog.url)

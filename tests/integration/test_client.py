@@ -240,6 +240,8 @@ def test_without_httpcore_it_says_what_to_install() -> None:
     [
         ({"urls": []}, "needs the URL"),
         ({"urls": "127.0.0.1:8080"}, "no URL"),
+        ({"urls": "http://a..b"}, "no URL"),
+        ({"urls": f"http://{'a' * 64}"}, "no URL"),
         ({"urls": ["http://a", "http://user:secret@b"]}, "no user and no password"),
         ({"deadline_s": 0}, "deadline_s"),
         ({"on_failure": "local"}, "on_failure"),

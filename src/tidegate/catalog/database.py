@@ -22,7 +22,7 @@ from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 from sqlalchemy.pool import QueuePool
 
-from tidegate.catalog.change_log import Writing
+from tidegate.catalog.change_log import Writing, no_state
 from tidegate.catalog.engines import is_postgres, open_engine, reason_of, shown
 from tidegate.catalog.replicas import Replica, Replicas
 from tidegate.catalog.schema import upgrade_schema
@@ -163,7 +163,7 @@ class Database:
                 raise
             return replicated
         if not rows:
-            raise CatalogUnavailable(f"the catalog's database {self.name} has lost the row of its state: restore a backup")
+            raise no_state()
         return rows
 
     async def version(self) -> int:
@@ -176,7 +176,10 @@ class Database:
             CatalogUnavailable: if it does not answer.
         """
         async with self.reading() as connection:
-            return int((await connection.execute(select(policy_state.c.version))).scalar_one())
+            version = (await connection.execute(select(policy_state.c.version))).scalar()
+        if version is None:
+            raise no_state()
+        return int(version)
 
     @contextlib.asynccontextmanager
     async def reading(self) -> AsyncIterator[AsyncConnection]:
@@ -259,7 +262,9 @@ class Database:
         for attempt in (1, 2):
             connection = await self._writer.connect()
             try:
-                version, previous = (await connection.execute(raised)).one()
+                state_row = (await connection.execute(raised)).first()
+                if state_row is None:
+                    raise no_state()
             except DBAPIError as error:
                 await connection.close()
                 if attempt == 2 or getattr(error.orig, "sqlstate", None) != _READ_ONLY:
@@ -273,5 +278,5 @@ class Database:
                 await connection.close()
                 raise
             else:
-                return connection, Writing(connection, version, previous)
+                return connection, Writing(connection, state_row.version, state_row.previous)
         raise AssertionError("the second attempt raises or returns")

@@ -9,7 +9,6 @@ import sys
 import tempfile
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import typer
 from sqlalchemy import func, select
@@ -196,7 +195,7 @@ def _look_at_workers(settings: Settings) -> str:
 
 async def _look_at_counters(settings: Settings) -> str:
     store = open_counters(settings.counters, settings.breaker)
-    scheme = urlsplit(settings.counters.url).scheme
+    scheme = settings.counters.url.partition("://")[0]
     if not isinstance(store, GuardedCounters):
         return f"{scheme}://: counted in this process's memory"
     try:

@@ -7,7 +7,6 @@ import sys
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
-from urllib.parse import urlsplit
 
 import msgspec
 import typer
@@ -71,7 +70,7 @@ def serve(
             typer.echo(
                 f"tidegate {__version__} decides at http://{address} "
                 f"({'policy file ' + str(policy) if policy else 'no policy file'}, catalog {shown(settings.catalog.url)}, "
-                f"counters {urlsplit(settings.counters.url).scheme}://)"
+                f"counters {settings.counters.url.partition('://')[0]}://)"
             )
         sys.stdout.flush()
 

@@ -307,18 +307,25 @@ class Connection(asyncio.Protocol):
             self._on_change(self)
 
     async def _keep_connected(self) -> None:
+        if self._transport is not None:
+            self.drop("restarted")  # left behind by a run that failed
         failures = 0
         while True:
             self._gone.clear()
             try:
                 async with asyncio.timeout(max(_CONNECT_S, 4 * self._options.timeout_s)):
                     await self._connect()
-            except (OSError, StoreUnavailable, TimeoutError) as error:
+            except (OSError, StoreUnavailable, TimeoutError, UnicodeError) as error:
+                # UnicodeError: of a host that a node or a sentinel names and that no resolver takes.
                 why = getattr(error, "message", None) or str(error) or "it did not answer in time"
                 if failures == 0:
                     logger.warning("Redis at %s: %s", self.endpoint, why, extra=self._told)
                 self.drop(why)
                 failures += 1
+            except Exception as error:
+                # The supervisor starts anew; what is half connected must not go on calling this protocol.
+                self.drop(f"unhandled exception while connecting: {type(error).__name__}")
+                raise
             else:
                 if failures:
                     logger.info("Redis at %s is back", self.endpoint, extra=self._told)
@@ -363,8 +370,11 @@ class Connection(asyncio.Protocol):
                 else "is no cluster: write redis:// for redis+cluster://"
             )
             raise StoreUnavailable(f"Redis at {endpoint} {remedy} in counters.url", reason="refused")
-        if self._must_be_master and replies[-1][0] != b"master":
-            raise StoreUnavailable(f"Redis at {endpoint} is a {replies[-1][0].decode()}, not the master", reason="not_master")
+        if self._must_be_master:
+            role = replies[-1][0] if isinstance(replies[-1], list) and replies[-1] else None
+            if role != b"master":
+                named = role.decode(errors="replace") if isinstance(role, bytes) else f"server whose role is {role!r:.40}"
+                raise StoreUnavailable(f"Redis at {endpoint} is a {named}, not the master", reason="not_master")
         if self._subscribe is not None and self._transport is not None:
             # Its confirmation is a push, not a reply: no question is put.
             self._transport.write(encode_command("SUBSCRIBE", self._subscribe))

@@ -19,9 +19,11 @@ from urllib.parse import parse_qsl, unquote, urlsplit
 import msgspec
 
 from tidegate.errors import SettingsError
+from tidegate.settings import is_host
 
 DEFAULT_PORT: Final = 6379
 DEFAULT_SENTINEL_PORT: Final = 26379
+MAX_PORT: Final = 65_535
 _OPTIONS: Final = frozenset(("ca", "cert", "key", "sentinel_user", "sentinel_password", "db"))
 
 
@@ -131,7 +133,12 @@ def parse_redis_url(url: str) -> RedisUrl:
             f"counters.url with the scheme {scheme[:20]!r} is no Redis: use redis://, rediss://, redis+unix://, "
             "redis+sentinel:// or redis+cluster:// (rediss+… for TLS)"
         )
-    parts = urlsplit(f"redis://{rest}")
+    try:
+        parts = urlsplit(f"redis://{rest}")
+    except ValueError:  # its reason may repeat the URL, and with it the password
+        raise SettingsError(
+            "counters.url has a host that is not valid; expected host:port, with an IPv6 address in brackets: redis://[::1]:6379"
+        ) from None
     options = dict(parse_qsl(parts.query, keep_blank_values=True))
     unknown = sorted(set(options) - _OPTIONS)
     if unknown:
@@ -146,6 +153,8 @@ def parse_redis_url(url: str) -> RedisUrl:
     if kind == "unix":
         if hosts or not parts.path:
             raise SettingsError("counters.url for a unix socket needs three slashes: redis+unix:///run/redis/redis.sock")
+        if "\0" in unquote(parts.path):
+            raise SettingsError(f"counters.url: {parts.path[:60]!r} is not a valid path: remove %00")
         return RedisUrl(Topology.STANDALONE, (Endpoint(path=unquote(parts.path)),), credentials, db=_db(options.get("db", "0")))
     master = ""
     if kind == "sentinel":
@@ -179,8 +188,8 @@ def _endpoint(text: str, default_port: int) -> Endpoint:
         host, port = host.lstrip("["), rest.lstrip(":")
     else:
         host, _, port = text.partition(":")
-    if not host or (port and not (port.isascii() and port.isdecimal() and 0 < int(port) <= 65_535)):
-        raise SettingsError(f"counters.url: {text[:60]!r} is no address: write host or host:{default_port}")
+    if not is_host(host) or (port and not (port.isascii() and port.isdecimal() and 0 < int(port[:6]) <= MAX_PORT)):
+        raise SettingsError(f"counters.url: {text[:60]!r} is not a valid address; expected host or host:{default_port}")
     return Endpoint(host, int(port) if port else default_port)
 
 
