@@ -309,6 +309,8 @@ class Connection(asyncio.Protocol):
     async def _keep_connected(self) -> None:
         if self._transport is not None:
             self.drop("restarted")  # left behind by a run that failed
+            # Its connection_lost comes in a later turn of the loop, and must not be taken for that of the next connection.
+            await asyncio.sleep(_FIRST_PAUSE_S)
         failures = 0
         while True:
             self._gone.clear()
