@@ -34,7 +34,7 @@ from tidegate.doors.answers import encode
 from tidegate.doors.client_address import TrustedProxies
 from tidegate.doors.http import DataPlane, Page
 from tidegate.doors.openapi import data_plane_openapi
-from tidegate.errors import PolicyError, SettingsError
+from tidegate.errors import CatalogError, PolicyError, SettingsError
 from tidegate.gate import Gate, Observer
 from tidegate.listening import Listener, admin_address, free_address, grpc_address
 from tidegate.opening import open_catalog, open_channel, share_catalog
@@ -89,14 +89,16 @@ class Instance:
         self._tracing: Tracing | None = None
         self._stack = contextlib.AsyncExitStack()
         self._tasks: list[asyncio.Task[None]] = []
+        self._reloads: list[Callable[[], None]] = []
+        self._policy_error: str | None = None
+        self._refused_at_start: str | None = None
 
     async def start(self) -> None:
         """Open everything and listen.
 
         Raises:
             SettingsError: if a setting cannot be had: a port in use, a database that cannot be opened.
-            PolicyError: if the policy file is refused.
-            CatalogError: if the policy file contradicts the catalog.
+            PolicyError: if the policy file is refused and the catalog holds no tier, or `[envoy] config` is refused.
         """
         settings = self.settings
         require_shared_counters(settings)
@@ -105,13 +107,13 @@ class Instance:
         admin = admin_address(settings, port, find)
         grpc = grpc_address(settings, port, admin, find)
         policy_path = settings.policy_path
-        first = None if policy_path is None else load_policy(policy_path)
         self.counters = open_counters(settings.counters, settings.breaker)
         self._own("redis" if isinstance(self.counters, GuardedCounters) else None, self.counters.ping, self.counters.close)
         store = None
         if isinstance(self.counters, GuardedCounters):
             await self.counters.start()
             store = self.counters.store
+            self._reloads.append(store.reload_certificates)
         channel = open_channel(settings, store)
         self.catalog = await open_catalog(settings, channel)
         self._own("database", self.catalog.ping, self.catalog.close)
@@ -119,8 +121,8 @@ class Instance:
         if shared is not None:
             self._stack.push_async_callback(shared.settle)
         source = self.catalog if shared is None else shared
-        if first is not None:
-            await self.catalog.apply_policy(first, _digest(first))
+        if policy_path is not None:
+            await self._first_policy(policy_path)
         self.cached = CachedCatalog(
             source,
             l1_ttl_s=settings.cache.l1_ttl_s,
@@ -155,7 +157,11 @@ class Instance:
         if isinstance(self.counters, MemoryCounters):
             self._spawn("memory_sweep", partial(_sweep, self.counters))
         if policy_path is not None:
-            self._spawn("policy_file_watcher", partial(watch_policy, policy_path, self._apply_policy, self._policy_refused))
+            reload = self._reload_event()
+            self._spawn(
+                "policy_file_watcher",
+                partial(watch_policy, policy_path, self._apply_policy, self._policy_refused, again=reload),
+            )
         if grpc is not None:
             await self._start_grpc(gate, access, *grpc)
         if admin is not None:
@@ -237,7 +243,8 @@ class Instance:
 
             path = Path(envoy.config)
             service.domains = load_domains(path, envoy.domain)
-            self._spawn("envoy_config_watcher", partial(watch_domains, path, envoy.domain, service, self._domains_refused))
+            again = self._reload_event()
+            self._spawn("envoy_config_watcher", partial(watch_domains, path, envoy.domain, service, self._domains_refused, again))
         self._grpc = GrpcListener(service, host, port, self._shares_port, access, reads_metadata=self._tracing is not None)
         self._grpc.start()
         self.grpc_address = join_address(host, port)
@@ -307,18 +314,53 @@ class Instance:
     def _spawn(self, name: str, work: Callable[[], Awaitable[None]]) -> None:
         self._tasks.append(SUPERVISOR.start(name, work))
 
+    def reload(self) -> None:
+        """Read files again, whether they look changed or not: the policy, `[envoy] config`, PEM files for Redis."""
+        logger.info("reloading the policy file, [envoy] config and certificates")
+        for again in self._reloads:
+            again()
+
+    def _reload_event(self) -> asyncio.Event:
+        event = asyncio.Event()
+        self._reloads.append(event.set)
+        return event
+
+    async def _first_policy(self, path: Path) -> None:
+        """Apply the policy file. One that is refused does not end a process whose catalog holds the last good policy."""
+        self.health.add("policy", self._ping_policy)
+        try:
+            policy = load_policy(path)
+            await self.catalog.apply_policy(policy, _digest(policy))
+        except (PolicyError, CatalogError) as error:
+            if not await self.catalog.tier_names():
+                raise
+            refusal = error if isinstance(error, PolicyError) else PolicyError(error.message, str(path))
+            self._policy_refused(refusal)
+            self._refused_at_start = str(refusal)
+
     async def _apply_policy(self, policy: Policy) -> None:
         changed = await self.catalog.apply_policy(policy, _digest(policy))
         self.metrics.policy_valid = True
+        self._policy_error = None
         if changed:
             await self.follower.look()
             self.metrics.policy_reloads += 1
-            logger.info("the policy file was taken into force as version %d", self.cached.version)
+            logger.info("policy file applied, catalog version %d", self.cached.version)
+        else:
+            logger.info("policy file unchanged, catalog version %d", self.cached.version)
 
     def _policy_refused(self, error: PolicyError) -> None:
-        self.metrics.policy_reload_errors += 1
         self.metrics.policy_valid = False
-        logger.error("the policy file is refused, the old policy stays in force: %s", error)
+        self._policy_error = str(error)
+        refused_at_start, self._refused_at_start = self._refused_at_start, None
+        # The watcher judges what it finds when it begins, and so what was refused a moment before.
+        if self._policy_error != refused_at_start:
+            self.metrics.policy_reload_errors += 1
+            logger.error("policy file refused, the last valid policy in the catalog stays active: %s", error)
+
+    async def _ping_policy(self) -> None:
+        if self._policy_error is not None:
+            raise PolicyError(f"file refused, the last valid policy in the catalog stays active: {self._policy_error}")
 
     def _domains_refused(self, error: PolicyError) -> None:
         self.metrics.policy_reload_errors += 1

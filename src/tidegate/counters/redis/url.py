@@ -106,12 +106,31 @@ class RedisUrl(msgspec.Struct, frozen=True):
             return None
         try:
             context = ssl.create_default_context(cafile=self.ca or None)
+        except (OSError, ssl.SSLError) as error:
+            raise self._unusable(error) from None
+        self.load_certificates(context)
+        return context
+
+    def load_certificates(self, context: ssl.SSLContext) -> None:
+        """Read the PEM files into a context, also into one that is in use: connections made from then on have them.
+
+        Args:
+            context: made by `tls_context`. An authority that it trusts already stays trusted.
+
+        Raises:
+            SettingsError: if a PEM file cannot be read.
+        """
+        try:
+            if self.ca:
+                context.load_verify_locations(cafile=self.ca)
             if self.cert:
                 context.load_cert_chain(self.cert, self.key or None)
         except (OSError, ssl.SSLError) as error:
-            files = ", ".join(name for name in (self.ca, self.cert, self.key) if name)
-            raise SettingsError(f"counters.url: the PEM files {files} cannot be used for TLS: {error}") from None
-        return context
+            raise self._unusable(error) from None
+
+    def _unusable(self, error: Exception) -> SettingsError:
+        files = ", ".join(name for name in (self.ca, self.cert, self.key) if name)
+        return SettingsError(f"counters.url: the PEM files {files} cannot be used for TLS: {error}")
 
 
 def parse_redis_url(url: str) -> RedisUrl:
