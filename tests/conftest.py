@@ -13,8 +13,10 @@ from pathlib import Path
 
 import httpx
 import pytest
+from httpx._config import DEFAULT_TIMEOUT_CONFIG
 
 from tests.cases.doors import POLICY
+from tests.moments import PATIENCE_S
 from tests.servers.fixtures import (  # noqa: F401 - fixtures are found by their names
     any_redis,
     new_cluster,
@@ -40,6 +42,10 @@ from tidegate.catalog.policy_file import PolicyCatalog, parse_policy
 from tidegate.counters.memory import MemoryCounters
 from tidegate.decision import Observation
 from tidegate.gate import Gate
+
+# httpx gives up after 5 s where a test says nothing else; a server that starts on busy cores may need longer for an answer.
+for _part in ("connect", "read", "write", "pool"):
+    setattr(DEFAULT_TIMEOUT_CONFIG, _part, PATIENCE_S)
 
 MOMENT_US = 1_700_000_000_000_000
 """2023-11-14 22:13:20 UTC: 20 s into its minute, so that no window ends by itself while the clock stands."""
@@ -141,7 +147,7 @@ class Serve:
 
     def stop_by_itself(self) -> tuple[int, str, str]:
         """Waits until it ends without being told to; returns exit code, stdout, stderr; of both nothing, where it has a log."""
-        out, err = self.process.communicate(timeout=30)
+        out, err = self.process.communicate(timeout=PATIENCE_S)
         return self.process.returncode, out or "", err or ""
 
     def stop(self) -> tuple[int, str, str]:
