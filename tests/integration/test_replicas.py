@@ -417,17 +417,17 @@ async def test_the_primary_is_killed_under_writers(
         return str(form["name"])
 
     writers = [asyncio.create_task(write(number)) for number in range(20)]
-    await until(lambda: len(acknowledged) > 200, 30)
+    await until(lambda: len(acknowledged) > 200, 60)
     killed = time.monotonic()
     await asyncio.to_thread(cluster.primary.kill)
     gone = time.monotonic()
     await asyncio.to_thread(cluster.replicas[0].promote)
     new = cluster.replicas[0]
     promoted_s = time.monotonic() - killed
-    await until(lambda: acknowledged[-1][0] > killed + promoted_s, 30)
+    await until(lambda: acknowledged[-1][0] > killed + promoted_s, 60)
     again_s = min(at for at, _, _ in acknowledged if at > gone) - killed
     enough = len(acknowledged) + 200
-    await until(lambda: len(acknowledged) > enough, 30)
+    await until(lambda: len(acknowledged) > enough, 60)
     over.set()
     await asyncio.gather(*writers)
 

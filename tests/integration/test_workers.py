@@ -254,7 +254,7 @@ def test_no_worker_outlives_a_killed_supervisor(start: Callable[..., Any]) -> No
         assert len(pids) == WORKERS
         server.process.kill()
         try:
-            wait_until(lambda: not any(map(_lives, pids)), 5)
+            wait_until(lambda: not any(map(_lives, pids)), 60)
         finally:
             for pid in filter(_lives, pids):
                 os.kill(pid, signal.SIGKILL)
