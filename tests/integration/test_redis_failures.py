@@ -5,9 +5,15 @@ The drills print the same with their times; here stands only what must hold on a
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
+
 import pytest
 from drills import redis_failures
 from drills.redis_failures import Result
+
+LEAST_S = 3.0
+"""Two seconds more than until the failure: within that time each has led to degraded checks, and then the load lasts until the
+store is back."""
 
 
 def must_be_back(result: Result) -> None:
@@ -54,14 +60,14 @@ async def test_while_it_is_well_exactly_the_limits_are_admitted() -> None:
 
 @pytest.mark.usefixtures("patient")
 async def test_flushed_scripts_are_loaded_again_within_the_check() -> None:
-    result = await redis_failures.scripts_flushed()
+    result = await redis_failures.scripts_flushed(LEAST_S)
     nothing_is_lost(result)
     assert (len(result.load.degraded), result.load.over_admitted) == (0, 0)
     must_be_back(result)
 
 
 async def test_killed_connections_come_back() -> None:
-    result = await redis_failures.clients_killed()
+    result = await redis_failures.clients_killed(LEAST_S)
     nothing_is_lost(result)
     must_be_back(result)
     assert result.load.degraded
@@ -71,7 +77,7 @@ async def test_killed_connections_come_back() -> None:
 
 @pytest.mark.usefixtures("patient")
 async def test_flushed_counters_begin_anew_and_nothing_else_happens() -> None:
-    result = await redis_failures.everything_flushed()
+    result = await redis_failures.everything_flushed(LEAST_S)
     must_be_back(result)
     assert not result.load.degraded
     assert 0 < result.load.over_admitted <= result.load.amount * len(result.load.subjects)
@@ -79,7 +85,7 @@ async def test_flushed_counters_begin_anew_and_nothing_else_happens() -> None:
 
 
 async def test_a_full_redis_is_a_fallback_and_no_error() -> None:
-    result = await redis_failures.out_of_memory()
+    result = await redis_failures.out_of_memory(LEAST_S)
     nothing_is_lost(result)
     must_be_back(result)
     assert {reason for store in result.load.stores for reason in store.degraded} == {"out_of_memory", "breaker_open"}
@@ -87,7 +93,7 @@ async def test_a_full_redis_is_a_fallback_and_no_error() -> None:
 
 
 async def test_a_hung_redis_is_found_by_the_deadline() -> None:
-    result = await redis_failures.hung()
+    result = await redis_failures.hung(LEAST_S)
     nothing_is_lost(result)
     must_be_back(result)
     assert {reason for store in result.load.stores for reason in store.degraded} >= {"timeout", "breaker_open"}
@@ -95,27 +101,27 @@ async def test_a_hung_redis_is_found_by_the_deadline() -> None:
 
 
 async def test_a_lost_redis_and_its_empty_successor() -> None:
-    result = await redis_failures.gone()
+    result = await redis_failures.gone(LEAST_S)
     must_be_back(result)
     # What the old one had counted is lost with it.
     assert result.load.over_admitted <= most_by_shares(result) + result.load.amount * len(result.load.subjects)
 
 
 async def test_a_rule_that_allows_gives_no_error() -> None:
-    must_be_back(await redis_failures.gone_and_allow(8.0))
+    must_be_back(await redis_failures.gone_and_allow(LEAST_S))
 
 
 @pytest.mark.usefixtures("patient")
 async def test_slots_move_unnoticed() -> None:
-    result = await redis_failures.slots_migrated()
+    result = await redis_failures.slots_migrated(LEAST_S)
     nothing_is_lost(result)
     must_be_back(result)
     assert (len(result.load.degraded), result.load.over_admitted) == (0, 0)
 
 
 @pytest.mark.parametrize("drill", [redis_failures.cluster_master_killed, redis_failures.cluster_master_hung])
-async def test_a_lost_master_of_a_cluster_degrades_its_own_subjects_alone(drill: redis_failures.Drill) -> None:
-    result = await drill()
+async def test_a_lost_master_of_a_cluster_degrades_its_own_subjects_alone(drill: Callable[[float], Awaitable[Result]]) -> None:
+    result = await drill(LEAST_S)
     must_be_back(result)
     assert result.load.degraded
     assert result.notes["degraded subjects of other shards"] == 0
@@ -123,8 +129,8 @@ async def test_a_lost_master_of_a_cluster_degrades_its_own_subjects_alone(drill:
 
 
 @pytest.mark.parametrize("drill", [redis_failures.sentinel_master_killed, redis_failures.sentinel_master_hung])
-async def test_a_lost_master_of_sentinels_is_followed(drill: redis_failures.Drill) -> None:
-    result = await drill()
+async def test_a_lost_master_of_sentinels_is_followed(drill: Callable[[float], Awaitable[Result]]) -> None:
+    result = await drill(LEAST_S)
     must_be_back(result)
     assert result.load.degraded
     assert result.load.over_admitted <= most_by_shares(result)
