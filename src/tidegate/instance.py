@@ -15,8 +15,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from granian.constants import Interfaces
-
 from tidegate._version import __version__
 from tidegate.background import SUPERVISOR, stop
 from tidegate.catalog.cached import CachedCatalog
@@ -36,7 +34,7 @@ from tidegate.doors.http import DataPlane, Page
 from tidegate.doors.openapi import data_plane_openapi
 from tidegate.errors import CatalogError, PolicyError, SettingsError
 from tidegate.gate import Gate, Observer
-from tidegate.listening import Listener, admin_address, free_address, grpc_address
+from tidegate.listening import AsgiListener, Listener, admin_address, free_address, grpc_address
 from tidegate.opening import open_catalog, open_channel, share_catalog
 from tidegate.policy import Policy
 from tidegate.settings import Settings, join_address, parse_address
@@ -84,7 +82,7 @@ class Instance:
         self.grpc_address = ""
         self.first_token: str | None = None
         self._listener: Listener | None = None
-        self._admin: Listener | None = None
+        self._admin: AsgiListener | None = None
         self._grpc: GrpcListener | None = None
         self._tracing: Tracing | None = None
         self._stack = contextlib.AsyncExitStack()
@@ -171,7 +169,21 @@ class Instance:
         gc.collect()
         gc.freeze()
         # The data plane last: whoever sees it ready may believe that all is.
-        self._listener = Listener(self.data_plane, host, port)
+        self._listener = Listener(
+            self.data_plane,
+            host,
+            port,
+            idle_timeout_s=settings.server.idle_timeout_s,
+            max_connections=settings.server.max_connections,
+        )
+        http = self._listener.server
+        self.metrics.add_gauge("rate_limiter_connections", "Open connections of the data plane.", lambda: http.connections)
+        self.metrics.add_labelled_counter(
+            "rate_limiter_connections_closed",
+            "Connections closed because too many were open: evicted while waiting, or refused while all were in use.",
+            "reason",
+            lambda: {"evicted": http.evicted, "refused": http.refused},
+        )
         self.address = join_address(host, port)
         await self._listener.start()
         logger.info("listening on http://%s", self.address)
@@ -265,7 +277,7 @@ class Instance:
             TrustedProxies(settings.server.trusted_proxies),
             body_timeout_s=settings.server.body_timeout_s,
         )
-        self._admin = Listener(admin_app(deps), host, port, interface=Interfaces.ASGINL)
+        self._admin = AsgiListener(admin_app(deps), host, port)
         await self._admin.start()
         self.admin_address = join_address(host, port)
         logger.info("the control plane is at http://%s", self.admin_address)

@@ -29,6 +29,8 @@ class ServerSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         drain_s: how long SIGTERM waits for what is in flight, s.
         trusted_proxies: networks whose forwarding headers are believed.
         body_timeout_s: how long a request body may take, s.
+        idle_timeout_s: how long a connection of the data plane may wait for its next request, s; keep it above that of gateways.
+        max_connections: most open connections of the data plane; above it those that wait longest are closed.
         log_level: debug, info, warning or error.
         log_format: json (one line an event, Elastic Common Schema), text, or auto: text for a terminal, else json.
         access_log_sample: share of the requests to the data plane's /v1/ and of gRPC's calls that are logged, 0 to 1.
@@ -41,6 +43,8 @@ class ServerSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     drain_s: float = 10.0
     trusted_proxies: tuple[str, ...] = ("127.0.0.0/8", "::1/128")
     body_timeout_s: float = 10.0
+    idle_timeout_s: float = 75.0
+    max_connections: int = 10_000
     log_level: str = "info"
     log_format: str = "auto"
     access_log_sample: float = 0.0
@@ -212,6 +216,8 @@ _RANGES: Final[Mapping[str, tuple[float, float]]] = {
     "server.workers": (1, 1024),
     "server.drain_s": (0, 3600),
     "server.body_timeout_s": (0.1, 3600),
+    "server.idle_timeout_s": (1, 86_400),
+    "server.max_connections": (1, 1_000_000),
     "server.access_log_sample": (0, 1),
     "catalog.max_replica_lag_s": (0.1, 86_400),
     "catalog.pool_size": (1, 1000),

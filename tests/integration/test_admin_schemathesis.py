@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import schemathesis
-from granian.constants import Interfaces
 from hypothesis import HealthCheck, given, settings
 from schemathesis import checks
 
@@ -20,7 +19,7 @@ from tests.moments import wait_until
 from tests.servers.postgres import PostgresServer
 from tests.unit.test_policy_file import WHOLE
 from tidegate.catalog.policy_file import parse_policy
-from tidegate.listening import Listener, free_address
+from tidegate.listening import AsgiListener, free_address
 
 OPERATIONS = {
     *(("get", path) for path in ("/tiers", "/tiers/{name}", "/rate-limit-rules", "/rate-limit-rules/{rule_id}")),
@@ -67,7 +66,7 @@ def description(url: str) -> Iterator[Any]:
         await admin.catalog.apply_policy(parse_policy(WHOLE), "1")
         await admin.tier("own")
         host, port = free_address("127.0.0.1:0", "server.admin")
-        listener = Listener(admin.app, host, port, interface=Interfaces.ASGINL)
+        listener = AsgiListener(admin.app, host, port)
         await listener.start()
         address.append(f"http://{host}:{port}")
         started.set()

@@ -47,7 +47,7 @@ class Says:
     async def __rsgi__(self, scope: Any, proto: Any) -> None:
         self.asked += 1
         await proto()
-        proto.response_str(self.status, self.headers, self.body)
+        proto.response_bytes(self.status, self.headers, self.body.encode())
 
 
 def error(code: str, message: str = "as it is") -> dict[str, Any]:

@@ -307,13 +307,15 @@ class CachedCatalog:
         if now >= self._retry_at:
             flight = self._flight(shelf, name, load)
             if now >= self._slow_until:
-                try:
-                    async with asyncio.timeout(PATIENCE_S):
-                        return await asyncio.shield(flight)
-                except TimeoutError:
+                # Not asyncio.timeout: it needs a task of its own, and the HTTP server begins without one.
+                await asyncio.wait((flight,), timeout=PATIENCE_S)
+                if not flight.done():
                     self._slow_until = now + RETRY_S
-                except CatalogUnavailable as error:
-                    logger.debug("an entry past its time stands in: %s", error)
+                else:
+                    try:
+                        return flight.result()
+                    except CatalogUnavailable as error:
+                        logger.debug("an entry past its time stands in: %s", error)
         self.stale += 1
         return entry[1]
 

@@ -66,6 +66,8 @@ class Page(msgspec.Struct, frozen=True):
 
 
 class _RequestHeaders(Protocol):
+    size: int
+
     def get(self, key: str, default: Any = None) -> Any: ...
     def get_all(self, key: str) -> list[str]: ...
     def items(self) -> list[tuple[str, str]]: ...
@@ -284,6 +286,11 @@ class DataPlane:
         length = headers.get("content-length")
         if length is not None and length.isdecimal() and int(length) > most:
             raise self._seen(RequestTooLarge(f"the body has {length} bytes: at most {most} are read", most=most))
+        if proto.complete:
+            body: bytes = await proto()
+            if len(body) > most:
+                raise self._seen(RequestTooLarge(f"the body has more than {most} bytes", most=most))
+            return body
         try:
             async with asyncio.timeout(self._body_timeout_s):
                 if length is not None:
@@ -300,9 +307,7 @@ class DataPlane:
             raise self._seen(BodyTooSlow(f"the body did not arrive within {self._body_timeout_s:g} s")) from None
 
     def _bound_headers(self, headers: _RequestHeaders) -> None:
-        size = 0
-        for name, value in headers.items():
-            size += len(name) + len(value)
+        size = headers.size
         if size > MAX_HEADER_BYTES:
             raise self._seen(HeadersTooLarge(f"the headers have {size} bytes: at most {MAX_HEADER_BYTES} are read"))
 
@@ -354,6 +359,10 @@ class _Noted:
     def __init__(self, proto: Any) -> None:
         self._proto = proto
         self.status = 0
+
+    @property
+    def complete(self) -> bool:
+        return self._proto.complete  # type: ignore[no-any-return]
 
     def __call__(self) -> Any:
         return self._proto()

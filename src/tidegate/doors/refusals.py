@@ -26,6 +26,20 @@ class BodyTooSlow(TidegateError):
     status = 408
 
 
+class RequestTooSlow(TidegateError):
+    """The headers did not arrive in time."""
+
+    code = "REQUEST_TIMEOUT"
+    status = 408
+
+
+class TooManyConnections(TidegateError):
+    """Every connection that may be open is in use."""
+
+    code = "TOO_MANY_CONNECTIONS"
+    status = 503
+
+
 class HeadersTooLarge(TidegateError):
     """The headers are larger than any check needs."""
 

@@ -1,0 +1,227 @@
+"""One HTTP request and its answer, as the data plane sees them: RSGI's scope and protocol in one object.
+
+Header values are handed on as they came: text as UTF-8, other bytes as lone surrogates (`surrogateescape`), every occurrence.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Iterator
+from http import HTTPStatus
+from typing import TYPE_CHECKING, Any, Final
+
+from tidegate.doors.answers import Headers, encode, error_body
+from tidegate.errors import TidegateError
+
+if TYPE_CHECKING:
+    from tidegate.doors.http_connection import Connection
+
+logger = logging.getLogger(__name__)
+
+MAX_BUFFERED_BODY_BYTES: Final = 256 * 1024
+"""So much of a body that is not yet consumed is held; beyond it the connection is not read."""
+
+_BODILESS: Final = frozenset((204, 304))
+_PHRASES: Final = {status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n" for status in HTTPStatus}
+_CLOSE: Final = ("connection", "close")
+_CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
+
+
+class RequestHeaders:
+    """The headers of a request, names in lower case. Values are text as UTF-8; a byte that is not UTF-8 is a lone surrogate.
+
+    Args:
+        values: the first value of each name.
+        repeated: all values of the names that came more than once.
+        size: bytes of all names and values.
+    """
+
+    __slots__ = ("_repeated", "_values", "size")
+
+    def __init__(self, values: dict[bytes, bytes], repeated: dict[bytes, list[bytes]], size: int) -> None:
+        self._values = values
+        self._repeated = repeated
+        self.size = size
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """The first value of a name, or the default."""
+        value = self._values.get(key.encode())
+        return default if value is None else value.decode("utf-8", "surrogateescape")
+
+    def get_all(self, key: str) -> list[str]:
+        """Every value of a name, in the order they came."""
+        name = key.encode()
+        if self._repeated and name in self._repeated:
+            return [value.decode("utf-8", "surrogateescape") for value in self._repeated[name]]
+        value = self._values.get(name)
+        return [] if value is None else [value.decode("utf-8", "surrogateescape")]
+
+    def items(self) -> list[tuple[str, str]]:
+        """Every name with its values, each by itself; the values of one name stand together."""
+        return [(name, value) for name in self.keys() for value in self.get_all(name)]
+
+    def keys(self) -> list[str]:
+        """The different names."""
+        return [name.decode("latin-1") for name in self._values]
+
+    def __contains__(self, key: str) -> bool:
+        return key.encode() in self._values
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.keys())
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+
+class Exchange:
+    """One request and its answer: what the data plane is given as RSGI's scope and protocol.
+
+    Args:
+        connection: that it came on.
+        method: upper case.
+        target: of the request line.
+        headers: that came.
+        keep_alive: whether the connection may go on after the answer.
+        version: of HTTP, `1.1` or `1.0`.
+
+    Attributes:
+        complete: whether the whole request has arrived.
+        answered: whether an answer was given.
+    """
+
+    __slots__ = (
+        "_chunks",
+        "_size",
+        "_waiter",
+        "answered",
+        "client",
+        "complete",
+        "connection",
+        "expects_continue",
+        "headers",
+        "keep_alive",
+        "method",
+        "path",
+        "proto",
+        "query_string",
+        "refusal",
+        "task",
+        "version",
+    )
+
+    def __init__(
+        self, connection: Connection, method: str, target: str, headers: RequestHeaders, keep_alive: bool, version: str
+    ) -> None:
+        self.proto = "http"
+        self.connection = connection
+        self.client = connection.client
+        self.method = method
+        self.headers = headers
+        self.keep_alive = keep_alive
+        self.version = version
+        if not target.startswith("/") and "://" in target:
+            # Absolute form (RFC 9112, 3.2.2): the path begins behind the authority.
+            rest = target.partition("://")[2]
+            slash = rest.find("/")
+            target = "/" if slash < 0 else rest[slash:]
+        self.path, _, self.query_string = target.partition("?")
+        self.complete = False
+        self.answered = False
+        self.expects_continue = False
+        self.refusal: TidegateError | None = None
+        self.task: asyncio.Task[None] | None = None
+        self._chunks: list[bytes] = []
+        self._size = 0
+        self._waiter: asyncio.Future[None] | None = None
+
+    def add(self, chunk: bytes) -> None:
+        """Take a piece of the body; the connection is not read on while too much is held."""
+        self._chunks.append(chunk)
+        self._size += len(chunk)
+        self._wake()
+        if self._size > MAX_BUFFERED_BODY_BYTES:
+            self.connection.hold_body()
+
+    def end(self) -> None:
+        """The request is whole."""
+        self.complete = True
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    async def _arrival(self) -> None:
+        if self.expects_continue:
+            self.expects_continue = False
+            self.connection.send(_CONTINUE)
+        self._waiter = asyncio.get_running_loop().create_future()
+        try:
+            await self._waiter
+        finally:
+            self._waiter = None
+
+    def _take(self) -> list[bytes]:
+        chunks, self._chunks, self._size = self._chunks, [], 0
+        self.connection.release_body()
+        return chunks
+
+    async def __call__(self) -> bytes:
+        """The whole body; the caller has bounded it by its Content-Length."""
+        if self.complete:
+            return b"".join(self._chunks)
+        taken: list[bytes] = []
+        while not self.complete:
+            # Taken before it is waited for: while too much is held, nothing more arrives.
+            taken += self._take()
+            await self._arrival()
+        return b"".join(taken + self._chunks)
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        """The body, piece by piece."""
+        while True:
+            for chunk in self._take():
+                yield chunk
+            if self.complete and not self._chunks:
+                return
+            if not self._chunks:
+                await self._arrival()
+
+    def response_bytes(self, status: int, headers: Headers, body: bytes) -> None:
+        """Answer with a body; an answer to HEAD has its headers alone."""
+        self._answer(status, headers, body)
+
+    def response_empty(self, status: int, headers: Headers) -> None:
+        """Answer without a body."""
+        self._answer(status, headers, b"")
+
+    def refuse(self, error: TidegateError) -> None:
+        """Answer with an error in the error form, and close the connection."""
+        self._answer(
+            error.status,
+            [("content-type", "application/json"), ("x-tidegate-error", error.code), _CLOSE],
+            encode(error_body(error)),
+        )
+
+    def _answer(self, status: int, headers: Headers, body: bytes) -> None:
+        if self.answered:
+            raise RuntimeError("this request was answered already")
+        # What is left of a request that was answered early would be read as the next one.
+        closes = not self.keep_alive or not self.complete or _CLOSE in headers or self.connection.closing
+        lines = [f"{name}: {value}\r\n" for name, value in headers]
+        if status not in _BODILESS:
+            lines.append(f"content-length: {len(body)}\r\n")
+        if closes:
+            if _CLOSE not in headers:
+                lines.append("connection: close\r\n")
+        elif self.version == "1.0":
+            lines.append("connection: keep-alive\r\n")
+        head = _PHRASES[status] + self.connection.server.date_line + "".join(lines)
+        if head.count("\n") != len(lines) + 2:
+            # A line break inside a value would let whoever wrote it write headers.
+            logger.error("an answer's header has a line break: %r", headers)
+            raise ValueError("a header value has a line break")
+        self.answered = True
+        self.connection.answer(self, f"{head}\r\n".encode() + (b"" if self.method == "HEAD" else body), closes)

@@ -1,0 +1,256 @@
+"""The data plane's HTTP server: one event loop, one thread, connections bounded in number and in the time they may take.
+
+What arrives in one turn of the event loop is parsed first, then decided, then written: each phase finds its code and data in the
+processor's caches. `Connection` is one connection; this module has what they share.
+
+Above `max_connections` the connection that has waited longest without a request makes room. Where every one is being answered,
+up to `RESERVED` more are accepted for probes (health, metrics) alone, so that an overloaded instance can still be watched.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+import time
+import types
+from collections import OrderedDict
+from collections.abc import Callable, Coroutine, Generator
+from contextvars import copy_context
+from email.utils import formatdate
+from functools import partial
+from typing import Any, Final
+
+from tidegate.doors.http_connection import Connection
+from tidegate.doors.http_exchange import Exchange
+from tidegate.doors.refusals import Unforeseen
+
+logger = logging.getLogger(__name__)
+
+RESERVED: Final = 64
+PROBES: Final = frozenset(("/health", "/livez", "/metrics", "/readyz"))
+BACKLOG: Final = 1024
+_LINGER_S: Final = 2.0
+_TICK_S: Final = 0.5
+
+
+class HttpServer:
+    """Serves one RSGI-like app on sockets.
+
+    Args:
+        app: has `__rsgi__(scope, proto)`; an `Exchange` is both.
+        header_timeout_s: how long a request's head may take, from its first byte or the connection's start, s.
+        idle_timeout_s: how long a connection may wait for its next request, s.
+        write_timeout_s: how long a client may leave its answers untaken, s.
+        max_connections: most open at a time, 1 or more.
+
+    Attributes:
+        refused: connections that were closed at once because all were in use.
+        evicted: connections that were closed while they waited, to make room.
+        date_line: the Date header of an answer made now.
+    """
+
+    def __init__(
+        self,
+        app: Any,
+        header_timeout_s: float = 10.0,
+        idle_timeout_s: float = 75.0,
+        write_timeout_s: float = 30.0,
+        max_connections: int = 10_000,
+    ) -> None:
+        self.header_timeout_s = header_timeout_s
+        self.probes = PROBES
+        self.refused = self.evicted = 0
+        self.date_line = ""
+        self.blocked: OrderedDict[Connection, float] = OrderedDict()
+        self._app = app
+        self._idle_timeout_s = idle_timeout_s
+        self._write_timeout_s = write_timeout_s
+        self._max_connections = max_connections
+        self._connections: set[Connection] = set()
+        self._reading: OrderedDict[Connection, float] = OrderedDict()
+        self._idle: OrderedDict[Connection, float] = OrderedDict()
+        self._lingering: OrderedDict[Connection, float] = OrderedDict()
+        self._undecided: list[Exchange] = []
+        self._unwritten: list[Connection] = []
+        self._server: asyncio.Server | None = None
+        self._ticking: asyncio.TimerHandle | None = None
+        self._empty: asyncio.Event | None = None
+
+    @property
+    def connections(self) -> int:
+        """How many are open."""
+        return len(self._connections)
+
+    async def start(self, listening: socket.socket) -> None:
+        """Accept connections.
+
+        Args:
+            listening: bound; it is closed with the server.
+        """
+        self._loop = asyncio.get_running_loop()
+        self.now: Callable[[], float] = self._loop.time
+        self._tick()
+        self._server = await self._loop.create_server(lambda: Connection(self), sock=listening, backlog=BACKLOG)
+
+    async def stop(self, timeout_s: float) -> None:
+        """Accept no more, close what waits, finish what is being answered.
+
+        Args:
+            timeout_s: for how long to wait for that.
+        """
+        if self._server is None:
+            return
+        self._server.close()
+        self._server = None
+        self._empty = asyncio.Event()
+        for connection in list(self._connections):
+            connection.shut_down()
+        if self._connections:
+            try:
+                await asyncio.wait_for(self._empty.wait(), timeout_s)
+            except TimeoutError:
+                logger.warning("%d connections were cut: not answered or not read within %g s", self.connections, timeout_s)
+                for connection in list(self._connections):
+                    connection.abort()
+        if self._ticking is not None:
+            self._ticking.cancel()
+
+    def decide(self, exchange: Exchange) -> None:
+        """Have the app answer an exchange, after all that arrived in this turn of the loop was parsed.
+
+        Args:
+            exchange: whose turn it is on its connection.
+        """
+        self._undecided.append(exchange)
+        if len(self._undecided) == 1:
+            self._loop.call_soon(self._decide)
+
+    def _decide(self) -> None:
+        undecided, self._undecided = self._undecided, []
+        for exchange in undecided:
+            if exchange.answered or exchange.connection.lost:
+                continue
+            running = self._run(exchange)
+            if not exchange.complete:
+                exchange.task = self._loop.create_task(running)
+                continue
+            # Most are answered without waiting for anything: those need no task. The app must not ask for its task
+            # (`asyncio.timeout` does) before it has awaited something.
+            context = copy_context()
+            try:
+                awaited = context.run(running.send, None)
+            except StopIteration:
+                continue
+            exchange.task = self._loop.create_task(_resume(running, awaited), context=context)
+
+    async def _run(self, exchange: Exchange) -> None:
+        try:
+            await self._app.__rsgi__(exchange, exchange)
+        except Exception:
+            logger.exception("unhandled exception while a request was answered")
+        if not exchange.answered:
+            exchange.refuse(Unforeseen("internal error of the limiter: see its log"))
+
+    # -- what connections say -----------------------------------------------------------------------------------------------
+
+    def admit(self, connection: Connection) -> None:
+        """A connection was accepted: make room for it, or restrict it, where there are too many."""
+        self._connections.add(connection)
+        if len(self._connections) > self._max_connections:
+            waiting = self._idle or self._reading
+            if waiting:
+                oldest = next(iter(waiting))
+                self.evicted += 1
+                oldest.close()
+                self.forget(oldest)  # at once: others may be accepted before asyncio reports its end
+            elif len(self._connections) > self._max_connections + RESERVED:
+                self.refused += 1
+                connection.abort()
+                return
+            else:
+                connection.restricted = True
+        self.await_head(connection)
+
+    def forget(self, connection: Connection) -> None:
+        """A connection is gone."""
+        self._connections.discard(connection)
+        self.leave_table(connection)
+        self.blocked.pop(connection, None)
+        if self._empty is not None and not self._connections:
+            self._empty.set()
+
+    def await_head(self, connection: Connection) -> None:
+        """The head of a request is on its way, or that of the first one is awaited."""
+        if connection.table is not self._reading:
+            self._enter(connection, self._reading)
+
+    def await_request(self, connection: Connection) -> None:
+        """All requests of a connection are answered."""
+        self._enter(connection, self._idle)
+
+    def linger(self, connection: Connection) -> None:
+        """A connection has its last answer; what the client still sends is discarded for a while."""
+        self._enter(connection, self._lingering)
+
+    def leave_table(self, connection: Connection) -> None:
+        """A connection waits for nothing any more."""
+        if connection.table is not None:
+            connection.table.pop(connection, None)
+            connection.table = None
+
+    def written(self, connection: Connection) -> None:
+        """A connection has something to write: all of them write at the end of this turn."""
+        self._unwritten.append(connection)
+        if len(self._unwritten) == 1:
+            self._loop.call_soon(self._flush)
+
+    def _enter(self, connection: Connection, table: OrderedDict[Connection, float]) -> None:
+        self.leave_table(connection)
+        table[connection] = self.now()
+        connection.table = table
+
+    def _flush(self) -> None:
+        unwritten, self._unwritten = self._unwritten, []
+        for connection in unwritten:
+            connection.flush()
+
+    def _tick(self) -> None:
+        """Give the Date anew, and end what has taken too long: each table has the longest waiting first."""
+        self.date_line = f"date: {formatdate(time.time(), usegmt=True)}\r\n"
+        now = self._loop.time()
+        for table, most_s, end in (
+            (self._reading, self.header_timeout_s, Connection.time_out),
+            (self._idle, self._idle_timeout_s, Connection.finish),
+            (self._lingering, _LINGER_S, Connection.abort),
+            (self.blocked, self._write_timeout_s, Connection.abort),
+        ):
+            while table:
+                connection, since = next(iter(table.items()))
+                if now - since < most_s:
+                    break
+                del table[connection]
+                if connection.table is table:
+                    connection.table = None
+                end(connection)
+        self._ticking = self._loop.call_later(min(_TICK_S, self.header_timeout_s / 4), self._tick)
+
+
+async def _resume(running: Coroutine[Any, Any, None], awaited: Any) -> None:
+    """Go on, as a task, with a coroutine that has begun without one and awaits something."""
+    await _steps(running, awaited)
+
+
+@types.coroutine
+def _steps(running: Coroutine[Any, Any, None], awaited: Any) -> Generator[Any, Any, None]:
+    while True:
+        try:
+            result = yield awaited
+        except BaseException as error:  # noqa: BLE001 - handed on to the coroutine
+            step: Callable[[], Any] = partial(running.throw, error)
+        else:
+            step = partial(running.send, result)
+        try:
+            awaited = step()
+        except StopIteration:
+            return
