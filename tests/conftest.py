@@ -83,7 +83,8 @@ def gate(clock: Clock, seen: list[Observation]) -> Gate:
 class Serve:
     """A `tidegate serve` process of its own, in a directory of its own; at a free port, if none is given.
 
-    What it says is kept in pipes, 64 KiB each, or in the log that is given.
+    What it says is kept in pipes, 64 KiB each, or in the log that is given. The control plane, a third of what a start costs, is
+    on for those who give a token or ask for it.
     """
 
     def __init__(
@@ -93,6 +94,7 @@ class Serve:
         port: int | None = None,
         log: Path | None = None,
         grpc: bool = False,
+        admin: bool = False,
         **environment: str,
     ) -> None:
         self.directory = directory
@@ -103,7 +105,7 @@ class Serve:
         self.environment = {
             **{name: value for name, value in os.environ.items() if not name.startswith("TIDEGATE_")},
             "TIDEGATE_SERVER__HTTP": f"127.0.0.1:{self.port}",
-            "TIDEGATE_SERVER__ADMIN": f"127.0.0.1:{self.admin_port}",
+            "TIDEGATE_SERVER__ADMIN": f"127.0.0.1:{self.admin_port}" if admin or "TIDEGATE_ADMIN__TOKEN" in environment else "",
             "TIDEGATE_SERVER__GRPC": f"127.0.0.1:{self.grpc_port}" if grpc else "",
             **environment,
         }
@@ -168,8 +170,8 @@ def serve(tmp_path: Path) -> Iterator[Callable[..., Serve]]:
     """Starts `tidegate serve` in a directory of the test; ends it by its own process id."""
     started: list[Serve] = []
 
-    def start(*arguments: str, wait: bool = True, grpc: bool = False, **environment: str) -> Serve:
-        server = Serve(tmp_path, arguments, None, None, grpc, **environment)
+    def start(*arguments: str, wait: bool = True, grpc: bool = False, admin: bool = False, **environment: str) -> Serve:
+        server = Serve(tmp_path, arguments, None, None, grpc, admin, **environment)
         started.append(server)
         if wait:
             server.wait_ready()
