@@ -14,6 +14,7 @@ BENCHES = (
     "inprocess",
     "memory",
     "matching",
+    "adversarial",
     "violations",
     "telemetry",
     "simulate",

@@ -190,7 +190,7 @@ async def cached_bytes(catalog: SqlCatalog, keys: Sequence[str]) -> float:
         store = RedisCounters(redis.url.replace("redis://", "redis+cluster://").removesuffix("/0"), timeout_s=10)
         await store.start()
         try:
-            shared = SharedCatalog(catalog, store)
+            shared = SharedCatalog(catalog, store, await catalog.cache_secret())
             await shared.read_key(keys[0])
             await shared.settle()
             before, held = info(redis, "memory")["used_memory"], int(redis.client.dbsize())  # type: ignore[arg-type]

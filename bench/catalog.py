@@ -53,7 +53,7 @@ class Stack(NamedTuple):
     keys: Sequence[str]
 
     def shared(self) -> SharedCatalog:
-        return SharedCatalog(self.database, self.store)
+        return SharedCatalog(self.database, self.store, b"secret of a bench")
 
     def cached(self, max_keys: int = 100_000) -> tuple[CachedCatalog, SharedCatalog]:
         shared = self.shared()

@@ -30,6 +30,7 @@ from tidegate.errors import (
     SettingsError,
     StoreUnavailable,
     TidegateError,
+    TooManyUnknownKeys,
 )
 from tidegate.gate import Gate
 from tidegate.limits import Algorithm, Limit
@@ -66,6 +67,7 @@ __all__ = [
     "StoreUnavailable",
     "TidegateError",
     "Tier",
+    "TooManyUnknownKeys",
     "__version__",
     "load_policy",
 ]

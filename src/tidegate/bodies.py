@@ -37,6 +37,24 @@ class DecisionBody(msgspec.Struct, frozen=True, gc=False):
     degraded: bool
 
 
+class WindowUsageBody(msgspec.Struct, frozen=True, gc=False):
+    """What is left of one limit, as JSON.
+
+    Args:
+        limit: the most that can be had at once.
+        window: seconds that the limit is about; 2678400, the longest, for a calendar month.
+        used: what is consumed of it now.
+        remaining: what is left of it.
+        resets_at: when it is fully replenished if nothing more is consumed, ISO 8601 in UTC; null where nothing is consumed.
+    """
+
+    limit: int
+    window: int
+    used: int
+    remaining: int
+    resets_at: str | None
+
+
 class RuleUsageBody(msgspec.Struct, frozen=True, gc=False):
     """What is left under one rule, as JSON; of its limits the one with the least left.
 
@@ -50,6 +68,7 @@ class RuleUsageBody(msgspec.Struct, frozen=True, gc=False):
         reset_after: seconds until it is whole again.
         window: seconds that the limit is about; 2678400, the longest, for a calendar month.
         degraded: whether the counter store was unwell.
+        windows: each limit of the rule, the shortest window first; none where the counter store was unwell.
     """
 
     rule: str | None
@@ -61,6 +80,7 @@ class RuleUsageBody(msgspec.Struct, frozen=True, gc=False):
     reset_after: float | None
     window: int | None
     degraded: bool
+    windows: tuple[WindowUsageBody, ...] = ()
 
 
 class UsageBody(msgspec.Struct, frozen=True, gc=False):

@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+import ipaddress
 import re
 import socket
+from functools import lru_cache
 from typing import Final
 
 import msgspec
 
 from tidegate.errors import BadRequest
 from tidegate.limits import US_PER_S, Limit, LimitSet
-from tidegate.paths import canonical_path
+from tidegate.paths import STRICT, PathRules, canonical_path
 from tidegate.policy import Mode, Subject
 
 MAX_COST: Final = 1_000_000_000
+IPV6_PREFIX: Final = 64
+"""Bits of an IPv6 address that make one client: a subscriber is handed a /64 (RFC 6177), and could vary the rest at will."""
+_NAT64: Final = ipaddress.IPv6Network("64:ff9b::/96")
+"""RFC 6052."""
+_LOCAL_NAT64: Final = ipaddress.IPv6Network("64:ff9b:1::/48")
+"""RFC 8215."""
+_SIIT: Final = ipaddress.IPv6Network("::ffff:0:0:0/96")
+"""IPv4-translated addresses, RFC 2765."""
+_COMPATIBLE: Final = ipaddress.IPv6Network("::/96")
+"""IPv4-compatible addresses, RFC 4291."""
 
 _METHOD: Final = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,31}", re.ASCII)
 _USUAL_METHODS: Final = frozenset(("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"))
@@ -44,6 +56,7 @@ class Check(msgspec.Struct, frozen=True, gc=False):
         api_key: object = None,
         ip: object = None,
         cost: object = 1,
+        paths: PathRules = STRICT,
     ) -> Check:
         """Validate what a door was asked.
 
@@ -53,6 +66,7 @@ class Check(msgspec.Struct, frozen=True, gc=False):
             api_key: the key or None; an empty one counts as None.
             ip: IPv4 or IPv6 address or None.
             cost: whole number.
+            paths: which spellings of a path are let through.
 
         Returns:
             The check.
@@ -62,7 +76,7 @@ class Check(msgspec.Struct, frozen=True, gc=False):
         """
         if type(path) is not str or not path:
             raise BadRequest("path must be a non-empty string such as '/api/v1/items'", field="path")
-        canonical, remedy = canonical_path(path.partition("?")[0] if "?" in path else path)
+        canonical, remedy = canonical_path(path.partition("?")[0] if "?" in path else path, paths)
         if canonical is None:
             raise BadRequest(f"path {clip(path)} is refused: {remedy}", field="path")
         if method not in _USUAL_METHODS:
@@ -162,6 +176,7 @@ class RuleUsage(msgspec.Struct, frozen=True, gc=False):
         subject: whom it counts; for a caller without an API key, `ip` stands where a key would be counted.
         limits: all its limits, the shortest window first.
         decision: the answer to a check of cost 0; of the limits it tells the one with the least left.
+        windows: the same for each of the limits by itself; none where the counter store could not say.
     """
 
     rule: str | None
@@ -170,6 +185,7 @@ class RuleUsage(msgspec.Struct, frozen=True, gc=False):
     subject: Subject
     limits: tuple[Limit, ...]
     decision: Decision
+    windows: tuple[Decision, ...] = ()
 
 
 class Usage(msgspec.Struct, frozen=True, gc=False):
@@ -214,7 +230,61 @@ def canonical_ip(ip: object) -> str:
     raise BadRequest(f"ip {clip(ip)} is not an IPv4 or IPv6 address", field="ip")
 
 
+def client_of(ip: object) -> str:
+    """What counts as one client of an address, however it is written: itself, or see `ipv6_client`.
+
+    Args:
+        ip: IPv4 or IPv6 address.
+
+    Returns:
+        The client.
+
+    Raises:
+        BadRequest: if it is no address.
+    """
+    canonical = canonical_ip(ip)
+    return ipv6_client(canonical) if ":" in canonical else canonical
+
+
+@lru_cache(maxsize=65_536)
+def ipv6_client(ip: str) -> str:
+    """What counts as one client of an IPv6 address: its /64, or the IPv4 address that a translator or a tunnel put into it.
+
+    A NAT64 gives all its IPv4 clients addresses in one /64, and a Teredo server does so too; a 6to4 client has 65,536 of them.
+
+    Args:
+        ip: the address, canonical.
+
+    Returns:
+        The network, or the address where that is one client.
+
+    Raises:
+        ValueError: if it is no IPv6 address.
+    """
+    address = ipaddress.IPv6Address(ip)
+    embedded = _embedded_ipv4(address)
+    if embedded is not None:
+        return str(embedded)
+    if address in _LOCAL_NAT64:
+        # Where the IPv4 address is, depends on the translator (RFC 6052); one address is one client of it.
+        return str(address)
+    return str(ipaddress.IPv6Network((int(address), IPV6_PREFIX), strict=False))
+
+
+def _embedded_ipv4(address: ipaddress.IPv6Address) -> ipaddress.IPv4Address | None:
+    """The IPv4 address of the client behind an IPv6 address; None where there is none."""
+    if address.sixtofour is not None:
+        return address.sixtofour
+    if address.teredo is not None:
+        return address.teredo[1]
+    # ::/96 but neither :: nor ::1, which are the host's own.
+    if address in _NAT64 or address in _SIIT or (address in _COMPATIBLE and int(address) > 1):
+        return ipaddress.IPv4Address(int(address) & 0xFFFF_FFFF)
+    return address.ipv4_mapped
+
+
 def clip(value: object) -> str:
     """The representation of a value that came from outside, short enough for a message."""
-    text = repr(value)
+    # Of a long text its beginning is enough; to escape all of it would cost its sender's peers.
+    text = repr(value[:80] if type(value) is str else value)
     return text if len(text) <= 80 else text[:77] + "..."

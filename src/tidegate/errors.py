@@ -5,6 +5,7 @@
      │    └── RequestTooLarge    413 PAYLOAD_TOO_LARGE
      ├── MissingApiKey           401 MISSING_API_KEY
      ├── InvalidApiKey           401 INVALID_API_KEY
+     ├── TooManyUnknownKeys      429 API_KEY_LOOKUPS_EXCEEDED
      ├── ApiKeyRevoked           403 API_KEY_REVOKED
      ├── ApiKeyExpired           403 API_KEY_EXPIRED
      ├── StoreUnavailable        503 STORE_UNAVAILABLE
@@ -65,6 +66,13 @@ class InvalidApiKey(TidegateError):
 
     code = "INVALID_API_KEY"
     status = 401
+
+
+class TooManyUnknownKeys(TidegateError):
+    """The client sent so many unknown API keys that no further one is looked up for now; its `details` say for how long."""
+
+    code = "API_KEY_LOOKUPS_EXCEEDED"
+    status = 429
 
 
 class ApiKeyRevoked(TidegateError):

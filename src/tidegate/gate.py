@@ -3,41 +3,47 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import ipaddress
 import time
 from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
 from typing import Final, TypeAlias
 
-from tidegate.catalog.cached import CachedCatalog, Caller
+import msgspec
+
+from tidegate.callers import LOOKUP_TIMEOUT_S, CallerLookup
+from tidegate.catalog.cache_level import Caller
+from tidegate.catalog.cached import CachedCatalog
 from tidegate.counters import Charge, CounterStore, Outcome
-from tidegate.decision import MAX_COST, Check, Decision, Observation, RuleUsage, Usage, canonical_ip, clip
-from tidegate.errors import (
-    ApiKeyExpired,
-    ApiKeyRevoked,
-    BadRequest,
-    InvalidApiKey,
-    MissingApiKey,
-    StoreUnavailable,
-    TidegateError,
-)
-from tidegate.keys import is_possible_key
+from tidegate.decision import MAX_COST, Check, Decision, Observation, RuleUsage, Usage, client_of, clip, ipv6_client
+from tidegate.errors import BadRequest, MissingApiKey, StoreUnavailable, TidegateError
 from tidegate.limits import LimitSet
 from tidegate.matching import CompiledRule, CompiledTier, counted_by, subject_of
-from tidegate.policy import KeyStatus, Mode, Subject
+from tidegate.policy import Mode, Subject
+from tidegate.time_slice import TimeSlice
 from tidegate.together import Plan, Settled, charge_each, charge_together
+from tidegate.usage import peek
 
 Observer: TypeAlias = Callable[[Observation], None]
-
-IPV6_PREFIX: Final = 64
-"""Bits of an IPv6 address that make one client: a subscriber is handed a /64 (RFC 6177), and could vary the rest at will."""
-
 
 MAX_USAGE_RULES: Final = 1000
 """Most rules that one question for usage looks at: as many as a batch has checks."""
 
 _RESET_AT_ONCE: Final = 1000
+
+
+class DescriptorCheck(msgspec.Struct, frozen=True, gc=False):
+    """A descriptor without a path that asks whether it may pass.
+
+    Args:
+        entries: values by key.
+        api_key: the caller's key; None for the anonymous tier.
+        cost: 0 (peek) to 1,000,000,000.
+        ip: client address in canonical text, or None where nobody knows it.
+    """
+
+    entries: Mapping[str, str]
+    api_key: str | None
+    cost: int
+    ip: str | None = None
 
 
 class Gate:
@@ -48,6 +54,7 @@ class Gate:
         counters: what was consumed.
         observe: is told of every check, synchronously; must not raise.
         wall_clock_ns: gives ns since the epoch; only the expiry of API keys is held against it.
+        lookup_timeout_s: how long the callers of several checks of one request may take to be looked up together, s.
     """
 
     def __init__(
@@ -56,11 +63,13 @@ class Gate:
         counters: CounterStore,
         observe: Observer | None = None,
         wall_clock_ns: Callable[[], int] = time.time_ns,
+        lookup_timeout_s: float = LOOKUP_TIMEOUT_S,
     ) -> None:
         self.catalog = catalog
         self.counters = counters
         self._observe = observe
-        self._wall_clock_ns = wall_clock_ns
+        self._callers = CallerLookup(catalog, wall_clock_ns, lookup_timeout_s)
+        self._caller = self._callers.find
 
     async def check(self, check: Check) -> Decision:
         """Decide one check, and charge it if it passes.
@@ -74,6 +83,7 @@ class Gate:
         Raises:
             MissingApiKey: no key came and there is no anonymous tier.
             InvalidApiKey: the key is mistyped or unknown.
+            TooManyUnknownKeys: the key is not cached, and its address has sent too many unknown ones.
             ApiKeyRevoked: the key was revoked.
             ApiKeyExpired: the key's time is over.
             BadRequest: the rule counts by ip and none is known.
@@ -95,6 +105,9 @@ class Gate:
     async def check_many(self, checks: Sequence[Check]) -> list[Decision | TidegateError]:
         """Decide checks each on its own, in order, with one call to the counter store.
 
+        Callers that are not cached are looked up side by side, within `lookup_timeout_s` for all of them. While rules are
+        matched, other requests get their turn at least every 2 ms (see `TimeSlice`).
+
         Args:
             checks: what is asked; any number.
 
@@ -102,12 +115,7 @@ class Gate:
             For each check its decision, or the error that `check` would have raised.
         """
         started_ns = time.perf_counter_ns()
-        plans: list[Plan | TidegateError] = []
-        for check in checks:
-            try:
-                plans.append(await self.plan(check))
-            except TidegateError as error:
-                plans.append(error)
+        plans = [plan for plan in await self.plan_many(checks) if plan is not None]
         settled = await charge_each(self.counters, plans)
         self._tell_all(plans, settled, started_ns)
         return [each.outcome for each in settled]
@@ -128,7 +136,7 @@ class Gate:
         return settled
 
     async def usage(self, api_key: str | None = None, ip: str | None = None) -> Usage:
-        """What is left to a caller, with one call to the counter store. Charges nothing, and is not observed: it is no check.
+        """What is left to a caller, in each window of each rule. Charges nothing, and is not observed: it is no check.
 
         Args:
             api_key: the caller's key; None or empty for a caller without one.
@@ -142,19 +150,20 @@ class Gate:
         Raises:
             MissingApiKey: no key came and there is no anonymous tier.
             InvalidApiKey: the key is mistyped or unknown.
+            TooManyUnknownKeys: the key is not cached, and its address has sent too many unknown ones.
             ApiKeyRevoked: the key was revoked.
             ApiKeyExpired: the key's time is over.
             BadRequest: the key is no string, or the ip no address.
             CatalogUnavailable: the catalog fails and nothing cached can stand in.
         """
         _require_text(api_key, "api_key")
-        client = None if ip is None else _client(ip)
-        caller = await self._caller(api_key or None)
+        client = None if ip is None else client_of(ip)
+        caller = await self._caller(api_key or None, client)
         tier, has_key = caller.tier, bool(caller.subject)
         looked_at: list[tuple[CompiledRule | None, LimitSet]] = [] if tier.limits is None else [(None, tier.limits)]
         looked_at += [(rule, rule.limits) for rule in tier.rules[:MAX_USAGE_RULES]]
-        counted: list[tuple[CompiledRule | None, Subject, LimitSet]] = []
-        charges: list[Charge] = []
+        counted: list[tuple[CompiledRule | None, Subject]] = []
+        counters: list[tuple[LimitSet, str]] = []
         not_counted: list[str | None] = []
         for rule, limits in looked_at:
             kind = counted_by(Subject.API_KEY if rule is None else rule.subject, has_key)
@@ -162,14 +171,13 @@ class Gate:
             if subject is None:
                 not_counted.append(limits.rule)
                 continue
-            counted.append((rule, kind, limits))
-            charges.append(Charge(((limits, subject),), cost=0))
-        peeked = await self.counters.charge(charges) if charges else ()
+            counted.append((rule, kind))
+            counters.append((limits, subject))
         rules = [
-            RuleUsage(None, None, Mode.ENFORCE, kind, limits.limits, decision)
+            RuleUsage(None, None, Mode.ENFORCE, kind, limits.limits, *seen)
             if rule is None
-            else RuleUsage(rule.rule.name, rule.rule.endpoint, rule.rule.mode, kind, limits.limits, decision)
-            for (rule, kind, limits), decision in zip(counted, map(_peeked, peeked, charges), strict=True)
+            else RuleUsage(rule.rule.name, rule.rule.endpoint, rule.rule.mode, kind, limits.limits, *seen)
+            for (rule, kind), (limits, _), seen in zip(counted, counters, await peek(self.counters, counters), strict=True)
         ]
         return Usage(tier.tier.name, tuple(rules), tuple(not_counted), len(tier.rules) > MAX_USAGE_RULES)
 
@@ -196,10 +204,10 @@ class Gate:
         _require_text(api_key, "api_key")
         _require_text(tier, "tier")
         if api_key is not None:
-            caller = await self._caller(api_key, refused_too=True)
+            caller = await self._caller(api_key, None, refused_too=True)
             counters = [(limits, caller.subject) for limits in _own_sets(caller.tier)]
         elif ip is not None:
-            subject = f"i:{_client(ip)}"
+            subject = f"i:{client_of(ip)}"
             counters = [(limits, subject) for limits in await self._sets_by_ip()]
         else:
             assert tier is not None
@@ -280,7 +288,9 @@ class Gate:
         ip = check.ip
         if ip is not None and ":" in ip:
             ip = ipv6_client(ip)
-        caller = await self._caller(check.api_key)
+        return self._plan_of(check, await self._caller(check.api_key, ip), ip)
+
+    def _plan_of(self, check: Check, caller: Caller, ip: str | None) -> Plan:
         tier = caller.tier
         subject = caller.subject
         rule = tier.match(check.method, check.path)
@@ -305,57 +315,55 @@ class Gate:
                 charges.append(Charge(((watcher.limits, counted),), check.cost))
         return Plan(None if counters else Decision(True, open_tier=tier.tier.name), charges)
 
-    async def plan_entries(self, entries: Mapping[str, str], api_key: str | None, cost: int) -> Plan | None:
-        """Find out what a descriptor without a path is held against; charges nothing.
+    async def plan_many(self, asked: Sequence[Check | DescriptorCheck]) -> list[Plan | TidegateError | None]:
+        """Find out what each check of one request is held against; charges nothing.
+
+        Callers that are not cached are looked up side by side, within `lookup_timeout_s` for all of them; other requests get
+        their turn while rules are matched.
 
         Args:
-            entries: values by key.
-            api_key: the caller's key; None for the anonymous tier.
-            cost: 0 (peek) to 1,000,000,000.
+            asked: checks, and descriptors without a path; any number.
 
         Returns:
-            The plan, for `decide`; None where nothing limits it.
-
-        Raises:
-            TidegateError: as `check`, but for `StoreUnavailable` and `MissingApiKey`.
+            For each its plan, for `decide`, or the error that `check` would have raised; None where nothing limits a descriptor.
         """
-        if not 0 <= cost <= MAX_COST:
-            raise BadRequest(f"cost {clip(cost)} must be a whole number from 0 to {MAX_COST}", field="cost")
-        if api_key is None and await self.catalog.anonymous() is None:
-            return None
-        caller = await self._caller(api_key)
-        matched = caller.tier.match_entries(entries)
-        charges = [
-            (each.compiled.rule.mode, Charge(((each.compiled.limits, each.subject(entries, caller.subject)),), cost))
-            for each in matched
-        ]
-        enforced = next((charge for mode, charge in charges if mode is Mode.ENFORCE), None)
-        watched = [charge for mode, charge in charges if mode is Mode.SHADOW]
-        if enforced is None and not watched:
-            return None
-        if enforced is None:
-            return Plan(Decision(True, open_tier=caller.tier.tier.name), watched)
-        return Plan(None, [enforced, *watched])
+        clients = [ipv6_client(each.ip) if each.ip is not None and ":" in each.ip else each.ip for each in asked]
+        pairs = [(each.api_key, None if each.api_key is None else client) for each, client in zip(asked, clients, strict=True)]
+        callers = await self._callers.find_all(pairs)
+        plans: list[Plan | TidegateError | None] = []
+        slice_ = TimeSlice()
+        for each, client, pair in zip(asked, clients, pairs, strict=True):
+            if slice_.over:
+                await slice_.pause()
+            caller = callers[pair]
+            try:
+                if isinstance(each, DescriptorCheck):
+                    plans.append(None if isinstance(caller, MissingApiKey) else _plan_of_descriptor(each, caller))
+                else:
+                    plans.append(caller if isinstance(caller, TidegateError) else self._plan_of(each, caller, client))
+            except TidegateError as error:
+                plans.append(error)
+        return plans
 
-    async def _caller(self, api_key: str | None, refused_too: bool = False) -> Caller:
-        """Who asks; with `refused_too` also whoever is not let in any more."""
-        if api_key is None:
-            anonymous = await self.catalog.anonymous()
-            if anonymous is None:
-                raise MissingApiKey("no API key came: send it as the X-API-Key header")
-            return anonymous
-        if not is_possible_key(api_key):
-            raise InvalidApiKey("the API key is mistyped: copy it again")
-        caller = await self.catalog.caller(hashlib.sha256(api_key.encode()).hexdigest())
-        if caller is None:
-            raise InvalidApiKey("the API key is unknown: check that it belongs to this service")
-        record = caller.api_key
-        if record is not None and not refused_too:
-            if record.status is not KeyStatus.ACTIVE:
-                raise ApiKeyRevoked("the API key was revoked: ask for a new one", key_id=record.id)
-            if record.expires_at_us is not None and record.expires_at_us * 1000 <= self._wall_clock_ns():
-                raise ApiKeyExpired("the API key has expired: ask for a new one", key_id=record.id)
-        return caller
+
+def _plan_of_descriptor(check: DescriptorCheck, caller: Caller | TidegateError) -> Plan | None:
+    """What a descriptor without a path is held against; None where nothing limits it."""
+    if isinstance(caller, TidegateError):
+        raise caller
+    if not 0 <= check.cost <= MAX_COST:
+        raise BadRequest(f"cost {clip(check.cost)} must be a whole number from 0 to {MAX_COST}", field="cost")
+    entries = check.entries
+    charges = [
+        (each.compiled.rule.mode, Charge(((each.compiled.limits, each.subject(entries, caller.subject)),), check.cost))
+        for each in caller.tier.match_entries(entries)
+    ]
+    enforced = next((charge for mode, charge in charges if mode is Mode.ENFORCE), None)
+    watched = [charge for mode, charge in charges if mode is Mode.SHADOW]
+    if enforced is None and not watched:
+        return None
+    if enforced is None:
+        return Plan(Decision(True, open_tier=caller.tier.tier.name), watched)
+    return Plan(None, [enforced, *watched])
 
 
 def _own_sets(tier: CompiledTier) -> list[LimitSet]:
@@ -364,35 +372,6 @@ def _own_sets(tier: CompiledTier) -> list[LimitSet]:
     return found if tier.limits is None else [tier.limits, *found]
 
 
-def _peeked(outcome: Outcome, charge: Charge) -> Decision:
-    """What was seen of a counter; nothing, where the store did not answer."""
-    if isinstance(outcome, StoreUnavailable):
-        return Decision(False, limits=charge.counters[0][0], degraded=True)
-    return outcome
-
-
 def _require_text(value: object, field: str) -> None:
     if value is not None and type(value) is not str:
         raise BadRequest(f"{field} must be a string", field=field)
-
-
-def _client(ip: str) -> str:
-    """What counts as one client of any address, however it is written."""
-    canonical = canonical_ip(ip)
-    return ipv6_client(canonical) if ":" in canonical else canonical
-
-
-@lru_cache(maxsize=65_536)
-def ipv6_client(ip: str) -> str:
-    """What counts as one client of an IPv6 address: its /64.
-
-    Args:
-        ip: the address, canonical.
-
-    Returns:
-        The network.
-
-    Raises:
-        ValueError: if it is no IPv6 address.
-    """
-    return str(ipaddress.IPv6Network((ip, IPV6_PREFIX), strict=False))

@@ -22,6 +22,7 @@ from tidegate.catalog.editing import CatalogEditor
 from tidegate.catalog.following import Follower
 from tidegate.catalog.policy_file import load_policy
 from tidegate.catalog.tokens import first_token
+from tidegate.catalog.unknown_keys import UnknownKeyLimit
 from tidegate.catalog.watch import watch_policy
 from tidegate.counters import CounterStore
 from tidegate.counters.factory import open_counters
@@ -36,6 +37,7 @@ from tidegate.errors import CatalogError, PolicyError, SettingsError
 from tidegate.gate import Gate, Observer
 from tidegate.listening import AsgiListener, Listener, admin_address, free_address, grpc_address
 from tidegate.opening import open_catalog, open_channel, share_catalog
+from tidegate.paths import STRICT, PathRules
 from tidegate.policy import Policy
 from tidegate.settings import Settings, join_address, parse_address
 from tidegate.telemetry.access import AccessLog
@@ -85,6 +87,7 @@ class Instance:
         self._admin: AsgiListener | None = None
         self._grpc: GrpcListener | None = None
         self._tracing: Tracing | None = None
+        self._paths = STRICT
         self._stack = contextlib.AsyncExitStack()
         self._tasks: list[asyncio.Task[None]] = []
         self._reloads: list[Callable[[], None]] = []
@@ -100,6 +103,7 @@ class Instance:
         """
         settings = self.settings
         require_shared_counters(settings)
+        self._paths = PathRules.of(settings.paths.encoded_slashes, settings.paths.decode_unreserved)
         find = parse_address if self._shares_port else free_address
         host, port = find(settings.server.http, "server.http")
         admin = admin_address(settings, port, find)
@@ -115,20 +119,28 @@ class Instance:
         channel = open_channel(settings, store)
         self.catalog = await open_catalog(settings, channel)
         self._own("database", self.catalog.ping, self.catalog.close)
-        shared = share_catalog(settings, self.catalog, store)
+        shared = await share_catalog(settings, self.catalog, store)
         if shared is not None:
             self._stack.push_async_callback(shared.settle)
         source = self.catalog if shared is None else shared
         if policy_path is not None:
             await self._first_policy(policy_path)
+        elif (released := await self.catalog.release_policy()) is not None:
+            logger.warning(
+                "no policy file is given, but one made %d tiers and %d API keys of this catalog: they stay active and are "
+                "released to operators, who can change and revoke them; see 'tidegate keys list'",
+                released.tiers,
+                released.api_keys,
+            )
         self.cached = CachedCatalog(
             source,
             l1_ttl_s=settings.cache.l1_ttl_s,
             stale_if_error_s=settings.cache.stale_if_error_s,
             max_keys=settings.cache.max_keys,
+            unknown_keys=UnknownKeyLimit(bound) if (bound := settings.catalog.unknown_keys_per_minute) else None,
         )
         access = AccessLog(settings.server.access_log_sample) if settings.server.access_log_sample else None
-        gate = Gate(self.cached, self._counted(), self._observer(access))
+        gate = Gate(self.cached, self._counted(), self._observer(access), lookup_timeout_s=2 * settings.catalog.timeout_s)
         self.data_plane = DataPlane(
             gate,
             {
@@ -142,6 +154,7 @@ class Instance:
             TrustedProxies(settings.server.trusted_proxies),
             settings.server.body_timeout_s,
             access,
+            self._paths,
         )
         collect_cache(self.metrics, self.cached, shared, self.catalog.database)
         collect_counters(self.metrics, self.counters)
@@ -249,7 +262,7 @@ class Instance:
         from tidegate.doors.grpc.service import RateLimitService
 
         envoy = self.settings.envoy
-        service = RateLimitService(gate, envoy, self.metrics.observe)
+        service = RateLimitService(gate, envoy, self.metrics.observe, self._paths)
         if envoy.config:
             from tidegate.doors.grpc.watching import load_domains, watch_domains
 

@@ -44,6 +44,23 @@ def is_possible_key(api_key: str) -> bool:
     return FORM.fullmatch(api_key) is not None and not is_mistyped(api_key)
 
 
+def why_impossible(api_key: str) -> str:
+    """Why no key of ours can be this one, for whoever sent it.
+
+    Args:
+        api_key: a key that `is_possible_key` refuses; it is not repeated.
+
+    Returns:
+        What is wrong, and the remedy.
+    """
+    if is_mistyped(api_key):
+        return "the API key is mistyped: copy it again"
+    return (
+        "the API key is mistyped, or made by another service: keys have 16 to 128 of letters, digits, '_' and '-'; one that was "
+        "imported by its digest must have this form as well"
+    )
+
+
 def hash_api_key(api_key: str) -> str:
     """The digest under which a key is stored. Keys are random, so a plain SHA-256 needs no salt.
 

@@ -6,6 +6,7 @@ import enum
 import math
 import re
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from typing import Final, TypeVar
 
 import msgspec
@@ -175,8 +176,24 @@ class LimitSet:
         self.tier = tier
         self.quotas = quotas or ", ".join(quota_text(limit) for limit in self.limits)
 
+    def single_sets(self) -> tuple[LimitSet, ...]:
+        """A set of each limit by itself, with the name of this one; the last ones that were made are kept.
+
+        Returns:
+            One for each limit, in order.
+        """
+        return _single_sets(self)
+
     def __repr__(self) -> str:
         return f"LimitSet({self.name!r}, {self.algorithm}, {[limit.text for limit in self.limits]})"
+
+
+@lru_cache(maxsize=1024)
+def _single_sets(limits: LimitSet) -> tuple[LimitSet, ...]:
+    return tuple(
+        LimitSet(limits.name, limits.algorithm, (limit,), limits.on_failure, rule=limits.rule, tier=limits.tier)
+        for limit in limits.limits
+    )
 
 
 def quota_text(limit: Limit) -> str:

@@ -7,13 +7,15 @@ what ten do. Nothing is remembered per path: an attacker who varies paths grows 
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import TypeAlias
 
 import msgspec
 
 from tidegate.descriptors import entries_subject, entry_matches
+from tidegate.globs import GlobIndex, endpoint_matcher
 from tidegate.limits import Algorithm, Limit, LimitSet
 from tidegate.policy import Mode, Override, Rule, Subject, Tier
 
@@ -27,15 +29,16 @@ class CompiledRule:
         rule: the rule.
         limits: its limits, ready to be counted.
         order: its place in the tier, the last tie-break.
+        head_is_named: whether a rule of the same endpoint and mode names HEAD; see `counted_methods`.
     """
 
     __slots__ = ("limits", "methods", "rank", "rule", "subject")
 
-    def __init__(self, rule: Rule, limits: LimitSet, order: int) -> None:
+    def __init__(self, rule: Rule, limits: LimitSet, order: int, head_is_named: bool = False) -> None:
         self.rule = rule
         self.limits = limits
         self.subject = rule.subject
-        self.methods = frozenset(rule.methods) if rule.methods else None
+        self.methods = counted_methods(rule.methods, head_is_named)
         self.rank = _rank(rule, order)
 
     def __repr__(self) -> str:
@@ -102,8 +105,14 @@ class CompiledTier:
             labelled = [msgspec.structs.replace(limit, label=f"tier {limit.text}") for limit in tier_limits]
             self.limits = LimitSet(tier.name, Algorithm.SLIDING_WINDOW, labelled, tier=tier.name)
             suffix = ", " + self.limits.quotas
+        heads = {(rule.endpoint, rule.mode) for rule in tier.rules if "HEAD" in rule.methods}
         compiled = [
-            CompiledRule(rule, _limit_set(tier, rule, other.get(rule.name, rule.limits), suffix), order)
+            CompiledRule(
+                rule,
+                _limit_set(tier, rule, other.get(rule.name, rule.limits), suffix),
+                order,
+                (rule.endpoint, rule.mode) in heads,
+            )
             for order, rule in enumerate(tier.rules)
         ]
         # What is preferred first: the highest priority, then the most specific pattern.
@@ -165,6 +174,9 @@ def _rank(rule: Rule, order: int) -> _Rank:
     return (-rule.priority, int(stars > 0), int(parameters > 0), -literal, stars, parameters, int(not rule.methods), order)
 
 
+_Candidate: TypeAlias = tuple[CompiledRule, Callable[[str], bool] | None]
+
+
 class _Node:
     """A place in the trie of segment patterns."""
 
@@ -173,19 +185,19 @@ class _Node:
     def __init__(self) -> None:
         self.literal: dict[str, _Node] = {}
         self.parameter: _Node | None = None
-        self.rules: list[CompiledRule] = []
+        self.rules: list[_Candidate] = []
 
 
 class _Index:
     """All rules of one kind, found by path."""
 
-    __slots__ = ("_beginnings", "_first_pattern", "_lengths", "_literal", "_root")
+    __slots__ = ("_first_pattern", "_literal", "_roots", "_stars")
 
     def __init__(self, rules: Iterable[CompiledRule]) -> None:
         self._literal: dict[str, tuple[CompiledRule, ...]] = {}
-        self._root: _Node | None = None
-        # literal beginning → lengths of the literal ends there, and literal end → rules with their expressions
-        self._beginnings: dict[str, tuple[list[int], dict[str, list[tuple[CompiledRule, re.Pattern[str] | None]]]]] = {}
+        # number of segments → trie of the patterns that have so many
+        self._roots: dict[int, _Node] = {}
+        self._stars: GlobIndex[_Candidate] = GlobIndex()
         patterns = []
         for rule in sorted(rules, key=lambda each: each.rank):
             endpoint = rule.rule.endpoint
@@ -197,11 +209,10 @@ class _Index:
                 patterns.append(rule)
             else:
                 self._literal[endpoint] = (*self._literal.get(endpoint, ()), rule)
-        self._lengths = sorted({len(beginning) for beginning in self._beginnings}, reverse=True)
         self._first_pattern: _Rank | None = min((rule.rank for rule in patterns), default=None)
 
     def __bool__(self) -> bool:
-        return bool(self._literal or self._root or self._beginnings)
+        return bool(self._literal or self._roots or self._stars)
 
     def best(self, method: str, path: str) -> CompiledRule | None:
         found: CompiledRule | None = None
@@ -211,75 +222,80 @@ class _Index:
                 break
         if self._first_pattern is None or (found is not None and found.rank < self._first_pattern):
             return found
-        for rule in self._patterns(path):
-            if (found is None or rule.rank < found.rank) and (rule.methods is None or method in rule.methods):
+        for rule, matches in self._candidates(path):
+            if (
+                (found is None or rule.rank < found.rank)
+                and (rule.methods is None or method in rule.methods)
+                and (matches is None or matches(path))
+            ):
                 found = rule
         return found
 
     def every(self, method: str, path: str) -> tuple[CompiledRule, ...]:
-        return tuple(
+        literal = (rule for rule in self._literal.get(path, ()) if rule.methods is None or method in rule.methods)
+        patterns = (
             rule
-            for rules in (self._literal.get(path, ()), self._patterns(path))
-            for rule in rules
-            if rule.methods is None or method in rule.methods
+            for rule, matches in self._candidates(path)
+            if (rule.methods is None or method in rule.methods) and (matches is None or matches(path))
         )
+        return (*literal, *patterns)
 
-    def _patterns(self, path: str) -> Iterator[CompiledRule]:
-        for length in self._lengths:
-            entry = self._beginnings.get(path[:length])
-            if entry is None:
-                continue
-            end_lengths, by_end = entry
-            for end_length in end_lengths:
-                if length + end_length > len(path):
-                    break
-                for rule, expression in by_end.get(path[len(path) - end_length :], ()):
-                    if expression is None or expression.fullmatch(path):
-                        yield rule
-        if self._root is not None:
-            yield from _walk(self._root, path.split("/"), 1)
+    def _candidates(self, path: str) -> Iterator[_Candidate]:
+        """Rules whose pattern may match, each at most once, with what decides it; None where it does match."""
+        stars = self._stars.candidates(path)
+        root = self._roots.get(path.count("/")) if self._roots else None
+        return stars if root is None else itertools.chain(stars, _walk(root, path.split("/")))
 
     def _add_star(self, rule: CompiledRule) -> None:
         endpoint = rule.rule.endpoint
         beginning = re.split(r"[*{]", endpoint, maxsplit=1)[0]
         end = re.split(r"[*}]", endpoint)[-1]
-        simple = endpoint == f"{beginning}*{end}"
-        expression = None if simple else re.compile(_expression(endpoint), re.DOTALL)
-        lengths, by_end = self._beginnings.setdefault(beginning, ([], {}))
-        by_end.setdefault(end, []).append((rule, expression))
-        if len(end) not in lengths:
-            lengths.append(len(end))
-            lengths.sort()
+        matches = None if endpoint == f"{beginning}*{end}" else endpoint_matcher(endpoint)
+        self._stars.add(beginning, end, (rule, matches))
 
     def _add_segments(self, rule: CompiledRule) -> None:
-        node = self._root = self._root or _Node()
-        for segment in rule.rule.endpoint.split("/")[1:]:
+        segments = rule.rule.endpoint.split("/")[1:]
+        node = self._roots.setdefault(len(segments), _Node())
+        for segment in segments:
             if segment.startswith("{"):
                 node.parameter = node.parameter or _Node()
                 node = node.parameter
             else:
                 node = node.literal.setdefault(segment, _Node())
-        node.rules.append(rule)
+        node.rules.append((rule, None))
 
 
-def _walk(node: _Node, segments: list[str], at: int) -> Iterator[CompiledRule]:
-    if at == len(segments):
+def _walk(root: _Node, segments: list[str]) -> Iterator[_Candidate]:
+    """Level by level, so that each node is looked at once: the work is bounded by the trie, whatever the path."""
+    nodes = [root]
+    for segment in segments[1:]:
+        following = []
+        for node in nodes:
+            literal = node.literal.get(segment)
+            if literal is not None:
+                following.append(literal)
+            if node.parameter is not None and segment:
+                following.append(node.parameter)
+        if not following:
+            return
+        nodes = following
+    for node in nodes:
         yield from node.rules
-        return
-    segment = segments[at]
-    literal = node.literal.get(segment)
-    if literal is not None:
-        yield from _walk(literal, segments, at + 1)
-    if node.parameter is not None and segment:
-        yield from _walk(node.parameter, segments, at + 1)
 
 
-def _expression(endpoint: str) -> str:
-    parts: Mapping[str, str] = {"*": ".*"}
-    return "".join(
-        parts.get(piece, "[^/]+" if piece.startswith("{") else re.escape(piece))
-        for piece in re.split(r"(\*|\{[^}]*\})", endpoint)
-    )
+def counted_methods(methods: Collection[str], head_is_named: bool) -> frozenset[str] | None:
+    """The methods that a rule counts. HEAD is answered as GET is (RFC 9110, 9.3.2), so it costs the service the same.
+
+    Args:
+        methods: that the rule names; empty for all.
+        head_is_named: whether a rule of the same tier, endpoint and mode names HEAD: then HEAD is that rule's.
+
+    Returns:
+        The methods, HEAD with GET; None for all.
+    """
+    if not methods:
+        return None
+    return frozenset(methods) | {"HEAD"} if "GET" in methods and not head_is_named else frozenset(methods)
 
 
 def counted_by(kind: Subject, has_key: bool) -> Subject:

@@ -85,7 +85,7 @@ def open_channel(settings: Settings, store: RedisCounters | None) -> Channel | N
     return PostgresChannel(settings.catalog.url, settings.catalog.timeout_s)
 
 
-def share_catalog(settings: Settings, catalog: SqlCatalog, store: RedisCounters | None) -> SharedCatalog | None:
+async def share_catalog(settings: Settings, catalog: SqlCatalog, store: RedisCounters | None) -> SharedCatalog | None:
     """The cache that instances share, where there is a Redis for it, and a database that is worth it.
 
     Args:
@@ -95,10 +95,15 @@ def share_catalog(settings: Settings, catalog: SqlCatalog, store: RedisCounters 
 
     Returns:
         The catalog with the cache; None where there is none: a SQLite file is faster than Redis, and each machine has its own.
+
+    Raises:
+        CatalogUnavailable: if the secret of the cache is to be had from the database, and it does not answer.
     """
     if store is None or not is_postgres(settings.catalog.url):
         return None
-    return SharedCatalog(catalog, store, settings.cache.l2_ttl_s)
+    given = settings.cache.secret
+    secret = given.encode() if given else await catalog.cache_secret()
+    return SharedCatalog(catalog, store, secret, settings.cache.l2_ttl_s)
 
 
 def database_options(settings: CatalogSettings) -> DatabaseOptions:

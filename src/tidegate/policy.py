@@ -15,15 +15,20 @@ import msgspec
 from tidegate.descriptors import PREFIX as DESCRIPTOR
 from tidegate.descriptors import canonical_descriptor, descriptor_entries
 from tidegate.errors import PolicyError
+from tidegate.globs import Glob
 from tidegate.keys import FORM, hash_api_key, is_mistyped
 from tidegate.limits import Algorithm, Limit, OnFailure, fit_limits, member_of, short
-from tidegate.paths import canonical_path
+from tidegate.paths import PathRules, canonical_path
 
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}", re.ASCII)
 _MAX_RULE_NAME: Final = 256
 _RULE_NAME: Final = re.compile(r"[\x20-\x7e]{1,256}", re.ASCII)
 _METHOD: Final = re.compile(r"[A-Z][A-Z0-9_-]{0,31}", re.ASCII)
+# A pattern may have encoded slashes, whether or not the setting paths.encoded_slashes lets such paths through.
+_PATTERN_PATHS: Final = PathRules((Glob("*"),))
 _SHA256: Final = re.compile(r"[0-9a-f]{64}", re.ASCII)
+_NO_KEY: Final = frozenset((hash_api_key(""), hash_api_key("\n")))
+"""What `sha256sum` says where the variable that should have held the key was empty."""
 
 
 class Subject(enum.StrEnum):
@@ -218,6 +223,7 @@ class ApiKey(msgspec.Struct, frozen=True, gc=False):
         expires_at_us: µs since the epoch (UTC) from which the key is refused; None for never.
         overrides: other limits for this key.
         managed_by_file: whether the policy file owns it.
+        counts_as: id of the key that it replaced, whose counters it goes on with; empty where it replaced none.
     """
 
     sha256: str
@@ -227,11 +233,17 @@ class ApiKey(msgspec.Struct, frozen=True, gc=False):
     expires_at_us: int | None = None
     overrides: tuple[Override, ...] = ()
     managed_by_file: bool = False
+    counts_as: str = ""
 
     @property
     def id(self) -> str:
-        """The key's public name: the first 24 hex digits of its digest. Counters and logs use it."""
+        """The key's public name: the first 24 hex digits of its digest. Logs use it."""
         return self.sha256[:24]
+
+    @property
+    def owner(self) -> str:
+        """The id that counters use: that of the first key of its owner, however often it was rotated since."""
+        return self.counts_as or self.id
 
 
 class Policy(msgspec.Struct, frozen=True, gc=False):
@@ -275,7 +287,7 @@ def canonical_pattern(endpoint: object) -> str:
         else:
             segments.append(segment)
     probe = "/" + "/".join(segments)
-    canonical, remedy = canonical_path(probe)
+    canonical, remedy = canonical_path(probe, _PATTERN_PATHS)
     if canonical is None:
         raise PolicyError(f"endpoint {endpoint!r}: {remedy}")
     if canonical != probe:
@@ -301,6 +313,8 @@ def parse_key_digest(api_key: object = None, sha256: object = None) -> str:
     if sha256 is not None:
         if not isinstance(sha256, str) or not _SHA256.fullmatch(sha256.lower()):
             raise PolicyError(f"sha256 {short(sha256)} must be 64 hex digits: printf %s KEY | sha256sum")
+        if sha256.lower() in _NO_KEY:
+            raise PolicyError("sha256 is the digest of no text at all, so no API key matches it: printf %s KEY | sha256sum")
         return sha256.lower()
     if not isinstance(api_key, str) or not FORM.fullmatch(api_key):
         raise PolicyError("a 'key' must be 16 to 128 of letters, digits, '_' and '-'")

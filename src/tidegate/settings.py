@@ -60,6 +60,18 @@ class PolicySettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     file: str | None = None
 
 
+class PathSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """`[paths]`: spellings of paths that are refused unless an API needs them.
+
+    Args:
+        encoded_slashes: patterns with `*` for the paths that may have `%2F`.
+        decode_unreserved: whether an escape of an unreserved character, such as `%7E`, is read as the character.
+    """
+
+    encoded_slashes: tuple[str, ...] = ()
+    decode_unreserved: bool = False
+
+
 class CatalogSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """`[catalog]`: where policy lives.
 
@@ -71,6 +83,7 @@ class CatalogSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         pool_size: most connections for reading to each database server; another 4 to the primary are for writing.
         timeout_s: how long a database may take to answer, s.
         poll_s: how often changes made by other processes are looked for where they are not announced, s.
+        unknown_keys_per_minute: most look-ups of unknown API keys for one client address in one process; 0 for no bound.
     """
 
     url: str = "sqlite:///tidegate.db"
@@ -79,6 +92,7 @@ class CatalogSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     pool_size: int = 8
     timeout_s: float = 2.0
     poll_s: float = 0.5
+    unknown_keys_per_minute: int = 300
 
 
 class CounterSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -123,12 +137,15 @@ class CacheSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         l2_ttl_s: how long it is fresh in the shared cache, s.
         stale_if_error_s: how long past that it serves while the catalog fails, s.
         max_keys: most API keys cached in this process.
+        secret: seals the entries of the shared cache, 16 characters or more, the same for all instances of a catalog; where not
+            given, one is made and kept in the catalog's database.
     """
 
     l1_ttl_s: float = 60.0
     l2_ttl_s: float = 300.0
     stale_if_error_s: float = 3600.0
     max_keys: int = 100_000
+    secret: str | None = None
 
 
 class AdminSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -194,6 +211,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     server: ServerSettings = ServerSettings()
     policy: PolicySettings = PolicySettings()
+    paths: PathSettings = PathSettings()
     catalog: CatalogSettings = CatalogSettings()
     counters: CounterSettings = CounterSettings()
     breaker: BreakerSettings = BreakerSettings()
@@ -223,6 +241,7 @@ _RANGES: Final[Mapping[str, tuple[float, float]]] = {
     "catalog.pool_size": (1, 1000),
     "catalog.timeout_s": (0.05, 60),
     "catalog.poll_s": (0.05, 3600),
+    "catalog.unknown_keys_per_minute": (0, 1_000_000_000),
     "counters.timeout_ms": (1, 60_000),
     "counters.max_subjects": (1, 1_000_000_000),
     "counters.max_in_flight": (1, 1_000_000),
@@ -290,6 +309,12 @@ def load_settings(file: Path | None, environment: Mapping[str, str]) -> Settings
         raise SettingsError(f"settings envoy.*_entry name the entries {', '.join(entries)}: give each a name of its own")
     if not settings.envoy.domain:
         raise SettingsError("setting envoy.domain is empty: Envoy sends a domain with every request; name it here")
+    if settings.cache.secret and len(settings.cache.secret) < MIN_TOKEN_LENGTH:
+        # The secret itself is not repeated.
+        raise SettingsError(
+            f"setting cache.secret has fewer than {MIN_TOKEN_LENGTH} characters: make one with 'openssl rand -hex 32', "
+            "or leave it out for one that is kept in the catalog's database"
+        )
     if settings.admin.token and len(settings.admin.token) < MIN_TOKEN_LENGTH:
         # The token itself is not repeated.
         raise SettingsError(

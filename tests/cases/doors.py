@@ -9,6 +9,7 @@ import msgspec
 
 FREE = "demo-free-key-0001"
 TIGHT = "demo-tight-key-0001"
+READER = "demo-reader-key-001"
 REVOKED = "demo-revoked-key-01"
 EXPIRED = "demo-expired-key-01"
 OWN = "demo-own-limits-key"
@@ -62,6 +63,21 @@ limits = ["2/day"]
   priority = 9
 
 [[tiers]]
+name = "reader"
+  [[tiers.rules]]
+  endpoint = "/items"
+  limits = ["2/minute"]
+  methods = ["GET"]
+  [[tiers.rules]]
+  endpoint = "/pages"
+  limits = ["1/minute"]
+  methods = ["GET"]
+  [[tiers.rules]]
+  endpoint = "/pages"
+  limits = ["2/minute"]
+  methods = ["HEAD"]
+
+[[tiers]]
 name = "open"
   [[tiers.rules]]
   endpoint = "/api/v1/*"
@@ -77,6 +93,9 @@ tier = "free"
 [[api_keys]]
 key = "{TIGHT}"
 tier = "tight"
+[[api_keys]]
+key = "{READER}"
+tier = "reader"
 [[api_keys]]
 key = "{REVOKED}"
 tier = "free"
@@ -131,6 +150,18 @@ CASES: dict[str, list[tuple[Ask, Answer]]] = {
         (Ask("/api/v1/c", "POST"), _allowed(3, 0, API)),
         (Ask("/api/v1/d"), _denied(3, API)),
         (Ask("/api/v1/d"), _denied(3, API)),
+    ],
+    "HEAD is counted under GET": [
+        (Ask("/items", "HEAD", READER), _allowed(2, 1, "GET /items", "reader")),
+        (Ask("/items", "HEAD", READER), _allowed(2, 0, "GET /items", "reader")),
+        (Ask("/items", "GET", READER), _denied(2, "GET /items", "reader")),
+        (Ask("/items", "POST", READER), Answer(200, tier="reader")),
+    ],
+    "HEAD is its own rule's where one names it": [
+        (Ask("/pages", "HEAD", READER), _allowed(2, 1, "HEAD /pages", "reader")),
+        (Ask("/pages", "GET", READER), _allowed(1, 0, "GET /pages", "reader")),
+        (Ask("/pages", "HEAD", READER), _allowed(2, 0, "HEAD /pages", "reader")),
+        (Ask("/pages", "GET", READER), _denied(1, "GET /pages", "reader")),
     ],
     "the more specific pattern answers": [
         (Ask("/api/v1/users/42"), _allowed(2, 1, "/api/v1/users/{id}")),

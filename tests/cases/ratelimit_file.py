@@ -38,6 +38,26 @@ descriptors:
   - key: path
     value: /files/deep/*
     rate_limit: {unit: hour, requests_per_unit: 9}
+  - key: inner
+    value: /api/*/items
+    rate_limit: {unit: hour, requests_per_unit: 2}
+  - key: inner
+    value: /api/*/*
+    rate_limit: {unit: hour, requests_per_unit: 9}
+  - key: inner
+    value: "*.json"
+    share_threshold: true
+    rate_limit: {unit: hour, requests_per_unit: 3}
+  - {key: text, value: x*, rate_limit: {unit: hour, requests_per_unit: 9}}
+  - {key: text, value: x*y, rate_limit: {unit: hour, requests_per_unit: 3}}
+  - {key: text, value: z*, share_threshold: true, rate_limit: {unit: hour, requests_per_unit: 3}}
+  - key: several
+    value: foo*bar*baz
+    share_threshold: true
+    rate_limit: &two {unit: hour, requests_per_unit: 2}
+  - key: merged
+    rate_limit: {<<: *two, requests_per_unit: 1_000}
+    metadata: {team: {name: one}}
   - key: shared
     value: a*
     share_threshold: true
@@ -137,6 +157,33 @@ STEPS: dict[str, tuple[Step, ...]] = {
             ("path", "/files"),
         ),
     ),
+    "wildcards anywhere in a value": (
+        _one(("inner", "/api/7/items"), left=1, limit=(2, 3)),
+        _one(("inner", "/api//items"), left=1),
+        _one(("inner", "/api/7/items"), left=0),
+        _one(("inner", "/api/7/items"), code=OVER),
+        _one(("inner", "/api/7/items/8"), left=8, limit=(9, 3)),
+        _one(("inner", "/api/items")),
+        _one(("inner", "a.json"), left=2),
+        _one(("inner", "b.json"), left=1),
+        _one(("inner", "/api/7/c.json"), left=8),
+        _one(("inner", ".json"), left=0),
+        _one(("inner", "a.json"), code=OVER),
+        _one(("several", "foo1bar2baz"), left=1),
+        _one(("several", "foobarbaz"), left=0),
+        _one(("several", "foobarbarbaz"), code=OVER),
+        _one(("several", "foobaz")),
+        _one(("several", "foobarba")),
+        _one(("several", "xfoobarbaz")),
+        _one(("several", "foobazbar")),
+    ),
+    "a value that is the text of a wildcard": (
+        _one(("text", "x*y"), left=2, limit=(3, 3)),
+        _one(("text", "x-y"), left=8, limit=(9, 3)),
+        _one(("text", "z*"), left=2, limit=(3, 3)),
+        _one(("text", "z-"), left=1),
+    ),
+    "merge keys and underscores": (_one(("merged", "x"), left=999, limit=(1000, 3)),),
     "wildcards whose values share": (
         _one(("shared", "a1"), left=1),
         _one(("shared", "a2"), left=0),

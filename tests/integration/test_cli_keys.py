@@ -110,7 +110,7 @@ STEPS: tuple[tuple[str, str, int, str, str], ...] = (
     ("", "revoke {a:.12} --reason 'leaked, 𝕏'", 0, r"revoked ID of tier free\n", r""),
     ("", "revoke {a} --reason again", 2, r"", r"tidegate: CATALOG_REFUSED: the API key ID is revoked already\n"),
     ("", "revoke {b_key} --reason leaked --json", 0, r'.*"status": "revoked".*"revoked_reason": "leaked".*', r""),
-    ("", f"revoke {FILE_KEY} --reason x", 2, r"", r"tidegate: MANAGED_BY_FILE: the API key ID stands in the policy file.*\n"),
+    ("", f"revoke {FILE_KEY} --reason x", 2, r"", r"tidegate: MANAGED_BY_FILE: the API key ID is in the policy file.*\n"),
     ("", f"rotate {FILE_KEY}", 2, r"", r"tidegate: MANAGED_BY_FILE: .*\n"),
     ("", "list --status revoked", 0, r".*Ada +revoked +TIME +- +leaked, 𝕏 +api\n.*", r""),
     ("", "show {a}", 0, r".*revoked at +TIME\nrevoked reason +leaked, 𝕏\n.*", r""),

@@ -135,7 +135,17 @@ REFUSED = {
     "twice": (HEAD + "  - key: a\n  - key: a\n", 4, "stands twice"),
     "twice with value": (HEAD + "  - {key: a, value: b}\n  - {key: a, value: b}\n", 4, "with value 'b'"),
     "wildcard twice": (HEAD + "  - {key: a, value: b*}\n  - {key: a, value: b*}\n", 4, "stands twice"),
-    "wildcard key": (HEAD + "  - key: a*\n", 3, "needs a value"),
+    "wildcard key": (HEAD + "  - key: a*\n", 3, "supported in values only"),
+    "wildcard key with a value": (HEAD + "  - {key: 'a*b', value: c}\n", 3, "supported in values only"),
+    "wildcards alike": (
+        HEAD + "".join(f"  - {{key: a, value: 'b*{number}*c'}}\n" for number in range(1001)),
+        1003,
+        "more than 1000 wildcards that begin and end as 'b*1000*c' does",
+    ),
+    "merged into itself": (HEAD + "  - &a {key: k, <<: *a}\n", 3, "merges a mapping into itself"),
+    "merged with a list": (HEAD + "  - {key: k, <<: [[]]}\n", 3, "'<<' takes a mapping"),
+    "metadata": (HEAD + "  - {key: k, metadata: text}\n", 3, "metadata is a mapping"),
+    "number in quotes": (HEAD + "  - key: a\n    rate_limit: {unit: hour, requests_per_unit: '5'}\n", 4, "without quotes"),
     "field twice": (HEAD + "  - key: a\n    key: b\n", 4, "'key' stands twice"),
     "unit": (HEAD + "  - key: a\n    rate_limit: {unit: fortnight, requests_per_unit: 1}\n", 4, "fortnight"),
     "no unit": (HEAD + "  - key: a\n    rate_limit: {requests_per_unit: 1}\n", 4, "'unit' is missing"),
@@ -144,7 +154,7 @@ REFUSED = {
     "too many": (HEAD + "  - key: a\n    rate_limit: {unit: hour, requests_per_unit: 4000000000}\n", 4, "1000000000"),
     "unlimited with unit": (HEAD + "  - key: a\n    rate_limit: {unlimited: true, unit: hour}\n", 4, "has no unit"),
     "flag": (HEAD + "  - key: a\n    shadow_mode: perhaps\n", 4, "true or false"),
-    "share": (HEAD + "  - {key: a, value: b, share_threshold: true}\n", 3, "end in '*'"),
+    "share": (HEAD + "  - {key: a, value: b, share_threshold: true}\n", 3, "values with a '*'"),
     "itself": (
         HEAD + "  - key: a\n    rate_limit: {name: n, replaces: [{name: n}], unit: hour, requests_per_unit: 1}\n",
         4,
@@ -178,6 +188,14 @@ def test_what_is_refused_and_where(name: str, tmp_path: Path) -> None:
     assert line is None or refused.value.line == line
 
 
+def test_merges_of_merges_cost_no_more_than_their_text(tmp_path: Path) -> None:
+    """Thirty levels, each merging the one before twice: a billion, if each merge were made anew."""
+    levels = "".join(f"  - &m{n} {{key: k{n}, <<: [*m{n - 1}, *m{n - 1}]}}\n" for n in range(1, 31))
+    file = tmp_path / "r.yaml"
+    file.write_text(HEAD + "  - &m0 {key: k0, rate_limit: {unit: hour, requests_per_unit: 1}}\n" + levels)
+    assert load_ratelimit(file)[0].limits == 31
+
+
 def test_a_directory_has_a_domain_in_each_file(tmp_path: Path) -> None:
     with pytest.raises(PolicyError, match=r"no \.yaml file"):
         load_ratelimit(tmp_path)
@@ -201,9 +219,9 @@ def test_the_command_says_what_the_server_would(tmp_path: Path) -> None:
     file = tmp_path / "config.yaml"
     file.write_text(CONFIG)
     told = _check(str(file))
-    assert (told.returncode, told.stdout) == (0, f"{file}: valid: domain peer, 16 limits\n")
+    assert (told.returncode, told.stdout) == (0, f"{file}: valid: domain peer, 24 limits\n")
     assert "'detailed_metric' shapes that program's statistics only" in told.stderr
-    assert json.loads(_check(str(file), "--json").stdout)["domains"] == [{"domain": "peer", "limits": 16}]
+    assert json.loads(_check(str(file), "--json").stdout)["domains"] == [{"domain": "peer", "limits": 24}]
     file.write_text(REFUSED["quota"][0])
     refused = _check(str(file))
     assert refused.returncode == 2

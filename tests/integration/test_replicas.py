@@ -37,6 +37,7 @@ POLICY = """\
 name = "free"
 limits = ["1000/day"]
 """
+SECRET = b"secret of this test's catalog"
 CONNECT_S = 2.0
 """The least that libpq waits for a host."""
 SLACK_S = 20.0
@@ -467,7 +468,7 @@ async def test_a_change_that_is_lost_with_its_primary_is_forgotten(
     key, other = await make_keys(catalogs[0], 2)
     await asyncio.to_thread(cluster.wait_caught_up)
     stores = [RedisCounters(redis_server.url, 0.5) for _ in range(2)]
-    shared = [SharedCatalog(catalog, store) for catalog, store in zip(catalogs, stores, strict=True)]
+    shared = [SharedCatalog(catalog, store, SECRET) for catalog, store in zip(catalogs, stores, strict=True)]
     saw_it, slept = caches = [CachedCatalog(each) for each in shared]
 
     async def look(at: int) -> None:

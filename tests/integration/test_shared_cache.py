@@ -16,14 +16,21 @@ from tests.servers.redis_server import RedisServer
 from tests.servers.tcp_proxy import TcpProxy
 from tidegate.catalog.cached import CachedCatalog
 from tidegate.catalog.changes import Changes
-from tidegate.catalog.shared import AWAY_S, SharedCatalog
+from tidegate.catalog.shared import AWAY_S, WARN_S, SharedCatalog
+from tidegate.catalog.shared_entries import EntrySeal, KeyEntry, NameEntry, TierEntry
+from tidegate.catalog.sql import SqlCatalog
 from tidegate.counters.redis.store import RedisCounters
 from tidegate.limits import Limit
+from tidegate.opening import share_catalog
 from tidegate.policy import ApiKey, KeyStatus, Override, Rule, Tier
+from tidegate.settings import load_settings
 
 TIMEOUT_S = 0.5
 """Of Redis, where it answers: the machine may be busy."""
-WHOLE = msgspec.msgpack.encode([100, ApiKey("0" * 64, "free", name="näme", overrides=(Override("/a", (Limit.parse("7/day"),)),))])
+SECRET = b"secret of this test's catalog"
+WHOLE = EntrySeal(SECRET).seal(
+    b"k:" + b"0" * 64, KeyEntry(100, ApiKey("0" * 64, "free", name="näme", overrides=(Override("/a", (Limit.parse("7/day"),)),)))
+)
 
 
 class Catalog:
@@ -85,7 +92,7 @@ async def connect() -> AsyncIterator[Callable[..., Any]]:
 
 def shared(catalog: Catalog, store: RedisCounters, ttl_s: float = 300.0, clock: Any = None) -> SharedCatalog:
     source: Any = catalog
-    return SharedCatalog(source, store, ttl_s) if clock is None else SharedCatalog(source, store, ttl_s, clock)
+    return SharedCatalog(source, store, SECRET, ttl_s) if clock is None else SharedCatalog(source, store, SECRET, ttl_s, clock)
 
 
 def digest() -> str:
@@ -242,7 +249,170 @@ async def test_what_is_no_entry_is_ignored_and_written_over(
         assert (await cache.read_key(key))[1] is not None
         await cache.settle()
     assert catalog.asked == [key]
-    assert (cache.hits, cache.misses, cache.errors) == (1, 1, 0)
+    assert (cache.hits, cache.misses, cache.errors, cache.refused) == (1, 1, 0, 1)
+
+
+FREE = Rule.make("/a", ["5/minute"])
+
+
+def forged(entry: ApiKey | Tier | str | None, secret: bytes, place: bytes, version: int = 100) -> bytes:
+    """An entry as somebody writes it who knows its form; sealed, as far as the secret that they know allows."""
+    made = (
+        KeyEntry(version, entry)
+        if isinstance(entry, ApiKey)
+        else TierEntry(version, entry)
+        if isinstance(entry, Tier)
+        else NameEntry(version, entry)
+    )
+    return EntrySeal(secret).seal(place, made)
+
+
+@pytest.mark.parametrize(
+    ("name", "forge"),
+    [
+        ("k", lambda digest: ApiKey(digest, "premium")),
+        ("k", lambda digest: ApiKey(digest, "free", KeyStatus.ACTIVE, expires_at_us=None)),
+        ("t", lambda _: Tier("free", (), ())),
+        ("a", lambda _: "premium"),
+    ],
+)
+async def test_who_can_write_redis_lets_nobody_in(
+    name: str, forge: Callable[[str], Any], connect: Callable[..., Any], redis_server: RedisServer
+) -> None:
+    """A key raised to another tier or brought back, a tier without its limits, an anonymous tier where there is none."""
+    key = digest()
+    what = {"k": f"k:{key}", "t": "t:free", "a": "a"}[name]
+
+    async def read(cache: SharedCatalog) -> Any:
+        if name == "k":
+            return (await cache.read_key(key))[1]
+        return (await cache.read_tier("free"))[1] if name == "t" else (await cache.read_anonymous())[1]
+
+    cache = shared(Catalog(), await connect(redis_server.url))
+    told = await read(cache)
+    await cache.settle()
+    _, place = cache._place(what)
+    sealed = redis_server.must("GET", place)
+    entry = forge(key)
+    plain = msgspec.msgpack.encode([100, entry])
+    for raw in (plain, bytes(32) + plain, forged(entry, b"another secret", what.encode()), sealed[:32] + plain):
+        assert raw != sealed
+        redis_server.must("SET", place, raw, "EX", 60)
+        before = cache.refused
+        assert await read(cache) == told
+        await cache.settle()
+        assert cache.refused == before + 1
+    assert redis_server.must("GET", place) == sealed, "it is written over"
+    redis_server.must("DEL", place)
+
+
+async def test_an_entry_that_is_moved_to_another_place_is_not_taken(
+    connect: Callable[..., Any], redis_server: RedisServer
+) -> None:
+    """Sealed by ourselves, but of another key, another tier, or another kind of thing."""
+    catalog = Catalog()
+    cache = shared(catalog, await connect(redis_server.url))
+    mine, paid = digest(), digest()
+    await cache.read_key(paid)
+    await cache.read_tier("paid")
+    await cache.settle()
+    _, paid_place = cache._place(f"k:{paid}")
+    _, my_place = cache._place(f"k:{mine}")
+    redis_server.must("SET", my_place, redis_server.must("GET", paid_place), "EX", 60)
+    found = (await cache.read_key(mine))[1]
+    assert found is not None
+    assert found.sha256 == mine
+    _, tier_place = cache._place("t:moved")
+    redis_server.must("SET", tier_place, redis_server.must("GET", cache._place("t:paid")[1]), "EX", 60)
+    tier = (await cache.read_tier("moved"))[1]
+    assert tier is not None
+    assert tier.name == "moved"
+    assert cache.refused == 2
+    await cache.settle()
+
+
+@pytest.mark.parametrize(
+    ("what", "entry"),
+    [
+        ("k:" + "0" * 64, ApiKey("1" * 64, "free")),
+        ("k:" + "0" * 64, ApiKey("0" * 64, "")),
+        ("k:" + "0" * 64, ApiKey("0" * 64, "free", counts_as="i:203.0.113.7")),
+        ("k:" + "0" * 64, ApiKey("0" * 64, "free", overrides=(Override("", (Limit(-5, 60_000_000),)),))),
+        ("k:" + "0" * 64, ApiKey("0" * 64, "free", overrides=(Override("", (Limit(5, 0),)),))),
+        ("t:t", Tier("other")),
+        ("t:t", Tier("t", (), (Limit(5, 60_000_000, calendar_month=True),))),
+        ("t:t", Tier("t", (), (Limit(5, 1_500_000),))),
+        ("t:t", Tier("t", (msgspec.structs.replace(FREE, limits=()),))),
+        ("t:t", Tier("t", (msgspec.structs.replace(FREE, limits=(Limit(0, 60_000_000),)),))),
+        ("t:t", Tier("t", (msgspec.structs.replace(FREE, limits=(Limit(5, 60_000_000, burst=3),)),))),
+        ("t:t", Tier("t", (FREE, FREE))),
+        ("t:t", Tier("t", (msgspec.structs.replace(FREE, name=""),))),
+    ],
+)
+async def test_a_sealed_entry_is_validated_as_a_row_of_the_database_is(what: str, entry: ApiKey | Tier) -> None:
+    """As a fault of ours, or an instance of another version that shares the secret, may write it."""
+    store: Any = Store(forged(entry, SECRET, what.encode()))
+    catalog = Catalog()
+    cache = shared(catalog, store)
+    found = (await cache.read_key("0" * 64))[1] if what[0] == "k" else (await cache.read_tier("t"))[1]
+    assert found is not None
+    assert found != entry
+    assert (cache.refused, len(catalog.asked)) == (1, 1)
+    await cache.settle()
+
+
+async def test_what_a_catalog_writes_is_taken_again(redis: Any, connect: Callable[..., Any]) -> None:
+    """Every form of limit passes its own validation."""
+
+    class Forms(Catalog):
+        async def read_tier(self, name: str, least: int = 0) -> tuple[int, Tier | None]:
+            rules = [
+                Rule.make("/w", ["3/minute", "5/90s", "7/36h", "9/day", "11/month", "13/366d"]),
+                Rule.make("/b", ["5/s burst 9"], algorithm="token_bucket"),
+                Rule.make("/l", ["5/7m"], algorithm="leaky_bucket"),
+                Rule.make("descriptor:a=*", ["5/day"], algorithm="sliding_log"),
+            ]
+            self.asked.append(name)
+            return self.now, Tier.make(name, rules, ["1000000000/month"])
+
+    catalog = Forms()
+    cache = shared(catalog, await connect(redis.url))
+    name = f"t{secrets.token_hex(8)}"
+    told = await cache.read_tier(name)
+    await cache.settle()
+    assert await cache.read_tier(name) == told
+    assert (cache.refused, catalog.asked) == (0, [name])
+
+
+async def test_catalogs_with_other_secrets_share_a_redis_and_nothing_in_it(
+    connect: Callable[..., Any], redis_server: RedisServer
+) -> None:
+    store = await connect(redis_server.url)
+    one, other = Catalog(), Catalog(version=200)
+    first = SharedCatalog(one, store, b"secret of one")  # type: ignore[arg-type]
+    second = SharedCatalog(other, store, b"secret of the other")  # type: ignore[arg-type]
+    key = digest()
+    for _ in range(2):
+        assert (await first.read_key(key))[0] == 100
+        assert (await second.read_key(key))[0] == 200
+        await first.settle()
+        await second.settle()
+    assert (one.asked, other.asked) == ([key], [key])
+    assert (first.refused, second.refused) == (0, 0)
+
+
+async def test_the_log_says_once_in_a_while_that_entries_are_refused(caplog: pytest.LogCaptureFixture) -> None:
+    store: Any = Store(b"x" * 100)
+    clock = FakeClock()
+    cache = shared(Catalog(), store, clock=clock)
+    for _ in range(50):
+        await cache.read_key("0" * 64)
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    clock.now += WARN_S
+    await cache.read_key("0" * 64)
+    assert len(caplog.records) == 2
+    assert cache.refused == 51
+    await cache.settle()
 
 
 async def test_a_key_of_another_type_costs_no_answer(connect: Callable[..., Any], redis_server: RedisServer) -> None:
@@ -284,6 +454,7 @@ def test_no_bytes_whatever_break_a_look_up(drawn: bytes | tuple[int, bytes]) -> 
         cache = shared(Catalog(), store)
         _, api_key = await cache.read_key("0" * 64)
         assert isinstance(api_key, ApiKey)
+        assert cache.hits == (raw == WHOLE), "nothing is taken that was changed, whatever it still reads as"
         _, tier = await cache.read_tier("t")
         assert isinstance(tier, Tier)
         await cache.read_anonymous()
@@ -382,3 +553,33 @@ async def test_both_levels_share_a_thousand_misses(redis: Any, connect: Callable
         assert catalog.asked.count(key) == queries // 2
         assert len(catalog.asked) <= queries
         assert (cache.hits + cache.misses) == 2
+
+
+async def test_instances_of_one_database_have_one_secret_without_being_given_it(catalog_url: str) -> None:
+    first, second = [await SqlCatalog.open(catalog_url) for _ in range(2)]
+    version = await first.version()
+    made = await asyncio.gather(first.cache_secret(), second.cache_secret())
+    assert len(set(made)) == 1
+    assert len(made[0]) == 64
+    assert await second.cache_secret() == made[0]
+    assert await first.version() == version, "no check reads it"
+    await first.close()
+    await second.close()
+
+
+async def test_the_secret_of_the_settings_goes_first(catalog_url: str, redis_server: RedisServer) -> None:
+    catalog = await SqlCatalog.open(catalog_url)
+    store = RedisCounters(redis_server.url)
+    url = "postgresql://x@localhost/x"
+
+    async def form(**environment: str) -> str:
+        settings = load_settings(None, {"TIDEGATE_CATALOG__URL": url, **environment})
+        made = await share_catalog(settings, catalog, store)
+        assert made is not None
+        return made._form
+
+    given = {"TIDEGATE_CACHE__SECRET": "0123456789abcdef"}
+    assert await form() == await form() == await form(TIDEGATE_CACHE__SECRET="")
+    assert await form(**given) == await form(**given) != await form()
+    await catalog.close()
+    await store.close()

@@ -81,7 +81,7 @@ async def test_rows_made_otherwise_stay(catalog: SqlCatalog) -> None:
     with pytest.raises(CatalogError, match="still use it"):
         await catalog.apply_policy(parse_policy(OTHER), "3")
     claim = f'[[api_keys]]\nsha256 = "{record.sha256}"\ntier = "free"\n'
-    with pytest.raises(CatalogError, match="made otherwise"):
+    with pytest.raises(CatalogError, match="belongs to the catalog"):
         await catalog.apply_policy(parse_policy(WHOLE + claim), "4")
     assert await catalog.version() == version
     assert [tier.name for tier in await catalog.list_tiers()] == ["free"], "a refused policy leaves nothing behind"

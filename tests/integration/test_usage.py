@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 
 from tests.cases.doors import EXPIRED, FREE, POLICY, REVOKED
+from tests.conftest import Clock
 from tidegate.catalog.cached import CachedCatalog
 from tidegate.catalog.policy_file import PolicyCatalog, parse_policy
 from tidegate.catalog.sql import SqlCatalog
 from tidegate.counters import Charge
+from tidegate.counters.guarded import GuardedCounters
 from tidegate.counters.memory import MemoryCounters
+from tidegate.counters.redis.store import RedisCounters
 from tidegate.decision import Check, Observation
 from tidegate.doors.client_address import TrustedProxies
 from tidegate.doors.http import DataPlane
 from tidegate.errors import StoreUnavailable
 from tidegate.gate import MAX_USAGE_RULES, Gate
+from tidegate.limits import Algorithm, Limit, LimitSet
+from tidegate.usage import peek
 
 IP = "203.0.113.7"
 KEYED = {"X-API-Key": FREE, "X-Real-IP": IP}
@@ -54,7 +61,11 @@ async def test_usage_over_http(gate: Gate, listen: Callable[..., Any]) -> None:
             "reset_after": 40.000001,
             "window": 60,
             "degraded": False,
+            "windows": [
+                {"limit": 2, "window": 60, "used": 1, "remaining": 1, "resets_at": "2023-11-14T22:14:00.000001Z"},
+            ],
         }
+        assert by_rule["/everyone"]["windows"][0]["resets_at"] is None, "nothing is consumed"
         assert (by_rule["/watched shadow"]["mode"], by_rule["/watched shadow"]["remaining"]) == ("shadow", 0)
         assert (by_rule["/everyone"]["remaining"], by_rule["/everyone"]["reset_after"]) == (2, 0)
         await gate.reset(FREE)
@@ -122,6 +133,96 @@ async def test_a_store_that_fails_is_told(listen: Callable[..., Any]) -> None:
         assert all(rule["degraded"] and rule["remaining"] is None for rule in rules)
 
 
+TWO = f"""
+[[tiers]]
+name = "t"
+limits = ["1000/day", "20/hour"]
+  [[tiers.rules]]
+  endpoint = "/w"
+  limits = ["5/minute", "10/day", "100/month"]
+  [[tiers.rules]]
+  endpoint = "/b"
+  algorithm = "token_bucket"
+  limits = ["60/minute burst 9", "100/day"]
+[[api_keys]]
+key = "{FREE}"
+tier = "t"
+"""
+
+
+async def test_every_window_of_a_rule_is_told(clock: Clock, listen: Callable[..., Any]) -> None:
+    gate = Gate(CachedCatalog(PolicyCatalog(parse_policy(TWO))), MemoryCounters(clock=clock))
+    await gate.check(Check.of("/w", api_key=FREE, cost=3))
+    clock.advance(120)
+    await gate.check(Check.of("/w", api_key=FREE, cost=2))
+    await gate.check(Check.of("/b", api_key=FREE, cost=4))
+    async with httpx.AsyncClient(base_url=await listen(DataPlane(gate, {}))) as client:
+        rules = (await client.get("/v1/usage", headers=KEYED)).json()["rules"]
+    told = {each["rule"]: [tuple(window.values()) for window in each["windows"]] for each in rules}
+    # A sliding window is replenished when what is left of the window before is less than one: of 9 an hour after 8/9 of the next.
+    assert told == {
+        None: [(20, 3600, 9, 11, "2023-11-14T23:53:20.000001Z"), (1000, 86_400, 9, 991, "2023-11-15T21:20:00.000001Z")],
+        "/w": [
+            (5, 60, 2, 3, "2023-11-14T22:16:30.000001Z"),
+            (10, 86_400, 5, 5, "2023-11-15T19:12:00.000001Z"),
+            (100, 2_678_400, 5, 95, "2023-12-25T19:12:00.000001Z"),
+        ],
+        "/b": [(9, 60, 4, 5, "2023-11-14T22:15:24Z"), (100, 86_400, 4, 96, "2023-11-14T23:12:56Z")],
+    }
+    assert {each["rule"]: each["window"] for each in rules} == {None: 3600, "/w": 60, "/b": 60}, "and which has the least left"
+
+
+async def test_asking_for_windows_consumes_and_moves_nothing(clock: Clock) -> None:
+    """Also where the rule has had other windows before: what a subject consumed stays where checks look for it."""
+    catalog = PolicyCatalog(parse_policy(TWO))
+    cached = CachedCatalog(catalog)
+    gate = Gate(cached, MemoryCounters(clock=clock))
+    await gate.check(Check.of("/w", api_key=FREE, cost=3))
+    catalog.replace(parse_policy(TWO.replace('"5/minute", ', "")))
+    cached.invalidate()
+    for _ in range(2):
+        assert [window.remaining for window in (await gate.usage(FREE)).rules[1].windows] == [7, 97]
+    assert not (await gate.check(Check.of("/w", api_key=FREE, cost=8))).allowed
+    assert (await gate.usage(FREE)).rules[0].windows[0].remaining == 17
+
+
+@pytest.mark.parametrize("algorithm", list(Algorithm))
+@pytest.mark.parametrize("kind", ["redis_server", "redis_cluster"])
+async def test_windows_on_redis_are_those_of_memory(algorithm: Algorithm, kind: str, request: pytest.FixtureRequest) -> None:
+    stores = (MemoryCounters(), GuardedCounters(RedisCounters(request.getfixturevalue(kind).url, 2.0)))
+    limits = LimitSet(
+        f"windows:{secrets.token_hex(8)}", algorithm, [Limit.parse(text) for text in ("7/366d", "9/200d", "30/month")]
+    )
+    one = LimitSet(f"windows:{secrets.token_hex(8)}", algorithm, [Limit.parse("3/366d")])
+    told = []
+    for store in stores:
+        for cost in (1, 1, 8):
+            await store.charge([Charge(((limits, "a"),), cost)])
+        seen = await peek(store, [(limits, "a"), (limits, "b"), (one, "a")])
+        again = await peek(store, [(limits, "a"), (limits, "b"), (one, "a")])
+        for _, windows in (*seen, *again):
+            assert [each.binding for each in windows] in ([*limits.limits], [*one.limits])
+        told.append([[each.remaining for each in windows] for _, windows in seen])
+        assert [[each.remaining for each in windows] for _, windows in again] == told[-1], "nothing is consumed"
+        for decision, windows in seen:
+            assert decision.remaining == min(each.remaining or 0 for each in windows)
+        await store.close()
+    assert told[0] == told[1]
+
+
+async def test_a_redis_that_is_away_tells_no_windows(new_redis: Callable[..., Any]) -> None:
+    redis = new_redis()
+    store = GuardedCounters(RedisCounters(redis.url, 0.2))
+    await store.start()
+    limits = LimitSet("windows", Algorithm.SLIDING_WINDOW, [Limit.parse("5/day"), Limit.parse("7/month")])
+    await peek(store, [(limits, "a")])
+    redis.kill()
+    ((decision, windows),) = await peek(store, [(limits, "a")])
+    assert (decision.degraded, windows) == (True, ())
+    assert await store.windows([(limits, "a")]) == [None]
+    await store.close()
+
+
 async def test_an_answer_is_bounded(listen: Callable[..., Any]) -> None:
     rules = "".join(f'[[tiers.rules]]\nendpoint = "/r{number}"\nlimits = ["1/month"]\n' for number in range(1001))
     text = f'[[tiers]]\nname = "t"\nlimits = ["5/s"]\n{rules}\n[[api_keys]]\nkey = "{FREE}"\ntier = "t"\n'
@@ -138,7 +239,7 @@ async def test_resets_over_a_database(tmp_path: Path) -> None:
     try:
         assert await catalog.tier_names() == []
         await catalog.apply_policy(parse_policy(POLICY), "1")
-        assert await catalog.tier_names() == ["free", "open", "tight"]
+        assert await catalog.tier_names() == ["free", "open", "reader", "tight"]
         gate = Gate(CachedCatalog(catalog), MemoryCounters())
         await gate.check(Check.of("/login", "POST", FREE, IP))
         await gate.check(Check.of("/api/v1/a", ip=IP))

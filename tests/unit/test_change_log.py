@@ -386,7 +386,7 @@ class Instance:
     """
 
     def __init__(self, truth: Truth, kept: Kept | None, remembered: int) -> None:
-        self.source: Any = truth if kept is None else SharedCatalog(cast("Any", truth), kept)
+        self.source: Any = truth if kept is None else SharedCatalog(cast("Any", truth), kept, b"secret of a test")
         self.cached = CachedCatalog(cast("Any", self), clock=lambda: 0.0)
         self.cached._last = LastChanges(remembered)
         self.loaded: dict[Item, int] = {}

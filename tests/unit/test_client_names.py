@@ -19,6 +19,7 @@ def test_public_names() -> None:
             "Quota",
             "RuleUsageBody",
             "UsageBody",
+            "WindowUsageBody",
         ),
         "read_limit_headers",
     }

@@ -14,7 +14,7 @@ from tidegate.counters.memory import MemoryCounters
 from tidegate.decision import Check, Observation
 from tidegate.descriptors import canonical_descriptor, descriptor_entries, descriptor_text, entries_subject
 from tidegate.errors import BadRequest, InvalidApiKey, PolicyError
-from tidegate.gate import Gate
+from tidegate.gate import DescriptorCheck, Gate
 from tidegate.policy import Policy
 
 KEY, OTHER = "demo-free-key-0001", "demo-other-key-0001"
@@ -63,7 +63,7 @@ def gate_of(policy: Policy, clock: Clock, seen: list[Observation] | None = None)
 async def ask(
     gate: Gate, entries: dict[str, str], key: str | None = KEY, cost: int = 1
 ) -> tuple[str | None, bool, int | None] | None:
-    plan = await gate.plan_entries(entries, key, cost)
+    (plan,) = await gate.plan_many([DescriptorCheck(entries, key, cost)])
     if plan is None:
         return None
     outcome = (await gate.decide([plan]))[0].outcome
@@ -97,10 +97,11 @@ async def test_callers_without_a_key_and_wrong_ones(clock: Clock) -> None:
     assert await ask(gate, {"remote_address": "203.0.113.7"}, None) == ("descriptor:remote_address=*", True, 0)
     assert await ask(gate, {"remote_address": "203.0.113.7"}, None) == ("descriptor:remote_address=*", False, 0)
     assert await ask(gate, {"remote_address": "203.0.113.8"}, None) == ("descriptor:remote_address=*", True, 0)
-    with pytest.raises(InvalidApiKey):
-        await gate.plan_entries({"service": "pay"}, "demo-unknown-key-01", 1)
-    with pytest.raises(BadRequest):
-        await gate.plan_entries({"service": "pay"}, KEY, -1)
+    unknown, below = await gate.plan_many(
+        [DescriptorCheck({"service": "pay"}, "demo-unknown-key-01", 1), DescriptorCheck({"service": "pay"}, KEY, -1)]
+    )
+    assert isinstance(unknown, InvalidApiKey)
+    assert isinstance(below, BadRequest)
     closed = gate_of(parse_policy(POLICY.replace('[anonymous]\ntier = "public"', "")), clock)
     assert await ask(closed, {"remote_address": "203.0.113.7"}, None) is None
 

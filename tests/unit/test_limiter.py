@@ -101,6 +101,15 @@ def test_public_names() -> None:
             "PolicyError",
             "RateLimitMiddleware",
         ),
-        *("Rule", "SettingsError", "StoreUnavailable", "Tier", "TidegateError", "__version__", "load_policy"),
+        *(
+            "Rule",
+            "SettingsError",
+            "StoreUnavailable",
+            "Tier",
+            "TidegateError",
+            "TooManyUnknownKeys",
+            "__version__",
+            "load_policy",
+        ),
     }
     assert all(hasattr(tidegate, name) for name in tidegate.__all__)

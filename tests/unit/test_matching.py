@@ -96,6 +96,31 @@ def test_methods_and_shadows() -> None:
     assert tier_of(Rule.make("/x", ["1/s"])).watchers("GET", "/x") == ()
 
 
+@pytest.mark.parametrize("mode", ["enforce", "shadow"])
+def test_head_is_counted_under_get(mode: str) -> None:
+    def found(tier: CompiledTier, path: str) -> set[str]:
+        rule = tier.match("HEAD", path)
+        return {each.rule.name for each in (*tier.watchers("HEAD", path), *([] if rule is None else [rule]))}
+
+    rules = [
+        Rule.make("/x", ["1/s"], ["GET"], mode=mode, name="get"),
+        Rule.make("/a/*/c", ["1/s"], ["GET", "POST"], mode=mode, name="star"),
+        Rule.make("/{id}/b", ["1/s"], ["GET"], mode=mode, name="segments"),
+        Rule.make("/post", ["1/s"], ["POST"], mode=mode, name="post"),
+    ]
+    tier = tier_of(*rules)
+    assert found(tier, "/x") == {"get"}
+    assert found(tier, "/a/b/c") == {"star"}
+    assert found(tier, "/7/b") == {"segments"}
+    assert found(tier, "/post") == set()
+    # A rule that names HEAD has it, whatever its place and priority, and only for its own endpoint and mode.
+    named = Rule.make("/x", ["1/s"], ["HEAD"], mode=mode, priority=-1, name="head")
+    assert found(tier_of(*rules, named), "/x") == {"head"}
+    assert found(tier_of(*rules, named), "/7/b") == {"segments"}
+    other_mode = Rule.make("/x", ["1/s"], ["HEAD"], mode="shadow" if mode == "enforce" else "enforce", name="other")
+    assert found(tier_of(*rules, other_mode), "/x") == {"get", "other"}
+
+
 pieces = st.sampled_from(["a", "b", "ab", "{id}", "*", "a*", "*b", "a*b", "v1"])
 endpoints = st.lists(pieces, min_size=1, max_size=4).map(lambda parts: "/" + "/".join(parts))
 paths = st.lists(st.sampled_from(["a", "b", "ab", "aab", "v1", "x", ""]), min_size=1, max_size=5).map(

@@ -57,6 +57,7 @@ def test_the_environment_goes_over_the_file(tmp_path: Path) -> None:
         ('[counters]\non_failure = "open"\n', "local, allow, deny"),
         ('[server]\nlog_level = "loud"\n', "debug"),
         ("[server\n", "not TOML"),
+        ('[cache]\nsecret = "short"\n', "cache.secret has fewer than 16 characters"),
     ],
 )
 def test_wrong_settings(text: str, said: str, tmp_path: Path) -> None:
@@ -66,6 +67,7 @@ def test_wrong_settings(text: str, said: str, tmp_path: Path) -> None:
         load_settings(file, {})
     assert said in refused.value.message
     assert "\n" not in refused.value.message
+    assert "short" not in refused.value.message, "no secret is repeated"
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:

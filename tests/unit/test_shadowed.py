@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tidegate.catalog.shadowed import covers
-from tidegate.matching import _expression
+from tidegate.catalog.shadowed import covers, shadow_warnings
+from tidegate.globs import endpoint_expression
 
 PATTERNS = st.lists(st.sampled_from(["/", "a", "b", "*", "/{x}", "/{y}/"]), max_size=6).map(lambda parts: "/" + "".join(parts))
 PATHS = st.text("/ab", max_size=8).map(lambda text: "/" + text)
@@ -41,8 +41,8 @@ def test_covers(wider: str, pattern: str, covered: bool) -> None:
 
 @given(wider=PATTERNS, pattern=PATTERNS, path=PATHS)
 def test_what_is_covered_is_matched(wider: str, pattern: str, path: str) -> None:
-    if covers(wider, pattern) and re.fullmatch(_expression(pattern), path, re.DOTALL):
-        assert re.fullmatch(_expression(wider), path, re.DOTALL)
+    if covers(wider, pattern) and re.fullmatch(endpoint_expression(pattern), path, re.DOTALL):
+        assert re.fullmatch(endpoint_expression(wider), path, re.DOTALL)
 
 
 @given(pattern=PATTERNS)
@@ -54,3 +54,24 @@ def test_spiteful_patterns_cost_little() -> None:
     started = time.process_time()
     assert not covers("/" + "*a" * 500, "/" + "a*" * 250 + "b" * 500)
     assert time.process_time() - started < 0.5
+
+
+def test_head_goes_with_get_where_rules_are_compared() -> None:
+    def row(number: int, endpoint: str, methods: list[str], priority: int = 0) -> dict[str, object]:
+        named = f"{' '.join(methods)} {endpoint}"
+        return {
+            "id": number,
+            "mode": "enforce",
+            "name": named,
+            "endpoint_pattern": endpoint,
+            "methods": methods,
+            "priority": priority,
+        }
+
+    wide, narrow = row(1, "/api/*", ["GET"], 5), row(2, "/api/x", ["HEAD"])
+    assert "'HEAD /api/x' never answers" in shadow_warnings("t", 2, [wide, narrow])[0]
+    # The two have one endpoint: HEAD is the second one's, and the first leaves it what it has.
+    assert shadow_warnings("t", 2, [row(1, "/api/x", ["GET"], 5), narrow]) == []
+    # GET brings HEAD along, which the wider rule does not take.
+    rows = [wide, row(3, "/api/*", ["HEAD"]), row(4, "/api/x", ["GET"], 1)]
+    assert shadow_warnings("t", 4, rows) == []

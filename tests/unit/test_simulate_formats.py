@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
+import re
 import time
 
 import pytest
@@ -126,3 +128,53 @@ def test_an_api_key_longer_than_any_is_none() -> None:
     parse = parser_of("json", "ip", None)
     assert parse('{"time":1700000000,"ip":"1.1.1.1","path":"/","api_key":"' + "k" * 129 + '"}').api_key == ""
     assert parse('{"time":1700000000,"ip":"1.1.1.1","path":"/","api_key":17}') == (AT, "1.1.1.1", "GET", "/", "1.1.1.1", "")
+
+
+@given(st.lists(st.sampled_from(["a", "/", r"\x41", r"\xc3", r"\xG1", r"\"", r"\\", r"\n", r"\é", r"\x4", "x41"]), max_size=12))
+def test_escapes_of_the_log_are_taken_off_one_by_one(parts: list[str]) -> None:
+    text = "".join(parts)
+    expected, rest = "", text
+    while rest:
+        if hexadecimal := re.match(r"\\x([0-9A-Fa-f]{2})", rest):
+            byte = int(hexadecimal[1], 16)
+            expected += chr(byte) if byte < 0x80 else f"%{byte:02X}"
+            rest = rest[4:]
+        elif rest[0] == "\\" and len(rest) > 1:
+            expected += {"n": "\n"}.get(rest[1], rest[1])
+            rest = rest[2:]
+        else:
+            expected += rest[0]
+            rest = rest[1:]
+    line = f'203.0.113.7 - - [17/May/2015:10:05:03 +0000] "GET /{text} HTTP/1.1" 200 5'
+    assert parser_of("common", "ip", None)(line).path == f"/{expected}"
+
+
+HEAD = '203.0.113.7 - - [17/May/2015:10:05:03 +0000] "GET /'
+K = 64 * 1024
+HOSTILE = {
+    "escapes": ("combined", HEAD + r"\x41" * (K // 4) + ' HTTP/1.1" 200 5 "-" "-"'),
+    "quotes": ("combined", HEAD + '\\"' * (K // 2) + ' HTTP/1.1" 200 5 "-" "-"'),
+    "a request that does not end": ("combined", HEAD + '\\"' * (K // 2)),
+    "an agent that does not end": ("combined", HEAD + ' HTTP/1.1" 200 5 "-" "' + '\\"' * (K // 2)),
+    "digits": ("combined", HEAD + ' HTTP/1.1" 200 ' + "5" * K + "x"),
+    "words": ("combined", HEAD + "GET " * (K // 4) + ' HTTP/1.1" 200 5 "-" "-"'),
+    "a user of many words": ("combined", "203.0.113.7 - " + "a " * (K // 2)),
+    "an ident": ("combined", "203.0.113.7 " + "a" * K),
+    "escapes that JSON has not": ("json", '{"time":1,"ip":"1","path":"/' + r"\x41" * (K // 4)),
+    "backslashes": ("json", '{"time":1,"ip":"1","path":"' + r"\x41" + "\\\\" * (K // 2) + r"\x4"),
+    "nesting": ("json", '{"time":' + "[" * K),
+    "columns": ("csv", "1,1,/" + "," * K),
+    "a number": ("csv", "9" * K + ",1,/"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_no_line_costs_more_than_its_length(name: str) -> None:
+    """Each takes less than 15 ms of CPU; one that were tried again from every character on would take minutes."""
+    log_format, line = HOSTILE[name]
+    parse = parser_of(log_format, "agent" if log_format == "combined" else "ip", None, None, ["time", "ip", "path"])
+    started = time.process_time()
+    detect(line)
+    with contextlib.suppress(Malformed):
+        parse(line)
+    assert time.process_time() - started < 1

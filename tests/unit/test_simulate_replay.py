@@ -97,6 +97,26 @@ def test_a_rule_blocks_and_its_shadow_only_tells() -> None:
     assert {tally.mode for (_, rule), tally in replay.tallies.items() if rule.endswith("shadow")} == {"shadow"}
 
 
+def test_head_is_counted_under_get() -> None:
+    policy = """
+    [[tiers]]
+    name = "free"
+      [[tiers.rules]]
+      endpoint = "/a"
+      algorithm = "fixed_window"
+      methods = ["GET"]
+      limits = ["3/minute"]
+      [[tiers.rules]]
+      endpoint = "/a"
+      algorithm = "fixed_window"
+      methods = ["GET"]
+      limits = ["1/minute"]
+      mode = "shadow"
+    """
+    replay = replayed([ask("/a", method=method) for method in ("HEAD", "GET", "HEAD", "HEAD")], policy=policy)
+    assert counts(replay) == {"GET /a": (3, 1), "GET /a shadow": (1, 3)}
+
+
 def test_rules_that_nothing_met_have_a_row() -> None:
     tally = replayed([ask()]).tallies[("free", "/never")]
     assert (tally.allowed, tally.blocked) == (0, 0)

@@ -7,123 +7,39 @@ query; how many queries run at once is bounded by the database's pool. When the 
 
 A change of the catalog takes away what it touched and nothing else: one revoked key of a hundred thousand makes one query. A
 key that is known to be changed is never served again as it was; a changed tier is, while the catalog fails, for an old limit is
-better than none.
+better than none. While the catalog answers, it is waited for: what is known to be replaced decides nothing any more, however slow
+the database is. Tiers that changed are loaded again at once, in the background, so that checks need not wait as a rule.
 """
 
 from __future__ import annotations
 
 import asyncio
-import itertools
 import logging
 import math
 import random
 import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Iterable
-from typing import Final, Generic, TypeVar
+from typing import Final
 
 from tidegate.catalog import Catalog
+from tidegate.catalog.cache_level import CacheLevel, Caller, HeldTier, V
 from tidegate.catalog.changes import ALL, ANONYMOUS, KEY, TIER, Changes, Item, LastChanges
-from tidegate.errors import CatalogUnavailable
+from tidegate.catalog.unknown_keys import UnknownKeyLimit
+from tidegate.errors import CatalogUnavailable, TooManyUnknownKeys
 from tidegate.matching import CompiledTier
-from tidegate.policy import ApiKey
 
 logger = logging.getLogger(__name__)
 
 MAX_UNKNOWN: Final = 10_000
 UNKNOWN_TTL_S: Final = 5.0
-SECOND_CHANCES: Final = 16
-"""So many entries get a second round for each that goes: where all are in use, no check waits until all were looked at."""
 PATIENCE_S: Final = 0.05
-"""So long a check waits for the catalog where an entry past its time can stand in; the query goes on meanwhile."""
+"""So long a check waits for the catalog where an entry past its time can serve; the query goes on meanwhile."""
+_TRIES: Final = 3
+RELOADS: Final = 4
+"""So many changed tiers are loaded at the same time: checks need connections to the database too."""
 RETRY_S: Final = 1.0
 """So long nothing past its time is asked for again after the catalog failed, and waited for after it was slow."""
-
-_V = TypeVar("_V", bound="_HeldTier | Caller | None")
-
-
-class _HeldTier:
-    """A tier as it is cached, and whether it still is."""
-
-    __slots__ = ("compiled", "current", "recent")
-
-    def __init__(self, compiled: CompiledTier) -> None:
-        self.compiled = compiled
-        self.current = True
-        self.recent = False
-
-
-class Caller:
-    """Who asks, as far as the catalog knows.
-
-    Args:
-        api_key: the key's record; None for callers without a key.
-        held: the tier's rules.
-    """
-
-    __slots__ = ("api_key", "held", "recent", "subject", "tier")
-
-    def __init__(self, api_key: ApiKey | None, held: _HeldTier) -> None:
-        self.api_key = api_key
-        self.held = held
-        self.recent = False
-        # The tier's rules, with the key's own limits where it has any.
-        self.tier = (
-            held.compiled if api_key is None or not api_key.overrides else CompiledTier(held.compiled.tier, api_key.overrides)
-        )
-        self.subject = "" if api_key is None else f"k:{api_key.id}"
-
-
-class _Shelf(Generic[_V]):
-    """A bounded cache of one kind of thing, with single flight.
-
-    The oldest entry goes first, but one that was asked for since it came there gets a second round (CLOCK; Corbató 1968): about
-    as good as the least recently used, for the price of one flag where a hit would else move the entry.
-
-    `past` holds what may be out of date and serves only while the catalog fails.
-    """
-
-    def __init__(self, kind: str, most: int) -> None:
-        self.kind = kind
-        self.most = most
-        # Not a dict, in which the first entry is found ever more slowly the more were taken off the front.
-        self.entries: OrderedDict[str, tuple[float, _V]] = OrderedDict()
-        self.past: dict[str, tuple[float, _V]] = {}
-        self.flights: dict[str, asyncio.Task[_V]] = {}
-
-    def put(self, name: str, value: _V, fresh_until: float) -> None:
-        self.entries.pop(name, None)
-        if self.past:
-            self.past.pop(name, None)
-        chances = SECOND_CHANCES
-        while len(self.entries) >= self.most:
-            oldest, entry = self.entries.popitem(last=False)
-            if chances and entry[1] is not None and entry[1].recent:
-                chances -= 1
-                entry[1].recent = False
-                self.entries[oldest] = entry
-        self.entries[name] = (fresh_until, value)
-
-    def doubt(self, name: str) -> None:
-        """Serve an entry no more unless the catalog fails."""
-        entry = self.entries.pop(name, None)
-        if entry is not None:
-            self.past[name] = entry
-        self.flights.pop(name, None)
-
-    def doubt_all(self) -> None:
-        """Serve no entry more unless the catalog fails."""
-        self.past.update(self.entries)
-        self.entries = OrderedDict()
-        self.flights.clear()
-        for name in list(itertools.islice(self.past, max(0, len(self.past) - self.most))):
-            del self.past[name]
-
-    def drop(self, name: str) -> None:
-        """Serve an entry never again."""
-        self.entries.pop(name, None)
-        self.past.pop(name, None)
-        self.flights.pop(name, None)
 
 
 class CachedCatalog:
@@ -135,6 +51,7 @@ class CachedCatalog:
         stale_if_error_s: how long past that it still serves while the catalog fails, s.
         max_keys: most API keys cached, 1 or more; each costs about 700 bytes.
         clock: gives monotonic seconds.
+        unknown_keys: bounds the look-ups of unknown keys by client; None for no bound.
     """
 
     def __init__(
@@ -144,36 +61,54 @@ class CachedCatalog:
         stale_if_error_s: float = 3600.0,
         max_keys: int = 100_000,
         clock: Callable[[], float] = time.monotonic,
+        unknown_keys: UnknownKeyLimit | None = None,
     ) -> None:
         self.catalog = catalog
+        self.unknown_keys = unknown_keys
         self.hits = self.misses = self.stale = 0
         self._l1_ttl_s = l1_ttl_s
         self._stale_if_error_s = stale_if_error_s
         self._clock = clock
-        self._callers: _Shelf[Caller | None] = _Shelf(KEY, max_keys)
-        self._unknown: dict[str, float] = {}
-        self._tiers: _Shelf[_HeldTier | None] = _Shelf(TIER, 10_000)
-        self._anonymous: _Shelf[Caller | None] = _Shelf(ANONYMOUS, 1)
+        self._callers: CacheLevel[Caller | None] = CacheLevel(KEY, max_keys)
+        self._unknown: OrderedDict[str, float] = OrderedDict()
+        self._tiers: CacheLevel[HeldTier | None] = CacheLevel(TIER, 10_000)
+        self._anonymous: CacheLevel[Caller | None] = CacheLevel(ANONYMOUS, 1)
         self._generation = 0
         self._retry_at = self._slow_until = -math.inf
         self._last = LastChanges()
+        self._failing = self._followed = False
+        self._to_reload: OrderedDict[str, None] = OrderedDict()
+        self._reloading: asyncio.Task[None] | None = None
 
     @property
     def version(self) -> int:
         """The version of the catalog that is in force here, as far as `changed` was told."""
         return self._last.version
 
-    async def caller(self, sha256: str) -> Caller | None:
+    def is_at_hand(self, sha256: str) -> bool:
+        """Whether `caller` answers from memory.
+
+        Args:
+            sha256: lower-case hex digest of the key.
+        """
+        entry = self._callers.entries.get(sha256)
+        if entry is not None and entry[0] > self._clock() and entry[1] is not None and entry[1].held.current:
+            return True
+        return self._unknown.get(sha256, 0.0) > self._clock()
+
+    async def caller(self, sha256: str, client: str | None = None) -> Caller | None:
         """The caller that an API key belongs to.
 
         Args:
             sha256: lower-case hex digest of the key.
+            client: address of whoever sent the key, as `client_of` gives it; None where it is not known, or does not matter.
 
         Returns:
             The caller, with revoked and expired keys too; None where the key is unknown. Costs 0.2 µs when cached.
 
         Raises:
             CatalogUnavailable: if the catalog fails and nothing cached can stand in.
+            TooManyUnknownKeys: if the key is not cached, and the client has sent too many unknown ones.
         """
         entry = self._callers.entries.get(sha256)
         if entry is not None and entry[0] > self._clock() and (caller := entry[1]) is not None and caller.held.current:
@@ -186,7 +121,24 @@ class CachedCatalog:
                 self.hits += 1
                 return None
             self._unknown.pop(sha256, None)
-        return await self._through(self._callers, sha256, self._load_caller)
+        if client is None or self.unknown_keys is None or sha256 in self._callers.flights:
+            return await self._through(self._callers, sha256, self._load_caller)
+        return await self._look_up(sha256, client, self.unknown_keys)
+
+    async def _look_up(self, sha256: str, client: str, limit: UnknownKeyLimit) -> Caller | None:
+        """A look-up that nobody else has under way, within the client's bound. A key that was known before has no bound."""
+        if sha256 not in self._callers.entries and sha256 not in self._callers.past:
+            wait_s = limit.wait_s(client)
+            if wait_s > 0:
+                limit.refused += 1
+                raise TooManyUnknownKeys(
+                    f"this address has sent too many unknown API keys: try again in {math.ceil(wait_s)} s",
+                    retry_after=math.ceil(wait_s),
+                )
+        found = await self._through(self._callers, sha256, self._load_caller)
+        if found is None:
+            limit.count(client)
+        return found
 
     async def anonymous(self) -> Caller | None:
         """The caller that checks without a key belong to.
@@ -271,12 +223,23 @@ class CachedCatalog:
             self.invalidate()
         self._forget(items)
 
+    def followed(self, *, failing: bool) -> None:
+        """Note whether the catalog answers: who follows it queries the database itself, and not a cache.
+
+        Args:
+            failing: whether it did not answer just now.
+        """
+        self._followed = True
+        self._failing = failing
+
     def invalidate(self) -> None:
         """Ask the catalog again about everything. What is being loaded meanwhile is not kept."""
         self._generation += 1
+        tiers = list(self._tiers.entries)
         for shelf in (self._callers, self._tiers, self._anonymous):
             shelf.doubt_all()
         self._unknown.clear()
+        self._reload_soon(tiers)
 
     def _forget(self, items: Iterable[Item]) -> None:
         for kind, name in items:
@@ -286,6 +249,8 @@ class CachedCatalog:
             elif kind == TIER:
                 self._out_of_date(name)
                 self._tiers.doubt(name)
+                if name in self._tiers.past:
+                    self._reload_soon([name])
             elif kind == ANONYMOUS:
                 self._anonymous.doubt("")
 
@@ -294,62 +259,97 @@ class CachedCatalog:
         if entry is not None and entry[1] is not None:
             entry[1].current = False
 
+    def _reload_soon(self, tiers: Iterable[str]) -> None:
+        """Load tiers that were cached and have changed, before a check needs them."""
+        self._to_reload.update(dict.fromkeys(tiers))
+        if self._to_reload and self._reloading is None:
+            self._reloading = asyncio.ensure_future(self._reload())
+
+    async def _reload(self) -> None:
+        try:
+            while self._to_reload:
+                names = [self._to_reload.popitem(last=False)[0] for _ in range(min(RELOADS, len(self._to_reload)))]
+                # What fails is loaded by the next check that needs it.
+                await asyncio.wait([self._flight(self._tiers, name, self._load_tier) for name in names])
+        finally:
+            self._reloading = None
+
     def __len__(self) -> int:
         """API keys cached, unknown ones included."""
         return len(self._callers.entries) + len(self._unknown)
 
-    async def _through(self, shelf: _Shelf[_V], name: str, load: Callable[[str], Awaitable[_V]]) -> _V:
+    async def _through(self, shelf: CacheLevel[V], name: str, load: Callable[[str], Awaitable[V]]) -> V:
         self.misses += 1
         now = self._clock()
         entry = shelf.entries.get(name) or shelf.past.get(name)
         if entry is None or entry[0] + self._stale_if_error_s <= now:
             return await asyncio.shield(self._flight(shelf, name, load))
+        replaced, value = self._past_its_time(shelf, name, entry[1])
         if now >= self._retry_at:
             flight = self._flight(shelf, name, load)
-            if now >= self._slow_until:
-                # Not asyncio.timeout: it needs a task of its own, and the HTTP server begins without one.
-                await asyncio.wait((flight,), timeout=PATIENCE_S)
-                if not flight.done():
-                    self._slow_until = now + RETRY_S
-                else:
-                    try:
+            try:
+                if replaced and not self._failing:
+                    return await asyncio.shield(flight)
+                if now >= self._slow_until:
+                    # Not asyncio.timeout: it needs a task of its own, and the HTTP server begins without one.
+                    await asyncio.wait((flight,), timeout=PATIENCE_S)
+                    if flight.done():
                         return flight.result()
-                    except CatalogUnavailable as error:
-                        logger.debug("an entry past its time stands in: %s", error)
+                    self._slow_until = now + RETRY_S
+            except CatalogUnavailable as error:
+                logger.debug("an entry past its time serves: %s", error)
         self.stale += 1
-        return entry[1]
+        return value
 
-    def _flight(self, shelf: _Shelf[_V], name: str, load: Callable[[str], Awaitable[_V]]) -> asyncio.Task[_V]:
+    def _past_its_time(self, shelf: CacheLevel[V], name: str, value: V) -> tuple[bool, V]:
+        """Whether an entry is known to be replaced, or may be, and what it serves as where the catalog gives no newer one."""
+        if name not in shelf.entries:
+            return True, value
+        if isinstance(value, Caller) and not value.held.current:
+            # Its tier is another one now, whether it has changed or was merely loaded again: the key itself is as it was.
+            held = self._tiers.entries.get(value.held.compiled.tier.name)
+            if held is None or held[1] is None or not held[1].current:
+                return True, value
+            return False, Caller(value.api_key, held[1])  # type: ignore[return-value]
+        return False, value
+
+    def _flight(self, shelf: CacheLevel[V], name: str, load: Callable[[str], Awaitable[V]]) -> asyncio.Task[V]:
         """One query for all who ask for it meanwhile; none of them can cancel it for the others."""
         task = shelf.flights.get(name)
         if task is None:
             task = shelf.flights[name] = asyncio.ensure_future(self._load(shelf, name, load))
 
-            def landed(done: asyncio.Task[_V]) -> None:
+            def landed(done: asyncio.Task[V]) -> None:
                 if shelf.flights.get(name) is done:
                     del shelf.flights[name]
                 # Looked at here, for every waiter may have gone before it failed.
                 if not done.cancelled() and isinstance(done.exception(), CatalogUnavailable):
                     self._retry_at = self._clock() + RETRY_S
+                    self._failing = True
+                elif not self._followed:
+                    self._failing = False
 
             task.add_done_callback(landed)
         return task
 
-    async def _load(self, shelf: _Shelf[_V], name: str, load: Callable[[str], Awaitable[_V]]) -> _V:
+    async def _load(self, shelf: CacheLevel[V], name: str, load: Callable[[str], Awaitable[V]]) -> V:
         generation, needed = self._generation, self._last.needed(shelf.kind, name)
         value = await load(name)
         if generation == self._generation and needed == self._last.needed(shelf.kind, name):
             if value is None and shelf.kind == KEY:
                 # Apart from the known ones, so that a flood of unknown keys cannot push those out.
                 shelf.drop(name)
-                if len(self._unknown) >= MAX_UNKNOWN:
-                    del self._unknown[next(iter(self._unknown))]
-                self._unknown[name] = self._clock() + UNKNOWN_TTL_S
+                self._note_unknown(name)
             else:
                 shelf.put(name, value, self._fresh_until(shelf, name, value))
         return value
 
-    def _fresh_until(self, shelf: _Shelf[_V], name: str, value: _V) -> float:
+    def _note_unknown(self, sha256: str) -> None:
+        if len(self._unknown) >= MAX_UNKNOWN:
+            self._unknown.popitem(last=False)
+        self._unknown[sha256] = self._clock() + UNKNOWN_TTL_S
+
+    def _fresh_until(self, shelf: CacheLevel[V], name: str, value: V) -> float:
         now = self._clock()
         entry = shelf.entries.get(name)
         if entry is not None and entry[0] > now and _of_one_key(value, entry[1]):
@@ -357,7 +357,7 @@ class CachedCatalog:
             return entry[0]
         return now + self._l1_ttl_s * random.uniform(0.9, 1.1)
 
-    async def _tier(self, name: str) -> _HeldTier | None:
+    async def _tier(self, name: str) -> HeldTier | None:
         entry = self._tiers.entries.get(name)
         if entry is not None and entry[0] > self._clock():
             if entry[1] is not None:
@@ -370,6 +370,15 @@ class CachedCatalog:
             held.current = False
         return held
 
+    async def _current_tier(self, name: str) -> HeldTier | None:
+        """As `_tier`; where it changed on the way, again: others may have begun to wait for this after the change."""
+        held = await self._tier(name)
+        for _ in range(_TRIES):
+            if held is None or held.current or self._failing:
+                break
+            held = await self._tier(name)
+        return held
+
     async def _load_caller(self, sha256: str) -> Caller | None:
         entry = self._callers.entries.get(sha256)
         if entry is not None and entry[0] > self._clock() and entry[1] is not None:
@@ -379,22 +388,22 @@ class CachedCatalog:
             api_key = await self.catalog.api_key(sha256, self._last.needed(KEY, sha256))
         if api_key is None:
             return None
-        held = await self._tier(api_key.tier)
+        held = await self._current_tier(api_key.tier)
         if held is None:
             raise CatalogUnavailable(f"the catalog knows the key {api_key.id} but not its tier {api_key.tier!r}: try again")
         return Caller(api_key, held)
 
-    async def _load_tier(self, name: str) -> _HeldTier | None:
+    async def _load_tier(self, name: str) -> HeldTier | None:
         tier = await self.catalog.tier(name, self._last.needed(TIER, name))
         # Whoever holds what was cached before looks here again.
         self._out_of_date(name)
-        return None if tier is None else _HeldTier(CompiledTier(tier))
+        return None if tier is None else HeldTier(CompiledTier(tier))
 
     async def _load_anonymous(self, _: str) -> Caller | None:
         name = await self.catalog.anonymous_tier(self._last.needed(ANONYMOUS))
         if name is None:
             return None
-        held = await self._tier(name)
+        held = await self._current_tier(name)
         return None if held is None else Caller(None, held)
 
 

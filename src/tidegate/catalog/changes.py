@@ -5,6 +5,7 @@ Where this is written down and read: `change_log`.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterable
 from typing import Final, TypeAlias
 
@@ -53,7 +54,8 @@ class LastChanges:
         self.version = 0
         self.floor = 0
         self._most = most
-        self._at: dict[Item, int] = {}
+        # Not a dict: finding its first entry takes longer the more entries were removed from its front.
+        self._at: OrderedDict[Item, int] = OrderedDict()
 
     def needed(self, kind: str, name: str = "") -> int:
         """The version of the last change of something.
@@ -92,5 +94,5 @@ class LastChanges:
             # The latest last; a change that was made here may be known before an earlier one is read of.
             self._at[item] = max(at, self._at.pop(item, 0))
         while len(self._at) > self._most:
-            oldest = next(iter(self._at))
-            self.floor = max(self.floor, self._at.pop(oldest))
+            _, oldest_at = self._at.popitem(last=False)
+            self.floor = max(self.floor, oldest_at)

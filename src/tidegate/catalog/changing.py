@@ -53,12 +53,22 @@ class Change:
     Args:
         writing: the transaction, which has its turn among all writers.
         actor: whose change it is, for the audit log.
+        has_file: whether a policy file is active; without one nobody but operators can change the rows that it made.
     """
 
-    def __init__(self, writing: Writing, actor: str) -> None:
+    def __init__(self, writing: Writing, actor: str, has_file: bool = True) -> None:
         self.writing = writing
         self.connection: AsyncConnection = writing.connection
         self.actor = actor
+        self.has_file = has_file
+
+    def is_of_file(self, row: Mapping[Any, Any]) -> bool:
+        """Whether the policy file owns a row, so that it is changed there.
+
+        Args:
+            row: any with `managed_by_file`.
+        """
+        return self.has_file and bool(row["managed_by_file"])
 
     def touch(self, kind: str, name: str = "") -> None:
         """See `Writing.touch`."""
@@ -89,10 +99,11 @@ class Change:
         return (await self.connection.execute(query)).mappings().first()
 
 
-def require_editable(row: Mapping[Any, Any], seen: Seen, what: str) -> None:
+def require_editable(change: Change, row: Mapping[Any, Any], seen: Seen, what: str) -> None:
     """Refuse a change of a row that the policy file owns, or that was changed since it was read.
 
     Args:
+        change: the transaction.
         row: any with `managed_by_file` and `revision`.
         seen: revisions of which one must be in force.
         what: names the row in the message.
@@ -101,8 +112,11 @@ def require_editable(row: Mapping[Any, Any], seen: Seen, what: str) -> None:
         ManagedByFile: if the file owns it.
         StaleRevision: if its revision is another one.
     """
-    if row["managed_by_file"]:
-        raise ManagedByFile(f"{what} stands in the policy file: change it there")
+    if change.is_of_file(row):
+        raise ManagedByFile(
+            f"{what} is in the policy file: change it there; if the file is gone, restart 'tidegate serve' without it, "
+            "which releases what the file made"
+        )
     if seen is not None and row["revision"] not in seen:
         raise StaleRevision(
             f"{what} was changed meanwhile and has revision {row['revision']} now: read it again, then repeat the change",
@@ -184,7 +198,7 @@ async def update_tier(change: Change, row: RowMapping, tier: Tier) -> Form:
         The tier's form.
     """
     change.touch(TIER, row["name"])
-    values = {"limits": [limit.text for limit in tier.limits], "revision": row["revision"] + 1}
+    values = {"limits": [limit.text for limit in tier.limits], "managed_by_file": False, "revision": row["revision"] + 1}
     await change.connection.execute(update(tiers).where(tiers.c.id == row["id"]).values(values))
     form = tier_form({**row, **values})
     await change.audit("update", "tier", row["name"], tier_form(row), form)

@@ -6,6 +6,7 @@ refused: the file would write over them. What is refused changes nothing. `editi
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable, Collection, Mapping
 from typing import Any, Final
@@ -63,7 +64,9 @@ class CatalogEditor:
             CatalogUnavailable: if the database does not take it.
         """
         async with self.catalog.database.changing() as writing:
-            yield Change(writing, actor)
+            # In the same transaction: a file may be applied or released at any time.
+            digest = (await writing.connection.execute(select(policy_state.c.file_digest))).scalar()
+            yield Change(writing, actor, digest is not None)
         self._on_change(writing.version, writing.items)
 
     @contextlib.asynccontextmanager
@@ -137,7 +140,7 @@ class CatalogEditor:
         """
         async with self.changing(actor) as change:
             row = await held_tier(change, name)
-            require_editable(row, seen, f"tier {name!r}")
+            require_editable(change, row, seen, f"tier {name!r}")
             return await update_tier(change, row, Tier.make(row["name"], (), limits))
 
     async def delete_tier(self, actor: str, name: str, seen: Seen) -> None:
@@ -157,7 +160,7 @@ class CatalogEditor:
         """
         async with self.changing(actor) as change:
             row = await held_tier(change, name)
-            require_editable(row, seen, f"tier {name!r}")
+            require_editable(change, row, seen, f"tier {name!r}")
             user = await change.one(select(api_keys.c.id).where(api_keys.c.tier_id == row["id"]).limit(1))
             if user is not None:
                 raise CatalogError(
@@ -221,7 +224,7 @@ class CatalogEditor:
         """
         async with self.changing(actor) as change:
             row = await held_rule(change, rule_id)
-            require_editable(row, seen, f"rule {rule_id}")
+            require_editable(change, row, seen, f"rule {rule_id}")
             held = {} if whole else {field: value for field, value in rule_form(row).items() if field in RULE_FIELDS}
             if held and Rule.make(**{**held, "name": "held"}).default_name == row["name"]:
                 held["name"] = ""
@@ -244,10 +247,12 @@ class CatalogEditor:
         """
         async with self.changing(actor) as change:
             row = await held_rule(change, rule_id)
-            require_editable(row, seen, f"rule {rule_id}")
+            require_editable(change, row, seen, f"rule {rule_id}")
             await remove_rule(change, row)
 
 
 async def _warnings(change: Change, tier: str, rule_id: int) -> list[str]:
     ordered = rule_rows().where(tiers.c.name == tier).order_by(rate_limit_rules.c.position, rate_limit_rules.c.id)
-    return shadow_warnings(tier, rule_id, (await change.connection.execute(ordered)).mappings().all())
+    rows = (await change.connection.execute(ordered)).mappings().all()
+    # Comparing patterns may take half a second where a tier has a thousand long ones: not on the event loop.
+    return await asyncio.to_thread(shadow_warnings, tier, rule_id, rows)

@@ -94,7 +94,7 @@ async def edit_key(editor: CatalogEditor, actor: str, key_id: str, fields: KeyFi
     """
     async with editor.changing(actor) as change:
         row = await held_key(change, key_id)
-        require_editable(row, seen, f"the API key {row['id']}")
+        require_editable(change, row, seen, f"the API key {row['id']}")
         tier = await held_tier(change, row["tier_name"] if fields.tier is msgspec.UNSET else fields.tier)
         values: dict[str, Any] = {
             "tier_id": tier["id"],
@@ -108,7 +108,8 @@ async def edit_key(editor: CatalogEditor, actor: str, key_id: str, fields: KeyFi
 
 
 async def rotate_key(editor: CatalogEditor, actor: str, key_id: str, grace_s: int, seen: Seen = None) -> tuple[str, Form, Form]:
-    """Replace an API key by a new one of the same tier, name, end and overrides.
+    """Replace an API key by a new one of the same tier, name, end and overrides, which goes on with its counters: its owner has
+    consumed what it has consumed.
 
     Args:
         editor: of the catalog.
@@ -129,7 +130,7 @@ async def rotate_key(editor: CatalogEditor, actor: str, key_id: str, grace_s: in
     """
     async with editor.changing(actor) as change:
         row = await held_key(change, key_id)
-        require_editable(row, seen, f"the API key {row['id']}")
+        require_editable(change, row, seen, f"the API key {row['id']}")
         now = now_us()
         over = row["expires_at_us"] is not None and row["expires_at_us"] <= now
         if row["status"] != KeyStatus.ACTIVE.value or over:
@@ -138,7 +139,13 @@ async def rotate_key(editor: CatalogEditor, actor: str, key_id: str, grace_s: in
         tier = await held_tier(change, row["tier_name"])
         overrides = policy_rows.api_key_of(row).overrides
         api_key, form = await _insert_key(
-            change, tier, name=row["name"], expires_at_us=row["expires_at_us"], overrides=overrides, action="rotate"
+            change,
+            tier,
+            name=row["name"],
+            expires_at_us=row["expires_at_us"],
+            overrides=overrides,
+            action="rotate",
+            counts_as=row["counts_as"] or row["id"],
         )
         values: dict[str, Any]
         if grace_s:
@@ -173,7 +180,7 @@ async def revoke_key(editor: CatalogEditor, actor: str, key_id: str, reason: str
         raise BadRequest("reason is empty: say why the key is revoked, for those who look later", field="reason")
     async with editor.changing(actor) as change:
         row = await held_key(change, key_id)
-        require_editable(row, seen, f"the API key {row['id']}")
+        require_editable(change, row, seen, f"the API key {row['id']}")
         if row["status"] == KeyStatus.REVOKED.value:
             raise CatalogError(f"the API key {row['id']} is revoked already")
         return await update_key(change, row, _revoked(reason), "revoke")
@@ -197,7 +204,7 @@ async def delete_key(editor: CatalogEditor, actor: str, key_id: str, seen: Seen)
     """
     async with editor.changing(actor) as change:
         row = await held_key(change, key_id)
-        require_editable(row, seen, f"the API key {row['id']}")
+        require_editable(change, row, seen, f"the API key {row['id']}")
         over = row["expires_at_us"] is not None and row["expires_at_us"] <= now_us()
         if row["status"] == KeyStatus.ACTIVE.value and not over:
             raise CatalogError(f"the API key {row['id']} still works: revoke it first, with a reason")
@@ -241,7 +248,7 @@ async def update_key(
         The key's form.
     """
     change.touch(KEY, row["sha256"])
-    written = {**values, "revision": row["revision"] + 1}
+    written = {**values, "managed_by_file": False, "revision": row["revision"] + 1}
     await change.connection.execute(update(api_keys).where(api_keys.c.id == row["id"]).values(written))
     form = key_form({**row, **written, "tier_name": tier_name or row["tier_name"]})
     await change.audit(action, "api_key", row["id"], key_form(row), form)
@@ -309,11 +316,14 @@ async def _insert_key(
     expires_at_us: int | None,
     overrides: tuple[Override, ...],
     action: str = "create",
+    counts_as: str | None = None,
 ) -> tuple[str, Form]:
     api_key = make_api_key()
     record = ApiKey(hash_api_key(api_key), tier["name"], name=name, expires_at_us=expires_at_us, overrides=overrides)
     change.touch(KEY, record.sha256)
-    await change.connection.execute(insert(api_keys).values(policy_rows.row_of_api_key(record, tier["id"], now_us())))
+    await change.connection.execute(
+        insert(api_keys).values({**policy_rows.row_of_api_key(record, tier["id"], now_us()), "counts_as": counts_as})
+    )
     form = key_form(await held_key(change, record.id))
     await change.audit(action, "api_key", record.id, None, form)
     return api_key, form

@@ -106,10 +106,12 @@ class Follower:
             if not self.failing:
                 logger.warning("the catalog does not answer; cached entries serve meanwhile: %s", error)
             self.failing = True
+            self._cached.followed(failing=True)
             return False
         if self.failing:
             logger.info("the catalog answers again")
         self.failing = False
+        self._cached.followed(failing=False)
         if changes.version != self._cached.version:
             self._cached.changed(changes)
             logger.info(

@@ -91,6 +91,7 @@ def key_form(row: Mapping[Any, Any]) -> Form:
         "revoked_at": moment_text(row["revoked_at_us"]),
         "revoked_reason": row["revoked_reason"],
         "managed_by_file": row["managed_by_file"],
+        "counts_as": row["counts_as"] or row["id"],
         "revision": row["revision"],
     }
 

@@ -6,7 +6,8 @@ does not name, but never a row of the policy file. It is one transaction: a text
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import tomllib
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from sqlalchemy import delete, func, select, update
@@ -40,7 +41,7 @@ class _Recorded(Change):
     """A change that also keeps what it did, to be shown."""
 
     def __init__(self, change: Change) -> None:
-        super().__init__(change.writing, change.actor)
+        super().__init__(change.writing, change.actor, change.has_file)
         self.changes: list[Form] = []
 
     async def audit(self, action: str, kind: str, target: str, before: Form | None, after: Form | None) -> None:
@@ -125,13 +126,36 @@ async def import_policy(
     return changes
 
 
+def import_warnings(text: str, changes: Sequence[Form]) -> list[str]:
+    """What may not have been meant by an import, beside what `policy_warnings` says of its policy.
+
+    Args:
+        text: the valid policy that was imported.
+        changes: that it made.
+
+    Returns:
+        One sentence where API keys came in by their digests: of a digest nobody can tell whether its key has a form that is
+        looked up at all.
+    """
+    tables = tomllib.loads(text.removeprefix("\ufeff")).get("api_keys", [])
+    by_digest = {str(table["sha256"]).lower()[:24] for table in tables if "sha256" in table}
+    made = {change["target"] for change in changes if (change["action"], change["kind"]) == ("create", "api_key")}
+    if not by_digest & made:
+        return []
+    return [
+        f"{len(by_digest & made)} API keys came by their digests: they match only if the keys themselves have 16 to 128 of "
+        "letters, digits, '_' and '-', and begin with 'tg_' only where Tidegate made them; any other key is refused before it is "
+        "looked up"
+    ]
+
+
 async def _take_tier(change: Change, tier: Tier, *, prune: bool) -> None:
     row = await change.one(select(tiers).where(tiers.c.name == tier.name))
     if row is None:
         await insert_tier(change, tier)
         row = await held_tier(change, tier.name)
     elif policy_rows.row_of_tier(tier)["limits"] != row["limits"]:
-        _require_own(row, f"tier {tier.name!r}")
+        _require_own(change, row, f"tier {tier.name!r}")
         await update_tier(change, row, tier)
     held = {
         rule["name"]: rule for rule in (await change.connection.execute(rule_rows().where(tiers.c.id == row["id"]))).mappings()
@@ -143,11 +167,11 @@ async def _take_tier(change: Change, tier: Tier, *, prune: bool) -> None:
             continue
         values = policy_rows.row_of_rule(rule, row["id"], kept["position"])
         if any(kept[column] != value for column, value in values.items() if column != "managed_by_file"):
-            _require_own(kept, f"rule {rule.name!r} of tier {tier.name!r}")
+            _require_own(change, kept, f"rule {rule.name!r} of tier {tier.name!r}")
             await update_rule(change, kept, rule)
     if prune:
         for kept in held.values():
-            if not kept["managed_by_file"]:
+            if not change.is_of_file(kept):
                 await remove_rule(change, kept)
 
 
@@ -163,13 +187,13 @@ async def _take_keys(change: Change, policy: Policy, *, prune: bool) -> None:
         changed = {column: value for column, value in values.items() if column != "managed_by_file" and row[column] != value}
         if not changed:
             continue
-        _require_own(row, f"the API key {row['id']}")
+        _require_own(change, row, f"the API key {row['id']}")
         if "status" in changed:
             over = api_key.status is KeyStatus.REVOKED
             changed |= {"revoked_at_us": now_us() if over else None, "revoked_reason": "by import of a policy" if over else None}
         await update_key(change, row, changed, "update", tier["name"])
     for row in held.values():
-        if not row["managed_by_file"]:
+        if not change.is_of_file(row):
             change.touch(KEY, row["sha256"])
             await change.connection.execute(delete(api_keys).where(api_keys.c.id == row["id"]))
             await change.audit("delete", "api_key", row["id"], key_form(row), None)
@@ -190,8 +214,8 @@ async def _take_anonymous(change: Change, name: str | None) -> None:
 
 async def _prune_tiers(change: Change, named: set[str]) -> None:
     state = await change.one(select(policy_state.c.anonymous_tier))
-    for row in (await change.connection.execute(select(tiers).where(~tiers.c.managed_by_file))).mappings().all():
-        if row["name"] in named:
+    for row in (await change.connection.execute(select(tiers))).mappings().all():
+        if row["name"] in named or change.is_of_file(row):
             continue
         if state is not None and state["anonymous_tier"] == row["name"]:
             raise CatalogError(f"tier {row['name']!r} is the anonymous tier: name another one in [anonymous] of the policy")
@@ -202,8 +226,8 @@ async def _prune_tiers(change: Change, named: set[str]) -> None:
         await change.audit("delete", "tier", row["name"], tier_form(row), None)
 
 
-def _require_own(row: Mapping[Any, Any], what: str) -> None:
-    if row["managed_by_file"]:
+def _require_own(change: Change, row: Mapping[Any, Any], what: str) -> None:
+    if change.is_of_file(row):
         raise ManagedByFile(f"{what} stands otherwise in the policy file: change it there, or take it out of this text")
 
 

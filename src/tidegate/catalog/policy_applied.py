@@ -3,16 +3,62 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import Any, Final
 
-from sqlalchemy import delete, insert, select, update
+import msgspec
+from sqlalchemy import delete, func, insert, select, update
 
 from tidegate.catalog import policy_rows
 from tidegate.catalog.change_log import Writing
-from tidegate.catalog.changes import ANONYMOUS, KEY, TIER
-from tidegate.catalog.tables import api_keys, policy_state, rate_limit_rules, tiers
+from tidegate.catalog.changes import ANONYMOUS, KEY, NONE, TIER
+from tidegate.catalog.tables import api_keys, audit_log, policy_state, rate_limit_rules, tiers
 from tidegate.errors import CatalogError
 from tidegate.policy import Policy, Tier
+
+_ELSEWHERE: Final = "belongs to the catalog, where it was made or last changed"
+
+
+class Released(msgspec.Struct, frozen=True):
+    """What a policy file made that is not given any more.
+
+    Args:
+        tiers: how many, those among them that are not of the file's making left out.
+        api_keys: how many.
+        digest: of the file's policy.
+    """
+
+    tiers: int
+    api_keys: int
+    digest: str
+
+
+async def release_file(writing: Writing, actor: str) -> Released | None:
+    """Let operators change what the policy file made: there is no file any more. A file that is given later takes over again
+    what was not changed meanwhile.
+
+    Args:
+        writing: the transaction.
+        actor: for the audit log.
+
+    Returns:
+        What was released; None where no file is active.
+    """
+    connection = writing.connection
+    digest = (await connection.execute(select(policy_state.c.file_digest))).scalar()
+    if digest is None:
+        return None
+    writing.touch(NONE)
+    counts = [
+        (await connection.execute(select(func.count()).select_from(table).where(table.c.managed_by_file))).scalar_one()
+        for table in (tiers, api_keys)
+    ]
+    await connection.execute(update(policy_state).values(file_digest=None))
+    released = Released(counts[0], counts[1], digest)
+    row = {"at_us": _now_us(), "actor": actor, "action": "release", "kind": "policy_file", "target": digest[:12]}
+    await connection.execute(
+        insert(audit_log).values(**row, before=None, after={"tiers": released.tiers, "api_keys": released.api_keys})
+    )
+    return released
 
 
 async def apply_file(writing: Writing, policy: Policy, digest: str) -> None:
@@ -39,7 +85,7 @@ async def _apply_tiers(writing: Writing, policy: Policy) -> None:
     for tier in policy.tiers:
         row = held.get(tier.name)
         if row is not None and not row["managed_by_file"]:
-            raise CatalogError(f"tier {tier.name!r} of the policy file was made otherwise: rename one of the two")
+            raise CatalogError(f"tier {tier.name!r} of the policy file {_ELSEWHERE}: rename one of the two, or delete the other")
         writing.touch(TIER, tier.name)
         values = policy_rows.row_of_tier(tier)
         if row is None:
@@ -60,7 +106,7 @@ async def _apply_rules(writing: Writing, tier: Tier, tier_id: int) -> None:
     for name, row in held.items():
         if name in wanted and not row["managed_by_file"]:
             raise CatalogError(
-                f"rule {name!r} of tier {tier.name!r} in the policy file was made otherwise: rename one of the two"
+                f"rule {name!r} of tier {tier.name!r} in the policy file {_ELSEWHERE}: rename one of the two, or delete the other"
             )
         if name not in wanted and row["managed_by_file"]:
             await connection.execute(delete(rate_limit_rules).where(rate_limit_rules.c.id == row["id"]))
@@ -94,7 +140,7 @@ async def _apply_keys(writing: Writing, policy: Policy) -> None:
         if kept is None:
             foreign = (await connection.execute(select(api_keys.c.id).where(api_keys.c.sha256 == sha256))).scalar()
             if foreign is not None:
-                raise CatalogError(f"the API key {foreign} of the policy file was made otherwise: remove it from the file")
+                raise CatalogError(f"the API key {foreign} of the policy file {_ELSEWHERE}: remove it from the file")
             writing.touch(KEY, sha256)
             made.append(values)
             continue
@@ -118,6 +164,15 @@ async def _drop_tiers(writing: Writing, policy: Policy) -> None:
             raise CatalogError(
                 f"tier {row['name']!r} is gone from the policy file, but API keys made otherwise still use it, such as {user}: "
                 "keep the tier, or revoke and replace those keys first"
+            )
+        others = select(rate_limit_rules.c.id, rate_limit_rules.c.name).where(
+            rate_limit_rules.c.tier_id == row["id"], ~rate_limit_rules.c.managed_by_file
+        )
+        other = (await connection.execute(others.order_by(rate_limit_rules.c.id).limit(1))).first()
+        if other is not None:
+            raise CatalogError(
+                f"tier {row['name']!r} is gone from the policy file, but rules made otherwise are still in it, such as "
+                f"{other.name[:60]!r} with id {other.id}: keep the tier, or delete those rules first"
             )
         writing.touch(TIER, row["name"])
         await connection.execute(delete(tiers).where(tiers.c.id == row["id"]))

@@ -60,6 +60,7 @@ def api_key_of(row: Mapping[Any, Any]) -> ApiKey:
             Override(override["rule"], tuple(Limit.parse(text) for text in override["limits"])) for override in row["overrides"]
         ),
         managed_by_file=row["managed_by_file"],
+        counts_as=row["counts_as"] or "",
     )
 
 

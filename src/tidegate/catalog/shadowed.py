@@ -6,13 +6,15 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
+from tidegate.globs import endpoint_matcher
 from tidegate.limits import Algorithm, Limit, LimitSet
-from tidegate.matching import CompiledRule
+from tidegate.matching import CompiledRule, counted_methods
 from tidegate.policy import Mode, Rule
 
 _PIECES = re.compile(r"\*+|\{[^}]*\}|.", re.DOTALL)
 _STAR = "*"
 _SEGMENT = "{}"
+_MAX_HIDDEN = 10
 # The order in which rules are preferred does not look at their limits.
 _ANY_LIMITS = LimitSet("any", Algorithm.FIXED_WINDOW, [Limit.parse("1/s")])
 
@@ -71,32 +73,44 @@ def shadow_warnings(tier: str, rule_id: int, rows: Iterable[Mapping[Any, Any]]) 
         return []  # a shadow rule is asked beside all others, and takes nothing from them
     order, row = found
     own = _rank_of(order, row)
+    heads = {each["endpoint_pattern"] for _, each in ordered if "HEAD" in each["methods"]}
+    hidden_by: Mapping[Any, Any] | None = None
+    hidden: list[Mapping[Any, Any]] = []
+    for place, other in ordered:
+        if other is row:
+            continue
+        if _rank_of(place, other) < own:
+            if hidden_by is None and _hides(other, row, heads):
+                hidden_by = other
+        elif len(hidden) < _MAX_HIDDEN and _hides(row, other, heads):
+            hidden.append(other)
     warnings = []
-    hidden_by = next(
-        (other for place, other in ordered if other is not row and _hides(other, row) and _rank_of(place, other) < own), None
-    )
     if hidden_by is not None:
         warnings.append(
             f"tier {tier!r}: rule {row['name']!r} never answers: {hidden_by['name']!r} is preferred and takes all its requests; "
             "give it a higher priority"
         )
-    hidden = [other for place, other in ordered if other is not row and _hides(row, other) and own < _rank_of(place, other)]
     warnings.extend(
         f"tier {tier!r}: rule {other['name']!r} never answers any more: {row['name']!r} is preferred and takes all its requests"
-        for other in hidden[:10]
+        for other in hidden
     )
     return warnings
 
 
-def _hides(other: Mapping[Any, Any], row: Mapping[Any, Any]) -> bool:
-    if not _covers_methods(other["methods"], row["methods"]):
+def _hides(other: Mapping[Any, Any], row: Mapping[Any, Any], heads: Collection[str]) -> bool:
+    if not _covers_methods(_methods(other, heads), _methods(row, heads)):
         return False
-    beginning = re.split(r"[*{]", other["endpoint_pattern"], maxsplit=1)[0]
-    return row["endpoint_pattern"].startswith(beginning) and covers(other["endpoint_pattern"], row["endpoint_pattern"])
+    wider, pattern = other["endpoint_pattern"], row["endpoint_pattern"]
+    # A pattern's own text is one of the paths that it matches, and a cheap test that nearly all pairs fail.
+    return endpoint_matcher(wider)(pattern) and covers(wider, pattern)
 
 
-def _covers_methods(wider: Collection[str], methods: Collection[str]) -> bool:
-    return not wider or (bool(methods) and set(methods) <= set(wider))
+def _methods(row: Mapping[Any, Any], heads: Collection[str]) -> frozenset[str] | None:
+    return counted_methods(row["methods"], row["endpoint_pattern"] in heads)
+
+
+def _covers_methods(wider: frozenset[str] | None, methods: frozenset[str] | None) -> bool:
+    return wider is None or (methods is not None and methods <= wider)
 
 
 def _rank_of(order: int, row: Mapping[Any, Any]) -> tuple[int, ...]:

@@ -4,7 +4,8 @@ What is kept is a whole tier, a single API key, and the name of the anonymous ti
 is of. Whoever knows that a thing was changed at version N takes no entry of an older one; so nothing has to be deleted, and an
 entry that is written late harms nobody. Nor does anybody take an entry of a version that the database never had, as far as is
 known: a primary may have given it that was lost with its last changes. Unknown keys are not kept: a flood of them would fill
-Redis. Every entry expires.
+Redis. Every entry expires. Entries are sealed with a secret of the catalog and validated when they are read (`shared_entries`):
+who can write to Redis cannot let anybody in.
 
 While Redis does not answer, everything goes to the database, and Redis is asked again after a second.
 """
@@ -16,21 +17,33 @@ import hashlib
 import logging
 import random
 import time
+from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any, Final, Protocol, TypeVar
+from typing import Any, Final, Protocol
 
 import msgspec
 
 from tidegate.catalog import VersionedCatalog
 from tidegate.catalog.changes import MOST_READ, Changes
+from tidegate.catalog.shared_entries import (
+    AnyEntry,
+    Entry,
+    EntrySeal,
+    InvalidEntry,
+    KeyEntry,
+    NameEntry,
+    TierEntry,
+    require_valid_key,
+    require_valid_tier,
+)
 from tidegate.errors import StoreUnavailable
 from tidegate.policy import ApiKey, Tier
 
 logger = logging.getLogger(__name__)
 
 AWAY_S: Final = 1.0
-
-_T = TypeVar("_T")
+WARN_S: Final = 60.0
+"""So often the log says at most that entries are refused: whoever writes them must not fill it."""
 
 
 class SharedStore(Protocol):
@@ -52,34 +65,13 @@ class SharedStore(Protocol):
         ...
 
 
-class _Entry(msgspec.Struct, frozen=True, array_like=True):
-    version: int
-
-
-class _KeyEntry(_Entry, frozen=True, array_like=True):
-    value: ApiKey
-
-
-class _TierEntry(_Entry, frozen=True, array_like=True):
-    value: Tier
-
-
-class _NameEntry(_Entry, frozen=True, array_like=True):
-    value: str | None
-
-
-def _form() -> str:
-    """Names the form of the entries: versions of Tidegate whose records differ do not read each other's."""
-    described = msgspec.json.encode(msgspec.json.schema_components((_KeyEntry, _TierEntry, _NameEntry)), order="sorted")
-    return hashlib.sha256(described).hexdigest()[:6]
-
-
 class SharedCatalog:
     """A catalog with a cache that all instances share.
 
     Args:
         catalog: where policy lives.
         store: where the cache is kept.
+        secret: of the catalog, the same for all its instances; 16 bytes or more.
         ttl_s: how long an entry lives, s, give or take a tenth.
         clock: gives monotonic seconds.
 
@@ -87,29 +79,33 @@ class SharedCatalog:
         hits: answers from the cache.
         misses: answers from the database, which the cache did not have.
         errors: times that the cache did not answer.
+        refused: entries that were not taken, because no instance of this catalog wrote them or they make no sense.
     """
 
     def __init__(
         self,
         catalog: VersionedCatalog,
         store: SharedStore,
+        secret: bytes,
         ttl_s: float = 300.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.catalog = catalog
-        self.hits = self.misses = self.errors = 0
+        self.hits = self.misses = self.errors = self.refused = 0
         self._store = store
         self._ttl_s = ttl_s
         self._clock = clock
         self._away_until = 0.0
         self._keeping: set[asyncio.Task[None]] = set()
         # Versions that the database had, ascending; empty as long as nobody follows it.
-        self._versions: dict[int, None] = {}
+        self._versions: OrderedDict[int, None] = OrderedDict()
         self._latest = 0
-        self._form = _form()
-        self._keys = msgspec.msgpack.Decoder(_KeyEntry)
-        self._tiers = msgspec.msgpack.Decoder(_TierEntry)
-        self._names = msgspec.msgpack.Decoder(_NameEntry)
+        self._seal = EntrySeal(secret)
+        self._form = self._seal.form
+        self._warn_at = -WARN_S
+        self._keys = msgspec.msgpack.Decoder(KeyEntry)
+        self._tiers = msgspec.msgpack.Decoder(TierEntry)
+        self._names = msgspec.msgpack.Decoder(NameEntry)
 
     async def api_key(self, sha256: str, least: int = 0) -> ApiKey | None:
         """See `Catalog.api_key`."""
@@ -118,12 +114,12 @@ class SharedCatalog:
     async def read_key(self, sha256: str, least: int = 0) -> tuple[int, ApiKey | None]:
         """See `VersionedCatalog.read_key`."""
         name = f"k:{sha256}"
-        held = await self._get(name, self._keys, least)
+        held = await self._get(name, self._keys, least, lambda entry: require_valid_key(entry.value, sha256))
         if held is not None:
             return held.version, held.value
         version, api_key = await self.catalog.read_key(sha256, least)
         if api_key is not None:
-            self._keep(name, _KeyEntry(version, api_key))
+            self._keep(name, KeyEntry(version, api_key))
         return version, api_key
 
     async def tier(self, name: str, least: int = 0) -> Tier | None:
@@ -133,12 +129,12 @@ class SharedCatalog:
     async def read_tier(self, name: str, least: int = 0) -> tuple[int, Tier | None]:
         """See `VersionedCatalog.read_tier`."""
         place = f"t:{name}"
-        held = await self._get(place, self._tiers, least)
+        held = await self._get(place, self._tiers, least, lambda entry: require_valid_tier(entry.value, name))
         if held is not None:
             return held.version, held.value
         version, tier = await self.catalog.read_tier(name, least)
         if tier is not None:
-            self._keep(place, _TierEntry(version, tier))
+            self._keep(place, TierEntry(version, tier))
         return version, tier
 
     async def anonymous_tier(self, least: int = 0) -> str | None:
@@ -151,7 +147,7 @@ class SharedCatalog:
         if held is not None:
             return held.version, held.value
         version, name = await self.catalog.read_anonymous(least)
-        self._keep("a", _NameEntry(version, name))
+        self._keep("a", NameEntry(version, name))
         return version, name
 
     async def tier_names(self) -> list[str]:
@@ -166,7 +162,7 @@ class SharedCatalog:
         self._versions.update(dict.fromkeys(changes.versions))
         self._latest = changes.version
         while len(self._versions) > MOST_READ:
-            del self._versions[next(iter(self._versions))]
+            self._versions.popitem(last=False)
         return changes
 
     async def version(self) -> int:
@@ -186,7 +182,13 @@ class SharedCatalog:
         """Wait for entries that are being written."""
         await asyncio.gather(*self._keeping)
 
-    async def _get(self, name: str, decoder: msgspec.msgpack.Decoder[_T], least: int) -> _T | None:
+    async def _get(
+        self,
+        name: str,
+        decoder: msgspec.msgpack.Decoder[AnyEntry],
+        least: int,
+        require_valid: Callable[[AnyEntry], None] | None = None,
+    ) -> AnyEntry | None:
         if self._clock() < self._away_until:
             return None
         tag, key = self._place(name)
@@ -197,11 +199,13 @@ class SharedCatalog:
             return None
         if isinstance(raw, bytes):
             try:
-                entry = decoder.decode(raw)
-            except (msgspec.DecodeError, UnicodeDecodeError) as error:
-                logger.warning("the shared cache holds what is no entry at %s: %s", key.decode(), error)
+                entry = self._seal.open(name.encode(), raw, decoder)
+                if require_valid is not None:
+                    require_valid(entry)
+            except InvalidEntry as error:
+                self._refuse(key, error)
             else:
-                version: int = entry.version  # type: ignore[attr-defined]
+                version = entry.version
                 # One that is newer than what is known here is not taken either: it may be of a primary that was lost.
                 if version >= least and (not self._versions or version in self._versions):
                     self.hits += 1
@@ -209,19 +213,30 @@ class SharedCatalog:
         self.misses += 1
         return None
 
-    def _keep(self, name: str, entry: _Entry) -> None:
+    def _refuse(self, key: bytes, error: InvalidEntry) -> None:
+        self.refused += 1
+        if self._clock() >= self._warn_at + WARN_S:
+            self._warn_at = self._clock()
+            logger.warning(
+                "the shared cache in Redis holds an invalid entry at %s, which was ignored: %s; if this goes on, somebody else "
+                "writes to this Redis: restrict who may",
+                key.decode(),
+                error,
+            )
+
+    def _keep(self, name: str, entry: Entry) -> None:
         """Write an entry; whoever asked does not wait for it."""
         task = asyncio.ensure_future(self._put(name, entry))
         self._keeping.add(task)
         task.add_done_callback(self._keeping.discard)
 
-    async def _put(self, name: str, entry: _Entry) -> None:
+    async def _put(self, name: str, entry: Entry) -> None:
         if self._clock() < self._away_until:
             return
         tag, key = self._place(name)
         ttl_ms = round(self._ttl_s * 1000 * random.uniform(0.9, 1.1))
         try:
-            await self._store.call(tag, "SET", key, msgspec.msgpack.encode(entry), "PX", str(ttl_ms))
+            await self._store.call(tag, "SET", key, self._seal.seal(name.encode(), entry), "PX", str(ttl_ms))
         except StoreUnavailable as error:
             self._failed(error)
 

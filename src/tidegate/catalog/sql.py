@@ -5,17 +5,18 @@ How it is connected to, and how a change is made one step, stands in `database`.
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Sequence
 from typing import Final
 
-from sqlalchemy import RowMapping, bindparam, select
+from sqlalchemy import RowMapping, bindparam, select, update
 
 from tidegate.catalog import policy_rows
 from tidegate.catalog.change_log import read_changes
 from tidegate.catalog.changes import Changes
 from tidegate.catalog.database import Database, DatabaseOptions
 from tidegate.catalog.gathering import Gathering
-from tidegate.catalog.policy_applied import apply_file
+from tidegate.catalog.policy_applied import Released, apply_file, release_file
 from tidegate.catalog.tables import api_keys, policy_state, rate_limit_rules, tiers
 from tidegate.policy import ApiKey, Policy, Tier
 
@@ -175,6 +176,47 @@ class SqlCatalog:
         except _NothingToDo:
             return False
         return True
+
+    async def release_policy(self) -> Released | None:
+        """Let operators change the rows of a policy file that is not given any more.
+
+        Returns:
+            What was released; None where no file was active.
+
+        Raises:
+            CatalogUnavailable: if the database does not answer; nothing was changed.
+        """
+        async with self.database.reading() as connection:
+            if (await connection.execute(select(policy_state.c.file_digest))).scalar() is None:
+                return None
+        try:
+            async with self.database.changing() as writing:
+                released = await release_file(writing, "tidegate serve")
+                if released is None:
+                    raise _NothingToDo
+        except _NothingToDo:
+            return None
+        return released
+
+    async def cache_secret(self) -> bytes:
+        """What entries of the shared cache are sealed with: the same for all instances of this database. Made at the first call.
+
+        Returns:
+            32 random bytes, in hex.
+
+        Raises:
+            CatalogUnavailable: if the database does not answer, or does not take a new one.
+        """
+        secret = select(policy_state.c.cache_secret)
+        async with self.database.reading() as connection:
+            held = (await connection.execute(secret)).scalar()
+        if held is None:
+            unset = update(policy_state).where(policy_state.c.cache_secret.is_(None))
+            async with self.database.transaction() as connection:
+                # Of two instances that start at once the second one finds what the first one made.
+                await connection.execute(unset.values(cache_secret=secrets.token_hex(32)))
+                held = (await connection.execute(secret)).scalar_one()
+        return str(held).encode()
 
     async def _read_keys(self, sha256s: Sequence[str], least: int) -> tuple[int, dict[str, ApiKey]]:
         # As many as a power of two, so that there are ten statements and not five hundred for the driver to prepare.

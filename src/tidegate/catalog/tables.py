@@ -88,6 +88,8 @@ api_keys: Final = Table(
     Column("revoked_reason", String(1000), nullable=True),
     Column("managed_by_file", Boolean, nullable=False, default=False),
     Column("revision", BigInteger, nullable=False, server_default="1"),
+    # Id of the key that this one replaced, or that one's own: a key that was rotated goes on with its counters.
+    Column("counts_as", String(24), nullable=True),
     UniqueConstraint("sha256"),
     Index("idx_api_keys_tier_id", "tier_id", "id"),
     Index("idx_api_keys_status", "status", sqlite_where=text("status = 'active'"), postgresql_where=text("status = 'active'")),
@@ -114,6 +116,8 @@ policy_state: Final = Table(
     Column("previous", BigInteger, nullable=True),
     # The oldest revision of the schema whose Tidegate works with this one: raised where something is taken away.
     Column("runs_from", String(16), nullable=False, server_default="0001"),
+    # What entries of the shared cache are sealed with, where the settings do not say; made when it is first needed.
+    Column("cache_secret", String(64), nullable=True),
     CheckConstraint("id = 1", name="single_row"),
 )
 

@@ -8,17 +8,19 @@ import socket
 import sys
 import tempfile
 from collections.abc import Callable, Generator, Iterator
+from importlib import resources
 from pathlib import Path
 
 import typer
 from sqlalchemy import func, select
 from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tidegate._version import __version__
 from tidegate.catalog.engines import open_engine, reason_of, shown
 from tidegate.catalog.policy_file import load_policy, policy_warnings
 from tidegate.catalog.schema import look_at_schema
-from tidegate.catalog.tables import policy_state, tiers
+from tidegate.catalog.tables import api_keys, policy_state, tiers
 from tidegate.cli.asking import ask_data_plane
 from tidegate.cli.common import ConfigOption, JsonOption, print_json, read_settings
 from tidegate.counters.factory import open_counters
@@ -26,6 +28,7 @@ from tidegate.counters.guarded import GuardedCounters
 from tidegate.errors import SettingsError, TidegateError
 from tidegate.instance import require_shared_counters
 from tidegate.listening import admin_address, free_address, grpc_address, missing_for_grpc
+from tidegate.policy import KeyStatus
 from tidegate.settings import Settings, parse_address
 
 Finding = tuple[str, bool | None, str]
@@ -60,7 +63,7 @@ def _examine(config: Path | None) -> Iterator[Finding]:
         return
     yield "settings", True, "understood"
     yield from _examine_policy(settings)
-    yield _try("catalog", lambda: _look_at_catalog(settings.catalog.url))
+    yield from _examine_catalog(settings)
     yield _try("counters", lambda: (True, asyncio.run(_look_at_counters(settings))))
     runs = yield from _examine_data_plane(settings)
     yield from _examine_side_listeners(settings, runs)
@@ -149,7 +152,14 @@ def _is_listened_at(host: str, port: int) -> bool:
         return False
 
 
-def _look_at_catalog(url: str) -> tuple[bool | None, str]:
+def _examine_catalog(settings: Settings) -> Iterator[Finding]:
+    owned: list[Finding] = []
+    yield _try("catalog", lambda: _look_at_catalog(settings, owned))
+    yield from owned
+
+
+def _look_at_catalog(settings: Settings, owned: list[Finding]) -> tuple[bool | None, str]:
+    url = settings.catalog.url
     if url.startswith("sqlite:///"):
         file = Path(url.removeprefix("sqlite:///"))
         try:
@@ -164,10 +174,12 @@ def _look_at_catalog(url: str) -> tuple[bool | None, str]:
             return True, f"{url} is not there yet; 'tidegate serve' makes it"
         if not os.access(file, os.W_OK):
             raise SettingsError(f"{url} cannot be written by this user: give it to the user that runs 'tidegate serve'")
-    return asyncio.run(_read_catalog(url))
+    return asyncio.run(_read_catalog(settings, owned))
 
 
-async def _read_catalog(url: str) -> tuple[bool | None, str]:
+async def _read_catalog(settings: Settings, owned: list[Finding]) -> tuple[bool | None, str]:
+    """What is found of the catalog; what is found of a policy file's rows in it goes into `owned`."""
+    url = settings.catalog.url
     engine = open_engine(url, reads_only=True, looks_only=True)
     try:
         schema = await look_at_schema(url, engine)
@@ -181,11 +193,41 @@ async def _read_catalog(url: str) -> tuple[bool | None, str]:
         async with engine.connect() as connection:
             version = (await connection.execute(select(policy_state.c.version))).scalar_one()
             count = (await connection.execute(select(func.count()).select_from(tiers))).scalar_one()
+            owned += await _look_at_owned(connection, settings)
         return True, f"{shown(url)}: version {version}, {count} tiers"
     except (SQLAlchemyError, OSError) as error:
         raise SettingsError(f"{shown(url)} does not answer as a catalog: {reason_of(error)}") from None
     finally:
         await engine.dispose()
+
+
+async def _look_at_owned(connection: AsyncConnection, settings: Settings) -> list[Finding]:
+    """Rows of a policy file that is not given any more, and keys that everybody knows."""
+    found: list[Finding] = []
+    if settings.policy_path is None:
+        active = (await connection.execute(select(policy_state.c.file_digest))).scalar() is not None
+        tier_count, key_count = [
+            (await connection.execute(select(func.count()).select_from(table).where(table.c.managed_by_file))).scalar_one()
+            for table in (tiers, api_keys)
+        ]
+        if tier_count or key_count:
+            then = "'tidegate serve' releases them to operators when it starts" if active else "they are released to operators"
+            text = f"{tier_count} tiers and {key_count} API keys are of a policy file that is not given any more, and stay active"
+            found.append(("rows of a policy file", None, f"{text}: {then}, see 'tidegate keys list'"))
+    with resources.as_file(resources.files("tidegate").joinpath("example.policy.toml")) as example:
+        public = [api_key.id for api_key in load_policy(example).api_keys]
+    accepted = select(api_keys.c.id).where(api_keys.c.id.in_(public), api_keys.c.status == KeyStatus.ACTIVE.value)
+    ids = (await connection.execute(accepted.order_by(api_keys.c.id))).scalars().all()
+    if ids:
+        found.append(
+            (
+                "API keys",
+                False,
+                f"the catalog accepts {len(ids)} API keys of the example policy, which everybody knows: "
+                f"'tidegate keys revoke', or take them out of the policy file: {', '.join(ids)}",
+            )
+        )
+    return found
 
 
 def _look_at_workers(settings: Settings) -> str:

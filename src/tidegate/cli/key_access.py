@@ -45,7 +45,7 @@ class OwnLimits(msgspec.Struct, frozen=True):
     limits: list[str]
 
 
-class KeyRecord(msgspec.Struct, frozen=True):
+class KeyRecord(msgspec.Struct, frozen=True, kw_only=True):
     """What is known of an API key, as the admin API tells it; the key itself is not.
 
     Args:
@@ -61,6 +61,7 @@ class KeyRecord(msgspec.Struct, frozen=True):
         revoked_reason: as it was given.
         managed_by_file: whether the policy file owns it.
         revision: grows with every change.
+        counts_as: id that its counters are found under: its own, or that of the first key that it replaced.
     """
 
     id: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{24}$")]
@@ -75,9 +76,10 @@ class KeyRecord(msgspec.Struct, frozen=True):
     revoked_reason: str | None
     managed_by_file: bool
     revision: int
+    counts_as: str = ""
 
 
-class MadeKey(KeyRecord, frozen=True):
+class MadeKey(KeyRecord, frozen=True, kw_only=True):
     """An API key that was just made.
 
     Args:
@@ -87,7 +89,7 @@ class MadeKey(KeyRecord, frozen=True):
     api_key: str
 
 
-class RotatedKey(MadeKey, frozen=True):
+class RotatedKey(MadeKey, frozen=True, kw_only=True):
     """An API key that was made in place of another.
 
     Args:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
+import tempfile
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,12 +16,15 @@ import typer
 from tidegate._version import __version__
 from tidegate.cli.asking import ask_data_plane
 from tidegate.cli.common import ConfigOption, JsonOption, print_json, read_settings
+from tidegate.errors import SettingsError
 
 if TYPE_CHECKING:
     from tidegate.instance import Instance
+    from tidegate.settings import Settings
 
 _TOUR = r"""
-Tidegate is deciding at http://{address} (metrics at /metrics, health at /health). Try it from another terminal:
+Tidegate is deciding at http://{address} (metrics at /metrics, health at /health), with a catalog that is deleted when it
+ends: none of this touches yours. Try it from another terminal:
 
   # a free key may ask 100 times a minute
   curl -s http://{address}/v1/check -d '{{"api_key":"demo-free-key-0001","path":"/api/v1/items"}}'
@@ -36,14 +41,17 @@ Ctrl-C ends it."""
 
 def serve(
     config: ConfigOption = None,
-    demo: Annotated[bool, typer.Option("--demo", help="Serve the example policy and print requests to try.")] = False,
+    demo: Annotated[
+        bool, typer.Option("--demo", help="Serve the example policy from a throw-away catalog and print requests to try.")
+    ] = False,
 ) -> int:
     """Run the server: the data plane at [server] http, until SIGTERM or Ctrl-C.
 
     Without any setting it listens at 127.0.0.1:8080, counts in memory, keeps its catalog in tidegate.db and takes
     tidegate.policy.toml into force if it is there. On SIGTERM it finishes what is in flight and exits 0 within [server]
-    drain_s. On SIGHUP it reloads the policy file, [envoy] config and certificates. With [server] workers above 1 it keeps so
-    many processes behind the one address; they need counters on Redis.
+    drain_s. On SIGHUP it reloads the policy file, [envoy] config and certificates. With --demo the catalog is a throw-away one:
+    what it holds is gone when the server ends. With [server] workers above 1 it keeps so many processes behind the one
+    address; they need counters on Redis.
     """
     from tidegate.catalog.engines import shown
     from tidegate.server import ignore_signals, run
@@ -80,9 +88,9 @@ def serve(
         tell_token(instance)
         tell(instance.address)
 
-    with resources.as_file(resources.files("tidegate").joinpath("example.policy.toml")) as example:
+    with contextlib.ExitStack() as stack:
         if demo:
-            settings = msgspec.structs.replace(settings, policy=msgspec.structs.replace(settings.policy, file=str(example)))
+            settings = _demo_settings(settings, stack, is_worker=seat is not None)
         if seat is not None:
             work(settings, seat, tell_token)
         elif settings.server.workers > 1:
@@ -90,6 +98,25 @@ def serve(
         else:
             run(settings, tell_all)
     return 0
+
+
+def _demo_settings(settings: Settings, stack: contextlib.ExitStack, *, is_worker: bool) -> Settings:
+    """The settings with the example policy and a catalog of its own: the example's API keys are public, so they must not get into
+    a catalog that goes on being used. Workers find the catalog of their supervisor in the environment.
+    """
+    example = stack.enter_context(resources.as_file(resources.files("tidegate").joinpath("example.policy.toml")))
+    policy = msgspec.structs.replace(settings.policy, file=str(example))
+    if is_worker:
+        return msgspec.structs.replace(settings, policy=policy)
+    try:
+        made = tempfile.TemporaryDirectory(prefix="tidegate-demo-", ignore_cleanup_errors=True)
+    except OSError as error:
+        raise SettingsError(f"--demo needs a directory for temporary files: {error.strerror}: set TMPDIR to one") from None
+    url = f"sqlite:///{stack.enter_context(made)}/tidegate.db"
+    os.environ |= {"TIDEGATE_CATALOG__URL": url, "TIDEGATE_CATALOG__REPLICAS": ""}
+    return msgspec.structs.replace(
+        settings, policy=policy, catalog=msgspec.structs.replace(settings.catalog, url=url, replicas=())
+    )
 
 
 def _worker_arguments(config: Path | None, demo: bool) -> list[str]:

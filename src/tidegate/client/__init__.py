@@ -18,7 +18,7 @@ try:
 except ModuleNotFoundError:
     raise ImportError("tidegate.client needs httpcore, which is not installed: pip install 'tidegate[client]'") from None
 
-from tidegate.bodies import RuleUsageBody, UsageBody
+from tidegate.bodies import RuleUsageBody, UsageBody, WindowUsageBody
 from tidegate.breaker import BreakerOptions
 from tidegate.client.answer import Answer
 from tidegate.client.asking import OnFailure
@@ -35,5 +35,6 @@ __all__ = [
     "Quota",
     "RuleUsageBody",
     "UsageBody",
+    "WindowUsageBody",
     "read_limit_headers",
 ]

@@ -29,6 +29,7 @@ from tidegate.errors import (
     SettingsError,
     StoreUnavailable,
     TidegateError,
+    TooManyUnknownKeys,
 )
 from tidegate.server_url import Server
 
@@ -48,7 +49,7 @@ _ERRORS: Final[dict[str, type[TidegateError]]] = {
         error.code: error
         for error in (
             *(BadRequest, RequestTooLarge, MissingApiKey, InvalidApiKey),
-            *(ApiKeyRevoked, ApiKeyExpired, StoreUnavailable, CatalogUnavailable),
+            *(ApiKeyRevoked, ApiKeyExpired, TooManyUnknownKeys, StoreUnavailable, CatalogUnavailable),
         )
     },
 }
@@ -305,7 +306,7 @@ def _batches(checks: Sequence[Check]) -> Iterator[tuple[bytes, int, bool]]:
 def _understood(reply: Reply, read: Callable[[Reply], T]) -> T | TidegateError | NoReply:
     """What an answer says: what was read, what was refused, or why it is none of Tidegate's."""
     try:
-        if reply.status in (200, 429):
+        if reply.status == 200 or (reply.status == 429 and not reply.body.startswith(b'{"error":')):
             return read(reply)
         told = _error(_ERROR.decode(reply.body))
     except (msgspec.MsgspecError, ValueError):

@@ -17,6 +17,7 @@ from tidegate.client.connections import AsyncConnections, Connections
 from tidegate.client.steps import Pause, Steps
 from tidegate.decision import Check
 from tidegate.errors import TidegateError
+from tidegate.paths import DEFERRED
 
 T = TypeVar("T")
 
@@ -77,7 +78,7 @@ class Client:
             StoreUnavailable: if the counter store fails and the rule says deny; `status` is 503.
             LimiterUnavailable: if no server was heard and `on_failure` is `raise`.
         """
-        return self._run(self._asking.check(Check.of(path, method, api_key, ip, cost)))
+        return self._run(self._asking.check(Check.of(path, method, api_key, ip, cost, DEFERRED)))
 
     def check_many(self, checks: Iterable[Check]) -> list[Answer | TidegateError]:
         """Ask for several requests, each decided on its own; a call for each 1000 of them, one after the other.
@@ -133,7 +134,7 @@ class Client:
         Raises:
             TidegateError: as for `check`.
         """
-        return self._run(self._asking.wait(Check.of(path, method, api_key, ip, cost), at_most_s))
+        return self._run(self._asking.wait(Check.of(path, method, api_key, ip, cost, DEFERRED), at_most_s))
 
     def close(self) -> None:
         """Close all connections. The client is of no use afterwards."""
@@ -189,7 +190,7 @@ class AsyncClient:
         self, path: str, method: str = "GET", *, api_key: str | None = None, ip: str | None = None, cost: int = 1
     ) -> Answer:
         """As `Client.check`."""
-        return await self._run(self._asking.check(Check.of(path, method, api_key, ip, cost)))
+        return await self._run(self._asking.check(Check.of(path, method, api_key, ip, cost, DEFERRED)))
 
     async def check_many(self, checks: Iterable[Check]) -> list[Answer | TidegateError]:
         """As `Client.check_many`."""
@@ -210,7 +211,7 @@ class AsyncClient:
         at_most_s: float = 30.0,
     ) -> Answer:
         """As `Client.wait`."""
-        return await self._run(self._asking.wait(Check.of(path, method, api_key, ip, cost), at_most_s))
+        return await self._run(self._asking.wait(Check.of(path, method, api_key, ip, cost, DEFERRED), at_most_s))
 
     async def close(self) -> None:
         """As `Client.close`."""

@@ -50,6 +50,17 @@ class CounterStore(Protocol):
         """
         ...
 
+    async def windows(self, counters: Sequence[tuple[LimitSet, str]]) -> Sequence[Sequence[Decision] | None]:
+        """What is left of each limit of a counter by itself; charges nothing.
+
+        Args:
+            counters: pairs of limits and subject, any number.
+
+        Returns:
+            For each a decision for every one of its limits, in their order; None where the store does not answer.
+        """
+        ...
+
     async def reset(self, counters: Sequence[tuple[LimitSet, str]]) -> None:
         """Forget what was consumed.
 

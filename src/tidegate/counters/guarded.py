@@ -132,6 +132,12 @@ class GuardedCounters:
             self.denials.remember(charge.counters, charge.cost, decision, asked_us)
         return (decision,)
 
+    async def windows(self, counters: Sequence[tuple[LimitSet, str]]) -> Sequence[Sequence[Decision] | None]:
+        """See `CounterStore.windows`; of the store alone, for the fallback has shares of the limits and not the limits."""
+        if not self._started:
+            await self.start()
+        return await self.store.windows(counters)
+
     async def reset(self, counters: Sequence[tuple[LimitSet, str]]) -> None:
         """See `CounterStore.reset`; the other instances forget their remembered denials within a second."""
         if not self._started:

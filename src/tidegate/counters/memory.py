@@ -215,6 +215,22 @@ class MemoryCounters:
             self.sweep(_STEPS, now)
         return Decision(not denied, binding, least, reset_after, None if never else retry_after, now, counters[0][0])
 
+    async def windows(self, counters: Sequence[tuple[LimitSet, str]]) -> list[tuple[Decision, ...]]:
+        """See `CounterStore.windows`."""
+        now = self._clock()
+        found = []
+        for limits, subject in counters:
+            plan = self._prepare(limits)
+            held = self._shards[hash(plan.token + subject) & 255].get(plan.token + subject)
+            if held is None and plan.elders:
+                held = self._inherit(plan, subject)
+            own = []
+            for limit, state in zip(limits.limits, plan.states_of(held), strict=True):
+                _, remaining, reset, _ = plan.decide(limit, state, now, 0)
+                own.append(Decision(True, limit, remaining, reset, 0, now, limits))
+            found.append(tuple(own))
+        return found
+
     async def reset(self, counters: Sequence[tuple[LimitSet, str]]) -> None:
         """See `CounterStore.reset`."""
         for limits, subject in counters:

@@ -8,7 +8,8 @@ from typing import Any, Final
 
 import msgspec
 
-from tidegate.bodies import DecisionBody, RuleUsageBody, UsageBody
+from tidegate.bodies import DecisionBody, RuleUsageBody, UsageBody, WindowUsageBody
+from tidegate.catalog.forms import moment_text
 from tidegate.decision import Decision, RuleUsage, Usage
 from tidegate.errors import TidegateError
 from tidegate.limits import US_PER_S
@@ -67,7 +68,18 @@ def _rule_usage_body(usage: RuleUsage) -> RuleUsageBody:
         None if binding is None else decision.reset_after,
         None if binding is None else binding.window_us // US_PER_S,
         decision.degraded,
+        tuple(map(_window_usage_body, usage.windows)),
     )
+
+
+def _window_usage_body(seen: Decision) -> WindowUsageBody:
+    binding, remaining = seen.binding, seen.remaining
+    assert binding is not None, "a window is one limit"
+    assert remaining is not None, "a limit says what is left"
+    capacity = binding.capacity
+    used = max(capacity - remaining, 0)
+    resets_at = moment_text(seen.at_us + seen.reset_after_us) if used or seen.reset_after_us else None
+    return WindowUsageBody(capacity, binding.window_us // US_PER_S, used, remaining, resets_at)
 
 
 def error_body(error: TidegateError) -> dict[str, Any]:
@@ -80,6 +92,19 @@ def error_body(error: TidegateError) -> dict[str, Any]:
         What to encode.
     """
     return {"error": {"code": error.code, "message": error.message, "details": error.details}}
+
+
+def retry_headers(error: TidegateError) -> Headers:
+    """When an error that passes by itself is over.
+
+    Args:
+        error: the error.
+
+    Returns:
+        `Retry-After` in seconds, where the error says so; else none.
+    """
+    after_s = error.details.get("retry_after")
+    return [] if after_s is None else [("retry-after", str(after_s))]
 
 
 def exceeded_body(decision: Decision) -> dict[str, Any]:

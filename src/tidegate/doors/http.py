@@ -27,14 +27,17 @@ from tidegate.doors.answers import (
     encode,
     error_body,
     limit_headers,
+    retry_headers,
     usage_body,
 )
 from tidegate.doors.client_address import TrustedProxies, peer_address
 from tidegate.doors.refusals import BodyTooSlow, HeadersTooLarge, MethodNotAllowed, NotFound, Unforeseen
 from tidegate.errors import BadRequest, RequestTooLarge, TidegateError
 from tidegate.gate import Gate, Observer
+from tidegate.paths import STRICT, PathRules
 from tidegate.telemetry.access import AccessLog
 from tidegate.telemetry.requests import CURRENT, REQUEST_ID, Request, current, note
+from tidegate.time_slice import TimeSlice
 
 logger = logging.getLogger(__name__)
 
@@ -95,6 +98,7 @@ class DataPlane:
         trusted: whose forwarding headers are believed.
         body_timeout_s: how long a body may take.
         access: writes about a sample of the requests; None for no such log.
+        paths: which spellings of a path are let through.
     """
 
     def __init__(
@@ -105,6 +109,7 @@ class DataPlane:
         trusted: TrustedProxies | None = None,
         body_timeout_s: float = BODY_TIMEOUT_S,
         access: AccessLog | None = None,
+        paths: PathRules = STRICT,
     ) -> None:
         self.draining = False
         self.in_flight = 0
@@ -115,6 +120,7 @@ class DataPlane:
         self._trusted = trusted or TrustedProxies()
         self._body_timeout_s = body_timeout_s
         self._access = access
+        self._paths = paths
 
     async def __rsgi__(self, scope: _Scope, proto: Any) -> None:
         """Answer one request."""
@@ -173,7 +179,7 @@ class DataPlane:
             method = _one(headers, "x-original-method") or (_one(headers, "x-forwarded-method") if trusted else None)
             if method is None:
                 method = scope.method if for_envoy else "GET"
-            check = Check.of(uri, method, _one(headers, "x-api-key"), self._ip(headers, peer, trusted))
+            check = Check.of(uri, method, _one(headers, "x-api-key"), self._ip(headers, peer, trusted), paths=self._paths)
         except BadRequest as error:
             raise self._seen(error) from None
         note(check)
@@ -228,7 +234,10 @@ class DataPlane:
             raise self._seen(error) from None
         answers: list[Decision | TidegateError | None] = []
         checks: list[Check] = []
+        slice_ = TimeSlice()
         for each in asked:
+            if slice_.over:
+                await slice_.pause()
             try:
                 checks.append(self._check_of(each, header_key))
                 answers.append(None)
@@ -236,7 +245,11 @@ class DataPlane:
                 answers.append(self._seen(error))
         decided = iter(await self._gate.check_many(checks))
         whole = [next(decided) if answer is None else answer for answer in answers]
-        decisions = [error_body(each) if isinstance(each, TidegateError) else decision_body(each) for each in whole]
+        decisions = []
+        for answer in whole:
+            if slice_.over:
+                await slice_.pause()
+            decisions.append(error_body(answer) if isinstance(answer, TidegateError) else decision_body(answer))
         self._bytes(proto, 200, [_JSON], encode({"decisions": decisions}))
 
     async def _usage(self, scope: _Scope, proto: Any) -> None:
@@ -272,7 +285,7 @@ class DataPlane:
             if api_key is not None and api_key != header_key:
                 raise BadRequest("api_key and the X-API-Key header differ: send one of them", field="api_key")
             api_key = header_key
-        return Check.of(asked.path, asked.method, api_key, asked.ip, asked.cost)
+        return Check.of(asked.path, asked.method, api_key, asked.ip, asked.cost, self._paths)
 
     def _ip(self, headers: _RequestHeaders, peer: str, trusted: bool) -> str | None:
         """The client's address as headers of a trusted peer tell it, else the peer's own; None where nobody knows it."""
@@ -326,14 +339,17 @@ class DataPlane:
 
     def _refuse(self, scope: _Scope, proto: Any, error: TidegateError) -> None:
         if scope.path in (_AUTHORIZE, AUTHORIZE_ENVOY):
-            told: Headers = [("x-tidegate-error", error.code), NO_STORE]
+            told: Headers = [("x-tidegate-error", error.code), NO_STORE, *retry_headers(error)]
             if error.status in (401, 403):
                 self._empty(proto, error.status, told)
                 return
             if scope.headers.get(DENIED_STATUS) == "403":
                 self._empty(proto, 403, [*told, ("x-tidegate-status", str(error.status))])
                 return
-        headers = [_JSON, ("x-tidegate-error", error.code)]
+            if error.status == 429:
+                self._empty(proto, 429, told)
+                return
+        headers = [_JSON, ("x-tidegate-error", error.code), *retry_headers(error)]
         if (request := current()) is not None:
             headers.append((REQUEST_ID, request.id))
         if isinstance(error, MethodNotAllowed):

@@ -14,6 +14,8 @@ from tidegate.errors import BadRequest, StoreUnavailable
 from tidegate.limits import Algorithm, Limit, LimitSet, OnFailure, member_of
 
 LONGEST_SUBJECT: Final = 128
+_DIGEST: Final = "h:"
+"""Before the digest that is counted in place of a long subject. A subject that begins so is counted by its digest too."""
 
 
 class Limiter:
@@ -49,8 +51,9 @@ class Limiter:
         parsed = [Limit.parse(text) for text in texts]
         self.counters: CounterStore = open_counters(counters) if isinstance(counters, str) else counters
         label = name or ", ".join(texts)
+        # '/' is in no tier's name: no rule of a policy on the same store has this name.
         self._limits = LimitSet(
-            f"limiter:{label}",
+            f"limiter/{label}",
             member_of(Algorithm, algorithm, "algorithm"),
             parsed,
             member_of(OnFailure, on_failure, "on_failure"),
@@ -74,7 +77,7 @@ class Limiter:
         """
         if type(cost) is not int or not 0 <= cost <= MAX_COST:
             raise BadRequest(f"cost {clip(cost)} must be a whole number from 0 to {MAX_COST}", field="cost")
-        if not subject or type(subject) is not str or len(subject) > LONGEST_SUBJECT:
+        if not subject or type(subject) is not str or len(subject) > LONGEST_SUBJECT or subject.startswith(_DIGEST):
             subject = _fit_subject(subject)
         if self._charge_one is not None:
             return self._charge_one(self._limits, subject, cost)
@@ -120,9 +123,9 @@ class Limiter:
 
 
 def _fit_subject(subject: object) -> str:
-    """The subject itself, or a digest where it is longer than a counter's key should be."""
+    """The subject itself, or a digest where it is longer than a counter's key should be, or could be taken for a digest."""
     if type(subject) is not str or not subject:
         raise BadRequest(f"subject {clip(subject)} must be a non-empty string such as 'user-42'", field="subject")
-    if len(subject) <= LONGEST_SUBJECT:
+    if len(subject) <= LONGEST_SUBJECT and not subject.startswith(_DIGEST):
         return subject
-    return "h:" + hashlib.blake2b(subject.encode(errors="surrogatepass"), digest_size=32).hexdigest()
+    return _DIGEST + hashlib.blake2b(subject.encode(errors="surrogatepass"), digest_size=32).hexdigest()

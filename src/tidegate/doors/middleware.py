@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from pathlib import Path
 from typing import Any, Final, TypeAlias
-from urllib.parse import quote
 
 from tidegate.catalog.cached import CachedCatalog
 from tidegate.catalog.policy_file import PolicyCatalog, load_policy
 from tidegate.counters import CounterStore
 from tidegate.counters.factory import open_counters
 from tidegate.decision import Check
-from tidegate.doors.answers import Headers, encode, error_body, exceeded_body, limit_headers
+from tidegate.doors.answers import Headers, encode, error_body, exceeded_body, limit_headers, retry_headers
 from tidegate.doors.client_address import TrustedProxies
 from tidegate.errors import BadRequest, SettingsError, TidegateError
 from tidegate.gate import Gate, Observer
+from tidegate.paths import PathRules, quote_path
 from tidegate.policy import Policy
 
 Scope: TypeAlias = MutableMapping[str, Any]
@@ -23,8 +23,6 @@ Message: TypeAlias = MutableMapping[str, Any]
 Receive: TypeAlias = Callable[[], Awaitable[Message]]
 Send: TypeAlias = Callable[[Message], Awaitable[None]]
 App: TypeAlias = Callable[[Scope, Receive, Send], Awaitable[None]]
-
-_KEPT: Final = "/:@!$&'()*+,=~-._%"
 
 
 class RateLimitMiddleware:
@@ -42,9 +40,11 @@ class RateLimitMiddleware:
         trusted_proxies: whose `X-Real-IP` and `X-Forwarded-For` are believed.
         cost: gives the cost of a request from its ASGI scope; 1 for every request where not given.
         observe: for `policy`: is told of every check.
+        encoded_slashes: patterns with `*` for the paths that may have `%2F`, such as `/projects/*`; none where not given.
+        decode_unreserved: whether `%7E` is read as `~`, and so on; refused where not given.
 
     Raises:
-        SettingsError: unless exactly one of `gate` and `policy` is given.
+        SettingsError: unless exactly one of `gate` and `policy` is given, or for a pattern that no path can match.
         PolicyError: if the policy is refused.
     """
 
@@ -58,6 +58,8 @@ class RateLimitMiddleware:
         trusted_proxies: Iterable[str] = (),
         cost: Callable[[Scope], int] | None = None,
         observe: Observer | None = None,
+        encoded_slashes: Iterable[str] = (),
+        decode_unreserved: bool = False,
     ) -> None:
         if (gate is None) == (policy is None):
             raise SettingsError("RateLimitMiddleware needs exactly one of 'gate' and 'policy'")
@@ -70,6 +72,7 @@ class RateLimitMiddleware:
         self.gate = gate
         self._trusted = TrustedProxies(trusted_proxies)
         self._cost = cost
+        self._paths = PathRules.of(encoded_slashes, decode_unreserved)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request, or let the app do so."""
@@ -79,7 +82,8 @@ class RateLimitMiddleware:
         try:
             decision = await self.gate.check(self._check_of(scope))
         except TidegateError as error:
-            await _answer(send, error.status, [("x-tidegate-error", error.code)], encode(error_body(error)))
+            told = [("x-tidegate-error", error.code), *retry_headers(error)]
+            await _answer(send, error.status, told, encode(error_body(error)))
             return
         headers = limit_headers(decision)
         if not decision.allowed:
@@ -111,9 +115,9 @@ class RateLimitMiddleware:
         ip = self._trusted.client(peer, real_ip, forwarded_for)
         # The path as it was sent: once decoded, '%2F' and '/' look the same. Not every server gives it.
         raw = scope.get("raw_path")
-        path = raw.decode("latin-1").partition("?")[0] if raw else quote(scope["path"], safe=_KEPT)
+        path = raw.decode("latin-1").partition("?")[0] if raw else quote_path(scope["path"])
         cost = 1 if self._cost is None else self._cost(scope)
-        return Check.of(path, scope["method"], keys[0] if keys else None, ip or None, cost)
+        return Check.of(path, scope["method"], keys[0] if keys else None, ip or None, cost, self._paths)
 
 
 _READ: Final = frozenset((b"x-api-key", b"x-real-ip", b"x-forwarded-for"))

@@ -19,6 +19,7 @@ _ERRORS: Final = {
     405: "The path is there, the method is not.",
     408: "The body did not arrive in time.",
     413: "The body is too large.",
+    429: "The address has sent too many unknown API keys; see Retry-After.",
     431: "The headers are too large.",
     503: "The counter store or the catalog does not answer.",
 }
@@ -119,7 +120,17 @@ def _check() -> dict[str, Any]:
         "requestBody": _body("CheckRequest"),
         "responses": {
             "200": {"description": "It may pass.", "headers": _headers(), "content": decided},
-            "429": {"description": "It may not.", "headers": _headers(), "content": decided},
+            "429": {
+                "description": "It may not; or its address has sent too many unknown API keys, see X-Tidegate-Error.",
+                "headers": _headers(),
+                "content": {
+                    "application/json": {
+                        "schema": {
+                            "anyOf": [{"$ref": "#/components/schemas/DecisionBody"}, {"$ref": "#/components/schemas/Error"}]
+                        }
+                    }
+                },
+            },
             **_errors(400, 401, 403, 405, 408, 413, 431, 503),
         },
     }
@@ -151,7 +162,7 @@ def _authorize(operation: str, passes: str = "204") -> dict[str, Any]:
             "headers": _headers() | {"X-Tidegate-Status": _told("What would be the status otherwise: 429, 400, 431 or 503.")},
         },
         "429": {
-            "description": "It may not pass.",
+            "description": "It may not pass; or its address has sent too many unknown API keys, see X-Tidegate-Error.",
             "headers": _headers() | {"Cache-Control": _told("For how long the denial holds."), "Vary": _told("For whom.")},
         },
     }
@@ -182,7 +193,7 @@ def _usage(operation: str) -> dict[str, Any]:
                 "description": "What is left.",
                 "content": {"application/json": {"schema": {"$ref": "#/components/schemas/UsageBody"}}},
             },
-            **_errors(400, 401, 403, 405, 431, 503),
+            **_errors(400, 401, 403, 405, 429, 431, 503),
         },
     }
 

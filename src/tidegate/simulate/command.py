@@ -18,6 +18,7 @@ from tidegate.catalog.policy_file import load_policy
 from tidegate.charts import clean
 from tidegate.counters.memory import DEFAULT_MAX_SUBJECTS
 from tidegate.errors import SettingsError
+from tidegate.paths import PathRules
 from tidegate.simulate.log_formats import FIELDS, FORMATS, Parse, csv_columns, detect, parser_of
 from tidegate.simulate.log_lines import LogError, LogLines, log_size
 from tidegate.simulate.log_times import Malformed
@@ -170,6 +171,18 @@ def simulate(
     max_subjects: Annotated[
         int, typer.Option("--max-subjects", min=1, help="Most counters held; each takes about 200 bytes.")
     ] = DEFAULT_MAX_SUBJECTS,
+    encoded_slashes: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--encoded-slashes",
+            metavar="PATTERN",
+            help="As the setting paths.encoded_slashes: paths that may have %2F. May be given several times.",
+            show_default=False,
+        ),
+    ] = None,
+    decode_unreserved: Annotated[
+        bool, typer.Option("--decode-unreserved", help="As the setting paths.decode_unreserved: %7E is read as ~.")
+    ] = False,
     as_json_: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
     html: Annotated[Path | None, typer.Option("--html", help="Write a page with charts here too.", show_default=False)] = None,
 ) -> int:
@@ -190,7 +203,8 @@ def simulate(
         raise SettingsError(f"--format {log_format!r} is not known: use one of {', '.join(FORMATS)}")
     if html is not None and not html.absolute().parent.is_dir():
         raise SettingsError(f"--html {html}: the directory is not there: make it first")
-    replay = Replay(load_policy(policy), tier, by_ip=subject.lower() == "ip", max_subjects=max_subjects)
+    paths = PathRules.of(encoded_slashes or (), decode_unreserved)
+    replay = Replay(load_policy(policy), tier, by_ip=subject.lower() == "ip", max_subjects=max_subjects, paths=paths)
     order = TimeOrder(replay.decide, _span_s(reorder), reorder_max)
     simulation = Simulation(replay, order, log_format, subject, key_field, _named_fields(field or []))
     sizes = [log_size(source) for source in logs]

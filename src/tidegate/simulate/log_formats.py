@@ -65,8 +65,41 @@ _ANY: Final = re.compile(
 )
 _TAIL: Final = re.compile(rf' "({_QUOTED})" "({_QUOTED})"')
 _METHOD: Final = re.compile(r"[A-Z][A-Z_-]{0,31}", re.ASCII)
-_ESCAPED: Final = re.compile(r"\\(?:x([0-9A-Fa-f]{2})|(.))", re.DOTALL)
-_CONTROL: Final = {"n": "\n", "t": "\t", "r": "\r", "b": "\b", "f": "\f", "v": "\v"}
+_ESCAPED: Final = re.compile(r"(\\(?:x[0-9A-Fa-f]{2}|.))", re.DOTALL)
+_HEX: Final = "0123456789ABCDEFabcdef"
+
+
+class _Unescaped(dict[str, str]):
+    r"""What a server wrote as `\xNN`, `\"`, `\\` or `\n`, by its escape; bytes beyond ASCII are percent-encoded.
+
+    All that is common is in the table, because what is not costs a call.
+    """
+
+    def __init__(self) -> None:
+        super().__init__({f"\\{chr(code)}": chr(code) for code in range(128)})
+        self |= {r"\n": "\n", r"\t": "\t", r"\r": "\r", r"\b": "\b", r"\f": "\f", r"\v": "\v"}
+        for digits in _BYTES:
+            byte = int(digits, 16)
+            self[rf"\x{digits}"] = chr(byte) if byte < 0x80 else f"%{byte:02X}"
+
+    def __missing__(self, escape: str) -> str:
+        return escape[1:]
+
+
+class _ForJson(dict[str, str]):
+    r"""`\xNN`, which JSON has not, as `\u00NN`; every other escape stays."""
+
+    def __init__(self) -> None:
+        super().__init__({f"\\{chr(code)}": f"\\{chr(code)}" for code in range(128)})
+        self |= {rf"\x{digits}": rf"\u00{digits}" for digits in _BYTES}
+
+    def __missing__(self, escape: str) -> str:
+        return escape
+
+
+_BYTES: Final = [first + second for first in _HEX for second in _HEX]
+_UNESCAPED: Final = _Unescaped()
+_FOR_JSON: Final = _ForJson()
 _new: Final = tuple.__new__
 
 
@@ -216,16 +249,16 @@ def _request(request: str) -> tuple[str, str]:
         raise Malformed(f"no HTTP request in {request[:60]!r}")
     path = parts[1].partition("?")[0]
     if "\\" in path:
-        path = _ESCAPED.sub(_unescape, path)
+        # An escape has at most 4 characters and stands for at least one.
+        path = _replace_escapes(path[: 4 * (MAX_PATH_BYTES + 1)], _UNESCAPED)
     return parts[0], path[: MAX_PATH_BYTES + 1]
 
 
-def _unescape(found: re.Match[str]) -> str:
-    r"""What a server wrote as `\xNN`, `\"`, `\\` or `\n`; bytes beyond ASCII come back percent-encoded."""
-    if found[1]:
-        byte = int(found[1], 16)
-        return chr(byte) if byte < 0x80 else f"%{byte:02X}"
-    return _CONTROL.get(found[2], found[2])
+def _replace_escapes(text: str, replacements: Mapping[str, str]) -> str:
+    """Replace escapes without a call in Python for each of those that are known."""
+    pieces = _ESCAPED.split(text)
+    pieces[1::2] = map(replacements.__getitem__, pieces[1::2])
+    return "".join(pieces)
 
 
 def _json_record(line: str) -> Mapping[str, Any]:
@@ -234,7 +267,7 @@ def _json_record(line: str) -> Mapping[str, Any]:
     except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
         # nginx without escape=json writes \xNN, which JSON has not; bytes that are no UTF-8 were read so too.
         if "\\x" in line:
-            mended = _ESCAPED.sub(lambda found: rf"\u00{found[1]}" if found[1] else found[0], line)
+            mended = _replace_escapes(line, _FOR_JSON)
             if mended != line:
                 return _json_record(mended)
         raise Malformed(f"not JSON: {error}") from None

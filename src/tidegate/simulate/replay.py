@@ -8,13 +8,12 @@ from typing import Final
 import msgspec
 
 from tidegate.counters.memory import DEFAULT_MAX_SUBJECTS, MemoryCounters
-from tidegate.decision import canonical_ip
+from tidegate.decision import client_of
 from tidegate.errors import BadRequest, SettingsError
-from tidegate.gate import ipv6_client
 from tidegate.keys import hash_api_key, is_possible_key
 from tidegate.limits import LimitSet
 from tidegate.matching import CompiledRule, CompiledTier, subject_of
-from tidegate.paths import canonical_path
+from tidegate.paths import STRICT, PathRules, canonical_path
 from tidegate.policy import KeyStatus, Policy, Subject
 from tidegate.simulate.log_formats import Request
 from tidegate.simulate.tallies import MINUTE_US, RuleTally, Series, TopBlocked
@@ -51,12 +50,20 @@ class Replay:
         tier: tier of requests whose API key does not say one; None for the anonymous tier or the only one.
         by_ip: whether the caller of such a request is its ip; else the request's subject.
         max_subjects: most counters held.
+        paths: which spellings of a path are let through.
 
     Raises:
         SettingsError: if the policy has no such tier, or the tier to take is not clear.
     """
 
-    def __init__(self, policy: Policy, tier: str | None, by_ip: bool, max_subjects: int = DEFAULT_MAX_SUBJECTS) -> None:
+    def __init__(
+        self,
+        policy: Policy,
+        tier: str | None,
+        by_ip: bool,
+        max_subjects: int = DEFAULT_MAX_SUBJECTS,
+        paths: PathRules = STRICT,
+    ) -> None:
         self.tallies: dict[tuple[str, str], RuleTally] = {}
         self.top = TopBlocked()
         self.series = Series()
@@ -76,6 +83,7 @@ class Replay:
         self._known: dict[str, _Known] = {}
         self._labels: dict[str, str] = {}
         self._by_ip = by_ip
+        self._paths = paths
         self._callers: dict[str, _Known | None] = {}
         self._matches: dict[tuple[CompiledTier, str, str], _Match] = {}
         self._minute = 0
@@ -188,14 +196,14 @@ class Replay:
             self._show(tier)
             own = CompiledTier(tier.tier, record.overrides) if record.overrides else tier
             refused_from_us = 0 if record.status is not KeyStatus.ACTIVE else record.expires_at_us
-            known = _Known(f"k:{record.id}", own, _NEVER if refused_from_us is None else refused_from_us)
+            known = _Known(f"k:{record.owner}", own, _NEVER if refused_from_us is None else refused_from_us)
             self._known[record.id] = known
             self._labels[known.subject] = record.name
         return known
 
     def _match(self, tier: CompiledTier, method: str, path: str) -> _Match | None:
         """The rules of a request; None (and counted) where the live door would refuse how its path is spelled."""
-        canonical, remedy = canonical_path(path)
+        canonical, remedy = canonical_path(path, self._paths)
         if canonical is None:
             self.refused_count += 1
             if len(self.refused) < EXAMPLES_SHOWN:
@@ -257,7 +265,6 @@ def _default_tier(policy: Policy, tier: str | None) -> str:
 def _client(ip: str) -> str:
     """A client as the live door and the gate count it. What is no address (a host name, say) stays as it is."""
     try:
-        canonical = canonical_ip(ip)
-        return ipv6_client(canonical) if ":" in canonical else canonical
+        return client_of(ip)
     except BadRequest:
         return ip

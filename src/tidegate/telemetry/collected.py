@@ -49,9 +49,21 @@ def collect_cache(
         "rate_limiter_cache_stale", "Catalog look-ups answered from memory past their time.", lambda: cached.stale
     )
     metrics.add_gauge("rate_limiter_cached_keys", "API keys cached, unknown ones included.", lambda: len(cached))
+    limit = cached.unknown_keys
+    if limit is not None:
+        metrics.add_counter(
+            "rate_limiter_unknown_keys_refused",
+            "Look-ups of API keys refused because their address had sent too many unknown ones.",
+            lambda: limit.refused,
+        )
     if shared is not None:
         metrics.add_counter(
             "rate_limiter_shared_cache_errors", "Times that Redis did not answer a catalog look-up.", lambda: shared.errors
+        )
+        metrics.add_counter(
+            "rate_limiter_shared_cache_refused",
+            "Entries of the shared cache that were ignored: not sealed with the secret of this catalog, or invalid.",
+            lambda: shared.refused,
         )
     if database is not None:
         metrics.add_counter(

@@ -32,6 +32,7 @@ _ERROR_TYPES: Final = {"CATALOG_UNAVAILABLE": "db_connection"}
 # Told from the beginning as 0: the first error of a series that was not there before is no rise to `rate()`.
 _KNOWN_ERRORS: Final = (
     "api_key_expired",
+    "api_key_lookups_exceeded",
     "api_key_revoked",
     "bad_request",
     "db_connection",

@@ -17,7 +17,7 @@ from typing import Final
 
 from tidegate._version import __version__
 from tidegate.counters import Charge, CounterStore, Outcome
-from tidegate.decision import Observation
+from tidegate.decision import Decision, Observation
 from tidegate.errors import SettingsError
 from tidegate.limits import LimitSet
 from tidegate.telemetry.requests import Parent, current
@@ -134,6 +134,9 @@ class _Noted:
             return await self._store.charge(charges)
         finally:
             _ASKED.set((started_ns, time.time_ns(), len(charges)))
+
+    async def windows(self, counters: Sequence[tuple[LimitSet, str]]) -> Sequence[Sequence[Decision] | None]:
+        return await self._store.windows(counters)
 
     async def reset(self, counters: Sequence[tuple[LimitSet, str]]) -> None:
         await self._store.reset(counters)

@@ -160,6 +160,17 @@ class RedisCounters:
         except StoreUnavailable:
             return "nobody"
 
+    async def windows(self, counters: Sequence[tuple[LimitSet, str]]) -> list[tuple[Decision, ...] | None]:
+        """See `CounterStore.windows`: all windows of a set are in one value, which a set of one of them reads as well."""
+        looks = [Charge(((one, subject),), 0) for limits, subject in counters for one in limits.single_sets()]
+        outcomes = iter(await self.charge(looks))
+        found: list[tuple[Decision, ...] | None] = []
+        for limits, _ in counters:
+            own = [next(outcomes) for _ in limits.limits]
+            decisions = tuple(each for each in own if isinstance(each, Decision))
+            found.append(decisions if len(decisions) == len(own) else None)
+        return found
+
     async def reset(self, counters: Sequence[tuple[LimitSet, str]]) -> None:
         """See `CounterStore.reset`."""
         await self.start()

@@ -4,35 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tidegate.catalog.cached import Caller
+from sqlalchemy import select
+
+from tidegate import usage
+from tidegate.catalog.cache_level import Caller
 from tidegate.catalog.changing import NotThere
 from tidegate.catalog.editing import CatalogEditor
 from tidegate.catalog.reading import key_row
+from tidegate.catalog.tables import api_keys
 from tidegate.counters import Charge
-from tidegate.decision import Decision, RuleUsage, Usage, canonical_ip
+from tidegate.decision import Decision, RuleUsage, Usage, client_of
 from tidegate.errors import StoreUnavailable
-from tidegate.gate import MAX_USAGE_RULES, Gate, ipv6_client
+from tidegate.gate import MAX_USAGE_RULES, Gate
 from tidegate.limits import LimitSet
 from tidegate.matching import CompiledTier, counted_by, subject_of
 from tidegate.policy import Mode, Subject
 
 _RESET_AT_ONCE = 1000
-
-
-def client_of(ip: str) -> str:
-    """What counts as one client of an address: itself, or the /64 of an IPv6 address.
-
-    Args:
-        ip: IPv4 or IPv6.
-
-    Returns:
-        The client.
-
-    Raises:
-        BadRequest: if it is no address.
-    """
-    canonical = canonical_ip(ip)
-    return ipv6_client(canonical) if ":" in canonical else canonical
 
 
 async def caller_of(editor: CatalogEditor, gate: Gate, key_id: str) -> Caller:
@@ -55,6 +43,24 @@ async def caller_of(editor: CatalogEditor, gate: Gate, key_id: str) -> Caller:
     if caller is None:
         raise NotThere(f"there is no API key {key_id} any more: see GET /admin/v1/api-keys")
     return caller
+
+
+async def subject_of_key(editor: CatalogEditor, key_id: str) -> str:
+    """Whom counters and violations name for a key: the first key of its owner.
+
+    Args:
+        editor: of the catalog.
+        key_id: the key's id.
+
+    Returns:
+        The subject; that of the id itself where the key's record is gone.
+
+    Raises:
+        CatalogUnavailable: if the catalog does not answer.
+    """
+    async with editor.reading() as connection:
+        counts_as = (await connection.execute(select(api_keys.c.counts_as).where(api_keys.c.id == key_id))).scalar()
+    return f"k:{counts_as or key_id}"
 
 
 async def usage_of_key(editor: CatalogEditor, gate: Gate, key_id: str, ip: str | None) -> Usage:
@@ -84,10 +90,10 @@ async def usage_of_key(editor: CatalogEditor, gate: Gate, key_id: str, ip: str |
         looked_at.append((each.rule.name, each.rule.endpoint, each.rule.mode, counted_by(each.subject, True), each.limits))
     subjects = [subject_of(kind, caller.subject, client, tier.tier.name) for *_, kind, _ in looked_at]
     counted = [(entry, subject) for entry, subject in zip(looked_at, subjects, strict=True) if subject is not None]
-    decisions = await peek(gate, [(entry[-1], subject) for entry, subject in counted])
+    seen = await usage.peek(gate.counters, [(entry[-1], subject) for entry, subject in counted])
     rules = tuple(
-        RuleUsage(name, endpoint, mode, kind, limits.limits, decision)
-        for ((name, endpoint, mode, kind, limits), _), decision in zip(counted, decisions, strict=True)
+        RuleUsage(name, endpoint, mode, kind, limits.limits, *each)
+        for ((name, endpoint, mode, kind, limits), _), each in zip(counted, seen, strict=True)
     )
     not_counted = tuple(entry[0] for entry, subject in zip(looked_at, subjects, strict=True) if subject is None)
     return Usage(tier.tier.name, rules, not_counted, len(tier.rules) > MAX_USAGE_RULES)

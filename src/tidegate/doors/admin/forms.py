@@ -169,6 +169,7 @@ class KeyTold(Told):
     revoked_at: str | None
     revoked_reason: str | None
     managed_by_file: bool
+    counts_as: str
     revision: int
     warnings: list[str] = []
 
@@ -302,6 +303,16 @@ class ViolationPage(Told):
     next: str | None
 
 
+class WindowUsageTold(Told):
+    """What is left of one limit."""
+
+    limit: int
+    window: int
+    used: int
+    remaining: int
+    resets_at: str | None
+
+
 class RuleUsageTold(Told):
     """What is left under one rule; of its limits the one with the least left."""
 
@@ -314,6 +325,7 @@ class RuleUsageTold(Told):
     reset_after: float | None
     window: int | None
     degraded: bool
+    windows: list[WindowUsageTold]
 
 
 class UsageTold(Told):

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Query, Request, Response
 
 from tidegate.catalog.editing import CatalogEditor
-from tidegate.catalog.importing import export_policy, import_policy
+from tidegate.catalog.importing import export_policy, import_policy, import_warnings
 from tidegate.catalog.policy_file import parse_policy, policy_warnings
 from tidegate.catalog.policy_text import policy_text
 from tidegate.doors.admin.common import Actor
@@ -53,10 +53,12 @@ def policy_routes(editor: CatalogEditor) -> APIRouter:
         prune: Annotated[bool, Query(description="also remove rows that neither this text nor the policy file names")] = False,
     ) -> ImportTold:
         try:
-            policy = parse_policy((await request.body()).decode())
+            text = (await request.body()).decode()
+            policy = parse_policy(text)
         except UnicodeDecodeError:
             raise BadRequest("the policy is not UTF-8: send the file as it is") from None
         changes = await import_policy(editor, actor, policy, dry_run=dry_run, prune=prune)
-        return ImportTold.model_validate({"dry_run": dry_run, "changes": changes, "warnings": policy_warnings(policy)})
+        warnings = [*policy_warnings(policy), *import_warnings(text, changes)]
+        return ImportTold.model_validate({"dry_run": dry_run, "changes": changes, "warnings": warnings})
 
     return routes

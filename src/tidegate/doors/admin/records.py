@@ -12,8 +12,9 @@ from tidegate.catalog.editing import CatalogEditor
 from tidegate.catalog.forms import moment_us
 from tidegate.catalog.reading import list_audit
 from tidegate.catalog.reading_violations import DAY_US, Blocked, blocked_total, list_violations, top_violators
+from tidegate.decision import client_of
 from tidegate.doors.admin.common import Actor, After, Exactly, Limit
-from tidegate.doors.admin.counting import client_of, reset_key, usage_of_key
+from tidegate.doors.admin.counting import reset_key, subject_of_key, usage_of_key
 from tidegate.doors.admin.forms import (
     AuditPage,
     Moment,
@@ -52,7 +53,7 @@ def record_routes(editor: CatalogEditor, gate: Gate) -> APIRouter:
             raise BadRequest("nobody is named: give api_key_id, ip, or both")
         if api_key_id is not None:
             found = await usage_of_key(editor, gate, api_key_id, ip)
-            subject = f"k:{api_key_id}"
+            subject = await subject_of_key(editor, api_key_id)
         else:
             try:
                 found = await gate.usage(ip=ip)
@@ -91,7 +92,7 @@ def record_routes(editor: CatalogEditor, gate: Gate) -> APIRouter:
         api_key_id: KeyId = None,
         ip: Ip = None,
     ) -> ViolationPage:
-        page = await list_violations(editor, limit, after, _blocked(since, until, tier, rule, api_key_id, ip))
+        page = await list_violations(editor, limit, after, await _blocked(editor, since, until, tier, rule, api_key_id, ip))
         return ViolationPage.model_validate({"items": page.items, "next": page.next})
 
     @routes.get("/violations/top", tags=["violations"], summary="Who was blocked most, the most first")
@@ -105,7 +106,7 @@ def record_routes(editor: CatalogEditor, gate: Gate) -> APIRouter:
         api_key_id: KeyId = None,
         ip: Ip = None,
     ) -> TopTold:
-        items = await top_violators(editor, limit, by, _blocked(since, until, tier, rule, api_key_id, ip))
+        items = await top_violators(editor, limit, by, await _blocked(editor, since, until, tier, rule, api_key_id, ip))
         return TopTold.model_validate({"items": items})
 
     @routes.get("/audit-log", tags=["audit log"], summary="Who changed what from what to what, the newest first")
@@ -118,8 +119,14 @@ def record_routes(editor: CatalogEditor, gate: Gate) -> APIRouter:
     return routes
 
 
-def _blocked(
-    since: str | None, until: str | None, tier: str | None, rule: str | None, api_key_id: str | None, ip: str | None
+async def _blocked(
+    editor: CatalogEditor,
+    since: str | None,
+    until: str | None,
+    tier: str | None,
+    rule: str | None,
+    api_key_id: str | None,
+    ip: str | None,
 ) -> Blocked:
     """The violations meant; of the last 24 h where no time is given."""
     if api_key_id is not None and ip is not None:
@@ -128,5 +135,8 @@ def _blocked(
     since_us = until_us - DAY_US if since is None else moment_us(since, "since")
     if since_us >= until_us:
         raise BadRequest("since is not before until: swap the two")
-    subject = None if ip is None else f"i:{client_of(ip)}"
-    return Blocked(since_us, until_us, tier, rule, subject if api_key_id is None else f"k:{api_key_id}")
+    if api_key_id is not None:
+        subject: str | None = await subject_of_key(editor, api_key_id)
+    else:
+        subject = None if ip is None else f"i:{client_of(ip)}"
+    return Blocked(since_us, until_us, tier, rule, subject)

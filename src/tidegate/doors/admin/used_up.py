@@ -98,14 +98,14 @@ async def _some(editor: CatalogEditor, tier: str, rule: str, subject: Subject) -
     found: dict[str, None] = {}
     overriding: set[str] = set()
     if subject is Subject.API_KEY:
-        keys = select(api_keys.c.id, api_keys.c.overrides).join(tiers, tiers.c.id == api_keys.c.tier_id)
+        keys = select(api_keys.c.id, api_keys.c.counts_as, api_keys.c.overrides).join(tiers, tiers.c.id == api_keys.c.tier_id)
         keys = keys.where(tiers.c.name == tier, api_keys.c.status == KeyStatus.ACTIVE.value).limit(LOOKED_AT)
         async with editor.reading() as connection:
-            for key_id, overrides in await connection.execute(keys):
+            for key_id, counts_as, overrides in await connection.execute(keys):
                 if _overrides(overrides, rule):
-                    overriding.add(f"k:{key_id}")
+                    overriding.add(f"k:{counts_as or key_id}")
                 else:
-                    found[f"k:{key_id}"] = None
+                    found[f"k:{counts_as or key_id}"] = None
     now = now_us()
     for form in await top_violators(editor, MOST_BLOCKED, "subject", Blocked(now - DAY_US, now + 1, tier=tier, rule=rule)):
         found[form["subject"]] = None

@@ -7,7 +7,6 @@ descriptor goes before the file's. Counters lie in the one `CounterStore`, besid
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from functools import lru_cache
 from typing import Final
 
@@ -16,13 +15,15 @@ import msgspec
 from tidegate.counters import Charge
 from tidegate.decision import MAX_COST, Decision, clip
 from tidegate.descriptors import entries_subject
-from tidegate.doors.grpc.ratelimit_file import FileLimit, Node, RateLimitFile
+from tidegate.doors.grpc.descriptor_tree import FileLimit, Node
+from tidegate.doors.grpc.ratelimit_file import RateLimitFile
 from tidegate.doors.grpc.replies import Part
 from tidegate.doors.grpc.status import CallRefused, Status
 from tidegate.doors.grpc.units import UNITS_S, window_limit
 from tidegate.errors import BadRequest
 from tidegate.gate import Gate
 from tidegate.limits import MAX_AMOUNT, MAX_WINDOW_US, US_PER_S, Algorithm, Limit, LimitSet
+from tidegate.time_slice import TimeSlice
 from tidegate.together import Plan, Settled
 
 MAX_OVERRIDES: Final = 1024
@@ -47,9 +48,14 @@ class FileDomain:
         # Stores remember what they prepared for each set: those of limits that are sent along must not be made anew each time.
         self._sent_set = lru_cache(maxsize=MAX_OVERRIDES)(self._limit_set)
 
-    def parts(self, asked: list[tuple[Entries, int, tuple[int, int, int] | None]]) -> list[Part]:
+    async def parts(self, asked: list[tuple[Entries, int, tuple[int, int, int] | None]]) -> list[Part]:
         """See `DomainLimits.parts`."""
-        found = [self._find(entries, override) for entries, _, override in asked]
+        found = []
+        slice_ = TimeSlice()
+        for entries, _, override in asked:
+            if slice_.over:
+                await slice_.pause()
+            found.append(self._find(entries, override))
         replaced = {name for limit, _ in found if limit is not None for name in limit.replaces}
         return [
             self._part(None if limit is not None and limit.name in replaced else limit, subject, cost)
@@ -101,14 +107,15 @@ class FileDomain:
     def _prepare(self, node: Node) -> None:
         if node.rate_limit is not None and node.rate_limit.limit is not None:
             self._sets[node.rate_limit.path] = self._limit_set(node.rate_limit)
-        for each in _below(node):
+        for each in node.children():
             self._prepare(each)
 
     def _limit_set(self, limit: FileLimit) -> LimitSet:
         assert limit.limit is not None
-        # '/' stands in no tier's name, so no rule of the policy shares these counters.
+        # '/' is in no tier's name, so no rule of the policy shares these counters; nor does another domain whose name has one.
+        domain = self.domain.replace("%", "%25").replace("/", "%2F")
         return LimitSet(
-            f"envoy/{self.domain}/{limit.path}",
+            f"envoy/{domain}/{limit.path}",
             Algorithm.FIXED_WINDOW,
             (limit.limit,),
             rule=limit.path,
@@ -142,9 +149,3 @@ def _refusal(limits: LimitSet, shadow: bool) -> Decision:
     """The answer of a limit of 0, for which nothing has to be counted."""
     limit: Limit = limits.limits[0]
     return Decision(shadow, limit, 0, limit.window_us, 0 if shadow else None, 0, limits)
-
-
-def _below(node: Node) -> Iterable[Node]:
-    yield from node.exact.values()
-    yield from (each for _, _, each in node.wildcards)
-    yield from node.any_value.values()

@@ -1,11 +1,12 @@
 """The configuration of envoyproxy/ratelimit: YAML into the limits of its domains, whole or not at all.
 
 The form is that of its README: one domain for each file, descriptors nested by key and value. What Tidegate does not do is
-refused by name, with file and line; what only shapes that program's statistics is read and left aside.
+refused by name, with file and line; what changes no count (statistics, metadata) is read and left aside, with a note.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Final
@@ -13,9 +14,10 @@ from typing import Final
 import msgspec
 import yaml
 
+from tidegate.doors.grpc.descriptor_tree import MAX_ALIKE, FileLimit, Node
 from tidegate.doors.grpc.units import window_limit
 from tidegate.errors import PolicyError
-from tidegate.limits import MAX_AMOUNT, Limit, short
+from tidegate.limits import MAX_AMOUNT, short
 
 MAX_FILE_BYTES: Final = 10_000_000
 MAX_DESCRIPTORS: Final = 100_000
@@ -25,64 +27,29 @@ _UNIT_NAMES: Final[Mapping[str, int]] = {
     name: number for number, name in enumerate(("second", "minute", "hour", "day", "month", "year", "week"), start=1)
 }
 _ROOT_FIELDS: Final = ("domain", "descriptors")
-_DESCRIPTOR_FIELDS: Final = ("key", "value", "rate_limit", "descriptors", "shadow_mode", "share_threshold")
+_DESCRIPTOR_FIELDS: Final = (
+    "key",
+    "value",
+    "rate_limit",
+    "descriptors",
+    "shadow_mode",
+    "share_threshold",
+    "quota_mode",
+    "detailed_metric",
+    "value_to_metric",
+    "metadata",
+)
 _LIMIT_FIELDS: Final = ("unit", "requests_per_unit", "unlimited", "name", "replaces")
-_STATISTICS: Final = ("detailed_metric", "value_to_metric")
+_LEFT_ASIDE: Final[Mapping[str, str]] = {
+    "detailed_metric": "shapes that program's statistics only",
+    "value_to_metric": "shapes that program's statistics only",
+    "metadata": "is not passed on to Envoy as dynamic metadata",
+}
+_MERGE: Final = "tag:yaml.org,2002:merge"
+_TRUE: Final = frozenset(("true", "yes", "on", "y"))
+_FALSE: Final = frozenset(("false", "no", "off", "n"))
+_WHOLE: Final = re.compile(r"\+?(?:0[xX][0-9A-Fa-f]{1,16}|0[bB][01]{1,64}|0[oO]?[0-7]{1,22}|[1-9][0-9]{0,18}|0)", re.ASCII)
 _ENDINGS: Final = (".yaml", ".yml")
-
-
-class FileLimit(msgspec.Struct, frozen=True):
-    """A `rate_limit` block, with what its descriptor says of it.
-
-    Args:
-        limit: amount and window; an amount of 0 refuses everything; None where it is unlimited.
-        path: keys and values that lead to it, for people and for counters: `key=value/key`.
-        name: under which others may replace it; empty where none.
-        replaces: names of the limits that are left out where this one applies.
-        shadow: whether it only watches.
-    """
-
-    limit: Limit | None
-    path: str
-    name: str = ""
-    replaces: tuple[str, ...] = ()
-    shadow: bool = False
-
-
-class Node(msgspec.Struct):
-    """One level of descriptors.
-
-    Args:
-        rate_limit: what holds for descriptors that end here; None where nothing does.
-        exact: by key and value.
-        wildcards: key, beginning of the value and node, in the file's order.
-        any_value: by key, for values that nothing else matches.
-        shared: text of the wildcard that counts all its values as one; empty where each value counts for itself.
-    """
-
-    rate_limit: FileLimit | None = None
-    exact: dict[tuple[str, str], Node] = {}
-    wildcards: list[tuple[str, str, Node]] = []
-    any_value: dict[str, Node] = {}
-    shared: str = ""
-
-    def child(self, key: str, value: str) -> Node | None:
-        """The node for one entry: the same value first, then the first wildcard, then the key alone.
-
-        Args:
-            key: of the entry.
-            value: of the entry.
-
-        Returns:
-            The node, or None where nothing matches.
-        """
-        found = self.exact.get((key, value))
-        if found is not None:
-            return found
-        for name, beginning, node in self.wildcards:
-            if name == key and value.startswith(beginning):
-                return node
-        return self.any_value.get(key)
 
 
 class RateLimitFile(msgspec.Struct, frozen=True):
@@ -195,6 +162,8 @@ class _Reader:
         self._limits = 0
         self._descriptors = 0
         self._notes: dict[str, int] = {}
+        # Mappings with what their merge keys bring, by the node's identity; None while one is being merged.
+        self._merged: dict[int, dict[str, tuple[yaml.Node, yaml.Node]] | None] = {}
 
     def read(self, text: str) -> RateLimitFile:
         try:
@@ -211,13 +180,10 @@ class _Reader:
         if "domain" not in fields:
             raise self._error("'domain' is missing: Envoy's filter names one with every request", documents[0])
         domain = self._name(fields["domain"], "domain")
-        root = Node(exact={}, wildcards=[], any_value={})
+        root = Node()
         if "descriptors" in fields:
             self._children(root, fields["descriptors"], (), 1)
-        notes = tuple(
-            f"{self._file}:{line}: {name!r} shapes that program's statistics only: left aside"
-            for name, line in self._notes.items()
-        )
+        notes = tuple(f"{self._file}:{line}: {name!r} {_LEFT_ASIDE[name]}: left aside" for name, line in self._notes.items())
         return RateLimitFile(domain, root, self._limits, notes)
 
     def _children(self, parent: Node, listed: yaml.Node, above: tuple[str, ...], depth: int) -> None:
@@ -230,20 +196,21 @@ class _Reader:
                 raise self._error(
                     f"there are more than {MAX_DESCRIPTORS} descriptors: use wildcards, or keys without a value", item
                 )
-            fields = self._fields(item, _DESCRIPTOR_FIELDS, "a descriptor", _STATISTICS)
+            fields = self._fields(item, _DESCRIPTOR_FIELDS, "a descriptor")
+            self._leave_aside(fields)
             if "key" not in fields:
                 raise self._error("'key' is missing in this descriptor", item)
             key = self._name(fields["key"], "key")
             value = self._scalar(fields["value"], "value") if "value" in fields else ""
             path = (*above, f"{_escaped(key)}={_escaped(value)}" if value else _escaped(key))
-            if not value and key.endswith("*"):
+            if "*" in key:
                 raise self._error(
-                    f"key {short(key)} ends in '*': a wildcard needs a value, as in 'value: \"foo*\"'", fields["key"]
+                    f"key {short(key)} has a '*', which is supported in values only, as in 'value: \"foo*\"'", fields["key"]
                 )
-            node = Node(exact={}, wildcards=[], any_value={})
+            node = Node()
             if self._flag(fields, "share_threshold"):
-                if not value.endswith("*"):
-                    raise self._error("share_threshold is for values that end in '*'", fields["share_threshold"])
+                if "*" not in value:
+                    raise self._error("share_threshold is for values with a '*'", fields["share_threshold"])
                 node.shared = value
             shadow = self._flag(fields, "shadow_mode")
             if "rate_limit" in fields:
@@ -253,24 +220,36 @@ class _Reader:
             if "descriptors" in fields:
                 self._children(node, fields["descriptors"], path, depth + 1)
 
+    def _leave_aside(self, fields: Mapping[str, yaml.Node]) -> None:
+        """Check, and note, what changes no count."""
+        if self._flag(fields, "quota_mode"):
+            raise self._error(
+                "quota_mode is not supported: use shadow_mode, which lets pass and counts what it would deny",
+                fields["quota_mode"],
+            )
+        for name in _LEFT_ASIDE.keys() & fields.keys():
+            node = fields[name]
+            if name != "metadata":
+                self._flag(fields, name)
+            elif not isinstance(node, yaml.MappingNode) and not _is_null(node):
+                raise self._error("metadata is a mapping", node)
+            self._notes.setdefault(name, node.start_mark.line + 1)
+
     def _place(self, parent: Node, key: str, value: str, node: Node, item: yaml.Node) -> None:
-        twice = (
-            f"key {short(key)}"
-            + (f" with value {short(value)}" if value else " without a value")
-            + " stands twice here: remove one"
-        )
-        if value.endswith("*"):
-            if any((key, value[:-1]) == (name, beginning) for name, beginning, _ in parent.wildcards):
-                raise self._error(twice, item)
-            parent.wildcards.append((key, value[:-1], node))
-        elif value:
-            if (key, value) in parent.exact:
-                raise self._error(twice, item)
-            parent.exact[key, value] = node
-        else:
-            if key in parent.any_value:
-                raise self._error(twice, item)
-            parent.any_value[key] = node
+        added = parent.add(key, value, node)
+        if added is None:
+            raise self._error(
+                f"key {short(key)}"
+                + (f" with value {short(value)}" if value else " without a value")
+                + " stands twice here: remove one",
+                item,
+            )
+        if added > MAX_ALIKE:
+            raise self._error(
+                f"key {short(key)} has more than {MAX_ALIKE} wildcards that begin and end as {short(value)} does: "
+                "give them other beginnings or ends",
+                item,
+            )
 
     def _rate_limit(self, node: yaml.Node, path: str, shadow: bool) -> FileLimit:
         fields = self._fields(node, _LIMIT_FIELDS, "rate_limit")
@@ -298,26 +277,40 @@ class _Reader:
         amount = self._whole(fields["requests_per_unit"], "requests_per_unit")
         return FileLimit(window_limit(amount, _UNIT_NAMES[unit.lower()]), path, name, tuple(replaces), shadow)
 
-    def _fields(
-        self, node: yaml.Node, known: tuple[str, ...], what: str, statistics: tuple[str, ...] = ()
-    ) -> dict[str, yaml.Node]:
-        if not isinstance(node, yaml.MappingNode):
-            raise self._error(f"{what} is a mapping of {', '.join(known)}", node)
+    def _fields(self, node: yaml.Node, known: tuple[str, ...], what: str) -> dict[str, yaml.Node]:
         fields: dict[str, yaml.Node] = {}
-        for key, value in node.value:
-            name = key.value if isinstance(key, yaml.ScalarNode) else ""
-            if name in fields:
-                raise self._error(f"{name!r} stands twice here: remove one", key)
-            if name in statistics:
-                self._notes.setdefault(name, key.start_mark.line + 1)
-            elif name == "quota_mode":
-                raise self._error(
-                    "quota_mode is not supported: use shadow_mode, which lets pass and counts what it would deny", key
-                )
-            elif name not in known:
-                raise self._error(f"unknown field {short(name)} in {what}: known are {', '.join((*known, *statistics))}", key)
+        for name, (key, value) in self._pairs(node, f"{what} is a mapping of {', '.join(known)}").items():
+            if name not in known:
+                raise self._error(f"unknown field {short(name)} in {what}: known are {', '.join(known)}", key)
             fields[name] = value
         return fields
+
+    def _pairs(self, node: yaml.Node, remedy: str) -> dict[str, tuple[yaml.Node, yaml.Node]]:
+        """The keys and values of a mapping; those of its own go before those that `<<` brings."""
+        if not isinstance(node, yaml.MappingNode):
+            raise self._error(remedy, node)
+        # Once for each mapping, so that aliases of aliases cost no more than their text.
+        if id(node) in self._merged:
+            merged = self._merged[id(node)]
+            if merged is None:
+                raise self._error("'<<' merges a mapping into itself: remove it", node)
+            return merged
+        self._merged[id(node)] = None
+        pairs: dict[str, tuple[yaml.Node, yaml.Node]] = {}
+        sources: list[yaml.Node] = []
+        for key, value in node.value:
+            if key.tag == _MERGE:
+                sources += value.value if isinstance(value, yaml.SequenceNode) else [value]
+                continue
+            name = key.value if isinstance(key, yaml.ScalarNode) else ""
+            if name in pairs:
+                raise self._error(f"{name!r} stands twice here: remove one", key)
+            pairs[name] = (key, value)
+        for source in sources:
+            for name, pair in self._pairs(source, "'<<' takes a mapping, or a list of them").items():
+                pairs.setdefault(name, pair)
+        self._merged[id(node)] = pairs
+        return pairs
 
     def _items(self, node: yaml.Node, what: str) -> Iterator[yaml.Node]:
         if _is_null(node):
@@ -338,18 +331,21 @@ class _Reader:
         return text
 
     def _flag(self, fields: Mapping[str, yaml.Node], name: str) -> bool:
-        if name not in fields:
+        node = fields.get(name)
+        if node is None or _is_null(node):
             return False
-        node = fields[name]
-        if not isinstance(node, yaml.ScalarNode) or node.tag != "tag:yaml.org,2002:bool":
-            raise self._error(f"{name} is true or false", node)
-        return node.value.lower() in ("true", "yes", "on")
+        text = node.value.lower() if isinstance(node, yaml.ScalarNode) and node.style is None else ""
+        if text not in _TRUE | _FALSE:
+            raise self._error(f"{name} is true or false, without quotes", node)
+        return text in _TRUE
 
     def _whole(self, node: yaml.Node, what: str) -> int:
         text = self._scalar(node, what)
-        if not text.isascii() or not text.isdecimal() or len(text) > 12 or int(text) > MAX_AMOUNT:
-            raise self._error(f"{what} {short(text)} must be a whole number from 0 to {MAX_AMOUNT}", node)
-        return int(text)
+        plain = text.replace("_", "") if node.tag == "tag:yaml.org,2002:int" else ""
+        number = _whole(plain) if _WHOLE.fullmatch(plain) else None
+        if number is None or number > MAX_AMOUNT:
+            raise self._error(f"{what} {short(text)} must be a whole number from 0 to {MAX_AMOUNT}, without quotes", node)
+        return number
 
     def _error(self, reason: str, node: yaml.Node) -> PolicyError:
         return PolicyError(reason, self._file, node.start_mark.line + 1)
@@ -362,3 +358,9 @@ def _is_null(node: yaml.Node) -> bool:
 def _escaped(text: str) -> str:
     """A key or value so that '=' and '/' between them can be told from their own."""
     return text.replace("%", "%25").replace("=", "%3D").replace("/", "%2F")
+
+
+def _whole(text: str) -> int:
+    """A number as YAML 1.1 and Go have it: a leading 0 is octal."""
+    digits = text.removeprefix("+").lower()
+    return int(digits, 8) if digits[0] == "0" and digits.isdecimal() else int(digits, 0)

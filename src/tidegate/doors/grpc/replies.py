@@ -8,7 +8,7 @@ from typing import Any, Final
 import msgspec
 
 from tidegate.decision import Decision
-from tidegate.doors.answers import encode, error_body, exceeded_body, limit_headers
+from tidegate.doors.answers import encode, error_body, exceeded_body, limit_headers, retry_headers
 from tidegate.doors.grpc.messages import OK, OVER_LIMIT, RateLimitResponse
 from tidegate.doors.grpc.units import MONTH, unit_of
 from tidegate.errors import StoreUnavailable, TidegateError
@@ -100,7 +100,7 @@ def denied(error: TidegateError) -> bytes:
 
 def _deny(message: Any, error: TidegateError) -> None:
     message.overall_code = OVER_LIMIT
-    _add_headers(message, [("x-tidegate-error", error.code), _JSON])
+    _add_headers(message, [("x-tidegate-error", error.code), *retry_headers(error), _JSON])
     message.raw_body = encode(error_body(error))
 
 

@@ -13,12 +13,13 @@ from typing import Any, Final, Protocol
 
 from google.protobuf.message import DecodeError
 
-from tidegate.decision import Check, Observation, clip
+from tidegate.decision import Check, Observation, canonical_ip, clip
 from tidegate.doors.grpc.messages import RateLimitRequest
 from tidegate.doors.grpc.replies import Part, denied, reply
 from tidegate.doors.grpc.status import CallRefused, Status
 from tidegate.errors import BadRequest, CatalogUnavailable, RequestTooLarge, TidegateError
-from tidegate.gate import Gate
+from tidegate.gate import DescriptorCheck, Gate
+from tidegate.paths import STRICT, PathRules
 from tidegate.settings import EnvoySettings
 from tidegate.telemetry.requests import note
 from tidegate.together import Settled
@@ -41,8 +42,8 @@ SentLimit = tuple[int, int, int]
 class DomainLimits(Protocol):
     """What counts the descriptors of one domain."""
 
-    def parts(self, asked: list[tuple[Entries, int, SentLimit | None]]) -> list[Part]:
-        """Find out what each descriptor of a request is held against.
+    async def parts(self, asked: list[tuple[Entries, int, SentLimit | None]]) -> list[Part]:
+        """Find out what each descriptor of a request is held against; other requests get their turn in between.
 
         Args:
             asked: of each its entries, its cost, and the limit that Envoy sent along, if it did.
@@ -72,12 +73,19 @@ class RateLimitService:
         gate: decides.
         settings: how descriptors are read.
         observe: is told of what was refused before the gate.
+        paths: which spellings of a path are let through.
 
     Attributes:
         domains: what counts the descriptors of other domains than the policy's; may be exchanged at any time.
     """
 
-    def __init__(self, gate: Gate, settings: EnvoySettings, observe: Callable[[Observation], None] | None = None) -> None:
+    def __init__(
+        self,
+        gate: Gate,
+        settings: EnvoySettings,
+        observe: Callable[[Observation], None] | None = None,
+        paths: PathRules = STRICT,
+    ) -> None:
         self._gate = gate
         self._domain = settings.domain
         self._names: Final[Mapping[str, str]] = {
@@ -87,6 +95,7 @@ class RateLimitService:
             settings.ip_entry: "ip",
         }
         self._path_entry = settings.path_entry
+        self._paths = paths
         self._observe = observe
         self._told: set[str] = set()
         self.domains: Mapping[str, DomainLimits] = {}
@@ -119,16 +128,26 @@ class RateLimitService:
         limits = self.domains.get(domain)
         if limits is not None:
             asked = [(*self._entries(each, request), _override(each)) for each in descriptors]
-            parts = limits.parts([(entries, cost, limit) for entries, cost, limit in asked])
+            parts = await limits.parts([(entries, cost, limit) for entries, cost, limit in asked])
             return reply(parts, await limits.settle(self._gate, parts))
         if domain != self._domain:
             self._tell(domain)
             return reply([Part(None, 0)] * len(descriptors), [])
-        parts = [await self._part(each, request) for each in descriptors]
+        parts = await self._parts([self._check_of(each, request) for each in descriptors])
         return reply(parts, await self._gate.decide([part.plan for part in parts if part.plan is not None]))
 
-    async def _part(self, descriptor: Any, request: Any) -> Part:
-        """The check that a descriptor of the policy's domain is."""
+    async def _parts(self, checks: list[tuple[Check | DescriptorCheck | TidegateError, int]]) -> list[Part]:
+        """What each check is held against; their callers are looked up side by side."""
+        plans = iter(await self._gate.plan_many([check for check, _ in checks if not isinstance(check, TidegateError)]))
+        parts = [Part(check if isinstance(check, TidegateError) else next(plans), cost) for check, cost in checks]
+        for part in parts:
+            if isinstance(part.plan, CatalogUnavailable):
+                self._seen(part.plan)
+                raise CallRefused(Status.UNAVAILABLE, part.plan.message)
+        return parts
+
+    def _check_of(self, descriptor: Any, request: Any) -> tuple[Check | DescriptorCheck | TidegateError, int]:
+        """The check that a descriptor of the policy's domain is, or why it is none, and its cost."""
         if descriptor.HasField("limit"):
             raise self._refused(
                 f"a limit came with a descriptor of domain {self._domain!r}, where the policy has the limits: "
@@ -137,7 +156,7 @@ class RateLimitService:
         cost = 0
         try:
             entries, cost = self._entries(descriptor, request)
-            named: dict[str, object] = {"cost": cost}
+            named: dict[str, Any] = {"cost": cost}
             for key, value in entries:
                 field = self._names.get(key)
                 if field is None:
@@ -150,16 +169,13 @@ class RateLimitService:
                 api_key = named.get("api_key") or None
                 # Of two entries with one key the first counts.
                 by_key = dict(reversed(entries))
-                return Part(await self._gate.plan_entries(by_key, None if api_key is None else str(api_key), cost), cost)
-            check = Check.of(**named)
+                return DescriptorCheck(by_key, None if api_key is None else str(api_key), cost, _address(named.get("ip"))), cost
+            check = Check.of(**named, paths=self._paths)
             if len(request.descriptors) == 1:
                 note(check)
-            return Part(await self._gate.plan(check), cost)
-        except CatalogUnavailable as error:
-            self._seen(error)
-            raise CallRefused(Status.UNAVAILABLE, error.message) from None
+            return check, cost
         except TidegateError as error:
-            return Part(error, cost)
+            return error, cost
 
     def _entries(self, descriptor: Any, request: Any) -> tuple[Entries, int]:
         """The entries of a descriptor as text, and its cost."""
@@ -193,6 +209,14 @@ class RateLimitService:
         if self._observe is not None:
             self._observe(Observation(None, error.code, 0))
         return error
+
+
+def _address(ip: object) -> str | None:
+    """The client's address, where the entry for it holds one: to rules for descriptors it is a text like any other."""
+    try:
+        return None if ip is None else canonical_ip(ip)
+    except BadRequest:
+        return None
 
 
 def _override(descriptor: Any) -> SentLimit | None:
