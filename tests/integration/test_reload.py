@@ -166,7 +166,7 @@ async def test_a_file_that_contradicts_the_catalog_starts_on_the_catalog(tmp_pat
     async with running(settings) as instance:
         assert await instance.cached.tier("free") is not None
         assert (await instance.health.report()).components["policy"].status == "unhealthy"
-        with pytest.raises(CatalogError, match="made otherwise"):
+        with pytest.raises(CatalogError, match="tier 'free' of the policy file"):
             await instance._apply_policy(load_policy(file))
 
 
