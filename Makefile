@@ -9,11 +9,19 @@ PYTHON_CODE := src tests bench drills examples deploy scripts
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
 
-$(VENV)/.run: pyproject.toml scripts/make-venv
-	scripts/make-venv $(PYTHON) $(VENV) .run
+$(VENV)/.run: pyproject.toml scripts/make-venv locks/run.txt locks/build.txt
+	scripts/make-venv $(PYTHON) $(VENV) .run run
 
-$(VENV)/.dev: pyproject.toml scripts/make-venv
-	scripts/make-venv $(PYTHON) $(VENV) .dev --group test --group check --group bench --group monitoring --group docs
+$(VENV)/.dev: pyproject.toml scripts/make-venv locks/dev.txt locks/build.txt
+	scripts/make-venv $(PYTHON) $(VENV) .dev dev
+
+# In an environment of its own: what looks at packages shares none with them.
+SUPPLY := .venv-supply
+$(SUPPLY)/.done: locks/supply.txt
+	$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || scripts/install-debian-packages python3-venv
+	$(PYTHON) -m venv $(SUPPLY)
+	$(SUPPLY)/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes --no-deps --requirement locks/supply.txt
+	touch $@
 
 run: $(VENV)/.run ## serve the example policy at 127.0.0.1:8080
 	exec $(BIN)/tidegate serve --demo
@@ -81,7 +89,19 @@ manifests: $(VENV)/.dev ## make what the Prometheus operator wants out of deploy
 docs: $(VENV)/.dev ## make the documentation as a site, in site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-clean: ## remove what the other commands made
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis bench/results drills/results site tidegate.db tidegate.db-wal tidegate.db-shm
+lock: $(SUPPLY)/.done ## write locks/*.txt anew from pyproject.toml; UPGRADE=1 for the newest versions
+	scripts/lock $(SUPPLY)/bin/python $(if $(UPGRADE),--upgrade)
 
-.PHONY: help run test check format bench bench-smoke stack stack-status stack-down drill drills drills-smoke dashboards manifests docs clean
+audit: $(SUPPLY)/.done ## look the locked packages up in the databases of known vulnerabilities
+	$(SUPPLY)/bin/python scripts/audit.py
+
+sbom: $(SUPPLY)/.done ## write the image's bill of materials (CycloneDX JSON) to dist/
+	$(SUPPLY)/bin/python scripts/sbom.py
+
+pin-images: ## pin the images of deploy/ to the digests that their tags have now
+	$(PYTHON) scripts/pin_images.py
+
+clean: ## remove what the other commands made
+	rm -rf $(VENV) $(SUPPLY) dist .mypy_cache .ruff_cache .pytest_cache .hypothesis bench/results drills/results site tidegate.db tidegate.db-wal tidegate.db-shm
+
+.PHONY: help run test check format bench bench-smoke stack stack-status stack-down drill drills drills-smoke dashboards manifests docs lock audit sbom pin-images clean

@@ -12,7 +12,7 @@ import heapq
 from bisect import insort
 from typing import NamedTuple, Protocol
 
-from tidegate.algorithms.calendar import month_bounds
+from tidegate.algorithms.calendar import bounds_of
 from tidegate.limits import Algorithm, Limit
 
 
@@ -193,8 +193,8 @@ class BucketProof:
 
 
 def _window(limit: Limit, moment_us: int) -> tuple[int, int]:
-    if limit.calendar_month:
-        return month_bounds(moment_us)
+    if limit.is_calendar:
+        return bounds_of(limit, moment_us)
     start = moment_us // limit.window_us * limit.window_us
     return start, start + limit.window_us
 

@@ -17,10 +17,13 @@ EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
 
 def window_of(limit: Limit, now: int) -> tuple[int, int]:
     """The aligned window that holds a moment, by the calendar module and not by our arithmetic."""
-    if not limit.calendar_month:
+    if not (limit.calendar_month or limit.calendar_year):
         start = (now // limit.window_us) * limit.window_us
         return start, start + limit.window_us
     moment = EPOCH + datetime.timedelta(microseconds=now)
+    if limit.calendar_year:
+        new_year = moment.replace(month=1, day=1, hour=0, minute=0, second=0, microsecond=0)
+        return _us(new_year), _us(new_year.replace(year=new_year.year + 1))
     first = moment.replace(day=1, hour=0, minute=0, second=0, microsecond=0)
     following = first.replace(year=first.year + first.month // 12, month=first.month % 12 + 1)
     return _us(first), _us(following)

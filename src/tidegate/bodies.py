@@ -66,7 +66,7 @@ class RuleUsageBody(msgspec.Struct, frozen=True, gc=False):
         limit: the most that can be had at once; null where the counter store is unwell and nothing is counted.
         remaining: what is left of it.
         reset_after: seconds until it is whole again.
-        window: seconds that the limit is about; 2678400, the longest, for a calendar month.
+        window: seconds that the limit is about; 2678400 for a calendar month, 31622400 for a year, the longest ones.
         degraded: whether the counter store was unwell.
         windows: each limit of the rule, the shortest window first; none where the counter store was unwell.
     """
@@ -100,21 +100,21 @@ class UsageBody(msgspec.Struct, frozen=True, gc=False):
 
 
 class CheckRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, gc=False):
-    """The body of `POST /v1/check`.
+    """The body of `POST /v1/check`. Null counts as left out, for writers that fill in every field.
 
     Args:
         path: path of the request to decide.
-        method: its HTTP method.
+        method: its HTTP method; GET where not given.
         api_key: the caller's key; may come as `X-API-Key` instead.
         ip: the client's address.
-        cost: units, 0 (peek) or more.
+        cost: units, 0 (peek) or more, also written as 1.0; 1 where not given.
     """
 
     path: str
-    method: str = "GET"
+    method: str | None = "GET"
     api_key: str | None = None
     ip: str | None = None
-    cost: int = 1
+    cost: int | float | None = 1
 
 
 class BatchRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

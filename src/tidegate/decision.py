@@ -40,6 +40,7 @@ class Check(msgspec.Struct, frozen=True, gc=False):
         api_key: as it came, or None.
         ip: client address in canonical text, or None where nobody knows it.
         cost: 0 (peek) to 1,000,000,000.
+        bad_ip: what came in place of an address, shortened; None where an address came, or nothing.
     """
 
     path: str
@@ -47,6 +48,7 @@ class Check(msgspec.Struct, frozen=True, gc=False):
     api_key: str | None = None
     ip: str | None = None
     cost: int = 1
+    bad_ip: str | None = None
 
     @classmethod
     def of(
@@ -57,6 +59,8 @@ class Check(msgspec.Struct, frozen=True, gc=False):
         ip: object = None,
         cost: object = 1,
         paths: PathRules = STRICT,
+        *,
+        strict_ip: bool = True,
     ) -> Check:
         """Validate what a door was asked.
 
@@ -64,9 +68,10 @@ class Check(msgspec.Struct, frozen=True, gc=False):
             path: path of the request, percent-encoded; a query is cut off.
             method: HTTP method in any case.
             api_key: the key or None; an empty one counts as None.
-            ip: IPv4 or IPv6 address or None.
+            ip: IPv4 or IPv6 address as `canonical_ip` reads it, or None.
             cost: whole number.
             paths: which spellings of a path are let through.
+            strict_ip: whether an ip that is no address is refused at once; else only where the check is counted by ip.
 
         Returns:
             The check.
@@ -87,7 +92,19 @@ class Check(msgspec.Struct, frozen=True, gc=False):
             raise BadRequest(f"cost {clip(cost)} must be a whole number from 0 to {MAX_COST}", field="cost")
         if api_key is not None and type(api_key) is not str:
             raise BadRequest("api_key must be a string", field="api_key")
-        return cls(canonical, method, api_key or None, None if ip is None else canonical_ip(ip), cost)
+        try:
+            address = None if ip is None else canonical_ip(ip)
+        except BadRequest:
+            if strict_ip:
+                raise
+            return cls(canonical, method, api_key or None, None, cost, clip(ip))
+        return cls(canonical, method, api_key or None, address, cost)
+
+
+class PeerName(str):
+    """The name of a peer that has no address, such as a unix socket; it takes an address's place in a check."""
+
+    __slots__ = ()
 
 
 class Decision(msgspec.Struct, frozen=True, gc=False):
@@ -208,7 +225,7 @@ def canonical_ip(ip: object) -> str:
     """Spell an address in its one canonical way; an IPv4 address mapped into IPv6 becomes IPv4.
 
     Args:
-        ip: IPv4 in four decimal parts, or IPv6 without zone.
+        ip: IPv4 in four decimal parts, or IPv6; a port, brackets and a zone are dropped. A `PeerName` stays as it is.
 
     Returns:
         The canonical text. Costs 0.3 µs for IPv4.
@@ -216,18 +233,36 @@ def canonical_ip(ip: object) -> str:
     Raises:
         BadRequest: if it is no address.
     """
-    try:
-        if type(ip) is str and len(ip) <= 45:
-            if ":" not in ip:
-                socket.inet_pton(socket.AF_INET, ip)
-                return ip
-            packed = socket.inet_pton(socket.AF_INET6, ip)
-            if packed.startswith(b"\0" * 10 + b"\xff\xff"):
-                return socket.inet_ntop(socket.AF_INET, packed[12:])
-            return socket.inet_ntop(socket.AF_INET6, packed)
-    except (OSError, ValueError):
-        pass  # said below, for every kind of wrong address alike
+    if type(ip) is str and len(ip) <= _MAX_ADDRESS:
+        if (address := _bare_address(ip)) is not None:
+            return address
+        match = _DECORATED.fullmatch(ip)
+        if match is not None and (address := _bare_address(match[match.lastindex or 0])) is not None:
+            return address
+    elif type(ip) is PeerName:
+        return ip
     raise BadRequest(f"ip {clip(ip)} is not an IPv4 or IPv6 address", field="ip")
+
+
+_MAX_ADDRESS: Final = 96
+# `[2001:db8::1%eth0]:443`, `192.0.2.1:443`, `fe80::1%eth0`
+_DECORATED: Final = re.compile(
+    r"\[([0-9A-Fa-f:.]+)(?:%[^\]\s%]{1,32})?\](?::[0-9]{1,5})?|([0-9.]+):[0-9]{1,5}|([0-9A-Fa-f]*:[0-9A-Fa-f:.]*)%[^\]\s%]{1,32}",
+    re.ASCII,
+)
+
+
+def _bare_address(text: str) -> str | None:
+    try:
+        if ":" not in text:
+            socket.inet_pton(socket.AF_INET, text)
+            return text
+        packed = socket.inet_pton(socket.AF_INET6, text)
+    except (OSError, ValueError):
+        return None
+    if packed.startswith(b"\0" * 10 + b"\xff\xff"):
+        return socket.inet_ntop(socket.AF_INET, packed[12:])
+    return socket.inet_ntop(socket.AF_INET6, packed)
 
 
 def client_of(ip: object) -> str:

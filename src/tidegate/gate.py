@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Final, TypeAlias
+from typing import Final, Self, TypeAlias
 
 import msgspec
 
@@ -231,6 +231,16 @@ class Gate:
                 found.extend(rule.limits for rule in compiled.rules if rule.subject is Subject.IP)
         return found
 
+    async def close(self) -> None:
+        """Give back what the counter store holds; `async with` does it at the end."""
+        await self.counters.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
     def _tell_all(self, plans: Sequence[Plan | TidegateError], settled: Sequence[Settled], started_ns: int) -> None:
         share_ns = (time.perf_counter_ns() - started_ns) // max(len(plans), 1)
         for plan, each in zip(plans, settled, strict=True):
@@ -297,13 +307,13 @@ class Gate:
         watchers = tier.watchers(check.method, check.path)
         if not subject and (rule is not None or tier.limits is not None or watchers):
             if ip is None:
-                raise BadRequest("ip is needed: a check that brings no API key is counted by ip", field="ip")
+                raise _ip_needed(check, "a check without an API key is counted by ip")
             subject = f"i:{ip}"
         counters: list[tuple[LimitSet, str]] = []
         if rule is not None:
             counted = subject if rule.subject is Subject.API_KEY else subject_of(rule.subject, subject, ip, tier.tier.name)
             if counted is None:
-                raise BadRequest(f"ip is needed: the rule {rule.rule.name!r} counts by ip", field="ip")
+                raise _ip_needed(check, f"the rule {clip(rule.rule.name)} counts by ip")
             counters.append((rule.limits, counted))
         if tier.limits is not None:
             counters.append((tier.limits, subject))
@@ -375,3 +385,8 @@ def _own_sets(tier: CompiledTier) -> list[LimitSet]:
 def _require_text(value: object, field: str) -> None:
     if value is not None and type(value) is not str:
         raise BadRequest(f"{field} must be a string", field=field)
+
+
+def _ip_needed(check: Check, why: str) -> BadRequest:
+    problem = "ip is needed" if check.bad_ip is None else f"ip {check.bad_ip} is not an IPv4 or IPv6 address"
+    return BadRequest(f"{problem}: {why}", field="ip")

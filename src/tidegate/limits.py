@@ -18,6 +18,7 @@ MAX_AMOUNT: Final = 1_000_000_000
 MAX_LOG_AMOUNT: Final = 100_000
 MAX_WINDOW_US: Final = 366 * 86_400 * US_PER_S
 MONTH_US: Final = 31 * 86_400 * US_PER_S
+YEAR_US: Final = 366 * 86_400 * US_PER_S
 MAX_EXACT: Final = 2**53
 """Doubles hold integers exactly up to here; Lua counts in doubles, so no state may need more."""
 
@@ -28,11 +29,14 @@ _UNITS_US: Final[Mapping[str, int]] = {
         (60, ("m", "min", "minute", "minutes")),
         (3_600, ("h", "hour", "hours")),
         (86_400, ("d", "day", "days")),
+        (604_800, ("w", "week", "weeks")),
     )
     for unit in units
 }
-_MONTHS: Final = ("month", "months")
-_LIMIT: Final = re.compile(r"\s*([0-9_]+)\s*/\s*([0-9]*)\s*([A-Za-z]+)(?:\s+burst\s+([0-9_]+))?\s*", re.ASCII)
+_CALENDAR: Final = {"month": "month", "months": "month", "year": "year", "years": "year", "y": "year"}
+_LIMIT: Final = re.compile(
+    r"\s*([0-9_]+)(?:\s*/\s*|\s+per\s+)([0-9]*)\s*([A-Za-z]+)(?:\s+burst\s+([0-9_]+))?\s*", re.ASCII | re.IGNORECASE
+)
 
 
 _E = TypeVar("_E", bound=enum.StrEnum)
@@ -68,11 +72,12 @@ class Limit(msgspec.Struct, frozen=True, gc=False):
 
     Args:
         amount: 1 to 1,000,000,000.
-        window_us: length of the window in µs, 1 s to 366 days; for a calendar month 31 days, the longest one
-            (algorithms that do not align to the calendar count it so, and thus never admit too much in any month).
+        window_us: length of the window in µs, 1 s to 366 days; for a calendar month 31 days, for a year 366, the longest ones
+            (algorithms that do not align to the calendar count them so, and thus never admit too much in any of them).
         calendar_month: whether the window is the UTC calendar month.
         burst: capacity of a bucket, 1 to 1,000,000,000; None where the algorithm's default holds.
         label: what the limit is called in answers; its text where empty.
+        calendar_year: whether the window is the UTC calendar year.
     """
 
     amount: int
@@ -80,10 +85,11 @@ class Limit(msgspec.Struct, frozen=True, gc=False):
     calendar_month: bool = False
     burst: int | None = None
     label: str = ""
+    calendar_year: bool = False
 
     @classmethod
     def parse(cls, text: object) -> Limit:
-        """Read `100/minute`, `30/90s`, `1000/month` or `100/minute burst 20`.
+        """Read `100/minute`, `100 per minute`, `30/90s`, `1000/month` or `100/minute burst 20`.
 
         Args:
             text: the limit as it stands in a policy.
@@ -97,19 +103,25 @@ class Limit(msgspec.Struct, frozen=True, gc=False):
         match = _LIMIT.fullmatch(text) if isinstance(text, str) and len(text) <= 80 else None
         if match is None:
             raise PolicyError(
-                f"limit {short(text)} is not understood: write '100/minute', '30/90s', '1000/month' or '100/minute burst 20'"
+                f"limit {short(text)} is not understood: write '100/minute', '30/90s', '1000/month', '500/week' "
+                "or '100/minute burst 20'"
             )
         amount_text, count_text, unit, burst_text = match.groups()
         amount = _whole(amount_text, "amount", str(text))
         burst = None if burst_text is None else _whole(burst_text, "burst", str(text))
         count = int(count_text) if count_text else 1
-        if unit.lower() in _MONTHS:
+        if calendar := _CALENDAR.get(unit.lower()):
             if count != 1:
-                raise PolicyError(f"limit {text!r}: a month is the calendar month, one at a time: write '{amount}/month'")
-            return cls(amount, MONTH_US, True, burst)
+                raise PolicyError(
+                    f"limit {text!r}: a {calendar} is the calendar {calendar}, one at a time: write '{amount}/{calendar}', "
+                    f"or a window of fixed length such as '{amount}/90d'"
+                )
+            month = calendar == "month"
+            return cls(amount, MONTH_US if month else YEAR_US, month, burst, calendar_year=not month)
         if unit.lower() not in _UNITS_US:
             raise PolicyError(
-                f"limit {text!r} has the unknown unit {unit!r}: use second, minute, hour, day or month (or s, m, h, d)"
+                f"limit {text!r} has the unknown unit {unit!r}: use second, minute, hour, day, week, month or year "
+                "(or s, m, h, d, w, y)"
             )
         window_us = count * _UNITS_US[unit.lower()]
         if not US_PER_S <= window_us <= MAX_WINDOW_US:
@@ -123,13 +135,20 @@ class Limit(msgspec.Struct, frozen=True, gc=False):
 
     @property
     def window_name(self) -> str:
-        """Which window this is, whatever its amount: `month` or its length like `60s`."""
-        return "month" if self.calendar_month else f"{self.window_us // US_PER_S}s"
+        """Which window this is, whatever its amount: `month`, `year` or its length like `60s`."""
+        if self.is_calendar:
+            return "month" if self.calendar_month else "year"
+        return f"{self.window_us // US_PER_S}s"
+
+    @property
+    def is_calendar(self) -> bool:
+        """Whether the window is a calendar month or year, whose length varies."""
+        return self.calendar_month or self.calendar_year
 
     @property
     def text(self) -> str:
         """The limit in the form that `parse` reads, shortest unit form first."""
-        unit = "month" if self.calendar_month else _window_text(self.window_us // US_PER_S)
+        unit = self.window_name if self.is_calendar else _window_text(self.window_us // US_PER_S)
         return f"{self.amount}/{unit}" + ("" if self.burst is None else f" burst {self.burst}")
 
     def __str__(self) -> str:

@@ -13,6 +13,7 @@ from tidegate.catalog.sql import SqlCatalog
 from tidegate.counters.redis.channel import RedisChannel
 from tidegate.counters.redis.store import RedisCounters
 from tidegate.settings import CatalogSettings, Settings
+from tidegate.url_parts import scheme_of
 
 
 async def open_catalog(settings: Settings, channel: Channel | None = None) -> SqlCatalog:
@@ -48,7 +49,7 @@ async def opened_catalog(settings: Settings) -> AsyncIterator[SqlCatalog]:
         SettingsError: if the database cannot be had; it says why.
     """
     store = None
-    if is_postgres(settings.catalog.url) and settings.counters.url.startswith("redis"):
+    if is_postgres(settings.catalog.url) and scheme_of(settings.counters.url).startswith("redis"):
         # Connects when there is something to announce.
         store = RedisCounters(settings.counters.url, settings.counters.timeout_ms / 1000)
     catalog = await SqlCatalog.open(settings.catalog.url)

@@ -8,6 +8,7 @@ import msgspec
 
 from tidegate.errors import SettingsError
 from tidegate.settings import is_host
+from tidegate.url_parts import masked
 
 
 class Server(msgspec.Struct, frozen=True):
@@ -63,4 +64,4 @@ class Server(msgspec.Struct, frozen=True):
 
 
 def _no_url(url: str) -> SettingsError:
-    return SettingsError(f"{url[:200]!r} is no URL of a server: write http://127.0.0.1:8080")
+    return SettingsError(f"{masked(url)!r} is no URL of a server: write http://127.0.0.1:8080")

@@ -27,7 +27,7 @@ class ServerSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         grpc: address of the gRPC door; empty switches it off.
         workers: processes.
         drain_s: how long SIGTERM waits for what is in flight, s.
-        trusted_proxies: networks whose forwarding headers are believed.
+        trusted_proxies: addresses and networks whose forwarding headers are believed; `unix` for peers on a unix socket.
         body_timeout_s: how long a request body may take, s.
         idle_timeout_s: how long a connection of the data plane may wait for its next request, s; keep it above that of gateways.
         max_connections: most open connections of the data plane; above it those that wait longest are closed.
@@ -378,7 +378,7 @@ def join_address(host: str, port: int) -> str:
 
 def _read(file: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(file.read_text(encoding="utf-8"))
+        return tomllib.loads(file.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise SettingsError(f"the settings file {file} is not there: give its path with --config") from None
     except (OSError, UnicodeDecodeError) as error:

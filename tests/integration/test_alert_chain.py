@@ -194,7 +194,10 @@ def test_a_killed_redis_pages_and_a_living_one_resolves(
             assert event["payload"]["severity"] == "critical"
             assert event["payload"]["class"] == "RedisDown"
             assert event["payload"]["summary"] == f"Redis is down! ({exporter.address})"
-            assert event["payload"]["custom_details"]["runbook"] == "docs/monitoring.md#redisdown"
+            assert (
+                event["payload"]["custom_details"]["runbook"]
+                == "https://git.example.com/tidegate/blob/main/docs/monitoring.md#redisdown"
+            )
             ((told, said),) = message("critical: RedisDown")
             assert f"Redis is down! ({exporter.address})" in said["attachments"][0]["text"]
 

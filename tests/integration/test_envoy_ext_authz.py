@@ -95,9 +95,9 @@ def test_refusals_are_as_they_are(house: Callable[..., Any]) -> None:
         assert service.received == []
 
 
-@pytest.mark.parametrize(("as_shipped", "status"), [(True, 200), (False, 503)])
+@pytest.mark.parametrize(("as_shipped", "status"), [(True, 503), (False, 200)])
 def test_without_tidegate(house: Callable[..., Any], as_shipped: bool, status: int) -> None:
-    envoy, tidegate, _ = house(**{} if as_shipped else {"failure_mode_allow: true": "failure_mode_allow: false"})
+    envoy, tidegate, _ = house(**{} if as_shipped else {"failure_mode_allow: false": "failure_mode_allow: true"})
     with httpx.Client(base_url=envoy.url, headers={"X-API-Key": KEY}) as client:
         assert client.get("/wide/x").headers["x-ratelimit-limit"] == "1000"
         tidegate.process.terminate()

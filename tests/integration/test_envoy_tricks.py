@@ -12,7 +12,7 @@ from tests.cases.gateway_tricks import POLICY, TRICKS, Trick, verdict
 from tests.conftest import Serve
 from tests.raw_http import exchange
 from tests.servers.api import Api
-from tests.servers.envoy import GRPC, HTTP, SERVICE, Envoy
+from tests.servers.envoy import GRPC, HTTP, SERVICE, Envoy, with_path_prefix
 
 TIDIED = {
     # Envoy resolves the dots to /login/, as RFC 3986 has it, decides on that and asks the API for that.
@@ -23,7 +23,11 @@ TIDIED = {
 """Where Envoy passes on another request than the one that came: what it passed on is what was decided."""
 
 
-@pytest.fixture(scope="module", params=["ratelimit.yaml", "ext_authz.yaml"])
+PREFIX = with_path_prefix("/v1/authorize/envoy", ["x-api-key", "x-forwarded-for"], ["x-ratelimit-*"], [])
+"""As Istio and Envoy Gateway ask."""
+
+
+@pytest.fixture(scope="module", params=["ratelimit.yaml", "ext_authz.yaml", "path_prefix"])
 def house(request: pytest.FixtureRequest) -> Iterator[tuple[Envoy, Api]]:
     with tempfile.TemporaryDirectory() as directory:
         Path(directory, "tidegate.policy.toml").write_text(POLICY)
@@ -32,7 +36,8 @@ def house(request: pytest.FixtureRequest) -> Iterator[tuple[Envoy, Api]]:
             server.wait_ready()
             with Api() as api:
                 ports = {GRPC: server.grpc_port, HTTP: server.port, SERVICE: api.port}
-                with Envoy(request.param, ports) as envoy:
+                prefixed = request.param == "path_prefix"
+                with Envoy("ext_authz.yaml" if prefixed else request.param, ports, PREFIX if prefixed else None) as envoy:
                     envoy.wait_healthy("tidegate")
                     yield envoy, api
         finally:

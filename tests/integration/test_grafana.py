@@ -18,7 +18,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from tests.integration.test_prometheus_rules import ALERTS, RECORDED, names_in
+from tests.integration.test_prometheus_rules import ALERTS, RECORDED, RUNBOOK, names_in
 from tests.integration.watched import PATIENCE_S, Watched
 from tests.moments import wait_until
 from tests.servers.prometheus import Prometheus
@@ -96,7 +96,7 @@ def test_panels_say_what_they_are_and_do_not_overlap(name: str) -> None:
         assert panel["title"]
         assert panel["datasource"] == SOURCE
         assert panel["fieldConfig"]["defaults"]["unit"]
-        text, _, see = panel["description"].partition("\n\nWhat to do: docs/monitoring.md#")
+        text, _, see = panel["description"].partition(f"\n\nWhat to do: {RUNBOOK}#")
         assert text.endswith((".", "?")), panel["title"]
         assert see in anchors, panel["title"]
         assert panel["targets"]

@@ -29,6 +29,10 @@ name = "free"
   algorithm = "fixed_window"
   limits = ["7/month"]
   [[tiers.rules]]
+  endpoint = "/year/*"
+  algorithm = "fixed_window"
+  limits = ["7/year"]
+  [[tiers.rules]]
   endpoint = "/odd/*"
   limits = ["7/90s"]
   [[tiers.rules]]
@@ -82,9 +86,10 @@ def test_a_check_and_what_is_told_of_it(server: Serve, address: str) -> None:
 
 
 def test_units(address: str) -> None:
-    told = {path: ask(address, request(entries(path))).statuses[0].current_limit for path in ("/month/x", "/odd/x")}
+    told = {path: ask(address, request(entries(path))).statuses[0].current_limit for path in ("/month/x", "/year/x", "/odd/x")}
     assert {path: (limit.unit, limit.unit_multiplier.value) for path, limit in told.items()} == {
         "/month/x": (5, 0),
+        "/year/x": (6, 0),
         "/odd/x": (1, 90),
     }
 
@@ -156,7 +161,7 @@ def test_negative_hits_and_limits_sent_along_are_refused(address: str) -> None:
         ([*entries("/api/a"), ("path", "/elsewhere")], "BAD_REQUEST"),
         ([("api_key", b"demo-\xff\xfe"), ("path", "/api/a")], "INVALID_API_KEY"),
         ([("api_key", KEY), ("path", b"/api/\xff")], "BAD_REQUEST"),
-        ([("api_key", KEY), ("path", "/api/a"), ("remote_address", "nowhere")], "BAD_REQUEST"),
+        ([("api_key", KEY), ("path", "/by-ip/a"), ("remote_address", "nowhere")], "BAD_REQUEST"),
         ([("api_key", KEY), ("path", "/api/a"), ("method", "G E T")], "BAD_REQUEST"),
         ([("path", "/api/a")], "MISSING_API_KEY"),
         ([("api_key", KEY), ("path", "/by-ip/a")], "BAD_REQUEST"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import json
 import re
 from collections.abc import Callable
@@ -49,12 +50,14 @@ BAD_CHECKS: dict[str, tuple[bytes, int, str]] = {
     "broken escape": (_with(path="/api/v1/%zz"), 400, "BAD_REQUEST"),
     "negative cost": (_with(cost=-1), 400, "BAD_REQUEST"),
     "fractional cost": (_with(cost=1.5), 400, "BAD_REQUEST"),
-    "cost as a whole float": (_with(cost=1.0), 400, "BAD_REQUEST"),
+    "huge whole float": (_with(cost=1e300), 400, "BAD_REQUEST"),
+    "null for the path": (_with(path=None), 400, "BAD_REQUEST"),
+    "empty method": (_with(method=""), 400, "BAD_REQUEST"),
     "cost as text": (_with(cost="1"), 400, "BAD_REQUEST"),
     "cost as truth": (_with(cost=True), 400, "BAD_REQUEST"),
     "huge cost": (_with(cost=10**30), 400, "BAD_REQUEST"),
     "infinite cost": (b'{"path":"/a","cost":1e999}', 400, "BAD_REQUEST"),
-    "method of another type": (_with(method=None), 400, "BAD_REQUEST"),
+    "method of another type": (_with(method=7), 400, "BAD_REQUEST"),
     "method with a space": (_with(method="GET /"), 400, "BAD_REQUEST"),
     "no address": (_with(ip="example.com"), 400, "BAD_REQUEST"),
     "address out of range": (_with(ip="1.2.3.400"), 400, "BAD_REQUEST"),
@@ -87,7 +90,7 @@ async def test_bad_batches(gate: Gate, listen: Callable[..., Any]) -> None:
             ({"checks": []}, 400),
             ({"checks": [GOOD] * 1001}, 400),
             ({"checks": [GOOD, {"path": 1}]}, 400),
-            ({"checks": [GOOD, {**GOOD, "cost": 0.5}]}, 400),
+            ({"checks": [GOOD, {**GOOD, "cost": "1"}]}, 400),
             ({"checks": GOOD}, 400),
             ({"check": [GOOD]}, 400),
             ([GOOD], 400),
@@ -99,10 +102,35 @@ async def test_bad_batches(gate: Gate, listen: Callable[..., Any]) -> None:
         assert response.status_code == 413
         assert await _nothing_charged(gate)
         # A check that makes no sense by its values has its own error, and the others are decided.
-        mixed = {"checks": [GOOD, {**GOOD, "cost": -1}, {**GOOD, "path": "//x"}, GOOD]}
+        mixed = {"checks": [GOOD, {**GOOD, "cost": 0.5}, {**GOOD, "path": "//x"}, GOOD]}
         decisions = (await client.post("/v1/check/batch", json=mixed)).json()["decisions"]
         assert [each.get("remaining") for each in decisions] == [2, None, None, 1]
         assert [each.get("error", {}).get("code") for each in decisions] == [None, "BAD_REQUEST", "BAD_REQUEST", None]
+
+
+async def test_whole_floats_and_nulls_are_read(gate: Gate, listen: Callable[..., Any]) -> None:
+    """As some languages write numbers, and writers that fill in every field."""
+    async with httpx.AsyncClient(base_url=await listen(DataPlane(gate, {}))) as client:
+        sent = {"path": "/api/v1/a", "api_key": FREE, "ip": None, "method": None, "cost": 1.0}
+        assert (await client.post("/v1/check", json=sent)).json()["remaining"] == 2
+        batch = {"checks": [{**sent, "cost": None}, {**sent, "cost": 0.0}, {**sent, "cost": -0.0}]}
+        decisions = (await client.post("/v1/check/batch", json=batch)).json()["decisions"]
+        assert [each["remaining"] for each in decisions] == [1, 1, 1]
+        anonymous = {**sent, "api_key": None, "ip": "192.0.2.1"}
+        assert (await client.post("/v1/check", json=anonymous)).json()["tier"] == "open"
+
+
+@pytest.mark.parametrize("door", ["/v1/check", "/v1/check/batch"])
+async def test_compressed_bodies_are_415(door: str, gate: Gate, seen: list[Observation], listen: Callable[..., Any]) -> None:
+    async with httpx.AsyncClient(base_url=await listen(DataPlane(gate, {}, seen.append))) as client:
+        for encoding in ("gzip", "br, gzip", "deflate"):
+            response = await client.post(door, content=gzip.compress(_with()), headers={"Content-Encoding": encoding})
+            assert (response.status_code, response.json()["error"]["code"]) == (415, "UNSUPPORTED_MEDIA_TYPE")
+            assert response.headers["accept-encoding"] == "identity"
+            assert encoding in response.json()["error"]["message"]
+        assert [each.error for each in seen] == ["UNSUPPORTED_MEDIA_TYPE"] * 3
+        body = _with() if door == "/v1/check" else b'{"checks":[' + _with() + b"]}"
+        assert (await client.post(door, content=body, headers={"Content-Encoding": "identity"})).status_code == 200
 
 
 async def test_a_thousand_checks_in_a_batch(gate: Gate, listen: Callable[..., Any]) -> None:

@@ -252,6 +252,10 @@ def test_graces_add_up(overlay: str) -> None:
         assert int(sleep[1]) + settings_of(overlay, name).server.drain_s + 2 <= spec["terminationGracePeriodSeconds"] - 3
         readiness = spec["containers"][0]["readinessProbe"]
         assert readiness["periodSeconds"] * readiness["failureThreshold"] < int(sleep[1])
+        # Slow pods are not taken out, nor restarted, for one slow answer.
+        for probe in (readiness, spec["containers"][0]["livenessProbe"]):
+            assert probe["timeoutSeconds"] >= 5
+            assert probe["failureThreshold"] >= 2
 
 
 def test_pods_are_restricted(overlay: str) -> None:

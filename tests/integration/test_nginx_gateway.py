@@ -15,6 +15,7 @@ import pytest
 
 from tests.cases.doors import CASES, FREE, POLICY, Answer
 from tests.conftest import Serve
+from tests.moments import wait_until
 from tests.raw_http import RawAnswer, ask
 from tests.servers.api import Api
 from tests.servers.deployed import gateway
@@ -232,5 +233,9 @@ def test_the_worker_is_not_root(start: Callable[..., Nginx]) -> None:
     nginx = start([free_port()])
     assert nginx._process is not None
     pid = nginx._process.pid
-    worker = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()[0]
-    assert re.search(r"^Uid:\t33\t", Path(f"/proc/{worker}/status").read_text(), re.MULTILINE)
+    children = Path(f"/proc/{pid}/task/{pid}/children")
+    # It listens before it has started its worker, which then gives up being root.
+    wait_until(lambda: bool(children.read_text().split()), 30, "the worker runs")
+    worker = children.read_text().split()[0]
+    status = Path(f"/proc/{worker}/status")
+    wait_until(lambda: bool(re.search(r"^Uid:\t33\t", status.read_text(), re.MULTILINE)), 30, "the worker is www-data")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,11 @@ from tests.servers.exporters import PostgresExporter, RedisExporter
 from tests.servers.postgres_cluster import PostgresCluster
 from tests.servers.prometheus import run
 from tests.servers.redis_server import RedisServer
+from tidegate.errors import TidegateError
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy" / "prometheus"
+RUNBOOK = "https://git.example.com/tidegate/blob/main/docs/monitoring.md"
 TESTS = sorted((DEPLOY / "tests").glob("*.yml"))
 
 REDIS_EXPORTER = {
@@ -65,7 +68,7 @@ def names_in(expression: str) -> set[str]:
     bare = re.sub(r"\{[^}]*\}|\[[^\]]*\]", "", bare)
     bare = re.sub(r"\b(by|without|on|ignoring)\s*\([^)]*\)", "", bare)
     words = re.findall(r"(?<![\w:.])([a-zA-Z_:][\w:]*)\s*(\(?)", bare)
-    return {word for word, opens in words if not opens and word not in {"and", "or", "unless", "bool"}}
+    return {word for word, opens in words if not opens and word not in {"and", "or", "unless", "bool", "offset"}}
 
 
 def exposed(text: str) -> set[str]:
@@ -132,9 +135,80 @@ def test_every_alert_says_what_to_do(alert: dict[str, Any]) -> None:
     annotations = alert["annotations"]
     assert annotations["summary"]
     assert annotations["description"]
-    file, _, anchor = annotations["runbook_url"].partition("#")
-    headings = re.findall(r"^#+ (.+)$", (ROOT / file).read_text(), re.MULTILINE)
-    assert anchor in {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
+    page, _, anchor = annotations["runbook_url"].partition("#")
+    assert page == RUNBOOK
+    assert anchor == name_of_heading(alert["alert"])
+    assert "\n    kubectl " in runbook()[alert["alert"]], "what to do in Kubernetes"
+
+
+def name_of_heading(heading: str) -> str:
+    return re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-")
+
+
+def runbook() -> dict[str, str]:
+    """The sections of the runbook by alert."""
+    text = (ROOT / "docs" / "monitoring.md").read_text().partition("\n## Runbook\n")[2]
+    return {part.partition("\n")[0]: part for part in re.split(r"^### ", text, flags=re.MULTILINE)[1:]}
+
+
+def test_the_runbook_has_the_alerts_and_names_what_is_deployed() -> None:
+    assert set(runbook()) == {alert["alert"] for alert in ALERTS}
+    lines = [line for part in runbook().values() for line in part.splitlines() if line.startswith("    kubectl -n tidegate ")]
+    manifests = "".join(path.read_text() for path in (ROOT / "deploy" / "kubernetes").rglob("*.yaml"))
+    kinds = r"\b(?:deploy/(?!kubernetes/)|(?:get|describe|delete) (?:hpa|job|cluster|secret|configmap) )([a-z][\w-]+)"
+    for name in {name for line in lines for name in re.findall(kinds, line)}:
+        assert re.search(rf"[nN]ame: {name}\b", manifests), name
+    for label, value in {pair for line in lines for pair in re.findall(r" -l ([\w./]+)=([\w-]+)", line)}:
+        assert f"{label}: {value}" in manifests or label == "cnpg.io/cluster", label
+
+
+def test_the_address_of_the_runbook_can_be_set(tmp_path: Path) -> None:
+    files = [DEPLOY / "alerts.yml", ROOT / "deploy/kubernetes/components/prometheus-operator/rules.yaml"]
+    files += (ROOT / "deploy/grafana/json").glob("*.json")
+    copies = [tmp_path / path.name for path in files]
+    for path, copy in zip(files, copies, strict=True):
+        copy.write_text(path.read_text())
+
+    def set_to(*arguments: object) -> subprocess.CompletedProcess[str]:
+        command = ["sh", DEPLOY / "set-runbooks", *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+
+    for url in ("https://docs.example.com/tidegate/monitoring/", "https://wiki.example.com/x?page=1&y", RUNBOOK):
+        if "&" in url:  # means something to sed
+            assert set_to(url, *copies).returncode == 2
+            continue
+        done = set_to(url, *copies)
+        assert (done.returncode, done.stderr) == (0, "")
+        for path, copy in zip(files, copies, strict=True):
+            assert copy.read_text() == path.read_text().replace(f"{RUNBOOK}#", f"{url}#")
+            assert f"{url}#" in copy.read_text()
+    for arguments in ((), (RUNBOOK,), ("docs/monitoring.md", copies[0]), ("https://", copies[0])):
+        assert set_to(*arguments).returncode == 2
+    (tmp_path / "other.yml").write_text("groups: []\n")
+    assert set_to(RUNBOOK, tmp_path / "other.yml").returncode == 1
+
+
+def test_errors_of_callers_are_told_from_ours() -> None:
+    """One pattern everywhere, which has every code that callers cause and none of ours."""
+    text = (DEPLOY / "alerts.yml").read_text() + (DEPLOY / "recording.yml").read_text()
+    (client,) = set(re.findall(r'type=~"([^"]+)"', text))
+    assert set(re.findall(r'type!~"([^"]+)"', text)) == {client, f"redis_.+|{client}"}
+
+    def subclasses(kind: type[TidegateError]) -> Iterator[type[TidegateError]]:
+        yield kind
+        for each in kind.__subclasses__():
+            yield from subclasses(each)
+
+    def decides(kind: type[TidegateError]) -> bool:
+        """Whether a check can be answered with it: the others are of the command line and the control plane."""
+        return kind.__module__ == "tidegate.errors" and not kind.code.endswith("_REFUSED")
+
+    codes = {each.code.lower(): each.status for each in subclasses(TidegateError) if decides(each)}
+    assert {"invalid_api_key", "bad_request", "store_unavailable", "internal"} <= set(codes)
+    for code, status in codes.items():
+        assert bool(re.fullmatch(client, code)) == (status < 500), code
+    for ours in ("db_connection", "redis_timeout", "redis_disconnected"):
+        assert not re.fullmatch(client, ours)
 
 
 def test_the_requirement_holds() -> None:
@@ -144,6 +218,7 @@ def test_the_requirement_holds() -> None:
     assert agreed["HighErrorRate"] == ("critical", "2m")
     assert agreed["RedisDown"] == ("critical", "1m")
     assert agreed["SuspiciousActivity"] == ("warning", "5m")
+    assert {name for name, (severity, _) in agreed.items() if severity == "critical"}.isdisjoint({"HighClientErrorRate"})
     configuration = msgspec.yaml.decode((DEPLOY / "prometheus.yml").read_text())
     assert configuration["global"]["scrape_interval"] == "15s"
     assert all("scrape_interval" not in job for job in configuration["scrape_configs"])
@@ -151,7 +226,7 @@ def test_the_requirement_holds() -> None:
 
 
 def test_names_are_found_in_expressions() -> None:
-    expression = 'sum by (le, x) (rate(a_total{b="c, d"}[5m])) / on(x) (e:f_g > 0) or vector(0) and h == 1e3 * 14.4'
+    expression = 'sum by (le, x) (rate(a_total{b="c, d"}[5m])) / on(x) (e:f_g offset 5m > 0) or vector(0) and h == 1e3 * 14.4'
     assert names_in(expression) == {"a_total", "e:f_g", "h"}
 
 

@@ -128,7 +128,8 @@ def test_a_refused_file_does_not_keep_a_server_from_starting(start: Callable[...
     health = httpx.get(f"{server.url}/health", timeout=20)
     policy = health.json()["components"]["policy"]
     assert (health.status_code, policy["status"]) == (503, "unhealthy")
-    assert "tidegate.policy.toml:5" in policy["reason"]
+    assert policy["reason"] == "POLICY_REFUSED"
+    assert _logged(server, "tidegate.policy.toml:5") >= 1
     assert httpx.get(f"{server.url}/readyz", timeout=20).status_code == 200
     metrics = httpx.get(f"{server.url}/metrics", timeout=20).text
     assert "\nrate_limiter_policy_valid 0.0\n" in metrics

@@ -201,6 +201,20 @@ def test_a_call_over_grpc_is_a_span_of_its_callers_trace(serve: Callable[..., An
     assert attributes(span)["url.path"] == "/api/a"
 
 
+def test_a_stranger_forces_no_trace_and_prevents_none(traced: Callable[..., Any], collector: Collector) -> None:
+    """Only a trusted proxy's `traceparent` is believed; of anybody else's checks the sample decides."""
+    never = traced(collector.url, TIDEGATE_TRACING__SAMPLE="0", TIDEGATE_SERVER__TRUSTED_PROXIES="10.0.0.1")
+    assert authorize(never, **TRACED).status_code == 204
+    never.stop()
+    assert collector.spans("tidegate.check") == []
+    always = traced(collector.url, TIDEGATE_TRACING__SAMPLE="1", TIDEGATE_SERVER__TRUSTED_PROXIES="10.0.0.1")
+    for sent in (TRACED, UNTRACED):
+        assert authorize(always, **sent).status_code == 204
+    always.stop()
+    assert len(spans := collector.spans("tidegate.check")) == 2
+    assert all(span.trace_id.hex() != TRACE and not span.parent_span_id for span in spans)
+
+
 def test_off_it_is_not_even_imported() -> None:
     code = "import sys, tidegate.supervisor; print(sorted(name for name in sys.modules if 'opentelemetry' in name))"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -103,7 +103,7 @@ async def test_usage_errors_over_http(gate: Gate, listen: Callable[..., Any]) ->
             ({"X-API-Key": REVOKED}, 403, "API_KEY_REVOKED"),
             ({"X-API-Key": EXPIRED}, 403, "API_KEY_EXPIRED"),
             ([("X-API-Key", FREE), ("X-API-Key", FREE)], 400, "BAD_REQUEST"),
-            ({"X-API-Key": FREE, "X-Real-IP": "nowhere"}, 400, "BAD_REQUEST"),
+            ([("X-API-Key", FREE), ("X-Real-IP", "192.0.2.1"), ("X-Real-IP", "192.0.2.2")], 400, "BAD_REQUEST"),
             ({"X-API-Key": FREE, "X-Filler": "f" * 9000}, 431, "HEADERS_TOO_LARGE"),
         ]
         for headers, status, code in refused:

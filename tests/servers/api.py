@@ -7,6 +7,7 @@ import http.server
 import json
 import socket
 import threading
+from collections.abc import Mapping
 from types import TracebackType
 from typing import Any, Self
 
@@ -19,10 +20,14 @@ class Api:
     """Answers every request on a loopback port with 200 and JSON: method and path as they came, and headers with all values.
 
     It reads `Content-Length` bodies only, and keeps connections open. `received` has what it answered.
+
+    Args:
+        headers: that every answer has besides.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, headers: Mapping[str, str] | None = None) -> None:
         self.received: list[dict[str, Any]] = []
+        more = dict(headers or {})
         keep = self.received
         self._connections: set[socket.socket] = set()
         connections = self._connections
@@ -54,6 +59,8 @@ class Api:
                 self.send_header("Content-Length", str(len(answer)))
                 # One that has limits of its own.
                 self.send_header("X-RateLimit-Limit", "7")
+                for name, value in more.items():
+                    self.send_header(name, value)
                 self.end_headers()
                 if words[0] != "HEAD":
                     self.wfile.write(answer)

@@ -54,14 +54,17 @@ def gateway(
     Returns:
         The nginx, not started; its edge cache is in `denials` in its directory.
     """
-    port = free_port()
-    instance = "server 127.0.0.1:8080 max_fails=3 fail_timeout=30s;"
+    port, refusals = free_port(), free_port()
+    addresses = [f"{HOST}:{each}" for each in tidegate]
+    lines = _twice(addresses) if len(addresses) > 1 else [f"server {addresses[0]} max_fails=0;"]
     text = configured(
         "nginx/gateway.conf",
         {
             "listen 80;": f"listen {HOST}:{port};",
             "listen 127.0.0.1:8404;": f"listen {HOST}:{free_port()};",
-            instance: "\n    ".join(instance.replace("8080", str(each)) for each in tidegate),
+            "server 127.0.0.1:8080 max_fails=0;": "\n    ".join(lines),
+            "listen 127.0.0.1:8406;": f"listen {HOST}:{refusals};",
+            "server 127.0.0.1:8406;": f"server {HOST}:{refusals};",
             "127.0.0.1:8000": f"{HOST}:{api}",
             "default closed": f"default {when_away}",
             "default off": f"default {'tidegate_denials' if edge else 'off'}",
@@ -71,12 +74,19 @@ def gateway(
     if patient:
         files["snippets/tidegate-server.conf"] = configured(
             "nginx/tidegate-server.conf",
-            {"proxy_connect_timeout 250ms;": "proxy_connect_timeout 10s;", "proxy_read_timeout 1s;": "proxy_read_timeout 20s;"},
+            {"proxy_connect_timeout 250ms;": "proxy_connect_timeout 10s;", "proxy_read_timeout 2s;": "proxy_read_timeout 20s;"},
         )
     made = Nginx(text, port, files, level)
+    made.change({"/run/tidegate-refusals": str(made.directory / "refusals")})
     if edge:
         made.add(configured("nginx/edge-cache.conf", {"/run/tidegate-denials": str(made.directory / "denials")}))
     return made
+
+
+def _twice(addresses: Sequence[str]) -> list[str]:
+    """The lines of an upstream that skips an instance that failed, and asks all where all failed."""
+    lines = [f"server {each} max_fails=3 fail_timeout=5s;" for each in addresses]
+    return lines + [f"server {each} max_fails=0 backup;" for each in addresses]
 
 
 def haproxy(tidegate: Sequence[int], patient: bool = True) -> tuple[HAProxy, int]:
@@ -117,11 +127,12 @@ def nginx_balancer(tidegate: Sequence[int], patient: bool = True) -> tuple[Nginx
         The nginx, not started, and the port for operators.
     """
     port, operators = free_port(), free_port()
-    servers = "".join(f"    server {HOST}:{each} max_fails=3 fail_timeout=30s;\n" for each in tidegate)
     changes = {
         "listen 8080;": f"listen {HOST}:{port};",
         "listen 127.0.0.1:8405;": f"listen {HOST}:{operators};",
-        "".join(f"    server 10.0.0.1{number}:8080 max_fails=3 fail_timeout=30s;\n" for number in (1, 2, 3)): servers,
+        "".join(f"    {line}\n" for line in _twice([f"10.0.0.1{number}:8080" for number in (1, 2, 3)])): "".join(
+            f"    {line}\n" for line in _twice([f"{HOST}:{each}" for each in tidegate])
+        ),
     }
     if patient:
         changes |= {

@@ -7,7 +7,7 @@ from tests.servers.redis_cluster import RedisCluster
 from tests.servers.redis_sentinel import NAME, RedisSentinel
 from tests.servers.redis_server import Options, RedisServer
 
-_OURS = ("port", "protected-mode")
+_OURS = ("port", "bind", "protected-mode")
 """What the starters say themselves."""
 
 

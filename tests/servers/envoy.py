@@ -8,7 +8,7 @@ import subprocess
 import tempfile
 import time
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import httpx
@@ -23,6 +23,46 @@ STOP_S = 10.0
 
 CLIENTS, ADMIN, SERVICE, GRPC, HTTP = 10000, 9901, 8000, 8081, 8080
 """The ports in the shipped configurations."""
+
+
+def with_path_prefix(prefix: str, headers: Sequence[str], on_allow: Sequence[str], on_deny: Sequence[str]) -> dict[str, str]:
+    """What makes of ext_authz.yaml the filter that Istio and Envoy Gateway configure: they append the request's path to a prefix.
+
+    Args:
+        prefix: that goes before the path.
+        headers: of the request that Tidegate gets.
+        on_allow: headers of Tidegate that clients get with allowed answers; `*` at the end stands for any further characters.
+        on_deny: the same with refusals; none for all.
+
+    Returns:
+        Texts of the file and those in place of them, for `Envoy`.
+    """
+    text = (DEPLOY / "ext_authz.yaml").read_text()
+
+    def between(start: str, end: str) -> str:
+        return text[text.index(start) : text.index(end, text.index(start))]
+
+    def patterns(names: Sequence[str]) -> str:
+        return ", ".join(f"{{prefix: {name[:-1]}}}" if name.endswith("*") else f"{{exact: {name}}}" for name in names)
+
+    indent = "\n" + " " * 24
+    response = "".join(
+        f"{indent}  {name}: {{patterns: [{patterns(names)}]}}"
+        for name, names in (("allowed_client_headers", on_deny), ("allowed_client_headers_on_success", on_allow))
+        if names
+    )
+    return {
+        between(
+            "                  # What Tidegate is to decide on", "                  - name: envoy.filters.http.ext_authz"
+        ): "",
+        between("                      allowed_headers:", "                      http_service:"): (
+            f"                      allowed_headers: {{patterns: [{patterns(headers)}]}}\n"
+        ),
+        "path_override: /v1/authorize/envoy": f"path_prefix: {prefix}",
+        between("                        authorization_response:", "                  - name: envoy.filters.http.router"): (
+            f"                        authorization_response:{response}\n" if response else ""
+        ),
+    }
 
 
 class Envoy(Started):

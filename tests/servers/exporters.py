@@ -19,14 +19,19 @@ class RedisExporter(Service):
 
     Args:
         redis_url: of the Redis.
+        options: more of its command line.
+        environment: more variables.
     """
 
-    def __init__(self, redis_url: str) -> None:
+    def __init__(self, redis_url: str, options: Sequence[str] = (), environment: Mapping[str, str] | None = None) -> None:
         super().__init__("prometheus-redis-exporter", "/metrics")
-        self._redis_url = redis_url
+        self._redis_url, self._options, self._environment = redis_url, options, environment or {}
 
     def arguments(self) -> Sequence[str]:
-        return f"--redis.addr={self._redis_url}", f"--web.listen-address={self.address}"
+        return f"--redis.addr={self._redis_url}", f"--web.listen-address={self.address}", *self._options
+
+    def environment(self) -> Mapping[str, str]:
+        return self._environment
 
 
 class PostgresExporter(Service):

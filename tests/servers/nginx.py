@@ -71,6 +71,21 @@ class Nginx(Service):
         user = "user www-data;" if os.geteuid() == 0 else ""
         self.configuration.write_text(_MAIN.format(user=user, directory=self.directory, level=self._level, http=self._http))
 
+    def change(self, changes: Mapping[str, str]) -> None:
+        """Replace parts of what stands inside `http { … }`; holds from the next start or reload on.
+
+        Args:
+            changes: what stands there, and what to put in its place.
+
+        Raises:
+            ValueError: if one of the parts is not there.
+        """
+        for old, new in changes.items():
+            if old not in self._http:
+                raise ValueError(f"{old!r} is not in the configuration of this nginx")
+            self._http = self._http.replace(old, new)
+        self.add("")
+
     def arguments(self) -> Sequence[str]:
         return "-p", str(self.directory), "-c", str(self.configuration), "-e", "stderr"
 

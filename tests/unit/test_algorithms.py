@@ -15,7 +15,14 @@ from tidegate.limits import Algorithm, Limit, fit_limits
 
 ALL = list(Algorithm)
 START = 1_700_000_000_000_000
-UNITS_US = {"10s": 10_000_000, "minute": 60_000_000, "7m": 420_000_000, "day": 86_400_000_000, "month": 31 * 86_400_000_000}
+UNITS_US = {
+    "10s": 10_000_000,
+    "minute": 60_000_000,
+    "7m": 420_000_000,
+    "day": 86_400_000_000,
+    "month": 31 * 86_400_000_000,
+    "year": 366 * 86_400_000_000,
+}
 
 
 @st.composite
@@ -93,7 +100,7 @@ def test_never_more_than_promised(algorithm: Algorithm, draw: st.DataObject) -> 
             for moment, _ in history:
                 start, end = oracles.window_of(limit, moment)
                 assert sum(cost for at, cost in history if start <= at < end) <= limit.amount
-            if not limit.calendar_month:
+            if not limit.is_calendar:
                 assert admitted <= 2 * limit.amount
 
 
@@ -240,6 +247,21 @@ def test_fixed_month_follows_the_calendar() -> None:
         state = decide(limit, None, start, 1)[0]
         assert decide(limit, state, end - 1, 1)[3] == 1
         assert decide(limit, state, end, 1)[0] is not None
+
+
+@pytest.mark.parametrize("algorithm", [Algorithm.FIXED_WINDOW, Algorithm.SLIDING_WINDOW])
+def test_a_year_follows_the_calendar(algorithm: Algorithm) -> None:
+    limit = Limit.parse("4/year")
+    decide = DECIDE[algorithm]
+    for year, days in ((2024, 366), (2023, 365), (2100, 365), (2000, 366)):
+        start, end = oracles.window_of(limit, oracles._us(oracles.EPOCH.replace(year=year, month=7, day=10)))
+        assert end - start == days * 86_400_000_000
+        state = decide(limit, None, start, 4)[0]
+        assert decide(limit, state, end - 1, 1)[0] is None
+        at_new_year = decide(limit, state, end, 1)
+        # A fixed window starts anew; in a sliding one the old year fades over the new one.
+        assert (at_new_year[0] is not None) == (algorithm is Algorithm.FIXED_WINDOW)
+        assert decide(limit, state, oracles.window_of(limit, end)[1], 4)[0] is not None
 
 
 def test_leaky_bucket_spaces_requests() -> None:

@@ -20,10 +20,10 @@ from tidegate.catalog.replicas import Replicas
 from tidegate.catalog.shared import SharedCatalog
 from tidegate.policy import ApiKey, Tier
 
-SMALL, LARGE = 500, 50_000
-ADDED = 20_000
-RATIO = 8
-"""A table whose evictions walk over removed entries takes 30 times as long at the large bound; any other about as long."""
+SMALL, LARGE = 500, 100_000
+ADDED = 50_000
+RATIO = 5
+"""A table whose evictions walk over removed entries takes 8 to 30 times as long at the large bound; any other 1 to 2 times."""
 
 Fill = Callable[[int, pytest.MonkeyPatch], Callable[[int], None]]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from importlib.resources import files
 
 import pytest
 from typer.testing import CliRunner
@@ -52,3 +53,8 @@ def test_a_slip_of_the_pen_is_answered_with_the_nearest_command() -> None:
     ran = CliRunner().invoke(app, ["simulat"])
     assert ran.exit_code == 2
     assert "Did you mean 'simulate'?" in ran.output
+
+
+def test_types_are_shipped() -> None:
+    """Without the marker (PEP 561) type checkers ignore the annotations of an installed package."""
+    assert files("tidegate").joinpath("py.typed").is_file()

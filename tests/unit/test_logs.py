@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tidegate.catalog.tokens import TOKEN_PREFIX
+from tidegate.doors.client_address import TrustedProxies
 from tidegate.telemetry.logs import HIDDEN, MAX_LINE_BYTES, LineWriter, configure_logging, lines_dropped
 from tidegate.telemetry.requests import CURRENT, Request
 
@@ -151,6 +152,12 @@ SECRETS = [
     ("cannot reach postgresql://tidegate:hunter2@db1,db2/tidegate", "hunter2"),
     ("cannot reach redis://:hunter2@10.0.0.1:6379/0", "hunter2"),
 ]
+
+
+def test_only_the_traceparent_of_a_trusted_peer_is_read() -> None:
+    for peer, read in (("10.0.0.1", True), ("203.0.113.9", False), ("", False)):
+        request = Request({"traceparent": TRACEPARENT}, peer=peer, trusts=TrustedProxies(["10.0.0.0/8"]).trusts)
+        assert (request.parent is not None) is read
 
 
 @pytest.mark.parametrize("style", ["json", "text"])

@@ -31,12 +31,27 @@ DAY = 86_400_000_000
         ("30/7d", 30, 7 * DAY, False, None),
         ("100/minute burst 20", 100, 60_000_000, False, 20),
         ("100/MINUTE", 100, 60_000_000, False, None),
+        ("500/week", 500, 7 * DAY, False, None),
+        ("500/2weeks", 500, 14 * DAY, False, None),
+        ("100 per minute", 100, 60_000_000, False, None),
+        ("100 per 15 minutes", 100, 900_000_000, False, None),
+        ("100 Per Minute Burst 20", 100, 60_000_000, False, 20),
+        ("7 per month", 7, 31 * DAY, True, None),
+        ("9/year", 9, 366 * DAY, False, None),
     ],
 )
 def test_limits_that_are_understood(text: str, amount: int, window_us: int, month: bool, burst: int | None) -> None:
     limit = Limit.parse(text)
     assert (limit.amount, limit.window_us, limit.calendar_month, limit.burst) == (amount, window_us, month, burst)
     assert Limit.parse(limit.text) == limit
+    assert limit.calendar_year == text.endswith("year")
+
+
+def test_a_year_and_366_days_are_two_windows() -> None:
+    year, days = Limit.parse("9/year"), Limit.parse("9/366d")
+    assert (year.text, days.text) == ("9/year", "9/366d")
+    assert year.window_name != days.window_name
+    assert len(LimitSet("r", Algorithm.FIXED_WINDOW, [year, days, Limit.parse("9/month")]).limits) == 3
 
 
 @pytest.mark.parametrize(
@@ -61,6 +76,10 @@ def test_limits_that_are_understood(text: str, amount: int, window_us: int, mont
         ("5/0s", "1 second"),
         ("5/367d", "366 days"),
         ("5/2month", "calendar month"),
+        ("5/2years", "calendar year"),
+        ("5 perminute", "100/minute"),
+        ("5per minute", "100/minute"),
+        ("5/53weeks", "366 days"),
     ],
 )
 def test_limits_that_are_refused(text: Any, said: str) -> None:

@@ -238,6 +238,49 @@ def test_any_text_is_read_or_refused(text: str) -> None:
         parse_policy(text)
 
 
+def warned(tier: str) -> list[str]:
+    return policy_warnings(parse_policy(f'[[tiers]]\nname = "t"\n{tier}\n'))
+
+
+RULE = "[[tiers.rules]]\n"
+
+
+@pytest.mark.parametrize("window", ["month", "year"])
+def test_a_month_or_a_year_that_does_not_start_anew_is_warned_of(window: str) -> None:
+    limits = f'limits = ["9/{window}"]\n'
+    (own,) = warned(limits)
+    assert f"'9/{window}' slides" in own
+    (default,) = warned(f'{RULE}endpoint = "/a"\n{limits}')
+    assert f"rule '/a': limit '9/{window}' slides" in default
+    assert 'use algorithm = "fixed_window"' in default
+    for algorithm, words in (("token_bucket", "refills"), ("leaky_bucket", "refills"), ("sliding_log", "over the last 3")):
+        (bucket,) = warned(f'{RULE}endpoint = "/a"\nalgorithm = "{algorithm}"\n{limits}')
+        assert words in bucket
+    assert warned(f'{RULE}endpoint = "/a"\nalgorithm = "fixed_window"\n{limits}') == []
+    assert warned(f'{RULE}endpoint = "/a"\nlimits = ["9/30d", "9/week"]') == []
+
+
+def test_rules_that_escape_one_for_everything_are_warned_of() -> None:
+    everything = f'{RULE}endpoint = "/*"\nlimits = ["100/minute"]\n'
+    search = f'{RULE}endpoint = "/search"\nlimits = ["10/minute"]\n'
+    (one,) = warned(everything + search)
+    assert one == (
+        "tier 't': rule '/*' does not count what '/search' answers: one rule answers a request; "
+        "put what is to hold over all endpoints into the tier's own limits"
+    )
+    (many,) = warned(everything + "".join(search.replace("search", name) for name in "abcde"))
+    assert "'/a', '/b', '/c' and 2 more answer" in many
+    for quiet in (
+        everything,
+        search,
+        'limits = ["1000/minute"]\n' + everything + search,
+        everything + search + 'mode = "shadow"\n',
+        everything + search + "priority = -1\n",
+        everything + 'methods = ["GET"]\n' + search + 'methods = ["POST"]\n',
+    ):
+        assert warned(quiet) == []
+
+
 def test_warnings() -> None:
     policy = parse_policy(
         """

@@ -27,6 +27,11 @@ UNDERSTOOD = {
     "redis+sentinel://:p@a,b:1/mymaster/4?sentinel_password=q": RedisUrl(
         Topology.SENTINEL, (A, B), Credentials("", "p"), Credentials("", "q"), db=4, master="mymaster"
     ),
+    "redis://user:@h": RedisUrl(Topology.STANDALONE, (Endpoint("h", 6379),), Credentials("user", "")),
+    "redis://:s@c[ret@h": RedisUrl(Topology.STANDALONE, (Endpoint("h", 6379),), Credentials("", "s@c[ret")),
+    "redis+sentinel://a/m?sentinel_password=q@r": RedisUrl(
+        Topology.SENTINEL, (A,), sentinel_credentials=Credentials("", "q@r"), master="m"
+    ),
     "redis+cluster://a:26379,b:1": RedisUrl(Topology.CLUSTER, (A, B)),
     "rediss+cluster://u:p@a:26379": RedisUrl(Topology.CLUSTER, (A,), Credentials("u", "p"), tls=True),
 }
@@ -53,6 +58,27 @@ REFUSED = {
     "redis://h/one": "'one'",
     "redis://h?tls=1": "'tls'",
     "redis://h?ca=/x": "rediss://",
+    # A password with characters that end it, or without its '@': nothing of it is repeated.
+    "redis://:hunter2/hunter2@h": "%2F",
+    "redis://:hunter2?hunter2@h": "%2F",
+    "redis://:hunter2?hunter2=1@h": "%2F",
+    "redis://:hunter2?db=1@h": "%2F",
+    "redis://:hunter2#hunter2@h:6379": "%23",
+    "redis://:hunter2\t@h": "control character",
+    "redis://u:hunter2/1@h:6379/0": "%2F",
+    "redis+cluster://u:hunter2/hunter2@a,b": "%2F",
+    "redis+sentinel://:hunter2?hunter2@a,b/m": "%2F",
+    "redis://:hunter2": "':…'",
+    "redis://u:hunter2": "'u:…'",
+    "redis://hunter2@h": "redis://:password@host",
+    "redis+cluster://hunter2@a,b": "redis://:password@host",
+    "hunter2@h:6379": "''",
+    "u:hunter2@h": "''",
+    # Brackets without their other half.
+    "redis://[::1": "'[::1'",
+    "redis://::1]": "not a valid address",
+    "redis://[::1]x:1": "not a valid address",
+    "rediss://[::1]:port": "'[::1]:port'",
 }
 
 

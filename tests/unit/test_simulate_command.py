@@ -56,9 +56,9 @@ def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def row(second: int, ip: str = "10.0.0.1", path: str = "/a") -> str:
+def row(second: int, ip: str = "10.0.0.1", path: str = "/a", user: str = "-") -> str:
     """A JSON line; the easiest to make hostile."""
-    return json.dumps({"time": T0 + second, "ip": ip, "path": path})
+    return json.dumps({"time": T0 + second, "ip": ip, "path": path, "user": user})
 
 
 def write(directory: Path, lines: list[str], name: str = "access.log") -> str:
@@ -111,8 +111,8 @@ def test_the_terminal_shows_everything_and_nothing_hostile(
     policy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "200")
-    log = write(tmp_path, [row(0, HOSTILE)] * 5 + [row(1, path="/;" + HOSTILE), HOSTILE])
-    assert simulate([log], policy) == 0
+    log = write(tmp_path, [row(0, "-", user=HOSTILE)] * 5 + [row(1, path="/;" + HOSTILE), HOSTILE])
+    assert simulate([log], policy, subject="user") == 0
     shown = capsys.readouterr()
     assert shown.err == ""
     assert shown.out.replace("\n", "").isprintable()
@@ -162,10 +162,10 @@ class Page(HTMLParser):
 
 
 def test_the_page_holds_the_numbers_and_nothing_of_the_log_but_text(policy: Path, tmp_path: Path) -> None:
-    lines = [row(60 * minute + second, HOSTILE) for minute in range(3) for second in range(minute * 2 + 2)]
+    lines = [row(60 * minute + second, "-", user=HOSTILE) for minute in range(3) for second in range(minute * 2 + 2)]
     log = write(tmp_path, [*lines, HOSTILE, row(200, path="/;" + HOSTILE)])
     html = tmp_path / "report.html"
-    assert simulate([log], policy, html=html) == 0
+    assert simulate([log], policy, html=html, subject="user") == 0
     text = html.read_text(encoding="utf-8")
     page = Page(text)
     assert page.open == []

@@ -121,7 +121,7 @@ async def test_health_is_the_worst_component_and_says_why() -> None:
     checked.add("bad", unwell)
     report = await checked.report()
     assert report.status == "unhealthy"
-    assert report.components["bad"].reason == "ConnectionError: refused"
+    assert report.components["bad"].reason == "ConnectionError"
     assert report.components["good"].status == report.components["rate_limiter"].status == "healthy"
     assert re.fullmatch(r"\d{4}-.*\+00:00", report.timestamp)
 

@@ -109,5 +109,6 @@ async def test_others_get_turns_between_descriptors(gate: Gate, domain: str, no_
     async def work() -> None:
         answers.append(await service.answer(payload))
 
-    assert await _turns_during(work, turns) >= MAX_DESCRIPTORS
+    # Under the policy each descriptor is read, then planned; under a file one look does both.
+    assert await _turns_during(work, turns) >= MAX_DESCRIPTORS * (2 if domain == "tidegate" else 1)
     assert len(RateLimitResponse.FromString(answers[0]).statuses) == MAX_DESCRIPTORS

@@ -14,7 +14,7 @@ from grafana_foundation_sdk.models import piechart as pie_options
 
 SOURCE: Final = model.DataSourceRef(type_val="prometheus", uid="tidegate-prometheus")
 """The data source that `provisioning/datasources` makes."""
-RUNBOOK: Final = "docs/monitoring.md"
+RUNBOOK: Final = "https://git.example.com/tidegate/blob/main/docs/monitoring.md"
 GREEN, YELLOW, RED, BLUE = "green", "yellow", "red", "blue"
 STATUS_COLOURS: Final = {"allowed": GREEN, "blocked": RED}
 

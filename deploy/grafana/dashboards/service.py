@@ -61,7 +61,7 @@ def _all() -> list[list[Panel]]:
             ),
             number(
                 "Errors",
-                "Errors to a decided check, callers' mistakes included. Red where HighErrorRate begins.",
+                "Errors of ours to a decided check. Red where HighErrorRate begins.",
                 "percentunit",
                 Query("job:rate_limiter_errors_per_request:ratio_rate5m"),
                 "higherrorrate",
@@ -117,9 +117,11 @@ def _all() -> list[list[Panel]]:
         [
             lines(
                 "Errors to a check",
-                "Over 5 minutes, callers' mistakes included. The dashed line is where HighErrorRate begins.",
+                "Over 5 minutes. Ours: the dashed line is where HighErrorRate begins. "
+                "Callers' errors are what HighClientErrorRate is about.",
                 "percentunit",
-                Query("job:rate_limiter_errors_per_request:ratio_rate5m", "errors to a check"),
+                Query("job:rate_limiter_errors_per_request:ratio_rate5m", "ours"),
+                Query("job:rate_limiter_client_errors:ratio_rate5m", "callers'"),
                 see="higherrorrate",
                 steps=Steps(None, 0.01),
             ),

@@ -1,4 +1,4 @@
--- UTC calendar months in microseconds since the epoch, as calendar.py has them.
+-- UTC calendar months and years in microseconds since the epoch, as calendar.py has them.
 
 local DAY = 86400000000
 
@@ -14,8 +14,8 @@ local function days_from_civil(year, month)
   return era * 146097 + of_era * 365 + math.floor(of_era / 4) - math.floor(of_era / 100) + of_year - 719468
 end
 
--- Start (inside) and end (outside) of the month that holds a moment.
-local function month_bounds(now)
+-- Start (inside) and end (outside) of the calendar window that holds a moment: of the month (window 0) or of the year (window -1).
+local function calendar_bounds(now, window)
   local days = math.floor(now / DAY) + 719468
   local era = math.floor(days / 146097)
   local of_era = days - era * 146097
@@ -26,6 +26,9 @@ local function month_bounds(now)
   local march = math.floor((5 * of_year + 2) / 153)
   local month = march < 10 and march + 3 or march - 9
   year = year + era * 400 + (month <= 2 and 1 or 0)
+  if window == -1 then
+    return days_from_civil(year, 1) * DAY, days_from_civil(year + 1, 1) * DAY
+  end
   local following = month == 12 and days_from_civil(year + 1, 1) or days_from_civil(year, month + 1)
   return days_from_civil(year, month) * DAY, following * DAY
 end

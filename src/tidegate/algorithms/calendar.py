@@ -1,10 +1,12 @@
-"""UTC calendar months in integer µs since the epoch."""
+"""UTC calendar months and years in integer µs since the epoch."""
 
 from __future__ import annotations
 
 import datetime
 from functools import lru_cache
 from typing import Final
+
+from tidegate.limits import Limit
 
 _DAY_US: Final = 86_400_000_000
 _EPOCH_ORDINAL: Final = datetime.date(1970, 1, 1).toordinal()
@@ -20,6 +22,38 @@ def month_bounds(now_us: int) -> tuple[int, int]:
         Start (inside) and end (outside) of the month, µs since the epoch.
     """
     return _bounds_of_day(now_us // _DAY_US)
+
+
+def year_bounds(now_us: int) -> tuple[int, int]:
+    """The calendar year that holds a moment.
+
+    Args:
+        now_us: µs since the epoch, years 1970 to 9998.
+
+    Returns:
+        Start (inside) and end (outside) of the year, µs since the epoch.
+    """
+    return _year_of_day(now_us // _DAY_US)
+
+
+def bounds_of(limit: Limit, now_us: int) -> tuple[int, int]:
+    """The window of a limit per calendar month or year that holds a moment.
+
+    Args:
+        limit: one whose `is_calendar` is true.
+        now_us: µs since the epoch, years 1970 to 9998.
+
+    Returns:
+        Start (inside) and end (outside) of the window, µs since the epoch.
+    """
+    return month_bounds(now_us) if limit.calendar_month else year_bounds(now_us)
+
+
+@lru_cache(maxsize=256)
+def _year_of_day(day: int) -> tuple[int, int]:
+    year = datetime.date.fromordinal(_EPOCH_ORDINAL + day).year
+    first, following = datetime.date(year, 1, 1), datetime.date(year + 1, 1, 1)
+    return (first.toordinal() - _EPOCH_ORDINAL) * _DAY_US, (following.toordinal() - _EPOCH_ORDINAL) * _DAY_US
 
 
 @lru_cache(maxsize=256)

@@ -1,8 +1,8 @@
--- Twin of fixed_window.py. State: start in seconds, used. Parameters: window in seconds (0: the calendar month), amount.
+-- Twin of fixed_window.py. State: start in seconds, used. Parameters: window in seconds (0: the calendar month, -1: the year), amount.
 
 local function fixed_window_bounds(now, window)
-  if window == 0 then
-    return month_bounds(now)
+  if window <= 0 then
+    return calendar_bounds(now, window)
   end
   local start = now - fmod(now, window * 1000000)
   return start, start + window * 1000000

@@ -1,14 +1,14 @@
 """Fixed window: a count that starts anew at each window's start.
 
-Promise: in no window aligned to the epoch (for months, to the UTC calendar) is more than the amount admitted.
+Promise: in no window aligned to the epoch (for months and years, to the UTC calendar) is more than the amount admitted.
 Bound: across a window's border up to twice the amount may pass within one window's length.
 State: `(start, used)`.
 """
 
 from __future__ import annotations
 
-from tidegate.algorithms.calendar import month_bounds
-from tidegate.limits import Limit
+from tidegate.algorithms.calendar import bounds_of
+from tidegate.limits import MONTH_US, Limit
 
 
 def decide(
@@ -25,16 +25,19 @@ def decide(
     Returns:
         See `tidegate.algorithms`.
     """
-    if limit.calendar_month:
-        start, end = month_bounds(now)
+    window = limit.window_us
+    # Only a window as long as a month can be one: one comparison for all others.
+    calendar = window >= MONTH_US and limit.is_calendar
+    if calendar:
+        start, end = bounds_of(limit, now)
     else:
-        start = now - now % limit.window_us
-        end = start + limit.window_us
+        start = now - now % window
+        end = start + window
     used = 0
     if state is not None and state[0] >= start:
         if state[0] > start:
             now = start = state[0]
-            end = month_bounds(start)[1] if limit.calendar_month else start + limit.window_us
+            end = bounds_of(limit, start)[1] if calendar else start + window
         used = state[1]
     free = limit.amount - used
     if cost <= free or not cost:
@@ -52,7 +55,7 @@ def expires_at(limit: Limit, state: tuple[int, int]) -> int:
     Returns:
         µs since the epoch.
     """
-    return month_bounds(state[0])[1] if limit.calendar_month else state[0] + limit.window_us
+    return bounds_of(limit, state[0])[1] if limit.is_calendar else state[0] + limit.window_us
 
 
 def merge(_: Limit, state: tuple[int, int] | None, other: tuple[int, int]) -> tuple[int, int]:

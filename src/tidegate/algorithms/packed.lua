@@ -1,5 +1,5 @@
 -- Counters whose states are a few numbers: all windows of a rule in one string, [window, state...] after another, MessagePack.
--- A window is named by its seconds, a calendar month by 0; so a rule that gains or loses a window keeps what the others hold.
+-- A window is named by its seconds, a calendar month by 0, a year by -1; so a rule that gains or loses a window keeps what the others hold.
 -- Moments that are whole seconds are kept in seconds: five bytes instead of nine.
 
 local function packed(name, width, parameters, decide, merge)

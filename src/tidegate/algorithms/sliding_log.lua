@@ -1,12 +1,12 @@
 -- Twin of sliding_log.py. All windows of a rule share one list: a header, then one entry per admission, [moment, cost], oldest first.
 -- Header: moment of the last entry, then for each window: its name, units used, entries at the front that no longer count for it.
 -- A list keeps an entry in 13 to 16 bytes whatever its length; a sorted set takes 100 beyond its compact form.
--- Parameters: window in seconds (0: a month of 31 days), amount.
+-- Parameters: window in seconds (0: a month of 31 days, -1: a year of 366), amount.
 
 local TIDY = 128
 
 local function sliding_log_length(window)
-  return (window == 0 and 2678400 or window) * 1000000
+  return (window == 0 and 2678400 or window == -1 and 31622400 or window) * 1000000
 end
 
 local function sliding_log_load(key)

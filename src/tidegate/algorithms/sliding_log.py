@@ -2,7 +2,7 @@
 
 Promise: exact. In no window `(t − window, t]`, wherever it lies, is more than the amount admitted.
 Price: one entry per admission (16 to 48 bytes in memory), so amounts are limited to 100,000 and a charge copies the log.
-State: `(used, moments, costs)`, the moments in order. A calendar month counts as 31 days.
+State: `(used, moments, costs)`, the moments in order. A calendar month counts as 31 days, a year as 366.
 """
 
 from __future__ import annotations

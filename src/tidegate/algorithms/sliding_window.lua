@@ -1,4 +1,5 @@
--- Twin of sliding_window.py. State: start in seconds, current, previous. Parameters: window in seconds (0: the calendar month), amount.
+-- Twin of sliding_window.py. State: start in seconds, current, previous. 
+-- Parameters: window in seconds (0: the calendar month, -1: the year), amount.
 
 local function sliding_window_reset(current, previous, left, window, following)
   if current > 0 then
@@ -27,20 +28,20 @@ end
 local function sliding_window_decide(held, at, fresh, now, cost, window, amount)
   local start, current, previous = nil, 0, 0
   local length, following
-  if window == 0 then
+  if window <= 0 then
     local held_start = at and held[at + 1] * 1000000
     if held_start and now < held_start then
       now = held_start
     end
     local ends
-    start, ends = month_bounds(now)
+    start, ends = calendar_bounds(now, window)
     length = ends - start
     if held_start == start then
       current, previous = held[at + 2], held[at + 3]
-    elseif held_start and month_bounds(start - 1) == held_start then
+    elseif held_start and calendar_bounds(start - 1, window) == held_start then
       previous = held[at + 2]
     end
-    local following_start, following_end = month_bounds(ends)
+    local following_start, following_end = calendar_bounds(ends, window)
     following = following_end - following_start
   else
     length = window * 1000000
@@ -81,7 +82,7 @@ local function sliding_window_at(state, start, window)
   if state[1] == start then
     return state[2], state[3]
   end
-  local before = window == 0 and month_bounds(start * 1000000 - 1) / 1000000 or start - window
+  local before = window <= 0 and calendar_bounds(start * 1000000 - 1, window) / 1000000 or start - window
   return 0, state[1] == before and state[2] or 0
 end
 

@@ -1,7 +1,7 @@
 """Sliding window: the current window's count plus the previous one's, weighted by how much of it is still in sight.
 
 Promise: `current + floor(previous × (window − elapsed) / window)` never exceeds the amount at an admission; so no window
-aligned to the epoch (or calendar month) holds more than the amount.
+aligned to the epoch (or calendar month or year) holds more than the amount.
 Bound: the weight assumes that the previous window's requests were spread evenly; over an arbitrary window the count stays below
 twice the amount, and for evenly spread requests at the amount.
 State: `(start, current, previous)`. Source: the sliding window counter as Cloudflare described it in 2017, in integers.
@@ -9,8 +9,8 @@ State: `(start, current, previous)`. Source: the sliding window counter as Cloud
 
 from __future__ import annotations
 
-from tidegate.algorithms.calendar import month_bounds
-from tidegate.limits import Limit
+from tidegate.algorithms.calendar import bounds_of
+from tidegate.limits import MONTH_US, Limit
 
 
 def decide(
@@ -27,9 +27,10 @@ def decide(
     Returns:
         See `tidegate.algorithms`.
     """
-    if limit.calendar_month:
-        return _decide_in_month(limit, state, now, cost)
     window = limit.window_us
+    # Only a window as long as a month can be one: one comparison for all others.
+    if window >= MONTH_US and limit.is_calendar:
+        return _decide_in_calendar(limit, state, now, cost)
     if state is None:
         start = now - now % window
         current = previous = 0
@@ -55,22 +56,22 @@ def decide(
     )
 
 
-def _decide_in_month(
+def _decide_in_calendar(
     limit: Limit, state: tuple[int, int, int] | None, now: int, cost: int
 ) -> tuple[tuple[int, int, int] | None, int, int, int | None]:
-    """The same in calendar months, whose lengths differ: each count is weighted over the month in which it fades."""
+    """The same in calendar months or years, whose lengths differ: each count is weighted over the one in which it fades."""
     if state is not None and now < state[0]:
         now = state[0]
-    start, end = month_bounds(now)
+    start, end = bounds_of(limit, now)
     current = previous = 0
     if state is not None:
         if state[0] == start:
             _, current, previous = state
-        elif month_bounds(start - 1)[0] == state[0]:
+        elif bounds_of(limit, start - 1)[0] == state[0]:
             previous = state[1]
     window = end - start
     left = end - now
-    following_start, following_end = month_bounds(end)
+    following_start, following_end = bounds_of(limit, end)
     following = following_end - following_start
     free = limit.amount - current - previous * left // window
     if cost <= free or not cost:
@@ -122,9 +123,9 @@ def expires_at(limit: Limit, state: tuple[int, int, int]) -> int:
         µs since the epoch.
     """
     start, current, previous = state
-    if limit.calendar_month:
-        end = month_bounds(start)[1]
-        following = month_bounds(end)[1] - end
+    if limit.is_calendar:
+        end = bounds_of(limit, start)[1]
+        following = bounds_of(limit, end)[1] - end
     else:
         end = start + limit.window_us
         following = limit.window_us
@@ -154,5 +155,5 @@ def _seen_from(limit: Limit, state: tuple[int, int, int], start: int) -> tuple[i
     """Units in the window that starts at `start`, which is not before the state's, and in the one before it."""
     if state[0] == start:
         return state[1], state[2]
-    before = month_bounds(start - 1)[0] if limit.calendar_month else start - limit.window_us
+    before = bounds_of(limit, start - 1)[0] if limit.is_calendar else start - limit.window_us
     return 0, state[1] if state[0] == before else 0

@@ -1,5 +1,5 @@
 -- Twin of token_bucket.py, and so of leaky_bucket.py, which is its arithmetic with another default burst. State: level, scale, rate, at (microseconds).
--- Parameters: window in seconds (0: a month of 31 days), burst, scale, rate.
+-- Parameters: window in seconds (0: a month of 31 days, -1: a year of 366), burst, scale, rate.
 
 local MAX_EXACT = 9007199254740992
 

@@ -6,7 +6,7 @@ State: `(level, scale, rate, at)`: what was taken, in units of 1/scale token, as
 With `g = gcd(amount, window)`, `scale = window / g` and `rate = amount / g`: all integers, so no fraction is ever lost. The state
 says its own scale, so that a changed limit finds what was taken (rounded up to whole tokens once, and 2^53 at the most: levels
 are exact up to there on every store).
-A calendar month counts as 31 days; the default burst is the amount.
+A calendar month counts as 31 days, a year as 366; the default burst is the amount.
 """
 
 from __future__ import annotations

@@ -316,7 +316,8 @@ class CachedCatalog:
     def _flight(self, shelf: CacheLevel[V], name: str, load: Callable[[str], Awaitable[V]]) -> asyncio.Task[V]:
         """One query for all who ask for it meanwhile; none of them can cancel it for the others."""
         task = shelf.flights.get(name)
-        if task is None:
+        # One of an event loop that ended meanwhile never lands.
+        if task is None or task.get_loop() is not asyncio.get_running_loop():
             task = shelf.flights[name] = asyncio.ensure_future(self._load(shelf, name, load))
 
             def landed(done: asyncio.Task[V]) -> None:

@@ -16,6 +16,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.pool import StaticPool
 
 from tidegate.errors import SettingsError
+from tidegate.url_parts import is_postgres_url, scheme_of, without_secrets
 
 POSTGRES_SCHEMES: Final = ("postgresql", "postgres")
 _BUSY_TIMEOUT_MS: Final = 5_000
@@ -70,10 +71,14 @@ def open_engine(
         raise SettingsError(
             f"{setting} is no database URL: write 'sqlite:///tidegate.db' or 'postgresql://user@host/name'"
         ) from None
+    if parsed.drivername == "sqlite" and (parsed.host or parsed.username):
+        raise SettingsError(
+            f"{setting} names a host, but SQLite has files only: write 'sqlite:///tidegate.db' with three slashes"
+        )
     if parsed.drivername != "sqlite":
         # Only the scheme is repeated: the rest of a database's URL may hold a password.
         raise SettingsError(
-            f"{setting} with the scheme {parsed.drivername!r} is no catalog of this version: use 'sqlite:///tidegate.db' "
+            f"{setting} with the scheme {scheme_of(url)!r} is no catalog of this version: use 'sqlite:///tidegate.db' "
             "or 'postgresql://user@host/name'"
         )
     return _sqlite(parsed, pool_size, timeout_s, looks_only)
@@ -86,14 +91,9 @@ def shown(url: str) -> str:
         url: of a catalog.
 
     Returns:
-        The URL without user, password and options.
+        The URL without user, password and options; the scheme alone where these cannot be told apart.
     """
-    if not is_postgres(url):
-        return url
-    # Not urlsplit: it raises for hosts that libpq accepts, and ends the password at a question mark, which libpq does not.
-    scheme, _, rest = url.partition("://")
-    authority, slash, path = rest.partition("/")
-    return f"{scheme}://{authority.rpartition('@')[2].partition('?')[0]}{slash}{path.partition('?')[0]}"
+    return without_secrets(url)
 
 
 def reason_of(error: Exception) -> str:
@@ -123,6 +123,11 @@ def _sqlite(parsed: URL, pool_size: int, timeout_s: float, looks_only: bool) -> 
 
 
 def _postgres(url: str, setting: str, *, writes: bool, pool_size: int, timeout_s: float) -> AsyncEngine:
+    if not is_postgres_url(url):
+        raise SettingsError(
+            f"{setting} cannot be read as a PostgreSQL URL: percent-encode '/', '@' and ':' in user and password (%2F, %40, "
+            "%3A), and write ports as numbers, e.g. postgresql://user:pass%2Fword@127.0.0.1:5432/name"
+        )
     creator = postgres_creator(url, setting, writes=writes, timeout_s=timeout_s)
     return create_async_engine(
         "postgresql+psycopg://",

@@ -14,12 +14,15 @@ from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from tidegate.catalog.forms import us_of
+from tidegate.catalog.policy_warnings import policy_warnings
 from tidegate.catalog.toml_lines import LineIndex
 from tidegate.catalog.toml_lines import Path as KeyPath
 from tidegate.descriptors import descriptor_text
 from tidegate.errors import PolicyError
 from tidegate.limits import Algorithm, Limit, fit_limits, short
 from tidegate.policy import ApiKey, KeyStatus, Override, Policy, Rule, Subject, Tier, parse_key_digest
+
+__all__ = ["MAX_FILE_BYTES", "PolicyCatalog", "load_policy", "parse_policy", "policy_warnings", "read_policy_text"]
 
 MAX_FILE_BYTES: Final = 10_000_000
 
@@ -101,9 +104,10 @@ def parse_policy(text: str, file: str | None = None) -> Policy:
     Raises:
         PolicyError: with file, line and reason.
     """
+    # As editors on Windows write it. The lines are found in the same text, or the first table would have none.
+    text = text.removeprefix("\ufeff")
     try:
-        # As editors on Windows write it; a lone CR is refused by TOML itself.
-        raw = tomllib.loads(text.removeprefix("\ufeff"))
+        raw = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         found = re.search(r"\(at line (\d+), column (\d+)\)|\(at end of document\)", str(error))
         line = int(found.group(1)) if found and found.group(1) else text.count("\n") + 1
@@ -305,58 +309,6 @@ def _nearest(name: object, known: Iterable[str]) -> str:
     if close:
         return f": did you mean {close[0]!r}?"
     return f": there are {', '.join(listed[:20])}" if listed else ""
-
-
-def policy_warnings(policy: Policy) -> list[str]:
-    """What is valid in a policy but surely not meant.
-
-    Args:
-        policy: a valid policy.
-
-    Returns:
-        One sentence each: rules that can never answer, limits that can never bind, tiers that nobody uses or that limit nothing.
-    """
-    warnings = []
-    used = {api_key.tier for api_key in policy.api_keys} | {policy.anonymous_tier}
-    for tier in policy.tiers:
-        if not tier.rules and not tier.limits:
-            warnings.append(f"tier {tier.name!r} limits nothing: it has neither rules nor limits")
-        if policy.api_keys and tier.name not in used:
-            warnings.append(f"tier {tier.name!r} has no API key in this file and is not the anonymous tier")
-        for number, rule in enumerate(tier.rules):
-            for place, other in enumerate(tier.rules):
-                if other is not rule and _always_before(other, place, rule, number):
-                    warnings.append(
-                        f"tier {tier.name!r}: rule {rule.name!r} never answers: {other.name!r} does, for the same requests"
-                    )
-                    break
-            warnings.extend(
-                f"tier {tier.name!r}, rule {rule.name!r}: limit {idle.text!r} never binds: {binding.text!r} is reached first"
-                for idle, binding in _idle_limits(rule)
-            )
-    return warnings
-
-
-def _always_before(other: Rule, place: int, rule: Rule, number: int) -> bool:
-    """Whether `other` answers everything that `rule` could: same pattern and mode, its methods included, preferred."""
-    if other.endpoint != rule.endpoint or other.mode is not rule.mode:
-        return False
-    if other.methods and not (rule.methods and set(rule.methods) <= set(other.methods)):
-        return False
-    return (-other.priority, not other.methods, place) < (-rule.priority, not rule.methods, number)
-
-
-def _idle_limits(rule: Rule) -> Iterable[tuple[Limit, Limit]]:
-    """Pairs of a limit that can never bind and the shorter one that is always reached first."""
-    if rule.algorithm.is_bucket:
-        return
-    for limit in rule.limits:
-        for shorter in rule.limits:
-            # Twice the rate: a window counter may admit nearly twice its amount within one window's length.
-            fits = -(-limit.window_us // shorter.window_us) + 1
-            if shorter.window_us < limit.window_us and shorter.amount * fits <= limit.amount:
-                yield limit, shorter
-                break
 
 
 class PolicyCatalog:

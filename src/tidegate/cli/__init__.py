@@ -15,6 +15,7 @@ from typer.core import TyperGroup
 
 from tidegate._version import __version__
 from tidegate.errors import TidegateError
+from tidegate.terminal import OutputError, say, tolerant_output
 
 _COMMANDS: Final = {
     "serve": "tidegate.cli.serving:serve",
@@ -93,11 +94,14 @@ def _root(
 def main() -> None:
     """Run the command line; the entry point of the package."""
     try:
-        app()
-    except TidegateError as error:
-        typer.echo(f"tidegate: {error.message}", err=True)
+        with tolerant_output():
+            try:
+                app()
+            except OutputError:
+                raise  # said once the streams are the process's own again
+            except TidegateError as error:
+                say(f"tidegate: {error.message}", err=True)
+                sys.exit(2)
+    except OutputError as error:
+        say(f"tidegate: {error.message}", err=True)
         sys.exit(2)
-    except BrokenPipeError:
-        # Whoever read our output has gone (`tidegate rules | head`): nothing is left to say, not even at interpreter exit.
-        sys.stderr.close()
-        sys.exit(0)

@@ -5,16 +5,18 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import sys
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from tidegate.charts import clean
 from tidegate.settings import Settings, load_settings
+from tidegate.terminal import json_text, open_console
 
 if TYPE_CHECKING:
     from tidegate.catalog.sql import SqlCatalog
@@ -88,8 +90,8 @@ def print_rows(columns: Sequence[str], rows: Iterable[Sequence[object]], as_json
     for column in columns:
         table.add_column(column.replace("_", " "), overflow="fold")
     for row in listed:
-        table.add_row(*(Text(_shown(value)) for value in row))
-    Console().print(table)
+        table.add_row(*(Text(clean(_shown(value))) for value in row))
+    open_console().print(table)
 
 
 def print_json(value: Any) -> None:
@@ -98,7 +100,7 @@ def print_json(value: Any) -> None:
     Args:
         value: JSON types.
     """
-    typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
+    typer.echo(json_text(json.dumps(value, indent=2, ensure_ascii=False), sys.stdout.encoding))
 
 
 def _shown(value: object) -> str:

@@ -234,7 +234,7 @@ def _origin(location: str) -> str:
 
 def _read_token(file: Path) -> str:
     try:
-        with file.open(encoding="utf-8") as opened:
+        with file.open(encoding="utf-8-sig") as opened:
             token = opened.read(_MOST_TOKEN + 1).strip()
     except (OSError, UnicodeDecodeError) as error:
         why = error.strerror if isinstance(error, OSError) else "it is no text"

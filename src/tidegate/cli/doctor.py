@@ -11,7 +11,6 @@ from collections.abc import Callable, Generator, Iterator
 from importlib import resources
 from pathlib import Path
 
-import typer
 from sqlalchemy import func, select
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection
@@ -21,6 +20,7 @@ from tidegate.catalog.engines import open_engine, reason_of, shown
 from tidegate.catalog.policy_file import load_policy, policy_warnings
 from tidegate.catalog.schema import look_at_schema
 from tidegate.catalog.tables import api_keys, policy_state, tiers
+from tidegate.charts import clean
 from tidegate.cli.asking import ask_data_plane
 from tidegate.cli.common import ConfigOption, JsonOption, print_json, read_settings
 from tidegate.counters.factory import open_counters
@@ -30,6 +30,8 @@ from tidegate.instance import require_shared_counters
 from tidegate.listening import admin_address, free_address, grpc_address, missing_for_grpc
 from tidegate.policy import KeyStatus
 from tidegate.settings import Settings, parse_address
+from tidegate.terminal import say
+from tidegate.url_parts import scheme_of
 
 Finding = tuple[str, bool | None, str]
 """What was looked at, whether it is well (None for a note), and what was found."""
@@ -49,8 +51,8 @@ def doctor(config: ConfigOption = None, as_json: JsonOption = False) -> int:
     else:
         for what, ok, text in findings:
             mark = {True: "ok   ", False: "WRONG", None: "note "}[ok]
-            typer.echo(f"{mark} {what}: {text}")
-        typer.echo(f"{wrong} wrong" if wrong else "nothing is wrong", err=True)
+            say(f"{mark} {clean(what)}: {clean(text)}")
+        say(f"{wrong} wrong" if wrong else "nothing is wrong", err=True)
     return 1 if wrong else 0
 
 
@@ -237,7 +239,7 @@ def _look_at_workers(settings: Settings) -> str:
 
 async def _look_at_counters(settings: Settings) -> str:
     store = open_counters(settings.counters, settings.breaker)
-    scheme = settings.counters.url.partition("://")[0]
+    scheme = scheme_of(settings.counters.url)
     if not isinstance(store, GuardedCounters):
         return f"{scheme}://: counted in this process's memory"
     try:

@@ -7,8 +7,10 @@ from typing import Annotated
 
 import typer
 
+from tidegate.charts import clean
 from tidegate.cli.common import JsonOption, print_json
 from tidegate.errors import PolicyError, SettingsError
+from tidegate.terminal import say
 
 app = typer.Typer(help="Move from envoyproxy/ratelimit to Tidegate.", no_args_is_help=True)
 
@@ -39,7 +41,7 @@ def check_file(
         print_json({"valid": True, "file": str(path), "line": None, "reason": None, "domains": domains, "notes": notes})
         return 0
     for each in read:
-        typer.echo(f"{path}: valid: domain {each.domain}, {each.limits} limits")
+        say(f"{path}: valid: domain {clean(each.domain)}, {each.limits} limits")
     for note in notes:
-        typer.echo(f"note: {note}", err=True)
+        say(f"note: {clean(note)}", err=True)
     return 0

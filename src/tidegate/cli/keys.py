@@ -15,6 +15,7 @@ from tidegate.cli.common import ConfigOption, JsonOption, print_json, print_rows
 from tidegate.cli.control_plane import one_line
 from tidegate.cli.key_access import ApiKeys, KeyRecord, RotatedKey, Wanted, collect, find, with_keys
 from tidegate.limits import US_PER_S
+from tidegate.terminal import say
 
 app = typer.Typer(
     help="Make, list, show, revoke, rotate and delete API keys: in the database, or with --url over the admin API.",
@@ -79,8 +80,8 @@ def create(
     if as_json:
         print_json(_json(made))
         return
-    typer.echo(made.api_key)
-    typer.echo(f"id {made.id}, tier {one_line(made.tier)}. It is shown this once: keep it now.", err=True)
+    say(one_line(made.api_key))
+    say(f"id {one_line(made.id)}, tier {one_line(made.tier)}. It is shown this once: keep it now.", err=True)
 
 
 @app.command("list")
@@ -126,7 +127,7 @@ def list_keys(
             "no keys" if wanted != Wanted() or after else "no keys: make one with 'tidegate keys create --tier NAME'",
         )
     if page.next is not None:
-        typer.echo(f"there are more: go on with --after {page.next}", err=True)
+        say(f"there are more: go on with --after {one_line(page.next)}", err=True)
 
 
 @app.command("show")
@@ -155,7 +156,7 @@ def show(
         *((f"limits of {override.rule}", ", ".join(override.limits)) for override in record.overrides),
         ("from", _origin(record)),
     ):
-        typer.echo(f"{one_line(field):<15} {one_line(value) if value else '-'}")
+        say(f"{one_line(field):<15} {one_line(value) if value else '-'}")
 
 
 @app.command("revoke")
@@ -177,7 +178,7 @@ def revoke(
     if as_json:
         print_json(_json(record))
     else:
-        typer.echo(f"revoked {record.id} of tier {one_line(record.tier)}")
+        say(f"revoked {one_line(record.id)} of tier {one_line(record.tier)}")
 
 
 @app.command("rotate")
@@ -205,10 +206,11 @@ def rotate(
         print_json({**_json(made), "replaces": _json(made.replaces)})
         return
     old = made.replaces
-    typer.echo(made.api_key)
+    say(one_line(made.api_key))
     end = "is revoked" if old.status == Status.REVOKED else f"works until {_to_seconds(old.expires_at)}"
-    typer.echo(
-        f"id {made.id}, tier {one_line(made.tier)}, in place of {old.id}, which {end}. It is shown this once: keep it now.",
+    say(
+        f"id {one_line(made.id)}, tier {one_line(made.tier)}, in place of {one_line(old.id)}, which {end}. "
+        "It is shown this once: keep it now.",
         err=True,
     )
 
@@ -232,7 +234,7 @@ def delete(
     if as_json:
         print_json(_json(record))
     else:
-        typer.echo(f"deleted {record.id} of tier {one_line(record.tier)}")
+        say(f"deleted {one_line(record.id)} of tier {one_line(record.tier)}")
 
 
 def _lifetime_s(text: str, option: str) -> int:

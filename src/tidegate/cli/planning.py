@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from tidegate.cli.common import print_json
 from tidegate.errors import SettingsError
@@ -17,6 +16,7 @@ from tidegate.plan.page import render_page
 from tidegate.plan.quantities import parse_quantity
 from tidegate.plan.report import as_json, print_plan
 from tidegate.plan.requirement import SIZES, compare
+from tidegate.terminal import open_console
 
 _MOST_RPS = 1e9
 _MOST_KEYS = 1e12
@@ -107,4 +107,4 @@ def plan(
     if json:
         print_json(as_json(made, constants, assumed, compared))
     else:
-        print_plan(made, constants, assumed, compared, Console())
+        print_plan(made, constants, assumed, compared, open_console())

@@ -9,8 +9,10 @@ from typing import Annotated
 import typer
 
 from tidegate.catalog.policy_file import load_policy, policy_warnings
+from tidegate.charts import clean
 from tidegate.cli.common import ConfigOption, JsonOption, print_json, print_rows, with_catalog
 from tidegate.errors import PolicyError
+from tidegate.terminal import say
 
 app = typer.Typer(help="Check a policy file, or print one to begin with.", no_args_is_help=True)
 
@@ -46,9 +48,9 @@ def check_file(
         print_json({"valid": True, "file": str(file), "line": None, "reason": None, "warnings": warnings})
     else:
         rules = sum(len(tier.rules) for tier in policy.tiers)
-        typer.echo(f"{file}: valid: {len(policy.tiers)} tiers, {rules} rules, {len(policy.api_keys)} API keys")
+        say(f"{file}: valid: {len(policy.tiers)} tiers, {rules} rules, {len(policy.api_keys)} API keys")
         for warning in warnings:
-            typer.echo(f"{file}: warning: {warning}", err=True)
+            say(f"{file}: warning: {clean(warning)}", err=True)
     return 2 if strict and warnings else 0
 
 

@@ -14,9 +14,12 @@ import msgspec
 import typer
 
 from tidegate._version import __version__
+from tidegate.bodies import DecisionBody
 from tidegate.cli.asking import ask_data_plane
 from tidegate.cli.common import ConfigOption, JsonOption, print_json, read_settings
+from tidegate.cli.control_plane import one_line
 from tidegate.errors import SettingsError
+from tidegate.terminal import say
 
 if TYPE_CHECKING:
     from tidegate.instance import Instance
@@ -57,6 +60,7 @@ def serve(
     from tidegate.server import ignore_signals, run
     from tidegate.supervisor import supervise
     from tidegate.telemetry.logs import configure_logging
+    from tidegate.url_parts import scheme_of
     from tidegate.worker import Seat, work
 
     ignore_signals()
@@ -80,7 +84,7 @@ def serve(
             typer.echo(
                 f"tidegate {__version__} decides at http://{address} "
                 f"({'policy file ' + str(policy) if policy else 'no policy file'}, catalog {shown(settings.catalog.url)}, "
-                f"counters {settings.counters.url.partition('://')[0]}://)"
+                f"counters {scheme_of(settings.counters.url)}://)"
             )
         sys.stdout.flush()
 
@@ -146,22 +150,35 @@ def check(
     status, answer = ask_data_plane(address, "/v1/check", body)
     if as_json:
         print_json(answer)
-    elif status in (200, 429):
-        verdict = "allowed" if answer["allowed"] else "denied"
-        if answer["rule"] is None and answer["limit"] is None:
-            typer.echo(f"{verdict}: no limit of tier {answer['tier']} applies")
-        else:
-            typer.echo(
-                f"{verdict}: rule {answer['rule'] or '(tier)'} of tier {answer['tier']}: "
-                f"{answer['remaining']} of {answer['limit']} left, whole again in {answer['reset_after']:.3f} s"
-                + ("" if answer["allowed"] else f", retry after {_seconds(answer['retry_after'])}")
-            )
     if status in (200, 429):
-        return 0 if answer["allowed"] else 1
+        try:
+            decision = msgspec.convert(answer, DecisionBody)
+        except msgspec.ValidationError:
+            raise SettingsError(f"what answers at {address} is not Tidegate: give --url") from None
+        if not as_json:
+            say(_sentence(decision))
+        return 0 if decision.allowed else 1
     if not as_json:
-        error = answer.get("error", {})
-        typer.echo(f"tidegate: {error.get('code', status)}: {error.get('message', 'no Tidegate answers there')}", err=True)
+        told = answer.get("error")
+        error = told if isinstance(told, dict) else {}
+        code, message = error.get("code", status), error.get("message", "no Tidegate answers there")
+        say(f"tidegate: {one_line(str(code))}: {one_line(str(message))}", err=True)
     return 2
+
+
+def _sentence(decision: DecisionBody) -> str:
+    verdict = "allowed" if decision.allowed else "denied"
+    # A server's texts: they must not move the cursor.
+    tier = one_line(str(decision.tier))
+    if decision.limit is None or decision.reset_after is None:
+        if decision.rule is None:
+            return f"{verdict}: no limit of tier {tier} applies"
+        return f"{verdict}: rule {one_line(decision.rule)} of tier {tier}, without counting"
+    return (
+        f"{verdict}: rule {one_line(decision.rule or '(tier)')} of tier {tier}: "
+        f"{decision.remaining} of {decision.limit} left, fully replenished in {decision.reset_after:.3f} s"
+        + ("" if decision.allowed else f", retry after {_seconds(decision.retry_after)}")
+    )
 
 
 def _seconds(value: float | None) -> str:

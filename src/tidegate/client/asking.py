@@ -12,7 +12,7 @@ from typing import Final, Literal, TypeVar, get_args
 import msgspec
 
 from tidegate._version import __version__
-from tidegate.bodies import MAX_BATCH, MAX_BATCH_BYTES, DecisionBody, UsageBody
+from tidegate.bodies import MAX_BATCH, MAX_BATCH_BYTES, CheckRequest, DecisionBody, UsageBody
 from tidegate.breaker import Breaker, BreakerOptions, BreakerState
 from tidegate.client.answer import Answer
 from tidegate.client.steps import NoReply, Pause, Question, Reply, Steps
@@ -277,13 +277,14 @@ _AGENT: Final = f"tidegate-client/{__version__}".encode()
 
 
 def _body_of(check: Check) -> bytes:
-    """The check as JSON; its fields are those of `POST /v1/check`."""
+    """The check as the body of `POST /v1/check`."""
+    body = CheckRequest(check.path, check.method, check.api_key, check.ip, check.cost)
     try:
-        return _encode(check)
+        return _encode(body)
     except UnicodeEncodeError:
         # Half of a character that takes two: such a key is none, and that is the server's to say.
         key = (check.api_key or "").encode(errors="replace").decode()
-        return _encode(msgspec.structs.replace(check, api_key=key))
+        return _encode(msgspec.structs.replace(body, api_key=key))
 
 
 def _batches(checks: Sequence[Check]) -> Iterator[tuple[bytes, int, bool]]:

@@ -13,6 +13,7 @@ from tidegate.counters.redis.store import RedisCounters
 from tidegate.errors import SettingsError
 from tidegate.limits import OnFailure
 from tidegate.settings import BreakerSettings, CounterSettings
+from tidegate.url_parts import scheme_of
 
 KINDS: Final = ("memory://", "redis://", "rediss://", "redis+unix://", "redis+sentinel://", "redis+cluster://")
 
@@ -42,7 +43,7 @@ def open_counters(
     if url == "memory://":
         return MemoryCounters(settings.max_subjects, clock)
     # Only the scheme is repeated: the rest of a store's URL may hold a password.
-    scheme = url.partition("://")[0][:20]
+    scheme = scheme_of(url)
     if not scheme.startswith("redis"):
         raise SettingsError(
             f"counters.url with the scheme {scheme!r} is no counter store of this version: use {', '.join(KINDS)}"

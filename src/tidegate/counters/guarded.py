@@ -86,7 +86,8 @@ class GuardedCounters:
         self._latest_us = 0
         self._resets: int | None = None
         self._beating: asyncio.Task[None] | None = None
-        self._started = False
+        self._loop: asyncio.AbstractEventLoop | None = None
+        """In which it has started; None before."""
 
     @property
     def owed(self) -> int:
@@ -99,16 +100,17 @@ class GuardedCounters:
         return sum(breaker.state is not BreakerState.CLOSED for breaker in self.breakers.values())
 
     async def start(self) -> None:
-        """Connect, in the running event loop; does not fail where the store is away."""
-        if self._beating is None:
+        """Connect, in the running event loop, anew where it is another one than before; does not fail where the store is away."""
+        if self._beating is None or self._beating.get_loop() is not asyncio.get_running_loop():
+            self._stop_beating_elsewhere()
             self._beating = SUPERVISOR.start("redis_heartbeat", self._beat)
         # All who come before it is connected wait for the same attempt.
         await self.store.start()
-        self._started = True
+        self._loop = asyncio.get_running_loop()
 
     async def charge(self, charges: Sequence[Charge]) -> Sequence[Outcome]:
         """See `CounterStore.charge`."""
-        if not self._started:
+        if self._loop is not asyncio.get_running_loop():
             await self.start()
         if len(charges) != 1:
             return await self._charge_many(charges)
@@ -134,13 +136,13 @@ class GuardedCounters:
 
     async def windows(self, counters: Sequence[tuple[LimitSet, str]]) -> Sequence[Sequence[Decision] | None]:
         """See `CounterStore.windows`; of the store alone, for the fallback has shares of the limits and not the limits."""
-        if not self._started:
+        if self._loop is not asyncio.get_running_loop():
             await self.start()
         return await self.store.windows(counters)
 
     async def reset(self, counters: Sequence[tuple[LimitSet, str]]) -> None:
         """See `CounterStore.reset`; the other instances forget their remembered denials within a second."""
-        if not self._started:
+        if self._loop is not asyncio.get_running_loop():
             await self.start()
         for limits, subject in counters:
             self._local.forget(limits, subject)
@@ -154,7 +156,11 @@ class GuardedCounters:
 
     async def close(self) -> None:
         """See `CounterStore.close`: what is owed is put back first, as far as the store can be reached."""
-        await stop(self._beating)
+        self._loop = None
+        if self._beating is not None and self._beating.get_loop() is asyncio.get_running_loop():
+            await stop(self._beating)
+            self._beating = None
+        self._stop_beating_elsewhere()
         if self.store.started:
             try:
                 # Whatever the breakers say: nobody will ask again.
@@ -166,6 +172,12 @@ class GuardedCounters:
             if self.owed:
                 logger.warning("%d counters of an outage could not be put back", self.owed)
         await self.store.close()
+
+    def _stop_beating_elsewhere(self) -> None:
+        """The heartbeat of another event loop: cancelled there, if that loop runs again."""
+        beating, self._beating = self._beating, None
+        if beating is not None and not beating.done() and not beating.get_loop().is_closed():
+            beating.get_loop().call_soon_threadsafe(beating.cancel)
 
     # Many, or in trouble.
 

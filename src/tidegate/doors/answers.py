@@ -11,6 +11,7 @@ import msgspec
 from tidegate.bodies import DecisionBody, RuleUsageBody, UsageBody, WindowUsageBody
 from tidegate.catalog.forms import moment_text
 from tidegate.decision import Decision, RuleUsage, Usage
+from tidegate.doors.outward import outward
 from tidegate.errors import TidegateError
 from tidegate.limits import US_PER_S
 
@@ -83,7 +84,7 @@ def _window_usage_body(seen: Decision) -> WindowUsageBody:
 
 
 def error_body(error: TidegateError) -> dict[str, Any]:
-    """The JSON form of an error: `{"error": {"code", "message", "details"}}`.
+    """The JSON form of an error: `{"error": {"code", "message", "details"}}`; see `outward` for what it does not say.
 
     Args:
         error: the error.
@@ -91,7 +92,8 @@ def error_body(error: TidegateError) -> dict[str, Any]:
     Returns:
         What to encode.
     """
-    return {"error": {"code": error.code, "message": error.message, "details": error.details}}
+    message, details = outward(error)
+    return {"error": {"code": error.code, "message": message, "details": details}}
 
 
 def retry_headers(error: TidegateError) -> Headers:
@@ -203,7 +205,7 @@ def edge_cache_headers(decision: Decision) -> Headers:
 _VARY: Final = (
     "vary",
     "X-API-Key, X-Original-URI, X-Original-Method, X-Forwarded-Uri, X-Forwarded-Method, X-Real-IP, X-Forwarded-For, "
-    "X-Tidegate-Denied-Status",
+    "Forwarded, X-Tidegate-Denied-Status",
 )
 
 

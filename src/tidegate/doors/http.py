@@ -30,8 +30,19 @@ from tidegate.doors.answers import (
     retry_headers,
     usage_body,
 )
-from tidegate.doors.client_address import TrustedProxies, peer_address
-from tidegate.doors.refusals import BodyTooSlow, HeadersTooLarge, MethodNotAllowed, NotFound, Unforeseen
+from tidegate.doors.bearer import refuse_bearer_key
+from tidegate.doors.client_address import TrustedProxies, address_or_none, peer_address
+from tidegate.doors.refusals import (
+    IDENTITY,
+    BodyTooSlow,
+    HeadersTooLarge,
+    MethodNotAllowed,
+    NotFound,
+    Unforeseen,
+    UnsupportedEncoding,
+    unsupported_encoding,
+)
+from tidegate.doors.request_headers import RequestHeaders, single, single_path, utf8_path
 from tidegate.errors import BadRequest, RequestTooLarge, TidegateError
 from tidegate.gate import Gate, Observer
 from tidegate.paths import STRICT, PathRules
@@ -49,7 +60,10 @@ DENIED_STATUS: Final = "x-tidegate-denied-status"
 
 _AUTHORIZE: Final = "/v1/authorize"
 AUTHORIZE_ENVOY: Final = "/v1/authorize/envoy"
-"""`/v1/authorize` as Envoy's ext_authz needs it: it asks with the method of the request, and takes 200 alone for a yes."""
+"""`/v1/authorize` as Envoy's ext_authz needs it: it asks with the method of the request, and takes 200 alone for a yes.
+
+With `path_prefix` Envoy appends the path of the request: what follows is decided on then.
+"""
 
 _JSON: Final = ("content-type", "application/json")
 
@@ -68,20 +82,18 @@ class Page(msgspec.Struct, frozen=True):
     body: bytes
 
 
-class _RequestHeaders(Protocol):
+class _SizedHeaders(RequestHeaders, Protocol):
     size: int
 
     def get(self, key: str, default: Any = None) -> Any: ...
-    def get_all(self, key: str) -> list[str]: ...
-    def items(self) -> list[tuple[str, str]]: ...
 
 
 class _Scope(Protocol):
     proto: str
     method: str
-    path: str
+    path: str  # of the request line, not decoded, one character a byte
     client: str
-    headers: _RequestHeaders
+    headers: _SizedHeaders
 
 
 _CHECK: Final = msgspec.json.Decoder(CheckRequest)
@@ -128,7 +140,7 @@ class DataPlane:
             proto.close(404)
             return
         self.in_flight += 1
-        request = Request(scope.headers)
+        request = Request(scope.headers, False, scope.client, self._trusts_client)
         # Granian runs each request in a task of its own: nobody else sees it, and nothing is to be put back.
         CURRENT.set(request)
         access = self._access
@@ -141,7 +153,7 @@ class DataPlane:
             path = scope.path
             if path == _AUTHORIZE:
                 await self._authorize(scope, proto)
-            elif path == AUTHORIZE_ENVOY:
+            elif path.startswith(AUTHORIZE_ENVOY) and _is_envoy(path):
                 await self._authorize(scope, proto, for_envoy=True)
             elif path == "/v1/check":
                 await self._check(scope, proto)
@@ -160,7 +172,12 @@ class DataPlane:
             self.in_flight -= 1
             self.answered += 1
             if access is not None and request.wanted:
-                access.write(request, scope.path[:200], proto.status, time.perf_counter_ns() - started_ns)
+                access.write(
+                    request,
+                    AUTHORIZE_ENVOY if _is_envoy(scope.path) else scope.path[:200],
+                    proto.status,
+                    time.perf_counter_ns() - started_ns,
+                )
             request.over = True
 
     async def _authorize(self, scope: _Scope, proto: Any, for_envoy: bool = False) -> None:
@@ -171,16 +188,26 @@ class DataPlane:
         peer = peer_address(scope.client)
         trusted = self._trusted.trusts(peer)
         try:
-            uri = _one(headers, "x-original-uri") or (_one(headers, "x-forwarded-uri") if trusted else None)
+            behind_prefix = for_envoy and len(scope.path) > len(AUTHORIZE_ENVOY)
+            if behind_prefix:
+                # Envoy's path_prefix: the request's own path and method are here, and its headers may be the client's.
+                uri: str | None = utf8_path(scope.path[len(AUTHORIZE_ENVOY) :])
+                method: str | None = scope.method
+            else:
+                uri = single_path(headers, "x-original-uri") or (single_path(headers, "x-forwarded-uri") if trusted else None)
+                method = single(headers, "x-original-method") or (single(headers, "x-forwarded-method") if trusted else None)
             if uri is None:
                 raise BadRequest(
                     "the path to decide is missing: send it as X-Original-URI, or as X-Forwarded-Uri from a trusted proxy"
                 )
-            method = _one(headers, "x-original-method") or (_one(headers, "x-forwarded-method") if trusted else None)
             if method is None:
                 method = scope.method if for_envoy else "GET"
-            check = Check.of(uri, method, _one(headers, "x-api-key"), self._ip(headers, peer, trusted), paths=self._paths)
-        except BadRequest as error:
+            ip = self._trusted.client(peer, headers)
+            api_key = single(headers, "x-api-key")
+            if not api_key:
+                await refuse_bearer_key(self._gate, headers, ip)
+            check = Check.of(uri, method, api_key, ip, paths=self._paths, strict_ip=False)
+        except TidegateError as error:
             raise self._seen(error) from None
         note(check)
         decision = await self._gate.check(check)
@@ -203,12 +230,14 @@ class DataPlane:
         body = await self._body(headers, proto, MAX_CHECK_BYTES)
         try:
             asked = _CHECK.decode(body)
-            check = self._check_of(asked, _one(headers, "x-api-key"))
+            check = self._check_of(asked, single(headers, "x-api-key"))
+            if check.api_key is None:
+                await refuse_bearer_key(self._gate, headers, check.ip)
         except msgspec.MsgspecError as error:
             raise self._seen(BadRequest(f"the body is not a check: {error}")) from None
         except UnicodeDecodeError:
             raise self._seen(BadRequest("the body is not a check: it is not UTF-8")) from None
-        except BadRequest as error:
+        except TidegateError as error:
             raise self._seen(error) from None
         note(check)
         decision = await self._gate.check(check)
@@ -225,12 +254,14 @@ class DataPlane:
             asked = _BATCH.decode(body).checks
             if not 1 <= len(asked) <= MAX_BATCH:
                 raise BadRequest(f"the batch has {len(asked)} checks: send 1 to {MAX_BATCH}", checks=len(asked))
-            header_key = _one(headers, "x-api-key")
+            header_key = single(headers, "x-api-key")
+            if not header_key and not all(each.api_key for each in asked):
+                await refuse_bearer_key(self._gate, headers, peer_address(scope.client))
         except msgspec.MsgspecError as error:
             raise self._seen(BadRequest(f"the body is not a batch of checks: {error}")) from None
         except UnicodeDecodeError:
             raise self._seen(BadRequest("the body is not a batch of checks: it is not UTF-8")) from None
-        except BadRequest as error:
+        except TidegateError as error:
             raise self._seen(error) from None
         answers: list[Decision | TidegateError | None] = []
         checks: list[Check] = []
@@ -258,7 +289,11 @@ class DataPlane:
         self._bound_headers(headers)
         peer = peer_address(scope.client)
         try:
-            usage = await self._gate.usage(_one(headers, "x-api-key"), self._ip(headers, peer, self._trusted.trusts(peer)))
+            ip = address_or_none(self._trusted.client(peer, headers))
+            api_key = single(headers, "x-api-key")
+            if not api_key:
+                await refuse_bearer_key(self._gate, headers, ip)
+            usage = await self._gate.usage(api_key, ip)
         except TidegateError as error:
             raise self._seen(error) from None
         headers_out: Headers = [_JSON, NO_STORE]
@@ -285,17 +320,17 @@ class DataPlane:
             if api_key is not None and api_key != header_key:
                 raise BadRequest("api_key and the X-API-Key header differ: send one of them", field="api_key")
             api_key = header_key
-        return Check.of(asked.path, asked.method, api_key, asked.ip, asked.cost, self._paths)
+        cost = asked.cost
+        if type(cost) is not int:
+            # In JSON 1.0 is the same number, and some languages write it so.
+            cost = 1 if cost is None else int(cost) if float(cost).is_integer() else cost
+        return Check.of(asked.path, "GET" if asked.method is None else asked.method, api_key, asked.ip, cost, self._paths)
 
-    def _ip(self, headers: _RequestHeaders, peer: str, trusted: bool) -> str | None:
-        """The client's address as headers of a trusted peer tell it, else the peer's own; None where nobody knows it."""
-        forwarded_for = headers.get("x-forwarded-for") if trusted else None
-        if forwarded_for is not None:
-            forwarded_for = ",".join(headers.get_all("x-forwarded-for"))
-        return self._trusted.client(peer, _one(headers, "x-real-ip") if trusted else None, forwarded_for) or None
-
-    async def _body(self, headers: _RequestHeaders, proto: Any, most: int) -> bytes:
+    async def _body(self, headers: _SizedHeaders, proto: Any, most: int) -> bytes:
         """The whole body, bounded in size and time."""
+        encoding = headers.get("content-encoding")
+        if encoding is not None and encoding.strip().lower() not in IDENTITY:
+            raise self._seen(unsupported_encoding(encoding))
         length = headers.get("content-length")
         if length is not None and length.isdecimal() and int(length) > most:
             raise self._seen(RequestTooLarge(f"the body has {length} bytes: at most {most} are read", most=most))
@@ -319,7 +354,7 @@ class DataPlane:
         except TimeoutError:
             raise self._seen(BodyTooSlow(f"the body did not arrive within {self._body_timeout_s:g} s")) from None
 
-    def _bound_headers(self, headers: _RequestHeaders) -> None:
+    def _bound_headers(self, headers: _SizedHeaders) -> None:
         size = headers.size
         if size > MAX_HEADER_BYTES:
             raise self._seen(HeadersTooLarge(f"the headers have {size} bytes: at most {MAX_HEADER_BYTES} are read"))
@@ -327,6 +362,9 @@ class DataPlane:
     def _allow_methods(self, scope: _Scope, methods: tuple[str, ...]) -> None:
         if scope.method not in methods:
             raise MethodNotAllowed(f"{scope.path} answers {' and '.join(methods)} only", allow=list(methods))
+
+    def _trusts_client(self, client: str) -> bool:
+        return self._trusted.trusts(peer_address(client))
 
     def _seen(self, error: TidegateError) -> TidegateError:
         """Tell telemetry of an error that the gate will not see."""
@@ -338,7 +376,7 @@ class DataPlane:
         return error
 
     def _refuse(self, scope: _Scope, proto: Any, error: TidegateError) -> None:
-        if scope.path in (_AUTHORIZE, AUTHORIZE_ENVOY):
+        if scope.path == _AUTHORIZE or _is_envoy(scope.path):
             told: Headers = [("x-tidegate-error", error.code), NO_STORE, *retry_headers(error)]
             if error.status in (401, 403):
                 self._empty(proto, error.status, told)
@@ -354,6 +392,8 @@ class DataPlane:
             headers.append((REQUEST_ID, request.id))
         if isinstance(error, MethodNotAllowed):
             headers.append(("allow", ", ".join(error.details["allow"])))  # type: ignore[arg-type]
+        if isinstance(error, UnsupportedEncoding):
+            headers.append(("accept-encoding", "identity"))
         if isinstance(error, RequestTooLarge | BodyTooSlow):
             headers.append(("connection", "close"))
         self._bytes(proto, error.status, headers, encode(error_body(error)))
@@ -367,6 +407,10 @@ class DataPlane:
         if self.draining:
             headers.append(("connection", "close"))
         proto.response_empty(status, headers)
+
+
+def _is_envoy(path: str) -> bool:
+    return path == AUTHORIZE_ENVOY or path.startswith(f"{AUTHORIZE_ENVOY}/")
 
 
 class _Noted:
@@ -393,11 +437,3 @@ class _Noted:
     def response_empty(self, status: int, headers: Headers) -> None:
         self.status = status
         self._proto.response_empty(status, headers)
-
-
-def _one(headers: _RequestHeaders, name: str) -> str | None:
-    """The one value of a header, or None. Of two, a gateway and a backend may read different ones; so both are refused."""
-    values = headers.get_all(name)
-    if len(values) > 1:
-        raise BadRequest(f"{len(values)} {name} headers came: send one", field=name)
-    return values[0] if values else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from typing import Final
+from typing import Final, Self
 
 from tidegate.counters import Charge, CounterStore
 from tidegate.counters.factory import open_counters
@@ -25,6 +25,8 @@ class Limiter:
         decision = await limiter.check("user-42")
         if not decision.allowed:
             print(f"try again in {decision.retry_after} s")
+
+    `async with Limiter(…) as limiter` closes its store at the end. A store on Redis connects anew in each event loop.
 
     Args:
         limits: one limit such as `100/minute`, or several that must all pass.
@@ -120,6 +122,12 @@ class Limiter:
     async def close(self) -> None:
         """Give back what the store holds."""
         await self.counters.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
 
 
 def _fit_subject(subject: object) -> str:

@@ -12,8 +12,10 @@ from tidegate.counters import CounterStore
 from tidegate.counters.factory import open_counters
 from tidegate.decision import Check
 from tidegate.doors.answers import Headers, encode, error_body, exceeded_body, limit_headers, retry_headers
-from tidegate.doors.client_address import TrustedProxies
-from tidegate.errors import BadRequest, SettingsError, TidegateError
+from tidegate.doors.bearer import refuse_bearer_key
+from tidegate.doors.client_address import FORWARDING, TrustedProxies
+from tidegate.doors.request_headers import AsgiHeaders, single
+from tidegate.errors import SettingsError, TidegateError
 from tidegate.gate import Gate, Observer
 from tidegate.paths import PathRules, quote_path
 from tidegate.policy import Policy
@@ -24,13 +26,27 @@ Receive: TypeAlias = Callable[[], Awaitable[Message]]
 Send: TypeAlias = Callable[[Message], Awaitable[None]]
 App: TypeAlias = Callable[[Scope, Receive, Send], Awaitable[None]]
 
+EXPOSED_HEADERS: Final = (
+    "RateLimit",
+    "RateLimit-Policy",
+    "Retry-After",
+    "X-RateLimit-Limit",
+    "X-RateLimit-Remaining",
+    "X-RateLimit-Reset",
+    "X-Tidegate-Error",
+)
+"""The headers that pages of other sites may read of an answer, for a CORS middleware's `expose_headers`."""
+
+_EXPOSE: Final = ("access-control-expose-headers", ", ".join(EXPOSED_HEADERS))
+
 
 class RateLimitMiddleware:
     """Asks a gate before each HTTP request and gives 429 itself.
 
         app.add_middleware(RateLimitMiddleware, policy="tidegate.policy.toml")
 
-    Websockets and lifespan pass untouched. Decided answers carry the limit headers; denials and errors have the error form.
+    Websockets pass untouched, and so does the lifespan, at whose shutdown a store made from a URL is closed. Decided answers
+    carry the limit headers; denials and errors have the error form.
 
     Args:
         app: the ASGI app.
@@ -40,6 +56,8 @@ class RateLimitMiddleware:
         trusted_proxies: whose `X-Real-IP` and `X-Forwarded-For` are believed.
         cost: gives the cost of a request from its ASGI scope; 1 for every request where not given.
         observe: for `policy`: is told of every check.
+        pass_preflights: whether the preflights of browsers (CORS) go to the app uncounted: they never carry an API key. Not
+            needed where a CORS middleware is outside of this one, as it should be: a page may read only answers that it saw.
         encoded_slashes: patterns with `*` for the paths that may have `%2F`, such as `/projects/*`; none where not given.
         decode_unreserved: whether `%7E` is read as `~`, and so on; refused where not given.
 
@@ -58,6 +76,7 @@ class RateLimitMiddleware:
         trusted_proxies: Iterable[str] = (),
         cost: Callable[[Scope], int] | None = None,
         observe: Observer | None = None,
+        pass_preflights: bool = False,
         encoded_slashes: Iterable[str] = (),
         decode_unreserved: bool = False,
     ) -> None:
@@ -70,29 +89,42 @@ class RateLimitMiddleware:
         assert gate is not None
         self.app = app
         self.gate = gate
+        self._owns_counters = policy is not None and isinstance(counters, str)
         self._trusted = TrustedProxies(trusted_proxies)
         self._cost = cost
+        self._pass_preflights = pass_preflights
         self._paths = PathRules.of(encoded_slashes, decode_unreserved)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request, or let the app do so."""
         if scope["type"] != "http":
+            closes = scope["type"] == "lifespan" and self._owns_counters
+            await self.app(scope, receive, self._closing(send) if closes else send)
+            return
+        headers = AsgiHeaders(scope["headers"], _READ)
+        if self._pass_preflights and _is_preflight(scope, headers):
             await self.app(scope, receive, send)
             return
+        exposed = [_EXPOSE] if "origin" in headers else []
         try:
-            decision = await self.gate.check(self._check_of(scope))
+            check = self._check_of(scope, headers)
+            if check.api_key is None:
+                await refuse_bearer_key(self.gate, headers, check.ip)
+            decision = await self.gate.check(check)
         except TidegateError as error:
-            told = [("x-tidegate-error", error.code), *retry_headers(error)]
+            told = [("x-tidegate-error", error.code), *retry_headers(error), *exposed]
             await _answer(send, error.status, told, encode(error_body(error)))
             return
-        headers = limit_headers(decision)
+        told = limit_headers(decision)
+        if told:
+            told += exposed
         if not decision.allowed:
-            await _answer(send, 429, headers, encode(exceeded_body(decision)))
+            await _answer(send, 429, told, encode(exceeded_body(decision)))
             return
-        if not headers:
+        if not told:
             await self.app(scope, receive, send)
             return
-        encoded = [(name.encode(), value.encode()) for name, value in headers]
+        encoded = [(name.encode(), value.encode()) for name, value in told]
 
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -101,26 +133,35 @@ class RateLimitMiddleware:
 
         await self.app(scope, receive, send_with_headers)
 
-    def _check_of(self, scope: Scope) -> Check:
-        headers: dict[bytes, list[str]] = {}
-        for name, value in scope["headers"]:
-            if name in _READ:
-                headers.setdefault(name, []).append(value.decode("latin-1"))
-        keys = headers.get(b"x-api-key", [])
-        if len(keys) > 1:
-            raise BadRequest(f"{len(keys)} X-API-Key headers came: send one", field="X-API-Key")
+    def _closing(self, send: Send) -> Send:
+        async def send_closed(message: Message) -> None:
+            if message["type"] in ("lifespan.shutdown.complete", "lifespan.shutdown.failed"):
+                await self.gate.close()
+            await send(message)
+
+        return send_closed
+
+    def _check_of(self, scope: Scope, headers: AsgiHeaders) -> Check:
         peer = scope["client"][0] if scope.get("client") else ""
-        real_ip = headers.get(b"x-real-ip", [None])[-1]
-        forwarded_for = ",".join(headers.get(b"x-forwarded-for", [])) or None
-        ip = self._trusted.client(peer, real_ip, forwarded_for)
+        ip = self._trusted.client(peer, headers)
         # The path as it was sent: once decoded, '%2F' and '/' look the same. Not every server gives it.
         raw = scope.get("raw_path")
-        path = raw.decode("latin-1").partition("?")[0] if raw else quote_path(scope["path"])
+        path = _text(raw).partition("?")[0] if raw else quote_path(scope["path"])
         cost = 1 if self._cost is None else self._cost(scope)
-        return Check.of(path, scope["method"], keys[0] if keys else None, ip or None, cost, self._paths)
+        return Check.of(path, scope["method"], single(headers, "x-api-key"), ip, cost, self._paths, strict_ip=False)
 
 
-_READ: Final = frozenset((b"x-api-key", b"x-real-ip", b"x-forwarded-for"))
+_READ: Final = FORWARDING | {b"x-api-key", b"authorization", b"origin", b"access-control-request-method"}
+
+
+def _is_preflight(scope: Scope, headers: AsgiHeaders) -> bool:
+    """Whether a browser asks if a request of another site's page may be sent (Fetch standard, "CORS-preflight request")."""
+    return scope["method"] == "OPTIONS" and "origin" in headers and "access-control-request-method" in headers
+
+
+def _text(path: bytes) -> str:
+    """Raw UTF-8 in a path is one spelling with its escapes; what is not UTF-8 becomes lone surrogates, which are refused."""
+    return path.decode("utf-8", "surrogateescape")
 
 
 async def _answer(send: Send, status: int, headers: Headers, body: bytes) -> None:

@@ -19,6 +19,7 @@ _ERRORS: Final = {
     405: "The path is there, the method is not.",
     408: "The body did not arrive in time.",
     413: "The body is too large.",
+    415: "The body has a Content-Encoding.",
     429: "The address has sent too many unknown API keys; see Retry-After.",
     431: "The headers are too large.",
     503: "The counter store or the catalog does not answer.",
@@ -131,7 +132,7 @@ def _check() -> dict[str, Any]:
                     }
                 },
             },
-            **_errors(400, 401, 403, 405, 408, 413, 431, 503),
+            **_errors(400, 401, 403, 405, 408, 413, 415, 431, 503),
         },
     }
 
@@ -147,7 +148,7 @@ def _batch() -> dict[str, Any]:
                 "description": "The decisions.",
                 "content": {"application/json": {"schema": {"$ref": "#/components/schemas/BatchAnswer"}}},
             },
-            **_errors(400, 405, 408, 413, 431, 503),
+            **_errors(400, 405, 408, 413, 415, 431, 503),
         },
     }
 
@@ -211,6 +212,7 @@ def _client_headers() -> list[dict[str, Any]]:
     return [
         _header("X-Real-IP", "Client address, from a trusted proxy."),
         _header("X-Forwarded-For", "Addresses, from a trusted proxy; the last untrusted one is the client."),
+        _header("Forwarded", "As X-Forwarded-For, in the form of RFC 7239; read where neither of the two came."),
     ]
 
 

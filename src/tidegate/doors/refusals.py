@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Final
+
+from tidegate.decision import clip
 from tidegate.errors import TidegateError
 
 
@@ -52,3 +55,23 @@ class Unforeseen(TidegateError):
 
     code = "INTERNAL"
     status = 503
+
+
+class UnsupportedEncoding(TidegateError):
+    """The body is compressed."""
+
+    code = "UNSUPPORTED_MEDIA_TYPE"
+    status = 415
+
+
+IDENTITY: Final = frozenset(("", "identity"))
+"""Values of Content-Encoding that say nothing."""
+
+
+def unsupported_encoding(encoding: str) -> UnsupportedEncoding:
+    """The refusal of a body that would have to be unpacked, and so could be of any size.
+
+    Args:
+        encoding: the value of Content-Encoding.
+    """
+    return UnsupportedEncoding(f"the body has the Content-Encoding {clip(encoding)}: send it as it is, without one")

@@ -19,7 +19,8 @@ from tidegate.charts import clean
 from tidegate.counters.memory import DEFAULT_MAX_SUBJECTS
 from tidegate.errors import SettingsError
 from tidegate.paths import PathRules
-from tidegate.simulate.log_formats import FIELDS, FORMATS, Parse, csv_columns, detect, parser_of
+from tidegate.simulate.log_clients import DEFAULT_TRUSTED, Clients
+from tidegate.simulate.log_formats import FIELDS, FORMATS, Directive, NoAddress, Parse, csv_columns, detect, parser_of
 from tidegate.simulate.log_lines import LogError, LogLines, log_size
 from tidegate.simulate.log_times import Malformed
 from tidegate.simulate.page import render_page
@@ -42,6 +43,7 @@ class Simulation:
         subject: ip, user, or the name of a field.
         key_field: field with the API key, or None.
         fields: other names for keys of `FIELDS`.
+        clients: finds the client in what is logged for it.
     """
 
     def __init__(
@@ -52,9 +54,12 @@ class Simulation:
         subject: str = "ip",
         key_field: str | None = None,
         fields: Mapping[str, str] | None = None,
+        clients: Clients | None = None,
     ) -> None:
         self.lines = 0
         self.malformed = 0
+        self.no_address = 0
+        self.no_address_examples: list[str] = []
         self.examples: list[str] = []
         self.broken: list[str] = []
         self._replay = replay
@@ -63,6 +68,7 @@ class Simulation:
         self._subject = subject
         self._key_field = key_field
         self._fields = fields
+        self._clients = clients or Clients()
 
     def read(self, log: LogLines) -> Iterator[int]:
         """Read one log.
@@ -98,11 +104,17 @@ class Simulation:
             try:
                 add(parse(line))
                 self.lines += 1
+            except NoAddress as reason:
+                self._count_no_address(log, line, number, str(reason))
             except Malformed as reason:
                 if line.strip():
                     self._count_malformed(log, line, number, str(reason))
+            except Directive:
+                pass
             if number % _PROGRESS_LINES == 0:
+                self._require_addresses()
                 yield log.position()
+        self._require_addresses()
         if parse is None and undecided:
             raise LogError(
                 f"{log.source}: none of the first {len(undecided)} lines is of a format that is known: give --format "
@@ -119,7 +131,17 @@ class Simulation:
         """
         self._order.finish()
         self._replay.finish()
-        return make_report(self._replay, self._order, self.lines, self.malformed, self.examples, self.broken)
+        return make_report(
+            self._replay,
+            self._order,
+            lines=self.lines,
+            malformed=self.malformed,
+            examples=self.examples,
+            broken=self.broken,
+            no_address=self.no_address,
+            untrusted_chains=self._clients.untrusted_chains,
+            no_address_examples=self.no_address_examples,
+        )
 
     def _parser(self, line: str) -> tuple[Parse | None, bool]:
         """The parser that a line calls for, and whether the line was a header."""
@@ -127,7 +149,23 @@ class Simulation:
         if name is None:
             return None, False
         header = csv_columns(line) if name == "csv" else ()
-        return parser_of(name, self._subject, self._key_field, self._fields, header), name == "csv"
+        return parser_of(name, self._subject, self._key_field, self._fields, header, self._clients), name == "csv"
+
+    def _require_addresses(self) -> None:
+        """Stop where most lines name a client that the live door would refuse: it is surely not the client that stands there."""
+        requests = self.lines - self.malformed
+        if self.no_address * 2 > requests:
+            raise LogError(
+                f"{self.no_address / requests:.0%} of {requests:,} lines have a client that is not an IPv4 or IPv6 address, "
+                "which the live door answers with 400: name the field that has it (--field ip=NAME), count by another one "
+                f"(--subject user, or a field), or give --format; the first is {clean(self.no_address_examples[0])}"
+            )
+
+    def _count_no_address(self, log: LogLines, line: str, number: int, reason: str) -> None:
+        self.lines += 1
+        self.no_address += 1
+        if len(self.no_address_examples) < EXAMPLES_SHOWN:
+            self.no_address_examples.append(f"{log.source}:{number}: {reason}: {line.strip()[:100]}")
 
     def _count_malformed(self, log: LogLines, line: str, number: int, reason: str) -> None:
         self.lines += 1
@@ -139,7 +177,11 @@ class Simulation:
 def simulate(
     logs: Annotated[
         list[str],
-        typer.Argument(metavar="LOG...", help="Access logs, gzip or plain; - reads standard input.", show_default=False),
+        typer.Argument(
+            metavar="LOG...",
+            help="Access logs, plain or compressed (gzip, bzip2, xz); - reads standard input.",
+            show_default=False,
+        ),
     ],
     policy: Annotated[Path, typer.Option("--policy", "-p", help="The policy file to try.", show_default=False)],
     tier: Annotated[
@@ -157,12 +199,21 @@ def simulate(
         typer.Option(
             "--field",
             metavar="NAME=FIELD",
-            help=f"What a JSON or CSV log calls one of {', '.join(FIELDS)}: ip=cf_ip. May be given several times.",
+            help=f"What a JSON, CSV or W3C log calls one of {', '.join(FIELDS)}: ip=cf_ip, path=req.uri. Repeatable.",
             show_default=False,
         ),
     ] = None,
     log_format: Annotated[
         str | None, typer.Option("--format", help=f"One of {', '.join(FORMATS)}; told by the first lines where not given.")
+    ] = None,
+    trusted_proxies: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--trusted-proxies",
+            metavar="NETWORKS",
+            help="Proxies of yours, as server.trusted_proxies: of a chain of addresses the last other one is the client.",
+            show_default=False,
+        ),
     ] = None,
     reorder: Annotated[str, typer.Option("--reorder", help="How much out of order the log may be: 120s, 5m, 1h.")] = "120s",
     reorder_max: Annotated[
@@ -188,7 +239,8 @@ def simulate(
 ) -> int:
     """What would this policy have done to yesterday's traffic?
 
-    Reads access logs (common, combined, nginx JSON lines, CSV with a header), puts the requests in time order, and decides
+    Reads access logs (combined and common, JSON lines and arrays, CSV, IIS and CloudFront, Envoy, HAProxy, AWS load balancers; in
+    what syslog, Kubernetes and docker compose put around them), puts the requests in time order, and decides
     them in the log's own time by the rules and counters of live traffic. Tells for each rule what it would have allowed and
     blocked, who would have been blocked most, and the worst minute.
 
@@ -206,7 +258,8 @@ def simulate(
     paths = PathRules.of(encoded_slashes or (), decode_unreserved)
     replay = Replay(load_policy(policy), tier, by_ip=subject.lower() == "ip", max_subjects=max_subjects, paths=paths)
     order = TimeOrder(replay.decide, _span_s(reorder), reorder_max)
-    simulation = Simulation(replay, order, log_format, subject, key_field, _named_fields(field or []))
+    networks = [each for given in trusted_proxies or DEFAULT_TRUSTED for each in given.split(",") if each.strip()]
+    simulation = Simulation(replay, order, log_format, subject, key_field, _named_fields(field or []), Clients(networks))
     sizes = [log_size(source) for source in logs]
     interrupted = False
     try:
@@ -268,6 +321,7 @@ def _named_fields(given: Sequence[str]) -> dict[str, str]:
     fields = {}
     for each in given:
         name, _, field = each.partition("=")
+        name = name.lower()
         if name not in FIELDS or not field:
             raise SettingsError(f"--field {each!r} is not understood: write NAME=FIELD, where NAME is one of {', '.join(FIELDS)}")
         fields[name] = field

@@ -1,20 +1,64 @@
-"""The lines of logs: from files, gzip or standard input, with bounded memory whatever they hold."""
+"""The lines of logs: from files or standard input, compressed or not, with bounded memory whatever they hold.
+
+A log that is one JSON array is handed out element by element, as if each were a line.
+"""
 
 from __future__ import annotations
 
+import bz2
 import gzip
+import importlib
 import io
+import json
+import lzma
+import re
 import stat
 import sys
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Final, cast
 
 from tidegate.errors import TidegateError
 
 MAX_LINE: Final = 64 * 1024
-_GZIP_MAGIC: Final = b"\x1f\x8b"
+MAX_ELEMENT: Final = 4 * MAX_LINE
+"""Most characters of an element of a JSON array."""
+_ARRAY: Final = re.compile(r"\s*\[\s*(?:\{|$)")
+_BETWEEN: Final = re.compile(r"[\s,]*")
+
+
+def _gzip(raw: IO[bytes]) -> IO[bytes]:
+    return cast("IO[bytes]", gzip.GzipFile(fileobj=raw))
+
+
+def _bzip2(raw: IO[bytes]) -> IO[bytes]:
+    return cast("IO[bytes]", bz2.BZ2File(raw))
+
+
+def _xz(raw: IO[bytes]) -> IO[bytes]:
+    return cast("IO[bytes]", lzma.LZMAFile(raw))
+
+
+def _zstd(raw: IO[bytes]) -> IO[bytes]:
+    try:
+        # Part of Python from 3.14 on.
+        zstd = importlib.import_module("compression.zstd")
+    except ModuleNotFoundError:
+        raise LogError(
+            f"it is compressed with zstd, which Python {sys.version_info[0]}.{sys.version_info[1]} cannot read; "
+            "pipe it in: zstdcat LOG | tidegate simulate - --policy FILE"
+        ) from None
+    return cast("IO[bytes]", zstd.ZstdFile(raw))
+
+
+_COMPRESSIONS: Final[Mapping[bytes, tuple[str, Callable[[IO[bytes]], IO[bytes]]]]] = {
+    b"\x1f\x8b": ("gzip", _gzip),
+    b"BZh": ("bzip2", _bzip2),
+    b"\xfd7zXZ\x00": ("xz", _xz),
+    b"\x28\xb5\x2f\xfd": ("zstd", _zstd),
+}
+"""By their first bytes."""
 
 
 class LogError(TidegateError):
@@ -49,17 +93,29 @@ class LogLines:
     """One log's lines. It is closed by leaving a `with` statement.
 
     Args:
-        source: path, or `-` for standard input; gzip is known by its first bytes.
+        source: path, or `-` for standard input; what it is compressed with is known by its first bytes.
+
+    Raises:
+        LogError: if it cannot be opened, or is compressed in a way that cannot be read.
     """
 
     def __init__(self, source: str) -> None:
         self.source = source
         self.broken: str | None = None
-        """Why the log ended early: a gzip stream that is cut off or damaged."""
+        """Why the log ended early: a compressed stream or an array that is cut off or damaged."""
         self._raw = self._open()
-        start = cast("io.BufferedReader", self._raw).peek(2)[:2]
-        packed = start == _GZIP_MAGIC
-        stream: IO[bytes] = cast("IO[bytes]", gzip.GzipFile(fileobj=self._raw)) if packed else self._raw
+        self._compression = ""
+        stream = self._raw
+        start = cast("io.BufferedReader", self._raw).peek(6)
+        for magic, (name, decompress) in _COMPRESSIONS.items():
+            if start.startswith(magic):
+                self._compression = name
+                try:
+                    stream = decompress(self._raw)
+                except LogError as error:
+                    if source != "-":
+                        self._raw.close()
+                    raise LogError(f"{source} cannot be read: {error.message}") from None
         # A byte that is no UTF-8 stands as \xNN: hostile bytes stay visible and harmless.
         self._text = io.TextIOWrapper(stream, encoding="utf-8", errors="backslashreplace", newline="\n")
 
@@ -72,18 +128,64 @@ class LogLines:
 
     def __iter__(self) -> Iterator[str]:
         """The lines with their ends; one longer than 64 KB is cut there, and what follows of it is left out."""
-        read: Callable[[int], str] = self._text.readline
         try:
-            while line := read(MAX_LINE):
-                if line[-1] != "\n" and len(line) == MAX_LINE:
-                    while (rest := read(MAX_LINE)) and rest[-1] != "\n":
-                        pass
-                # A byte order mark at the beginning is no part of the first line.
-                yield line if line[0] != "\ufeff" else line[1:]
-        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            self.broken = f"{self.source}: the gzip stream ends early or is damaged ({error}): what was read so far counts"
+            yield from self._lines()
+        except (EOFError, zlib.error, gzip.BadGzipFile, lzma.LZMAError) as error:
+            self._break(error)
         except OSError as error:
-            raise LogError(f"{self.source} cannot be read: {error.strerror or error}") from None
+            if self._compression and error.errno is None:  # bzip2's "Invalid data stream", which has no class of its own
+                self._break(error)
+            else:
+                raise LogError(f"{self.source} cannot be read: {error.strerror or error}") from None
+
+    def _lines(self) -> Iterator[str]:
+        read: Callable[[int], str] = self._text.readline
+        first = True
+        while line := read(MAX_LINE):
+            # A byte order mark at the beginning is no part of the first line.
+            if line[0] == "\ufeff":
+                line = line[1:]
+            if first and line.strip():
+                first = False
+                if _ARRAY.match(line):
+                    yield from self._elements(line)
+                    return
+            if line and line[-1] != "\n" and len(line) >= MAX_LINE - 1:
+                while (rest := read(MAX_LINE)) and rest[-1] != "\n":
+                    pass
+            yield line
+
+    def _elements(self, buffer: str) -> Iterator[str]:
+        """The elements of a JSON array that begins in `buffer`, each as text."""
+        decode = json.JSONDecoder().raw_decode
+        at = buffer.index("[") + 1
+        ended = False
+        while True:
+            at = cast("re.Match[str]", _BETWEEN.match(buffer, at)).end()
+            if buffer[at : at + 1] == "]":
+                return
+            try:
+                end = decode(buffer, at)[1] if at < len(buffer) else 0
+            except (ValueError, RecursionError):
+                end = 0
+            if end:
+                yield buffer[at:end]
+                at = end
+                continue
+            if ended or len(buffer) - at > MAX_ELEMENT:
+                self.broken = (
+                    f"{self.source}: the JSON array is cut off, damaged, or has an element of more than {MAX_ELEMENT:,} "
+                    "characters: what was read so far counts"
+                )
+                return
+            more = self._text.read(MAX_LINE)
+            ended = not more
+            buffer, at = buffer[at:] + more, 0
+
+    def _break(self, error: Exception) -> None:
+        self.broken = (
+            f"{self.source}: the {self._compression} stream ends early or is damaged ({error}): what was read so far counts"
+        )
 
     def __enter__(self) -> LogLines:
         return self

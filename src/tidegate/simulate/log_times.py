@@ -8,7 +8,9 @@ from typing import Final
 
 from tidegate.limits import US_PER_S
 
-_APACHE: Final = re.compile(r"(\d{2})/([A-Z][a-z]{2})/(\d{4}):(\d{2}):(\d{2}):(\d{2}) ([+-])(\d{2})(\d{2})", re.ASCII)
+_APACHE: Final = re.compile(
+    r"(\d{2})/([A-Z][a-z]{2})/(\d{4}):(\d{2}):(\d{2}):(\d{2})(?:[.,](\d{1,9}))? ([+-])(\d{2})(\d{2})", re.ASCII
+)
 _NUMBER: Final = re.compile(r"\d{1,19}(?:\.\d{0,9})?", re.ASCII)
 _MONTHS: Final = {
     name: number
@@ -46,6 +48,7 @@ class ApacheTimes:
         """
         minute = self._minutes.get(text[:18] + text[20:])
         second = _SECONDS.get(text[18:20])
+        # With a fraction of a second `text[20:]` begins with it and is never found.
         if minute is None or second is None:
             return self._work_out(text)
         return minute + second
@@ -54,15 +57,17 @@ class ApacheTimes:
         found = _APACHE.fullmatch(text)
         if found is None or found[2] not in _MONTHS or found[6] not in _SECONDS:
             raise Malformed(f"the time {text[:40]!r} is not understood")
-        offset = datetime.timedelta(hours=int(found[8]), minutes=int(found[9]))
+        offset = datetime.timedelta(hours=int(found[9]), minutes=int(found[10]))
         try:
             moment = datetime.datetime(
                 int(found[3]), _MONTHS[found[2]], int(found[1]), int(found[4]), int(found[5]), tzinfo=datetime.UTC
             )
-            moment = moment - offset if found[7] == "+" else moment + offset
+            moment = moment - offset if found[8] == "+" else moment + offset
         except (ValueError, OverflowError):
             raise Malformed(f"the time {text!r} is no moment") from None
         start = _us_of(moment)
+        if found[7]:
+            return start + _SECONDS[found[6]] + int(found[7][:6].ljust(6, "0"))
         if len(self._minutes) >= _KEPT:
             self._minutes.clear()
         self._minutes[text[:18] + text[20:]] = start
@@ -91,6 +96,8 @@ def moment_us(value: object) -> int:
             return _of_number(float(text), value)
         if "/" in text:
             return _apache_times(text)
+        if text[10:11] == " " and text.endswith(" UTC"):
+            text = text[:-4] + "Z"
         try:
             moment = datetime.datetime.fromisoformat(text)
             # A time without offset is UTC, so that the result is the same on every machine.

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 import msgspec
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -15,6 +14,7 @@ from tidegate.charts import clean
 from tidegate.limits import US_PER_S
 from tidegate.simulate.replay import Replay
 from tidegate.simulate.time_order import TimeOrder
+from tidegate.terminal import open_console
 
 TOP: Final = 10
 
@@ -84,6 +84,8 @@ class Report(msgspec.Struct, frozen=True):
         late: of those, decided at a later moment than their own because they came too late to be put in order.
         refused_paths: requests whose path the live door refuses with 400; decided and charged by no rule.
         refused_keys: requests whose API key the policy has revoked or let expire by then; the live door refuses them with 403.
+        untrusted_chains: lines with a chain of addresses of which the last one was counted, as it is no trusted proxy's.
+        no_address: lines whose client is not an address; the live door refuses such a check with 400.
         unknown_keys: requests whose API key the policy does not know, decided as if they had brought none.
         without_subject: requests without the field that names the caller, counted by ip.
         evicted: counters dropped because there were too many subjects: their requests may count as allowed too often.
@@ -93,6 +95,7 @@ class Report(msgspec.Struct, frozen=True):
         to: moment of the last.
         malformed_examples: the first few, with their places and reasons.
         refused_examples: the first few, with the reasons.
+        no_address_examples: the first few, with their places.
         series: moment in unix seconds, allowed, blocked.
         step_s: length of a step of the series, s.
     """
@@ -110,6 +113,8 @@ class Report(msgspec.Struct, frozen=True):
     late: int
     refused_paths: int
     refused_keys: int
+    no_address: int
+    untrusted_chains: int
     unknown_keys: int
     without_subject: int
     evicted: int
@@ -119,12 +124,22 @@ class Report(msgspec.Struct, frozen=True):
     to: str | None
     malformed_examples: list[str]
     refused_examples: list[str]
+    no_address_examples: list[str]
     series: list[tuple[int, int, int]]
     step_s: int
 
 
 def make_report(
-    replay: Replay, order: TimeOrder, lines: int, malformed: int, examples: Sequence[str], broken: Sequence[str]
+    replay: Replay,
+    order: TimeOrder,
+    *,
+    lines: int,
+    malformed: int,
+    examples: Sequence[str],
+    broken: Sequence[str],
+    no_address: int = 0,
+    untrusted_chains: int = 0,
+    no_address_examples: Sequence[str] = (),
 ) -> Report:
     """Sum a simulation up.
 
@@ -135,6 +150,9 @@ def make_report(
         malformed: of those.
         examples: of malformed lines.
         broken: why logs ended early.
+        no_address: lines whose client is not an address.
+        untrusted_chains: lines with a chain that ends with an untrusted address.
+        no_address_examples: of those.
 
     Returns:
         The report.
@@ -161,6 +179,8 @@ def make_report(
         late=order.late,
         refused_paths=replay.refused_count,
         refused_keys=replay.refused_keys,
+        no_address=no_address,
+        untrusted_chains=untrusted_chains,
         unknown_keys=replay.unknown_keys,
         without_subject=replay.without_subject,
         evicted=replay.counters.evicted,
@@ -170,6 +190,7 @@ def make_report(
         to=None if replay.first_us is None else _iso(replay.now_us),
         malformed_examples=list(examples),
         refused_examples=[f"{target[:80]}: {reason}" for target, reason in replay.refused],
+        no_address_examples=list(no_address_examples),
         series=[(number * step_s, *counts) for number, counts in sorted(replay.series.steps.items())],  # type: ignore[misc]
         step_s=step_s,
     )
@@ -196,7 +217,7 @@ def print_report(report: Report, policy: str) -> None:
         policy: path of the policy, for the title.
     """
     # Markup is off and every text is shown clean: what stands in a log was written by whoever sent the request.
-    console = Console(markup=False, highlight=False, emoji=False, soft_wrap=True)
+    console = open_console(markup=False, highlight=False, emoji=False, soft_wrap=True)
     console.print(
         f"{report.requests:,} requests from {report.from_} to {report.to} under {clean(policy)}: "
         f"{report.allowed:,} allowed, {report.blocked:,} blocked ({_share(report.blocked, report.requests)})"
@@ -241,6 +262,14 @@ def notes(report: Report) -> list[str]:
         told.extend(f"  refused: {clean(example)}" for example in report.refused_examples)
     if report.refused_keys:
         told.append(f"{report.refused_keys:,} requests bring a revoked or expired API key, which is refused with 403")
+    if report.no_address:
+        told.append(f"{report.no_address:,} lines have a client that is not an address, which is refused with 400")
+        told.extend(f"  refused: {clean(example)}" for example in report.no_address_examples)
+    if report.untrusted_chains:
+        told.append(
+            f"{report.untrusted_chains:,} lines have a chain of addresses, of which the last was counted: if that is a proxy of "
+            "yours, name it with --trusted-proxies"
+        )
     if report.unknown_keys:
         told.append(f"{report.unknown_keys:,} requests bring an API key that the policy does not know: decided as if without")
     if report.without_subject:

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import datetime
+import logging
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Final
 
 import msgspec
+
+from tidegate.errors import TidegateError
+
+logger = logging.getLogger(__name__)
 
 PROBE_TTL_S: Final = 1.0
 PROBE_TIMEOUT_S: Final = 2.0
@@ -20,7 +25,7 @@ class Component(msgspec.Struct, frozen=True, omit_defaults=True):
     Args:
         status: healthy or unhealthy.
         latency_ms: how long its answer took.
-        reason: why it is unhealthy.
+        reason: why it is unhealthy, without addresses: `/health` is open to everybody, the log says more.
     """
 
     status: str
@@ -66,12 +71,24 @@ class _Probe:
         try:
             await self._ping()
             component = Component("healthy", round((time.monotonic() - started) * 1e3, 3))
+            if self._last is not None and self._last[1].status != "healthy":
+                logger.info("%s is healthy again", self.name)
         except Exception as error:  # noqa: BLE001 - whatever a part throws at its probe makes it unhealthy
-            component = Component("unhealthy", round((time.monotonic() - started) * 1e3, 3), f"{type(error).__name__}: {error}")
+            component = Component("unhealthy", round((time.monotonic() - started) * 1e3, 3), _kind_of(error))
+            if self._last is None or self._last[1].status == "healthy":
+                logger.warning("%s is unhealthy: %s: %s", self.name, type(error).__name__, error)
         finally:
             self._running = None  # also of a probe that was cancelled: the next one is not to wait for it
         self._last = (time.monotonic(), component)
         return component
+
+
+def _kind_of(error: Exception) -> str:
+    """What kind of error it is: Tidegate's own code with its reason in a word, else the name of the class."""
+    if not isinstance(error, TidegateError):
+        return type(error).__name__
+    reason = error.details.get("reason")
+    return error.code if reason is None else f"{error.code} ({reason})"
 
 
 class Health:

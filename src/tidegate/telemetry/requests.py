@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import secrets
+from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any, Final, NamedTuple, Protocol
 
@@ -50,6 +51,9 @@ class Request:
 
     Args:
         headers: that came.
+        wanted: whether somebody wants to know what the gate saw.
+        peer: who connected, as the door's server writes it.
+        trusts: whether the trace headers of a peer are believed, asked when they are needed; None where all are.
 
     Attributes:
         check: what it asks to decide, where a door noted it.
@@ -59,10 +63,14 @@ class Request:
             and must not be told apart by it any more.
     """
 
-    __slots__ = ("_headers", "_id", "check", "over", "seen", "wanted")
+    __slots__ = ("_headers", "_id", "_peer", "_trusts", "check", "over", "seen", "wanted")
 
-    def __init__(self, headers: Headers, wanted: bool = False) -> None:
+    def __init__(
+        self, headers: Headers, wanted: bool = False, peer: str = "", trusts: Callable[[str], bool] | None = None
+    ) -> None:
         self._headers = headers
+        self._peer = peer
+        self._trusts = trusts
         self._id: str | None = None
         self.check: Check | None = None
         self.seen: Observation | None = None
@@ -79,10 +87,15 @@ class Request:
 
     @property
     def parent(self) -> Parent | None:
-        """The caller's span, as W3C `traceparent` tells it; None where it came with none or with what is none."""
+        """The caller's span, from a valid W3C `traceparent` of a trusted peer; else None.
+
+        Anybody else could have every check traced, or none, or tie it to a trace of other people's.
+        """
         came = (self._headers.get("traceparent") or "").strip()
         found = _TRACEPARENT.fullmatch(came)
         if found is None or (came.startswith("00") and len(came) != _VERSION_0_CHARACTERS):
+            return None
+        if self._trusts is not None and not self._trusts(self._peer):
             return None
         return Parent(found[1], found[2], bool(int(found[3], 16) & 1))
 

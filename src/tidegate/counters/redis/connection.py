@@ -115,6 +115,7 @@ class Connection(asyncio.Protocol):
         self._gone = asyncio.Event()
         self._came = asyncio.Event()
         self._keeping = SUPERVISOR.start("redis_connection", self._keep_connected)
+        self._keeping.add_done_callback(self._ended)
 
     def __repr__(self) -> str:
         return f"<Connection {self.endpoint} {'up' if self.up else 'down'}, {len(self._pending)} in flight>"
@@ -191,6 +192,11 @@ class Connection(asyncio.Protocol):
         """End it for good."""
         await stop(self._keeping)
         self.drop("it was closed")
+
+    def _ended(self, _: asyncio.Task[None]) -> None:
+        """Its loop is about to end, with all tasks cancelled and nobody to call `close`: the socket must not outlive it."""
+        if self._transport is not None:
+            self._transport.abort()
 
     # The protocol's side.
 

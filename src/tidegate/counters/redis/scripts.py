@@ -119,7 +119,9 @@ def _wire(algorithm: Algorithm, state: tuple[Any, ...]) -> list[int]:
 
 
 def _window(limit: Limit) -> int:
-    return 0 if limit.calendar_month else limit.window_us // US_PER_S
+    if limit.is_calendar:
+        return 0 if limit.calendar_month else -1
+    return limit.window_us // US_PER_S
 
 
 def _read(package: str, name: str) -> str:

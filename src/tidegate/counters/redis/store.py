@@ -62,14 +62,21 @@ class RedisCounters:
         self._plans: dict[Any, ChargePlan] = {}
         self._topology: Topology | None = None
         self._starting: asyncio.Task[None] | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
 
     @property
     def started(self) -> bool:
-        """Whether it has begun to connect."""
-        return self._topology is not None
+        """Whether it has begun to connect, in the running event loop."""
+        return self._topology is not None and self._loop is asyncio.get_running_loop()
 
     async def start(self) -> None:
-        """Connect, in the running event loop. Returns when the servers are there, or without them after a second."""
+        """Connect, in the running event loop; anew where it is another one than before. Returns when the servers are there, or
+        without them after a second.
+        """
+        loop = asyncio.get_running_loop()
+        if self._loop is not loop:
+            self._leave_loop()
+            self._loop = loop
         if self._topology is None:
             self._topology = open_topology(self.url, self._options)
             self._starting = asyncio.ensure_future(self._topology.start(max(1.0, self.timeout_s)))
@@ -89,7 +96,7 @@ class RedisCounters:
 
         A shard that fails fails only its own charges.
         """
-        if self._topology is None:
+        if self._topology is None or self._loop is not asyncio.get_running_loop():
             await self.start()
         if len(charges) > 1 and not self._must_topology().sharded:
             pieces = [charges[start : start + _AT_ONCE] for start in range(0, len(charges), _AT_ONCE)]
@@ -258,11 +265,21 @@ class RedisCounters:
 
     async def close(self) -> None:
         """See `CounterStore.close`."""
+        if self._loop is not asyncio.get_running_loop():
+            self._leave_loop()
+            return
         if self._starting is not None:
             self._starting.cancel()
+            self._starting = None
         if self._topology is not None:
             await self._topology.close()
             self._topology = None
+
+    def _leave_loop(self) -> None:
+        """Let go of what belongs to another event loop: it cannot be awaited here; that loop closes it if it runs again."""
+        loop, topology, self._topology, self._starting = self._loop, self._topology, None, None
+        if loop is not None and topology is not None and not loop.is_closed():
+            loop.call_soon_threadsafe(lambda: loop.create_task(topology.close()))
 
     def connections(self) -> Sequence[Connection]:
         """The connections to the servers that count, in no order; none before `start`."""

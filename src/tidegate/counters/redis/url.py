@@ -12,19 +12,24 @@ Options after `?`: `ca`, `cert`, `key` (PEM files for TLS), `sentinel_password`,
 from __future__ import annotations
 
 import enum
+import re
 import ssl
 from typing import Final
-from urllib.parse import parse_qsl, unquote, urlsplit
+from urllib.parse import parse_qsl, unquote
 
 import msgspec
 
 from tidegate.errors import SettingsError
 from tidegate.settings import is_host
+from tidegate.url_parts import scheme_of, split_url
 
 DEFAULT_PORT: Final = 6379
 DEFAULT_SENTINEL_PORT: Final = 26379
 MAX_PORT: Final = 65_535
 _OPTIONS: Final = frozenset(("ca", "cert", "key", "sentinel_user", "sentinel_password", "db"))
+
+
+_ENDPOINT: Final = re.compile(r"(?:\[([^\[\]]+)\]|([^:\[\]]+))(?::([0-9]{0,5}))?", re.ASCII)
 
 
 class Topology(enum.Enum):
@@ -145,32 +150,36 @@ def parse_redis_url(url: str) -> RedisUrl:
     Raises:
         SettingsError: naming the part that is not understood; never the password.
     """
-    scheme, _, rest = url.partition("://")
+    scheme = scheme_of(url)
     base, _, kind = scheme.partition("+")
     if base not in ("redis", "rediss") or kind not in ("", "unix", "sentinel", "cluster") or (kind == "unix" and base != "redis"):
         raise SettingsError(
-            f"counters.url with the scheme {scheme[:20]!r} is no Redis: use redis://, rediss://, redis+unix://, "
+            f"counters.url with the scheme {scheme!r} is no Redis: use redis://, rediss://, redis+unix://, "
             "redis+sentinel:// or redis+cluster:// (rediss+… for TLS)"
         )
-    try:
-        parts = urlsplit(f"redis://{rest}")
-    except ValueError:  # its reason may repeat the URL, and with it the password
+    parts = split_url(url.partition("://")[2])
+    if parts is None:
         raise SettingsError(
-            "counters.url has a host that is not valid; expected host:port, with an IPv6 address in brackets: redis://[::1]:6379"
-        ) from None
+            "counters.url has '#', a control character, or a password with '/' or '?': percent-encode them in user and password "
+            "(%2F, %3F, %23), e.g. redis://:pass%2Fword@127.0.0.1:6379"
+        )
+    credentials = _credentials(parts.user)
+    default_port = DEFAULT_SENTINEL_PORT if kind == "sentinel" else DEFAULT_PORT
+    # Before anything else is repeated: hosts that are none may be a password without its '@'.
+    endpoints = (
+        () if kind == "unix" else tuple(_endpoint(text, default_port, parts.user is None) for text in parts.hosts.split(","))
+    )
     options = dict(parse_qsl(parts.query, keep_blank_values=True))
     unknown = sorted(set(options) - _OPTIONS)
     if unknown:
-        raise SettingsError(f"counters.url has the unknown option {unknown[0]!r}: known are {', '.join(sorted(_OPTIONS))}")
+        shown = "an unknown option" if "@" in parts.query else f"the unknown option {unknown[0][:40]!r}"
+        raise SettingsError(f"counters.url has {shown}: known are {', '.join(sorted(_OPTIONS))}")
     tls = base == "rediss"
     if not tls and any(name in options for name in ("ca", "cert", "key")):
         raise SettingsError("counters.url has PEM files but no TLS: write rediss:// for redis://")
-    user_text, at, hosts = parts.netloc.rpartition("@")
-    username, _, password = user_text.partition(":")
-    credentials = Credentials(unquote(username), unquote(password)) if at else Credentials()
     segments = [unquote(segment) for segment in parts.path.split("/") if segment]
     if kind == "unix":
-        if hosts or not parts.path:
+        if parts.hosts or not parts.path:
             raise SettingsError("counters.url for a unix socket needs three slashes: redis+unix:///run/redis/redis.sock")
         if "\0" in unquote(parts.path):
             raise SettingsError(f"counters.url: {parts.path[:60]!r} is not a valid path: remove %00")
@@ -180,8 +189,6 @@ def parse_redis_url(url: str) -> RedisUrl:
         if not segments:
             raise SettingsError("counters.url for sentinels needs the master's name: redis+sentinel://host:26379/mymaster")
         master = segments.pop(0)
-    default_port = DEFAULT_SENTINEL_PORT if kind == "sentinel" else DEFAULT_PORT
-    endpoints = tuple(_endpoint(text, default_port) for text in hosts.split(","))
     if kind == "" and len(endpoints) > 1:
         raise SettingsError("counters.url names several servers: write redis+cluster:// or redis+sentinel://, whichever they are")
     db = _db(segments[0] if segments else options.get("db", "0"))
@@ -201,15 +208,27 @@ def parse_redis_url(url: str) -> RedisUrl:
     )
 
 
-def _endpoint(text: str, default_port: int) -> Endpoint:
-    host, bracket, rest = text.partition("]")
-    if bracket:
-        host, port = host.lstrip("["), rest.lstrip(":")
-    else:
-        host, _, port = text.partition(":")
-    if not is_host(host) or (port and not (port.isascii() and port.isdecimal() and 0 < int(port[:6]) <= MAX_PORT)):
-        raise SettingsError(f"counters.url: {text[:60]!r} is not a valid address; expected host or host:{default_port}")
-    return Endpoint(host, int(port) if port else default_port)
+def _credentials(user: str | None) -> Credentials:
+    if user is None:
+        return Credentials()
+    username, colon, password = user.partition(":")
+    if not colon:
+        # Redis has users since version 6, other programs take this for the password.
+        raise SettingsError(
+            "counters.url has a user without a password: write redis://:password@host for a password alone, "
+            "redis://user:password@host for an ACL user, or redis://user:@host for one without a password"
+        )
+    return Credentials(unquote(username), unquote(password))
+
+
+def _endpoint(text: str, default_port: int, may_be_secret: bool) -> Endpoint:
+    match = _ENDPOINT.fullmatch(text)
+    if match is not None:
+        host, port = match[1] or match[2], match[3]
+        if is_host(host) and (not port or 0 < int(port) <= MAX_PORT):
+            return Endpoint(host, int(port) if port else default_port)
+    shown = text.partition(":")[0][:60] + ":…" if may_be_secret and ":" in text and not text.startswith("[") else text[:60]
+    raise SettingsError(f"counters.url: {shown!r} is not a valid address; expected host or host:{default_port}, IPv6 in brackets")
 
 
 def _db(text: str) -> int:

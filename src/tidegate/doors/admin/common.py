@@ -24,6 +24,7 @@ ERRORS: Final[dict[int | str, dict[str, Any]]] = {
     408: {"model": ProblemTold, "description": "The body did not come in time."},
     409: {"model": ProblemTold, "description": "The catalog's state forbids it; the message says what to do first."},
     413: {"model": ProblemTold, "description": "The body has more than 1 MB."},
+    415: {"model": ProblemTold, "description": "The body has a Content-Encoding."},
     429: {"model": ProblemTold, "description": "Too many requests, or wrong tokens; Retry-After says when to try again."},
     503: {"model": ProblemTold, "description": "The catalog or the counter store does not answer."},
 }

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, GetJsonSchemaHandler, JsonValue, model_validator
+from pydantic_core import CoreSchema
 
 MAX_LIMITS = 16
 
@@ -31,9 +32,35 @@ Role = Literal["viewer", "operator"]
 
 
 class Given(BaseModel):
-    """What comes in: exact types, no field that is not known."""
+    """What comes in: exact types, no field that is not known. Null counts as left out where the default is not null."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, given: Any) -> Any:
+        """Some writers fill in every field that they know."""
+        if not isinstance(given, dict):
+            return given
+        left_out = cls._defaulted()
+        return {name: value for name, value in given.items() if value is not None or name not in left_out}
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        """The same in the description: these fields take null."""
+        schema = handler(core_schema)
+        properties = handler.resolve_ref_schema(schema).get("properties", {})
+        for name in cls._defaulted() & properties.keys():
+            described = dict(properties[name])
+            outside = {key: described.pop(key) for key in ("default", "title") if key in described}
+            properties[name] = {"anyOf": [described, {"type": "null"}], **outside}
+        return schema
+
+    @classmethod
+    def _defaulted(cls) -> frozenset[str]:
+        return frozenset(
+            name for name, field in cls.model_fields.items() if not field.is_required() and field.default is not None
+        )
 
 
 class Told(BaseModel):

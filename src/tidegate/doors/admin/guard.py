@@ -11,9 +11,10 @@ from typing import Any, Final, TypeAlias
 from tidegate.catalog.tokens import OPERATOR, Principal, TokenCheck
 from tidegate.decision import Decision
 from tidegate.doors.answers import ceil_s, encode, error_body
-from tidegate.doors.client_address import TrustedProxies
+from tidegate.doors.client_address import FORWARDING, TrustedProxies, counted_client
 from tidegate.doors.limiter import Limiter
-from tidegate.doors.refusals import BodyTooSlow
+from tidegate.doors.refusals import IDENTITY, BodyTooSlow, unsupported_encoding
+from tidegate.doors.request_headers import AsgiHeaders
 from tidegate.errors import RequestTooLarge, TidegateError
 from tidegate.telemetry.requests import CURRENT, REQUEST_ID, Request
 
@@ -99,7 +100,7 @@ class Guard:
         if scope["type"] != "http":
             return
         headers = _headers(scope)
-        request = Request(headers)
+        request = Request(headers, peer=_peer(scope), trusts=self._trusted.trusts)
         CURRENT.set(request)
         status, started_ns = 0, time.perf_counter_ns()
 
@@ -133,8 +134,8 @@ class Guard:
         token = token.strip()
         if scheme.lower() != "bearer" or not token:
             raise MissingToken("no token came: send 'Authorization: Bearer …'")
-        peer = scope["client"][0] if scope.get("client") else ""
-        ip = self._trusted.client(peer, headers.get("x-real-ip"), headers.get("x-forwarded-for")) or "unknown"
+        peer = _peer(scope)
+        ip = counted_client(self._trusted.client(peer, AsgiHeaders(scope["headers"], FORWARDING)), peer)
         if (await self._failures.check(ip, 0)).remaining == 0:
             # Guesses must not go on, and a right one among them must not be let in.
             self._refuse_more(await self._failures.check(ip), "wrong tokens came from this address")
@@ -155,6 +156,9 @@ class Guard:
 
     async def _body(self, headers: dict[str, str], receive: Receive) -> bytes | None:
         """The whole body; None where the client went away."""
+        encoding = headers.get("content-encoding", "")
+        if encoding.strip().lower() not in IDENTITY:
+            raise unsupported_encoding(encoding)
         length = headers.get("content-length", "")
         if length.isdecimal() and int(length[:20]) > MAX_BODY_BYTES:
             raise _too_large()
@@ -235,6 +239,11 @@ def _tell(scope: Scope, status: int, duration_ns: int) -> None:
     }
     told = {name: each for name, each in told.items() if each is not None}
     logger.info("%s %s answered %d", scope["method"], scope["path"][:200], status, extra={"ecs": told})
+
+
+def _peer(scope: Scope) -> str:
+    """The address of whoever connected; empty where there is none."""
+    return scope["client"][0] if scope.get("client") else ""
 
 
 def _headers(scope: Scope) -> dict[str, str]:

@@ -12,11 +12,12 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import Callable, Coroutine, Mapping, Sequence
-from typing import Any, Final
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any, Final, TypeAlias
 
 from pygrpc_native import EVENT_CALL, EVENT_CANCEL, STREAM_SENT, NativeGrpcFront
 
+from tidegate.doors.client_address import TrustedProxies, peer_address
 from tidegate.doors.grpc.health import HealthService
 from tidegate.doors.grpc.messages import OK, OVER_LIMIT, RateLimitResponse
 from tidegate.doors.grpc.service import RateLimitService
@@ -41,6 +42,8 @@ _METHODS: Final = (
     ("/grpc.health.v1.Health/Check", False),
     ("/grpc.health.v1.Health/Watch", True),
 )
+CallDetails: TypeAlias = tuple[Sequence[tuple[str, str | bytes]], str, float | None]
+"""Metadata, peer and deadline of a call."""
 _AT_ONCE: Final = 64
 _CODES: Final = {OK: "OK", OVER_LIMIT: "OVER_LIMIT"}
 
@@ -55,6 +58,7 @@ class GrpcListener:
         shares_port: listen although others do at the same address, as workers do.
         access: writes about a sample of the calls; None for no such log.
         reads_metadata: whether somebody besides the access log wants to know of a call's id and span.
+        trusted: whose `traceparent` is believed; loopback's where not given.
 
     Attributes:
         in_flight: calls being answered; streams that watch do not count.
@@ -69,6 +73,7 @@ class GrpcListener:
         shares_port: bool = False,
         access: AccessLog | None = None,
         reads_metadata: bool = False,
+        trusted: TrustedProxies | None = None,
     ) -> None:
         self.in_flight = 0
         self.answered = 0
@@ -77,6 +82,7 @@ class GrpcListener:
         self._address = join_address(host, port)
         self._shares_port = shares_port
         self._access = access
+        self._trusted = trusted or TrustedProxies()
         self._reads_metadata = reads_metadata or access is not None
         self._front: NativeGrpcFront | None = None
         self._loop = asyncio.get_running_loop()
@@ -151,7 +157,7 @@ class GrpcListener:
             elif kind == EVENT_CALL and payload is not None:
                 if method == SHOULD_RATE_LIMIT:
                     if self._reads_metadata:
-                        answering: Coroutine[Any, Any, Any] = self._answer_noted(front, call_id, payload, _metadata(event[5]))
+                        answering: Coroutine[Any, Any, Any] = self._answer_noted(front, call_id, payload, event[5])
                     else:
                         answering = self._answer(front, call_id, payload)
                     task = self._loop.create_task(answering)
@@ -178,10 +184,11 @@ class GrpcListener:
             self.answered += 1
         return answer
 
-    async def _answer_noted(self, front: NativeGrpcFront, call_id: int, payload: bytes, metadata: Mapping[str, Any]) -> None:
+    async def _answer_noted(self, front: NativeGrpcFront, call_id: int, payload: bytes, details: CallDetails) -> None:
         """Answer a call of which log and traces know."""
         access = self._access
-        request = Request(metadata, wanted=access is not None and access.wants())
+        wanted = access is not None and access.wants()
+        request = Request(_metadata(details[0]), wanted, details[1], self._trusts_peer)
         # Each call is answered in a task of its own: nobody else sees it.
         CURRENT.set(request)
         started_ns = time.perf_counter_ns()
@@ -203,10 +210,14 @@ class GrpcListener:
         except CallRefused as refused:
             front.fail(call_id, refused.status, refused.message)
 
+    def _trusts_peer(self, peer: str) -> bool:
+        # ipv4:127.0.0.1:4711, ipv6:[::1]:4711
+        return self._trusted.trusts(peer_address(peer.partition(":")[2]))
+
     def _send(self, call_id: int, payload: bytes) -> bool:
         return self._front is not None and self._front.stream_try_send(call_id, payload) == STREAM_SENT
 
 
-def _metadata(details: tuple[Sequence[tuple[str, str | bytes]], str, float | None]) -> dict[str, str | bytes]:
+def _metadata(pairs: Sequence[tuple[str, str | bytes]]) -> dict[str, str | bytes]:
     """The metadata of a call, of two values with one name the first."""
-    return dict(reversed(details[0]))
+    return dict(reversed(pairs))

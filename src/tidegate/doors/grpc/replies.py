@@ -10,7 +10,7 @@ import msgspec
 from tidegate.decision import Decision
 from tidegate.doors.answers import encode, error_body, exceeded_body, limit_headers, retry_headers
 from tidegate.doors.grpc.messages import OK, OVER_LIMIT, RateLimitResponse
-from tidegate.doors.grpc.units import MONTH, unit_of
+from tidegate.doors.grpc.units import MONTH, YEAR, unit_of
 from tidegate.errors import StoreUnavailable, TidegateError
 from tidegate.limits import US_PER_S
 from tidegate.together import Plan, Settled
@@ -119,7 +119,10 @@ def _tell_limit(status: Any, decision: Decision, name: str) -> None:
         return
     limit = status.current_limit
     limit.requests_per_unit = min(binding.amount, MOST_REMAINING)
-    limit.unit, multiplier = (MONTH, 1) if binding.calendar_month else unit_of(binding.window_us)
+    if binding.is_calendar:
+        limit.unit, multiplier = (MONTH if binding.calendar_month else YEAR), 1
+    else:
+        limit.unit, multiplier = unit_of(binding.window_us)
     if multiplier > 1:
         limit.unit_multiplier.value = multiplier
     limit.name = name or decision.rule or ""

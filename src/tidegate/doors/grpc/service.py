@@ -17,11 +17,13 @@ from tidegate.decision import Check, Observation, canonical_ip, clip
 from tidegate.doors.grpc.messages import RateLimitRequest
 from tidegate.doors.grpc.replies import Part, denied, reply
 from tidegate.doors.grpc.status import CallRefused, Status
+from tidegate.doors.outward import outward
 from tidegate.errors import BadRequest, CatalogUnavailable, RequestTooLarge, TidegateError
 from tidegate.gate import DescriptorCheck, Gate
 from tidegate.paths import STRICT, PathRules
 from tidegate.settings import EnvoySettings
 from tidegate.telemetry.requests import note
+from tidegate.time_slice import TimeSlice
 from tidegate.together import Settled
 
 logger = logging.getLogger(__name__)
@@ -133,7 +135,13 @@ class RateLimitService:
         if domain != self._domain:
             self._tell(domain)
             return reply([Part(None, 0)] * len(descriptors), [])
-        parts = await self._parts([self._check_of(each, request) for each in descriptors])
+        checks = []
+        slice_ = TimeSlice()
+        for each in descriptors:
+            if slice_.over:
+                await slice_.pause()
+            checks.append(self._check_of(each, request))
+        parts = await self._parts(checks)
         return reply(parts, await self._gate.decide([part.plan for part in parts if part.plan is not None]))
 
     async def _parts(self, checks: list[tuple[Check | DescriptorCheck | TidegateError, int]]) -> list[Part]:
@@ -143,7 +151,7 @@ class RateLimitService:
         for part in parts:
             if isinstance(part.plan, CatalogUnavailable):
                 self._seen(part.plan)
-                raise CallRefused(Status.UNAVAILABLE, part.plan.message)
+                raise CallRefused(Status.UNAVAILABLE, outward(part.plan)[0])
         return parts
 
     def _check_of(self, descriptor: Any, request: Any) -> tuple[Check | DescriptorCheck | TidegateError, int]:
@@ -170,7 +178,7 @@ class RateLimitService:
                 # Of two entries with one key the first counts.
                 by_key = dict(reversed(entries))
                 return DescriptorCheck(by_key, None if api_key is None else str(api_key), cost, _address(named.get("ip"))), cost
-            check = Check.of(**named, paths=self._paths)
+            check = Check.of(**named, paths=self._paths, strict_ip=False)
             if len(request.descriptors) == 1:
                 note(check)
             return check, cost

@@ -1,0 +1,48 @@
+"""API keys that came as `Authorization: Bearer`, where no door reads them: refused, so that no caller is anonymous by mistake."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Final
+
+from tidegate.doors.client_address import counted_client
+from tidegate.doors.request_headers import RequestHeaders
+from tidegate.errors import CatalogUnavailable, MissingApiKey, TooManyUnknownKeys
+from tidegate.gate import Gate
+from tidegate.keys import KEY_PREFIX, is_possible_key
+
+_SCHEME: Final = "bearer"
+
+
+async def refuse_bearer_key(gate: Gate, headers: RequestHeaders, ip: str | None) -> None:
+    """Refuse a request without an API key whose bearer token is one. Any other token is the API's own affair.
+
+    Costs one look at the headers for a request without `Authorization`, and a look-up of the token, cached as any key, where it
+    has the form of a key; a JWT has not.
+
+    Args:
+        gate: knows the keys.
+        headers: of the request.
+        ip: the client's address, or None; look-ups of unknown tokens are bounded for each, apart from those of unknown keys.
+
+    Raises:
+        MissingApiKey: naming the header that is read.
+    """
+    for value in headers.get_all("authorization"):
+        scheme, _, token = value.partition(" ")
+        token = token.strip()
+        if scheme.lower() == _SCHEME and await _is_key(gate, token, ip):
+            raise MissingApiKey("an API key came as Authorization: Bearer, which is not read: send it as the X-API-Key header")
+
+
+async def _is_key(gate: Gate, token: str, ip: str | None) -> bool:
+    if token.startswith(KEY_PREFIX):
+        return True  # also where it is mistyped: it was meant to be one
+    if not is_possible_key(token):
+        return False
+    try:
+        client = None if ip is None else f"bearer:{counted_client(ip, ip)}"
+        return await gate.catalog.caller(hashlib.sha256(token.encode()).hexdigest(), client) is not None
+    except (CatalogUnavailable, TooManyUnknownKeys):
+        # Most bearer tokens are none of ours: while that cannot be known, they are not refused.
+        return False
