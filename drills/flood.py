@@ -132,7 +132,7 @@ async def flood(size: Size) -> Findings:
             "TIDEGATE_COUNTERS__URL": redis.url,
             "TIDEGATE_ADMIN__TOKEN": TOKEN,
         }
-        server = Serve(Path(directory), (), None, Path(directory) / "tidegate.log", False, **settings)
+        server = Serve(Path(directory), (), None, Path(directory) / "tidegate.log", False, True, **settings)
         try:
             await asyncio.to_thread(wait_ready, server)
             until = asyncio.Event()

@@ -7,7 +7,7 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from drills.admissions import Admission, admission_of
 from drills.exactness import prove
@@ -17,6 +17,10 @@ from tidegate.counters.guarded import GuardedCounters, GuardOptions
 from tidegate.counters.redis.store import RedisCounters
 from tidegate.errors import StoreUnavailable
 from tidegate.limits import Algorithm, Limit, LimitSet, OnFailure
+
+CALM_S: Final = 1.0
+"""A store is back when no check was degraded for so long."""
+MAX_S: Final = 90.0
 
 Event = tuple[float, Callable[[], Awaitable[object]]]
 """When, in seconds from the start, and what is done to the servers."""
@@ -85,13 +89,13 @@ class Load:
             for _ in range(instances)
         ]
         self._rate = rate
-        self._started = 0.0
+        self._started = self._calm_from_s = 0.0
 
     async def run(self, seconds: float, events: Sequence[Event] = ()) -> None:
-        """Ask for some time, and let the events happen.
+        """Ask for some time, let the events happen, and go on until checks are decided by the store again.
 
         Args:
-            seconds: how long.
+            seconds: how long at least; a second more than the last degraded check, and `MAX_S` at most.
             events: what happens meanwhile.
         """
         await asyncio.gather(*(store.start() for store in self.stores))
@@ -103,7 +107,9 @@ class Load:
         happening = [asyncio.ensure_future(self._happen(*event)) for event in events]
         asking: set[asyncio.Task[None]] = set()
         number = 0
-        while (passed := time.monotonic() - self._started) < seconds:
+        while (passed := time.monotonic() - self._started) < seconds or (
+            passed < MAX_S and (passed < self._calm_from_s or not all(event.done() for event in happening))
+        ):
             # So many are due by now: a late loop catches up, and does not lower the rate.
             while number < passed * self._rate:
                 # Every instance asks about every subject: the turns of the two are shifted against each other.
@@ -200,6 +206,8 @@ class Load:
         outcome = (await store.charge([Charge(((self.limits, subject),))]))[0]
         latency_s = time.monotonic() - started
         at_s = started - self._started
+        if isinstance(outcome, StoreUnavailable) or outcome.degraded:
+            self._calm_from_s = at_s + latency_s + CALM_S
         if isinstance(outcome, StoreUnavailable):
             self.seen.append(Seen(at_s, subject, False, True, latency_s, str(outcome.details.get("reason", outcome))))
         else:

@@ -71,7 +71,7 @@ def instances(count: int, keys: Sequence[str], **environment: str) -> Iterator[l
             where = Path(directory) / f"tidegate{number}"
             where.mkdir()
             (where / "tidegate.policy.toml").write_text(policy_of(keys))
-            each = Serve(where, (), None, where / "tidegate.log", False, TIDEGATE_ADMIN__TOKEN=TOKEN, **environment)
+            each = Serve(where, (), None, where / "tidegate.log", False, True, TIDEGATE_ADMIN__TOKEN=TOKEN, **environment)
             running.callback(each.stop)
             wait_ready(each)  # the first one makes the tables
             started.append(each)

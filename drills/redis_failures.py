@@ -171,6 +171,7 @@ async def cluster_master_hung(seconds: float = 10.0) -> Result:
 async def slots_migrated(seconds: float = 6.0) -> Result:
     """Every slot that holds a counter moves to another master, under load."""
     with RedisCluster(masters=3, replicas=0, options=OPTIONS) as cluster:
+        cluster.be_patient()
         load = Load(cluster.url, timeout_s=TIMEOUT_S)
         slots = sorted({slot_of(subject) for subject in load.subjects})
 

@@ -294,6 +294,6 @@ class Stack:
         }
         if self.sizes.postgres_replicas:
             environment["TIDEGATE_CATALOG__REPLICAS"] = ",".join(self.postgres.replica_urls())
-        instance = Serve(where, (), free_port(), where / "tidegate.log", False, **environment)
+        instance = Serve(where, (), free_port(), where / "tidegate.log", False, True, **environment)
         self._running.callback(instance.stop)
         self.instances.append(instance)

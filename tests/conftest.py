@@ -13,8 +13,10 @@ from pathlib import Path
 
 import httpx
 import pytest
+from httpx._config import DEFAULT_TIMEOUT_CONFIG
 
 from tests.cases.doors import POLICY
+from tests.moments import PATIENCE_S
 from tests.servers.fixtures import (  # noqa: F401 - fixtures are found by their names
     any_redis,
     new_cluster,
@@ -40,6 +42,10 @@ from tidegate.catalog.policy_file import PolicyCatalog, parse_policy
 from tidegate.counters.memory import MemoryCounters
 from tidegate.decision import Observation
 from tidegate.gate import Gate
+
+# httpx gives up after 5 s where a test says nothing else; a server that starts on busy cores may need longer for an answer.
+for _part in ("connect", "read", "write", "pool"):
+    setattr(DEFAULT_TIMEOUT_CONFIG, _part, PATIENCE_S)
 
 MOMENT_US = 1_700_000_000_000_000
 """2023-11-14 22:13:20 UTC: 20 s into its minute, so that no window ends by itself while the clock stands."""
@@ -77,7 +83,8 @@ def gate(clock: Clock, seen: list[Observation]) -> Gate:
 class Serve:
     """A `tidegate serve` process of its own, in a directory of its own; at a free port, if none is given.
 
-    What it says is kept in pipes, 64 KiB each, or in the log that is given.
+    What it says is kept in pipes, 64 KiB each, or in the log that is given. The control plane, a third of what a start costs, is
+    on for those who give a token or ask for it.
     """
 
     def __init__(
@@ -87,6 +94,7 @@ class Serve:
         port: int | None = None,
         log: Path | None = None,
         grpc: bool = False,
+        admin: bool = False,
         **environment: str,
     ) -> None:
         self.directory = directory
@@ -97,7 +105,7 @@ class Serve:
         self.environment = {
             **{name: value for name, value in os.environ.items() if not name.startswith("TIDEGATE_")},
             "TIDEGATE_SERVER__HTTP": f"127.0.0.1:{self.port}",
-            "TIDEGATE_SERVER__ADMIN": f"127.0.0.1:{self.admin_port}",
+            "TIDEGATE_SERVER__ADMIN": f"127.0.0.1:{self.admin_port}" if admin or "TIDEGATE_ADMIN__TOKEN" in environment else "",
             "TIDEGATE_SERVER__GRPC": f"127.0.0.1:{self.grpc_port}" if grpc else "",
             **environment,
         }
@@ -141,7 +149,7 @@ class Serve:
 
     def stop_by_itself(self) -> tuple[int, str, str]:
         """Waits until it ends without being told to; returns exit code, stdout, stderr; of both nothing, where it has a log."""
-        out, err = self.process.communicate(timeout=30)
+        out, err = self.process.communicate(timeout=PATIENCE_S)
         return self.process.returncode, out or "", err or ""
 
     def stop(self) -> tuple[int, str, str]:
@@ -162,8 +170,8 @@ def serve(tmp_path: Path) -> Iterator[Callable[..., Serve]]:
     """Starts `tidegate serve` in a directory of the test; ends it by its own process id."""
     started: list[Serve] = []
 
-    def start(*arguments: str, wait: bool = True, grpc: bool = False, **environment: str) -> Serve:
-        server = Serve(tmp_path, arguments, None, None, grpc, **environment)
+    def start(*arguments: str, wait: bool = True, grpc: bool = False, admin: bool = False, **environment: str) -> Serve:
+        server = Serve(tmp_path, arguments, None, None, grpc, admin, **environment)
         started.append(server)
         if wait:
             server.wait_ready()

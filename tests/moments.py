@@ -9,11 +9,13 @@ from typing import TypeVar
 
 MINUTE_S = 60
 HOUR_S = 3600
+PATIENCE_S = 60.0
+"""How long a test waits for what must happen: what takes a tenth of a second may take many on a machine whose cores are busy."""
 
 _T = TypeVar("_T")
 
 
-def wait_until(holds: Callable[[], _T], timeout_s: float = 20.0, what: str = "what was waited for") -> _T:
+def wait_until(holds: Callable[[], _T], timeout_s: float = PATIENCE_S, what: str = "what was waited for") -> _T:
     """Ask again and again until something holds.
 
     Args:
@@ -42,7 +44,7 @@ def wait_until(holds: Callable[[], _T], timeout_s: float = 20.0, what: str = "wh
         time.sleep(0.02)
 
 
-async def until(holds: Callable[[], object], timeout_s: float = 20.0) -> float:
+async def until(holds: Callable[[], object], timeout_s: float = PATIENCE_S) -> float:
     """Ask again and again until something holds, while the loop goes on.
 
     Args:

@@ -11,10 +11,12 @@ import gc
 import hashlib
 import logging
 from collections.abc import Awaitable, Callable
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from tidegate._version import __version__
+from tidegate.background import SUPERVISOR, stop
 from tidegate.catalog.cached import CachedCatalog
 from tidegate.catalog.editing import CatalogEditor
 from tidegate.catalog.following import Follower
@@ -31,7 +33,7 @@ from tidegate.doors.answers import encode
 from tidegate.doors.client_address import TrustedProxies
 from tidegate.doors.http import DataPlane, Page
 from tidegate.doors.openapi import data_plane_openapi
-from tidegate.errors import PolicyError, SettingsError
+from tidegate.errors import CatalogError, PolicyError, SettingsError
 from tidegate.gate import Gate, Observer
 from tidegate.listening import AsgiListener, Listener, admin_address, free_address, grpc_address
 from tidegate.opening import open_catalog, open_channel, share_catalog
@@ -39,7 +41,7 @@ from tidegate.paths import STRICT, PathRules
 from tidegate.policy import Policy
 from tidegate.settings import Settings, join_address, parse_address
 from tidegate.telemetry.access import AccessLog
-from tidegate.telemetry.collected import collect_cache, collect_counters, collect_violations
+from tidegate.telemetry.collected import collect_background, collect_cache, collect_counters, collect_violations
 from tidegate.telemetry.health import Health
 from tidegate.telemetry.logs import lines_dropped, lines_suppressed
 from tidegate.telemetry.metrics import Metrics
@@ -76,7 +78,7 @@ class Instance:
         self._shares_port = shares_port
         self.metrics = Metrics(__version__)
         self.exposition: Callable[[], Awaitable[bytes]] = self.metrics.exposition
-        self.health = Health()
+        self.health = Health(SUPERVISOR.failing)
         self.address = ""
         self.admin_address = ""
         self.grpc_address = ""
@@ -88,14 +90,16 @@ class Instance:
         self._paths = STRICT
         self._stack = contextlib.AsyncExitStack()
         self._tasks: list[asyncio.Task[None]] = []
+        self._reloads: list[Callable[[], None]] = []
+        self._policy_error: str | None = None
+        self._refused_at_start: str | None = None
 
     async def start(self) -> None:
         """Open everything and listen.
 
         Raises:
             SettingsError: if a setting cannot be had: a port in use, a database that cannot be opened.
-            PolicyError: if the policy file is refused.
-            CatalogError: if the policy file contradicts the catalog.
+            PolicyError: if the policy file is refused and the catalog holds no tier, or `[envoy] config` is refused.
         """
         settings = self.settings
         require_shared_counters(settings)
@@ -105,13 +109,13 @@ class Instance:
         admin = admin_address(settings, port, find)
         grpc = grpc_address(settings, port, admin, find)
         policy_path = settings.policy_path
-        first = None if policy_path is None else load_policy(policy_path)
         self.counters = open_counters(settings.counters, settings.breaker)
         self._own("redis" if isinstance(self.counters, GuardedCounters) else None, self.counters.ping, self.counters.close)
         store = None
         if isinstance(self.counters, GuardedCounters):
             await self.counters.start()
             store = self.counters.store
+            self._reloads.append(store.reload_certificates)
         channel = open_channel(settings, store)
         self.catalog = await open_catalog(settings, channel)
         self._own("database", self.catalog.ping, self.catalog.close)
@@ -119,8 +123,8 @@ class Instance:
         if shared is not None:
             self._stack.push_async_callback(shared.settle)
         source = self.catalog if shared is None else shared
-        if first is not None:
-            await self.catalog.apply_policy(first, _digest(first))
+        if policy_path is not None:
+            await self._first_policy(policy_path)
         elif (released := await self.catalog.release_policy()) is not None:
             logger.warning(
                 "no policy file is given, but one made %d tiers and %d API keys of this catalog: they stay active and are "
@@ -154,6 +158,7 @@ class Instance:
         )
         collect_cache(self.metrics, self.cached, shared, self.catalog.database)
         collect_counters(self.metrics, self.counters)
+        collect_background(self.metrics, SUPERVISOR)
         self.metrics.add_gauge("rate_limiter_policy_version", "Version of the catalog in force.", lambda: self.cached.version)
         self.metrics.add_gauge("rate_limiter_in_flight", "Requests being answered.", lambda: self.in_flight)
         self.metrics.add_counter("rate_limiter_log_lines_dropped", "Log lines that nobody took.", lines_dropped)
@@ -162,11 +167,15 @@ class Instance:
         )
         self.cached.changed(await source.changes(0))
         self.follower = Follower(source, self.cached, settings.catalog.poll_s, channel)
-        self._spawn(self.follower.run(), "following the catalog")
+        self._spawn("catalog_follower", self.follower.run)
         if isinstance(self.counters, MemoryCounters):
-            self._spawn(_sweep(self.counters), "sweeping expired counters")
+            self._spawn("memory_sweep", partial(_sweep, self.counters))
         if policy_path is not None:
-            self._spawn(watch_policy(policy_path, self._apply_policy, self._policy_refused), "watching the policy file")
+            reload = self._reload_event()
+            self._spawn(
+                "policy_file_watcher",
+                partial(watch_policy, policy_path, self._apply_policy, self._policy_refused, again=reload),
+            )
         if grpc is not None:
             await self._start_grpc(gate, access, *grpc)
         if admin is not None:
@@ -235,7 +244,7 @@ class Instance:
         violations = Violations(settings.max_entries)
         writer = ViolationWriter(violations, self.catalog.database, settings.flush_s, settings.keep_days)
         collect_violations(self.metrics, writer)
-        self._spawn(writer.run(), "writing violations")
+        self._spawn("violations_writer", writer.run)
         # Behind the catalog in the list, and so before it at the end.
         self._stack.push_async_callback(writer.flush)
         return violations.observe
@@ -262,7 +271,8 @@ class Instance:
 
             path = Path(envoy.config)
             service.domains = load_domains(path, envoy.domain)
-            self._spawn(watch_domains(path, envoy.domain, service, self._domains_refused), "watching [envoy] config")
+            again = self._reload_event()
+            self._spawn("envoy_config_watcher", partial(watch_domains, path, envoy.domain, service, self._domains_refused, again))
         self._grpc = GrpcListener(service, host, port, self._shares_port, access, reads_metadata=self._tracing is not None)
         self._grpc.start()
         self.grpc_address = join_address(host, port)
@@ -318,9 +328,7 @@ class Instance:
         for listener in (self._listener, self._admin):
             if listener is not None:
                 await listener.stop(_CLOSE_S)
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await stop(*self._tasks)
         if self._grpc is not None:
             await self._grpc.stop(0)
         await self._stack.aclose()
@@ -331,28 +339,56 @@ class Instance:
             self.health.add(name, ping)
         self._stack.push_async_callback(close)
 
-    def _spawn(self, work: Any, what: str) -> None:
-        task: asyncio.Task[None] = asyncio.create_task(work)
-        self._tasks.append(task)
+    def _spawn(self, name: str, work: Callable[[], Awaitable[None]]) -> None:
+        self._tasks.append(SUPERVISOR.start(name, work))
 
-        def ended(done: asyncio.Task[None]) -> None:
-            if not done.cancelled() and done.exception() is not None:
-                logger.error("%s ended by a fault", what, exc_info=done.exception())
+    def reload(self) -> None:
+        """Read files again, whether they look changed or not: the policy, `[envoy] config`, PEM files for Redis."""
+        logger.info("reloading the policy file, [envoy] config and certificates")
+        for again in self._reloads:
+            again()
 
-        task.add_done_callback(ended)
+    def _reload_event(self) -> asyncio.Event:
+        event = asyncio.Event()
+        self._reloads.append(event.set)
+        return event
+
+    async def _first_policy(self, path: Path) -> None:
+        """Apply the policy file. One that is refused does not end a process whose catalog holds the last good policy."""
+        self.health.add("policy", self._ping_policy)
+        try:
+            policy = load_policy(path)
+            await self.catalog.apply_policy(policy, _digest(policy))
+        except (PolicyError, CatalogError) as error:
+            if not await self.catalog.tier_names():
+                raise
+            refusal = error if isinstance(error, PolicyError) else PolicyError(error.message, str(path))
+            self._policy_refused(refusal)
+            self._refused_at_start = str(refusal)
 
     async def _apply_policy(self, policy: Policy) -> None:
         changed = await self.catalog.apply_policy(policy, _digest(policy))
         self.metrics.policy_valid = True
+        self._policy_error = None
         if changed:
             await self.follower.look()
             self.metrics.policy_reloads += 1
-            logger.info("the policy file was taken into force as version %d", self.cached.version)
+            logger.info("policy file applied, catalog version %d", self.cached.version)
+        else:
+            logger.info("policy file unchanged, catalog version %d", self.cached.version)
 
     def _policy_refused(self, error: PolicyError) -> None:
-        self.metrics.policy_reload_errors += 1
         self.metrics.policy_valid = False
-        logger.error("the policy file is refused, the old policy stays in force: %s", error)
+        self._policy_error = str(error)
+        refused_at_start, self._refused_at_start = self._refused_at_start, None
+        # The watcher judges what it finds when it begins, and so what was refused a moment before.
+        if self._policy_error != refused_at_start:
+            self.metrics.policy_reload_errors += 1
+            logger.error("policy file refused, the last valid policy in the catalog stays active: %s", error)
+
+    async def _ping_policy(self) -> None:
+        if self._policy_error is not None:
+            raise PolicyError(f"file refused, the last valid policy in the catalog stays active: {self._policy_error}")
 
     def _domains_refused(self, error: PolicyError) -> None:
         self.metrics.policy_reload_errors += 1

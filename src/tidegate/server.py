@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import signal
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 
 import uvloop
 
@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 
 async def serve(settings: Settings, ready: Callable[[Instance], None] | None = None) -> None:
-    """Run an instance until SIGTERM or SIGINT; a second signal ends it at once.
+    """Run an instance until SIGTERM or SIGINT; a second signal ends it at once. SIGHUP reloads it.
 
     Args:
         settings: all of them.
@@ -35,12 +35,36 @@ async def serve(settings: Settings, ready: Callable[[Instance], None] | None = N
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, signalled)
-    if not await started(instance, stop):
-        return
-    if ready is not None:
-        ready(instance)
-    await stop.wait()
-    await instance.drain(hurry)
+    with reloading(instance.reload):
+        if not await started(instance, stop):
+            return
+        if ready is not None:
+            ready(instance)
+        await stop.wait()
+        await instance.drain(hurry)
+
+
+def ignore_signals() -> None:
+    """Ignore what would end the process at once, with violations unwritten and debts not put back: SIGHUP, SIGUSR1, SIGUSR2."""
+    for number in (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+
+
+@contextlib.contextmanager
+def reloading(reload: Callable[[], None]) -> Iterator[None]:
+    """Within the block SIGHUP reloads, in the running event loop; before and after it is ignored.
+
+    Args:
+        reload: called for each SIGHUP.
+    """
+    ignore_signals()
+    loop = asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGHUP, reload)
+    try:
+        yield
+    finally:
+        loop.remove_signal_handler(signal.SIGHUP)
+        ignore_signals()
 
 
 async def started(instance: Instance, stop: asyncio.Event) -> bool:

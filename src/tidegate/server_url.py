@@ -7,6 +7,7 @@ from urllib.parse import urlsplit
 import msgspec
 
 from tidegate.errors import SettingsError
+from tidegate.settings import is_host
 from tidegate.url_parts import masked
 
 
@@ -50,7 +51,7 @@ class Server(msgspec.Struct, frozen=True):
             raise _no_url(url) from None
         if (
             parts.scheme not in ("http", "https")
-            or not parts.hostname
+            or not is_host(parts.hostname or "")
             or parts.query
             or parts.fragment
             or any(not "!" <= character <= "~" for character in url)
@@ -59,7 +60,7 @@ class Server(msgspec.Struct, frozen=True):
         tls = parts.scheme == "https"
         # The port is always said: without one, http.client looks for it in the host, and takes an IPv6 address apart.
         port = (443 if tls else 80) if port is None else port
-        return cls(url.rstrip("/"), tls, parts.hostname, port, parts.path.rstrip("/"))
+        return cls(url.rstrip("/"), tls, parts.hostname or "", port, parts.path.rstrip("/"))
 
 
 def _no_url(url: str) -> SettingsError:

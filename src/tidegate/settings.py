@@ -340,9 +340,29 @@ def parse_address(text: str, name: str) -> tuple[str, int]:
     """
     host, colon, port = text.rpartition(":")
     host = host.strip("[]")
-    if not colon or not host or not port.isascii() or not port.isdecimal() or int(port) > 65_535:
-        raise SettingsError(f"setting {name} = {text!r} is no address: write '127.0.0.1:8080' or '[::1]:8080'")
+    if not colon or not is_host(host) or not port.isascii() or not port.isdecimal() or int(port[:6]) > 65_535:
+        raise SettingsError(
+            f"setting {name} = {text[:200]!r} is not a valid address; expected host:port, e.g. '127.0.0.1:8080' or '[::1]:8080'"
+        )
     return host, int(port)
+
+
+def is_host(text: str) -> bool:
+    """Whether a text can be looked up as a host: of others the resolver raises `UnicodeError`, long after the start.
+
+    Args:
+        text: a name or an address, without brackets.
+
+    Returns:
+        False for an empty text, one with control characters or spaces, and one with a label that is empty or has over 63 bytes.
+    """
+    if not text or not text.isprintable() or " " in text:
+        return False
+    try:
+        text.encode("idna")
+    except UnicodeError:
+        return False
+    return True
 
 
 def join_address(host: str, port: int) -> str:

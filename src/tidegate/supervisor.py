@@ -25,6 +25,7 @@ import msgspec
 from tidegate.errors import SettingsError
 from tidegate.instance import require_shared_counters
 from tidegate.listening import admin_address, free_address, grpc_address
+from tidegate.server import reloading
 from tidegate.settings import Settings, join_address
 from tidegate.worker import HURRY, READY, SEAT_VARIABLE, Seat
 
@@ -41,7 +42,8 @@ _MOST_DIRECTORY_BYTES: Final = 90
 
 
 def supervise(settings: Settings, arguments: Sequence[str], ready: Callable[[str], None]) -> int:
-    """Run `[server] workers` workers until SIGTERM or SIGINT; a second signal hurries their drain.
+    """Run `[server] workers` workers until SIGTERM or SIGINT; a second signal hurries their drain, SIGHUP reloads
+    them.
 
     Args:
         settings: all of them.
@@ -78,6 +80,7 @@ class _Worker:
 
     def __init__(self, number: int, command: Sequence[str], environment: Mapping[str, str], directory: str) -> None:
         self.number = number
+        self.listening = False
         self._command = command
         self._environment = environment
         self._directory = directory
@@ -108,12 +111,14 @@ class _Worker:
 
     async def listens(self) -> bool:
         """Wait until it listens, or ends."""
-        return await self._hear() == READY
+        self.listening = await self._hear() == READY
+        return self.listening
 
     async def ended(self) -> int:
         """Wait until it ends; returns its exit code, negative for a signal."""
         while await self._hear():
             pass
+        self.listening = False
         if self._channel is not None:
             self._channel.close()
         # The socket goes a moment before the process does.
@@ -160,6 +165,10 @@ class _Supervisor:
     async def run(self) -> int:
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, self._signalled)
+        with reloading(self._reload):
+            return await self._run()
+
+    async def _run(self) -> int:
         # The first one alone: it brings the catalog up to date, and what hinders it would hinder all, and is said once.
         first = self._workers[0]
         try:
@@ -206,6 +215,12 @@ class _Supervisor:
             self._silent.discard(worker.number)
             if not self._silent:
                 self._ready(self._address)
+
+    def _reload(self) -> None:
+        # One that does not listen yet ignores the signal at best, and reads the files as they are anyway.
+        for worker in self._workers:
+            if worker.listening:
+                worker.signal(signal.SIGHUP)
 
     def _signalled(self) -> None:
         if self._stop.is_set():

@@ -26,7 +26,7 @@ import uvloop
 
 from tidegate.errors import SettingsError
 from tidegate.instance import Instance
-from tidegate.server import started
+from tidegate.server import reloading, started
 from tidegate.settings import Settings
 from tidegate.telemetry.combined import combine
 
@@ -217,15 +217,16 @@ async def _work(settings: Settings, seat: Seat, ready: Callable[[Instance], None
         instance = Instance(settings, shares_port=True)
         tally = Tally(seat, settings.server.workers, instance.metrics.exposition)
         instance.exposition = tally.gather
-        if not await started(instance, stop):
-            loop.remove_reader(channel)
-            return
-        await tally.listen()
-        ready(instance)
-        with contextlib.suppress(OSError):  # the reader above sees the supervisor's end
-            channel.send(READY)
-        await stop.wait()
-        await instance.drain(hurry)
+        with reloading(instance.reload):
+            if not await started(instance, stop):
+                loop.remove_reader(channel)
+                return
+            await tally.listen()
+            ready(instance)
+            with contextlib.suppress(OSError):  # the reader above sees the supervisor's end
+                channel.send(READY)
+            await stop.wait()
+            await instance.drain(hurry)
         await tally.own()
         tally.close()
         loop.remove_reader(channel)

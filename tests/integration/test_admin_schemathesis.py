@@ -79,7 +79,7 @@ def description(url: str) -> Iterator[Any]:
     try:
         assert started.wait(30)
         host, _, port = address[0].removeprefix("http://").partition(":")
-        wait_until(lambda: socket.create_connection((host, int(port))).close() is None, 10, "the listener takes connections")
+        wait_until(lambda: socket.create_connection((host, int(port))).close() is None, 60, "the listener takes connections")
         yield schemathesis.openapi.from_url(f"{address[0]}/admin/v1/openapi.json")
     finally:
         stop.set()

@@ -27,7 +27,7 @@ def _admin(server: Any, token: str) -> httpx.Client:
 
 
 def test_from_nothing_to_a_key_that_is_limited_and_revoked(serve: Callable[..., Any]) -> None:
-    server = serve()
+    server = serve(admin=True)
     with _admin(server, _first_token(server)) as admin, httpx.Client(base_url=server.url) as http:
         assert admin.post("/tiers", json={"name": "free"}).status_code == 201
         rule = {"tier": "free", "endpoint": "/api/*", "limits": ["2/hour"]}
@@ -43,7 +43,7 @@ def test_from_nothing_to_a_key_that_is_limited_and_revoked(serve: Callable[..., 
         assert http.get("/admin/v1/tiers").status_code == 404
         assert admin.post(f"http://127.0.0.1:{server.admin_port}/v1/check", json=check).status_code == 404
     assert server.stop()[0] == 0
-    again = serve()
+    again = serve(admin=True)
     assert "tga_" not in again.process.stdout.readline()
 
 

@@ -164,8 +164,8 @@ async def test_a_draining_instance_is_left_before_it_ends(
 
     def drained() -> None:
         servers[0].process.send_signal(signal.SIGTERM)
-        wait_until(lambda: haproxy.states(socket, "tidegate")["tidegate1"] == "DOWN", 30, "HAProxy leaves it alone")
-        wait_until(lambda: servers[0].process.poll() is not None, 30, "it ends")
+        wait_until(lambda: haproxy.states(socket, "tidegate")["tidegate1"] == "DOWN", 60, "HAProxy leaves it alone")
+        wait_until(lambda: servers[0].process.poll() is not None, 60, "it ends")
 
     load = await _under_load(haproxy.url, drained)
     assert load.failures == {}

@@ -163,7 +163,7 @@ async def test_one_connection_is_kept(gate: Gate, listen: Callable[..., Any], ne
 async def test_wait_until_it_passes(serve: Callable[..., Any], new_client: Callable[..., Asker], tmp_path: Path) -> None:
     (tmp_path / "tidegate.policy.toml").write_text(
         '[[tiers]]\nname = "t"\n[[tiers.rules]]\nendpoint = "/*"\nlimits = ["2/2s"]\nalgorithm = "sliding_log"\n'
-        '[[tiers.rules]]\nendpoint = "/rare"\nlimits = ["1/day"]\n[anonymous]\ntier = "t"\n'
+        '[[tiers.rules]]\nendpoint = "/rare"\nlimits = ["1/day"]\nalgorithm = "sliding_log"\n[anonymous]\ntier = "t"\n'
     )
     asker = new_client(serve().url)
     started = time.monotonic()
@@ -174,10 +174,10 @@ async def test_wait_until_it_passes(serve: Callable[..., Any], new_client: Calla
     never = await asker.wait("/a", ip="203.0.113.7", cost=3)
     assert (never.allowed, never.retry_after) == (False, None)
     assert (await asker.wait("/rare", ip="203.0.113.7")).allowed
-    denied = await asker.wait("/rare", ip="203.0.113.7", at_most_s=5)
+    denied = await asker.wait("/rare", ip="203.0.113.7", at_most_s=3600)
     assert (denied.allowed, denied.status) == (False, 429)
-    assert denied.retry_after > 5
-    assert time.monotonic() - started < 4, "what cannot pass in time is not waited for"
+    assert denied.retry_after > 3600
+    assert time.monotonic() - started < 600, "what cannot pass in time is not waited for"
 
 
 def test_a_hundred_threads_on_one_client(serve: Callable[..., Any], tmp_path: Path) -> None:
@@ -240,6 +240,8 @@ def test_without_httpcore_it_says_what_to_install() -> None:
     [
         ({"urls": []}, "needs the URL"),
         ({"urls": "127.0.0.1:8080"}, "no URL"),
+        ({"urls": "http://a..b"}, "no URL"),
+        ({"urls": f"http://{'a' * 64}"}, "no URL"),
         ({"urls": ["http://a", "http://user:secret@b"]}, "no user and no password"),
         ({"deadline_s": 0}, "deadline_s"),
         ({"on_failure": "local"}, "on_failure"),

@@ -302,7 +302,7 @@ def test_postgres_scripts_make_a_primary_and_a_replica(primary: PostgresServer, 
     try:
         wait_until(lambda: rows() == [(1, True)], 60, "the replica has what the primary has")
         ask("tidegate", password["database"], primary.port, "INSERT INTO seen VALUES (2)")
-        wait_until(lambda: rows() == [(1, True), (2, True)], 30, "the replica follows")
+        wait_until(lambda: rows() == [(1, True), (2, True)], 60, "the replica follows")
         ((kept,),) = primary.execute("SELECT count(*) FROM pg_replication_slots WHERE active", "postgres")
         assert kept == 1
     finally:

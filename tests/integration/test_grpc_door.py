@@ -307,7 +307,7 @@ def test_a_rule_that_denies_while_redis_is_away(
         '[[tiers.rules]]\nendpoint = "/local"\nlimits = ["9/hour"]\n[anonymous]\ntier = "open"\n'
     )
     redis = new_redis()
-    server = serve(grpc=True, TIDEGATE_COUNTERS__URL=redis.url)
+    server = serve(grpc=True, TIDEGATE_COUNTERS__URL=redis.url, TIDEGATE_COUNTERS__TIMEOUT_MS="5000")
     address = f"127.0.0.1:{server.grpc_port}"
     deny, local = ([("path", path), ("remote_address", "203.0.113.7")] for path in ("/deny", "/local"))
     assert ask(address, request(deny, local)).overall_code == OK

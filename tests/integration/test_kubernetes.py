@@ -468,7 +468,7 @@ def test_policy_is_valid_and_a_swapped_configmap_is_followed(serve: Callable[...
 
     assert limit() == 60
     publish("..2026_01_02", policy.replace('"60/minute"', '"61/minute"'))
-    wait_until(lambda: limit() == 61, 10, "the new policy is in force")
+    wait_until(lambda: limit() == 61, 60, "the new policy is in force")
 
 
 def adapter_rule() -> Manifest:

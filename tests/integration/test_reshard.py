@@ -162,8 +162,8 @@ def test_several_shards_are_added_and_slots_move_once(cluster: RedisCluster, two
     assert keys_of([*cluster.nodes, *two_pairs[::2]]) == 300
 
     two_pairs[3].must("CLUSTER", "FAILOVER")
-    wait_until(lambda: two_pairs[2].must("ROLE")[0] == b"slave", 20, "the second pair changed roles")
-    wait_until(lambda: all(len(slots_of(node)) > 0 for node in (two_pairs[0], two_pairs[3])), 20, "it has the slots")
+    wait_until(lambda: two_pairs[2].must("ROLE")[0] == b"slave", 60, "the second pair changed roles")
+    wait_until(lambda: all(len(slots_of(node)) > 0 for node in (two_pairs[0], two_pairs[3])), 60, "it has the slots")
     again = run(*command(cluster, two_pairs))
     assert again.returncode == 0, again.stderr
     assert again.stdout.count("nothing to do") == 2
@@ -231,11 +231,11 @@ def test_what_it_refuses(cluster: RedisCluster, two_pairs: list[RedisServer]) ->
         assert "not in cluster mode" in refused(member, address(alone), new[1])
     assert "is a master with" in refused(member, *new[:3], address(cluster.nodes[1]))
     two_pairs[2].must("CLUSTER", "ADDSLOTS", two_pairs[2].must("CLUSTER", "KEYSLOT", "own"))
-    wait_until(lambda: two_pairs[2].call("SET", "own", 1) == b"OK", 20, "it takes keys")
+    wait_until(lambda: two_pairs[2].call("SET", "own", 1) == b"OK", 60, "it takes keys")
     assert f"{new[2]} holds 1 keys" in refused(member, *new)
     two_pairs[2].must("FLUSHALL")
     two_pairs[2].must("CLUSTER", "MEET", two_pairs[3].host, two_pairs[3].port)
-    wait_until(lambda: two_pairs[3].facts("CLUSTER", "INFO")["cluster_known_nodes"] == "2", 20, "the two have met")
+    wait_until(lambda: two_pairs[3].facts("CLUSTER", "INFO")["cluster_known_nodes"] == "2", 60, "the two have met")
     assert f"{new[2]} belongs to another cluster" in refused(member, *new)
     cluster.nodes[2].kill()
     deadline = time.monotonic() + 60

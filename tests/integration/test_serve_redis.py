@@ -67,7 +67,7 @@ def test_two_instances_admit_the_limit_once(
 def test_it_serves_while_redis_is_away(serve: Callable[..., Any], new_redis: Callable[..., RedisServer], tmp_path: Path) -> None:
     (tmp_path / "tidegate.policy.toml").write_text(POLICY)
     redis = new_redis()
-    server = serve(TIDEGATE_COUNTERS__URL=redis.url, TIDEGATE_BREAKER__OPEN_S="0.5", TIDEGATE_COUNTERS__TIMEOUT_MS="500")
+    server = serve(TIDEGATE_COUNTERS__URL=redis.url, TIDEGATE_BREAKER__OPEN_S="0.5", TIDEGATE_COUNTERS__TIMEOUT_MS="5000")
     assert check(server).json()["degraded"] is False
     assert httpx.get(f"{server.url}/health").status_code == 200
     redis.kill()

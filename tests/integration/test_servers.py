@@ -178,13 +178,13 @@ def test_a_replica_takes_over_in_a_cluster(new_cluster: Callable[..., RedisClust
     assert cluster.slot_of("{06S}") == 0
     assert old.must("WAIT", 1, 5000) == 1
     old.kill()
-    wait_until(lambda: replica in cluster.masters(), 15, "the replica is promoted")
+    wait_until(lambda: replica in cluster.masters(), 60, "the replica is promoted")
     cluster.wait_ok()
     assert cluster.owner_of(0) is replica
     assert replica.must("GET", "{06S}") == b"kept"
     old.start()
     cluster.wait_ok()
-    wait_until(lambda: cluster.replicas_of(replica) == [old], 15, "the old master follows the new one")
+    wait_until(lambda: cluster.replicas_of(replica) == [old], 60, "the old master follows the new one")
     assert len(cluster.masters()) == 3
 
 

@@ -47,7 +47,7 @@ def test_what_was_not_recorded_yet_is_found_by_its_place_for_files(tmp_path: Pat
     state = State(Recorded("keeper", "", 0, 0), str(directory))
     with subprocess.Popen(["sleep", "600"], env={"PATH": os.environ["PATH"], "TMPDIR": str(directory)}) as process:
         # Until it has become `sleep`, it has the environment of this test.
-        wait_until(lambda: str(directory).encode() in Path(f"/proc/{process.pid}/environ").read_bytes(), 10, "it sleeps")
+        wait_until(lambda: str(directory).encode() in Path(f"/proc/{process.pid}/environ").read_bytes(), 60, "it sleeps")
         assert clean_up(tmp_path / "state.json", state) == [f"unrecorded {process.pid}"]
         assert process.wait(10) == -signal.SIGKILL
 
@@ -122,7 +122,7 @@ def test_up_twice_dead_and_down(tmp_path: Path) -> None:
         assert state() == first
 
         os.kill(first.keeper.pid, signal.SIGKILL)
-        wait_until(lambda: not first.keeper.runs, 20, "the keeper has ended")
+        wait_until(lambda: not first.keeper.runs, 60, "the keeper has ended")
         said = command("up", "--redis", "standalone", "--instances", "1", "--postgres-replicas", "0")
         assert "was of a stack that had died; ended" in said
         assert not any(each.runs for each in first.pieces)

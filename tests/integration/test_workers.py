@@ -17,7 +17,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.moments import wait_until
+from tests.moments import PATIENCE_S, wait_until
 from tests.servers.redis_server import RedisServer
 from tidegate.telemetry.combined import combine
 
@@ -78,6 +78,11 @@ def _metrics(server: Any) -> dict[str, float]:
     return {name: float(value) for name, value in re.findall(r"^([^#\s]\S*) (\S+)$", text, re.MULTILINE)}
 
 
+def _of_all(text: str, workers: int) -> str:
+    """An exposition, if it is of all workers: one that has no core for half a second is left out of a scrape."""
+    return text if f"rate_limiter_workers {workers}.0\n" in text else ""
+
+
 def _decided(samples: dict[str, float]) -> float:
     return samples['rate_limiter_requests_total{status="allowed"}']
 
@@ -125,11 +130,10 @@ def test_every_worker_answers_and_metrics_are_of_all(start: Callable[..., Any]) 
         wait_until(lambda: sum(_connections(server, pid) for pid in pids) == 60)
         assert all(_connections(server, pid) > 0 for pid in pids)
         for client in clients[:20]:  # whatever worker it is that answers
-            text = client.get(f"{server.url}/metrics").text
+            text = wait_until(lambda client=client: _of_all(client.get(f"{server.url}/metrics").text, 3))
             assert 'rate_limiter_requests_total{status="allowed"} 300.0\n' in text
             assert "rate_limiter_latency_seconds_count 300.0\n" in text
             assert 'rate_limiter_latency_seconds_bucket{le="+Inf"} 300.0\n' in text
-            assert "rate_limiter_workers 3.0\n" in text
             assert "rate_limiter_policy_valid 1.0\n" in text
             assert re.search(r"^rate_limiter_policy_version 1\.[0-9]+e\+0?12$", text, re.MULTILINE), (
                 "ms since the epoch, not a sum"
@@ -201,7 +205,7 @@ def test_a_hung_worker_does_not_hold_up_a_scrape(start: Callable[..., Any]) -> N
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_drains_all_workers(start: Callable[..., Any], number: signal.Signals) -> None:
-    server = start(TIDEGATE_SERVER__DRAIN_S="5")
+    server = start(TIDEGATE_SERVER__DRAIN_S="120")
     pids = _workers(server)
     with httpx.Client() as client:
         assert client.post(f"{server.url}/v1/check", json=CHECK).status_code == 200
@@ -209,8 +213,8 @@ def test_a_signal_drains_all_workers(start: Callable[..., Any], number: signal.S
         # A service manager signals every process, not the supervisor alone: that is no second signal.
         for pid in (server.process.pid, *pids):
             os.kill(pid, number)
-        assert server.process.wait(15) == 0
-    assert time.monotonic() - began < 4
+        assert server.process.wait(PATIENCE_S) == 0
+    assert time.monotonic() - began < PATIENCE_S, "nothing is in flight: the drain does not take its time"
     assert not any(map(_lives, pids))
 
 
@@ -250,7 +254,7 @@ def test_no_worker_outlives_a_killed_supervisor(start: Callable[..., Any]) -> No
         assert len(pids) == WORKERS
         server.process.kill()
         try:
-            wait_until(lambda: not any(map(_lives, pids)), 5)
+            wait_until(lambda: not any(map(_lives, pids)), 60)
         finally:
             for pid in filter(_lives, pids):
                 os.kill(pid, signal.SIGKILL)

@@ -18,7 +18,7 @@ from tests.servers.lifetime import Started
 from tests.servers.ports import HOST, free_port
 
 DEPLOY = Path(__file__).parents[2] / "deploy" / "envoy"
-START_S = 30.0
+START_S = 90.0
 STOP_S = 10.0
 
 CLIENTS, ADMIN, SERVICE, GRPC, HTTP = 10000, 9901, 8000, 8081, 8080

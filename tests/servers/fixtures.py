@@ -35,6 +35,7 @@ def running_valkey() -> Iterator[RedisServer]:
 def running_cluster() -> Iterator[RedisCluster]:
     """The cluster behind `redis_cluster`."""
     with RedisCluster(masters=3, replicas=0) as cluster:
+        cluster.be_patient()
         yield cluster
 
 

@@ -32,7 +32,7 @@ USER = "postgres"
 DATABASE = "tidegate"
 """An empty database that every server has from the beginning."""
 
-START_S = 20.0
+START_S = 90.0
 STOP_S = 5.0
 QUIT_S = 2.0
 CALL_S = 5.0

@@ -30,7 +30,7 @@ from tests.servers.lifetime import Started
 from tests.servers.ports import HOST, free_port
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
-START_S = 20.0
+START_S = 90.0
 STOP_S = 5.0
 PEER_TIMEOUT_S = 3
 """How long the second Alertmanager of a pair leaves it to the first to notify; 15 s where nobody says otherwise."""

@@ -23,7 +23,7 @@ from tests.servers.ports import HOST, free_port
 from tests.servers.redis_server import RedisServer
 
 PROGRAM = "service_cmd"
-START_S = 20.0
+START_S = 90.0
 STOP_S = 10.0
 
 

@@ -11,7 +11,7 @@ from tests.servers.lifetime import Started
 from tests.servers.redis_server import Kind, Options, RedisServer, stop_all
 
 NAME = "mymaster"
-FORM_S = 30.0
+FORM_S = 90.0
 
 
 class RedisSentinel(Started):

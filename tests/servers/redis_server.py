@@ -24,7 +24,7 @@ from tests.servers.certificates import Authority
 from tests.servers.lifetime import Started
 from tests.servers.ports import HOST, free_port
 
-START_S = 20.0
+START_S = 90.0
 STOP_S = 5.0
 CALL_S = 5.0
 

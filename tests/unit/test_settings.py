@@ -8,7 +8,7 @@ import msgspec
 import pytest
 
 from tidegate.errors import SettingsError
-from tidegate.settings import Settings, load_settings, parse_address
+from tidegate.settings import Settings, is_host, load_settings, parse_address
 
 
 def test_defaults_run_on_an_empty_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -48,6 +48,9 @@ def test_the_environment_goes_over_the_file(tmp_path: Path) -> None:
         ("[server]\nhttp = 8080\n", "str"),
         ('[server]\nhttp = "8080"\n', "server.http = '8080'"),
         ('[server]\nhttp = "h:99999"\n', "h:99999"),
+        ('[server]\nhttp = "a..b:80"\n', "'a..b:80' is not a valid address"),
+        (f'[server]\nadmin = "{"a" * 64}:80"\n', "is not a valid address"),
+        (f'[server]\ngrpc = "h:{"9" * 5000}"\n', "is not a valid address"),
         ("[server]\ndrain_s = -1\n", "from 0 to 3600"),
         ("[server]\nworkers = 0\n", "server.workers = 0"),
         ('[server]\ndrain_s = "10s"\n', "float"),
@@ -86,3 +89,13 @@ def test_every_setting_is_in_the_docs() -> None:
         for field in msgspec.structs.fields(section.type):
             assert f"`{field.name}`" in page, f"{section.name}.{field.name}"
             assert f"TIDEGATE_{section.name}__{field.name}".upper() in page
+
+
+@pytest.mark.parametrize("host", ["localhost", "10.0.0.1", "::1", "fe80::1%eth0", "a.b.", "bücher.example", "x" * 63])
+def test_a_host_that_can_be_looked_up(host: str) -> None:
+    assert is_host(host)
+
+
+@pytest.mark.parametrize("host", ["", "a..b", ".a", "x" * 64, "a b", "a\0b", "a\nb", "\udcff"])
+def test_a_host_that_no_resolver_takes(host: str) -> None:
+    assert not is_host(host)

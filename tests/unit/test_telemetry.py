@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import re
-import time
 
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
@@ -129,7 +128,7 @@ async def test_health_is_the_worst_component_and_says_why() -> None:
 
 async def test_probes_are_shared_and_never_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(health, "PROBE_TIMEOUT_S", 0.05)
-    monkeypatch.setattr(health, "PROBE_TTL_S", 0.1)
+    monkeypatch.setattr(health, "PROBE_TTL_S", 1000)
     calls = 0
     hang = asyncio.Event()
 
@@ -145,14 +144,12 @@ async def test_probes_are_shared_and_never_pile_up(monkeypatch: pytest.MonkeyPat
         assert {report.components["slow"].reason for report in reports} == {"no answer within 0.05 s"}
     assert calls == 1, "nobody asks a part that has not answered the last one"
     hang.set()
-    await asyncio.sleep(0.01)
+    monkeypatch.setattr(health, "PROBE_TIMEOUT_S", 60)
     assert (await checked.report()).status == "healthy"
     await asyncio.gather(*(checked.report() for _ in range(20)))
     assert calls == 1, "an answer holds for its time"
-    started = time.monotonic()
-    while calls == 1 and time.monotonic() - started < 5:
-        await checked.report()
-        await asyncio.sleep(0.02)
+    monkeypatch.setattr(health, "PROBE_TTL_S", 0)
+    await checked.report()
     assert calls == 2
 
 

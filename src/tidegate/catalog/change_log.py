@@ -16,6 +16,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tidegate.catalog.changes import ALL, MOST_READ, NONE, Changes, Item
 from tidegate.catalog.tables import catalog_changes, policy_state
+from tidegate.errors import CatalogUnavailable
 
 MOST_TOUCHED: Final = 500
 """A change that touches more things than that is logged as one that touches everything."""
@@ -65,6 +66,11 @@ class Writing:
         await self.connection.execute(delete(catalog_changes).where(catalog_changes.c.version <= self.version - KEPT_MS))
 
 
+def no_state() -> CatalogUnavailable:
+    """The error for a database without its one row of `policy_state`: a backup is being restored, or is to be."""
+    return CatalogUnavailable("the catalog's database has no row in policy_state: restore a backup, or wait until it is restored")
+
+
 async def read_changes(connection: AsyncConnection, since: int, most: int = MOST_READ) -> Changes:
     """Read what was touched since a version.
 
@@ -76,6 +82,9 @@ async def read_changes(connection: AsyncConnection, since: int, most: int = MOST
     Returns:
         What happened. Where `since` is no version of this database (one that lost the last commits took the place of the one that
         was asked before), nothing is known: the floor is its version.
+
+    Raises:
+        CatalogUnavailable: if `policy_state` is empty, as it is while a backup is being restored.
     """
     # One statement is one snapshot: a version without its rows would look like a change of an older Tidegate.
     # Limited before it is joined, so that the index is walked that far and no further.
@@ -87,6 +96,8 @@ async def read_changes(connection: AsyncConnection, since: int, most: int = MOST
         .order_by(log.c.version.desc())
     )
     rows = (await connection.execute(query)).all()
+    if not rows:
+        raise no_state()
     version = int(rows[0].version)
     if version < since:
         return Changes(version, version, versions=(version,))

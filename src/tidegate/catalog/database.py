@@ -22,7 +22,7 @@ from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 from sqlalchemy.pool import QueuePool, StaticPool
 
-from tidegate.catalog.change_log import Writing
+from tidegate.catalog.change_log import Writing, no_state
 from tidegate.catalog.database_errors import READ_ONLY, cannot_write, is_passing, sqlstate_of
 from tidegate.catalog.engines import BUSY_TIMEOUT_MS, is_postgres, open_engine, reason_of, shown
 from tidegate.catalog.replicas import Replica, Replicas
@@ -175,7 +175,7 @@ class Database:
                 raise
             return replicated
         if not rows:
-            raise CatalogUnavailable(f"the catalog's database {self.name} has lost the row of its state: restore a backup")
+            raise no_state()
         return rows
 
     async def version(self) -> int:
@@ -188,7 +188,10 @@ class Database:
             CatalogUnavailable: if it does not answer.
         """
         async with self.reading() as connection:
-            return int((await connection.execute(select(policy_state.c.version))).scalar_one())
+            version = (await connection.execute(select(policy_state.c.version))).scalar()
+        if version is None:
+            raise no_state()
+        return int(version)
 
     async def ping(self) -> None:
         """Find out whether the primary answers and takes writes.
@@ -325,7 +328,9 @@ class Database:
         for attempt in (1, 2):
             connection = await self._writer.connect()
             try:
-                version, previous = (await connection.execute(raised)).one()
+                state_row = (await connection.execute(raised)).first()
+                if state_row is None:
+                    raise no_state()
             except DBAPIError as error:
                 await connection.close()
                 if attempt == 2 or sqlstate_of(error) != READ_ONLY:
@@ -339,5 +344,5 @@ class Database:
                 await connection.close()
                 raise
             else:
-                return connection, Writing(connection, version, previous)
+                return connection, Writing(connection, state_row.version, state_row.previous)
         raise AssertionError("the second attempt raises or returns")

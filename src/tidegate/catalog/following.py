@@ -15,6 +15,7 @@ import logging
 from collections.abc import Callable
 from typing import Final, Protocol
 
+from tidegate.background import SUPERVISOR, stop
 from tidegate.catalog import VersionedCatalog
 from tidegate.catalog.cached import CachedCatalog
 from tidegate.errors import TidegateError
@@ -26,7 +27,6 @@ QUIET_POLL_S: Final = 0.8
 in force within a second too. The query reads one row of an index."""
 SETTLE_S: Final = 5.0
 """So long after the channel came up it is not relied on: by then all others have it again too."""
-_PAUSE_S: Final = 0.5
 
 
 class Channel(Protocol):
@@ -78,7 +78,13 @@ class Follower:
 
     async def run(self) -> None:
         """Follow until cancelled."""
-        listening = None if self._channel is None else asyncio.create_task(self._listen(self._channel))
+        channel = self._channel
+        listening = (
+            None
+            if channel is None
+            # Polling goes on while it is restarted, so a failure there costs half a second, not a change.
+            else SUPERVISOR.start("catalog_announcements", lambda: channel.listen(self._heard.set))
+        )
         try:
             while True:
                 with contextlib.suppress(TimeoutError):
@@ -86,9 +92,7 @@ class Follower:
                 self._heard.clear()
                 await self.look()
         finally:
-            if listening is not None:
-                listening.cancel()
-                await asyncio.gather(listening, return_exceptions=True)
+            await stop(listening)
 
     async def look(self) -> bool:
         """Take in what changed.
@@ -122,12 +126,3 @@ class Follower:
             self._quiet_from = now + SETTLE_S
             return self._poll_s
         return self._poll_s if self.failing or now < self._quiet_from else max(QUIET_POLL_S, self._poll_s)
-
-    async def _listen(self, channel: Channel) -> None:
-        while True:
-            try:
-                await channel.listen(self._heard.set)
-            except Exception:
-                # Polling goes on meanwhile, so a fault here costs half a second, not a change.
-                logger.exception("listening for changes of the catalog failed")
-            await asyncio.sleep(_PAUSE_S)

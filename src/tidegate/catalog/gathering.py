@@ -7,10 +7,13 @@ second are asked for the first time, is a few hundred queries a second; and a lo
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Final, Generic, TypeVar
 
 from tidegate.errors import CatalogUnavailable
+
+logger = logging.getLogger(__name__)
 
 AT_ONCE: Final = 4
 """So many queries run at the same time."""
@@ -74,16 +77,22 @@ class Gathering(Generic[_V]):
             try:
                 version, found = await self._ask(list({name: None for name, _, _ in batch}), max(least for _, least, _ in batch))
             except CatalogUnavailable as error:
-                for _, _, answer in batch:
-                    if not answer.done():
-                        # Each gets an error of its own: one that many raise would gather the traces of all.
-                        answer.set_exception(CatalogUnavailable(error.message, **error.details))
-            except BaseException as error:
-                for _, _, answer in batch:
-                    if not answer.done():
-                        answer.set_exception(CatalogUnavailable(f"the catalog's query failed: {error!r}"))
+                _fail(batch, error.message, **error.details)
+            except Exception as error:
+                # Those who wait behind this batch are asked for all the same: nothing else would wake them.
+                logger.exception("unhandled exception in a query of the catalog")
+                _fail(batch, f"the catalog's query failed: {error!r:.200}")
+            except BaseException:  # cancelled, with the event loop
+                _fail(batch, "the catalog's query was cancelled")
                 raise
             else:
                 for name, _, answer in batch:
                     if not answer.done():
                         answer.set_result((version, found.get(name)))
+
+
+def _fail(batch: Sequence[tuple[str, int, asyncio.Future[tuple[int, _V | None]]]], message: str, **details: object) -> None:
+    """Each gets an error of its own: one that many raise would gather the traces of all."""
+    for _, _, answer in batch:
+        if not answer.done():
+            answer.set_exception(CatalogUnavailable(message, **details))

@@ -14,6 +14,7 @@ import psycopg
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from tidegate.errors import SettingsError
+from tidegate.settings import is_host
 
 APPLICATION: Final = "tidegate"
 _CONNECT_S: Final = 2
@@ -110,6 +111,10 @@ def connecting(url: str, setting: str, *, writes: bool, timeout_s: float) -> Cal
         # What libpq says may repeat the URL, and with it the password.
         reason = str(error).partition('"')[0].strip() or "it is not understood"
         raise SettingsError(f"{setting}: {reason}: write postgresql://user:password@host:5432/name?sslmode=…") from None
+    for host in str(options.get("host") or "").split(","):
+        # A path or @name is a unix socket, and no host is libpq's default.
+        if host and host[0] not in "/@" and not is_host(host):
+            raise SettingsError(f"{setting}: {host[:60]!r} is not a valid host: write postgresql://user:password@host:5432/name")
     options.setdefault("connect_timeout", _CONNECT_S)
     options.setdefault("application_name", APPLICATION)
     if writes:

@@ -25,6 +25,7 @@ from sqlalchemy import RowMapping, Select, select
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
+from tidegate.background import SUPERVISOR, stop
 from tidegate.catalog.engines import reason_of
 from tidegate.catalog.tables import policy_state
 
@@ -115,7 +116,7 @@ class Replicas:
     async def start(self) -> None:
         """Look at all of them, and go on looking until `close`."""
         await self.look()
-        self._watching = asyncio.create_task(self._watch())
+        self._watching = SUPERVISOR.start("replica_probe", self._watch)
 
     async def rows(
         self, query: Select[Any], least: int, parameters: Mapping[str, Any] | None = None, *, any_of_them: bool = False
@@ -194,9 +195,7 @@ class Replicas:
 
     async def close(self) -> None:
         """Look no more, and end all connections."""
-        if self._watching is not None:
-            self._watching.cancel()
-            await asyncio.gather(self._watching, return_exceptions=True)
+        await stop(self._watching)
         await asyncio.gather(*self._asked, return_exceptions=True)
         for replica in self.replicas:
             await replica.engine.dispose()

@@ -44,6 +44,7 @@ async def watch(
     apply: Callable[[Any], Awaitable[None]],
     refused: Callable[[PolicyError], None],
     poll_s: float = POLL_S,
+    again: asyncio.Event | None = None,
 ) -> None:
     """Watch files until cancelled.
 
@@ -55,9 +56,13 @@ async def watch(
         apply: takes content into force; a `PolicyError` refuses it.
         refused: is told why content is not taken into force; once for each.
         poll_s: time between two looks, s.
+        again: set to have the present content read and judged once more, whether it changed or not.
     """
     judged = seen = Look()
     while True:
+        if again is not None and again.is_set():
+            again.clear()
+            judged = seen = Look()
         # In a thread: on a network mount that hangs, this must not stop the checks.
         now = await asyncio.to_thread(look, seen)
         settled = (now.identity, *_held(now)) == (seen.identity, *_held(seen))
@@ -72,6 +77,7 @@ async def watch_policy(
     apply: Callable[[Policy], Awaitable[None]],
     refused: Callable[[PolicyError], None],
     poll_s: float = POLL_S,
+    again: asyncio.Event | None = None,
 ) -> None:
     """Watch the policy file until cancelled; see `watch`.
 
@@ -80,6 +86,7 @@ async def watch_policy(
         apply: takes a policy into force.
         refused: is told why a file is not taken into force; once for each content.
         poll_s: time between two looks, s.
+        again: see `watch`.
     """
 
     async def take(text: str) -> None:
@@ -93,7 +100,7 @@ async def watch_policy(
             # A catalog that does not answer is not the file's fault: the same content is tried again.
             raise (_NotNow(refusal) if error.status == 503 else refusal) from None
 
-    await watch(lambda last: _look(path, last), take, refused, poll_s)
+    await watch(lambda last: _look(path, last), take, refused, poll_s, again)
 
 
 class _NotNow(Exception):

@@ -52,16 +52,18 @@ def serve(
 
     Without any setting it listens at 127.0.0.1:8080, counts in memory, keeps its catalog in tidegate.db and takes
     tidegate.policy.toml into force if it is there. On SIGTERM it finishes what is in flight and exits 0 within [server]
-    drain_s. With --demo the catalog is a throw-away one: what it holds is gone when the server ends. With [server] workers
-    above 1 it keeps so many processes behind the one address; they need counters on Redis.
+    drain_s. On SIGHUP it reloads the policy file, [envoy] config and certificates. With --demo the catalog is a throw-away one:
+    what it holds is gone when the server ends. With [server] workers above 1 it keeps so many processes behind the one
+    address; they need counters on Redis.
     """
     from tidegate.catalog.engines import shown
-    from tidegate.server import run
+    from tidegate.server import ignore_signals, run
     from tidegate.supervisor import supervise
     from tidegate.telemetry.logs import configure_logging
     from tidegate.url_parts import scheme_of
     from tidegate.worker import Seat, work
 
+    ignore_signals()
     seat = Seat.taken(os.environ)
     settings = read_settings(config)
     configure_logging(settings.server.log_level, settings.server.log_format, None if seat is None else seat.number)

@@ -22,10 +22,12 @@ import os
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from typing import Final
 
 import msgspec
 
+from tidegate.background import SUPERVISOR, stop
 from tidegate.breaker import Breaker, BreakerOptions
 from tidegate.counters import Charge, LateAnswer, Outcome
 from tidegate.counters.denials import DenialMemory
@@ -119,8 +121,8 @@ class GuardedCounters:
             self._stop_elsewhere()
             # Each by itself: a debt of minutes must not keep the heartbeat from its turn.
             self._beside = [
-                asyncio.ensure_future(_again_and_again(self._beat, heartbeat.BEAT_S, "the heartbeat")),
-                asyncio.ensure_future(_again_and_again(self._recover, _RECOVER_S, "the recovery from outages")),
+                SUPERVISOR.start("redis_heartbeat", partial(_repeat, self._beat, heartbeat.BEAT_S)),
+                SUPERVISOR.start("redis_recovery", partial(_repeat, self._recover, _RECOVER_S)),
             ]
         # All who come before it is connected wait for the same attempt.
         await self.store.start()
@@ -189,9 +191,7 @@ class GuardedCounters:
         """See `CounterStore.close`: what is owed is put back first, as far as the store can be reached."""
         self._loop = None
         if self._beside and self._beside[0].get_loop() is asyncio.get_running_loop():
-            for task in self._beside:
-                task.cancel()
-            await asyncio.gather(*self._beside, return_exceptions=True)
+            await stop(*self._beside)
             self._beside = []
             await self.late.close(_LAST_ANSWERS_S)
         self._stop_elsewhere()
@@ -424,14 +424,12 @@ def _now_us() -> int:
     return time.monotonic_ns() // 1000
 
 
-async def _again_and_again(work: Callable[[], Awaitable[None]], pause_s: float, what: str) -> None:
-    """Do something for as long as the instance lives, whatever becomes of one time."""
+async def _repeat(work: Callable[[], Awaitable[None]], pause_s: float) -> None:
+    """Do something again and again; where the store is away, the next time."""
     while True:
         try:
             await work()
         except StoreUnavailable as error:
             # The breakers learn of failures from checks and debts; what was learnt before stays.
-            logger.debug("%s: %s", what, error)
-        except Exception:
-            logger.exception("%s failed; it goes on", what)
+            logger.debug("%s: %s", work.__name__, error)
         await asyncio.sleep(pause_s)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
+from tidegate.background import TaskSupervisor
 from tidegate.breaker import BreakerState
 from tidegate.catalog.cached import CachedCatalog
 from tidegate.catalog.database import Database
@@ -109,6 +110,21 @@ def collect_counters(metrics: Metrics, counters: CounterStore) -> None:
             "Live counters dropped because max_subjects was reached.",
             lambda: counters.evicted,
         )
+
+
+def collect_background(metrics: Metrics, supervisor: TaskSupervisor) -> None:
+    """Export the failures of background tasks.
+
+    Args:
+        metrics: where to.
+        supervisor: of this process.
+    """
+    metrics.add_labelled_counter(
+        "rate_limiter_background_failures",
+        "Background tasks that ended with an exception and were restarted.",
+        "task",
+        lambda: supervisor.failures,
+    )
 
 
 def collect_violations(metrics: Metrics, writer: ViolationWriter) -> None:

@@ -6,7 +6,7 @@ import asyncio
 import datetime
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Final
 
 import msgspec
@@ -77,8 +77,9 @@ class _Probe:
             component = Component("unhealthy", round((time.monotonic() - started) * 1e3, 3), _kind_of(error))
             if self._last is None or self._last[1].status == "healthy":
                 logger.warning("%s is unhealthy: %s: %s", self.name, type(error).__name__, error)
+        finally:
+            self._running = None  # also of a probe that was cancelled: the next one is not to wait for it
         self._last = (time.monotonic(), component)
-        self._running = None
         return component
 
 
@@ -91,10 +92,15 @@ def _kind_of(error: Exception) -> str:
 
 
 class Health:
-    """Probes the parts of one instance."""
+    """Probes the parts of one instance.
 
-    def __init__(self) -> None:
+    Args:
+        failing: gives the background tasks of this process that are failing, each with its error.
+    """
+
+    def __init__(self, failing: Callable[[], Sequence[str]] = tuple) -> None:
         self._probes: list[_Probe] = []
+        self._failing = failing
 
     def add(self, name: str, ping: Callable[[], Awaitable[None]]) -> None:
         """Probe one more part.
@@ -109,10 +115,15 @@ class Health:
         """Ask every part, or what it said less than a second ago.
 
         Returns:
-            The report; `rate_limiter`, which is this process, is healthy by being able to answer.
+            The report; `rate_limiter`, which is this process, is healthy while none of its background tasks is failing.
         """
         looked = await asyncio.gather(*(probe.look() for probe in self._probes))
         components = {probe.name: component for probe, component in zip(self._probes, looked, strict=True)}
-        components["rate_limiter"] = Component("healthy", 0.0)
+        failing = self._failing()
+        components["rate_limiter"] = (
+            Component("unhealthy", 0.0, f"background tasks failed and were restarted: {'; '.join(failing)}")
+            if failing
+            else Component("healthy", 0.0)
+        )
         worst = "unhealthy" if any(each.status == "unhealthy" for each in components.values()) else "healthy"
         return Report(worst, components, datetime.datetime.now(datetime.UTC).isoformat())

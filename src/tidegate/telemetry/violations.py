@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Iterable, Iterator
 from typing import Any, Final, TypeVar
 
+from tidegate.background import SUPERVISOR, stop
 from tidegate.catalog.database import Database
 from tidegate.catalog.violations import (
     MAX_ROWS,
@@ -179,9 +180,11 @@ class ViolationWriter:
 
     async def run(self) -> None:
         """Write and keep the table until cancelled. What has been begun goes on until `flush` waits for it or gives it up."""
-        async with asyncio.TaskGroup() as group:
-            group.create_task(self._write_for_ever())
-            group.create_task(self._keep_for_ever())
+        keeping = SUPERVISOR.start("violations_retention", self._keep_for_ever)
+        try:
+            await self._write_for_ever()
+        finally:
+            await stop(keeping)
 
     async def flush(self, within_s: float = FLUSH_S) -> None:
         """Write everything, at the end of the process. What cannot be written in time is counted as dropped.

@@ -26,6 +26,7 @@ from typing import Any, Final, cast
 import hiredis
 import msgspec
 
+from tidegate.background import SUPERVISOR, stop
 from tidegate.counters import LateAnswer
 from tidegate.counters.redis.resp import encode_command
 from tidegate.counters.redis.url import Credentials, Endpoint
@@ -132,7 +133,7 @@ class Connection(asyncio.Protocol):
         self._pauses = 0
         self._gone = asyncio.Event()
         self._came = asyncio.Event()
-        self._keeping = self._loop.create_task(self._keep_connected())
+        self._keeping = SUPERVISOR.start("redis_connection", self._keep_connected)
         self._keeping.add_done_callback(self._ended)
 
     def __repr__(self) -> str:
@@ -226,9 +227,7 @@ class Connection(asyncio.Protocol):
 
     async def close(self) -> None:
         """End it for good."""
-        self._keeping.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await self._keeping
+        await stop(self._keeping)
         self.drop("it was closed")
 
     def _ended(self, _: asyncio.Task[None]) -> None:
@@ -400,16 +399,25 @@ class Connection(asyncio.Protocol):
             self._on_change(self)
 
     async def _keep_connected(self) -> None:
+        if self._transport is not None:
+            self.drop("restarted")  # left behind by a run that failed
+            # Its connection_lost comes in a later turn of the loop, and must not be taken for that of the next connection.
+            await asyncio.sleep(_FIRST_PAUSE_S)
         while True:
             self._gone.clear()
             quiet = logging.DEBUG if self._pauses else logging.WARNING
             try:
                 async with asyncio.timeout(max(_CONNECT_S, 4 * self._options.timeout_s)):
                     await self._connect()
-            except (OSError, StoreUnavailable, TimeoutError) as error:
+            except (OSError, StoreUnavailable, TimeoutError, UnicodeError) as error:
+                # UnicodeError: of a host that a node or a sentinel names and that no resolver takes.
                 why = getattr(error, "message", None) or str(error) or "it did not answer in time"
                 logger.log(quiet, "Redis at %s: %s", self.endpoint, why, extra=self._told)
                 self.drop(why)
+            except Exception as error:
+                # The supervisor starts anew; what is half connected must not go on calling this protocol.
+                self.drop(f"unhandled exception while connecting: {type(error).__name__}")
+                raise
             else:
                 if self._pauses:
                     logger.log(logging.INFO, "Redis at %s is connected again", self.endpoint, extra=self._told)
@@ -458,8 +466,11 @@ class Connection(asyncio.Protocol):
                 else "is no cluster: write redis:// for redis+cluster://"
             )
             raise StoreUnavailable(f"Redis at {endpoint} {remedy} in counters.url", reason="refused")
-        if self._must_be_master and replies[-1][0] != b"master":
-            raise StoreUnavailable(f"Redis at {endpoint} is a {replies[-1][0].decode()}, not the master", reason="not_master")
+        if self._must_be_master:
+            role = replies[-1][0] if isinstance(replies[-1], list) and replies[-1] else None
+            if role != b"master":
+                named = role.decode(errors="replace") if isinstance(role, bytes) else f"server whose role is {role!r:.40}"
+                raise StoreUnavailable(f"Redis at {endpoint} is a {named}, not the master", reason="not_master")
         if self._subscribe is not None and self._transport is not None:
             # Its confirmation is a push, not a reply: no question is put.
             self._subscribing = self._loop.create_future()

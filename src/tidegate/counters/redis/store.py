@@ -14,6 +14,7 @@ A counter whose value no script can read is reset, and costs nobody else anythin
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from functools import partial
@@ -35,8 +36,10 @@ from tidegate.counters.redis.split import charge_split
 from tidegate.counters.redis.topology import NO_SHARD, Topology, open_topology
 from tidegate.counters.redis.url import RedisUrl, parse_redis_url
 from tidegate.decision import Decision
-from tidegate.errors import StoreUnavailable
+from tidegate.errors import SettingsError, StoreUnavailable
 from tidegate.limits import LimitSet
+
+logger = logging.getLogger(__name__)
 
 _PLANS_KEPT: Final = 65_536
 _AT_ONCE: Final = 50
@@ -93,6 +96,14 @@ class RedisCounters:
             self._starting = asyncio.ensure_future(self._topology.start(max(1.0, self.timeout_s)))
         if self._starting is not None:
             await asyncio.shield(self._starting)
+
+    def reload_certificates(self) -> None:
+        """Read the PEM files of the URL again, for connections made from now on; logs those that cannot be used."""
+        if self._options.tls is not None:
+            try:
+                self.url.load_certificates(self._options.tls)
+            except SettingsError as error:
+                logger.error("certificates not reloaded, the previous ones stay active: %s", error)
 
     async def charge(self, charges: Sequence[Charge], asked_ns: int = 0) -> list[Outcome]:
         """See `CounterStore.charge`: one write for each shard touched, and where there is but one, one call for every 50.

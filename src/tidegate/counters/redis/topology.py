@@ -16,11 +16,13 @@ from typing import Any, Final, Protocol
 import hiredis
 import msgspec
 
+from tidegate.background import SUPERVISOR, stop
 from tidegate.counters.redis.connection import Connection, ConnectionOptions
 from tidegate.counters.redis.resp import encode_command
-from tidegate.counters.redis.url import Endpoint, RedisUrl
+from tidegate.counters.redis.url import MAX_PORT, Endpoint, RedisUrl
 from tidegate.counters.redis.url import Topology as Kind
 from tidegate.errors import StoreUnavailable
+from tidegate.settings import is_host
 
 logger = logging.getLogger(__name__)
 
@@ -175,8 +177,8 @@ class Standalone:
             except StoreUnavailable:
                 continue  # a sentinel that is gone has no vote; that none is left is said below
             reached += 1
-            if isinstance(reply, list) and len(reply) == 2:
-                endpoint = Endpoint(reply[0].decode(), int(reply[1]))
+            endpoint = _endpoint_of(reply)
+            if endpoint is not None:
                 votes[endpoint] = votes.get(endpoint, 0) + 1
         if not reached:
             raise StoreUnavailable("no sentinel can be reached", reason="disconnected")
@@ -189,8 +191,8 @@ class Standalone:
         if len(push) == 3 and push[0] == b"message":
             words = push[2].decode(errors="replace").split()
             if len(words) == 5 and words[0] == self._url.master:
-                endpoint = Endpoint(words[3], int(words[4]))
-                if endpoint != self._connection.endpoint:
+                endpoint = _endpoint_of(words[3:])
+                if endpoint is not None and endpoint != self._connection.endpoint:
                     self._connection.drop(f"the sentinels made {endpoint} the master")
 
 
@@ -212,7 +214,7 @@ class Cluster:
         self._wanted = asyncio.Event()
         self._doubted = False
         self._mapped = asyncio.Event()
-        self._following = asyncio.get_running_loop().create_task(self._follow())
+        self._following = SUPERVISOR.start("redis_topology", self._follow)
         self._dropping: set[asyncio.Task[None]] = set()
 
     async def start(self, timeout_s: float) -> None:
@@ -278,9 +280,7 @@ class Cluster:
 
     async def close(self) -> None:
         """See `Topology`."""
-        self._following.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await self._following
+        await stop(self._following)
         await asyncio.gather(*self._dropping, *(connection.close() for connection in self._nodes.values()))
 
     def _changed(self, connection: Connection) -> None:
@@ -324,14 +324,17 @@ class Cluster:
                 continue  # the next one is asked; that none answers is said below
             if isinstance(reply, hiredis.ReplyError):
                 continue
-            return self._take(connection, reply)
+            try:
+                ranges = _ranges_of(reply, connection.endpoint.host)
+            except (AttributeError, IndexError, TypeError, ValueError):
+                logger.warning("Redis at %s gave a map of the cluster that is not valid: %.100r", connection.endpoint, reply)
+                continue
+            return self._take(ranges)
         raise StoreUnavailable("no node of the Redis cluster answers", reason="disconnected")
 
-    def _take(self, source: Connection, ranges: list[Any]) -> bool:
+    def _take(self, ranges: Sequence[tuple[int, int, Endpoint]]) -> bool:
         owners: list[Connection | None] = [None] * SLOTS
-        for first, last, master, *_ in ranges:
-            host = master[0].decode() if master[0] else ""
-            endpoint = Endpoint(host if host not in ("", "?") else source.endpoint.host, int(master[1]))
+        for first, last, endpoint in ranges:
             owners[first : last + 1] = [self.connection_to(endpoint)] * (last + 1 - first)
         used = {id(owner) for owner in owners if owner is not None}
         if not used:
@@ -360,6 +363,28 @@ def open_topology(url: RedisUrl, options: ConnectionOptions) -> Topology:
         It connects in the background.
     """
     return Cluster(url, options) if url.topology is Kind.CLUSTER else Standalone(url, options)
+
+
+def _endpoint_of(reply: Any) -> Endpoint | None:
+    """The address of two texts, as sentinels give it; None where it is none."""
+    if not isinstance(reply, list) or len(reply) != 2:
+        return None
+    host, port = (part.decode(errors="replace") if isinstance(part, bytes) else str(part) for part in reply)
+    if not is_host(host) or not (port.isascii() and port.isdecimal() and 0 < int(port[:6]) <= MAX_PORT):
+        return None
+    return Endpoint(host, int(port))
+
+
+def _ranges_of(reply: Any, own_host: str) -> list[tuple[int, int, Endpoint]]:
+    """The ranges of CLUSTER SLOTS: first slot, last slot, master. Raises one of several errors where the reply is no map."""
+    ranges = []
+    for first, last, master, *_ in reply:
+        host = master[0].decode() if master[0] else ""
+        if not (0 <= first <= last < SLOTS and 0 < int(master[1]) <= MAX_PORT):
+            raise ValueError("slots or port out of range")
+        # An empty host or `?` is the one that was asked.
+        ranges.append((first, last, Endpoint(host if host not in ("", "?") else own_host, int(master[1]))))
+    return ranges
 
 
 def _at(endpoint: Endpoint) -> Any:

@@ -20,10 +20,12 @@ from urllib.parse import parse_qsl, unquote
 import msgspec
 
 from tidegate.errors import SettingsError
+from tidegate.settings import is_host
 from tidegate.url_parts import scheme_of, split_url
 
 DEFAULT_PORT: Final = 6379
 DEFAULT_SENTINEL_PORT: Final = 26379
+MAX_PORT: Final = 65_535
 _OPTIONS: Final = frozenset(("ca", "cert", "key", "sentinel_user", "sentinel_password", "db"))
 
 
@@ -109,12 +111,31 @@ class RedisUrl(msgspec.Struct, frozen=True):
             return None
         try:
             context = ssl.create_default_context(cafile=self.ca or None)
+        except (OSError, ssl.SSLError) as error:
+            raise self._unusable(error) from None
+        self.load_certificates(context)
+        return context
+
+    def load_certificates(self, context: ssl.SSLContext) -> None:
+        """Read the PEM files into a context, also into one that is in use: connections made from then on have them.
+
+        Args:
+            context: made by `tls_context`. An authority that it trusts already stays trusted.
+
+        Raises:
+            SettingsError: if a PEM file cannot be read.
+        """
+        try:
+            if self.ca:
+                context.load_verify_locations(cafile=self.ca)
             if self.cert:
                 context.load_cert_chain(self.cert, self.key or None)
         except (OSError, ssl.SSLError) as error:
-            files = ", ".join(name for name in (self.ca, self.cert, self.key) if name)
-            raise SettingsError(f"counters.url: the PEM files {files} cannot be used for TLS: {error}") from None
-        return context
+            raise self._unusable(error) from None
+
+    def _unusable(self, error: Exception) -> SettingsError:
+        files = ", ".join(name for name in (self.ca, self.cert, self.key) if name)
+        return SettingsError(f"counters.url: the PEM files {files} cannot be used for TLS: {error}")
 
 
 def parse_redis_url(url: str) -> RedisUrl:
@@ -160,6 +181,8 @@ def parse_redis_url(url: str) -> RedisUrl:
     if kind == "unix":
         if parts.hosts or not parts.path:
             raise SettingsError("counters.url for a unix socket needs three slashes: redis+unix:///run/redis/redis.sock")
+        if "\0" in unquote(parts.path):
+            raise SettingsError(f"counters.url: {parts.path[:60]!r} is not a valid path: remove %00")
         return RedisUrl(Topology.STANDALONE, (Endpoint(path=unquote(parts.path)),), credentials, db=_db(options.get("db", "0")))
     master = ""
     if kind == "sentinel":
@@ -202,7 +225,7 @@ def _endpoint(text: str, default_port: int, may_be_secret: bool) -> Endpoint:
     match = _ENDPOINT.fullmatch(text)
     if match is not None:
         host, port = match[1] or match[2], match[3]
-        if not port or 0 < int(port) <= 65_535:
+        if is_host(host) and (not port or 0 < int(port) <= MAX_PORT):
             return Endpoint(host, int(port) if port else default_port)
     shown = text.partition(":")[0][:60] + ":…" if may_be_secret and ":" in text and not text.startswith("[") else text[:60]
     raise SettingsError(f"counters.url: {shown!r} is not a valid address; expected host or host:{default_port}, IPv6 in brackets")

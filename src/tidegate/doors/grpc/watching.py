@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -33,7 +34,11 @@ def load_domains(path: Path, policy_domain: str) -> dict[str, FileDomain]:
 
 
 async def watch_domains(
-    path: Path, policy_domain: str, service: RateLimitService, refused: Callable[[PolicyError], None]
+    path: Path,
+    policy_domain: str,
+    service: RateLimitService,
+    refused: Callable[[PolicyError], None],
+    again: asyncio.Event | None = None,
 ) -> None:
     """Follow the files until cancelled.
 
@@ -42,6 +47,7 @@ async def watch_domains(
         policy_domain: the domain whose limits are the policy's.
         service: gets the limits.
         refused: is told why a change is not taken into force.
+        again: see `watch`.
     """
     first = True
 
@@ -55,7 +61,7 @@ async def watch_domains(
             logger.info("%s was taken into force: %d domains", path, len(read))
         first = False
 
-    await watch(lambda last: _look(path, last), take, refused)
+    await watch(lambda last: _look(path, last), take, refused, again=again)
 
 
 def _domains(read: list[RateLimitFile], policy_domain: str, path: Path) -> dict[str, FileDomain]:
