@@ -41,7 +41,7 @@ from tidegate.settings import Settings, join_address, parse_address
 from tidegate.telemetry.access import AccessLog
 from tidegate.telemetry.collected import collect_cache, collect_counters, collect_violations
 from tidegate.telemetry.health import Health
-from tidegate.telemetry.logs import lines_dropped
+from tidegate.telemetry.logs import lines_dropped, lines_suppressed
 from tidegate.telemetry.metrics import Metrics
 from tidegate.telemetry.violations import Violations, ViolationWriter
 
@@ -157,6 +157,9 @@ class Instance:
         self.metrics.add_gauge("rate_limiter_policy_version", "Version of the catalog in force.", lambda: self.cached.version)
         self.metrics.add_gauge("rate_limiter_in_flight", "Requests being answered.", lambda: self.in_flight)
         self.metrics.add_counter("rate_limiter_log_lines_dropped", "Log lines that nobody took.", lines_dropped)
+        self.metrics.add_counter(
+            "rate_limiter_log_lines_suppressed", "Log lines left out because many of their kind came.", lines_suppressed
+        )
         self.cached.changed(await source.changes(0))
         self.follower = Follower(source, self.cached, settings.catalog.poll_s, channel)
         self._spawn(self.follower.run(), "following the catalog")
@@ -277,7 +280,7 @@ class Instance:
             editor,
             gate,
             settings.admin.token or None,
-            TrustedProxies(settings.server.trusted_proxies),
+            TrustedProxies(settings.admin.trusted_proxies, setting="admin.trusted_proxies"),
             body_timeout_s=settings.server.body_timeout_s,
         )
         self._admin = AsgiListener(admin_app(deps), host, port)

@@ -153,9 +153,11 @@ class AdminSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     Args:
         token: bearer token of an operator, 16 characters or more; without one, one is made and printed at the first start.
+        trusted_proxies: networks whose forwarding headers the control plane believes when it counts wrong tokens by address.
     """
 
     token: str | None = None
+    trusted_proxies: tuple[str, ...] = ()
 
 
 class ViolationSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -236,6 +236,34 @@ async def test_filters_take_their_text_as_it_is(admin: Admin) -> None:
     assert (await admin.http.get("/rate-limit-rules", params={"endpoint": "%"})).json()["items"] == []
 
 
+async def test_filters_know_cases_of_every_script(admin: Admin) -> None:
+    await admin.tier()
+    for name in ("ÄRGER", "Straße", "ΑΘΗΝΑ", "plain 100%"):
+        await admin.key(name=name)
+
+    async def found(part: str) -> list[str]:
+        return [each["name"] for each in (await admin.http.get("/api-keys", params={"name": part})).json()["items"]]
+
+    assert await found("ärg") == ["ÄRGER"]
+    assert await found("STRAß") == ["Straße"]
+    assert await found("αθη") == ["ΑΘΗΝΑ"]
+    assert await found("PLAIN 100%") == ["plain 100%"]
+    assert await found("ä%") == []
+
+
+async def test_a_weak_etag_is_told_from_a_stale_one(admin: Admin) -> None:
+    await admin.tier()
+    change = {"limits": ["5/day"]}
+    weak = await admin.http.put("/tiers/free", json=change, headers={"If-Match": 'W/"1"'})
+    message = _error(weak, 412, "REVISION_STALE")
+    assert "weak ETag" in message
+    assert "changed meanwhile" not in message
+    assert (await admin.http.put("/tiers/free", json=change, headers={"If-Match": 'W/"7", "1"'})).status_code == 200
+    assert "changed meanwhile" in _error(
+        await admin.http.put("/tiers/free", json=change, headers={"If-Match": '"1"'}), 412, "REVISION_STALE"
+    )
+
+
 async def test_the_policy_files_rows_are_shown_and_left_alone(admin: Admin) -> None:
     await admin.catalog.apply_policy(parse_policy(WHOLE), "1")
     tier = (await admin.http.get("/tiers")).json()["items"][0]
@@ -286,7 +314,7 @@ async def test_import_does_not_contradict_the_file(admin: Admin) -> None:
     await admin.catalog.apply_policy(parse_policy(WHOLE), "1")
     assert (await admin.http.post("/policy", content=WHOLE)).json()["changes"] == []
     text = '[[tiers]]\nname = "first"\n[[tiers]]\nname = "free"\nlimits = ["77/day"]\n'
-    assert "'free' stands otherwise" in _error(await admin.http.post("/policy", content=text), 409, "MANAGED_BY_FILE")
+    assert "'free' differs from the policy file" in _error(await admin.http.post("/policy", content=text), 409, "MANAGED_BY_FILE")
     assert (await admin.http.get("/tiers/first")).status_code == 404
 
 

@@ -20,7 +20,7 @@ from tests.integration.admin_api import TOKEN, Admin
 from tidegate.catalog.tables import admin_tokens, api_keys, metadata, rate_limit_rules, tiers
 
 INJECTION = "'; DROP TABLE api_keys; --"
-STORABLE = (INJECTION, "%_\\", "\u202eعربي\u200f😀" + "é" * 9)
+STORABLE = (INJECTION, "%_\\", "عربي😀" + "é" * 9)
 """Texts as any other, wherever any text may stand."""
 BROKEN = ("a\0b", "a\ud800b")
 LONG = ("x" * 10_000, "é" * 100_000)

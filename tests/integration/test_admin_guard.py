@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import re
 from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
-from sqlalchemy import select, update
+from sqlalchemy import event, select, update
 
 from tests.integration.admin_api import Admin, open_admin
 from tests.moments import MINUTE_S, stay_within
 from tidegate.catalog.tables import admin_tokens
-from tidegate.catalog.tokens import first_token
+from tidegate.catalog.tokens import Principal, first_token
+from tidegate.doors.admin.guard import Guard
 from tidegate.doors.client_address import TrustedProxies
 
 INJECTIONS = (
@@ -81,7 +84,7 @@ async def test_tokens_end(admin: Admin) -> None:
     made = await _token(admin, "viewer", expires_at="2100-01-01T00:00:00Z")
     taken = await admin.http.post("/tokens", json={"name": "n"})
     assert taken.status_code == 409
-    assert (await admin.http.post("/tokens", json={"name": "settings"})).status_code == 409
+    assert (await admin.http.post("/tokens", json={"name": "settings"})).status_code == 400
     assert (await admin.http.post("/tokens", json={"name": "p", "expires_at": "2001-01-01T00:00:00Z"})).status_code == 400
     async with admin.client(made["token"]) as http:
         assert (await http.get("/tiers")).status_code == 200
@@ -122,16 +125,197 @@ async def test_each_token_has_its_limit(catalog_url: str) -> None:
     await admin.catalog.close()
 
 
-async def test_guesses_are_stopped_for_each_address(catalog_url: str) -> None:
-    admin = await open_admin(catalog_url, trusted=TrustedProxies(["192.0.2.0/24"]))
+async def test_guesses_are_stopped_for_each_address_and_the_right_token_passes(catalog_url: str) -> None:
+    admin = await open_admin(catalog_url)
+    stay_within(MINUTE_S, 10)
+    made = await _token(admin, "viewer")
+    async with admin.client("tga_" + "a" * 40) as http, admin.client(made["token"]) as viewer:
+        guessed, answered = [], []
+        for _ in range(38):
+            guessed.append((await http.get("/tiers")).status_code)
+            answered += [(await admin.http.get("/tiers")).status_code, (await viewer.get("/tiers")).status_code]
+        assert guessed == [401] * 20 + [429] * 18
+        assert answered == [200] * 76
+        assert "retry-after" in (await http.get("/tiers")).headers
+        # One that was made meanwhile passes as well, one that was revoked does not.
+        newest = await _token(admin, "viewer", "newest")
+        async with admin.client(newest["token"]) as other:
+            assert (await other.get("/tiers")).status_code == 200
+            await admin.http.delete(f"/tokens/{newest['id']}")
+            assert (await other.get("/tiers")).status_code == 429
+    await admin.catalog.close()
+
+
+@pytest.mark.parametrize("header", ["X-Real-IP", "X-Forwarded-For"])
+async def test_headers_of_strangers_make_no_new_address(catalog_url: str, header: str) -> None:
+    admin = await open_admin(catalog_url)
     stay_within(MINUTE_S, 5)
     async with admin.client("wrong-token-of-somebody") as http:
-        assert [(await http.get("/tiers")).status_code for _ in range(25)] == [401] * 20 + [429] * 5
-        assert "retry-after" in (await http.get("/tiers")).headers
-        assert (await http.get("/tiers", headers={"X-Forwarded-For": "198.51.100.7"})).status_code == 401
-    assert (await admin.http.get("/tiers")).status_code == 429  # a right guess among too many is not let in
-    assert (await admin.http.get("/tiers", headers={"X-Forwarded-For": "198.51.100.8"})).status_code == 200
+        statuses = [(await http.get("/tiers", headers={header: f"198.51.100.{number}"})).status_code for number in range(25)]
+    assert statuses == [401] * 20 + [429] * 5
     await admin.catalog.close()
+
+
+async def test_proxies_of_the_control_plane_name_the_address(catalog_url: str) -> None:
+    admin = await open_admin(
+        catalog_url, trusted=TrustedProxies(["192.0.2.0/24"]), failed_rate="2/minute", failed_rate_overall="9/minute"
+    )
+    stay_within(MINUTE_S, 5)
+
+    async def guess(address: str) -> int:
+        return (await http.get("/tiers", headers={"X-Forwarded-For": address})).status_code
+
+    async with admin.client("wrong-token-of-somebody") as http:
+        assert [await guess("198.51.100.7") for _ in range(4)] == [401, 401, 429, 429]
+        # The addresses of one IPv6 network are one guesser.
+        assert [await guess(f"2001:db8::{number:x}") for number in range(4)] == [401, 401, 429, 429]
+        assert [await guess(f"203.0.113.{number}") for number in range(8)] == [401] * 5 + [429] * 3  # nine from everywhere
+    assert (await admin.http.get("/tiers")).status_code == 200
+    await admin.catalog.close()
+
+
+async def test_many_guesses_share_a_query(catalog_url: str) -> None:
+    admin = await open_admin(catalog_url, failed_rate="1/minute")
+    stay_within(MINUTE_S, 5)
+    queries: list[str] = []
+
+    def count(_: Any, __: Any, statement: str, *rest: Any) -> None:
+        queries.append(statement)
+
+    event.listen(admin.catalog.database._reader.sync_engine, "before_cursor_execute", count)
+    async with admin.client(None) as http:
+
+        async def guess(number: int) -> int:
+            return (await http.get("/tiers", headers={"Authorization": f"Bearer tga_{number:040}"})).status_code
+
+        assert await guess(0) == 401
+        queries.clear()
+        assert await asyncio.gather(*(guess(number) for number in range(100))) == [429] * 100
+    assert len(queries) < 20
+    await admin.catalog.close()
+
+
+@pytest.mark.parametrize(
+    "path", ["tokens%0A", "tokens%0D", "%0Atokens", "tokens%00", "tokens%7F", "tokens%C2%85", "tiers%0A", "tokens/%0A"]
+)
+async def test_paths_with_control_characters_are_refused(admin: Admin, path: str) -> None:
+    viewer = await _token(admin, "viewer", "v")
+    async with admin.client(viewer["token"]) as http:
+        answer = await http.get(f"http://admin/admin/v1/{path}")
+        assert (answer.status_code, answer.json()["error"]["code"]) == (400, "BAD_REQUEST")
+        assert "items" not in answer.text
+    async with admin.client(None) as http:
+        assert (await http.get("http://admin/x%0A")).status_code == 400
+
+
+async def test_every_route_has_a_role(admin: Admin) -> None:
+    """Whatever is added: without a token nothing is read, and a viewer changes nothing and reads no tokens."""
+    viewer = await _token(admin, "viewer", "v")
+    described = (await admin.http.get("/openapi.json")).json()["paths"]
+    assert len(described) > 15
+    async with admin.client(None) as stranger, admin.client(viewer["token"]) as http:
+        for path, operations in described.items():
+            filled = "http://admin" + re.sub(r"\{[^}]*\}", "1", path)
+            for method in operations:
+                answer = await stranger.request(method, filled)
+                assert answer.status_code == 401, (method, path)
+                answer = await http.request(method, filled)
+                if method != "get" or "/tokens" in path:
+                    assert answer.status_code == 403, (method, path)
+                else:
+                    assert answer.status_code != 403, (method, path)
+
+
+async def test_the_routes_have_roles_of_their_own(admin: Admin) -> None:
+    """Also where a request passed the guard by mistake."""
+    scope = {"type": "http", "method": "GET", "path": "/admin/v1/tokens", "headers": [], "query_string": b"", "state": {}}
+    behind: Any = admin.app.build_middleware_stack()
+    while not isinstance(behind, Guard):
+        behind = behind.app
+    behind = behind._app
+    for principal, status in (
+        (None, 401),
+        (Principal("v", "viewer", "token 1"), 403),
+        (Principal("o", "operator", "token 2"), 200),
+    ):
+        sent: list[Any] = []
+
+        async def receive() -> dict[str, Any]:
+            return {"type": "http.request", "body": b"", "more_body": False}
+
+        async def send(message: Any, sent: list[Any] = sent) -> None:
+            sent.append(message)
+
+        state = {} if principal is None else {"principal": principal}
+        await behind({**scope, "state": state, "app": admin.app}, receive, send)
+        assert sent[0]["status"] == status
+
+
+async def test_viewers_get_no_digests(admin: Admin) -> None:
+    await admin.tier()
+    await admin.key()
+    viewer = await _token(admin, "viewer", "v")
+    assert "sha256" in (await admin.http.get("/policy")).text
+    assert "sha256" not in (await admin.http.get("/policy", params={"keys": False})).text
+    async with admin.client(viewer["token"]) as http:
+        exported = await http.get("/policy")
+        assert (exported.status_code, "sha256" in exported.text) == (200, False)
+        assert (await http.get("/policy", params={"keys": False})).status_code == 200
+        refused = await http.get("/policy", params={"keys": True})
+        assert (refused.status_code, "sha256" in refused.text) == (403, False)
+        for path in ("/api-keys", "/audit-log", "/tiers", "/rate-limit-rules", "/violations"):
+            assert re.search(r"[0-9a-f]{64}", (await http.get(path)).text) is None
+
+
+HIDDEN_NAMES = (
+    "a\x07b",
+    "a\x1b[31mb",
+    "a\u202eb",
+    "a\u2066b",
+    "a\u200bb",
+    "a\u200db",
+    "\ufeffa",
+    "a\u00adb",
+    "a\u3164b",
+    "a\u2028b",
+    "a\U000e0041",
+)
+IMITATIONS = (
+    "settings",
+    "Settings",
+    "ѕettings",
+    "set tings",
+    "ｓettings",
+    "cli:root",
+    "CLI:root",
+    "cli\uff1aroot",
+    "cli : root",
+    "сli:root",
+)
+
+
+async def test_names_show_what_they_are(admin: Admin) -> None:
+    await admin.tier()
+    key = await admin.key()
+    for name in (*HIDDEN_NAMES, *IMITATIONS, " a", "a "):
+        for answer in (
+            await admin.http.post("/tokens", json={"name": name}),
+            await admin.http.post("/api-keys", json={"tier": "free", "name": name}),
+            await admin.http.patch(f"/api-keys/{key['id']}", json={"name": name}, headers=ANY),
+        ):
+            assert answer.status_code == 400, (name, answer.text)
+            assert answer.json()["error"]["message"].isprintable(), name
+    for name in HIDDEN_NAMES:
+        text = (
+            '[[tiers]]\nname = "t"\n[[api_keys]]\ntier = "t"\nsha256 = "'
+            + "ab" * 32
+            + f'"\nname = {json.dumps(name, ensure_ascii=False)}\n'
+        )
+        answer = await admin.http.post("/policy", content=text)
+        assert (answer.status_code, "does not show" in answer.text) == (400, True), answer.text
+    for name in ("Ünïcode", "日本語", "عربى", "cli", "client: x", "settings of Ada", "first"):
+        assert (await admin.http.post("/tokens", json={"name": name})).status_code == 201, name
+        assert (await admin.http.post("/api-keys", json={"tier": "free", "name": name})).status_code == 201, name
 
 
 async def test_bodies_are_bounded(admin: Admin) -> None:

@@ -102,3 +102,21 @@ def test_a_wrong_address_or_token_is_told(serve: Callable[..., Any]) -> None:
     same = {"TIDEGATE_SERVER__HTTP": f"127.0.0.1:{port}", "TIDEGATE_SERVER__ADMIN": f"127.0.0.1:{port}"}
     code, _, err = serve(wait=False, **same).stop_by_itself()
     assert (code, "port of server.http" in err) == (2, True)
+
+
+def test_requests_without_a_token_write_a_bounded_number_of_safe_lines(serve: Callable[..., Any]) -> None:
+    server = serve(TIDEGATE_ADMIN__TOKEN=TOKEN, TIDEGATE_SERVER__LOG_FORMAT="text")
+    forged = "%0A2026-11-30 02:00:00,000 INFO tidegate: forged%1B[2J".replace(" ", "%20")
+    with httpx.Client(base_url=f"http://127.0.0.1:{server.admin_port}") as stranger:
+        for _ in range(200):
+            assert stranger.post(f"/admin/v1/tiers{forged}").status_code == 400
+            assert stranger.post("/nothing").status_code == 404
+    with _admin(server, TOKEN) as admin:
+        assert admin.post("/tiers", json={"name": "free"}).status_code == 201
+    code, _, err = server.stop()
+    assert code == 0
+    lines = err.splitlines()
+    assert not any(line.startswith("2026-11-30 02:00:00") for line in lines)
+    assert "\x1b" not in err
+    assert 1 <= sum("POST" in line and " answered 40" in line for line in lines) <= 30
+    assert any("POST /admin/v1/tiers answered 201" in line for line in lines)

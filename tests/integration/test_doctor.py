@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,12 @@ from sqlalchemy import inspect, text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tests.servers.ports import free_port
+from tests.servers.postgres import PostgresServer
 from tests.servers.postgres_cluster import PostgresCluster
 from tests.servers.redis_server import RedisServer
 from tidegate.catalog.engines import open_engine
 from tidegate.catalog.schema import downgrade, upgrade
+from tidegate.errors import SettingsError
 
 Found = dict[str, tuple[bool | None, str]]
 """What was looked at → whether it is well, and what was found; of replicas, the last one."""
@@ -190,6 +193,59 @@ def test_replicas_are_looked_at(postgres_cluster: PostgresCluster, tmp_path: Pat
     assert "does not answer as a replica" in looked[2][1]
     assert "secret-word" not in said
     postgres_cluster.primary.drop_database(name)
+
+
+@pytest.fixture
+def limited_role(postgres_server: PostgresServer, postgres_url: str) -> Iterator[str]:
+    """The URL of an empty database for a role that may connect, and no more: as PostgreSQL 15 has it by default."""
+    database = postgres_url.rpartition("/")[2]
+    postgres_server.execute("REVOKE CREATE ON SCHEMA public FROM PUBLIC", database)
+    postgres_server.execute("CREATE ROLE limited LOGIN", database)
+    yield postgres_url.replace("postgres@", "limited@")
+    postgres_server.execute("DROP OWNED BY limited", database)
+    postgres_server.execute("DROP ROLE limited", database)
+
+
+async def test_a_role_that_may_not_make_tables(limited_role: str, postgres_server: PostgresServer, tmp_path: Path) -> None:
+    code, found = await asyncio.to_thread(_found, tmp_path, TIDEGATE_CATALOG__URL=limited_role)
+    assert (code, found["catalog"][0]) == (1, False)
+    assert "GRANT CREATE ON SCHEMA public TO limited" in found["catalog"][1]
+    with pytest.raises(SettingsError, match="GRANT USAGE, CREATE ON SCHEMA public"):
+        await upgrade(limited_role)
+    postgres_server.execute("GRANT CREATE ON SCHEMA public TO limited", limited_role.rpartition("/")[2])
+    await upgrade(limited_role)
+    code, found = await asyncio.to_thread(_found, tmp_path, TIDEGATE_CATALOG__URL=limited_role)
+    assert (code, found["catalog"][0]) == (0, True)
+
+
+async def test_why_a_postgres_cannot_be_had(postgres_url: str, tmp_path: Path) -> None:
+    base, _, database = postgres_url.rpartition("/")
+    closed = free_port()
+    for url, said in (
+        (postgres_url.replace("postgres@", "nobody-of-that-name@"), "createuser"),
+        (f"{base}/absent-database", "createdb absent-database"),
+        (f"postgresql://postgres@127.0.0.1:{closed}/{database}", "no server answers there"),
+    ):
+        with pytest.raises(SettingsError) as refused:
+            await upgrade(url)
+        assert said in refused.value.message
+        assert len([each for each in ("createuser", "createdb", "no server") if each in refused.value.message]) == 1
+    code, found = await asyncio.to_thread(
+        _found, tmp_path, TIDEGATE_CATALOG__URL=postgres_url.replace("postgres@", "nobody-of-that-name@")
+    )
+    assert (code, found["catalog"][0]) == (1, False)
+    assert "createuser" in found["catalog"][1]
+    assert "createdb" not in found["catalog"][1]
+
+
+async def test_other_users_may_read_the_file(tmp_path: Path) -> None:
+    await upgrade(f"sqlite:///{tmp_path}/x.db")
+    code, found = await asyncio.to_thread(_found, tmp_path, TIDEGATE_CATALOG__URL=f"sqlite:///{tmp_path}/x.db")
+    assert (code, found["catalog"][0]) == (0, True)
+    await asyncio.to_thread(Path.chmod, tmp_path / "x.db", 0o644)
+    code, found = await asyncio.to_thread(_found, tmp_path, TIDEGATE_CATALOG__URL=f"sqlite:///{tmp_path}/x.db")
+    assert (code, found["catalog"][0]) == (0, None)
+    assert "chmod 600" in found["catalog"][1]
 
 
 def test_a_redis_that_answers_ping_and_refuses_the_script_is_wrong(any_redis: RedisServer, tmp_path: Path) -> None:

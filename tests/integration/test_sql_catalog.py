@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import os
+import resource
 import sqlite3
+import stat
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -14,7 +18,9 @@ from sqlalchemy import event, select, text
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from tests.integration.catalog_keys import listed_keys, make_key, revoke_key
+from tests.servers.postgres import PostgresServer
 from tests.unit.test_policy_file import WHOLE
+from tidegate.catalog import database
 from tidegate.catalog.engines import open_engine
 from tidegate.catalog.policy_file import parse_policy
 from tidegate.catalog.schema import upgrade, upgrade_schema
@@ -67,6 +73,31 @@ async def test_applying_is_idempotent_and_follows_the_file(catalog: SqlCatalog) 
     assert await catalog.api_key(policy.api_keys[0].sha256) is None
     assert await catalog.anonymous_tier() is None
     assert await catalog.version() > first + 1
+
+
+async def test_a_file_is_applied_in_few_statements(catalog: SqlCatalog) -> None:
+    """A rule that is put before a thousand others moves them all."""
+    rule = '[[tiers.rules]]\nendpoint = "/{}"\nlimits = ["1/s"]\n'
+    rules = "".join(rule.format(number) for number in range(1_000))
+    keys = "".join(f'[[api_keys]]\nsha256 = "{number << 200:064x}"\ntier = "t"\n' for number in range(1_000))
+    revoked = keys.replace("tier", "status = 'revoked'\ntier")
+    statements: list[str] = []
+    event.listen(
+        catalog.database._writer.sync_engine, "before_cursor_execute", lambda *arguments: statements.append(arguments[2])
+    )
+    for file in (
+        f'[[tiers]]\nname = "t"\n{rules}{keys}',
+        f'[[tiers]]\nname = "t"\n{rule.format("first")}{rules}{revoked}',
+        f'[[tiers]]\nname = "t"\n{rule.format("9")}',
+    ):
+        statements.clear()
+        policy = parse_policy(file)
+        assert await catalog.apply_policy(policy, str(len(file)))
+        assert len(statements) < 60
+        (tier,) = await catalog.list_tiers()
+        assert tier == policy.tiers[0]
+        for api_key in policy.api_keys[:3]:
+            assert await catalog.api_key(api_key.sha256) == api_key
 
 
 async def test_rows_made_otherwise_stay(catalog: SqlCatalog) -> None:
@@ -131,7 +162,7 @@ async def test_keys_are_made_listed_and_revoked(catalog: SqlCatalog, engine: Asy
     assert all(api_key.encode() not in stored for api_key, _ in made), "no key is stored"
 
 
-@pytest.mark.parametrize("hostile", ["'; DROP TABLE tiers; --", '" OR 1=1', "%_\\", "𝕏" * 50, "${x}{{y}}", "\u202e\u200bعربي"])
+@pytest.mark.parametrize("hostile", ["'; DROP TABLE tiers; --", '" OR 1=1', "%_\\", "𝕏" * 50, "${x}{{y}}", "عربي😀"])
 async def test_hostile_texts_are_texts(hostile: str, catalog: SqlCatalog) -> None:
     await catalog.apply_policy(parse_policy(OTHER), "1")
     _, record = await make_key(catalog, "other", name=hostile)
@@ -187,7 +218,7 @@ async def test_a_refused_look_is_taken_again(tmp_path: Path) -> None:
     def refuse(*_: object) -> None:
         if refused:
             refused.pop()
-            raise sqlite3.OperationalError("database is locked")
+            _locked(tmp_path / "held.db")
 
     event.listen(engine.sync_engine, "do_connect", refuse)
     assert await upgrade_schema(url, engine) == await upgrade(url)
@@ -212,6 +243,23 @@ async def test_look_ups_use_indexes(catalog: SqlCatalog, engine: AsyncEngine) ->
             assert not any(step.startswith("SCAN") for step in plan), (name, plan)
         indexes = [row[0] for row in await connection.execute(text("SELECT name FROM sqlite_master WHERE type = 'index'"))]
     assert {"idx_rules_tier_endpoint", "idx_api_keys_status"} <= set(indexes)
+
+
+async def test_files_are_for_their_owner_alone(tmp_path: Path) -> None:
+    old = os.umask(0o022)
+    try:
+        made = await SqlCatalog.open(f"sqlite:///{tmp_path}/new.db")
+        await made.apply_policy(parse_policy(OTHER), "1")
+        modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in _listed(tmp_path)}
+        await made.close()
+        assert modes == dict.fromkeys(modes, 0o600)
+        assert {"new.db", "new.db-wal"} <= modes.keys()
+        # One whose mode was chosen by somebody keeps it.
+        (tmp_path / "new.db").chmod(0o640)
+        await (await SqlCatalog.open(f"sqlite:///{tmp_path}/new.db")).close()
+        assert [stat.S_IMODE(path.stat().st_mode) for path in _listed(tmp_path) if path.name == "new.db"] == [0o640]
+    finally:
+        os.umask(old)
 
 
 async def test_databases_that_cannot_be_had(tmp_path: Path) -> None:
@@ -249,12 +297,85 @@ async def test_database_that_goes_away(catalog: SqlCatalog, engine: AsyncEngine)
         await make_key(catalog, "other")
 
 
+@pytest.mark.parametrize("catalog_url", ["sqlite"], indirect=True)
+async def test_a_full_disk_is_no_health(catalog: SqlCatalog, tmp_path: Path) -> None:
+    """The system refuses to let files grow, as it does where the disk is full."""
+    await catalog.apply_policy(parse_policy(OTHER), "1")
+    await catalog.ping()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1, hard))
+    try:
+        with pytest.raises(CatalogUnavailable, match="did not take the change"):
+            await make_key(catalog, "other")
+        for _ in range(2):
+            with pytest.raises(CatalogUnavailable, match="takes no writes"):
+                await catalog.ping()
+        assert await catalog.version()  # it still reads
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    await catalog.ping()
+    await make_key(catalog, "other")
+
+
+@pytest.mark.parametrize("catalog_url", ["sqlite"], indirect=True)
+async def test_health_finds_a_full_disk_where_nobody_writes(catalog: SqlCatalog, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(database, "WRITE_PROBE_S", 0.0)
+    version = await catalog.version()
+    await catalog.ping()
+    async with catalog.database.changing() as writing:
+        writing.touch("none")
+        await catalog.ping()  # whoever writes now is not waited for, and no fault
+    assert await catalog.version() > version
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1, hard))
+    try:
+        with pytest.raises(CatalogUnavailable, match="takes no writes"):
+            await catalog.ping()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    await catalog.ping()
+
+
+async def test_a_postgres_that_takes_no_writes_is_no_health(postgres_server: PostgresServer, postgres_url: str) -> None:
+    name = postgres_url.rpartition("/")[2]
+    owner = await SqlCatalog.open(postgres_url)
+    await owner.close()
+    postgres_server.execute("CREATE ROLE reader LOGIN", name)
+    try:
+        for grant in ("USAGE, CREATE ON SCHEMA public", "SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA public"):
+            postgres_server.execute(f"GRANT {grant} TO reader", name)
+        catalog = await SqlCatalog.open(postgres_url.replace("postgres@", "reader@"))
+        await catalog.ping()
+        postgres_server.execute("REVOKE UPDATE ON policy_state FROM reader", name)
+        with pytest.raises(CatalogUnavailable, match="did not take the change"):
+            await catalog.apply_policy(parse_policy(OTHER), "1")
+        with pytest.raises(CatalogUnavailable, match="takes no writes"):
+            await catalog.ping()
+        postgres_server.execute("GRANT UPDATE ON policy_state TO reader", name)
+        await catalog.ping()
+        await catalog.close()
+    finally:
+        postgres_server.execute("DROP OWNED BY reader", name)
+        postgres_server.execute("DROP ROLE reader", name)
+
+
 async def test_in_memory() -> None:
     catalog = await SqlCatalog.open("sqlite://")
     await catalog.apply_policy(parse_policy(OTHER), "1")
     _, record = await make_key(catalog, "other")
     assert await catalog.api_key(record.sha256) == record
     await catalog.close()
+
+
+def _locked(file: Path) -> None:
+    """What SQLite says where another holds the file."""
+    with contextlib.closing(sqlite3.connect(file)) as holder, contextlib.closing(sqlite3.connect(file, timeout=0)) as other:
+        holder.execute("BEGIN EXCLUSIVE")
+        other.execute("BEGIN EXCLUSIVE")
+
+
+def _listed(directory: Path) -> list[Path]:
+    return sorted(directory.iterdir())
 
 
 def _files(directory: Path) -> bytes:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import io
 import json
 import logging
 import os
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -18,7 +16,17 @@ from hypothesis import strategies as st
 
 from tidegate.catalog.tokens import TOKEN_PREFIX
 from tidegate.doors.client_address import TrustedProxies
-from tidegate.telemetry.logs import HIDDEN, MAX_LINE_BYTES, LineWriter, configure_logging, lines_dropped
+from tidegate.telemetry.logs import (
+    BY_STRANGER,
+    HIDDEN,
+    MAX_LINE_BYTES,
+    MAX_REPEATED,
+    LineWriter,
+    _Repeats,
+    configure_logging,
+    lines_dropped,
+    lines_suppressed,
+)
 from tidegate.telemetry.requests import CURRENT, Request
 
 TRACEPARENT = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
@@ -192,6 +200,112 @@ def test_a_line_is_never_longer_than_a_pipe_takes_whole(character: str) -> None:
         assert json.loads(line)["log"]["logger"] == "tidegate.test"
 
 
+FORGED = "2026-11-30 02:00:00,000 INFO tidegate.test: forged"
+UNSAFE = (
+    "\n",
+    "\r",
+    "\r\n",
+    "\x0b",
+    "\x0c",
+    "\x1b[2K\x1b[1A",
+    "\x1b]0;t\x07",
+    "\x85",
+    "\x9b2J",
+    "\u2028",
+    "\u2029",
+    "\u202e",
+    "\u2066",
+    "\x7f",
+    "\0",
+)
+
+
+@pytest.mark.parametrize("style", ["json", "text"])
+@pytest.mark.parametrize("unsafe", UNSAFE)
+def test_no_record_forges_a_line_or_steers_a_terminal(style: str, unsafe: str) -> None:
+    text = f"/a{unsafe}{FORGED}"
+
+    def log() -> None:
+        logger.info("%s answered", text)
+        logger.info("beside", extra={"ecs": {"url.path": text}})
+        try:
+            raise ValueError(text)
+        except ValueError:
+            logger.exception("it failed at %s", text)
+        logging.getLogger("of.another.library").warning(text)
+
+    pipe = Pipe()
+    writer = configure_logging("info", style, None, pipe.stream)
+    log()
+    writer.close()
+    pipe.stream.close()
+    with os.fdopen(pipe.reading, "rb") as reader:
+        raw = reader.read().decode()
+    assert [character for character in raw if character != "\n" and not character.isprintable()] == []
+    records = [line for line in raw.split("\n")[:-1] if not line.startswith("  | ")]
+    assert len(records) == 4
+    assert not any(line.startswith("2026-11-30 02:00:00") for line in raw.split("\n"))
+    if style == "json":
+        assert json.loads(records[1])["url"]["path"] == text  # the same value, written otherwise
+        assert FORGED in json.loads(records[2])["error"]["message"]
+
+
+def test_a_record_in_text_is_never_longer_than_a_pipe_takes_whole() -> None:
+    def log() -> None:
+        for character in ("x", "\x1b", "😀", "\udc80"):
+            logger.error("%s", character * 20_000)
+            try:
+                raise ValueError("\n" * 20_000)
+            except ValueError:
+                logger.exception("%s", character * 20_000)
+
+    lines = written(log, style="text")
+    records: list[str] = []
+    for line in lines:
+        if line.startswith("  | "):
+            records[-1] += "\n" + line
+        else:
+            records.append(line)
+    assert len(records) == 8
+    assert max(len(record.encode()) for record in records) < MAX_LINE_BYTES
+
+
+@pytest.mark.parametrize("style", ["json", "text"])
+def test_a_record_that_cannot_be_formatted_is_not_printed_as_it_is(style: str, capfd: pytest.CaptureFixture[str]) -> None:
+    (line,) = written(lambda: logger.info("%d", f"a\n{FORGED}"), style=style)
+    assert "could not be formatted: TypeError" in line
+    assert style == "text" or json.loads(line)["log.level"] == "error"
+    assert capfd.readouterr().err == ""
+
+
+def test_what_strangers_cause_is_bounded_and_counted() -> None:
+    def log() -> None:
+        for number in range(100):
+            logger.info("%s %d", "by a stranger", number, extra={BY_STRANGER: True})
+            logger.info("by an operator %d", number)
+
+    lines = written(log)
+    assert sum("by a stranger" in line for line in lines) == MAX_REPEATED
+    assert sum("by an operator" in line for line in lines) == 100
+    assert lines_suppressed() == 100 - MAX_REPEATED
+
+
+def test_one_fault_again_and_again_is_bounded_and_told_of_later() -> None:
+    now = 0.0
+    repeats = _Repeats(lambda: now)
+    kind = (ValueError, ValueError("x"), None)
+
+    def record() -> logging.LogRecord:
+        return logging.LogRecord("tidegate.test", logging.ERROR, "f", 1, "it failed at %s", ("x",), kind)
+
+    assert [repeats.filter(record()) for _ in range(MAX_REPEATED + 5)] == [True] * MAX_REPEATED + [False] * 5
+    assert repeats.filter(logging.LogRecord("tidegate.test", logging.ERROR, "f", 1, "another", (), kind))
+    now = 61.0
+    later = record()
+    assert repeats.filter(later)
+    assert later.getMessage() == "it failed at x (5 more lines like this were left out)"
+
+
 def test_text_for_a_terminal_and_json_for_a_pipe() -> None:
     for terminal, is_json in ((True, False), (False, True)):
         pipe = Pipe(terminal)
@@ -248,12 +362,3 @@ def test_what_is_dropped_is_a_metric() -> None:
     writer.dropped = 3
     assert lines_dropped() == 3
     pipe.lines(writer)
-
-
-def test_a_line_that_cannot_be_made_fails_nobody(capsys: pytest.CaptureFixture[str]) -> None:
-    def log() -> None:
-        logger.info("%d", "no number")
-
-    with suppress(io.UnsupportedOperation):
-        assert written(log) == []
-    assert "Logging error" in capsys.readouterr().err

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import time
+import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,7 +13,7 @@ from hypothesis import strategies as st
 
 from tidegate.catalog.forms import FIRST_US, LAST_US, moment_text, moment_us
 from tidegate.catalog.policy_file import PolicyCatalog, load_policy, parse_policy, policy_warnings
-from tidegate.catalog.toml_lines import LineIndex
+from tidegate.catalog.toml_lines import LineIndex, line_of_deep_key
 from tidegate.errors import PolicyError
 from tidegate.keys import hash_api_key
 from tidegate.limits import Algorithm, OnFailure
@@ -114,7 +117,7 @@ REFUSED: dict[str, tuple[str, str, int, str]] = {
     "expiry without offset": ("+01:00", "", 26, "has no offset"),
     "expiry beyond the years": ("2030-01-02T03:04:05+01:00", "9999-12-31T23:00:00-01:00", 26, "years 1 to 9999"),
     "expiry before the years": ("2030-01-02T03:04:05+01:00", "0001-01-01T00:00:00+00:01", 26, "years 1 to 9999"),
-    "name with a NUL": ('name = "demo"', 'name = "de\\u0000mo"', 24, "NUL"),
+    "name with a NUL": ('name = "demo"', 'name = "de\\u0000mo"', 24, "U+0000"),
     "endpoint too long for a name": ('endpoint = "/x"', f'endpoint = "/{"x" * 300}"', 18, "needs a 'name'"),
     "expiry as a text": ("2030-01-02\n", '"2030-01-02"\n', 35, "without quotes"),
     "rule of an override": ('rule = "/x"', 'rule = "/y"', 29, "no rule '/y'"),
@@ -279,6 +282,112 @@ def test_rules_that_escape_one_for_everything_are_warned_of() -> None:
         everything + 'methods = ["GET"]\n' + search + 'methods = ["POST"]\n',
     ):
         assert warned(quiet) == []
+
+
+DEEP = ".".join("a" * 9)
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        (f"x = 1\n{DEEP} = 1", 2),
+        (f"[{DEEP}]", 1),
+        (f"[[{DEEP}]]", 1),
+        (f"\n\"a\" . 'b' . {DEEP} = 1", 2),
+        (f"x = {{ {DEEP} = 1 }}", 1),
+        (f'x = """\n"""\n{DEEP} = 1', 3),
+        (f'x = """a""""\n{DEEP} = 1', 2),
+        (f'x = "\\""\n{DEEP} = 1', 2),
+        ("a." * 8_000 + "a = 1", 1),
+    ],
+)
+def test_a_key_of_many_parts_is_refused_before_it_is_read(text: str, line: int) -> None:
+    tracemalloc.start()
+    try:
+        with pytest.raises(PolicyError) as refused:
+            parse_policy(text)
+        assert tracemalloc.get_traced_memory()[1] < 2_000_000
+    finally:
+        tracemalloc.stop()
+    assert "more than 8 parts" in refused.value.reason
+    assert refused.value.line == line
+
+
+@pytest.mark.parametrize(
+    "text", [f'x = "{DEEP}"', f"x = '''\n{DEEP}'''", f"# {DEEP}", f'x = """{DEEP}"""', f'x = ["{DEEP}", 1.5]', f'x = """{DEEP}']
+)
+def test_dots_that_are_no_key_are_accepted(text: str) -> None:
+    assert line_of_deep_key(text) is None
+
+
+def _cpu_s(work: Callable[[], object]) -> float:
+    started = time.process_time()
+    work()
+    return max(time.process_time() - started, 0.002)
+
+
+@pytest.mark.parametrize("piece", ['\\"', '"""a"\n\\', "'''", '"a".', "a.a.a.a.a.a.a,", "a ", ".", '"', '"\\\\\\', "#a"])
+def test_looking_for_deep_keys_takes_time_in_proportion(piece: str) -> None:
+    small, large = (piece * (size // len(piece)) + "........." for size in (50_000, 800_000))
+    assert _cpu_s(lambda: line_of_deep_key(large)) < 100 * _cpu_s(lambda: line_of_deep_key(small))  # 16 times as much, not 256
+
+
+def _rules(count: int, **fields: str) -> str:
+    more = "".join(f"{name} = {value}\n" for name, value in fields.items())
+    return '[[tiers]]\nname = "t"\n' + "".join(
+        f'[[tiers.rules]]\nendpoint = "/r{number}"\nlimits = ["1/s"]\n{more}' for number in range(count)
+    )
+
+
+def test_many_rules_take_time_in_proportion() -> None:
+    def read(count: int) -> None:
+        policy_warnings(parse_policy(_rules(count)))
+
+    read(10)
+    assert _cpu_s(lambda: read(6_000)) < 25 * _cpu_s(lambda: read(600))  # 10 times as much; by pairs 100
+
+
+def test_rules_of_one_endpoint_are_compared_with_a_bounded_number() -> None:
+    rules = "".join(
+        f'[[tiers.rules]]\nendpoint = "/a"\nlimits = ["1/s"]\nmethods = ["M{number}"]\nname = "r{number}"\n'
+        for number in range(3_000)
+    )
+    policy = parse_policy(f'[[tiers]]\nname = "t"\n{rules}')
+    assert policy_warnings(policy) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "said", "line"),
+    [
+        (_rules(10_001), "at most 10000 are taken", 30_003),
+        (_rules(6_000) + _rules(6_000).replace('"t"', '"u"'), "more than 10000 rules", 30_005),
+        ("".join(f'[[tiers]]\nname = "t{number}"\n' for number in range(1_001)), "at most 1000 are taken", 2_001),
+        ('[[tiers]]\nname = "t"\nlimits = [' + '"1/s",' * 33 + "]", "a rule takes 1 to 16", 3),
+        (_rules(1, methods="[" + '"GET",' * 33 + "]"), "at most 32 are read", 6),
+        ("x = " + "9" * 5_000, "a number has too many digits", 1),
+        ("[a." + "b" * 900_000 + "]\n[a." + "b" * 900_000 + "]", "not TOML", 2),
+    ],
+)
+def test_policies_are_bounded(text: str, said: str, line: int) -> None:
+    with pytest.raises(PolicyError) as refused:
+        parse_policy(text)
+    assert said in refused.value.reason
+    assert len(refused.value.reason) < 500
+    assert refused.value.line == line
+
+
+def test_an_unknown_name_is_compared_with_a_bounded_number_of_others() -> None:
+    long = "ab" * 120
+    names = "".join(f'[[tiers.rules]]\nendpoint = "/{long}{number:05}"\nlimits = ["1/s"]\n' for number in range(3_000))
+    rule = "ba" * 120 + "00000"
+    key = f'[[api_keys]]\nkey = "demo-free-key-0001"\ntier = "t"\n[[api_keys.overrides]]\nrule = "{rule}"\nlimits = []'
+    plain = f'[[tiers]]\nname = "t"\n{names}'
+
+    def refuse() -> None:
+        with pytest.raises(PolicyError, match="has no rule"):
+            parse_policy(plain + key)
+
+    assert _cpu_s(refuse) < 20 * _cpu_s(lambda: parse_policy(plain))
 
 
 def test_warnings() -> None:

@@ -134,15 +134,15 @@ async def test_counters_of_odd_subjects_are_apart_in_every_store(redis_server: R
     await redis.close()
 
 
-def test_domains_whose_names_have_a_slash_count_apart() -> None:
-    def name(domain: str, key: str) -> str:
+async def test_domains_whose_names_have_a_slash_count_apart() -> None:
+    async def name(domain: str, key: str) -> str:
         text = f"domain: {domain}\ndescriptors:\n  - key: {key}\n    rate_limit: {{unit: day, requests_per_unit: 1}}\n"
-        (part,) = FileDomain(parse_ratelimit([("f", text)])[0]).parts([([(key, "v")], 1, None)])
+        (part,) = await FileDomain(parse_ratelimit([("f", text)])[0]).parts([([(key, "v")], 1, None)])
         plan: Any = part.plan
         return str(plan.charges[0].counters[0][0].name)
 
-    assert name("a/b", "c") != name("a", "b/c")
-    assert name("a", "c") == "envoy/a/c"
+    assert await name("a/b", "c") != await name("a", "b/c")
+    assert await name("a", "c") == "envoy/a/c"
 
 
 @pytest.mark.parametrize(

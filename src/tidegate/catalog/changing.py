@@ -6,13 +6,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Final, TypeAlias
 
 from sqlalchemy import RowMapping, delete, func, insert, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tidegate.catalog import policy_rows
+from tidegate.catalog.bulk import insert_rows
 from tidegate.catalog.change_log import Writing
 from tidegate.catalog.changes import TIER
 from tidegate.catalog.forms import Form, rule_form, tier_form
@@ -86,6 +87,15 @@ class Change:
         """
         row = {"at_us": now_us(), "actor": self.actor, "action": action, "kind": kind, "target": target}
         await self.connection.execute(insert(audit_log).values(**row, before=before, after=after))
+
+    async def audit_all(self, changes: Sequence[Form]) -> None:
+        """Write down many changes at once.
+
+        Args:
+            changes: each with the arguments of `audit` by name.
+        """
+        common = {"at_us": now_us(), "actor": self.actor}
+        await insert_rows(self.connection, audit_log, [{**common, **each} for each in changes])
 
     async def one(self, query: Any) -> RowMapping | None:
         """The first row of a query.

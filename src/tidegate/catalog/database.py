@@ -17,13 +17,14 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequenc
 from typing import Any, Final
 
 import msgspec
-from sqlalchemy import RowMapping, Select, case, func, select, update
+from sqlalchemy import RowMapping, Select, case, func, select, text, update
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
-from sqlalchemy.pool import QueuePool
+from sqlalchemy.pool import QueuePool, StaticPool
 
 from tidegate.catalog.change_log import Writing
-from tidegate.catalog.engines import is_postgres, open_engine, reason_of, shown
+from tidegate.catalog.database_errors import READ_ONLY, cannot_write, is_passing, sqlstate_of
+from tidegate.catalog.engines import BUSY_TIMEOUT_MS, is_postgres, open_engine, reason_of, shown
 from tidegate.catalog.replicas import Replica, Replicas
 from tidegate.catalog.schema import upgrade_schema
 from tidegate.catalog.tables import policy_state
@@ -36,7 +37,11 @@ CHANNEL: Final = "tidegate_catalog"
 WRITE_TIMEOUT_S: Final = 15.0
 """Writers wait for their turn, so an answer may take longer than a reader's."""
 _WRITERS: Final = 4
-_READ_ONLY: Final = "25006"
+WRITE_PROBE_S: Final = 10.0
+"""Where nothing else is written to a SQLite file, `/health` writes so often."""
+_CAN_WRITE: Final = text(
+    "SELECT pg_is_in_recovery() AS standby, current_setting('default_transaction_read_only') AS read_only FROM policy_state"
+)
 
 
 class DatabaseOptions(msgspec.Struct, frozen=True):
@@ -73,6 +78,8 @@ class Database:
         self.announce: Callable[[int], Awaitable[None]] | None = None
         self.replicas: Replicas | None = None
         self.queries = 0
+        self._write_fault: str | None = None
+        self._written_at_s = time.monotonic()
         self._reader = reader
         self._writer = writer
 
@@ -132,6 +139,11 @@ class Database:
             {"in_use": pool.checkedout(), "idle": pool.checkedin()} if isinstance(pool, QueuePool) else {"in_use": 0, "idle": 0}
         )
 
+    @property
+    def _in_memory(self) -> bool:
+        # One connection for all: a commit of the probe would commit what others have begun.
+        return isinstance(self._writer.pool, StaticPool)
+
     async def seen(self, query: Select[Any], least: int, parameters: Mapping[str, Any] | None = None) -> Sequence[RowMapping]:
         """The rows of a query for a check.
 
@@ -178,6 +190,56 @@ class Database:
         async with self.reading() as connection:
             return int((await connection.execute(select(policy_state.c.version))).scalar_one())
 
+    async def ping(self) -> None:
+        """Find out whether the primary answers and takes writes.
+
+        Raises:
+            CatalogUnavailable: if it does not; it says why.
+        """
+        if self.dialect == "postgresql":
+            async with self.reading() as connection:
+                row = (await connection.execute(_CAN_WRITE)).one()
+            if row.standby or row.read_only == "on":
+                raise CatalogUnavailable(f"the catalog's database {self.name} takes no writes: it is a standby, or read-only")
+        else:
+            await self.version()
+        # A full disk shows in a write only: one that no check sees is made where the last one failed, and now and then.
+        due = self._write_fault is not None or time.monotonic() - self._written_at_s >= WRITE_PROBE_S
+        if due and not self._in_memory and (self.dialect == "sqlite" or self._write_fault is not None):
+            await self._probe_writing()
+        if self._write_fault is not None:
+            raise CatalogUnavailable(f"the catalog's database {self.name} takes no writes: {self._write_fault}")
+
+    async def _probe_writing(self) -> None:
+        patience = "PRAGMA busy_timeout = 100" if self.dialect == "sqlite" else "SET LOCAL lock_timeout = '100ms'"
+        try:
+            async with self._writer.connect() as connection:
+                try:
+                    await connection.exec_driver_sql(patience)
+                    # By a microsecond: SQLite writes nothing where nothing changes.
+                    await connection.execute(update(policy_state).values(changed_at_us=policy_state.c.changed_at_us + 1))
+                    await connection.commit()
+                finally:
+                    if self.dialect == "sqlite":
+                        await connection.rollback()
+                        await connection.exec_driver_sql(f"PRAGMA busy_timeout = {BUSY_TIMEOUT_MS}")
+        except (SQLAlchemyError, OSError) as error:
+            if is_passing(error):
+                return  # somebody else writes now, and will see whether it succeeds
+            self._note_write(error)
+            if not cannot_write(error):
+                raise CatalogUnavailable(f"the catalog's database {self.name} takes no writes: {reason_of(error)}") from error
+        else:
+            self._note_write(None)
+
+    def _note_write(self, error: Exception | None) -> None:
+        """Remember whether the last write found the database writable; an error of one statement says nothing of that."""
+        if error is None:
+            self._write_fault = None
+            self._written_at_s = time.monotonic()
+        elif cannot_write(error):
+            self._write_fault = reason_of(error)
+
     @contextlib.asynccontextmanager
     async def reading(self) -> AsyncIterator[AsyncConnection]:
         """A connection to read from the primary.
@@ -207,7 +269,9 @@ class Database:
         try:
             async with self._writer.begin() as connection:
                 yield connection
+            self._note_write(None)
         except (SQLAlchemyError, OSError) as error:
+            self._note_write(error)
             raise CatalogUnavailable(f"the catalog's database did not take the change: {reason_of(error)}") from error
 
     @contextlib.asynccontextmanager
@@ -228,9 +292,11 @@ class Database:
                 if self.dialect == "postgresql":
                     await connection.execute(select(func.pg_notify(CHANNEL, str(writing.version))))
                 await connection.commit()
+                self._note_write(None)
             finally:
                 await connection.close()
         except (SQLAlchemyError, OSError) as error:
+            self._note_write(error)
             raise CatalogUnavailable(f"the catalog's database did not take the change: {reason_of(error)}") from error
         if self.replicas is not None:
             self.replicas.made(writing.version)
@@ -262,7 +328,7 @@ class Database:
                 version, previous = (await connection.execute(raised)).one()
             except DBAPIError as error:
                 await connection.close()
-                if attempt == 2 or getattr(error.orig, "sqlstate", None) != _READ_ONLY:
+                if attempt == 2 or sqlstate_of(error) != READ_ONLY:
                     raise
                 # The primary of before is a standby now: connections to it are of no use for writing, nor for reading what was
                 # written.

@@ -170,8 +170,12 @@ class CatalogEditor:
             if state is not None and state["anonymous_tier"] == row["name"]:
                 raise CatalogError(f"tier {name!r} is the anonymous tier: name another one in [anonymous] of a policy first")
             rules = (await change.connection.execute(rule_rows().where(tiers.c.id == row["id"]))).mappings().all()
-            for rule in rules:
-                await change.audit("delete", "rule", str(rule["id"]), rule_form(rule), None)
+            await change.audit_all(
+                [
+                    {"action": "delete", "kind": "rule", "target": str(rule["id"]), "before": rule_form(rule), "after": None}
+                    for rule in rules
+                ]
+            )
             await change.connection.execute(delete(rate_limit_rules).where(rate_limit_rules.c.tier_id == row["id"]))
             change.touch(TIER, row["name"])
             await change.connection.execute(delete(tiers).where(tiers.c.id == row["id"]))
@@ -197,7 +201,7 @@ class CatalogEditor:
         rule = Rule.make(**fields)
         async with self.changing(actor) as change:
             form = await insert_rule(change, await held_tier(change, tier), rule)
-            return form, await _warnings(change, tier, form["id"])
+        return form, await self._warnings(tier, form["id"])
 
     async def edit_rule(
         self, actor: str, rule_id: int, fields: Mapping[str, Any], seen: Seen, *, whole: bool = False
@@ -229,7 +233,7 @@ class CatalogEditor:
             if held and Rule.make(**{**held, "name": "held"}).default_name == row["name"]:
                 held["name"] = ""
             form = await update_rule(change, row, Rule.make(**{**held, **fields}))
-            return form, await _warnings(change, row["tier_name"], rule_id)
+        return form, await self._warnings(row["tier_name"], rule_id)
 
     async def delete_rule(self, actor: str, rule_id: int, seen: Seen) -> None:
         """Remove a rule.
@@ -250,9 +254,9 @@ class CatalogEditor:
             require_editable(change, row, seen, f"rule {rule_id}")
             await remove_rule(change, row)
 
-
-async def _warnings(change: Change, tier: str, rule_id: int) -> list[str]:
-    ordered = rule_rows().where(tiers.c.name == tier).order_by(rate_limit_rules.c.position, rate_limit_rules.c.id)
-    rows = (await change.connection.execute(ordered)).mappings().all()
-    # Comparing patterns may take half a second where a tier has a thousand long ones: not on the event loop.
-    return await asyncio.to_thread(shadow_warnings, tier, rule_id, rows)
+    async def _warnings(self, tier: str, rule_id: int) -> list[str]:
+        """What the rules of a tier do to each other; compared in a thread and without the write lock, which others wait for."""
+        ordered = rule_rows().where(tiers.c.name == tier).order_by(rate_limit_rules.c.position, rate_limit_rules.c.id)
+        async with self.reading() as connection:
+            rows = (await connection.execute(ordered)).mappings().all()
+        return await asyncio.to_thread(shadow_warnings, tier, rule_id, rows)

@@ -14,6 +14,7 @@ from tidegate.catalog.changes import KEY
 from tidegate.catalog.changing import Change, NotThere, Seen, held_tier, now_us, require_editable
 from tidegate.catalog.editing import CatalogEditor
 from tidegate.catalog.forms import Form, key_form
+from tidegate.catalog.labels import require_label
 from tidegate.catalog.tables import api_keys, rate_limit_rules, tiers
 from tidegate.errors import BadRequest, CatalogError, PolicyError
 from tidegate.keys import hash_api_key, make_api_key
@@ -53,13 +54,15 @@ async def create_key(editor: CatalogEditor, actor: str, fields: KeyFields) -> tu
         The key itself, this once, and its form.
 
     Raises:
-        BadRequest: if its time would be over already.
+        BadRequest: if its time would be over already, or its name is refused.
         PolicyError: if a limit is refused.
         NotThere: if there is no such tier, or it has no rule that is overridden.
         CatalogUnavailable: if the database does not answer.
     """
     if isinstance(fields.expires_at_us, int) and fields.expires_at_us <= now_us():
         raise BadRequest("expires_at is past: give a moment to come, or leave it out for a key without end", field="expires_at")
+    if fields.name is not msgspec.UNSET:
+        require_label(fields.name, "name")
     async with editor.changing(actor) as change:
         tier = await held_tier(change, str(fields.tier))
         overrides = await _overrides(change, tier, (), fields)
@@ -86,12 +89,15 @@ async def edit_key(editor: CatalogEditor, actor: str, key_id: str, fields: KeyFi
         The key's form.
 
     Raises:
+        BadRequest: if its name is refused.
         PolicyError: if a limit is refused.
         NotThere: if there is no such key or tier, or the tier has no rule that is overridden.
         StaleRevision: if it was changed since.
         ManagedByFile: if the policy file owns it.
         CatalogUnavailable: if the database does not answer.
     """
+    if fields.name is not msgspec.UNSET:
+        require_label(fields.name, "name")
     async with editor.changing(actor) as change:
         row = await held_key(change, key_id)
         require_editable(change, row, seen, f"the API key {row['id']}")
@@ -211,25 +217,6 @@ async def delete_key(editor: CatalogEditor, actor: str, key_id: str, seen: Seen)
         change.touch(KEY, row["sha256"])
         await change.connection.execute(delete(api_keys).where(api_keys.c.id == row["id"]))
         await change.audit("delete", "api_key", row["id"], key_form(row), None)
-
-
-async def insert_foreign_key(change: Change, record: ApiKey) -> Form:
-    """Take in a key that was made elsewhere, of which only the digest is known.
-
-    Args:
-        change: the transaction.
-        record: the key's record; its tier is there.
-
-    Returns:
-        The key's form.
-    """
-    tier = await held_tier(change, record.tier)
-    change.touch(KEY, record.sha256)
-    values = policy_rows.row_of_api_key(record, tier["id"], now_us())
-    await change.connection.execute(insert(api_keys).values({**values, "managed_by_file": False}))
-    form = key_form(await held_key(change, record.id))
-    await change.audit("create", "api_key", record.id, None, form)
-    return form
 
 
 async def update_key(

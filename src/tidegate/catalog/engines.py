@@ -5,6 +5,8 @@ What differs between the two stands here and in `schema`; everything else is one
 
 from __future__ import annotations
 
+import contextlib
+import os
 from collections.abc import Callable
 from typing import Any, Final
 from urllib.parse import quote
@@ -19,7 +21,9 @@ from tidegate.errors import SettingsError
 from tidegate.url_parts import is_postgres_url, scheme_of, without_secrets
 
 POSTGRES_SCHEMES: Final = ("postgresql", "postgres")
-_BUSY_TIMEOUT_MS: Final = 5_000
+LOWER: Final = "tidegate_lower"
+"""A function on connections to SQLite: lower case of any script. SQLite's own `lower` and LIKE know ASCII only."""
+BUSY_TIMEOUT_MS: Final = 5_000
 
 
 def is_postgres(url: str) -> bool:
@@ -108,12 +112,30 @@ def reason_of(error: Exception) -> str:
     return (str(getattr(error, "orig", None) or error).splitlines() or [type(error).__name__])[0]
 
 
+def make_private(file: str) -> None:
+    """Make the file of a SQLite database, where it is not there, for its owner alone.
+
+    It holds digests of keys and tokens, and addresses of clients. The files that SQLite makes beside it get the same mode.
+    One that is there keeps its mode: somebody may have given it to a group on purpose.
+
+    Args:
+        file: its path.
+
+    Raises:
+        OSError: if it cannot be made.
+    """
+    if os.path.lexists(file):
+        return
+    with contextlib.suppress(FileExistsError):  # another process made it meanwhile
+        os.close(os.open(file, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
+
+
 def _sqlite(parsed: URL, pool_size: int, timeout_s: float, looks_only: bool) -> AsyncEngine:
     in_memory = parsed.database in (None, "", ":memory:")
     options: dict[str, Any] = {"poolclass": StaticPool}
     if not in_memory:
         # Writers wait for each other as long as SQLite lets them, and so for a connection.
-        options = {"pool_size": pool_size, "max_overflow": 0, "pool_timeout": max(timeout_s, _BUSY_TIMEOUT_MS / 1000)}
+        options = {"pool_size": pool_size, "max_overflow": 0, "pool_timeout": max(timeout_s, BUSY_TIMEOUT_MS / 1000)}
         if looks_only:
             # Not `mode=ro`, which leaves files behind beside one in WAL mode.
             parsed = parsed.set(database=f"file:{quote(str(parsed.database))}", query={"uri": "true", "mode": "rw"})
@@ -168,16 +190,21 @@ def postgres_creator(url: str, setting: str, *, writes: bool, timeout_s: float) 
 
 
 def _prepare_sqlite(connection: Any, _: Any) -> None:
+    connection.create_function(LOWER, 1, _lower, deterministic=True)
     cursor = connection.cursor()
-    cursor.execute(f"PRAGMA busy_timeout = {_BUSY_TIMEOUT_MS}")
+    cursor.execute(f"PRAGMA busy_timeout = {BUSY_TIMEOUT_MS}")
     cursor.execute("PRAGMA foreign_keys = ON")
     cursor.execute("PRAGMA journal_mode = WAL")  # readers go on while another process writes
     cursor.execute("PRAGMA synchronous = NORMAL")
     cursor.close()
 
 
+def _lower(text: object) -> object:
+    return text.lower() if isinstance(text, str) else text
+
+
 def _look_at_sqlite(connection: Any, _: Any) -> None:
     cursor = connection.cursor()
-    cursor.execute(f"PRAGMA busy_timeout = {_BUSY_TIMEOUT_MS}")
+    cursor.execute(f"PRAGMA busy_timeout = {BUSY_TIMEOUT_MS}")
     cursor.execute("PRAGMA query_only = ON")
     cursor.close()

@@ -6,51 +6,58 @@ does not name, but never a row of the policy file. It is one transaction: a text
 
 from __future__ import annotations
 
+import asyncio
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any, Final
 
-from sqlalchemy import delete, func, select, update
+from sqlalchemy import Column, func, insert, select, true, update
+from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tidegate.catalog import policy_rows
-from tidegate.catalog.changes import ANONYMOUS, KEY, TIER
-from tidegate.catalog.changing import (
-    Change,
-    ManagedByFile,
-    held_tier,
-    insert_rule,
-    insert_tier,
-    now_us,
-    remove_rule,
-    rule_rows,
-    update_rule,
-    update_tier,
-)
+from tidegate.catalog.bulk import BATCH_SIZE, batches, delete_rows, insert_rows, update_rows
+from tidegate.catalog.changing import Change, now_us, rule_rows
 from tidegate.catalog.editing import CatalogEditor
-from tidegate.catalog.editing_keys import insert_foreign_key, key_rows, update_key
-from tidegate.catalog.forms import Form, key_form, tier_form
+from tidegate.catalog.editing_keys import key_rows
+from tidegate.catalog.forms import Form
+from tidegate.catalog.import_plan import HeldRows, ImportPlan, Row, plan_import
 from tidegate.catalog.tables import api_keys, policy_state, rate_limit_rules, tiers
 from tidegate.errors import CatalogError
-from tidegate.policy import ApiKey, KeyStatus, Policy, Subject, Tier
+from tidegate.policy import ApiKey, Policy, Subject
 
 MAX_KEYS: Final = 5_000
-"""Most API keys that one text takes: it is read as a whole."""
+"""Most API keys that one text takes, and that one import removes: they are read as a whole."""
+MAX_HELD_RULES: Final = 50_000
+"""Most rules of the tiers concerned that an import compares a text with."""
+
+_ATTEMPTS: Final = 3
+_RULE_COLUMNS: Final = (
+    "endpoint_pattern",
+    "methods",
+    "algorithm",
+    "limits",
+    "subject",
+    "priority",
+    "mode",
+    "on_failure",
+    "managed_by_file",
+    "revision",
+)
+_KEY_COLUMNS: Final = (
+    "tier_id",
+    "name",
+    "status",
+    "expires_at_us",
+    "overrides",
+    "revoked_at_us",
+    "revoked_reason",
+    "managed_by_file",
+    "revision",
+)
 
 
-class _Recorded(Change):
-    """A change that also keeps what it did, to be shown."""
-
-    def __init__(self, change: Change) -> None:
-        super().__init__(change.writing, change.actor, change.has_file)
-        self.changes: list[Form] = []
-
-    async def audit(self, action: str, kind: str, target: str, before: Form | None, after: Form | None) -> None:
-        await super().audit(action, kind, target, before, after)
-        self.changes.append({"action": action, "kind": kind, "target": target, "before": before, "after": after})
-
-
-class _DryRun(Exception):
-    """Takes a transaction back that was only to be looked at."""
+class _Outdated(Exception):
+    """The catalog was changed since it was compared with the policy."""
 
 
 async def export_policy(editor: CatalogEditor, *, with_keys: bool = True) -> Policy:
@@ -91,11 +98,13 @@ async def import_policy(
 ) -> list[Form]:
     """Take a policy into the catalog.
 
+    The changes are worked out before the write lock is taken, in a thread, and written in bulk; a dry run never takes it.
+
     Args:
         editor: of the catalog.
         actor: who asks.
         policy: the policy.
-        dry_run: whether the changes are only to be shown.
+        dry_run: whether the changes are only to be shown; a rule to be made has no id yet, its target is its name.
         prune: whether rows that neither the policy nor the policy file names are removed.
 
     Returns:
@@ -108,22 +117,27 @@ async def import_policy(
     """
     if len(policy.api_keys) > MAX_KEYS:
         raise CatalogError(f"the policy has {len(policy.api_keys)} API keys: at most {MAX_KEYS} are taken at once")
-    changes: list[Form] = []
-    try:
-        async with editor.changing(actor) as change:
-            recorded = _Recorded(change)
-            for tier in policy.tiers:
-                await _take_tier(recorded, tier, prune=prune)
-            await _take_keys(recorded, policy, prune=prune)
-            await _take_anonymous(recorded, policy.anonymous_tier)
-            if prune:
-                await _prune_tiers(recorded, {tier.name for tier in policy.tiers})
-            changes = recorded.changes
-            if dry_run or not changes:
-                raise _DryRun
-    except _DryRun:
-        return changes
-    return changes
+    for attempt in range(_ATTEMPTS):
+        async with editor.reading() as connection:
+            held = await _read(connection, policy, prune=prune)
+        plan = await asyncio.to_thread(plan_import, policy, held, now_us(), prune=prune)
+        if dry_run or not plan.changes:
+            return plan.changes
+        try:
+            async with editor.changing(actor) as change:
+                if change.writing.previous != held.version:
+                    if attempt + 1 < _ATTEMPTS:
+                        raise _Outdated
+                    # Others change the catalog all the time: the last attempt holds them up meanwhile.
+                    held = await _read(change.connection, policy, prune=prune)
+                    plan = await asyncio.to_thread(plan_import, policy, held, now_us(), prune=prune)
+                    if not plan.changes:
+                        raise _Outdated
+                await _write(change, plan, {name: row["id"] for name, row in held.tiers.items()})
+        except _Outdated:
+            continue
+        return plan.changes
+    return []
 
 
 def import_warnings(text: str, changes: Sequence[Form]) -> list[str]:
@@ -149,86 +163,81 @@ def import_warnings(text: str, changes: Sequence[Form]) -> list[str]:
     ]
 
 
-async def _take_tier(change: Change, tier: Tier, *, prune: bool) -> None:
-    row = await change.one(select(tiers).where(tiers.c.name == tier.name))
-    if row is None:
-        await insert_tier(change, tier)
-        row = await held_tier(change, tier.name)
-    elif policy_rows.row_of_tier(tier)["limits"] != row["limits"]:
-        _require_own(change, row, f"tier {tier.name!r}")
-        await update_tier(change, row, tier)
-    held = {
-        rule["name"]: rule for rule in (await change.connection.execute(rule_rows().where(tiers.c.id == row["id"]))).mappings()
-    }
-    for rule in tier.rules:
-        kept = held.pop(rule.name, None)
-        if kept is None:
-            await insert_rule(change, row, rule)
-            continue
-        values = policy_rows.row_of_rule(rule, row["id"], kept["position"])
-        if any(kept[column] != value for column, value in values.items() if column != "managed_by_file"):
-            _require_own(change, kept, f"rule {rule.name!r} of tier {tier.name!r}")
-            await update_rule(change, kept, rule)
+async def _read(connection: AsyncConnection, policy: Policy, *, prune: bool) -> HeldRows:
+    """What the catalog holds of what a policy names, in pages: no statement and no turn of the event loop takes long."""
+    columns = (policy_state.c.version, policy_state.c.anonymous_tier, policy_state.c.file_digest)
+    state = (await connection.execute(select(*columns))).one()
+    has_file = state.file_digest is not None
+    of_tiers = true() if prune else tiers.c.name.in_([tier.name for tier in policy.tiers])
+    held = {row["name"]: row async for row in _pages(connection, select(tiers).where(of_tiers), tiers.c.id)}
+    rules: dict[str, dict[str, Row]] = {}
+    count = 0
+    async for row in _pages(connection, rule_rows().where(of_tiers), rate_limit_rules.c.id):
+        rules.setdefault(row["tier_name"], {})[row["name"]] = row
+        count += 1
+        if count > MAX_HELD_RULES:
+            raise CatalogError(f"the tiers concerned have more than {MAX_HELD_RULES} rules: import fewer tiers at once")
+    keys: dict[str, Row] = {}
+    digests = [api_key.sha256 for api_key in policy.api_keys]
+    for begin in range(0, len(digests), BATCH_SIZE):
+        named = key_rows().where(api_keys.c.sha256.in_(digests[begin : begin + BATCH_SIZE]))
+        keys |= {row["sha256"]: row for row in (await connection.execute(named)).mappings()}
     if prune:
-        for kept in held.values():
-            if not change.is_of_file(kept):
-                await remove_rule(change, kept)
+        # Without a file, rows that one made are the operators' own.
+        unnamed = key_rows().where(~api_keys.c.managed_by_file) if has_file else key_rows()
+        async for row in _pages(connection, unnamed, api_keys.c.id):
+            keys[row["sha256"]] = row
+            if len(keys) > len(digests) + MAX_KEYS:
+                raise CatalogError(f"more than {MAX_KEYS} API keys would be removed: name them in the text, or leave out prune")
+    return HeldRows(int(state.version), state.anonymous_tier, has_file, held, rules, keys)
 
 
-async def _take_keys(change: Change, policy: Policy, *, prune: bool) -> None:
-    held = {row["sha256"]: row for row in (await change.connection.execute(key_rows())).mappings()} if prune else {}
-    for api_key in policy.api_keys:
-        row = held.pop(api_key.sha256, None) if prune else await change.one(key_rows().where(api_keys.c.sha256 == api_key.sha256))
-        if row is None:
-            await insert_foreign_key(change, api_key)
-            continue
-        tier = await held_tier(change, api_key.tier)
-        values = policy_rows.row_of_api_key(api_key, tier["id"], row["created_at_us"])
-        changed = {column: value for column, value in values.items() if column != "managed_by_file" and row[column] != value}
-        if not changed:
-            continue
-        _require_own(change, row, f"the API key {row['id']}")
-        if "status" in changed:
-            over = api_key.status is KeyStatus.REVOKED
-            changed |= {"revoked_at_us": now_us() if over else None, "revoked_reason": "by import of a policy" if over else None}
-        await update_key(change, row, changed, "update", tier["name"])
-    for row in held.values():
-        if not change.is_of_file(row):
-            change.touch(KEY, row["sha256"])
-            await change.connection.execute(delete(api_keys).where(api_keys.c.id == row["id"]))
-            await change.audit("delete", "api_key", row["id"], key_form(row), None)
+async def _pages(connection: AsyncConnection, query: Any, place: Column[Any]) -> AsyncIterator[Any]:
+    begin: Any = None
+    while True:
+        page = query if begin is None else query.where(place > begin)
+        rows = (await connection.execute(page.order_by(place).limit(BATCH_SIZE))).mappings().all()
+        for row in rows:
+            yield row
+        if len(rows) < BATCH_SIZE:
+            return
+        begin = rows[-1]["id"]
 
 
-async def _take_anonymous(change: Change, name: str | None) -> None:
-    """Without [anonymous] in the text, what holds stays: a text may be about one tier only."""
-    state = await change.one(select(policy_state.c.anonymous_tier, policy_state.c.file_digest))
-    assert state is not None, "the migration makes its row"
-    if name is None or state["anonymous_tier"] == name:
-        return
-    if state["file_digest"] is not None:
-        raise ManagedByFile(f"the anonymous tier is {state['anonymous_tier']!r} by the policy file: change it there")
-    change.touch(ANONYMOUS)
-    await change.connection.execute(update(policy_state).values(anonymous_tier=name))
-    await change.audit("update", "anonymous_tier", name, {"tier": state["anonymous_tier"]}, {"tier": name})
+async def _write(change: Change, plan: ImportPlan, tier_ids: dict[str, int]) -> None:
+    """Write a plan, many rows a statement: the write lock is held no longer than the database needs."""
+    connection = change.connection
+    rule_ids: dict[tuple[int, str], int] = {}
+    for kind, name in plan.touched:
+        change.touch(kind, name)
+    for batch in batches(plan.tier_inserts):
+        made = await connection.execute(insert(tiers).returning(tiers.c.id, tiers.c.name), batch)
+        tier_ids |= {row.name: row.id for row in made}
+    await update_rows(connection, tiers, plan.tier_updates, ("limits", "managed_by_file", "revision"))
+    await update_rows(connection, rate_limit_rules, plan.rule_updates, _RULE_COLUMNS)
+    for batch in batches([{**each.values, "tier_id": tier_ids[each.tier]} for each in plan.rule_inserts]):
+        of_rule = rate_limit_rules.c
+        made = await connection.execute(insert(rate_limit_rules).returning(of_rule.tier_id, of_rule.name, of_rule.id), batch)
+        rule_ids |= {(row.tier_id, row.name): row.id for row in made}
+    for each in plan.rule_inserts:
+        # Found by name: rows come back in the order of the insert only if each is a statement of its own.
+        rule_id = rule_ids[tier_ids[each.tier], each.values["name"]]
+        each.change["target"] = str(rule_id)
+        each.change["after"]["id"] = rule_id
+    await delete_rows(connection, rate_limit_rules, plan.rule_deletes)
+    await insert_rows(connection, api_keys, [_with_tier_id(values, tier_ids) for values in plan.key_inserts])
+    await update_rows(connection, api_keys, [_with_tier_id(row, tier_ids) for row in plan.key_updates], _KEY_COLUMNS)
+    await delete_rows(connection, api_keys, plan.key_deletes)
+    if plan.anonymous_tier is not None:
+        await connection.execute(update(policy_state).values(anonymous_tier=plan.anonymous_tier))
+    await delete_rows(connection, tiers, plan.tier_deletes)
+    await change.audit_all(plan.changes)
 
 
-async def _prune_tiers(change: Change, named: set[str]) -> None:
-    state = await change.one(select(policy_state.c.anonymous_tier))
-    for row in (await change.connection.execute(select(tiers))).mappings().all():
-        if row["name"] in named or change.is_of_file(row):
-            continue
-        if state is not None and state["anonymous_tier"] == row["name"]:
-            raise CatalogError(f"tier {row['name']!r} is the anonymous tier: name another one in [anonymous] of the policy")
-        for rule in (await change.connection.execute(rule_rows().where(tiers.c.id == row["id"]))).mappings().all():
-            await remove_rule(change, rule)
-        change.touch(TIER, row["name"])
-        await change.connection.execute(delete(tiers).where(tiers.c.id == row["id"]))
-        await change.audit("delete", "tier", row["name"], tier_form(row), None)
-
-
-def _require_own(change: Change, row: Mapping[Any, Any], what: str) -> None:
-    if change.is_of_file(row):
-        raise ManagedByFile(f"{what} stands otherwise in the policy file: change it there, or take it out of this text")
+def _with_tier_id(row: Mapping[Any, Any], tier_ids: Mapping[str, int]) -> dict[str, Any]:
+    values = dict(row)
+    values["tier_id"] = tier_ids[values.pop("tier_name")]
+    return values
 
 
 def _without_idle(api_key: ApiKey, overridable: set[tuple[str, str]]) -> ApiKey:

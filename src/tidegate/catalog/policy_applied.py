@@ -7,14 +7,29 @@ from typing import Any, Final
 
 import msgspec
 from sqlalchemy import delete, func, insert, select, update
+from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tidegate.catalog import policy_rows
+from tidegate.catalog.bulk import batches, delete_rows, insert_rows, update_rows
 from tidegate.catalog.change_log import Writing
 from tidegate.catalog.changes import ANONYMOUS, KEY, NONE, TIER
 from tidegate.catalog.tables import api_keys, audit_log, policy_state, rate_limit_rules, tiers
 from tidegate.errors import CatalogError
 from tidegate.policy import Policy, Tier
 
+_RULE_COLUMNS: Final = (
+    "endpoint_pattern",
+    "methods",
+    "algorithm",
+    "limits",
+    "subject",
+    "priority",
+    "mode",
+    "on_failure",
+    "position",
+    "revision",
+)
+_KEY_COLUMNS: Final = ("tier_id", "name", "status", "expires_at_us", "overrides", "revision")
 _ELSEWHERE: Final = "belongs to the catalog, where it was made or last changed"
 
 
@@ -108,18 +123,19 @@ async def _apply_rules(writing: Writing, tier: Tier, tier_id: int) -> None:
             raise CatalogError(
                 f"rule {name!r} of tier {tier.name!r} in the policy file {_ELSEWHERE}: rename one of the two, or delete the other"
             )
-        if name not in wanted and row["managed_by_file"]:
-            await connection.execute(delete(rate_limit_rules).where(rate_limit_rules.c.id == row["id"]))
-    made = []
+    gone = [row["id"] for name, row in held.items() if name not in wanted and row["managed_by_file"]]
+    await delete_rows(connection, rate_limit_rules, gone)
+    made: list[dict[str, Any]] = []
+    changed: list[dict[str, Any]] = []
     for name, values in wanted.items():
         kept = held.get(name)
         if kept is None:
             made.append(values)
         elif any(kept[column] != value for column, value in values.items()):
-            values["revision"] = kept["revision"] + 1
-            await connection.execute(update(rate_limit_rules).where(rate_limit_rules.c.id == kept["id"]).values(values))
-    if made:
-        await connection.execute(insert(rate_limit_rules), made)
+            changed.append({**values, "id": kept["id"], "revision": kept["revision"] + 1})
+    # A rule that is put before others moves them all: thousands of rows may change by one line of the file.
+    await update_rows(connection, rate_limit_rules, changed, _RULE_COLUMNS)
+    await insert_rows(connection, rate_limit_rules, made)
 
 
 async def _apply_keys(writing: Writing, policy: Policy) -> None:
@@ -129,28 +145,33 @@ async def _apply_keys(writing: Writing, policy: Policy) -> None:
     owned = {
         row["sha256"]: row for row in (await connection.execute(select(api_keys).where(api_keys.c.managed_by_file))).mappings()
     }
-    for sha256, row in owned.items():
-        if sha256 not in wanted:
-            writing.touch(KEY, sha256)
-            await connection.execute(delete(api_keys).where(api_keys.c.id == row["id"]))
+    gone = {sha256: row["id"] for sha256, row in owned.items() if sha256 not in wanted}
+    for sha256 in gone:
+        writing.touch(KEY, sha256)
+    await delete_rows(connection, api_keys, list(gone.values()))
+    await _require_unclaimed(connection, [sha256 for sha256 in wanted if sha256 not in owned])
     made: list[dict[str, Any]] = []
+    changed: list[dict[str, Any]] = []
     for sha256, api_key in wanted.items():
         kept = owned.get(sha256)
         values = policy_rows.row_of_api_key(api_key, tier_ids[api_key.tier], _now_us())
         if kept is None:
-            foreign = (await connection.execute(select(api_keys.c.id).where(api_keys.c.sha256 == sha256))).scalar()
-            if foreign is not None:
-                raise CatalogError(f"the API key {foreign} of the policy file {_ELSEWHERE}: remove it from the file")
             writing.touch(KEY, sha256)
             made.append(values)
             continue
         del values["created_at_us"]
         if any(kept[column] != value for column, value in values.items()):
             writing.touch(KEY, sha256)
-            values["revision"] = kept["revision"] + 1
-            await connection.execute(update(api_keys).where(api_keys.c.id == kept["id"]).values(values))
-    if made:
-        await connection.execute(insert(api_keys), made)
+            changed.append({**values, "id": kept["id"], "revision": kept["revision"] + 1})
+    await update_rows(connection, api_keys, changed, _KEY_COLUMNS)
+    await insert_rows(connection, api_keys, made)
+
+
+async def _require_unclaimed(connection: AsyncConnection, digests: list[str]) -> None:
+    for batch in batches(digests):
+        foreign = (await connection.execute(select(api_keys.c.id).where(api_keys.c.sha256.in_(batch)).limit(1))).scalar()
+        if foreign is not None:
+            raise CatalogError(f"the API key {foreign} of the policy file {_ELSEWHERE}: remove it from the file")
 
 
 async def _drop_tiers(writing: Writing, policy: Policy) -> None:

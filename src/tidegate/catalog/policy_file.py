@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import datetime
 import difflib
+import itertools
 import re
 import tomllib
 from collections.abc import Callable, Iterable, Mapping
@@ -14,8 +15,9 @@ from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from tidegate.catalog.forms import us_of
+from tidegate.catalog.labels import label_fault
 from tidegate.catalog.policy_warnings import policy_warnings
-from tidegate.catalog.toml_lines import LineIndex
+from tidegate.catalog.toml_lines import MAX_KEY_PARTS, LineIndex, line_of_deep_key
 from tidegate.catalog.toml_lines import Path as KeyPath
 from tidegate.descriptors import descriptor_text
 from tidegate.errors import PolicyError
@@ -25,6 +27,13 @@ from tidegate.policy import ApiKey, KeyStatus, Override, Policy, Rule, Subject, 
 __all__ = ["MAX_FILE_BYTES", "PolicyCatalog", "load_policy", "parse_policy", "policy_warnings", "read_policy_text"]
 
 MAX_FILE_BYTES: Final = 10_000_000
+MAX_TIERS: Final = 1_000
+MAX_RULES: Final = 10_000
+"""Most rules of one policy, over all its tiers."""
+MAX_OVERRIDES: Final = 1_000
+"""Most rules that one API key overrides."""
+MAX_LIST: Final = 32
+"""Most limits or methods of one list that are looked at; a rule takes 16 limits."""
 
 _POLICY_FIELDS: Final = ("tiers", "api_keys", "anonymous")
 _TIER_FIELDS: Final = ("name", "limits", "rules")
@@ -106,13 +115,19 @@ def parse_policy(text: str, file: str | None = None) -> Policy:
     """
     # As editors on Windows write it. The lines are found in the same text, or the first table would have none.
     text = text.removeprefix("\ufeff")
+    deep = line_of_deep_key(text)
+    if deep is not None:
+        raise PolicyError(f"a dotted key has more than {MAX_KEY_PARTS} parts: a policy needs two at most", file, deep)
     try:
         raw = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         found = re.search(r"\(at line (\d+), column (\d+)\)|\(at end of document\)", str(error))
         line = int(found.group(1)) if found and found.group(1) else text.count("\n") + 1
         reason = str(error)[: found.start()].strip() if found else str(error)
-        raise PolicyError(f"not TOML: {reason}", file, line) from None
+        raise PolicyError(f"not TOML: {reason[:200]}", file, line) from None
+    except ValueError:
+        # Python's own bound on the digits of a number, which `tomllib` lets through without a position.
+        raise PolicyError("not TOML that can be read: a number has too many digits", file, 1) from None
     except RecursionError:
         raise PolicyError("not TOML that can be read: it is nested too deeply", file, 1) from None
     return _Reader(raw, LineIndex(text), file).policy()
@@ -125,11 +140,12 @@ class _Reader:
         self._raw = raw
         self._lines = lines
         self._file = file
+        self._rules_read = 0
 
     def policy(self) -> Policy:
         self._known(self._raw, _POLICY_FIELDS, ())
         tiers: dict[str, Tier] = {}
-        for at, table in self._tables(self._raw, "tiers", ()):
+        for at, table in self._tables(self._raw, "tiers", (), MAX_TIERS):
             tier = self._tier(table, at)
             if tier.name in tiers:
                 raise self._error(f"tier {tier.name!r} stands twice: merge the two, or rename one", (*at, "name"))
@@ -148,17 +164,22 @@ class _Reader:
         self._known(table, _TIER_FIELDS, at)
         self._required(table, ("name",), at)
         limits = self._limits(table.get("limits", []), (*at, "limits"))
-        rules: list[Rule] = []
-        for rule_at, rule_table in self._tables(table, "rules", at):
+        rules: dict[str, Rule] = {}
+        for rule_at, rule_table in self._tables(table, "rules", at, MAX_RULES):
+            self._rules_read += 1
+            if self._rules_read > MAX_RULES:
+                raise self._error(
+                    f"the policy has more than {MAX_RULES} rules: let patterns ('*', '{{id}}') cover several", rule_at
+                )
             rule = self._rule(rule_table, rule_at)
-            if any(rule.name == other.name for other in rules):
+            if rule.name in rules:
                 raise self._error(
                     f"tier {short(table['name'])} has two rules {rule.name!r}: "
                     "remove one, or give it other methods, mode or a name",
                     rule_at,
                 )
-            rules.append(rule)
-        tier = self._placed(lambda: Tier.make(table["name"], rules, limits), table, at)
+            rules[rule.name] = rule
+        tier = self._placed(lambda: Tier.make(table["name"], rules.values(), limits), table, at)
         return Tier(tier.name, tier.rules, tier.limits, managed_by_file=True)
 
     def _rule(self, table: dict[str, Any], at: KeyPath) -> Rule:
@@ -169,6 +190,10 @@ class _Reader:
         methods = table.get("methods", [])
         if not isinstance(methods, list) or ("methods" in table and not methods):
             raise self._error('methods must be a list such as ["GET"]; leave it out for every method', (*at, "methods"))
+        if len(methods) > MAX_LIST:
+            raise self._error(
+                f"methods has {len(methods)} entries: at most {MAX_LIST} are read; leave it out for all", (*at, "methods")
+            )
         if "name" in table and (not isinstance(table["name"], str) or not table["name"]):
             raise self._error("name must be a non-empty string", (*at, "name"))
         return self._placed(lambda: Rule.make(**{**table, "limits": limits, "methods": methods}), table, at)
@@ -191,8 +216,9 @@ class _Reader:
         name = table.get("name", "")
         if not isinstance(name, str) or len(name) > 200:
             raise self._error("name must be a string of at most 200 characters", (*at, "name"))
-        if "\0" in name:
-            raise self._error("name must not have the character NUL, which PostgreSQL does not keep", (*at, "name"))
+        fault = label_fault(name)
+        if fault is not None:
+            raise self._error(f"name {fault}", (*at, "name"))
         tier = tiers.get(table["tier"]) if isinstance(table["tier"], str) else None
         if tier is None:
             raise self._error(f"tier {short(table['tier'])} is not in this policy{_nearest(table['tier'], tiers)}", (*at, "tier"))
@@ -217,8 +243,9 @@ class _Reader:
             limits = self._limits(table["limits"], limits_at)
             self._placed(lambda: fit_limits(Algorithm.SLIDING_WINDOW, limits), {}, limits_at)
             overrides[""] = Override("", limits)
-        by_name = {rule.name: rule for rule in tier.rules}
-        for override_at, override in self._tables(table, "overrides", at):
+        # Most keys override nothing: the rules of their tier are not gone through for them.
+        by_name = {rule.name: rule for rule in tier.rules} if table.get("overrides") else {}
+        for override_at, override in self._tables(table, "overrides", at, MAX_OVERRIDES):
             self._known(override, _OVERRIDE_FIELDS, override_at)
             self._required(override, _OVERRIDE_FIELDS, override_at)
             rule = by_name.get(override["rule"]) if isinstance(override["rule"], str) else None
@@ -259,6 +286,8 @@ class _Reader:
     def _limits(self, value: object, at: KeyPath) -> tuple[Limit, ...]:
         if not isinstance(value, list):
             raise self._error(f'limits must be a list such as ["100/minute"], not {str(value)[:40]!r}', at)
+        if len(value) > MAX_LIST:
+            raise self._error(f"limits has {len(value)} entries: a rule takes 1 to 16", at)
         return tuple(self._placed(lambda text=text: Limit.parse(text), {}, at) for text in value)  # type: ignore[misc]
 
     def _moment_us(self, value: object, at: KeyPath) -> int:
@@ -273,11 +302,15 @@ class _Reader:
             return us_of(datetime.datetime.combine(value, datetime.time(), datetime.UTC))
         raise self._error(f"expires_at {str(value)[:40]!r} is no moment: write 2030-01-31T00:00:00Z, without quotes", at)
 
-    def _tables(self, table: dict[str, Any], name: str, at: KeyPath) -> Iterable[tuple[KeyPath, dict[str, Any]]]:
+    def _tables(
+        self, table: dict[str, Any], name: str, at: KeyPath, most: int | None = None
+    ) -> Iterable[tuple[KeyPath, dict[str, Any]]]:
         value = table.get(name, [])
         header = ".".join([*(str(part) for part in at if isinstance(part, str)), name])
         if not isinstance(value, list) or not all(isinstance(each, dict) for each in value):
             raise self._error(f"{name} is a list of tables: write [[{header}]]", (*at, name))
+        if most is not None and len(value) > most:
+            raise self._error(f"{len(value)} tables [[{header}]]: at most {most} are taken; remove some", (*at, name, most))
         return [((*at, name, number), each) for number, each in enumerate(value)]
 
     def _known(self, table: Mapping[str, Any], known: Iterable[str], at: KeyPath) -> None:
@@ -304,8 +337,9 @@ class _Reader:
 
 
 def _nearest(name: object, known: Iterable[str]) -> str:
-    listed = list(known)
-    close = difflib.get_close_matches(str(name), listed, n=1)
+    listed = list(itertools.islice(known, 200))
+    # Comparing takes time with the square of the lengths: enough of each for a slip of the pen.
+    close = difflib.get_close_matches(str(name)[:64], [each for each in listed if len(each) <= 64], n=1)
     if close:
         return f": did you mean {close[0]!r}?"
     return f": there are {', '.join(listed[:20])}" if listed else ""

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Final
 
 from tidegate.limits import US_PER_S, Algorithm, Limit
 from tidegate.policy import Mode, Policy, Rule, Tier
+
+MAX_METHOD_SETS: Final = 256
+"""Of the rules for one endpoint, so many different sets of methods are compared."""
+MAX_RULES_FOR_ALL: Final = 16
+"""Of the rules for `/*` in one tier, so many are compared with the others."""
 
 
 def policy_warnings(policy: Policy) -> list[str]:
@@ -25,13 +31,11 @@ def policy_warnings(policy: Policy) -> list[str]:
             warnings.append(f"tier {tier.name!r} limits nothing: it has neither rules nor limits")
         if policy.api_keys and tier.name not in used:
             warnings.append(f"tier {tier.name!r} has no API key in this file and is not the anonymous tier")
-        for number, rule in enumerate(tier.rules):
-            for place, other in enumerate(tier.rules):
-                if other is not rule and _always_before(other, place, rule, number):
-                    warnings.append(
-                        f"tier {tier.name!r}: rule {rule.name!r} never answers: {other.name!r} does, for the same requests"
-                    )
-                    break
+        always_before = _always_before(tier.rules)
+        for rule in tier.rules:
+            other = always_before.get(rule.name)
+            if other is not None:
+                warnings.append(f"tier {tier.name!r}: rule {rule.name!r} never answers: {other!r} does, for the same requests")
             warnings.extend(
                 f"tier {tier.name!r}, rule {rule.name!r}: limit {idle.text!r} never binds: {binding.text!r} is reached first"
                 for idle, binding in _idle_limits(rule)
@@ -67,10 +71,8 @@ def _calendar_traps(tier: Tier) -> Iterable[str]:
 def _escaping_rules(tier: Tier) -> Iterable[str]:
     """Rules for all paths that other rules take requests from."""
     enforced = [rule for rule in tier.rules if rule.mode is Mode.ENFORCE and rule.endpoint.startswith("/")]
-    for everything in enforced:
-        # A tier's own limits hold over all endpoints already.
-        if everything.endpoint != "/*" or tier.limits:
-            continue
+    # A tier's own limits hold over all endpoints already.
+    for everything in () if tier.limits else [rule for rule in enforced if rule.endpoint == "/*"][:MAX_RULES_FOR_ALL]:
         # A rule of lower priority takes nothing from it, and one of other methods nothing that it would count.
         escaping = [
             rule.name
@@ -87,13 +89,24 @@ def _escaping_rules(tier: Tier) -> Iterable[str]:
             )
 
 
-def _always_before(other: Rule, place: int, rule: Rule, number: int) -> bool:
-    """Whether `other` answers everything that `rule` could: same pattern and mode, its methods included, preferred."""
-    if other.endpoint != rule.endpoint or other.mode is not rule.mode:
-        return False
-    if other.methods and not (rule.methods and set(rule.methods) <= set(other.methods)):
-        return False
-    return (-other.priority, not other.methods, place) < (-rule.priority, not rule.methods, number)
+def _always_before(rules: Iterable[Rule]) -> dict[str, str]:
+    """Names of rules → the name of one that answers everything that they could: same pattern and mode, its methods included,
+    preferred. Takes time in proportion to the rules: each is compared with `MAX_METHOD_SETS` others at most.
+    """
+    found: dict[str, str] = {}
+    preferred = sorted(enumerate(rules), key=lambda each: (-each[1].priority, not each[1].methods, each[0]))
+    seen: dict[tuple[str, Mode], dict[frozenset[str], str]] = {}
+    for _, rule in preferred:
+        before = seen.setdefault((rule.endpoint, rule.mode), {})
+        methods = frozenset(rule.methods)
+        name = before.get(methods) or before.get(frozenset())
+        if name is None and methods:
+            name = next((other for held, other in before.items() if methods <= held), None)
+        if name is not None:
+            found[rule.name] = name
+        elif len(before) < MAX_METHOD_SETS:
+            before[methods] = rule.name
+    return found
 
 
 def _idle_limits(rule: Rule) -> Iterable[tuple[Limit, Limit]]:

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import os
+import shlex
 import socket
 from collections.abc import Awaitable, Callable
 from typing import Any, Final, TypeVar
 
 import psycopg
-from psycopg.conninfo import conninfo_to_dict
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from tidegate.errors import SettingsError
 
 APPLICATION: Final = "tidegate"
 _CONNECT_S: Final = 2
 """The least that libpq counts in; each host of a URL has as much."""
+
+# What `Connection` overrides of psycopg, some of it not public, and the parameters that psycopg passes.
+_OVERRIDDEN: Final = {"wait": ("self", "gen"), "_try_cancel": ("self", "timeout")}
 
 _R = TypeVar("_R")
 
@@ -60,6 +65,16 @@ class Connection(psycopg.AsyncConnection[Any]):
         if pgconn is not None:
             pgconn.finish()
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Refuse a psycopg that would not call what is overridden here: a deadline would silently be none."""
+        super().__init_subclass__(**options)
+        missing = [name for name, parameters in _OVERRIDDEN.items() if not _takes(name, parameters)]
+        if missing:
+            raise SettingsError(
+                f"psycopg {psycopg.__version__} has no AsyncConnection.{' and '.join(missing)} as 3.3 has it, which deadlines of "
+                "queries need: pip install 'tidegate[postgres]'"
+            )
+
     def _cut(self) -> None:
         try:
             # A copy of the descriptor: libpq closes its own when it sees the end.
@@ -67,6 +82,11 @@ class Connection(psycopg.AsyncConnection[Any]):
                 copy.shutdown(socket.SHUT_RDWR)
         except (OSError, psycopg.Error):
             return  # it is closed already, which is what was wanted
+
+
+def _takes(name: str, parameters: tuple[str, ...]) -> bool:
+    method = getattr(psycopg.AsyncConnection, name, None)
+    return method is not None and set(parameters) <= set(inspect.signature(method).parameters)
 
 
 def connecting(url: str, setting: str, *, writes: bool, timeout_s: float) -> Callable[[], Awaitable[Connection]]:
@@ -102,3 +122,50 @@ def connecting(url: str, setting: str, *, writes: bool, timeout_s: float) -> Cal
         return await Deadlined.connect("", **options)  # type: ignore[arg-type]
 
     return connect
+
+
+def why_unreachable(url: str, name: str) -> str:
+    """Find out why no connection to a PostgreSQL can be made; blocks for some seconds at most.
+
+    A connection that the server refuses has no SQLSTATE in libpq, only a text in the server's language. So what can be done
+    instead is tried: whether a server answers, whether it takes the connection when it need not be the primary, whether it takes
+    the same user for the database that every server has.
+
+    Args:
+        url: as libpq reads it.
+        name: of the database as messages may show it.
+
+    Returns:
+        The remedy.
+    """
+    options: dict[str, Any] = {**conninfo_to_dict(url), "connect_timeout": _CONNECT_S, "application_name": APPLICATION}
+    answer = psycopg.pq.PGconn.ping(make_conninfo("", **options).encode())
+    if answer == psycopg.pq.Ping.NO_RESPONSE:
+        return "no server answers there: start it, or correct the host and the port"
+    if answer == psycopg.pq.Ping.REJECT:
+        return "the server starts or stops now: try again in a while"
+    options.pop("target_session_attrs", None)
+    if (refused := _refusal(options)) is None:
+        return "the server takes no writes (a standby, or read-only): name the primary, or all hosts that may be it"
+    database = str(options.get("dbname") or options.get("user") or "")
+    for other in ("postgres", "template1"):
+        try:
+            with psycopg.connect(**{**options, "dbname": other}, autocommit=True) as connection:
+                row = connection.execute("SELECT count(*) FROM pg_database WHERE datname = %s", [database]).fetchone()
+        except psycopg.Error:
+            continue
+        if row is not None and row[0] == 0:
+            return f"there is no database {database[:64]!r}: make it with 'createdb {shlex.quote(database[:64])}'"
+        return f"its user may not connect to this database: GRANT CONNECT ON DATABASE … TO its user, on {name}"
+    user = str(options.get("user") or "")
+    if refused.pgconn is not None and (refused.pgconn.used_password or refused.pgconn.needs_password):
+        return f"the server has no role {user[:64]!r}, or does not accept its password: correct catalog.url, or make the role"
+    return f"the server refuses the user {user[:64]!r}: make the role with 'createuser', or allow it in pg_hba.conf"
+
+
+def _refusal(options: dict[str, Any]) -> psycopg.Error | None:
+    try:
+        psycopg.connect(**options).close()
+    except psycopg.Error as error:
+        return error
+    return None

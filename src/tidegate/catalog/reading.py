@@ -8,11 +8,12 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 import msgspec
-from sqlalchemy import Column, ColumnElement, Select, and_, literal_column, select, true
+from sqlalchemy import Column, ColumnElement, Select, and_, func, literal_column, select, true
 
 from tidegate.catalog.changing import NotThere, now_us, rule_rows
 from tidegate.catalog.editing import CatalogEditor
 from tidegate.catalog.editing_keys import is_key_id, key_rows, no_such_key
+from tidegate.catalog.engines import LOWER
 from tidegate.catalog.forms import Form, audit_form, key_form, rule_form, tier_form, token_form
 from tidegate.catalog.tables import admin_tokens, api_keys, audit_log, rate_limit_rules, tiers
 from tidegate.errors import BadRequest
@@ -303,12 +304,19 @@ async def _rows_with(
             last = select(place).where(condition).order_by(place).offset(STRIDE - 1).limit(1)
             end = (await connection.execute(last)).scalar()
             stride = (rest if end is None else rest.where(place <= end)).limit(STRIDE).subquery()
-            having = [stride.c[column].icontains(part, autoescape=True) for column, part in wanted.items()]
+            having = [_contains(editor, stride.c[column], part) for column, part in wanted.items()]
             held = select(stride).where(*having).order_by(stride.c[place.name]).limit(limit + 1 - len(found))
             found += (await connection.execute(held)).mappings().all()
             if end is None or len(found) > limit:
                 return found
             begin = end
+
+
+def _contains(editor: CatalogEditor, column: ColumnElement[str], part: str) -> ColumnElement[bool]:
+    """Whether a column has a text in it, in any case."""
+    if part.isascii() or editor.catalog.database.dialect != "sqlite":
+        return column.icontains(part, autoescape=True)
+    return func.instr(getattr(func, LOWER)(column), part.lower()) > 0
 
 
 async def _id_of_tier(editor: CatalogEditor, name: str) -> ColumnElement[int]:

@@ -27,7 +27,8 @@ from sqlalchemy import Connection, inspect, text
 from sqlalchemy.exc import DBAPIError, OperationalError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from tidegate.catalog.engines import is_postgres, open_engine, reason_of, shown
+from tidegate.catalog.database_errors import FOREIGN_REMEDY, is_passing, remedy_of, sqlstate_of
+from tidegate.catalog.engines import is_postgres, make_private, open_engine, reason_of, shown
 from tidegate.catalog.tables import metadata
 from tidegate.errors import SettingsError
 
@@ -192,6 +193,8 @@ def _open_once(engine: AsyncEngine) -> None:
     """Raise what SQLite says of a file that cannot be opened. Said by aiosqlite, it would come from a thread that outlives us."""
     if engine.url.database and engine.url.database != ":memory:":
         (file,), options = engine.dialect.create_connect_args(engine.url)
+        if not options.get("uri", False):
+            make_private(file)
         sqlite3.connect(file, uri=options.get("uri", False)).close()
 
 
@@ -200,7 +203,7 @@ async def _look(url: str, engine: AsyncEngine, look: Callable[[Connection, str],
         if not is_postgres(url):
             _open_once(engine)
     except (sqlite3.Error, OSError) as error:
-        raise SettingsError(_why(url, reason_of(error))) from None
+        raise await _refused(url, error) from None
     # Looking takes turns as well: of two that make one new file of SQLite's a WAL one, the second is refused, however patient.
     return await _in_turn(url, engine, lambda connection: look(connection, url), _UPGRADE_TRIES)
 
@@ -215,14 +218,12 @@ async def _in_turn(url: str, engine: AsyncEngine, work: Callable[[Connection], _
             if attempt == 0:
                 logger.info("another process changes the catalog's schema: waiting for it")
         except (OperationalError, DBAPIError) as error:
-            reason = reason_of(error)
-            passing = ("locked", "lock timeout", "deadlock", "duplicate key")
-            if attempt + 1 >= min(tries, _UPGRADE_TRIES) or not any(each in reason for each in passing):
-                raise SettingsError(_why(url, reason)) from None
+            if attempt + 1 >= min(tries, _UPGRADE_TRIES) or not is_passing(error):
+                raise await _refused(url, error) from None
         except CommandError as error:
             raise SettingsError(f"the schema of the database {shown(url)} cannot be changed: {error}") from None
         except (SQLAlchemyError, sqlite3.Error, OSError) as error:
-            raise SettingsError(_why(url, reason_of(error))) from None
+            raise await _refused(url, error) from None
         await asyncio.sleep(_PAUSE_S)
     raise SettingsError(f"the database {shown(url)}: another process has been changing its schema for {PATIENCE_S:g} s")
 
@@ -282,9 +283,7 @@ def _seen(connection: Connection, url: str) -> SchemaSeen:
     assert head is not None, "the package ships its migrations"
     usable = _usable(connection, url) is not None
     current = MigrationContext.configure(connection).get_current_revision()
-    foreign = set(inspect(connection).get_table_names()) & set(metadata.tables) if current is None else set()
-    if foreign:
-        raise SettingsError(_why(url, f"table {min(foreign)} already exists"))
+    _require_free(connection, url, current)
     return SchemaSeen(current, head, usable)
 
 
@@ -294,25 +293,30 @@ def _upgrade(connection: Connection, url: str) -> str:
     if usable is not None:
         return usable
     config = migration_config(connection)
+    _require_free(connection, url, MigrationContext.configure(connection).get_current_revision())
     command.upgrade(config, "head")
     head = ScriptDirectory.from_config(config).get_current_head()
     assert head is not None, "the package ships its migrations"
     return head
 
 
-def _why(url: str, reason: str) -> str:
-    if "not a database" in reason or "malformed" in reason:
-        remedy = "it is no SQLite database: move it away or give another catalog.url"
-    elif "readonly" in reason or "unable to open" in reason:
-        remedy = "give a catalog.url in a directory that is there and can be written"
-    elif "already exists" in reason:
-        remedy = "it holds tables of another program: give another catalog.url"
-    elif "read-only" in reason:
-        remedy = "it is a standby: catalog.url must name the primary, or all hosts that may be it"
-    elif "password" in reason or "authentication" in reason or "permission" in reason:
-        remedy = "give catalog.url a user that may write there"
-    elif "does not exist" in reason:
-        remedy = "make the database first: createdb"
-    else:
-        remedy = "see 'tidegate doctor'"
+async def _refused(url: str, error: Exception) -> SettingsError:
+    """The error of a database that cannot be opened or changed: what it said, and the remedy by its code."""
+    remedy = remedy_of(error)
+    if remedy is None and is_postgres(url) and sqlstate_of(error) is None:
+        from tidegate.catalog.postgres_connection import why_unreachable
+
+        remedy = await asyncio.to_thread(why_unreachable, url, shown(url))
+    reason = (error.strerror or str(error)) if isinstance(error, OSError) else reason_of(error)
+    return SettingsError(_why(url, reason, remedy or "see 'tidegate doctor'"))
+
+
+def _require_free(connection: Connection, url: str, current: str | None) -> None:
+    """Refuse a database without our schema that has tables of our names."""
+    foreign = set(inspect(connection).get_table_names()) & set(metadata.tables) if current is None else set()
+    if foreign:
+        raise SettingsError(_why(url, f"table {min(foreign)} already exists", FOREIGN_REMEDY))
+
+
+def _why(url: str, reason: str, remedy: str) -> str:
     return f"the database {shown(url)} cannot be opened ({reason}): {remedy}"

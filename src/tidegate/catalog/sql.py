@@ -126,8 +126,8 @@ class SqlCatalog:
         return await self.database.version()
 
     async def ping(self) -> None:
-        """See `Catalog.ping`."""
-        await self.version()
+        """See `Catalog.ping`; fails also where the database answers but takes no writes."""
+        await self.database.ping()
 
     async def close(self) -> None:
         """See `Catalog.close`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import hmac
 import re
@@ -15,16 +16,18 @@ from tidegate.catalog.changes import NONE
 from tidegate.catalog.changing import Change, NotThere, now_us
 from tidegate.catalog.editing import CatalogEditor
 from tidegate.catalog.forms import Form, token_form
+from tidegate.catalog.labels import SETTINGS_ACTOR, require_label
 from tidegate.catalog.tables import admin_tokens
 from tidegate.errors import BadRequest, CatalogError
 from tidegate.keys import BASE62
 
 TOKEN_PREFIX: Final = "tga_"
 FIRST_TOKEN: Final = "first"
-SETTINGS_ACTOR: Final = "settings"
 OPERATOR: Final = "operator"
 VIEWER: Final = "viewer"
 
+_SHARED_QUERY_S: Final = 0.05
+_MAX_LIVE: Final = 100_000
 _FORM: Final = re.compile(r"tga_[0-9A-Za-z]{40}", re.ASCII)
 
 
@@ -43,7 +46,7 @@ class Principal(msgspec.Struct, frozen=True):
 
 
 class TokenCheck:
-    """Tells whose a bearer token is.
+    """Finds whose a bearer token is.
 
     Args:
         editor: of the catalog that holds the tokens.
@@ -53,6 +56,8 @@ class TokenCheck:
     def __init__(self, editor: CatalogEditor, settings_token: str | None) -> None:
         self._editor = editor
         self._settings_sha256 = None if settings_token is None else _digest(settings_token)
+        self._loading: asyncio.Future[frozenset[str]] | None = None
+        self._one_query = asyncio.Lock()
 
     async def principal(self, token: str) -> Principal | None:
         """Whose token that is.
@@ -67,7 +72,7 @@ class TokenCheck:
             CatalogUnavailable: if the database does not answer.
         """
         sha256 = _digest(token)
-        if self._settings_sha256 is not None and hmac.compare_digest(sha256, self._settings_sha256):
+        if self._is_of_settings(sha256):
             return Principal(SETTINGS_ACTOR, OPERATOR, SETTINGS_ACTOR)
         if _FORM.fullmatch(token) is None:
             return None
@@ -78,6 +83,40 @@ class TokenCheck:
         if row["expires_at_us"] is not None and row["expires_at_us"] <= now_us():
             return None
         return Principal(row["name"], row["role"], f"token {row['id']}")
+
+    async def is_known(self, token: str) -> bool:
+        """Whether a token may be right, for when many wrong ones come: at most one query at a time, whatever their number.
+
+        Args:
+            token: as it came.
+
+        Returns:
+            False for a token that was made by nobody, or is revoked.
+
+        Raises:
+            CatalogUnavailable: if the database does not answer.
+        """
+        sha256 = _digest(token)
+        if self._is_of_settings(sha256):
+            return True
+        if _FORM.fullmatch(token) is None:
+            return False
+        if self._loading is None:
+            self._loading = asyncio.ensure_future(self._load_digests())
+            self._loading.add_done_callback(_retrieve)
+        return sha256 in await asyncio.shield(self._loading)
+
+    async def _load_digests(self) -> frozenset[str]:
+        # All that come within the pause share the query, which begins behind it and so sees every token made before they came.
+        await asyncio.sleep(_SHARED_QUERY_S)
+        async with self._one_query:
+            self._loading = None
+            live = select(admin_tokens.c.sha256).where(admin_tokens.c.revoked_at_us.is_(None)).limit(_MAX_LIVE)
+            async with self._editor.reading() as connection:
+                return frozenset((await connection.execute(live)).scalars())
+
+    def _is_of_settings(self, sha256: str) -> bool:
+        return self._settings_sha256 is not None and hmac.compare_digest(sha256, self._settings_sha256)
 
 
 async def create_token(
@@ -96,19 +135,19 @@ async def create_token(
         The token itself, this once, and its form.
 
     Raises:
-        BadRequest: if its time would be over already.
+        BadRequest: if its time would be over already, or the name would not show who acted.
         CatalogError: if a token of that name is in use: the audit log could not tell the two apart.
         CatalogUnavailable: if the database does not answer.
     """
     if expires_at_us is not None and expires_at_us <= now_us():
         raise BadRequest("expires_at is past: give a moment to come, or leave it out for a token without end", field="expires_at")
+    require_label(name, "name", actor_like=True)
     async with editor.changing(actor) as change:
         # No index finds a name, and none is worth it: operators are few, and make tokens seldom. Each request asks by digest.
         live = select(admin_tokens.c.id).where(admin_tokens.c.name == name, admin_tokens.c.revoked_at_us.is_(None))
         other = await change.one(live)
-        if other is not None or name == SETTINGS_ACTOR:
-            taken = "the settings' token" if other is None else f"the token {other['id']}"
-            raise CatalogError(f"{taken} is named {name[:60]!r} already: take another name")
+        if other is not None:
+            raise CatalogError(f"the token {other['id']} is named {name[:60]!r} already: take another name")
         return await _insert_token(change, name, role, expires_at_us)
 
 
@@ -179,6 +218,12 @@ async def _insert_token(change: Change, name: str, role: str, expires_at_us: int
     form = token_form({**values, "id": token_id, "revoked_at_us": None})
     await change.audit("create", "token", str(token_id), None, form)
     return token, form
+
+
+def _retrieve(loading: asyncio.Future[frozenset[str]]) -> None:
+    """Look at an error whose waiters went away, which asyncio would report as never retrieved."""
+    if not loading.cancelled():
+        loading.exception()
 
 
 def _digest(token: str) -> str:

@@ -8,7 +8,21 @@ from typing import Final, TypeAlias
 Path: TypeAlias = tuple[str | int, ...]
 
 _KEY_PART: Final = re.compile(r"""\s*(?:([A-Za-z0-9_-]+)|"((?:[^"\\]|\\.)*)"|'([^']*)')\s*""")
-_STRING: Final = re.compile(r'"""(?:[^\\]|\\.)*?"{3,5}|\'\'\'.*?\'{3,5}|"(?:[^"\\\n]|\\.)*"|\'[^\'\n]*\'', re.DOTALL)
+
+MAX_KEY_PARTS: Final = 8
+"""Most parts of one dotted key. `tomllib` takes time and memory that grow with their square."""
+
+_QUOTED: Final = r"""(?:"(?:[^"\\\n]++|\\[^\n])*+"|'[^'\n]*+')"""
+_TEXT: Final = r"""(?:"{3}(?:[^"\\]++|\\.|"(?!""))*+|'{3}(?:[^']++|'(?!''))*+)"""
+_KEY: Final = rf"(?:[A-Za-z0-9_-]++|{_QUOTED})[ \t]*+\.[ \t]*+"
+# A key that is too deep is tried wherever one may begin. Strings, comments and words are stepped over, and a string without an
+# end ends the search: so no part of a text is walked again and again.
+_DEEP_KEY: Final = re.compile(
+    rf"""(?P<deep>(?:{_KEY}){{{MAX_KEY_PARTS}}})|{_TEXT}(?:"{{3,5}}|'{{3,5}}|(?P<open>))"""
+    rf"""|{_QUOTED}|\#[^\n]*+|[A-Za-z0-9_-]++|(?P<odd>["'])""",
+    re.DOTALL,
+)
+_STRING: Final = re.compile(rf"""{_TEXT}(?:"{{3,5}}|'{{3,5}})|{_QUOTED}""", re.DOTALL)
 
 
 class LineIndex:
@@ -57,6 +71,26 @@ class LineIndex:
                 path = (*path, self._counts[path])
         self._lines.setdefault(path, line)
         return path
+
+
+def line_of_deep_key(text: str) -> int | None:
+    """Find a dotted key with more than `MAX_KEY_PARTS` parts, before `tomllib` reads the text; takes time in proportion to it.
+
+    Args:
+        text: TOML, or anything.
+
+    Returns:
+        The 1-based line of the first such key; None where there is none before a string without an end, which TOML refuses.
+    """
+    # A key stands in one line, and few texts have a line with so many dots: those alone are looked at closely.
+    if all(line.count(".") < MAX_KEY_PARTS for line in text.split("\n")):
+        return None
+    for found in _DEEP_KEY.finditer(text):
+        if found["deep"] is not None:
+            return text.count("\n", 0, found.start()) + 1
+        if found.lastgroup is not None:
+            return None
+    return None
 
 
 def _statements(text: str) -> list[tuple[int, str]]:

@@ -84,7 +84,8 @@ async def watch_policy(
 
     async def take(text: str) -> None:
         try:
-            await apply(parse_policy(text, str(path)))
+            # In a thread as well: the checks go on while a long file is read.
+            await apply(await asyncio.to_thread(parse_policy, text, str(path)))
         except PolicyError:
             raise
         except TidegateError as error:

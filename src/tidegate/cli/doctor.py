@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import socket
+import stat
 import sys
 import tempfile
 from collections.abc import Callable, Generator, Iterator
 from importlib import resources
 from pathlib import Path
 
-from sqlalchemy import func, select
+from sqlalchemy import func, select, text
 from sqlalchemy.exc import SQLAlchemyError
-from sqlalchemy.ext.asyncio import AsyncConnection
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from tidegate._version import __version__
-from tidegate.catalog.engines import open_engine, reason_of, shown
+from tidegate.catalog.engines import is_postgres, open_engine, reason_of, shown
 from tidegate.catalog.policy_file import load_policy, policy_warnings
 from tidegate.catalog.schema import look_at_schema
 from tidegate.catalog.tables import api_keys, policy_state, tiers
@@ -37,6 +39,11 @@ Finding = tuple[str, bool | None, str]
 """What was looked at, whether it is well (None for a note), and what was found."""
 
 _CONNECT_TIMEOUT_S = 2.0
+_PLAIN_NAME = re.compile(r"[a-z_][a-z0-9_]*", re.ASCII)
+_PRIVILEGES = text(
+    "SELECT current_user::text AS role, current_schema()::text AS schema, "
+    "has_schema_privilege(current_schema(), 'CREATE') AS may_create"
+)
 
 
 def doctor(config: ConfigOption = None, as_json: JsonOption = False) -> int:
@@ -176,6 +183,10 @@ def _look_at_catalog(settings: Settings, owned: list[Finding]) -> tuple[bool | N
             return True, f"{url} is not there yet; 'tidegate serve' makes it"
         if not os.access(file, os.W_OK):
             raise SettingsError(f"{url} cannot be written by this user: give it to the user that runs 'tidegate serve'")
+        mode = stat.S_IMODE(file.stat().st_mode)
+        if mode & 0o077:
+            _, found = asyncio.run(_read_catalog(settings, owned))
+            return None, f"{found}; other users may read it (mode {mode:04o}): chmod 600 {file}*"
     return asyncio.run(_read_catalog(settings, owned))
 
 
@@ -185,6 +196,7 @@ async def _read_catalog(settings: Settings, owned: list[Finding]) -> tuple[bool 
     engine = open_engine(url, reads_only=True, looks_only=True)
     try:
         schema = await look_at_schema(url, engine)
+        await _require_privileges(url, engine)
         if schema.revision is None:
             return True, f"{shown(url)} is empty; 'tidegate serve' makes its tables, and so does 'tidegate db upgrade'"
         if not schema.usable:
@@ -201,6 +213,28 @@ async def _read_catalog(settings: Settings, owned: list[Finding]) -> tuple[bool 
         raise SettingsError(f"{shown(url)} does not answer as a catalog: {reason_of(error)}") from None
     finally:
         await engine.dispose()
+
+
+async def _require_privileges(url: str, engine: AsyncEngine) -> None:
+    """The user of a PostgreSQL may make tables: of a new schema, of the next version's, and of each day's violations."""
+    if not is_postgres(url):
+        return
+    async with engine.connect() as connection:
+        row = (await connection.execute(_PRIVILEGES)).one()
+    if row.schema is None:
+        raise SettingsError(
+            f"{shown(url)}: the user {row.role!r} finds no schema in its search_path, or may not use it: "
+            f"GRANT USAGE, CREATE ON SCHEMA public TO {_quoted(row.role)}"
+        )
+    if not row.may_create:
+        raise SettingsError(
+            f"{shown(url)}: the user {row.role!r} may not make tables in the schema {row.schema!r} (since PostgreSQL 15 only the "
+            f"database's owner may): GRANT CREATE ON SCHEMA {_quoted(row.schema)} TO {_quoted(row.role)}"
+        )
+
+
+def _quoted(name: str) -> str:
+    return name if _PLAIN_NAME.fullmatch(name) else '"' + name.replace('"', '""') + '"'
 
 
 async def _look_at_owned(connection: AsyncConnection, settings: Settings) -> list[Finding]:

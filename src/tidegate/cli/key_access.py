@@ -21,6 +21,7 @@ from tidegate.catalog import editing_keys, reading
 from tidegate.catalog.editing import CatalogEditor
 from tidegate.catalog.editing_keys import KeyFields
 from tidegate.catalog.forms import moment_text
+from tidegate.catalog.labels import CLI_ACTOR
 from tidegate.catalog.sql import SqlCatalog
 from tidegate.cli.common import with_catalog
 from tidegate.cli.control_plane import ControlPlane
@@ -386,7 +387,7 @@ def _refusals_as_over_the_api() -> Iterator[None]:
 
 
 def _actor() -> str:
-    return f"cli:{_user()}"[:_MOST_ACTOR]
+    return f"{CLI_ACTOR}{_user()}"[:_MOST_ACTOR]
 
 
 def _user() -> str:

@@ -41,19 +41,20 @@ class TrustedProxies:
 
     Args:
         networks: addresses, networks in CIDR form, and `unix` for peers on a unix socket.
+        setting: whose value they are, for the error.
 
     Raises:
         SettingsError: naming the one that is not understood.
     """
 
-    def __init__(self, networks: Iterable[str] = DEFAULT_TRUSTED) -> None:
+    def __init__(self, networks: Iterable[str] = DEFAULT_TRUSTED, setting: str = "server.trusted_proxies") -> None:
         parsed = []
         self._trusts_sockets = False
         for network in networks:
             if network == SOCKET:
                 self._trusts_sockets = True
             else:
-                parsed.append(_network(network))
+                parsed.append(_network(network, setting))
         self._networks = tuple(parsed)
         self.trusts = lru_cache(maxsize=4096)(self._trusts)
 
@@ -133,7 +134,7 @@ def counted_client(text: str, peer: str) -> str:
     return ipv6_client(address) if ":" in address else address
 
 
-def _network(text: str) -> ipaddress.IPv4Network | ipaddress.IPv6Network:
+def _network(text: str, setting: str) -> ipaddress.IPv4Network | ipaddress.IPv6Network:
     try:
         return ipaddress.ip_network(text, strict=False)
     except ValueError:
@@ -142,7 +143,7 @@ def _network(text: str) -> ipaddress.IPv4Network | ipaddress.IPv6Network:
         return ipaddress.ip_network(canonical_ip(text))
     except BadRequest:
         raise SettingsError(
-            f"server.trusted_proxies has {text[:60]!r}, which is not an address or network; expected e.g. '10.0.0.0/8', or "
+            f"{setting} has {text[:60]!r}, which is not an address or network; expected e.g. '10.0.0.0/8', or "
             f"'{SOCKET}' for peers on a unix socket"
         ) from None
 

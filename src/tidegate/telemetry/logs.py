@@ -3,6 +3,9 @@
 The modules log through `logging`, as a library must; here a server decides what a line looks like. Lines are written by a
 thread of their own: a reader of the pipe that hangs must not stop a check. What it cannot take is dropped and counted, and a line
 is cut to 4,096 bytes, so that several workers that share a pipe never write into each other's lines (PIPE_BUF, pipe(7)).
+
+What clients send may be part of any record. So every record, whoever made it and in whichever format, is written without control
+characters (a line cannot be forged, a terminal not be steered), and what strangers can repeat at will is bounded.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ import re
 import sys
 import threading
 import time
+from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any, Final, TextIO
 
@@ -37,6 +41,16 @@ _SECRETS: Final = re.compile(
     r"\btga?_[0-9A-Za-z]{20,}|(?<=://)[^/\s\"'@]*:[^/\s\"'@]+(?=@)|(?i:(?<=bearer )|(?<=basic ))[\w.~+/=-]{8,}"
 )
 HIDDEN: Final = "***"
+# Controls, ends of lines and changes of direction: a text with them looks like other lines, or other words, than were written.
+_UNSAFE: Final = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff]")
+_CONTINUED: Final = "  | "
+"""What begins each line of a stack in the text format, so that none of them looks like a record."""
+BY_STRANGER: Final = "by_stranger"
+"""Name of the attribute (`extra`) of records that anybody can cause without a token."""
+MAX_REPEATED: Final = 30
+"""Lines a minute that strangers can cause, all together; also those of one unhandled exception."""
+_REPEATS_S: Final = 60.0
+_MAX_KINDS: Final = 1_000
 # They tell each statement, with its parameters, or each read of a socket.
 _CHATTY: Final = ("alembic", "aiosqlite", "sqlalchemy", "asyncio", "psycopg", "httpx", "httpcore", "urllib3", "opentelemetry")
 
@@ -96,24 +110,90 @@ class LineWriter:
                 self.dropped += 1
 
 
+class _Repeats(logging.Filter):
+    """Lets a bounded number of lines of one kind pass each minute, and says in the next minute how many were left out.
+
+    Attributes:
+        suppressed: lines left out so far.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        super().__init__()
+        self.suppressed = 0
+        self._clock = clock
+        self._kinds: dict[object, tuple[float, int]] = {}
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """See `logging.Filter.filter`."""
+        kind: object
+        if getattr(record, BY_STRANGER, False):
+            kind = BY_STRANGER
+        elif record.exc_info:
+            kind = (record.name, record.msg)
+        else:
+            return True
+        now = self._clock()
+        started, count = self._kinds.get(kind, (now, 0))
+        if now - started >= _REPEATS_S:
+            if count > MAX_REPEATED:
+                record.msg = f"{record.msg} ({count - MAX_REPEATED} more lines like this were left out)"
+            started, count = now, 0
+        if len(self._kinds) >= _MAX_KINDS and kind not in self._kinds:
+            self._kinds.clear()
+        self._kinds[kind] = started, count + 1
+        if count < MAX_REPEATED:
+            return True
+        self.suppressed += 1
+        return False
+
+
 class _ToWriter(logging.Handler):
     def __init__(self, writer: LineWriter) -> None:
         super().__init__()
         self.writer = writer
+        self.repeats = _Repeats()
+        self.addFilter(self.repeats)
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
             line = self.format(record)
-        except Exception:  # noqa: BLE001
-            # A line that cannot be made must not fail the request that it is about.
-            self.handleError(record)
-            return
+        except Exception as error:  # noqa: BLE001
+            # A line that cannot be made must not fail the request that it is about, nor be printed as it is.
+            said, kind = "a log record could not be formatted: %s", type(error).__name__
+            line = self.format(logging.LogRecord(record.name, logging.ERROR, record.pathname, record.lineno, said, (kind,), None))
         self.writer.write(line.encode(errors="backslashreplace") + b"\n")
 
 
 class _Text(logging.Formatter):
+    """A record in a line; the lines of a stack are marked, so that no record can be forged in one."""
+
     def format(self, record: logging.LogRecord) -> str:
-        return _SECRETS.sub(HIDDEN, super().format(record))
+        record.asctime = self.formatTime(record)
+        message = _SECRETS.sub(HIDDEN, record.getMessage())
+        stack = _SECRETS.sub(HIDDEN, self.formatException(record.exc_info)) if record.exc_info else ""
+        # As in `_line`: escapes take more room than what they stand for.
+        for share in (1, 8):
+            record.message = escaped(_shortened(message, _MOST["event"] // share))
+            text = self.formatMessage(record)
+            if stack:
+                shorter = _shortened(stack, _MOST["error.stack_trace"] // share)
+                text = "\n".join((text, *(_CONTINUED + escaped(line) for line in shorter.split("\n"))))
+            if len(text.encode(errors="backslashreplace")) < MAX_LINE_BYTES:
+                return text
+        record.message = "a log line was too long to be written"
+        return self.formatMessage(record)
+
+
+def escaped(text: str) -> str:
+    """A text of one line, in which nothing steers a terminal.
+
+    Args:
+        text: any.
+
+    Returns:
+        The text with escapes (`\\x1b`, `\\n`, `\\u202e`) for control characters, ends of lines and changes of direction.
+    """
+    return _UNSAFE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def configure_logging(level: str, style: str = "auto", worker: int | None = None, stream: TextIO | None = None) -> LineWriter:
@@ -152,6 +232,11 @@ def configure_logging(level: str, style: str = "auto", worker: int | None = None
 def lines_dropped() -> int:
     """Log lines that nobody took, since the start of this process."""
     return sum(each.writer.dropped for each in logging.getLogger().handlers if isinstance(each, _ToWriter))
+
+
+def lines_suppressed() -> int:
+    """Log lines left out because many of their kind came, since the start of this process."""
+    return sum(each.repeats.suppressed for each in logging.getLogger().handlers if isinstance(each, _ToWriter))
 
 
 def _json_formatter(worker: int | None) -> logging.Formatter:
@@ -200,11 +285,16 @@ def _line(logger: WrappedLogger, name: str, event: EventDict) -> str:
             field: _shortened(value, _MOST.get(field, 200) // share) if isinstance(value, str) else value
             for field, value in event.items()
         }
-        line = str(_ENCODED(logger, name, shorter))
+        line = _safe_json(str(_ENCODED(logger, name, shorter)))
         if len(line.encode(errors="backslashreplace")) < MAX_LINE_BYTES:
             return line
     told = {"event": "a log line was too long to be written", "log.logger": event.get("log.logger")}
     return str(_ENCODED(logger, name, told))
+
+
+def _safe_json(line: str) -> str:
+    """JSON says the same with these characters escaped; the encoder leaves those beyond ASCII as they are."""
+    return _UNSAFE.sub(lambda found: f"\\u{ord(found[0]):04x}", line)
 
 
 def _without_secrets(_: WrappedLogger, __: str, event: EventDict) -> EventDict:

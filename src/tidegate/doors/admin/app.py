@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import Sequence
 from typing import Any, Final
@@ -16,7 +17,7 @@ from tidegate._version import __version__
 from tidegate.catalog.editing import CatalogEditor
 from tidegate.catalog.tokens import TokenCheck
 from tidegate.decision import clip
-from tidegate.doors.admin.common import BEARER, ERRORS, RevisionNotGiven
+from tidegate.doors.admin.common import BEARER, ERRORS, WITH_ROLE, RevisionNotGiven
 from tidegate.doors.admin.guard import Guard, error_headers
 from tidegate.doors.admin.keys import key_routes
 from tidegate.doors.admin.policy import policy_routes
@@ -45,15 +46,17 @@ class AdminDeps(msgspec.Struct, frozen=True):
         trusted: proxies whose word about the client's address is believed.
         rate: limit of requests for each token.
         failed_rate: limit of requests with a wrong token for each address.
+        failed_rate_overall: the same from all addresses.
         body_timeout_s: how long a body may take, s.
     """
 
     editor: CatalogEditor
     gate: Gate
     settings_token: str | None = None
-    trusted: TrustedProxies = TrustedProxies()
+    trusted: TrustedProxies = TrustedProxies(())
     rate: str = "600/minute"
     failed_rate: str = "20/minute"
+    failed_rate_overall: str = "200/minute"
     body_timeout_s: float = 10.0
 
 
@@ -74,9 +77,10 @@ def admin_app(deps: AdminDeps) -> FastAPI:
         trusted=deps.trusted,
         rate=deps.rate,
         failed_rate=deps.failed_rate,
+        failed_rate_overall=deps.failed_rate_overall,
         body_timeout_s=deps.body_timeout_s,
     )
-    routes = APIRouter(prefix=PREFIX, responses=ERRORS, dependencies=[Depends(BEARER), Depends(_require_known_query)])
+    routes = APIRouter(prefix=PREFIX, responses=ERRORS, dependencies=[Depends(BEARER), WITH_ROLE, Depends(_require_known_query)])
     for room in (
         tier_routes(deps.editor, deps.gate),
         rule_routes(deps.editor, deps.gate),
@@ -126,7 +130,8 @@ class _App(FastAPI):
 
 
 async def _description(request: Request) -> JSONResponse:
-    return JSONResponse(request.app.openapi())
+    # Made at the first request, which takes some 0.3 s: in a thread, so that no check waits for it.
+    return JSONResponse(await asyncio.to_thread(request.app.openapi))
 
 
 def _require_known_query(request: Request) -> None:

@@ -8,10 +8,12 @@ from typing import Annotated, Any, Final
 from fastapi import Depends, Header, Query, Request, Response
 from fastapi.security import HTTPBearer
 
+from tidegate.catalog.changing import StaleRevision
 from tidegate.catalog.forms import Form
 from tidegate.catalog.reading import MAX_PAGE
+from tidegate.catalog.tokens import Principal
 from tidegate.doors.admin.forms import Plain, ProblemTold
-from tidegate.doors.admin.guard import principal_of
+from tidegate.doors.admin.guard import READING, principal_of, require_operator
 from tidegate.errors import BadRequest, TidegateError
 
 _TAG: Final = re.compile(r'(W/)?"([0-9]{0,18})"', re.ASCII)
@@ -48,6 +50,21 @@ def _actor_of(request: Request) -> str:
     return principal_of(request.scope).name
 
 
+def _principal_of(request: Request) -> Principal:
+    return principal_of(request.scope)
+
+
+def _require_role(request: Request) -> None:
+    """On every route: whoever passed the guard reads, operators do everything."""
+    principal = principal_of(request.scope)
+    if request.method not in READING:
+        require_operator(principal)
+
+
+def _require_operator(request: Request) -> None:
+    require_operator(principal_of(request.scope))
+
+
 def _seen_of(
     if_match: Annotated[
         str, Header(alias="If-Match", max_length=1000, description='the ETag that was read, such as "3"; * for any')
@@ -57,17 +74,31 @@ def _seen_of(
     if if_match.strip() == "*":
         return None
     seen = set()
+    weak = False
     for tag in if_match.split(","):
         match = _TAG.fullmatch(tag.strip())
         if match is None:
             raise BadRequest(
                 f'If-Match {if_match[:60]!r} is no ETag of ours: send it as it was read, such as "3"', field="If-Match"
             )
-        if match[1] is None and match[2]:  # a weak tag matches nothing here
+        if match[1] is not None:
+            weak = True
+        elif match[2]:
             seen.add(int(match[2]))
+    if weak and not seen:
+        raise StaleRevision(
+            f"If-Match {if_match[:60]!r} is a weak ETag, which never matches (RFC 9110, section 13.1.1): send it without the W/, "
+            "which a proxy that compresses answers may have added"
+        )
     return frozenset(seen)
 
 
+WITH_ROLE: Final = Depends(_require_role)
+"""The dependency of all routes."""
+OPERATORS_ONLY: Final = Depends(_require_operator)
+"""The dependency of routes that viewers may not even read."""
+
+Caller = Annotated[Principal, Depends(_principal_of)]
 Actor = Annotated[str, Depends(_actor_of)]
 SeenRevisions = Annotated[frozenset[int] | None, Depends(_seen_of)]
 Limit = Annotated[int, Query(ge=1, le=MAX_PAGE, description="at most so many items")]

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any, Final, TypeAlias
 
 from tidegate.catalog.tokens import OPERATOR, Principal, TokenCheck
-from tidegate.decision import Decision
+from tidegate.decision import Decision, clip
 from tidegate.doors.answers import ceil_s, encode, error_body
 from tidegate.doors.client_address import FORWARDING, TrustedProxies, counted_client
 from tidegate.doors.limiter import Limiter
 from tidegate.doors.refusals import IDENTITY, BodyTooSlow, unsupported_encoding
 from tidegate.doors.request_headers import AsgiHeaders
-from tidegate.errors import RequestTooLarge, TidegateError
+from tidegate.errors import BadRequest, RequestTooLarge, TidegateError
+from tidegate.telemetry.logs import BY_STRANGER
 from tidegate.telemetry.requests import CURRENT, REQUEST_ID, Request
 
 logger = logging.getLogger(__name__)
@@ -27,9 +29,10 @@ App: TypeAlias = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 GUARDED: Final = "/admin/v1/"
 OPEN: Final = frozenset({"/admin/v1/openapi.json", "/openapi.json"})
-TOKENS: Final = "/admin/v1/tokens"
 MAX_BODY_BYTES: Final = 1_000_000
 READING: Final = frozenset({"GET", "HEAD", "OPTIONS"})
+_ALL: Final = "all"
+_CONTROL: Final = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
 
 class MissingToken(TidegateError):
@@ -73,9 +76,10 @@ class Guard:
     Args:
         app: what it guards.
         tokens: tells whose a token is.
-        trusted: proxies whose word about the client's address is believed.
+        trusted: proxies whose word about the client's address is believed; not those of the data plane.
         rate: limit of requests for each token.
-        failed_rate: limit of requests with a wrong token for each address; beyond it no token is looked at from there.
+        failed_rate: limit of wrong tokens for each address. A right token passes beyond it too.
+        failed_rate_overall: limit of wrong tokens from all addresses.
         body_timeout_s: how long a body may take, s.
     """
 
@@ -86,6 +90,7 @@ class Guard:
         trusted: TrustedProxies,
         rate: str = "600/minute",
         failed_rate: str = "20/minute",
+        failed_rate_overall: str = "200/minute",
         body_timeout_s: float = 10.0,
     ) -> None:
         self._app = app
@@ -93,6 +98,7 @@ class Guard:
         self._trusted = trusted
         self._requests = Limiter(rate, name="admin requests")
         self._failures = Limiter(failed_rate, name="admin failures")
+        self._all_failures = Limiter(failed_rate_overall, name="all admin failures")
         self._body_timeout_s = body_timeout_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -112,6 +118,7 @@ class Guard:
             await send(message)
 
         try:
+            _require_plain(scope["path"])
             if scope["path"].startswith(GUARDED) and scope["path"] not in OPEN:
                 scope.setdefault("state", {})["principal"] = await self._principal(scope, headers)
             body = await self._body(headers, receive)
@@ -135,19 +142,24 @@ class Guard:
         if scheme.lower() != "bearer" or not token:
             raise MissingToken("no token came: send 'Authorization: Bearer …'")
         peer = _peer(scope)
-        ip = counted_client(self._trusted.client(peer, AsgiHeaders(scope["headers"], FORWARDING)), peer)
-        if (await self._failures.check(ip, 0)).remaining == 0:
-            # Guesses must not go on, and a right one among them must not be let in.
-            self._refuse_more(await self._failures.check(ip), "wrong tokens came from this address")
-        principal = await self._tokens.principal(token)
+        client = counted_client(self._trusted.client(peer, AsgiHeaders(scope["headers"], FORWARDING)), peer)
+        known = True
+        if not await self._may_guess(client):
+            # A right token is never refused for the wrong ones of others, but many wrong ones must not cost a query each.
+            known = await self._tokens.is_known(token)
+        principal = await self._tokens.principal(token) if known else None
         if principal is None:
-            self._refuse_more(await self._failures.check(ip), "wrong tokens came from this address")
+            self._refuse_more(await self._failures.check(client), "wrong tokens came from this address")
+            self._refuse_more(await self._all_failures.check(_ALL), "wrong tokens came from all addresses")
             raise InvalidToken("the token is unknown, expired or revoked: ask an operator for a new one")
         self._refuse_more(await self._requests.check(principal.subject), "requests came with this token")
-        reading = scope["method"] in READING and not f"{scope['path']}/".startswith(f"{TOKENS}/")
-        if principal.role != OPERATOR and not reading:
-            raise RoleTooSmall(f"the token {principal.name[:60]!r} is a viewer's, which may only read: ask an operator")
+        if scope["method"] not in READING:
+            require_operator(principal)
         return principal
+
+    async def _may_guess(self, client: str) -> bool:
+        peeked = await self._failures.check(client, 0), await self._all_failures.check(_ALL, 0)
+        return all(each.remaining != 0 for each in peeked)
 
     def _refuse_more(self, decision: Decision, what: str) -> None:
         if not decision.allowed:
@@ -176,6 +188,19 @@ class Guard:
                         return bytes(body)
         except TimeoutError:
             raise BodyTooSlow(f"the body did not come within {self._body_timeout_s:g} s: send it at once") from None
+
+
+def require_operator(principal: Principal) -> None:
+    """Refuse whoever may only read.
+
+    Args:
+        principal: who asks.
+
+    Raises:
+        RoleTooSmall: if it is no operator.
+    """
+    if principal.role != OPERATOR:
+        raise RoleTooSmall(f"the token {principal.name[:60]!r} is a viewer's, which may not do this: ask an operator")
 
 
 def principal_of(scope: Scope) -> Principal:
@@ -238,7 +263,15 @@ def _tell(scope: Scope, status: int, duration_ns: int) -> None:
         "user.name": principal.name if isinstance(principal, Principal) else None,
     }
     told = {name: each for name, each in told.items() if each is not None}
-    logger.info("%s %s answered %d", scope["method"], scope["path"][:200], status, extra={"ecs": told})
+    # What comes without a token is bounded: anybody can send it.
+    extra = {"ecs": told, BY_STRANGER: not isinstance(principal, Principal)}
+    logger.info("%s %s answered %d", scope["method"], scope["path"][:200], status, extra=extra)
+
+
+def _require_plain(path: str) -> None:
+    """A control character may end what a pattern of a route compares, and is in no path of ours."""
+    if _CONTROL.search(path):
+        raise BadRequest(f"the path {clip(path)} has a control character: send it without", field="path")
 
 
 def _peer(scope: Scope) -> str:

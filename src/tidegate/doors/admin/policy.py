@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request, Response
@@ -10,9 +11,13 @@ from tidegate.catalog.editing import CatalogEditor
 from tidegate.catalog.importing import export_policy, import_policy, import_warnings
 from tidegate.catalog.policy_file import parse_policy, policy_warnings
 from tidegate.catalog.policy_text import policy_text
-from tidegate.doors.admin.common import Actor
+from tidegate.catalog.tokens import OPERATOR
+from tidegate.doors.admin.common import Actor, Caller
 from tidegate.doors.admin.forms import ImportTold
+from tidegate.doors.admin.guard import require_operator
+from tidegate.doors.answers import encode
 from tidegate.errors import BadRequest
+from tidegate.policy import Policy
 
 _TOML = "application/toml"
 _EXPORTED: dict[int | str, dict[str, Any]] = {
@@ -39,26 +44,47 @@ def policy_routes(editor: CatalogEditor) -> APIRouter:
         The routes.
     """
     routes = APIRouter(prefix="/policy", tags=["policy"])
+    # One text is read at a time: what is read takes up to 160 times its size in memory.
+    reading = asyncio.Lock()
 
     @routes.get("", summary="Write everything as a policy file", response_class=Response, responses=_EXPORTED)
-    async def export(keys: Annotated[bool, Query(description="whether API keys are in it, by their digests")] = True) -> Response:
-        text = policy_text(await export_policy(editor, with_keys=keys))
+    async def export(
+        caller: Caller,
+        keys: Annotated[
+            bool | None,
+            Query(description="whether API keys are in it, by their digests; by default for operators, never for viewers"),
+        ] = None,
+    ) -> Response:
+        if keys:
+            require_operator(caller)
+        with_keys = caller.role == OPERATOR if keys is None else keys
+        text = await asyncio.to_thread(policy_text, await export_policy(editor, with_keys=with_keys))
         return Response(text, media_type=_TOML, headers={"Cache-Control": "no-store"})
 
-    @routes.post("", summary="Take a policy file into the catalog, in one step", openapi_extra=_IMPORTED)
+    @routes.post(
+        "", summary="Take a policy file into the catalog, in one step", response_model=ImportTold, openapi_extra=_IMPORTED
+    )
     async def take(
         request: Request,
         actor: Actor,
         dry_run: Annotated[bool, Query(description="only show what would change")] = False,
         prune: Annotated[bool, Query(description="also remove rows that neither this text nor the policy file names")] = False,
-    ) -> ImportTold:
-        try:
-            text = (await request.body()).decode()
-            policy = parse_policy(text)
-        except UnicodeDecodeError:
-            raise BadRequest("the policy is not UTF-8: send the file as it is") from None
+    ) -> Response:
+        body = await request.body()
+        async with reading:
+            text, policy, warnings = await asyncio.to_thread(_read, body)
         changes = await import_policy(editor, actor, policy, dry_run=dry_run, prune=prune)
-        warnings = [*policy_warnings(policy), *import_warnings(text, changes)]
-        return ImportTold.model_validate({"dry_run": dry_run, "changes": changes, "warnings": warnings})
+        warnings += await asyncio.to_thread(import_warnings, text, changes)
+        # Not by way of the model, which would hold the event loop for as long as it looks at thousands of changes.
+        return Response(encode({"dry_run": dry_run, "changes": changes, "warnings": warnings}), media_type="application/json")
 
     return routes
+
+
+def _read(body: bytes) -> tuple[str, Policy, list[str]]:
+    try:
+        text = body.decode()
+    except UnicodeDecodeError:
+        raise BadRequest("the policy is not UTF-8: send the file as it is") from None
+    policy = parse_policy(text)
+    return text, policy, policy_warnings(policy)

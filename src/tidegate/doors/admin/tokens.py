@@ -1,4 +1,4 @@
-"""/admin/v1/tokens; the guard lets operators alone come here."""
+"""/admin/v1/tokens, for operators."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tidegate.catalog import tokens
 from tidegate.catalog.editing import CatalogEditor
 from tidegate.catalog.forms import moment_us
 from tidegate.catalog.reading import list_tokens
-from tidegate.doors.admin.common import Actor, After, Limit
+from tidegate.doors.admin.common import OPERATORS_ONLY, Actor, After, Limit
 from tidegate.doors.admin.forms import TokenGiven, TokenMade, TokenPage, TokenTold
 
 TokenId = Annotated[int, Path(ge=1, le=2**53)]
@@ -25,7 +25,7 @@ def token_routes(editor: CatalogEditor) -> APIRouter:
     Returns:
         The routes.
     """
-    routes = APIRouter(prefix="/tokens", tags=["tokens"])
+    routes = APIRouter(prefix="/tokens", tags=["tokens"], dependencies=[OPERATORS_ONLY])
 
     @routes.get("", summary="List tokens, by id")
     async def read_all(limit: Limit = 100, after: After = None) -> TokenPage:
