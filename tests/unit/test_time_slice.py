@@ -112,3 +112,12 @@ async def test_others_get_turns_between_descriptors(gate: Gate, domain: str, no_
     # Under the policy each descriptor is read, then planned; under a file one look does both.
     assert await _turns_during(work, turns) >= MAX_DESCRIPTORS * (2 if domain == "tidegate" else 1)
     assert len(RateLimitResponse.FromString(answers[0]).statuses) == MAX_DESCRIPTORS
+
+
+async def test_a_connection_is_read_on_after_each_large_batch(gate: Gate, listen: Callable[..., Awaitable[str]]) -> None:
+    """A body that was whole before it was asked for left its connection paused: the next batch on it was never answered."""
+    url = await listen(DataPlane(gate, {}))
+    body = {"checks": [{"path": "/" + "a" * 900, "api_key": FREE}] * 1000}
+    async with httpx.AsyncClient(limits=httpx.Limits(max_connections=1), timeout=60) as client:
+        for _ in range(6):
+            assert (await client.post(f"{url}/v1/check/batch", json=body)).status_code == 200

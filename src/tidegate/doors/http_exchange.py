@@ -171,13 +171,13 @@ class Exchange:
     async def __call__(self) -> bytes:
         """The whole body; the caller has bounded it by its Content-Length."""
         if self.complete:
-            return b"".join(self._chunks)
+            return b"".join(self._take())
         taken: list[bytes] = []
         while not self.complete:
             # Taken before it is waited for: while too much is held, nothing more arrives.
             taken += self._take()
             await self._arrival()
-        return b"".join(taken + self._chunks)
+        return b"".join(taken + self._take())
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
         """The body, piece by piece."""
