@@ -273,7 +273,15 @@ class Instance:
             service.domains = load_domains(path, envoy.domain)
             again = self._reload_event()
             self._spawn("envoy_config_watcher", partial(watch_domains, path, envoy.domain, service, self._domains_refused, again))
-        self._grpc = GrpcListener(service, host, port, self._shares_port, access, reads_metadata=self._tracing is not None)
+        self._grpc = GrpcListener(
+            service,
+            host,
+            port,
+            self._shares_port,
+            access,
+            reads_metadata=self._tracing is not None,
+            trusted=TrustedProxies(self.settings.server.trusted_proxies),
+        )
         self._grpc.start()
         self.grpc_address = join_address(host, port)
         logger.info("the gRPC door is at %s", self.grpc_address)
