@@ -159,6 +159,7 @@ SECRETS = [
     ("authorization: bearer 0123456789abcdef0123", "0123456789abcdef0123"),
     ("cannot reach postgresql://tidegate:hunter2@db1,db2/tidegate", "hunter2"),
     ("cannot reach redis://:hunter2@10.0.0.1:6379/0", "hunter2"),
+    ("cannot reach redis://tidegate:hun:ter2@10.0.0.1:6379/0", "hun:ter2"),
 ]
 
 
@@ -182,6 +183,16 @@ def test_secrets_are_hidden_wherever_they_come_from(style: str, text: str, secre
     told = "\n".join(written(log, style=style))
     assert secret not in told
     assert HIDDEN in told
+
+
+def test_looking_for_secrets_takes_time_in_proportion() -> None:
+    def cpu_s(colons: int) -> float:
+        started = time.process_time()
+        written(lambda: logger.error("%s", "://" + ":" * colons))
+        return time.process_time() - started
+
+    cpu_s(10)
+    assert cpu_s(80_000) < 40 * max(cpu_s(8_000), 0.001)  # 10 times as much; by pairs 100
 
 
 @pytest.mark.parametrize("character", ["x", "ü", "\x00", '"', "😀", "\udc80"])
