@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
@@ -22,6 +23,7 @@ from tidegate.doors.http_connection import MAX_HEAD_BYTES, MAX_HEADERS, MAX_WAIT
 from tidegate.doors.http_exchange import MAX_BUFFERED_BODY_BYTES, Exchange
 from tidegate.doors.http_server import RESERVED, HttpServer
 from tidegate.gate import Gate
+from tidegate.time_slice import SLICE_NS
 
 KEY = f"X-API-Key: {FREE}\r\nX-Original-URI: /api/v1/a\r\n".encode()
 CHECK = b'{"path":"/api/v1/a","api_key":"%s","cost":0}' % FREE.encode()
@@ -329,6 +331,35 @@ async def test_a_client_that_leaves_is_given_up_before_its_body_is_whole(gate: G
         await until(lambda: plane.in_flight == 1)
         writer.close()
         await until(lambda: plane.in_flight == 0 and server.connections == 0)
+
+
+async def test_many_slow_requests_at_once_do_not_hold_the_event_loop() -> None:
+    turns = 0
+    seen: list[int] = []
+
+    def turn() -> None:
+        nonlocal turns
+        turns += 1
+        loop.call_soon(turn)
+
+    class Slow:
+        async def __rsgi__(self, scope: Exchange, proto: Exchange) -> None:
+            ends = time.perf_counter_ns() + 2 * SLICE_NS
+            while time.perf_counter_ns() < ends:
+                pass
+            seen.append(turns)
+            proto.response_empty(204, [])
+
+    loop = asyncio.get_running_loop()
+    async with listening(Slow()) as (_, port):
+        pairs = [await asyncio.open_connection(HOST, port) for _ in range(12)]
+        for _, writer in pairs:
+            writer.write(head(b"GET /a HTTP/1.1"))
+        loop.call_soon(turn)
+        for reader, writer in pairs:
+            assert await reader.readline() == b"HTTP/1.1 204 No Content\r\n"
+            writer.close()
+    assert len(set(seen)) == 12, "the loop turned between any two of them"
 
 
 @pytest.mark.parametrize("chunked", [False, True])

@@ -24,6 +24,7 @@ from typing import Any, Final
 from tidegate.doors.http_connection import Connection
 from tidegate.doors.http_exchange import Exchange
 from tidegate.doors.refusals import Unforeseen
+from tidegate.time_slice import TimeSlice
 
 logger = logging.getLogger(__name__)
 
@@ -128,7 +129,13 @@ class HttpServer:
 
     def _decide(self) -> None:
         undecided, self._undecided = self._undecided, []
-        for exchange in undecided:
+        turn = TimeSlice()
+        for number, exchange in enumerate(undecided):
+            if number and turn.over:
+                # Probes, timers and what was decided already are written in between.
+                self._undecided = undecided[number:] + self._undecided
+                self._loop.call_soon(self._decide)
+                return
             if exchange.answered or exchange.connection.lost:
                 continue
             running = self._run(exchange)
