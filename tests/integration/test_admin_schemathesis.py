@@ -62,7 +62,7 @@ def description(url: str) -> Iterator[Any]:
     started, stop = threading.Event(), threading.Event()
 
     async def run() -> None:
-        admin = await open_admin(url, failed_rate="1000000/minute")
+        admin = await open_admin(url, failed_rate="1000000/minute", failed_rate_overall="1000000/minute")
         await admin.catalog.apply_policy(parse_policy(WHOLE), "1")
         await admin.tier("own")
         host, port = free_address("127.0.0.1:0", "server.admin")

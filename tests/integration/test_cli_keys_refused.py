@@ -89,14 +89,16 @@ def test_a_viewer_may_look(server: Any, api: Runner, tmp_path: Path) -> None:
     viewer = api.way(*api.options, "--token-file", str(tmp_path / "viewer"))
     (key,) = viewer.told("list", "--tier", "free")
     for arguments in (("create", "--tier", "free"), ("revoke", key["id"], "--reason", "x"), ("rotate", key["id"])):
-        assert viewer.refused(*arguments) == "FORBIDDEN: the token 'looks' is a viewer's, which may only read: ask an operator"
+        assert viewer.refused(*arguments) == "FORBIDDEN: the token 'looks' is a viewer's, which may not do this: ask an operator"
 
 
 def test_too_many_requests(server: Any, api: Runner) -> None:
     url = f"http://127.0.0.1:{server.admin_port}/admin/v1/api-keys"
     statuses = [httpx.get(url, headers={"Authorization": "Bearer wrong"}).status_code for _ in range(21)]
     assert statuses == [401] * 20 + [429]
-    message = api.refused("list")
+    wrong = api.way(*api.options, **{**api.environment, "TIDEGATE_ADMIN__TOKEN": "wrong-token-of-somebody"})
+    message = wrong.refused("list")
+    assert len(api.told("list")) == 2, "the right token passes"
     assert re.fullmatch(r"RATE_LIMIT_EXCEEDED: more than 20/minute wrong tokens .*: try again in [1-6]?\d s", message)
 
 
@@ -138,7 +140,7 @@ def test_where_the_control_plane_stands(server: Any, api: Runner) -> None:
         ("http://nowhere.invalid:8082", "the name 'nowhere.invalid' is not found"),
         (f"http://127.0.0.1:{free_port()}", "connection refused: start it with 'tidegate serve'"),
         (f"http://[::1]:{free_port()}", "start it with 'tidegate serve'"),
-        (f"http://{'a' * 70}.example:8082", "is not found"),
+        (f"http://{'a' * 70}.example:8082", "is no URL"),
         (f"https://127.0.0.1:{server.admin_port}", "write http:// where no TLS stands before it"),
     ):
         message = api.way("--url", wrong, **api.environment).refused("list")
