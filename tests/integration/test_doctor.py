@@ -161,7 +161,7 @@ def test_listeners_of_a_server_that_does_not_run(tmp_path: Path) -> None:
 
 
 def test_listeners_of_a_server_that_runs(serve: Callable[..., Any], tmp_path: Path) -> None:
-    server = serve("--demo", grpc=True)
+    server = serve("--demo", grpc=True, admin=True)
     listeners = {name: value for name, value in server.environment.items() if name.startswith("TIDEGATE_SERVER__")}
     code, found = _found(tmp_path, **listeners)
     assert code == 0, found

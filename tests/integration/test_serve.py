@@ -128,11 +128,11 @@ def test_key_made_and_revoked_beside_a_running_server(serve: Callable[..., Any],
 
 
 def test_check_command_and_doctor(serve: Callable[..., Any], tmp_path: Path) -> None:
-    (tmp_path / "tidegate.policy.toml").write_text(POLICY.format(limit=1))
+    (tmp_path / "tidegate.policy.toml").write_text(POLICY.format(limit=1).replace("demo-free-key-0001", "own-free-key-000001"))
     server = serve()
-    first = server.run("check", "demo-free-key-0001", "GET", "/api/a")
+    first = server.run("check", "own-free-key-000001", "GET", "/api/a")
     assert (first.returncode, first.stdout[:8]) == (0, "allowed:")
-    second = server.run("check", "demo-free-key-0001", "GET", "/api/a")
+    second = server.run("check", "own-free-key-000001", "GET", "/api/a")
     assert (second.returncode, second.stdout[:7]) == (1, "denied:")
     unknown = server.run("check", "demo-nobody-key-01", "GET", "/api/a")
     assert unknown.returncode == 2
@@ -143,7 +143,7 @@ def test_check_command_and_doctor(serve: Callable[..., Any], tmp_path: Path) -> 
     rules = json.loads(server.run("rules", "--json").stdout)
     assert [(rule["tier"], rule["endpoint"], rule["limits"]) for rule in rules] == [("free", "/api/*", ["1/day"])]
     server.stop()
-    gone = server.run("check", "demo-free-key-0001", "GET", "/api/a")
+    gone = server.run("check", "own-free-key-000001", "GET", "/api/a")
     assert gone.returncode == 2
     assert "tidegate serve" in gone.stderr
 

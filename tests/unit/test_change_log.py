@@ -86,6 +86,9 @@ class WallClock:
     def time_ns(self) -> int:
         return self.now_ms * 1_000_000
 
+    def monotonic(self) -> float:
+        return self.now_ms / 1000
+
 
 @pytest.fixture
 def wall(monkeypatch: pytest.MonkeyPatch) -> WallClock:

@@ -109,6 +109,9 @@ def remedy_of(error: BaseException) -> str | None:
         return "it is no SQLite database: move it away or give another catalog.url"
     if code in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR):
         return _DISK_REMEDY
+    if code == sqlite3.SQLITE_ERROR and " already exists" in str(error):
+        # SQLite has one code for every error in a statement, and one language for its texts.
+        return FOREIGN_REMEDY
     if state is None:
         return None
     if state in (INSUFFICIENT_PRIVILEGE, INVALID_SCHEMA):
