@@ -47,6 +47,7 @@ ON_SERVERS = {
     "policy_file_watcher",
     "redis_connection",
     "redis_heartbeat",
+    "redis_recovery",
     "redis_topology",
     "replica_probe",
     "violations_retention",
