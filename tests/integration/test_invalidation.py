@@ -540,7 +540,7 @@ async def test_the_database_is_away_and_comes_back(start: Start, new_postgres: C
             answer = await line.check(body(unknown))
             line.close()
             assert (answer.status, answer.code) == (503, "CATALOG_UNAVAILABLE")
-            assert "database" in answer.told["error"]["message"]
+            assert "catalog" in answer.told["error"]["message"], "what it is, not where it is"
             health = await get(server, "/health")
             assert (health.status_code, health.json()["components"]["database"]["status"]) == (503, "unhealthy")
             assert (await get(server, "/readyz")).status_code == 200, "who can decide stays in the load balancer"

@@ -62,15 +62,15 @@ class RedisChannel:
 
         def pushed(push: list[Any]) -> None:
             if push[0] == b"subscribe":
+                # The connection counts as up once it has read this: `changed` is called then.
                 self._subscribed = True
-                heard()
             elif push[0] == b"message":
                 heard()
 
         def changed(connection: Connection) -> None:
             if not connection.up:
                 self._subscribed = False
-                heard()
+            heard()
 
         await self._store.start()
         connection = self._connection = self._store.listening(self._name, pushed, changed)
