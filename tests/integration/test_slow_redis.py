@@ -13,6 +13,7 @@ from drills.redis_failures import slow_answers
 from tests.moments import until
 from tests.servers.redis_server import RedisServer
 from tests.servers.tcp_proxy import TcpProxy
+from tidegate.breaker import BreakerState
 from tidegate.counters import Charge, Outcome
 from tidegate.counters.guarded import GuardedCounters, GuardOptions
 from tidegate.counters.redis.store import RedisCounters
@@ -166,3 +167,26 @@ async def test_random_delays_admit_nothing_above_the_limits(share: float) -> Non
     assert load.over_admitted == 0
     assert load.uncounted == 0
     assert all(not store.breakers for store in load.stores)
+
+
+async def test_a_redis_that_hangs_opens_its_breaker_and_closes_it_when_it_goes_on(redis_server: RedisServer) -> None:
+    """Slow for a second, away after that: checks no longer wait for it, and operators see it."""
+    async with TcpProxy(redis_server.port) as proxy:
+        counters = GuardedCounters(RedisCounters(proxy.url, 0.1))
+        await counters.start()
+        limits = limit_set("1000/day")
+        await decided(counters, limits)
+        proxy.stall = True
+
+        async def opens() -> None:
+            while not any(breaker.state is BreakerState.OPEN for breaker in counters.breakers.values()):
+                await decided(counters, limits)
+                await asyncio.sleep(0.01)
+
+        await asyncio.wait_for(opens(), 60)
+        # At most one call each 10 ms for as long as a lost connection may take to come back, and five failures.
+        assert counters.degraded["disconnected"] < 100
+        assert (await decided(counters, limits)).degraded
+        proxy.stall = False
+        await until(lambda: all(breaker.state is BreakerState.CLOSED for breaker in counters.breakers.values()))
+        await counters.close()

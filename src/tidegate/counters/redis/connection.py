@@ -34,6 +34,8 @@ from tidegate.errors import StoreUnavailable
 
 logger = logging.getLogger(__name__)
 
+REPAIR_S: Final = 0.3
+"""How long a lost connection may take to come back before calls that miss it count as failures of their own, s."""
 STALL_S: Final = 1.0
 MAX_LATE: Final = 2
 """How many times `STALL_S` an answer may be late while others come."""
@@ -99,6 +101,7 @@ class Connection(asyncio.Protocol):
         self.up = False
         self.why_down = "it was not connected yet"
         self.event = next(_EVENTS)
+        self._down_at = asyncio.get_running_loop().time()
         """Names the last thing that went wrong here: what fails by it is one failure, however many calls it meets."""
         self.loads: dict[str, float] = {}
         """When each script was last loaded here, monotonic s."""
@@ -161,7 +164,8 @@ class Connection(asyncio.Protocol):
             raise StoreUnavailable(
                 f"Redis at {self.endpoint} cannot be reached: {self.why_down}",
                 reason="disconnected",
-                event=self.event,
+                # What one broken connection takes down is one failure; where it does not come back soon, each call is one.
+                event=self.event if self._loop.time() - self._down_at < REPAIR_S else None,
                 shard=str(self.endpoint),
             )
         if len(self._pending) >= self._options.max_in_flight:
@@ -221,6 +225,7 @@ class Connection(asyncio.Protocol):
         """
         self.why_down = why
         self.event = next(_EVENTS)
+        self._down_at = asyncio.get_running_loop().time()
         if self._transport is not None:
             self._transport.abort()
         self._down()
@@ -291,6 +296,7 @@ class Connection(asyncio.Protocol):
         if self.up or self._pending:
             self.why_down = str(exc) if exc else "it closed the connection"
             self.event = next(_EVENTS)
+            self._down_at = asyncio.get_running_loop().time()
         self._down()
 
     def _flush(self) -> None:
