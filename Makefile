@@ -30,7 +30,7 @@ test: $(VENV)/.dev ## install what the tests need and run them all
 	scripts/install-debian-packages $$(cat scripts/test-packages.txt)
 	scripts/fetch-opensearch $(VENV)/opensearch
 	$(BIN)/lint-imports --no-cache
-	$(BIN)/python -m pytest -n 4 --dist loadfile
+	$(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder
 
 check: $(VENV)/.dev ## format, lint, strict types, import layers
 	$(BIN)/ruff format --check $(PYTHON_CODE)
