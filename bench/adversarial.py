@@ -27,15 +27,17 @@ from bench.http import cpu_of_threads_s, server
 from bench.measure import Goal, report
 from bench.redis_server import redis_server
 from tidegate.catalog.cached import CachedCatalog
-from tidegate.catalog.changes import Changes, LastChanges
-from tidegate.catalog.policy_file import PolicyCatalog, parse_policy, policy_warnings
-from tidegate.catalog.replicas import Replicas
+from tidegate.catalog.changes import Changes
+from tidegate.catalog.freshness import FreshnessTracker
+from tidegate.catalog.in_memory import PolicyCatalog
+from tidegate.catalog.sql.replicas import Replicas
 from tidegate.counters import Charge, CounterStore
 from tidegate.counters.factory import open_counters
 from tidegate.errors import PolicyError
-from tidegate.keys import hash_api_key, make_api_key
-from tidegate.limits import Algorithm, Limit, LimitSet
-from tidegate.policy import ApiKey, Policy, Tier
+from tidegate.policy.key_format import hash_api_key, make_api_key
+from tidegate.policy.limits import Algorithm, Limit, LimitSet
+from tidegate.policy.model import ApiKey, Policy, Tier
+from tidegate.policy.toml_reader import parse_policy, policy_warnings
 from tidegate.settings import BreakerSettings, CounterSettings
 
 GOAL = Goal(at_most=5)
@@ -279,7 +281,7 @@ def changes(smoke: bool) -> Cost:
         return 0
 
     async def run(table: str) -> Cost:
-        last = LastChanges()
+        last = FreshnessTracker()
         replicas = Replicas((), 1, 1, version)
 
         async def step(number: int) -> None:

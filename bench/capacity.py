@@ -33,11 +33,11 @@ from bench.catalog import fill, policy
 from bench.http import HEADERS, POLICY, cpu_of_threads_s, ours
 from bench.measure import Goal, asked_for_smoke, report
 from bench.redis_server import info, redis_server
-from tidegate.catalog.database import DatabaseOptions
-from tidegate.catalog.policy_file import parse_policy
 from tidegate.catalog.shared import SharedCatalog
-from tidegate.catalog.sql import SqlCatalog
+from tidegate.catalog.sql.catalog import SqlCatalog
+from tidegate.catalog.sql.database import DatabaseOptions
 from tidegate.counters.redis.store import RedisCounters
+from tidegate.policy.toml_reader import parse_policy
 
 Figures = list[tuple[str, float, Goal | None]]
 PATIENCE_S = 60.0

@@ -32,11 +32,11 @@ from tests.servers.tcp_proxy import TcpProxy
 from bench.measure import Goal, asked_for_smoke, report
 from bench.redis_server import redis_server
 from tidegate.catalog.cached import CachedCatalog
-from tidegate.catalog.database import DatabaseOptions
-from tidegate.catalog.policy_file import parse_policy
 from tidegate.catalog.shared import SharedCatalog
-from tidegate.catalog.sql import SqlCatalog
+from tidegate.catalog.sql.catalog import SqlCatalog
+from tidegate.catalog.sql.database import DatabaseOptions
 from tidegate.counters.redis.store import RedisCounters
+from tidegate.policy.toml_reader import parse_policy
 
 TIERS = 20
 RULES = 50

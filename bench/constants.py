@@ -9,7 +9,7 @@ from typing import Any, Final, NamedTuple
 
 from bench.measure import RESULTS
 
-MEASURED: Final = Path(__file__).parents[1] / "src" / "tidegate" / "plan" / "measured.json"
+MEASURED: Final = Path(__file__).parents[1] / "src" / "tidegate" / "tools" / "plan" / "measured.json"
 
 
 class Source(NamedTuple):

@@ -22,7 +22,7 @@ from limits import parse, storage, strategies
 
 from bench.measure import Goal, asked_for_smoke, report
 from tidegate import Limiter
-from tidegate.limits import Algorithm
+from tidegate.policy.limits import Algorithm
 
 SUBJECTS = [f"user-{number}" for number in range(10_000)]
 

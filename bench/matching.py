@@ -9,8 +9,8 @@ import statistics
 import time
 
 from bench.measure import Goal, asked_for_smoke, report
-from tidegate.matching import CompiledTier
-from tidegate.policy import Rule, Tier
+from tidegate.policy.matching import CompiledTier
+from tidegate.policy.model import Rule, Tier
 
 
 def main() -> None:

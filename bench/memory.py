@@ -16,7 +16,7 @@ from pathlib import Path
 
 from bench.measure import Goal, report
 from tidegate.counters.memory import MemoryCounters
-from tidegate.limits import Algorithm, Limit, LimitSet
+from tidegate.policy.limits import Algorithm, Limit, LimitSet
 
 
 def resident_bytes() -> int:

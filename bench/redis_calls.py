@@ -21,7 +21,7 @@ from bench.redis_server import BenchRedis, info, redis_server
 from tidegate import Limiter
 from tidegate.counters.guarded import GuardedCounters
 from tidegate.counters.redis.resp import encode_command
-from tidegate.limits import Algorithm
+from tidegate.policy.limits import Algorithm
 
 IN_FLIGHT = 64
 BATCH = 100

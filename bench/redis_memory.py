@@ -16,7 +16,7 @@ from bench.redis_server import BenchRedis, info, redis_server
 from tidegate.counters import Charge
 from tidegate.counters.redis.store import RedisCounters
 from tidegate.errors import StoreUnavailable
-from tidegate.limits import Algorithm, Limit, LimitSet
+from tidegate.policy.limits import Algorithm, Limit, LimitSet
 
 PIECE = 500
 THREE = {

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from bench.measure import Goal, report
-from tidegate.simulate.log_formats import Request, parser_of
+from tidegate.tools.simulate.log_formats import Request, parser_of
 
 ROOT = Path(__file__).parents[1]
 REAL_LOG = ROOT.parent / "shared" / "data" / "apache_access.log"

@@ -23,13 +23,13 @@ from prometheus_client import CollectorRegistry, Counter, Histogram
 from bench.measure import Goal, asked_for_smoke, report
 from tidegate.decision import Check, Decision, Observation
 from tidegate.latency import BUCKETS_S
-from tidegate.limits import Algorithm, Limit, LimitSet
+from tidegate.policy.limits import Algorithm, Limit, LimitSet
 from tidegate.telemetry.access import AccessLog
 from tidegate.telemetry.logs import configure_logging
 from tidegate.telemetry.metrics import Metrics
 from tidegate.telemetry.requests import CURRENT, Request
 from tidegate.telemetry.tracing import Tracing
-from tidegate.telemetry.violations import Violations
+from tidegate.violations.recorder import Violations
 
 RULES = 1000
 

@@ -18,10 +18,10 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 
 from bench.measure import Goal, asked_for_smoke, report
-from tidegate.catalog.database import Database
+from tidegate.catalog.sql.database import Database
 from tidegate.decision import Decision, Observation
-from tidegate.limits import Algorithm, Limit, LimitSet
-from tidegate.telemetry.violations import MAX_ENTRIES, Violations, ViolationWriter
+from tidegate.policy.limits import Algorithm, Limit, LimitSet
+from tidegate.violations.recorder import MAX_ENTRIES, Violations, ViolationWriter
 
 LIMITS = LimitSet("bench", Algorithm.SLIDING_WINDOW, [Limit.parse("100/minute")], rule="/api/v1/*", tier="free")
 AT_US = 1_700_000_000_000_000

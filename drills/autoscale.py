@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from drills.hpa import DEFAULT, SYNC_S, Autoscaler, Behaviour, Policy, Rules, Samples, Shipped, proposal, shipped_in
-from tidegate.plan.assumptions import assume
-from tidegate.plan.constants import measured
-from tidegate.plan.fleet import instance_capacity
+from tidegate.tools.plan.assumptions import assume
+from tidegate.tools.plan.constants import measured
+from tidegate.tools.plan.fleet import instance_capacity
 
 RESULTS: Final = Path(__file__).parent / "results"
 MANIFESTS: Final = Path(__file__).parents[1] / "deploy" / "kubernetes" / "base"

@@ -24,11 +24,11 @@ import msgspec
 
 from drills.admissions import Admission, LogError, in_order, read_log
 from drills.proofs import Excess, Proof, proof_of
-from tidegate.catalog.policy_file import load_policy
 from tidegate.errors import PolicyError
-from tidegate.limits import Limit, LimitSet
-from tidegate.matching import CompiledTier
-from tidegate.policy import Policy
+from tidegate.policy.limits import Limit, LimitSet
+from tidegate.policy.matching import CompiledTier
+from tidegate.policy.model import Policy
+from tidegate.policy.toml_reader import load_policy
 
 LimitsOf = Callable[[str, str], LimitSet]
 """From the name of a limit set and a subject to what holds for it; raises KeyError for a name that is not known."""

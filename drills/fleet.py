@@ -6,8 +6,8 @@ Users have a key each and ask by Zipf's law; instances find keys in memory (L1),
 call at one Redis shard. The fleet stays as it is until a part of it is above its target at the peak; then one more of that part
 is added, and the line is printed. Costs of a check and sizes of keys are measured (`tidegate plan`).
 
-The caches are worked out by formula (`tidegate.plan.caches`); a replay of single requests through two caches, seeded, is printed
-beside it. Chart: drills/results/fleet.png.
+The caches are computed by formula (`tidegate.tools.plan.caches`); a seeded replay of single requests through two
+caches is printed beside it. Chart: drills/results/fleet.png.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from tidegate.plan.assumptions import Assumptions, assume
-from tidegate.plan.caches import Shares, shares
-from tidegate.plan.constants import Constant, measured
-from tidegate.plan.fleet import DAY_S, aimed_at, cached
-from tidegate.plan.quantities import short
+from tidegate.tools.plan.assumptions import Assumptions, assume
+from tidegate.tools.plan.caches import Shares, shares
+from tidegate.tools.plan.constants import Constant, measured
+from tidegate.tools.plan.fleet import DAY_S, aimed_at, cached
+from tidegate.tools.plan.quantities import short
 
 RESULTS: Final = Path(__file__).parent / "results"
 FIRST: Final = 1_000_000

@@ -16,7 +16,7 @@ from tidegate.counters import Charge
 from tidegate.counters.guarded import GuardedCounters, GuardOptions
 from tidegate.counters.redis.store import RedisCounters
 from tidegate.errors import StoreUnavailable
-from tidegate.limits import Algorithm, Limit, LimitSet, OnFailure
+from tidegate.policy.limits import Algorithm, Limit, LimitSet, OnFailure
 
 CALM_S: Final = 1.0
 """A store is back when no check was degraded for so long."""

@@ -11,7 +11,7 @@ from drills.check_load import TIGHT, Seen
 from drills.exactness import limits_of_policy, prove
 from drills.figures import admitted_of, asked_of, between, longest_gap_s, over_admitted, percentile_ms, under_admitted
 from drills.running import WARM_S, Books, Look, Mark, Running
-from tidegate.catalog.policy_file import load_policy
+from tidegate.policy.toml_reader import load_policy
 
 
 class Goal(NamedTuple):

@@ -13,7 +13,7 @@ from bisect import insort
 from typing import NamedTuple, Protocol
 
 from tidegate.algorithms.calendar import bounds_of
-from tidegate.limits import Algorithm, Limit
+from tidegate.policy.limits import Algorithm, Limit
 
 
 class Excess(NamedTuple):

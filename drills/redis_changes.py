@@ -23,7 +23,7 @@ from drills.outcome import Goal, Outcome, Units, at_most, no_errors, nothing_abo
 from drills.redis_outages import RATE, SUBJECTS, Size, closed, is_bad, loaded, stacked
 from drills.running import WARM_S, Running, in_thread
 from drills.stack import Stack
-from tidegate.catalog.policy_file import load_policy
+from tidegate.policy.toml_reader import load_policy
 
 RESHARD: Final = DEPLOY / "redis/reshard.sh"
 GROWN_WITHIN_S: Final = 600

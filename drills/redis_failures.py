@@ -26,7 +26,7 @@ from tests.servers.tcp_proxy import TcpProxy
 
 from drills.load import Load
 from tidegate.counters.redis.keyspace import slot_of
-from tidegate.limits import OnFailure
+from tidegate.policy.limits import OnFailure
 
 TIMEOUT_S: Final = 0.05
 OPTIONS: Final = {

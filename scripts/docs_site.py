@@ -16,13 +16,13 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 import tidegate
+from tidegate.admin.rules import CatalogEditor
 from tidegate.catalog.cached import CachedCatalog
-from tidegate.catalog.editing import CatalogEditor
-from tidegate.catalog.sql import SqlCatalog
+from tidegate.catalog.sql.catalog import SqlCatalog
 from tidegate.counters.memory import MemoryCounters
 from tidegate.doors.admin.app import AdminDeps, admin_app
 from tidegate.doors.openapi import data_plane_openapi
-from tidegate.gate import Gate
+from tidegate.gate.gate import Gate
 
 _OUTSIDE: Final = re.compile(r"\]\(\.\./([^)#]*)(#[^)]*)?\)")
 

@@ -38,10 +38,11 @@ from tests.servers.fixtures import (  # noqa: F401 - fixtures are found by their
 )
 from tests.servers.ports import free_port
 from tidegate.catalog.cached import CachedCatalog
-from tidegate.catalog.policy_file import PolicyCatalog, parse_policy
+from tidegate.catalog.in_memory import PolicyCatalog
 from tidegate.counters.memory import MemoryCounters
 from tidegate.decision import Observation
-from tidegate.gate import Gate
+from tidegate.gate.gate import Gate
+from tidegate.policy.toml_reader import parse_policy
 
 # httpx gives up after 5 s where a test says nothing else; a server that starts on busy cores may need longer for an answer.
 for _part in ("connect", "read", "write", "pool"):
@@ -185,7 +186,7 @@ def serve(tmp_path: Path) -> Iterator[Callable[..., Serve]]:
 @pytest.fixture
 async def listen() -> AsyncIterator[Callable[..., object]]:
     """Serves an RSGI app on a free port of loopback; gives its base URL."""
-    from tidegate.listening import Listener
+    from tidegate.server.listener import Listener
 
     listeners: list[Listener] = []
 

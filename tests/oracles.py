@@ -9,7 +9,7 @@ import datetime
 from fractions import Fraction
 from math import floor
 
-from tidegate.limits import Algorithm, Limit
+from tidegate.policy.limits import Algorithm, Limit
 
 History = list[tuple[int, int]]
 EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)

@@ -8,10 +8,11 @@ import grpc.aio
 import uvloop
 
 from tidegate.catalog.cached import CachedCatalog
-from tidegate.catalog.policy_file import PolicyCatalog, load_policy
+from tidegate.catalog.in_memory import PolicyCatalog
 from tidegate.counters.memory import MemoryCounters
 from tidegate.doors.grpc.service import RateLimitService
-from tidegate.gate import Gate
+from tidegate.gate.gate import Gate
+from tidegate.policy.toml_reader import load_policy
 from tidegate.settings import EnvoySettings
 
 

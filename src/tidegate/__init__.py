@@ -11,12 +11,12 @@ of it serves one loop: it is not for threads.
 from tidegate._version import __version__
 from tidegate.catalog import Catalog
 from tidegate.catalog.cached import CachedCatalog
-from tidegate.catalog.policy_file import PolicyCatalog, load_policy
+from tidegate.catalog.in_memory import PolicyCatalog
 from tidegate.counters import Charge, CounterStore
 from tidegate.counters.memory import MemoryCounters
 from tidegate.decision import Check, Decision, Observation
+from tidegate.doors.asgi import RateLimitMiddleware
 from tidegate.doors.limiter import Limiter
-from tidegate.doors.middleware import RateLimitMiddleware
 from tidegate.errors import (
     ApiKeyExpired,
     ApiKeyRevoked,
@@ -32,9 +32,10 @@ from tidegate.errors import (
     TidegateError,
     TooManyUnknownKeys,
 )
-from tidegate.gate import Gate
-from tidegate.limits import Algorithm, Limit
-from tidegate.policy import ApiKey, Policy, Rule, Tier
+from tidegate.gate.gate import Gate
+from tidegate.policy.limits import Algorithm, Limit
+from tidegate.policy.model import ApiKey, Policy, Rule, Tier
+from tidegate.policy.toml_reader import load_policy
 
 __all__ = [
     "Algorithm",

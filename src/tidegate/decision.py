@@ -11,9 +11,10 @@ from typing import Final
 import msgspec
 
 from tidegate.errors import BadRequest
-from tidegate.limits import US_PER_S, Limit, LimitSet
-from tidegate.paths import STRICT, PathRules, canonical_path
-from tidegate.policy import Mode, Subject
+from tidegate.policy.limits import Limit, LimitSet
+from tidegate.policy.model import Mode, Subject
+from tidegate.policy.paths import STRICT, PathRules, canonical_path
+from tidegate.timestamps import US_PER_S
 
 MAX_COST: Final = 1_000_000_000
 IPV6_PREFIX: Final = 64

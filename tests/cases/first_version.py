@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from typing import Final
 
-from tidegate.limits import Limit
-from tidegate.policy import ApiKey, KeyStatus, Override, Rule, Tier
+from tidegate.policy.limits import Limit
+from tidegate.policy.model import ApiKey, KeyStatus, Override, Rule, Tier
 
 REVISION: Final = "0001"
 

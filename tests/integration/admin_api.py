@@ -7,13 +7,13 @@ from typing import Any
 
 import httpx
 
+from tidegate.admin.rules import CatalogEditor
 from tidegate.catalog.cached import CachedCatalog
 from tidegate.catalog.changes import Item
-from tidegate.catalog.editing import CatalogEditor
-from tidegate.catalog.sql import SqlCatalog
+from tidegate.catalog.sql.catalog import SqlCatalog
 from tidegate.counters.memory import MemoryCounters
 from tidegate.doors.admin.app import AdminDeps, admin_app
-from tidegate.gate import Gate
+from tidegate.gate.gate import Gate
 
 TOKEN = "token-of-the-settings"
 

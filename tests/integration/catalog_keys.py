@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from tidegate.catalog import editing_keys, reading
+from tidegate.admin import api_keys as editing_keys
+from tidegate.admin import lists as reading
+from tidegate.admin.records import Form
+from tidegate.admin.rules import CatalogEditor
 from tidegate.catalog.cached import CachedCatalog
-from tidegate.catalog.editing import CatalogEditor
-from tidegate.catalog.forms import Form
-from tidegate.catalog.sql import SqlCatalog
-from tidegate.keys import hash_api_key
-from tidegate.policy import ApiKey
+from tidegate.catalog.sql.catalog import SqlCatalog
+from tidegate.policy.key_format import hash_api_key
+from tidegate.policy.model import ApiKey
 
 
 def editor_of(catalog: SqlCatalog, cached: CachedCatalog | None = None) -> CatalogEditor:

@@ -14,7 +14,7 @@ import msgspec
 import pytest
 
 from tidegate import cli
-from tidegate.catalog.sql import SqlCatalog
+from tidegate.catalog.sql.catalog import SqlCatalog
 
 TOKEN = "a-token-of-these-tests"
 FILE_KEY = "demo-free-key-0001"

@@ -14,12 +14,12 @@ from tests.integration.admin_api import Admin, open_admin
 from tests.integration.ratelimit_client import headers as rls_headers
 from tests.integration.ratelimit_client import request as rls_request
 from tests.rsgi import call
+from tidegate.doors.asgi import RateLimitMiddleware
 from tidegate.doors.client_address import TrustedProxies
 from tidegate.doors.grpc.messages import RateLimitResponse
 from tidegate.doors.grpc.service import RateLimitService
 from tidegate.doors.http import DataPlane
-from tidegate.doors.middleware import RateLimitMiddleware
-from tidegate.gate import Gate
+from tidegate.gate.gate import Gate
 from tidegate.settings import EnvoySettings
 
 # One client in each list, of a rule that lets it pass twice.

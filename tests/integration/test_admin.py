@@ -11,10 +11,10 @@ from sqlalchemy import insert
 
 from tests.integration.admin_api import Admin
 from tests.unit.test_policy_file import WHOLE
-from tidegate.catalog.policy_file import parse_policy
-from tidegate.catalog.tables import rate_limit_violations
+from tidegate.catalog.sql.tables import rate_limit_violations
 from tidegate.decision import Check
 from tidegate.errors import ApiKeyRevoked, TidegateError
+from tidegate.policy.toml_reader import parse_policy
 
 
 def _error(answer: Any, status: int, code: str) -> str:

@@ -17,7 +17,7 @@ from urllib.parse import quote, unquote
 from sqlalchemy import func, inspect, select
 
 from tests.integration.admin_api import TOKEN, Admin
-from tidegate.catalog.tables import admin_tokens, api_keys, metadata, rate_limit_rules, tiers
+from tidegate.catalog.sql.tables import admin_tokens, api_keys, metadata, rate_limit_rules, tiers
 
 INJECTION = "'; DROP TABLE api_keys; --"
 STORABLE = (INJECTION, "%_\\", "عربي😀" + "é" * 9)

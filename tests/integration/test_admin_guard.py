@@ -13,8 +13,8 @@ from sqlalchemy import event, select, update
 
 from tests.integration.admin_api import Admin, open_admin
 from tests.moments import MINUTE_S, stay_within
-from tidegate.catalog.tables import admin_tokens
-from tidegate.catalog.tokens import Principal, first_token
+from tidegate.admin.tokens import Principal, first_token
+from tidegate.catalog.sql.tables import admin_tokens
 from tidegate.doors.admin.guard import Guard
 from tidegate.doors.client_address import TrustedProxies
 

@@ -11,7 +11,7 @@ import pytest
 from sqlalchemy import event
 
 from tests.integration.admin_api import Admin, open_admin
-from tidegate.catalog import importing
+from tidegate.admin import import_export as importing
 from tidegate.doors.admin import policy as policy_door
 
 RULES = 2_000

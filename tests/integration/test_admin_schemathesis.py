@@ -18,8 +18,9 @@ from tests.integration.conftest import DATABASES
 from tests.moments import wait_until
 from tests.servers.postgres import PostgresServer
 from tests.unit.test_policy_file import WHOLE
-from tidegate.catalog.policy_file import parse_policy
-from tidegate.listening import AsgiListener, free_address
+from tidegate.policy.toml_reader import parse_policy
+from tidegate.server.addresses import free_address
+from tidegate.server.listener import AsgiListener
 
 OPERATIONS = {
     *(("get", path) for path in ("/tiers", "/tiers/{name}", "/rate-limit-rules", "/rate-limit-rules/{rule_id}")),

@@ -7,9 +7,9 @@ from typing import Any
 from sqlalchemy import insert
 
 from tests.integration.admin_api import Admin
-from tidegate.catalog.changing import now_us
-from tidegate.catalog.tables import rate_limit_violations
+from tidegate.catalog.sql.tables import rate_limit_violations
 from tidegate.decision import Check
+from tidegate.timestamps import now_us
 
 ANY = {"If-Match": "*"}
 

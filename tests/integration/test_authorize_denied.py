@@ -11,10 +11,10 @@ import pytest
 from tests.cases.doors import FREE, REVOKED
 from tests.conftest import MOMENT_US
 from tidegate.decision import Check, Decision
-from tidegate.doors.answers import denial_cache_headers, edge_cache_headers
 from tidegate.doors.http import DataPlane
+from tidegate.doors.responses import denial_cache_headers, edge_cache_headers
 from tidegate.errors import StoreUnavailable
-from tidegate.gate import Gate
+from tidegate.gate.gate import Gate
 
 AS_403 = {"X-Tidegate-Denied-Status": "403"}
 

@@ -18,17 +18,17 @@ from tests.servers.redis_sentinel import NAME, RedisSentinel
 from tests.servers.tcp_proxy import TcpProxy
 from tidegate.background import SUPERVISOR
 from tidegate.catalog.cached import CachedCatalog
-from tidegate.catalog.following import Follower
-from tidegate.catalog.policy_file import parse_policy
-from tidegate.catalog.sql import SqlCatalog
-from tidegate.catalog.tables import policy_state
+from tidegate.catalog.follower import Follower
+from tidegate.catalog.sql.catalog import SqlCatalog
+from tidegate.catalog.sql.tables import policy_state
 from tidegate.counters import Charge
 from tidegate.counters.redis.store import RedisCounters
 from tidegate.decision import Decision
 from tidegate.errors import CatalogUnavailable, StoreUnavailable
-from tidegate.instance import Instance
-from tidegate.limits import Algorithm, Limit, LimitSet
-from tidegate.server import running
+from tidegate.policy.limits import Algorithm, Limit, LimitSet
+from tidegate.policy.toml_reader import parse_policy
+from tidegate.server.instance import Instance
+from tidegate.server.run import running
 from tidegate.settings import CatalogSettings, CounterSettings, EnvoySettings, PolicySettings, ServerSettings, Settings
 
 POLICY = '[[tiers]]\nname = "{name}"\nlimits = ["100/minute"]\n'

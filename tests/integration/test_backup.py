@@ -19,15 +19,15 @@ import pytest
 from sqlalchemy import func, select, text
 
 from tests.servers.postgres import PostgresServer, need
+from tidegate.admin.api_keys import KeyFields, create_key
+from tidegate.admin.rules import CatalogEditor
 from tidegate.catalog.cached import CachedCatalog
-from tidegate.catalog.editing import CatalogEditor
-from tidegate.catalog.editing_keys import KeyFields, create_key
-from tidegate.catalog.following import Follower
-from tidegate.catalog.reading_violations import DAY_US
-from tidegate.catalog.sql import SqlCatalog
-from tidegate.catalog.tables import api_keys, audit_log, catalog_changes, rate_limit_rules, rate_limit_violations
-from tidegate.catalog.violations import keep_violations, partition_of, write_violations
-from tidegate.keys import hash_api_key
+from tidegate.catalog.follower import Follower
+from tidegate.catalog.sql.catalog import SqlCatalog
+from tidegate.catalog.sql.tables import api_keys, audit_log, catalog_changes, rate_limit_rules, rate_limit_violations
+from tidegate.policy.key_format import hash_api_key
+from tidegate.violations.queries import DAY_US
+from tidegate.violations.storage import keep_violations, partition_of, write_violations
 
 PAGE = Path(__file__).parents[2] / "docs" / "backup.md"
 PAIR = ("k:" + "1" * 24, "k:" + "2" * 24)

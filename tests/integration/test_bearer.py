@@ -13,10 +13,10 @@ from tests.unit.test_gate import CountingCatalog
 from tidegate.catalog.cached import CachedCatalog
 from tidegate.counters.memory import MemoryCounters
 from tidegate.decision import Observation
+from tidegate.doors.asgi import RateLimitMiddleware
 from tidegate.doors.http import DataPlane
-from tidegate.doors.middleware import RateLimitMiddleware
-from tidegate.gate import Gate
-from tidegate.keys import make_api_key
+from tidegate.gate.gate import Gate
+from tidegate.policy.key_format import make_api_key
 
 JWT = b"eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0In0.dozjgNryP4J3jVmNHl0w5N_XgL0n3I9PlFUP0THsR8U"
 DOORS = ("/v1/authorize", "/v1/authorize/envoy", "/v1/usage", "/v1/check", "/v1/check/batch", "middleware")

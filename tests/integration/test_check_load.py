@@ -14,7 +14,7 @@ from drills.figures import admitted_of, asked_of, over_admitted, uncounted, unde
 from tests.conftest import Serve
 from tests.servers.deployed_redis import directives, redis_cluster, redis_sentinel
 from tests.servers.redis_server import RedisServer
-from tidegate.catalog.policy_file import load_policy
+from tidegate.policy.toml_reader import load_policy
 
 LIMIT = 5
 

@@ -20,7 +20,7 @@ from tests.integration.cli_ways import FILE_KEY, HEX_KEY, POLICY, TOKEN, Runner,
 from tests.servers.certificates import Authority
 from tests.servers.ports import free_port
 from tests.servers.strangers import Stranger, TlsFront
-from tidegate.catalog.sql import SqlCatalog
+from tidegate.catalog.sql.catalog import SqlCatalog
 from tidegate.cli import control_plane
 
 

@@ -16,7 +16,7 @@ from tidegate.counters.guarded import GuardedCounters
 from tidegate.counters.redis.keyspace import key_of
 from tidegate.counters.redis.store import RedisCounters
 from tidegate.decision import Decision
-from tidegate.limits import Algorithm, Limit, LimitSet
+from tidegate.policy.limits import Algorithm, Limit, LimitSet
 
 NAMES = iter(range(1_000_000))
 TIMEOUT_S = 5.0

@@ -18,10 +18,11 @@ from starlette.routing import Route
 from tests.servers.ports import free_port
 from tidegate import Gate, RateLimitMiddleware
 from tidegate.catalog.cached import CachedCatalog
-from tidegate.catalog.policy_file import PolicyCatalog, parse_policy
+from tidegate.catalog.in_memory import PolicyCatalog
 from tidegate.counters.memory import MemoryCounters
-from tidegate.doors.middleware import EXPOSED_HEADERS
-from tidegate.listening import AsgiListener
+from tidegate.doors.asgi import EXPOSED_HEADERS
+from tidegate.policy.toml_reader import parse_policy
+from tidegate.server.listener import AsgiListener
 
 CHROMIUM = Path("/usr/bin/chromium")
 KEY = "policy-file-key-0001"

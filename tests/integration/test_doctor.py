@@ -20,8 +20,8 @@ from tests.servers.ports import free_port
 from tests.servers.postgres import PostgresServer
 from tests.servers.postgres_cluster import PostgresCluster
 from tests.servers.redis_server import RedisServer
-from tidegate.catalog.engines import open_engine
-from tidegate.catalog.schema import downgrade, upgrade
+from tidegate.catalog.sql.engine import open_engine
+from tidegate.catalog.sql.schema import downgrade, upgrade
 from tidegate.errors import SettingsError
 
 Found = dict[str, tuple[bool | None, str]]

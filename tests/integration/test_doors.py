@@ -14,13 +14,13 @@ from tests.cases.doors import CASES, Answer, Ask
 from tests.integration.ratelimit_client import headers as rls_headers
 from tests.integration.ratelimit_client import request
 from tidegate.decision import Check
-from tidegate.doors.answers import decision_body
+from tidegate.doors.asgi import RateLimitMiddleware
 from tidegate.doors.grpc.messages import OK, OVER_LIMIT, RateLimitResponse
 from tidegate.doors.grpc.service import RateLimitService
 from tidegate.doors.http import DataPlane
-from tidegate.doors.middleware import RateLimitMiddleware
+from tidegate.doors.responses import decision_body
 from tidegate.errors import TidegateError
-from tidegate.gate import Gate
+from tidegate.gate.gate import Gate
 from tidegate.settings import EnvoySettings
 
 _FIELDS = ("limit", "remaining", "rule", "tier")

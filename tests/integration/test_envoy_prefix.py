@@ -22,10 +22,11 @@ from tests.rsgi import call
 from tests.servers.api import Api
 from tests.servers.envoy import HTTP, SERVICE, Envoy
 from tidegate.catalog.cached import CachedCatalog
-from tidegate.catalog.policy_file import PolicyCatalog, parse_policy
+from tidegate.catalog.in_memory import PolicyCatalog
 from tidegate.counters.memory import MemoryCounters
 from tidegate.doors.http import DataPlane
-from tidegate.gate import Gate
+from tidegate.gate.gate import Gate
+from tidegate.policy.toml_reader import parse_policy
 from tidegate.telemetry.access import AccessLog
 
 PREFIX = "/v1/authorize/envoy"

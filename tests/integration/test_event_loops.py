@@ -18,10 +18,11 @@ from starlette.routing import Route
 from tests.moments import until
 from tidegate import Gate, Limiter, RateLimitMiddleware
 from tidegate.catalog.cached import CachedCatalog
-from tidegate.catalog.policy_file import PolicyCatalog, parse_policy
+from tidegate.catalog.in_memory import PolicyCatalog
 from tidegate.counters.factory import open_counters
 from tidegate.counters.guarded import GuardedCounters
 from tidegate.decision import Check
+from tidegate.policy.toml_reader import parse_policy
 from tidegate.settings import CounterSettings
 
 with warnings.catch_warnings():

@@ -17,13 +17,14 @@ import pytest
 from tests.conftest import Serve
 from tests.integration.catalog_keys import editor_of, listed_keys, make_key, revoke_key
 from tests.moments import wait_until
-from tidegate.catalog import editing_keys, reading
-from tidegate.catalog.changing import ManagedByFile
-from tidegate.catalog.importing import import_policy
-from tidegate.catalog.policy_file import parse_policy
-from tidegate.catalog.sql import SqlCatalog
+from tidegate.admin import api_keys as editing_keys
+from tidegate.admin import lists as reading
+from tidegate.admin.import_export import import_policy
+from tidegate.admin.transaction import ManagedByFile
+from tidegate.catalog.sql.catalog import SqlCatalog
 from tidegate.errors import CatalogError
-from tidegate.keys import hash_api_key
+from tidegate.policy.key_format import hash_api_key
+from tidegate.policy.toml_reader import parse_policy
 
 KEY = "demo-file-key-0001"
 ID = hash_api_key(KEY)[:24]

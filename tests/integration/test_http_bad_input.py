@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from tests.cases.doors import FREE
 from tidegate.decision import Check, Observation
 from tidegate.doors.http import MAX_BATCH_BYTES, MAX_CHECK_BYTES, DataPlane
-from tidegate.gate import Gate
+from tidegate.gate.gate import Gate
 
 GOOD = {"path": "/api/v1/a", "api_key": FREE}
 

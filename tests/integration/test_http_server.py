@@ -22,7 +22,7 @@ from tidegate.doors.http import DataPlane, Page
 from tidegate.doors.http_connection import MAX_HEAD_BYTES, MAX_HEADERS, MAX_WAITING
 from tidegate.doors.http_exchange import MAX_BUFFERED_BODY_BYTES, Exchange
 from tidegate.doors.http_server import RESERVED, HttpServer
-from tidegate.gate import Gate
+from tidegate.gate.gate import Gate
 from tidegate.time_slice import SLICE_NS
 
 KEY = f"X-API-Key: {FREE}\r\nX-Original-URI: /api/v1/a\r\n".encode()

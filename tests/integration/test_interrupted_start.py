@@ -13,8 +13,8 @@ import pytest
 
 from tests.servers.ports import free_port
 from tidegate.errors import SettingsError
-from tidegate.instance import Instance
-from tidegate.server import started
+from tidegate.server.instance import Instance
+from tidegate.server.run import started
 from tidegate.settings import CatalogSettings, ServerSettings, Settings
 
 

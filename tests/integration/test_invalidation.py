@@ -23,10 +23,10 @@ from tests.moments import PATIENCE_S
 from tests.servers.postgres import PostgresServer
 from tests.servers.redis_server import RedisServer
 from tests.servers.tcp_proxy import TcpProxy
-from tidegate.catalog.postgres_channel import PostgresChannel
+from tidegate.catalog.sql.postgres_channel import PostgresChannel
 from tidegate.counters.redis.channel import CATALOG, RedisChannel
 from tidegate.counters.redis.store import RedisCounters
-from tidegate.keys import make_api_key
+from tidegate.policy.key_format import make_api_key
 
 TOKEN = "0123456789abcdef-of-a-test"
 IN_FORCE_S = 20.0

@@ -24,7 +24,7 @@ import yaml
 from tests.moments import wait_until
 from tests.servers.prometheus import Prometheus, run
 from tidegate._version import __version__
-from tidegate.catalog.policy_file import load_policy
+from tidegate.policy.toml_reader import load_policy
 from tidegate.settings import Settings, load_settings
 
 ROOT = Path(__file__).parents[2]

@@ -19,7 +19,7 @@ from tests.integration.ratelimit_client import SHOULD_RATE_LIMIT, ask, request
 from tests.servers.postgres import PostgresServer
 from tests.servers.redis_server import RedisServer
 from tidegate.doors.grpc.messages import OK, OVER_LIMIT
-from tidegate.keys import make_api_key
+from tidegate.policy.key_format import make_api_key
 
 POLICY = """\
 [[tiers]]

@@ -21,7 +21,7 @@ from tidegate.algorithms import DECIDE, MERGE
 from tidegate.counters.memory import MemoryCounters
 from tidegate.counters.redis.scripts import Script, parameters, script, wire_states
 from tidegate.decision import Decision
-from tidegate.limits import Algorithm, Limit, LimitSet
+from tidegate.policy.limits import Algorithm, Limit, LimitSet
 
 CLOCK_BY_ARGUMENT = """
 local now = tonumber(ARGV[#ARGV])

@@ -23,15 +23,15 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from tests.cases import first_version
 from tests.integration.catalog_keys import editor_of, listed_keys, make_key
-from tidegate.catalog.changes import LastChanges
-from tidegate.catalog.editing import CatalogEditor
-from tidegate.catalog.editing_keys import KeyFields, create_key, edit_key
-from tidegate.catalog.engines import open_engine
-from tidegate.catalog.schema import downgrade, migration_config, upgrade, upgrade_schema
-from tidegate.catalog.sql import SqlCatalog
-from tidegate.catalog.tables import metadata
-from tidegate.catalog.violations import keep_violations
+from tidegate.admin.api_keys import KeyFields, create_key, edit_key
+from tidegate.admin.rules import CatalogEditor
+from tidegate.catalog.freshness import FreshnessTracker
+from tidegate.catalog.sql.catalog import SqlCatalog
+from tidegate.catalog.sql.engine import open_engine
+from tidegate.catalog.sql.schema import downgrade, migration_config, upgrade, upgrade_schema
+from tidegate.catalog.sql.tables import metadata
 from tidegate.errors import SettingsError
+from tidegate.violations.storage import keep_violations
 
 Rows = dict[str, list[dict[str, Any]]]
 
@@ -381,7 +381,7 @@ async def test_a_change_of_the_first_version_counts_as_one_of_everything(catalog
     catalog = await SqlCatalog.open(catalog_url)
     editor = editor_of(catalog)
     await editor.create_tier("me", "first", ())
-    known = LastChanges()
+    known = FreshnessTracker()
     known.note(await catalog.changes(0))
     since = known.version
     assert known.needed("tier", "first") == since

@@ -19,15 +19,15 @@ from tidegate.counters import CounterStore
 from tidegate.counters.factory import open_counters
 from tidegate.counters.memory import MemoryCounters
 from tidegate.doors import outward
-from tidegate.doors.answers import encode
+from tidegate.doors.asgi import RateLimitMiddleware
 from tidegate.doors.grpc.messages import RateLimitResponse
 from tidegate.doors.grpc.service import RateLimitService
 from tidegate.doors.grpc.status import CallRefused
 from tidegate.doors.http import DataPlane
-from tidegate.doors.middleware import RateLimitMiddleware
+from tidegate.doors.responses import encode
 from tidegate.errors import CatalogUnavailable
-from tidegate.gate import Gate
-from tidegate.policy import ApiKey
+from tidegate.gate.gate import Gate
+from tidegate.policy.model import ApiKey
 from tidegate.settings import CounterSettings, EnvoySettings
 from tidegate.telemetry.health import Health
 

@@ -16,8 +16,8 @@ from tests.cases.doors import FREE
 from tests.conftest import Serve
 from tests.integration.ratelimit_client import ask, request
 from tidegate.client import Client
+from tidegate.doors.asgi import RateLimitMiddleware
 from tidegate.doors.grpc.messages import OK, OVER_LIMIT
-from tidegate.doors.middleware import RateLimitMiddleware
 from tidegate.errors import BadRequest
 
 POLICY = f"""

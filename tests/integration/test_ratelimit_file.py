@@ -18,7 +18,7 @@ from tests.conftest import Clock, Serve
 from tests.integration.ratelimit_client import ask, caller, headers, request
 from tests.servers.ratelimit_peer import RateLimitPeer
 from tidegate.catalog.cached import CachedCatalog
-from tidegate.catalog.policy_file import PolicyCatalog, parse_policy
+from tidegate.catalog.in_memory import PolicyCatalog
 from tidegate.counters.memory import MemoryCounters
 from tidegate.counters.redis.store import RedisCounters
 from tidegate.decision import Observation
@@ -28,7 +28,8 @@ from tidegate.doors.grpc.ratelimit_file import load_ratelimit, parse_ratelimit
 from tidegate.doors.grpc.service import RateLimitService
 from tidegate.doors.grpc.status import CallRefused
 from tidegate.errors import PolicyError
-from tidegate.gate import Gate
+from tidegate.gate.gate import Gate
+from tidegate.policy.toml_reader import parse_policy
 from tidegate.settings import EnvoySettings
 
 

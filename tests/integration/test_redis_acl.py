@@ -19,7 +19,7 @@ from tidegate.counters.redis.channel import RedisChannel
 from tidegate.counters.redis.store import RedisCounters
 from tidegate.decision import Decision
 from tidegate.errors import StoreUnavailable
-from tidegate.limits import Algorithm, Limit, LimitSet
+from tidegate.policy.limits import Algorithm, Limit, LimitSet
 
 DOCS = Path(__file__).parents[2] / "docs" / "redis.md"
 USER = next(line.split() for line in DOCS.read_text().splitlines() if line.startswith("ACL SETUSER tidegate"))

@@ -16,7 +16,7 @@ from tidegate.counters import Charge, Outcome
 from tidegate.counters.redis.store import RedisCounters
 from tidegate.decision import Decision
 from tidegate.errors import StoreUnavailable
-from tidegate.limits import Algorithm, Limit, LimitSet
+from tidegate.policy.limits import Algorithm, Limit, LimitSet
 
 NAMES = iter(range(1_000_000))
 

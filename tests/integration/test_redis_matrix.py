@@ -16,7 +16,7 @@ from tidegate.counters.memory import MemoryCounters
 from tidegate.counters.redis.keyspace import hash_tag
 from tidegate.counters.redis.store import RedisCounters
 from tidegate.decision import Decision
-from tidegate.limits import Algorithm, Limit, LimitSet
+from tidegate.policy.limits import Algorithm, Limit, LimitSet
 
 STORES = ("memory", "redis", "valkey", "unix", "tls", "sentinel", "cluster", "guarded")
 TIMEOUT_S = 2.0

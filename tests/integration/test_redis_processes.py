@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tidegate.limits import Algorithm
+from tidegate.policy.limits import Algorithm
 
 PROCESSES, EACH = 3, 100
 

@@ -12,7 +12,7 @@ from tidegate.counters import Charge
 from tidegate.counters.redis.store import RedisCounters
 from tidegate.decision import Decision
 from tidegate.errors import StoreUnavailable
-from tidegate.limits import Algorithm, Limit, LimitSet
+from tidegate.policy.limits import Algorithm, Limit, LimitSet
 
 
 async def allowed(url: str, asks: int) -> int | str:

@@ -20,7 +20,7 @@ from tests.moments import wait_until
 from tests.servers.exporters import RedisExporter
 from tests.servers.ports import HOST, free_port
 from tests.servers.redis_server import Client, need
-from tidegate.limits import Algorithm
+from tidegate.policy.limits import Algorithm
 
 DEPLOY = Path(__file__).parents[2] / "deploy" / "redis"
 OPERATOR, TIDEGATE, EXPORTER = "operator-pw-0001", "tidegate-pw-0002", "exporter-pw-0003"

@@ -19,10 +19,10 @@ from tests.conftest import Serve
 from tests.moments import wait_until
 from tests.servers.certificates import Authority
 from tests.servers.redis_server import RedisServer
-from tidegate.catalog.policy_file import load_policy
 from tidegate.counters.redis.store import RedisCounters
 from tidegate.errors import CatalogError, StoreUnavailable
-from tidegate.server import running
+from tidegate.policy.toml_reader import load_policy
+from tidegate.server.run import running
 from tidegate.settings import CatalogSettings, PolicySettings, ServerSettings, Settings
 
 POLICY = """\

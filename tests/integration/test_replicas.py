@@ -22,15 +22,15 @@ from tests.servers.postgres_cluster import PostgresCluster, PostgresReplica
 from tests.servers.redis_server import RedisServer
 from tidegate.catalog.cached import CachedCatalog
 from tidegate.catalog.changes import ALL
-from tidegate.catalog.database import DatabaseOptions
-from tidegate.catalog.engines import open_engine
-from tidegate.catalog.policy_file import parse_policy
 from tidegate.catalog.shared import SharedCatalog
-from tidegate.catalog.sql import SqlCatalog
-from tidegate.catalog.tables import policy_state
+from tidegate.catalog.sql.catalog import SqlCatalog
+from tidegate.catalog.sql.database import DatabaseOptions
+from tidegate.catalog.sql.engine import open_engine
+from tidegate.catalog.sql.tables import policy_state
 from tidegate.counters.redis.store import RedisCounters
 from tidegate.errors import CatalogUnavailable
-from tidegate.policy import ApiKey, KeyStatus
+from tidegate.policy.model import ApiKey, KeyStatus
+from tidegate.policy.toml_reader import parse_policy
 
 POLICY = """\
 [[tiers]]
@@ -411,8 +411,8 @@ async def test_the_primary_is_killed_under_writers(
                 await asyncio.sleep(0.02)
 
     async def _insert(change: Any, name: str) -> str:
-        from tidegate.catalog.changing import held_tier
-        from tidegate.catalog.editing_keys import _insert_key
+        from tidegate.admin.api_keys import _insert_key
+        from tidegate.admin.transaction import held_tier
 
         _, form = await _insert_key(change, await held_tier(change, "free"), name, None, ())
         return str(form["name"])

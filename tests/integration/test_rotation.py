@@ -8,17 +8,17 @@ import pytest
 
 from tests.integration.admin_api import Admin
 from tests.integration.catalog_keys import editor_of, make_key
-from tidegate.catalog import editing_keys
+from tidegate.admin import api_keys as editing_keys
+from tidegate.admin.import_export import import_policy
 from tidegate.catalog.cached import CachedCatalog
-from tidegate.catalog.importing import import_policy
-from tidegate.catalog.policy_file import parse_policy
-from tidegate.catalog.sql import SqlCatalog
+from tidegate.catalog.sql.catalog import SqlCatalog
 from tidegate.counters.memory import MemoryCounters
 from tidegate.decision import Check, Decision
 from tidegate.errors import InvalidApiKey, PolicyError
-from tidegate.gate import DescriptorCheck, Gate
-from tidegate.keys import hash_api_key
-from tidegate.policy import parse_key_digest
+from tidegate.gate.gate import DescriptorCheck, Gate
+from tidegate.policy.key_format import hash_api_key
+from tidegate.policy.model import parse_key_digest
+from tidegate.policy.toml_reader import parse_policy
 
 POLICY = """
 [[tiers]]

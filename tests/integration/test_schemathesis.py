@@ -13,7 +13,7 @@ import schemathesis
 from hypothesis import HealthCheck, given, settings
 from schemathesis import checks
 
-from tidegate import server
+from tidegate.server import run as server
 from tidegate.settings import CatalogSettings, PolicySettings, ServerSettings, Settings, ViolationSettings
 
 OPERATIONS = {

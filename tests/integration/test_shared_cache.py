@@ -18,11 +18,11 @@ from tidegate.catalog.cached import CachedCatalog
 from tidegate.catalog.changes import Changes
 from tidegate.catalog.shared import AWAY_S, WARN_S, SharedCatalog
 from tidegate.catalog.shared_entries import EntrySeal, KeyEntry, NameEntry, TierEntry
-from tidegate.catalog.sql import SqlCatalog
+from tidegate.catalog.sql.catalog import SqlCatalog
 from tidegate.counters.redis.store import RedisCounters
-from tidegate.limits import Limit
-from tidegate.opening import share_catalog
-from tidegate.policy import ApiKey, KeyStatus, Override, Rule, Tier
+from tidegate.policy.limits import Limit
+from tidegate.policy.model import ApiKey, KeyStatus, Override, Rule, Tier
+from tidegate.server.wiring import share_catalog
 from tidegate.settings import load_settings
 
 TIMEOUT_S = 0.5

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from tidegate.simulate.command import simulate
-from tidegate.simulate.log_formats import parser_of
+from tidegate.tools.simulate.command import simulate
+from tidegate.tools.simulate.log_formats import parser_of
 
 ROOT = Path(__file__).parents[2]
 LOG = ROOT.parent / "shared" / "data" / "apache_access.log"

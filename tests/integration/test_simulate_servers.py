@@ -15,7 +15,7 @@ from tests.servers.envoy import Envoy
 from tests.servers.haproxy import HAProxy
 from tests.servers.nginx import Nginx
 from tests.servers.ports import HOST, free_port
-from tidegate.simulate.command import simulate
+from tidegate.tools.simulate.command import simulate
 
 CHAIN = {b"X-Forwarded-For": b"203.0.113.7, 127.0.0.1", b"User-Agent": 'a "b" \\ é'.encode()}
 POLICY = """

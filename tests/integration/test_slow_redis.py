@@ -19,7 +19,7 @@ from tidegate.counters.guarded import GuardedCounters, GuardOptions
 from tidegate.counters.redis.store import RedisCounters
 from tidegate.decision import Decision
 from tidegate.errors import StoreUnavailable
-from tidegate.limits import Algorithm, Limit, LimitSet, OnFailure
+from tidegate.policy.limits import Algorithm, Limit, LimitSet, OnFailure
 
 NAMES = iter(range(1_000_000))
 

@@ -20,15 +20,15 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from tests.integration.catalog_keys import listed_keys, make_key, revoke_key
 from tests.servers.postgres import PostgresServer
 from tests.unit.test_policy_file import WHOLE
-from tidegate.catalog import database
-from tidegate.catalog.engines import open_engine
-from tidegate.catalog.policy_file import parse_policy
-from tidegate.catalog.schema import upgrade, upgrade_schema
-from tidegate.catalog.sql import SqlCatalog
-from tidegate.catalog.tables import metadata
+from tidegate.catalog.sql import database
+from tidegate.catalog.sql.catalog import SqlCatalog
+from tidegate.catalog.sql.engine import open_engine
+from tidegate.catalog.sql.schema import upgrade, upgrade_schema
+from tidegate.catalog.sql.tables import metadata
 from tidegate.errors import CatalogError, CatalogUnavailable, SettingsError, TidegateError
-from tidegate.keys import hash_api_key
-from tidegate.policy import KeyStatus
+from tidegate.policy.key_format import hash_api_key
+from tidegate.policy.model import KeyStatus
+from tidegate.policy.toml_reader import parse_policy
 
 OTHER = '[[tiers]]\nname = "other"\n[[api_keys]]\nkey = "demo-other-key-001"\ntier = "other"\n'
 

@@ -216,7 +216,7 @@ def test_a_stranger_forces_no_trace_and_prevents_none(traced: Callable[..., Any]
 
 
 def test_off_it_is_not_even_imported() -> None:
-    code = "import sys, tidegate.supervisor; print(sorted(name for name in sys.modules if 'opentelemetry' in name))"
+    code = "import sys, tidegate.server.supervisor; print(sorted(name for name in sys.modules if 'opentelemetry' in name))"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
 

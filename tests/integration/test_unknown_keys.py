@@ -13,15 +13,16 @@ from tests.cases.doors import FREE, POLICY
 from tests.integration.client_asker import Asker
 from tidegate import TooManyUnknownKeys
 from tidegate.catalog.cached import CachedCatalog
-from tidegate.catalog.policy_file import PolicyCatalog, parse_policy
+from tidegate.catalog.in_memory import PolicyCatalog
 from tidegate.catalog.unknown_keys import UnknownKeyLimit
 from tidegate.counters.memory import MemoryCounters
+from tidegate.doors.asgi import RateLimitMiddleware
 from tidegate.doors.grpc.messages import OVER_LIMIT, RateLimitRequest, RateLimitResponse
 from tidegate.doors.grpc.service import RateLimitService
 from tidegate.doors.http import DataPlane
-from tidegate.doors.middleware import RateLimitMiddleware
-from tidegate.gate import Gate
-from tidegate.keys import make_api_key
+from tidegate.gate.gate import Gate
+from tidegate.policy.key_format import make_api_key
+from tidegate.policy.toml_reader import parse_policy
 from tidegate.settings import EnvoySettings
 
 CODE = "API_KEY_LOOKUPS_EXCEEDED"

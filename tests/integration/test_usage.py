@@ -13,8 +13,8 @@ import pytest
 from tests.cases.doors import EXPIRED, FREE, POLICY, REVOKED
 from tests.conftest import Clock
 from tidegate.catalog.cached import CachedCatalog
-from tidegate.catalog.policy_file import PolicyCatalog, parse_policy
-from tidegate.catalog.sql import SqlCatalog
+from tidegate.catalog.in_memory import PolicyCatalog
+from tidegate.catalog.sql.catalog import SqlCatalog
 from tidegate.counters import Charge
 from tidegate.counters.guarded import GuardedCounters
 from tidegate.counters.memory import MemoryCounters
@@ -23,9 +23,10 @@ from tidegate.decision import Check, Observation
 from tidegate.doors.client_address import TrustedProxies
 from tidegate.doors.http import DataPlane
 from tidegate.errors import StoreUnavailable
-from tidegate.gate import MAX_USAGE_RULES, Gate
-from tidegate.limits import Algorithm, Limit, LimitSet
-from tidegate.usage import peek
+from tidegate.gate.gate import MAX_USAGE_RULES, Gate
+from tidegate.gate.usage import peek
+from tidegate.policy.limits import Algorithm, Limit, LimitSet
+from tidegate.policy.toml_reader import parse_policy
 
 IP = "203.0.113.7"
 KEYED = {"X-API-Key": FREE, "X-Real-IP": IP}

@@ -19,15 +19,15 @@ from tests.moments import PATIENCE_S
 from tests.servers.postgres import PostgresServer
 from tests.servers.tcp_proxy import TcpProxy
 from tests.unit.test_violations import MINUTE_US, NOON_US, blocked, limit_set
-from tidegate.catalog import violations as table
-from tidegate.catalog.database import Database
-from tidegate.catalog.editing import CatalogEditor
-from tidegate.catalog.reading_violations import Blocked, blocked_total, list_violations, top_violators
-from tidegate.catalog.sql import SqlCatalog
-from tidegate.catalog.violations import ViolationKey, keep_violations, partition_of, write_violations
+from tidegate.admin.rules import CatalogEditor
+from tidegate.catalog.sql.catalog import SqlCatalog
+from tidegate.catalog.sql.database import Database
 from tidegate.errors import CatalogUnavailable
-from tidegate.telemetry import violations as module
-from tidegate.telemetry.violations import Violations, ViolationWriter
+from tidegate.violations import recorder as module
+from tidegate.violations import storage as table
+from tidegate.violations.queries import Blocked, blocked_total, list_violations, top_violators
+from tidegate.violations.recorder import Violations, ViolationWriter
+from tidegate.violations.storage import ViolationKey, keep_violations, partition_of, write_violations
 
 DAY_US = 86_400_000_000
 EVER = Blocked(0, 2**62)
@@ -74,7 +74,7 @@ async def listed(catalog: SqlCatalog) -> dict[tuple[str, str, str, str], int]:
     rows: list[Any] = []
     after = None
     while True:
-        page = await list_violations(editor_of(catalog), 500, after, EVER)
+        page = await list_violations(catalog.database, 500, after, EVER)
         rows += page.items
         if (after := page.next) is None:
             return {(row["minute"], row["tier"], row["rule"], row["subject"]): row["blocked"] for row in rows}
@@ -121,9 +121,11 @@ async def test_sums_of_four_writers_at_once(url: str, catalog: SqlCatalog) -> No
     assert sum(writer.written for writer in writers) == truth.total()
     assert [writer.dropped + writer.pending for writer in writers] == [0, 0, 0, 0]
     editor = editor_of(catalog)
-    assert await blocked_total(editor, EVER) == truth.total()
+    assert await blocked_total(editor.catalog.database, EVER) == truth.total()
     most = sorted(truth.items(), key=lambda item: (-item[1], item[0]))[:3]
-    assert [(each["subject"], each["blocked"]) for each in await top_violators(editor, 3, "subject", EVER)] == most
+    assert [
+        (each["subject"], each["blocked"]) for each in await top_violators(editor.catalog.database, 3, "subject", EVER)
+    ] == most
     for each in catalogs[1:]:
         await each.close()
 
@@ -152,12 +154,12 @@ async def test_the_others_count_by_rule_and_are_nobody(catalog: SqlCatalog) -> N
     assert others == [("r", total - sum(n for key, n in rows.items() if key[2] == "r" and key[3]))]
     assert others[0][1] > 800
     editor = editor_of(catalog)
-    top = await top_violators(editor, 100, "subject", EVER)
+    top = await top_violators(editor.catalog.database, 100, "subject", EVER)
     assert top[0] == {"subject": "k:heavy", "tier": None, "rule": None, "blocked": 501}
     assert all(each["subject"] for each in top)
-    by_rule = await top_violators(editor, 10, "rule", EVER)
+    by_rule = await top_violators(editor.catalog.database, 10, "rule", EVER)
     assert [(each["tier"], each["rule"], each["blocked"]) for each in by_rule] == [("free", "r", total), ("free", "", 1)]
-    assert [each["blocked"] for each in await top_violators(editor, 10, "tier", EVER)] == [total + 1]
+    assert [each["blocked"] for each in await top_violators(editor.catalog.database, 10, "tier", EVER)] == [total + 1]
 
 
 async def test_odd_texts_are_taken(catalog: SqlCatalog) -> None:

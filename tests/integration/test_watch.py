@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from tidegate.catalog.watch import watch_policy
 from tidegate.errors import CatalogError, CatalogUnavailable, PolicyError, TidegateError
-from tidegate.policy import Policy
+from tidegate.policy.file_watcher import watch_policy
+from tidegate.policy.model import Policy
 
 
 def policy(name: str) -> str:

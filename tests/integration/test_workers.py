@@ -19,7 +19,7 @@ import pytest
 
 from tests.moments import PATIENCE_S, wait_until
 from tests.servers.redis_server import RedisServer
-from tidegate.telemetry.combined import combine
+from tidegate.telemetry.merge_workers import combine
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="workers are looked at in /proc")
 

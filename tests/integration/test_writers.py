@@ -12,11 +12,11 @@ import pytest
 from sqlalchemy import select
 
 from tests.integration.admin_api import Admin, open_admin
-from tidegate.catalog.changing import StaleRevision
-from tidegate.catalog.editing import CatalogEditor
-from tidegate.catalog.forms import Form
-from tidegate.catalog.sql import SqlCatalog
-from tidegate.catalog.tables import audit_log, catalog_changes
+from tidegate.admin.records import Form
+from tidegate.admin.rules import CatalogEditor
+from tidegate.admin.transaction import StaleRevision
+from tidegate.catalog.sql.catalog import SqlCatalog
+from tidegate.catalog.sql.tables import audit_log, catalog_changes
 from tidegate.errors import PolicyError
 
 WRITERS = 50

@@ -15,8 +15,8 @@ from tidegate.counters import Charge, Outcome
 from tidegate.counters.memory import MemoryCounters
 from tidegate.decision import Decision
 from tidegate.errors import CatalogUnavailable, StoreUnavailable
-from tidegate.limits import LimitSet
-from tidegate.policy import ApiKey, Policy, Tier
+from tidegate.policy.limits import LimitSet
+from tidegate.policy.model import ApiKey, Policy, Tier
 
 TIMEOUT_S = 0.05
 SLOW_S = 0.03

@@ -10,9 +10,9 @@ from typing import NamedTuple
 from tests import oracles
 from tests.model.faults import Told
 from tidegate.counters import Charge
-from tidegate.counters.local_shares import share_of
+from tidegate.counters.fallback import share_of
 from tidegate.decision import Decision
-from tidegate.limits import Algorithm, Limit, LimitSet
+from tidegate.policy.limits import Algorithm, Limit, LimitSet
 
 
 class Place(NamedTuple):

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tests import oracles
 from tests.conftest import MOMENT_US
 from tidegate.algorithms import DECIDE, EXPIRES_AT, sliding_log
-from tidegate.limits import Algorithm, Limit, fit_limits
+from tidegate.policy.limits import Algorithm, Limit, fit_limits
 
 ALL = list(Algorithm)
 # No deadline for an example: on a busy machine any of them may wait for a core.

@@ -11,14 +11,16 @@ import pytest
 
 from tests.cases.doors import POLICY
 from tidegate.catalog import cached as cached_module
-from tidegate.catalog import replicas as replicas_module
 from tidegate.catalog import shared as shared_module
 from tidegate.catalog.cached import CachedCatalog
-from tidegate.catalog.changes import KEY, TIER, Changes, LastChanges
-from tidegate.catalog.policy_file import PolicyCatalog, parse_policy
-from tidegate.catalog.replicas import Replicas
+from tidegate.catalog.changes import KEY, TIER, Changes
+from tidegate.catalog.freshness import FreshnessTracker
+from tidegate.catalog.in_memory import PolicyCatalog
 from tidegate.catalog.shared import SharedCatalog
-from tidegate.policy import ApiKey, Tier
+from tidegate.catalog.sql import replicas as replicas_module
+from tidegate.catalog.sql.replicas import Replicas
+from tidegate.policy.model import ApiKey, Tier
+from tidegate.policy.toml_reader import parse_policy
 
 SMALL, LARGE = 500, 100_000
 ADDED = 50_000
@@ -29,7 +31,7 @@ Fill = Callable[[int, pytest.MonkeyPatch], Callable[[int], None]]
 
 
 def last_changes(most: int, _: pytest.MonkeyPatch) -> Callable[[int], None]:
-    last = LastChanges(most)
+    last = FreshnessTracker(most)
     return lambda number: last.remember([(number, (KEY, str(number)))])
 
 

@@ -17,10 +17,11 @@ from tests.moments import until
 from tidegate.catalog.cache_level import SECOND_CHANCES
 from tidegate.catalog.cached import MAX_UNKNOWN, PATIENCE_S, RELOADS, RETRY_S, UNKNOWN_TTL_S, CachedCatalog
 from tidegate.catalog.changes import ALL, ANONYMOUS, KEY, TIER, Changes
-from tidegate.catalog.policy_file import PolicyCatalog, parse_policy
+from tidegate.catalog.in_memory import PolicyCatalog
 from tidegate.errors import CatalogUnavailable
-from tidegate.keys import hash_api_key, make_api_key
-from tidegate.policy import ApiKey, KeyStatus, Policy, Tier
+from tidegate.policy.key_format import hash_api_key, make_api_key
+from tidegate.policy.model import ApiKey, KeyStatus, Policy, Tier
+from tidegate.policy.toml_reader import parse_policy
 
 FREE_KEY = hash_api_key(FREE)
 

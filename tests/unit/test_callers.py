@@ -13,7 +13,6 @@ from tests.unit.test_cached import Held, Seconds
 from tidegate import TooManyUnknownKeys
 from tidegate.catalog.cached import UNKNOWN_TTL_S, CachedCatalog
 from tidegate.catalog.changes import ANONYMOUS, KEY
-from tidegate.catalog.policy_file import parse_policy
 from tidegate.catalog.unknown_keys import WINDOW_S, UnknownKeyLimit
 from tidegate.counters.memory import MemoryCounters
 from tidegate.decision import Check, Decision
@@ -21,9 +20,10 @@ from tidegate.doors.grpc.messages import RateLimitRequest, RateLimitResponse
 from tidegate.doors.grpc.service import RateLimitService
 from tidegate.doors.grpc.status import CallRefused, Status
 from tidegate.errors import CatalogUnavailable, InvalidApiKey
-from tidegate.gate import DescriptorCheck, Gate
-from tidegate.keys import hash_api_key, make_api_key
-from tidegate.policy import ApiKey, Policy, Tier
+from tidegate.gate.gate import DescriptorCheck, Gate
+from tidegate.policy.key_format import hash_api_key, make_api_key
+from tidegate.policy.model import ApiKey, Policy, Tier
+from tidegate.policy.toml_reader import parse_policy
 from tidegate.settings import EnvoySettings
 
 BATCH = 1000

@@ -14,16 +14,26 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 from sqlalchemy import delete, insert, select, update
 
-from tidegate.catalog import database as database_module
 from tidegate.catalog.cached import CachedCatalog
-from tidegate.catalog.change_log import KEPT_MS, MOST_TOUCHED, read_changes
-from tidegate.catalog.changes import ALL, ANONYMOUS, KEY, MOST_READ, NONE, TIER, Changes, Item, LastChanges
-from tidegate.catalog.database import Database
-from tidegate.catalog.engines import open_engine
+from tidegate.catalog.changes import (
+    ALL,
+    ANONYMOUS,
+    KEY,
+    MOST_READ,
+    NONE,
+    TIER,
+    Changes,
+    Item,
+)
+from tidegate.catalog.freshness import FreshnessTracker
 from tidegate.catalog.shared import SharedCatalog
-from tidegate.catalog.tables import catalog_changes, metadata, policy_state
-from tidegate.limits import Limit
-from tidegate.policy import ApiKey, Tier
+from tidegate.catalog.sql import database as database_module
+from tidegate.catalog.sql.change_log import KEPT_MS, MOST_TOUCHED, read_changes
+from tidegate.catalog.sql.database import Database
+from tidegate.catalog.sql.engine import open_engine
+from tidegate.catalog.sql.tables import catalog_changes, metadata, policy_state
+from tidegate.policy.limits import Limit
+from tidegate.policy.model import ApiKey, Tier
 
 A, B, C = (KEY, "a"), (KEY, "b"), (TIER, "c")
 
@@ -258,7 +268,7 @@ async def test_the_statement_is_one_snapshot(tmp_path: Path) -> None:
 
 
 def test_an_answer_must_have_seen_the_last_change_of_what_it_tells() -> None:
-    last = LastChanges()
+    last = FreshnessTracker()
     assert last.needed(KEY, "a") == 0
     last.note(Changes(10, 5, ((7, A), (9, C))))
     assert (last.version, last.floor) == (10, 5)
@@ -268,14 +278,14 @@ def test_an_answer_must_have_seen_the_last_change_of_what_it_tells() -> None:
 
 
 def test_where_the_log_is_not_whole_nothing_older_is_good() -> None:
-    last = LastChanges()
+    last = FreshnessTracker()
     last.note(Changes(10, 5, ((7, A), (9, C))))
     last.note(Changes(20, 15, ((18, B),)))
     assert [last.needed(*item) for item in (A, C, B)] == [15, 15, 18]
 
 
 def test_a_version_that_went_back_takes_what_was_known_with_it() -> None:
-    last = LastChanges()
+    last = FreshnessTracker()
     last.note(Changes(10, 0, ((7, A), (9, C))))
     last.note(Changes(8, 8))
     assert last.version == 8
@@ -283,7 +293,7 @@ def test_a_version_that_went_back_takes_what_was_known_with_it() -> None:
 
 
 def test_a_change_made_here_counts_before_it_is_read_of() -> None:
-    last = LastChanges()
+    last = FreshnessTracker()
     last.note(Changes(10, 5))
     last.remember([(20, A)])
     assert (last.version, last.needed(*A), last.needed(*B)) == (10, 20, 5)
@@ -296,7 +306,7 @@ def test_a_change_made_here_counts_before_it_is_read_of() -> None:
 
 
 def test_what_is_forgotten_raises_the_floor() -> None:
-    last = LastChanges(most=3)
+    last = FreshnessTracker(most=3)
     for at in range(1, 6):
         last.remember([(at, (KEY, f"{at}"))])
     assert last.floor == 2
@@ -391,7 +401,7 @@ class Instance:
     def __init__(self, truth: Truth, kept: Kept | None, remembered: int) -> None:
         self.source: Any = truth if kept is None else SharedCatalog(cast("Any", truth), kept, b"secret of a test")
         self.cached = CachedCatalog(cast("Any", self), clock=lambda: 0.0)
-        self.cached._last = LastChanges(remembered)
+        self.cached._last = FreshnessTracker(remembered)
         self.loaded: dict[Item, int] = {}
         self.may: dict[Item, set[int]] = {thing: {0} for thing in THINGS}
         self.ahead: dict[Item, int] = {}

@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.conftest import Clock
-from tidegate.counters.denials import DenialMemory
+from tidegate.counters.denial_cache import DenialMemory
 from tidegate.counters.memory import MemoryCounters
 from tidegate.decision import Decision
-from tidegate.limits import Algorithm, Limit, LimitSet
+from tidegate.policy.limits import Algorithm, Limit, LimitSet
 
 LIMITS = LimitSet("l", Algorithm.SLIDING_WINDOW, [Limit.parse("3/minute")])
 COUNTERS = ((LIMITS, "s"),)

@@ -8,14 +8,15 @@ from hypothesis import strategies as st
 
 from tests.conftest import Clock
 from tidegate.catalog.cached import CachedCatalog
-from tidegate.catalog.policy_file import PolicyCatalog, parse_policy, policy_warnings
-from tidegate.catalog.policy_text import policy_text
+from tidegate.catalog.in_memory import PolicyCatalog
 from tidegate.counters.memory import MemoryCounters
 from tidegate.decision import Check, Observation
-from tidegate.descriptors import canonical_descriptor, descriptor_entries, descriptor_text, entries_subject
 from tidegate.errors import BadRequest, InvalidApiKey, PolicyError
-from tidegate.gate import DescriptorCheck, Gate
-from tidegate.policy import Policy
+from tidegate.gate.gate import DescriptorCheck, Gate
+from tidegate.policy.descriptors import canonical_descriptor, descriptor_entries, descriptor_text, entries_subject
+from tidegate.policy.model import Policy
+from tidegate.policy.toml_reader import parse_policy, policy_warnings
+from tidegate.policy.toml_writer import policy_text
 
 KEY, OTHER = "demo-free-key-0001", "demo-other-key-0001"
 POLICY = f"""

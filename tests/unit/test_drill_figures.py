@@ -20,7 +20,7 @@ from drills.figures import (
 )
 from drills.outcome import Goal, at_most
 
-from tidegate.catalog.policy_file import parse_policy
+from tidegate.policy.toml_reader import parse_policy
 
 SECOND_US = 1_000_000
 

@@ -16,7 +16,7 @@ from tests import oracles
 from tests.conftest import MOMENT_US, Clock
 from tidegate.counters.memory import MemoryCounters
 from tidegate.decision import Decision
-from tidegate.limits import Algorithm, Limit, LimitSet
+from tidegate.policy.limits import Algorithm, Limit, LimitSet
 
 S = 1_000_000
 MINUTE_US = MOMENT_US // (60 * S) * 60 * S

@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 
-from tidegate.catalog import following
+from tidegate.catalog import follower as following
 from tidegate.catalog.cached import CachedCatalog
 from tidegate.catalog.changes import Changes
-from tidegate.catalog.following import Follower
-from tidegate.catalog.policy_file import PolicyCatalog, parse_policy
+from tidegate.catalog.follower import Follower
+from tidegate.catalog.in_memory import PolicyCatalog
 from tidegate.errors import CatalogUnavailable
+from tidegate.policy.toml_reader import parse_policy
 
 POLL_S = 0.01
 LONG_S = 60.0

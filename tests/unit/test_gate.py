@@ -12,15 +12,16 @@ from tests.cases.doors import EXPIRED, FREE, OWN, POLICY, REVOKED
 from tests.conftest import Clock
 from tidegate.catalog import cached as cached_catalog
 from tidegate.catalog.cached import MAX_UNKNOWN, CachedCatalog
-from tidegate.catalog.policy_file import PolicyCatalog, parse_policy
+from tidegate.catalog.in_memory import PolicyCatalog
 from tidegate.counters import Charge
 from tidegate.counters.memory import MemoryCounters
 from tidegate.decision import Check, Decision, Observation, Usage
 from tidegate.errors import BadRequest, CatalogUnavailable, InvalidApiKey, MissingApiKey, StoreUnavailable, TidegateError
-from tidegate.gate import MAX_USAGE_RULES, Gate
-from tidegate.keys import hash_api_key, make_api_key
-from tidegate.limits import LimitSet
-from tidegate.policy import ApiKey, Tier
+from tidegate.gate.gate import MAX_USAGE_RULES, Gate
+from tidegate.policy.key_format import hash_api_key, make_api_key
+from tidegate.policy.limits import LimitSet
+from tidegate.policy.model import ApiKey, Tier
+from tidegate.policy.toml_reader import parse_policy
 
 IP, OTHER_IP = "203.0.113.7", "198.51.100.1"
 

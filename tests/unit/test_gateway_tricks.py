@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.cases.gateway_tricks import KEY, OTHER_KEY, PLAIN, POLICY, STRICT, TRICKS, is_strict, lenient_path, verdict
-from tidegate.catalog.policy_file import parse_policy
+from tidegate.policy.toml_reader import parse_policy
 
 VERDICTS = {"strict", "plain", "other", "refused"}
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import pytest
 
-from tidegate.catalog.gathering import Gathering
+from tidegate.catalog.sql.batch_loader import Gathering
 from tidegate.errors import CatalogUnavailable
 
 

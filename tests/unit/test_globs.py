@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tidegate.globs import Glob, endpoint_expression, endpoint_matcher
-from tidegate.matching import CompiledTier
-from tidegate.policy import Rule, Tier
+from tidegate.policy.globs import Glob, endpoint_expression, endpoint_matcher
+from tidegate.policy.matching import CompiledTier
+from tidegate.policy.model import Rule, Tier
 
 
 def naive(pattern: str, text: str) -> bool:

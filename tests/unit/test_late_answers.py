@@ -10,7 +10,7 @@ from tidegate.counters import Charge, LateAnswer
 from tidegate.counters.late_answers import MAX_PAID, LateAnswers
 from tidegate.decision import Decision
 from tidegate.errors import StoreUnavailable
-from tidegate.limits import Algorithm, Limit, LimitSet
+from tidegate.policy.limits import Algorithm, Limit, LimitSet
 
 LIMITS = LimitSet("l", Algorithm.FIXED_WINDOW, [Limit.parse("40/day")])
 AT_US = 1_700_000_000_000_000

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from tests.conftest import MOMENT_US
 from tidegate.client import LimitHeaders, Quota, read_limit_headers
 from tidegate.decision import Decision
-from tidegate.doors.answers import limit_headers
-from tidegate.limits import Algorithm, Limit, LimitSet, OnFailure
+from tidegate.doors.responses import limit_headers
+from tidegate.policy.limits import Algorithm, Limit, LimitSet, OnFailure
 
 NOW_S = 1_700_000_000.0
 NAMES = ("ratelimit", "ratelimit-policy", "retry-after", "x-ratelimit-limit", "x-ratelimit-reset", "ratelimit-remaining")

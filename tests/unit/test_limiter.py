@@ -9,7 +9,7 @@ import pytest
 import tidegate
 from tests.conftest import Clock
 from tidegate import BadRequest, Limiter, MemoryCounters, PolicyError, SettingsError
-from tidegate.limits import Algorithm
+from tidegate.policy.limits import Algorithm
 
 
 async def test_counts_each_subject_by_itself() -> None:

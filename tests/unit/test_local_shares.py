@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from tests.conftest import MOMENT_US, Clock
 from tidegate.algorithms import MERGE
 from tidegate.counters import Charge
-from tidegate.counters.local_shares import LocalShares, share_of
+from tidegate.counters.fallback import LocalShares, share_of
 from tidegate.counters.memory import MemoryCounters
 from tidegate.errors import PolicyError
-from tidegate.limits import Algorithm, Limit, LimitSet
+from tidegate.policy.limits import Algorithm, Limit, LimitSet
 
 
 def limit_set(algorithm: Algorithm, *texts: str) -> LimitSet:

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tidegate.catalog.tokens import TOKEN_PREFIX
+from tidegate.admin.tokens import TOKEN_PREFIX
 from tidegate.doors.client_address import TrustedProxies
 from tidegate.telemetry.logs import (
     BY_STRANGER,

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tidegate.limits import Limit
-from tidegate.matching import CompiledTier, subject_of
-from tidegate.policy import Override, Rule, Subject, Tier
+from tidegate.policy.limits import Limit
+from tidegate.policy.matching import CompiledTier, subject_of
+from tidegate.policy.model import Override, Rule, Subject, Tier
 
 
 def tier_of(*rules: Rule, limits: tuple[str, ...] = ()) -> CompiledTier:

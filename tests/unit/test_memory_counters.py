@@ -13,7 +13,7 @@ from tests import oracles
 from tests.conftest import Clock
 from tidegate.counters import Charge
 from tidegate.counters.memory import LOG_ENTRIES_A_SUBJECT, MemoryCounters
-from tidegate.limits import Algorithm, Limit, LimitSet
+from tidegate.policy.limits import Algorithm, Limit, LimitSet
 
 START = 1_700_000_000_000_000
 

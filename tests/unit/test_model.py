@@ -29,15 +29,15 @@ from tests.model.truth import Admitted, Truth, held_by
 from tests.model.virtual_time import VirtualLoop
 from tidegate.breaker import BreakerOptions
 from tidegate.catalog.cached import RETRY_S, CachedCatalog
-from tidegate.catalog.following import Follower
+from tidegate.catalog.follower import Follower
 from tidegate.counters import Charge, Outcome, guarded
 from tidegate.counters.guarded import GuardedCounters, GuardOptions
 from tidegate.decision import Check, Decision
 from tidegate.errors import StoreUnavailable, TidegateError
-from tidegate.gate import Gate
-from tidegate.keys import hash_api_key
-from tidegate.limits import Algorithm, Limit, OnFailure
-from tidegate.policy import ApiKey, KeyStatus, Policy, Rule, Tier
+from tidegate.gate.gate import Gate
+from tidegate.policy.key_format import hash_api_key
+from tidegate.policy.limits import Algorithm, Limit, OnFailure
+from tidegate.policy.model import ApiKey, KeyStatus, Policy, Rule, Tier
 
 EPOCH_US = 1_700_000_000_000_000
 INSTANCES = 2

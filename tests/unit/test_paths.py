@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tidegate.errors import SettingsError
-from tidegate.paths import DEFERRED, MAX_PATH_BYTES, STRICT, PathRules, canonical_path, quote_path
+from tidegate.policy.paths import DEFERRED, MAX_PATH_BYTES, STRICT, PathRules, canonical_path, quote_path
 
 ACCEPTED = {
     "/": "/",

@@ -19,12 +19,12 @@ from typer.testing import CliRunner
 
 from tidegate.cli import app
 from tidegate.errors import SettingsError
-from tidegate.plan.assumptions import PRICES, USE, assume
-from tidegate.plan.caches import shares
-from tidegate.plan.constants import Constant, measured
-from tidegate.plan.fleet import Plan, make_plan
-from tidegate.plan.quantities import parse_quantity, short, size
-from tidegate.plan.requirement import ROWS, SIZES, compare
+from tidegate.tools.plan.assumptions import PRICES, USE, assume
+from tidegate.tools.plan.caches import shares
+from tidegate.tools.plan.constants import Constant, measured
+from tidegate.tools.plan.fleet import Plan, make_plan
+from tidegate.tools.plan.quantities import parse_quantity, short, size
+from tidegate.tools.plan.requirement import ROWS, SIZES, compare
 
 users = st.floats(min_value=1, max_value=1e10)
 

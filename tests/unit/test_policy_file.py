@@ -11,13 +11,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tidegate.catalog.forms import FIRST_US, LAST_US, moment_text, moment_us
-from tidegate.catalog.policy_file import PolicyCatalog, load_policy, parse_policy, policy_warnings
-from tidegate.catalog.toml_lines import LineIndex, line_of_deep_key
+from tidegate.catalog.in_memory import PolicyCatalog
 from tidegate.errors import PolicyError
-from tidegate.keys import hash_api_key
-from tidegate.limits import Algorithm, OnFailure
-from tidegate.policy import KeyStatus, Mode, Subject
+from tidegate.policy.key_format import hash_api_key
+from tidegate.policy.limits import Algorithm, OnFailure
+from tidegate.policy.model import KeyStatus, Mode, Subject
+from tidegate.policy.toml_lines import LineIndex, line_of_deep_key
+from tidegate.policy.toml_reader import load_policy, parse_policy, policy_warnings
+from tidegate.timestamps import MAX_US, MIN_US, format_timestamp, parse_timestamp
 
 WHOLE = """\
 # every field there is
@@ -162,11 +163,11 @@ def test_refused_as_a_whole(text: str, said: str) -> None:
 
 def test_moments_are_exact_to_the_end_of_time() -> None:
     text = WHOLE.replace("2030-01-02T03:04:05+01:00", "9999-12-31T23:59:59.999999Z")
-    assert parse_policy(text).api_keys[0].expires_at_us == LAST_US
-    assert moment_text(LAST_US) == moment_text(LAST_US + 1) == "9999-12-31T23:59:59.999999Z"
-    assert moment_text(FIRST_US) == moment_text(FIRST_US - 1) == "0001-01-01T00:00:00Z"
-    for at_us in (FIRST_US, LAST_US, -1, 0, 1_893_549_845_000_001):
-        assert moment_us(str(moment_text(at_us)), "expires_at") == at_us
+    assert parse_policy(text).api_keys[0].expires_at_us == MAX_US
+    assert format_timestamp(MAX_US) == format_timestamp(MAX_US + 1) == "9999-12-31T23:59:59.999999Z"
+    assert format_timestamp(MIN_US) == format_timestamp(MIN_US - 1) == "0001-01-01T00:00:00Z"
+    for at_us in (MIN_US, MAX_US, -1, 0, 1_893_549_845_000_001):
+        assert parse_timestamp(str(format_timestamp(at_us)), "expires_at") == at_us
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:

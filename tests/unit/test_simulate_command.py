@@ -21,12 +21,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.cases.logs import COMBINED, COMMON, T0
-from tidegate.charts import clean
 from tidegate.errors import PolicyError, SettingsError, TidegateError
-from tidegate.simulate.command import Simulation, simulate
-from tidegate.simulate.log_lines import MAX_LINE, LogError, LogLines
-from tidegate.simulate.page import render_page
-from tidegate.simulate.report import Report, as_json
+from tidegate.tools.charts import clean
+from tidegate.tools.simulate.command import Simulation, simulate
+from tidegate.tools.simulate.log_lines import MAX_LINE, LogError, LogLines
+from tidegate.tools.simulate.page import render_page
+from tidegate.tools.simulate.report import Report, as_json
 
 POLICY = """
 [[tiers]]
@@ -232,9 +232,9 @@ def test_any_shuffle_within_the_window_gives_the_report_of_the_sorted_log(
 
 def simulated(log: str, policy: Path) -> Report:
     """A report as a record."""
-    from tidegate.catalog.policy_file import load_policy
-    from tidegate.simulate.replay import Replay
-    from tidegate.simulate.time_order import TimeOrder
+    from tidegate.policy.toml_reader import load_policy
+    from tidegate.tools.simulate.replay import Replay
+    from tidegate.tools.simulate.time_order import TimeOrder
 
     replay = Replay(load_policy(policy), None, True)
     simulation = Simulation(replay, TimeOrder(replay.decide, 120, 100_000))

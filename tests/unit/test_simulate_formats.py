@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 from tests.cases.logs import AT, COMBINED, COMMON, CSV_HEADER, LINES, MALFORMED, Line
 from tidegate.errors import SettingsError
-from tidegate.paths import MAX_PATH_BYTES
-from tidegate.simulate.log_formats import FORMATS, Directive, Request, csv_columns, detect, parser_of
-from tidegate.simulate.log_times import Malformed, moment_us
+from tidegate.policy.paths import MAX_PATH_BYTES
+from tidegate.tools.simulate.log_formats import FORMATS, Directive, Request, csv_columns, detect, parser_of
+from tidegate.tools.simulate.log_times import Malformed, moment_us
 
 
 @pytest.mark.parametrize("case", LINES, ids=lambda case: case.title)

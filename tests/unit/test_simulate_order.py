@@ -8,8 +8,8 @@ import random
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tidegate.simulate.log_formats import Request
-from tidegate.simulate.time_order import TimeOrder
+from tidegate.tools.simulate.log_formats import Request
+from tidegate.tools.simulate.time_order import TimeOrder
 
 
 def request(at_us: int, ip: str = "10.0.0.1", path: str = "/") -> Request:

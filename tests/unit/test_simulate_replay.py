@@ -11,12 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.cases.logs import AT
-from tidegate.catalog.policy_file import parse_policy
 from tidegate.errors import SettingsError
-from tidegate.policy import Policy
-from tidegate.simulate.log_formats import Request
-from tidegate.simulate.replay import Replay
-from tidegate.simulate.tallies import MAX_SERIES, Series, TopBlocked
+from tidegate.policy.model import Policy
+from tidegate.policy.toml_reader import parse_policy
+from tidegate.tools.simulate.log_formats import Request
+from tidegate.tools.simulate.replay import Replay
+from tidegate.tools.simulate.tallies import MAX_SERIES, Series, TopBlocked
 
 MINUTE_US = 60_000_000
 

@@ -19,11 +19,11 @@ from hypothesis import strategies as st
 
 from tests.cases.logs import AT, COMBINED, T0
 from tidegate.errors import SettingsError
-from tidegate.simulate.command import simulate
-from tidegate.simulate.log_clients import Clients, address_of
-from tidegate.simulate.log_formats import FORMATS, Directive, csv_columns, detect, parser_of
-from tidegate.simulate.log_lines import LogError, LogLines
-from tidegate.simulate.log_times import Malformed, moment_us
+from tidegate.tools.simulate.command import simulate
+from tidegate.tools.simulate.log_clients import Clients, address_of
+from tidegate.tools.simulate.log_formats import FORMATS, Directive, csv_columns, detect, parser_of
+from tidegate.tools.simulate.log_lines import LogError, LogLines
+from tidegate.tools.simulate.log_times import Malformed, moment_us
 
 ROOT = Path(__file__).parents[2]
 ZONE = "14/Nov/2023:22:13:20 +0000"

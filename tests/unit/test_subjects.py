@@ -14,19 +14,20 @@ from tests.conftest import Clock
 from tests.servers.redis_server import RedisServer
 from tidegate import Limiter, MemoryCounters
 from tidegate.catalog.cached import CachedCatalog
-from tidegate.catalog.policy_file import PolicyCatalog, parse_policy
+from tidegate.catalog.in_memory import PolicyCatalog
 from tidegate.counters import Charge, CounterStore
 from tidegate.counters.redis.keyspace import key_of
 from tidegate.counters.redis.store import RedisCounters
 from tidegate.decision import Check, Decision, client_of
-from tidegate.descriptors import entries_subject
 from tidegate.doors.grpc.domains import FileDomain
 from tidegate.doors.grpc.ratelimit_file import parse_ratelimit
 from tidegate.doors.limiter import LONGEST_SUBJECT, _fit_subject
-from tidegate.gate import Gate
-from tidegate.limits import Algorithm, Limit, LimitSet
-from tidegate.matching import CompiledTier, subject_of
-from tidegate.policy import Rule, Subject, Tier
+from tidegate.gate.gate import Gate
+from tidegate.policy.descriptors import entries_subject
+from tidegate.policy.limits import Algorithm, Limit, LimitSet
+from tidegate.policy.matching import CompiledTier, subject_of
+from tidegate.policy.model import Rule, Subject, Tier
+from tidegate.policy.toml_reader import parse_policy
 
 LONG = "x" * (LONGEST_SUBJECT + 1)
 DIGEST = "h:" + hashlib.blake2b(LONG.encode(), digest_size=32).hexdigest()

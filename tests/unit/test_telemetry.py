@@ -11,7 +11,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from tidegate.decision import Decision, Observation
 from tidegate.latency import BUCKETS_S, LatencyTally
-from tidegate.limits import Algorithm, Limit, LimitSet
+from tidegate.policy.limits import Algorithm, Limit, LimitSet
 from tidegate.telemetry import health
 from tidegate.telemetry.health import Health
 from tidegate.telemetry.metrics import MAX_RULE_LABELS, Metrics

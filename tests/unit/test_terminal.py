@@ -16,10 +16,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tidegate.catalog.policy_file import parse_policy
 from tidegate.errors import PolicyError, SettingsError
+from tidegate.policy.toml_reader import parse_policy
 from tidegate.settings import load_settings
-from tidegate.terminal import json_text
+from tidegate.tools.terminal import json_text
 
 HOSTILE = "a\x1b[2J\x1b]0;owned\x07\x9b31m\u202eb\nok: forged\r\x00"
 ALLOWED = {"allowed": True, "limit": 9, "remaining": 8, "reset_after": 1.0, "retry_after": None, "degraded": False}

@@ -19,7 +19,7 @@ from tidegate.doors.grpc.ratelimit_file import parse_ratelimit
 from tidegate.doors.grpc.service import MAX_DESCRIPTORS, RateLimitService
 from tidegate.doors.http import DataPlane
 from tidegate.doors.http_exchange import MAX_BUFFERED_BODY_BYTES, Exchange, RequestHeaders
-from tidegate.gate import Gate
+from tidegate.gate.gate import Gate
 from tidegate.settings import EnvoySettings
 from tidegate.time_slice import TimeSlice
 

@@ -12,8 +12,8 @@ from tidegate.counters import Charge, Outcome
 from tidegate.counters.memory import MemoryCounters
 from tidegate.decision import Decision
 from tidegate.errors import BadRequest, TidegateError
-from tidegate.limits import Algorithm, Limit, LimitSet
-from tidegate.together import Plan, charge_each, charge_together
+from tidegate.gate.charging import Plan, charge_each, charge_together
+from tidegate.policy.limits import Algorithm, Limit, LimitSet
 
 
 class Interrupted(MemoryCounters):

@@ -9,16 +9,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.unit.test_telemetry import values
-from tidegate.catalog.database import Database
-from tidegate.catalog.statements import load_statements
-from tidegate.catalog.violations import _fitted, partition_of
+from tidegate.catalog.sql.database import Database
+from tidegate.catalog.sql.statements import load_statements
 from tidegate.decision import Decision, Observation
-from tidegate.limits import Algorithm, Limit, LimitSet
-from tidegate.telemetry import violations as module
-from tidegate.telemetry.collected import collect_violations
+from tidegate.policy.limits import Algorithm, Limit, LimitSet
+from tidegate.telemetry.collectors import collect_violations
 from tidegate.telemetry.metrics import Metrics
-from tidegate.telemetry.space_saving import SpaceSaving
-from tidegate.telemetry.violations import Violations, ViolationWriter
+from tidegate.violations import recorder as module
+from tidegate.violations.recorder import Violations, ViolationWriter
+from tidegate.violations.space_saving import SpaceSaving
+from tidegate.violations.storage import _fitted, partition_of
 
 MINUTE_US = 60_000_000
 NOON_US = 1_700_049_600_000_000

@@ -26,7 +26,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Final, TypeAlias
 
 from tidegate.algorithms import fixed_window, leaky_bucket, sliding_log, sliding_window, token_bucket
-from tidegate.limits import Algorithm, Limit
+from tidegate.policy.limits import Algorithm, Limit
 
 State: TypeAlias = tuple[Any, ...] | None
 Outcome: TypeAlias = tuple[State, int, int, int | None]

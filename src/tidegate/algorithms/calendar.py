@@ -6,7 +6,7 @@ import datetime
 from functools import lru_cache
 from typing import Final
 
-from tidegate.limits import Limit
+from tidegate.policy.limits import Limit
 
 _DAY_US: Final = 86_400_000_000
 _EPOCH_ORDINAL: Final = datetime.date(1970, 1, 1).toordinal()

@@ -8,7 +8,7 @@ State: `(start, used)`.
 from __future__ import annotations
 
 from tidegate.algorithms.calendar import bounds_of
-from tidegate.limits import MONTH_US, Limit
+from tidegate.policy.limits import MONTH_US, Limit
 
 
 def decide(

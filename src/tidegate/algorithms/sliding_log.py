@@ -13,7 +13,7 @@ from bisect import bisect_right
 from itertools import islice
 from typing import Final, TypeAlias
 
-from tidegate.limits import Limit
+from tidegate.policy.limits import Limit
 
 LOOK_AHEAD: Final = 1000
 """Most entries that a denial examines to find its retry; the same number is in the Lua."""

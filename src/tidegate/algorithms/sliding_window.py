@@ -10,7 +10,7 @@ State: `(start, current, previous)`. Source: the sliding window counter as Cloud
 from __future__ import annotations
 
 from tidegate.algorithms.calendar import bounds_of
-from tidegate.limits import MONTH_US, Limit
+from tidegate.policy.limits import MONTH_US, Limit
 
 
 def decide(

@@ -14,7 +14,7 @@ from __future__ import annotations
 from math import gcd
 from typing import TypeAlias
 
-from tidegate.limits import MAX_EXACT, Limit
+from tidegate.policy.limits import MAX_EXACT, Limit
 
 BucketState: TypeAlias = tuple[int, int, int, int]
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from tidegate.catalog.changes import Changes
-from tidegate.policy import ApiKey, Tier
+from tidegate.policy.model import ApiKey, Tier
 
 
 class Catalog(Protocol):

@@ -6,8 +6,8 @@ import asyncio
 from collections import OrderedDict
 from typing import Final, Generic, TypeVar
 
-from tidegate.matching import CompiledTier
-from tidegate.policy import ApiKey
+from tidegate.policy.matching import CompiledTier
+from tidegate.policy.model import ApiKey
 
 SECOND_CHANCES: Final = 16
 """So many entries get a second round for each that goes: where all are in use, no check waits until all were looked at."""

@@ -24,10 +24,18 @@ from typing import Final
 
 from tidegate.catalog import Catalog
 from tidegate.catalog.cache_level import CacheLevel, Caller, HeldTier, V
-from tidegate.catalog.changes import ALL, ANONYMOUS, KEY, TIER, Changes, Item, LastChanges
+from tidegate.catalog.changes import (
+    ALL,
+    ANONYMOUS,
+    KEY,
+    TIER,
+    Changes,
+    Item,
+)
+from tidegate.catalog.freshness import FreshnessTracker
 from tidegate.catalog.unknown_keys import UnknownKeyLimit
 from tidegate.errors import CatalogUnavailable, TooManyUnknownKeys
-from tidegate.matching import CompiledTier
+from tidegate.policy.matching import CompiledTier
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +83,7 @@ class CachedCatalog:
         self._anonymous: CacheLevel[Caller | None] = CacheLevel(ANONYMOUS, 1)
         self._generation = 0
         self._retry_at = self._slow_until = -math.inf
-        self._last = LastChanges()
+        self._last = FreshnessTracker()
         self._failing = self._followed = False
         self._to_reload: OrderedDict[str, None] = OrderedDict()
         self._reloading: asyncio.Task[None] | None = None

@@ -37,7 +37,7 @@ from tidegate.catalog.shared_entries import (
     require_valid_tier,
 )
 from tidegate.errors import StoreUnavailable
-from tidegate.policy import ApiKey, Tier
+from tidegate.policy.model import ApiKey, Tier
 
 logger = logging.getLogger(__name__)
 

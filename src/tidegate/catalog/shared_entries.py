@@ -16,8 +16,8 @@ from typing import Final, TypeVar
 import msgspec
 
 from tidegate.errors import PolicyError
-from tidegate.limits import Algorithm, Limit, fit_limits
-from tidegate.policy import ApiKey, Tier
+from tidegate.policy.limits import Algorithm, Limit, fit_limits
+from tidegate.policy.model import ApiKey, Tier
 
 _TAG_BYTES: Final = 32
 _KEY_ID: Final = re.compile(r"[0-9a-f]{24}", re.ASCII)

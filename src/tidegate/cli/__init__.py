@@ -15,14 +15,14 @@ from typer.core import TyperGroup
 
 from tidegate._version import __version__
 from tidegate.errors import TidegateError
-from tidegate.terminal import OutputError, say, tolerant_output
+from tidegate.tools.terminal import OutputError, say, tolerant_output
 
 _COMMANDS: Final = {
-    "serve": "tidegate.cli.serving:serve",
-    "check": "tidegate.cli.serving:check",
+    "serve": "tidegate.cli.serve:serve",
+    "check": "tidegate.cli.serve:check",
     "doctor": "tidegate.cli.doctor:doctor",
-    "simulate": "tidegate.simulate.command:simulate",
-    "plan": "tidegate.cli.planning:plan",
+    "simulate": "tidegate.tools.simulate.command:simulate",
+    "plan": "tidegate.cli.plan:plan",
     "tiers": "tidegate.cli.policy:tiers",
     "rules": "tidegate.cli.policy:rules",
     "policy": "tidegate.cli.policy:app",

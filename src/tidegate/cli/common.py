@@ -14,12 +14,12 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from tidegate.charts import clean
 from tidegate.settings import Settings, load_settings
-from tidegate.terminal import json_text, open_console
+from tidegate.tools.charts import clean
+from tidegate.tools.terminal import json_text, open_console
 
 if TYPE_CHECKING:
-    from tidegate.catalog.sql import SqlCatalog
+    from tidegate.catalog.sql.catalog import SqlCatalog
 
 ConfigOption = Annotated[
     Path | None,
@@ -61,7 +61,7 @@ def with_catalog(config: Path | None, work: Callable[[SqlCatalog], Awaitable[_T]
         TidegateError: whatever the work or the opening raised.
     """
 
-    from tidegate.opening import opened_catalog
+    from tidegate.server.wiring import opened_catalog
 
     async def run() -> _T:
         async with opened_catalog(read_settings(config)) as catalog:

@@ -13,10 +13,10 @@ from urllib.parse import urlencode, urlsplit
 
 import msgspec
 
-from tidegate.cli.asking import Answer, NoAnswer, ask
 from tidegate.cli.common import read_settings
+from tidegate.cli.data_plane import Answer, NoAnswer, ask
+from tidegate.client.server_url import Server
 from tidegate.errors import SettingsError, TidegateError
-from tidegate.server_url import Server
 
 TIMEOUT_S: Final = 10.0
 PREFIX: Final = "/admin/v1"

@@ -18,21 +18,21 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from tidegate._version import __version__
-from tidegate.catalog.engines import is_postgres, open_engine, reason_of, shown
-from tidegate.catalog.policy_file import load_policy, policy_warnings
-from tidegate.catalog.schema import look_at_schema
-from tidegate.catalog.tables import api_keys, policy_state, tiers
-from tidegate.charts import clean
-from tidegate.cli.asking import ask_data_plane
+from tidegate.catalog.sql.engine import is_postgres, open_engine, reason_of, shown
+from tidegate.catalog.sql.schema import look_at_schema
+from tidegate.catalog.sql.tables import api_keys, policy_state, tiers
 from tidegate.cli.common import ConfigOption, JsonOption, print_json, read_settings
+from tidegate.cli.data_plane import ask_data_plane
 from tidegate.counters.factory import open_counters
 from tidegate.counters.guarded import GuardedCounters
 from tidegate.errors import SettingsError, TidegateError
-from tidegate.instance import require_shared_counters
-from tidegate.listening import admin_address, free_address, grpc_address, missing_for_grpc
-from tidegate.policy import KeyStatus
+from tidegate.policy.model import KeyStatus
+from tidegate.policy.toml_reader import load_policy, policy_warnings
+from tidegate.server.addresses import admin_address, free_address, grpc_address, missing_for_grpc
+from tidegate.server.instance import require_shared_counters
 from tidegate.settings import Settings, parse_address
-from tidegate.terminal import say
+from tidegate.tools.charts import clean
+from tidegate.tools.terminal import say
 from tidegate.url_parts import scheme_of
 
 Finding = tuple[str, bool | None, str]

@@ -7,10 +7,10 @@ from typing import Annotated
 
 import typer
 
-from tidegate.charts import clean
 from tidegate.cli.common import JsonOption, print_json
 from tidegate.errors import PolicyError, SettingsError
-from tidegate.terminal import say
+from tidegate.tools.charts import clean
+from tidegate.tools.terminal import say
 
 app = typer.Typer(help="Move from envoyproxy/ratelimit to Tidegate.", no_args_is_help=True)
 

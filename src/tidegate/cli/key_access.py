@@ -17,16 +17,18 @@ from typing import Annotated, Any, Final, Protocol, TypeVar
 
 import msgspec
 
-from tidegate.catalog import editing_keys, reading
-from tidegate.catalog.editing import CatalogEditor
-from tidegate.catalog.editing_keys import KeyFields
-from tidegate.catalog.forms import moment_text
-from tidegate.catalog.labels import CLI_ACTOR
-from tidegate.catalog.sql import SqlCatalog
+from tidegate.admin import api_keys as editing_keys
+from tidegate.admin import lists as reading
+from tidegate.admin.api_keys import KeyFields
+from tidegate.admin.rules import CatalogEditor
+from tidegate.catalog.sql.catalog import SqlCatalog
+from tidegate.catalog.sql.paging import MAX_PAGE
 from tidegate.cli.common import with_catalog
 from tidegate.cli.control_plane import ControlPlane
 from tidegate.errors import BadRequest, CatalogError, CatalogUnavailable, PolicyError, SettingsError, TidegateError
-from tidegate.keys import hash_api_key, is_possible_key
+from tidegate.policy.key_format import hash_api_key, is_possible_key
+from tidegate.policy.labels import CLI_ACTOR
+from tidegate.timestamps import format_timestamp
 
 _ID_PREFIX: Final = re.compile(r"[0-9a-f]{6,24}", re.ASCII)
 _MOST_ACTOR: Final = 200
@@ -262,7 +264,7 @@ class KeysAtControlPlane:
 
     async def create(self, tier: str, name: str, expires_at_us: int | None) -> MadeKey:
         """See `ApiKeys.create`."""
-        given = {"tier": tier, "name": name, "expires_at": moment_text(expires_at_us)}
+        given = {"tier": tier, "name": name, "expires_at": format_timestamp(expires_at_us)}
         return self._plane.post("/api-keys", given, MadeKey)
 
     async def page(self, wanted: Wanted, limit: int, after: str | None) -> KeyPage:
@@ -361,7 +363,7 @@ async def collect(keys: ApiKeys, wanted: Wanted, limit: int, after: str | None) 
     """
     items: list[KeyRecord] = []
     while True:
-        page = await keys.page(wanted, min(limit - len(items), reading.MAX_PAGE), after)
+        page = await keys.page(wanted, min(limit - len(items), MAX_PAGE), after)
         items += page.items
         after = page.next
         if after is None or not page.items or len(items) >= limit:

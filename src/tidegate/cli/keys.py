@@ -14,8 +14,8 @@ import typer
 from tidegate.cli.common import ConfigOption, JsonOption, print_json, print_rows
 from tidegate.cli.control_plane import one_line
 from tidegate.cli.key_access import ApiKeys, KeyRecord, RotatedKey, Wanted, collect, find, with_keys
-from tidegate.limits import US_PER_S
-from tidegate.terminal import say
+from tidegate.timestamps import US_PER_S
+from tidegate.tools.terminal import say
 
 app = typer.Typer(
     help="Make, list, show, revoke, rotate and delete API keys: in the database, or with --url over the admin API.",

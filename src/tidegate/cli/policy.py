@@ -8,11 +8,11 @@ from typing import Annotated
 
 import typer
 
-from tidegate.catalog.policy_file import load_policy, policy_warnings
-from tidegate.charts import clean
 from tidegate.cli.common import ConfigOption, JsonOption, print_json, print_rows, with_catalog
 from tidegate.errors import PolicyError
-from tidegate.terminal import say
+from tidegate.policy.toml_reader import load_policy, policy_warnings
+from tidegate.tools.charts import clean
+from tidegate.tools.terminal import say
 
 app = typer.Typer(help="Check a policy file, or print one to begin with.", no_args_is_help=True)
 

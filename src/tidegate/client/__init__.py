@@ -18,12 +18,12 @@ try:
 except ModuleNotFoundError:
     raise ImportError("tidegate.client needs httpcore, which is not installed: pip install 'tidegate[client]'") from None
 
-from tidegate.bodies import RuleUsageBody, UsageBody, WindowUsageBody
 from tidegate.breaker import BreakerOptions
 from tidegate.client.answer import Answer
-from tidegate.client.asking import OnFailure
 from tidegate.client.clients import AsyncClient, Client
+from tidegate.client.core import OnFailure
 from tidegate.client.limit_headers import LimitHeaders, Quota, read_limit_headers
+from tidegate.wire import RuleUsageBody, UsageBody, WindowUsageBody
 
 __all__ = [
     "Answer",

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from tidegate.bodies import DecisionBody
 from tidegate.client.limit_headers import Quota, read_limit_headers
+from tidegate.wire import DecisionBody
 
 
 class Answer(DecisionBody, frozen=True, gc=False, kw_only=True):

@@ -9,15 +9,15 @@ from collections.abc import Iterable, Sequence
 from types import TracebackType
 from typing import Self, TypeVar
 
-from tidegate.bodies import UsageBody
 from tidegate.breaker import BreakerOptions
 from tidegate.client.answer import Answer
-from tidegate.client.asking import BREAKER, Asking, OnFailure
 from tidegate.client.connections import AsyncConnections, Connections
+from tidegate.client.core import BREAKER, Asking, OnFailure
 from tidegate.client.steps import Pause, Steps
 from tidegate.decision import Check
 from tidegate.errors import TidegateError
-from tidegate.paths import DEFERRED
+from tidegate.policy.paths import DEFERRED
+from tidegate.wire import UsageBody
 
 T = TypeVar("T")
 

@@ -16,7 +16,7 @@ import msgspec
 
 from tidegate.decision import Decision
 from tidegate.errors import StoreUnavailable
-from tidegate.limits import LimitSet
+from tidegate.policy.limits import LimitSet
 
 
 class Charge(msgspec.Struct, frozen=True, gc=False):

@@ -11,7 +11,7 @@ from tidegate.counters.guarded import GuardedCounters, GuardOptions
 from tidegate.counters.memory import MemoryCounters
 from tidegate.counters.redis.store import RedisCounters
 from tidegate.errors import SettingsError
-from tidegate.limits import OnFailure
+from tidegate.policy.limits import OnFailure
 from tidegate.settings import BreakerSettings, CounterSettings
 from tidegate.url_parts import scheme_of
 

@@ -30,16 +30,16 @@ import msgspec
 from tidegate.background import SUPERVISOR, stop
 from tidegate.breaker import Breaker, BreakerOptions
 from tidegate.counters import Charge, LateAnswer, Outcome
-from tidegate.counters.denials import DenialMemory
+from tidegate.counters.denial_cache import DenialMemory
+from tidegate.counters.fallback import LocalShares
 from tidegate.counters.late_answers import RETRY_US, LateAnswers
-from tidegate.counters.local_shares import LocalShares
 from tidegate.counters.recovery import Breakers, Debts
 from tidegate.counters.redis import heartbeat
 from tidegate.counters.redis.store import RedisCounters
 from tidegate.decision import Decision
 from tidegate.errors import StoreUnavailable
 from tidegate.latency import LatencyTally
-from tidegate.limits import Algorithm, LimitSet, OnFailure
+from tidegate.policy.limits import Algorithm, LimitSet, OnFailure
 
 logger = logging.getLogger(__name__)
 

@@ -27,7 +27,7 @@ from tidegate.counters import Charge, LateAnswer
 from tidegate.counters.redis.split import outlast
 from tidegate.decision import Decision
 from tidegate.errors import StoreUnavailable
-from tidegate.limits import Algorithm, LimitSet
+from tidegate.policy.limits import Algorithm, LimitSet
 
 MAX_HEARD: Final = 100_000
 MAX_PAID: Final = 10_000

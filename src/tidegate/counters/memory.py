@@ -25,7 +25,7 @@ from typing import Any, Final
 from tidegate.algorithms import DECIDE, EXPIRES_AT, MERGE, State
 from tidegate.counters import Charge
 from tidegate.decision import Decision
-from tidegate.limits import Algorithm, LimitSet
+from tidegate.policy.limits import Algorithm, LimitSet
 
 DEFAULT_MAX_SUBJECTS: Final = 1_000_000
 LOG_ENTRIES_A_SUBJECT: Final = 8

@@ -14,10 +14,10 @@ from typing import Final, Protocol
 
 from tidegate.algorithms import State
 from tidegate.breaker import Breaker, BreakerOptions, BreakerState
-from tidegate.counters.local_shares import LocalShares
+from tidegate.counters.fallback import LocalShares
 from tidegate.counters.redis.topology import NO_SHARD
 from tidegate.errors import StoreUnavailable
-from tidegate.limits import Algorithm, LimitSet
+from tidegate.policy.limits import Algorithm, LimitSet
 
 logger = logging.getLogger(__name__)
 

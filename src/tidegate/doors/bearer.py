@@ -8,8 +8,8 @@ from typing import Final
 from tidegate.doors.client_address import counted_client
 from tidegate.doors.request_headers import RequestHeaders
 from tidegate.errors import CatalogUnavailable, MissingApiKey, TooManyUnknownKeys
-from tidegate.gate import Gate
-from tidegate.keys import KEY_PREFIX, is_possible_key
+from tidegate.gate.gate import Gate
+from tidegate.policy.key_format import KEY_PREFIX, is_possible_key
 
 _SCHEME: Final = "bearer"
 

@@ -16,20 +16,7 @@ from typing import Any, Final, Protocol
 
 import msgspec
 
-from tidegate.bodies import MAX_BATCH, MAX_BATCH_BYTES, BatchRequest, CheckRequest
 from tidegate.decision import Check, Decision, Observation
-from tidegate.doors.answers import (
-    NO_STORE,
-    Headers,
-    decision_body,
-    denial_cache_headers,
-    edge_cache_headers,
-    encode,
-    error_body,
-    limit_headers,
-    retry_headers,
-    usage_body,
-)
 from tidegate.doors.bearer import refuse_bearer_key
 from tidegate.doors.client_address import TrustedProxies, address_or_none, peer_address
 from tidegate.doors.refusals import (
@@ -43,12 +30,25 @@ from tidegate.doors.refusals import (
     unsupported_encoding,
 )
 from tidegate.doors.request_headers import RequestHeaders, single, single_path, utf8_path
+from tidegate.doors.responses import (
+    NO_STORE,
+    Headers,
+    decision_body,
+    denial_cache_headers,
+    edge_cache_headers,
+    encode,
+    error_body,
+    limit_headers,
+    retry_headers,
+    usage_body,
+)
 from tidegate.errors import BadRequest, RequestTooLarge, TidegateError
-from tidegate.gate import Gate, Observer
-from tidegate.paths import STRICT, PathRules
+from tidegate.gate.gate import Gate, Observer
+from tidegate.policy.paths import STRICT, PathRules
 from tidegate.telemetry.access import AccessLog
 from tidegate.telemetry.requests import CURRENT, REQUEST_ID, Request, current, note
 from tidegate.time_slice import TimeSlice
+from tidegate.wire import MAX_BATCH, MAX_BATCH_BYTES, BatchRequest, CheckRequest
 
 logger = logging.getLogger(__name__)
 

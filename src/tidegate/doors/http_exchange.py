@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Iterator
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, Final
 
-from tidegate.doors.answers import Headers, encode, error_body
+from tidegate.doors.responses import Headers, encode, error_body
 from tidegate.errors import TidegateError
 
 if TYPE_CHECKING:

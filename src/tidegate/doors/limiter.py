@@ -11,7 +11,7 @@ from tidegate.counters.factory import open_counters
 from tidegate.counters.memory import MemoryCounters
 from tidegate.decision import MAX_COST, Decision, clip
 from tidegate.errors import BadRequest, StoreUnavailable
-from tidegate.limits import Algorithm, Limit, LimitSet, OnFailure, member_of
+from tidegate.policy.limits import Algorithm, Limit, LimitSet, OnFailure, member_of
 
 LONGEST_SUBJECT: Final = 128
 _DIGEST: Final = "h:"

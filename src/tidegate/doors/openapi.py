@@ -8,9 +8,9 @@ from typing import Any, Final
 import msgspec
 
 from tidegate._version import __version__
-from tidegate.bodies import MAX_BATCH, CheckRequest, DecisionBody, UsageBody
 from tidegate.decision import MAX_COST
-from tidegate.gate import MAX_USAGE_RULES
+from tidegate.gate.gate import MAX_USAGE_RULES
+from tidegate.wire import MAX_BATCH, CheckRequest, DecisionBody, UsageBody
 
 _ERRORS: Final = {
     400: "The request makes no sense; nothing was charged.",

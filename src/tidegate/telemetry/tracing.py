@@ -19,7 +19,7 @@ from tidegate._version import __version__
 from tidegate.counters import Charge, CounterStore, Outcome
 from tidegate.decision import Decision, Observation
 from tidegate.errors import SettingsError
-from tidegate.limits import LimitSet
+from tidegate.policy.limits import LimitSet
 from tidegate.telemetry.requests import Parent, current
 
 try:

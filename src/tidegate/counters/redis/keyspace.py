@@ -15,7 +15,7 @@ import re
 from typing import Final
 
 from tidegate.counters.redis.scripts import layout
-from tidegate.limits import LimitSet
+from tidegate.policy.limits import LimitSet
 
 _PLAIN: Final = re.compile(r"[ -z|~]{1,40}", re.ASCII).fullmatch
 """Subjects that stand in keys as they are: short, printable, without braces."""

@@ -14,7 +14,7 @@ from tidegate.counters.redis.resp import encode_command
 from tidegate.counters.redis.scripts import Script, parameters, script, wire_states
 from tidegate.decision import Decision
 from tidegate.errors import StoreUnavailable
-from tidegate.limits import Limit, LimitSet
+from tidegate.policy.limits import Limit, LimitSet
 
 _COSTS: Final = tuple(b"$%d\r\n%d\r\n" % (len(str(cost)), cost) for cost in range(1000))
 

@@ -9,7 +9,7 @@ from typing import Final
 
 from tidegate.counters.redis.keyspace import slot_of_tag
 from tidegate.counters.redis.topology import Topology
-from tidegate.limits import Algorithm, Limit, LimitSet
+from tidegate.policy.limits import Algorithm, Limit, LimitSet
 
 PROBE: Final = tuple(
     LimitSet(f"tidegate:probe:{algorithm}", algorithm, [Limit.parse("1000/second")])

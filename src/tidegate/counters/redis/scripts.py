@@ -15,7 +15,8 @@ import msgspec
 
 from tidegate.algorithms import State
 from tidegate.algorithms.token_bucket import scale_and_rate
-from tidegate.limits import US_PER_S, Algorithm, Limit, LimitSet
+from tidegate.policy.limits import Algorithm, Limit, LimitSet
+from tidegate.timestamps import US_PER_S
 
 _LUA_NAME: Final = {algorithm: algorithm.value for algorithm in Algorithm} | {
     Algorithm.LEAKY_BUCKET: Algorithm.TOKEN_BUCKET.value

@@ -15,7 +15,7 @@ from tidegate.algorithms import DECIDE, State
 from tidegate.counters import Charge, LateAnswer
 from tidegate.decision import Decision
 from tidegate.errors import StoreUnavailable
-from tidegate.limits import LimitSet
+from tidegate.policy.limits import LimitSet
 
 Counter: TypeAlias = tuple[LimitSet, str]
 ChargeOne: TypeAlias = Callable[[Charge], Awaitable[Decision]]

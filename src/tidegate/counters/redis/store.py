@@ -37,7 +37,7 @@ from tidegate.counters.redis.topology import NO_SHARD, Topology, open_topology
 from tidegate.counters.redis.url import RedisUrl, parse_redis_url
 from tidegate.decision import Decision
 from tidegate.errors import SettingsError, StoreUnavailable
-from tidegate.limits import LimitSet
+from tidegate.policy.limits import LimitSet
 
 logger = logging.getLogger(__name__)
 

@@ -14,21 +14,21 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from tidegate._version import __version__
-from tidegate.catalog.editing import CatalogEditor
-from tidegate.catalog.tokens import TokenCheck
+from tidegate.admin.rules import CatalogEditor
+from tidegate.admin.tokens import TokenCheck
 from tidegate.decision import clip
+from tidegate.doors.admin.api_keys import key_routes
 from tidegate.doors.admin.common import BEARER, ERRORS, WITH_ROLE, RevisionNotGiven
 from tidegate.doors.admin.guard import Guard, error_headers
-from tidegate.doors.admin.keys import key_routes
 from tidegate.doors.admin.policy import policy_routes
 from tidegate.doors.admin.records import record_routes
 from tidegate.doors.admin.rules import rule_routes
 from tidegate.doors.admin.tiers import tier_routes
 from tidegate.doors.admin.tokens import token_routes
-from tidegate.doors.answers import error_body
 from tidegate.doors.client_address import TrustedProxies
+from tidegate.doors.responses import error_body
 from tidegate.errors import BadRequest, TidegateError
-from tidegate.gate import Gate
+from tidegate.gate.gate import Gate
 
 PREFIX: Final = "/admin/v1"
 

@@ -8,11 +8,11 @@ from typing import Annotated, Any, Final
 from fastapi import Depends, Header, Query, Request, Response
 from fastapi.security import HTTPBearer
 
-from tidegate.catalog.changing import StaleRevision
-from tidegate.catalog.forms import Form
-from tidegate.catalog.reading import MAX_PAGE
-from tidegate.catalog.tokens import Principal
-from tidegate.doors.admin.forms import Plain, ProblemTold
+from tidegate.admin.models import Plain, ProblemTold
+from tidegate.admin.records import Form
+from tidegate.admin.tokens import Principal
+from tidegate.admin.transaction import StaleRevision
+from tidegate.catalog.sql.paging import MAX_PAGE
 from tidegate.doors.admin.guard import READING, principal_of, require_operator
 from tidegate.errors import BadRequest, TidegateError
 

@@ -9,13 +9,13 @@ import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any, Final, TypeAlias
 
-from tidegate.catalog.tokens import OPERATOR, Principal, TokenCheck
+from tidegate.admin.tokens import OPERATOR, Principal, TokenCheck
 from tidegate.decision import Decision, clip
-from tidegate.doors.answers import ceil_s, encode, error_body
 from tidegate.doors.client_address import FORWARDING, TrustedProxies, counted_client
 from tidegate.doors.limiter import Limiter
 from tidegate.doors.refusals import IDENTITY, BodyTooSlow, unsupported_encoding
 from tidegate.doors.request_headers import AsgiHeaders
+from tidegate.doors.responses import ceil_s, encode, error_body
 from tidegate.errors import BadRequest, RequestTooLarge, TidegateError
 from tidegate.telemetry.logs import BY_STRANGER
 from tidegate.telemetry.requests import CURRENT, REQUEST_ID, Request

@@ -7,17 +7,17 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request, Response
 
-from tidegate.catalog.editing import CatalogEditor
-from tidegate.catalog.importing import export_policy, import_policy, import_warnings
-from tidegate.catalog.policy_file import parse_policy, policy_warnings
-from tidegate.catalog.policy_text import policy_text
-from tidegate.catalog.tokens import OPERATOR
+from tidegate.admin.import_export import export_policy, import_policy, import_warnings
+from tidegate.admin.models import ImportTold
+from tidegate.admin.rules import CatalogEditor
+from tidegate.admin.tokens import OPERATOR
 from tidegate.doors.admin.common import Actor, Caller
-from tidegate.doors.admin.forms import ImportTold
 from tidegate.doors.admin.guard import require_operator
-from tidegate.doors.answers import encode
+from tidegate.doors.responses import encode
 from tidegate.errors import BadRequest
-from tidegate.policy import Policy
+from tidegate.policy.model import Policy
+from tidegate.policy.toml_reader import parse_policy, policy_warnings
+from tidegate.policy.toml_writer import policy_text
 
 _TOML = "application/toml"
 _EXPORTED: dict[int | str, dict[str, Any]] = {

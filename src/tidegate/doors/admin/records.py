@@ -7,15 +7,8 @@ from typing import Annotated, Literal
 import msgspec
 from fastapi import APIRouter, Query
 
-from tidegate.catalog.changing import NotThere, now_us
-from tidegate.catalog.editing import CatalogEditor
-from tidegate.catalog.forms import moment_us
-from tidegate.catalog.reading import list_audit
-from tidegate.catalog.reading_violations import DAY_US, Blocked, blocked_total, list_violations, top_violators
-from tidegate.decision import client_of
-from tidegate.doors.admin.common import Actor, After, Exactly, Limit
-from tidegate.doors.admin.counting import reset_key, subject_of_key, usage_of_key
-from tidegate.doors.admin.forms import (
+from tidegate.admin.lists import list_audit
+from tidegate.admin.models import (
     AuditPage,
     Moment,
     Plain,
@@ -25,9 +18,16 @@ from tidegate.doors.admin.forms import (
     UsageTold,
     ViolationPage,
 )
-from tidegate.doors.answers import usage_body
+from tidegate.admin.rules import CatalogEditor
+from tidegate.admin.transaction import NotThere
+from tidegate.admin.usage import reset_key, subject_of_key, usage_of_key
+from tidegate.decision import client_of
+from tidegate.doors.admin.common import Actor, After, Exactly, Limit
+from tidegate.doors.responses import usage_body
 from tidegate.errors import BadRequest, MissingApiKey
-from tidegate.gate import Gate
+from tidegate.gate.gate import Gate
+from tidegate.timestamps import now_us, parse_timestamp
+from tidegate.violations.queries import DAY_US, Blocked, blocked_total, list_violations, top_violators
 
 By = Literal["subject", "rule", "tier"]
 KeyId = Annotated[str | None, Query(max_length=24, description="id of an API key"), Plain]
@@ -61,7 +61,7 @@ def record_routes(editor: CatalogEditor, gate: Gate) -> APIRouter:
                 raise NotThere("there is no anonymous tier, so nothing is left to a client without a key") from None
             subject = f"i:{client_of(ip or '')}"
         now = now_us()
-        blocked = await blocked_total(editor, Blocked(now - DAY_US, now + 1, subject=subject))
+        blocked = await blocked_total(editor.catalog.database, Blocked(now - DAY_US, now + 1, subject=subject))
         return UsageTold.model_validate({**msgspec.to_builtins(usage_body(found)), "blocked_24h": blocked})
 
     @routes.post("/counters/reset", tags=["usage"], summary="Forget what a key, a client or a tier consumed")
@@ -92,7 +92,9 @@ def record_routes(editor: CatalogEditor, gate: Gate) -> APIRouter:
         api_key_id: KeyId = None,
         ip: Ip = None,
     ) -> ViolationPage:
-        page = await list_violations(editor, limit, after, await _blocked(editor, since, until, tier, rule, api_key_id, ip))
+        page = await list_violations(
+            editor.catalog.database, limit, after, await _blocked(editor, since, until, tier, rule, api_key_id, ip)
+        )
         return ViolationPage.model_validate({"items": page.items, "next": page.next})
 
     @routes.get("/violations/top", tags=["violations"], summary="Who was blocked most, the most first")
@@ -106,7 +108,9 @@ def record_routes(editor: CatalogEditor, gate: Gate) -> APIRouter:
         api_key_id: KeyId = None,
         ip: Ip = None,
     ) -> TopTold:
-        items = await top_violators(editor, limit, by, await _blocked(editor, since, until, tier, rule, api_key_id, ip))
+        items = await top_violators(
+            editor.catalog.database, limit, by, await _blocked(editor, since, until, tier, rule, api_key_id, ip)
+        )
         return TopTold.model_validate({"items": items})
 
     @routes.get("/audit-log", tags=["audit log"], summary="Who changed what from what to what, the newest first")
@@ -131,8 +135,8 @@ async def _blocked(
     """The violations meant; of the last 24 h where no time is given."""
     if api_key_id is not None and ip is not None:
         raise BadRequest("api_key_id and ip are two subjects: give one of them")
-    until_us = now_us() + 1 if until is None else moment_us(until, "until")
-    since_us = until_us - DAY_US if since is None else moment_us(since, "since")
+    until_us = now_us() + 1 if until is None else parse_timestamp(until, "until")
+    since_us = until_us - DAY_US if since is None else parse_timestamp(since, "since")
     if since_us >= until_us:
         raise BadRequest("since is not before until: swap the two")
     if api_key_id is not None:

@@ -6,13 +6,13 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Path, Response
 
-from tidegate.catalog.editing import CatalogEditor
-from tidegate.catalog.reading import list_rules, one_rule
+from tidegate.admin.lists import list_rules, one_rule
+from tidegate.admin.models import RuleFields, RuleGiven, RulePage, RulePatch, RuleTold
+from tidegate.admin.over_limit import used_up_in_tier
+from tidegate.admin.rules import CatalogEditor
 from tidegate.doors.admin.common import EDIT_ERRORS, Actor, After, Contains, Exactly, Limit, SeenRevisions, tagged
-from tidegate.doors.admin.forms import RuleFields, RuleGiven, RulePage, RulePatch, RuleTold
-from tidegate.doors.admin.used_up import used_up_in_tier
 from tidegate.errors import BadRequest
-from tidegate.gate import Gate
+from tidegate.gate.gate import Gate
 
 RuleId = Annotated[int, Path(ge=1, le=2**53)]
 

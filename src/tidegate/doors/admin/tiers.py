@@ -6,12 +6,12 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Path, Response
 
-from tidegate.catalog.editing import CatalogEditor
-from tidegate.catalog.reading import list_tiers, one_tier
+from tidegate.admin.lists import list_tiers, one_tier
+from tidegate.admin.models import Plain, TierGiven, TierLimits, TierPage, TierTold
+from tidegate.admin.over_limit import used_up_in_tier
+from tidegate.admin.rules import CatalogEditor
 from tidegate.doors.admin.common import EDIT_ERRORS, Actor, After, Contains, Limit, SeenRevisions, tagged
-from tidegate.doors.admin.forms import Plain, TierGiven, TierLimits, TierPage, TierTold
-from tidegate.doors.admin.used_up import used_up_in_tier
-from tidegate.gate import Gate
+from tidegate.gate.gate import Gate
 
 NameInPath = Annotated[str, Path(max_length=64), Plain]
 

@@ -6,12 +6,12 @@ from typing import Annotated
 
 from fastapi import APIRouter, Path, Response
 
-from tidegate.catalog import tokens
-from tidegate.catalog.editing import CatalogEditor
-from tidegate.catalog.forms import moment_us
-from tidegate.catalog.reading import list_tokens
+from tidegate.admin import tokens
+from tidegate.admin.lists import list_tokens
+from tidegate.admin.models import TokenGiven, TokenMade, TokenPage, TokenTold
+from tidegate.admin.rules import CatalogEditor
 from tidegate.doors.admin.common import OPERATORS_ONLY, Actor, After, Limit
-from tidegate.doors.admin.forms import TokenGiven, TokenMade, TokenPage, TokenTold
+from tidegate.timestamps import parse_timestamp
 
 TokenId = Annotated[int, Path(ge=1, le=2**53)]
 
@@ -34,7 +34,7 @@ def token_routes(editor: CatalogEditor) -> APIRouter:
 
     @routes.post("", status_code=201, summary="Make a token; the token itself is told this once")
     async def create(given: TokenGiven, response: Response, actor: Actor) -> TokenMade:
-        expires_at_us = None if given.expires_at is None else moment_us(given.expires_at, "expires_at")
+        expires_at_us = None if given.expires_at is None else parse_timestamp(given.expires_at, "expires_at")
         token, form = await tokens.create_token(editor, actor, given.name, given.role, expires_at_us)
         response.headers["Cache-Control"] = "no-store"
         return TokenMade.model_validate({**form, "token": token})

@@ -11,8 +11,8 @@ from typing import Final
 
 import msgspec
 
-from tidegate.globs import Glob, GlobIndex
-from tidegate.limits import Limit
+from tidegate.policy.globs import Glob, GlobIndex
+from tidegate.policy.limits import Limit
 
 MAX_ALIKE: Final = 1000
 """Most wildcards of one key whose literal beginning and end are the same: each of them is tried for a value that has both."""

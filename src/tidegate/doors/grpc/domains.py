@@ -14,17 +14,18 @@ import msgspec
 
 from tidegate.counters import Charge
 from tidegate.decision import MAX_COST, Decision, clip
-from tidegate.descriptors import entries_subject
 from tidegate.doors.grpc.descriptor_tree import FileLimit, Node
 from tidegate.doors.grpc.ratelimit_file import RateLimitFile
 from tidegate.doors.grpc.replies import Part
 from tidegate.doors.grpc.status import CallRefused, Status
 from tidegate.doors.grpc.units import UNITS_S, window_limit
 from tidegate.errors import BadRequest
-from tidegate.gate import Gate
-from tidegate.limits import MAX_AMOUNT, MAX_WINDOW_US, US_PER_S, Algorithm, Limit, LimitSet
+from tidegate.gate.charging import Plan, Settled
+from tidegate.gate.gate import Gate
+from tidegate.policy.descriptors import entries_subject
+from tidegate.policy.limits import MAX_AMOUNT, MAX_WINDOW_US, Algorithm, Limit, LimitSet
 from tidegate.time_slice import TimeSlice
-from tidegate.together import Plan, Settled
+from tidegate.timestamps import US_PER_S
 
 MAX_OVERRIDES: Final = 1024
 """How many limits that Envoy sends along are kept prepared; any others are prepared anew."""

@@ -17,7 +17,7 @@ import yaml
 from tidegate.doors.grpc.descriptor_tree import MAX_ALIKE, FileLimit, Node
 from tidegate.doors.grpc.units import window_limit
 from tidegate.errors import PolicyError
-from tidegate.limits import MAX_AMOUNT, short
+from tidegate.policy.limits import MAX_AMOUNT, short
 
 MAX_FILE_BYTES: Final = 10_000_000
 MAX_DESCRIPTORS: Final = 100_000

@@ -8,12 +8,12 @@ from typing import Any, Final
 import msgspec
 
 from tidegate.decision import Decision
-from tidegate.doors.answers import encode, error_body, exceeded_body, limit_headers, retry_headers
 from tidegate.doors.grpc.messages import OK, OVER_LIMIT, RateLimitResponse
 from tidegate.doors.grpc.units import MONTH, YEAR, unit_of
+from tidegate.doors.responses import encode, error_body, exceeded_body, limit_headers, retry_headers
 from tidegate.errors import StoreUnavailable, TidegateError
-from tidegate.limits import US_PER_S
-from tidegate.together import Plan, Settled
+from tidegate.gate.charging import Plan, Settled
+from tidegate.timestamps import US_PER_S
 
 MOST_REMAINING: Final = 2**32 - 1
 _JSON: Final = ("content-type", "application/json")

@@ -19,12 +19,12 @@ from tidegate.doors.grpc.replies import Part, denied, reply
 from tidegate.doors.grpc.status import CallRefused, Status
 from tidegate.doors.outward import outward
 from tidegate.errors import BadRequest, CatalogUnavailable, RequestTooLarge, TidegateError
-from tidegate.gate import DescriptorCheck, Gate
-from tidegate.paths import STRICT, PathRules
+from tidegate.gate.charging import Settled
+from tidegate.gate.gate import DescriptorCheck, Gate
+from tidegate.policy.paths import STRICT, PathRules
 from tidegate.settings import EnvoySettings
 from tidegate.telemetry.requests import note
 from tidegate.time_slice import TimeSlice
-from tidegate.together import Settled
 
 logger = logging.getLogger(__name__)
 

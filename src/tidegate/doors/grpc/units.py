@@ -5,7 +5,8 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Final
 
-from tidegate.limits import US_PER_S, Limit
+from tidegate.policy.limits import Limit
+from tidegate.timestamps import US_PER_S
 
 SECOND, MINUTE, HOUR, DAY, MONTH, YEAR, WEEK = 1, 2, 3, 4, 5, 6, 7
 UNITS_S: Final = {

@@ -1,0 +1,234 @@
+"""What an import would change: the policy beside the rows that the catalog holds of it, compared without a database.
+
+The comparison runs before the write lock is taken, and all of a dry run without it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, TypeAlias
+
+import msgspec
+
+from tidegate.admin.records import Form, key_form, rule_form, tier_form
+from tidegate.admin.transaction import MAX_RULES, ManagedByFile
+from tidegate.catalog.changes import ANONYMOUS, KEY, TIER, Item
+from tidegate.catalog.sql import rows as policy_rows
+from tidegate.errors import CatalogError
+from tidegate.policy.model import ApiKey, KeyStatus, Policy, Tier
+
+Row: TypeAlias = Mapping[Any, Any]
+Values: TypeAlias = dict[str, Any]
+
+
+class HeldRows(msgspec.Struct, frozen=True):
+    """What the catalog holds of what a policy names; with `prune`, of all that might be removed.
+
+    Args:
+        version: of the catalog before they were read.
+        anonymous_tier: its name, None where there is none.
+        has_file: whether a policy file is active; without one, rows that one made are the operators' own.
+        tiers: by name.
+        rules: by the name of the tier, then by their own; with `tier_name`.
+        keys: by digest; with `tier_name`.
+    """
+
+    version: int
+    anonymous_tier: str | None
+    has_file: bool
+    tiers: dict[str, Row]
+    rules: dict[str, dict[str, Row]]
+    keys: dict[str, Row]
+
+
+class RuleInsert(msgspec.Struct):
+    """A rule to be made.
+
+    Args:
+        values: of its row, without the tier's id.
+        tier: name of its tier.
+        change: the change as it is shown and audited, which still lacks the rule's id.
+    """
+
+    values: Values
+    tier: str
+    change: Form
+
+
+class ImportPlan(msgspec.Struct):
+    """Rows to be written, and the changes as the audit log tells them, in the order of the policy."""
+
+    changes: list[Form] = []
+    touched: list[Item] = []
+    tier_inserts: list[Values] = []
+    tier_updates: list[Values] = []
+    tier_deletes: list[int] = []
+    rule_inserts: list[RuleInsert] = []
+    rule_updates: list[Values] = []
+    rule_deletes: list[int] = []
+    key_inserts: list[Values] = []
+    key_updates: list[Values] = []
+    key_deletes: list[str] = []
+    anonymous_tier: str | None = None
+
+
+def plan_import(policy: Policy, held: HeldRows, now_us: int, *, prune: bool) -> ImportPlan:
+    """Compare a policy with what the catalog holds.
+
+    Args:
+        policy: the policy.
+        held: the rows; read for the same `prune`.
+        now_us: µs since the epoch, for keys that are made or revoked.
+        prune: whether rows that neither the policy nor the policy file names are removed.
+
+    Returns:
+        The plan; without changes where the catalog holds it all.
+
+    Raises:
+        ManagedByFile: if the policy says something else than the policy file does.
+        CatalogError: if a change is refused.
+    """
+    return _Planner(policy, held, now_us, prune).plan()
+
+
+class _Planner:
+    def __init__(self, policy: Policy, held: HeldRows, now_us: int, prune: bool) -> None:
+        self._policy = policy
+        self._held = held
+        self._now_us = now_us
+        self._prune = prune
+        self._plan = ImportPlan()
+
+    def plan(self) -> ImportPlan:
+        for tier in self._policy.tiers:
+            self._take_tier(tier)
+        for api_key in self._policy.api_keys:
+            self._take_key(api_key)
+        if self._prune:
+            self._prune_keys()
+        self._take_anonymous()
+        if self._prune:
+            self._prune_tiers()
+        return self._plan
+
+    def _record(self, action: str, kind: str, target: str, before: Form | None, after: Form | None) -> Form:
+        change: Form = {"action": action, "kind": kind, "target": target, "before": before, "after": after}
+        self._plan.changes.append(change)
+        return change
+
+    def _take_tier(self, tier: Tier) -> None:
+        row = self._held.tiers.get(tier.name)
+        values = {**policy_rows.row_of_tier(tier), "managed_by_file": False}
+        if row is None:
+            self._plan.touched.append((TIER, tier.name))
+            self._plan.tier_inserts.append(values)
+            self._record("create", "tier", tier.name, None, tier_form({**values, "revision": 1}))
+        elif values["limits"] != row["limits"]:
+            self._require_own(row, f"tier {tier.name!r}")
+            self._plan.touched.append((TIER, tier.name))
+            changed = {**row, "limits": values["limits"], "managed_by_file": False, "revision": row["revision"] + 1}
+            self._plan.tier_updates.append(changed)
+            self._record("update", "tier", tier.name, tier_form(row), tier_form(changed))
+        self._take_rules(tier)
+
+    def _take_rules(self, tier: Tier) -> None:
+        held = dict(self._held.rules.get(tier.name, {}))
+        made = sum(rule.name not in held for rule in tier.rules)
+        if made and len(held) + made > MAX_RULES:
+            raise CatalogError(
+                f"tier {tier.name!r} would have {len(held) + made} rules: at most {MAX_RULES} are kept; remove some first"
+            )
+        position = max((row["position"] for row in held.values()), default=-1)
+        for rule in tier.rules:
+            kept = held.pop(rule.name, None)
+            if kept is None:
+                position += 1
+                values = {**policy_rows.row_of_rule(rule, 0, position), "managed_by_file": False}
+                del values["tier_id"]
+                form = rule_form({**values, "id": None, "tier_name": tier.name, "revision": 1})
+                change = self._record("create", "rule", rule.name, None, form)
+                self._plan.rule_inserts.append(RuleInsert(values, tier.name, change))
+                self._plan.touched.append((TIER, tier.name))
+                continue
+            values = policy_rows.row_of_rule(rule, kept["tier_id"], kept["position"])
+            del values["managed_by_file"]
+            if any(kept[column] != value for column, value in values.items()):
+                self._require_own(kept, f"rule {rule.name!r} of tier {tier.name!r}")
+                written = {**values, "id": kept["id"], "managed_by_file": False, "revision": kept["revision"] + 1}
+                self._plan.rule_updates.append(written)
+                self._plan.touched.append((TIER, tier.name))
+                self._record("update", "rule", str(kept["id"]), rule_form(kept), rule_form({**kept, **written}))
+        if self._prune:
+            self._remove_rules(row for row in held.values() if not self._is_of_file(row))
+
+    def _remove_rules(self, rows: Any) -> None:
+        for row in rows:
+            self._plan.rule_deletes.append(row["id"])
+            self._plan.touched.append((TIER, row["tier_name"]))
+            self._record("delete", "rule", str(row["id"]), rule_form(row), None)
+
+    def _take_key(self, api_key: ApiKey) -> None:
+        row = self._held.keys.get(api_key.sha256)
+        created_at_us = self._now_us if row is None else row["created_at_us"]
+        values = {**policy_rows.row_of_api_key(api_key, 0, created_at_us), "tier_name": api_key.tier, "managed_by_file": False}
+        # The tier may be made by the same import: its id is filled in when it is known.
+        del values["tier_id"]
+        if row is None:
+            self._plan.touched.append((KEY, api_key.sha256))
+            self._plan.key_inserts.append(values)
+            form = key_form({**values, "counts_as": None, "revision": 1, "revoked_at_us": None, "revoked_reason": None})
+            self._record("create", "api_key", api_key.id, None, form)
+            return
+        changed = {column: value for column, value in values.items() if column != "managed_by_file" and row[column] != value}
+        if not changed:
+            return
+        self._require_own(row, f"the API key {row['id']}")
+        if "status" in changed:
+            over = api_key.status is KeyStatus.REVOKED
+            changed |= {
+                "revoked_at_us": self._now_us if over else None,
+                "revoked_reason": "by import of a policy" if over else None,
+            }
+        written = {**row, **changed, "managed_by_file": False, "revision": row["revision"] + 1}
+        self._plan.touched.append((KEY, api_key.sha256))
+        self._plan.key_updates.append(written)
+        self._record("update", "api_key", row["id"], key_form(row), key_form(written))
+
+    def _prune_keys(self) -> None:
+        named = {api_key.sha256 for api_key in self._policy.api_keys}
+        for sha256, row in self._held.keys.items():
+            if sha256 not in named and not self._is_of_file(row):
+                self._plan.key_deletes.append(row["id"])
+                self._plan.touched.append((KEY, sha256))
+                self._record("delete", "api_key", row["id"], key_form(row), None)
+
+    def _take_anonymous(self) -> None:
+        """Without [anonymous] in the text, what holds stays: a text may be about one tier only."""
+        name, held = self._policy.anonymous_tier, self._held.anonymous_tier
+        if name is None or held == name:
+            return
+        if self._held.has_file:
+            raise ManagedByFile(f"the anonymous tier is {held!r} by the policy file: change it there")
+        self._plan.anonymous_tier = name
+        self._plan.touched.append((ANONYMOUS, ""))
+        self._record("update", "anonymous_tier", name, {"tier": held}, {"tier": name})
+
+    def _prune_tiers(self) -> None:
+        named = {tier.name for tier in self._policy.tiers}
+        anonymous = self._policy.anonymous_tier or self._held.anonymous_tier
+        for name, row in self._held.tiers.items():
+            if name in named or self._is_of_file(row):
+                continue
+            if anonymous == name:
+                raise CatalogError(f"tier {name!r} is the anonymous tier: name another one in [anonymous] of the policy")
+            self._remove_rules(self._held.rules.get(name, {}).values())
+            self._plan.tier_deletes.append(row["id"])
+            self._plan.touched.append((TIER, name))
+            self._record("delete", "tier", name, tier_form(row), None)
+
+    def _is_of_file(self, row: Row) -> bool:
+        return self._held.has_file and bool(row["managed_by_file"])
+
+    def _require_own(self, row: Row, what: str) -> None:
+        if self._is_of_file(row):
+            raise ManagedByFile(f"{what} differs from the policy file: change it there, or take it out of this text")

@@ -1,0 +1,231 @@
+"""Tokens of operators: `tga_` and 40 random base62 characters. Only their digests are stored."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+import re
+import secrets
+from typing import Any, Final
+
+import msgspec
+from sqlalchemy import insert, select, update
+
+from tidegate.admin.records import Form, token_form
+from tidegate.admin.rules import CatalogEditor
+from tidegate.admin.transaction import Change, NotThere
+from tidegate.catalog.changes import NONE
+from tidegate.catalog.sql.tables import admin_tokens
+from tidegate.errors import BadRequest, CatalogError
+from tidegate.policy.key_format import BASE62
+from tidegate.policy.labels import SETTINGS_ACTOR, require_label
+from tidegate.timestamps import now_us
+
+TOKEN_PREFIX: Final = "tga_"
+FIRST_TOKEN: Final = "first"
+OPERATOR: Final = "operator"
+VIEWER: Final = "viewer"
+
+_SHARED_QUERY_S: Final = 0.05
+_MAX_LIVE: Final = 100_000
+_FORM: Final = re.compile(r"tga_[0-9A-Za-z]{40}", re.ASCII)
+
+
+class Principal(msgspec.Struct, frozen=True):
+    """Who asks the control plane.
+
+    Args:
+        name: the token's name, as the audit log writes it.
+        role: operator or viewer.
+        subject: whom requests are counted for; unique for each token.
+    """
+
+    name: str
+    role: str
+    subject: str
+
+
+class TokenCheck:
+    """Finds whose a bearer token is.
+
+    Args:
+        editor: of the catalog that holds the tokens.
+        settings_token: of the operator that the settings name; None where they name none.
+    """
+
+    def __init__(self, editor: CatalogEditor, settings_token: str | None) -> None:
+        self._editor = editor
+        self._settings_sha256 = None if settings_token is None else _digest(settings_token)
+        self._loading: asyncio.Future[frozenset[str]] | None = None
+        self._one_query = asyncio.Lock()
+
+    async def principal(self, token: str) -> Principal | None:
+        """Whose token that is.
+
+        Args:
+            token: as it came.
+
+        Returns:
+            Its principal; None where it is unknown, expired or revoked.
+
+        Raises:
+            CatalogUnavailable: if the database does not answer.
+        """
+        sha256 = _digest(token)
+        if self._is_of_settings(sha256):
+            return Principal(SETTINGS_ACTOR, OPERATOR, SETTINGS_ACTOR)
+        if _FORM.fullmatch(token) is None:
+            return None
+        async with self._editor.reading() as connection:
+            row = (await connection.execute(select(admin_tokens).where(admin_tokens.c.sha256 == sha256))).mappings().first()
+        if row is None or not hmac.compare_digest(sha256, row["sha256"]) or row["revoked_at_us"] is not None:
+            return None
+        if row["expires_at_us"] is not None and row["expires_at_us"] <= now_us():
+            return None
+        return Principal(row["name"], row["role"], f"token {row['id']}")
+
+    async def is_known(self, token: str) -> bool:
+        """Whether a token may be right, for when many wrong ones come: at most one query at a time, whatever their number.
+
+        Args:
+            token: as it came.
+
+        Returns:
+            False for a token that was made by nobody, or is revoked.
+
+        Raises:
+            CatalogUnavailable: if the database does not answer.
+        """
+        sha256 = _digest(token)
+        if self._is_of_settings(sha256):
+            return True
+        if _FORM.fullmatch(token) is None:
+            return False
+        if self._loading is None:
+            self._loading = asyncio.ensure_future(self._load_digests())
+            self._loading.add_done_callback(_retrieve)
+        return sha256 in await asyncio.shield(self._loading)
+
+    async def _load_digests(self) -> frozenset[str]:
+        # All that come within the pause share the query, which begins behind it and so sees every token made before they came.
+        await asyncio.sleep(_SHARED_QUERY_S)
+        async with self._one_query:
+            self._loading = None
+            live = select(admin_tokens.c.sha256).where(admin_tokens.c.revoked_at_us.is_(None)).limit(_MAX_LIVE)
+            async with self._editor.reading() as connection:
+                return frozenset((await connection.execute(live)).scalars())
+
+    def _is_of_settings(self, sha256: str) -> bool:
+        return self._settings_sha256 is not None and hmac.compare_digest(sha256, self._settings_sha256)
+
+
+async def create_token(
+    editor: CatalogEditor, actor: str, name: str, role: str, expires_at_us: int | None = None
+) -> tuple[str, Form]:
+    """Make a token.
+
+    Args:
+        editor: of the catalog.
+        actor: who asks.
+        name: of whoever will use it, as the audit log writes it: 1 to 200 characters, of no other live token.
+        role: operator or viewer.
+        expires_at_us: µs since the epoch, None for never.
+
+    Returns:
+        The token itself, this once, and its form.
+
+    Raises:
+        BadRequest: if its time would be over already, or the name would not show who acted.
+        CatalogError: if a token of that name is in use: the audit log could not tell the two apart.
+        CatalogUnavailable: if the database does not answer.
+    """
+    if expires_at_us is not None and expires_at_us <= now_us():
+        raise BadRequest("expires_at is past: give a moment to come, or leave it out for a token without end", field="expires_at")
+    require_label(name, "name", actor_like=True)
+    async with editor.changing(actor) as change:
+        # No index finds a name, and none is worth it: operators are few, and make tokens seldom. Each request asks by digest.
+        live = select(admin_tokens.c.id).where(admin_tokens.c.name == name, admin_tokens.c.revoked_at_us.is_(None))
+        other = await change.one(live)
+        if other is not None:
+            raise CatalogError(f"the token {other['id']} is named {name[:60]!r} already: take another name")
+        return await _insert_token(change, name, role, expires_at_us)
+
+
+async def revoke_token(editor: CatalogEditor, actor: str, token_id: int) -> Form:
+    """Revoke a token. Its record stays, for the audit log's sake.
+
+    Args:
+        editor: of the catalog.
+        actor: who asks.
+        token_id: its id.
+
+    Returns:
+        The token's form.
+
+    Raises:
+        NotThere: if there is no such token.
+        CatalogError: if it is revoked already.
+        CatalogUnavailable: if the database does not answer.
+    """
+    async with editor.changing(actor) as change:
+        row = await change.one(select(admin_tokens).where(admin_tokens.c.id == token_id))
+        if row is None:
+            raise NotThere(f"there is no token {token_id}: see GET /admin/v1/tokens")
+        if row["revoked_at_us"] is not None:
+            raise CatalogError(f"the token {token_id} is revoked already")
+        change.touch(NONE)
+        values = {"revoked_at_us": now_us()}
+        await change.connection.execute(update(admin_tokens).where(admin_tokens.c.id == token_id).values(values))
+        form = token_form({**row, **values})
+        await change.audit("revoke", "token", str(token_id), token_form(row), form)
+        return form
+
+
+async def first_token(editor: CatalogEditor) -> str | None:
+    """Make the token of the first operator, where there never was any token.
+
+    Args:
+        editor: of the catalog.
+
+    Returns:
+        The token itself, this once; None where there is or was one.
+
+    Raises:
+        CatalogUnavailable: if the database does not answer.
+    """
+    any_token = select(admin_tokens.c.id).limit(1)
+    async with editor.reading() as connection:
+        if (await connection.execute(any_token)).first() is not None:
+            return None
+    async with editor.changing(SETTINGS_ACTOR) as change:
+        # Another instance may have made one while this one waited for its turn.
+        if await change.one(any_token) is not None:
+            return None
+        return (await _insert_token(change, FIRST_TOKEN, OPERATOR, None))[0]
+
+
+async def _insert_token(change: Change, name: str, role: str, expires_at_us: int | None) -> tuple[str, Form]:
+    change.touch(NONE)
+    token = TOKEN_PREFIX + "".join(secrets.choice(BASE62) for _ in range(40))
+    values: dict[str, Any] = {
+        "name": name,
+        "sha256": _digest(token),
+        "role": role,
+        "created_at_us": now_us(),
+        "expires_at_us": expires_at_us,
+    }
+    token_id = (await change.connection.execute(insert(admin_tokens).values(values).returning(admin_tokens.c.id))).scalar_one()
+    form = token_form({**values, "id": token_id, "revoked_at_us": None})
+    await change.audit("create", "token", str(token_id), None, form)
+    return token, form
+
+
+def _retrieve(loading: asyncio.Future[frozenset[str]]) -> None:
+    """Look at an error whose waiters went away, which asyncio would report as never retrieved."""
+    if not loading.cancelled():
+        loading.exception()
+
+
+def _digest(token: str) -> str:
+    return hashlib.sha256(token.encode(errors="surrogatepass")).hexdigest()

@@ -1,0 +1,225 @@
+"""The catalog in a database, through SQLAlchemy Core. One body for every database; what differs stands in `schema`.
+
+How it is connected to, and how a change is made one step, stands in `database`.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+from typing import Final
+
+from sqlalchemy import RowMapping, bindparam, select, update
+
+from tidegate.catalog.changes import Changes
+from tidegate.catalog.sql import rows as policy_rows
+from tidegate.catalog.sql.batch_loader import Gathering
+from tidegate.catalog.sql.change_log import read_changes
+from tidegate.catalog.sql.database import Database, DatabaseOptions
+from tidegate.catalog.sql.policy_file import Released, apply_file, release_file
+from tidegate.catalog.sql.tables import api_keys, policy_state, rate_limit_rules, tiers
+from tidegate.policy.model import ApiKey, Policy, Tier
+
+_SHA256S: Final = "sha256s"
+# One statement: its answer is of one moment, on every database. Made once: making it anew costs as much as sending it.
+_KEYS: Final = select(policy_state.c.version.label("seen"), api_keys, tiers.c.name.label("tier_name")).select_from(
+    policy_state.outerjoin(
+        api_keys.join(tiers, tiers.c.id == api_keys.c.tier_id), api_keys.c.sha256.in_(bindparam(_SHA256S, expanding=True))
+    )
+)
+
+
+class _NothingToDo(Exception):
+    """Leaves a transaction that is to change nothing."""
+
+
+class SqlCatalog:
+    """A catalog in a database. Make it with `open`.
+
+    Args:
+        database: its schema up to date.
+    """
+
+    def __init__(self, database: Database) -> None:
+        self.database = database
+        self._keys = Gathering(self._read_keys)
+
+    @classmethod
+    async def open(cls, url: str, options: DatabaseOptions | None = None) -> SqlCatalog:
+        """Open a database, and bring its schema up to this version.
+
+        Args:
+            url: see `engines.open_engine`.
+            options: how it is used.
+
+        Returns:
+            The catalog.
+
+        Raises:
+            SettingsError: if the database cannot be had; it says why.
+        """
+        return cls(await Database.open(url, options))
+
+    async def api_key(self, sha256: str, least: int = 0) -> ApiKey | None:
+        """See `Catalog.api_key`."""
+        return (await self.read_key(sha256, least))[1]
+
+    async def read_key(self, sha256: str, least: int = 0) -> tuple[int, ApiKey | None]:
+        """See `VersionedCatalog.read_key`."""
+        return await self._keys.get(sha256, least)
+
+    async def tier(self, name: str, least: int = 0) -> Tier | None:
+        """See `Catalog.tier`."""
+        return (await self.read_tier(name, least))[1]
+
+    async def read_tier(self, name: str, least: int = 0) -> tuple[int, Tier | None]:
+        """See `VersionedCatalog.read_tier`."""
+        # One statement: its answer is of one moment, on every database.
+        query = (
+            select(
+                policy_state.c.version.label("seen"),
+                tiers.c.name.label("tier_name"),
+                tiers.c.limits.label("tier_limits"),
+                tiers.c.managed_by_file.label("tier_managed_by_file"),
+                rate_limit_rules,
+            )
+            .select_from(
+                policy_state.outerjoin(tiers, tiers.c.name == name).outerjoin(
+                    rate_limit_rules, rate_limit_rules.c.tier_id == tiers.c.id
+                )
+            )
+            .order_by(rate_limit_rules.c.position, rate_limit_rules.c.id)
+        )
+        rows = await self.database.seen(query, least)
+        first = rows[0]
+        if first["tier_name"] is None:
+            return first["seen"], None
+        tier = {"name": first["tier_name"], "limits": first["tier_limits"], "managed_by_file": first["tier_managed_by_file"]}
+        return first["seen"], policy_rows.tier_of(tier, rows if first["id"] is not None else ())
+
+    async def tier_names(self) -> list[str]:
+        """See `Catalog.tier_names`."""
+        async with self.database.reading() as connection:
+            names = (await connection.execute(select(tiers.c.name))).scalars().all()
+        # Not ordered by the database: each collates in its own way.
+        return sorted(names)
+
+    async def anonymous_tier(self, least: int = 0) -> str | None:
+        """See `Catalog.anonymous_tier`."""
+        return (await self.read_anonymous(least))[1]
+
+    async def read_anonymous(self, least: int = 0) -> tuple[int, str | None]:
+        """See `VersionedCatalog.read_anonymous`."""
+        row = (await self.database.seen(select(policy_state.c.version.label("seen"), policy_state.c.anonymous_tier), least))[0]
+        return row["seen"], row["anonymous_tier"]
+
+    async def changes(self, since: int) -> Changes:
+        """See `VersionedCatalog.changes`."""
+        async with self.database.reading() as connection:
+            changes = await read_changes(connection, since)
+        if self.database.replicas is not None:
+            self.database.replicas.changed(*changes.versions)
+        return changes
+
+    async def version(self) -> int:
+        """See `Catalog.version`."""
+        return await self.database.version()
+
+    async def ping(self) -> None:
+        """See `Catalog.ping`; fails also where the database answers but takes no writes."""
+        await self.database.ping()
+
+    async def close(self) -> None:
+        """See `Catalog.close`."""
+        await self.database.close()
+
+    async def list_tiers(self) -> list[Tier]:
+        """All tiers with their rules, by name.
+
+        Returns:
+            The tiers.
+
+        Raises:
+            CatalogUnavailable: if the database does not answer.
+        """
+        async with self.database.reading() as connection:
+            rows = (await connection.execute(select(tiers).order_by(tiers.c.name))).mappings().all()
+            rules: dict[int, list[RowMapping]] = {}
+            ordered = select(rate_limit_rules).order_by(rate_limit_rules.c.position, rate_limit_rules.c.id)
+            for rule in (await connection.execute(ordered)).mappings():
+                rules.setdefault(rule["tier_id"], []).append(rule)
+        return [policy_rows.tier_of(row, rules.get(row["id"], ())) for row in rows]
+
+    async def apply_policy(self, policy: Policy, digest: str) -> bool:
+        """Make the rows that the policy file owns equal to it; leave all others alone.
+
+        Args:
+            policy: the file's policy.
+            digest: of the policy; where it is the one applied last, nothing is done.
+
+        Returns:
+            Whether anything was changed.
+
+        Raises:
+            CatalogError: if the file contradicts rows that it does not own; nothing was changed.
+            CatalogUnavailable: if the database does not answer; nothing was changed.
+        """
+        async with self.database.reading() as connection:
+            if (await connection.execute(select(policy_state.c.file_digest))).scalar() == digest:
+                return False
+        try:
+            async with self.database.changing() as writing:
+                # Another instance may have applied the same file while this one waited for its turn.
+                if (await writing.connection.execute(select(policy_state.c.file_digest))).scalar() == digest:
+                    raise _NothingToDo
+                await apply_file(writing, policy, digest)
+        except _NothingToDo:
+            return False
+        return True
+
+    async def release_policy(self) -> Released | None:
+        """Let operators change the rows of a policy file that is not given any more.
+
+        Returns:
+            What was released; None where no file was active.
+
+        Raises:
+            CatalogUnavailable: if the database does not answer; nothing was changed.
+        """
+        async with self.database.reading() as connection:
+            if (await connection.execute(select(policy_state.c.file_digest))).scalar() is None:
+                return None
+        try:
+            async with self.database.changing() as writing:
+                released = await release_file(writing, "tidegate serve")
+                if released is None:
+                    raise _NothingToDo
+        except _NothingToDo:
+            return None
+        return released
+
+    async def cache_secret(self) -> bytes:
+        """What entries of the shared cache are sealed with: the same for all instances of this database. Made at the first call.
+
+        Returns:
+            32 random bytes, in hex.
+
+        Raises:
+            CatalogUnavailable: if the database does not answer, or does not take a new one.
+        """
+        secret = select(policy_state.c.cache_secret)
+        async with self.database.reading() as connection:
+            held = (await connection.execute(secret)).scalar()
+        if held is None:
+            unset = update(policy_state).where(policy_state.c.cache_secret.is_(None))
+            async with self.database.transaction() as connection:
+                # Of two instances that start at once the second one finds what the first one made.
+                await connection.execute(unset.values(cache_secret=secrets.token_hex(32)))
+                held = (await connection.execute(secret)).scalar_one()
+        return str(held).encode()
+
+    async def _read_keys(self, sha256s: Sequence[str], least: int) -> tuple[int, dict[str, ApiKey]]:
+        # As many as a power of two, so that there are ten statements and not five hundred for the driver to prepare.
+        wanted = [*sha256s, *[sha256s[-1]] * ((1 << (len(sha256s) - 1).bit_length()) - len(sha256s))]
+        rows = await self.database.seen(_KEYS, least, {_SHA256S: wanted})
+        return rows[0]["seen"], {row["sha256"]: policy_rows.api_key_of(row) for row in rows if row["id"] is not None}

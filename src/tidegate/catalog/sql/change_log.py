@@ -1,0 +1,127 @@
+"""What each change of the catalog touched, so that a cache forgets that and nothing else.
+
+Every change writes rows of `catalog_changes` under the version that it makes and with the version before, in its own
+transaction. Whoever has seen version N follows that chain from the present version down to N. Where it breaks, it is not known
+what was touched, and everything may be: rows were pruned, an older Tidegate wrote the change, or N was never a version of this
+database, because the primary that gave it was lost before it was copied. `Changes.floor` says from which version on the log is
+whole.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from sqlalchemy import delete, insert, select, true
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from tidegate.catalog.changes import ALL, MOST_READ, NONE, Changes, Item
+from tidegate.catalog.sql.tables import catalog_changes, policy_state
+from tidegate.errors import CatalogUnavailable
+
+MOST_TOUCHED: Final = 500
+"""A change that touches more things than that is logged as one that touches everything."""
+KEPT_MS: Final = 86_400_000
+"""Versions are ms: rows older than a day are pruned by each change."""
+
+
+class Writing:
+    """A transaction that changes the catalog.
+
+    Args:
+        connection: in the transaction.
+        version: that the catalog will have.
+        previous: that it has before.
+    """
+
+    def __init__(self, connection: AsyncConnection, version: int, previous: int) -> None:
+        self.connection = connection
+        self.version = version
+        self.previous = previous
+        self._touched: set[Item] | None = None
+
+    def touch(self, kind: str, name: str = "") -> None:
+        """Say that something changes. Where nothing is said before the transaction ends, everything counts as changed.
+
+        Args:
+            kind: TIER, KEY, ANONYMOUS or NONE.
+            name: of the tier, or digest of the key.
+        """
+        if self._touched is None:
+            self._touched = set()
+        if kind != NONE:
+            self._touched.add((kind, name))
+
+    @property
+    def items(self) -> list[Item]:
+        """What was touched, as the log tells it."""
+        if self._touched is None or len(self._touched) > MOST_TOUCHED:
+            return [(ALL, "")]
+        return sorted(self._touched)
+
+    async def log(self) -> None:
+        """Write down what was touched, and prune what is old."""
+        made = {"version": self.version, "previous": self.previous}
+        rows = [{**made, "kind": kind, "name": name} for kind, name in self.items or [(NONE, "")]]
+        await self.connection.execute(insert(catalog_changes), rows)
+        await self.connection.execute(delete(catalog_changes).where(catalog_changes.c.version <= self.version - KEPT_MS))
+
+
+def no_state() -> CatalogUnavailable:
+    """The error for a database without its one row of `policy_state`: a backup is being restored, or is to be."""
+    return CatalogUnavailable("the catalog's database has no row in policy_state: restore a backup, or wait until it is restored")
+
+
+async def read_changes(connection: AsyncConnection, since: int, most: int = MOST_READ) -> Changes:
+    """Read what was touched since a version.
+
+    Args:
+        connection: to the database that is written to.
+        since: the version that was seen, 0 or more.
+        most: at most so many rows are read, the latest ones.
+
+    Returns:
+        What happened. Where `since` is no version of this database (one that lost the last commits took the place of the one that
+        was asked before), nothing is known: the floor is its version.
+
+    Raises:
+        CatalogUnavailable: if `policy_state` is empty, as it is while a backup is being restored.
+    """
+    # One statement is one snapshot: a version without its rows would look like a change of an older Tidegate.
+    # Limited before it is joined, so that the index is walked that far and no further.
+    above = select(catalog_changes).where(catalog_changes.c.version > since)
+    log = above.order_by(catalog_changes.c.version.desc()).limit(most).subquery()
+    query = (
+        select(policy_state.c.version, log.c.version.label("changed"), log.c.previous, log.c.kind, log.c.name)
+        .select_from(policy_state.outerjoin(log, true()))
+        .order_by(log.c.version.desc())
+    )
+    rows = (await connection.execute(query)).all()
+    if not rows:
+        raise no_state()
+    version = int(rows[0].version)
+    if version < since:
+        return Changes(version, version, versions=(version,))
+    found: dict[Item, int] = {}
+    versions = {version}
+    # The chain is followed down: what is above `floor` is known, and `floor` is the version whose rows come next.
+    at = floor = version
+    for row in rows:
+        if row.changed is None:
+            break
+        if row.changed != at:
+            if row.changed != floor:
+                break  # a version is missing
+            at = row.changed
+            versions.add(at)
+        if row.kind == ALL:
+            break
+        floor = row.previous
+        if row.kind != NONE:
+            found.setdefault((row.kind, row.name), row.changed)
+    else:
+        if len(rows) == most:
+            floor = at  # rows of the lowest version may have been cut off
+    if floor < since:
+        return Changes(version, version, versions=(version,))
+    items = sorted(((changed, item) for item, changed in found.items() if changed > floor), key=lambda each: each[0])
+    return Changes(version, floor, tuple(items), tuple(sorted({*versions, floor})))

@@ -1,0 +1,348 @@
+"""The database of the catalog: one that is written to, and any number of replicas that are read from.
+
+Every change is one transaction that first takes the row of `policy_state`: writers of all processes go one after the other, and
+each raises the version by which the others find out. Versions are ms since the epoch, or one more than the last where that is
+later: so a number that was lost with a failed primary is not given again by the one that takes its place.
+
+A check reads from a replica where there is one that has seen what it must have seen, else from the primary. Operators read from
+the primary, and so what they wrote.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from typing import Any, Final
+
+import msgspec
+from sqlalchemy import RowMapping, Select, case, func, select, text, update
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+from sqlalchemy.pool import QueuePool, StaticPool
+
+from tidegate.catalog.sql.change_log import Writing, no_state
+from tidegate.catalog.sql.database_errors import READ_ONLY, cannot_write, is_passing, sqlstate_of
+from tidegate.catalog.sql.engine import BUSY_TIMEOUT_MS, is_postgres, open_engine, reason_of, shown
+from tidegate.catalog.sql.replicas import Replica, Replicas
+from tidegate.catalog.sql.schema import upgrade_schema
+from tidegate.catalog.sql.tables import policy_state
+from tidegate.errors import CatalogUnavailable, SettingsError
+
+logger = logging.getLogger(__name__)
+
+CHANNEL: Final = "tidegate_catalog"
+"""Where PostgreSQL announces changes (NOTIFY)."""
+WRITE_TIMEOUT_S: Final = 15.0
+"""Writers wait for their turn, so an answer may take longer than a reader's."""
+_WRITERS: Final = 4
+WRITE_PROBE_S: Final = 10.0
+"""Where nothing else is written to a SQLite file, `/health` writes so often."""
+_CAN_WRITE: Final = text(
+    "SELECT pg_is_in_recovery() AS standby, current_setting('default_transaction_read_only') AS read_only FROM policy_state"
+)
+
+
+class DatabaseOptions(msgspec.Struct, frozen=True):
+    """How a database is used.
+
+    Args:
+        replicas: URLs of read replicas.
+        pool_size: most connections for reading to each server; another 4 are for writing.
+        timeout_s: how long an answer may take, s.
+        max_replica_lag_s: a replica that lags more is left out, s.
+    """
+
+    replicas: tuple[str, ...] = ()
+    pool_size: int = 8
+    timeout_s: float = 2.0
+    max_replica_lag_s: float = 5.0
+
+
+class Database:
+    """Make it with `open`.
+
+    Args:
+        name: of the database as messages may show it.
+        reader: connections for reading from the primary.
+        writer: connections for writing to it; the same engine where there is no difference.
+
+    Attributes:
+        announce: is told the new version after each change; must not raise. PostgreSQL announces it besides (NOTIFY).
+        queries: of checks, so far.
+    """
+
+    def __init__(self, name: str, reader: AsyncEngine, writer: AsyncEngine) -> None:
+        self.name = name
+        self.announce: Callable[[int], Awaitable[None]] | None = None
+        self.replicas: Replicas | None = None
+        self.queries = 0
+        self._write_fault: str | None = None
+        self._written_at_s = time.monotonic()
+        self._reader = reader
+        self._writer = writer
+
+    @classmethod
+    async def open(cls, url: str, options: DatabaseOptions | None = None) -> Database:
+        """Connect, and bring the schema up to this version.
+
+        Args:
+            url: see `engines.open_engine`.
+            options: how it is used.
+
+        Returns:
+            The database.
+
+        Raises:
+            SettingsError: if it cannot be had; it says why.
+        """
+        options = options or DatabaseOptions()
+        if options.replicas and not is_postgres(url):
+            raise SettingsError("catalog.replicas is set, but catalog.url is no PostgreSQL: remove the one or change the other")
+        reader = open_engine(url, reads_only=True, pool_size=options.pool_size, timeout_s=options.timeout_s)
+        writer = reader
+        replicas = []
+        if is_postgres(url):
+            writer = open_engine(url, pool_size=_WRITERS, timeout_s=WRITE_TIMEOUT_S)
+            for each in options.replicas:
+                engine = open_engine(
+                    each,
+                    setting="catalog.replicas",
+                    writes=False,
+                    reads_only=True,
+                    pool_size=options.pool_size,
+                    timeout_s=options.timeout_s,
+                )
+                replicas.append(Replica(shown(each), engine, options.pool_size))
+        database = cls(shown(url), reader, writer)
+        try:
+            await upgrade_schema(url, writer)
+            if replicas:
+                database.replicas = Replicas(replicas, options.timeout_s, options.max_replica_lag_s, database.version)
+                await database.replicas.start()
+        except BaseException:
+            await database.close()
+            raise
+        return database
+
+    @property
+    def dialect(self) -> str:
+        """`sqlite` or `postgresql`."""
+        return self._writer.dialect.name
+
+    @property
+    def connections(self) -> dict[str, int]:
+        """Connections for reading from the primary, by what they do: `in_use`, `idle`."""
+        pool = self._reader.pool
+        return (
+            {"in_use": pool.checkedout(), "idle": pool.checkedin()} if isinstance(pool, QueuePool) else {"in_use": 0, "idle": 0}
+        )
+
+    @property
+    def _in_memory(self) -> bool:
+        # One connection for all: a commit of the probe would commit what others have begun.
+        return isinstance(self._writer.pool, StaticPool)
+
+    async def seen(self, query: Select[Any], least: int, parameters: Mapping[str, Any] | None = None) -> Sequence[RowMapping]:
+        """The rows of a query for a check.
+
+        Args:
+            query: its first row says as `seen` which version the rows are of; it gives at least one row.
+            least: version that they must have seen, where the catalog has got so far.
+            parameters: of the query, where it has some.
+
+        Returns:
+            The rows: a replica's, where one has seen that version, else the primary's; where that does not answer either, those
+            of a replica that was left out, if it has seen that version.
+
+        Raises:
+            CatalogUnavailable: if no database answers.
+        """
+        self.queries += 1
+        if self.replicas is not None:
+            replicated = await self.replicas.rows(query, least, parameters)
+            if replicated is not None:
+                return replicated
+        try:
+            async with self.reading() as connection:
+                rows: Sequence[RowMapping] = (await connection.execute(query, parameters)).mappings().all()
+        except CatalogUnavailable:
+            replicated = None
+            if self.replicas is not None:
+                replicated = await self.replicas.rows(query, least, parameters, any_of_them=True)
+            if replicated is None:
+                raise
+            return replicated
+        if not rows:
+            raise no_state()
+        return rows
+
+    async def version(self) -> int:
+        """The version of the catalog.
+
+        Returns:
+            As the primary has it.
+
+        Raises:
+            CatalogUnavailable: if it does not answer.
+        """
+        async with self.reading() as connection:
+            version = (await connection.execute(select(policy_state.c.version))).scalar()
+        if version is None:
+            raise no_state()
+        return int(version)
+
+    async def ping(self) -> None:
+        """Find out whether the primary answers and takes writes.
+
+        Raises:
+            CatalogUnavailable: if it does not; it says why.
+        """
+        if self.dialect == "postgresql":
+            async with self.reading() as connection:
+                row = (await connection.execute(_CAN_WRITE)).one()
+            if row.standby or row.read_only == "on":
+                raise CatalogUnavailable(f"the catalog's database {self.name} takes no writes: it is a standby, or read-only")
+        else:
+            await self.version()
+        # A full disk shows in a write only: one that no check sees is made where the last one failed, and now and then.
+        due = self._write_fault is not None or time.monotonic() - self._written_at_s >= WRITE_PROBE_S
+        if due and not self._in_memory and (self.dialect == "sqlite" or self._write_fault is not None):
+            await self._probe_writing()
+        if self._write_fault is not None:
+            raise CatalogUnavailable(f"the catalog's database {self.name} takes no writes: {self._write_fault}")
+
+    async def _probe_writing(self) -> None:
+        patience = "PRAGMA busy_timeout = 100" if self.dialect == "sqlite" else "SET LOCAL lock_timeout = '100ms'"
+        try:
+            async with self._writer.connect() as connection:
+                try:
+                    await connection.exec_driver_sql(patience)
+                    # By a microsecond: SQLite writes nothing where nothing changes.
+                    await connection.execute(update(policy_state).values(changed_at_us=policy_state.c.changed_at_us + 1))
+                    await connection.commit()
+                finally:
+                    if self.dialect == "sqlite":
+                        await connection.rollback()
+                        await connection.exec_driver_sql(f"PRAGMA busy_timeout = {BUSY_TIMEOUT_MS}")
+        except (SQLAlchemyError, OSError) as error:
+            if is_passing(error):
+                return  # somebody else writes now, and will see whether it succeeds
+            self._note_write(error)
+            if not cannot_write(error):
+                raise CatalogUnavailable(f"the catalog's database {self.name} takes no writes: {reason_of(error)}") from error
+        else:
+            self._note_write(None)
+
+    def _note_write(self, error: Exception | None) -> None:
+        """Remember whether the last write found the database writable; an error of one statement says nothing of that."""
+        if error is None:
+            self._write_fault = None
+            self._written_at_s = time.monotonic()
+        elif cannot_write(error):
+            self._write_fault = reason_of(error)
+
+    @contextlib.asynccontextmanager
+    async def reading(self) -> AsyncIterator[AsyncConnection]:
+        """A connection to read from the primary.
+
+        Yields:
+            The connection.
+
+        Raises:
+            CatalogUnavailable: if the database does not answer.
+        """
+        try:
+            async with self._reader.connect() as connection:
+                yield connection
+        except (SQLAlchemyError, OSError) as error:
+            raise CatalogUnavailable(f"the catalog's database does not answer: {reason_of(error)}") from error
+
+    @contextlib.asynccontextmanager
+    async def transaction(self) -> AsyncIterator[AsyncConnection]:
+        """A transaction that changes nothing that a check reads: it leaves the version as it is.
+
+        Yields:
+            A connection in the transaction, which is committed at the end.
+
+        Raises:
+            CatalogUnavailable: if the database does not take it.
+        """
+        try:
+            async with self._writer.begin() as connection:
+                yield connection
+            self._note_write(None)
+        except (SQLAlchemyError, OSError) as error:
+            self._note_write(error)
+            raise CatalogUnavailable(f"the catalog's database did not take the change: {reason_of(error)}") from error
+
+    @contextlib.asynccontextmanager
+    async def changing(self) -> AsyncIterator[Writing]:
+        """A transaction that raises the version; it takes the one row of the state first, and so its turn among all writers.
+
+        Yields:
+            The transaction, which is committed at the end, logged and announced.
+
+        Raises:
+            CatalogUnavailable: if the database does not take it.
+        """
+        try:
+            connection, writing = await self._turn()
+            try:
+                yield writing
+                await writing.log()
+                if self.dialect == "postgresql":
+                    await connection.execute(select(func.pg_notify(CHANNEL, str(writing.version))))
+                await connection.commit()
+                self._note_write(None)
+            finally:
+                await connection.close()
+        except (SQLAlchemyError, OSError) as error:
+            self._note_write(error)
+            raise CatalogUnavailable(f"the catalog's database did not take the change: {reason_of(error)}") from error
+        if self.replicas is not None:
+            self.replicas.made(writing.version)
+        if self.announce is not None:
+            await self.announce(writing.version)
+
+    async def close(self) -> None:
+        """End all connections."""
+        if self.replicas is not None:
+            await self.replicas.close()
+        await self._reader.dispose()
+        if self._writer is not self._reader:
+            await self._writer.dispose()
+
+    async def _turn(self) -> tuple[AsyncConnection, Writing]:
+        """A connection in a transaction that has the turn of all writers."""
+        now_us = time.time_ns() // 1000
+        state = policy_state.c
+        now_ms = now_us // 1000
+        later = case((state.version >= now_ms, state.version + 1), else_=now_ms)
+        raised = (
+            update(policy_state)
+            .values(version=later, previous=state.version, changed_at_us=now_us)
+            .returning(state.version, state.previous)
+        )
+        for attempt in (1, 2):
+            connection = await self._writer.connect()
+            try:
+                state_row = (await connection.execute(raised)).first()
+                if state_row is None:
+                    raise no_state()
+            except DBAPIError as error:
+                await connection.close()
+                if attempt == 2 or sqlstate_of(error) != READ_ONLY:
+                    raise
+                # The primary of before is a standby now: connections to it are of no use for writing, nor for reading what was
+                # written.
+                logger.info("the catalog's primary has become a standby; looking for the new one")
+                await self._writer.dispose()
+                await self._reader.dispose()
+            except BaseException:
+                await connection.close()
+                raise
+            else:
+                return connection, Writing(connection, state_row.version, state_row.previous)
+        raise AssertionError("the second attempt raises or returns")

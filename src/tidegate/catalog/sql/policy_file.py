@@ -1,0 +1,203 @@
+"""The policy file taken into the catalog: the rows that it owns are made equal to it, all others are left alone."""
+
+from __future__ import annotations
+
+import time
+from typing import Any, Final
+
+import msgspec
+from sqlalchemy import delete, func, insert, select, update
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from tidegate.catalog.changes import ANONYMOUS, KEY, NONE, TIER
+from tidegate.catalog.sql import rows as policy_rows
+from tidegate.catalog.sql.bulk import batches, delete_rows, insert_rows, update_rows
+from tidegate.catalog.sql.change_log import Writing
+from tidegate.catalog.sql.tables import api_keys, audit_log, policy_state, rate_limit_rules, tiers
+from tidegate.errors import CatalogError
+from tidegate.policy.model import Policy, Tier
+
+_RULE_COLUMNS: Final = (
+    "endpoint_pattern",
+    "methods",
+    "algorithm",
+    "limits",
+    "subject",
+    "priority",
+    "mode",
+    "on_failure",
+    "position",
+    "revision",
+)
+_KEY_COLUMNS: Final = ("tier_id", "name", "status", "expires_at_us", "overrides", "revision")
+_ELSEWHERE: Final = "belongs to the catalog, where it was made or last changed"
+
+
+class Released(msgspec.Struct, frozen=True):
+    """What a policy file made that is not given any more.
+
+    Args:
+        tiers: how many, those among them that are not of the file's making left out.
+        api_keys: how many.
+        digest: of the file's policy.
+    """
+
+    tiers: int
+    api_keys: int
+    digest: str
+
+
+async def release_file(writing: Writing, actor: str) -> Released | None:
+    """Let operators change what the policy file made: there is no file any more. A file that is given later takes over again
+    what was not changed meanwhile.
+
+    Args:
+        writing: the transaction.
+        actor: for the audit log.
+
+    Returns:
+        What was released; None where no file is active.
+    """
+    connection = writing.connection
+    digest = (await connection.execute(select(policy_state.c.file_digest))).scalar()
+    if digest is None:
+        return None
+    writing.touch(NONE)
+    counts = [
+        (await connection.execute(select(func.count()).select_from(table).where(table.c.managed_by_file))).scalar_one()
+        for table in (tiers, api_keys)
+    ]
+    await connection.execute(update(policy_state).values(file_digest=None))
+    released = Released(counts[0], counts[1], digest)
+    row = {"at_us": _now_us(), "actor": actor, "action": "release", "kind": "policy_file", "target": digest[:12]}
+    await connection.execute(
+        insert(audit_log).values(**row, before=None, after={"tiers": released.tiers, "api_keys": released.api_keys})
+    )
+    return released
+
+
+async def apply_file(writing: Writing, policy: Policy, digest: str) -> None:
+    """Make the rows that the policy file owns equal to it.
+
+    Args:
+        writing: the transaction.
+        policy: the file's policy.
+        digest: of the policy, kept as the one applied last.
+
+    Raises:
+        CatalogError: if the file contradicts rows that it does not own; the transaction is not to be committed then.
+    """
+    writing.touch(ANONYMOUS)
+    await _apply_tiers(writing, policy)
+    await _apply_keys(writing, policy)
+    await _drop_tiers(writing, policy)
+    await writing.connection.execute(update(policy_state).values(anonymous_tier=policy.anonymous_tier, file_digest=digest))
+
+
+async def _apply_tiers(writing: Writing, policy: Policy) -> None:
+    connection = writing.connection
+    held = {row["name"]: row for row in (await connection.execute(select(tiers))).mappings()}
+    for tier in policy.tiers:
+        row = held.get(tier.name)
+        if row is not None and not row["managed_by_file"]:
+            raise CatalogError(f"tier {tier.name!r} of the policy file {_ELSEWHERE}: rename one of the two, or delete the other")
+        writing.touch(TIER, tier.name)
+        values = policy_rows.row_of_tier(tier)
+        if row is None:
+            tier_id = (await connection.execute(insert(tiers).values(values).returning(tiers.c.id))).scalar_one()
+        else:
+            tier_id = row["id"]
+            if any(row[column] != value for column, value in values.items()):
+                values["revision"] = row["revision"] + 1
+                await connection.execute(update(tiers).where(tiers.c.id == tier_id).values(values))
+        await _apply_rules(writing, tier, tier_id)
+
+
+async def _apply_rules(writing: Writing, tier: Tier, tier_id: int) -> None:
+    connection = writing.connection
+    rows = (await connection.execute(select(rate_limit_rules).where(rate_limit_rules.c.tier_id == tier_id))).mappings().all()
+    held = {row["name"]: row for row in rows}
+    wanted = {rule.name: policy_rows.row_of_rule(rule, tier_id, position) for position, rule in enumerate(tier.rules)}
+    for name, row in held.items():
+        if name in wanted and not row["managed_by_file"]:
+            raise CatalogError(
+                f"rule {name!r} of tier {tier.name!r} in the policy file {_ELSEWHERE}: rename one of the two, or delete the other"
+            )
+    gone = [row["id"] for name, row in held.items() if name not in wanted and row["managed_by_file"]]
+    await delete_rows(connection, rate_limit_rules, gone)
+    made: list[dict[str, Any]] = []
+    changed: list[dict[str, Any]] = []
+    for name, values in wanted.items():
+        kept = held.get(name)
+        if kept is None:
+            made.append(values)
+        elif any(kept[column] != value for column, value in values.items()):
+            changed.append({**values, "id": kept["id"], "revision": kept["revision"] + 1})
+    # A rule that is put before others moves them all: thousands of rows may change by one line of the file.
+    await update_rows(connection, rate_limit_rules, changed, _RULE_COLUMNS)
+    await insert_rows(connection, rate_limit_rules, made)
+
+
+async def _apply_keys(writing: Writing, policy: Policy) -> None:
+    connection = writing.connection
+    tier_ids = {row.name: row.id for row in await connection.execute(select(tiers.c.id, tiers.c.name))}
+    wanted = {api_key.sha256: api_key for api_key in policy.api_keys}
+    owned = {
+        row["sha256"]: row for row in (await connection.execute(select(api_keys).where(api_keys.c.managed_by_file))).mappings()
+    }
+    gone = {sha256: row["id"] for sha256, row in owned.items() if sha256 not in wanted}
+    for sha256 in gone:
+        writing.touch(KEY, sha256)
+    await delete_rows(connection, api_keys, list(gone.values()))
+    await _require_unclaimed(connection, [sha256 for sha256 in wanted if sha256 not in owned])
+    made: list[dict[str, Any]] = []
+    changed: list[dict[str, Any]] = []
+    for sha256, api_key in wanted.items():
+        kept = owned.get(sha256)
+        values = policy_rows.row_of_api_key(api_key, tier_ids[api_key.tier], _now_us())
+        if kept is None:
+            writing.touch(KEY, sha256)
+            made.append(values)
+            continue
+        del values["created_at_us"]
+        if any(kept[column] != value for column, value in values.items()):
+            writing.touch(KEY, sha256)
+            changed.append({**values, "id": kept["id"], "revision": kept["revision"] + 1})
+    await update_rows(connection, api_keys, changed, _KEY_COLUMNS)
+    await insert_rows(connection, api_keys, made)
+
+
+async def _require_unclaimed(connection: AsyncConnection, digests: list[str]) -> None:
+    for batch in batches(digests):
+        foreign = (await connection.execute(select(api_keys.c.id).where(api_keys.c.sha256.in_(batch)).limit(1))).scalar()
+        if foreign is not None:
+            raise CatalogError(f"the API key {foreign} of the policy file {_ELSEWHERE}: remove it from the file")
+
+
+async def _drop_tiers(writing: Writing, policy: Policy) -> None:
+    connection = writing.connection
+    kept = {tier.name for tier in policy.tiers}
+    for row in (await connection.execute(select(tiers).where(tiers.c.managed_by_file))).mappings().all():
+        if row["name"] in kept:
+            continue
+        user = (await connection.execute(select(api_keys.c.id).where(api_keys.c.tier_id == row["id"]).limit(1))).scalar()
+        if user is not None:
+            raise CatalogError(
+                f"tier {row['name']!r} is gone from the policy file, but API keys made otherwise still use it, such as {user}: "
+                "keep the tier, or revoke and replace those keys first"
+            )
+        others = select(rate_limit_rules.c.id, rate_limit_rules.c.name).where(
+            rate_limit_rules.c.tier_id == row["id"], ~rate_limit_rules.c.managed_by_file
+        )
+        other = (await connection.execute(others.order_by(rate_limit_rules.c.id).limit(1))).first()
+        if other is not None:
+            raise CatalogError(
+                f"tier {row['name']!r} is gone from the policy file, but rules made otherwise are still in it, such as "
+                f"{other.name[:60]!r} with id {other.id}: keep the tier, or delete those rules first"
+            )
+        writing.touch(TIER, row["name"])
+        await connection.execute(delete(tiers).where(tiers.c.id == row["id"]))
+
+
+def _now_us() -> int:
+    return time.time_ns() // 1000

@@ -1,0 +1,277 @@
+"""Read replicas of the catalog: asked in turn, left out while they fail or lag, and taken back when they do not.
+
+A replica lags by the age of the oldest change that it has not seen. While nothing changes it does not lag, whatever its clocks
+and positions say; and one that is cut off from its primary is found as soon as there is something that it misses.
+
+A replica that is slower than it is asked is not a failing one: where all of this process's connections to it stay in use, the
+next is asked, and none is left out, for the others would have to bear its load besides.
+
+A replica's answer counts if the primary is known to have had the version that it is of. Where a primary was lost with its last
+changes, a replica may show what the one in its place never had, and cannot follow that one.
+
+One event loop; any number of its tasks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any, Final
+
+from sqlalchemy import RowMapping, Select, select
+from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from tidegate.background import SUPERVISOR, stop
+from tidegate.catalog.sql.engine import reason_of
+from tidegate.catalog.sql.tables import policy_state
+
+logger = logging.getLogger(__name__)
+
+PROBE_S: Final = 1.0
+_VERSIONS_KEPT: Final = 10_000
+
+
+class Replica:
+    """One replica, and whether it is asked.
+
+    Args:
+        name: its URL as logs may show it.
+        engine: its connections.
+        connections: how many these are, 1 or more.
+
+    Attributes:
+        out: why it is left out; None while it is asked.
+        version: of the catalog that it had seen at the last look.
+        shown: the latest that it has shown since, in any answer.
+        lag_s: age of the oldest change that it had not seen at the last look, s; 0 for none.
+        ejections: how often it was left out.
+        free: one for each connection that is not in use.
+    """
+
+    def __init__(self, name: str, engine: AsyncEngine, connections: int) -> None:
+        self.name = name
+        self.engine = engine
+        self.free = asyncio.Semaphore(connections)
+        self.out: str | None = "it was not looked at yet"
+        self.version = 0
+        self.shown = 0
+        self.lag_s = 0.0
+        self.ejections = 0
+
+    def leave_out(self, why: str) -> None:
+        """Ask it no more until a look finds it well.
+
+        Args:
+            why: for the log.
+        """
+        if self.out is None:
+            self.ejections += 1
+            logger.warning("the replica %s is left out: %s", self.name, why, extra={"ecs": {"tidegate.replica": self.name}})
+        self.out = why
+
+    def take_back(self) -> None:
+        """Ask it again."""
+        if self.out is not None:
+            logger.info("the replica %s is asked", self.name, extra={"ecs": {"tidegate.replica": self.name}})
+        self.out = None
+
+
+class Replicas:
+    """The replicas of one database.
+
+    Args:
+        replicas: any number.
+        timeout_s: how long one may take to answer, s.
+        max_lag_s: a replica that lags more is left out, s.
+        primary_version: asks the primary for its version.
+        clock: gives monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        replicas: Sequence[Replica],
+        timeout_s: float,
+        max_lag_s: float,
+        primary_version: Callable[[], Awaitable[int]],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.replicas = tuple(replicas)
+        self._timeout_s = timeout_s
+        self._max_lag_s = max_lag_s
+        self._primary_version = primary_version
+        self._clock = clock
+        self._turn = 0
+        # Versions of the primary → the time at which each was first seen here; the latest ones. Not a dict: finding its first
+        # entry takes longer the more entries were removed from its front.
+        self._versions: OrderedDict[int, float] = OrderedDict()
+        self._newest = 0
+        self._primary_answers = False
+        self._asked: set[asyncio.Task[Any]] = set()
+        self._watching: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Look at all of them, and go on looking until `close`."""
+        await self.look()
+        self._watching = SUPERVISOR.start("replica_probe", self._watch)
+
+    async def rows(
+        self, query: Select[Any], least: int, parameters: Mapping[str, Any] | None = None, *, any_of_them: bool = False
+    ) -> Sequence[RowMapping] | None:
+        """Ask one replica after the other.
+
+        Args:
+            query: its first row says as `seen` which version the rows are of; it gives at least one row.
+            least: the version that they must have seen.
+            parameters: of the query, where it has some.
+            any_of_them: ask those that are left out too, and take any version: there is nobody else.
+
+        Returns:
+            The rows; None where no replica gives such.
+        """
+        asked = [replica for replica in self.replicas if replica.out is None or any_of_them]
+        self._turn += 1
+        in_turn = [asked[(self._turn + place) % len(asked)] for place in range(len(asked))]
+        patience_s = self._timeout_s
+        for replica in sorted(in_turn, key=lambda replica: (replica.free.locked(), replica.out is not None)):
+            try:
+                rows = await self._ask(replica, query, parameters, patience_s)
+            except _Busy:
+                patience_s = 0  # one is waited for; the others were no less busy
+                continue
+            except (SQLAlchemyError, OSError, TimeoutError) as error:
+                replica.leave_out(reason_of(error))
+                continue
+            if rows:
+                replica.shown = max(replica.shown, rows[0]["seen"])
+            if not rows or rows[0]["seen"] < least:
+                continue
+            if any_of_them or not self._primary_answers or rows[0]["seen"] in self._versions:
+                return rows
+        return None
+
+    def changed(self, *versions: int) -> None:
+        """Note what the primary says.
+
+        Args:
+            versions: that it had, and last the one that it has.
+        """
+        self._primary_answers = True
+        if versions[-1] < self._newest:
+            # Another database took the primary's place, and knows less: what is counted begins anew.
+            self._versions.clear()
+        self._newest = versions[-1]
+        for version in versions:
+            self._versions.setdefault(version, self._clock())
+        while len(self._versions) > _VERSIONS_KEPT:
+            self._versions.popitem(last=False)
+
+    def made(self, version: int) -> None:
+        """Note a version that was made here; of a later one may have been heard before.
+
+        Args:
+            version: the version.
+        """
+        if version > self._newest:
+            self.changed(version)
+        else:
+            self._versions.setdefault(version, self._clock())
+
+    async def look(self) -> None:
+        """See how each replica is, and what the primary's version is."""
+        await asyncio.gather(*(self._look_at(replica) for replica in self.replicas))
+        # After them: now it has all that they have, or never had it.
+        await self._look_at_primary()
+        for replica in self.replicas:
+            # One that had no connection free for the look tells by its answers how far it is.
+            replica.lag_s = self._lag_s(replica.shown)
+            if replica.out is None and replica.lag_s > self._max_lag_s:
+                replica.leave_out(f"it lags {replica.lag_s:.1f} s behind, more than {self._max_lag_s:g} s")
+            if replica.out is None and self._is_ahead(replica):
+                replica.leave_out(f"it shows version {replica.version}, which its primary has not: it follows another one")
+
+    async def close(self) -> None:
+        """Look no more, and end all connections."""
+        await stop(self._watching)
+        await asyncio.gather(*self._asked, return_exceptions=True)
+        for replica in self.replicas:
+            await replica.engine.dispose()
+
+    async def _watch(self) -> None:
+        while True:
+            await asyncio.sleep(PROBE_S)
+            await self.look()
+
+    async def _look_at_primary(self) -> None:
+        try:
+            self.changed(await self._within(self._primary_version()))
+        except Exception as error:  # noqa: BLE001 - whatever it is: while the primary is away, what was seen last holds
+            self._primary_answers = False
+            logger.debug("the primary's version cannot be had: %s", error)
+
+    async def _look_at(self, replica: Replica) -> None:
+        try:
+            rows = await self._ask(replica, select(policy_state.c.version.label("seen")), None, self._timeout_s)
+        except _Busy:
+            return
+        except (SQLAlchemyError, OSError, TimeoutError) as error:
+            replica.leave_out(reason_of(error))
+            return
+        replica.version = replica.shown = rows[0]["seen"] if rows else 0
+        if not rows:
+            replica.leave_out("it holds no catalog")
+        elif self._lag_s(replica.version) <= self._max_lag_s and not self._is_ahead(replica):
+            replica.take_back()
+
+    def _is_ahead(self, replica: Replica) -> bool:
+        return self._primary_answers and replica.version > self._newest
+
+    def _lag_s(self, version: int) -> float:
+        missed = min((at for each, at in self._versions.items() if each > version), default=None)
+        return 0.0 if missed is None else self._clock() - missed
+
+    async def _ask(
+        self, replica: Replica, query: Select[Any], parameters: Mapping[str, Any] | None, patience_s: float
+    ) -> Sequence[RowMapping]:
+        """The rows, or `_Busy` where no connection to it was free for so long."""
+        if replica.free.locked():
+            try:
+                await asyncio.wait_for(replica.free.acquire(), patience_s)
+            except TimeoutError as error:
+                raise _Busy from error
+        else:
+            await replica.free.acquire()
+        rows: Sequence[RowMapping] = await self._within(_rows(replica, query, parameters))
+        return rows
+
+    async def _within(self, asked: Awaitable[Any]) -> Any:
+        """Wait for an answer, but not for a driver that gives up slowly: it is left to end by itself."""
+        task = asyncio.ensure_future(asked)
+        self._asked.add(task)
+        task.add_done_callback(self._ended)
+        done, _ = await asyncio.wait({task}, timeout=self._timeout_s)
+        if done:
+            return task.result()
+        raise TimeoutError(f"no answer within {self._timeout_s:g} s")
+
+    def _ended(self, task: asyncio.Task[Any]) -> None:
+        self._asked.discard(task)
+        if not task.cancelled():
+            task.exception()  # marks it as seen
+
+
+class _Busy(Exception):
+    """All connections of this process to a replica are in use."""
+
+
+async def _rows(replica: Replica, query: Select[Any], parameters: Mapping[str, Any] | None) -> Sequence[RowMapping]:
+    """Ask on a connection that is free, and free it, however late."""
+    try:
+        async with replica.engine.connect() as connection:
+            rows: Sequence[RowMapping] = (await connection.execute(query, parameters)).mappings().all()
+    finally:
+        replica.free.release()
+    return rows

@@ -1,0 +1,105 @@
+"""Denial memory: who was denied until T is denied until T without asking the store again.
+
+A denial is remembered for its cost: a smaller one may pass, a larger one passes later or never, and is told so. It is never
+stricter than the store: the time is counted from before the store was asked, and until T nothing
+that others consume can make room. What can, is a limit that was raised or a policy that was re-loaded (then the limit sets are
+new ones, and a denial is remembered for its own) and a counter that was reset (then `clear` is called).
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import Final
+
+from tidegate.decision import Decision
+from tidegate.policy.limits import LimitSet
+
+MAX_DENIALS: Final = 100_000
+SWEEP_STEPS: Final = 2_000
+"""Most denials that one sweep examines: about 1 ms."""
+_Counters = tuple[tuple[LimitSet, str], ...]
+
+
+class DenialMemory:
+    """At most `most` denials; beyond, the oldest go first.
+
+    Args:
+        most: 1 or more; each costs about 500 bytes.
+    """
+
+    def __init__(self, most: int = MAX_DENIALS) -> None:
+        self.most = most
+        self.answered = 0
+        # Ordered: finding the first key of a plain dict walks the gaps of all that were deleted before it.
+        self._held: OrderedDict[tuple[_Counters, int], tuple[int, Decision]] = OrderedDict()
+
+    def __len__(self) -> int:
+        """Denials held, those whose time is over included."""
+        return len(self._held)
+
+    def find(self, counters: _Counters, cost: int, now_us: int) -> Decision | None:
+        """The denial of a charge, as it stands now.
+
+        Args:
+            counters: of the charge.
+            cost: of the charge.
+            now_us: monotonic µs.
+
+        Returns:
+            The denial; None where the store must be asked.
+        """
+        held = self._held.get((counters, cost))
+        if held is None:
+            return None
+        until_us, decision = held
+        if until_us <= now_us:
+            del self._held[counters, cost]
+            return None
+        self.answered += 1
+        left_us = until_us - now_us
+        passed_us = (decision.retry_after_us or 0) - left_us
+        return Decision(
+            False,
+            decision.binding,
+            decision.remaining,
+            max(decision.reset_after_us - passed_us, left_us),
+            left_us,
+            decision.at_us + passed_us,
+            decision.limits,
+        )
+
+    def remember(self, counters: _Counters, cost: int, decision: Decision, asked_us: int) -> None:
+        """Keep a denial of the store.
+
+        Args:
+            counters: of the charge.
+            cost: of the charge.
+            decision: what the store answered.
+            asked_us: monotonic µs before it was asked.
+        """
+        retry_us = decision.retry_after_us
+        if not retry_us:
+            return
+        self._held.pop((counters, cost), None)
+        if len(self._held) >= self.most:
+            self._held.popitem(last=False)
+        self._held[counters, cost] = (asked_us + retry_us, decision)
+
+    def sweep(self, now_us: int, steps: int = SWEEP_STEPS) -> None:
+        """Drop those whose time is over, a bounded number at a time.
+
+        Args:
+            now_us: monotonic µs.
+            steps: most denials to examine; those that still hold move to the end, so that the next sweep examines others.
+        """
+        held = self._held
+        for _ in range(min(steps, len(held))):
+            key = next(iter(held))
+            if held[key][0] <= now_us:
+                del held[key]
+            else:
+                held.move_to_end(key)
+
+    def clear(self) -> None:
+        """Drop all: a counter was reset."""
+        self._held.clear()

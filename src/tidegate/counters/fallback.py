@@ -1,0 +1,231 @@
+"""The fallback: this instance's share of each limit, counted in its memory while the store is away.
+
+A share is `limit / instances`, rounded down, at least 1. So all instances together admit at most the limit again from the moment
+the store was lost (more only where there are more instances than units). What was admitted is owed to the store: it is taken out
+by `take` and added there, before the store is asked about that subject again.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from itertools import islice
+from typing import Final, TypeAlias
+
+import msgspec
+
+from tidegate.algorithms import DECIDE, State
+from tidegate.counters import Charge
+from tidegate.counters.memory import MemoryCounters
+from tidegate.decision import Decision
+from tidegate.errors import PolicyError
+from tidegate.policy.limits import Algorithm, Limit, LimitSet
+
+_SHARES_KEPT: Final = 65_536
+_Debt: TypeAlias = tuple[str, Algorithm, str]
+"""What names a counter in the store and its subject. Not the limit set: whenever a tier is read anew, its sets are new ones."""
+
+
+class LocalShares:
+    """Shares of one instance.
+
+    Args:
+        max_subjects: most counters held, 1 or more.
+        clock: gives µs since the epoch by the store's clock, as far as it is known; never goes back.
+    """
+
+    def __init__(self, max_subjects: int, clock: Callable[[], int]) -> None:
+        # Ordered: debts leave at the front, and finding the first key of a plain dict walks the gaps that they leave.
+        self.owed: OrderedDict[_Debt, LimitSet] = OrderedDict()
+        self._max_subjects = max_subjects
+        self._counters = MemoryCounters(max_subjects, clock)
+        self._instances = 1
+        self._shares: dict[LimitSet, tuple[int, LimitSet]] = {}
+
+    def charge(self, charge: Charge, instances: int) -> Decision:
+        """Decide a charge by the shares.
+
+        Args:
+            charge: what is asked.
+            instances: how many share the limits, 1 or more.
+
+        Returns:
+            The decision, degraded. Its limit is the rule's own, what remains is of the share.
+        """
+        self._instances = instances
+        counters = tuple((self._share(limits, instances), subject) for limits, subject in charge.counters)
+        decision = self._counters.charge_all(counters, charge.cost)
+        if decision.allowed and charge.cost:
+            for limits, subject in charge.counters:
+                self.owed[_debt(limits, subject)] = limits
+            while len(self.owed) > self._max_subjects:
+                self.owed.popitem(last=False)
+        return Decision(
+            decision.allowed,
+            _own_limit(decision.binding, charge),
+            decision.remaining,
+            decision.reset_after_us,
+            decision.retry_after_us,
+            decision.at_us,
+            charge.counters[0][0],
+            degraded=True,
+        )
+
+    def owes(self, limits: LimitSet, subject: str) -> bool:
+        """Whether a subject was admitted anything here that was not taken out.
+
+        Args:
+            limits: the rule's own, as they are now.
+            subject: whom they count.
+
+        Returns:
+            True where `take` may give something.
+        """
+        return _debt(limits, subject) in self.owed
+
+    def debts(self) -> Iterator[tuple[LimitSet, str]]:
+        """All that is owed, the oldest first; nothing may be charged or taken meanwhile.
+
+        Yields:
+            Limits and subject of each.
+        """
+        for (_, _, subject), limits in self.owed.items():
+            yield limits, subject
+
+    def oldest(self, count: int) -> list[tuple[LimitSet, str]]:
+        """Some of what is owed, the oldest first.
+
+        Args:
+            count: most of them.
+
+        Returns:
+            Limits and subject of each.
+        """
+        return [(limits, subject) for (_, _, subject), limits in islice(self.owed.items(), count)]
+
+    def defer(self, limits: LimitSet, subject: str) -> None:
+        """Make a debt the youngest one: it cannot be put back now.
+
+        Args:
+            limits: the rule's own.
+            subject: whom they count.
+        """
+        self.owed.move_to_end(_debt(limits, subject))
+
+    def owe(self, charge: Charge, at_us: int) -> None:
+        """Owe what was admitted elsewhere than here, at some moment.
+
+        Args:
+            charge: what was admitted.
+            at_us: when, by the store's clock.
+        """
+        for limits, subject in charge.counters:
+            decide = DECIDE[limits.algorithm]
+            states = [decide(limit, None, at_us, charge.cost)[0] for limit in limits.limits]
+            self.give_back(limits, subject, tuple(states))
+
+    def take(self, limits: LimitSet, subject: str) -> tuple[State, ...] | None:
+        """Take out what a subject was admitted here.
+
+        Args:
+            limits: the rule's own.
+            subject: whom they count.
+
+        Returns:
+            A state for each limit; None where nothing is owed, or nothing that still counts.
+        """
+        self.owed.pop(_debt(limits, subject), None)
+        return self._counters.take(self._share(limits, 1), subject)
+
+    def give_back(self, limits: LimitSet, subject: str, states: tuple[State, ...]) -> None:
+        """Undo `take`: the store could not be given it.
+
+        Args:
+            limits: the rule's own.
+            subject: whom they count.
+            states: as `take` gave them.
+        """
+        # As the share that it was: under the whole limit a bucket would drain faster than this instance's share of it.
+        self._counters.add(self._share(limits, self._instances), subject, states)
+        self.owed[_debt(limits, subject)] = limits
+
+    def forget(self, limits: LimitSet, subject: str) -> None:
+        """Nothing is owed any more: the counter was reset.
+
+        Args:
+            limits: the rule's own.
+            subject: whom they count.
+        """
+        self.take(limits, subject)
+
+    def sweep(self, steps: int) -> None:
+        """Drop what has expired.
+
+        Args:
+            steps: most counters to look at.
+        """
+        self._counters.sweep(steps)
+
+    def _share(self, limits: LimitSet, instances: int) -> LimitSet:
+        if instances == 1:
+            return limits
+        known = self._shares.get(limits)
+        if known is not None and known[0] == instances:
+            return known[1]
+        share = LimitSet(
+            limits.name,
+            limits.algorithm,
+            [share_of(limit, instances, limits) for limit in limits.limits],
+            limits.on_failure,
+            rule=limits.rule,
+            tier=limits.tier,
+            quotas=limits.quotas,
+        )
+        if len(self._shares) >= _SHARES_KEPT:
+            self._shares.clear()
+        self._shares[limits] = (instances, share)
+        return share
+
+
+def _debt(limits: LimitSet, subject: str) -> _Debt:
+    return limits.name, limits.algorithm, subject
+
+
+def share_of(limit: Limit, instances: int, limits: LimitSet) -> Limit:
+    """One instance's share of a limit.
+
+    Args:
+        limit: one of `limits`.
+        instances: 1 or more.
+        limits: says the algorithm. A bucket's share must be countable exactly, so it may be rounded down to a rounder amount.
+
+    Returns:
+        The limit for one instance: at least 1, of the same window.
+    """
+    amount = max(limit.amount // instances, 1)
+    burst = None if limit.burst is None else max(limit.burst // instances, 1)
+    while True:
+        share = msgspec.structs.replace(limit, amount=amount, burst=burst)
+        try:
+            LimitSet("share", limits.algorithm, [share])
+        except PolicyError:
+            if amount > 1:
+                # Fewer digits that are not 0 have more factors in common with the window.
+                digits = len(str(amount).rstrip("0"))
+                unit = 10 ** (len(str(amount)) - max(digits - 1, 1))
+                amount = amount // unit * unit if digits > 1 else max(amount // 10, 1)
+            else:
+                burst = max((burst or 1) // 2, 1)
+        else:
+            return share
+
+
+def _own_limit(binding: Limit | None, charge: Charge) -> Limit | None:
+    """The rule's own limit for a share's: the first of that window, the rule's before the tier's."""
+    if binding is None:
+        return None
+    for limits, _ in charge.counters:
+        for limit in limits.limits:
+            if limit.window_name == binding.window_name:
+                return limit
+    return binding

@@ -1,0 +1,177 @@
+"""The door inside any ASGI app: Starlette, FastAPI, Litestar, Django, Quart and others."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from pathlib import Path
+from typing import Any, Final, TypeAlias
+
+from tidegate.catalog.cached import CachedCatalog
+from tidegate.catalog.in_memory import PolicyCatalog
+from tidegate.counters import CounterStore
+from tidegate.counters.factory import open_counters
+from tidegate.decision import Check
+from tidegate.doors.bearer import refuse_bearer_key
+from tidegate.doors.client_address import FORWARDING, TrustedProxies
+from tidegate.doors.request_headers import AsgiHeaders, single
+from tidegate.doors.responses import Headers, encode, error_body, exceeded_body, limit_headers, retry_headers
+from tidegate.errors import SettingsError, TidegateError
+from tidegate.gate.gate import Gate, Observer
+from tidegate.policy.model import Policy
+from tidegate.policy.paths import PathRules, quote_path
+from tidegate.policy.toml_reader import load_policy
+
+Scope: TypeAlias = MutableMapping[str, Any]
+Message: TypeAlias = MutableMapping[str, Any]
+Receive: TypeAlias = Callable[[], Awaitable[Message]]
+Send: TypeAlias = Callable[[Message], Awaitable[None]]
+App: TypeAlias = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+EXPOSED_HEADERS: Final = (
+    "RateLimit",
+    "RateLimit-Policy",
+    "Retry-After",
+    "X-RateLimit-Limit",
+    "X-RateLimit-Remaining",
+    "X-RateLimit-Reset",
+    "X-Tidegate-Error",
+)
+"""The headers that pages of other sites may read of an answer, for a CORS middleware's `expose_headers`."""
+
+_EXPOSE: Final = ("access-control-expose-headers", ", ".join(EXPOSED_HEADERS))
+
+
+class RateLimitMiddleware:
+    """Asks a gate before each HTTP request and gives 429 itself.
+
+        app.add_middleware(RateLimitMiddleware, policy="tidegate.policy.toml")
+
+    Websockets pass untouched, and so does the lifespan, at whose shutdown a store made from a URL is closed. Decided answers
+    carry the limit headers; denials and errors have the error form.
+
+    Args:
+        app: the ASGI app.
+        gate: a gate to ask; or give `policy`.
+        policy: path of a policy file, or a policy; a gate is made from it.
+        counters: for `policy`: URL or store of the counts.
+        trusted_proxies: whose `X-Real-IP` and `X-Forwarded-For` are believed.
+        cost: gives the cost of a request from its ASGI scope; 1 for every request where not given.
+        observe: for `policy`: is told of every check.
+        pass_preflights: whether the preflights of browsers (CORS) go to the app uncounted: they never carry an API key. Not
+            needed where a CORS middleware is outside of this one, as it should be: a page may read only answers that it saw.
+        encoded_slashes: patterns with `*` for the paths that may have `%2F`, such as `/projects/*`; none where not given.
+        decode_unreserved: whether `%7E` is read as `~`, and so on; refused where not given.
+
+    Raises:
+        SettingsError: unless exactly one of `gate` and `policy` is given, or for a pattern that no path can match.
+        PolicyError: if the policy is refused.
+    """
+
+    def __init__(
+        self,
+        app: App,
+        *,
+        gate: Gate | None = None,
+        policy: str | Path | Policy | None = None,
+        counters: str | CounterStore = "memory://",
+        trusted_proxies: Iterable[str] = (),
+        cost: Callable[[Scope], int] | None = None,
+        observe: Observer | None = None,
+        pass_preflights: bool = False,
+        encoded_slashes: Iterable[str] = (),
+        decode_unreserved: bool = False,
+    ) -> None:
+        if (gate is None) == (policy is None):
+            raise SettingsError("RateLimitMiddleware needs exactly one of 'gate' and 'policy'")
+        if policy is not None:
+            loaded = policy if isinstance(policy, Policy) else load_policy(Path(policy))
+            store = open_counters(counters) if isinstance(counters, str) else counters
+            gate = Gate(CachedCatalog(PolicyCatalog(loaded)), store, observe)
+        assert gate is not None
+        self.app = app
+        self.gate = gate
+        self._owns_counters = policy is not None and isinstance(counters, str)
+        self._trusted = TrustedProxies(trusted_proxies)
+        self._cost = cost
+        self._pass_preflights = pass_preflights
+        self._paths = PathRules.of(encoded_slashes, decode_unreserved)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request, or let the app do so."""
+        if scope["type"] != "http":
+            closes = scope["type"] == "lifespan" and self._owns_counters
+            await self.app(scope, receive, self._closing(send) if closes else send)
+            return
+        headers = AsgiHeaders(scope["headers"], _READ)
+        if self._pass_preflights and _is_preflight(scope, headers):
+            await self.app(scope, receive, send)
+            return
+        exposed = [_EXPOSE] if "origin" in headers else []
+        try:
+            check = self._check_of(scope, headers)
+            if check.api_key is None:
+                await refuse_bearer_key(self.gate, headers, check.ip)
+            decision = await self.gate.check(check)
+        except TidegateError as error:
+            told = [("x-tidegate-error", error.code), *retry_headers(error), *exposed]
+            await _answer(send, error.status, told, encode(error_body(error)))
+            return
+        told = limit_headers(decision)
+        if told:
+            told += exposed
+        if not decision.allowed:
+            await _answer(send, 429, told, encode(exceeded_body(decision)))
+            return
+        if not told:
+            await self.app(scope, receive, send)
+            return
+        encoded = [(name.encode(), value.encode()) for name, value in told]
+
+        async def send_with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message.get("headers", ()), *encoded]
+            await send(message)
+
+        await self.app(scope, receive, send_with_headers)
+
+    def _closing(self, send: Send) -> Send:
+        async def send_closed(message: Message) -> None:
+            if message["type"] in ("lifespan.shutdown.complete", "lifespan.shutdown.failed"):
+                await self.gate.close()
+            await send(message)
+
+        return send_closed
+
+    def _check_of(self, scope: Scope, headers: AsgiHeaders) -> Check:
+        peer = scope["client"][0] if scope.get("client") else ""
+        ip = self._trusted.client(peer, headers)
+        # The path as it was sent: once decoded, '%2F' and '/' look the same. Not every server gives it.
+        raw = scope.get("raw_path")
+        path = _text(raw).partition("?")[0] if raw else quote_path(scope["path"])
+        cost = 1 if self._cost is None else self._cost(scope)
+        return Check.of(path, scope["method"], single(headers, "x-api-key"), ip, cost, self._paths, strict_ip=False)
+
+
+_READ: Final = FORWARDING | {b"x-api-key", b"authorization", b"origin", b"access-control-request-method"}
+
+
+def _is_preflight(scope: Scope, headers: AsgiHeaders) -> bool:
+    """Whether a browser asks if a request of another site's page may be sent (Fetch standard, "CORS-preflight request")."""
+    return scope["method"] == "OPTIONS" and "origin" in headers and "access-control-request-method" in headers
+
+
+def _text(path: bytes) -> str:
+    """Raw UTF-8 in a path is one spelling with its escapes; what is not UTF-8 becomes lone surrogates, which are refused."""
+    return path.decode("utf-8", "surrogateescape")
+
+
+async def _answer(send: Send, status: int, headers: Headers, body: bytes) -> None:
+    headers = [*headers, ("content-type", "application/json"), ("content-length", str(len(body)))]
+    await send(
+        {
+            "type": "http.response.start",
+            "status": status,
+            "headers": [(name.encode(), value.encode()) for name, value in headers],
+        }
+    )
+    await send({"type": "http.response.body", "body": body})

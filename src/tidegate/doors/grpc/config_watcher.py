@@ -1,0 +1,86 @@
+"""Following `[envoy] config`: a change is in force within a second, or refused, and the old one stays."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from tidegate.doors.grpc.domains import FileDomain
+from tidegate.doors.grpc.ratelimit_file import RateLimitFile, load_ratelimit, parse_ratelimit, ratelimit_files, read_ratelimit
+from tidegate.doors.grpc.service import RateLimitService
+from tidegate.errors import PolicyError
+from tidegate.policy.file_watcher import Look, identity_of, is_old, watch
+
+logger = logging.getLogger(__name__)
+
+
+def load_domains(path: Path, policy_domain: str) -> dict[str, FileDomain]:
+    """Read the limits of all domains.
+
+    Args:
+        path: file or directory.
+        policy_domain: the domain whose limits are the policy's.
+
+    Returns:
+        By domain what counts its descriptors.
+
+    Raises:
+        PolicyError: with file, line and reason.
+    """
+    return _domains(load_ratelimit(path), policy_domain, path)
+
+
+async def watch_domains(
+    path: Path,
+    policy_domain: str,
+    service: RateLimitService,
+    refused: Callable[[PolicyError], None],
+    again: asyncio.Event | None = None,
+) -> None:
+    """Follow the files until cancelled.
+
+    Args:
+        path: file or directory.
+        policy_domain: the domain whose limits are the policy's.
+        service: gets the limits.
+        refused: is told why a change is not taken into force.
+        again: see `watch`.
+    """
+    first = True
+
+    async def take(content: Any) -> None:
+        nonlocal first
+        read = parse_ratelimit(list(content))
+        service.domains = _domains(read, policy_domain, path)
+        for note in (note for each in read for note in each.notes):
+            logger.warning("%s", note)
+        if not first:
+            logger.info("%s was taken into force: %d domains", path, len(read))
+        first = False
+
+    await watch(lambda last: _look(path, last), take, refused, again=again)
+
+
+def _domains(read: list[RateLimitFile], policy_domain: str, path: Path) -> dict[str, FileDomain]:
+    made: Mapping[str, FileDomain] = {each.domain: FileDomain(each) for each in read}
+    if policy_domain in made:
+        raise PolicyError(
+            f"domain {policy_domain!r} is the policy's: rename one of the two, this one or the setting envoy.domain", str(path)
+        )
+    return dict(made)
+
+
+def _look(path: Path, last: Look) -> Look:
+    try:
+        seen = [(str(file), *identity_of(file)) for file in ratelimit_files(path)]
+        identity = tuple((name, each) for name, each, _ in seen)
+        if identity == last.identity and all(is_old(changed_s) for _, _, changed_s in seen):
+            return last
+        return Look(identity, tuple(read_ratelimit(path)))
+    except PolicyError as error:
+        return Look(None, None, error)
+    except OSError as error:
+        return Look(None, None, PolicyError(f"the configuration cannot be looked at: {error.strerror or error}", str(path)))

@@ -1,0 +1,231 @@
+"""How decisions and errors look from outside: headers and bodies that every HTTP door gives alike."""
+
+from __future__ import annotations
+
+from email.utils import formatdate
+from functools import lru_cache
+from typing import Any, Final
+
+import msgspec
+
+from tidegate.decision import Decision, RuleUsage, Usage
+from tidegate.doors.outward import outward
+from tidegate.errors import TidegateError
+from tidegate.timestamps import US_PER_S, format_timestamp
+from tidegate.wire import DecisionBody, RuleUsageBody, UsageBody, WindowUsageBody
+
+Headers = list[tuple[str, str]]
+
+NO_STORE: Final = ("cache-control", "no-store")
+MAX_EDGE_S: Final = 60
+"""For how long an edge cache of nginx answers in Tidegate's place at most: so late a raised limit is seen there."""
+
+_ENCODER: Final = msgspec.json.Encoder()
+
+
+def decision_body(decision: Decision) -> DecisionBody:
+    """The JSON form of a decision.
+
+    Args:
+        decision: the decision.
+
+    Returns:
+        The record to encode.
+    """
+    return DecisionBody(
+        decision.allowed,
+        decision.limit,
+        decision.remaining,
+        None if decision.binding is None else decision.reset_after,
+        decision.retry_after,
+        decision.rule,
+        decision.tier,
+        decision.degraded,
+    )
+
+
+def usage_body(usage: Usage) -> UsageBody:
+    """The JSON form of usage.
+
+    Args:
+        usage: what is left to a caller.
+
+    Returns:
+        The record to encode.
+    """
+    return UsageBody(usage.tier, tuple(map(_rule_usage_body, usage.rules)), usage.not_counted, usage.truncated)
+
+
+def _rule_usage_body(usage: RuleUsage) -> RuleUsageBody:
+    decision, binding = usage.decision, usage.decision.binding
+    return RuleUsageBody(
+        usage.rule,
+        usage.endpoint,
+        usage.mode,
+        usage.subject,
+        decision.limit,
+        decision.remaining,
+        None if binding is None else decision.reset_after,
+        None if binding is None else binding.window_us // US_PER_S,
+        decision.degraded,
+        tuple(map(_window_usage_body, usage.windows)),
+    )
+
+
+def _window_usage_body(seen: Decision) -> WindowUsageBody:
+    binding, remaining = seen.binding, seen.remaining
+    assert binding is not None, "a window is one limit"
+    assert remaining is not None, "a limit says what is left"
+    capacity = binding.capacity
+    used = max(capacity - remaining, 0)
+    resets_at = format_timestamp(seen.at_us + seen.reset_after_us) if used or seen.reset_after_us else None
+    return WindowUsageBody(capacity, binding.window_us // US_PER_S, used, remaining, resets_at)
+
+
+def error_body(error: TidegateError) -> dict[str, Any]:
+    """The JSON form of an error: `{"error": {"code", "message", "details"}}`; see `outward` for what it does not say.
+
+    Args:
+        error: the error.
+
+    Returns:
+        What to encode.
+    """
+    message, details = outward(error)
+    return {"error": {"code": error.code, "message": message, "details": details}}
+
+
+def retry_headers(error: TidegateError) -> Headers:
+    """When an error that passes by itself is over.
+
+    Args:
+        error: the error.
+
+    Returns:
+        `Retry-After` in seconds, where the error says so; else none.
+    """
+    after_s = error.details.get("retry_after")
+    return [] if after_s is None else [("retry-after", str(after_s))]
+
+
+def exceeded_body(decision: Decision) -> dict[str, Any]:
+    """The error form of a denial, for end clients.
+
+    Args:
+        decision: a denial.
+
+    Returns:
+        What to encode.
+    """
+    if decision.retry_after is None:
+        message = f"the request costs more than the limit {decision.binding} ever allows: ask for less at once"
+    else:
+        message = f"rate limit {decision.binding} exceeded: try again in {ceil_s(decision.retry_after_us or 0)} s"
+    details = msgspec.to_builtins(decision_body(decision))
+    return {"error": {"code": "RATE_LIMIT_EXCEEDED", "message": message, "details": details}}
+
+
+def encode(body: object) -> bytes:
+    """JSON bytes of a body.
+
+    Args:
+        body: what msgspec can encode.
+
+    Returns:
+        The bytes.
+    """
+    return _ENCODER.encode(body)
+
+
+def limit_headers(decision: Decision) -> Headers:
+    """The headers of a decided answer; names in lower case, as HTTP/2 and RSGI want them.
+
+    `RateLimit-Policy` and `RateLimit` follow draft-ietf-httpapi-ratelimit-headers-10; `X-RateLimit-Reset` is in unix seconds.
+    Seconds are rounded up: a client that waits as told is never early.
+
+    Args:
+        decision: the decision.
+
+    Returns:
+        Pairs of name and value; none where no rule applies.
+    """
+    binding = decision.binding
+    if binding is None or decision.limits is None:
+        return []
+    reset_us = decision.reset_after_us
+    headers = [
+        ("ratelimit-policy", decision.limits.quotas),
+        ("ratelimit", f'"{binding.label or binding.text}";r={decision.remaining};t={ceil_s(reset_us)}'),
+        ("x-ratelimit-limit", str(binding.capacity)),
+        ("x-ratelimit-remaining", str(decision.remaining)),
+        ("x-ratelimit-reset", str(ceil_s(decision.at_us + reset_us))),
+    ]
+    if not decision.allowed and decision.retry_after_us is not None:
+        headers.append(("retry-after", str(ceil_s(decision.retry_after_us))))
+    return headers
+
+
+def denial_cache_headers(decision: Decision) -> Headers:
+    """For how long, and for which requests, a cache may repeat a denial of `/v1/authorize`.
+
+    Until its retry and not a moment longer: seconds are rounded down. Not at all where that is below one second, where the same
+    cost never passes, and where the counter store was unwell: the denial may then be over when the store is back.
+
+    Args:
+        decision: a denial.
+
+    Returns:
+        `Cache-Control`, and `Vary` with all that the answer depends on.
+    """
+    max_age_s = _holds_s(decision)
+    if max_age_s < 1:
+        return [NO_STORE]
+    return [("cache-control", f"max-age={max_age_s}"), _VARY]
+
+
+def edge_cache_headers(decision: Decision) -> Headers:
+    """What a cache of nginx needs beside `denial_cache_headers`.
+
+    nginx counts in whole seconds of its clock and takes an answer for fresh while that second lasts, up to a second longer than
+    it was told: so it is told one less. It does not say `Age` either: the moment of the retry is told as a date.
+
+    Args:
+        decision: a denial.
+
+    Returns:
+        `X-Accel-Expires` in seconds, 0 for not at all, and `X-Tidegate-Retry-At`, an HTTP date rounded up.
+    """
+    headers = [("x-accel-expires", str(max(min(_holds_s(decision) - 1, MAX_EDGE_S), 0)))]
+    if decision.holds_until_us is not None:
+        headers.append(("x-tidegate-retry-at", _http_date(ceil_s(decision.holds_until_us))))
+    return headers
+
+
+_VARY: Final = (
+    "vary",
+    "X-API-Key, X-Original-URI, X-Original-Method, X-Forwarded-Uri, X-Forwarded-Method, X-Real-IP, X-Forwarded-For, "
+    "Forwarded, X-Tidegate-Denied-Status",
+)
+
+
+@lru_cache(maxsize=1024)
+def _http_date(at_s: int) -> str:
+    """Kept, because those who are denied ask again and again, and writing it costs 2 µs."""
+    return formatdate(at_s, usegmt=True)
+
+
+def _holds_s(decision: Decision) -> int:
+    """Whole seconds for which a denial may be repeated."""
+    return 0 if decision.degraded or decision.retry_after_us is None else decision.retry_after_us // US_PER_S
+
+
+def ceil_s(us: int) -> int:
+    """Whole seconds, rounded up.
+
+    Args:
+        us: µs.
+
+    Returns:
+        Seconds.
+    """
+    return -(-us // US_PER_S)

@@ -1,0 +1,341 @@
+"""What may pass: `Limit`, `Rule`, `Tier`, `ApiKey`, `Policy`. Frozen records, parsed and validated here and nowhere else.
+
+A rule's limits are read in `limits`, an API key's form in `keys`.
+"""
+
+from __future__ import annotations
+
+import enum
+import re
+from collections.abc import Iterable
+from typing import Final
+
+import msgspec
+
+from tidegate.errors import PolicyError
+from tidegate.policy.descriptors import PREFIX as DESCRIPTOR
+from tidegate.policy.descriptors import canonical_descriptor, descriptor_entries
+from tidegate.policy.globs import Glob
+from tidegate.policy.key_format import FORM, hash_api_key, is_mistyped
+from tidegate.policy.limits import Algorithm, Limit, OnFailure, fit_limits, member_of, short
+from tidegate.policy.paths import PathRules, canonical_path
+
+_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}", re.ASCII)
+_MAX_RULE_NAME: Final = 256
+_RULE_NAME: Final = re.compile(r"[\x20-\x7e]{1,256}", re.ASCII)
+_METHOD: Final = re.compile(r"[A-Z][A-Z0-9_-]{0,31}", re.ASCII)
+# A pattern may have encoded slashes, whether or not the setting paths.encoded_slashes lets such paths through.
+_PATTERN_PATHS: Final = PathRules((Glob("*"),))
+_SHA256: Final = re.compile(r"[0-9a-f]{64}", re.ASCII)
+_NO_KEY: Final = frozenset((hash_api_key(""), hash_api_key("\n")))
+"""What `sha256sum` says where the variable that should have held the key was empty."""
+
+
+class Subject(enum.StrEnum):
+    """Whom a rule counts."""
+
+    API_KEY = "api_key"
+    IP = "ip"
+    TIER = "tier"
+
+
+class Mode(enum.StrEnum):
+    """Whether a rule blocks or only watches."""
+
+    ENFORCE = "enforce"
+    SHADOW = "shadow"
+
+
+class KeyStatus(enum.StrEnum):
+    """Whether an API key is let in."""
+
+    ACTIVE = "active"
+    REVOKED = "revoked"
+
+
+class Rule(msgspec.Struct, frozen=True, gc=False):
+    """What a tier may do at the endpoints of one pattern.
+
+    Args:
+        endpoint: literal path; `*` matches any run of characters, `{id}` one whole segment. Or a descriptor, see `descriptors`.
+        limits: all must pass.
+        methods: upper-case HTTP methods; empty means every method.
+        algorithm: how the limits count.
+        subject: whom the rule counts.
+        priority: higher is preferred; −1,000,000 to 1,000,000.
+        mode: whether it blocks.
+        on_failure: what it answers while the counter store is unwell.
+        name: unique in its tier, at most 256 characters; made from methods and endpoint where not given.
+    """
+
+    endpoint: str
+    limits: tuple[Limit, ...]
+    methods: tuple[str, ...] = ()
+    algorithm: Algorithm = Algorithm.SLIDING_WINDOW
+    subject: Subject = Subject.API_KEY
+    priority: int = 0
+    mode: Mode = Mode.ENFORCE
+    on_failure: OnFailure = OnFailure.DEFAULT
+    name: str = ""
+
+    @classmethod
+    def make(
+        cls,
+        endpoint: str,
+        limits: Iterable[Limit | str],
+        methods: Iterable[str] = (),
+        algorithm: str = Algorithm.SLIDING_WINDOW,
+        subject: str = Subject.API_KEY,
+        priority: int = 0,
+        mode: str = Mode.ENFORCE,
+        on_failure: str = OnFailure.DEFAULT,
+        name: str = "",
+    ) -> Rule:
+        """Validate and normalise a rule.
+
+        Args:
+            endpoint: see the class; so are all others.
+            limits: limits or their texts.
+            methods: any case.
+            algorithm: its name.
+            subject: its name.
+            priority: see the class.
+            mode: its name.
+            on_failure: its name.
+            name: empty for the one made from methods and endpoint.
+
+        Returns:
+            The rule.
+
+        Raises:
+            PolicyError: naming the field, its value and the remedy.
+        """
+        chosen = member_of(Algorithm, algorithm, "algorithm")
+        parsed = tuple(limit if isinstance(limit, Limit) else Limit.parse(limit) for limit in limits)
+        fit_limits(chosen, parsed)
+        upper = tuple(sorted({_method(method) for method in methods}))
+        pattern = canonical_pattern(endpoint)
+        if pattern.startswith(DESCRIPTOR):
+            _require_for_descriptor(upper, subject)
+        if isinstance(priority, bool) or not isinstance(priority, int) or abs(priority) > 1_000_000:
+            raise PolicyError(f"priority {short(priority)} must be a whole number from -1000000 to 1000000")
+        if name and not _RULE_NAME.fullmatch(name):
+            raise PolicyError(f"rule name {short(name)} must be 1 to {_MAX_RULE_NAME} printable ASCII characters")
+        rule = cls(
+            endpoint=pattern,
+            limits=parsed,
+            methods=upper,
+            algorithm=chosen,
+            subject=member_of(Subject, subject, "subject"),
+            priority=priority,
+            mode=member_of(Mode, mode, "mode"),
+            on_failure=member_of(OnFailure, on_failure, "on_failure"),
+            name=name,
+        )
+        if name:
+            return rule
+        if len(rule.default_name) > _MAX_RULE_NAME:
+            raise PolicyError(
+                f"endpoint {short(endpoint)} needs a 'name' for its rule: the one made from methods and endpoint has "
+                f"{len(rule.default_name)} characters, and at most {_MAX_RULE_NAME} are kept"
+            )
+        return msgspec.structs.replace(rule, name=rule.default_name)
+
+    @property
+    def descriptor(self) -> tuple[tuple[str, str], ...]:
+        """Keys and values of the descriptors that it is for; none where it is for paths."""
+        return descriptor_entries(self.endpoint)
+
+    @property
+    def default_name(self) -> str:
+        """The name that is made from methods, endpoint and mode, whatever the rule is called."""
+        methods = ",".join(self.methods) + " " if self.methods else ""
+        return methods + self.endpoint + (" shadow" if self.mode is Mode.SHADOW else "")
+
+
+class Tier(msgspec.Struct, frozen=True, gc=False):
+    """A class of callers and its rules.
+
+    Args:
+        name: 1 to 64 of `[A-Za-z0-9_.-]`.
+        rules: in the order of the policy; names unique.
+        limits: over all endpoints of the tier, counted for each caller with sliding_window, charged with the rule's.
+        managed_by_file: whether the policy file owns it.
+    """
+
+    name: str
+    rules: tuple[Rule, ...] = ()
+    limits: tuple[Limit, ...] = ()
+    managed_by_file: bool = False
+
+    @classmethod
+    def make(cls, name: str, rules: Iterable[Rule] = (), limits: Iterable[Limit | str] = ()) -> Tier:
+        """Validate a tier.
+
+        Args:
+            name: see the class; so are all others.
+            rules: validated rules.
+            limits: limits or their texts.
+
+        Returns:
+            The tier.
+
+        Raises:
+            PolicyError: naming what is wrong and the remedy.
+        """
+        if not isinstance(name, str) or not _NAME.fullmatch(name):
+            raise PolicyError(f"tier name {short(name)} must be 1 to 64 of letters, digits, '_', '.', '-'")
+        seen: dict[str, Rule] = {}
+        ordered = tuple(rules)
+        for rule in ordered:
+            if rule.name in seen:
+                raise PolicyError(
+                    f"tier {name!r} has two rules named {rule.name!r}: "
+                    "remove one, or give the second a 'name' and other 'methods' or 'mode'"
+                )
+            seen[rule.name] = rule
+        parsed = tuple(limit if isinstance(limit, Limit) else Limit.parse(limit) for limit in limits)
+        if parsed:
+            fit_limits(Algorithm.SLIDING_WINDOW, parsed)
+        return cls(name=name, rules=ordered, limits=parsed)
+
+
+class Override(msgspec.Struct, frozen=True, gc=False):
+    """Other limits for one key.
+
+    Args:
+        rule: name of the rule in the key's tier; empty for the tier's own limits.
+        limits: what holds instead.
+    """
+
+    rule: str
+    limits: tuple[Limit, ...]
+
+
+class ApiKey(msgspec.Struct, frozen=True, gc=False):
+    """An API key as the catalog knows it: never the key itself.
+
+    Args:
+        sha256: lower-case hex digest of the key.
+        tier: name of its tier.
+        status: active or revoked.
+        name: a label for people.
+        expires_at_us: µs since the epoch (UTC) from which the key is refused; None for never.
+        overrides: other limits for this key.
+        managed_by_file: whether the policy file owns it.
+        counts_as: id of the key that it replaced, whose counters it goes on with; empty where it replaced none.
+    """
+
+    sha256: str
+    tier: str
+    status: KeyStatus = KeyStatus.ACTIVE
+    name: str = ""
+    expires_at_us: int | None = None
+    overrides: tuple[Override, ...] = ()
+    managed_by_file: bool = False
+    counts_as: str = ""
+
+    @property
+    def id(self) -> str:
+        """The key's public name: the first 24 hex digits of its digest. Logs use it."""
+        return self.sha256[:24]
+
+    @property
+    def owner(self) -> str:
+        """The id that counters use: that of the first key of its owner, however often it was rotated since."""
+        return self.counts_as or self.id
+
+
+class Policy(msgspec.Struct, frozen=True, gc=False):
+    """A whole policy, valid in itself.
+
+    Args:
+        tiers: names unique.
+        api_keys: digests unique; each tier exists.
+        anonymous_tier: tier of checks that bring no key; None refuses them.
+    """
+
+    tiers: tuple[Tier, ...]
+    api_keys: tuple[ApiKey, ...] = ()
+    anonymous_tier: str | None = None
+
+
+def canonical_pattern(endpoint: object) -> str:
+    """Validate an endpoint pattern and spell it as checked paths are spelled.
+
+    Args:
+        endpoint: literal path with `*` and `{name}` in it.
+
+    Returns:
+        The pattern; every `{name}` as it was written.
+
+    Raises:
+        PolicyError: naming the pattern and the remedy.
+    """
+    if isinstance(endpoint, str) and endpoint.startswith(DESCRIPTOR):
+        return canonical_descriptor(endpoint)
+    if not isinstance(endpoint, str) or not endpoint.startswith("/") or len(endpoint) > 1024:
+        raise PolicyError(f"endpoint {short(endpoint)} must begin with '/' and have at most 1024 characters")
+    segments = []
+    for segment in endpoint.split("/")[1:]:
+        if "{" in segment or "}" in segment:
+            if not re.fullmatch(r"\{[A-Za-z0-9_]*\}", segment):
+                raise PolicyError(
+                    f"endpoint {endpoint!r}: '{{id}}' stands for one whole segment, not for part of {segment!r}: use '*' there"
+                )
+            segments.append("x")
+        else:
+            segments.append(segment)
+    probe = "/" + "/".join(segments)
+    canonical, remedy = canonical_path(probe, _PATTERN_PATHS)
+    if canonical is None:
+        raise PolicyError(f"endpoint {endpoint!r}: {remedy}")
+    if canonical != probe:
+        raise PolicyError(f"endpoint {endpoint!r} is not spelled as requests arrive: write it as {canonical!r}")
+    return endpoint
+
+
+def parse_key_digest(api_key: object = None, sha256: object = None) -> str:
+    """The digest of a policy's key, given as itself or as its digest.
+
+    Args:
+        api_key: the key, or None.
+        sha256: its digest in hex, or None; exactly one of the two.
+
+    Returns:
+        64 lower-case hex digits.
+
+    Raises:
+        PolicyError: saying what is wrong, without repeating the key.
+    """
+    if (api_key is None) == (sha256 is None):
+        raise PolicyError("an API key needs exactly one of 'key' and 'sha256'")
+    if sha256 is not None:
+        if not isinstance(sha256, str) or not _SHA256.fullmatch(sha256.lower()):
+            raise PolicyError(f"sha256 {short(sha256)} must be 64 hex digits: printf %s KEY | sha256sum")
+        if sha256.lower() in _NO_KEY:
+            raise PolicyError("sha256 is the digest of no text at all, so no API key matches it: printf %s KEY | sha256sum")
+        return sha256.lower()
+    if not isinstance(api_key, str) or not FORM.fullmatch(api_key):
+        raise PolicyError("a 'key' must be 16 to 128 of letters, digits, '_' and '-'")
+    if is_mistyped(api_key):
+        raise PolicyError(
+            f"the key that begins {api_key[:6]!r} has Tidegate's prefix but wrong check characters: "
+            "it is mistyped; make one with 'tidegate keys create' or use another prefix"
+        )
+    return hash_api_key(api_key)
+
+
+def _require_for_descriptor(methods: tuple[str, ...], subject: str) -> None:
+    if methods:
+        raise PolicyError("methods are not for a descriptor, which has no method: put an entry for it into the descriptor")
+    if subject == Subject.IP:
+        raise PolicyError(
+            "subject 'ip' is not for a descriptor: put an entry for the address into it, such as remote_address = \"*\""
+        )
+
+
+def _method(value: object) -> str:
+    if not isinstance(value, str) or not _METHOD.fullmatch(value.upper()):
+        raise PolicyError(f"method {short(value)} is not an HTTP method: for example GET")
+    return value.upper()

@@ -1,0 +1,345 @@
+"""The policy file: TOML into a `Policy`, whole or not at all; and a catalog that holds one policy in memory.
+
+A refused file is told with file, line and reason, and an API key is never repeated in a message.
+"""
+
+from __future__ import annotations
+
+import datetime
+import difflib
+import itertools
+import re
+import tomllib
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+from tidegate.errors import PolicyError
+from tidegate.policy.descriptors import descriptor_text
+from tidegate.policy.labels import label_fault
+from tidegate.policy.limits import Algorithm, Limit, fit_limits, short
+from tidegate.policy.model import ApiKey, KeyStatus, Override, Policy, Rule, Subject, Tier, parse_key_digest
+from tidegate.policy.toml_lines import MAX_KEY_PARTS, LineIndex, line_of_deep_key
+from tidegate.policy.toml_lines import Path as KeyPath
+from tidegate.policy.warnings import policy_warnings
+from tidegate.timestamps import to_us
+
+__all__ = ["MAX_FILE_BYTES", "load_policy", "parse_policy", "policy_warnings", "read_policy_text"]
+
+MAX_FILE_BYTES: Final = 10_000_000
+MAX_TIERS: Final = 1_000
+MAX_RULES: Final = 10_000
+"""Most rules of one policy, over all its tiers."""
+MAX_OVERRIDES: Final = 1_000
+"""Most rules that one API key overrides."""
+MAX_LIST: Final = 32
+"""Most limits or methods of one list that are looked at; a rule takes 16 limits."""
+
+_POLICY_FIELDS: Final = ("tiers", "api_keys", "anonymous")
+_TIER_FIELDS: Final = ("name", "limits", "rules")
+_RULE_FIELDS: Final = (
+    "endpoint",
+    "descriptor",
+    "methods",
+    "algorithm",
+    "limits",
+    "subject",
+    "priority",
+    "mode",
+    "on_failure",
+    "name",
+)
+_KEY_FIELDS: Final = ("key", "sha256", "tier", "name", "status", "expires_at", "limits", "overrides")
+_OVERRIDE_FIELDS: Final = ("rule", "limits")
+# The first word of a record's complaint, where it is not the field's name itself.
+_FIELD_OF_WORD: Final = {"limit": "limits", "method": "methods", "rule": "name", "tier": "name"}
+
+_T = TypeVar("_T")
+
+
+def load_policy(path: Path) -> Policy:
+    """Read a policy file.
+
+    Args:
+        path: the file, or a link to it.
+
+    Returns:
+        The policy.
+
+    Raises:
+        PolicyError: with file, line and reason.
+    """
+    return parse_policy(read_policy_text(path), str(path))
+
+
+def read_policy_text(path: Path) -> str:
+    """The text of a policy file.
+
+    Args:
+        path: the file, or a link to it.
+
+    Returns:
+        Its text.
+
+    Raises:
+        PolicyError: if it cannot be read, is larger than 10 MB or is not UTF-8.
+    """
+    try:
+        with path.open("rb") as file:
+            raw = file.read(MAX_FILE_BYTES + 1)
+    except FileNotFoundError:
+        raise PolicyError("the policy file is not there: give its path with [policy] file, or --policy", str(path)) from None
+    except OSError as error:
+        raise PolicyError(f"the policy file cannot be read: {error.strerror or error}", str(path)) from None
+    if len(raw) > MAX_FILE_BYTES:
+        raise PolicyError(f"the policy file has more than {MAX_FILE_BYTES} bytes: keep API keys in the catalog", str(path))
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = raw[: error.start].count(b"\n") + 1
+        raise PolicyError("the policy file is not UTF-8 here", str(path), line) from None
+
+
+def parse_policy(text: str, file: str | None = None) -> Policy:
+    """Read the text of a policy file.
+
+    Args:
+        text: TOML.
+        file: path for messages.
+
+    Returns:
+        The policy.
+
+    Raises:
+        PolicyError: with file, line and reason.
+    """
+    # As editors on Windows write it. The lines are found in the same text, or the first table would have none.
+    text = text.removeprefix("\ufeff")
+    deep = line_of_deep_key(text)
+    if deep is not None:
+        raise PolicyError(f"a dotted key has more than {MAX_KEY_PARTS} parts: a policy needs two at most", file, deep)
+    try:
+        raw = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        found = re.search(r"\(at line (\d+), column (\d+)\)|\(at end of document\)", str(error))
+        line = int(found.group(1)) if found and found.group(1) else text.count("\n") + 1
+        reason = str(error)[: found.start()].strip() if found else str(error)
+        raise PolicyError(f"not TOML: {reason[:200]}", file, line) from None
+    except ValueError:
+        # Python's own bound on the digits of a number, which `tomllib` lets through without a position.
+        raise PolicyError("not TOML that can be read: a number has too many digits", file, 1) from None
+    except RecursionError:
+        raise PolicyError("not TOML that can be read: it is nested too deeply", file, 1) from None
+    return _Reader(raw, LineIndex(text), file).policy()
+
+
+class _Reader:
+    """Reads one decoded file. `at` is always the path of the thing in hand, for its line."""
+
+    def __init__(self, raw: dict[str, Any], lines: LineIndex, file: str | None) -> None:
+        self._raw = raw
+        self._lines = lines
+        self._file = file
+        self._rules_read = 0
+
+    def policy(self) -> Policy:
+        self._known(self._raw, _POLICY_FIELDS, ())
+        tiers: dict[str, Tier] = {}
+        for at, table in self._tables(self._raw, "tiers", (), MAX_TIERS):
+            tier = self._tier(table, at)
+            if tier.name in tiers:
+                raise self._error(f"tier {tier.name!r} stands twice: merge the two, or rename one", (*at, "name"))
+            tiers[tier.name] = tier
+        if not tiers:
+            raise self._error("the policy has no tiers: it needs at least one [[tiers]]", ())
+        keys: dict[str, ApiKey] = {}
+        for at, table in self._tables(self._raw, "api_keys", ()):
+            api_key = self._api_key(table, at, tiers)
+            if api_key.sha256 in keys:
+                raise self._error(f"the API key with the digest {api_key.sha256[:12]}… stands twice: remove one", at)
+            keys[api_key.sha256] = api_key
+        return Policy(tuple(tiers.values()), tuple(keys.values()), self._anonymous(tiers))
+
+    def _tier(self, table: dict[str, Any], at: KeyPath) -> Tier:
+        self._known(table, _TIER_FIELDS, at)
+        self._required(table, ("name",), at)
+        limits = self._limits(table.get("limits", []), (*at, "limits"))
+        rules: dict[str, Rule] = {}
+        for rule_at, rule_table in self._tables(table, "rules", at, MAX_RULES):
+            self._rules_read += 1
+            if self._rules_read > MAX_RULES:
+                raise self._error(
+                    f"the policy has more than {MAX_RULES} rules: let patterns ('*', '{{id}}') cover several", rule_at
+                )
+            rule = self._rule(rule_table, rule_at)
+            if rule.name in rules:
+                raise self._error(
+                    f"tier {short(table['name'])} has two rules {rule.name!r}: "
+                    "remove one, or give it other methods, mode or a name",
+                    rule_at,
+                )
+            rules[rule.name] = rule
+        tier = self._placed(lambda: Tier.make(table["name"], rules.values(), limits), table, at)
+        return Tier(tier.name, tier.rules, tier.limits, managed_by_file=True)
+
+    def _rule(self, table: dict[str, Any], at: KeyPath) -> Rule:
+        self._known(table, _RULE_FIELDS, at)
+        self._required(table, ("limits",) if "descriptor" in table else ("endpoint", "limits"), at)
+        limits = self._limits(table["limits"], (*at, "limits"))
+        table = self._with_endpoint(table, at)
+        methods = table.get("methods", [])
+        if not isinstance(methods, list) or ("methods" in table and not methods):
+            raise self._error('methods must be a list such as ["GET"]; leave it out for every method', (*at, "methods"))
+        if len(methods) > MAX_LIST:
+            raise self._error(
+                f"methods has {len(methods)} entries: at most {MAX_LIST} are read; leave it out for all", (*at, "methods")
+            )
+        if "name" in table and (not isinstance(table["name"], str) or not table["name"]):
+            raise self._error("name must be a non-empty string", (*at, "name"))
+        return self._placed(lambda: Rule.make(**{**table, "limits": limits, "methods": methods}), table, at)
+
+    def _with_endpoint(self, table: dict[str, Any], at: KeyPath) -> dict[str, Any]:
+        """A rule's table in which the endpoint stands for the descriptor, where it has one."""
+        if "descriptor" not in table:
+            return table
+        descriptor, descriptor_at = table["descriptor"], (*at, "descriptor")
+        if "endpoint" in table:
+            raise self._error("endpoint and descriptor stand side by side: a rule is for one of them", descriptor_at)
+        if not isinstance(descriptor, dict):
+            raise self._error('descriptor is a table: write descriptor = { user = "*" }', descriptor_at)
+        text = self._placed(lambda: descriptor_text(descriptor), {}, descriptor_at)
+        return {**{field: value for field, value in table.items() if field != "descriptor"}, "endpoint": text}
+
+    def _api_key(self, table: dict[str, Any], at: KeyPath, tiers: Mapping[str, Tier]) -> ApiKey:
+        self._known(table, _KEY_FIELDS, at)
+        self._required(table, ("tier",), at)
+        name = table.get("name", "")
+        if not isinstance(name, str) or len(name) > 200:
+            raise self._error("name must be a string of at most 200 characters", (*at, "name"))
+        fault = label_fault(name)
+        if fault is not None:
+            raise self._error(f"name {fault}", (*at, "name"))
+        tier = tiers.get(table["tier"]) if isinstance(table["tier"], str) else None
+        if tier is None:
+            raise self._error(f"tier {short(table['tier'])} is not in this policy{_nearest(table['tier'], tiers)}", (*at, "tier"))
+        status = table.get("status", KeyStatus.ACTIVE.value)
+        if status not in tuple(KeyStatus):
+            raise self._error(f"status {short(status)} is not known: use active or revoked", (*at, "status"))
+        digest_at = (*at, "key" if "key" in table else "sha256")
+        return ApiKey(
+            sha256=self._placed(lambda: parse_key_digest(table.get("key"), table.get("sha256")), {}, digest_at),
+            tier=tier.name,
+            status=KeyStatus(status),
+            name=name,
+            expires_at_us=self._moment_us(table["expires_at"], (*at, "expires_at")) if "expires_at" in table else None,
+            overrides=self._overrides(table, at, tier),
+            managed_by_file=True,
+        )
+
+    def _overrides(self, table: dict[str, Any], at: KeyPath, tier: Tier) -> tuple[Override, ...]:
+        overrides: dict[str, Override] = {}
+        if "limits" in table:
+            limits_at = (*at, "limits")
+            limits = self._limits(table["limits"], limits_at)
+            self._placed(lambda: fit_limits(Algorithm.SLIDING_WINDOW, limits), {}, limits_at)
+            overrides[""] = Override("", limits)
+        # Most keys override nothing: the rules of their tier are not gone through for them.
+        by_name = {rule.name: rule for rule in tier.rules} if table.get("overrides") else {}
+        for override_at, override in self._tables(table, "overrides", at, MAX_OVERRIDES):
+            self._known(override, _OVERRIDE_FIELDS, override_at)
+            self._required(override, _OVERRIDE_FIELDS, override_at)
+            rule = by_name.get(override["rule"]) if isinstance(override["rule"], str) else None
+            rule_at, limits_at = (*override_at, "rule"), (*override_at, "limits")
+            if rule is None:
+                raise self._error(
+                    f"tier {tier.name!r} has no rule {short(override['rule'])}{_nearest(override['rule'], by_name)}", rule_at
+                )
+            if rule.subject is not Subject.API_KEY:
+                raise self._error(
+                    f"rule {rule.name!r} counts by {rule.subject}, not by API key: a key cannot have limits of its own there",
+                    rule_at,
+                )
+            if rule.name in overrides:
+                raise self._error(f"rule {rule.name!r} is overridden twice: remove one", rule_at)
+            limits = self._limits(override["limits"], limits_at)
+            self._fit(rule, limits, limits_at)
+            overrides[rule.name] = Override(rule.name, limits)
+        return tuple(overrides.values())
+
+    def _fit(self, rule: Rule, limits: tuple[Limit, ...], at: KeyPath) -> None:
+        self._placed(lambda: fit_limits(rule.algorithm, limits), {}, at)
+
+    def _anonymous(self, tiers: Mapping[str, Tier]) -> str | None:
+        if "anonymous" not in self._raw:
+            return None
+        table = self._raw["anonymous"]
+        at: KeyPath = ("anonymous",)
+        if not isinstance(table, dict):
+            raise self._error('anonymous is a table: write [anonymous] and tier = "…" below it', at)
+        self._known(table, ("tier",), at)
+        self._required(table, ("tier",), at)
+        name = table["tier"]
+        if not isinstance(name, str) or name not in tiers:
+            raise self._error(f"tier {short(name)} is not in this policy{_nearest(name, tiers)}", (*at, "tier"))
+        return name
+
+    def _limits(self, value: object, at: KeyPath) -> tuple[Limit, ...]:
+        if not isinstance(value, list):
+            raise self._error(f'limits must be a list such as ["100/minute"], not {str(value)[:40]!r}', at)
+        if len(value) > MAX_LIST:
+            raise self._error(f"limits has {len(value)} entries: a rule takes 1 to 16", at)
+        return tuple(self._placed(lambda text=text: Limit.parse(text), {}, at) for text in value)  # type: ignore[misc]
+
+    def _moment_us(self, value: object, at: KeyPath) -> int:
+        if isinstance(value, datetime.datetime):
+            if value.tzinfo is None:
+                raise self._error(f"expires_at {value.isoformat()} has no offset: write {value.isoformat()}Z", at)
+            try:
+                return to_us(value)
+            except ValueError as error:
+                raise self._error(f"expires_at {value.isoformat()}: {error}: leave it out for a key without end", at) from None
+        if isinstance(value, datetime.date):
+            return to_us(datetime.datetime.combine(value, datetime.time(), datetime.UTC))
+        raise self._error(f"expires_at {str(value)[:40]!r} is no moment: write 2030-01-31T00:00:00Z, without quotes", at)
+
+    def _tables(
+        self, table: dict[str, Any], name: str, at: KeyPath, most: int | None = None
+    ) -> Iterable[tuple[KeyPath, dict[str, Any]]]:
+        value = table.get(name, [])
+        header = ".".join([*(str(part) for part in at if isinstance(part, str)), name])
+        if not isinstance(value, list) or not all(isinstance(each, dict) for each in value):
+            raise self._error(f"{name} is a list of tables: write [[{header}]]", (*at, name))
+        if most is not None and len(value) > most:
+            raise self._error(f"{len(value)} tables [[{header}]]: at most {most} are taken; remove some", (*at, name, most))
+        return [((*at, name, number), each) for number, each in enumerate(value)]
+
+    def _known(self, table: Mapping[str, Any], known: Iterable[str], at: KeyPath) -> None:
+        for field in table:
+            if field not in known:
+                raise self._error(f"unknown field {field[:60]!r}{_nearest(field, known)}", (*at, field))
+
+    def _required(self, table: Mapping[str, Any], fields: Iterable[str], at: KeyPath) -> None:
+        for field in fields:
+            if field not in table:
+                raise self._error(f"{field!r} is missing here: add it", at)
+
+    def _placed(self, make: Callable[[], _T], table: Mapping[str, Any], at: KeyPath) -> _T:
+        """Make a record; its complaint gets the line of the field that it speaks of."""
+        try:
+            return make()
+        except PolicyError as error:
+            word = error.reason.split(" ", 1)[0]
+            field = _FIELD_OF_WORD.get(word, word)
+            raise self._error(error.reason, (*at, field) if field in table else at) from None
+
+    def _error(self, reason: str, at: KeyPath) -> PolicyError:
+        return PolicyError(reason, self._file, self._lines.line(at))
+
+
+def _nearest(name: object, known: Iterable[str]) -> str:
+    listed = list(itertools.islice(known, 200))
+    # Comparing takes time with the square of the lengths: enough of each for a slip of the pen.
+    close = difflib.get_close_matches(str(name)[:64], [each for each in listed if len(each) <= 64], n=1)
+    if close:
+        return f": did you mean {close[0]!r}?"
+    return f": there are {', '.join(listed[:20])}" if listed else ""

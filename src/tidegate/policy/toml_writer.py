@@ -1,0 +1,83 @@
+"""A policy written as its file is: what `parse_policy` reads back as the same policy."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+
+from tidegate.policy.limits import Algorithm, Limit, OnFailure
+from tidegate.policy.model import ApiKey, KeyStatus, Mode, Policy, Rule, Subject, Tier
+from tidegate.timestamps import format_timestamp
+
+
+def policy_text(policy: Policy) -> str:
+    """Write a policy.
+
+    Args:
+        policy: the policy; each tier of a key or for anonymous checks is in it.
+
+    Returns:
+        TOML. API keys stand in it by their digests.
+    """
+    lines: list[str] = []
+    for tier in policy.tiers:
+        lines += _tier_lines(tier)
+    for api_key in policy.api_keys:
+        lines += _key_lines(api_key)
+    if policy.anonymous_tier is not None:
+        lines += ["[anonymous]", f"tier = {_string(policy.anonymous_tier)}", ""]
+    return "\n".join(lines)
+
+
+def _tier_lines(tier: Tier) -> list[str]:
+    lines = ["[[tiers]]", f"name = {_string(tier.name)}"]
+    if tier.limits:
+        lines.append(f"limits = {_limits(tier.limits)}")
+    for rule in tier.rules:
+        lines += ["", *(f"  {line}" for line in _rule_lines(rule))]
+    return [*lines, ""]
+
+
+def _rule_lines(rule: Rule) -> list[str]:
+    lines = ["[[tiers.rules]]", f"endpoint = {_string(rule.endpoint)}"]
+    if rule.methods:
+        lines.append(f"methods = [{', '.join(map(_string, rule.methods))}]")
+    if rule.algorithm is not Algorithm.SLIDING_WINDOW:
+        lines.append(f"algorithm = {_string(rule.algorithm)}")
+    lines.append(f"limits = {_limits(rule.limits)}")
+    if rule.subject is not Subject.API_KEY:
+        lines.append(f"subject = {_string(rule.subject)}")
+    if rule.priority:
+        lines.append(f"priority = {rule.priority}")
+    if rule.mode is not Mode.ENFORCE:
+        lines.append(f"mode = {_string(rule.mode)}")
+    if rule.on_failure is not OnFailure.DEFAULT:
+        lines.append(f"on_failure = {_string(rule.on_failure)}")
+    return [*lines, f"name = {_string(rule.name)}"]
+
+
+def _key_lines(api_key: ApiKey) -> list[str]:
+    lines = ["[[api_keys]]", f"sha256 = {_string(api_key.sha256)}", f"tier = {_string(api_key.tier)}"]
+    if api_key.name:
+        lines.append(f"name = {_string(api_key.name)}")
+    if api_key.status is not KeyStatus.ACTIVE:
+        lines.append(f"status = {_string(api_key.status)}")
+    if api_key.expires_at_us is not None:
+        lines.append(f"expires_at = {format_timestamp(api_key.expires_at_us)}")
+    # Its own limits first: a key below a table's header would belong to that table.
+    for override in sorted(api_key.overrides, key=lambda each: bool(each.rule)):
+        if override.rule:
+            lines += ["", "  [[api_keys.overrides]]", f"  rule = {_string(override.rule)}"]
+            lines.append(f"  limits = {_limits(override.limits)}")
+        else:
+            lines.append(f"limits = {_limits(override.limits)}")
+    return [*lines, ""]
+
+
+def _limits(limits: Iterable[Limit]) -> str:
+    return f"[{', '.join(_string(limit.text) for limit in limits)}]"
+
+
+def _string(text: str) -> str:
+    # JSON's escapes are TOML's, but for DEL, which TOML does not take as it is.
+    return json.dumps(str(text), ensure_ascii=False).replace("\x7f", "\\u007f")

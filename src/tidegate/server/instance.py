@@ -1,0 +1,451 @@
+"""One running instance: its resources, its listeners, its end.
+
+Resources are opened in order and closed in reverse; `/health` and the drain walk the same list.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import hashlib
+import logging
+from collections.abc import Awaitable, Callable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from tidegate._version import __version__
+from tidegate.admin.rules import CatalogEditor
+from tidegate.admin.tokens import first_token
+from tidegate.background import SUPERVISOR, stop
+from tidegate.catalog.cached import CachedCatalog
+from tidegate.catalog.follower import Follower
+from tidegate.catalog.unknown_keys import UnknownKeyLimit
+from tidegate.counters import CounterStore
+from tidegate.counters.factory import open_counters
+from tidegate.counters.guarded import GuardedCounters
+from tidegate.counters.memory import MemoryCounters
+from tidegate.decision import Observation
+from tidegate.doors.client_address import TrustedProxies
+from tidegate.doors.http import DataPlane, Page
+from tidegate.doors.openapi import data_plane_openapi
+from tidegate.doors.responses import encode
+from tidegate.errors import CatalogError, PolicyError, SettingsError
+from tidegate.gate.gate import Gate, Observer
+from tidegate.policy.file_watcher import watch_policy
+from tidegate.policy.model import Policy
+from tidegate.policy.paths import STRICT, PathRules
+from tidegate.policy.toml_reader import load_policy
+from tidegate.server.addresses import admin_address, free_address, grpc_address
+from tidegate.server.listener import AsgiListener, Listener
+from tidegate.server.wiring import open_catalog, open_channel, share_catalog
+from tidegate.settings import Settings, join_address, parse_address
+from tidegate.telemetry.access import AccessLog
+from tidegate.telemetry.collectors import collect_background, collect_cache, collect_counters, collect_violations
+from tidegate.telemetry.health import Health
+from tidegate.telemetry.logs import lines_dropped, lines_suppressed
+from tidegate.telemetry.metrics import Metrics
+from tidegate.violations.recorder import Violations, ViolationWriter
+
+if TYPE_CHECKING:
+    from tidegate.doors.grpc.listener import GrpcListener
+    from tidegate.telemetry.tracing import Tracing
+
+logger = logging.getLogger(__name__)
+
+_QUIET_S: Final = 0.2
+_CLOSE_S: Final = 1.0
+_SWEEP_STEPS: Final = 500
+_METRICS_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
+
+
+class Instance:
+    """Everything that one process runs.
+
+    Once started, `address`, `admin_address` and `grpc_address` say where it listens (each of the latter two is empty where it is
+    off), and `first_token` is the token of the first operator, on the start that made it.
+
+    Args:
+        settings: all of them; an instance is one process, whatever `[server] workers` says.
+        shares_port: listen although others listen at the same address, as workers do.
+
+    Attributes:
+        exposition: gives what `/metrics` answers; this process's metrics where not replaced.
+    """
+
+    def __init__(self, settings: Settings, shares_port: bool = False) -> None:
+        self.settings = settings
+        self._shares_port = shares_port
+        self.metrics = Metrics(__version__)
+        self.exposition: Callable[[], Awaitable[bytes]] = self.metrics.exposition
+        self.health = Health(SUPERVISOR.failing)
+        self.address = ""
+        self.admin_address = ""
+        self.grpc_address = ""
+        self.first_token: str | None = None
+        self._listener: Listener | None = None
+        self._admin: AsgiListener | None = None
+        self._grpc: GrpcListener | None = None
+        self._tracing: Tracing | None = None
+        self._paths = STRICT
+        self._stack = contextlib.AsyncExitStack()
+        self._tasks: list[asyncio.Task[None]] = []
+        self._reloads: list[Callable[[], None]] = []
+        self._policy_error: str | None = None
+        self._refused_at_start: str | None = None
+
+    async def start(self) -> None:
+        """Open everything and listen.
+
+        Raises:
+            SettingsError: if a setting cannot be had: a port in use, a database that cannot be opened.
+            PolicyError: if the policy file is refused and the catalog holds no tier, or `[envoy] config` is refused.
+        """
+        settings = self.settings
+        require_shared_counters(settings)
+        self._paths = PathRules.of(settings.paths.encoded_slashes, settings.paths.decode_unreserved)
+        find = parse_address if self._shares_port else free_address
+        host, port = find(settings.server.http, "server.http")
+        admin = admin_address(settings, port, find)
+        grpc = grpc_address(settings, port, admin, find)
+        policy_path = settings.policy_path
+        self.counters = open_counters(settings.counters, settings.breaker)
+        self._own("redis" if isinstance(self.counters, GuardedCounters) else None, self.counters.ping, self.counters.close)
+        store = None
+        if isinstance(self.counters, GuardedCounters):
+            await self.counters.start()
+            store = self.counters.store
+            self._reloads.append(store.reload_certificates)
+        channel = open_channel(settings, store)
+        self.catalog = await open_catalog(settings, channel)
+        self._own("database", self.catalog.ping, self.catalog.close)
+        shared = await share_catalog(settings, self.catalog, store)
+        if shared is not None:
+            self._stack.push_async_callback(shared.settle)
+        source = self.catalog if shared is None else shared
+        if policy_path is not None:
+            await self._first_policy(policy_path)
+        elif (released := await self.catalog.release_policy()) is not None:
+            logger.warning(
+                "no policy file is given, but one made %d tiers and %d API keys of this catalog: they stay active and are "
+                "released to operators, who can change and revoke them; see 'tidegate keys list'",
+                released.tiers,
+                released.api_keys,
+            )
+        self.cached = CachedCatalog(
+            source,
+            l1_ttl_s=settings.cache.l1_ttl_s,
+            stale_if_error_s=settings.cache.stale_if_error_s,
+            max_keys=settings.cache.max_keys,
+            unknown_keys=UnknownKeyLimit(bound) if (bound := settings.catalog.unknown_keys_per_minute) else None,
+        )
+        access = AccessLog(settings.server.access_log_sample) if settings.server.access_log_sample else None
+        gate = Gate(self.cached, self._counted(), self._observer(access), lookup_timeout_s=2 * settings.catalog.timeout_s)
+        self.data_plane = DataPlane(
+            gate,
+            {
+                "/health": self._health_page,
+                "/readyz": self._ready_page,
+                "/livez": self._live_page,
+                "/metrics": self._metrics_page,
+                "/openapi.json": self._openapi_page,
+            },
+            self.metrics.observe,
+            TrustedProxies(settings.server.trusted_proxies),
+            settings.server.body_timeout_s,
+            access,
+            self._paths,
+        )
+        collect_cache(self.metrics, self.cached, shared, self.catalog.database)
+        collect_counters(self.metrics, self.counters)
+        collect_background(self.metrics, SUPERVISOR)
+        self.metrics.add_gauge("rate_limiter_policy_version", "Version of the catalog in force.", lambda: self.cached.version)
+        self.metrics.add_gauge("rate_limiter_in_flight", "Requests being answered.", lambda: self.in_flight)
+        self.metrics.add_counter("rate_limiter_log_lines_dropped", "Log lines that nobody took.", lines_dropped)
+        self.metrics.add_counter(
+            "rate_limiter_log_lines_suppressed", "Log lines left out because many of their kind came.", lines_suppressed
+        )
+        self.cached.changed(await source.changes(0))
+        self.follower = Follower(source, self.cached, settings.catalog.poll_s, channel)
+        self._spawn("catalog_follower", self.follower.run)
+        if isinstance(self.counters, MemoryCounters):
+            self._spawn("memory_sweep", partial(_sweep, self.counters))
+        if policy_path is not None:
+            reload = self._reload_event()
+            self._spawn(
+                "policy_file_watcher",
+                partial(watch_policy, policy_path, self._apply_policy, self._policy_refused, again=reload),
+            )
+        if grpc is not None:
+            await self._start_grpc(gate, access, *grpc)
+        if admin is not None:
+            await self._start_admin(gate, *admin)
+        # What lives as long as the process is not looked at again by the collector: a full collection over a million counters
+        # would stop every check for milliseconds.
+        gc.collect()
+        gc.freeze()
+        # The data plane last: whoever sees it ready may believe that all is.
+        self._listener = Listener(
+            self.data_plane,
+            host,
+            port,
+            idle_timeout_s=settings.server.idle_timeout_s,
+            max_connections=settings.server.max_connections,
+        )
+        http = self._listener.server
+        self.metrics.add_gauge("rate_limiter_connections", "Open connections of the data plane.", lambda: http.connections)
+        self.metrics.add_labelled_counter(
+            "rate_limiter_connections_closed",
+            "Connections closed because too many were open: evicted while waiting, or refused while all were in use.",
+            "reason",
+            lambda: {"evicted": http.evicted, "refused": http.refused},
+        )
+        self.address = join_address(host, port)
+        await self._listener.start()
+        logger.info("listening on http://%s", self.address)
+
+    @property
+    def in_flight(self) -> int:
+        """Requests and calls being answered."""
+        return self.data_plane.in_flight + (0 if self._grpc is None else self._grpc.in_flight)
+
+    @property
+    def _answered(self) -> int:
+        return self.data_plane.answered + (0 if self._grpc is None else self._grpc.answered)
+
+    def _observer(self, access: AccessLog | None) -> Observer:
+        """What is told of every check: metrics; violations, the access log and traces where they are kept."""
+        told: list[Observer] = [self.metrics.observe]
+        if self.settings.violations.enabled:
+            told.append(self._violations())
+        if access is not None:
+            told.append(access.observe)
+        if self._tracing is not None:
+            told.append(self._tracing.observe)
+        if len(told) == 1:
+            return told[0]
+        if len(told) == 2:
+            count, note = told
+
+            def observe_two(seen: Observation) -> None:
+                count(seen)
+                note(seen)
+
+            return observe_two
+
+        def observe(seen: Observation) -> None:
+            for each in told:
+                each(seen)
+
+        return observe
+
+    def _violations(self) -> Observer:
+        settings = self.settings.violations
+        violations = Violations(settings.max_entries)
+        writer = ViolationWriter(violations, self.catalog.database, settings.flush_s, settings.keep_days)
+        collect_violations(self.metrics, writer)
+        self._spawn("violations_writer", writer.run)
+        # Behind the catalog in the list, and so before it at the end.
+        self._stack.push_async_callback(writer.flush)
+        return violations.observe
+
+    def _counted(self) -> CounterStore:
+        """The counters as the gate asks them: where checks are traced, each call is noted."""
+        if not self.settings.tracing.endpoint:
+            return self.counters
+        # Imported here: who does not trace needs no OpenTelemetry, and pays neither time nor memory for it.
+        from tidegate.telemetry.tracing import Tracing
+
+        self._tracing = Tracing(self.settings.tracing.endpoint, self.settings.tracing.sample)
+        self._stack.push_async_callback(self._tracing.close)
+        return self._tracing.counters(self.counters)
+
+    async def _start_grpc(self, gate: Gate, access: AccessLog | None, host: str, port: int) -> None:
+        from tidegate.doors.grpc.listener import GrpcListener
+        from tidegate.doors.grpc.service import RateLimitService
+
+        envoy = self.settings.envoy
+        service = RateLimitService(gate, envoy, self.metrics.observe, self._paths)
+        if envoy.config:
+            from tidegate.doors.grpc.config_watcher import load_domains, watch_domains
+
+            path = Path(envoy.config)
+            service.domains = load_domains(path, envoy.domain)
+            again = self._reload_event()
+            self._spawn("envoy_config_watcher", partial(watch_domains, path, envoy.domain, service, self._domains_refused, again))
+        self._grpc = GrpcListener(
+            service,
+            host,
+            port,
+            self._shares_port,
+            access,
+            reads_metadata=self._tracing is not None,
+            trusted=TrustedProxies(self.settings.server.trusted_proxies),
+        )
+        self._grpc.start()
+        self.grpc_address = join_address(host, port)
+        logger.info("the gRPC door is at %s", self.grpc_address)
+
+    async def _start_admin(self, gate: Gate, host: str, port: int) -> None:
+        # Imported here: who switches the control plane off pays neither time nor memory for its framework.
+        from tidegate.doors.admin.app import AdminDeps, admin_app
+
+        settings = self.settings
+        editor = CatalogEditor(self.catalog, self.cached.touched)
+        if not settings.admin.token:
+            self.first_token = await first_token(editor)
+        deps = AdminDeps(
+            editor,
+            gate,
+            settings.admin.token or None,
+            TrustedProxies(settings.admin.trusted_proxies, setting="admin.trusted_proxies"),
+            body_timeout_s=settings.server.body_timeout_s,
+        )
+        self._admin = AsgiListener(admin_app(deps), host, port)
+        await self._admin.start()
+        self.admin_address = join_address(host, port)
+        logger.info("the control plane is at http://%s", self.admin_address)
+
+    async def drain(self, hurry: asyncio.Event) -> None:
+        """End in order: say so to balancers and clients, finish what is in flight, close everything.
+
+        Args:
+            hurry: ends the waiting early when set.
+        """
+        deadline = asyncio.get_running_loop().time() + self.settings.server.drain_s
+        data_plane = self.data_plane
+        # Keep-alive connections are first told to go (Connection: close): the server would cut those that look idle, and some
+        # of them have a request on the way.
+        data_plane.draining = True
+        if self._grpc is not None:
+            self._grpc.drain()
+        logger.info("draining: %d requests in flight", self.in_flight)
+        answered = -1
+        while not hurry.is_set() and _left(deadline) > 0 and (self.in_flight or self._answered != answered):
+            answered = self._answered
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(hurry.wait(), min(_QUIET_S, max(_left(deadline), 0.001)))
+        listeners = [each for each in (self._listener, self._grpc, self._admin) if each is not None]
+        left_s = 0.05 if hurry.is_set() else max(_left(deadline), 0.05)
+        await asyncio.gather(*(listener.stop(left_s) for listener in listeners))
+        await self.close()
+        logger.info("stopped")
+
+    async def close(self) -> None:
+        """Close what was opened, the last first; also of an instance that did not start."""
+        for listener in (self._listener, self._admin):
+            if listener is not None:
+                await listener.stop(_CLOSE_S)
+        await stop(*self._tasks)
+        if self._grpc is not None:
+            await self._grpc.stop(0)
+        await self._stack.aclose()
+
+    def _own(self, name: str | None, ping: Callable[[], Awaitable[None]], close: Callable[[], Awaitable[None]]) -> None:
+        """Take a resource into the list that health and the end of the process walk."""
+        if name is not None:
+            self.health.add(name, ping)
+        self._stack.push_async_callback(close)
+
+    def _spawn(self, name: str, work: Callable[[], Awaitable[None]]) -> None:
+        self._tasks.append(SUPERVISOR.start(name, work))
+
+    def reload(self) -> None:
+        """Read files again, whether they look changed or not: the policy, `[envoy] config`, PEM files for Redis."""
+        logger.info("reloading the policy file, [envoy] config and certificates")
+        for again in self._reloads:
+            again()
+
+    def _reload_event(self) -> asyncio.Event:
+        event = asyncio.Event()
+        self._reloads.append(event.set)
+        return event
+
+    async def _first_policy(self, path: Path) -> None:
+        """Apply the policy file. One that is refused does not end a process whose catalog holds the last good policy."""
+        self.health.add("policy", self._ping_policy)
+        try:
+            policy = load_policy(path)
+            await self.catalog.apply_policy(policy, _digest(policy))
+        except (PolicyError, CatalogError) as error:
+            if not await self.catalog.tier_names():
+                raise
+            refusal = error if isinstance(error, PolicyError) else PolicyError(error.message, str(path))
+            self._policy_refused(refusal)
+            self._refused_at_start = str(refusal)
+
+    async def _apply_policy(self, policy: Policy) -> None:
+        changed = await self.catalog.apply_policy(policy, _digest(policy))
+        self.metrics.policy_valid = True
+        self._policy_error = None
+        if changed:
+            await self.follower.look()
+            self.metrics.policy_reloads += 1
+            logger.info("policy file applied, catalog version %d", self.cached.version)
+        else:
+            logger.info("policy file unchanged, catalog version %d", self.cached.version)
+
+    def _policy_refused(self, error: PolicyError) -> None:
+        self.metrics.policy_valid = False
+        self._policy_error = str(error)
+        refused_at_start, self._refused_at_start = self._refused_at_start, None
+        # The watcher judges what it finds when it begins, and so what was refused a moment before.
+        if self._policy_error != refused_at_start:
+            self.metrics.policy_reload_errors += 1
+            logger.error("policy file refused, the last valid policy in the catalog stays active: %s", error)
+
+    async def _ping_policy(self) -> None:
+        if self._policy_error is not None:
+            raise PolicyError(f"file refused, the last valid policy in the catalog stays active: {self._policy_error}")
+
+    def _domains_refused(self, error: PolicyError) -> None:
+        self.metrics.policy_reload_errors += 1
+        logger.error("[envoy] config is refused, what was in force stays: %s", error)
+
+    async def _health_page(self) -> Page:
+        report = await self.health.report()
+        return Page(200 if report.status == "healthy" else 503, "application/json", encode(report))
+
+    async def _ready_page(self) -> Page:
+        ready = not self.data_plane.draining
+        return Page(200 if ready else 503, "application/json", encode({"ready": ready, "draining": self.data_plane.draining}))
+
+    async def _live_page(self) -> Page:
+        return Page(200, "application/json", encode({"live": True}))
+
+    async def _metrics_page(self) -> Page:
+        return Page(200, _METRICS_TYPE, await self.exposition())
+
+    async def _openapi_page(self) -> Page:
+        return Page(200, "application/json", encode(data_plane_openapi()))
+
+
+def require_shared_counters(settings: Settings) -> None:
+    """Refuse several workers that would count each on its own.
+
+    Args:
+        settings: all of them.
+
+    Raises:
+        SettingsError: saying what to change.
+    """
+    if settings.server.workers > 1 and settings.counters.url == "memory://":
+        raise SettingsError(
+            f"server.workers = {settings.server.workers} needs counters that processes share: with memory:// each "
+            "would count on its own and admit the limit again; use one worker"
+        )
+
+
+def _digest(policy: Policy) -> str:
+    return hashlib.sha256(encode(policy)).hexdigest()
+
+
+def _left(deadline: float) -> float:
+    return deadline - asyncio.get_running_loop().time()
+
+
+async def _sweep(counters: MemoryCounters) -> None:
+    """Drop expired counters also while nobody asks, a few at a time."""
+    while True:
+        await asyncio.sleep(0.01 if counters.sweep(_SWEEP_STEPS) == _SWEEP_STEPS else 0.5)

@@ -1,0 +1,141 @@
+"""A process that runs one instance: its signals, and an event loop where there is none."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+from collections.abc import AsyncIterator, Callable, Iterator
+
+import uvloop
+
+from tidegate.server.instance import Instance
+from tidegate.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+
+async def serve(settings: Settings, ready: Callable[[Instance], None] | None = None) -> None:
+    """Run an instance until SIGTERM or SIGINT; a second signal ends it at once. SIGHUP reloads it.
+
+    Args:
+        settings: all of them.
+        ready: is called once it listens.
+
+    Raises:
+        TidegateError: if it cannot start.
+    """
+    instance = Instance(settings)
+    stop, hurry = asyncio.Event(), asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def signalled() -> None:
+        (hurry if stop.is_set() else stop).set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, signalled)
+    with reloading(instance.reload):
+        if not await started(instance, stop):
+            return
+        if ready is not None:
+            ready(instance)
+        await stop.wait()
+        await instance.drain(hurry)
+
+
+def ignore_signals() -> None:
+    """Ignore what would end the process at once, with violations unwritten and debts not put back: SIGHUP, SIGUSR1, SIGUSR2."""
+    for number in (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+
+
+@contextlib.contextmanager
+def reloading(reload: Callable[[], None]) -> Iterator[None]:
+    """Within the block SIGHUP reloads, in the running event loop; before and after it is ignored.
+
+    Args:
+        reload: called for each SIGHUP.
+    """
+    ignore_signals()
+    loop = asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGHUP, reload)
+    try:
+        yield
+    finally:
+        loop.remove_signal_handler(signal.SIGHUP)
+        ignore_signals()
+
+
+async def started(instance: Instance, stop: asyncio.Event) -> bool:
+    """Start an instance, unless it is told to stop before it listens.
+
+    Args:
+        instance: to start; closed where it does not.
+        stop: set when it is told to stop.
+
+    Returns:
+        Whether it is started, and so is to be drained.
+
+    Raises:
+        TidegateError: if it cannot start.
+    """
+    starting = asyncio.ensure_future(instance.start())
+    told = asyncio.ensure_future(stop.wait())
+    try:
+        await asyncio.wait((starting, told), return_when=asyncio.FIRST_COMPLETED)
+        if not starting.done() and not instance.address:
+            failed = await _cancelled(starting)
+            await instance.close()
+            logger.info("stopped before it had started%s", f", which had failed: {failed}" if failed else "")
+            return False
+        # Once it listens, requests may be in flight: they are for the drain to finish.
+        await starting
+    except BaseException:
+        await _cancelled(starting)
+        await instance.close()
+        raise
+    finally:
+        told.cancel()
+    return True
+
+
+async def _cancelled(starting: asyncio.Future[None]) -> Exception | None:
+    """Cancel a start and wait for its end; returns the error with which it failed instead of being cancelled."""
+    starting.cancel()
+    (ended,) = await asyncio.gather(starting, return_exceptions=True)
+    return ended if isinstance(ended, Exception) else None
+
+
+def run(settings: Settings, ready: Callable[[Instance], None] | None = None) -> None:
+    """`serve` on an event loop of its own.
+
+    Args:
+        settings: all of them.
+        ready: is called once it listens.
+
+    Raises:
+        TidegateError: if it cannot start.
+    """
+    uvloop.run(serve(settings, ready))
+
+
+@contextlib.asynccontextmanager
+async def running(settings: Settings) -> AsyncIterator[Instance]:
+    """An instance inside a program that has its own event loop and signals.
+
+    Args:
+        settings: all of them; port 0 takes a free port.
+
+    Yields:
+        The instance; `address` says where it listens.
+    """
+    instance = Instance(settings)
+    try:
+        await instance.start()
+        yield instance
+    except BaseException:
+        await instance.close()
+        raise
+    hurry = asyncio.Event()
+    await instance.drain(hurry)

@@ -1,0 +1,247 @@
+"""Several processes behind one port, and the one that keeps them.
+
+The kernel spreads connections over the workers (SO_REUSEPORT); nothing stands between a client and the worker that answers. A
+worker that dies is started again, and no worker outlives a supervisor that was killed: see `worker`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Final
+
+import msgspec
+
+from tidegate.errors import SettingsError
+from tidegate.server.addresses import admin_address, free_address, grpc_address
+from tidegate.server.instance import require_shared_counters
+from tidegate.server.run import reloading
+from tidegate.server.worker import HURRY, READY, SEAT_VARIABLE, Seat
+from tidegate.settings import Settings, join_address
+
+logger = logging.getLogger(__name__)
+
+LEAST_PAUSE_S: Final = 0.1
+MOST_PAUSE_S: Final = 5.0
+SETTLED_S: Final = 30.0
+"""A worker that lived so long had started well: the next one may start at once."""
+GRACE_S: Final = 2.0
+"""How long beyond drain_s a worker may take to end before it is killed."""
+_MOST_DIRECTORY_BYTES: Final = 90
+"""A socket's path has room for 104 bytes or more, on every system; its name in the directory takes 10."""
+
+
+def supervise(settings: Settings, arguments: Sequence[str], ready: Callable[[str], None]) -> int:
+    """Run `[server] workers` workers until SIGTERM or SIGINT; a second signal hurries their drain, SIGHUP reloads
+    them.
+
+    Args:
+        settings: all of them.
+        arguments: of `tidegate` for a worker.
+        ready: is called once with the address, when all workers listen.
+
+    Returns:
+        The exit code: 0 after a signal, 2 if the first worker could not start; it has said why.
+
+    Raises:
+        SettingsError: if the workers cannot be started: counters that they cannot share, an address that is not free.
+    """
+    require_shared_counters(settings)
+    host, port = free_address(settings.server.http, "server.http")
+    admin = admin_address(settings, port)
+    taken = {"TIDEGATE_SERVER__HTTP": join_address(host, port)}
+    if admin is not None:
+        taken["TIDEGATE_SERVER__ADMIN"] = join_address(*admin)
+    grpc = grpc_address(settings, port, admin)
+    if grpc is not None:
+        taken["TIDEGATE_SERVER__GRPC"] = join_address(*grpc)
+    try:
+        made = tempfile.TemporaryDirectory(prefix="tidegate-", ignore_cleanup_errors=True)
+    except OSError as error:
+        raise SettingsError(f"workers need a directory for temporary files: {error.strerror}: set TMPDIR to one") from None
+    with made as directory:
+        if len(os.fsencode(directory)) > _MOST_DIRECTORY_BYTES:
+            raise SettingsError(f"the path {directory} is too long to hold a socket: set TMPDIR to a shorter one")
+        return asyncio.run(_Supervisor(settings, arguments, taken, directory, ready).run())
+
+
+class _Worker:
+    """One seat: its process, and the socket to it."""
+
+    def __init__(self, number: int, command: Sequence[str], environment: Mapping[str, str], directory: str) -> None:
+        self.number = number
+        self.listening = False
+        self._command = command
+        self._environment = environment
+        self._directory = directory
+        self._process: subprocess.Popen[bytes] | None = None
+        self._channel: socket.socket | None = None
+
+    @property
+    def pid(self) -> int:
+        return 0 if self._process is None else self._process.pid
+
+    def start(self) -> None:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            seat = Seat(self.number, theirs.fileno(), self._directory)
+            try:
+                self._process = subprocess.Popen(
+                    self._command,
+                    env={**self._environment, SEAT_VARIABLE: msgspec.json.encode(seat).decode()},
+                    stdin=subprocess.DEVNULL,
+                    pass_fds=(theirs.fileno(),),
+                    process_group=0,  # Ctrl-C in a terminal reaches the supervisor alone, which passes it on in order
+                )
+            except OSError:
+                ours.close()
+                raise
+        ours.setblocking(False)
+        self._channel = ours
+
+    async def listens(self) -> bool:
+        """Wait until it listens, or ends."""
+        self.listening = await self._hear() == READY
+        return self.listening
+
+    async def ended(self) -> int:
+        """Wait until it ends; returns its exit code, negative for a signal."""
+        while await self._hear():
+            pass
+        self.listening = False
+        if self._channel is not None:
+            self._channel.close()
+        # The socket goes a moment before the process does.
+        return 0 if self._process is None else await asyncio.to_thread(self._process.wait)
+
+    def signal(self, number: signal.Signals) -> None:
+        if self._process is not None:
+            self._process.send_signal(number)
+
+    def hurry(self) -> None:
+        if self._channel is not None:
+            with contextlib.suppress(OSError):  # it has ended
+                self._channel.send(HURRY)
+
+    async def _hear(self) -> bytes:
+        if self._channel is None:
+            return b""
+        try:
+            return await asyncio.get_running_loop().sock_recv(self._channel, 1)
+        except OSError:  # it ended with words of ours unread
+            return b""
+
+
+class _Supervisor:
+    def __init__(
+        self,
+        settings: Settings,
+        arguments: Sequence[str],
+        addresses: Mapping[str, str],
+        directory: str,
+        ready: Callable[[str], None],
+    ) -> None:
+        # -m puts the working directory before the library: only where this process has it there as well.
+        safe = () if {"", str(Path.cwd())} & set(sys.path) else ("-P",)
+        command = (sys.executable, *safe, "-m", "tidegate", *arguments)
+        environment = {**os.environ, **addresses}
+        self._workers = [_Worker(number + 1, command, environment, directory) for number in range(settings.server.workers)]
+        self._silent = {worker.number for worker in self._workers}
+        self._address = addresses["TIDEGATE_SERVER__HTTP"]
+        self._drain_s = settings.server.drain_s
+        self._ready = ready
+        self._stop = asyncio.Event()
+
+    async def run(self) -> int:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, self._signalled)
+        with reloading(self._reload):
+            return await self._run()
+
+    async def _run(self) -> int:
+        # The first one alone: it brings the catalog up to date, and what hinders it would hinder all, and is said once.
+        first = self._workers[0]
+        try:
+            first.start()
+        except OSError as error:
+            raise SettingsError(f"a worker cannot be started: {error}") from None
+        if not await first.listens():
+            code = await first.ended()
+            if self._stop.is_set():
+                return 0
+            if code < 0:
+                raise SettingsError(f"the first worker {_how(code)} before it listened: see the system's log")
+            return 2
+        self._listens(first)
+        await asyncio.gather(self._keep(first, True), *(self._keep(worker, False) for worker in self._workers[1:]))
+        logger.info("all workers have ended")
+        return 0
+
+    async def _keep(self, worker: _Worker, runs: bool) -> None:
+        pause_s = LEAST_PAUSE_S
+        while not self._stop.is_set():
+            started = time.monotonic()
+            try:
+                if not runs:
+                    worker.start()
+                    if await worker.listens():
+                        self._listens(worker)
+                runs = False
+                said = _how(await worker.ended())
+            except OSError as error:
+                said = f"cannot be started: {error}"
+            if self._stop.is_set():
+                return
+            if time.monotonic() - started >= SETTLED_S:
+                pause_s = LEAST_PAUSE_S
+            logger.warning("worker %d (pid %d) %s; another one starts in %.1f s", worker.number, worker.pid, said, pause_s)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._stop.wait(), pause_s)
+            pause_s = min(2 * pause_s, MOST_PAUSE_S)
+
+    def _listens(self, worker: _Worker) -> None:
+        logger.info("worker %d (pid %d) listens", worker.number, worker.pid)
+        if self._silent:
+            self._silent.discard(worker.number)
+            if not self._silent:
+                self._ready(self._address)
+
+    def _reload(self) -> None:
+        # One that does not listen yet ignores the signal at best, and reads the files as they are anyway.
+        for worker in self._workers:
+            if worker.listening:
+                worker.signal(signal.SIGHUP)
+
+    def _signalled(self) -> None:
+        if self._stop.is_set():
+            for worker in self._workers:
+                worker.hurry()
+            return
+        self._stop.set()
+        for worker in self._workers:
+            worker.signal(signal.SIGTERM)
+        asyncio.get_running_loop().call_later(self._drain_s + GRACE_S, self._kill)
+
+    def _kill(self) -> None:
+        logger.error("workers that did not end within %g s are killed", self._drain_s + GRACE_S)
+        for worker in self._workers:
+            worker.signal(signal.SIGKILL)
+
+
+def _how(code: int) -> str:
+    if code >= 0:
+        return f"ended with exit code {code}"
+    try:
+        return f"was ended by {signal.Signals(-code).name}"
+    except ValueError:
+        return f"was ended by signal {-code}"

@@ -1,0 +1,119 @@
+"""From the settings to the catalog: its databases, the cache that instances share, and where changes are announced."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator
+
+from tidegate.catalog.follower import Channel
+from tidegate.catalog.shared import SharedCatalog
+from tidegate.catalog.sql.catalog import SqlCatalog
+from tidegate.catalog.sql.database import DatabaseOptions
+from tidegate.catalog.sql.engine import is_postgres
+from tidegate.counters.redis.channel import RedisChannel
+from tidegate.counters.redis.store import RedisCounters
+from tidegate.settings import CatalogSettings, Settings
+from tidegate.url_parts import scheme_of
+
+
+async def open_catalog(settings: Settings, channel: Channel | None = None) -> SqlCatalog:
+    """Open the catalog.
+
+    Args:
+        settings: all of them.
+        channel: where its changes are announced.
+
+    Returns:
+        The catalog.
+
+    Raises:
+        SettingsError: if a database cannot be had; it says why.
+    """
+    catalog = await SqlCatalog.open(settings.catalog.url, database_options(settings.catalog))
+    if channel is not None:
+        catalog.database.announce = channel.announce
+    return catalog
+
+
+@contextlib.asynccontextmanager
+async def opened_catalog(settings: Settings) -> AsyncIterator[SqlCatalog]:
+    """The catalog for a command that ends soon: what it changes is announced, and it reads from the primary alone.
+
+    Args:
+        settings: all of them.
+
+    Yields:
+        The catalog.
+
+    Raises:
+        SettingsError: if the database cannot be had; it says why.
+    """
+    store = None
+    if is_postgres(settings.catalog.url) and scheme_of(settings.counters.url).startswith("redis"):
+        # Connects when there is something to announce.
+        store = RedisCounters(settings.counters.url, settings.counters.timeout_ms / 1000)
+    catalog = await SqlCatalog.open(settings.catalog.url)
+    if store is not None:
+        catalog.database.announce = RedisChannel(store).announce
+    try:
+        yield catalog
+    finally:
+        await catalog.close()
+        if store is not None:
+            await store.close()
+
+
+def open_channel(settings: Settings, store: RedisCounters | None) -> Channel | None:
+    """Where changes of the catalog are announced: Redis where there is one, else PostgreSQL.
+
+    Args:
+        settings: all of them.
+        store: the Redis of the counters; None where they are in memory.
+
+    Returns:
+        The channel, which connects when it is listened to; None for SQLite, which is asked at no cost.
+
+    Raises:
+        SettingsError: if the catalog's URL is not understood.
+    """
+    if not is_postgres(settings.catalog.url):
+        return None
+    if store is not None:
+        return RedisChannel(store)
+    # Imported here: who announces on Redis needs it not.
+    from tidegate.catalog.sql.postgres_channel import PostgresChannel
+
+    return PostgresChannel(settings.catalog.url, settings.catalog.timeout_s)
+
+
+async def share_catalog(settings: Settings, catalog: SqlCatalog, store: RedisCounters | None) -> SharedCatalog | None:
+    """The cache that instances share, where there is a Redis for it, and a database that is worth it.
+
+    Args:
+        settings: all of them.
+        catalog: where policy lives.
+        store: the Redis of the counters; None where they are in memory.
+
+    Returns:
+        The catalog with the cache; None where there is none: a SQLite file is faster than Redis, and each machine has its own.
+
+    Raises:
+        CatalogUnavailable: if the secret of the cache is to be had from the database, and it does not answer.
+    """
+    if store is None or not is_postgres(settings.catalog.url):
+        return None
+    given = settings.cache.secret
+    secret = given.encode() if given else await catalog.cache_secret()
+    return SharedCatalog(catalog, store, secret, settings.cache.l2_ttl_s)
+
+
+def database_options(settings: CatalogSettings) -> DatabaseOptions:
+    """How the catalog's databases are used.
+
+    Args:
+        settings: of the catalog.
+
+    Returns:
+        The options.
+    """
+    return DatabaseOptions(settings.replicas, settings.pool_size, settings.timeout_s, settings.max_replica_lag_s)

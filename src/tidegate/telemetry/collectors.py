@@ -1,0 +1,201 @@
+"""What the parts of an instance count, as metrics."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from tidegate.background import TaskSupervisor
+from tidegate.breaker import BreakerState
+from tidegate.catalog.cached import CachedCatalog
+from tidegate.catalog.shared import SharedCatalog
+from tidegate.catalog.sql.database import Database
+from tidegate.counters import CounterStore
+from tidegate.counters.guarded import GuardedCounters
+from tidegate.counters.memory import MemoryCounters
+from tidegate.telemetry.metrics import Metrics
+from tidegate.violations.recorder import ViolationWriter
+
+_STATES: Final = {BreakerState.CLOSED: 0, BreakerState.HALF_OPEN: 1, BreakerState.OPEN: 2}
+
+
+def collect_cache(
+    metrics: Metrics, cached: CachedCatalog, shared: SharedCatalog | None = None, database: Database | None = None
+) -> None:
+    """Tell what the caches in front of the catalog do, and the replicas behind them.
+
+    Args:
+        metrics: what is told.
+        cached: of this process.
+        shared: of all instances; None where there is none.
+        database: of the catalog; None where it has none.
+    """
+
+    def levels(one: int, two: int | None) -> dict[str, float]:
+        return {"l1": one} if two is None else {"l1": one, "l2": two}
+
+    metrics.add_labelled_counter(
+        "rate_limiter_cache_hits",
+        "Catalog look-ups answered from memory (l1) and from Redis (l2).",
+        "level",
+        lambda: levels(cached.hits, None if shared is None else shared.hits),
+    )
+    metrics.add_labelled_counter(
+        "rate_limiter_cache_misses",
+        "Catalog look-ups that memory (l1) and Redis (l2) could not answer.",
+        "level",
+        lambda: levels(cached.misses, None if shared is None else shared.misses),
+    )
+    metrics.add_counter(
+        "rate_limiter_cache_stale", "Catalog look-ups answered from memory past their time.", lambda: cached.stale
+    )
+    metrics.add_gauge("rate_limiter_cached_keys", "API keys cached, unknown ones included.", lambda: len(cached))
+    limit = cached.unknown_keys
+    if limit is not None:
+        metrics.add_counter(
+            "rate_limiter_unknown_keys_refused",
+            "Look-ups of API keys refused because their address had sent too many unknown ones.",
+            lambda: limit.refused,
+        )
+    if shared is not None:
+        metrics.add_counter(
+            "rate_limiter_shared_cache_errors", "Times that Redis did not answer a catalog look-up.", lambda: shared.errors
+        )
+        metrics.add_counter(
+            "rate_limiter_shared_cache_refused",
+            "Entries of the shared cache that were ignored: not sealed with the secret of this catalog, or invalid.",
+            lambda: shared.refused,
+        )
+    if database is not None:
+        metrics.add_counter(
+            "rate_limiter_database_queries", "Catalog look-ups put to the database or a replica.", lambda: database.queries
+        )
+        metrics.add_labelled_gauge(
+            "rate_limiter_database_connections",
+            "Connections to the primary, for reading.",
+            "state",
+            lambda: dict(database.connections),
+        )
+    replicas = None if database is None else database.replicas
+    if replicas is not None:
+        each = replicas.replicas
+        metrics.add_gauge("rate_limiter_replicas", "Read replicas that the settings name.", lambda: len(each))
+        metrics.add_gauge(
+            "rate_limiter_replicas_asked", "Read replicas that are asked.", lambda: sum(replica.out is None for replica in each)
+        )
+        metrics.add_counter(
+            "rate_limiter_replica_ejections",
+            "Times that a replica was left out.",
+            lambda: sum(replica.ejections for replica in each),
+        )
+        metrics.add_gauge(
+            "rate_limiter_replica_lag_seconds",
+            "Age of the oldest change that a replica has not seen, of the one that lags most.",
+            lambda: max(replica.lag_s for replica in each),
+        )
+
+
+def collect_counters(metrics: Metrics, counters: CounterStore) -> None:
+    """Tell what the counter store does.
+
+    Args:
+        metrics: what is told.
+        counters: of this process.
+    """
+    if isinstance(counters, GuardedCounters):
+        _collect_guarded(metrics, counters)
+    if isinstance(counters, MemoryCounters):
+        metrics.add_gauge("rate_limiter_subjects", "Counters held in memory.", lambda: len(counters))
+        metrics.add_counter(
+            "rate_limiter_subjects_evicted",
+            "Live counters dropped because max_subjects was reached.",
+            lambda: counters.evicted,
+        )
+
+
+def collect_background(metrics: Metrics, supervisor: TaskSupervisor) -> None:
+    """Export the failures of background tasks.
+
+    Args:
+        metrics: where to.
+        supervisor: of this process.
+    """
+    metrics.add_labelled_counter(
+        "rate_limiter_background_failures",
+        "Background tasks that ended with an exception and were restarted.",
+        "task",
+        lambda: supervisor.failures,
+    )
+
+
+def collect_violations(metrics: Metrics, writer: ViolationWriter) -> None:
+    """Tell what becomes of violations.
+
+    Args:
+        metrics: what is told.
+        writer: of this process.
+    """
+    metrics.add_counter("rate_limiter_violations_written", "Blocked checks written to the database.", lambda: writer.written)
+    metrics.add_counter(
+        "rate_limiter_violations_dropped",
+        "Blocked checks that the database does not have, or of which nobody knows.",
+        lambda: writer.dropped,
+    )
+    metrics.add_gauge(
+        "rate_limiter_violations_pending", "Entries of blocked checks that are not written yet.", lambda: writer.pending
+    )
+
+
+def _collect_guarded(metrics: Metrics, counters: GuardedCounters) -> None:
+    metrics.add_histogram(
+        "rate_limiter_store_latency_seconds", "Time of one call to the counter store, those given up included.", counters.latency
+    )
+    # A check behind an open breaker met no error: it was not put to the store.
+    metrics.add_errors(
+        lambda: [
+            *((f"redis_{reason}", 0) for reason in ("timeout", "disconnected")),
+            *((f"redis_{reason}", count) for reason, count in counters.degraded.items() if reason != "breaker_open"),
+        ]
+    )
+    metrics.add_labelled_gauge(
+        "rate_limiter_breaker_state",
+        "Of each shard that failed lately: 0 closed, 1 half open, 2 open.",
+        "shard",
+        lambda: {shard: _STATES[breaker.state] for shard, breaker in counters.breakers.items()},
+    )
+    metrics.add_labelled_counter(
+        "rate_limiter_fallbacks", "Checks decided without the counter store, by reason.", "reason", lambda: counters.degraded
+    )
+    metrics.add_gauge(
+        "rate_limiter_breakers_open", "Shards of the counter store whose breaker is open.", lambda: counters.open_breakers
+    )
+    metrics.add_labelled_counter(
+        "rate_limiter_late_answers",
+        "Answers of the counter store after the deadline of their check, by what they said; lost: could not come any more.",
+        "answer",
+        lambda: counters.late.answers,
+    )
+    metrics.add_counter(
+        "rate_limiter_corrupt_counters",
+        "Counters that were reset because no script could read them.",
+        lambda: counters.store.corrupt.resets,
+    )
+    metrics.add_gauge(
+        "rate_limiter_instances", "Instances that share the counter store, as last heard.", lambda: counters.instances
+    )
+    metrics.add_gauge("rate_limiter_counters_owed", "Counters still to be put back after an outage.", lambda: counters.owed)
+    metrics.add_counter("rate_limiter_counters_put_back", "Counters put back after an outage.", lambda: counters.put_back)
+    metrics.add_counter(
+        "rate_limiter_denials_remembered",
+        "Checks denied from memory, without asking the store.",
+        lambda: counters.denials.answered,
+    )
+    metrics.add_gauge(
+        "rate_limiter_store_in_flight",
+        "Calls that the counter store has not answered.",
+        lambda: sum(connection.in_flight for connection in counters.store.connections()),
+    )
+    metrics.add_gauge(
+        "rate_limiter_store_shards_up",
+        "Shards of the counter store that are connected.",
+        lambda: sum(connection.up for connection in counters.store.connections()),
+    )

@@ -1,0 +1,113 @@
+"""A plan as tables in the terminal and as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import msgspec
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from tidegate.tools.charts import clean
+from tidegate.tools.plan.assumptions import PRICES, USE, Assumptions
+from tidegate.tools.plan.constants import Constant
+from tidegate.tools.plan.fleet import Plan
+from tidegate.tools.plan.quantities import short
+from tidegate.tools.plan.requirement import SIZES, Compared
+
+
+def as_json(plan: Plan, constants: Mapping[str, Constant], assumed: Assumptions, compared: Sequence[Compared]) -> dict[str, Any]:
+    """The plan for programs.
+
+    Args:
+        plan: the plan.
+        constants: measured.
+        assumed: the assumptions.
+        compared: rows of the requirement's table.
+
+    Returns:
+        JSON types: `dau`, `figures` by name, `lines`, `constants`, `assumptions`, `requirement`, `notes`.
+    """
+    named = dict(USE) | {f"prices.{name}": known for name, known in PRICES.items()}
+    values = dict(assumed.use) | {f"prices.{name}": value for name, value in assumed.prices.items()}
+    built: dict[str, Any] = msgspec.to_builtins(
+        {
+            "dau": plan.dau,
+            "figures": {line.name: line.value for line in plan.lines},
+            "lines": plan.lines,
+            "constants": constants,
+            "assumptions": {
+                name: {"value": value, "what": named[name].what, "replaced": name in assumed.replaced}
+                for name, value in values.items()
+            },
+            "prices_of": assumed.prices_of,
+            "requirement": compared,
+            "notes": plan.notes,
+        }
+    )
+    return built
+
+
+def print_plan(
+    plan: Plan, constants: Mapping[str, Constant], assumed: Assumptions, compared: Sequence[Compared], console: Console
+) -> None:
+    """Print the plan, what it rests on, what it assumes, and the requirement's table.
+
+    Args:
+        plan: the plan.
+        constants: measured.
+        assumed: the assumptions.
+        compared: rows of the requirement's table; none are printed where it is empty.
+        console: to print on.
+    """
+    console.print(f"A fleet for {short(plan.dau)} daily users", style="bold")
+    console.print()
+    lines = _table(("figure", "value", "formula", "measured"))
+    for line in plan.lines:
+        lines.add_row(Text(line.title), Text(line.shown), Text(line.formula), Text(", ".join(line.rests_on)))
+    console.print(lines)
+    console.print()
+    for note in plan.notes:
+        console.print(Text(f"- {note}"))
+    console.print()
+    rests = _table(("measured", "value", "what", "by", "on"))
+    used = {name for line in plan.lines for name in line.rests_on}
+    for name, constant in constants.items():
+        if name in used:
+            value = f"{constant.value:g} {constant.unit}"
+            rests.add_row(Text(name), Text(value), Text(constant.what), Text(constant.command), Text(constant.measured_on))
+    console.print(rests)
+    machines = sorted({constant.machine for constant in constants.values()})
+    console.print(Text(f"on {'; '.join(machines)}. Measure on yours: make bench"), style="dim")
+    console.print()
+    taken = _table(("assumed", "value", "what"))
+    for name, known in USE.items():
+        taken.add_row(_marked(name, assumed), Text(f"{assumed.use[name]:g}"), Text(known.what))
+    for name, known in PRICES.items():
+        full = f"prices.{name}"
+        taken.add_row(_marked(full, assumed), Text(f"{assumed.prices[name]:g}"), Text(known.what))
+    console.print(taken)
+    console.print(Text(f"prices of {clean(assumed.prices_of)}; * replaced. Replace: --set NAME=VALUE, --assumptions FILE"))
+    if compared:
+        console.print()
+        console.print("Beside the requirement", style="bold")
+        beside = _table(("figure", "users", "required", "ours", "why"))
+        for row in compared:
+            beside.add_row(*(Text(text) for text in (row.title, short(row.dau), row.required, row.ours, row.why)))
+        console.print(beside)
+    else:
+        console.print(Text(f"Beside the requirement's table: --dau {', '.join(map(short, SIZES))}, or --compare"), style="dim")
+
+
+def _marked(name: str, assumed: Assumptions) -> Text:
+    return Text(f"{name}{' *' if name in assumed.replaced else ''}")
+
+
+def _table(columns: Sequence[str]) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        narrow = column in ("value", "users", "on")
+        table.add_column(column, justify="right" if column == "value" else "left", no_wrap=narrow, overflow="fold")
+    return table

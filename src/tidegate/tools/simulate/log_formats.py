@@ -1,0 +1,127 @@
+"""One line of an access log → one request: which formats there are, and how the format of a log is recognized."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Final
+
+from tidegate.tools.simulate.log_clients import Clients
+from tidegate.tools.simulate.log_records import (
+    FIELDS,
+    RecordReader,
+    W3cRecords,
+    csv_columns,
+    csv_record,
+    json_record,
+    require_columns,
+)
+from tidegate.tools.simulate.log_request import MAX_NAME, Directive, NoAddress, Parse, Request
+from tidegate.tools.simulate.log_text import COMBINED_FIELDS, bare_line, text_format, text_parser
+from tidegate.tools.simulate.log_times import Malformed
+
+__all__ = [
+    "COMBINED_FIELDS",
+    "FIELDS",
+    "FORMATS",
+    "MAX_NAME",
+    "Directive",
+    "NoAddress",
+    "Parse",
+    "Request",
+    "csv_columns",
+    "detect",
+    "parser_of",
+]
+
+_TIMES: Final = {name.lower() for name in FIELDS["time"]}
+_PATHS: Final = {name.lower() for name in (*FIELDS["path"], *FIELDS["request"])}
+
+FORMATS: Final = ("combined", "common", "json", "csv", "w3c", "alb", "haproxy", "envoy")
+
+
+def parser_of(
+    name: str,
+    subject: str,
+    key_field: str | None,
+    fields: Mapping[str, str] | None = None,
+    header: Sequence[str] = (),
+    clients: Clients | None = None,
+) -> Parse:
+    """The parser of a format.
+
+    Args:
+        name: one of `FORMATS`.
+        subject: ip, user, or the name of a field.
+        key_field: field with the API key, None for the usual ones.
+        fields: for json, csv and w3c: other names for keys of `FIELDS`; in any case, `a.b` for b inside of a.
+        header: for csv: the names of its columns.
+        clients: finds the client in what is logged for it; None for one that trusts proxies on loopback addresses.
+
+    Returns:
+        A function from a line to its request that raises `Malformed`, or `Directive` for a line that is a part of the format.
+
+    Raises:
+        SettingsError: if the log has no such field.
+    """
+    clients = clients or Clients()
+    if name not in ("json", "csv", "w3c"):
+        return text_parser(name, subject.lower(), key_field.lower() if key_field else None, clients)
+    names = dict(FIELDS) | {role: (field,) for role, field in (fields or {}).items()}
+    if key_field:
+        names["key"] = (key_field,)
+    names["subject"] = names.get(subject.lower(), (subject,))
+    if name == "json":
+        read = RecordReader(names, clients, _inner_parser(names, subject, clients))
+        return lambda line: read(json_record(line if line.startswith("{") else bare_line(line)))
+    named = [*(names[role] for role in fields or {}), names["subject"], *((names["key"],) if key_field else ())]
+    read_row = RecordReader(names, clients)
+    if name == "w3c":
+        records = W3cRecords(lambda columns: require_columns(columns, named))
+        return lambda line: read_row(records(line))
+    columns = [column.strip().lower() for column in header]
+    require_columns(columns, named)
+    return lambda line: read_row(csv_record(line, columns))
+
+
+def detect(line: str) -> str | None:
+    """Tell the format by one of its lines.
+
+    Args:
+        line: the line.
+
+    Returns:
+        One of `FORMATS` (for csv the line is the header then), or None where the line tells nothing.
+    """
+    text = bare_line(line)
+    if text.startswith("{"):
+        try:
+            json_record(text)
+        except Malformed:
+            return None
+        return "json"
+    if text.lower().startswith(("#fields:", "#version:", "#software:")):
+        return "w3c"
+    if name := text_format(text):
+        return name
+    columns = {column.lower() for column in csv_columns(line)}
+    if columns & _TIMES and columns & _PATHS:
+        return "csv"
+    return None
+
+
+def _inner_parser(names: Mapping[str, tuple[str, ...]], subject: str, clients: Clients) -> Callable[[str], Request]:
+    """Reads the line that stands as text in a JSON record: JSON again, once, or text."""
+    read = RecordReader(names, clients)
+    parsers: dict[str, Parse] = {}
+
+    def parse(text: str) -> Request:
+        if text.lstrip().startswith("{"):
+            return read(json_record(text))
+        name = text_format(bare_line(text))
+        if name is None:
+            raise Malformed("no field with a path, and the text in it is not a line of a known format")
+        if name not in parsers:
+            parsers[name] = text_parser(name, subject.lower(), None, clients)
+        return parsers[name](text)
+
+    return parse

@@ -1,0 +1,310 @@
+"""Lines that are records with named fields: JSON, CSV with a header, W3C extended logs (IIS, CloudFront)."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Final, TypeAlias
+
+import msgspec
+
+from tidegate.errors import SettingsError
+from tidegate.tools.simulate.log_clients import Clients
+from tidegate.tools.simulate.log_request import (
+    FOR_JSON,
+    MAX_NAME,
+    METHOD,
+    Directive,
+    NoAddress,
+    Request,
+    key_of,
+    name_of,
+    path_of,
+    replace_escapes,
+    request_of_line,
+)
+from tidegate.tools.simulate.log_times import Malformed, moment_us
+
+FIELDS: Final[Mapping[str, tuple[str, ...]]] = {
+    "time": (
+        *("time_iso8601", "@timestamp", "timestamp", "time", "msec", "ts", "time_local", "datetime", "date"),
+        *("start_time", "StartUTC", "requestTime"),
+    ),
+    "ip": (
+        *("remote_addr", "client_ip", "ip", "remote_ip", "clientip"),
+        *("request.client_ip", "request.remote_ip", "ClientHost", "ClientAddr", "httpRequest.remoteIp", "client.ip", "source.ip"),
+        *("downstream_remote_address", "c-ip", "x_forwarded_for", "x-forwarded-for", "host"),
+    ),
+    "user": ("remote_user", "user", "username", "user_id", "ClientUsername", "user.name", "cs-username"),
+    "method": (
+        *("request_method", "method", "verb", "request.method", "RequestMethod", "httpRequest.requestMethod"),
+        *("http.request.method", "httpMethod", "cs-method"),
+    ),
+    "path": (
+        *("request_uri", "uri", "path", "url", "target", "request.uri", "RequestPath", "httpRequest.requestUrl"),
+        *("url.original", "url.path", "x_envoy_original_path", "cs-uri-stem"),
+    ),
+    "request": ("request", "request_line"),
+    "key": ("http_x_api_key", "x_api_key", "api_key", "request.headers.x-api-key"),
+}
+"""What a JSON, CSV or W3C log may call each thing, where nothing else was said; in any case, `a.b` for b inside of a."""
+INNER_FIELDS: Final = ("log", "message", "msg")
+"""Where Docker, Fluent Bit and journald put the line that a server wrote."""
+
+_MAX_SHAPES: Final = 1000
+_Places: TypeAlias = tuple[tuple[str, ...], ...]
+
+
+class RecordReader:
+    """Records → requests. Where each thing stands in a record is worked out once for each set of its fields.
+
+    Args:
+        names: for each key of `FIELDS` and for `subject`, how it may be called, the best first.
+        clients: finds the client in what is logged for it.
+        inner: reads the text of a record that has no path but a line of another format in it.
+    """
+
+    def __init__(
+        self, names: Mapping[str, tuple[str, ...]], clients: Clients, inner: Callable[[str], Request] | None = None
+    ) -> None:
+        self._names = {**names, "inner": INNER_FIELDS}
+        self._clients = clients
+        self._inner = inner
+        self._shapes: dict[tuple[str, ...], dict[str, _Places]] = {}
+
+    def __call__(self, record: Mapping[str, Any]) -> Request:
+        """The request of a record.
+
+        Args:
+            record: names of its fields → values.
+
+        Returns:
+            The request.
+
+        Raises:
+            Malformed: if it has none.
+        """
+        shape = tuple(record)
+        places = self._shapes.get(shape)
+        if places is None:
+            if len(self._shapes) >= _MAX_SHAPES:
+                self._shapes.clear()
+            places = self._shapes[shape] = self._work_out(shape)
+        path = _first(record, places["path"])
+        request = _first(record, places["request"]) if path is None else None
+        if path is None and not isinstance(request, str):
+            text = _first(record, places["inner"])
+            if self._inner is not None and isinstance(text, str):
+                return self._inner(text)
+        time_value = _first(record, places["time"])
+        if time_value is None:
+            raise Malformed("no field with a time: " + self._listed("time"))
+        if path is None:
+            if not isinstance(request, str):
+                raise Malformed("no field with a path: " + self._listed("path", "request"))
+            method, path = request_of_line(request)
+        else:
+            method = str(_first(record, places["method"]) or "GET").upper()
+            if not isinstance(path, str) or not METHOD.fullmatch(method):
+                raise Malformed(f"no HTTP request in {method[:40]!r} {str(path)[:60]!r}")
+            path = path_of(path)
+        ip, logged = self._client(record, places["ip"])
+        subject = ip if self._names["subject"] == self._names["ip"] else name_of(_first(record, places["subject"]))
+        key = key_of(_first(record, places["key"]))
+        if not (ip or subject or key):
+            if logged:
+                raise NoAddress(logged)
+            raise Malformed("no field that names the caller: " + self._listed("subject", "ip"))
+        return tuple.__new__(Request, (moment_us(time_value), ip, method, path, subject, key))
+
+    def _client(self, record: Mapping[str, Any], places: _Places) -> tuple[str, str]:
+        """The first address among the fields that may have the client's, and what is there where none is one."""
+        logged = ""
+        for place in places:
+            value = _value(record, place)
+            if type(value) is not str:
+                if isinstance(value, dict) and len(places) > 1:
+                    continue
+                value = name_of(value)
+            text = "" if value == "-" else value if len(value) <= MAX_NAME else name_of(value)
+            if text:
+                ip = self._clients(text)
+                if ip:
+                    return ip, text
+                logged = logged or text
+        return "", logged
+
+    def _work_out(self, shape: Sequence[str]) -> dict[str, _Places]:
+        spelled: dict[str, str] = {}
+        for name in shape:
+            spelled.setdefault(name.lower(), name)
+        found: dict[str, _Places] = {}
+        for role, names in self._names.items():
+            places: list[tuple[str, ...]] = []
+            for name in names:
+                whole = name if name in shape else spelled.get(name.lower())
+                if whole is not None:
+                    places.append((whole,))
+                    continue
+                first, *rest = name.split(".")
+                outer = spelled.get(first.lower())
+                if rest and outer is not None:
+                    places.append((outer, *rest))
+            found[role] = tuple(places)
+        return found
+
+    def _listed(self, *roles: str) -> str:
+        return " or ".join(list(dict.fromkeys(name for role in roles for name in self._names[role]))[:12])
+
+
+def json_record(line: str) -> Mapping[str, Any]:
+    r"""The object of a JSON line.
+
+    Args:
+        line: JSON; also as nginx writes it without `escape=json`, with `\xNN` in it.
+
+    Returns:
+        The object.
+
+    Raises:
+        Malformed: if it is none.
+    """
+    try:
+        record = msgspec.json.decode(line)
+    except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
+        # nginx without escape=json writes \xNN, which JSON has not; bytes that are no UTF-8 were read so too.
+        if "\\x" in line:
+            mended = replace_escapes(line, FOR_JSON)
+            if mended != line:
+                return json_record(mended)
+        raise Malformed(f"not JSON: {error}") from None
+    if not isinstance(record, dict):
+        raise Malformed("a JSON line must be an object")
+    return record
+
+
+def csv_columns(line: str) -> list[str]:
+    """The columns of a CSV line.
+
+    Args:
+        line: the line.
+
+    Returns:
+        Their texts; none where it is not CSV.
+    """
+    try:
+        return [column.strip() for column in next(csv.reader([line.strip()], strict=True), [])]
+    except csv.Error:
+        return []
+
+
+def csv_record(line: str, columns: Sequence[str]) -> Mapping[str, Any]:
+    """The record of a CSV line.
+
+    Args:
+        line: the line.
+        columns: names of its columns.
+
+    Returns:
+        Names → texts.
+
+    Raises:
+        Malformed: if it has other columns.
+    """
+    try:
+        values = next(csv.reader([line], strict=True), [])
+    except csv.Error as error:
+        raise Malformed(f"not CSV: {error}") from None
+    return _row(values, columns)
+
+
+class W3cRecords:
+    """Lines of a W3C extended log → records. `#Fields:` may come again with other fields, as IIS does after a restart.
+
+    Args:
+        check: called with the names of the fields whenever they are given; may raise `SettingsError`.
+    """
+
+    def __init__(self, check: Callable[[Sequence[str]], None]) -> None:
+        self._check = check
+        self._fields: list[str] = []
+        self._date = ""
+
+    def __call__(self, line: str) -> Mapping[str, Any]:
+        """The record of a line.
+
+        Args:
+            line: the line.
+
+        Returns:
+            Names in lower case → texts; `datetime` for `date` and `time` together.
+
+        Raises:
+            Directive: if the line is none but says how the following ones are to be read.
+            Malformed: if it does not have the fields.
+        """
+        line = line.strip("\r\n")
+        if line.startswith("#"):
+            name, _, value = line.partition(":")
+            if name.lower() == "#fields":
+                self._fields = value.lower().split()
+                self._check(self._fields)
+            elif name.lower() == "#date":
+                self._date = value.strip().partition(" ")[0]
+            raise Directive
+        if not self._fields:
+            raise Malformed("before the first #Fields line")
+        # CloudFront separates by tabs, IIS by single spaces; neither has the other inside of a field.
+        record = dict(_row(line.split("\t") if "\t" in line else line.split(), self._fields))
+        if "time" in record:
+            record["datetime"] = f"{record.get('date') or self._date}T{record.pop('time')}"
+        record.pop("date", None)
+        return {name: value for name, value in record.items() if value != "-"}
+
+
+def require_columns(columns: Sequence[str], wanted: Iterable[tuple[str, ...]]) -> None:
+    """Refuse a log that lacks fields that were asked for by name.
+
+    Args:
+        columns: of the log, lower case.
+        wanted: for each, the names that it may have.
+
+    Raises:
+        SettingsError: naming what is missing and what there is.
+    """
+    for names in wanted:
+        if not {name.lower() for name in names} & set(columns):
+            raise SettingsError(
+                f"the log has no column {' or '.join(names[:12])}: there are {', '.join(columns)[:500]}: "
+                "name the one meant with --subject, --field or --key-field"
+            )
+
+
+def _row(values: Sequence[str], columns: Sequence[str]) -> Mapping[str, Any]:
+    if len(values) != len(columns):
+        raise Malformed(f"{len(values)} columns where the header has {len(columns)}")
+    return dict(zip(columns, values, strict=True))
+
+
+def _first(record: Mapping[str, Any], places: _Places) -> Any:
+    for place in places:
+        value = _value(record, place)
+        # An object is no value where the name was only one of several guesses: ECS has `url.original`, others have `url`.
+        if value is not None and value != "" and (len(places) == 1 or not isinstance(value, dict)):
+            return value
+    return None
+
+
+def _value(record: Mapping[str, Any], place: tuple[str, ...]) -> Any:
+    value: Any = record.get(place[0])
+    if type(value) is str and len(place) == 1:
+        return value  # as nearly every one
+    for part in place[1:]:
+        if not isinstance(value, dict):
+            return None
+        inner = value.get(part)
+        if inner is None:
+            inner = next((each for name, each in value.items() if name.lower() == part.lower()), None)
+        value = inner
+    # Headers are lists of texts in Caddy's logs.
+    return ", ".join(value) if isinstance(value, list) and value and all(isinstance(each, str) for each in value) else value

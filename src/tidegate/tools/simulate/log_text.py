@@ -1,0 +1,243 @@
+"""Lines that are text: common and combined with what is put around them, Envoy, HAProxy, load balancers of AWS.
+
+A format is recognized by its own shape. Around lines of the common and combined formats may stand what logs are shipped in: the
+virtual host before the client (Debian's `vhost_combined`), the prefixes of syslog, Kubernetes (CRI) and docker compose, quotes.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from typing import Final, NamedTuple
+
+from tidegate.errors import SettingsError
+from tidegate.policy.paths import MAX_PATH_BYTES
+from tidegate.tools.simulate.log_clients import Clients, address_of
+from tidegate.tools.simulate.log_request import NoAddress, Parse, Request, key_of, name_of, request_of_line
+from tidegate.tools.simulate.log_times import ApacheTimes, Malformed, moment_us
+
+COMBINED_FIELDS: Final = ("ip", "user", "referer", "agent")
+OTHER_FIELDS: Final = ("ip", "agent")
+
+_QUOTED: Final = r"[^\"\\]*(?:\\.[^\"\\]*)*"
+# Nearly every line, without a backslash or a second space anywhere that matters: in one go, with nothing to try twice.
+_PLAIN: Final = re.compile(
+    r"([^ ]{1,255}) [^ ]+ ([^ \[]{1,255}) \[([^\]]{26})\] "
+    r'"([A-Z]{1,32}) (/[^ "\\?]*+)[^ "\\]*+ [^ "\\]*+" (?:\d{3}|-) (?:\d++|-)',
+    re.ASCII,
+)
+# From the time on; what stands before it is the client, the user, and whatever a server or a shipper put before them.
+_CORE: Final = re.compile(rf'\[([^\]"]{{10,40}})\] "({_QUOTED})" (?:\d{{3}}|-) (?:\d+|-)', re.ASCII)
+_TAIL: Final = re.compile(rf' "({_QUOTED})" "({_QUOTED})"')
+_PREFIX: Final = re.compile(
+    r"(?:"
+    r"\d{4}-\d\d-\d\dT\S{8,30} std(?:out|err) [FP] "  # Kubernetes (CRI)
+    r"|<\d{1,3}>1 \S{1,64} \S{1,255} \S{1,48} \S{1,128} \S{1,32} (?:-|\[[^\]]{0,1000}\]) "  # syslog, RFC 5424
+    r"|(?:<\d{1,3}>)?[A-Z][a-z]{2} [ \d]\d \d\d:\d\d:\d\d \S{1,255} [^\s:]{1,64}: "  # syslog, RFC 3164
+    r"|\d{4}-\d\d-\d\d[T ]\S{8,30} \S{1,255} [^\s:]{1,64}: "  # rsyslog, journalctl -o short-iso
+    r"|[A-Za-z0-9._-]{1,128} +\| "  # docker compose logs
+    r")",
+    re.ASCII,
+)
+# Envoy escapes nothing, so a User-Agent may hold quotes: what is needed is found from both ends. Behind the flags Istio has two
+# words and a text more; then come bytes and times, X-Forwarded-For, User-Agent, X-Request-Id, authority, upstream.
+_ENVOY: Final = re.compile(
+    r'\[(\d{4}-\d\d-\d\dT[\d:.]{8,20}Z)\] "([^" ]{1,32}) ([^" ]*)[^"]*" (?:\d{1,3}|-) [^ "]{1,64} '
+    r'(?:[^ "]{1,255} [^ "]{1,255} "[^"]*" )?(?:\d+|-) (?:\d+|-) (?:\d+|-) (?:\d+|-) "([^"]*)" "([^"]*)',
+    re.ASCII,
+)
+_HAPROXY: Final = re.compile(
+    r"(?:haproxy\[\d+\]: )?(\S{2,64}:\d{1,5}) \[(\d\d/[A-Z][a-z]{2}/\d{4}:\d\d:\d\d:\d\d\.\d{3})\] "
+    r"\S+ \S+ [-+\d/]{5,80} -?\d{1,3} \+?\d+ ",
+    re.ASCII,
+)
+_ALB: Final = re.compile(
+    r"(?:(?:https?|h2|grpcs|wss?) )?(\d{4}-\d\d-\d\dT[\d:.]{8,20}Z) \S{1,255} (\S{1,64}) \S{1,64} (?:[-\d.]{1,20} ){7}"
+    rf'"({_QUOTED})"(?: "({_QUOTED})")?',
+    re.ASCII,
+)
+_new: Final = tuple.__new__
+
+
+class Found(NamedTuple):
+    """What a line says, before its client is judged: texts as logged, `-` where the log has nothing."""
+
+    at_us: int
+    client: str
+    method: str
+    path: str
+    user: str = "-"
+    referer: str = "-"
+    agent: str = "-"
+
+
+def bare_line(line: str) -> str:
+    """A line without what it was shipped in: a syslog, Kubernetes or docker compose prefix, and quotes around the whole of it.
+
+    Args:
+        line: as read.
+
+    Returns:
+        What the server wrote, as far as that can be known.
+    """
+    text = line.strip()
+    if found := _PREFIX.match(text):
+        text = text[found.end() :]
+    if len(text) > 2 and text[0] == text[-1] == '"':
+        try:
+            inner = json.loads(text)
+            return inner.strip() if isinstance(inner, str) else text
+        except (ValueError, RecursionError):
+            if '""' in text:  # as CSV quotes
+                return text[1:-1].replace('""', '"').strip()
+    return text
+
+
+def text_format(text: str) -> str | None:
+    """The format of a bare line.
+
+    Args:
+        text: see `bare_line`.
+
+    Returns:
+        envoy, haproxy, alb, combined, common, or None.
+    """
+    for name, shape in (("envoy", _ENVOY), ("haproxy", _HAPROXY), ("alb", _ALB)):
+        if shape.match(text):
+            return name
+    if found := _CORE.search(text):
+        return "combined" if _TAIL.match(text, found.end()) else "common"
+    return None
+
+
+def text_parser(name: str, subject: str, key_field: str | None, clients: Clients) -> Parse:
+    """The parser of a format of text.
+
+    Args:
+        name: common, combined, envoy, haproxy or alb.
+        subject: ip, or the name of a field of that format.
+        key_field: field with the API key, or None.
+        clients: finds the client in what is logged for it.
+
+    Returns:
+        A function from a line to its request that raises `Malformed`.
+
+    Raises:
+        SettingsError: if the format has no such field.
+    """
+    is_clf = name in ("combined", "common")
+    fields = COMBINED_FIELDS if is_clf else OTHER_FIELDS
+    for field in (subject, *((key_field,) if key_field else ())):
+        if field not in fields:
+            raise SettingsError(f"a log in the format {name} has no field {field!r}; its fields are {', '.join(fields)}")
+    find = _reader(subject, key_field, clients, _READERS[name])
+    return _with_fast_path(find, subject == "ip", clients) if is_clf and subject in ("ip", "user") and not key_field else find
+
+
+def _with_fast_path(slow: Parse, by_ip: bool, clients: Clients) -> Parse:
+    """The same for lines of common and combined logs of which nothing but the client or the user is needed."""
+    moment_of = ApacheTimes()
+    plain = _PLAIN.match
+
+    def parse(line: str) -> Request:
+        found = plain(line)
+        if found is None:
+            return slow(line)
+        client, user, time_text, method, path = found.groups()
+        ip = clients(client)
+        if not ip:
+            return slow(line)  # a virtual host stands there, or a chain begins, or it is no address
+        if len(path) > MAX_PATH_BYTES:
+            path = path[: MAX_PATH_BYTES + 1]
+        # A named tuple's own constructor costs five times this.
+        return _new(Request, (moment_of(time_text), ip, method, path, ip if by_ip else "" if user == "-" else user, ""))
+
+    return parse
+
+
+def _reader(subject: str, key_field: str | None, clients: Clients, read: Callable[[str], Found]) -> Parse:
+    def parse(line: str) -> Request:
+        found = read(bare_line(line))
+        ip = clients(found.client)
+        values: Mapping[str, str] = {"ip": ip, "user": found.user, "referer": found.referer, "agent": found.agent}
+        named = name_of(values[subject])
+        key = key_of(values[key_field]) if key_field else ""
+        if not (ip or named or key):
+            raise NoAddress(found.client)
+        return _new(Request, (found.at_us, ip, found.method, found.path, named, key))
+
+    return parse
+
+
+def _combined(text: str) -> Found:
+    found = _CORE.search(text)
+    if found is None:
+        raise Malformed("not a line of a common or combined log")
+    client, user = _before_time(text[: found.start()])
+    method, path = request_of_line(found[2])
+    tail = _TAIL.match(text, found.end())
+    referer, agent = (tail[1], tail[2]) if tail else ("-", "-")
+    return Found(moment_us(found[1]), client, method, path, user, referer, agent)
+
+
+def _before_time(head: str) -> tuple[str, str]:
+    """Client and user of what stands before the time.
+
+    The first addresses in a row are the client: one, or a chain of proxies with the peer behind it. What a client sends itself, a
+    user's name with an address in it, stands behind them and is never taken for one.
+    """
+    words = head.split()
+    start = next((place for place, word in enumerate(words) if _is_chain(word)), None)
+    if start is None:
+        return (words[-3] if len(words) >= 3 else words[0] if words else "-"), (words[-1] if words else "-")
+    end = start + 1
+    while end < len(words) and _is_chain(words[end]):
+        end += 1
+    behind = words[end:]
+    return ",".join(word.strip('",') for word in words[start:end]), " ".join(behind[1:] or behind) or "-"
+
+
+def _is_chain(word: str) -> bool:
+    return len(word) <= 4096 and all(address_of(each) for each in word.strip('",').split(","))
+
+
+def _envoy(text: str) -> Found:
+    found = _ENVOY.match(text)
+    if found is None:
+        raise Malformed("not a line of Envoy's default format")
+    method, path = request_of_line(f"{found[2]} {found[3]}")
+    client = found[4]
+    if not text.endswith('"'):
+        # Istio goes on with cluster, upstream's and own address, the client's as Envoy worked it out of the chain, SNI, route.
+        behind = text.rsplit(" ", 6)
+        if len(behind) == 7 and behind[0].endswith('"') and address_of(behind[4]):
+            client = behind[4]
+    return Found(moment_us(found[1]), client, method, path, agent=found[5])
+
+
+def _haproxy(text: str) -> Found:
+    found = _HAPROXY.match(text)
+    start = text.rfind(' "')
+    if found is None or start < found.end() - 1:
+        raise Malformed("not a line of HAProxy's HTTP format (option httplog)")
+    method, path = request_of_line(text[start + 2 :].removesuffix('"'))
+    # It has no offset: UTC, so that the result is the same on every machine.
+    return Found(moment_us(f"{found[2]} +0000"), found[1], method, path)
+
+
+def _alb(text: str) -> Found:
+    found = _ALB.match(text)
+    if found is None:
+        raise Malformed("not a line of an AWS load balancer")
+    method, path = request_of_line(found[3])
+    return Found(moment_us(found[1]), found[2], method, path, agent=found[4] or "-")
+
+
+_READERS: Final[Mapping[str, Callable[[str], Found]]] = {
+    "combined": _combined,
+    "common": _combined,
+    "envoy": _envoy,
+    "haproxy": _haproxy,
+    "alb": _alb,
+}

@@ -1,0 +1,270 @@
+"""Deciding a log's requests in the log's own time, with the rules and counters of live traffic."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Final
+
+import msgspec
+
+from tidegate.counters.memory import DEFAULT_MAX_SUBJECTS, MemoryCounters
+from tidegate.decision import client_of
+from tidegate.errors import BadRequest, SettingsError
+from tidegate.policy.key_format import hash_api_key, is_possible_key
+from tidegate.policy.limits import LimitSet
+from tidegate.policy.matching import CompiledRule, CompiledTier, subject_of
+from tidegate.policy.model import KeyStatus, Policy, Subject
+from tidegate.policy.paths import STRICT, PathRules, canonical_path
+from tidegate.tools.simulate.log_formats import Request
+from tidegate.tools.simulate.tallies import MINUTE_US, RuleTally, Series, TopBlocked
+
+EXAMPLES_SHOWN: Final = 5
+_MAX_REMEMBERED: Final = 50_000
+_REMEMBERED_LENGTH: Final = 256
+_NEVER: Final = 1 << 62
+
+
+class _Known(msgspec.Struct, frozen=True):
+    """A caller whose API key the policy knows; refused from a moment on (µs since the epoch)."""
+
+    subject: str
+    tier: CompiledTier
+    refused_from_us: int
+
+
+class _Match(msgspec.Struct, frozen=True):
+    """What holds for a method and a path in a tier: limits of the rule that answers, of the tier, and who watches."""
+
+    tally: RuleTally
+    limits: LimitSet | None
+    kind: Subject
+    own: LimitSet | None
+    watchers: tuple[tuple[CompiledRule, RuleTally], ...]
+
+
+class Replay:
+    """Decides requests that come in time order.
+
+    Args:
+        policy: the policy.
+        tier: tier of requests whose API key does not say one; None for the anonymous tier or the only one.
+        by_ip: whether the caller of such a request is its ip; else the request's subject.
+        max_subjects: most counters held.
+        paths: which spellings of a path are let through.
+
+    Raises:
+        SettingsError: if the policy has no such tier, or the tier to take is not clear.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        tier: str | None,
+        by_ip: bool,
+        max_subjects: int = DEFAULT_MAX_SUBJECTS,
+        paths: PathRules = STRICT,
+    ) -> None:
+        self.tallies: dict[tuple[str, str], RuleTally] = {}
+        self.top = TopBlocked()
+        self.series = Series()
+        self.first_us: int | None = None
+        self.now_us = -1
+        self.refused: list[tuple[str, str]] = []
+        self.refused_count = 0
+        self.refused_keys = 0
+        self.unknown_keys = 0
+        self.without_subject = 0
+        self.worst_minute: tuple[int, int] | None = None
+        self.counters = MemoryCounters(max_subjects, clock=lambda: self.now_us)
+        self._tiers = {each.name: CompiledTier(each) for each in policy.tiers}
+        self._default_tier = self._tiers[_default_tier(policy, tier)]
+        self._show(self._default_tier)
+        self._records = {key.sha256: key for key in policy.api_keys}
+        self._known: dict[str, _Known] = {}
+        self._labels: dict[str, str] = {}
+        self._by_ip = by_ip
+        self._paths = paths
+        self._callers: dict[str, _Known | None] = {}
+        self._matches: dict[tuple[CompiledTier, str, str], _Match] = {}
+        self._minute = 0
+        self._minute_blocked = 0
+
+    def decide(self, request: Request) -> None:
+        """Decide one request and count what came of it.
+
+        Args:
+            request: one earlier than the last is decided at the last one's moment.
+        """
+        at_us, ip, method, path, subject, api_key = request
+        if at_us > self.now_us:
+            self.now_us = at_us
+            if self.first_us is None:
+                self.first_us = at_us
+        if ":" in ip:
+            ip = _client(ip)
+        tier = self._default_tier
+        known = self._caller_of(api_key) if api_key else None
+        if known is not None:
+            if known.refused_from_us <= self.now_us:
+                self.refused_keys += 1
+                return
+            caller, tier = known.subject, known.tier
+        elif subject and not self._by_ip:
+            caller = f"k:{subject}"
+        else:
+            caller = f"i:{ip}"
+            if not subject:
+                self.without_subject += 1
+        match = self._matches.get((tier, method, path)) or self._match(tier, method, path)
+        if match is None:
+            return
+        blocked = not self._charge(match, tier, caller, ip)
+        self.series.add(self.now_us, blocked)
+        for watcher, tally in match.watchers:
+            counted = subject_of(watcher.subject, caller, ip or None, tier.tier.name) or caller
+            if self.counters.charge_all(((watcher.limits, counted),), 1).allowed:
+                tally.allowed += 1
+            else:
+                tally.blocked += 1
+
+    def finish(self) -> None:
+        """Close the last minute."""
+        self._close_minute()
+
+    def label(self, subject: str) -> str:
+        """What a subject is called in a report.
+
+        Args:
+            subject: as it was counted.
+
+        Returns:
+            The name of an API key (its id where it has none), `tier NAME`, or the caller as the log has it.
+        """
+        if subject.startswith("t:"):
+            return f"tier {subject[2:]}"
+        return self._labels.get(subject) or subject[2:]
+
+    def _charge(self, match: _Match, tier: CompiledTier, caller: str, ip: str) -> bool:
+        """Decide by the rule that answers and the tier's own limits, in one step as the gate does."""
+        limits, own, counted = match.limits, match.own, caller
+        counters: tuple[tuple[LimitSet, str], ...]
+        if limits is not None:
+            if match.kind is not Subject.API_KEY:
+                counted = subject_of(match.kind, caller, ip or None, tier.tier.name) or caller
+            counters = ((limits, counted),) if own is None else ((limits, counted), (own, caller))
+        elif own is not None:
+            counters = ((own, caller),)
+        else:
+            match.tally.allowed += 1
+            return True
+        if self.counters.charge_all(counters, 1).allowed:
+            match.tally.allowed += 1
+            return True
+        match.tally.blocked += 1
+        self.top.add(counted, match.tally.rule)
+        minute = self.now_us // MINUTE_US
+        if minute != self._minute:
+            self._close_minute()
+            self._minute = minute
+        self._minute_blocked += 1
+        return False
+
+    def _close_minute(self) -> None:
+        if self._minute_blocked and (self.worst_minute is None or self._minute_blocked > self.worst_minute[1]):
+            self.worst_minute = (self._minute * MINUTE_US, self._minute_blocked)
+        self._minute_blocked = 0
+
+    def _caller_of(self, api_key: str) -> _Known | None:
+        """The caller of an API key, None (and counted) where the policy does not know it."""
+        try:
+            known = self._callers[api_key]
+        except KeyError:
+            if len(self._callers) >= _MAX_REMEMBERED:
+                self._callers.clear()
+            known = self._callers[api_key] = self._look_up(api_key)
+        if known is None:
+            self.unknown_keys += 1
+        return known
+
+    def _look_up(self, api_key: str) -> _Known | None:
+        record = self._records.get(hash_api_key(api_key)) if is_possible_key(api_key) else None
+        if record is None:
+            return None
+        known = self._known.get(record.id)
+        if known is None:
+            tier = self._tiers[record.tier]
+            self._show(tier)
+            own = CompiledTier(tier.tier, record.overrides) if record.overrides else tier
+            refused_from_us = 0 if record.status is not KeyStatus.ACTIVE else record.expires_at_us
+            known = _Known(f"k:{record.owner}", own, _NEVER if refused_from_us is None else refused_from_us)
+            self._known[record.id] = known
+            self._labels[known.subject] = record.name
+        return known
+
+    def _match(self, tier: CompiledTier, method: str, path: str) -> _Match | None:
+        """The rules of a request; None (and counted) where the live door would refuse how its path is spelled."""
+        canonical, remedy = canonical_path(path, self._paths)
+        if canonical is None:
+            self.refused_count += 1
+            if len(self.refused) < EXAMPLES_SHOWN:
+                self.refused.append((path, remedy))
+            return None
+        rule = tier.match(method, canonical)
+        if rule is not None:
+            tally = self._tally(tier, rule.rule.name, rule.rule.endpoint, "enforce")
+        elif tier.limits is not None:
+            tally = self._tally(tier, "(tier)", "", "enforce")
+        else:
+            tally = self._tally(tier, "(no rule)", "", "none")
+        match = _Match(
+            tally,
+            None if rule is None else rule.limits,
+            Subject.API_KEY if rule is None else rule.subject,
+            tier.limits,
+            tuple(
+                (each, self._tally(tier, each.rule.name, each.rule.endpoint, "shadow"))
+                for each in tier.watchers(method, canonical)
+            ),
+        )
+        # Long paths are seldom asked for twice, and whoever sends them must not fill the memory.
+        if len(path) <= _REMEMBERED_LENGTH:
+            if len(self._matches) >= _MAX_REMEMBERED:
+                self._matches.clear()
+            self._matches[(tier, method, path)] = match
+        return match
+
+    def _show(self, tier: CompiledTier) -> None:
+        """Give all rules of a tier a row, also those that nothing will meet."""
+        for rule in tier.tier.rules:
+            self._tally(tier, rule.name, rule.endpoint, rule.mode.value)
+
+    def _tally(self, tier: CompiledTier, rule: str, endpoint: str, mode: str) -> RuleTally:
+        name = tier.tier.name
+        tally = self.tallies.get((name, rule))
+        if tally is None:
+            tally = self.tallies[(name, rule)] = RuleTally(name, rule, endpoint, mode)
+        return tally
+
+
+def _default_tier(policy: Policy, tier: str | None) -> str:
+    names = [each.name for each in policy.tiers]
+    if not names:
+        raise SettingsError("the policy has no tier: there is nothing to try")
+    if tier is not None:
+        if tier not in names:
+            raise SettingsError(f"the policy has no tier {tier!r}: there are {', '.join(names)}")
+        return tier
+    if policy.anonymous_tier is not None:
+        return policy.anonymous_tier
+    if len(names) == 1:
+        return names[0]
+    raise SettingsError(f"which tier do the log's callers have? Give --tier: there are {', '.join(names)}")
+
+
+@lru_cache(maxsize=65_536)
+def _client(ip: str) -> str:
+    """A client as the live door and the gate count it. What is no address (a host name, say) stays as it is."""
+    try:
+        return client_of(ip)
+    except BadRequest:
+        return ip

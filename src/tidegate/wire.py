@@ -1,0 +1,127 @@
+"""What is asked and answered over HTTP, as JSON: the server's doors and the client share these records."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import msgspec
+
+from tidegate.policy.model import Mode, Subject
+
+MAX_BATCH: Final = 1000
+"""Checks of one batch."""
+MAX_BATCH_BYTES: Final = 1024 * 1024
+
+
+class DecisionBody(msgspec.Struct, frozen=True, gc=False):
+    """A decision as JSON; times in seconds.
+
+    Args:
+        allowed: whether the request may pass.
+        limit: the most that can be had at once under the limit with the least left; null where no rule applies.
+        remaining: what is left of it.
+        reset_after: seconds until it is whole again.
+        retry_after: seconds until the same cost passes if nobody else asks; 0 when allowed, null when it never will.
+        rule: name of the rule; null where none applies.
+        tier: name of the tier.
+        degraded: whether the counter store was unwell.
+    """
+
+    allowed: bool
+    limit: int | None
+    remaining: int | None
+    reset_after: float | None
+    retry_after: float | None
+    rule: str | None
+    tier: str | None
+    degraded: bool
+
+
+class WindowUsageBody(msgspec.Struct, frozen=True, gc=False):
+    """What is left of one limit, as JSON.
+
+    Args:
+        limit: the most that can be had at once.
+        window: seconds that the limit is about; 2678400, the longest, for a calendar month.
+        used: what is consumed of it now.
+        remaining: what is left of it.
+        resets_at: when it is fully replenished if nothing more is consumed, ISO 8601 in UTC; null where nothing is consumed.
+    """
+
+    limit: int
+    window: int
+    used: int
+    remaining: int
+    resets_at: str | None
+
+
+class RuleUsageBody(msgspec.Struct, frozen=True, gc=False):
+    """What is left under one rule, as JSON; of its limits the one with the least left.
+
+    Args:
+        rule: name of the rule; null for the tier's own limits.
+        endpoint: its pattern; null for the tier's own limits, which hold everywhere.
+        mode: whether it blocks or only watches.
+        subject: whom it counts; ip for a caller without an API key where a key would be counted.
+        limit: the most that can be had at once; null where the counter store is unwell and nothing is counted.
+        remaining: what is left of it.
+        reset_after: seconds until it is whole again.
+        window: seconds that the limit is about; 2678400 for a calendar month, 31622400 for a year, the longest ones.
+        degraded: whether the counter store was unwell.
+        windows: each limit of the rule, the shortest window first; none where the counter store was unwell.
+    """
+
+    rule: str | None
+    endpoint: str | None
+    mode: Mode
+    subject: Subject
+    limit: int | None
+    remaining: int | None
+    reset_after: float | None
+    window: int | None
+    degraded: bool
+    windows: tuple[WindowUsageBody, ...] = ()
+
+
+class UsageBody(msgspec.Struct, frozen=True, gc=False):
+    """What is left to a caller, as JSON.
+
+    Args:
+        tier: name of the caller's tier.
+        rules: the tier's own limits first, then the rules, the highest priority first.
+        not_counted: rules that count by ip, where none is known; null stands for the tier's own limits.
+        truncated: whether the tier has more rules than are told.
+    """
+
+    tier: str
+    rules: tuple[RuleUsageBody, ...]
+    not_counted: tuple[str | None, ...]
+    truncated: bool
+
+
+class CheckRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, gc=False):
+    """The body of `POST /v1/check`. Null counts as left out, for writers that fill in every field.
+
+    Args:
+        path: path of the request to decide.
+        method: its HTTP method; GET where not given.
+        api_key: the caller's key; may come as `X-API-Key` instead.
+        ip: the client's address.
+        cost: units, 0 (peek) or more, also written as 1.0; 1 where not given.
+    """
+
+    path: str
+    method: str | None = "GET"
+    api_key: str | None = None
+    ip: str | None = None
+    cost: int | float | None = 1
+
+
+class BatchRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The body of `POST /v1/check/batch`.
+
+    Args:
+        checks: 1 to 1000 of them.
+    """
+
+    checks: list[CheckRequest]
