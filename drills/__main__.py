@@ -24,7 +24,7 @@ import pytest
 from drills import balancer, instance
 from drills.findings import Findings
 from drills.flood import DRILLS as FLOODS
-from drills.outcome import Outcome
+from drills.outcome import ChargeOutcome
 from drills.picture import draw
 from drills.postgres_failures import DRILLS as POSTGRES_FAILURES
 from drills.redis_changes import DRILLS as REDIS_CHANGES
@@ -32,7 +32,7 @@ from drills.redis_outages import DRILLS as REDIS_FAILURES
 from drills.redis_outages import Size
 from drills.soak import DRILLS as SOAKS
 
-Drill = Callable[[Size], Awaitable[Outcome | Findings]]
+Drill = Callable[[Size], Awaitable[ChargeOutcome | Findings]]
 PROGRAMS: Final = {"instance": instance, "balancer": balancer}
 """Drills without a database, which have no table of this form: programs of their own."""
 DRILLS: Final[dict[str, Drill]] = {
@@ -46,7 +46,7 @@ def _told(name: str) -> str:
     return f"{name:<24} {said.strip().splitlines()[0]}"
 
 
-async def _awaited(drill: Drill, size: Size) -> Outcome | Findings:
+async def _awaited(drill: Drill, size: Size) -> ChargeOutcome | Findings:
     return await drill(size)
 
 

@@ -60,7 +60,7 @@ WINNER: Final = Shipped(
 """What won here, and what `deploy/kubernetes/base` is to say; a test compares the two."""
 
 
-class Outcome(NamedTuple):
+class ChargeOutcome(NamedTuple):
     """Of one day under one behaviour.
 
     Args:
@@ -160,7 +160,7 @@ class Pods:
         return len(self.ready_at) + sum(at > now_s for at in self._gone_at)
 
 
-def replay(day: Sequence[float], shipped: Shipped, capacity: float, start_s: float, drain_s: float) -> Outcome:
+def replay(day: Sequence[float], shipped: Shipped, capacity: float, start_s: float, drain_s: float) -> ChargeOutcome:
     """One day under one behaviour.
 
     Args:
@@ -200,7 +200,7 @@ def replay(day: Sequence[float], shipped: Shipped, capacity: float, start_s: flo
                 pods.scale(second, wanted)
                 ready = pods.ready(second)
             series.append((second, load, able, current))
-    return Outcome(over, sum(day), pod_seconds / 3600, changes, series)
+    return ChargeOutcome(over, sum(day), pod_seconds / 3600, changes, series)
 
 
 def _proposals(pods: Pods, seen_at: int, served: Sequence[float], capacity: float, shipped: Shipped) -> list[int | None]:
@@ -254,7 +254,7 @@ def _written(rules: Rules) -> str:
     return f"{policies}, {rules.window_s}s"
 
 
-def draw(outcomes: Mapping[str, Mapping[str, Outcome]], path: Path) -> None:
+def draw(outcomes: Mapping[str, Mapping[str, ChargeOutcome]], path: Path) -> None:
     """Load and capacity around the spikes, for the behaviours that have names."""
     import matplotlib as mpl
 
@@ -295,7 +295,7 @@ def main() -> None:
         f"drains in {drain_s:.1f} s;\n"
         f"{base.least} to {base.most} pods, CPU {base.cpu_percent:g} %, {base.pod_rate:,.0f} checks/s a pod ({where})"
     )
-    outcomes: dict[str, dict[str, Outcome]] = {}
+    outcomes: dict[str, dict[str, ChargeOutcome]] = {}
     tried = behaviours(asked.smoke)
     if base.behaviour not in tried.values():
         tried["as shipped"] = base.behaviour
@@ -328,7 +328,7 @@ def main() -> None:
     print(f"\nchart: {RESULTS / 'autoscale.png'}")
 
 
-def _print_days(outcomes: Mapping[str, Mapping[str, Outcome]]) -> None:
+def _print_days(outcomes: Mapping[str, Mapping[str, ChargeOutcome]]) -> None:
     width = max(map(len, outcomes))
     for day, first in outcomes["the winner"].items():
         print(f"\n{day}: {first.requests:,.0f} requests")
@@ -339,15 +339,15 @@ def _print_days(outcomes: Mapping[str, Mapping[str, Outcome]]) -> None:
             print(f"  {name:<{width}} {seen.over:>13,.0f} {share:>10} {seen.pod_hours:>11,.1f} {seen.changes:>8,}")
 
 
-def _over(by_day: Mapping[str, Outcome]) -> float:
+def _over(by_day: Mapping[str, ChargeOutcome]) -> float:
     return sum(each.over for each in by_day.values())
 
 
-def _pod_hours(by_day: Mapping[str, Outcome]) -> float:
+def _pod_hours(by_day: Mapping[str, ChargeOutcome]) -> float:
     return sum(each.pod_hours for each in by_day.values())
 
 
-def ranking(outcomes: Mapping[str, Mapping[str, Outcome]]) -> list[str]:
+def ranking(outcomes: Mapping[str, Mapping[str, ChargeOutcome]]) -> list[str]:
     """Behaviours, best first: those with few enough requests over capacity by pod-hours, then the others by what is over.
 
     Args:

@@ -63,7 +63,7 @@ class Units(NamedTuple):
     under: int
 
 
-class Outcome(NamedTuple):
+class ChargeOutcome(NamedTuple):
     """A drill that is over.
 
     Args:

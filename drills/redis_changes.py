@@ -19,7 +19,7 @@ from tests.servers.redis_server import RedisServer
 from drills.check_load import TIER, TIGHT, fill, policy_of
 from drills.exactness import limits_of_policy, prove
 from drills.figures import between, percentile_ms, recovery_s, under_in_windows
-from drills.outcome import Goal, Outcome, Units, at_most, no_errors, nothing_above, over_admission_within_limits, units_of
+from drills.outcome import ChargeOutcome, Goal, Units, at_most, no_errors, nothing_above, over_admission_within_limits, units_of
 from drills.redis_outages import RATE, SUBJECTS, Size, closed, is_bad, loaded, stacked
 from drills.running import WARM_S, Running, in_thread
 from drills.stack import Stack
@@ -35,7 +35,7 @@ WINDOW_LIMIT: Final = 12
 """Of each subject in each window; two checks a second are asked."""
 
 
-async def redis_reshard(size: Size) -> Outcome:
+async def redis_reshard(size: Size) -> ChargeOutcome:
     """A cluster grows from 3 to 9 shards by one run of deploy/redis/reshard.sh, with all its counters."""
     more = 2 if size.smoke else 6
     with stacked("cluster", size) as stack:
@@ -81,7 +81,7 @@ async def redis_reshard(size: Size) -> Outcome:
         ("moved within", f"{over_s - event_s:.1f} s"),
         ("decided without Redis meanwhile", f"{degraded} of {len(between(load.seen, event_s, over_s))} checks"),
     ]
-    return Outcome(
+    return ChargeOutcome(
         "redis-reshard", load.seen, event_s, over_s, running.ended_s, units, books, goals, notes, running.marks, running.looks
     )
 
@@ -94,7 +94,7 @@ def _reshard(member: RedisServer, new: Sequence[RedisServer]) -> None:
         raise RuntimeError(f"{RESHARD.name} ended with {done.returncode}: {done.stderr[-1000:]}")
 
 
-async def slow_network(size: Size) -> Outcome:
+async def slow_network(size: Size) -> ChargeOutcome:
     """Answers of Redis come 5, 20 and 80 ms later; a check may take 50 ms."""
     settings = {"TIDEGATE_BREAKER__OPEN_S": "3"} if size.smoke else {}
     spans: list[tuple[int, float, float]] = []
@@ -141,12 +141,12 @@ async def slow_network(size: Size) -> Outcome:
     late_s = spans[-1][1]  # later than the deadline, from here on
     back_s = recovery_s(load.seen, late_s, is_bad)
     over_s = returned_s if back_s is None else max(returned_s, late_s + back_s)
-    return Outcome(
+    return ChargeOutcome(
         "slow-network", load.seen, event_s, over_s, running.ended_s, units, books, goals, notes, running.marks, running.looks
     )
 
 
-async def clock(size: Size) -> Outcome:
+async def clock(size: Size) -> ChargeOutcome:
     """The clocks of three instances are 10 minutes slow, right, and 10 minutes fast."""
     shifts = (-SHIFT_S, 0, SHIFT_S)
     each = [_shifted(shift) for shift in shifts]
@@ -172,7 +172,7 @@ async def clock(size: Size) -> Outcome:
         Goal("decided without Redis", f"{sum(map(is_bad, load.seen))}", "0", not any(map(is_bad, load.seen))),
     ]
     notes = [("windows looked at", f"{windows} of {WINDOW_LIMIT} units each")]
-    return Outcome(
+    return ChargeOutcome(
         "clock", load.seen, event_s, running.ended_s, running.ended_s, units, books, goals, notes, running.marks, running.looks
     )
 

@@ -12,7 +12,7 @@ from tests.servers.redis_server import RedisServer
 
 from drills.check_load import Seen, policy_of
 from drills.figures import between, percentile_ms, recovery_s
-from drills.outcome import Goal, Outcome, at_most, no_errors, over_admission_within_limits, units_of
+from drills.outcome import ChargeOutcome, Goal, at_most, no_errors, over_admission_within_limits, units_of
 from drills.running import Running, in_thread
 from drills.stack import Sizes, Stack, Topology
 
@@ -73,7 +73,7 @@ def is_bad(each: Seen) -> bool:
     return each.degraded or each.failure is not None
 
 
-async def redis_cluster_master(size: Size) -> Outcome:
+async def redis_cluster_master(size: Size) -> ChargeOutcome:
     """kill -9 of one of three masters of a cluster, settings as shipped."""
     with stacked("cluster", size) as stack:
         cluster = stack.cluster
@@ -109,7 +109,7 @@ async def redis_cluster_master(size: Size) -> Outcome:
         ("lost shard exact again after", "not at all" if back_s is None else f"{back_s:.1f} s, all in all"),
         ("p99 of other shards", f"{before_ms:.1f} ms before, {during_ms:.1f} ms during"),
     ]
-    return Outcome(
+    return ChargeOutcome(
         "redis-cluster-master",
         load.seen,
         event_s,
@@ -124,7 +124,7 @@ async def redis_cluster_master(size: Size) -> Outcome:
     )
 
 
-async def redis_sentinel_master(size: Size) -> Outcome:
+async def redis_sentinel_master(size: Size) -> ChargeOutcome:
     """kill -9 of the master that three sentinels watch, settings as shipped."""
     sizes = size.sizes._replace(redis_replicas=2)
     with stacked("sentinel", size, sizes=sizes) as stack:
@@ -149,7 +149,7 @@ async def redis_sentinel_master(size: Size) -> Outcome:
         ("promoted after", f"{promoted_s - event_s:.1f} s"),
         ("exact again after the promotion", "not at all" if back_s is None else f"{event_s + back_s - promoted_s:.1f} s"),
     ]
-    return Outcome(
+    return ChargeOutcome(
         "redis-sentinel-master",
         load.seen,
         event_s,
@@ -164,7 +164,7 @@ async def redis_sentinel_master(size: Size) -> Outcome:
     )
 
 
-async def redis_hang(size: Size) -> Outcome:
+async def redis_hang(size: Size) -> ChargeOutcome:
     """SIGSTOP of a Redis without replicas for 20 s: connections stay, answers do not come."""
     settings = {"TIDEGATE_BREAKER__OPEN_S": "4"} if size.smoke else {}
     with stacked("standalone", size, settings=settings) as stack:
@@ -200,12 +200,12 @@ async def redis_hang(size: Size) -> Outcome:
         ("breakers open after", "never" if opened_s is None else f"≤ {opened_s - event_s:.2f} s (looked at every 0.25 s)"),
         ("exact again", "not at all" if back_s is None else f"{event_s + back_s - resumed_s:.1f} s after it went on"),
     ]
-    return Outcome(
+    return ChargeOutcome(
         "redis-hang", load.seen, event_s, over_s, running.ended_s, units, books, goals, notes, running.marks, running.looks
     )
 
 
-async def redis_gone(size: Size) -> Outcome:
+async def redis_gone(size: Size) -> ChargeOutcome:
     """kill -9 of every Redis; after a minute all are back."""
     settings = {"TIDEGATE_BREAKER__OPEN_S": "5"} if size.smoke else {}
     with stacked("cluster", size, settings=settings) as stack:
@@ -232,7 +232,7 @@ async def redis_gone(size: Size) -> Outcome:
         over_admission_within_limits(units),
     ]
     notes = [("exact again", "not at all" if back_s is None else f"{event_s + back_s - returned_s:.1f} s after the start")]
-    return Outcome(
+    return ChargeOutcome(
         "redis-gone", load.seen, event_s, over_s, running.ended_s, units, books, goals, notes, running.marks, running.looks
     )
 

@@ -120,7 +120,7 @@ class Decision(msgspec.Struct, frozen=True, gc=False):
         at_us: the counter store's clock at the decision, µs since the epoch.
         limits: the rule's limits; None where no rule applies.
         degraded: whether the counter store was unwell and this is the fallback's answer.
-        open_tier: name of the tier where none of its limits applies; None otherwise.
+        unlimited_tier: name of the tier where none of its limits applies; None otherwise.
     """
 
     allowed: bool
@@ -131,7 +131,7 @@ class Decision(msgspec.Struct, frozen=True, gc=False):
     at_us: int = 0
     limits: LimitSet | None = None
     degraded: bool = False
-    open_tier: str | None = None
+    unlimited_tier: str | None = None
 
     @property
     def limit(self) -> int | None:
@@ -161,7 +161,7 @@ class Decision(msgspec.Struct, frozen=True, gc=False):
     @property
     def tier(self) -> str | None:
         """Name of the caller's tier; None for a `Limiter`, which has no tiers."""
-        return self.open_tier if self.limits is None else self.limits.tier
+        return self.unlimited_tier if self.limits is None else self.limits.tier
 
 
 class Observation(msgspec.Struct, frozen=True, gc=False):

@@ -11,7 +11,7 @@ BUCKETS_S: Final = (0.00001, 0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.
 _BUCKETS_NS: Final = tuple(round(bucket * 1e9) for bucket in BUCKETS_S)
 
 
-class LatencyTally:
+class LatencyHistogram:
     """Counts durations by bucket. One event loop."""
 
     __slots__ = ("counts", "sum_ns")

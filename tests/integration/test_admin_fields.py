@@ -158,18 +158,18 @@ class Asker:
         own = {"limits": ["9/day"], "overrides": [{"rule": "/api/*", "limits": ["2/s"]}]}
         key = {"tier": "free", "name": "n", "expires_at": "2100-01-01T00:00:00Z", **own}
         return {
-            "TierGiven": [{"name": f"new-{number}", "limits": ["1/s"]}],
+            "TierCreate": [{"name": f"new-{number}", "limits": ["1/s"]}],
             "TierLimits": [{"limits": ["1/s"]}],
-            "RuleGiven": [{"tier": "free", **rule}],
+            "RuleCreate": [{"tier": "free", **rule}],
             "RuleFields": [rule],
             "RulePatch": [rule],
-            "KeyGiven": [key],
+            "KeyCreate": [key],
             "KeyPatch": [key],
-            "OverridesGiven": [own],
-            "RevokeGiven": [{"reason": "r"}],
-            "RotateGiven": [{"grace_s": 1}],
-            "TokenGiven": [{"name": f"new {number}", "role": "viewer", "expires_at": "2100-01-01T00:00:00Z"}],
-            "ResetGiven": [{"api_key_id": "0" * 24}, {"ip": "192.0.2.7"}, {"tier": "free"}],
+            "OverridesRequest": [own],
+            "RevokeRequest": [{"reason": "r"}],
+            "RotateRequest": [{"grace_s": 1}],
+            "TokenCreate": [{"name": f"new {number}", "role": "viewer", "expires_at": "2100-01-01T00:00:00Z"}],
+            "ResetRequest": [{"api_key_id": "0" * 24}, {"ip": "192.0.2.7"}, {"tier": "free"}],
         }[form]
 
 

@@ -18,7 +18,7 @@ from tests.servers.redis_sentinel import NAME, RedisSentinel
 from tests.servers.tcp_proxy import TcpProxy
 from tidegate.background import SUPERVISOR
 from tidegate.catalog.cached import CachedCatalog
-from tidegate.catalog.follower import Follower
+from tidegate.catalog.follower import CatalogFollower
 from tidegate.catalog.sql.catalog import SqlCatalog
 from tidegate.catalog.sql.tables import policy_state
 from tidegate.counters import Charge
@@ -155,7 +155,7 @@ async def test_a_follower_outlives_an_empty_state(catalog: SqlCatalog) -> None:
     """As during a restore that empties the tables first: from then on no change was followed any more."""
     await catalog.apply_policy(parse_policy(POLICY.format(name="first")), "1")
     cached = CachedCatalog(catalog)
-    follower = Follower(catalog, cached, poll_s=0.01)
+    follower = CatalogFollower(catalog, cached, poll_s=0.01)
     task = SUPERVISOR.start("catalog_follower", follower.run)
     failures = SUPERVISOR.failures["catalog_follower"]
     await until(lambda: cached.version > 0)

@@ -22,7 +22,7 @@ from tests.servers.postgres import PostgresServer, need
 from tidegate.admin.api_keys import KeyFields, create_key
 from tidegate.admin.rules import CatalogEditor
 from tidegate.catalog.cached import CachedCatalog
-from tidegate.catalog.follower import Follower
+from tidegate.catalog.follower import CatalogFollower
 from tidegate.catalog.sql.catalog import SqlCatalog
 from tidegate.catalog.sql.tables import api_keys, audit_log, catalog_changes, rate_limit_rules, rate_limit_violations
 from tidegate.policy.key_format import hash_api_key
@@ -160,7 +160,7 @@ async def opened(url: str) -> AsyncIterator[SqlCatalog]:
 async def following(catalog: SqlCatalog) -> AsyncIterator[CachedCatalog]:
     """An instance's cache, which asks the database all the time."""
     cached = CachedCatalog(catalog)
-    task = asyncio.create_task(Follower(catalog, cached, poll_s=0.005).run())
+    task = asyncio.create_task(CatalogFollower(catalog, cached, poll_s=0.005).run())
     try:
         yield cached
     finally:

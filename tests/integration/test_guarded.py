@@ -12,7 +12,7 @@ from tests.moments import PATIENCE_S, until
 from tests.servers.redis_server import RedisServer
 from tests.servers.tcp_proxy import TcpProxy
 from tidegate.breaker import BreakerOptions
-from tidegate.counters import Charge, Outcome
+from tidegate.counters import Charge, ChargeOutcome
 from tidegate.counters.guarded import GuardedCounters, GuardOptions
 from tidegate.counters.redis.store import RedisCounters
 from tidegate.decision import Decision
@@ -31,7 +31,7 @@ def guarded(server: RedisServer, timeout_s: float = 1.0, **options: object) -> G
     return GuardedCounters(RedisCounters(server.url, timeout_s), GuardOptions(breaker=QUICK, **options))  # type: ignore[arg-type]
 
 
-async def ask(store: GuardedCounters, *counters: tuple[LimitSet, str], cost: int = 1) -> Outcome:
+async def ask(store: GuardedCounters, *counters: tuple[LimitSet, str], cost: int = 1) -> ChargeOutcome:
     return (await store.charge([Charge(tuple(counters), cost)]))[0]
 
 

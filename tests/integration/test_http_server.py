@@ -18,7 +18,7 @@ from tests.conftest import Serve
 from tests.moments import until
 from tests.raw_http import exchange
 from tests.servers.ports import HOST
-from tidegate.doors.http import DataPlane, Page
+from tidegate.doors.http import DataPlane, Response
 from tidegate.doors.http_connection import MAX_HEAD_BYTES, MAX_HEADERS, MAX_WAITING
 from tidegate.doors.http_exchange import MAX_BUFFERED_BODY_BYTES, Exchange
 from tidegate.doors.http_server import RESERVED, HttpServer
@@ -398,8 +398,8 @@ async def test_what_an_app_gets_wrong_is_a_503_in_the_error_form() -> None:
 
 
 async def test_pages_answer_head_without_a_body(gate: Gate) -> None:
-    async def page() -> Page:
-        return Page(200, "text/plain", b"hello")
+    async def page() -> Response:
+        return Response(200, "text/plain", b"hello")
 
     async with listening(DataPlane(gate, {"/readyz": page})) as (_, port):
         reader, writer = await asyncio.open_connection(HOST, port)

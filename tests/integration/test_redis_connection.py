@@ -12,7 +12,7 @@ import pytest
 from tests.moments import PATIENCE_S
 from tests.servers.redis_server import RedisServer
 from tests.servers.tcp_proxy import TcpProxy
-from tidegate.counters import Charge, Outcome
+from tidegate.counters import Charge, ChargeOutcome
 from tidegate.counters.redis.store import RedisCounters
 from tidegate.decision import Decision
 from tidegate.errors import StoreUnavailable
@@ -25,7 +25,7 @@ def limit_set(text: str = "1000/hour") -> LimitSet:
     return LimitSet(f"connection:{next(NAMES)}", Algorithm.FIXED_WINDOW, [Limit.parse(text)])
 
 
-async def ask(store: RedisCounters, limits: LimitSet, subject: str, cost: int = 1) -> Outcome:
+async def ask(store: RedisCounters, limits: LimitSet, subject: str, cost: int = 1) -> ChargeOutcome:
     try:
         return await store.charge_one(Charge(((limits, subject),), cost))
     except StoreUnavailable as error:
@@ -46,7 +46,7 @@ async def back(store: RedisCounters) -> None:
         await asyncio.sleep(0.05)
 
 
-def reason(outcome: Outcome) -> object:
+def reason(outcome: ChargeOutcome) -> object:
     assert isinstance(outcome, StoreUnavailable), outcome
     return outcome.details["reason"]
 

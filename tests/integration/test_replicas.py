@@ -412,9 +412,9 @@ async def test_the_primary_is_killed_under_writers(
 
     async def _insert(change: Any, name: str) -> str:
         from tidegate.admin.api_keys import _insert_key
-        from tidegate.admin.transaction import held_tier
+        from tidegate.admin.transaction import load_tier_row
 
-        _, form = await _insert_key(change, await held_tier(change, "free"), name, None, ())
+        _, form = await _insert_key(change, await load_tier_row(change, "free"), name, None, ())
         return str(form["name"])
 
     writers = [asyncio.create_task(write(number)) for number in range(20)]

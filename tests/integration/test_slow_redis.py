@@ -14,7 +14,7 @@ from tests.moments import until
 from tests.servers.redis_server import RedisServer
 from tests.servers.tcp_proxy import TcpProxy
 from tidegate.breaker import BreakerState
-from tidegate.counters import Charge, Outcome
+from tidegate.counters import Charge, ChargeOutcome
 from tidegate.counters.guarded import GuardedCounters, GuardOptions
 from tidegate.counters.redis.store import RedisCounters
 from tidegate.decision import Decision
@@ -28,7 +28,7 @@ def limit_set(text: str = "100/day", on_failure: OnFailure = OnFailure.LOCAL) ->
     return LimitSet(f"slow:{next(NAMES)}", Algorithm.FIXED_WINDOW, [Limit.parse(text)], on_failure)
 
 
-async def ask(counters: GuardedCounters, limits: LimitSet, cost: int = 1) -> Outcome:
+async def ask(counters: GuardedCounters, limits: LimitSet, cost: int = 1) -> ChargeOutcome:
     return (await counters.charge([Charge(((limits, "s"),), cost)]))[0]
 
 

@@ -368,7 +368,7 @@ async def test_a_frozen_database_does_not_hold_up_the_end(postgres_server: Postg
 
 
 async def test_old_days_go(catalog: SqlCatalog, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(table, "_DELETED_AT_ONCE", 7)
+    monkeypatch.setattr(table, "_DELETE_BATCH_SIZE", 7)
     database = catalog.database
     today_us = NOON_US - NOON_US % DAY_US
     ages = [0, 1, 29, 30, 31, 32, 400]
@@ -441,7 +441,7 @@ async def test_a_day_of_the_default_partition_moves(postgres: Database) -> None:
 async def test_too_many_rows_stay_in_the_default_partition(
     postgres: Database, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(table, "_MOST_MOVED", 5)
+    monkeypatch.setattr(table, "_MAX_MOVED", 5)
     today_us = NOON_US - NOON_US % DAY_US
     await write_violations(postgres, [row(today_us + n * MINUTE_US) for n in range(6)])
     assert await keep_violations(postgres, 30, today_us) is True

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from tidegate.algorithms import State
 from tidegate.catalog.changes import KEY, TIER, Changes, Item
-from tidegate.counters import Charge, Outcome
+from tidegate.counters import Charge, ChargeOutcome
 from tidegate.counters.memory import MemoryCounters
 from tidegate.decision import Decision
 from tidegate.errors import CatalogUnavailable, StoreUnavailable
@@ -132,10 +132,12 @@ class Link:
     async def charge_one(self, charge: Charge, asked_ns: int = 0) -> Decision:
         return await self._call(lambda answered: self._charge(charge, answered))
 
-    async def charge(self, charges: Sequence[Charge], asked_ns: int = 0) -> list[Outcome]:
+    async def charge(self, charges: Sequence[Charge], asked_ns: int = 0) -> list[ChargeOutcome]:
         half = (len(charges) + 1) // 2 if self.fault is Fault.HALF and self._store.alive else len(charges)
         try:
-            done: list[Outcome] = await self._call(lambda answered: [self._charge(each, answered) for each in charges[:half]])
+            done: list[ChargeOutcome] = await self._call(
+                lambda answered: [self._charge(each, answered) for each in charges[:half]]
+            )
         except StoreUnavailable as error:
             return [error] * len(charges)
         return done + [_gone() for _ in charges[half:]]

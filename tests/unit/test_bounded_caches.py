@@ -42,7 +42,7 @@ def versions_of_replicas(most: int, patch: pytest.MonkeyPatch) -> Callable[[int]
 
 
 def versions_of_the_shared_cache(most: int, patch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    patch.setattr(shared_module, "MOST_READ", most)
+    patch.setattr(shared_module, "MAX_READ", most)
     latest = [0]
 
     class Source:

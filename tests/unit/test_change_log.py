@@ -19,7 +19,7 @@ from tidegate.catalog.changes import (
     ALL,
     ANONYMOUS,
     KEY,
-    MOST_READ,
+    MAX_READ,
     NONE,
     TIER,
     Changes,
@@ -28,7 +28,7 @@ from tidegate.catalog.changes import (
 from tidegate.catalog.freshness import FreshnessTracker
 from tidegate.catalog.shared import SharedCatalog
 from tidegate.catalog.sql import database as database_module
-from tidegate.catalog.sql.change_log import KEPT_MS, MOST_TOUCHED, read_changes
+from tidegate.catalog.sql.change_log import KEPT_MS, MAX_TOUCHED, read_changes
 from tidegate.catalog.sql.database import Database
 from tidegate.catalog.sql.engine import open_engine
 from tidegate.catalog.sql.tables import catalog_changes, metadata, policy_state
@@ -47,12 +47,12 @@ async def open_log() -> Database:
     return Database("sqlite://", engine, engine)
 
 
-async def read_whole(database: Database, since: int, most: int = MOST_READ) -> Changes:
+async def read_whole(database: Database, since: int, most: int = MAX_READ) -> Changes:
     async with database.reading() as connection:
         return await read_changes(connection, since, most)
 
 
-async def read(database: Database, since: int, most: int = MOST_READ) -> Changes:
+async def read(database: Database, since: int, most: int = MAX_READ) -> Changes:
     """Without the versions, which are looked at here."""
     changes = await read_whole(database, since, most)
     assert list(changes.versions) == sorted(set(changes.versions))
@@ -152,9 +152,9 @@ async def test_what_is_not_told_or_too_much_counts_as_everything(log: Database) 
     last = await change(log, B)
     assert await read(log, first) == Changes(last, everything, ((last, B),)), "what came after it is known"
     assert await read(log, everything) == Changes(last, everything, ((last, B),))
-    fits = await change(log, *((KEY, f"{number}") for number in range(MOST_TOUCHED)))
+    fits = await change(log, *((KEY, f"{number}") for number in range(MAX_TOUCHED)))
     assert (await read(log, last)).floor == last
-    too_much = await change(log, *((KEY, f"{number}") for number in range(MOST_TOUCHED + 1)))
+    too_much = await change(log, *((KEY, f"{number}") for number in range(MAX_TOUCHED + 1)))
     assert await read(log, fits) == Changes(too_much, too_much)
 
 
@@ -343,7 +343,7 @@ class Truth:
         self.states = [State(0, dict.fromkeys(THINGS, 0))]
         self.replica = 0
         """Which state the replica shows."""
-        self.most = MOST_READ
+        self.most = MAX_READ
 
     @property
     def now(self) -> State:
@@ -444,7 +444,7 @@ class Instance:
 class Following(RuleBasedStateMachine):
     """Two instances look at random moments at a catalog that is changed, pruned, and loses its last changes at random."""
 
-    @initialize(share=st.booleans(), remembered=st.sampled_from([2, 5, MOST_READ]))
+    @initialize(share=st.booleans(), remembered=st.sampled_from([2, 5, MAX_READ]))
     def begin(self, share: bool, remembered: int) -> None:
         self.loop = asyncio.Runner()
         self.wall = WallClock()
@@ -478,7 +478,7 @@ class Following(RuleBasedStateMachine):
         self.wall.now_ms += later_ms
         self._changed(self.loop.run(change(self.truth.database, *(things if told else ()))), things)
         for who in seen_by:
-            self.look(who, MOST_READ)
+            self.look(who, MAX_READ)
 
     @rule(who=WHO, things=SOME, told=st.booleans())
     def change_here(self, who: int, things: set[Item], told: bool) -> None:
@@ -525,9 +525,9 @@ class Following(RuleBasedStateMachine):
                 if any(loaded == state.held[thing] != now.held[thing] for state in lost):
                     instance.ahead[thing] = cast("int", loaded)
         for who in seen_by:
-            self.look(who, MOST_READ)
+            self.look(who, MAX_READ)
 
-    @rule(who=WHO, most=st.sampled_from([1, 2, 4, MOST_READ]))
+    @rule(who=WHO, most=st.sampled_from([1, 2, 4, MAX_READ]))
     def look(self, who: int, most: int) -> None:
         instance = self.instances[who]
         self.truth.most = most
@@ -560,7 +560,7 @@ async def lose(truth: Truth, kept: State) -> None:
 async def test_entries_of_a_lost_primary_are_taken_by_nobody(log: Database, wall: WallClock) -> None:
     """They lie in the shared cache with a version that is newer than what is asked for."""
     truth, redis = Truth(log), Kept()
-    saw_it, slept, joined = (Instance(truth, redis, MOST_READ) for _ in range(3))
+    saw_it, slept, joined = (Instance(truth, redis, MAX_READ) for _ in range(3))
     key, other = THINGS[:2]
 
     async def put(thing: Item, value: int) -> None:
@@ -588,7 +588,7 @@ async def test_entries_of_a_lost_primary_are_taken_by_nobody(log: Database, wall
         assert await instance.serve(key) == 1
     # Also when the versions have gone past the lost one.
     await put(other, 3)
-    for instance in (saw_it, slept, joined, Instance(truth, redis, MOST_READ)):
+    for instance in (saw_it, slept, joined, Instance(truth, redis, MAX_READ)):
         await look(instance)
         instance.cached.invalidate()
         redis.held = dict(entries)
@@ -598,7 +598,7 @@ async def test_entries_of_a_lost_primary_are_taken_by_nobody(log: Database, wall
 
 async def test_an_entry_that_is_newer_than_what_is_known_is_not_taken(log: Database) -> None:
     truth, redis = Truth(log), Kept()
-    first, second = (Instance(truth, redis, MOST_READ) for _ in range(2))
+    first, second = (Instance(truth, redis, MAX_READ) for _ in range(2))
     key = THINGS[0]
     for instance in (first, second):
         instance.cached.changed(await instance.source.changes(0))

@@ -12,7 +12,7 @@ import pytest
 from tidegate.catalog import follower as following
 from tidegate.catalog.cached import CachedCatalog
 from tidegate.catalog.changes import Changes
-from tidegate.catalog.follower import Follower
+from tidegate.catalog.follower import CatalogFollower
 from tidegate.catalog.in_memory import PolicyCatalog
 from tidegate.errors import CatalogUnavailable
 from tidegate.policy.toml_reader import parse_policy
@@ -74,7 +74,7 @@ async def start(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Callable[..., 
         monkeypatch.setattr(following, "QUIET_POLL_S", quiet_s)
         catalog: Any = Catalog()
         cached = CachedCatalog(catalog)
-        tasks.append(asyncio.create_task(Follower(catalog, cached, poll_s, channel).run()))
+        tasks.append(asyncio.create_task(CatalogFollower(catalog, cached, poll_s, channel).run()))
         await until(lambda: channel is None or channel.heard is not None)
         await until(lambda: cached.version == 1)
         return catalog, cached

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from drills.autoscale import MANIFESTS, WINNER, Outcome, Pods, ranking, replay
+from drills.autoscale import MANIFESTS, WINNER, ChargeOutcome, Pods, ranking, replay
 from drills.hpa import DEFAULT, Autoscaler, Behaviour, Policy, Rules, Samples, proposal, read_manifest, shipped_in
 from hypothesis import given
 from hypothesis import strategies as st
@@ -139,8 +139,8 @@ def test_what_is_over_capacity_is_counted() -> None:
 
 
 def test_the_ranking_takes_few_over_capacity_before_few_pod_hours() -> None:
-    def day(over: float, pod_hours: float) -> dict[str, Outcome]:
-        return {"day": Outcome(over, 1e6, pod_hours, 0, ())}
+    def day(over: float, pod_hours: float) -> dict[str, ChargeOutcome]:
+        return {"day": ChargeOutcome(over, 1e6, pod_hours, 0, ())}
 
     assert ranking({"cheap": day(200, 1), "dear": day(100, 9), "good": day(101, 5), "worse": day(300, 1)}) == [
         "good",

@@ -14,7 +14,7 @@ from tidegate.policy.limits import Algorithm, Limit, LimitSet
 
 LIMITS = LimitSet("l", Algorithm.FIXED_WINDOW, [Limit.parse("40/day")])
 AT_US = 1_700_000_000_000_000
-Settled = tuple[bool, "Decision | StoreUnavailable"]
+ChargeResult = tuple[bool, "Decision | StoreUnavailable"]
 
 
 class Made:
@@ -22,7 +22,7 @@ class Made:
 
     def __init__(self) -> None:
         self.now_us = 1_000_000_000
-        self.settled: list[Settled] = []
+        self.settled: list[ChargeResult] = []
         self.late = LateAnswers(lambda: self.now_us, lambda _c, admitted, _a, answer: self.settled.append((admitted, answer)))
 
     def wait(self, charge: Charge, admitted: bool) -> asyncio.Future[Decision]:

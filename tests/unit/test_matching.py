@@ -91,16 +91,16 @@ def test_methods_and_shadows() -> None:
     )
     assert tier.match("HEAD", "/x") is not None
     assert tier.match("POST", "/x") is None
-    assert {each.rule.name for each in tier.watchers("POST", "/x")} == {"/x shadow", "POST /* shadow"}
-    assert {each.rule.name for each in tier.watchers("GET", "/x")} == {"/x shadow"}
-    assert tier_of(Rule.make("/x", ["1/s"])).watchers("GET", "/x") == ()
+    assert {each.rule.name for each in tier.shadow_rules("POST", "/x")} == {"/x shadow", "POST /* shadow"}
+    assert {each.rule.name for each in tier.shadow_rules("GET", "/x")} == {"/x shadow"}
+    assert tier_of(Rule.make("/x", ["1/s"])).shadow_rules("GET", "/x") == ()
 
 
 @pytest.mark.parametrize("mode", ["enforce", "shadow"])
 def test_head_is_counted_under_get(mode: str) -> None:
     def found(tier: CompiledTier, path: str) -> set[str]:
         rule = tier.match("HEAD", path)
-        return {each.rule.name for each in (*tier.watchers("HEAD", path), *([] if rule is None else [rule]))}
+        return {each.rule.name for each in (*tier.shadow_rules("HEAD", path), *([] if rule is None else [rule]))}
 
     rules = [
         Rule.make("/x", ["1/s"], ["GET"], mode=mode, name="get"),
@@ -157,7 +157,9 @@ def test_index_finds_what_a_scan_finds(rules: list[tuple[str, list[str], int, st
         ]
         assert found.rule in enforcing
         assert all(winner is not None and winner.rule.priority <= found.rule.priority for winner in alone)
-    assert {each.rule.name for each in tier.watchers(method, path)} == {rule.name for rule in fitting if rule.mode == "shadow"}
+    assert {each.rule.name for each in tier.shadow_rules(method, path)} == {
+        rule.name for rule in fitting if rule.mode == "shadow"
+    }
 
 
 def test_a_thousand_rules_are_all_found() -> None:

@@ -29,8 +29,8 @@ from tests.model.truth import Admitted, Truth, held_by
 from tests.model.virtual_time import VirtualLoop
 from tidegate.breaker import BreakerOptions
 from tidegate.catalog.cached import RETRY_S, CachedCatalog
-from tidegate.catalog.follower import Follower
-from tidegate.counters import Charge, Outcome, guarded
+from tidegate.catalog.follower import CatalogFollower
+from tidegate.counters import Charge, ChargeOutcome, guarded
 from tidegate.counters.guarded import GuardedCounters, GuardOptions
 from tidegate.decision import Check, Decision
 from tidegate.errors import StoreUnavailable, TidegateError
@@ -91,9 +91,9 @@ class Watched:
 
     def __init__(self, guard: GuardedCounters) -> None:
         self.guard = guard
-        self.seen: list[tuple[Charge, Outcome]] = []
+        self.seen: list[tuple[Charge, ChargeOutcome]] = []
 
-    async def charge(self, charges: Sequence[Charge]) -> Sequence[Outcome]:
+    async def charge(self, charges: Sequence[Charge]) -> Sequence[ChargeOutcome]:
         outcomes = await self.guard.charge(charges)
         assert len(outcomes) == len(charges)
         self.seen += zip(charges, outcomes, strict=True)
@@ -113,7 +113,7 @@ class Instance:
         self.guard = GuardedCounters(self.link, options, f"instance-{number}")  # type: ignore[arg-type]
         self.counters = Watched(self.guard)
         self.cached = CachedCatalog(catalog, l1_ttl_s=20.0, clock=loop.time)  # type: ignore[arg-type]
-        self.follower = Follower(catalog, self.cached, 1.0)  # type: ignore[arg-type]
+        self.follower = CatalogFollower(catalog, self.cached, 1.0)  # type: ignore[arg-type]
         self.gate = Gate(self.cached, self.counters, wall_clock_ns=loop.time_module(EPOCH_US).time_ns)
         self.key_from: dict[str, int] = {}
         """A key is never served as it was before this version,"""
@@ -433,7 +433,7 @@ class Model(RuleBasedStateMachine):
     def trouble_explains(self, error: TidegateError) -> None:
         assert self.loop.time() <= self.troubled_until, f"the catalog was well: {error!r}"
 
-    def must_fit_the_truth(self, instance: Instance, charge: Charge, outcome: Outcome, healthy: bool, sent_us: int) -> None:
+    def must_fit_the_truth(self, instance: Instance, charge: Charge, outcome: ChargeOutcome, healthy: bool, sent_us: int) -> None:
         held = held_by(charge)
         for each in held:
             self.truth.limit_of[each.place] = each

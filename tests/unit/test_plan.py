@@ -22,7 +22,7 @@ from tidegate.errors import SettingsError
 from tidegate.tools.plan.assumptions import PRICES, USE, assume
 from tidegate.tools.plan.caches import shares
 from tidegate.tools.plan.constants import Constant, measured
-from tidegate.tools.plan.fleet import Plan, make_plan
+from tidegate.tools.plan.fleet import CapacityPlan, make_plan
 from tidegate.tools.plan.quantities import parse_quantity, short, size
 from tidegate.tools.plan.requirement import ROWS, SIZES, compare
 
@@ -53,7 +53,7 @@ def constants(**replaced: float) -> dict[str, Constant]:
     return {name: Constant(value, "", "", "", "", "", "") for name, value in (values | replaced).items()}
 
 
-def plan(dau: float = 10e6, *given: str, **options: Any) -> Plan:
+def plan(dau: float = 10e6, *given: str, **options: Any) -> CapacityPlan:
     return make_plan(dau, constants(), assume(given=given), **options)
 
 

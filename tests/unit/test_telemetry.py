@@ -10,7 +10,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from tidegate.decision import Decision, Observation
-from tidegate.latency import BUCKETS_S, LatencyTally
+from tidegate.latency import BUCKETS_S, LatencyHistogram
 from tidegate.policy.limits import Algorithm, Limit, LimitSet
 from tidegate.telemetry import health
 from tidegate.telemetry.health import Health
@@ -95,7 +95,7 @@ def test_values_that_others_keep() -> None:
     metrics.add_counter("dropped", "things dropped", lambda: 3)
     metrics.add_labelled_gauge("state", "of shards", "shard", lambda: {"h:1": 2})
     metrics.add_errors(lambda: [("redis_timeout", 4)])
-    tally = LatencyTally()
+    tally = LatencyHistogram()
     tally.add(10_000_000)
     tally.add(10_000_001)
     metrics.add_histogram("store_seconds", "calls", tally)

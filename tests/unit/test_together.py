@@ -8,11 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.conftest import Clock
-from tidegate.counters import Charge, Outcome
+from tidegate.counters import Charge, ChargeOutcome
 from tidegate.counters.memory import MemoryCounters
 from tidegate.decision import Decision
 from tidegate.errors import BadRequest, TidegateError
-from tidegate.gate.charging import Plan, charge_each, charge_together
+from tidegate.gate.charging import CheckPlan, charge_all_or_none, charge_independently
 from tidegate.policy.limits import Algorithm, Limit, LimitSet
 
 
@@ -24,7 +24,7 @@ class Interrupted(MemoryCounters):
         self._between = between
         self.calls = 0
 
-    async def charge(self, charges: Sequence[Charge]) -> Sequence[Outcome]:
+    async def charge(self, charges: Sequence[Charge]) -> Sequence[ChargeOutcome]:
         self.calls += 1
         if self.calls == 2:
             self._between()
@@ -35,8 +35,8 @@ def limits(name: str, amount: int, algorithm: Algorithm = Algorithm.FIXED_WINDOW
     return LimitSet(name, algorithm, [Limit.parse(f"{amount}/minute")], rule=name)
 
 
-def plan(counted: LimitSet, cost: int = 1, subject: str = "s") -> Plan:
-    return Plan(None, [Charge(((counted, subject),), cost)])
+def plan(counted: LimitSet, cost: int = 1, subject: str = "s") -> CheckPlan:
+    return CheckPlan(None, [Charge(((counted, subject),), cost)])
 
 
 async def left(counters: MemoryCounters, counted: LimitSet) -> int | None:
@@ -48,10 +48,10 @@ async def left(counters: MemoryCounters, counted: LimitSet) -> int | None:
 async def test_none_is_charged_where_one_is_denied(clock: Clock) -> None:
     counters = MemoryCounters(clock=clock)
     wide, tight, shadow = limits("wide", 5), limits("tight", 1), limits("shadow", 3)
-    watched = Plan(Decision(True, open_tier="t"), [Charge(((shadow, "s"),), 1)])
-    first = await charge_together(counters, [plan(wide), plan(tight), watched])
+    shadow_outcomes = CheckPlan(Decision(True, unlimited_tier="t"), [Charge(((shadow, "s"),), 1)])
+    first = await charge_all_or_none(counters, [plan(wide), plan(tight), shadow_outcomes])
     assert [each.charged for each in first] == [True, True, True]
-    second = await charge_together(counters, [plan(wide), plan(tight), watched])
+    second = await charge_all_or_none(counters, [plan(wide), plan(tight), shadow_outcomes])
     allowed = [each.outcome.allowed for each in second if isinstance(each.outcome, Decision)]
     assert (allowed, [each.charged for each in second]) == ([True, False, True], [False, True, False])
     denied = second[1].outcome
@@ -59,8 +59,8 @@ async def test_none_is_charged_where_one_is_denied(clock: Clock) -> None:
     assert denied.retry_after is not None
     assert denied.retry_after > 0
     assert [await left(counters, each) for each in (wide, tight, shadow)] == [4, 0, 2]
-    for refusal in (BadRequest("no"), Plan(Decision(False), ())):
-        third = await charge_together(counters, [plan(wide), refusal])
+    for refusal in (BadRequest("no"), CheckPlan(Decision(False), ())):
+        third = await charge_all_or_none(counters, [plan(wide), refusal])
         assert third[0].charged is False
     assert await left(counters, wide) == 4
 
@@ -69,7 +69,7 @@ async def test_a_window_that_ends_between_look_and_charge(clock: Clock) -> None:
     counters = Interrupted(clock, lambda: clock.advance(60))
     wide, tight = limits("wide", 5), limits("tight", 1)
     await MemoryCounters.charge(counters, [Charge(((tight, "s"),), 1)])
-    settled = await charge_together(counters, [plan(wide), plan(tight)])
+    settled = await charge_all_or_none(counters, [plan(wide), plan(tight)])
     assert all(isinstance(each.outcome, Decision) and each.outcome.allowed and each.charged for each in settled)
     assert [await left(counters, each) for each in (wide, tight)] == [4, 0]
 
@@ -81,16 +81,16 @@ async def test_another_who_charges_between_look_and_charge_never_lets_too_much_t
         counters.charge_one(tight, "s", 1)
 
     counters = Interrupted(clock, other)
-    settled = await charge_together(counters, [plan(wide), plan(tight)])
+    settled = await charge_all_or_none(counters, [plan(wide), plan(tight)])
     assert [isinstance(each.outcome, Decision) and each.outcome.allowed for each in settled] == [True, False]
 
 
 async def test_one_check_costs_one_call(clock: Clock) -> None:
     counters = Interrupted(clock, lambda: None)
-    await charge_together(counters, [plan(limits("one", 5))])
+    await charge_all_or_none(counters, [plan(limits("one", 5))])
     assert counters.calls == 1
-    assert await charge_together(counters, []) == []
-    assert await charge_each(counters, []) == []
+    assert await charge_all_or_none(counters, []) == []
+    assert await charge_independently(counters, []) == []
 
 
 @given(
@@ -100,10 +100,10 @@ async def test_one_check_costs_one_call(clock: Clock) -> None:
 async def test_a_request_leaves_a_trace_in_all_limits_or_in_none(asked: list[tuple[Algorithm, int, int]], requests: int) -> None:
     counters = MemoryCounters(clock=Clock())
     sets = [limits(f"l{number}", amount, algorithm) for number, (algorithm, amount, _) in enumerate(asked)]
-    plans: list[Plan | TidegateError] = [plan(each, cost) for each, (_, _, cost) in zip(sets, asked, strict=True)]
+    plans: list[CheckPlan | TidegateError] = [plan(each, cost) for each, (_, _, cost) in zip(sets, asked, strict=True)]
     for _ in range(requests):
         before = [await left(counters, each) for each in sets]
-        settled = await charge_together(counters, plans)
+        settled = await charge_all_or_none(counters, plans)
         after = [await left(counters, each) for each in sets]
         passes = all(isinstance(each.outcome, Decision) and each.outcome.allowed for each in settled)
         costs = [cost if passes else 0 for _, _, cost in asked]

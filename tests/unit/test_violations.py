@@ -175,7 +175,7 @@ def test_clipped_texts_stay_apart() -> None:
 
 
 def test_statements_come_by_name_without_comments() -> None:
-    statements = load_statements("violations.sql")
+    statements = load_statements("tidegate.violations", "storage.sql")
     assert statements["drop"] == "DROP TABLE {partition}"
     assert statements["make"].startswith("CREATE TABLE {partition} (LIKE")
     assert all("--" not in statement and statement for statement in statements.values())

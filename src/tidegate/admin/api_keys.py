@@ -11,7 +11,7 @@ from sqlalchemy import RowMapping, delete, insert, select, update
 
 from tidegate.admin.records import Form, key_form
 from tidegate.admin.rules import CatalogEditor
-from tidegate.admin.transaction import Change, NotThere, Seen, held_tier, require_editable
+from tidegate.admin.transaction import AuditedTransaction, NotThere, Seen, load_tier_row, require_editable
 from tidegate.catalog.changes import KEY
 from tidegate.catalog.sql import rows as policy_rows
 from tidegate.catalog.sql.tables import api_keys, rate_limit_rules, tiers
@@ -65,7 +65,7 @@ async def create_key(editor: CatalogEditor, actor: str, fields: KeyFields) -> tu
     if fields.name is not msgspec.UNSET:
         require_label(fields.name, "name")
     async with editor.changing(actor) as change:
-        tier = await held_tier(change, str(fields.tier))
+        tier = await load_tier_row(change, str(fields.tier))
         overrides = await _overrides(change, tier, (), fields)
         return await _insert_key(
             change,
@@ -77,7 +77,7 @@ async def create_key(editor: CatalogEditor, actor: str, fields: KeyFields) -> tu
 
 
 async def edit_key(editor: CatalogEditor, actor: str, key_id: str, fields: KeyFields, seen: Seen) -> Form:
-    """Change what is said of an API key. Moved to another tier, it keeps its overrides only where they fit there.
+    """AuditedTransaction what is said of an API key. Moved to another tier, it keeps its overrides only where they fit there.
 
     Args:
         editor: of the catalog.
@@ -102,7 +102,7 @@ async def edit_key(editor: CatalogEditor, actor: str, key_id: str, fields: KeyFi
     async with editor.changing(actor) as change:
         row = await held_key(change, key_id)
         require_editable(change, row, seen, f"the API key {row['id']}")
-        tier = await held_tier(change, row["tier_name"] if fields.tier is msgspec.UNSET else fields.tier)
+        tier = await load_tier_row(change, row["tier_name"] if fields.tier is msgspec.UNSET else fields.tier)
         values: dict[str, Any] = {
             "tier_id": tier["id"],
             "overrides": policy_rows.override_rows(await _overrides(change, tier, row["overrides"], fields)),
@@ -143,7 +143,7 @@ async def rotate_key(editor: CatalogEditor, actor: str, key_id: str, grace_s: in
         if row["status"] != KeyStatus.ACTIVE.value or over:
             state = "expired" if row["status"] == KeyStatus.ACTIVE.value else "revoked"
             raise CatalogError(f"the API key {row['id']} is {state}: make a new one instead")
-        tier = await held_tier(change, row["tier_name"])
+        tier = await load_tier_row(change, row["tier_name"])
         overrides = policy_rows.api_key_of(row).overrides
         api_key, form = await _insert_key(
             change,
@@ -221,9 +221,9 @@ async def delete_key(editor: CatalogEditor, actor: str, key_id: str, seen: Seen)
 
 
 async def update_key(
-    change: Change, row: RowMapping, values: Mapping[str, Any], action: str, tier_name: str | None = None
+    change: AuditedTransaction, row: RowMapping, values: Mapping[str, Any], action: str, tier_name: str | None = None
 ) -> Form:
-    """Change columns of a key's row.
+    """AuditedTransaction columns of a key's row.
 
     Args:
         change: the transaction.
@@ -243,7 +243,7 @@ async def update_key(
     return form
 
 
-async def held_key(change: Change, key_id: str) -> RowMapping:
+async def held_key(change: AuditedTransaction, key_id: str) -> RowMapping:
     """The row of an API key, with its tier's name.
 
     Args:
@@ -298,7 +298,7 @@ def key_rows() -> Any:
 
 
 async def _insert_key(
-    change: Change,
+    change: AuditedTransaction,
     tier: RowMapping,
     name: str,
     expires_at_us: int | None,
@@ -322,7 +322,7 @@ def _revoked(reason: str) -> dict[str, Any]:
 
 
 async def _overrides(
-    change: Change, tier: RowMapping, held: Collection[Mapping[str, Any]], fields: KeyFields
+    change: AuditedTransaction, tier: RowMapping, held: Collection[Mapping[str, Any]], fields: KeyFields
 ) -> tuple[Override, ...]:
     """The overrides that a key has after a change: those given, else those held; each fits a rule of the tier."""
     found: list[Override] = []
@@ -355,7 +355,7 @@ async def _overrides(
     return tuple(found)
 
 
-async def _rules(change: Change, tier: RowMapping, names: Collection[str]) -> dict[str, RowMapping]:
+async def _rules(change: AuditedTransaction, tier: RowMapping, names: Collection[str]) -> dict[str, RowMapping]:
     query = select(rate_limit_rules.c.name, rate_limit_rules.c.subject, rate_limit_rules.c.algorithm).where(
         rate_limit_rules.c.tier_id == tier["id"], rate_limit_rules.c.name.in_(list(names))
     )

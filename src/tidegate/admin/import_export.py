@@ -18,7 +18,7 @@ from tidegate.admin.api_keys import key_rows
 from tidegate.admin.import_plan import HeldRows, ImportPlan, Row, plan_import
 from tidegate.admin.records import Form
 from tidegate.admin.rules import CatalogEditor
-from tidegate.admin.transaction import Change, rule_rows
+from tidegate.admin.transaction import AuditedTransaction, rule_rows
 from tidegate.catalog.sql import rows as policy_rows
 from tidegate.catalog.sql.bulk import BATCH_SIZE, batches, delete_rows, insert_rows, update_rows
 from tidegate.catalog.sql.tables import api_keys, policy_state, rate_limit_rules, tiers
@@ -205,7 +205,7 @@ async def _pages(connection: AsyncConnection, query: Any, place: Column[Any]) ->
         begin = rows[-1]["id"]
 
 
-async def _write(change: Change, plan: ImportPlan, tier_ids: dict[str, int]) -> None:
+async def _write(change: AuditedTransaction, plan: ImportPlan, tier_ids: dict[str, int]) -> None:
     """Write a plan, many rows a statement: the write lock is held no longer than the database needs."""
     connection = change.connection
     rule_ids: dict[tuple[int, str], int] = {}

@@ -69,7 +69,7 @@ class Told(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
 
-class TierGiven(Given):
+class TierCreate(Given):
     """A tier to be made."""
 
     name: TierName
@@ -82,7 +82,7 @@ class TierLimits(Given):
     limits: Limits
 
 
-class TierTold(Told):
+class TierRead(Told):
     """A tier. `limits` hold over all its endpoints; its rules stand in /rate-limit-rules."""
 
     name: str
@@ -106,7 +106,7 @@ class RuleFields(Given):
     name: RuleName | None = None
 
 
-class RuleGiven(RuleFields):
+class RuleCreate(RuleFields):
     """A rule to be made."""
 
     tier: TierName
@@ -126,7 +126,7 @@ class RulePatch(Given):
     name: RuleName | None = None
 
 
-class RuleTold(Told):
+class RuleRead(Told):
     """A rule."""
 
     id: int
@@ -155,7 +155,7 @@ class OverrideForm(Given):
 Overrides = Annotated[list[OverrideForm], Field(max_length=1000)]
 
 
-class KeyGiven(Given):
+class KeyCreate(Given):
     """An API key to be made."""
 
     tier: TierName
@@ -175,14 +175,14 @@ class KeyPatch(Given):
     overrides: Overrides = []
 
 
-class OverridesGiven(Given):
+class OverridesRequest(Given):
     """All that a key has of its own; what is left out is taken away."""
 
     limits: Limits | None = None
     overrides: Overrides = []
 
 
-class KeyTold(Told):
+class KeyRead(Told):
     """An API key, without the key."""
 
     id: str
@@ -201,7 +201,7 @@ class KeyTold(Told):
     warnings: list[str] = []
 
 
-class KeyMade(KeyTold):
+class KeyMade(KeyRead):
     """An API key that was just made: the key itself is told this once."""
 
     api_key: str
@@ -210,22 +210,22 @@ class KeyMade(KeyTold):
 class KeyRotated(KeyMade):
     """The new key of a rotation, and the one that it replaces."""
 
-    replaces: KeyTold
+    replaces: KeyRead
 
 
-class RevokeGiven(Given):
+class RevokeRequest(Given):
     """Why a key is revoked."""
 
     reason: Annotated[str, Field(min_length=1, max_length=1000), Plain]
 
 
-class RotateGiven(Given):
+class RotateRequest(Given):
     """How long the old key still works, s; with 0 it is revoked now."""
 
     grace_s: Annotated[int, Field(ge=0, le=31_536_000)] = 0
 
 
-class TokenGiven(Given):
+class TokenCreate(Given):
     """A token to be made."""
 
     name: Annotated[str, Field(min_length=1, max_length=200), Plain]
@@ -233,7 +233,7 @@ class TokenGiven(Given):
     expires_at: Moment | None = None
 
 
-class TokenTold(Told):
+class TokenRead(Told):
     """A token of the control plane, without the token."""
 
     id: int
@@ -244,13 +244,13 @@ class TokenTold(Told):
     revoked_at: str | None
 
 
-class TokenMade(TokenTold):
+class TokenMade(TokenRead):
     """A token that was just made: the token itself is told this once."""
 
     token: str
 
 
-class AuditTold(Told):
+class AuditRead(Told):
     """A change: who made it, what was before and what is after."""
 
     id: int
@@ -263,7 +263,7 @@ class AuditTold(Told):
     after: dict[str, JsonValue] | None
 
 
-class ViolationTold(Told):
+class ViolationRead(Told):
     """A minute in which a rule blocked a subject."""
 
     minute: str
@@ -273,7 +273,7 @@ class ViolationTold(Told):
     blocked: int
 
 
-class ViolatorTold(Told):
+class ViolatorRead(Told):
     """How often something was blocked; what it was not counted by is null."""
 
     subject: str | None
@@ -282,55 +282,55 @@ class ViolatorTold(Told):
     blocked: int
 
 
-class TopTold(Told):
+class TopRead(Told):
     """Who was blocked most, the most first."""
 
-    items: list[ViolatorTold]
+    items: list[ViolatorRead]
 
 
 class TierPage(Told):
     """A page of tiers; `next` is what to give as `after`."""
 
-    items: list[TierTold]
+    items: list[TierRead]
     next: str | None
 
 
 class RulePage(Told):
     """A page of rules; `next` is what to give as `after`."""
 
-    items: list[RuleTold]
+    items: list[RuleRead]
     next: str | None
 
 
 class KeyPage(Told):
     """A page of API keys; `next` is what to give as `after`."""
 
-    items: list[KeyTold]
+    items: list[KeyRead]
     next: str | None
 
 
 class TokenPage(Told):
     """A page of tokens; `next` is what to give as `after`."""
 
-    items: list[TokenTold]
+    items: list[TokenRead]
     next: str | None
 
 
 class AuditPage(Told):
     """A page of the audit log, the newest first; `next` is what to give as `after`."""
 
-    items: list[AuditTold]
+    items: list[AuditRead]
     next: str | None
 
 
 class ViolationPage(Told):
     """A page of violations, the newest first; `next` is what to give as `after`."""
 
-    items: list[ViolationTold]
+    items: list[ViolationRead]
     next: str | None
 
 
-class WindowUsageTold(Told):
+class WindowUsageRead(Told):
     """What is left of one limit."""
 
     limit: int
@@ -340,7 +340,7 @@ class WindowUsageTold(Told):
     resets_at: str | None
 
 
-class RuleUsageTold(Told):
+class RuleUsageRead(Told):
     """What is left under one rule; of its limits the one with the least left."""
 
     rule: str | None
@@ -352,20 +352,20 @@ class RuleUsageTold(Told):
     reset_after: float | None
     window: int | None
     degraded: bool
-    windows: list[WindowUsageTold]
+    windows: list[WindowUsageRead]
 
 
-class UsageTold(Told):
+class UsageRead(Told):
     """What is left to a caller now, and how often it was blocked within the last 24 h."""
 
     tier: str
-    rules: list[RuleUsageTold]
+    rules: list[RuleUsageRead]
     not_counted: list[str | None]
     truncated: bool
     blocked_24h: int
 
 
-class ResetGiven(Given):
+class ResetRequest(Given):
     """Whose counters are to be reset: exactly one of the three."""
 
     api_key_id: Annotated[str, Field(min_length=24, max_length=24), Plain] | None = None
@@ -373,13 +373,13 @@ class ResetGiven(Given):
     tier: TierName | None = None
 
 
-class ResetTold(Told):
+class ResetRead(Told):
     """How many counters were reset, whether they held anything or not."""
 
     reset: int
 
 
-class ChangeTold(Told):
+class ChangeRead(Told):
     """One change of an import."""
 
     action: str
@@ -389,11 +389,11 @@ class ChangeTold(Told):
     after: dict[str, JsonValue] | None
 
 
-class ImportTold(Told):
+class ImportRead(Told):
     """What an import changed, or would change."""
 
     dry_run: bool
-    changes: list[ChangeTold]
+    changes: list[ChangeRead]
     warnings: list[str]
 
 
@@ -405,7 +405,7 @@ class Problem(Told):
     details: dict[str, Any]
 
 
-class ProblemTold(Told):
+class ProblemRead(Told):
     """The form of every error."""
 
     error: Problem

@@ -19,7 +19,7 @@ from tidegate.violations.queries import DAY_US, Blocked, top_violators
 
 LOOKED_AT: Final = 1000
 """So many API keys of a tier are looked at; of a larger tier this is a sample, for ids are digests."""
-MOST_BLOCKED: Final = 100
+MAX_BLOCKED: Final = 100
 """So many of those that the limits blocked most within a day are looked at besides."""
 
 
@@ -108,7 +108,7 @@ async def _some(editor: CatalogEditor, tier: str, rule: str, subject: Subject) -
                     found[f"k:{counts_as or key_id}"] = None
     now = now_us()
     for form in await top_violators(
-        editor.catalog.database, MOST_BLOCKED, "subject", Blocked(now - DAY_US, now + 1, tier=tier, rule=rule)
+        editor.catalog.database, MAX_BLOCKED, "subject", Blocked(now - DAY_US, now + 1, tier=tier, rule=rule)
     ):
         found[form["subject"]] = None
     kinds = ("i:",) if subject is Subject.IP else ("k:", "i:")

@@ -16,12 +16,12 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tidegate.admin.records import Form, rule_form, tier_form
 from tidegate.admin.transaction import (
-    Change,
+    AuditedTransaction,
     Seen,
-    held_rule,
-    held_tier,
     insert_rule,
     insert_tier,
+    load_rule_row,
+    load_tier_row,
     remove_rule,
     require_editable,
     rule_rows,
@@ -51,7 +51,7 @@ class CatalogEditor:
         self._on_change = on_change
 
     @contextlib.asynccontextmanager
-    async def changing(self, actor: str) -> AsyncIterator[Change]:
+    async def changing(self, actor: str) -> AsyncIterator[AuditedTransaction]:
         """A transaction that raises the version; whoever leaves it by an exception has changed nothing.
 
         Args:
@@ -66,7 +66,7 @@ class CatalogEditor:
         async with self.catalog.database.changing() as writing:
             # In the same transaction: a file may be applied or released at any time.
             digest = (await writing.connection.execute(select(policy_state.c.file_digest))).scalar()
-            yield Change(writing, actor, digest is not None)
+            yield AuditedTransaction(writing, actor, digest is not None)
         self._on_change(writing.version, writing.items)
 
     @contextlib.asynccontextmanager
@@ -139,7 +139,7 @@ class CatalogEditor:
             CatalogUnavailable: if the database does not answer.
         """
         async with self.changing(actor) as change:
-            row = await held_tier(change, name)
+            row = await load_tier_row(change, name)
             require_editable(change, row, seen, f"tier {name!r}")
             return await update_tier(change, row, Tier.make(row["name"], (), limits))
 
@@ -159,7 +159,7 @@ class CatalogEditor:
             CatalogUnavailable: if the database does not answer.
         """
         async with self.changing(actor) as change:
-            row = await held_tier(change, name)
+            row = await load_tier_row(change, name)
             require_editable(change, row, seen, f"tier {name!r}")
             user = await change.one(select(api_keys.c.id).where(api_keys.c.tier_id == row["id"]).limit(1))
             if user is not None:
@@ -200,13 +200,13 @@ class CatalogEditor:
         """
         rule = Rule.make(**fields)
         async with self.changing(actor) as change:
-            form = await insert_rule(change, await held_tier(change, tier), rule)
+            form = await insert_rule(change, await load_tier_row(change, tier), rule)
         return form, await self._warnings(tier, form["id"])
 
     async def edit_rule(
         self, actor: str, rule_id: int, fields: Mapping[str, Any], seen: Seen, *, whole: bool = False
     ) -> tuple[Form, list[str]]:
-        """Change a rule. One whose name was made from methods and endpoint follows them.
+        """AuditedTransaction a rule. One whose name was made from methods and endpoint follows them.
 
         Args:
             actor: who asks.
@@ -227,7 +227,7 @@ class CatalogEditor:
             CatalogUnavailable: if the database does not answer.
         """
         async with self.changing(actor) as change:
-            row = await held_rule(change, rule_id)
+            row = await load_rule_row(change, rule_id)
             require_editable(change, row, seen, f"rule {rule_id}")
             held = {} if whole else {field: value for field, value in rule_form(row).items() if field in RULE_FIELDS}
             if held and Rule.make(**{**held, "name": "held"}).default_name == row["name"]:
@@ -250,7 +250,7 @@ class CatalogEditor:
             CatalogUnavailable: if the database does not answer.
         """
         async with self.changing(actor) as change:
-            row = await held_rule(change, rule_id)
+            row = await load_rule_row(change, rule_id)
             require_editable(change, row, seen, f"rule {rule_id}")
             await remove_rule(change, row)
 

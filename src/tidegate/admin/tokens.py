@@ -14,7 +14,7 @@ from sqlalchemy import insert, select, update
 
 from tidegate.admin.records import Form, token_form
 from tidegate.admin.rules import CatalogEditor
-from tidegate.admin.transaction import Change, NotThere
+from tidegate.admin.transaction import AuditedTransaction, NotThere
 from tidegate.catalog.changes import NONE
 from tidegate.catalog.sql.tables import admin_tokens
 from tidegate.errors import BadRequest, CatalogError
@@ -205,7 +205,7 @@ async def first_token(editor: CatalogEditor) -> str | None:
         return (await _insert_token(change, FIRST_TOKEN, OPERATOR, None))[0]
 
 
-async def _insert_token(change: Change, name: str, role: str, expires_at_us: int | None) -> tuple[str, Form]:
+async def _insert_token(change: AuditedTransaction, name: str, role: str, expires_at_us: int | None) -> tuple[str, Form]:
     change.touch(NONE)
     token = TOKEN_PREFIX + "".join(secrets.choice(BASE62) for _ in range(40))
     values: dict[str, Any] = {

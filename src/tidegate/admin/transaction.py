@@ -15,7 +15,7 @@ from tidegate.admin.records import Form, rule_form, tier_form
 from tidegate.catalog.changes import TIER
 from tidegate.catalog.sql import rows as policy_rows
 from tidegate.catalog.sql.bulk import insert_rows
-from tidegate.catalog.sql.change_log import Writing
+from tidegate.catalog.sql.change_log import WriteTransaction
 from tidegate.catalog.sql.tables import audit_log, rate_limit_rules, tiers
 from tidegate.errors import CatalogError
 from tidegate.policy.model import Rule, Tier
@@ -48,7 +48,7 @@ class ManagedByFile(CatalogError):
     code = "MANAGED_BY_FILE"
 
 
-class Change:
+class AuditedTransaction:
     """One transaction of one operator.
 
     Args:
@@ -57,7 +57,7 @@ class Change:
         has_file: whether a policy file is active; without one nobody but operators can change the rows that it made.
     """
 
-    def __init__(self, writing: Writing, actor: str, has_file: bool = True) -> None:
+    def __init__(self, writing: WriteTransaction, actor: str, has_file: bool = True) -> None:
         self.writing = writing
         self.connection: AsyncConnection = writing.connection
         self.actor = actor
@@ -72,7 +72,7 @@ class Change:
         return self.has_file and bool(row["managed_by_file"])
 
     def touch(self, kind: str, name: str = "") -> None:
-        """See `Writing.touch`."""
+        """See `WriteTransaction.touch`."""
         self.writing.touch(kind, name)
 
     async def audit(self, action: str, kind: str, target: str, before: Form | None, after: Form | None) -> None:
@@ -109,7 +109,7 @@ class Change:
         return (await self.connection.execute(query)).mappings().first()
 
 
-def require_editable(change: Change, row: Mapping[Any, Any], seen: Seen, what: str) -> None:
+def require_editable(change: AuditedTransaction, row: Mapping[Any, Any], seen: Seen, what: str) -> None:
     """Refuse a change of a row that the policy file owns, or that was changed since it was read.
 
     Args:
@@ -134,7 +134,7 @@ def require_editable(change: Change, row: Mapping[Any, Any], seen: Seen, what: s
         )
 
 
-async def held_tier(change: Change, name: str) -> RowMapping:
+async def load_tier_row(change: AuditedTransaction, name: str) -> RowMapping:
     """The row of a tier.
 
     Args:
@@ -154,7 +154,7 @@ async def held_tier(change: Change, name: str) -> RowMapping:
     return row
 
 
-async def held_rule(change: Change, rule_id: int) -> RowMapping:
+async def load_rule_row(change: AuditedTransaction, rule_id: int) -> RowMapping:
     """The row of a rule, with its tier's name.
 
     Args:
@@ -173,7 +173,7 @@ async def held_rule(change: Change, rule_id: int) -> RowMapping:
     return row
 
 
-async def insert_tier(change: Change, tier: Tier) -> Form:
+async def insert_tier(change: AuditedTransaction, tier: Tier) -> Form:
     """Make a tier's row; its rules are made one by one.
 
     Args:
@@ -191,12 +191,12 @@ async def insert_tier(change: Change, tier: Tier) -> Form:
     change.touch(TIER, tier.name)
     values = {**policy_rows.row_of_tier(tier), "managed_by_file": False}
     await change.connection.execute(insert(tiers).values(values))
-    form = tier_form(await held_tier(change, tier.name))
+    form = tier_form(await load_tier_row(change, tier.name))
     await change.audit("create", "tier", tier.name, None, form)
     return form
 
 
-async def update_tier(change: Change, row: RowMapping, tier: Tier) -> Form:
+async def update_tier(change: AuditedTransaction, row: RowMapping, tier: Tier) -> Form:
     """Give a tier's row other limits.
 
     Args:
@@ -215,7 +215,7 @@ async def update_tier(change: Change, row: RowMapping, tier: Tier) -> Form:
     return form
 
 
-async def insert_rule(change: Change, tier: RowMapping, rule: Rule) -> Form:
+async def insert_rule(change: AuditedTransaction, tier: RowMapping, rule: Rule) -> Form:
     """Make a rule's row, behind the others of its tier.
 
     Args:
@@ -238,12 +238,12 @@ async def insert_rule(change: Change, tier: RowMapping, rule: Rule) -> Form:
     values = policy_rows.row_of_rule(rule, tier["id"], 0 if last is None else last + 1)
     made = insert(rate_limit_rules).values({**values, "managed_by_file": False}).returning(rate_limit_rules.c.id)
     rule_id = (await change.connection.execute(made)).scalar_one()
-    form = rule_form(await held_rule(change, rule_id))
+    form = rule_form(await load_rule_row(change, rule_id))
     await change.audit("create", "rule", str(rule_id), None, form)
     return form
 
 
-async def update_rule(change: Change, row: RowMapping, rule: Rule) -> Form:
+async def update_rule(change: AuditedTransaction, row: RowMapping, rule: Rule) -> Form:
     """Write a rule over its row.
 
     Args:
@@ -267,7 +267,7 @@ async def update_rule(change: Change, row: RowMapping, rule: Rule) -> Form:
     return form
 
 
-async def remove_rule(change: Change, row: RowMapping) -> None:
+async def remove_rule(change: AuditedTransaction, row: RowMapping) -> None:
     """Delete a rule's row.
 
     Args:
@@ -288,7 +288,7 @@ def rule_rows() -> Any:
     return select(rate_limit_rules, tiers.c.name.label("tier_name")).join(tiers, tiers.c.id == rate_limit_rules.c.tier_id)
 
 
-async def _require_free_name(change: Change, tier_id: int, tier: str, name: str, own: int | None) -> None:
+async def _require_free_name(change: AuditedTransaction, tier_id: int, tier: str, name: str, own: int | None) -> None:
     query = select(rate_limit_rules.c.id).where(rate_limit_rules.c.tier_id == tier_id, rate_limit_rules.c.name == name)
     other = await change.one(query)
     if other is not None and other["id"] != own:

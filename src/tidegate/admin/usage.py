@@ -20,7 +20,7 @@ from tidegate.policy.limits import LimitSet
 from tidegate.policy.matching import CompiledTier, counted_by, subject_of
 from tidegate.policy.model import Mode, Subject
 
-_RESET_AT_ONCE = 1000
+_RESET_BATCH_SIZE = 1000
 
 
 async def caller_of(editor: CatalogEditor, gate: Gate, key_id: str) -> Caller:
@@ -117,8 +117,8 @@ async def reset_key(editor: CatalogEditor, gate: Gate, key_id: str) -> int:
     """
     caller = await caller_of(editor, gate, key_id)
     counters = [(limits, caller.subject) for limits in own_sets(caller.tier)]
-    for start in range(0, len(counters), _RESET_AT_ONCE):
-        await gate.counters.reset(counters[start : start + _RESET_AT_ONCE])
+    for start in range(0, len(counters), _RESET_BATCH_SIZE):
+        await gate.counters.reset(counters[start : start + _RESET_BATCH_SIZE])
     return len(counters)
 
 

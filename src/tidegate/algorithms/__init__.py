@@ -29,8 +29,8 @@ from tidegate.algorithms import fixed_window, leaky_bucket, sliding_log, sliding
 from tidegate.policy.limits import Algorithm, Limit
 
 State: TypeAlias = tuple[Any, ...] | None
-Outcome: TypeAlias = tuple[State, int, int, int | None]
-Decide: TypeAlias = Callable[[Limit, Any, int, int], Outcome]
+AlgorithmResult: TypeAlias = tuple[State, int, int, int | None]
+Decide: TypeAlias = Callable[[Limit, Any, int, int], AlgorithmResult]
 ExpiresAt: TypeAlias = Callable[[Limit, Any], int]
 Merge: TypeAlias = Callable[[Limit, Any, Any], tuple[Any, ...]]
 

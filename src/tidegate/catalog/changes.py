@@ -13,11 +13,11 @@ TIER: Final = "tier"
 KEY: Final = "key"
 ANONYMOUS: Final = "anonymous"
 ALL: Final = "all"
-"""More than `MOST_TOUCHED` things, or things that are not known."""
+"""More than `MAX_TOUCHED` things, or things that are not known."""
 NONE: Final = "none"
 """Nothing that a check reads, such as an operator's token."""
 
-MOST_READ: Final = 10_000
+MAX_READ: Final = 10_000
 """At most so many rows are read, the latest ones; and so many things are remembered."""
 
 Item: TypeAlias = tuple[str, str]

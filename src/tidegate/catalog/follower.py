@@ -54,7 +54,7 @@ class Channel(Protocol):
         ...
 
 
-class Follower:
+class CatalogFollower:
     """Keeps a cache in step with its catalog.
 
     Args:

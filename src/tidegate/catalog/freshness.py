@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterable
 
-from tidegate.catalog.changes import ALL, MOST_READ, Changes, Item
+from tidegate.catalog.changes import ALL, MAX_READ, Changes, Item
 
 
 class FreshnessTracker:
@@ -15,7 +15,7 @@ class FreshnessTracker:
         most: things remembered, 1 or more; beyond it the oldest are forgotten and the floor rises to them.
     """
 
-    def __init__(self, most: int = MOST_READ) -> None:
+    def __init__(self, most: int = MAX_READ) -> None:
         self.version = 0
         self.floor = 0
         self._most = most

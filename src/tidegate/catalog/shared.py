@@ -24,7 +24,7 @@ from typing import Any, Final, Protocol
 import msgspec
 
 from tidegate.catalog import VersionedCatalog
-from tidegate.catalog.changes import MOST_READ, Changes
+from tidegate.catalog.changes import MAX_READ, Changes
 from tidegate.catalog.shared_entries import (
     AnyEntry,
     Entry,
@@ -161,7 +161,7 @@ class SharedCatalog:
             self._versions.clear()
         self._versions.update(dict.fromkeys(changes.versions))
         self._latest = changes.version
-        while len(self._versions) > MOST_READ:
+        while len(self._versions) > MAX_READ:
             self._versions.popitem(last=False)
         return changes
 

@@ -21,8 +21,8 @@ from tidegate.errors import SettingsError, TidegateError
 TIMEOUT_S: Final = 10.0
 PREFIX: Final = "/admin/v1"
 
-_MOST_TOKEN: Final = 4_096
-_MOST_SAID: Final = 1_000
+_MAX_TOKEN: Final = 4_096
+_MAX_SAID: Final = 1_000
 # Only the data plane sends it.
 _DATA_PLANES_OWN: Final = "x-tidegate-error"
 _GATEWAY: Final = frozenset({502, 503, 504})
@@ -215,7 +215,7 @@ def one_line(text: str) -> str:
     Returns:
         The text in one line, without control characters, at most 1,000 characters of it.
     """
-    return "".join(character if character.isprintable() else " " for character in text[:_MOST_SAID])
+    return "".join(character if character.isprintable() else " " for character in text[:_MAX_SAID])
 
 
 def _unknown(method: str) -> str:
@@ -235,10 +235,10 @@ def _origin(location: str) -> str:
 def _read_token(file: Path) -> str:
     try:
         with file.open(encoding="utf-8-sig") as opened:
-            token = opened.read(_MOST_TOKEN + 1).strip()
+            token = opened.read(_MAX_TOKEN + 1).strip()
     except (OSError, UnicodeDecodeError) as error:
         why = error.strerror if isinstance(error, OSError) else "it is no text"
         raise SettingsError(f"the token file {file} cannot be read: {why}") from None
-    if not token or len(token) > _MOST_TOKEN:
+    if not token or len(token) > _MAX_TOKEN:
         raise SettingsError(f"the token file {file} holds no token: write the token into it and nothing else")
     return token

@@ -17,7 +17,7 @@ import msgspec
 from tidegate.client.server_url import Server
 from tidegate.errors import SettingsError, TidegateError
 
-_MOST_BYTES: Final = 100_000_000
+_MAX_BYTES: Final = 100_000_000
 _TIMEOUT_S: Final = 5.0
 # What OpenSSL says where a certificate is good, but for another name or address.
 _OTHER_NAME: Final = frozenset({62, 64})
@@ -105,7 +105,7 @@ def ask(
         typed = {} if body is None else {"Content-Type": "application/json"}
         connection.request(method, server.path + path, body, {"Accept": "application/json", **typed, **(headers or {})})
         response = connection.getresponse()
-        content = response.read(_MOST_BYTES)
+        content = response.read(_MAX_BYTES)
         if response.length:
             raise http.client.IncompleteRead(b"", response.length)
     except (OSError, http.client.HTTPException, UnicodeError) as error:

@@ -31,7 +31,7 @@ from tidegate.policy.labels import CLI_ACTOR
 from tidegate.timestamps import format_timestamp
 
 _ID_PREFIX: Final = re.compile(r"[0-9a-f]{6,24}", re.ASCII)
-_MOST_ACTOR: Final = 200
+_MAX_ACTOR: Final = 200
 
 _T = TypeVar("_T")
 
@@ -389,7 +389,7 @@ def _refusals_as_over_the_api() -> Iterator[None]:
 
 
 def _actor() -> str:
-    return f"{CLI_ACTOR}{_user()}"[:_MOST_ACTOR]
+    return f"{CLI_ACTOR}{_user()}"[:_MAX_ACTOR]
 
 
 def _user() -> str:

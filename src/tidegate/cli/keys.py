@@ -25,7 +25,7 @@ app = typer.Typer(
 _LIFETIME: Final = re.compile(r"([0-9]{1,6})([smhd])", re.ASCII)
 _SECONDS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 _ID_PART: Final = re.compile(r"[0-9a-f]{1,24}", re.ASCII)
-_MOST_GRACE_S: Final = 365 * 86_400
+_MAX_GRACE_S: Final = 365 * 86_400
 
 UrlOption = Annotated[
     str | None,
@@ -195,7 +195,7 @@ def rotate(
 ) -> None:
     """Replace a key by a new one of the same tier, name, end and limits, and show that, this once."""
     grace_s = 0 if grace is None else _lifetime_s(grace, "--grace")
-    if grace_s > _MOST_GRACE_S:
+    if grace_s > _MAX_GRACE_S:
         raise typer.BadParameter(f"{grace!r} is too long: at most 365d", param_hint="--grace")
 
     async def work(keys: ApiKeys) -> RotatedKey:

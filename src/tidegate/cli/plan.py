@@ -18,8 +18,8 @@ from tidegate.tools.plan.report import as_json, print_plan
 from tidegate.tools.plan.requirement import SIZES, compare
 from tidegate.tools.terminal import open_console
 
-_MOST_RPS = 1e9
-_MOST_KEYS = 1e12
+_MAX_RPS = 1e9
+_MAX_KEYS = 1e12
 
 
 def plan(
@@ -84,7 +84,7 @@ def plan(
         if text is not None
     }
     assumed = assume(assumptions, set_ or (), given)
-    peak = None if rps is None else parse_quantity(rps, "--rps", _MOST_RPS)
+    peak = None if rps is None else parse_quantity(rps, "--rps", _MAX_RPS)
     if dau is not None:
         users = parse_quantity(dau, "--dau")
     elif peak is not None:
@@ -94,7 +94,7 @@ def plan(
         raise SettingsError("how large? Give --dau (daily users, as in --dau 10M) or --rps (requests/s at the peak)")
     if users < 1:
         raise SettingsError(f"that is {users:g} daily users: give at least 1, as in --dau 500k")
-    counters = None if keys is None else parse_quantity(keys, "--keys", _MOST_KEYS)
+    counters = None if keys is None else parse_quantity(keys, "--keys", _MAX_KEYS)
     constants = measured()
     made = make_plan(users, constants, assumed, peak, counters)
     sizes = SIZES if compare_ else tuple(size for size in SIZES if size == users and peak is None and counters is None)

@@ -59,12 +59,12 @@ def serve(
     from tidegate.catalog.sql.engine import shown
     from tidegate.server.run import ignore_signals, run
     from tidegate.server.supervisor import supervise
-    from tidegate.server.worker import Seat, work
+    from tidegate.server.worker import WorkerSlot, work
     from tidegate.telemetry.logs import configure_logging
     from tidegate.url_parts import scheme_of
 
     ignore_signals()
-    seat = Seat.taken(os.environ)
+    seat = WorkerSlot.taken(os.environ)
     settings = read_settings(config)
     configure_logging(settings.server.log_level, settings.server.log_format, None if seat is None else seat.number)
 

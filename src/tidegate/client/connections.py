@@ -15,7 +15,7 @@ from typing import Any
 import httpcore
 
 from tidegate.client.network import AsyncDeadlineBackend, DeadlineBackend
-from tidegate.client.steps import NoReply, Question, Reply
+from tidegate.client.steps import HttpRequest, Reply, TransportFailure
 
 
 class Connections:
@@ -34,7 +34,7 @@ class Connections:
         self._pool: httpcore.ConnectionPool | None = None
         self._pool = self._new_pool()
 
-    def send(self, question: Question) -> Reply | NoReply:
+    def send(self, question: HttpRequest) -> Reply | TransportFailure:
         """Send and wait.
 
         Args:
@@ -81,7 +81,7 @@ class AsyncConnections:
             network_backend=AsyncDeadlineBackend(), **_options(most, keepalive_s, tls)
         )
 
-    async def send(self, question: Question) -> Reply | NoReply:
+    async def send(self, question: HttpRequest) -> Reply | TransportFailure:
         """As `Connections.send`."""
         if self._pool is None:
             raise _closed()
@@ -112,13 +112,13 @@ def _options(most: int, keepalive_s: float, tls: ssl.SSLContext | None) -> dict[
     return {"max_connections": most, "max_keepalive_connections": most, "keepalive_expiry": keepalive_s, "ssl_context": tls}
 
 
-def _url(question: Question) -> httpcore.URL:
+def _url(question: HttpRequest) -> httpcore.URL:
     server = question.server
     scheme = b"https" if server.tls else b"http"
     return httpcore.URL(scheme=scheme, host=server.host.encode("ascii"), port=server.port, target=question.target)
 
 
-def _timeouts(question: Question) -> dict[str, Any]:
+def _timeouts(question: HttpRequest) -> dict[str, Any]:
     by = question.answer_by
     # The only one that httpcore itself waits for. A little earlier, so that a full pool is told from a server that is silent.
     pool = max((by - monotonic()) * 0.95, 0.001)
@@ -129,18 +129,18 @@ def _closed() -> RuntimeError:
     return RuntimeError("this client is closed: make a new one")
 
 
-def _no_reply(error: Exception, most: int) -> NoReply:
+def _no_reply(error: Exception, most: int) -> TransportFailure:
     """The reason, of the error's type and of what our own backends said: other texts may have a header's value in them."""
     match error:
         case httpcore.PoolTimeout():
-            return NoReply(f"was not asked: all {most} connections were in use", sent=False, its_fault=False)
+            return TransportFailure(f"was not asked: all {most} connections were in use", sent=False, its_fault=False)
         case httpcore.ConnectTimeout():
-            return NoReply("took no connection in time", sent=False)
+            return TransportFailure("took no connection in time", sent=False)
         case httpcore.ConnectError():
-            return NoReply(f"took no connection: {error}", sent=False)
+            return TransportFailure(f"took no connection: {error}", sent=False)
         case httpcore.TimeoutException():
-            return NoReply("did not answer in time", sent=True)
+            return TransportFailure("did not answer in time", sent=True)
         case httpcore.NetworkError():
-            return NoReply("broke the connection without an answer", sent=True)
+            return TransportFailure("broke the connection without an answer", sent=True)
         case _:
-            return NoReply("closed the connection without an answer, or does not speak HTTP", sent=True)
+            return TransportFailure("closed the connection without an answer, or does not speak HTTP", sent=True)

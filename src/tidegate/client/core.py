@@ -15,7 +15,7 @@ from tidegate._version import __version__
 from tidegate.breaker import Breaker, BreakerOptions, BreakerState
 from tidegate.client.answer import Answer
 from tidegate.client.server_url import Server
-from tidegate.client.steps import NoReply, Pause, Question, Reply, Steps
+from tidegate.client.steps import HttpRequest, Pause, Reply, Steps, TransportFailure
 from tidegate.decision import Check, canonical_ip, clip
 from tidegate.errors import (
     ApiKeyExpired,
@@ -136,7 +136,7 @@ class Asking:
     def check(self, check: Check) -> Steps[Answer]:
         """Steps of one check; see `Client.check`."""
         told = yield from self._ask(b"POST", "/v1/check", _read_check, _body_of(check), repeatable=check.cost == 0)
-        answer = self._unheard(told.reason) if isinstance(told, NoReply) else told
+        answer = self._unheard(told.reason) if isinstance(told, TransportFailure) else told
         if isinstance(answer, TidegateError):
             raise answer
         return answer
@@ -147,9 +147,9 @@ class Asking:
         for body, count, only_looks in _batches(checks):
             told = yield from self._ask(b"POST", "/v1/check/batch", _reader_of(count), body, repeatable=only_looks)
             if isinstance(told, list):
-                answers += [self._unheard(one.reason) if isinstance(one, NoReply) else one for one in told]
+                answers += [self._unheard(one.reason) if isinstance(one, TransportFailure) else one for one in told]
             else:
-                answers += [self._unheard(told.reason) if isinstance(told, NoReply) else told] * count
+                answers += [self._unheard(told.reason) if isinstance(told, TransportFailure) else told] * count
         return answers
 
     def usage(self, api_key: str | None, ip: str | None) -> Steps[UsageBody]:
@@ -162,7 +162,7 @@ class Asking:
         if ip is not None:
             headers.append((b"X-Real-IP", canonical_ip(ip).encode()))
         told = yield from self._ask(b"GET", "/v1/usage", _read_usage, b"", headers, repeatable=True)
-        if isinstance(told, NoReply):
+        if isinstance(told, TransportFailure):
             raise _unavailable(told.reason)
         if isinstance(told, TidegateError):
             raise told
@@ -193,7 +193,7 @@ class Asking:
         more: Sequence[tuple[bytes, bytes]] = (),
         *,
         repeatable: bool,
-    ) -> Steps[T | TidegateError | NoReply]:
+    ) -> Steps[T | TidegateError | TransportFailure]:
         """Ask one server after the other, until one gives an answer that is Tidegate's.
 
         The next is asked only where the question cannot have been counted, or may be asked twice because it counts nothing.
@@ -226,21 +226,21 @@ class Asking:
             target = (one.server.path + path).encode("ascii")
             # A server that takes no connection may use its share of the time, so that there is some left for the next.
             connect_by = now + (answer_by - now) / (len(self._asked) - place)
-            reply = yield Question(one.server, method, target, headers, body, connect_by, answer_by)
+            reply = yield HttpRequest(one.server, method, target, headers, body, connect_by, answer_by)
             assert reply is not None
-            told = reply if isinstance(reply, NoReply) else _understood(reply, read)
-            self._note(one, told if isinstance(told, NoReply) else None)
+            told = reply if isinstance(reply, TransportFailure) else _understood(reply, read)
+            self._note(one, told if isinstance(told, TransportFailure) else None)
             if isinstance(told, CatalogUnavailable):
                 # It charged nothing, and another server may know the key.
-                told = NoReply(f"answered {told.code}: {told.message}", sent=False)
-            if not isinstance(told, NoReply):
+                told = TransportFailure(f"answered {told.code}: {told.message}", sent=False)
+            if not isinstance(told, TransportFailure):
                 return told
             unheard.append(f"{one.server.url} {told.reason}")
             if told.sent and not repeatable:
                 break
-        return NoReply("; ".join(unheard) or f"no answer within {self._deadline_s:g} s", sent=True)
+        return TransportFailure("; ".join(unheard) or f"no answer within {self._deadline_s:g} s", sent=True)
 
-    def _note(self, one: _Asked, failure: NoReply | None) -> None:
+    def _note(self, one: _Asked, failure: TransportFailure | None) -> None:
         """Tell the breaker, and the log when that changes whether the server is asked."""
         if failure is not None and not failure.its_fault:
             return
@@ -304,15 +304,15 @@ def _batches(checks: Sequence[Check]) -> Iterator[tuple[bytes, int, bool]]:
         yield b'{"checks":[' + b",".join(pieces) + b"]}", len(pieces), only_looks
 
 
-def _understood(reply: Reply, read: Callable[[Reply], T]) -> T | TidegateError | NoReply:
+def _understood(reply: Reply, read: Callable[[Reply], T]) -> T | TidegateError | TransportFailure:
     """What an answer says: what was read, what was refused, or why it is none of Tidegate's."""
     try:
         if reply.status == 200 or (reply.status == 429 and not reply.body.startswith(b'{"error":')):
             return read(reply)
         told = _error(_ERROR.decode(reply.body))
     except (msgspec.MsgspecError, ValueError):
-        return NoReply(f"answered {reply.status} with what is no answer of Tidegate's data plane: check the URL", sent=True)
-    return NoReply(f"answered {reply.status}: {told}", sent=True) if isinstance(told, str) else told
+        return TransportFailure(f"answered {reply.status} with a body that Tidegate does not send: check the URL", sent=True)
+    return TransportFailure(f"answered {reply.status}: {told}", sent=True) if isinstance(told, str) else told
 
 
 def _read_check(reply: Reply) -> Answer:
@@ -328,10 +328,10 @@ def _read_usage(reply: Reply) -> UsageBody:
     return _USAGE.decode(reply.body)
 
 
-def _reader_of(count: int) -> Callable[[Reply], list[Answer | TidegateError | NoReply]]:
+def _reader_of(count: int) -> Callable[[Reply], list[Answer | TidegateError | TransportFailure]]:
     """What reads a batch of that many answers."""
 
-    def read(reply: Reply) -> list[Answer | TidegateError | NoReply]:
+    def read(reply: Reply) -> list[Answer | TidegateError | TransportFailure]:
         decisions = _BATCH.decode(reply.body).decisions
         if len(decisions) != count:
             raise ValueError(f"{len(decisions)} answers to {count} checks")
@@ -340,11 +340,11 @@ def _reader_of(count: int) -> Callable[[Reply], list[Answer | TidegateError | No
     return read
 
 
-def _read_one(raw: msgspec.Raw) -> Answer | TidegateError | NoReply:
+def _read_one(raw: msgspec.Raw) -> Answer | TidegateError | TransportFailure:
     if not bytes(raw).startswith(b'{"error":'):
         return _answer(_DECISION.decode(raw))
     told = _error(_ERROR.decode(raw))
-    return NoReply(f"the limiter answered {told}", sent=False) if isinstance(told, str | CatalogUnavailable) else told
+    return TransportFailure(f"the limiter answered {told}", sent=False) if isinstance(told, str | CatalogUnavailable) else told
 
 
 def _answer(body: DecisionBody, headers: tuple[tuple[str, str], ...] = ()) -> Answer:

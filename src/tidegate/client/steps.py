@@ -8,7 +8,7 @@ from typing import TypeVar
 from tidegate.client.server_url import Server
 
 
-class Question:
+class HttpRequest:
     """One request to one server. It has no representation of its own: keys stand in it.
 
     Args:
@@ -72,7 +72,7 @@ class Reply:
         self.body = body
 
 
-class NoReply:
+class TransportFailure:
     """That no answer came.
 
     Args:
@@ -91,5 +91,5 @@ class NoReply:
 
 T = TypeVar("T")
 
-Steps = Generator[Question | Pause, Reply | NoReply | None, T]
+Steps = Generator[HttpRequest | Pause, Reply | TransportFailure | None, T]
 """A body: yields what is to be done, is sent what came of it (None for a pause), and returns its result."""

@@ -51,13 +51,13 @@ class LateAnswer(StoreUnavailable):
         self.decode: Callable[[Any], Decision] | None = None
 
 
-Outcome: TypeAlias = Decision | StoreUnavailable
+ChargeOutcome: TypeAlias = Decision | StoreUnavailable
 
 
 class CounterStore(Protocol):
     """The port of the counters."""
 
-    async def charge(self, charges: Sequence[Charge]) -> Sequence[Outcome]:
+    async def charge(self, charges: Sequence[Charge]) -> Sequence[ChargeOutcome]:
         """Decide each charge on its own, in order.
 
         Args:

@@ -29,7 +29,7 @@ import msgspec
 
 from tidegate.background import SUPERVISOR, stop
 from tidegate.breaker import Breaker, BreakerOptions
-from tidegate.counters import Charge, LateAnswer, Outcome
+from tidegate.counters import Charge, ChargeOutcome, LateAnswer
 from tidegate.counters.denial_cache import DenialMemory
 from tidegate.counters.fallback import LocalShares
 from tidegate.counters.late_answers import RETRY_US, LateAnswers
@@ -38,7 +38,7 @@ from tidegate.counters.redis import heartbeat
 from tidegate.counters.redis.store import RedisCounters
 from tidegate.decision import Decision
 from tidegate.errors import StoreUnavailable
-from tidegate.latency import LatencyTally
+from tidegate.latency import LatencyHistogram
 from tidegate.policy.limits import Algorithm, LimitSet, OnFailure
 
 logger = logging.getLogger(__name__)
@@ -83,7 +83,7 @@ class GuardedCounters:
         self.instances = self.options.min_instances
         self.degraded: dict[str, int] = {}
         """Decisions made without the store, by reason."""
-        self.latency = LatencyTally()
+        self.latency = LatencyHistogram()
         """Of calls to the store that were answered, or given up at their deadline."""
         self.denials = DenialMemory()
         self._breakers = Breakers(store, self.options.breaker)
@@ -128,7 +128,7 @@ class GuardedCounters:
         await self.store.start()
         self._loop = asyncio.get_running_loop()
 
-    async def charge(self, charges: Sequence[Charge]) -> Sequence[Outcome]:
+    async def charge(self, charges: Sequence[Charge]) -> Sequence[ChargeOutcome]:
         """See `CounterStore.charge`."""
         if self._loop is not asyncio.get_running_loop():
             await self.start()
@@ -216,8 +216,8 @@ class GuardedCounters:
 
     # Many, or in trouble.
 
-    async def _charge_many(self, charges: Sequence[Charge]) -> list[Outcome]:
-        answers: list[Outcome | None] = [None] * len(charges)
+    async def _charge_many(self, charges: Sequence[Charge]) -> list[ChargeOutcome]:
+        answers: list[ChargeOutcome | None] = [None] * len(charges)
         asked_ns = time.monotonic_ns()
         asked_us = asked_ns // 1000
         now = asked_us / 1e6
@@ -253,7 +253,7 @@ class GuardedCounters:
         return [answer for answer in answers if answer is not None]
 
     async def _settle_first(
-        self, charges: Sequence[Charge], places: list[int], answers: list[Outcome | None], asked_us: int
+        self, charges: Sequence[Charge], places: list[int], answers: list[ChargeOutcome | None], asked_us: int
     ) -> list[int]:
         """Put back what the subjects of some charges owe, before these are asked. Gives the places left to ask."""
         counters = [counter for place in places for counter in charges[place].counters]
@@ -290,7 +290,7 @@ class GuardedCounters:
     def _shards(self, charge: Charge) -> list[str]:
         return list({self.store.shard_of(subject) for _, subject in charge.counters})
 
-    def _failed(self, charge: Charge, error: StoreUnavailable, asked_us: int) -> Outcome:
+    def _failed(self, charge: Charge, error: StoreUnavailable, asked_us: int) -> ChargeOutcome:
         """A call failed: the breaker of the shard that failed counts it, and the rule's fallback answers."""
         if isinstance(error, LateAnswer):
             return self._decide_at_deadline(charge, error, asked_us)
@@ -306,7 +306,7 @@ class GuardedCounters:
             self._breakers.release([shard for shard in shards if shard != failed])
         return self._fallback(charge, reason, error)
 
-    def _decide_uncharged(self, charge: Charge, reason: str, error: StoreUnavailable) -> Outcome:
+    def _decide_uncharged(self, charge: Charge, reason: str, error: StoreUnavailable) -> ChargeOutcome:
         """The deadline passed before a shard that is not away could charge: admit as for a late answer, and owe it."""
         if self.breakers:
             self._breakers.release(self._shards(charge))
@@ -319,7 +319,7 @@ class GuardedCounters:
         share = self._local.charge(Charge(charge.counters, 0), self.instances)
         return msgspec.structs.replace(share, allowed=False, remaining=0, retry_after_us=RETRY_US)
 
-    def _decide_at_deadline(self, charge: Charge, late: LateAnswer, asked_us: int) -> Outcome:
+    def _decide_at_deadline(self, charge: Charge, late: LateAnswer, asked_us: int) -> ChargeOutcome:
         """The shard has not answered yet: admit what it will most probably have charged, and see what it says."""
         if self.breakers:
             self._breakers.release(self._shards(charge))
@@ -355,7 +355,7 @@ class GuardedCounters:
         own = charge.counters[0][0].on_failure
         return self.options.on_failure if own is OnFailure.DEFAULT else own
 
-    def _fallback(self, charge: Charge, reason: str, error: StoreUnavailable | None = None) -> Outcome:
+    def _fallback(self, charge: Charge, reason: str, error: StoreUnavailable | None = None) -> ChargeOutcome:
         self.degraded[reason] = self.degraded.get(reason, 0) + 1
         limits = charge.counters[0][0]
         on_failure = self._on_failure(charge)

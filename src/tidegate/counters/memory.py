@@ -49,7 +49,7 @@ def store_clock() -> Callable[[], int]:
     return lambda: (monotonic_ns() + offset) // 1000
 
 
-class _Plan:
+class _CompiledLimits:
     """What was prepared for one `LimitSet`."""
 
     __slots__ = ("decide", "elders", "expires_at", "fresh", "limits", "logs", "only", "token")
@@ -62,7 +62,7 @@ class _Plan:
         self.only = limits.limits[0] if len(limits.limits) == 1 else None
         self.fresh: tuple[Any, ...] = (None,) * len(limits.limits)
         self.logs = limits.algorithm is Algorithm.SLIDING_LOG
-        self.elders: list[_Plan] = []
+        self.elders: list[_CompiledLimits] = []
 
     def states_of(self, held: Any) -> tuple[Any, ...]:
         """The states of all limits in a stored value."""
@@ -108,8 +108,8 @@ class MemoryCounters:
         self.evicted = 0
         self._clock = clock or store_clock()
         self._shards: list[dict[str, Any]] = [{} for _ in range(_SHARDS)]
-        self._plans: dict[LimitSet, _Plan] = {}
-        self._newest: dict[str, _Plan] = {}
+        self._plans: dict[LimitSet, _CompiledLimits] = {}
+        self._newest: dict[str, _CompiledLimits] = {}
         self._tokens: dict[tuple[str, str], str] = {}
         self._by_name: dict[str, list[str]] = {}
         self._due: dict[int, list[str]] = {}
@@ -321,7 +321,7 @@ class MemoryCounters:
                 self._drop_or_move(key, now)
         return steps
 
-    def _prepare(self, limits: LimitSet) -> _Plan:
+    def _prepare(self, limits: LimitSet) -> _CompiledLimits:
         """The plan of a limit set. Sets that differ only in amounts share a token and so their counters."""
         known = self._plans.get(limits)
         if known is not None:
@@ -333,7 +333,7 @@ class MemoryCounters:
             self._by_name.setdefault(limits.name, []).append(token)
         if len(self._plans) >= _PLANS_KEPT:
             self._plans.clear()
-        plan = self._plans[limits] = self._newest[token] = _Plan(limits, token)
+        plan = self._plans[limits] = self._newest[token] = _CompiledLimits(limits, token)
         # Sets of the same name with other windows: their counters are looked at when a subject is new under this one.
         for other in self._by_name[limits.name]:
             if other != token:
@@ -344,7 +344,7 @@ class MemoryCounters:
                 elders.append(plan)
         return plan
 
-    def _inherit(self, plan: _Plan, subject: str) -> Any:
+    def _inherit(self, plan: _CompiledLimits, subject: str) -> Any:
         """Carry over what a subject consumed under the same name while the rule had other windows beside the shared ones."""
         for elder in plan.elders:
             held = self._shards[hash(elder.token + subject) & 255].get(elder.token + subject)
@@ -366,7 +366,7 @@ class MemoryCounters:
                 return value
         return None
 
-    def _tidy(self, plan: _Plan, shard: dict[str, Any], key: str, now: int) -> None:
+    def _tidy(self, plan: _CompiledLimits, shard: dict[str, Any], key: str, now: int) -> None:
         """Drop a log's expired entries, where they are many, though nothing is charged."""
         held = shard.get(key)
         if not held:
@@ -382,7 +382,7 @@ class MemoryCounters:
         )
         self._log_entries += plan.entries(kept) - plan.entries(held)
 
-    def _empty(self, plan: _Plan, subject: str) -> None:
+    def _empty(self, plan: _CompiledLimits, subject: str) -> None:
         key = plan.token + subject
         shard = self._shards[hash(key) & 255]
         held = shard.get(key)
@@ -420,7 +420,7 @@ class MemoryCounters:
             self._next_due = self._ends[0] if self._ends else 1 << 62
         return key
 
-    def _look_up(self, key: str) -> tuple[_Plan, dict[str, Any], Any]:
+    def _look_up(self, key: str) -> tuple[_CompiledLimits, dict[str, Any], Any]:
         """The plan, the shard and the stored value of a filed key."""
         shard = self._shards[hash(key) & 255]
         return self._newest[key[: key.index(":") + 1]], shard, shard[key]
@@ -434,7 +434,7 @@ class MemoryCounters:
         else:
             self._drop(plan, shard, key, held)
 
-    def _drop(self, plan: _Plan, shard: dict[str, Any], key: str, held: Any) -> None:
+    def _drop(self, plan: _CompiledLimits, shard: dict[str, Any], key: str, held: Any) -> None:
         del shard[key]
         self._held -= 1
         if held:

@@ -21,7 +21,7 @@ from tidegate.policy.limits import Algorithm, LimitSet
 
 logger = logging.getLogger(__name__)
 
-_AT_ONCE: Final = 200
+_BATCH_SIZE: Final = 200
 _BREAKERS_KEPT: Final = 1000
 
 
@@ -226,13 +226,13 @@ class Debts:
         left = len(self._local.owed)
         while left > 0:
             some = []
-            for limits, subject in self._local.oldest(min(_AT_ONCE, left)):
+            for limits, subject in self._local.oldest(min(_BATCH_SIZE, left)):
                 breaker = self._breakers.get(self._store.shard_of(subject))
                 if breaker is None or breaker.state is BreakerState.CLOSED:
                     some.append((limits, subject))
                 else:
                     self._local.defer(limits, subject)
-            left -= _AT_ONCE
+            left -= _BATCH_SIZE
             await self.put_back_of(some)
             # A long debt must not keep checks and heartbeats from their turns.
             await asyncio.sleep(0)

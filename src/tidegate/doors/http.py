@@ -23,9 +23,9 @@ from tidegate.doors.refusals import (
     IDENTITY,
     BodyTooSlow,
     HeadersTooLarge,
+    InternalError,
     MethodNotAllowed,
     NotFound,
-    Unforeseen,
     UnsupportedEncoding,
     unsupported_encoding,
 )
@@ -68,7 +68,7 @@ With `path_prefix` Envoy appends the path of the request: what follows is decide
 _JSON: Final = ("content-type", "application/json")
 
 
-class Page(msgspec.Struct, frozen=True):
+class Response(msgspec.Struct, frozen=True):
     """An answer that no check is behind: health, metrics, OpenAPI.
 
     Args:
@@ -116,7 +116,7 @@ class DataPlane:
     def __init__(
         self,
         gate: Gate,
-        pages: Mapping[str, Callable[[], Awaitable[Page]]],
+        pages: Mapping[str, Callable[[], Awaitable[Response]]],
         observe: Observer | None = None,
         trusted: TrustedProxies | None = None,
         body_timeout_s: float = BODY_TIMEOUT_S,
@@ -167,7 +167,7 @@ class DataPlane:
             self._refuse(scope, proto, error)
         except Exception:
             logger.exception("a request met a fault that nobody foresaw")
-            self._refuse(scope, proto, Unforeseen(f"this request met a fault of the limiter: its log tells of {request.id}"))
+            self._refuse(scope, proto, InternalError(f"this request met a fault of the limiter: its log tells of {request.id}"))
         finally:
             self.in_flight -= 1
             self.answered += 1

@@ -4,7 +4,7 @@ What arrives in one turn of the event loop is parsed first, then decided, then w
 processor's caches. `Connection` is one connection; this module has what they share.
 
 Above `max_connections` the connection that has waited longest without a request makes room. Where every one is being answered,
-up to `RESERVED` more are accepted for probes (health, metrics) alone, so that an overloaded instance can still be watched.
+up to `RESERVED` more are accepted for probes (health, metrics) alone, so that an overloaded instance can still be probed.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any, Final
 
 from tidegate.doors.http_connection import Connection
 from tidegate.doors.http_exchange import Exchange
-from tidegate.doors.refusals import Unforeseen
+from tidegate.doors.refusals import InternalError
 from tidegate.time_slice import TimeSlice
 
 logger = logging.getLogger(__name__)
@@ -157,7 +157,7 @@ class HttpServer:
         except Exception:
             logger.exception("unhandled exception while a request was answered")
         if not exchange.answered:
-            exchange.refuse(Unforeseen("internal error of the limiter: see its log"))
+            exchange.refuse(InternalError("internal error of the limiter: see its log"))
 
     # -- what connections say -----------------------------------------------------------------------------------------------
 

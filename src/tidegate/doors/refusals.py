@@ -50,7 +50,7 @@ class HeadersTooLarge(TidegateError):
     status = 431
 
 
-class Unforeseen(TidegateError):
+class InternalError(TidegateError):
     """A fault of ours; the log says more."""
 
     code = "INTERNAL"

@@ -11,12 +11,12 @@ from collections.abc import Sequence
 
 import msgspec
 
-from tidegate.counters import Charge, CounterStore, Outcome
+from tidegate.counters import Charge, ChargeOutcome, CounterStore
 from tidegate.decision import Decision
 from tidegate.errors import TidegateError
 
 
-class Plan(msgspec.Struct, frozen=True, gc=False):
+class CheckPlan(msgspec.Struct, frozen=True, gc=False):
     """What one check comes to before anything is charged.
 
     Args:
@@ -33,21 +33,21 @@ class Plan(msgspec.Struct, frozen=True, gc=False):
         return self.answer is None
 
 
-class Settled(msgspec.Struct, frozen=True, gc=False):
+class ChargeResult(msgspec.Struct, frozen=True, gc=False):
     """What became of one plan.
 
     Args:
         outcome: the answer, or why there is none.
-        watched: what its shadow rules would have said; empty where they were not asked.
+        shadow_outcomes: what its shadow rules would have said; empty where they were not asked.
         charged: whether its charges were put to the store.
     """
 
-    outcome: Outcome | TidegateError
-    watched: Sequence[Outcome] = ()
+    outcome: ChargeOutcome | TidegateError
+    shadow_outcomes: Sequence[ChargeOutcome] = ()
     charged: bool = True
 
 
-async def charge_each(counters: CounterStore, plans: Sequence[Plan | TidegateError]) -> list[Settled]:
+async def charge_independently(counters: CounterStore, plans: Sequence[CheckPlan | TidegateError]) -> list[ChargeResult]:
     """Decide plans each on its own, in order, with one call to the store.
 
     Args:
@@ -57,21 +57,21 @@ async def charge_each(counters: CounterStore, plans: Sequence[Plan | TidegateErr
     Returns:
         For each what became of it.
     """
-    charges = [charge for plan in plans if isinstance(plan, Plan) for charge in plan.charges]
+    charges = [charge for plan in plans if isinstance(plan, CheckPlan) for charge in plan.charges]
     charged = await counters.charge(charges) if charges else ()
-    settled: list[Settled] = []
+    settled: list[ChargeResult] = []
     at = 0
     for plan in plans:
         if isinstance(plan, TidegateError):
-            settled.append(Settled(plan))
+            settled.append(ChargeResult(plan))
             continue
         own = charged[at : at + len(plan.charges)]
         at += len(plan.charges)
-        settled.append(Settled(own[0], own[1:]) if plan.answer is None else Settled(plan.answer, own))
+        settled.append(ChargeResult(own[0], own[1:]) if plan.answer is None else ChargeResult(plan.answer, own))
     return settled
 
 
-async def charge_together(counters: CounterStore, plans: Sequence[Plan | TidegateError]) -> list[Settled]:
+async def charge_all_or_none(counters: CounterStore, plans: Sequence[CheckPlan | TidegateError]) -> list[ChargeResult]:
     """Charge plans all, or none of them where one is denied. Costs a second call to the store where several have to be counted.
 
     Args:
@@ -82,41 +82,41 @@ async def charge_together(counters: CounterStore, plans: Sequence[Plan | Tidegat
         For each what became of it: where the request is denied, those that would have passed by themselves tell what is left to
         them, and were not charged.
     """
-    deciding = [number for number, plan in enumerate(plans) if isinstance(plan, Plan) and plan.decides]
+    deciding = [number for number, plan in enumerate(plans) if isinstance(plan, CheckPlan) and plan.decides]
     refused = any(isinstance(plan, TidegateError) or (plan.answer is not None and not plan.answer.allowed) for plan in plans)
     if not refused and len(deciding) < 2:
-        return await charge_each(counters, plans)
+        return await charge_independently(counters, plans)
     looked = await counters.charge([_look(plans[number]) for number in deciding]) if deciding else ()
     seen = dict(zip(deciding, looked, strict=True))
     short = [number for number, outcome in seen.items() if not _fits(outcome, plans[number])]
     if not refused and not short:
-        return await charge_each(counters, plans)
+        return await charge_independently(counters, plans)
     # Those that do not fit are asked in earnest: a denial charges nothing, and says when to come again.
-    asked = dict(zip(short, await charge_each(counters, [plans[number] for number in short]), strict=True))
+    asked = dict(zip(short, await charge_independently(counters, [plans[number] for number in short]), strict=True))
     if not refused and all(_passed(settled) for settled in asked.values()):
         # A window has ended since the look.
         rest = [number for number in range(len(plans)) if number not in asked]
-        asked |= dict(zip(rest, await charge_each(counters, [plans[number] for number in rest]), strict=True))
+        asked |= dict(zip(rest, await charge_independently(counters, [plans[number] for number in rest]), strict=True))
     return [asked[number] if number in asked else _uncharged(plan, seen.get(number)) for number, plan in enumerate(plans)]
 
 
-def _look(plan: Plan | TidegateError) -> Charge:
-    assert isinstance(plan, Plan)
+def _look(plan: CheckPlan | TidegateError) -> Charge:
+    assert isinstance(plan, CheckPlan)
     return Charge(plan.charges[0].counters, 0)
 
 
-def _fits(outcome: Outcome, plan: Plan | TidegateError) -> bool:
-    assert isinstance(plan, Plan)
+def _fits(outcome: ChargeOutcome, plan: CheckPlan | TidegateError) -> bool:
+    assert isinstance(plan, CheckPlan)
     return isinstance(outcome, Decision) and (outcome.remaining is None or outcome.remaining >= plan.charges[0].cost)
 
 
-def _passed(settled: Settled) -> bool:
+def _passed(settled: ChargeResult) -> bool:
     return isinstance(settled.outcome, Decision) and settled.outcome.allowed
 
 
-def _uncharged(plan: Plan | TidegateError, seen: Outcome | None) -> Settled:
+def _uncharged(plan: CheckPlan | TidegateError, seen: ChargeOutcome | None) -> ChargeResult:
     if isinstance(plan, TidegateError):
-        return Settled(plan)
+        return ChargeResult(plan)
     outcome = plan.answer if plan.answer is not None else seen
     assert outcome is not None
-    return Settled(outcome, charged=False)
+    return ChargeResult(outcome, charged=False)

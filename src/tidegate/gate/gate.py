@@ -11,11 +11,11 @@ import msgspec
 
 from tidegate.catalog.cache_level import Caller
 from tidegate.catalog.cached import CachedCatalog
-from tidegate.counters import Charge, CounterStore, Outcome
+from tidegate.counters import Charge, ChargeOutcome, CounterStore
 from tidegate.decision import MAX_COST, Check, Decision, Observation, RuleUsage, Usage, client_of, clip, ipv6_client
 from tidegate.errors import BadRequest, MissingApiKey, StoreUnavailable, TidegateError
 from tidegate.gate.callers import LOOKUP_TIMEOUT_S, CallerLookup
-from tidegate.gate.charging import Plan, Settled, charge_each, charge_together
+from tidegate.gate.charging import ChargeResult, CheckPlan, charge_all_or_none, charge_independently
 from tidegate.gate.usage import peek
 from tidegate.policy.limits import LimitSet
 from tidegate.policy.matching import CompiledRule, CompiledTier, counted_by, subject_of
@@ -27,7 +27,7 @@ Observer: TypeAlias = Callable[[Observation], None]
 MAX_USAGE_RULES: Final = 1000
 """Most rules that one question for usage looks at: as many as a batch has checks."""
 
-_RESET_AT_ONCE: Final = 1000
+_RESET_BATCH_SIZE: Final = 1000
 
 
 class DescriptorCheck(msgspec.Struct, frozen=True, gc=False):
@@ -116,11 +116,11 @@ class Gate:
         """
         started_ns = time.perf_counter_ns()
         plans = [plan for plan in await self.plan_many(checks) if plan is not None]
-        settled = await charge_each(self.counters, plans)
+        settled = await charge_independently(self.counters, plans)
         self._tell_all(plans, settled, started_ns)
         return [each.outcome for each in settled]
 
-    async def decide(self, plans: Sequence[Plan | TidegateError], whole: bool = True) -> list[Settled]:
+    async def decide(self, plans: Sequence[CheckPlan | TidegateError], whole: bool = True) -> list[ChargeResult]:
         """Decide the checks of one request.
 
         Args:
@@ -131,7 +131,7 @@ class Gate:
             For each what became of it.
         """
         started_ns = time.perf_counter_ns()
-        settled = await (charge_together if whole else charge_each)(self.counters, plans)
+        settled = await (charge_all_or_none if whole else charge_independently)(self.counters, plans)
         self._tell_all(plans, settled, started_ns)
         return settled
 
@@ -215,8 +215,8 @@ class Gate:
             if compiled is None:
                 raise BadRequest(f"there is no tier {clip(tier)}: see 'tidegate tiers'", field="tier")
             counters = [(rule.limits, f"t:{tier}") for rule in compiled.rules if rule.subject is Subject.TIER]
-        for start in range(0, len(counters), _RESET_AT_ONCE):
-            await self.counters.reset(counters[start : start + _RESET_AT_ONCE])
+        for start in range(0, len(counters), _RESET_BATCH_SIZE):
+            await self.counters.reset(counters[start : start + _RESET_BATCH_SIZE])
             # A store in memory never suspends: without this, many tiers would stop all checks until the last is through.
             await asyncio.sleep(0)
         return len(counters)
@@ -241,18 +241,18 @@ class Gate:
     async def __aexit__(self, *_: object) -> None:
         await self.close()
 
-    def _tell_all(self, plans: Sequence[Plan | TidegateError], settled: Sequence[Settled], started_ns: int) -> None:
+    def _tell_all(self, plans: Sequence[CheckPlan | TidegateError], settled: Sequence[ChargeResult], started_ns: int) -> None:
         share_ns = (time.perf_counter_ns() - started_ns) // max(len(plans), 1)
         for plan, each in zip(plans, settled, strict=True):
             if isinstance(plan, TidegateError):
                 self._tell_error(plan, share_ns)
             elif each.charged and not isinstance(each.outcome, TidegateError):
-                charged = each.watched if plan.answer is not None else (each.outcome, *each.watched)
+                charged = each.shadow_outcomes if plan.answer is not None else (each.outcome, *each.shadow_outcomes)
                 self._tell(plan, charged, share_ns)
             elif isinstance(each.outcome, StoreUnavailable):
                 self._tell_error(each.outcome, share_ns)
 
-    def _tell(self, plan: Plan, charged: Sequence[Outcome], latency_ns: int) -> Outcome:
+    def _tell(self, plan: CheckPlan, charged: Sequence[ChargeOutcome], latency_ns: int) -> ChargeOutcome:
         """Tell telemetry what was decided; returns it."""
         answer = plan.answer
         decision = charged[0] if answer is None else answer
@@ -262,9 +262,11 @@ class Gate:
         if self._observe is not None:
             shadow_denied: tuple[str, ...] = ()
             if len(charged) > 1 or answer is not None:
-                watched = charged[1:] if answer is None else charged
+                shadow_outcomes = charged[1:] if answer is None else charged
                 # What a shadow rule could not be asked about, it would not have denied.
-                shadow_denied = tuple(each.rule or "" for each in watched if isinstance(each, Decision) and not each.allowed)
+                shadow_denied = tuple(
+                    each.rule or "" for each in shadow_outcomes if isinstance(each, Decision) and not each.allowed
+                )
             subject: str | None = None
             denied_by: LimitSet | None = None
             if answer is None:
@@ -283,7 +285,7 @@ class Gate:
             self._observe(Observation(None, error.code, latency_ns))
         return error
 
-    async def plan(self, check: Check) -> Plan:
+    async def plan(self, check: Check) -> CheckPlan:
         """Find out whose limits a check is held against; charges nothing.
 
         Args:
@@ -300,12 +302,12 @@ class Gate:
             ip = ipv6_client(ip)
         return self._plan_of(check, await self._caller(check.api_key, ip), ip)
 
-    def _plan_of(self, check: Check, caller: Caller, ip: str | None) -> Plan:
+    def _plan_of(self, check: Check, caller: Caller, ip: str | None) -> CheckPlan:
         tier = caller.tier
         subject = caller.subject
         rule = tier.match(check.method, check.path)
-        watchers = tier.watchers(check.method, check.path)
-        if not subject and (rule is not None or tier.limits is not None or watchers):
+        shadow_rules = tier.shadow_rules(check.method, check.path)
+        if not subject and (rule is not None or tier.limits is not None or shadow_rules):
             if ip is None:
                 raise _ip_needed(check, "a check without an API key is counted by ip")
             subject = f"i:{ip}"
@@ -318,14 +320,14 @@ class Gate:
         if tier.limits is not None:
             counters.append((tier.limits, subject))
         charges = [Charge(tuple(counters), check.cost)] if counters else []
-        for watcher in watchers:
+        for watcher in shadow_rules:
             counted = subject_of(watcher.subject, subject, ip, tier.tier.name)
             # A shadow rule that cannot be counted must not block the check that it only watches.
             if counted is not None:
                 charges.append(Charge(((watcher.limits, counted),), check.cost))
-        return Plan(None if counters else Decision(True, open_tier=tier.tier.name), charges)
+        return CheckPlan(None if counters else Decision(True, unlimited_tier=tier.tier.name), charges)
 
-    async def plan_many(self, asked: Sequence[Check | DescriptorCheck]) -> list[Plan | TidegateError | None]:
+    async def plan_many(self, asked: Sequence[Check | DescriptorCheck]) -> list[CheckPlan | TidegateError | None]:
         """Find out what each check of one request is held against; charges nothing.
 
         Callers that are not cached are looked up side by side, within `lookup_timeout_s` for all of them; other requests get
@@ -340,7 +342,7 @@ class Gate:
         clients = [ipv6_client(each.ip) if each.ip is not None and ":" in each.ip else each.ip for each in asked]
         pairs = [(each.api_key, None if each.api_key is None else client) for each, client in zip(asked, clients, strict=True)]
         callers = await self._callers.find_all(pairs)
-        plans: list[Plan | TidegateError | None] = []
+        plans: list[CheckPlan | TidegateError | None] = []
         slice_ = TimeSlice()
         for each, client, pair in zip(asked, clients, pairs, strict=True):
             if slice_.over:
@@ -356,7 +358,7 @@ class Gate:
         return plans
 
 
-def _plan_of_descriptor(check: DescriptorCheck, caller: Caller | TidegateError) -> Plan | None:
+def _plan_of_descriptor(check: DescriptorCheck, caller: Caller | TidegateError) -> CheckPlan | None:
     """What a descriptor without a path is held against; None where nothing limits it."""
     if isinstance(caller, TidegateError):
         raise caller
@@ -368,12 +370,12 @@ def _plan_of_descriptor(check: DescriptorCheck, caller: Caller | TidegateError) 
         for each in caller.tier.match_entries(entries)
     ]
     enforced = next((charge for mode, charge in charges if mode is Mode.ENFORCE), None)
-    watched = [charge for mode, charge in charges if mode is Mode.SHADOW]
-    if enforced is None and not watched:
+    shadow_outcomes = [charge for mode, charge in charges if mode is Mode.SHADOW]
+    if enforced is None and not shadow_outcomes:
         return None
     if enforced is None:
-        return Plan(Decision(True, open_tier=caller.tier.tier.name), watched)
-    return Plan(None, [enforced, *watched])
+        return CheckPlan(Decision(True, unlimited_tier=caller.tier.tier.name), shadow_outcomes)
+    return CheckPlan(None, [enforced, *shadow_outcomes])
 
 
 def _own_sets(tier: CompiledTier) -> list[LimitSet]:

@@ -11,7 +11,7 @@ from tidegate.decision import Decision
 from tidegate.errors import StoreUnavailable
 from tidegate.policy.limits import LimitSet
 
-_WINDOWS_AT_ONCE: Final = 32
+_WINDOWS_BATCH_SIZE: Final = 32
 """Counters of several windows that are read at once: a thousand rules of sixteen windows must not hold up checks."""
 
 Seen = tuple[Decision, tuple[Decision, ...]]
@@ -40,8 +40,8 @@ async def peek(store: CounterStore, counters: Sequence[tuple[LimitSet, str]]) ->
             seen.append((outcome, ()))
             if not outcome.degraded:
                 several.append(place)
-    for start in range(0, len(several), _WINDOWS_AT_ONCE):
-        places = several[start : start + _WINDOWS_AT_ONCE]
+    for start in range(0, len(several), _WINDOWS_BATCH_SIZE):
+        places = several[start : start + _WINDOWS_BATCH_SIZE]
         for place, windows in zip(places, await store.windows([counters[place] for place in places]), strict=True):
             seen[place] = (seen[place][0], () if windows is None else tuple(windows))
         # A store in memory never suspends.

@@ -146,7 +146,7 @@ class CompiledTier:
         """
         return tuple(each for each in self._described if each.matches(entries))
 
-    def watchers(self, method: str, path: str) -> tuple[CompiledRule, ...]:
+    def shadow_rules(self, method: str, path: str) -> tuple[CompiledRule, ...]:
         """All shadow rules that match, in no particular order.
 
         Args:

@@ -20,7 +20,7 @@ from tidegate.admin.rules import CatalogEditor
 from tidegate.admin.tokens import first_token
 from tidegate.background import SUPERVISOR, stop
 from tidegate.catalog.cached import CachedCatalog
-from tidegate.catalog.follower import Follower
+from tidegate.catalog.follower import CatalogFollower
 from tidegate.catalog.unknown_keys import UnknownKeyLimit
 from tidegate.counters import CounterStore
 from tidegate.counters.factory import open_counters
@@ -28,7 +28,7 @@ from tidegate.counters.guarded import GuardedCounters
 from tidegate.counters.memory import MemoryCounters
 from tidegate.decision import Observation
 from tidegate.doors.client_address import TrustedProxies
-from tidegate.doors.http import DataPlane, Page
+from tidegate.doors.http import DataPlane, Response
 from tidegate.doors.openapi import data_plane_openapi
 from tidegate.doors.responses import encode
 from tidegate.errors import CatalogError, PolicyError, SettingsError
@@ -167,7 +167,7 @@ class Instance:
             "rate_limiter_log_lines_suppressed", "Log lines left out because many of their kind came.", lines_suppressed
         )
         self.cached.changed(await source.changes(0))
-        self.follower = Follower(source, self.cached, settings.catalog.poll_s, channel)
+        self.follower = CatalogFollower(source, self.cached, settings.catalog.poll_s, channel)
         self._spawn("catalog_follower", self.follower.run)
         if isinstance(self.counters, MemoryCounters):
             self._spawn("memory_sweep", partial(_sweep, self.counters))
@@ -403,22 +403,22 @@ class Instance:
         self.metrics.policy_reload_errors += 1
         logger.error("[envoy] config is refused, what was in force stays: %s", error)
 
-    async def _health_page(self) -> Page:
+    async def _health_page(self) -> Response:
         report = await self.health.report()
-        return Page(200 if report.status == "healthy" else 503, "application/json", encode(report))
+        return Response(200 if report.status == "healthy" else 503, "application/json", encode(report))
 
-    async def _ready_page(self) -> Page:
+    async def _ready_page(self) -> Response:
         ready = not self.data_plane.draining
-        return Page(200 if ready else 503, "application/json", encode({"ready": ready, "draining": self.data_plane.draining}))
+        return Response(200 if ready else 503, "application/json", encode({"ready": ready, "draining": self.data_plane.draining}))
 
-    async def _live_page(self) -> Page:
-        return Page(200, "application/json", encode({"live": True}))
+    async def _live_page(self) -> Response:
+        return Response(200, "application/json", encode({"live": True}))
 
-    async def _metrics_page(self) -> Page:
-        return Page(200, _METRICS_TYPE, await self.exposition())
+    async def _metrics_page(self) -> Response:
+        return Response(200, _METRICS_TYPE, await self.exposition())
 
-    async def _openapi_page(self) -> Page:
-        return Page(200, "application/json", encode(data_plane_openapi()))
+    async def _openapi_page(self) -> Response:
+        return Response(200, "application/json", encode(data_plane_openapi()))
 
 
 def require_shared_counters(settings: Settings) -> None:

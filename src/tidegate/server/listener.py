@@ -24,7 +24,7 @@ _START_TIMEOUT_S: Final = 15.0
 _LOOK_S: Final = 0.005
 _OTHER_FILES: Final = 512
 """So many files and sockets are kept for what is not a connection of the data plane: databases, Redis, logs, the other doors."""
-_MOST_HEADER_BYTES: Final = 64 * 1024
+_MAX_HEADER_BYTES: Final = 64 * 1024
 """Beyond it the server itself answers 431, without the error form; up to it the data plane does, in its form."""
 
 
@@ -86,7 +86,7 @@ class AsgiListener:
             port=port,
             interface=Interfaces.ASGINL,
             http=HTTPModes.http1,
-            http1_settings=HTTP1Settings(header_read_timeout=round(header_timeout_s * 1000), max_buffer_size=_MOST_HEADER_BYTES),
+            http1_settings=HTTP1Settings(header_read_timeout=round(header_timeout_s * 1000), max_buffer_size=_MAX_HEADER_BYTES),
             websockets=False,
             backlog=1024,
             log_enabled=False,

@@ -26,18 +26,18 @@ from tidegate.errors import SettingsError
 from tidegate.server.addresses import admin_address, free_address, grpc_address
 from tidegate.server.instance import require_shared_counters
 from tidegate.server.run import reloading
-from tidegate.server.worker import HURRY, READY, SEAT_VARIABLE, Seat
+from tidegate.server.worker import READY, SKIP_DRAIN, SLOT_VARIABLE, WorkerSlot
 from tidegate.settings import Settings, join_address
 
 logger = logging.getLogger(__name__)
 
-LEAST_PAUSE_S: Final = 0.1
-MOST_PAUSE_S: Final = 5.0
+MIN_PAUSE_S: Final = 0.1
+MAX_PAUSE_S: Final = 5.0
 SETTLED_S: Final = 30.0
 """A worker that lived so long had started well: the next one may start at once."""
 GRACE_S: Final = 2.0
 """How long beyond drain_s a worker may take to end before it is killed."""
-_MOST_DIRECTORY_BYTES: Final = 90
+_MAX_DIRECTORY_BYTES: Final = 90
 """A socket's path has room for 104 bytes or more, on every system; its name in the directory takes 10."""
 
 
@@ -70,7 +70,7 @@ def supervise(settings: Settings, arguments: Sequence[str], ready: Callable[[str
     except OSError as error:
         raise SettingsError(f"workers need a directory for temporary files: {error.strerror}: set TMPDIR to one") from None
     with made as directory:
-        if len(os.fsencode(directory)) > _MOST_DIRECTORY_BYTES:
+        if len(os.fsencode(directory)) > _MAX_DIRECTORY_BYTES:
             raise SettingsError(f"the path {directory} is too long to hold a socket: set TMPDIR to a shorter one")
         return asyncio.run(_Supervisor(settings, arguments, taken, directory, ready).run())
 
@@ -94,11 +94,11 @@ class _Worker:
     def start(self) -> None:
         ours, theirs = socket.socketpair()
         with theirs:
-            seat = Seat(self.number, theirs.fileno(), self._directory)
+            seat = WorkerSlot(self.number, theirs.fileno(), self._directory)
             try:
                 self._process = subprocess.Popen(
                     self._command,
-                    env={**self._environment, SEAT_VARIABLE: msgspec.json.encode(seat).decode()},
+                    env={**self._environment, SLOT_VARIABLE: msgspec.json.encode(seat).decode()},
                     stdin=subprocess.DEVNULL,
                     pass_fds=(theirs.fileno(),),
                     process_group=0,  # Ctrl-C in a terminal reaches the supervisor alone, which passes it on in order
@@ -131,7 +131,7 @@ class _Worker:
     def hurry(self) -> None:
         if self._channel is not None:
             with contextlib.suppress(OSError):  # it has ended
-                self._channel.send(HURRY)
+                self._channel.send(SKIP_DRAIN)
 
     async def _hear(self) -> bytes:
         if self._channel is None:
@@ -188,7 +188,7 @@ class _Supervisor:
         return 0
 
     async def _keep(self, worker: _Worker, runs: bool) -> None:
-        pause_s = LEAST_PAUSE_S
+        pause_s = MIN_PAUSE_S
         while not self._stop.is_set():
             started = time.monotonic()
             try:
@@ -203,11 +203,11 @@ class _Supervisor:
             if self._stop.is_set():
                 return
             if time.monotonic() - started >= SETTLED_S:
-                pause_s = LEAST_PAUSE_S
+                pause_s = MIN_PAUSE_S
             logger.warning("worker %d (pid %d) %s; another one starts in %.1f s", worker.number, worker.pid, said, pause_s)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._stop.wait(), pause_s)
-            pause_s = min(2 * pause_s, MOST_PAUSE_S)
+            pause_s = min(2 * pause_s, MAX_PAUSE_S)
 
     def _listens(self, worker: _Worker) -> None:
         logger.info("worker %d (pid %d) listens", worker.number, worker.pid)

@@ -33,15 +33,15 @@ from tidegate.telemetry.merge_workers import combine
 logger = logging.getLogger(__name__)
 
 ASK_TIMEOUT_S: Final = 0.5
-SEAT_VARIABLE: Final = "TIDEGATE_WORKER"
+SLOT_VARIABLE: Final = "TIDEGATE_WORKER"
 READY: Final = b"r"
 """What a worker says to the supervisor: it listens."""
-HURRY: Final = b"h"
+SKIP_DRAIN: Final = b"h"
 """What the supervisor says to a worker: its drain is to hurry."""
 _END: Final = b"# EOF\n"
 
 
-class Seat(msgspec.Struct, frozen=True):
+class WorkerSlot(msgspec.Struct, frozen=True):
     """A worker's place among the workers of one supervisor.
 
     Args:
@@ -67,14 +67,14 @@ class Seat(msgspec.Struct, frozen=True):
         Raises:
             SettingsError: if the variable was set by somebody else.
         """
-        text = environment.pop(SEAT_VARIABLE, None)
+        text = environment.pop(SLOT_VARIABLE, None)
         if text is None:
             return None
         try:
             seat = msgspec.json.decode(text, type=cls)
             os.set_inheritable(seat.channel, False)
         except (msgspec.DecodeError, OSError):
-            raise SettingsError(f"the variable {SEAT_VARIABLE} is for the workers that tidegate starts: unset it") from None
+            raise SettingsError(f"the variable {SLOT_VARIABLE} is for the workers that tidegate starts: unset it") from None
         return seat
 
     def path(self, ending: str, number: int | None = None) -> Path:
@@ -90,7 +90,7 @@ class Seat(msgspec.Struct, frozen=True):
         return Path(self.directory, f"{number or self.number}.{ending}")
 
 
-class Tally:
+class WorkerMetrics:
     """What a worker tells of its own counts, and what it gathers from the others.
 
     Args:
@@ -99,7 +99,7 @@ class Tally:
         live: gives this process's exposition.
     """
 
-    def __init__(self, seat: Seat, workers: int, live: Callable[[], Awaitable[bytes]]) -> None:
+    def __init__(self, seat: WorkerSlot, workers: int, live: Callable[[], Awaitable[bytes]]) -> None:
         self._seat = seat
         self._workers = workers
         self._live = live
@@ -174,7 +174,7 @@ async def _ask(path: Path) -> bytes | None:
     return text.removesuffix(_END) if text.endswith(_END) else None
 
 
-def work(settings: Settings, seat: Seat, ready: Callable[[Instance], None]) -> None:
+def work(settings: Settings, seat: WorkerSlot, ready: Callable[[Instance], None]) -> None:
     """Run a worker until SIGTERM, SIGINT, or the end of its supervisor.
 
     Args:
@@ -188,7 +188,7 @@ def work(settings: Settings, seat: Seat, ready: Callable[[Instance], None]) -> N
     uvloop.run(_work(settings, seat, ready))
 
 
-async def _work(settings: Settings, seat: Seat, ready: Callable[[Instance], None]) -> None:
+async def _work(settings: Settings, seat: WorkerSlot, ready: Callable[[Instance], None]) -> None:
     loop = asyncio.get_running_loop()
     stop, hurry = asyncio.Event(), asyncio.Event()
     with socket.socket(fileno=seat.channel) as channel:
@@ -215,7 +215,7 @@ async def _work(settings: Settings, seat: Seat, ready: Callable[[Instance], None
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stop.set)
         instance = Instance(settings, shares_port=True)
-        tally = Tally(seat, settings.server.workers, instance.metrics.exposition)
+        tally = WorkerMetrics(seat, settings.server.workers, instance.metrics.exposition)
         instance.exposition = tally.gather
         with reloading(instance.reload):
             if not await started(instance, stop):
@@ -234,7 +234,7 @@ async def _work(settings: Settings, seat: Seat, ready: Callable[[Instance], None
             _forget(seat)
 
 
-def _forget(seat: Seat) -> None:
+def _forget(seat: WorkerSlot) -> None:
     """Remove what a killed supervisor can no longer remove; the last worker removes the directory."""
     for ending in ("sock", "prom", "new"):
         seat.path(ending).unlink(missing_ok=True)

@@ -17,7 +17,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from tidegate.decision import Observation
-from tidegate.latency import BUCKETS_S, LatencyTally
+from tidegate.latency import BUCKETS_S, LatencyHistogram
 
 MAX_RULE_LABELS: Final = 1000
 """Most rules that are told apart, and most tiers; the others are counted together."""
@@ -58,14 +58,14 @@ class Metrics:
         self.policy_valid = True
         self.errors: dict[str, int] = {}
         self.shadow_blocked: dict[str, int] = {}
-        self.latency = LatencyTally()
+        self.latency = LatencyHistogram()
         # By tier and rule: allowed, blocked. By tier: allowed near the limit.
         self._by_rule: dict[tuple[str | None, str | None], list[int]] = {}
         self._near: dict[str, int] = {}
         self._gauges: list[tuple[str, str, Callable[[], float]]] = []
         self._counters: list[tuple[str, str, Callable[[], float]]] = []
         self._labelled: list[tuple[str, str, str, Callable[[], Mapping[str, float]], bool]] = []
-        self._histograms: list[tuple[str, str, LatencyTally]] = [
+        self._histograms: list[tuple[str, str, LatencyHistogram]] = [
             ("rate_limiter_latency_seconds", "Time from a check's arrival at the gate to its decision.", self.latency)
         ]
         self._error_sources: list[Callable[[], Iterable[tuple[str, int]]]] = []
@@ -154,7 +154,7 @@ class Metrics:
         """
         self._labelled.append((name, text, label, read, True))
 
-    def add_histogram(self, name: str, text: str, tally: LatencyTally) -> None:
+    def add_histogram(self, name: str, text: str, tally: LatencyHistogram) -> None:
         """Collect durations that somebody else counts.
 
         Args:
@@ -257,7 +257,7 @@ class Metrics:
             yield family
 
 
-def _histogram(name: str, text: str, tally: LatencyTally) -> HistogramMetricFamily:
+def _histogram(name: str, text: str, tally: LatencyHistogram) -> HistogramMetricFamily:
     family = HistogramMetricFamily(name, text)
     total = 0
     buckets: list[tuple[str, float]] = []

@@ -16,7 +16,7 @@ from contextvars import ContextVar
 from typing import Final
 
 from tidegate._version import __version__
-from tidegate.counters import Charge, CounterStore, Outcome
+from tidegate.counters import Charge, ChargeOutcome, CounterStore
 from tidegate.decision import Decision, Observation
 from tidegate.errors import SettingsError
 from tidegate.policy.limits import LimitSet
@@ -128,7 +128,7 @@ class _Noted:
     def __init__(self, store: CounterStore) -> None:
         self._store = store
 
-    async def charge(self, charges: Sequence[Charge]) -> Sequence[Outcome]:
+    async def charge(self, charges: Sequence[Charge]) -> Sequence[ChargeOutcome]:
         started_ns = time.time_ns()
         try:
             return await self._store.charge(charges)

@@ -23,8 +23,8 @@ from tidegate.violations.space_saving import SpaceSaving
 from tidegate.violations.storage import (
     MAX_ROWS,
     OTHERS,
-    OutcomeUnknown,
     ViolationKey,
+    WriteUnconfirmed,
     keep_violations,
     write_violations,
 )
@@ -43,7 +43,7 @@ _KEEP_AGAIN_S: Final = 60.0
 _AGAIN_S: Final = 0.1
 _CANCEL_S: Final = 0.2
 _JITTER: Final = 0.1
-_AT_ONCE: Final = 500
+_BATCH_SIZE: Final = 500
 """So many rows are looked at before checks get their turn, about 0.5 ms."""
 
 _T = TypeVar("_T")
@@ -258,7 +258,7 @@ class ViolationWriter:
             rows = [(key, self._waiting[key]) for key in keys[start : start + MAX_ROWS]]
             try:
                 await write_violations(self._database, rows)
-            except OutcomeUnknown as error:
+            except WriteUnconfirmed as error:
                 self._dropped += self._forget(rows)
                 self._failed(error)
                 return
@@ -333,7 +333,7 @@ async def _in_turns(items: Iterable[_T]) -> AsyncIterator[_T]:
     """All items; after every few, checks get their turn."""
     for number, item in enumerate(items, 1):
         yield item
-        if number % _AT_ONCE == 0:
+        if number % _BATCH_SIZE == 0:
             await asyncio.sleep(0)
 
 

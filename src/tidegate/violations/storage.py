@@ -41,16 +41,16 @@ DAYS_AHEAD: Final = 3
 _DAY_US: Final = 86_400_000_000
 _LOCK: Final = 0x7669_6F6C_6174_696F
 """Names the lock of whoever keeps the violations: "violatio" in ASCII."""
-_MOST_MOVED: Final = 100_000
+_MAX_MOVED: Final = 100_000
 """Moving so many rows takes about a second, in which nobody reads or writes them."""
-_DELETED_AT_ONCE: Final = 5_000
+_DELETE_BATCH_SIZE: Final = 5_000
 _PARTITION: Final = re.compile(r"rate_limit_violations_\d{8}", re.ASCII)
 _SQL: Final = load_statements("tidegate.violations", "storage.sql")
 _TEXTS: Final = [cast("String", rate_limit_violations.c[name].type).length or 0 for name in ("tier", "rule", "subject")]
 """How many characters each text may have."""
 
 
-class OutcomeUnknown(CatalogUnavailable):
+class WriteUnconfirmed(CatalogUnavailable):
     """The database went away before it said whether rows were written."""
 
 
@@ -67,7 +67,7 @@ async def write_violations(database: Database, rows: Iterable[tuple[ViolationKey
             Texts that a column cannot hold are clipped, and stay apart.
 
     Raises:
-        OutcomeUnknown: if it is not known whether they were written: writing them again might count them twice.
+        WriteUnconfirmed: if it is not known whether they were written: writing them again might count them twice.
         CatalogUnavailable: if the database does not take them; none was written.
     """
     fitted = sorted((minute_us, *map(_fitted, texts, _TEXTS), blocked) for (minute_us, *texts), blocked in rows)
@@ -82,7 +82,7 @@ async def write_violations(database: Database, rows: Iterable[tuple[ViolationKey
                 committing = True
         except Exception as error:
             if committing:
-                raise OutcomeUnknown(f"{error}: the last rows may be there or not") from error
+                raise WriteUnconfirmed(f"{error}: the last rows may be there or not") from error
             # A day got its partition while its rows were on their way to the default one: now they find it, or the next day does.
             if not tries_left or not isinstance(error.__cause__, IntegrityError):
                 raise
@@ -176,9 +176,9 @@ async def _make_day(database: Database, day_us: int) -> None:
         # Looked at in our turn: another process may have made it a moment ago.
         if name in await _partitions(connection):
             return
-        held = (await connection.execute(text(_SQL["in_default"]), {**day, "most": _MOST_MOVED + 1})).scalar_one()
-        if held > _MOST_MOVED:
-            logger.warning("violations of %s stay in the default partition: there are more than %d", name[-8:], _MOST_MOVED)
+        held = (await connection.execute(text(_SQL["in_default"]), {**day, "most": _MAX_MOVED + 1})).scalar_one()
+        if held > _MAX_MOVED:
+            logger.warning("violations of %s stay in the default partition: there are more than %d", name[-8:], _MAX_MOVED)
             return
         for step in ("hold_parent", "hold_default", "make"):
             await connection.execute(text(_SQL[step].format(partition=name)))
@@ -195,10 +195,10 @@ async def _drop_day(database: Database, name: str) -> None:
 async def _delete_old(database: Database, before_us: int) -> None:
     """A few at a time, so that writers get their turn in between."""
     statement = text(_SQL[f"delete_{database.dialect}"])
-    deleted = _DELETED_AT_ONCE
-    while deleted == _DELETED_AT_ONCE:
+    deleted = _DELETE_BATCH_SIZE
+    while deleted == _DELETE_BATCH_SIZE:
         async with _turn(database) as connection:
-            result: CursorResult[Any] = await connection.execute(statement, {"before_us": before_us, "most": _DELETED_AT_ONCE})
+            result: CursorResult[Any] = await connection.execute(statement, {"before_us": before_us, "most": _DELETE_BATCH_SIZE})
             deleted = result.rowcount
 
 

@@ -23,7 +23,7 @@ MOST: Final = 500
 _V = TypeVar("_V")
 
 
-class Gathering(Generic[_V]):
+class BatchLoader(Generic[_V]):
     """Answers questions by name.
 
     Args:

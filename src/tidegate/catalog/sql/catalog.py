@@ -13,7 +13,7 @@ from sqlalchemy import RowMapping, bindparam, select, update
 
 from tidegate.catalog.changes import Changes
 from tidegate.catalog.sql import rows as policy_rows
-from tidegate.catalog.sql.batch_loader import Gathering
+from tidegate.catalog.sql.batch_loader import BatchLoader
 from tidegate.catalog.sql.change_log import read_changes
 from tidegate.catalog.sql.database import Database, DatabaseOptions
 from tidegate.catalog.sql.policy_file import Released, apply_file, release_file
@@ -42,7 +42,7 @@ class SqlCatalog:
 
     def __init__(self, database: Database) -> None:
         self.database = database
-        self._keys = Gathering(self._read_keys)
+        self._keys = BatchLoader(self._read_keys)
 
     @classmethod
     async def open(cls, url: str, options: DatabaseOptions | None = None) -> SqlCatalog:

@@ -14,17 +14,17 @@ from typing import Final
 from sqlalchemy import delete, insert, select, true
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from tidegate.catalog.changes import ALL, MOST_READ, NONE, Changes, Item
+from tidegate.catalog.changes import ALL, MAX_READ, NONE, Changes, Item
 from tidegate.catalog.sql.tables import catalog_changes, policy_state
 from tidegate.errors import CatalogUnavailable
 
-MOST_TOUCHED: Final = 500
+MAX_TOUCHED: Final = 500
 """A change that touches more things than that is logged as one that touches everything."""
 KEPT_MS: Final = 86_400_000
 """Versions are ms: rows older than a day are pruned by each change."""
 
 
-class Writing:
+class WriteTransaction:
     """A transaction that changes the catalog.
 
     Args:
@@ -54,7 +54,7 @@ class Writing:
     @property
     def items(self) -> list[Item]:
         """What was touched, as the log tells it."""
-        if self._touched is None or len(self._touched) > MOST_TOUCHED:
+        if self._touched is None or len(self._touched) > MAX_TOUCHED:
             return [(ALL, "")]
         return sorted(self._touched)
 
@@ -71,7 +71,7 @@ def no_state() -> CatalogUnavailable:
     return CatalogUnavailable("the catalog's database has no row in policy_state: restore a backup, or wait until it is restored")
 
 
-async def read_changes(connection: AsyncConnection, since: int, most: int = MOST_READ) -> Changes:
+async def read_changes(connection: AsyncConnection, since: int, most: int = MAX_READ) -> Changes:
     """Read what was touched since a version.
 
     Args:

@@ -22,7 +22,7 @@ from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 from sqlalchemy.pool import QueuePool, StaticPool
 
-from tidegate.catalog.sql.change_log import Writing, no_state
+from tidegate.catalog.sql.change_log import WriteTransaction, no_state
 from tidegate.catalog.sql.database_errors import READ_ONLY, cannot_write, is_passing, sqlstate_of
 from tidegate.catalog.sql.engine import BUSY_TIMEOUT_MS, is_postgres, open_engine, reason_of, shown
 from tidegate.catalog.sql.replicas import Replica, Replicas
@@ -278,7 +278,7 @@ class Database:
             raise CatalogUnavailable(f"the catalog's database did not take the change: {reason_of(error)}") from error
 
     @contextlib.asynccontextmanager
-    async def changing(self) -> AsyncIterator[Writing]:
+    async def changing(self) -> AsyncIterator[WriteTransaction]:
         """A transaction that raises the version; it takes the one row of the state first, and so its turn among all writers.
 
         Yields:
@@ -314,7 +314,7 @@ class Database:
         if self._writer is not self._reader:
             await self._writer.dispose()
 
-    async def _turn(self) -> tuple[AsyncConnection, Writing]:
+    async def _turn(self) -> tuple[AsyncConnection, WriteTransaction]:
         """A connection in a transaction that has the turn of all writers."""
         now_us = time.time_ns() // 1000
         state = policy_state.c
@@ -344,5 +344,5 @@ class Database:
                 await connection.close()
                 raise
             else:
-                return connection, Writing(connection, state_row.version, state_row.previous)
+                return connection, WriteTransaction(connection, state_row.version, state_row.previous)
         raise AssertionError("the second attempt raises or returns")

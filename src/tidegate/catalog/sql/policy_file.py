@@ -12,7 +12,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from tidegate.catalog.changes import ANONYMOUS, KEY, NONE, TIER
 from tidegate.catalog.sql import rows as policy_rows
 from tidegate.catalog.sql.bulk import batches, delete_rows, insert_rows, update_rows
-from tidegate.catalog.sql.change_log import Writing
+from tidegate.catalog.sql.change_log import WriteTransaction
 from tidegate.catalog.sql.tables import api_keys, audit_log, policy_state, rate_limit_rules, tiers
 from tidegate.errors import CatalogError
 from tidegate.policy.model import Policy, Tier
@@ -47,7 +47,7 @@ class Released(msgspec.Struct, frozen=True):
     digest: str
 
 
-async def release_file(writing: Writing, actor: str) -> Released | None:
+async def release_file(writing: WriteTransaction, actor: str) -> Released | None:
     """Let operators change what the policy file made: there is no file any more. A file that is given later takes over again
     what was not changed meanwhile.
 
@@ -76,7 +76,7 @@ async def release_file(writing: Writing, actor: str) -> Released | None:
     return released
 
 
-async def apply_file(writing: Writing, policy: Policy, digest: str) -> None:
+async def apply_file(writing: WriteTransaction, policy: Policy, digest: str) -> None:
     """Make the rows that the policy file owns equal to it.
 
     Args:
@@ -94,7 +94,7 @@ async def apply_file(writing: Writing, policy: Policy, digest: str) -> None:
     await writing.connection.execute(update(policy_state).values(anonymous_tier=policy.anonymous_tier, file_digest=digest))
 
 
-async def _apply_tiers(writing: Writing, policy: Policy) -> None:
+async def _apply_tiers(writing: WriteTransaction, policy: Policy) -> None:
     connection = writing.connection
     held = {row["name"]: row for row in (await connection.execute(select(tiers))).mappings()}
     for tier in policy.tiers:
@@ -113,7 +113,7 @@ async def _apply_tiers(writing: Writing, policy: Policy) -> None:
         await _apply_rules(writing, tier, tier_id)
 
 
-async def _apply_rules(writing: Writing, tier: Tier, tier_id: int) -> None:
+async def _apply_rules(writing: WriteTransaction, tier: Tier, tier_id: int) -> None:
     connection = writing.connection
     rows = (await connection.execute(select(rate_limit_rules).where(rate_limit_rules.c.tier_id == tier_id))).mappings().all()
     held = {row["name"]: row for row in rows}
@@ -138,7 +138,7 @@ async def _apply_rules(writing: Writing, tier: Tier, tier_id: int) -> None:
     await insert_rows(connection, rate_limit_rules, made)
 
 
-async def _apply_keys(writing: Writing, policy: Policy) -> None:
+async def _apply_keys(writing: WriteTransaction, policy: Policy) -> None:
     connection = writing.connection
     tier_ids = {row.name: row.id for row in await connection.execute(select(tiers.c.id, tiers.c.name))}
     wanted = {api_key.sha256: api_key for api_key in policy.api_keys}
@@ -174,7 +174,7 @@ async def _require_unclaimed(connection: AsyncConnection, digests: list[str]) ->
             raise CatalogError(f"the API key {foreign} of the policy file {_ELSEWHERE}: remove it from the file")
 
 
-async def _drop_tiers(writing: Writing, policy: Policy) -> None:
+async def _drop_tiers(writing: WriteTransaction, policy: Policy) -> None:
     connection = writing.connection
     kept = {tier.name for tier in policy.tiers}
     for row in (await connection.execute(select(tiers).where(tiers.c.managed_by_file))).mappings().all():

@@ -23,12 +23,12 @@ from typing import Any, Final
 import hiredis
 
 from tidegate.algorithms import State
-from tidegate.counters import Charge, LateAnswer, Outcome
+from tidegate.counters import Charge, ChargeOutcome, LateAnswer
+from tidegate.counters.redis.command_templates import CommandTemplate, absorb_command, batch_command, charge_command
 from tidegate.counters.redis.connection import MAX_LATE, STALL_S, Connection, ConnectionOptions, patiently
 from tidegate.counters.redis.corrupt import CorruptCounters
 from tidegate.counters.redis.error_replies import ScriptFailed, answer_by, settled, shown
 from tidegate.counters.redis.keyspace import hash_tag, key_of, slot_of_tag
-from tidegate.counters.redis.plans import ChargePlan, absorb_command, batch_command, charge_command
 from tidegate.counters.redis.probe import PROBE, probe_tags
 from tidegate.counters.redis.resp import encode_command
 from tidegate.counters.redis.scripts import Script, script
@@ -42,7 +42,7 @@ from tidegate.policy.limits import LimitSet
 logger = logging.getLogger(__name__)
 
 _PLANS_KEPT: Final = 65_536
-_AT_ONCE: Final = 50
+_BATCH_SIZE: Final = 50
 """Most checks in one script: Redis does nothing else meanwhile, half a millisecond here."""
 _PATIENCE_S: Final = STALL_S * MAX_LATE
 """How long what no check waits for may take; a connection that owes an answer for longer is dropped."""
@@ -69,7 +69,7 @@ class RedisCounters:
         self._options = ConnectionOptions(
             timeout_s, max_in_flight, self.url.credentials, self.url.db, self.url.tls_context(), name
         )
-        self._plans: dict[Any, ChargePlan] = {}
+        self._plans: dict[Any, CommandTemplate] = {}
         self._topology: Topology | None = None
         self._starting: asyncio.Task[None] | None = None
         self._splits: set[asyncio.Task[Decision]] = set()
@@ -105,7 +105,7 @@ class RedisCounters:
             except SettingsError as error:
                 logger.error("certificates not reloaded, the previous ones stay active: %s", error)
 
-    async def charge(self, charges: Sequence[Charge], asked_ns: int = 0) -> list[Outcome]:
+    async def charge(self, charges: Sequence[Charge], asked_ns: int = 0) -> list[ChargeOutcome]:
         """See `CounterStore.charge`: one write for each shard touched, and where there is but one, one call for every 50.
 
         A shard that fails fails only its own charges.
@@ -118,7 +118,7 @@ class RedisCounters:
             await self.start()
         deadline = self._deadline(asked_ns)
         if len(charges) > 1 and not self._must_topology().sharded:
-            pieces = [charges[start : start + _AT_ONCE] for start in range(0, len(charges), _AT_ONCE)]
+            pieces = [charges[start : start + _BATCH_SIZE] for start in range(0, len(charges), _BATCH_SIZE)]
             return [outcome for each in [self._ask_many(piece, deadline) for piece in pieces] for outcome in await each]
         asked: list[asyncio.Future[Any] | StoreUnavailable] = []
         for charge in charges:
@@ -339,22 +339,22 @@ class RedisCounters:
 
     # One check.
 
-    def _plan(self, counters: tuple[tuple[LimitSet, str], ...]) -> ChargePlan:
+    def _plan(self, counters: tuple[tuple[LimitSet, str], ...]) -> CommandTemplate:
         key: Any = counters[0][0] if len(counters) == 1 else tuple(limits for limits, _ in counters)
         plan = self._plans.get(key)
         if plan is None:
             if len(self._plans) >= _PLANS_KEPT:
                 self._plans.clear()
-            plan = self._plans[key] = ChargePlan(tuple(limits for limits, _ in counters))
+            plan = self._plans[key] = CommandTemplate(tuple(limits for limits, _ in counters))
         return plan
 
-    def _ask(self, charge: Charge) -> tuple[asyncio.Future[Any], ChargePlan]:
+    def _ask(self, charge: Charge) -> tuple[asyncio.Future[Any], CommandTemplate]:
         counters = charge.counters
         plan = self._plan(counters)
         tag = hash_tag(counters[0][1])
         return self._connection(tag).ask(charge_command(plan, charge, tag)), plan
 
-    async def _outcome(self, charge: Charge, asked: asyncio.Future[Any] | StoreUnavailable, deadline: float) -> Outcome:
+    async def _outcome(self, charge: Charge, asked: asyncio.Future[Any] | StoreUnavailable, deadline: float) -> ChargeOutcome:
         """What became of one of several charges that were written together."""
         if isinstance(asked, StoreUnavailable):
             return asked
@@ -372,7 +372,7 @@ class RedisCounters:
                 self._distrust(charge)
             return error
 
-    def _ask_many(self, charges: Sequence[Charge], deadline: float) -> Awaitable[list[Outcome]]:
+    def _ask_many(self, charges: Sequence[Charge], deadline: float) -> Awaitable[list[ChargeOutcome]]:
         """Write charges that one server counts as one call: a third less work for it than a call for each."""
         keys: list[bytes] = []
         which: dict[LimitSet, int] = {}
@@ -392,7 +392,7 @@ class RedisCounters:
 
     async def _answer_many(
         self, charges: Sequence[Charge], future: asyncio.Future[Any], command: bytes, work: Script, deadline: float
-    ) -> list[Outcome]:
+    ) -> list[ChargeOutcome]:
         try:
             reply = await future
             if type(reply) is not list:
@@ -407,7 +407,7 @@ class RedisCounters:
                 for place, charge in enumerate(charges)
             ]
         except LateAnswer as late:
-            outcomes: list[Outcome] = []
+            outcomes: list[ChargeOutcome] = []
             for place in range(len(charges)):
                 each = LateAnswer(late.message, late.answer, shard=late.details.get("shard"))
                 each.decode = partial(self._decision_at, charges, place)
@@ -540,7 +540,7 @@ def _not_started() -> StoreUnavailable:
     return StoreUnavailable("Redis was not connected to yet, or no more", reason="disconnected")
 
 
-async def _failed(count: int, error: StoreUnavailable) -> list[Outcome]:
+async def _failed(count: int, error: StoreUnavailable) -> list[ChargeOutcome]:
     return [error] * count
 
 

@@ -12,15 +12,15 @@ from tidegate.admin import api_keys as editing_keys
 from tidegate.admin.api_keys import KeyFields
 from tidegate.admin.lists import key_row, list_keys
 from tidegate.admin.models import (
-    KeyGiven,
+    KeyCreate,
     KeyMade,
     KeyPage,
     KeyPatch,
+    KeyRead,
     KeyRotated,
-    KeyTold,
-    OverridesGiven,
-    RevokeGiven,
-    RotateGiven,
+    OverridesRequest,
+    RevokeRequest,
+    RotateRequest,
 )
 from tidegate.admin.over_limit import used_up_by_key
 from tidegate.admin.records import key_form
@@ -48,11 +48,11 @@ def key_routes(editor: CatalogEditor, gate: Gate) -> APIRouter:
     """
     routes = APIRouter(prefix="/api-keys", tags=["API keys"])
 
-    async def changed(response: Response, actor: str, key_id: str, fields: KeyFields, seen: Any) -> KeyTold:
+    async def changed(response: Response, actor: str, key_id: str, fields: KeyFields, seen: Any) -> KeyRead:
         form = tagged(response, await editing_keys.edit_key(editor, actor, key_id, fields, seen))
         warned = fields.limits is not msgspec.UNSET or fields.overrides is not msgspec.UNSET
         warnings = await used_up_by_key(editor, gate, form["id"]) if warned else []
-        return KeyTold.model_validate({**form, "warnings": warnings})
+        return KeyRead.model_validate({**form, "warnings": warnings})
 
     @routes.get("", summary="List API keys, by id")
     async def read_all(
@@ -67,30 +67,30 @@ def key_routes(editor: CatalogEditor, gate: Gate) -> APIRouter:
         return KeyPage.model_validate({"items": page.items, "next": page.next})
 
     @routes.post("", status_code=201, summary="Make an API key; the key itself is told this once")
-    async def create(given: KeyGiven, response: Response, actor: Actor) -> KeyMade:
-        api_key, form = await editing_keys.create_key(editor, actor, _fields(given, set(KeyGiven.model_fields)))
+    async def create(given: KeyCreate, response: Response, actor: Actor) -> KeyMade:
+        api_key, form = await editing_keys.create_key(editor, actor, _fields(given, set(KeyCreate.model_fields)))
         return KeyMade.model_validate({**tagged(_secret(response), form), "api_key": api_key})
 
     @routes.get("/{key_id}", summary="Read an API key's record")
-    async def read(key_id: str, response: Response) -> KeyTold:
-        return KeyTold.model_validate(tagged(response, key_form(await key_row(editor, key_id))))
+    async def read(key_id: str, response: Response) -> KeyRead:
+        return KeyRead.model_validate(tagged(response, key_form(await key_row(editor, key_id))))
 
     @routes.patch("/{key_id}", summary="Change fields of an API key", responses=EDIT_ERRORS)
-    async def change(key_id: str, given: KeyPatch, response: Response, actor: Actor, seen: SeenRevisions) -> KeyTold:
+    async def change(key_id: str, given: KeyPatch, response: Response, actor: Actor, seen: SeenRevisions) -> KeyRead:
         if not given.model_fields_set:
             raise BadRequest("there is nothing to change: name at least one field, such as name")
         return await changed(response, actor, key_id, _fields(given, given.model_fields_set), seen)
 
     @routes.put("/{key_id}/overrides", summary="Give an API key limits of its own", responses=EDIT_ERRORS)
-    async def override(key_id: str, given: OverridesGiven, response: Response, actor: Actor, seen: SeenRevisions) -> KeyTold:
-        return await changed(response, actor, key_id, _fields(given, set(OverridesGiven.model_fields)), seen)
+    async def override(key_id: str, given: OverridesRequest, response: Response, actor: Actor, seen: SeenRevisions) -> KeyRead:
+        return await changed(response, actor, key_id, _fields(given, set(OverridesRequest.model_fields)), seen)
 
     @routes.post("/{key_id}/revoke", summary="Revoke an API key, for good")
-    async def revoke(key_id: str, given: RevokeGiven, response: Response, actor: Actor) -> KeyTold:
-        return KeyTold.model_validate(tagged(response, await editing_keys.revoke_key(editor, actor, key_id, given.reason)))
+    async def revoke(key_id: str, given: RevokeRequest, response: Response, actor: Actor) -> KeyRead:
+        return KeyRead.model_validate(tagged(response, await editing_keys.revoke_key(editor, actor, key_id, given.reason)))
 
     @routes.post("/{key_id}/rotate", status_code=201, summary="Replace an API key; the new one is told this once")
-    async def rotate(key_id: str, response: Response, actor: Actor, given: RotateGiven | None = None) -> KeyRotated:
+    async def rotate(key_id: str, response: Response, actor: Actor, given: RotateRequest | None = None) -> KeyRotated:
         grace_s = 0 if given is None else given.grace_s
         api_key, form, old = await editing_keys.rotate_key(editor, actor, key_id, grace_s)
         return KeyRotated.model_validate({**tagged(_secret(response), form), "api_key": api_key, "replaces": old})

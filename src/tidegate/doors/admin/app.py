@@ -33,7 +33,7 @@ from tidegate.gate.gate import Gate
 PREFIX: Final = "/admin/v1"
 
 _CODES: Final = {404: "NOT_FOUND", 405: "METHOD_NOT_ALLOWED"}
-_MOST_DETAILS: Final = 20
+_MAX_DETAILS: Final = 20
 
 
 class AdminDeps(msgspec.Struct, frozen=True):
@@ -154,7 +154,7 @@ async def _not_understood(request: Request, error: Exception) -> JSONResponse:
     found = error.errors()
     if any(each["loc"] == ("header", "If-Match") and each["type"] == "missing" for each in found):
         return await _refused(request, RevisionNotGiven("If-Match is missing: send the ETag that was read, or * for any"))
-    complaints = [_complaint(each) for each in found[:_MOST_DETAILS]]
+    complaints = [_complaint(each) for each in found[:_MAX_DETAILS]]
     if any(each["loc"] == ("body",) and isinstance(each.get("input"), bytes) for each in found):
         complaints = [("body", "must be JSON, sent with Content-Type: application/json")]
     field, reason = complaints[0]

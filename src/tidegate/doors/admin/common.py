@@ -8,7 +8,7 @@ from typing import Annotated, Any, Final
 from fastapi import Depends, Header, Query, Request, Response
 from fastapi.security import HTTPBearer
 
-from tidegate.admin.models import Plain, ProblemTold
+from tidegate.admin.models import Plain, ProblemRead
 from tidegate.admin.records import Form
 from tidegate.admin.tokens import Principal
 from tidegate.admin.transaction import StaleRevision
@@ -19,20 +19,20 @@ from tidegate.errors import BadRequest, TidegateError
 _TAG: Final = re.compile(r'(W/)?"([0-9]{0,18})"', re.ASCII)
 
 ERRORS: Final[dict[int | str, dict[str, Any]]] = {
-    400: {"model": ProblemTold, "description": "What was sent makes no sense; the message says what and why."},
-    401: {"model": ProblemTold, "description": "No token came, or it is unknown, expired or revoked."},
-    403: {"model": ProblemTold, "description": "A viewer's token may only read."},
-    404: {"model": ProblemTold, "description": "What is asked for is not there."},
-    408: {"model": ProblemTold, "description": "The body did not come in time."},
-    409: {"model": ProblemTold, "description": "The catalog's state forbids it; the message says what to do first."},
-    413: {"model": ProblemTold, "description": "The body has more than 1 MB."},
-    415: {"model": ProblemTold, "description": "The body has a Content-Encoding."},
-    429: {"model": ProblemTold, "description": "Too many requests, or wrong tokens; Retry-After says when to try again."},
-    503: {"model": ProblemTold, "description": "The catalog or the counter store does not answer."},
+    400: {"model": ProblemRead, "description": "What was sent makes no sense; the message says what and why."},
+    401: {"model": ProblemRead, "description": "No token came, or it is unknown, expired or revoked."},
+    403: {"model": ProblemRead, "description": "A viewer's token may only read."},
+    404: {"model": ProblemRead, "description": "What is asked for is not there."},
+    408: {"model": ProblemRead, "description": "The body did not come in time."},
+    409: {"model": ProblemRead, "description": "The catalog's state forbids it; the message says what to do first."},
+    413: {"model": ProblemRead, "description": "The body has more than 1 MB."},
+    415: {"model": ProblemRead, "description": "The body has a Content-Encoding."},
+    429: {"model": ProblemRead, "description": "Too many requests, or wrong tokens; Retry-After says when to try again."},
+    503: {"model": ProblemRead, "description": "The catalog or the counter store does not answer."},
 }
 EDIT_ERRORS: Final[dict[int | str, dict[str, Any]]] = {
-    412: {"model": ProblemTold, "description": "It was changed since it was read: read it again."},
-    428: {"model": ProblemTold, "description": "If-Match is missing: send the ETag that was read."},
+    412: {"model": ProblemRead, "description": "It was changed since it was read: read it again."},
+    428: {"model": ProblemRead, "description": "If-Match is missing: send the ETag that was read."},
 }
 
 # Only for the description: the guard has looked at the token before.

@@ -63,7 +63,7 @@ class TooManyRequests(TidegateError):
     status = 429
 
 
-class Fault(TidegateError):
+class InternalError(TidegateError):
     """A fault of ours."""
 
     code = "INTERNAL"
@@ -130,7 +130,7 @@ class Guard:
             # The last one who can answer: without this, a fault would cut the connection without a word.
             logger.exception("the control plane failed at %s %s", scope["method"], scope["path"][:200])
             if not status:
-                await answer_error(send_on, Fault(f"the control plane failed: its log tells of {request.id}"))
+                await answer_error(send_on, InternalError(f"the control plane failed: its log tells of {request.id}"))
         finally:
             if scope["method"] not in READING or status >= 500:
                 _tell(scope, status, time.perf_counter_ns() - started_ns)

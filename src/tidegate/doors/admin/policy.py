@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Query, Request, Response
 
 from tidegate.admin.import_export import export_policy, import_policy, import_warnings
-from tidegate.admin.models import ImportTold
+from tidegate.admin.models import ImportRead
 from tidegate.admin.rules import CatalogEditor
 from tidegate.admin.tokens import OPERATOR
 from tidegate.doors.admin.common import Actor, Caller
@@ -62,7 +62,7 @@ def policy_routes(editor: CatalogEditor) -> APIRouter:
         return Response(text, media_type=_TOML, headers={"Cache-Control": "no-store"})
 
     @routes.post(
-        "", summary="Take a policy file into the catalog, in one step", response_model=ImportTold, openapi_extra=_IMPORTED
+        "", summary="Take a policy file into the catalog, in one step", response_model=ImportRead, openapi_extra=_IMPORTED
     )
     async def take(
         request: Request,

@@ -12,10 +12,10 @@ from tidegate.admin.models import (
     AuditPage,
     Moment,
     Plain,
-    ResetGiven,
-    ResetTold,
-    TopTold,
-    UsageTold,
+    ResetRead,
+    ResetRequest,
+    TopRead,
+    UsageRead,
     ViolationPage,
 )
 from tidegate.admin.rules import CatalogEditor
@@ -48,7 +48,7 @@ def record_routes(editor: CatalogEditor, gate: Gate) -> APIRouter:
     routes = APIRouter()
 
     @routes.get("/usage", tags=["usage"], summary="What is left to a key, or to a client without one; charges nothing")
-    async def usage(api_key_id: KeyId = None, ip: Ip = None) -> UsageTold:
+    async def usage(api_key_id: KeyId = None, ip: Ip = None) -> UsageRead:
         if api_key_id is None and ip is None:
             raise BadRequest("nobody is named: give api_key_id, ip, or both")
         if api_key_id is not None:
@@ -62,10 +62,10 @@ def record_routes(editor: CatalogEditor, gate: Gate) -> APIRouter:
             subject = f"i:{client_of(ip or '')}"
         now = now_us()
         blocked = await blocked_total(editor.catalog.database, Blocked(now - DAY_US, now + 1, subject=subject))
-        return UsageTold.model_validate({**msgspec.to_builtins(usage_body(found)), "blocked_24h": blocked})
+        return UsageRead.model_validate({**msgspec.to_builtins(usage_body(found)), "blocked_24h": blocked})
 
     @routes.post("/counters/reset", tags=["usage"], summary="Forget what a key, a client or a tier consumed")
-    async def reset(given: ResetGiven, actor: Actor) -> ResetTold:
+    async def reset(given: ResetRequest, actor: Actor) -> ResetRead:
         named = given.model_dump(exclude_none=True)
         if len(named) != 1:
             raise BadRequest("a reset needs exactly one of api_key_id, ip and tier")
@@ -79,7 +79,7 @@ def record_routes(editor: CatalogEditor, gate: Gate) -> APIRouter:
             count = await gate.reset(tier=given.tier)
         ((kind, target),) = named.items()
         await editor.record(actor, "reset", "counters", f"{kind} {target}", {"reset": count})
-        return ResetTold(reset=count)
+        return ResetRead(reset=count)
 
     @routes.get("/violations", tags=["violations"], summary="Who was blocked in which minute, the newest first")
     async def violations(
@@ -107,11 +107,11 @@ def record_routes(editor: CatalogEditor, gate: Gate) -> APIRouter:
         rule: Exactly = None,
         api_key_id: KeyId = None,
         ip: Ip = None,
-    ) -> TopTold:
+    ) -> TopRead:
         items = await top_violators(
             editor.catalog.database, limit, by, await _blocked(editor, since, until, tier, rule, api_key_id, ip)
         )
-        return TopTold.model_validate({"items": items})
+        return TopRead.model_validate({"items": items})
 
     @routes.get("/audit-log", tags=["audit log"], summary="Who changed what from what to what, the newest first")
     async def audit_log(

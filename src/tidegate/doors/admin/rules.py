@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Path, Response
 
 from tidegate.admin.lists import list_rules, one_rule
-from tidegate.admin.models import RuleFields, RuleGiven, RulePage, RulePatch, RuleTold
+from tidegate.admin.models import RuleCreate, RuleFields, RulePage, RulePatch, RuleRead
 from tidegate.admin.over_limit import used_up_in_tier
 from tidegate.admin.rules import CatalogEditor
 from tidegate.doors.admin.common import EDIT_ERRORS, Actor, After, Contains, Exactly, Limit, SeenRevisions, tagged
@@ -29,9 +29,9 @@ def rule_routes(editor: CatalogEditor, gate: Gate) -> APIRouter:
     """
     routes = APIRouter(prefix="/rate-limit-rules", tags=["rules"])
 
-    async def told(response: Response, form: dict[str, Any], warnings: list[str]) -> RuleTold:
+    async def told(response: Response, form: dict[str, Any], warnings: list[str]) -> RuleRead:
         warnings = warnings + await used_up_in_tier(editor, gate, form["tier"], form["name"])
-        return RuleTold.model_validate({**tagged(response, form), "warnings": warnings})
+        return RuleRead.model_validate({**tagged(response, form), "warnings": warnings})
 
     @routes.get("", summary="List rules, by id")
     async def read_all(
@@ -41,22 +41,22 @@ def rule_routes(editor: CatalogEditor, gate: Gate) -> APIRouter:
         return RulePage.model_validate({"items": page.items, "next": page.next})
 
     @routes.post("", status_code=201, summary="Add a rule to a tier")
-    async def create(given: RuleGiven, response: Response, actor: Actor) -> RuleTold:
+    async def create(given: RuleCreate, response: Response, actor: Actor) -> RuleRead:
         fields = given.model_dump(exclude={"tier"})
         fields["name"] = given.name or ""
         return await told(response, *await editor.create_rule(actor, given.tier, fields))
 
     @routes.get("/{rule_id}", summary="Read a rule")
-    async def read(rule_id: RuleId, response: Response) -> RuleTold:
-        return RuleTold.model_validate(tagged(response, await one_rule(editor, rule_id)))
+    async def read(rule_id: RuleId, response: Response) -> RuleRead:
+        return RuleRead.model_validate(tagged(response, await one_rule(editor, rule_id)))
 
     @routes.put("/{rule_id}", summary="Write a rule over another; what is left out gets its default", responses=EDIT_ERRORS)
-    async def replace(rule_id: RuleId, given: RuleFields, response: Response, actor: Actor, seen: SeenRevisions) -> RuleTold:
+    async def replace(rule_id: RuleId, given: RuleFields, response: Response, actor: Actor, seen: SeenRevisions) -> RuleRead:
         fields = {**given.model_dump(), "name": given.name or ""}
         return await told(response, *await editor.edit_rule(actor, rule_id, fields, seen, whole=True))
 
     @routes.patch("/{rule_id}", summary="Change fields of a rule", responses=EDIT_ERRORS)
-    async def change(rule_id: RuleId, given: RulePatch, response: Response, actor: Actor, seen: SeenRevisions) -> RuleTold:
+    async def change(rule_id: RuleId, given: RulePatch, response: Response, actor: Actor, seen: SeenRevisions) -> RuleRead:
         fields = given.model_dump(exclude_unset=True)
         if not fields:
             raise BadRequest("there is nothing to change: name at least one field, such as limits")

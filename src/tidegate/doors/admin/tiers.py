@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Path, Response
 
 from tidegate.admin.lists import list_tiers, one_tier
-from tidegate.admin.models import Plain, TierGiven, TierLimits, TierPage, TierTold
+from tidegate.admin.models import Plain, TierCreate, TierLimits, TierPage, TierRead
 from tidegate.admin.over_limit import used_up_in_tier
 from tidegate.admin.rules import CatalogEditor
 from tidegate.doors.admin.common import EDIT_ERRORS, Actor, After, Contains, Limit, SeenRevisions, tagged
@@ -28,9 +28,9 @@ def tier_routes(editor: CatalogEditor, gate: Gate) -> APIRouter:
     """
     routes = APIRouter(prefix="/tiers", tags=["tiers"])
 
-    async def changed(response: Response, actor: str, name: str, given: TierLimits, seen: Any) -> TierTold:
+    async def changed(response: Response, actor: str, name: str, given: TierLimits, seen: Any) -> TierRead:
         form = tagged(response, await editor.edit_tier(actor, name, given.limits, seen))
-        return TierTold.model_validate({**form, "warnings": await used_up_in_tier(editor, gate, name, None)})
+        return TierRead.model_validate({**form, "warnings": await used_up_in_tier(editor, gate, name, None)})
 
     @routes.get("", summary="List tiers, by name")
     async def read_all(limit: Limit = 100, after: After = None, name: Contains = None) -> TierPage:
@@ -38,20 +38,20 @@ def tier_routes(editor: CatalogEditor, gate: Gate) -> APIRouter:
         return TierPage.model_validate({"items": page.items, "next": page.next})
 
     @routes.post("", status_code=201, summary="Make a tier without rules")
-    async def create(given: TierGiven, response: Response, actor: Actor) -> TierTold:
+    async def create(given: TierCreate, response: Response, actor: Actor) -> TierRead:
         form = tagged(response, await editor.create_tier(actor, given.name, given.limits))
-        return TierTold.model_validate(form)
+        return TierRead.model_validate(form)
 
     @routes.get("/{name}", summary="Read a tier")
-    async def read(name: NameInPath, response: Response) -> TierTold:
-        return TierTold.model_validate(tagged(response, await one_tier(editor, name)))
+    async def read(name: NameInPath, response: Response) -> TierRead:
+        return TierRead.model_validate(tagged(response, await one_tier(editor, name)))
 
     @routes.put("/{name}", summary="Give a tier other limits of its own", responses=EDIT_ERRORS)
-    async def replace(name: NameInPath, given: TierLimits, response: Response, actor: Actor, seen: SeenRevisions) -> TierTold:
+    async def replace(name: NameInPath, given: TierLimits, response: Response, actor: Actor, seen: SeenRevisions) -> TierRead:
         return await changed(response, actor, name, given, seen)
 
     @routes.patch("/{name}", summary="Give a tier other limits of its own", responses=EDIT_ERRORS)
-    async def change(name: NameInPath, given: TierLimits, response: Response, actor: Actor, seen: SeenRevisions) -> TierTold:
+    async def change(name: NameInPath, given: TierLimits, response: Response, actor: Actor, seen: SeenRevisions) -> TierRead:
         return await changed(response, actor, name, given, seen)
 
     @routes.delete("/{name}", status_code=204, summary="Remove a tier with its rules", responses=EDIT_ERRORS)

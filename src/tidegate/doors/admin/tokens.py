@@ -8,7 +8,7 @@ from fastapi import APIRouter, Path, Response
 
 from tidegate.admin import tokens
 from tidegate.admin.lists import list_tokens
-from tidegate.admin.models import TokenGiven, TokenMade, TokenPage, TokenTold
+from tidegate.admin.models import TokenCreate, TokenMade, TokenPage, TokenRead
 from tidegate.admin.rules import CatalogEditor
 from tidegate.doors.admin.common import OPERATORS_ONLY, Actor, After, Limit
 from tidegate.timestamps import parse_timestamp
@@ -33,14 +33,14 @@ def token_routes(editor: CatalogEditor) -> APIRouter:
         return TokenPage.model_validate({"items": page.items, "next": page.next})
 
     @routes.post("", status_code=201, summary="Make a token; the token itself is told this once")
-    async def create(given: TokenGiven, response: Response, actor: Actor) -> TokenMade:
+    async def create(given: TokenCreate, response: Response, actor: Actor) -> TokenMade:
         expires_at_us = None if given.expires_at is None else parse_timestamp(given.expires_at, "expires_at")
         token, form = await tokens.create_token(editor, actor, given.name, given.role, expires_at_us)
         response.headers["Cache-Control"] = "no-store"
         return TokenMade.model_validate({**form, "token": token})
 
     @routes.delete("/{token_id}", summary="Revoke a token; its record stays")
-    async def revoke(token_id: TokenId, actor: Actor) -> TokenTold:
-        return TokenTold.model_validate(await tokens.revoke_token(editor, actor, token_id))
+    async def revoke(token_id: TokenId, actor: Actor) -> TokenRead:
+        return TokenRead.model_validate(await tokens.revoke_token(editor, actor, token_id))
 
     return routes

@@ -20,7 +20,7 @@ from tidegate.doors.grpc.replies import Part
 from tidegate.doors.grpc.status import CallRefused, Status
 from tidegate.doors.grpc.units import UNITS_S, window_limit
 from tidegate.errors import BadRequest
-from tidegate.gate.charging import Plan, Settled
+from tidegate.gate.charging import ChargeResult, CheckPlan
 from tidegate.gate.gate import Gate
 from tidegate.policy.descriptors import entries_subject
 from tidegate.policy.limits import MAX_AMOUNT, MAX_WINDOW_US, Algorithm, Limit, LimitSet
@@ -63,14 +63,14 @@ class FileDomain:
             for (limit, subject), (_, cost, _) in zip(found, asked, strict=True)
         ]
 
-    async def settle(self, gate: Gate, parts: list[Part]) -> list[Settled]:
+    async def settle(self, gate: Gate, parts: list[Part]) -> list[ChargeResult]:
         """See `DomainLimits.settle`."""
         plans = [part.plan for part in parts if part.plan is not None]
         settled = await gate.decide(plans, whole=False)
         rest: list[Charge] = []
         for number, plan in enumerate(plans):
             counted = _counted(settled[number])
-            if isinstance(plan, Plan) and plan.charges and counted is not None and not counted.allowed and counted.remaining:
+            if isinstance(plan, CheckPlan) and plan.charges and counted is not None and not counted.allowed and counted.remaining:
                 rest.append(Charge(plan.charges[0].counters, counted.remaining))
                 settled[number] = _emptied(settled[number], counted)
         if rest:
@@ -99,10 +99,10 @@ class FileDomain:
             return Part(BadRequest(f"hits of {cost} came: at most {MAX_COST} are counted at once", field="hits_addend"), cost)
         limits = self._sets.get(limit.path) or self._sent_set(limit)
         if limits.limits[0].amount == 0:
-            plan = Plan(_refusal(limits, limit.shadow), ())
+            plan = CheckPlan(_refusal(limits, limit.shadow), ())
         else:
             charge = Charge(((limits, subject),), cost)
-            plan = Plan(Decision(True, open_tier=self.domain) if limit.shadow else None, (charge,))
+            plan = CheckPlan(Decision(True, unlimited_tier=self.domain) if limit.shadow else None, (charge,))
         return Part(plan, cost, limit.name)
 
     def _prepare(self, node: Node) -> None:
@@ -134,16 +134,16 @@ class FileDomain:
         return FileLimit(window_limit(amount, unit, multiplier), f"sent along: {', '.join(clip(key) for key in keys)}")
 
 
-def _counted(settled: Settled) -> Decision | None:
+def _counted(settled: ChargeResult) -> Decision | None:
     """What was counted, of a shadow rule too; None where nothing was."""
-    outcome = settled.watched[0] if settled.watched else settled.outcome
+    outcome = settled.shadow_outcomes[0] if settled.shadow_outcomes else settled.outcome
     return outcome if isinstance(outcome, Decision) else None
 
 
-def _emptied(settled: Settled, counted: Decision) -> Settled:
+def _emptied(settled: ChargeResult, counted: Decision) -> ChargeResult:
     """The same, with nothing left."""
     empty = msgspec.structs.replace(counted, remaining=0)
-    return Settled(settled.outcome, (empty,)) if settled.watched else Settled(empty)
+    return ChargeResult(settled.outcome, (empty,)) if settled.shadow_outcomes else ChargeResult(empty)
 
 
 def _refusal(limits: LimitSet, shadow: bool) -> Decision:

@@ -44,7 +44,7 @@ _METHODS: Final = (
 )
 CallDetails: TypeAlias = tuple[Sequence[tuple[str, str | bytes]], str, float | None]
 """Metadata, peer and deadline of a call."""
-_AT_ONCE: Final = 64
+_BATCH_SIZE: Final = 64
 _CODES: Final = {OK: "OK", OVER_LIMIT: "OVER_LIMIT"}
 
 
@@ -142,7 +142,7 @@ class GrpcListener:
         receive: Callable[[int], Sequence[tuple[Any, ...]] | None] = (
             front.recv_batch_details if self._reads_metadata else front.recv_batch
         )
-        while (events := receive(_AT_ONCE)) is not None:
+        while (events := receive(_BATCH_SIZE)) is not None:
             try:
                 self._loop.call_soon_threadsafe(self._take, front, events)
             except RuntimeError:  # the loop was closed without a stop

@@ -12,10 +12,10 @@ from tidegate.doors.grpc.messages import OK, OVER_LIMIT, RateLimitResponse
 from tidegate.doors.grpc.units import MONTH, YEAR, unit_of
 from tidegate.doors.responses import encode, error_body, exceeded_body, limit_headers, retry_headers
 from tidegate.errors import StoreUnavailable, TidegateError
-from tidegate.gate.charging import Plan, Settled
+from tidegate.gate.charging import ChargeResult, CheckPlan
 from tidegate.timestamps import US_PER_S
 
-MOST_REMAINING: Final = 2**32 - 1
+MAX_REMAINING: Final = 2**32 - 1
 _JSON: Final = ("content-type", "application/json")
 
 
@@ -29,13 +29,13 @@ class Part(msgspec.Struct, frozen=True, gc=False):
         unlimited: whether it was said that nothing limits it.
     """
 
-    plan: Plan | TidegateError | None
+    plan: CheckPlan | TidegateError | None
     cost: int
     name: str = ""
     unlimited: bool = False
 
 
-def reply(parts: Sequence[Part], settled: Iterable[Settled]) -> bytes:
+def reply(parts: Sequence[Part], settled: Iterable[ChargeResult]) -> bytes:
     """Render a request's answer. Its headers are those of the descriptor that denied first, else of the one with the least left.
 
     Args:
@@ -53,7 +53,7 @@ def reply(parts: Sequence[Part], settled: Iterable[Settled]) -> bytes:
         status = message.statuses.add(code=OK)
         if part.plan is None:
             if part.unlimited:
-                status.limit_remaining = MOST_REMAINING
+                status.limit_remaining = MAX_REMAINING
             continue
         each = next(outcomes)
         outcome = each.outcome
@@ -104,12 +104,12 @@ def _deny(message: Any, error: TidegateError) -> None:
     message.raw_body = encode(error_body(error))
 
 
-def _shown(outcome: Decision, settled: Settled) -> Decision:
+def _shown(outcome: Decision, settled: ChargeResult) -> Decision:
     """Whose figures are told: those of a shadow rule where there are no others."""
-    if outcome.binding is None and settled.watched:
-        watched = settled.watched[0]
-        if not isinstance(watched, StoreUnavailable):
-            return watched
+    if outcome.binding is None and settled.shadow_outcomes:
+        shadow_outcomes = settled.shadow_outcomes[0]
+        if not isinstance(shadow_outcomes, StoreUnavailable):
+            return shadow_outcomes
     return outcome
 
 
@@ -118,7 +118,7 @@ def _tell_limit(status: Any, decision: Decision, name: str) -> None:
     if binding is None:
         return
     limit = status.current_limit
-    limit.requests_per_unit = min(binding.amount, MOST_REMAINING)
+    limit.requests_per_unit = min(binding.amount, MAX_REMAINING)
     if binding.is_calendar:
         limit.unit, multiplier = (MONTH if binding.calendar_month else YEAR), 1
     else:
@@ -126,7 +126,7 @@ def _tell_limit(status: Any, decision: Decision, name: str) -> None:
     if multiplier > 1:
         limit.unit_multiplier.value = multiplier
     limit.name = name or decision.rule or ""
-    status.limit_remaining = min(decision.remaining or 0, MOST_REMAINING)
+    status.limit_remaining = min(decision.remaining or 0, MAX_REMAINING)
     seconds, us = divmod(decision.reset_after_us, US_PER_S)
     status.duration_until_reset.seconds = seconds
     status.duration_until_reset.nanos = us * 1000

@@ -19,7 +19,7 @@ from tidegate.doors.grpc.replies import Part, denied, reply
 from tidegate.doors.grpc.status import CallRefused, Status
 from tidegate.doors.outward import outward
 from tidegate.errors import BadRequest, CatalogUnavailable, RequestTooLarge, TidegateError
-from tidegate.gate.charging import Settled
+from tidegate.gate.charging import ChargeResult
 from tidegate.gate.gate import DescriptorCheck, Gate
 from tidegate.policy.paths import STRICT, PathRules
 from tidegate.settings import EnvoySettings
@@ -55,7 +55,7 @@ class DomainLimits(Protocol):
         """
         ...
 
-    async def settle(self, gate: Gate, parts: list[Part]) -> list[Settled]:
+    async def settle(self, gate: Gate, parts: list[Part]) -> list[ChargeResult]:
         """Decide and charge.
 
         Args:

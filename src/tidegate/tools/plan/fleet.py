@@ -42,7 +42,7 @@ class Line(msgspec.Struct, frozen=True):
     assumes: tuple[str, ...] = ()
 
 
-class Plan(msgspec.Struct, frozen=True):
+class CapacityPlan(msgspec.Struct, frozen=True):
     """A fleet for so many users.
 
     Args:
@@ -175,7 +175,7 @@ def make_plan(
     assumed: Assumptions,
     peak: float | None = None,
     counters: float | None = None,
-) -> Plan:
+) -> CapacityPlan:
     """Work out a fleet.
 
     Args:
@@ -196,7 +196,7 @@ def make_plan(
     calls, nodes = _redis(sheet, peak, found, counters)
     _bandwidth(sheet, peak, calls)
     _cost(sheet, mean, instances, nodes, replicas + 1, stored)
-    return Plan(dau, tuple(sheet.lines), _notes(sheet, instances, peak, found))
+    return CapacityPlan(dau, tuple(sheet.lines), _notes(sheet, instances, peak, found))
 
 
 def _traffic(sheet: _Sheet, peak: float | None) -> tuple[float, float]:

@@ -10,7 +10,7 @@ from tidegate._version import __version__
 from tidegate.tools.charts import bars, head, lines, safe, table
 from tidegate.tools.plan.assumptions import PRICES, USE, Assumptions
 from tidegate.tools.plan.constants import Constant
-from tidegate.tools.plan.fleet import Plan, make_plan
+from tidegate.tools.plan.fleet import CapacityPlan, make_plan
 from tidegate.tools.plan.quantities import rate, short
 from tidegate.tools.plan.requirement import Compared
 
@@ -18,7 +18,7 @@ _STEPS: Final = 41
 _GROWTH: Final = 100.0
 
 
-def render_page(plan: Plan, constants: Mapping[str, Constant], assumed: Assumptions, compared: Sequence[Compared]) -> str:
+def render_page(plan: CapacityPlan, constants: Mapping[str, Constant], assumed: Assumptions, compared: Sequence[Compared]) -> str:
     """The page.
 
     Args:

@@ -13,12 +13,14 @@ from rich.text import Text
 from tidegate.tools.charts import clean
 from tidegate.tools.plan.assumptions import PRICES, USE, Assumptions
 from tidegate.tools.plan.constants import Constant
-from tidegate.tools.plan.fleet import Plan
+from tidegate.tools.plan.fleet import CapacityPlan
 from tidegate.tools.plan.quantities import short
 from tidegate.tools.plan.requirement import SIZES, Compared
 
 
-def as_json(plan: Plan, constants: Mapping[str, Constant], assumed: Assumptions, compared: Sequence[Compared]) -> dict[str, Any]:
+def as_json(
+    plan: CapacityPlan, constants: Mapping[str, Constant], assumed: Assumptions, compared: Sequence[Compared]
+) -> dict[str, Any]:
     """The plan for programs.
 
     Args:
@@ -51,7 +53,7 @@ def as_json(plan: Plan, constants: Mapping[str, Constant], assumed: Assumptions,
 
 
 def print_plan(
-    plan: Plan, constants: Mapping[str, Constant], assumed: Assumptions, compared: Sequence[Compared], console: Console
+    plan: CapacityPlan, constants: Mapping[str, Constant], assumed: Assumptions, compared: Sequence[Compared], console: Console
 ) -> None:
     """Print the plan, what it rests on, what it assumes, and the requirement's table.
 

@@ -9,7 +9,7 @@ import msgspec
 
 from tidegate.tools.plan.assumptions import Assumptions
 from tidegate.tools.plan.constants import Constant
-from tidegate.tools.plan.fleet import Plan, instance_capacity, make_plan
+from tidegate.tools.plan.fleet import CapacityPlan, instance_capacity, make_plan
 from tidegate.tools.plan.quantities import short, size
 
 SIZES: Final = (1_000_000, 10_000_000, 100_000_000)
@@ -73,7 +73,7 @@ def compare(constants: Mapping[str, Constant], assumed: Assumptions, sizes: tupl
     return found
 
 
-def _why(name: str, dau: int, plan: Plan, constants: Mapping[str, Constant], assumed: Assumptions) -> str:
+def _why(name: str, dau: int, plan: CapacityPlan, constants: Mapping[str, Constant], assumed: Assumptions) -> str:
     use = assumed.use
     if name == "peak_rps":
         exact = f"{short(dau)} × {use['requests_per_user']:g} × {use['peak_factor']:g} / 86,400"

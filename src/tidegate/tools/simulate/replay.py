@@ -39,7 +39,7 @@ class _Match(msgspec.Struct, frozen=True):
     limits: LimitSet | None
     kind: Subject
     own: LimitSet | None
-    watchers: tuple[tuple[CompiledRule, RuleTally], ...]
+    shadow_rules: tuple[tuple[CompiledRule, RuleTally], ...]
 
 
 class Replay:
@@ -120,7 +120,7 @@ class Replay:
             return
         blocked = not self._charge(match, tier, caller, ip)
         self.series.add(self.now_us, blocked)
-        for watcher, tally in match.watchers:
+        for watcher, tally in match.shadow_rules:
             counted = subject_of(watcher.subject, caller, ip or None, tier.tier.name) or caller
             if self.counters.charge_all(((watcher.limits, counted),), 1).allowed:
                 tally.allowed += 1
@@ -223,7 +223,7 @@ class Replay:
             tier.limits,
             tuple(
                 (each, self._tally(tier, each.rule.name, each.rule.endpoint, "shadow"))
-                for each in tier.watchers(method, canonical)
+                for each in tier.shadow_rules(method, canonical)
             ),
         )
         # Long paths are seldom asked for twice, and whoever sends them must not fill the memory.

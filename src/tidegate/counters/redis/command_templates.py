@@ -19,7 +19,7 @@ from tidegate.policy.limits import Limit, LimitSet
 _COSTS: Final = tuple(b"$%d\r\n%d\r\n" % (len(str(cost)), cost) for cost in range(1000))
 
 
-class ChargePlan:
+class CommandTemplate:
     """What was prepared for the counters of a charge: all that does not depend on subject and cost."""
 
     __slots__ = ("head", "limits", "name", "places", "script", "suffix", "tail")
@@ -43,7 +43,7 @@ class ChargePlan:
             raise StoreUnavailable(f"Redis answered what no counter says: {str(reply)[:100]}", reason="garbage") from None
 
 
-def charge_command(plan: ChargePlan, charge: Charge, tag: bytes) -> bytes:
+def charge_command(plan: CommandTemplate, charge: Charge, tag: bytes) -> bytes:
     """The bytes that ask Redis for a charge.
 
     Args:
