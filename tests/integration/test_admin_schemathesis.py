@@ -18,9 +18,10 @@ from tests.integration.conftest import DATABASES
 from tests.moments import wait_until
 from tests.servers.postgres import PostgresServer
 from tests.unit.test_policy_file import WHOLE
+from tidegate.doors.http_asgi import AsgiAdapter
 from tidegate.policy.toml_reader import parse_policy
 from tidegate.server.addresses import free_address
-from tidegate.server.listener import AsgiListener
+from tidegate.server.listener import Listener
 
 OPERATIONS = {
     *(("get", path) for path in ("/tiers", "/tiers/{name}", "/rate-limit-rules", "/rate-limit-rules/{rule_id}")),
@@ -67,7 +68,7 @@ def description(url: str) -> Iterator[Any]:
         await admin.catalog.apply_policy(parse_policy(WHOLE), "1")
         await admin.tier("own")
         host, port = free_address("127.0.0.1:0", "server.admin")
-        listener = AsgiListener(admin.app, host, port)
+        listener = Listener(AsgiAdapter(admin.app), host, port)
         await listener.start()
         address.append(f"http://{host}:{port}")
         started.set()

@@ -21,8 +21,9 @@ from tidegate.catalog.cached import CachedCatalog
 from tidegate.catalog.in_memory import PolicyCatalog
 from tidegate.counters.memory import MemoryCounters
 from tidegate.doors.asgi import EXPOSED_HEADERS
+from tidegate.doors.http_asgi import AsgiAdapter
 from tidegate.policy.toml_reader import parse_policy
-from tidegate.server.listener import AsgiListener
+from tidegate.server.listener import Listener
 
 CHROMIUM = Path("/usr/bin/chromium")
 KEY = "policy-file-key-0001"
@@ -70,7 +71,7 @@ async def serve_app() -> AsyncIterator[Callable[..., Any]]:
 
     async def start(app: Any) -> str:
         port = free_port()
-        listeners.append(AsgiListener(app, "127.0.0.1", port))
+        listeners.append(Listener(AsgiAdapter(app), "127.0.0.1", port))
         await listeners[-1].start()
         return f"http://127.0.0.1:{port}"
 

@@ -65,6 +65,10 @@ class RequestHeaders:
         """The different names."""
         return [name.decode("latin-1") for name in self._values]
 
+    def raw(self) -> list[tuple[bytes, bytes]]:
+        """Every name with its values as they came, each by itself; the values of one name stand together."""
+        return [(name, value) for name, first in self._values.items() for value in self._repeated.get(name, (first,))]
+
     def __contains__(self, key: str) -> bool:
         return key.encode() in self._values
 

@@ -38,7 +38,7 @@ from tidegate.policy.model import Policy
 from tidegate.policy.paths import STRICT, PathRules
 from tidegate.policy.toml_reader import load_policy
 from tidegate.server.addresses import admin_address, free_address, grpc_address
-from tidegate.server.listener import AsgiListener, Listener
+from tidegate.server.listener import Listener
 from tidegate.server.wiring import open_catalog, open_channel, share_catalog
 from tidegate.settings import Settings, join_address, parse_address
 from tidegate.telemetry.access import AccessLog
@@ -57,6 +57,8 @@ logger = logging.getLogger(__name__)
 _QUIET_S: Final = 0.2
 _CLOSE_S: Final = 1.0
 _SWEEP_STEPS: Final = 500
+MAX_ADMIN_CONNECTIONS: Final = 512
+"""Most connections to the control plane at a time: operators and their tools; beyond it the longest idle one is closed."""
 _METRICS_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 
 
@@ -85,7 +87,7 @@ class Instance:
         self.grpc_address = ""
         self.first_token: str | None = None
         self._listener: Listener | None = None
-        self._admin: AsgiListener | None = None
+        self._admin: Listener | None = None
         self._grpc: GrpcListener | None = None
         self._tracing: Tracing | None = None
         self._paths = STRICT
@@ -290,6 +292,7 @@ class Instance:
     async def _start_admin(self, gate: Gate, host: str, port: int) -> None:
         # Imported here: who switches the control plane off pays neither time nor memory for its framework.
         from tidegate.doors.admin.app import AdminDeps, admin_app
+        from tidegate.doors.http_asgi import AsgiAdapter
 
         settings = self.settings
         editor = CatalogEditor(self.catalog, self.cached.touched)
@@ -302,7 +305,7 @@ class Instance:
             TrustedProxies(settings.admin.trusted_proxies, setting="admin.trusted_proxies"),
             body_timeout_s=settings.server.body_timeout_s,
         )
-        self._admin = AsgiListener(admin_app(deps), host, port)
+        self._admin = Listener(AsgiAdapter(admin_app(deps)), host, port, max_connections=MAX_ADMIN_CONNECTIONS)
         await self._admin.start()
         self.admin_address = join_address(host, port)
         logger.info("the control plane is at http://%s", self.admin_address)
