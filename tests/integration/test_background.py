@@ -9,8 +9,10 @@ from typing import Any
 
 import httpx
 import pytest
+from pygrpc_native import NativeGrpcFront
 from sqlalchemy import text
 
+from tests.integration.ratelimit_client import ask, request
 from tests.moments import until
 from tests.servers.postgres_cluster import PostgresCluster
 from tests.servers.redis_cluster import RedisCluster
@@ -24,6 +26,8 @@ from tidegate.catalog.sql.tables import policy_state
 from tidegate.counters import Charge
 from tidegate.counters.redis.store import RedisCounters
 from tidegate.decision import Decision
+from tidegate.doors.grpc import listener
+from tidegate.doors.grpc.messages import OK
 from tidegate.errors import CatalogUnavailable, StoreUnavailable
 from tidegate.policy.limits import Algorithm, Limit, LimitSet
 from tidegate.policy.toml_reader import parse_policy
@@ -36,6 +40,7 @@ ENVOY = "domain: d\ndescriptors: [{key: k, rate_limit: {unit: minute, requests_p
 ON_ONE_MACHINE = {
     "catalog_follower",
     "envoy_config_watcher",
+    "grpc_receiver",
     "memory_sweep",
     "policy_file_watcher",
     "violations_retention",
@@ -92,6 +97,40 @@ async def killed_once(instance: Instance, expected: set[str]) -> None:
     await until(lambda: set(supervised()) == expected)
 
 
+async def answers_grpc(instance: Instance) -> None:
+    sent = request([("k", "v")], domain="nobody's")
+    assert (await asyncio.to_thread(ask, instance.grpc_address, sent)).overall_code == OK
+
+
+class FailingFront:
+    """The gRPC server, whose first batch of calls cannot be taken."""
+
+    def __init__(self, front: Any) -> None:
+        self._front = front
+        self.failed = False
+
+    def recv_batch(self, most: int) -> Any:
+        if not self.failed:
+            self.failed = True
+            raise MemoryError("no room for a batch")
+        return self._front.recv_batch(most)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._front, name)
+
+
+async def test_the_thread_that_takes_grpc_calls_comes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = Settings(
+        server=ServerSettings(http="127.0.0.1:0", admin="", grpc="127.0.0.1:0", drain_s=0),
+        catalog=CatalogSettings(url=f"sqlite:///{tmp_path}/tidegate.db"),
+    )
+    before = SUPERVISOR.failures.get("grpc_receiver", 0)
+    monkeypatch.setattr(listener, "NativeGrpcFront", lambda *given, **named: FailingFront(NativeGrpcFront(*given, **named)))
+    async with running(settings) as instance:
+        await until(lambda: SUPERVISOR.failures["grpc_receiver"] == before + 1)
+        await answers_grpc(instance)
+
+
 async def follows_the_file(instance: Instance, file: Path) -> None:
     """The watcher takes a change of the policy file, and the follower puts it into force."""
     version = instance.cached.version
@@ -120,7 +159,8 @@ async def test_each_task_of_one_machine_comes_back(tmp_path: Path, policy_file: 
         await follows_the_file(instance, policy_file)
         (tmp_path / "envoy.yaml").write_text(ENVOY.replace("domain: d", "domain: other"))
         assert instance._grpc is not None
-        await until(lambda: "other" in instance._grpc._service.domains)  # type: ignore[union-attr]
+        await until(lambda: "other" in instance._grpc._service.domains)  # type: ignore[operator, union-attr]
+        await answers_grpc(instance)
     assert supervised() == {}
 
 

@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import httpx
 import pytest
 
 from tests.cases.ratelimit_file import CONFIG, DOMAIN, OURS, STEPS, Step
 from tests.conftest import Clock, Serve
-from tests.integration.ratelimit_client import ask, caller, headers, request
+from tests.integration.ratelimit_client import ask, caller, headers, health, request
+from tests.moments import wait_until
 from tests.servers.ratelimit_peer import RateLimitPeer
 from tidegate.catalog.cached import CachedCatalog
 from tidegate.catalog.in_memory import PolicyCatalog
@@ -23,7 +25,7 @@ from tidegate.counters.memory import MemoryCounters
 from tidegate.counters.redis.store import RedisCounters
 from tidegate.decision import Observation
 from tidegate.doors.grpc.domains import FileDomain
-from tidegate.doors.grpc.messages import OK, OVER_LIMIT, RateLimitResponse
+from tidegate.doors.grpc.messages import NOT_SERVING, OK, OVER_LIMIT, SERVING, RateLimitResponse
 from tidegate.doors.grpc.ratelimit_file import load_ratelimit, parse_ratelimit
 from tidegate.doors.grpc.service import RateLimitService
 from tidegate.doors.grpc.status import CallRefused
@@ -252,12 +254,39 @@ def test_serve_follows_the_file(serve: Callable[..., Serve], tmp_path: Path) -> 
     assert f"{file}:4: requests_per_unit 'many' must be a whole number" in err
 
 
+def _serving(address: str) -> int:
+    with grpc.insecure_channel(address) as channel:
+        return health(channel)
+
+
 @pytest.mark.parametrize(
     ("text", "said"), [("domain: tidegate\n", "domain 'tidegate' is the policy's"), ("domain: [", "ratelimit.yaml:1: not YAML")]
 )
-def test_serve_refuses_a_wrong_file_at_the_start(serve: Callable[..., Serve], tmp_path: Path, text: str, said: str) -> None:
+def test_an_invalid_file_at_the_start_does_not_end_the_server(
+    serve: Callable[..., Serve], tmp_path: Path, text: str, said: str
+) -> None:
     file = tmp_path / "ratelimit.yaml"
     file.write_text(text)
-    code, _, err = serve("--demo", wait=False, grpc=True, TIDEGATE_ENVOY__CONFIG=str(file)).stop_by_itself()
-    assert code == 2
+    server = serve("--demo", grpc=True, TIDEGATE_ENVOY__CONFIG=str(file))
+    address = f"127.0.0.1:{server.grpc_port}"
+    sent = request([("k", "v")], domain="d")
+    with pytest.raises(grpc.RpcError) as refused:
+        ask(address, sent)
+    assert refused.value.code() is grpc.StatusCode.UNAVAILABLE, "no limit is known: Envoy's failure_mode_deny decides"
+    assert _serving(address) == NOT_SERVING, "Envoy is to ask another instance"
+    health = httpx.get(f"{server.url}/health", timeout=20)
+    assert (health.status_code, health.json()["components"]["envoy_config"]["status"]) == (503, "unhealthy")
+    assert httpx.get(f"{server.url}/readyz", timeout=20).status_code == 200, "the HTTP door decides"
+    assert ask(address, request([("path", "/api/orders")], domain="tidegate")).overall_code == OK, "the policy's domain is known"
+    file.write_text("domain: d\ndescriptors:\n  - key: k\n    rate_limit: {unit: day, requests_per_unit: 1}\n")
+    wait_until(lambda: _serving(address) == SERVING, what="the valid file is applied")
+    assert [ask(address, sent).overall_code for _ in range(2)] == [OK, OVER_LIMIT]
+    _, _, err = server.stop()
     assert said in err
+    assert err.count("[envoy] config refused, calls for its domains are answered UNAVAILABLE: ") == 1, "one line for one file"
+
+
+def test_a_file_that_does_not_exist_ends_the_start(serve: Callable[..., Serve], tmp_path: Path) -> None:
+    code, _, err = serve("--demo", wait=False, grpc=True, TIDEGATE_ENVOY__CONFIG=str(tmp_path / "absent.yaml")).stop_by_itself()
+    assert code == 2
+    assert "absent.yaml" in err

@@ -95,6 +95,7 @@ class Instance:
         self._tasks: list[asyncio.Task[None]] = []
         self._reloads: list[Callable[[], None]] = []
         self._policy_error: str | None = None
+        self._domains_error: str | None = None
         self._refused_at_start: str | None = None
 
     async def start(self) -> None:
@@ -102,7 +103,8 @@ class Instance:
 
         Raises:
             SettingsError: if a setting cannot be had: a port in use, a database that cannot be opened.
-            PolicyError: if the policy file is refused and the catalog holds no tier, or `[envoy] config` is refused.
+            PolicyError: if the policy file is refused and the catalog holds no tier, or `[envoy] config` does not
+                exist.
         """
         settings = self.settings
         require_shared_counters(settings)
@@ -273,9 +275,21 @@ class Instance:
             from tidegate.doors.grpc.config_watcher import load_domains, watch_domains
 
             path = Path(envoy.config)
-            service.domains = load_domains(path, envoy.domain)
+            self.health.add("envoy_config", self._ping_domains)
+            try:
+                service.domains = load_domains(path, envoy.domain)
+            except PolicyError as error:
+                if not path.exists():  # noqa: ASYNC240 - once, at the start
+                    raise
+                # The rest of the instance is of use. Calls for these domains fail until a valid file is there, and gRPC health
+                # says NOT_SERVING, so that Envoy asks another instance.
+                service.domains = None
+                self._domains_refused(error)
             again = self._reload_event()
-            self._spawn("envoy_config_watcher", partial(watch_domains, path, envoy.domain, service, self._domains_refused, again))
+            applied = self._domains_applied
+            self._spawn(
+                "envoy_config_watcher", partial(watch_domains, path, envoy.domain, service, self._domains_refused, applied, again)
+            )
         self._grpc = GrpcListener(
             service,
             host,
@@ -286,6 +300,7 @@ class Instance:
             trusted=TrustedProxies(self.settings.server.trusted_proxies),
         )
         self._grpc.start()
+        self._grpc.configured(service.domains is not None)
         self.grpc_address = join_address(host, port)
         logger.info("the gRPC door is at %s", self.grpc_address)
 
@@ -403,8 +418,22 @@ class Instance:
             raise PolicyError(f"file refused, the last valid policy in the catalog stays active: {self._policy_error}")
 
     def _domains_refused(self, error: PolicyError) -> None:
+        known, self._domains_error = self._domains_error, str(error)
+        if known == self._domains_error:
+            return  # the watcher reads again what was refused at the start
         self.metrics.policy_reload_errors += 1
-        logger.error("[envoy] config is refused, what was in force stays: %s", error)
+        no_other = self._grpc is None
+        remains = "calls for its domains are answered UNAVAILABLE" if no_other else "the last valid one stays active"
+        logger.error("[envoy] config refused, %s: %s", remains, error)
+
+    def _domains_applied(self) -> None:
+        self._domains_error = None
+        if self._grpc is not None:
+            self._grpc.configured(True)
+
+    async def _ping_domains(self) -> None:
+        if self._domains_error is not None:
+            raise PolicyError(f"[envoy] config refused: {self._domains_error}")
 
     async def _health_page(self) -> Response:
         report = await self.health.report()

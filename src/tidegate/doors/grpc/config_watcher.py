@@ -1,4 +1,4 @@
-"""Following `[envoy] config`: a change is in force within a second, or refused, and the old one stays."""
+"""Following `[envoy] config`: a valid change is applied within a second; an invalid one is refused, the last one stays active."""
 
 from __future__ import annotations
 
@@ -38,6 +38,7 @@ async def watch_domains(
     policy_domain: str,
     service: RateLimitService,
     refused: Callable[[PolicyError], None],
+    applied: Callable[[], None],
     again: asyncio.Event | None = None,
 ) -> None:
     """Follow the files until cancelled.
@@ -46,7 +47,8 @@ async def watch_domains(
         path: file or directory.
         policy_domain: the domain whose limits are the policy's.
         service: gets the limits.
-        refused: is told why a change is not taken into force.
+        refused: called with the reason when a change is refused.
+        applied: called after each change that was applied.
         again: see `watch`.
     """
     first = True
@@ -57,8 +59,9 @@ async def watch_domains(
         service.domains = _domains(read, policy_domain, path)
         for note in (note for each in read for note in each.notes):
             logger.warning("%s", note)
+        applied()
         if not first:
-            logger.info("%s was taken into force: %d domains", path, len(read))
+            logger.info("[envoy] config applied: %s, %d domains", path, len(read))
         first = False
 
     await watch(lambda last: _look(path, last), take, refused, again=again)
@@ -83,4 +86,4 @@ def _look(path: Path, last: Look) -> Look:
     except PolicyError as error:
         return Look(None, None, error)
     except OSError as error:
-        return Look(None, None, PolicyError(f"the configuration cannot be looked at: {error.strerror or error}", str(path)))
+        return Look(None, None, PolicyError(f"the configuration cannot be read: {error.strerror or error}", str(path)))

@@ -25,7 +25,8 @@ class HealthService:
 
     def __init__(self, send: Callable[[int, bytes], bool]) -> None:
         self._send = send
-        self._serving = True
+        self._draining = False
+        self._configured = True
         self._watchers: dict[int, str] = {}
 
     def check(self, payload: bytes) -> bytes:
@@ -69,19 +70,31 @@ class HealthService:
         """
         self._watchers.pop(call_id, None)
 
+    def configured(self, valid: bool) -> None:
+        """Report SERVING or NOT_SERVING, by whether the configuration of all domains could be read. A drain is final.
+
+        Args:
+            valid: whether it could.
+        """
+        self._configured = valid
+        self._notify()
+
     def drain(self) -> list[int]:
-        """Say NOT_SERVING from now on.
+        """Report NOT_SERVING from now on.
 
         Returns:
-            The streams that watch.
+            The call ids of the open `Watch` streams.
         """
-        self._serving = False
-        for call_id, service in self._watchers.items():
-            self._send(call_id, self._told(service))
+        self._draining = True
+        self._notify()
         return list(self._watchers)
 
+    def _notify(self) -> None:
+        for call_id, service in self._watchers.items():
+            self._send(call_id, self._told(service))
+
     def _told(self, service: str) -> bytes:
-        state = (SERVING if self._serving else NOT_SERVING) if service in SERVICES else SERVICE_UNKNOWN
+        state = (SERVING if self._configured and not self._draining else NOT_SERVING) if service in SERVICES else SERVICE_UNKNOWN
         told: bytes = HealthCheckResponse(status=state).SerializeToString()
         return told
 

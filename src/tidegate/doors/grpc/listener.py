@@ -13,10 +13,12 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Coroutine, Sequence
+from functools import partial
 from typing import Any, Final, TypeAlias
 
 from pygrpc_native import EVENT_CALL, EVENT_CANCEL, STREAM_SENT, NativeGrpcFront
 
+from tidegate.background import SUPERVISOR, stop
 from tidegate.doors.client_address import TrustedProxies, peer_address
 from tidegate.doors.grpc.health import HealthService
 from tidegate.doors.grpc.messages import OK, OVER_LIMIT, RateLimitResponse
@@ -87,7 +89,9 @@ class GrpcListener:
         self._front: NativeGrpcFront | None = None
         self._loop = asyncio.get_running_loop()
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._hearing: threading.Thread | None = None
+        self._receiving: asyncio.Task[None] | None = None
+        self._thread: threading.Thread | None = None
+        self._ended: asyncio.Future[None] | None = None
 
     def start(self) -> None:
         """Listen.
@@ -109,8 +113,11 @@ class GrpcListener:
             self._front.start()
         except OSError as error:
             raise SettingsError(f"server.grpc = {self._address!r} cannot be listened at: {error.strerror or error}") from None
-        self._hearing = threading.Thread(target=self._hear, args=(self._front,), name="tidegate-grpc", daemon=True)
-        self._hearing.start()
+        self._receiving = SUPERVISOR.start("grpc_receiver", partial(self._receive, self._front))
+
+    def configured(self, valid: bool) -> None:
+        """See `HealthService.configured`."""
+        self._health.configured(valid)
 
     def drain(self) -> None:
         """Say NOT_SERVING to who asks and who watches; calls are answered as before."""
@@ -132,22 +139,41 @@ class GrpcListener:
             await asyncio.wait(self._tasks, timeout=timeout_s)
         for task in self._tasks:
             task.cancel()
+        await stop(self._receiving)
         # In a thread: closing waits for the server's own threads.
         await asyncio.to_thread(front.close)
-        if self._hearing is not None:
-            await asyncio.to_thread(self._hearing.join, 5)
+        if self._thread is not None:
+            await asyncio.to_thread(self._thread.join, 5)
 
-    def _hear(self, front: NativeGrpcFront) -> None:
+    async def _receive(self, front: NativeGrpcFront) -> None:
+        """Run the thread that takes calls from the server, and end as it ends: by its exception, or when the server is closed."""
+        self._ended = self._loop.create_future()
+        # Where this task is restarted and its thread is not, the thread goes on: two must not wait for calls at once.
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._take_calls, args=(front,), name="tidegate-grpc", daemon=True)
+            self._thread.start()
+        await self._ended
+
+    def _take_calls(self, front: NativeGrpcFront) -> None:
         """In a thread of its own: pass calls to the loop until the server is closed."""
         receive: Callable[[int], Sequence[tuple[Any, ...]] | None] = (
             front.recv_batch_details if self._reads_metadata else front.recv_batch
         )
-        while (events := receive(_BATCH_SIZE)) is not None:
-            try:
+        failure: BaseException = RuntimeError("the gRPC server was closed")
+        try:
+            while (events := receive(_BATCH_SIZE)) is not None:
                 self._loop.call_soon_threadsafe(self._take, front, events)
-            except RuntimeError:  # the loop was closed without a stop
-                front.close()
-                return
+        except Exception as error:  # noqa: BLE001 - handed to the supervised task, which logs and restarts
+            failure = error
+        try:
+            self._loop.call_soon_threadsafe(self._thread_ended, failure)
+        except RuntimeError:  # the loop was closed without a stop
+            front.close()
+
+    def _thread_ended(self, failure: BaseException) -> None:
+        self._thread = None
+        if self._ended is not None and not self._ended.done():
+            self._ended.set_exception(failure)
 
     def _take(self, front: NativeGrpcFront, events: Sequence[tuple[Any, ...]]) -> None:
         for event in events:

@@ -78,7 +78,8 @@ class RateLimitService:
         paths: which spellings of a path are let through.
 
     Attributes:
-        domains: what counts the descriptors of other domains than the policy's; may be exchanged at any time.
+        domains: what counts the descriptors of other domains than the policy's; None while `[envoy] config` has never been valid,
+            and no call for such a domain can be answered. May be replaced at any time.
     """
 
     def __init__(
@@ -100,7 +101,7 @@ class RateLimitService:
         self._paths = paths
         self._observe = observe
         self._told: set[str] = set()
-        self.domains: Mapping[str, DomainLimits] = {}
+        self.domains: Mapping[str, DomainLimits] | None = {}
 
     async def answer(self, payload: bytes) -> bytes:
         """Answer one request.
@@ -127,7 +128,12 @@ class RateLimitService:
             raise self._refused("the request has no domain: name one in Envoy's filter, as [envoy] domain has it")
         if not 1 <= len(descriptors) <= MAX_DESCRIPTORS:
             raise self._refused(f"the request has {len(descriptors)} descriptors: send 1 to {MAX_DESCRIPTORS}")
-        limits = self.domains.get(domain)
+        domains = self.domains
+        if domains is None:
+            if domain != self._domain:
+                raise CallRefused(Status.UNAVAILABLE, "[envoy] config is invalid, no limits are known: see the log")
+            domains = {}
+        limits = domains.get(domain)
         if limits is not None:
             asked = [(*self._entries(each, request), _override(each)) for each in descriptors]
             parts = await limits.parts([(entries, cost, limit) for entries, cost, limit in asked])
