@@ -340,7 +340,7 @@ def test_without_the_extra_the_door_is_off_and_says_how_to_get_it(serve: Callabl
     off = "note  gRPC door: off for want of pygrpc_native, google.protobuf, yaml: for Envoy, pip install 'tidegate[envoy]'"
     assert (told.returncode, off in told.stdout) == (0, True), told.stdout
     code, _, err = server.stop()
-    assert (code, "the gRPC door is off: for Envoy, pip install 'tidegate[envoy]'" in err) == (0, True)
+    assert (code, "gRPC is disabled: to use it with Envoy, pip install 'tidegate[envoy]'" in err) == (0, True)
     config = tmp_path / "ratelimit.yaml"
     config.write_text("domain: d\n")
     code, _, err = serve("--demo", wait=False, grpc=True, TIDEGATE_ENVOY__CONFIG=str(config), **without).stop_by_itself()

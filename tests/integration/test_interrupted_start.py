@@ -91,7 +91,7 @@ async def test_a_start_that_fails_when_told_to_end(
     with connection:
         stop.set()
         assert await starting is False
-    assert "stopped before it had started, which had failed: the database went away" in caplog.text
+    assert "stopped during startup, which failed: the database went away" in caplog.text
 
 
 async def test_a_program_that_gives_up_waiting(hung_database: socket.socket, unheard: list[dict[str, Any]]) -> None:

@@ -179,7 +179,7 @@ def test_a_worker_told_to_end_drains_and_is_replaced(start: Callable[..., Any]) 
     assert _decided(_metrics(server)) == 20, "what was not scraped before the drain is not lost"
     code, _, err = server.stop()
     assert code == 0
-    assert "ended with exit code 0; another one starts" in err
+    assert "ended with exit code 0, restarting" in err
 
 
 def test_a_hung_worker_does_not_hold_up_a_scrape(start: Callable[..., Any]) -> None:
@@ -268,7 +268,7 @@ def test_no_worker_outlives_a_killed_supervisor(start: Callable[..., Any]) -> No
         ({"TIDEGATE_POLICY__FILE": "absent.toml"}, "absent.toml"),
         ({"TIDEGATE_COUNTERS__URL": "memory://"}, "memory://"),
         ({"TIDEGATE_COUNTERS__URL": "pigeon://"}, "pigeon"),
-        ({"TIDEGATE_SERVER__HTTP": "192.0.2.1:80"}, "cannot be listened at"),
+        ({"TIDEGATE_SERVER__HTTP": "192.0.2.1:80"}, "cannot listen on"),
         ({"TIDEGATE_WORKER": "1"}, "TIDEGATE_WORKER"),
     ],
 )

@@ -64,9 +64,9 @@ def serve(
     from tidegate.url_parts import scheme_of
 
     ignore_signals()
-    seat = WorkerSlot.taken(os.environ)
+    slot = WorkerSlot.from_environment(os.environ)
     settings = read_settings(config)
-    configure_logging(settings.server.log_level, settings.server.log_format, None if seat is None else seat.number)
+    configure_logging(settings.server.log_level, settings.server.log_format, None if slot is None else slot.number)
 
     def tell_token(instance: Instance) -> None:
         if instance.first_token is not None:
@@ -94,9 +94,9 @@ def serve(
 
     with contextlib.ExitStack() as stack:
         if demo:
-            settings = _demo_settings(settings, stack, is_worker=seat is not None)
-        if seat is not None:
-            work(settings, seat, tell_token)
+            settings = _demo_settings(settings, stack, is_worker=slot is not None)
+        if slot is not None:
+            work(settings, slot, tell_token)
         elif settings.server.workers > 1:
             return supervise(settings, _worker_arguments(config, demo), tell)
         else:

@@ -15,9 +15,9 @@ logger = logging.getLogger(__name__)
 
 
 def free_address(text: str, name: str) -> tuple[str, int]:
-    """Find out that an address can be listened at.
+    """Check that an address is free to listen on.
 
-    The server itself shares ports (SO_REUSEPORT), so a second instance on a port in use would start and take half of the
+    The server itself shares ports (SO_REUSEPORT): a second instance on a used port would start, and receive half of the
     connections.
 
     Args:
@@ -40,25 +40,27 @@ def free_address(text: str, name: str) -> tuple[str, int]:
             return bound[0], bound[1]
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
-            raise SettingsError(f"{name} = {text!r}: the port is in use; stop what listens there or set another port") from None
-        raise SettingsError(f"{name} = {text!r} cannot be listened at: {error.strerror or error}") from None
+            raise SettingsError(
+                f"{name} = {text!r}: the port is in use; stop the process that listens there or set another port"
+            ) from None
+        raise SettingsError(f"{name} = {text!r}: cannot listen on it: {error.strerror or error}") from None
 
 
 def admin_address(
     settings: Settings, http_port: int, find: Callable[[str, str], tuple[str, int]] = free_address
 ) -> tuple[str, int] | None:
-    """Where the control plane is to listen.
+    """The address of the control plane.
 
     Args:
         settings: all of them.
         http_port: that of the data plane.
-        find: makes host and port of the setting's text and name.
+        find: returns host and port for a setting's text and name.
 
     Returns:
-        Host and port; None where the control plane is switched off.
+        Host and port; None if the control plane is disabled.
 
     Raises:
-        SettingsError: if the address cannot be had, or has the data plane's port.
+        SettingsError: if the address is not free, or has the data plane's port.
     """
     return _side_address(settings.server.admin, "admin", "control plane", {http_port: "server.http"}, find)
 
@@ -69,38 +71,34 @@ def grpc_address(
     admin: tuple[str, int] | None,
     find: Callable[[str, str], tuple[str, int]] = free_address,
 ) -> tuple[str, int] | None:
-    """Where the gRPC door is to listen.
+    """The address of the gRPC listener.
 
     Args:
         settings: all of them.
         http_port: that of the data plane.
         admin: host and port of the control plane; None where it is off.
-        find: makes host and port of the setting's text and name.
+        find: returns host and port for a setting's text and name.
 
     Returns:
-        Host and port; None where the gRPC door is switched off, or what it needs is not installed.
+        Host and port; None if gRPC is disabled, or its packages are not installed.
 
     Raises:
-        SettingsError: if the address cannot be had, or `[envoy] config` cannot be read for want of what it needs.
+        SettingsError: if the address is not free, or `[envoy] config` needs packages that are not installed.
     """
     missing = missing_for_grpc()
     if settings.server.grpc and missing:
         if settings.envoy.config:
             raise SettingsError(f"envoy.config needs {', '.join(missing)}: pip install 'tidegate[envoy]'")
-        logger.info("the gRPC door is off: for Envoy, pip install 'tidegate[envoy]'")
+        logger.info("gRPC is disabled: to use it with Envoy, pip install 'tidegate[envoy]'")
         return None
     taken = {http_port: "server.http"}
     if admin is not None:
         taken[admin[1]] = "server.admin"
-    return _side_address(settings.server.grpc, "grpc", "gRPC door", taken, find)
+    return _side_address(settings.server.grpc, "grpc", "gRPC listener", taken, find)
 
 
 def missing_for_grpc() -> list[str]:
-    """What the gRPC door needs and is not installed.
-
-    Returns:
-        Names of modules; none where all of `tidegate[envoy]` is there.
-    """
+    """Names of the modules of `tidegate[envoy]` that are not installed."""
     return [name for name in ("pygrpc_native", "google.protobuf", "yaml") if not _is_installed(name)]
 
 
@@ -120,9 +118,9 @@ def _side_address(
     port = parse_address(text, name)[1]
     if port and port in taken:
         raise SettingsError(
-            f'{name} = {text!r} has the port of {taken[port]}: give the {what} one of its own, or switch it off with {key} = ""'
+            f'{name} = {text!r} has the port of {taken[port]}: set another port for the {what}, or disable it with {key} = ""'
         )
     try:
         return find(text, name)
     except SettingsError as error:
-        raise SettingsError(f'{error.message}; {key} = "" switches the {what} off') from None
+        raise SettingsError(f'{error.message}; {key} = "" disables the {what}') from None

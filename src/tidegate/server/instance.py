@@ -132,8 +132,8 @@ class Instance:
             await self._first_policy(policy_path)
         elif (released := await self.catalog.release_policy()) is not None:
             logger.warning(
-                "no policy file is given, but one made %d tiers and %d API keys of this catalog: they stay active and are "
-                "released to operators, who can change and revoke them; see 'tidegate keys list'",
+                "no policy file is configured, but %d tiers and %d API keys of this catalog came from one: they stay active, and "
+                "operators can now change and revoke them; see 'tidegate keys list'",
                 released.tiers,
                 released.api_keys,
             )
@@ -164,11 +164,13 @@ class Instance:
         collect_cache(self.metrics, self.cached, shared, self.catalog.database)
         collect_counters(self.metrics, self.counters)
         collect_background(self.metrics, SUPERVISOR)
-        self.metrics.add_gauge("rate_limiter_policy_version", "Version of the catalog in force.", lambda: self.cached.version)
+        self.metrics.add_gauge("rate_limiter_policy_version", "Active version of the catalog.", lambda: self.cached.version)
         self.metrics.add_gauge("rate_limiter_in_flight", "Requests being answered.", lambda: self.in_flight)
-        self.metrics.add_counter("rate_limiter_log_lines_dropped", "Log lines that nobody took.", lines_dropped)
         self.metrics.add_counter(
-            "rate_limiter_log_lines_suppressed", "Log lines left out because many of their kind came.", lines_suppressed
+            "rate_limiter_log_lines_dropped", "Log lines dropped because the output was blocked or closed.", lines_dropped
+        )
+        self.metrics.add_counter(
+            "rate_limiter_log_lines_suppressed", "Repeated log lines suppressed by rate limiting.", lines_suppressed
         )
         self.cached.changed(await source.changes(0))
         self.follower = CatalogFollower(source, self.cached, settings.catalog.poll_s, channel)
@@ -219,18 +221,18 @@ class Instance:
         return self.data_plane.answered + (0 if self._grpc is None else self._grpc.answered)
 
     def _observer(self, access: AccessLog | None) -> Observer:
-        """What is told of every check: metrics; violations, the access log and traces where they are kept."""
-        told: list[Observer] = [self.metrics.observe]
+        """Called for every check: metrics; violations, the access log and traces if enabled."""
+        observers: list[Observer] = [self.metrics.observe]
         if self.settings.violations.enabled:
-            told.append(self._violations())
+            observers.append(self._violations())
         if access is not None:
-            told.append(access.observe)
+            observers.append(access.observe)
         if self._tracing is not None:
-            told.append(self._tracing.observe)
-        if len(told) == 1:
-            return told[0]
-        if len(told) == 2:
-            count, note = told
+            observers.append(self._tracing.observe)
+        if len(observers) == 1:
+            return observers[0]
+        if len(observers) == 2:
+            count, note = observers
 
             def observe_two(seen: Observation) -> None:
                 count(seen)
@@ -239,7 +241,7 @@ class Instance:
             return observe_two
 
         def observe(seen: Observation) -> None:
-            for each in told:
+            for each in observers:
                 each(seen)
 
         return observe
@@ -302,7 +304,7 @@ class Instance:
         self._grpc.start()
         self._grpc.configured(service.domains is not None)
         self.grpc_address = join_address(host, port)
-        logger.info("the gRPC door is at %s", self.grpc_address)
+        logger.info("gRPC listening on %s", self.grpc_address)
 
     async def _start_admin(self, gate: Gate, host: str, port: int) -> None:
         # Imported here: who switches the control plane off pays neither time nor memory for its framework.
@@ -323,29 +325,29 @@ class Instance:
         self._admin = Listener(AsgiAdapter(admin_app(deps)), host, port, max_connections=MAX_ADMIN_CONNECTIONS)
         await self._admin.start()
         self.admin_address = join_address(host, port)
-        logger.info("the control plane is at http://%s", self.admin_address)
+        logger.info("control plane listening on http://%s", self.admin_address)
 
-    async def drain(self, hurry: asyncio.Event) -> None:
-        """End in order: say so to balancers and clients, finish what is in flight, close everything.
+    async def drain(self, skip_drain: asyncio.Event) -> None:
+        """Shut down in order: report not ready, finish requests in flight, close everything.
 
         Args:
-            hurry: ends the waiting early when set.
+            skip_drain: set to stop waiting for requests in flight.
         """
         deadline = asyncio.get_running_loop().time() + self.settings.server.drain_s
         data_plane = self.data_plane
-        # Keep-alive connections are first told to go (Connection: close): the server would cut those that look idle, and some
+        # Keep-alive connections first get Connection: close: the server would cut those that look idle, and some
         # of them have a request on the way.
         data_plane.draining = True
         if self._grpc is not None:
             self._grpc.drain()
         logger.info("draining: %d requests in flight", self.in_flight)
         answered = -1
-        while not hurry.is_set() and _left(deadline) > 0 and (self.in_flight or self._answered != answered):
+        while not skip_drain.is_set() and _left(deadline) > 0 and (self.in_flight or self._answered != answered):
             answered = self._answered
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(hurry.wait(), min(_QUIET_S, max(_left(deadline), 0.001)))
+                await asyncio.wait_for(skip_drain.wait(), min(_QUIET_S, max(_left(deadline), 0.001)))
         listeners = [each for each in (self._listener, self._grpc, self._admin) if each is not None]
-        left_s = 0.05 if hurry.is_set() else max(_left(deadline), 0.05)
+        left_s = 0.05 if skip_drain.is_set() else max(_left(deadline), 0.05)
         await asyncio.gather(*(listener.stop(left_s) for listener in listeners))
         await self.close()
         logger.info("stopped")
@@ -478,6 +480,6 @@ def _left(deadline: float) -> float:
 
 
 async def _sweep(counters: MemoryCounters) -> None:
-    """Drop expired counters also while nobody asks, a few at a time."""
+    """Remove expired counters in the background, a few at a time."""
     while True:
         await asyncio.sleep(0.01 if counters.sweep(_SWEEP_STEPS) == _SWEEP_STEPS else 0.5)

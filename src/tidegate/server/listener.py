@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 
 _HEADER_TIMEOUT_S: Final = 10.0
 _OTHER_FILES: Final = 512
-"""So many files and sockets are kept for what is not a connection of the data plane: databases, Redis, logs, the other doors."""
+"""Files and sockets reserved for other uses than data plane connections: databases, Redis, logs, other listeners."""
 
 
 class Listener:
@@ -23,7 +23,7 @@ class Listener:
 
     Args:
         app: the app.
-        host: address to listen at.
+        host: address to listen on.
         port: 1 to 65535.
         header_timeout_s: how long a request's headers may take, s.
         idle_timeout_s: how long a connection may wait for its next request, s.
@@ -46,7 +46,7 @@ class Listener:
         """Listen; returns when connections are accepted.
 
         Raises:
-            SettingsError: if the address cannot be listened at.
+            SettingsError: if it cannot listen on the address.
         """
         await self.server.start(_listening_socket(*self._address))
 
@@ -72,7 +72,7 @@ def _affordable(connections: int) -> int:
     affordable = max(min(connections, soft - _OTHER_FILES), 1)
     if affordable < connections:
         logger.warning(
-            "server.max_connections = %d is above what this process may open: %d connections are accepted; "
+            "server.max_connections = %d exceeds the limit of open files of this process, accepting %d connections; "
             "raise the limit of open files (ulimit -n, LimitNOFILE=) or lower the setting",
             connections,
             affordable,
@@ -94,5 +94,5 @@ def _listening_socket(host: str, port: int) -> socket.socket:
             listening.close()
             raise
     except OSError as error:
-        raise SettingsError(f"cannot listen at {join_address(host, port)}: {error.strerror or error}") from None
+        raise SettingsError(f"cannot listen on {join_address(host, port)}: {error.strerror or error}") from None
     return listening

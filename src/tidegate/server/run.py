@@ -1,4 +1,4 @@
-"""A process that runs one instance: its signals, and an event loop where there is none."""
+"""A process with one instance: its signals and its event loop."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ logger = logging.getLogger(__name__)
 
 
 async def serve(settings: Settings, ready: Callable[[Instance], None] | None = None) -> None:
-    """Run an instance until SIGTERM or SIGINT; a second signal ends it at once. SIGHUP reloads it.
+    """Run an instance until SIGTERM or SIGINT; a second signal skips the drain, SIGHUP reloads.
 
     Args:
         settings: all of them.
-        ready: is called once it listens.
+        ready: called once it listens.
 
     Raises:
-        TidegateError: if it cannot start.
+        TidegateError: if the instance cannot start.
     """
     instance = Instance(settings)
-    stop, hurry = asyncio.Event(), asyncio.Event()
+    stop, skip_drain = asyncio.Event(), asyncio.Event()
     loop = asyncio.get_running_loop()
 
     def signalled() -> None:
-        (hurry if stop.is_set() else stop).set()
+        (skip_drain if stop.is_set() else stop).set()
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, signalled)
@@ -41,11 +41,11 @@ async def serve(settings: Settings, ready: Callable[[Instance], None] | None = N
         if ready is not None:
             ready(instance)
         await stop.wait()
-        await instance.drain(hurry)
+        await instance.drain(skip_drain)
 
 
 def ignore_signals() -> None:
-    """Ignore what would end the process at once, with violations unwritten and debts not put back: SIGHUP, SIGUSR1, SIGUSR2."""
+    """Ignore SIGHUP, SIGUSR1 and SIGUSR2, which by default end a process at once, with violations and debts not written."""
     for number in (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
 
@@ -68,26 +68,26 @@ def reloading(reload: Callable[[], None]) -> Iterator[None]:
 
 
 async def started(instance: Instance, stop: asyncio.Event) -> bool:
-    """Start an instance, unless it is told to stop before it listens.
+    """Start an instance, unless it is stopped before it listens.
 
     Args:
-        instance: to start; closed where it does not.
-        stop: set when it is told to stop.
+        instance: to start; closed if it does not start.
+        stop: set to stop it.
 
     Returns:
-        Whether it is started, and so is to be drained.
+        Whether it started, and has to be drained.
 
     Raises:
-        TidegateError: if it cannot start.
+        TidegateError: if the instance cannot start.
     """
     starting = asyncio.ensure_future(instance.start())
-    told = asyncio.ensure_future(stop.wait())
+    stopping = asyncio.ensure_future(stop.wait())
     try:
-        await asyncio.wait((starting, told), return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait((starting, stopping), return_when=asyncio.FIRST_COMPLETED)
         if not starting.done() and not instance.address:
             failed = await _cancelled(starting)
             await instance.close()
-            logger.info("stopped before it had started%s", f", which had failed: {failed}" if failed else "")
+            logger.info("stopped during startup%s", f", which failed: {failed}" if failed else "")
             return False
         # Once it listens, requests may be in flight: they are for the drain to finish.
         await starting
@@ -96,7 +96,7 @@ async def started(instance: Instance, stop: asyncio.Event) -> bool:
         await instance.close()
         raise
     finally:
-        told.cancel()
+        stopping.cancel()
     return True
 
 
@@ -112,10 +112,10 @@ def run(settings: Settings, ready: Callable[[Instance], None] | None = None) -> 
 
     Args:
         settings: all of them.
-        ready: is called once it listens.
+        ready: called once it listens.
 
     Raises:
-        TidegateError: if it cannot start.
+        TidegateError: if the instance cannot start.
     """
     uvloop.run(serve(settings, ready))
 
@@ -137,5 +137,5 @@ async def running(settings: Settings) -> AsyncIterator[Instance]:
     except BaseException:
         await instance.close()
         raise
-    hurry = asyncio.Event()
-    await instance.drain(hurry)
+    skip_drain = asyncio.Event()
+    await instance.drain(skip_drain)

@@ -1,7 +1,7 @@
-"""Several processes behind one port, and the one that keeps them.
+"""The supervisor of several worker processes behind one port.
 
-The kernel spreads connections over the workers (SO_REUSEPORT); nothing stands between a client and the worker that answers. A
-worker that dies is started again, and no worker outlives a supervisor that was killed: see `worker`.
+The kernel distributes connections over the workers (SO_REUSEPORT); there is no proxy in between. A worker that ends is restarted
+with backoff, and workers end when their supervisor is killed: see `worker`.
 """
 
 from __future__ import annotations
@@ -34,24 +34,23 @@ logger = logging.getLogger(__name__)
 MIN_PAUSE_S: Final = 0.1
 MAX_PAUSE_S: Final = 5.0
 SETTLED_S: Final = 30.0
-"""A worker that lived so long had started well: the next one may start at once."""
+"""A worker that ran this long is considered healthy: the restart backoff is reset."""
 GRACE_S: Final = 2.0
-"""How long beyond drain_s a worker may take to end before it is killed."""
+"""Time beyond drain_s after which a worker that has not ended is killed."""
 _MAX_DIRECTORY_BYTES: Final = 90
-"""A socket's path has room for 104 bytes or more, on every system; its name in the directory takes 10."""
+"""A Unix socket's path may have 104 bytes on every system; its name in the directory takes 10."""
 
 
 def supervise(settings: Settings, arguments: Sequence[str], ready: Callable[[str], None]) -> int:
-    """Run `[server] workers` workers until SIGTERM or SIGINT; a second signal hurries their drain, SIGHUP reloads
-    them.
+    """Run `[server] workers` workers until SIGTERM or SIGINT; a second signal skips their drain, SIGHUP reloads them.
 
     Args:
         settings: all of them.
         arguments: of `tidegate` for a worker.
-        ready: is called once with the address, when all workers listen.
+        ready: called once with the address, when all workers listen.
 
     Returns:
-        The exit code: 0 after a signal, 2 if the first worker could not start; it has said why.
+        The exit code: 0 after a signal, 2 if the first worker could not start and has reported why.
 
     Raises:
         SettingsError: if the workers cannot be started: counters that they cannot share, an address that is not free.
@@ -68,15 +67,19 @@ def supervise(settings: Settings, arguments: Sequence[str], ready: Callable[[str
     try:
         made = tempfile.TemporaryDirectory(prefix="tidegate-", ignore_cleanup_errors=True)
     except OSError as error:
-        raise SettingsError(f"workers need a directory for temporary files: {error.strerror}: set TMPDIR to one") from None
+        raise SettingsError(
+            f"cannot create a temporary directory for the workers: {error.strerror}; set TMPDIR to a writable directory"
+        ) from None
     with made as directory:
         if len(os.fsencode(directory)) > _MAX_DIRECTORY_BYTES:
-            raise SettingsError(f"the path {directory} is too long to hold a socket: set TMPDIR to a shorter one")
+            raise SettingsError(
+                f"the temporary directory {directory} is too long for the path of a Unix socket; set TMPDIR to a shorter path"
+            )
         return asyncio.run(_Supervisor(settings, arguments, taken, directory, ready).run())
 
 
 class _Worker:
-    """One seat: its process, and the socket to it."""
+    """One worker slot: its process, and the socket to it."""
 
     def __init__(self, number: int, command: Sequence[str], environment: Mapping[str, str], directory: str) -> None:
         self.number = number
@@ -94,14 +97,14 @@ class _Worker:
     def start(self) -> None:
         ours, theirs = socket.socketpair()
         with theirs:
-            seat = WorkerSlot(self.number, theirs.fileno(), self._directory)
+            slot = WorkerSlot(self.number, theirs.fileno(), self._directory)
             try:
                 self._process = subprocess.Popen(
                     self._command,
-                    env={**self._environment, SLOT_VARIABLE: msgspec.json.encode(seat).decode()},
+                    env={**self._environment, SLOT_VARIABLE: msgspec.json.encode(slot).decode()},
                     stdin=subprocess.DEVNULL,
                     pass_fds=(theirs.fileno(),),
-                    process_group=0,  # Ctrl-C in a terminal reaches the supervisor alone, which passes it on in order
+                    process_group=0,  # Ctrl-C in a terminal reaches only the supervisor, which forwards it in order
                 )
             except OSError:
                 ours.close()
@@ -111,34 +114,34 @@ class _Worker:
 
     async def listens(self) -> bool:
         """Wait until it listens, or ends."""
-        self.listening = await self._hear() == READY
+        self.listening = await self._receive() == READY
         return self.listening
 
     async def ended(self) -> int:
         """Wait until it ends; returns its exit code, negative for a signal."""
-        while await self._hear():
+        while await self._receive():
             pass
         self.listening = False
         if self._channel is not None:
             self._channel.close()
-        # The socket goes a moment before the process does.
+        # The socket closes a moment before the process ends.
         return 0 if self._process is None else await asyncio.to_thread(self._process.wait)
 
     def signal(self, number: signal.Signals) -> None:
         if self._process is not None:
             self._process.send_signal(number)
 
-    def hurry(self) -> None:
+    def skip_drain(self) -> None:
         if self._channel is not None:
             with contextlib.suppress(OSError):  # it has ended
                 self._channel.send(SKIP_DRAIN)
 
-    async def _hear(self) -> bytes:
+    async def _receive(self) -> bytes:
         if self._channel is None:
             return b""
         try:
             return await asyncio.get_running_loop().sock_recv(self._channel, 1)
-        except OSError:  # it ended with words of ours unread
+        except OSError:  # it ended without reading our messages
             return b""
 
 
@@ -156,7 +159,7 @@ class _Supervisor:
         command = (sys.executable, *safe, "-m", "tidegate", *arguments)
         environment = {**os.environ, **addresses}
         self._workers = [_Worker(number + 1, command, environment, directory) for number in range(settings.server.workers)]
-        self._silent = {worker.number for worker in self._workers}
+        self._starting = {worker.number for worker in self._workers}
         self._address = addresses["TIDEGATE_SERVER__HTTP"]
         self._drain_s = settings.server.drain_s
         self._ready = ready
@@ -169,22 +172,22 @@ class _Supervisor:
             return await self._run()
 
     async def _run(self) -> int:
-        # The first one alone: it brings the catalog up to date, and what hinders it would hinder all, and is said once.
+        # The first one alone: it migrates the catalog, and an error that stops it would stop all; it is reported once.
         first = self._workers[0]
         try:
             first.start()
         except OSError as error:
-            raise SettingsError(f"a worker cannot be started: {error}") from None
+            raise SettingsError(f"cannot start a worker: {error}") from None
         if not await first.listens():
             code = await first.ended()
             if self._stop.is_set():
                 return 0
             if code < 0:
-                raise SettingsError(f"the first worker {_how(code)} before it listened: see the system's log")
+                raise SettingsError(f"the first worker {_how(code)} before it listened; see the system log")
             return 2
         self._listens(first)
         await asyncio.gather(self._keep(first, True), *(self._keep(worker, False) for worker in self._workers[1:]))
-        logger.info("all workers have ended")
+        logger.info("all workers ended")
         return 0
 
     async def _keep(self, worker: _Worker, runs: bool) -> None:
@@ -197,27 +200,27 @@ class _Supervisor:
                     if await worker.listens():
                         self._listens(worker)
                 runs = False
-                said = _how(await worker.ended())
+                ended = _how(await worker.ended())
             except OSError as error:
-                said = f"cannot be started: {error}"
+                ended = f"cannot be started: {error}"
             if self._stop.is_set():
                 return
             if time.monotonic() - started >= SETTLED_S:
                 pause_s = MIN_PAUSE_S
-            logger.warning("worker %d (pid %d) %s; another one starts in %.1f s", worker.number, worker.pid, said, pause_s)
+            logger.warning("worker %d (pid %d) %s, restarting in %.1f s", worker.number, worker.pid, ended, pause_s)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._stop.wait(), pause_s)
             pause_s = min(2 * pause_s, MAX_PAUSE_S)
 
     def _listens(self, worker: _Worker) -> None:
-        logger.info("worker %d (pid %d) listens", worker.number, worker.pid)
-        if self._silent:
-            self._silent.discard(worker.number)
-            if not self._silent:
+        logger.info("worker %d (pid %d) is listening", worker.number, worker.pid)
+        if self._starting:
+            self._starting.discard(worker.number)
+            if not self._starting:
                 self._ready(self._address)
 
     def _reload(self) -> None:
-        # One that does not listen yet ignores the signal at best, and reads the files as they are anyway.
+        # A worker that does not listen yet reads the current files anyway.
         for worker in self._workers:
             if worker.listening:
                 worker.signal(signal.SIGHUP)
@@ -225,7 +228,7 @@ class _Supervisor:
     def _signalled(self) -> None:
         if self._stop.is_set():
             for worker in self._workers:
-                worker.hurry()
+                worker.skip_drain()
             return
         self._stop.set()
         for worker in self._workers:
@@ -233,7 +236,7 @@ class _Supervisor:
         asyncio.get_running_loop().call_later(self._drain_s + GRACE_S, self._kill)
 
     def _kill(self) -> None:
-        logger.error("workers that did not end within %g s are killed", self._drain_s + GRACE_S)
+        logger.error("workers did not end within %g s, killing them", self._drain_s + GRACE_S)
         for worker in self._workers:
             worker.signal(signal.SIGKILL)
 
@@ -242,6 +245,6 @@ def _how(code: int) -> str:
     if code >= 0:
         return f"ended with exit code {code}"
     try:
-        return f"was ended by {signal.Signals(-code).name}"
+        return f"was killed by {signal.Signals(-code).name}"
     except ValueError:
-        return f"was ended by signal {-code}"
+        return f"was killed by signal {-code}"

@@ -1,4 +1,4 @@
-"""From the settings to the catalog: its databases, the cache that instances share, and where changes are announced."""
+"""From the settings to the catalog: databases, the shared cache, and the channel that announces changes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ async def open_catalog(settings: Settings, channel: Channel | None = None) -> Sq
         The catalog.
 
     Raises:
-        SettingsError: if a database cannot be had; it says why.
+        SettingsError: if a database cannot be opened.
     """
     catalog = await SqlCatalog.open(settings.catalog.url, database_options(settings.catalog))
     if channel is not None:
@@ -46,11 +46,11 @@ async def opened_catalog(settings: Settings) -> AsyncIterator[SqlCatalog]:
         The catalog.
 
     Raises:
-        SettingsError: if the database cannot be had; it says why.
+        SettingsError: if the database cannot be opened.
     """
     store = None
     if is_postgres(settings.catalog.url) and scheme_of(settings.counters.url).startswith("redis"):
-        # Connects when there is something to announce.
+        # Connects at the first announcement.
         store = RedisCounters(settings.counters.url, settings.counters.timeout_ms / 1000)
     catalog = await SqlCatalog.open(settings.catalog.url)
     if store is not None:
@@ -71,7 +71,7 @@ def open_channel(settings: Settings, store: RedisCounters | None) -> Channel | N
         store: the Redis of the counters; None where they are in memory.
 
     Returns:
-        The channel, which connects when it is listened to; None for SQLite, which is asked at no cost.
+        The channel, which connects when a listener starts; None for SQLite, which is polled at no cost.
 
     Raises:
         SettingsError: if the catalog's URL is not understood.
@@ -80,7 +80,7 @@ def open_channel(settings: Settings, store: RedisCounters | None) -> Channel | N
         return None
     if store is not None:
         return RedisChannel(store)
-    # Imported here: who announces on Redis needs it not.
+    # Imported here: not needed with Redis.
     from tidegate.catalog.sql.postgres_channel import PostgresChannel
 
     return PostgresChannel(settings.catalog.url, settings.catalog.timeout_s)
@@ -95,10 +95,10 @@ async def share_catalog(settings: Settings, catalog: SqlCatalog, store: RedisCou
         store: the Redis of the counters; None where they are in memory.
 
     Returns:
-        The catalog with the cache; None where there is none: a SQLite file is faster than Redis, and each machine has its own.
+        The catalog with the cache; None without Redis or with SQLite, whose local file is faster than Redis.
 
     Raises:
-        CatalogUnavailable: if the secret of the cache is to be had from the database, and it does not answer.
+        CatalogUnavailable: if the cache's secret is kept in the database and it does not answer.
     """
     if store is None or not is_postgres(settings.catalog.url):
         return None
