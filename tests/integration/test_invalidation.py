@@ -142,7 +142,7 @@ class Load:
     async def answered(self, *names: str) -> None:
         """Wait until every line has had an answer to a check sent from now on, of each name."""
         now = time.time()
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(PATIENCE_S):
             for name in names:
                 while len(self.answers[name]) < len(self._lines) or not all(
                     place and place[-1].sent > now for place in self.answers[name]
@@ -181,7 +181,7 @@ class Admin:
         self._http = httpx.AsyncClient(
             base_url=f"http://127.0.0.1:{server.admin_port}/admin/v1",
             headers={"Authorization": f"Bearer {TOKEN}", "If-Match": "*"},
-            timeout=15,
+            timeout=PATIENCE_S,
         )
 
     async def ask(self, method: str, path: str, **given: Any) -> dict[str, Any]:
@@ -240,12 +240,12 @@ def metric(text: str, name: str) -> float:
 
 async def metric_of(server: Any, name: str) -> float:
     async with httpx.AsyncClient() as http:
-        return metric((await http.get(f"{server.url}/metrics", timeout=15)).text, name)
+        return metric((await http.get(f"{server.url}/metrics", timeout=PATIENCE_S)).text, name)
 
 
 async def get(server: Any, path: str) -> httpx.Response:
     async with httpx.AsyncClient() as http:
-        return await http.get(f"{server.url}{path}", timeout=15)
+        return await http.get(f"{server.url}{path}", timeout=PATIENCE_S)
 
 
 async def until(holds: Callable[[], Awaitable[bool]], within_s: float = PATIENCE_S) -> float:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from drills.load import Load
 
-from tests.moments import wait_until
+from tests.moments import PATIENCE_S, wait_until
 from tests.servers.ports import free_port
 from tests.servers.redis_cluster import SLOTS, RedisCluster
 from tests.servers.redis_server import Client, RedisServer
@@ -99,7 +99,7 @@ def killed_at(command: list[str], enough: Callable[[], bool]) -> None:
         assert process.poll() is None, "it ended before it could be killed"
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGKILL)
-    assert process.wait(10) == -signal.SIGKILL
+    assert process.wait(PATIENCE_S) == -signal.SIGKILL
 
 
 async def test_a_shard_is_added_while_checks_go_on(cluster: RedisCluster, new: list[RedisServer]) -> None:
@@ -282,11 +282,11 @@ def started(command: list[str], port: int) -> Iterator[Client]:
             client.close()
     finally:
         process.terminate()
-        process.wait(20)
+        process.wait(PATIENCE_S)
 
 
 def connected(process: subprocess.Popen[bytes], port: int) -> Client:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + PATIENCE_S
     while True:
         try:
             return Client("127.0.0.1", port)
