@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import random
 import time
 from collections.abc import Callable
@@ -11,6 +10,7 @@ from collections.abc import Callable
 import pytest
 
 from tests.moments import PATIENCE_S, until
+from tests.redis_deadline import NEVER_S, set_deadline
 from tests.servers.redis_server import RedisServer
 from tests.servers.tcp_proxy import TcpProxy
 from tidegate.counters import Charge, Outcome
@@ -24,10 +24,6 @@ NAMES = iter(range(1_000_000))
 
 def limit_set(text: str = "1000/hour") -> LimitSet:
     return LimitSet(f"connection:{next(NAMES)}", Algorithm.FIXED_WINDOW, [Limit.parse(text)])
-
-
-NEVER_S = 10 * PATIENCE_S
-"""A deadline of calls that none of these tests lasts to."""
 
 
 async def ask(store: RedisCounters, limits: LimitSet, subject: str, cost: int = 1) -> Outcome:
@@ -49,12 +45,6 @@ async def back(store: RedisCounters) -> None:
     while isinstance(await ask(store, limits, "back"), StoreUnavailable):
         assert time.monotonic() < deadline
         await asyncio.sleep(0.05)
-
-
-def set_timeout(store: RedisCounters, timeout_s: float) -> None:
-    """The deadline of what is asked and not yet answered, and of what will be."""
-    (connection,) = store.connections()
-    connection._options = dataclasses.replace(connection._options, timeout_s=timeout_s)
 
 
 def reason(outcome: Outcome) -> object:
@@ -82,10 +72,10 @@ async def test_a_reply_after_its_deadline_is_discarded_and_the_others_are_not_sh
         # Each limit says in its answer which question it was.
         proxy.stall = True
         late = [asyncio.ensure_future(ask(store, limits, "s")) for limits in sets[:10]]
-        set_timeout(store, 0.2)
+        set_deadline(store, 0.2)
         assert {reason(outcome) for outcome in await asyncio.gather(*late)} == {"timeout"}
         # Those that were given up are in front of these, and are answered first.
-        set_timeout(store, NEVER_S)
+        set_deadline(store, NEVER_S)
         (connection,) = store.connections()
         in_time = [asyncio.ensure_future(ask(store, limits, "s")) for limits in sets[10:]]
         await until(lambda: connection.in_flight >= 20)
@@ -122,10 +112,10 @@ async def test_a_delay_beyond_the_deadline_is_a_timeout_and_a_stall_is_disconnec
     async with TcpProxy(redis_server.port) as proxy:
         store = RedisCounters(f"redis://127.0.0.1:{proxy.port}", timeout_s=0.1)
         await store.start()
-        set_timeout(store, NEVER_S)
+        set_deadline(store, NEVER_S)
         limits = limit_set()
         await must(store, limits, "s")
-        set_timeout(store, 0.1)
+        set_deadline(store, 0.1)
         proxy.stall = True
         before = proxy.connections
         seen: list[object] = []
@@ -135,7 +125,7 @@ async def test_a_delay_beyond_the_deadline_is_a_timeout_and_a_stall_is_disconnec
         assert seen[0] == "timeout", "found by deadline first, then given up as hung"
         assert set(seen) == {"timeout", "disconnected"}
         proxy.stall = False
-        set_timeout(store, NEVER_S)
+        set_deadline(store, NEVER_S)
         await back(store)
         assert proxy.connections > before
         await store.close()
@@ -155,12 +145,12 @@ async def test_open_questions_are_bounded(redis_server: RedisServer) -> None:
         assert {reason(outcome) for outcome in done} == {"overload"}
         assert isinstance(done[0], StoreUnavailable)
         assert "max_in_flight" in done[0].message
-        set_timeout(store, 0.2)
+        set_deadline(store, 0.2)
         await asyncio.gather(*asked)
         # Those given up still have their places: the server may yet answer them.
         assert reason(await ask(store, limits, "s")) == "overload"
         proxy.stall = False
-        set_timeout(store, NEVER_S)
+        set_deadline(store, NEVER_S)
         await back(store)
         await store.close()
 

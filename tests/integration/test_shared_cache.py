@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import secrets
 from collections.abc import AsyncIterator, Callable
 from typing import Any
@@ -14,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.moments import PATIENCE_S
+from tests.redis_deadline import NEVER_S, set_deadline
 from tests.servers.redis_server import RedisServer
 from tests.servers.tcp_proxy import TcpProxy
 from tidegate.catalog.cached import CachedCatalog
@@ -27,8 +27,6 @@ from tidegate.opening import share_catalog
 from tidegate.policy import ApiKey, KeyStatus, Override, Rule, Tier
 from tidegate.settings import load_settings
 
-TIMEOUT_S = 10 * PATIENCE_S
-"""Of Redis. Nobody ever waits for it: where it does not answer, a test sets another."""
 SECRET = b"secret of this test's catalog"
 WHOLE = EntrySeal(SECRET).seal(
     b"k:" + b"0" * 64, KeyEntry(100, ApiKey("0" * 64, "free", name="näme", overrides=(Override("/a", (Limit.parse("7/day"),)),)))
@@ -81,7 +79,7 @@ async def connect() -> AsyncIterator[Callable[..., Any]]:
     """Connects to a URL as an instance does."""
     stores: list[RedisCounters] = []
 
-    async def connected(url: str, timeout_s: float = TIMEOUT_S) -> RedisCounters:
+    async def connected(url: str, timeout_s: float = NEVER_S) -> RedisCounters:
         store = RedisCounters(url, timeout_s)
         stores.append(store)
         await store.start()
@@ -107,12 +105,6 @@ class Counted:
 def shared(catalog: Catalog, store: RedisCounters | Counted, ttl_s: float = 300.0, clock: Any = None) -> SharedCatalog:
     source: Any = catalog
     return SharedCatalog(source, store, SECRET, ttl_s) if clock is None else SharedCatalog(source, store, SECRET, ttl_s, clock)
-
-
-def set_timeout(store: RedisCounters, timeout_s: float) -> None:
-    """The deadline of calls from now on; the store was connected with a patient one."""
-    (connection,) = store.connections()
-    connection._options = dataclasses.replace(connection._options, timeout_s=timeout_s)
 
 
 def digest() -> str:
@@ -536,7 +528,7 @@ async def test_a_redis_that_hangs_costs_one_timeout(connect: Callable[..., Any],
         await cache.read_key(key)
         await cache.settle()
         calls = store.calls
-        set_timeout(connected, 0.25)
+        set_deadline(connected, 0.25)
         proxy.stall = True
         async with asyncio.timeout(PATIENCE_S):
             await asyncio.gather(*(cache.read_key(digest()) for _ in range(300)))
@@ -546,7 +538,7 @@ async def test_a_redis_that_hangs_costs_one_timeout(connect: Callable[..., Any],
         assert (store.calls - calls, cache.errors) == (300, 1), "nobody else asks it"
         assert len(catalog.asked) == 601
         proxy.stall = False
-        set_timeout(connected, TIMEOUT_S)
+        set_deadline(connected, NEVER_S)
         clock.now += AWAY_S
         async with asyncio.timeout(PATIENCE_S):
             while cache.hits == 0:
