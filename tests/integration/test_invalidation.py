@@ -29,9 +29,11 @@ from tidegate.counters.redis.store import RedisCounters
 from tidegate.keys import make_api_key
 
 TOKEN = "0123456789abcdef-of-a-test"
-IN_FORCE_S = 20.0
-"""The bound of these tests. A change is in force within a second on idle cores, as `report` prints; where nothing told of it, an
-entry would serve on for 60 s (`cache.l1_ttl_s`)."""
+IN_FORCE_S = PATIENCE_S
+"""The bound of these tests. A change applies within a second on idle cores, as `report` prints; where nothing announced or polled it,
+an entry would serve on for an hour (`ENTRY_S`)."""
+ENTRY_S = 3600
+"""How long entries of both caches live where a test does not say."""
 POLL_S = 0.5
 """What `catalog.poll_s` is where a test does not say."""
 LINES = 6
@@ -155,7 +157,7 @@ class Load:
         Returns:
             How long after a moment the last check was sent that was answered otherwise, s; 0 for none.
         """
-        async with asyncio.timeout(50):
+        async with asyncio.timeout(PATIENCE_S):
             while not all(place and place[-1].sent > since and wanted(place[-1]) for place in self.answers[name]):
                 await asyncio.sleep(0.005)
         others = [
@@ -211,7 +213,13 @@ async def start(serve: Callable[..., Any]) -> AsyncIterator[Start]:
 
     async def started(*environments: dict[str, str]) -> list[Any]:
         # Nobody reads the log while the test runs: at the level of errors it never fills the pipe.
-        usual = {"TIDEGATE_ADMIN__TOKEN": TOKEN, "TIDEGATE_SERVER__LOG_LEVEL": "error", "TIDEGATE_COUNTERS__TIMEOUT_MS": "500"}
+        usual = {
+            "TIDEGATE_ADMIN__TOKEN": TOKEN,
+            "TIDEGATE_SERVER__LOG_LEVEL": "error",
+            "TIDEGATE_COUNTERS__TIMEOUT_MS": "500",
+            "TIDEGATE_CACHE__L1_TTL_S": str(ENTRY_S),
+            "TIDEGATE_CACHE__L2_TTL_S": str(ENTRY_S),
+        }
         servers = [serve(wait=False, **{**usual, **environment}) for environment in environments]
         await asyncio.gather(*(asyncio.to_thread(server.wait_ready) for server in servers))
         for server in servers:
@@ -630,7 +638,7 @@ async def test_keys_that_end_while_they_are_checked(start: Start, postgres_url: 
 async def test_a_stampede_is_one_query(start: Start, postgres_url: str) -> None:
     """A thousand checks of one key arrive at a cold instance before the database has answered the first."""
     stampede = 1000
-    (server,) = await start({"TIDEGATE_CATALOG__URL": postgres_url, "TIDEGATE_CATALOG__TIMEOUT_S": "20"})
+    (server,) = await start({"TIDEGATE_CATALOG__URL": postgres_url, "TIDEGATE_CATALOG__TIMEOUT_S": "60"})
     key, other = [await server.admin.key(name=name) for name in ("key", "other")]
     lines = [Line(server.port) for _ in range(stampede)]
     # The tier is known: what is counted is the key.

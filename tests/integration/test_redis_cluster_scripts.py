@@ -83,8 +83,11 @@ def nodes(tmp_path: Path) -> Iterator[list[Node]]:
         pytest.skip("redis-server is not installed: it comes with the Debian package redis-server")
     started = [Node(tmp_path / str(place)) for place in range(8)]
     yield started
+    # At once: a master that is to end by itself waits for its replicas, which end too.
     for node in started:
-        node.stop()
+        node.process.kill()
+    for node in started:
+        node.process.wait()
 
 
 def roles(node: Node) -> list[tuple[str, bool, int]]:

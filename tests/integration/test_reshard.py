@@ -31,8 +31,15 @@ NEW = {
 
 @pytest.fixture
 def cluster() -> Iterator[RedisCluster]:
-    with RedisCluster(masters=3, node_timeout_ms=5000, options={"cluster-require-full-coverage": "no"}) as running:
+    with RedisCluster(masters=3, options={"cluster-require-full-coverage": "no"}) as running:
+        # Not from the start: a cluster forms the slower the longer it is.
+        set_node_timeout(running.nodes, 5000)
         yield running
+
+
+def set_node_timeout(nodes: list[RedisServer], timeout_ms: int) -> None:
+    for node in nodes:
+        node.must("CONFIG", "SET", "cluster-node-timeout", timeout_ms)
 
 
 @pytest.fixture
@@ -237,6 +244,7 @@ def test_what_it_refuses(cluster: RedisCluster, two_pairs: list[RedisServer]) ->
     two_pairs[2].must("CLUSTER", "MEET", two_pairs[3].host, two_pairs[3].port)
     wait_until(lambda: two_pairs[3].facts("CLUSTER", "INFO")["cluster_known_nodes"] == "2", 60, "the two have met")
     assert f"{new[2]} belongs to another cluster" in refused(member, *new)
+    set_node_timeout(cluster.nodes, 1000)
     cluster.nodes[2].kill()
     deadline = time.monotonic() + 60
     while b"fail" not in cluster.nodes[0].must("CLUSTER", "NODES"):
