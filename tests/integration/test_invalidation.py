@@ -30,8 +30,8 @@ from tidegate.keys import make_api_key
 
 TOKEN = "0123456789abcdef-of-a-test"
 IN_FORCE_S = PATIENCE_S
-"""The bound of these tests. A change applies within a second on idle cores, as `report` prints; where nothing announced or polled it,
-an entry would serve on for an hour (`ENTRY_S`)."""
+"""The bound of these tests. A change applies within a second on idle cores, as `report` prints. If nothing announced or polled
+it, an entry would serve on for an hour (`ENTRY_S`)."""
 ENTRY_S = 3600
 """How long entries of both caches live where a test does not say."""
 POLL_S = 0.5
