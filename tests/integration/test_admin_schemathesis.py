@@ -15,7 +15,7 @@ from schemathesis import checks
 
 from tests.integration.admin_api import TOKEN, open_admin
 from tests.integration.conftest import DATABASES
-from tests.moments import wait_until
+from tests.moments import PATIENCE_S, wait_until
 from tests.servers.postgres import PostgresServer
 from tests.unit.test_policy_file import WHOLE
 from tidegate.doors.http_asgi import AsgiAdapter
@@ -85,7 +85,7 @@ def description(url: str) -> Iterator[Any]:
         yield schemathesis.openapi.from_url(f"{address[0]}/admin/v1/openapi.json")
     finally:
         stop.set()
-        thread.join(30)
+        thread.join(PATIENCE_S)
 
 
 def test_every_operation_is_described(description: Any) -> None:

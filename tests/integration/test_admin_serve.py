@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 import threading
-import time
 from collections.abc import Callable
 from typing import Any
 
 import httpx
 import pytest
+
+from tests.moments import PATIENCE_S, wait_until
 
 TOKEN = "0123456789abcdef-of-a-test"
 
@@ -57,13 +58,24 @@ def test_the_settings_name_an_operator(serve: Callable[..., Any]) -> None:
     assert (code, TOKEN in out + err) == (0, False)
 
 
+def _refuses(server: Any) -> bool:
+    """Whether it takes no more connections, which it does from the beginning of its drain on."""
+    try:
+        httpx.get(f"http://127.0.0.1:{server.admin_port}/admin/v1/openapi.json")
+    except httpx.TransportError:
+        return True
+    return False
+
+
 def test_a_drain_finishes_what_is_in_flight(serve: Callable[..., Any]) -> None:
     server = serve(TIDEGATE_ADMIN__TOKEN=TOKEN)
     answered: list[int] = []
+    begun, ending = threading.Event(), threading.Event()
 
     def slow() -> Any:
         yield b'{"name": '
-        time.sleep(0.8)
+        begun.set()
+        assert ending.wait(PATIENCE_S)
         yield b'"slow"}'
 
     def ask() -> None:
@@ -72,9 +84,12 @@ def test_a_drain_finishes_what_is_in_flight(serve: Callable[..., Any]) -> None:
 
     thread = threading.Thread(target=ask)
     thread.start()
-    time.sleep(0.3)
+    wait_until(begun.is_set, what="a part of the body is sent")
+    server.process.terminate()
+    wait_until(lambda: _refuses(server), what="it drains")
+    ending.set()
     assert server.stop()[0] == 0
-    thread.join(10)
+    thread.join(PATIENCE_S)
     assert answered == [201]
 
 

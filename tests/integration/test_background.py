@@ -12,8 +12,7 @@ import pytest
 from pygrpc_native import NativeGrpcFront
 from sqlalchemy import text
 
-from tests.integration.ratelimit_client import ask, request
-from tests.moments import until
+from tests.moments import PATIENCE_S, until
 from tests.servers.postgres_cluster import PostgresCluster
 from tests.servers.redis_cluster import RedisCluster
 from tests.servers.redis_sentinel import NAME, RedisSentinel
@@ -79,7 +78,7 @@ async def killed_once(instance: Instance, expected: set[str]) -> None:
     """Kill each task, see it counted, reported and running again."""
     await until(lambda: set(supervised()) >= expected)
     assert set(supervised()) == expected
-    async with httpx.AsyncClient(base_url=f"http://{instance.address}", timeout=20) as http:
+    async with httpx.AsyncClient(base_url=f"http://{instance.address}", timeout=PATIENCE_S) as http:
         # One after the other: a task that ends takes along those that it has started itself.
         for name in sorted(expected):
             failures = SUPERVISOR.failures[name]
@@ -231,7 +230,7 @@ async def charged(store: RedisCounters, limits: LimitSet) -> Decision | None:
 
 
 async def answers(store: RedisCounters, limits: LimitSet) -> None:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(PATIENCE_S):
         while await charged(store, limits) is None:
             await asyncio.sleep(0.02)
 

@@ -18,6 +18,7 @@ import psycopg
 import pytest
 from sqlalchemy import func, select, text
 
+from tests.moments import PATIENCE_S
 from tests.servers.postgres import PostgresServer, need
 from tidegate.admin.api_keys import KeyFields, create_key
 from tidegate.admin.rules import CatalogEditor
@@ -170,7 +171,7 @@ async def following(catalog: SqlCatalog) -> AsyncIterator[CachedCatalog]:
 
 async def comes(asked: Callable[[], bool]) -> None:
     """Wait until something holds."""
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(PATIENCE_S):
         while not asked():
             await asyncio.sleep(0.005)
 

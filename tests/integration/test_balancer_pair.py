@@ -11,7 +11,7 @@ import pytest
 from drills.balancer import asked_meanwhile, other, settled
 from drills.http_load import POLICY
 
-from tests.moments import wait_until
+from tests.moments import PATIENCE_S, wait_until
 from tests.servers.balancer_pair import BALANCERS, VIRTUAL, BalancerPair
 from tests.servers.deployed import DEPLOY
 from tests.servers.prometheus import need
@@ -34,7 +34,7 @@ def test_keepalived_reads_the_configuration(name: str) -> None:
         input=text.replace("interface eth0", "interface lo").replace("/etc/keepalived/check-balancer", "/bin/true"),
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=PATIENCE_S,
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr

@@ -13,7 +13,7 @@ import pytest
 from drills.http_load import KEY, POLICY, HttpLoad
 
 from tests.conftest import Serve
-from tests.moments import wait_until
+from tests.moments import PATIENCE_S, wait_until
 from tests.servers.api import Api
 from tests.servers.deployed import haproxy, nginx_balancer
 from tests.servers.haproxy import HAProxy
@@ -177,10 +177,12 @@ async def test_a_draining_instance_is_left_before_it_ends(
 def test_with_all_away_the_answer_says_so(kind: str, balance: Callable[..., Balancer]) -> None:
     balancer = balance(kind, [free_port(), free_port()], patient=False)
     for _ in range(3):
-        answer = httpx.get(f"{balancer.server.url}/v1/authorize", headers=ASK, timeout=30)
+        answer = httpx.get(f"{balancer.server.url}/v1/authorize", headers=ASK, timeout=PATIENCE_S)
         assert (answer.status_code, answer.json()["error"]["code"]) == (503, "LIMITER_UNAVAILABLE")
     if kind == "haproxy":  # nginx has no checks: of its instances it knows nothing while nobody asks
-        wait_until(lambda: httpx.get(balancer.alive).status_code == 503, 40, "it says that it has nobody to send requests to")
+        wait_until(
+            lambda: httpx.get(balancer.alive).status_code == 503, PATIENCE_S, "it says that it has nobody to send requests to"
+        )
     else:
         assert httpx.get(balancer.alive).status_code == 200
 

@@ -21,6 +21,7 @@ import uvloop
 from tests.cases.doors import FREE
 from tests.conftest import Serve
 from tests.integration.client_asker import POLICY, Asker
+from tests.moments import PATIENCE_S
 from tests.servers.certificates import Authority
 from tests.servers.ports import free_port
 from tests.servers.tcp_proxy import TcpProxy
@@ -166,7 +167,7 @@ async def test_a_limiter_that_is_killed_and_comes_back(
     assert (answer.allowed, answer.failed) == (True, True)
     assert "took no connection" in answer.failure
     serve("--demo", TIDEGATE_SERVER__HTTP=f"127.0.0.1:{first.port}", wait=False)
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + PATIENCE_S
     while (answer := await asker.check("/a", ip="203.0.113.7")).failed and time.monotonic() < deadline:
         await asyncio.sleep(0.2)
     assert not answer.failed
@@ -236,7 +237,7 @@ async def test_the_breaker_spares_a_hung_limiter_and_us(
         assert proxy.connections == connections, "nothing was asked meanwhile"
         proxy.stall = False
         asker.client._asking._deadline_s = FAR_TOO_LATE_S
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + PATIENCE_S
         while (await asker.check(**ASK, cost=0)).failed and time.monotonic() < deadline:
             await asyncio.sleep(0.1)
         assert breaker.state is BreakerState.CLOSED

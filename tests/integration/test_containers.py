@@ -18,7 +18,7 @@ import psycopg
 import pytest
 import yaml
 
-from tests.moments import wait_until
+from tests.moments import PATIENCE_S, wait_until
 from tests.servers.ports import HOST, free_port
 from tests.servers.postgres import PostgresServer, programs
 from tidegate._version import __version__
@@ -57,7 +57,9 @@ def secrets(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("docker")
     shutil.copy(DOCKER / "make-secrets", directory)
     for _ in range(2):
-        said = subprocess.run(["sh", directory / "make-secrets"], capture_output=True, text=True, timeout=20, check=True).stdout
+        said = subprocess.run(
+            ["sh", directory / "make-secrets"], capture_output=True, text=True, timeout=PATIENCE_S, check=True
+        ).stdout
         assert "admin_token" in said
     return directory / "secrets"
 
@@ -93,7 +95,9 @@ def test_health_check_tells_ready_from_not(serve: Any) -> None:
 
     def healthy(server: Any) -> bool:
         environment = {**os.environ, "TIDEGATE_SERVER__HTTP": f"0.0.0.0:{server.port}"}
-        done = subprocess.run([sys.executable, *command[1:]], env=environment, capture_output=True, timeout=30, check=False)
+        done = subprocess.run(
+            [sys.executable, *command[1:]], env=environment, capture_output=True, timeout=PATIENCE_S, check=False
+        )
         return done.returncode == 0
 
     server = serve()
@@ -214,13 +218,13 @@ def test_settings_and_secrets_are_understood(secrets: Path) -> None:
 
 def test_no_secret_is_committed() -> None:
     done = subprocess.run(
-        ["git", "ls-files", "deploy/docker/secrets"], cwd=ROOT, capture_output=True, text=True, timeout=20, check=False
+        ["git", "ls-files", "deploy/docker/secrets"], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_S, check=False
     )
     if done.returncode != 0:
         pytest.skip("this is no checkout of git")
     assert done.stdout == ""
     ignored = subprocess.run(
-        ["git", "check-ignore", "-q", "deploy/docker/secrets/redis_password"], cwd=ROOT, timeout=20, check=False
+        ["git", "check-ignore", "-q", "deploy/docker/secrets/redis_password"], cwd=ROOT, timeout=PATIENCE_S, check=False
     )
     assert ignored.returncode == 0
 
@@ -307,5 +311,5 @@ def test_postgres_scripts_make_a_primary_and_a_replica(primary: PostgresServer, 
         assert kept == 1
     finally:
         process.send_signal(2)
-        process.wait(30)
+        process.wait(PATIENCE_S)
         log.close()

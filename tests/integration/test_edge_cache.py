@@ -14,6 +14,7 @@ import httpx
 import pytest
 
 from tests.conftest import Serve
+from tests.moments import PATIENCE_S
 from tests.servers.api import Api
 from tests.servers.deployed import gateway
 from tests.servers.nginx import Nginx
@@ -65,11 +66,11 @@ class House:
         self.server, self.nginx, self.api = server, nginx, api
 
     def get(self, path: str, key: str = KEY, method: str = "GET", ip: str = "203.0.113.7") -> httpx.Response:
-        return httpx.request(method, self.nginx.url + path, headers={"X-API-Key": key, "X-Forwarded-For": ip}, timeout=30)
+        return httpx.request(method, self.nginx.url + path, headers={"X-API-Key": key, "X-Forwarded-For": ip}, timeout=PATIENCE_S)
 
     def asked(self) -> int:
         """How many checks Tidegate has answered or refused."""
-        said = httpx.get(f"{self.server.url}/metrics", timeout=30).text
+        said = httpx.get(f"{self.server.url}/metrics", timeout=PATIENCE_S).text
         return sum(
             int(float(each)) for each in re.findall(r"^rate_limiter_(?:requests|errors)_total{[^}]*} (\S+)$", said, re.MULTILINE)
         )

@@ -14,7 +14,7 @@ import httpx
 import pytest
 
 from tests.conftest import Serve
-from tests.moments import MINUTE_S, stay_within
+from tests.moments import MINUTE_S, PATIENCE_S, stay_within
 from tests.servers.ports import free_port
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -37,10 +37,10 @@ def run() -> Iterator[Callable[..., str]]:
         )
         started.append(process)
         url = f"http://127.0.0.1:{port}"
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + PATIENCE_S
         while time.monotonic() < deadline and process.poll() is None:
             try:
-                httpx.get(f"{url}/nothing-is-here", timeout=5)
+                httpx.get(f"{url}/nothing-is-here", timeout=PATIENCE_S)
             except httpx.TransportError:
                 time.sleep(0.05)
             else:
@@ -52,10 +52,10 @@ def run() -> Iterator[Callable[..., str]]:
     for process in started:
         process.terminate()
         try:
-            process.wait(20)
+            process.wait(PATIENCE_S)
         except subprocess.TimeoutExpired:
             process.kill()
-            process.wait(20)
+            process.wait(PATIENCE_S)
 
 
 @pytest.fixture(params=["fastapi_app", "flask_app"])
@@ -71,7 +71,7 @@ def _limiter(serve: Callable[..., Serve], **options: Any) -> Serve:
 
 
 def test_limits_hold_and_are_told(app_url: str) -> None:
-    with httpx.Client(base_url=app_url, timeout=20) as caller:
+    with httpx.Client(base_url=app_url, timeout=PATIENCE_S) as caller:
         answers = [caller.get("/api/items", headers=KEY) for _ in range(6)]
         assert [answer.status_code for answer in answers] == [200] * 5 + [429]
         assert answers[0].json() == ["tide", "gate"]
@@ -84,14 +84,14 @@ def test_limits_hold_and_are_told(app_url: str) -> None:
 
 
 def test_callers_without_a_key_are_counted_by_address(app_url: str) -> None:
-    with httpx.Client(base_url=app_url, timeout=20) as caller:
+    with httpx.Client(base_url=app_url, timeout=PATIENCE_S) as caller:
         assert [caller.post("/login").status_code for _ in range(4)] == [200, 200, 200, 429]
         free = caller.get("/api/items")
         assert (free.status_code, "ratelimit" in free.headers) == (200, False), "no rule holds for them here"
 
 
 def test_refusals(app_url: str) -> None:
-    with httpx.Client(base_url=app_url, timeout=20) as caller:
+    with httpx.Client(base_url=app_url, timeout=PATIENCE_S) as caller:
         unknown = caller.get("/api/items", headers={"X-API-Key": "nobody-knows-this"})
         assert (unknown.status_code, unknown.json()["error"]["code"]) == (401, "INVALID_API_KEY")
         other_spelling = caller.get("//api/items", headers=KEY)
@@ -101,13 +101,13 @@ def test_refusals(app_url: str) -> None:
 
 def test_an_export_costs_three(run: Callable[..., str]) -> None:
     url = run("asgi", "fastapi_app:app")
-    answers = [httpx.get(f"{url}/api/export", headers=KEY, timeout=20) for _ in range(2)]
+    answers = [httpx.get(f"{url}/api/export", headers=KEY, timeout=PATIENCE_S) for _ in range(2)]
     assert [(answer.status_code, answer.headers["x-ratelimit-remaining"]) for answer in answers] == [(200, "2"), (429, "2")]
 
 
 def test_without_its_limiter_the_flask_app_serves(run: Callable[..., str], serve: Callable[..., Serve]) -> None:
     limiter = _limiter(serve)
-    with httpx.Client(base_url=run("wsgi", "flask_app:app", TIDEGATE_URL=limiter.url), timeout=20) as caller:
+    with httpx.Client(base_url=run("wsgi", "flask_app:app", TIDEGATE_URL=limiter.url), timeout=PATIENCE_S) as caller:
         assert [caller.get("/api/items", headers=KEY).status_code for _ in range(6)] == [200] * 5 + [429]
         limiter.process.kill()
         limiter.stop_by_itself()
@@ -119,5 +119,5 @@ def test_without_its_limiter_the_flask_app_serves(run: Callable[..., str], serve
 def test_the_flask_app_asks_the_second_limiter(run: Callable[..., str], serve: Callable[..., Serve]) -> None:
     urls = f"http://127.0.0.1:{free_port()},{_limiter(serve).url}"
     url = run("wsgi", "flask_app:app", TIDEGATE_URL=urls)
-    answers = [httpx.get(f"{url}/api/items", headers=KEY, timeout=20) for _ in range(6)]
+    answers = [httpx.get(f"{url}/api/items", headers=KEY, timeout=PATIENCE_S) for _ in range(6)]
     assert [answer.status_code for answer in answers] == [200] * 5 + [429]

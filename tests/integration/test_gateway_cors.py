@@ -11,6 +11,7 @@ import httpx
 import pytest
 
 from tests.conftest import Serve
+from tests.moments import PATIENCE_S
 from tests.servers.api import Api
 from tests.servers.browser import Page
 from tests.servers.deployed import gateway
@@ -89,7 +90,7 @@ def start(serve: Callable[..., Serve], page: Page, api: Api, tmp_path: Path) -> 
 
 def preflight(url: str, origin: str, **headers: str) -> httpx.Response:
     asked = {"Origin": origin, "Access-Control-Request-Method": "GET", "Access-Control-Request-Headers": "x-api-key"}
-    return httpx.options(f"{url.rstrip('/')}/item", headers=asked | headers, timeout=30)
+    return httpx.options(f"{url.rstrip('/')}/item", headers=asked | headers, timeout=PATIENCE_S)
 
 
 @pytest.mark.parametrize("kind", GATEWAYS)

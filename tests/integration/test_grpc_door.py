@@ -15,6 +15,7 @@ import pytest
 
 from tests.conftest import Serve, free_port
 from tests.integration.ratelimit_client import ask, caller, headers, health, request, watch
+from tests.moments import PATIENCE_S
 from tidegate.doors.grpc.messages import NOT_SERVING, OK, OVER_LIMIT, SERVICE_UNKNOWN, SERVING
 
 KEY, OTHER = "demo-free-key-0001", "demo-other-key-0001"
@@ -204,7 +205,7 @@ def test_health_and_drain(server: Serve, address: str) -> None:
         def keep_asking() -> None:
             call = caller(channel)
             while not stop.is_set():
-                answered.append(call(request(entries("/elsewhere")), timeout=10).overall_code)
+                answered.append(call(request(entries("/elsewhere")), timeout=PATIENCE_S).overall_code)
                 time.sleep(0.01)
 
         asking = threading.Thread(target=keep_asking)
@@ -224,15 +225,17 @@ def test_health_and_drain(server: Serve, address: str) -> None:
 
 def test_other_methods_are_unimplemented(address: str) -> None:
     with grpc.insecure_channel(address) as channel, pytest.raises(grpc.RpcError) as refused:
-        channel.unary_unary("/envoy.service.ratelimit.v2.RateLimitService/ShouldRateLimit")(b"", timeout=10, wait_for_ready=True)
+        channel.unary_unary("/envoy.service.ratelimit.v2.RateLimitService/ShouldRateLimit")(
+            b"", timeout=PATIENCE_S, wait_for_ready=True
+        )
     assert refused.value.code() is grpc.StatusCode.UNIMPLEMENTED
 
 
 def test_many_calls_at_once_are_exact(address: str) -> None:
     with grpc.insecure_channel(address) as channel:
         call = caller(channel)
-        grpc.channel_ready_future(channel).result(timeout=10)
-        pending = [call.future(request(entries("/api/a", OTHER)), timeout=30) for _ in range(500)]
+        grpc.channel_ready_future(channel).result(timeout=PATIENCE_S)
+        pending = [call.future(request(entries("/api/a", OTHER)), timeout=PATIENCE_S) for _ in range(500)]
         assert sum(each.result().overall_code == OK for each in pending) == 5
 
 
@@ -292,7 +295,7 @@ def test_rules_for_descriptors(serve: Callable[..., Serve], tmp_path: Any) -> No
         assert (made.status_code, made.json()["endpoint"]) == (201, "descriptor:service=ship&user=*")
         refused = admin.post("/rate-limit-rules", json={"tier": "open", "endpoint": "descriptor:a", "limits": ["1/hour"]})
         assert (refused.status_code, "value ''" in refused.text) == (400, True)
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + PATIENCE_S
     shipped = request([("service", "ship"), ("user", "a")])
     while not ask(address, shipped).statuses[0].current_limit.requests_per_unit:
         assert time.monotonic() < deadline

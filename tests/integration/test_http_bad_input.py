@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.cases.doors import FREE
+from tests.moments import PATIENCE_S
 from tidegate.decision import Check, Observation
 from tidegate.doors.http import MAX_BATCH_BYTES, MAX_CHECK_BYTES, DataPlane
 from tidegate.gate.gate import Gate
@@ -263,7 +264,7 @@ async def test_slow_clients(gate: Gate, listen: Callable[..., Any]) -> None:
         trickling.append((reader, writer))
     async with httpx.AsyncClient(base_url=url) as client:
         assert (await client.post("/v1/check", json=GOOD)).status_code == 200
-    answers = [await asyncio.wait_for(reader.read(), 10) for reader, _ in trickling]
+    answers = [await asyncio.wait_for(reader.read(), PATIENCE_S) for reader, _ in trickling]
     for _, writer in trickling:
         writer.close()
     assert answers[0] == b"" or answers[0].startswith(b"HTTP/1.1 408"), "cut off before a request was whole"
@@ -285,7 +286,7 @@ async def test_fuzz_finds_no_500(door: str, gate: Gate, listen: Callable[..., An
             writer.write(sent)
             if door == "raw":
                 writer.write_eof()  # random bytes rarely end a request: without this each would wait for the header timeout
-            received = await asyncio.wait_for(reader.read(), 10)
+            received = await asyncio.wait_for(reader.read(), PATIENCE_S)
         except ConnectionError:
             return
         finally:

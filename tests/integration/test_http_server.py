@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from tests.cases.doors import FREE, POLICY
 from tests.conftest import Serve
-from tests.moments import until
+from tests.moments import PATIENCE_S, until
 from tests.raw_http import exchange
 from tests.servers.ports import HOST
 from tidegate.doors.http import DataPlane, Response
@@ -209,7 +209,7 @@ async def ask(port: int, path: str, keep: bool = False) -> bytes:
     reader, writer = await asyncio.open_connection(HOST, port)
     writer.write(head(f"GET {path} HTTP/1.1".encode(), *([] if keep else [b"Connection: close"])))
     try:
-        return await asyncio.wait_for(reader.read(), 30)
+        return await asyncio.wait_for(reader.read(), PATIENCE_S)
     except ConnectionError:
         return b""
     finally:
@@ -223,7 +223,7 @@ async def test_idle_connections_make_room_for_new_ones() -> None:
         assert server.connections <= 20
         assert (await ask(port, "/readyz")).endswith(b"/readyz ")
         # The oldest went, the youngest are served.
-        assert await asyncio.wait_for(idle[0][0].read(), 20) == b""
+        assert await asyncio.wait_for(idle[0][0].read(), PATIENCE_S) == b""
         idle[-1][1].write(head(b"GET /quick HTTP/1.1"))
         assert (await idle[-1][0].readline()) == b"HTTP/1.1 200 OK\r\n"
         for _, writer in idle:
@@ -290,7 +290,7 @@ async def test_a_line_of_requests_is_bounded_and_answered_in_order() -> None:
         app.release.set()
         received = b""
         while received.count(b"HTTP/1.1 200") < many or not received.endswith(b"/%d " % (many - 1)):
-            received += await asyncio.wait_for(reader.read(65_536), 20)
+            received += await asyncio.wait_for(reader.read(65_536), PATIENCE_S)
         bodies = [int(each.rpartition(b"/")[2]) for each in received.split(b"HTTP/1.1 200 OK")[1:]]
         assert bodies == list(range(many))
         writer.close()
@@ -303,7 +303,7 @@ async def test_a_stop_finishes_what_is_being_answered_and_accepts_no_more() -> N
         busy = asyncio.create_task(ask(port, "/slow", keep=True))
         await until(lambda: app.started == 1)
         stopping = asyncio.create_task(server.stop(30))
-        assert await asyncio.wait_for(idle_reader.read(), 20) == b"", "an idle connection is closed at once"
+        assert await asyncio.wait_for(idle_reader.read(), PATIENCE_S) == b"", "an idle connection is closed at once"
         with pytest.raises(OSError, match="Connect call failed"):
             await asyncio.open_connection(HOST, port)
         app.release.set()
@@ -318,7 +318,7 @@ async def test_idle_connections_end_after_a_while() -> None:
     async with listening(Held(), idle_timeout_s=0.05, header_timeout_s=0.2) as (server, port):
         reader, writer = await asyncio.open_connection(HOST, port)
         writer.write(head(b"GET /quick HTTP/1.1"))
-        assert (await asyncio.wait_for(reader.read(), 20)).endswith(b"/quick ")
+        assert (await asyncio.wait_for(reader.read(), PATIENCE_S)).endswith(b"/quick ")
         await until(lambda: server.connections == 0)
         writer.close()
 
@@ -378,7 +378,7 @@ async def test_a_body_larger_than_what_is_held_arrives_whole(chunked: bool) -> N
             writer.write(b"%x\r\n%s\r\n0\r\n\r\n" % (len(body), body))
         else:
             writer.write(head(POST, b"Connection: close", b"Content-Length: %d" % len(body)) + body)
-        assert (await asyncio.wait_for(reader.read(), 20)).endswith(b"\r\n\r\n%d" % len(body))
+        assert (await asyncio.wait_for(reader.read(), PATIENCE_S)).endswith(b"\r\n\r\n%d" % len(body))
         writer.close()
 
 
@@ -404,7 +404,7 @@ async def test_pages_answer_head_without_a_body(gate: Gate) -> None:
     async with listening(DataPlane(gate, {"/readyz": page})) as (_, port):
         reader, writer = await asyncio.open_connection(HOST, port)
         writer.write(head(b"HEAD /readyz HTTP/1.1", b"Connection: close"))
-        answer = await asyncio.wait_for(reader.read(), 20)
+        answer = await asyncio.wait_for(reader.read(), PATIENCE_S)
         assert answer.startswith(b"HTTP/1.1 200 OK\r\n")
         assert answer.endswith(b"\r\n\r\n")
         writer.close()
@@ -452,7 +452,7 @@ async def test_a_stream_cut_anywhere_is_answered_alike() -> None:
                 for _ in range(3):  # let the server read this piece by itself
                     await asyncio.sleep(0)
             try:
-                return await asyncio.wait_for(reader.read(), 20)
+                return await asyncio.wait_for(reader.read(), PATIENCE_S)
             finally:
                 writer.close()
 

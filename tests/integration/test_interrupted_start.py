@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from tests.moments import PATIENCE_S
 from tests.servers.ports import free_port
 from tidegate.errors import SettingsError
 from tidegate.server.instance import Instance
@@ -40,7 +41,7 @@ def _others() -> set[asyncio.Task[Any]]:
 
 
 async def _until(holds: Callable[[], bool]) -> None:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(PATIENCE_S):
         while not holds():
             await asyncio.sleep(0)
 

@@ -29,9 +29,11 @@ from tidegate.counters.redis.store import RedisCounters
 from tidegate.policy.key_format import make_api_key
 
 TOKEN = "0123456789abcdef-of-a-test"
-IN_FORCE_S = 20.0
-"""The bound of these tests. A change is in force within a second on idle cores, as `report` prints; where nothing told of it, an
-entry would serve on for 60 s (`cache.l1_ttl_s`)."""
+IN_FORCE_S = PATIENCE_S
+"""The bound of these tests. A change applies within a second on idle cores, as `report` prints. If nothing announced or polled
+it, an entry would serve on for an hour (`ENTRY_S`)."""
+ENTRY_S = 3600
+"""How long entries of both caches live where a test does not say."""
 POLL_S = 0.5
 """What `catalog.poll_s` is where a test does not say."""
 LINES = 6
@@ -142,7 +144,7 @@ class Load:
     async def answered(self, *names: str) -> None:
         """Wait until every line has had an answer to a check sent from now on, of each name."""
         now = time.time()
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(PATIENCE_S):
             for name in names:
                 while len(self.answers[name]) < len(self._lines) or not all(
                     place and place[-1].sent > now for place in self.answers[name]
@@ -155,7 +157,7 @@ class Load:
         Returns:
             How long after a moment the last check was sent that was answered otherwise, s; 0 for none.
         """
-        async with asyncio.timeout(50):
+        async with asyncio.timeout(PATIENCE_S):
             while not all(place and place[-1].sent > since and wanted(place[-1]) for place in self.answers[name]):
                 await asyncio.sleep(0.005)
         others = [
@@ -181,7 +183,7 @@ class Admin:
         self._http = httpx.AsyncClient(
             base_url=f"http://127.0.0.1:{server.admin_port}/admin/v1",
             headers={"Authorization": f"Bearer {TOKEN}", "If-Match": "*"},
-            timeout=15,
+            timeout=PATIENCE_S,
         )
 
     async def ask(self, method: str, path: str, **given: Any) -> dict[str, Any]:
@@ -211,7 +213,13 @@ async def start(serve: Callable[..., Any]) -> AsyncIterator[Start]:
 
     async def started(*environments: dict[str, str]) -> list[Any]:
         # Nobody reads the log while the test runs: at the level of errors it never fills the pipe.
-        usual = {"TIDEGATE_ADMIN__TOKEN": TOKEN, "TIDEGATE_SERVER__LOG_LEVEL": "error", "TIDEGATE_COUNTERS__TIMEOUT_MS": "500"}
+        usual = {
+            "TIDEGATE_ADMIN__TOKEN": TOKEN,
+            "TIDEGATE_SERVER__LOG_LEVEL": "error",
+            "TIDEGATE_COUNTERS__TIMEOUT_MS": "500",
+            "TIDEGATE_CACHE__L1_TTL_S": str(ENTRY_S),
+            "TIDEGATE_CACHE__L2_TTL_S": str(ENTRY_S),
+        }
         servers = [serve(wait=False, **{**usual, **environment}) for environment in environments]
         await asyncio.gather(*(asyncio.to_thread(server.wait_ready) for server in servers))
         for server in servers:
@@ -240,12 +248,12 @@ def metric(text: str, name: str) -> float:
 
 async def metric_of(server: Any, name: str) -> float:
     async with httpx.AsyncClient() as http:
-        return metric((await http.get(f"{server.url}/metrics", timeout=15)).text, name)
+        return metric((await http.get(f"{server.url}/metrics", timeout=PATIENCE_S)).text, name)
 
 
 async def get(server: Any, path: str) -> httpx.Response:
     async with httpx.AsyncClient() as http:
-        return await http.get(f"{server.url}{path}", timeout=15)
+        return await http.get(f"{server.url}{path}", timeout=PATIENCE_S)
 
 
 async def until(holds: Callable[[], Awaitable[bool]], within_s: float = PATIENCE_S) -> float:
@@ -630,7 +638,7 @@ async def test_keys_that_end_while_they_are_checked(start: Start, postgres_url: 
 async def test_a_stampede_is_one_query(start: Start, postgres_url: str) -> None:
     """A thousand checks of one key arrive at a cold instance before the database has answered the first."""
     stampede = 1000
-    (server,) = await start({"TIDEGATE_CATALOG__URL": postgres_url, "TIDEGATE_CATALOG__TIMEOUT_S": "20"})
+    (server,) = await start({"TIDEGATE_CATALOG__URL": postgres_url, "TIDEGATE_CATALOG__TIMEOUT_S": "60"})
     key, other = [await server.admin.key(name=name) for name in ("key", "other")]
     lines = [Line(server.port) for _ in range(stampede)]
     # The tier is known: what is counted is the key.

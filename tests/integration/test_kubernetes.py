@@ -21,7 +21,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from tests.moments import wait_until
+from tests.moments import PATIENCE_S, wait_until
 from tests.servers.prometheus import Prometheus, run
 from tidegate._version import __version__
 from tidegate.policy.toml_reader import load_policy
@@ -229,7 +229,7 @@ def test_stores_are_named_as_they_are(overlay: str) -> None:
         ["sh", ROOT / "deploy/redis/with-pods", "2", "make-cluster"],
         capture_output=True,
         text=True,
-        timeout=20,
+        timeout=PATIENCE_S,
         check=False,
     )
     assert "these are 2" in said.stderr

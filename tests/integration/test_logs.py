@@ -16,6 +16,7 @@ import httpx
 import pytest
 
 from tests.integration.ratelimit_client import SHOULD_RATE_LIMIT, ask, request
+from tests.moments import PATIENCE_S
 from tests.servers.postgres import PostgresServer
 from tests.servers.redis_server import RedisServer
 from tidegate.doors.grpc.messages import OK, OVER_LIMIT
@@ -164,7 +165,7 @@ def test_a_hung_reader_of_the_log_stops_no_check(logged: Callable[..., Any]) -> 
     """Standard error is a pipe that this test does not read: a gateway must not wait for it."""
     server = logged(TIDEGATE_SERVER__ACCESS_LOG_SAMPLE="1")
     headers = {"X-API-Key": "policy-file-key-0001", "X-Original-URI": "/" + "a" * 400}
-    with httpx.Client(base_url=server.url, headers=headers, timeout=10) as client:
+    with httpx.Client(base_url=server.url, headers=headers, timeout=PATIENCE_S) as client:
         for _ in range(300):  # some 250 kB of lines: four times what the pipe holds
             assert client.get("/v1/authorize").status_code in (204, 429)
     assert len(of(lines_of(server), "tidegate.access")) == 300, "what waited is read in the end"

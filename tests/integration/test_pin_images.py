@@ -13,7 +13,7 @@ import httpx
 import pytest
 
 from scripts.pin_images import ROOT, files, images, main
-from tests.moments import wait_until
+from tests.moments import PATIENCE_S, wait_until
 from tests.servers.ports import free_port
 
 MANIFEST = "application/vnd.oci.image.manifest.v1+json"
@@ -37,7 +37,7 @@ def registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield f"127.0.0.1:{port}"
     finally:
         process.terminate()
-        process.wait(20)
+        process.wait(PATIENCE_S)
 
 
 def answers(url: str) -> bool:

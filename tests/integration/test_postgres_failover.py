@@ -12,6 +12,7 @@ import httpx
 import psycopg
 import pytest
 
+from tests.moments import PATIENCE_S
 from tests.servers.postgres_failover import SCRIPTS, Keeper, PostgresFailover
 
 TOKEN = "0123456789abcdef-of-a-test"
@@ -86,7 +87,7 @@ def test_tidegate_writes_again_after_the_primary_and_its_keeper_are_killed(
         TIDEGATE_ADMIN__TOKEN=TOKEN,
     )
     headers = {"Authorization": f"Bearer {TOKEN}"}
-    with httpx.Client(base_url=f"http://127.0.0.1:{server.admin_port}/admin/v1", headers=headers, timeout=30) as admin:
+    with httpx.Client(base_url=f"http://127.0.0.1:{server.admin_port}/admin/v1", headers=headers, timeout=PATIENCE_S) as admin:
 
         def make(name: str) -> httpx.Response:
             return admin.post("/api-keys", json={"tier": "free", "name": name})

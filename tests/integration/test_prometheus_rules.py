@@ -13,7 +13,7 @@ import msgspec
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.moments import wait_until
+from tests.moments import PATIENCE_S, wait_until
 from tests.servers.exporters import PostgresExporter, RedisExporter
 from tests.servers.postgres_cluster import PostgresCluster
 from tests.servers.prometheus import run
@@ -171,7 +171,7 @@ def test_the_address_of_the_runbook_can_be_set(tmp_path: Path) -> None:
 
     def set_to(*arguments: object) -> subprocess.CompletedProcess[str]:
         command = ["sh", DEPLOY / "set-runbooks", *map(str, arguments)]
-        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+        return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
 
     for url in ("https://docs.example.com/tidegate/monitoring/", "https://wiki.example.com/x?page=1&y", RUNBOOK):
         if "&" in url:  # means something to sed

@@ -16,8 +16,8 @@ import pytest
 
 from tests.cases.ratelimit_file import CONFIG, DOMAIN, OURS, STEPS, Step
 from tests.conftest import Clock, Serve
-from tests.integration.ratelimit_client import ask, caller, headers, health, request
-from tests.moments import wait_until
+from tests.integration.ratelimit_client import ask, caller, headers, request
+from tests.moments import PATIENCE_S
 from tests.servers.ratelimit_peer import RateLimitPeer
 from tidegate.catalog.cached import CachedCatalog
 from tidegate.catalog.in_memory import PolicyCatalog
@@ -82,7 +82,7 @@ def test_the_peer_answers_the_same(name: str, peer: str) -> None:
     with grpc.insecure_channel(peer) as channel:
         call = caller(channel)
         for step in STEPS[name]:
-            _compare(step, call(_sent(step), timeout=10))
+            _compare(step, call(_sent(step), timeout=PATIENCE_S))
 
 
 async def test_windows_begin_at_the_epoch_and_telemetry_knows_the_domain(clock: Clock, seen: list[Observation]) -> None:
@@ -244,7 +244,7 @@ def test_serve_follows_the_file(serve: Callable[..., Serve], tmp_path: Path) -> 
     time.sleep(1)
     assert ask(address, sent).overall_code == OVER_LIMIT
     file.write_text(text % "5")
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + PATIENCE_S
     while (answer := ask(address, sent)).overall_code != OK:
         assert time.monotonic() < deadline
         time.sleep(0.1)

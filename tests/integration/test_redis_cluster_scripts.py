@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.moments import wait_until
+from tests.moments import PATIENCE_S, wait_until
 from tests.servers.ports import HOST, free_port
 from tests.servers.redis_server import binary
 from tidegate import Limiter
@@ -53,14 +53,14 @@ class Node:
     def stop(self) -> None:
         self.process.terminate()
         try:
-            self.process.wait(20)
+            self.process.wait(PATIENCE_S)
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
 
     def ask(self, *words: str) -> str:
         command = ["redis-cli", "-e", "-h", HOST, "-p", str(self.port), *words]
-        done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=20, check=False)
+        done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
         return done.stdout + done.stderr
 
 
@@ -83,8 +83,11 @@ def nodes(tmp_path: Path) -> Iterator[list[Node]]:
         pytest.skip("redis-server is not installed: it comes with the Debian package redis-server")
     started = [Node(tmp_path / str(place)) for place in range(8)]
     yield started
+    # At once: a master that is to end by itself waits for its replicas, which end too.
     for node in started:
-        node.stop()
+        node.process.kill()
+    for node in started:
+        node.process.wait()
 
 
 def roles(node: Node) -> list[tuple[str, bool, int]]:
@@ -165,7 +168,7 @@ def test_growing_goes_on_where_it_was_killed(nodes: list[Node]) -> None:
     finally:
         # make-cluster, reshard.sh and the redis-cli that moves slots.
         os.killpg(process.pid, signal.SIGKILL)
-        process.wait(10)
+        process.wait(PATIENCE_S)
     assert slots() < 4000, "it was not in the middle any more"
     assert "4 shards count" in script("make-cluster", *eight)
     assert sorted(slots for _, master, slots in roles(nodes[0]) if master) == [4096] * 4

@@ -9,7 +9,8 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.moments import PATIENCE_S
+from tests.moments import PATIENCE_S, until
+from tests.redis_deadline import NEVER_S, set_deadline
 from tests.servers.redis_server import RedisServer
 from tests.servers.tcp_proxy import TcpProxy
 from tidegate.counters import Charge, ChargeOutcome
@@ -54,7 +55,7 @@ def reason(outcome: ChargeOutcome) -> object:
 async def test_replies_split_byte_by_byte_are_understood(redis_server: RedisServer) -> None:
     async with TcpProxy(redis_server.port) as proxy:
         proxy.split = True
-        store = RedisCounters(f"redis://127.0.0.1:{proxy.port}", timeout_s=5)
+        store = RedisCounters(f"redis://127.0.0.1:{proxy.port}", timeout_s=NEVER_S)
         await store.start()
         limits = limit_set("50/hour")
         answers = await asyncio.gather(*(must(store, limits, "s") for _ in range(100)))
@@ -64,17 +65,21 @@ async def test_replies_split_byte_by_byte_are_understood(redis_server: RedisServ
 
 async def test_a_reply_after_its_deadline_is_discarded_and_the_others_are_not_shifted(redis_server: RedisServer) -> None:
     async with TcpProxy(redis_server.port) as proxy:
-        store = RedisCounters(f"redis://127.0.0.1:{proxy.port}", timeout_s=1.0)
+        store = RedisCounters(f"redis://127.0.0.1:{proxy.port}", timeout_s=NEVER_S)
         await store.start()
         sets = [limit_set(f"{100 + number}/hour") for number in range(20)]
+        await must(store, limit_set(), "s")
         # Each limit says in its answer which question it was.
         proxy.stall = True
         late = [asyncio.ensure_future(ask(store, limits, "s")) for limits in sets[:10]]
-        await asyncio.sleep(0.8)
-        in_time = [asyncio.ensure_future(ask(store, limits, "s")) for limits in sets[10:]]
-        await asyncio.sleep(0.5)
-        proxy.stall = False
+        set_deadline(store, 0.2)
         assert {reason(outcome) for outcome in await asyncio.gather(*late)} == {"timeout"}
+        # Those that were given up are in front of these, and are answered first.
+        set_deadline(store, NEVER_S)
+        (connection,) = store.connections()
+        in_time = [asyncio.ensure_future(ask(store, limits, "s")) for limits in sets[10:]]
+        await until(lambda: connection.in_flight >= 20)
+        proxy.stall = False
         answers = await asyncio.gather(*in_time)
         assert [answer.remaining for answer in answers if isinstance(answer, Decision)] == [109 + number for number in range(10)]
         for number, limits in enumerate(sets):
@@ -85,19 +90,20 @@ async def test_a_reply_after_its_deadline_is_discarded_and_the_others_are_not_sh
 
 async def test_a_connection_cut_in_the_middle_of_a_reply(redis_server: RedisServer) -> None:
     async with TcpProxy(redis_server.port) as proxy:
-        store = RedisCounters(f"redis://127.0.0.1:{proxy.port}", timeout_s=2)
+        store = RedisCounters(f"redis://127.0.0.1:{proxy.port}", timeout_s=NEVER_S)
         await store.start()
         limits = limit_set()
         await must(store, limits, "s")
         for cut in (1, 7, 40, 100):
             proxy.cut_after = cut
-            outcomes = await asyncio.gather(*(ask(store, limits, "s") for _ in range(20)))
+            async with asyncio.timeout(PATIENCE_S):
+                outcomes = await asyncio.gather(*(ask(store, limits, "s") for _ in range(20)))
             failed = [outcome for outcome in outcomes if isinstance(outcome, StoreUnavailable)]
             assert failed
             assert {reason(outcome) for outcome in failed} == {"disconnected"}
-            started = time.monotonic()
-            assert reason(await ask(store, limits, "s")) == "disconnected"
-            assert time.monotonic() - started < 1, "while it is known to be away, nobody waits"
+            # While it is known to be away, nobody waits: not for the deadline, which is ten times as far.
+            async with asyncio.timeout(PATIENCE_S):
+                assert reason(await ask(store, limits, "s")) == "disconnected"
             await back(store)
         await store.close()
 
@@ -106,16 +112,20 @@ async def test_a_delay_beyond_the_deadline_is_a_timeout_and_a_stall_is_disconnec
     async with TcpProxy(redis_server.port) as proxy:
         store = RedisCounters(f"redis://127.0.0.1:{proxy.port}", timeout_s=0.1)
         await store.start()
+        set_deadline(store, NEVER_S)
         limits = limit_set()
         await must(store, limits, "s")
+        set_deadline(store, 0.1)
         proxy.stall = True
         before = proxy.connections
-        seen = set()
-        for _ in range(12):
-            seen.add(reason(await ask(store, limits, "s")))
-            await asyncio.sleep(0.05)
-        assert seen == {"timeout", "disconnected"}, "found by deadline first, then given up as hung"
+        seen: list[object] = []
+        async with asyncio.timeout(PATIENCE_S):
+            while "disconnected" not in seen:
+                seen.append(reason(await ask(store, limits, "s")))
+        assert seen[0] == "timeout", "found by deadline first, then given up as hung"
+        assert set(seen) == {"timeout", "disconnected"}
         proxy.stall = False
+        set_deadline(store, NEVER_S)
         await back(store)
         assert proxy.connections > before
         await store.close()
@@ -123,22 +133,24 @@ async def test_a_delay_beyond_the_deadline_is_a_timeout_and_a_stall_is_disconnec
 
 async def test_open_questions_are_bounded(redis_server: RedisServer) -> None:
     async with TcpProxy(redis_server.port) as proxy:
-        store = RedisCounters(f"redis://127.0.0.1:{proxy.port}", timeout_s=1.5, max_in_flight=50)
+        store = RedisCounters(f"redis://127.0.0.1:{proxy.port}", timeout_s=NEVER_S, max_in_flight=50)
         await store.start()
         limits = limit_set()
         await must(store, limits, "s")
         proxy.stall = True
         asked = [asyncio.ensure_future(ask(store, limits, "s")) for _ in range(80)]
-        await asyncio.sleep(0.05)
+        await until(lambda: sum(task.done() for task in asked) >= 30)
         done = [task.result() for task in asked if task.done()]
         assert len(done) == 30
         assert {reason(outcome) for outcome in done} == {"overload"}
         assert isinstance(done[0], StoreUnavailable)
         assert "max_in_flight" in done[0].message
+        set_deadline(store, 0.2)
         await asyncio.gather(*asked)
         # Those given up still have their places: the server may yet answer them.
         assert reason(await ask(store, limits, "s")) == "overload"
         proxy.stall = False
+        set_deadline(store, NEVER_S)
         await back(store)
         await store.close()
 
@@ -169,7 +181,7 @@ async def test_forged_replies_never_hang_and_never_answer_the_wrong_question(red
         forge = kinds[seed]
         proxy.rewrite = lambda piece: forge(piece) if rng.random() < 0.7 else piece
         for _ in range(6):
-            async with asyncio.timeout(30):
+            async with asyncio.timeout(PATIENCE_S):
                 outcomes = await asyncio.gather(*(ask(store, limits, "s", cost=number) for number in range(8)))
             # Whatever is taken for an answer is one that the script gives.
             assert all(

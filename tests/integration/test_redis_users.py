@@ -16,7 +16,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.conftest import Serve
-from tests.moments import wait_until
+from tests.moments import PATIENCE_S, wait_until
 from tests.servers.exporters import RedisExporter
 from tests.servers.ports import HOST, free_port
 from tests.servers.redis_server import Client, need
@@ -76,7 +76,7 @@ class Server:
             client.close()
         self.process.terminate()
         try:
-            self.process.wait(20)
+            self.process.wait(PATIENCE_S)
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
@@ -107,7 +107,7 @@ def node(run: Callable[..., Server], tmp_path: Path) -> Server:
     server = run(command, port, directory, {**passwords, "NODE_IP": HOST, "REDIS_MAXMEMORY": "64mb"})
     operator = server.client("", OPERATOR)
     assert operator.call("CLUSTER", "ADDSLOTSRANGE", 0, 16383) == b"OK"
-    wait_until(lambda: b"cluster_state:ok" in operator.call("CLUSTER", "INFO"), 30, "the cluster of one is well")
+    wait_until(lambda: b"cluster_state:ok" in operator.call("CLUSTER", "INFO"), PATIENCE_S, "the cluster of one is well")
     return server
 
 
@@ -156,7 +156,7 @@ def test_tidegate_needs_no_more_than_its_user_may(
     # It has used its cache, and its channel.
     keys = {key.partition(b":")[0] for key in operator.call("KEYS", "*")}
     assert keys == {b"tg", b"tgc"}
-    wait_until(lambda: b"tg:catalog" in operator.call("PUBSUB", "CHANNELS"), 30, "Tidegate listens to announcements")
+    wait_until(lambda: b"tg:catalog" in operator.call("PUBSUB", "CHANNELS"), PATIENCE_S, "Tidegate listens to announcements")
     assert [each.stop()[0] for each in (server, other)] == [0, 0]
     refused = [dict(zip(entry[::2], entry[1::2], strict=True))[b"object"] for entry in operator.call("ACL", "LOG")]
     assert refused == []
@@ -224,7 +224,7 @@ def test_users_are_printed_without_their_passwords_and_only_with_one() -> None:
             env={"PATH": os.environ["PATH"], **environment},
             capture_output=True,
             text=True,
-            timeout=20,
+            timeout=PATIENCE_S,
             check=True,
         )
         return done.stdout

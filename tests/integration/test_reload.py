@@ -16,7 +16,7 @@ import httpx
 import pytest
 
 from tests.conftest import Serve
-from tests.moments import wait_until
+from tests.moments import PATIENCE_S, wait_until
 from tests.servers.certificates import Authority
 from tests.servers.redis_server import RedisServer
 from tidegate.counters.redis.store import RedisCounters
@@ -40,7 +40,7 @@ HARMLESS = [signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2]
 
 
 def _check(server: Any, cost: int = 1) -> dict[str, Any]:
-    answer = httpx.post(f"{server.url}/v1/check", json={**CHECK, "cost": cost}, timeout=20)
+    answer = httpx.post(f"{server.url}/v1/check", json={**CHECK, "cost": cost}, timeout=PATIENCE_S)
     assert answer.status_code == 200, answer.text
     return dict(answer.json())
 
@@ -87,11 +87,11 @@ def test_sighup_judges_a_refused_file_once_more(start: Callable[..., Any], tmp_p
     wait_until(lambda: _logged(server, "policy file refused") == 1)
     server.process.send_signal(signal.SIGHUP)
     wait_until(lambda: _logged(server, "policy file refused") == 2)
-    health = httpx.get(f"{server.url}/health", timeout=20).json()
+    health = httpx.get(f"{server.url}/health", timeout=PATIENCE_S).json()
     assert health["components"]["policy"]["status"] == "unhealthy"
     file.write_text(POLICY.format(limit=20))
     wait_until(lambda: _check(server, 0)["remaining"] == 20)
-    wait_until(lambda: httpx.get(f"{server.url}/health", timeout=20).status_code == 200)
+    wait_until(lambda: httpx.get(f"{server.url}/health", timeout=PATIENCE_S).status_code == 200)
 
 
 def test_signals_to_a_supervisor_and_its_workers(start: Callable[..., Any], tmp_path: Path, redis_server: RedisServer) -> None:
@@ -125,19 +125,19 @@ def test_a_refused_file_does_not_keep_a_server_from_starting(start: Callable[...
     server = start()
     decided = _check(server)
     assert (decided["limit"], decided["remaining"], decided["degraded"]) == (10, 9, False)
-    health = httpx.get(f"{server.url}/health", timeout=20)
+    health = httpx.get(f"{server.url}/health", timeout=PATIENCE_S)
     policy = health.json()["components"]["policy"]
     assert (health.status_code, policy["status"]) == (503, "unhealthy")
     assert policy["reason"] == "POLICY_REFUSED"
     assert _logged(server, "tidegate.policy.toml:5") >= 1
-    assert httpx.get(f"{server.url}/readyz", timeout=20).status_code == 200
-    metrics = httpx.get(f"{server.url}/metrics", timeout=20).text
+    assert httpx.get(f"{server.url}/readyz", timeout=PATIENCE_S).status_code == 200
+    metrics = httpx.get(f"{server.url}/metrics", timeout=PATIENCE_S).text
     assert "\nrate_limiter_policy_valid 0.0\n" in metrics
     assert "\nrate_limiter_policy_reload_errors_total 1.0\n" in metrics
     assert _logged(server, "policy file refused, the last valid policy in the catalog stays active") == 1
     file.write_text(POLICY.format(limit=20))
     wait_until(lambda: _check(server, 0)["limit"] == 20)
-    wait_until(lambda: httpx.get(f"{server.url}/health", timeout=20).status_code == 200)
+    wait_until(lambda: httpx.get(f"{server.url}/health", timeout=PATIENCE_S).status_code == 200)
 
 
 @pytest.mark.parametrize("text", [None, "[[tiers]\n"], ids=["no file", "no TOML"])
@@ -194,7 +194,7 @@ async def test_certificates_are_read_again(
     assert "certificates not reloaded, the previous ones stay active" in caplog.text
     renew(server.authority)
     store.reload_certificates()
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(PATIENCE_S):
         while True:
             try:
                 await store.ping()

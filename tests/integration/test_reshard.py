@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from drills.load import Load
 
-from tests.moments import wait_until
+from tests.moments import PATIENCE_S, wait_until
 from tests.servers.ports import free_port
 from tests.servers.redis_cluster import SLOTS, RedisCluster
 from tests.servers.redis_server import Client, RedisServer
@@ -31,8 +31,15 @@ NEW = {
 
 @pytest.fixture
 def cluster() -> Iterator[RedisCluster]:
-    with RedisCluster(masters=3, node_timeout_ms=5000, options={"cluster-require-full-coverage": "no"}) as running:
+    with RedisCluster(masters=3, options={"cluster-require-full-coverage": "no"}) as running:
+        # Not from the start: a cluster forms the slower the longer it is.
+        set_node_timeout(running.nodes, 5000)
         yield running
+
+
+def set_node_timeout(nodes: list[RedisServer], timeout_ms: int) -> None:
+    for node in nodes:
+        node.must("CONFIG", "SET", "cluster-node-timeout", timeout_ms)
 
 
 @pytest.fixture
@@ -99,7 +106,7 @@ def killed_at(command: list[str], enough: Callable[[], bool]) -> None:
         assert process.poll() is None, "it ended before it could be killed"
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGKILL)
-    assert process.wait(10) == -signal.SIGKILL
+    assert process.wait(PATIENCE_S) == -signal.SIGKILL
 
 
 async def test_a_shard_is_added_while_checks_go_on(cluster: RedisCluster, new: list[RedisServer]) -> None:
@@ -237,6 +244,7 @@ def test_what_it_refuses(cluster: RedisCluster, two_pairs: list[RedisServer]) ->
     two_pairs[2].must("CLUSTER", "MEET", two_pairs[3].host, two_pairs[3].port)
     wait_until(lambda: two_pairs[3].facts("CLUSTER", "INFO")["cluster_known_nodes"] == "2", 60, "the two have met")
     assert f"{new[2]} belongs to another cluster" in refused(member, *new)
+    set_node_timeout(cluster.nodes, 1000)
     cluster.nodes[2].kill()
     deadline = time.monotonic() + 60
     while b"fail" not in cluster.nodes[0].must("CLUSTER", "NODES"):
@@ -282,11 +290,11 @@ def started(command: list[str], port: int) -> Iterator[Client]:
             client.close()
     finally:
         process.terminate()
-        process.wait(20)
+        process.wait(PATIENCE_S)
 
 
 def connected(process: subprocess.Popen[bytes], port: int) -> Client:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + PATIENCE_S
     while True:
         try:
             return Client("127.0.0.1", port)

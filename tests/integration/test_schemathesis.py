@@ -13,7 +13,8 @@ import schemathesis
 from hypothesis import HealthCheck, given, settings
 from schemathesis import checks
 
-from tidegate.server import run as server
+from tests.moments import PATIENCE_S
+from tidegate import server
 from tidegate.settings import CatalogSettings, PolicySettings, ServerSettings, Settings, ViolationSettings
 
 OPERATIONS = {
@@ -60,7 +61,7 @@ def description(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
         yield schemathesis.openapi.from_url(f"http://{address[0]}/openapi.json")
     finally:
         stop.set()
-        thread.join(30)
+        thread.join(PATIENCE_S)
 
 
 def test_every_operation_is_described(description: Any) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.moments import MINUTE_S, stay_within, wait_until
+from tests.moments import MINUTE_S, PATIENCE_S, stay_within, wait_until
 
 POLICY = """\
 [[tiers]]
@@ -203,7 +203,7 @@ def test_sigterm_under_load_loses_no_request(serve: Callable[..., Any], tmp_path
         await asyncio.sleep(1)
         stopping.set()
         server.process.send_signal(signal.SIGTERM)
-        await asyncio.wait_for(asyncio.gather(*clients), 10)
+        await asyncio.wait_for(asyncio.gather(*clients), PATIENCE_S)
         return await asyncio.to_thread(server.process.wait, 20)
 
     assert asyncio.run(load()) == 0
@@ -216,7 +216,7 @@ def test_told_to_end_while_it_starts_it_ends(serve: Callable[..., Any]) -> None:
     with socket.socket() as hung:
         hung.bind(("127.0.0.1", 0))
         hung.listen()
-        hung.settimeout(30)
+        hung.settimeout(PATIENCE_S)
         url = f"postgresql://nobody@127.0.0.1:{hung.getsockname()[1]}/none"
         server = serve(wait=False, TIDEGATE_CATALOG__URL=url, TIDEGATE_CATALOG__TIMEOUT_S="30")
         connection, _ = hung.accept()
@@ -230,9 +230,9 @@ def test_told_to_end_while_it_starts_it_ends(serve: Callable[..., Any]) -> None:
 
 def test_request_in_flight_is_finished(serve: Callable[..., Any], tmp_path: Path) -> None:
     (tmp_path / "tidegate.policy.toml").write_text(POLICY.format(limit=10))
-    server = serve(TIDEGATE_SERVER__DRAIN_S="8")
+    server = serve(TIDEGATE_SERVER__DRAIN_S="120")
     body = json.dumps(CHECK).encode()
-    with socket.create_connection(("127.0.0.1", server.port), timeout=15) as connection:
+    with socket.create_connection(("127.0.0.1", server.port), timeout=PATIENCE_S) as connection:
         connection.sendall(b"POST /v1/check HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body[:5]))
         wait_until(lambda: _metric(server, "rate_limiter_in_flight") >= 2)
         server.process.send_signal(signal.SIGTERM)
@@ -241,7 +241,7 @@ def test_request_in_flight_is_finished(serve: Callable[..., Any], tmp_path: Path
         received = connection.recv(65536)
     assert received.startswith(b"HTTP/1.1 200")
     assert b"connection: close" in received
-    assert server.process.wait(15) == 0
+    assert server.process.wait(PATIENCE_S) == 0
 
 
 @pytest.mark.parametrize(

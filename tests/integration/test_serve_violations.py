@@ -11,6 +11,7 @@ from typing import Any
 import httpx
 
 from tests.conftest import Serve
+from tests.moments import PATIENCE_S
 
 TOKEN = "token-of-the-settings"
 KEY = "demo-free-key-0001"
@@ -47,7 +48,7 @@ def test_violations_are_counted_for_whom_they_were(serve: Callable[..., Serve], 
         assert check("/login", 4) == [True, True, False, False], "the rule blocks the address twice"
         assert check("/x", 4) == [True, True, True, False], "the tier blocks the key once"
         assert check("/login", 1) == [False], "both would block: the one that holds longer is told"
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + PATIENCE_S
         while sum(each["blocked"] for each in _shown(server)) < 4 and time.monotonic() < deadline:
             time.sleep(0.05)
         key_id = httpx.get(

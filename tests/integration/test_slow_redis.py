@@ -10,11 +10,11 @@ from collections.abc import Callable
 import pytest
 from drills.redis_failures import slow_answers
 
-from tests.moments import until
+from tests.moments import PATIENCE_S, until
 from tests.servers.redis_server import RedisServer
 from tests.servers.tcp_proxy import TcpProxy
-from tidegate.breaker import BreakerState
-from tidegate.counters import Charge, ChargeOutcome
+from tidegate.breaker import BreakerOptions, BreakerState
+from tidegate.counters import Charge, Outcome
 from tidegate.counters.guarded import GuardedCounters, GuardOptions
 from tidegate.counters.redis.store import RedisCounters
 from tidegate.decision import Decision
@@ -117,12 +117,12 @@ async def test_one_silence_is_not_five_failures(redis_server: RedisServer) -> No
 
 async def test_answers_that_never_come_are_owed_and_open_the_breaker(new_redis: Callable[..., RedisServer]) -> None:
     server = new_redis()
-    counters = GuardedCounters(RedisCounters(server.url, 0.05), GuardOptions())
+    counters = GuardedCounters(RedisCounters(server.url, 0.05), GuardOptions(breaker=BreakerOptions(open_s=3600)))
     await counters.start()
     limits = limit_set("1000000/day")
     assert (await decided(counters, limits)).allowed
     server.pause()
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + PATIENCE_S
     while not counters.open_breakers:
         assert time.monotonic() < deadline
         await decided(counters, limits)
@@ -131,28 +131,27 @@ async def test_answers_that_never_come_are_owed_and_open_the_breaker(new_redis: 
     with pytest.raises(StoreUnavailable, match=r"breaker open|cannot be reached|did not answer"):
         await counters.ping()
     server.resume()
-    # No check comes, and open_s is 30 s.
-    took_s = await until(lambda: not counters.open_breakers and not counters.owed)
-    assert took_s < 20
+    # No check comes, and open_s is an hour.
+    await until(lambda: not counters.open_breakers and not counters.owed)
     await counters.close()
 
 
 async def test_a_redirection_does_not_double_the_deadline(redis_server: RedisServer) -> None:
     async with TcpProxy(redis_server.port) as proxy:
-        store = RedisCounters(proxy.url, 0.3)
+        store = RedisCounters(proxy.url, 1.5)
         await store.start()
         limits = limit_set()
         charge = Charge(((limits, "s"),))
         await store.charge_one(charge)
         asked: list[float] = []
-        proxy.delay_s = 0.2
+        proxy.delay_s = 1.0
         proxy.rewrite = lambda piece: b"-NOSCRIPT no\r\n" if not asked.append(0.0) and len(asked) == 1 else piece  # type: ignore[func-returns-value]
         began_ns = time.monotonic_ns()
         with pytest.raises(StoreUnavailable) as caught:
             await store.charge_one(charge, began_ns)
-        # The second answer would come after 0.4 s; by the end of the deadline it is late, and can still be had.
+        # The second answer would come after 2 s; by the end of the deadline it is late, and can still be had.
         assert caught.value.details["reason"] == "timeout"
-        answer = await asyncio.wait_for(caught.value.answer, 20)  # type: ignore[attr-defined]
+        answer = await asyncio.wait_for(caught.value.answer, PATIENCE_S)  # type: ignore[attr-defined]
         assert answer is not None
         await store.close()
 
@@ -160,7 +159,7 @@ async def test_a_redirection_does_not_double_the_deadline(redis_server: RedisSer
 @pytest.mark.parametrize("share", [0.05, 0.5])
 async def test_random_delays_admit_nothing_above_the_limits(share: float) -> None:
     random.seed(7)
-    result = await slow_answers(share, seconds=8.0, rate=450)
+    result = await slow_answers(share, seconds=5.0, rate=450)
     load = result.load
     assert not load.errors
     assert load.degraded, "nothing was late"

@@ -14,7 +14,7 @@ import msgspec
 import pytest
 from drills.stack_command import Recorded, State, began_at, clean_up, main, read_state, write_state
 
-from tests.moments import wait_until
+from tests.moments import PATIENCE_S, wait_until
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def test_what_a_dead_keeper_left_is_ended(sleeping: subprocess.Popen[bytes], tmp
     write_state(path, state)
     assert read_state(path) == state
     assert clean_up(path, state) == [f"redis 1 {sleeping.pid}"]
-    assert sleeping.wait(10) == -signal.SIGKILL
+    assert sleeping.wait(PATIENCE_S) == -signal.SIGKILL
     assert not directory.exists()
     assert not path.exists()
 
@@ -49,7 +49,7 @@ def test_what_was_not_recorded_yet_is_found_by_its_place_for_files(tmp_path: Pat
         # Until it has become `sleep`, it has the environment of this test.
         wait_until(lambda: str(directory).encode() in Path(f"/proc/{process.pid}/environ").read_bytes(), 60, "it sleeps")
         assert clean_up(tmp_path / "state.json", state) == [f"unrecorded {process.pid}"]
-        assert process.wait(10) == -signal.SIGKILL
+        assert process.wait(PATIENCE_S) == -signal.SIGKILL
 
 
 def test_a_process_that_has_got_a_dead_ones_id_is_left_alone(sleeping: subprocess.Popen[bytes], tmp_path: Path) -> None:
@@ -117,7 +117,7 @@ def test_up_twice_dead_and_down(tmp_path: Path) -> None:
             "postgres primary",
         ]
         assert all(each.address in said for each in first.pieces)
-        assert httpx.post(f"{first.url}/v1/check", json={"path": "/", "ip": "203.0.113.7"}, timeout=20).status_code == 200
+        assert httpx.post(f"{first.url}/v1/check", json={"path": "/", "ip": "203.0.113.7"}, timeout=PATIENCE_S).status_code == 200
         assert command("up").startswith("runs already")
         assert state() == first
 

@@ -229,19 +229,19 @@ def test_a_worker_that_does_not_end_is_killed(start: Callable[..., Any]) -> None
 
 
 def test_a_second_signal_hurries(start: Callable[..., Any]) -> None:
-    server = start(TIDEGATE_SERVER__DRAIN_S="30")
+    server = start(TIDEGATE_SERVER__DRAIN_S="600")
     pids = _workers(server)
     request = b"POST /v1/check HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{"
     with contextlib.ExitStack() as stack:
         for _ in range(8):
-            connection = stack.enter_context(socket.create_connection(("127.0.0.1", server.port), timeout=15))
+            connection = stack.enter_context(socket.create_connection(("127.0.0.1", server.port), timeout=PATIENCE_S))
             connection.sendall(request)  # the rest never comes
         wait_until(lambda: _metrics(server)["rate_limiter_in_flight"] >= 8)
         server.process.send_signal(signal.SIGTERM)
         time.sleep(1)
         assert any(map(_lives, pids)), "they wait for the requests in flight"
         server.process.send_signal(signal.SIGTERM)
-        assert server.process.wait(5) == 0
+        assert server.process.wait(PATIENCE_S) == 0
     assert not any(map(_lives, pids))
 
 

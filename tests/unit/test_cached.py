@@ -14,6 +14,7 @@ import pytest
 
 from tests.cases.doors import FREE, POLICY
 from tests.moments import until
+from tidegate.catalog import cached as cached_module
 from tidegate.catalog.cache_level import SECOND_CHANCES
 from tidegate.catalog.cached import MAX_UNKNOWN, PATIENCE_S, RELOADS, RETRY_S, UNKNOWN_TTL_S, CachedCatalog
 from tidegate.catalog.changes import ALL, ANONYMOUS, KEY, TIER, Changes
@@ -277,7 +278,9 @@ async def test_while_it_fails_the_catalog_is_asked_once_a_second(held: Held, clo
     assert (held.count(KEY), cached.stale) == (4, stale)
 
 
-async def test_a_catalog_that_hangs_holds_nobody_up_whom_a_stale_entry_serves(held: Held, clock: Seconds) -> None:
+async def test_a_catalog_that_hangs_holds_nobody_up_whom_a_stale_entry_serves(
+    held: Held, clock: Seconds, monkeypatch: pytest.MonkeyPatch
+) -> None:
     cached = CachedCatalog(held, l1_ttl_s=60, clock=clock)
     await cached.caller(FREE_KEY)
     held.set_key(FREE_KEY, name="new")
@@ -286,13 +289,13 @@ async def test_a_catalog_that_hangs_holds_nobody_up_whom_a_stale_entry_serves(he
     loop = asyncio.get_running_loop()
     before = loop.time()
     asked = await asyncio.gather(*(cached.caller(FREE_KEY) for _ in range(1000)))
-    first_s = loop.time() - before
     assert {caller.api_key.name for caller in asked if caller is not None and caller.api_key is not None} == {""}
-    assert first_s >= PATIENCE_S * 0.9
-    before = loop.time()
-    for _ in range(1000):
-        await cached.caller(FREE_KEY)
-    assert loop.time() - before < first_s + 0.5, "for a second nobody waits"
+    assert loop.time() - before >= PATIENCE_S * 0.9
+    # For a second nobody waits: whoever does would do so for an hour from now on.
+    monkeypatch.setattr(cached_module, "PATIENCE_S", 3600)
+    async with asyncio.timeout(60):
+        for _ in range(1000):
+            await cached.caller(FREE_KEY)
     assert held.count(KEY) == 2
     held.gate.set()
     # The answer is taken in when it comes, though nobody waits for it.
@@ -554,7 +557,7 @@ async def test_while_the_catalog_fails_a_replaced_limit_is_not_waited_for_long(h
     await asyncio.sleep(PATIENCE_S * 2)
     assert not waiting.done()
     cached.followed(failing=True)
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         assert limit_of(await cached.caller(FREE_KEY)) == "3/minute"
     held.gate.set()
     await waiting
@@ -569,7 +572,7 @@ async def test_a_key_past_its_time_serves_under_the_tier_as_it_is_now(held: Held
     await until(lambda: "free" in cached._tiers.entries)
     clock.now += 67
     held.gate.clear()
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         assert limit_of(await cached.caller(FREE_KEY)) == "2/minute"
     assert cached.stale == 1
     held.gate.set()

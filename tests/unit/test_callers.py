@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.cases.doors import FREE, POLICY
-from tests.moments import until
+from tests.moments import PATIENCE_S, until
 from tests.unit.test_cached import Held, Seconds
 from tidegate import TooManyUnknownKeys
 from tidegate.catalog.cached import UNKNOWN_TTL_S, CachedCatalog
@@ -71,7 +71,7 @@ async def test_the_callers_of_a_batch_have_one_deadline() -> None:
     known = Check.of("/a", api_key=keys[0])
     await gate.check(known)
     held.gate.clear()
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(PATIENCE_S):
         first, *others = await gate.check_many([known, *(Check.of("/a", api_key=key) for key in keys[1:])])
     assert isinstance(first, Decision), "who is cached is decided all the same"
     assert {type(each) for each in others} == {CatalogUnavailable}
@@ -122,7 +122,7 @@ async def test_descriptors_of_one_call_have_one_deadline() -> None:
     held.gate.clear()
     gate = Gate(CachedCatalog(held), MemoryCounters(), lookup_timeout_s=0.05)
     service = RateLimitService(gate, EnvoySettings())
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(PATIENCE_S):
         with pytest.raises(CallRefused) as refused:
             await service.answer(request_of(keys))
         assert refused.value.status is Status.UNAVAILABLE

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import time
 import tracemalloc
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tidegate.catalog.in_memory import PolicyCatalog
+from tests.cpu_time import TRIES, assert_cpu_below, assert_growth_below, cpu_s
+from tidegate.catalog.forms import FIRST_US, LAST_US, moment_text, moment_us
+from tidegate.catalog.policy_file import PolicyCatalog, load_policy, parse_policy, policy_warnings
+from tidegate.catalog.toml_lines import LineIndex, line_of_deep_key
 from tidegate.errors import PolicyError
 from tidegate.policy.key_format import hash_api_key
 from tidegate.policy.limits import Algorithm, OnFailure
@@ -321,16 +322,13 @@ def test_dots_that_are_no_key_are_accepted(text: str) -> None:
     assert line_of_deep_key(text) is None
 
 
-def _cpu_s(work: Callable[[], object]) -> float:
-    started = time.process_time()
-    work()
-    return max(time.process_time() - started, 0.002)
-
-
 @pytest.mark.parametrize("piece", ['\\"', '"""a"\n\\', "'''", '"a".', "a.a.a.a.a.a.a,", "a ", ".", '"', '"\\\\\\', "#a"])
 def test_looking_for_deep_keys_takes_time_in_proportion(piece: str) -> None:
-    small, large = (piece * (size // len(piece)) + "........." for size in (50_000, 800_000))
-    assert _cpu_s(lambda: line_of_deep_key(large)) < 100 * _cpu_s(lambda: line_of_deep_key(small))  # 16 times as much, not 256
+    def cost_s(size: int) -> float:
+        text = piece * (size // len(piece)) + "........."
+        return cpu_s(lambda: line_of_deep_key(text))
+
+    assert_growth_below(1_000, cost_s, 10_000, 1_000_000)  # 100 times as much, not 10,000
 
 
 def _rules(count: int, **fields: str) -> str:
@@ -341,11 +339,11 @@ def _rules(count: int, **fields: str) -> str:
 
 
 def test_many_rules_take_time_in_proportion() -> None:
-    def read(count: int) -> None:
-        policy_warnings(parse_policy(_rules(count)))
+    def cost_s(count: int) -> float:
+        text = _rules(count)
+        return cpu_s(lambda: policy_warnings(parse_policy(text)))
 
-    read(10)
-    assert _cpu_s(lambda: read(6_000)) < 25 * _cpu_s(lambda: read(600))  # 10 times as much; by pairs 100
+    assert_growth_below(500, cost_s, 80, 8_000)  # 100 times as much; by pairs 10,000
 
 
 def test_rules_of_one_endpoint_are_compared_with_a_bounded_number() -> None:
@@ -388,7 +386,8 @@ def test_an_unknown_name_is_compared_with_a_bounded_number_of_others() -> None:
         with pytest.raises(PolicyError, match="has no rule"):
             parse_policy(plain + key)
 
-    assert _cpu_s(refuse) < 20 * _cpu_s(lambda: parse_policy(plain))
+    # Compared with every name, it is more than 100 times as much.
+    assert_cpu_below(20 * min(cpu_s(lambda: parse_policy(plain)) for _ in range(TRIES)), refuse)
 
 
 def test_warnings() -> None:

@@ -21,6 +21,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.cases.logs import COMBINED, COMMON, T0
+from tests.moments import PATIENCE_S
+from tidegate.charts import clean
 from tidegate.errors import PolicyError, SettingsError, TidegateError
 from tidegate.tools.charts import clean
 from tidegate.tools.simulate.command import Simulation, simulate
@@ -408,7 +410,7 @@ def test_a_pipe_is_a_log_and_many_logs_are_opened_one_at_a_time(
     os.mkfifo(fifo)
     writer = subprocess.Popen(["/bin/sh", "-c", f"exec cat '{log}' > '{fifo}'"])
     assert told([str(fifo)], policy, capsys)["requests"] == 1
-    assert writer.wait(timeout=10) == 0
+    assert writer.wait(timeout=PATIENCE_S) == 0
 
 
 def test_a_terminal_sees_how_far_it_is_and_a_pipe_does_not(policy: Path, tmp_path: Path) -> None:

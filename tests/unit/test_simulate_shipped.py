@@ -9,7 +9,6 @@ import json
 import lzma
 import re
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.cases.logs import AT, COMBINED, T0
+from tests.cpu_time import assert_growth_below, cpu_s
 from tidegate.errors import SettingsError
 from tidegate.tools.simulate.command import simulate
 from tidegate.tools.simulate.log_clients import Clients, address_of
@@ -323,16 +323,14 @@ def test_an_array_that_is_none_ends(tmp_path: Path, text: str) -> None:
 def test_no_line_costs_more_than_its_length(line: str) -> None:
     """What 16 times the length costs is about 16 times as much; a square would be 256 times."""
 
-    def cost_s(text: str) -> float:
-        began = time.process_time()
+    def work(text: str) -> None:
         detect(text)
         for name in FORMATS:
             parse = parser_of(name, "ip", None, header=["time", "ip", "path"])
             with contextlib.suppress(Malformed, Directive):
                 parse(text)
-        return time.process_time() - began
 
-    assert min(cost_s(line) for _ in range(3)) < 80 * max(min(cost_s(line[: len(line) // 16]) for _ in range(3)), 0.001)
+    assert_growth_below(80, lambda size: max(cpu_s(lambda: work(line[:size])), 0.001), len(line) // 16, len(line))
 
 
 @pytest.mark.parametrize(
