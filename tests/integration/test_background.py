@@ -12,6 +12,7 @@ import pytest
 from pygrpc_native import NativeGrpcFront
 from sqlalchemy import text
 
+from tests.integration.ratelimit_client import ask, request
 from tests.moments import PATIENCE_S, until
 from tests.servers.postgres_cluster import PostgresCluster
 from tests.servers.redis_cluster import RedisCluster

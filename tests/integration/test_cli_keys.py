@@ -18,11 +18,11 @@ from sqlalchemy import insert, select
 
 from tests.integration.cli_ways import FILE_KEY, HEX_KEY, KEY, POLICY, TOKEN, Ran, Runner, over_api, with_catalog
 from tests.moments import PATIENCE_S, wait_until
-from tidegate.catalog.policy_file import parse_policy
-from tidegate.catalog.policy_rows import row_of_api_key
-from tidegate.catalog.sql import SqlCatalog
-from tidegate.catalog.tables import api_keys, tiers
-from tidegate.policy import ApiKey
+from tidegate.catalog.sql.catalog import SqlCatalog
+from tidegate.catalog.sql.rows import row_of_api_key
+from tidegate.catalog.sql.tables import api_keys, tiers
+from tidegate.policy.model import ApiKey
+from tidegate.policy.toml_reader import parse_policy
 
 QUOTED = "_.-and 100% of 'quotes' \"too\""
 

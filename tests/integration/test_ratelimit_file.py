@@ -16,8 +16,8 @@ import pytest
 
 from tests.cases.ratelimit_file import CONFIG, DOMAIN, OURS, STEPS, Step
 from tests.conftest import Clock, Serve
-from tests.integration.ratelimit_client import ask, caller, headers, request
-from tests.moments import PATIENCE_S
+from tests.integration.ratelimit_client import ask, caller, headers, health, request
+from tests.moments import PATIENCE_S, wait_until
 from tests.servers.ratelimit_peer import RateLimitPeer
 from tidegate.catalog.cached import CachedCatalog
 from tidegate.catalog.in_memory import PolicyCatalog

@@ -14,7 +14,7 @@ from tests.moments import PATIENCE_S, until
 from tests.servers.redis_server import RedisServer
 from tests.servers.tcp_proxy import TcpProxy
 from tidegate.breaker import BreakerOptions, BreakerState
-from tidegate.counters import Charge, Outcome
+from tidegate.counters import Charge, ChargeOutcome
 from tidegate.counters.guarded import GuardedCounters, GuardOptions
 from tidegate.counters.redis.store import RedisCounters
 from tidegate.decision import Decision

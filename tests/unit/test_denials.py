@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from tests.conftest import Clock
 from tests.cpu_time import assert_growth_below, cpu_s
-from tidegate.counters.denials import DenialMemory
+from tidegate.counters.denial_cache import DenialMemory
 from tidegate.counters.memory import MemoryCounters
 from tidegate.decision import Decision
 from tidegate.policy.limits import Algorithm, Limit, LimitSet

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import pytest
 
 from tests.moments import PATIENCE_S
-from tidegate.catalog.gathering import Gathering
+from tidegate.catalog.sql.batch_loader import BatchLoader
 from tidegate.errors import CatalogUnavailable
 
 
@@ -21,7 +21,7 @@ async def test_those_behind_a_query_that_fails_are_asked_for(caplog: pytest.LogC
             raise ValueError("a row that cannot be read")
         return 1, {name: name.upper() for name in names}
 
-    gathering = Gathering(ask, at_once=1, most=1)
+    gathering = BatchLoader(ask, at_once=1, most=1)
     async with asyncio.timeout(PATIENCE_S):
         outcomes = await asyncio.gather(*(gathering.get(name, 0) for name in ("broken", "a", "b")), return_exceptions=True)
     assert isinstance(outcomes[0], CatalogUnavailable)

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.cpu_time import assert_growth_below, cpu_s
-from tidegate.catalog.tokens import TOKEN_PREFIX
+from tidegate.admin.tokens import TOKEN_PREFIX
 from tidegate.doors.client_address import TrustedProxies
 from tidegate.telemetry.logs import (
     BY_STRANGER,

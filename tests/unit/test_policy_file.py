@@ -10,9 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.cpu_time import TRIES, assert_cpu_below, assert_growth_below, cpu_s
-from tidegate.catalog.forms import FIRST_US, LAST_US, moment_text, moment_us
-from tidegate.catalog.policy_file import PolicyCatalog, load_policy, parse_policy, policy_warnings
-from tidegate.catalog.toml_lines import LineIndex, line_of_deep_key
+from tidegate.catalog.in_memory import PolicyCatalog
 from tidegate.errors import PolicyError
 from tidegate.policy.key_format import hash_api_key
 from tidegate.policy.limits import Algorithm, OnFailure

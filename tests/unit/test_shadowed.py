@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.cpu_time import assert_cpu_below
-from tidegate.catalog.shadowed import covers, shadow_warnings
-from tidegate.globs import endpoint_expression
+from tidegate.policy.coverage import covers, shadow_warnings
+from tidegate.policy.globs import endpoint_expression
 
 PATTERNS = st.lists(st.sampled_from(["/", "a", "b", "*", "/{x}", "/{y}/"]), max_size=6).map(lambda parts: "/" + "".join(parts))
 PATHS = st.text("/ab", max_size=8).map(lambda text: "/" + text)

@@ -22,7 +22,6 @@ from hypothesis import strategies as st
 
 from tests.cases.logs import COMBINED, COMMON, T0
 from tests.moments import PATIENCE_S
-from tidegate.charts import clean
 from tidegate.errors import PolicyError, SettingsError, TidegateError
 from tidegate.tools.charts import clean
 from tidegate.tools.simulate.command import Simulation, simulate
