@@ -33,6 +33,8 @@ from tidegate.catalog.tables import metadata
 from tidegate.catalog.violations import keep_violations
 from tidegate.errors import SettingsError
 
+pytestmark = pytest.mark.empty_database
+
 Rows = dict[str, list[dict[str, Any]]]
 
 FILLING = {
