@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from tests import line_coverage
+
+# isort: split
 import asyncio
 import contextlib
 import os
@@ -64,6 +67,8 @@ MOMENT_US = 1_700_000_000_000_000
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if line_coverage.counter is not None:
+        config.pluginmanager.register(line_coverage.counter, "line-coverage")
     for name, meaning in markers.MEANINGS.items():
         config.addinivalue_line("markers", f"{name}: {meaning}")
     config.addinivalue_line("markers", "empty_database: catalog_url gives a database without tables, for tests that migrate it")
