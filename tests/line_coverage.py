@@ -26,7 +26,7 @@ class Counter:
     """Counts in this process; with xdist, the process that distributes the tests adds what its workers counted."""
 
     def __init__(self) -> None:
-        import slipcover
+        import slipcover  # type: ignore[import-untyped]
 
         # Files that nobody imported are missing too. One process looks for them.
         source = None if "PYTEST_XDIST_WORKER" in os.environ else [SOURCE]
@@ -60,7 +60,7 @@ def report(counts: list[dict[str, Any]]) -> str:
         A table of the files with lines or branches that none ran (`12->15`: the step from line 12 to line 15), and one line of
         totals.
     """
-    import slipcover
+    import slipcover  # type: ignore[import-untyped]
 
     together = counts[0]
     for each in counts[1:]:
