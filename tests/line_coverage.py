@@ -60,7 +60,7 @@ def report(counts: list[dict[str, Any]]) -> str:
         A table of the files with lines or branches that none ran (`12->15`: the step from line 12 to line 15), and one line of
         totals.
     """
-    import slipcover  # type: ignore[import-untyped]
+    import slipcover
 
     together = counts[0]
     for each in counts[1:]:
