@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from tests import line_coverage
+
+# isort: split
 import asyncio
 import contextlib
 import os
@@ -14,7 +17,9 @@ from pathlib import Path
 import httpx
 import pytest
 from httpx._config import DEFAULT_TIMEOUT_CONFIG
+from hypothesis import HealthCheck, settings
 
+from tests import markers
 from tests.cases.doors import POLICY
 from tests.moments import PATIENCE_S
 from tests.servers.fixtures import (  # noqa: F401 - fixtures are found by their names
@@ -48,8 +53,32 @@ from tidegate.policy.toml_reader import parse_policy
 for _part in ("connect", "read", "write", "pool"):
     setattr(DEFAULT_TIMEOUT_CONFIG, _part, PATIENCE_S)
 
+# No example fails because it took long: on a busy machine any of them may wait for a core. Everything else stays as Hypothesis
+# chose it for where it runs: under CI its examples are the same in every run.
+settings.register_profile(
+    "tidegate",
+    settings(),
+    deadline=None,
+    suppress_health_check=[*settings().suppress_health_check, HealthCheck.too_slow],
+)
+settings.load_profile("tidegate")
+
 MOMENT_US = 1_700_000_000_000_000
 """2023-11-14 22:13:20 UTC: 20 s into its minute, so that no window ends by itself while the clock stands."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if line_coverage.counter is not None:
+        config.pluginmanager.register(line_coverage.counter, "line-coverage")
+    for name, meaning in markers.MEANINGS.items():
+        config.addinivalue_line("markers", f"{name}: {meaning}")
+    config.addinivalue_line("markers", "empty_database: catalog_url gives a database without tables, for tests that migrate it")
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m selects
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        item.add_marker(markers.kind_of(item.path, getattr(item, "fixturenames", ())))
 
 
 class Clock:

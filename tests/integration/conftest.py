@@ -11,6 +11,7 @@ import pytest
 from tests.integration.admin_api import Admin, open_admin
 from tests.integration.client_asker import Asker
 from tests.moments import HOUR_S, stay_within
+from tests.servers.migrated import copy_sqlite, empty_postgres, migrate_postgres
 from tests.servers.postgres import PostgresServer
 
 DATABASES = ("sqlite", "postgresql")
@@ -33,18 +34,21 @@ def reused_database(postgres_server: PostgresServer) -> Iterator[str]:
 
 @pytest.fixture(params=DATABASES)
 def catalog_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """The URL of an empty database: a file of SQLite, and a database on PostgreSQL."""
+    """The URL of a catalog with nothing in it: a file of SQLite, and a database on PostgreSQL.
+
+    It has the newest schema, unless the test has the marker `empty_database`: then it has no tables at all.
+    """
+    empty = request.node.get_closest_marker("empty_database") is not None
     if request.param == "sqlite":
-        return f"sqlite:///{tmp_path}/tidegate.db"
+        file = tmp_path / "tidegate.db"
+        if not empty:
+            copy_sqlite(file)
+        return f"sqlite:///{file}"
     server: PostgresServer = request.getfixturevalue("postgres_server")
     name: str = request.getfixturevalue("reused_database")
-    # Whoever a failed test has left connected holds locks.
-    server.execute(
-        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()",
-        name,
-    )
-    server.execute("DROP SCHEMA public CASCADE", name)
-    server.execute("CREATE SCHEMA public", name)
+    empty_postgres(server, name)
+    if not empty:
+        migrate_postgres(server, name)
     return server.url(name)
 
 

@@ -74,6 +74,7 @@ async def _write(url: str, *statements: str) -> None:
     await engine.dispose()
 
 
+@pytest.mark.empty_database
 async def test_a_new_database_is_left_empty(catalog_url: str, tmp_path: Path) -> None:
     before = await _state(catalog_url)
     code, found = _found(tmp_path, TIDEGATE_CATALOG__URL=catalog_url)

@@ -456,7 +456,7 @@ async def test_a_stream_cut_anywhere_is_answered_alike() -> None:
             finally:
                 writer.close()
 
-        @settings(max_examples=60, deadline=None)
+        @settings(max_examples=60)
         @given(st.lists(st.integers(1, len(SEVERAL) - 1), max_size=12, unique=True))
         def cut_anywhere(cuts: list[int]) -> None:
             answers = asyncio.run_coroutine_threadsafe(send(cuts), loop).result(30)

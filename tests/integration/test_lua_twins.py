@@ -40,9 +40,7 @@ end}
 WINDOWS = ("second", "7s", "minute", "hour", "day", "week", "month", "year", "366d")
 LENGTHS_US = (1_000_000, 7_000_000, 60_000_000, 3_600_000_000, 86_400_000_000)
 KEYS = itertools.count()
-HELD = settings(
-    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
-)
+HELD = settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 
 
 def limit_texts(algorithm: Algorithm) -> st.SearchStrategy[list[str]]:
@@ -298,7 +296,7 @@ def test_a_denial_of_a_long_log_is_bounded(any_redis: RedisServer) -> None:
 @given(st.integers(0, 1_000_000_000), st.integers(1, 31_622_400_000_000), st.integers(1, 31_622_400_000_000))
 @example(1_000_000_000, 31_622_400_000_000, 31_622_400_000_000)
 @example(999_999_999, 31_622_399_999_999, 31_622_400_000_000)
-@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=400, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 def test_long_division_is_exact(any_redis: RedisServer, a: int, b: int, c: int) -> None:
     source = (
         script("charge", frozenset((Algorithm.SLIDING_LOG,)))

@@ -33,6 +33,8 @@ from tidegate.catalog.sql.tables import metadata
 from tidegate.errors import SettingsError
 from tidegate.violations.storage import keep_violations
 
+pytestmark = pytest.mark.empty_database
+
 Rows = dict[str, list[dict[str, Any]]]
 
 FILLING = {

@@ -123,7 +123,7 @@ async def test_a_new_windows_counts_begin_and_the_others_stay(store: CounterStor
 
 
 @given(st.lists(st.text(min_size=1, max_size=60), min_size=2, max_size=20, unique=True))
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 def test_no_two_subjects_share_a_tag(subjects: list[str]) -> None:
     tags = {hash_tag(subject) for subject in subjects}
     assert len(tags) == len(subjects)

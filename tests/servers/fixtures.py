@@ -13,6 +13,26 @@ from tests.servers.redis_cluster import RedisCluster
 from tests.servers.redis_sentinel import RedisSentinel
 from tests.servers.redis_server import RedisServer
 
+__all__ = [
+    "any_redis",
+    "new_cluster",
+    "new_postgres",
+    "new_postgres_cluster",
+    "new_redis",
+    "new_sentinel",
+    "postgres_cluster",
+    "postgres_server",
+    "postgres_url",
+    "redis_cluster",
+    "redis_sentinel",
+    "redis_server",
+    "running_cluster",
+    "running_redis",
+    "running_sentinel",
+    "running_valkey",
+    "valkey_server",
+]
+
 # One Redis of each kind runs for the whole session. Every file of tests finds it empty, whatever ran before: counters of the same
 # key and rule are the same counters.
 

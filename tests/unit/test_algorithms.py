@@ -6,7 +6,7 @@ import itertools
 from typing import Any
 
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from tests import oracles
@@ -15,9 +15,6 @@ from tidegate.algorithms import DECIDE, EXPIRES_AT, sliding_log
 from tidegate.policy.limits import Algorithm, Limit, fit_limits
 
 ALL = list(Algorithm)
-# No deadline for an example: on a busy machine any of them may wait for a core.
-settings.register_profile("no-deadline", deadline=None)
-settings.load_profile("no-deadline")
 START = 1_700_000_000_000_000
 UNITS_US = {
     "10s": 10_000_000,

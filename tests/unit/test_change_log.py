@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, cast
 
 import msgspec
 import pytest
-from hypothesis import HealthCheck, assume, settings
+from hypothesis import assume, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 from sqlalchemy import delete, insert, select, update
@@ -615,4 +615,4 @@ async def test_an_entry_that_is_newer_than_what_is_known_is_not_taken(log: Datab
 
 
 class TestFollowing(Following.TestCase):  # type: ignore[misc,name-defined]
-    settings = settings(max_examples=70, stateful_step_count=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    settings = settings(max_examples=70, stateful_step_count=25)

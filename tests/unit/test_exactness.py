@@ -151,7 +151,7 @@ def runs(draw: st.DrawFn) -> tuple[LimitSet, list[Admission], Admission | None]:
     return limits, admitted, one_too_many
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(runs(), st.data())
 def test_what_the_algorithms_admit_shows_no_excess_and_one_more_always_does(
     run: tuple[LimitSet, list[Admission], Admission | None], draw: st.DataObject
@@ -169,7 +169,7 @@ def test_what_the_algorithms_admit_shows_no_excess_and_one_more_always_does(
         assert any(excess(limits, *admitted, injected))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     st.lists(st.tuples(st.integers(0, 90 * S), st.integers(0, 30 * S), st.integers(1, 3)), min_size=1, max_size=25),
     st.integers(1, 20),

@@ -117,7 +117,7 @@ class CountersAgainstModel(RuleBasedStateMachine):
 
 
 TestCountersAgainstModel = CountersAgainstModel.TestCase
-TestCountersAgainstModel.settings = settings(max_examples=150, stateful_step_count=30, deadline=None)
+TestCountersAgainstModel.settings = settings(max_examples=150, stateful_step_count=30)
 
 
 async def test_denied_check_changes_nothing_anywhere() -> None:

@@ -575,7 +575,6 @@ Model.TestCase.settings = settings(
     max_examples=int(os.environ.get("MODEL_EXAMPLES", "150")),
     stateful_step_count=int(os.environ.get("MODEL_STEPS", "40")),
     derandomize="MODEL_EXAMPLES" not in os.environ,
-    deadline=None,
     suppress_health_check=list(HealthCheck),
 )
 TestModel = Model.TestCase

@@ -207,7 +207,7 @@ def test_the_page_of_nothing_blocked_and_of_a_long_time(policy: Path, tmp_path: 
     assert "requests per 4 days" in page.of("span")
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=30)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow], max_examples=30)
 @given(
     st.lists(
         st.tuples(st.integers(0, 900), st.sampled_from("123"), st.sampled_from(("/a", "/ab", "/b", "//"))),

@@ -12,8 +12,9 @@ _KEY_PART: Final = re.compile(r"""\s*(?:([A-Za-z0-9_-]+)|"((?:[^"\\]|\\.)*)"|'([
 MAX_KEY_PARTS: Final = 8
 """Most parts of one dotted key. `tomllib` takes time and memory that grow with their square."""
 
-_QUOTED: Final = r"""(?:"(?:[^"\\\n]++|\\[^\n])*+"|'[^'\n]*+')"""
-_TEXT: Final = r"""(?:"{3}(?:[^"\\]++|\\.|"(?!""))*+|'{3}(?:[^']++|'(?!''))*+)"""
+# Atomic groups, not a possessive `(?:...)*+`: that one matches wrongly before Python 3.11.5 (python/cpython#106052).
+_QUOTED: Final = r"""(?:"(?>(?:[^"\\\n]++|\\[^\n])*)"|'[^'\n]*+')"""
+_TEXT: Final = r"""(?:"{3}(?>(?:[^"\\]++|\\.|"(?!""))*)|'{3}(?>(?:[^']++|'(?!''))*))"""
 _KEY: Final = rf"(?:[A-Za-z0-9_-]++|{_QUOTED})[ \t]*+\.[ \t]*+"
 # A key that is too deep is tried wherever one may begin. Strings, comments and words are stepped over, and a string without an
 # end ends the search: so no part of a text is walked again and again.
