@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from tests.servers.postgres import PostgresServer, as_server, programs
-from tidegate.catalog.schema import upgrade
+from tidegate.catalog.sql.schema import upgrade
 
 
 def copy_sqlite(target: Path) -> None:
