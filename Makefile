@@ -87,7 +87,8 @@ manifests: $(VENV)/.dev ## make what the Prometheus operator wants out of deploy
 	$(BIN)/python deploy/kubernetes/generate.py
 
 docs: $(VENV)/.dev ## make the documentation as a site, in site/
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	$(BIN)/python scripts/diagrams.py docs/index.md docs/img/overview.svg
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 lock: $(SUPPLY)/.done ## write locks/*.txt anew from pyproject.toml; UPGRADE=1 for the newest versions
 	scripts/lock $(SUPPLY)/bin/python $(if $(UPGRADE),--upgrade)
