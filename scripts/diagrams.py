@@ -9,9 +9,10 @@ A block of a page,
     arrow gate -> api allowed
     ```
 
-is drawn on a grid: `column,row` of a box, then its size in columns and rows if it is not 1x1, then its title, and after `|` a second line.
-`soft` in place of `box` draws a dashed one, `dashed` in place of `arrow` a dashed arrow. Arrows run between boxes of one row or column.
-The drawing has no color of its own: text and lines have the color of the text around, so that it can be read on light and dark pages.
+is drawn on a grid: `column,row` of a box, then its size in columns and rows if it is not 1x1, then its title, and after `|` a
+second line. `soft` in place of `box` draws a dashed one, `dashed` in place of `arrow` a dashed arrow. Arrows run between boxes that
+share a row or a column. The drawing has no color of its own: text and lines have the color of the text around, so that it can be
+read on light and dark pages.
 
     python scripts/diagrams.py docs/index.md docs/img/overview.svg
 

@@ -29,7 +29,7 @@ _LINK: Final = re.compile(r"(?<!!)\[([^\[\]]*)\]\(((?:\.\./)+[^)#]*)(#[^)]*)?\)"
 
 
 def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Let links to files outside the documentation lead to the repository; where its address is not set, they become plain text."""
+    """Let links to files outside `docs/` lead to the repository; where its address is not set, they become plain text."""
     del files
     base = (config.repo_url or "").rstrip("/")
 
