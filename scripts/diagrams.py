@@ -10,9 +10,9 @@ A block of a page,
     ```
 
 is drawn on a grid: `column,row` of a box, then its size in columns and rows if it is not 1x1, then its title, and after `|` a
-second line. `soft` in place of `box` draws a dashed one, `dashed` in place of `arrow` a dashed arrow. Arrows run between boxes that
-share a row or a column. The drawing has no color of its own: text and lines have the color of the text around, so that it can be
-read on light and dark pages.
+second line. `soft` in place of `box` draws a dashed one, `dashed` in place of `arrow` a dashed arrow. Arrows run between boxes
+that share a row or a column. The drawing has no color of its own: text and lines have the color of the text around, so that it
+can be read on light and dark pages.
 
     python scripts/diagrams.py docs/index.md docs/img/overview.svg
 
@@ -168,7 +168,7 @@ def _shared(first: float, size: float, second: float, other: float) -> float | N
 def fence(source: str, language: str, css_class: str, options: dict[str, Any], md: Any, **_: Any) -> str:
     """Draw a block of a page: a custom fence of pymdownx.superfences."""
     del language, css_class, options, md
-    return f"<figure>{draw(source)}</figure>"
+    return f'<figure style="width:100%">{draw(source)}</figure>'
 
 
 def main() -> None:
