@@ -44,6 +44,9 @@ text{font-family:system-ui,sans-serif;fill:currentColor;stroke:none}
 .label{font-size:11px;text-anchor:middle}rect{fill:currentColor;fill-opacity:.07;stroke:currentColor;stroke-width:1.2}
 .soft,.dashed{stroke-dasharray:5 4}path{stroke:currentColor;stroke-width:1.2;fill:none}.head{fill:currentColor;stroke:none}
 """
+_ENTITY: Final = re.compile(r"(\w+) \{\n(.*?)\n\s*\}", re.DOTALL)
+_COLUMN: Final = re.compile(r'(\w+) (\w+)(?: (PK|FK|UK))?(?: "([^"]*)")?')
+_RELATION: Final = re.compile(r"(\w+) \|\|--o\{ (\w+) : (\w+)")
 _OWN_COLORS: Final = "svg{color:#1f2328}@media (prefers-color-scheme:dark){svg{color:#e6edf3}}"
 
 
@@ -169,6 +172,30 @@ def fence(source: str, language: str, css_class: str, options: dict[str, Any], m
     """Draw a block of a page: a custom fence of pymdownx.superfences."""
     del language, css_class, options, md
     return f'<figure style="width:100%">{draw(source)}</figure>'
+
+
+def schema(source: str, language: str, css_class: str, options: dict[str, Any], md: Any, **_: Any) -> str:
+    """Write an `erDiagram` of Mermaid as tables: a custom fence of pymdownx.superfences, which loads no script.
+
+    Raises:
+        DiagramError: with the line, for any other diagram of Mermaid.
+    """
+    del language, css_class, options, md
+    if not source.startswith("erDiagram\n"):
+        raise DiagramError(f"of Mermaid, only erDiagram is understood: {source.splitlines()[0]!r}")
+    parts = [f"<p><code>{one}</code> {verb} many <code>{many}</code></p>" for one, many, verb in _RELATION.findall(source)]
+    for name, body in _ENTITY.findall(source):
+        rows = []
+        for line in map(str.strip, body.splitlines()):
+            found = _COLUMN.fullmatch(line)
+            if found is None:
+                raise DiagramError(f"not a column of {name}: {line!r}")
+            kind, column, key, note = found.groups("")
+            cells = (f"<code>{column}</code>", kind, key, escape(note))
+            rows.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
+        head = f"<tr><th>{name}</th><th>type</th><th>key</th><th>meaning</th></tr>"
+        parts.append(f"<table><thead>{head}</thead><tbody>{''.join(rows)}</tbody></table>")
+    return "\n".join(parts)
 
 
 def main() -> None:

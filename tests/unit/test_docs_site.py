@@ -105,7 +105,7 @@ def test_pages_load_nothing_from_other_hosts(origin: str) -> None:
         page = browser.new_page()
         page.on("request", lambda request: asked.add(request.url))
         page.on("requestfailed", lambda request: failed.append(request.url))
-        for path in ("", "architecture/", "tutorials/nginx/", "simulate/", "reference/python/"):
+        for path in ("", "architecture/", "catalog/", "tutorials/nginx/", "simulate/", "reference/python/"):
             page.goto(f"{origin}/{path}", wait_until="networkidle")
         for scheme in ("light", "dark"):
             page.emulate_media(color_scheme=scheme)
@@ -153,6 +153,12 @@ def test_the_picture_of_the_readme_is_the_one_of_the_landing_page() -> None:
 def test_what_cannot_be_drawn_is_refused(line: str, said: str) -> None:
     with pytest.raises(DiagramError, match=re.escape(said)):
         draw(line if said == "alt" else f"alt: a picture\n{line}")
+
+
+def test_a_database_schema_is_a_table(site: Path) -> None:
+    page = (site / "catalog/index.html").read_text()
+    assert "<td><code>sha256</code></td><td>string</td><td>UK</td><td>never the key itself</td>" in page
+    assert "erDiagram" not in page
 
 
 def test_texts_of_a_diagram_are_escaped() -> None:
