@@ -98,8 +98,9 @@ dashboards: $(VENV)/.dev ## generate the Grafana dashboards in deploy/grafana/js
 manifests: $(VENV)/.dev ## generate the manifests for the Prometheus operator from deploy/prometheus
 	$(BIN)/python deploy/kubernetes/generate.py
 
-docs: $(VENV)/.dev ## build the documentation site, in site/
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+docs: $(VENV)/.dev ## make the documentation as a site, in site/
+	$(BIN)/python scripts/diagrams.py docs/index.md docs/img/overview.svg
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 lock: $(SUPPLY)/.done ## pin all packages of pyproject.toml by version and hash in locks/; UPGRADE=1 for the newest versions
 	scripts/lock $(SUPPLY)/bin/python $(if $(UPGRADE),--upgrade)

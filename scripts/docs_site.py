@@ -1,4 +1,4 @@
-"""What mkdocs is told beside `mkdocs.yml`: pages made from the code, and links that leave the documentation.
+"""Hooks of mkdocs: pages made from the code, and links that leave the documentation.
 
 The HTTP interfaces are described by the servers themselves (OpenAPI), the Python one by its docstrings; both are made into pages
 when the site is built, so that no page says what the code does not. Files outside `docs/` become links to the repository.
@@ -7,6 +7,7 @@ when the site is built, so that no page says what the code does not. Files outsi
 from __future__ import annotations
 
 import asyncio
+import posixpath
 import re
 from collections.abc import Iterator
 from typing import Any, Final
@@ -24,24 +25,23 @@ from tidegate.doors.admin.app import AdminDeps, admin_app
 from tidegate.doors.openapi import data_plane_openapi
 from tidegate.gate.gate import Gate
 
-_OUTSIDE: Final = re.compile(r"\]\(\.\./([^)#]*)(#[^)]*)?\)")
+_LINK: Final = re.compile(r"(?<!!)\[([^\[\]]*)\]\(((?:\.\./)+[^)#]*)(#[^)]*)?\)")
 
 
 def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Let links to files outside the documentation lead to the repository.
-
-    Args:
-        markdown: of the page.
-        page: it.
-        config: of the site.
-        files: of the site.
-
-    Returns:
-        The page with the links changed.
-    """
-    del page, files
+    """Let links to files outside `docs/` lead to the repository; where its address is not set, they become plain text."""
+    del files
     base = (config.repo_url or "").rstrip("/")
-    return _OUTSIDE.sub(lambda found: f"]({base}/blob/main/{found[1]}{found[2] or ''})", markdown)
+
+    def outside(found: re.Match[str]) -> str:
+        target = posixpath.normpath(posixpath.join("docs", posixpath.dirname(page.file.src_uri), found[2]))
+        if target.startswith("docs/"):
+            return found[0]
+        if not base:
+            return found[1] if found[1].strip("`") in target else f"{found[1]} (`{target}`)"
+        return f"[{found[1]}]({base}/blob/main/{target}{'/' if found[2].endswith('/') else ''}{found[3] or ''})"
+
+    return _LINK.sub(outside, markdown)
 
 
 def on_files(files: Files, *, config: MkDocsConfig) -> Files:

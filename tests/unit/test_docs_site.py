@@ -1,33 +1,76 @@
-"""The documentation as a site: it is built, no link leads nowhere, and nothing is left out."""
+"""The documentation as a site: it is built, no link leads nowhere, nothing is left out, and nothing comes from other hosts."""
 
 from __future__ import annotations
 
+import functools
+import http.server
 import os
+import re
+import shutil
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 
+from scripts.diagrams import DiagramError, draw
+
 ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
+PAGES = sorted(page.relative_to(DOCS) for page in DOCS.rglob("*.md"))
+MAX_LINE = 120
+REPOSITORY = "https://git.example.org/our/tidegate"
 
 
-@pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("site")
+def build(directory: Path, repository: str) -> Path:
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(directory)]
-    environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1", "TIDEGATE_REPO_URL": "https://git.example.org/our/tidegate"}
+    environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1", "TIDEGATE_REPO_URL": repository}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=170, check=False)
     assert done.returncode == 0, done.stderr
     return directory
 
 
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build(tmp_path_factory.mktemp("site"), REPOSITORY)
+
+
+@pytest.fixture(scope="module")
+def site_without_repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build(tmp_path_factory.mktemp("site"), "")
+
+
+@pytest.fixture
+def origin(site_without_repository: Path) -> Iterator[str]:
+    """The site, served on loopback."""
+
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *_: object) -> None:
+            pass
+
+    handler = functools.partial(Quiet, directory=str(site_without_repository))
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_address[1]}"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def page_in(site: Path, page: Path) -> Path:
+    return site / ("index.html" if page == Path("index.md") else f"{page.with_suffix('')}/index.html")
+
+
 def test_every_page_is_there_and_reached(site: Path) -> None:
     start = (site / "index.html").read_text()
-    for page in (ROOT / "docs").glob("*.md"):
-        if page.stem != "index":
-            assert (site / page.stem / "index.html").exists()
-            assert f'href="{page.stem}/"' in start, f"{page.name} is in no menu"
+    for page in PAGES:
+        assert page_in(site, page).exists()
+        if page != Path("index.md"):
+            assert f'href="{page.with_suffix("")}/"' in start, f"{page} is in no menu"
 
 
 def test_what_is_made_from_the_code_is_there(site: Path) -> None:
@@ -39,4 +82,99 @@ def test_what_is_made_from_the_code_is_there(site: Path) -> None:
 
 
 def test_links_to_other_files_lead_to_the_repository(site: Path) -> None:
-    assert "https://git.example.org/our/tidegate/blob/main/deploy/postgres/README.md" in (site / "catalog/index.html").read_text()
+    assert f"{REPOSITORY}/blob/main/deploy/postgres/README.md" in (site / "catalog/index.html").read_text()
+    assert 'href="../../gateways/"' in (site / "tutorials/nginx/index.html").read_text()
+
+
+def test_without_a_repository_there_is_no_placeholder(site_without_repository: Path) -> None:
+    pages = {page: page_in(site_without_repository, page).read_text() for page in PAGES}
+    assert [str(page) for page, text in pages.items() if re.search(r'href="[^"]*(git\.example|/blob/main/)', text)] == []
+    assert "deploy/postgres" in pages[Path("catalog.md")], "the name of the file stays"
+
+
+def test_pages_load_nothing_from_other_hosts(origin: str) -> None:
+    from playwright.sync_api import sync_playwright
+
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        pytest.skip("Chromium is not installed: it comes with the Debian package chromium")
+    asked: set[str] = set()
+    failed: list[str] = []
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        page = browser.new_page()
+        page.on("request", lambda request: asked.add(request.url))
+        page.on("requestfailed", lambda request: failed.append(request.url))
+        for path in ("", "architecture/", "catalog/", "tutorials/nginx/", "simulate/", "reference/python/"):
+            page.goto(f"{origin}/{path}", wait_until="networkidle")
+        for scheme in ("light", "dark"):
+            page.emulate_media(color_scheme=scheme)
+            page.goto(f"{origin}/architecture/", wait_until="networkidle")
+            shown = page.evaluate(
+                """() => [...document.querySelectorAll("svg.diagram")].map(svg => [
+                    svg.querySelector("title").textContent.length,
+                    getComputedStyle(svg.querySelector("text")).fill,
+                    getComputedStyle(document.querySelector(".md-typeset")).color,
+                    [...svg.querySelectorAll("rect")].every(box => box.getBoundingClientRect().width > 20),
+                ])"""
+            )
+            assert len(shown) >= 4
+            for alternative, fill, color, drawn in shown:
+                assert alternative > 20
+                assert fill == color, "the text of a diagram has the color of the page's text"
+                assert drawn
+        tabs = page.goto(f"{origin}/", wait_until="networkidle") and page.locator(".tabbed-labels label").all_inner_texts()
+        browser.close()
+    assert tabs == ["nginx", "Envoy", "FastAPI"]
+    assert failed == []
+    assert {urlsplit(url).netloc for url in asked if not url.startswith(("data:", "blob:"))} == {urlsplit(origin).netloc}
+
+
+def test_the_picture_of_the_readme_is_the_one_of_the_landing_page() -> None:
+    source = re.search(r"^```diagram\n(.*?)^```$", (DOCS / "index.md").read_text(), re.MULTILINE | re.DOTALL)
+    assert source is not None
+    drawn = draw(source[1], stands_alone=True) + "\n"
+    assert (DOCS / "img/overview.svg").read_text() == drawn, "make docs draws it"
+    assert "docs/img/overview.svg" in (ROOT / "README.md").read_text()
+    assert "prefers-color-scheme:dark" in drawn
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("box a 1,1 " + "x" * 40, "too long for its box"),
+        ("arrow a -> b", "no box 'a'"),
+        ("circle a 1,1 A", "not a line of a diagram"),
+        ("box a 1,1 A\nbox b 2,2 B\narrow a -> b", "neither a row nor a column"),
+        ("box a 1,1 A\nbox b 2,1 B\narrow a -> b " + "x" * 40, "too long for its arrow"),
+        ("box a 1,1 A", "alt"),
+    ],
+)
+def test_what_cannot_be_drawn_is_refused(line: str, said: str) -> None:
+    with pytest.raises(DiagramError, match=re.escape(said)):
+        draw(line if said == "alt" else f"alt: a picture\n{line}")
+
+
+def test_a_database_schema_is_a_table(site: Path) -> None:
+    page = (site / "catalog/index.html").read_text()
+    assert "<td><code>sha256</code></td><td>string</td><td>UK</td><td>never the key itself</td>" in page
+    assert "erDiagram" not in page
+
+
+def test_texts_of_a_diagram_are_escaped() -> None:
+    drawn = draw("alt: a < b\nbox a 1,1 <script>")
+    assert "<script>" not in drawn
+    assert "a &lt; b" in drawn
+
+
+@pytest.mark.parametrize("page", [*(f"docs/{page}" for page in PAGES), "README.md"])
+def test_lines_are_short(page: str) -> None:
+    """Lines of prose have at most 120 characters; code, tables and links may be longer."""
+    long = []
+    fenced = False
+    for number, line in enumerate((ROOT / page).read_text().splitlines(), 1):
+        if line.lstrip().startswith("```"):
+            fenced = not fenced
+        elif not fenced and not line.startswith(("    ", "|")) and len(re.sub(r"\]\([^)]*\)", "]", line)) > MAX_LINE:
+            long.append(number)
+    assert long == []
