@@ -18,11 +18,12 @@ from tests.conftest import Serve
 from tests.moments import PATIENCE_S, wait_until
 from tests.raw_http import RawAnswer, ask
 from tests.servers.api import Api
-from tests.servers.deployed import gateway
+from tests.servers.deployed import configured, gateway
 from tests.servers.nginx import Nginx
 from tests.servers.ports import free_port
 from tidegate.doors.http import DataPlane
-from tidegate.gate.gate import Gate
+from tidegate.errors import ApiKeyExpired, ApiKeyRevoked, BadRequest, InvalidApiKey, MissingApiKey, TooManyUnknownKeys
+from tidegate.gate import Gate
 
 UNHURRIED = "[[tiers]]\nname = 'free'\n  [[tiers.rules]]\n  endpoint = '/*'\n  limits = ['100000/minute']\n" + (
     f"[[api_keys]]\nkey = '{FREE}'\ntier = 'free'\n"
@@ -131,6 +132,31 @@ def test_every_answer_has_the_limits_and_a_denial_its_retry(tidegates: Callable[
     }
     body = httpx.post(nginx.url + "/login", headers=KEY, content=b"x" * 100_000)
     assert body.json()["body"] == "x" * 100_000
+
+
+def test_too_many_unknown_keys_get_a_text_of_their_own(tidegates: Callable[..., Serve], start: Callable[..., Nginx]) -> None:
+    """Ten guesses, so that a minute which ends in between does not matter."""
+    nginx = start([tidegates(TIDEGATE_CATALOG__UNKNOWN_KEYS_PER_MINUTE="1").port])
+    guesses = [
+        httpx.get(nginx.url + ITEM, headers={"X-API-Key": f"demo-guess-key-{number:04}"}, timeout=30) for number in range(10)
+    ]
+    assert {guess.status_code for guess in guesses} == {401, 429}
+    refused = next(guess for guess in guesses if guess.status_code == 429)
+    assert refused.headers["x-tidegate-error"] == "API_KEY_LOOKUPS_EXCEEDED"
+    assert 1 <= int(refused.headers["retry-after"]) <= 60
+    assert refused.json()["error"] == {
+        "code": "API_KEY_LOOKUPS_EXCEEDED",
+        "message": "too many unknown API keys were sent from your address: wait until Retry-After",
+        "details": {},
+    }
+
+
+def test_every_refusal_of_a_caller_has_a_text() -> None:
+    """A code without one would get the text of a failure: try again later."""
+    texts = configured("nginx/tidegate-answers.conf", {}).partition("$tidegate_message {")[2].partition("}")[0]
+    refusals = (MissingApiKey, InvalidApiKey, TooManyUnknownKeys, ApiKeyRevoked, ApiKeyExpired, BadRequest)
+    for code in ("RATE_LIMIT_EXCEEDED", "HEADERS_TOO_LARGE", *(refusal.code for refusal in refusals)):
+        assert re.search(rf'^ +{code} +".+";$', texts, re.MULTILINE), code
 
 
 def test_nginx_reads_the_configuration_without_a_warning(start: Callable[..., Nginx]) -> None:

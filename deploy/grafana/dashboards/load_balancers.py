@@ -1,4 +1,4 @@
-"""What stands in front: HAProxy by its own endpoint, nginx by its exporter."""
+"""Load balancers in front: HAProxy from its own endpoint, nginx from its exporter."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def _all() -> list[list[Panel]]:
         [
             number(
                 "Balancers down",
-                "A HAProxy or nginx, or its exporter, does not answer.",
+                "A HAProxy or nginx, or its exporter, does not respond.",
                 "short",
                 Query('count(up{job=~"haproxy|nginx"} == 0 or nginx_up == 0) or vector(0)'),
                 "servicedown",
@@ -47,7 +47,7 @@ def _all() -> list[list[Panel]]:
             ),
             number(
                 "Servers down",
-                "That HAProxy's checks find down. Red: somebody serves their share.",
+                "Servers that HAProxy's health checks find down. Red: other servers take over their load.",
                 "short",
                 Query('sum(haproxy_server_status{state="DOWN"}) or vector(0)'),
                 "instancedown",
@@ -55,7 +55,7 @@ def _all() -> list[list[Panel]]:
             ),
             number(
                 "Fewest servers",
-                "Of the back end that has fewest. 0: its requests get 503.",
+                "Of the back end with the fewest. 0: its requests get 503.",
                 "short",
                 Query("min(haproxy_backend_active_servers) or vector(0)"),
                 "noinstanceup",
@@ -63,7 +63,7 @@ def _all() -> list[list[Panel]]:
             ),
             number(
                 "Requests",
-                "A second, all HAProxies and nginxes.",
+                "Per second, all HAProxies and nginxes.",
                 "reqps",
                 Query(
                     "(sum(rate(haproxy_frontend_http_requests_total[$__rate_interval])) or vector(0))"
@@ -73,7 +73,7 @@ def _all() -> list[list[Panel]]:
             ),
             number(
                 "HAProxy's 5xx",
-                "Share of its responses. Our own 503 among them: see the objectives.",
+                "Share of its responses, including 503 responses of Tidegate: see the objectives.",
                 "percentunit",
                 Query(
                     'sum(rate(haproxy_frontend_http_responses_total{code="5xx"}[$__rate_interval]))'
@@ -98,7 +98,7 @@ def _haproxy() -> list[list[Panel]]:
             ),
             lines(
                 "Responses by code",
-                "A second. 429 is in 4xx: blocked checks, where HAProxy passes them on. 5xx: below says whose.",
+                "Per second. 4xx includes 429 for blocked checks that HAProxy forwards. For 5xx see the panels below.",
                 "reqps",
                 Query(_rate("haproxy_frontend_http_responses_total", "code"), "{{code}}"),
                 see="availabilitybudgetburn",
@@ -106,7 +106,7 @@ def _haproxy() -> list[list[Panel]]:
             ),
             states(
                 "Servers",
-                "What the checks of each HAProxy find.",
+                "Results of each HAProxy's health checks.",
                 Query(f'min by (proxy, server) (haproxy_server_status{{{_HAPROXY}, state="UP"}})', "{{proxy}} {{server}}"),
                 {1: ("up", GREEN), 0: ("not up", RED)},
                 see="instancedown",
@@ -115,14 +115,14 @@ def _haproxy() -> list[list[Panel]]:
         [
             lines(
                 "Responses by server",
-                "A second. Uneven: one is new, slow, or was down.",
+                "Per second. Uneven: one is new, slow, or was down.",
                 "reqps",
                 Query(_rate("haproxy_server_http_responses_total", "server"), "{{server}}"),
                 see="instancedown",
             ),
             lines(
                 "Failures by server",
-                "A second: checks that failed, connections not made, answers cut short.",
+                "Per second: failed health checks, failed connections, aborted responses.",
                 "ops",
                 Query(_rate("haproxy_server_check_failures_total", "server"), "checks, {{server}}"),
                 Query(_rate("haproxy_server_connection_errors_total", "server"), "connections, {{server}}"),
@@ -131,7 +131,7 @@ def _haproxy() -> list[list[Panel]]:
             ),
             lines(
                 "Time of a response",
-                "Mean of the last 1,024, by server, the check included.",
+                "Mean of the last 1,024 requests, by server, including the check.",
                 "s",
                 Query(f"max by (server) (haproxy_server_response_time_average_seconds{{{_HAPROXY}}})", "{{server}}"),
                 see="highlatency",
@@ -147,14 +147,14 @@ def _haproxy() -> list[list[Panel]]:
             ),
             lines(
                 "Queue",
-                "Requests that wait for a server, by back end. Any but 0 for long: too few instances.",
+                "Requests that wait for a server, by back end. Above 0 for long: too few instances.",
                 "short",
                 Query(total("haproxy_backend_current_queue", _HAPROXY, "proxy"), "{{proxy}}"),
                 see="highlatency",
             ),
             lines(
                 "Retries",
-                "A second: tried again, and given to another server, by back end.",
+                "Per second: retried, and redispatched to another server, by back end.",
                 "ops",
                 Query(_rate("haproxy_backend_retry_warnings_total", "proxy"), "again, {{proxy}}"),
                 Query(_rate("haproxy_backend_redispatch_warnings_total", "proxy"), "elsewhere, {{proxy}}"),
@@ -162,7 +162,7 @@ def _haproxy() -> list[list[Panel]]:
             ),
             lines(
                 "Denied by HAProxy",
-                "Requests a second that its own rules refuse, by front end.",
+                "Requests per second that its own rules refuse, by front end.",
                 "reqps",
                 Query(_rate("haproxy_frontend_requests_denied_total", "proxy"), "{{proxy}}"),
                 see="suspiciousactivity",
@@ -176,14 +176,14 @@ def _nginx() -> list[list[Panel]]:
         [
             lines(
                 "Requests",
-                "A second, by nginx; those to Tidegate within it included.",
+                "Per second, by nginx, including its requests to Tidegate.",
                 "reqps",
                 Query(_rate("nginx_http_requests_total", "instance", _NGINX), "{{instance}}"),
                 see="servicedown",
             ),
             lines(
                 "Connections",
-                "What they do, all nginxes. Writing grows: back ends, or clients that read slowly.",
+                "By state, all nginxes. If Writing grows: slow back ends, or clients that read slowly.",
                 "short",
                 Query(total("nginx_connections_reading", _NGINX), "reading"),
                 Query(total("nginx_connections_writing", _NGINX), "writing"),
@@ -193,7 +193,7 @@ def _nginx() -> list[list[Panel]]:
             ),
             lines(
                 "Dropped",
-                "Connections a second that it accepted and could not handle, by nginx. Any but 0: raise `worker_connections`.",
+                "Connections per second that it accepted and could not handle, by nginx. Above 0: raise `worker_connections`.",
                 "ops",
                 Query(
                     f"{_rate('nginx_connections_accepted', 'instance', _NGINX)}"

@@ -1,4 +1,4 @@
-"""What each PostgreSQL does, as postgres_exporter tells it, and what Tidegate sees of it."""
+"""Each PostgreSQL, from postgres_exporter's metrics and from Tidegate's."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def made() -> Dashboard:
     return dashboard(
         "postgresql",
         "Tidegate: PostgreSQL",
-        "Does the catalog's database take reads and writes, and do its replicas follow?",
+        "Does the catalog's database accept reads and writes, and do its replicas keep up?",
         [
             Row("All", _all()),
             Row("As Tidegate sees it", _tidegate()),
@@ -45,7 +45,7 @@ def _all() -> list[list[Panel]]:
         [
             number(
                 "Down",
-                "A PostgreSQL, or the exporter beside it, does not answer.",
+                "A PostgreSQL, or its exporter, does not respond.",
                 "short",
                 Query('count(pg_up == 0 or up{job="postgres"} == 0) or vector(0)'),
                 "servicedown",
@@ -53,7 +53,7 @@ def _all() -> list[list[Panel]]:
             ),
             number(
                 "Worst lag",
-                "Of the replica that is most behind. Yellow and red where ReplicationLag warns and pages.",
+                "Of the replica with the largest lag. Yellow and red where ReplicationLag warns and pages.",
                 "s",
                 Query("max(pg_replication_lag_seconds)"),
                 "replicationlag",
@@ -61,7 +61,7 @@ def _all() -> list[list[Panel]]:
             ),
             number(
                 "Connections in use",
-                "Share of `max_connections`, of the fullest server. At 100 % Tidegate and you are refused alike.",
+                "Share of `max_connections`, of the server with most. At 100 % all new connections are refused, also yours.",
                 "percentunit",
                 Query("max(sum by (instance) (pg_stat_activity_count) / max by (instance) (pg_settings_max_connections))"),
                 "servicedown",
@@ -69,7 +69,7 @@ def _all() -> list[list[Panel]]:
             ),
             number(
                 "Found in memory",
-                "Share of blocks read. Below 99 % for long: `shared_buffers` is small for the catalog.",
+                "Share of blocks read. Below 99 % for long: `shared_buffers` is too small for the catalog.",
                 "percentunit",
                 Query(
                     "sum(rate(pg_stat_database_blks_hit[$__rate_interval])) / "
@@ -80,8 +80,8 @@ def _all() -> list[list[Panel]]:
                 Steps(0.99, 0.9, low_is_bad=True),
             ),
             number(
-                "Replicas left out",
-                "By Tidegate, of the instance that leaves out most. Red where ReplicaEjected begins.",
+                "Replicas out of rotation",
+                "Removed from rotation by Tidegate, of the instance with most. Red where ReplicaEjected begins.",
                 "short",
                 Query("max(rate_limiter_replicas - rate_limiter_replicas_asked) or vector(0)"),
                 "replicaejected",
@@ -89,7 +89,7 @@ def _all() -> list[list[Panel]]:
             ),
             number(
                 "Checks refused",
-                "A second, because no database answered and nothing was cached.",
+                "Per second, because no database responded and nothing was cached.",
                 "ops",
                 Query('sum(rate(rate_limiter_errors_total{type="db_connection"}[$__rate_interval]))'),
                 "availabilitybudgetburn",
@@ -104,7 +104,7 @@ def _tidegate() -> list[list[Panel]]:
         [
             lines(
                 "Look-ups",
-                "A second put to a database, by instance. Jumps after a restart; else the caches do not hold what is asked.",
+                "Per second, by instance. Rises after a restart; otherwise the caches lack the requested keys.",
                 "ops",
                 Query(rate("rate_limiter_database_queries_total", by="instance"), "{{instance}}"),
                 see="cachehitratelow",
@@ -141,8 +141,8 @@ def _tidegate() -> list[list[Panel]]:
                 see="replicaejected",
             ),
             lines(
-                "Replicas left out",
-                "Times in each interval, by instance. Grows steadily: one comes and goes.",
+                "Replicas out of rotation",
+                "Number per interval, by instance. If it grows steadily: a replica is unstable.",
                 "short",
                 Query(
                     or_none("sum by (instance) (increase(rate_limiter_replica_ejections_total[$__rate_interval]))", "instance"),
@@ -152,7 +152,7 @@ def _tidegate() -> list[list[Panel]]:
             ),
             lines(
                 "Violations that wait",
-                "Entries not written yet, by instance. Grows and stays: the primary does not take writes.",
+                "Entries not written yet, by instance. If it grows and stays high: the primary does not accept writes.",
                 "short",
                 Query(total("rate_limiter_violations_pending", by="instance"), "{{instance}}"),
                 see="violationsdropped",
@@ -175,7 +175,7 @@ def _replication() -> list[list[Panel]]:
             ),
             lines(
                 "Conflicts",
-                "Queries a second that a replica cancelled to go on replaying, by server. A few are normal; many: a "
+                "Queries per second that a replica cancelled to continue replay, by server. A few are normal; many: a "
                 "long query there, or `hot_standby_feedback`.",
                 "ops",
                 Query(_each("pg_stat_database_conflicts"), "{{instance}}"),
@@ -201,7 +201,7 @@ def _work() -> list[list[Panel]]:
         [
             lines(
                 "Tuples read",
-                "A second, by server: scanned, and fetched by an index. Much more scanned: a query without an index.",
+                "Per second, by server: scanned, and fetched by an index. Many more scanned: a query without an index.",
                 "ops",
                 Query(_each("pg_stat_database_tup_returned"), "scanned, {{instance}}"),
                 Query(_each("pg_stat_database_tup_fetched"), "fetched, {{instance}}"),
@@ -209,7 +209,7 @@ def _work() -> list[list[Panel]]:
             ),
             lines(
                 "Tuples written",
-                "A second: mostly violations, which are written in batches.",
+                "Per second: mostly violations, which are written in batches.",
                 "ops",
                 Query(rate("pg_stat_database_tup_inserted", _HERE), "inserted"),
                 Query(rate("pg_stat_database_tup_updated", _HERE), "updated"),
@@ -218,7 +218,7 @@ def _work() -> list[list[Panel]]:
             ),
             lines(
                 "Transactions",
-                "A second, by server. Many rolled back: look at its log.",
+                "Per second, by server. Many rolled back: see its log.",
                 "ops",
                 Query(_each("pg_stat_database_xact_commit"), "committed, {{instance}}"),
                 Query(_each("pg_stat_database_xact_rollback"), "rolled back, {{instance}}"),
@@ -236,7 +236,7 @@ def _work() -> list[list[Panel]]:
             ),
             lines(
                 "Longest transaction",
-                "By server. On a replica it holds replay up.",
+                "By server. On a replica it blocks replay.",
                 "s",
                 Query(f"max by (instance) (pg_stat_activity_max_tx_duration{{{_HERE}}})", "{{instance}}"),
                 see="replicationlag",
@@ -257,7 +257,7 @@ def _work() -> list[list[Panel]]:
         [
             lines(
                 "Deadlocks",
-                "A second, by server. Any but 0: somebody else writes to Tidegate's tables.",
+                "Per second, by server. Above 0: another program writes to Tidegate's tables.",
                 "ops",
                 Query(_each("pg_stat_database_deadlocks"), "{{instance}}"),
                 see="servicedown",

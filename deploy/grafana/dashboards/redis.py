@@ -1,4 +1,4 @@
-"""What each Redis does, as redis_exporter tells it."""
+"""Each Redis, from redis_exporter's metrics."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def _all() -> list[list[Panel]]:
         [
             number(
                 "Down",
-                "A Redis, or the exporter beside it, does not answer.",
+                "A Redis, or its exporter, does not respond.",
                 "short",
                 Query('count(redis_up == 0 or up{job="redis"} == 0) or vector(0)'),
                 "redisdown",
@@ -48,7 +48,7 @@ def _all() -> list[list[Panel]]:
             ),
             number(
                 "Fullest",
-                "Largest share of `maxmemory`. Red where RedisMemoryHigh begins; 0 where no server has a limit.",
+                "Largest share of `maxmemory`. Red where RedisMemoryHigh begins; 0 if no server has a limit.",
                 "percentunit",
                 Query("max(instance:redis_memory_used:ratio) or vector(0)"),
                 "redismemoryhigh",
@@ -56,7 +56,7 @@ def _all() -> list[list[Panel]]:
             ),
             number(
                 "Without a memory limit",
-                "Servers without `maxmemory`: they grow until the machine is full, and no alert sees it. Set it.",
+                "Servers without `maxmemory`: they grow until the machine's memory is full, without an alert. Set it.",
                 "short",
                 Query("count(redis_memory_max_bytes == 0) or vector(0)"),
                 "redismemoryhigh",
@@ -64,7 +64,7 @@ def _all() -> list[list[Panel]]:
             ),
             number(
                 "Found keys",
-                "Share of keys asked for. Red where RedisHitRateLow begins; new subjects are misses too.",
+                "Share of requested keys. Red where RedisHitRateLow begins; new subjects are misses too.",
                 "percentunit",
                 Query("job:redis_keyspace_hits:ratio_rate5m"),
                 "redishitratelow",
@@ -72,7 +72,7 @@ def _all() -> list[list[Panel]]:
             ),
             number(
                 "Slots not served",
-                "Of a cluster: their subjects are decided without Redis. 0 as well where there is no cluster.",
+                "Of a cluster: their subjects are decided without Redis. Also 0 without a cluster.",
                 "short",
                 Query("max(redis_cluster_slots_fail) or vector(0)"),
                 "redisdown",
@@ -80,7 +80,7 @@ def _all() -> list[list[Panel]]:
             ),
             number(
                 "P99 as Tidegate sees it",
-                "Calls of all instances, the network included. Red where RedisLatencyHigh begins.",
+                "Calls of all instances, including the network. Red where RedisLatencyHigh begins.",
                 "s",
                 Query("job:rate_limiter_store_latency_seconds:p99_rate5m"),
                 "redislatencyhigh",
@@ -91,14 +91,14 @@ def _all() -> list[list[Panel]]:
             up("Redis", "redis_up", _HERE, "redisdown"),
             lines(
                 "Commands",
-                "A second, by server. Uneven among masters: rebalance the slots.",
+                "Per second, by server. Uneven among masters: rebalance the slots.",
                 "ops",
                 Query(_each("redis_commands_processed_total"), "{{instance}}"),
                 see="redislatencyhigh",
             ),
             lines(
                 "CPU",
-                "Cores in use, by server. Commands run on one: at the dashed line it is nearly full, add shards.",
+                "Cores in use, by server. Commands run on one: at the dashed line it is nearly saturated, add shards.",
                 "short",
                 Query(f"{_each('redis_cpu_sys_seconds_total')} + {_each('redis_cpu_user_seconds_total')}", "{{instance}}"),
                 see="redislatencyhigh",
@@ -124,7 +124,7 @@ def _memory() -> list[list[Panel]]:
             ),
             lines(
                 "Memory",
-                "By server: in use, and what the system gave for it. Much more given than used: fragmentation.",
+                "By server: used, and resident. Much more resident than used: fragmentation.",
                 "bytes",
                 Query(f"redis_memory_used_bytes{{{_HERE}}}", "used, {{instance}}"),
                 Query(f"redis_memory_used_rss_bytes{{{_HERE}}}", "given, {{instance}}"),
@@ -132,7 +132,7 @@ def _memory() -> list[list[Panel]]:
             ),
             lines(
                 "Keys",
-                "By server; a subject has one for each limit. Grows without end: look at how long your windows are.",
+                "By server; a subject has one for each limit. If it keeps growing: check how long your windows are.",
                 "short",
                 Query(total("redis_db_keys", _HERE, "instance"), "{{instance}}"),
                 see="redismemoryhigh",
@@ -141,7 +141,7 @@ def _memory() -> list[list[Panel]]:
         [
             lines(
                 "Found keys",
-                "Share of the keys asked for, by server that was asked. Below the dashed line RedisHitRateLow begins.",
+                "Share of requested keys, by server. Below the dashed line RedisHitRateLow begins.",
                 "percentunit",
                 Query(
                     f"{_each('redis_keyspace_hits_total')} / "
@@ -154,7 +154,7 @@ def _memory() -> list[list[Panel]]:
             ),
             lines(
                 "Evicted",
-                "Keys a second. Any but 0: counters are thrown away and limits admit more than they say. Set "
+                "Keys per second. Above 0: counters are evicted and limits admit more than configured. Set "
                 "`maxmemory-policy noeviction`.",
                 "ops",
                 Query(_each("redis_evicted_keys_total"), "{{instance}}"),
@@ -162,7 +162,7 @@ def _memory() -> list[list[Panel]]:
             ),
             lines(
                 "Expired",
-                "Keys a second: windows that ended. Nothing to do.",
+                "Keys per second: windows that ended. No action.",
                 "ops",
                 Query(_each("redis_expired_keys_total"), "{{instance}}"),
                 see="redishitratelow",
@@ -186,7 +186,7 @@ def _work() -> list[list[Panel]]:
             ),
             bars(
                 "Commands that take most",
-                "Seconds a second, the ten first. Any but Tidegate's `evalsha`, `get`, `set`, `mget`: who else is there?",
+                "Seconds per second, the top ten. Besides `evalsha`, `get`, `set`, `mget`: another program.",
                 "s",
                 Query(
                     "sort_desc(topk(10, sum by (cmd) "
@@ -197,7 +197,7 @@ def _work() -> list[list[Panel]]:
             ),
             lines(
                 "Clients",
-                "Connections, by server. Tidegate keeps a few an instance; a steady growth is somebody who leaks them.",
+                "Connections, by server. Tidegate keeps a few per instance; steady growth is a leak in some client.",
                 "short",
                 Query(f"redis_connected_clients{{{_HERE}}}", "{{instance}}"),
                 see="counter-store",
@@ -206,21 +206,21 @@ def _work() -> list[list[Panel]]:
         [
             lines(
                 "Refused connections",
-                "A second: `maxclients` is reached. Raise it.",
+                "Per second: `maxclients` is reached. Raise it.",
                 "ops",
                 Query(_each("redis_rejected_connections_total"), "{{instance}}"),
                 see="redisdown",
             ),
             lines(
                 "Slow log",
-                "Entries, by server. `redis-cli slowlog get 10` says which.",
+                "Entries, by server. `redis-cli slowlog get 10` lists them.",
                 "short",
                 Query(f"redis_slowlog_length{{{_HERE}}}", "{{instance}}"),
                 see="redislatencyhigh",
             ),
             lines(
                 "Network",
-                "Bytes a second, in and out, by server.",
+                "Bytes per second, in and out, by server.",
                 "Bps",
                 Query(_each("redis_net_input_bytes_total"), "in, {{instance}}"),
                 Query(_each("redis_net_output_bytes_total"), "out, {{instance}}"),
@@ -235,14 +235,14 @@ def _replication() -> list[list[Panel]]:
         [
             lines(
                 "Replicas",
-                "Connected to each server. A master without one: its counters go with it.",
+                "Connected to each server. A master without one: its counters are lost with it.",
                 "short",
                 Query(f"redis_connected_slaves{{{_HERE}}}", "{{instance}}"),
                 see="redisdown",
             ),
             lines(
                 "Replicas cut off",
-                "That have lost their master. None where there are no replicas.",
+                "Replicas that have lost their master. None without replicas.",
                 "short",
                 Query(f"count(redis_master_link_up{{{_HERE}}} == 0) or vector(0)", "cut off"),
                 see="redisdown",

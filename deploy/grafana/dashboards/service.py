@@ -1,4 +1,4 @@
-"""What Tidegate does: decisions, latency, errors, who is limited, and what each instance, its store and its catalog do."""
+"""Tidegate: decisions, latency, errors, who is limited, and the state of each instance, its store and its catalog."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def made() -> Dashboard:
     return dashboard(
         "service",
         "Tidegate: service",
-        "Does it decide, how fast, whom does it block, and what stands in its way?",
+        "Does it decide, how fast, whom does it block, and what is failing?",
         [
             Row("All instances", _all()),
             Row("Tiers and rules", _rules()),
@@ -42,11 +42,15 @@ def _all() -> list[list[Panel]]:
     return [
         [
             number(
-                "Checks", "Decided a second, by all instances.", "reqps", Query("sum(job:rate_limiter_requests:rate5m)"), "checks"
+                "Checks",
+                "Decided per second, by all instances.",
+                "reqps",
+                Query("sum(job:rate_limiter_requests:rate5m)"),
+                "checks",
             ),
             number(
                 "Blocked",
-                "Share of decided checks. A jump: look below which tier and rule.",
+                "Share of decided checks. After a jump: see below for the tier and rule.",
                 "percentunit",
                 Query('sum(job:rate_limiter_requests:rate5m{status="blocked"}) / sum(job:rate_limiter_requests:rate5m)'),
                 "suspiciousactivity",
@@ -61,7 +65,7 @@ def _all() -> list[list[Panel]]:
             ),
             number(
                 "Errors",
-                "Errors of ours to a decided check. Red where HighErrorRate begins.",
+                "Errors of the service per decided check. Red where HighErrorRate begins.",
                 "percentunit",
                 Query("job:rate_limiter_errors_per_request:ratio_rate5m"),
                 "higherrorrate",
@@ -77,7 +81,7 @@ def _all() -> list[list[Panel]]:
             ),
             number(
                 "Instances that are down",
-                "Prometheus cannot scrape them. The others take over.",
+                "Prometheus cannot scrape them. The other instances take over.",
                 "short",
                 Query('count(up{job="tidegate"} == 0) or vector(0)'),
                 "instancedown",
@@ -87,7 +91,7 @@ def _all() -> list[list[Panel]]:
         [
             lines(
                 "Allowed and blocked",
-                "Checks a second. The dashed line is where SuspiciousActivity begins, if blocked reaches it.",
+                "Checks per second. The dashed line is where SuspiciousActivity begins, if blocked reaches it.",
                 "reqps",
                 Query(rate("rate_limiter_requests_total", "status"), "{{status}}"),
                 see="suspiciousactivity",
@@ -127,7 +131,7 @@ def _all() -> list[list[Panel]]:
             ),
             lines(
                 "Errors by type",
-                "Errors a second. redis_…: decided all the same; db_connection, store_unavailable, internal: "
+                "Errors per second. redis_…: decided anyway; db_connection, store_unavailable, internal: "
                 "ours; the rest: callers'.",
                 "ops",
                 Query("job:rate_limiter_errors:rate5m", "{{type}}"),
@@ -142,14 +146,14 @@ def _rules() -> list[list[Panel]]:
         [
             bars(
                 "Busiest tiers",
-                "The ten with most checks a second.",
+                "The ten with most checks per second.",
                 "reqps",
                 Query(f'sort_desc(topk(10, sum by (tier) ({_BY_RULE}{{tier=~"$tier"}})))', "{{tier}}"),
                 see="checks",
             ),
             bars(
                 "Rules that block most",
-                "The ten with most blocked checks a second. One that blocks all at once: was its limit lowered?",
+                "The ten with most blocked checks per second. If one suddenly blocks everything: was its limit lowered?",
                 "reqps",
                 Query(
                     f'sort_desc(topk(10, sum by (tier, rule) ({_BY_RULE}{{tier=~"$tier", status="blocked"}})))',
@@ -159,7 +163,7 @@ def _rules() -> list[list[Panel]]:
             ),
             lines(
                 "Blocked by tier",
-                "Checks a second.",
+                "Checks per second.",
                 "reqps",
                 Query(f'sum by (tier) ({_BY_RULE}{{tier=~"$tier", status="blocked"}})', "{{tier}}"),
                 see="suspiciousactivity",
@@ -169,7 +173,7 @@ def _rules() -> list[list[Panel]]:
         [
             lines(
                 "Near the limit",
-                "Allowed with a fifth of the limit left or less, a second. Grows before blocked does: talk to the "
+                "Allowed with a fifth of the limit left or less, per second. Grows before blocked does: contact the "
                 "customer, or raise the limit.",
                 "reqps",
                 Query(
@@ -182,7 +186,7 @@ def _rules() -> list[list[Panel]]:
             ),
             lines(
                 "Shadow rules",
-                "What each would have blocked, a second. Flat at what you expect: let it enforce.",
+                "What each would have blocked, per second. When it is as low as you expect, switch the rule to enforce.",
                 "reqps",
                 Query(promql.or_none(rate("rate_limiter_shadow_blocked_total", "rule"), "rule"), "{{rule}}"),
                 see="checks",
@@ -196,7 +200,7 @@ def _instances() -> list[list[Panel]]:
         [
             lines(
                 "Checks by instance",
-                "A second. At the dashed line, 10,000, an autoscaler adds instances; uneven: look at the gateway's balance.",
+                "Per second. At the dashed line, 10,000, an autoscaler adds instances; if uneven, check the gateway's balancing.",
                 "reqps",
                 Query(promql.total("rate_limiter_requests_per_second", HERE, "instance"), "{{instance}}"),
                 see="recorded",
@@ -204,7 +208,7 @@ def _instances() -> list[list[Panel]]:
             ),
             lines(
                 "P99 by instance",
-                "One that is slower than the others: its machine is busy, or its way to Redis.",
+                "One that is slower than the others: its machine or its connection to Redis is slow.",
                 "s",
                 Query(
                     "histogram_quantile(0.99, sum by (le, instance) "
@@ -216,7 +220,7 @@ def _instances() -> list[list[Panel]]:
             ),
             lines(
                 "In flight",
-                "Requests being answered. Grows and stays: the instance is full, add instances.",
+                "Requests being answered. If it grows and stays high: the instance is overloaded, add instances.",
                 "short",
                 Query(promql.total("rate_limiter_in_flight", HERE, "instance"), "{{instance}}"),
                 see="checks",
@@ -225,14 +229,14 @@ def _instances() -> list[list[Panel]]:
         [
             lines(
                 "Versions that run",
-                "Instances by version. Two for long: a roll-out is stuck.",
+                "Instances by version. Two for long: a release is stuck.",
                 "short",
                 Query(f"count by (version, python) (rate_limiter_build_info{{{HERE}}})", "{{version}}, Python {{python}}"),
                 see="process",
             ),
             lines(
                 "Processes",
-                "Workers of each instance that answered. Fewer than `server.workers`: one starts again, look at the log.",
+                "Workers of each instance that answered. Fewer than `server.workers`: one is restarting, see the log.",
                 "short",
                 Query(
                     f"sum by (instance) (rate_limiter_workers{{{HERE}}}) or sum by (instance) "

@@ -1,4 +1,4 @@
-"""What an instance is made of: its counter store, catalog, policy and violations, for the dashboard of the service."""
+"""Parts of an instance: its counter store, catalog, policy and violations, for the dashboard of the service."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def store() -> list[list[Panel]]:
         [
             lines(
                 "Latency of the store",
-                "Calls to Redis, those given up included. The dashed line is where RedisLatencyHigh begins.",
+                "Calls to Redis, including those that timed out. The dashed line is where RedisLatencyHigh begins.",
                 "s",
                 Query(
                     "histogram_quantile(0.5, sum by (le) (rate(rate_limiter_store_latency_seconds_bucket[$__rate_interval])))",
@@ -52,7 +52,7 @@ def store() -> list[list[Panel]]:
             ),
             lines(
                 "Why without Redis",
-                "Checks a second by reason.",
+                "Checks per second by reason.",
                 "reqps",
                 Query(promql.or_none(rate("rate_limiter_fallbacks_total", "reason"), "reason"), "{{reason}}"),
                 see="degradeddecisions",
@@ -78,7 +78,7 @@ def store() -> list[list[Panel]]:
             ),
             lines(
                 "Calls not answered yet",
-                "Grows: Redis is slow or hangs.",
+                "If it grows: Redis is slow or hangs.",
                 "short",
                 Query(promql.total("rate_limiter_store_in_flight", HERE, "instance"), "{{instance}}"),
                 see="redislatencyhigh",
@@ -87,14 +87,14 @@ def store() -> list[list[Panel]]:
         [
             lines(
                 "Instances that share the counters",
-                "As each last heard. Fewer than you run: one does not reach Redis.",
+                "As last seen by each. Fewer than you run: one does not reach Redis.",
                 "short",
                 Query(promql.total("rate_limiter_instances", HERE, "instance"), "{{instance}}"),
                 see="counter-store",
             ),
             lines(
                 "Owed after an outage",
-                "Counters still to be put back. Must fall to 0 when Redis is back.",
+                "Counters still to be written back. Must fall to 0 when Redis is available again.",
                 "short",
                 Query(promql.total("rate_limiter_counters_owed", HERE, "instance"), "owed, {{instance}}"),
                 Query(f"sum(increase(rate_limiter_counters_put_back_total{{{HERE}}}[$__rate_interval]))", "put back"),
@@ -102,7 +102,7 @@ def store() -> list[list[Panel]]:
             ),
             lines(
                 "Denied from memory",
-                "Checks a second that were no call to Redis. Nothing to do: this is load that Redis does not have.",
+                "Checks per second that needed no call to Redis. No action: this is load that Redis is spared.",
                 "reqps",
                 Query(rate("rate_limiter_denials_remembered_total", "instance"), "{{instance}}"),
                 see="counter-store",
@@ -130,7 +130,7 @@ def catalog() -> list[list[Panel]]:
             ),
             lines(
                 "Cache hits by level",
-                "Look-ups a second: l1 is memory, l2 is Redis.",
+                "Look-ups per second: l1 is memory, l2 is Redis.",
                 "ops",
                 Query(rate("rate_limiter_cache_hits_total", "level"), "found in {{level}}"),
                 Query(rate("rate_limiter_cache_misses_total", "level"), "missed by {{level}}"),
@@ -138,7 +138,7 @@ def catalog() -> list[list[Panel]]:
             ),
             lines(
                 "Keys in memory",
-                "At `cache.max_keys` for long: raise it.",
+                "If it stays at `cache.max_keys`: raise it.",
                 "short",
                 Query(promql.total("rate_limiter_cached_keys", HERE, "instance"), "{{instance}}"),
                 see="catalog",
@@ -147,7 +147,7 @@ def catalog() -> list[list[Panel]]:
         [
             lines(
                 "Caches in trouble",
-                "Look-ups a second. Stale: the database does not answer. Errors: Redis did not, and the database was asked.",
+                "Look-ups per second. Stale: no response of the database. Errors: none of Redis, database queried.",
                 "ops",
                 Query(promql.rate("rate_limiter_cache_stale_total", HERE), "answered past their time"),
                 Query(
@@ -158,7 +158,7 @@ def catalog() -> list[list[Panel]]:
             ),
             lines(
                 "Policy files",
-                "Taken and refused, in each interval. Refused: the old policy stays in force, and the log names the line.",
+                "Applied and refused, per interval. Refused: the previous policy stays active, and the log names the line.",
                 "short",
                 Query(f"sum(increase(rate_limiter_policy_reloads_total{{{HERE}}}[$__rate_interval]))", "taken"),
                 Query(f"sum(increase(rate_limiter_policy_reload_errors_total{{{HERE}}}[$__rate_interval]))", "refused"),
@@ -166,17 +166,17 @@ def catalog() -> list[list[Panel]]:
                 colours={"taken": GREEN, "refused": RED},
             ),
             states(
-                "Policy file in force",
-                "Refused: an instance that starts now ends. Mend the file before anything restarts.",
+                "Policy file active",
+                "Refused: the last valid policy stays active. An instance with an empty catalog does not start.",
                 Query(f"min by (instance) (rate_limiter_policy_valid{{{HERE}}})", "{{instance}}"),
-                {1: ("in force", GREEN), 0: ("refused", RED)},
+                {1: ("active", GREEN), 0: ("refused", RED)},
                 see="policyinvalid",
             ),
         ],
         [
             number(
                 "Policy version",
-                "When what is in force was last changed. Instances that differ for more than seconds: one "
+                "When the active policy was last changed. Instances that differ for more than seconds: one "
                 "does not hear of changes.",
                 "dateTimeAsIso",
                 Query(f"max by (instance) (rate_limiter_policy_version{{{HERE}}})", "{{instance}}"),
@@ -184,7 +184,7 @@ def catalog() -> list[list[Panel]]:
             ),
             number(
                 "Versions apart",
-                "Between the instance that is ahead and the one that is behind. 0 but for moments.",
+                "Between the newest and the oldest version of all instances. 0 except for moments.",
                 "ms",
                 Query("max(rate_limiter_policy_version) - min(rate_limiter_policy_version)"),
                 "catalog",
@@ -204,7 +204,7 @@ def violations() -> list[list[Panel]]:
         [
             lines(
                 "Violations written and lost",
-                "Blocked checks a second that went to the database, and those that it does not have.",
+                "Blocked checks per second that were written to the database, and those that were dropped.",
                 "ops",
                 Query(promql.rate("rate_limiter_violations_written_total", HERE), "written"),
                 Query(promql.rate("rate_limiter_violations_dropped_total", HERE), "lost"),
@@ -213,7 +213,7 @@ def violations() -> list[list[Panel]]:
             ),
             lines(
                 "Violations that wait",
-                "Entries not written yet. Grows and stays: the database does not take writes.",
+                "Entries not written yet. If it grows and stays high: the database does not accept writes.",
                 "short",
                 Query(promql.total("rate_limiter_violations_pending", HERE, "instance"), "{{instance}}"),
                 see="violationsdropped",

@@ -1,4 +1,4 @@
-"""What is left of the two objectives' budgets, and how fast it burns."""
+"""Remaining budgets of the two objectives, and their burn rates."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def made() -> Dashboard:
     return dashboard(
         "slo",
         "Tidegate: objectives",
-        "Do we keep 99.99 % available and 99 % within 10 ms over 30 days, and if not, since when?",
+        "Are 99.99 % availability and 99 % within 10 ms met over 30 days, and if not, since when?",
         [
             Row("Budgets of 30 days", _budgets()),
             Row("99.99 % available: burn rates", _burn(_AVAILABLE)),
@@ -55,7 +55,7 @@ def _budgets() -> list[list[Panel]]:
             *(
                 number(
                     f"Left: {each.name}",
-                    "Of the budget of the last 30 days. Below a quarter: no roll-outs that can wait. Below 0: missed.",
+                    "Of the budget of the last 30 days. Below a quarter: postpone releases that can wait. Below 0: missed.",
                     "percentunit",
                     Query(_left(each)),
                     each.alert,
@@ -65,7 +65,7 @@ def _budgets() -> list[list[Panel]]:
             ),
             number(
                 "Available",
-                "Share of checks of the last 30 days that got a decision, or missed it by the caller's fault.",
+                "Share of checks of the last 30 days that got a decision, or none because of a caller's error.",
                 "percentunit",
                 Query(f"1 - {_AVAILABLE.missed}:ratio_rate30d"),
                 _AVAILABLE.alert,
@@ -85,7 +85,7 @@ def _budgets() -> list[list[Panel]]:
         [
             lines(
                 "Budget left",
-                "Of the 30 days before each moment. A step down is an outage; it comes back 30 days later.",
+                "Of the 30 days before each point in time. A step down is an outage; it recovers 30 days later.",
                 "percentunit",
                 *(Query(_left(each), each.name) for each in (_AVAILABLE, _FAST)),
                 see="the-objectives",
@@ -118,14 +118,14 @@ def _causes() -> list[list[Panel]]:
         [
             lines(
                 "No decision, by type",
-                "Checks a second without a decision by a fault of ours.",
+                "Checks per second without a decision because of the service.",
                 "reqps",
                 Query('job:rate_limiter_errors:rate5m{type=~"db_connection|store_unavailable|internal"}', "{{type}}"),
                 see="availabilitybudgetburn",
             ),
             lines(
                 "Slower than 10 ms, by instance",
-                "Share of its decisions. One alone: its machine. All: Redis, or too few instances.",
+                "Share of its decisions. One instance: its machine. All: Redis, or too few instances.",
                 "percentunit",
                 Query(
                     '1 - sum by (instance) (rate(rate_limiter_latency_seconds_bucket{le="0.01"}[$__rate_interval]))'
