@@ -23,7 +23,7 @@ from tests.servers.nginx import Nginx
 from tests.servers.ports import free_port
 from tidegate.doors.http import DataPlane
 from tidegate.errors import ApiKeyExpired, ApiKeyRevoked, BadRequest, InvalidApiKey, MissingApiKey, TooManyUnknownKeys
-from tidegate.gate import Gate
+from tidegate.gate.gate import Gate
 
 UNHURRIED = "[[tiers]]\nname = 'free'\n  [[tiers.rules]]\n  endpoint = '/*'\n  limits = ['100000/minute']\n" + (
     f"[[api_keys]]\nkey = '{FREE}'\ntier = 'free'\n"
