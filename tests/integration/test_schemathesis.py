@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from schemathesis import checks
 
 from tests.moments import PATIENCE_S
-from tidegate.server.run import run as server
+from tidegate.server import run as server
 from tidegate.settings import CatalogSettings, PolicySettings, ServerSettings, Settings, ViolationSettings
 
 OPERATIONS = {

@@ -17,7 +17,7 @@ from tidegate.catalog.changes import KEY, TIER, Changes
 from tidegate.catalog.freshness import FreshnessTracker
 from tidegate.catalog.in_memory import PolicyCatalog
 from tidegate.catalog.shared import SharedCatalog
-from tidegate.catalog.sql.catalog import replicas as replicas_module
+from tidegate.catalog.sql import replicas as replicas_module
 from tidegate.catalog.sql.replicas import Replicas
 from tidegate.policy.model import ApiKey, Tier
 from tidegate.policy.toml_reader import parse_policy

@@ -27,7 +27,7 @@ from tidegate.catalog.changes import (
 )
 from tidegate.catalog.freshness import FreshnessTracker
 from tidegate.catalog.shared import SharedCatalog
-from tidegate.catalog.sql.catalog import database as database_module
+from tidegate.catalog.sql import database as database_module
 from tidegate.catalog.sql.change_log import KEPT_MS, MAX_TOUCHED, read_changes
 from tidegate.catalog.sql.database import Database
 from tidegate.catalog.sql.engine import open_engine

@@ -9,7 +9,7 @@ import psycopg
 import pytest
 
 from tests.servers.postgres import PostgresServer
-from tidegate.catalog.sql.catalog import postgres_connection
+from tidegate.catalog.sql import postgres_connection
 from tidegate.catalog.sql.postgres_connection import Connection, connecting
 from tidegate.errors import SettingsError
 

@@ -13,7 +13,7 @@ from tidegate.admin.records import Form, key_form
 from tidegate.admin.rules import CatalogEditor
 from tidegate.admin.transaction import AuditedTransaction, NotThere, Seen, load_tier_row, require_editable
 from tidegate.catalog.changes import KEY
-from tidegate.catalog.sql.catalog import rows as policy_rows
+from tidegate.catalog.sql import rows as policy_rows
 from tidegate.catalog.sql.tables import api_keys, rate_limit_rules, tiers
 from tidegate.errors import BadRequest, CatalogError, PolicyError
 from tidegate.policy.key_format import hash_api_key, make_api_key

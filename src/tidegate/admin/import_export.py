@@ -19,7 +19,7 @@ from tidegate.admin.import_plan import HeldRows, ImportPlan, Row, plan_import
 from tidegate.admin.records import Form
 from tidegate.admin.rules import CatalogEditor
 from tidegate.admin.transaction import AuditedTransaction, rule_rows
-from tidegate.catalog.sql.catalog import rows as policy_rows
+from tidegate.catalog.sql import rows as policy_rows
 from tidegate.catalog.sql.bulk import BATCH_SIZE, batches, delete_rows, insert_rows, update_rows
 from tidegate.catalog.sql.tables import api_keys, policy_state, rate_limit_rules, tiers
 from tidegate.errors import CatalogError

@@ -13,7 +13,7 @@ import msgspec
 from tidegate.admin.records import Form, key_form, rule_form, tier_form
 from tidegate.admin.transaction import MAX_RULES, ManagedByFile
 from tidegate.catalog.changes import ANONYMOUS, KEY, TIER, Item
-from tidegate.catalog.sql.catalog import rows as policy_rows
+from tidegate.catalog.sql import rows as policy_rows
 from tidegate.errors import CatalogError
 from tidegate.policy.model import ApiKey, KeyStatus, Policy, Tier
 

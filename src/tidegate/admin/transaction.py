@@ -13,7 +13,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tidegate.admin.records import Form, rule_form, tier_form
 from tidegate.catalog.changes import TIER
-from tidegate.catalog.sql.catalog import rows as policy_rows
+from tidegate.catalog.sql import rows as policy_rows
 from tidegate.catalog.sql.bulk import insert_rows
 from tidegate.catalog.sql.change_log import WriteTransaction
 from tidegate.catalog.sql.tables import audit_log, rate_limit_rules, tiers

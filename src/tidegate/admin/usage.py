@@ -14,7 +14,7 @@ from tidegate.catalog.sql.tables import api_keys
 from tidegate.counters import Charge
 from tidegate.decision import Decision, RuleUsage, Usage, client_of
 from tidegate.errors import StoreUnavailable
-from tidegate.gate.gate import usage
+from tidegate.gate import usage
 from tidegate.gate.gate import MAX_USAGE_RULES, Gate
 from tidegate.policy.limits import LimitSet
 from tidegate.policy.matching import CompiledTier, counted_by, subject_of

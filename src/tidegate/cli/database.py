@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from tidegate.catalog.sql.catalog import schema
+from tidegate.catalog.sql import schema
 from tidegate.cli.common import ConfigOption, read_settings
 
 app = typer.Typer(help="Look after the catalog's database.", no_args_is_help=True)

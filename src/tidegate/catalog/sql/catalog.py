@@ -12,7 +12,7 @@ from typing import Final
 from sqlalchemy import RowMapping, bindparam, select, update
 
 from tidegate.catalog.changes import Changes
-from tidegate.catalog.sql.catalog import rows as policy_rows
+from tidegate.catalog.sql import rows as policy_rows
 from tidegate.catalog.sql.batch_loader import BatchLoader
 from tidegate.catalog.sql.change_log import read_changes
 from tidegate.catalog.sql.database import Database, DatabaseOptions

@@ -10,7 +10,7 @@ from sqlalchemy import delete, func, insert, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tidegate.catalog.changes import ANONYMOUS, KEY, NONE, TIER
-from tidegate.catalog.sql.catalog import rows as policy_rows
+from tidegate.catalog.sql import rows as policy_rows
 from tidegate.catalog.sql.bulk import batches, delete_rows, insert_rows, update_rows
 from tidegate.catalog.sql.change_log import WriteTransaction
 from tidegate.catalog.sql.tables import api_keys, audit_log, policy_state, rate_limit_rules, tiers
