@@ -278,5 +278,5 @@ def test_the_page_says_how_far_it_was_tried() -> None:
     page = PAGE.read_text()
     assert len(re.findall(r"```sh\n", page)) == 5
     assert [len(commands(heading)) for heading in ("Take a backup", "Restore it", "Copy the file", "Put it back")] == [1, 2, 1, 1]
-    for word in ("archive_mode", "archive_command", "pg_basebackup", "restore_command", "recovery_target_time", "not drilled"):
+    for word in ("archive_mode", "archive_command", "pg_basebackup", "restore_command", "recovery_target_time", "not tested"):
         assert word in page
