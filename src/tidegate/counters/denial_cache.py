@@ -31,11 +31,11 @@ class DenialMemory:
         self.most = most
         self.answered = 0
         # Ordered: finding the first key of a plain dict walks the gaps of all that were deleted before it.
-        self._held: OrderedDict[tuple[_Counters, int], tuple[int, Decision]] = OrderedDict()
+        self.entries: OrderedDict[tuple[_Counters, int], tuple[int, Decision]] = OrderedDict()
 
     def __len__(self) -> int:
         """Denials held, those whose time is over included."""
-        return len(self._held)
+        return len(self.entries)
 
     def find(self, counters: _Counters, cost: int, now_us: int) -> Decision | None:
         """The denial of a charge, as it stands now.
@@ -48,12 +48,12 @@ class DenialMemory:
         Returns:
             The denial; None where the store must be asked.
         """
-        held = self._held.get((counters, cost))
+        held = self.entries.get((counters, cost))
         if held is None:
             return None
         until_us, decision = held
         if until_us <= now_us:
-            del self._held[counters, cost]
+            del self.entries[counters, cost]
             return None
         self.answered += 1
         left_us = until_us - now_us
@@ -80,10 +80,10 @@ class DenialMemory:
         retry_us = decision.retry_after_us
         if not retry_us:
             return
-        self._held.pop((counters, cost), None)
-        if len(self._held) >= self.most:
-            self._held.popitem(last=False)
-        self._held[counters, cost] = (asked_us + retry_us, decision)
+        self.entries.pop((counters, cost), None)
+        if len(self.entries) >= self.most:
+            self.entries.popitem(last=False)
+        self.entries[counters, cost] = (asked_us + retry_us, decision)
 
     def sweep(self, now_us: int, steps: int = SWEEP_STEPS) -> None:
         """Drop those whose time is over, a bounded number at a time.
@@ -92,7 +92,7 @@ class DenialMemory:
             now_us: monotonic µs.
             steps: most denials to examine; those that still hold move to the end, so that the next sweep examines others.
         """
-        held = self._held
+        held = self.entries
         for _ in range(min(steps, len(held))):
             key = next(iter(held))
             if held[key][0] <= now_us:
@@ -102,4 +102,4 @@ class DenialMemory:
 
     def clear(self) -> None:
         """Drop all: a counter was reset."""
-        self._held.clear()
+        self.entries.clear()

@@ -17,6 +17,8 @@ from tidegate.errors import StoreUnavailable
 from tidegate.policy.limits import Limit, LimitSet
 
 _COSTS: Final = tuple(b"$%d\r\n%d\r\n" % (len(str(cost)), cost) for cost in range(1000))
+_KEY_HEADS: Final = tuple(b"$%d\r\ntg:{" % length for length in range(128))
+"""How a key of so many bytes begins. Looked up and joined, a command costs half of what formatting it costs."""
 
 
 class CommandTemplate:
@@ -60,7 +62,7 @@ def charge_command(plan: CommandTemplate, charge: Charge, tag: bytes) -> bytes:
     # A key is "tg:{" + tag + suffix without its line's end: 4 and -2 bytes.
     if len(suffixes) == 1:
         suffix = suffixes[0]
-        return b"%b$%d\r\ntg:{%b%b%b%b" % (plan.head, len(tag) + len(suffix) + 2, tag, suffix, plan.tail, cost_part)
+        return b"".join((plan.head, _KEY_HEADS[len(tag) + len(suffix) + 2], tag, suffix, plan.tail, cost_part))
     keys = []
     for (_, subject), suffix in zip(charge.counters, suffixes, strict=True):
         own = tag if subject == charge.counters[0][1] else hash_tag(subject)

@@ -49,6 +49,7 @@ _MARK_EVERY_S: Final = 0.1
 _FIRST_PAUSE_S: Final = 0.05
 _LONGEST_PAUSE_S: Final = 2.0
 _EVENTS: Final = itertools.count(1)
+_Push: Final = hiredis.PushNotification
 _NOTHING: Final = object()
 """What the parser gives while a reply is incomplete. Its own default, False, is also what RESP3 calls false."""
 
@@ -109,6 +110,7 @@ class Connection(asyncio.Protocol):
         """Whether SCRIPT LOAD is refused here: by an ACL, or because the command was renamed."""
         self._locate = locate
         self._options = options
+        self._max_in_flight = options.max_in_flight
         self._must_be_master = must_be_master
         self._in_cluster = in_cluster
         self._subscribe = subscribe
@@ -168,7 +170,7 @@ class Connection(asyncio.Protocol):
                 event=self.event if self._loop.time() - self._down_at < REPAIR_S else None,
                 shard=str(self.endpoint),
             )
-        if len(self._pending) >= self._options.max_in_flight:
+        if len(self._pending) >= self._max_in_flight:
             raise StoreUnavailable(
                 f"Redis at {self.endpoint} has {len(self._pending)} unanswered calls: it is slower than what is asked of it "
                 "(counters.max_in_flight)",
@@ -250,12 +252,14 @@ class Connection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         """See `asyncio.Protocol`."""
         reader, pending = self._reader, self._pending
+        next_reply = reader.gets
         try:
             reader.feed(data)
-            reply = reader.gets()
-            while reply is not _NOTHING:
-                if type(reply) is hiredis.PushNotification:
+            while (reply := next_reply()) is not _NOTHING:
+                if type(reply) is _Push:
                     self._pushed(reply)
+                    if self._pending is not pending:
+                        return  # it was dropped by who was given the push; the rest is of a connection that is no more
                 elif pending:
                     future = pending.popleft()
                     self._answered += 1
@@ -270,7 +274,6 @@ class Connection(asyncio.Protocol):
                     self._refuse_subscription(reply)
                 else:
                     raise hiredis.ProtocolError("a reply came that nobody asked for")
-                reply = reader.gets()
         except hiredis.ProtocolError as error:
             # What follows cannot be told apart any more: an answer might go to the wrong question.
             self.drop(f"it broke the protocol: {error}")

@@ -349,10 +349,18 @@ class RedisCounters:
         return plan
 
     def _ask(self, charge: Charge) -> tuple[asyncio.Future[Any], CommandTemplate]:
+        # The hot path: what `_plan` and `_connection` do is written out, for calls cost more here than what they do.
         counters = charge.counters
-        plan = self._plan(counters)
-        tag = hash_tag(counters[0][1])
-        return self._connection(tag).ask(charge_command(plan, charge, tag)), plan
+        limits, subject = counters[0]
+        plan = self._plans.get(limits) if len(counters) == 1 else None
+        if plan is None:
+            plan = self._plan(counters)
+        topology = self._topology
+        if topology is None:
+            raise _not_started()
+        tag = hash_tag(subject)
+        connection = topology.connection_of(slot_of_tag(tag) if topology.sharded else 0)
+        return connection.ask(charge_command(plan, charge, tag)), plan
 
     async def _outcome(self, charge: Charge, asked: asyncio.Future[Any] | StoreUnavailable, deadline: float) -> ChargeOutcome:
         """What became of one of several charges that were written together."""
