@@ -72,7 +72,7 @@ def incrby(server: BenchRedis, calls: int) -> tuple[float, float, float]:
         connection = own.counters.store.connections()[0]
 
         async def ask(subject: str) -> None:
-            await connection.ask(encode_command("INCRBY", f"bench:incrby:{subject}", "1"))
+            await connection.send(encode_command("INCRBY", f"bench:incrby:{subject}", "1"))
 
         server.client.config_resetstat()
         measured = await _run(ask, calls)

@@ -212,7 +212,7 @@ def test_a_flood_of_subjects_grows_nothing_beyond_the_bound() -> None:
         "filed": sum(len(bucket) for bucket in store._due.values()),
         "buckets": len(store._due),
         "ends": len(store._ends),
-        "plans": len(store._plans) + len(store._newest) + len(store._tokens),
+        "compiled limits": len(store._compiled) + len(store._newest) + len(store._tokens),
     }
     assert sizes["keys"] == sizes["filed"] == 1_000
     assert sizes["buckets"] == sizes["ends"] <= 200
@@ -237,15 +237,15 @@ def test_peek_reports_when_nothing_is_left() -> None:
     assert (peek.allowed, peek.remaining, peek.retry_after_us) == (True, 0, 0)
 
 
-def test_many_reloads_keep_the_plans_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_compiled_limits_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     from tidegate.counters import memory
 
-    monkeypatch.setattr(memory, "_PLANS_KEPT", 50)
+    monkeypatch.setattr(memory, "_MAX_COMPILED", 50)
     store = MemoryCounters(clock=Clock(START))
     for amount in range(1, 500):
         decision = store.charge_one(limit_set("rule", Algorithm.FIXED_WINDOW, f"{amount * 2}/day"), "u", 1)
         assert decision.remaining == amount * 2 - amount
-        assert len(store._plans) <= 50
+        assert len(store._compiled) <= 50
 
 
 def test_max_subjects_below_one_is_refused() -> None:

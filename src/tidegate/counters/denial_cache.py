@@ -1,4 +1,4 @@
-"""Denial memory: who was denied until T is denied until T without asking the store again.
+"""Denial cache: who was denied until T is denied until T without asking the store again.
 
 A denial is remembered for its cost: a smaller one may pass, a larger one passes later or never, and is told so. It is never
 stricter than the store: the time is counted from before the store was asked, and until T nothing
@@ -20,21 +20,21 @@ SWEEP_STEPS: Final = 2_000
 _Counters = tuple[tuple[LimitSet, str], ...]
 
 
-class DenialMemory:
-    """At most `most` denials; beyond, the oldest go first.
+class DenialCache:
+    """At most `max_entries` denials; beyond, the oldest go first.
 
     Args:
-        most: 1 or more; each costs about 500 bytes.
+        max_entries: 1 or more; each costs about 500 bytes.
     """
 
-    def __init__(self, most: int = MAX_DENIALS) -> None:
-        self.most = most
+    def __init__(self, max_entries: int = MAX_DENIALS) -> None:
+        self.max_entries = max_entries
         self.answered = 0
         # Ordered: finding the first key of a plain dict walks the gaps of all that were deleted before it.
         self.entries: OrderedDict[tuple[_Counters, int], tuple[int, Decision]] = OrderedDict()
 
     def __len__(self) -> int:
-        """Denials held, those whose time is over included."""
+        """Denials entries, those whose time is over included."""
         return len(self.entries)
 
     def find(self, counters: _Counters, cost: int, now_us: int) -> Decision | None:
@@ -48,10 +48,10 @@ class DenialMemory:
         Returns:
             The denial; None where the store must be asked.
         """
-        held = self.entries.get((counters, cost))
-        if held is None:
+        entries = self.entries.get((counters, cost))
+        if entries is None:
             return None
-        until_us, decision = held
+        until_us, decision = entries
         if until_us <= now_us:
             del self.entries[counters, cost]
             return None
@@ -68,22 +68,22 @@ class DenialMemory:
             decision.limits,
         )
 
-    def remember(self, counters: _Counters, cost: int, decision: Decision, asked_us: int) -> None:
+    def remember(self, counters: _Counters, cost: int, decision: Decision, started_us: int) -> None:
         """Keep a denial of the store.
 
         Args:
             counters: of the charge.
             cost: of the charge.
             decision: what the store answered.
-            asked_us: monotonic µs before it was asked.
+            started_us: monotonic µs before it was asked.
         """
         retry_us = decision.retry_after_us
         if not retry_us:
             return
         self.entries.pop((counters, cost), None)
-        if len(self.entries) >= self.most:
+        if len(self.entries) >= self.max_entries:
             self.entries.popitem(last=False)
-        self.entries[counters, cost] = (asked_us + retry_us, decision)
+        self.entries[counters, cost] = (started_us + retry_us, decision)
 
     def sweep(self, now_us: int, steps: int = SWEEP_STEPS) -> None:
         """Drop those whose time is over, a bounded number at a time.
@@ -92,13 +92,13 @@ class DenialMemory:
             now_us: monotonic µs.
             steps: most denials to examine; those that still hold move to the end, so that the next sweep examines others.
         """
-        held = self.entries
-        for _ in range(min(steps, len(held))):
-            key = next(iter(held))
-            if held[key][0] <= now_us:
-                del held[key]
+        entries = self.entries
+        for _ in range(min(steps, len(entries))):
+            key = next(iter(entries))
+            if entries[key][0] <= now_us:
+                del entries[key]
             else:
-                held.move_to_end(key)
+                entries.move_to_end(key)
 
     def clear(self) -> None:
         """Drop all: a counter was reset."""

@@ -27,7 +27,7 @@ def open_counters(
 
     Args:
         settings: of the counters, or a URL alone; all else is as by default then.
-        breaker: when a store that fails is left alone; as by default where not given.
+        breaker: when calls to a failing store stop; as by default where not given.
         clock: for `memory://`: gives µs since the epoch and never goes back; the machine's where not given.
 
     Returns:
@@ -45,9 +45,7 @@ def open_counters(
     # Only the scheme is repeated: the rest of a store's URL may hold a password.
     scheme = scheme_of(url)
     if not scheme.startswith("redis"):
-        raise SettingsError(
-            f"counters.url with the scheme {scheme!r} is no counter store of this version: use {', '.join(KINDS)}"
-        )
+        raise SettingsError(f"counters.url with the scheme {scheme!r} is not supported: use {', '.join(KINDS)}")
     return GuardedCounters(
         RedisCounters(url, settings.timeout_ms / 1000, settings.max_in_flight),
         GuardOptions(

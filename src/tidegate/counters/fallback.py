@@ -21,7 +21,7 @@ from tidegate.decision import Decision
 from tidegate.errors import PolicyError
 from tidegate.policy.limits import Algorithm, Limit, LimitSet
 
-_SHARES_KEPT: Final = 65_536
+_MAX_SHARES: Final = 65_536
 _Debt: TypeAlias = tuple[str, Algorithm, str]
 """What names a counter in the store and its subject. Not the limit set: whenever a tier is read anew, its sets are new ones."""
 
@@ -181,7 +181,7 @@ class LocalShares:
             tier=limits.tier,
             quotas=limits.quotas,
         )
-        if len(self._shares) >= _SHARES_KEPT:
+        if len(self._shares) >= _MAX_SHARES:
             self._shares.clear()
         self._shares[limits] = (instances, share)
         return share

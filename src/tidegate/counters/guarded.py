@@ -31,7 +31,7 @@ import msgspec
 from tidegate.background import SUPERVISOR, stop
 from tidegate.breaker import Breaker, BreakerOptions
 from tidegate.counters import Charge, ChargeOutcome, LateAnswer
-from tidegate.counters.denial_cache import DenialMemory
+from tidegate.counters.denial_cache import DenialCache
 from tidegate.counters.fallback import LocalShares
 from tidegate.counters.late_answers import RETRY_US, LateAnswers
 from tidegate.counters.recovery import Breakers, Debts
@@ -86,10 +86,10 @@ class GuardedCounters:
         """Decisions made without the store, by reason."""
         self.latency = LatencyHistogram()
         """Of calls to the store that were answered, or given up at their deadline."""
-        self.denials = DenialMemory()
+        self.denials = DenialCache()
         self._denied = self.denials.entries  # whether there are any: a `len` in Python costs ten times as much
         self._breakers = Breakers(store, self.options.breaker)
-        self.breakers: dict[str, Breaker] = self._breakers.held
+        self.breakers: dict[str, Breaker] = self._breakers.by_shard
         self._local = LocalShares(self.options.max_subjects, self._store_now_us)
         self._debts = Debts(store, self._local, self.breakers)
         self.late = LateAnswers(_now_us, self._answered_late)
@@ -98,7 +98,7 @@ class GuardedCounters:
         self._resets: int | None = None
         self._refunds = 0
         self._cleared_us = 0
-        self._beside: list[asyncio.Task[None]] = []
+        self._background: list[asyncio.Task[None]] = []
         self._loop: asyncio.AbstractEventLoop | None = None
         """In which it has started; None before."""
         self._thread = 0
@@ -120,11 +120,11 @@ class GuardedCounters:
 
     async def start(self) -> None:
         """Connect, in the running event loop, anew where it is another one than before; does not fail where the store is away."""
-        if not self._beside or self._beside[0].get_loop() is not asyncio.get_running_loop():
+        if not self._background or self._background[0].get_loop() is not asyncio.get_running_loop():
             self._stop_elsewhere()
             # Each by itself: a debt of minutes must not keep the heartbeat from its turn.
-            self._beside = [
-                SUPERVISOR.start("redis_heartbeat", partial(_repeat, self._beat, heartbeat.BEAT_S)),
+            self._background = [
+                SUPERVISOR.start("redis_heartbeat", partial(_repeat, self._heartbeat, heartbeat.INTERVAL_S)),
                 SUPERVISOR.start("redis_recovery", partial(_repeat, self._recover, _RECOVER_S)),
             ]
         # All who come before it is connected wait for the same attempt.
@@ -141,35 +141,35 @@ class GuardedCounters:
         if len(charges) != 1:
             return await self._charge_many(charges)
         charge = charges[0]
-        asked_ns = time.monotonic_ns()
-        if self.breakers or self._local.owed or self.late.paid or self._debts.on_the_way:
+        started_ns = time.monotonic_ns()
+        if self.breakers or self._local.owed or self.late.prepaid or self._debts.on_the_way:
             return await self._charge_many(charges)
         if self._denied:
-            denied = self.denials.find(charge.counters, charge.cost, asked_ns // 1000)
+            denied = self.denials.find(charge.counters, charge.cost, started_ns // 1000)
             if denied is not None:
                 return (denied,)
         try:
-            decision = await self.store.charge_one(charge, asked_ns)
+            decision = await self.store.charge_one(charge, started_ns)
         except StoreUnavailable as error:
             if error.details.get("reason") == "timeout":
-                self.latency.add(time.monotonic_ns() - asked_ns)
-            return (self._failed(charge, error, asked_ns // 1000),)
-        self.latency.add(time.monotonic_ns() - asked_ns)
-        self._remember(charge, decision, asked_ns // 1000)
+                self.latency.add(time.monotonic_ns() - started_ns)
+            return (self._failed(charge, error, started_ns // 1000),)
+        self.latency.add(time.monotonic_ns() - started_ns)
+        self._remember(charge, decision, started_ns // 1000)
         return (decision,)
 
-    def _remember(self, charge: Charge, decision: Decision, asked_us: int) -> None:
+    def _remember(self, charge: Charge, decision: Decision, started_us: int) -> None:
         """Remember a denial; and that little remains, for a deadline that passes later."""
         if not decision.allowed:
-            if asked_us >= self._cleared_us:
-                self.denials.remember(charge.counters, charge.cost, decision, asked_us)
+            if started_us >= self._cleared_us:
+                self.denials.remember(charge.counters, charge.cost, decision, started_us)
         elif (
             decision.binding is None
             or decision.remaining is None
             or decision.remaining * 2 >= (decision.binding.burst or decision.binding.amount)
         ):
             return
-        self.late.hear(charge.counters, decision)
+        self.late.observe(charge.counters, decision)
 
     async def windows(self, counters: Sequence[tuple[LimitSet, str]]) -> Sequence[Sequence[Decision] | None]:
         """See `CounterStore.windows`; of the store alone, for the fallback has shares of the limits and not the limits."""
@@ -184,7 +184,7 @@ class GuardedCounters:
         for limits, subject in counters:
             self._local.forget(limits, subject)
         await self.store.reset(counters)
-        self._forget_answers()
+        self._clear_remembered()
         await heartbeat.announce_reset(self.store)
 
     async def ping(self) -> None:
@@ -196,9 +196,9 @@ class GuardedCounters:
     async def close(self) -> None:
         """See `CounterStore.close`: what is owed is put back first, as far as the store can be reached."""
         self._loop = None
-        if self._beside and self._beside[0].get_loop() is asyncio.get_running_loop():
-            await stop(*self._beside)
-            self._beside = []
+        if self._background and self._background[0].get_loop() is asyncio.get_running_loop():
+            await stop(*self._background)
+            self._background = []
             await self.late.close(_LAST_ANSWERS_S)
         self._stop_elsewhere()
         if self.store.started:
@@ -208,14 +208,14 @@ class GuardedCounters:
                 await self._debts.settle()
                 await heartbeat.leave(self.store, self.instance)
             except StoreUnavailable as error:
-                logger.debug("the store does not answer at the end: %s", error)
+                logger.debug("the store does not answer at shutdown: %s", error)
             if self.owed:
-                logger.warning("%d counters of an outage could not be put back", self.owed)
+                logger.warning("usage of %d counters during an outage was not added to Redis before shutdown", self.owed)
         await self.store.close()
 
     def _stop_elsewhere(self) -> None:
         """What runs beside in another event loop: cancelled there, if that loop runs again."""
-        beside, self._beside = self._beside, []
+        beside, self._background = self._background, []
         for task in beside:
             if not task.done() and not task.get_loop().is_closed():
                 task.get_loop().call_soon_threadsafe(task.cancel)
@@ -224,52 +224,52 @@ class GuardedCounters:
 
     async def _charge_many(self, charges: Sequence[Charge]) -> list[ChargeOutcome]:
         answers: list[ChargeOutcome | None] = [None] * len(charges)
-        asked_ns = time.monotonic_ns()
-        asked_us = asked_ns // 1000
-        now = asked_us / 1e6
-        open_places: list[int] = []
+        started_ns = time.monotonic_ns()
+        started_us = started_ns // 1000
+        now = started_us / 1e6
+        undecided: list[int] = []
         for place, charge in enumerate(charges):
-            answer = self.late.take_paid(charge) if self.late.paid else None
+            answer = self.late.take_prepaid(charge) if self.late.prepaid else None
             if answer is None and self.denials:
-                answer = self.denials.find(charge.counters, charge.cost, asked_us)
+                answer = self.denials.find(charge.counters, charge.cost, started_us)
             if answer is not None:
                 answers[place] = answer
             elif self.breakers and not self._breakers.admit(self._shards(charge), now):
                 answers[place] = self._fallback(charge, "breaker_open")
             else:
-                open_places.append(place)
-        if open_places and (self._local.owed or self._debts.on_the_way):
-            open_places = await self._settle_first(charges, open_places, answers, asked_us)
-        if open_places:
-            started_ns = time.monotonic_ns()
-            decided = await self.store.charge([charges[place] for place in open_places], asked_ns)
+                undecided.append(place)
+        if undecided and (self._local.owed or self._debts.on_the_way):
+            undecided = await self._put_back_first(charges, undecided, answers, started_us)
+        if undecided:
+            sent_ns = time.monotonic_ns()
+            decided = await self.store.charge([charges[place] for place in undecided], started_ns)
             # One call, however many charges; what failed at once says nothing of the store's speed.
             if any(not isinstance(each, StoreUnavailable) or each.details.get("reason") == "timeout" for each in decided):
-                self.latency.add(time.monotonic_ns() - started_ns)
-            for place, outcome in zip(open_places, decided, strict=True):
+                self.latency.add(time.monotonic_ns() - sent_ns)
+            for place, outcome in zip(undecided, decided, strict=True):
                 charge = charges[place]
                 if isinstance(outcome, StoreUnavailable):
-                    answers[place] = self._failed(charge, outcome, asked_us)
+                    answers[place] = self._failed(charge, outcome, started_us)
                     continue
                 answers[place] = outcome
                 if self.breakers:
                     for shard in self._shards(charge):
                         self._breakers.succeeded(shard, time.monotonic())
-                self._remember(charge, outcome, asked_us)
+                self._remember(charge, outcome, started_us)
         return [answer for answer in answers if answer is not None]
 
-    async def _settle_first(
-        self, charges: Sequence[Charge], places: list[int], answers: list[ChargeOutcome | None], asked_us: int
+    async def _put_back_first(
+        self, charges: Sequence[Charge], places: list[int], answers: list[ChargeOutcome | None], started_us: int
     ) -> list[int]:
         """Put back what the subjects of some charges owe, before these are asked. Gives the places left to ask."""
         counters = [counter for place in places for counter in charges[place].counters]
-        deadline = asked_us / 1e6 + 1.1 * self.store.timeout_s
+        deadline = started_us / 1e6 + 1.1 * self.store.timeout_s
         coming = {counter: done for counter in counters if (done := self._debts.on_the_way.get(_name(*counter))) is not None}
         if coming:
             await asyncio.wait(set(coming.values()), timeout=max(deadline - time.monotonic(), 0))
         late = {counter for counter, done in coming.items() if not done.done()}
         owing = {counter for counter in counters if self._local.owes(*counter)}
-        error = StoreUnavailable("Redis did not take what is owed within the deadline", reason="timeout")
+        error = StoreUnavailable("usage during the outage was not added to Redis within the deadline", reason="timeout")
         if owing:
             # Goes on past the deadline of these checks: only its end says whether the debts are paid.
             putting = asyncio.ensure_future(self._debts.put_back_of(list(owing)))
@@ -285,21 +285,21 @@ class GuardedCounters:
         owing |= late
         if not owing:
             return places
-        left = []
+        remaining = []
         for place in places:
             if owing.isdisjoint(charges[place].counters):
-                left.append(place)
+                remaining.append(place)
             else:
-                answers[place] = self._failed(charges[place], error, asked_us)
-        return left
+                answers[place] = self._failed(charges[place], error, started_us)
+        return remaining
 
     def _shards(self, charge: Charge) -> list[str]:
         return list({self.store.shard_of(subject) for _, subject in charge.counters})
 
-    def _failed(self, charge: Charge, error: StoreUnavailable, asked_us: int) -> ChargeOutcome:
+    def _failed(self, charge: Charge, error: StoreUnavailable, started_us: int) -> ChargeOutcome:
         """A call failed: the breaker of the shard that failed counts it, and the rule's fallback answers."""
         if isinstance(error, LateAnswer):
-            return self._decide_at_deadline(charge, error, asked_us)
+            return self._decide_at_deadline(charge, error, started_us)
         reason = str(error.details.get("reason", "error"))
         if reason in _SLOW:
             return self._decide_uncharged(charge, reason, error)
@@ -318,14 +318,14 @@ class GuardedCounters:
             self._breakers.release(self._shards(charge))
         if self._on_failure(charge) is not OnFailure.LOCAL:
             return self._fallback(charge, reason, error)
-        allowed = not charge.cost or self.late.admits(charge, self.instances)
+        allowed = not charge.cost or self.late.may_admit(charge, self.instances)
         if allowed:
             return self._fallback(charge, reason, error)
         self.degraded[reason] = self.degraded.get(reason, 0) + 1
         share = self._local.charge(Charge(charge.counters, 0), self.instances)
         return msgspec.structs.replace(share, allowed=False, remaining=0, retry_after_us=RETRY_US)
 
-    def _decide_at_deadline(self, charge: Charge, late: LateAnswer, asked_us: int) -> ChargeOutcome:
+    def _decide_at_deadline(self, charge: Charge, late: LateAnswer, started_us: int) -> ChargeOutcome:
         """The shard has not answered yet: admit what it will most probably have charged, and see what it says."""
         if self.breakers:
             self._breakers.release(self._shards(charge))
@@ -335,7 +335,7 @@ class GuardedCounters:
         else:
             self.degraded["timeout"] = self.degraded.get("timeout", 0) + 1
             share = self._local.charge(Charge(charge.counters, 0), self.instances)
-            allowed = not charge.cost or self.late.admits(charge, self.instances)
+            allowed = not charge.cost or self.late.may_admit(charge, self.instances)
             admitted = allowed and charge.cost > 0
             outcome = msgspec.structs.replace(
                 share,
@@ -343,17 +343,17 @@ class GuardedCounters:
                 remaining=max((share.remaining or 0) - charge.cost, 0) if allowed else 0,
                 retry_after_us=0 if allowed else RETRY_US,
             )
-        self.late.wait_for(charge, late, admitted, asked_us)
+        self.late.track(charge, late, admitted, started_us)
         return outcome
 
-    def _answered_late(self, charge: Charge, admitted: bool, asked_us: int, answer: Decision | StoreUnavailable) -> None:
+    def _answered_late(self, charge: Charge, admitted: bool, started_us: int, answer: Decision | StoreUnavailable) -> None:
         """What a shard said after the deadline, or that it cannot say anything any more."""
         if isinstance(answer, StoreUnavailable):
             shard = answer.details.get("shard")
             if shard is not None:
                 self._breakers.failed(str(shard), answer, time.monotonic())
-        elif not answer.allowed and asked_us >= self._cleared_us:
-            self.denials.remember(charge.counters, charge.cost, answer, asked_us)
+        elif not answer.allowed and started_us >= self._cleared_us:
+            self.denials.remember(charge.counters, charge.cost, answer, started_us)
         if admitted and (isinstance(answer, StoreUnavailable) or not answer.allowed):
             self._local.owe(charge, self._store_now_us())
 
@@ -367,7 +367,7 @@ class GuardedCounters:
         on_failure = self._on_failure(charge)
         if on_failure is OnFailure.DENY:
             return error or StoreUnavailable(
-                "the counter store does not answer, and this rule denies while it does not", reason=reason
+                'the counter store does not answer, and this rule has on_failure = "deny"', reason=reason
             )
         if on_failure is OnFailure.ALLOW:
             limit = limits.limits[0]
@@ -384,13 +384,13 @@ class GuardedCounters:
 
     # What goes on beside.
 
-    async def _beat(self) -> None:
+    async def _heartbeat(self) -> None:
         """Say that this instance lives, and learn of the others; drop what has expired."""
         await self.store.start()
         if self.store.refunds != self._refunds:
             # Whoever was denied while a split charge held units for a moment may pass now, here and elsewhere.
             self._refunds = self.store.refunds
-            self._forget_answers()
+            self._clear_remembered()
             await heartbeat.announce_reset(self.store)
         before_us = _now_us()
         try:
@@ -402,7 +402,7 @@ class GuardedCounters:
         self.instances = max(beat.instances, self.options.min_instances)
         self._offset_us = beat.at_us - (before_us + _now_us()) // 2
         if self._resets is not None and beat.resets != self._resets:
-            self._forget_answers()
+            self._clear_remembered()
         self._resets = beat.resets
 
     async def _recover(self) -> None:
@@ -410,11 +410,11 @@ class GuardedCounters:
         await self._breakers.probe(time.monotonic)
         await self._debts.settle()
 
-    def _forget_answers(self) -> None:
+    def _clear_remembered(self) -> None:
         """Some counter was reset, or given units back: what the store said before does not hold any more."""
         self._cleared_us = _now_us()
         self.denials.clear()
-        self.late.forget()
+        self.late.clear()
 
     def _store_now_us(self) -> int:
         """The store's clock, as far as it is known; never goes back."""

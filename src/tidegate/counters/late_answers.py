@@ -24,14 +24,14 @@ from collections.abc import Callable
 from typing import Final, TypeAlias
 
 from tidegate.counters import Charge, LateAnswer
-from tidegate.counters.redis.split import outlast
+from tidegate.counters.redis.split_charge import await_late_answer
 from tidegate.decision import Decision
 from tidegate.errors import StoreUnavailable
 from tidegate.policy.limits import Algorithm, LimitSet
 
-MAX_HEARD: Final = 100_000
-MAX_PAID: Final = 10_000
-PAID_US: Final = 1_000_000
+MAX_SCARCE: Final = 100_000
+MAX_PREPAID: Final = 10_000
+PREPAID_TTL_US: Final = 1_000_000
 RETRY_US: Final = 500_000
 """After so long the answer has come, or the shard is not merely slow."""
 _WINDOWS: Final = (Algorithm.FIXED_WINDOW, Algorithm.SLIDING_WINDOW)
@@ -58,10 +58,10 @@ class LateAnswers:
     ) -> None:
         self.answers = {"allowed": 0, "denied": 0, "lost": 0}
         self.used = 0
-        self.paid: OrderedDict[tuple[_Counters, int], deque[tuple[int, Decision]]] = OrderedDict()
+        self.prepaid: OrderedDict[tuple[_Counters, int], deque[tuple[int, Decision]]] = OrderedDict()
         self._now_us = now_us
         self._settle = settle
-        self._heard: OrderedDict[_Counters, tuple[int, int]] = OrderedDict()
+        self._scarce: OrderedDict[_Counters, tuple[int, int]] = OrderedDict()
         self._outstanding: dict[_Counters, int] = {}
         self._waiting: set[asyncio.Task[None]] = set()
 
@@ -69,18 +69,18 @@ class LateAnswers:
         """Answers that are waited for."""
         return len(self._waiting)
 
-    def hear(self, counters: _Counters, decision: Decision) -> None:
+    def observe(self, counters: _Counters, decision: Decision) -> None:
         """Remember that little remains; called for answers that say so, in time or late.
 
         Args:
             counters: of the charge.
             decision: of the store.
         """
-        if len(self._heard) >= MAX_HEARD and counters not in self._heard:
-            self._heard.popitem(last=False)
-        self._heard[counters] = (self._now_us() + decision.reset_after_us, decision.remaining or 0)
+        if len(self._scarce) >= MAX_SCARCE and counters not in self._scarce:
+            self._scarce.popitem(last=False)
+        self._scarce[counters] = (self._now_us() + decision.reset_after_us, decision.remaining or 0)
 
-    def admits(self, charge: Charge, instances: int) -> bool:
+    def may_admit(self, charge: Charge, instances: int) -> bool:
         """Whether a check may pass at its deadline.
 
         Args:
@@ -91,29 +91,29 @@ class LateAnswers:
         outstanding = self._outstanding.get(charge.counters, 0)
         # Whoever is alone knows of everything that is used.
         reserve = capacity // 4 if instances > 1 else 0
-        heard = self._heard.get(charge.counters)
-        if heard is not None and heard[0] > self._now_us():
-            return outstanding + charge.cost <= max(heard[1] - reserve, 0) // instances
+        known = self._scarce.get(charge.counters)
+        if known is not None and known[0] > self._now_us():
+            return outstanding + charge.cost <= max(known[1] - reserve, 0) // instances
         if not outstanding:
             return charge.cost <= max(capacity // instances, 1)
         return outstanding + charge.cost <= (capacity // 2 - reserve) // instances
 
-    def wait_for(self, charge: Charge, late: LateAnswer, admitted: bool, asked_us: int) -> None:
+    def track(self, charge: Charge, late: LateAnswer, admitted: bool, started_us: int) -> None:
         """Read the answer when it comes.
 
         Args:
             charge: what was asked.
             late: as the store raised it.
             admitted: whether the check was admitted, and its units are to be counted.
-            asked_us: monotonic µs before the store was asked.
+            started_us: monotonic µs before the store was asked.
         """
         if admitted:
             self._outstanding[charge.counters] = self._outstanding.get(charge.counters, 0) + charge.cost
-        task = asyncio.ensure_future(self._read(charge, late, admitted, asked_us))
+        task = asyncio.ensure_future(self._read(charge, late, admitted, started_us))
         self._waiting.add(task)
         task.add_done_callback(self._waiting.discard)
 
-    def take_paid(self, charge: Charge) -> Decision | None:
+    def take_prepaid(self, charge: Charge) -> Decision | None:
         """What was charged late for a check like this one.
 
         Args:
@@ -123,31 +123,31 @@ class LateAnswers:
             The store's decision; None where there is none.
         """
         key = (charge.counters, charge.cost)
-        held = self.paid.get(key)
-        if held is None:
+        entries = self.prepaid.get(key)
+        if entries is None:
             return None
         now_us = self._now_us()
-        while held and held[0][0] <= now_us:
-            held.popleft()
-        decision = held.popleft()[1] if held else None
-        if not held:
-            del self.paid[key]
+        while entries and entries[0][0] <= now_us:
+            entries.popleft()
+        decision = entries.popleft()[1] if entries else None
+        if not entries:
+            del self.prepaid[key]
         self.used += decision is not None
         return decision
 
-    def forget(self) -> None:
+    def clear(self) -> None:
         """A counter was reset: nothing that was heard holds any more."""
-        self._heard.clear()
-        self.paid.clear()
+        self._scarce.clear()
+        self.prepaid.clear()
 
     def sweep(self) -> None:
         """Drop what was paid and not used in time."""
         now_us = self._now_us()
-        while self.paid:
-            held = self.paid[next(iter(self.paid))]
-            if held[-1][0] > now_us:
+        while self.prepaid:
+            entries = self.prepaid[next(iter(self.prepaid))]
+            if entries[-1][0] > now_us:
                 return
-            self.paid.popitem(last=False)
+            self.prepaid.popitem(last=False)
 
     async def close(self, timeout_s: float) -> None:
         """Wait for what is still to come; what does not come counts as lost.
@@ -162,17 +162,17 @@ class LateAnswers:
             task.cancel()
         await asyncio.gather(*waiting, return_exceptions=True)
 
-    async def _read(self, charge: Charge, late: LateAnswer, admitted: bool, asked_us: int) -> None:
+    async def _read(self, charge: Charge, late: LateAnswer, admitted: bool, started_us: int) -> None:
         answer: Decision | StoreUnavailable
         try:
-            answer = await outlast(late)
+            answer = await await_late_answer(late)
         except StoreUnavailable as error:
             answer = error
         except asyncio.CancelledError:
-            answer = StoreUnavailable("the instance ends, and the answer has not come", reason="timeout")
-        self._came(charge, admitted, asked_us, answer)
+            answer = StoreUnavailable("the instance shut down before the answer came", reason="timeout")
+        self._resolve(charge, admitted, started_us, answer)
 
-    def _came(self, charge: Charge, admitted: bool, asked_us: int, answer: Decision | StoreUnavailable) -> None:
+    def _resolve(self, charge: Charge, admitted: bool, started_us: int, answer: Decision | StoreUnavailable) -> None:
         counters = charge.counters
         if admitted:
             left = self._outstanding.get(counters, 0) - charge.cost
@@ -184,21 +184,21 @@ class LateAnswers:
             self.answers["lost"] += 1
         else:
             self.answers["allowed" if answer.allowed else "denied"] += 1
-            self.hear(counters, answer)
+            self.observe(counters, answer)
             if answer.allowed and charge.cost and not admitted:
-                self._keep_paid(charge, answer)
-        self._settle(charge, admitted, asked_us, answer)
+                self._keep_prepaid(charge, answer)
+        self._settle(charge, admitted, started_us, answer)
 
-    def _keep_paid(self, charge: Charge, decision: Decision) -> None:
-        left_us = PAID_US
+    def _keep_prepaid(self, charge: Charge, decision: Decision) -> None:
+        left_us = PREPAID_TTL_US
         for limits, _ in charge.counters:
             if limits.algorithm not in _WINDOWS:
                 return
             for limit in limits.limits:
                 # Months begin where a second does, and so where a window of any length may.
-                window_us = PAID_US if limit.calendar_month else limit.window_us
+                window_us = PREPAID_TTL_US if limit.calendar_month else limit.window_us
                 left_us = min(left_us, window_us - decision.at_us % window_us)
-        if len(self.paid) >= MAX_PAID:
-            self.paid.popitem(last=False)
-        held = self.paid.setdefault((charge.counters, charge.cost), deque())
-        held.append((self._now_us() + left_us, decision))
+        if len(self.prepaid) >= MAX_PREPAID:
+            self.prepaid.popitem(last=False)
+        entries = self.prepaid.setdefault((charge.counters, charge.cost), deque())
+        entries.append((self._now_us() + left_us, decision))

@@ -10,12 +10,12 @@ from tidegate.counters.redis.scripts import script
 from tidegate.counters.redis.store import RedisCounters
 from tidegate.errors import StoreUnavailable
 
-BEAT_S: Final = 1.0
-GONE_S: Final = 5.0
+INTERVAL_S: Final = 1.0
+EXPIRY_S: Final = 5.0
 _TAG: Final = b"instances"
 _INSTANCES: Final = b"tg:{instances}"
 _RESETS: Final = b"tg:{instances}resets"
-_RESETS_KEPT_MS: Final = 86_400_000
+_RESETS_TTL_MS: Final = 86_400_000
 
 
 class Beat(msgspec.Struct, frozen=True):
@@ -46,7 +46,7 @@ async def beat(store: RedisCounters, instance: str) -> Beat:
         StoreUnavailable: if the store does not answer.
     """
     work = script("heartbeat", frozenset())
-    arguments = (instance, str(round(GONE_S * 1000)))
+    arguments = (instance, str(round(EXPIRY_S * 1000)))
     try:
         reply = await store.run(_TAG, work, (_INSTANCES, _RESETS), arguments)
     except StoreUnavailable as error:
@@ -58,7 +58,7 @@ async def beat(store: RedisCounters, instance: str) -> Beat:
     try:
         return Beat(*(int(number) for number in reply))
     except (TypeError, ValueError):
-        raise StoreUnavailable(f"Redis answered what no heartbeat says: {str(reply)[:100]}", reason="garbage") from None
+        raise StoreUnavailable(f"unexpected reply from Redis to a heartbeat: {str(reply)[:100]}", reason="garbage") from None
 
 
 async def leave(store: RedisCounters, instance: str) -> None:
@@ -84,4 +84,4 @@ async def announce_reset(store: RedisCounters) -> None:
         StoreUnavailable: if the store does not answer.
     """
     await store.call(_TAG, "INCR", _RESETS)
-    await store.call(_TAG, "PEXPIRE", _RESETS, str(_RESETS_KEPT_MS))
+    await store.call(_TAG, "PEXPIRE", _RESETS, str(_RESETS_TTL_MS))
