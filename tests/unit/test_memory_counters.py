@@ -12,7 +12,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from tests import oracles
 from tests.conftest import Clock
 from tidegate.counters import Charge
-from tidegate.counters.memory import LOG_ENTRIES_A_SUBJECT, MemoryCounters
+from tidegate.counters.memory import MemoryCounters
+from tidegate.counters.memory_storage import LOG_ENTRIES_A_SUBJECT
 from tidegate.policy.limits import Algorithm, Limit, LimitSet
 
 START = 1_700_000_000_000_000
@@ -216,7 +217,7 @@ def test_a_flood_of_subjects_grows_nothing_beyond_the_bound() -> None:
     }
     assert sizes["keys"] == sizes["filed"] == 1_000
     assert sizes["buckets"] == sizes["ends"] <= 200
-    assert sizes["plans"] == 3
+    assert sizes["compiled limits"] == 3
 
 
 @pytest.mark.parametrize("cost", [0, 6])
@@ -238,9 +239,9 @@ def test_peek_reports_when_nothing_is_left() -> None:
 
 
 def test_the_compiled_limits_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    from tidegate.counters import memory
+    from tidegate.counters import memory_storage
 
-    monkeypatch.setattr(memory, "_MAX_COMPILED", 50)
+    monkeypatch.setattr(memory_storage, "_MAX_COMPILED", 50)
     store = MemoryCounters(clock=Clock(START))
     for amount in range(1, 500):
         decision = store.charge_one(limit_set("rule", Algorithm.FIXED_WINDOW, f"{amount * 2}/day"), "u", 1)
@@ -256,7 +257,7 @@ def test_max_subjects_below_one_is_refused() -> None:
 def test_clock_does_not_jump(monkeypatch: pytest.MonkeyPatch) -> None:
     import time
 
-    from tidegate.counters.memory import store_clock
+    from tidegate.counters.memory_storage import store_clock
 
     clock = store_clock()
     before = clock()

@@ -31,7 +31,8 @@ from tidegate.breaker import BreakerOptions
 from tidegate.catalog.cached import RETRY_S, CachedCatalog
 from tidegate.catalog.follower import CatalogFollower
 from tidegate.counters import Charge, ChargeOutcome, guarded
-from tidegate.counters.guarded import GuardedCounters, GuardOptions
+from tidegate.counters.degraded import GuardOptions
+from tidegate.counters.guarded import GuardedCounters
 from tidegate.decision import Check, Decision
 from tidegate.errors import StoreUnavailable, TidegateError
 from tidegate.gate.gate import Gate

@@ -1,9 +1,8 @@
-"""Denial cache: who was denied until T is denied until T without asking the store again.
+"""Denial cache: a subject that was denied until T is denied until T without a call to the store.
 
-A denial is remembered for its cost: a smaller one may pass, a larger one passes later or never, and is told so. It is never
-stricter than the store: the time is counted from before the store was asked, and until T nothing
-that others consume can make room. What can, is a limit that was raised or a policy that was re-loaded (then the limit sets are
-new ones, and a denial is remembered for its own) and a counter that was reset (then `clear` is called).
+A denial is remembered for its cost: a smaller cost may pass, a larger one passes later or never. The cache is never stricter than
+the store: the time counts from before the call, and until T nothing that others consume can make room. A raised limit or a
+re-loaded policy makes new limit sets, and a denial belongs to its own set; when a counter is reset, `clear` is called.
 """
 
 from __future__ import annotations
@@ -34,11 +33,11 @@ class DenialCache:
         self.entries: OrderedDict[tuple[_Counters, int], tuple[int, Decision]] = OrderedDict()
 
     def __len__(self) -> int:
-        """Denials entries, those whose time is over included."""
+        """Number of denials, expired ones included."""
         return len(self.entries)
 
     def find(self, counters: _Counters, cost: int, now_us: int) -> Decision | None:
-        """The denial of a charge, as it stands now.
+        """The denial of a charge, with its times as of now.
 
         Args:
             counters: of the charge.
@@ -46,12 +45,12 @@ class DenialCache:
             now_us: monotonic µs.
 
         Returns:
-            The denial; None where the store must be asked.
+            The denial; None where the store must decide.
         """
-        entries = self.entries.get((counters, cost))
-        if entries is None:
+        entry = self.entries.get((counters, cost))
+        if entry is None:
             return None
-        until_us, decision = entries
+        until_us, decision = entry
         if until_us <= now_us:
             del self.entries[counters, cost]
             return None
@@ -69,13 +68,13 @@ class DenialCache:
         )
 
     def remember(self, counters: _Counters, cost: int, decision: Decision, started_us: int) -> None:
-        """Keep a denial of the store.
+        """Remember a denial of the store.
 
         Args:
             counters: of the charge.
             cost: of the charge.
-            decision: what the store answered.
-            started_us: monotonic µs before it was asked.
+            decision: the store's.
+            started_us: monotonic µs before the call.
         """
         retry_us = decision.retry_after_us
         if not retry_us:
@@ -86,11 +85,11 @@ class DenialCache:
         self.entries[counters, cost] = (started_us + retry_us, decision)
 
     def sweep(self, now_us: int, steps: int = SWEEP_STEPS) -> None:
-        """Drop those whose time is over, a bounded number at a time.
+        """Drop expired denials, a bounded number at a time.
 
         Args:
             now_us: monotonic µs.
-            steps: most denials to examine; those that still hold move to the end, so that the next sweep examines others.
+            steps: most denials to examine; those that are still valid move to the end, so that the next sweep examines others.
         """
         entries = self.entries
         for _ in range(min(steps, len(entries))):

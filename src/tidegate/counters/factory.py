@@ -7,7 +7,8 @@ from typing import Final
 
 from tidegate.breaker import BreakerOptions
 from tidegate.counters import CounterStore
-from tidegate.counters.guarded import GuardedCounters, GuardOptions
+from tidegate.counters.degraded import GuardOptions
+from tidegate.counters.guarded import GuardedCounters
 from tidegate.counters.memory import MemoryCounters
 from tidegate.counters.redis.store import RedisCounters
 from tidegate.errors import SettingsError

@@ -1,7 +1,7 @@
-"""What goes on beside the checks while shards fail and come back: background probes, and putting back what is owed.
+"""Background work while shards fail and recover: probes, and adding usage during an outage to the store.
 
-A shard whose breaker is open is probed in the background, with a real charge of a counter that nobody else uses: so a breaker
-closes within half a second of the shard's return, although no check comes. One that opens again soon after is probed less and
+A shard whose breaker is open is probed in the background, with a real charge of a counter used for nothing else: so a breaker
+closes within half a second of the shard's recovery, also without checks. One that opens again soon after is probed less and
 less often, down to once in `open_s`.
 """
 
@@ -51,7 +51,7 @@ class Store(Protocol):
 
 
 class Breakers:
-    """One breaker for each shard that failed lately; without any, the hot path is shorter.
+    """One circuit breaker for each shard that failed recently; without any, the hot path is shorter.
 
     Args:
         store: whose shards they are.
@@ -70,7 +70,7 @@ class Breakers:
         return {shard: breaker.why for shard, breaker in self.by_shard.items() if breaker.state is not BreakerState.CLOSED}
 
     def admit(self, shards: Sequence[str], now: float) -> bool:
-        """Whether a charge may be made; where a breaker is open it is the probe, of all shards that it touches or of none.
+        """Whether a charge may be made; where a breaker is half open it is the probe, for all its shards or none.
 
         Args:
             shards: those that count it.
@@ -119,7 +119,7 @@ class Breakers:
             )
 
     def release(self, shards: Sequence[str]) -> None:
-        """A probe failed elsewhere before it said anything of these shards.
+        """A probe failed on another shard: it has no outcome for these.
 
         Args:
             shards: their addresses.
@@ -129,11 +129,11 @@ class Breakers:
                 breaker.release()
 
     async def probe(self, now: Callable[[], float], every: bool = False) -> None:
-        """Probe the shards whose breakers are open and whose time has come; forget breakers that mean nothing any more.
+        """Probe the shards whose breakers are open and whose time has come; drop breakers that are idle or whose shard is gone.
 
         Args:
             now: gives monotonic s.
-            every: whether all are probed, whatever their time.
+            every: whether all are probed, due or not.
         """
         known = self._store.shards()
         for shard, breaker in list(self.by_shard.items()):
@@ -158,7 +158,7 @@ class Breakers:
 
 
 class Debts:
-    """Puts back what was admitted without the store.
+    """Adds what was admitted without the store to the store.
 
     Args:
         store: where it is added.
@@ -218,7 +218,7 @@ class Debts:
             raise failed
 
     async def settle(self) -> None:
-        """Put back all that is owed to shards that are called; what is owed when it begins is looked at once.
+        """Put back all that is owed to shards that are called; each debt present at the start is tried once.
 
         Raises:
             StoreUnavailable: if a shard did not take it.
@@ -234,5 +234,5 @@ class Debts:
                     self._local.defer(limits, subject)
             left -= _BATCH_SIZE
             await self.put_back_of(some)
-            # A long debt must not keep checks and heartbeats from their turns.
+            # Other tasks get their turn between batches.
             await asyncio.sleep(0)

@@ -15,44 +15,33 @@ charged. A counter whose value no script can read is reset; other subjects are n
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Iterable, Sequence
 from functools import partial
 from typing import Any, Final
-
-import hiredis
 
 from tidegate.algorithms import State
 from tidegate.counters import Charge, ChargeOutcome, LateAnswer
 from tidegate.counters.redis.command_templates import CommandTemplate, absorb_command, batch_command, charge_command
-from tidegate.counters.redis.connection import Connection
+from tidegate.counters.redis.commands import LATE_TIMEOUT_S, Command, RedisCommands, not_started, raise_first
 from tidegate.counters.redis.corrupt_counters import CorruptCounters
 from tidegate.counters.redis.error_replies import ScriptFailed, follow_redirection, reply_by, shown
 from tidegate.counters.redis.keyspace import hash_tag, key_of, slot_of_tag
-from tidegate.counters.redis.pipeline import MAX_LATE, STALL_S, ConnectionOptions, reply_whenever
 from tidegate.counters.redis.probe import PROBE, probe_tags
 from tidegate.counters.redis.resp import encode_command
 from tidegate.counters.redis.scripts import Script, script
 from tidegate.counters.redis.split_charge import charge_split
-from tidegate.counters.redis.topology import NO_SHARD, Topology, open_topology
-from tidegate.counters.redis.url import RedisUrl, parse_redis_url
+from tidegate.counters.redis.url import RedisUrl
 from tidegate.decision import Decision
-from tidegate.errors import SettingsError, StoreUnavailable
+from tidegate.errors import StoreUnavailable
 from tidegate.policy.limits import LimitSet
-
-logger = logging.getLogger(__name__)
 
 _MAX_TEMPLATES: Final = 65_536
 _BATCH_SIZE: Final = 50
 """Most checks in one script. Redis serves nothing else while it runs: about 0.5 ms."""
-_LATE_TIMEOUT_S: Final = STALL_S * MAX_LATE
-"""Deadline of commands that no check waits for; a connection with a reply overdue for longer is dropped."""
-_Command = tuple[bytes, bytes, Script | None]
-"""A command: the hash tag of its keys, its bytes, and the script that it runs."""
 
 
-class RedisCounters:
+class RedisCounters(RedisCommands):
     """Counters shared by all instances that use the same Redis.
 
     Args:
@@ -66,46 +55,12 @@ class RedisCounters:
     """
 
     def __init__(self, url: str | RedisUrl, timeout_s: float = 0.05, max_in_flight: int = 10_000, name: str = "tidegate") -> None:
-        self.url = parse_redis_url(url) if isinstance(url, str) else url
-        self.timeout_s = timeout_s
-        self._options = ConnectionOptions(
-            timeout_s, max_in_flight, self.url.credentials, self.url.db, self.url.tls_context(), name
-        )
+        super().__init__(url, timeout_s, max_in_flight, name)
         self._templates: dict[Any, CommandTemplate] = {}
-        self._topology: Topology | None = None
-        self._starting: asyncio.Task[None] | None = None
         self._splits: set[asyncio.Task[Decision]] = set()
         self.refunds = 0
         """Split charges of which a part was refunded: a subject that was denied meanwhile may pass now."""
         self.corrupt = CorruptCounters(self._run_until)
-        self._loop: asyncio.AbstractEventLoop | None = None
-
-    @property
-    def started(self) -> bool:
-        """Whether it has begun to connect, in the running event loop."""
-        return self._topology is not None and self._loop is asyncio.get_running_loop()
-
-    async def start(self) -> None:
-        """Connect, in the running event loop; anew where it is another one than before. Returns when the servers are there, or
-        without them after a second.
-        """
-        loop = asyncio.get_running_loop()
-        if self._loop is not loop:
-            self._leave_loop()
-            self._loop = loop
-        if self._topology is None:
-            self._topology = open_topology(self.url, self._options)
-            self._starting = asyncio.ensure_future(self._topology.start(max(1.0, self.timeout_s)))
-        if self._starting is not None:
-            await asyncio.shield(self._starting)
-
-    def reload_certificates(self) -> None:
-        """Read the PEM files of the URL again, for connections made from now on; logs those that cannot be used."""
-        if self._options.tls is not None:
-            try:
-                self.url.load_certificates(self._options.tls)
-            except SettingsError as error:
-                logger.error("certificates not reloaded, the previous ones stay active: %s", error)
 
     async def charge(self, charges: Sequence[Charge], started_ns: int = 0) -> list[ChargeOutcome]:
         """See `CounterStore.charge`: one write for each shard touched, and where there is but one, one call for every 50.
@@ -160,29 +115,6 @@ class RedisCounters:
                 raise
         return await self._follow_reply(charge, reply, self._deadline(started_ns))
 
-    def shards(self) -> set[str]:
-        """The servers that count now, by address."""
-        return {str(connection.endpoint) for connection in self.connections()}
-
-    @property
-    def complete(self) -> bool:
-        """Whether every subject has a server that counts it, as far as is known."""
-        return self._topology is None or self._topology.complete
-
-    def shard_of(self, subject: str) -> str:
-        """Which server counts a subject now.
-
-        Args:
-            subject: as in a `Charge`.
-
-        Returns:
-            Its address; changes when another server takes its place.
-        """
-        try:
-            return str(self._connection(hash_tag(subject)).endpoint)
-        except StoreUnavailable:
-            return NO_SHARD
-
     async def windows(self, counters: Sequence[tuple[LimitSet, str]]) -> list[tuple[Decision, ...] | None]:
         """See `CounterStore.windows`: all windows of a set are in one value, which a set of one of them reads as well."""
         peeks = [Charge(((one, subject),), 0) for limits, subject in counters for one in limits.single_sets()]
@@ -197,10 +129,10 @@ class RedisCounters:
     async def reset(self, counters: Sequence[tuple[LimitSet, str]]) -> None:
         """See `CounterStore.reset`."""
         await self.start()
-        sent: list[_Command] = [
+        sent: list[Command] = [
             (hash_tag(subject), encode_command("UNLINK", key_of(limits, subject)), None) for limits, subject in counters
         ]
-        _raise_first(await self._each(sent, wait_late=True))
+        raise_first(await self._each(sent, wait_late=True))
 
     async def absorb(self, states: Iterable[tuple[LimitSet, str, Sequence[State]]]) -> list[StoreUnavailable | None]:
         """Add what was admitted elsewhere, without asking any limit. All is written before anything is waited for, so that
@@ -220,7 +152,7 @@ class RedisCounters:
         outcomes = await self._each(sent, wait_late=True)
         failed = [place for place, outcome in enumerate(outcomes) if isinstance(outcome, ScriptFailed)]
         if failed:
-            deadline = time.monotonic() + _LATE_TIMEOUT_S
+            deadline = time.monotonic() + LATE_TIMEOUT_S
             for place in failed:
                 limits, subject, _ = taken[place]
                 await self._reset_corrupt(((limits, subject),), 0, deadline)
@@ -228,57 +160,6 @@ class RedisCounters:
             for place, outcome in zip(failed, again, strict=True):
                 outcomes[place] = outcome
         return [outcome if isinstance(outcome, StoreUnavailable) else None for outcome in outcomes]
-
-    def subscribe(
-        self, channel: str, on_push: Callable[[list[Any]], None], on_change: Callable[[Connection], None]
-    ) -> Connection:
-        """A new connection that listens on a channel; the caller closes it.
-
-        Args:
-            channel: its name.
-            on_push: is given what the server says unasked.
-            on_change: is told when the connection came up or went down.
-
-        Returns:
-            The connection, which keeps itself connected.
-
-        Raises:
-            StoreUnavailable: before `start`.
-        """
-        return self._require_topology().subscribe(channel, on_push, on_change)
-
-    async def call(self, tag: bytes, *parts: str | bytes) -> Any:
-        """Run a command on the shard of a hash tag, redirections followed.
-
-        Args:
-            tag: of the command's keys.
-            parts: the command.
-
-        Returns:
-            The reply.
-
-        Raises:
-            StoreUnavailable: if there is none.
-        """
-        return _raise_first(await self._each([(tag, encode_command(*parts), None)]))[0]
-
-    async def run(self, tag: bytes, work: Script, keys: Sequence[bytes], arguments: Sequence[str]) -> Any:
-        """Run a script on the shard of a hash tag, redirections followed.
-
-        Args:
-            tag: of all its keys.
-            work: the script.
-            keys: its keys.
-            arguments: its arguments.
-
-        Returns:
-            The reply.
-
-        Raises:
-            StoreUnavailable: if there is none.
-        """
-        command = encode_command("EVALSHA", work.sha, str(len(keys)), *keys, *arguments)
-        return _raise_first(await self._each([(tag, command, work)], wait_late=True))[0]
 
     async def ping(self) -> None:
         """See `CounterStore.ping`: every shard must run the script that decides checks, with a peek, which writes nothing."""
@@ -316,28 +197,11 @@ class RedisCounters:
 
     async def close(self) -> None:
         """See `CounterStore.close`."""
-        if self._loop is not asyncio.get_running_loop():
-            self._leave_loop()
-            return
-        if self._starting is not None:
-            self._starting.cancel()
-            self._starting = None
-        for task in list(self._splits):
-            task.cancel()
-        await asyncio.gather(*self._splits, return_exceptions=True)
-        if self._topology is not None:
-            await self._topology.close()
-            self._topology = None
-
-    def _leave_loop(self) -> None:
-        """Release what belongs to another event loop: it cannot be awaited here; that loop closes it if it runs again."""
-        loop, topology, self._topology, self._starting = self._loop, self._topology, None, None
-        if loop is not None and topology is not None and not loop.is_closed():
-            loop.call_soon_threadsafe(lambda: loop.create_task(topology.close()))
-
-    def connections(self) -> Sequence[Connection]:
-        """The connections to the servers that count, in no order; none before `start`."""
-        return () if self._topology is None else self._topology.connections()
+        if self._loop is asyncio.get_running_loop():
+            for task in list(self._splits):
+                task.cancel()
+            await asyncio.gather(*self._splits, return_exceptions=True)
+        await super().close()
 
     # One check.
 
@@ -359,7 +223,7 @@ class RedisCounters:
             template = self._template(counters)
         topology = self._topology
         if topology is None:
-            raise _not_started()
+            raise not_started()
         tag = hash_tag(subject)
         connection = topology.connection_of(slot_of_tag(tag) if topology.sharded else 0)
         return connection.send(charge_command(template, charge, tag)), template
@@ -462,17 +326,6 @@ class RedisCounters:
     async def _reset_corrupt(self, counters: Sequence[tuple[LimitSet, str]], cost: int, deadline: float) -> bool:
         return await self.corrupt.reset(counters, cost, deadline)
 
-    async def _run_until(
-        self, tag: bytes, work: Script, keys: Sequence[bytes], arguments: Sequence[bytes], deadline: float
-    ) -> Any:
-        """Run a script until a deadline."""
-        command = encode_command("EVALSHA", work.sha, str(len(keys)), *keys, *arguments)
-        connection = self._connection(tag)
-        reply = await reply_by(connection.send(command), deadline, str(connection.endpoint))
-        if isinstance(reply, hiredis.ReplyError):
-            reply = await follow_redirection(self._require_topology(), slot_of_tag(tag), command, reply, work, deadline)
-        return reply
-
     def _is_split(self, charge: Charge) -> bool:
         counters = charge.counters
         return (
@@ -494,71 +347,6 @@ class RedisCounters:
         task.add_done_callback(self._splits.discard)
         return task
 
-    async def _each(self, sent: Iterable[_Command], wait_late: bool = False) -> list[Any]:
-        """Run commands, each on the shard of its tag. All are written before anything is waited for.
-
-        Returns:
-            For each the reply, or the `StoreUnavailable` that there is instead.
-        """
-        deadline = time.monotonic() + (_LATE_TIMEOUT_S if wait_late else self.timeout_s)
-        written: list[tuple[_Command, asyncio.Future[Any] | StoreUnavailable]] = []
-        for each in sent:
-            try:
-                written.append((each, self._connection(each[0]).send(each[1])))
-            except StoreUnavailable as error:
-                written.append((each, error))
-        replies: list[Any] = []
-        for (tag, command, work), waiting in written:
-            if isinstance(waiting, StoreUnavailable):
-                replies.append(waiting)
-                continue
-            try:
-                reply = await (reply_whenever(waiting) if wait_late else waiting)
-                if isinstance(reply, hiredis.ReplyError):
-                    reply = await self._follow(tag, command, reply, work, deadline, wait_late)
-            except StoreUnavailable as error:
-                reply = error
-            replies.append(reply)
-        return replies
-
-    async def _follow(self, tag: bytes, command: bytes, reply: Any, work: Script | None, deadline: float, wait_late: bool) -> Any:
-        try:
-            return await follow_redirection(self._require_topology(), slot_of_tag(tag), command, reply, work, deadline)
-        except LateAnswer as late:
-            if not wait_late:
-                raise
-            reply = await late.answer
-            if isinstance(reply, hiredis.ReplyError):
-                raise StoreUnavailable(f"late error reply from Redis: {shown(reply)}", reason="error") from None
-            return reply
-
-    def _deadline(self, started_ns: int) -> float:
-        return (started_ns / 1e9 if started_ns else time.monotonic()) + self.timeout_s
-
-    def _connection(self, tag: bytes) -> Connection:
-        """The connection to the server that counts a hash tag."""
-        topology = self._topology
-        if topology is None:
-            raise _not_started()
-        return topology.connection_of(slot_of_tag(tag) if topology.sharded else 0)
-
-    def _require_topology(self) -> Topology:
-        if self._topology is None:
-            raise _not_started()
-        return self._topology
-
-
-def _not_started() -> StoreUnavailable:
-    return StoreUnavailable("not connected to Redis: the store has not started or is closed", reason="disconnected")
-
 
 async def _failed(count: int, error: StoreUnavailable) -> list[ChargeOutcome]:
     return [error] * count
-
-
-def _raise_first(outcomes: list[Any]) -> list[Any]:
-    """Raises the first failure among what `_each` gave."""
-    for outcome in outcomes:
-        if isinstance(outcome, StoreUnavailable):
-            raise outcome
-    return outcomes
