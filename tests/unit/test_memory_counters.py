@@ -141,7 +141,25 @@ async def test_changed_windows_carry_over_what_they_share() -> None:
     assert store.charge_one(after, "u", 1).remaining == 45
     again = limit_set("rule", Algorithm.SLIDING_WINDOW, "10/minute", "100/day")
     assert store.charge_all(((again, "u"),), 0).remaining == 10, "the minute was not counted meanwhile"
+    [windows] = await store.windows([(again, "u")])
+    assert [window.remaining for window in windows] == [10, 95], "the day goes on from what the other windows counted"
     assert len(store) == sum(len(bucket) for bucket in store._due.values())
+
+
+@pytest.mark.parametrize("algorithm", list(Algorithm))
+async def test_windows_that_change_and_change_back_lose_no_consumption(algorithm: Algorithm) -> None:
+    store = MemoryCounters(clock=Clock(START))
+    day = "100/day burst 100" if algorithm.is_bucket else "100/day"
+    wide, narrow = (day, "50/hour"), (day,)
+    for charged, windows in enumerate((wide, narrow, wide, narrow, wide)):
+        rule = limit_set("rule", algorithm, *windows)
+        [left] = await store.windows([(rule, "u")])
+        assert left[-1].remaining == 100 - charged
+        store.charge_all(((rule, "u"),), 1)
+        assert len(store) == sum(len(bucket) for bucket in store._due.values()) == 1 + min(charged, 1)
+    await store.reset([(rule, "u")])
+    [left] = await store.windows([(limit_set("rule", algorithm, *narrow), "u")])
+    assert left[-1].remaining == 100, "a reset holds for all windows that the rule has had"
 
 
 async def test_reset_forgets_under_every_shape_of_the_rule() -> None:

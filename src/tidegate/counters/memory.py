@@ -45,8 +45,8 @@ class MemoryCounters(MemoryStorage):
         key = compiled.token + subject
         shard = self._shards[hash(key) & 255]
         stored = shard.get(key)
-        if stored is None and compiled.other_layouts:
-            stored = self._inherit(compiled, subject)
+        if not stored and compiled.other_layouts:
+            stored = self._inherit(compiled, subject) or stored
         state, remaining, reset, retry = compiled.decide(limit, stored or None, now, cost)
         if state is not None and cost:
             shard[key] = state
@@ -82,8 +82,8 @@ class MemoryCounters(MemoryStorage):
             key = compiled.token + subject
             shard = self._shards[hash(key) & 255]
             stored = shard.get(key)
-            if stored is None and compiled.other_layouts:
-                stored = self._inherit(compiled, subject)
+            if not stored and compiled.other_layouts:
+                stored = self._inherit(compiled, subject) or stored
             states = []
             longest = 0
             only, decide = compiled.only, compiled.decide
@@ -130,8 +130,8 @@ class MemoryCounters(MemoryStorage):
         for limits, subject in counters:
             compiled = self._prepare(limits)
             stored = self._shards[hash(compiled.token + subject) & 255].get(compiled.token + subject)
-            if stored is None and compiled.other_layouts:
-                stored = self._inherit(compiled, subject)
+            if not stored and compiled.other_layouts:
+                stored = self._inherit(compiled, subject) or stored
             own = []
             for limit, state in zip(limits.limits, compiled.unpack(stored), strict=True):
                 _, remaining, reset, _ = compiled.decide(limit, state, now, 0)
@@ -159,8 +159,8 @@ class MemoryCounters(MemoryStorage):
         compiled = self._prepare(limits)
         key = compiled.token + subject
         stored = self._shards[hash(key) & 255].get(key)
-        if stored is None and compiled.other_layouts:
-            stored = self._inherit(compiled, subject)
+        if not stored and compiled.other_layouts:
+            stored = self._inherit(compiled, subject) or stored
         if not stored or compiled.expiry(stored) <= self._clock():
             return None
         self._empty(compiled, subject)

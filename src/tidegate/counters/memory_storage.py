@@ -183,8 +183,11 @@ class MemoryStorage:
                         for limit, state in zip(compiled.limits.limits, states, strict=True)
                     ]
                 )
-                self._shards[hash(key) & 255][key] = value
-                self._file_new(key, compiled.expiry(value), now)
+                shard = self._shards[hash(key) & 255]
+                known = key in shard  # emptied when its units went to another set: it is still in an expiry bucket
+                shard[key] = value
+                if not known:
+                    self._file_new(key, compiled.expiry(value), now)
                 self._log_entries += compiled.entries(value)
                 return value
         return None

@@ -5,6 +5,9 @@ command without a reply within the timeout fails with `LateAnswer`; its caller c
 `max_in_flight` commands are unanswered at once, those past their deadline included: a server that stopped reading cannot make
 the process grow. A server whose replies are overdue and that is silent for `STALL_S` is disconnected: it hangs, or its replies
 no longer match. One that goes on answering is slow: it is disconnected only when a reply is `MAX_LATE` times as late.
+
+A forged array header can make the parser reserve 8 bytes of address space for each announced element, at most 32 GiB; memory is
+used only for elements that arrive. Where the reservation fails, that is a protocol error and the connection is dropped.
 """
 
 from __future__ import annotations
@@ -195,9 +198,9 @@ class Pipeline(asyncio.Protocol):
                             late.set_result(reply)
                 else:
                     self._unexpected_reply(reply)
-        except hiredis.ProtocolError as error:
+        except (hiredis.ProtocolError, MemoryError) as error:
             # The replies that follow cannot be matched any more: one might go to the wrong command.
-            self.drop(f"protocol error: {error}")
+            self.drop(f"protocol error: {str(error) or 'a reply announces more elements than fit in memory'}")
 
     def _flush(self) -> None:
         out = self._out
