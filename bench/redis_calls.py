@@ -3,7 +3,7 @@
     python -m bench.redis_calls [--smoke]
 
 One Redis on loopback, on the other core. Client CPU is the process's own under uvloop, at 64 in flight over 10,000 subjects;
-Redis CPU is what its INFO commandstats says of EVALSHA and INCRBY. Rounds are interleaved; medians are printed.
+Redis CPU is that of EVALSHA and INCRBY in its INFO commandstats. Rounds are interleaved; medians are printed.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def incrby(server: BenchRedis, calls: int) -> tuple[float, float, float]:
 
 
 def batches(server: BenchRedis, calls: int) -> tuple[float, float, float, float]:
-    """CPU and wall µs of a check in batches of 100, and of one asked alone after the other."""
+    """CPU and wall µs of a check in batches of 100, and of single calls one after the other."""
 
     async def measure() -> tuple[float, float, float, float]:
         own = limiter(server.url, Algorithm.SLIDING_WINDOW)

@@ -24,11 +24,11 @@ def open_counters(
     breaker: BreakerSettings | None = None,
     clock: Callable[[], int] | None = None,
 ) -> CounterStore:
-    """Open the counter store that a URL names. One on Redis connects when it is first asked.
+    """Open the counter store that a URL names. One on Redis connects at its first call.
 
     Args:
-        settings: of the counters, or a URL alone; all else is as by default then.
-        breaker: when calls to a failing store stop; as by default where not given.
+        settings: of the counters, or a URL alone; all else has its default then.
+        breaker: when calls to a failing store stop; by default as in the settings.
         clock: for `memory://`: gives µs since the epoch and never goes back; the machine's where not given.
 
     Returns:

@@ -203,7 +203,7 @@ class GuardedCounters(DegradedDecisions):
         if undecided:
             sent_ns = time.monotonic_ns()
             decided = await self.store.charge([charges[place] for place in undecided], started_ns)
-            # One call, however many charges; what failed at once says nothing of the store's speed.
+            # One call, however many charges; an immediate failure is not a latency of the store.
             if any(not isinstance(each, StoreUnavailable) or each.details.get("reason") == "timeout" for each in decided):
                 self.latency.add(time.monotonic_ns() - sent_ns)
             for place, outcome in zip(undecided, decided, strict=True):

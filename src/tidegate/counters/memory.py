@@ -18,7 +18,7 @@ class MemoryCounters(MemoryStorage):
     """Counters of one process.
 
     Args:
-        max_subjects: most counters held, 1 or more; each costs about 200 bytes for one limit.
+        max_subjects: most counters, 1 or more; each costs about 200 bytes for one limit.
         clock: gives µs since the epoch and never goes back; `store_clock()` where not given.
     """
 
@@ -30,7 +30,7 @@ class MemoryCounters(MemoryStorage):
         """Decide and charge one counter: the hot path. Costs about 0.6 µs for one sliding-window limit.
 
         Args:
-            limits: what holds.
+            limits: of the counter.
             subject: whom to count.
             cost: units, 0 (peek) or more.
 

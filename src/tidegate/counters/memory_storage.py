@@ -110,7 +110,7 @@ class MemoryStorage:
         self._log_entries = 0
 
     def __len__(self) -> int:
-        """Counters held, expired ones that were not yet swept included."""
+        """Number of counters, expired ones that were not yet removed included."""
         return self._count
 
     async def close(self) -> None:
@@ -175,7 +175,7 @@ class MemoryStorage:
             if any(state is not None for state in states):
                 self._empty(other_set, subject)
                 key = compiled.token + subject
-                # A limit that is new here starts from nothing consumed: its algorithm is asked for that state by a peek.
+                # A limit that is new here starts from nothing consumed: the state of a peek.
                 now = self._clock()
                 value = compiled.pack(
                     [

@@ -1,4 +1,4 @@
-"""What is written to Redis for a charge: all that does not depend on subject and cost is prepared once."""
+"""Commands for charges: all parts that do not depend on subject and cost are prepared once."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _KEY_HEADS: Final = tuple(b"$%d\r\ntg:{" % length for length in range(128))
 
 
 class CommandTemplate:
-    """What was prepared for the counters of a charge: all that does not depend on subject and cost."""
+    """The prepared parts of a charge's command: all that does not depend on subject and cost."""
 
     __slots__ = ("head", "limits", "limits_by_place", "name", "script", "suffix", "tail")
 
@@ -36,7 +36,7 @@ class CommandTemplate:
         self.tail = b"".join(_bulk(parameters(limits)) for limits in sets)
 
     def decision(self, reply: Any) -> Decision:
-        """The decision that a script's reply says."""
+        """The decision in a script's reply."""
         try:
             binding, least, reset, retry, now = reply
             limit = self.limits_by_place[(binding if binding > 0 else -binding) - 1]
@@ -46,11 +46,11 @@ class CommandTemplate:
 
 
 def charge_command(template: CommandTemplate, charge: Charge, tag: bytes) -> bytes:
-    """The bytes that ask Redis for a charge.
+    """The command for a charge.
 
     Args:
         template: of its counters.
-        charge: what is asked.
+        charge: the charge.
         tag: the hash tag of the first counter's subject.
 
     Returns:
@@ -80,7 +80,7 @@ def _bulk(raw: bytes) -> bytes:
 
 
 def batch_command(work: Script, layout: Sequence[int], keys: Sequence[bytes], sets: Iterable[LimitSet]) -> bytes:
-    """The bytes that ask one server for several charges at once; see `charge_many.lua`.
+    """The command for several charges on one server; see `charge_many.lua`.
 
     Args:
         work: the script.
@@ -96,7 +96,7 @@ def batch_command(work: Script, layout: Sequence[int], keys: Sequence[bytes], se
 
 
 def absorb_command(work: Script, limits: LimitSet, subject: str, states: Sequence[State]) -> bytes:
-    """The bytes that add to a counter what was admitted elsewhere.
+    """The command that adds to a counter what was admitted elsewhere.
 
     Args:
         work: the script.

@@ -103,8 +103,8 @@ class RedisCommands:
 
         Args:
             channel: its name.
-            on_push: is given what the server says unasked.
-            on_change: is told when the connection came up or went down.
+            on_push: called with each push of the server.
+            on_change: called when the connection came up or went down.
 
         Returns:
             The connection, which keeps itself connected.

@@ -42,7 +42,7 @@ async def follow_redirection(
         topology: of the servers.
         slot: of the command's keys.
         command: as it was written.
-        reply: what came; where it is no error, whoever asked has found no sense in it.
+        reply: an error reply, or one that the caller cannot decode.
         work: the script that the command runs; None where it runs none.
         deadline: of all of it, monotonic s.
 
@@ -52,7 +52,7 @@ async def follow_redirection(
     Raises:
         LateAnswer: if the deadline passes while the command is unanswered.
         ScriptFailed: if the script fails, which may be for what its keys hold.
-        StoreUnavailable: if there is no reply for another reason; its `reason` says which in one word.
+        StoreUnavailable: if there is no reply for another reason, named by its `reason`.
     """
     if not isinstance(reply, hiredis.ReplyError):
         topology.connection_of(slot).drop("its replies do not match the commands sent")
@@ -92,26 +92,26 @@ async def follow_redirection(
             return reply
 
 
-async def reply_by(asked: asyncio.Future[Any], deadline: float, shard: str) -> Any:
-    """The reply to a question, until a deadline.
+async def reply_by(sent: asyncio.Future[Any], deadline: float, shard: str) -> Any:
+    """The reply to a command, until a deadline.
 
     Args:
-        asked: the question.
+        sent: the future reply.
         deadline: monotonic s.
-        shard: who was asked, for the error.
+        shard: address of the server, for the error.
 
     Returns:
         The reply.
 
     Raises:
-        LateAnswer: when the deadline passes; the question stays open.
+        LateAnswer: when the deadline passes; the command stays in flight.
         StoreUnavailable: if the connection is lost.
     """
-    if not asked.done():
-        await asyncio.wait((asked,), timeout=max(deadline - time.monotonic(), 0))
-    if asked.done():
-        return asked.result()
-    raise LateAnswer(f"Redis at {shard} did not answer before the deadline", asked, shard=shard)
+    if not sent.done():
+        await asyncio.wait((sent,), timeout=max(deadline - time.monotonic(), 0))
+    if sent.done():
+        return sent.result()
+    raise LateAnswer(f"Redis at {shard} did not answer before the deadline", sent, shard=shard)
 
 
 async def _send_to_owner(topology: Topology, slot: int, command: bytes, deadline: float) -> Any:
@@ -121,7 +121,7 @@ async def _send_to_owner(topology: Topology, slot: int, command: bytes, deadline
 
 
 async def _send_to_importer(other: Connection, command: bytes, work: Script | None, deadline: float) -> Any:
-    """Ask the node that a slot moves to."""
+    """Send a command to the node that a slot moves to."""
     await other.wait_up(max(deadline - time.monotonic(), 0))
     # Both in one write: another command between them would use up the ASKING.
     _ignore_reply(other.send(encode_command("ASKING")))
@@ -139,7 +139,7 @@ async def _send_to_importer(other: Connection, command: bytes, work: Script | No
 
 
 async def _load_and_send(connection: Connection, command: bytes, work: Script, deadline: float) -> Any:
-    """Load a script and ask again; of a batch that misses it, the first loads it for all. Where that is refused, use EVAL."""
+    """Load a script, once for a batch that misses it, and send the command again. Where loading is refused, use EVAL."""
     shard = str(connection.endpoint)
     now = time.monotonic()
     loaded = connection.loads.get(work.sha)
@@ -170,9 +170,9 @@ def _misses_script(reply: Any) -> bool:
     return isinstance(reply, hiredis.ReplyError) and str(reply).startswith("NOSCRIPT")
 
 
-def _ignore_reply(asked: asyncio.Future[Any]) -> None:
+def _ignore_reply(sent: asyncio.Future[Any]) -> None:
     """Ignore its reply and its failure."""
-    asked.add_done_callback(lambda done: None if done.cancelled() else done.exception())
+    sent.add_done_callback(lambda done: None if done.cancelled() else done.exception())
 
 
 def _refused(connection: Connection, reply: Any) -> StoreUnavailable:
@@ -181,7 +181,7 @@ def _refused(connection: Connection, reply: Any) -> StoreUnavailable:
 
 
 def shown(reply: Any) -> str:
-    """What Redis said, for a message: short, and on one line.
+    """A reply as text for a message: short and on one line.
 
     Args:
         reply: anything.
@@ -190,7 +190,7 @@ def shown(reply: Any) -> str:
 
 
 def is_script_failure(reply: Any) -> bool:
-    """Whether an error reply says that a script failed while it ran, by what it read or by what it may not do.
+    """Whether an error reply says that a script failed while it ran, because of a value it read or a missing permission.
 
     Args:
         reply: of the server.
@@ -200,7 +200,7 @@ def is_script_failure(reply: Any) -> bool:
 
 
 def reason_of(reply: Any) -> str:
-    """One word for what Redis said.
+    """The reason of an error reply, in one word.
 
     Args:
         reply: an error reply.
@@ -228,7 +228,7 @@ def reason_of(reply: Any) -> str:
 
 
 def _named_endpoint(reply: Any, source: Connection) -> Endpoint:
-    """The address of `MOVED 3999 127.0.0.1:6381`; an empty host means the one that said so."""
+    """The address of `MOVED 3999 127.0.0.1:6381`; an empty host means the server that sent it."""
     host, _, port = str(reply).rpartition(" ")[2].rpartition(":")
     if not port.isascii() or not port.isdecimal():
         raise StoreUnavailable(

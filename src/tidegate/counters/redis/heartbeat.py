@@ -1,4 +1,4 @@
-"""How instances know of each other: each says every second that it lives, in one sorted set of the store."""
+"""Heartbeats: each instance writes one every second, into one sorted set of the store, which gives their number."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ _RESETS_TTL_MS: Final = 86_400_000
 
 
 class Beat(msgspec.Struct, frozen=True):
-    """What a heartbeat learnt.
+    """The result of a heartbeat.
 
     Args:
-        instances: that live, this one included.
-        resets: counters that were reset so far, by all; only whether it changed means something.
+        instances: number that are alive, this one included.
+        resets: number of resets so far, by all instances; only a change is significant.
         at_us: the store's clock, µs since the epoch.
     """
 
@@ -33,14 +33,14 @@ class Beat(msgspec.Struct, frozen=True):
 
 
 async def beat(store: RedisCounters, instance: str) -> Beat:
-    """Say that an instance lives.
+    """Send the heartbeat of an instance.
 
     Args:
         store: where.
-        instance: a name that no other has.
+        instance: its unique name.
 
     Returns:
-        What was learnt.
+        The result.
 
     Raises:
         StoreUnavailable: if the store does not answer.
@@ -52,7 +52,7 @@ async def beat(store: RedisCounters, instance: str) -> Beat:
     except StoreUnavailable as error:
         if "WRONGTYPE" not in error.message:
             raise
-        # Something else wrote these keys: nobody would learn of anybody as long as they live.
+        # Another program wrote these keys: no heartbeat would work as long as they exist.
         await store.call(_TAG, "UNLINK", _INSTANCES, _RESETS)
         reply = await store.run(_TAG, work, (_INSTANCES, _RESETS), arguments)
     try:
@@ -62,7 +62,7 @@ async def beat(store: RedisCounters, instance: str) -> Beat:
 
 
 async def leave(store: RedisCounters, instance: str) -> None:
-    """Say that an instance ends, so that the others need not wait to find out.
+    """Remove an instance that shuts down, so that the others need not wait for it to expire.
 
     Args:
         store: where.
@@ -75,7 +75,7 @@ async def leave(store: RedisCounters, instance: str) -> None:
 
 
 async def announce_reset(store: RedisCounters) -> None:
-    """Tell all instances that a counter was reset; they learn it with their next beat.
+    """Announce to all instances that a counter was reset; they receive it with their next heartbeat.
 
     Args:
         store: where.

@@ -67,7 +67,7 @@ class Topology(Protocol):
         ...
 
     def moved(self, slot: int, endpoint: Endpoint) -> None:
-        """A server said that another one counts a slot."""
+        """A server redirected: another one owns a slot."""
         ...
 
     def mark_stale(self, connection: Connection, why: str) -> None:
@@ -165,7 +165,7 @@ class Standalone:
         return self._url.endpoints[0]
 
     async def _find_master(self) -> Endpoint:
-        """Ask the sentinels, all that can be reached, and take the answer that most of them give."""
+        """Query all sentinels that can be reached and take the answer of the majority."""
         ask = encode_command("SENTINEL", "GET-MASTER-ADDR-BY-NAME", self._url.master)
         await asyncio.gather(*(watcher.wait_up(0.5) for watcher in self._watchers[:1]))
         votes: dict[Endpoint, int] = {}
@@ -176,7 +176,7 @@ class Standalone:
             try:
                 reply = await watcher.send_and_wait(ask)
             except StoreUnavailable:
-                continue  # a sentinel that is gone has no vote; that none is left is said below
+                continue  # an unreachable sentinel has no vote; the case of none left is handled below
             reached += 1
             endpoint = _endpoint_of(reply)
             if endpoint is not None:
@@ -307,7 +307,7 @@ class Cluster:
                     await asyncio.wait_for(self._refresh_wanted.wait(), _REFRESH_INTERVAL_S)
 
     async def _refresh(self) -> bool:
-        """Take the map from the first node that gives one; says whether all of it can be reached."""
+        """Take the map from the first node that returns one. Returns whether all owners are connected."""
         if not any(connection.up for connection in self._nodes.values()):
             for seed in self._seeds:
                 self.connection_to(seed)
@@ -315,14 +315,14 @@ class Cluster:
                 [asyncio.ensure_future(connection.wait_up(_FIRST_MAP_TIMEOUT_S)) for connection in self._nodes.values()],
                 return_when=asyncio.FIRST_COMPLETED,
             )
-        # The busiest node knows best whom it serves; a node that was cut off from the others says CLUSTERDOWN itself.
+        # A node that is cut off from the others answers CLUSTERDOWN, and the next one is tried.
         for connection in list(self._nodes.values()):
             if not connection.up:
                 continue
             try:
                 reply = await connection.send_and_wait(encode_command("CLUSTER", "SLOTS"))
             except StoreUnavailable:
-                continue  # the next one is asked; that none answers is said below
+                continue  # the next one is tried; the case of none is handled below
             if isinstance(reply, hiredis.ReplyError):
                 continue
             try:
@@ -377,13 +377,13 @@ def _endpoint_of(reply: Any) -> Endpoint | None:
 
 
 def _ranges_of(reply: Any, own_host: str) -> list[tuple[int, int, Endpoint]]:
-    """The ranges of CLUSTER SLOTS: first slot, last slot, master. Raises one of several errors where the reply is no map."""
+    """The ranges of CLUSTER SLOTS: first slot, last slot, master. Raises one of several errors where the reply is not a map."""
     ranges = []
     for first, last, master, *_ in reply:
         host = master[0].decode() if master[0] else ""
         if not (0 <= first <= last < SLOTS and 0 < int(master[1]) <= MAX_PORT):
             raise ValueError("slots or port out of range")
-        # An empty host or `?` is the one that was asked.
+        # An empty host or `?` means the node that answered.
         ranges.append((first, last, Endpoint(host if host not in ("", "?") else own_host, int(master[1]))))
     return ranges
 

@@ -64,7 +64,7 @@ class Credentials(msgspec.Struct, frozen=True):
 
     Args:
         username: of the ACL user; empty for the default one.
-        password: empty where none is asked for.
+        password: empty for none.
     """
 
     username: str = ""
@@ -145,7 +145,7 @@ def parse_redis_url(url: str) -> RedisUrl:
         url: in one of the forms above.
 
     Returns:
-        What it says.
+        Its parts.
 
     Raises:
         SettingsError: naming the part that is not valid; never the password.
