@@ -44,9 +44,9 @@ def measured(server: BenchRedis, limits: LimitSet, keys: int, each: int = 1) -> 
     server.client.flushall()
     before = int(info(server, "memory")["used_memory"])
     uvloop.run(fill(server, limits, keys, each))
-    held = int(server.client.dbsize())  # type: ignore[arg-type]
-    if held != keys:
-        raise RuntimeError(f"{held} keys are held, {keys} were charged")
+    stored = int(server.client.dbsize())  # type: ignore[arg-type]
+    if stored != keys:
+        raise RuntimeError(f"{stored} keys are stored, {keys} were charged")
     grown = (int(info(server, "memory")["used_memory"]) - before) / keys
     key = server.client.randomkey()
     return grown, float(server.client.memory_usage(key) or 0)  # type: ignore[arg-type]

@@ -103,9 +103,9 @@ def main() -> None:
     parser.add_argument("url", metavar="URL", help="of a Redis server that the bench may write to, redis://host:port/number")
     parser.add_argument("--calls", type=int, default=50_000, help="calls to measure of each (default: 50000)")
     parser.add_argument("--in-flight", type=int, default=64, help="calls that wait at the same time (default: 64)")
-    asked = parser.parse_args()
+    options = parser.parse_args()
     for name, measured in (("redis-py, EVALSHA", redis_py_evalsha), ("limits on redis-py, hit", limits_async)):
-        print(f"{name:<24} {measured(asked.url, asked.calls, asked.in_flight):8.1f} µs CPU")
+        print(f"{name:<24} {measured(options.url, options.calls, options.in_flight):8.1f} µs CPU")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,8 @@ from drills.admissions import Admission, admission_of
 from drills.exactness import prove
 from tidegate.breaker import BreakerOptions
 from tidegate.counters import Charge
-from tidegate.counters.guarded import GuardedCounters, GuardOptions
+from tidegate.counters.degraded import GuardOptions
+from tidegate.counters.guarded import GuardedCounters
 from tidegate.counters.redis.store import RedisCounters
 from tidegate.errors import StoreUnavailable
 from tidegate.policy.limits import Algorithm, Limit, LimitSet, OnFailure

@@ -3,8 +3,8 @@
 A task that ends with an exception is logged with its traceback, counted, and started again after a pause that doubles from
 `FIRST_PAUSE_S` to `MAX_PAUSE_S`. It counts as failing until it has run for `SETTLED_S` again; `/health` shows that.
 
-The supervisor is one for the process, as logging is: connections and topologies start tasks, and know of no instance. Its counts
-may be read from any thread; a task belongs to the event loop that it was started in.
+The supervisor is one for the process, as logging is: connections and topologies start tasks without a reference to the
+instance. Its counts may be read from any thread; a task belongs to the event loop that it was started in.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class TaskSupervisor:
     """Starts tasks and restarts those that fail.
 
     Args:
-        clock: gives monotonic seconds.
+        clock: returns monotonic seconds.
         sleep: waits for so many seconds.
 
     Attributes:
@@ -75,7 +75,7 @@ class TaskSupervisor:
                     task = asyncio.current_task()
                     if task is None or task.cancelling():
                         raise
-                    # Something that it waited for was cancelled, not the task: that must not end it either.
+                    # Something it awaited was cancelled, not the task itself: that must not end it.
                     failure = error
                 except Exception as error:  # noqa: BLE001 - restarting after any failure is what this is for
                     failure = error
@@ -109,7 +109,7 @@ class _Run:
 
 
 SUPERVISOR: Final = TaskSupervisor()
-"""Of this process."""
+"""The supervisor of this process."""
 
 
 async def stop(*tasks: asyncio.Task[None] | None) -> None:

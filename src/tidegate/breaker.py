@@ -34,7 +34,7 @@ class BreakerOptions(msgspec.Struct, frozen=True):
 
 
 class Breaker:
-    """One for each shard, or for each server that a client asks. The caller brings the time, monotonic seconds.
+    """One for each shard, or for each server of a client. The caller passes the time, monotonic seconds.
 
     Args:
         options: see there.
@@ -47,7 +47,7 @@ class Breaker:
         self.state = BreakerState.CLOSED
         self.opened = 0
         self.why = ""
-        """What the last failure was, where that was told."""
+        """Reason of the last failure, where given."""
         self.wait_s = 0.0
         """How long to wait between background probes: doubled each time that it opens again soon after it closed."""
         self._closed_at = float("-inf")
@@ -56,25 +56,25 @@ class Breaker:
         self._event: object = None
 
     def admits(self, now: float) -> bool:
-        """Whether a call may be made. After `open_s` the first who asks is the probe; all others wait for its outcome.
+        """Whether a call may be made. After `open_s` the first call is the probe; the others are refused until its outcome.
 
         Args:
             now: monotonic seconds.
 
         Returns:
-            True if the call is to be made; then its outcome must be told.
+            True if the call is to be made; then report its outcome by `succeeded`, `failed` or `release`.
         """
         if self.state is BreakerState.CLOSED:
             return True
         if not self.is_due(now):
             return False
-        # Half open already where the last probe's outcome was never told: whoever made it was cancelled.
+        # Also when half open: the last probe was cancelled without an outcome.
         self.state = BreakerState.HALF_OPEN
         self._opened_at = now
         return True
 
     def is_due(self, now: float) -> bool:
-        """Whether it is not closed and a probe may be made; asking makes none of it.
+        """Whether it is not closed and a probe may be made; does not change the state.
 
         Args:
             now: monotonic seconds.
@@ -82,7 +82,7 @@ class Breaker:
         return self.state is not BreakerState.CLOSED and now - self._opened_at >= self.options.open_s
 
     def release(self) -> None:
-        """The probe that was admitted was not made: the next one who asks is it."""
+        """The admitted probe was not made: the next call is the probe."""
         if self.state is BreakerState.HALF_OPEN:
             self._opened_at = float("-inf")
 
@@ -102,8 +102,8 @@ class Breaker:
 
         Args:
             now: monotonic seconds.
-            event: what it failed by, where that is known: many calls that one broken connection takes down are one failure.
-            why: for those who ask why it is open.
+            event: identifies the cause, if known: calls that fail by the same lost connection count as one failure.
+            why: the reason, for log and health.
         """
         if why:
             self.why = why
@@ -113,7 +113,7 @@ class Breaker:
         self._failed_at.append(now)
         enough = len(self._failed_at) == self.options.failures and now - self._failed_at[0] <= self.options.window_s
         if enough or self.state is BreakerState.HALF_OPEN:
-            # Half open and failed again is the same outage.
+            # A failed probe continues the same outage.
             if self.state is BreakerState.CLOSED:
                 soon = now - self._closed_at <= self.options.window_s
                 self.wait_s = min(self.wait_s * 2, self.options.open_s) if soon else min(FIRST_WAIT_S, self.options.open_s)
@@ -122,7 +122,7 @@ class Breaker:
             self.opened += 1
 
     def is_idle(self, now: float) -> bool:
-        """Whether it remembers nothing: closed, and its last failure outside the window.
+        """Whether it has no state: closed, and its last failure outside the window.
 
         Args:
             now: monotonic seconds.

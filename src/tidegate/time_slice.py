@@ -1,4 +1,4 @@
-"""Work of one request in slices, so that no request holds the event loop from the others for long."""
+"""Work of one request in time slices, so that no request blocks the event loop for long."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from collections.abc import Callable
 from typing import Final
 
 SLICE_NS: Final = 2_000_000
-"""How long one request may work without a pause, ns. An item that takes longer by itself is finished first."""
+"""How long one request may work without a pause, ns. A single item that takes longer is finished first."""
 
 
 class TimeSlice:
-    """The time that a request has worked since others had their turn.
+    """The time that a request has worked since its last pause.
 
     Args:
         slice_ns: how long it may, ns.
@@ -32,6 +32,6 @@ class TimeSlice:
         return self._clock_ns() >= self._end_ns
 
     async def pause(self) -> None:
-        """Let everything else that is ready run, and begin a new slice."""
+        """Let other tasks run, and begin a new slice."""
         await asyncio.sleep(0)
         self._end_ns = self._clock_ns() + self._slice_ns

@@ -51,7 +51,7 @@ async def everything(url: str) -> list[str]:
         assert await counters.store.call(b"x", "GET", b"tgc:{x}y") == b"1"
         await counters.ping()
         assert not counters.degraded
-        assert all(connection.up and connection._pauses == 0 for connection in counters.store.connections())
+        assert all(connection.up and connection._failed_attempts == 0 for connection in counters.store.connections())
         return [str(connection.endpoint) for connection in counters.store.connections()]
     finally:
         listening.cancel()
@@ -95,12 +95,12 @@ async def test_a_refused_subscription_says_what_is_missing_and_is_not_repeated_a
     before = int(any_redis.facts("INFO", "stats")["total_connections_received"])
     channel = RedisChannel(store)
     listening = asyncio.ensure_future(channel.listen(lambda: None))
-    await until(lambda: channel._connection is not None and channel._connection._pauses >= 4)
+    await until(lambda: channel._connection is not None and channel._connection._failed_attempts >= 4)
     assert not channel.connected
     # Pauses of 50, 100, 200, 400 ms …: a connection for each, and one warning for all of them.
     assert channel._connection is not None
     attempts = int(any_redis.facts("INFO", "stats")["total_connections_received"]) - before
-    assert attempts <= channel._connection._pauses + 1
+    assert attempts <= channel._connection._failed_attempts + 1
     warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert len(warnings) == 1
     assert "+subscribe and &tg:catalog" in warnings[0]
@@ -121,7 +121,7 @@ async def test_a_server_that_greets_and_closes_is_not_hammered(redis_server: Red
             connection = store.connections()[0]
             if connection.up:
                 proxy.drop_all()
-            pauses = connection._pauses
+            pauses = connection._failed_attempts
             return pauses >= 5
 
         await until(connected)

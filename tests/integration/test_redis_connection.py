@@ -206,7 +206,7 @@ async def test_passwords_users_and_databases(new_redis: Callable[..., RedisServe
         outcome = await ask(store, limits, "s")
         assert reason(outcome) == "disconnected"
         assert isinstance(outcome, StoreUnavailable)
-        assert "refuses us" in outcome.message
+        assert "refused the connection" in outcome.message
         assert "s3cret" not in outcome.message
         await store.close()
     assert server.call("ACL", "SETUSER", "gate", "on", ">pw", "~tg:*", "+@all") in (b"OK", "OK")
@@ -258,6 +258,6 @@ async def test_a_url_of_another_topology_says_which(redis_server: RedisServer, r
         with pytest.raises(StoreUnavailable):
             await store.ping()
         connections = store.connections()
-        told = outcome.message + "".join(connection.why_down for connection in connections)
+        told = outcome.message + "".join(connection.down_reason for connection in connections)
         assert remedy in told or not connections
         await store.close()

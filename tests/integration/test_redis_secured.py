@@ -24,7 +24,7 @@ async def allowed(url: str, asks: int) -> int | str:
         outcomes = [(await store.charge([Charge(((limits, f"subject {number % 3}"),))]))[0] for number in range(asks)]
         failed = [outcome for outcome in outcomes if isinstance(outcome, StoreUnavailable)]
         if failed:
-            return failed[0].message + "".join(connection.why_down for connection in store.connections())
+            return failed[0].message + "".join(connection.down_reason for connection in store.connections())
         return sum(outcome.allowed for outcome in outcomes if isinstance(outcome, Decision))
     finally:
         await store.close()

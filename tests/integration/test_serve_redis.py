@@ -100,7 +100,7 @@ def test_it_starts_without_redis(serve: Callable[..., Any], new_redis: Callable[
     assert (answer["allowed"], answer["degraded"]) == (True, True)
     code, _, err = server.stop()
     assert code == 0
-    assert "could not be put back" in err
+    assert "was not added to Redis before shutdown" in err
 
 
 @pytest.mark.parametrize(

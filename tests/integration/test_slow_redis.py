@@ -15,7 +15,8 @@ from tests.servers.redis_server import RedisServer
 from tests.servers.tcp_proxy import TcpProxy
 from tidegate.breaker import BreakerOptions, BreakerState
 from tidegate.counters import Charge, ChargeOutcome
-from tidegate.counters.guarded import GuardedCounters, GuardOptions
+from tidegate.counters.degraded import GuardOptions
+from tidegate.counters.guarded import GuardedCounters
 from tidegate.counters.redis.store import RedisCounters
 from tidegate.decision import Decision
 from tidegate.errors import StoreUnavailable

@@ -129,10 +129,10 @@ class Link:
     async def probe(self, shard: str, cost: int) -> None:
         await self._call(lambda answered: None)
 
-    async def charge_one(self, charge: Charge, asked_ns: int = 0) -> Decision:
+    async def charge_one(self, charge: Charge, sent_ns: int = 0) -> Decision:
         return await self._call(lambda answered: self._charge(charge, answered))
 
-    async def charge(self, charges: Sequence[Charge], asked_ns: int = 0) -> list[ChargeOutcome]:
+    async def charge(self, charges: Sequence[Charge], sent_ns: int = 0) -> list[ChargeOutcome]:
         half = (len(charges) + 1) // 2 if self.fault is Fault.HALF and self._store.alive else len(charges)
         try:
             done: list[ChargeOutcome] = await self._call(

@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from tidegate.counters import Charge, LateAnswer
-from tidegate.counters.late_answers import MAX_PAID, LateAnswers
+from tidegate.counters.late_answers import MAX_PREPAID, LateAnswers
 from tidegate.decision import Decision
 from tidegate.errors import StoreUnavailable
 from tidegate.policy.limits import Algorithm, Limit, LimitSet
@@ -27,7 +27,7 @@ class Made:
 
     def wait(self, charge: Charge, admitted: bool) -> asyncio.Future[Decision]:
         answer: asyncio.Future[Decision] = asyncio.get_running_loop().create_future()
-        self.late.wait_for(charge, LateAnswer("late", answer), admitted, self.now_us)
+        self.late.track(charge, LateAnswer("late", answer), admitted, self.now_us)
         return answer
 
 
@@ -47,7 +47,7 @@ async def settle() -> None:
 def admitted_of(made: Made, instances: int) -> int:
     """How many in a row are admitted while nothing is answered."""
     count = 0
-    while made.late.admits(charge(), instances):
+    while made.late.may_admit(charge(), instances):
         made.wait(charge(), True)
         count += 1
     return count
@@ -62,32 +62,32 @@ async def test_what_is_admitted_is_a_share_of_what_remains_above_the_reserve(
 ) -> None:
     made = Made()
     if remaining is not None:
-        made.late.hear(charge().counters, said(True, remaining))
+        made.late.observe(charge().counters, said(True, remaining))
     assert admitted_of(made, instances) == most
     await made.late.close(0)
 
 
 async def test_what_was_heard_of_an_earlier_window_does_not_count() -> None:
     made = Made()
-    made.late.hear(charge().counters, said(True, 0))
-    assert not made.late.admits(charge(), 3)
+    made.late.observe(charge().counters, said(True, 0))
+    assert not made.late.may_admit(charge(), 3)
     made.now_us += 3_600_000_000
-    assert made.late.admits(charge(), 3)
+    assert made.late.may_admit(charge(), 3)
 
 
 async def test_an_answer_ends_what_is_outstanding() -> None:
     made = Made()
     answers = [made.wait(charge(), True) for _ in range(3)]
-    assert not made.late.admits(charge(), 3)
+    assert not made.late.may_admit(charge(), 3)
     answers[0].set_result(said(True, 30))
     await settle()
     assert made.settled == [(True, said(True, 30))]
-    assert made.late.admits(charge(), 3), "20 above the reserve, of which 6 are this one's; 2 are outstanding"
+    assert made.late.may_admit(charge(), 3), "20 above the reserve, of which 6 are this one's; 2 are outstanding"
     answers[1].set_exception(StoreUnavailable("gone", reason="disconnected"))
     answers[2].set_result(said(False, 0))
     await settle()
     assert made.late.answers == {"allowed": 1, "denied": 1, "lost": 1}
-    assert not made.late.admits(charge(), 3), "nothing remains"
+    assert not made.late.may_admit(charge(), 3), "nothing remains"
     assert not made.late._outstanding
 
 
@@ -96,12 +96,12 @@ async def test_what_was_charged_for_nobody_serves_one_check_of_the_same_cost_wit
     for _ in range(2):
         made.wait(charge(2), False).set_result(said(True))
     await settle()
-    assert made.late.take_paid(charge(1)) is None
-    assert made.late.take_paid(charge(2, subject="t")) is None
-    assert made.late.take_paid(charge(2)) == said(True)
+    assert made.late.take_prepaid(charge(1)) is None
+    assert made.late.take_prepaid(charge(2, subject="t")) is None
+    assert made.late.take_prepaid(charge(2)) == said(True)
     made.now_us += 1_000_000
-    assert made.late.take_paid(charge(2)) is None, "a second is over"
-    assert not made.late.paid
+    assert made.late.take_prepaid(charge(2)) is None, "a second is over"
+    assert not made.late.prepaid
     assert made.late.used == 1
 
 
@@ -111,7 +111,7 @@ async def test_algorithms_without_windows_keep_nothing_for_later(algorithm: Algo
     limits = LimitSet("l", algorithm, [Limit.parse("40/day")])
     made.wait(charge(1, limits), False).set_result(said(True, 30, limits))
     await settle()
-    assert made.late.take_paid(charge(1, limits)) is None
+    assert made.late.take_prepaid(charge(1, limits)) is None
 
 
 async def test_a_window_that_is_about_to_end_ends_what_was_paid_in_it() -> None:
@@ -120,19 +120,19 @@ async def test_a_window_that_is_about_to_end_ends_what_was_paid_in_it() -> None:
     made.wait(charge(), False).set_result(answer)
     await settle()
     made.now_us += 299_999
-    assert made.late.paid
+    assert made.late.prepaid
     made.now_us += 1
-    assert made.late.take_paid(charge()) is None
+    assert made.late.take_prepaid(charge()) is None
 
 
 async def test_what_is_paid_and_heard_is_bounded_and_swept() -> None:
     made = Made()
-    for number in range(MAX_PAID + 50):
-        made.late._keep_paid(charge(subject=f"s{number}"), said(True))
-    assert len(made.late.paid) == MAX_PAID
+    for number in range(MAX_PREPAID + 50):
+        made.late._keep_prepaid(charge(subject=f"s{number}"), said(True))
+    assert len(made.late.prepaid) == MAX_PREPAID
     made.now_us += 1_000_000
     made.late.sweep()
-    assert not made.late.paid
+    assert not made.late.prepaid
 
 
 async def test_what_has_not_come_at_the_end_is_lost() -> None:

@@ -12,7 +12,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from tests import oracles
 from tests.conftest import Clock
 from tidegate.counters import Charge
-from tidegate.counters.memory import LOG_ENTRIES_A_SUBJECT, MemoryCounters
+from tidegate.counters.memory import MemoryCounters
+from tidegate.counters.memory_storage import LOG_ENTRIES_A_SUBJECT
 from tidegate.policy.limits import Algorithm, Limit, LimitSet
 
 START = 1_700_000_000_000_000
@@ -140,7 +141,25 @@ async def test_changed_windows_carry_over_what_they_share() -> None:
     assert store.charge_one(after, "u", 1).remaining == 45
     again = limit_set("rule", Algorithm.SLIDING_WINDOW, "10/minute", "100/day")
     assert store.charge_all(((again, "u"),), 0).remaining == 10, "the minute was not counted meanwhile"
+    [windows] = await store.windows([(again, "u")])
+    assert [window.remaining for window in windows] == [10, 95], "the day goes on from what the other windows counted"
     assert len(store) == sum(len(bucket) for bucket in store._due.values())
+
+
+@pytest.mark.parametrize("algorithm", list(Algorithm))
+async def test_windows_that_change_and_change_back_lose_no_consumption(algorithm: Algorithm) -> None:
+    store = MemoryCounters(clock=Clock(START))
+    day = "100/day burst 100" if algorithm.is_bucket else "100/day"
+    wide, narrow = (day, "50/hour"), (day,)
+    for charged, windows in enumerate((wide, narrow, wide, narrow, wide)):
+        rule = limit_set("rule", algorithm, *windows)
+        [left] = await store.windows([(rule, "u")])
+        assert left[-1].remaining == 100 - charged
+        store.charge_all(((rule, "u"),), 1)
+        assert len(store) == sum(len(bucket) for bucket in store._due.values()) == 1 + min(charged, 1)
+    await store.reset([(rule, "u")])
+    [left] = await store.windows([(limit_set("rule", algorithm, *narrow), "u")])
+    assert left[-1].remaining == 100, "a reset holds for all windows that the rule has had"
 
 
 async def test_reset_forgets_under_every_shape_of_the_rule() -> None:
@@ -212,11 +231,11 @@ def test_a_flood_of_subjects_grows_nothing_beyond_the_bound() -> None:
         "filed": sum(len(bucket) for bucket in store._due.values()),
         "buckets": len(store._due),
         "ends": len(store._ends),
-        "plans": len(store._plans) + len(store._newest) + len(store._tokens),
+        "compiled limits": len(store._compiled) + len(store._newest) + len(store._tokens),
     }
     assert sizes["keys"] == sizes["filed"] == 1_000
     assert sizes["buckets"] == sizes["ends"] <= 200
-    assert sizes["plans"] == 3
+    assert sizes["compiled limits"] == 3
 
 
 @pytest.mark.parametrize("cost", [0, 6])
@@ -237,15 +256,15 @@ def test_peek_reports_when_nothing_is_left() -> None:
     assert (peek.allowed, peek.remaining, peek.retry_after_us) == (True, 0, 0)
 
 
-def test_many_reloads_keep_the_plans_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    from tidegate.counters import memory
+def test_the_compiled_limits_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tidegate.counters import memory_storage
 
-    monkeypatch.setattr(memory, "_PLANS_KEPT", 50)
+    monkeypatch.setattr(memory_storage, "_MAX_COMPILED", 50)
     store = MemoryCounters(clock=Clock(START))
     for amount in range(1, 500):
         decision = store.charge_one(limit_set("rule", Algorithm.FIXED_WINDOW, f"{amount * 2}/day"), "u", 1)
         assert decision.remaining == amount * 2 - amount
-        assert len(store._plans) <= 50
+        assert len(store._compiled) <= 50
 
 
 def test_max_subjects_below_one_is_refused() -> None:
@@ -256,7 +275,7 @@ def test_max_subjects_below_one_is_refused() -> None:
 def test_clock_does_not_jump(monkeypatch: pytest.MonkeyPatch) -> None:
     import time
 
-    from tidegate.counters.memory import store_clock
+    from tidegate.counters.memory_storage import store_clock
 
     clock = store_clock()
     before = clock()

@@ -30,8 +30,9 @@ from tests.model.virtual_time import VirtualLoop
 from tidegate.breaker import BreakerOptions
 from tidegate.catalog.cached import RETRY_S, CachedCatalog
 from tidegate.catalog.follower import CatalogFollower
-from tidegate.counters import Charge, ChargeOutcome, guarded
-from tidegate.counters.guarded import GuardedCounters, GuardOptions
+from tidegate.counters import Charge, ChargeOutcome, degraded, guarded
+from tidegate.counters.degraded import GuardOptions
+from tidegate.counters.guarded import GuardedCounters
 from tidegate.decision import Check, Decision
 from tidegate.errors import StoreUnavailable, TidegateError
 from tidegate.gate.gate import Gate
@@ -127,7 +128,7 @@ class Model(RuleBasedStateMachine):
         self.loop = VirtualLoop()
         self._time = guarded.time
         logging.disable(logging.CRITICAL)
-        guarded.time = self.loop.time_module(EPOCH_US)
+        guarded.time = degraded.time = self.loop.time_module(EPOCH_US)
         self.store = SharedStore(lambda: self.loop.now_us() + EPOCH_US)
         self.truth = Truth(INSTANCES, self.store.clock)
         self.catalog = FaultyCatalog(first_policy())
@@ -149,7 +150,7 @@ class Model(RuleBasedStateMachine):
             # Questions to the catalog that nobody waits for any more.
             self.wait(1.0)
             self.loop.close()
-            guarded.time = self._time
+            guarded.time = degraded.time = self._time
             logging.disable(logging.NOTSET)
 
     def run(self, work: Any) -> Any:

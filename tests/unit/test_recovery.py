@@ -76,19 +76,19 @@ async def test_a_shard_is_probed_in_the_background_and_less_often_when_it_fails_
     shards.away.clear()
     waits = []
     for _ in range(9):
-        now += breakers.held["a"].wait_s
+        now += breakers.by_shard["a"].wait_s
         await breakers.probe(partial(float, now))
-        assert breakers.held["a"].state is BreakerState.CLOSED
+        assert breakers.by_shard["a"].state is BreakerState.CLOSED
         for _ in range(2):
             breakers.failed("a", gone("a"), now)
-        waits.append(breakers.held["a"].wait_s)
+        waits.append(breakers.by_shard["a"].wait_s)
     assert waits == [1, 2, 4, 8, 16, 30, 30, 30, 30]
     now += 30
     await breakers.probe(partial(float, now))
     now += 11
     for _ in range(2):
         breakers.failed("a", gone("a"), now)
-    assert breakers.held["a"].wait_s == 0.5, "it was well for longer than the window"
+    assert breakers.by_shard["a"].wait_s == 0.5, "it was well for longer than the window"
 
 
 async def test_breakers_of_servers_that_count_nothing_any_more_are_forgotten() -> None:

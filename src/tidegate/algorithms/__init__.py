@@ -9,7 +9,7 @@ on a limit's amount in a way that changing the amount would lose what was consum
 - `state'` is None when the cost is denied: then nothing may be written. For cost 0 it is the state as it stands.
 - `remaining` is what is left after the charge (before it, when denied), never below 0.
 - `reset_after_us` is the time until nothing that was consumed counts any more: the state is None again from then on.
-- `retry_after_us` is 0 when allowed, the exact time until the same cost passes if nobody else asks when denied, and
+- `retry_after_us` is 0 when allowed, the exact time until the same cost passes without other charges when denied, and
   None when it never will (the cost is above the capacity).
 
 `merge(limit, state, other)` adds a state of elsewhere without asking the limit: what a fallback admitted while the store was

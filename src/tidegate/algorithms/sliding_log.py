@@ -55,7 +55,7 @@ def decide(limit: Limit, state: LogState | None, now: int, cost: int) -> tuple[L
     reset = moments[-1] + window - now if gone < len(moments) else 0
     if cost > limit.amount:
         return None, max(free, 0), reset, None
-    # A denial copies nothing: who is denied may come again at once.
+    # A denial copies nothing: denied clients often retry immediately.
     needed, at = cost - free, gone
     for at in range(gone, min(gone + LOOK_AHEAD, len(moments))):
         needed -= costs[at]

@@ -99,7 +99,7 @@ def _reset(current: int, previous: int, left: int, window: int, following: int) 
 
 
 def _retry(amount: int, current: int, previous: int, left: int, window: int, following: int, cost: int) -> int | None:
-    """µs until the cost passes if nobody else asks.
+    """µs until the cost passes without other charges.
 
     `floor(n × r / w) ≤ a` from `r ≤ ceil((a + 1) × w / n) − 1` on; if the current count alone leaves no room, that happens in
     the following window, where it is the one that fades.
@@ -133,7 +133,7 @@ def expires_at(limit: Limit, state: tuple[int, int, int]) -> int:
 
 
 def merge(limit: Limit, state: tuple[int, int, int] | None, other: tuple[int, int, int]) -> tuple[int, int, int]:
-    """Add what was admitted elsewhere, both seen from the later of the two windows.
+    """Add what was admitted elsewhere, both as of the later of the two windows.
 
     Args:
         limit: what holds.

@@ -53,7 +53,7 @@ def expires_at(_: Limit, state: BucketState) -> int:
     """When the bucket is full again, by the state's own rate.
 
     Args:
-        _: the limit; not needed, the state says it all.
+        _: the limit; not needed, the state is enough.
         state: as `decide` gave it.
 
     Returns:

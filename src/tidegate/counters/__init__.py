@@ -1,9 +1,9 @@
 """Where counts live. `CounterStore` is the port; `memory` is the embedded default, `redis` is shared by many instances, and
-`guarded` stands before it and decides while it is away.
+`guarded` wraps it and decides while it is unavailable.
 
-A store charges all counters of a `Charge` in one atomic step or none of them, by its own clock. Where it cannot answer it says
-`StoreUnavailable`; it never guesses (a `guarded` one answers in its place, and says that it does). Stores serve one event loop;
-they may be shared by any number of tasks of it.
+A store charges all counters of a `Charge` in one atomic step or none of them, by its own clock. Where it cannot answer it
+returns `StoreUnavailable`; it never guesses (`guarded` decides in its place and marks the decision as degraded). A store serves
+one event loop and may be shared by any number of its tasks.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tidegate.policy.limits import LimitSet
 
 
 class Charge(msgspec.Struct, frozen=True, gc=False):
-    """What one check asks of a store.
+    """The units of one check and the counters that they are charged to.
 
     Args:
         counters: pairs of limits and the subject they count, the rule's first. Usually all have one subject. Where a rule
@@ -34,15 +34,15 @@ class Charge(msgspec.Struct, frozen=True, gc=False):
 
 
 class LateAnswer(StoreUnavailable):
-    """The deadline of a charge passed, and the store has not answered yet. It may have charged; it is slow, or gone.
+    """The deadline of a charge passed and the store has not answered yet. It may have charged; it is slow or down.
 
     Args:
         message: see `TidegateError`.
-        answer: has the store's answer when it comes, and fails when it cannot come any more.
+        answer: future reply of the store; fails when none can come any more.
         details: see `TidegateError`.
 
     Attributes:
-        decode: makes a decision of what `answer` brings; it raises `StoreUnavailable` where that is none.
+        decode: makes a decision of the reply; raises `StoreUnavailable` where it is not one.
     """
 
     def __init__(self, message: str, answer: asyncio.Future[Any], **details: object) -> None:
@@ -64,13 +64,13 @@ class CounterStore(Protocol):
             charges: any number of them.
 
         Returns:
-            For each its decision, or why there is none: a part of the store may be away while others answer. `at_us` is the
+            For each its decision, or the error: a part of the store may be down while others answer. `at_us` is the
             store's clock and `holds_until_us` says how long the answer holds.
         """
         ...
 
     async def windows(self, counters: Sequence[tuple[LimitSet, str]]) -> Sequence[Sequence[Decision] | None]:
-        """What is left of each limit of a counter by itself; charges nothing.
+        """What remains of each limit of a counter separately; charges nothing.
 
         Args:
             counters: pairs of limits and subject, any number.
@@ -81,7 +81,7 @@ class CounterStore(Protocol):
         ...
 
     async def reset(self, counters: Sequence[tuple[LimitSet, str]]) -> None:
-        """Forget what was consumed.
+        """Reset counters to nothing consumed.
 
         Args:
             counters: pairs of limits and subject.
@@ -92,7 +92,7 @@ class CounterStore(Protocol):
         ...
 
     async def ping(self) -> None:
-        """Find out whether the store answers.
+        """Check that the store answers.
 
         Raises:
             StoreUnavailable: if it does not.
@@ -100,5 +100,5 @@ class CounterStore(Protocol):
         ...
 
     async def close(self) -> None:
-        """Give back what the store holds; it is not used afterwards."""
+        """Release the store's resources; it must not be used afterwards."""
         ...

@@ -1,9 +1,8 @@
-"""Denial memory: who was denied until T is denied until T without asking the store again.
+"""Denial cache: a subject that was denied until T is denied until T without a call to the store.
 
-A denial is remembered for its cost: a smaller one may pass, a larger one passes later or never, and is told so. It is never
-stricter than the store: the time is counted from before the store was asked, and until T nothing
-that others consume can make room. What can, is a limit that was raised or a policy that was re-loaded (then the limit sets are
-new ones, and a denial is remembered for its own) and a counter that was reset (then `clear` is called).
+A denial is remembered for its cost: a smaller cost may pass, a larger one passes later or never. The cache is never stricter than
+the store: the time counts from before the call, and until T nothing that others consume can make room. A raised limit or a
+re-loaded policy makes new limit sets, and a denial belongs to its own set; when a counter is reset, `clear` is called.
 """
 
 from __future__ import annotations
@@ -20,25 +19,25 @@ SWEEP_STEPS: Final = 2_000
 _Counters = tuple[tuple[LimitSet, str], ...]
 
 
-class DenialMemory:
-    """At most `most` denials; beyond, the oldest go first.
+class DenialCache:
+    """At most `max_entries` denials; beyond, the oldest go first.
 
     Args:
-        most: 1 or more; each costs about 500 bytes.
+        max_entries: 1 or more; each costs about 500 bytes.
     """
 
-    def __init__(self, most: int = MAX_DENIALS) -> None:
-        self.most = most
+    def __init__(self, max_entries: int = MAX_DENIALS) -> None:
+        self.max_entries = max_entries
         self.answered = 0
         # Ordered: finding the first key of a plain dict walks the gaps of all that were deleted before it.
-        self._held: OrderedDict[tuple[_Counters, int], tuple[int, Decision]] = OrderedDict()
+        self.entries: OrderedDict[tuple[_Counters, int], tuple[int, Decision]] = OrderedDict()
 
     def __len__(self) -> int:
-        """Denials held, those whose time is over included."""
-        return len(self._held)
+        """Number of denials, expired ones included."""
+        return len(self.entries)
 
     def find(self, counters: _Counters, cost: int, now_us: int) -> Decision | None:
-        """The denial of a charge, as it stands now.
+        """The denial of a charge, with its times as of now.
 
         Args:
             counters: of the charge.
@@ -46,14 +45,14 @@ class DenialMemory:
             now_us: monotonic µs.
 
         Returns:
-            The denial; None where the store must be asked.
+            The denial; None where the store must decide.
         """
-        held = self._held.get((counters, cost))
-        if held is None:
+        entry = self.entries.get((counters, cost))
+        if entry is None:
             return None
-        until_us, decision = held
+        until_us, decision = entry
         if until_us <= now_us:
-            del self._held[counters, cost]
+            del self.entries[counters, cost]
             return None
         self.answered += 1
         left_us = until_us - now_us
@@ -68,38 +67,38 @@ class DenialMemory:
             decision.limits,
         )
 
-    def remember(self, counters: _Counters, cost: int, decision: Decision, asked_us: int) -> None:
-        """Keep a denial of the store.
+    def remember(self, counters: _Counters, cost: int, decision: Decision, started_us: int) -> None:
+        """Remember a denial of the store.
 
         Args:
             counters: of the charge.
             cost: of the charge.
-            decision: what the store answered.
-            asked_us: monotonic µs before it was asked.
+            decision: the store's.
+            started_us: monotonic µs before the call.
         """
         retry_us = decision.retry_after_us
         if not retry_us:
             return
-        self._held.pop((counters, cost), None)
-        if len(self._held) >= self.most:
-            self._held.popitem(last=False)
-        self._held[counters, cost] = (asked_us + retry_us, decision)
+        self.entries.pop((counters, cost), None)
+        if len(self.entries) >= self.max_entries:
+            self.entries.popitem(last=False)
+        self.entries[counters, cost] = (started_us + retry_us, decision)
 
     def sweep(self, now_us: int, steps: int = SWEEP_STEPS) -> None:
-        """Drop those whose time is over, a bounded number at a time.
+        """Drop expired denials, a bounded number at a time.
 
         Args:
             now_us: monotonic µs.
-            steps: most denials to examine; those that still hold move to the end, so that the next sweep examines others.
+            steps: most denials to examine; those that are still valid move to the end, so that the next sweep examines others.
         """
-        held = self._held
-        for _ in range(min(steps, len(held))):
-            key = next(iter(held))
-            if held[key][0] <= now_us:
-                del held[key]
+        entries = self.entries
+        for _ in range(min(steps, len(entries))):
+            key = next(iter(entries))
+            if entries[key][0] <= now_us:
+                del entries[key]
             else:
-                held.move_to_end(key)
+                entries.move_to_end(key)
 
     def clear(self) -> None:
         """Drop all: a counter was reset."""
-        self._held.clear()
+        self.entries.clear()

@@ -7,7 +7,8 @@ from typing import Final
 
 from tidegate.breaker import BreakerOptions
 from tidegate.counters import CounterStore
-from tidegate.counters.guarded import GuardedCounters, GuardOptions
+from tidegate.counters.degraded import GuardOptions
+from tidegate.counters.guarded import GuardedCounters
 from tidegate.counters.memory import MemoryCounters
 from tidegate.counters.redis.store import RedisCounters
 from tidegate.errors import SettingsError
@@ -23,11 +24,11 @@ def open_counters(
     breaker: BreakerSettings | None = None,
     clock: Callable[[], int] | None = None,
 ) -> CounterStore:
-    """Open the counter store that a URL names. One on Redis connects when it is first asked.
+    """Open the counter store that a URL names. One on Redis connects at its first call.
 
     Args:
-        settings: of the counters, or a URL alone; all else is as by default then.
-        breaker: when a store that fails is left alone; as by default where not given.
+        settings: of the counters, or a URL alone; all else has its default then.
+        breaker: when calls to a failing store stop; by default as in the settings.
         clock: for `memory://`: gives µs since the epoch and never goes back; the machine's where not given.
 
     Returns:
@@ -45,9 +46,7 @@ def open_counters(
     # Only the scheme is repeated: the rest of a store's URL may hold a password.
     scheme = scheme_of(url)
     if not scheme.startswith("redis"):
-        raise SettingsError(
-            f"counters.url with the scheme {scheme!r} is no counter store of this version: use {', '.join(KINDS)}"
-        )
+        raise SettingsError(f"counters.url with the scheme {scheme!r} is not supported: use {', '.join(KINDS)}")
     return GuardedCounters(
         RedisCounters(url, settings.timeout_ms / 1000, settings.max_in_flight),
         GuardOptions(

@@ -2,7 +2,7 @@
 
 A share is `limit / instances`, rounded down, at least 1. So all instances together admit at most the limit again from the moment
 the store was lost (more only where there are more instances than units). What was admitted is owed to the store: it is taken out
-by `take` and added there, before the store is asked about that subject again.
+by `take` and added there, before that subject's next charge.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from tidegate.decision import Decision
 from tidegate.errors import PolicyError
 from tidegate.policy.limits import Algorithm, Limit, LimitSet
 
-_SHARES_KEPT: Final = 65_536
+_MAX_SHARES: Final = 65_536
 _Debt: TypeAlias = tuple[str, Algorithm, str]
-"""What names a counter in the store and its subject. Not the limit set: whenever a tier is read anew, its sets are new ones."""
+"""Identifies a counter in the store. Not the limit set: sets are made anew whenever a tier is loaded."""
 
 
 class LocalShares:
     """Shares of one instance.
 
     Args:
-        max_subjects: most counters held, 1 or more.
-        clock: gives µs since the epoch by the store's clock, as far as it is known; never goes back.
+        max_subjects: most counters, 1 or more.
+        clock: gives µs since the epoch by the estimated clock of the store; never goes back.
     """
 
     def __init__(self, max_subjects: int, clock: Callable[[], int]) -> None:
@@ -46,7 +46,7 @@ class LocalShares:
         """Decide a charge by the shares.
 
         Args:
-            charge: what is asked.
+            charge: the charge.
             instances: how many share the limits, 1 or more.
 
         Returns:
@@ -72,7 +72,7 @@ class LocalShares:
         )
 
     def owes(self, limits: LimitSet, subject: str) -> bool:
-        """Whether a subject was admitted anything here that was not taken out.
+        """Whether a subject has a debt.
 
         Args:
             limits: the rule's own, as they are now.
@@ -104,7 +104,7 @@ class LocalShares:
         return [(limits, subject) for (_, _, subject), limits in islice(self.owed.items(), count)]
 
     def defer(self, limits: LimitSet, subject: str) -> None:
-        """Make a debt the youngest one: it cannot be put back now.
+        """Move a debt to the end: it cannot be added to the store now.
 
         Args:
             limits: the rule's own.
@@ -113,7 +113,7 @@ class LocalShares:
         self.owed.move_to_end(_debt(limits, subject))
 
     def owe(self, charge: Charge, at_us: int) -> None:
-        """Owe what was admitted elsewhere than here, at some moment.
+        """Add a debt for a charge that was admitted without the shares.
 
         Args:
             charge: what was admitted.
@@ -125,7 +125,7 @@ class LocalShares:
             self.give_back(limits, subject, tuple(states))
 
     def take(self, limits: LimitSet, subject: str) -> tuple[State, ...] | None:
-        """Take out what a subject was admitted here.
+        """Remove and return what a subject was admitted here.
 
         Args:
             limits: the rule's own.
@@ -138,19 +138,19 @@ class LocalShares:
         return self._counters.take(self._share(limits, 1), subject)
 
     def give_back(self, limits: LimitSet, subject: str, states: tuple[State, ...]) -> None:
-        """Undo `take`: the store could not be given it.
+        """Undo `take`: it could not be added to the store.
 
         Args:
             limits: the rule's own.
             subject: whom they count.
             states: as `take` gave them.
         """
-        # As the share that it was: under the whole limit a bucket would drain faster than this instance's share of it.
+        # As a share: under the whole limit a bucket would drain faster than this instance's share of it.
         self._counters.add(self._share(limits, self._instances), subject, states)
         self.owed[_debt(limits, subject)] = limits
 
     def forget(self, limits: LimitSet, subject: str) -> None:
-        """Nothing is owed any more: the counter was reset.
+        """Drop a debt: the counter was reset.
 
         Args:
             limits: the rule's own.
@@ -162,7 +162,7 @@ class LocalShares:
         """Drop what has expired.
 
         Args:
-            steps: most counters to look at.
+            steps: most counters to process.
         """
         self._counters.sweep(steps)
 
@@ -181,7 +181,7 @@ class LocalShares:
             tier=limits.tier,
             quotas=limits.quotas,
         )
-        if len(self._shares) >= _SHARES_KEPT:
+        if len(self._shares) >= _MAX_SHARES:
             self._shares.clear()
         self._shares[limits] = (instances, share)
         return share
@@ -197,7 +197,7 @@ def share_of(limit: Limit, instances: int, limits: LimitSet) -> Limit:
     Args:
         limit: one of `limits`.
         instances: 1 or more.
-        limits: says the algorithm. A bucket's share must be countable exactly, so it may be rounded down to a rounder amount.
+        limits: for the algorithm. A bucket's share must be countable exactly, so it may be rounded down to a rounder amount.
 
     Returns:
         The limit for one instance: at least 1, of the same window.

@@ -1,19 +1,19 @@
 """Checks that were decided at their deadline because a slow shard had not answered, and the answers that come afterwards.
 
-A slow shard goes on counting: what was sent to it is charged, or denied, and it says so late. So its answer is read.
+A slow shard goes on counting: what was sent to it is charged or denied, and its reply comes late. So the reply is processed.
 
-- *Admitted here and charged there*: it is counted, and nothing is owed.
+- *Admitted here and charged there*: it is counted; nothing is owed.
 - *Admitted here and denied there*: what was admitted is owed to the store, and the denial is remembered: no more is admitted.
-- *Denied here and charged there*: the units are paid for. The next check of the same subject and cost gets them, without a call,
+- *Denied here and charged there*: the units are prepaid. The next check of the same subject and cost uses them, without a call,
   within a second and within the windows in which they were charged (algorithms with windows; for others they are lost).
-- *The answer cannot come any more*: what was admitted is owed.
+- *No reply can come any more*: what was admitted is owed.
 
-What may be admitted at a deadline has to be so little that the store will most probably charge it, whatever the other instances
-do at the same time. Each answer says what remains; while that is less than half of the limit it is remembered. At a deadline an
+What is admitted at a deadline has to be so little that the store will most probably charge it, whatever the other instances
+do at the same time. Each reply says what remains; while that is less than half of the limit it is remembered. At a deadline an
 instance admits, beyond what it knows to be charged, at most its share of what remained above a quarter of the limit: that
-quarter is for what the others may have used since. Where nothing is remembered, half of the limit was left when the subject was
-last seen here, if it was: then it is a share of a quarter of the limit, and one check in any case. An instance that is alone
-needs no such reserve.
+quarter is a reserve for what other instances may have used since. Where nothing is remembered, half of the limit was left at
+the last reply, if there was one: then it is a share of a quarter of the limit, and one check in any case. A single instance
+needs no reserve.
 """
 
 from __future__ import annotations
@@ -24,33 +24,32 @@ from collections.abc import Callable
 from typing import Final, TypeAlias
 
 from tidegate.counters import Charge, LateAnswer
-from tidegate.counters.redis.split import outlast
+from tidegate.counters.redis.split_charge import await_late_answer
 from tidegate.decision import Decision
 from tidegate.errors import StoreUnavailable
 from tidegate.policy.limits import Algorithm, LimitSet
 
-MAX_HEARD: Final = 100_000
-MAX_PAID: Final = 10_000
-PAID_US: Final = 1_000_000
+MAX_SCARCE: Final = 100_000
+MAX_PREPAID: Final = 10_000
+PREPAID_TTL_US: Final = 1_000_000
 RETRY_US: Final = 500_000
-"""After so long the answer has come, or the shard is not merely slow."""
+"""`Retry-After` of a check denied at its deadline, µs: by then the reply has come or the connection is dropped."""
 _WINDOWS: Final = (Algorithm.FIXED_WINDOW, Algorithm.SLIDING_WINDOW)
 _Counters: TypeAlias = tuple[tuple[LimitSet, str], ...]
 
 
 class LateAnswers:
-    """What one instance knows of the checks that a slow shard has not answered.
+    """The checks of one instance that a slow shard has not answered.
 
     Args:
-        now_us: gives monotonic µs.
-        settle: is called with each charge whose answer came, whether it was admitted at its deadline, when it was asked, and
-            the answer.
+        now_us: returns monotonic µs.
+        settle: called with each charge whose answer came, whether it was admitted at its deadline, when it was sent
+            (monotonic µs), and the answer.
 
     Attributes:
-        answers: how they turned out: `allowed`, `denied`, `lost`.
-        used: checks that were allowed by units that were charged late.
-        paid: units that were charged, and that no check was admitted for: by counters and cost, when they end, and what the
-            store said.
+        answers: number by outcome: `allowed`, `denied`, `lost`.
+        used: checks that were allowed by prepaid units.
+        prepaid: units charged for checks that were denied: by counters and cost, their expiry (monotonic µs) and the decision.
     """
 
     def __init__(
@@ -58,99 +57,99 @@ class LateAnswers:
     ) -> None:
         self.answers = {"allowed": 0, "denied": 0, "lost": 0}
         self.used = 0
-        self.paid: OrderedDict[tuple[_Counters, int], deque[tuple[int, Decision]]] = OrderedDict()
+        self.prepaid: OrderedDict[tuple[_Counters, int], deque[tuple[int, Decision]]] = OrderedDict()
         self._now_us = now_us
         self._settle = settle
-        self._heard: OrderedDict[_Counters, tuple[int, int]] = OrderedDict()
+        self._scarce: OrderedDict[_Counters, tuple[int, int]] = OrderedDict()
         self._outstanding: dict[_Counters, int] = {}
         self._waiting: set[asyncio.Task[None]] = set()
 
     def __len__(self) -> int:
-        """Answers that are waited for."""
+        """Number of answers that are still to come."""
         return len(self._waiting)
 
-    def hear(self, counters: _Counters, decision: Decision) -> None:
-        """Remember that little remains; called for answers that say so, in time or late.
+    def observe(self, counters: _Counters, decision: Decision) -> None:
+        """Remember that little remains; called for each such answer, in time or late.
 
         Args:
             counters: of the charge.
             decision: of the store.
         """
-        if len(self._heard) >= MAX_HEARD and counters not in self._heard:
-            self._heard.popitem(last=False)
-        self._heard[counters] = (self._now_us() + decision.reset_after_us, decision.remaining or 0)
+        if len(self._scarce) >= MAX_SCARCE and counters not in self._scarce:
+            self._scarce.popitem(last=False)
+        self._scarce[counters] = (self._now_us() + decision.reset_after_us, decision.remaining or 0)
 
-    def admits(self, charge: Charge, instances: int) -> bool:
+    def may_admit(self, charge: Charge, instances: int) -> bool:
         """Whether a check may pass at its deadline.
 
         Args:
-            charge: what is asked.
+            charge: the charge.
             instances: how many share the limits, 1 or more.
         """
         capacity = min(limit.capacity for limits, _ in charge.counters for limit in limits.limits)
         outstanding = self._outstanding.get(charge.counters, 0)
-        # Whoever is alone knows of everything that is used.
+        # A single instance knows of all usage.
         reserve = capacity // 4 if instances > 1 else 0
-        heard = self._heard.get(charge.counters)
-        if heard is not None and heard[0] > self._now_us():
-            return outstanding + charge.cost <= max(heard[1] - reserve, 0) // instances
+        known = self._scarce.get(charge.counters)
+        if known is not None and known[0] > self._now_us():
+            return outstanding + charge.cost <= max(known[1] - reserve, 0) // instances
         if not outstanding:
             return charge.cost <= max(capacity // instances, 1)
         return outstanding + charge.cost <= (capacity // 2 - reserve) // instances
 
-    def wait_for(self, charge: Charge, late: LateAnswer, admitted: bool, asked_us: int) -> None:
-        """Read the answer when it comes.
+    def track(self, charge: Charge, late: LateAnswer, admitted: bool, started_us: int) -> None:
+        """Process the answer when it comes.
 
         Args:
-            charge: what was asked.
+            charge: the charge.
             late: as the store raised it.
             admitted: whether the check was admitted, and its units are to be counted.
-            asked_us: monotonic µs before the store was asked.
+            started_us: when the charge was sent, monotonic µs.
         """
         if admitted:
             self._outstanding[charge.counters] = self._outstanding.get(charge.counters, 0) + charge.cost
-        task = asyncio.ensure_future(self._read(charge, late, admitted, asked_us))
+        task = asyncio.ensure_future(self._read(charge, late, admitted, started_us))
         self._waiting.add(task)
         task.add_done_callback(self._waiting.discard)
 
-    def take_paid(self, charge: Charge) -> Decision | None:
-        """What was charged late for a check like this one.
+    def take_prepaid(self, charge: Charge) -> Decision | None:
+        """Prepaid units for a check like this one.
 
         Args:
-            charge: what is asked.
+            charge: the charge.
 
         Returns:
             The store's decision; None where there is none.
         """
         key = (charge.counters, charge.cost)
-        held = self.paid.get(key)
-        if held is None:
+        entries = self.prepaid.get(key)
+        if entries is None:
             return None
         now_us = self._now_us()
-        while held and held[0][0] <= now_us:
-            held.popleft()
-        decision = held.popleft()[1] if held else None
-        if not held:
-            del self.paid[key]
+        while entries and entries[0][0] <= now_us:
+            entries.popleft()
+        decision = entries.popleft()[1] if entries else None
+        if not entries:
+            del self.prepaid[key]
         self.used += decision is not None
         return decision
 
-    def forget(self) -> None:
-        """A counter was reset: nothing that was heard holds any more."""
-        self._heard.clear()
-        self.paid.clear()
+    def clear(self) -> None:
+        """A counter was reset: what was remembered is no longer valid."""
+        self._scarce.clear()
+        self.prepaid.clear()
 
     def sweep(self) -> None:
-        """Drop what was paid and not used in time."""
+        """Drop prepaid units that have expired."""
         now_us = self._now_us()
-        while self.paid:
-            held = self.paid[next(iter(self.paid))]
-            if held[-1][0] > now_us:
+        while self.prepaid:
+            entries = self.prepaid[next(iter(self.prepaid))]
+            if entries[-1][0] > now_us:
                 return
-            self.paid.popitem(last=False)
+            self.prepaid.popitem(last=False)
 
     async def close(self, timeout_s: float) -> None:
-        """Wait for what is still to come; what does not come counts as lost.
+        """Wait for the answers still to come; those that do not come count as lost.
 
         Args:
             timeout_s: how long.
@@ -162,17 +161,17 @@ class LateAnswers:
             task.cancel()
         await asyncio.gather(*waiting, return_exceptions=True)
 
-    async def _read(self, charge: Charge, late: LateAnswer, admitted: bool, asked_us: int) -> None:
+    async def _read(self, charge: Charge, late: LateAnswer, admitted: bool, started_us: int) -> None:
         answer: Decision | StoreUnavailable
         try:
-            answer = await outlast(late)
+            answer = await await_late_answer(late)
         except StoreUnavailable as error:
             answer = error
         except asyncio.CancelledError:
-            answer = StoreUnavailable("the instance ends, and the answer has not come", reason="timeout")
-        self._came(charge, admitted, asked_us, answer)
+            answer = StoreUnavailable("the instance shut down before the answer came", reason="timeout")
+        self._resolve(charge, admitted, started_us, answer)
 
-    def _came(self, charge: Charge, admitted: bool, asked_us: int, answer: Decision | StoreUnavailable) -> None:
+    def _resolve(self, charge: Charge, admitted: bool, started_us: int, answer: Decision | StoreUnavailable) -> None:
         counters = charge.counters
         if admitted:
             left = self._outstanding.get(counters, 0) - charge.cost
@@ -184,21 +183,21 @@ class LateAnswers:
             self.answers["lost"] += 1
         else:
             self.answers["allowed" if answer.allowed else "denied"] += 1
-            self.hear(counters, answer)
+            self.observe(counters, answer)
             if answer.allowed and charge.cost and not admitted:
-                self._keep_paid(charge, answer)
-        self._settle(charge, admitted, asked_us, answer)
+                self._keep_prepaid(charge, answer)
+        self._settle(charge, admitted, started_us, answer)
 
-    def _keep_paid(self, charge: Charge, decision: Decision) -> None:
-        left_us = PAID_US
+    def _keep_prepaid(self, charge: Charge, decision: Decision) -> None:
+        left_us = PREPAID_TTL_US
         for limits, _ in charge.counters:
             if limits.algorithm not in _WINDOWS:
                 return
             for limit in limits.limits:
-                # Months begin where a second does, and so where a window of any length may.
-                window_us = PAID_US if limit.calendar_month else limit.window_us
+                # A month begins on a whole second, where a window of one second begins too.
+                window_us = PREPAID_TTL_US if limit.calendar_month else limit.window_us
                 left_us = min(left_us, window_us - decision.at_us % window_us)
-        if len(self.paid) >= MAX_PAID:
-            self.paid.popitem(last=False)
-        held = self.paid.setdefault((charge.counters, charge.cost), deque())
-        held.append((self._now_us() + left_us, decision))
+        if len(self.prepaid) >= MAX_PREPAID:
+            self.prepaid.popitem(last=False)
+        entries = self.prepaid.setdefault((charge.counters, charge.cost), deque())
+        entries.append((self._now_us() + left_us, decision))

@@ -1,126 +1,26 @@
-"""Counters in the memory of one process: exact, bounded, without a sweep that stops the world.
+"""Counters in the memory of one process: exact, bounded, without a sweep that blocks the process.
 
-Layout. A counter's key is a short token for (name, algorithm, windows) followed by the subject; its value is the algorithm's
-state, or a tuple of states where there are several limits. Keys are spread over 256 dictionaries, because a dictionary that
-grows is copied whole: 1 million keys in one would stop everything for 40 ms, in 256 for 0.2 ms.
-
-Expiry. Each key stands in exactly one bucket of keys that expire at about the same time (bucket width: an eighth of the time to
-expiry). Every charge does a bounded piece of the work that is due; a key whose life was prolonged meanwhile moves to a later
-bucket.
-
-Bounds. At `max_subjects` counters (a sliding log weighs one more for every `LOG_ENTRIES_A_SUBJECT` entries) the nearest to
-expiry go first and are counted in `evicted`. "Nearest" is exact to a bucket's width; after `_STEPS` prolonged keys in a row
-the next one goes even so, to keep the work of one check bounded.
-
-Not for threads: one event loop, or a lock around it.
+Not thread-safe: use it from one event loop, or with a lock around it. Layout, expiry and bounds: see `memory_storage`.
 """
 
 from __future__ import annotations
 
-import heapq
-import time
-from collections.abc import Callable, Sequence
-from typing import Any, Final
+from collections.abc import Sequence
 
-from tidegate.algorithms import DECIDE, EXPIRES_AT, MERGE, State
+from tidegate.algorithms import MERGE, State
 from tidegate.counters import Charge
+from tidegate.counters.memory_storage import SWEEP_STEPS, MemoryStorage
 from tidegate.decision import Decision
-from tidegate.policy.limits import Algorithm, LimitSet
-
-DEFAULT_MAX_SUBJECTS: Final = 1_000_000
-LOG_ENTRIES_A_SUBJECT: Final = 8
-_SHARDS: Final = 256
-_STEPS: Final = 8
-_TIDY: Final = 128
-"""A denial drops the expired entries of a log where there are more: the next denial would walk them again."""
-_PLANS_KEPT: Final = 65_536
-_GONE: Final[tuple[()]] = ()
-"""State of a counter that was reset or carried over: nothing consumed, but its key still stands in a bucket."""
+from tidegate.policy.limits import LimitSet
 
 
-def store_clock() -> Callable[[], int]:
-    """A clock that starts at the wall clock's time and then never jumps.
-
-    Returns:
-        A function that gives µs since the epoch.
-    """
-    offset = time.time_ns() - time.monotonic_ns()
-    monotonic_ns = time.monotonic_ns
-    return lambda: (monotonic_ns() + offset) // 1000
-
-
-class _CompiledLimits:
-    """What was prepared for one `LimitSet`."""
-
-    __slots__ = ("decide", "elders", "expires_at", "fresh", "limits", "logs", "only", "token")
-
-    def __init__(self, limits: LimitSet, token: str) -> None:
-        self.limits = limits
-        self.token = token
-        self.decide = DECIDE[limits.algorithm]
-        self.expires_at = EXPIRES_AT[limits.algorithm]
-        self.only = limits.limits[0] if len(limits.limits) == 1 else None
-        self.fresh: tuple[Any, ...] = (None,) * len(limits.limits)
-        self.logs = limits.algorithm is Algorithm.SLIDING_LOG
-        self.elders: list[_CompiledLimits] = []
-
-    def states_of(self, held: Any) -> tuple[Any, ...]:
-        """The states of all limits in a stored value."""
-        if self.only is None:
-            states: tuple[Any, ...] = held or self.fresh
-            return states
-        return (held or None,)
-
-    def stored(self, states: Sequence[Any]) -> Any:
-        """The value to store for the states of all limits."""
-        return states[0] if self.only is not None else tuple(states)
-
-    def expiry(self, held: Any) -> int:
-        """When a stored value stops counting, µs since the epoch; 0 for one that no longer does."""
-        if self.only is not None:
-            return self.expires_at(self.only, held) if held else 0
-        return max(
-            (
-                self.expires_at(limit, state)
-                for limit, state in zip(self.limits.limits, self.states_of(held), strict=True)
-                if state is not None
-            ),
-            default=0,
-        )
-
-    def entries(self, held: Any) -> int:
-        """Log entries in a stored value."""
-        return sum(len(state[1]) for state in self.states_of(held) if state is not None) if self.logs else 0
-
-
-class MemoryCounters:
+class MemoryCounters(MemoryStorage):
     """Counters of one process.
 
     Args:
-        max_subjects: most counters held, 1 or more; each costs about 200 bytes for one limit.
+        max_subjects: most counters, 1 or more; each costs about 200 bytes for one limit.
         clock: gives µs since the epoch and never goes back; `store_clock()` where not given.
     """
-
-    def __init__(self, max_subjects: int = DEFAULT_MAX_SUBJECTS, clock: Callable[[], int] | None = None) -> None:
-        if max_subjects < 1:
-            raise ValueError(f"max_subjects {max_subjects} must be at least 1")
-        self.max_subjects = max_subjects
-        self.evicted = 0
-        self._clock = clock or store_clock()
-        self._shards: list[dict[str, Any]] = [{} for _ in range(_SHARDS)]
-        self._plans: dict[LimitSet, _CompiledLimits] = {}
-        self._newest: dict[str, _CompiledLimits] = {}
-        self._tokens: dict[tuple[str, str], str] = {}
-        self._by_name: dict[str, list[str]] = {}
-        self._due: dict[int, list[str]] = {}
-        self._ends: list[int] = []
-        self._next_due = 1 << 62
-        self._held = 0
-        self._log_entries = 0
-
-    def __len__(self) -> int:
-        """Counters held, expired ones that were not yet swept included."""
-        return self._held
 
     async def charge(self, charges: Sequence[Charge]) -> list[Decision]:
         """See `CounterStore.charge`; never raises `StoreUnavailable`."""
@@ -130,34 +30,34 @@ class MemoryCounters:
         """Decide and charge one counter: the hot path. Costs about 0.6 µs for one sliding-window limit.
 
         Args:
-            limits: what holds.
+            limits: of the counter.
             subject: whom to count.
             cost: units, 0 (peek) or more.
 
         Returns:
             The decision.
         """
-        plan = self._plans.get(limits) or self._prepare(limits)
-        limit = plan.only
+        compiled = self._compiled.get(limits) or self._prepare(limits)
+        limit = compiled.only
         if limit is None:
             return self.charge_all(((limits, subject),), cost)
         now = self._clock()
-        key = plan.token + subject
+        key = compiled.token + subject
         shard = self._shards[hash(key) & 255]
-        held = shard.get(key)
-        if held is None and plan.elders:
-            held = self._inherit(plan, subject)
-        state, remaining, reset, retry = plan.decide(limit, held or None, now, cost)
+        stored = shard.get(key)
+        if not stored and compiled.other_layouts:
+            stored = self._inherit(compiled, subject) or stored
+        state, remaining, reset, retry = compiled.decide(limit, stored or None, now, cost)
         if state is not None and cost:
             shard[key] = state
-            if held is None:
+            if stored is None:
                 self._file_new(key, now + reset, now)
-            if plan.logs:
-                self._count_entries(len(state[1]) - (len(held[1]) if held else 0), now)
-        elif state is None and plan.logs:
-            self._tidy(plan, shard, key, now)
+            if compiled.logs:
+                self._count_log_entries(len(state[1]) - (len(stored[1]) if stored else 0), now)
+        elif state is None and compiled.logs:
+            self._drop_expired_entries(compiled, shard, key, now)
         if now >= self._next_due:
-            self.sweep(_STEPS, now)
+            self.sweep(SWEEP_STEPS, now)
         return Decision(state is not None, limit, remaining, reset, retry, now, limits)
 
     def charge_all(self, counters: tuple[tuple[LimitSet, str], ...], cost: int) -> Decision:
@@ -178,17 +78,17 @@ class MemoryCounters:
         binding, least, reset_after, retry_after = counters[0][0].limits[0], -1, 0, 0
         never = denied = False
         for limits, subject in counters:
-            plan = self._plans.get(limits) or self._prepare(limits)
-            key = plan.token + subject
+            compiled = self._compiled.get(limits) or self._prepare(limits)
+            key = compiled.token + subject
             shard = self._shards[hash(key) & 255]
-            held = shard.get(key)
-            if held is None and plan.elders:
-                held = self._inherit(plan, subject)
+            stored = shard.get(key)
+            if not stored and compiled.other_layouts:
+                stored = self._inherit(compiled, subject) or stored
             states = []
             longest = 0
-            only, decide = plan.only, plan.decide
+            only, decide = compiled.only, compiled.decide
             # Most often one limit: then neither `zip` nor `states_of` is paid for, a tenth of the whole.
-            olds = ((only, held or None),) if only is not None else zip(limits.limits, held or plan.fresh, strict=True)
+            olds = ((only, stored or None),) if only is not None else zip(limits.limits, stored or compiled.fresh, strict=True)
             for limit, old in olds:
                 state, remaining, reset, retry = decide(limit, old, now, cost)
                 if state is None:
@@ -204,23 +104,23 @@ class MemoryCounters:
                 states.append(state)
                 if reset > longest:  # noqa: PLR1730 - a call of max() costs 50 ns here
                     longest = reset
-            writes.append((plan, shard, key, held, states, longest))
+            writes.append((compiled, shard, key, stored, states, longest))
         if cost and not denied:
-            for plan, shard, key, held, states, longest in writes:
+            for compiled, shard, key, stored, states, longest in writes:
                 # Making room for one counter of this check may have evicted another of them: then that one is new again.
                 known = key in shard
-                value = shard[key] = states[0] if plan.only is not None else tuple(states)
+                value = shard[key] = states[0] if compiled.only is not None else tuple(states)
                 if not known:
                     self._file_new(key, now + longest, now)
-                if plan.logs:
-                    self._count_entries(plan.entries(value) - (plan.entries(held) if held and known else 0), now)
+                if compiled.logs:
+                    self._count_log_entries(compiled.entries(value) - (compiled.entries(stored) if stored and known else 0), now)
         elif denied:
-            for plan, shard, key, *_ in writes:
-                if plan.logs:
-                    self._tidy(plan, shard, key, now)
+            for compiled, shard, key, *_ in writes:
+                if compiled.logs:
+                    self._drop_expired_entries(compiled, shard, key, now)
         # Only now: a sweep may drop what was read above.
         if now >= self._next_due:
-            self.sweep(_STEPS, now)
+            self.sweep(SWEEP_STEPS, now)
         return Decision(not denied, binding, least, reset_after, None if never else retry_after, now, counters[0][0])
 
     async def windows(self, counters: Sequence[tuple[LimitSet, str]]) -> list[tuple[Decision, ...]]:
@@ -228,13 +128,13 @@ class MemoryCounters:
         now = self._clock()
         found = []
         for limits, subject in counters:
-            plan = self._prepare(limits)
-            held = self._shards[hash(plan.token + subject) & 255].get(plan.token + subject)
-            if held is None and plan.elders:
-                held = self._inherit(plan, subject)
+            compiled = self._prepare(limits)
+            stored = self._shards[hash(compiled.token + subject) & 255].get(compiled.token + subject)
+            if not stored and compiled.other_layouts:
+                stored = self._inherit(compiled, subject) or stored
             own = []
-            for limit, state in zip(limits.limits, plan.states_of(held), strict=True):
-                _, remaining, reset, _ = plan.decide(limit, state, now, 0)
+            for limit, state in zip(limits.limits, compiled.unpack(stored), strict=True):
+                _, remaining, reset, _ = compiled.decide(limit, state, now, 0)
                 own.append(Decision(True, limit, remaining, reset, 0, now, limits))
             found.append(tuple(own))
         return found
@@ -242,8 +142,8 @@ class MemoryCounters:
     async def reset(self, counters: Sequence[tuple[LimitSet, str]]) -> None:
         """See `CounterStore.reset`."""
         for limits, subject in counters:
-            plan = self._prepare(limits)
-            for each in (plan, *plan.elders):
+            compiled = self._prepare(limits)
+            for each in (compiled, *compiled.other_layouts):
                 self._empty(each, subject)
 
     def take(self, limits: LimitSet, subject: str) -> tuple[State, ...] | None:
@@ -256,15 +156,15 @@ class MemoryCounters:
         Returns:
             A state for each limit; None where nothing still counts.
         """
-        plan = self._prepare(limits)
-        key = plan.token + subject
-        held = self._shards[hash(key) & 255].get(key)
-        if held is None and plan.elders:
-            held = self._inherit(plan, subject)
-        if not held or plan.expiry(held) <= self._clock():
+        compiled = self._prepare(limits)
+        key = compiled.token + subject
+        stored = self._shards[hash(key) & 255].get(key)
+        if not stored and compiled.other_layouts:
+            stored = self._inherit(compiled, subject) or stored
+        if not stored or compiled.expiry(stored) <= self._clock():
             return None
-        self._empty(plan, subject)
-        return plan.states_of(held)
+        self._empty(compiled, subject)
+        return compiled.unpack(stored)
 
     def add(self, limits: LimitSet, subject: str, states: Sequence[State]) -> None:
         """Add what was admitted elsewhere, without asking any limit.
@@ -274,195 +174,21 @@ class MemoryCounters:
             subject: whom it counts.
             states: one for each limit, None for nothing.
         """
-        plan = self._prepare(limits)
-        key = plan.token + subject
+        compiled = self._prepare(limits)
+        key = compiled.token + subject
         shard = self._shards[hash(key) & 255]
-        held = shard.get(key)
+        stored = shard.get(key)
         merge, now = MERGE[limits.algorithm], self._clock()
         merged = []
-        for limit, mine, other in zip(limits.limits, plan.states_of(held), states, strict=True):
+        for limit, mine, other in zip(limits.limits, compiled.unpack(stored), states, strict=True):
             state = mine if other is None else merge(limit, mine, other)
             # A limit that was given nothing begins with the state of a peek.
-            merged.append(plan.decide(limit, state, now, 0)[0])
-        value = shard[key] = plan.stored(merged)
-        if held is None:
-            self._file_new(key, plan.expiry(value), now)
-        if plan.logs:
-            self._count_entries(plan.entries(value) - (plan.entries(held) if held else 0), now)
+            merged.append(compiled.decide(limit, state, now, 0)[0])
+        value = shard[key] = compiled.pack(merged)
+        if stored is None:
+            self._file_new(key, compiled.expiry(value), now)
+        if compiled.logs:
+            self._count_log_entries(compiled.entries(value) - (compiled.entries(stored) if stored else 0), now)
 
     async def ping(self) -> None:
         """See `CounterStore.ping`: memory always answers."""
-
-    async def close(self) -> None:
-        """See `CounterStore.close`."""
-        for shard in self._shards:
-            shard.clear()
-        self._due.clear()
-        self._ends.clear()
-        self._next_due = 1 << 62
-        self._held = self._log_entries = 0
-
-    def sweep(self, steps: int, now: int | None = None) -> int:
-        """Look at keys that are due: drop the expired ones, move the prolonged ones to a later bucket.
-
-        Args:
-            steps: most keys to look at, 1 or more; 1,000 take about 1 ms.
-            now: µs since the epoch; the store's clock where not given.
-
-        Returns:
-            Keys looked at; fewer than `steps` when nothing more is due.
-        """
-        now = self._clock() if now is None else now
-        for done in range(steps):
-            if now < self._next_due:
-                return done
-            key = self._take_first()
-            if key is not None:
-                self._drop_or_move(key, now)
-        return steps
-
-    def _prepare(self, limits: LimitSet) -> _CompiledLimits:
-        """The plan of a limit set. Sets that differ only in amounts share a token and so their counters."""
-        known = self._plans.get(limits)
-        if known is not None:
-            return known
-        layout = f"{limits.algorithm}:" + ",".join(limit.window_name for limit in limits.limits)
-        token = self._tokens.get((limits.name, layout))
-        if token is None:
-            token = self._tokens[(limits.name, layout)] = f"{len(self._tokens):x}:"
-            self._by_name.setdefault(limits.name, []).append(token)
-        if len(self._plans) >= _PLANS_KEPT:
-            self._plans.clear()
-        plan = self._plans[limits] = self._newest[token] = _CompiledLimits(limits, token)
-        # Sets of the same name with other windows: their counters are looked at when a subject is new under this one.
-        for other in self._by_name[limits.name]:
-            if other != token:
-                plan.elders.append(self._newest[other])
-        for other in self._by_name[limits.name]:
-            elders = self._newest[other].elders
-            if other != token and all(elder.token != token for elder in elders):
-                elders.append(plan)
-        return plan
-
-    def _inherit(self, plan: _CompiledLimits, subject: str) -> Any:
-        """Carry over what a subject consumed under the same name while the rule had other windows beside the shared ones."""
-        for elder in plan.elders:
-            held = self._shards[hash(elder.token + subject) & 255].get(elder.token + subject)
-            if not held or elder.limits.algorithm is not plan.limits.algorithm:
-                continue
-            by_window = dict(zip((limit.window_name for limit in elder.limits.limits), elder.states_of(held), strict=True))
-            states = [by_window.get(limit.window_name) for limit in plan.limits.limits]
-            if any(state is not None for state in states):
-                self._empty(elder, subject)
-                key = plan.token + subject
-                # A limit that is new here starts from nothing consumed: its algorithm is asked for that state by a peek.
-                now = self._clock()
-                value = plan.stored(
-                    [plan.decide(limit, state, now, 0)[0] for limit, state in zip(plan.limits.limits, states, strict=True)]
-                )
-                self._shards[hash(key) & 255][key] = value
-                self._file_new(key, plan.expiry(value), now)
-                self._log_entries += plan.entries(value)
-                return value
-        return None
-
-    def _tidy(self, plan: _CompiledLimits, shard: dict[str, Any], key: str, now: int) -> None:
-        """Drop a log's expired entries, where they are many, though nothing is charged."""
-        held = shard.get(key)
-        if not held:
-            return
-        states = plan.states_of(held)
-        if not any(
-            state is not None and len(state[1]) > _TIDY and state[1][_TIDY] <= now - limit.window_us
-            for limit, state in zip(plan.limits.limits, states, strict=True)
-        ):
-            return
-        kept = shard[key] = plan.stored(
-            [plan.decide(limit, state, now, 0)[0] for limit, state in zip(plan.limits.limits, states, strict=True)]
-        )
-        self._log_entries += plan.entries(kept) - plan.entries(held)
-
-    def _empty(self, plan: _CompiledLimits, subject: str) -> None:
-        key = plan.token + subject
-        shard = self._shards[hash(key) & 255]
-        held = shard.get(key)
-        if held:
-            self._log_entries -= plan.entries(held)
-            shard[key] = _GONE
-
-    def _file_new(self, key: str, expires: int, now: int) -> None:
-        # Room is made before the new key is filed: only filed keys can be evicted, so it cannot be its own victim.
-        if self._held + self._log_entries // LOG_ENTRIES_A_SUBJECT >= self.max_subjects:
-            self._evict(now, room=1)
-        self._held += 1
-        self._file(key, expires, now)
-
-    def _file(self, key: str, expires: int, now: int) -> None:
-        """Put a key into the bucket of its expiry: one of at most eight for each doubling of the time to it."""
-        shift = max((expires - now).bit_length() - 3, 17)
-        end = ((expires >> shift) + 1) << shift
-        bucket = self._due.get(end)
-        if bucket is None:
-            self._due[end] = [key]
-            heapq.heappush(self._ends, end)
-            self._next_due = self._ends[0]
-        else:
-            bucket.append(key)
-
-    def _take_first(self) -> str | None:
-        """Take a key out of the bucket that is due first; None where that one was empty."""
-        end = self._ends[0]
-        bucket = self._due[end]
-        key = bucket.pop() if bucket else None
-        if not bucket:
-            heapq.heappop(self._ends)
-            del self._due[end]
-            self._next_due = self._ends[0] if self._ends else 1 << 62
-        return key
-
-    def _look_up(self, key: str) -> tuple[_CompiledLimits, dict[str, Any], Any]:
-        """The plan, the shard and the stored value of a filed key."""
-        shard = self._shards[hash(key) & 255]
-        return self._newest[key[: key.index(":") + 1]], shard, shard[key]
-
-    def _drop_or_move(self, key: str, now: int) -> None:
-        """Drop a key that has expired, or file it anew where its life was prolonged."""
-        plan, shard, held = self._look_up(key)
-        expires = plan.expiry(held) if held else 0
-        if expires > now:
-            self._file(key, expires, now)
-        else:
-            self._drop(plan, shard, key, held)
-
-    def _drop(self, plan: _CompiledLimits, shard: dict[str, Any], key: str, held: Any) -> None:
-        del shard[key]
-        self._held -= 1
-        if held:
-            self._log_entries -= plan.entries(held)
-
-    def _count_entries(self, grown: int, now: int) -> None:
-        """Keep the number of log entries, and the bound on it where a log has grown."""
-        self._log_entries += grown
-        if grown > 0 and self._held + self._log_entries // LOG_ENTRIES_A_SUBJECT > self.max_subjects:
-            self._evict(now, room=0)
-
-    def _evict(self, now: int, room: int) -> None:
-        """Make room: drop what has expired, else the nearest to expiry; never the last one: it would refill itself."""
-        moved = 0
-        while (
-            self._ends
-            and self._held + room > 1
-            and self._held + room + self._log_entries // LOG_ENTRIES_A_SUBJECT > self.max_subjects
-        ):
-            end = self._ends[0]
-            key = self._take_first()
-            if key is None:
-                continue
-            plan, shard, held = self._look_up(key)
-            expires = plan.expiry(held) if held else 0
-            if expires > end and moved < _STEPS:
-                self._file(key, expires, now)
-                moved += 1
-                continue
-            self._drop(plan, shard, key, held)
-            self.evicted += expires > now

@@ -1,7 +1,7 @@
-"""What goes on beside the checks while shards fail and come back: background probes, and putting back what is owed.
+"""Background work while shards fail and recover: probes, and adding usage during an outage to the store.
 
-A shard whose breaker is open is probed in the background, with a real charge of a counter that nobody else uses: so a breaker
-closes within half a second of the shard's return, although no check comes. One that opens again soon after is probed less and
+A shard whose breaker is open is probed in the background, with a real charge of a counter used for nothing else: so a breaker
+closes within half a second of the shard's recovery, also without checks. One that opens again soon after is probed less and
 less often, down to once in `open_s`.
 """
 
@@ -22,7 +22,7 @@ from tidegate.policy.limits import Algorithm, LimitSet
 logger = logging.getLogger(__name__)
 
 _BATCH_SIZE: Final = 200
-_BREAKERS_KEPT: Final = 1000
+_MAX_BREAKERS: Final = 1000
 
 
 class Store(Protocol):
@@ -51,7 +51,7 @@ class Store(Protocol):
 
 
 class Breakers:
-    """One breaker for each shard that failed lately; without any, the hot path is shorter.
+    """One circuit breaker for each shard that failed recently; without any, the hot path is shorter.
 
     Args:
         store: whose shards they are.
@@ -59,7 +59,7 @@ class Breakers:
     """
 
     def __init__(self, store: Store, options: BreakerOptions) -> None:
-        self.held: dict[str, Breaker] = {}
+        self.by_shard: dict[str, Breaker] = {}
         self._store = store
         self._options = options
         self._probed_at: dict[str, float] = {}
@@ -67,16 +67,16 @@ class Breakers:
     @property
     def open(self) -> dict[str, str]:
         """The shards whose breakers are not closed, and why."""
-        return {shard: breaker.why for shard, breaker in self.held.items() if breaker.state is not BreakerState.CLOSED}
+        return {shard: breaker.why for shard, breaker in self.by_shard.items() if breaker.state is not BreakerState.CLOSED}
 
     def admit(self, shards: Sequence[str], now: float) -> bool:
-        """Whether a charge may be made; where a breaker is open it is the probe, of all shards that it touches or of none.
+        """Whether a charge may be made; where a breaker is half open it is the probe, for all its shards or none.
 
         Args:
             shards: those that count it.
             now: monotonic s.
         """
-        breakers = [self.held[shard] for shard in shards if shard in self.held]
+        breakers = [self.by_shard[shard] for shard in shards if shard in self.by_shard]
         if any(breaker.state is not BreakerState.CLOSED and not breaker.is_due(now) for breaker in breakers):
             return False
         return all(breaker.admits(now) for breaker in breakers)
@@ -88,7 +88,7 @@ class Breakers:
             shard: its address.
             now: monotonic s.
         """
-        breaker = self.held.get(shard)
+        breaker = self.by_shard.get(shard)
         if breaker is not None:
             if breaker.state is not BreakerState.CLOSED:
                 logger.info("circuit breaker closed for Redis shard %s", shard, extra={"ecs": {"tidegate.shard": shard}})
@@ -102,16 +102,16 @@ class Breakers:
             error: why.
             now: monotonic s.
         """
-        breaker = self.held.get(shard)
+        breaker = self.by_shard.get(shard)
         if breaker is None:
-            if len(self.held) >= _BREAKERS_KEPT:
-                self.held.clear()
-            breaker = self.held[shard] = Breaker(self._options)
+            if len(self.by_shard) >= _MAX_BREAKERS:
+                self.by_shard.clear()
+            breaker = self.by_shard[shard] = Breaker(self._options)
         was = breaker.state
         breaker.failed(now, error.details.get("event"), error.message)
         if breaker.state is BreakerState.OPEN and was is not BreakerState.OPEN:
             logger.error(
-                "circuit breaker opened for Redis shard %s, a check retries in %g s: %s",
+                "circuit breaker opened for Redis shard %s, retrying in %g s: %s",
                 shard,
                 breaker.options.open_s,
                 error,
@@ -119,31 +119,31 @@ class Breakers:
             )
 
     def release(self, shards: Sequence[str]) -> None:
-        """A probe failed elsewhere before it said anything of these shards.
+        """A probe failed on another shard: it has no outcome for these.
 
         Args:
             shards: their addresses.
         """
         for shard in shards:
-            if (breaker := self.held.get(shard)) is not None:
+            if (breaker := self.by_shard.get(shard)) is not None:
                 breaker.release()
 
     async def probe(self, now: Callable[[], float], every: bool = False) -> None:
-        """Probe the shards whose breakers are open and whose time has come; forget breakers that mean nothing any more.
+        """Probe the shards whose breakers are open and whose time has come; drop breakers that are idle or whose shard is gone.
 
         Args:
             now: gives monotonic s.
-            every: whether all are probed, whatever their time.
+            every: whether all are probed, due or not.
         """
         known = self._store.shards()
-        for shard, breaker in list(self.held.items()):
+        for shard, breaker in list(self.by_shard.items()):
             gone = self._store.complete if shard == NO_SHARD else bool(known) and shard not in known
             if gone or breaker.is_idle(now()):
-                del self.held[shard]
-        self._probed_at = {shard: at for shard, at in self._probed_at.items() if shard in self.held}
+                del self.by_shard[shard]
+        self._probed_at = {shard: at for shard, at in self._probed_at.items() if shard in self.by_shard}
         due = [
             shard
-            for shard, breaker in self.held.items()
+            for shard, breaker in self.by_shard.items()
             if breaker.state is not BreakerState.CLOSED
             and shard != NO_SHARD
             and (every or now() - self._probed_at.get(shard, float("-inf")) >= breaker.wait_s)
@@ -158,7 +158,7 @@ class Breakers:
 
 
 class Debts:
-    """Puts back what was admitted without the store.
+    """Adds what was admitted without the store to the store.
 
     Args:
         store: where it is added.
@@ -212,13 +212,13 @@ class Debts:
                 elif error is None:
                     self.put_back += 1
                 else:
-                    logger.error("what subject %.80r owed cannot be added to its counter and is dropped: %s", each[1], error)
+                    logger.error("usage of subject %.80r during the outage not added to its counter: %s", each[1], error)
             done.set_result(None)
         if failed is not None:
             raise failed
 
     async def settle(self) -> None:
-        """Put back all that is owed to shards that are called; what is owed when it begins is looked at once.
+        """Put back all that is owed to shards that are called; each debt present at the start is tried once.
 
         Raises:
             StoreUnavailable: if a shard did not take it.
@@ -234,5 +234,5 @@ class Debts:
                     self._local.defer(limits, subject)
             left -= _BATCH_SIZE
             await self.put_back_of(some)
-            # A long debt must not keep checks and heartbeats from their turns.
+            # Other tasks get their turn between batches.
             await asyncio.sleep(0)

@@ -1,6 +1,6 @@
-"""Announcements to all instances that share a Redis: published on one channel, heard on a connection of its own.
+"""Announcements to all instances that share a Redis: published on one channel, received on a connection of its own.
 
-In a cluster what is published on any node is heard on all, so any node will do for listening.
+A cluster delivers what is published on one node to all nodes, so any node can be subscribed to.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from tidegate.errors import StoreUnavailable
 logger = logging.getLogger(__name__)
 
 CATALOG: Final = "tg:catalog"
-ASK_S: Final = 1.0
-"""So often a connection that listens is asked whether it still lives: a frozen server is as silent as a quiet one."""
+PING_INTERVAL_S: Final = 1.0
+"""Interval between pings on a subscribed connection, s: without them a hung server looks like a quiet one."""
 
 
 class RedisChannel:
@@ -42,22 +42,22 @@ class RedisChannel:
         return self._subscribed and self._connection is not None and self._connection.up
 
     async def announce(self, version: int) -> None:
-        """Tell all who listen.
+        """Announce a catalog version to all instances.
 
         Args:
-            version: what to tell them.
+            version: the catalog version.
         """
         try:
             await self._store.start()
             await self._store.call(self._name.encode(), "PUBLISH", self._name, str(version))
         except StoreUnavailable as error:
-            logger.warning("version %d could not be announced on Redis; instances find out within seconds: %s", version, error)
+            logger.warning("catalog version %d not announced on Redis, instances poll for it within seconds: %s", version, error)
 
-    async def listen(self, heard: Callable[[], None]) -> None:
-        """Listen until cancelled.
+    async def listen(self, on_announcement: Callable[[], None]) -> None:
+        """Receive announcements until cancelled.
 
         Args:
-            heard: is called at each announcement, and each time that listening begins or is lost.
+            on_announcement: called at each announcement, and each time the subscription begins or is lost.
         """
 
         def pushed(push: list[Any]) -> None:
@@ -65,23 +65,23 @@ class RedisChannel:
                 # The connection counts as up once it has read this: `changed` is called then.
                 self._subscribed = True
             elif push[0] == b"message":
-                heard()
+                on_announcement()
 
         def changed(connection: Connection) -> None:
             if not connection.up:
                 self._subscribed = False
-            heard()
+            on_announcement()
 
         await self._store.start()
-        connection = self._connection = self._store.listening(self._name, pushed, changed)
+        connection = self._connection = self._store.subscribe(self._name, pushed, changed)
         try:
             while True:
-                await asyncio.sleep(ASK_S)
+                await asyncio.sleep(PING_INTERVAL_S)
                 if connection.up:
                     try:
-                        await connection.ask(encode_command("PING"))
+                        await connection.send(encode_command("PING"))
                     except StoreUnavailable as error:
-                        # One late answer says little; the connection itself sees to it that it is not owed for long.
+                        # One late reply is not a failure; the connection itself drops a server whose replies stay overdue.
                         logger.debug("the channel's connection: %s", error)
         finally:
             self._connection = None

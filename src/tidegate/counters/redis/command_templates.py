@@ -1,4 +1,4 @@
-"""What is written to Redis for a charge: all that does not depend on subject and cost is prepared once."""
+"""Commands for charges: all parts that do not depend on subject and cost are prepared once."""
 
 from __future__ import annotations
 
@@ -17,38 +17,40 @@ from tidegate.errors import StoreUnavailable
 from tidegate.policy.limits import Limit, LimitSet
 
 _COSTS: Final = tuple(b"$%d\r\n%d\r\n" % (len(str(cost)), cost) for cost in range(1000))
+_KEY_HEADS: Final = tuple(b"$%d\r\ntg:{" % length for length in range(128))
+"""How a key of so many bytes begins. Looked up and joined, a command costs half of what formatting it costs."""
 
 
 class CommandTemplate:
-    """What was prepared for the counters of a charge: all that does not depend on subject and cost."""
+    """The prepared parts of a charge's command: all that does not depend on subject and cost."""
 
-    __slots__ = ("head", "limits", "name", "places", "script", "suffix", "tail")
+    __slots__ = ("head", "limits", "limits_by_place", "name", "script", "suffix", "tail")
 
     def __init__(self, sets: tuple[LimitSet, ...]) -> None:
         self.script = script("charge", frozenset(limits.algorithm for limits in sets))
         self.limits = sets[0]
-        self.places: tuple[Limit, ...] = tuple(limit for limits in sets for limit in limits.limits)
+        self.limits_by_place: tuple[Limit, ...] = tuple(limit for limits in sets for limit in limits.limits)
         self.head = _script_head(self.script, len(sets), 2 * len(sets) + 1)
         self.name = name_of(sets[0])
         self.suffix = tuple(b"}" + name_of(limits) + b"\r\n" for limits in sets)
         self.tail = b"".join(_bulk(parameters(limits)) for limits in sets)
 
     def decision(self, reply: Any) -> Decision:
-        """The decision that a script's reply says."""
+        """The decision in a script's reply."""
         try:
             binding, least, reset, retry, now = reply
-            limit = self.places[(binding if binding > 0 else -binding) - 1]
+            limit = self.limits_by_place[(binding if binding > 0 else -binding) - 1]
             return Decision(binding > 0, limit, least, reset, None if retry < 0 else retry, now, self.limits)
         except (TypeError, ValueError, IndexError):
-            raise StoreUnavailable(f"Redis answered what no counter says: {str(reply)[:100]}", reason="garbage") from None
+            raise StoreUnavailable(f"unexpected reply from Redis to a charge: {str(reply)[:100]}", reason="garbage") from None
 
 
-def charge_command(plan: CommandTemplate, charge: Charge, tag: bytes) -> bytes:
-    """The bytes that ask Redis for a charge.
+def charge_command(template: CommandTemplate, charge: Charge, tag: bytes) -> bytes:
+    """The command for a charge.
 
     Args:
-        plan: of its counters.
-        charge: what is asked.
+        template: of its counters.
+        charge: the charge.
         tag: the hash tag of the first counter's subject.
 
     Returns:
@@ -56,16 +58,16 @@ def charge_command(plan: CommandTemplate, charge: Charge, tag: bytes) -> bytes:
     """
     cost = charge.cost
     cost_part = _COSTS[cost] if cost < 1000 else _bulk(b"%d" % cost)
-    suffixes = plan.suffix
+    suffixes = template.suffix
     # A key is "tg:{" + tag + suffix without its line's end: 4 and -2 bytes.
     if len(suffixes) == 1:
         suffix = suffixes[0]
-        return b"%b$%d\r\ntg:{%b%b%b%b" % (plan.head, len(tag) + len(suffix) + 2, tag, suffix, plan.tail, cost_part)
+        return b"".join((template.head, _KEY_HEADS[len(tag) + len(suffix) + 2], tag, suffix, template.tail, cost_part))
     keys = []
     for (_, subject), suffix in zip(charge.counters, suffixes, strict=True):
         own = tag if subject == charge.counters[0][1] else hash_tag(subject)
         keys.append(b"$%d\r\ntg:{%b%b" % (len(own) + len(suffix) + 2, own, suffix))
-    return b"%b%b%b%b" % (plan.head, b"".join(keys), plan.tail, cost_part)
+    return b"%b%b%b%b" % (template.head, b"".join(keys), template.tail, cost_part)
 
 
 def _script_head(work: Script, keys: int, arguments: int) -> bytes:
@@ -77,24 +79,24 @@ def _bulk(raw: bytes) -> bytes:
     return b"$%d\r\n%b\r\n" % (len(raw), raw)
 
 
-def batch_command(work: Script, plan: Sequence[int], keys: Sequence[bytes], sets: Iterable[LimitSet]) -> bytes:
-    """The bytes that ask one server for several charges at once; see `charge_many.lua`.
+def batch_command(work: Script, layout: Sequence[int], keys: Sequence[bytes], sets: Iterable[LimitSet]) -> bytes:
+    """The command for several charges on one server; see `charge_many.lua`.
 
     Args:
         work: the script.
-        plan: for each charge how many counters it has, its cost, and which of `sets` are theirs, the first being 2.
+        layout: for each charge how many counters it has, its cost, and which of `sets` are theirs, the first being 2.
         keys: of all counters, in order.
         sets: the limit sets in use.
 
     Returns:
         One command.
     """
-    arguments = (msgspec.msgpack.encode(plan), *(parameters(limits) for limits in sets))
+    arguments = (msgspec.msgpack.encode(layout), *(parameters(limits) for limits in sets))
     return encode_command("EVALSHA", work.sha, str(len(keys)), *keys, *arguments)
 
 
 def absorb_command(work: Script, limits: LimitSet, subject: str, states: Sequence[State]) -> bytes:
-    """The bytes that add to a counter what was admitted elsewhere.
+    """The command that adds to a counter what was admitted elsewhere.
 
     Args:
         work: the script.

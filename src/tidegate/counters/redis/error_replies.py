@@ -1,6 +1,6 @@
-"""What Redis answers instead of a reply, and doing what it tells: MOVED, ASK, TRYAGAIN, CLUSTERDOWN, LOADING, READONLY, NOSCRIPT.
+"""Error replies of Redis and how each is followed: MOVED, ASK, TRYAGAIN, CLUSTERDOWN, LOADING, READONLY, NOSCRIPT.
 
-A check that gets its reply at once never comes here.
+A check that gets a decision at once does not use this module.
 """
 
 from __future__ import annotations
@@ -23,24 +23,26 @@ from tidegate.errors import StoreUnavailable
 logger = logging.getLogger(__name__)
 
 _FOLLOWED: Final = frozenset(("NOSCRIPT", "MOVED", "ASK", "READONLY", "TRYAGAIN", "CLUSTERDOWN", "LOADING", "MASTERDOWN", "BUSY"))
-"""What says where else to ask, or passes by itself: asked again, a moment later."""
+"""Errors that name another server or are temporary: the command is sent again after `_PAUSE_S`."""
 _PAUSE_S: Final = 0.005
 LOADED_S: Final = 0.05
-"""A script that was loaded so short a time ago is on its way: it is not loaded again."""
+"""A script that was loaded less than this ago, s, is not loaded again."""
 
 
 class ScriptFailed(StoreUnavailable):
-    """A script failed while it ran: for what its keys hold, or for what the user may not do."""
+    """A script failed while it ran: because of a value it read, or a missing permission."""
 
 
-async def settled(topology: Topology, slot: int, command: bytes, reply: Any, work: Script | None, deadline: float) -> Any:
-    """Do what an error reply tells, until a reply is none or the deadline passes.
+async def follow_redirection(
+    topology: Topology, slot: int, command: bytes, reply: Any, work: Script | None, deadline: float
+) -> Any:
+    """Follow an error reply, and those after it, until there is a reply or the deadline passes.
 
     Args:
         topology: of the servers.
         slot: of the command's keys.
         command: as it was written.
-        reply: what came; where it is no error, whoever asked has found no sense in it.
+        reply: an error reply, or one that the caller cannot decode.
         work: the script that the command runs; None where it runs none.
         deadline: of all of it, monotonic s.
 
@@ -50,17 +52,17 @@ async def settled(topology: Topology, slot: int, command: bytes, reply: Any, wor
     Raises:
         LateAnswer: if the deadline passes while the command is unanswered.
         ScriptFailed: if the script fails, which may be for what its keys hold.
-        StoreUnavailable: if there is no reply for another reason; its `reason` says which in one word.
+        StoreUnavailable: if there is no reply for another reason, named by its `reason`.
     """
     if not isinstance(reply, hiredis.ReplyError):
-        topology.connection_of(slot).drop("it answered what was not asked")
-        raise StoreUnavailable(f"Redis answered what no counter says: {shown(reply)}", reason="garbage")
+        topology.connection_of(slot).drop("its replies do not match the commands sent")
+        raise StoreUnavailable(f"unexpected reply from Redis to a charge: {shown(reply)}", reason="garbage")
     while True:
         connection = topology.connection_of(slot)
         word = str(reply).partition(" ")[0]
         if is_script_failure(reply):
             raise ScriptFailed(
-                f"a script fails on Redis at {connection.endpoint}: {shown(reply)}",
+                f"script error on Redis at {connection.endpoint}: {shown(reply)}",
                 reason="script",
                 shard=str(connection.endpoint),
             )
@@ -68,118 +70,118 @@ async def settled(topology: Topology, slot: int, command: bytes, reply: Any, wor
             raise _refused(connection, reply)
         if time.monotonic() >= deadline:
             raise StoreUnavailable(
-                f"Redis at {connection.endpoint} did not settle within the deadline; last reply: {shown(reply)}",
+                f"Redis at {connection.endpoint} still answered with an error at the deadline; last reply: {shown(reply)}",
                 reason=reason_of(reply),
                 shard=str(connection.endpoint),
             )
         if word == "NOSCRIPT" and work is not None:
-            reply = await _load_and_ask(connection, command, work, deadline)
+            reply = await _load_and_send(connection, command, work, deadline)
         elif word == "MOVED":
             topology.moved(slot, _named_endpoint(reply, connection))
-            reply = await _ask_owner(topology, slot, command, deadline)
+            reply = await _send_to_owner(topology, slot, command, deadline)
         elif word == "ASK":
-            reply = await _ask_importer(topology.connection_to(_named_endpoint(reply, connection)), command, work, deadline)
+            reply = await _send_to_importer(topology.connection_to(_named_endpoint(reply, connection)), command, work, deadline)
         else:
             if word == "CLUSTERDOWN":
-                topology.doubt(connection, str(reply))
+                topology.mark_stale(connection, str(reply))
             elif word == "READONLY":
-                topology.doubt(connection, "it is a replica now")
+                topology.mark_stale(connection, "it is now a replica")
             await asyncio.sleep(_PAUSE_S)
-            reply = await _ask_owner(topology, slot, command, deadline)
+            reply = await _send_to_owner(topology, slot, command, deadline)
         if not isinstance(reply, hiredis.ReplyError):
             return reply
 
 
-async def answer_by(asked: asyncio.Future[Any], deadline: float, shard: str) -> Any:
-    """The reply to a question, until a deadline.
+async def reply_by(sent: asyncio.Future[Any], deadline: float, shard: str) -> Any:
+    """The reply to a command, until a deadline.
 
     Args:
-        asked: the question.
+        sent: the future reply.
         deadline: monotonic s.
-        shard: who was asked, for the error.
+        shard: address of the server, for the error.
 
     Returns:
         The reply.
 
     Raises:
-        LateAnswer: when the deadline passes; the question stays open.
+        LateAnswer: when the deadline passes; the command stays in flight.
         StoreUnavailable: if the connection is lost.
     """
-    if not asked.done():
-        await asyncio.wait((asked,), timeout=max(deadline - time.monotonic(), 0))
-    if asked.done():
-        return asked.result()
-    raise LateAnswer(f"Redis at {shard} did not answer before the deadline", asked, shard=shard)
+    if not sent.done():
+        await asyncio.wait((sent,), timeout=max(deadline - time.monotonic(), 0))
+    if sent.done():
+        return sent.result()
+    raise LateAnswer(f"Redis at {shard} did not answer before the deadline", sent, shard=shard)
 
 
-async def _ask_owner(topology: Topology, slot: int, command: bytes, deadline: float) -> Any:
+async def _send_to_owner(topology: Topology, slot: int, command: bytes, deadline: float) -> Any:
     connection = topology.connection_of(slot)
     await connection.wait_up(max(deadline - time.monotonic(), 0))
-    return await answer_by(connection.ask(command), deadline, str(connection.endpoint))
+    return await reply_by(connection.send(command), deadline, str(connection.endpoint))
 
 
-async def _ask_importer(other: Connection, command: bytes, work: Script | None, deadline: float) -> Any:
-    """Ask the node that a slot moves to."""
+async def _send_to_importer(other: Connection, command: bytes, work: Script | None, deadline: float) -> Any:
+    """Send a command to the node that a slot moves to."""
     await other.wait_up(max(deadline - time.monotonic(), 0))
     # Both in one write: another command between them would use up the ASKING.
-    _forget(other.ask(encode_command("ASKING")))
-    reply = await answer_by(other.ask(command), deadline, str(other.endpoint))
+    _ignore_reply(other.send(encode_command("ASKING")))
+    reply = await reply_by(other.send(command), deadline, str(other.endpoint))
     if work is None or not _misses_script(reply):
         return reply
-    load = other.ask(encode_command("SCRIPT", "LOAD", work.source))
-    _forget(other.ask(encode_command("ASKING")))
-    again = other.ask(command)
-    if not isinstance(await answer_by(load, deadline, str(other.endpoint)), hiredis.ReplyError):
-        return await answer_by(again, deadline, str(other.endpoint))
-    _forget(again)
-    _forget(other.ask(encode_command("ASKING")))
-    return await answer_by(other.ask(with_source(command, work.sha, work.source)), deadline, str(other.endpoint))
+    load = other.send(encode_command("SCRIPT", "LOAD", work.source))
+    _ignore_reply(other.send(encode_command("ASKING")))
+    again = other.send(command)
+    if not isinstance(await reply_by(load, deadline, str(other.endpoint)), hiredis.ReplyError):
+        return await reply_by(again, deadline, str(other.endpoint))
+    _ignore_reply(again)
+    _ignore_reply(other.send(encode_command("ASKING")))
+    return await reply_by(other.send(with_source(command, work.sha, work.source)), deadline, str(other.endpoint))
 
 
-async def _load_and_ask(connection: Connection, command: bytes, work: Script, deadline: float) -> Any:
-    """Load a script and ask again; of a batch that misses it, the first loads it for all. Where that is refused, use EVAL."""
+async def _load_and_send(connection: Connection, command: bytes, work: Script, deadline: float) -> Any:
+    """Load a script, once for a batch that misses it, and send the command again. Where loading is refused, use EVAL."""
     shard = str(connection.endpoint)
     now = time.monotonic()
     loaded = connection.loads.get(work.sha)
     if loaded is not None and now - loaded < LOADED_S:
-        reply = await answer_by(connection.ask(command), deadline, shard)
+        reply = await reply_by(connection.send(command), deadline, shard)
         if not _misses_script(reply):
             return reply
     if not connection.refuses_load:
         connection.loads[work.sha] = now
-        load = connection.ask(encode_command("SCRIPT", "LOAD", work.source))
-        again = connection.ask(command)
-        refusal = await answer_by(load, deadline, shard)
+        load = connection.send(encode_command("SCRIPT", "LOAD", work.source))
+        again = connection.send(command)
+        refusal = await reply_by(load, deadline, shard)
         if not isinstance(refusal, hiredis.ReplyError):
-            return await answer_by(again, deadline, shard)
-        _forget(again)
+            return await reply_by(again, deadline, shard)
+        _ignore_reply(again)
         if str(refusal).startswith("LOADING"):
             return refusal
         logger.warning(
-            "Redis at %s refuses SCRIPT LOAD: %s; scripts are sent with EVAL: allow +script|load to save that",
+            "Redis at %s refused SCRIPT LOAD: %s; sending scripts with EVAL instead. Grant +script|load to avoid the overhead",
             shard,
             shown(refusal),
         )
         connection.refuses_load = True
-    return await answer_by(connection.ask(with_source(command, work.sha, work.source)), deadline, shard)
+    return await reply_by(connection.send(with_source(command, work.sha, work.source)), deadline, shard)
 
 
 def _misses_script(reply: Any) -> bool:
     return isinstance(reply, hiredis.ReplyError) and str(reply).startswith("NOSCRIPT")
 
 
-def _forget(asked: asyncio.Future[Any]) -> None:
-    """Its reply is of no interest, nor is its failure."""
-    asked.add_done_callback(lambda done: None if done.cancelled() else done.exception())
+def _ignore_reply(sent: asyncio.Future[Any]) -> None:
+    """Ignore its reply and its failure."""
+    sent.add_done_callback(lambda done: None if done.cancelled() else done.exception())
 
 
 def _refused(connection: Connection, reply: Any) -> StoreUnavailable:
     shard = str(connection.endpoint)
-    return StoreUnavailable(f"Redis at {shard} refuses: {shown(reply)}", reason=reason_of(reply), shard=shard)
+    return StoreUnavailable(f"Redis at {shard} refused the command: {shown(reply)}", reason=reason_of(reply), shard=shard)
 
 
 def shown(reply: Any) -> str:
-    """What Redis said, for a message: short, and on one line.
+    """A reply as text for a message: short and on one line.
 
     Args:
         reply: anything.
@@ -188,7 +190,7 @@ def shown(reply: Any) -> str:
 
 
 def is_script_failure(reply: Any) -> bool:
-    """Whether an error reply says that a script failed while it ran, by what it read or by what it may not do.
+    """Whether an error reply says that a script failed while it ran, because of a value it read or a missing permission.
 
     Args:
         reply: of the server.
@@ -198,7 +200,7 @@ def is_script_failure(reply: Any) -> bool:
 
 
 def reason_of(reply: Any) -> str:
-    """One word for what Redis said.
+    """The reason of an error reply, in one word.
 
     Args:
         reply: an error reply.
@@ -226,8 +228,10 @@ def reason_of(reply: Any) -> str:
 
 
 def _named_endpoint(reply: Any, source: Connection) -> Endpoint:
-    """The address of `MOVED 3999 127.0.0.1:6381`; an empty host means the one that said so."""
+    """The address of `MOVED 3999 127.0.0.1:6381`; an empty host means the server that sent it."""
     host, _, port = str(reply).rpartition(" ")[2].rpartition(":")
     if not port.isascii() or not port.isdecimal():
-        raise StoreUnavailable(f"Redis at {source.endpoint} redirects to no address: {shown(reply)}", reason="garbage")
+        raise StoreUnavailable(
+            f"Redis at {source.endpoint} sent a redirection without a valid address: {shown(reply)}", reason="garbage"
+        )
     return Endpoint(host or source.endpoint.host, int(port))

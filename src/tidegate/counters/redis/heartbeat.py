@@ -1,4 +1,4 @@
-"""How instances know of each other: each says every second that it lives, in one sorted set of the store."""
+"""Heartbeats: each instance writes one every second, into one sorted set of the store, which gives their number."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from tidegate.counters.redis.scripts import script
 from tidegate.counters.redis.store import RedisCounters
 from tidegate.errors import StoreUnavailable
 
-BEAT_S: Final = 1.0
-GONE_S: Final = 5.0
+INTERVAL_S: Final = 1.0
+EXPIRY_S: Final = 5.0
 _TAG: Final = b"instances"
 _INSTANCES: Final = b"tg:{instances}"
 _RESETS: Final = b"tg:{instances}resets"
-_RESETS_KEPT_MS: Final = 86_400_000
+_RESETS_TTL_MS: Final = 86_400_000
 
 
 class Beat(msgspec.Struct, frozen=True):
-    """What a heartbeat learnt.
+    """The result of a heartbeat.
 
     Args:
-        instances: that live, this one included.
-        resets: counters that were reset so far, by all; only whether it changed means something.
+        instances: number that are alive, this one included.
+        resets: number of resets so far, by all instances; only a change is significant.
         at_us: the store's clock, µs since the epoch.
     """
 
@@ -33,36 +33,36 @@ class Beat(msgspec.Struct, frozen=True):
 
 
 async def beat(store: RedisCounters, instance: str) -> Beat:
-    """Say that an instance lives.
+    """Send the heartbeat of an instance.
 
     Args:
         store: where.
-        instance: a name that no other has.
+        instance: its unique name.
 
     Returns:
-        What was learnt.
+        The result.
 
     Raises:
         StoreUnavailable: if the store does not answer.
     """
     work = script("heartbeat", frozenset())
-    arguments = (instance, str(round(GONE_S * 1000)))
+    arguments = (instance, str(round(EXPIRY_S * 1000)))
     try:
         reply = await store.run(_TAG, work, (_INSTANCES, _RESETS), arguments)
     except StoreUnavailable as error:
         if "WRONGTYPE" not in error.message:
             raise
-        # Something else wrote these keys: nobody would learn of anybody as long as they live.
+        # Another program wrote these keys: no heartbeat would work as long as they exist.
         await store.call(_TAG, "UNLINK", _INSTANCES, _RESETS)
         reply = await store.run(_TAG, work, (_INSTANCES, _RESETS), arguments)
     try:
         return Beat(*(int(number) for number in reply))
     except (TypeError, ValueError):
-        raise StoreUnavailable(f"Redis answered what no heartbeat says: {str(reply)[:100]}", reason="garbage") from None
+        raise StoreUnavailable(f"unexpected reply from Redis to a heartbeat: {str(reply)[:100]}", reason="garbage") from None
 
 
 async def leave(store: RedisCounters, instance: str) -> None:
-    """Say that an instance ends, so that the others need not wait to find out.
+    """Remove an instance that shuts down, so that the others need not wait for it to expire.
 
     Args:
         store: where.
@@ -75,7 +75,7 @@ async def leave(store: RedisCounters, instance: str) -> None:
 
 
 async def announce_reset(store: RedisCounters) -> None:
-    """Tell all instances that a counter was reset; they learn it with their next beat.
+    """Announce to all instances that a counter was reset; they receive it with their next heartbeat.
 
     Args:
         store: where.
@@ -84,4 +84,4 @@ async def announce_reset(store: RedisCounters) -> None:
         StoreUnavailable: if the store does not answer.
     """
     await store.call(_TAG, "INCR", _RESETS)
-    await store.call(_TAG, "PEXPIRE", _RESETS, str(_RESETS_KEPT_MS))
+    await store.call(_TAG, "PEXPIRE", _RESETS, str(_RESETS_TTL_MS))

@@ -1,6 +1,6 @@
-"""Whether a shard decides checks: the script of a check is run on counters that nobody else uses.
+"""Whether a shard decides checks: the script of a check is run on counters used for nothing else.
 
-PING says little: a server may answer it and refuse the script, for want of a permission or of memory.
+A PING is not enough: a server may answer it and refuse the script, for lack of a permission or of memory.
 """
 
 from __future__ import annotations

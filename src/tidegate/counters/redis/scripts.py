@@ -49,7 +49,7 @@ def script(work: str, algorithms: frozenset[Algorithm], clock: str = "store_cloc
     Args:
         work: `charge`, `charge_many`, `absorb`, `reset_corrupt` or `heartbeat`.
         algorithms: those that its counters use.
-        clock: the file that says `now`; tests have one of their own, given as Lua.
+        clock: name of the Lua file that defines `now`, or Lua source, for tests.
 
     Returns:
         The script.
@@ -68,7 +68,7 @@ def script(work: str, algorithms: frozenset[Algorithm], clock: str = "store_cloc
 
 
 def parameters(limits: LimitSet) -> bytes:
-    """What a script is told of a counter: `[algorithm, window, amount, …]` in MessagePack.
+    """The parameters of a counter for a script: `[algorithm, window, amount, …]` in MessagePack.
 
     Args:
         limits: of the counter.

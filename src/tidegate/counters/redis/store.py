@@ -3,54 +3,45 @@
 A counter is one key, `tg:{subject}name`: the subject is the hash tag, so that all counters of a subject lie on one shard; the
 name is a digest of the limit set's name and algorithm. All windows of the set are packed in its value. Every key expires.
 
-Where a rule counts by another subject than its tier's own limits, a cluster may hold the two on different shards: see `split`.
+Where a rule counts by another subject than its tier's own limits, a cluster may hold the two on different shards: see
+`split_charge`.
 
-What Redis answers beside replies is followed within the check's deadline (`error_replies`), which is one moment however many
-redirections there are. What cannot be settled until then raises `StoreUnavailable`; its `reason` says why in one word. Where the
-deadline passes while Redis has the check, that is a `LateAnswer`: whoever asked can still learn whether it was charged.
-A counter whose value no script can read is reset, and costs nobody else anything (`corrupt`).
+Redirections and other errors of Redis are followed within the check's deadline (`error_replies`), which does not move however
+many redirections there are. A charge without a decision by then fails with `StoreUnavailable`; its `reason` says why in one
+word. Where Redis has received the charge and not answered, that is a `LateAnswer`: the caller can still learn whether it was
+charged. A counter whose value no script can read is reset; other subjects are not affected (`corrupt_counters`).
 """
 
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Iterable, Sequence
 from functools import partial
 from typing import Any, Final
-
-import hiredis
 
 from tidegate.algorithms import State
 from tidegate.counters import Charge, ChargeOutcome, LateAnswer
 from tidegate.counters.redis.command_templates import CommandTemplate, absorb_command, batch_command, charge_command
-from tidegate.counters.redis.connection import MAX_LATE, STALL_S, Connection, ConnectionOptions, patiently
-from tidegate.counters.redis.corrupt import CorruptCounters
-from tidegate.counters.redis.error_replies import ScriptFailed, answer_by, settled, shown
+from tidegate.counters.redis.commands import LATE_TIMEOUT_S, Command, RedisCommands, not_started, raise_first
+from tidegate.counters.redis.corrupt_counters import CorruptCounters
+from tidegate.counters.redis.error_replies import ScriptFailed, follow_redirection, reply_by, shown
 from tidegate.counters.redis.keyspace import hash_tag, key_of, slot_of_tag
 from tidegate.counters.redis.probe import PROBE, probe_tags
 from tidegate.counters.redis.resp import encode_command
 from tidegate.counters.redis.scripts import Script, script
-from tidegate.counters.redis.split import charge_split
-from tidegate.counters.redis.topology import NO_SHARD, Topology, open_topology
-from tidegate.counters.redis.url import RedisUrl, parse_redis_url
+from tidegate.counters.redis.split_charge import charge_split
+from tidegate.counters.redis.url import RedisUrl
 from tidegate.decision import Decision
-from tidegate.errors import SettingsError, StoreUnavailable
+from tidegate.errors import StoreUnavailable
 from tidegate.policy.limits import LimitSet
 
-logger = logging.getLogger(__name__)
-
-_PLANS_KEPT: Final = 65_536
+_MAX_TEMPLATES: Final = 65_536
 _BATCH_SIZE: Final = 50
-"""Most checks in one script: Redis does nothing else meanwhile, half a millisecond here."""
-_PATIENCE_S: Final = STALL_S * MAX_LATE
-"""How long what no check waits for may take; a connection that owes an answer for longer is dropped."""
-_Asked = tuple[bytes, bytes, Script | None]
-"""A command to come: the hash tag of its keys, its bytes, and the script that it runs."""
+"""Most checks in one script. Redis serves nothing else while it runs: about 0.5 ms."""
 
 
-class RedisCounters:
+class RedisCounters(RedisCommands):
     """Counters shared by all instances that use the same Redis.
 
     Args:
@@ -64,76 +55,42 @@ class RedisCounters:
     """
 
     def __init__(self, url: str | RedisUrl, timeout_s: float = 0.05, max_in_flight: int = 10_000, name: str = "tidegate") -> None:
-        self.url = parse_redis_url(url) if isinstance(url, str) else url
-        self.timeout_s = timeout_s
-        self._options = ConnectionOptions(
-            timeout_s, max_in_flight, self.url.credentials, self.url.db, self.url.tls_context(), name
-        )
-        self._plans: dict[Any, CommandTemplate] = {}
-        self._topology: Topology | None = None
-        self._starting: asyncio.Task[None] | None = None
+        super().__init__(url, timeout_s, max_in_flight, name)
+        self._templates: dict[Any, CommandTemplate] = {}
         self._splits: set[asyncio.Task[Decision]] = set()
         self.refunds = 0
-        """Split charges of which something was given back: who was denied meanwhile might pass now."""
-        self.corrupt = CorruptCounters(self._run_by)
-        self._loop: asyncio.AbstractEventLoop | None = None
+        """Split charges of which a part was refunded: a subject that was denied meanwhile may pass now."""
+        self.corrupt = CorruptCounters(self._run_until)
 
-    @property
-    def started(self) -> bool:
-        """Whether it has begun to connect, in the running event loop."""
-        return self._topology is not None and self._loop is asyncio.get_running_loop()
-
-    async def start(self) -> None:
-        """Connect, in the running event loop; anew where it is another one than before. Returns when the servers are there, or
-        without them after a second.
-        """
-        loop = asyncio.get_running_loop()
-        if self._loop is not loop:
-            self._leave_loop()
-            self._loop = loop
-        if self._topology is None:
-            self._topology = open_topology(self.url, self._options)
-            self._starting = asyncio.ensure_future(self._topology.start(max(1.0, self.timeout_s)))
-        if self._starting is not None:
-            await asyncio.shield(self._starting)
-
-    def reload_certificates(self) -> None:
-        """Read the PEM files of the URL again, for connections made from now on; logs those that cannot be used."""
-        if self._options.tls is not None:
-            try:
-                self.url.load_certificates(self._options.tls)
-            except SettingsError as error:
-                logger.error("certificates not reloaded, the previous ones stay active: %s", error)
-
-    async def charge(self, charges: Sequence[Charge], asked_ns: int = 0) -> list[ChargeOutcome]:
+    async def charge(self, charges: Sequence[Charge], started_ns: int = 0) -> list[ChargeOutcome]:
         """See `CounterStore.charge`: one write for each shard touched, and where there is but one, one call for every 50.
 
         A shard that fails fails only its own charges.
 
         Args:
             charges: any number of them.
-            asked_ns: monotonic ns from which the deadline counts; from now where 0.
+            started_ns: monotonic ns from which the deadline counts; from now where 0.
         """
         if self._topology is None or self._loop is not asyncio.get_running_loop():
             await self.start()
-        deadline = self._deadline(asked_ns)
-        if len(charges) > 1 and not self._must_topology().sharded:
+        deadline = self._deadline(started_ns)
+        if len(charges) > 1 and not self._require_topology().sharded:
             pieces = [charges[start : start + _BATCH_SIZE] for start in range(0, len(charges), _BATCH_SIZE)]
-            return [outcome for each in [self._ask_many(piece, deadline) for piece in pieces] for outcome in await each]
-        asked: list[asyncio.Future[Any] | StoreUnavailable] = []
+            return [outcome for each in [self._send_batch(piece, deadline) for piece in pieces] for outcome in await each]
+        sent: list[asyncio.Future[Any] | StoreUnavailable] = []
         for charge in charges:
             try:
-                asked.append(self._split(charge) if self._is_split(charge) else self._ask(charge)[0])
+                sent.append(self._split(charge) if self._is_split(charge) else self._send(charge)[0])
             except StoreUnavailable as error:
-                asked.append(error)
-        return [await self._outcome(charge, waiting, deadline) for charge, waiting in zip(charges, asked, strict=True)]
+                sent.append(error)
+        return [await self._outcome(charge, waiting, deadline) for charge, waiting in zip(charges, sent, strict=True)]
 
-    async def charge_one(self, charge: Charge, asked_ns: int = 0) -> Decision:
+    async def charge_one(self, charge: Charge, started_ns: int = 0) -> Decision:
         """Decide one charge: the hot path.
 
         Args:
-            charge: what is asked.
-            asked_ns: monotonic ns from which the deadline counts; from now where 0.
+            charge: the charge.
+            started_ns: monotonic ns from which the deadline counts; from now where 0.
 
         Returns:
             The decision.
@@ -143,48 +100,25 @@ class RedisCounters:
             StoreUnavailable: if its shard does not answer.
         """
         if len(charge.counters) > 1 and self._is_split(charge):
-            return await answer_by(self._split(charge), self._deadline(asked_ns), "several shards")  # type: ignore[no-any-return]
-        future, plan = self._ask(charge)
+            return await reply_by(self._split(charge), self._deadline(started_ns), "several shards")  # type: ignore[no-any-return]
+        future, template = self._send(charge)
         try:
             reply = await future
         except LateAnswer as late:
-            late.decode = plan.decision
+            late.decode = template.decision
             raise
         if type(reply) is list:
             try:
-                return plan.decision(reply)
+                return template.decision(reply)
             except StoreUnavailable:
-                self._distrust(charge)
+                self._disconnect(charge)
                 raise
-        return await self._settle(charge, reply, self._deadline(asked_ns))
-
-    def shards(self) -> set[str]:
-        """The servers that count now, by address."""
-        return {str(connection.endpoint) for connection in self.connections()}
-
-    @property
-    def complete(self) -> bool:
-        """Whether every subject has a server that counts it, as far as is known."""
-        return self._topology is None or self._topology.complete
-
-    def shard_of(self, subject: str) -> str:
-        """Which server counts a subject now.
-
-        Args:
-            subject: as in a `Charge`.
-
-        Returns:
-            Its address; changes when another server takes its place.
-        """
-        try:
-            return str(self._connection(hash_tag(subject)).endpoint)
-        except StoreUnavailable:
-            return NO_SHARD
+        return await self._follow_reply(charge, reply, self._deadline(started_ns))
 
     async def windows(self, counters: Sequence[tuple[LimitSet, str]]) -> list[tuple[Decision, ...] | None]:
         """See `CounterStore.windows`: all windows of a set are in one value, which a set of one of them reads as well."""
-        looks = [Charge(((one, subject),), 0) for limits, subject in counters for one in limits.single_sets()]
-        outcomes = iter(await self.charge(looks))
+        peeks = [Charge(((one, subject),), 0) for limits, subject in counters for one in limits.single_sets()]
+        outcomes = iter(await self.charge(peeks))
         found: list[tuple[Decision, ...] | None] = []
         for limits, _ in counters:
             own = [next(outcomes) for _ in limits.limits]
@@ -195,14 +129,14 @@ class RedisCounters:
     async def reset(self, counters: Sequence[tuple[LimitSet, str]]) -> None:
         """See `CounterStore.reset`."""
         await self.start()
-        asked: list[_Asked] = [
+        sent: list[Command] = [
             (hash_tag(subject), encode_command("UNLINK", key_of(limits, subject)), None) for limits, subject in counters
         ]
-        _raised(await self._each(asked, patient=True))
+        raise_first(await self._each(sent, wait_late=True))
 
     async def absorb(self, states: Iterable[tuple[LimitSet, str, Sequence[State]]]) -> list[StoreUnavailable | None]:
         """Add what was admitted elsewhere, without asking any limit. All is written before anything is waited for, so that
-        a charge asked later by anybody finds it added. Waits also for answers that are late.
+        a charge that anybody sends later finds it added. Waits also for answers that are late.
 
         Args:
             states: for each counter its limits, its subject, and a state for each limit (None for nothing).
@@ -211,78 +145,27 @@ class RedisCounters:
             For each counter None, or why it is not known to have been added.
         """
         taken = list(states)
-        asked = []
+        sent = []
         for limits, subject, each in taken:
             work = script("absorb", frozenset((limits.algorithm,)))
-            asked.append((hash_tag(subject), absorb_command(work, limits, subject, each), work))
-        outcomes = await self._each(asked, patient=True)
+            sent.append((hash_tag(subject), absorb_command(work, limits, subject, each), work))
+        outcomes = await self._each(sent, wait_late=True)
         failed = [place for place, outcome in enumerate(outcomes) if isinstance(outcome, ScriptFailed)]
         if failed:
-            deadline = time.monotonic() + _PATIENCE_S
+            deadline = time.monotonic() + LATE_TIMEOUT_S
             for place in failed:
                 limits, subject, _ = taken[place]
                 await self._reset_corrupt(((limits, subject),), 0, deadline)
-            again = await self._each([asked[place] for place in failed], patient=True)
+            again = await self._each([sent[place] for place in failed], wait_late=True)
             for place, outcome in zip(failed, again, strict=True):
                 outcomes[place] = outcome
         return [outcome if isinstance(outcome, StoreUnavailable) else None for outcome in outcomes]
-
-    def listening(
-        self, channel: str, on_push: Callable[[list[Any]], None], on_change: Callable[[Connection], None]
-    ) -> Connection:
-        """A new connection that listens on a channel; whoever asked closes it.
-
-        Args:
-            channel: its name.
-            on_push: is given what the server says unasked.
-            on_change: is told when the connection came up or went down.
-
-        Returns:
-            The connection, which keeps itself connected.
-
-        Raises:
-            StoreUnavailable: before `start`.
-        """
-        return self._must_topology().listening(channel, on_push, on_change)
-
-    async def call(self, tag: bytes, *parts: str | bytes) -> Any:
-        """Run a command on the shard of a hash tag, redirections followed.
-
-        Args:
-            tag: of the command's keys.
-            parts: the command.
-
-        Returns:
-            The reply.
-
-        Raises:
-            StoreUnavailable: if there is none.
-        """
-        return _raised(await self._each([(tag, encode_command(*parts), None)]))[0]
-
-    async def run(self, tag: bytes, work: Script, keys: Sequence[bytes], arguments: Sequence[str]) -> Any:
-        """Run a script on the shard of a hash tag, redirections followed.
-
-        Args:
-            tag: of all its keys.
-            work: the script.
-            keys: its keys.
-            arguments: its arguments.
-
-        Returns:
-            The reply.
-
-        Raises:
-            StoreUnavailable: if there is none.
-        """
-        command = encode_command("EVALSHA", work.sha, str(len(keys)), *keys, *arguments)
-        return _raised(await self._each([(tag, command, work)], patient=True))[0]
 
     async def ping(self) -> None:
         """See `CounterStore.ping`: every shard must run the script that decides checks, with a peek, which writes nothing."""
         await self.start()
         if not self.connections():
-            raise StoreUnavailable("no node of the Redis cluster answers", reason="disconnected")
+            raise StoreUnavailable("no node of the Redis cluster can be reached", reason="disconnected")
         outcomes = await asyncio.gather(*(self.probe(shard, 0) for shard in sorted(self.shards())), return_exceptions=True)
         for outcome in outcomes:
             if isinstance(outcome, BaseException):
@@ -298,112 +181,101 @@ class RedisCounters:
         Raises:
             StoreUnavailable: if it does not, or counts nothing any more.
         """
-        topology = self._must_topology()
+        topology = self._require_topology()
         tag = probe_tags(topology).get(shard)
         if tag is None:
-            raise StoreUnavailable(f"Redis at {shard} counts no subjects now", reason="cluster_down", shard=shard)
+            raise StoreUnavailable(f"Redis at {shard} owns no slots at present", reason="cluster_down", shard=shard)
         charge = Charge(tuple((limits, "probe") for limits in PROBE), cost)
-        plan = self._plan(charge.counters)
-        command = charge_command(plan, charge, tag)
+        template = self._template(charge.counters)
+        command = charge_command(template, charge, tag)
         deadline = self._deadline(0)
         connection = topology.connection_of(slot_of_tag(tag))
-        reply = await connection.ask(command)
+        reply = await connection.send(command)
         if type(reply) is not list:
-            reply = await settled(topology, slot_of_tag(tag), command, reply, plan.script, deadline)
-        plan.decision(reply)
+            reply = await follow_redirection(topology, slot_of_tag(tag), command, reply, template.script, deadline)
+        template.decision(reply)
 
     async def close(self) -> None:
         """See `CounterStore.close`."""
-        if self._loop is not asyncio.get_running_loop():
-            self._leave_loop()
-            return
-        if self._starting is not None:
-            self._starting.cancel()
-            self._starting = None
-        for task in list(self._splits):
-            task.cancel()
-        await asyncio.gather(*self._splits, return_exceptions=True)
-        if self._topology is not None:
-            await self._topology.close()
-            self._topology = None
-
-    def _leave_loop(self) -> None:
-        """Let go of what belongs to another event loop: it cannot be awaited here; that loop closes it if it runs again."""
-        loop, topology, self._topology, self._starting = self._loop, self._topology, None, None
-        if loop is not None and topology is not None and not loop.is_closed():
-            loop.call_soon_threadsafe(lambda: loop.create_task(topology.close()))
-
-    def connections(self) -> Sequence[Connection]:
-        """The connections to the servers that count, in no order; none before `start`."""
-        return () if self._topology is None else self._topology.connections()
+        if self._loop is asyncio.get_running_loop():
+            for task in list(self._splits):
+                task.cancel()
+            await asyncio.gather(*self._splits, return_exceptions=True)
+        await super().close()
 
     # One check.
 
-    def _plan(self, counters: tuple[tuple[LimitSet, str], ...]) -> CommandTemplate:
+    def _template(self, counters: tuple[tuple[LimitSet, str], ...]) -> CommandTemplate:
         key: Any = counters[0][0] if len(counters) == 1 else tuple(limits for limits, _ in counters)
-        plan = self._plans.get(key)
-        if plan is None:
-            if len(self._plans) >= _PLANS_KEPT:
-                self._plans.clear()
-            plan = self._plans[key] = CommandTemplate(tuple(limits for limits, _ in counters))
-        return plan
+        template = self._templates.get(key)
+        if template is None:
+            if len(self._templates) >= _MAX_TEMPLATES:
+                self._templates.clear()
+            template = self._templates[key] = CommandTemplate(tuple(limits for limits, _ in counters))
+        return template
 
-    def _ask(self, charge: Charge) -> tuple[asyncio.Future[Any], CommandTemplate]:
+    def _send(self, charge: Charge) -> tuple[asyncio.Future[Any], CommandTemplate]:
+        # The hot path: what `_template` and `_connection` do is written out, for calls cost more here than what they do.
         counters = charge.counters
-        plan = self._plan(counters)
-        tag = hash_tag(counters[0][1])
-        return self._connection(tag).ask(charge_command(plan, charge, tag)), plan
+        limits, subject = counters[0]
+        template = self._templates.get(limits) if len(counters) == 1 else None
+        if template is None:
+            template = self._template(counters)
+        topology = self._topology
+        if topology is None:
+            raise not_started()
+        tag = hash_tag(subject)
+        connection = topology.connection_of(slot_of_tag(tag) if topology.sharded else 0)
+        return connection.send(charge_command(template, charge, tag)), template
 
-    async def _outcome(self, charge: Charge, asked: asyncio.Future[Any] | StoreUnavailable, deadline: float) -> ChargeOutcome:
+    async def _outcome(self, charge: Charge, sent: asyncio.Future[Any] | StoreUnavailable, deadline: float) -> ChargeOutcome:
         """What became of one of several charges that were written together."""
-        if isinstance(asked, StoreUnavailable):
-            return asked
+        if isinstance(sent, StoreUnavailable):
+            return sent
         try:
-            reply = await answer_by(asked, deadline, "several shards") if isinstance(asked, asyncio.Task) else await asked
+            reply = await reply_by(sent, deadline, "several shards") if isinstance(sent, asyncio.Task) else await sent
             if isinstance(reply, Decision):
                 return reply
             if type(reply) is list:
-                return self._plan(charge.counters).decision(reply)
-            return await self._settle(charge, reply, deadline)
+                return self._template(charge.counters).decision(reply)
+            return await self._follow_reply(charge, reply, deadline)
         except StoreUnavailable as error:
             if isinstance(error, LateAnswer) and error.decode is None:
-                error.decode = self._plan(charge.counters).decision
+                error.decode = self._template(charge.counters).decision
             if error.details.get("reason") == "garbage":
-                self._distrust(charge)
+                self._disconnect(charge)
             return error
 
-    def _ask_many(self, charges: Sequence[Charge], deadline: float) -> Awaitable[list[ChargeOutcome]]:
+    def _send_batch(self, charges: Sequence[Charge], deadline: float) -> Awaitable[list[ChargeOutcome]]:
         """Write charges that one server counts as one call: a third less work for it than a call for each."""
         keys: list[bytes] = []
         which: dict[LimitSet, int] = {}
-        plan: list[int] = []
+        layout: list[int] = []
         for charge in charges:
-            plan += (len(charge.counters), charge.cost)
+            layout += (len(charge.counters), charge.cost)
             for limits, subject in charge.counters:
-                keys.append(b"tg:{%b}%b" % (hash_tag(subject), self._plan(((limits, subject),)).name))
-                plan.append(which.setdefault(limits, len(which) + 2))
+                keys.append(b"tg:{%b}%b" % (hash_tag(subject), self._template(((limits, subject),)).name))
+                layout.append(which.setdefault(limits, len(which) + 2))
         work = script("charge_many", frozenset(limits.algorithm for limits in which))
-        command = batch_command(work, plan, keys, which)
+        command = batch_command(work, layout, keys, which)
         try:
-            future = self._must_topology().connection_of(0).ask(command)
+            future = self._require_topology().connection_of(0).send(command)
         except StoreUnavailable as error:
             return _failed(len(charges), error)
-        return self._answer_many(charges, future, command, work, deadline)
+        return self._batch_outcomes(charges, future, command, work, deadline)
 
-    async def _answer_many(
+    async def _batch_outcomes(
         self, charges: Sequence[Charge], future: asyncio.Future[Any], command: bytes, work: Script, deadline: float
     ) -> list[ChargeOutcome]:
         try:
             reply = await future
             if type(reply) is not list:
-                reply = await settled(self._must_topology(), 0, command, reply, work, deadline)
+                reply = await follow_redirection(self._require_topology(), 0, command, reply, work, deadline)
             failed = [place for place in range(len(charges)) if type(reply) is list and reply[5 * place : 5 * place + 1] == [0]]
-            # Each that failed is asked by itself: its own error says why, and a corrupt counter is reset then.
-            asked = {place: self._ask(charges[place])[0] for place in failed}
+            # Each that failed is sent again by itself: its own error says why, and a corrupt counter is reset then.
+            sent = {place: self._send(charges[place])[0] for place in failed}
             return [
-                await self._outcome(charge, asked[place], deadline)
-                if place in asked
-                else self._decision_at(charges, place, reply)
+                await self._outcome(charge, sent[place], deadline) if place in sent else self._decision_at(charges, place, reply)
                 for place, charge in enumerate(charges)
             ]
         except LateAnswer as late:
@@ -415,63 +287,56 @@ class RedisCounters:
             return outcomes
         except StoreUnavailable as error:
             if error.details.get("reason") == "garbage":
-                self._distrust(charges[0])
+                self._disconnect(charges[0])
             return [error] * len(charges)
 
     def _decision_at(self, charges: Sequence[Charge], place: int, reply: Any) -> Decision:
         """The decision of one charge of a batch."""
         if type(reply) is not list or len(reply) != 5 * len(charges):
-            raise StoreUnavailable(f"Redis answered what no counters say: {shown(reply)}", reason="garbage")
-        return self._plan(charges[place].counters).decision(reply[5 * place : 5 * place + 5])
+            raise StoreUnavailable(f"unexpected reply from Redis to a batch of charges: {shown(reply)}", reason="garbage")
+        return self._template(charges[place].counters).decision(reply[5 * place : 5 * place + 5])
 
-    def _distrust(self, charge: Charge) -> None:
-        """What a shard answered fits no question of ours: what follows would be given to the wrong ones."""
-        self._connection(hash_tag(charge.counters[0][1])).drop("it answered what was not asked")
+    def _disconnect(self, charge: Charge) -> None:
+        """A shard's reply has the wrong form: the replies that follow might be matched to the wrong commands."""
+        self._connection(hash_tag(charge.counters[0][1])).drop("its replies do not match the commands sent")
 
-    async def _settle(self, charge: Charge, reply: Any, deadline: float) -> Decision:
-        """Follow what Redis said instead of a decision."""
-        plan = self._plan(charge.counters)
+    async def _follow_reply(self, charge: Charge, reply: Any, deadline: float) -> Decision:
+        """Handle a reply that is not a decision."""
+        template = self._template(charge.counters)
         tag = hash_tag(charge.counters[0][1])
-        command, slot = charge_command(plan, charge, tag), slot_of_tag(tag)
-        topology = self._must_topology()
+        command, slot = charge_command(template, charge, tag), slot_of_tag(tag)
+        topology = self._require_topology()
         try:
             try:
-                return plan.decision(await settled(topology, slot, command, reply, plan.script, deadline))
+                return template.decision(await follow_redirection(topology, slot, command, reply, template.script, deadline))
             except ScriptFailed:
                 # Tried again in any case: another check may have reset it first.
                 await self._reset_corrupt(charge.counters, charge.cost, deadline)
             connection = topology.connection_of(slot)
-            again = await answer_by(connection.ask(command), deadline, str(connection.endpoint))
-            return plan.decision(
-                again if type(again) is list else await settled(topology, slot, command, again, plan.script, deadline)
+            again = await reply_by(connection.send(command), deadline, str(connection.endpoint))
+            return template.decision(
+                again
+                if type(again) is list
+                else await follow_redirection(topology, slot, command, again, template.script, deadline)
             )
         except LateAnswer as late:
-            late.decode = plan.decision
+            late.decode = template.decision
             raise
 
     async def _reset_corrupt(self, counters: Sequence[tuple[LimitSet, str]], cost: int, deadline: float) -> bool:
         return await self.corrupt.reset(counters, cost, deadline)
 
-    async def _run_by(self, tag: bytes, work: Script, keys: Sequence[bytes], arguments: Sequence[bytes], deadline: float) -> Any:
-        """Run a script until a deadline."""
-        command = encode_command("EVALSHA", work.sha, str(len(keys)), *keys, *arguments)
-        connection = self._connection(tag)
-        reply = await answer_by(connection.ask(command), deadline, str(connection.endpoint))
-        if isinstance(reply, hiredis.ReplyError):
-            reply = await settled(self._must_topology(), slot_of_tag(tag), command, reply, work, deadline)
-        return reply
-
     def _is_split(self, charge: Charge) -> bool:
         counters = charge.counters
         return (
             len(counters) > 1
-            and self._must_topology().sharded
+            and self._require_topology().sharded
             and any(subject != counters[0][1] for _, subject in counters[1:])
             and len({slot_of_tag(hash_tag(subject)) for _, subject in counters}) > 1
         )
 
     def _split(self, charge: Charge) -> asyncio.Task[Decision]:
-        """Charge counters of several shards; goes on past the deadline of whoever waits."""
+        """Charge counters of several shards; continues past the deadline of the check."""
 
         async def give_back(states: Sequence[tuple[LimitSet, str, Sequence[State]]]) -> None:
             self.refunds += 1
@@ -482,71 +347,6 @@ class RedisCounters:
         task.add_done_callback(self._splits.discard)
         return task
 
-    async def _each(self, asked: Iterable[_Asked], patient: bool = False) -> list[Any]:
-        """Run commands, each on the shard of its tag. All are written before anything is waited for.
-
-        Returns:
-            For each the reply, or the `StoreUnavailable` that there is instead.
-        """
-        deadline = time.monotonic() + (_PATIENCE_S if patient else self.timeout_s)
-        written: list[tuple[_Asked, asyncio.Future[Any] | StoreUnavailable]] = []
-        for each in asked:
-            try:
-                written.append((each, self._connection(each[0]).ask(each[1])))
-            except StoreUnavailable as error:
-                written.append((each, error))
-        replies: list[Any] = []
-        for (tag, command, work), waiting in written:
-            if isinstance(waiting, StoreUnavailable):
-                replies.append(waiting)
-                continue
-            try:
-                reply = await (patiently(waiting) if patient else waiting)
-                if isinstance(reply, hiredis.ReplyError):
-                    reply = await self._follow(tag, command, reply, work, deadline, patient)
-            except StoreUnavailable as error:
-                reply = error
-            replies.append(reply)
-        return replies
-
-    async def _follow(self, tag: bytes, command: bytes, reply: Any, work: Script | None, deadline: float, patient: bool) -> Any:
-        try:
-            return await settled(self._must_topology(), slot_of_tag(tag), command, reply, work, deadline)
-        except LateAnswer as late:
-            if not patient:
-                raise
-            reply = await late.answer
-            if isinstance(reply, hiredis.ReplyError):
-                raise StoreUnavailable(f"Redis answered late and refuses: {shown(reply)}", reason="error") from None
-            return reply
-
-    def _deadline(self, asked_ns: int) -> float:
-        return (asked_ns / 1e9 if asked_ns else time.monotonic()) + self.timeout_s
-
-    def _connection(self, tag: bytes) -> Connection:
-        """The connection to the server that counts a hash tag."""
-        topology = self._topology
-        if topology is None:
-            raise _not_started()
-        return topology.connection_of(slot_of_tag(tag) if topology.sharded else 0)
-
-    def _must_topology(self) -> Topology:
-        if self._topology is None:
-            raise _not_started()
-        return self._topology
-
-
-def _not_started() -> StoreUnavailable:
-    return StoreUnavailable("Redis was not connected to yet, or no more", reason="disconnected")
-
 
 async def _failed(count: int, error: StoreUnavailable) -> list[ChargeOutcome]:
     return [error] * count
-
-
-def _raised(outcomes: list[Any]) -> list[Any]:
-    """Raises the first failure among what `_each` gave."""
-    for outcome in outcomes:
-        if isinstance(outcome, StoreUnavailable):
-            raise outcome
-    return outcomes

@@ -1,7 +1,7 @@
 """Which server counts a slot: one server, the master that sentinels name, or the nodes of a cluster.
 
-All three are asked alike: `connection_of(slot)`. What differs is how they learn where a server is, and what a redirection
-means to them. Each follows changes by itself, in the background, and asks for news at most once a second.
+All three have the same interface, `connection_of(slot)`. They differ in how they find a server and how they treat a
+redirection. Each follows changes in the background, with at most one refresh a second.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ import hiredis
 import msgspec
 
 from tidegate.background import SUPERVISOR, stop
-from tidegate.counters.redis.connection import Connection, ConnectionOptions
+from tidegate.counters.redis.connection import Connection
+from tidegate.counters.redis.pipeline import ConnectionOptions
 from tidegate.counters.redis.resp import encode_command
 from tidegate.counters.redis.url import MAX_PORT, Endpoint, RedisUrl
 from tidegate.counters.redis.url import Topology as Kind
@@ -28,14 +29,14 @@ logger = logging.getLogger(__name__)
 
 SLOTS: Final = 16_384
 NO_SHARD: Final = "none"
-"""Stands for the server of a slot that none counts."""
-REFRESH_S: Final = 1.0
-_PATROL_S: Final = 10.0
-_FIRST_MAP_S: Final = 1.0
+"""Used as the address of a slot that no server owns."""
+MIN_REFRESH_INTERVAL_S: Final = 1.0
+_REFRESH_INTERVAL_S: Final = 10.0
+_FIRST_MAP_TIMEOUT_S: Final = 1.0
 
 
 class Topology(Protocol):
-    """What the store asks."""
+    """What the store needs of its servers."""
 
     sharded: bool
     """Whether keys of different slots cannot be charged in one step."""
@@ -45,11 +46,11 @@ class Topology(Protocol):
         ...
 
     def connection_of(self, slot: int) -> Connection:
-        """The connection to the server that counts a slot; raises `StoreUnavailable` where nobody does."""
+        """The connection to the server that counts a slot; raises `StoreUnavailable` where there is none."""
         ...
 
     def owner_of(self, slot: int) -> Connection | None:
-        """The same, where nobody does None; asks for no news."""
+        """The same; None where there is none. Does not trigger a refresh."""
         ...
 
     def connection_to(self, endpoint: Endpoint) -> Connection:
@@ -66,17 +67,17 @@ class Topology(Protocol):
         ...
 
     def moved(self, slot: int, endpoint: Endpoint) -> None:
-        """A server said that another one counts a slot."""
+        """A server redirected: another one owns a slot."""
         ...
 
-    def doubt(self, connection: Connection, why: str) -> None:
-        """A server answered as one that should not be asked any more, such as a demoted master."""
+    def mark_stale(self, connection: Connection, why: str) -> None:
+        """A server answered as one that is no longer responsible, such as a demoted master: refresh what is known."""
         ...
 
-    def listening(
+    def subscribe(
         self, channel: str, on_push: Callable[[list[Any]], None], on_change: Callable[[Connection], None]
     ) -> Connection:
-        """A new connection that listens on a channel, wherever that is heard; whoever asked closes it."""
+        """A new connection that listens on a channel, on any suitable server; the caller closes it."""
         ...
 
     async def close(self) -> None:
@@ -99,7 +100,7 @@ class Standalone:
         self._watchers: list[Connection] = []
         sentinels = url.topology is Kind.SENTINEL
         self._options = options
-        self._connection = Connection(self._find_master if sentinels else self._only, options, must_be_master=sentinels)
+        self._connection = Connection(self._find_master if sentinels else self._fixed_endpoint, options, must_be_master=sentinels)
         if sentinels:
             to_sentinel = msgspec.structs.replace(options, credentials=url.sentinel_credentials, db=0)
             for endpoint in url.endpoints:
@@ -120,7 +121,7 @@ class Standalone:
     def connection_to(self, endpoint: Endpoint) -> Connection:
         """See `Topology`."""
         raise StoreUnavailable(
-            f"Redis at {self._connection.endpoint} redirects to {endpoint}: it is a cluster's node; write redis+cluster://",
+            f"Redis at {self._connection.endpoint} redirects to {endpoint}: use redis+cluster:// in counters.url",
             reason="refused",
         )
 
@@ -137,15 +138,15 @@ class Standalone:
         """See `Topology`."""
         self.connection_to(endpoint)
 
-    def doubt(self, connection: Connection, why: str) -> None:
+    def mark_stale(self, connection: Connection, why: str) -> None:
         """See `Topology`."""
         connection.drop(why)
 
-    def listening(
+    def subscribe(
         self, channel: str, on_push: Callable[[list[Any]], None], on_change: Callable[[Connection], None]
     ) -> Connection:
         """See `Topology`."""
-        locate = self._find_master if self._watchers else self._only
+        locate = self._find_master if self._watchers else self._fixed_endpoint
         return Connection(
             locate,
             self._options,
@@ -160,11 +161,11 @@ class Standalone:
         for connection in (*self._watchers, self._connection):
             await connection.close()
 
-    async def _only(self) -> Endpoint:
+    async def _fixed_endpoint(self) -> Endpoint:
         return self._url.endpoints[0]
 
     async def _find_master(self) -> Endpoint:
-        """Ask the sentinels, all that can be reached, and take the answer that most of them give."""
+        """Query all sentinels that can be reached and take the answer of the majority."""
         ask = encode_command("SENTINEL", "GET-MASTER-ADDR-BY-NAME", self._url.master)
         await asyncio.gather(*(watcher.wait_up(0.5) for watcher in self._watchers[:1]))
         votes: dict[Endpoint, int] = {}
@@ -173,9 +174,9 @@ class Standalone:
             if not watcher.up and not await watcher.wait_up(0.05):
                 continue
             try:
-                reply = await watcher.ask_patiently(ask)
+                reply = await watcher.send_and_wait(ask)
             except StoreUnavailable:
-                continue  # a sentinel that is gone has no vote; that none is left is said below
+                continue  # an unreachable sentinel has no vote; the case of none left is handled below
             reached += 1
             endpoint = _endpoint_of(reply)
             if endpoint is not None:
@@ -183,7 +184,7 @@ class Standalone:
         if not reached:
             raise StoreUnavailable("no sentinel can be reached", reason="disconnected")
         if not votes:
-            raise StoreUnavailable(f"the sentinels know no master named {self._url.master!r}", reason="refused")
+            raise StoreUnavailable(f"the sentinels do not know a master named {self._url.master!r}", reason="refused")
         return max(votes, key=lambda endpoint: votes[endpoint])
 
     def _on_push(self, push: list[Any]) -> None:
@@ -193,7 +194,7 @@ class Standalone:
             if len(words) == 5 and words[0] == self._url.master:
                 endpoint = _endpoint_of(words[3:])
                 if endpoint is not None and endpoint != self._connection.endpoint:
-                    self._connection.drop(f"the sentinels made {endpoint} the master")
+                    self._connection.drop(f"the sentinels promoted {endpoint} to master")
 
 
 class Cluster:
@@ -211,17 +212,17 @@ class Cluster:
         self._options = options
         self._nodes: dict[Endpoint, Connection] = {}
         self._owners: list[Connection | None] = [None] * SLOTS
-        self._wanted = asyncio.Event()
-        self._doubted = False
-        self._mapped = asyncio.Event()
-        self._following = SUPERVISOR.start("redis_topology", self._follow)
-        self._dropping: set[asyncio.Task[None]] = set()
+        self._refresh_wanted = asyncio.Event()
+        self._stale = False
+        self._has_map = asyncio.Event()
+        self._refresher = SUPERVISOR.start("redis_topology", self._keep_map_fresh)
+        self._closing: set[asyncio.Task[None]] = set()
 
     async def start(self, timeout_s: float) -> None:
         """See `Topology`."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
-                await self._mapped.wait()
+                await self._has_map.wait()
                 for connection in self.connections():
                     await connection.wait_up(timeout_s)
 
@@ -229,8 +230,8 @@ class Cluster:
         """See `Topology`."""
         connection = self._owners[slot]
         if connection is None:
-            self._wanted.set()
-            raise StoreUnavailable(f"no node of the Redis cluster counts slot {slot}", reason="cluster_down")
+            self._refresh_wanted.set()
+            raise StoreUnavailable(f"no node of the Redis cluster owns slot {slot}", reason="cluster_down")
         return connection
 
     def owner_of(self, slot: int) -> Connection | None:
@@ -258,17 +259,17 @@ class Cluster:
     def moved(self, slot: int, endpoint: Endpoint) -> None:
         """See `Topology`."""
         self._owners[slot] = self.connection_to(endpoint)
-        self._wanted.set()
+        self._refresh_wanted.set()
 
-    def doubt(self, connection: Connection, why: str) -> None:
+    def mark_stale(self, connection: Connection, why: str) -> None:
         """See `Topology`."""
-        # Every check of a lost part says so until the map is whole again: told once.
-        level = logging.DEBUG if self._doubted else logging.INFO
-        logger.log(level, "Redis at %s: %s; asking for the cluster's map", connection.endpoint, why)
-        self._doubted = True
-        self._wanted.set()
+        # Every check of a lost slot range reports it until the map is complete: logged once.
+        level = logging.DEBUG if self._stale else logging.INFO
+        logger.log(level, "Redis at %s: %s; refreshing the cluster's slot map", connection.endpoint, why)
+        self._stale = True
+        self._refresh_wanted.set()
 
-    def listening(
+    def subscribe(
         self, channel: str, on_push: Callable[[list[Any]], None], on_change: Callable[[Connection], None]
     ) -> Connection:
         """See `Topology`."""
@@ -280,59 +281,59 @@ class Cluster:
 
     async def close(self) -> None:
         """See `Topology`."""
-        await stop(self._following)
-        await asyncio.gather(*self._dropping, *(connection.close() for connection in self._nodes.values()))
+        await stop(self._refresher)
+        await asyncio.gather(*self._closing, *(connection.close() for connection in self._nodes.values()))
 
     def _changed(self, connection: Connection) -> None:
         if not connection.up:
-            self._wanted.set()
+            self._refresh_wanted.set()
 
-    async def _follow(self) -> None:
-        """Ask for the map: when something is amiss, else every `_PATROL_S`; at most once every `REFRESH_S`."""
+    async def _keep_map_fresh(self) -> None:
+        """Refresh the slot map: after an error, else every `_REFRESH_INTERVAL_S`; at most once every `MIN_REFRESH_INTERVAL_S`."""
         for seed in self._seeds:
             self.connection_to(seed)
         while True:
-            self._wanted.clear()
+            self._refresh_wanted.clear()
             whole = False
             try:
                 whole = await self._refresh()
             except StoreUnavailable as error:
-                logger.warning("the Redis cluster's map cannot be had: %s", error)
-            self._doubted = self._doubted and not whole
+                logger.warning("slot map of the Redis cluster not refreshed: %s", error)
+            self._stale = self._stale and not whole
             # While a part is missing or unreachable, a promotion is what is waited for.
-            await asyncio.sleep(REFRESH_S if self._mapped.is_set() else REFRESH_S / 10)
+            await asyncio.sleep(MIN_REFRESH_INTERVAL_S if self._has_map.is_set() else MIN_REFRESH_INTERVAL_S / 10)
             if whole:
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._wanted.wait(), _PATROL_S)
+                    await asyncio.wait_for(self._refresh_wanted.wait(), _REFRESH_INTERVAL_S)
 
     async def _refresh(self) -> bool:
-        """Take the map from the first node that gives one; says whether all of it can be reached."""
+        """Take the map from the first node that returns one. Returns whether all owners are connected."""
         if not any(connection.up for connection in self._nodes.values()):
             for seed in self._seeds:
                 self.connection_to(seed)
             await asyncio.wait(
-                [asyncio.ensure_future(connection.wait_up(_FIRST_MAP_S)) for connection in self._nodes.values()],
+                [asyncio.ensure_future(connection.wait_up(_FIRST_MAP_TIMEOUT_S)) for connection in self._nodes.values()],
                 return_when=asyncio.FIRST_COMPLETED,
             )
-        # The busiest node knows best whom it serves; a node that was cut off from the others says CLUSTERDOWN itself.
+        # A node that is cut off from the others answers CLUSTERDOWN, and the next one is tried.
         for connection in list(self._nodes.values()):
             if not connection.up:
                 continue
             try:
-                reply = await connection.ask_patiently(encode_command("CLUSTER", "SLOTS"))
+                reply = await connection.send_and_wait(encode_command("CLUSTER", "SLOTS"))
             except StoreUnavailable:
-                continue  # the next one is asked; that none answers is said below
+                continue  # the next one is tried; the case of none is handled below
             if isinstance(reply, hiredis.ReplyError):
                 continue
             try:
                 ranges = _ranges_of(reply, connection.endpoint.host)
             except (AttributeError, IndexError, TypeError, ValueError):
-                logger.warning("Redis at %s gave a map of the cluster that is not valid: %.100r", connection.endpoint, reply)
+                logger.warning("Redis at %s sent an invalid slot map of the cluster: %.100r", connection.endpoint, reply)
                 continue
-            return self._take(ranges)
-        raise StoreUnavailable("no node of the Redis cluster answers", reason="disconnected")
+            return self._apply_map(ranges)
+        raise StoreUnavailable("no node of the Redis cluster can be reached", reason="disconnected")
 
-    def _take(self, ranges: Sequence[tuple[int, int, Endpoint]]) -> bool:
+    def _apply_map(self, ranges: Sequence[tuple[int, int, Endpoint]]) -> bool:
         owners: list[Connection | None] = [None] * SLOTS
         for first, last, endpoint in ranges:
             owners[first : last + 1] = [self.connection_to(endpoint)] * (last + 1 - first)
@@ -340,15 +341,15 @@ class Cluster:
         if not used:
             return False
         self._owners = owners
-        self._mapped.set()
+        self._has_map.set()
         seeds = set(self._seeds)
         for endpoint, connection in list(self._nodes.items()):
             # Seeds stay, also as replicas: they know the map when the masters are gone.
             if id(connection) not in used and endpoint not in seeds:
                 del self._nodes[endpoint]
                 task = asyncio.ensure_future(connection.close())
-                self._dropping.add(task)
-                task.add_done_callback(self._dropping.discard)
+                self._closing.add(task)
+                task.add_done_callback(self._closing.discard)
         return all(owner is not None and owner.up for owner in owners)
 
 
@@ -376,13 +377,13 @@ def _endpoint_of(reply: Any) -> Endpoint | None:
 
 
 def _ranges_of(reply: Any, own_host: str) -> list[tuple[int, int, Endpoint]]:
-    """The ranges of CLUSTER SLOTS: first slot, last slot, master. Raises one of several errors where the reply is no map."""
+    """The ranges of CLUSTER SLOTS: first slot, last slot, master. Raises one of several errors where the reply is not a map."""
     ranges = []
     for first, last, master, *_ in reply:
         host = master[0].decode() if master[0] else ""
         if not (0 <= first <= last < SLOTS and 0 < int(master[1]) <= MAX_PORT):
             raise ValueError("slots or port out of range")
-        # An empty host or `?` is the one that was asked.
+        # An empty host or `?` means the node that answered.
         ranges.append((first, last, Endpoint(host if host not in ("", "?") else own_host, int(master[1]))))
     return ranges
 

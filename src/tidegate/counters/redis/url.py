@@ -1,4 +1,4 @@
-"""From a Redis URL to what is to be connected to.
+"""Parsing of Redis URLs.
 
     redis://[user:password@]host[:6379][/db]                    one server
     redis+unix:///path/to.sock[?db=1]                           one server on a socket of this machine
@@ -64,7 +64,7 @@ class Credentials(msgspec.Struct, frozen=True):
 
     Args:
         username: of the ACL user; empty for the default one.
-        password: empty where none is asked for.
+        password: empty for none.
     """
 
     username: str = ""
@@ -72,7 +72,7 @@ class Credentials(msgspec.Struct, frozen=True):
 
 
 class RedisUrl(msgspec.Struct, frozen=True):
-    """A URL, understood.
+    """A parsed URL.
 
     Args:
         topology: how the servers belong together.
@@ -145,16 +145,16 @@ def parse_redis_url(url: str) -> RedisUrl:
         url: in one of the forms above.
 
     Returns:
-        What it says.
+        Its parts.
 
     Raises:
-        SettingsError: naming the part that is not understood; never the password.
+        SettingsError: naming the part that is not valid; never the password.
     """
     scheme = scheme_of(url)
     base, _, kind = scheme.partition("+")
     if base not in ("redis", "rediss") or kind not in ("", "unix", "sentinel", "cluster") or (kind == "unix" and base != "redis"):
         raise SettingsError(
-            f"counters.url with the scheme {scheme!r} is no Redis: use redis://, rediss://, redis+unix://, "
+            f"counters.url with the scheme {scheme!r} is not supported: use redis://, rediss://, redis+unix://, "
             "redis+sentinel:// or redis+cluster:// (rediss+… for TLS)"
         )
     parts = split_url(url.partition("://")[2])
@@ -165,7 +165,7 @@ def parse_redis_url(url: str) -> RedisUrl:
         )
     credentials = _credentials(parts.user)
     default_port = DEFAULT_SENTINEL_PORT if kind == "sentinel" else DEFAULT_PORT
-    # Before anything else is repeated: hosts that are none may be a password without its '@'.
+    # Checked first: text that is not a host may be a password whose '@' is missing, and must not be repeated.
     endpoints = (
         () if kind == "unix" else tuple(_endpoint(text, default_port, parts.user is None) for text in parts.hosts.split(","))
     )
@@ -190,10 +190,12 @@ def parse_redis_url(url: str) -> RedisUrl:
             raise SettingsError("counters.url for sentinels needs the master's name: redis+sentinel://host:26379/mymaster")
         master = segments.pop(0)
     if kind == "" and len(endpoints) > 1:
-        raise SettingsError("counters.url names several servers: write redis+cluster:// or redis+sentinel://, whichever they are")
+        raise SettingsError(
+            "counters.url names several servers: write redis+cluster:// or redis+sentinel://, depending on what they are"
+        )
     db = _db(segments[0] if segments else options.get("db", "0"))
     if kind == "cluster" and db:
-        raise SettingsError(f"counters.url names database {db}, but a cluster has only database 0: drop it")
+        raise SettingsError(f"counters.url names database {db}, but a cluster has only database 0: remove it")
     return RedisUrl(
         {"": Topology.STANDALONE, "sentinel": Topology.SENTINEL, "cluster": Topology.CLUSTER}[kind],
         endpoints,
@@ -233,5 +235,5 @@ def _endpoint(text: str, default_port: int, may_be_secret: bool) -> Endpoint:
 
 def _db(text: str) -> int:
     if not (text.isascii() and text.isdecimal() and len(text) <= 6):
-        raise SettingsError(f"counters.url: {text[:20]!r} is no number of a database: write 0, 1, …")
+        raise SettingsError(f"counters.url: {text[:20]!r} is not a valid database number; expected 0, 1, …")
     return int(text)

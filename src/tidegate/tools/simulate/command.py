@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from tidegate.counters.memory import DEFAULT_MAX_SUBJECTS
+from tidegate.counters.memory_storage import DEFAULT_MAX_SUBJECTS
 from tidegate.errors import SettingsError
 from tidegate.policy.paths import PathRules
 from tidegate.policy.toml_reader import load_policy

@@ -7,7 +7,8 @@ from typing import Final
 
 import msgspec
 
-from tidegate.counters.memory import DEFAULT_MAX_SUBJECTS, MemoryCounters
+from tidegate.counters.memory import MemoryCounters
+from tidegate.counters.memory_storage import DEFAULT_MAX_SUBJECTS
 from tidegate.decision import client_of
 from tidegate.errors import BadRequest, SettingsError
 from tidegate.policy.key_format import hash_api_key, is_possible_key

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from tests.conftest import Clock
 from tests.cpu_time import assert_growth_below, cpu_s
-from tidegate.counters.denial_cache import DenialMemory
+from tidegate.counters.denial_cache import DenialCache
 from tidegate.counters.memory import MemoryCounters
 from tidegate.decision import Decision
 from tidegate.policy.limits import Algorithm, Limit, LimitSet
@@ -21,8 +21,8 @@ def denial(retry_us: int | None = 1_000_000, reset_us: int = 5_000_000) -> Decis
 
 
 def test_it_denies_until_the_moment_and_not_longer() -> None:
-    memory = DenialMemory()
-    memory.remember(COUNTERS, 1, denial(), asked_us=10_000_000)
+    memory = DenialCache()
+    memory.remember(COUNTERS, 1, denial(), started_us=10_000_000)
     answer = memory.find(COUNTERS, 1, 10_400_000)
     assert answer is not None
     assert not answer.allowed
@@ -38,7 +38,7 @@ def test_it_denies_until_the_moment_and_not_longer() -> None:
 
 
 def test_another_cost_is_asked_about_and_a_new_limit_set_too() -> None:
-    memory = DenialMemory()
+    memory = DenialCache()
     memory.remember(COUNTERS, 5, denial(), 0)
     assert memory.find(COUNTERS, 4, 1) is None
     assert memory.find(COUNTERS, 6, 1) is None
@@ -52,13 +52,13 @@ def test_another_cost_is_asked_about_and_a_new_limit_set_too() -> None:
 
 
 def test_what_never_passes_is_not_remembered() -> None:
-    memory = DenialMemory()
+    memory = DenialCache()
     memory.remember(COUNTERS, 5, denial(retry_us=None), 0)
     assert len(memory) == 0
 
 
 def test_it_is_bounded_and_swept() -> None:
-    memory = DenialMemory(most=10)
+    memory = DenialCache(max_entries=10)
     for number in range(25):
         memory.remember(((LIMITS, f"s{number}"),), 1, denial(1000 * (number + 1)), 0)
     assert len(memory) == 10
@@ -70,7 +70,7 @@ def test_it_is_bounded_and_swept() -> None:
 
 def test_a_denial_at_the_bound_costs_the_same_whatever_the_bound() -> None:
     def seconds(most: int, new: int = 60_000) -> float:
-        memory, decision = DenialMemory(most), denial(3_600_000_000)
+        memory, decision = DenialCache(most), denial(3_600_000_000)
         keys = [((LIMITS, f"s{number}"),) for number in range(most + new)]
         for key in keys[:most]:
             memory.remember(key, 1, decision, 0)
@@ -86,7 +86,7 @@ def test_a_denial_at_the_bound_costs_the_same_whatever_the_bound() -> None:
 
 
 def test_a_sweep_examines_a_bounded_number_and_comes_round() -> None:
-    memory = DenialMemory()
+    memory = DenialCache()
     for number in range(50):
         memory.remember(((LIMITS, f"s{number}"),), 1, denial(1_000 if number >= 40 else 1_000_000), 0)
     lengths = []
@@ -108,7 +108,7 @@ def test_it_never_denies_what_the_store_would_allow(algorithm: Algorithm, steps:
     store = MemoryCounters(clock=clock)
     limits = LimitSet("l", algorithm, [Limit.parse("4/7s"), Limit.parse("9/minute")])
     counters = ((limits, "s"),)
-    memory = DenialMemory()
+    memory = DenialCache()
     for advance, cost in steps:
         clock.now_us += advance
         remembered = memory.find(counters, cost, clock.now_us)
@@ -121,8 +121,8 @@ def test_it_never_denies_what_the_store_would_allow(algorithm: Algorithm, steps:
             assert truth.retry_after_us is not None
             assert remembered.retry_after_us <= truth.retry_after_us
             continue
-        asked_us = clock.now_us
+        started_us = clock.now_us
         clock.now_us += delay_us
         decision = store.charge_all(counters, cost)
         if not decision.allowed:
-            memory.remember(counters, cost, decision, asked_us)
+            memory.remember(counters, cost, decision, started_us)

@@ -69,8 +69,8 @@ class CorruptCounters:
         if now - self._logged_at >= _LOG_EVERY_S:
             self._logged_at = now
             logger.warning(
-                "corrupt counter reset: key %s of %s held what no script can read; %d reset so far. "
-                "Find out what else writes keys that begin with tg:",
+                "corrupt counter reset: key %s of %s had a value that cannot be decoded; %d reset so far. "
+                "Check which other program writes keys that begin with tg:",
                 clip(key),
                 clip(limits.name),
                 self.resets,

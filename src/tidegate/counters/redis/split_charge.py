@@ -26,7 +26,7 @@ async def charge_split(charge: Charge, charge_one: ChargeOne, give_back: GiveBac
     """Charge all counters or none.
 
     Args:
-        charge: what is asked.
+        charge: the charge.
         charge_one: charges one counter; its answers may be late, and are waited for.
         give_back: adds states to counters.
 
@@ -39,7 +39,7 @@ async def charge_split(charge: Charge, charge_one: ChargeOne, give_back: GiveBac
 
     async def all_of(counters: Sequence[Counter], cost: int) -> list[Decision]:
         outcomes = await asyncio.gather(
-            *(_outlasted(charge_one, Charge((counter,), cost)) for counter in counters), return_exceptions=True
+            *(_wait_for_late(charge_one, Charge((counter,), cost)) for counter in counters), return_exceptions=True
         )
         decisions = []
         for counter, outcome in zip(counters, outcomes, strict=True):
@@ -55,24 +55,24 @@ async def charge_split(charge: Charge, charge_one: ChargeOne, give_back: GiveBac
     charged: list[tuple[Counter, Decision]] = []
     whole = charge.counters[0][0]
     try:
-        looks = await all_of(charge.counters, 0)
+        peeks = await all_of(charge.counters, 0)
         if not charge.cost:
-            return _as_of(min(looks, key=_left), whole)
-        full = [counter for counter, look in zip(charge.counters, looks, strict=True) if _left(look) < charge.cost]
+            return _for_whole_check(min(peeks, key=_remaining), whole)
+        full = [counter for counter, peek in zip(charge.counters, peeks, strict=True) if _remaining(peek) < charge.cost]
         decided: list[Decision] = []
         for counters in (full, [counter for counter in charge.counters if counter not in full]):
             decided += await all_of(counters, charge.cost)
             denials = [each for each in decided if not each.allowed]
             if denials:
                 await _give_back(charged, charge.cost, give_back)
-                return _as_of(max(denials, key=_waits), whole)
+                return _for_whole_check(max(denials, key=_retry_after), whole)
     except (StoreUnavailable, asyncio.CancelledError):
         await _give_back(charged, charge.cost, give_back)
         raise
-    return _as_of(min(decided, key=_left), whole)
+    return _for_whole_check(min(decided, key=_remaining), whole)
 
 
-async def outlast(late: LateAnswer) -> Decision:
+async def await_late_answer(late: LateAnswer) -> Decision:
     """The decision of a charge whose deadline passed, when its answer comes.
 
     Args:
@@ -94,15 +94,15 @@ async def outlast(late: LateAnswer) -> Decision:
             if isinstance(answer, Decision):
                 return answer
             if decode is None:
-                raise StoreUnavailable("an answer came that belongs to no charge", reason="garbage")
+                raise StoreUnavailable("a late reply does not belong to a charge", reason="garbage")
             return decode(answer)
 
 
-async def _outlasted(charge_one: ChargeOne, charge: Charge) -> Decision:
+async def _wait_for_late(charge_one: ChargeOne, charge: Charge) -> Decision:
     try:
         return await charge_one(charge)
     except LateAnswer as late:
-        return await outlast(late)
+        return await await_late_answer(late)
 
 
 async def _give_back(charged: list[tuple[Counter, Decision]], cost: int, give_back: GiveBack) -> None:
@@ -120,11 +120,11 @@ async def _give_back(charged: list[tuple[Counter, Decision]], cost: int, give_ba
         )
 
 
-def _left(decision: Decision) -> int:
+def _remaining(decision: Decision) -> int:
     return decision.remaining or 0
 
 
-def _waits(decision: Decision) -> float:
+def _retry_after(decision: Decision) -> float:
     return float("inf") if decision.retry_after_us is None else decision.retry_after_us
 
 
@@ -138,7 +138,7 @@ def _negative(state: State) -> State:
     return (state[0], *(-units for units in state[1:]))
 
 
-def _as_of(decision: Decision, limits: LimitSet) -> Decision:
+def _for_whole_check(decision: Decision, limits: LimitSet) -> Decision:
     """A decision of one counter of a check, as the whole check's."""
     return Decision(
         decision.allowed,
