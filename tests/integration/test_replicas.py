@@ -160,10 +160,10 @@ async def test_reads_go_round_the_replicas(postgres_cluster: PostgresCluster, da
     await asyncio.to_thread(postgres_cluster.wait_caught_up)
     asked = Asked(catalog)
     for key in keys:
-        assert await catalog.api_key(key.sha256) == key
+        assert (await catalog.api_key(key.sha256))[1] == key
     assert asked.take() == {"replica 0": 20, "replica 1": 20}
-    assert await catalog.api_key("0" * 64) is None
-    assert (await catalog.tier("free")) is not None
+    assert (await catalog.api_key("0" * 64))[1] is None
+    assert (await catalog.tier("free"))[1] is not None
     assert "primary" not in asked.take()
 
 
@@ -243,7 +243,7 @@ async def test_a_replica_lags_by_what_it_misses_and_not_by_time(
         assert [replicas_of(each).replicas[0].ejections for each in (catalog, reader)] == [1, 1]
         asked = Asked(catalog)
         for key in keys:
-            assert await catalog.api_key(key.sha256) == key
+            assert (await catalog.api_key(key.sha256))[1] == key
         assert asked.take() == {"replica 1": 4}
     finally:
         late.resume_replay()
@@ -252,7 +252,7 @@ async def test_a_replica_lags_by_what_it_misses_and_not_by_time(
     assert out() == [[False, False]] * 2
     assert replicas_of(catalog).replicas[0].lag_s == 0
     for key in keys:
-        assert await catalog.api_key(key.sha256) == key
+        assert (await catalog.api_key(key.sha256))[1] == key
     assert asked.take() == {"replica 0": 2, "replica 1": 2}
 
 
@@ -276,7 +276,7 @@ async def test_replicas_go_and_come_back_and_then_the_primary(
         slowest = 0.0
         for key in keys:
             took_s, found = await timed(catalog.api_key(key.sha256))
-            assert found == key
+            assert found[1] == key
             slowest = max(slowest, took_s)
         return slowest
 
@@ -333,16 +333,16 @@ async def test_replicas_go_and_come_back_and_then_the_primary(
     cluster.primary.kill()
     asked.take()
     for key in keys[1:]:
-        assert await catalog.api_key(key.sha256, least=version) == key
+        assert (await catalog.api_key(key.sha256, min_version=version))[1] == key
     assert asked.take() == {"replica 1": 19}
-    assert (await catalog.api_key(revoked.sha256, least=changed)).status is KeyStatus.REVOKED  # type: ignore[union-attr]
+    assert (await catalog.api_key(revoked.sha256, min_version=changed))[1].status is KeyStatus.REVOKED  # type: ignore[union-attr]
     second.kill()
     await until(lambda: replicas[1].out is not None)
     for key in keys[1:]:
-        assert await catalog.api_key(key.sha256, least=version) == key
+        assert (await catalog.api_key(key.sha256, min_version=version))[1] == key
     assert asked.take()["replica 0"] >= 19, "the last resort"
     with pytest.raises(CatalogUnavailable):
-        await catalog.api_key(revoked.sha256, least=changed)
+        await catalog.api_key(revoked.sha256, min_version=changed)
     took_s, refused = await timed(make_key(catalog, "free"))
     assert isinstance(refused, CatalogUnavailable)
     assert took_s < CONNECT_S + SLACK_S
@@ -372,7 +372,7 @@ async def test_a_promoted_standby_is_found_and_a_demoted_primary_left(
     version = await catalog.version()
     assert version > before
     assert (await catalog.changes(before)).floor == before
-    assert (await catalog.api_key(key.sha256, least=version)).status is KeyStatus.REVOKED  # type: ignore[union-attr]
+    assert (await catalog.api_key(key.sha256, min_version=version))[1].status is KeyStatus.REVOKED  # type: ignore[union-attr]
 
     # The new primary dies, and the last one takes its place.
     cluster.follow(second, first)
@@ -382,7 +382,7 @@ async def test_a_promoted_standby_is_found_and_a_demoted_primary_left(
     (made,) = await make_keys(catalog, 1)
     assert await catalog.version() > version
     assert status_on(second, "tidegate", made) == [("active",)]
-    assert await catalog.api_key(made.sha256, least=await catalog.version()) == made
+    assert (await catalog.api_key(made.sha256, min_version=await catalog.version()))[1] == made
 
 
 async def test_the_primary_is_killed_under_writers(
@@ -546,11 +546,13 @@ async def test_pools_are_bounded(postgres_cluster: PostgresCluster, database: st
                 most[server] = max(most[server], count)
 
     watching = asyncio.create_task(asyncio.to_thread(watch))
-    reads = [catalog.tier("free", least=least) for least in (0, 0, await catalog.version()) for _ in range(100)]
+    reads = [catalog.tier("free", min_version=min_version) for min_version in (0, 0, await catalog.version()) for _ in range(100)]
     reads += [catalog.api_key(key.sha256) for key in keys]  # type: ignore[misc]
     writes = [make_key(catalog, "free") for _ in range(30)]
     lists = [listed_keys(catalog) for _ in range(100)]
-    assert all(await asyncio.gather(*reads, *writes, *lists))  # type: ignore[arg-type]
+    found, changed = await asyncio.gather(asyncio.gather(*reads), asyncio.gather(*writes, *lists))  # type: ignore[arg-type]
+    assert all(value is not None for _, value in found)
+    assert all(changed)
     over = True
     await watching
     assert 1 < most[postgres_cluster.primary] <= pool_size + 4
@@ -568,7 +570,7 @@ async def test_replicas_that_are_merely_busy_are_not_left_out(
     answered = sum(rows is not None for rows in answers)
     assert 4 <= answered < 40
     assert [(replica.out, replica.ejections) for replica in replicas.replicas] == [(None, 0), (None, 0)]
-    assert await catalog.tier("free") is not None, "nothing is held by who has given up"
+    assert (await catalog.tier("free"))[1] is not None, "nothing is held by who has given up"
     assert all(not replica.free.locked() for replica in replicas.replicas)
 
 
@@ -580,7 +582,7 @@ async def test_replicas_that_hang_are_left_out_however_busy(
     forever = select(policy_state.c.version.label("seen"), func.pg_sleep(30))
     assert await asyncio.gather(*(replicas.rows(forever, 0) for _ in range(6))) == [None] * 6
     assert all(replica.ejections for replica in replicas.replicas)
-    assert await catalog.tier("free") is not None, "the primary is asked"
+    assert (await catalog.tier("free"))[1] is not None, "the primary is asked"
     await until(lambda: all(replica.out is None for replica in replicas.replicas))
 
 
@@ -594,7 +596,7 @@ async def test_connections_that_are_cut_are_found(postgres_cluster: PostgresClus
         cut = sum(len(server.execute(terminate, "postgres", [database])) for server in postgres_cluster.servers)
         assert cut >= 6
         for key in keys:
-            assert await catalog.api_key(key.sha256) == key
+            assert (await catalog.api_key(key.sha256))[1] == key
         await make_key(catalog, "free")
         await catalog.changes(0)
     assert [replica.ejections for replica in replicas_of(catalog).replicas] == [0, 0]
@@ -639,7 +641,7 @@ async def test_a_frozen_server_holds_no_answer_and_never_the_loop(
         assert slowest_again < timeout_s + CONNECT_S + SLACK_S
         assert max(late) < 0.5
         back_s, found = await timed(catalog.api_key(keys[0].sha256))
-        assert found == keys[0]
+        assert found[1] == keys[0]
         assert back_s < SLACK_S
     finally:
         await catalog.close()

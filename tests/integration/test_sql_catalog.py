@@ -52,11 +52,11 @@ async def test_policy_comes_back_as_it_went_in(catalog: SqlCatalog) -> None:
     assert await catalog.version() == 0
     assert await catalog.apply_policy(policy, "1") is True
     assert await catalog.list_tiers() == list(policy.tiers)
-    assert await catalog.tier("free") == policy.tiers[0]
-    assert [await catalog.api_key(key.sha256) for key in policy.api_keys] == list(policy.api_keys)
-    assert await catalog.anonymous_tier() == "free"
-    assert await catalog.tier("none") is None
-    assert await catalog.api_key("0" * 64) is None
+    assert (await catalog.tier("free"))[1] == policy.tiers[0]
+    assert [(await catalog.api_key(key.sha256))[1] for key in policy.api_keys] == list(policy.api_keys)
+    assert (await catalog.anonymous_tier())[1] == "free"
+    assert (await catalog.tier("none"))[1] is None
+    assert (await catalog.api_key("0" * 64))[1] is None
 
 
 async def test_applying_is_idempotent_and_follows_the_file(catalog: SqlCatalog) -> None:
@@ -70,8 +70,8 @@ async def test_applying_is_idempotent_and_follows_the_file(catalog: SqlCatalog) 
     assert {tier.name: tier for tier in await catalog.list_tiers()} == {tier.name: tier for tier in changed.tiers}
     assert await catalog.apply_policy(parse_policy(OTHER), "3") is True
     assert [tier.name for tier in await catalog.list_tiers()] == ["other"]
-    assert await catalog.api_key(policy.api_keys[0].sha256) is None
-    assert await catalog.anonymous_tier() is None
+    assert (await catalog.api_key(policy.api_keys[0].sha256))[1] is None
+    assert (await catalog.anonymous_tier())[1] is None
     assert await catalog.version() > first + 1
 
 
@@ -97,16 +97,16 @@ async def test_a_file_is_applied_in_few_statements(catalog: SqlCatalog) -> None:
         (tier,) = await catalog.list_tiers()
         assert tier == policy.tiers[0]
         for api_key in policy.api_keys[:3]:
-            assert await catalog.api_key(api_key.sha256) == api_key
+            assert (await catalog.api_key(api_key.sha256))[1] == api_key
 
 
 async def test_rows_made_otherwise_stay(catalog: SqlCatalog) -> None:
     await catalog.apply_policy(parse_policy(WHOLE), "1")
     in_an_hour_us = int((time.time() + 3600) * 1e6)
     api_key, record = await make_key(catalog, "free", name="acme", expires_at_us=in_an_hour_us)
-    assert await catalog.api_key(hash_api_key(api_key)) == record
+    assert (await catalog.api_key(hash_api_key(api_key)))[1] == record
     await catalog.apply_policy(parse_policy(WHOLE.replace("20000", "30000")), "2")
-    assert await catalog.api_key(record.sha256) == record
+    assert (await catalog.api_key(record.sha256))[1] == record
     # The file may not take the tier away from under the key, nor claim the key.
     version = await catalog.version()
     with pytest.raises(CatalogError, match="still use it"):
@@ -116,7 +116,7 @@ async def test_rows_made_otherwise_stay(catalog: SqlCatalog) -> None:
         await catalog.apply_policy(parse_policy(WHOLE + claim), "4")
     assert await catalog.version() == version
     assert [tier.name for tier in await catalog.list_tiers()] == ["free"], "a refused policy leaves nothing behind"
-    assert await catalog.api_key(hash_api_key("demo-other-key-001")) is None
+    assert (await catalog.api_key(hash_api_key("demo-other-key-001")))[1] is None
 
 
 async def test_tiers_and_rules_made_otherwise_are_not_taken_over(catalog: SqlCatalog, engine: AsyncEngine) -> None:
@@ -141,7 +141,7 @@ async def test_keys_are_made_listed_and_revoked(catalog: SqlCatalog, engine: Asy
 
     for _, record in made[:3]:
         await revoke_key(catalog, record.id, "leaked")
-        assert await catalog.api_key(record.sha256) == msgspec.structs.replace(record, status=KeyStatus.REVOKED)
+        assert (await catalog.api_key(record.sha256))[1] == msgspec.structs.replace(record, status=KeyStatus.REVOKED)
     (form,) = [form for form in await listed_keys(catalog) if form["id"] == made[0][1].id]
     assert form["revoked_reason"] == "leaked"
     assert form["revoked_at"] is not None
@@ -168,9 +168,9 @@ async def test_hostile_texts_are_texts(hostile: str, catalog: SqlCatalog) -> Non
     _, record = await make_key(catalog, "other", name=hostile)
     revoked = await revoke_key(catalog, record.id, hostile + "x")
     assert (revoked["name"], revoked["revoked_reason"]) == (hostile, hostile + "x")
-    assert await catalog.api_key(record.sha256) == msgspec.structs.replace(record, status=KeyStatus.REVOKED)
-    assert await catalog.tier(hostile) is None
-    assert await catalog.api_key(hostile) is None
+    assert (await catalog.api_key(record.sha256))[1] == msgspec.structs.replace(record, status=KeyStatus.REVOKED)
+    assert (await catalog.tier(hostile))[1] is None
+    assert (await catalog.api_key(hostile))[1] is None
     assert await listed_keys(catalog, tier=hostile) == []
     with pytest.raises(CatalogError):
         await make_key(catalog, hostile)
@@ -186,7 +186,7 @@ async def test_two_processes_see_each_other(catalog: SqlCatalog, catalog_url: st
     assert applied > 0
     _, record = await make_key(other, "other")
     assert await catalog.version() > applied
-    assert await catalog.api_key(record.sha256) == record
+    assert (await catalog.api_key(record.sha256))[1] == record
     await other.close()
 
 
@@ -363,7 +363,7 @@ async def test_in_memory() -> None:
     catalog = await SqlCatalog.open("sqlite://")
     await catalog.apply_policy(parse_policy(OTHER), "1")
     _, record = await make_key(catalog, "other")
-    assert await catalog.api_key(record.sha256) == record
+    assert (await catalog.api_key(record.sha256))[1] == record
     await catalog.close()
 
 

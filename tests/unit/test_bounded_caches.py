@@ -98,11 +98,11 @@ def test_a_new_entry_costs_the_same_whatever_the_bound(fill: Fill, monkeypatch: 
 
 async def test_what_is_in_doubt_is_bounded_when_it_is_doubted_one_by_one() -> None:
     class Every(PolicyCatalog):
-        async def tier(self, name: str, least: int = 0) -> Tier | None:
-            return Tier.make(name)
+        async def tier(self, name: str, min_version: int = 0) -> tuple[int, Tier | None]:
+            return 1, Tier.make(name)
 
-        async def api_key(self, sha256: str, least: int = 0) -> ApiKey | None:
-            return ApiKey(sha256, "t")
+        async def api_key(self, sha256: str, min_version: int = 0) -> tuple[int, ApiKey | None]:
+            return 1, ApiKey(sha256, "t")
 
     cached = CachedCatalog(Every(parse_policy(POLICY)))
     cached._tiers.most = 10

@@ -349,20 +349,20 @@ class Truth:
     def now(self) -> State:
         return self.states[-1]
 
-    def _seen(self, least: int) -> State:
+    def _seen(self, min_version: int) -> State:
         replica = self.states[self.replica]
-        return replica if replica.version >= least else self.now
+        return replica if replica.version >= min_version else self.now
 
-    async def read_key(self, sha256: str, least: int = 0) -> tuple[int, ApiKey | None]:
-        state = self._seen(least)
+    async def api_key(self, sha256: str, min_version: int = 0) -> tuple[int, ApiKey | None]:
+        state = self._seen(min_version)
         return state.version, ApiKey(sha256, "t0", name=str(state.held[KEY, sha256]))
 
-    async def read_tier(self, name: str, least: int = 0) -> tuple[int, Tier | None]:
-        state = self._seen(least)
+    async def tier(self, name: str, min_version: int = 0) -> tuple[int, Tier | None]:
+        state = self._seen(min_version)
         return state.version, Tier(name, limits=(Limit.parse(f"{state.held.get((TIER, name), 0) + 1}/day"),))
 
-    async def read_anonymous(self, least: int = 0) -> tuple[int, str | None]:
-        state = self._seen(least)
+    async def anonymous_tier(self, min_version: int = 0) -> tuple[int, str | None]:
+        state = self._seen(min_version)
         return state.version, f"a{state.held[ANONYMOUS, '']}"
 
     async def changes(self, since: int) -> Changes:
@@ -406,14 +406,14 @@ class Instance:
         self.may: dict[Item, set[int]] = {thing: {0} for thing in THINGS}
         self.ahead: dict[Item, int] = {}
 
-    async def api_key(self, sha256: str, least: int = 0) -> ApiKey | None:
-        return self._note((KEY, sha256), (await self.source.read_key(sha256, least))[1])
+    async def api_key(self, sha256: str, min_version: int = 0) -> tuple[int, ApiKey | None]:
+        return self._note((KEY, sha256), await self.source.api_key(sha256, min_version))
 
-    async def tier(self, name: str, least: int = 0) -> Tier | None:
-        return self._note((TIER, name), (await self.source.read_tier(name, least))[1])
+    async def tier(self, name: str, min_version: int = 0) -> tuple[int, Tier | None]:
+        return self._note((TIER, name), await self.source.tier(name, min_version))
 
-    async def anonymous_tier(self, least: int = 0) -> str | None:
-        return self._note((ANONYMOUS, ""), (await self.source.read_anonymous(least))[1])
+    async def anonymous_tier(self, min_version: int = 0) -> tuple[int, str | None]:
+        return self._note((ANONYMOUS, ""), await self.source.anonymous_tier(min_version))
 
     async def serve(self, thing: Item) -> int:
         kind, name = thing
@@ -436,8 +436,8 @@ class Instance:
             self.ahead.pop(item, None)
         self.may = {thing: {now.held[thing]} for thing in THINGS}
 
-    def _note(self, thing: Item, found: Any) -> Any:
-        self.loaded[thing] = value_of(found)
+    def _note(self, thing: Item, found: tuple[int, Any]) -> tuple[int, Any]:
+        self.loaded[thing] = value_of(found[1])
         return found
 
 

@@ -394,7 +394,7 @@ class CachedCatalog:
             # Only its tier is out of date.
             api_key = entry[1].api_key
         else:
-            api_key = await self.catalog.api_key(sha256, self._last.needed(KEY, sha256))
+            _, api_key = await self.catalog.api_key(sha256, self._last.needed(KEY, sha256))
         if api_key is None:
             return None
         held = await self._current_tier(api_key.tier)
@@ -403,13 +403,13 @@ class CachedCatalog:
         return Caller(api_key, held)
 
     async def _load_tier(self, name: str) -> HeldTier | None:
-        tier = await self.catalog.tier(name, self._last.needed(TIER, name))
+        _, tier = await self.catalog.tier(name, self._last.needed(TIER, name))
         # Whoever holds what was cached before looks here again.
         self._out_of_date(name)
         return None if tier is None else HeldTier(CompiledTier(tier))
 
     async def _load_anonymous(self, _: str) -> Caller | None:
-        name = await self.catalog.anonymous_tier(self._last.needed(ANONYMOUS))
+        name = (await self.catalog.anonymous_tier(self._last.needed(ANONYMOUS)))[1]
         if name is None:
             return None
         held = await self._current_tier(name)

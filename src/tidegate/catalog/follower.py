@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import Final, Protocol
 
 from tidegate.background import SUPERVISOR, stop
-from tidegate.catalog import VersionedCatalog
+from tidegate.catalog import Catalog
 from tidegate.catalog.cached import CachedCatalog
 from tidegate.errors import TidegateError
 
@@ -67,7 +67,7 @@ class CatalogFollower:
         failing: whether the catalog did not answer when it was asked last.
     """
 
-    def __init__(self, catalog: VersionedCatalog, cached: CachedCatalog, poll_s: float, channel: Channel | None = None) -> None:
+    def __init__(self, catalog: Catalog, cached: CachedCatalog, poll_s: float, channel: Channel | None = None) -> None:
         self.failing = False
         self._catalog = catalog
         self._cached = cached

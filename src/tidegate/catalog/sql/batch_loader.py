@@ -45,12 +45,12 @@ class BatchLoader(Generic[_V]):
         self._waiting: list[tuple[str, int, asyncio.Future[tuple[int, _V | None]]]] = []
         self._running: set[asyncio.Task[None]] = set()
 
-    async def get(self, name: str, least: int) -> tuple[int, _V | None]:
+    async def get(self, name: str, min_version: int) -> tuple[int, _V | None]:
         """Ask one question.
 
         Args:
             name: what is asked for.
-            least: the version that the answer must have seen.
+            min_version: the version that the answer must have seen.
 
         Returns:
             The version that the answer is of, and the answer; None where there is none.
@@ -59,7 +59,7 @@ class BatchLoader(Generic[_V]):
             CatalogUnavailable: if the query fails.
         """
         answer: asyncio.Future[tuple[int, _V | None]] = asyncio.get_running_loop().create_future()
-        self._waiting.append((name, least, answer))
+        self._waiting.append((name, min_version, answer))
         if len(self._running) < self._at_once:
             # It begins in the loop's next turn, and takes with it all that is asked in this one.
             task = asyncio.ensure_future(self._run())
@@ -75,7 +75,7 @@ class BatchLoader(Generic[_V]):
             if not batch:
                 continue
             try:
-                version, found = await self._ask(list({name: None for name, _, _ in batch}), max(least for _, least, _ in batch))
+                version, found = await self._ask(list({name: None for name, _, _ in batch}), max(each[1] for each in batch))
             except CatalogUnavailable as error:
                 _fail(batch, error.message, **error.details)
             except Exception as error:

@@ -60,20 +60,12 @@ class SqlCatalog:
         """
         return cls(await Database.open(url, options))
 
-    async def api_key(self, sha256: str, least: int = 0) -> ApiKey | None:
+    async def api_key(self, sha256: str, min_version: int = 0) -> tuple[int, ApiKey | None]:
         """See `Catalog.api_key`."""
-        return (await self.read_key(sha256, least))[1]
+        return await self._keys.get(sha256, min_version)
 
-    async def read_key(self, sha256: str, least: int = 0) -> tuple[int, ApiKey | None]:
-        """See `VersionedCatalog.read_key`."""
-        return await self._keys.get(sha256, least)
-
-    async def tier(self, name: str, least: int = 0) -> Tier | None:
+    async def tier(self, name: str, min_version: int = 0) -> tuple[int, Tier | None]:
         """See `Catalog.tier`."""
-        return (await self.read_tier(name, least))[1]
-
-    async def read_tier(self, name: str, least: int = 0) -> tuple[int, Tier | None]:
-        """See `VersionedCatalog.read_tier`."""
         # One statement: its answer is of one moment, on every database.
         query = (
             select(
@@ -90,7 +82,7 @@ class SqlCatalog:
             )
             .order_by(rate_limit_rules.c.position, rate_limit_rules.c.id)
         )
-        rows = await self.database.seen(query, least)
+        rows = await self.database.seen(query, min_version)
         first = rows[0]
         if first["tier_name"] is None:
             return first["seen"], None
@@ -104,17 +96,15 @@ class SqlCatalog:
         # Not ordered by the database: each collates in its own way.
         return sorted(names)
 
-    async def anonymous_tier(self, least: int = 0) -> str | None:
+    async def anonymous_tier(self, min_version: int = 0) -> tuple[int, str | None]:
         """See `Catalog.anonymous_tier`."""
-        return (await self.read_anonymous(least))[1]
-
-    async def read_anonymous(self, least: int = 0) -> tuple[int, str | None]:
-        """See `VersionedCatalog.read_anonymous`."""
-        row = (await self.database.seen(select(policy_state.c.version.label("seen"), policy_state.c.anonymous_tier), least))[0]
+        row = (
+            await self.database.seen(select(policy_state.c.version.label("seen"), policy_state.c.anonymous_tier), min_version)
+        )[0]
         return row["seen"], row["anonymous_tier"]
 
     async def changes(self, since: int) -> Changes:
-        """See `VersionedCatalog.changes`."""
+        """See `Catalog.changes`."""
         async with self.database.reading() as connection:
             changes = await read_changes(connection, since)
         if self.database.replicas is not None:
@@ -218,8 +208,8 @@ class SqlCatalog:
                 held = (await connection.execute(secret)).scalar_one()
         return str(held).encode()
 
-    async def _read_keys(self, sha256s: Sequence[str], least: int) -> tuple[int, dict[str, ApiKey]]:
+    async def _read_keys(self, sha256s: Sequence[str], min_version: int) -> tuple[int, dict[str, ApiKey]]:
         # As many as a power of two, so that there are ten statements and not five hundred for the driver to prepare.
         wanted = [*sha256s, *[sha256s[-1]] * ((1 << (len(sha256s) - 1).bit_length()) - len(sha256s))]
-        rows = await self.database.seen(_KEYS, least, {_SHA256S: wanted})
+        rows = await self.database.seen(_KEYS, min_version, {_SHA256S: wanted})
         return rows[0]["seen"], {row["sha256"]: policy_rows.api_key_of(row) for row in rows if row["id"] is not None}

@@ -144,12 +144,14 @@ class Database:
         # One connection for all: a commit of the probe would commit what others have begun.
         return isinstance(self._writer.pool, StaticPool)
 
-    async def seen(self, query: Select[Any], least: int, parameters: Mapping[str, Any] | None = None) -> Sequence[RowMapping]:
+    async def seen(
+        self, query: Select[Any], min_version: int, parameters: Mapping[str, Any] | None = None
+    ) -> Sequence[RowMapping]:
         """The rows of a query for a check.
 
         Args:
             query: its first row says as `seen` which version the rows are of; it gives at least one row.
-            least: version that they must have seen, where the catalog has got so far.
+            min_version: version that they must have seen, where the catalog has got so far.
             parameters: of the query, where it has some.
 
         Returns:
@@ -161,7 +163,7 @@ class Database:
         """
         self.queries += 1
         if self.replicas is not None:
-            replicated = await self.replicas.rows(query, least, parameters)
+            replicated = await self.replicas.rows(query, min_version, parameters)
             if replicated is not None:
                 return replicated
         try:
@@ -170,7 +172,7 @@ class Database:
         except CatalogUnavailable:
             replicated = None
             if self.replicas is not None:
-                replicated = await self.replicas.rows(query, least, parameters, any_of_them=True)
+                replicated = await self.replicas.rows(query, min_version, parameters, any_of_them=True)
             if replicated is None:
                 raise
             return replicated

@@ -119,13 +119,13 @@ class Replicas:
         self._watching = SUPERVISOR.start("replica_probe", self._watch)
 
     async def rows(
-        self, query: Select[Any], least: int, parameters: Mapping[str, Any] | None = None, *, any_of_them: bool = False
+        self, query: Select[Any], min_version: int, parameters: Mapping[str, Any] | None = None, *, any_of_them: bool = False
     ) -> Sequence[RowMapping] | None:
         """Ask one replica after the other.
 
         Args:
             query: its first row says as `seen` which version the rows are of; it gives at least one row.
-            least: the version that they must have seen.
+            min_version: the version that they must have seen.
             parameters: of the query, where it has some.
             any_of_them: ask those that are left out too, and take any version: there is nobody else.
 
@@ -147,7 +147,7 @@ class Replicas:
                 continue
             if rows:
                 replica.shown = max(replica.shown, rows[0]["seen"])
-            if not rows or rows[0]["seen"] < least:
+            if not rows or rows[0]["seen"] < min_version:
                 continue
             if any_of_them or not self._primary_answers or rows[0]["seen"] in self._versions:
                 return rows
