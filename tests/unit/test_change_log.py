@@ -93,8 +93,8 @@ class WallClock:
     def __init__(self, now_ms: int = 1_700_000_000_000) -> None:
         self.now_ms = now_ms
 
-    def time_ns(self) -> int:
-        return self.now_ms * 1_000_000
+    def now_us(self) -> int:
+        return self.now_ms * 1000
 
     def monotonic(self) -> float:
         return self.now_ms / 1000
@@ -104,6 +104,7 @@ class WallClock:
 def wall(monkeypatch: pytest.MonkeyPatch) -> WallClock:
     clock = WallClock()
     monkeypatch.setattr(database_module, "time", clock)
+    monkeypatch.setattr(database_module, "now_us", clock.now_us)
     return clock
 
 
@@ -450,6 +451,7 @@ class Following(RuleBasedStateMachine):
         self.wall = WallClock()
         self.patch = pytest.MonkeyPatch()
         self.patch.setattr(database_module, "time", self.wall)
+        self.patch.setattr(database_module, "now_us", self.wall.now_us)
         self.truth = Truth(self.loop.run(open_log()))
         kept = Kept() if share else None
         self.instances = [Instance(self.truth, kept, remembered) for _ in range(2)]

@@ -279,10 +279,11 @@ def test_rules_that_escape_one_for_everything_are_warned_of() -> None:
         search,
         'limits = ["1000/minute"]\n' + everything + search,
         everything + search + 'mode = "shadow"\n',
-        everything + search + "priority = -1\n",
         everything + 'methods = ["GET"]\n' + search + 'methods = ["POST"]\n',
     ):
         assert warned(quiet) == []
+    (never,) = warned(everything + search + "priority = -1\n")
+    assert "'/search' never answers" in never
 
 
 DEEP = ".".join("a" * 9)

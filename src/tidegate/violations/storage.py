@@ -13,7 +13,6 @@ import functools
 import hashlib
 import logging
 import re
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from typing import Any, Final, TypeAlias, cast
 
@@ -22,6 +21,7 @@ from sqlalchemy import CursorResult, String, text
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from tidegate import timestamps
 from tidegate.catalog.sql.database import Database
 from tidegate.catalog.sql.statements import load_statements
 from tidegate.catalog.sql.tables import rate_limit_violations
@@ -108,7 +108,7 @@ async def keep_violations(database: Database, keep_days: int, now_us: int | None
         CatalogUnavailable: if something could not be done; the rest was.
     """
     if database.dialect == "sqlite":
-        now_us = time.time_ns() // 1000 if now_us is None else now_us
+        now_us = timestamps.now_us() if now_us is None else now_us
         return await _taken([functools.partial(_delete_old, database, now_us - keep_days * _DAY_US)])
     async with database.transaction() as connection:
         if now_us is None:

@@ -29,6 +29,7 @@ from tidegate.catalog.sql.replicas import Replica, Replicas
 from tidegate.catalog.sql.schema import upgrade_schema
 from tidegate.catalog.sql.tables import policy_state
 from tidegate.errors import CatalogUnavailable, SettingsError
+from tidegate.timestamps import now_us
 
 logger = logging.getLogger(__name__)
 
@@ -318,13 +319,13 @@ class Database:
 
     async def _turn(self) -> tuple[AsyncConnection, WriteTransaction]:
         """A connection in a transaction that has the turn of all writers."""
-        now_us = time.time_ns() // 1000
+        at_us = now_us()
         state = policy_state.c
-        now_ms = now_us // 1000
+        now_ms = at_us // 1000
         later = case((state.version >= now_ms, state.version + 1), else_=now_ms)
         raised = (
             update(policy_state)
-            .values(version=later, previous=state.version, changed_at_us=now_us)
+            .values(version=later, previous=state.version, changed_at_us=at_us)
             .returning(state.version, state.previous)
         )
         for attempt in (1, 2):
