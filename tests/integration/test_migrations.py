@@ -384,14 +384,14 @@ async def test_a_change_of_the_first_version_counts_as_one_of_everything(catalog
     known = FreshnessTracker()
     known.note(await catalog.changes(0))
     since = known.version
-    assert known.needed("tier", "first") == since
-    assert known.needed("tier", "another") == 0
+    assert known.min_version("tier", "first") == since
+    assert known.min_version("tier", "another") == 0
 
     await _Old(engine).change(1)
     changes = await catalog.changes(since)
     assert (changes.version, changes.floor, changes.items) == (since + 1, since + 1, ())
     known.note(changes)
-    assert known.needed("tier", "another") == since + 1, "whatever was cached before is not served"
+    assert known.min_version("tier", "another") == since + 1, "whatever was cached before is not served"
 
     # One of ours behind it hides nothing of it from who has seen neither, and is itself told by name.
     await editor.create_tier("me", "second", ())

@@ -69,7 +69,7 @@ async def open_catalog() -> AsyncIterator[Open]:
         await catalog.apply_policy(parse_policy(POLICY), "1")
         if catalog.database.replicas is not None:
             await asyncio.to_thread(cluster.wait_caught_up)
-            await catalog.database.replicas.look()
+            await catalog.database.replicas.probe()
             assert {replica.out for replica in catalog.database.replicas.replicas} == {None}
         return catalog
 
@@ -222,7 +222,7 @@ async def test_a_replica_lags_by_what_it_misses_and_not_by_time(
         for clock in clocks:
             clock.added += seconds
         for each in (catalog, reader):
-            await replicas_of(each).look()
+            await replicas_of(each).probe()
 
     def out() -> list[list[bool]]:
         return [[replica.out is not None for replica in replicas_of(each).replicas] for each in (catalog, reader)]
@@ -321,14 +321,14 @@ async def test_replicas_go_and_come_back_and_then_the_primary(
     # The primary: replicas serve, also one that is left out, where nobody else is left.
     version = await catalog.version()
     clock = replicas_of(catalog)._clock = Clock()
-    await replicas_of(catalog).look()
+    await replicas_of(catalog).probe()
     first.pause_replay()
     revoked = keys[0]
     await revoke_key(catalog, revoked.id, "over")
     changed = await catalog.version()
     second.caught_up(cluster.primary)
     clock.added += 60
-    await replicas_of(catalog).look()
+    await replicas_of(catalog).probe()
     assert [replica.out is None for replica in replicas] == [False, True]
     cluster.primary.kill()
     asked.take()
@@ -512,7 +512,7 @@ async def test_a_change_that_is_lost_with_its_primary_is_forgotten(
         assert status_on(behind, "tidegate", key) == [("active",)]
         assert status_on(strayed, "tidegate", key) == [("revoked",)], "it still shows what is lost"
         for catalog in catalogs:
-            await replicas_of(catalog).look()
+            await replicas_of(catalog).probe()
             assert replicas_of(catalog).replicas[0].out is not None
 
         # Later versions have gone past the lost one.
@@ -564,9 +564,9 @@ async def test_replicas_that_are_merely_busy_are_not_left_out(
 ) -> None:
     catalog = await open_catalog(postgres_cluster, database, pool_size=1, timeout_s=1.5)
     replicas = replicas_of(catalog)
-    slow = select(policy_state.c.version.label("seen"), func.pg_sleep(0.3))
+    slow = select(policy_state.c.version.label("read_version"), func.pg_sleep(0.3))
     # 12 s of work for two connections, which each may be waited for 1.5 s: most find none free.
-    answers = await asyncio.gather(*(replicas.rows(slow, 0) for _ in range(40)), replicas.look())
+    answers = await asyncio.gather(*(replicas.rows(slow, 0) for _ in range(40)), replicas.probe())
     answered = sum(rows is not None for rows in answers)
     assert 4 <= answered < 40
     assert [(replica.out, replica.ejections) for replica in replicas.replicas] == [(None, 0), (None, 0)]
@@ -579,7 +579,7 @@ async def test_replicas_that_hang_are_left_out_however_busy(
 ) -> None:
     catalog = await open_catalog(postgres_cluster, database, pool_size=1, timeout_s=1.0)
     replicas = replicas_of(catalog)
-    forever = select(policy_state.c.version.label("seen"), func.pg_sleep(30))
+    forever = select(policy_state.c.version.label("read_version"), func.pg_sleep(30))
     assert await asyncio.gather(*(replicas.rows(forever, 0) for _ in range(6))) == [None] * 6
     assert all(replica.ejections for replica in replicas.replicas)
     assert (await catalog.tier("free"))[1] is not None, "the primary is asked"

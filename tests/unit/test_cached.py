@@ -419,7 +419,7 @@ async def test_what_is_doubted_is_bounded_too(clock: Seconds) -> None:
         for digest in digests[start : start + 20]:
             await cached.caller(digest)
         cached.invalidate()
-    assert len(cached._callers.past) <= 20
+    assert len(cached._callers.stale) <= 20
     held.failing = True
     served = 0
     for digest in digests:

@@ -270,19 +270,19 @@ async def test_the_statement_is_one_snapshot(tmp_path: Path) -> None:
 
 def test_an_answer_must_have_seen_the_last_change_of_what_it_tells() -> None:
     last = FreshnessTracker()
-    assert last.needed(KEY, "a") == 0
+    assert last.min_version(KEY, "a") == 0
     last.note(Changes(10, 5, ((7, A), (9, C))))
     assert (last.version, last.floor) == (10, 5)
-    assert [last.needed(*item) for item in (A, C, B, (ANONYMOUS, ""))] == [7, 9, 5, 5]
+    assert [last.min_version(*item) for item in (A, C, B, (ANONYMOUS, ""))] == [7, 9, 5, 5]
     last.note(Changes(12, 10, ((12, A),)))
-    assert [last.needed(*item) for item in (A, C, B)] == [12, 9, 5]
+    assert [last.min_version(*item) for item in (A, C, B)] == [12, 9, 5]
 
 
 def test_where_the_log_is_not_whole_nothing_older_is_good() -> None:
     last = FreshnessTracker()
     last.note(Changes(10, 5, ((7, A), (9, C))))
     last.note(Changes(20, 15, ((18, B),)))
-    assert [last.needed(*item) for item in (A, C, B)] == [15, 15, 18]
+    assert [last.min_version(*item) for item in (A, C, B)] == [15, 15, 18]
 
 
 def test_a_version_that_went_back_takes_what_was_known_with_it() -> None:
@@ -290,32 +290,32 @@ def test_a_version_that_went_back_takes_what_was_known_with_it() -> None:
     last.note(Changes(10, 0, ((7, A), (9, C))))
     last.note(Changes(8, 8))
     assert last.version == 8
-    assert [last.needed(*item) for item in (A, B, C)] == [8, 8, 8], "9 is not to be had any more"
+    assert [last.min_version(*item) for item in (A, B, C)] == [8, 8, 8], "9 is not to be had any more"
 
 
 def test_a_change_made_here_counts_before_it_is_read_of() -> None:
     last = FreshnessTracker()
     last.note(Changes(10, 5))
     last.remember([(20, A)])
-    assert (last.version, last.needed(*A), last.needed(*B)) == (10, 20, 5)
+    assert (last.version, last.min_version(*A), last.min_version(*B)) == (10, 20, 5)
     last.note(Changes(15, 10, ((12, A), (15, B))))
-    assert (last.needed(*A), last.needed(*B)) == (20, 15), "an earlier change that is read of later takes nothing back"
+    assert (last.min_version(*A), last.min_version(*B)) == (20, 15), "an earlier change that is read of later takes nothing back"
     last.remember([(30, (ALL, ""))])
-    assert [last.needed(*item) for item in (A, B, C)] == [30, 30, 30]
+    assert [last.min_version(*item) for item in (A, B, C)] == [30, 30, 30]
     last.remember([(31, B)])
-    assert [last.needed(*item) for item in (A, B, C)] == [30, 31, 30]
+    assert [last.min_version(*item) for item in (A, B, C)] == [30, 31, 30]
 
 
 def test_what_is_forgotten_raises_the_floor() -> None:
-    last = FreshnessTracker(most=3)
+    last = FreshnessTracker(max_items=3)
     for at in range(1, 6):
         last.remember([(at, (KEY, f"{at}"))])
     assert last.floor == 2
-    assert last.needed(KEY, "1") == last.needed(KEY, "nobody") == 2
-    assert last.needed(KEY, "4") == 4
+    assert last.min_version(KEY, "1") == last.min_version(KEY, "nobody") == 2
+    assert last.min_version(KEY, "4") == 4
     last.remember([(6, (KEY, "3"))])
     last.remember([(7, (KEY, "7"))])
-    assert (last.needed(KEY, "3"), last.needed(KEY, "4")) == (6, 4), (
+    assert (last.min_version(KEY, "3"), last.min_version(KEY, "4")) == (6, 4), (
         "what changed lately is remembered, not what was first heard of"
     )
 

@@ -90,11 +90,11 @@ class CatalogFollower:
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._heard.wait(), self._pause_s)
                 self._heard.clear()
-                await self.look()
+                await self.poll()
         finally:
             await stop(listening)
 
-    async def look(self) -> bool:
+    async def poll(self) -> bool:
         """Take in what changed.
 
         Returns:

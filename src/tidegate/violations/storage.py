@@ -155,7 +155,7 @@ async def _taken(steps: Iterable[Callable[[], Awaitable[None]]]) -> bool:
 
 
 @contextlib.asynccontextmanager
-async def _turn(database: Database) -> AsyncIterator[AsyncConnection]:
+async def _exclusive_transaction(database: Database) -> AsyncIterator[AsyncConnection]:
     """A transaction that only one process has at a time."""
     async with database.transaction() as connection:
         if database.dialect == "postgresql":
@@ -172,7 +172,7 @@ async def _partitions(connection: AsyncConnection) -> list[str]:
 async def _make_day(database: Database, day_us: int) -> None:
     name = partition_of(day_us)
     day = {"from_us": day_us, "to_us": day_us + _DAY_US}
-    async with _turn(database) as connection:
+    async with _exclusive_transaction(database) as connection:
         # Looked at in our turn: another process may have made it a moment ago.
         if name in await _partitions(connection):
             return
@@ -187,7 +187,7 @@ async def _make_day(database: Database, day_us: int) -> None:
 
 
 async def _drop_day(database: Database, name: str) -> None:
-    async with _turn(database) as connection:
+    async with _exclusive_transaction(database) as connection:
         if name in await _partitions(connection):
             await connection.execute(text(_SQL["drop"].format(partition=name)))
 
@@ -197,7 +197,7 @@ async def _delete_old(database: Database, before_us: int) -> None:
     statement = text(_SQL[f"delete_{database.dialect}"])
     deleted = _DELETE_BATCH_SIZE
     while deleted == _DELETE_BATCH_SIZE:
-        async with _turn(database) as connection:
+        async with _exclusive_transaction(database) as connection:
             result: CursorResult[Any] = await connection.execute(statement, {"before_us": before_us, "most": _DELETE_BATCH_SIZE})
             deleted = result.rowcount
 

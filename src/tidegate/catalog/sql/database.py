@@ -145,13 +145,13 @@ class Database:
         # One connection for all: a commit of the probe would commit what others have begun.
         return isinstance(self._writer.pool, StaticPool)
 
-    async def seen(
+    async def read(
         self, query: Select[Any], min_version: int, parameters: Mapping[str, Any] | None = None
     ) -> Sequence[RowMapping]:
         """The rows of a query for a check.
 
         Args:
-            query: its first row says as `seen` which version the rows are of; it gives at least one row.
+            query: its first row says as `read_version` which version the rows are of; it gives at least one row.
             min_version: version that they must have seen, where the catalog has got so far.
             parameters: of the query, where it has some.
 
@@ -173,7 +173,7 @@ class Database:
         except CatalogUnavailable:
             replicated = None
             if self.replicas is not None:
-                replicated = await self.replicas.rows(query, min_version, parameters, any_of_them=True)
+                replicated = await self.replicas.rows(query, min_version, parameters, include_ejected=True)
             if replicated is None:
                 raise
             return replicated
@@ -291,7 +291,7 @@ class Database:
             CatalogUnavailable: if the database does not take it.
         """
         try:
-            connection, writing = await self._turn()
+            connection, writing = await self._acquire_write_lock()
             try:
                 yield writing
                 await writing.log()
@@ -317,7 +317,7 @@ class Database:
         if self._writer is not self._reader:
             await self._writer.dispose()
 
-    async def _turn(self) -> tuple[AsyncConnection, WriteTransaction]:
+    async def _acquire_write_lock(self) -> tuple[AsyncConnection, WriteTransaction]:
         """A connection in a transaction that has the turn of all writers."""
         at_us = now_us()
         state = policy_state.c

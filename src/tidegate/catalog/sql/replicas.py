@@ -62,7 +62,7 @@ class Replica:
         self.lag_s = 0.0
         self.ejections = 0
 
-    def leave_out(self, why: str) -> None:
+    def eject(self, why: str) -> None:
         """Ask it no more until a look finds it well.
 
         Args:
@@ -73,7 +73,7 @@ class Replica:
             logger.warning("the replica %s is left out: %s", self.name, why, extra={"ecs": {"tidegate.replica": self.name}})
         self.out = why
 
-    def take_back(self) -> None:
+    def restore(self) -> None:
         """Ask it again."""
         if self.out is not None:
             logger.info("the replica %s is asked", self.name, extra={"ecs": {"tidegate.replica": self.name}})
@@ -115,24 +115,24 @@ class Replicas:
 
     async def start(self) -> None:
         """Look at all of them, and go on looking until `close`."""
-        await self.look()
+        await self.probe()
         self._watching = SUPERVISOR.start("replica_probe", self._watch)
 
     async def rows(
-        self, query: Select[Any], min_version: int, parameters: Mapping[str, Any] | None = None, *, any_of_them: bool = False
+        self, query: Select[Any], min_version: int, parameters: Mapping[str, Any] | None = None, *, include_ejected: bool = False
     ) -> Sequence[RowMapping] | None:
         """Ask one replica after the other.
 
         Args:
-            query: its first row says as `seen` which version the rows are of; it gives at least one row.
+            query: its first row says as `read_version` which version the rows are of; it gives at least one row.
             min_version: the version that they must have seen.
             parameters: of the query, where it has some.
-            any_of_them: ask those that are left out too, and take any version: there is nobody else.
+            include_ejected: ask those that are left out too, and take any version: there is nobody else.
 
         Returns:
             The rows; None where no replica gives such.
         """
-        asked = [replica for replica in self.replicas if replica.out is None or any_of_them]
+        asked = [replica for replica in self.replicas if replica.out is None or include_ejected]
         self._turn += 1
         in_turn = [asked[(self._turn + place) % len(asked)] for place in range(len(asked))]
         patience_s = self._timeout_s
@@ -143,13 +143,13 @@ class Replicas:
                 patience_s = 0  # one is waited for; the others were no less busy
                 continue
             except (SQLAlchemyError, OSError, TimeoutError) as error:
-                replica.leave_out(reason_of(error))
+                replica.eject(reason_of(error))
                 continue
             if rows:
-                replica.shown = max(replica.shown, rows[0]["seen"])
-            if not rows or rows[0]["seen"] < min_version:
+                replica.shown = max(replica.shown, rows[0]["read_version"])
+            if not rows or rows[0]["read_version"] < min_version:
                 continue
-            if any_of_them or not self._primary_answers or rows[0]["seen"] in self._versions:
+            if include_ejected or not self._primary_answers or rows[0]["read_version"] in self._versions:
                 return rows
         return None
 
@@ -180,18 +180,18 @@ class Replicas:
         else:
             self._versions.setdefault(version, self._clock())
 
-    async def look(self) -> None:
+    async def probe(self) -> None:
         """See how each replica is, and what the primary's version is."""
-        await asyncio.gather(*(self._look_at(replica) for replica in self.replicas))
+        await asyncio.gather(*(self._probe_replica(replica) for replica in self.replicas))
         # After them: now it has all that they have, or never had it.
-        await self._look_at_primary()
+        await self._probe_primary()
         for replica in self.replicas:
             # One that had no connection free for the look tells by its answers how far it is.
             replica.lag_s = self._lag_s(replica.shown)
             if replica.out is None and replica.lag_s > self._max_lag_s:
-                replica.leave_out(f"it lags {replica.lag_s:.1f} s behind, more than {self._max_lag_s:g} s")
+                replica.eject(f"it lags {replica.lag_s:.1f} s behind, more than {self._max_lag_s:g} s")
             if replica.out is None and self._is_ahead(replica):
-                replica.leave_out(f"it shows version {replica.version}, which its primary has not: it follows another one")
+                replica.eject(f"it shows version {replica.version}, which its primary has not: it follows another one")
 
     async def close(self) -> None:
         """Look no more, and end all connections."""
@@ -203,28 +203,28 @@ class Replicas:
     async def _watch(self) -> None:
         while True:
             await asyncio.sleep(PROBE_S)
-            await self.look()
+            await self.probe()
 
-    async def _look_at_primary(self) -> None:
+    async def _probe_primary(self) -> None:
         try:
             self.changed(await self._within(self._primary_version()))
         except Exception as error:  # noqa: BLE001 - whatever it is: while the primary is away, what was seen last holds
             self._primary_answers = False
             logger.debug("the primary's version cannot be had: %s", error)
 
-    async def _look_at(self, replica: Replica) -> None:
+    async def _probe_replica(self, replica: Replica) -> None:
         try:
-            rows = await self._ask(replica, select(policy_state.c.version.label("seen")), None, self._timeout_s)
+            rows = await self._ask(replica, select(policy_state.c.version.label("read_version")), None, self._timeout_s)
         except _Busy:
             return
         except (SQLAlchemyError, OSError, TimeoutError) as error:
-            replica.leave_out(reason_of(error))
+            replica.eject(reason_of(error))
             return
-        replica.version = replica.shown = rows[0]["seen"] if rows else 0
+        replica.version = replica.shown = rows[0]["read_version"] if rows else 0
         if not rows:
-            replica.leave_out("it holds no catalog")
+            replica.eject("it holds no catalog")
         elif self._lag_s(replica.version) <= self._max_lag_s and not self._is_ahead(replica):
-            replica.take_back()
+            replica.restore()
 
     def _is_ahead(self, replica: Replica) -> bool:
         return self._primary_answers and replica.version > self._newest
