@@ -252,6 +252,21 @@ async def test_what_is_no_entry_is_ignored_and_written_over(
     assert (cache.hits, cache.misses, cache.errors, cache.refused) == (1, 1, 0, 1)
 
 
+async def test_a_key_of_another_type_is_replaced_and_the_cache_stays_on(
+    connect: Callable[..., Any], redis_server: RedisServer
+) -> None:
+    catalog = Catalog()
+    cache = shared(catalog, await connect(redis_server.url))
+    key, other = digest(), digest()
+    _, place = cache._place(f"k:{key}")
+    redis_server.must("RPUSH", place, "not", "an", "entry")
+    for each in (key, other, key, other):
+        assert (await cache.api_key(each))[1] is not None
+        await cache.settle()
+    assert catalog.asked == [key, other]
+    assert (cache.hits, cache.misses, cache.errors, cache.refused) == (2, 2, 0, 1)
+
+
 FREE = Rule.make("/a", ["5/minute"])
 
 

@@ -104,19 +104,17 @@ class CatalogFollower:
             changes = await self._catalog.changes(self._cached.version)
         except TidegateError as error:
             if not self.failing:
-                logger.warning("the catalog does not answer; cached entries serve meanwhile: %s", error)
+                logger.warning("the catalog does not answer, serving cached entries: %s", error)
             self.failing = True
             self._cached.followed(failing=True)
             return False
         if self.failing:
-            logger.info("the catalog answers again")
+            logger.info("the catalog is available again")
         self.failing = False
         self._cached.followed(failing=False)
         if changes.version != self._cached.version:
             self._cached.changed(changes)
-            logger.info(
-                "catalog version %d is in force", changes.version, extra={"ecs": {"tidegate.policy_version": changes.version}}
-            )
+            logger.info("catalog version %d active", changes.version, extra={"ecs": {"tidegate.policy_version": changes.version}})
         return True
 
     @property

@@ -183,8 +183,12 @@ class SharedCatalog:
         try:
             raw = await self._store.call(tag, "GET", key)
         except StoreUnavailable as error:
-            self._failed(error)
-            return None
+            if "WRONGTYPE" not in error.message:
+                self._failed(error)
+                return None
+            # Only this key is unusable; the entry that is written next replaces it, whatever its type.
+            self._refuse(key, InvalidEntry("it is not a string"))
+            raw = None
         if isinstance(raw, bytes):
             try:
                 entry = self._seal.open(name.encode(), raw, decoder)
@@ -206,8 +210,8 @@ class SharedCatalog:
         if self._clock() >= self._warn_at + WARN_S:
             self._warn_at = self._clock()
             logger.warning(
-                "the shared cache in Redis holds an invalid entry at %s, which was ignored: %s; if this goes on, somebody else "
-                "writes to this Redis: restrict who may",
+                "invalid entry ignored in the shared cache in Redis, key %s: %s; if this repeats, another client writes these "
+                "keys: restrict write access to this Redis",
                 key.decode(),
                 error,
             )

@@ -178,7 +178,7 @@ async def _make_day(database: Database, day_us: int) -> None:
             return
         held = (await connection.execute(text(_SQL["in_default"]), {**day, "most": _MAX_MOVED + 1})).scalar_one()
         if held > _MAX_MOVED:
-            logger.warning("violations of %s stay in the default partition: there are more than %d", name[-8:], _MAX_MOVED)
+            logger.warning("violations of %s are kept in the default partition: there are more than %d", name[-8:], _MAX_MOVED)
             return
         for step in ("hold_parent", "hold_default", "make"):
             await connection.execute(text(_SQL[step].format(partition=name)))

@@ -52,7 +52,7 @@ class DatabaseOptions(msgspec.Struct, frozen=True):
         replicas: URLs of read replicas.
         pool_size: most connections for reading to each server; another 4 are for writing.
         timeout_s: how long an answer may take, s.
-        max_replica_lag_s: a replica that lags more is left out, s.
+        max_replica_lag_s: a replica that lags more is removed from rotation, s.
     """
 
     replicas: tuple[str, ...] = ()
@@ -70,7 +70,7 @@ class Database:
         writer: connections for writing to it; the same engine where there is no difference.
 
     Attributes:
-        announce: is told the new version after each change; must not raise. PostgreSQL announces it besides (NOTIFY).
+        announce: callback run with the new version after each change; must not raise. PostgreSQL announces it besides (NOTIFY).
         queries: of checks, so far.
     """
 
@@ -100,7 +100,9 @@ class Database:
         """
         options = options or DatabaseOptions()
         if options.replicas and not is_postgres(url):
-            raise SettingsError("catalog.replicas is set, but catalog.url is no PostgreSQL: remove the one or change the other")
+            raise SettingsError(
+                "catalog.replicas is set, but catalog.url is not a PostgreSQL URL: remove catalog.replicas, or use PostgreSQL"
+            )
         reader = open_engine(url, reads_only=True, pool_size=options.pool_size, timeout_s=options.timeout_s)
         writer = reader
         replicas = []
@@ -206,7 +208,7 @@ class Database:
             async with self.reading() as connection:
                 row = (await connection.execute(_CAN_WRITE)).one()
             if row.standby or row.read_only == "on":
-                raise CatalogUnavailable(f"the catalog's database {self.name} takes no writes: it is a standby, or read-only")
+                raise CatalogUnavailable(f"the catalog's database {self.name} is not writable: it is read-only or a standby")
         else:
             await self.version()
         # A full disk shows in a write only: one that no check sees is made where the last one failed, and now and then.
@@ -214,7 +216,7 @@ class Database:
         if due and not self._in_memory and (self.dialect == "sqlite" or self._write_fault is not None):
             await self._probe_writing()
         if self._write_fault is not None:
-            raise CatalogUnavailable(f"the catalog's database {self.name} takes no writes: {self._write_fault}")
+            raise CatalogUnavailable(f"the catalog's database {self.name} is not writable: {self._write_fault}")
 
     async def _probe_writing(self) -> None:
         patience = "PRAGMA busy_timeout = 100" if self.dialect == "sqlite" else "SET LOCAL lock_timeout = '100ms'"
@@ -234,7 +236,7 @@ class Database:
                 return  # somebody else writes now, and will see whether it succeeds
             self._note_write(error)
             if not cannot_write(error):
-                raise CatalogUnavailable(f"the catalog's database {self.name} takes no writes: {reason_of(error)}") from error
+                raise CatalogUnavailable(f"the catalog's database {self.name} is not writable: {reason_of(error)}") from error
         else:
             self._note_write(None)
 
@@ -278,7 +280,7 @@ class Database:
             self._note_write(None)
         except (SQLAlchemyError, OSError) as error:
             self._note_write(error)
-            raise CatalogUnavailable(f"the catalog's database did not take the change: {reason_of(error)}") from error
+            raise CatalogUnavailable(f"the catalog's database rejected the change: {reason_of(error)}") from error
 
     @contextlib.asynccontextmanager
     async def changing(self) -> AsyncIterator[WriteTransaction]:
@@ -303,7 +305,7 @@ class Database:
                 await connection.close()
         except (SQLAlchemyError, OSError) as error:
             self._note_write(error)
-            raise CatalogUnavailable(f"the catalog's database did not take the change: {reason_of(error)}") from error
+            raise CatalogUnavailable(f"the catalog's database rejected the change: {reason_of(error)}") from error
         if self.replicas is not None:
             self.replicas.made(writing.version)
         if self.announce is not None:

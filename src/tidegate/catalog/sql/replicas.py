@@ -1,4 +1,4 @@
-"""Read replicas of the catalog: asked in turn, left out while they fail or lag, and taken back when they do not.
+"""Read replicas of the catalog: used in turn, removed from rotation while they fail or lag, and put back afterwards.
 
 A replica lags by the age of the oldest change that it has not seen. While nothing changes it does not lag, whatever its clocks
 and positions say; and one that is cut off from its primary is found as soon as there is something that it misses.
@@ -36,7 +36,7 @@ _VERSIONS_KEPT: Final = 10_000
 
 
 class Replica:
-    """One replica, and whether it is asked.
+    """One replica, and whether it is in rotation.
 
     Args:
         name: its URL as logs may show it.
@@ -44,11 +44,11 @@ class Replica:
         connections: how many these are, 1 or more.
 
     Attributes:
-        out: why it is left out; None while it is asked.
+        out: why it is out of rotation; None while it is in rotation.
         version: of the catalog that it had seen at the last look.
         shown: the latest that it has shown since, in any answer.
         lag_s: age of the oldest change that it had not seen at the last look, s; 0 for none.
-        ejections: how often it was left out.
+        ejections: how often it was removed from rotation.
         free: one for each connection that is not in use.
     """
 
@@ -56,27 +56,23 @@ class Replica:
         self.name = name
         self.engine = engine
         self.free = asyncio.Semaphore(connections)
-        self.out: str | None = "it was not looked at yet"
+        self.out: str | None = "not probed yet"
         self.version = 0
         self.shown = 0
         self.lag_s = 0.0
         self.ejections = 0
 
     def eject(self, why: str) -> None:
-        """Ask it no more until a look finds it well.
-
-        Args:
-            why: for the log.
-        """
+        """Remove it from rotation until a probe succeeds."""
         if self.out is None:
             self.ejections += 1
-            logger.warning("the replica %s is left out: %s", self.name, why, extra={"ecs": {"tidegate.replica": self.name}})
+            logger.warning("replica %s removed from rotation: %s", self.name, why, extra={"ecs": {"tidegate.replica": self.name}})
         self.out = why
 
     def restore(self) -> None:
-        """Ask it again."""
+        """Put it back into rotation."""
         if self.out is not None:
-            logger.info("the replica %s is asked", self.name, extra={"ecs": {"tidegate.replica": self.name}})
+            logger.info("replica %s back in rotation", self.name, extra={"ecs": {"tidegate.replica": self.name}})
         self.out = None
 
 
@@ -86,7 +82,7 @@ class Replicas:
     Args:
         replicas: any number.
         timeout_s: how long one may take to answer, s.
-        max_lag_s: a replica that lags more is left out, s.
+        max_lag_s: a replica that lags more is removed from rotation, s.
         primary_version: asks the primary for its version.
         clock: gives monotonic seconds.
     """
@@ -114,7 +110,7 @@ class Replicas:
         self._watching: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        """Look at all of them, and go on looking until `close`."""
+        """Probe all replicas, and go on probing until `close`."""
         await self.probe()
         self._watching = SUPERVISOR.start("replica_probe", self._watch)
 
@@ -181,7 +177,7 @@ class Replicas:
             self._versions.setdefault(version, self._clock())
 
     async def probe(self) -> None:
-        """See how each replica is, and what the primary's version is."""
+        """Probe every replica and the primary once."""
         await asyncio.gather(*(self._probe_replica(replica) for replica in self.replicas))
         # After them: now it has all that they have, or never had it.
         await self._probe_primary()
@@ -189,12 +185,12 @@ class Replicas:
             # One that had no connection free for the look tells by its answers how far it is.
             replica.lag_s = self._lag_s(replica.shown)
             if replica.out is None and replica.lag_s > self._max_lag_s:
-                replica.eject(f"it lags {replica.lag_s:.1f} s behind, more than {self._max_lag_s:g} s")
+                replica.eject(f"it lags by {replica.lag_s:.1f} s, more than {self._max_lag_s:g} s")
             if replica.out is None and self._is_ahead(replica):
-                replica.eject(f"it shows version {replica.version}, which its primary has not: it follows another one")
+                replica.eject(f"it has version {replica.version}, which the primary does not have: it follows another primary")
 
     async def close(self) -> None:
-        """Look no more, and end all connections."""
+        """Stop probing and close all connections."""
         await stop(self._watching)
         await asyncio.gather(*self._asked, return_exceptions=True)
         for replica in self.replicas:
@@ -210,7 +206,7 @@ class Replicas:
             self.changed(await self._within(self._primary_version()))
         except Exception as error:  # noqa: BLE001 - whatever it is: while the primary is away, what was seen last holds
             self._primary_answers = False
-            logger.debug("the primary's version cannot be had: %s", error)
+            logger.debug("the version of the primary cannot be read: %s", error)
 
     async def _probe_replica(self, replica: Replica) -> None:
         try:
@@ -222,7 +218,7 @@ class Replicas:
             return
         replica.version = replica.shown = rows[0]["read_version"] if rows else 0
         if not rows:
-            replica.eject("it holds no catalog")
+            replica.eject("it has no catalog")
         elif self._lag_s(replica.version) <= self._max_lag_s and not self._is_ahead(replica):
             replica.restore()
 
