@@ -161,7 +161,7 @@ async def database(server: PostgresServer, count: int, look_ups: int) -> Figures
         keys = fill(server, count)
         size = server.execute("SELECT pg_total_relation_size('api_keys')")[0][0]
         for key in keys[:100]:
-            await catalog.read_key(key)
+            await catalog.api_key(key)
         step = max(len(keys) // look_ups, 1)
         asked = keys[::step][:look_ups]
         spent = [await look_up_cpu_s(server, catalog, asked[number::ROUNDS]) for number in range(ROUNDS)]
@@ -180,7 +180,7 @@ async def look_up_cpu_s(server: PostgresServer, catalog: SqlCatalog, keys: Seque
     # Processes that live on keep their times: none may end between the two readings.
     before = {pid: cpu_of_threads_s(pid) for pid in tree_of(server.pid)}
     for key in keys:
-        await catalog.read_key(key)
+        await catalog.api_key(key)
     return sum(cpu_of_threads_s(pid) - before.get(pid, 0.0) for pid in tree_of(server.pid)) / len(keys)
 
 
@@ -191,11 +191,11 @@ async def cached_bytes(catalog: SqlCatalog, keys: Sequence[str]) -> float:
         await store.start()
         try:
             shared = SharedCatalog(catalog, store, await catalog.cache_secret())
-            await shared.read_key(keys[0])
+            await shared.api_key(keys[0])
             await shared.settle()
             before, held = info(redis, "memory")["used_memory"], int(redis.client.dbsize())  # type: ignore[arg-type]
             for key in keys[1:]:
-                await shared.read_key(key)
+                await shared.api_key(key)
             await shared.settle()
             more = int(redis.client.dbsize()) - held  # type: ignore[arg-type]
             return float((info(redis, "memory")["used_memory"] - before) / more)

@@ -93,12 +93,12 @@ async def one_after_the_other(look_up: Callable[[str], Awaitable[object]], keys:
 
 async def levels(stack: Stack, count: int) -> Figures:
     keys = stack.keys[:count]
-    database = await one_after_the_other(stack.database.read_key, keys)
+    database = await one_after_the_other(stack.database.api_key, keys)
     shared = stack.shared()
     for key in keys:
-        await shared.read_key(key)
+        await shared.api_key(key)
     await shared.settle()
-    level_two = await one_after_the_other(shared.read_key, keys)
+    level_two = await one_after_the_other(shared.api_key, keys)
     assert shared.hits == count, "every one of the second round is a hit"
     cached, _ = stack.cached()
     for key in keys:
@@ -135,7 +135,7 @@ async def in_turns(look_up: Callable[[str], Awaitable[object]], keys: Sequence[s
 
 async def mixed(stack: Stack, workload: Sequence[str], alone: int, where: str, in_flight: int) -> Figures:
     """The workload with both caches, and a part of it by the database alone."""
-    database_ms = await in_turns(stack.database.read_key, workload[:alone], in_flight)
+    database_ms = await in_turns(stack.database.api_key, workload[:alone], in_flight)
     cached, shared = stack.cached(max_keys=len(stack.keys) // 5)
     mixed_ms = await in_turns(cached.caller, workload, in_flight)
     await shared.settle()

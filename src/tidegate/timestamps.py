@@ -10,24 +10,20 @@ from tidegate.errors import BadRequest
 
 US_PER_S: Final = 1_000_000
 MIN_US: Final = -62_135_596_800_000_000
-"""0001-01-01T00:00:00Z, µs since the epoch: ISO 8601 writes nothing before it with four digits."""
+"""0001-01-01T00:00:00Z, µs since the epoch: the earliest time with a four-digit year."""
 MAX_US: Final = 253_402_300_799_999_999
-"""9999-12-31T23:59:59.999999Z: nor behind it."""
+"""9999-12-31T23:59:59.999999Z: the latest time with a four-digit year."""
 
 _EPOCH: Final = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
 
 
 def now_us() -> int:
-    """Now.
-
-    Returns:
-        µs since the epoch.
-    """
+    """The current time, µs since the epoch."""
     return time.time_ns() // 1000
 
 
 def format_timestamp(at_us: int | None) -> str | None:
-    """A moment as answers write it.
+    """Format a timestamp as responses contain it.
 
     Args:
         at_us: µs since the epoch, or None.
@@ -64,7 +60,7 @@ def to_us(moment: datetime.datetime) -> int:
 
 
 def parse_timestamp(text: str, field: str) -> int:
-    """Read a moment.
+    """Parse a timestamp.
 
     Args:
         text: ISO 8601 with an offset, such as `2030-01-31T00:00:00Z`.
@@ -74,11 +70,13 @@ def parse_timestamp(text: str, field: str) -> int:
         µs since the epoch.
 
     Raises:
-        BadRequest: naming the field, its value and the form.
+        BadRequest: naming the field, its value and the expected format.
     """
     try:
         return to_us(datetime.datetime.fromisoformat(text))
     except ValueError:
         raise BadRequest(
-            f"{field} {text[:60]!r} is no moment of the years 1 to 9999: write 2030-01-31T00:00:00Z, with its offset", field=field
+            f"{field} {text[:60]!r} is not a valid timestamp of the years 1 to 9999; "
+            "use ISO 8601 with an offset, e.g. 2030-01-31T00:00:00Z",
+            field=field,
         ) from None

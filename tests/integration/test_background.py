@@ -206,8 +206,8 @@ async def test_a_follower_outlives_an_empty_state(catalog: SqlCatalog) -> None:
     for refused in (
         catalog.changes(0),
         catalog.version(),
-        catalog.read_anonymous(),
-        catalog.read_key("0" * 64),
+        catalog.anonymous_tier(),
+        catalog.api_key("0" * 64),
         catalog.apply_policy(parse_policy(POLICY.format(name="second")), "2"),
     ):
         with pytest.raises(CatalogUnavailable, match="no row in policy_state: restore a backup"):

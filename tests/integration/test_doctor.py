@@ -135,7 +135,7 @@ async def test_a_database_of_others_is_refused(catalog_url: str, tmp_path: Path,
 
 def test_files_that_are_no_catalog(tmp_path: Path) -> None:
     (tmp_path / "text.db").write_text("this is no database, but long enough to look at " * 100)
-    for file, said in (("text.db", "no SQLite database"), ("absent/x.db", "a place that can be written")):
+    for file, said in (("text.db", "not a SQLite database"), ("absent/x.db", "a place that can be written")):
         code, found = _found(tmp_path, TIDEGATE_CATALOG__URL=f"sqlite:///{tmp_path}/{file}")
         assert (code, found["catalog"][0]) == (1, False)
         assert said in found["catalog"][1]

@@ -73,10 +73,10 @@ async def test_what_a_file_made_can_be_changed_once_it_is_released(catalog: SqlC
     assert (old["status"], made["managed_by_file"]) == ("revoked", False)
     await editing_keys.delete_key(editor, "test", ID, None)
     assert [form["id"] for form in await listed_keys(catalog)] == [made["id"]]
-    tier = await catalog.tier("free")
+    tier = (await catalog.tier("free"))[1]
     assert tier is not None
     assert not tier.managed_by_file
-    assert await catalog.api_key(hash_api_key(new_key)) is not None
+    assert (await catalog.api_key(hash_api_key(new_key)))[1] is not None
 
 
 async def test_a_file_that_comes_back_takes_over_what_was_not_changed(catalog: SqlCatalog) -> None:
@@ -96,7 +96,7 @@ async def test_a_file_does_not_bring_a_key_back_that_was_revoked_meanwhile(catal
     await revoke_key(catalog, ID, "leaked")
     with pytest.raises(CatalogError, match=f"API key {ID} of the policy file belongs to the catalog"):
         await catalog.apply_policy(policy, "1")
-    api_key = await catalog.api_key(hash_api_key(KEY))
+    api_key = (await catalog.api_key(hash_api_key(KEY)))[1]
     assert api_key is not None
     assert api_key.status == "revoked"
     await catalog.apply_policy(parse_policy(FREE), "2")

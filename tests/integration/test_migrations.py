@@ -204,13 +204,13 @@ async def test_what_the_first_version_wrote_reads_the_same(catalog_url: str, eng
     await _write(engine, *first_version.ROWS)
     catalog = await SqlCatalog.open(catalog_url)
     assert await catalog.list_tiers() == first_version.TIERS
-    assert [await catalog.tier(tier.name) for tier in first_version.TIERS] == first_version.TIERS
-    assert [await catalog.api_key(key.sha256) for key in first_version.KEYS] == first_version.KEYS
+    assert [(await catalog.tier(tier.name))[1] for tier in first_version.TIERS] == first_version.TIERS
+    assert [(await catalog.api_key(key.sha256))[1] for key in first_version.KEYS] == first_version.KEYS
     listed = await listed_keys(catalog)
     assert [form["id"] for form in listed] == [key.id for key in first_version.KEYS]
     assert [form["created_at"] for form in listed] == [f"2023-11-14T22:13:20.00000{number}Z" for number in range(1, 5)]
     assert (listed[-1]["revoked_at"], listed[-1]["revoked_reason"]) == ("2023-11-14T22:13:20.000005Z", 'leaked: "x"')
-    assert await catalog.anonymous_tier() == first_version.ANONYMOUS
+    assert (await catalog.anonymous_tier())[1] == first_version.ANONYMOUS
     assert await catalog.version() == first_version.VERSION
     changes = await catalog.changes(first_version.VERSION - 1)
     assert (changes.version, changes.floor, changes.items) == (first_version.VERSION, first_version.VERSION, ())
@@ -355,10 +355,10 @@ async def test_the_first_version_works_beside_this_one(catalog_url: str, engine:
     await asyncio.gather(old_ones(), new_ones(), _reading(old, catalog, rounds))
     # Each sees what the other wrote.
     for number in (*range(rounds), 1000):
-        tier = await catalog.tier(f"old-{number}")
+        tier = (await catalog.tier(f"old-{number}"))[1]
         assert tier is not None
         assert [limit.text for limit in tier.rules[0].limits] == ["6/second"]
-        key = await catalog.api_key(f"{number:064x}")
+        key = (await catalog.api_key(f"{number:064x}"))[1]
         assert key is not None
         assert key.status == ("active" if number % 2 else "revoked")
     async with engine.connect() as connection:
@@ -374,8 +374,8 @@ async def test_the_first_version_works_beside_this_one(catalog_url: str, engine:
 async def _reading(old: _Old, catalog: SqlCatalog, rounds: int) -> None:
     for number in range(rounds):
         await old.read(1000)
-        await catalog.read_tier("new")
-        await catalog.read_key(f"{number:064x}")
+        await catalog.tier("new")
+        await catalog.api_key(f"{number:064x}")
         await catalog.changes(0)
 
 
@@ -386,14 +386,14 @@ async def test_a_change_of_the_first_version_counts_as_one_of_everything(catalog
     known = FreshnessTracker()
     known.note(await catalog.changes(0))
     since = known.version
-    assert known.needed("tier", "first") == since
-    assert known.needed("tier", "another") == 0
+    assert known.min_version("tier", "first") == since
+    assert known.min_version("tier", "another") == 0
 
     await _Old(engine).change(1)
     changes = await catalog.changes(since)
     assert (changes.version, changes.floor, changes.items) == (since + 1, since + 1, ())
     known.note(changes)
-    assert known.needed("tier", "another") == since + 1, "whatever was cached before is not served"
+    assert known.min_version("tier", "another") == since + 1, "whatever was cached before is not served"
 
     # One of ours behind it hides nothing of it from who has seen neither, and is itself told by name.
     await editor.create_tier("me", "second", ())

@@ -47,7 +47,7 @@ REASON = 'connection to server at "10.0.0.5", port 5432 failed: FATAL: no such u
 
 
 class _AwayCatalog(CountingCatalog):
-    async def api_key(self, sha256: str, least: int = 0) -> ApiKey | None:
+    async def api_key(self, sha256: str, min_version: int = 0) -> tuple[int, ApiKey | None]:
         raise CatalogUnavailable(f"the catalog's database does not answer: {REASON}")
 
 

@@ -151,13 +151,13 @@ BY_SUBJECT = ("rate_limit_violations_default_subject_minute_us_idx", "idx_violat
 
 LOOK_UPS = {
     # What checks ask.
-    "a key": LookUp(lambda catalog, editor, server: catalog.read_key(server.sha256), ("uq_api_keys_sha256",), 10),
-    "an unknown key": LookUp(lambda catalog, editor, server: catalog.read_key("0" * 64), ("uq_api_keys_sha256",), 10),
-    "a tier": LookUp(lambda catalog, editor, server: catalog.read_tier("tier-7"), ("uq_tiers_name",), 110),
+    "a key": LookUp(lambda catalog, editor, server: catalog.api_key(server.sha256), ("uq_api_keys_sha256",), 10),
+    "an unknown key": LookUp(lambda catalog, editor, server: catalog.api_key("0" * 64), ("uq_api_keys_sha256",), 10),
+    "a tier": LookUp(lambda catalog, editor, server: catalog.tier("tier-7"), ("uq_tiers_name",), 110),
     "a tier of 1,000 rules": LookUp(
-        lambda catalog, editor, server: catalog.read_tier(RULES_TIER), RULES_OF_TIER, 1010
+        lambda catalog, editor, server: catalog.tier(RULES_TIER), RULES_OF_TIER, 1010
     ),
-    "the anonymous tier": LookUp(lambda catalog, editor, server: catalog.read_anonymous(), (), 1),
+    "the anonymous tier": LookUp(lambda catalog, editor, server: catalog.anonymous_tier(), (), 1),
     "the last changes": LookUp(
         lambda catalog, editor, server: _after_version(catalog, 100), ("pk_catalog_changes",), 250
     ),

@@ -69,7 +69,7 @@ async def open_catalog() -> AsyncIterator[Open]:
         await catalog.apply_policy(parse_policy(POLICY), "1")
         if catalog.database.replicas is not None:
             await asyncio.to_thread(cluster.wait_caught_up)
-            await catalog.database.replicas.look()
+            await catalog.database.replicas.probe()
             assert {replica.out for replica in catalog.database.replicas.replicas} == {None}
         return catalog
 
@@ -160,10 +160,10 @@ async def test_reads_go_round_the_replicas(postgres_cluster: PostgresCluster, da
     await asyncio.to_thread(postgres_cluster.wait_caught_up)
     asked = Asked(catalog)
     for key in keys:
-        assert await catalog.api_key(key.sha256) == key
+        assert (await catalog.api_key(key.sha256))[1] == key
     assert asked.take() == {"replica 0": 20, "replica 1": 20}
-    assert await catalog.api_key("0" * 64) is None
-    assert (await catalog.tier("free")) is not None
+    assert (await catalog.api_key("0" * 64))[1] is None
+    assert (await catalog.tier("free"))[1] is not None
     assert "primary" not in asked.take()
 
 
@@ -222,7 +222,7 @@ async def test_a_replica_lags_by_what_it_misses_and_not_by_time(
         for clock in clocks:
             clock.added += seconds
         for each in (catalog, reader):
-            await replicas_of(each).look()
+            await replicas_of(each).probe()
 
     def out() -> list[list[bool]]:
         return [[replica.out is not None for replica in replicas_of(each).replicas] for each in (catalog, reader)]
@@ -243,7 +243,7 @@ async def test_a_replica_lags_by_what_it_misses_and_not_by_time(
         assert [replicas_of(each).replicas[0].ejections for each in (catalog, reader)] == [1, 1]
         asked = Asked(catalog)
         for key in keys:
-            assert await catalog.api_key(key.sha256) == key
+            assert (await catalog.api_key(key.sha256))[1] == key
         assert asked.take() == {"replica 1": 4}
     finally:
         late.resume_replay()
@@ -252,7 +252,7 @@ async def test_a_replica_lags_by_what_it_misses_and_not_by_time(
     assert out() == [[False, False]] * 2
     assert replicas_of(catalog).replicas[0].lag_s == 0
     for key in keys:
-        assert await catalog.api_key(key.sha256) == key
+        assert (await catalog.api_key(key.sha256))[1] == key
     assert asked.take() == {"replica 0": 2, "replica 1": 2}
 
 
@@ -276,7 +276,7 @@ async def test_replicas_go_and_come_back_and_then_the_primary(
         slowest = 0.0
         for key in keys:
             took_s, found = await timed(catalog.api_key(key.sha256))
-            assert found == key
+            assert found[1] == key
             slowest = max(slowest, took_s)
         return slowest
 
@@ -323,28 +323,28 @@ async def test_replicas_go_and_come_back_and_then_the_primary(
     # The primary: replicas serve, also one that is left out, where nobody else is left.
     version = await catalog.version()
     clock = replicas_of(catalog)._clock = Clock()
-    await replicas_of(catalog).look()
+    await replicas_of(catalog).probe()
     first.pause_replay()
     revoked = keys[0]
     await revoke_key(catalog, revoked.id, "over")
     changed = await catalog.version()
     second.caught_up(cluster.primary)
     clock.added += 60
-    await replicas_of(catalog).look()
+    await replicas_of(catalog).probe()
     assert [replica.out is None for replica in replicas] == [False, True]
     cluster.primary.kill()
     asked.take()
     for key in keys[1:]:
-        assert await catalog.api_key(key.sha256, least=version) == key
+        assert (await catalog.api_key(key.sha256, min_version=version))[1] == key
     assert asked.take() == {"replica 1": 19}
-    assert (await catalog.api_key(revoked.sha256, least=changed)).status is KeyStatus.REVOKED  # type: ignore[union-attr]
+    assert (await catalog.api_key(revoked.sha256, min_version=changed))[1].status is KeyStatus.REVOKED  # type: ignore[union-attr]
     second.kill()
     await until(lambda: replicas[1].out is not None)
     for key in keys[1:]:
-        assert await catalog.api_key(key.sha256, least=version) == key
+        assert (await catalog.api_key(key.sha256, min_version=version))[1] == key
     assert asked.take()["replica 0"] >= 19, "the last resort"
     with pytest.raises(CatalogUnavailable):
-        await catalog.api_key(revoked.sha256, least=changed)
+        await catalog.api_key(revoked.sha256, min_version=changed)
     took_s, refused = await timed(make_key(catalog, "free"))
     assert isinstance(refused, CatalogUnavailable)
     assert took_s < CONNECT_S + SLACK_S
@@ -374,7 +374,7 @@ async def test_a_promoted_standby_is_found_and_a_demoted_primary_left(
     version = await catalog.version()
     assert version > before
     assert (await catalog.changes(before)).floor == before
-    assert (await catalog.api_key(key.sha256, least=version)).status is KeyStatus.REVOKED  # type: ignore[union-attr]
+    assert (await catalog.api_key(key.sha256, min_version=version))[1].status is KeyStatus.REVOKED  # type: ignore[union-attr]
 
     # The new primary dies, and the last one takes its place.
     cluster.follow(second, first)
@@ -384,7 +384,7 @@ async def test_a_promoted_standby_is_found_and_a_demoted_primary_left(
     (made,) = await make_keys(catalog, 1)
     assert await catalog.version() > version
     assert status_on(second, "tidegate", made) == [("active",)]
-    assert await catalog.api_key(made.sha256, least=await catalog.version()) == made
+    assert (await catalog.api_key(made.sha256, min_version=await catalog.version()))[1] == made
 
 
 async def test_the_primary_is_killed_under_writers(
@@ -514,7 +514,7 @@ async def test_a_change_that_is_lost_with_its_primary_is_forgotten(
         assert status_on(behind, "tidegate", key) == [("active",)]
         assert status_on(strayed, "tidegate", key) == [("revoked",)], "it still shows what is lost"
         for catalog in catalogs:
-            await replicas_of(catalog).look()
+            await replicas_of(catalog).probe()
             assert replicas_of(catalog).replicas[0].out is not None
 
         # Later versions have gone past the lost one.
@@ -549,11 +549,14 @@ async def test_pools_are_bounded(postgres_cluster: PostgresCluster, database: st
 
     watching = asyncio.create_task(asyncio.to_thread(watch))
     try:
-        reads = [catalog.tier("free", least=least) for least in (0, 0, await catalog.version()) for _ in range(100)]
+        versions = (0, 0, await catalog.version())
+        reads = [catalog.tier("free", min_version=version) for version in versions for _ in range(100)]
         reads += [catalog.api_key(key.sha256) for key in keys]  # type: ignore[misc]
         writes = [make_key(catalog, "free") for _ in range(30)]
         lists = [listed_keys(catalog) for _ in range(100)]
-        assert all(await asyncio.gather(*reads, *writes, *lists))  # type: ignore[arg-type]
+        found, changed = await asyncio.gather(asyncio.gather(*reads), asyncio.gather(*writes, *lists))  # type: ignore[arg-type]
+        assert all(value is not None for _, value in found)
+        assert all(changed)
     finally:
         # Whatever happened: the loop does not end before its threads do.
         over = True
@@ -567,13 +570,13 @@ async def test_replicas_that_are_merely_busy_are_not_left_out(
 ) -> None:
     catalog = await open_catalog(postgres_cluster, database, pool_size=1, timeout_s=3.0)
     replicas = replicas_of(catalog)
-    slow = select(policy_state.c.version.label("seen"), func.pg_sleep(0.2))
+    slow = select(policy_state.c.version.label("read_version"), func.pg_sleep(0.2))
     # 12 s of work for two connections, which each may be waited for 3 s: most find none free.
-    answers = await asyncio.gather(*(replicas.rows(slow, 0) for _ in range(60)), replicas.look())
+    answers = await asyncio.gather(*(replicas.rows(slow, 0) for _ in range(60)), replicas.probe())
     answered = sum(rows is not None for rows in answers)
     assert 2 <= answered < 60
     assert [(replica.out, replica.ejections) for replica in replicas.replicas] == [(None, 0), (None, 0)]
-    assert await catalog.tier("free") is not None, "nothing is held by who has given up"
+    assert (await catalog.tier("free"))[1] is not None, "nothing is held by who has given up"
     assert all(not replica.free.locked() for replica in replicas.replicas)
 
 
@@ -582,10 +585,10 @@ async def test_replicas_that_hang_are_left_out_however_busy(
 ) -> None:
     catalog = await open_catalog(postgres_cluster, database, pool_size=1, timeout_s=2.0)
     replicas = replicas_of(catalog)
-    forever = select(policy_state.c.version.label("seen"), func.pg_sleep(30))
+    forever = select(policy_state.c.version.label("read_version"), func.pg_sleep(30))
     assert await asyncio.gather(*(replicas.rows(forever, 0) for _ in range(6))) == [None] * 6
     assert all(replica.ejections for replica in replicas.replicas)
-    assert await catalog.tier("free") is not None, "the primary is asked"
+    assert (await catalog.tier("free"))[1] is not None, "the primary is asked"
     await until(lambda: all(replica.out is None for replica in replicas.replicas))
 
 
@@ -599,7 +602,7 @@ async def test_connections_that_are_cut_are_found(postgres_cluster: PostgresClus
         cut = sum(len(server.execute(terminate, "postgres", [database])) for server in postgres_cluster.servers)
         assert cut >= 6
         for key in keys:
-            assert await catalog.api_key(key.sha256) == key
+            assert (await catalog.api_key(key.sha256))[1] == key
         await make_key(catalog, "free")
         await catalog.changes(0)
     assert [replica.ejections for replica in replicas_of(catalog).replicas] == [0, 0]
@@ -644,7 +647,7 @@ async def test_a_frozen_server_holds_no_answer_and_never_the_loop(
         assert slowest_again < timeout_s + CONNECT_S + SLACK_S
         assert len(late) >= 20, "the loop went on, through two timeouts"
         async with asyncio.timeout(PATIENCE_S):
-            while (await timed(catalog.api_key(keys[0].sha256)))[1] != keys[0]:
+            while (await timed(catalog.api_key(keys[0].sha256)))[1][1] != keys[0]:
                 await asyncio.sleep(0.05)
     finally:
         await catalog.close()

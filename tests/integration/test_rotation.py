@@ -86,7 +86,7 @@ async def test_an_import_leaves_a_rotated_key_its_owner(catalog: SqlCatalog) -> 
     new, _, _ = await editing_keys.rotate_key(editor, "test", record.id, 0)
     text = f'{POLICY}\n[[api_keys]]\nsha256 = "{hash_api_key(new)}"\ntier = "free"\nname = "renamed"\n'
     await import_policy(editor, "test", parse_policy(text))
-    api_key = await catalog.api_key(hash_api_key(new))
+    api_key = (await catalog.api_key(hash_api_key(new)))[1]
     assert api_key is not None
     assert (api_key.name, api_key.owner) == ("renamed", record.id)
 

@@ -42,18 +42,18 @@ class Catalog:
         self.unknown: set[str] = set()
         self.asked: list[str] = []
 
-    async def read_key(self, sha256: str, least: int = 0) -> tuple[int, ApiKey | None]:
+    async def api_key(self, sha256: str, min_version: int = 0) -> tuple[int, ApiKey | None]:
         self.asked.append(sha256)
         limits = Override("/a", (Limit.parse("7/minute"), Limit.parse("1000/month")))
         found = ApiKey(sha256, "free", self.status, "näme", 1_900_000_000_000_000, (limits,), managed_by_file=True)
         return self.now, None if sha256 in self.unknown else found
 
-    async def read_tier(self, name: str, least: int = 0) -> tuple[int, Tier | None]:
+    async def tier(self, name: str, min_version: int = 0) -> tuple[int, Tier | None]:
         self.asked.append(name)
         rules = (Rule.make("/a/*", ["3/minute", "10/day"], ["GET"]), Rule.make("/b", ["5/s burst 9"], algorithm="token_bucket"))
         return self.now, None if name in self.unknown else Tier.make(name, rules, ["100/day"])
 
-    async def read_anonymous(self, least: int = 0) -> tuple[int, str | None]:
+    async def anonymous_tier(self, min_version: int = 0) -> tuple[int, str | None]:
         self.asked.append("")
         return self.now, None
 
@@ -131,12 +131,12 @@ async def test_what_one_instance_has_read_the_others_take(redis: Any, connect: C
     first, second = [shared(catalog, await connect(redis.url)) for _ in range(2)]
     before = keys_of(redis)
     digests, tiers = [digest() for _ in range(20)], [f"t{secrets.token_hex(8)}" for _ in range(5)]
-    told = [await first.read_key(each) for each in digests], [await first.read_tier(each) for each in tiers]
+    told = [await first.api_key(each) for each in digests], [await first.tier(each) for each in tiers]
     await first.settle()
     assert len(catalog.asked) == 25
-    assert ([await second.read_key(each) for each in digests], [await second.read_tier(each) for each in tiers]) == told
-    assert await second.api_key(digests[0]) == told[0][0][1]
-    assert await second.tier(tiers[0]) == told[1][0][1]
+    assert ([await second.api_key(each) for each in digests], [await second.tier(each) for each in tiers]) == told
+    assert (await second.api_key(digests[0]))[1] == told[0][0][1]
+    assert (await second.tier(tiers[0]))[1] == told[1][0][1]
     assert len(catalog.asked) == 25
     assert (first.hits, first.misses, second.hits, second.misses) == (0, 25, 27, 0)
     made = keys_of(redis) - before
@@ -150,7 +150,7 @@ async def test_that_there_is_no_anonymous_tier_is_kept_too(connect: Callable[...
     catalog = Catalog()
     cache = shared(catalog, await connect(new_redis().url))
     for _ in range(2):
-        assert await cache.read_anonymous() == (100, None)
+        assert await cache.anonymous_tier() == (100, None)
         await cache.settle()
     assert catalog.asked == [""]
 
@@ -159,18 +159,18 @@ async def test_an_entry_that_is_too_old_is_not_taken(redis: Any, connect: Callab
     catalog = Catalog(version=100)
     first, second = [shared(catalog, await connect(redis.url)) for _ in range(2)]
     key = digest()
-    await first.read_key(key)
+    await first.api_key(key)
     await first.settle()
     catalog.now, catalog.status = 105, KeyStatus.REVOKED
-    assert (await second.read_key(key, least=100))[0] == 100, "who knows of no change takes what there is"
+    assert (await second.api_key(key, min_version=100))[0] == 100, "who knows of no change takes what there is"
     for _ in range(2):
-        version, api_key = await second.read_key(key, least=105)
+        version, api_key = await second.api_key(key, min_version=105)
         assert version == 105
         assert api_key is not None
         assert api_key.status is KeyStatus.REVOKED
         await second.settle()
     assert len(catalog.asked) == 2, "it is written anew, and taken then"
-    assert (await first.read_key(key))[0] == 105
+    assert (await first.api_key(key))[0] == 105
 
 
 async def test_an_entry_of_a_version_that_never_was_is_not_taken(redis: Any, connect: Callable[..., Any]) -> None:
@@ -178,25 +178,25 @@ async def test_an_entry_of_a_version_that_never_was_is_not_taken(redis: Any, con
     catalog = Catalog(version=107)
     saw_it, follows = [shared(catalog, await connect(redis.url)) for _ in range(2)]
     key = digest()
-    await saw_it.read_key(key)
+    await saw_it.api_key(key)
     await saw_it.settle()
     catalog.now = 100
     await follows.changes(0)
-    assert (await follows.read_key(key, least=100))[0] == 100
+    assert (await follows.api_key(key, min_version=100))[0] == 100
     await follows.settle()
     catalog.now = 110
     await follows.changes(100)
     catalog.now = 107
-    await saw_it.read_key(key, least=107)
+    await saw_it.api_key(key, min_version=107)
     await saw_it.settle()
     catalog.now = 110
-    assert (await follows.read_key(key, least=100))[0] == 110
+    assert (await follows.api_key(key, min_version=100))[0] == 110
 
 
 async def test_times_are_apart(redis: Any, connect: Callable[..., Any]) -> None:
     cache = shared(Catalog(), await connect(redis.url), ttl_s=100)
     before = keys_of(redis)
-    await asyncio.gather(*(cache.read_key(digest()) for _ in range(300)))
+    await asyncio.gather(*(cache.api_key(digest()) for _ in range(300)))
     await cache.settle()
     left_ms = [server_with(redis, key).must("PTTL", key) for key in keys_of(redis) - before]
     assert len(left_ms) == 300
@@ -209,12 +209,12 @@ async def test_an_entry_goes_with_its_time(connect: Callable[..., Any], redis_se
     catalog = Catalog()
     cache = shared(catalog, await connect(redis_server.url), ttl_s=0.2)
     key = digest()
-    await cache.read_key(key)
+    await cache.api_key(key)
     await cache.settle()
     async with asyncio.timeout(PATIENCE_S):
         while cache.misses == 1:
             await asyncio.sleep(0.02)
-            await cache.read_key(key)
+            await cache.api_key(key)
     assert len(catalog.asked) == 2
 
 
@@ -226,7 +226,7 @@ async def test_entries_of_another_form_are_left_alone(redis: Any, connect: Calla
     key = digest()
     before = keys_of(redis)
     for cache in (others, ours, others, ours):
-        await cache.read_key(key)
+        await cache.api_key(key)
         await cache.settle()
     assert len(catalog.asked) == 2
     made = keys_of(redis) - before
@@ -258,10 +258,25 @@ async def test_what_is_no_entry_is_ignored_and_written_over(
     _, place = cache._place(f"k:{key}")
     redis_server.must("SET", place, garbage, "EX", 60)
     for _ in range(2):
-        assert (await cache.read_key(key))[1] is not None
+        assert (await cache.api_key(key))[1] is not None
         await cache.settle()
     assert catalog.asked == [key]
     assert (cache.hits, cache.misses, cache.errors, cache.refused) == (1, 1, 0, 1)
+
+
+async def test_a_key_of_another_type_is_replaced_and_the_cache_stays_on(
+    connect: Callable[..., Any], redis_server: RedisServer
+) -> None:
+    catalog = Catalog()
+    cache = shared(catalog, await connect(redis_server.url))
+    key, other = digest(), digest()
+    _, place = cache._place(f"k:{key}")
+    redis_server.must("RPUSH", place, "not", "an", "entry")
+    for each in (key, other, key, other):
+        assert (await cache.api_key(each))[1] is not None
+        await cache.settle()
+    assert catalog.asked == [key, other]
+    assert (cache.hits, cache.misses, cache.errors, cache.refused) == (2, 2, 0, 1)
 
 
 FREE = Rule.make("/a", ["5/minute"])
@@ -297,8 +312,8 @@ async def test_who_can_write_redis_lets_nobody_in(
 
     async def read(cache: SharedCatalog) -> Any:
         if name == "k":
-            return (await cache.read_key(key))[1]
-        return (await cache.read_tier("free"))[1] if name == "t" else (await cache.read_anonymous())[1]
+            return (await cache.api_key(key))[1]
+        return (await cache.tier("free"))[1] if name == "t" else (await cache.anonymous_tier())[1]
 
     cache = shared(Catalog(), await connect(redis_server.url))
     told = await read(cache)
@@ -325,18 +340,18 @@ async def test_an_entry_that_is_moved_to_another_place_is_not_taken(
     catalog = Catalog()
     cache = shared(catalog, await connect(redis_server.url))
     mine, paid = digest(), digest()
-    await cache.read_key(paid)
-    await cache.read_tier("paid")
+    await cache.api_key(paid)
+    await cache.tier("paid")
     await cache.settle()
     _, paid_place = cache._place(f"k:{paid}")
     _, my_place = cache._place(f"k:{mine}")
     redis_server.must("SET", my_place, redis_server.must("GET", paid_place), "EX", 60)
-    found = (await cache.read_key(mine))[1]
+    found = (await cache.api_key(mine))[1]
     assert found is not None
     assert found.sha256 == mine
     _, tier_place = cache._place("t:moved")
     redis_server.must("SET", tier_place, redis_server.must("GET", cache._place("t:paid")[1]), "EX", 60)
-    tier = (await cache.read_tier("moved"))[1]
+    tier = (await cache.tier("moved"))[1]
     assert tier is not None
     assert tier.name == "moved"
     assert cache.refused == 2
@@ -366,7 +381,7 @@ async def test_a_sealed_entry_is_validated_as_a_row_of_the_database_is(what: str
     store: Any = Store(forged(entry, SECRET, what.encode()))
     catalog = Catalog()
     cache = shared(catalog, store)
-    found = (await cache.read_key("0" * 64))[1] if what[0] == "k" else (await cache.read_tier("t"))[1]
+    found = (await cache.api_key("0" * 64))[1] if what[0] == "k" else (await cache.tier("t"))[1]
     assert found is not None
     assert found != entry
     assert (cache.refused, len(catalog.asked)) == (1, 1)
@@ -377,7 +392,7 @@ async def test_what_a_catalog_writes_is_taken_again(redis: Any, connect: Callabl
     """Every form of limit passes its own validation."""
 
     class Forms(Catalog):
-        async def read_tier(self, name: str, least: int = 0) -> tuple[int, Tier | None]:
+        async def tier(self, name: str, min_version: int = 0) -> tuple[int, Tier | None]:
             rules = [
                 Rule.make("/w", ["3/minute", "5/90s", "7/36h", "9/day", "11/month", "13/366d"]),
                 Rule.make("/b", ["5/s burst 9"], algorithm="token_bucket"),
@@ -390,9 +405,9 @@ async def test_what_a_catalog_writes_is_taken_again(redis: Any, connect: Callabl
     catalog = Forms()
     cache = shared(catalog, await connect(redis.url))
     name = f"t{secrets.token_hex(8)}"
-    told = await cache.read_tier(name)
+    told = await cache.tier(name)
     await cache.settle()
-    assert await cache.read_tier(name) == told
+    assert await cache.tier(name) == told
     assert (cache.refused, catalog.asked) == (0, [name])
 
 
@@ -405,8 +420,8 @@ async def test_catalogs_with_other_secrets_share_a_redis_and_nothing_in_it(
     second = SharedCatalog(other, store, b"secret of the other")  # type: ignore[arg-type]
     key = digest()
     for _ in range(2):
-        assert (await first.read_key(key))[0] == 100
-        assert (await second.read_key(key))[0] == 200
+        assert (await first.api_key(key))[0] == 100
+        assert (await second.api_key(key))[0] == 200
         await first.settle()
         await second.settle()
     assert (one.asked, other.asked) == ([key], [key])
@@ -418,10 +433,10 @@ async def test_the_log_says_once_in_a_while_that_entries_are_refused(caplog: pyt
     clock = FakeClock()
     cache = shared(Catalog(), store, clock=clock)
     for _ in range(50):
-        await cache.read_key("0" * 64)
+        await cache.api_key("0" * 64)
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     clock.now += WARN_S
-    await cache.read_key("0" * 64)
+    await cache.api_key("0" * 64)
     assert len(caplog.records) == 2
     assert cache.refused == 51
     await cache.settle()
@@ -433,11 +448,11 @@ async def test_a_key_of_another_type_costs_no_answer(connect: Callable[..., Any]
     key, other = digest(), digest()
     _, place = cache._place(f"k:{key}")
     redis_server.must("LPUSH", place, "x")
-    assert (await cache.read_key(key))[1] is not None
+    assert (await cache.api_key(key))[1] is not None
     clock.now += AWAY_S
     await cache.settle()
     for _ in range(2):
-        await cache.read_key(other)
+        await cache.api_key(other)
         await cache.settle()
     assert catalog.asked == [key, other]
     redis_server.must("DEL", place)
@@ -464,12 +479,12 @@ def test_no_bytes_whatever_break_a_look_up(drawn: bytes | tuple[int, bytes]) -> 
     async def look_up() -> None:
         store: Any = Store(raw)
         cache = shared(Catalog(), store)
-        _, api_key = await cache.read_key("0" * 64)
+        _, api_key = await cache.api_key("0" * 64)
         assert isinstance(api_key, ApiKey)
         assert cache.hits == (raw == WHOLE), "nothing is taken that was changed, whatever it still reads as"
-        _, tier = await cache.read_tier("t")
+        _, tier = await cache.tier("t")
         assert isinstance(tier, Tier)
-        await cache.read_anonymous()
+        await cache.anonymous_tier()
         await cache.settle()
 
     asyncio.run(look_up())
@@ -482,8 +497,8 @@ async def test_what_is_unknown_is_not_written(redis: Any, connect: Callable[...,
     unknown = [digest() for _ in range(50)]
     catalog.unknown = {*unknown, "none"}
     for _ in range(2):
-        assert {(await cache.read_key(each))[1] for each in unknown} == {None}
-        assert (await cache.read_tier("none"))[1] is None
+        assert {(await cache.api_key(each))[1] for each in unknown} == {None}
+        assert (await cache.tier("none"))[1] is None
     await cache.settle()
     assert len(catalog.asked) == 102
     assert keys_of(redis) == before
@@ -495,23 +510,23 @@ async def test_without_redis_all_goes_to_the_database_at_once(connect: Callable[
     store = Counted(await connect(redis.url))
     cache = shared(catalog, store, clock=clock)
     key = digest()
-    await cache.read_key(key)
+    await cache.api_key(key)
     await cache.settle()
     redis.kill()
     # Whoever waited for Redis would wait ten times as long.
     async with asyncio.timeout(PATIENCE_S):
-        found = await asyncio.gather(*(cache.read_key(digest()) for _ in range(500)), cache.read_key(key))
+        found = await asyncio.gather(*(cache.api_key(digest()) for _ in range(500)), cache.api_key(key))
     assert all(api_key is not None for _, api_key in found)
     assert len(catalog.asked) == 502
     assert cache.errors == 1, "it is one time that Redis did not answer"
     calls = store.calls
-    await cache.read_key(digest())
+    await cache.api_key(digest())
     assert store.calls == calls, "it is not asked for a second"
     redis.start()
     clock.now += AWAY_S
     async with asyncio.timeout(PATIENCE_S):
         while cache.hits == 0:
-            await cache.read_key(key)
+            await cache.api_key(key)
             await cache.settle()
             clock.now += AWAY_S
             await asyncio.sleep(0.02)
@@ -525,16 +540,16 @@ async def test_a_redis_that_hangs_costs_one_timeout(connect: Callable[..., Any],
         store = Counted(connected)
         cache = shared(catalog, store, clock=clock)
         key = digest()
-        await cache.read_key(key)
+        await cache.api_key(key)
         await cache.settle()
         calls = store.calls
         set_deadline(connected, 0.25)
         proxy.stall = True
         async with asyncio.timeout(PATIENCE_S):
-            await asyncio.gather(*(cache.read_key(digest()) for _ in range(300)))
+            await asyncio.gather(*(cache.api_key(digest()) for _ in range(300)))
         assert (store.calls - calls, cache.errors) == (300, 1), "all wait for one timeout, together"
         for _ in range(300):
-            await cache.read_key(digest())
+            await cache.api_key(digest())
         assert (store.calls - calls, cache.errors) == (300, 1), "nobody else asks it"
         assert len(catalog.asked) == 601
         proxy.stall = False
@@ -542,7 +557,7 @@ async def test_a_redis_that_hangs_costs_one_timeout(connect: Callable[..., Any],
         clock.now += AWAY_S
         async with asyncio.timeout(PATIENCE_S):
             while cache.hits == 0:
-                await cache.read_key(key)
+                await cache.api_key(key)
                 await cache.settle()
                 clock.now += AWAY_S
                 await asyncio.sleep(0.02)

@@ -51,11 +51,11 @@ async def test_policy_comes_back_as_it_went_in(catalog: SqlCatalog) -> None:
     assert await catalog.version() == 0
     assert await catalog.apply_policy(policy, "1") is True
     assert await catalog.list_tiers() == list(policy.tiers)
-    assert await catalog.tier("free") == policy.tiers[0]
-    assert [await catalog.api_key(key.sha256) for key in policy.api_keys] == list(policy.api_keys)
-    assert await catalog.anonymous_tier() == "free"
-    assert await catalog.tier("none") is None
-    assert await catalog.api_key("0" * 64) is None
+    assert (await catalog.tier("free"))[1] == policy.tiers[0]
+    assert [(await catalog.api_key(key.sha256))[1] for key in policy.api_keys] == list(policy.api_keys)
+    assert (await catalog.anonymous_tier())[1] == "free"
+    assert (await catalog.tier("none"))[1] is None
+    assert (await catalog.api_key("0" * 64))[1] is None
 
 
 async def test_applying_is_idempotent_and_follows_the_file(catalog: SqlCatalog) -> None:
@@ -69,8 +69,8 @@ async def test_applying_is_idempotent_and_follows_the_file(catalog: SqlCatalog) 
     assert {tier.name: tier for tier in await catalog.list_tiers()} == {tier.name: tier for tier in changed.tiers}
     assert await catalog.apply_policy(parse_policy(OTHER), "3") is True
     assert [tier.name for tier in await catalog.list_tiers()] == ["other"]
-    assert await catalog.api_key(policy.api_keys[0].sha256) is None
-    assert await catalog.anonymous_tier() is None
+    assert (await catalog.api_key(policy.api_keys[0].sha256))[1] is None
+    assert (await catalog.anonymous_tier())[1] is None
     assert await catalog.version() > first + 1
 
 
@@ -96,16 +96,16 @@ async def test_a_file_is_applied_in_few_statements(catalog: SqlCatalog) -> None:
         (tier,) = await catalog.list_tiers()
         assert tier == policy.tiers[0]
         for api_key in policy.api_keys[:3]:
-            assert await catalog.api_key(api_key.sha256) == api_key
+            assert (await catalog.api_key(api_key.sha256))[1] == api_key
 
 
 async def test_rows_made_otherwise_stay(catalog: SqlCatalog) -> None:
     await catalog.apply_policy(parse_policy(WHOLE), "1")
     in_an_hour_us = int((time.time() + 3600) * 1e6)
     api_key, record = await make_key(catalog, "free", name="acme", expires_at_us=in_an_hour_us)
-    assert await catalog.api_key(hash_api_key(api_key)) == record
+    assert (await catalog.api_key(hash_api_key(api_key)))[1] == record
     await catalog.apply_policy(parse_policy(WHOLE.replace("20000", "30000")), "2")
-    assert await catalog.api_key(record.sha256) == record
+    assert (await catalog.api_key(record.sha256))[1] == record
     # The file may not take the tier away from under the key, nor claim the key.
     version = await catalog.version()
     with pytest.raises(CatalogError, match="still use it"):
@@ -115,7 +115,7 @@ async def test_rows_made_otherwise_stay(catalog: SqlCatalog) -> None:
         await catalog.apply_policy(parse_policy(WHOLE + claim), "4")
     assert await catalog.version() == version
     assert [tier.name for tier in await catalog.list_tiers()] == ["free"], "a refused policy leaves nothing behind"
-    assert await catalog.api_key(hash_api_key("demo-other-key-001")) is None
+    assert (await catalog.api_key(hash_api_key("demo-other-key-001")))[1] is None
 
 
 async def test_tiers_and_rules_made_otherwise_are_not_taken_over(catalog: SqlCatalog, engine: AsyncEngine) -> None:
@@ -140,7 +140,7 @@ async def test_keys_are_made_listed_and_revoked(catalog: SqlCatalog, engine: Asy
 
     for _, record in made[:3]:
         await revoke_key(catalog, record.id, "leaked")
-        assert await catalog.api_key(record.sha256) == msgspec.structs.replace(record, status=KeyStatus.REVOKED)
+        assert (await catalog.api_key(record.sha256))[1] == msgspec.structs.replace(record, status=KeyStatus.REVOKED)
     (form,) = [form for form in await listed_keys(catalog) if form["id"] == made[0][1].id]
     assert form["revoked_reason"] == "leaked"
     assert form["revoked_at"] is not None
@@ -167,9 +167,9 @@ async def test_hostile_texts_are_texts(hostile: str, catalog: SqlCatalog) -> Non
     _, record = await make_key(catalog, "other", name=hostile)
     revoked = await revoke_key(catalog, record.id, hostile + "x")
     assert (revoked["name"], revoked["revoked_reason"]) == (hostile, hostile + "x")
-    assert await catalog.api_key(record.sha256) == msgspec.structs.replace(record, status=KeyStatus.REVOKED)
-    assert await catalog.tier(hostile) is None
-    assert await catalog.api_key(hostile) is None
+    assert (await catalog.api_key(record.sha256))[1] == msgspec.structs.replace(record, status=KeyStatus.REVOKED)
+    assert (await catalog.tier(hostile))[1] is None
+    assert (await catalog.api_key(hostile))[1] is None
     assert await listed_keys(catalog, tier=hostile) == []
     with pytest.raises(CatalogError):
         await make_key(catalog, hostile)
@@ -185,7 +185,7 @@ async def test_two_processes_see_each_other(catalog: SqlCatalog, catalog_url: st
     assert applied > 0
     _, record = await make_key(other, "other")
     assert await catalog.version() > applied
-    assert await catalog.api_key(record.sha256) == record
+    assert (await catalog.api_key(record.sha256))[1] == record
     await other.close()
 
 
@@ -274,10 +274,10 @@ async def test_databases_that_cannot_be_had(tmp_path: Path) -> None:
         (f"sqlite:///{tmp_path}", "unable to open"),
         (f"sqlite:///{tmp_path}/file/x.db", "directory that is there"),
         (f"sqlite:///{tmp_path}/absent/x.db", "directory that is there"),
-        (f"sqlite:///{tmp_path}/text.db", "no SQLite database"),
+        (f"sqlite:///{tmp_path}/text.db", "not a SQLite database"),
         (f"sqlite:///{tmp_path}/newer.db", "newer Tidegate"),
         ("mysql://user:secret@h/db", "'mysql'"),
-        ("nonsense", "no database URL"),
+        ("nonsense", "not a valid database URL"),
     ):
         with pytest.raises(SettingsError) as refused:
             await upgrade(url)
@@ -292,7 +292,7 @@ async def test_database_that_goes_away(catalog: SqlCatalog, engine: AsyncEngine)
         await connection.execute(text("DROP TABLE policy_state"))
     with pytest.raises(CatalogUnavailable, match=r"no such table|does not exist"):
         await catalog.ping()
-    with pytest.raises(CatalogUnavailable, match="did not take the change"):
+    with pytest.raises(CatalogUnavailable, match="rejected the change"):
         await make_key(catalog, "other")
 
 
@@ -304,10 +304,10 @@ async def test_a_full_disk_is_no_health(catalog: SqlCatalog, tmp_path: Path) -> 
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1, hard))
     try:
-        with pytest.raises(CatalogUnavailable, match="did not take the change"):
+        with pytest.raises(CatalogUnavailable, match="rejected the change"):
             await make_key(catalog, "other")
         for _ in range(2):
-            with pytest.raises(CatalogUnavailable, match="takes no writes"):
+            with pytest.raises(CatalogUnavailable, match="is not writable"):
                 await catalog.ping()
         assert await catalog.version()  # it still reads
     finally:
@@ -328,7 +328,7 @@ async def test_health_finds_a_full_disk_where_nobody_writes(catalog: SqlCatalog,
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1, hard))
     try:
-        with pytest.raises(CatalogUnavailable, match="takes no writes"):
+        with pytest.raises(CatalogUnavailable, match="is not writable"):
             await catalog.ping()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -346,9 +346,9 @@ async def test_a_postgres_that_takes_no_writes_is_no_health(postgres_server: Pos
         catalog = await SqlCatalog.open(postgres_url.replace("postgres@", "reader@"))
         await catalog.ping()
         postgres_server.execute("REVOKE UPDATE ON policy_state FROM reader", name)
-        with pytest.raises(CatalogUnavailable, match="did not take the change"):
+        with pytest.raises(CatalogUnavailable, match="rejected the change"):
             await catalog.apply_policy(parse_policy(OTHER), "1")
-        with pytest.raises(CatalogUnavailable, match="takes no writes"):
+        with pytest.raises(CatalogUnavailable, match="is not writable"):
             await catalog.ping()
         postgres_server.execute("GRANT UPDATE ON policy_state TO reader", name)
         await catalog.ping()
@@ -362,7 +362,7 @@ async def test_in_memory() -> None:
     catalog = await SqlCatalog.open("sqlite://")
     await catalog.apply_policy(parse_policy(OTHER), "1")
     _, record = await make_key(catalog, "other")
-    assert await catalog.api_key(record.sha256) == record
+    assert (await catalog.api_key(record.sha256))[1] == record
     await catalog.close()
 
 

@@ -444,7 +444,7 @@ async def test_too_many_rows_stay_in_the_default_partition(
     await write_violations(postgres, [row(today_us + n * MINUTE_US) for n in range(6)])
     assert await keep_violations(postgres, 30, today_us) is True
     assert partition_of(today_us) not in await partitions(postgres)
-    assert "violations of 20231115 stay in the default partition" in caplog.text
+    assert "violations of 20231115 are kept in the default partition" in caplog.text
     assert sum((await listed(SqlCatalog(postgres))).values()) == 6
     assert await keep_violations(postgres, 1, today_us + 3 * DAY_US) is True
     assert await listed(SqlCatalog(postgres)) == {}, "and are deleted in time"

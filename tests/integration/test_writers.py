@@ -81,7 +81,7 @@ async def test_of_all_that_saw_a_revision_one_wins(writers: Writers) -> None:
         assert {each.details["revision"] for each in lost} == {number + 2}  # type: ignore[attr-defined]
         assert won["revision"] == number + 2
         for catalog in writers.catalogs:
-            tier = await catalog.tier("free")
+            tier = (await catalog.tier("free"))[1]
             assert tier is not None
             assert tier.rules[0].priority == won["priority"]
         # Those that lost have changed nothing, not even the version.

@@ -258,19 +258,20 @@ class FaultyCatalog:
             name: version for version in range(since + 1, self.head + 1) for kind, name in self._items[version] if kind == KEY
         }
 
-    async def api_key(self, sha256: str, least: int = 0) -> ApiKey | None:
-        policy = await self._ask(least)
-        return next((each for each in policy.api_keys if each.sha256 == sha256), None)
+    async def api_key(self, sha256: str, min_version: int = 0) -> tuple[int, ApiKey | None]:
+        version, policy = await self._ask(min_version)
+        return version, next((each for each in policy.api_keys if each.sha256 == sha256), None)
 
-    async def tier(self, name: str, least: int = 0) -> Tier | None:
-        policy = await self._ask(least)
-        return next((each for each in policy.tiers if each.name == name), None)
+    async def tier(self, name: str, min_version: int = 0) -> tuple[int, Tier | None]:
+        version, policy = await self._ask(min_version)
+        return version, next((each for each in policy.tiers if each.name == name), None)
 
-    async def anonymous_tier(self, least: int = 0) -> str | None:
-        return (await self._ask(least)).anonymous_tier
+    async def anonymous_tier(self, min_version: int = 0) -> tuple[int, str | None]:
+        version, policy = await self._ask(min_version)
+        return version, policy.anonymous_tier
 
     async def tier_names(self) -> list[str]:
-        return sorted(tier.name for tier in (await self._ask(self.head)).tiers)
+        return sorted(tier.name for tier in (await self._ask(self.head))[1].tiers)
 
     async def changes(self, since: int) -> Changes:
         await self._ask(self.head)
@@ -282,13 +283,14 @@ class FaultyCatalog:
         items = sorted(((version, item) for item, version in found.items()), key=lambda each: each[0])
         return Changes(self.head, since, tuple(items), tuple(range(since, self.head + 1)))
 
-    async def _ask(self, least: int) -> Policy:
-        policy = self.policies[max(self.head - self.behind, min(least, self.head), 0)]
+    async def _ask(self, min_version: int) -> tuple[int, Policy]:
+        version = max(self.head - self.behind, min(min_version, self.head), 0)
+        policy = self.policies[version]
         if self.trouble is Trouble.SLOW:
             await asyncio.sleep(0.2)
         if self.trouble is Trouble.FAILS:
             raise CatalogUnavailable("away")
-        return policy
+        return version, policy
 
 
 __all__ = ["KEY", "TIER", "Fault", "FaultyCatalog", "Link", "SharedStore", "Told", "Trouble"]

@@ -52,9 +52,7 @@ def with_path_prefix(prefix: str, headers: Sequence[str], on_allow: Sequence[str
         if names
     )
     return {
-        between(
-            "                  # What Tidegate decides on", "                  - name: envoy.filters.http.ext_authz"
-        ): "",
+        between("                  # What Tidegate decides on", "                  - name: envoy.filters.http.ext_authz"): "",
         between("                      allowed_headers:", "                      http_service:"): (
             f"                      allowed_headers: {{patterns: [{patterns(headers)}]}}\n"
         ),

@@ -74,7 +74,7 @@ def entries_in_doubt(most: int, _: pytest.MonkeyPatch) -> Callable[[int], None]:
 
     def add(number: int) -> None:
         cached._callers.put(str(number), caller, 1.0)
-        cached._callers.doubt(str(number))
+        cached._callers.mark_stale(str(number))
 
     return add
 
@@ -99,15 +99,15 @@ def test_a_new_entry_costs_the_same_whatever_the_bound(fill: Fill, monkeypatch: 
 
 async def test_what_is_in_doubt_is_bounded_when_it_is_doubted_one_by_one() -> None:
     class Every(PolicyCatalog):
-        async def tier(self, name: str, least: int = 0) -> Tier | None:
-            return Tier.make(name)
+        async def tier(self, name: str, min_version: int = 0) -> tuple[int, Tier | None]:
+            return 1, Tier.make(name)
 
-        async def api_key(self, sha256: str, least: int = 0) -> ApiKey | None:
-            return ApiKey(sha256, "t")
+        async def api_key(self, sha256: str, min_version: int = 0) -> tuple[int, ApiKey | None]:
+            return 1, ApiKey(sha256, "t")
 
     cached = CachedCatalog(Every(parse_policy(POLICY)))
-    cached._tiers.most = 10
+    cached._tiers.max_entries = 10
     for number in range(100):
         await cached.tier(f"t{number}")
         cached.touched(number + 1, [(TIER, f"t{number}")])
-    assert len(cached._tiers.past) <= 10
+    assert len(cached._tiers.stale) <= 10

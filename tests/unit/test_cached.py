@@ -50,8 +50,8 @@ class Held(PolicyCatalog):
         self.delay_s = 0.0
         self.at_once = self.most_at_once = 0
 
-    async def _answer(self, kind: str, name: str, least: int, answer: Callable[[], Any]) -> Any:
-        self.asked.append((kind, name, least))
+    async def _answer(self, kind: str, name: str, min_version: int, answer: Callable[[], Any]) -> Any:
+        self.asked.append((kind, name, min_version))
         self.at_once += 1
         self.most_at_once = max(self.most_at_once, self.at_once)
         # As a database does: what it answers is of the moment at which it was asked.
@@ -65,16 +65,16 @@ class Held(PolicyCatalog):
             raise CatalogUnavailable("away")
         return found
 
-    async def api_key(self, sha256: str, least: int = 0) -> ApiKey | None:
-        found: ApiKey | None = await self._answer(KEY, sha256, least, lambda: super(Held, self).api_key(sha256))
+    async def api_key(self, sha256: str, min_version: int = 0) -> tuple[int, ApiKey | None]:
+        found: tuple[int, ApiKey | None] = await self._answer(KEY, sha256, min_version, lambda: super(Held, self).api_key(sha256))
         return found
 
-    async def tier(self, name: str, least: int = 0) -> Tier | None:
-        found: Tier | None = await self._answer(TIER, name, least, lambda: super(Held, self).tier(name))
+    async def tier(self, name: str, min_version: int = 0) -> tuple[int, Tier | None]:
+        found: tuple[int, Tier | None] = await self._answer(TIER, name, min_version, lambda: super(Held, self).tier(name))
         return found
 
-    async def anonymous_tier(self, least: int = 0) -> str | None:
-        found: str | None = await self._answer(ANONYMOUS, "", least, lambda: super(Held, self).anonymous_tier())
+    async def anonymous_tier(self, min_version: int = 0) -> tuple[int, str | None]:
+        found: tuple[int, str | None] = await self._answer(ANONYMOUS, "", min_version, lambda: super(Held, self).anonymous_tier())
         return found
 
     def count(self, kind: str, name: str | None = None) -> int:
@@ -422,7 +422,7 @@ async def test_what_is_doubted_is_bounded_too(clock: Seconds) -> None:
         for digest in digests[start : start + 20]:
             await cached.caller(digest)
         cached.invalidate()
-    assert len(cached._callers.past) <= 20
+    assert len(cached._callers.stale) <= 20
     held.failing = True
     served = 0
     for digest in digests:
@@ -718,9 +718,9 @@ async def test_a_fresh_tier_is_waited_for() -> None:
     slow = asyncio.Event()
     asked = catalog.tier
 
-    async def after_a_while(name: str, least: int = 0) -> Tier | None:
+    async def after_a_while(name: str, min_version: int = 0) -> tuple[int, Tier | None]:
         await slow.wait()
-        return await asked(name, least)
+        return await asked(name, min_version)
 
     catalog.tier = after_a_while  # type: ignore[method-assign]
     before = await cached.tier("t")

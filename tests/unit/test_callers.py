@@ -247,7 +247,7 @@ async def test_a_failing_catalog_counts_nothing() -> None:
 
 
 def test_the_table_of_clients_is_bounded() -> None:
-    limit = UnknownKeyLimit(1, most=100, clock=Seconds())
+    limit = UnknownKeyLimit(1, max_clients=100, clock=Seconds())
     for number in range(1000):
         limit.count(str(number))
     assert len(limit) == 100

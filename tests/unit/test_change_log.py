@@ -93,8 +93,8 @@ class WallClock:
     def __init__(self, now_ms: int = 1_700_000_000_000) -> None:
         self.now_ms = now_ms
 
-    def time_ns(self) -> int:
-        return self.now_ms * 1_000_000
+    def now_us(self) -> int:
+        return self.now_ms * 1000
 
     def monotonic(self) -> float:
         return self.now_ms / 1000
@@ -104,6 +104,7 @@ class WallClock:
 def wall(monkeypatch: pytest.MonkeyPatch) -> WallClock:
     clock = WallClock()
     monkeypatch.setattr(database_module, "time", clock)
+    monkeypatch.setattr(database_module, "now_us", clock.now_us)
     return clock
 
 
@@ -269,19 +270,19 @@ async def test_the_statement_is_one_snapshot(tmp_path: Path) -> None:
 
 def test_an_answer_must_have_seen_the_last_change_of_what_it_tells() -> None:
     last = FreshnessTracker()
-    assert last.needed(KEY, "a") == 0
+    assert last.min_version(KEY, "a") == 0
     last.note(Changes(10, 5, ((7, A), (9, C))))
     assert (last.version, last.floor) == (10, 5)
-    assert [last.needed(*item) for item in (A, C, B, (ANONYMOUS, ""))] == [7, 9, 5, 5]
+    assert [last.min_version(*item) for item in (A, C, B, (ANONYMOUS, ""))] == [7, 9, 5, 5]
     last.note(Changes(12, 10, ((12, A),)))
-    assert [last.needed(*item) for item in (A, C, B)] == [12, 9, 5]
+    assert [last.min_version(*item) for item in (A, C, B)] == [12, 9, 5]
 
 
 def test_where_the_log_is_not_whole_nothing_older_is_good() -> None:
     last = FreshnessTracker()
     last.note(Changes(10, 5, ((7, A), (9, C))))
     last.note(Changes(20, 15, ((18, B),)))
-    assert [last.needed(*item) for item in (A, C, B)] == [15, 15, 18]
+    assert [last.min_version(*item) for item in (A, C, B)] == [15, 15, 18]
 
 
 def test_a_version_that_went_back_takes_what_was_known_with_it() -> None:
@@ -289,32 +290,32 @@ def test_a_version_that_went_back_takes_what_was_known_with_it() -> None:
     last.note(Changes(10, 0, ((7, A), (9, C))))
     last.note(Changes(8, 8))
     assert last.version == 8
-    assert [last.needed(*item) for item in (A, B, C)] == [8, 8, 8], "9 is not to be had any more"
+    assert [last.min_version(*item) for item in (A, B, C)] == [8, 8, 8], "9 is not to be had any more"
 
 
 def test_a_change_made_here_counts_before_it_is_read_of() -> None:
     last = FreshnessTracker()
     last.note(Changes(10, 5))
     last.remember([(20, A)])
-    assert (last.version, last.needed(*A), last.needed(*B)) == (10, 20, 5)
+    assert (last.version, last.min_version(*A), last.min_version(*B)) == (10, 20, 5)
     last.note(Changes(15, 10, ((12, A), (15, B))))
-    assert (last.needed(*A), last.needed(*B)) == (20, 15), "an earlier change that is read of later takes nothing back"
+    assert (last.min_version(*A), last.min_version(*B)) == (20, 15), "an earlier change that is read of later takes nothing back"
     last.remember([(30, (ALL, ""))])
-    assert [last.needed(*item) for item in (A, B, C)] == [30, 30, 30]
+    assert [last.min_version(*item) for item in (A, B, C)] == [30, 30, 30]
     last.remember([(31, B)])
-    assert [last.needed(*item) for item in (A, B, C)] == [30, 31, 30]
+    assert [last.min_version(*item) for item in (A, B, C)] == [30, 31, 30]
 
 
 def test_what_is_forgotten_raises_the_floor() -> None:
-    last = FreshnessTracker(most=3)
+    last = FreshnessTracker(max_items=3)
     for at in range(1, 6):
         last.remember([(at, (KEY, f"{at}"))])
     assert last.floor == 2
-    assert last.needed(KEY, "1") == last.needed(KEY, "nobody") == 2
-    assert last.needed(KEY, "4") == 4
+    assert last.min_version(KEY, "1") == last.min_version(KEY, "nobody") == 2
+    assert last.min_version(KEY, "4") == 4
     last.remember([(6, (KEY, "3"))])
     last.remember([(7, (KEY, "7"))])
-    assert (last.needed(KEY, "3"), last.needed(KEY, "4")) == (6, 4), (
+    assert (last.min_version(KEY, "3"), last.min_version(KEY, "4")) == (6, 4), (
         "what changed lately is remembered, not what was first heard of"
     )
 
@@ -349,20 +350,20 @@ class Truth:
     def now(self) -> State:
         return self.states[-1]
 
-    def _seen(self, least: int) -> State:
+    def _seen(self, min_version: int) -> State:
         replica = self.states[self.replica]
-        return replica if replica.version >= least else self.now
+        return replica if replica.version >= min_version else self.now
 
-    async def read_key(self, sha256: str, least: int = 0) -> tuple[int, ApiKey | None]:
-        state = self._seen(least)
+    async def api_key(self, sha256: str, min_version: int = 0) -> tuple[int, ApiKey | None]:
+        state = self._seen(min_version)
         return state.version, ApiKey(sha256, "t0", name=str(state.held[KEY, sha256]))
 
-    async def read_tier(self, name: str, least: int = 0) -> tuple[int, Tier | None]:
-        state = self._seen(least)
+    async def tier(self, name: str, min_version: int = 0) -> tuple[int, Tier | None]:
+        state = self._seen(min_version)
         return state.version, Tier(name, limits=(Limit.parse(f"{state.held.get((TIER, name), 0) + 1}/day"),))
 
-    async def read_anonymous(self, least: int = 0) -> tuple[int, str | None]:
-        state = self._seen(least)
+    async def anonymous_tier(self, min_version: int = 0) -> tuple[int, str | None]:
+        state = self._seen(min_version)
         return state.version, f"a{state.held[ANONYMOUS, '']}"
 
     async def changes(self, since: int) -> Changes:
@@ -406,14 +407,14 @@ class Instance:
         self.may: dict[Item, set[int]] = {thing: {0} for thing in THINGS}
         self.ahead: dict[Item, int] = {}
 
-    async def api_key(self, sha256: str, least: int = 0) -> ApiKey | None:
-        return self._note((KEY, sha256), (await self.source.read_key(sha256, least))[1])
+    async def api_key(self, sha256: str, min_version: int = 0) -> tuple[int, ApiKey | None]:
+        return self._note((KEY, sha256), await self.source.api_key(sha256, min_version))
 
-    async def tier(self, name: str, least: int = 0) -> Tier | None:
-        return self._note((TIER, name), (await self.source.read_tier(name, least))[1])
+    async def tier(self, name: str, min_version: int = 0) -> tuple[int, Tier | None]:
+        return self._note((TIER, name), await self.source.tier(name, min_version))
 
-    async def anonymous_tier(self, least: int = 0) -> str | None:
-        return self._note((ANONYMOUS, ""), (await self.source.read_anonymous(least))[1])
+    async def anonymous_tier(self, min_version: int = 0) -> tuple[int, str | None]:
+        return self._note((ANONYMOUS, ""), await self.source.anonymous_tier(min_version))
 
     async def serve(self, thing: Item) -> int:
         kind, name = thing
@@ -436,8 +437,8 @@ class Instance:
             self.ahead.pop(item, None)
         self.may = {thing: {now.held[thing]} for thing in THINGS}
 
-    def _note(self, thing: Item, found: Any) -> Any:
-        self.loaded[thing] = value_of(found)
+    def _note(self, thing: Item, found: tuple[int, Any]) -> tuple[int, Any]:
+        self.loaded[thing] = value_of(found[1])
         return found
 
 
@@ -450,6 +451,7 @@ class Following(RuleBasedStateMachine):
         self.wall = WallClock()
         self.patch = pytest.MonkeyPatch()
         self.patch.setattr(database_module, "time", self.wall)
+        self.patch.setattr(database_module, "now_us", self.wall.now_us)
         self.truth = Truth(self.loop.run(open_log()))
         kept = Kept() if share else None
         self.instances = [Instance(self.truth, kept, remembered) for _ in range(2)]

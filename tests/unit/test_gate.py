@@ -35,14 +35,14 @@ class CountingCatalog(PolicyCatalog):
         self.failing = False
         self.delay_s = 0.0
 
-    async def api_key(self, sha256: str, least: int = 0) -> ApiKey | None:
+    async def api_key(self, sha256: str, min_version: int = 0) -> tuple[int, ApiKey | None]:
         self.asked.append("key")
         await asyncio.sleep(self.delay_s)
         if self.failing:
             raise CatalogUnavailable("away")
         return await super().api_key(sha256)
 
-    async def tier(self, name: str, least: int = 0) -> Tier | None:
+    async def tier(self, name: str, min_version: int = 0) -> tuple[int, Tier | None]:
         self.asked.append("tier")
         if self.failing:
             raise CatalogUnavailable("away")

@@ -277,7 +277,7 @@ class Model(RuleBasedStateMachine):
 
     def look(self, instance: Instance) -> None:
         since = instance.cached.version
-        if self.run(instance.follower.look()):
+        if self.run(instance.follower.poll()):
             # What the log does not tell is asked for again; while the catalog fails what was known before is better than nothing.
             if since >= self.catalog.log_from:
                 instance.key_from |= self.catalog.keys_changed(since)

@@ -278,10 +278,11 @@ def test_rules_that_escape_one_for_everything_are_warned_of() -> None:
         search,
         'limits = ["1000/minute"]\n' + everything + search,
         everything + search + 'mode = "shadow"\n',
-        everything + search + "priority = -1\n",
         everything + 'methods = ["GET"]\n' + search + 'methods = ["POST"]\n',
     ):
         assert warned(quiet) == []
+    (never,) = warned(everything + search + "priority = -1\n")
+    assert "'/search' never answers" in never
 
 
 DEEP = ".".join("a" * 9)
@@ -420,13 +421,13 @@ tier = "free"
 
 async def test_policy_catalog() -> None:
     catalog = PolicyCatalog(parse_policy(WHOLE))
-    assert await catalog.tier("free") is not None
-    assert await catalog.tier("none") is None
-    assert await catalog.anonymous_tier() == "free"
-    assert await catalog.api_key("ab" * 32) is not None
+    assert (await catalog.tier("free"))[1] is not None
+    assert (await catalog.tier("none"))[1] is None
+    assert (await catalog.anonymous_tier())[1] == "free"
+    assert (await catalog.api_key("ab" * 32))[1] is not None
     before = await catalog.version()
     catalog.replace(parse_policy('[[tiers]]\nname = "b"'))
     assert await catalog.version() > before
-    assert await catalog.tier("free") is None
+    assert (await catalog.tier("free"))[1] is None
     await catalog.ping()
     await catalog.close()

@@ -55,8 +55,16 @@ def test_the_summary_beside_a_plain_count(keys: list[int], capacity: int) -> Non
         assert count >= truth[key] - len(keys) / capacity
     for key, count in truth.items():
         assert count <= len(keys) / capacity or key in held
+    top = dict(summary.top(capacity))
+    assert list(top.values()) == sorted(top.values(), reverse=True)
+    for key, count in truth.items():
+        assert count <= top.get(key, summary.floor), "a count is never too low"
+    for key, count in top.items():
+        assert count <= truth[key] + summary.floor
     if len(truth) <= capacity:
         assert held == truth
+        assert summary.floor == 0
+        assert summary.top(3) == sorted(truth.items(), key=lambda each: (-each[1], each[0]))[:3]
 
 
 def test_a_key_that_comes_back_has_no_old_error() -> None:

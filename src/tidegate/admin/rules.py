@@ -29,10 +29,11 @@ from tidegate.admin.transaction import (
     update_tier,
 )
 from tidegate.catalog.changes import NONE, TIER, Item
+from tidegate.catalog.sql import rows as policy_rows
 from tidegate.catalog.sql.catalog import SqlCatalog
 from tidegate.catalog.sql.tables import api_keys, policy_state, rate_limit_rules, tiers
 from tidegate.errors import CatalogError
-from tidegate.policy.coverage import shadow_warnings
+from tidegate.policy.coverage import coverage_warnings
 from tidegate.policy.model import Rule, Tier
 
 RULE_FIELDS: Final = ("endpoint", "limits", "methods", "algorithm", "subject", "priority", "mode", "on_failure", "name")
@@ -259,4 +260,5 @@ class CatalogEditor:
         ordered = rule_rows().where(tiers.c.name == tier).order_by(rate_limit_rules.c.position, rate_limit_rules.c.id)
         async with self.reading() as connection:
             rows = (await connection.execute(ordered)).mappings().all()
-        return await asyncio.to_thread(shadow_warnings, tier, rule_id, rows)
+        name = next((row["name"] for row in rows if row["id"] == rule_id), "")
+        return await asyncio.to_thread(lambda: coverage_warnings(tier, [policy_rows.rule_of(row) for row in rows], name))

@@ -1,8 +1,8 @@
-"""Where policy lives. `Catalog` is the port that checks read; `sql` keeps it in SQLite or PostgreSQL, `policy_file` in a file,
-`cached` in memory in front of either.
+"""The catalog of tiers, rules and API keys, as checks read it.
 
-What a catalog returns is whole, immutable records. When it cannot answer it raises `CatalogUnavailable`. Any number of tasks
-of one event loop may ask at once.
+`Catalog` is the port. `sql` implements it in SQLite and PostgreSQL, `shared` adds a cache in Redis that all instances share,
+`cached` caches in the memory of one process, `in_memory` holds a single policy. Records are complete and immutable. A catalog
+that does not answer raises `CatalogUnavailable`. Any number of tasks of one event loop may call it concurrently.
 """
 
 from __future__ import annotations
@@ -14,32 +14,43 @@ from tidegate.policy.model import ApiKey, Tier
 
 
 class Catalog(Protocol):
-    """The port of the catalog: what a check needs to know."""
+    """The port of the catalog. Every lookup returns the catalog version that the value was read at, and the value.
 
-    async def api_key(self, sha256: str, least: int = 0) -> ApiKey | None:
-        """Look an API key up.
+    `min_version` is the lowest version that a value may be read at. A cache or a replica that is older is skipped; the database
+    that is written to answers in any case, for it may itself have been replaced by an older one.
+    """
+
+    async def api_key(self, sha256: str, min_version: int = 0) -> tuple[int, ApiKey | None]:
+        """Look up an API key.
 
         Args:
             sha256: lower-case hex digest of the key.
-            least: version of the catalog that the answer must have seen, where the catalog has got so far.
+            min_version: see `Catalog`.
 
         Returns:
-            The key, revoked and expired ones too; None where it is unknown.
+            The version, and the key, also if it is revoked or expired; None if it is unknown.
 
         Raises:
             CatalogUnavailable: if the catalog does not answer.
         """
         ...
 
-    async def tier(self, name: str, least: int = 0) -> Tier | None:
-        """Look a tier up, with all its rules.
-
-        Args:
-            name: the tier's name.
-            least: version of the catalog that the answer must have seen, where the catalog has got so far.
+    async def tier(self, name: str, min_version: int = 0) -> tuple[int, Tier | None]:
+        """Look up a tier with all its rules.
 
         Returns:
-            The tier, or None where it is unknown.
+            The version, and the tier; None if it is unknown.
+
+        Raises:
+            CatalogUnavailable: if the catalog does not answer.
+        """
+        ...
+
+    async def anonymous_tier(self, min_version: int = 0) -> tuple[int, str | None]:
+        """Look up the tier of checks without an API key.
+
+        Returns:
+            The version, and the tier's name; None if such checks are refused.
 
         Raises:
             CatalogUnavailable: if the catalog does not answer.
@@ -47,95 +58,7 @@ class Catalog(Protocol):
         ...
 
     async def tier_names(self) -> list[str]:
-        """All tiers there are.
-
-        Returns:
-            Their names, sorted.
-
-        Raises:
-            CatalogUnavailable: if the catalog does not answer.
-        """
-        ...
-
-    async def anonymous_tier(self, least: int = 0) -> str | None:
-        """The tier of checks that bring no key.
-
-        Args:
-            least: version of the catalog that the answer must have seen, where the catalog has got so far.
-
-        Returns:
-            Its name, or None where such checks are refused.
-
-        Raises:
-            CatalogUnavailable: if the catalog does not answer.
-        """
-        ...
-
-    async def version(self) -> int:
-        """A number that changes with every change of the catalog.
-
-        Returns:
-            The version, 0 or more.
-
-        Raises:
-            CatalogUnavailable: if the catalog does not answer.
-        """
-        ...
-
-    async def ping(self) -> None:
-        """Find out whether the catalog answers.
-
-        Raises:
-            CatalogUnavailable: if it does not.
-        """
-        ...
-
-    async def close(self) -> None:
-        """Give back what the catalog holds; it is not used afterwards."""
-        ...
-
-
-class VersionedCatalog(Catalog, Protocol):
-    """A catalog that says of which version an answer is, and what changed since."""
-
-    async def read_key(self, sha256: str, least: int = 0) -> tuple[int, ApiKey | None]:
-        """`api_key`, with the version that the answer is of.
-
-        Args:
-            sha256: lower-case hex digest of the key.
-            least: version of the catalog that the answer must have seen, where the catalog has got so far.
-
-        Returns:
-            The version, and the key.
-
-        Raises:
-            CatalogUnavailable: if the catalog does not answer.
-        """
-        ...
-
-    async def read_tier(self, name: str, least: int = 0) -> tuple[int, Tier | None]:
-        """`tier`, with the version that the answer is of.
-
-        Args:
-            name: the tier's name.
-            least: version of the catalog that the answer must have seen, where the catalog has got so far.
-
-        Returns:
-            The version, and the tier.
-
-        Raises:
-            CatalogUnavailable: if the catalog does not answer.
-        """
-        ...
-
-    async def read_anonymous(self, least: int = 0) -> tuple[int, str | None]:
-        """`anonymous_tier`, with the version that the answer is of.
-
-        Args:
-            least: version of the catalog that the answer must have seen, where the catalog has got so far.
-
-        Returns:
-            The version, and the tier's name.
+        """The names of all tiers, sorted.
 
         Raises:
             CatalogUnavailable: if the catalog does not answer.
@@ -143,15 +66,32 @@ class VersionedCatalog(Catalog, Protocol):
         ...
 
     async def changes(self, since: int) -> Changes:
-        """What was touched since a version.
+        """What changed after a version.
 
         Args:
-            since: the version that was seen, 0 or more.
-
-        Returns:
-            What happened.
+            since: the version that the caller knows, 0 or more.
 
         Raises:
             CatalogUnavailable: if the catalog does not answer.
         """
+        ...
+
+    async def version(self) -> int:
+        """The current version, 0 or more; every change of the catalog changes it.
+
+        Raises:
+            CatalogUnavailable: if the catalog does not answer.
+        """
+        ...
+
+    async def ping(self) -> None:
+        """Check that the catalog answers.
+
+        Raises:
+            CatalogUnavailable: if it does not.
+        """
+        ...
+
+    async def close(self) -> None:
+        """Release all resources; the catalog is not used afterwards."""
         ...

@@ -53,24 +53,24 @@ class CacheLevel(Generic[V]):
     The oldest entry goes first, but one that was asked for since it came there gets a second round (CLOCK; Corbató 1968): about
     as good as the least recently used, for the price of one flag where a hit would else move the entry.
 
-    `past` holds what may be out of date and serves only while the catalog fails.
+    `stale` holds entries that may be out of date, which are served only while the catalog fails.
     """
 
-    def __init__(self, kind: str, most: int) -> None:
+    def __init__(self, kind: str, max_entries: int) -> None:
         self.kind = kind
-        self.most = most
+        self.max_entries = max_entries
         # Not a dict, in which the first entry is found ever more slowly the more were taken off the front.
         self.entries: OrderedDict[str, tuple[float, V]] = OrderedDict()
-        self.past: OrderedDict[str, tuple[float, V]] = OrderedDict()
+        self.stale: OrderedDict[str, tuple[float, V]] = OrderedDict()
         self.flights: dict[str, asyncio.Task[V]] = {}
 
     def put(self, name: str, value: V, fresh_until: float) -> None:
         """Keep an entry, in place of the oldest one where there are too many."""
         self.entries.pop(name, None)
-        if self.past:
-            self.past.pop(name, None)
+        if self.stale:
+            self.stale.pop(name, None)
         chances = SECOND_CHANCES
-        while len(self.entries) >= self.most:
+        while len(self.entries) >= self.max_entries:
             oldest, entry = self.entries.popitem(last=False)
             if chances and entry[1] is not None and entry[1].recent:
                 chances -= 1
@@ -78,27 +78,27 @@ class CacheLevel(Generic[V]):
                 self.entries[oldest] = entry
         self.entries[name] = (fresh_until, value)
 
-    def doubt(self, name: str) -> None:
+    def mark_stale(self, name: str) -> None:
         """Serve an entry no more unless the catalog fails."""
         entry = self.entries.pop(name, None)
         if entry is not None:
-            self.past[name] = entry
-            self._bound_past()
+            self.stale[name] = entry
+            self._bound_stale()
         self.flights.pop(name, None)
 
-    def doubt_all(self) -> None:
+    def mark_all_stale(self) -> None:
         """Serve no entry more unless the catalog fails."""
-        self.past.update(self.entries)
+        self.stale.update(self.entries)
         self.entries = OrderedDict()
         self.flights.clear()
-        self._bound_past()
+        self._bound_stale()
 
     def drop(self, name: str) -> None:
         """Serve an entry never again."""
         self.entries.pop(name, None)
-        self.past.pop(name, None)
+        self.stale.pop(name, None)
         self.flights.pop(name, None)
 
-    def _bound_past(self) -> None:
-        while len(self.past) > self.most:
-            self.past.popitem(last=False)
+    def _bound_stale(self) -> None:
+        while len(self.stale) > self.max_entries:
+            self.stale.popitem(last=False)

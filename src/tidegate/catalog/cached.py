@@ -130,12 +130,12 @@ class CachedCatalog:
                 return None
             self._unknown.pop(sha256, None)
         if client is None or self.unknown_keys is None or sha256 in self._callers.flights:
-            return await self._through(self._callers, sha256, self._load_caller)
-        return await self._look_up(sha256, client, self.unknown_keys)
+            return await self._load_through(self._callers, sha256, self._load_caller)
+        return await self._load_limited(sha256, client, self.unknown_keys)
 
-    async def _look_up(self, sha256: str, client: str, limit: UnknownKeyLimit) -> Caller | None:
+    async def _load_limited(self, sha256: str, client: str, limit: UnknownKeyLimit) -> Caller | None:
         """A look-up that nobody else has under way, within the client's bound. A key that was known before has no bound."""
-        if sha256 not in self._callers.entries and sha256 not in self._callers.past:
+        if sha256 not in self._callers.entries and sha256 not in self._callers.stale:
             wait_s = limit.wait_s(client)
             if wait_s > 0:
                 limit.refused += 1
@@ -143,7 +143,7 @@ class CachedCatalog:
                     f"this address has sent too many unknown API keys: try again in {math.ceil(wait_s)} s",
                     retry_after=math.ceil(wait_s),
                 )
-        found = await self._through(self._callers, sha256, self._load_caller)
+        found = await self._load_through(self._callers, sha256, self._load_caller)
         if found is None:
             limit.count(client)
         return found
@@ -161,7 +161,7 @@ class CachedCatalog:
         if entry is not None and entry[0] > self._clock() and (entry[1] is None or entry[1].held.current):
             self.hits += 1
             return entry[1]
-        return await self._through(self._anonymous, "", self._load_anonymous)
+        return await self._load_through(self._anonymous, "", self._load_anonymous)
 
     async def tier(self, name: str) -> CompiledTier | None:
         """A tier ready to be asked.
@@ -244,10 +244,10 @@ class CachedCatalog:
         """Ask the catalog again about everything. What is being loaded meanwhile is not kept."""
         self._generation += 1
         tiers = list(self._tiers.entries)
-        for shelf in (self._callers, self._tiers, self._anonymous):
-            shelf.doubt_all()
+        for level in (self._callers, self._tiers, self._anonymous):
+            level.mark_all_stale()
         self._unknown.clear()
-        self._reload_soon(tiers)
+        self._schedule_reload(tiers)
 
     def _forget(self, items: Iterable[Item]) -> None:
         for kind, name in items:
@@ -255,19 +255,19 @@ class CachedCatalog:
                 self._callers.drop(name)
                 self._unknown.pop(name, None)
             elif kind == TIER:
-                self._out_of_date(name)
-                self._tiers.doubt(name)
-                if name in self._tiers.past:
-                    self._reload_soon([name])
+                self._mark_tier_replaced(name)
+                self._tiers.mark_stale(name)
+                if name in self._tiers.stale:
+                    self._schedule_reload([name])
             elif kind == ANONYMOUS:
-                self._anonymous.doubt("")
+                self._anonymous.mark_stale("")
 
-    def _out_of_date(self, tier: str) -> None:
+    def _mark_tier_replaced(self, tier: str) -> None:
         entry = self._tiers.entries.get(tier)
         if entry is not None and entry[1] is not None:
             entry[1].current = False
 
-    def _reload_soon(self, tiers: Iterable[str]) -> None:
+    def _schedule_reload(self, tiers: Iterable[str]) -> None:
         """Load tiers that were cached and have changed, before a check needs them."""
         self._to_reload.update(dict.fromkeys(tiers))
         if self._to_reload and self._reloading is None:
@@ -286,15 +286,15 @@ class CachedCatalog:
         """API keys cached, unknown ones included."""
         return len(self._callers.entries) + len(self._unknown)
 
-    async def _through(self, shelf: CacheLevel[V], name: str, load: Callable[[str], Awaitable[V]]) -> V:
+    async def _load_through(self, level: CacheLevel[V], name: str, load: Callable[[str], Awaitable[V]]) -> V:
         self.misses += 1
         now = self._clock()
-        entry = shelf.entries.get(name) or shelf.past.get(name)
+        entry = level.entries.get(name) or level.stale.get(name)
         if entry is None or entry[0] + self._stale_if_error_s <= now:
-            return await asyncio.shield(self._flight(shelf, name, load))
-        replaced, value = self._past_its_time(shelf, name, entry[1])
+            return await asyncio.shield(self._flight(level, name, load))
+        replaced, value = self._stale_value(level, name, entry[1])
         if now >= self._retry_at:
-            flight = self._flight(shelf, name, load)
+            flight = self._flight(level, name, load)
             try:
                 if replaced and not self._failing:
                     return await asyncio.shield(flight)
@@ -309,9 +309,9 @@ class CachedCatalog:
         self.stale += 1
         return value
 
-    def _past_its_time(self, shelf: CacheLevel[V], name: str, value: V) -> tuple[bool, V]:
+    def _stale_value(self, level: CacheLevel[V], name: str, value: V) -> tuple[bool, V]:
         """Whether an entry is known to be replaced, or may be, and what it serves as where the catalog gives no newer one."""
-        if name not in shelf.entries:
+        if name not in level.entries:
             return True, value
         if isinstance(value, Caller) and not value.held.current:
             # Its tier is another one now, whether it has changed or was merely loaded again: the key itself is as it was.
@@ -321,16 +321,16 @@ class CachedCatalog:
             return False, Caller(value.api_key, held[1])  # type: ignore[return-value]
         return False, value
 
-    def _flight(self, shelf: CacheLevel[V], name: str, load: Callable[[str], Awaitable[V]]) -> asyncio.Task[V]:
+    def _flight(self, level: CacheLevel[V], name: str, load: Callable[[str], Awaitable[V]]) -> asyncio.Task[V]:
         """One query for all who ask for it meanwhile; none of them can cancel it for the others."""
-        task = shelf.flights.get(name)
+        task = level.flights.get(name)
         # One of an event loop that ended meanwhile never lands.
         if task is None or task.get_loop() is not asyncio.get_running_loop():
-            task = shelf.flights[name] = asyncio.ensure_future(self._load(shelf, name, load))
+            task = level.flights[name] = asyncio.ensure_future(self._load(level, name, load))
 
             def landed(done: asyncio.Task[V]) -> None:
-                if shelf.flights.get(name) is done:
-                    del shelf.flights[name]
+                if level.flights.get(name) is done:
+                    del level.flights[name]
                 # Looked at here, for every waiter may have gone before it failed.
                 if not done.cancelled() and isinstance(done.exception(), CatalogUnavailable):
                     self._retry_at = self._clock() + RETRY_S
@@ -341,16 +341,16 @@ class CachedCatalog:
             task.add_done_callback(landed)
         return task
 
-    async def _load(self, shelf: CacheLevel[V], name: str, load: Callable[[str], Awaitable[V]]) -> V:
-        generation, needed = self._generation, self._last.needed(shelf.kind, name)
+    async def _load(self, level: CacheLevel[V], name: str, load: Callable[[str], Awaitable[V]]) -> V:
+        generation, min_version = self._generation, self._last.min_version(level.kind, name)
         value = await load(name)
-        if generation == self._generation and needed == self._last.needed(shelf.kind, name):
-            if value is None and shelf.kind == KEY:
+        if generation == self._generation and min_version == self._last.min_version(level.kind, name):
+            if value is None and level.kind == KEY:
                 # Apart from the known ones, so that a flood of unknown keys cannot push those out.
-                shelf.drop(name)
+                level.drop(name)
                 self._note_unknown(name)
             else:
-                shelf.put(name, value, self._fresh_until(shelf, name, value))
+                level.put(name, value, self._fresh_until(level, name, value))
         return value
 
     def _note_unknown(self, sha256: str) -> None:
@@ -358,9 +358,9 @@ class CachedCatalog:
             self._unknown.popitem(last=False)
         self._unknown[sha256] = self._clock() + UNKNOWN_TTL_S
 
-    def _fresh_until(self, shelf: CacheLevel[V], name: str, value: V) -> float:
+    def _fresh_until(self, level: CacheLevel[V], name: str, value: V) -> float:
         now = self._clock()
-        entry = shelf.entries.get(name)
+        entry = level.entries.get(name)
         if entry is not None and entry[0] > now and _of_one_key(value, entry[1]):
             # Only its tier was asked for: the key is as old as it was.
             return entry[0]
@@ -372,7 +372,7 @@ class CachedCatalog:
             if entry[1] is not None:
                 entry[1].recent = True
             return entry[1]
-        held = await self._through(self._tiers, name, self._load_tier)
+        held = await self._load_through(self._tiers, name, self._load_tier)
         entry = self._tiers.entries.get(name)
         if held is not None and (entry is None or entry[1] is not held):
             # It was changed on the way: whoever holds it looks here again.
@@ -394,7 +394,7 @@ class CachedCatalog:
             # Only its tier is out of date.
             api_key = entry[1].api_key
         else:
-            api_key = await self.catalog.api_key(sha256, self._last.needed(KEY, sha256))
+            _, api_key = await self.catalog.api_key(sha256, self._last.min_version(KEY, sha256))
         if api_key is None:
             return None
         held = await self._current_tier(api_key.tier)
@@ -403,13 +403,13 @@ class CachedCatalog:
         return Caller(api_key, held)
 
     async def _load_tier(self, name: str) -> HeldTier | None:
-        tier = await self.catalog.tier(name, self._last.needed(TIER, name))
+        _, tier = await self.catalog.tier(name, self._last.min_version(TIER, name))
         # Whoever holds what was cached before looks here again.
-        self._out_of_date(name)
+        self._mark_tier_replaced(name)
         return None if tier is None else HeldTier(CompiledTier(tier))
 
     async def _load_anonymous(self, _: str) -> Caller | None:
-        name = await self.catalog.anonymous_tier(self._last.needed(ANONYMOUS))
+        name = (await self.catalog.anonymous_tier(self._last.min_version(ANONYMOUS)))[1]
         if name is None:
             return None
         held = await self._current_tier(name)

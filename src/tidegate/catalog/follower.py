@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import Final, Protocol
 
 from tidegate.background import SUPERVISOR, stop
-from tidegate.catalog import VersionedCatalog
+from tidegate.catalog import Catalog
 from tidegate.catalog.cached import CachedCatalog
 from tidegate.errors import TidegateError
 
@@ -67,7 +67,7 @@ class CatalogFollower:
         failing: whether the catalog did not answer when it was asked last.
     """
 
-    def __init__(self, catalog: VersionedCatalog, cached: CachedCatalog, poll_s: float, channel: Channel | None = None) -> None:
+    def __init__(self, catalog: Catalog, cached: CachedCatalog, poll_s: float, channel: Channel | None = None) -> None:
         self.failing = False
         self._catalog = catalog
         self._cached = cached
@@ -90,11 +90,11 @@ class CatalogFollower:
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._heard.wait(), self._pause_s)
                 self._heard.clear()
-                await self.look()
+                await self.poll()
         finally:
             await stop(listening)
 
-    async def look(self) -> bool:
+    async def poll(self) -> bool:
         """Take in what changed.
 
         Returns:
@@ -104,19 +104,17 @@ class CatalogFollower:
             changes = await self._catalog.changes(self._cached.version)
         except TidegateError as error:
             if not self.failing:
-                logger.warning("the catalog does not answer; cached entries serve meanwhile: %s", error)
+                logger.warning("the catalog does not answer, serving cached entries: %s", error)
             self.failing = True
             self._cached.followed(failing=True)
             return False
         if self.failing:
-            logger.info("the catalog answers again")
+            logger.info("the catalog is available again")
         self.failing = False
         self._cached.followed(failing=False)
         if changes.version != self._cached.version:
             self._cached.changed(changes)
-            logger.info(
-                "catalog version %d is in force", changes.version, extra={"ecs": {"tidegate.policy_version": changes.version}}
-            )
+            logger.info("catalog version %d active", changes.version, extra={"ecs": {"tidegate.policy_version": changes.version}})
         return True
 
     @property

@@ -12,17 +12,17 @@ class FreshnessTracker:
     """Which version of the catalog a cached answer must have seen to be served.
 
     Args:
-        most: things remembered, 1 or more; beyond it the oldest are forgotten and the floor rises to them.
+        max_items: things remembered, 1 or more; beyond it the oldest are forgotten and the floor rises to them.
     """
 
-    def __init__(self, most: int = MAX_READ) -> None:
+    def __init__(self, max_items: int = MAX_READ) -> None:
         self.version = 0
         self.floor = 0
-        self._most = most
+        self._max_items = max_items
         # Not a dict: finding its first entry takes longer the more entries were removed from its front.
         self._at: OrderedDict[Item, int] = OrderedDict()
 
-    def needed(self, kind: str, name: str = "") -> int:
+    def min_version(self, kind: str, name: str = "") -> int:
         """The version of the last change of something.
 
         Args:
@@ -58,6 +58,6 @@ class FreshnessTracker:
                 continue
             # The latest last; a change that was made here may be known before an earlier one is read of.
             self._at[item] = max(at, self._at.pop(item, 0))
-        while len(self._at) > self._most:
+        while len(self._at) > self._max_items:
             _, oldest_at = self._at.popitem(last=False)
             self.floor = max(self.floor, oldest_at)

@@ -2,53 +2,50 @@
 
 from __future__ import annotations
 
+from tidegate.catalog.changes import Changes
 from tidegate.policy.model import ApiKey, Policy, Tier
 
 
 class PolicyCatalog:
-    """A catalog in memory that holds one policy: for the library, for tests and for simulations.
-
-    Args:
-        policy: what it holds first.
-    """
+    """A catalog in memory that holds one policy: for the library, for tests and for simulations."""
 
     def __init__(self, policy: Policy) -> None:
         self._version = 0
         self.replace(policy)
 
     def replace(self, policy: Policy) -> None:
-        """Hold another policy.
-
-        Args:
-            policy: the whole new policy.
-        """
+        """Replace the whole policy, which raises the version by 1."""
         self._tiers = {tier.name: tier for tier in policy.tiers}
         self._keys = {api_key.sha256: api_key for api_key in policy.api_keys}
         self._anonymous = policy.anonymous_tier
         self._version += 1
 
-    async def api_key(self, sha256: str, least: int = 0) -> ApiKey | None:  # noqa: ARG002 - it is always as it is now
+    async def api_key(self, sha256: str, min_version: int = 0) -> tuple[int, ApiKey | None]:  # noqa: ARG002 - always the latest
         """See `Catalog.api_key`."""
-        return self._keys.get(sha256)
+        return self._version, self._keys.get(sha256)
 
-    async def tier(self, name: str, least: int = 0) -> Tier | None:  # noqa: ARG002 - it is always as it is now
+    async def tier(self, name: str, min_version: int = 0) -> tuple[int, Tier | None]:  # noqa: ARG002 - always the latest
         """See `Catalog.tier`."""
-        return self._tiers.get(name)
+        return self._version, self._tiers.get(name)
+
+    async def anonymous_tier(self, min_version: int = 0) -> tuple[int, str | None]:  # noqa: ARG002 - always the latest
+        """See `Catalog.anonymous_tier`."""
+        return self._version, self._anonymous
 
     async def tier_names(self) -> list[str]:
         """See `Catalog.tier_names`."""
         return sorted(self._tiers)
 
-    async def anonymous_tier(self, least: int = 0) -> str | None:  # noqa: ARG002 - it is always as it is now
-        """See `Catalog.anonymous_tier`."""
-        return self._anonymous
+    async def changes(self, since: int) -> Changes:  # noqa: ARG002 - no log is kept
+        """See `Catalog.changes`; any other version counts as a change of everything."""
+        return Changes(self._version, self._version, versions=(self._version,))
 
     async def version(self) -> int:
         """See `Catalog.version`."""
         return self._version
 
     async def ping(self) -> None:
-        """See `Catalog.ping`: memory always answers."""
+        """See `Catalog.ping`; memory always answers."""
 
     async def close(self) -> None:
-        """See `Catalog.close`: there is nothing to give back."""
+        """See `Catalog.close`; there is nothing to release."""

@@ -23,7 +23,7 @@ from typing import Any, Final, Protocol
 
 import msgspec
 
-from tidegate.catalog import VersionedCatalog
+from tidegate.catalog import Catalog
 from tidegate.catalog.changes import MAX_READ, Changes
 from tidegate.catalog.shared_entries import (
     AnyEntry,
@@ -84,7 +84,7 @@ class SharedCatalog:
 
     def __init__(
         self,
-        catalog: VersionedCatalog,
+        catalog: Catalog,
         store: SharedStore,
         secret: bytes,
         ttl_s: float = 300.0,
@@ -107,46 +107,34 @@ class SharedCatalog:
         self._tiers = msgspec.msgpack.Decoder(TierEntry)
         self._names = msgspec.msgpack.Decoder(NameEntry)
 
-    async def api_key(self, sha256: str, least: int = 0) -> ApiKey | None:
+    async def api_key(self, sha256: str, min_version: int = 0) -> tuple[int, ApiKey | None]:
         """See `Catalog.api_key`."""
-        return (await self.read_key(sha256, least))[1]
-
-    async def read_key(self, sha256: str, least: int = 0) -> tuple[int, ApiKey | None]:
-        """See `VersionedCatalog.read_key`."""
         name = f"k:{sha256}"
-        held = await self._get(name, self._keys, least, lambda entry: require_valid_key(entry.value, sha256))
+        held = await self._get(name, self._keys, min_version, lambda entry: require_valid_key(entry.value, sha256))
         if held is not None:
             return held.version, held.value
-        version, api_key = await self.catalog.read_key(sha256, least)
+        version, api_key = await self.catalog.api_key(sha256, min_version)
         if api_key is not None:
             self._keep(name, KeyEntry(version, api_key))
         return version, api_key
 
-    async def tier(self, name: str, least: int = 0) -> Tier | None:
+    async def tier(self, name: str, min_version: int = 0) -> tuple[int, Tier | None]:
         """See `Catalog.tier`."""
-        return (await self.read_tier(name, least))[1]
-
-    async def read_tier(self, name: str, least: int = 0) -> tuple[int, Tier | None]:
-        """See `VersionedCatalog.read_tier`."""
         place = f"t:{name}"
-        held = await self._get(place, self._tiers, least, lambda entry: require_valid_tier(entry.value, name))
+        held = await self._get(place, self._tiers, min_version, lambda entry: require_valid_tier(entry.value, name))
         if held is not None:
             return held.version, held.value
-        version, tier = await self.catalog.read_tier(name, least)
+        version, tier = await self.catalog.tier(name, min_version)
         if tier is not None:
             self._keep(place, TierEntry(version, tier))
         return version, tier
 
-    async def anonymous_tier(self, least: int = 0) -> str | None:
+    async def anonymous_tier(self, min_version: int = 0) -> tuple[int, str | None]:
         """See `Catalog.anonymous_tier`."""
-        return (await self.read_anonymous(least))[1]
-
-    async def read_anonymous(self, least: int = 0) -> tuple[int, str | None]:
-        """See `VersionedCatalog.read_anonymous`."""
-        held = await self._get("a", self._names, least)
+        held = await self._get("a", self._names, min_version)
         if held is not None:
             return held.version, held.value
-        version, name = await self.catalog.read_anonymous(least)
+        version, name = await self.catalog.anonymous_tier(min_version)
         self._keep("a", NameEntry(version, name))
         return version, name
 
@@ -155,7 +143,7 @@ class SharedCatalog:
         return await self.catalog.tier_names()
 
     async def changes(self, since: int) -> Changes:
-        """See `VersionedCatalog.changes`; not cached, but what it says of versions is remembered."""
+        """See `Catalog.changes`; not cached, but what it says of versions is remembered."""
         changes = await self.catalog.changes(since)
         if self._latest not in changes.versions:
             self._versions.clear()
@@ -186,7 +174,7 @@ class SharedCatalog:
         self,
         name: str,
         decoder: msgspec.msgpack.Decoder[AnyEntry],
-        least: int,
+        min_version: int,
         require_valid: Callable[[AnyEntry], None] | None = None,
     ) -> AnyEntry | None:
         if self._clock() < self._away_until:
@@ -195,8 +183,12 @@ class SharedCatalog:
         try:
             raw = await self._store.call(tag, "GET", key)
         except StoreUnavailable as error:
-            self._failed(error)
-            return None
+            if "WRONGTYPE" not in error.message:
+                self._failed(error)
+                return None
+            # Only this key is unusable; the entry that is written next replaces it, whatever its type.
+            self._refuse(key, InvalidEntry("it is not a string"))
+            raw = None
         if isinstance(raw, bytes):
             try:
                 entry = self._seal.open(name.encode(), raw, decoder)
@@ -207,7 +199,7 @@ class SharedCatalog:
             else:
                 version = entry.version
                 # One that is newer than what is known here is not taken either: it may be of a primary that was lost.
-                if version >= least and (not self._versions or version in self._versions):
+                if version >= min_version and (not self._versions or version in self._versions):
                     self.hits += 1
                     return entry
         self.misses += 1
@@ -218,8 +210,8 @@ class SharedCatalog:
         if self._clock() >= self._warn_at + WARN_S:
             self._warn_at = self._clock()
             logger.warning(
-                "the shared cache in Redis holds an invalid entry at %s, which was ignored: %s; if this goes on, somebody else "
-                "writes to this Redis: restrict who may",
+                "invalid entry ignored in the shared cache in Redis, key %s: %s; if this repeats, another client writes these "
+                "keys: restrict write access to this Redis",
                 key.decode(),
                 error,
             )

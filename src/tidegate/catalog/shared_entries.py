@@ -119,11 +119,11 @@ def require_valid_key(api_key: ApiKey, sha256: str) -> None:
         InvalidEntry: saying why.
     """
     if api_key.sha256 != sha256:
-        raise InvalidEntry("it is of another API key")
+        raise InvalidEntry("it belongs to another API key")
     if not api_key.tier or (api_key.expires_at_us is not None and abs(api_key.expires_at_us) >= 1 << 63):
         raise InvalidEntry("it has no tier, or a time that the database cannot hold")
     if api_key.counts_as and _KEY_ID.fullmatch(api_key.counts_as) is None:
-        raise InvalidEntry("it counts as what is no id of an API key")
+        raise InvalidEntry("its counts_as is not the id of an API key")
     for override in api_key.overrides:
         _require_valid_limits(override.limits)
 
@@ -139,7 +139,7 @@ def require_valid_tier(tier: Tier, name: str) -> None:
         InvalidEntry: saying why.
     """
     if tier.name != name:
-        raise InvalidEntry("it is of another tier")
+        raise InvalidEntry("it belongs to another tier")
     if tier.limits:
         _require_valid_limits(tier.limits, Algorithm.SLIDING_WINDOW)
     names = set()
@@ -147,7 +147,7 @@ def require_valid_tier(tier: Tier, name: str) -> None:
         _require_valid_limits(rule.limits, rule.algorithm)
         names.add(rule.name)
     if len(names) < len(tier.rules) or "" in names:
-        raise InvalidEntry("it has two rules of one name, or one without a name")
+        raise InvalidEntry("two of its rules have the same name, or one has no name")
 
 
 def _require_valid_limits(limits: tuple[Limit, ...], algorithm: Algorithm | None = None) -> None:

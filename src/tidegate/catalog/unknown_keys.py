@@ -23,17 +23,17 @@ class UnknownKeyLimit:
 
     Args:
         per_minute: most look-ups of unknown keys for one client, 1 or more.
-        most: clients counted, 1 or more; beyond it those that were counted least recently are forgotten.
+        max_clients: clients counted, 1 or more; beyond it those that were counted least recently are forgotten.
         clock: gives monotonic seconds.
 
     Attributes:
         refused: look-ups that were refused.
     """
 
-    def __init__(self, per_minute: int, most: int = MAX_CLIENTS, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, per_minute: int, max_clients: int = MAX_CLIENTS, clock: Callable[[], float] = time.monotonic) -> None:
         self.refused = 0
         self._per_minute = per_minute
-        self._most = most
+        self._max_clients = max_clients
         self._clock = clock
         # When the client's window ends, and its unknown keys in it.
         self._counted: OrderedDict[str, tuple[float, int]] = OrderedDict()
@@ -65,5 +65,5 @@ class UnknownKeyLimit:
         now = self._clock()
         ends, keys = self._counted.pop(client, (now + WINDOW_S, 0))
         self._counted[client] = (now + WINDOW_S, 1) if ends <= now else (ends, keys + 1)
-        if len(self._counted) > self._most:
+        if len(self._counted) > self._max_clients:
             self._counted.popitem(last=False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import enum
 import re
 from pathlib import Path
@@ -14,7 +13,7 @@ import typer
 from tidegate.cli.common import ConfigOption, JsonOption, print_json, print_rows
 from tidegate.cli.control_plane import one_line
 from tidegate.cli.key_access import ApiKeys, KeyRecord, RotatedKey, Wanted, collect, find, with_keys
-from tidegate.timestamps import US_PER_S
+from tidegate.timestamps import US_PER_S, now_us
 from tidegate.tools.terminal import say
 
 app = typer.Typer(
@@ -75,7 +74,7 @@ def create(
     """Make a key and show it, this once: only its digest is stored."""
     _require_text(tier, "--tier", 64)
     _require_text(name, "--name", 200, blank=True)
-    expires_at_us = None if expires_in is None else _now_us() + _lifetime_s(expires_in, "--expires-in") * US_PER_S
+    expires_at_us = None if expires_in is None else now_us() + _lifetime_s(expires_in, "--expires-in") * US_PER_S
     made = with_keys(config, url, token_file, lambda keys: keys.create(tier, name, expires_at_us))
     if as_json:
         print_json(_json(made))
@@ -268,7 +267,3 @@ def _origin(record: KeyRecord) -> str:
 
 def _to_seconds(moment: str | None) -> str | None:
     return None if moment is None else re.sub(r"\.[0-9]+Z$", "Z", one_line(moment))
-
-
-def _now_us() -> int:
-    return int(datetime.datetime.now(datetime.UTC).timestamp() * US_PER_S)

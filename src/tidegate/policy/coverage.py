@@ -1,22 +1,24 @@
-"""Rules that can never answer, because a preferred one takes every request first."""
+"""Which rules of a tier can never answer, because a preferred rule matches every request that they match."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Final
 
 from tidegate.policy.globs import endpoint_matcher
-from tidegate.policy.limits import Algorithm, Limit, LimitSet
-from tidegate.policy.matching import CompiledRule, counted_methods
+from tidegate.policy.matching import counted_methods, rule_rank
 from tidegate.policy.model import Mode, Rule
 
-_PIECES = re.compile(r"\*+|\{[^}]*\}|.", re.DOTALL)
-_STAR = "*"
-_SEGMENT = "{}"
-_MAX_HIDDEN = 10
-# The order in which rules are preferred does not look at their limits.
-_ANY_LIMITS = LimitSet("any", Algorithm.FIXED_WINDOW, [Limit.parse("1/s")])
+MAX_WIDER: Final = 64
+"""Each rule is compared with at most this many preferred patterns of its tier, so the cost is linear in the number of rules."""
+MAX_METHOD_SETS: Final = 256
+"""Of the rules for one endpoint, at most this many different sets of methods are compared."""
+MAX_WARNINGS: Final = 10
+
+_PIECES: Final = re.compile(r"\*+|\{[^}]*\}|.", re.DOTALL)
+_STAR: Final = "*"
+_SEGMENT: Final = "{}"
 
 
 def covers(wider: str, pattern: str) -> bool:
@@ -56,66 +58,99 @@ def covers(wider: str, pattern: str) -> bool:
     return bool(states >> len(places) & 1)
 
 
-def shadow_warnings(tier: str, rule_id: int, rows: Iterable[Mapping[Any, Any]]) -> list[str]:
-    """What a rule that was just made or changed does to the others of its tier, and they to it.
+class _Candidate:
+    """An enforcing rule with what decides whether it covers another one."""
+
+    __slots__ = ("_matches", "methods", "rule")
+
+    def __init__(self, rule: Rule, methods: frozenset[str] | None) -> None:
+        self.rule = rule
+        self.methods = methods
+        self._matches: Callable[[str], bool] | None = None
+
+    def covers(self, other: _Candidate) -> bool:
+        """Whether it matches every request that the other one matches."""
+        if self.methods is not None and (other.methods is None or not other.methods <= self.methods):
+            return False
+        wider, pattern = self.rule.endpoint, other.rule.endpoint
+        if wider == pattern:
+            return True
+        if not wider.startswith("/"):
+            return False  # descriptors have an order of their own
+        self._matches = self._matches or endpoint_matcher(wider)
+        # A pattern's own text is one of the paths that it matches, and a cheap test that nearly all pairs fail.
+        return self._matches(pattern) and covers(wider, pattern)
+
+
+def unreachable_rules(rules: Sequence[Rule]) -> dict[str, str]:
+    """The rules of a tier that never answer. Shadow rules are evaluated beside all others, so they are not considered.
+
+    Args:
+        rules: all rules of the tier, in order.
+
+    Returns:
+        Names of rules that never answer → the name of a preferred rule that matches all their requests. The work is linear in the
+        number of rules; beyond `MAX_WIDER` and `MAX_METHOD_SETS` some are not found.
+    """
+    found: dict[str, str] = {}
+    wider: list[_Candidate] = []
+    by_endpoint: dict[str, dict[frozenset[str] | None, _Candidate]] = {}
+    for candidate in _preferred_first(rules):
+        same = by_endpoint.setdefault(candidate.rule.endpoint, {})
+        preferred = same.get(candidate.methods) or same.get(None)
+        preferred = preferred or next((each for each in (*same.values(), *wider) if each.covers(candidate)), None)
+        if preferred is not None:
+            found[candidate.rule.name] = preferred.rule.name
+            continue
+        if len(same) < MAX_METHOD_SETS:
+            same[candidate.methods] = candidate
+        if len(wider) < MAX_WIDER and ("*" in candidate.rule.endpoint or "{" in candidate.rule.endpoint):
+            wider.append(candidate)
+    return found
+
+
+def coverage_warnings(tier: str, rules: Sequence[Rule], changed: str) -> list[str]:
+    """Warnings about a rule that was just made or changed: it never answers, or others of its tier do not because of it.
 
     Args:
         tier: the tier's name.
-        rule_id: of the rule in question.
-        rows: all rules of the tier, of `rate_limit_rules`, in order.
+        rules: all rules of the tier, in order.
+        changed: the rule's name.
 
     Returns:
-        One sentence each: the rule never answers, or another one never does any more.
+        One sentence each, at most 1 + `MAX_WARNINGS`.
     """
-    ordered = [(order, row) for order, row in enumerate(rows) if row["mode"] == Mode.ENFORCE.value]
-    found = next(((order, row) for order, row in ordered if row["id"] == rule_id), None)
-    if found is None:
-        return []  # a shadow rule is asked beside all others, and takes nothing from them
-    order, row = found
-    own = _rank_of(order, row)
-    heads = {each["endpoint_pattern"] for _, each in ordered if "HEAD" in each["methods"]}
-    hidden_by: Mapping[Any, Any] | None = None
-    hidden: list[Mapping[Any, Any]] = []
-    for place, other in ordered:
-        if other is row:
-            continue
-        if _rank_of(place, other) < own:
-            if hidden_by is None and _hides(other, row, heads):
-                hidden_by = other
-        elif len(hidden) < _MAX_HIDDEN and _hides(row, other, heads):
-            hidden.append(other)
-    warnings = []
-    if hidden_by is not None:
-        warnings.append(
-            f"tier {tier!r}: rule {row['name']!r} never answers: {hidden_by['name']!r} is preferred and takes all its requests; "
-            "give it a higher priority"
-        )
-    warnings.extend(
-        f"tier {tier!r}: rule {other['name']!r} never answers any more: {row['name']!r} is preferred and takes all its requests"
-        for other in hidden
+    preferred_by: str | None = None
+    covered: list[str] = []
+    own = next((each for each in _preferred_first(rules) if each.rule.name == changed), None)
+    if own is None:
+        return []
+    preferred = True
+    for candidate in _preferred_first(rules):
+        if candidate.rule.name == changed:
+            preferred = False
+        elif preferred:
+            if preferred_by is None and candidate.covers(own):
+                preferred_by = candidate.rule.name
+        elif len(covered) < MAX_WARNINGS and own.covers(candidate):
+            covered.append(candidate.rule.name)
+    warnings = [] if preferred_by is None else [unreachable_warning(tier, changed, preferred_by)]
+    return warnings + [unreachable_warning(tier, name, changed) for name in covered]
+
+
+def unreachable_warning(tier: str, rule: str, preferred: str) -> str:
+    """The sentence for a rule that never answers."""
+    return (
+        f"tier {tier!r}: rule {rule!r} never answers: {preferred!r} is preferred and matches all its requests; "
+        "remove it or give it a higher priority"
     )
-    return warnings
 
 
-def _hides(other: Mapping[Any, Any], row: Mapping[Any, Any], heads: Collection[str]) -> bool:
-    if not _covers_methods(_methods(other, heads), _methods(row, heads)):
-        return False
-    wider, pattern = other["endpoint_pattern"], row["endpoint_pattern"]
-    # A pattern's own text is one of the paths that it matches, and a cheap test that nearly all pairs fail.
-    return endpoint_matcher(wider)(pattern) and covers(wider, pattern)
-
-
-def _methods(row: Mapping[Any, Any], heads: Collection[str]) -> frozenset[str] | None:
-    return counted_methods(row["methods"], row["endpoint_pattern"] in heads)
-
-
-def _covers_methods(wider: frozenset[str] | None, methods: frozenset[str] | None) -> bool:
-    return wider is None or (methods is not None and methods <= wider)
-
-
-def _rank_of(order: int, row: Mapping[Any, Any]) -> tuple[int, ...]:
-    rule = Rule(row["endpoint_pattern"], (), tuple(row["methods"]), priority=row["priority"], name=row["name"])
-    return CompiledRule(rule, _ANY_LIMITS, order).rank
+def _preferred_first(rules: Sequence[Rule]) -> Iterator[_Candidate]:
+    heads = {rule.endpoint for rule in rules if rule.mode is Mode.ENFORCE and "HEAD" in rule.methods}
+    ranked = sorted((rule_rank(rule, order), rule) for order, rule in enumerate(rules) if rule.mode is Mode.ENFORCE)
+    for _, rule in ranked:
+        yield _Candidate(rule, counted_methods(rule.methods, rule.endpoint in heads))
 
 
 def _pieces(pattern: str) -> list[str]:

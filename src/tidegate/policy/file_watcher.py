@@ -139,7 +139,7 @@ def _look(path: Path, last: Look) -> Look:
     except PolicyError as error:
         return Look(None, None, error)
     except OSError as error:
-        return Look(None, None, PolicyError(f"the policy file cannot be looked at: {error.strerror or error}", str(path)))
+        return Look(None, None, PolicyError(f"the policy file cannot be read: {error.strerror or error}", str(path)))
 
 
 def identity_of(path: Path) -> tuple[tuple[int, ...], float]:

@@ -39,7 +39,7 @@ class CompiledRule:
         self.limits = limits
         self.subject = rule.subject
         self.methods = counted_methods(rule.methods, head_is_named)
-        self.rank = _rank(rule, order)
+        self.rank = rule_rank(rule, order)
 
     def __repr__(self) -> str:
         return f"CompiledRule({self.rule.name!r})"
@@ -166,8 +166,10 @@ def _limit_set(tier: Tier, rule: Rule, limits: tuple[Limit, ...], suffix: str) -
     return made
 
 
-def _rank(rule: Rule, order: int) -> _Rank:
-    """What is preferred sorts first: priority, then no `*`, more literal characters, fewer wildcards, named methods, order."""
+def rule_rank(rule: Rule, order: int) -> _Rank:
+    """The sort key of a rule, preferred ones first: higher priority, no `*`, no `{…}`, more literal characters, fewer wildcards,
+    named methods, order in the tier.
+    """
     parameters = len(re.findall(r"\{[^}]*\}", rule.endpoint))
     stars = rule.endpoint.count("*")
     literal = len(re.sub(r"\{[^}]*\}|\*", "", rule.endpoint))

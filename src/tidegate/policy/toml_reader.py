@@ -300,7 +300,11 @@ class _Reader:
                 raise self._error(f"expires_at {value.isoformat()}: {error}: leave it out for a key without end", at) from None
         if isinstance(value, datetime.date):
             return to_us(datetime.datetime.combine(value, datetime.time(), datetime.UTC))
-        raise self._error(f"expires_at {str(value)[:40]!r} is no moment: write 2030-01-31T00:00:00Z, without quotes", at)
+        raise self._error(
+            f"expires_at {str(value)[:40]!r} is not a valid timestamp; use ISO 8601 with an offset and without quotes, "
+            "e.g. 2030-01-31T00:00:00Z",
+            at,
+        )
 
     def _tables(
         self, table: dict[str, Any], name: str, at: KeyPath, most: int | None = None

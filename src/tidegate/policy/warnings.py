@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Final
 
+from tidegate.policy.coverage import unreachable_rules, unreachable_warning
 from tidegate.policy.limits import Algorithm, Limit
 from tidegate.policy.model import Mode, Policy, Rule, Tier
 from tidegate.timestamps import US_PER_S
 
-MAX_METHOD_SETS: Final = 256
-"""Of the rules for one endpoint, so many different sets of methods are compared."""
 MAX_RULES_FOR_ALL: Final = 16
-"""Of the rules for `/*` in one tier, so many are compared with the others."""
+"""Of the rules for `/*` in one tier, at most this many are compared with the others."""
 
 
 def policy_warnings(policy: Policy) -> list[str]:
@@ -32,11 +31,10 @@ def policy_warnings(policy: Policy) -> list[str]:
             warnings.append(f"tier {tier.name!r} limits nothing: it has neither rules nor limits")
         if policy.api_keys and tier.name not in used:
             warnings.append(f"tier {tier.name!r} has no API key in this file and is not the anonymous tier")
-        always_before = _always_before(tier.rules)
+        unreachable = unreachable_rules(tier.rules)
         for rule in tier.rules:
-            other = always_before.get(rule.name)
-            if other is not None:
-                warnings.append(f"tier {tier.name!r}: rule {rule.name!r} never answers: {other!r} does, for the same requests")
+            if rule.name in unreachable:
+                warnings.append(unreachable_warning(tier.name, rule.name, unreachable[rule.name]))
             warnings.extend(
                 f"tier {tier.name!r}, rule {rule.name!r}: limit {idle.text!r} never binds: {binding.text!r} is reached first"
                 for idle, binding in _idle_limits(rule)
@@ -88,26 +86,6 @@ def _escaping_rules(tier: Tier) -> Iterable[str]:
                 f"rule {everything.name!r} does not count what {named} answer{'s' if len(escaping) == 1 else ''}: one rule "
                 "answers a request; put what is to hold over all endpoints into the tier's own limits"
             )
-
-
-def _always_before(rules: Iterable[Rule]) -> dict[str, str]:
-    """Names of rules → the name of one that answers everything that they could: same pattern and mode, its methods included,
-    preferred. Takes time in proportion to the rules: each is compared with `MAX_METHOD_SETS` others at most.
-    """
-    found: dict[str, str] = {}
-    preferred = sorted(enumerate(rules), key=lambda each: (-each[1].priority, not each[1].methods, each[0]))
-    seen: dict[tuple[str, Mode], dict[frozenset[str], str]] = {}
-    for _, rule in preferred:
-        before = seen.setdefault((rule.endpoint, rule.mode), {})
-        methods = frozenset(rule.methods)
-        name = before.get(methods) or before.get(frozenset())
-        if name is None and methods:
-            name = next((other for held, other in before.items() if methods <= held), None)
-        if name is not None:
-            found[rule.name] = name
-        elif len(before) < MAX_METHOD_SETS:
-            before[methods] = rule.name
-    return found
 
 
 def _idle_limits(rule: Rule) -> Iterable[tuple[Limit, Limit]]:

@@ -400,7 +400,7 @@ class Instance:
         self.metrics.policy_valid = True
         self._policy_error = None
         if changed:
-            await self.follower.look()
+            await self.follower.poll()
             self.metrics.policy_reloads += 1
             logger.info("policy file applied, catalog version %d", self.cached.version)
         else:

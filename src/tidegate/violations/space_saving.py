@@ -7,6 +7,7 @@ count with it, as its error.
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Hashable, Iterator
 from typing import Generic, TypeVar
 
@@ -81,6 +82,24 @@ class SpaceSaving(Generic[_K]):
             levels[count] = {key: None}
         else:
             above[key] = None
+
+    @property
+    def floor(self) -> int:
+        """The highest count that a key without an entry may have, and the most by which a count of `top` may be too high; 0 while
+        all counts are exact.
+        """
+        return self._least if self._errors else 0
+
+    def top(self, limit: int) -> list[tuple[_K, int]]:
+        """The most frequent keys.
+
+        Args:
+            limit: the most keys returned.
+
+        Returns:
+            Keys and counts, highest counts first, equal counts in the order of their keys; a count is never too low.
+        """
+        return heapq.nsmallest(limit, self._counts.items(), key=lambda item: (-item[1], item[0]))
 
     def guaranteed(self) -> Iterator[tuple[_K, int]]:
         """How often each key was added at least; nothing may be added meanwhile.

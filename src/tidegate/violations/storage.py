@@ -13,7 +13,6 @@ import functools
 import hashlib
 import logging
 import re
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from typing import Any, Final, TypeAlias, cast
 
@@ -22,6 +21,7 @@ from sqlalchemy import CursorResult, String, text
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from tidegate import timestamps
 from tidegate.catalog.sql.database import Database
 from tidegate.catalog.sql.statements import load_statements
 from tidegate.catalog.sql.tables import rate_limit_violations
@@ -108,7 +108,7 @@ async def keep_violations(database: Database, keep_days: int, now_us: int | None
         CatalogUnavailable: if something could not be done; the rest was.
     """
     if database.dialect == "sqlite":
-        now_us = time.time_ns() // 1000 if now_us is None else now_us
+        now_us = timestamps.now_us() if now_us is None else now_us
         return await _taken([functools.partial(_delete_old, database, now_us - keep_days * _DAY_US)])
     async with database.transaction() as connection:
         if now_us is None:
@@ -155,7 +155,7 @@ async def _taken(steps: Iterable[Callable[[], Awaitable[None]]]) -> bool:
 
 
 @contextlib.asynccontextmanager
-async def _turn(database: Database) -> AsyncIterator[AsyncConnection]:
+async def _exclusive_transaction(database: Database) -> AsyncIterator[AsyncConnection]:
     """A transaction that only one process has at a time."""
     async with database.transaction() as connection:
         if database.dialect == "postgresql":
@@ -172,13 +172,13 @@ async def _partitions(connection: AsyncConnection) -> list[str]:
 async def _make_day(database: Database, day_us: int) -> None:
     name = partition_of(day_us)
     day = {"from_us": day_us, "to_us": day_us + _DAY_US}
-    async with _turn(database) as connection:
+    async with _exclusive_transaction(database) as connection:
         # Looked at in our turn: another process may have made it a moment ago.
         if name in await _partitions(connection):
             return
         held = (await connection.execute(text(_SQL["in_default"]), {**day, "most": _MAX_MOVED + 1})).scalar_one()
         if held > _MAX_MOVED:
-            logger.warning("violations of %s stay in the default partition: there are more than %d", name[-8:], _MAX_MOVED)
+            logger.warning("violations of %s are kept in the default partition: there are more than %d", name[-8:], _MAX_MOVED)
             return
         for step in ("hold_parent", "hold_default", "make"):
             await connection.execute(text(_SQL[step].format(partition=name)))
@@ -187,7 +187,7 @@ async def _make_day(database: Database, day_us: int) -> None:
 
 
 async def _drop_day(database: Database, name: str) -> None:
-    async with _turn(database) as connection:
+    async with _exclusive_transaction(database) as connection:
         if name in await _partitions(connection):
             await connection.execute(text(_SQL["drop"].format(partition=name)))
 
@@ -197,7 +197,7 @@ async def _delete_old(database: Database, before_us: int) -> None:
     statement = text(_SQL[f"delete_{database.dialect}"])
     deleted = _DELETE_BATCH_SIZE
     while deleted == _DELETE_BATCH_SIZE:
-        async with _turn(database) as connection:
+        async with _exclusive_transaction(database) as connection:
             result: CursorResult[Any] = await connection.execute(statement, {"before_us": before_us, "most": _DELETE_BATCH_SIZE})
             deleted = result.rowcount
 

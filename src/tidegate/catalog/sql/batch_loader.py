@@ -1,7 +1,7 @@
-"""Questions of one kind that are put together: what comes while others are being answered goes to the database as one query.
+"""Combines concurrent lookups of one kind: those that arrive while queries are running share the next query.
 
-A query costs the client and the server much the same for one key as for a hundred. So a cold start, in which thousands of keys a
-second are asked for the first time, is a few hundred queries a second; and a lone question waits for nothing.
+A query for a hundred keys costs the client and the server about as much as a query for one. So a cold start, in which thousands
+of keys a second are looked up for the first time, takes a few hundred queries a second; a single lookup waits for nothing.
 """
 
 from __future__ import annotations
@@ -15,53 +15,53 @@ from tidegate.errors import CatalogUnavailable
 
 logger = logging.getLogger(__name__)
 
-AT_ONCE: Final = 4
-"""So many queries run at the same time."""
-MOST: Final = 500
-"""So many questions go into one query."""
+MAX_CONCURRENT: Final = 4
+"""Most queries that run at the same time."""
+BATCH_SIZE: Final = 500
+"""Most names in one query."""
 
 _V = TypeVar("_V")
 
 
 class BatchLoader(Generic[_V]):
-    """Answers questions by name.
+    """Loads values by name, many names per query.
 
     Args:
-        ask: is given different names and the version that the answer must have seen; gives the version that it is of, and what it
-            found by name.
-        at_once: so many queries run at the same time, 1 or more.
-        most: so many questions go into one query, 1 or more.
+        load: takes distinct names and the lowest version that the values may be read at; returns the version they were read at,
+            and the values found, by name.
+        max_concurrent: most queries that run at the same time, 1 or more.
+        batch_size: most names in one query, 1 or more.
     """
 
     def __init__(
         self,
-        ask: Callable[[Sequence[str], int], Awaitable[tuple[int, Mapping[str, _V]]]],
-        at_once: int = AT_ONCE,
-        most: int = MOST,
+        load: Callable[[Sequence[str], int], Awaitable[tuple[int, Mapping[str, _V]]]],
+        max_concurrent: int = MAX_CONCURRENT,
+        batch_size: int = BATCH_SIZE,
     ) -> None:
-        self._ask = ask
-        self._at_once = at_once
-        self._most = most
+        self._load = load
+        self._max_concurrent = max_concurrent
+        self._batch_size = batch_size
         self._waiting: list[tuple[str, int, asyncio.Future[tuple[int, _V | None]]]] = []
         self._running: set[asyncio.Task[None]] = set()
 
-    async def get(self, name: str, least: int) -> tuple[int, _V | None]:
-        """Ask one question.
+    async def get(self, name: str, min_version: int) -> tuple[int, _V | None]:
+        """Load one value.
 
         Args:
-            name: what is asked for.
-            least: the version that the answer must have seen.
+            name: what to look up.
+            min_version: the lowest version that the value may be read at.
 
         Returns:
-            The version that the answer is of, and the answer; None where there is none.
+            The version that the value was read at, and the value; None if there is none.
 
         Raises:
             CatalogUnavailable: if the query fails.
         """
         answer: asyncio.Future[tuple[int, _V | None]] = asyncio.get_running_loop().create_future()
-        self._waiting.append((name, least, answer))
-        if len(self._running) < self._at_once:
-            # It begins in the loop's next turn, and takes with it all that is asked in this one.
+        self._waiting.append((name, min_version, answer))
+        if len(self._running) < self._max_concurrent:
+            # It begins in the next turn of the loop, with all lookups of this turn.
             task = asyncio.ensure_future(self._run())
             self._running.add(task)
             task.add_done_callback(self._running.discard)
@@ -69,17 +69,17 @@ class BatchLoader(Generic[_V]):
 
     async def _run(self) -> None:
         while self._waiting:
-            batch, self._waiting = self._waiting[: self._most], self._waiting[self._most :]
-            # Whoever was cancelled meanwhile asks no more.
+            batch, self._waiting = self._waiting[: self._batch_size], self._waiting[self._batch_size :]
+            # Lookups that were cancelled meanwhile are dropped.
             batch = [each for each in batch if not each[2].done()]
             if not batch:
                 continue
             try:
-                version, found = await self._ask(list({name: None for name, _, _ in batch}), max(least for _, least, _ in batch))
+                version, found = await self._load(list({name: None for name, _, _ in batch}), max(each[1] for each in batch))
             except CatalogUnavailable as error:
                 _fail(batch, error.message, **error.details)
             except Exception as error:
-                # Those who wait behind this batch are asked for all the same: nothing else would wake them.
+                # The batches behind this one still run: nothing else would wake those who wait for them.
                 logger.exception("unhandled exception in a query of the catalog")
                 _fail(batch, f"the catalog's query failed: {error!r:.200}")
             except BaseException:  # cancelled, with the event loop

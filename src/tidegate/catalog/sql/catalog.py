@@ -22,7 +22,7 @@ from tidegate.policy.model import ApiKey, Policy, Tier
 
 _SHA256S: Final = "sha256s"
 # One statement: its answer is of one moment, on every database. Made once: making it anew costs as much as sending it.
-_KEYS: Final = select(policy_state.c.version.label("seen"), api_keys, tiers.c.name.label("tier_name")).select_from(
+_KEYS: Final = select(policy_state.c.version.label("read_version"), api_keys, tiers.c.name.label("tier_name")).select_from(
     policy_state.outerjoin(
         api_keys.join(tiers, tiers.c.id == api_keys.c.tier_id), api_keys.c.sha256.in_(bindparam(_SHA256S, expanding=True))
     )
@@ -60,24 +60,16 @@ class SqlCatalog:
         """
         return cls(await Database.open(url, options))
 
-    async def api_key(self, sha256: str, least: int = 0) -> ApiKey | None:
+    async def api_key(self, sha256: str, min_version: int = 0) -> tuple[int, ApiKey | None]:
         """See `Catalog.api_key`."""
-        return (await self.read_key(sha256, least))[1]
+        return await self._keys.get(sha256, min_version)
 
-    async def read_key(self, sha256: str, least: int = 0) -> tuple[int, ApiKey | None]:
-        """See `VersionedCatalog.read_key`."""
-        return await self._keys.get(sha256, least)
-
-    async def tier(self, name: str, least: int = 0) -> Tier | None:
+    async def tier(self, name: str, min_version: int = 0) -> tuple[int, Tier | None]:
         """See `Catalog.tier`."""
-        return (await self.read_tier(name, least))[1]
-
-    async def read_tier(self, name: str, least: int = 0) -> tuple[int, Tier | None]:
-        """See `VersionedCatalog.read_tier`."""
         # One statement: its answer is of one moment, on every database.
         query = (
             select(
-                policy_state.c.version.label("seen"),
+                policy_state.c.version.label("read_version"),
                 tiers.c.name.label("tier_name"),
                 tiers.c.limits.label("tier_limits"),
                 tiers.c.managed_by_file.label("tier_managed_by_file"),
@@ -90,12 +82,12 @@ class SqlCatalog:
             )
             .order_by(rate_limit_rules.c.position, rate_limit_rules.c.id)
         )
-        rows = await self.database.seen(query, least)
+        rows = await self.database.read(query, min_version)
         first = rows[0]
         if first["tier_name"] is None:
-            return first["seen"], None
+            return first["read_version"], None
         tier = {"name": first["tier_name"], "limits": first["tier_limits"], "managed_by_file": first["tier_managed_by_file"]}
-        return first["seen"], policy_rows.tier_of(tier, rows if first["id"] is not None else ())
+        return first["read_version"], policy_rows.tier_of(tier, rows if first["id"] is not None else ())
 
     async def tier_names(self) -> list[str]:
         """See `Catalog.tier_names`."""
@@ -104,17 +96,17 @@ class SqlCatalog:
         # Not ordered by the database: each collates in its own way.
         return sorted(names)
 
-    async def anonymous_tier(self, least: int = 0) -> str | None:
+    async def anonymous_tier(self, min_version: int = 0) -> tuple[int, str | None]:
         """See `Catalog.anonymous_tier`."""
-        return (await self.read_anonymous(least))[1]
-
-    async def read_anonymous(self, least: int = 0) -> tuple[int, str | None]:
-        """See `VersionedCatalog.read_anonymous`."""
-        row = (await self.database.seen(select(policy_state.c.version.label("seen"), policy_state.c.anonymous_tier), least))[0]
-        return row["seen"], row["anonymous_tier"]
+        row = (
+            await self.database.read(
+                select(policy_state.c.version.label("read_version"), policy_state.c.anonymous_tier), min_version
+            )
+        )[0]
+        return row["read_version"], row["anonymous_tier"]
 
     async def changes(self, since: int) -> Changes:
-        """See `VersionedCatalog.changes`."""
+        """See `Catalog.changes`."""
         async with self.database.reading() as connection:
             changes = await read_changes(connection, since)
         if self.database.replicas is not None:
@@ -218,8 +210,8 @@ class SqlCatalog:
                 held = (await connection.execute(secret)).scalar_one()
         return str(held).encode()
 
-    async def _read_keys(self, sha256s: Sequence[str], least: int) -> tuple[int, dict[str, ApiKey]]:
+    async def _read_keys(self, sha256s: Sequence[str], min_version: int) -> tuple[int, dict[str, ApiKey]]:
         # As many as a power of two, so that there are ten statements and not five hundred for the driver to prepare.
         wanted = [*sha256s, *[sha256s[-1]] * ((1 << (len(sha256s) - 1).bit_length()) - len(sha256s))]
-        rows = await self.database.seen(_KEYS, least, {_SHA256S: wanted})
-        return rows[0]["seen"], {row["sha256"]: policy_rows.api_key_of(row) for row in rows if row["id"] is not None}
+        rows = await self.database.read(_KEYS, min_version, {_SHA256S: wanted})
+        return rows[0]["read_version"], {row["sha256"]: policy_rows.api_key_of(row) for row in rows if row["id"] is not None}

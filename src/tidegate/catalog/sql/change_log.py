@@ -71,13 +71,13 @@ def no_state() -> CatalogUnavailable:
     return CatalogUnavailable("the catalog's database has no row in policy_state: restore a backup, or wait until it is restored")
 
 
-async def read_changes(connection: AsyncConnection, since: int, most: int = MAX_READ) -> Changes:
+async def read_changes(connection: AsyncConnection, since: int, max_rows: int = MAX_READ) -> Changes:
     """Read what was touched since a version.
 
     Args:
         connection: to the database that is written to.
         since: the version that was seen, 0 or more.
-        most: at most so many rows are read, the latest ones.
+        max_rows: at most so many rows are read, the latest ones.
 
     Returns:
         What happened. Where `since` is no version of this database (one that lost the last commits took the place of the one that
@@ -89,7 +89,7 @@ async def read_changes(connection: AsyncConnection, since: int, most: int = MAX_
     # One statement is one snapshot: a version without its rows would look like a change of an older Tidegate.
     # Limited before it is joined, so that the index is walked that far and no further.
     above = select(catalog_changes).where(catalog_changes.c.version > since)
-    log = above.order_by(catalog_changes.c.version.desc()).limit(most).subquery()
+    log = above.order_by(catalog_changes.c.version.desc()).limit(max_rows).subquery()
     query = (
         select(policy_state.c.version, log.c.version.label("changed"), log.c.previous, log.c.kind, log.c.name)
         .select_from(policy_state.outerjoin(log, true()))
@@ -119,7 +119,7 @@ async def read_changes(connection: AsyncConnection, since: int, most: int = MAX_
         if row.kind != NONE:
             found.setdefault((row.kind, row.name), row.changed)
     else:
-        if len(rows) == most:
+        if len(rows) == max_rows:
             floor = at  # rows of the lowest version may have been cut off
     if floor < since:
         return Changes(version, version, versions=(version,))

@@ -29,6 +29,7 @@ from tidegate.catalog.sql.replicas import Replica, Replicas
 from tidegate.catalog.sql.schema import upgrade_schema
 from tidegate.catalog.sql.tables import policy_state
 from tidegate.errors import CatalogUnavailable, SettingsError
+from tidegate.timestamps import now_us
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +52,7 @@ class DatabaseOptions(msgspec.Struct, frozen=True):
         replicas: URLs of read replicas.
         pool_size: most connections for reading to each server; another 4 are for writing.
         timeout_s: how long an answer may take, s.
-        max_replica_lag_s: a replica that lags more is left out, s.
+        max_replica_lag_s: a replica that lags more is removed from rotation, s.
     """
 
     replicas: tuple[str, ...] = ()
@@ -69,7 +70,7 @@ class Database:
         writer: connections for writing to it; the same engine where there is no difference.
 
     Attributes:
-        announce: is told the new version after each change; must not raise. PostgreSQL announces it besides (NOTIFY).
+        announce: callback run with the new version after each change; must not raise. PostgreSQL announces it besides (NOTIFY).
         queries: of checks, so far.
     """
 
@@ -99,7 +100,9 @@ class Database:
         """
         options = options or DatabaseOptions()
         if options.replicas and not is_postgres(url):
-            raise SettingsError("catalog.replicas is set, but catalog.url is no PostgreSQL: remove the one or change the other")
+            raise SettingsError(
+                "catalog.replicas is set, but catalog.url is not a PostgreSQL URL: remove catalog.replicas, or use PostgreSQL"
+            )
         reader = open_engine(url, reads_only=True, pool_size=options.pool_size, timeout_s=options.timeout_s)
         writer = reader
         replicas = []
@@ -144,12 +147,14 @@ class Database:
         # One connection for all: a commit of the probe would commit what others have begun.
         return isinstance(self._writer.pool, StaticPool)
 
-    async def seen(self, query: Select[Any], least: int, parameters: Mapping[str, Any] | None = None) -> Sequence[RowMapping]:
+    async def read(
+        self, query: Select[Any], min_version: int, parameters: Mapping[str, Any] | None = None
+    ) -> Sequence[RowMapping]:
         """The rows of a query for a check.
 
         Args:
-            query: its first row says as `seen` which version the rows are of; it gives at least one row.
-            least: version that they must have seen, where the catalog has got so far.
+            query: its first row says as `read_version` which version the rows are of; it gives at least one row.
+            min_version: version that they must have seen, where the catalog has got so far.
             parameters: of the query, where it has some.
 
         Returns:
@@ -161,7 +166,7 @@ class Database:
         """
         self.queries += 1
         if self.replicas is not None:
-            replicated = await self.replicas.rows(query, least, parameters)
+            replicated = await self.replicas.rows(query, min_version, parameters)
             if replicated is not None:
                 return replicated
         try:
@@ -170,7 +175,7 @@ class Database:
         except CatalogUnavailable:
             replicated = None
             if self.replicas is not None:
-                replicated = await self.replicas.rows(query, least, parameters, any_of_them=True)
+                replicated = await self.replicas.rows(query, min_version, parameters, include_ejected=True)
             if replicated is None:
                 raise
             return replicated
@@ -203,7 +208,7 @@ class Database:
             async with self.reading() as connection:
                 row = (await connection.execute(_CAN_WRITE)).one()
             if row.standby or row.read_only == "on":
-                raise CatalogUnavailable(f"the catalog's database {self.name} takes no writes: it is a standby, or read-only")
+                raise CatalogUnavailable(f"the catalog's database {self.name} is not writable: it is read-only or a standby")
         else:
             await self.version()
         # A full disk shows in a write only: one that no check sees is made where the last one failed, and now and then.
@@ -211,7 +216,7 @@ class Database:
         if due and not self._in_memory and (self.dialect == "sqlite" or self._write_fault is not None):
             await self._probe_writing()
         if self._write_fault is not None:
-            raise CatalogUnavailable(f"the catalog's database {self.name} takes no writes: {self._write_fault}")
+            raise CatalogUnavailable(f"the catalog's database {self.name} is not writable: {self._write_fault}")
 
     async def _probe_writing(self) -> None:
         patience = "PRAGMA busy_timeout = 100" if self.dialect == "sqlite" else "SET LOCAL lock_timeout = '100ms'"
@@ -231,7 +236,7 @@ class Database:
                 return  # somebody else writes now, and will see whether it succeeds
             self._note_write(error)
             if not cannot_write(error):
-                raise CatalogUnavailable(f"the catalog's database {self.name} takes no writes: {reason_of(error)}") from error
+                raise CatalogUnavailable(f"the catalog's database {self.name} is not writable: {reason_of(error)}") from error
         else:
             self._note_write(None)
 
@@ -275,7 +280,7 @@ class Database:
             self._note_write(None)
         except (SQLAlchemyError, OSError) as error:
             self._note_write(error)
-            raise CatalogUnavailable(f"the catalog's database did not take the change: {reason_of(error)}") from error
+            raise CatalogUnavailable(f"the catalog's database rejected the change: {reason_of(error)}") from error
 
     @contextlib.asynccontextmanager
     async def changing(self) -> AsyncIterator[WriteTransaction]:
@@ -288,7 +293,7 @@ class Database:
             CatalogUnavailable: if the database does not take it.
         """
         try:
-            connection, writing = await self._turn()
+            connection, writing = await self._acquire_write_lock()
             try:
                 yield writing
                 await writing.log()
@@ -300,7 +305,7 @@ class Database:
                 await connection.close()
         except (SQLAlchemyError, OSError) as error:
             self._note_write(error)
-            raise CatalogUnavailable(f"the catalog's database did not take the change: {reason_of(error)}") from error
+            raise CatalogUnavailable(f"the catalog's database rejected the change: {reason_of(error)}") from error
         if self.replicas is not None:
             self.replicas.made(writing.version)
         if self.announce is not None:
@@ -314,15 +319,15 @@ class Database:
         if self._writer is not self._reader:
             await self._writer.dispose()
 
-    async def _turn(self) -> tuple[AsyncConnection, WriteTransaction]:
+    async def _acquire_write_lock(self) -> tuple[AsyncConnection, WriteTransaction]:
         """A connection in a transaction that has the turn of all writers."""
-        now_us = time.time_ns() // 1000
+        at_us = now_us()
         state = policy_state.c
-        now_ms = now_us // 1000
+        now_ms = at_us // 1000
         later = case((state.version >= now_ms, state.version + 1), else_=now_ms)
         raised = (
             update(policy_state)
-            .values(version=later, previous=state.version, changed_at_us=now_us)
+            .values(version=later, previous=state.version, changed_at_us=at_us)
             .returning(state.version, state.previous)
         )
         for attempt in (1, 2):

@@ -106,7 +106,7 @@ def remedy_of(error: BaseException) -> str | None:
     if isinstance(error, OSError) or code in _NO_PLACE_CODES:
         return PLACE_REMEDY
     if code in _NO_DATABASE_CODES:
-        return "it is no SQLite database: move it away or give another catalog.url"
+        return "it is not a SQLite database: move it away or give another catalog.url"
     if code in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR):
         return _DISK_REMEDY
     if code == sqlite3.SQLITE_ERROR and " already exists" in str(error):

@@ -73,7 +73,7 @@ def open_engine(
         parsed = make_url(url)
     except ArgumentError:
         raise SettingsError(
-            f"{setting} is no database URL: write 'sqlite:///tidegate.db' or 'postgresql://user@host/name'"
+            f"{setting} is not a valid database URL; use 'sqlite:///tidegate.db' or 'postgresql://user@host/name'"
         ) from None
     if parsed.drivername == "sqlite" and (parsed.host or parsed.username):
         raise SettingsError(
@@ -82,7 +82,7 @@ def open_engine(
     if parsed.drivername != "sqlite":
         # Only the scheme is repeated: the rest of a database's URL may hold a password.
         raise SettingsError(
-            f"{setting} with the scheme {scheme_of(url)!r} is no catalog of this version: use 'sqlite:///tidegate.db' "
+            f"{setting} has the scheme {scheme_of(url)!r}, which is not supported: use 'sqlite:///tidegate.db' "
             "or 'postgresql://user@host/name'"
         )
     return _sqlite(parsed, pool_size, timeout_s, looks_only)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any, Final
 
 import msgspec
@@ -16,6 +15,7 @@ from tidegate.catalog.sql.change_log import WriteTransaction
 from tidegate.catalog.sql.tables import api_keys, audit_log, policy_state, rate_limit_rules, tiers
 from tidegate.errors import CatalogError
 from tidegate.policy.model import Policy, Tier
+from tidegate.timestamps import now_us
 
 _RULE_COLUMNS: Final = (
     "endpoint_pattern",
@@ -69,7 +69,7 @@ async def release_file(writing: WriteTransaction, actor: str) -> Released | None
     ]
     await connection.execute(update(policy_state).values(file_digest=None))
     released = Released(counts[0], counts[1], digest)
-    row = {"at_us": _now_us(), "actor": actor, "action": "release", "kind": "policy_file", "target": digest[:12]}
+    row = {"at_us": now_us(), "actor": actor, "action": "release", "kind": "policy_file", "target": digest[:12]}
     await connection.execute(
         insert(audit_log).values(**row, before=None, after={"tiers": released.tiers, "api_keys": released.api_keys})
     )
@@ -154,7 +154,7 @@ async def _apply_keys(writing: WriteTransaction, policy: Policy) -> None:
     changed: list[dict[str, Any]] = []
     for sha256, api_key in wanted.items():
         kept = owned.get(sha256)
-        values = policy_rows.row_of_api_key(api_key, tier_ids[api_key.tier], _now_us())
+        values = policy_rows.row_of_api_key(api_key, tier_ids[api_key.tier], now_us())
         if kept is None:
             writing.touch(KEY, sha256)
             made.append(values)
@@ -197,7 +197,3 @@ async def _drop_tiers(writing: WriteTransaction, policy: Policy) -> None:
             )
         writing.touch(TIER, row["name"])
         await connection.execute(delete(tiers).where(tiers.c.id == row["id"]))
-
-
-def _now_us() -> int:
-    return time.time_ns() // 1000

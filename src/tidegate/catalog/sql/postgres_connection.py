@@ -151,7 +151,7 @@ def why_unreachable(url: str, name: str) -> str:
         return "the server starts or stops now: try again in a while"
     options.pop("target_session_attrs", None)
     if (refused := _refusal(options)) is None:
-        return "the server takes no writes (a standby, or read-only): name the primary, or all hosts that may be it"
+        return "the server is read-only or a standby: give the primary, or every host that may become the primary"
     database = str(options.get("dbname") or options.get("user") or "")
     for other in ("postgres", "template1"):
         try:
@@ -160,7 +160,7 @@ def why_unreachable(url: str, name: str) -> str:
         except psycopg.Error:
             continue
         if row is not None and row[0] == 0:
-            return f"there is no database {database[:64]!r}: make it with 'createdb {shlex.quote(database[:64])}'"
+            return f"database {database[:64]!r} does not exist: create it with 'createdb {shlex.quote(database[:64])}'"
         return f"its user may not connect to this database: GRANT CONNECT ON DATABASE … TO its user, on {name}"
     user = str(options.get("user") or "")
     if refused.pgconn is not None and (refused.pgconn.used_password or refused.pgconn.needs_password):

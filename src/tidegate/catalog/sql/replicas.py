@@ -1,4 +1,4 @@
-"""Read replicas of the catalog: asked in turn, left out while they fail or lag, and taken back when they do not.
+"""Read replicas of the catalog: used in turn, removed from rotation while they fail or lag, and put back afterwards.
 
 A replica lags by the age of the oldest change that it has not seen. While nothing changes it does not lag, whatever its clocks
 and positions say; and one that is cut off from its primary is found as soon as there is something that it misses.
@@ -36,7 +36,7 @@ _VERSIONS_KEPT: Final = 10_000
 
 
 class Replica:
-    """One replica, and whether it is asked.
+    """One replica, and whether it is in rotation.
 
     Args:
         name: its URL as logs may show it.
@@ -44,11 +44,11 @@ class Replica:
         connections: how many these are, 1 or more.
 
     Attributes:
-        out: why it is left out; None while it is asked.
+        out: why it is out of rotation; None while it is in rotation.
         version: of the catalog that it had seen at the last look.
         shown: the latest that it has shown since, in any answer.
         lag_s: age of the oldest change that it had not seen at the last look, s; 0 for none.
-        ejections: how often it was left out.
+        ejections: how often it was removed from rotation.
         free: one for each connection that is not in use.
     """
 
@@ -56,27 +56,23 @@ class Replica:
         self.name = name
         self.engine = engine
         self.free = asyncio.Semaphore(connections)
-        self.out: str | None = "it was not looked at yet"
+        self.out: str | None = "not probed yet"
         self.version = 0
         self.shown = 0
         self.lag_s = 0.0
         self.ejections = 0
 
-    def leave_out(self, why: str) -> None:
-        """Ask it no more until a look finds it well.
-
-        Args:
-            why: for the log.
-        """
+    def eject(self, why: str) -> None:
+        """Remove it from rotation until a probe succeeds."""
         if self.out is None:
             self.ejections += 1
-            logger.warning("the replica %s is left out: %s", self.name, why, extra={"ecs": {"tidegate.replica": self.name}})
+            logger.warning("replica %s removed from rotation: %s", self.name, why, extra={"ecs": {"tidegate.replica": self.name}})
         self.out = why
 
-    def take_back(self) -> None:
-        """Ask it again."""
+    def restore(self) -> None:
+        """Put it back into rotation."""
         if self.out is not None:
-            logger.info("the replica %s is asked", self.name, extra={"ecs": {"tidegate.replica": self.name}})
+            logger.info("replica %s back in rotation", self.name, extra={"ecs": {"tidegate.replica": self.name}})
         self.out = None
 
 
@@ -86,7 +82,7 @@ class Replicas:
     Args:
         replicas: any number.
         timeout_s: how long one may take to answer, s.
-        max_lag_s: a replica that lags more is left out, s.
+        max_lag_s: a replica that lags more is removed from rotation, s.
         primary_version: asks the primary for its version.
         clock: gives monotonic seconds.
     """
@@ -114,25 +110,25 @@ class Replicas:
         self._watching: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        """Look at all of them, and go on looking until `close`."""
-        await self.look()
+        """Probe all replicas, and go on probing until `close`."""
+        await self.probe()
         self._watching = SUPERVISOR.start("replica_probe", self._watch)
 
     async def rows(
-        self, query: Select[Any], least: int, parameters: Mapping[str, Any] | None = None, *, any_of_them: bool = False
+        self, query: Select[Any], min_version: int, parameters: Mapping[str, Any] | None = None, *, include_ejected: bool = False
     ) -> Sequence[RowMapping] | None:
         """Ask one replica after the other.
 
         Args:
-            query: its first row says as `seen` which version the rows are of; it gives at least one row.
-            least: the version that they must have seen.
+            query: its first row says as `read_version` which version the rows are of; it gives at least one row.
+            min_version: the version that they must have seen.
             parameters: of the query, where it has some.
-            any_of_them: ask those that are left out too, and take any version: there is nobody else.
+            include_ejected: ask those that are left out too, and take any version: there is nobody else.
 
         Returns:
             The rows; None where no replica gives such.
         """
-        asked = [replica for replica in self.replicas if replica.out is None or any_of_them]
+        asked = [replica for replica in self.replicas if replica.out is None or include_ejected]
         self._turn += 1
         in_turn = [asked[(self._turn + place) % len(asked)] for place in range(len(asked))]
         patience_s = self._timeout_s
@@ -143,13 +139,13 @@ class Replicas:
                 patience_s = 0  # one is waited for; the others were no less busy
                 continue
             except (SQLAlchemyError, OSError, TimeoutError) as error:
-                replica.leave_out(reason_of(error))
+                replica.eject(reason_of(error))
                 continue
             if rows:
-                replica.shown = max(replica.shown, rows[0]["seen"])
-            if not rows or rows[0]["seen"] < least:
+                replica.shown = max(replica.shown, rows[0]["read_version"])
+            if not rows or rows[0]["read_version"] < min_version:
                 continue
-            if any_of_them or not self._primary_answers or rows[0]["seen"] in self._versions:
+            if include_ejected or not self._primary_answers or rows[0]["read_version"] in self._versions:
                 return rows
         return None
 
@@ -180,21 +176,21 @@ class Replicas:
         else:
             self._versions.setdefault(version, self._clock())
 
-    async def look(self) -> None:
-        """See how each replica is, and what the primary's version is."""
-        await asyncio.gather(*(self._look_at(replica) for replica in self.replicas))
+    async def probe(self) -> None:
+        """Probe every replica and the primary once."""
+        await asyncio.gather(*(self._probe_replica(replica) for replica in self.replicas))
         # After them: now it has all that they have, or never had it.
-        await self._look_at_primary()
+        await self._probe_primary()
         for replica in self.replicas:
             # One that had no connection free for the look tells by its answers how far it is.
             replica.lag_s = self._lag_s(replica.shown)
             if replica.out is None and replica.lag_s > self._max_lag_s:
-                replica.leave_out(f"it lags {replica.lag_s:.1f} s behind, more than {self._max_lag_s:g} s")
+                replica.eject(f"it lags by {replica.lag_s:.1f} s, more than {self._max_lag_s:g} s")
             if replica.out is None and self._is_ahead(replica):
-                replica.leave_out(f"it shows version {replica.version}, which its primary has not: it follows another one")
+                replica.eject(f"it has version {replica.version}, which the primary does not have: it follows another primary")
 
     async def close(self) -> None:
-        """Look no more, and end all connections."""
+        """Stop probing and close all connections."""
         await stop(self._watching)
         await asyncio.gather(*self._asked, return_exceptions=True)
         for replica in self.replicas:
@@ -203,28 +199,28 @@ class Replicas:
     async def _watch(self) -> None:
         while True:
             await asyncio.sleep(PROBE_S)
-            await self.look()
+            await self.probe()
 
-    async def _look_at_primary(self) -> None:
+    async def _probe_primary(self) -> None:
         try:
             self.changed(await self._within(self._primary_version()))
         except Exception as error:  # noqa: BLE001 - whatever it is: while the primary is away, what was seen last holds
             self._primary_answers = False
-            logger.debug("the primary's version cannot be had: %s", error)
+            logger.debug("the version of the primary cannot be read: %s", error)
 
-    async def _look_at(self, replica: Replica) -> None:
+    async def _probe_replica(self, replica: Replica) -> None:
         try:
-            rows = await self._ask(replica, select(policy_state.c.version.label("seen")), None, self._timeout_s)
+            rows = await self._ask(replica, select(policy_state.c.version.label("read_version")), None, self._timeout_s)
         except _Busy:
             return
         except (SQLAlchemyError, OSError, TimeoutError) as error:
-            replica.leave_out(reason_of(error))
+            replica.eject(reason_of(error))
             return
-        replica.version = replica.shown = rows[0]["seen"] if rows else 0
+        replica.version = replica.shown = rows[0]["read_version"] if rows else 0
         if not rows:
-            replica.leave_out("it holds no catalog")
+            replica.eject("it has no catalog")
         elif self._lag_s(replica.version) <= self._max_lag_s and not self._is_ahead(replica):
-            replica.take_back()
+            replica.restore()
 
     def _is_ahead(self, replica: Replica) -> bool:
         return self._primary_answers and replica.version > self._newest

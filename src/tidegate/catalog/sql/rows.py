@@ -21,13 +21,14 @@ def tier_of(row: Mapping[Any, Any], rules: Iterable[Mapping[Any, Any]]) -> Tier:
     """
     return Tier(
         name=row["name"],
-        rules=tuple(_rule_of(rule) for rule in rules),
+        rules=tuple(rule_of(rule) for rule in rules),
         limits=tuple(Limit.parse(text) for text in row["limits"]),
         managed_by_file=row["managed_by_file"],
     )
 
 
-def _rule_of(row: Mapping[Any, Any]) -> Rule:
+def rule_of(row: Mapping[Any, Any]) -> Rule:
+    """The rule in a row of `rate_limit_rules`."""
     return Rule(
         endpoint=row["endpoint_pattern"],
         limits=tuple(Limit.parse(text) for text in row["limits"]),

@@ -129,7 +129,7 @@ async def downgrade(url: str, revision: str) -> str:
         SettingsError: if there is no such revision, or it is not behind this one, or the database cannot be had.
     """
 
-    def take_back(connection: Connection) -> str:
+    def restore(connection: Connection) -> str:
         config = migration_config(connection)
         known = [each.revision for each in ScriptDirectory.from_config(config).walk_revisions()]
         if revision not in known:
@@ -145,7 +145,7 @@ async def downgrade(url: str, revision: str) -> str:
 
     engine = open_engine(url)
     try:
-        return await change_schema(url, engine, take_back)
+        return await change_schema(url, engine, restore)
     finally:
         await engine.dispose()
 

@@ -17,7 +17,8 @@ from tidegate.policy.matching import CompiledRule, CompiledTier, subject_of
 from tidegate.policy.model import KeyStatus, Policy, Subject
 from tidegate.policy.paths import STRICT, PathRules, canonical_path
 from tidegate.tools.simulate.log_formats import Request
-from tidegate.tools.simulate.tallies import MINUTE_US, RuleTally, Series, TopBlocked
+from tidegate.tools.simulate.tallies import MAX_TOP, MINUTE_US, RuleTally, Series
+from tidegate.violations.space_saving import SpaceSaving
 
 EXAMPLES_SHOWN: Final = 5
 _MAX_REMEMBERED: Final = 50_000
@@ -66,7 +67,7 @@ class Replay:
         paths: PathRules = STRICT,
     ) -> None:
         self.tallies: dict[tuple[str, str], RuleTally] = {}
-        self.top = TopBlocked()
+        self.top: SpaceSaving[tuple[str, str]] = SpaceSaving(MAX_TOP)
         self.series = Series()
         self.first_us: int | None = None
         self.now_us = -1
@@ -162,7 +163,7 @@ class Replay:
             match.tally.allowed += 1
             return True
         match.tally.blocked += 1
-        self.top.add(counted, match.tally.rule)
+        self.top.add((counted, match.tally.rule))
         minute = self.now_us // MINUTE_US
         if minute != self._minute:
             self._close_minute()

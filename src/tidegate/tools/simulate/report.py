@@ -170,7 +170,7 @@ def make_report(
         malformed=malformed,
         span_s=0.0 if replay.first_us is None else (replay.now_us - replay.first_us) / US_PER_S,
         rules=rows,
-        top_blocked=[TopRow(replay.label(subject), rule, blocked) for subject, rule, blocked in replay.top.top(TOP)],
+        top_blocked=[TopRow(replay.label(subject), rule, blocked) for (subject, rule), blocked in replay.top.top(TOP)],
         worst_minute=WorstMinute(*((_iso(replay.worst_minute[0]), replay.worst_minute[1]) if replay.worst_minute else (None, 0))),
         requests=sum(row.requests for row in counted),
         allowed=sum(row.allowed for row in counted),

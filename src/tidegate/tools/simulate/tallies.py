@@ -9,6 +9,7 @@ from tidegate.timestamps import US_PER_S
 MINUTE_US: Final = 60_000_000
 MAX_SERIES: Final = 2_000
 MAX_TOP: Final = 10_000
+"""Pairs of subject and rule that are counted to find those blocked most."""
 _STEPS_S: Final = (60, 300, 900, 3_600, 21_600, 86_400)
 
 
@@ -74,50 +75,3 @@ class Series:
                 step[1] += blocked
             self.steps, self.step_s = merged, longer_s
         return self.steps.setdefault(at_us // (self.step_s * US_PER_S), [0, 0])
-
-
-class TopBlocked:
-    """The subjects blocked most, in bounded memory.
-
-    Exact up to 10,000 pairs of subject and rule that were blocked at all. Beyond that as in the space-saving sketch (Metwally,
-    Agrawal, El Abbadi 2005), only that the half blocked least is dropped at once: a newcomer then starts from the highest count
-    that was dropped, `floor`. So a count is never too low, and too high by at most `floor`.
-
-    Args:
-        most: pairs kept, 2 or more.
-    """
-
-    def __init__(self, most: int = MAX_TOP) -> None:
-        self.floor = 0
-        self.counts: dict[tuple[str, str], int] = {}
-        self._most = most
-
-    def add(self, subject: str, rule: str) -> None:
-        """Count one blocked request.
-
-        Args:
-            subject: who was blocked.
-            rule: by which rule.
-        """
-        entry = (subject, rule)
-        count = self.counts.get(entry)
-        if count is None and len(self.counts) >= self._most:
-            self._shed()
-        self.counts[entry] = (count or self.floor) + 1
-
-    def _shed(self) -> None:
-        ordered = sorted(self.counts.items(), key=lambda item: item[1], reverse=True)
-        self.floor = ordered[len(ordered) // 2][1]
-        self.counts = dict(ordered[: len(ordered) // 2])
-
-    def top(self, most: int) -> list[tuple[str, str, int]]:
-        """The subjects blocked most.
-
-        Args:
-            most: at most so many.
-
-        Returns:
-            Subject, rule and count, the highest first; equal counts by name.
-        """
-        ordered = sorted(self.counts.items(), key=lambda item: (-item[1], item[0]))
-        return [(subject, rule, count) for (subject, rule), count in ordered[:most]]

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tidegate.catalog import follower as following
+from tidegate.catalog import follower as follower_module
 from tidegate.catalog.cached import CachedCatalog
 from tidegate.catalog.changes import Changes
 from tidegate.catalog.follower import CatalogFollower
@@ -70,8 +70,8 @@ async def start(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Callable[..., 
     tasks: list[asyncio.Task[None]] = []
 
     async def started(channel: Channel | None, poll_s: float, settle_s: float = 0.0, quiet_s: float = LONG_S) -> Any:
-        monkeypatch.setattr(following, "SETTLE_S", settle_s)
-        monkeypatch.setattr(following, "QUIET_POLL_S", quiet_s)
+        monkeypatch.setattr(follower_module, "SETTLE_S", settle_s)
+        monkeypatch.setattr(follower_module, "QUIET_POLL_S", quiet_s)
         catalog: Any = Catalog()
         cached = CachedCatalog(catalog)
         tasks.append(asyncio.create_task(CatalogFollower(catalog, cached, poll_s, channel).run()))
