@@ -264,7 +264,7 @@ async def test_while_the_first_server_is_left_alone_the_second_is_asked(
 @pytest.mark.parametrize(
     ("says", "reason"),
     [
-        (Says(404, "<h1>not here</h1>"), "answered 404 with what is no answer of Tidegate's data plane: check the URL"),
+        (Says(404, "<h1>not here</h1>"), "answered 404 with a body that Tidegate does not send: check the URL"),
         (Says(502, ""), "answered 502"),
         (Says(301, "", location="http://127.0.0.1:1/"), "answered 301"),
         (Says(200, "hello"), "answered 200"),

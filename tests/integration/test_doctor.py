@@ -154,7 +154,7 @@ def test_listeners_of_a_server_that_does_not_run(tmp_path: Path) -> None:
             code, found = _found(tmp_path, **{f"TIDEGATE_SERVER__{name}": address})
             assert (code, found[what][0]) == (1, False)
             assert f"server.{key} = '{address}': the port is in use" in found[what][1]
-            assert f'{key} = "" switches the {what} off' in found[what][1]
+            assert f'{key} = "" disables the ' in found[what][1]
     http = f"127.0.0.1:{free_port()}"
     _, found = _found(tmp_path, TIDEGATE_SERVER__HTTP=http, TIDEGATE_SERVER__GRPC=http)
     assert found["gRPC door"][0] is False

@@ -36,7 +36,7 @@ def _escapes(refused: frozenset[int]) -> re.Pattern[bytes]:
     """Matches text whose every '%' begins an escape of a byte that is not refused."""
     tens = {first: "".join(f"{second:X}" for second in range(16) if first << 4 | second not in refused) for first in range(16)}
     allowed = "|".join(f"[{first:X}{first:x}][{seconds}{seconds.lower()}]" for first, seconds in tens.items() if seconds)
-    # Not a possessive `(?:...)*+`: before Python 3.11.5 (Debian 12 has 3.11.2) one whose last round fails half-way leaves the match
+    # Not a possessive `(?:...)*+`: before Python 3.11.5 (Debian 12 has 3.11.2) one whose last round fails leaves the match
     # where that round had come to (python/cpython#106052). An atomic group does the same, and right.
     return re.compile(f"[^%]*+(?>(?:%(?:{allowed})[^%]*+)*)".encode())
 
