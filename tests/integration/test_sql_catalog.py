@@ -20,7 +20,8 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from tests.integration.catalog_keys import listed_keys, make_key, revoke_key
 from tests.servers.postgres import PostgresServer
 from tests.unit.test_policy_file import WHOLE
-from tidegate.catalog.sql.catalog import SqlCatalog, database
+from tidegate.catalog.sql import database
+from tidegate.catalog.sql.catalog import SqlCatalog
 from tidegate.catalog.sql.engine import open_engine
 from tidegate.catalog.sql.schema import upgrade, upgrade_schema
 from tidegate.catalog.sql.tables import metadata
