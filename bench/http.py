@@ -1,4 +1,4 @@
-"""CPU per HTTP check beside a bare asyncio protocol with fixed bytes and beside FastAPI + slowapi, and latency at 70 % of the peak.
+"""CPU per HTTP check beside a bare asyncio protocol with fixed bytes and FastAPI + slowapi, and latency at 70 % of the peak.
 
     python -m bench.http [--smoke] [--bare]
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import Final, Self, TypeAlias
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from typing import Any, Final, Self, TypeAlias
 
 import msgspec
 
 from tidegate.catalog.cache_level import Caller
 from tidegate.catalog.cached import CachedCatalog
 from tidegate.counters import Charge, ChargeOutcome, CounterStore
+from tidegate.counters.memory import MemoryCounters
 from tidegate.decision import MAX_COST, Check, Decision, Observation, RuleUsage, Usage, client_of, clip, ipv6_client
 from tidegate.errors import BadRequest, MissingApiKey, StoreUnavailable, TidegateError
 from tidegate.gate.callers import LOOKUP_TIMEOUT_S, CallerLookup
@@ -70,6 +71,8 @@ class Gate:
         self._observe = observe
         self._callers = CallerLookup(catalog, wall_clock_ns, lookup_timeout_s)
         self._caller = self._callers.find
+        # A store that wraps or extends the one in memory may have to await something.
+        self._charge_now = counters.charge_all if type(counters) is MemoryCounters else None
 
     async def check(self, check: Check) -> Decision:
         """Decide one check, and charge it if it passes.
@@ -90,6 +93,42 @@ class Gate:
             CatalogUnavailable: the catalog fails and nothing cached can stand in.
             StoreUnavailable: the counter store fails and the rule says deny.
         """
+        answer = self.check_now(check)
+        return answer if isinstance(answer, Decision) else await answer
+
+    def check_now(self, check: Check) -> Decision | Coroutine[Any, Any, Decision]:
+        """As `check`, but decided before this returns where the caller is cached and the counters are in memory.
+
+        Args:
+            check: what is asked.
+
+        Returns:
+            The decision, or what gives it when awaited; until then nothing is done.
+
+        Raises:
+            TidegateError: as `check`, where that is known before anything has to be awaited.
+        """
+        charge = self._charge_now
+        if charge is None:
+            return self._check_later(check)
+        started_ns = time.perf_counter_ns()
+        try:
+            caller = self._callers.find_cached(check.api_key)
+            if caller is None:
+                return self._check_later(check)
+            ip = check.ip
+            if ip is not None and ":" in ip:
+                ip = ipv6_client(ip)
+            plan = self._plan_of(check, caller, ip)
+        except TidegateError as error:
+            self._tell_error(error, time.perf_counter_ns() - started_ns)
+            raise
+        charged = [charge(each.counters, each.cost) for each in plan.charges]
+        told = self._tell(plan, charged, time.perf_counter_ns() - started_ns)
+        assert isinstance(told, Decision), "counters in memory always answer"
+        return told
+
+    async def _check_later(self, check: Check) -> Decision:
         started_ns = time.perf_counter_ns()
         try:
             plan = await self.plan(check)
