@@ -34,7 +34,7 @@ class Caller:
         held: the tier's rules.
 
     Attributes:
-        form_checked: whether the key itself was seen, and has the form that keys have; the catalog is also asked by a digest alone.
+        form_checked: whether a key came that has the form of keys; look-ups by the digest alone do not tell.
     """
 
     __slots__ = ("api_key", "form_checked", "held", "recent", "subject", "tier")
