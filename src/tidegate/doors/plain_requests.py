@@ -100,7 +100,7 @@ def plain_check(exchange: Exchange, max_header_bytes: int, max_body_bytes: int) 
     if exchange.head_bytes > max_header_bytes and headers.size > max_header_bytes:
         return None
     values = headers.values
-    if b"x-api-key" in values or b"content-encoding" in values:
+    if b"content-encoding" in values:
         return None
     try:
         sent = _CHECK.decode(body)
@@ -113,6 +113,11 @@ def plain_check(exchange: Exchange, max_header_bytes: int, max_body_bytes: int) 
     if method not in USUAL_METHODS:
         return None
     api_key = sent.api_key or None
+    key = values.get(b"x-api-key")
+    if key is not None:
+        if not key.isascii() or (sent.api_key is not None and sent.api_key != key.decode()):
+            return None
+        api_key = key.decode() or None
     if api_key is None and b"authorization" in values:
         return None
     cost = sent.cost

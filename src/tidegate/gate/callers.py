@@ -85,10 +85,12 @@ class CallerLookup:
             return self._catalog.cached_anonymous()
         if not api_key.isascii():
             return None
-        caller = self._catalog.cached_caller(_digest(api_key))
+        caller = self._catalog.cached_caller(hashlib.sha256(api_key.encode()).hexdigest())
         if caller is None or not caller.form_checked:
             return None
-        self._refuse_ended(caller)
+        record = caller.api_key
+        if record is None or record.status is not KeyStatus.ACTIVE or record.expires_at_us is not None:
+            self._refuse_ended(caller)
         return caller
 
     def _refuse_ended(self, caller: Caller) -> None:
