@@ -251,10 +251,7 @@ class Connection(asyncio.Protocol):
             if exchange.refusal is not None:
                 self._stopped = self._lingers = True
         self._receiving = exchange
-        if self._current is None and not self._pauses & _WRITE:
-            self._start(exchange)
-        else:
-            self._enqueue(exchange)
+        self._enqueue(exchange)
 
     def on_body(self, body: bytes) -> None:
         """A piece of the body."""
@@ -265,6 +262,11 @@ class Connection(asyncio.Protocol):
     def on_message_complete(self) -> None:
         """The request is whole, unless its body is still to come behind an offer to upgrade, which llhttp does not read."""
         exchange = self._receiving
+        if exchange is not None and exchange.plain:
+            self._in_body, self._began = False, True
+            exchange.complete = True
+            self._receiving = None
+            return
         if exchange is not None and self._parser.should_upgrade() and exchange.refusal is None:
             length = exchange.headers.get("content-length")
             if length is not None and int(length):
@@ -313,7 +315,12 @@ class Connection(asyncio.Protocol):
 
     def _start(self, exchange: Exchange) -> None:
         self._current = exchange
-        self.server.leave_table(self)
+        if self.table is not None:
+            self.table.pop(self, None)
+            self.table = None
+        if exchange.plain and not self.restricted:
+            self.server.decide(exchange)
+            return
         refusal = exchange.refusal
         if refusal is None and self.restricted and exchange.path not in self.server.probes:
             refusal = TooManyConnections(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, Final
 
@@ -112,6 +112,7 @@ class Exchange:
     task: asyncio.Task[None] | None = None
     _path: str | None = None
     _query_string = ""
+    _chunks: Sequence[bytes] = ()
     _size = 0
     _waiter: asyncio.Future[None] | None = None
 
@@ -124,7 +125,6 @@ class Exchange:
         self.headers = headers
         self.keep_alive = keep_alive
         self.version = version
-        self._chunks: list[bytes] = []
 
     @property
     def client(self) -> str:
@@ -154,7 +154,10 @@ class Exchange:
 
     def add(self, chunk: bytes) -> None:
         """Take a piece of the body; the connection is not read on while too much is held."""
-        self._chunks.append(chunk)
+        if isinstance(self._chunks, list):
+            self._chunks.append(chunk)
+        else:
+            self._chunks = [chunk]
         self._size += len(chunk)
         if self._waiter is not None:
             self._wake()
@@ -186,8 +189,8 @@ class Exchange:
         finally:
             self._waiter = None
 
-    def _take(self) -> list[bytes]:
-        chunks, self._chunks, self._size = self._chunks, [], 0
+    def _take(self) -> Sequence[bytes]:
+        chunks, self._chunks, self._size = self._chunks, (), 0
         self.connection.release_body()
         return chunks
 

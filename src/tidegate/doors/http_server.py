@@ -21,10 +21,10 @@ from email.utils import formatdate
 from functools import partial
 from typing import Any, Final
 
+from tidegate import time_slice
 from tidegate.doors.http_connection import Connection
 from tidegate.doors.http_exchange import PHRASES, Exchange
 from tidegate.doors.refusals import InternalError
-from tidegate.time_slice import TimeSlice
 
 logger = logging.getLogger(__name__)
 
@@ -134,9 +134,10 @@ class HttpServer:
 
     def _decide(self) -> None:
         undecided, self._undecided = self._undecided, []
-        turn = TimeSlice()
+        clock_ns = time.perf_counter_ns
+        end_ns = clock_ns() + time_slice.SLICE_NS
         for number, exchange in enumerate(undecided):
-            if number and turn.over:
+            if number and clock_ns() >= end_ns:
                 # Probes, timers and what was decided already are written in between.
                 self._undecided = undecided[number:] + self._undecided
                 self._loop.call_soon(self._decide)
@@ -205,7 +206,10 @@ class HttpServer:
 
     def await_request(self, connection: Connection) -> None:
         """All requests of a connection are answered."""
-        self._enter(connection, self._idle)
+        if connection.table is not None:
+            connection.table.pop(connection, None)
+        self._idle[connection] = self.now()
+        connection.table = self._idle
 
     def linger(self, connection: Connection) -> None:
         """A connection has its last answer; what the client still sends is discarded for a while."""
