@@ -231,13 +231,20 @@ def plain_requests() -> Iterator[bytes]:
     """What the shipped gateways and clients send."""
     yield request(b"GET /v1/authorize HTTP/1.1", PLAIN)
     yield request(b"HEAD /v1/authorize HTTP/1.1", [*PLAIN, (b"Connection", b"keep-alive")])
+    forwarded = [
+        KEY,
+        (b"X-Forwarded-Uri", b"/api/v1/a"),
+        (b"X-Forwarded-Method", b"GET"),
+        (b"X-Forwarded-For", b"203.0.113.7, 127.0.0.1"),
+    ]
+    yield request(b"GET /v1/authorize HTTP/1.1", forwarded)
     yield request(b"POST /v1/check HTTP/1.1", [KEY], b'{"path":"/api/v1/a"}')
     yield request(
         b"POST /v1/check HTTP/1.1", [], b'{"path":"/api/v1/a","api_key":"%s","ip":"203.0.113.7","cost":1}' % FREE.encode()
     )
 
 
-@pytest.mark.parametrize("number", range(4))
+@pytest.mark.parametrize("number", range(5))
 async def test_plain_requests_are_not_read_in_full(sides: tuple[Side, Side], number: int) -> None:
     sent = list(plain_requests())[number]
     for _ in range(3):

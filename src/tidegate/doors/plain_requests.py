@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
-from tidegate.decision import MAX_COST, USUAL_METHODS, Check, canonical_ip
+from tidegate.decision import MAX_COST, USUAL_METHODS, Check, PeerName, canonical_ip
 from tidegate.doors.client_address import FORWARDING, TrustedProxies, counted_peer
 from tidegate.errors import BadRequest
 from tidegate.policy.paths import MAX_PATH_BYTES
@@ -44,7 +44,11 @@ def plain_authorize(exchange: Exchange, trusted: TrustedProxies, max_header_byte
     if exchange.head_bytes > max_header_bytes and headers.size > max_header_bytes:
         return None
     values = headers.values
+    peer = exchange.connection.peer
+    is_trusted = trusted.trusts(peer)
     uri = values.get(b"x-original-uri")
+    if not uri and is_trusted:
+        uri = values.get(b"x-forwarded-uri")
     if uri is None or _PLAIN_URI(uri) is None:
         return None
     path = uri.decode()
@@ -53,14 +57,14 @@ def plain_authorize(exchange: Exchange, trusted: TrustedProxies, max_header_byte
     if "//" in path or "/." in path or len(path) > MAX_PATH_BYTES:
         return None
     sent_method = values.get(b"x-original-method")
-    if sent_method is not None:
-        method = _METHODS.get(sent_method)
-        if method is None:
-            return None
-    elif b"x-forwarded-method" in values:
-        return None
-    else:
+    if not sent_method and is_trusted:
+        sent_method = values.get(b"x-forwarded-method")
+    if sent_method is None:
         method = "GET"
+    elif (usual_method := _METHODS.get(sent_method)) is not None:
+        method = usual_method
+    else:
+        return None
     key = values.get(b"x-api-key")
     if key:
         if not key.isascii():
@@ -70,16 +74,21 @@ def plain_authorize(exchange: Exchange, trusted: TrustedProxies, max_header_byte
         return None
     else:
         api_key = None
-    peer = exchange.connection.peer
-    if not trusted.trusts(peer):
-        return Check(path, method, api_key, counted_peer(peer))
-    real_ip = values.get(b"x-real-ip")
-    if real_ip:
+    ip: str | None
+    if not is_trusted:
+        ip = counted_peer(peer)
+    elif real_ip := values.get(b"x-real-ip"):
         ip = _address(real_ip)
-        return None if ip is None else Check(path, method, api_key, ip)
-    if not _LISTS.isdisjoint(values):
-        return None
-    return Check(path, method, api_key, counted_peer(peer))
+    elif _LISTS.isdisjoint(values):
+        ip = counted_peer(peer)
+    else:
+        try:
+            client = trusted.client(peer, headers)
+        except BadRequest:
+            return None
+        # A peer's name is not to be kept under a text that a header may have too.
+        ip = client if isinstance(client, PeerName) else _address(client)
+    return None if ip is None else Check(path, method, api_key, ip)
 
 
 def plain_check(exchange: Exchange, max_header_bytes: int, max_body_bytes: int) -> Check | None:
