@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from tests.cases.doors import EXPIRED, FREE, POLICY, REVOKED
 from tidegate.catalog.cached import CachedCatalog
 from tidegate.catalog.in_memory import PolicyCatalog
+from tidegate.counters import Charge
 from tidegate.counters.memory import MemoryCounters
 from tidegate.decision import Decision, Observation
 from tidegate.doors.client_address import TrustedProxies
@@ -55,18 +56,27 @@ class Transport(asyncio.Transport):
     def abort(self) -> None: ...
 
 
+class Awaited(MemoryCounters):
+    """Counters that have to be awaited, as those on Redis have."""
+
+    async def charge(self, charges: Sequence[Charge]) -> list[Decision]:
+        await asyncio.sleep(0)
+        return await super().charge(charges)
+
+
 class Side:
     """A data plane with a gate and counters of its own, and connections without a socket.
 
     Args:
         plain: whether plain requests may be answered from their bytes.
+        store: what counts.
     """
 
-    def __init__(self, plain: bool) -> None:
+    def __init__(self, plain: bool, store: type[MemoryCounters]) -> None:
         self.seen: list[tuple[Any, ...]] = []
         self.read_in_full = 0
         catalog = CachedCatalog(PolicyCatalog(parse_policy(POLICY)))
-        self.gate = Gate(catalog, MemoryCounters(clock=lambda: NOW_US), self.observe, wall_clock_ns=lambda: NOW_US * 1000)
+        self.gate = Gate(catalog, store(clock=lambda: NOW_US), self.observe, wall_clock_ns=lambda: NOW_US * 1000)
         self.plane = DataPlane(self.gate, {}, self.observe, TrustedProxies())
         self.server = HttpServer(self if not plain else self.plane)
         self.server._loop = asyncio.get_running_loop()
@@ -174,9 +184,9 @@ BODIES = st.one_of(
 )
 
 
-@pytest.fixture
-async def sides() -> Any:
-    pair = Side(plain=True), Side(plain=False)
+@pytest.fixture(params=[MemoryCounters, Awaited])
+async def sides(request: pytest.FixtureRequest) -> Any:
+    pair = Side(True, request.param), Side(False, request.param)
     yield pair
     for side in pair:
         assert side.server._ticking is not None
