@@ -1,6 +1,6 @@
-"""CPU per HTTP check, requests per CPU second beside FastAPI + slowapi, and latency at 70 % of the peak.
+"""CPU per HTTP check beside a bare asyncio protocol with fixed bytes and FastAPI + slowapi, and latency at 70 % of the peak.
 
-    python -m bench.http [--smoke]
+    python -m bench.http [--smoke] [--bare]
 
 Each server runs as a process of its own on loopback, wrk asks it from the other core, and the CPU time is what the kernel
 accounts to the server's process. Rounds are interleaved; medians are printed, and the ratio to the peer measured in the same
@@ -9,6 +9,7 @@ run.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import os
 import re
@@ -23,7 +24,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from bench.measure import Goal, asked_for_smoke, report
+from bench.measure import Goal, report
 
 HERE = Path(__file__).parent
 HEADERS = ("X-API-Key: demo-free-key-0001", "X-Original-URI: /api/v1/items", "X-Original-Method: GET", "X-Real-IP: 203.0.113.7")
@@ -131,6 +132,11 @@ def ours(directory: str, **environment: str) -> contextlib.AbstractContextManage
     return server(lambda _: [sys.executable, "-m", "tidegate", "serve"], directory, **places)
 
 
+def bare() -> contextlib.AbstractContextManager[tuple[int, int]]:
+    """A bare asyncio protocol with httptools on uvloop that answers fixed bytes, one process."""
+    return server(lambda port: [sys.executable, str(HERE / "peers" / "bare_http.py"), str(port)], str(HERE / "peers"))
+
+
 def peer(app: str, **environment: str) -> contextlib.AbstractContextManager[tuple[int, int]]:
     """An ASGI app of bench/peers under the same HTTP server, one process."""
     flags = ("--interface", "asgi", "--loop", "uvloop", "--no-ws", "--workers", "1", "--log-level", "error")
@@ -186,33 +192,49 @@ def ratio(cpu_us: dict[str, list[float]], theirs: str, own: str) -> float:
     return statistics.median(a / b for a, b in zip(cpu_us[theirs], cpu_us[own], strict=True))
 
 
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--smoke", action="store_true", help="the smallest size: that it works, not how fast or how much")
+    parser.add_argument("--bare", action="store_true", help="only the checks beside the bare protocol; writes no results")
+    return parser.parse_args()
+
+
 def main() -> None:
-    smoke = asked_for_smoke(__doc__)
+    arguments = _arguments()
+    smoke = arguments.smoke
     rounds, seconds = (1, 1) if smoke else (5, 3)  # wrk takes whole seconds
     need_wrk()
     with tempfile.TemporaryDirectory() as directory, contextlib.ExitStack() as stack:
         post = Path(directory, "post.lua")
         post.write_text(POST)
         own = stack.enter_context(ours(directory))
-        theirs = stack.enter_context(peer("slowapi_app"))
-        cpu_us, rates = interleaved(
-            {
-                "GET /v1/authorize": (own, "/v1/authorize", None),
-                "POST /v1/check": (own, "/v1/check", str(post)),
-                "FastAPI + slowapi": (theirs, "/v1/authorize", None),
-            },
-            rounds,
-            seconds,
-        )
+        cases: dict[str, Case] = {
+            "bare": (stack.enter_context(bare()), "/v1/authorize", None),
+            "GET /v1/authorize": (own, "/v1/authorize", None),
+            "POST /v1/check": (own, "/v1/check", str(post)),
+        }
+        if not arguments.bare:
+            cases["FastAPI + slowapi"] = (stack.enter_context(peer("slowapi_app")), "/v1/authorize", None)
+        cpu_us, rates = interleaved(cases, rounds, seconds)
         median = {name: statistics.median(values) for name, values in cpu_us.items()}
+        figures: list[tuple[str, float, Goal | None]] = [
+            ("bare asyncio protocol + httptools, fixed bytes, µs CPU", median["bare"], None),
+            ("GET /v1/authorize, µs CPU", median["GET /v1/authorize"], Goal(at_most=45)),
+            ("GET /v1/authorize, CPU to the bare protocol", ratio(cpu_us, "GET /v1/authorize", "bare"), Goal(at_most=2)),
+            ("POST /v1/check, µs CPU", median["POST /v1/check"], Goal(at_most=70)),
+            ("POST /v1/check, CPU to the bare protocol", ratio(cpu_us, "POST /v1/check", "bare"), Goal(at_most=2.5)),
+        ]
+        if arguments.bare:
+            for label, value, goal in figures:
+                print(f"  {label:<58}{value:>8.2f}  {'' if goal is None else f'goal {goal}'}")
+            return
         peak = statistics.median(rates["GET /v1/authorize"])
         latencies = paced(own[1], "/v1/authorize", peak, directory, rounds, seconds)
     report(
         "http",
         "HTTP on the embedded default (CPU of the server's process)",
         [
-            ("GET /v1/authorize, µs CPU", median["GET /v1/authorize"], Goal(at_most=45)),
-            ("POST /v1/check, µs CPU", median["POST /v1/check"], Goal(at_most=70)),
+            *figures,
             ("FastAPI + slowapi (memory), µs CPU", median["FastAPI + slowapi"], None),
             (
                 "requests per CPU second, ratio to FastAPI + slowapi",

@@ -29,7 +29,7 @@ _COMPATIBLE: Final = ipaddress.IPv6Network("::/96")
 """IPv4-compatible addresses, RFC 4291."""
 
 _METHOD: Final = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,31}", re.ASCII)
-_USUAL_METHODS: Final = frozenset(("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"))
+USUAL_METHODS: Final = frozenset(("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"))
 
 
 class Check(msgspec.Struct, frozen=True, gc=False):
@@ -85,7 +85,7 @@ class Check(msgspec.Struct, frozen=True, gc=False):
         canonical, remedy = canonical_path(path.partition("?")[0] if "?" in path else path, paths)
         if canonical is None:
             raise BadRequest(f"path {clip(path)} is refused: {remedy}", field="path")
-        if method not in _USUAL_METHODS:
+        if method not in USUAL_METHODS:
             if type(method) is not str or not _METHOD.fullmatch(method):
                 raise BadRequest(f"method {clip(method)} is not an HTTP method such as 'GET'", field="method")
             method = method.upper()

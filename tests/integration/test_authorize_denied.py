@@ -86,16 +86,16 @@ async def test_errors_as_403(client: httpx.AsyncClient, gate: Gate, monkeypatch:
     assert await refused({**item, "X-Original-URI": "/api//v1"}) == (403, "BAD_REQUEST", "400")
     assert await refused({**item, "X-Much": "x" * 9000}) == (403, "HEADERS_TOO_LARGE", "431")
 
-    async def unwell(check: Check) -> Decision:
+    def unwell(check: Check) -> Decision:
         raise StoreUnavailable("the counter store does not answer")
 
-    monkeypatch.setattr(gate, "check", unwell)
+    monkeypatch.setattr(gate, "check_now", unwell)
     assert await refused(item) == (403, "STORE_UNAVAILABLE", "503")
 
-    async def broken(check: Check) -> Decision:
+    def broken(check: Check) -> Decision:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(gate, "check", broken)
+    monkeypatch.setattr(gate, "check_now", broken)
     assert await refused(item) == (403, "INTERNAL", "503")
 
 

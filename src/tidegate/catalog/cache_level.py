@@ -32,14 +32,18 @@ class Caller:
     Args:
         api_key: the key's record; None for callers without a key.
         held: the tier's rules.
+
+    Attributes:
+        form_checked: whether a key came that has the form of keys; look-ups by the digest alone do not tell.
     """
 
-    __slots__ = ("api_key", "held", "recent", "subject", "tier")
+    __slots__ = ("api_key", "form_checked", "held", "recent", "subject", "tier")
 
     def __init__(self, api_key: ApiKey | None, held: HeldTier) -> None:
         self.api_key = api_key
         self.held = held
         self.recent = False
+        self.form_checked = False
         # The tier's rules, with the key's own limits where it has any.
         self.tier = (
             held.compiled if api_key is None or not api_key.overrides else CompiledTier(held.compiled.tier, api_key.overrides)

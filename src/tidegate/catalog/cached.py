@@ -104,6 +104,34 @@ class CachedCatalog:
             return True
         return self._unknown.get(sha256, 0.0) > self._clock()
 
+    def cached_caller(self, sha256: str) -> Caller | None:
+        """The caller that an API key belongs to, where memory alone knows it.
+
+        Args:
+            sha256: lower-case hex digest of the key.
+
+        Returns:
+            The caller, with revoked and expired keys too; None where `caller` has more to do.
+        """
+        entry = self._callers.entries.get(sha256)
+        if entry is not None and entry[0] > self._clock() and (caller := entry[1]) is not None and caller.held.current:
+            self.hits += 1
+            caller.recent = True
+            return caller
+        return None
+
+    def cached_anonymous(self) -> Caller | None:
+        """The caller that checks without a key belong to, where memory alone knows it.
+
+        Returns:
+            The caller; None where `anonymous` has more to do, or there is none.
+        """
+        entry = self._anonymous.entries.get("")
+        if entry is not None and entry[0] > self._clock() and (caller := entry[1]) is not None and caller.held.current:
+            self.hits += 1
+            return caller
+        return None
+
     async def caller(self, sha256: str, client: str | None = None) -> Caller | None:
         """The caller that an API key belongs to.
 
@@ -118,10 +146,8 @@ class CachedCatalog:
             CatalogUnavailable: if the catalog fails and nothing cached can stand in.
             TooManyUnknownKeys: if the key is not cached, and the client has sent too many unknown ones.
         """
-        entry = self._callers.entries.get(sha256)
-        if entry is not None and entry[0] > self._clock() and (caller := entry[1]) is not None and caller.held.current:
-            self.hits += 1
-            caller.recent = True
+        caller = self.cached_caller(sha256)
+        if caller is not None:
             return caller
         until = self._unknown.get(sha256)
         if until is not None:

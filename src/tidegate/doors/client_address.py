@@ -90,7 +90,7 @@ class TrustedProxies:
                         return hop
                 if hops:
                     return hops[-1]
-        return _peer(peer)
+        return counted_peer(peer)
 
 
 def peer_address(client: str) -> str:
@@ -130,7 +130,7 @@ def counted_client(text: str, peer: str) -> str:
     Returns:
         The subject.
     """
-    address = address_or_none(text) or _peer(peer)
+    address = address_or_none(text) or counted_peer(peer)
     return ipv6_client(address) if ":" in address else address
 
 
@@ -149,8 +149,12 @@ def _network(text: str, setting: str) -> ipaddress.IPv4Network | ipaddress.IPv6N
 
 
 @lru_cache(maxsize=4096)
-def _peer(peer: str) -> str:
-    """The peer itself as a client."""
+def counted_peer(peer: str) -> str:
+    """The peer itself as a client: its canonical address, or a `PeerName` where it has none.
+
+    Args:
+        peer: address of whoever connected.
+    """
     try:
         return canonical_ip(peer)
     except BadRequest:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from typing import Any, Final, Protocol
 
 import msgspec
@@ -19,6 +19,8 @@ import msgspec
 from tidegate.decision import Check, Decision, Observation
 from tidegate.doors.bearer import refuse_bearer_key
 from tidegate.doors.client_address import TrustedProxies, address_or_none, peer_address
+from tidegate.doors.http_exchange import Exchange
+from tidegate.doors.plain_requests import plain_authorize, plain_check
 from tidegate.doors.refusals import (
     IDENTITY,
     BodyTooSlow,
@@ -39,6 +41,7 @@ from tidegate.doors.responses import (
     encode,
     error_body,
     limit_headers,
+    limit_lines,
     retry_headers,
     usage_body,
 )
@@ -59,12 +62,14 @@ DENIED_STATUS: Final = "x-tidegate-denied-status"
 """The request header by which a gateway asks for 403 in place of every refusal but 401."""
 
 _AUTHORIZE: Final = "/v1/authorize"
+_CHECK_PATH: Final = "/v1/check"
 AUTHORIZE_ENVOY: Final = "/v1/authorize/envoy"
 """`/v1/authorize` as Envoy's ext_authz needs it: it asks with the method of the request, and takes 200 alone for a yes.
 
 With `path_prefix` Envoy appends the path of the request: what follows is decided on then.
 """
 
+_UNHANDLED: Final = "unhandled exception while a request was answered"
 _JSON: Final = ("content-type", "application/json")
 
 
@@ -83,7 +88,8 @@ class Response(msgspec.Struct, frozen=True):
 
 
 class _SizedHeaders(RequestHeaders, Protocol):
-    size: int
+    @property
+    def size(self) -> int: ...
 
     def get(self, key: str, default: Any = None) -> Any: ...
 
@@ -91,9 +97,13 @@ class _SizedHeaders(RequestHeaders, Protocol):
 class _Scope(Protocol):
     proto: str
     method: str
-    path: str  # of the request line, not decoded, one character a byte
-    client: str
-    headers: _SizedHeaders
+
+    @property
+    def path(self) -> str: ...  # of the request line, not decoded, one character a byte
+    @property
+    def client(self) -> str: ...
+    @property
+    def headers(self) -> _SizedHeaders: ...
 
 
 _CHECK: Final = msgspec.json.Decoder(CheckRequest)
@@ -155,7 +165,7 @@ class DataPlane:
                 await self._authorize(scope, proto)
             elif path.startswith(AUTHORIZE_ENVOY) and _is_envoy(path):
                 await self._authorize(scope, proto, for_envoy=True)
-            elif path == "/v1/check":
+            elif path == _CHECK_PATH:
                 await self._check(scope, proto)
             elif path == "/v1/check/batch":
                 await self._batch(scope, proto)
@@ -166,8 +176,8 @@ class DataPlane:
         except TidegateError as error:
             self._refuse(scope, proto, error)
         except Exception:
-            logger.exception("a request met a fault that nobody foresaw")
-            self._refuse(scope, proto, InternalError(f"this request met a fault of the limiter: its log tells of {request.id}"))
+            logger.exception(_UNHANDLED)
+            self._refuse(scope, proto, _internal_error(request))
         finally:
             self.in_flight -= 1
             self.answered += 1
@@ -179,6 +189,69 @@ class DataPlane:
                     time.perf_counter_ns() - started_ns,
                 )
             request.over = True
+
+    def answer_now(self, exchange: Exchange) -> Coroutine[Any, Any, None] | None:
+        """Answer a plain request that has arrived; nothing is awaited where the gate decides at once.
+
+        Args:
+            exchange: a plain one that is complete.
+
+        Returns:
+            None where it was answered; else what answers it when awaited.
+        """
+        target = exchange.target
+        check: Check | None = None
+        if self._access is None:
+            if target == _AUTHORIZE:
+                if exchange.method in ("GET", "HEAD"):
+                    check = plain_authorize(exchange, self._trusted, MAX_HEADER_BYTES)
+            elif target == _CHECK_PATH and exchange.method == "POST":
+                check = plain_check(exchange, MAX_HEADER_BYTES, MAX_CHECK_BYTES)
+        if check is None:
+            return self.__rsgi__(exchange, exchange)
+        try:
+            decision = self._gate.check_now(check)
+            if not isinstance(decision, Decision):
+                return self._answer_later(exchange, check, decision)
+            self._answer_plain(exchange, decision)
+        except Exception as error:  # noqa: BLE001 - raised again where the request is known to whoever logs it
+            return self._answer_later(exchange, check, _fail(error))
+        self.answered += 1
+        return None
+
+    async def _answer_later(self, exchange: Exchange, check: Check, decision: Awaitable[Decision]) -> None:
+        self.in_flight += 1
+        request = Request(exchange.headers, False, exchange.client, self._trusts_client)
+        request.check = check
+        CURRENT.set(request)
+        try:
+            self._answer_plain(exchange, await decision)
+        except TidegateError as error:
+            self._refuse(exchange, exchange, error)
+        except Exception:
+            logger.exception(_UNHANDLED)
+            self._refuse(exchange, exchange, _internal_error(request))
+        finally:
+            self.in_flight -= 1
+            self.answered += 1
+            request.over = True
+
+    def _answer_plain(self, exchange: Exchange, decision: Decision) -> None:
+        """Answer a plain request with bytes made of a template, unless the connection ends or a cache has to know more."""
+        is_authorize = exchange.target == _AUTHORIZE
+        if self.draining or exchange.connection.closing or (is_authorize and not decision.allowed):
+            if is_authorize:
+                self._answer_authorize(exchange, exchange, decision)
+            else:
+                self._answer_check(exchange, decision)
+        elif is_authorize:
+            exchange.respond(204, limit_lines(decision) + b"cache-control: no-store\r\n\r\n")
+        else:
+            body = encode(decision_body(decision))
+            exchange.respond(
+                200 if decision.allowed else 429,
+                b"%bcontent-type: application/json\r\ncontent-length: %d\r\n\r\n%b" % (limit_lines(decision), len(body), body),
+            )
 
     async def _authorize(self, scope: _Scope, proto: Any, for_envoy: bool = False) -> None:
         if not for_envoy:
@@ -210,14 +283,16 @@ class DataPlane:
         except TidegateError as error:
             raise self._seen(error) from None
         note(check)
-        decision = await self._gate.check(check)
+        self._answer_authorize(scope, proto, await self._gate.check(check), for_envoy)
+
+    def _answer_authorize(self, scope: _Scope, proto: Any, decision: Decision, for_envoy: bool = False) -> None:
         headers_out = limit_headers(decision)
         if decision.allowed:
             headers_out.append(NO_STORE)
             self._empty(proto, 200 if for_envoy else 204, headers_out)
             return
         headers_out += denial_cache_headers(decision)
-        if headers.get(DENIED_STATUS) == "403":
+        if scope.headers.get(DENIED_STATUS) == "403":
             headers_out += edge_cache_headers(decision)
             self._empty(proto, 403, [*headers_out, ("x-tidegate-error", "RATE_LIMIT_EXCEEDED"), ("x-tidegate-status", "429")])
         else:
@@ -240,7 +315,9 @@ class DataPlane:
         except TidegateError as error:
             raise self._seen(error) from None
         note(check)
-        decision = await self._gate.check(check)
+        self._answer_check(proto, await self._gate.check(check))
+
+    def _answer_check(self, proto: Any, decision: Decision) -> None:
         headers_out = limit_headers(decision)
         headers_out.append(_JSON)
         self._bytes(proto, 200 if decision.allowed else 429, headers_out, encode(decision_body(decision)))
@@ -411,6 +488,14 @@ class DataPlane:
 
 def _is_envoy(path: str) -> bool:
     return path == AUTHORIZE_ENVOY or path.startswith(f"{AUTHORIZE_ENVOY}/")
+
+
+def _internal_error(request: Request) -> InternalError:
+    return InternalError(f"internal error of the limiter: see its log for the request id {request.id}")
+
+
+async def _fail(error: Exception) -> Decision:
+    raise error
 
 
 class _Noted:

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Final, cast
 
 import httptools
 
+from tidegate.decision import USUAL_METHODS
+from tidegate.doors.client_address import peer_address
 from tidegate.doors.http_exchange import Exchange, RequestHeaders
 from tidegate.doors.refusals import HeadersTooLarge, RequestTooSlow, TooManyConnections
 from tidegate.errors import BadRequest, TidegateError
@@ -35,6 +37,9 @@ MAX_LINGER_BYTES: Final = 1024 * 1024
 """So much of a refused request is read and discarded, so that the client can read the answer before the connection ends."""
 
 _VERSIONS: Final = ("1.1", "1.0")
+_METHODS: Final = {method.encode(): method for method in USUAL_METHODS}
+_MESSAGE_HEADERS: Final = frozenset((b"expect", b"transfer-encoding", b"upgrade"))
+"""They say how a message is sent."""
 _WRITE: Final = 1
 _LINE: Final = 2
 _BODY: Final = 4
@@ -50,6 +55,8 @@ class Connection(asyncio.Protocol):
     Attributes:
         server: that accepted it.
         client: address and port of the peer, `host:port`; empty where it has none (a unix socket).
+        peer: the address alone, without brackets.
+        lost: whether there is no one to answer any more.
         closing: whether the connection ends after what is being answered.
         restricted: whether it came above the limit of connections, and is answered for probes alone.
         table: the server's table that it waits in: for a head, for the next request, or to be closed; None while it is answered.
@@ -57,9 +64,11 @@ class Connection(asyncio.Protocol):
 
     __slots__ = (
         "_began",
+        "_chunk_bytes",
         "_current",
         "_ends",
         "_eof",
+        "_extra",
         "_head_bytes",
         "_in_body",
         "_in_head",
@@ -70,10 +79,8 @@ class Connection(asyncio.Protocol):
         "_parser",
         "_pauses",
         "_raw_left",
-        "_received",
         "_receiving",
         "_repeated",
-        "_size",
         "_stopped",
         "_target",
         "_transport",
@@ -81,6 +88,8 @@ class Connection(asyncio.Protocol):
         "_waiting",
         "client",
         "closing",
+        "lost",
+        "peer",
         "restricted",
         "server",
         "table",
@@ -88,8 +97,8 @@ class Connection(asyncio.Protocol):
 
     def __init__(self, server: HttpServer) -> None:
         self.server = server
-        self.client = ""
-        self.closing = False
+        self.client = self.peer = ""
+        self.closing = self.lost = False
         self.restricted = False
         self.table: OrderedDict[Connection, float] | None = None
         self._transport: asyncio.Transport | None = None
@@ -100,11 +109,10 @@ class Connection(asyncio.Protocol):
         self._out: list[bytes] = []
         self._values: dict[bytes, bytes] = {}
         self._repeated: dict[bytes, list[bytes]] = {}
-        self._received = 0
+        self._extra = 0
         self._target = b""
-        self._size = 0
         self._raw_left = 0
-        self._head_bytes = self._overhead = self._linger_bytes = 0
+        self._chunk_bytes = self._head_bytes = self._overhead = self._linger_bytes = 0
         self._in_head = self._in_body = self._began = False
         self._stopped = False  # no more of what arrives is parsed
         self._eof = False
@@ -120,11 +128,12 @@ class Connection(asyncio.Protocol):
         peer = transport.get_extra_info("peername")
         if isinstance(peer, tuple):
             self.client = join_address(peer[0], peer[1])
+            self.peer = peer_address(self.client)
         self.server.admit(self)
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 - asyncio's signature
         """Gone. A check that is whole is decided to its end; one whose body will not come is given up."""
-        self._stopped = self.closing = True
+        self._stopped = self.closing = self.lost = True
         self._waiting.clear()
         current = self._current
         if current is not None and not current.complete and current.task is not None:
@@ -140,6 +149,7 @@ class Connection(asyncio.Protocol):
                 self.abort()
             return
         self._began = False
+        self._chunk_bytes = len(data)
         self._feed(data)
         if self._stopped:
             return
@@ -181,10 +191,7 @@ class Connection(asyncio.Protocol):
     def on_message_begin(self) -> None:
         """A request line begins."""
         self._began = self._in_head = True
-        self._values = {}
-        self._repeated = {}
-        self._target = b""
-        self._size = self._received = self._head_bytes = self._overhead = 0
+        self._head_bytes = self._overhead = 0
 
     def on_url(self, url: bytes) -> None:
         """The request's target, or a piece of it."""
@@ -194,15 +201,15 @@ class Connection(asyncio.Protocol):
         """One header; those behind the body (trailers) are not taken."""
         if self._in_body:
             return
-        self._size += len(name) + len(value)
-        self._received += 1
-        if self._received > MAX_HEADERS:
-            return
         name = name.lower()
-        if name not in self._values:
-            self._values[name] = value
-        else:
-            self._repeated.setdefault(name, [self._values[name]]).append(value)
+        values = self._values
+        if name not in values:
+            if len(values) < MAX_HEADERS:
+                values[name] = value
+                return
+        elif self._extra < MAX_HEADERS:
+            self._repeated.setdefault(name, [values[name]]).append(value)
+        self._extra += 1
 
     def on_headers_complete(self) -> None:
         """The head is whole: the request is put in line, though its body may still be on the way."""
@@ -210,21 +217,39 @@ class Connection(asyncio.Protocol):
         if self._stopped:
             return  # it came in one piece with a request that ended the connection
         parser = self._parser
-        version = parser.get_http_version()
-        headers = RequestHeaders(self._values, self._repeated, self._size)
+        target, values, repeated, extra = self._target, self._values, self._repeated, self._extra
+        self._target, self._values = b"", {}
+        if extra:
+            self._repeated, self._extra = {}, 0
+        sent_method = parser.get_method()
+        method = _METHODS.get(sent_method)
+        keep_alive = parser.should_keep_alive()
+        # HTTP/1.0 goes on only where it says so. To make the text of the version costs as much as all else here.
+        version = "1.1" if keep_alive and b"connection" not in values else parser.get_http_version()
         exchange = Exchange(
             self,
-            parser.get_method().decode("latin-1"),
-            self._target.decode("latin-1"),
-            headers,
-            parser.should_keep_alive(),
+            sent_method.decode("latin-1") if method is None else method,
+            target.decode("latin-1"),
+            RequestHeaders(values, repeated),
+            keep_alive,
             version,
         )
-        if b"expect" in self._values and self._values[b"expect"].lower() == b"100-continue" and version == "1.1":
-            exchange.expects_continue = True
-        exchange.refusal = self._fault_of(exchange, parser)
-        if exchange.refusal is not None:
-            self._stopped = self._lingers = True
+        if (
+            method is not None
+            and not extra
+            and keep_alive
+            and version == "1.1"
+            and b"host" in values
+            and _MESSAGE_HEADERS.isdisjoint(values)
+        ):
+            exchange.plain = True
+            exchange.head_bytes = self._chunk_bytes if self._began else self._chunk_bytes + self._head_bytes
+        else:
+            if b"expect" in values and values[b"expect"].lower() == b"100-continue" and version == "1.1":
+                exchange.expects_continue = True
+            exchange.refusal = _fault_of(exchange, parser, repeated, len(values) + extra)
+            if exchange.refusal is not None:
+                self._stopped = self._lingers = True
         self._receiving = exchange
         self._enqueue(exchange)
 
@@ -237,6 +262,11 @@ class Connection(asyncio.Protocol):
     def on_message_complete(self) -> None:
         """The request is whole, unless its body is still to come behind an offer to upgrade, which llhttp does not read."""
         exchange = self._receiving
+        if exchange is not None and exchange.plain:
+            self._in_body, self._began = False, True
+            exchange.complete = True
+            self._receiving = None
+            return
         if exchange is not None and self._parser.should_upgrade() and exchange.refusal is None:
             length = exchange.headers.get("content-length")
             if length is not None and int(length):
@@ -273,24 +303,6 @@ class Connection(asyncio.Protocol):
                     self._refuse(BadRequest(f"the request is not valid HTTP/1.1: {error}"))
             return
 
-    def _fault_of(self, exchange: Exchange, parser: httptools.HttpRequestParser) -> TidegateError | None:
-        """What llhttp lets pass and the data plane does not."""
-        values = self._values
-        if self._received > MAX_HEADERS:
-            return HeadersTooLarge(f"the request has more than {MAX_HEADERS} headers: none of a check needs so many")
-        if exchange.version not in _VERSIONS:
-            return BadRequest(f"HTTP/{exchange.version} is not supported: use HTTP/1.1")
-        coding = values.get(b"transfer-encoding")
-        if coding is not None and (coding.lower() != b"chunked" or exchange.version == "1.0"):
-            return BadRequest("the transfer coding is not supported: send Content-Length, or 'Transfer-Encoding: chunked'")
-        if b"host" in self._repeated or (b"host" not in values and exchange.version == "1.1"):
-            return BadRequest("the request has no Host header, or several: send one (RFC 9112, 3.2)")
-        if exchange.method == "CONNECT":
-            return BadRequest("CONNECT is not supported: this is not a proxy")
-        if coding is not None and parser.should_upgrade():
-            return BadRequest("an upgrade cannot be offered with a chunked body: send Content-Length")
-        return None
-
     # -- the line -----------------------------------------------------------------------------------------------------------
 
     def _enqueue(self, exchange: Exchange) -> None:
@@ -303,7 +315,12 @@ class Connection(asyncio.Protocol):
 
     def _start(self, exchange: Exchange) -> None:
         self._current = exchange
-        self.server.leave_table(self)
+        if self.table is not None:
+            self.table.pop(self, None)
+            self.table = None
+        if exchange.plain and not self.restricted:
+            self.server.decide(exchange)
+            return
         refusal = exchange.refusal
         if refusal is None and self.restricted and exchange.path not in self.server.probes:
             refusal = TooManyConnections(
@@ -314,11 +331,6 @@ class Connection(asyncio.Protocol):
             exchange.refuse(refusal)
         else:
             self.server.decide(exchange)
-
-    @property
-    def lost(self) -> bool:
-        """Whether there is no one to answer any more."""
-        return self._transport is None
 
     def answer(self, exchange: Exchange, data: bytes, closes: bool) -> None:
         """Send the answer of the exchange whose turn it is, and begin with the next one.
@@ -336,6 +348,30 @@ class Connection(asyncio.Protocol):
             self._lingers = self._lingers or not exchange.complete
             self.finish()
             return
+        self._go_on()
+
+    def answer_plain(self, exchange: Exchange, data: bytes) -> None:
+        """As `answer`, for a connection that goes on; the event loop writes at the end of its turn.
+
+        Args:
+            exchange: whose answer it is.
+            data: the whole answer.
+        """
+        transport = self._transport
+        if exchange is not self._current or transport is None:
+            return  # given up: the connection is gone
+        if self._out:
+            self._out.append(data)
+        elif not transport.is_closing():
+            transport.write(data)
+        self._current = None
+        if self._waiting or self._eof or self._in_head:
+            self._go_on()
+        else:
+            self.server.await_request(self)
+
+    def _go_on(self) -> None:
+        """Begin with the next request, or wait for one."""
         if self._waiting:
             if not self._pauses & _WRITE:
                 self._start(self._waiting.popleft())
@@ -444,3 +480,24 @@ class Connection(asyncio.Protocol):
         self._pauses &= ~reason
         if not self._pauses and self._transport is not None and not self._transport.is_closing():
             self._transport.resume_reading()
+
+
+def _fault_of(
+    exchange: Exchange, parser: httptools.HttpRequestParser, repeated: dict[bytes, list[bytes]], received: int
+) -> TidegateError | None:
+    """What llhttp lets pass and the data plane does not."""
+    values = exchange.headers.values
+    if received > MAX_HEADERS:
+        return HeadersTooLarge(f"the request has more than {MAX_HEADERS} headers: none of a check needs so many")
+    if exchange.version not in _VERSIONS:
+        return BadRequest(f"HTTP/{exchange.version} is not supported: use HTTP/1.1")
+    coding = values.get(b"transfer-encoding")
+    if coding is not None and (coding.lower() != b"chunked" or exchange.version == "1.0"):
+        return BadRequest("the transfer coding is not supported: send Content-Length, or 'Transfer-Encoding: chunked'")
+    if b"host" in repeated or (b"host" not in values and exchange.version == "1.1"):
+        return BadRequest("the request has no Host header, or several: send one (RFC 9112, 3.2)")
+    if exchange.method == "CONNECT":
+        return BadRequest("CONNECT is not supported: this is not a proxy")
+    if coding is not None and parser.should_upgrade():
+        return BadRequest("an upgrade cannot be offered with a chunked body: send Content-Length")
+    return None

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, Final
 
@@ -23,7 +23,7 @@ MAX_BUFFERED_BODY_BYTES: Final = 256 * 1024
 """So much of a body that is not yet consumed is held; beyond it the connection is not read."""
 
 _BODILESS: Final = frozenset((204, 304))
-_PHRASES: Final = {status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n" for status in HTTPStatus}
+PHRASES: Final = {status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n" for status in HTTPStatus}
 _CLOSE: Final = ("connection", "close")
 _CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
 
@@ -34,19 +34,28 @@ class RequestHeaders:
     Args:
         values: the first value of each name.
         repeated: all values of the names that came more than once.
-        size: bytes of all names and values.
+        size: bytes of all names and values; counted when needed where not given.
     """
 
-    __slots__ = ("_repeated", "_values", "size")
+    __slots__ = ("_repeated", "_size", "values")
 
-    def __init__(self, values: dict[bytes, bytes], repeated: dict[bytes, list[bytes]], size: int) -> None:
-        self._values = values
+    def __init__(self, values: dict[bytes, bytes], repeated: dict[bytes, list[bytes]], size: int | None = None) -> None:
+        self.values = values
         self._repeated = repeated
-        self.size = size
+        self._size = size
+
+    @property
+    def size(self) -> int:
+        """Bytes of all names and values."""
+        if self._size is None:
+            self._size = sum(map(len, self.values)) + sum(map(len, self.values.values()))
+            for name, values in self._repeated.items():
+                self._size += len(name) * (len(values) - 1) + sum(map(len, values[1:]))
+        return self._size
 
     def get(self, key: str, default: Any = None) -> Any:
         """The first value of a name, or the default."""
-        value = self._values.get(key.encode())
+        value = self.values.get(key.encode())
         return default if value is None else value.decode("utf-8", "surrogateescape")
 
     def get_all(self, key: str) -> list[str]:
@@ -54,7 +63,7 @@ class RequestHeaders:
         name = key.encode()
         if self._repeated and name in self._repeated:
             return [value.decode("utf-8", "surrogateescape") for value in self._repeated[name]]
-        value = self._values.get(name)
+        value = self.values.get(name)
         return [] if value is None else [value.decode("utf-8", "surrogateescape")]
 
     def items(self) -> list[tuple[str, str]]:
@@ -63,20 +72,20 @@ class RequestHeaders:
 
     def keys(self) -> list[str]:
         """The different names."""
-        return [name.decode("latin-1") for name in self._values]
+        return [name.decode("latin-1") for name in self.values]
 
     def raw(self) -> list[tuple[bytes, bytes]]:
         """Every name with its values as they came, each by itself; the values of one name stand together."""
         return [(name, value) for name, first in self._values.items() for value in self._repeated.get(name, (first,))]
 
     def __contains__(self, key: str) -> bool:
-        return key.encode() in self._values
+        return key.encode() in self.values
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.keys())
 
     def __len__(self) -> int:
-        return len(self._values)
+        return len(self.values)
 
 
 class Exchange:
@@ -91,67 +100,84 @@ class Exchange:
         version: of HTTP, `1.1` or `1.0`.
 
     Attributes:
+        plain: whether it is HTTP/1.1 on a connection that goes on, no header came twice, and none says how its message is sent.
+        head_bytes: at least as many as its head has.
         complete: whether the whole request has arrived.
         answered: whether an answer was given.
     """
 
-    __slots__ = (
-        "_chunks",
-        "_size",
-        "_waiter",
-        "answered",
-        "client",
-        "complete",
-        "connection",
-        "expects_continue",
-        "headers",
-        "keep_alive",
-        "method",
-        "path",
-        "proto",
-        "query_string",
-        "refusal",
-        "task",
-        "version",
-    )
+    proto = "http"
+    plain = False
+    head_bytes = 0
+    complete = False
+    answered = False
+    expects_continue = False
+    refusal: TidegateError | None = None
+    task: asyncio.Task[None] | None = None
+    _path: str | None = None
+    _query_string = ""
+    _chunks: Sequence[bytes] = ()
+    _size = 0
+    _waiter: asyncio.Future[None] | None = None
 
     def __init__(
         self, connection: Connection, method: str, target: str, headers: RequestHeaders, keep_alive: bool, version: str
     ) -> None:
-        self.proto = "http"
         self.connection = connection
-        self.client = connection.client
         self.method = method
+        self.target = target
         self.headers = headers
         self.keep_alive = keep_alive
         self.version = version
+
+    @property
+    def client(self) -> str:
+        """Address and port of the peer, `host:port`; empty where it has none."""
+        return self.connection.client
+
+    @property
+    def path(self) -> str:
+        """The target's path, one character for each byte that came."""
+        return self._split_target() if self._path is None else self._path
+
+    @property
+    def query_string(self) -> str:
+        """What the target has behind its path."""
+        self._split_target()
+        return self._query_string
+
+    def _split_target(self) -> str:
+        target = self.target
         if not target.startswith("/") and "://" in target:
             # Absolute form (RFC 9112, 3.2.2): the path begins behind the authority.
             rest = target.partition("://")[2]
             slash = rest.find("/")
             target = "/" if slash < 0 else rest[slash:]
-        self.path, _, self.query_string = target.partition("?")
-        self.complete = False
-        self.answered = False
-        self.expects_continue = False
-        self.refusal: TidegateError | None = None
-        self.task: asyncio.Task[None] | None = None
-        self._chunks: list[bytes] = []
-        self._size = 0
-        self._waiter: asyncio.Future[None] | None = None
+        self._path, _, self._query_string = target.partition("?")
+        return self._path
 
     def add(self, chunk: bytes) -> None:
         """Take a piece of the body; the connection is not read on while too much is held."""
-        self._chunks.append(chunk)
+        if isinstance(self._chunks, list):
+            self._chunks.append(chunk)
+        else:
+            self._chunks = [chunk]
         self._size += len(chunk)
-        self._wake()
+        if self._waiter is not None:
+            self._wake()
         if self._size > MAX_BUFFERED_BODY_BYTES:
             self.connection.hold_body()
 
     def end(self) -> None:
         """The request is whole."""
         self.complete = True
-        self._wake()
+        if self._waiter is not None:
+            self._wake()
+
+    @property
+    def single_chunk(self) -> bytes | None:
+        """The body where it came in one piece and is not taken yet, else None. It stays there."""
+        return self._chunks[0] if len(self._chunks) == 1 else None
 
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
@@ -167,8 +193,8 @@ class Exchange:
         finally:
             self._waiter = None
 
-    def _take(self) -> list[bytes]:
-        chunks, self._chunks, self._size = self._chunks, [], 0
+    def _take(self) -> Sequence[bytes]:
+        chunks, self._chunks, self._size = self._chunks, (), 0
         self.connection.release_body()
         return chunks
 
@@ -201,6 +227,18 @@ class Exchange:
         """Answer without a body."""
         self._answer(status, headers, b"")
 
+    def respond(self, status: int, rest: bytes) -> None:
+        """Answer a plain request that has arrived, on a connection that goes on.
+
+        Args:
+            status: one of `HttpServer.heads`.
+            rest: all that follows the Date header: header lines, the empty line, the body.
+        """
+        if self.answered:
+            raise RuntimeError("this request was answered already")
+        self.answered = True
+        self.connection.answer_plain(self, self.connection.server.heads[status] + rest)
+
     def refuse(self, error: TidegateError) -> None:
         """Answer with an error in the error form, and close the connection."""
         self._answer(
@@ -222,7 +260,7 @@ class Exchange:
                 lines.append("connection: close\r\n")
         elif self.version == "1.0":
             lines.append("connection: keep-alive\r\n")
-        head = _PHRASES[status] + self.connection.server.date_line + "".join(lines)
+        head = PHRASES[status] + self.connection.server.date_line + "".join(lines)
         if head.count("\n") != len(lines) + 2:
             # A line break inside a value would let whoever wrote it write headers.
             logger.error("an answer's header has a line break: %r", headers)

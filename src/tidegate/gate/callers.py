@@ -60,16 +60,47 @@ class CallerLookup:
             return anonymous
         if not is_possible_key(api_key):
             raise InvalidApiKey(why_impossible(api_key))
-        caller = await self._catalog.caller(hashlib.sha256(api_key.encode()).hexdigest(), client)
+        caller = await self._catalog.caller(_digest(api_key), client)
         if caller is None:
             raise InvalidApiKey("the API key is unknown: check that it belongs to this service")
+        caller.form_checked = True
+        if not refused_too:
+            self._refuse_ended(caller)
+        return caller
+
+    def find_cached(self, api_key: str | None) -> Caller | None:
+        """The caller that a key belongs to, where memory alone knows it. Costs 1 µs.
+
+        Args:
+            api_key: as for `find`.
+
+        Returns:
+            The caller; None where `find` has more to do, if only to say what is wrong with the key.
+
+        Raises:
+            ApiKeyRevoked: the key was revoked.
+            ApiKeyExpired: the key's time is over.
+        """
+        if api_key is None:
+            return self._catalog.cached_anonymous()
+        if not api_key.isascii():
+            return None
+        caller = self._catalog.cached_caller(hashlib.sha256(api_key.encode()).hexdigest())
+        if caller is None or not caller.form_checked:
+            return None
         record = caller.api_key
-        if record is not None and not refused_too:
+        if record is None or record.status is not KeyStatus.ACTIVE or record.expires_at_us is not None:
+            self._refuse_ended(caller)
+        return caller
+
+    def _refuse_ended(self, caller: Caller) -> None:
+        """Raise for a key that was revoked or has expired."""
+        record = caller.api_key
+        if record is not None:
             if record.status is not KeyStatus.ACTIVE:
                 raise ApiKeyRevoked("the API key was revoked: ask for a new one", key_id=record.id)
             if record.expires_at_us is not None and record.expires_at_us * 1000 <= self._wall_clock_ns():
                 raise ApiKeyExpired("the API key has expired: ask for a new one", key_id=record.id)
-        return caller
 
     async def find_all(self, senders: Iterable[Sender]) -> dict[Sender, Caller | TidegateError]:
         """The callers of one request: those that are not cached are looked up side by side, within `timeout_s` for all.
@@ -104,7 +135,7 @@ class CallerLookup:
         """Whether `find` answers from memory alone."""
         if api_key is None:
             return False
-        return not is_possible_key(api_key) or self._catalog.is_at_hand(hashlib.sha256(api_key.encode()).hexdigest())
+        return not is_possible_key(api_key) or self._catalog.is_at_hand(_digest(api_key))
 
     def _too_slow(self) -> CatalogUnavailable:
         return CatalogUnavailable(
@@ -116,3 +147,7 @@ class CallerLookup:
             return await self.find(api_key, client)
         except TidegateError as error:
             return error
+
+
+def _digest(api_key: str) -> str:
+    return hashlib.sha256(api_key.encode()).hexdigest()

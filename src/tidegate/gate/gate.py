@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import Final, Self, TypeAlias
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from typing import Any, Final, Self, TypeAlias
 
 import msgspec
 
 from tidegate.catalog.cache_level import Caller
 from tidegate.catalog.cached import CachedCatalog
 from tidegate.counters import Charge, ChargeOutcome, CounterStore
+from tidegate.counters.memory import MemoryCounters
 from tidegate.decision import MAX_COST, Check, Decision, Observation, RuleUsage, Usage, client_of, clip, ipv6_client
 from tidegate.errors import BadRequest, MissingApiKey, StoreUnavailable, TidegateError
 from tidegate.gate.callers import LOOKUP_TIMEOUT_S, CallerLookup
@@ -70,6 +71,8 @@ class Gate:
         self._observe = observe
         self._callers = CallerLookup(catalog, wall_clock_ns, lookup_timeout_s)
         self._caller = self._callers.find
+        # A store that wraps or extends the one in memory may have to await something.
+        self._charge_now = counters.charge_all if type(counters) is MemoryCounters else None
 
     async def check(self, check: Check) -> Decision:
         """Decide one check, and charge it if it passes.
@@ -90,6 +93,49 @@ class Gate:
             CatalogUnavailable: the catalog fails and nothing cached can stand in.
             StoreUnavailable: the counter store fails and the rule says deny.
         """
+        answer = self.check_now(check)
+        return answer if isinstance(answer, Decision) else await answer
+
+    def check_now(self, check: Check) -> Decision | Coroutine[Any, Any, Decision]:
+        """As `check`, but decided before this returns where the caller is cached and the counters are in memory.
+
+        Args:
+            check: what is asked.
+
+        Returns:
+            The decision, or what gives it when awaited; until then nothing is done.
+
+        Raises:
+            TidegateError: as `check`, where that is known before anything has to be awaited.
+        """
+        charge = self._charge_now
+        if charge is None:
+            return self._check_later(check)
+        started_ns = time.perf_counter_ns()
+        try:
+            caller = self._callers.find_cached(check.api_key)
+            if caller is None:
+                return self._check_later(check)
+            ip = check.ip
+            if ip is not None and ":" in ip:
+                ip = ipv6_client(ip)
+            tier = caller.tier
+            if tier.has_shadow_rules:
+                plan = self._plan_of(check, caller, ip)
+                charged = [charge(each.counters, each.cost) for each in plan.charges]
+                told = self._tell(plan, charged, time.perf_counter_ns() - started_ns)
+                assert isinstance(told, Decision), "counters in memory always answer"
+                return told
+            counters = _counters_of(check, caller, tier.match(check.method, check.path), ip)
+        except TidegateError as error:
+            self._tell_error(error, time.perf_counter_ns() - started_ns)
+            raise
+        decision = charge(counters, check.cost) if counters else Decision(True, unlimited_tier=tier.tier.name)
+        if self._observe is not None:
+            self._observe(_observation(decision, counters, time.perf_counter_ns() - started_ns))
+        return decision
+
+    async def _check_later(self, check: Check) -> Decision:
         started_ns = time.perf_counter_ns()
         try:
             plan = await self.plan(check)
@@ -267,17 +313,8 @@ class Gate:
                 shadow_denied = tuple(
                     each.rule or "" for each in shadow_outcomes if isinstance(each, Decision) and not each.allowed
                 )
-            subject: str | None = None
-            denied_by: LimitSet | None = None
-            if answer is None:
-                counters = plan.charges[0].counters
-                subject = counters[0][1]
-                if not decision.allowed:
-                    denied_by = counters[0][0]
-                    # A decision names the rule that answered; whose limit it was that denied, its binding limit tells.
-                    if len(counters) > 1 and decision.binding in counters[1][0].limits:
-                        denied_by, subject = counters[1]
-            self._observe(Observation(decision, None, latency_ns, shadow_denied, subject, denied_by))
+            counters = () if answer is not None else plan.charges[0].counters
+            self._observe(_observation(decision, counters, latency_ns, shadow_denied))
         return decision
 
     def _tell_error(self, error: TidegateError, latency_ns: int) -> TidegateError:
@@ -304,27 +341,15 @@ class Gate:
 
     def _plan_of(self, check: Check, caller: Caller, ip: str | None) -> CheckPlan:
         tier = caller.tier
-        subject = caller.subject
-        rule = tier.match(check.method, check.path)
-        shadow_rules = tier.shadow_rules(check.method, check.path)
-        if not subject and (rule is not None or tier.limits is not None or shadow_rules):
-            if ip is None:
-                raise _ip_needed(check, "a check without an API key is counted by ip")
-            subject = f"i:{ip}"
-        counters: list[tuple[LimitSet, str]] = []
-        if rule is not None:
-            counted = subject if rule.subject is Subject.API_KEY else subject_of(rule.subject, subject, ip, tier.tier.name)
-            if counted is None:
-                raise _ip_needed(check, f"the rule {clip(rule.rule.name)} counts by ip")
-            counters.append((rule.limits, counted))
-        if tier.limits is not None:
-            counters.append((tier.limits, subject))
-        charges = [Charge(tuple(counters), check.cost)] if counters else []
-        for watcher in shadow_rules:
-            counted = subject_of(watcher.subject, subject, ip, tier.tier.name)
-            # A shadow rule that cannot be counted must not block the check that it only watches.
-            if counted is not None:
-                charges.append(Charge(((watcher.limits, counted),), check.cost))
+        counters = _counters_of(check, caller, tier.match(check.method, check.path), ip)
+        charges = [Charge(counters, check.cost)] if counters else []
+        if tier.has_shadow_rules and (shadow_rules := tier.shadow_rules(check.method, check.path)):
+            caller_subject = _caller_subject(check, caller, ip)
+            for watcher in shadow_rules:
+                counted = subject_of(watcher.subject, caller_subject, ip, tier.tier.name)
+                # A shadow rule that cannot be counted must not block the check that it only watches.
+                if counted is not None:
+                    charges.append(Charge(((watcher.limits, counted),), check.cost))
         return CheckPlan(None if counters else Decision(True, unlimited_tier=tier.tier.name), charges)
 
     async def plan_many(self, asked: Sequence[Check | DescriptorCheck]) -> list[CheckPlan | TidegateError | None]:
@@ -356,6 +381,52 @@ class Gate:
             except TidegateError as error:
                 plans.append(error)
         return plans
+
+
+def _counters_of(check: Check, caller: Caller, rule: CompiledRule | None, ip: str | None) -> tuple[tuple[LimitSet, str], ...]:
+    """What a check is charged to: the counter of the rule that answers it, and that of the tier's own limits."""
+    tier_limits = caller.tier.limits
+    if rule is None and tier_limits is None:
+        return ()
+    subject = caller.subject or _caller_subject(check, caller, ip)
+    if rule is None:
+        assert tier_limits is not None
+        return ((tier_limits, subject),)
+    if rule.subject is Subject.API_KEY:
+        counted = subject
+    elif (found := subject_of(rule.subject, subject, ip, caller.tier.tier.name)) is not None:
+        counted = found
+    else:
+        raise _ip_needed(check, f"the rule {clip(rule.rule.name)} counts by ip")
+    if tier_limits is None:
+        return ((rule.limits, counted),)
+    return ((rule.limits, counted), (tier_limits, subject))
+
+
+def _caller_subject(check: Check, caller: Caller, ip: str | None) -> str:
+    if caller.subject:
+        return caller.subject
+    if ip is None:
+        raise _ip_needed(check, "a check without an API key is counted by ip")
+    return f"i:{ip}"
+
+
+def _observation(
+    decision: Decision,
+    counters: tuple[tuple[LimitSet, str], ...],
+    latency_ns: int,
+    shadow_denied: tuple[str, ...] = (),
+) -> Observation:
+    """What telemetry reads of a decision by these counters, the rule's first; by none where nothing limits the check."""
+    if not counters:
+        return Observation(decision, None, latency_ns, shadow_denied)
+    if decision.allowed:
+        return Observation(decision, None, latency_ns, shadow_denied, counters[0][1])
+    denied_by, subject = counters[0]
+    # A decision names the rule that answered; whose limit it was that denied, its binding limit tells.
+    if len(counters) > 1 and decision.binding in counters[1][0].limits:
+        denied_by, subject = counters[1]
+    return Observation(decision, None, latency_ns, shadow_denied, subject, denied_by)
 
 
 def _plan_of_descriptor(check: DescriptorCheck, caller: Caller | TidegateError) -> CheckPlan | None:

@@ -91,9 +91,12 @@ class CompiledTier:
     Args:
         tier: the tier.
         overrides: other limits for one key; rules that they do not name keep their own.
+
+    Attributes:
+        has_shadow_rules: whether `shadow_rules` can give any.
     """
 
-    __slots__ = ("_described", "_enforced", "_watched", "limits", "rules", "tier")
+    __slots__ = ("_described", "_enforced", "_watched", "has_shadow_rules", "limits", "rules", "tier")
 
     def __init__(self, tier: Tier, overrides: Iterable[Override] = ()) -> None:
         self.tier = tier
@@ -121,6 +124,7 @@ class CompiledTier:
         self._described = tuple(sorted(described, key=lambda each: each.rank))
         self._enforced = _Index(each for each in self.rules if each.rule.mode is Mode.ENFORCE)
         self._watched = _Index(each for each in self.rules if each.rule.mode is Mode.SHADOW)
+        self.has_shadow_rules = bool(self._watched)
 
     def match(self, method: str, path: str) -> CompiledRule | None:
         """The one rule that answers.
@@ -156,7 +160,7 @@ class CompiledTier:
         Returns:
             The rules.
         """
-        return self._watched.every(method, path) if self._watched else ()
+        return self._watched.every(method, path) if self.has_shadow_rules else ()
 
 
 def _limit_set(tier: Tier, rule: Rule, limits: tuple[Limit, ...], suffix: str) -> LimitSet:
