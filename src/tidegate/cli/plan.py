@@ -15,7 +15,6 @@ from tidegate.tools.plan.fleet import DAY_S, make_plan
 from tidegate.tools.plan.page import render_page
 from tidegate.tools.plan.quantities import parse_quantity
 from tidegate.tools.plan.report import as_json, print_plan
-from tidegate.tools.plan.requirement import SIZES, compare
 from tidegate.tools.terminal import open_console
 
 _MAX_RPS = 1e9
@@ -60,9 +59,6 @@ def plan(
             show_default=False,
         ),
     ] = None,
-    compare_: Annotated[
-        bool, typer.Option("--compare", help="Print the requirement's table for 1M, 10M and 100M users beside ours.")
-    ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
     html: Annotated[
         Path | None, typer.Option("--html", metavar="FILE", help="Write the plan as a page with charts.", show_default=False)
@@ -97,14 +93,12 @@ def plan(
     counters = None if keys is None else parse_quantity(keys, "--keys", _MAX_KEYS)
     constants = measured()
     made = make_plan(users, constants, assumed, peak, counters)
-    sizes = SIZES if compare_ else tuple(size for size in SIZES if size == users and peak is None and counters is None)
-    compared = compare(constants, assumed, sizes)
     if html is not None:
         try:
-            html.write_text(render_page(made, constants, assumed, compared), encoding="utf-8")
+            html.write_text(render_page(made, constants, assumed), encoding="utf-8")
         except OSError as error:
             raise SettingsError(f"--html {html} cannot be written: {error.strerror or error}") from None
     if json:
-        print_json(as_json(made, constants, assumed, compared))
+        print_json(as_json(made, constants, assumed))
     else:
-        print_plan(made, constants, assumed, compared, open_console())
+        print_plan(made, constants, assumed, open_console())

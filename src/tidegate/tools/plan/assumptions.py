@@ -35,9 +35,9 @@ class Known(NamedTuple):
 _CACHE: Final = CacheSettings()
 
 USE: Final[Mapping[str, Known]] = {
-    "requests_per_user": Known(100, 0.001, 1e6, "requests of a daily user in a day; the requirement's 3,500/s of 1M users"),
-    "peak_factor": Known(3, 1, 1000, "the peak second over the mean second of the day; the same"),
-    "counters_per_user": Known(10, 0.01, 10_000, "live counters of a daily user; the requirement's 10M keys of 1M users"),
+    "requests_per_user": Known(100, 0.001, 1e6, "requests of a user in a day"),
+    "peak_factor": Known(3, 1, 1000, "requests in the peak second, as a multiple of the day's mean"),
+    "counters_per_user": Known(10, 0.01, 10_000, "live counters of a user"),
     "cpu_target": Known(0.70, 0.05, 1, "CPU of an instance at the peak, share; the autoscaler's target"),
     "checks_per_instance": Known(10_000, 1, 1e6, "checks/s of an instance that the autoscaler aims at"),
     "cores_per_instance": Known(1, 1, 256, "cores, each with a worker"),
@@ -56,11 +56,11 @@ USE: Final[Mapping[str, Known]] = {
     "l1_ttl_s": Known(_CACHE.l1_ttl_s, 0.1, 86_400, "cache.l1_ttl_s, s"),
     "l2_ttl_s": Known(_CACHE.l2_ttl_s, 0.1, 86_400, "cache.l2_ttl_s, s"),
     "l1_keys": Known(_CACHE.max_keys, 1, 1e8, "cache.max_keys of an instance"),
-    "api_bytes": Known(3_000, 1, 1e9, "bytes of an API request with its answer; the requirement's 84 Mbit/s at 3,500/s"),
+    "api_bytes": Known(3_000, 1, 1e9, "bytes of an API request and its response"),
     "edge_hit_rate": Known(0.60, 0, 1, "share of the API's answers that an edge cache gives by itself, without a check"),
 }
 PRICES: Final[Mapping[str, Known]] = {
-    "instance": Known(30, 0, 1e6, "$ a month for an instance; the requirement's"),
+    "instance": Known(30, 0, 1e6, "$ a month for an instance"),
     "redis_node": Known(50, 0, 1e6, "$ a month for a Redis server with shard_gb"),
     "database_node": Known(120, 0, 1e6, "$ a month for a database server with database_cores"),
     "database_gb": Known(0.12, 0, 1000, "$ a month for a GB of database storage, each server"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from html import escape
 from typing import Final
 
@@ -12,20 +12,18 @@ from tidegate.tools.plan.assumptions import PRICES, USE, Assumptions
 from tidegate.tools.plan.constants import Constant
 from tidegate.tools.plan.fleet import CapacityPlan, make_plan
 from tidegate.tools.plan.quantities import rate, short
-from tidegate.tools.plan.requirement import Compared
 
 _STEPS: Final = 41
 _GROWTH: Final = 100.0
 
 
-def render_page(plan: CapacityPlan, constants: Mapping[str, Constant], assumed: Assumptions, compared: Sequence[Compared]) -> str:
+def render_page(plan: CapacityPlan, constants: Mapping[str, Constant], assumed: Assumptions) -> str:
     """The page.
 
     Args:
         plan: the plan.
         constants: measured.
         assumed: the assumptions.
-        compared: rows of the requirement's table.
 
     Returns:
         HTML that fetches nothing.
@@ -49,10 +47,6 @@ def render_page(plan: CapacityPlan, constants: Mapping[str, Constant], assumed: 
     rests = [(name, each.what, each.command, each.measured_on, f"{each.value:g} {each.unit}") for name, each in constants.items()]
     taken = [(name, known.what, f"{assumed.use[name]:g}") for name, known in USE.items()]
     taken += [(f"prices.{name}", known.what, f"{assumed.prices[name]:g}") for name, known in PRICES.items()]
-    beside = [(row.title, short(row.dau), row.required, row.ours, row.why) for row in compared]
-    requirement = (
-        f"<h2>Beside the requirement</h2>\n{table(('figure', 'users', 'required', 'ours', 'why'), beside, 9)}" if beside else ""
-    )
     return f"""{head("Tidegate plan")}
 <h1>A fleet for {short(plan.dau)} daily users</h1>
 <p class="sum">{plan.shown("peak_rps")} at the peak: <b>{plan.shown("instances")} instances</b>,
@@ -70,7 +64,6 @@ def render_page(plan: CapacityPlan, constants: Mapping[str, Constant], assumed: 
 {bars(costs, "cost a month", lambda value: f"${value:,.0f}")}
 <h2>Bandwidth at the peak</h2>
 {bars(bits, "bandwidth", rate)}
-{requirement}
 <h2>Measured</h2>
 {table(("constant", "what", "by", "on", "value"), rests, 4)}
 <h2>Assumed</h2>

@@ -15,22 +15,18 @@ from tidegate.tools.plan.assumptions import PRICES, USE, Assumptions
 from tidegate.tools.plan.constants import Constant
 from tidegate.tools.plan.fleet import CapacityPlan
 from tidegate.tools.plan.quantities import short
-from tidegate.tools.plan.requirement import SIZES, Compared
 
 
-def as_json(
-    plan: CapacityPlan, constants: Mapping[str, Constant], assumed: Assumptions, compared: Sequence[Compared]
-) -> dict[str, Any]:
+def as_json(plan: CapacityPlan, constants: Mapping[str, Constant], assumed: Assumptions) -> dict[str, Any]:
     """The plan for programs.
 
     Args:
         plan: the plan.
         constants: measured.
         assumed: the assumptions.
-        compared: rows of the requirement's table.
 
     Returns:
-        JSON types: `dau`, `figures` by name, `lines`, `constants`, `assumptions`, `requirement`, `notes`.
+        JSON types: `dau`, `figures` by name, `lines`, `constants`, `assumptions`, `prices_of`, `notes`.
     """
     named = dict(USE) | {f"prices.{name}": known for name, known in PRICES.items()}
     values = dict(assumed.use) | {f"prices.{name}": value for name, value in assumed.prices.items()}
@@ -45,23 +41,19 @@ def as_json(
                 for name, value in values.items()
             },
             "prices_of": assumed.prices_of,
-            "requirement": compared,
             "notes": plan.notes,
         }
     )
     return built
 
 
-def print_plan(
-    plan: CapacityPlan, constants: Mapping[str, Constant], assumed: Assumptions, compared: Sequence[Compared], console: Console
-) -> None:
-    """Print the plan, what it rests on, what it assumes, and the requirement's table.
+def print_plan(plan: CapacityPlan, constants: Mapping[str, Constant], assumed: Assumptions, console: Console) -> None:
+    """Print the plan, the measured constants that it uses, and its assumptions.
 
     Args:
         plan: the plan.
         constants: measured.
         assumed: the assumptions.
-        compared: rows of the requirement's table; none are printed where it is empty.
         console: to print on.
     """
     console.print(f"A fleet for {short(plan.dau)} daily users", style="bold")
@@ -92,15 +84,6 @@ def print_plan(
         taken.add_row(_marked(full, assumed), Text(f"{assumed.prices[name]:g}"), Text(known.what))
     console.print(taken)
     console.print(Text(f"prices of {clean(assumed.prices_of)}; * replaced. Replace: --set NAME=VALUE, --assumptions FILE"))
-    if compared:
-        console.print()
-        console.print("Beside the requirement", style="bold")
-        beside = _table(("figure", "users", "required", "ours", "why"))
-        for row in compared:
-            beside.add_row(*(Text(text) for text in (row.title, short(row.dau), row.required, row.ours, row.why)))
-        console.print(beside)
-    else:
-        console.print(Text(f"Beside the requirement's table: --dau {', '.join(map(short, SIZES))}, or --compare"), style="dim")
 
 
 def _marked(name: str, assumed: Assumptions) -> Text:
