@@ -21,7 +21,7 @@ from tests.cases.fleet_targets import API_KEY_BYTES, DATABASE_PERCENT, TARGETS, 
 from tidegate.cli import app
 from tidegate.errors import SettingsError
 from tidegate.tools.plan.assumptions import PRICES, USE, assume
-from tidegate.tools.plan.caches import shares
+from tidegate.tools.plan.caches import cache_shares
 from tidegate.tools.plan.constants import Constant, measured
 from tidegate.tools.plan.fleet import CapacityPlan, make_plan
 from tidegate.tools.plan.quantities import parse_quantity, short, size
@@ -54,7 +54,7 @@ def constants(**replaced: float) -> dict[str, Constant]:
 
 
 def plan(dau: float = 10e6, *given: str, **options: Any) -> CapacityPlan:
-    return make_plan(dau, constants(), assume(given=given), **options)
+    return make_plan(dau, constants(), assume(overrides=given), **options)
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,7 @@ def test_other_quantities_are_refused_with_value_and_remedy(text: str) -> None:
     with pytest.raises(SettingsError, match="--dau") as caught:
         parse_quantity(text, "--dau")
     assert repr(text) in caught.value.message
-    assert "write" in caught.value.message or "give" in caught.value.message
+    assert "expected" in caught.value.message
 
 
 @given(st.floats(min_value=0.01, max_value=9.9e9))
@@ -154,16 +154,16 @@ def test_every_plan_holds_together(dau: float) -> None:
         assert math.isfinite(line.value)
 
 
-def test_given_rates_and_keys_go_before_those_by_users() -> None:
+def test_a_known_peak_and_known_counters_replace_those_derived_from_users() -> None:
     made = plan(1e6, peak=50_000.0, counters=5e6)
     assert made.value("peak_rps") == 50_000
     assert made.value("mean_rps") == pytest.approx(50_000 / 3)
     assert made.value("counters") == 5e6
 
 
-def test_what_cannot_be_bought_is_told() -> None:
+def test_notes_report_fleets_above_a_maximum() -> None:
     assert any("maxReplicas" in note for note in plan(1e9).notes)
-    assert any("busiest key" in note for note in plan(1e9).notes)
+    assert any("most requested key" in note for note in plan(1e9).notes)
     assert not any("maxReplicas" in note for note in plan(1e6).notes)
     assert not any("l2_ttl_s" in note for note in plan(1e6, "l2_ttl_s=86400").notes)
 
@@ -175,18 +175,18 @@ def test_what_cannot_be_bought_is_told() -> None:
     st.floats(min_value=0, max_value=3),
 )
 def test_caches_share_out_all_look_ups(keys: float, rate: float, instances: int, exponent: float) -> None:
-    found = shares(keys, rate, instances, 60, 300, 100_000, exponent)
+    found = cache_shares(keys, rate, instances, 60, 300, 100_000, exponent)
     assert found.l1 + found.l2 + found.database == pytest.approx(1)
     assert min(found.l1, found.l2, found.database) >= -1e-9
     assert found.l1_entries <= 100_000 * (1 + 1e-6)
     assert found.l2_entries <= keys * (1 + 1e-6) + 1
-    longer = shares(keys, rate, instances, 60, 3600, 100_000, exponent)
+    longer = cache_shares(keys, rate, instances, 60, 3600, 100_000, exponent)
     assert longer.database <= found.database + 1e-9
 
 
 def test_one_key_by_hand() -> None:
     # 1/s at one instance: an entry answers the 60 that come in its life, after the one that fetched it.
-    found = shares(1, 1.0, 1, 60, 300, 100, 1.0)
+    found = cache_shares(1, 1.0, 1, 60, 300, 100, 1.0)
     assert found.l1 == pytest.approx(60 / 61)
     to_l2 = 1 / 61
     assert found.database == pytest.approx(to_l2 / (1 + to_l2 * 300))
@@ -195,10 +195,12 @@ def test_one_key_by_hand() -> None:
 
 def test_zipf_is_the_law() -> None:
     # The first of a hundred brings 1 / H(100).
-    assert shares(100, 1, 1, 60, 300, 1000, 1.0).hottest == pytest.approx(1 / sum(1 / rank for rank in range(1, 101)), rel=0.001)
+    assert cache_shares(100, 1, 1, 60, 300, 1000, 1.0).hottest == pytest.approx(
+        1 / sum(1 / rank for rank in range(1, 101)), rel=0.001
+    )
     # Ranks taken together stay close to the exact sum.
     exact = 1 / sum(1 / rank for rank in range(1, 100_001))
-    assert shares(100_000, 1, 1, 60, 300, 1000, 1.0).hottest == pytest.approx(exact, rel=0.005)
+    assert cache_shares(100_000, 1, 1, 60, 300, 1000, 1.0).hottest == pytest.approx(exact, rel=0.005)
 
 
 @pytest.mark.parametrize(
@@ -208,16 +210,16 @@ def test_zipf_is_the_law() -> None:
         (["cpu_target=2"], "0.05 to 1"),
         (["cpu_target=much"], "must be a number"),
         (["cpu_target=nan"], "out of range"),
-        (["min_shards=2.5"], "must be whole"),
-        (["nothing=1"], "there are requests_per_user"),
+        (["min_shards=2.5"], "must be an integer"),
+        (["nothing=1"], "expected one of requests_per_user"),
         (["prices.nothing=1"], "prices.instance"),
         (["min_instances=60"], "max_instances"),
-        (["cost.instance=1"], "there is no assumption"),
+        (["cost.instance=1"], "unknown assumption"),
     ],
 )
 def test_wrong_assumptions_are_refused(given: list[str], words: str) -> None:
     with pytest.raises(SettingsError, match=re.escape(words)):
-        assume(given=given)
+        assume(overrides=given)
 
 
 def test_a_file_of_assumptions_goes_before_the_defaults_and_options_before_the_file(tmp_path: Path) -> None:
@@ -232,7 +234,12 @@ def test_a_file_of_assumptions_goes_before_the_defaults_and_options_before_the_f
 
 @pytest.mark.parametrize(
     ("text", "words"),
-    [("[use", "no TOML"), ("[other]\na = 1", "'other'"), ("use = 1", "'use'"), ("[use]\ncpu_target = true", "must be a number")],
+    [
+        ("[use", "not valid TOML"),
+        ("[other]\na = 1", "'other'"),
+        ("use = 1", "'use'"),
+        ("[use]\ncpu_target = true", "must be a number"),
+    ],
 )
 def test_wrong_files_are_refused(text: str, words: str, tmp_path: Path) -> None:
     file = tmp_path / "wrong.toml"
@@ -344,7 +351,7 @@ def test_json_keeps_its_schema() -> None:
         assert set(line["rests_on"]) <= set(found["constants"])
         assert set(line["assumes"]) <= set(found["assumptions"])
     assert set(found["constants"]["check_cpu_us"]) == {"value", "unit", "what", "command", "label", "measured_on", "machine"}
-    assert found["assumptions"]["prices.instance"] == {"value": 45.0, "what": PRICES["instance"].what, "replaced": True}
+    assert found["assumptions"]["prices.instance"] == {"value": 45.0, "what": PRICES["instance"].description, "replaced": True}
 
 
 def test_users_follow_from_a_rate() -> None:
@@ -382,7 +389,7 @@ def test_the_page_is_whole_and_escapes_what_it_is_given(tmp_path: Path) -> None:
         (("--dau", "1M", "--html", "/nowhere/page.html"), "cannot be written"),
     ],
 )
-def test_bad_input_is_told_with_its_value_and_the_remedy(arguments: tuple[str, ...], words: str) -> None:
+def test_errors_name_the_invalid_value_and_what_is_expected(arguments: tuple[str, ...], words: str) -> None:
     done = run(*arguments)
     assert isinstance(done.exception, SettingsError)
     assert words in done.exception.message
