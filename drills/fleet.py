@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from tidegate.tools.plan.assumptions import Assumptions, assume
-from tidegate.tools.plan.caches import Shares, shares
+from tidegate.tools.plan.caches import CacheShares, cache_shares
 from tidegate.tools.plan.constants import Constant, measured
-from tidegate.tools.plan.fleet import DAY_S, aimed_at, cached
+from tidegate.tools.plan.fleet import DAY_S, key_look_ups, target_load
 from tidegate.tools.plan.quantities import short
 
 RESULTS: Final = Path(__file__).parent / "results"
@@ -55,7 +55,7 @@ class Busy(NamedTuple):
     redis_memory: float
     replicas: float
     hottest: float
-    found: Shares
+    found: CacheShares
 
 
 def busy(users: float, fleet: Fleet, constants: Mapping[str, Constant], assumed: Assumptions) -> Busy:
@@ -73,14 +73,14 @@ def busy(users: float, fleet: Fleet, constants: Mapping[str, Constant], assumed:
     use = assumed.use
     known = {name: constant.value for name, constant in constants.items()}
     peak = users * use["requests_per_user"] / DAY_S * use["peak_factor"]
-    found = cached(users, peak, fleet.instances, assumed)
+    found = key_look_ups(users, peak, fleet.instances, assumed)
     calls = peak * (2 - found.l1)
     core_us = 1e6 * use["redis_cpu_target"]
     held = users * use["counters_per_user"] * known["counter_bytes"] + found.l2_entries * known["cache_entry_bytes"]
     # One of them may be away.
     serving = max(fleet.instances - int(use["spare_instances"]), 1)
     return Busy(
-        instances=peak / (serving * aimed_at(constants, assumed)),
+        instances=peak / (serving * target_load(constants, assumed)),
         redis_cpu=calls * known["redis_cpu_us"] / (fleet.shards * core_us),
         redis_memory=held / (fleet.shards * use["shard_gb"] * 1e9 * use["shard_fill"]),
         replicas=peak * found.database * known["look_up_cpu_us"]
@@ -238,12 +238,12 @@ def main() -> None:
     use = assumed.use
     rate = keys * use["requests_per_user"] / DAY_S * use["peak_factor"]
     l1, l2 = replayed(keys, rate, instances, count, assumed, asked.seed)
-    model = shares(keys, rate, instances, use["l1_ttl_s"], use["l2_ttl_s"], use["l1_keys"], use["zipf_exponent"])
+    model = cache_shares(keys, rate, instances, use["l1_ttl_s"], use["l2_ttl_s"], use["l1_keys"], use["zipf_exponent"])
     print(
         f"\n{count:,} single requests of {keys:,} keys at {instances} instances: L1 {l1:.1%}, L2 {l2:.1%}, "
         f"database {1 - l1 - l2:.1%}; by formula {model.l1:.1%}, {model.l2:.1%}, {model.database:.1%}"
     )
-    longer = assume(given=["l2_ttl_s=3600"])
+    longer = assume(overrides=["l2_ttl_s=3600"])
     end, at_end = steps[-1], busy(LAST, steps[-1].fleet, constants, longer)
     print(
         f"at {short(end.users)} with cache.l2_ttl_s = 3600: database {at_end.found.database:.1%} of the look-ups instead of "

@@ -128,27 +128,27 @@ def test_where_the_control_plane_stands(server: Any, api: Runner) -> None:
     for spelled in (f"{url}/", f"{url}/admin/v1", f"{url}/admin/v1/", url.replace("127.0.0.1", "localhost")):
         assert len(api.way("--url", spelled, **api.environment).told("list")) == 2
     for wrong, said in (
-        ("", "is no URL"),
-        ("127.0.0.1:8082", "is no URL"),
-        ("ftp://127.0.0.1", "is no URL"),
-        ("http://", "is no URL"),
-        ("http://127.0.0.1:99999", "is no URL"),
-        ("http://[::1", "is no URL"),
-        ("http://127.0.0.1:8082?x=1", "is no URL"),
-        ("http://127.0.0.1/\r\nX-Header: 1", "is no URL"),
-        ("http://me:secret@127.0.0.1:8082", "no user and no password"),
-        ("http://nowhere.invalid:8082", "the name 'nowhere.invalid' is not found"),
+        ("", "is not a valid URL"),
+        ("127.0.0.1:8082", "is not a valid URL"),
+        ("ftp://127.0.0.1", "is not a valid URL"),
+        ("http://", "is not a valid URL"),
+        ("http://127.0.0.1:99999", "is not a valid URL"),
+        ("http://[::1", "is not a valid URL"),
+        ("http://127.0.0.1:8082?x=1", "is not a valid URL"),
+        ("http://127.0.0.1/\r\nX-Header: 1", "is not a valid URL"),
+        ("http://me:secret@127.0.0.1:8082", "must not contain a user or a password"),
+        ("http://nowhere.invalid:8082", "the name 'nowhere.invalid' cannot be resolved"),
         (f"http://127.0.0.1:{free_port()}", "connection refused: start it with 'tidegate serve'"),
         (f"http://[::1]:{free_port()}", "start it with 'tidegate serve'"),
-        (f"http://{'a' * 70}.example:8082", "is no URL"),
-        (f"https://127.0.0.1:{server.admin_port}", "write http:// where no TLS stands before it"),
+        (f"http://{'a' * 70}.example:8082", "is not a valid URL"),
+        (f"https://127.0.0.1:{server.admin_port}", "use http:// if the server does not use TLS"),
     ):
         message = api.way("--url", wrong, **api.environment).refused("list")
         assert said in message, (wrong, message)
         assert "secret" not in message
     for wrong in ("http://127.0.0.1:99999", "http://[::1"):
         said = api.way("--url", wrong)("check", "-", "GET", "/")
-        assert (said.code, "is no URL of a server" in said.err) == (2, True)
+        assert (said.code, "is not a valid URL of a server" in said.err) == (2, True)
 
 
 @pytest.fixture
@@ -202,9 +202,9 @@ NOT_OURS = "is no control plane of Tidegate"
         (_http("400 Bad", _error("BAD", "x" * 100_000)), "x" * 1000, False),
         (_http("500 Fault", _error("INTERNAL", "the control plane failed")), "INTERNAL: the control plane failed", False),
         (b"SSH-2.0-OpenSSH_9.2\r\n", "does not speak HTTP", True),
-        (b"\x15\x03\x03\x00\x02\x02\x32", "does not speak HTTP: give another URL, with https:// where it speaks TLS", True),
-        (b"", "closed the connection without an answer", True),
-        (_http("200 OK", b"{}").replace(b"Length: 2", b"Length: 200"), "its answer was cut off", True),
+        (b"\x15\x03\x03\x00\x02\x02\x32", "does not speak HTTP: give another URL, with https:// if the server uses TLS", True),
+        (b"", "closed the connection without a response", True),
+        (_http("200 OK", b"{}").replace(b"Length: 2", b"Length: 200"), "its response is incomplete", True),
         (None, "did not answer within 0.3 s: start it with 'tidegate serve'", True),
     ],
 )  # fmt: skip
@@ -310,6 +310,6 @@ def test_tls_and_what_goes_over_it(server: Any, api: Runner, authority: Authorit
         other_name = api.way("--url", f"https://127.0.0.2:{front.port}", **trusting.environment)
         assert other_name.keys("list").code == 2
         plain = api.way("--url", f"http://localhost:{front.port}", **api.environment)
-        assert "with https:// where it speaks TLS" in plain.refused("list")
+        assert "with https:// if the server uses TLS" in plain.refused("list")
     finally:
         front.close()

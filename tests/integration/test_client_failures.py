@@ -105,14 +105,14 @@ async def test_a_limiter_that_hangs_costs_the_deadline(
         answer = await asker.check("/a", ip="203.0.113.7")
         assert 0.25 < time.monotonic() - started < FAR_TOO_LATE_S
         assert (answer.allowed, answer.degraded, answer.failed, answer.status) == (True, True, True, 200)
-        assert answer.failure == f"{server.url} did not answer in time"
+        assert answer.failure == f"{server.url} did not respond in time"
         assert answer.headers == ()
         denying = new_client(server.url, deadline_s=0.3, on_failure="deny")
         answer = await denying.check("/a", ip="203.0.113.7")
         assert (answer.allowed, answer.degraded, answer.failed, answer.status) == (False, True, True, 503)
         assert answer.retry_after == 1.0
         raising = new_client(server.url, deadline_s=0.3, on_failure="raise")
-        with pytest.raises(LimiterUnavailable, match="did not answer in time") as raised:
+        with pytest.raises(LimiterUnavailable, match="did not respond in time") as raised:
             await raising.check("/a", ip="203.0.113.7")
         assert raised.value.status == 503
         assert [type(one) for one in await raising.check_many([Check.of("/a", ip="203.0.113.7")] * 2)] == [LimiterUnavailable] * 2
@@ -130,18 +130,18 @@ def test_on_uvloop(serve: Callable[..., Serve], tmp_path: Path) -> None:
     async def ask() -> None:
         async with AsyncClient(server.url, deadline_s=20) as asker:
             assert [(await asker.check("/login", "POST", ip="203.0.113.7")).remaining for _ in range(3)] == [4, 3, 2]
-            asker._asking._deadline_s = 0.3
+            asker._core._deadline_s = 0.3
             os.kill(server.process.pid, signal.SIGSTOP)
             try:
                 answers = await asyncio.gather(*(asker.check("/a", ip="203.0.113.7") for _ in range(4)))
             finally:
                 os.kill(server.process.pid, signal.SIGCONT)
-            assert {answer.failure for answer in answers} == {f"{server.url} did not answer in time"}
-            asker._asking._deadline_s = 20
+            assert {answer.failure for answer in answers} == {f"{server.url} did not respond in time"}
+            asker._core._deadline_s = 20
             assert (await asker.check("/login", "POST", ip="203.0.113.7", cost=0)).remaining == 2
             server.process.terminate()
             server.stop_by_itself()
-            assert "took no connection" in ((await asker.check("/a")).failure or "")
+            assert "did not accept a connection" in ((await asker.check("/a")).failure or "")
 
     uvloop.run(ask())
 
@@ -150,7 +150,7 @@ async def test_the_deadline_is_for_the_whole_answer(dribbling: str, new_client: 
     started = time.monotonic()
     answer = await new_client(dribbling, deadline_s=0.5).check("/a")
     assert 0.4 < time.monotonic() - started < FAR_TOO_LATE_S
-    assert answer.failure == f"{dribbling} did not answer in time"
+    assert answer.failure == f"{dribbling} did not respond in time"
 
 
 async def test_a_limiter_that_is_killed_and_comes_back(
@@ -165,7 +165,7 @@ async def test_a_limiter_that_is_killed_and_comes_back(
     first.stop_by_itself()
     answer = await asker.check("/a", ip="203.0.113.7")
     assert (answer.allowed, answer.failed) == (True, True)
-    assert "took no connection" in answer.failure
+    assert "did not accept a connection" in answer.failure
     serve("--demo", TIDEGATE_SERVER__HTTP=f"127.0.0.1:{first.port}", wait=False)
     deadline = time.monotonic() + PATIENCE_S
     while (answer := await asker.check("/a", ip="203.0.113.7")).failed and time.monotonic() < deadline:
@@ -187,7 +187,7 @@ async def test_the_second_server_is_asked_where_the_first_takes_no_connection(
         told = await new_client([f"http://127.0.0.1:{port}", NOBODY], deadline_s=0.4).check(**ASK)
     assert (
         told.failure
-        == f"http://127.0.0.1:{port} took no connection in time; {NOBODY} took no connection: "
+        == f"http://127.0.0.1:{port} did not accept a connection in time; {NOBODY} did not accept a connection: "
         + (told.failure or "").rpartition(": ")[2]
     )
 
@@ -203,7 +203,7 @@ async def test_what_may_have_been_counted_is_not_asked_twice(
         proxy.cut_after = 10  # it was decided, and its answer was lost on the way
         answer = await asker.check(**ASK)
         assert (answer.allowed, answer.failed) == (True, True)
-        assert (answer.failure or "").endswith("closed the connection without an answer, or does not speak HTTP")
+        assert (answer.failure or "").endswith("closed the connection without a response, or does not speak HTTP")
         proxy.cut_after = 10
         looked = await asker.check(**ASK, cost=0)
         assert (looked.failed, looked.remaining) == (False, 2), "what counts nothing is asked again, and one was counted"
@@ -225,7 +225,7 @@ async def test_the_breaker_spares_a_hung_limiter_and_us(
     async with TcpProxy(int((await listen(DataPlane(gate, {}))).rpartition(":")[2])) as proxy:
         url = f"http://127.0.0.1:{proxy.port}"
         asker = new_client(url, deadline_s=0.2, breaker=BreakerOptions(failures=3, window_s=60, open_s=1.5))
-        breaker = asker.client._asking._asked[0].breaker
+        breaker = asker.client._core._endpoints[0].breaker
         proxy.stall = True
         for _ in range(3):
             assert (await asker.check(**ASK)).failed
@@ -233,10 +233,10 @@ async def test_the_breaker_spares_a_hung_limiter_and_us(
         connections = proxy.connections
         for _ in range(50):
             answer = await asker.check(**ASK)
-            assert answer.failure == f"{url} did not answer in time, and is left alone for a while"
+            assert answer.failure == f"{url} did not respond in time, and its circuit breaker is open"
         assert proxy.connections == connections, "nothing was asked meanwhile"
         proxy.stall = False
-        asker.client._asking._deadline_s = FAR_TOO_LATE_S
+        asker.client._core._deadline_s = FAR_TOO_LATE_S
         deadline = time.monotonic() + PATIENCE_S
         while (await asker.check(**ASK, cost=0)).failed and time.monotonic() < deadline:
             await asyncio.sleep(0.1)
@@ -244,7 +244,7 @@ async def test_the_breaker_spares_a_hung_limiter_and_us(
         logged = [(record.levelname, record.message) for record in caplog.records if record.name == "tidegate.client"]
         assert [level for level, _ in logged] == ["WARNING", "INFO"]
         assert "on_failure='allow'" in logged[0][1]
-        assert logged[1][1] == f"{url} answers again"
+        assert logged[1][1] == f"{url} responds again: circuit breaker closed"
 
 
 async def test_while_the_first_server_is_left_alone_the_second_is_asked(
@@ -328,8 +328,8 @@ async def test_a_full_pool_is_not_the_limiters_fault(
         proxy.stall = True
         answers = await asyncio.gather(*(asker.check(**ASK) for _ in range(8)))
         failures = sorted((answer.failure or "").partition(" ")[2] for answer in answers)
-        assert "was not asked: all 1 connections were in use" in failures
-        assert asker.client._asking._asked[0].breaker.state is BreakerState.CLOSED
+        assert "was not contacted: all 1 connections were in use" in failures
+        assert asker.client._core._endpoints[0].breaker.state is BreakerState.CLOSED
         proxy.stall = False
 
 
@@ -372,7 +372,7 @@ async def test_over_tls(gate: Gate, listen: Callable[..., Any], new_client: Call
     for stranger, reason in (
         (new_client(f"https://localhost:{port}"), "its certificate is not trusted"),
         (new_client(f"https://127.0.0.1:{plain}"), "does not speak TLS"),
-        (new_client(f"http://127.0.0.1:{port}"), "closed the connection without an answer, or does not speak HTTP"),
+        (new_client(f"http://127.0.0.1:{port}"), "closed the connection without a response, or does not speak HTTP"),
     ):
         assert reason in (await stranger.check(**ASK)).failure
     await asker.close()
@@ -381,4 +381,4 @@ async def test_over_tls(gate: Gate, listen: Callable[..., Any], new_client: Call
 
 async def test_a_name_that_is_not_there(new_client: Callable[..., Asker]) -> None:
     answer = await new_client(f"http://no-such-host.invalid:{free_port()}").check(**ASK)
-    assert (answer.failure or "").endswith("took no connection: its name is not found")
+    assert (answer.failure or "").endswith("did not accept a connection: its name cannot be resolved")

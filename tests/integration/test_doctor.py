@@ -80,7 +80,7 @@ async def test_a_new_database_is_left_empty(catalog_url: str, tmp_path: Path) ->
     code, found = _found(tmp_path, TIDEGATE_CATALOG__URL=catalog_url)
     ok, said = found["catalog"]
     assert (code, ok) == (0, True), found
-    assert "'tidegate serve' makes it" in said
+    assert "'tidegate serve' creates it" in said
     assert await _state(catalog_url) == before
 
 
@@ -92,7 +92,7 @@ async def test_an_old_schema_is_told_of_and_left(catalog_url: str, tmp_path: Pat
     ok, said = found["catalog"]
     assert (code, ok) == (0, None), found
     assert "schema 0002 of an older version" in said
-    assert f"'tidegate serve' brings it to {head}" in said
+    assert f"'tidegate serve' upgrades it to {head}" in said
     assert "'tidegate db upgrade'" in said
     assert await _state(catalog_url) == before
     await upgrade(catalog_url)
@@ -117,8 +117,8 @@ async def test_a_catalog_in_use_is_counted(catalog_url: str, tmp_path: Path) -> 
     [
         (("UPDATE alembic_version SET version_num = '9999'", "UPDATE policy_state SET runs_from = '9999'"), "newer Tidegate"),
         (("DROP TABLE alembic_version",), "tables of another program"),
-        (("DELETE FROM policy_state",), "does not answer as a catalog"),
-        (("DROP TABLE tiers CASCADE", "DROP TABLE policy_state CASCADE"), "does not answer as a catalog"),
+        (("DELETE FROM policy_state",), "cannot be read as a catalog"),
+        (("DROP TABLE tiers CASCADE", "DROP TABLE policy_state CASCADE"), "cannot be read as a catalog"),
     ],
 )
 async def test_a_database_of_others_is_refused(catalog_url: str, tmp_path: Path, statements: tuple[str, ...], said: str) -> None:
@@ -147,7 +147,7 @@ def test_listeners_of_a_server_that_does_not_run(tmp_path: Path) -> None:
     assert code == 0
     assert found["control plane"][0] is found["gRPC door"][0] is True
     assert found["gRPC door"][1].endswith("is free")
-    assert _found(tmp_path, TIDEGATE_SERVER__GRPC="")[1]["gRPC door"] == (None, "switched off")
+    assert _found(tmp_path, TIDEGATE_SERVER__GRPC="")[1]["gRPC door"] == (None, "off")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = f"127.0.0.1:{taken.getsockname()[1]}"
         for name, what, key in (("GRPC", "gRPC door", "grpc"), ("ADMIN", "control plane", "admin")):
@@ -174,7 +174,7 @@ def test_listeners_of_a_server_that_runs(serve: Callable[..., Any], tmp_path: Pa
         else _found(tmp_path, **{**listeners, "TIDEGATE_SERVER__GRPC": f"127.0.0.1:{free_port()}"})
     )
     assert (code, found["gRPC door"][0]) == (1, False)
-    assert "though Tidegate runs" in found["gRPC door"][1]
+    assert "although Tidegate runs" in found["gRPC door"][1]
 
 
 def test_replicas_are_looked_at(postgres_cluster: PostgresCluster, tmp_path: Path) -> None:
@@ -191,7 +191,7 @@ def test_replicas_are_looked_at(postgres_cluster: PostgresCluster, tmp_path: Pat
     assert [ok for ok, _ in looked] == [True, True, False], looked
     assert "version 0" in looked[0][1]
     assert "127.0.0.1:1" in looked[2][1]
-    assert "does not answer as a replica" in looked[2][1]
+    assert "cannot be read as a replica" in looked[2][1]
     assert "secret-word" not in said
     postgres_cluster.primary.drop_database(name)
 

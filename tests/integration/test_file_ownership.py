@@ -195,7 +195,7 @@ def test_a_file_that_is_gone_releases_its_rows_and_the_doctor_says_so(serve: Cal
     file.unlink()
     assert doctor()["rows of a policy file"] == (
         None,
-        "1 tiers and 1 API keys are of a policy file that is not given any more, and stay active: 'tidegate serve' releases "
+        "1 tiers and 1 API keys come from a policy file that is no longer configured, and stay active: 'tidegate serve' releases "
         "them to operators when it starts, see 'tidegate keys list'",
     )
     key_id = hash_api_key(DEMO)[:24]
@@ -205,7 +205,7 @@ def test_a_file_that_is_gone_releases_its_rows_and_the_doctor_says_so(serve: Cal
     assert check(server, DEMO) == 200
     ok, said = doctor()["API keys"]
     assert ok is False
-    assert said.startswith("the catalog accepts 1 API keys of the example policy, which everybody knows")
+    assert said.startswith("the catalog accepts 1 API keys of the example policy, which are public")
     assert said.endswith(key_id)
     assert tidegate(tmp_path, *revoke).returncode == 0
     wait_until(lambda: check(server, DEMO) == 403)

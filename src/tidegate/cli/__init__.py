@@ -1,7 +1,7 @@
 """The command line: `tidegate`.
 
-Every command that fails says why in one sentence on stderr and ends with exit code 2. A command is imported when it is run: one
-that opens no database does not wait for SQLAlchemy.
+A command that fails prints the reason in one sentence on stderr and exits with 2. Commands are imported on use: those that
+open no database do not load SQLAlchemy.
 """
 
 from __future__ import annotations
@@ -30,42 +30,42 @@ _COMMANDS: Final = {
     "db": "tidegate.cli.database:app",
     "envoy": "tidegate.cli.envoy:app",
 }
-"""Where each lies: a function, or a group of commands."""
+"""Import path of each command: a function, or a group of commands."""
 
 
 class _Commands(TyperGroup):
-    """The commands, each imported when it is asked for."""
+    """The commands, each imported on first use."""
 
-    def list_commands(self, ctx: Any) -> list[str]:  # noqa: ARG002 - as the base class has it
+    def list_commands(self, ctx: Any) -> list[str]:  # noqa: ARG002 - signature of the base class
         return list(_COMMANDS)
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:  # noqa: ARG002
         if cmd_name in _COMMANDS and cmd_name not in self.commands:
             module, _, attribute = _COMMANDS[cmd_name].partition(":")
-            found = getattr(import_module(module), attribute)
-            holder = typer.Typer(add_completion=False, rich_markup_mode=None)
-            if isinstance(found, typer.Typer):
-                holder.add_typer(found, name=cmd_name)
+            command = getattr(import_module(module), attribute)
+            wrapper = typer.Typer(add_completion=False, rich_markup_mode=None)
+            if isinstance(command, typer.Typer):
+                wrapper.add_typer(command, name=cmd_name)
             else:
-                holder.command(cmd_name)(found)
-            self.commands[cmd_name] = typer.main.get_group(holder).commands[cmd_name]
+                wrapper.command(cmd_name)(command)
+            self.commands[cmd_name] = typer.main.get_group(wrapper).commands[cmd_name]
         return self.commands.get(cmd_name)
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         if args[0] not in _COMMANDS:
-            for name in _COMMANDS:  # the base class looks for the nearest among those that it has
+            for name in _COMMANDS:  # the base class suggests the most similar name among the imported commands
                 self.get_command(ctx, name)
         return super().resolve_command(ctx, args)
 
 
-def _end(status: object, **_: object) -> None:
-    """What a command returns is the exit code."""
+def _exit_with(status: object, **_: object) -> None:
+    """Use the return value of a command as the exit code."""
     if isinstance(status, int) and status:
         raise typer.Exit(status)
 
 
-def _print_version(wanted: bool) -> None:
-    if wanted:
+def _print_version(requested: bool) -> None:
+    if requested:
         typer.echo(f"tidegate {__version__}")
         raise typer.Exit
 
@@ -73,19 +73,19 @@ def _print_version(wanted: bool) -> None:
 app = typer.Typer(
     name="tidegate",
     cls=_Commands,
-    help="Decide for every request to an API whether it may pass. Start with: tidegate serve --demo",
+    help="Rate limiter for HTTP APIs. Start with: tidegate serve --demo",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
-    result_callback=_end,
+    result_callback=_exit_with,
 )
 
 
 @app.callback()
 def _root(
     version: Annotated[
-        bool, typer.Option("--version", help="Print the version and end.", callback=_print_version, is_eager=True)
+        bool, typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True)
     ] = False,
 ) -> None:
     pass
@@ -98,7 +98,7 @@ def main() -> None:
             try:
                 app()
             except OutputError:
-                raise  # said once the streams are the process's own again
+                raise  # reported after the original streams are restored
             except TidegateError as error:
                 say(f"tidegate: {error.message}", err=True)
                 sys.exit(2)

@@ -1,4 +1,4 @@
-"""What the commands share: the settings they read and the way they print."""
+"""Options, settings and output shared by the commands."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 ConfigOption = Annotated[
     Path | None,
     typer.Option(
-        "--config", "-c", help="Settings file (TOML); tidegate.toml where it is there. TIDEGATE_SECTION__KEY overrides."
+        "--config", "-c", help="Settings file (TOML); default: tidegate.toml, if it exists. TIDEGATE_SECTION__KEY overrides."
     ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
@@ -33,32 +33,19 @@ _T = TypeVar("_T")
 
 
 def read_settings(config: Path | None) -> Settings:
-    """The settings of a command.
-
-    Args:
-        config: the file given with `--config`.
-
-    Returns:
-        The settings.
+    """Load the settings from the file given with `--config`, if any, and the environment.
 
     Raises:
-        SettingsError: if they are refused.
+        SettingsError: if they are invalid.
     """
     return load_settings(config, os.environ)
 
 
 def with_catalog(config: Path | None, work: Callable[[SqlCatalog], Awaitable[_T]]) -> _T:
-    """Open the catalog, do something with it, close it.
-
-    Args:
-        config: the file given with `--config`.
-        work: what to do.
-
-    Returns:
-        What the work returned.
+    """Open the catalog, run `work` on it, close it, and return the result of `work`.
 
     Raises:
-        TidegateError: whatever the work or the opening raised.
+        TidegateError: from opening the catalog, or from `work`.
     """
 
     from tidegate.server.wiring import opened_catalog
@@ -74,10 +61,10 @@ def print_rows(columns: Sequence[str], rows: Iterable[Sequence[object]], as_json
     """Print rows as a table, or as a JSON list of objects.
 
     Args:
-        columns: their names.
-        rows: values in the order of the columns.
+        columns: names of the columns.
+        rows: values in the order of `columns`.
         as_json: JSON instead of a table.
-        empty: said on stderr where there is no row.
+        empty: message on stderr if there are no rows.
     """
     listed = [list(row) for row in rows]
     if as_json:
@@ -90,20 +77,16 @@ def print_rows(columns: Sequence[str], rows: Iterable[Sequence[object]], as_json
     for column in columns:
         table.add_column(column.replace("_", " "), overflow="fold")
     for row in listed:
-        table.add_row(*(Text(clean(_shown(value))) for value in row))
+        table.add_row(*(Text(clean(_cell_text(value))) for value in row))
     open_console().print(table)
 
 
 def print_json(value: Any) -> None:
-    """Print JSON on stdout.
-
-    Args:
-        value: JSON types.
-    """
+    """Print JSON types as indented JSON on stdout."""
     typer.echo(json_text(json.dumps(value, indent=2, ensure_ascii=False), sys.stdout.encoding))
 
 
-def _shown(value: object) -> str:
+def _cell_text(value: object) -> str:
     if value is None:
         return "-"
     return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)

@@ -14,7 +14,7 @@ from urllib.parse import urlencode, urlsplit
 import msgspec
 
 from tidegate.cli.common import read_settings
-from tidegate.cli.data_plane import Answer, NoAnswer, ask
+from tidegate.cli.data_plane import HttpResponse, NoResponse, send_request
 from tidegate.client.server_url import Server
 from tidegate.errors import SettingsError, TidegateError
 
@@ -136,11 +136,11 @@ class ControlPlane:
         """
         self._send("DELETE", path, headers={"If-Match": f'"{revision}"'})
 
-    def _send(self, method: str, path: str, body: bytes | None = None, headers: Mapping[str, str] | None = None) -> Answer:
+    def _send(self, method: str, path: str, body: bytes | None = None, headers: Mapping[str, str] | None = None) -> HttpResponse:
         with_token = {"Authorization": f"Bearer {self._token}", **(headers or {})}
         try:
-            answer = ask(self._server, method, PREFIX + path, timeout_s=TIMEOUT_S, body=body, headers=with_token)
-        except NoAnswer as error:
+            answer = send_request(self._server, method, PREFIX + path, timeout_s=TIMEOUT_S, body=body, headers=with_token)
+        except NoResponse as error:
             remedy = error.remedy or (
                 "start it with 'tidegate serve', or give the address of [server] admin, which is 127.0.0.1:8082 unless set"
             )
@@ -162,7 +162,7 @@ class ControlPlane:
             why = self._no_control_plane("what it answers is not in the form of this version")
             raise ControlPlaneError(why + _unknown(method)) from None
 
-    def _refusal(self, method: str, answer: Answer) -> str:
+    def _refusal(self, method: str, answer: HttpResponse) -> str:
         if _DATA_PLANES_OWN in answer.headers:
             return (
                 f"{self._url} is the data plane, where requests are checked: the control plane has a port of its own, "

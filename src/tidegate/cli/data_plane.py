@@ -1,6 +1,6 @@
-"""One question over HTTP, as a command asks it: blocking, a connection for each, through the standard library.
+"""One HTTP request of a command: blocking, on a connection of its own, with the standard library.
 
-What went wrong comes out as a reason and a remedy. A redirect is an answer as any other: nothing is sent on to where it points.
+Failures are reported with a reason and a remedy. Redirects are not followed.
 """
 
 from __future__ import annotations
@@ -19,43 +19,33 @@ from tidegate.errors import SettingsError, TidegateError
 
 _MAX_BYTES: Final = 100_000_000
 _TIMEOUT_S: Final = 5.0
-# What OpenSSL says where a certificate is good, but for another name or address.
+# Verify codes of OpenSSL for a valid certificate of another name or address.
 _OTHER_NAME: Final = frozenset({62, 64})
 
 
-class Answer(msgspec.Struct, frozen=True):
-    """What a server answered.
-
-    Args:
-        status: of HTTP.
-        headers: names in lower case → values.
-        body: as it came.
-    """
+class HttpResponse(msgspec.Struct, frozen=True):
+    """An HTTP response; header names are in lower case."""
 
     status: int
     headers: Mapping[str, str]
     body: bytes
 
     def json_object(self) -> dict[str, Any] | None:
-        """The body as a JSON object.
-
-        Returns:
-            The object; None where the body is none.
-        """
+        """The body as a JSON object; None if it is not one."""
         try:
-            told = json.loads(self.body)
+            content = json.loads(self.body)
         except (ValueError, RecursionError):
             return None
-        return told if isinstance(told, dict) else None
+        return content if isinstance(content, dict) else None
 
 
-class NoAnswer(TidegateError):
-    """The server did not answer.
+class NoResponse(TidegateError):
+    """The server did not respond.
 
     Args:
-        reason: why, as a part of a sentence.
-        remedy: what to do about it; None for the usual: start it, or give another address.
-        sent: whether the question went out. Then it may have been acted on.
+        reason: the cause, as part of a sentence.
+        remedy: what to do; None for the default: start the server, or give another address.
+        sent: whether the request was sent. Then it may have been processed.
     """
 
     code = "NO_ANSWER"
@@ -67,7 +57,7 @@ class NoAnswer(TidegateError):
         self.sent = sent
 
 
-def ask(
+def send_request(
     server: Server,
     method: str,
     path: str,
@@ -75,25 +65,22 @@ def ask(
     timeout_s: float,
     body: bytes | None = None,
     headers: Mapping[str, str] | None = None,
-) -> Answer:
-    """Ask a server something.
+) -> HttpResponse:
+    """Send one HTTP request and return the response, whatever its status.
 
     Args:
-        server: where it is.
-        method: of HTTP.
-        path: with its query, from `/` on.
-        timeout_s: how long to connect, and how long to wait whenever nothing comes, s.
+        server: destination.
+        method: HTTP method.
+        path: with its query, starting with `/`.
+        timeout_s: limit for connecting, and for each wait for data, s.
         body: JSON, or None for none.
-        headers: besides the usual ones.
-
-    Returns:
-        The answer, whatever its status.
+        headers: in addition to the default ones.
 
     Raises:
-        NoAnswer: if none came, or only a part of one.
+        NoResponse: if there is no response, or an incomplete one.
     """
     connection = (
-        # The context trusts the system's authorities, or those of SSL_CERT_FILE.
+        # The context trusts the certificate authorities of the system, or those of SSL_CERT_FILE.
         http.client.HTTPSConnection(server.host, server.port, timeout=timeout_s, context=ssl.create_default_context())
         if server.tls
         else http.client.HTTPConnection(server.host, server.port, timeout=timeout_s)
@@ -102,64 +89,67 @@ def ask(
     try:
         connection.connect()
         sent = True
-        typed = {} if body is None else {"Content-Type": "application/json"}
-        connection.request(method, server.path + path, body, {"Accept": "application/json", **typed, **(headers or {})})
+        content_type = {} if body is None else {"Content-Type": "application/json"}
+        connection.request(method, server.path + path, body, {"Accept": "application/json", **content_type, **(headers or {})})
         response = connection.getresponse()
         content = response.read(_MAX_BYTES)
         if response.length:
             raise http.client.IncompleteRead(b"", response.length)
     except (OSError, http.client.HTTPException, UnicodeError) as error:
-        reason, remedy = _why(error, server, timeout_s)
-        raise NoAnswer(reason, remedy, sent) from None
+        reason, remedy = _reason_and_remedy(error, server, timeout_s)
+        raise NoResponse(reason, remedy, sent) from None
     finally:
         connection.close()
-    return Answer(response.status, {name.lower(): value for name, value in response.getheaders()}, content)
+    return HttpResponse(response.status, {name.lower(): value for name, value in response.getheaders()}, content)
 
 
-def ask_data_plane(address: str, path: str, body: Mapping[str, Any] | None = None) -> tuple[int, dict[str, Any]]:
-    """Ask the data plane something.
+def request_data_plane(address: str, path: str, body: Mapping[str, Any] | None = None) -> tuple[int, dict[str, Any]]:
+    """Send a request to the data plane.
 
     Args:
-        address: `http://host:port`, or as `--url` gives it.
-        path: from `/` on.
-        body: makes it a POST.
+        address: `http://host:port`, or the value of `--url`.
+        path: starting with `/`.
+        body: None for a GET, otherwise the JSON body of a POST.
 
     Returns:
-        The status, and the object that was answered.
+        The HTTP status and the JSON object of the response.
 
     Raises:
-        SettingsError: if nobody answers there, or what does is not Tidegate.
+        SettingsError: if there is no response, or it is not from Tidegate.
     """
     method, content = ("GET", None) if body is None else ("POST", json.dumps(body).encode())
     try:
-        answer = ask(Server.at(address), method, path, timeout_s=_TIMEOUT_S, body=content)
-    except NoAnswer as error:
+        response = send_request(Server.at(address), method, path, timeout_s=_TIMEOUT_S, body=content)
+    except NoResponse as error:
         remedy = error.remedy or "start it with 'tidegate serve', or give --url"
-        raise SettingsError(f"no Tidegate answers at {address} ({error.reason}): {remedy}") from None
-    told = answer.json_object()
-    if told is None:
-        raise SettingsError(f"what answers at {address} is not Tidegate: give --url")
-    return answer.status, told
+        raise SettingsError(f"no Tidegate server responds at {address} ({error.reason}): {remedy}") from None
+    content_object = response.json_object()
+    if content_object is None:
+        raise SettingsError(f"the server at {address} is not Tidegate: give another address with --url")
+    return response.status, content_object
 
 
-def _why(error: Exception, server: Server, timeout_s: float) -> tuple[str, str | None]:
+def _reason_and_remedy(error: Exception, server: Server, timeout_s: float) -> tuple[str, str | None]:
     if isinstance(error, ssl.SSLCertVerificationError):
         if error.verify_code in _OTHER_NAME:
-            return f"its certificate is not for {server.host}", "give the URL with the name that is in the certificate"
+            return f"its certificate is not for {server.host}", "give the URL with the name in the certificate"
         return (
             f"its certificate is not trusted, {error.verify_message}",
-            "make this system trust its authority, or name the authority's file in SSL_CERT_FILE",
+            "add its certificate authority to this system, or set SSL_CERT_FILE to the file of the authority",
         )
     if isinstance(error, ssl.SSLError):
-        return f"it does not speak TLS as it should, {error.reason or 'it ended'}", "write http:// where no TLS stands before it"
+        return (
+            f"TLS handshake failed, {error.reason or 'the connection was closed'}",
+            "use http:// if the server does not use TLS",
+        )
     if isinstance(error, TimeoutError):
-        return f"it did not answer within {timeout_s:g} s", None
+        return f"it did not respond within {timeout_s:g} s", None
     if isinstance(error, http.client.RemoteDisconnected):
-        return "it closed the connection without an answer", "give another URL, with https:// where it speaks TLS"
+        return "it closed the connection without a response", "give another URL, with https:// if the server uses TLS"
     if isinstance(error, http.client.IncompleteRead):
-        return "its answer was cut off", "try again"
+        return "its response is incomplete", "try again"
     if isinstance(error, http.client.HTTPException):
-        return "what is there does not speak HTTP", "give another URL, with https:// where it speaks TLS"
+        return "it does not speak HTTP", "give another URL, with https:// if the server uses TLS"
     if isinstance(error, socket.gaierror | UnicodeError):
-        return f"the name {server.host!r} is not found", "give another URL"
+        return f"the name {server.host!r} cannot be resolved", "give another URL"
     return (getattr(error, "strerror", None) or str(error) or type(error).__name__).lower(), None

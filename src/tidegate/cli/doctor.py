@@ -1,4 +1,4 @@
-"""`tidegate doctor`: it looks, and treats nothing. No schema is changed, no file made, nothing charged."""
+"""`tidegate doctor`: read-only checks of settings, policy, catalog, counters and servers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tidegate.catalog.sql.engine import is_postgres, open_engine, reason_of, sho
 from tidegate.catalog.sql.schema import look_at_schema
 from tidegate.catalog.sql.tables import api_keys, policy_state, tiers
 from tidegate.cli.common import ConfigOption, JsonOption, print_json, read_settings
-from tidegate.cli.data_plane import ask_data_plane
+from tidegate.cli.data_plane import request_data_plane
 from tidegate.counters.factory import open_counters
 from tidegate.counters.guarded import GuardedCounters
 from tidegate.errors import SettingsError, TidegateError
@@ -36,7 +36,7 @@ from tidegate.tools.terminal import say
 from tidegate.url_parts import scheme_of
 
 Finding = tuple[str, bool | None, str]
-"""What was looked at, whether it is well (None for a note), and what was found."""
+"""What was checked, whether it is correct (None for a note), and the result as text."""
 
 _CONNECT_TIMEOUT_S = 2.0
 _PLAIN_NAME = re.compile(r"[a-z_][a-z0-9_]*", re.ASCII)
@@ -47,9 +47,9 @@ _PRIVILEGES = text(
 
 
 def doctor(config: ConfigOption = None, as_json: JsonOption = False) -> int:
-    """Tell what is configured, what is reachable, and what is wrong.
+    """Check the settings, the policy, the catalog, the counters and the servers, and report problems.
 
-    Exit code 0 if nothing is wrong, 1 if something is.
+    Changes nothing. Exit code 0: no problems; 1: at least one problem.
     """
     findings = list(_examine(config))
     wrong = sum(1 for _, ok, _ in findings if ok is False)
@@ -70,16 +70,16 @@ def _examine(config: Path | None) -> Iterator[Finding]:
     except SettingsError as error:
         yield "settings", False, error.message
         return
-    yield "settings", True, "understood"
+    yield "settings", True, "valid"
     yield from _examine_policy(settings)
     yield from _examine_catalog(settings)
-    yield _try("counters", lambda: (True, asyncio.run(_look_at_counters(settings))))
+    yield _finding_of("counters", lambda: (True, asyncio.run(_check_counters(settings))))
     runs = yield from _examine_data_plane(settings)
     yield from _examine_side_listeners(settings, runs)
     for url in settings.catalog.replicas:
-        yield _try("replica", lambda url=url: (True, asyncio.run(_look_at_replica(url))))  # type: ignore[misc]
+        yield _finding_of("replica", lambda url=url: (True, asyncio.run(_check_replica(url))))  # type: ignore[misc]
     if settings.server.workers > 1:
-        yield _try("workers", lambda: (True, _look_at_workers(settings)))
+        yield _finding_of("workers", lambda: (True, _check_workers(settings)))
 
 
 def _examine_policy(settings: Settings) -> Iterator[Finding]:
@@ -98,17 +98,17 @@ def _examine_policy(settings: Settings) -> Iterator[Finding]:
 
 
 def _examine_data_plane(settings: Settings) -> Generator[Finding, None, bool]:
-    """Returns whether a Tidegate runs there."""
+    """Check the data plane; return whether Tidegate runs there."""
     try:
         free_address(settings.server.http, "server.http")
         yield "server", None, f"nothing listens at {settings.server.http}: start it with 'tidegate serve'"
         return False
     except SettingsError as error:
-        refused = error.message
+        problem = error.message
     try:
-        status, answer = ask_data_plane(f"http://{settings.server.http}", "/health")
+        status, answer = request_data_plane(f"http://{settings.server.http}", "/health")
     except TidegateError:
-        yield "server", False, refused
+        yield "server", False, problem
         return False
     if "components" not in answer:
         yield "server", False, f"something that is not Tidegate listens at {settings.server.http}: set another server.http"
@@ -122,20 +122,20 @@ def _examine_data_plane(settings: Settings) -> Generator[Finding, None, bool]:
 
 
 def _examine_side_listeners(settings: Settings, runs: bool) -> Iterator[Finding]:
-    """The control plane and the gRPC door: their addresses are free, or taken by the Tidegate that runs."""
-    find = parse_address if runs else free_address
+    """Check the addresses of the control plane and of gRPC: free, or in use by the running Tidegate."""
+    resolve = parse_address if runs else free_address
     http_port = parse_address(settings.server.http, "server.http")[1]
     admin = None
     try:
-        admin = admin_address(settings, http_port, find)
+        admin = admin_address(settings, http_port, resolve)
         yield from _examine_address("control plane", settings.server.admin, admin, runs)
     except SettingsError as error:
         yield "control plane", False, error.message
     missing = missing_for_grpc()
     try:
-        address = grpc_address(settings, http_port, admin, find)
+        address = grpc_address(settings, http_port, admin, resolve)
         if settings.server.grpc and missing:
-            yield "gRPC door", None, f"off for want of {', '.join(missing)}: for Envoy, pip install 'tidegate[envoy]'"
+            yield "gRPC door", None, f"off: {', '.join(missing)} not installed; for Envoy, pip install 'tidegate[envoy]'"
             return
         yield from _examine_address("gRPC door", settings.server.grpc, address, runs)
     except SettingsError as error:
@@ -144,16 +144,16 @@ def _examine_side_listeners(settings: Settings, runs: bool) -> Iterator[Finding]
 
 def _examine_address(what: str, text: str, address: tuple[str, int] | None, runs: bool) -> Iterator[Finding]:
     if address is None:
-        yield what, None, "switched off"
+        yield what, None, "off"
     elif not runs:
         yield what, True, f"{text} is free"
-    elif _is_listened_at(*address):
+    elif _accepts_connections(*address):
         yield what, True, f"something listens at {text}"
     else:
-        yield what, False, f"nothing listens at {text} though Tidegate runs: it was started with other settings than these"
+        yield what, False, f"nothing listens at {text} although Tidegate runs: it was started with different settings"
 
 
-def _is_listened_at(host: str, port: int) -> bool:
+def _accepts_connections(host: str, port: int) -> bool:
     try:
         with socket.create_connection((host, port), _CONNECT_TIMEOUT_S):
             return True
@@ -163,73 +163,73 @@ def _is_listened_at(host: str, port: int) -> bool:
 
 def _examine_catalog(settings: Settings) -> Iterator[Finding]:
     owned: list[Finding] = []
-    yield _try("catalog", lambda: _look_at_catalog(settings, owned))
+    yield _finding_of("catalog", lambda: _check_catalog(settings, owned))
     yield from owned
 
 
-def _look_at_catalog(settings: Settings, owned: list[Finding]) -> tuple[bool | None, str]:
+def _check_catalog(settings: Settings, owned: list[Finding]) -> tuple[bool | None, str]:
     url = settings.catalog.url
     if url.startswith("sqlite:///"):
         file = Path(url.removeprefix("sqlite:///"))
         try:
-            # The file is made by 'serve', here only a place for it is looked for. One in WAL mode has others beside it.
+            # 'serve' creates the file; here only the directory is checked. In WAL mode SQLite creates further files beside it.
             with tempfile.TemporaryFile(dir=file.resolve().parent):
                 pass
         except OSError as error:
             raise SettingsError(
-                f"{url} cannot be written: {error.strerror}: set catalog.url to a place that can be written"
+                f"{url} is not writable: {error.strerror}: set catalog.url to a file in a writable directory"
             ) from None
         if not file.exists():
-            return True, f"{url} is not there yet; 'tidegate serve' makes it"
+            return True, f"{url} does not exist yet; 'tidegate serve' creates it"
         if not os.access(file, os.W_OK):
-            raise SettingsError(f"{url} cannot be written by this user: give it to the user that runs 'tidegate serve'")
+            raise SettingsError(f"{url} is not writable by this user: change its owner to the user that runs 'tidegate serve'")
         mode = stat.S_IMODE(file.stat().st_mode)
         if mode & 0o077:
             _, found = asyncio.run(_read_catalog(settings, owned))
-            return None, f"{found}; other users may read it (mode {mode:04o}): chmod 600 {file}*"
+            return None, f"{found}; readable by other users (mode {mode:04o}): chmod 600 {file}*"
     return asyncio.run(_read_catalog(settings, owned))
 
 
 async def _read_catalog(settings: Settings, owned: list[Finding]) -> tuple[bool | None, str]:
-    """What is found of the catalog; what is found of a policy file's rows in it goes into `owned`."""
+    """Check the catalog; findings about rows of a policy file are appended to `owned`."""
     url = settings.catalog.url
     engine = open_engine(url, reads_only=True, looks_only=True)
     try:
         schema = await look_at_schema(url, engine)
         await _require_privileges(url, engine)
         if schema.revision is None:
-            return True, f"{shown(url)} is empty; 'tidegate serve' makes its tables, and so does 'tidegate db upgrade'"
+            return True, f"{shown(url)} is empty; 'tidegate serve' or 'tidegate db upgrade' creates its tables"
         if not schema.usable:
             return None, (
-                f"{shown(url)} has the schema {schema.revision} of an older version: 'tidegate serve' brings it to "
-                f"{schema.head} when it starts; 'tidegate db upgrade' does so beforehand"
+                f"{shown(url)} has schema {schema.revision} of an older version: 'tidegate serve' upgrades it to "
+                f"{schema.head} when it starts; to upgrade beforehand, run 'tidegate db upgrade'"
             )
         async with engine.connect() as connection:
             version = (await connection.execute(select(policy_state.c.version))).scalar_one()
             count = (await connection.execute(select(func.count()).select_from(tiers))).scalar_one()
-            owned += await _look_at_owned(connection, settings)
+            owned += await _check_owned(connection, settings)
         return True, f"{shown(url)}: version {version}, {count} tiers"
     except (SQLAlchemyError, OSError) as error:
-        raise SettingsError(f"{shown(url)} does not answer as a catalog: {reason_of(error)}") from None
+        raise SettingsError(f"{shown(url)} cannot be read as a catalog: {reason_of(error)}") from None
     finally:
         await engine.dispose()
 
 
 async def _require_privileges(url: str, engine: AsyncEngine) -> None:
-    """The user of a PostgreSQL may make tables: of a new schema, of the next version's, and of each day's violations."""
+    """Require that the PostgreSQL user may create tables: for migrations, and for each day's violations."""
     if not is_postgres(url):
         return
     async with engine.connect() as connection:
         row = (await connection.execute(_PRIVILEGES)).one()
     if row.schema is None:
         raise SettingsError(
-            f"{shown(url)}: the user {row.role!r} finds no schema in its search_path, or may not use it: "
+            f"{shown(url)}: the user {row.role!r} has no schema in its search_path, or no USAGE privilege on it: "
             f"GRANT USAGE, CREATE ON SCHEMA public TO {_quoted(row.role)}"
         )
     if not row.may_create:
         raise SettingsError(
-            f"{shown(url)}: the user {row.role!r} may not make tables in the schema {row.schema!r} (since PostgreSQL 15 only the "
-            f"database's owner may): GRANT CREATE ON SCHEMA {_quoted(row.schema)} TO {_quoted(row.role)}"
+            f"{shown(url)}: the user {row.role!r} has no CREATE privilege on schema {row.schema!r} (since PostgreSQL 15 only the "
+            f"database owner has it by default): GRANT CREATE ON SCHEMA {_quoted(row.schema)} TO {_quoted(row.role)}"
         )
 
 
@@ -237,8 +237,8 @@ def _quoted(name: str) -> str:
     return name if _PLAIN_NAME.fullmatch(name) else '"' + name.replace('"', '""') + '"'
 
 
-async def _look_at_owned(connection: AsyncConnection, settings: Settings) -> list[Finding]:
-    """Rows of a policy file that is not given any more, and keys that everybody knows."""
+async def _check_owned(connection: AsyncConnection, settings: Settings) -> list[Finding]:
+    """Rows of a policy file that is no longer configured, and API keys that are public."""
     found: list[Finding] = []
     if settings.policy_path is None:
         active = (await connection.execute(select(policy_state.c.file_digest))).scalar() is not None
@@ -247,9 +247,14 @@ async def _look_at_owned(connection: AsyncConnection, settings: Settings) -> lis
             for table in (tiers, api_keys)
         ]
         if tier_count or key_count:
-            then = "'tidegate serve' releases them to operators when it starts" if active else "they are released to operators"
-            text = f"{tier_count} tiers and {key_count} API keys are of a policy file that is not given any more, and stay active"
-            found.append(("rows of a policy file", None, f"{text}: {then}, see 'tidegate keys list'"))
+            release = (
+                "'tidegate serve' releases them to operators when it starts" if active else "they were released to operators"
+            )
+            text = (
+                f"{tier_count} tiers and {key_count} API keys come from a policy file that is no longer configured, "
+                "and stay active"
+            )
+            found.append(("rows of a policy file", None, f"{text}: {release}, see 'tidegate keys list'"))
     with resources.as_file(resources.files("tidegate").joinpath("example.policy.toml")) as example:
         public = [api_key.id for api_key in load_policy(example).api_keys]
     accepted = select(api_keys.c.id).where(api_keys.c.id.in_(public), api_keys.c.status == KeyStatus.ACTIVE.value)
@@ -259,46 +264,46 @@ async def _look_at_owned(connection: AsyncConnection, settings: Settings) -> lis
             (
                 "API keys",
                 False,
-                f"the catalog accepts {len(ids)} API keys of the example policy, which everybody knows: "
-                f"'tidegate keys revoke', or take them out of the policy file: {', '.join(ids)}",
+                f"the catalog accepts {len(ids)} API keys of the example policy, which are public: "
+                f"run 'tidegate keys revoke' or remove them from the policy file: {', '.join(ids)}",
             )
         )
     return found
 
 
-def _look_at_workers(settings: Settings) -> str:
+def _check_workers(settings: Settings) -> str:
     require_shared_counters(settings)
     return f"{settings.server.workers} processes share {settings.server.http}"
 
 
-async def _look_at_counters(settings: Settings) -> str:
+async def _check_counters(settings: Settings) -> str:
     store = open_counters(settings.counters, settings.breaker)
     scheme = scheme_of(settings.counters.url)
     if not isinstance(store, GuardedCounters):
-        return f"{scheme}://: counted in this process's memory"
+        return f"{scheme}://: counters in the memory of the process"
     try:
         await store.store.start()
         await store.ping()
         shards = ", ".join(str(connection.endpoint) for connection in store.store.connections())
-        return f"{scheme}:// answers: {shards}"
+        return f"{scheme}:// responds: {shards}"
     finally:
         await store.store.close()
 
 
-async def _look_at_replica(url: str) -> str:
+async def _check_replica(url: str) -> str:
     engine = open_engine(url, setting="catalog.replicas", writes=False, reads_only=True)
     try:
         async with engine.connect() as connection:
             version = (await connection.execute(select(policy_state.c.version))).scalar_one()
         return f"{shown(url)}: version {version}"
     except (SQLAlchemyError, OSError) as error:
-        raise SettingsError(f"{shown(url)} does not answer as a replica of the catalog: {reason_of(error)}") from None
+        raise SettingsError(f"{shown(url)} cannot be read as a replica of the catalog: {reason_of(error)}") from None
     finally:
         await engine.dispose()
 
 
-def _try(what: str, look: Callable[[], tuple[bool | None, str]]) -> Finding:
+def _finding_of(what: str, check: Callable[[], tuple[bool | None, str]]) -> Finding:
     try:
-        return (what, *look())
+        return (what, *check())
     except TidegateError as error:
         return what, False, error.message

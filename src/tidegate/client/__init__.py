@@ -4,13 +4,13 @@
     client = Client("http://127.0.0.1:8080", on_failure="allow")
     answer = client.check("/api/v1/items", api_key="demo-free-key-0001")
 
-When things fail: each call ends within its deadline. A server that takes no connection is passed over for the next one; a check
-that may have been counted is never asked twice. When nobody is heard, `on_failure` decides, and the answer is `failed`. After
-some failures a breaker leaves a server alone, so that a dead limiter does not cost the deadline for each request; one call at a
-time tries it again. What the server refuses (400, 401, 403, and 503 where a rule says deny) is raised, as by `Gate.check`.
-No API key stands in a representation, a log line or an error.
+On failures: each call ends within its deadline. If a server accepts no connection, the next one is used; a check that may have
+been counted is never sent twice. If no server responds, `on_failure` decides, and the answer is `failed`. After several failures
+a circuit breaker opens, so that an unavailable limiter does not cost the deadline of every call; later, one call at a time tries
+the server again. Errors from the server (400, 401, 403, and 503 where a rule says deny) are raised, as by `Gate.check`.
+API keys never appear in representations, log lines or errors.
 
-`read_limit_headers` is for who asks any API: it reads what `RateLimit`, `X-RateLimit-*` and `Retry-After` say.
+`read_limit_headers` works for any API: it reads `RateLimit`, `X-RateLimit-*` and `Retry-After`.
 """
 
 try:

@@ -1,4 +1,4 @@
-"""`Client` for blocking code, `AsyncClient` for asyncio. Both drive the steps of `asking`; they send and sleep differently."""
+"""`Client` for blocking code, `AsyncClient` for asyncio. Both run the steps of `core`; only sending and sleeping differ."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Self, TypeVar
 from tidegate.breaker import BreakerOptions
 from tidegate.client.answer import Answer
 from tidegate.client.connections import AsyncConnections, Connections
-from tidegate.client.core import BREAKER, Asking, OnFailure
+from tidegate.client.core import BREAKER, ClientCore, OnFailure
 from tidegate.client.steps import Pause, Steps
 from tidegate.decision import Check
 from tidegate.errors import TidegateError
@@ -23,24 +23,24 @@ T = TypeVar("T")
 
 
 class Client:
-    """Asks Tidegate servers, blocking. One for the whole program: any number of threads may use it at once.
+    """Client of Tidegate servers for blocking code. Thread-safe: use one for the whole program.
 
         client = Client("http://127.0.0.1:8080")
         answer = client.check("/api/v1/items", "GET", api_key="demo-free-key-0001", ip="203.0.113.7")
 
     Args:
-        urls: of a server's data plane, or of several, which are asked in this order: the next one only where the one before
+        urls: URL of a server's data plane, or several in order of preference: the next one is used only if the previous one
             cannot have counted the check.
-        deadline_s: for a call, 0.001 to 3600 s, from its beginning to the last byte of its answer, all servers together. Only the
-            look-up of a server's name is the system's to bound.
-        on_failure: what holds for checks when no server is heard: `allow`, `deny`, or `raise`.
-        breaker: when a server that fails is left alone, and for how long: 5 failures within 10 s, for 5 s.
-        max_connections: open at once, 1 or more; further calls wait for one, within their deadline.
-        keepalive_s: how long an unused connection is kept, s; less than the 10 s after which the server ends it.
-        ssl_context: for https; what the system trusts where not given.
+        deadline_s: time limit of a call, 0.001 to 3600 s, from its start to the last byte of the response, for all servers
+            together. It does not include DNS resolution, which the operating system limits.
+        on_failure: decision for checks when no server is available: `allow`, `deny`, or `raise`.
+        breaker: circuit breaker of each server; default: opens after 5 failures within 10 s, for 5 s.
+        max_connections: 1 or more; further calls wait for a free connection, within their deadline.
+        keepalive_s: how long an idle connection is kept, s; less than the 10 s after which the server closes it.
+        ssl_context: for https; default: the certificate authorities of the system.
 
     Raises:
-        SettingsError: if a URL or another argument makes no sense.
+        SettingsError: if a URL or another argument is invalid.
     """
 
     def __init__(
@@ -54,58 +54,58 @@ class Client:
         keepalive_s: float = 5.0,
         ssl_context: ssl.SSLContext | None = None,
     ) -> None:
-        self._asking = Asking(urls, deadline_s, on_failure, breaker, max_connections)
-        self._connections = Connections(max_connections, keepalive_s, _trust(self._asking, ssl_context))
+        self._core = ClientCore(urls, deadline_s, on_failure, breaker, max_connections)
+        self._connections = Connections(max_connections, keepalive_s, _tls_context(self._core, ssl_context))
 
     def check(
         self, path: str, method: str = "GET", *, api_key: str | None = None, ip: str | None = None, cost: int = 1
     ) -> Answer:
-        """Ask whether a request may pass, and charge it if so.
+        """Check whether a request is allowed, and charge it if so.
 
         Args:
-            path: path of the request, percent-encoded as it came; a query is cut off.
-            method: its HTTP method.
-            api_key: the caller's key.
-            ip: the caller's address.
-            cost: units, 0 (only look) to 1,000,000,000.
+            path: path of the request, percent-encoded as received; a query is removed.
+            method: HTTP method of the request.
+            api_key: API key of the caller.
+            ip: address of the caller.
+            cost: units, 0 (reads without charging) to 1,000,000,000.
 
         Returns:
-            The answer. Where no server was heard it is `failed`, and `on_failure` has decided.
+            The answer. If no server was available it is `failed`, and `on_failure` decided.
 
         Raises:
-            BadRequest: if the check makes no sense; nothing was charged.
-            MissingApiKey, InvalidApiKey, ApiKeyRevoked, ApiKeyExpired: as the server says; `status` is 401 or 403.
+            BadRequest: if the check is invalid; nothing was charged.
+            MissingApiKey, InvalidApiKey, ApiKeyRevoked, ApiKeyExpired: the server rejected the key; `status` is 401 or 403.
             StoreUnavailable: if the counter store fails and the rule says deny; `status` is 503.
-            LimiterUnavailable: if no server was heard and `on_failure` is `raise`.
+            LimiterUnavailable: if no server was available and `on_failure` is `raise`.
         """
-        return self._run(self._asking.check(Check.of(path, method, api_key, ip, cost, DEFERRED)))
+        return self._run(self._core.check(Check.of(path, method, api_key, ip, cost, DEFERRED)))
 
     def check_many(self, checks: Iterable[Check]) -> list[Answer | TidegateError]:
-        """Ask for several requests, each decided on its own; a call for each 1000 of them, one after the other.
+        """Check several requests independently of each other, in batches of up to 1000, one after the other.
 
         Args:
-            checks: of `Check.of(path, method, api_key, ip, cost)`.
+            checks: made with `Check.of(path, method, api_key, ip, cost)`.
 
         Returns:
-            In order, for each its answer, or the error that `check` would have raised.
+            In the order of `checks`: the answer, or the error that `check` would have raised.
         """
-        return self._run(self._asking.check_many(list(checks)))
+        return self._run(self._core.check_many(list(checks)))
 
     def usage(self, api_key: str | None = None, ip: str | None = None) -> UsageBody:
-        """Look at what is left to a caller under each rule; consumes nothing.
+        """Read the remaining quota of a caller under each rule; charges nothing.
 
         Args:
-            api_key: the caller's key.
-            ip: the caller's address; believed if the server trusts this host as a proxy, which it does on loopback.
+            api_key: API key of the caller.
+            ip: address of the caller; used only if the server trusts this host as a proxy, as it does on loopback.
 
         Returns:
-            What `GET /v1/usage` tells.
+            The response of `GET /v1/usage`.
 
         Raises:
-            MissingApiKey, InvalidApiKey, ApiKeyRevoked, ApiKeyExpired, BadRequest, StoreUnavailable: as the server says.
-            LimiterUnavailable: if no server was heard, whatever `on_failure` is.
+            MissingApiKey, InvalidApiKey, ApiKeyRevoked, ApiKeyExpired, BadRequest, StoreUnavailable: as returned by the server.
+            LimiterUnavailable: if no server was available, whatever `on_failure` is.
         """
-        return self._run(self._asking.usage(api_key, ip))
+        return self._run(self._core.usage(api_key, ip))
 
     def wait(
         self,
@@ -117,27 +117,27 @@ class Client:
         cost: int = 1,
         at_most_s: float = 30.0,
     ) -> Answer:
-        """Ask again and again, each time after the `retry_after` of the denial and a bit, until the request may pass.
+        """Repeat a check until it is allowed, each time after `retry_after` plus jitter.
 
         Args:
-            path: as for `check`; so are the next four.
-            method: its HTTP method.
-            api_key: the caller's key.
-            ip: the caller's address.
+            path: this and the next four as for `check`.
+            method: HTTP method of the request.
+            api_key: API key of the caller.
+            ip: address of the caller.
             cost: units.
-            at_most_s: how long to wait in all, s.
+            at_most_s: maximum total wait, s.
 
         Returns:
-            The answer that allows it; or the last denial, at once, where its `retry_after` is beyond that time, or None because
-            the cost can never pass.
+            The answer that allows the request; or the last denial, without further waiting, if its `retry_after` exceeds the
+            remaining time or is None because the cost exceeds the limit.
 
         Raises:
             TidegateError: as for `check`.
         """
-        return self._run(self._asking.wait(Check.of(path, method, api_key, ip, cost, DEFERRED), at_most_s))
+        return self._run(self._core.wait(Check.of(path, method, api_key, ip, cost, DEFERRED), at_most_s))
 
     def close(self) -> None:
-        """Close all connections. The client is of no use afterwards."""
+        """Close all connections. The client cannot be used afterwards."""
         self._connections.close()
 
     def __enter__(self) -> Self:
@@ -147,7 +147,7 @@ class Client:
         self.close()
 
     def __repr__(self) -> str:
-        return f"Client({self._asking!r})"
+        return f"Client({self._core!r})"
 
     def _run(self, steps: Steps[T]) -> T:
         try:
@@ -164,7 +164,7 @@ class Client:
 
 
 class AsyncClient:
-    """Asks Tidegate servers, on asyncio. One for the whole program, within one event loop.
+    """Client of Tidegate servers for asyncio. Use one for the whole program, within one event loop.
 
         async with AsyncClient("http://127.0.0.1:8080") as client:
             answer = await client.check("/api/v1/items", "GET", api_key="demo-free-key-0001", ip="203.0.113.7")
@@ -183,22 +183,22 @@ class AsyncClient:
         keepalive_s: float = 5.0,
         ssl_context: ssl.SSLContext | None = None,
     ) -> None:
-        self._asking = Asking(urls, deadline_s, on_failure, breaker, max_connections)
-        self._connections = AsyncConnections(max_connections, keepalive_s, _trust(self._asking, ssl_context))
+        self._core = ClientCore(urls, deadline_s, on_failure, breaker, max_connections)
+        self._connections = AsyncConnections(max_connections, keepalive_s, _tls_context(self._core, ssl_context))
 
     async def check(
         self, path: str, method: str = "GET", *, api_key: str | None = None, ip: str | None = None, cost: int = 1
     ) -> Answer:
         """As `Client.check`."""
-        return await self._run(self._asking.check(Check.of(path, method, api_key, ip, cost, DEFERRED)))
+        return await self._run(self._core.check(Check.of(path, method, api_key, ip, cost, DEFERRED)))
 
     async def check_many(self, checks: Iterable[Check]) -> list[Answer | TidegateError]:
         """As `Client.check_many`."""
-        return await self._run(self._asking.check_many(list(checks)))
+        return await self._run(self._core.check_many(list(checks)))
 
     async def usage(self, api_key: str | None = None, ip: str | None = None) -> UsageBody:
         """As `Client.usage`."""
-        return await self._run(self._asking.usage(api_key, ip))
+        return await self._run(self._core.usage(api_key, ip))
 
     async def wait(
         self,
@@ -211,7 +211,7 @@ class AsyncClient:
         at_most_s: float = 30.0,
     ) -> Answer:
         """As `Client.wait`."""
-        return await self._run(self._asking.wait(Check.of(path, method, api_key, ip, cost, DEFERRED), at_most_s))
+        return await self._run(self._core.wait(Check.of(path, method, api_key, ip, cost, DEFERRED), at_most_s))
 
     async def close(self) -> None:
         """As `Client.close`."""
@@ -224,7 +224,7 @@ class AsyncClient:
         await self.close()
 
     def __repr__(self) -> str:
-        return f"AsyncClient({self._asking!r})"
+        return f"AsyncClient({self._core!r})"
 
     async def _run(self, steps: Steps[T]) -> T:
         try:
@@ -240,6 +240,6 @@ class AsyncClient:
             return result
 
 
-def _trust(asking: Asking, given: ssl.SSLContext | None) -> ssl.SSLContext | None:
-    # Made only where it is needed: it takes 20 ms.
-    return ssl.create_default_context() if given is None and asking.tls else given
+def _tls_context(core: ClientCore, context: ssl.SSLContext | None) -> ssl.SSLContext | None:
+    # Created only if needed: it takes 20 ms.
+    return ssl.create_default_context() if context is None and core.tls else context

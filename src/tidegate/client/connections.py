@@ -1,7 +1,7 @@
-"""Sending one question with a deadline for the whole of it, blocking and on asyncio, through httpcore's pools of connections.
+"""Sending one request with one deadline for all of it, blocking and on asyncio, through httpcore's connection pools.
 
-httpcore hands what stands as a timeout through to the network backend unread. The backends are ours (`network`), and what we let
-it hand through is the moment, on the monotonic clock, at which the time is over: so no sum of short waits can exceed it.
+httpcore passes its timeouts to the network backend unchanged. The backends are Tidegate's own (`network`), and the values passed
+are deadlines on the monotonic clock, not durations: so a sum of short waits cannot exceed the deadline.
 """
 
 from __future__ import annotations
@@ -19,46 +19,39 @@ from tidegate.client.steps import HttpRequest, Reply, TransportFailure
 
 
 class Connections:
-    """Blocking; any number of threads may send at once.
+    """Blocking connection pool; thread-safe.
 
     Args:
-        most: connections at once.
-        keepalive_s: how long an unused one is kept, s.
-        tls: for https; None for what the system trusts.
+        max_connections: maximum number of open connections.
+        keepalive_s: how long an idle connection is kept, s.
+        tls: for https; None for the certificate authorities of the system.
     """
 
-    def __init__(self, most: int, keepalive_s: float, tls: ssl.SSLContext | None) -> None:
-        self._options = _options(most, keepalive_s, tls)
-        self._most = most
+    def __init__(self, max_connections: int, keepalive_s: float, tls: ssl.SSLContext | None) -> None:
+        self._options = _options(max_connections, keepalive_s, tls)
+        self._max_connections = max_connections
         self._pid = 0
         self._pool: httpcore.ConnectionPool | None = None
         self._pool = self._new_pool()
 
-    def send(self, question: HttpRequest) -> Reply | TransportFailure:
-        """Send and wait.
-
-        Args:
-            question: see there.
-
-        Returns:
-            What was answered, or why nothing was.
-        """
+    def send(self, request: HttpRequest) -> Reply | TransportFailure:
+        """Send a request and return the response, or the reason why there is none."""
         pool = self._pool
         if pool is None:
             raise _closed()
         if self._pid != os.getpid():
-            # A worker forked from the process that made the client: of a shared socket each would read the other's answers.
+            # This process was forked from the pool's: on a shared socket each process would read responses of the other.
             pool = self._pool = self._new_pool()
         try:
             response = pool.request(
-                question.method,
-                _url(question),
-                headers=question.headers,
-                content=question.body or None,
-                extensions=_timeouts(question),
+                request.method,
+                _url(request),
+                headers=request.headers,
+                content=request.body or None,
+                extensions=_timeouts(request),
             )
         except (httpcore.TimeoutException, httpcore.NetworkError, httpcore.ProtocolError) as error:
-            return _no_reply(error, self._most)
+            return _transport_failure(error, self._max_connections)
         return Reply(response.status, response.headers, response.content)
 
     def close(self) -> None:
@@ -73,32 +66,32 @@ class Connections:
 
 
 class AsyncConnections:
-    """On asyncio, one event loop. Takes the arguments of `Connections`."""
+    """Connection pool for asyncio, within one event loop. Takes the arguments of `Connections`."""
 
-    def __init__(self, most: int, keepalive_s: float, tls: ssl.SSLContext | None) -> None:
-        self._most = most
+    def __init__(self, max_connections: int, keepalive_s: float, tls: ssl.SSLContext | None) -> None:
+        self._max_connections = max_connections
         self._pool: httpcore.AsyncConnectionPool | None = httpcore.AsyncConnectionPool(
-            network_backend=AsyncDeadlineBackend(), **_options(most, keepalive_s, tls)
+            network_backend=AsyncDeadlineBackend(), **_options(max_connections, keepalive_s, tls)
         )
 
-    async def send(self, question: HttpRequest) -> Reply | TransportFailure:
+    async def send(self, request: HttpRequest) -> Reply | TransportFailure:
         """As `Connections.send`."""
         if self._pool is None:
             raise _closed()
         try:
-            # One timer for the whole of it: the wait for a connection, and every part of the answer.
-            async with asyncio.timeout(question.answer_by - monotonic()):
+            # One timer for everything: the wait for a connection, and all parts of the response.
+            async with asyncio.timeout(request.deadline - monotonic()):
                 response = await self._pool.request(
-                    question.method,
-                    _url(question),
-                    headers=question.headers,
-                    content=question.body or None,
-                    extensions=_timeouts(question),
+                    request.method,
+                    _url(request),
+                    headers=request.headers,
+                    content=request.body or None,
+                    extensions=_timeouts(request),
                 )
         except TimeoutError:
-            return _no_reply(httpcore.ReadTimeout(), self._most)
+            return _transport_failure(httpcore.ReadTimeout(), self._max_connections)
         except (httpcore.TimeoutException, httpcore.NetworkError, httpcore.ProtocolError) as error:
-            return _no_reply(error, self._most)
+            return _transport_failure(error, self._max_connections)
         return Reply(response.status, response.headers, response.content)
 
     async def close(self) -> None:
@@ -108,39 +101,46 @@ class AsyncConnections:
             await pool.aclose()
 
 
-def _options(most: int, keepalive_s: float, tls: ssl.SSLContext | None) -> dict[str, Any]:
-    return {"max_connections": most, "max_keepalive_connections": most, "keepalive_expiry": keepalive_s, "ssl_context": tls}
+def _options(max_connections: int, keepalive_s: float, tls: ssl.SSLContext | None) -> dict[str, Any]:
+    return {
+        "max_connections": max_connections,
+        "max_keepalive_connections": max_connections,
+        "keepalive_expiry": keepalive_s,
+        "ssl_context": tls,
+    }
 
 
-def _url(question: HttpRequest) -> httpcore.URL:
-    server = question.server
+def _url(request: HttpRequest) -> httpcore.URL:
+    server = request.server
     scheme = b"https" if server.tls else b"http"
-    return httpcore.URL(scheme=scheme, host=server.host.encode("ascii"), port=server.port, target=question.target)
+    return httpcore.URL(scheme=scheme, host=server.host.encode("ascii"), port=server.port, target=request.target)
 
 
-def _timeouts(question: HttpRequest) -> dict[str, Any]:
-    by = question.answer_by
-    # The only one that httpcore itself waits for. A little earlier, so that a full pool is told from a server that is silent.
-    pool = max((by - monotonic()) * 0.95, 0.001)
-    return {"timeout": {"connect": question.connect_by, "read": by, "write": by, "pool": pool}}
+def _timeouts(request: HttpRequest) -> dict[str, Any]:
+    deadline = request.deadline
+    # The only timeout that httpcore applies itself. A little earlier, to tell a full pool from a server that does not respond.
+    pool = max((deadline - monotonic()) * 0.95, 0.001)
+    return {"timeout": {"connect": request.connect_deadline, "read": deadline, "write": deadline, "pool": pool}}
 
 
 def _closed() -> RuntimeError:
-    return RuntimeError("this client is closed: make a new one")
+    return RuntimeError("this client is closed; create a new one")
 
 
-def _no_reply(error: Exception, most: int) -> TransportFailure:
-    """The reason, of the error's type and of what our own backends said: other texts may have a header's value in them."""
+def _transport_failure(error: Exception, max_connections: int) -> TransportFailure:
+    """The failure, from the error's type and the messages of our own backends: messages of httpcore may contain header values."""
     match error:
         case httpcore.PoolTimeout():
-            return TransportFailure(f"was not asked: all {most} connections were in use", sent=False, its_fault=False)
+            return TransportFailure(
+                f"was not contacted: all {max_connections} connections were in use", sent=False, counts_for_breaker=False
+            )
         case httpcore.ConnectTimeout():
-            return TransportFailure("took no connection in time", sent=False)
+            return TransportFailure("did not accept a connection in time", sent=False)
         case httpcore.ConnectError():
-            return TransportFailure(f"took no connection: {error}", sent=False)
+            return TransportFailure(f"did not accept a connection: {error}", sent=False)
         case httpcore.TimeoutException():
-            return TransportFailure("did not answer in time", sent=True)
+            return TransportFailure("did not respond in time", sent=True)
         case httpcore.NetworkError():
-            return TransportFailure("broke the connection without an answer", sent=True)
+            return TransportFailure("closed the connection without a response", sent=True)
         case _:
-            return TransportFailure("closed the connection without an answer, or does not speak HTTP", sent=True)
+            return TransportFailure("closed the connection without a response, or does not speak HTTP", sent=True)

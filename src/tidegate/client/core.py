@@ -1,4 +1,4 @@
-"""The client's one body, for blocking code and asyncio alike: whom to ask, how often, and what an answer means. No I/O here."""
+"""The part of the client that blocking code and asyncio share: choice of server, retries, parsing of responses. No I/O here."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from tidegate.wire import MAX_BATCH, MAX_BATCH_BYTES, CheckRequest, DecisionBody
 logger = logging.getLogger("tidegate.client")
 
 OnFailure = Literal["allow", "deny", "raise"]
-"""What holds for a check when no server was heard."""
+"""Decision for a check when no server is available."""
 
 BREAKER: Final = BreakerOptions(failures=5, window_s=10.0, open_s=5.0)
 
@@ -53,7 +53,7 @@ _ERRORS: Final[dict[str, type[TidegateError]]] = {
         )
     },
 }
-"""What a server decided, or refused to: of these the caller is told. All other errors are as no answer at all."""
+"""Errors that are raised to the caller, by code. Any other error counts as a failure of the server."""
 
 
 class _ErrorFields(msgspec.Struct, frozen=True):
@@ -79,64 +79,66 @@ _ERROR: Final = msgspec.json.Decoder(_ErrorBody)
 _BATCH: Final = msgspec.json.Decoder(_BatchBody)
 
 
-class _Asked:
-    """One server, and how it did so far."""
+class _Endpoint:
+    """One server with its circuit breaker and its last failure."""
 
     def __init__(self, url: str, breaker: BreakerOptions) -> None:
         self.server = Server.at(url)
         self.breaker = Breaker(breaker)
-        self.failure = ""
+        self.last_failure = ""
         netloc = f"[{self.server.host}]" if ":" in self.server.host else self.server.host
-        usual = 443 if self.server.tls else 80
-        self.host = (netloc if self.server.port == usual else f"{netloc}:{self.server.port}").encode()
+        default_port = 443 if self.server.tls else 80
+        self.host = (netloc if self.server.port == default_port else f"{netloc}:{self.server.port}").encode()
 
 
-class Asking:
-    """Makes the steps of each call. Any number of threads may run steps at once: what they share is behind a lock.
+class ClientCore:
+    """Generates the steps of each call. Thread-safe: shared state is protected by a lock.
 
     Args:
-        urls: of servers, in the order in which they are asked.
-        deadline_s: for one call, s, all its servers together.
-        on_failure: what holds for checks when no server is heard.
-        breaker: when a server that fails is left alone.
-        most: connections at once.
+        urls: servers in order of preference.
+        deadline_s: time limit of one call, s, for all servers together.
+        on_failure: decision for checks when no server is available.
+        breaker: options of each server's circuit breaker.
+        max_connections: maximum number of open connections.
 
     Raises:
-        SettingsError: naming the value and the remedy.
+        SettingsError: if an argument is invalid.
     """
 
     def __init__(
-        self, urls: str | Sequence[str], deadline_s: float, on_failure: OnFailure, breaker: BreakerOptions, most: int
+        self, urls: str | Sequence[str], deadline_s: float, on_failure: OnFailure, breaker: BreakerOptions, max_connections: int
     ) -> None:
         listed = [urls] if isinstance(urls, str) else list(urls)
         if not listed:
-            raise SettingsError("the client needs the URL of a server: give 'http://127.0.0.1:8080'")
+            raise SettingsError("urls is empty; expected at least one URL of a server, e.g. http://127.0.0.1:8080")
         if not 0.001 <= deadline_s <= 3600:
-            raise SettingsError(f"deadline_s {clip(deadline_s)} must be from 0.001 to 3600 seconds: 0.25 is usual")
+            raise SettingsError(f"deadline_s {clip(deadline_s)} is out of range; expected 0.001 to 3600 seconds, e.g. 0.25")
         if on_failure not in get_args(OnFailure):
-            raise SettingsError(f"on_failure {clip(on_failure)} is unknown: write 'allow', 'deny' or 'raise'")
-        if most < 1:
-            raise SettingsError(f"max_connections {clip(most)} must be 1 or more: 100 is usual")
+            raise SettingsError(f"on_failure {clip(on_failure)} is not valid; expected 'allow', 'deny' or 'raise'")
+        if max_connections < 1:
+            raise SettingsError(f"max_connections {clip(max_connections)} is out of range; expected 1 or more, e.g. 100")
         if breaker.failures < 1 or not breaker.window_s > 0 or not breaker.open_s > 0:
-            raise SettingsError(f"breaker {breaker} must have 1 failure or more, and times above 0 seconds")
-        self._asked = [_Asked(url, breaker) for url in listed]
+            raise SettingsError(
+                f"{breaker} is not valid; expected failures of at least 1, and window_s and open_s above 0 seconds"
+            )
+        self._endpoints = [_Endpoint(url, breaker) for url in listed]
         self._deadline_s = deadline_s
         self._on_failure = on_failure
         self._lock = threading.Lock()
 
     def __repr__(self) -> str:
-        states = ", ".join(f"{one.server.url} {one.breaker.state}" for one in self._asked)
+        states = ", ".join(f"{endpoint.server.url} {endpoint.breaker.state}" for endpoint in self._endpoints)
         return f"{states}; deadline {self._deadline_s:g} s, on_failure {self._on_failure}"
 
     @property
     def tls(self) -> bool:
-        """Whether any server is asked over TLS."""
-        return any(one.server.tls for one in self._asked)
+        """Whether any server is reached over TLS."""
+        return any(endpoint.server.tls for endpoint in self._endpoints)
 
     def check(self, check: Check) -> Steps[Answer]:
         """Steps of one check; see `Client.check`."""
-        told = yield from self._ask(b"POST", "/v1/check", _read_check, _body_of(check), repeatable=check.cost == 0)
-        answer = self._unheard(told.reason) if isinstance(told, TransportFailure) else told
+        result = yield from self._send(b"POST", "/v1/check", _read_check, _body_of(check), repeatable=check.cost == 0)
+        answer = self._decide_failed(result.reason) if isinstance(result, TransportFailure) else result
         if isinstance(answer, TidegateError):
             raise answer
         return answer
@@ -144,107 +146,109 @@ class Asking:
     def check_many(self, checks: Sequence[Check]) -> Steps[list[Answer | TidegateError]]:
         """Steps of several checks; see `Client.check_many`."""
         answers: list[Answer | TidegateError] = []
-        for body, count, only_looks in _batches(checks):
-            told = yield from self._ask(b"POST", "/v1/check/batch", _reader_of(count), body, repeatable=only_looks)
-            if isinstance(told, list):
-                answers += [self._unheard(one.reason) if isinstance(one, TransportFailure) else one for one in told]
+        for body, count, read_only in _batches(checks):
+            result = yield from self._send(b"POST", "/v1/check/batch", _reader_of(count), body, repeatable=read_only)
+            if isinstance(result, list):
+                answers += [self._decide_failed(each.reason) if isinstance(each, TransportFailure) else each for each in result]
             else:
-                answers += [self._unheard(told.reason) if isinstance(told, TransportFailure) else told] * count
+                answers += [self._decide_failed(result.reason) if isinstance(result, TransportFailure) else result] * count
         return answers
 
     def usage(self, api_key: str | None, ip: str | None) -> Steps[UsageBody]:
-        """Steps of a look at what is left; see `Client.usage`."""
+        """Steps of a usage request; see `Client.usage`."""
         headers = []
         if api_key:
             if not (api_key.isascii() and api_key.isprintable()) or api_key != api_key.strip():
-                raise InvalidApiKey("the API key has characters that no header can carry: copy it again")
+                raise InvalidApiKey("the API key has characters that are not allowed in a header: copy it again")
             headers.append((b"X-API-Key", api_key.encode()))
         if ip is not None:
             headers.append((b"X-Real-IP", canonical_ip(ip).encode()))
-        told = yield from self._ask(b"GET", "/v1/usage", _read_usage, b"", headers, repeatable=True)
-        if isinstance(told, TransportFailure):
-            raise _unavailable(told.reason)
-        if isinstance(told, TidegateError):
-            raise told
-        return told
+        result = yield from self._send(b"GET", "/v1/usage", _read_usage, b"", headers, repeatable=True)
+        if isinstance(result, TransportFailure):
+            raise _unavailable(result.reason)
+        if isinstance(result, TidegateError):
+            raise result
+        return result
 
     def wait(self, check: Check, at_most_s: float) -> Steps[Answer]:
-        """Steps of a check that is repeated until it passes; see `Client.wait`."""
+        """Steps of a check that is repeated until it is allowed; see `Client.wait`."""
         if not at_most_s >= 0:
-            raise BadRequest(f"at_most_s {clip(at_most_s)} must be 0 or more seconds: 30 is usual", field="at_most_s")
+            raise BadRequest(
+                f"at_most_s {clip(at_most_s)} is out of range; expected at least 0 seconds, e.g. 30", field="at_most_s"
+            )
         give_up_at = monotonic() + at_most_s
         while True:
             answer = yield from self.check(check)
             if answer.allowed or answer.retry_after is None:
                 return answer
-            left = give_up_at - monotonic()
-            if answer.retry_after > left:
+            remaining_s = give_up_at - monotonic()
+            if answer.retry_after > remaining_s:
                 return answer
-            # All who were denied together would come back together.
+            # Without jitter, all callers that were denied at the same time would retry at the same time.
             jitter_s = random.uniform(0.0, min(0.01 + answer.retry_after / 4, 1.0))
-            yield Pause(min(answer.retry_after + jitter_s, left))
+            yield Pause(min(answer.retry_after + jitter_s, remaining_s))
 
-    def _ask(
+    def _send(
         self,
         method: bytes,
         path: str,
         read: Callable[[Reply], T],
         body: bytes,
-        more: Sequence[tuple[bytes, bytes]] = (),
+        extra_headers: Sequence[tuple[bytes, bytes]] = (),
         *,
         repeatable: bool,
     ) -> Steps[T | TidegateError | TransportFailure]:
-        """Ask one server after the other, until one gives an answer that is Tidegate's.
+        """Send a request to one server after the other, until one gives a valid response.
 
-        The next is asked only where the question cannot have been counted, or may be asked twice because it counts nothing.
+        The next server is used only if the request cannot have been counted, or if it charges nothing and may be sent twice.
 
         Args:
-            method: of HTTP.
-            path: of the data plane.
-            read: reads an answer of 200 or 429; raises ValueError or MsgspecError where it is none of Tidegate's.
+            method: HTTP method.
+            path: path of the data plane.
+            read: parses a response of 200 or 429; raises ValueError or MsgspecError if it is not from Tidegate.
             body: JSON, or empty.
-            more: headers besides the usual ones.
-            repeatable: whether the question counts nothing.
+            extra_headers: in addition to the default ones.
+            repeatable: whether the request charges nothing.
 
         Returns:
-            What was read, what the server refused, or why nobody was heard.
+            The parsed response, an error from the server, or the reason why no server responded.
         """
-        answer_by = monotonic() + self._deadline_s
-        unheard: list[str] = []
-        for place, one in enumerate(self._asked):
+        deadline = monotonic() + self._deadline_s
+        failures: list[str] = []
+        for index, endpoint in enumerate(self._endpoints):
             now = monotonic()
-            if now >= answer_by:
+            if now >= deadline:
                 break
             with self._lock:
-                admitted = one.breaker.admits(now)
+                admitted = endpoint.breaker.admits(now)
             if not admitted:
-                unheard.append(f"{one.server.url} {one.failure}, and is left alone for a while")
+                failures.append(f"{endpoint.server.url} {endpoint.last_failure}, and its circuit breaker is open")
                 continue
-            headers = [(b"Host", one.host), (b"User-Agent", _AGENT), (b"Accept", b"application/json"), *more]
+            headers = [(b"Host", endpoint.host), (b"User-Agent", _AGENT), (b"Accept", b"application/json"), *extra_headers]
             if body:
                 headers += [(b"Content-Type", b"application/json"), (b"Content-Length", b"%d" % len(body))]
-            target = (one.server.path + path).encode("ascii")
-            # A server that takes no connection may use its share of the time, so that there is some left for the next.
-            connect_by = now + (answer_by - now) / (len(self._asked) - place)
-            reply = yield HttpRequest(one.server, method, target, headers, body, connect_by, answer_by)
+            target = (endpoint.server.path + path).encode("ascii")
+            # Connecting may take only a share of the time, so that there is some left for the next server.
+            connect_deadline = now + (deadline - now) / (len(self._endpoints) - index)
+            reply = yield HttpRequest(endpoint.server, method, target, headers, body, connect_deadline, deadline)
             assert reply is not None
-            told = reply if isinstance(reply, TransportFailure) else _understood(reply, read)
-            self._note(one, told if isinstance(told, TransportFailure) else None)
-            if isinstance(told, CatalogUnavailable):
-                # It charged nothing, and another server may know the key.
-                told = TransportFailure(f"answered {told.code}: {told.message}", sent=False)
-            if not isinstance(told, TransportFailure):
-                return told
-            unheard.append(f"{one.server.url} {told.reason}")
-            if told.sent and not repeatable:
+            result = reply if isinstance(reply, TransportFailure) else _parse_reply(reply, read)
+            self._record(endpoint, result if isinstance(result, TransportFailure) else None)
+            if isinstance(result, CatalogUnavailable):
+                # It charged nothing, and another server may be able to read the key.
+                result = TransportFailure(f"answered {result.code}: {result.message}", sent=False)
+            if not isinstance(result, TransportFailure):
+                return result
+            failures.append(f"{endpoint.server.url} {result.reason}")
+            if result.sent and not repeatable:
                 break
-        return TransportFailure("; ".join(unheard) or f"no answer within {self._deadline_s:g} s", sent=True)
+        return TransportFailure("; ".join(failures) or f"no response within {self._deadline_s:g} s", sent=True)
 
-    def _note(self, one: _Asked, failure: TransportFailure | None) -> None:
-        """Tell the breaker, and the log when that changes whether the server is asked."""
-        if failure is not None and not failure.its_fault:
+    def _record(self, endpoint: _Endpoint, failure: TransportFailure | None) -> None:
+        """Update the circuit breaker, and log when it opens or closes."""
+        if failure is not None and not failure.counts_for_breaker:
             return
-        breaker = one.breaker
+        breaker = endpoint.breaker
         if failure is None and breaker.state is BreakerState.CLOSED:
             return
         with self._lock:
@@ -252,21 +256,21 @@ class Asking:
             if failure is None:
                 breaker.succeeded()
             else:
-                one.failure = failure.reason
+                endpoint.last_failure = failure.reason
                 breaker.failed(monotonic())
             after = breaker.state
         if before is BreakerState.CLOSED and after is BreakerState.OPEN:
             logger.warning(
-                "%s %s: it is asked again every %g s, and where no other server answers, on_failure=%r holds",
-                one.server.url,
-                one.failure,
+                "%s %s: circuit breaker opened, retrying in %g s; if no other server responds, on_failure=%r decides",
+                endpoint.server.url,
+                endpoint.last_failure,
                 breaker.options.open_s,
                 self._on_failure,
             )
         elif before is not BreakerState.CLOSED and after is BreakerState.CLOSED:
-            logger.info("%s answers again", one.server.url)
+            logger.info("%s responds again: circuit breaker closed", endpoint.server.url)
 
-    def _unheard(self, reason: str) -> Answer | TidegateError:
+    def _decide_failed(self, reason: str) -> Answer | TidegateError:
         if self._on_failure == "raise":
             return _unavailable(reason)
         allowed = self._on_failure == "allow"
@@ -277,42 +281,42 @@ _AGENT: Final = f"tidegate-client/{__version__}".encode()
 
 
 def _body_of(check: Check) -> bytes:
-    """The check as the body of `POST /v1/check`."""
+    """The body of `POST /v1/check` for a check."""
     body = CheckRequest(check.path, check.method, check.api_key, check.ip, check.cost)
     try:
         return _encode(body)
     except UnicodeEncodeError:
-        # Half of a character that takes two: such a key is none, and that is the server's to say.
+        # A lone surrogate: not a valid key. The server reports that.
         key = (check.api_key or "").encode(errors="replace").decode()
         return _encode(msgspec.structs.replace(body, api_key=key))
 
 
 def _batches(checks: Sequence[Check]) -> Iterator[tuple[bytes, int, bool]]:
-    """Bodies that a server takes, how many checks are in each, and whether these count nothing."""
+    """Bodies within the server's limits, the number of checks in each, and whether these charge nothing."""
     pieces: list[bytes] = []
     size = 0
-    only_looks = True
+    read_only = True
     for check in checks:
         piece = _body_of(check)
         if pieces and (len(pieces) == MAX_BATCH or size + len(piece) + 1 > MAX_BATCH_BYTES - 64):
-            yield b'{"checks":[' + b",".join(pieces) + b"]}", len(pieces), only_looks
-            pieces, size, only_looks = [], 0, True
+            yield b'{"checks":[' + b",".join(pieces) + b"]}", len(pieces), read_only
+            pieces, size, read_only = [], 0, True
         pieces.append(piece)
         size += len(piece) + 1
-        only_looks = only_looks and check.cost == 0
+        read_only = read_only and check.cost == 0
     if pieces:
-        yield b'{"checks":[' + b",".join(pieces) + b"]}", len(pieces), only_looks
+        yield b'{"checks":[' + b",".join(pieces) + b"]}", len(pieces), read_only
 
 
-def _understood(reply: Reply, read: Callable[[Reply], T]) -> T | TidegateError | TransportFailure:
-    """What an answer says: what was read, what was refused, or why it is none of Tidegate's."""
+def _parse_reply(reply: Reply, read: Callable[[Reply], T]) -> T | TidegateError | TransportFailure:
+    """The parsed response, the server's error, or the reason why it is not a response of Tidegate."""
     try:
         if reply.status == 200 or (reply.status == 429 and not reply.body.startswith(b'{"error":')):
             return read(reply)
-        told = _error(_ERROR.decode(reply.body))
+        result = _error(_ERROR.decode(reply.body))
     except (msgspec.MsgspecError, ValueError):
-        return TransportFailure(f"answered {reply.status} with a body that Tidegate does not send: check the URL", sent=True)
-    return TransportFailure(f"answered {reply.status}: {told}", sent=True) if isinstance(told, str) else told
+        return TransportFailure(f"answered {reply.status} with a body that is not from Tidegate: check the URL", sent=True)
+    return TransportFailure(f"answered {reply.status}: {result}", sent=True) if isinstance(result, str) else result
 
 
 def _read_check(reply: Reply) -> Answer:
@@ -329,12 +333,12 @@ def _read_usage(reply: Reply) -> UsageBody:
 
 
 def _reader_of(count: int) -> Callable[[Reply], list[Answer | TidegateError | TransportFailure]]:
-    """What reads a batch of that many answers."""
+    """A parser of a batch of `count` answers."""
 
     def read(reply: Reply) -> list[Answer | TidegateError | TransportFailure]:
         decisions = _BATCH.decode(reply.body).decisions
         if len(decisions) != count:
-            raise ValueError(f"{len(decisions)} answers to {count} checks")
+            raise ValueError(f"expected {count} answers, got {len(decisions)}")
         return list(map(_read_one, decisions))
 
     return read
@@ -343,8 +347,10 @@ def _reader_of(count: int) -> Callable[[Reply], list[Answer | TidegateError | Tr
 def _read_one(raw: msgspec.Raw) -> Answer | TidegateError | TransportFailure:
     if not bytes(raw).startswith(b'{"error":'):
         return _answer(_DECISION.decode(raw))
-    told = _error(_ERROR.decode(raw))
-    return TransportFailure(f"the limiter answered {told}", sent=False) if isinstance(told, str | CatalogUnavailable) else told
+    result = _error(_ERROR.decode(raw))
+    return (
+        TransportFailure(f"the limiter answered {result}", sent=False) if isinstance(result, str | CatalogUnavailable) else result
+    )
 
 
 def _answer(body: DecisionBody, headers: tuple[tuple[str, str], ...] = ()) -> Answer:
@@ -352,15 +358,15 @@ def _answer(body: DecisionBody, headers: tuple[tuple[str, str], ...] = ()) -> An
 
 
 def _error(body: _ErrorBody) -> TidegateError | str:
-    """The error that a server told; its code and message where it is none of those that callers are told of."""
-    told = body.error
-    kind = _ERRORS.get(told.code)
+    """The server's error; its code and message as text if it is not one that is raised to callers."""
+    result = body.error
+    kind = _ERRORS.get(result.code)
     if kind is None:
-        return f"{told.code} {told.message}"
-    error = kind(told.message)
-    error.details = dict(told.details)
+        return f"{result.code} {result.message}"
+    error = kind(result.message)
+    error.details = dict(result.details)
     return error
 
 
 def _unavailable(reason: str) -> LimiterUnavailable:
-    return LimiterUnavailable(f"the limiter was not heard: {reason}")
+    return LimiterUnavailable(f"no Tidegate server is available: {reason}")

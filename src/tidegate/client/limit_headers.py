@@ -1,10 +1,10 @@
-"""What an answer's headers say of limits: Tidegate's own, and those that other servers give.
+"""Parsing of rate limit headers: Tidegate's own, and those of other servers.
 
-Read are, in this order: `RateLimit` and `RateLimit-Policy` of draft-ietf-httpapi-ratelimit-headers-10; `RateLimit` as earlier
-drafts had it (`limit=100, remaining=50, reset=5`); `RateLimit-Limit`, `-Remaining`, `-Reset` of the first ones; `X-RateLimit-*`
-and `X-Rate-Limit-*`, whose reset is seconds with some servers and unix time with others; and `Retry-After` of RFC 9110, as
-seconds or as a date.
-What is not understood is passed over: headers are advice, and no answer is lost for them.
+Understood are, in this order: `RateLimit` and `RateLimit-Policy` of draft-ietf-httpapi-ratelimit-headers-10; `RateLimit` of
+earlier drafts (`limit=100, remaining=50, reset=5`); `RateLimit-Limit`, `-Remaining`, `-Reset` of the first drafts;
+`X-RateLimit-*` and `X-Rate-Limit-*`, whose reset is seconds with some servers and Unix time with others; and `Retry-After` of
+RFC 9110, as seconds or as a date.
+Anything else is ignored: these headers are advisory, and an invalid one must not fail a response.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from typing import Final
 
 import msgspec
 
-_LONGEST: Final = 8192
+_MAX_LENGTH: Final = 8192
 _NUMBER: Final = re.compile(r"[0-9]{1,15}(?:\.[0-9]{1,9})?", re.ASCII)
 _EPOCH_S: Final = 1_000_000_000
-"""A reset of more than 31 years is no duration but a moment."""
+"""A larger reset (31 years) is not a duration but a Unix time."""
 _EPOCH_MS: Final = 1_000_000_000_000
 
 
 class Quota(msgspec.Struct, frozen=True, gc=False):
-    """One limit that holds.
+    """One limit; None where the headers do not contain a value.
 
     Args:
-        name: what the server calls it; with Tidegate the limit's text or label.
-        amount: units a window; None where not told.
-        window_s: length of the window, s; None where not told.
-        remaining: what is left of it; None where not told: Tidegate tells it of the limit with the least left.
-        reset_after: seconds until it is whole again; None where not told.
+        name: name given by the server; from Tidegate the limit's text or label.
+        amount: units per window.
+        window_s: length of the window, s.
+        remaining: remaining units; Tidegate sends it for the limit with the lowest remaining quota.
+        reset_after: seconds until the limit is fully replenished.
     """
 
     name: str
@@ -43,14 +43,14 @@ class Quota(msgspec.Struct, frozen=True, gc=False):
 
 
 class LimitHeaders(msgspec.Struct, frozen=True, gc=False):
-    """What headers say; None where they say nothing.
+    """Parsed headers; None where they do not contain a value.
 
     Args:
-        limit: the most that can be had, under the limit with the least left.
-        remaining: what is left of it.
-        reset_after: seconds until it is whole again.
-        retry_after: seconds to wait.
-        quotas: all limits that are told.
+        limit: units of the limit with the lowest remaining quota.
+        remaining: remaining units of that limit.
+        reset_after: seconds until that limit is fully replenished.
+        retry_after: seconds to wait before the next request.
+        quotas: all limits in the headers.
     """
 
     limit: int | None = None
@@ -61,60 +61,60 @@ class LimitHeaders(msgspec.Struct, frozen=True, gc=False):
 
 
 def read_limit_headers(headers: Mapping[str, str] | Iterable[tuple[str, str]], now_s: float | None = None) -> LimitHeaders:
-    """Read the headers of any HTTP answer.
+    """Parse the rate limit headers of any HTTP response.
 
-        told = read_limit_headers(response.headers)
-        if response.status_code == 429 and told.retry_after is not None:
-            time.sleep(told.retry_after)
+        limits = read_limit_headers(response.headers)
+        if response.status_code == 429 and limits.retry_after is not None:
+            time.sleep(limits.retry_after)
 
     Args:
-        headers: names in any case and values, as a mapping or as pairs; httpx, requests and aiohttp give such.
-        now_s: unix seconds now; the system's clock where not given.
+        headers: names (in any case) and values, as a mapping or as pairs, e.g. those of httpx, requests and aiohttp.
+        now_s: current Unix time, s; default: the system's clock.
 
     Returns:
-        What they say. Nothing in them is an error.
+        The parsed headers. Invalid headers are ignored, never an error.
     """
     pairs = headers.items() if isinstance(headers, Mapping) else headers
-    found: dict[str, str] = {}
+    fields: dict[str, str] = {}
     for name, value in pairs:
         lower = name.lower()
         if "ratelimit" in lower or "rate-limit" in lower or lower == "retry-after":
-            # Of several fields of one name, HTTP makes one list.
-            found[lower] = f"{found[lower]}, {value}"[:_LONGEST] if lower in found else value[:_LONGEST]
-    if not found:
+            # Several fields of one name form one list (RFC 9110).
+            fields[lower] = f"{fields[lower]}, {value}"[:_MAX_LENGTH] if lower in fields else value[:_MAX_LENGTH]
+    if not fields:
         return LimitHeaders()
     now = time.time() if now_s is None else now_s
-    limit, remaining, reset_after, quotas = _draft(found)
+    limit, remaining, reset_after, quotas = _draft(fields)
     for prefix in ("ratelimit-", "x-ratelimit-", "x-rate-limit-"):
-        limit = _whole(_first(found.get(prefix + "limit"))) if limit is None else limit
-        remaining = _whole(_first(found.get(prefix + "remaining"))) if remaining is None else remaining
-        reset_after = _seconds(_first(found.get(prefix + "reset")), now) if reset_after is None else reset_after
-    return LimitHeaders(limit, remaining, reset_after, _retry_after(found.get("retry-after"), now), quotas)
+        limit = _integer(_first(fields.get(prefix + "limit"))) if limit is None else limit
+        remaining = _integer(_first(fields.get(prefix + "remaining"))) if remaining is None else remaining
+        reset_after = _seconds(_first(fields.get(prefix + "reset")), now) if reset_after is None else reset_after
+    return LimitHeaders(limit, remaining, reset_after, _retry_after(fields.get("retry-after"), now), quotas)
 
 
-def _draft(found: Mapping[str, str]) -> tuple[int | None, int | None, float | None, tuple[Quota, ...]]:
-    """The two fields of the draft, in its new form and the one before."""
+def _draft(fields: Mapping[str, str]) -> tuple[int | None, int | None, float | None, tuple[Quota, ...]]:
+    """Parse the two fields of the draft, in the current and in the previous form."""
     quotas: dict[str, Quota] = {}
-    for name, parameters in _members(found.get("ratelimit-policy", "")):
-        quotas[name] = Quota(name, _whole(parameters.get("q", name)), _whole(parameters.get("w")))
+    for name, parameters in _members(fields.get("ratelimit-policy", "")):
+        quotas[name] = Quota(name, _integer(parameters.get("q", name)), _integer(parameters.get("w")))
     flat: dict[str, float | None] = {}
-    for name, parameters in _members(found.get("ratelimit", "")):
+    for name, parameters in _members(fields.get("ratelimit", "")):
         key, equals, value = name.partition("=")
         if equals and key in ("limit", "remaining", "reset"):
             flat[key] = _number(value)
         elif "r" in parameters:
-            known = quotas.get(name, Quota(name))
-            quotas[name] = Quota(name, known.amount, known.window_s, _whole(parameters["r"]), _number(parameters.get("t")))
-    told = [quota for quota in quotas.values() if quota.remaining is not None]
-    if told:
-        least = min(told, key=lambda quota: quota.remaining or 0)
-        return least.amount, least.remaining, least.reset_after, tuple(quotas.values())
+            policy = quotas.get(name, Quota(name))
+            quotas[name] = Quota(name, policy.amount, policy.window_s, _integer(parameters["r"]), _number(parameters.get("t")))
+    with_remaining = [quota for quota in quotas.values() if quota.remaining is not None]
+    if with_remaining:
+        lowest = min(with_remaining, key=lambda quota: quota.remaining or 0)
+        return lowest.amount, lowest.remaining, lowest.reset_after, tuple(quotas.values())
     limit, remaining = (None if (number := flat.get(key)) is None else int(number) for key in ("limit", "remaining"))
     return limit, remaining, flat.get("reset"), tuple(quotas.values())
 
 
 def _members(text: str) -> Iterator[tuple[str, dict[str, str]]]:
-    """Members of a list of RFC 9651 with their parameters; quotes are taken off, and what is broken off stays as it is."""
+    """Members of an RFC 9651 list with their parameters, unquoted; a truncated member is returned as it is."""
     for member in _split(text, ","):
         name, *rest = _split(member, ";")
         parameters = {}
@@ -126,11 +126,11 @@ def _members(text: str) -> Iterator[tuple[str, dict[str, str]]]:
 
 
 def _split(text: str, separator: str) -> list[str]:
-    """Split outside of quotes."""
+    """Split at separators outside of quotes."""
     parts = []
     start = 0
     quoted = escaped = False
-    for place, character in enumerate(text):
+    for index, character in enumerate(text):
         if escaped:
             escaped = False
         elif quoted and character == "\\":
@@ -138,8 +138,8 @@ def _split(text: str, separator: str) -> list[str]:
         elif character == '"':
             quoted = not quoted
         elif character == separator and not quoted:
-            parts.append(text[start:place])
-            start = place + 1
+            parts.append(text[start:index])
+            start = index + 1
     parts.append(text[start:])
     return parts
 
@@ -160,13 +160,13 @@ def _number(text: str | None) -> float | None:
     return float(text) if text is not None and _NUMBER.fullmatch(text := text.strip()) else None
 
 
-def _whole(text: str | None) -> int | None:
+def _integer(text: str | None) -> int | None:
     number = _number(text)
     return None if number is None else int(number)
 
 
 def _seconds(text: str | None, now_s: float) -> float | None:
-    """A reset as seconds from now, which some servers give as unix time in s or ms."""
+    """A reset as seconds from now; some servers send Unix time in s or ms."""
     number = _number(text)
     if number is None or number < _EPOCH_S:
         return number

@@ -1,4 +1,4 @@
-"""The network beneath httpcore's pools: what they take for a timeout is here the moment at which the time is over."""
+"""Network backends of httpcore's pools: the `timeout` that httpcore passes is a deadline on the monotonic clock."""
 
 # ruff: noqa: ARG002, ASYNC109 - the signatures are httpcore's
 
@@ -17,26 +17,26 @@ from typing import Any, NoReturn, cast
 import httpcore
 
 
-def _why(error: OSError | UnicodeError) -> str:
+def _reason_of(error: OSError | UnicodeError) -> str:
     if isinstance(error, ssl.SSLCertVerificationError):
         return f"its certificate is not trusted, {error.verify_message}"
     if isinstance(error, ssl.SSLError):
-        return f"it does not speak TLS as it should, {error.reason or 'it ended'}"
+        return f"TLS handshake failed, {error.reason or 'the connection was closed'}"
     if isinstance(error, socket.gaierror | UnicodeError):
-        return "its name is not found"
+        return "its name cannot be resolved"
     return (error.strerror or str(error) or type(error).__name__).lower()
 
 
-def _left(by: float | None) -> float:
-    """Seconds until a moment, which was handed through as a timeout."""
-    left = 0.0 if by is None else by - monotonic()
-    if left <= 0:
+def _remaining_s(deadline: float | None) -> float:
+    """Seconds until a deadline, which httpcore passed as a timeout."""
+    remaining_s = 0.0 if deadline is None else deadline - monotonic()
+    if remaining_s <= 0:
         raise TimeoutError
-    return left
+    return remaining_s
 
 
 def _readable(sock: Any) -> bool:
-    """Whether something came that nobody asked for: mostly the server's end of the connection."""
+    """Whether an idle socket is readable: usually because the server closed the connection."""
     if sock is None or sock.fileno() < 0:
         return True
     if sys.platform == "win32":
@@ -57,16 +57,16 @@ class DeadlineBackend(httpcore.NetworkBackend):
         local_address: str | None = None,
         socket_options: Iterable[Any] | None = None,
     ) -> httpcore.NetworkStream:
-        """Try the addresses of a name in turn, each for its share of the time. The look-up itself is the system's to bound."""
+        """Try the addresses of a name in turn, each for its share of the time. The operating system limits DNS resolution."""
         try:
             addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
         except (OSError, UnicodeError) as error:
-            raise httpcore.ConnectError(_why(error)) from None
-        failed: OSError = OSError(errno.EADDRNOTAVAIL, "it has no address")
-        for place, (family, kind, protocol, _, address) in enumerate(addresses):
+            raise httpcore.ConnectError(_reason_of(error)) from None
+        failed: OSError = OSError(errno.EADDRNOTAVAIL, "no address was found")
+        for index, (family, kind, protocol, _, address) in enumerate(addresses):
             sock = socket.socket(family, kind, protocol)
             try:
-                sock.settimeout(_left(timeout) / (len(addresses) - place))
+                sock.settimeout(_remaining_s(timeout) / (len(addresses) - index))
                 sock.connect(address)
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             except OSError as error:
@@ -76,11 +76,11 @@ class DeadlineBackend(httpcore.NetworkBackend):
                 return _Stream(sock)
         if isinstance(failed, TimeoutError):
             raise httpcore.ConnectTimeout
-        raise httpcore.ConnectError(_why(failed))
+        raise httpcore.ConnectError(_reason_of(failed))
 
 
 class _Stream(httpcore.NetworkStream):
-    """Keeps what is written until something is read, so that head and body of a question go out at once."""
+    """Buffers writes until the first read, so that head and body of a request are sent together."""
 
     def __init__(self, sock: socket.socket) -> None:
         self._socket = sock
@@ -90,12 +90,12 @@ class _Stream(httpcore.NetworkStream):
         if self._unsent:
             self._send(timeout)
         try:
-            self._socket.settimeout(_left(timeout))
+            self._socket.settimeout(_remaining_s(timeout))
             return self._socket.recv(max_bytes)
         except TimeoutError:
             raise httpcore.ReadTimeout from None
         except OSError as error:
-            raise httpcore.ReadError(_why(error)) from None
+            raise httpcore.ReadError(_reason_of(error)) from None
 
     def write(self, buffer: bytes, timeout: float | None = None) -> None:
         self._unsent += buffer
@@ -104,12 +104,12 @@ class _Stream(httpcore.NetworkStream):
         rest, self._unsent = memoryview(self._unsent), b""
         try:
             while rest:
-                self._socket.settimeout(_left(timeout))
+                self._socket.settimeout(_remaining_s(timeout))
                 rest = rest[self._socket.send(rest) :]
         except TimeoutError:
             raise httpcore.WriteTimeout from None
         except OSError as error:
-            raise httpcore.WriteError(_why(error)) from None
+            raise httpcore.WriteError(_reason_of(error)) from None
 
     def close(self) -> None:
         self._socket.close()
@@ -118,20 +118,20 @@ class _Stream(httpcore.NetworkStream):
         self, ssl_context: ssl.SSLContext, server_hostname: str | None = None, timeout: float | None = None
     ) -> httpcore.NetworkStream:
         try:
-            self._socket.settimeout(_left(timeout))
+            self._socket.settimeout(_remaining_s(timeout))
             return _Stream(ssl_context.wrap_socket(self._socket, server_hostname=server_hostname))
         except OSError as error:
             self.close()
-            _no_tls(error)
+            _raise_tls_error(error)
 
     def get_extra_info(self, info: str) -> Any:
         return _readable(self._socket) if info == "is_readable" else None
 
 
-def _no_tls(error: OSError) -> NoReturn:
+def _raise_tls_error(error: OSError) -> NoReturn:
     if isinstance(error, TimeoutError):
         raise httpcore.ConnectTimeout from None
-    raise httpcore.ConnectError(_why(error)) from None
+    raise httpcore.ConnectError(_reason_of(error)) from None
 
 
 class AsyncDeadlineBackend(httpcore.AsyncNetworkBackend):
@@ -145,91 +145,91 @@ class AsyncDeadlineBackend(httpcore.AsyncNetworkBackend):
         local_address: str | None = None,
         socket_options: Iterable[Any] | None = None,
     ) -> httpcore.AsyncNetworkStream:
-        """Connect, by the moment that `timeout` is."""
+        """Connect before the deadline `timeout`."""
         loop = asyncio.get_running_loop()
         try:
-            async with asyncio.timeout(_left(timeout)):
-                _, wire = await loop.create_connection(_Wire, host, port)
+            async with asyncio.timeout(_remaining_s(timeout)):
+                _, protocol = await loop.create_connection(_Protocol, host, port)
         except TimeoutError:
             raise httpcore.ConnectTimeout from None
         except (OSError, UnicodeError) as error:
-            raise httpcore.ConnectError(_why(error)) from None
-        return _AsyncStream(wire)
+            raise httpcore.ConnectError(_reason_of(error)) from None
+        return _AsyncStream(protocol)
 
 
-class _Wire(asyncio.Protocol):
-    """The bytes of one connection. What is asked is small and waits for its answer, so nothing here needs to be slowed down."""
+class _Protocol(asyncio.Protocol):
+    """Buffer of one connection. Requests are small and wait for their response, so no flow control is needed."""
 
     def __init__(self) -> None:
         self.transport: asyncio.Transport | None = None
-        self.came = bytearray()
+        self.received = bytearray()
         self.ended = False
-        self.broken: OSError | None = None
-        self._reader: asyncio.Future[None] | None = None
+        self.error: OSError | None = None
+        self._waiter: asyncio.Future[None] | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self.transport = cast("asyncio.Transport", transport)  # uvloop's is no subclass
+        self.transport = cast("asyncio.Transport", transport)  # uvloop's class is not a subclass
 
     def data_received(self, data: bytes) -> None:
-        self.came += data
-        self._wake()
+        self.received += data
+        self._wake_reader()
 
     def eof_received(self) -> bool:
         self.ended = True
-        self._wake()
+        self._wake_reader()
         return False
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.ended = True
-        self.broken = exc if isinstance(exc, OSError) else None
-        self._wake()
+        self.error = exc if isinstance(exc, OSError) else None
+        self._wake_reader()
 
-    async def read(self, most: int) -> bytes:
-        while not self.came and not self.ended:
-            self._reader = asyncio.get_running_loop().create_future()
+    async def read(self, max_bytes: int) -> bytes:
+        while not self.received and not self.ended:
+            self._waiter = asyncio.get_running_loop().create_future()
             try:
-                await self._reader
+                await self._waiter
             finally:
-                self._reader = None
-        if self.broken is not None and not self.came:
-            raise self.broken
-        chunk = bytes(self.came[:most])
-        del self.came[:most]
+                self._waiter = None
+        if self.error is not None and not self.received:
+            raise self.error
+        chunk = bytes(self.received[:max_bytes])
+        del self.received[:max_bytes]
         return chunk
 
-    def _wake(self) -> None:
-        if self._reader is not None and not self._reader.done():
-            self._reader.set_result(None)
+    def _wake_reader(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
 
 
 class _AsyncStream(httpcore.AsyncNetworkStream):
-    """As `_Stream`; the caller's one timer bounds everything but connecting."""
+    """As `_Stream`; everything but connecting is limited by the caller's timer."""
 
-    def __init__(self, wire: _Wire) -> None:
-        self._wire = wire
+    def __init__(self, protocol: _Protocol) -> None:
+        self._protocol = protocol
         self._unsent = b""
 
     @property
     def _transport(self) -> asyncio.Transport:
-        assert self._wire.transport is not None
-        return self._wire.transport
+        assert self._protocol.transport is not None
+        return self._protocol.transport
 
     async def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
         if self._unsent:
             unsent, self._unsent = self._unsent, b""
             if self._transport.is_closing():
-                raise httpcore.WriteError("it ended")
+                raise httpcore.WriteError("the connection was closed")
             self._transport.write(unsent)
         try:
-            return await self._wire.read(max_bytes)
+            return await self._protocol.read(max_bytes)
         except OSError as error:
-            raise httpcore.ReadError(_why(error)) from None
+            raise httpcore.ReadError(_reason_of(error)) from None
 
     async def write(self, buffer: bytes, timeout: float | None = None) -> None:
         self._unsent += buffer
 
     async def aclose(self) -> None:
-        # Not close(): that waits for bytes a hung server never takes.
+        # Not close(): it waits until all bytes are sent, which a hung server never accepts.
         self._transport.abort()
 
     async def start_tls(
@@ -237,21 +237,24 @@ class _AsyncStream(httpcore.AsyncNetworkStream):
     ) -> httpcore.AsyncNetworkStream:
         loop = asyncio.get_running_loop()
         try:
-            async with asyncio.timeout(_left(timeout)):
-                transport = await loop.start_tls(self._transport, self._wire, ssl_context, server_hostname=server_hostname)
+            async with asyncio.timeout(_remaining_s(timeout)):
+                transport = await loop.start_tls(self._transport, self._protocol, ssl_context, server_hostname=server_hostname)
         except OSError as error:
             await self.aclose()
-            _no_tls(error)
+            _raise_tls_error(error)
         if transport is None:
-            raise httpcore.ConnectError("it ended while TLS began")
-        self._wire.transport = transport
+            raise httpcore.ConnectError("the connection was closed during the TLS handshake")
+        self._protocol.transport = transport
         return self
 
     def get_extra_info(self, info: str) -> Any:
         if info != "is_readable":
             return None
-        # What the loop has not read yet counts too: the server's end may have come within this turn.
-        wire = self._wire
+        # The socket too: the server may have closed it without the event loop having read that yet.
+        protocol = self._protocol
         return (
-            bool(wire.came) or wire.ended or self._transport.is_closing() or _readable(self._transport.get_extra_info("socket"))
+            bool(protocol.received)
+            or protocol.ended
+            or self._transport.is_closing()
+            or _readable(self._transport.get_extra_info("socket"))
         )

@@ -1,4 +1,4 @@
-"""The URL of a Tidegate server, as whoever asks one is given it."""
+"""Parsing of a Tidegate server's URL."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from tidegate.url_parts import masked
 
 
 class Server(msgspec.Struct, frozen=True):
-    """Where a server is. Make it with `at`.
+    """Location of a server. Create it with `at`.
 
     Args:
-        url: as messages show it, without a slash at its end.
-        tls: whether it is asked over TLS.
+        url: for messages, without a slash at its end.
+        tls: whether it is reached over TLS.
         host: name or address.
         port: 0 to 65,535.
-        path: what stands before every path, without a slash at its end; mostly empty.
+        path: prefix of every path, without a slash at its end; usually empty.
     """
 
     url: str
@@ -30,25 +30,21 @@ class Server(msgspec.Struct, frozen=True):
 
     @classmethod
     def at(cls, url: str) -> Server:
-        """Read a URL.
-
-        Args:
-            url: `http://127.0.0.1:8080`, or `https://name/where/a/proxy/puts/it`.
-
-        Returns:
-            The server.
+        """Parse a URL such as `http://127.0.0.1:8080` or `https://name/prefix/of/a/proxy`.
 
         Raises:
-            SettingsError: if it names none.
+            SettingsError: if it is not the URL of a server.
         """
         if "@" in url:
-            # Not repeated: what stands before the @ is mostly a password.
-            raise SettingsError("a URL of a server takes no user and no password: write http://127.0.0.1:8080")
+            # The URL is not repeated: it usually contains a password.
+            raise SettingsError(
+                "the URL of a server must not contain a user or a password; expected for example http://127.0.0.1:8080"
+            )
         try:
             parts = urlsplit(url)
             port = parts.port
         except ValueError:
-            raise _no_url(url) from None
+            raise _invalid_url(url) from None
         if (
             parts.scheme not in ("http", "https")
             or not is_host(parts.hostname or "")
@@ -56,12 +52,12 @@ class Server(msgspec.Struct, frozen=True):
             or parts.fragment
             or any(not "!" <= character <= "~" for character in url)
         ):
-            raise _no_url(url)
+            raise _invalid_url(url)
         tls = parts.scheme == "https"
-        # The port is always said: without one, http.client looks for it in the host, and takes an IPv6 address apart.
+        # Always with a port: without one, http.client looks for it in the host and splits an IPv6 address.
         port = (443 if tls else 80) if port is None else port
         return cls(url.rstrip("/"), tls, parts.hostname or "", port, parts.path.rstrip("/"))
 
 
-def _no_url(url: str) -> SettingsError:
-    return SettingsError(f"{masked(url)!r} is no URL of a server: write http://127.0.0.1:8080")
+def _invalid_url(url: str) -> SettingsError:
+    return SettingsError(f"{masked(url)!r} is not a valid URL of a server; expected for example http://127.0.0.1:8080")

@@ -1,4 +1,4 @@
-"""What the client's one body asks of whoever drives it: to send a question, or to wait. No I/O here."""
+"""The steps that the client's core yields to its driver: send a request, or wait. No I/O here."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from tidegate.client.server_url import Server
 
 
 class HttpRequest:
-    """One request to one server. It has no representation of its own: keys stand in it.
+    """One request to one server. It has no `repr` of its own, because it contains API keys.
 
     Args:
-        server: whom to ask.
-        method: of HTTP.
+        server: destination.
+        method: HTTP method.
         target: path on the server.
-        headers: names and values as bytes.
-        body: as bytes; empty for none.
-        connect_by: until when a connection may be made, monotonic s.
-        answer_by: until when the whole answer must be there, monotonic s.
+        headers: names and values.
+        body: empty for none.
+        connect_deadline: for the connection, s on the monotonic clock.
+        deadline: for the complete response, s on the monotonic clock.
     """
 
-    __slots__ = ("answer_by", "body", "connect_by", "headers", "method", "server", "target")
+    __slots__ = ("body", "connect_deadline", "deadline", "headers", "method", "server", "target")
 
     def __init__(
         self,
@@ -30,24 +30,20 @@ class HttpRequest:
         target: bytes,
         headers: list[tuple[bytes, bytes]],
         body: bytes,
-        connect_by: float,
-        answer_by: float,
+        connect_deadline: float,
+        deadline: float,
     ) -> None:
         self.server = server
         self.method = method
         self.target = target
         self.headers = headers
         self.body = body
-        self.connect_by = connect_by
-        self.answer_by = answer_by
+        self.connect_deadline = connect_deadline
+        self.deadline = deadline
 
 
 class Pause:
-    """A wait.
-
-    Args:
-        seconds: how long, s.
-    """
+    """A wait of `seconds`."""
 
     __slots__ = ("seconds",)
 
@@ -56,13 +52,7 @@ class Pause:
 
 
 class Reply:
-    """What a server answered.
-
-    Args:
-        status: of HTTP.
-        headers: names as they came, and values.
-        body: as it came.
-    """
+    """An HTTP response of a server; header names as received."""
 
     __slots__ = ("body", "headers", "status")
 
@@ -73,23 +63,23 @@ class Reply:
 
 
 class TransportFailure:
-    """That no answer came.
+    """The reason why there is no response.
 
     Args:
-        reason: why, as a part of a sentence about the server.
-        sent: whether the question may have reached it. Then it may have been counted.
-        its_fault: whether the server is to blame, not the client's own pool.
+        reason: predicate of a sentence whose subject is the server.
+        sent: whether the request may have reached the server. Then it may have been counted.
+        counts_for_breaker: whether the server caused it, not the client's own pool.
     """
 
-    __slots__ = ("its_fault", "reason", "sent")
+    __slots__ = ("counts_for_breaker", "reason", "sent")
 
-    def __init__(self, reason: str, *, sent: bool, its_fault: bool = True) -> None:
+    def __init__(self, reason: str, *, sent: bool, counts_for_breaker: bool = True) -> None:
         self.reason = reason
         self.sent = sent
-        self.its_fault = its_fault
+        self.counts_for_breaker = counts_for_breaker
 
 
 T = TypeVar("T")
 
 Steps = Generator[HttpRequest | Pause, Reply | TransportFailure | None, T]
-"""A body: yields what is to be done, is sent what came of it (None for a pause), and returns its result."""
+"""A generator that yields steps, receives the result of each (None for a pause), and returns the result of the call."""

@@ -1,4 +1,4 @@
-"""The measured constants that formulas rest on: read from the file that the benches write, never typed in here."""
+"""Measured constants of the formulas, read from the file that the benchmarks write."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ class Constant(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     Args:
         value: in `unit`.
         unit: µs, B, MB, s or %.
-        what: it is of.
-        command: that measured it.
-        label: of the figure in that command's output.
+        what: description.
+        command: the benchmark that measured it.
+        label: label of the figure in the output of `command`.
         measured_on: date, ISO 8601.
-        machine: it was measured on.
+        machine: CPU, number of cores, operating system and Python version.
     """
 
     value: float
@@ -31,10 +31,6 @@ class Constant(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def measured() -> Mapping[str, Constant]:
-    """Read the constants of this version.
-
-    Returns:
-        By name.
-    """
+    """Read the constants of this version, by name."""
     text = resources.files("tidegate.tools.plan").joinpath("measured.json").read_bytes()
     return msgspec.json.decode(text, type=dict[str, Constant])

@@ -1,4 +1,4 @@
-"""The formulas: from traffic, measured constants and assumptions to a fleet and its cost."""
+"""Formulas: a fleet and its cost from traffic, measured constants and assumptions."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Final
 import msgspec
 
 from tidegate.tools.plan.assumptions import Assumptions
-from tidegate.tools.plan.caches import Shares, shares
+from tidegate.tools.plan.caches import CacheShares, cache_shares
 from tidegate.tools.plan.constants import Constant
 from tidegate.tools.plan.quantities import rate, short, size
 
@@ -22,14 +22,14 @@ class Line(msgspec.Struct, frozen=True):
     """One figure of a plan.
 
     Args:
-        name: of the figure, for programs.
+        name: identifier, as in `--json`.
         value: in `unit`.
-        unit: of the value; empty for a count.
-        shown: the value for people.
-        title: the name for people.
-        formula: with the numbers put in.
-        rests_on: names of measured constants in it.
-        assumes: names of assumptions in it.
+        unit: empty for a count.
+        shown: the value as text, with its unit.
+        title: the figure's name in tables.
+        formula: the formula with its numbers.
+        rests_on: names of the measured constants in the formula.
+        assumes: names of the assumptions in the formula.
     """
 
     name: str
@@ -43,103 +43,47 @@ class Line(msgspec.Struct, frozen=True):
 
 
 class CapacityPlan(msgspec.Struct, frozen=True):
-    """A fleet for so many users.
-
-    Args:
-        dau: daily users.
-        lines: every figure, in the order they are worked out.
-        notes: what somebody who follows the plan must know.
-    """
+    """A fleet for `dau` daily users: its figures in the order of calculation, and notes on limits and omissions."""
 
     dau: float
     lines: tuple[Line, ...]
     notes: tuple[str, ...]
 
     def value(self, name: str) -> float:
-        """A figure by its name.
-
-        Args:
-            name: of the line.
-
-        Returns:
-            Its value.
-        """
+        """The value of the figure with this name."""
         return next(line.value for line in self.lines if line.name == name)
 
     def shown(self, name: str) -> str:
-        """A figure by its name, for people.
-
-        Args:
-            name: of the line.
-
-        Returns:
-            Its text.
-        """
+        """The figure with this name, as text with its unit."""
         return next(line.shown for line in self.lines if line.name == name)
 
 
 def instance_capacity(constants: Mapping[str, Constant], assumed: Assumptions) -> float:
-    """Checks/s that an instance decides with all of its cores busy.
-
-    Args:
-        constants: measured.
-        assumed: how many cores it has.
-
-    Returns:
-        Checks a second.
-    """
+    """Checks/s of an instance with all of its cores busy."""
     return 1e6 / constants["check_cpu_us"].value * assumed.use["cores_per_instance"]
 
 
-def aimed_at(constants: Mapping[str, Constant], assumed: Assumptions) -> float:
-    """Checks/s that the autoscaler lets an instance have: by CPU or by rate, whichever is less.
-
-    Args:
-        constants: measured.
-        assumed: both targets.
-
-    Returns:
-        Checks a second.
-    """
+def target_load(constants: Mapping[str, Constant], assumed: Assumptions) -> float:
+    """Checks/s of an instance at which the autoscaler adds another: by CPU or by rate, whichever is lower."""
     return min(instance_capacity(constants, assumed) * assumed.use["cpu_target"], assumed.use["checks_per_instance"])
 
 
-def shards_for(checks: float, held_bytes: float, constants: Mapping[str, Constant], assumed: Assumptions) -> tuple[int, int]:
-    """Masters that a rate needs, and masters that an amount of memory needs.
-
-    Args:
-        checks: calls a second at Redis.
-        held_bytes: of counters and cache.
-        constants: measured.
-        assumed: targets and sizes of a shard.
-
-    Returns:
-        Both.
-    """
+def shards_for(calls: float, stored_bytes: float, constants: Mapping[str, Constant], assumed: Assumptions) -> tuple[int, int]:
+    """Masters needed for `calls`/s, and masters needed for `stored_bytes` of counters and cached keys."""
     use = assumed.use
-    by_cpu = checks * constants["redis_cpu_us"].value / 1e6 / use["redis_cpu_target"]
-    by_memory = held_bytes / (use["shard_gb"] * 1e9 * use["shard_fill"])
+    by_cpu = calls * constants["redis_cpu_us"].value / 1e6 / use["redis_cpu_target"]
+    by_memory = stored_bytes / (use["shard_gb"] * 1e9 * use["shard_fill"])
     return math.ceil(by_cpu), math.ceil(by_memory)
 
 
-def cached(dau: float, checks: float, instances: int, assumed: Assumptions) -> Shares:
-    """Who answers the question whose a key is.
-
-    Args:
-        dau: daily users, each with a key.
-        checks: a second.
-        instances: that share them.
-        assumed: the caches' settings.
-
-    Returns:
-        The shares.
-    """
+def key_look_ups(dau: float, checks: float, instances: int, assumed: Assumptions) -> CacheShares:
+    """CacheShares of API key look-ups by the level that answers them, for `dau` keys and `checks`/s."""
     use = assumed.use
-    return shares(dau, checks, instances, use["l1_ttl_s"], use["l2_ttl_s"], use["l1_keys"], use["zipf_exponent"])
+    return cache_shares(dau, checks, instances, use["l1_ttl_s"], use["l2_ttl_s"], use["l1_keys"], use["zipf_exponent"])
 
 
 class _Sheet:
-    """Lines in the order they are worked out, and what goes into them."""
+    """The lines of a plan in order of calculation, with their inputs."""
 
     def __init__(self, dau: float, constants: Mapping[str, Constant], assumed: Assumptions) -> None:
         self.dau = dau
@@ -148,16 +92,16 @@ class _Sheet:
         self.assumed = assumed
         self.use = assumed.use
         self.prices = assumed.prices
-        self.known = {name: constant.value for name, constant in constants.items()}
+        self.measured = {name: constant.value for name, constant in constants.items()}
 
-    def put(self, name: str, value: float, unit: str, title: str, formula: str, rests_on: str = "", assumes: str = "") -> float:
-        """Add a line; names of constants and of assumptions are separated by spaces."""
-        shown = _SHOWN[unit](value)
+    def add(self, name: str, value: float, unit: str, title: str, formula: str, rests_on: str = "", assumes: str = "") -> float:
+        """Add a line and return its value. Names of constants and of assumptions are separated by spaces."""
+        shown = _FORMATS[unit](value)
         self.lines.append(Line(name, value, unit, shown, title, formula, tuple(rests_on.split()), tuple(assumes.split())))
         return value
 
 
-_SHOWN: Final[Mapping[str, Callable[[float], str]]] = {
+_FORMATS: Final[Mapping[str, Callable[[float], str]]] = {
     "": lambda value: f"{value:,.0f}" if value < 100_000 else short(value),
     "1/s": lambda value: f"{value:,.0f}/s",
     "share": lambda value: f"{value:.1%}",
@@ -165,7 +109,7 @@ _SHOWN: Final[Mapping[str, Callable[[float], str]]] = {
     "bit/s": rate,
     "$/month": lambda value: f"${value:,.0f}",
 }
-"""How a value is written, by its unit."""
+"""Format of a value, by its unit."""
 _CACHES: Final = "zipf_exponent l1_ttl_s l2_ttl_s l1_keys"
 
 
@@ -176,173 +120,183 @@ def make_plan(
     peak: float | None = None,
     counters: float | None = None,
 ) -> CapacityPlan:
-    """Work out a fleet.
+    """Calculate a fleet.
 
     Args:
         dau: daily users, 1 or more.
         constants: measured.
-        assumed: the rest.
-        peak: checks/s in the peak second, where it is known.
-        counters: live counters, where they are known.
-
-    Returns:
-        The plan.
+        assumed: values of the assumptions.
+        peak: checks/s in the peak second, if known.
+        counters: live counters, if known.
     """
     sheet = _Sheet(dau, constants, assumed)
     mean, peak = _traffic(sheet, peak)
     instances = _instances(sheet, peak)
-    found = cached(dau, peak, instances, assumed)
-    replicas, stored = _database(sheet, peak, found)
-    calls, nodes = _redis(sheet, peak, found, counters)
+    look_ups = key_look_ups(dau, peak, instances, assumed)
+    replicas, stored = _database(sheet, peak, look_ups)
+    calls, nodes = _redis(sheet, peak, look_ups, counters)
     _bandwidth(sheet, peak, calls)
     _cost(sheet, mean, instances, nodes, replicas + 1, stored)
-    return CapacityPlan(dau, tuple(sheet.lines), _notes(sheet, instances, peak, found))
+    return CapacityPlan(dau, tuple(sheet.lines), _notes(sheet, instances, peak, look_ups))
 
 
 def _traffic(sheet: _Sheet, peak: float | None) -> tuple[float, float]:
-    """Requests a second, in the mean and at the peak."""
+    """Requests/s: mean and peak."""
     per_user, factor = sheet.use["requests_per_user"], sheet.use["peak_factor"]
     if peak is None:
         formula = f"{short(sheet.dau)} users × {per_user:g} / {DAY_S:,} s"
-        mean = sheet.put("mean_rps", sheet.dau * per_user / DAY_S, "1/s", "requests, mean", formula, "", "requests_per_user")
-        peak = sheet.put("peak_rps", mean * factor, "1/s", "requests, peak", f"mean × {factor:g}", "", "peak_factor")
+        mean = sheet.add("mean_rps", sheet.dau * per_user / DAY_S, "1/s", "requests, mean", formula, "", "requests_per_user")
+        peak = sheet.add("peak_rps", mean * factor, "1/s", "requests, peak", f"mean × {factor:g}", "", "peak_factor")
         return mean, peak
-    mean = sheet.put("mean_rps", peak / factor, "1/s", "requests, mean", f"{peak:,.0f}/s / {factor:g}", "", "peak_factor")
-    return mean, sheet.put("peak_rps", peak, "1/s", "requests, peak", "as given")
+    mean = sheet.add("mean_rps", peak / factor, "1/s", "requests, mean", f"{peak:,.0f}/s / {factor:g}", "", "peak_factor")
+    return mean, sheet.add("peak_rps", peak, "1/s", "requests, peak", "as given")
 
 
 def _instances(sheet: _Sheet, peak: float) -> int:
-    """How many instances."""
-    use, known = sheet.use, sheet.known
-    capacity = sheet.put(
+    """Number of instances."""
+    use, measured = sheet.use, sheet.measured
+    capacity = sheet.add(
         "instance_capacity",
         instance_capacity(sheet.constants, sheet.assumed),
         "1/s",
-        "an instance, all it can",
-        f"{use['cores_per_instance']:g} core(s) / {known['check_cpu_us']:g} µs",
+        "capacity of an instance",
+        f"{use['cores_per_instance']:g} core(s) / {measured['check_cpu_us']:g} µs",
         "check_cpu_us",
         "cores_per_instance",
     )
-    aim = sheet.put(
+    target = sheet.add(
         "instance_target",
-        aimed_at(sheet.constants, sheet.assumed),
+        target_load(sheet.constants, sheet.assumed),
         "1/s",
-        "an instance, aimed at",
+        "target load of an instance",
         f"min({use['cpu_target']:.0%} of {capacity:,.0f}, {use['checks_per_instance']:,.0f})",
         "check_cpu_us",
         "cpu_target checks_per_instance",
     )
-    instances = max(math.ceil(peak / aim) + int(use["spare_instances"]), int(use["min_instances"]))
-    sheet.put(
+    instances = max(math.ceil(peak / target) + int(use["spare_instances"]), int(use["min_instances"]))
+    sheet.add(
         "instances",
         instances,
         "",
         "instances",
-        f"max(⌈{peak:,.0f} / {aim:,.0f}⌉ + {use['spare_instances']:g}, {use['min_instances']:g})",
+        f"max(⌈{peak:,.0f} / {target:,.0f}⌉ + {use['spare_instances']:g}, {use['min_instances']:g})",
         "check_cpu_us",
         "spare_instances min_instances",
     )
-    sheet.put(
+    sheet.add(
         "instances_memory",
-        instances * use["cores_per_instance"] * known["instance_mb"] * 1e6,
+        instances * use["cores_per_instance"] * measured["instance_mb"] * 1e6,
         "B",
-        "their memory, without cached keys",
-        f"{instances:,} × {use['cores_per_instance']:g} × {known['instance_mb']:g} MB",
+        "memory of the instances, without cached keys",
+        f"{instances:,} × {use['cores_per_instance']:g} × {measured['instance_mb']:g} MB",
         "instance_mb",
         "cores_per_instance",
     )
     return instances
 
 
-def _database(sheet: _Sheet, peak: float, found: Shares) -> tuple[int, float]:
-    """What the caches leave to the database: how many replicas, and bytes on each server."""
-    use, known = sheet.use, sheet.known
+def _database(sheet: _Sheet, peak: float, look_ups: CacheShares) -> tuple[int, float]:
+    """Replicas for the look-ups that the caches do not answer, and bytes on each database server."""
+    use, measured = sheet.use, sheet.measured
     ttls = f"TTL {use['l1_ttl_s']:g} s and {use['l2_ttl_s']:g} s"
-    model = f"a key per user, Zipf {use['zipf_exponent']:g}, {ttls}; measured on a workload "
+    model = f"a key per user, Zipf {use['zipf_exponent']:g}, {ttls}; measured"
     shares_of = (
-        ("l1_share", found.l1, "look-ups answered by L1, memory", f"{model}of its own", "l1_percent"),
-        ("l2_share", found.l2, "look-ups answered by L2, Redis", "the same", "l2_percent"),
-        ("database_share", found.database, "look-ups at the database", "the rest", "database_percent"),
+        ("l1_share", look_ups.l1, "look-ups answered by L1 (memory)", f"{model} in a benchmark", "l1_percent"),
+        ("l2_share", look_ups.l2, "look-ups answered by L2 (Redis)", "same model; benchmark", "l2_percent"),
+        ("database_share", look_ups.database, "look-ups that reach the database", "the rest; benchmark", "database_percent"),
     )
     for name, value, title, formula, constant in shares_of:
-        sheet.put(name, value, "share", title, f"{formula}: {known[constant]:.0f} %", constant, _CACHES)
-    formula = f"{peak:,.0f}/s × {found.database:.1%}"
-    reads = sheet.put("database_reads", peak * found.database, "1/s", "look-ups at the database, peak", formula, "", _CACHES)
+        sheet.add(name, value, "share", title, f"{formula}: {measured[constant]:.0f} %", constant, _CACHES)
+    formula = f"{peak:,.0f}/s × {look_ups.database:.1%}"
+    reads = sheet.add(
+        "database_reads", peak * look_ups.database, "1/s", "look-ups that reach the database, peak", formula, "", _CACHES
+    )
     cpu_us = use["database_cores"] * use["database_cpu_target"] * 1e6
-    replicas = max(math.ceil(reads * known["look_up_cpu_us"] / cpu_us), int(use["min_replicas"]))
-    sheet.put(
+    replicas = max(math.ceil(reads * measured["look_up_cpu_us"] / cpu_us), int(use["min_replicas"]))
+    sheet.add(
         "replicas",
         replicas,
         "",
         "PostgreSQL read replicas",
-        f"max(⌈{reads:,.0f} × {known['look_up_cpu_us']:g} µs / "
-        f"({use['database_cores']:g} cores × {use['database_cpu_target']:.0%})⌉, {use['min_replicas']:g}), beside the primary",
+        f"max(⌈{reads:,.0f} × {measured['look_up_cpu_us']:g} µs / "
+        f"({use['database_cores']:g} cores × {use['database_cpu_target']:.0%})⌉, "
+        f"{use['min_replicas']:g}), in addition to the primary",
         "look_up_cpu_us",
         "database_cores database_cpu_target min_replicas",
     )
-    formula = f"{short(sheet.dau)} keys × {known['api_key_bytes']:g} B"
-    stored = sheet.dau * known["api_key_bytes"]
-    return replicas, sheet.put("database_bytes", stored, "B", "database, each server", formula, "api_key_bytes")
+    formula = f"{short(sheet.dau)} keys × {measured['api_key_bytes']:g} B"
+    stored = sheet.dau * measured["api_key_bytes"]
+    return replicas, sheet.add("database_bytes", stored, "B", "database size of each server", formula, "api_key_bytes")
 
 
-def _redis(sheet: _Sheet, peak: float, found: Shares, counters: float | None) -> tuple[float, int]:
-    """What Redis does and holds: calls a second at the peak, and how many servers."""
-    use, known = sheet.use, sheet.known
+def _redis(sheet: _Sheet, peak: float, look_ups: CacheShares, counters: float | None) -> tuple[float, int]:
+    """Calls/s to Redis at the peak, and the number of Redis servers."""
+    use, measured = sheet.use, sheet.measured
     if counters is None:
         counters = sheet.dau * use["counters_per_user"]
         formula = f"{short(sheet.dau)} users × {use['counters_per_user']:g}"
-        sheet.put("counters", counters, "", "live counters", formula, "", "counters_per_user")
+        sheet.add("counters", counters, "", "live counters", formula, "", "counters_per_user")
     else:
-        sheet.put("counters", counters, "", "live counters", "as given")
-    formula = f"{short(counters)} × {known['counter_bytes']:g} B"
-    held = counters * known["counter_bytes"]
-    sheet.put("counters_bytes", held, "B", "Redis memory of the counters", formula, "counter_bytes")
-    entries = found.l2_entries * known["cache_entry_bytes"]
-    formula = f"{short(found.l2_entries)} keys in it at once × {known['cache_entry_bytes']:g} B"
-    sheet.put("cache_bytes", entries, "B", "Redis memory of the shared cache", formula, "cache_entry_bytes", _CACHES)
-    looked_up = peak * (1 - found.l1)
-    formula = f"{peak:,.0f} checks + {looked_up:,.0f} look-ups that L1 has not"
-    calls = sheet.put("redis_calls", peak + looked_up, "1/s", "calls at Redis, peak", formula, "", _CACHES)
-    by_cpu, by_memory = shards_for(calls, held + entries, sheet.constants, sheet.assumed)
+        sheet.add("counters", counters, "", "live counters", "as given")
+    formula = f"{short(counters)} × {measured['counter_bytes']:g} B"
+    counters_bytes = counters * measured["counter_bytes"]
+    sheet.add("counters_bytes", counters_bytes, "B", "Redis memory of the counters", formula, "counter_bytes")
+    entries = look_ups.l2_entries * measured["cache_entry_bytes"]
+    formula = f"{short(look_ups.l2_entries)} cached keys × {measured['cache_entry_bytes']:g} B"
+    sheet.add("cache_bytes", entries, "B", "Redis memory of the shared cache", formula, "cache_entry_bytes", _CACHES)
+    looked_up = peak * (1 - look_ups.l1)
+    formula = f"{peak:,.0f} checks + {looked_up:,.0f} look-ups that L1 does not answer"
+    calls = sheet.add("redis_calls", peak + looked_up, "1/s", "calls to Redis, peak", formula, "", _CACHES)
+    by_cpu, by_memory = shards_for(calls, counters_bytes + entries, sheet.constants, sheet.assumed)
     shards = max(by_cpu, by_memory, int(use["min_shards"]))
-    sheet.put(
+    sheet.add(
         "shards",
         shards,
         "",
         "Redis shards",
-        f"max({by_cpu} by CPU: {calls:,.0f} × {known['redis_cpu_us']:g} µs / {use['redis_cpu_target']:.0%}; "
-        f"{by_memory} by memory: {size(held + entries)} / ({use['shard_gb']:g} GB × {use['shard_fill']:.0%}); "
+        f"max({by_cpu} by CPU: {calls:,.0f} × {measured['redis_cpu_us']:g} µs / {use['redis_cpu_target']:.0%}; "
+        f"{by_memory} by memory: {size(counters_bytes + entries)} / ({use['shard_gb']:g} GB × {use['shard_fill']:.0%}); "
         f"{use['min_shards']:g})",
         "redis_cpu_us counter_bytes cache_entry_bytes",
         "redis_cpu_target shard_gb shard_fill min_shards",
     )
     nodes = shards * (1 + int(use["replicas_per_shard"]))
     formula = f"{shards} masters × (1 + {use['replicas_per_shard']:g})"
-    sheet.put("redis_nodes", nodes, "", "Redis servers", formula, "", "replicas_per_shard")
+    sheet.add("redis_nodes", nodes, "", "Redis servers", formula, "", "replicas_per_shard")
     memory = nodes * use["shard_gb"] * 1e9
-    sheet.put("redis_memory", memory, "B", "Redis memory to provide", f"{nodes} × {use['shard_gb']:g} GB", "", "shard_gb")
+    sheet.add("redis_memory", memory, "B", "Redis memory to provide", f"{nodes} × {use['shard_gb']:g} GB", "", "shard_gb")
     return calls, nodes
 
 
 def _bandwidth(sheet: _Sheet, peak: float, calls: float) -> None:
-    """Bits a second at the peak."""
-    use, known = sheet.use, sheet.known
+    """Bandwidth at the peak."""
+    use, measured = sheet.use, sheet.measured
     api = peak * use["api_bytes"] * 8
     formula = f"{peak:,.0f}/s × {use['api_bytes']:g} B × 8"
-    sheet.put("bandwidth", api, "bit/s", "bandwidth of the API, peak", formula, "", "api_bytes")
+    sheet.add("bandwidth", api, "bit/s", "bandwidth of the API, peak", formula, "", "api_bytes")
     formula = f"{rate(api)} × (1 − {use['edge_hit_rate']:.0%})"
     behind = api * (1 - use["edge_hit_rate"])
-    sheet.put("bandwidth_edge", behind, "bit/s", "the same behind an edge cache", formula, "", "api_bytes edge_hit_rate")
-    for name, title, often, asked, told in (
+    sheet.add(
+        "bandwidth_edge",
+        behind,
+        "bit/s",
+        "bandwidth of the API behind an edge cache, peak",
+        formula,
+        "",
+        "api_bytes edge_hit_rate",
+    )
+    for name, title, calls_per_s, request, response in (
         ("bandwidth_checks", "gateways to instances, peak", peak, "question_bytes", "answer_bytes"),
         ("bandwidth_redis", "instances to Redis, peak", calls, "to_redis_bytes", "from_redis_bytes"),
     ):
-        formula = f"{often:,.0f}/s × ({known[asked]:g} + {known[told]:g}) B × 8"
-        sheet.put(name, often * (known[asked] + known[told]) * 8, "bit/s", title, formula, f"{asked} {told}")
+        formula = f"{calls_per_s:,.0f}/s × ({measured[request]:g} + {measured[response]:g}) B × 8"
+        sheet.add(
+            name, calls_per_s * (measured[request] + measured[response]) * 8, "bit/s", title, formula, f"{request} {response}"
+        )
 
 
 def _cost(sheet: _Sheet, mean: float, instances: int, nodes: int, servers: int, stored: float) -> None:
-    """Dollars a month."""
+    """Cost in US dollars a month."""
     use, prices = sheet.use, sheet.prices
     of_database = prices["database_node"] + stored / 1e9 * prices["database_gb"]
     parts = (
@@ -361,41 +315,51 @@ def _cost(sheet: _Sheet, mean: float, instances: int, nodes: int, servers: int, 
     total = 0.0
     for name, title, number, price, text, assumes in parts:
         total += number * price
-        sheet.put(f"cost_{name}", number * price, "$/month", f"{title}, a month", f"{number:,} × {text}", "", assumes)
-    sheet.put("cost", total, "$/month", "the limiter, a month", "the sum of these four")
+        sheet.add(f"cost_{name}", number * price, "$/month", f"{title}, a month", f"{number:,} × {text}", "", assumes)
+    sheet.add("cost", total, "$/month", "the limiter, a month", "sum of the four above")
     gb = mean * DAY_S * MONTH_DAYS * use["api_bytes"] / 1e9
     missed = gb * (1 - use["edge_hit_rate"])
     origin, edge = prices["origin_gb"], prices["edge_gb"]
     formula = f"{gb:,.0f} GB × ${origin:g}"
-    sheet.put("cost_traffic", gb * origin, "$/month", "traffic of the API, a month", formula, "", "prices.origin_gb api_bytes")
+    sheet.add("cost_traffic", gb * origin, "$/month", "traffic of the API, a month", formula, "", "prices.origin_gb api_bytes")
     formula = f"{gb:,.0f} GB × ${edge:g} + {missed:,.0f} GB × ${origin:g}"
     assumes = "prices.edge_gb prices.origin_gb api_bytes edge_hit_rate"
-    sheet.put("cost_traffic_edge", gb * edge + missed * origin, "$/month", "the same with an edge cache", formula, "", assumes)
+    sheet.add(
+        "cost_traffic_edge",
+        gb * edge + missed * origin,
+        "$/month",
+        "traffic of the API with an edge cache, a month",
+        formula,
+        "",
+        assumes,
+    )
 
 
-def _notes(sheet: _Sheet, instances: int, peak: float, found: Shares) -> tuple[str, ...]:
+def _notes(sheet: _Sheet, instances: int, peak: float, look_ups: CacheShares) -> tuple[str, ...]:
     use = sheet.use
-    told = []
+    notes = []
     if instances > use["max_instances"]:
         times = math.ceil(instances / use["max_instances"])
         cores, checks = times * use["cores_per_instance"], times * use["checks_per_instance"]
-        told.append(
-            f"{instances:,} instances are above the autoscaler's most ({use['max_instances']:g}): raise maxReplicas, "
-            f"or give each more cores (--set cores_per_instance={cores:g} --set checks_per_instance={checks:g})"
+        notes.append(
+            f"{instances:,} instances exceed the autoscaler's maximum ({use['max_instances']:g}): increase maxReplicas, "
+            f"or give each instance more cores (--set cores_per_instance={cores:g} --set checks_per_instance={checks:g})"
         )
-    hot = peak * found.hottest
-    busy = hot * sheet.known["redis_cpu_us"] / 1e6
+    hot = peak * look_ups.hottest
+    busy = hot * sheet.measured["redis_cpu_us"] / 1e6
     if busy > use["redis_cpu_target"] / 2:
-        told.append(
-            f"the busiest key brings {found.hottest:.1%} of all requests, {hot:,.0f}/s, {busy:.0%} of one shard's core; "
-            "a key is on one shard however many there are. Give it a limit: beyond that it is denied from memory "
-            "and asks Redis no more"
+        notes.append(
+            f"the most requested key accounts for {look_ups.hottest:.1%} of all requests, {hot:,.0f}/s, "
+            f"{busy:.0%} of the core of one shard; "
+            "a key stays on one shard, however many there are. Give it a limit: requests above it are denied from memory, "
+            "without a call to Redis"
         )
-    if found.database > 0.05:
-        told.append(
-            f"{found.database:.0%} of the look-ups reach the database, as many users come back only after {use['l2_ttl_s']:g} s. "
-            "Changes are announced, so cache.l2_ttl_s can be longer: try --set l2_ttl_s=3600"
+    if look_ups.database > 0.05:
+        notes.append(
+            f"{look_ups.database:.0%} of the look-ups reach the database, "
+            f"because many users return only after more than {use['l2_ttl_s']:g} s. "
+            "Changes invalidate cached keys, so cache.l2_ttl_s can be longer: try --set l2_ttl_s=3600"
         )
-    told.append("the fleet is sized for all requests, also those that an edge cache answers by itself")
-    told.append("bytes on the wire are those of HTTP and of Redis, without TCP's and IP's own headers")
-    return tuple(told)
+    notes.append("the fleet is sized for all requests, including those that an edge cache would answer")
+    notes.append("bandwidth includes HTTP and Redis protocol bytes, but not TCP and IP headers")
+    return tuple(notes)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from html import escape
 from typing import Final
 
@@ -12,25 +12,14 @@ from tidegate.tools.plan.assumptions import PRICES, USE, Assumptions
 from tidegate.tools.plan.constants import Constant
 from tidegate.tools.plan.fleet import CapacityPlan, make_plan
 from tidegate.tools.plan.quantities import rate, short
-from tidegate.tools.plan.requirement import Compared
 
 _STEPS: Final = 41
 _GROWTH: Final = 100.0
 
 
-def render_page(plan: CapacityPlan, constants: Mapping[str, Constant], assumed: Assumptions, compared: Sequence[Compared]) -> str:
-    """The page.
-
-    Args:
-        plan: the plan.
-        constants: measured.
-        assumed: the assumptions.
-        compared: rows of the requirement's table.
-
-    Returns:
-        HTML that fetches nothing.
-    """
-    # A tenth of the plan's users to ten times as many.
+def render_page(plan: CapacityPlan, constants: Mapping[str, Constant], assumed: Assumptions) -> str:
+    """Render the page as HTML that loads nothing from outside."""
+    # From a tenth of the plan's users to ten times as many.
     sizes = [plan.dau / 10 * _GROWTH ** (step / (_STEPS - 1)) for step in range(_STEPS)]
     grown = [make_plan(size, constants, assumed) for size in sizes]
     labels = [f"{short(size)} users" for size in sizes]
@@ -46,13 +35,13 @@ def render_page(plan: CapacityPlan, constants: Mapping[str, Constant], assumed: 
     costs = [(line.title.removesuffix(", a month"), line.value) for line in plan.lines if line.name.startswith("cost_")]
     bits = [(line.title, line.value) for line in plan.lines if line.name.startswith("bandwidth")]
     figures = [(line.title, line.shown, line.formula, ", ".join(line.rests_on)) for line in plan.lines]
-    rests = [(name, each.what, each.command, each.measured_on, f"{each.value:g} {each.unit}") for name, each in constants.items()]
-    taken = [(name, known.what, f"{assumed.use[name]:g}") for name, known in USE.items()]
-    taken += [(f"prices.{name}", known.what, f"{assumed.prices[name]:g}") for name, known in PRICES.items()]
-    beside = [(row.title, short(row.dau), row.required, row.ours, row.why) for row in compared]
-    requirement = (
-        f"<h2>Beside the requirement</h2>\n{table(('figure', 'users', 'required', 'ours', 'why'), beside, 9)}" if beside else ""
-    )
+    measured = [
+        (name, each.what, each.command, each.measured_on, f"{each.value:g} {each.unit}") for name, each in constants.items()
+    ]
+    assumptions = [(name, assumption.description, f"{assumed.use[name]:g}") for name, assumption in USE.items()]
+    assumptions += [
+        (f"prices.{name}", assumption.description, f"{assumed.prices[name]:g}") for name, assumption in PRICES.items()
+    ]
     return f"""{head("Tidegate plan")}
 <h1>A fleet for {short(plan.dau)} daily users</h1>
 <p class="sum">{plan.shown("peak_rps")} at the peak: <b>{plan.shown("instances")} instances</b>,
@@ -64,17 +53,16 @@ def render_page(plan: CapacityPlan, constants: Mapping[str, Constant], assumed: 
 <pre>{escape(chr(10).join(plan.notes))}</pre>
 <h2>By daily users</h2>
 {growth(("instances", "instances"), ("shards", "Redis shards"))}
-{growth(("cost", "the limiter, $ a month"), ("cost_instances", "instances alone"))}
-<p class="soft">A tenth of the users on the left, ten times as many on the right, in equal factors.</p>
+{growth(("cost", "limiter, $ a month"), ("cost_instances", "instances only, $ a month"))}
+<p class="soft">Logarithmic scale, from a tenth of the planned users to ten times as many.</p>
 <h2>Cost, $ a month</h2>
 {bars(costs, "cost a month", lambda value: f"${value:,.0f}")}
 <h2>Bandwidth at the peak</h2>
 {bars(bits, "bandwidth", rate)}
-{requirement}
 <h2>Measured</h2>
-{table(("constant", "what", "by", "on", "value"), rests, 4)}
+{table(("constant", "description", "command", "date", "value"), measured, 4)}
 <h2>Assumed</h2>
-{table(("assumption", "what", "value"), taken, 2)}
+{table(("assumption", "description", "value"), assumptions, 2)}
 <p class="soft">Prices of {safe(assumed.prices_of)}. Tidegate {__version__}.</p>
 </body></html>
 """

@@ -1,4 +1,4 @@
-"""Numbers as people write them: 10M, 500k, 1.5M; and as they read them."""
+"""Parsing and formatting of numbers with suffixes: 10M, 500k, 1.5M."""
 
 from __future__ import annotations
 
@@ -7,44 +7,34 @@ from typing import Final
 
 from tidegate.errors import SettingsError
 
-_WRITTEN: Final = re.compile(r"([0-9]{1,18}(?:[_,][0-9]{3})*(?:\.[0-9]{1,9})?) ?([kKmMgGbB]?)", re.ASCII)
-_TIMES: Final = {"": 1, "k": 1_000, "m": 1_000_000, "g": 1_000_000_000, "b": 1_000_000_000}
-MOST: Final = 10_000_000_000
-"""More daily users than there are people."""
+_QUANTITY: Final = re.compile(r"([0-9]{1,18}(?:[_,][0-9]{3})*(?:\.[0-9]{1,9})?) ?([kKmMgGbB]?)", re.ASCII)
+_FACTORS: Final = {"": 1, "k": 1_000, "m": 1_000_000, "g": 1_000_000_000, "b": 1_000_000_000}
+MAX_QUANTITY: Final = 10_000_000_000
+"""More daily users than there are people on earth."""
 
 
-def parse_quantity(text: str, option: str, most: float = MOST) -> float:
+def parse_quantity(text: str, option: str, maximum: float = MAX_QUANTITY) -> float:
     """Read a number above 0.
 
     Args:
-        text: digits, with a fraction, and k, M, or G (B) behind: 10M, 500k, 1.5M, 2_000_000.
-        option: that it was given with, for the error.
-        most: that makes sense.
-
-    Returns:
-        The number.
+        text: digits, with a fraction, followed by k, M, or G (B): 10M, 500k, 1.5M, 2_000_000.
+        option: the command line option, for the error.
+        maximum: largest accepted value.
 
     Raises:
-        SettingsError: if it is no such number, or not above 0, or above `most`.
+        SettingsError: if it is not such a number, not above 0, or above `maximum`.
     """
-    found = _WRITTEN.fullmatch(text.strip())
-    if found is None:
-        raise SettingsError(f"{option} {text!r} is no number: write 10M, 500k, 1.5M or 2000000")
-    value = float(found[1].replace("_", "").replace(",", "")) * _TIMES[found[2].lower()]
-    if not 0 < value <= most:
-        raise SettingsError(f"{option} {text!r} is out of range: give more than 0 and at most {short(most)}")
+    match = _QUANTITY.fullmatch(text.strip())
+    if match is None:
+        raise SettingsError(f"{option} {text!r} is not a number; expected for example 10M, 500k, 1.5M or 2000000")
+    value = float(match[1].replace("_", "").replace(",", "")) * _FACTORS[match[2].lower()]
+    if not 0 < value <= maximum:
+        raise SettingsError(f"{option} {text!r} is out of range; expected more than 0 and at most {short(maximum)}")
     return value
 
 
 def short(value: float) -> str:
-    """A number with its thousands, millions or billions as a letter.
-
-    Args:
-        value: 0 or more.
-
-    Returns:
-        Three significant digits: 1.5M, 350k, 12.
-    """
+    """Format a number of 0 or more with three significant digits and k, M or G: 1.5M, 350k, 12."""
     for letter, times in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
         # 999,950 is 1M, not 1000k.
         if value >= times * 0.9995:
@@ -53,14 +43,7 @@ def short(value: float) -> str:
 
 
 def size(count: float) -> str:
-    """Bytes as MB, GB or TB of powers of ten.
-
-    Args:
-        count: bytes.
-
-    Returns:
-        Three significant digits.
-    """
+    """Format bytes as decimal MB, GB or TB, with three significant digits."""
     for unit, times in (("TB", 1e12), ("GB", 1e9)):
         if count >= times:
             return f"{float(f'{count / times:.3g}'):g} {unit}"
@@ -68,12 +51,5 @@ def size(count: float) -> str:
 
 
 def rate(bits: float) -> str:
-    """Bits a second as Mbit/s or Gbit/s.
-
-    Args:
-        bits: a second.
-
-    Returns:
-        Three significant digits.
-    """
+    """Format bits/s as Mbit/s or Gbit/s, with three significant digits."""
     return f"{float(f'{bits / 1e9:.3g}'):g} Gbit/s" if bits >= 1e9 else f"{float(f'{bits / 1e6:.3g}'):g} Mbit/s"

@@ -15,24 +15,11 @@ from tidegate.tools.plan.assumptions import PRICES, USE, Assumptions
 from tidegate.tools.plan.constants import Constant
 from tidegate.tools.plan.fleet import CapacityPlan
 from tidegate.tools.plan.quantities import short
-from tidegate.tools.plan.requirement import SIZES, Compared
 
 
-def as_json(
-    plan: CapacityPlan, constants: Mapping[str, Constant], assumed: Assumptions, compared: Sequence[Compared]
-) -> dict[str, Any]:
-    """The plan for programs.
-
-    Args:
-        plan: the plan.
-        constants: measured.
-        assumed: the assumptions.
-        compared: rows of the requirement's table.
-
-    Returns:
-        JSON types: `dau`, `figures` by name, `lines`, `constants`, `assumptions`, `requirement`, `notes`.
-    """
-    named = dict(USE) | {f"prices.{name}": known for name, known in PRICES.items()}
+def as_json(plan: CapacityPlan, constants: Mapping[str, Constant], assumed: Assumptions) -> dict[str, Any]:
+    """The plan as JSON types: `dau`, `figures` by name, `lines`, `constants`, `assumptions`, `prices_of`, `notes`."""
+    described = dict(USE) | {f"prices.{name}": assumption for name, assumption in PRICES.items()}
     values = dict(assumed.use) | {f"prices.{name}": value for name, value in assumed.prices.items()}
     built: dict[str, Any] = msgspec.to_builtins(
         {
@@ -41,29 +28,18 @@ def as_json(
             "lines": plan.lines,
             "constants": constants,
             "assumptions": {
-                name: {"value": value, "what": named[name].what, "replaced": name in assumed.replaced}
+                name: {"value": value, "what": described[name].description, "replaced": name in assumed.replaced}
                 for name, value in values.items()
             },
             "prices_of": assumed.prices_of,
-            "requirement": compared,
             "notes": plan.notes,
         }
     )
     return built
 
 
-def print_plan(
-    plan: CapacityPlan, constants: Mapping[str, Constant], assumed: Assumptions, compared: Sequence[Compared], console: Console
-) -> None:
-    """Print the plan, what it rests on, what it assumes, and the requirement's table.
-
-    Args:
-        plan: the plan.
-        constants: measured.
-        assumed: the assumptions.
-        compared: rows of the requirement's table; none are printed where it is empty.
-        console: to print on.
-    """
+def print_plan(plan: CapacityPlan, constants: Mapping[str, Constant], assumed: Assumptions, console: Console) -> None:
+    """Print the plan, the measured constants that it uses, and its assumptions."""
     console.print(f"A fleet for {short(plan.dau)} daily users", style="bold")
     console.print()
     lines = _table(("figure", "value", "formula", "measured"))
@@ -74,33 +50,29 @@ def print_plan(
     for note in plan.notes:
         console.print(Text(f"- {note}"))
     console.print()
-    rests = _table(("measured", "value", "what", "by", "on"))
+    measured = _table(("measured", "value", "description", "command", "date"))
     used = {name for line in plan.lines for name in line.rests_on}
     for name, constant in constants.items():
         if name in used:
             value = f"{constant.value:g} {constant.unit}"
-            rests.add_row(Text(name), Text(value), Text(constant.what), Text(constant.command), Text(constant.measured_on))
-    console.print(rests)
+            measured.add_row(Text(name), Text(value), Text(constant.what), Text(constant.command), Text(constant.measured_on))
+    console.print(measured)
     machines = sorted({constant.machine for constant in constants.values()})
-    console.print(Text(f"on {'; '.join(machines)}. Measure on yours: make bench"), style="dim")
+    console.print(Text(f"Measured on {'; '.join(machines)}. To measure on your machine: make bench"), style="dim")
     console.print()
-    taken = _table(("assumed", "value", "what"))
-    for name, known in USE.items():
-        taken.add_row(_marked(name, assumed), Text(f"{assumed.use[name]:g}"), Text(known.what))
-    for name, known in PRICES.items():
+    assumptions = _table(("assumed", "value", "description"))
+    for name, assumption in USE.items():
+        assumptions.add_row(_marked(name, assumed), Text(f"{assumed.use[name]:g}"), Text(assumption.description))
+    for name, assumption in PRICES.items():
         full = f"prices.{name}"
-        taken.add_row(_marked(full, assumed), Text(f"{assumed.prices[name]:g}"), Text(known.what))
-    console.print(taken)
-    console.print(Text(f"prices of {clean(assumed.prices_of)}; * replaced. Replace: --set NAME=VALUE, --assumptions FILE"))
-    if compared:
-        console.print()
-        console.print("Beside the requirement", style="bold")
-        beside = _table(("figure", "users", "required", "ours", "why"))
-        for row in compared:
-            beside.add_row(*(Text(text) for text in (row.title, short(row.dau), row.required, row.ours, row.why)))
-        console.print(beside)
-    else:
-        console.print(Text(f"Beside the requirement's table: --dau {', '.join(map(short, SIZES))}, or --compare"), style="dim")
+        assumptions.add_row(_marked(full, assumed), Text(f"{assumed.prices[name]:g}"), Text(assumption.description))
+    console.print(assumptions)
+    console.print(
+        Text(
+            f"Prices of {clean(assumed.prices_of)}. * replaced by --set or --assumptions. To replace others: "
+            "--set NAME=VALUE, --assumptions FILE"
+        )
+    )
 
 
 def _marked(name: str, assumed: Assumptions) -> Text:
@@ -110,6 +82,6 @@ def _marked(name: str, assumed: Assumptions) -> Text:
 def _table(columns: Sequence[str]) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in columns:
-        narrow = column in ("value", "users", "on")
+        narrow = column in ("value", "date")
         table.add_column(column, justify="right" if column == "value" else "left", no_wrap=narrow, overflow="fold")
     return table
