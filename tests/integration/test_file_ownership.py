@@ -213,4 +213,4 @@ def test_a_file_that_is_gone_releases_its_rows_and_the_doctor_says_so(serve: Cal
     assert "they are released to operators" in found["rows of a policy file"][1]
     assert "API keys" not in found
     _, _, said = server.stop()
-    assert "no policy file is given, but one made 1 tiers and 1 API keys" in said
+    assert "no policy file is configured, but 1 tiers and 1 API keys" in said

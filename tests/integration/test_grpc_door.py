@@ -256,7 +256,7 @@ def test_several_workers_share_the_port(serve: Callable[..., Serve], redis_serve
     ("grpc_address", "said"),
     [
         ("127.0.0.1", "server.grpc"),
-        ("192.0.2.1:80", 'grpc = "" switches the gRPC door off'),
+        ("192.0.2.1:80", 'grpc = "" disables the gRPC listener'),
         ("{http}", "has the port of server.http"),
     ],
 )

@@ -46,12 +46,20 @@ async def _until(holds: Callable[[], bool]) -> None:
             await asyncio.sleep(0)
 
 
+class StopsAtTheControlPlane(Instance):
+    """An instance whose start goes no further than the control plane."""
+
+    async def _start_admin(self, *given: Any) -> None:
+        await super()._start_admin(*given)
+        await asyncio.Event().wait()
+
+
 async def test_told_to_end_when_the_control_plane_listens_already(tmp_path: Path, unheard: list[dict[str, Any]]) -> None:
     settings = _settings(f"sqlite:///{tmp_path}/tidegate.db")
     before = _others()
-    instance, stop = Instance(settings), asyncio.Event()
+    instance, stop = StopsAtTheControlPlane(settings), asyncio.Event()
     starting = asyncio.create_task(started(instance, stop))
-    await _until(lambda: instance._admin is not None)
+    await _until(lambda: instance.admin_address)
     stop.set()
     assert await starting is False
     assert _others() <= before
