@@ -76,7 +76,7 @@ class RequestHeaders:
 
     def raw(self) -> list[tuple[bytes, bytes]]:
         """Every name with its values as they came, each by itself; the values of one name stand together."""
-        return [(name, value) for name, first in self._values.items() for value in self._repeated.get(name, (first,))]
+        return [(name, value) for name, first in self.values.items() for value in self._repeated.get(name, (first,))]
 
     def __contains__(self, key: str) -> bool:
         return key.encode() in self.values
