@@ -20,7 +20,7 @@ from tidegate.admin.models import (
 )
 from tidegate.admin.rules import CatalogEditor
 from tidegate.admin.transaction import NotThere
-from tidegate.admin.usage import reset_key, subject_of_key, usage_of_key
+from tidegate.admin.usage import key_usage, reset_key, subject_of_key
 from tidegate.decision import client_of
 from tidegate.doors.admin.common import Actor, After, Exactly, Limit
 from tidegate.doors.responses import usage_body
@@ -52,7 +52,7 @@ def record_routes(editor: CatalogEditor, gate: Gate) -> APIRouter:
         if api_key_id is None and ip is None:
             raise BadRequest("nobody is named: give api_key_id, ip, or both")
         if api_key_id is not None:
-            found = await usage_of_key(editor, gate, api_key_id, ip)
+            found = await key_usage(editor, gate, api_key_id, ip)
             subject = await subject_of_key(editor, api_key_id)
         else:
             try:
