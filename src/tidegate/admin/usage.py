@@ -6,7 +6,7 @@ from sqlalchemy import select
 
 from tidegate.admin.lists import key_row
 from tidegate.admin.rules import CatalogEditor
-from tidegate.admin.transaction import NotThere
+from tidegate.admin.transaction import NotFound
 from tidegate.catalog.cache_level import Caller
 from tidegate.catalog.sql.tables import api_keys
 from tidegate.decision import Usage, client_of
@@ -18,13 +18,13 @@ async def caller_of(editor: CatalogEditor, gate: Gate, key_id: str) -> Caller:
     """The caller of an API key; revoked and expired keys have one too.
 
     Raises:
-        NotThere: if there is no such key.
+        NotFound: if there is no such key.
         CatalogUnavailable: if the catalog does not answer.
     """
     row = await key_row(editor, key_id)
     caller = await gate.catalog.caller(row["sha256"])
     if caller is None:
-        raise NotThere(f"there is no API key {key_id} any more: see GET /admin/v1/api-keys")
+        raise NotFound(f"there is no API key {key_id} any more: see GET /admin/v1/api-keys")
     return caller
 
 
@@ -52,7 +52,7 @@ async def key_usage(editor: CatalogEditor, gate: Gate, key_id: str, ip: str | No
         ip: address of the key's client, for rules that count by address; None to leave those out.
 
     Raises:
-        NotThere: if there is no such key.
+        NotFound: if there is no such key.
         BadRequest: if the ip is not a valid address.
         CatalogUnavailable: if the catalog does not answer.
     """
@@ -67,7 +67,7 @@ async def reset_key(editor: CatalogEditor, gate: Gate, key_id: str) -> int:
         How many counters were reset.
 
     Raises:
-        NotThere: if there is no such key.
+        NotFound: if there is no such key.
         CatalogUnavailable: if the catalog does not answer.
         StoreUnavailable: if the counter store fails; some may have been reset.
     """
