@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import time
-from typing import Final
+from typing import Final, overload
 
 from tidegate.errors import BadRequest
 
@@ -22,6 +22,12 @@ def now_us() -> int:
     return time.time_ns() // 1000
 
 
+@overload
+def format_timestamp(at_us: int) -> str: ...
+@overload
+def format_timestamp(at_us: None) -> None: ...
+@overload
+def format_timestamp(at_us: int | None) -> str | None: ...
 def format_timestamp(at_us: int | None) -> str | None:
     """Format a timestamp as responses contain it.
 

@@ -20,7 +20,8 @@ from sqlalchemy import func, select, text
 
 from tests.moments import PATIENCE_S
 from tests.servers.postgres import PostgresServer, need
-from tidegate.admin.api_keys import KeyFields, create_key
+from tidegate.admin.api_keys import create_key
+from tidegate.admin.models import KeyCreate
 from tidegate.admin.rules import CatalogEditor
 from tidegate.catalog.cached import CachedCatalog
 from tidegate.catalog.follower import CatalogFollower
@@ -70,13 +71,13 @@ class Writer:
         self.days = (now_us, now_us + DAY_US)
         assert await keep_violations(self.catalog.database, 30, now_us)
         await self.editor.create_tier("writer", "free", ["100/day"])
-        form, _ = await self.editor.create_rule("writer", "free", {"endpoint": "/x", "limits": ["5/s"]})
-        self.rule_id = form["id"]
+        rule = await self.editor.create_rule("writer", "free", {"endpoint": "/x", "limits": ["5/s"]})
+        self.rule_id = rule.id
         await self.write()
 
     async def write(self) -> None:
         await self.editor.edit_rule("writer", self.rule_id, {"priority": self.changes}, None)
-        await create_key(self.editor, "writer", KeyFields(tier="free", name=f"key {self.changes}"))
+        await create_key(self.editor, "writer", KeyCreate(tier="free", name=f"key {self.changes}"))
         minute = self.changes % 2 * 60_000_000
         pair = [((day - day % DAY_US + minute, "free", "/x", subject), 1) for day, subject in zip(self.days, PAIR, strict=True)]
         await write_violations(self.catalog.database, [*pair, ((60_000_000, "free", "/x", "i:192.0.2.7"), 1)])
@@ -143,8 +144,8 @@ async def goes_on(catalog: SqlCatalog, rule_id: int) -> None:
     writer.days = (now_us, now_us + DAY_US)
     await writer.write()
     await writer.editor.create_tier("writer", "new", ())
-    form, _ = await writer.editor.create_rule("writer", "new", {"endpoint": "/y", "limits": ["5/s"]})
-    assert form["id"] == rule_id + 1
+    rule = await writer.editor.create_rule("writer", "new", {"endpoint": "/y", "limits": ["5/s"]})
+    assert rule.id == rule_id + 1
     assert await keep_violations(catalog.database, 30, now_us)
 
 
@@ -207,7 +208,7 @@ async def test_postgres(new_postgres: Callable[..., PostgresServer], tmp_path: P
 
         # The instance sees what comes after the backup.
         await writer.editor.edit_tier("writer", "free", ["777/day"], None)
-        key, _ = await create_key(writer.editor, "writer", KeyFields(tier="free"))
+        key = (await create_key(writer.editor, "writer", KeyCreate(tier="free"))).api_key
         lost = await catalog.version()
         await comes(lambda: instance.version == lost)
         assert await instance.caller(hash_api_key(key)) is not None

@@ -17,8 +17,7 @@ import pytest
 from tests.conftest import Serve
 from tests.integration.catalog_keys import editor_of, listed_keys, make_key, revoke_key
 from tests.moments import wait_until
-from tidegate.admin import api_keys as editing_keys
-from tidegate.admin import lists as reading
+from tidegate.admin import api_keys, lists
 from tidegate.admin.import_export import import_policy
 from tidegate.admin.transaction import ManagedByFile
 from tidegate.catalog.sql.catalog import SqlCatalog
@@ -50,8 +49,8 @@ async def catalog(catalog_url: str) -> AsyncIterator[SqlCatalog]:
 
 async def audited(catalog: SqlCatalog) -> list[tuple[str, str, str]]:
     """Action, kind and target of each row of the audit log, the first one first."""
-    rows = (await reading.list_audit(editor_of(catalog), 100, None)).items
-    return [(row["action"], row["kind"], row["target"]) for row in reversed(rows)]
+    rows = (await lists.list_audit(editor_of(catalog), 100, None)).items
+    return [(row.action, row.kind, row.target) for row in reversed(rows)]
 
 
 async def test_what_a_file_made_can_be_changed_once_it_is_released(catalog: SqlCatalog) -> None:
@@ -65,18 +64,18 @@ async def test_what_a_file_made_can_be_changed_once_it_is_released(catalog: SqlC
     assert (released.tiers, released.api_keys) == (1, 1)
     assert await catalog.release_policy() is None
     assert await audited(catalog) == [("release", "policy_file", "digest of 1")]
-    rules = (await reading.list_rules(editor, 10, None)).items
-    assert (await editor.edit_tier("test", "free", ["10000/day"], None))["limits"] == ["10000/day"]
-    form, _ = await editor.edit_rule("test", rules[0]["id"], {"limits": ["7/day"]}, None)
-    assert (form["limits"], form["managed_by_file"]) == (["7/day"], False)
-    new_key, made, old = await editing_keys.rotate_key(editor, "test", ID, 0)
-    assert (old["status"], made["managed_by_file"]) == ("revoked", False)
-    await editing_keys.delete_key(editor, "test", ID, None)
-    assert [form["id"] for form in await listed_keys(catalog)] == [made["id"]]
+    rules = (await lists.list_rules(editor, 10, None)).items
+    assert (await editor.edit_tier("test", "free", ["10000/day"], None)).limits == ["10000/day"]
+    rule = await editor.edit_rule("test", rules[0].id, {"limits": ["7/day"]}, None)
+    assert (rule.limits, rule.managed_by_file) == (["7/day"], False)
+    made = await api_keys.rotate_key(editor, "test", ID, 0)
+    assert (made.replaces.status, made.managed_by_file) == ("revoked", False)
+    await api_keys.delete_key(editor, "test", ID, None)
+    assert [form["id"] for form in await listed_keys(catalog)] == [made.id]
     tier = (await catalog.tier("free"))[1]
     assert tier is not None
     assert not tier.managed_by_file
-    assert (await catalog.api_key(hash_api_key(new_key)))[1] is not None
+    assert (await catalog.api_key(hash_api_key(made.api_key)))[1] is not None
 
 
 async def test_a_file_that_comes_back_takes_over_what_was_not_changed(catalog: SqlCatalog) -> None:
@@ -115,16 +114,16 @@ async def test_a_policy_can_be_imported_over_what_was_released(catalog: SqlCatal
 async def test_a_tier_of_the_file_does_not_take_rules_of_operators_with_it(catalog: SqlCatalog) -> None:
     await catalog.apply_policy(parse_policy(FREE), "1")
     editor = editor_of(catalog)
-    form, _ = await editor.create_rule("test", "free", {"endpoint": "/own", "limits": ["1/day"]})
+    rule = await editor.create_rule("test", "free", {"endpoint": "/own", "limits": ["1/day"]})
     before = await audited(catalog), await catalog.version()
-    with pytest.raises(CatalogError, match=f"'/own' with id {form['id']}: keep the tier, or delete those rules first"):
+    with pytest.raises(CatalogError, match=f"'/own' with id {rule.id}: keep the tier, or delete those rules first"):
         await catalog.apply_policy(parse_policy(OTHER), "2")
     assert (await audited(catalog), await catalog.version()) == before
-    assert [rule["name"] for rule in (await reading.list_rules(editor, 10, None)).items] == ["/a", "/own"]
+    assert [each.name for each in (await lists.list_rules(editor, 10, None)).items] == ["/a", "/own"]
     # Its own rules go with it.
-    await editor.delete_rule("test", form["id"], None)
+    await editor.delete_rule("test", rule.id, None)
     assert await catalog.apply_policy(parse_policy(OTHER), "2") is True
-    assert (await reading.list_rules(editor, 10, None)).items == []
+    assert (await lists.list_rules(editor, 10, None)).items == []
 
 
 async def test_a_key_of_an_operator_keeps_its_tier(catalog: SqlCatalog) -> None:

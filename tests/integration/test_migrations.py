@@ -23,7 +23,8 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from tests.cases import first_version
 from tests.integration.catalog_keys import editor_of, listed_keys, make_key
-from tidegate.admin.api_keys import KeyFields, create_key, edit_key
+from tidegate.admin.api_keys import create_key, edit_key
+from tidegate.admin.models import KeyCreate, KeyPatch
 from tidegate.admin.rules import CatalogEditor
 from tidegate.catalog.freshness import FreshnessTracker
 from tidegate.catalog.sql.catalog import SqlCatalog
@@ -218,10 +219,10 @@ async def test_what_the_first_version_wrote_reads_the_same(catalog_url: str, eng
     # The file is known as it was applied, and every row is changed as one of this version is.
     assert await catalog.apply_policy(None, first_version.DIGEST) is False  # type: ignore[arg-type]
     editor = editor_of(catalog)
-    form, _ = await editor.edit_rule("me", 4, {"priority": 5}, {1})
-    assert (form["name"], form["revision"], form["limits"]) == ("l", 2, ["7/hour"])
-    key = await edit_key(editor, "me", "c" * 24, KeyFields(name="renamed"), {1})
-    assert (key["name"], key["revision"], key["created_at"]) == ("renamed", 2, "2023-11-14T22:13:20.000003Z")
+    rule = await editor.edit_rule("me", 4, {"priority": 5}, {1})
+    assert (rule.name, rule.revision, rule.limits) == ("l", 2, ["7/hour"])
+    key = await edit_key(editor, "me", "c" * 24, KeyPatch(name="renamed"), {1})
+    assert (key.name, key.revision, key.created_at) == ("renamed", 2, "2023-11-14T22:13:20.000003Z")
     items = (await catalog.changes(first_version.VERSION)).items
     assert [item for _, item in items] == [("tier", "own"), ("key", "c" * 64)]
     await catalog.close()
@@ -339,7 +340,7 @@ async def test_the_first_version_works_beside_this_one(catalog_url: str, engine:
     versions: list[int] = []
     editor = CatalogEditor(catalog, lambda version, _: versions.append(version))
     await editor.create_tier("me", "new", ())
-    rule, _ = await editor.create_rule("me", "new", {"endpoint": "/new", "limits": ["1/s"]})
+    rule = await editor.create_rule("me", "new", {"endpoint": "/new", "limits": ["1/s"]})
     made: list[str] = []
 
     async def old_ones() -> None:
@@ -349,8 +350,8 @@ async def test_the_first_version_works_beside_this_one(catalog_url: str, engine:
 
     async def new_ones() -> None:
         for number in range(rounds):
-            made.append((await create_key(editor, "me", KeyFields(tier="new", name=str(number))))[1]["id"])
-            await editor.edit_rule("me", rule["id"], {"priority": number}, {number + 1})
+            made.append((await create_key(editor, "me", KeyCreate(tier="new", name=str(number)))).id)
+            await editor.edit_rule("me", rule.id, {"priority": number}, {number + 1})
 
     await asyncio.gather(old_ones(), new_ones(), _reading(old, catalog, rounds))
     # Each sees what the other wrote.
@@ -366,8 +367,8 @@ async def test_the_first_version_works_beside_this_one(catalog_url: str, engine:
         assert (await connection.execute(text(of_new))).scalar_one() == rounds == len(set(made))
     assert versions == sorted(set(versions))
     # Rows that the old one made are changed as any other.
-    form = await edit_key(editor, "me", f"{3:024x}", KeyFields(name="renamed"), {1})
-    assert (form["revision"], form["tier"]) == (2, "old-3")
+    edited = await edit_key(editor, "me", f"{3:024x}", KeyPatch(name="renamed"), {1})
+    assert (edited.revision, edited.tier) == (2, "old-3")
     await catalog.close()
 
 

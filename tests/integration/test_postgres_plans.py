@@ -23,8 +23,8 @@ from tests.servers.postgres import PostgresServer
 from tidegate.admin import api_keys as editing_keys
 from tidegate.admin import lists as reading
 from tidegate.admin import tokens
-from tidegate.admin.api_keys import KeyFields
 from tidegate.admin.lists import STRIDE
+from tidegate.admin.models import KeyCreate, KeyPatch, RevokeRequest
 from tidegate.admin.rules import CatalogEditor
 from tidegate.catalog.sql.catalog import SqlCatalog
 from tidegate.policy.toml_reader import parse_policy
@@ -140,7 +140,7 @@ def _violations(until_us: int, after: str | None = None, **filters: Any) -> Call
 
 SUBJECT = "k:" + "77".rjust(24, "0")
 MIDDLE = "8" * 24
-PLACE = reading_violations._written([START_US + 20 * HOUR_US, "tier-1", "rule 5", "k:"])
+PLACE = reading_violations._cursor([START_US + 20 * HOUR_US, "tier-1", "rule 5", "k:"])
 TODAY_US = START_US + DAY_US
 BY_KEY = ("pk_api_keys",)
 BY_TIER = ("idx_api_keys_tier_id",)
@@ -192,7 +192,7 @@ LOOK_UPS = {
     "rules of a tier": LookUp(_rules(tier="tier-7"), ("idx_rules_tier_id",)),
     "rules of a tier of 1,000": LookUp(_rules(tier=RULES_TIER), ("idx_rules_tier_id",)),
     "rules with no such text": LookUp(_rules(endpoint="nothing", name="no"), ("pk_rate_limit_rules",), 2 * STRIDE),
-    "one rule": LookUp(lambda catalog, editor, server: reading.one_rule(editor, 5), ("pk_rate_limit_rules",), 10),
+    "one rule": LookUp(lambda catalog, editor, server: reading.get_rule(editor, 5), ("pk_rate_limit_rules",), 10),
     # Records.
     "tokens": LookUp(lambda catalog, editor, server: reading.list_tokens(editor, 100, "50"), ("pk_admin_tokens",)),
     "a token": LookUp(
@@ -224,16 +224,17 @@ LOOK_UPS = {
     ),
     # Changes.
     "making a key": LookUp(
-        lambda catalog, editor, server: editing_keys.create_key(editor, "me", KeyFields(tier="tier-7", name="made")), BY_KEY
+        lambda catalog, editor, server: editing_keys.create_key(editor, "me", KeyCreate(tier="tier-7", name="made")), BY_KEY
     ),
     "changing a key": LookUp(
-        lambda catalog, editor, server: editing_keys.edit_key(editor, "me", server.key_id, KeyFields(name="new"), None), BY_KEY
+        lambda catalog, editor, server: editing_keys.edit_key(editor, "me", server.key_id, KeyPatch(name="new"), None), BY_KEY
     ),
     "replacing a key": LookUp(
         lambda catalog, editor, server: editing_keys.rotate_key(editor, "me", server.key_id, 60), BY_KEY
     ),
     "revoking a key": LookUp(
-        lambda catalog, editor, server: editing_keys.revoke_key(editor, "me", server.key_id, "leaked"), BY_KEY
+        lambda catalog, editor, server: editing_keys.revoke_key(editor, "me", server.key_id, RevokeRequest(reason="leaked")),
+        BY_KEY,
     ),
     "making a rule": LookUp(
         lambda catalog, editor, server: editor.create_rule("me", RULES_TIER, {"endpoint": "/new", "limits": ["1/s"]}),
@@ -362,14 +363,14 @@ async def test_a_search_finds_what_is_behind_many_rows(database: tuple[SqlCatalo
     catalog, _ = database
     editor = CatalogEditor(catalog, lambda *_: None)
     page = await reading.list_keys(editor, 500, None, name="KEY 12345")
-    assert {form["name"] for form in page.items} == {"key 12345", *(f"key 12345{digit}" for digit in range(10))}
-    assert [form["id"] for form in page.items] == sorted(form["id"] for form in page.items)
+    assert {item.name for item in page.items} == {"key 12345", *(f"key 12345{digit}" for digit in range(10))}
+    assert [item.id for item in page.items] == sorted(item.id for item in page.items)
     assert page.next is None
     found: list[str] = []
     after = None
     while True:
         page = await reading.list_keys(editor, 30, after, name="key 1234", tier=BIG_TIER)
-        found += [form["id"] for form in page.items]
+        found += [item.id for item in page.items]
         after = page.next
         if after is None:
             break
@@ -378,7 +379,7 @@ async def test_a_search_finds_what_is_behind_many_rows(database: tuple[SqlCatalo
     assert len(found) == len(set(found)) == 1 + 5 + 50
     assert found == sorted(found)
     tail = (await reading.list_tiers(editor, 500, None, "TIER-1999")).items
-    assert [form["name"] for form in tail] == sorted(form["name"] for form in tail)
+    assert [item.name for item in tail] == sorted(item.name for item in tail)
     assert len(tail) == 11
 
 
@@ -390,10 +391,10 @@ async def test_sqlite_finds_it_by_an_index(tmp_path_factory: pytest.TempPathFact
     await editor.create_tier("me", "tier-7", ())
     for number in range(5):
         await editor.create_rule("me", "tier-7", {"endpoint": f"/{number}", "limits": ["1/s"]})
-    _, key = await editing_keys.create_key(editor, "me", KeyFields(tier="tier-7"))
+    key = await editing_keys.create_key(editor, "me", KeyCreate(tier="tier-7"))
     with _heard() as said:
         for look_up in LOOK_UPS.values():
-            await look_up.ask(catalog, editor, Server("", key["id"], key["id"] + "0" * 40))
+            await look_up.ask(catalog, editor, Server("", key.id, key.id + "0" * 40))
     assert len(said) > len(LOOK_UPS)
     scans = []
     async with catalog.database.transaction() as connection:

@@ -405,7 +405,7 @@ async def test_the_primary_is_killed_under_writers(
             try:
                 async with editor.changing("test") as change:
                     # Several rows: a key, its line in the audit log, and what the change touched.
-                    version = change.writing.version
+                    version = change.version
                     made = await _insert(change, name)
                 acknowledged.append((time.monotonic(), made, version))
             except CatalogUnavailable:
@@ -416,8 +416,8 @@ async def test_the_primary_is_killed_under_writers(
         from tidegate.admin.api_keys import _insert_key
         from tidegate.admin.transaction import load_tier_row
 
-        _, form = await _insert_key(change, await load_tier_row(change, "free"), name, None, ())
-        return str(form["name"])
+        made = await _insert_key(change, await load_tier_row(change, "free"), name, None, ())
+        return made.name
 
     writers = [asyncio.create_task(write(number)) for number in range(20)]
     await until(lambda: len(acknowledged) > 200, 60)

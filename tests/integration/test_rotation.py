@@ -8,7 +8,7 @@ import pytest
 
 from tests.integration.admin_api import Admin
 from tests.integration.catalog_keys import editor_of, make_key
-from tidegate.admin import api_keys as editing_keys
+from tidegate.admin import api_keys
 from tidegate.admin.import_export import import_policy
 from tidegate.catalog.cached import CachedCatalog
 from tidegate.catalog.sql.catalog import SqlCatalog
@@ -55,8 +55,9 @@ async def test_a_rotated_key_goes_on_with_the_counters_of_its_owner(catalog: Sql
     assert plan is not None
     await gate.decide([plan])
     for turn in range(3):
-        key, made, old = await editing_keys.rotate_key(editor, "test", hash_api_key(key)[:24], grace_s)
-        assert (made["counts_as"], made["id"] == record.id, old["counts_as"]) == (record.id, False, record.id)
+        made = await api_keys.rotate_key(editor, "test", hash_api_key(key)[:24], grace_s)
+        assert (made.counts_as, made.id == record.id, made.replaces.counts_as) == (record.id, False, record.id)
+        key = made.api_key
         assert await remaining(gate, key, 0) == 2, f"rotation {turn}"
     assert await remaining(gate, key) == 1
     (plan,) = await gate.plan_many([DescriptorCheck({"user": "x"}, key, 1)])
@@ -76,14 +77,14 @@ async def test_while_both_keys_work_they_count_together(catalog: SqlCatalog) -> 
     cached = CachedCatalog(catalog)
     gate, editor = Gate(cached, MemoryCounters()), editor_of(catalog, cached)
     old, record = await make_key(catalog, "free")
-    new, _, _ = await editing_keys.rotate_key(editor, "test", record.id, 3600)
+    new = (await api_keys.rotate_key(editor, "test", record.id, 3600)).api_key
     assert [await remaining(gate, key) for key in (old, new, old, new)] == [4, 3, 2, 1]
 
 
 async def test_an_import_leaves_a_rotated_key_its_owner(catalog: SqlCatalog) -> None:
     editor = editor_of(catalog)
     _, record = await make_key(catalog, "free")
-    new, _, _ = await editing_keys.rotate_key(editor, "test", record.id, 0)
+    new = (await api_keys.rotate_key(editor, "test", record.id, 0)).api_key
     text = f'{POLICY}\n[[api_keys]]\nsha256 = "{hash_api_key(new)}"\ntier = "free"\nname = "renamed"\n'
     await import_policy(editor, "test", parse_policy(text))
     api_key = (await catalog.api_key(hash_api_key(new)))[1]

@@ -147,9 +147,9 @@ async def test_keys_are_made_listed_and_revoked(catalog: SqlCatalog, engine: Asy
     assert form["revoked_at"] is not None
     for key, reason, said in (
         (made[0][1].id, "x", "already"),
-        ("abc", "x", "no id"),
+        ("abc", "x", "not the id"),
         ("0" * 24, "x", "no API key"),
-        ("%", "x", "no id"),
+        ("%", "x", "not the id"),
         (hash_api_key("demo-other-key-001")[:24], "x", "policy file"),
         (made[3][1].id, " ", "reason"),
     ):

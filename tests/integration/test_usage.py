@@ -23,8 +23,8 @@ from tidegate.decision import Check, Observation
 from tidegate.doors.client_address import TrustedProxies
 from tidegate.doors.http import DataPlane
 from tidegate.errors import StoreUnavailable
-from tidegate.gate.gate import MAX_USAGE_RULES, Gate
-from tidegate.gate.usage import peek
+from tidegate.gate.gate import Gate
+from tidegate.gate.usage import MAX_USAGE_RULES, peek_windows
 from tidegate.policy.limits import Algorithm, Limit, LimitSet
 from tidegate.policy.toml_reader import parse_policy
 
@@ -199,8 +199,8 @@ async def test_windows_on_redis_are_those_of_memory(algorithm: Algorithm, kind: 
     for store in stores:
         for cost in (1, 1, 8):
             await store.charge([Charge(((limits, "a"),), cost)])
-        seen = await peek(store, [(limits, "a"), (limits, "b"), (one, "a")])
-        again = await peek(store, [(limits, "a"), (limits, "b"), (one, "a")])
+        seen = await peek_windows(store, [(limits, "a"), (limits, "b"), (one, "a")])
+        again = await peek_windows(store, [(limits, "a"), (limits, "b"), (one, "a")])
         for _, windows in (*seen, *again):
             assert [each.binding for each in windows] in ([*limits.limits], [*one.limits])
         told.append([[each.remaining for each in windows] for _, windows in seen])
@@ -216,9 +216,9 @@ async def test_a_redis_that_is_away_tells_no_windows(new_redis: Callable[..., An
     store = GuardedCounters(RedisCounters(redis.url, 0.2))
     await store.start()
     limits = LimitSet("windows", Algorithm.SLIDING_WINDOW, [Limit.parse("5/day"), Limit.parse("7/month")])
-    await peek(store, [(limits, "a")])
+    await peek_windows(store, [(limits, "a")])
     redis.kill()
-    ((decision, windows),) = await peek(store, [(limits, "a")])
+    ((decision, windows),) = await peek_windows(store, [(limits, "a")])
     assert (decision.degraded, windows) == (True, ())
     assert await store.windows([(limits, "a")]) == [None]
     await store.close()

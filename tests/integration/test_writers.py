@@ -12,7 +12,7 @@ import pytest
 from sqlalchemy import select
 
 from tests.integration.admin_api import Admin, open_admin
-from tidegate.admin.records import Form
+from tidegate.admin.models import RuleRead
 from tidegate.admin.rules import CatalogEditor
 from tidegate.admin.transaction import StaleRevision
 from tidegate.catalog.sql.catalog import SqlCatalog
@@ -31,7 +31,7 @@ class Writers:
         self.versions: list[int] = []
         self.editors = [CatalogEditor(each, lambda version, _: self.versions.append(version)) for each in catalogs]
 
-    async def all_edit(self, rule_id: int, seen: set[int] | None, **fields: Any) -> list[Form | BaseException]:
+    async def all_edit(self, rule_id: int, seen: set[int] | None, **fields: Any) -> list[RuleRead | BaseException]:
         """All writers at once: each gives the rule a priority of its own."""
         answers = await asyncio.gather(
             *(
@@ -40,7 +40,7 @@ class Writers:
             ),
             return_exceptions=True,
         )
-        return [each if isinstance(each, BaseException) else each[0] for each in answers]
+        return list(answers)
 
 
 @pytest.fixture(params=[1, 2], ids=["one pool", "two pools"])
@@ -51,9 +51,9 @@ async def writers(request: pytest.FixtureRequest, catalog_url: str) -> AsyncIter
         await each.close()
 
 
-async def _rule(writers: Writers) -> Form:
+async def _rule(writers: Writers) -> RuleRead:
     await writers.editors[0].create_tier("me", "free", ())
-    return (await writers.editors[0].create_rule("me", "free", {"endpoint": "/x", "limits": ["1/s"]}))[0]
+    return await writers.editors[0].create_rule("me", "free", {"endpoint": "/x", "limits": ["1/s"]})
 
 
 async def _audited(catalog: SqlCatalog, rule_id: int) -> list[Any]:
@@ -74,29 +74,29 @@ async def test_of_all_that_saw_a_revision_one_wins(writers: Writers) -> None:
     rule = await _rule(writers)
     for number in range(ROUNDS):
         before = await _logged(writers.catalogs[0])
-        answers = await writers.all_edit(rule["id"], {number + 1})
+        answers = await writers.all_edit(rule.id, {number + 1})
         (won,) = [each for each in answers if not isinstance(each, BaseException)]
         lost = [each for each in answers if isinstance(each, BaseException)]
         assert Counter(type(each) for each in lost) == {StaleRevision: WRITERS - 1}
         assert {each.details["revision"] for each in lost} == {number + 2}  # type: ignore[attr-defined]
-        assert won["revision"] == number + 2
+        assert won.revision == number + 2
         for catalog in writers.catalogs:
             tier = (await catalog.tier("free"))[1]
             assert tier is not None
-            assert tier.rules[0].priority == won["priority"]
+            assert tier.rules[0].priority == won.priority
         # Those that lost have changed nothing, not even the version.
         assert len(await _logged(writers.catalogs[0])) == len(before) + 1
-        audited = await _audited(writers.catalogs[0], rule["id"])
+        audited = await _audited(writers.catalogs[0], rule.id)
         assert len(audited) == number + 2
-        assert audited[-1]["actor"] == f"w{won['priority']}"
+        assert audited[-1]["actor"] == f"w{won.priority}"
 
 
 async def test_all_that_saw_none_win_one_after_the_other(writers: Writers) -> None:
     rule = await _rule(writers)
     writers.versions.clear()
-    answers = await writers.all_edit(rule["id"], None)
-    assert sorted(each["revision"] for each in answers) == list(range(2, WRITERS + 2))  # type: ignore[index]
-    made, *changed = await _audited(writers.catalogs[0], rule["id"])
+    answers = await writers.all_edit(rule.id, None)
+    assert sorted(each.revision for each in answers) == list(range(2, WRITERS + 2))  # type: ignore[union-attr]
+    made, *changed = await _audited(writers.catalogs[0], rule.id)
     assert len(changed) == WRITERS
     assert {each["actor"] for each in changed} == {f"w{number}" for number in range(WRITERS)}
     for before, after in itertools.pairwise([made, *changed]):
@@ -123,13 +123,11 @@ async def test_all_that_saw_none_win_one_after_the_other(writers: Writers) -> No
 async def test_what_is_refused_among_them_leaves_nothing(writers: Writers) -> None:
     rule = await _rule(writers)
     writers.versions.clear()
-    good, bad = await asyncio.gather(
-        writers.all_edit(rule["id"], None), writers.all_edit(rule["id"], None, limits=["1/s burst 3"])
-    )
+    good, bad = await asyncio.gather(writers.all_edit(rule.id, None), writers.all_edit(rule.id, None, limits=["1/s burst 3"]))
     assert {type(each) for each in good} == {dict}
     assert {type(each) for each in bad} == {PolicyError}
     assert len(writers.versions) == WRITERS
-    assert len(await _audited(writers.catalogs[0], rule["id"])) == WRITERS + 1
+    assert len(await _audited(writers.catalogs[0], rule.id)) == WRITERS + 1
     assert len(await _logged(writers.catalogs[0])) == WRITERS + 2
 
 

@@ -15,8 +15,8 @@ from sqlalchemy import Column, func, insert, select, true, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tidegate.admin.api_keys import key_rows
-from tidegate.admin.import_plan import HeldRows, ImportPlan, Row, plan_import
-from tidegate.admin.records import Form
+from tidegate.admin.import_plan import HeldRows, ImportPlan, plan_import
+from tidegate.admin.models import JsonObject, Row
 from tidegate.admin.rules import CatalogEditor
 from tidegate.admin.transaction import AuditedTransaction, rule_rows
 from tidegate.catalog.sql import rows as policy_rows
@@ -96,7 +96,7 @@ async def export_policy(editor: CatalogEditor, *, with_keys: bool = True) -> Pol
 
 async def import_policy(
     editor: CatalogEditor, actor: str, policy: Policy, *, dry_run: bool = False, prune: bool = False
-) -> list[Form]:
+) -> list[JsonObject]:
     """Take a policy into the catalog.
 
     The changes are worked out before the write lock is taken, in a thread, and written in bulk; a dry run never takes it.
@@ -125,23 +125,23 @@ async def import_policy(
         if dry_run or not plan.changes:
             return plan.changes
         try:
-            async with editor.changing(actor) as change:
-                if change.writing.previous != held.version:
+            async with editor.changing(actor) as transaction:
+                if transaction.previous != held.version:
                     if attempt + 1 < _ATTEMPTS:
                         raise _Outdated
                     # Others change the catalog all the time: the last attempt holds them up meanwhile.
-                    held = await _read(change.connection, policy, prune=prune)
+                    held = await _read(transaction.connection, policy, prune=prune)
                     plan = await asyncio.to_thread(plan_import, policy, held, now_us(), prune=prune)
                     if not plan.changes:
                         raise _Outdated
-                await _write(change, plan, {name: row["id"] for name, row in held.tiers.items()})
+                await _write(transaction, plan, {name: row["id"] for name, row in held.tiers.items()})
         except _Outdated:
             continue
         return plan.changes
     return []
 
 
-def import_warnings(text: str, changes: Sequence[Form]) -> list[str]:
+def import_warnings(text: str, changes: Sequence[JsonObject]) -> list[str]:
     """What may not have been meant by an import, beside what `policy_warnings` says of its policy.
 
     Args:
@@ -205,12 +205,12 @@ async def _pages(connection: AsyncConnection, query: Any, place: Column[Any]) ->
         begin = rows[-1]["id"]
 
 
-async def _write(change: AuditedTransaction, plan: ImportPlan, tier_ids: dict[str, int]) -> None:
+async def _write(transaction: AuditedTransaction, plan: ImportPlan, tier_ids: dict[str, int]) -> None:
     """Write a plan, many rows a statement: the write lock is held no longer than the database needs."""
-    connection = change.connection
+    connection = transaction.connection
     rule_ids: dict[tuple[int, str], int] = {}
     for kind, name in plan.touched:
-        change.touch(kind, name)
+        transaction.touch(kind, name)
     for batch in batches(plan.tier_inserts):
         made = await connection.execute(insert(tiers).returning(tiers.c.id, tiers.c.name), batch)
         tier_ids |= {row.name: row.id for row in made}
@@ -232,7 +232,7 @@ async def _write(change: AuditedTransaction, plan: ImportPlan, tier_ids: dict[st
     if plan.anonymous_tier is not None:
         await connection.execute(update(policy_state).values(anonymous_tier=plan.anonymous_tier))
     await delete_rows(connection, tiers, plan.tier_deletes)
-    await change.audit_all(plan.changes)
+    await transaction.audit_all(plan.changes)
 
 
 def _with_tier_id(row: Mapping[Any, Any], tier_ids: Mapping[str, int]) -> dict[str, Any]:

@@ -5,19 +5,17 @@ The comparison runs before the write lock is taken, and all of a dry run without
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, TypeAlias
 
 import msgspec
 
-from tidegate.admin.records import Form, key_form, rule_form, tier_form
-from tidegate.admin.transaction import MAX_RULES, ManagedByFile
+from tidegate.admin.models import JsonObject, KeyRead, Row, RuleRead, TierRead
+from tidegate.admin.transaction import MAX_RULES, Audited, ManagedByFile, audited
 from tidegate.catalog.changes import ANONYMOUS, KEY, TIER, Item
 from tidegate.catalog.sql import rows as policy_rows
 from tidegate.errors import CatalogError
 from tidegate.policy.model import ApiKey, KeyStatus, Policy, Tier
 
-Row: TypeAlias = Mapping[Any, Any]
 Values: TypeAlias = dict[str, Any]
 
 
@@ -52,13 +50,13 @@ class RuleInsert(msgspec.Struct):
 
     values: Values
     tier: str
-    change: Form
+    change: JsonObject
 
 
 class ImportPlan(msgspec.Struct):
     """Rows to be written, and the changes as the audit log tells them, in the order of the policy."""
 
-    changes: list[Form] = []
+    changes: list[JsonObject] = []
     touched: list[Item] = []
     tier_inserts: list[Values] = []
     tier_updates: list[Values] = []
@@ -111,8 +109,14 @@ class _Planner:
             self._prune_tiers()
         return self._plan
 
-    def _record(self, action: str, kind: str, target: str, before: Form | None, after: Form | None) -> Form:
-        change: Form = {"action": action, "kind": kind, "target": target, "before": before, "after": after}
+    def _record(self, action: str, kind: str, target: str, before: Audited, after: Audited) -> JsonObject:
+        change: JsonObject = {
+            "action": action,
+            "kind": kind,
+            "target": target,
+            "before": audited(before),
+            "after": audited(after),
+        }
         self._plan.changes.append(change)
         return change
 
@@ -122,13 +126,13 @@ class _Planner:
         if row is None:
             self._plan.touched.append((TIER, tier.name))
             self._plan.tier_inserts.append(values)
-            self._record("create", "tier", tier.name, None, tier_form({**values, "revision": 1}))
+            self._record("create", "tier", tier.name, None, TierRead.of_row({**values, "revision": 1}))
         elif values["limits"] != row["limits"]:
             self._require_own(row, f"tier {tier.name!r}")
             self._plan.touched.append((TIER, tier.name))
             changed = {**row, "limits": values["limits"], "managed_by_file": False, "revision": row["revision"] + 1}
             self._plan.tier_updates.append(changed)
-            self._record("update", "tier", tier.name, tier_form(row), tier_form(changed))
+            self._record("update", "tier", tier.name, TierRead.of_row(row), TierRead.of_row(changed))
         self._take_rules(tier)
 
     def _take_rules(self, tier: Tier) -> None:
@@ -145,8 +149,9 @@ class _Planner:
                 position += 1
                 values = {**policy_rows.row_of_rule(rule, 0, position), "managed_by_file": False}
                 del values["tier_id"]
-                form = rule_form({**values, "id": None, "tier_name": tier.name, "revision": 1})
-                change = self._record("create", "rule", rule.name, None, form)
+                rule_made = RuleRead.of_row({**values, "id": 0, "tier_name": tier.name, "revision": 1})
+                # Its id is filled in when the database gives it one.
+                change = self._record("create", "rule", rule.name, None, {**rule_made.audited(), "id": None})
                 self._plan.rule_inserts.append(RuleInsert(values, tier.name, change))
                 self._plan.touched.append((TIER, tier.name))
                 continue
@@ -157,7 +162,7 @@ class _Planner:
                 written = {**values, "id": kept["id"], "managed_by_file": False, "revision": kept["revision"] + 1}
                 self._plan.rule_updates.append(written)
                 self._plan.touched.append((TIER, tier.name))
-                self._record("update", "rule", str(kept["id"]), rule_form(kept), rule_form({**kept, **written}))
+                self._record("update", "rule", str(kept["id"]), RuleRead.of_row(kept), RuleRead.of_row({**kept, **written}))
         if self._prune:
             self._remove_rules(row for row in held.values() if not self._is_of_file(row))
 
@@ -165,7 +170,7 @@ class _Planner:
         for row in rows:
             self._plan.rule_deletes.append(row["id"])
             self._plan.touched.append((TIER, row["tier_name"]))
-            self._record("delete", "rule", str(row["id"]), rule_form(row), None)
+            self._record("delete", "rule", str(row["id"]), RuleRead.of_row(row), None)
 
     def _take_key(self, api_key: ApiKey) -> None:
         row = self._held.keys.get(api_key.sha256)
@@ -176,8 +181,8 @@ class _Planner:
         if row is None:
             self._plan.touched.append((KEY, api_key.sha256))
             self._plan.key_inserts.append(values)
-            form = key_form({**values, "counts_as": None, "revision": 1, "revoked_at_us": None, "revoked_reason": None})
-            self._record("create", "api_key", api_key.id, None, form)
+            made = KeyRead.of_row({**values, "counts_as": None, "revision": 1, "revoked_at_us": None, "revoked_reason": None})
+            self._record("create", "api_key", api_key.id, None, made)
             return
         changed = {column: value for column, value in values.items() if column != "managed_by_file" and row[column] != value}
         if not changed:
@@ -192,7 +197,7 @@ class _Planner:
         written = {**row, **changed, "managed_by_file": False, "revision": row["revision"] + 1}
         self._plan.touched.append((KEY, api_key.sha256))
         self._plan.key_updates.append(written)
-        self._record("update", "api_key", row["id"], key_form(row), key_form(written))
+        self._record("update", "api_key", row["id"], KeyRead.of_row(row), KeyRead.of_row(written))
 
     def _prune_keys(self) -> None:
         named = {api_key.sha256 for api_key in self._policy.api_keys}
@@ -200,7 +205,7 @@ class _Planner:
             if sha256 not in named and not self._is_of_file(row):
                 self._plan.key_deletes.append(row["id"])
                 self._plan.touched.append((KEY, sha256))
-                self._record("delete", "api_key", row["id"], key_form(row), None)
+                self._record("delete", "api_key", row["id"], KeyRead.of_row(row), None)
 
     def _take_anonymous(self) -> None:
         """Without [anonymous] in the text, what holds stays: a text may be about one tier only."""
@@ -224,7 +229,7 @@ class _Planner:
             self._remove_rules(self._held.rules.get(name, {}).values())
             self._plan.tier_deletes.append(row["id"])
             self._plan.touched.append((TIER, name))
-            self._record("delete", "tier", name, tier_form(row), None)
+            self._record("delete", "tier", name, TierRead.of_row(row), None)
 
     def _is_of_file(self, row: Row) -> bool:
         return self._held.has_file and bool(row["managed_by_file"])

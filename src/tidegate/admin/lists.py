@@ -9,12 +9,12 @@ from typing import Any, Final
 
 from sqlalchemy import Column, ColumnElement, Select, and_, func, literal_column, select, true
 
-from tidegate.admin.api_keys import is_key_id, key_rows, no_such_key
-from tidegate.admin.records import Form, audit_form, key_form, rule_form, tier_form, token_form
+from tidegate.admin.api_keys import key_rows, no_such_key
+from tidegate.admin.models import AuditRead, KeyRead, RuleRead, TierRead, TokenRead, is_key_id
 from tidegate.admin.rules import CatalogEditor
-from tidegate.admin.transaction import NotThere, rule_rows
+from tidegate.admin.transaction import NotFound, rule_rows
 from tidegate.catalog.sql.engine import LOWER
-from tidegate.catalog.sql.paging import Page, no_place, rows_of
+from tidegate.catalog.sql.paging import Page, no_place, page_of, rows_of
 from tidegate.catalog.sql.tables import admin_tokens, api_keys, audit_log, rate_limit_rules, tiers
 from tidegate.policy.model import KeyStatus
 from tidegate.timestamps import now_us
@@ -23,7 +23,7 @@ STRIDE: Final = 20_000
 """A search for a part of a text looks at so many rows at once."""
 
 
-async def list_tiers(editor: CatalogEditor, limit: int, after: str | None, name: str | None = None) -> Page:
+async def list_tiers(editor: CatalogEditor, limit: int, after: str | None, name: str | None = None) -> Page[TierRead]:
     """Tiers by name.
 
     Args:
@@ -42,7 +42,7 @@ async def list_tiers(editor: CatalogEditor, limit: int, after: str | None, name:
     if after is not None:
         query = query.where(tiers.c.name > after)
     rows = await _rows_with(editor, query, limit, tiers.c.name, {"name": name})
-    return _page([tier_form(row) for row in rows], limit, lambda form: str(form["name"]))
+    return page_of([TierRead.of_row(row) for row in rows], limit, lambda item: str(item.name))
 
 
 async def list_rules(
@@ -52,7 +52,7 @@ async def list_rules(
     tier: str | None = None,
     endpoint: str | None = None,
     name: str | None = None,
-) -> Page:
+) -> Page[RuleRead]:
     """Rules by id.
 
     Args:
@@ -76,7 +76,7 @@ async def list_rules(
     if after is not None:
         query = query.where(rate_limit_rules.c.id > _number(after))
     rows = await _rows_with(editor, query, limit, rate_limit_rules.c.id, {"endpoint_pattern": endpoint, "name": name})
-    return _page([rule_form(row) for row in rows], limit, lambda form: str(form["id"]))
+    return page_of([RuleRead.of_row(row) for row in rows], limit, lambda item: str(item.id))
 
 
 async def list_keys(
@@ -87,7 +87,7 @@ async def list_keys(
     status: str | None = None,
     name: str | None = None,
     id_prefix: str | None = None,
-) -> Page:
+) -> Page[KeyRead]:
     """API keys by id.
 
     Args:
@@ -120,10 +120,10 @@ async def list_keys(
     if after is not None:
         query = query.where(api_keys.c.id > after)
     rows = await _rows_with(editor, query, limit, api_keys.c.id, {"name": name})
-    return _page([key_form(row) for row in rows], limit, lambda form: str(form["id"]))
+    return page_of([KeyRead.of_row(row) for row in rows], limit, lambda item: str(item.id))
 
 
-async def list_tokens(editor: CatalogEditor, limit: int, after: str | None) -> Page:
+async def list_tokens(editor: CatalogEditor, limit: int, after: str | None) -> Page[TokenRead]:
     """Tokens by id, revoked ones too.
 
     Args:
@@ -142,7 +142,7 @@ async def list_tokens(editor: CatalogEditor, limit: int, after: str | None) -> P
     if after is not None:
         query = query.where(admin_tokens.c.id > _number(after))
     rows = await rows_of(editor.catalog.database, query, limit)
-    return _page([token_form(row) for row in rows], limit, lambda form: str(form["id"]))
+    return page_of([TokenRead.of_row(row) for row in rows], limit, lambda item: str(item.id))
 
 
 async def list_audit(
@@ -152,7 +152,7 @@ async def list_audit(
     kind: str | None = None,
     target: str | None = None,
     actor: str | None = None,
-) -> Page:
+) -> Page[AuditRead]:
     """The audit log, the newest first.
 
     Args:
@@ -177,10 +177,10 @@ async def list_audit(
     if after is not None:
         query = query.where(audit_log.c.id < _number(after))
     rows = await rows_of(editor.catalog.database, query, limit)
-    return _page([audit_form(row) for row in rows], limit, lambda form: str(form["id"]))
+    return page_of([AuditRead.of_row(row) for row in rows], limit, lambda item: str(item.id))
 
 
-async def one_tier(editor: CatalogEditor, name: str) -> Form:
+async def get_tier(editor: CatalogEditor, name: str) -> TierRead:
     """One tier.
 
     Args:
@@ -191,16 +191,16 @@ async def one_tier(editor: CatalogEditor, name: str) -> Form:
         Its form.
 
     Raises:
-        NotThere: if there is none.
+        NotFound: if there is none.
         CatalogUnavailable: if the database does not answer.
     """
     rows = await rows_of(editor.catalog.database, select(tiers).where(tiers.c.name == name), 1)
     if not rows:
-        raise NotThere(f"there is no tier {name[:64]!r}: see GET /admin/v1/tiers")
-    return tier_form(rows[0])
+        raise NotFound(f"there is no tier {name[:64]!r}: see GET /admin/v1/tiers")
+    return TierRead.of_row(rows[0])
 
 
-async def one_rule(editor: CatalogEditor, rule_id: int) -> Form:
+async def get_rule(editor: CatalogEditor, rule_id: int) -> RuleRead:
     """One rule.
 
     Args:
@@ -211,13 +211,13 @@ async def one_rule(editor: CatalogEditor, rule_id: int) -> Form:
         Its form.
 
     Raises:
-        NotThere: if there is none.
+        NotFound: if there is none.
         CatalogUnavailable: if the database does not answer.
     """
     rows = await rows_of(editor.catalog.database, rule_rows().where(rate_limit_rules.c.id == rule_id), 1)
     if not rows:
-        raise NotThere(f"there is no rule {rule_id}: see GET /admin/v1/rate-limit-rules")
-    return rule_form(rows[0])
+        raise NotFound(f"there is no rule {rule_id}: see GET /admin/v1/rate-limit-rules")
+    return RuleRead.of_row(rows[0])
 
 
 async def key_row(editor: CatalogEditor, key_id: str) -> Any:
@@ -231,7 +231,7 @@ async def key_row(editor: CatalogEditor, key_id: str) -> Any:
         The row, with its tier's name as `tier_name`.
 
     Raises:
-        NotThere: if there is none.
+        NotFound: if there is none.
         CatalogUnavailable: if the database does not answer.
     """
     rows = await rows_of(editor.catalog.database, key_rows().where(api_keys.c.id == key_id), 1) if is_key_id(key_id) else []
@@ -285,10 +285,6 @@ async def _id_of_tier(editor: CatalogEditor, name: str) -> ColumnElement[int]:
     async with editor.reading() as connection:
         found = (await connection.execute(select(tiers.c.id).where(tiers.c.name == name))).scalar()
     return literal_column(str(int(found or 0)))
-
-
-def _page(forms: list[Form], limit: int, name: Any) -> Page:
-    return Page(forms[:limit], name(forms[limit - 1]) if len(forms) > limit else None)
 
 
 def _number(after: str) -> int:

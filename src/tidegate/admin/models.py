@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+import re
+import time
+from collections.abc import Mapping
+from typing import Annotated, Any, Generic, Literal, TypeAlias, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, GetJsonSchemaHandler, JsonValue, model_validator
 from pydantic_core import CoreSchema
 
+from tidegate.policy.model import KeyStatus
+from tidegate.timestamps import format_timestamp
+
 MAX_LIMITS = 16
+
+JsonObject: TypeAlias = dict[str, Any]
+Row: TypeAlias = Mapping[Any, Any]
+
+_KEY_ID = re.compile(r"[0-9a-f]{24}", re.ASCII)
+_Item = TypeVar("_Item")
 
 
 def _plain(text: str) -> str:
@@ -17,8 +29,22 @@ def _plain(text: str) -> str:
     return text
 
 
+def is_key_id(text: str) -> bool:
+    """Whether a text has the form of an API key's id: 24 hex digits."""
+    return _KEY_ID.fullmatch(text) is not None
+
+
+def _key_id(text: str) -> str:
+    # The command line puts it into a path.
+    if not is_key_id(text):
+        raise ValueError("must have 24 hex digits")
+    return text
+
+
 Plain = AfterValidator(_plain)
+KeyId = Annotated[str, AfterValidator(_key_id)]
 Name = Annotated[str, Field(max_length=200), Plain]
+Reason = Annotated[str, Field(min_length=1, max_length=1000), Plain]
 TierName = Annotated[str, Field(min_length=1, max_length=64), Plain]
 RuleName = Annotated[str, Field(min_length=1, max_length=256), Plain]
 LimitText = Annotated[str, Field(max_length=80, examples=["100/minute"]), Plain]
@@ -31,7 +57,7 @@ OnFailure = Literal["default", "local", "allow", "deny"]
 Role = Literal["viewer", "operator"]
 
 
-class Given(BaseModel):
+class RequestModel(BaseModel):
     """What comes in: exact types, no field that is not known. Null counts as left out where the default is not null."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
@@ -63,26 +89,34 @@ class Given(BaseModel):
         )
 
 
-class Told(BaseModel):
-    """What goes out."""
+class ResponseModel(BaseModel):
+    """What the control plane sends. The command line reads the same models, and ignores the fields of later versions."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="ignore", json_schema_extra={"additionalProperties": False})
 
 
-class TierCreate(Given):
+class Resource(ResponseModel):
+    """A row of the catalog as operators see it, in answers and in the audit log. It never has a key, a token or a digest."""
+
+    def audited(self) -> JsonObject:
+        """The fields that the audit log keeps: all but the warnings of one answer."""
+        return self.model_dump(exclude={"warnings"})
+
+
+class TierCreate(RequestModel):
     """A tier to be made."""
 
     name: TierName
     limits: Limits = []
 
 
-class TierLimits(Given):
+class TierLimits(RequestModel):
     """Other limits for a tier."""
 
     limits: Limits
 
 
-class TierRead(Told):
+class TierRead(Resource):
     """A tier. `limits` hold over all its endpoints; its rules stand in /rate-limit-rules."""
 
     name: str
@@ -91,8 +125,18 @@ class TierRead(Told):
     revision: int
     warnings: list[str] = []
 
+    @classmethod
+    def of_row(cls, row: Row) -> TierRead:
+        """Of a row of `tiers`."""
+        return cls(
+            name=row["name"],
+            limits=list(row["limits"]),
+            managed_by_file=row["managed_by_file"],
+            revision=row["revision"],
+        )
 
-class RuleFields(Given):
+
+class RuleFields(RequestModel):
     """What can be said of a rule; every field as in the policy file."""
 
     endpoint: Annotated[str, Field(max_length=1024, examples=["/api/v1/*"]), Plain]
@@ -112,7 +156,7 @@ class RuleCreate(RuleFields):
     tier: TierName
 
 
-class RulePatch(Given):
+class RulePatch(RequestModel):
     """Fields of a rule that are to change; those left out stay."""
 
     endpoint: Annotated[str, Field(max_length=1024), Plain] = ""
@@ -126,7 +170,7 @@ class RulePatch(Given):
     name: RuleName | None = None
 
 
-class RuleRead(Told):
+class RuleRead(Resource):
     """A rule."""
 
     id: int
@@ -144,8 +188,27 @@ class RuleRead(Told):
     revision: int
     warnings: list[str] = []
 
+    @classmethod
+    def of_row(cls, row: Row) -> RuleRead:
+        """Of a row of `rate_limit_rules`, with the tier's name as `tier_name`."""
+        return cls(
+            id=row["id"],
+            tier=row["tier_name"],
+            name=row["name"],
+            endpoint=row["endpoint_pattern"],
+            methods=list(row["methods"]),
+            algorithm=row["algorithm"],
+            limits=list(row["limits"]),
+            subject=row["subject"],
+            priority=row["priority"],
+            mode=row["mode"],
+            on_failure=row["on_failure"],
+            managed_by_file=row["managed_by_file"],
+            revision=row["revision"],
+        )
 
-class OverrideForm(Given):
+
+class OverrideForm(RequestModel):
     """Limits that hold for one API key instead of a rule's."""
 
     rule: RuleName
@@ -155,7 +218,7 @@ class OverrideForm(Given):
 Overrides = Annotated[list[OverrideForm], Field(max_length=1000)]
 
 
-class KeyCreate(Given):
+class KeyCreate(RequestModel):
     """An API key to be made."""
 
     tier: TierName
@@ -165,7 +228,7 @@ class KeyCreate(Given):
     overrides: Overrides = []
 
 
-class KeyPatch(Given):
+class KeyPatch(RequestModel):
     """Fields of an API key that are to change; those left out stay."""
 
     tier: TierName = ""
@@ -175,17 +238,17 @@ class KeyPatch(Given):
     overrides: Overrides = []
 
 
-class OverridesRequest(Given):
+class OverridesRequest(RequestModel):
     """All that a key has of its own; what is left out is taken away."""
 
     limits: Limits | None = None
     overrides: Overrides = []
 
 
-class KeyRead(Told):
+class KeyRead(Resource):
     """An API key, without the key."""
 
-    id: str
+    id: KeyId
     tier: str
     name: str
     status: str
@@ -200,6 +263,31 @@ class KeyRead(Told):
     revision: int
     warnings: list[str] = []
 
+    @classmethod
+    def of_row(cls, row: Row) -> KeyRead:
+        """Of a row of `api_keys`, with the tier's name as `tier_name`."""
+        own = next((each["limits"] for each in row["overrides"] if not each["rule"]), None)
+        return cls(
+            id=row["id"],
+            tier=row["tier_name"],
+            name=row["name"],
+            status="expired" if _is_expired(row) else row["status"],
+            expires_at=format_timestamp(row["expires_at_us"]),
+            limits=None if own is None else list(own),
+            # Not validated again: the catalog's rows were validated when they were written.
+            overrides=[
+                OverrideForm.model_construct(rule=each["rule"], limits=list(each["limits"]))
+                for each in row["overrides"]
+                if each["rule"]
+            ],
+            created_at=format_timestamp(row["created_at_us"]),
+            revoked_at=format_timestamp(row["revoked_at_us"]),
+            revoked_reason=row["revoked_reason"],
+            managed_by_file=row["managed_by_file"],
+            counts_as=row["counts_as"] or row["id"],
+            revision=row["revision"],
+        )
+
 
 class KeyMade(KeyRead):
     """An API key that was just made: the key itself is told this once."""
@@ -213,19 +301,19 @@ class KeyRotated(KeyMade):
     replaces: KeyRead
 
 
-class RevokeRequest(Given):
+class RevokeRequest(RequestModel):
     """Why a key is revoked."""
 
-    reason: Annotated[str, Field(min_length=1, max_length=1000), Plain]
+    reason: Reason
 
 
-class RotateRequest(Given):
+class RotateRequest(RequestModel):
     """How long the old key still works, s; with 0 it is revoked now."""
 
     grace_s: Annotated[int, Field(ge=0, le=31_536_000)] = 0
 
 
-class TokenCreate(Given):
+class TokenCreate(RequestModel):
     """A token to be made."""
 
     name: Annotated[str, Field(min_length=1, max_length=200), Plain]
@@ -233,7 +321,7 @@ class TokenCreate(Given):
     expires_at: Moment | None = None
 
 
-class TokenRead(Told):
+class TokenRead(Resource):
     """A token of the control plane, without the token."""
 
     id: int
@@ -243,6 +331,18 @@ class TokenRead(Told):
     expires_at: str | None
     revoked_at: str | None
 
+    @classmethod
+    def of_row(cls, row: Row) -> TokenRead:
+        """Of a row of `admin_tokens`."""
+        return cls(
+            id=row["id"],
+            name=row["name"],
+            role=row["role"],
+            created_at=format_timestamp(row["created_at_us"]),
+            expires_at=format_timestamp(row["expires_at_us"]),
+            revoked_at=format_timestamp(row["revoked_at_us"]),
+        )
+
 
 class TokenMade(TokenRead):
     """A token that was just made: the token itself is told this once."""
@@ -250,7 +350,7 @@ class TokenMade(TokenRead):
     token: str
 
 
-class AuditRead(Told):
+class AuditRead(ResponseModel):
     """A change: who made it, what was before and what is after."""
 
     id: int
@@ -262,8 +362,22 @@ class AuditRead(Told):
     before: dict[str, JsonValue] | None
     after: dict[str, JsonValue] | None
 
+    @classmethod
+    def of_row(cls, row: Row) -> AuditRead:
+        """Of a row of `audit_log`."""
+        return cls(
+            id=row["id"],
+            at=format_timestamp(row["at_us"]),
+            actor=row["actor"],
+            action=row["action"],
+            kind=row["kind"],
+            target=row["target"],
+            before=row["before"],
+            after=row["after"],
+        )
 
-class ViolationRead(Told):
+
+class ViolationRead(ResponseModel):
     """A minute in which a rule blocked a subject."""
 
     minute: str
@@ -273,7 +387,7 @@ class ViolationRead(Told):
     blocked: int
 
 
-class ViolatorRead(Told):
+class ViolatorRead(ResponseModel):
     """How often something was blocked; what it was not counted by is null."""
 
     subject: str | None
@@ -282,55 +396,44 @@ class ViolatorRead(Told):
     blocked: int
 
 
-class TopRead(Told):
+class TopRead(ResponseModel):
     """Who was blocked most, the most first."""
 
     items: list[ViolatorRead]
 
 
-class TierPage(Told):
+class PageModel(ResponseModel, Generic[_Item]):
+    """A page of a list; `next` is what to send as `after` for the next page, null on the last one."""
+
+    items: list[_Item]
+    next: str | None
+
+
+class TierPage(PageModel[TierRead]):
     """A page of tiers; `next` is what to give as `after`."""
 
-    items: list[TierRead]
-    next: str | None
 
-
-class RulePage(Told):
+class RulePage(PageModel[RuleRead]):
     """A page of rules; `next` is what to give as `after`."""
 
-    items: list[RuleRead]
-    next: str | None
 
-
-class KeyPage(Told):
+class KeyPage(PageModel[KeyRead]):
     """A page of API keys; `next` is what to give as `after`."""
 
-    items: list[KeyRead]
-    next: str | None
 
-
-class TokenPage(Told):
+class TokenPage(PageModel[TokenRead]):
     """A page of tokens; `next` is what to give as `after`."""
 
-    items: list[TokenRead]
-    next: str | None
 
-
-class AuditPage(Told):
+class AuditPage(PageModel[AuditRead]):
     """A page of the audit log, the newest first; `next` is what to give as `after`."""
 
-    items: list[AuditRead]
-    next: str | None
 
-
-class ViolationPage(Told):
+class ViolationPage(PageModel[ViolationRead]):
     """A page of violations, the newest first; `next` is what to give as `after`."""
 
-    items: list[ViolationRead]
-    next: str | None
 
-
-class WindowUsageRead(Told):
+class WindowUsageRead(ResponseModel):
     """What is left of one limit."""
 
     limit: int
@@ -340,7 +443,7 @@ class WindowUsageRead(Told):
     resets_at: str | None
 
 
-class RuleUsageRead(Told):
+class RuleUsageRead(ResponseModel):
     """What is left under one rule; of its limits the one with the least left."""
 
     rule: str | None
@@ -355,7 +458,7 @@ class RuleUsageRead(Told):
     windows: list[WindowUsageRead]
 
 
-class UsageRead(Told):
+class UsageRead(ResponseModel):
     """What is left to a caller now, and how often it was blocked within the last 24 h."""
 
     tier: str
@@ -365,7 +468,7 @@ class UsageRead(Told):
     blocked_24h: int
 
 
-class ResetRequest(Given):
+class ResetRequest(RequestModel):
     """Whose counters are to be reset: exactly one of the three."""
 
     api_key_id: Annotated[str, Field(min_length=24, max_length=24), Plain] | None = None
@@ -373,13 +476,13 @@ class ResetRequest(Given):
     tier: TierName | None = None
 
 
-class ResetRead(Told):
+class ResetRead(ResponseModel):
     """How many counters were reset, whether they held anything or not."""
 
     reset: int
 
 
-class ChangeRead(Told):
+class ChangeRead(ResponseModel):
     """One change of an import."""
 
     action: str
@@ -389,7 +492,7 @@ class ChangeRead(Told):
     after: dict[str, JsonValue] | None
 
 
-class ImportRead(Told):
+class ImportRead(ResponseModel):
     """What an import changed, or would change."""
 
     dry_run: bool
@@ -397,7 +500,7 @@ class ImportRead(Told):
     warnings: list[str]
 
 
-class Problem(Told):
+class Problem(ResponseModel):
     """What was wrong, for a program and for a person."""
 
     code: str
@@ -405,7 +508,13 @@ class Problem(Told):
     details: dict[str, Any]
 
 
-class ProblemRead(Told):
+class ProblemRead(ResponseModel):
     """The form of every error."""
 
     error: Problem
+
+
+def _is_expired(row: Row) -> bool:
+    """Whether a key that was not revoked has expired."""
+    until_us = row["expires_at_us"]
+    return row["status"] == KeyStatus.ACTIVE.value and until_us is not None and until_us * 1000 <= time.time_ns()

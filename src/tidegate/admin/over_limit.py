@@ -8,10 +8,11 @@ from typing import Final
 from sqlalchemy import select
 
 from tidegate.admin.rules import CatalogEditor
-from tidegate.admin.usage import caller_of, own_sets, peek
+from tidegate.admin.usage import caller_of
 from tidegate.catalog.sql.tables import api_keys, tiers
 from tidegate.decision import Decision
-from tidegate.gate.gate import MAX_USAGE_RULES, Gate
+from tidegate.gate.gate import Gate
+from tidegate.gate.usage import MAX_USAGE_RULES, own_limits, peek
 from tidegate.policy.limits import LimitSet
 from tidegate.policy.model import KeyStatus, Subject
 from tidegate.timestamps import now_us
@@ -39,8 +40,8 @@ async def used_up_by_key(editor: CatalogEditor, gate: Gate, key_id: str) -> list
     """
     caller = await caller_of(editor, gate, key_id)
     own = {override.rule for override in caller.api_key.overrides} if caller.api_key is not None else set()
-    sets = [limits for limits in own_sets(caller.tier) if (limits.rule or "") in own][:MAX_USAGE_RULES]
-    decisions = await peek(gate, [(limits, caller.subject) for limits in sets])
+    sets = [limits for limits in own_limits(caller.tier) if (limits.rule or "") in own][:MAX_USAGE_RULES]
+    decisions = await peek(gate.counters, [(limits, caller.subject) for limits in sets])
     return [
         f"{_named(limits)}: the API key {key_id} has used up {decision.binding} already, and is refused for up to "
         f"{decision.reset_after:.0f} s"
@@ -76,11 +77,11 @@ async def used_up_in_tier(editor: CatalogEditor, gate: Gate, tier: str, rule: st
         return []
     subject = Subject.API_KEY if found is None else found.subject
     if subject is Subject.TIER:
-        (decision,) = await peek(gate, [(limits, f"t:{tier}")])
+        (decision,) = await peek(gate.counters, [(limits, f"t:{tier}")])
         said = f"{_named(limits)}: tier {tier!r} has used up {decision.binding} already, and is refused for up to "
         return [f"{said}{decision.reset_after:.0f} s"] if _is_used_up(decision) else []
     subjects = await _some(editor, tier, rule or "", subject)
-    decisions = await peek(gate, [(limits, each) for each in subjects])
+    decisions = await peek(gate.counters, [(limits, each) for each in subjects])
     over = [(each, decision) for each, decision in zip(subjects, decisions, strict=True) if _is_used_up(decision)]
     if not over:
         return []

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 from collections.abc import AsyncIterator, Callable, Collection, Mapping
 from typing import Any, Final
 
 from sqlalchemy import delete, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from tidegate.admin.records import Form, rule_form, tier_form
+from tidegate.admin.models import JsonObject, RuleRead, TierRead
 from tidegate.admin.transaction import (
     AuditedTransaction,
-    Seen,
+    ExpectedRevisions,
     insert_rule,
     insert_tier,
     load_rule_row,
@@ -36,7 +37,7 @@ from tidegate.errors import CatalogError
 from tidegate.policy.coverage import coverage_warnings
 from tidegate.policy.model import Rule, Tier
 
-RULE_FIELDS: Final = ("endpoint", "limits", "methods", "algorithm", "subject", "priority", "mode", "on_failure", "name")
+RULE_FIELDS: Final = {"endpoint", "limits", "methods", "algorithm", "subject", "priority", "mode", "on_failure", "name"}
 
 
 class CatalogEditor:
@@ -64,11 +65,12 @@ class CatalogEditor:
         Raises:
             CatalogUnavailable: if the database does not take it.
         """
-        async with self.catalog.database.changing() as writing:
+        async with self.catalog.database.changing_as(functools.partial(AuditedTransaction, actor)) as transaction:
             # In the same transaction: a file may be applied or released at any time.
-            digest = (await writing.connection.execute(select(policy_state.c.file_digest))).scalar()
-            yield AuditedTransaction(writing, actor, digest is not None)
-        self._on_change(writing.version, writing.items)
+            digest = (await transaction.connection.execute(select(policy_state.c.file_digest))).scalar()
+            transaction.has_file = digest is not None
+            yield transaction
+        self._on_change(transaction.version, transaction.items)
 
     @contextlib.asynccontextmanager
     async def reading(self) -> AsyncIterator[AsyncConnection]:
@@ -83,7 +85,7 @@ class CatalogEditor:
         async with self.catalog.database.reading() as connection:
             yield connection
 
-    async def record(self, actor: str, action: str, kind: str, target: str, after: Form | None = None) -> None:
+    async def record(self, actor: str, action: str, kind: str, target: str, after: JsonObject | None = None) -> None:
         """Write down what was done to something that the catalog does not hold, such as a counter.
 
         Args:
@@ -96,11 +98,11 @@ class CatalogEditor:
         Raises:
             CatalogUnavailable: if the database does not take it.
         """
-        async with self.changing(actor) as change:
-            change.touch(NONE)
-            await change.audit(action, kind, target, None, after)
+        async with self.changing(actor) as transaction:
+            transaction.touch(NONE)
+            await transaction.audit(action, kind, target, None, after)
 
-    async def create_tier(self, actor: str, name: str, limits: Collection[str]) -> Form:
+    async def create_tier(self, actor: str, name: str, limits: Collection[str]) -> TierRead:
         """Make a tier without rules.
 
         Args:
@@ -117,72 +119,78 @@ class CatalogEditor:
             CatalogUnavailable: if the database does not answer.
         """
         tier = Tier.make(name, (), limits)
-        async with self.changing(actor) as change:
-            return await insert_tier(change, tier)
+        async with self.changing(actor) as transaction:
+            return await insert_tier(transaction, tier)
 
-    async def edit_tier(self, actor: str, name: str, limits: Collection[str], seen: Seen) -> Form:
+    async def edit_tier(self, actor: str, name: str, limits: Collection[str], expected_revisions: ExpectedRevisions) -> TierRead:
         """Give a tier other limits of its own.
 
         Args:
             actor: who asks.
             name: of the tier.
             limits: over all its endpoints; may be empty.
-            seen: revisions of which one must be in force.
+            expected_revisions: revisions of which one must be in force.
 
         Returns:
             The tier's form.
 
         Raises:
             PolicyError: if a limit is refused.
-            NotThere: if there is no such tier.
+            NotFound: if there is no such tier.
             StaleRevision: if it was changed since.
             ManagedByFile: if the policy file owns it.
             CatalogUnavailable: if the database does not answer.
         """
-        async with self.changing(actor) as change:
-            row = await load_tier_row(change, name)
-            require_editable(change, row, seen, f"tier {name!r}")
-            return await update_tier(change, row, Tier.make(row["name"], (), limits))
+        async with self.changing(actor) as transaction:
+            row = await load_tier_row(transaction, name)
+            require_editable(transaction, row, expected_revisions, f"tier {name!r}")
+            return await update_tier(transaction, row, Tier.make(row["name"], (), limits))
 
-    async def delete_tier(self, actor: str, name: str, seen: Seen) -> None:
+    async def delete_tier(self, actor: str, name: str, expected_revisions: ExpectedRevisions) -> None:
         """Remove a tier with its rules.
 
         Args:
             actor: who asks.
             name: of the tier.
-            seen: revisions of which one must be in force.
+            expected_revisions: revisions of which one must be in force.
 
         Raises:
             CatalogError: if API keys use it, or checks without a key do.
-            NotThere: if there is no such tier.
+            NotFound: if there is no such tier.
             StaleRevision: if it was changed since.
             ManagedByFile: if the policy file owns it.
             CatalogUnavailable: if the database does not answer.
         """
-        async with self.changing(actor) as change:
-            row = await load_tier_row(change, name)
-            require_editable(change, row, seen, f"tier {name!r}")
-            user = await change.one(select(api_keys.c.id).where(api_keys.c.tier_id == row["id"]).limit(1))
+        async with self.changing(actor) as transaction:
+            row = await load_tier_row(transaction, name)
+            require_editable(transaction, row, expected_revisions, f"tier {name!r}")
+            user = await transaction.one(select(api_keys.c.id).where(api_keys.c.tier_id == row["id"]).limit(1))
             if user is not None:
                 raise CatalogError(
                     f"tier {name!r} has API keys, such as {user['id']}: give them another tier, or revoke and delete them first"
                 )
-            state = await change.one(select(policy_state.c.anonymous_tier))
+            state = await transaction.one(select(policy_state.c.anonymous_tier))
             if state is not None and state["anonymous_tier"] == row["name"]:
                 raise CatalogError(f"tier {name!r} is the anonymous tier: name another one in [anonymous] of a policy first")
-            rules = (await change.connection.execute(rule_rows().where(tiers.c.id == row["id"]))).mappings().all()
-            await change.audit_all(
+            rules = (await transaction.connection.execute(rule_rows().where(tiers.c.id == row["id"]))).mappings().all()
+            await transaction.audit_all(
                 [
-                    {"action": "delete", "kind": "rule", "target": str(rule["id"]), "before": rule_form(rule), "after": None}
+                    {
+                        "action": "delete",
+                        "kind": "rule",
+                        "target": str(rule["id"]),
+                        "before": RuleRead.of_row(rule).audited(),
+                        "after": None,
+                    }
                     for rule in rules
                 ]
             )
-            await change.connection.execute(delete(rate_limit_rules).where(rate_limit_rules.c.tier_id == row["id"]))
-            change.touch(TIER, row["name"])
-            await change.connection.execute(delete(tiers).where(tiers.c.id == row["id"]))
-            await change.audit("delete", "tier", row["name"], tier_form(row), None)
+            await transaction.connection.execute(delete(rate_limit_rules).where(rate_limit_rules.c.tier_id == row["id"]))
+            transaction.touch(TIER, row["name"])
+            await transaction.connection.execute(delete(tiers).where(tiers.c.id == row["id"]))
+            await transaction.audit("delete", "tier", row["name"], TierRead.of_row(row), None)
 
-    async def create_rule(self, actor: str, tier: str, fields: Mapping[str, Any]) -> tuple[Form, list[str]]:
+    async def create_rule(self, actor: str, tier: str, fields: Mapping[str, Any]) -> RuleRead:
         """Add a rule to a tier; the policy file's tiers take rules too.
 
         Args:
@@ -196,24 +204,24 @@ class CatalogEditor:
         Raises:
             PolicyError: if a field is refused.
             CatalogError: if the tier has a rule of that name, or too many.
-            NotThere: if there is no such tier.
+            NotFound: if there is no such tier.
             CatalogUnavailable: if the database does not answer.
         """
         rule = Rule.make(**fields)
-        async with self.changing(actor) as change:
-            form = await insert_rule(change, await load_tier_row(change, tier), rule)
-        return form, await self._warnings(tier, form["id"])
+        async with self.changing(actor) as transaction:
+            made = await insert_rule(transaction, await load_tier_row(transaction, tier), rule)
+        return made.model_copy(update={"warnings": await self._warnings(tier, made.id)})
 
     async def edit_rule(
-        self, actor: str, rule_id: int, fields: Mapping[str, Any], seen: Seen, *, whole: bool = False
-    ) -> tuple[Form, list[str]]:
+        self, actor: str, rule_id: int, fields: Mapping[str, Any], expected_revisions: ExpectedRevisions, *, whole: bool = False
+    ) -> RuleRead:
         """AuditedTransaction a rule. One whose name was made from methods and endpoint follows them.
 
         Args:
             actor: who asks.
             rule_id: its id.
             fields: of `Rule.make`; those left out stay as they are.
-            seen: revisions of which one must be in force.
+            expected_revisions: revisions of which one must be in force.
             whole: whether fields left out get their defaults instead.
 
         Returns:
@@ -222,38 +230,38 @@ class CatalogEditor:
         Raises:
             PolicyError: if a field is refused.
             CatalogError: if the tier has another rule of that name.
-            NotThere: if there is no such rule.
+            NotFound: if there is no such rule.
             StaleRevision: if it was changed since.
             ManagedByFile: if the policy file owns it.
             CatalogUnavailable: if the database does not answer.
         """
-        async with self.changing(actor) as change:
-            row = await load_rule_row(change, rule_id)
-            require_editable(change, row, seen, f"rule {rule_id}")
-            held = {} if whole else {field: value for field, value in rule_form(row).items() if field in RULE_FIELDS}
-            if held and Rule.make(**{**held, "name": "held"}).default_name == row["name"]:
-                held["name"] = ""
-            form = await update_rule(change, row, Rule.make(**{**held, **fields}))
-        return form, await self._warnings(row["tier_name"], rule_id)
+        async with self.changing(actor) as transaction:
+            row = await load_rule_row(transaction, rule_id)
+            require_editable(transaction, row, expected_revisions, f"rule {rule_id}")
+            current = {} if whole else RuleRead.of_row(row).model_dump(include=RULE_FIELDS)
+            if current and Rule.make(**{**current, "name": "any"}).default_name == row["name"]:
+                current["name"] = ""
+            changed = await update_rule(transaction, row, Rule.make(**{**current, **fields}))
+        return changed.model_copy(update={"warnings": await self._warnings(row["tier_name"], rule_id)})
 
-    async def delete_rule(self, actor: str, rule_id: int, seen: Seen) -> None:
+    async def delete_rule(self, actor: str, rule_id: int, expected_revisions: ExpectedRevisions) -> None:
         """Remove a rule.
 
         Args:
             actor: who asks.
             rule_id: its id.
-            seen: revisions of which one must be in force.
+            expected_revisions: revisions of which one must be in force.
 
         Raises:
-            NotThere: if there is no such rule.
+            NotFound: if there is no such rule.
             StaleRevision: if it was changed since.
             ManagedByFile: if the policy file owns it.
             CatalogUnavailable: if the database does not answer.
         """
-        async with self.changing(actor) as change:
-            row = await load_rule_row(change, rule_id)
-            require_editable(change, row, seen, f"rule {rule_id}")
-            await remove_rule(change, row)
+        async with self.changing(actor) as transaction:
+            row = await load_rule_row(transaction, rule_id)
+            require_editable(transaction, row, expected_revisions, f"rule {rule_id}")
+            await remove_rule(transaction, row)
 
     async def _warnings(self, tier: str, rule_id: int) -> list[str]:
         """What the rules of a tier do to each other; compared in a thread and without the write lock, which others wait for."""

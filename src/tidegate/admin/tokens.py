@@ -12,9 +12,9 @@ from typing import Any, Final
 import msgspec
 from sqlalchemy import insert, select, update
 
-from tidegate.admin.records import Form, token_form
+from tidegate.admin.models import TokenMade, TokenRead
 from tidegate.admin.rules import CatalogEditor
-from tidegate.admin.transaction import AuditedTransaction, NotThere
+from tidegate.admin.transaction import AuditedTransaction, NotFound
 from tidegate.catalog.changes import NONE
 from tidegate.catalog.sql.tables import admin_tokens
 from tidegate.errors import BadRequest, CatalogError
@@ -120,9 +120,7 @@ class TokenCheck:
         return self._settings_sha256 is not None and hmac.compare_digest(sha256, self._settings_sha256)
 
 
-async def create_token(
-    editor: CatalogEditor, actor: str, name: str, role: str, expires_at_us: int | None = None
-) -> tuple[str, Form]:
+async def create_token(editor: CatalogEditor, actor: str, name: str, role: str, expires_at_us: int | None = None) -> TokenMade:
     """Make a token.
 
     Args:
@@ -143,16 +141,16 @@ async def create_token(
     if expires_at_us is not None and expires_at_us <= now_us():
         raise BadRequest("expires_at is past: give a moment to come, or leave it out for a token without end", field="expires_at")
     require_label(name, "name", actor_like=True)
-    async with editor.changing(actor) as change:
+    async with editor.changing(actor) as transaction:
         # No index finds a name, and none is worth it: operators are few, and make tokens seldom. Each request asks by digest.
         live = select(admin_tokens.c.id).where(admin_tokens.c.name == name, admin_tokens.c.revoked_at_us.is_(None))
-        other = await change.one(live)
+        other = await transaction.one(live)
         if other is not None:
             raise CatalogError(f"the token {other['id']} is named {name[:60]!r} already: take another name")
-        return await _insert_token(change, name, role, expires_at_us)
+        return await _insert_token(transaction, name, role, expires_at_us)
 
 
-async def revoke_token(editor: CatalogEditor, actor: str, token_id: int) -> Form:
+async def revoke_token(editor: CatalogEditor, actor: str, token_id: int) -> TokenRead:
     """Revoke a token. Its record stays, for the audit log's sake.
 
     Args:
@@ -164,22 +162,22 @@ async def revoke_token(editor: CatalogEditor, actor: str, token_id: int) -> Form
         The token's form.
 
     Raises:
-        NotThere: if there is no such token.
+        NotFound: if there is no such token.
         CatalogError: if it is revoked already.
         CatalogUnavailable: if the database does not answer.
     """
-    async with editor.changing(actor) as change:
-        row = await change.one(select(admin_tokens).where(admin_tokens.c.id == token_id))
+    async with editor.changing(actor) as transaction:
+        row = await transaction.one(select(admin_tokens).where(admin_tokens.c.id == token_id))
         if row is None:
-            raise NotThere(f"there is no token {token_id}: see GET /admin/v1/tokens")
+            raise NotFound(f"there is no token {token_id}: see GET /admin/v1/tokens")
         if row["revoked_at_us"] is not None:
             raise CatalogError(f"the token {token_id} is revoked already")
-        change.touch(NONE)
+        transaction.touch(NONE)
         values = {"revoked_at_us": now_us()}
-        await change.connection.execute(update(admin_tokens).where(admin_tokens.c.id == token_id).values(values))
-        form = token_form({**row, **values})
-        await change.audit("revoke", "token", str(token_id), token_form(row), form)
-        return form
+        await transaction.connection.execute(update(admin_tokens).where(admin_tokens.c.id == token_id).values(values))
+        revoked = TokenRead.of_row({**row, **values})
+        await transaction.audit("revoke", "token", str(token_id), TokenRead.of_row(row), revoked)
+        return revoked
 
 
 async def first_token(editor: CatalogEditor) -> str | None:
@@ -198,15 +196,15 @@ async def first_token(editor: CatalogEditor) -> str | None:
     async with editor.reading() as connection:
         if (await connection.execute(any_token)).first() is not None:
             return None
-    async with editor.changing(SETTINGS_ACTOR) as change:
+    async with editor.changing(SETTINGS_ACTOR) as transaction:
         # Another instance may have made one while this one waited for its turn.
-        if await change.one(any_token) is not None:
+        if await transaction.one(any_token) is not None:
             return None
-        return (await _insert_token(change, FIRST_TOKEN, OPERATOR, None))[0]
+        return (await _insert_token(transaction, FIRST_TOKEN, OPERATOR, None)).token
 
 
-async def _insert_token(change: AuditedTransaction, name: str, role: str, expires_at_us: int | None) -> tuple[str, Form]:
-    change.touch(NONE)
+async def _insert_token(transaction: AuditedTransaction, name: str, role: str, expires_at_us: int | None) -> TokenMade:
+    transaction.touch(NONE)
     token = TOKEN_PREFIX + "".join(secrets.choice(BASE62) for _ in range(40))
     values: dict[str, Any] = {
         "name": name,
@@ -215,10 +213,12 @@ async def _insert_token(change: AuditedTransaction, name: str, role: str, expire
         "created_at_us": now_us(),
         "expires_at_us": expires_at_us,
     }
-    token_id = (await change.connection.execute(insert(admin_tokens).values(values).returning(admin_tokens.c.id))).scalar_one()
-    form = token_form({**values, "id": token_id, "revoked_at_us": None})
-    await change.audit("create", "token", str(token_id), None, form)
-    return token, form
+    token_id = (
+        await transaction.connection.execute(insert(admin_tokens).values(values).returning(admin_tokens.c.id))
+    ).scalar_one()
+    made = TokenRead.of_row({**values, "id": token_id, "revoked_at_us": None})
+    await transaction.audit("create", "token", str(token_id), None, made)
+    return TokenMade(**dict(made), token=token)
 
 
 def _retrieve(loading: asyncio.Future[frozenset[str]]) -> None:

@@ -5,13 +5,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, Final, TypeAlias
 
 from sqlalchemy import RowMapping, delete, func, insert, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from tidegate.admin.records import Form, rule_form, tier_form
+from tidegate.admin.models import JsonObject, Resource, Row, RuleRead, TierRead
 from tidegate.catalog.changes import TIER
 from tidegate.catalog.sql import rows as policy_rows
 from tidegate.catalog.sql.bulk import insert_rows
@@ -24,11 +24,13 @@ from tidegate.timestamps import now_us
 MAX_RULES: Final = 10_000
 """Most rules of one tier that can be made here."""
 
-Seen: TypeAlias = Collection[int] | None
-"""The revisions that whoever asks for a change has seen; None for any."""
+ExpectedRevisions: TypeAlias = Collection[int] | None
+"""Revisions of a row that a change expects: another one means that somebody else changed it. None for any."""
+Audited: TypeAlias = Resource | JsonObject | None
+"""A row before or after a change; None where there was none."""
 
 
-class NotThere(CatalogError):
+class NotFound(CatalogError):
     """What is to be changed or shown is not there."""
 
     code = "NOT_FOUND"
@@ -48,34 +50,31 @@ class ManagedByFile(CatalogError):
     code = "MANAGED_BY_FILE"
 
 
-class AuditedTransaction:
-    """One transaction of one operator.
+class AuditedTransaction(WriteTransaction):
+    """A transaction of one operator, which writes the audit log.
 
     Args:
-        writing: the transaction, which has its turn among all writers.
-        actor: whose change it is, for the audit log.
-        has_file: whether a policy file is active; without one nobody but operators can change the rows that it made.
+        actor: whose change it is.
+        connection: in the transaction.
+        version: of the catalog after the change.
+        previous: version of the catalog before the change.
     """
 
-    def __init__(self, writing: WriteTransaction, actor: str, has_file: bool = True) -> None:
-        self.writing = writing
-        self.connection: AsyncConnection = writing.connection
+    def __init__(self, actor: str, connection: AsyncConnection, version: int, previous: int) -> None:
+        super().__init__(connection, version, previous)
         self.actor = actor
-        self.has_file = has_file
+        # Without a policy file, operators own the rows that one made.
+        self.has_file = True
 
-    def is_of_file(self, row: Mapping[Any, Any]) -> bool:
-        """Whether the policy file owns a row, so that it is changed there.
+    def is_of_file(self, row: Row) -> bool:
+        """Whether the policy file owns a row: then it is changed there.
 
         Args:
             row: any with `managed_by_file`.
         """
         return self.has_file and bool(row["managed_by_file"])
 
-    def touch(self, kind: str, name: str = "") -> None:
-        """See `WriteTransaction.touch`."""
-        self.writing.touch(kind, name)
-
-    async def audit(self, action: str, kind: str, target: str, before: Form | None, after: Form | None) -> None:
+    async def audit(self, action: str, kind: str, target: str, before: Audited, after: Audited) -> None:
         """Write down what is changed, in the same transaction.
 
         Args:
@@ -86,9 +85,9 @@ class AuditedTransaction:
             after: how it is; None where it is gone.
         """
         row = {"at_us": now_us(), "actor": self.actor, "action": action, "kind": kind, "target": target}
-        await self.connection.execute(insert(audit_log).values(**row, before=before, after=after))
+        await self.connection.execute(insert(audit_log).values(**row, before=audited(before), after=audited(after)))
 
-    async def audit_all(self, changes: Sequence[Form]) -> None:
+    async def audit_all(self, changes: Sequence[JsonObject]) -> None:
         """Write down many changes at once.
 
         Args:
@@ -109,75 +108,75 @@ class AuditedTransaction:
         return (await self.connection.execute(query)).mappings().first()
 
 
-def require_editable(change: AuditedTransaction, row: Mapping[Any, Any], seen: Seen, what: str) -> None:
+def require_editable(transaction: AuditedTransaction, row: Row, expected_revisions: ExpectedRevisions, what: str) -> None:
     """Refuse a change of a row that the policy file owns, or that was changed since it was read.
 
     Args:
-        change: the transaction.
+        transaction: the transaction.
         row: any with `managed_by_file` and `revision`.
-        seen: revisions of which one must be in force.
+        expected_revisions: revisions of which one must be in force.
         what: names the row in the message.
 
     Raises:
         ManagedByFile: if the file owns it.
         StaleRevision: if its revision is another one.
     """
-    if change.is_of_file(row):
+    if transaction.is_of_file(row):
         raise ManagedByFile(
             f"{what} is in the policy file: change it there; if the file is gone, restart 'tidegate serve' without it, "
             "which releases what the file made"
         )
-    if seen is not None and row["revision"] not in seen:
+    if expected_revisions is not None and row["revision"] not in expected_revisions:
         raise StaleRevision(
             f"{what} was changed meanwhile and has revision {row['revision']} now: read it again, then repeat the change",
             revision=row["revision"],
         )
 
 
-async def load_tier_row(change: AuditedTransaction, name: str) -> RowMapping:
+async def load_tier_row(transaction: AuditedTransaction, name: str) -> RowMapping:
     """The row of a tier.
 
     Args:
-        change: the transaction.
+        transaction: the transaction.
         name: of the tier.
 
     Returns:
         The row.
 
     Raises:
-        NotThere: naming the tiers there are.
+        NotFound: naming the tiers there are.
     """
-    row = await change.one(select(tiers).where(tiers.c.name == name))
+    row = await transaction.one(select(tiers).where(tiers.c.name == name))
     if row is None:
-        names = (await change.connection.execute(select(tiers.c.name).order_by(tiers.c.name).limit(20))).scalars().all()
-        raise NotThere(f"there is no tier {name[:64]!r}: there are {', '.join(names) or 'none yet; make one first'}")
+        names = (await transaction.connection.execute(select(tiers.c.name).order_by(tiers.c.name).limit(20))).scalars().all()
+        raise NotFound(f"there is no tier {name[:64]!r}: there are {', '.join(names) or 'none yet; make one first'}")
     return row
 
 
-async def load_rule_row(change: AuditedTransaction, rule_id: int) -> RowMapping:
+async def load_rule_row(transaction: AuditedTransaction, rule_id: int) -> RowMapping:
     """The row of a rule, with its tier's name.
 
     Args:
-        change: the transaction.
+        transaction: the transaction.
         rule_id: its id.
 
     Returns:
         The row.
 
     Raises:
-        NotThere: if there is none.
+        NotFound: if there is none.
     """
-    row = await change.one(rule_rows().where(rate_limit_rules.c.id == rule_id))
+    row = await transaction.one(rule_rows().where(rate_limit_rules.c.id == rule_id))
     if row is None:
-        raise NotThere(f"there is no rule {rule_id}: see GET /admin/v1/rate-limit-rules")
+        raise NotFound(f"there is no rule {rule_id}: see GET /admin/v1/rate-limit-rules")
     return row
 
 
-async def insert_tier(change: AuditedTransaction, tier: Tier) -> Form:
+async def insert_tier(transaction: AuditedTransaction, tier: Tier) -> TierRead:
     """Make a tier's row; its rules are made one by one.
 
     Args:
-        change: the transaction.
+        transaction: the transaction.
         tier: the tier.
 
     Returns:
@@ -186,40 +185,40 @@ async def insert_tier(change: AuditedTransaction, tier: Tier) -> Form:
     Raises:
         CatalogError: if there is such a tier.
     """
-    if await change.one(select(tiers.c.id).where(tiers.c.name == tier.name)) is not None:
+    if await transaction.one(select(tiers.c.id).where(tiers.c.name == tier.name)) is not None:
         raise CatalogError(f"there is a tier {tier.name!r} already: change it, or take another name")
-    change.touch(TIER, tier.name)
+    transaction.touch(TIER, tier.name)
     values = {**policy_rows.row_of_tier(tier), "managed_by_file": False}
-    await change.connection.execute(insert(tiers).values(values))
-    form = tier_form(await load_tier_row(change, tier.name))
-    await change.audit("create", "tier", tier.name, None, form)
-    return form
+    await transaction.connection.execute(insert(tiers).values(values))
+    made = TierRead.of_row(await load_tier_row(transaction, tier.name))
+    await transaction.audit("create", "tier", tier.name, None, made)
+    return made
 
 
-async def update_tier(change: AuditedTransaction, row: RowMapping, tier: Tier) -> Form:
+async def update_tier(transaction: AuditedTransaction, row: RowMapping, tier: Tier) -> TierRead:
     """Give a tier's row other limits.
 
     Args:
-        change: the transaction.
+        transaction: the transaction.
         row: the tier's row.
         tier: how it is to be.
 
     Returns:
         The tier's form.
     """
-    change.touch(TIER, row["name"])
+    transaction.touch(TIER, row["name"])
     values = {"limits": [limit.text for limit in tier.limits], "managed_by_file": False, "revision": row["revision"] + 1}
-    await change.connection.execute(update(tiers).where(tiers.c.id == row["id"]).values(values))
-    form = tier_form({**row, **values})
-    await change.audit("update", "tier", row["name"], tier_form(row), form)
-    return form
+    await transaction.connection.execute(update(tiers).where(tiers.c.id == row["id"]).values(values))
+    changed = TierRead.of_row({**row, **values})
+    await transaction.audit("update", "tier", row["name"], TierRead.of_row(row), changed)
+    return changed
 
 
-async def insert_rule(change: AuditedTransaction, tier: RowMapping, rule: Rule) -> Form:
+async def insert_rule(transaction: AuditedTransaction, tier: RowMapping, rule: Rule) -> RuleRead:
     """Make a rule's row, behind the others of its tier.
 
     Args:
-        change: the transaction.
+        transaction: the transaction.
         tier: the tier's row.
         rule: the rule.
 
@@ -230,24 +229,24 @@ async def insert_rule(change: AuditedTransaction, tier: RowMapping, rule: Rule) 
         CatalogError: if the tier has a rule of that name, or too many.
     """
     own = select(func.count(), func.max(rate_limit_rules.c.position)).where(rate_limit_rules.c.tier_id == tier["id"])
-    count, last = (await change.connection.execute(own)).one()
+    count, last = (await transaction.connection.execute(own)).one()
     if count >= MAX_RULES:
         raise CatalogError(f"tier {tier['name']!r} has {count} rules: at most {MAX_RULES} are kept; remove some first")
-    await _require_free_name(change, tier["id"], tier["name"], rule.name, None)
-    change.touch(TIER, tier["name"])
+    await _require_free_name(transaction, tier["id"], tier["name"], rule.name, None)
+    transaction.touch(TIER, tier["name"])
     values = policy_rows.row_of_rule(rule, tier["id"], 0 if last is None else last + 1)
-    made = insert(rate_limit_rules).values({**values, "managed_by_file": False}).returning(rate_limit_rules.c.id)
-    rule_id = (await change.connection.execute(made)).scalar_one()
-    form = rule_form(await load_rule_row(change, rule_id))
-    await change.audit("create", "rule", str(rule_id), None, form)
-    return form
+    statement = insert(rate_limit_rules).values({**values, "managed_by_file": False}).returning(rate_limit_rules.c.id)
+    rule_id = (await transaction.connection.execute(statement)).scalar_one()
+    made = RuleRead.of_row(await load_rule_row(transaction, rule_id))
+    await transaction.audit("create", "rule", str(rule_id), None, made)
+    return made
 
 
-async def update_rule(change: AuditedTransaction, row: RowMapping, rule: Rule) -> Form:
+async def update_rule(transaction: AuditedTransaction, row: RowMapping, rule: Rule) -> RuleRead:
     """Write a rule over its row.
 
     Args:
-        change: the transaction.
+        transaction: the transaction.
         row: the rule's row.
         rule: how it is to be.
 
@@ -257,26 +256,26 @@ async def update_rule(change: AuditedTransaction, row: RowMapping, rule: Rule) -
     Raises:
         CatalogError: if the tier has another rule of that name.
     """
-    await _require_free_name(change, row["tier_id"], row["tier_name"], rule.name, row["id"])
-    change.touch(TIER, row["tier_name"])
+    await _require_free_name(transaction, row["tier_id"], row["tier_name"], rule.name, row["id"])
+    transaction.touch(TIER, row["tier_name"])
     values = policy_rows.row_of_rule(rule, row["tier_id"], row["position"])
     values |= {"managed_by_file": False, "revision": row["revision"] + 1}
-    await change.connection.execute(update(rate_limit_rules).where(rate_limit_rules.c.id == row["id"]).values(values))
-    form = rule_form({**row, **values})
-    await change.audit("update", "rule", str(row["id"]), rule_form(row), form)
-    return form
+    await transaction.connection.execute(update(rate_limit_rules).where(rate_limit_rules.c.id == row["id"]).values(values))
+    changed = RuleRead.of_row({**row, **values})
+    await transaction.audit("update", "rule", str(row["id"]), RuleRead.of_row(row), changed)
+    return changed
 
 
-async def remove_rule(change: AuditedTransaction, row: RowMapping) -> None:
+async def remove_rule(transaction: AuditedTransaction, row: RowMapping) -> None:
     """Delete a rule's row.
 
     Args:
-        change: the transaction.
+        transaction: the transaction.
         row: the rule's row.
     """
-    change.touch(TIER, row["tier_name"])
-    await change.connection.execute(delete(rate_limit_rules).where(rate_limit_rules.c.id == row["id"]))
-    await change.audit("delete", "rule", str(row["id"]), rule_form(row), None)
+    transaction.touch(TIER, row["tier_name"])
+    await transaction.connection.execute(delete(rate_limit_rules).where(rate_limit_rules.c.id == row["id"]))
+    await transaction.audit("delete", "rule", str(row["id"]), RuleRead.of_row(row), None)
 
 
 def rule_rows() -> Any:
@@ -288,10 +287,15 @@ def rule_rows() -> Any:
     return select(rate_limit_rules, tiers.c.name.label("tier_name")).join(tiers, tiers.c.id == rate_limit_rules.c.tier_id)
 
 
-async def _require_free_name(change: AuditedTransaction, tier_id: int, tier: str, name: str, own: int | None) -> None:
+async def _require_free_name(transaction: AuditedTransaction, tier_id: int, tier: str, name: str, own: int | None) -> None:
     query = select(rate_limit_rules.c.id).where(rate_limit_rules.c.tier_id == tier_id, rate_limit_rules.c.name == name)
-    other = await change.one(query)
+    other = await transaction.one(query)
     if other is not None and other["id"] != own:
         raise CatalogError(
             f"tier {tier!r} has a rule {name!r} already, with id {other['id']}: change that one, or give this one another name"
         )
+
+
+def audited(state: Audited) -> JsonObject | None:
+    """The fields of a row that the audit log keeps."""
+    return state.audited() if isinstance(state, Resource) else state

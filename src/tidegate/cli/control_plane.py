@@ -8,11 +8,13 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Final, TypeVar
 from urllib.parse import urlencode, urlsplit
 
 import msgspec
+from pydantic import ValidationError
 
+from tidegate.admin.models import RequestModel, ResponseModel
 from tidegate.cli.common import read_settings
 from tidegate.cli.data_plane import HttpResponse, NoResponse, send_request
 from tidegate.client.server_url import Server
@@ -28,7 +30,7 @@ _DATA_PLANES_OWN: Final = "x-tidegate-error"
 _GATEWAY: Final = frozenset({502, 503, 504})
 _SETTINGS_TOKEN: Final = "TIDEGATE_ADMIN__TOKEN or [admin] token"
 
-_T = TypeVar("_T")
+_Model = TypeVar("_Model", bound=ResponseModel)
 
 
 class ControlPlaneError(TidegateError):
@@ -91,13 +93,13 @@ class ControlPlane:
             )
         return cls(server, token, source)
 
-    def read(self, path: str, query: Mapping[str, str | int | None], form: type[_T]) -> _T:
+    def read(self, path: str, query: Mapping[str, str | int | None], model: type[_Model]) -> _Model:
         """GET something.
 
         Args:
             path: behind `/admin/v1`.
             query: parameters; those that are None are left out.
-            form: what is expected.
+            model: of the expected answer.
 
         Returns:
             What was answered.
@@ -106,15 +108,15 @@ class ControlPlane:
             ControlPlaneError: saying what was wrong and what to do.
         """
         asked = urlencode([(name, value) for name, value in query.items() if value is not None])
-        return self._told("GET", f"{path}?{asked}" if asked else path, None, form)
+        return self._told("GET", f"{path}?{asked}" if asked else path, None, model)
 
-    def post(self, path: str, body: Mapping[str, Any], form: type[_T]) -> _T:
+    def post(self, path: str, body: RequestModel, model: type[_Model]) -> _Model:
         """POST something.
 
         Args:
             path: behind `/admin/v1`.
             body: what to send.
-            form: what is expected.
+            model: of the expected answer.
 
         Returns:
             What was answered.
@@ -122,7 +124,7 @@ class ControlPlane:
         Raises:
             ControlPlaneError: saying what was wrong and what to do.
         """
-        return self._told("POST", path, msgspec.json.encode(body), form)
+        return self._told("POST", path, body.model_dump_json(exclude_unset=True).encode(), model)
 
     def delete(self, path: str, revision: int) -> None:
         """DELETE something, if it is as it was read.
@@ -154,11 +156,11 @@ class ControlPlane:
     def _url(self) -> str:
         return self._server.url
 
-    def _told(self, method: str, path: str, body: bytes | None, form: type[_T]) -> _T:
+    def _told(self, method: str, path: str, body: bytes | None, model: type[_Model]) -> _Model:
         answer = self._send(method, path, body)
         try:
-            return msgspec.json.decode(answer.body, type=form)
-        except (msgspec.MsgspecError, UnicodeDecodeError):
+            return model.model_validate_json(answer.body)
+        except ValidationError:
             why = self._no_control_plane("what it answers is not in the form of this version")
             raise ControlPlaneError(why + _unknown(method)) from None
 

@@ -13,22 +13,21 @@ import re
 import sys
 from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
-from typing import Annotated, Any, Final, Protocol, TypeVar
+from typing import Any, Final, Protocol, TypeVar
 
 import msgspec
 
-from tidegate.admin import api_keys as editing_keys
-from tidegate.admin import lists as reading
-from tidegate.admin.api_keys import KeyFields
+from tidegate.admin import api_keys
+from tidegate.admin.lists import list_keys
+from tidegate.admin.models import KeyCreate, KeyMade, KeyPage, KeyRead, KeyRotated, RevokeRequest, RotateRequest
 from tidegate.admin.rules import CatalogEditor
 from tidegate.catalog.sql.catalog import SqlCatalog
-from tidegate.catalog.sql.paging import MAX_PAGE
+from tidegate.catalog.sql.paging import MAX_PAGE, Page
 from tidegate.cli.common import with_catalog
 from tidegate.cli.control_plane import ControlPlane
 from tidegate.errors import BadRequest, CatalogError, CatalogUnavailable, PolicyError, SettingsError, TidegateError
 from tidegate.policy.key_format import hash_api_key, is_possible_key
 from tidegate.policy.labels import CLI_ACTOR
-from tidegate.timestamps import format_timestamp
 
 _ID_PREFIX: Final = re.compile(r"[0-9a-f]{6,24}", re.ASCII)
 _MAX_ACTOR: Final = 200
@@ -36,85 +35,7 @@ _MAX_ACTOR: Final = 200
 _T = TypeVar("_T")
 
 
-class OwnLimits(msgspec.Struct, frozen=True):
-    """Limits that a key has instead of a rule's.
-
-    Args:
-        rule: its name.
-        limits: their texts.
-    """
-
-    rule: str
-    limits: list[str]
-
-
-class KeyRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """What is known of an API key, as the admin API tells it; the key itself is not.
-
-    Args:
-        id: 24 hex digits.
-        tier: name of its tier.
-        name: a label for people.
-        status: active, expired or revoked.
-        expires_at: ISO 8601 in UTC, None for never.
-        limits: instead of the tier's own; None where those hold.
-        overrides: instead of its rules'.
-        created_at: ISO 8601 in UTC.
-        revoked_at: ISO 8601 in UTC.
-        revoked_reason: as it was given.
-        managed_by_file: whether the policy file owns it.
-        revision: grows with every change.
-        counts_as: id that its counters are found under: its own, or that of the first key that it replaced.
-    """
-
-    id: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{24}$")]
-    tier: str
-    name: str
-    status: str
-    expires_at: str | None
-    limits: list[str] | None
-    overrides: list[OwnLimits]
-    created_at: str
-    revoked_at: str | None
-    revoked_reason: str | None
-    managed_by_file: bool
-    revision: int
-    counts_as: str = ""
-
-
-class MadeKey(KeyRecord, frozen=True, kw_only=True):
-    """An API key that was just made.
-
-    Args:
-        api_key: the key itself, this once.
-    """
-
-    api_key: str
-
-
-class RotatedKey(MadeKey, frozen=True, kw_only=True):
-    """An API key that was made in place of another.
-
-    Args:
-        replaces: the other one, as it is now.
-    """
-
-    replaces: KeyRecord
-
-
-class KeyPage(msgspec.Struct, frozen=True):
-    """A page of a list.
-
-    Args:
-        items: by id.
-        next: what to give as `after` for the page behind this one; None where this is the last.
-    """
-
-    items: list[KeyRecord]
-    next: str | None
-
-
-class Wanted(msgspec.Struct, frozen=True):
+class KeyFilter(msgspec.Struct, frozen=True):
     """Which keys are listed; None for all.
 
     Args:
@@ -145,26 +66,18 @@ class KeyNotMeant(TidegateError):
 class ApiKeys(Protocol):
     """What can be done with API keys, on either way. Every method raises a TidegateError where it is refused."""
 
-    async def create(self, tier: str, name: str, expires_at_us: int | None) -> MadeKey:
+    async def create(self, request: KeyCreate) -> KeyMade:
         """Make a key.
-
-        Args:
-            tier: name of its tier.
-            name: a label for people, at most 200 characters.
-            expires_at_us: µs since the epoch, None for never.
-
-        Returns:
-            The key, this once, and its record.
 
         Raises:
             TidegateError: if there is no such tier.
         """
 
-    async def page(self, wanted: Wanted, limit: int, after: str | None) -> KeyPage:
+    async def page(self, key_filter: KeyFilter, limit: int, after: str | None) -> Page[KeyRead]:
         """A page of the list of keys, by id.
 
         Args:
-            wanted: which ones.
+            key_filter: which ones.
             limit: at most so many, 1 to 500.
             after: only those behind this id.
 
@@ -175,12 +88,12 @@ class ApiKeys(Protocol):
             TidegateError: if the keys cannot be read.
         """
 
-    async def revoke(self, record: KeyRecord, reason: str) -> KeyRecord:
+    async def revoke(self, record: KeyRead, request: RevokeRequest) -> KeyRead:
         """Revoke a key.
 
         Args:
             record: of the key.
-            reason: why, 1 to 1,000 characters.
+            request: the reason.
 
         Returns:
             Its record now.
@@ -189,7 +102,7 @@ class ApiKeys(Protocol):
             TidegateError: if it is revoked already, or the policy file owns it.
         """
 
-    async def rotate(self, record: KeyRecord, grace_s: int) -> RotatedKey:
+    async def rotate(self, record: KeyRead, grace_s: int) -> KeyRotated:
         """Replace a key by a new one of the same tier, name, end and limits.
 
         Args:
@@ -203,7 +116,7 @@ class ApiKeys(Protocol):
             TidegateError: if the old key is revoked or expired, or the policy file owns it.
         """
 
-    async def delete(self, record: KeyRecord) -> None:
+    async def delete(self, record: KeyRead) -> None:
         """Remove the record of a key.
 
         Args:
@@ -227,29 +140,25 @@ class KeysInCatalog:
         self._editor = CatalogEditor(catalog, lambda *_: None)
         self._actor = actor
 
-    async def create(self, tier: str, name: str, expires_at_us: int | None) -> MadeKey:
+    async def create(self, request: KeyCreate) -> KeyMade:
         """See `ApiKeys.create`."""
-        fields = KeyFields(tier, name, expires_at_us)
-        api_key, form = await editing_keys.create_key(self._editor, self._actor, fields)
-        return msgspec.convert({**form, "api_key": api_key}, MadeKey)
+        return await api_keys.create_key(self._editor, self._actor, request)
 
-    async def page(self, wanted: Wanted, limit: int, after: str | None) -> KeyPage:
+    async def page(self, key_filter: KeyFilter, limit: int, after: str | None) -> Page[KeyRead]:
         """See `ApiKeys.page`."""
-        page = await reading.list_keys(self._editor, limit, after, **msgspec.structs.asdict(wanted))
-        return msgspec.convert({"items": page.items, "next": page.next}, KeyPage)
+        return await list_keys(self._editor, limit, after, **msgspec.structs.asdict(key_filter))
 
-    async def revoke(self, record: KeyRecord, reason: str) -> KeyRecord:
+    async def revoke(self, record: KeyRead, request: RevokeRequest) -> KeyRead:
         """See `ApiKeys.revoke`."""
-        return msgspec.convert(await editing_keys.revoke_key(self._editor, self._actor, record.id, reason), KeyRecord)
+        return await api_keys.revoke_key(self._editor, self._actor, record.id, request)
 
-    async def rotate(self, record: KeyRecord, grace_s: int) -> RotatedKey:
+    async def rotate(self, record: KeyRead, grace_s: int) -> KeyRotated:
         """See `ApiKeys.rotate`."""
-        api_key, form, old = await editing_keys.rotate_key(self._editor, self._actor, record.id, grace_s)
-        return msgspec.convert({**form, "api_key": api_key, "replaces": old}, RotatedKey)
+        return await api_keys.rotate_key(self._editor, self._actor, record.id, grace_s)
 
-    async def delete(self, record: KeyRecord) -> None:
+    async def delete(self, record: KeyRead) -> None:
         """See `ApiKeys.delete`."""
-        await editing_keys.delete_key(self._editor, self._actor, record.id, {record.revision})
+        await api_keys.delete_key(self._editor, self._actor, record.id, {record.revision})
 
 
 class KeysAtControlPlane:
@@ -262,24 +171,25 @@ class KeysAtControlPlane:
     def __init__(self, plane: ControlPlane) -> None:
         self._plane = plane
 
-    async def create(self, tier: str, name: str, expires_at_us: int | None) -> MadeKey:
+    async def create(self, request: KeyCreate) -> KeyMade:
         """See `ApiKeys.create`."""
-        given = {"tier": tier, "name": name, "expires_at": format_timestamp(expires_at_us)}
-        return self._plane.post("/api-keys", given, MadeKey)
+        return self._plane.post("/api-keys", request, KeyMade)
 
-    async def page(self, wanted: Wanted, limit: int, after: str | None) -> KeyPage:
+    async def page(self, key_filter: KeyFilter, limit: int, after: str | None) -> Page[KeyRead]:
         """See `ApiKeys.page`."""
-        return self._plane.read("/api-keys", {"limit": limit, "after": after, **msgspec.structs.asdict(wanted)}, KeyPage)
+        query = {"limit": limit, "after": after, **msgspec.structs.asdict(key_filter)}
+        page = self._plane.read("/api-keys", query, KeyPage)
+        return Page(page.items, page.next)
 
-    async def revoke(self, record: KeyRecord, reason: str) -> KeyRecord:
+    async def revoke(self, record: KeyRead, request: RevokeRequest) -> KeyRead:
         """See `ApiKeys.revoke`."""
-        return self._plane.post(f"/api-keys/{record.id}/revoke", {"reason": reason}, KeyRecord)
+        return self._plane.post(f"/api-keys/{record.id}/revoke", request, KeyRead)
 
-    async def rotate(self, record: KeyRecord, grace_s: int) -> RotatedKey:
+    async def rotate(self, record: KeyRead, grace_s: int) -> KeyRotated:
         """See `ApiKeys.rotate`."""
-        return self._plane.post(f"/api-keys/{record.id}/rotate", {"grace_s": grace_s}, RotatedKey)
+        return self._plane.post(f"/api-keys/{record.id}/rotate", RotateRequest(grace_s=grace_s), KeyRotated)
 
-    async def delete(self, record: KeyRecord) -> None:
+    async def delete(self, record: KeyRead) -> None:
         """See `ApiKeys.delete`."""
         self._plane.delete(f"/api-keys/{record.id}", record.revision)
 
@@ -313,7 +223,7 @@ def with_keys(
     return with_catalog(config, in_catalog)
 
 
-async def find(keys: ApiKeys, meant: str) -> KeyRecord:
+async def find(keys: ApiKeys, meant: str) -> KeyRead:
     """The API key that a person means.
 
     Args:
@@ -338,7 +248,7 @@ async def find(keys: ApiKeys, meant: str) -> KeyRecord:
             "that is neither an id (6 hex digits or more of it) nor an API key, unless it is mistyped: see 'tidegate keys list'"
         )
     for beginning in beginnings:
-        found = (await keys.page(Wanted(id_prefix=beginning), 2, None)).items
+        found = (await keys.page(KeyFilter(id_prefix=beginning), 2, None)).items
         if len(found) > 1:
             raise KeyNotMeant("the ids of several API keys begin with that: give more of the id, see 'tidegate keys list'")
         if found:
@@ -346,12 +256,12 @@ async def find(keys: ApiKeys, meant: str) -> KeyRecord:
     raise KeyNotMeant("there is no such API key: give its id as 'tidegate keys list' shows it")
 
 
-async def collect(keys: ApiKeys, wanted: Wanted, limit: int, after: str | None) -> KeyPage:
+async def collect(keys: ApiKeys, key_filter: KeyFilter, limit: int, after: str | None) -> Page[KeyRead]:
     """List keys, page by page.
 
     Args:
         keys: on either way.
-        wanted: which ones.
+        key_filter: which ones.
         limit: at most so many, 1 or more.
         after: only those behind this id.
 
@@ -361,13 +271,13 @@ async def collect(keys: ApiKeys, wanted: Wanted, limit: int, after: str | None) 
     Raises:
         TidegateError: if the keys cannot be read.
     """
-    items: list[KeyRecord] = []
+    items: list[KeyRead] = []
     while True:
-        page = await keys.page(wanted, min(limit - len(items), MAX_PAGE), after)
+        page = await keys.page(key_filter, min(limit - len(items), MAX_PAGE), after)
         items += page.items
         after = page.next
         if after is None or not page.items or len(items) >= limit:
-            return KeyPage(items, after)
+            return Page(items, after)
 
 
 def _at_once(work: Coroutine[Any, Any, _T]) -> _T:

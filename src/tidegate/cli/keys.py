@@ -7,13 +7,14 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Final
 
-import msgspec
 import typer
+from pydantic import TypeAdapter, ValidationError
 
+from tidegate.admin.models import KeyCreate, KeyRead, KeyRotated, Name, Reason, RevokeRequest, TierName
 from tidegate.cli.common import ConfigOption, JsonOption, print_json, print_rows
 from tidegate.cli.control_plane import one_line
-from tidegate.cli.key_access import ApiKeys, KeyRecord, RotatedKey, Wanted, collect, find, with_keys
-from tidegate.timestamps import US_PER_S, now_us
+from tidegate.cli.key_access import ApiKeys, KeyFilter, collect, find, with_keys
+from tidegate.timestamps import US_PER_S, format_timestamp, now_us
 from tidegate.tools.terminal import say
 
 app = typer.Typer(
@@ -72,10 +73,14 @@ def create(
     as_json: JsonOption = False,
 ) -> None:
     """Make a key and show it, this once: only its digest is stored."""
-    _require_text(tier, "--tier", 64)
-    _require_text(name, "--name", 200, blank=True)
-    expires_at_us = None if expires_in is None else now_us() + _lifetime_s(expires_in, "--expires-in") * US_PER_S
-    made = with_keys(config, url, token_file, lambda keys: keys.create(tier, name, expires_at_us))
+    request = KeyCreate(
+        tier=_checked(TierName, tier, "--tier"),
+        name=_checked(Name, name, "--name"),
+        expires_at=None
+        if expires_in is None
+        else format_timestamp(now_us() + _lifetime_s(expires_in, "--expires-in") * US_PER_S),
+    )
+    made = with_keys(config, url, token_file, lambda keys: keys.create(request))
     if as_json:
         print_json(_json(made))
         return
@@ -97,12 +102,12 @@ def list_keys(
 ) -> None:
     """List keys by id; the keys themselves are not known to anyone."""
     if tier is not None:
-        _require_text(tier, "--tier", 64)
+        _checked(TierName, tier, "--tier")
     if name is not None:
-        _require_text(name, "--name", 200, blank=True)
+        _checked(Name, name, "--name")
     if after is not None and not _ID_PART.fullmatch(after):
         raise typer.BadParameter("that is no id: give the last one of the list before", param_hint="--after")
-    wanted = Wanted(tier, None if status is None else status.value, name)
+    wanted = KeyFilter(tier, None if status is None else status.value, name)
     page = with_keys(config, url, token_file, lambda keys: collect(keys, wanted, limit, after))
     if as_json:
         print_json([_json(record) for record in page.items])
@@ -123,7 +128,7 @@ def list_keys(
                 for record in page.items
             ),
             False,
-            "no keys" if wanted != Wanted() or after else "no keys: make one with 'tidegate keys create --tier NAME'",
+            "no keys" if wanted != KeyFilter() or after else "no keys: make one with 'tidegate keys create --tier NAME'",
         )
     if page.next is not None:
         say(f"there are more: go on with --after {one_line(page.next)}", err=True)
@@ -168,10 +173,10 @@ def revoke(
     as_json: JsonOption = False,
 ) -> None:
     """Revoke a key, for good. Running servers refuse it within a second."""
-    _require_text(reason, "--reason", 1000)
+    request = RevokeRequest(reason=_checked(Reason, reason, "--reason"))
 
-    async def work(keys: ApiKeys) -> KeyRecord:
-        return await keys.revoke(await find(keys, key), reason)
+    async def work(keys: ApiKeys) -> KeyRead:
+        return await keys.revoke(await find(keys, key), request)
 
     record = with_keys(config, url, token_file, work)
     if as_json:
@@ -197,7 +202,7 @@ def rotate(
     if grace_s > _MAX_GRACE_S:
         raise typer.BadParameter(f"{grace!r} is too long: at most 365d", param_hint="--grace")
 
-    async def work(keys: ApiKeys) -> RotatedKey:
+    async def work(keys: ApiKeys) -> KeyRotated:
         return await keys.rotate(await find(keys, key), grace_s)
 
     made = with_keys(config, url, token_file, work)
@@ -224,7 +229,7 @@ def delete(
 ) -> None:
     """Remove the record of a key that is revoked or expired; the audit log keeps what it was."""
 
-    async def work(keys: ApiKeys) -> KeyRecord:
+    async def work(keys: ApiKeys) -> KeyRead:
         record = await find(keys, key)
         await keys.delete(record)
         return record
@@ -243,25 +248,28 @@ def _lifetime_s(text: str, option: str) -> int:
     return int(match.group(1)) * _SECONDS[match.group(2)]
 
 
-def _require_text(text: str, option: str, most: int, *, blank: bool = False) -> None:
-    """Refuse here what the admin API would refuse, so that both ways take the same."""
-    if not blank and not text.strip():
+def _checked(field: Any, text: str, option: str) -> str:
+    """A text that the field of a request takes; the commands refuse the same texts with and without --url."""
+    if field is not Name and not text.strip():
         raise typer.BadParameter("it is blank: write something", param_hint=option)
-    if len(text) > most:
-        raise typer.BadParameter(f"it has {len(text)} characters: at most {most} are kept", param_hint=option)
-    # An argument that is no UTF-8 arrives with surrogates in it.
-    if any(ord(character) < 0x20 or ord(character) == 0x7F or "\ud800" <= character <= "\udfff" for character in text):
-        raise typer.BadParameter("it must not have control characters, and must be UTF-8", param_hint=option)
+    try:
+        checked: str = TypeAdapter(field).validate_python(text, strict=True)
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+        if problem["type"] == "string_too_long":
+            most = problem["ctx"]["max_length"]
+            raise typer.BadParameter(f"it has {len(text)} characters: at most {most} are allowed", param_hint=option) from None
+        # An argument that is not UTF-8 arrives with surrogates in it.
+        raise typer.BadParameter("it must not have control characters, and must be UTF-8", param_hint=option) from None
+    return checked
 
 
-def _json(record: KeyRecord) -> dict[str, Any]:
+def _json(record: KeyRead) -> dict[str, Any]:
     """A record as --json prints it: as the admin API tells it, and who owns it."""
-    told: dict[str, Any] = msgspec.to_builtins(record)
-    del told["managed_by_file"]
-    return {**told, "from": _origin(record)}
+    return {**record.model_dump(exclude={"managed_by_file", "warnings"}), "from": _origin(record)}
 
 
-def _origin(record: KeyRecord) -> str:
+def _origin(record: KeyRead) -> str:
     return "file" if record.managed_by_file else "api"
 
 

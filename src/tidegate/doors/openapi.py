@@ -9,7 +9,7 @@ import msgspec
 
 from tidegate._version import __version__
 from tidegate.decision import MAX_COST
-from tidegate.gate.gate import MAX_USAGE_RULES
+from tidegate.gate.usage import MAX_USAGE_RULES
 from tidegate.wire import MAX_BATCH, CheckRequest, DecisionBody, UsageBody
 
 _ERRORS: Final = {

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from typing import Any, Final, Self, TypeAlias
+from typing import Any, Self, TypeAlias
 
 import msgspec
 
@@ -13,22 +12,17 @@ from tidegate.catalog.cache_level import Caller
 from tidegate.catalog.cached import CachedCatalog
 from tidegate.counters import Charge, ChargeOutcome, CounterStore
 from tidegate.counters.memory import MemoryCounters
-from tidegate.decision import MAX_COST, Check, Decision, Observation, RuleUsage, Usage, client_of, clip, ipv6_client
+from tidegate.decision import MAX_COST, Check, Decision, Observation, Usage, client_of, clip, ipv6_client
 from tidegate.errors import BadRequest, MissingApiKey, StoreUnavailable, TidegateError
 from tidegate.gate.callers import LOOKUP_TIMEOUT_S, CallerLookup
 from tidegate.gate.charging import ChargeResult, CheckPlan, charge_all_or_none, charge_independently
-from tidegate.gate.usage import peek
+from tidegate.gate.usage import caller_usage, own_limits, reset_counters
 from tidegate.policy.limits import LimitSet
-from tidegate.policy.matching import CompiledRule, CompiledTier, counted_by, subject_of
+from tidegate.policy.matching import CompiledRule, subject_of
 from tidegate.policy.model import Mode, Subject
 from tidegate.time_slice import TimeSlice
 
 Observer: TypeAlias = Callable[[Observation], None]
-
-MAX_USAGE_RULES: Final = 1000
-"""Most rules that one question for usage looks at: as many as a batch has checks."""
-
-_RESET_BATCH_SIZE: Final = 1000
 
 
 class DescriptorCheck(msgspec.Struct, frozen=True, gc=False):
@@ -205,27 +199,7 @@ class Gate:
         _require_text(api_key, "api_key")
         client = None if ip is None else client_of(ip)
         caller = await self._caller(api_key or None, client)
-        tier, has_key = caller.tier, bool(caller.subject)
-        looked_at: list[tuple[CompiledRule | None, LimitSet]] = [] if tier.limits is None else [(None, tier.limits)]
-        looked_at += [(rule, rule.limits) for rule in tier.rules[:MAX_USAGE_RULES]]
-        counted: list[tuple[CompiledRule | None, Subject]] = []
-        counters: list[tuple[LimitSet, str]] = []
-        not_counted: list[str | None] = []
-        for rule, limits in looked_at:
-            kind = counted_by(Subject.API_KEY if rule is None else rule.subject, has_key)
-            subject = subject_of(kind, caller.subject, client, tier.tier.name)
-            if subject is None:
-                not_counted.append(limits.rule)
-                continue
-            counted.append((rule, kind))
-            counters.append((limits, subject))
-        rules = [
-            RuleUsage(None, None, Mode.ENFORCE, kind, limits.limits, *seen)
-            if rule is None
-            else RuleUsage(rule.rule.name, rule.rule.endpoint, rule.rule.mode, kind, limits.limits, *seen)
-            for (rule, kind), (limits, _), seen in zip(counted, counters, await peek(self.counters, counters), strict=True)
-        ]
-        return Usage(tier.tier.name, tuple(rules), tuple(not_counted), len(tier.rules) > MAX_USAGE_RULES)
+        return await caller_usage(self.counters, caller, client)
 
     async def reset(self, api_key: str | None = None, *, ip: str | None = None, tier: str | None = None) -> int:
         """Forget what one subject consumed, under every rule that could count it. Give exactly one argument.
@@ -251,7 +225,7 @@ class Gate:
         _require_text(tier, "tier")
         if api_key is not None:
             caller = await self._caller(api_key, None, refused_too=True)
-            counters = [(limits, caller.subject) for limits in _own_sets(caller.tier)]
+            counters = [(limits, caller.subject) for limits in own_limits(caller.tier)]
         elif ip is not None:
             subject = f"i:{client_of(ip)}"
             counters = [(limits, subject) for limits in await self._sets_by_ip()]
@@ -261,16 +235,12 @@ class Gate:
             if compiled is None:
                 raise BadRequest(f"there is no tier {clip(tier)}: see 'tidegate tiers'", field="tier")
             counters = [(rule.limits, f"t:{tier}") for rule in compiled.rules if rule.subject is Subject.TIER]
-        for start in range(0, len(counters), _RESET_BATCH_SIZE):
-            await self.counters.reset(counters[start : start + _RESET_BATCH_SIZE])
-            # A store in memory never suspends: without this, many tiers would stop all checks until the last is through.
-            await asyncio.sleep(0)
-        return len(counters)
+        return await reset_counters(self.counters, counters)
 
     async def _sets_by_ip(self) -> list[LimitSet]:
         """All that can count an ip: rules by ip of every tier, and what counts callers without a key."""
         anonymous = await self.catalog.anonymous()
-        found = [] if anonymous is None else _own_sets(anonymous.tier)
+        found = [] if anonymous is None else own_limits(anonymous.tier)
         for name in await self.catalog.tier_names():
             compiled = await self.catalog.tier(name)
             if compiled is not None:
@@ -447,12 +417,6 @@ def _plan_of_descriptor(check: DescriptorCheck, caller: Caller | TidegateError) 
     if enforced is None:
         return CheckPlan(Decision(True, unlimited_tier=caller.tier.tier.name), shadow_outcomes)
     return CheckPlan(None, [enforced, *shadow_outcomes])
-
-
-def _own_sets(tier: CompiledTier) -> list[LimitSet]:
-    """What counts each caller of a tier by itself: by its key, or by its ip where it has none."""
-    found = [rule.limits for rule in tier.rules if rule.subject is Subject.API_KEY]
-    return found if tier.limits is None else [tier.limits, *found]
 
 
 def _require_text(value: object, field: str) -> None:

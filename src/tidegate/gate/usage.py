@@ -1,49 +1,125 @@
-"""What is left under counters, and in each of their windows. Charges nothing."""
+"""What callers have left, and resetting it. Nothing here charges a counter.
+
+`Gate` calls these functions for callers that sent their API key, the control plane for keys of which only the id is known.
+"""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from typing import Final
+from typing import Final, TypeAlias
 
-from tidegate.counters import Charge, CounterStore
-from tidegate.decision import Decision
+from tidegate.catalog.cache_level import Caller
+from tidegate.counters import Charge, ChargeOutcome, CounterStore
+from tidegate.decision import Decision, RuleUsage, Usage
 from tidegate.errors import StoreUnavailable
 from tidegate.policy.limits import LimitSet
+from tidegate.policy.matching import CompiledRule, CompiledTier, counted_by, subject_of
+from tidegate.policy.model import Mode, Subject
 
+MAX_USAGE_RULES: Final = 1000
+"""Maximum number of rules in one answer: as many as a batch has checks."""
+
+_RESET_BATCH_SIZE: Final = 1000
 _WINDOWS_BATCH_SIZE: Final = 32
-"""Counters of several windows that are read at once: a thousand rules of sixteen windows must not hold up checks."""
+"""Counters of several windows read in one call: a thousand rules of sixteen windows must not delay checks."""
 
-Seen = tuple[Decision, tuple[Decision, ...]]
-"""The answer to a check of cost 0, and one for each limit by itself; none of the latter where the store could not say."""
+Counter: TypeAlias = tuple[LimitSet, str]
+"""Limits and the subject that they count."""
+CounterUsage: TypeAlias = tuple[Decision, tuple[Decision, ...]]
+"""The decision for a check of cost 0, and one for each limit alone; none of the latter if the store did not answer."""
 
 
-async def peek(store: CounterStore, counters: Sequence[tuple[LimitSet, str]]) -> list[Seen]:
-    """What is left of counters.
+async def caller_usage(store: CounterStore, caller: Caller, client: str | None) -> Usage:
+    """What is left to a caller, in each window of each rule.
 
     Args:
-        store: the store.
-        counters: pairs of limits and subject, any number.
+        store: the counters.
+        caller: with or without an API key.
+        client: the client's address in canonical text; None if it is not known.
 
     Returns:
-        For each what was seen; where the store did not answer, the decision is degraded and without numbers.
+        The tier's own limits and its rules, shadow rules included; of more than `MAX_USAGE_RULES` rules the first ones by
+        priority. Rules that count by address are in `not_counted` if the address is not known.
     """
-    outcomes = await store.charge([Charge((counter,), cost=0) for counter in counters]) if counters else ()
-    seen: list[Seen] = []
+    tier, has_key = caller.tier, bool(caller.subject)
+    limit_sets: list[tuple[CompiledRule | None, LimitSet]] = [] if tier.limits is None else [(None, tier.limits)]
+    limit_sets += [(rule, rule.limits) for rule in tier.rules[:MAX_USAGE_RULES]]
+    counted: list[tuple[CompiledRule | None, Subject]] = []
+    counters: list[Counter] = []
+    not_counted: list[str | None] = []
+    for rule, limits in limit_sets:
+        kind = counted_by(Subject.API_KEY if rule is None else rule.subject, has_key)
+        subject = subject_of(kind, caller.subject, client, tier.tier.name)
+        if subject is None:
+            not_counted.append(limits.rule)
+            continue
+        counted.append((rule, kind))
+        counters.append((limits, subject))
+    rules = [
+        RuleUsage(None, None, Mode.ENFORCE, kind, limits.limits, *used)
+        if rule is None
+        else RuleUsage(rule.rule.name, rule.rule.endpoint, rule.rule.mode, kind, limits.limits, *used)
+        for (rule, kind), (limits, _), used in zip(counted, counters, await peek_windows(store, counters), strict=True)
+    ]
+    return Usage(tier.tier.name, tuple(rules), tuple(not_counted), len(tier.rules) > MAX_USAGE_RULES)
+
+
+async def peek(store: CounterStore, counters: Sequence[Counter]) -> list[Decision]:
+    """The decision for a check of cost 0 of each counter; degraded and without numbers if the store did not answer."""
+    return [
+        _unknown(limits) if isinstance(outcome, StoreUnavailable) else outcome
+        for outcome, (limits, _) in zip(await _charge_nothing(store, counters), counters, strict=True)
+    ]
+
+
+async def peek_windows(store: CounterStore, counters: Sequence[Counter]) -> list[CounterUsage]:
+    """As `peek`, with the decision of each limit alone."""
+    found: list[CounterUsage] = []
     several: list[int] = []
-    for place, (outcome, (limits, _)) in enumerate(zip(outcomes, counters, strict=True)):
+    for place, (outcome, (limits, _)) in enumerate(zip(await _charge_nothing(store, counters), counters, strict=True)):
         if isinstance(outcome, StoreUnavailable):
-            seen.append((Decision(False, limits=limits, degraded=True), ()))
+            found.append((_unknown(limits), ()))
         elif len(limits.limits) == 1:
-            seen.append((outcome, (outcome,)))
+            found.append((outcome, (outcome,)))
         else:
-            seen.append((outcome, ()))
+            found.append((outcome, ()))
             if not outcome.degraded:
                 several.append(place)
     for start in range(0, len(several), _WINDOWS_BATCH_SIZE):
         places = several[start : start + _WINDOWS_BATCH_SIZE]
         for place, windows in zip(places, await store.windows([counters[place] for place in places]), strict=True):
-            seen[place] = (seen[place][0], () if windows is None else tuple(windows))
+            found[place] = (found[place][0], () if windows is None else tuple(windows))
         # A store in memory never suspends.
         await asyncio.sleep(0)
-    return seen
+    return found
+
+
+async def reset_counters(store: CounterStore, counters: Sequence[Counter]) -> int:
+    """Delete counters, in batches.
+
+    Returns:
+        How many there were in `counters`, whether they held anything or not.
+
+    Raises:
+        StoreUnavailable: if the counter store fails; some may have been reset.
+    """
+    for start in range(0, len(counters), _RESET_BATCH_SIZE):
+        await store.reset(counters[start : start + _RESET_BATCH_SIZE])
+        # A store in memory never suspends: without this, many tiers would stop all checks until the last one is done.
+        await asyncio.sleep(0)
+    return len(counters)
+
+
+def own_limits(tier: CompiledTier) -> list[LimitSet]:
+    """The limits that count each caller of a tier separately: by its key, or by its address if it has none."""
+    found = [rule.limits for rule in tier.rules if rule.subject is Subject.API_KEY]
+    return found if tier.limits is None else [tier.limits, *found]
+
+
+async def _charge_nothing(store: CounterStore, counters: Sequence[Counter]) -> Sequence[ChargeOutcome]:
+    return await store.charge([Charge((counter,), cost=0) for counter in counters]) if counters else ()
+
+
+def _unknown(limits: LimitSet) -> Decision:
+    return Decision(False, limits=limits, degraded=True)

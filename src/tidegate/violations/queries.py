@@ -36,7 +36,7 @@ class Blocked(msgspec.Struct, frozen=True):
     subject: str | None = None
 
 
-async def list_violations(database: Database, limit: int, after: str | None, blocked: Blocked) -> Page:
+async def list_violations(database: Database, limit: int, after: str | None, blocked: Blocked) -> Page[dict[str, Any]]:
     """Violations, one item for each minute in which a rule blocked a subject, the newest first.
 
     Args:
@@ -60,7 +60,6 @@ async def list_violations(database: Database, limit: int, after: str | None, blo
         # The first condition says nothing new, but is one that an index answers.
         query = query.where(c.minute_us <= minute_us, or_(c.minute_us < minute_us, behind))
     rows = await rows_of(database, query, limit)
-    places = [[row["minute_us"], row["tier"], row["rule"], row["subject"]] for row in rows]
     items = [
         {
             "minute": format_timestamp(row["minute_us"]),
@@ -69,10 +68,10 @@ async def list_violations(database: Database, limit: int, after: str | None, blo
             "subject": row["subject"],
             "blocked": row["blocked"],
         }
-        for row in rows
+        for row in rows[:limit]
     ]
-    last = _written(places[limit - 1]) if len(items) > limit else None
-    return Page(items[:limit], last)
+    last = rows[limit - 1] if len(rows) > limit else None
+    return Page(items, None if last is None else _cursor([last["minute_us"], last["tier"], last["rule"], last["subject"]]))
 
 
 async def top_violators(database: Database, limit: int, by: str, blocked: Blocked) -> list[dict[str, Any]]:
@@ -131,7 +130,7 @@ def _meant(blocked: Blocked) -> list[ColumnElement[bool]]:
     return conditions
 
 
-def _written(place: list[Any]) -> str:
+def _cursor(place: list[Any]) -> str:
     return base64.urlsafe_b64encode(msgspec.json.encode(place)).decode().rstrip("=")
 
 

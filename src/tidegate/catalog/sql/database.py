@@ -14,7 +14,7 @@ import contextlib
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import msgspec
 from sqlalchemy import RowMapping, Select, case, func, select, text, update
@@ -43,6 +43,8 @@ WRITE_PROBE_S: Final = 10.0
 _CAN_WRITE: Final = text(
     "SELECT pg_is_in_recovery() AS standby, current_setting('default_transaction_read_only') AS read_only FROM policy_state"
 )
+
+_Write = TypeVar("_Write", bound=WriteTransaction)
 
 
 class DatabaseOptions(msgspec.Struct, frozen=True):
@@ -282,9 +284,16 @@ class Database:
             self._note_write(error)
             raise CatalogUnavailable(f"the catalog's database rejected the change: {reason_of(error)}") from error
 
+    def changing(self) -> contextlib.AbstractAsyncContextManager[WriteTransaction]:
+        """See `changing_as`."""
+        return self.changing_as(WriteTransaction)
+
     @contextlib.asynccontextmanager
-    async def changing(self) -> AsyncIterator[WriteTransaction]:
+    async def changing_as(self, make: Callable[[AsyncConnection, int, int], _Write]) -> AsyncIterator[_Write]:
         """A transaction that raises the version; it takes the one row of the state first, and so its turn among all writers.
+
+        Args:
+            make: makes the transaction of a connection, the version after the change, and the version before it.
 
         Yields:
             The transaction, which is committed at the end, logged and announced.
@@ -293,7 +302,7 @@ class Database:
             CatalogUnavailable: if the database does not take it.
         """
         try:
-            connection, writing = await self._acquire_write_lock()
+            connection, writing = await self._acquire_write_lock(make)
             try:
                 yield writing
                 await writing.log()
@@ -319,7 +328,7 @@ class Database:
         if self._writer is not self._reader:
             await self._writer.dispose()
 
-    async def _acquire_write_lock(self) -> tuple[AsyncConnection, WriteTransaction]:
+    async def _acquire_write_lock(self, make: Callable[[AsyncConnection, int, int], _Write]) -> tuple[AsyncConnection, _Write]:
         """A connection in a transaction that has the turn of all writers."""
         at_us = now_us()
         state = policy_state.c
@@ -349,5 +358,5 @@ class Database:
                 await connection.close()
                 raise
             else:
-                return connection, WriteTransaction(connection, state_row.version, state_row.previous)
+                return connection, make(connection, state_row.version, state_row.previous)
         raise AssertionError("the second attempt raises or returns")

@@ -6,7 +6,8 @@ others.
 
 from __future__ import annotations
 
-from typing import Any, Final
+from collections.abc import Callable
+from typing import Any, Final, Generic, TypeVar
 
 import msgspec
 from sqlalchemy import Select
@@ -16,17 +17,30 @@ from tidegate.errors import BadRequest
 
 MAX_PAGE: Final = 500
 
+Item = TypeVar("Item")
 
-class Page(msgspec.Struct, frozen=True):
+
+class Page(msgspec.Struct, Generic[Item], frozen=True):
     """A page of a list.
 
     Args:
-        items: in order, each as a JSON object.
-        next: what to give as `after` for the page behind this one; None where this is the last.
+        items: in the list's order.
+        next: the `after` of the next page; None on the last page.
     """
 
-    items: list[dict[str, Any]]
+    items: list[Item]
     next: str | None
+
+
+def page_of(items: list[Item], limit: int, place: Callable[[Item], str]) -> Page[Item]:
+    """The page of at most `limit` items; one more item means that another page follows.
+
+    Args:
+        items: at most `limit` + 1.
+        limit: of the page.
+        place: what `after` must be to continue after an item.
+    """
+    return Page(items[:limit], place(items[limit - 1]) if len(items) > limit else None)
 
 
 async def rows_of(database: Database, query: Select[Any], limit: int) -> list[Any]:

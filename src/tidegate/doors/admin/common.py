@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, TypeVar
 
 from fastapi import Depends, Header, Query, Request, Response
 from fastapi.security import HTTPBearer
 
-from tidegate.admin.models import Plain, ProblemRead
-from tidegate.admin.records import Form
+from tidegate.admin.models import KeyMade, KeyRead, KeyRotated, Plain, ProblemRead, RuleRead, TierRead
 from tidegate.admin.tokens import Principal
 from tidegate.admin.transaction import StaleRevision
 from tidegate.catalog.sql.paging import MAX_PAGE
 from tidegate.doors.admin.guard import READING, principal_of, require_operator
 from tidegate.errors import BadRequest, TidegateError
+
+_Tagged = TypeVar("_Tagged", TierRead, RuleRead, KeyRead, KeyMade, KeyRotated)
 
 _TAG: Final = re.compile(r'(W/)?"([0-9]{0,18})"', re.ASCII)
 
@@ -65,7 +66,7 @@ def _require_operator(request: Request) -> None:
     require_operator(principal_of(request.scope))
 
 
-def _seen_of(
+def _expected_revisions(
     if_match: Annotated[
         str, Header(alias="If-Match", max_length=1000, description='the ETag that was read, such as "3"; * for any')
     ],
@@ -73,7 +74,7 @@ def _seen_of(
     """The revisions that If-Match names (RFC 9110, section 13.1.1); None for any."""
     if if_match.strip() == "*":
         return None
-    seen = set()
+    revisions = set()
     weak = False
     for tag in if_match.split(","):
         match = _TAG.fullmatch(tag.strip())
@@ -84,13 +85,13 @@ def _seen_of(
         if match[1] is not None:
             weak = True
         elif match[2]:
-            seen.add(int(match[2]))
-    if weak and not seen:
+            revisions.add(int(match[2]))
+    if weak and not revisions:
         raise StaleRevision(
             f"If-Match {if_match[:60]!r} is a weak ETag, which never matches (RFC 9110, section 13.1.1): send it without the W/, "
             "which a proxy that compresses answers may have added"
         )
-    return frozenset(seen)
+    return frozenset(revisions)
 
 
 WITH_ROLE: Final = Depends(_require_role)
@@ -100,22 +101,14 @@ OPERATORS_ONLY: Final = Depends(_require_operator)
 
 Caller = Annotated[Principal, Depends(_principal_of)]
 Actor = Annotated[str, Depends(_actor_of)]
-SeenRevisions = Annotated[frozenset[int] | None, Depends(_seen_of)]
+Revisions = Annotated[frozenset[int] | None, Depends(_expected_revisions)]
 Limit = Annotated[int, Query(ge=1, le=MAX_PAGE, description="at most so many items")]
 After = Annotated[str | None, Query(max_length=2000, description="'next' of the page before"), Plain]
 Contains = Annotated[str | None, Query(max_length=200, description="only those with this in it, in any case"), Plain]
 Exactly = Annotated[str | None, Query(max_length=400, description="only this one"), Plain]
 
 
-def tagged(response: Response, form: Form) -> Form:
-    """Put the revision of what is answered into its ETag.
-
-    Args:
-        response: the answer.
-        form: what is answered.
-
-    Returns:
-        The form.
-    """
-    response.headers["ETag"] = f'"{form["revision"]}"'
-    return form
+def tagged(response: Response, resource: _Tagged) -> _Tagged:
+    """Send the revision of a resource as its ETag; returns the resource."""
+    response.headers["ETag"] = f'"{resource.revision}"'
+    return resource

@@ -19,8 +19,8 @@ from tidegate.admin.models import (
     ViolationPage,
 )
 from tidegate.admin.rules import CatalogEditor
-from tidegate.admin.transaction import NotThere
-from tidegate.admin.usage import reset_key, subject_of_key, usage_of_key
+from tidegate.admin.transaction import NotFound
+from tidegate.admin.usage import key_usage, reset_key, subject_of_key
 from tidegate.decision import client_of
 from tidegate.doors.admin.common import Actor, After, Exactly, Limit
 from tidegate.doors.responses import usage_body
@@ -52,13 +52,13 @@ def record_routes(editor: CatalogEditor, gate: Gate) -> APIRouter:
         if api_key_id is None and ip is None:
             raise BadRequest("nobody is named: give api_key_id, ip, or both")
         if api_key_id is not None:
-            found = await usage_of_key(editor, gate, api_key_id, ip)
+            found = await key_usage(editor, gate, api_key_id, ip)
             subject = await subject_of_key(editor, api_key_id)
         else:
             try:
                 found = await gate.usage(ip=ip)
             except MissingApiKey:
-                raise NotThere("there is no anonymous tier, so nothing is left to a client without a key") from None
+                raise NotFound("there is no anonymous tier, so nothing is left to a client without a key") from None
             subject = f"i:{client_of(ip or '')}"
         now = now_us()
         blocked = await blocked_total(editor.catalog.database, Blocked(now - DAY_US, now + 1, subject=subject))
@@ -75,7 +75,7 @@ def record_routes(editor: CatalogEditor, gate: Gate) -> APIRouter:
             count = await gate.reset(ip=given.ip)
         else:
             if await gate.catalog.tier(given.tier or "") is None:
-                raise NotThere(f"there is no tier {given.tier!r}: see GET /admin/v1/tiers")
+                raise NotFound(f"there is no tier {given.tier!r}: see GET /admin/v1/tiers")
             count = await gate.reset(tier=given.tier)
         ((kind, target),) = named.items()
         await editor.record(actor, "reset", "counters", f"{kind} {target}", {"reset": count})
@@ -118,7 +118,7 @@ def record_routes(editor: CatalogEditor, gate: Gate) -> APIRouter:
         limit: Limit = 100, after: After = None, kind: Exactly = None, target: Exactly = None, actor: Exactly = None
     ) -> AuditPage:
         page = await list_audit(editor, limit, after, kind, target, actor)
-        return AuditPage.model_validate({"items": page.items, "next": page.next})
+        return AuditPage(items=page.items, next=page.next)
 
     return routes
 

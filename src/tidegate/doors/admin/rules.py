@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 from fastapi import APIRouter, Path, Response
 
-from tidegate.admin.lists import list_rules, one_rule
+from tidegate.admin.lists import get_rule, list_rules
 from tidegate.admin.models import RuleCreate, RuleFields, RulePage, RulePatch, RuleRead
 from tidegate.admin.over_limit import used_up_in_tier
 from tidegate.admin.rules import CatalogEditor
-from tidegate.doors.admin.common import EDIT_ERRORS, Actor, After, Contains, Exactly, Limit, SeenRevisions, tagged
+from tidegate.doors.admin.common import EDIT_ERRORS, Actor, After, Contains, Exactly, Limit, Revisions, tagged
 from tidegate.errors import BadRequest
 from tidegate.gate.gate import Gate
 
@@ -29,43 +29,43 @@ def rule_routes(editor: CatalogEditor, gate: Gate) -> APIRouter:
     """
     routes = APIRouter(prefix="/rate-limit-rules", tags=["rules"])
 
-    async def told(response: Response, form: dict[str, Any], warnings: list[str]) -> RuleRead:
-        warnings = warnings + await used_up_in_tier(editor, gate, form["tier"], form["name"])
-        return RuleRead.model_validate({**tagged(response, form), "warnings": warnings})
+    async def answer(response: Response, rule: RuleRead) -> RuleRead:
+        warnings = rule.warnings + await used_up_in_tier(editor, gate, rule.tier, rule.name)
+        return tagged(response, rule).model_copy(update={"warnings": warnings})
 
     @routes.get("", summary="List rules, by id")
     async def read_all(
         limit: Limit = 100, after: After = None, tier: Exactly = None, endpoint: Contains = None, name: Contains = None
     ) -> RulePage:
         page = await list_rules(editor, limit, after, tier, endpoint, name)
-        return RulePage.model_validate({"items": page.items, "next": page.next})
+        return RulePage(items=page.items, next=page.next)
 
     @routes.post("", status_code=201, summary="Add a rule to a tier")
     async def create(given: RuleCreate, response: Response, actor: Actor) -> RuleRead:
         fields = given.model_dump(exclude={"tier"})
         fields["name"] = given.name or ""
-        return await told(response, *await editor.create_rule(actor, given.tier, fields))
+        return await answer(response, await editor.create_rule(actor, given.tier, fields))
 
     @routes.get("/{rule_id}", summary="Read a rule")
     async def read(rule_id: RuleId, response: Response) -> RuleRead:
-        return RuleRead.model_validate(tagged(response, await one_rule(editor, rule_id)))
+        return tagged(response, await get_rule(editor, rule_id))
 
     @routes.put("/{rule_id}", summary="Write a rule over another; what is left out gets its default", responses=EDIT_ERRORS)
-    async def replace(rule_id: RuleId, given: RuleFields, response: Response, actor: Actor, seen: SeenRevisions) -> RuleRead:
+    async def replace(rule_id: RuleId, given: RuleFields, response: Response, actor: Actor, revisions: Revisions) -> RuleRead:
         fields = {**given.model_dump(), "name": given.name or ""}
-        return await told(response, *await editor.edit_rule(actor, rule_id, fields, seen, whole=True))
+        return await answer(response, await editor.edit_rule(actor, rule_id, fields, revisions, whole=True))
 
     @routes.patch("/{rule_id}", summary="Change fields of a rule", responses=EDIT_ERRORS)
-    async def change(rule_id: RuleId, given: RulePatch, response: Response, actor: Actor, seen: SeenRevisions) -> RuleRead:
+    async def change(rule_id: RuleId, given: RulePatch, response: Response, actor: Actor, revisions: Revisions) -> RuleRead:
         fields = given.model_dump(exclude_unset=True)
         if not fields:
             raise BadRequest("there is nothing to change: name at least one field, such as limits")
         if "name" in fields:
             fields["name"] = fields["name"] or ""
-        return await told(response, *await editor.edit_rule(actor, rule_id, fields, seen))
+        return await answer(response, await editor.edit_rule(actor, rule_id, fields, revisions))
 
     @routes.delete("/{rule_id}", status_code=204, summary="Remove a rule", responses=EDIT_ERRORS)
-    async def remove(rule_id: RuleId, actor: Actor, seen: SeenRevisions) -> None:
-        await editor.delete_rule(actor, rule_id, seen)
+    async def remove(rule_id: RuleId, actor: Actor, revisions: Revisions) -> None:
+        await editor.delete_rule(actor, rule_id, revisions)
 
     return routes

@@ -6,11 +6,11 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Path, Response
 
-from tidegate.admin.lists import list_tiers, one_tier
+from tidegate.admin.lists import get_tier, list_tiers
 from tidegate.admin.models import Plain, TierCreate, TierLimits, TierPage, TierRead
 from tidegate.admin.over_limit import used_up_in_tier
 from tidegate.admin.rules import CatalogEditor
-from tidegate.doors.admin.common import EDIT_ERRORS, Actor, After, Contains, Limit, SeenRevisions, tagged
+from tidegate.doors.admin.common import EDIT_ERRORS, Actor, After, Contains, Limit, Revisions, tagged
 from tidegate.gate.gate import Gate
 
 NameInPath = Annotated[str, Path(max_length=64), Plain]
@@ -28,34 +28,33 @@ def tier_routes(editor: CatalogEditor, gate: Gate) -> APIRouter:
     """
     routes = APIRouter(prefix="/tiers", tags=["tiers"])
 
-    async def changed(response: Response, actor: str, name: str, given: TierLimits, seen: Any) -> TierRead:
-        form = tagged(response, await editor.edit_tier(actor, name, given.limits, seen))
-        return TierRead.model_validate({**form, "warnings": await used_up_in_tier(editor, gate, name, None)})
+    async def changed(response: Response, actor: str, name: str, given: TierLimits, revisions: Any) -> TierRead:
+        tier = tagged(response, await editor.edit_tier(actor, name, given.limits, revisions))
+        return tier.model_copy(update={"warnings": await used_up_in_tier(editor, gate, name, None)})
 
     @routes.get("", summary="List tiers, by name")
     async def read_all(limit: Limit = 100, after: After = None, name: Contains = None) -> TierPage:
         page = await list_tiers(editor, limit, after, name)
-        return TierPage.model_validate({"items": page.items, "next": page.next})
+        return TierPage(items=page.items, next=page.next)
 
     @routes.post("", status_code=201, summary="Make a tier without rules")
     async def create(given: TierCreate, response: Response, actor: Actor) -> TierRead:
-        form = tagged(response, await editor.create_tier(actor, given.name, given.limits))
-        return TierRead.model_validate(form)
+        return tagged(response, await editor.create_tier(actor, given.name, given.limits))
 
     @routes.get("/{name}", summary="Read a tier")
     async def read(name: NameInPath, response: Response) -> TierRead:
-        return TierRead.model_validate(tagged(response, await one_tier(editor, name)))
+        return tagged(response, await get_tier(editor, name))
 
     @routes.put("/{name}", summary="Give a tier other limits of its own", responses=EDIT_ERRORS)
-    async def replace(name: NameInPath, given: TierLimits, response: Response, actor: Actor, seen: SeenRevisions) -> TierRead:
-        return await changed(response, actor, name, given, seen)
+    async def replace(name: NameInPath, given: TierLimits, response: Response, actor: Actor, revisions: Revisions) -> TierRead:
+        return await changed(response, actor, name, given, revisions)
 
     @routes.patch("/{name}", summary="Give a tier other limits of its own", responses=EDIT_ERRORS)
-    async def change(name: NameInPath, given: TierLimits, response: Response, actor: Actor, seen: SeenRevisions) -> TierRead:
-        return await changed(response, actor, name, given, seen)
+    async def change(name: NameInPath, given: TierLimits, response: Response, actor: Actor, revisions: Revisions) -> TierRead:
+        return await changed(response, actor, name, given, revisions)
 
     @routes.delete("/{name}", status_code=204, summary="Remove a tier with its rules", responses=EDIT_ERRORS)
-    async def remove(name: NameInPath, actor: Actor, seen: SeenRevisions) -> None:
-        await editor.delete_tier(actor, name, seen)
+    async def remove(name: NameInPath, actor: Actor, revisions: Revisions) -> None:
+        await editor.delete_tier(actor, name, revisions)
 
     return routes

@@ -30,17 +30,16 @@ def token_routes(editor: CatalogEditor) -> APIRouter:
     @routes.get("", summary="List tokens, by id")
     async def read_all(limit: Limit = 100, after: After = None) -> TokenPage:
         page = await list_tokens(editor, limit, after)
-        return TokenPage.model_validate({"items": page.items, "next": page.next})
+        return TokenPage(items=page.items, next=page.next)
 
     @routes.post("", status_code=201, summary="Make a token; the token itself is told this once")
     async def create(given: TokenCreate, response: Response, actor: Actor) -> TokenMade:
         expires_at_us = None if given.expires_at is None else parse_timestamp(given.expires_at, "expires_at")
-        token, form = await tokens.create_token(editor, actor, given.name, given.role, expires_at_us)
         response.headers["Cache-Control"] = "no-store"
-        return TokenMade.model_validate({**form, "token": token})
+        return await tokens.create_token(editor, actor, given.name, given.role, expires_at_us)
 
     @routes.delete("/{token_id}", summary="Revoke a token; its record stays")
     async def revoke(token_id: TokenId, actor: Actor) -> TokenRead:
-        return TokenRead.model_validate(await tokens.revoke_token(editor, actor, token_id))
+        return await tokens.revoke_token(editor, actor, token_id)
 
     return routes
