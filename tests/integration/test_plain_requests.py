@@ -18,6 +18,7 @@ from tidegate.catalog.in_memory import PolicyCatalog
 from tidegate.counters import Charge
 from tidegate.counters.memory import MemoryCounters
 from tidegate.decision import Decision, Observation
+from tidegate.doors import plain_requests
 from tidegate.doors.client_address import TrustedProxies
 from tidegate.doors.http import DataPlane
 from tidegate.doors.http_connection import Connection
@@ -280,3 +281,11 @@ async def test_a_line_break_in_a_limit_reaches_no_header() -> None:
     limits = LimitSet("a", Algorithm.FIXED_WINDOW, [Limit(10, 60_000_000, label="a\r\nset-cookie: b")])
     with pytest.raises(ValueError, match="line break"):
         limit_lines(Decision(True, limits.limits[0], 9, 1, 0, NOW_US, limits))
+
+
+def test_long_addresses_are_not_remembered() -> None:
+    before = plain_requests._known_address.cache_info().currsize
+    assert plain_requests._address("1" * 10_000) is None
+    assert plain_requests._address(b"2001:db8:" + b"0" * 10_000) is None
+    assert plain_requests._known_address.cache_info().currsize == before
+    assert plain_requests._address(b"2001:0db8::1") == "2001:db8::1"

@@ -26,6 +26,8 @@ _METHODS: Final = {method.encode(): method for method in USUAL_METHODS}
 _PLAIN_URI: Final = re.compile(rb"/[A-Za-z0-9\-._~!$&'()*+,=:@/]*(?:\?[!-~]*)?").fullmatch
 _PLAIN_PATH: Final = re.compile(r"/[A-Za-z0-9\-._~!$&'()*+,=:@/]*", re.ASCII).fullmatch
 _LISTS: Final = FORWARDING - {b"x-real-ip"}
+_MAX_ADDRESS: Final = 45
+"""The longest text of an IPv6 address, with an IPv4 address at its end."""
 _CHECK: Final = msgspec.json.Decoder(CheckRequest)
 
 
@@ -140,9 +142,14 @@ def plain_check(exchange: Exchange, max_header_bytes: int, max_body_bytes: int) 
     return Check(path, method, api_key, ip, cost)
 
 
-@lru_cache(maxsize=16_384)
 def _address(sent: bytes | str) -> str | None:
-    """The canonical address; None where it is not plainly one. Kept, because clients come again."""
+    """The canonical address; None if it is not a plain one."""
+    # Longer texts must not fill the cache: a client may choose them.
+    return None if len(sent) > _MAX_ADDRESS else _known_address(sent)
+
+
+@lru_cache(maxsize=16_384)
+def _known_address(sent: bytes | str) -> str | None:
     try:
         return canonical_ip(sent if isinstance(sent, str) else sent.decode("ascii"))
     except (BadRequest, UnicodeDecodeError):
