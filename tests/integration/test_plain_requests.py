@@ -18,7 +18,7 @@ from tidegate.catalog.in_memory import PolicyCatalog
 from tidegate.counters import Charge
 from tidegate.counters.memory import MemoryCounters
 from tidegate.decision import Decision, Observation
-from tidegate.doors import plain_requests
+from tidegate.doors import plain_requests as reader
 from tidegate.doors.client_address import TrustedProxies
 from tidegate.doors.http import DataPlane
 from tidegate.doors.http_connection import Connection
@@ -284,8 +284,8 @@ async def test_a_line_break_in_a_limit_reaches_no_header() -> None:
 
 
 def test_long_addresses_are_not_remembered() -> None:
-    before = plain_requests._known_address.cache_info().currsize
-    assert plain_requests._address("1" * 10_000) is None
-    assert plain_requests._address(b"2001:db8:" + b"0" * 10_000) is None
-    assert plain_requests._known_address.cache_info().currsize == before
-    assert plain_requests._address(b"2001:0db8::1") == "2001:db8::1"
+    before = reader._known_address.cache_info().currsize
+    assert reader._address("1" * 10_000) is None
+    assert reader._address(b"2001:db8:" + b"0" * 10_000) is None
+    assert reader._known_address.cache_info().currsize == before
+    assert reader._address(b"2001:0db8::1") == "2001:db8::1"
