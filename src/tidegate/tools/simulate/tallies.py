@@ -1,4 +1,4 @@
-"""What a simulation counts, in memory that does not grow with the log."""
+"""Counts of a simulation, in memory that does not grow with the log."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ def coarser(step_s: int) -> int:
 
 
 class RuleTally:
-    """What one rule did.
+    """Requests that one rule decided.
 
     Args:
         tier: name of its tier.
-        rule: its name, or what stands for it: `(tier)`, `(no rule)`.
-        endpoint: its pattern; empty where there is none.
+        rule: its name, `(tier)` or `(no rule)`.
+        endpoint: its pattern; empty without a rule.
         mode: enforce, shadow or none.
     """
 
@@ -46,7 +46,7 @@ class RuleTally:
 
 
 class Series:
-    """Allowed and blocked over time, in at most 2,000 steps: when they are used up, longer ones take their place."""
+    """Allowed and blocked over time, in at most 2,000 steps: when there are more, the steps become longer."""
 
     def __init__(self) -> None:
         self.step_s = 60
@@ -84,13 +84,13 @@ class TopBlocked:
     that was dropped, `floor`. So a count is never too low, and too high by at most `floor`.
 
     Args:
-        most: pairs kept, 2 or more.
+        max_entries: maximum number of pairs, 2 or more.
     """
 
-    def __init__(self, most: int = MAX_TOP) -> None:
+    def __init__(self, max_entries: int = MAX_TOP) -> None:
         self.floor = 0
         self.counts: dict[tuple[str, str], int] = {}
-        self._most = most
+        self._max_entries = max_entries
 
     def add(self, subject: str, rule: str) -> None:
         """Count one blocked request.
@@ -101,7 +101,7 @@ class TopBlocked:
         """
         entry = (subject, rule)
         count = self.counts.get(entry)
-        if count is None and len(self.counts) >= self._most:
+        if count is None and len(self.counts) >= self._max_entries:
             self._shed()
         self.counts[entry] = (count or self.floor) + 1
 
@@ -110,14 +110,14 @@ class TopBlocked:
         self.floor = ordered[len(ordered) // 2][1]
         self.counts = dict(ordered[: len(ordered) // 2])
 
-    def top(self, most: int) -> list[tuple[str, str, int]]:
+    def top(self, count: int) -> list[tuple[str, str, int]]:
         """The subjects blocked most.
 
         Args:
-            most: at most so many.
+            count: maximum number of entries.
 
         Returns:
             Subject, rule and count, the highest first; equal counts by name.
         """
         ordered = sorted(self.counts.items(), key=lambda item: (-item[1], item[0]))
-        return [(subject, rule, count) for (subject, rule), count in ordered[:most]]
+        return [(subject, rule, count) for (subject, rule), count in ordered[:count]]
