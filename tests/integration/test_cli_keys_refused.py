@@ -205,7 +205,7 @@ NOT_OURS = "is no control plane of Tidegate"
         (b"\x15\x03\x03\x00\x02\x02\x32", "does not speak HTTP: give another URL, with https:// if the server uses TLS", True),
         (b"", "closed the connection without a response", True),
         (_http("200 OK", b"{}").replace(b"Length: 2", b"Length: 200"), "its response is incomplete", True),
-        (None, "did not answer within 0.3 s: start it with 'tidegate serve'", True),
+        (None, "did not respond within 0.3 s: start it with 'tidegate serve'", True),
     ],
 )  # fmt: skip
 def test_what_is_no_control_plane(

@@ -264,7 +264,7 @@ async def test_while_the_first_server_is_left_alone_the_second_is_asked(
 @pytest.mark.parametrize(
     ("says", "reason"),
     [
-        (Says(404, "<h1>not here</h1>"), "answered 404 with a body that Tidegate does not send: check the URL"),
+        (Says(404, "<h1>not here</h1>"), "answered 404 with a body that is not from Tidegate: check the URL"),
         (Says(502, ""), "answered 502"),
         (Says(301, "", location="http://127.0.0.1:1/"), "answered 301"),
         (Says(200, "hello"), "answered 200"),
@@ -371,7 +371,7 @@ async def test_over_tls(gate: Gate, listen: Callable[..., Any], new_client: Call
     assert [(await asker.check(**ASK)).remaining for _ in range(3)] == [2, 1, 0]
     for stranger, reason in (
         (new_client(f"https://localhost:{port}"), "its certificate is not trusted"),
-        (new_client(f"https://127.0.0.1:{plain}"), "does not speak TLS"),
+        (new_client(f"https://127.0.0.1:{plain}"), "TLS handshake failed"),
         (new_client(f"http://127.0.0.1:{port}"), "closed the connection without a response, or does not speak HTTP"),
     ):
         assert reason in (await stranger.check(**ASK)).failure

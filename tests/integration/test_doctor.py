@@ -80,7 +80,8 @@ async def test_a_new_database_is_left_empty(catalog_url: str, tmp_path: Path) ->
     code, found = _found(tmp_path, TIDEGATE_CATALOG__URL=catalog_url)
     ok, said = found["catalog"]
     assert (code, ok) == (0, True), found
-    assert "'tidegate serve' creates it" in said
+    assert "'tidegate serve'" in said
+    assert "creates it" in said
     assert await _state(catalog_url) == before
 
 
@@ -135,7 +136,7 @@ async def test_a_database_of_others_is_refused(catalog_url: str, tmp_path: Path,
 
 def test_files_that_are_no_catalog(tmp_path: Path) -> None:
     (tmp_path / "text.db").write_text("this is no database, but long enough to look at " * 100)
-    for file, said in (("text.db", "not a SQLite database"), ("absent/x.db", "a place that can be written")):
+    for file, said in (("text.db", "not a SQLite database"), ("absent/x.db", "a file in a writable directory")):
         code, found = _found(tmp_path, TIDEGATE_CATALOG__URL=f"sqlite:///{tmp_path}/{file}")
         assert (code, found["catalog"][0]) == (1, False)
         assert said in found["catalog"][1]

@@ -155,7 +155,7 @@ def test_a_demo_leaves_nothing_behind(serve: Callable[..., Serve], tmp_path: Pat
     assert check(demo, DEMO) == 200
     code, said, _ = demo.stop()
     assert code == 0
-    assert "a catalog that is deleted when it\nends" in said
+    assert "a temporary catalog that is deleted when it\nstops" in said
     assert sorted(path.name for path in tmp_path.iterdir()) == []
     assert check(serve(), DEMO) == 401
 

@@ -31,13 +31,13 @@ CATALOGS = {
     "hunter2": "database URL",
 }
 SERVERS = {
-    "http://u:hunter2@h": "no password",
-    "http://u:hunter2/x@h": "no password",
+    "http://u:hunter2@h": "must not contain a user or a password",
+    "http://u:hunter2/x@h": "must not contain a user or a password",
     "http://h:hunter2": "'http://h:…'",
     "https://user:hunter2": "'https://user:…'",
     "http://h/?key=hunter2": "'http://h/'",
     "http://h/#hunter2": "'http://h/'",
-    "http://[::1": "no URL",
+    "http://[::1": "not a valid URL",
     "user:hunter2": "'user:…'",
 }
 

@@ -123,7 +123,7 @@ def test_the_terminal_shows_everything_and_nothing_hostile(
     assert r"\x1b[2J\x1b]0;owned\x07[bold red]x[/]<script>" in shown.out
     assert "Worst minute: 2023-11-14T22:13:00+00:00, 2 blocked" in shown.out
     assert "7 lines read, 1 malformed" in shown.out
-    assert "refused with 400 for the spelling of their paths, and charged to no rule: 1\n" in shown.out
+    assert "rejected with 400 because of the encoding of their paths, and not counted by any rule: 1\n" in shown.out
 
 
 @given(st.text())
@@ -303,7 +303,7 @@ def test_a_gzip_stream_that_is_cut_off_counts_as_far_as_it_goes(
     assert 5_000 < found["requests"] < 15_000
     assert found["malformed"] == 0
     assert len(found["broken"]) == 1
-    assert "ends early" in found["broken"][0]
+    assert "is truncated" in found["broken"][0]
 
 
 @pytest.mark.parametrize(
@@ -311,10 +311,10 @@ def test_a_gzip_stream_that_is_cut_off_counts_as_far_as_it_goes(
     [
         (b"", "no line in"),
         (b"\n\n \n", "no line in"),
-        (random.Random(1).randbytes(64) + bytes(range(256)) * 50, "of a format that is known"),
-        (gzip.compress(row(0).encode() * 2000, mtime=0)[:15], "ends early"),
-        (b"\x1f\x8b not gzip", "ends early or is damaged"),
-        (b"x" * 3 * MAX_LINE, "of a format that is known"),
+        (random.Random(1).randbytes(64) + bytes(range(256)) * 50, "has a known format"),
+        (gzip.compress(row(0).encode() * 2000, mtime=0)[:15], "is truncated"),
+        (b"\x1f\x8b not gzip", "is truncated or damaged"),
+        (b"x" * 3 * MAX_LINE, "has a known format"),
         (b'{"time": 1}\n' * 9, "all 9 lines are malformed"),
         (b"time,path,ip\n", "no line in"),
     ],
@@ -336,7 +336,7 @@ def test_a_log_without_a_request_is_refused(policy: Path, tmp_path: Path, conten
         ({"tier": "gold"}, SettingsError, "no tier 'gold'"),
         ({"field": ["colour=x"]}, SettingsError, "--field 'colour=x'"),
         ({"field": ["ip="]}, SettingsError, "--field 'ip='"),
-        ({"html": Path("/nowhere/at/all.html")}, SettingsError, "directory is not there"),
+        ({"html": Path("/nowhere/at/all.html")}, SettingsError, "directory does not exist"),
         ({"html": Path("/")}, SettingsError, "cannot be written"),
         ({"policy": Path("/nowhere.toml")}, PolicyError, "not there"),
         ({"logs": ["/nowhere.log"]}, LogError, "/nowhere.log cannot be read: No such file"),

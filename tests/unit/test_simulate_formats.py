@@ -17,7 +17,7 @@ from tests.cpu_time import assert_cpu_below
 from tidegate.errors import SettingsError
 from tidegate.policy.paths import MAX_PATH_BYTES
 from tidegate.tools.simulate.log_formats import FORMATS, Directive, Request, csv_columns, detect, parser_of
-from tidegate.tools.simulate.log_times import Malformed, moment_us
+from tidegate.tools.simulate.log_times import Malformed, timestamp_us
 
 
 @pytest.mark.parametrize("case", LINES, ids=lambda case: case.title)
@@ -104,8 +104,8 @@ def test_the_timezone_of_the_machine_plays_no_part(monkeypatch: pytest.MonkeyPat
             monkeypatch.setenv("TZ", zone)
             time.tzset()
             assert parser_of("common", "ip", None)(line).at_us == expected
-            assert moment_us("2023-03-12T02:30:00") == expected
-            assert moment_us("2023-03-12 02:30:00.000") == expected
+            assert timestamp_us("2023-03-12T02:30:00") == expected
+            assert timestamp_us("2023-03-12 02:30:00.000") == expected
     finally:
         monkeypatch.undo()
         time.tzset()

@@ -225,7 +225,7 @@ def test_the_worst_minute_is_the_first_with_most_blocked() -> None:
 
 @pytest.mark.parametrize(
     ("policy", "tier", "words"),
-    [(POLICY, "gold", "no tier 'gold': there are free, open"), (POLICY, None, "--tier: there are free, open")],
+    [(POLICY, "gold", "no tier 'gold'; expected one of free, open"), (POLICY, None, "--tier, one of free, open")],
 )
 def test_a_tier_that_is_not_clear(policy: str, tier: str | None, words: str) -> None:
     with pytest.raises(SettingsError, match=words):

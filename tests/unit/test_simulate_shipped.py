@@ -23,7 +23,7 @@ from tidegate.tools.simulate.command import simulate
 from tidegate.tools.simulate.log_clients import Clients, address_of
 from tidegate.tools.simulate.log_formats import FORMATS, Directive, csv_columns, detect, parser_of
 from tidegate.tools.simulate.log_lines import LogError, LogLines
-from tidegate.tools.simulate.log_times import Malformed, moment_us
+from tidegate.tools.simulate.log_times import Malformed, timestamp_us
 
 ROOT = Path(__file__).parents[2]
 ZONE = "14/Nov/2023:22:13:20 +0000"
@@ -179,8 +179,8 @@ def test_clients_are_remembered_up_to_a_bound() -> None:
     for number in range(70_000):
         clients(f"10.{number >> 16}.{number >> 8 & 255}.{number & 255}")
     clients("x" * 100_000)
-    assert len(clients._known) <= 65_536
-    assert max(map(len, clients._known)) <= 256
+    assert len(clients._cache) <= 65_536
+    assert max(map(len, clients._cache)) <= 256
 
 
 def test_networks_must_be_networks(policy: Path, tmp_path: Path) -> None:
@@ -270,7 +270,7 @@ def test_compressed_logs_are_known_by_their_first_bytes(
             found = list(lines)
             # bzip2 and xz check whole blocks: nothing of a damaged one is handed out.
             assert found[:1] == [COMBINED + "\n"] or compress is not gzip.compress
-        assert "ends early or is damaged" in (lines.broken or "")
+        assert "is truncated or damaged" in (lines.broken or "")
 
 
 @pytest.mark.skipif(sys.version_info >= (3, 14), reason="Python reads zstd from 3.14 on")
@@ -296,7 +296,7 @@ def test_an_array_is_read_element_by_element(
     assert simulate([str(log)], policy, as_json_=True) == 0
     found = json.loads(capsys.readouterr().out)
     assert 1000 < found["requests"] < 2000
-    assert "the JSON array is cut off" in found["broken"][0]
+    assert "the JSON array is truncated" in found["broken"][0]
 
 
 @pytest.mark.parametrize("text", ["[" * 200_000, "[{" * 50_000, '[{"a":"' + "x" * 600_000 + '"}]', "[\n", '[{"a":1}', "[{]"])
@@ -356,4 +356,4 @@ def test_times_of_every_kind() -> None:
         "2023-11-14T23:13:20.250000000+01:00",
         "1700000000.250",
     ):
-        assert moment_us(text) == AT + 250_000, text
+        assert timestamp_us(text) == AT + 250_000, text

@@ -247,9 +247,7 @@ async def _check_owned(connection: AsyncConnection, settings: Settings) -> list[
             for table in (tiers, api_keys)
         ]
         if tier_count or key_count:
-            release = (
-                "'tidegate serve' releases them to operators when it starts" if active else "they were released to operators"
-            )
+            release = "'tidegate serve' releases them to operators when it starts" if active else "they are released to operators"
             text = (
                 f"{tier_count} tiers and {key_count} API keys come from a policy file that is no longer configured, "
                 "and stay active"

@@ -1,1 +1,1 @@
-"""Offline tools of the command line: `simulate` replays access logs, `plan` sizes a fleet. The server never imports them."""
+"""Offline tools: `simulate` replays access logs, `plan` estimates a fleet. The server never imports them."""

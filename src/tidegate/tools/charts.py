@@ -1,4 +1,4 @@
-"""Pieces of pages that stand for themselves: inline SVG and tables, nothing fetched, everything escaped."""
+"""Parts of self-contained HTML pages: inline SVG and tables. Nothing is loaded from outside, everything is escaped."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _LEFT: Final = 56
 _BOTTOM: Final = 28
 _SHORT: Final = 10
 COLOURS: Final = ("allowed", "blocked")
-"""Classes of lines and bars, in the style below."""
+"""CSS classes of lines and bars."""
 STYLE: Final = """
 :root { color-scheme: light dark; --ink: #1b2733; --soft: #5b6b7b; --line: #d5dde5; --paper: #fff;
   --allowed: #2166ac; --blocked: #d6604d; }
@@ -38,14 +38,7 @@ pre { white-space: pre-wrap; overflow-wrap: anywhere; color: var(--soft); }
 
 
 def head(title: str) -> str:
-    """The beginning of a page, up to its first element.
-
-    Args:
-        title: of the page.
-
-    Returns:
-        HTML.
-    """
+    """The HTML of a page with this title up to the start of its body."""
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
@@ -53,26 +46,12 @@ def head(title: str) -> str:
 
 
 def clean(text: str) -> str:
-    """A text from outside, safe for a terminal: control and invisible characters are shown as escapes.
-
-    Args:
-        text: whatever it was.
-
-    Returns:
-        Printable characters only.
-    """
+    """Make untrusted text safe for a terminal: control and invisible characters are replaced by escapes."""
     return text if text.isprintable() else "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def safe(text: str) -> str:
-    """A text from outside, safe in HTML and for the eye.
-
-    Args:
-        text: whatever it was.
-
-    Returns:
-        HTML.
-    """
+    """Make untrusted text safe for HTML: non-printable characters are replaced by escapes, then it is HTML-escaped."""
     return escape(clean(text))
 
 
@@ -82,35 +61,32 @@ def lines(
     about: str,
     shown: Callable[[float], str] = lambda value: f"{round(value):,}",
 ) -> str:
-    """Lines over steps of equal width.
+    """A line chart as SVG, over steps of equal width.
 
     Args:
-        series: title and values of each, at most as many as `COLOURS`; as many values as labels.
-        labels: of the steps; the first, the middle and the last are drawn.
-        about: what the picture shows, for those who do not see it.
-        shown: a value for people.
-
-    Returns:
-        SVG.
+        series: title and values of each line, at most as many as `COLOURS`; as many values as labels.
+        labels: labels of the steps; the first, the middle and the last are drawn.
+        about: text alternative for screen readers.
+        shown: formats a value.
     """
-    most = max(max(values) for _, values in series) or 1
+    highest = max(max(values) for _, values in series) or 1
     width, height = WIDTH - _LEFT - 8, HEIGHT - _BOTTOM - 12
     last = len(labels) - 1
 
-    def place(number: int, value: float) -> str:
+    def point(number: int, value: float) -> str:
         across = _LEFT + width * (number / last if last else 0.5)
-        return f"{across:.1f},{12 + height * (1 - value / most):.1f}"
+        return f"{across:.1f},{12 + height * (1 - value / highest):.1f}"
 
     drawn = []
     for part in (0, 0.5, 1):
         y = 12 + height * (1 - part)
         drawn.append(f'<line class="grid" x1="{_LEFT}" x2="{WIDTH - 8}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        drawn.append(f'<text x="{_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{safe(shown(most * part))}</text>')
+        drawn.append(f'<text x="{_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{safe(shown(highest * part))}</text>')
     for part, anchor in ((0, "start"), (0.5, "middle"), (1, "end")):
         label = labels[round(last * part)]
         drawn.append(f'<text x="{_LEFT + width * part:.1f}" y="{HEIGHT - 8}" text-anchor="{anchor}">{safe(label)}</text>')
     for colour, (title, values) in zip(COLOURS, series, strict=False):
-        path = " ".join(place(number, value) for number, value in enumerate(values))
+        path = " ".join(point(number, value) for number, value in enumerate(values))
         drawn.append(f'<polyline class="{colour}" points="{path}"><title>{safe(title)}</title></polyline>')
     return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{safe(about)}">{"".join(drawn)}</svg>'
 
@@ -120,23 +96,20 @@ def bars(
     about: str = "blocked requests",
     text: Callable[[float], str] = lambda value: f"{value:,}",
 ) -> str:
-    """Bars with a label each.
+    """A bar chart as SVG.
 
     Args:
-        values: label and length.
-        about: what the picture shows, for those who do not see it.
-        text: a value for people.
-
-    Returns:
-        SVG.
+        values: label and value of each bar.
+        about: text alternative for screen readers.
+        text: formats a value.
     """
     if not values:
         return '<p class="soft">none</p>'
-    most = max(value for _, value in values)
+    highest = max(value for _, value in values)
     drawn = []
     for number, (label, value) in enumerate(values):
         y = number * 26
-        length = max((WIDTH - 460) * value / most if most else 0, 1)
+        length = max((WIDTH - 460) * value / highest if highest else 0, 1)
         shown = label if len(label) <= 48 else label[:47] + "…"
         drawn.append(f'<text x="340" y="{y + 17}" text-anchor="end">{safe(shown)}</text>')
         drawn.append(
@@ -148,25 +121,16 @@ def bars(
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]], numbers_from: int) -> str:
-    """A table.
+    """An HTML table; columns from index `numbers_from` on are aligned right."""
 
-    Args:
-        columns: their names.
-        rows: texts, in the order of the columns.
-        numbers_from: the first column that is aligned right.
-
-    Returns:
-        HTML.
-    """
-
-    def kind(place: int, value: str) -> str:
-        if place >= numbers_from:
+    def css_class(index: int, value: str) -> str:
+        if index >= numbers_from:
             return " class=number"
-        # A figure with its unit stays on one line; what may be long is broken anywhere, so that the page never grows wider.
+        # Short values stay on one line; long ones may break anywhere, so that the page does not become wider.
         return " class=short" if len(value) <= _SHORT else ""
 
     def cells(tag: str, values: Sequence[str]) -> str:
-        return "".join(f"<{tag}{kind(place, value)}>{safe(value)}</{tag}>" for place, value in enumerate(values))
+        return "".join(f"<{tag}{css_class(index, value)}>{safe(value)}</{tag}>" for index, value in enumerate(values))
 
     body = "".join(f"<tr>{cells('td', row)}</tr>" for row in rows)
     return f"<table><thead><tr>{cells('th', columns)}</tr></thead><tbody>{body}</tbody></table>"

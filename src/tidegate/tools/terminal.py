@@ -1,7 +1,7 @@
-"""What commands print: escaped, complete where nothing wraps it, and harmless when its reader has gone.
+"""Output of commands: escaped, not wrapped unless it goes to a terminal, and without errors if the reader closes the pipe.
 
-Text may come from a server, a log or a file that somebody else wrote: whatever would move the cursor, change colors or forge a
-line is shown as an escape and never sent.
+Text from servers, logs and files is untrusted: characters that would move the cursor, change colors or forge a line are replaced
+by escapes.
 """
 
 from __future__ import annotations
@@ -21,30 +21,23 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 _UNLIMITED: Final = 100_000
-"""Columns of an output that is no terminal: `grep`, `cut` and files get each row in one line."""
+"""Columns if the output is not a terminal: pipes and files get each row on one line."""
 
 
 def say(text: str, *, err: bool = False) -> None:
-    """Print text that may hold anything. Lines stay lines; every other control character is shown as an escape.
+    """Print untrusted text of one or more lines. Every control character except line breaks is replaced by an escape.
 
-    What must stay in one line (a name, a server's message) is to be passed through `tidegate.tools.charts.clean` first.
-
-    Args:
-        text: one line or more.
-        err: on stderr instead of stdout.
+    Text that must stay on one line (a name, a server's message) must be passed through `tidegate.tools.charts.clean` first.
     """
     typer.echo("\n".join(map(clean, text.split("\n"))), err=err)
 
 
 def json_text(text: str, encoding: str | None) -> str:
-    """JSON that a terminal can show: characters that control it, or that its encoding does not have, as `\\uXXXX`.
+    """Make JSON safe for a terminal: control characters and those that its encoding does not contain become `\\uXXXX`.
 
     Args:
         text: JSON, with line breaks outside of strings only.
-        encoding: of the output; None for one that can have everything.
-
-    Returns:
-        The same JSON.
+        encoding: of the output; None if it can encode every character.
     """
 
     def shown(character: str) -> str:
@@ -62,14 +55,7 @@ def json_text(text: str, encoding: str | None) -> str:
 
 
 def open_console(**options: Any) -> Console:
-    """A console on stdout, as wide as the terminal; without a limit where stdout is a pipe or a file.
-
-    Args:
-        options: of `rich.console.Console`.
-
-    Returns:
-        The console.
-    """
+    """A `rich` console on stdout with these options, as wide as the terminal; not limited if stdout is a pipe or a file."""
     from rich.console import Console
 
     console = Console(**options)
@@ -80,18 +66,18 @@ def open_console(**options: Any) -> Console:
 
 @contextmanager
 def tolerant_output() -> Iterator[None]:
-    """Stdout and stderr that neither a missing reader nor a narrow encoding turns into a failure.
+    """Stdout and stderr on which a closed pipe or a limited encoding is not an error.
 
-    A reader that has gone (`tidegate plan | head`) has what it wanted: what is written after that is dropped, and the command
-    goes on to its own exit code. A character that the terminal's encoding does not have is shown as an escape.
+    If the reader has closed the pipe (`tidegate plan | head`), further output is dropped and the command ends with its own exit
+    code. Characters that the terminal's encoding does not contain are replaced by escapes.
 
     Raises:
-        OutputError: where it cannot be written for another reason, such as a full disk.
+        OutputError: if writing fails for another reason, such as a full disk.
     """
     replaced: list[tuple[str, TextIO, _DroppingFile]] = []
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
-        # Only the process's own streams: a test or a program that put others in their place is to read them.
+        # Only the process's own streams: tests and programs that replaced them must receive the output.
         if stream is not None and stream is getattr(sys, f"__{name}__") and isinstance(stream, io.TextIOWrapper):
             stream.flush()
             raw = _DroppingFile(stream.fileno(), "wb", closefd=False)
@@ -106,39 +92,39 @@ def tolerant_output() -> Iterator[None]:
                 getattr(sys, name).flush()
             except OutputError as error:
                 failed = error
-            raw.given_up = True
+            raw.drops_output = True
             setattr(sys, name, stream)
         if failed is not None:
             raise failed
 
 
 class OutputError(TidegateError):
-    """What a command prints cannot be written."""
+    """The output of a command cannot be written."""
 
     code = "OUTPUT_UNWRITABLE"
 
 
 class _DroppingFile(io.FileIO):
-    """A file descriptor for writing; what it cannot write because the reader has gone counts as written."""
+    """A file descriptor for writing; data that cannot be written because the pipe is closed counts as written."""
 
-    given_up = False
-    """Whether what is left in the buffers above is to be dropped: its failure was reported."""
+    drops_output = False
+    """Whether data left in the buffers above is dropped, because the failure was already reported."""
 
     def write(self, data: Any) -> int:
         if not data:
-            return 0  # click tries with nothing whether a stream takes bytes; a full device refuses even that
+            return 0  # click writes b"" to test whether a stream accepts bytes; a full device refuses even that
         try:
             return super().write(data)
         except BrokenPipeError:
             return memoryview(data).nbytes
         except OSError as error:
-            if self.given_up:
+            if self.drops_output:
                 return memoryview(data).nbytes
             raise OutputError(f"the output cannot be written: {error.strerror or error}") from None
 
 
 def _tolerant(stream: io.TextIOWrapper, raw: _DroppingFile) -> TextIO:
-    # As the interpreter does it: without a buffer where PYTHONUNBUFFERED asks for that.
+    # As the interpreter does: without a buffer if PYTHONUNBUFFERED is set.
     unbuffered = isinstance(stream.buffer, io.RawIOBase)
     return io.TextIOWrapper(
         raw if unbuffered else io.BufferedWriter(raw),

@@ -1,9 +1,9 @@
-"""What would this policy have done to yesterday's traffic?
+"""Replay of access logs under a policy: what would it have allowed and blocked?
 
-An access log is read line by line (`log_lines`; `log_formats` recognizes what `log_text` and `log_records` read), put into time
-order in bounded memory (`time_order`), decided in the log's own time by the same rules and counters as live traffic (`replay`),
-and reported as a table, JSON or a page (`report`, `page`).
+Access logs are read line by line (`log_lines`; `log_formats` recognizes what `log_text` and `log_records` parse), put
+into time order in bounded memory (`time_order`), decided in the log's own time by the same rules and counters as live traffic
+(`replay`), and reported as a table, JSON or a page (`report`, `page`).
 
-Nothing outside is touched: no server, no catalog. A line that cannot be read is counted and shown, never fatal. One
-simulation is one thread's.
+No server and no catalog is used. A line that cannot be parsed is counted and reported, never fatal. A simulation runs in one
+thread.
 """

@@ -1,4 +1,4 @@
-"""`tidegate simulate`: the command around a simulation."""
+"""`tidegate simulate`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tidegate.tools.simulate.log_formats import FIELDS, FORMATS, Directive, NoAd
 from tidegate.tools.simulate.log_lines import LogError, LogLines, log_size
 from tidegate.tools.simulate.log_times import Malformed
 from tidegate.tools.simulate.page import render_page
-from tidegate.tools.simulate.replay import EXAMPLES_SHOWN, Replay
+from tidegate.tools.simulate.replay import MAX_EXAMPLES, Replay
 from tidegate.tools.simulate.report import Report, as_json, make_report, print_report
 from tidegate.tools.simulate.time_order import TimeOrder
 
@@ -37,13 +37,13 @@ class Simulation:
     """Reads logs and decides their requests.
 
     Args:
-        replay: decides.
-        order: puts requests in order and hands them to `replay`.
-        log_format: one of `FORMATS`, or None to tell it by the first lines.
+        replay: decides the requests.
+        order: puts requests in order and passes them to `replay`.
+        log_format: one of `FORMATS`, or None to detect it from the first lines.
         subject: ip, user, or the name of a field.
         key_field: field with the API key, or None.
         fields: other names for keys of `FIELDS`.
-        clients: finds the client in what is logged for it.
+        clients: parses the client address.
     """
 
     def __init__(
@@ -71,16 +71,10 @@ class Simulation:
         self._clients = clients or Clients()
 
     def read(self, log: LogLines) -> Iterator[int]:
-        """Read one log.
-
-        Args:
-            log: its lines.
-
-        Yields:
-            Bytes of the file read so far, now and then.
+        """Read one log; yields the bytes of the file read so far, at intervals.
 
         Raises:
-            LogError: if the log cannot be read or its format cannot be told.
+            LogError: if the log cannot be read or its format is not recognized.
         """
         parse: Parse | None = None
         undecided: list[tuple[int, str]] = []
@@ -97,8 +91,8 @@ class Simulation:
                     if len(undecided) >= DETECTED_WITHIN:
                         break
                     continue
-                for place, earlier in undecided:
-                    self._count_malformed(log, earlier, place, "before the first line of the log's format")
+                for line_number, earlier in undecided:
+                    self._count_malformed(log, earlier, line_number, "before the first line of the log's format")
                 if is_header:
                     continue
             try:
@@ -117,18 +111,14 @@ class Simulation:
         self._require_addresses()
         if parse is None and undecided:
             raise LogError(
-                f"{log.source}: none of the first {len(undecided)} lines is of a format that is known: give --format "
-                f"({', '.join(FORMATS)}); the first is '{clean(undecided[0][1].strip()[:80])}'"
+                f"{log.source}: none of the first {len(undecided)} lines has a known format: give --format "
+                f"({', '.join(FORMATS)}); the first line is '{clean(undecided[0][1].strip()[:80])}'"
             )
         if log.broken is not None:
             self.broken.append(log.broken)
 
     def finish(self) -> Report:
-        """Decide what is held back, and sum up.
-
-        Returns:
-            The report.
-        """
+        """Decide the remaining requests and return the report."""
         self._order.finish()
         self._replay.finish()
         return make_report(
@@ -144,7 +134,7 @@ class Simulation:
         )
 
     def _parser(self, line: str) -> tuple[Parse | None, bool]:
-        """The parser that a line calls for, and whether the line was a header."""
+        """The parser for a line, and whether the line was a header."""
         name = self._format or detect(line)
         if name is None:
             return None, False
@@ -152,25 +142,25 @@ class Simulation:
         return parser_of(name, self._subject, self._key_field, self._fields, header, self._clients), name == "csv"
 
     def _require_addresses(self) -> None:
-        """Stop where most lines name a client that the live door would refuse: it is surely not the client that stands there."""
+        """Stop if most lines have a client that is not an address: the field is probably not the client's."""
         requests = self.lines - self.malformed
         if self.no_address * 2 > requests:
             raise LogError(
                 f"{self.no_address / requests:.0%} of {requests:,} lines have a client that is not an IPv4 or IPv6 address, "
-                "which the live door answers with 400: name the field that has it (--field ip=NAME), count by another one "
-                f"(--subject user, or a field), or give --format; the first is {clean(self.no_address_examples[0])}"
+                "which a live check rejects with 400: name the field with the address (--field ip=NAME), count by another field "
+                f"(--subject user, or a field), or give --format; the first line is {clean(self.no_address_examples[0])}"
             )
 
     def _count_no_address(self, log: LogLines, line: str, number: int, reason: str) -> None:
         self.lines += 1
         self.no_address += 1
-        if len(self.no_address_examples) < EXAMPLES_SHOWN:
+        if len(self.no_address_examples) < MAX_EXAMPLES:
             self.no_address_examples.append(f"{log.source}:{number}: {reason}: {line.strip()[:100]}")
 
     def _count_malformed(self, log: LogLines, line: str, number: int, reason: str) -> None:
         self.lines += 1
         self.malformed += 1
-        if len(self.examples) < EXAMPLES_SHOWN:
+        if len(self.examples) < MAX_EXAMPLES:
             self.examples.append(f"{log.source}:{number}: {reason}: {line.strip()[:100]}")
 
 
@@ -179,98 +169,99 @@ def simulate(
         list[str],
         typer.Argument(
             metavar="LOG...",
-            help="Access logs, plain or compressed (gzip, bzip2, xz); - reads standard input.",
+            help="Access logs, plain or compressed (gzip, bzip2, xz); - for standard input.",
             show_default=False,
         ),
     ],
-    policy: Annotated[Path, typer.Option("--policy", "-p", help="The policy file to try.", show_default=False)],
+    policy: Annotated[Path, typer.Option("--policy", "-p", help="The policy file to simulate.", show_default=False)],
     tier: Annotated[
         str | None,
         typer.Option(
-            "--tier", help="Tier of callers whose API key the policy does not know; the anonymous tier, or the only one."
+            "--tier", help="Tier of callers without an API key of the policy; default: the anonymous tier, or the only tier."
         ),
     ] = None,
-    subject: Annotated[str, typer.Option("--subject", help="What names a caller: ip, user, or a field of the log.")] = "ip",
-    key_field: Annotated[
-        str | None, typer.Option("--key-field", help="Field with the API key, for keys that the policy knows.")
-    ] = None,
+    subject: Annotated[str, typer.Option("--subject", help="Identifies a caller: ip, user, or a field of the log.")] = "ip",
+    key_field: Annotated[str | None, typer.Option("--key-field", help="Field with the API key, for keys in the policy.")] = None,
     field: Annotated[
         list[str] | None,
         typer.Option(
             "--field",
             metavar="NAME=FIELD",
-            help=f"What a JSON, CSV or W3C log calls one of {', '.join(FIELDS)}: ip=cf_ip, path=req.uri. Repeatable.",
+            help=f"Field name of one of {', '.join(FIELDS)} in a JSON, CSV or W3C log: ip=cf_ip, path=req.uri. Repeatable.",
             show_default=False,
         ),
     ] = None,
     log_format: Annotated[
-        str | None, typer.Option("--format", help=f"One of {', '.join(FORMATS)}; told by the first lines where not given.")
+        str | None, typer.Option("--format", help=f"One of {', '.join(FORMATS)}; default: detected from the first lines.")
     ] = None,
     trusted_proxies: Annotated[
         list[str] | None,
         typer.Option(
             "--trusted-proxies",
             metavar="NETWORKS",
-            help="Proxies of yours, as server.trusted_proxies: of a chain of addresses the last other one is the client.",
+            help="Your proxies, as in server.trusted_proxies: the client is the last other address of a chain.",
             show_default=False,
         ),
     ] = None,
-    reorder: Annotated[str, typer.Option("--reorder", help="How much out of order the log may be: 120s, 5m, 1h.")] = "120s",
+    reorder: Annotated[str, typer.Option("--reorder", help="How far out of order the log may be: 120s, 5m, 1h.")] = "120s",
     reorder_max: Annotated[
-        int, typer.Option("--reorder-max", min=1, help="Most requests held back to put them in order.")
+        int, typer.Option("--reorder-max", min=1, help="Maximum number of requests buffered for sorting.")
     ] = 500_000,
     max_subjects: Annotated[
-        int, typer.Option("--max-subjects", min=1, help="Most counters held; each takes about 200 bytes.")
+        int, typer.Option("--max-subjects", min=1, help="Maximum number of counters; each takes about 200 bytes.")
     ] = DEFAULT_MAX_SUBJECTS,
     encoded_slashes: Annotated[
         list[str] | None,
         typer.Option(
             "--encoded-slashes",
             metavar="PATTERN",
-            help="As the setting paths.encoded_slashes: paths that may have %2F. May be given several times.",
+            help="As the setting paths.encoded_slashes: paths that may contain %2F. Repeatable.",
             show_default=False,
         ),
     ] = None,
     decode_unreserved: Annotated[
-        bool, typer.Option("--decode-unreserved", help="As the setting paths.decode_unreserved: %7E is read as ~.")
+        bool, typer.Option("--decode-unreserved", help="As the setting paths.decode_unreserved: %7E is decoded to ~.")
     ] = False,
     as_json_: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
-    html: Annotated[Path | None, typer.Option("--html", help="Write a page with charts here too.", show_default=False)] = None,
+    html: Annotated[
+        Path | None,
+        typer.Option("--html", help="Also write the report to this file as an HTML page with charts.", show_default=False),
+    ] = None,
 ) -> int:
-    """What would this policy have done to yesterday's traffic?
+    """Replay access logs under a policy: which requests would have been blocked?
 
-    Reads access logs (combined and common, JSON lines and arrays, CSV, IIS and CloudFront, Envoy, HAProxy, AWS load balancers; in
-    what syslog, Kubernetes and docker compose put around them), puts the requests in time order, and decides
-    them in the log's own time by the rules and counters of live traffic. Tells for each rule what it would have allowed and
-    blocked, who would have been blocked most, and the worst minute.
+    Reads access logs (combined and common, JSON lines and arrays, CSV, IIS and CloudFront, Envoy, HAProxy, AWS load balancers;
+    also with the prefixes of syslog, Kubernetes and docker compose), sorts the requests by time, and decides them in
+    the log's own time with the rules and counters of live traffic. Reports for each rule how many requests it would have
+    allowed and blocked, which callers would have been blocked most, and the worst minute.
 
     \b
       tidegate simulate access.log --policy tidegate.policy.toml
       zcat old/*.gz | tidegate simulate - -p new.toml --html report.html
 
-    Exit code 0: done, malformed lines are counted and the first shown. 2: a log or the policy cannot be read. 130:
-    interrupted; what was decided is told.
+    Exit code 0: done; malformed lines are counted and the first ones printed. 2: a log or the policy cannot be read.
+    130: interrupted; the report covers the requests decided until then.
     """
     if log_format is not None and log_format not in FORMATS:
-        raise SettingsError(f"--format {log_format!r} is not known: use one of {', '.join(FORMATS)}")
+        raise SettingsError(f"--format {log_format!r} is not valid; expected one of {', '.join(FORMATS)}")
     if html is not None and not html.absolute().parent.is_dir():
-        raise SettingsError(f"--html {html}: the directory is not there: make it first")
+        raise SettingsError(f"--html {html}: the directory does not exist: create it first")
     paths = PathRules.of(encoded_slashes or (), decode_unreserved)
     replay = Replay(load_policy(policy), tier, by_ip=subject.lower() == "ip", max_subjects=max_subjects, paths=paths)
     order = TimeOrder(replay.decide, _span_s(reorder), reorder_max)
-    networks = [each for given in trusted_proxies or DEFAULT_TRUSTED for each in given.split(",") if each.strip()]
+    networks = [each for text in trusted_proxies or DEFAULT_TRUSTED for each in text.split(",") if each.strip()]
     simulation = Simulation(replay, order, log_format, subject, key_field, _named_fields(field or []), Clients(networks))
     sizes = [log_size(source) for source in logs]
     interrupted = False
     try:
-        with _progress(sizes) as tell:
+        with _progress(sizes) as update:
             done = 0
             for source, size in zip(logs, sizes, strict=True):
                 with LogLines(source) as log:
                     for position in simulation.read(log):
-                        tell(done + position)
+                        update(done + position)
                 done += size or 0
-                tell(done)
+                update(done)
     except KeyboardInterrupt:
         interrupted = True
     report = simulation.finish()
@@ -292,14 +283,14 @@ def simulate(
     else:
         print_report(report, str(policy))
     if interrupted:
-        typer.echo("interrupted: this is what was decided until then", err=True)
+        typer.echo("interrupted: the report covers the requests decided until then", err=True)
         return 130
     return 0
 
 
 @contextmanager
 def _progress(sizes: list[int | None]) -> Iterator[Callable[[int], None]]:
-    """A progress bar on stderr, where that is a terminal; yields what takes the bytes read."""
+    """A progress bar on stderr if that is a terminal; yields a callback for the number of bytes read."""
     if not sys.stderr.isatty():
         yield lambda _: None
         return
@@ -311,18 +302,18 @@ def _progress(sizes: list[int | None]) -> Iterator[Callable[[int], None]]:
 
 
 def _span_s(text: str) -> int:
-    found = _SPAN.fullmatch(text.strip())
-    if found is None:
-        raise SettingsError(f"--reorder {text!r} is no span of time: write 120s, 5m or 1h")
-    return int(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[found[2]]
+    match = _SPAN.fullmatch(text.strip())
+    if match is None:
+        raise SettingsError(f"--reorder {text!r} is not a valid duration; expected for example 120s, 5m or 1h")
+    return int(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]]
 
 
-def _named_fields(given: Sequence[str]) -> dict[str, str]:
+def _named_fields(texts: Sequence[str]) -> dict[str, str]:
     fields = {}
-    for each in given:
+    for each in texts:
         name, _, field = each.partition("=")
         name = name.lower()
         if name not in FIELDS or not field:
-            raise SettingsError(f"--field {each!r} is not understood: write NAME=FIELD, where NAME is one of {', '.join(FIELDS)}")
+            raise SettingsError(f"--field {each!r} is not valid; expected NAME=FIELD, where NAME is one of {', '.join(FIELDS)}")
         fields[name] = field
     return fields

@@ -1,4 +1,4 @@
-"""The client of a logged request: addresses with ports, chains of proxies, whatever surrounds them."""
+"""Parsing of the client address of a logged request: with ports, brackets, quotes, or as a chain of proxies."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from tidegate.decision import canonical_ip
 from tidegate.errors import BadRequest, SettingsError
 
 DEFAULT_TRUSTED: Final = ("127.0.0.0/8", "::1/128")
-"""As `server.trusted_proxies` has it."""
-_REMEMBERED: Final = 65_536
+"""Default of `server.trusted_proxies`."""
+_MAX_CACHED: Final = 65_536
 _MAX_CHAIN: Final = 4096
 
 
 class Clients:
-    """What a log has in the place of a client → the address that counts, as the live door would find it.
+    """Parses the client field of a log into the address that counts, as a live check does.
 
     `192.0.2.1`, `192.0.2.1:443`, `[2001:db8::1]:443` and a chain such as `192.0.2.1, 10.0.0.2` are one client each: of a chain
-    the last address that is not a trusted proxy's. Costs one look-up in a dictionary for a client seen before.
+    the last address that is not a trusted proxy's. A cached client costs one dictionary look-up.
 
     Args:
         trusted: networks of the proxies that wrote into the chains, in CIDR form.
 
     Raises:
-        SettingsError: naming the network that is not valid.
+        SettingsError: if a network is invalid.
     """
 
     def __init__(self, trusted: Iterable[str] = DEFAULT_TRUSTED) -> None:
@@ -38,30 +38,23 @@ class Clients:
                     f"--trusted-proxies {network!r} is not a valid address or network; expected for example 10.0.0.0/8"
                 ) from None
         self.untrusted_chains = 0
-        """How many chains were asked about whose last address is no trusted proxy's, and so the one that counts."""
-        self._known: dict[str, str] = {}
+        """Number of chains whose last address is not a trusted proxy's, and therefore the one that counts."""
+        self._cache: dict[str, str] = {}
 
     def __call__(self, text: str) -> str:
-        """The client.
-
-        Args:
-            text: as logged.
-
-        Returns:
-            Its address, canonical; empty where the text is no address, or the chain has something else in the place that counts.
-        """
-        found = self._known.get(text)
-        if found is None:
-            found = self._work_out(text)
+        """The canonical address of the client; empty if the text, or the part of the chain that counts, is not an address."""
+        address = self._cache.get(text)
+        if address is None:
+            address = self._parse(text)
             if len(text) <= 256:
-                if len(self._known) >= _REMEMBERED:
-                    self._known.clear()
-                self._known[text] = found
-        if "," in text and found and found == address_of(text.rpartition(",")[2]):
+                if len(self._cache) >= _MAX_CACHED:
+                    self._cache.clear()
+                self._cache[text] = address
+        if "," in text and address and address == address_of(text.rpartition(",")[2]):
             self.untrusted_chains += 1
-        return found
+        return address
 
-    def _work_out(self, text: str) -> str:
+    def _parse(self, text: str) -> str:
         hops = [address_of(hop) for hop in text[:_MAX_CHAIN].split(",")]
         for hop in reversed(hops):
             if not hop or not self._trusts(hop):
@@ -74,14 +67,7 @@ class Clients:
 
 
 def address_of(text: str) -> str:
-    """The address in a text that may have a port, brackets, quotes or a zone beside it.
-
-    Args:
-        text: one address.
-
-    Returns:
-        The address, canonical; empty where there is none.
-    """
+    """The canonical address in a text with an optional port, brackets, quotes or zone; empty if there is none."""
     text = text.strip(" \t\"'")
     if text.startswith("["):
         text, _, port = text[1:].partition("]")

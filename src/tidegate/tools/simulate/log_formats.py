@@ -1,4 +1,4 @@
-"""One line of an access log → one request: which formats there are, and how the format of a log is recognized."""
+"""Formats of access logs: detection, and the parser of each."""
 
 from __future__ import annotations
 
@@ -52,13 +52,13 @@ def parser_of(
     Args:
         name: one of `FORMATS`.
         subject: ip, user, or the name of a field.
-        key_field: field with the API key, None for the usual ones.
-        fields: for json, csv and w3c: other names for keys of `FIELDS`; in any case, `a.b` for b inside of a.
+        key_field: field with the API key, None for the default ones.
+        fields: for json, csv and w3c: other names for keys of `FIELDS`; case-insensitive, `a.b` for b inside a.
         header: for csv: the names of its columns.
-        clients: finds the client in what is logged for it; None for one that trusts proxies on loopback addresses.
+        clients: parses the client address; None to trust proxies on loopback addresses.
 
     Returns:
-        A function from a line to its request that raises `Malformed`, or `Directive` for a line that is a part of the format.
+        A function from a line to its request. It raises `Malformed`, or `Directive` for a line that belongs to the format.
 
     Raises:
         SettingsError: if the log has no such field.
@@ -84,14 +84,7 @@ def parser_of(
 
 
 def detect(line: str) -> str | None:
-    """Tell the format by one of its lines.
-
-    Args:
-        line: the line.
-
-    Returns:
-        One of `FORMATS` (for csv the line is the header then), or None where the line tells nothing.
-    """
+    """Detect the format from one line: one of `FORMATS` (for csv the line is the header), or None."""
     text = bare_line(line)
     if text.startswith("{"):
         try:
@@ -110,7 +103,7 @@ def detect(line: str) -> str | None:
 
 
 def _inner_parser(names: Mapping[str, tuple[str, ...]], subject: str, clients: Clients) -> Callable[[str], Request]:
-    """Reads the line that stands as text in a JSON record: JSON again, once, or text."""
+    """Parses the text field of a JSON record: nested JSON, one level deep, or a line of text."""
     read = RecordReader(names, clients)
     parsers: dict[str, Parse] = {}
 

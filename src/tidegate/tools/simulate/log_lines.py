@@ -1,6 +1,6 @@
-"""The lines of logs: from files or standard input, compressed or not, with bounded memory whatever they hold.
+"""Lines of logs: from files or standard input, compressed or not, in bounded memory for any content.
 
-A log that is one JSON array is handed out element by element, as if each were a line.
+The elements of a log that is one JSON array are returned as lines.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tidegate.errors import TidegateError
 
 MAX_LINE: Final = 64 * 1024
 MAX_ELEMENT: Final = 4 * MAX_LINE
-"""Most characters of an element of a JSON array."""
+"""Maximum characters of an element of a JSON array."""
 _ARRAY: Final = re.compile(r"\s*\[\s*(?:\{|$)")
 _BETWEEN: Final = re.compile(r"[\s,]*")
 
@@ -46,8 +46,8 @@ def _zstd(raw: IO[bytes]) -> IO[bytes]:
         zstd = importlib.import_module("compression.zstd")
     except ModuleNotFoundError:
         raise LogError(
-            f"it is compressed with zstd, which Python {sys.version_info[0]}.{sys.version_info[1]} cannot read; "
-            "pipe it in: zstdcat LOG | tidegate simulate - --policy FILE"
+            f"zstd compression is not supported by Python {sys.version_info[0]}.{sys.version_info[1]}; "
+            "use a pipe: zstdcat LOG | tidegate simulate - --policy FILE"
         ) from None
     return cast("IO[bytes]", zstd.ZstdFile(raw))
 
@@ -69,16 +69,10 @@ class LogError(TidegateError):
 
 
 def log_size(source: str) -> int | None:
-    """Bytes of a log, before it is opened.
-
-    Args:
-        source: path, or `-` for standard input.
-
-    Returns:
-        The size; None where nobody knows: standard input, pipes.
+    """Bytes of a log file; None if unknown: for `-` (standard input) and pipes.
 
     Raises:
-        LogError: if it is not there.
+        LogError: if the file does not exist.
     """
     if source == "-":
         return None
@@ -90,19 +84,19 @@ def log_size(source: str) -> int | None:
 
 
 class LogLines:
-    """One log's lines. It is closed by leaving a `with` statement.
+    """The lines of one log; use it in a `with` statement.
 
     Args:
-        source: path, or `-` for standard input; what it is compressed with is known by its first bytes.
+        source: path, or `-` for standard input; the compression is detected from the first bytes.
 
     Raises:
-        LogError: if it cannot be opened, or is compressed in a way that cannot be read.
+        LogError: if it cannot be opened, or its compression is not supported.
     """
 
     def __init__(self, source: str) -> None:
         self.source = source
         self.broken: str | None = None
-        """Why the log ended early: a compressed stream or an array that is cut off or damaged."""
+        """Why the log ended early: a truncated or damaged compressed stream or array."""
         self._raw = self._open()
         self._compression = ""
         stream = self._raw
@@ -116,18 +110,18 @@ class LogLines:
                     if source != "-":
                         self._raw.close()
                     raise LogError(f"{source} cannot be read: {error.message}") from None
-        # A byte that is no UTF-8 stands as \xNN: hostile bytes stay visible and harmless.
+        # Bytes that are not UTF-8 become \xNN: hostile bytes stay visible and harmless.
         self._text = io.TextIOWrapper(stream, encoding="utf-8", errors="backslashreplace", newline="\n")
 
     def position(self) -> int:
-        """Bytes of the file that were read."""
+        """Bytes of the file read so far."""
         try:
             return self._raw.tell()
         except OSError:
             return 0  # a pipe has no position
 
     def __iter__(self) -> Iterator[str]:
-        """The lines with their ends; one longer than 64 KB is cut there, and what follows of it is left out."""
+        """The lines with their line ends; a line is truncated to 64 KB."""
         try:
             yield from self._lines()
         except (EOFError, zlib.error, gzip.BadGzipFile, lzma.LZMAError) as error:
@@ -142,7 +136,7 @@ class LogLines:
         read: Callable[[int], str] = self._text.readline
         first = True
         while line := read(MAX_LINE):
-            # A byte order mark at the beginning is no part of the first line.
+            # A byte order mark is not part of the first line.
             if line[0] == "\ufeff":
                 line = line[1:]
             if first and line.strip():
@@ -174,8 +168,8 @@ class LogLines:
                 continue
             if ended or len(buffer) - at > MAX_ELEMENT:
                 self.broken = (
-                    f"{self.source}: the JSON array is cut off, damaged, or has an element of more than {MAX_ELEMENT:,} "
-                    "characters: what was read so far counts"
+                    f"{self.source}: the JSON array is truncated, damaged, or has an element of more than {MAX_ELEMENT:,} "
+                    "characters: only the elements before are included"
                 )
                 return
             more = self._text.read(MAX_LINE)
@@ -184,7 +178,7 @@ class LogLines:
 
     def _break(self, error: Exception) -> None:
         self.broken = (
-            f"{self.source}: the {self._compression} stream ends early or is damaged ({error}): what was read so far counts"
+            f"{self.source}: the {self._compression} stream is truncated or damaged ({error}): only the lines before are included"
         )
 
     def __enter__(self) -> LogLines:

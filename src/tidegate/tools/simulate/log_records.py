@@ -23,7 +23,7 @@ from tidegate.tools.simulate.log_request import (
     replace_escapes,
     request_of_line,
 )
-from tidegate.tools.simulate.log_times import Malformed, moment_us
+from tidegate.tools.simulate.log_times import Malformed, timestamp_us
 
 FIELDS: Final[Mapping[str, tuple[str, ...]]] = {
     "time": (
@@ -47,21 +47,21 @@ FIELDS: Final[Mapping[str, tuple[str, ...]]] = {
     "request": ("request", "request_line"),
     "key": ("http_x_api_key", "x_api_key", "api_key", "request.headers.x-api-key"),
 }
-"""What a JSON, CSV or W3C log may call each thing, where nothing else was said; in any case, `a.b` for b inside of a."""
+"""Default field names of JSON, CSV and W3C logs; case-insensitive, `a.b` for b inside a."""
 INNER_FIELDS: Final = ("log", "message", "msg")
-"""Where Docker, Fluent Bit and journald put the line that a server wrote."""
+"""Fields in which Docker, Fluent Bit and journald store the line that a server wrote."""
 
 _MAX_SHAPES: Final = 1000
 _Places: TypeAlias = tuple[tuple[str, ...], ...]
 
 
 class RecordReader:
-    """Records → requests. Where each thing stands in a record is worked out once for each set of its fields.
+    """Parses records into requests. The position of each value is determined once per set of field names.
 
     Args:
-        names: for each key of `FIELDS` and for `subject`, how it may be called, the best first.
-        clients: finds the client in what is logged for it.
-        inner: reads the text of a record that has no path but a line of another format in it.
+        names: field names for each key of `FIELDS` and for `subject`, in order of preference.
+        clients: parses the client address.
+        inner: parses the text field of a record without a path.
     """
 
     def __init__(
@@ -73,23 +73,17 @@ class RecordReader:
         self._shapes: dict[tuple[str, ...], dict[str, _Places]] = {}
 
     def __call__(self, record: Mapping[str, Any]) -> Request:
-        """The request of a record.
-
-        Args:
-            record: names of its fields → values.
-
-        Returns:
-            The request.
+        """The request of a record (field names → values).
 
         Raises:
-            Malformed: if it has none.
+            Malformed: if it does not contain a request.
         """
         shape = tuple(record)
         places = self._shapes.get(shape)
         if places is None:
             if len(self._shapes) >= _MAX_SHAPES:
                 self._shapes.clear()
-            places = self._shapes[shape] = self._work_out(shape)
+            places = self._shapes[shape] = self._locate(shape)
         path = _first(record, places["path"])
         request = _first(record, places["request"]) if path is None else None
         if path is None and not isinstance(request, str):
@@ -114,11 +108,11 @@ class RecordReader:
         if not (ip or subject or key):
             if logged:
                 raise NoAddress(logged)
-            raise Malformed("no field that names the caller: " + self._listed("subject", "ip"))
-        return tuple.__new__(Request, (moment_us(time_value), ip, method, path, subject, key))
+            raise Malformed("no field that identifies the caller: " + self._listed("subject", "ip"))
+        return tuple.__new__(Request, (timestamp_us(time_value), ip, method, path, subject, key))
 
     def _client(self, record: Mapping[str, Any], places: _Places) -> tuple[str, str]:
-        """The first address among the fields that may have the client's, and what is there where none is one."""
+        """The first address among the client fields, and the logged text if none of them is an address."""
         logged = ""
         for place in places:
             value = _value(record, place)
@@ -134,49 +128,43 @@ class RecordReader:
                 logged = logged or text
         return "", logged
 
-    def _work_out(self, shape: Sequence[str]) -> dict[str, _Places]:
+    def _locate(self, shape: Sequence[str]) -> dict[str, _Places]:
         spelled: dict[str, str] = {}
         for name in shape:
             spelled.setdefault(name.lower(), name)
-        found: dict[str, _Places] = {}
+        located: dict[str, _Places] = {}
         for role, names in self._names.items():
             places: list[tuple[str, ...]] = []
             for name in names:
-                whole = name if name in shape else spelled.get(name.lower())
-                if whole is not None:
-                    places.append((whole,))
+                exact = name if name in shape else spelled.get(name.lower())
+                if exact is not None:
+                    places.append((exact,))
                     continue
                 first, *rest = name.split(".")
                 outer = spelled.get(first.lower())
                 if rest and outer is not None:
                     places.append((outer, *rest))
-            found[role] = tuple(places)
-        return found
+            located[role] = tuple(places)
+        return located
 
     def _listed(self, *roles: str) -> str:
         return " or ".join(list(dict.fromkeys(name for role in roles for name in self._names[role]))[:12])
 
 
 def json_record(line: str) -> Mapping[str, Any]:
-    r"""The object of a JSON line.
-
-    Args:
-        line: JSON; also as nginx writes it without `escape=json`, with `\xNN` in it.
-
-    Returns:
-        The object.
+    r"""The object of a JSON line, also of one with `\xNN` as nginx writes it without `escape=json`.
 
     Raises:
-        Malformed: if it is none.
+        Malformed: if it is not a JSON object.
     """
     try:
         record = msgspec.json.decode(line)
     except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
-        # nginx without escape=json writes \xNN, which JSON has not; bytes that are no UTF-8 were read so too.
+        # nginx without escape=json writes \xNN, which is not JSON; bytes that are not UTF-8 were decoded like this too.
         if "\\x" in line:
-            mended = replace_escapes(line, FOR_JSON)
-            if mended != line:
-                return json_record(mended)
+            unescaped = replace_escapes(line, FOR_JSON)
+            if unescaped != line:
+                return json_record(unescaped)
         raise Malformed(f"not JSON: {error}") from None
     if not isinstance(record, dict):
         raise Malformed("a JSON line must be an object")
@@ -184,14 +172,7 @@ def json_record(line: str) -> Mapping[str, Any]:
 
 
 def csv_columns(line: str) -> list[str]:
-    """The columns of a CSV line.
-
-    Args:
-        line: the line.
-
-    Returns:
-        Their texts; none where it is not CSV.
-    """
+    """The columns of a CSV line; empty if it is not CSV."""
     try:
         return [column.strip() for column in next(csv.reader([line.strip()], strict=True), [])]
     except csv.Error:
@@ -199,17 +180,10 @@ def csv_columns(line: str) -> list[str]:
 
 
 def csv_record(line: str, columns: Sequence[str]) -> Mapping[str, Any]:
-    """The record of a CSV line.
-
-    Args:
-        line: the line.
-        columns: names of its columns.
-
-    Returns:
-        Names → texts.
+    """The record of a CSV line: column names → texts.
 
     Raises:
-        Malformed: if it has other columns.
+        Malformed: if the number of columns differs.
     """
     try:
         values = next(csv.reader([line], strict=True), [])
@@ -219,10 +193,10 @@ def csv_record(line: str, columns: Sequence[str]) -> Mapping[str, Any]:
 
 
 class W3cRecords:
-    """Lines of a W3C extended log → records. `#Fields:` may come again with other fields, as IIS does after a restart.
+    """Parses lines of a W3C extended log into records. `#Fields:` may be repeated with other fields, as by IIS after a restart.
 
     Args:
-        check: called with the names of the fields whenever they are given; may raise `SettingsError`.
+        check: called with the field names of each `#Fields:` line; may raise `SettingsError`.
     """
 
     def __init__(self, check: Callable[[Sequence[str]], None]) -> None:
@@ -231,16 +205,10 @@ class W3cRecords:
         self._date = ""
 
     def __call__(self, line: str) -> Mapping[str, Any]:
-        """The record of a line.
-
-        Args:
-            line: the line.
-
-        Returns:
-            Names in lower case → texts; `datetime` for `date` and `time` together.
+        """The record of a line: names in lower case → texts; `date` and `time` are combined as `datetime`.
 
         Raises:
-            Directive: if the line is none but says how the following ones are to be read.
+            Directive: if the line is a directive.
             Malformed: if it does not have the fields.
         """
         line = line.strip("\r\n")
@@ -254,7 +222,7 @@ class W3cRecords:
             raise Directive
         if not self._fields:
             raise Malformed("before the first #Fields line")
-        # CloudFront separates by tabs, IIS by single spaces; neither has the other inside of a field.
+        # CloudFront separates by tabs, IIS by single spaces; neither separator occurs in the fields of the other.
         record = dict(_row(line.split("\t") if "\t" in line else line.split(), self._fields))
         if "time" in record:
             record["datetime"] = f"{record.get('date') or self._date}T{record.pop('time')}"
@@ -262,34 +230,34 @@ class W3cRecords:
         return {name: value for name, value in record.items() if value != "-"}
 
 
-def require_columns(columns: Sequence[str], wanted: Iterable[tuple[str, ...]]) -> None:
-    """Refuse a log that lacks fields that were asked for by name.
+def require_columns(columns: Sequence[str], required: Iterable[tuple[str, ...]]) -> None:
+    """Require columns that were given by name.
 
     Args:
-        columns: of the log, lower case.
-        wanted: for each, the names that it may have.
+        columns: columns of the log, in lower case.
+        required: accepted names of each required column.
 
     Raises:
-        SettingsError: naming what is missing and what there is.
+        SettingsError: if a column is missing.
     """
-    for names in wanted:
+    for names in required:
         if not {name.lower() for name in names} & set(columns):
             raise SettingsError(
-                f"the log has no column {' or '.join(names[:12])}: there are {', '.join(columns)[:500]}: "
-                "name the one meant with --subject, --field or --key-field"
+                f"the log has no column {' or '.join(names[:12])}; its columns are {', '.join(columns)[:500]}: "
+                "select one with --subject, --field or --key-field"
             )
 
 
 def _row(values: Sequence[str], columns: Sequence[str]) -> Mapping[str, Any]:
     if len(values) != len(columns):
-        raise Malformed(f"{len(values)} columns where the header has {len(columns)}")
+        raise Malformed(f"{len(values)} columns, but the header has {len(columns)}")
     return dict(zip(columns, values, strict=True))
 
 
 def _first(record: Mapping[str, Any], places: _Places) -> Any:
     for place in places:
         value = _value(record, place)
-        # An object is no value where the name was only one of several guesses: ECS has `url.original`, others have `url`.
+        # An object does not count as a value if there are several candidates: ECS has `url.original`, others have `url`.
         if value is not None and value != "" and (len(places) == 1 or not isinstance(value, dict)):
             return value
     return None
@@ -298,7 +266,7 @@ def _first(record: Mapping[str, Any], places: _Places) -> Any:
 def _value(record: Mapping[str, Any], place: tuple[str, ...]) -> Any:
     value: Any = record.get(place[0])
     if type(value) is str and len(place) == 1:
-        return value  # as nearly every one
+        return value  # the common case
     for part in place[1:]:
         if not isinstance(value, dict):
             return None
@@ -306,5 +274,5 @@ def _value(record: Mapping[str, Any], place: tuple[str, ...]) -> Any:
         if inner is None:
             inner = next((each for name, each in value.items() if name.lower() == part.lower()), None)
         value = inner
-    # Headers are lists of texts in Caddy's logs.
+    # In Caddy's logs headers are lists of strings.
     return ", ".join(value) if isinstance(value, list) and value and all(isinstance(each, str) for each in value) else value

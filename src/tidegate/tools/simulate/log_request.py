@@ -1,4 +1,4 @@
-"""The request that one line of a log stands for, and the pieces that every format shares."""
+"""The request of one log line, and the parsers shared by all formats."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tidegate.policy.paths import MAX_PATH_BYTES
 from tidegate.tools.simulate.log_times import Malformed
 
 MAX_NAME: Final = 255
-"""Most characters of an address or a caller's name: more than a host name has. What is counted stays bounded by it."""
+"""Maximum characters of an address or a caller's name, longer than any host name. It limits the memory per counter."""
 METHOD: Final = re.compile(r"[A-Z][A-Z_-]{0,31}", re.ASCII)
 _ESCAPED: Final = re.compile(r"(\\(?:x[0-9A-Fa-f]{2}|.))", re.DOTALL)
 _HEX: Final = "0123456789ABCDEFabcdef"
@@ -19,15 +19,15 @@ _AUTHORITY: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]{0,15}://[^/?#]*")
 
 
 class Request(NamedTuple):
-    """One request of a log; ordered by time, then by the rest, so that equal times have one order whatever the log's.
+    """One request of a log. Sorted by time, then by the other fields, so that the order does not depend on the log.
 
     Args:
         at_us: µs since the epoch.
-        ip: address of the client, canonical; empty where unknown.
+        ip: canonical address of the client; empty if unknown.
         method: upper-case HTTP method.
-        path: without query, as logged, escapes of the log taken off; cut where longer than any path may be.
-        subject: value of the field that names the caller, at most 255 characters; empty where it is missing.
-        api_key: as logged; empty where there is none or it is longer than a key can be.
+        path: without query, as logged but without the log's escapes; truncated if longer than the maximum path.
+        subject: value of the field that identifies the caller, at most 255 characters; empty if missing.
+        api_key: as logged; empty if missing or longer than the maximum key.
     """
 
     at_us: int
@@ -42,27 +42,21 @@ Parse: TypeAlias = Callable[[str], Request]
 
 
 class NoAddress(Malformed):
-    """A line whose client is not an address; the live door answers such a check with 400."""
+    """A line whose client is not an address; a live check rejects it with 400."""
 
     def __init__(self, client: str) -> None:
         super().__init__(f"the client {client[:60]!r} is not an IPv4 or IPv6 address")
 
 
 class Directive(Exception):
-    """A line that is part of the format (`#Fields: …`), not a request."""
+    """A line that belongs to the format (`#Fields: …`) and is not a request."""
 
 
 def request_of_line(request: str) -> tuple[str, str]:
-    """Method and path of a request line as it stands in a log.
-
-    Args:
-        request: such as `GET /a?b HTTP/1.1`, without quotes.
-
-    Returns:
-        The method and the path without query.
+    """Method and path (without query) of a logged request line such as `GET /a?b HTTP/1.1`, without quotes.
 
     Raises:
-        Malformed: if it is no request line.
+        Malformed: if it is not a request line.
     """
     parts = request.split(" ")
     if len(parts) not in (2, 3) or not METHOD.fullmatch(parts[0]):
@@ -71,17 +65,14 @@ def request_of_line(request: str) -> tuple[str, str]:
 
 
 def path_of(target: str) -> str:
-    """The path of a request's target as it stands in a log.
-
-    Args:
-        target: path with query, or a whole URL.
+    """The path of a logged request target (a path with query, or a complete URL).
 
     Returns:
-        The path without query, escapes of the log taken off; cut where it is longer than any path may be.
+        The path without query and without the log's escapes; truncated if longer than the maximum path.
     """
     path = target
-    if not path.startswith("/") and (found := _AUTHORITY.match(path)):
-        path = path[found.end() :]
+    if not path.startswith("/") and (match := _AUTHORITY.match(path)):
+        path = path[match.end() :]
         if not path.startswith("/"):
             path = "/" + path
     path = path.partition("?")[0]
@@ -92,13 +83,7 @@ def path_of(target: str) -> str:
 
 
 def name_of(value: object) -> str:
-    """The value of a field that names a caller.
-
-    Args:
-        value: as logged.
-
-    Returns:
-        At most 255 characters; empty where there is no value.
+    """A caller's name from a logged value: at most 255 characters; empty if there is no value.
 
     Raises:
         Malformed: if it cannot be a name.
@@ -114,26 +99,16 @@ def name_of(value: object) -> str:
 
 
 def key_of(value: object) -> str:
-    """The value of the field with the API key.
-
-    Args:
-        value: as logged.
-
-    Returns:
-        The key; empty where it cannot be one.
-    """
+    """The API key from a logged value; empty if it cannot be a key."""
     return value if isinstance(value, str) and value != "-" and len(value) <= _MAX_KEY else ""
 
 
 def replace_escapes(text: str, replacements: Mapping[str, str]) -> str:
-    """Replace escapes without a call in Python for each of those that are known.
+    """Replace all escapes; those in the table do not cost a Python call each.
 
     Args:
         text: as logged.
-        replacements: by escape, with the backslash; it must have an answer for every one.
-
-    Returns:
-        The text with all of them replaced.
+        replacements: by escape, with the backslash; it must return a value for every escape.
     """
     pieces = _ESCAPED.split(text)
     pieces[1::2] = map(replacements.__getitem__, pieces[1::2])
@@ -141,9 +116,9 @@ def replace_escapes(text: str, replacements: Mapping[str, str]) -> str:
 
 
 class _Unescaped(dict[str, str]):
-    r"""What a server wrote as `\xNN`, `\"`, `\\` or `\n`, by its escape; bytes beyond ASCII are percent-encoded.
+    r"""The text of a server's escapes `\xNN`, `\"`, `\\` and `\n`; bytes beyond ASCII are percent-encoded.
 
-    All that is common is in the table, because what is not costs a call.
+    Common escapes are in the table, because others cost a call.
     """
 
     def __init__(self) -> None:
@@ -158,7 +133,7 @@ class _Unescaped(dict[str, str]):
 
 
 class _ForJson(dict[str, str]):
-    r"""`\xNN`, which JSON has not, as `\u00NN`; every other escape stays."""
+    r"""`\xNN`, which is not valid JSON, as `\u00NN`; other escapes are unchanged."""
 
     def __init__(self) -> None:
         super().__init__({f"\\{chr(code)}": f"\\{chr(code)}" for code in range(128)})

@@ -1,7 +1,7 @@
-"""Lines that are text: common and combined with what is put around them, Envoy, HAProxy, load balancers of AWS.
+"""Text formats: common, combined, Envoy, HAProxy, AWS load balancers.
 
-A format is recognized by its own shape. Around lines of the common and combined formats may stand what logs are shipped in: the
-virtual host before the client (Debian's `vhost_combined`), the prefixes of syslog, Kubernetes (CRI) and docker compose, quotes.
+A format is detected by its pattern. Lines of the common and combined formats may have additions: the virtual host before the
+client (Debian's `vhost_combined`), the prefixes of syslog, Kubernetes (CRI) and docker compose, and quotes.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from tidegate.errors import SettingsError
 from tidegate.policy.paths import MAX_PATH_BYTES
 from tidegate.tools.simulate.log_clients import Clients, address_of
 from tidegate.tools.simulate.log_request import NoAddress, Parse, Request, key_of, name_of, request_of_line
-from tidegate.tools.simulate.log_times import ApacheTimes, Malformed, moment_us
+from tidegate.tools.simulate.log_times import ApacheTimes, Malformed, timestamp_us
 
 COMBINED_FIELDS: Final = ("ip", "user", "referer", "agent")
 OTHER_FIELDS: Final = ("ip", "agent")
 
 _QUOTED: Final = r"[^\"\\]*(?:\\.[^\"\\]*)*"
-# Nearly every line, without a backslash or a second space anywhere that matters: in one go, with nothing to try twice.
+# Most lines: no backslash and no second space in the relevant fields. The pattern matches without backtracking.
 _PLAIN: Final = re.compile(
     r"([^ ]{1,255}) [^ ]+ ([^ \[]{1,255}) \[([^\]]{26})\] "
     r'"([A-Z]{1,32}) (/[^ "\\?]*+)[^ "\\]*+ [^ "\\]*+" (?:\d{3}|-) (?:\d++|-)',
     re.ASCII,
 )
-# From the time on; what stands before it is the client, the user, and whatever a server or a shipper put before them.
+# From the time on; before it are the client, the user, and additions of servers and log shippers.
 _CORE: Final = re.compile(rf'\[([^\]"]{{10,40}})\] "({_QUOTED})" (?:\d{{3}}|-) (?:\d+|-)', re.ASCII)
 _TAIL: Final = re.compile(rf' "({_QUOTED})" "({_QUOTED})"')
 _PREFIX: Final = re.compile(
@@ -40,8 +40,8 @@ _PREFIX: Final = re.compile(
     r")",
     re.ASCII,
 )
-# Envoy escapes nothing, so a User-Agent may hold quotes: what is needed is found from both ends. Behind the flags Istio has two
-# words and a text more; then come bytes and times, X-Forwarded-For, User-Agent, X-Request-Id, authority, upstream.
+# Envoy does not escape, so a User-Agent may contain quotes: fields are matched from both ends. After the flags Istio has two more
+# words and a quoted text; then follow bytes and times, X-Forwarded-For, User-Agent, X-Request-Id, authority, upstream.
 _ENVOY: Final = re.compile(
     r'\[(\d{4}-\d\d-\d\dT[\d:.]{8,20}Z)\] "([^" ]{1,32}) ([^" ]*)[^"]*" (?:\d{1,3}|-) [^ "]{1,64} '
     r'(?:[^ "]{1,255} [^ "]{1,255} "[^"]*" )?(?:\d+|-) (?:\d+|-) (?:\d+|-) (?:\d+|-) "([^"]*)" "([^"]*)',
@@ -60,8 +60,8 @@ _ALB: Final = re.compile(
 _new: Final = tuple.__new__
 
 
-class Found(NamedTuple):
-    """What a line says, before its client is judged: texts as logged, `-` where the log has nothing."""
+class LogFields(NamedTuple):
+    """Fields of a line, before the client is parsed: texts as logged, `-` if missing."""
 
     at_us: int
     client: str
@@ -73,14 +73,7 @@ class Found(NamedTuple):
 
 
 def bare_line(line: str) -> str:
-    """A line without what it was shipped in: a syslog, Kubernetes or docker compose prefix, and quotes around the whole of it.
-
-    Args:
-        line: as read.
-
-    Returns:
-        What the server wrote, as far as that can be known.
-    """
+    """The line as the server wrote it: without a syslog, Kubernetes or docker compose prefix, and without enclosing quotes."""
     text = line.strip()
     if found := _PREFIX.match(text):
         text = text[found.end() :]
@@ -89,20 +82,13 @@ def bare_line(line: str) -> str:
             inner = json.loads(text)
             return inner.strip() if isinstance(inner, str) else text
         except (ValueError, RecursionError):
-            if '""' in text:  # as CSV quotes
+            if '""' in text:  # quoted as in CSV
                 return text[1:-1].replace('""', '"').strip()
     return text
 
 
 def text_format(text: str) -> str | None:
-    """The format of a bare line.
-
-    Args:
-        text: see `bare_line`.
-
-    Returns:
-        envoy, haproxy, alb, combined, common, or None.
-    """
+    """The format of a bare line: envoy, haproxy, alb, combined, common, or None."""
     for name, shape in (("envoy", _ENVOY), ("haproxy", _HAPROXY), ("alb", _ALB)):
         if shape.match(text):
             return name
@@ -112,16 +98,16 @@ def text_format(text: str) -> str | None:
 
 
 def text_parser(name: str, subject: str, key_field: str | None, clients: Clients) -> Parse:
-    """The parser of a format of text.
+    """The parser of a text format.
 
     Args:
         name: common, combined, envoy, haproxy or alb.
         subject: ip, or the name of a field of that format.
         key_field: field with the API key, or None.
-        clients: finds the client in what is logged for it.
+        clients: parses the client address.
 
     Returns:
-        A function from a line to its request that raises `Malformed`.
+        A function from a line to its request; it raises `Malformed`.
 
     Raises:
         SettingsError: if the format has no such field.
@@ -136,7 +122,7 @@ def text_parser(name: str, subject: str, key_field: str | None, clients: Clients
 
 
 def _with_fast_path(slow: Parse, by_ip: bool, clients: Clients) -> Parse:
-    """The same for lines of common and combined logs of which nothing but the client or the user is needed."""
+    """A faster parser for common and combined logs if only the client or the user is needed."""
     moment_of = ApacheTimes()
     plain = _PLAIN.match
 
@@ -147,16 +133,16 @@ def _with_fast_path(slow: Parse, by_ip: bool, clients: Clients) -> Parse:
         client, user, time_text, method, path = found.groups()
         ip = clients(client)
         if not ip:
-            return slow(line)  # a virtual host stands there, or a chain begins, or it is no address
+            return slow(line)  # a virtual host, the start of a chain, or not an address
         if len(path) > MAX_PATH_BYTES:
             path = path[: MAX_PATH_BYTES + 1]
-        # A named tuple's own constructor costs five times this.
+        # A named tuple's own constructor takes five times as long.
         return _new(Request, (moment_of(time_text), ip, method, path, ip if by_ip else "" if user == "-" else user, ""))
 
     return parse
 
 
-def _reader(subject: str, key_field: str | None, clients: Clients, read: Callable[[str], Found]) -> Parse:
+def _reader(subject: str, key_field: str | None, clients: Clients, read: Callable[[str], LogFields]) -> Parse:
     def parse(line: str) -> Request:
         found = read(bare_line(line))
         ip = clients(found.client)
@@ -170,7 +156,7 @@ def _reader(subject: str, key_field: str | None, clients: Clients, read: Callabl
     return parse
 
 
-def _combined(text: str) -> Found:
+def _combined(text: str) -> LogFields:
     found = _CORE.search(text)
     if found is None:
         raise Malformed("not a line of a common or combined log")
@@ -178,63 +164,63 @@ def _combined(text: str) -> Found:
     method, path = request_of_line(found[2])
     tail = _TAIL.match(text, found.end())
     referer, agent = (tail[1], tail[2]) if tail else ("-", "-")
-    return Found(moment_us(found[1]), client, method, path, user, referer, agent)
+    return LogFields(timestamp_us(found[1]), client, method, path, user, referer, agent)
 
 
 def _before_time(head: str) -> tuple[str, str]:
-    """Client and user of what stands before the time.
+    """Client and user from the text before the time.
 
-    The first addresses in a row are the client: one, or a chain of proxies with the peer behind it. What a client sends itself, a
-    user's name with an address in it, stands behind them and is never taken for one.
+    The first consecutive addresses are the client: one, or a chain of proxies followed by the peer. Text from the client, such as
+    a user name that contains an address, follows them and is never used as an address.
     """
     words = head.split()
-    start = next((place for place, word in enumerate(words) if _is_chain(word)), None)
+    start = next((index for index, word in enumerate(words) if _is_chain(word)), None)
     if start is None:
         return (words[-3] if len(words) >= 3 else words[0] if words else "-"), (words[-1] if words else "-")
     end = start + 1
     while end < len(words) and _is_chain(words[end]):
         end += 1
-    behind = words[end:]
-    return ",".join(word.strip('",') for word in words[start:end]), " ".join(behind[1:] or behind) or "-"
+    rest = words[end:]
+    return ",".join(word.strip('",') for word in words[start:end]), " ".join(rest[1:] or rest) or "-"
 
 
 def _is_chain(word: str) -> bool:
     return len(word) <= 4096 and all(address_of(each) for each in word.strip('",').split(","))
 
 
-def _envoy(text: str) -> Found:
+def _envoy(text: str) -> LogFields:
     found = _ENVOY.match(text)
     if found is None:
         raise Malformed("not a line of Envoy's default format")
     method, path = request_of_line(f"{found[2]} {found[3]}")
     client = found[4]
     if not text.endswith('"'):
-        # Istio goes on with cluster, upstream's and own address, the client's as Envoy worked it out of the chain, SNI, route.
-        behind = text.rsplit(" ", 6)
-        if len(behind) == 7 and behind[0].endswith('"') and address_of(behind[4]):
-            client = behind[4]
-    return Found(moment_us(found[1]), client, method, path, agent=found[5])
+        # Istio appends cluster, addresses of upstream and listener, the client as Envoy derived it from the chain, SNI, route.
+        tail = text.rsplit(" ", 6)
+        if len(tail) == 7 and tail[0].endswith('"') and address_of(tail[4]):
+            client = tail[4]
+    return LogFields(timestamp_us(found[1]), client, method, path, agent=found[5])
 
 
-def _haproxy(text: str) -> Found:
+def _haproxy(text: str) -> LogFields:
     found = _HAPROXY.match(text)
     start = text.rfind(' "')
     if found is None or start < found.end() - 1:
         raise Malformed("not a line of HAProxy's HTTP format (option httplog)")
     method, path = request_of_line(text[start + 2 :].removesuffix('"'))
-    # It has no offset: UTC, so that the result is the same on every machine.
-    return Found(moment_us(f"{found[2]} +0000"), found[1], method, path)
+    # It has no offset; UTC is assumed, so that the result is the same on every machine.
+    return LogFields(timestamp_us(f"{found[2]} +0000"), found[1], method, path)
 
 
-def _alb(text: str) -> Found:
+def _alb(text: str) -> LogFields:
     found = _ALB.match(text)
     if found is None:
         raise Malformed("not a line of an AWS load balancer")
     method, path = request_of_line(found[3])
-    return Found(moment_us(found[1]), found[2], method, path, agent=found[4] or "-")
+    return LogFields(timestamp_us(found[1]), found[2], method, path, agent=found[4] or "-")
 
 
-_READERS: Final[Mapping[str, Callable[[str], Found]]] = {
+_READERS: Final[Mapping[str, Callable[[str], LogFields]]] = {
     "combined": _combined,
     "common": _combined,
     "envoy": _envoy,

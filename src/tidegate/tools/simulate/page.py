@@ -1,4 +1,4 @@
-"""The report as one self-contained page: charts in inline SVG, nothing fetched, everything escaped."""
+"""The report as one self-contained HTML page with inline SVG charts; everything is escaped."""
 
 from __future__ import annotations
 
@@ -16,16 +16,7 @@ _POINTS: Final = 120
 
 
 def render_page(report: Report, policy: str, logs: Sequence[str]) -> str:
-    """The page.
-
-    Args:
-        report: what was found.
-        policy: path of the policy.
-        logs: paths of the logs.
-
-    Returns:
-        HTML.
-    """
+    """Render the page as HTML; `policy` and `logs` are paths, for its texts."""
     share = f"{report.blocked / report.requests:.1%}" if report.requests else "none"
     worst = (
         f"Worst minute: {report.worst_minute.at}, {report.worst_minute.blocked:,} blocked."
@@ -72,7 +63,7 @@ def render_page(report: Report, policy: str, logs: Sequence[str]) -> str:
 
 
 def _merged(report: Report) -> tuple[list[tuple[int, int, int]], int]:
-    """The series in at most 120 steps, with zeros where nothing came; and the length of a step in s."""
+    """The series in at most 120 steps, with zeros for steps without requests; and the length of a step in s."""
     if not report.series:
         return [], report.step_s
     step_s = report.step_s

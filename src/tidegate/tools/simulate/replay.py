@@ -20,14 +20,14 @@ from tidegate.tools.simulate.log_formats import Request
 from tidegate.tools.simulate.tallies import MAX_TOP, MINUTE_US, RuleTally, Series
 from tidegate.violations.space_saving import SpaceSaving
 
-EXAMPLES_SHOWN: Final = 5
+MAX_EXAMPLES: Final = 5
 _MAX_REMEMBERED: Final = 50_000
 _REMEMBERED_LENGTH: Final = 256
 _NEVER: Final = 1 << 62
 
 
-class _Known(msgspec.Struct, frozen=True):
-    """A caller whose API key the policy knows; refused from a moment on (µs since the epoch)."""
+class _Caller(msgspec.Struct, frozen=True):
+    """A caller with an API key of the policy, which is rejected from `refused_from_us` on (µs since the epoch)."""
 
     subject: str
     tier: CompiledTier
@@ -35,7 +35,7 @@ class _Known(msgspec.Struct, frozen=True):
 
 
 class _Match(msgspec.Struct, frozen=True):
-    """What holds for a method and a path in a tier: limits of the rule that answers, of the tier, and who watches."""
+    """What applies to a method and a path in a tier: limits of the matching rule, limits of the tier, and shadow rules."""
 
     tally: RuleTally
     limits: LimitSet | None
@@ -49,13 +49,13 @@ class Replay:
 
     Args:
         policy: the policy.
-        tier: tier of requests whose API key does not say one; None for the anonymous tier or the only one.
-        by_ip: whether the caller of such a request is its ip; else the request's subject.
-        max_subjects: most counters held.
-        paths: which spellings of a path are let through.
+        tier: tier of requests without an API key of the policy; None for the anonymous tier or the only one.
+        by_ip: whether the caller of such a request is its IP address; otherwise the request's subject.
+        max_subjects: maximum number of counters.
+        paths: which encodings of a path are accepted.
 
     Raises:
-        SettingsError: if the policy has no such tier, or the tier to take is not clear.
+        SettingsError: if the policy has no such tier, or the default tier is ambiguous.
     """
 
     def __init__(
@@ -80,23 +80,19 @@ class Replay:
         self.counters = MemoryCounters(max_subjects, clock=lambda: self.now_us)
         self._tiers = {each.name: CompiledTier(each) for each in policy.tiers}
         self._default_tier = self._tiers[_default_tier(policy, tier)]
-        self._show(self._default_tier)
+        self._add_rows(self._default_tier)
         self._records = {key.sha256: key for key in policy.api_keys}
-        self._known: dict[str, _Known] = {}
+        self._callers_by_id: dict[str, _Caller] = {}
         self._labels: dict[str, str] = {}
         self._by_ip = by_ip
         self._paths = paths
-        self._callers: dict[str, _Known | None] = {}
+        self._callers: dict[str, _Caller | None] = {}
         self._matches: dict[tuple[CompiledTier, str, str], _Match] = {}
         self._minute = 0
         self._minute_blocked = 0
 
     def decide(self, request: Request) -> None:
-        """Decide one request and count what came of it.
-
-        Args:
-            request: one earlier than the last is decided at the last one's moment.
-        """
+        """Decide one request and count the result. If it is earlier than the previous one, the previous time is used."""
         at_us, ip, method, path, subject, api_key = request
         if at_us > self.now_us:
             self.now_us = at_us
@@ -105,12 +101,12 @@ class Replay:
         if ":" in ip:
             ip = _client(ip)
         tier = self._default_tier
-        known = self._caller_of(api_key) if api_key else None
-        if known is not None:
-            if known.refused_from_us <= self.now_us:
+        caller_record = self._caller_of(api_key) if api_key else None
+        if caller_record is not None:
+            if caller_record.refused_from_us <= self.now_us:
                 self.refused_keys += 1
                 return
-            caller, tier = known.subject, known.tier
+            caller, tier = caller_record.subject, caller_record.tier
         elif subject and not self._by_ip:
             caller = f"k:{subject}"
         else:
@@ -122,9 +118,9 @@ class Replay:
             return
         blocked = not self._charge(match, tier, caller, ip)
         self.series.add(self.now_us, blocked)
-        for watcher, tally in match.shadow_rules:
-            counted = subject_of(watcher.subject, caller, ip or None, tier.tier.name) or caller
-            if self.counters.charge_all(((watcher.limits, counted),), 1).allowed:
+        for shadow_rule, tally in match.shadow_rules:
+            counted = subject_of(shadow_rule.subject, caller, ip or None, tier.tier.name) or caller
+            if self.counters.charge_all(((shadow_rule.limits, counted),), 1).allowed:
                 tally.allowed += 1
             else:
                 tally.blocked += 1
@@ -134,20 +130,13 @@ class Replay:
         self._close_minute()
 
     def label(self, subject: str) -> str:
-        """What a subject is called in a report.
-
-        Args:
-            subject: as it was counted.
-
-        Returns:
-            The name of an API key (its id where it has none), `tier NAME`, or the caller as the log has it.
-        """
+        """Name of a subject in reports: of an API key (or its id), `tier NAME`, or the caller as logged."""
         if subject.startswith("t:"):
             return f"tier {subject[2:]}"
         return self._labels.get(subject) or subject[2:]
 
     def _charge(self, match: _Match, tier: CompiledTier, caller: str, ip: str) -> bool:
-        """Decide by the rule that answers and the tier's own limits, in one step as the gate does."""
+        """Decide by the matching rule and the tier's own limits, in one step as the gate does."""
         limits, own, counted = match.limits, match.own, caller
         counters: tuple[tuple[LimitSet, str], ...]
         if limits is not None:
@@ -176,39 +165,39 @@ class Replay:
             self.worst_minute = (self._minute * MINUTE_US, self._minute_blocked)
         self._minute_blocked = 0
 
-    def _caller_of(self, api_key: str) -> _Known | None:
-        """The caller of an API key, None (and counted) where the policy does not know it."""
+    def _caller_of(self, api_key: str) -> _Caller | None:
+        """The caller of an API key; None (and counted) if the policy does not contain it."""
         try:
-            known = self._callers[api_key]
+            caller_record = self._callers[api_key]
         except KeyError:
             if len(self._callers) >= _MAX_REMEMBERED:
                 self._callers.clear()
-            known = self._callers[api_key] = self._look_up(api_key)
-        if known is None:
+            caller_record = self._callers[api_key] = self._look_up(api_key)
+        if caller_record is None:
             self.unknown_keys += 1
-        return known
+        return caller_record
 
-    def _look_up(self, api_key: str) -> _Known | None:
+    def _look_up(self, api_key: str) -> _Caller | None:
         record = self._records.get(hash_api_key(api_key)) if is_possible_key(api_key) else None
         if record is None:
             return None
-        known = self._known.get(record.id)
-        if known is None:
+        caller_record = self._callers_by_id.get(record.id)
+        if caller_record is None:
             tier = self._tiers[record.tier]
-            self._show(tier)
+            self._add_rows(tier)
             own = CompiledTier(tier.tier, record.overrides) if record.overrides else tier
             refused_from_us = 0 if record.status is not KeyStatus.ACTIVE else record.expires_at_us
-            known = _Known(f"k:{record.owner}", own, _NEVER if refused_from_us is None else refused_from_us)
-            self._known[record.id] = known
-            self._labels[known.subject] = record.name
-        return known
+            caller_record = _Caller(f"k:{record.owner}", own, _NEVER if refused_from_us is None else refused_from_us)
+            self._callers_by_id[record.id] = caller_record
+            self._labels[caller_record.subject] = record.name
+        return caller_record
 
     def _match(self, tier: CompiledTier, method: str, path: str) -> _Match | None:
-        """The rules of a request; None (and counted) where the live door would refuse how its path is spelled."""
+        """The rules of a request; None (and counted) if a live check would reject the encoding of its path."""
         canonical, remedy = canonical_path(path, self._paths)
         if canonical is None:
             self.refused_count += 1
-            if len(self.refused) < EXAMPLES_SHOWN:
+            if len(self.refused) < MAX_EXAMPLES:
                 self.refused.append((path, remedy))
             return None
         rule = tier.match(method, canonical)
@@ -228,15 +217,15 @@ class Replay:
                 for each in tier.shadow_rules(method, canonical)
             ),
         )
-        # Long paths are seldom asked for twice, and whoever sends them must not fill the memory.
+        # Long paths are seldom repeated, and clients that send them must not fill the memory.
         if len(path) <= _REMEMBERED_LENGTH:
             if len(self._matches) >= _MAX_REMEMBERED:
                 self._matches.clear()
             self._matches[(tier, method, path)] = match
         return match
 
-    def _show(self, tier: CompiledTier) -> None:
-        """Give all rules of a tier a row, also those that nothing will meet."""
+    def _add_rows(self, tier: CompiledTier) -> None:
+        """Add a row for each rule of a tier, including those that no request will match."""
         for rule in tier.tier.rules:
             self._tally(tier, rule.name, rule.endpoint, rule.mode.value)
 
@@ -251,21 +240,21 @@ class Replay:
 def _default_tier(policy: Policy, tier: str | None) -> str:
     names = [each.name for each in policy.tiers]
     if not names:
-        raise SettingsError("the policy has no tier: there is nothing to try")
+        raise SettingsError("the policy has no tier: add one")
     if tier is not None:
         if tier not in names:
-            raise SettingsError(f"the policy has no tier {tier!r}: there are {', '.join(names)}")
+            raise SettingsError(f"the policy has no tier {tier!r}; expected one of {', '.join(names)}")
         return tier
     if policy.anonymous_tier is not None:
         return policy.anonymous_tier
     if len(names) == 1:
         return names[0]
-    raise SettingsError(f"which tier do the log's callers have? Give --tier: there are {', '.join(names)}")
+    raise SettingsError(f"the tier of callers without an API key is ambiguous: give --tier, one of {', '.join(names)}")
 
 
 @lru_cache(maxsize=65_536)
 def _client(ip: str) -> str:
-    """A client as the live door and the gate count it. What is no address (a host name, say) stays as it is."""
+    """A client as live checks count it. Text that is not an address, e.g. a host name, is returned unchanged."""
     try:
         return client_of(ip)
     except BadRequest:

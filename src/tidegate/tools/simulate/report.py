@@ -1,4 +1,4 @@
-"""What a simulation found: as a record, as JSON, as a table in the terminal."""
+"""Result of a simulation: as a record, as JSON, and as tables in the terminal."""
 
 from __future__ import annotations
 
@@ -20,16 +20,10 @@ TOP: Final = 10
 
 
 class RuleRow(msgspec.Struct, frozen=True):
-    """What one rule did.
+    """Requests that one rule decided.
 
-    Args:
-        rule: its name; `(tier)` for a tier's own limits alone, `(no rule)` where nothing limits.
-        endpoint: its pattern.
-        requests: it answered.
-        allowed: of those.
-        blocked: of those; for a shadow rule: would have been.
-        tier: name of its tier.
-        mode: enforce, shadow, or none.
+    `rule` is `(tier)` for a tier's own limits alone, and `(no rule)` without any limit; `mode` is enforce, shadow, or none. For a
+    shadow rule, `blocked` counts requests that it would have blocked.
     """
 
     rule: str
@@ -42,13 +36,7 @@ class RuleRow(msgspec.Struct, frozen=True):
 
 
 class TopRow(msgspec.Struct, frozen=True):
-    """A subject that was blocked often.
-
-    Args:
-        subject: who.
-        rule: by which rule.
-        blocked: how often.
-    """
+    """A subject that a rule blocked often."""
 
     subject: str
     rule: str
@@ -56,19 +44,14 @@ class TopRow(msgspec.Struct, frozen=True):
 
 
 class WorstMinute(msgspec.Struct, frozen=True):
-    """The UTC minute with most blocked requests.
-
-    Args:
-        at: its start, ISO 8601; None where nothing was blocked.
-        blocked: requests blocked in it.
-    """
+    """The UTC minute with most blocked requests; `at` is its start (ISO 8601), or None if nothing was blocked."""
 
     at: str | None
     blocked: int
 
 
 class Report(msgspec.Struct, frozen=True):
-    """What a simulation found.
+    """Result of a simulation.
 
     Args:
         lines: read, empty ones left out.
@@ -81,12 +64,12 @@ class Report(msgspec.Struct, frozen=True):
         allowed: of those.
         blocked: of those.
         out_of_order: lines earlier than one before them.
-        late: of those, decided at a later moment than their own because they came too late to be put in order.
-        refused_paths: requests whose path the live door refuses with 400; decided and charged by no rule.
-        refused_keys: requests whose API key the policy has revoked or let expire by then; the live door refuses them with 403.
+        late: of those, too late to be sorted, and decided at a later time than their own.
+        refused_paths: requests whose path a live check rejects with 400; not counted by any rule.
+        refused_keys: requests with a revoked or expired API key, which a live check rejects with 403.
         untrusted_chains: lines with a chain of addresses of which the last one was counted, as it is no trusted proxy's.
-        no_address: lines whose client is not an address; the live door refuses such a check with 400.
-        unknown_keys: requests whose API key the policy does not know, decided as if they had brought none.
+        no_address: lines whose client is not an address; a live check rejects them with 400.
+        unknown_keys: requests with an API key that is not in the policy, decided as requests without a key.
         without_subject: requests without the field that names the caller, counted by ip.
         evicted: counters dropped because there were too many subjects: their requests may count as allowed too often.
         top_over_by_at_most: how much too high counts of `top_blocked` may be; 0 where they are exact.
@@ -141,22 +124,7 @@ def make_report(
     untrusted_chains: int = 0,
     no_address_examples: Sequence[str] = (),
 ) -> Report:
-    """Sum a simulation up.
-
-    Args:
-        replay: after its end.
-        order: after its end.
-        lines: read.
-        malformed: of those.
-        examples: of malformed lines.
-        broken: why logs ended early.
-        no_address: lines whose client is not an address.
-        untrusted_chains: lines with a chain that ends with an untrusted address.
-        no_address_examples: of those.
-
-    Returns:
-        The report.
-    """
+    """Create the report of a simulation after its end; the arguments are its totals and examples."""
     rows = [
         RuleRow(tally.rule, tally.endpoint, tally.allowed + tally.blocked, tally.allowed, tally.blocked, tally.tier, tally.mode)
         for tally in sorted(
@@ -197,26 +165,14 @@ def make_report(
 
 
 def as_json(report: Report) -> dict[str, Any]:
-    """The report as JSON types.
-
-    Args:
-        report: the report.
-
-    Returns:
-        What to print.
-    """
-    found: dict[str, Any] = msgspec.to_builtins(report)
-    return found
+    """The report as JSON types."""
+    built: dict[str, Any] = msgspec.to_builtins(report)
+    return built
 
 
 def print_report(report: Report, policy: str) -> None:
-    """Print the report as tables on stdout.
-
-    Args:
-        report: the report.
-        policy: path of the policy, for the title.
-    """
-    # Markup is off and every text is shown clean: what stands in a log was written by whoever sent the request.
+    """Print the report as tables on stdout; `policy` is the path of the policy, for the title."""
+    # Markup is off and all text is cleaned: text in a log was written by the clients.
     console = open_console(markup=False, highlight=False, emoji=False, soft_wrap=True)
     console.print(
         f"{report.requests:,} requests from {report.from_} to {report.to} under {clean(policy)}: "
@@ -243,45 +199,42 @@ def print_report(report: Report, policy: str) -> None:
 
 
 def notes(report: Report) -> list[str]:
-    """What else is to be known about a report.
-
-    Args:
-        report: the report.
-
-    Returns:
-        Sentences, clean.
-    """
-    told = [
+    """Notes on skipped and rejected lines, one per line, safe for a terminal."""
+    lines = [
         f"{report.lines:,} lines read, {report.malformed:,} malformed; {report.out_of_order:,} out of order, "
-        f"{report.late:,} too late to be put in order"
+        f"{report.late:,} too late to be sorted"
     ]
-    told.extend(f"  malformed: {clean(example)}" for example in report.malformed_examples)
-    told.extend(clean(reason) for reason in report.broken)
+    lines.extend(f"  malformed: {clean(example)}" for example in report.malformed_examples)
+    lines.extend(clean(reason) for reason in report.broken)
     if report.refused_paths:
-        told.append(f"refused with 400 for the spelling of their paths, and charged to no rule: {report.refused_paths:,}")
-        told.extend(f"  refused: {clean(example)}" for example in report.refused_examples)
+        lines.append(
+            f"rejected with 400 because of the encoding of their paths, and not counted by any rule: {report.refused_paths:,}"
+        )
+        lines.extend(f"  rejected: {clean(example)}" for example in report.refused_examples)
     if report.refused_keys:
-        told.append(f"{report.refused_keys:,} requests bring a revoked or expired API key, which is refused with 403")
+        lines.append(f"{report.refused_keys:,} requests have a revoked or expired API key, which is rejected with 403")
     if report.no_address:
-        told.append(f"{report.no_address:,} lines have a client that is not an address, which is refused with 400")
-        told.extend(f"  refused: {clean(example)}" for example in report.no_address_examples)
+        lines.append(f"{report.no_address:,} lines have a client that is not an address, which is rejected with 400")
+        lines.extend(f"  rejected: {clean(example)}" for example in report.no_address_examples)
     if report.untrusted_chains:
-        told.append(
-            f"{report.untrusted_chains:,} lines have a chain of addresses, of which the last was counted: if that is a proxy of "
-            "yours, name it with --trusted-proxies"
+        lines.append(
+            f"{report.untrusted_chains:,} lines have a chain of addresses, of which the last was counted: if it is one of "
+            "your proxies, name it with --trusted-proxies"
         )
     if report.unknown_keys:
-        told.append(f"{report.unknown_keys:,} requests bring an API key that the policy does not know: decided as if without")
+        lines.append(
+            f"{report.unknown_keys:,} requests have an API key that is not in the policy: decided as requests without a key"
+        )
     if report.without_subject:
-        told.append(f"{report.without_subject:,} requests do not name their caller and were counted by ip")
+        lines.append(f"{report.without_subject:,} requests do not identify their caller and were counted by ip")
     if report.top_over_by_at_most:
-        told.append(
-            "more subjects were blocked than are kept apart: those blocked most may be counted "
+        lines.append(
+            "more subjects were blocked than are counted exactly: the counts of those blocked most may be "
             f"too high by up to {report.top_over_by_at_most:,}"
         )
     if report.evicted:
-        told.append(f"{report.evicted:,} counters were dropped for want of room: raise --max-subjects")
-    return told
+        lines.append(f"{report.evicted:,} counters were evicted: increase --max-subjects")
+    return lines
 
 
 def _table(columns: Sequence[str]) -> Table:

@@ -1,4 +1,4 @@
-"""What a simulation counts, in memory that does not grow with the log."""
+"""Counts of a simulation, in memory that does not grow with the log."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ def coarser(step_s: int) -> int:
 
 
 class RuleTally:
-    """What one rule did.
+    """Requests that one rule decided.
 
     Args:
         tier: name of its tier.
-        rule: its name, or what stands for it: `(tier)`, `(no rule)`.
-        endpoint: its pattern; empty where there is none.
+        rule: its name, `(tier)` or `(no rule)`.
+        endpoint: its pattern; empty without a rule.
         mode: enforce, shadow or none.
     """
 
@@ -47,7 +47,7 @@ class RuleTally:
 
 
 class Series:
-    """Allowed and blocked over time, in at most 2,000 steps: when they are used up, longer ones take their place."""
+    """Allowed and blocked over time, in at most 2,000 steps: when there are more, the steps become longer."""
 
     def __init__(self) -> None:
         self.step_s = 60
