@@ -140,7 +140,7 @@ def _violations(until_us: int, after: str | None = None, **filters: Any) -> Call
 
 SUBJECT = "k:" + "77".rjust(24, "0")
 MIDDLE = "8" * 24
-PLACE = reading_violations._written([START_US + 20 * HOUR_US, "tier-1", "rule 5", "k:"])
+PLACE = reading_violations._cursor([START_US + 20 * HOUR_US, "tier-1", "rule 5", "k:"])
 TODAY_US = START_US + DAY_US
 BY_KEY = ("pk_api_keys",)
 BY_TIER = ("idx_api_keys_tier_id",)
