@@ -263,6 +263,14 @@ class KeyRead(Resource):
     revision: int
     warnings: list[str] = []
 
+    @model_validator(mode="before")
+    @classmethod
+    def _of_older_servers(cls, record: Any) -> Any:
+        """A server before rotation kept counters has no `counts_as`: each key counts as itself."""
+        if isinstance(record, dict) and "counts_as" not in record and "id" in record:
+            return {**record, "counts_as": record["id"]}
+        return record
+
     @classmethod
     def of_row(cls, row: Row) -> KeyRead:
         """Of a row of `api_keys`, with the tier's name as `tier_name`."""
