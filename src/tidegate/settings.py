@@ -295,32 +295,32 @@ def load_settings(file: Path | None, environment: Mapping[str, str]) -> Settings
     try:
         settings = msgspec.convert(raw, Settings, strict=False)
     except msgspec.ValidationError as error:
-        raise SettingsError(f"a setting is not understood: {error} ({source}, or a TIDEGATE_ variable)") from None
+        raise SettingsError(f"invalid setting: {error} (in {source}, or in a TIDEGATE_ variable)") from None
     for name, (least, most) in _RANGES.items():
         value = _value(settings, name)
         if not least <= value <= most:
             raise SettingsError(f"setting {name} = {value} must be from {least:g} to {most:g}")
     for name, choices in _CHOICES.items():
         if _value(settings, name) not in choices:
-            raise SettingsError(f"setting {name} = {_value(settings, name)!r} is not known: use {', '.join(choices)}")
+            raise SettingsError(f"setting {name} = {_value(settings, name)!r} is not valid; use one of {', '.join(choices)}")
     for name in ("http", "admin", "grpc"):
         if name == "http" or getattr(settings.server, name):
             parse_address(getattr(settings.server, name), f"server.{name}")
     entries = [getattr(settings.envoy, f"{what}_entry") for what in ("api_key", "method", "path", "ip")]
     if not all(entries) or len(set(entries)) < len(entries):
-        raise SettingsError(f"settings envoy.*_entry name the entries {', '.join(entries)}: give each a name of its own")
+        raise SettingsError(f"settings envoy.*_entry = {', '.join(entries)}: the names must be distinct and not empty")
     if not settings.envoy.domain:
-        raise SettingsError("setting envoy.domain is empty: Envoy sends a domain with every request; name it here")
+        raise SettingsError("setting envoy.domain is empty; set it to the domain that Envoy sends")
     if settings.cache.secret and len(settings.cache.secret) < MIN_TOKEN_LENGTH:
         # The secret itself is not repeated.
         raise SettingsError(
-            f"setting cache.secret has fewer than {MIN_TOKEN_LENGTH} characters: make one with 'openssl rand -hex 32', "
-            "or leave it out for one that is kept in the catalog's database"
+            f"setting cache.secret has fewer than {MIN_TOKEN_LENGTH} characters; generate one with 'openssl rand -hex 32', "
+            "or remove the setting to use one stored in the catalog's database"
         )
     if settings.admin.token and len(settings.admin.token) < MIN_TOKEN_LENGTH:
         # The token itself is not repeated.
         raise SettingsError(
-            f"setting admin.token has fewer than {MIN_TOKEN_LENGTH} characters: make one with 'openssl rand -hex 32'"
+            f"setting admin.token has fewer than {MIN_TOKEN_LENGTH} characters; generate one with 'openssl rand -hex 32'"
         )
     return settings
 
@@ -382,11 +382,11 @@ def _read(file: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(file.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
-        raise SettingsError(f"the settings file {file} is not there: give its path with --config") from None
+        raise SettingsError(f"the settings file {file} does not exist; set its path with --config") from None
     except (OSError, UnicodeDecodeError) as error:
         raise SettingsError(f"the settings file {file} cannot be read: {error}") from None
     except tomllib.TOMLDecodeError as error:
-        raise SettingsError(f"the settings file {file} is not TOML: {error}") from None
+        raise SettingsError(f"the settings file {file} is not valid TOML: {error}") from None
 
 
 def _check_known(section: str, values: object, source: str) -> None:
@@ -394,7 +394,7 @@ def _check_known(section: str, values: object, source: str) -> None:
     if section not in sections:
         raise SettingsError(f"{source} has the unknown section {section!r}{_nearest(section, sections)}")
     if not isinstance(values, dict):
-        raise SettingsError(f"{source}: {section!r} is a section: write [{section}]")
+        raise SettingsError(f"{source}: {section!r} is a section; write [{section}]")
     keys = {field.name for field in msgspec.structs.fields(sections[section])}
     for key in values:
         if key not in keys:

@@ -19,7 +19,7 @@ class File(msgspec.Struct, frozen=True):
         limits: how many it has here; None where it is refused.
         refused: what the error says, where it is refused.
         theirs: whether envoyproxy/ratelimit takes it.
-        notes: fields that are left aside.
+        notes: fields that are ignored.
     """
 
     texts: tuple[str, ...]
@@ -94,7 +94,7 @@ _PROXY = "admin: {access_log_path: /dev/null}\nstatic_resources: {listeners: []}
 
 README: dict[str, File] = {
     "the form itself": _refused(
-        "not YAML", "domain: <id>\ndescriptors:\n  - key: <k>\n    rate_limit: (optional)\n      name: n\n"
+        "invalid YAML", "domain: <id>\ndescriptors:\n  - key: <k>\n    rate_limit: (optional)\n      name: n\n"
     ),
     "the rate limit itself": _refused(
         "unknown field 'rate_limit'", "rate_limit:\n  unit: <second>\n  requests_per_unit: <uint>\n"
@@ -187,7 +187,7 @@ README: dict[str, File] = {
 EXAMPLES: dict[str, File] = {
     "ratelimit/config/config.yaml": _taken(2, _USERS),
     "ratelimit/config/example.yaml": _refused(
-        "quota_mode is not supported: use shadow_mode", _file("rl", *_EXAMPLE, *_QUOTA), theirs=True
+        "quota_mode is not supported; use shadow_mode", _file("rl", *_EXAMPLE, *_QUOTA), theirs=True
     ),
     "ratelimit/config/example.yaml without quota_mode": _taken(
         17, _file("rl", *_EXAMPLE, *(each.replace("true", "false") for each in _QUOTA)), "detailed_metric", "metadata"
@@ -207,20 +207,20 @@ _SHARED = (
 )
 
 TESTS: dict[str, File] = {
-    "bad_limit_unit": _refused("unit 'foo' is not known", _file("test-domain", f"key: key1, value: value1, {_limit(5, 'foo')}")),
-    "bad_yaml": _refused("not YAML", "'''\n"),
+    "bad_limit_unit": _refused("unit 'foo' is not valid", _file("test-domain", f"key: key1, value: value1, {_limit(5, 'foo')}")),
+    "bad_yaml": _refused("invalid YAML", "'''\n"),
     "basic_config": _taken(10, _BASIC, "detailed_metric"),
     "duplicate_domain": _taken(0, "domain: test-domain\ndescriptors:\n"),
     "duplicate_domain with basic_config": _refused(
-        "domain 'test-domain' is that of", _BASIC, "domain: test-domain\ndescriptors:\n"
+        "domain 'test-domain' is also defined in", _BASIC, "domain: test-domain\ndescriptors:\n"
     ),
-    "duplicate_key": _refused("stands twice", _file("test-domain", "key: key1, value: value1", "key: key1, value: value1")),
+    "duplicate_key": _refused("is defined twice", _file("test-domain", "key: key1, value: value1", "key: key1, value: value1")),
     "empty_domain": _refused("'domain' is missing", "descriptors:\n"),
     "empty_key": _refused("'key' is missing", _file("test-domain", "value: value1")),
     "merge_domain_key1": _taken(1, _DATABASE),
     "merge_domain_key2": _taken(1, _DATABASE.replace("1", "2")),
     "merge_domain_key1 with merge_domain_key2": _refused(
-        "domain 'test-domain' is that of", _DATABASE, _DATABASE.replace("1", "2")
+        "domain 'test-domain' is also defined in", _DATABASE, _DATABASE.replace("1", "2")
     ),
     "metadata": _taken(
         3,
@@ -241,7 +241,7 @@ TESTS: dict[str, File] = {
     "misspelled_key2": _refused(
         "unknown field 'requestsperunit'", _file("test-domain", "key: key1, rate_limit: {unit: day, requestsperunit: 5}")
     ),
-    "non_map_list": _refused("a descriptor is a mapping", "domain: test-domain\ndescriptors: [a, b, c]\n"),
+    "non_map_list": _refused("a descriptor must be a mapping", "domain: test-domain\ndescriptors: [a, b, c]\n"),
     "non_string_key": _refused("unknown field '0.25'", "0.25: test-domain\ndescriptors: []\n"),
     "replaces_empty": _refused("name is empty", _file("test-domain", f"key: key1, {_limit(5, more=', replaces: [{name: }]')}")),
     "replaces_self": _refused(
@@ -274,7 +274,7 @@ TESTS: dict[str, File] = {
         ),
     ),
     "unlimited_with_unit": _refused(
-        "has no unit", _file("test-domain", "key: foo, rate_limit: {unlimited: true, unit: day, requests_per_unit: 25}")
+        "cannot have a unit", _file("test-domain", "key: foo, rate_limit: {unlimited: true, unit: day, requests_per_unit: 25}")
     ),
     "wildcard": _taken(
         6,
@@ -326,9 +326,11 @@ YAML: dict[str, File] = {
     "no truth": _taken(1, _file("d", f"key: a, shadow_mode: , {_limit(1)}")),
     "a truth that is none": _refused("true or false", _file("d", f"key: a, detailed_metric: perhaps, {_limit(1)}")),
     "a number as value": _taken(1, _file("d", f"key: a, value: 42, {_limit(1)}")),
-    "metadata that is no mapping": _refused("metadata is a mapping", _file("d", f"key: a, metadata: [b], {_limit(1)}")),
-    "share_threshold without a wildcard": _refused("values with a '*'", _file("d", "key: a, value: b, share_threshold: true")),
-    "a wildcard twice": _refused("stands twice", _file("d", "key: a, value: b*c", "key: a, value: b*c")),
+    "metadata that is no mapping": _refused("metadata must be a mapping", _file("d", f"key: a, metadata: [b], {_limit(1)}")),
+    "share_threshold without a wildcard": _refused(
+        "requires a value with a '*'", _file("d", "key: a, value: b, share_threshold: true")
+    ),
+    "a wildcard twice": _refused("is defined twice", _file("d", "key: a, value: b*c", "key: a, value: b*c")),
     # Refused here alone; each is documented in docs/envoy.md.
     "a wildcard in a key": _refused("supported in values only", _file("d", f"key: a*, {_limit(1)}"), theirs=True),
     "a wildcard in a key that has a value": _refused(
@@ -336,10 +338,10 @@ YAML: dict[str, File] = {
     ),
     "no amount": _refused("'requests_per_unit' is missing", _file("d", "key: a, rate_limit: {unit: day}"), theirs=True),
     "a field at another place": _refused("unknown field 'unit'", _file("d", "key: a, unit: day"), theirs=True),
-    "a field twice": _refused("stands twice", "domain: d\ndomain: e\n", theirs=True),
-    "a second document": _refused("2 documents", "domain: d\n---\ndomain: e\n", theirs=True),
+    "a field twice": _refused("is defined twice", "domain: d\ndomain: e\n", theirs=True),
+    "a second document": _refused("2 YAML documents", "domain: d\n---\ndomain: e\n", theirs=True),
     "unlimited with a unit that is none": _refused(
-        "has no unit", _file("d", "key: a, rate_limit: {unlimited: true, unit: eon}"), theirs=True
+        "cannot have a unit", _file("d", "key: a, rate_limit: {unlimited: true, unit: eon}"), theirs=True
     ),
     "too many": _refused("from 0 to 1000000000", _file("d", f"key: a, {_limit(4_000_000_000)}"), theirs=True),
 }

@@ -128,9 +128,9 @@ def test_a_request_passes_whole_or_charges_nothing(address: str) -> None:
     [
         (request(domain="tidegate"), "INVALID_ARGUMENT", "0 descriptors"),
         (request(entries("/api/a"), domain=""), "INVALID_ARGUMENT", "no domain"),
-        (request(*[entries("/api/a")] * 10_000), "INVALID_ARGUMENT", "10000 descriptors: send 1 to 100"),
+        (request(*[entries("/api/a")] * 10_000), "INVALID_ARGUMENT", "10000 descriptors; send 1 to 100"),
         (request([("k", "v")] * 65), "INVALID_ARGUMENT", "65 entries"),
-        (b"\xff\xff\xff", "INVALID_ARGUMENT", "no envoy.service.ratelimit.v3.RateLimitRequest"),
+        (b"\xff\xff\xff", "INVALID_ARGUMENT", "not a valid envoy.service.ratelimit.v3.RateLimitRequest"),
         (b"", "INVALID_ARGUMENT", "no domain"),
     ],
     ids=["no descriptors", "no domain", "10,000 descriptors", "65 entries", "garbage", "nothing"],

@@ -126,46 +126,46 @@ async def test_a_limit_that_envoy_sends_along(clock: Clock) -> None:
 
 HEAD = "domain: d\ndescriptors:\n"
 REFUSED = {
-    "not YAML": ("domain: [\n", 2, "not YAML"),
+    "not YAML": ("domain: [\n", 2, "invalid YAML"),
     "no mapping": ("- a\n", 1, "mapping of domain"),
-    "empty": ("", 1, "0 documents"),
-    "two documents": ("domain: a\n---\ndomain: b\n", 1, "one domain into each file"),
+    "empty": ("", 1, "0 YAML documents"),
+    "two documents": ("domain: a\n---\ndomain: b\n", 1, "one domain per file"),
     "no domain": ("descriptors: []\n", 1, "'domain' is missing"),
     "empty domain": ("domain: ''\n", 1, "domain is empty"),
     "unknown field": (HEAD + "  - key: a\n    valeu: b\n", 4, "unknown field 'valeu'"),
-    "quota": (HEAD + "  - key: a\n    quota_mode: true\n", 4, "quota_mode is not supported: use shadow_mode"),
+    "quota": (HEAD + "  - key: a\n    quota_mode: true\n", 4, "quota_mode is not supported; use shadow_mode"),
     "no key": (HEAD + "  - value: a\n", 3, "'key' is missing"),
-    "twice": (HEAD + "  - key: a\n  - key: a\n", 4, "stands twice"),
+    "twice": (HEAD + "  - key: a\n  - key: a\n", 4, "is defined twice"),
     "twice with value": (HEAD + "  - {key: a, value: b}\n  - {key: a, value: b}\n", 4, "with value 'b'"),
-    "wildcard twice": (HEAD + "  - {key: a, value: b*}\n  - {key: a, value: b*}\n", 4, "stands twice"),
+    "wildcard twice": (HEAD + "  - {key: a, value: b*}\n  - {key: a, value: b*}\n", 4, "is defined twice"),
     "wildcard key": (HEAD + "  - key: a*\n", 3, "supported in values only"),
     "wildcard key with a value": (HEAD + "  - {key: 'a*b', value: c}\n", 3, "supported in values only"),
     "wildcards alike": (
         HEAD + "".join(f"  - {{key: a, value: 'b*{number}*c'}}\n" for number in range(1001)),
         1003,
-        "more than 1000 wildcards that begin and end as 'b*1000*c' does",
+        "more than 1000 wildcards with the same prefix and suffix as 'b*1000*c'",
     ),
     "merged into itself": (HEAD + "  - &a {key: k, <<: *a}\n", 3, "merges a mapping into itself"),
-    "merged with a list": (HEAD + "  - {key: k, <<: [[]]}\n", 3, "'<<' takes a mapping"),
-    "metadata": (HEAD + "  - {key: k, metadata: text}\n", 3, "metadata is a mapping"),
+    "merged with a list": (HEAD + "  - {key: k, <<: [[]]}\n", 3, "'<<' requires a mapping"),
+    "metadata": (HEAD + "  - {key: k, metadata: text}\n", 3, "metadata must be a mapping"),
     "number in quotes": (HEAD + "  - key: a\n    rate_limit: {unit: hour, requests_per_unit: '5'}\n", 4, "without quotes"),
-    "field twice": (HEAD + "  - key: a\n    key: b\n", 4, "'key' stands twice"),
+    "field twice": (HEAD + "  - key: a\n    key: b\n", 4, "'key' is defined twice"),
     "unit": (HEAD + "  - key: a\n    rate_limit: {unit: fortnight, requests_per_unit: 1}\n", 4, "fortnight"),
     "no unit": (HEAD + "  - key: a\n    rate_limit: {requests_per_unit: 1}\n", 4, "'unit' is missing"),
-    "no amount": (HEAD + "  - key: a\n    rate_limit: {unit: hour}\n", 4, "0 refuses everything"),
+    "no amount": (HEAD + "  - key: a\n    rate_limit: {unit: hour}\n", 4, "0 denies every request"),
     "negative": (HEAD + "  - key: a\n    rate_limit: {unit: hour, requests_per_unit: -1}\n", 4, "-1"),
     "too many": (HEAD + "  - key: a\n    rate_limit: {unit: hour, requests_per_unit: 4000000000}\n", 4, "1000000000"),
-    "unlimited with unit": (HEAD + "  - key: a\n    rate_limit: {unlimited: true, unit: hour}\n", 4, "has no unit"),
+    "unlimited with unit": (HEAD + "  - key: a\n    rate_limit: {unlimited: true, unit: hour}\n", 4, "cannot have a unit"),
     "flag": (HEAD + "  - key: a\n    shadow_mode: perhaps\n", 4, "true or false"),
-    "share": (HEAD + "  - {key: a, value: b, share_threshold: true}\n", 3, "values with a '*'"),
+    "share": (HEAD + "  - {key: a, value: b, share_threshold: true}\n", 3, "requires a value with a '*'"),
     "itself": (
         HEAD + "  - key: a\n    rate_limit: {name: n, replaces: [{name: n}], unit: hour, requests_per_unit: 1}\n",
         4,
         "itself",
     ),
-    "descriptors no list": ("domain: d\ndescriptors: {key: a}\n", 2, "is a list"),
+    "descriptors no list": ("domain: d\ndescriptors: {key: a}\n", 2, "must be a list"),
     "deep": ("domain: d\ndescriptors: " + "[{key: a, descriptors: " * 40 + "[]" + "}]" * 40 + "\n", 2, "more than 32 deep"),
-    "very deep": ("domain: d\ndescriptors: " + "[" * 5000 + "\n", 1, "not YAML"),
+    "very deep": ("domain: d\ndescriptors: " + "[" * 5000 + "\n", 1, "unreadable YAML"),
     "laughs": (
         "domain: d\ndescriptors:\n  - &a {key: k, descriptors: [{key: x}, {key: y}, {key: z}]}\n"
         + "".join(
@@ -200,14 +200,14 @@ def test_merges_of_merges_cost_no_more_than_their_text(tmp_path: Path) -> None:
 
 
 def test_a_directory_has_a_domain_in_each_file(tmp_path: Path) -> None:
-    with pytest.raises(PolicyError, match=r"no \.yaml file"):
+    with pytest.raises(PolicyError, match=r"no \.yaml or \.yml file"):
         load_ratelimit(tmp_path)
     (tmp_path / "b.yaml").write_text("domain: b\n")
     (tmp_path / "a.yml").write_text("domain: a\n")
     (tmp_path / "notes.txt").write_text("no yaml: [")
     assert [each.domain for each in load_ratelimit(tmp_path)] == ["a", "b"]
     (tmp_path / "c.yaml").write_text("domain: a\n")
-    with pytest.raises(PolicyError, match=r"c\.yaml: domain 'a' is that of .*a\.yml too"):
+    with pytest.raises(PolicyError, match=r"c\.yaml: domain 'a' is also defined in .*a\.yml;"):
         load_ratelimit(tmp_path)
     with pytest.raises(PolicyError, match="cannot be read"):
         load_ratelimit(tmp_path / "nowhere.yaml")
@@ -223,7 +223,7 @@ def test_the_command_says_what_the_server_would(tmp_path: Path) -> None:
     file.write_text(CONFIG)
     told = _check(str(file))
     assert (told.returncode, told.stdout) == (0, f"{file}: valid: domain peer, 24 limits\n")
-    assert "'detailed_metric' shapes that program's statistics only" in told.stderr
+    assert "'detailed_metric' only affects the statistics of envoyproxy/ratelimit" in told.stderr
     assert json.loads(_check(str(file), "--json").stdout)["domains"] == [{"domain": "peer", "limits": 24}]
     file.write_text(REFUSED["quota"][0])
     refused = _check(str(file))
@@ -260,7 +260,8 @@ def _serving(address: str) -> int:
 
 
 @pytest.mark.parametrize(
-    ("text", "said"), [("domain: tidegate\n", "domain 'tidegate' is the policy's"), ("domain: [", "ratelimit.yaml:1: not YAML")]
+    ("text", "said"),
+    [("domain: tidegate\n", "domain 'tidegate' is already used by the policy"), ("domain: [", "ratelimit.yaml:1: invalid YAML")],
 )
 def test_an_invalid_file_at_the_start_does_not_end_the_server(
     serve: Callable[..., Serve], tmp_path: Path, text: str, said: str

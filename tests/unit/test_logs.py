@@ -311,7 +311,7 @@ def test_one_fault_again_and_again_is_bounded_and_told_of_later() -> None:
     now = 61.0
     later = record()
     assert repeats.filter(later)
-    assert later.getMessage() == "it failed at x (5 more lines like this were left out)"
+    assert later.getMessage() == "it failed at x (5 more lines like this were suppressed)"
 
 
 def test_text_for_a_terminal_and_json_for_a_pipe() -> None:

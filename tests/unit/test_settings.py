@@ -56,7 +56,7 @@ def test_the_environment_goes_over_the_file(tmp_path: Path) -> None:
         ('[server]\ndrain_s = "10s"\n', "float"),
         ('[counters]\non_failure = "open"\n', "local, allow, deny"),
         ('[server]\nlog_level = "loud"\n', "debug"),
-        ("[server\n", "not TOML"),
+        ("[server\n", "not valid TOML"),
         ('[cache]\nsecret = "short"\n', "cache.secret has fewer than 16 characters"),
     ],
 )

@@ -13,16 +13,16 @@ from tidegate.gate.usage import MAX_USAGE_RULES
 from tidegate.wire import MAX_BATCH, CheckRequest, DecisionBody, UsageBody
 
 _ERRORS: Final = {
-    400: "The request makes no sense; nothing was charged.",
+    400: "The request is invalid; nothing was charged.",
     401: "The API key is missing or unknown.",
     403: "The API key was revoked or has expired.",
-    405: "The path is there, the method is not.",
+    405: "The path does not support this method.",
     408: "The body did not arrive in time.",
     413: "The body is too large.",
-    415: "The body has a Content-Encoding.",
-    429: "The address has sent too many unknown API keys; see Retry-After.",
+    415: "Content-Encoding is not supported.",
+    429: "The client address sent too many unknown API keys; see Retry-After.",
     431: "The headers are too large.",
-    503: "The counter store or the catalog does not answer.",
+    503: "The counter store or the catalog is unavailable.",
 }
 _ERROR_SCHEMA: Final = {
     "type": "object",
@@ -37,11 +37,11 @@ _ERROR_SCHEMA: Final = {
     },
 }
 _LIMIT_HEADERS: Final = {
-    "RateLimit-Policy": "Quotas that hold, per draft-ietf-httpapi-ratelimit-headers-10.",
-    "RateLimit": "What is left of the quota with the least left.",
-    "X-RateLimit-Limit": "The most that can be had at once.",
-    "X-RateLimit-Remaining": "What is left.",
-    "X-RateLimit-Reset": "Unix seconds at which the limit is whole again.",
+    "RateLimit-Policy": "Quotas that apply, in the format of draft-ietf-httpapi-ratelimit-headers-10.",
+    "RateLimit": "Remaining units of the quota with the fewest remaining.",
+    "X-RateLimit-Limit": "The largest number of units that can be consumed at once.",
+    "X-RateLimit-Remaining": "Remaining units.",
+    "X-RateLimit-Reset": "Unix time in seconds when the limit is fully replenished.",
     "Retry-After": "On 429: seconds to wait.",
 }
 
@@ -78,7 +78,7 @@ def data_plane_openapi() -> dict[str, Any]:
         "properties": {
             "decisions": {
                 "type": "array",
-                "description": "In the order of the checks; an error stands where a check could not be decided.",
+                "description": "In the order of the checks; an error for each check that could not be decided.",
                 "items": {"anyOf": [{"$ref": "#/components/schemas/DecisionBody"}, {"$ref": "#/components/schemas/Error"}]},
             }
         },
@@ -88,7 +88,7 @@ def data_plane_openapi() -> dict[str, Any]:
         "info": {
             "title": "Tidegate data plane",
             "version": __version__,
-            "description": "Decides whether a request may pass. A denied check consumes nothing.",
+            "description": "Decides whether a request is allowed. A denied check consumes nothing.",
         },
         "paths": {
             "/v1/check": {"post": _check()},
@@ -99,9 +99,9 @@ def data_plane_openapi() -> dict[str, Any]:
                 for method in ("get", "head", "post", "put", "patch", "delete", "options")
             },
             "/v1/usage": {"get": _usage("usage"), "head": _usage("usageHead")},
-            "/health": {"get": _page("health", "How all parts are; 200 only when all are healthy.", (200, 503))},
-            "/readyz": {"get": _page("ready", "Whether this instance takes requests; for load balancers.", (200, 503))},
-            "/livez": {"get": _page("live", "Whether this process answers.", (200,))},
+            "/health": {"get": _page("health", "Health of all components; 200 only when all are healthy.", (200, 503))},
+            "/readyz": {"get": _page("ready", "Whether this instance accepts requests; for load balancers.", (200, 503))},
+            "/livez": {"get": _page("live", "Whether this process is running.", (200,))},
             "/metrics": {"get": _page("metrics", "Metrics in Prometheus' text format.", (200,), "text/plain")},
             "/openapi.json": {"get": _page("openapi", "This document.", (200,))},
         },
@@ -116,13 +116,13 @@ def _check() -> dict[str, Any]:
     decided = {"application/json": {"schema": {"$ref": "#/components/schemas/DecisionBody"}}}
     return {
         "operationId": "check",
-        "summary": "Decide one request and charge it if it passes.",
+        "summary": "Decide one request and charge it if it is allowed.",
         "security": [{"ApiKey": []}, {}],
         "requestBody": _body("CheckRequest"),
         "responses": {
-            "200": {"description": "It may pass.", "headers": _headers(), "content": decided},
+            "200": {"description": "Allowed.", "headers": _headers(), "content": decided},
             "429": {
-                "description": "It may not; or its address has sent too many unknown API keys, see X-Tidegate-Error.",
+                "description": "Denied; or the client address sent too many unknown API keys, see X-Tidegate-Error.",
                 "headers": _headers(),
                 "content": {
                     "application/json": {
@@ -155,16 +155,21 @@ def _batch() -> dict[str, Any]:
 
 def _authorize(operation: str, passes: str = "204") -> dict[str, Any]:
     empty = {
-        passes: {"description": "It may pass.", "headers": _headers()},
+        passes: {"description": "Allowed.", "headers": _headers()},
         "401": {"description": "The API key is missing or unknown; see X-Tidegate-Error."},
         "403": {
-            "description": "The API key was revoked or has expired; see X-Tidegate-Error. Where X-Tidegate-Denied-Status "
-            "asks for it, any other refusal too; see X-Tidegate-Status.",
-            "headers": _headers() | {"X-Tidegate-Status": _told("What would be the status otherwise: 429, 400, 431 or 503.")},
+            "description": "The API key was revoked or has expired; see X-Tidegate-Error. With X-Tidegate-Denied-Status: 403 "
+            "also every other refusal except 401; see X-Tidegate-Status.",
+            "headers": _headers()
+            | {"X-Tidegate-Status": _text_header("The status without X-Tidegate-Denied-Status: 429, 400, 431 or 503.")},
         },
         "429": {
-            "description": "It may not pass; or its address has sent too many unknown API keys, see X-Tidegate-Error.",
-            "headers": _headers() | {"Cache-Control": _told("For how long the denial holds."), "Vary": _told("For whom.")},
+            "description": "Denied; or the client address sent too many unknown API keys, see X-Tidegate-Error.",
+            "headers": _headers()
+            | {
+                "Cache-Control": _text_header("How long the denial may be cached."),
+                "Vary": _text_header("Request headers that the denial depends on."),
+            },
         },
     }
     return {
@@ -173,10 +178,10 @@ def _authorize(operation: str, passes: str = "204") -> dict[str, Any]:
         "security": [{"ApiKey": []}, {}],
         "parameters": [
             _header("X-Original-URI", "Path of the request; its query is ignored."),
-            _header("X-Original-Method", "Its method; GET where not given."),
+            _header("X-Original-Method", "Method of the request; GET if absent."),
             _header("X-Forwarded-Uri", "As X-Original-URI, from a trusted proxy."),
             _header("X-Forwarded-Method", "As X-Original-Method, from a trusted proxy."),
-            _header("X-Tidegate-Denied-Status", "403: answer 403 in place of any refusal but 401. Anything else is ignored."),
+            _header("X-Tidegate-Denied-Status", "403: answer 403 for every refusal except 401. Other values are ignored."),
             *_client_headers(),
         ],
         "responses": {**empty, **_errors(400, 405, 431, 503)},
@@ -186,12 +191,12 @@ def _authorize(operation: str, passes: str = "204") -> dict[str, Any]:
 def _usage(operation: str) -> dict[str, Any]:
     return {
         "operationId": operation,
-        "summary": f"What is left to the caller under its tier's rules, the first {MAX_USAGE_RULES}; consumes nothing.",
+        "summary": f"Usage of the caller under the first {MAX_USAGE_RULES} rules of its tier; consumes nothing.",
         "security": [{"ApiKey": []}, {}],
         "parameters": _client_headers(),
         "responses": {
             "200": {
-                "description": "What is left.",
+                "description": "The usage of each rule.",
                 "content": {"application/json": {"schema": {"$ref": "#/components/schemas/UsageBody"}}},
             },
             **_errors(400, 401, 403, 405, 429, 431, 503),
@@ -212,7 +217,7 @@ def _client_headers() -> list[dict[str, Any]]:
     return [
         _header("X-Real-IP", "Client address, from a trusted proxy."),
         _header("X-Forwarded-For", "Addresses, from a trusted proxy; the last untrusted one is the client."),
-        _header("Forwarded", "As X-Forwarded-For, in the form of RFC 7239; read where neither of the two came."),
+        _header("Forwarded", "As X-Forwarded-For, in the form of RFC 7239; used if neither of the two is present."),
     ]
 
 
@@ -225,10 +230,10 @@ def _body(schema: str) -> dict[str, Any]:
 
 
 def _headers() -> dict[str, Any]:
-    return {name: _told(text) for name, text in _LIMIT_HEADERS.items()}
+    return {name: _text_header(text) for name, text in _LIMIT_HEADERS.items()}
 
 
-def _told(text: str) -> dict[str, Any]:
+def _text_header(text: str) -> dict[str, Any]:
     return {"description": text, "schema": {"type": "string"}}
 
 

@@ -165,13 +165,11 @@ class Instance:
         collect_counters(self.metrics, self.counters)
         collect_background(self.metrics, SUPERVISOR)
         self.metrics.add_gauge("rate_limiter_policy_version", "Active version of the catalog.", lambda: self.cached.version)
-        self.metrics.add_gauge("rate_limiter_in_flight", "Requests being answered.", lambda: self.in_flight)
+        self.metrics.add_gauge("rate_limiter_in_flight", "Requests in flight.", lambda: self.in_flight)
         self.metrics.add_counter(
             "rate_limiter_log_lines_dropped", "Log lines dropped because the output was blocked or closed.", lines_dropped
         )
-        self.metrics.add_counter(
-            "rate_limiter_log_lines_suppressed", "Repeated log lines suppressed by rate limiting.", lines_suppressed
-        )
+        self.metrics.add_counter("rate_limiter_log_lines_suppressed", "Repeated log lines suppressed.", lines_suppressed)
         self.cached.changed(await source.changes(0))
         self.follower = CatalogFollower(source, self.cached, settings.catalog.poll_s, channel)
         self._spawn("catalog_follower", self.follower.run)
@@ -203,7 +201,7 @@ class Instance:
         self.metrics.add_gauge("rate_limiter_connections", "Open connections of the data plane.", lambda: http.connections)
         self.metrics.add_labelled_counter(
             "rate_limiter_connections_closed",
-            "Connections closed because too many were open: evicted while waiting, or refused while all were in use.",
+            "Connections closed at max_connections: idle ones evicted, or new ones refused.",
             "reason",
             lambda: {"evicted": http.evicted, "refused": http.refused},
         )
@@ -466,8 +464,8 @@ def require_shared_counters(settings: Settings) -> None:
     """
     if settings.server.workers > 1 and settings.counters.url == "memory://":
         raise SettingsError(
-            f"server.workers = {settings.server.workers} needs counters that processes share: with memory:// each "
-            "would count on its own and admit the limit again; use one worker"
+            f"server.workers = {settings.server.workers} needs counters shared by all workers: with memory:// each "
+            "worker would count separately and admit the whole limit; use server.workers = 1 or a Redis counters.url"
         )
 
 

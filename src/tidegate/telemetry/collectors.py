@@ -41,55 +41,51 @@ def collect_cache(
     )
     metrics.add_labelled_counter(
         "rate_limiter_cache_misses",
-        "Catalog look-ups that memory (l1) and Redis (l2) could not answer.",
+        "Catalog look-ups not found in memory (l1) and in Redis (l2).",
         "level",
         lambda: levels(cached.misses, None if shared is None else shared.misses),
     )
-    metrics.add_counter(
-        "rate_limiter_cache_stale", "Catalog look-ups answered from memory past their time.", lambda: cached.stale
-    )
-    metrics.add_gauge("rate_limiter_cached_keys", "API keys cached, unknown ones included.", lambda: len(cached))
+    metrics.add_counter("rate_limiter_cache_stale", "Catalog look-ups answered with a stale entry.", lambda: cached.stale)
+    metrics.add_gauge("rate_limiter_cached_keys", "API keys in the cache, including unknown ones.", lambda: len(cached))
     limit = cached.unknown_keys
     if limit is not None:
         metrics.add_counter(
             "rate_limiter_unknown_keys_refused",
-            "Look-ups of API keys refused because their address had sent too many unknown ones.",
+            "API key look-ups refused because the client address sent too many unknown keys.",
             lambda: limit.refused,
         )
     if shared is not None:
-        metrics.add_counter(
-            "rate_limiter_shared_cache_errors", "Times that Redis did not answer a catalog look-up.", lambda: shared.errors
-        )
+        metrics.add_counter("rate_limiter_shared_cache_errors", "Catalog look-ups in Redis that failed.", lambda: shared.errors)
         metrics.add_counter(
             "rate_limiter_shared_cache_refused",
-            "Entries of the shared cache that were ignored: not sealed with the secret of this catalog, or invalid.",
+            "Shared cache entries ignored: not sealed with the secret of this catalog, or invalid.",
             lambda: shared.refused,
         )
     if database is not None:
         metrics.add_counter(
-            "rate_limiter_database_queries", "Catalog look-ups put to the database or a replica.", lambda: database.queries
+            "rate_limiter_database_queries", "Catalog look-ups sent to the database or a replica.", lambda: database.queries
         )
         metrics.add_labelled_gauge(
             "rate_limiter_database_connections",
-            "Connections to the primary, for reading.",
+            "Connections to the primary database for reading.",
             "state",
             lambda: dict(database.connections),
         )
     replicas = None if database is None else database.replicas
     if replicas is not None:
         each = replicas.replicas
-        metrics.add_gauge("rate_limiter_replicas", "Read replicas that the settings name.", lambda: len(each))
+        metrics.add_gauge("rate_limiter_replicas", "Read replicas configured.", lambda: len(each))
         metrics.add_gauge(
-            "rate_limiter_replicas_asked", "Read replicas that are asked.", lambda: sum(replica.out is None for replica in each)
+            "rate_limiter_replicas_asked", "Read replicas in rotation.", lambda: sum(replica.out is None for replica in each)
         )
         metrics.add_counter(
             "rate_limiter_replica_ejections",
-            "Times that a replica was left out.",
+            "Times a replica was removed from rotation.",
             lambda: sum(replica.ejections for replica in each),
         )
         metrics.add_gauge(
             "rate_limiter_replica_lag_seconds",
-            "Age of the oldest change that a replica has not seen, of the one that lags most.",
+            "Replication lag of the replica that lags most: age of its oldest missing change.",
             lambda: max(replica.lag_s for replica in each),
         )
 
@@ -107,7 +103,7 @@ def collect_counters(metrics: Metrics, counters: CounterStore) -> None:
         metrics.add_gauge("rate_limiter_subjects", "Counters held in memory.", lambda: len(counters))
         metrics.add_counter(
             "rate_limiter_subjects_evicted",
-            "Live counters dropped because max_subjects was reached.",
+            "Unexpired counters evicted because max_subjects was reached.",
             lambda: counters.evicted,
         )
 
@@ -137,17 +133,19 @@ def collect_violations(metrics: Metrics, writer: ViolationWriter) -> None:
     metrics.add_counter("rate_limiter_violations_written", "Blocked checks written to the database.", lambda: writer.written)
     metrics.add_counter(
         "rate_limiter_violations_dropped",
-        "Blocked checks that the database does not have, or of which nobody knows.",
+        "Blocked checks lost or possibly lost before they reached the database.",
         lambda: writer.dropped,
     )
     metrics.add_gauge(
-        "rate_limiter_violations_pending", "Entries of blocked checks that are not written yet.", lambda: writer.pending
+        "rate_limiter_violations_pending", "Entries of blocked checks waiting to be written.", lambda: writer.pending
     )
 
 
 def _collect_guarded(metrics: Metrics, counters: GuardedCounters) -> None:
     metrics.add_histogram(
-        "rate_limiter_store_latency_seconds", "Time of one call to the counter store, those given up included.", counters.latency
+        "rate_limiter_store_latency_seconds",
+        "Duration of calls to the counter store, including calls that timed out.",
+        counters.latency,
     )
     # A check behind an open breaker met no error: it was not put to the store.
     metrics.add_errors(
@@ -158,7 +156,7 @@ def _collect_guarded(metrics: Metrics, counters: GuardedCounters) -> None:
     )
     metrics.add_labelled_gauge(
         "rate_limiter_breaker_state",
-        "Of each shard that failed lately: 0 closed, 1 half open, 2 open.",
+        "Circuit breaker of each shard with recent failures: 0 closed, 1 half open, 2 open.",
         "shard",
         lambda: {shard: _STATES[breaker.state] for shard, breaker in counters.breakers.items()},
     )
@@ -166,32 +164,32 @@ def _collect_guarded(metrics: Metrics, counters: GuardedCounters) -> None:
         "rate_limiter_fallbacks", "Checks decided without the counter store, by reason.", "reason", lambda: counters.degraded
     )
     metrics.add_gauge(
-        "rate_limiter_breakers_open", "Shards of the counter store whose breaker is open.", lambda: counters.open_breakers
+        "rate_limiter_breakers_open", "Shards of the counter store whose circuit breaker is open.", lambda: counters.open_breakers
     )
     metrics.add_labelled_counter(
         "rate_limiter_late_answers",
-        "Answers of the counter store after the deadline of their check, by what they said; lost: could not come any more.",
+        "Counter store answers after the deadline of their check, by result; lost: can no longer arrive.",
         "answer",
         lambda: counters.late.answers,
     )
     metrics.add_counter(
         "rate_limiter_corrupt_counters",
-        "Counters that were reset because no script could read them.",
+        "Counters reset because their stored state was unreadable.",
         lambda: counters.store.corrupt.resets,
     )
     metrics.add_gauge(
-        "rate_limiter_instances", "Instances that share the counter store, as last heard.", lambda: counters.instances
+        "rate_limiter_instances", "Instances sharing the counter store, from their heartbeats.", lambda: counters.instances
     )
-    metrics.add_gauge("rate_limiter_counters_owed", "Counters still to be put back after an outage.", lambda: counters.owed)
-    metrics.add_counter("rate_limiter_counters_put_back", "Counters put back after an outage.", lambda: counters.put_back)
+    metrics.add_gauge("rate_limiter_counters_owed", "Counters waiting to be written back after an outage.", lambda: counters.owed)
+    metrics.add_counter("rate_limiter_counters_put_back", "Counters written back after an outage.", lambda: counters.put_back)
     metrics.add_counter(
         "rate_limiter_denials_remembered",
-        "Checks denied from memory, without asking the store.",
+        "Checks denied from the denial cache, without a call to the store.",
         lambda: counters.denials.answered,
     )
     metrics.add_gauge(
         "rate_limiter_store_in_flight",
-        "Calls that the counter store has not answered.",
+        "Calls to the counter store waiting for an answer.",
         lambda: sum(connection.in_flight for connection in counters.store.connections()),
     )
     metrics.add_gauge(

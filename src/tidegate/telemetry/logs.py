@@ -136,7 +136,7 @@ class _Repeats(logging.Filter):
         started, count = self._kinds.get(kind, (now, 0))
         if now - started >= _REPEATS_S:
             if count > MAX_REPEATED:
-                record.msg = f"{record.msg} ({count - MAX_REPEATED} more lines like this were left out)"
+                record.msg = f"{record.msg} ({count - MAX_REPEATED} more lines like this were suppressed)"
             started, count = now, 0
         if len(self._kinds) >= _MAX_KINDS and kind not in self._kinds:
             self._kinds.clear()
@@ -180,7 +180,7 @@ class _Text(logging.Formatter):
                 text = "\n".join((text, *(_CONTINUED + escaped(line) for line in shorter.split("\n"))))
             if len(text.encode(errors="backslashreplace")) < MAX_LINE_BYTES:
                 return text
-        record.message = "a log line was too long to be written"
+        record.message = "log line dropped: too long"
         return self.formatMessage(record)
 
 
@@ -288,7 +288,7 @@ def _line(logger: WrappedLogger, name: str, event: EventDict) -> str:
         line = _safe_json(str(_ENCODED(logger, name, shorter)))
         if len(line.encode(errors="backslashreplace")) < MAX_LINE_BYTES:
             return line
-    told = {"event": "a log line was too long to be written", "log.logger": event.get("log.logger")}
+    told = {"event": "log line dropped: too long", "log.logger": event.get("log.logger")}
     return str(_ENCODED(logger, name, told))
 
 

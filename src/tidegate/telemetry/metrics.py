@@ -66,7 +66,7 @@ class Metrics:
         self._counters: list[tuple[str, str, Callable[[], float]]] = []
         self._labelled: list[tuple[str, str, str, Callable[[], Mapping[str, float]], bool]] = []
         self._histograms: list[tuple[str, str, LatencyHistogram]] = [
-            ("rate_limiter_latency_seconds", "Time from a check's arrival at the gate to its decision.", self.latency)
+            ("rate_limiter_latency_seconds", "Time from the arrival of a check at the gate to its decision.", self.latency)
         ]
         self._error_sources: list[Callable[[], Iterable[tuple[str, int]]]] = []
         self._version = version
@@ -205,7 +205,7 @@ class Metrics:
             yield _histogram(name, text, tally)
         errors = CounterMetricFamily(
             "rate_limiter_errors",
-            "Checks refused for another reason than a limit, or decided without the store.",
+            "Checks refused with an error, or decided without the counter store, by error type.",
             labels=["type"],
         )
         found = dict.fromkeys(_KNOWN_ERRORS, 0) | self.errors
@@ -222,28 +222,34 @@ class Metrics:
             by_rule.add_metric([tier or "", rule or "", "blocked"], blocked)
         yield by_rule
         near = CounterMetricFamily(
-            "rate_limiter_near_limit", "Checks allowed with a fifth of the limit left or less.", labels=["tier"]
+            "rate_limiter_near_limit", "Checks allowed with at most a fifth of the limit remaining.", labels=["tier"]
         )
         for name, count in sorted(self._near.items()):
             near.add_metric([name], count)
         yield near
-        shadow = CounterMetricFamily("rate_limiter_shadow_blocked", "Checks a shadow rule would have blocked.", labels=["rule"])
+        shadow = CounterMetricFamily(
+            "rate_limiter_shadow_blocked", "Checks that a shadow rule would have blocked.", labels=["rule"]
+        )
         for rule, count in sorted(self.shadow_blocked.items()):
             shadow.add_metric([rule], count)
         yield shadow
-        yield CounterMetricFamily("rate_limiter_degraded", "Checks decided while the counter store was unwell.", self.degraded)
-        yield CounterMetricFamily("rate_limiter_policy_reloads", "Policy files taken into force.", self.policy_reloads)
+        yield CounterMetricFamily(
+            "rate_limiter_degraded", "Checks decided without the counter store because it was unavailable.", self.degraded
+        )
+        yield CounterMetricFamily("rate_limiter_policy_reloads", "Policy files applied.", self.policy_reloads)
         yield CounterMetricFamily(
             "rate_limiter_policy_reload_errors",
-            "Policy files refused; the old policy stayed in force.",
+            "Policy files refused; the previous policy stayed active.",
             self.policy_reload_errors,
         )
         yield GaugeMetricFamily(
             "rate_limiter_policy_valid",
-            "1 while the policy file is the policy in force, 0 while it is refused.",
+            "1 while the policy file is active, 0 while it is refused.",
             int(self.policy_valid),
         )
-        build = GaugeMetricFamily("rate_limiter_build_info", "Always 1; the labels say what runs.", labels=["version", "python"])
+        build = GaugeMetricFamily(
+            "rate_limiter_build_info", "Always 1; version of Tidegate and of Python as labels.", labels=["version", "python"]
+        )
         build.add_metric([self._version, platform.python_version()], 1)
         yield build
         for name, text, read in self._gauges:

@@ -71,7 +71,7 @@ def _domains(read: list[RateLimitFile], policy_domain: str, path: Path) -> dict[
     made: Mapping[str, FileDomain] = {each.domain: FileDomain(each) for each in read}
     if policy_domain in made:
         raise PolicyError(
-            f"domain {policy_domain!r} is the policy's: rename one of the two, this one or the setting envoy.domain", str(path)
+            f"domain {policy_domain!r} is already used by the policy; rename it here or in the setting envoy.domain", str(path)
         )
     return dict(made)
 

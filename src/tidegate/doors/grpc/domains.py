@@ -96,7 +96,7 @@ class FileDomain:
         if limit.limit is None:
             return Part(None, cost, unlimited=True)
         if cost > MAX_COST:
-            return Part(BadRequest(f"hits of {cost} came: at most {MAX_COST} are counted at once", field="hits_addend"), cost)
+            return Part(BadRequest(f"hits_addend = {cost} is too large; send at most {MAX_COST}", field="hits_addend"), cost)
         limits = self._sets.get(limit.path) or self._sent_set(limit)
         if limits.limits[0].amount == 0:
             plan = CheckPlan(_refusal(limits, limit.shadow), ())
@@ -128,8 +128,8 @@ class FileDomain:
         if not 1 <= seconds <= MAX_WINDOW_US // US_PER_S or amount > MAX_AMOUNT:
             raise CallRefused(
                 Status.INVALID_ARGUMENT,
-                f"a limit of {amount} requests for each {multiplier} of unit {unit} came with a descriptor: "
-                f"send 0 to {MAX_AMOUNT}, a unit of {min(UNITS_S)} to {max(UNITS_S)}, and at most 366 days",
+                f"a descriptor has an invalid limit of {amount} requests per {multiplier} of unit {unit}; "
+                f"send 0 to {MAX_AMOUNT} requests, a unit from {min(UNITS_S)} to {max(UNITS_S)}, and at most 366 days",
             )
         return FileLimit(window_limit(amount, unit, multiplier), f"sent along: {', '.join(clip(key) for key in keys)}")
 

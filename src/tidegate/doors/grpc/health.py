@@ -43,7 +43,7 @@ class HealthService:
         """
         service = _service(payload)
         if service not in SERVICES:
-            raise CallRefused(Status.NOT_FOUND, f"service {service[:80]!r} is unknown: ask for {SERVICES[1]!r}, or for ''")
+            raise CallRefused(Status.NOT_FOUND, f"service {service[:80]!r} is unknown; use {SERVICES[1]!r} or ''")
         return self._told(service)
 
     def watch(self, call_id: int, payload: bytes) -> None:
@@ -58,7 +58,7 @@ class HealthService:
         """
         service = _service(payload)
         if len(self._watchers) >= MAX_WATCHERS:
-            raise CallRefused(Status.RESOURCE_EXHAUSTED, f"{MAX_WATCHERS} calls watch already: use Check")
+            raise CallRefused(Status.RESOURCE_EXHAUSTED, f"too many open Watch calls (at most {MAX_WATCHERS}); use Check")
         self._watchers[call_id] = service
         self._send(call_id, self._told(service))
 
@@ -103,4 +103,4 @@ def _service(payload: bytes) -> str:
     try:
         return str(HealthCheckRequest.FromString(payload).service)
     except DecodeError:
-        raise CallRefused(Status.INVALID_ARGUMENT, "the message is no grpc.health.v1.HealthCheckRequest") from None
+        raise CallRefused(Status.INVALID_ARGUMENT, "the message is not a valid grpc.health.v1.HealthCheckRequest") from None

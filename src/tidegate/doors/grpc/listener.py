@@ -112,7 +112,7 @@ class GrpcListener:
             )
             self._front.start()
         except OSError as error:
-            raise SettingsError(f"server.grpc = {self._address!r} cannot be listened at: {error.strerror or error}") from None
+            raise SettingsError(f"server.grpc = {self._address!r} cannot be used: {error.strerror or error}") from None
         self._receiving = SUPERVISOR.start("grpc_receiver", partial(self._receive, self._front))
 
     def configured(self, valid: bool) -> None:
@@ -202,8 +202,8 @@ class GrpcListener:
             front.fail(call_id, refused.status, refused.message)
             return refused.status
         except Exception:
-            logger.exception("a gRPC call met a fault that nobody foresaw")
-            front.fail(call_id, Status.INTERNAL, "this call met a fault of the limiter: see its log")
+            logger.exception("unhandled exception in a gRPC call")
+            front.fail(call_id, Status.INTERNAL, "internal error of the rate limiter; see its log")
             return Status.INTERNAL
         finally:
             self.in_flight -= 1

@@ -41,8 +41,8 @@ _DESCRIPTOR_FIELDS: Final = (
 )
 _LIMIT_FIELDS: Final = ("unit", "requests_per_unit", "unlimited", "name", "replaces")
 _LEFT_ASIDE: Final[Mapping[str, str]] = {
-    "detailed_metric": "shapes that program's statistics only",
-    "value_to_metric": "shapes that program's statistics only",
+    "detailed_metric": "only affects the statistics of envoyproxy/ratelimit",
+    "value_to_metric": "only affects the statistics of envoyproxy/ratelimit",
     "metadata": "is not passed on to Envoy as dynamic metadata",
 }
 _MERGE: Final = "tag:yaml.org,2002:merge"
@@ -100,7 +100,7 @@ def ratelimit_files(path: Path) -> list[Path]:
         return [path]
     files = sorted(each for each in path.iterdir() if each.suffix in _ENDINGS)
     if not files:
-        raise PolicyError("there is no .yaml file in this directory: put one there, or leave [envoy] config out", str(path))
+        raise PolicyError("no .yaml or .yml file in this directory; add one, or remove [envoy] config", str(path))
     return files
 
 
@@ -119,7 +119,9 @@ def read_ratelimit(path: Path) -> list[tuple[str, str]]:
     try:
         return [(str(each), _text(each)) for each in ratelimit_files(path)]
     except OSError as error:
-        raise PolicyError(f"the configuration cannot be read: {error.strerror or error}: see [envoy] config", str(path)) from None
+        raise PolicyError(
+            f"the configuration cannot be read: {error.strerror or error}; check [envoy] config", str(path)
+        ) from None
 
 
 def parse_ratelimit(texts: list[tuple[str, str]]) -> list[RateLimitFile]:
@@ -138,7 +140,7 @@ def parse_ratelimit(texts: list[tuple[str, str]]) -> list[RateLimitFile]:
     first: dict[str, str] = {}
     for (file, _), made in zip(texts, read, strict=True):
         if made.domain in first:
-            raise PolicyError(f"domain {short(made.domain)} is that of {first[made.domain]} too: merge the two files", file)
+            raise PolicyError(f"domain {short(made.domain)} is also defined in {first[made.domain]}; merge the two files", file)
         first[made.domain] = file
     return read
 
@@ -147,11 +149,11 @@ def _text(file: Path) -> str:
     with file.open("rb") as opened:
         raw = opened.read(MAX_FILE_BYTES + 1)
     if len(raw) > MAX_FILE_BYTES:
-        raise PolicyError(f"the file has more than {MAX_FILE_BYTES} bytes: split its domains", str(file))
+        raise PolicyError(f"the file has more than {MAX_FILE_BYTES} bytes; split it by domain", str(file))
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise PolicyError("the file is not UTF-8 here", str(file), raw[: error.start].count(b"\n") + 1) from None
+        raise PolicyError("the file is not valid UTF-8 here", str(file), raw[: error.start].count(b"\n") + 1) from None
 
 
 class _Reader:
@@ -171,19 +173,19 @@ class _Reader:
         except yaml.MarkedYAMLError as error:
             mark = error.problem_mark or error.context_mark
             line = None if mark is None else mark.line + 1
-            raise PolicyError(f"not YAML: {error.problem or error.context}", self._file, line) from None
+            raise PolicyError(f"invalid YAML: {error.problem or error.context}", self._file, line) from None
         except (yaml.YAMLError, RecursionError) as error:
-            raise PolicyError(f"not YAML that can be read: {str(error)[:200]}", self._file, 1) from None
+            raise PolicyError(f"unreadable YAML: {str(error)[:200]}", self._file, 1) from None
         if len(documents) != 1 or documents[0] is None:
-            raise PolicyError(f"the file has {len(documents)} documents: write one domain into each file", self._file, 1)
+            raise PolicyError(f"the file has {len(documents)} YAML documents; write one domain per file", self._file, 1)
         fields = self._fields(documents[0], _ROOT_FIELDS, "the file")
         if "domain" not in fields:
-            raise self._error("'domain' is missing: Envoy's filter names one with every request", documents[0])
+            raise self._error("'domain' is missing; set it to the domain of Envoy's filter", documents[0])
         domain = self._name(fields["domain"], "domain")
         root = Node()
         if "descriptors" in fields:
             self._children(root, fields["descriptors"], (), 1)
-        notes = tuple(f"{self._file}:{line}: {name!r} {_LEFT_ASIDE[name]}: left aside" for name, line in self._notes.items())
+        notes = tuple(f"{self._file}:{line}: {name!r} {_LEFT_ASIDE[name]}, ignored" for name, line in self._notes.items())
         return RateLimitFile(domain, root, self._limits, notes)
 
     def _children(self, parent: Node, listed: yaml.Node, above: tuple[str, ...], depth: int) -> None:
@@ -193,9 +195,7 @@ class _Reader:
             self._descriptors += 1
             # Counted as they are walked: an alias stands for all that it names.
             if self._descriptors > MAX_DESCRIPTORS:
-                raise self._error(
-                    f"there are more than {MAX_DESCRIPTORS} descriptors: use wildcards, or keys without a value", item
-                )
+                raise self._error(f"more than {MAX_DESCRIPTORS} descriptors; use wildcards, or keys without a value", item)
             fields = self._fields(item, _DESCRIPTOR_FIELDS, "a descriptor")
             self._leave_aside(fields)
             if "key" not in fields:
@@ -210,7 +210,7 @@ class _Reader:
             node = Node()
             if self._flag(fields, "share_threshold"):
                 if "*" not in value:
-                    raise self._error("share_threshold is for values with a '*'", fields["share_threshold"])
+                    raise self._error("share_threshold requires a value with a '*'", fields["share_threshold"])
                 node.shared = value
             shadow = self._flag(fields, "shadow_mode")
             if "rate_limit" in fields:
@@ -224,7 +224,7 @@ class _Reader:
         """Check, and note, what changes no count."""
         if self._flag(fields, "quota_mode"):
             raise self._error(
-                "quota_mode is not supported: use shadow_mode, which lets pass and counts what it would deny",
+                "quota_mode is not supported; use shadow_mode, which allows requests and counts those it would deny",
                 fields["quota_mode"],
             )
         for name in _LEFT_ASIDE.keys() & fields.keys():
@@ -232,7 +232,7 @@ class _Reader:
             if name != "metadata":
                 self._flag(fields, name)
             elif not isinstance(node, yaml.MappingNode) and not _is_null(node):
-                raise self._error("metadata is a mapping", node)
+                raise self._error("metadata must be a mapping", node)
             self._notes.setdefault(name, node.start_mark.line + 1)
 
     def _place(self, parent: Node, key: str, value: str, node: Node, item: yaml.Node) -> None:
@@ -241,13 +241,13 @@ class _Reader:
             raise self._error(
                 f"key {short(key)}"
                 + (f" with value {short(value)}" if value else " without a value")
-                + " stands twice here: remove one",
+                + " is defined twice here; remove one",
                 item,
             )
         if added > MAX_ALIKE:
             raise self._error(
-                f"key {short(key)} has more than {MAX_ALIKE} wildcards that begin and end as {short(value)} does: "
-                "give them other beginnings or ends",
+                f"key {short(key)} has more than {MAX_ALIKE} wildcards with the same prefix and suffix as {short(value)}; "
+                "use different prefixes or suffixes",
                 item,
             )
 
@@ -261,27 +261,27 @@ class _Reader:
                 raise self._error("'name' is missing in replaces", item)
             replaced = self._name(inner["name"], "name")
             if replaced == name:
-                raise self._error(f"the limit {short(name)} replaces itself: name another one", inner["name"])
+                raise self._error(f"the limit {short(name)} replaces itself; name another limit", inner["name"])
             replaces.append(replaced)
         if self._flag(fields, "unlimited"):
             if "unit" in fields:
-                raise self._error("an unlimited rate_limit has no unit: remove one of the two", fields["unit"])
+                raise self._error("an unlimited rate_limit cannot have a unit; remove one of the two", fields["unit"])
             return FileLimit(None, path, name, tuple(replaces), shadow)
         for needed in ("unit", "requests_per_unit"):
             if needed not in fields:
-                remedy = "0 refuses everything" if needed == "requests_per_unit" else f"one of {', '.join(_UNIT_NAMES)}"
-                raise self._error(f"{needed!r} is missing in rate_limit: {remedy}", node)
+                remedy = "0 denies every request" if needed == "requests_per_unit" else f"one of {', '.join(_UNIT_NAMES)}"
+                raise self._error(f"{needed!r} is missing in rate_limit; {remedy}", node)
         unit = self._scalar(fields["unit"], "unit")
         if unit.lower() not in _UNIT_NAMES:
-            raise self._error(f"unit {short(unit)} is not known: use one of {', '.join(_UNIT_NAMES)}", fields["unit"])
+            raise self._error(f"unit {short(unit)} is not valid; use one of {', '.join(_UNIT_NAMES)}", fields["unit"])
         amount = self._whole(fields["requests_per_unit"], "requests_per_unit")
         return FileLimit(window_limit(amount, _UNIT_NAMES[unit.lower()]), path, name, tuple(replaces), shadow)
 
     def _fields(self, node: yaml.Node, known: tuple[str, ...], what: str) -> dict[str, yaml.Node]:
         fields: dict[str, yaml.Node] = {}
-        for name, (key, value) in self._pairs(node, f"{what} is a mapping of {', '.join(known)}").items():
+        for name, (key, value) in self._pairs(node, f"{what} must be a mapping of {', '.join(known)}").items():
             if name not in known:
-                raise self._error(f"unknown field {short(name)} in {what}: known are {', '.join(known)}", key)
+                raise self._error(f"unknown field {short(name)} in {what}; known fields are {', '.join(known)}", key)
             fields[name] = value
         return fields
 
@@ -293,7 +293,7 @@ class _Reader:
         if id(node) in self._merged:
             merged = self._merged[id(node)]
             if merged is None:
-                raise self._error("'<<' merges a mapping into itself: remove it", node)
+                raise self._error("'<<' merges a mapping into itself; remove it", node)
             return merged
         self._merged[id(node)] = None
         pairs: dict[str, tuple[yaml.Node, yaml.Node]] = {}
@@ -304,10 +304,10 @@ class _Reader:
                 continue
             name = key.value if isinstance(key, yaml.ScalarNode) else ""
             if name in pairs:
-                raise self._error(f"{name!r} stands twice here: remove one", key)
+                raise self._error(f"{name!r} is defined twice here; remove one", key)
             pairs[name] = (key, value)
         for source in sources:
-            for name, pair in self._pairs(source, "'<<' takes a mapping, or a list of them").items():
+            for name, pair in self._pairs(source, "'<<' requires a mapping or a list of mappings").items():
                 pairs.setdefault(name, pair)
         self._merged[id(node)] = pairs
         return pairs
@@ -316,12 +316,12 @@ class _Reader:
         if _is_null(node):
             return
         if not isinstance(node, yaml.SequenceNode):
-            raise self._error(f"{what} is a list: begin each item with '- '", node)
+            raise self._error(f"{what} must be a list; begin each item with '- '", node)
         yield from node.value
 
     def _scalar(self, node: yaml.Node, what: str) -> str:
         if not isinstance(node, yaml.ScalarNode):
-            raise self._error(f"{what} is a text", node)
+            raise self._error(f"{what} must be a text", node)
         return "" if _is_null(node) else str(node.value)
 
     def _name(self, node: yaml.Node, what: str) -> str:
@@ -336,7 +336,7 @@ class _Reader:
             return False
         text = node.value.lower() if isinstance(node, yaml.ScalarNode) and node.style is None else ""
         if text not in _TRUE | _FALSE:
-            raise self._error(f"{name} is true or false, without quotes", node)
+            raise self._error(f"{name} must be true or false, without quotes", node)
         return text in _TRUE
 
     def _whole(self, node: yaml.Node, what: str) -> int:

@@ -117,21 +117,21 @@ class RateLimitService:
         """
         if len(payload) > MAX_MESSAGE_BYTES:
             return denied(
-                self._seen(RequestTooLarge(f"the request has {len(payload)} bytes: at most {MAX_MESSAGE_BYTES} are read"))
+                self._seen(RequestTooLarge(f"the request has {len(payload)} bytes; at most {MAX_MESSAGE_BYTES} are accepted"))
             )
         try:
             request = RateLimitRequest.FromString(payload)
         except DecodeError:
-            raise self._refused("the message is no envoy.service.ratelimit.v3.RateLimitRequest") from None
+            raise self._refused("the message is not a valid envoy.service.ratelimit.v3.RateLimitRequest") from None
         domain, descriptors = request.domain.decode(errors="replace"), request.descriptors
         if not domain:
-            raise self._refused("the request has no domain: name one in Envoy's filter, as [envoy] domain has it")
+            raise self._refused("the request has no domain; set the domain of Envoy's filter to the value of [envoy] domain")
         if not 1 <= len(descriptors) <= MAX_DESCRIPTORS:
-            raise self._refused(f"the request has {len(descriptors)} descriptors: send 1 to {MAX_DESCRIPTORS}")
+            raise self._refused(f"the request has {len(descriptors)} descriptors; send 1 to {MAX_DESCRIPTORS}")
         domains = self.domains
         if domains is None:
             if domain != self._domain:
-                raise CallRefused(Status.UNAVAILABLE, "[envoy] config is invalid, no limits are known: see the log")
+                raise CallRefused(Status.UNAVAILABLE, "[envoy] config is invalid, so no limits are loaded; see the log")
             domains = {}
         limits = domains.get(domain)
         if limits is not None:
@@ -164,8 +164,8 @@ class RateLimitService:
         """The check that a descriptor of the policy's domain is, or why it is none, and its cost."""
         if descriptor.HasField("limit"):
             raise self._refused(
-                f"a limit came with a descriptor of domain {self._domain!r}, where the policy has the limits: "
-                "leave it out, or use a domain of [envoy] config"
+                f"a descriptor of domain {self._domain!r} has a limit, but limits of this domain come from the policy; "
+                "remove the limit, or use a domain of [envoy] config"
             )
         cost = 0
         try:
@@ -177,7 +177,7 @@ class RateLimitService:
                     continue
                 if field in named:
                     # Of two, the gateway and the backend may mean different ones.
-                    raise BadRequest(f"the entry {key!r} came twice in one descriptor: send one", field=field)
+                    raise BadRequest(f"the entry {key!r} appears twice in one descriptor; send it once", field=field)
                 named[field] = value
             if "path" not in named:
                 api_key = named.get("api_key") or None
@@ -194,9 +194,9 @@ class RateLimitService:
     def _entries(self, descriptor: Any, request: Any) -> tuple[Entries, int]:
         """The entries of a descriptor as text, and its cost."""
         if descriptor.is_negative_hits:
-            raise CallRefused(Status.UNIMPLEMENTED, "negative hits came: nothing is given back; send hits of 0 or more")
+            raise CallRefused(Status.UNIMPLEMENTED, "negative hits are not supported; send hits_addend of 0 or more")
         if len(descriptor.entries) > MAX_ENTRIES:
-            raise self._refused(f"a descriptor has {len(descriptor.entries)} entries: at most {MAX_ENTRIES} are read")
+            raise self._refused(f"a descriptor has {len(descriptor.entries)} entries; at most {MAX_ENTRIES} are accepted")
         # "Not given" is 1 for the request's own, for compatibility's sake in that protocol; a descriptor's own may be 0.
         cost = descriptor.hits_addend.value if descriptor.HasField("hits_addend") else max(request.hits_addend, 1)
         # What is not UTF-8 becomes lone surrogates: distinct, and refused where text is needed.
