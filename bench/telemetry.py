@@ -100,7 +100,7 @@ def line_us(count: int) -> float:
             AccessLog(1.0),
             Request({"traceparent": "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"}, True),
         )
-        request.check, request.seen = Check.of("/api/v1/items"), checks(1, 1)[0]
+        request.check, request.observation = Check.of("/api/v1/items"), checks(1, 1)[0]
         token = CURRENT.set(request)
         started = time.process_time()
         for _ in range(count):

@@ -1,4 +1,4 @@
-"""Every error Tidegate raises on purpose.
+"""All errors that Tidegate raises.
 
     TidegateError
      ├── BadRequest              400 BAD_REQUEST
@@ -10,12 +10,12 @@
      ├── ApiKeyExpired           403 API_KEY_EXPIRED
      ├── StoreUnavailable        503 STORE_UNAVAILABLE
      ├── CatalogUnavailable      503 CATALOG_UNAVAILABLE
-     ├── LimiterUnavailable      503 LIMITER_UNAVAILABLE: a client's, whose server was not heard
-     ├── PolicyError             a policy (file) that is refused: file, line, reason
-     ├── SettingsError           a setting that is refused: which, its value, the remedy
-     └── CatalogError            a change to the catalog that is refused
+     ├── LimiterUnavailable      503 LIMITER_UNAVAILABLE, raised by clients: no server answered in time
+     ├── PolicyError             an invalid policy (file): file, line, reason
+     ├── SettingsError           an invalid setting: name, value, remedy
+     └── CatalogError            a refused change of the catalog
 
-A message says what was wrong, with which value, and what to do about it.
+A message states what is wrong, with which value, and what to do.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from typing import ClassVar
 
 
 class TidegateError(Exception):
-    """The root of the tree above.
+    """The base class of all errors.
 
     Args:
-        message: one sentence for a person: what, with which value, and the remedy.
-        details: the same for a program; only JSON types.
+        message: one sentence for people: what is wrong, with which value, and the remedy.
+        details: the same for programs; JSON types only.
     """
 
     code: ClassVar[str] = "INTERNAL"
@@ -41,7 +41,7 @@ class TidegateError(Exception):
 
 
 class BadRequest(TidegateError):
-    """The check itself makes no sense; nothing was charged."""
+    """The check is invalid; nothing was charged."""
 
     code = "BAD_REQUEST"
     status = 400
@@ -55,7 +55,7 @@ class RequestTooLarge(BadRequest):
 
 
 class MissingApiKey(TidegateError):
-    """No API key came, and the policy has no anonymous tier."""
+    """The request has no API key, and the policy has no anonymous tier."""
 
     code = "MISSING_API_KEY"
     status = 401
@@ -69,7 +69,7 @@ class InvalidApiKey(TidegateError):
 
 
 class TooManyUnknownKeys(TidegateError):
-    """The client sent so many unknown API keys that no further one is looked up for now; its `details` say for how long."""
+    """The client sent too many unknown API keys; look-ups are refused until the time in `details`."""
 
     code = "API_KEY_LOOKUPS_EXCEEDED"
     status = 429
@@ -83,40 +83,40 @@ class ApiKeyRevoked(TidegateError):
 
 
 class ApiKeyExpired(TidegateError):
-    """The API key's time is over."""
+    """The API key has expired."""
 
     code = "API_KEY_EXPIRED"
     status = 403
 
 
 class StoreUnavailable(TidegateError):
-    """The counter store does not answer and the rule says deny."""
+    """The counter store is unavailable and the rule has `on_failure = "deny"`."""
 
     code = "STORE_UNAVAILABLE"
     status = 503
 
 
 class CatalogUnavailable(TidegateError):
-    """The catalog does not answer and nothing cached can stand in."""
+    """The catalog is unavailable and no usable entry is cached."""
 
     code = "CATALOG_UNAVAILABLE"
     status = 503
 
 
 class LimiterUnavailable(TidegateError):
-    """No server gave a client an answer in time; what it asked for may have been counted."""
+    """A client got no answer from any server in time; its check may have been counted."""
 
     code = "LIMITER_UNAVAILABLE"
     status = 503
 
 
 class PolicyError(TidegateError):
-    """A policy that is refused as a whole; what was in force stays in force.
+    """An invalid policy; it is refused as a whole and the previous policy stays active.
 
     Args:
         reason: what is wrong, with the value and the remedy.
-        file: path of the policy file, where there is one.
-        line: 1-based line in that file, where it is known.
+        file: path of the policy file, if any.
+        line: 1-based line in that file, if known.
     """
 
     code = "POLICY_REFUSED"
@@ -131,13 +131,13 @@ class PolicyError(TidegateError):
 
 
 class SettingsError(TidegateError):
-    """A setting that is refused; the program ends with exit code 2."""
+    """An invalid setting; the program ends with exit code 2."""
 
     code = "SETTINGS_REFUSED"
 
 
 class CatalogError(TidegateError):
-    """A change to the catalog that is refused; nothing was changed."""
+    """A refused change of the catalog; nothing was changed."""
 
     code = "CATALOG_REFUSED"
     status = 409

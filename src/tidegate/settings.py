@@ -1,4 +1,4 @@
-"""Every setting, its default and its unit. A TOML file, and each key as an environment variable over it."""
+"""All settings with defaults, units and limits, from a TOML file and from environment variables that override it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import difflib
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Annotated, Any, Final, NamedTuple, get_type_hints
 
 import msgspec
 
@@ -18,54 +18,71 @@ DEFAULT_POLICY_FILE: Final = "tidegate.policy.toml"
 MIN_TOKEN_LENGTH: Final = 16
 
 
+class Range(NamedTuple):
+    """The smallest and the largest value of a setting.
+
+    Not `msgspec.Meta(ge=…, le=…)`: that accepts NaN, and its error names neither the value nor the other bound.
+    """
+
+    min: float
+    max: float
+
+
+class Choice:
+    """The values that a setting can have."""
+
+    def __init__(self, *values: str) -> None:
+        self.values: Final = values
+
+
 class ServerSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """`[server]`: the listeners.
 
     Args:
         http: address of the data plane.
-        admin: address of the control plane; empty switches it off.
-        grpc: address of the gRPC door; empty switches it off.
-        workers: processes.
-        drain_s: how long SIGTERM waits for what is in flight, s.
-        trusted_proxies: addresses and networks whose forwarding headers are believed; `unix` for peers on a unix socket.
+        admin: address of the control plane; empty disables it.
+        grpc: address of the gRPC door; empty disables it.
+        workers: number of processes.
+        drain_s: how long SIGTERM waits for requests in flight, s.
+        trusted_proxies: addresses and networks whose forwarding headers are trusted; `unix` for peers on a unix socket.
         body_timeout_s: how long a request body may take, s.
         idle_timeout_s: how long a connection of the data plane may wait for its next request, s; keep it above that of gateways.
-        max_connections: most open connections of the data plane; above it those that wait longest are closed.
+        max_connections: maximum number of open connections of the data plane; beyond it the longest idle ones are closed.
         log_level: debug, info, warning or error.
-        log_format: json (one line an event, Elastic Common Schema), text, or auto: text for a terminal, else json.
-        access_log_sample: share of the requests to the data plane's /v1/ and of gRPC's calls that are logged, 0 to 1.
+        log_format: json (one line per event, Elastic Common Schema), text, or auto: text for a terminal, else json.
+        access_log_sample: share of the requests to /v1/ of the data plane and of the gRPC calls that are logged.
     """
 
     http: str = "127.0.0.1:8080"
     admin: str = "127.0.0.1:8082"
     grpc: str = "127.0.0.1:8081"
-    workers: int = 1
-    drain_s: float = 10.0
+    workers: Annotated[int, Range(1, 1024)] = 1
+    drain_s: Annotated[float, Range(0, 3600)] = 10.0
     trusted_proxies: tuple[str, ...] = ("127.0.0.0/8", "::1/128")
-    body_timeout_s: float = 10.0
-    idle_timeout_s: float = 75.0
-    max_connections: int = 10_000
-    log_level: str = "info"
-    log_format: str = "auto"
-    access_log_sample: float = 0.0
+    body_timeout_s: Annotated[float, Range(0.1, 3600)] = 10.0
+    idle_timeout_s: Annotated[float, Range(1, 86_400)] = 75.0
+    max_connections: Annotated[int, Range(1, 1_000_000)] = 10_000
+    log_level: Annotated[str, Choice("debug", "info", "warning", "error")] = "info"
+    log_format: Annotated[str, Choice("auto", "json", "text")] = "auto"
+    access_log_sample: Annotated[float, Range(0, 1)] = 0.0
 
 
 class PolicySettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """`[policy]`: the policy file.
 
     Args:
-        file: its path; where not given, `tidegate.policy.toml` is taken if it is there.
+        file: its path; by default `tidegate.policy.toml` if that exists.
     """
 
     file: str | None = None
 
 
 class PathSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """`[paths]`: spellings of paths that are refused unless an API needs them.
+    """`[paths]`: path encodings that are refused by default.
 
     Args:
-        encoded_slashes: patterns with `*` for the paths that may have `%2F`.
-        decode_unreserved: whether an escape of an unreserved character, such as `%7E`, is read as the character.
+        encoded_slashes: patterns with `*` of the paths that may contain `%2F`.
+        decode_unreserved: whether an escape of an unreserved character, such as `%7E`, is decoded.
     """
 
     encoded_slashes: tuple[str, ...] = ()
@@ -73,78 +90,78 @@ class PathSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class CatalogSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """`[catalog]`: where policy lives.
+    """`[catalog]`: the database of the policy.
 
     Args:
-        url: `sqlite:///file.db` (relative), `sqlite:////file.db` (absolute), or a PostgreSQL as libpq reads it:
+        url: `sqlite:///file.db` (relative), `sqlite:////file.db` (absolute), or a PostgreSQL URL as for libpq:
             `postgresql://user@host1,host2/name`.
         replicas: URLs of read replicas of that PostgreSQL.
-        max_replica_lag_s: a replica that lags more is left out, s.
-        pool_size: most connections for reading to each database server; another 4 to the primary are for writing.
-        timeout_s: how long a database may take to answer, s.
-        poll_s: how often changes made by other processes are looked for where they are not announced, s.
-        unknown_keys_per_minute: most look-ups of unknown API keys for one client address in one process; 0 for no bound.
+        max_replica_lag_s: a replica that lags more is removed from rotation, s.
+        pool_size: maximum number of read connections to each database server; the primary has another 4 for writing.
+        timeout_s: deadline of a database query, s.
+        poll_s: interval of polling for changes by other processes, if they are not announced, s.
+        unknown_keys_per_minute: maximum look-ups of unknown API keys per client address and process; 0 disables the limit.
     """
 
     url: str = "sqlite:///tidegate.db"
     replicas: tuple[str, ...] = ()
-    max_replica_lag_s: float = 5.0
-    pool_size: int = 8
-    timeout_s: float = 2.0
-    poll_s: float = 0.5
-    unknown_keys_per_minute: int = 300
+    max_replica_lag_s: Annotated[float, Range(0.1, 86_400)] = 5.0
+    pool_size: Annotated[int, Range(1, 1000)] = 8
+    timeout_s: Annotated[float, Range(0.05, 60)] = 2.0
+    poll_s: Annotated[float, Range(0.05, 3600)] = 0.5
+    unknown_keys_per_minute: Annotated[int, Range(0, 1_000_000_000)] = 300
 
 
 class CounterSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """`[counters]`: where counts live.
+    """`[counters]`: the counter store.
 
     Args:
-        url: `memory://`, or a Redis: `redis://`, `redis+unix://`, `redis+sentinel://`, `redis+cluster://`, and `rediss…` for TLS.
+        url: `memory://`, or Redis: `redis://`, `redis+unix://`, `redis+sentinel://`, `redis+cluster://`, and `rediss…` for TLS.
         timeout_ms: deadline of a check at the store, ms.
-        on_failure: local, allow or deny while the store is unwell, for rules that do not say.
-        max_subjects: most counters held in memory; on Redis, while it is unwell.
-        max_in_flight: most unanswered calls to one shard.
-        min_instances: at least so many instances share the limits while the store is unwell, also where none was heard of.
+        on_failure: local, allow or deny while the store is unavailable, for rules without `on_failure`.
+        max_subjects: maximum number of counters in memory; with Redis, while it is unavailable.
+        max_in_flight: maximum number of unanswered calls to one shard.
+        min_instances: minimum number of instances that share the limits while the store is unavailable, even if fewer are known.
     """
 
     url: str = "memory://"
-    timeout_ms: int = 50
-    on_failure: str = "local"
-    max_subjects: int = 1_000_000
-    max_in_flight: int = 10_000
-    min_instances: int = 1
+    timeout_ms: Annotated[int, Range(1, 60_000)] = 50
+    on_failure: Annotated[str, Choice("local", "allow", "deny")] = "local"
+    max_subjects: Annotated[int, Range(1, 1_000_000_000)] = 1_000_000
+    max_in_flight: Annotated[int, Range(1, 1_000_000)] = 10_000
+    min_instances: Annotated[int, Range(1, 10_000)] = 1
 
 
 class BreakerSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """`[breaker]`: when a counter store that fails is left alone.
+    """`[breaker]`: the circuit breaker of the counter store.
 
     Args:
-        failures: that open it, within the window.
-        window_s: the window, s.
-        open_s: how long it stays open before one probe, s.
+        failures: number of failures within `window_s` that open it.
+        window_s: length of the window, s.
+        open_s: how long it stays open before a probe, s.
     """
 
-    failures: int = 5
-    window_s: float = 10.0
-    open_s: float = 30.0
+    failures: Annotated[int, Range(1, 1_000_000)] = 5
+    window_s: Annotated[float, Range(0.1, 86_400)] = 10.0
+    open_s: Annotated[float, Range(0.1, 86_400)] = 30.0
 
 
 class CacheSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """`[cache]`: the catalog in memory.
+    """`[cache]`: the caches of the catalog.
 
     Args:
         l1_ttl_s: how long an entry is fresh in this process, s.
         l2_ttl_s: how long it is fresh in the shared cache, s.
-        stale_if_error_s: how long past that it serves while the catalog fails, s.
-        max_keys: most API keys cached in this process.
-        secret: seals the entries of the shared cache, 16 characters or more, the same for all instances of a catalog; where not
-            given, one is made and kept in the catalog's database.
+        stale_if_error_s: how long a stale entry is used while the catalog is unavailable, s.
+        max_keys: maximum number of API keys cached in this process.
+        secret: authenticates the entries of the shared cache, 16 characters or more, the same for all instances of a catalog; by
+            default one is generated and stored in the catalog's database.
     """
 
-    l1_ttl_s: float = 60.0
-    l2_ttl_s: float = 300.0
-    stale_if_error_s: float = 3600.0
-    max_keys: int = 100_000
+    l1_ttl_s: Annotated[float, Range(0.1, 86_400)] = 60.0
+    l2_ttl_s: Annotated[float, Range(0.1, 86_400)] = 300.0
+    stale_if_error_s: Annotated[float, Range(0, 86_400 * 365)] = 3600.0
+    max_keys: Annotated[int, Range(1, 100_000_000)] = 100_000
     secret: str | None = None
 
 
@@ -152,8 +169,8 @@ class AdminSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """`[admin]`: the control plane.
 
     Args:
-        token: bearer token of an operator, 16 characters or more; without one, one is made and printed at the first start.
-        trusted_proxies: networks whose forwarding headers the control plane believes when it counts wrong tokens by address.
+        token: bearer token of an operator, 16 characters or more; by default one is generated and printed at the first start.
+        trusted_proxies: networks whose forwarding headers are trusted when the control plane counts wrong tokens by address.
     """
 
     token: str | None = None
@@ -161,43 +178,43 @@ class AdminSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class ViolationSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """`[violations]`: what is kept of blocked checks.
+    """`[violations]`: the record of blocked checks.
 
     Args:
-        enabled: whether they are written to the catalog's database.
-        flush_s: how often, s.
+        enabled: whether they are written to the database of the catalog.
+        flush_s: interval of the writes, s.
         keep_days: how long they are kept, days.
-        max_entries: most subjects counted between two writes, each in its minute and rule.
+        max_entries: maximum number of entries (subject, rule and minute) between two writes.
     """
 
     enabled: bool = True
-    flush_s: float = 5.0
-    keep_days: int = 30
-    max_entries: int = 10_000
+    flush_s: Annotated[float, Range(0.1, 3600)] = 5.0
+    keep_days: Annotated[int, Range(1, 3650)] = 30
+    max_entries: Annotated[int, Range(100, 1_000_000)] = 10_000
 
 
 class TracingSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """`[tracing]`: OpenTelemetry, with the extra `otel`.
 
     Args:
-        endpoint: where spans go, OTLP over HTTP, such as `http://127.0.0.1:4318/v1/traces`; without one there is no tracing.
-        sample: share of the checks that are traced where the caller's `traceparent` does not say.
+        endpoint: URL that receives spans, OTLP over HTTP, such as `http://127.0.0.1:4318/v1/traces`; tracing is off by default.
+        sample: share of the checks without a trusted `traceparent` that are traced.
     """
 
     endpoint: str | None = None
-    sample: float = 0.01
+    sample: Annotated[float, Range(0, 1)] = 0.01
 
 
 class EnvoySettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """`[envoy]`: what the gRPC door makes of Envoy's descriptors.
+    """`[envoy]`: how the gRPC door reads Envoy's descriptors.
 
     Args:
-        domain: whose descriptors are checks under the policy.
-        api_key_entry: name of the entry that has the API key.
-        method_entry: name of the entry that has the HTTP method; GET where there is none.
-        path_entry: name of the entry that has the path; for a descriptor without one the rules for descriptors are asked.
-        ip_entry: name of the entry that has the client's address.
-        config: file or directory of limits in the form of envoyproxy/ratelimit, for domains of their own; none where empty.
+        domain: domain whose descriptors are checks under the policy.
+        api_key_entry: name of the entry with the API key.
+        method_entry: name of the entry with the HTTP method; GET without one.
+        path_entry: name of the entry with the path; a descriptor without one is matched against the rules for descriptors.
+        ip_entry: name of the entry with the client's address.
+        config: file or directory of limits in the format of envoyproxy/ratelimit, for other domains; none if empty.
     """
 
     domain: str = "tidegate"
@@ -209,7 +226,7 @@ class EnvoySettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """All settings; each section is a record above."""
+    """All settings; each section is a class above."""
 
     server: ServerSettings = ServerSettings()
     policy: PolicySettings = PolicySettings()
@@ -225,53 +242,18 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def policy_path(self) -> Path | None:
-        """The policy file, None where there is none: neither given nor at its usual place."""
+        """The configured policy file, else `tidegate.policy.toml` if that exists, else None."""
         if self.policy.file is not None:
             return Path(self.policy.file)
-        usual = Path(DEFAULT_POLICY_FILE)
-        return usual if usual.exists() else None
-
-
-_RANGES: Final[Mapping[str, tuple[float, float]]] = {
-    "server.workers": (1, 1024),
-    "server.drain_s": (0, 3600),
-    "server.body_timeout_s": (0.1, 3600),
-    "server.idle_timeout_s": (1, 86_400),
-    "server.max_connections": (1, 1_000_000),
-    "server.access_log_sample": (0, 1),
-    "catalog.max_replica_lag_s": (0.1, 86_400),
-    "catalog.pool_size": (1, 1000),
-    "catalog.timeout_s": (0.05, 60),
-    "catalog.poll_s": (0.05, 3600),
-    "catalog.unknown_keys_per_minute": (0, 1_000_000_000),
-    "counters.timeout_ms": (1, 60_000),
-    "counters.max_subjects": (1, 1_000_000_000),
-    "counters.max_in_flight": (1, 1_000_000),
-    "counters.min_instances": (1, 10_000),
-    "breaker.failures": (1, 1_000_000),
-    "breaker.window_s": (0.1, 86_400),
-    "breaker.open_s": (0.1, 86_400),
-    "cache.l1_ttl_s": (0.1, 86_400),
-    "cache.l2_ttl_s": (0.1, 86_400),
-    "cache.stale_if_error_s": (0, 86_400 * 365),
-    "cache.max_keys": (1, 100_000_000),
-    "violations.flush_s": (0.1, 3600),
-    "violations.keep_days": (1, 3650),
-    "violations.max_entries": (100, 1_000_000),
-    "tracing.sample": (0, 1),
-}
-_CHOICES: Final[Mapping[str, tuple[str, ...]]] = {
-    "counters.on_failure": ("local", "allow", "deny"),
-    "server.log_level": ("debug", "info", "warning", "error"),
-    "server.log_format": ("auto", "json", "text"),
-}
+        default = Path(DEFAULT_POLICY_FILE)
+        return default if default.exists() else None
 
 
 def load_settings(file: Path | None, environment: Mapping[str, str]) -> Settings:
     """Read the settings.
 
     Args:
-        file: the TOML file; None for `tidegate.toml` if it is there.
+        file: the TOML file; None for `tidegate.toml` if that exists.
         environment: variables; those named `TIDEGATE_SECTION__KEY` override the file.
 
     Returns:
@@ -288,7 +270,7 @@ def load_settings(file: Path | None, environment: Mapping[str, str]) -> Settings
         _check_known(section, values, source)
     for variable, text in environment.items():
         if not variable.startswith(ENVIRONMENT_PREFIX) or "__" not in variable:
-            continue  # Kubernetes makes TIDEGATE_PORT and the like of a service's name: those are no settings
+            continue  # Kubernetes sets TIDEGATE_PORT and others for a service named tidegate: they are not settings
         section, _, key = variable[len(ENVIRONMENT_PREFIX) :].lower().partition("__")
         _check_known(section, {key: text}, f"the environment variable {variable}")
         raw.setdefault(section, {})[key] = _from_text(section, key, text)
@@ -296,13 +278,7 @@ def load_settings(file: Path | None, environment: Mapping[str, str]) -> Settings
         settings = msgspec.convert(raw, Settings, strict=False)
     except msgspec.ValidationError as error:
         raise SettingsError(f"invalid setting: {error} (in {source}, or in a TIDEGATE_ variable)") from None
-    for name, (least, most) in _RANGES.items():
-        value = _value(settings, name)
-        if not least <= value <= most:
-            raise SettingsError(f"setting {name} = {value} must be from {least:g} to {most:g}")
-    for name, choices in _CHOICES.items():
-        if _value(settings, name) not in choices:
-            raise SettingsError(f"setting {name} = {_value(settings, name)!r} is not valid; use one of {', '.join(choices)}")
+    _check_limits(settings)
     for name in ("http", "admin", "grpc"):
         if name == "http" or getattr(settings.server, name):
             parse_address(getattr(settings.server, name), f"server.{name}")
@@ -312,13 +288,13 @@ def load_settings(file: Path | None, environment: Mapping[str, str]) -> Settings
     if not settings.envoy.domain:
         raise SettingsError("setting envoy.domain is empty; set it to the domain that Envoy sends")
     if settings.cache.secret and len(settings.cache.secret) < MIN_TOKEN_LENGTH:
-        # The secret itself is not repeated.
+        # The message must not contain the secret.
         raise SettingsError(
             f"setting cache.secret has fewer than {MIN_TOKEN_LENGTH} characters; generate one with 'openssl rand -hex 32', "
             "or remove the setting to use one stored in the catalog's database"
         )
     if settings.admin.token and len(settings.admin.token) < MIN_TOKEN_LENGTH:
-        # The token itself is not repeated.
+        # The message must not contain the token.
         raise SettingsError(
             f"setting admin.token has fewer than {MIN_TOKEN_LENGTH} characters; generate one with 'openssl rand -hex 32'"
         )
@@ -330,7 +306,7 @@ def parse_address(text: str, name: str) -> tuple[str, int]:
 
     Args:
         text: `host:port`, with an IPv6 host in brackets.
-        name: of the setting, for the error.
+        name: name of the setting, for the error.
 
     Returns:
         Host and port, 0 to 65535 (0: any free one).
@@ -348,7 +324,7 @@ def parse_address(text: str, name: str) -> tuple[str, int]:
 
 
 def is_host(text: str) -> bool:
-    """Whether a text can be looked up as a host: of others the resolver raises `UnicodeError`, long after the start.
+    """Whether a text can be resolved as a host: for others the resolver raises `UnicodeError`, long after the start.
 
     Args:
         text: a name or an address, without brackets.
@@ -366,15 +342,7 @@ def is_host(text: str) -> bool:
 
 
 def join_address(host: str, port: int) -> str:
-    """Write an address as the settings have it.
-
-    Args:
-        host: a name or an address.
-        port: 0 to 65535.
-
-    Returns:
-        `host:port`, with an IPv6 host in brackets.
-    """
+    """`host:port`, with an IPv6 host in brackets."""
     return f"{f'[{host}]' if ':' in host else host}:{port}"
 
 
@@ -392,18 +360,18 @@ def _read(file: Path) -> dict[str, Any]:
 def _check_known(section: str, values: object, source: str) -> None:
     sections = {field.name: field.type for field in msgspec.structs.fields(Settings)}
     if section not in sections:
-        raise SettingsError(f"{source} has the unknown section {section!r}{_nearest(section, sections)}")
+        raise SettingsError(f"{source} has the unknown section {section!r}{_suggestion(section, sections)}")
     if not isinstance(values, dict):
         raise SettingsError(f"{source}: {section!r} is a section; write [{section}]")
     keys = {field.name for field in msgspec.structs.fields(sections[section])}
     for key in values:
         if key not in keys:
-            raise SettingsError(f"{source} has the unknown setting '{section}.{key}'{_nearest(key, keys)}")
+            raise SettingsError(f"{source} has the unknown setting '{section}.{key}'{_suggestion(key, keys)}")
 
 
-def _nearest(name: str, known: Any) -> str:
+def _suggestion(name: str, known: Any) -> str:
     close = difflib.get_close_matches(name, list(known), n=1)
-    return f": did you mean {close[0]!r}?" if close else f": known are {', '.join(sorted(known))}"
+    return f": did you mean {close[0]!r}?" if close else f": known names are {', '.join(sorted(known))}"
 
 
 def _from_text(section: str, key: str, text: str) -> Any:
@@ -411,6 +379,14 @@ def _from_text(section: str, key: str, text: str) -> Any:
     return [part.strip() for part in text.split(",") if part.strip()] if isinstance(default, tuple) else text
 
 
-def _value(settings: Settings, name: str) -> Any:
-    section, _, key = name.partition(".")
-    return getattr(getattr(settings, section), key)
+def _check_limits(settings: Settings) -> None:
+    for section in msgspec.structs.fields(Settings):
+        values = getattr(settings, section.name)
+        for key, hint in get_type_hints(section.type, include_extras=True).items():
+            name, value = f"{section.name}.{key}", getattr(values, key)
+            for limit in getattr(hint, "__metadata__", ()):
+                # Negated, so that NaN is refused too.
+                if isinstance(limit, Range) and not limit.min <= value <= limit.max:
+                    raise SettingsError(f"setting {name} = {value} must be from {limit.min:g} to {limit.max:g}")
+                if isinstance(limit, Choice) and value not in limit.values:
+                    raise SettingsError(f"setting {name} = {value!r} is not valid; use one of {', '.join(limit.values)}")

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.cpu_time import TRIES, assert_cpu_below, cpu_s
-from tidegate.doors.grpc.descriptor_tree import MAX_ALIKE, Node
+from tidegate.doors.grpc.descriptor_tree import MAX_SIMILAR_WILDCARDS, Node
 
 
 def tree(*descriptors: tuple[str, str]) -> tuple[Node, dict[Node, int]]:
@@ -52,7 +52,9 @@ def test_what_is_there_already_is_not_replaced() -> None:
 
 def test_many_wildcards_cost_a_descriptor_little() -> None:
     """20,000 wildcards with ends of their own; and as many as may be with the same ones, against a long value."""
-    root, places = tree(*(("k", f"*-{number}") for number in range(20_000)), *(("l", f"a*{n}*z") for n in range(MAX_ALIKE)))
+    root, places = tree(
+        *(("k", f"*-{number}") for number in range(20_000)), *(("l", f"a*{n}*z") for n in range(MAX_SIMILAR_WILDCARDS))
+    )
     found = root.child("k", "value-777")
     assert found is not None
     assert places[found] == 777

@@ -17,12 +17,12 @@ from tests.cpu_time import assert_growth_below, cpu_s
 from tidegate.admin.tokens import TOKEN_PREFIX
 from tidegate.doors.client_address import TrustedProxies
 from tidegate.telemetry.logs import (
-    BY_STRANGER,
     HIDDEN,
     MAX_LINE_BYTES,
     MAX_REPEATED,
+    UNAUTHENTICATED,
     LineWriter,
-    _Repeats,
+    _RepeatLimit,
     configure_logging,
     lines_dropped,
     lines_suppressed,
@@ -289,7 +289,7 @@ def test_a_record_that_cannot_be_formatted_is_not_printed_as_it_is(style: str, c
 def test_what_strangers_cause_is_bounded_and_counted() -> None:
     def log() -> None:
         for number in range(100):
-            logger.info("%s %d", "by a stranger", number, extra={BY_STRANGER: True})
+            logger.info("%s %d", "by a stranger", number, extra={UNAUTHENTICATED: True})
             logger.info("by an operator %d", number)
 
     lines = written(log)
@@ -300,7 +300,7 @@ def test_what_strangers_cause_is_bounded_and_counted() -> None:
 
 def test_one_fault_again_and_again_is_bounded_and_told_of_later() -> None:
     now = 0.0
-    repeats = _Repeats(lambda: now)
+    repeats = _RepeatLimit(lambda: now)
     kind = (ValueError, ValueError("x"), None)
 
     def record() -> logging.LogRecord:
@@ -335,7 +335,7 @@ def test_below_the_level_nothing_is_told_and_others_chatter_never() -> None:
 
 def test_a_reader_that_hangs_stops_nobody_and_what_it_misses_is_counted() -> None:
     reading, writing = os.pipe()
-    writer = LineWriter(writing, most_waiting=100)
+    writer = LineWriter(writing, max_waiting=100)
     line = b"x" * 1023 + b"\n"
     before = threading.active_count()
     for _ in range(

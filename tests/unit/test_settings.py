@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated, get_origin, get_type_hints
 
 import msgspec
 import pytest
@@ -99,3 +100,16 @@ def test_a_host_that_can_be_looked_up(host: str) -> None:
 @pytest.mark.parametrize("host", ["", "a..b", ".a", "x" * 64, "a b", "a\0b", "a\nb", "\udcff"])
 def test_a_host_that_no_resolver_takes(host: str) -> None:
     assert not is_host(host)
+
+
+def test_every_number_and_choice_is_limited_beside_its_field() -> None:
+    """NaN passes a plain comparison with either bound."""
+    for variable, value in (("TIDEGATE_SERVER__DRAIN_S", "nan"), ("TIDEGATE_TRACING__SAMPLE", "1.5")):
+        with pytest.raises(SettingsError, match="must be from"):
+            load_settings(None, {variable: value})
+    with pytest.raises(SettingsError, match=r"server\.log_format = 'xml' is not valid; use one of auto, json, text"):
+        load_settings(None, {"TIDEGATE_SERVER__LOG_FORMAT": "xml"})
+    for section in msgspec.structs.fields(Settings):
+        for key, hint in get_type_hints(section.type, include_extras=True).items():
+            plain = get_origin(hint) is not Annotated
+            assert not (plain and hint in (int, float)), f"{section.name}.{key} has no range"

@@ -155,8 +155,8 @@ class DataPlane:
         CURRENT.set(request)
         access = self._access
         # Probes and scrapes are nobody's requests.
-        if access is not None and scope.path.startswith("/v1/") and access.wants():
-            request.wanted = True
+        if access is not None and scope.path.startswith("/v1/") and access.is_sampled():
+            request.sampled = True
             proto = _Noted(proto)
             started_ns = time.perf_counter_ns()
         try:
@@ -181,7 +181,7 @@ class DataPlane:
         finally:
             self.in_flight -= 1
             self.answered += 1
-            if access is not None and request.wanted:
+            if access is not None and request.sampled:
                 access.write(
                     request,
                     AUTHORIZE_ENVOY if _is_envoy(scope.path) else scope.path[:200],

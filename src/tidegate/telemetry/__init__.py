@@ -1,5 +1,5 @@
-"""What is seen of the gate from outside: metrics, health, logs, traces, and who was blocked.
+"""Metrics, health, logs and traces.
 
-Telemetry is told, it never decides: the gate hands over one `Observation` a check, and a fault here cannot change an answer.
-Tallies are plain integers of one event loop; scrapes read them without a lock.
+Telemetry observes and never decides: the gate passes one `Observation` per check, and no decision depends on what happens here.
+Counts are plain integers of one event loop; scrapes read them without a lock.
 """

@@ -1,4 +1,4 @@
-"""The access log: a sample of the requests, each with what was asked and what was decided. Off where the sample is 0."""
+"""The access log: one line for each sampled request, with the check and its decision. Off if the sample is 0."""
 
 from __future__ import annotations
 
@@ -13,57 +13,53 @@ logger = logging.getLogger("tidegate.access")
 
 
 class AccessLog:
-    """Writes a line about some requests.
+    """Logs a sample of the requests.
 
     Args:
-        sample: which share of them, 0 to 1.
+        sample: share of the requests that are logged, 0 to 1.
     """
 
     def __init__(self, sample: float) -> None:
         self._sample = sample
 
-    def wants(self) -> bool:
-        """Whether the request that came now is among them."""
+    def is_sampled(self) -> bool:
+        """Draw whether the next request is logged."""
         return random.random() < self._sample
 
-    def observe(self, seen: Observation) -> None:
-        """Keep what the gate saw of a request that is wanted.
-
-        Args:
-            seen: what it saw.
-        """
+    def observe(self, observation: Observation) -> None:
+        """Attach the observation to the current request if that is sampled."""
         request = current()
-        if request is not None and request.wanted:
-            request.seen = seen
+        if request is not None and request.sampled:
+            request.observation = observation
 
     def write(self, request: Request, door: str, status: int | str, duration_ns: int) -> None:
-        """Write the line.
+        """Write the line of one answered request.
 
         Args:
-            request: that was answered.
-            door: path of Tidegate's own that it came to.
-            status: of the answer: HTTP's number, or what a call of gRPC said.
-            duration_ns: from its arrival to its answer, ns.
+            request: the request.
+            door: path or gRPC method of Tidegate that received it.
+            status: HTTP status, or the code of a gRPC answer.
+            duration_ns: from arrival to answer, ns.
         """
-        told: dict[str, Any] = {
+        fields: dict[str, Any] = {
             "event.dataset": "tidegate.access",
             "event.duration": duration_ns,
             "http.response.status_code" if isinstance(status, int) else "tidegate.grpc_answer": status,
             "tidegate.door": door,
             "tidegate.sample": self._sample,
         }
-        check, seen = request.check, request.seen
+        check, observation = request.check, request.observation
         if check is not None:
-            # The path as it was decided on: without a query, which may hold anything.
-            told |= {"url.path": check.path, "http.request.method": check.method, "tidegate.cost": check.cost}
+            # The path that was matched, without the query, which may contain secrets.
+            fields |= {"url.path": check.path, "http.request.method": check.method, "tidegate.cost": check.cost}
             if check.ip is not None:
-                told["client.ip"] = check.ip
-        if seen is not None:
-            decision = seen.decision
+                fields["client.ip"] = check.ip
+        if observation is not None:
+            decision = observation.decision
             if decision is None:
-                told |= {"event.outcome": "failure", "error.code": seen.error}
+                fields |= {"event.outcome": "failure", "error.code": observation.error}
             else:
-                told |= {
+                fields |= {
                     "event.outcome": "success",
                     "tidegate.allowed": decision.allowed,
                     "tidegate.tier": decision.tier,
@@ -71,8 +67,8 @@ class AccessLog:
                     "tidegate.remaining": decision.remaining,
                     "tidegate.degraded": decision.degraded,
                 }
-                if seen.subject is not None and seen.subject.startswith("k:"):
-                    told["tidegate.key_id"] = seen.subject[2:]
+                if observation.subject is not None and observation.subject.startswith("k:"):
+                    fields["tidegate.key_id"] = observation.subject[2:]
         logger.info(
-            "%s answered %s", door, status, extra={"ecs": {name: each for name, each in told.items() if each is not None}}
+            "%s answered %s", door, status, extra={"ecs": {name: value for name, value in fields.items() if value is not None}}
         )

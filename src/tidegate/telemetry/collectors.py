@@ -1,4 +1,4 @@
-"""What the parts of an instance count, as metrics."""
+"""Registers the metrics of the components of an instance."""
 
 from __future__ import annotations
 
@@ -21,14 +21,7 @@ _STATES: Final = {BreakerState.CLOSED: 0, BreakerState.HALF_OPEN: 1, BreakerStat
 def collect_cache(
     metrics: Metrics, cached: CachedCatalog, shared: SharedCatalog | None = None, database: Database | None = None
 ) -> None:
-    """Tell what the caches in front of the catalog do, and the replicas behind them.
-
-    Args:
-        metrics: what is told.
-        cached: of this process.
-        shared: of all instances; None where there is none.
-        database: of the catalog; None where it has none.
-    """
+    """Register the metrics of the catalog: its caches, its database and the read replicas."""
 
     def levels(one: int, two: int | None) -> dict[str, float]:
         return {"l1": one} if two is None else {"l1": one, "l2": two}
@@ -91,12 +84,7 @@ def collect_cache(
 
 
 def collect_counters(metrics: Metrics, counters: CounterStore) -> None:
-    """Tell what the counter store does.
-
-    Args:
-        metrics: what is told.
-        counters: of this process.
-    """
+    """Register the metrics of the counter store."""
     if isinstance(counters, GuardedCounters):
         _collect_guarded(metrics, counters)
     if isinstance(counters, MemoryCounters):
@@ -109,12 +97,7 @@ def collect_counters(metrics: Metrics, counters: CounterStore) -> None:
 
 
 def collect_background(metrics: Metrics, supervisor: TaskSupervisor) -> None:
-    """Export the failures of background tasks.
-
-    Args:
-        metrics: where to.
-        supervisor: of this process.
-    """
+    """Register the metric of failed background tasks."""
     metrics.add_labelled_counter(
         "rate_limiter_background_failures",
         "Background tasks that ended with an exception and were restarted.",
@@ -124,12 +107,7 @@ def collect_background(metrics: Metrics, supervisor: TaskSupervisor) -> None:
 
 
 def collect_violations(metrics: Metrics, writer: ViolationWriter) -> None:
-    """Tell what becomes of violations.
-
-    Args:
-        metrics: what is told.
-        writer: of this process.
-    """
+    """Register the metrics of recorded violations."""
     metrics.add_counter("rate_limiter_violations_written", "Blocked checks written to the database.", lambda: writer.written)
     metrics.add_counter(
         "rate_limiter_violations_dropped",
@@ -147,7 +125,7 @@ def _collect_guarded(metrics: Metrics, counters: GuardedCounters) -> None:
         "Duration of calls to the counter store, including calls that timed out.",
         counters.latency,
     )
-    # A check behind an open breaker met no error: it was not put to the store.
+    # An open breaker is no error of the store: the check was not sent to it.
     metrics.add_errors(
         lambda: [
             *((f"redis_{reason}", 0) for reason in ("timeout", "disconnected")),

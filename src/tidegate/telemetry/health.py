@@ -1,4 +1,7 @@
-"""Whether the parts answer: one probe a second a part, however many ask, and never a second one behind one that hangs."""
+"""Health of the components.
+
+Each component is probed at most once per second, whatever the number of requests; while a probe hangs, no second one is started.
+"""
 
 from __future__ import annotations
 
@@ -20,12 +23,12 @@ PROBE_TIMEOUT_S: Final = 2.0
 
 
 class Component(msgspec.Struct, frozen=True, omit_defaults=True):
-    """How one part is.
+    """Health of one component.
 
     Args:
         status: healthy or unhealthy.
-        latency_ms: how long its answer took.
-        reason: why it is unhealthy, without addresses: `/health` is open to everybody, the log says more.
+        latency_ms: duration of the probe, ms.
+        reason: why it is unhealthy, without addresses: `/health` is public, details are in the log.
     """
 
     status: str
@@ -34,7 +37,7 @@ class Component(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class Report(msgspec.Struct, frozen=True):
-    """How all parts are.
+    """Health of all components.
 
     Args:
         status: the worst of the components.
@@ -54,7 +57,7 @@ class _Probe:
         self._last: tuple[float, Component] | None = None
         self._running: asyncio.Task[Component] | None = None
 
-    async def look(self) -> Component:
+    async def result(self) -> Component:
         if self._last is not None and time.monotonic() - self._last[0] < PROBE_TTL_S:
             return self._last[1]
         if self._running is None:
@@ -63,7 +66,7 @@ class _Probe:
         done, _ = await asyncio.wait({self._running}, timeout=PROBE_TIMEOUT_S)
         if done:
             return next(iter(done)).result()
-        # The hung ping goes on; whoever asks next waits for it too instead of sending another.
+        # The hung ping continues; the next caller waits for it instead of starting another.
         return Component("unhealthy", (time.monotonic() - started) * 1e3, f"no answer within {PROBE_TIMEOUT_S:g} s")
 
     async def _run(self) -> Component:
@@ -73,18 +76,18 @@ class _Probe:
             component = Component("healthy", round((time.monotonic() - started) * 1e3, 3))
             if self._last is not None and self._last[1].status != "healthy":
                 logger.info("%s is healthy again", self.name)
-        except Exception as error:  # noqa: BLE001 - whatever a part throws at its probe makes it unhealthy
+        except Exception as error:  # noqa: BLE001 - any exception of a probe means unhealthy
             component = Component("unhealthy", round((time.monotonic() - started) * 1e3, 3), _kind_of(error))
             if self._last is None or self._last[1].status == "healthy":
                 logger.warning("%s is unhealthy: %s: %s", self.name, type(error).__name__, error)
         finally:
-            self._running = None  # also of a probe that was cancelled: the next one is not to wait for it
+            self._running = None  # also after cancellation: the next caller starts a new probe
         self._last = (time.monotonic(), component)
         return component
 
 
 def _kind_of(error: Exception) -> str:
-    """What kind of error it is: Tidegate's own code with its reason in a word, else the name of the class."""
+    """The error code of Tidegate with its reason, or the class name of any other exception."""
     if not isinstance(error, TidegateError):
         return type(error).__name__
     reason = error.details.get("reason")
@@ -92,10 +95,10 @@ def _kind_of(error: Exception) -> str:
 
 
 class Health:
-    """Probes the parts of one instance.
+    """Probes the components of one instance.
 
     Args:
-        failing: gives the background tasks of this process that are failing, each with its error.
+        failing: returns the failing background tasks of this process, each with its error.
     """
 
     def __init__(self, failing: Callable[[], Sequence[str]] = tuple) -> None:
@@ -103,22 +106,16 @@ class Health:
         self._failing = failing
 
     def add(self, name: str, ping: Callable[[], Awaitable[None]]) -> None:
-        """Probe one more part.
-
-        Args:
-            name: of the component.
-            ping: returns if the part answers, raises if it does not.
-        """
+        """Add a component; `ping` returns if it is healthy and raises if it is not."""
         self._probes.append(_Probe(name, ping))
 
     async def report(self) -> Report:
-        """Ask every part, or what it said less than a second ago.
+        """Probe every component, or use its last result if that is less than a second old.
 
-        Returns:
-            The report; `rate_limiter`, which is this process, is healthy while none of its background tasks is failing.
+        The component `rate_limiter` is this process: healthy while none of its background tasks is failing.
         """
-        looked = await asyncio.gather(*(probe.look() for probe in self._probes))
-        components = {probe.name: component for probe, component in zip(self._probes, looked, strict=True)}
+        results = await asyncio.gather(*(probe.result() for probe in self._probes))
+        components = {probe.name: component for probe, component in zip(self._probes, results, strict=True)}
         failing = self._failing()
         components["rate_limiter"] = (
             Component("unhealthy", 0.0, f"background tasks failed and were restarted: {'; '.join(failing)}")

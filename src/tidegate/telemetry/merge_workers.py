@@ -1,4 +1,4 @@
-"""One exposition of metrics out of those of several workers."""
+"""Merges the metrics of several workers into one exposition."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 
-# What is not named here is a sum. What every worker sees of the same thing is not added up: of two views the worse counts.
-_COMBINED: Final[Mapping[str, Callable[[float, float], float]]] = {
+# Metrics not listed here are summed. Those listed describe something that all workers share: the worst value is reported.
+_MERGE_FUNCTIONS: Final[Mapping[str, Callable[[float, float], float]]] = {
     "rate_limiter_breaker_state": max,
     "rate_limiter_breakers_open": max,
     "rate_limiter_build_info": max,
@@ -28,12 +28,12 @@ _COMBINED: Final[Mapping[str, Callable[[float, float], float]]] = {
 
 
 def combine(live: Iterable[bytes], past: Iterable[bytes] = (), answered: int | None = None) -> bytes:
-    """Make one exposition of those of several workers.
+    """Merge the expositions of several workers.
 
     Args:
-        live: of workers that run.
-        past: of workers that do not: their counters and histograms count, their gauges do not.
-        answered: how many workers to report as answering, 0 or more; None for no such metric.
+        live: expositions of running workers.
+        past: expositions of ended workers: their counters and histograms are included, their gauges are not.
+        answered: value of `rate_limiter_workers`; None omits that metric.
 
     Returns:
         Prometheus' text format 0.0.4.
@@ -44,7 +44,7 @@ def combine(live: Iterable[bytes], past: Iterable[bytes] = (), answered: int | N
             for family in text_string_to_metric_families(text.decode()):
                 if family.type == "gauge" and not runs:
                     continue
-                join: Callable[[float, float], float] = _COMBINED.get(family.name, operator.add)
+                join: Callable[[float, float], float] = _MERGE_FUNCTIONS.get(family.name, operator.add)
                 _, values = combined.setdefault(family.name, (Metric(family.name, family.documentation, family.type), {}))
                 for sample in family.samples:
                     series = sample.name, tuple(sorted(sample.labels.items()))

@@ -1,7 +1,7 @@
-"""Metrics with the names that dashboards and alerts are written for.
+"""Metrics, under the names that dashboards and alerts use.
 
-The hot path counts in plain integers (0.3 µs a check; `prometheus_client`'s own counters cost 2.7 µs) and a collector hands
-them over when somebody scrapes. No API key, ip or path is ever a label.
+The hot path counts in plain integers (0.3 µs per check; the counters of `prometheus_client` cost 2.7 µs), which a collector
+reads on each scrape. API keys, addresses and paths are never labels.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from tidegate.decision import Observation
 from tidegate.latency import BUCKETS_S, LatencyHistogram
 
 MAX_RULE_LABELS: Final = 1000
-"""Most rules that are told apart, and most tiers; the others are counted together."""
-NEAR: Final = 5
-"""A caller with a fifth of its limit left or less is near it."""
+"""Maximum number of rules, and of tiers, with a series of their own; the rest share the label `(other)`."""
+NEAR_LIMIT_DIVISOR: Final = 5
+"""A check is near its limit if at most limit / 5 remains."""
 OTHER: Final = "(other)"
-_SAMPLES_A_TURN: Final = 100
-"""So many lines of a scrape are made, in about 0.3 ms, before checks have their turn."""
+_SAMPLES_PER_SLICE: Final = 100
+"""Lines of a scrape rendered (in about 0.3 ms) before the event loop can run checks."""
 
-# The names of the errors in the requirement; any other error counts under its code in lower case.
+# Published names of error types; any other error is counted under its code in lower case.
 _ERROR_TYPES: Final = {"CATALOG_UNAVAILABLE": "db_connection"}
-# Told from the beginning as 0: the first error of a series that was not there before is no rise to `rate()`.
+# Exported as 0 from the start: `rate()` does not see the first increment of a series that begins with it.
 _KNOWN_ERRORS: Final = (
     "api_key_expired",
     "api_key_lookups_exceeded",
@@ -43,11 +43,7 @@ _KNOWN_ERRORS: Final = (
 
 
 class Metrics:
-    """Counts what the gate observes, and collects what others count.
-
-    Args:
-        version: of Tidegate, for the build metric.
-    """
+    """Counts the observations of the gate, and collects the counts of other components."""
 
     def __init__(self, version: str) -> None:
         self.allowed = 0
@@ -59,7 +55,7 @@ class Metrics:
         self.errors: dict[str, int] = {}
         self.shadow_blocked: dict[str, int] = {}
         self.latency = LatencyHistogram()
-        # By tier and rule: allowed, blocked. By tier: allowed near the limit.
+        # By tier and rule: [allowed, blocked]. By tier: allowed near the limit.
         self._by_rule: dict[tuple[str | None, str | None], list[int]] = {}
         self._near: dict[str, int] = {}
         self._gauges: list[tuple[str, str, Callable[[], float]]] = []
@@ -71,27 +67,27 @@ class Metrics:
         self._error_sources: list[Callable[[], Iterable[tuple[str, int]]]] = []
         self._version = version
 
-    def observe(self, seen: Observation) -> None:
-        """Count one check.
-
-        Args:
-            seen: what the gate saw.
-        """
-        decision = seen.decision
+    def observe(self, observation: Observation) -> None:
+        """Count one check."""
+        decision = observation.decision
         if decision is None:
-            kind = _ERROR_TYPES.get(seen.error or "", (seen.error or "").lower())
+            kind = _ERROR_TYPES.get(observation.error or "", (observation.error or "").lower())
             self.errors[kind] = self.errors.get(kind, 0) + 1
             return
         allowed = decision.allowed
         limits = decision.limits
         if limits is not None:
-            tally = self._by_rule.get((limits.tier, limits.rule)) or self._tally_of(limits.tier, limits.rule)
+            counts = self._by_rule.get((limits.tier, limits.rule)) or self._rule_counts(limits.tier, limits.rule)
             if not allowed:
-                tally[1] += 1
+                counts[1] += 1
             else:
-                tally[0] += 1
+                counts[0] += 1
                 binding, remaining = decision.binding, decision.remaining
-                if binding is not None and remaining is not None and remaining * NEAR <= (binding.burst or binding.amount):
+                if (
+                    binding is not None
+                    and remaining is not None
+                    and remaining * NEAR_LIMIT_DIVISOR <= (binding.burst or binding.amount)
+                ):
                     tier = limits.tier or ""
                     near = tier if tier in self._near or len(self._near) < MAX_RULE_LABELS else OTHER
                     self._near[near] = self._near.get(near, 0) + 1
@@ -101,108 +97,66 @@ class Metrics:
             self.blocked += 1
         if decision.degraded:
             self.degraded += 1
-        self.latency.add(seen.latency_ns)
-        if seen.shadow_denied:
-            for rule in seen.shadow_denied:
+        self.latency.add(observation.latency_ns)
+        if observation.shadow_denied:
+            for rule in observation.shadow_denied:
                 name = rule if rule in self.shadow_blocked or len(self.shadow_blocked) < MAX_RULE_LABELS else OTHER
                 self.shadow_blocked[name] = self.shadow_blocked.get(name, 0) + 1
 
-    def _tally_of(self, tier: str | None, rule: str | None) -> list[int]:
-        """The tally of a rule that was not met yet; where there are too many, that of all others."""
+    def _rule_counts(self, tier: str | None, rule: str | None) -> list[int]:
+        """The new counts of a rule; those of `(other)` if there are too many rules."""
         key = (tier, rule) if len(self._by_rule) < MAX_RULE_LABELS else (OTHER, OTHER)
         return self._by_rule.setdefault(key, [0, 0])
 
     def add_gauge(self, name: str, text: str, read: Callable[[], float]) -> None:
-        """Collect a value that somebody else keeps.
-
-        Args:
-            name: of the metric.
-            text: what it is, with its unit.
-            read: gives the value when somebody scrapes.
-        """
+        """Add a gauge; `read` returns its value on each scrape."""
         self._gauges.append((name, text, read))
 
     def add_counter(self, name: str, text: str, read: Callable[[], float]) -> None:
-        """Collect a count that somebody else keeps and that only grows.
-
-        Args:
-            name: of the metric, without `_total`.
-            text: what it counts.
-            read: gives the count when somebody scrapes.
-        """
+        """Add a counter; `name` is without `_total`, `read` returns its value on each scrape."""
         self._counters.append((name, text, read))
 
     def add_labelled_counter(self, name: str, text: str, label: str, read: Callable[[], Mapping[str, float]]) -> None:
-        """Collect counts that somebody else keeps by a label of few values, and that only grow.
-
-        Args:
-            name: of the metric, without `_total`.
-            text: what it counts.
-            label: its name.
-            read: gives the count of each value when somebody scrapes.
-        """
+        """Add a counter with one label; `name` is without `_total`, `read` returns the count of each label value."""
         self._labelled.append((name, text, label, read, False))
 
     def add_labelled_gauge(self, name: str, text: str, label: str, read: Callable[[], Mapping[str, float]]) -> None:
-        """Collect values that somebody else keeps by a label of few values.
-
-        Args:
-            name: of the metric.
-            text: what it is, with its unit.
-            label: its name.
-            read: gives the value of each when somebody scrapes.
-        """
+        """Add a gauge with one label; `read` returns the value of each label value."""
         self._labelled.append((name, text, label, read, True))
 
-    def add_histogram(self, name: str, text: str, tally: LatencyHistogram) -> None:
-        """Collect durations that somebody else counts.
-
-        Args:
-            name: of the metric, in seconds.
-            text: what took so long.
-            tally: of the durations.
-        """
-        self._histograms.append((name, text, tally))
+    def add_histogram(self, name: str, text: str, latencies: LatencyHistogram) -> None:
+        """Add a histogram of durations in seconds."""
+        self._histograms.append((name, text, latencies))
 
     def add_errors(self, read: Callable[[], Iterable[tuple[str, int]]]) -> None:
-        """Collect errors that no check was refused for, beside those that one was.
-
-        Args:
-            read: gives types, none of which a refusal has, and counts that only grow.
-        """
+        """Add counts to `rate_limiter_errors`; the types that `read` returns must differ from those of refused checks."""
         self._error_sources.append(read)
 
     async def exposition(self) -> bytes:
         """All metrics in Prometheus' text format 0.0.4.
 
-        Checks are decided meanwhile: with 1,000 rules it would hold them up for longer than any may take.
-
-        Returns:
-            The bytes; each family is of one moment, all of them together are not.
+        Yields to the event loop in between: with 1,000 rules the rendering would delay checks too long. Each metric family
+        is a consistent snapshot, the whole exposition is not.
         """
         parts: list[bytes] = []
         for family in self.collect():
-            for first in range(0, max(len(family.samples), 1), _SAMPLES_A_TURN):
+            for first in range(0, max(len(family.samples), 1), _SAMPLES_PER_SLICE):
                 part = Metric(family.name, family.documentation, family.type)
-                part.samples = family.samples[first : first + _SAMPLES_A_TURN]
+                part.samples = family.samples[first : first + _SAMPLES_PER_SLICE]
                 text = generate_latest(_Families([part]))
-                # What it is stands above its first sample only.
+                # HELP and TYPE belong above the first sample only.
                 parts.append(text if not first else text[text.index(f"\n{part.samples[0].name}".encode()) + 1 :])
                 await asyncio.sleep(0)
         return b"".join(parts)
 
     def collect(self) -> Iterator[Metric]:
-        """All metrics, for a registry.
-
-        Yields:
-            Metric families.
-        """
+        """All metric families, for a registry."""
         requests = CounterMetricFamily("rate_limiter_requests", "Checks decided.", labels=["status"])
         requests.add_metric(["allowed"], self.allowed)
         requests.add_metric(["blocked"], self.blocked)
         yield requests
-        for name, text, tally in self._histograms:
-            yield _histogram(name, text, tally)
+        for name, text, latencies in self._histograms:
+            yield _histogram(name, text, latencies)
         errors = CounterMetricFamily(
             "rate_limiter_errors",
             "Checks refused with an error, or decided without the counter store, by error type.",
@@ -263,14 +217,14 @@ class Metrics:
             yield family
 
 
-def _histogram(name: str, text: str, tally: LatencyHistogram) -> HistogramMetricFamily:
+def _histogram(name: str, text: str, latencies: LatencyHistogram) -> HistogramMetricFamily:
     family = HistogramMetricFamily(name, text)
     total = 0
     buckets: list[tuple[str, float]] = []
-    for bound, count in zip((*BUCKETS_S, float("inf")), tally.counts, strict=True):
+    for bound, count in zip((*BUCKETS_S, float("inf")), latencies.counts, strict=True):
         total += count
         buckets.append(("+Inf" if bound == float("inf") else repr(bound), total))
-    family.add_metric([], buckets=buckets, sum_value=tally.sum_ns / 1e9)
+    family.add_metric([], buckets=buckets, sum_value=latencies.sum_ns / 1e9)
     return family
 
 

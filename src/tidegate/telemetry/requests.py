@@ -1,7 +1,7 @@
-"""The request that is being answered, for whoever writes a log line or a span meanwhile: its id, its trace, its check.
+"""The current request, for log lines and spans: its id, its trace and its check.
 
-A door says once what headers came; they are read when somebody asks. Each request runs in a task of its own, and what it sets
-here is seen in that task alone.
+A door stores the headers once; they are parsed only when needed. Each request runs in its own task, and the context variable set
+here is visible in that task only.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ REQUEST_ID: Final = "x-request-id"
 _VERSION_0_CHARACTERS: Final = 55
 
 _ID: Final = re.compile(r"[!-~]{1,128}", re.ASCII)
-# https://www.w3.org/TR/trace-context/#traceparent-header; later versions may add fields, and 'ff' is none.
+# https://www.w3.org/TR/trace-context/#traceparent-header; later versions may add fields, and version 'ff' is invalid.
 _TRACEPARENT: Final = re.compile(
     r"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})([0-9a-f]{16})-([0-9a-f]{2})(?:-.*)?", re.ASCII
 )
 
 
 class Headers(Protocol):
-    """What a door has read; names in lower case."""
+    """The headers of a request; names in lower case."""
 
     def get(self, key: str, /) -> Any:
         """The value of a header."""
@@ -33,13 +33,7 @@ class Headers(Protocol):
 
 
 class Parent(NamedTuple):
-    """The caller's span.
-
-    Args:
-        trace_id: 32 hex digits.
-        span_id: 16 hex digits.
-        recorded: whether the caller records it.
-    """
+    """The caller's span: 32 hex digits, 16 hex digits, and whether the caller records it."""
 
     trace_id: str
     span_id: str
@@ -47,53 +41,52 @@ class Parent(NamedTuple):
 
 
 class Request:
-    """One request that is being answered.
+    """One request in flight.
 
     Args:
-        headers: that came.
-        wanted: whether somebody wants to know what the gate saw.
-        peer: who connected, as the door's server writes it.
-        trusts: whether the trace headers of a peer are believed, asked when they are needed; None where all are.
+        headers: the headers received.
+        sampled: whether the access log writes this request.
+        peer: address of the peer, in the form of the door's server.
+        trusts: whether the trace headers of a peer are trusted; None trusts all.
 
     Attributes:
-        check: what it asks to decide, where a door noted it.
-        seen: what the gate saw, where somebody wants to know.
-        wanted: whether somebody wants to know.
-        over: whether it was answered. A task that was begun meanwhile and lives on (a connection's, say) still sees the request,
-            and must not be told apart by it any more.
+        check: the check of this request, if a door recorded it.
+        observation: the observation of the gate, if the request is sampled.
+        over: whether it was answered. A task started during the request that outlives it (of a connection, for example) still has
+            it in its context, but is no longer part of it.
     """
 
-    __slots__ = ("_headers", "_id", "_peer", "_trusts", "check", "over", "seen", "wanted")
+    __slots__ = ("_headers", "_id", "_peer", "_trusts", "check", "observation", "over", "sampled")
 
     def __init__(
-        self, headers: Headers, wanted: bool = False, peer: str = "", trusts: Callable[[str], bool] | None = None
+        self, headers: Headers, sampled: bool = False, peer: str = "", trusts: Callable[[str], bool] | None = None
     ) -> None:
         self._headers = headers
         self._peer = peer
         self._trusts = trusts
         self._id: str | None = None
         self.check: Check | None = None
-        self.seen: Observation | None = None
-        self.wanted = wanted
+        self.observation: Observation | None = None
+        self.sampled = sampled
         self.over = False
 
     @property
     def id(self) -> str:
-        """The id that came as `X-Request-Id`, 1 to 128 visible ASCII characters; else one is made."""
+        """The value of `X-Request-Id` if it has 1 to 128 visible ASCII characters; else a random id."""
         if self._id is None:
-            came = self._headers.get(REQUEST_ID)
-            self._id = came if came is not None and _ID.fullmatch(came) else secrets.token_hex(16)
+            value = self._headers.get(REQUEST_ID)
+            self._id = value if value is not None and _ID.fullmatch(value) else secrets.token_hex(16)
         return self._id
 
     @property
     def parent(self) -> Parent | None:
         """The caller's span, from a valid W3C `traceparent` of a trusted peer; else None.
 
-        Anybody else could have every check traced, or none, or tie it to a trace of other people's.
+        From an untrusted peer it could force or suppress tracing, or attach checks to the trace of another caller.
         """
-        came = (self._headers.get("traceparent") or "").strip()
-        found = _TRACEPARENT.fullmatch(came)
-        if found is None or (came.startswith("00") and len(came) != _VERSION_0_CHARACTERS):
+        value = (self._headers.get("traceparent") or "").strip()
+        found = _TRACEPARENT.fullmatch(value)
+        if found is None or (value.startswith("00") and len(value) != _VERSION_0_CHARACTERS):
             return None
         if self._trusts is not None and not self._trusts(self._peer):
             return None
@@ -104,21 +97,13 @@ CURRENT: Final[ContextVar[Request | None]] = ContextVar("tidegate_request", defa
 
 
 def note(check: Check) -> None:
-    """Let whoever writes about the present request know what it asks.
-
-    Args:
-        check: what it asks to decide.
-    """
+    """Record the check of the current request."""
     request = current()
     if request is not None:
         request.check = check
 
 
 def current() -> Request | None:
-    """The request that is being answered here.
-
-    Returns:
-        The request, None outside of any.
-    """
+    """The request of this task; None outside a request and after its answer."""
     request = CURRENT.get()
     return None if request is None or request.over else request

@@ -1,8 +1,8 @@
-"""OpenTelemetry traces of checks: one span a check, with the call to the counter store inside it. Needs the extra `otel`.
+"""OpenTelemetry traces of checks: one span per check, with a child span for the counter store. Needs the extra `otel`.
 
-A span is made when the check is over, from what the gate tells: no check waits for it, and what is not traced costs what it did.
-Whether a check is traced, the caller decides by its `traceparent`, else the sample. Spans are handed to a thread that sends them
-in batches; while the collector is away they are dropped, at most 2,048 wait (OpenTelemetry's own default).
+A span is created after the check, from its observation: no check waits for it, and untraced checks cost nothing extra.
+The caller's `traceparent` decides whether a check is traced; without one, the sample does. A thread sends the spans in batches;
+while the collector is unavailable at most 2,048 spans wait (the default of OpenTelemetry), others are dropped.
 """
 
 from __future__ import annotations
@@ -31,23 +31,25 @@ try:
     from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter
     from opentelemetry.sdk.trace.sampling import ALWAYS_ON
 except ImportError as error:
-    raise SettingsError("tracing.endpoint needs OpenTelemetry: pip install 'tidegate[otel]', or leave it out") from error
+    raise SettingsError(
+        "setting tracing.endpoint requires OpenTelemetry; run pip install 'tidegate[otel]', or remove the setting"
+    ) from error
 
 EXPORT_TIMEOUT_S: Final = 5.0
 CLOSE_TIMEOUT_S: Final = 2.0
-_LOOK_S: Final = 0.01
+_POLL_S: Final = 0.01
 
-# When the store was asked for this task's check and when it had answered, ns since the epoch; and how many charges went together.
-_ASKED: Final[ContextVar[tuple[int, int, int] | None]] = ContextVar("tidegate_store_call", default=None)
+# The store call of this task's check: start and end, ns since the epoch, and its number of charges.
+_STORE_CALL: Final[ContextVar[tuple[int, int, int] | None]] = ContextVar("tidegate_store_call", default=None)
 
 
 class Tracing:
-    """Makes spans of what the gate observes.
+    """Creates spans from the observations of the gate.
 
     Args:
-        endpoint: where they go, OTLP over HTTP.
-        sample: share of the checks to trace where the caller does not say, 0 to 1.
-        exporter: takes the spans in place of the endpoint.
+        endpoint: URL that receives the spans, OTLP over HTTP.
+        sample: share of the checks without `traceparent` that are traced, 0 to 1.
+        exporter: receives the spans instead of the endpoint.
 
     Raises:
         SettingsError: if OpenTelemetry is not installed.
@@ -55,9 +57,9 @@ class Tracing:
 
     def __init__(self, endpoint: str, sample: float, exporter: SpanExporter | None = None) -> None:
         self._sample = sample
-        # A resource of our own and none of the environment's detectors would lose OTEL_RESOURCE_ATTRIBUTES: `create` reads them.
+        # `create` also reads OTEL_RESOURCE_ATTRIBUTES.
         resource = Resource.create({"service.name": "tidegate", "service.version": __version__})
-        # Which checks are traced is decided here, before any span is made: the sampler takes all that is left.
+        # `observe` decides which checks are traced before a span is created, so the sampler keeps all.
         self._provider = TracerProvider(sampler=ALWAYS_ON, resource=resource, shutdown_on_exit=False)
         self._provider.add_span_processor(
             BatchSpanProcessor(OTLPSpanExporter(endpoint, timeout=EXPORT_TIMEOUT_S) if exporter is None else exporter)
@@ -65,65 +67,56 @@ class Tracing:
         self._tracer = self._provider.get_tracer("tidegate", __version__)
 
     def counters(self, store: CounterStore) -> CounterStore:
-        """The store as a gate whose checks are traced asks it.
+        """Wrap the store so that its charges appear in the spans."""
+        return _TracedStore(store)
 
-        Args:
-            store: what counts.
-
-        Returns:
-            The same store; each call is noted.
-        """
-        return _Noted(store)
-
-    def observe(self, seen: Observation) -> None:
-        """Make the spans of one check, if it is to be traced.
-
-        Args:
-            seen: what the gate saw.
-        """
+    def observe(self, observation: Observation) -> None:
+        """Create the spans of one check if it is traced."""
         request = current()
         parent = None if request is None else request.parent
         if not (random.random() < self._sample if parent is None else parent.recorded):
             return
         ended_ns = time.time_ns()
-        asked = _ASKED.get()
-        started_ns = ended_ns - seen.latency_ns
-        if asked is not None:
-            # Of a batch the gate tells each check a share of the time only.
-            started_ns = min(started_ns, asked[0])
+        store_call = _STORE_CALL.get()
+        started_ns = ended_ns - observation.latency_ns
+        if store_call is not None:
+            # In a batch, the latency of each check is only its share of the time.
+            started_ns = min(started_ns, store_call[0])
         span = self._tracer.start_span(
-            "tidegate.check", _context_of(parent), trace.SpanKind.SERVER, _attributes(seen), start_time=started_ns
+            "tidegate.check", _context_of(parent), trace.SpanKind.SERVER, _attributes(observation), start_time=started_ns
         )
         if request is not None and span.is_recording():
             span.set_attribute("http.request.id", request.id)
             if request.check is not None:
                 span.set_attributes({"http.request.method": request.check.method, "url.path": request.check.path})
-        if seen.decision is None:
-            span.set_status(trace.StatusCode.ERROR if seen.error in _FAULTS else trace.StatusCode.UNSET, seen.error)
-        if asked is not None:
-            # Of a batch's checks the first one shows the call that they shared.
-            _ASKED.set(None)
+        if observation.decision is None:
+            span.set_status(
+                trace.StatusCode.ERROR if observation.error in _SERVER_ERRORS else trace.StatusCode.UNSET, observation.error
+            )
+        if store_call is not None:
+            # In a batch, only the first check shows the shared store call.
+            _STORE_CALL.set(None)
             within = trace.set_span_in_context(span)
-            store = self._tracer.start_span("tidegate.store", within, trace.SpanKind.CLIENT, start_time=asked[0])
-            store.set_attribute("tidegate.charges", asked[2])
-            store.end(asked[1])
+            store = self._tracer.start_span("tidegate.store", within, trace.SpanKind.CLIENT, start_time=store_call[0])
+            store.set_attribute("tidegate.charges", store_call[2])
+            store.end(store_call[1])
         span.end(ended_ns)
 
     async def close(self) -> None:
-        """Send what waits, for `CLOSE_TIMEOUT_S` at most."""
-        # In a thread that the process does not wait for: a collector that hangs must not hold up the drain.
-        ending = threading.Thread(target=self._provider.shutdown, name="end of tracing", daemon=True)
-        ending.start()
+        """Send the waiting spans, within `CLOSE_TIMEOUT_S`."""
+        # In a daemon thread: a hanging collector must not delay the drain.
+        shutdown = threading.Thread(target=self._provider.shutdown, name="tracing shutdown", daemon=True)
+        shutdown.start()
         deadline = time.monotonic() + CLOSE_TIMEOUT_S
-        while ending.is_alive() and time.monotonic() < deadline:
-            await asyncio.sleep(_LOOK_S)
+        while shutdown.is_alive() and time.monotonic() < deadline:
+            await asyncio.sleep(_POLL_S)
 
 
-_FAULTS: Final = frozenset({"CATALOG_UNAVAILABLE", "STORE_UNAVAILABLE"})
+_SERVER_ERRORS: Final = frozenset({"CATALOG_UNAVAILABLE", "STORE_UNAVAILABLE"})
 
 
-class _Noted:
-    """A counter store whose calls are noted for the span of the check that made them."""
+class _TracedStore:
+    """A counter store that records each charge for the span of its check."""
 
     def __init__(self, store: CounterStore) -> None:
         self._store = store
@@ -133,7 +126,7 @@ class _Noted:
         try:
             return await self._store.charge(charges)
         finally:
-            _ASKED.set((started_ns, time.time_ns(), len(charges)))
+            _STORE_CALL.set((started_ns, time.time_ns(), len(charges)))
 
     async def windows(self, counters: Sequence[tuple[LimitSet, str]]) -> Sequence[Sequence[Decision] | None]:
         return await self._store.windows(counters)
@@ -150,21 +143,21 @@ class _Noted:
 
 def _context_of(parent: Parent | None) -> Context | None:
     if parent is None:
-        # Inside a program that traces by itself its own span is the parent.
+        # In a program with tracing of its own, its current span is the parent.
         return None
     span = trace.SpanContext(int(parent.trace_id, 16), int(parent.span_id, 16), is_remote=True, trace_flags=trace.TraceFlags(1))
     return trace.set_span_in_context(trace.NonRecordingSpan(span))
 
 
-def _attributes(seen: Observation) -> dict[str, str | bool | int]:
-    decision = seen.decision
+def _attributes(observation: Observation) -> dict[str, str | bool | int]:
+    decision = observation.decision
     if decision is None:
-        return {"error.type": seen.error or ""}
-    told = {
+        return {"error.type": observation.error or ""}
+    attributes = {
         "tidegate.allowed": decision.allowed,
         "tidegate.degraded": decision.degraded,
         "tidegate.tier": decision.tier,
         "tidegate.rule": decision.rule,
         "tidegate.remaining": decision.remaining,
     }
-    return {name: each for name, each in told.items() if each is not None}
+    return {name: value for name, value in attributes.items() if value is not None}

@@ -17,7 +17,7 @@ from tidegate.doors.refusals import IDENTITY, BodyTooSlow, unsupported_encoding
 from tidegate.doors.request_headers import AsgiHeaders
 from tidegate.doors.responses import ceil_s, encode, error_body
 from tidegate.errors import BadRequest, RequestTooLarge, TidegateError
-from tidegate.telemetry.logs import BY_STRANGER
+from tidegate.telemetry.logs import UNAUTHENTICATED
 from tidegate.telemetry.requests import CURRENT, REQUEST_ID, Request
 
 logger = logging.getLogger(__name__)
@@ -264,7 +264,7 @@ def _tell(scope: Scope, status: int, duration_ns: int) -> None:
     }
     told = {name: each for name, each in told.items() if each is not None}
     # What comes without a token is bounded: anybody can send it.
-    extra = {"ecs": told, BY_STRANGER: not isinstance(principal, Principal)}
+    extra = {"ecs": told, UNAUTHENTICATED: not isinstance(principal, Principal)}
     logger.info("%s %s answered %d", scope["method"], scope["path"][:200], status, extra=extra)
 
 

@@ -14,7 +14,7 @@ import msgspec
 from tidegate.policy.globs import Glob, GlobIndex
 from tidegate.policy.limits import Limit
 
-MAX_ALIKE: Final = 1000
+MAX_SIMILAR_WILDCARDS: Final = 1000
 """Most wildcards of one key whose literal beginning and end are the same: each of them is tried for a value that has both."""
 
 

@@ -213,14 +213,14 @@ class GrpcListener:
     async def _answer_noted(self, front: NativeGrpcFront, call_id: int, payload: bytes, details: CallDetails) -> None:
         """Answer a call of which log and traces know."""
         access = self._access
-        wanted = access is not None and access.wants()
+        wanted = access is not None and access.is_sampled()
         request = Request(_metadata(details[0]), wanted, details[1], self._trusts_peer)
         # Each call is answered in a task of its own: nobody else sees it.
         CURRENT.set(request)
         started_ns = time.perf_counter_ns()
         try:
             told = await self._answer(front, call_id, payload)
-            if access is not None and request.wanted:
+            if access is not None and request.sampled:
                 took_ns = time.perf_counter_ns() - started_ns
                 code = told.name if isinstance(told, Status) else _CODES[RateLimitResponse.FromString(told).overall_code]
                 access.write(request, _METHODS[SHOULD_RATE_LIMIT][0], code, took_ns)

@@ -14,7 +14,7 @@ from typing import Final
 import msgspec
 import yaml
 
-from tidegate.doors.grpc.descriptor_tree import MAX_ALIKE, FileLimit, Node
+from tidegate.doors.grpc.descriptor_tree import MAX_SIMILAR_WILDCARDS, FileLimit, Node
 from tidegate.doors.grpc.units import window_limit
 from tidegate.errors import PolicyError
 from tidegate.policy.limits import MAX_AMOUNT, short
@@ -244,10 +244,10 @@ class _Reader:
                 + " is defined twice here; remove one",
                 item,
             )
-        if added > MAX_ALIKE:
+        if added > MAX_SIMILAR_WILDCARDS:
             raise self._error(
-                f"key {short(key)} has more than {MAX_ALIKE} wildcards with the same prefix and suffix as {short(value)}; "
-                "use different prefixes or suffixes",
+                f"key {short(key)} has more than {MAX_SIMILAR_WILDCARDS} wildcards with the same prefix and suffix as "
+                f"{short(value)}; use different prefixes or suffixes",
                 item,
             )
 
