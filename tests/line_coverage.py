@@ -75,4 +75,4 @@ def report(counts: list[dict[str, Any]]) -> str:
     return f"{table.getvalue()}\ncoverage: {lines}, {branches}\n"
 
 
-counter: Final = Counter() if os.environ.get(VARIABLE) else None
+counter: Final = Counter() if os.environ.get(VARIABLE, "0") != "0" else None
