@@ -1,4 +1,4 @@
-"""The OpenAPI 3.1 description of the data plane, made from the records that it reads and writes."""
+"""The OpenAPI 3.1 description of the data plane, generated from the types of its requests and answers."""
 
 from __future__ import annotations
 
@@ -48,11 +48,7 @@ _LIMIT_HEADERS: Final = {
 
 @lru_cache(maxsize=1)
 def data_plane_openapi() -> dict[str, Any]:
-    """The description.
-
-    Returns:
-        An OpenAPI 3.1 document, JSON types only; do not change it.
-    """
+    """The OpenAPI 3.1 document, as JSON types; cached, so callers must not change it."""
     _, schemas = msgspec.json.schema_components(
         (CheckRequest, DecisionBody, UsageBody), ref_template="#/components/schemas/{name}"
     )

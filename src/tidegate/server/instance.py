@@ -1,6 +1,6 @@
-"""One running instance: its resources, its listeners, its end.
+"""One running instance: its resources, its listeners and its shutdown.
 
-Resources are opened in order and closed in reverse; `/health` and the drain walk the same list.
+Resources are opened in order and closed in reverse order.
 """
 
 from __future__ import annotations
@@ -58,22 +58,22 @@ _QUIET_S: Final = 0.2
 _CLOSE_S: Final = 1.0
 _SWEEP_STEPS: Final = 500
 MAX_ADMIN_CONNECTIONS: Final = 512
-"""Most connections to the control plane at a time: operators and their tools; beyond it the longest idle one is closed."""
+"""Maximum number of open connections to the control plane; beyond it the longest idle one is closed."""
 _METRICS_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 
 
 class Instance:
     """Everything that one process runs.
 
-    Once started, `address`, `admin_address` and `grpc_address` say where it listens (each of the latter two is empty where it is
-    off), and `first_token` is the token of the first operator, on the start that made it.
+    Once started, `address`, `admin_address` and `grpc_address` are the listening addresses (the latter two are empty if
+    disabled), and `first_token` is the token of the first operator if this start generated it.
 
     Args:
-        settings: all of them; an instance is one process, whatever `[server] workers` says.
-        shares_port: listen although others listen at the same address, as workers do.
+        settings: all settings; an instance is one process, regardless of `[server] workers`.
+        shares_port: share the ports with other processes, as workers do.
 
     Attributes:
-        exposition: gives what `/metrics` answers; this process's metrics where not replaced.
+        exposition: returns the content of `/metrics`; by default the metrics of this process.
     """
 
     def __init__(self, settings: Settings, shares_port: bool = False) -> None:
@@ -102,7 +102,7 @@ class Instance:
         """Open everything and listen.
 
         Raises:
-            SettingsError: if a setting cannot be had: a port in use, a database that cannot be opened.
+            SettingsError: if a setting cannot be used: a port in use, a database that cannot be opened.
             PolicyError: if the policy file is refused and the catalog holds no tier, or `[envoy] config` does not
                 exist.
         """
@@ -185,11 +185,11 @@ class Instance:
             await self._start_grpc(gate, access, *grpc)
         if admin is not None:
             await self._start_admin(gate, *admin)
-        # What lives as long as the process is not looked at again by the collector: a full collection over a million counters
-        # would stop every check for milliseconds.
+        # Exclude long-lived objects from garbage collection: a full collection over a million counters would stop every check for
+        # milliseconds.
         gc.collect()
         gc.freeze()
-        # The data plane last: whoever sees it ready may believe that all is.
+        # The data plane last: once it is ready, everything is.
         self._listener = Listener(
             self.data_plane,
             host,
@@ -232,15 +232,15 @@ class Instance:
         if len(observers) == 2:
             count, note = observers
 
-            def observe_two(seen: Observation) -> None:
-                count(seen)
-                note(seen)
+            def observe_two(observation: Observation) -> None:
+                count(observation)
+                note(observation)
 
             return observe_two
 
-        def observe(seen: Observation) -> None:
+        def observe(observation: Observation) -> None:
             for each in observers:
-                each(seen)
+                each(observation)
 
         return observe
 
@@ -250,15 +250,15 @@ class Instance:
         writer = ViolationWriter(violations, self.catalog.database, settings.flush_s, settings.keep_days)
         collect_violations(self.metrics, writer)
         self._spawn("violations_writer", writer.run)
-        # Behind the catalog in the list, and so before it at the end.
+        # Opened after the catalog, so flushed before the catalog is closed.
         self._stack.push_async_callback(writer.flush)
         return violations.observe
 
     def _counted(self) -> CounterStore:
-        """The counters as the gate asks them: where checks are traced, each call is noted."""
+        """The counter store for the gate, wrapped to record its calls if tracing is enabled."""
         if not self.settings.tracing.endpoint:
             return self.counters
-        # Imported here: who does not trace needs no OpenTelemetry, and pays neither time nor memory for it.
+        # Imported here: OpenTelemetry is optional, and costs time and memory.
         from tidegate.telemetry.tracing import Tracing
 
         self._tracing = Tracing(self.settings.tracing.endpoint, self.settings.tracing.sample)
@@ -281,8 +281,8 @@ class Instance:
             except PolicyError as error:
                 if not path.exists():  # noqa: ASYNC240 - once, at the start
                     raise
-                # The rest of the instance is of use. Calls for these domains fail until a valid file is there, and gRPC health
-                # says NOT_SERVING, so that Envoy asks another instance.
+                # The other doors still work. Calls for these domains fail until the file is valid, and gRPC health reports
+                # NOT_SERVING, so that Envoy uses another instance.
                 service.domains = None
                 self._domains_refused(error)
             again = self._reload_event()
@@ -305,7 +305,7 @@ class Instance:
         logger.info("gRPC listening on %s", self.grpc_address)
 
     async def _start_admin(self, gate: Gate, host: str, port: int) -> None:
-        # Imported here: who switches the control plane off pays neither time nor memory for its framework.
+        # Imported here: the framework costs time and memory, and the control plane can be disabled.
         from tidegate.doors.admin.app import AdminDeps, admin_app
         from tidegate.doors.http_asgi import AsgiAdapter
 
@@ -333,8 +333,8 @@ class Instance:
         """
         deadline = asyncio.get_running_loop().time() + self.settings.server.drain_s
         data_plane = self.data_plane
-        # Keep-alive connections first get Connection: close: the server would cut those that look idle, and some
-        # of them have a request on the way.
+        # First answer keep-alive connections with Connection: close: the server would close those that look idle although a
+        # request may be on its way.
         data_plane.draining = True
         if self._grpc is not None:
             self._grpc.drain()
@@ -351,7 +351,7 @@ class Instance:
         logger.info("stopped")
 
     async def close(self) -> None:
-        """Close what was opened, the last first; also of an instance that did not start."""
+        """Close all resources in reverse order, including those of an instance that failed to start."""
         for listener in (self._listener, self._admin):
             if listener is not None:
                 await listener.stop(_CLOSE_S)
@@ -361,7 +361,7 @@ class Instance:
         await self._stack.aclose()
 
     def _own(self, name: str | None, ping: Callable[[], Awaitable[None]], close: Callable[[], Awaitable[None]]) -> None:
-        """Take a resource into the list that health and the end of the process walk."""
+        """Register a resource for `/health` (if it has a name) and for closing."""
         if name is not None:
             self.health.add(name, ping)
         self._stack.push_async_callback(close)
@@ -370,7 +370,7 @@ class Instance:
         self._tasks.append(SUPERVISOR.start(name, work))
 
     def reload(self) -> None:
-        """Read files again, whether they look changed or not: the policy, `[envoy] config`, PEM files for Redis."""
+        """Read the policy file, `[envoy] config` and the PEM files for Redis again, even if they look unchanged."""
         logger.info("reloading the policy file, [envoy] config and certificates")
         for again in self._reloads:
             again()
@@ -381,7 +381,7 @@ class Instance:
         return event
 
     async def _first_policy(self, path: Path) -> None:
-        """Apply the policy file. One that is refused does not end a process whose catalog holds the last good policy."""
+        """Apply the policy file; if it is invalid and the catalog has a policy, start with that instead of failing."""
         self.health.add("policy", self._ping_policy)
         try:
             policy = load_policy(path)
@@ -408,7 +408,7 @@ class Instance:
         self.metrics.policy_valid = False
         self._policy_error = str(error)
         refused_at_start, self._refused_at_start = self._refused_at_start, None
-        # The watcher judges what it finds when it begins, and so what was refused a moment before.
+        # The watcher first reads the file that was already refused at start: do not report it twice.
         if self._policy_error != refused_at_start:
             self.metrics.policy_reload_errors += 1
             logger.error("policy file refused, the last valid policy in the catalog stays active: %s", error)
@@ -420,7 +420,7 @@ class Instance:
     def _domains_refused(self, error: PolicyError) -> None:
         known, self._domains_error = self._domains_error, str(error)
         if known == self._domains_error:
-            return  # the watcher reads again what was refused at the start
+            return  # the watcher reads the file refused at start again
         self.metrics.policy_reload_errors += 1
         no_other = self._grpc is None
         remains = "calls for its domains are answered UNAVAILABLE" if no_other else "the last valid one stays active"
@@ -454,13 +454,10 @@ class Instance:
 
 
 def require_shared_counters(settings: Settings) -> None:
-    """Refuse several workers that would count each on its own.
-
-    Args:
-        settings: all of them.
+    """Refuse several workers with `memory://`, where each would count separately.
 
     Raises:
-        SettingsError: saying what to change.
+        SettingsError: if so.
     """
     if settings.server.workers > 1 and settings.counters.url == "memory://":
         raise SettingsError(

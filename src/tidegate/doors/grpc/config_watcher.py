@@ -1,4 +1,4 @@
-"""Following `[envoy] config`: a valid change is applied within a second; an invalid one is refused, the last one stays active."""
+"""Watches `[envoy] config`: a valid change is applied within a second; an invalid one is refused, the last one stays active."""
 
 from __future__ import annotations
 
@@ -18,14 +18,11 @@ logger = logging.getLogger(__name__)
 
 
 def load_domains(path: Path, policy_domain: str) -> dict[str, FileDomain]:
-    """Read the limits of all domains.
+    """Read the limits of all domains, by domain.
 
     Args:
         path: file or directory.
-        policy_domain: the domain whose limits are the policy's.
-
-    Returns:
-        By domain what counts its descriptors.
+        policy_domain: the domain of the policy, which the files must not define.
 
     Raises:
         PolicyError: with file, line and reason.
@@ -41,12 +38,12 @@ async def watch_domains(
     applied: Callable[[], None],
     again: asyncio.Event | None = None,
 ) -> None:
-    """Follow the files until cancelled.
+    """Watch the files until cancelled.
 
     Args:
         path: file or directory.
-        policy_domain: the domain whose limits are the policy's.
-        service: gets the limits.
+        policy_domain: the domain of the policy, which the files must not define.
+        service: receives the limits.
         refused: called with the reason when a change is refused.
         applied: called after each change that was applied.
         again: see `watch`.
@@ -68,19 +65,19 @@ async def watch_domains(
 
 
 def _domains(read: list[RateLimitFile], policy_domain: str, path: Path) -> dict[str, FileDomain]:
-    made: Mapping[str, FileDomain] = {each.domain: FileDomain(each) for each in read}
-    if policy_domain in made:
+    domains: Mapping[str, FileDomain] = {each.domain: FileDomain(each) for each in read}
+    if policy_domain in domains:
         raise PolicyError(
             f"domain {policy_domain!r} is already used by the policy; rename it here or in the setting envoy.domain", str(path)
         )
-    return dict(made)
+    return dict(domains)
 
 
 def _look(path: Path, last: Look) -> Look:
     try:
-        seen = [(str(file), *identity_of(file)) for file in ratelimit_files(path)]
-        identity = tuple((name, each) for name, each, _ in seen)
-        if identity == last.identity and all(is_old(changed_s) for _, _, changed_s in seen):
+        files = [(str(file), *identity_of(file)) for file in ratelimit_files(path)]
+        identity = tuple((name, each) for name, each, _ in files)
+        if identity == last.identity and all(is_old(changed_s) for _, _, changed_s in files):
             return last
         return Look(identity, tuple(read_ratelimit(path)))
     except PolicyError as error:

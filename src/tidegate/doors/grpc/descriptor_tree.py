@@ -1,7 +1,7 @@
-"""Descriptors as envoyproxy/ratelimit nests them: which limit is for a descriptor.
+"""The descriptor tree of envoyproxy/ratelimit: finds the limit of a descriptor.
 
-Of one key, a value that is written out goes first, then the first wildcard in the file's order that matches, then the key alone.
-A wildcard is a value with `*` anywhere, any number of times, each for any run of characters; empty values match `*` too.
+For each key, an exact value takes precedence, then the first matching wildcard in file order, then the key without a value.
+A wildcard is a value with any number of `*`, each matching any run of characters, including none.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from tidegate.policy.globs import Glob, GlobIndex
 from tidegate.policy.limits import Limit
 
 MAX_SIMILAR_WILDCARDS: Final = 1000
-"""Most wildcards of one key whose literal beginning and end are the same: each of them is tried for a value that has both."""
+"""Maximum number of wildcards of one key with the same prefix and suffix: all of them are tried for a value with both."""
 
 
 class FileLimit(msgspec.Struct, frozen=True):
-    """A `rate_limit` block, with what its descriptor says of it.
+    """A `rate_limit` block with the settings of its descriptor.
 
     Args:
-        limit: amount and window; an amount of 0 refuses everything; None where it is unlimited.
-        path: keys and values that lead to it, for people and for counters: `key=value/key`.
-        name: under which others may replace it; empty where none.
-        replaces: names of the limits that are left out where this one applies.
-        shadow: whether it only watches.
+        limit: amount and window; an amount of 0 denies every request; None if unlimited.
+        path: its keys and values, for messages and counter names: `key=value/key`.
+        name: name by which other limits replace it; empty if none.
+        replaces: names of the limits that do not apply if this one does.
+        shadow: whether it is in shadow mode: counted, never denied.
     """
 
     limit: Limit | None
@@ -40,8 +40,8 @@ class Node:
     """One level of descriptors.
 
     Attributes:
-        rate_limit: what holds for descriptors that end here; None where nothing does.
-        shared: text of the wildcard that counts all its values as one; empty where each value counts for itself.
+        rate_limit: the limit of descriptors that end here; None if there is none.
+        shared: the wildcard whose values share one counter; empty if each value has its own.
     """
 
     __slots__ = ("_any_value", "_exact", "_wildcards", "rate_limit", "shared")
@@ -49,22 +49,17 @@ class Node:
     def __init__(self) -> None:
         self.rate_limit: FileLimit | None = None
         self.shared = ""
-        # Wildcards are in here too: a value may be the very text of one.
+        # Includes wildcards: a value may be literally equal to one.
         self._exact: dict[tuple[str, str], Node] = {}
         self._wildcards: dict[str, GlobIndex[tuple[int, Callable[[str], bool], Node]]] = {}
         self._any_value: dict[str, Node] = {}
 
     def add(self, key: str, value: str, node: Node) -> int | None:
-        """Put a node below this one.
-
-        Args:
-            key: of the descriptor.
-            value: of the descriptor; empty for any.
-            node: the node.
+        """Add a child for a key and a value; an empty value matches any.
 
         Returns:
-            How many wildcards of this key have its literal beginning and end, 0 for a node without one; None where the place is
-            taken.
+            The number of wildcards of this key with the same prefix and suffix, 0 for a value without wildcard; None if there is
+            already a child for this key and value.
         """
         if not value:
             return None if self._any_value.setdefault(key, node) is not node else 0
@@ -77,15 +72,7 @@ class Node:
         return index.add(glob.beginning, glob.end, (len(self._exact), glob.matches, node))
 
     def child(self, key: str, value: str) -> Node | None:
-        """The node for one entry.
-
-        Args:
-            key: of the entry.
-            value: of the entry.
-
-        Returns:
-            The node, or None where nothing matches.
-        """
+        """The child that matches one entry; None if there is none."""
         found = self._exact.get((key, value))
         if found is not None:
             return found
@@ -100,6 +87,6 @@ class Node:
         return self._any_value.get(key)
 
     def children(self) -> Iterator[Node]:
-        """All nodes right below this one."""
+        """All direct children."""
         yield from self._exact.values()
         yield from self._any_value.values()

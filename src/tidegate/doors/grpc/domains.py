@@ -1,8 +1,8 @@
-"""What counts the descriptors of a domain that a file in the form of envoyproxy/ratelimit has: as that program does.
+"""Counts the descriptors of a domain from a file in the format of envoyproxy/ratelimit, as that program does.
 
-Each descriptor is counted on its own, also where another one denies the request, in fixed windows from the epoch on. Of hits that
-go beyond a limit, as many count as there is room for, so that a request for one more is denied. A limit that Envoy sends with a
-descriptor goes before the file's. Counters lie in the one `CounterStore`, beside those of the policy.
+Each descriptor is counted independently, even if another one denies the request, in fixed windows aligned to the epoch. Hits
+beyond a limit are counted up to the limit, so that a request for one more is denied. A limit that Envoy sends with a descriptor
+overrides that of the file. The counters are in the same `CounterStore` as those of the policy.
 """
 
 from __future__ import annotations
@@ -28,57 +28,53 @@ from tidegate.time_slice import TimeSlice
 from tidegate.timestamps import US_PER_S
 
 MAX_OVERRIDES: Final = 1024
-"""How many limits that Envoy sends along are kept prepared; any others are prepared anew."""
+"""Size of the cache of limits that Envoy sends with descriptors."""
 
 Entries = list[tuple[str, str]]
 
 
 class FileDomain:
-    """The limits of one domain.
+    """The limits of one domain."""
 
-    Args:
-        read: what its file says.
-    """
-
-    def __init__(self, read: RateLimitFile) -> None:
-        self.domain = read.domain
-        self._root = read.root
+    def __init__(self, file: RateLimitFile) -> None:
+        self.domain = file.domain
+        self._root = file.root
         self._sets: dict[str, LimitSet] = {}
-        self._prepare(read.root)
+        self._prepare(file.root)
         self._override = lru_cache(maxsize=MAX_OVERRIDES)(self._make_override)
-        # Stores remember what they prepared for each set: those of limits that are sent along must not be made anew each time.
+        # Stores cache what they compile for each set: the sets of overrides must be reused too.
         self._sent_set = lru_cache(maxsize=MAX_OVERRIDES)(self._limit_set)
 
-    async def parts(self, asked: list[tuple[Entries, int, tuple[int, int, int] | None]]) -> list[Part]:
+    async def parts(self, descriptors: list[tuple[Entries, int, tuple[int, int, int] | None]]) -> list[Part]:
         """See `DomainLimits.parts`."""
         found = []
         slice_ = TimeSlice()
-        for entries, _, override in asked:
+        for entries, _, override in descriptors:
             if slice_.over:
                 await slice_.pause()
             found.append(self._find(entries, override))
         replaced = {name for limit, _ in found if limit is not None for name in limit.replaces}
         return [
             self._part(None if limit is not None and limit.name in replaced else limit, subject, cost)
-            for (limit, subject), (_, cost, _) in zip(found, asked, strict=True)
+            for (limit, subject), (_, cost, _) in zip(found, descriptors, strict=True)
         ]
 
     async def settle(self, gate: Gate, parts: list[Part]) -> list[ChargeResult]:
         """See `DomainLimits.settle`."""
         plans = [part.plan for part in parts if part.plan is not None]
-        settled = await gate.decide(plans, whole=False)
+        results = await gate.decide(plans, whole=False)
         rest: list[Charge] = []
         for number, plan in enumerate(plans):
-            counted = _counted(settled[number])
+            counted = _counted(results[number])
             if isinstance(plan, CheckPlan) and plan.charges and counted is not None and not counted.allowed and counted.remaining:
                 rest.append(Charge(plan.charges[0].counters, counted.remaining))
-                settled[number] = _emptied(settled[number], counted)
+                results[number] = _emptied(results[number], counted)
         if rest:
             await gate.counters.charge(rest)
-        return settled
+        return results
 
     def _find(self, entries: Entries, override: tuple[int, int, int] | None) -> tuple[FileLimit | None, str]:
-        """The limit of a descriptor, and whom it counts: the entries, a shared wildcard in place of its values."""
+        """The limit and the subject of a descriptor: its entries, with a shared wildcard in place of the value."""
         if override is not None:
             return self._override(tuple(key for key, _ in entries), *override), entries_subject(entries)
         node: Node | None = self._root
@@ -113,7 +109,7 @@ class FileDomain:
 
     def _limit_set(self, limit: FileLimit) -> LimitSet:
         assert limit.limit is not None
-        # '/' is in no tier's name, so no rule of the policy shares these counters; nor does another domain whose name has one.
+        # Tier names cannot contain '/', so no rule of the policy shares these counters. Domains that contain it are escaped.
         domain = self.domain.replace("%", "%25").replace("/", "%2F")
         return LimitSet(
             f"envoy/{domain}/{limit.path}",
@@ -134,19 +130,19 @@ class FileDomain:
         return FileLimit(window_limit(amount, unit, multiplier), f"sent along: {', '.join(clip(key) for key in keys)}")
 
 
-def _counted(settled: ChargeResult) -> Decision | None:
-    """What was counted, of a shadow rule too; None where nothing was."""
-    outcome = settled.shadow_outcomes[0] if settled.shadow_outcomes else settled.outcome
+def _counted(result: ChargeResult) -> Decision | None:
+    """The decision that was counted, including that of a shadow limit; None if nothing was."""
+    outcome = result.shadow_outcomes[0] if result.shadow_outcomes else result.outcome
     return outcome if isinstance(outcome, Decision) else None
 
 
-def _emptied(settled: ChargeResult, counted: Decision) -> ChargeResult:
-    """The same, with nothing left."""
+def _emptied(result: ChargeResult, counted: Decision) -> ChargeResult:
+    """The same result with 0 remaining."""
     empty = msgspec.structs.replace(counted, remaining=0)
-    return ChargeResult(settled.outcome, (empty,)) if settled.shadow_outcomes else ChargeResult(empty)
+    return ChargeResult(result.outcome, (empty,)) if result.shadow_outcomes else ChargeResult(empty)
 
 
 def _refusal(limits: LimitSet, shadow: bool) -> Decision:
-    """The answer of a limit of 0, for which nothing has to be counted."""
+    """The decision of a limit of 0, which needs no counter."""
     limit: Limit = limits.limits[0]
     return Decision(shadow, limit, 0, limit.window_us, 0 if shadow else None, 0, limits)

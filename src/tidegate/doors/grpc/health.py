@@ -1,4 +1,4 @@
-"""`grpc.health.v1.Health`: whether this instance is to be asked. It is while it can decide, degraded or not, until it drains."""
+"""`grpc.health.v1.Health`: SERVING while this instance can decide, degraded or not, until it drains."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from tidegate.doors.grpc.messages import NOT_SERVING, SERVICE_UNKNOWN, SERVING, 
 from tidegate.doors.grpc.status import CallRefused, Status
 
 SERVICES: Final = ("", "envoy.service.ratelimit.v3.RateLimitService", "grpc.health.v1.Health")
-"""What can be asked about; the empty name is the whole server."""
+"""Names that `Check` and `Watch` accept; the empty name is the whole server."""
 
 MAX_WATCHERS: Final = 1000
 
 
 class HealthService:
-    """Answers checks at once, and tells watchers of every change.
+    """Answers `Check`, and sends each change to the open `Watch` streams.
 
     Args:
-        send: hands a watcher, by the id of its call, one message; returns whether it could.
+        send: sends a message on the stream with a call id; returns whether it was accepted.
     """
 
     def __init__(self, send: Callable[[int, bytes], bool]) -> None:
@@ -39,43 +39,35 @@ class HealthService:
             A `HealthCheckResponse`.
 
         Raises:
-            CallRefused: if the message is none, or the service is unknown.
+            CallRefused: if the message is invalid, or the service is unknown.
         """
         service = _service(payload)
         if service not in SERVICES:
             raise CallRefused(Status.NOT_FOUND, f"service {service[:80]!r} is unknown; use {SERVICES[1]!r} or ''")
-        return self._told(service)
+        return self._response(service)
 
     def watch(self, call_id: int, payload: bytes) -> None:
-        """Begin a `Watch`: tell the state now, and again whenever it changes.
+        """Begin a `Watch`: send the state now and after each change.
 
         Args:
-            call_id: of the stream.
+            call_id: id of the stream.
             payload: a `HealthCheckRequest`.
 
         Raises:
-            CallRefused: if the message is none, or too many watch already.
+            CallRefused: if the message is invalid, or too many streams are open.
         """
         service = _service(payload)
         if len(self._watchers) >= MAX_WATCHERS:
             raise CallRefused(Status.RESOURCE_EXHAUSTED, f"too many open Watch calls (at most {MAX_WATCHERS}); use Check")
         self._watchers[call_id] = service
-        self._send(call_id, self._told(service))
+        self._send(call_id, self._response(service))
 
     def forget(self, call_id: int) -> None:
-        """End a `Watch` whose client has gone.
-
-        Args:
-            call_id: of the stream.
-        """
+        """Remove a `Watch` stream that the client closed."""
         self._watchers.pop(call_id, None)
 
     def configured(self, valid: bool) -> None:
-        """Report SERVING or NOT_SERVING, by whether the configuration of all domains could be read. A drain is final.
-
-        Args:
-            valid: whether it could.
-        """
+        """Report NOT_SERVING while `[envoy] config` has never been valid; no effect during a drain."""
         self._configured = valid
         self._notify()
 
@@ -91,12 +83,12 @@ class HealthService:
 
     def _notify(self) -> None:
         for call_id, service in self._watchers.items():
-            self._send(call_id, self._told(service))
+            self._send(call_id, self._response(service))
 
-    def _told(self, service: str) -> bytes:
+    def _response(self, service: str) -> bytes:
         state = (SERVING if self._configured and not self._draining else NOT_SERVING) if service in SERVICES else SERVICE_UNKNOWN
-        told: bytes = HealthCheckResponse(status=state).SerializeToString()
-        return told
+        response: bytes = HealthCheckResponse(status=state).SerializeToString()
+        return response
 
 
 def _service(payload: bytes) -> str:

@@ -1,9 +1,9 @@
-"""The seam to the HTTP/2 server: pygrpc-native, whose threads hand whole calls to the event loop and take answers from it.
+"""The interface to the HTTP/2 server, pygrpc-native: its threads pass whole calls to the event loop and send the answers.
 
-It was chosen by measurement; docs/dependencies.md has the figures. HTTP/2, flow control and the bounds of floods are its
-work (the Rust crates hyper and h2), outside the interpreter's lock; a burst of calls costs the loop one wake-up.
+It was chosen by measurement; see docs/dependencies.md. It does HTTP/2, flow control and flood protection (in the Rust crates
+hyper and h2) without holding the GIL; a burst of calls wakes the event loop once.
 
-The metadata of calls is taken over where somebody reads it: the access log for the request's id, traces for the caller's span.
+The metadata of calls is read only if needed: by the access log for the request id, by tracing for the caller's span.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from tidegate.telemetry.requests import CURRENT, Request
 logger = logging.getLogger(__name__)
 
 MAX_STREAMS: Final = 256
-"""Calls at once on one connection; Envoy opens another one for more. The server buffers up to 4 MB of each."""
+"""Maximum concurrent calls per connection; Envoy opens another connection for more. The server buffers up to 4 MB of each."""
 
 MAX_METADATA_BYTES: Final = 16 * 1024
 KEEPALIVE_S: Final = 60
-"""A connection that says nothing for so long is asked whether it lives, and closed if it does not answer within 20 s."""
+"""Idle time before a keepalive ping; a connection that does not answer it within 20 s is closed."""
 
 SHOULD_RATE_LIMIT, CHECK, WATCH = 0, 1, 2
 _METHODS: Final = (
@@ -54,17 +54,17 @@ class GrpcListener:
     """The two services on one address.
 
     Args:
-        service: answers Envoy.
+        service: the rate limit service.
         host: address to listen at.
         port: 1 to 65535.
-        shares_port: listen although others do at the same address, as workers do.
-        access: writes about a sample of the calls; None for no such log.
-        reads_metadata: whether somebody besides the access log wants to know of a call's id and span.
-        trusted: whose `traceparent` is believed; loopback's where not given.
+        shares_port: share the port with other processes, as workers do.
+        access: the access log; None if disabled.
+        reads_metadata: whether metadata is also needed for tracing.
+        trusted: peers whose `traceparent` is trusted; loopback by default.
 
     Attributes:
-        in_flight: calls being answered; streams that watch do not count.
-        answered: calls answered so far.
+        in_flight: calls being answered, without `Watch` streams.
+        answered: total number of calls answered.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class GrpcListener:
         """Listen.
 
         Raises:
-            SettingsError: if the address cannot be had.
+            SettingsError: if the address cannot be used.
         """
         try:
             self._front = NativeGrpcFront(
@@ -120,18 +120,14 @@ class GrpcListener:
         self._health.configured(valid)
 
     def drain(self) -> None:
-        """Say NOT_SERVING to who asks and who watches; calls are answered as before."""
+        """Report NOT_SERVING and end the `Watch` streams; calls are answered as before."""
         front = self._front
         if front is not None:
             for call_id in self._health.drain():
                 front.stream_end(call_id)
 
     async def stop(self, timeout_s: float) -> None:
-        """Answer what is in flight, and take no more.
-
-        Args:
-            timeout_s: how long to wait.
-        """
+        """Finish the calls in flight, within `timeout_s`, and close."""
         front, self._front = self._front, None
         if front is None:
             return
@@ -140,29 +136,29 @@ class GrpcListener:
         for task in self._tasks:
             task.cancel()
         await stop(self._receiving)
-        # In a thread: closing waits for the server's own threads.
+        # In a thread: closing waits for the threads of the server.
         await asyncio.to_thread(front.close)
         if self._thread is not None:
             await asyncio.to_thread(self._thread.join, 5)
 
     async def _receive(self, front: NativeGrpcFront) -> None:
-        """Run the thread that takes calls from the server, and end as it ends: by its exception, or when the server is closed."""
+        """Run the thread that receives calls, and end with its exception or when the server is closed."""
         self._ended = self._loop.create_future()
-        # Where this task is restarted and its thread is not, the thread goes on: two must not wait for calls at once.
+        # If this task is restarted while the thread still runs, keep the thread: only one may receive calls.
         if self._thread is None:
-            self._thread = threading.Thread(target=self._take_calls, args=(front,), name="tidegate-grpc", daemon=True)
+            self._thread = threading.Thread(target=self._receive_calls, args=(front,), name="tidegate-grpc", daemon=True)
             self._thread.start()
         await self._ended
 
-    def _take_calls(self, front: NativeGrpcFront) -> None:
-        """In a thread of its own: pass calls to the loop until the server is closed."""
+    def _receive_calls(self, front: NativeGrpcFront) -> None:
+        """In a separate thread: pass calls to the event loop until the server is closed."""
         receive: Callable[[int], Sequence[tuple[Any, ...]] | None] = (
             front.recv_batch_details if self._reads_metadata else front.recv_batch
         )
         failure: BaseException = RuntimeError("the gRPC server was closed")
         try:
             while (events := receive(_BATCH_SIZE)) is not None:
-                self._loop.call_soon_threadsafe(self._take, front, events)
+                self._loop.call_soon_threadsafe(self._dispatch, front, events)
         except Exception as error:  # noqa: BLE001 - handed to the supervised task, which logs and restarts
             failure = error
         try:
@@ -175,7 +171,7 @@ class GrpcListener:
         if self._ended is not None and not self._ended.done():
             self._ended.set_exception(failure)
 
-    def _take(self, front: NativeGrpcFront, events: Sequence[tuple[Any, ...]]) -> None:
+    def _dispatch(self, front: NativeGrpcFront, events: Sequence[tuple[Any, ...]]) -> None:
         for event in events:
             kind, call_id, method, payload = event[:4]
             if kind == EVENT_CANCEL:
@@ -183,17 +179,17 @@ class GrpcListener:
             elif kind == EVENT_CALL and payload is not None:
                 if method == SHOULD_RATE_LIMIT:
                     if self._reads_metadata:
-                        answering: Coroutine[Any, Any, Any] = self._answer_noted(front, call_id, payload, event[5])
+                        answering: Coroutine[Any, Any, Any] = self._answer_observed(front, call_id, payload, event[5])
                     else:
                         answering = self._answer(front, call_id, payload)
                     task = self._loop.create_task(answering)
                     self._tasks.add(task)
                     task.add_done_callback(self._tasks.discard)
                 else:
-                    self._tell_health(front, call_id, method, payload)
+                    self._answer_health(front, call_id, method, payload)
 
     async def _answer(self, front: NativeGrpcFront, call_id: int, payload: bytes) -> bytes | Status:
-        """Answer a call; gives what it was told: a `RateLimitResponse`, or an error of gRPC."""
+        """Answer a call; returns the `RateLimitResponse` or the gRPC status that was sent."""
         self.in_flight += 1
         try:
             answer = await self._service.answer(payload)
@@ -210,24 +206,24 @@ class GrpcListener:
             self.answered += 1
         return answer
 
-    async def _answer_noted(self, front: NativeGrpcFront, call_id: int, payload: bytes, details: CallDetails) -> None:
-        """Answer a call of which log and traces know."""
+    async def _answer_observed(self, front: NativeGrpcFront, call_id: int, payload: bytes, details: CallDetails) -> None:
+        """Answer a call that the access log or tracing observes."""
         access = self._access
-        wanted = access is not None and access.is_sampled()
-        request = Request(_metadata(details[0]), wanted, details[1], self._trusts_peer)
-        # Each call is answered in a task of its own: nobody else sees it.
+        sampled = access is not None and access.is_sampled()
+        request = Request(_metadata(details[0]), sampled, details[1], self._trusts_peer)
+        # Each call has its own task, so this is visible in that task only.
         CURRENT.set(request)
         started_ns = time.perf_counter_ns()
         try:
-            told = await self._answer(front, call_id, payload)
+            answer = await self._answer(front, call_id, payload)
             if access is not None and request.sampled:
                 took_ns = time.perf_counter_ns() - started_ns
-                code = told.name if isinstance(told, Status) else _CODES[RateLimitResponse.FromString(told).overall_code]
+                code = answer.name if isinstance(answer, Status) else _CODES[RateLimitResponse.FromString(answer).overall_code]
                 access.write(request, _METHODS[SHOULD_RATE_LIMIT][0], code, took_ns)
         finally:
             request.over = True
 
-    def _tell_health(self, front: NativeGrpcFront, call_id: int, method: int, payload: bytes) -> None:
+    def _answer_health(self, front: NativeGrpcFront, call_id: int, method: int, payload: bytes) -> None:
         try:
             if method == CHECK:
                 front.respond(call_id, self._health.check(payload))
@@ -245,5 +241,5 @@ class GrpcListener:
 
 
 def _metadata(pairs: Sequence[tuple[str, str | bytes]]) -> dict[str, str | bytes]:
-    """The metadata of a call, of two values with one name the first."""
+    """The metadata of a call; the first value of each name."""
     return dict(reversed(pairs))

@@ -1,8 +1,8 @@
-"""The messages of the two services: the fields that are used, on the wire as Envoy 1.40 has them.
+"""The messages of the two services: only the fields that are used, in the wire format of Envoy 1.40.
 
-Made here rather than taken from a package of all of Envoy's interfaces: those take 24 MB and 0.12 s to import, and claim the name
-`envoy`. Text that an end client can choose is read as bytes, because protobuf refuses a whole message for one byte that is not
-UTF-8, and a refused message would pass where Envoy fails open. Enumerations are plain integers.
+Defined here because the packages of all Envoy interfaces take 24 MB and 0.12 s to import, and occupy the module name `envoy`.
+Text from end clients is declared as bytes, because protobuf refuses a whole message for one byte that is not UTF-8, and Envoy in
+fail-open mode would let that request pass. Enumerations are plain integers.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _KINDS: Final = {
     "uint64": _Field.TYPE_UINT64,
     "string": _Field.TYPE_STRING,
 }
-# Name, number and kind of each field; * is repeated, and what is no kind is a message.
+# Name, number and type of each field; * means repeated, and names that are not in _KINDS are messages.
 _MESSAGES: Final[Mapping[str, tuple[tuple[str, int, str], ...]]] = {
     "Duration": (("seconds", 1, "int64"), ("nanos", 2, "int32")),
     "UInt32Value": (("value", 1, "uint32"),),
@@ -86,14 +86,14 @@ def _file() -> descriptor_pb2.FileDescriptorProto:
 
 
 def _messages() -> dict[str, Any]:
-    # A pool of its own: a program that imports Tidegate may have Envoy's whole interface in the default one.
+    # A separate pool: a program that imports Tidegate may have the Envoy interfaces in the default one.
     pool = descriptor_pool.DescriptorPool()
     pool.Add(_file())
     return {name: message_factory.GetMessageClass(pool.FindMessageTypeByName(f"{_PACKAGE}.{name}")) for name in _MESSAGES}
 
 
-_MADE: Final = _messages()
-RateLimitRequest: Any = _MADE["RateLimitRequest"]
-RateLimitResponse: Any = _MADE["RateLimitResponse"]
-HealthCheckRequest: Any = _MADE["HealthCheckRequest"]
-HealthCheckResponse: Any = _MADE["HealthCheckResponse"]
+_CLASSES: Final = _messages()
+RateLimitRequest: Any = _CLASSES["RateLimitRequest"]
+RateLimitResponse: Any = _CLASSES["RateLimitResponse"]
+HealthCheckRequest: Any = _CLASSES["HealthCheckRequest"]
+HealthCheckResponse: Any = _CLASSES["HealthCheckResponse"]

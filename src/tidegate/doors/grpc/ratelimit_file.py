@@ -1,7 +1,7 @@
-"""The configuration of envoyproxy/ratelimit: YAML into the limits of its domains, whole or not at all.
+"""Reads the YAML configuration of envoyproxy/ratelimit; an invalid file is refused as a whole.
 
-The form is that of its README: one domain for each file, descriptors nested by key and value. What Tidegate does not do is
-refused by name, with file and line; what changes no count (statistics, metadata) is read and left aside, with a note.
+The format is that of its README: one domain per file, descriptors nested by key and value. Unsupported fields are refused, with
+file and line; fields that do not affect counting (statistics, metadata) are ignored, with a note.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _DESCRIPTOR_FIELDS: Final = (
     "metadata",
 )
 _LIMIT_FIELDS: Final = ("unit", "requests_per_unit", "unlimited", "name", "replaces")
-_LEFT_ASIDE: Final[Mapping[str, str]] = {
+_IGNORED_FIELDS: Final[Mapping[str, str]] = {
     "detailed_metric": "only affects the statistics of envoyproxy/ratelimit",
     "value_to_metric": "only affects the statistics of envoyproxy/ratelimit",
     "metadata": "is not passed on to Envoy as dynamic metadata",
@@ -53,13 +53,13 @@ _ENDINGS: Final = (".yaml", ".yml")
 
 
 class RateLimitFile(msgspec.Struct, frozen=True):
-    """What stands in one file.
+    """The content of one file.
 
     Args:
         domain: its domain.
         root: its descriptors.
-        limits: how many `rate_limit` blocks it has.
-        notes: what was read and left aside, one sentence each.
+        limits: number of its `rate_limit` blocks.
+        notes: one sentence for each field that was ignored.
     """
 
     domain: str
@@ -69,13 +69,7 @@ class RateLimitFile(msgspec.Struct, frozen=True):
 
 
 def load_ratelimit(path: Path) -> list[RateLimitFile]:
-    """Read a file, or all `.yaml` and `.yml` files of a directory.
-
-    Args:
-        path: the file or the directory.
-
-    Returns:
-        What stands in each, by name of the file; domains are unique.
+    """Read a file, or all `.yaml` and `.yml` files of a directory, in the order of their names; domains are unique.
 
     Raises:
         PolicyError: with file, line and reason.
@@ -84,13 +78,7 @@ def load_ratelimit(path: Path) -> list[RateLimitFile]:
 
 
 def ratelimit_files(path: Path) -> list[Path]:
-    """The file itself, or all `.yaml` and `.yml` files of a directory.
-
-    Args:
-        path: the file or the directory.
-
-    Returns:
-        The files, sorted.
+    """The file itself, or the sorted `.yaml` and `.yml` files of a directory.
 
     Raises:
         PolicyError: if there is none in the directory.
@@ -105,13 +93,7 @@ def ratelimit_files(path: Path) -> list[Path]:
 
 
 def read_ratelimit(path: Path) -> list[tuple[str, str]]:
-    """The texts of these files.
-
-    Args:
-        path: the file or the directory.
-
-    Returns:
-        Path and text of each, sorted by path.
+    """Path and text of each file, sorted by path.
 
     Raises:
         PolicyError: if one cannot be read, or there is none.
@@ -125,24 +107,20 @@ def read_ratelimit(path: Path) -> list[tuple[str, str]]:
 
 
 def parse_ratelimit(texts: list[tuple[str, str]]) -> list[RateLimitFile]:
-    """Read texts of files.
-
-    Args:
-        texts: path and text of each.
-
-    Returns:
-        What stands in each; domains are unique.
+    """Parse the files, given as path and text; domains are unique.
 
     Raises:
         PolicyError: with file, line and reason.
     """
-    read = [_Reader(file).read(text) for file, text in texts]
+    files = [_Reader(file).read(text) for file, text in texts]
     first: dict[str, str] = {}
-    for (file, _), made in zip(texts, read, strict=True):
-        if made.domain in first:
-            raise PolicyError(f"domain {short(made.domain)} is also defined in {first[made.domain]}; merge the two files", file)
-        first[made.domain] = file
-    return read
+    for (file, _), parsed in zip(texts, files, strict=True):
+        if parsed.domain in first:
+            raise PolicyError(
+                f"domain {short(parsed.domain)} is also defined in {first[parsed.domain]}; merge the two files", file
+            )
+        first[parsed.domain] = file
+    return files
 
 
 def _text(file: Path) -> str:
@@ -157,14 +135,14 @@ def _text(file: Path) -> str:
 
 
 class _Reader:
-    """Reads one file by its YAML nodes, which know their lines."""
+    """Reads one file from its YAML nodes, which have line numbers."""
 
     def __init__(self, file: str) -> None:
         self._file = file
         self._limits = 0
         self._descriptors = 0
         self._notes: dict[str, int] = {}
-        # Mappings with what their merge keys bring, by the node's identity; None while one is being merged.
+        # Mappings with their merge keys resolved, by the identity of the node; None while one is being merged.
         self._merged: dict[int, dict[str, tuple[yaml.Node, yaml.Node]] | None] = {}
 
     def read(self, text: str) -> RateLimitFile:
@@ -185,7 +163,7 @@ class _Reader:
         root = Node()
         if "descriptors" in fields:
             self._children(root, fields["descriptors"], (), 1)
-        notes = tuple(f"{self._file}:{line}: {name!r} {_LEFT_ASIDE[name]}, ignored" for name, line in self._notes.items())
+        notes = tuple(f"{self._file}:{line}: {name!r} {_IGNORED_FIELDS[name]}, ignored" for name, line in self._notes.items())
         return RateLimitFile(domain, root, self._limits, notes)
 
     def _children(self, parent: Node, listed: yaml.Node, above: tuple[str, ...], depth: int) -> None:
@@ -193,11 +171,11 @@ class _Reader:
             raise self._error(f"descriptors are nested more than {MAX_DEPTH} deep", listed)
         for item in self._items(listed, "descriptors"):
             self._descriptors += 1
-            # Counted as they are walked: an alias stands for all that it names.
+            # Counted while traversing: each use of an alias counts all that it contains.
             if self._descriptors > MAX_DESCRIPTORS:
                 raise self._error(f"more than {MAX_DESCRIPTORS} descriptors; use wildcards, or keys without a value", item)
             fields = self._fields(item, _DESCRIPTOR_FIELDS, "a descriptor")
-            self._leave_aside(fields)
+            self._check_ignored(fields)
             if "key" not in fields:
                 raise self._error("'key' is missing in this descriptor", item)
             key = self._name(fields["key"], "key")
@@ -220,14 +198,14 @@ class _Reader:
             if "descriptors" in fields:
                 self._children(node, fields["descriptors"], path, depth + 1)
 
-    def _leave_aside(self, fields: Mapping[str, yaml.Node]) -> None:
-        """Check, and note, what changes no count."""
+    def _check_ignored(self, fields: Mapping[str, yaml.Node]) -> None:
+        """Validate the fields that do not affect counting, and note those that are ignored."""
         if self._flag(fields, "quota_mode"):
             raise self._error(
                 "quota_mode is not supported; use shadow_mode, which allows requests and counts those it would deny",
                 fields["quota_mode"],
             )
-        for name in _LEFT_ASIDE.keys() & fields.keys():
+        for name in _IGNORED_FIELDS.keys() & fields.keys():
             node = fields[name]
             if name != "metadata":
                 self._flag(fields, name)
@@ -286,10 +264,10 @@ class _Reader:
         return fields
 
     def _pairs(self, node: yaml.Node, remedy: str) -> dict[str, tuple[yaml.Node, yaml.Node]]:
-        """The keys and values of a mapping; those of its own go before those that `<<` brings."""
+        """The keys and values of a mapping; its own take precedence over those merged by `<<`."""
         if not isinstance(node, yaml.MappingNode):
             raise self._error(remedy, node)
-        # Once for each mapping, so that aliases of aliases cost no more than their text.
+        # Once per mapping, so that nested aliases take time linear in the text.
         if id(node) in self._merged:
             merged = self._merged[id(node)]
             if merged is None:
@@ -356,11 +334,11 @@ def _is_null(node: yaml.Node) -> bool:
 
 
 def _escaped(text: str) -> str:
-    """A key or value so that '=' and '/' between them can be told from their own."""
+    """A key or value with its '=' and '/' escaped, because these separate keys and values in a path."""
     return text.replace("%", "%25").replace("=", "%3D").replace("/", "%2F")
 
 
 def _whole(text: str) -> int:
-    """A number as YAML 1.1 and Go have it: a leading 0 is octal."""
+    """A number in the notation of YAML 1.1 and Go: a leading 0 means octal."""
     digits = text.removeprefix("+").lower()
     return int(digits, 8) if digits[0] == "0" and digits.isdecimal() else int(digits, 0)

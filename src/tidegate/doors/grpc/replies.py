@@ -1,4 +1,4 @@
-"""What a request's checks came to, as a `RateLimitResponse`."""
+"""Renders the decisions of a request as a `RateLimitResponse`."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ _JSON: Final = ("content-type", "application/json")
 
 
 class Part(msgspec.Struct, frozen=True, gc=False):
-    """What one descriptor comes to before anything is charged.
+    """One descriptor, before it is charged.
 
     Args:
-        plan: what is to be decided, or why it cannot be; None where nothing limits the descriptor.
-        cost: units; 0 looks only.
-        name: what its limit is called; empty for the name of the rule.
-        unlimited: whether it was said that nothing limits it.
+        plan: the plan of its check, or the error; None if no limit applies.
+        cost: units; 0 peeks.
+        name: name of the limit; empty for the name of the rule.
+        unlimited: whether it is explicitly unlimited.
     """
 
     plan: CheckPlan | TidegateError | None
@@ -35,20 +35,20 @@ class Part(msgspec.Struct, frozen=True, gc=False):
     unlimited: bool = False
 
 
-def reply(parts: Sequence[Part], settled: Iterable[ChargeResult]) -> bytes:
-    """Render a request's answer. Its headers are those of the descriptor that denied first, else of the one with the least left.
+def reply(parts: Sequence[Part], results: Iterable[ChargeResult]) -> bytes:
+    """Render the answer. Its headers describe the first descriptor that was denied, else the one with the fewest units remaining.
 
     Args:
         parts: one for each descriptor, in order.
-        settled: for each part that has a plan, what became of it.
+        results: one for each part with a plan, in order.
 
     Returns:
         A `RateLimitResponse`.
     """
-    outcomes = iter(settled)
+    outcomes = iter(results)
     message = RateLimitResponse(overall_code=OK)
     denial: Decision | TidegateError | None = None
-    least: Decision | None = None
+    lowest: Decision | None = None
     for part in parts:
         status = message.statuses.add(code=OK)
         if part.plan is None:
@@ -63,16 +63,16 @@ def reply(parts: Sequence[Part], settled: Iterable[ChargeResult]) -> bytes:
                 denial = denial or outcome
             continue
         shown = _shown(outcome, each)
-        _tell_limit(status, shown, part.name)
+        _set_limit(status, shown, part.name)
         passes = outcome.allowed and not (part.cost == 0 and outcome.remaining == 0)
         if not passes:
             status.code = OVER_LIMIT
             denial = denial or outcome
-        if shown.remaining is not None and (least is None or shown.remaining < (least.remaining or 0)):
-            least = shown
+        if shown.remaining is not None and (lowest is None or shown.remaining < (lowest.remaining or 0)):
+            lowest = shown
     if denial is None:
-        if least is not None:
-            _add_headers(message, limit_headers(least))
+        if lowest is not None:
+            _add_headers(message, limit_headers(lowest))
     elif isinstance(denial, Decision):
         message.overall_code = OVER_LIMIT
         _add_headers(message, [*limit_headers(denial), _JSON])
@@ -84,14 +84,7 @@ def reply(parts: Sequence[Part], settled: Iterable[ChargeResult]) -> bytes:
 
 
 def denied(error: TidegateError) -> bytes:
-    """Deny a request that could not be read.
-
-    Args:
-        error: why.
-
-    Returns:
-        A `RateLimitResponse`.
-    """
+    """The `RateLimitResponse` that denies a whole request with an error."""
     message = RateLimitResponse()
     _deny(message, error)
     rendered: bytes = message.SerializeToString()
@@ -104,16 +97,16 @@ def _deny(message: Any, error: TidegateError) -> None:
     message.raw_body = encode(error_body(error))
 
 
-def _shown(outcome: Decision, settled: ChargeResult) -> Decision:
-    """Whose figures are told: those of a shadow rule where there are no others."""
-    if outcome.binding is None and settled.shadow_outcomes:
-        shadow_outcomes = settled.shadow_outcomes[0]
+def _shown(outcome: Decision, result: ChargeResult) -> Decision:
+    """The decision whose figures are shown: that of a shadow rule if no other has any."""
+    if outcome.binding is None and result.shadow_outcomes:
+        shadow_outcomes = result.shadow_outcomes[0]
         if not isinstance(shadow_outcomes, StoreUnavailable):
             return shadow_outcomes
     return outcome
 
 
-def _tell_limit(status: Any, decision: Decision, name: str) -> None:
+def _set_limit(status: Any, decision: Decision, name: str) -> None:
     binding = decision.binding
     if binding is None:
         return

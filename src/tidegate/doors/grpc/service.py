@@ -1,8 +1,8 @@
-"""`ShouldRateLimit`: bytes to checks, decisions to bytes.
+"""`ShouldRateLimit`: converts requests to checks, and decisions to answers.
 
-Descriptors of the domain `[envoy] domain` are checks under the policy where they have a path, else for its rules for descriptors;
-they are charged all or none. Descriptors of a domain from `[envoy] config` are counted as that file says, each on its own. Those
-of any other domain pass, and the log says so.
+Descriptors of the domain `[envoy] domain` are checks under the policy: by path if they have one, else by the rules for
+descriptors; all are charged or none. Descriptors of a domain from `[envoy] config` are counted by that file, each independently.
+Those of any other domain are allowed, with a warning in the log.
 """
 
 from __future__ import annotations
@@ -29,42 +29,31 @@ from tidegate.time_slice import TimeSlice
 logger = logging.getLogger(__name__)
 
 MAX_MESSAGE_BYTES: Final = 1024 * 1024
-"""Far beyond the 60 KB of headers that Envoy lets through by default: what a client sends is denied, not lost."""
+"""Far more than the 60 KB of headers that Envoy accepts by default, so that no client request exceeds it."""
 
 MAX_DESCRIPTORS: Final = 100
 MAX_ENTRIES: Final = 64
 
-_TOLD_DOMAINS: Final = 100
+_MAX_WARNED_DOMAINS: Final = 100
 
 Entries = list[tuple[str, str]]
 SentLimit = tuple[int, int, int]
-"""Requests, unit and how many units, of a limit that Envoy sends along."""
+"""Requests, unit and unit multiplier of a limit that Envoy sends with a descriptor."""
 
 
 class DomainLimits(Protocol):
-    """What counts the descriptors of one domain."""
+    """Counts the descriptors of one domain."""
 
-    async def parts(self, asked: list[tuple[Entries, int, SentLimit | None]]) -> list[Part]:
-        """Find out what each descriptor of a request is held against; other requests get their turn in between.
+    async def parts(self, descriptors: list[tuple[Entries, int, SentLimit | None]]) -> list[Part]:
+        """Find the limit of each descriptor of a request; yields to other requests in between.
 
         Args:
-            asked: of each its entries, its cost, and the limit that Envoy sent along, if it did.
-
-        Returns:
-            One part for each.
+            descriptors: entries, cost and the limit that Envoy sent, if any, of each.
         """
         ...
 
     async def settle(self, gate: Gate, parts: list[Part]) -> list[ChargeResult]:
-        """Decide and charge.
-
-        Args:
-            gate: decides.
-            parts: of one request.
-
-        Returns:
-            For each part that has a plan, what became of it.
-        """
+        """Decide and charge the parts of one request; returns one result for each part with a plan."""
         ...
 
 
@@ -72,14 +61,14 @@ class RateLimitService:
     """Answers `ShouldRateLimit`.
 
     Args:
-        gate: decides.
+        gate: the gate.
         settings: how descriptors are read.
-        observe: is told of what was refused before the gate.
-        paths: which spellings of a path are let through.
+        observe: called for each request refused before the gate.
+        paths: accepted path encodings.
 
     Attributes:
-        domains: what counts the descriptors of other domains than the policy's; None while `[envoy] config` has never been valid,
-            and no call for such a domain can be answered. May be replaced at any time.
+        domains: limits of the domains of `[envoy] config`; None while that has never been valid, when calls for other domains
+            than the policy's end UNAVAILABLE. May be replaced at any time.
     """
 
     def __init__(
@@ -100,7 +89,7 @@ class RateLimitService:
         self._path_entry = settings.path_entry
         self._paths = paths
         self._observe = observe
-        self._told: set[str] = set()
+        self._warned_domains: set[str] = set()
         self.domains: Mapping[str, DomainLimits] | None = {}
 
     async def answer(self, payload: bytes) -> bytes:
@@ -113,11 +102,11 @@ class RateLimitService:
             A `RateLimitResponse`.
 
         Raises:
-            CallRefused: if the request makes no sense (then the gateway is set up wrongly), or the catalog does not answer.
+            CallRefused: if the request is invalid (the gateway is misconfigured), or the catalog is unavailable.
         """
         if len(payload) > MAX_MESSAGE_BYTES:
             return denied(
-                self._seen(RequestTooLarge(f"the request has {len(payload)} bytes; at most {MAX_MESSAGE_BYTES} are accepted"))
+                self._observed(RequestTooLarge(f"the request has {len(payload)} bytes; at most {MAX_MESSAGE_BYTES} are accepted"))
             )
         try:
             request = RateLimitRequest.FromString(payload)
@@ -135,11 +124,11 @@ class RateLimitService:
             domains = {}
         limits = domains.get(domain)
         if limits is not None:
-            asked = [(*self._entries(each, request), _override(each)) for each in descriptors]
-            parts = await limits.parts([(entries, cost, limit) for entries, cost, limit in asked])
+            entries = [(*self._entries(each, request), _override(each)) for each in descriptors]
+            parts = await limits.parts(entries)
             return reply(parts, await limits.settle(self._gate, parts))
         if domain != self._domain:
-            self._tell(domain)
+            self._warn_unlimited(domain)
             return reply([Part(None, 0)] * len(descriptors), [])
         checks = []
         slice_ = TimeSlice()
@@ -151,17 +140,17 @@ class RateLimitService:
         return reply(parts, await self._gate.decide([part.plan for part in parts if part.plan is not None]))
 
     async def _parts(self, checks: list[tuple[Check | DescriptorCheck | TidegateError, int]]) -> list[Part]:
-        """What each check is held against; their callers are looked up side by side."""
+        """The plan of each check; their callers are looked up concurrently."""
         plans = iter(await self._gate.plan_many([check for check, _ in checks if not isinstance(check, TidegateError)]))
         parts = [Part(check if isinstance(check, TidegateError) else next(plans), cost) for check, cost in checks]
         for part in parts:
             if isinstance(part.plan, CatalogUnavailable):
-                self._seen(part.plan)
+                self._observed(part.plan)
                 raise CallRefused(Status.UNAVAILABLE, outward(part.plan)[0])
         return parts
 
     def _check_of(self, descriptor: Any, request: Any) -> tuple[Check | DescriptorCheck | TidegateError, int]:
-        """The check that a descriptor of the policy's domain is, or why it is none, and its cost."""
+        """The check of a descriptor of the policy's domain, or its error, and its cost."""
         if descriptor.HasField("limit"):
             raise self._refused(
                 f"a descriptor of domain {self._domain!r} has a limit, but limits of this domain come from the policy; "
@@ -176,12 +165,12 @@ class RateLimitService:
                 if field is None:
                     continue
                 if field in named:
-                    # Of two, the gateway and the backend may mean different ones.
+                    # With two values, the gateway and the backend may use different ones.
                     raise BadRequest(f"the entry {key!r} appears twice in one descriptor; send it once", field=field)
                 named[field] = value
             if "path" not in named:
                 api_key = named.get("api_key") or None
-                # Of two entries with one key the first counts.
+                # The first of two entries with one key is used.
                 by_key = dict(reversed(entries))
                 return DescriptorCheck(by_key, None if api_key is None else str(api_key), cost, _address(named.get("ip"))), cost
             check = Check.of(**named, paths=self._paths, strict_ip=False)
@@ -197,17 +186,17 @@ class RateLimitService:
             raise CallRefused(Status.UNIMPLEMENTED, "negative hits are not supported; send hits_addend of 0 or more")
         if len(descriptor.entries) > MAX_ENTRIES:
             raise self._refused(f"a descriptor has {len(descriptor.entries)} entries; at most {MAX_ENTRIES} are accepted")
-        # "Not given" is 1 for the request's own, for compatibility's sake in that protocol; a descriptor's own may be 0.
+        # By the protocol, hits_addend 0 of a request means 1; that of a descriptor may be 0.
         cost = descriptor.hits_addend.value if descriptor.HasField("hits_addend") else max(request.hits_addend, 1)
-        # What is not UTF-8 becomes lone surrogates: distinct, and refused where text is needed.
+        # Invalid UTF-8 becomes lone surrogates, which stay distinct and are refused where valid text is required.
         return [
             (entry.key.decode(errors="surrogateescape"), entry.value.decode(errors="surrogateescape"))
             for entry in descriptor.entries
         ], cost
 
-    def _tell(self, domain: str) -> None:
-        if domain not in self._told and len(self._told) < _TOLD_DOMAINS:
-            self._told.add(domain)
+    def _warn_unlimited(self, domain: str) -> None:
+        if domain not in self._warned_domains and len(self._warned_domains) < _MAX_WARNED_DOMAINS:
+            self._warned_domains.add(domain)
             logger.warning(
                 "descriptors of domain %s are not limited: it is neither [envoy] domain (%r) nor in [envoy] config",
                 clip(domain),
@@ -215,18 +204,18 @@ class RateLimitService:
             )
 
     def _refused(self, message: str) -> CallRefused:
-        self._seen(BadRequest(message))
+        self._observed(BadRequest(message))
         return CallRefused(Status.INVALID_ARGUMENT, message)
 
-    def _seen(self, error: TidegateError) -> TidegateError:
-        """Tell telemetry of an error that the gate will not see."""
+    def _observed(self, error: TidegateError) -> TidegateError:
+        """Report an error that does not reach the gate to telemetry."""
         if self._observe is not None:
             self._observe(Observation(None, error.code, 0))
         return error
 
 
 def _address(ip: object) -> str | None:
-    """The client's address, where the entry for it holds one: to rules for descriptors it is a text like any other."""
+    """The client address if the entry contains one, else None: rules for descriptors accept any text there."""
     try:
         return None if ip is None else canonical_ip(ip)
     except BadRequest:

@@ -1,4 +1,4 @@
-"""How a gRPC call ends that is not answered."""
+"""gRPC errors of this door."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import enum
 
 
 class Status(enum.IntEnum):
-    """The codes of gRPC that this door gives."""
+    """The gRPC status codes that this door uses."""
 
     INVALID_ARGUMENT = 3
     NOT_FOUND = 5
@@ -17,12 +17,7 @@ class Status(enum.IntEnum):
 
 
 class CallRefused(Exception):
-    """A call that ends with an error of gRPC; what Envoy then does, its `failure_mode_deny` says.
-
-    Args:
-        status: its code.
-        message: one sentence for a person: what, with which value, and the remedy.
-    """
+    """A call that ends with a gRPC error; Envoy's `failure_mode_deny` decides what happens to the request."""
 
     def __init__(self, status: Status, message: str) -> None:
         super().__init__(message)

@@ -1,4 +1,4 @@
-"""The units of the protocol's limits."""
+"""The time units of Envoy's limits."""
 
 from __future__ import annotations
 
@@ -25,28 +25,12 @@ _LONGEST_FIRST: Final = sorted(UNITS_S, key=UNITS_S.__getitem__, reverse=True)
 
 @lru_cache(maxsize=1024)
 def unit_of(window_us: int) -> tuple[int, int]:
-    """The unit of a window, and how many of them it has.
-
-    Args:
-        window_us: length of the window, whole seconds in µs.
-
-    Returns:
-        Number of the longest unit that it has a whole number of, and that number.
-    """
+    """The longest unit that divides a window (whole seconds, in µs), and the multiplier."""
     seconds = window_us // US_PER_S
     unit = next(each for each in _LONGEST_FIRST if seconds % UNITS_S[each] == 0)
     return unit, seconds // UNITS_S[unit]
 
 
 def window_limit(amount: int, unit: int, multiplier: int = 1) -> Limit:
-    """The limit of a number of requests for each unit: a window of fixed length, a month of 30 days and a year of 365.
-
-    Args:
-        amount: requests, 0 or more.
-        unit: number of the unit.
-        multiplier: how many units the window has.
-
-    Returns:
-        The limit.
-    """
+    """The limit of `amount` requests per `multiplier` units; a month has 30 days and a year 365."""
     return Limit(amount, UNITS_S[unit] * multiplier * US_PER_S)
