@@ -102,7 +102,7 @@ def test_signals_to_a_supervisor_and_its_workers(start: Callable[..., Any], tmp_
         TIDEGATE_COUNTERS__TIMEOUT_MS="5000",
         TIDEGATE_SERVER__LOG_FORMAT="text",
     )
-    wait_until(lambda: _logged(server, " listens") == 2)
+    wait_until(lambda: _logged(server, " is listening") == 2)
     pids = [int(pid) for pid in re.findall(r"worker \d \(pid (\d+)\) listens", server.log.read_text())]
     server.process.send_signal(signal.SIGHUP)
     wait_until(lambda: _logged(server, "reloading the policy file") == 2, what="each worker reloads")
@@ -112,7 +112,7 @@ def test_signals_to_a_supervisor_and_its_workers(start: Callable[..., Any], tmp_
     wait_until(lambda: _logged(server, "reloading the policy file") >= 4)
     assert _check(server)["allowed"]
     assert server.stop()[0] == 0
-    assert _logged(server, " listens") == 2, "no worker had to be started again"
+    assert _logged(server, " is listening") == 2, "no worker had to be started again"
     assert _logged(server, "was ended by") == 0
 
 

@@ -13,6 +13,7 @@ import schemathesis
 from hypothesis import HealthCheck, given, settings
 from schemathesis import checks
 
+import tidegate
 from tests.moments import PATIENCE_S
 from tidegate.server import run as server
 from tidegate.settings import CatalogSettings, PolicySettings, ServerSettings, Settings, ViolationSettings
@@ -40,7 +41,7 @@ def description(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     directory = tmp_path_factory.mktemp("schemathesis")
     configured = Settings(
         server=ServerSettings(http="127.0.0.1:0", admin="", grpc="", drain_s=1.0),
-        policy=PolicySettings(file=str(Path(server.__file__).parent / "example.policy.toml")),
+        policy=PolicySettings(file=str(Path(tidegate.__file__).parent / "example.policy.toml")),
         catalog=CatalogSettings(url=f"sqlite:///{directory}/tidegate.db"),
         # Its writer uses `random` now and then, in this process: hypothesis takes that for the strategy's doing.
         violations=ViolationSettings(enabled=False),

@@ -57,7 +57,7 @@ def test_two_instances_admit_the_limit_once(
     told = servers[0].run("doctor", "--json")
     findings = {each["what"]: each for each in json.loads(told.stdout)}
     assert findings["counters"]["ok"]
-    assert "answers" in findings["counters"]["finding"]
+    assert "responds" in findings["counters"]["finding"]
     # Each hears of the other with its own next heartbeat.
     wait_until(lambda: "rate_limiter_instances 2.0" in httpx.get(f"{servers[0].url}/metrics").text)
     for server in servers:
