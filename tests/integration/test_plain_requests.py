@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.cases.doors import EXPIRED, FREE, POLICY, REVOKED
@@ -214,7 +214,7 @@ def in_loop(loop: asyncio.AbstractEventLoop, sides: tuple[Side, Side], peer: tup
 async def test_authorize_is_answered_alike(sides: tuple[Side, Side]) -> None:
     loop = asyncio.get_running_loop()
 
-    @settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    @settings(max_examples=400)
     @given(st.sampled_from(PEERS), LINES, HEADERS)
     def alike(peer: tuple[str, int] | None, line: bytes, headers: list[tuple[bytes, bytes]]) -> None:
         in_loop(loop, sides, peer, request(line, headers))
@@ -225,7 +225,7 @@ async def test_authorize_is_answered_alike(sides: tuple[Side, Side]) -> None:
 async def test_check_is_answered_alike(sides: tuple[Side, Side]) -> None:
     loop = asyncio.get_running_loop()
 
-    @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    @settings(max_examples=300)
     @given(HEADERS, BODIES, st.booleans())
     def alike(headers: list[tuple[bytes, bytes]], body: object, broken: bool) -> None:
         raw = json.dumps(body, ensure_ascii=False).encode() + (b"\xff" if broken else b"")

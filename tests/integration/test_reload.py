@@ -113,7 +113,7 @@ def test_signals_to_a_supervisor_and_its_workers(start: Callable[..., Any], tmp_
     assert _check(server)["allowed"]
     assert server.stop()[0] == 0
     assert _logged(server, " is listening") == 2, "no worker had to be started again"
-    assert _logged(server, "was ended by") == 0
+    assert _logged(server, "was killed by") == 0
 
 
 def test_a_refused_file_does_not_keep_a_server_from_starting(start: Callable[..., Any], tmp_path: Path) -> None:

@@ -164,7 +164,7 @@ def test_a_killed_worker_comes_back_and_no_counter_goes_backwards(start: Callabl
     assert _decided(_metrics(server)) == 120
     code, _, err = server.stop()
     assert code == 0
-    assert f"(pid {victim}) was ended by SIGKILL" in err
+    assert f"(pid {victim}) was killed by SIGKILL" in err
     assert "Traceback" not in err
 
 

@@ -124,7 +124,7 @@ async def test_what_is_refused_among_them_leaves_nothing(writers: Writers) -> No
     rule = await _rule(writers)
     writers.versions.clear()
     good, bad = await asyncio.gather(writers.all_edit(rule.id, None), writers.all_edit(rule.id, None, limits=["1/s burst 3"]))
-    assert {type(each) for each in good} == {dict}
+    assert {type(each) for each in good} == {RuleRead}
     assert {type(each) for each in bad} == {PolicyError}
     assert len(writers.versions) == WRITERS
     assert len(await _audited(writers.catalogs[0], rule.id)) == WRITERS + 1
