@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from importlib.resources import files
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -58,3 +59,62 @@ def test_a_slip_of_the_pen_is_answered_with_the_nearest_command() -> None:
 def test_types_are_shipped() -> None:
     """Without the marker (PEP 561) type checkers ignore the annotations of an installed package."""
     assert files("tidegate").joinpath("py.typed").is_file()
+
+
+RUN_PACKAGES = Path(__file__).parents[2] / "locks" / "run.txt"
+WITHOUT_THE_OTHERS = """
+import re, sys
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+def name_of(text):
+    return re.sub(r"[-_.]+", "-", text).lower()
+
+pinned = re.findall(r"^([\\w.-]+)==", Path(sys.argv.pop(1)).read_text(), re.MULTILINE)
+locked = {"tidegate", *map(name_of, pinned)}
+
+class OnlyLocked:
+    absent = {top for top, owners in packages_distributions().items() if not locked & {name_of(each) for each in owners}}
+
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in self.absent:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, OnlyLocked())
+"""
+"""Hides what `make run` does not install: the extras, and what only tests need."""
+SERVE = """
+import asyncio
+from tidegate.server.run import running
+from tidegate.settings import CatalogSettings, ServerSettings, Settings
+
+async def serve():
+    server = ServerSettings(http="127.0.0.1:0", admin="127.0.0.1:0", drain_s=0)
+    async with running(Settings(server=server, catalog=CatalogSettings(url=f"sqlite:///{sys.argv[1]}"))) as instance:
+        print(instance.address, instance.admin_address)
+
+asyncio.run(serve())
+"""
+
+
+def _with_what_run_installs(program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", WITHOUT_THE_OTHERS + program, str(RUN_PACKAGES), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_what_run_does_not_install_is_hidden() -> None:
+    hidden = _with_what_run_installs("import httpcore")
+    assert "No module named 'httpcore'" in hidden.stderr
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_needs_no_more_than_run_installs(command: str) -> None:
+    ran = _with_what_run_installs("from tidegate.cli import main\nmain()", command, "--help")
+    assert (ran.returncode, ran.stderr) == (0, "")
+    assert ran.stdout.lstrip().startswith("Usage: ")
+
+
+def test_a_server_needs_no_more_than_run_installs(tmp_path: Path) -> None:
+    ran = _with_what_run_installs(SERVE, str(tmp_path / "tidegate.db"))
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.count("127.0.0.1:") == 2

@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tidegate.catalog.sql.engine import open_engine, shown
-from tidegate.client.server_url import Server
 from tidegate.counters.factory import open_counters
 from tidegate.errors import SettingsError
+from tidegate.server_url import Server
 
 SECRET = "hunter2"
 CATALOGS = {

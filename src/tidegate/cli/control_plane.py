@@ -17,8 +17,8 @@ from pydantic import ValidationError
 from tidegate.admin.models import RequestModel, ResponseModel
 from tidegate.cli.common import read_settings
 from tidegate.cli.data_plane import HttpResponse, NoResponse, send_request
-from tidegate.client.server_url import Server
 from tidegate.errors import SettingsError, TidegateError
+from tidegate.server_url import Server
 
 TIMEOUT_S: Final = 10.0
 PREFIX: Final = "/admin/v1"

@@ -14,8 +14,8 @@ from typing import Any, Final
 
 import msgspec
 
-from tidegate.client.server_url import Server
 from tidegate.errors import SettingsError, TidegateError
+from tidegate.server_url import Server
 
 _MAX_BYTES: Final = 100_000_000
 _TIMEOUT_S: Final = 5.0

@@ -14,7 +14,6 @@ import msgspec
 from tidegate._version import __version__
 from tidegate.breaker import Breaker, BreakerOptions, BreakerState
 from tidegate.client.answer import Answer
-from tidegate.client.server_url import Server
 from tidegate.client.steps import HttpRequest, Pause, Reply, Steps, TransportFailure
 from tidegate.decision import Check, canonical_ip, clip
 from tidegate.errors import (
@@ -31,6 +30,7 @@ from tidegate.errors import (
     TidegateError,
     TooManyUnknownKeys,
 )
+from tidegate.server_url import Server
 from tidegate.wire import MAX_BATCH, MAX_BATCH_BYTES, CheckRequest, DecisionBody, UsageBody
 
 logger = logging.getLogger("tidegate.client")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Generator
 from typing import TypeVar
 
-from tidegate.client.server_url import Server
+from tidegate.server_url import Server
 
 
 class HttpRequest:
