@@ -85,19 +85,24 @@ class _Stream(httpcore.NetworkStream):
     def __init__(self, sock: socket.socket) -> None:
         self._socket = sock
         self._unsent = b""
+        self._awaits_response = False
 
     def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
         if self._unsent:
             self._send(timeout)
         try:
             self._socket.settimeout(_remaining_s(timeout))
-            return self._socket.recv(max_bytes)
+            received = self._socket.recv(max_bytes)
         except TimeoutError:
             raise httpcore.ReadTimeout from None
         except OSError as error:
             raise httpcore.ReadError(_reason_of(error)) from None
+        self._awaits_response = False
+        return received
 
     def write(self, buffer: bytes, timeout: float | None = None) -> None:
+        # First: from here on another thread must not take a response for the end of an idle connection.
+        self._awaits_response = True
         self._unsent += buffer
 
     def _send(self, timeout: float | None) -> None:
@@ -125,7 +130,14 @@ class _Stream(httpcore.NetworkStream):
             _raise_tls_error(error)
 
     def get_extra_info(self, info: str) -> Any:
-        return _readable(self._socket) if info == "is_readable" else None
+        """For `is_readable`, whether the connection is to be dropped: something arrived that is not a response.
+
+        httpcore's pool asks in any thread: it reads that a connection is idle, then asks this. In between another thread may
+        have sent a request and got its response, and the pool would close the connection before that thread reads it.
+        """
+        if info != "is_readable":
+            return None
+        return _readable(self._socket) and not self._awaits_response
 
 
 def _raise_tls_error(error: OSError) -> NoReturn:
