@@ -153,3 +153,19 @@ class LimitBatchRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
     """
 
     checks: list[LimitRequest]
+
+
+def whole_cost(cost: float | None) -> float:
+    """The cost of a request: 1 if absent; a JSON number such as 1.0 is the whole number that it equals.
+
+    Args:
+        cost: as it came.
+
+    Returns:
+        An int, or the float that is not whole.
+    """
+    if type(cost) is int:
+        return cost
+    if cost is None:
+        return 1
+    return int(cost) if float(cost).is_integer() else cost

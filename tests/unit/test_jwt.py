@@ -13,11 +13,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import jwt
 import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 
+import jwt
 from tests.moments import PATIENCE_S
 from tidegate.catalog.unknown_keys import UnknownKeyLimit
 from tidegate.errors import InvalidToken, PolicyError, TokenKeysUnavailable, TooManyTokens
