@@ -1,6 +1,6 @@
 """Lines of logs: from files or standard input, compressed or not, in bounded memory for any content.
 
-The elements of a log that is one JSON array are returned as lines.
+The elements of a log that is one JSON array are returned as lines, and so are JSON objects over several lines.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tidegate.errors import TidegateError
 
 MAX_LINE: Final = 64 * 1024
 MAX_ELEMENT: Final = 4 * MAX_LINE
-"""Maximum characters of an element of a JSON array."""
+"""Maximum characters of an element of a JSON array, and of a JSON object over several lines."""
 _ARRAY: Final = re.compile(r"\s*\[\s*(?:\{|$)")
 _BETWEEN: Final = re.compile(r"[\s,]*")
 
@@ -144,6 +144,9 @@ class LogLines:
                 if _ARRAY.match(line):
                     yield from self._elements(line)
                     return
+                if line.lstrip()[0] == "{" and line[-1] == "\n" and line.rstrip()[-1] != "}":
+                    yield from self._objects(line)
+                    return
             if line and line[-1] != "\n" and len(line) >= MAX_LINE - 1:
                 while (rest := read(MAX_LINE)) and rest[-1] != "\n":
                     pass
@@ -175,6 +178,29 @@ class LogLines:
             more = self._text.read(MAX_LINE)
             ended = not more
             buffer, at = buffer[at:] + more, 0
+
+    def _objects(self, line: str) -> Iterator[str]:
+        """The JSON objects of a log that writes each over several lines, as `jq` does, each as text.
+
+        A line that begins with `{` after one that ends with `}` begins an object: within JSON a comma separates the two, and
+        strings contain no line breaks. A damaged object therefore costs no more than itself, and takes no other one with it. An
+        object is truncated to `MAX_ELEMENT`.
+        """
+        pieces: list[str] = []
+        length = 0
+        is_complete = False
+        while line:
+            text = line.strip()
+            if is_complete and text[:1] == "{":
+                yield "".join(pieces)
+                pieces, length = [], 0
+            if text:
+                is_complete = text[-1] == "}"
+            if length < MAX_ELEMENT:
+                pieces.append(line[: MAX_ELEMENT - length])
+                length += len(line)
+            line = self._text.readline(MAX_LINE)
+        yield "".join(pieces)
 
     def _break(self, error: Exception) -> None:
         self.broken = (
