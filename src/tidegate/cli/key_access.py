@@ -18,6 +18,7 @@ from typing import Any, Final, Protocol, TypeVar
 import msgspec
 
 from tidegate.admin import api_keys
+from tidegate.admin.key_import import KeyImportRequest, KeyImportResult, import_keys
 from tidegate.admin.lists import list_keys
 from tidegate.admin.models import KeyCreate, KeyMade, KeyPage, KeyRead, KeyRotated, RevokeRequest, RotateRequest
 from tidegate.admin.rules import CatalogEditor
@@ -71,6 +72,13 @@ class ApiKeys(Protocol):
 
         Raises:
             TidegateError: if there is no such tier.
+        """
+
+    async def import_batch(self, request: KeyImportRequest) -> KeyImportResult:
+        """Import up to 1,000 keys that another system issued.
+
+        Raises:
+            TidegateError: if nothing of the batch was imported.
         """
 
     async def page(self, key_filter: KeyFilter, limit: int, after: str | None) -> Page[KeyRead]:
@@ -144,6 +152,10 @@ class KeysInCatalog:
         """See `ApiKeys.create`."""
         return await api_keys.create_key(self._editor, self._actor, request)
 
+    async def import_batch(self, request: KeyImportRequest) -> KeyImportResult:
+        """See `ApiKeys.import_batch`."""
+        return await import_keys(self._editor, self._actor, request)
+
     async def page(self, key_filter: KeyFilter, limit: int, after: str | None) -> Page[KeyRead]:
         """See `ApiKeys.page`."""
         return await list_keys(self._editor, limit, after, **msgspec.structs.asdict(key_filter))
@@ -174,6 +186,10 @@ class KeysAtControlPlane:
     async def create(self, request: KeyCreate) -> KeyMade:
         """See `ApiKeys.create`."""
         return self._plane.post("/api-keys", request, KeyMade)
+
+    async def import_batch(self, request: KeyImportRequest) -> KeyImportResult:
+        """See `ApiKeys.import_batch`."""
+        return self._plane.post("/api-keys/import", request, KeyImportResult)
 
     async def page(self, key_filter: KeyFilter, limit: int, after: str | None) -> Page[KeyRead]:
         """See `ApiKeys.page`."""

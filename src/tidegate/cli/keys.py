@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import enum
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Final
 
 import typer
 from pydantic import TypeAdapter, ValidationError
 
+from tidegate.admin.key_import import KeyImport, KeyImportRequest, KeyImportResult
 from tidegate.admin.models import KeyCreate, KeyRead, KeyRotated, Name, Reason, RevokeRequest, TierName
 from tidegate.cli.common import ConfigOption, JsonOption, print_json, print_rows
 from tidegate.cli.control_plane import one_line
 from tidegate.cli.key_access import ApiKeys, KeyFilter, collect, find, with_keys
+from tidegate.cli.key_files import BATCH_SIZE, in_batches, read_key_file
 from tidegate.timestamps import US_PER_S, format_timestamp, now_us
 from tidegate.tools.terminal import say
 
@@ -86,6 +89,52 @@ def create(
         return
     say(one_line(made.api_key))
     say(f"id {one_line(made.id)}, tier {one_line(made.tier)}. It is shown this once: keep it now.", err=True)
+
+
+@app.command("import")
+def import_file(
+    file: Annotated[
+        Path, typer.Argument(help="CSV with a header line, or JSON lines (.jsonl): key or sha256, tier, name, expires_at.")
+    ],
+    tier: Annotated[str | None, typer.Option("--tier", help="The tier of rows that name none.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Report what would be imported; change nothing.")] = False,
+    url: UrlOption = None,
+    token_file: TokenFileOption = None,
+    config: ConfigOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Import keys that another system issued. Keys are hashed here; only their digests are sent and stored.
+
+    Rows that are invalid, or conflict with an existing key, are listed and left out (exit code 1). To resume after an
+    interruption, run the same command again: keys that exist already are counted as unchanged.
+    """
+    if tier is not None:
+        _checked(TierName, tier, "--tier")
+
+    async def work(keys: ApiKeys) -> ImportSummary:
+        summary = ImportSummary()
+        for batch in in_batches(read_key_file(file, tier), BATCH_SIZE):
+            summary.add_invalid((row.line, row.key) for row in batch if isinstance(row.key, str))
+            valid = [(row.line, row.key) for row in batch if isinstance(row.key, KeyImport)]
+            if valid:
+                request = KeyImportRequest(keys=[key for _, key in valid], dry_run=dry_run)
+                summary.add(await keys.import_batch(request), [line for line, _ in valid])
+            if not as_json:
+                say(f"{summary.rows:,} rows read, {summary.imported:,} new", err=True)
+        return summary
+
+    summary = with_keys(config, url, token_file, work)
+    if as_json:
+        print_json(summary.as_json(dry_run))
+    else:
+        for line, message in summary.problems:
+            say(f"line {line}: {one_line(message)}", err=True)
+        if summary.unlisted:
+            say(f"{summary.unlisted:,} more rows have problems", err=True)
+        verb = "would be imported" if dry_run else "imported"
+        say(f"{summary.imported:,} {verb}, {summary.unchanged:,} unchanged, {summary.refused:,} with problems")
+    if summary.refused:
+        raise typer.Exit(1)
 
 
 @app.command("list")
@@ -239,6 +288,46 @@ def delete(
         print_json(_json(record))
     else:
         say(f"deleted {one_line(record.id)} of tier {one_line(record.tier)}")
+
+
+class ImportSummary:
+    """What became of a file of keys; of rows with problems the first `MAX_LISTED` are kept."""
+
+    MAX_LISTED: Final = 100
+
+    def __init__(self) -> None:
+        self.imported = self.unchanged = self.refused = self.unlisted = 0
+        self.problems: list[tuple[int, str]] = []
+
+    @property
+    def rows(self) -> int:
+        """All rows read."""
+        return self.imported + self.unchanged + self.refused
+
+    def add(self, result: KeyImportResult, lines: list[int]) -> None:
+        """Add what became of a batch, whose rows are in these lines of the file."""
+        self.imported += result.imported
+        self.unchanged += result.unchanged
+        self.add_invalid((lines[problem.row], problem.message) for problem in result.problems)
+
+    def add_invalid(self, problems: Iterable[tuple[int, str]]) -> None:
+        """Add rows that were not imported, each with its line and the reason."""
+        for problem in problems:
+            self.refused += 1
+            if len(self.problems) < self.MAX_LISTED:
+                self.problems.append(problem)
+            else:
+                self.unlisted += 1
+
+    def as_json(self, dry_run: bool) -> dict[str, Any]:
+        """As --json prints it."""
+        return {
+            "imported": self.imported,
+            "unchanged": self.unchanged,
+            "refused": self.refused,
+            "dry_run": dry_run,
+            "problems": [{"line": line, "message": message} for line, message in self.problems],
+        }
 
 
 def _lifetime_s(text: str, option: str) -> int:

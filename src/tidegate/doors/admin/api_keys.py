@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from fastapi import APIRouter, Query, Response
 
 from tidegate.admin import api_keys
+from tidegate.admin.key_import import KeyImportRequest, KeyImportResult, import_keys
 from tidegate.admin.lists import key_row, list_keys
 from tidegate.admin.models import (
     KeyCreate,
@@ -63,6 +64,10 @@ def key_routes(editor: CatalogEditor, gate: Gate) -> APIRouter:
     @routes.post("", status_code=201, summary="Make an API key; the key itself is told this once")
     async def create(given: KeyCreate, response: Response, actor: Actor) -> KeyMade:
         return tagged(_secret(response), await api_keys.create_key(editor, actor, given))
+
+    @routes.post("/import", summary="Import API keys that another system issued, by digest")
+    async def import_batch(given: KeyImportRequest, actor: Actor) -> KeyImportResult:
+        return await import_keys(editor, actor, given)
 
     @routes.get("/{key_id}", summary="Read an API key's record")
     async def read(key_id: str, response: Response) -> KeyRead:

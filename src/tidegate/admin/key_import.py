@@ -1,0 +1,167 @@
+"""Importing API keys that another system issued: by digest, in batches, repeatable.
+
+A batch is one transaction. Rows that are invalid or conflict are reported and left out; the others are inserted. A key that
+exists already with the same tier, name and expiry is counted as unchanged, so an import that was interrupted is simply run again.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Final
+
+from pydantic import Field
+from sqlalchemy import select
+
+from tidegate.admin.models import KeyRead, Moment, Name, RequestModel, ResponseModel, TierName
+from tidegate.admin.rules import CatalogEditor
+from tidegate.admin.transaction import AuditedTransaction, audited
+from tidegate.catalog.changes import KEY
+from tidegate.catalog.sql import rows as policy_rows
+from tidegate.catalog.sql.bulk import batches, insert_rows
+from tidegate.catalog.sql.tables import api_keys, tiers
+from tidegate.errors import BadRequest, PolicyError
+from tidegate.policy.labels import require_label
+from tidegate.policy.model import ApiKey, parse_key_digest
+from tidegate.timestamps import now_us, parse_timestamp
+
+MAX_KEYS: Final = 1000
+"""Keys of one batch."""
+
+
+class KeyImport(RequestModel):
+    """An API key to be imported."""
+
+    sha256: Annotated[str, Field(max_length=64, description="SHA-256 of the key, 64 hex digits")]
+    tier: TierName
+    name: Name = ""
+    expires_at: Moment | None = None
+
+
+class KeyImportRequest(RequestModel):
+    """A batch of API keys to be imported."""
+
+    keys: Annotated[list[KeyImport], Field(min_length=1, max_length=MAX_KEYS)]
+    dry_run: bool = False
+
+
+class KeyImportProblem(ResponseModel):
+    """Why a row was not imported."""
+
+    row: Annotated[int, Field(description="its place in the batch, from 0")]
+    message: str
+
+
+class KeyImportResult(ResponseModel):
+    """What became of a batch."""
+
+    imported: Annotated[int, Field(description="keys that are new; with dry_run, that would be")]
+    unchanged: Annotated[int, Field(description="keys that existed with the same tier, name and expiry")]
+    problems: list[KeyImportProblem]
+
+
+async def import_keys(editor: CatalogEditor, actor: str, request: KeyImportRequest) -> KeyImportResult:
+    """Import a batch.
+
+    Args:
+        editor: of the catalog.
+        actor: for the audit log.
+        request: the batch.
+
+    Returns:
+        How many keys are new, how many existed, and what is wrong with each other row.
+
+    Raises:
+        CatalogUnavailable: if the database does not answer; then nothing of the batch was imported.
+    """
+    now = now_us()
+    if request.dry_run:
+        async with editor.reading() as connection:
+            return (await _plan(connection, request, now)).result
+    async with editor.changing(actor) as transaction:
+        plan = await _plan(transaction.connection, request, now)
+        await _insert(transaction, plan, now)
+        return plan.result
+
+
+class _Plan:
+    """The valid new keys of a batch, and what is said of the batch."""
+
+    def __init__(self) -> None:
+        self.records: list[tuple[ApiKey, int]] = []
+        self.result = KeyImportResult(imported=0, unchanged=0, problems=[])
+
+
+async def _plan(connection: Any, request: KeyImportRequest, now: int) -> _Plan:
+    tier_ids = {row.name: row.id for row in await connection.execute(select(tiers.c.name, tiers.c.id))}
+    plan = _Plan()
+    valid: dict[str, tuple[int, ApiKey]] = {}
+    for number, sent in enumerate(request.keys):
+        try:
+            record = _record_of(sent, tier_ids, now)
+            if record.sha256 in valid:
+                raise BadRequest("the same key is in an earlier row: remove one")
+            valid[record.sha256] = (number, record)
+        except (BadRequest, PolicyError) as error:
+            plan.result.problems.append(KeyImportProblem(row=number, message=error.message))
+    existing = await _existing(connection, list(valid))
+    for digest, (number, record) in valid.items():
+        known = existing.get(digest)
+        if known is None:
+            plan.records.append((record, tier_ids[record.tier]))
+        elif known == (record.tier, record.name, record.expires_at_us):
+            plan.result.unchanged += 1
+        else:
+            plan.result.problems.append(
+                KeyImportProblem(
+                    row=number,
+                    message=f"the key exists as {record.id} with another tier, name or expiry: change it with 'tidegate keys' "
+                    "or the admin API",
+                )
+            )
+    plan.result.problems.sort(key=lambda problem: problem.row)
+    plan.result.imported = len(plan.records)
+    return plan
+
+
+def _record_of(sent: KeyImport, tier_ids: dict[str, int], now: int) -> ApiKey:
+    digest = parse_key_digest(sha256=sent.sha256)
+    if sent.tier not in tier_ids:
+        raise BadRequest(f"there is no tier {sent.tier!r}: see 'tidegate tiers'")
+    require_label(sent.name, "name")
+    expires_at_us = None if sent.expires_at is None else parse_timestamp(sent.expires_at, "expires_at")
+    if expires_at_us is not None and expires_at_us <= now:
+        raise BadRequest("expires_at is in the past: the key would never work")
+    return ApiKey(digest, sent.tier, name=sent.name, expires_at_us=expires_at_us)
+
+
+async def _existing(connection: Any, digests: list[str]) -> dict[str, tuple[str, str, int | None]]:
+    """Tier, name and expiry of the keys that exist, by digest."""
+    found: dict[str, tuple[str, str, int | None]] = {}
+    columns = (api_keys.c.sha256, tiers.c.name.label("tier_name"), api_keys.c.name, api_keys.c.expires_at_us)
+    query = select(*columns).join(tiers, tiers.c.id == api_keys.c.tier_id)
+    for batch in batches(digests):
+        for row in await connection.execute(query.where(api_keys.c.sha256.in_(batch))):
+            found[row.sha256] = (row.tier_name, row.name, row.expires_at_us)
+    return found
+
+
+async def _insert(transaction: AuditedTransaction, plan: _Plan, now: int) -> None:
+    rows = []
+    changes = []
+    for record, tier_id in plan.records:
+        values = policy_rows.row_of_api_key(record, tier_id, now)
+        rows.append(values)
+        transaction.touch(KEY, record.sha256)
+        read = KeyRead.of_row(
+            {
+                **values,
+                "tier_name": record.tier,
+                "revoked_at_us": None,
+                "revoked_reason": None,
+                "counts_as": None,
+                "revision": 1,
+            }
+        )
+        changes.append({"action": "import", "kind": "api_key", "target": record.id, "before": None, "after": audited(read)})
+    if rows:
+        await insert_rows(transaction.connection, api_keys, rows)
+        await transaction.audit_all(changes)
