@@ -423,7 +423,7 @@ async def test_policy_catalog() -> None:
     catalog = PolicyCatalog(parse_policy(WHOLE))
     assert (await catalog.tier("free"))[1] is not None
     assert (await catalog.tier("none"))[1] is None
-    assert (await catalog.anonymous_tier())[1] == "free"
+    assert (await catalog.caller_policy())[1].anonymous_tier == "free"
     assert (await catalog.api_key("ab" * 32))[1] is not None
     before = await catalog.version()
     catalog.replace(parse_policy('[[tiers]]\nname = "b"'))

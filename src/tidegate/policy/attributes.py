@@ -168,7 +168,7 @@ def match_of(table: object) -> tuple[tuple[str, str], ...]:
         try:
             require_attribute_name(name)
         except PolicyError as error:
-            raise PolicyError(f"match: {error.reason}") from None
+            raise PolicyError(f"match is of attributes: {error.reason}") from None
         if not isinstance(pattern, str) or not 1 <= len(pattern) <= MAX_VALUE or not pattern.isprintable():
             raise PolicyError(
                 f"match has the value {short(pattern)} for {name!r}: it must be 1 to {MAX_VALUE} printable characters, in quotes"

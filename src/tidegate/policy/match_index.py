@@ -12,7 +12,7 @@ from typing import Generic, TypeAlias, TypeVar
 from tidegate.policy.globs import Glob, GlobIndex
 
 _T = TypeVar("_T")
-_Key: TypeAlias = str | None | tuple[str | None, ...]
+_Key: TypeAlias = str | tuple[str | None, ...] | None
 _Conditions: TypeAlias = tuple[tuple[str, Callable[[str], bool]], ...]
 
 

@@ -207,7 +207,7 @@ class _Reader:
         return self._placed(lambda: Rule.make(**{**table, "limits": limits, "methods": methods}), table, at)
 
     def _with_endpoint(self, table: dict[str, Any], at: KeyPath) -> dict[str, Any]:
-        """A rule's table in which the endpoint stands for the descriptor, where it has one, or has a match without an endpoint."""
+        """A rule's table in which the endpoint stands for its descriptor, or for a match without an endpoint."""
         if "descriptor" not in table:
             if "endpoint" in table:
                 return table
@@ -270,7 +270,8 @@ class _Reader:
                 )
             if rule.subject is not Subject.API_KEY:
                 raise self._error(
-                    f"rule {rule.name!r} counts by {subject_text(rule)}, not by API key: a key cannot have limits of its own there",
+                    f"rule {rule.name!r} counts by {subject_text(rule)}, not by API key: "
+                    "a key cannot have limits of its own there",
                     rule_at,
                 )
             if rule.name in overrides:
@@ -307,8 +308,8 @@ class _Reader:
             source = self._placed(lambda name=name, text=text: AttributeSource.make(name, text), {}, (*at, name))  # type: ignore[misc]
             if source.kind is SourceKind.JWT:
                 raise self._error(
-                    f"attribute {name!r} is to come from a bearer token ({short(text)}), which this version cannot verify: let the "
-                    'gateway verify the token and send the claim as a header, and write "header:…" here',
+                    f"attribute {name!r} is to come from a bearer token ({short(text)}), which this version cannot verify: "
+                    'let the gateway verify the token and send the claim as a header, and write "header:…" here',
                     (*at, name),
                 )
             found.append(source)
