@@ -234,6 +234,28 @@ def checked_attributes(given: Mapping[str, str | None]) -> Mapping[str, str]:
     return found
 
 
+def attributes_by_name(given: Mapping[str, str | None] | Iterable[tuple[str, str | None]]) -> Mapping[str, str | None]:
+    """Attributes as a mapping.
+
+    Args:
+        given: values by name, or pairs of name and value.
+
+    Raises:
+        BadRequest: if they are neither, or a name came twice.
+    """
+    if isinstance(given, Mapping):
+        return given
+    found: dict[str, str | None] = {}
+    try:
+        for name, value in given:
+            if name in found:
+                raise BadRequest(f"attribute {short(name)} came twice: send it once", field="attributes")
+            found[name] = value
+    except (TypeError, ValueError):
+        raise BadRequest("attributes must be a mapping of names to texts, or pairs of them", field="attributes") from None
+    return found
+
+
 def long_value(name: str, value: str) -> BadRequest:
     """The error of a value that is too long."""
     return BadRequest(

@@ -17,7 +17,16 @@ from tidegate.policy.match_index import MatchIndex
 from tidegate.policy.model import Mode, Override, Rule, Subject, Tier
 from tidegate.policy.rule_index import AttributeRuleIndex, CompiledRule, RuleIndex, counted_methods, rule_rank
 
-__all__ = ["CompiledRule", "CompiledTier", "DescriptorRule", "counted_by", "counted_methods", "rule_rank", "subject_of"]
+__all__ = [
+    "CompiledRule",
+    "CompiledTier",
+    "DescriptorRule",
+    "attribute_subject",
+    "counted_by",
+    "counted_methods",
+    "rule_rank",
+    "subject_of",
+]
 
 
 class DescriptorRule:
@@ -197,6 +206,33 @@ def subject_of(kind: Subject, caller: str, ip: str | None, tier: str) -> str | N
     """
     if kind is Subject.API_KEY:
         return caller
-    if kind is Subject.IP:
-        return None if ip is None else f"i:{ip}"
-    return f"t:{tier}"
+    if kind is Subject.TIER:
+        return f"t:{tier}"
+    # A subject of attributes of which one is missing is counted by ip too.
+    return None if ip is None else f"i:{ip}"
+
+
+def attribute_subject(parts: Iterable[str], attributes: Mapping[str, str], caller: str, ip: str | None) -> str | None:
+    """The subject of a rule that counts by attributes: `a:org=acme&user=42`, or a digest where that is long.
+
+    Args:
+        parts: names of attributes, `api_key` and `ip`; see `CompiledRule.parts`.
+        attributes: values by name.
+        caller: subject of whoever asks: `k:…` with a key, empty without; then `ip` counts in place of `api_key`.
+        ip: client address, already cut to what counts as one client, or None.
+
+    Returns:
+        The subject; None where a part is missing. Costs about 1 µs for two parts.
+    """
+    entries = []
+    for part in parts:
+        value = attributes.get(part)
+        if value is not None:
+            entries.append((part, value))
+        elif part == "api_key" and caller:
+            entries.append((part, caller.removeprefix("k:")))
+        elif part in ("api_key", "ip") and ip is not None:
+            entries.append(("ip", ip))
+        else:
+            return None
+    return entries_subject(entries, prefix="a:")
