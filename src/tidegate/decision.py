@@ -5,12 +5,14 @@ from __future__ import annotations
 import ipaddress
 import re
 import socket
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from typing import Final
 
 import msgspec
 
 from tidegate.errors import BadRequest
+from tidegate.policy.attributes import NO_ATTRIBUTES, attributes_by_name, checked_attributes
 from tidegate.policy.limits import Limit, LimitSet
 from tidegate.policy.model import Mode, Subject
 from tidegate.policy.paths import STRICT, PathRules, canonical_path
@@ -42,6 +44,8 @@ class Check(msgspec.Struct, frozen=True, gc=False):
         ip: client address in canonical text, or None where nobody knows it.
         cost: 0 (peek) to 1,000,000,000.
         bad_ip: what came in place of an address, shortened; None where an address came, or nothing.
+        attributes: what else is known of the caller, by name; see `tidegate.policy.attributes`.
+        tier: the caller's tier, for a check without an API key; None where the policy is to decide.
     """
 
     path: str
@@ -50,6 +54,8 @@ class Check(msgspec.Struct, frozen=True, gc=False):
     ip: str | None = None
     cost: int = 1
     bad_ip: str | None = None
+    attributes: Mapping[str, str] = NO_ATTRIBUTES
+    tier: str | None = None
 
     @classmethod
     def of(
@@ -62,6 +68,8 @@ class Check(msgspec.Struct, frozen=True, gc=False):
         paths: PathRules = STRICT,
         *,
         strict_ip: bool = True,
+        attributes: Mapping[str, str | None] | Iterable[tuple[str, str | None]] | None = None,
+        tier: object = None,
     ) -> Check:
         """Validate what a door was asked.
 
@@ -73,6 +81,8 @@ class Check(msgspec.Struct, frozen=True, gc=False):
             cost: whole number.
             paths: which spellings of a path are let through.
             strict_ip: whether an ip that is no address is refused at once; else only where the check is counted by ip.
+            attributes: values by name, or pairs of name and value; None and empty values count as absent.
+            tier: name of the caller's tier; None where the policy is to decide. Not together with an API key.
 
         Returns:
             The check.
@@ -93,13 +103,30 @@ class Check(msgspec.Struct, frozen=True, gc=False):
             raise BadRequest(f"cost {clip(cost)} must be a whole number from 0 to {MAX_COST}", field="cost")
         if api_key is not None and type(api_key) is not str:
             raise BadRequest("api_key must be a string", field="api_key")
+        bad_ip = None
         try:
             address = None if ip is None else canonical_ip(ip)
         except BadRequest:
             if strict_ip:
                 raise
-            return cls(canonical, method, api_key or None, None, cost, clip(ip))
-        return cls(canonical, method, api_key or None, address, cost)
+            address, bad_ip = None, clip(ip)
+        if not attributes and tier is None:
+            return cls(canonical, method, api_key or None, address, cost, bad_ip)
+        require_tier(tier, api_key)
+        given = checked_attributes(attributes_by_name(attributes)) if attributes else NO_ATTRIBUTES
+        return cls(canonical, method, api_key or None, address, cost, bad_ip, given, tier or None)  # type: ignore[arg-type]
+
+
+def require_tier(tier: object, api_key: object) -> None:
+    """Refuse a tier that is no text, or that comes beside an API key, which has a tier of its own.
+
+    Raises:
+        BadRequest: naming the remedy.
+    """
+    if tier is not None and type(tier) is not str:
+        raise BadRequest("tier must be a string", field="tier")
+    if tier and api_key:
+        raise BadRequest("tier and api_key came together, and the key has a tier of its own: send one of them", field="tier")
 
 
 class PeerName(str):

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from sqlalchemy import insert
 
+from tests.cases import attributes
 from tests.integration.admin_api import Admin
 from tests.unit.test_policy_file import WHOLE
 from tidegate.catalog.sql.tables import rate_limit_violations
@@ -308,6 +309,56 @@ async def test_policy_goes_out_and_in(admin: Admin) -> None:
     assert [each["name"] for each in (await admin.http.get("/tiers")).json()["items"]] == ["free", "new"]
     assert "line" not in _error(await admin.http.post("/policy", content="x = 1"), 400, "POLICY_REFUSED")
     _error(await admin.http.post("/policy", content=b"\xff"), 400, "BAD_REQUEST")
+
+
+async def test_a_policy_with_attributes_goes_out_and_in(admin: Admin) -> None:
+    changes = (await admin.http.post("/policy", content=attributes.POLICY)).json()["changes"]
+    assert [(each["kind"], each["after"]) for each in changes[-2:]] == [
+        ("callers", {"tier_from": "plan", "default_tier": "public"}),
+        ("attributes", {"user": "header:x-user-id", "plan": "header:x-plan"}),
+    ]
+    said = parse_policy((await admin.http.get("/policy")).text)
+    meant = parse_policy(attributes.POLICY)
+    assert (said.caller_policy, {tier.name: tier.rules for tier in said.tiers}) == (
+        meant.caller_policy,
+        {tier.name: tier.rules for tier in meant.tiers},
+    )
+    assert (await admin.http.post("/policy", content=attributes.POLICY)).json()["changes"] == []
+    _error(await admin.http.delete("/tiers/public", headers={"If-Match": "*"}), 409, "CATALOG_REFUSED")
+    # A text without the tables leaves them; the default tier cannot be pruned.
+    other = '[[tiers]]\nname = "pro"\n'
+    assert "default_tier" in _error(
+        await admin.http.post("/policy", content=other, params={"prune": True}), 409, "CATALOG_REFUSED"
+    )
+    assert await admin.catalog.apply_policy(parse_policy('[[tiers]]\nname = "file"\n'), "1")
+    assert "[callers] or [attributes]" in _error(
+        await admin.http.post("/policy", content=attributes.POLICY), 409, "MANAGED_BY_FILE"
+    )
+
+
+async def test_rules_by_attributes(admin: Admin) -> None:
+    await admin.tier()
+    rule = await admin.rule(subject=["org", "user"], match={"plan": "pro*"}, on_missing="skip")
+    assert (rule["name"], rule["subject"], rule["match"], rule["on_missing"]) == (
+        "/api/* plan=pro*",
+        ["org", "user"],
+        {"plan": "pro*"},
+        "skip",
+    )
+    path = f"/rate-limit-rules/{rule['id']}"
+    changed = (await admin.http.patch(path, json={"subject": "user"}, headers={"If-Match": '"1"'})).json()
+    assert (changed["subject"], changed["match"], changed["on_missing"]) == ("user", {"plan": "pro*"}, "skip")
+    whole = (await admin.http.put(path, json={"endpoint": "/v3", "limits": ["1/s"]}, headers={"If-Match": '"2"'})).json()
+    assert (whole["subject"], whole["match"], whole["on_missing"]) == ("api_key", {}, "ip")
+    for body, said in (
+        ({"subject": "tier!"}, "subject"),
+        ({"match": {"Plan": "x"}}, "match"),
+        ({"on_missing": "deny"}, "on_missing 'deny' is for a subject with an attribute"),
+        ({"subject": ["user", "tier"]}, "leave it out"),
+    ):
+        refused = await admin.http.patch(path, json=body, headers={"If-Match": "*"})
+        assert refused.status_code == 400
+        assert said in refused.text
 
 
 async def test_import_does_not_contradict_the_file(admin: Admin) -> None:

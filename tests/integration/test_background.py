@@ -206,7 +206,7 @@ async def test_a_follower_outlives_an_empty_state(catalog: SqlCatalog) -> None:
     for refused in (
         catalog.changes(0),
         catalog.version(),
-        catalog.anonymous_tier(),
+        catalog.caller_policy(),
         catalog.api_key("0" * 64),
         catalog.apply_policy(parse_policy(POLICY.format(name="second")), "2"),
     ):

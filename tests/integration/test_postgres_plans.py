@@ -157,7 +157,7 @@ LOOK_UPS = {
     "a tier of 1,000 rules": LookUp(
         lambda catalog, editor, server: catalog.tier(RULES_TIER), RULES_OF_TIER, 1010
     ),
-    "the anonymous tier": LookUp(lambda catalog, editor, server: catalog.anonymous_tier(), (), 1),
+    "the anonymous tier": LookUp(lambda catalog, editor, server: catalog.caller_policy(), (), 1),
     "the last changes": LookUp(
         lambda catalog, editor, server: _after_version(catalog, 100), ("pk_catalog_changes",), 250
     ),

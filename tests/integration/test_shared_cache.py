@@ -19,9 +19,10 @@ from tests.servers.tcp_proxy import TcpProxy
 from tidegate.catalog.cached import CachedCatalog
 from tidegate.catalog.changes import Changes
 from tidegate.catalog.shared import AWAY_S, WARN_S, SharedCatalog
-from tidegate.catalog.shared_entries import EntrySeal, KeyEntry, NameEntry, TierEntry
+from tidegate.catalog.shared_entries import CallersEntry, EntrySeal, KeyEntry, TierEntry
 from tidegate.catalog.sql.catalog import SqlCatalog
 from tidegate.counters.redis.store import RedisCounters
+from tidegate.policy.attributes import CallerPolicy
 from tidegate.policy.limits import Limit
 from tidegate.policy.model import ApiKey, KeyStatus, Override, Rule, Tier
 from tidegate.server.wiring import share_catalog
@@ -53,9 +54,9 @@ class Catalog:
         rules = (Rule.make("/a/*", ["3/minute", "10/day"], ["GET"]), Rule.make("/b", ["5/s burst 9"], algorithm="token_bucket"))
         return self.now, None if name in self.unknown else Tier.make(name, rules, ["100/day"])
 
-    async def anonymous_tier(self, min_version: int = 0) -> tuple[int, str | None]:
+    async def caller_policy(self, min_version: int = 0) -> tuple[int, CallerPolicy]:
         self.asked.append("")
-        return self.now, None
+        return self.now, CallerPolicy()
 
     async def changes(self, since: int) -> Changes:
         return Changes(self.now, min(since, self.now), versions=(min(since, self.now), self.now))
@@ -150,7 +151,7 @@ async def test_that_there_is_no_anonymous_tier_is_kept_too(connect: Callable[...
     catalog = Catalog()
     cache = shared(catalog, await connect(new_redis().url))
     for _ in range(2):
-        assert await cache.anonymous_tier() == (100, None)
+        assert await cache.caller_policy() == (100, CallerPolicy())
         await cache.settle()
     assert catalog.asked == [""]
 
@@ -289,7 +290,7 @@ def forged(entry: ApiKey | Tier | str | None, secret: bytes, place: bytes, versi
         if isinstance(entry, ApiKey)
         else TierEntry(version, entry)
         if isinstance(entry, Tier)
-        else NameEntry(version, entry)
+        else CallersEntry(version, entry)
     )
     return EntrySeal(secret).seal(place, made)
 
@@ -313,7 +314,7 @@ async def test_who_can_write_redis_lets_nobody_in(
     async def read(cache: SharedCatalog) -> Any:
         if name == "k":
             return (await cache.api_key(key))[1]
-        return (await cache.tier("free"))[1] if name == "t" else (await cache.anonymous_tier())[1]
+        return (await cache.tier("free"))[1] if name == "t" else (await cache.caller_policy())[1]
 
     cache = shared(Catalog(), await connect(redis_server.url))
     told = await read(cache)
@@ -484,7 +485,7 @@ def test_no_bytes_whatever_break_a_look_up(drawn: bytes | tuple[int, bytes]) -> 
         assert cache.hits == (raw == WHOLE), "nothing is taken that was changed, whatever it still reads as"
         _, tier = await cache.tier("t")
         assert isinstance(tier, Tier)
-        await cache.anonymous_tier()
+        await cache.caller_policy()
         await cache.settle()
 
     asyncio.run(look_up())

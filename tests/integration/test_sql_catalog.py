@@ -17,6 +17,7 @@ import pytest
 from sqlalchemy import event, select, text
 from sqlalchemy.ext.asyncio import AsyncEngine
 
+from tests.cases import attributes
 from tests.integration.catalog_keys import listed_keys, make_key, revoke_key
 from tests.servers.postgres import PostgresServer
 from tests.unit.test_policy_file import WHOLE
@@ -26,6 +27,7 @@ from tidegate.catalog.sql.engine import open_engine
 from tidegate.catalog.sql.schema import upgrade, upgrade_schema
 from tidegate.catalog.sql.tables import metadata
 from tidegate.errors import CatalogError, CatalogUnavailable, SettingsError, TidegateError
+from tidegate.policy.attributes import CallerPolicy
 from tidegate.policy.key_format import hash_api_key
 from tidegate.policy.model import KeyStatus
 from tidegate.policy.toml_reader import parse_policy
@@ -54,9 +56,23 @@ async def test_policy_comes_back_as_it_went_in(catalog: SqlCatalog) -> None:
     assert await catalog.list_tiers() == list(policy.tiers)
     assert (await catalog.tier("free"))[1] == policy.tiers[0]
     assert [(await catalog.api_key(key.sha256))[1] for key in policy.api_keys] == list(policy.api_keys)
-    assert (await catalog.anonymous_tier())[1] == "free"
+    assert (await catalog.caller_policy())[1].anonymous_tier == "free"
     assert (await catalog.tier("none"))[1] is None
     assert (await catalog.api_key("0" * 64))[1] is None
+
+
+async def test_attributes_and_callers_come_back_as_they_went_in(catalog: SqlCatalog) -> None:
+    policy = parse_policy(attributes.POLICY)
+    await catalog.apply_policy(policy, "1")
+    assert (await catalog.caller_policy())[1] == policy.caller_policy
+    assert [(await catalog.tier(tier.name))[1] for tier in policy.tiers] == list(policy.tiers)
+    assert sorted(await catalog.list_tiers(), key=lambda tier: tier.name) == sorted(policy.tiers, key=lambda tier: tier.name)
+    # Without a match, and with another subject, nothing of the old ones stays.
+    changed = parse_policy(attributes.POLICY.replace('match = { region = "eu-*", plan = "pro" }', 'name = "POST /api/*"'))
+    await catalog.apply_policy(changed, "2")
+    assert (await catalog.tier("pro"))[1] == changed.tiers[1]
+    await catalog.apply_policy(parse_policy(OTHER), "3")
+    assert (await catalog.caller_policy())[1] == CallerPolicy()
 
 
 async def test_applying_is_idempotent_and_follows_the_file(catalog: SqlCatalog) -> None:
@@ -71,7 +87,7 @@ async def test_applying_is_idempotent_and_follows_the_file(catalog: SqlCatalog) 
     assert await catalog.apply_policy(parse_policy(OTHER), "3") is True
     assert [tier.name for tier in await catalog.list_tiers()] == ["other"]
     assert (await catalog.api_key(policy.api_keys[0].sha256))[1] is None
-    assert (await catalog.anonymous_tier())[1] is None
+    assert (await catalog.caller_policy())[1].anonymous_tier is None
     assert await catalog.version() > first + 1
 
 

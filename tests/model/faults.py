@@ -15,6 +15,7 @@ from tidegate.counters import Charge, ChargeOutcome
 from tidegate.counters.memory import MemoryCounters
 from tidegate.decision import Decision
 from tidegate.errors import CatalogUnavailable, StoreUnavailable
+from tidegate.policy.attributes import CallerPolicy
 from tidegate.policy.limits import LimitSet
 from tidegate.policy.model import ApiKey, Policy, Tier
 
@@ -266,9 +267,9 @@ class FaultyCatalog:
         version, policy = await self._ask(min_version)
         return version, next((each for each in policy.tiers if each.name == name), None)
 
-    async def anonymous_tier(self, min_version: int = 0) -> tuple[int, str | None]:
+    async def caller_policy(self, min_version: int = 0) -> tuple[int, CallerPolicy]:
         version, policy = await self._ask(min_version)
-        return version, policy.anonymous_tier
+        return version, policy.caller_policy
 
     async def tier_names(self) -> list[str]:
         return sorted(tier.name for tier in (await self._ask(self.head))[1].tiers)

@@ -20,6 +20,7 @@ from tidegate.catalog.cached import MAX_UNKNOWN, PATIENCE_S, RELOADS, RETRY_S, U
 from tidegate.catalog.changes import ALL, ANONYMOUS, KEY, TIER, Changes
 from tidegate.catalog.in_memory import PolicyCatalog
 from tidegate.errors import CatalogUnavailable
+from tidegate.policy.attributes import CallerPolicy
 from tidegate.policy.key_format import hash_api_key, make_api_key
 from tidegate.policy.model import ApiKey, KeyStatus, Policy, Tier
 from tidegate.policy.toml_reader import parse_policy
@@ -73,8 +74,10 @@ class Held(PolicyCatalog):
         found: tuple[int, Tier | None] = await self._answer(TIER, name, min_version, lambda: super(Held, self).tier(name))
         return found
 
-    async def anonymous_tier(self, min_version: int = 0) -> tuple[int, str | None]:
-        found: tuple[int, str | None] = await self._answer(ANONYMOUS, "", min_version, lambda: super(Held, self).anonymous_tier())
+    async def caller_policy(self, min_version: int = 0) -> tuple[int, CallerPolicy]:
+        found: tuple[int, CallerPolicy] = await self._answer(
+            ANONYMOUS, "", min_version, lambda: super(Held, self).caller_policy()
+        )
         return found
 
     def count(self, kind: str, name: str | None = None) -> int:

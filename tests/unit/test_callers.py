@@ -20,7 +20,8 @@ from tidegate.doors.grpc.messages import RateLimitRequest, RateLimitResponse
 from tidegate.doors.grpc.service import RateLimitService
 from tidegate.doors.grpc.status import CallRefused, Status
 from tidegate.errors import CatalogUnavailable, InvalidApiKey
-from tidegate.gate.gate import DescriptorCheck, Gate
+from tidegate.gate.gate import Gate
+from tidegate.gate.subjects import DescriptorCheck
 from tidegate.policy.key_format import hash_api_key, make_api_key
 from tidegate.policy.model import ApiKey, Policy, Tier
 from tidegate.policy.toml_reader import parse_policy

@@ -32,6 +32,7 @@ from tidegate.catalog.sql.change_log import KEPT_MS, MAX_TOUCHED, read_changes
 from tidegate.catalog.sql.database import Database
 from tidegate.catalog.sql.engine import open_engine
 from tidegate.catalog.sql.tables import catalog_changes, metadata, policy_state
+from tidegate.policy.attributes import CallerPolicy
 from tidegate.policy.limits import Limit
 from tidegate.policy.model import ApiKey, Tier
 
@@ -362,9 +363,9 @@ class Truth:
         state = self._seen(min_version)
         return state.version, Tier(name, limits=(Limit.parse(f"{state.held.get((TIER, name), 0) + 1}/day"),))
 
-    async def anonymous_tier(self, min_version: int = 0) -> tuple[int, str | None]:
+    async def caller_policy(self, min_version: int = 0) -> tuple[int, CallerPolicy]:
         state = self._seen(min_version)
-        return state.version, f"a{state.held[ANONYMOUS, '']}"
+        return state.version, CallerPolicy(f"a{state.held[ANONYMOUS, '']}")
 
     async def changes(self, since: int) -> Changes:
         return await read_whole(self.database, since, self.most)
@@ -383,10 +384,12 @@ class Kept:
         return b"OK"
 
 
-def value_of(thing: ApiKey | Tier | str) -> int:
+def value_of(thing: ApiKey | Tier | CallerPolicy | str) -> int:
     """The number that tells as of which change a thing is."""
     if isinstance(thing, ApiKey):
         return int(thing.name)
+    if isinstance(thing, CallerPolicy):
+        thing = thing.anonymous_tier or ""
     return int(thing[1:]) if isinstance(thing, str) else thing.limits[0].amount - 1
 
 
@@ -413,8 +416,8 @@ class Instance:
     async def tier(self, name: str, min_version: int = 0) -> tuple[int, Tier | None]:
         return self._note((TIER, name), await self.source.tier(name, min_version))
 
-    async def anonymous_tier(self, min_version: int = 0) -> tuple[int, str | None]:
-        return self._note((ANONYMOUS, ""), await self.source.anonymous_tier(min_version))
+    async def caller_policy(self, min_version: int = 0) -> tuple[int, CallerPolicy]:
+        return self._note((ANONYMOUS, ""), await self.source.caller_policy(min_version))
 
     async def serve(self, thing: Item) -> int:
         kind, name = thing

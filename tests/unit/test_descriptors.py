@@ -12,7 +12,8 @@ from tidegate.catalog.in_memory import PolicyCatalog
 from tidegate.counters.memory import MemoryCounters
 from tidegate.decision import Check, Observation
 from tidegate.errors import BadRequest, InvalidApiKey, PolicyError
-from tidegate.gate.gate import DescriptorCheck, Gate
+from tidegate.gate.gate import Gate
+from tidegate.gate.subjects import DescriptorCheck
 from tidegate.policy.descriptors import canonical_descriptor, descriptor_entries, descriptor_text, entries_subject
 from tidegate.policy.model import Policy
 from tidegate.policy.toml_reader import parse_policy, policy_warnings
@@ -127,7 +128,6 @@ def test_a_policy_with_descriptors_is_written_and_read_again() -> None:
         ("descriptor = {}", "0 entries"),
         ("descriptor = { a = 1 }", "value 1: it must be 1 to 256 printable characters"),
         ('descriptor = { a = "" }', "value ''"),
-        ('descriptor = { a = "b*c" }', "'*' stands at its end only"),
         ('descriptor = { a = "b" }\nmethods = ["GET"]', "methods are not for a descriptor"),
         ('descriptor = { a = "b" }\nsubject = "ip"', 'such as remote_address = "*"'),
         ('endpoint = "descriptor:a=b&a=c"', "has a key twice"),

@@ -141,7 +141,7 @@ def test_limits_that_do_not_fit(algorithm: Algorithm, texts: list[str], said: st
         ({"methods": ["G T"]}, "'G T'"),
         ({"methods": [1]}, "1"),
         ({"algorithm": "gcra"}, "sliding_window"),
-        ({"subject": "user"}, "api_key, ip, tier"),
+        ({"subject": "User"}, "api_key, ip, tier"),
         ({"mode": "dry"}, "shadow"),
         ({"on_failure": "open"}, "local, allow, deny"),
         ({"priority": 1.5}, "1.5"),

@@ -95,7 +95,7 @@ REFUSED: dict[str, tuple[str, str, int, str]] = {
     "burst in a window": ('["20000/day"]', '["20000/day burst 5"]', 4, "burst"),
     "same window twice": ('["5/s"]', '["5/s", "6/1s"]', 19, "same window"),
     "algorithm": ('"token_bucket"', '"gcra"', 9, "'gcra'"),
-    "subject": ('subject = "ip"', 'subject = "user"', 11, "'user'"),
+    "subject": ('subject = "ip"', 'subject = "User"', 11, "'User'"),
     "priority": ("priority = 10", 'priority = "high"', 12, "'high'"),
     "mode": ('mode = "shadow"', 'mode = "dry"', 13, "'dry'"),
     "on_failure": ('on_failure = "deny"', 'on_failure = "open"', 14, "'open'"),
@@ -423,7 +423,7 @@ async def test_policy_catalog() -> None:
     catalog = PolicyCatalog(parse_policy(WHOLE))
     assert (await catalog.tier("free"))[1] is not None
     assert (await catalog.tier("none"))[1] is None
-    assert (await catalog.anonymous_tier())[1] == "free"
+    assert (await catalog.caller_policy())[1].anonymous_tier == "free"
     assert (await catalog.api_key("ab" * 32))[1] is not None
     before = await catalog.version()
     catalog.replace(parse_policy('[[tiers]]\nname = "b"'))

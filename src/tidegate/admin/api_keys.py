@@ -262,9 +262,9 @@ async def _overrides(
         name, rule = each.rule, rules.get(each.rule)
         if rule is None:
             raise PolicyError(f"tier {tier['name']!r} has no rule {name[:60]!r} to override: see GET /admin/v1/rate-limit-rules")
-        if rule["subject"] != Subject.API_KEY.value:
+        if policy_rows.subject_value_of(rule) != Subject.API_KEY.value:
             raise PolicyError(
-                f"rule {name!r} counts by {rule['subject']}, not by API key: a key cannot have limits of its own there"
+                f"rule {name!r} counts by {_subject_text(rule)}, not by API key: a key cannot have limits of its own there"
             )
         if name in names:
             raise PolicyError(f"rule {name!r} is overridden twice: remove one")
@@ -276,10 +276,16 @@ async def _overrides(
 
 
 async def _rules(transaction: AuditedTransaction, tier: RowMapping, names: Collection[str]) -> dict[str, RowMapping]:
-    query = select(rate_limit_rules.c.name, rate_limit_rules.c.subject, rate_limit_rules.c.algorithm).where(
-        rate_limit_rules.c.tier_id == tier["id"], rate_limit_rules.c.name.in_(list(names))
+    of_rule = rate_limit_rules.c
+    query = select(of_rule.name, of_rule.subject, of_rule.subject_attributes, of_rule.algorithm).where(
+        of_rule.tier_id == tier["id"], of_rule.name.in_(list(names))
     )
     return {row["name"]: row for row in (await transaction.connection.execute(query)).mappings()}
+
+
+def _subject_text(rule: RowMapping) -> str:
+    value = policy_rows.subject_value_of(rule)
+    return value if isinstance(value, str) else ",".join(value)
 
 
 def _override(stored: Mapping[str, Any]) -> Override:
@@ -287,7 +293,7 @@ def _override(stored: Mapping[str, Any]) -> Override:
 
 
 def _fits(rule: RowMapping | None, override: Override) -> bool:
-    if rule is None or rule["subject"] != Subject.API_KEY.value:
+    if rule is None or policy_rows.subject_value_of(rule) != Subject.API_KEY.value:
         return False
     try:
         fit_limits(Algorithm(rule["algorithm"]), override.limits)

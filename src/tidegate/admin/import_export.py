@@ -42,6 +42,9 @@ _RULE_COLUMNS: Final = (
     "on_failure",
     "managed_by_file",
     "revision",
+    "match_attributes",
+    "subject_attributes",
+    "on_missing",
 )
 _KEY_COLUMNS: Final = (
     "tier_id",
@@ -87,10 +90,17 @@ async def export_policy(editor: CatalogEditor, *, with_keys: bool = True) -> Pol
             await connection.execute(rule_rows().order_by(rate_limit_rules.c.position, rate_limit_rules.c.id))
         ).mappings():
             rules.setdefault(row["tier_id"], []).append(row)
-        anonymous = (await connection.execute(select(policy_state.c.anonymous_tier))).scalar()
+        state = (await connection.execute(select(policy_state))).mappings().one()
     held = [policy_rows.tier_of(row, rules.get(row["id"], ())) for row in tier_rows]
     overridable = {(tier.name, rule.name) for tier in held for rule in tier.rules if rule.subject is Subject.API_KEY}
-    return Policy(tuple(held), tuple(_without_idle(policy_rows.api_key_of(row), overridable) for row in keys), anonymous)
+    callers = policy_rows.caller_policy_of(state)
+    return Policy(
+        tuple(held),
+        tuple(_without_idle(policy_rows.api_key_of(row), overridable) for row in keys),
+        callers.anonymous_tier,
+        callers.attributes,
+        callers.callers,
+    )
 
 
 async def import_policy(
@@ -142,9 +152,8 @@ async def import_policy(
 
 async def _read(connection: AsyncConnection, policy: Policy, *, prune: bool) -> HeldRows:
     """What the catalog holds of what a policy names, in pages: no statement and no turn of the event loop takes long."""
-    columns = (policy_state.c.version, policy_state.c.anonymous_tier, policy_state.c.file_digest)
-    state = (await connection.execute(select(*columns))).one()
-    has_file = state.file_digest is not None
+    state = (await connection.execute(select(policy_state))).mappings().one()
+    has_file = state["file_digest"] is not None
     of_tiers = true() if prune else tiers.c.name.in_([tier.name for tier in policy.tiers])
     held = {row["name"]: row async for row in _pages(connection, select(tiers).where(of_tiers), tiers.c.id)}
     rules: dict[str, dict[str, Row]] = {}
@@ -166,7 +175,7 @@ async def _read(connection: AsyncConnection, policy: Policy, *, prune: bool) -> 
             keys[row["sha256"]] = row
             if len(keys) > len(digests) + MAX_KEYS:
                 raise CatalogError(f"more than {MAX_KEYS} API keys would be removed: name them in the text, or leave out prune")
-    return HeldRows(int(state.version), state.anonymous_tier, has_file, held, rules, keys)
+    return HeldRows(int(state["version"]), policy_rows.caller_policy_of(state), has_file, held, rules, keys)
 
 
 async def _pages(connection: AsyncConnection, query: Any, place: Column[Any]) -> AsyncIterator[Any]:
@@ -205,8 +214,8 @@ async def _write(transaction: AuditedTransaction, plan: ImportPlan, tier_ids: di
     await insert_rows(connection, api_keys, [_with_tier_id(values, tier_ids) for values in plan.key_inserts])
     await update_rows(connection, api_keys, [_with_tier_id(row, tier_ids) for row in plan.key_updates], _KEY_COLUMNS)
     await delete_rows(connection, api_keys, plan.key_deletes)
-    if plan.anonymous_tier is not None:
-        await connection.execute(update(policy_state).values(anonymous_tier=plan.anonymous_tier))
+    if plan.caller_policy is not None:
+        await connection.execute(update(policy_state).values(**policy_rows.row_of_caller_policy(plan.caller_policy)))
     await delete_rows(connection, tiers, plan.tier_deletes)
     await transaction.audit_all(plan.changes)
 

@@ -14,6 +14,7 @@ from tidegate.admin.transaction import MAX_RULES, Audited, ManagedByFile, audite
 from tidegate.catalog.changes import ANONYMOUS, KEY, TIER, Item
 from tidegate.catalog.sql import rows as policy_rows
 from tidegate.errors import CatalogError
+from tidegate.policy.attributes import CallerPolicy
 from tidegate.policy.model import ApiKey, KeyStatus, Policy, Tier
 
 Values: TypeAlias = dict[str, Any]
@@ -24,7 +25,7 @@ class HeldRows(msgspec.Struct, frozen=True):
 
     Args:
         version: of the catalog before they were read.
-        anonymous_tier: its name, None where there is none.
+        caller_policy: what it says of callers without an API key.
         has_file: whether a policy file is active; without one, rows that one made are the operators' own.
         tiers: by name.
         rules: by the name of the tier, then by their own; with `tier_name`.
@@ -32,7 +33,7 @@ class HeldRows(msgspec.Struct, frozen=True):
     """
 
     version: int
-    anonymous_tier: str | None
+    caller_policy: CallerPolicy
     has_file: bool
     tiers: dict[str, Row]
     rules: dict[str, dict[str, Row]]
@@ -67,7 +68,7 @@ class ImportPlan(msgspec.Struct):
     key_inserts: list[Values] = []
     key_updates: list[Values] = []
     key_deletes: list[str] = []
-    anonymous_tier: str | None = None
+    caller_policy: CallerPolicy | None = None
 
 
 def plan_import(policy: Policy, held: HeldRows, now_us: int, *, prune: bool) -> ImportPlan:
@@ -104,7 +105,7 @@ class _Planner:
             self._take_key(api_key)
         if self._prune:
             self._prune_keys()
-        self._take_anonymous()
+        self._take_caller_policy()
         if self._prune:
             self._prune_tiers()
         return self._plan
@@ -207,25 +208,40 @@ class _Planner:
                 self._plan.touched.append((KEY, sha256))
                 self._record("delete", "api_key", row["id"], KeyRead.of_row(row), None)
 
-    def _take_anonymous(self) -> None:
-        """Without [anonymous] in the text, what holds stays: a text may be about one tier only."""
-        name, held = self._policy.anonymous_tier, self._held.anonymous_tier
-        if name is None or held == name:
+    def _take_caller_policy(self) -> None:
+        """Without [anonymous], [callers] or [attributes] in the text, what holds stays: a text may be about one tier only."""
+        given, held = self._policy.caller_policy, self._held.caller_policy
+        taken = CallerPolicy(
+            given.anonymous_tier or held.anonymous_tier, given.callers or held.callers, given.attributes or held.attributes
+        )
+        if taken == held:
             return
         if self._held.has_file:
-            raise ManagedByFile(f"the anonymous tier is {held!r} by the policy file: change it there")
-        self._plan.anonymous_tier = name
+            if taken.anonymous_tier != held.anonymous_tier:
+                raise ManagedByFile(f"the anonymous tier is {held.anonymous_tier!r} by the policy file: change it there")
+            raise ManagedByFile(
+                "[callers] or [attributes] differ from the policy file: change them there, or leave them out here"
+            )
+        self._plan.caller_policy = taken
         self._plan.touched.append((ANONYMOUS, ""))
-        self._record("update", "anonymous_tier", name, {"tier": held}, {"tier": name})
+        if taken.anonymous_tier != held.anonymous_tier:
+            name = taken.anonymous_tier or ""
+            self._record("update", "anonymous_tier", name, {"tier": held.anonymous_tier}, {"tier": name})
+        before, after = policy_rows.row_of_caller_policy(held), policy_rows.row_of_caller_policy(taken)
+        for kind in ("callers", "attributes"):
+            if before[kind] != after[kind]:
+                self._record("update", kind, kind, before[kind], after[kind])
 
     def _prune_tiers(self) -> None:
         named = {tier.name for tier in self._policy.tiers}
-        anonymous = self._policy.anonymous_tier or self._held.anonymous_tier
+        callers = self._plan.caller_policy or self._held.caller_policy
         for name, row in self._held.tiers.items():
             if name in named or self._is_of_file(row):
                 continue
-            if anonymous == name:
+            if callers.anonymous_tier == name:
                 raise CatalogError(f"tier {name!r} is the anonymous tier: name another one in [anonymous] of the policy")
+            if callers.callers is not None and callers.callers.default_tier == name:
+                raise CatalogError(f"tier {name!r} is the default_tier of [callers]: name another one there")
             self._remove_rules(self._held.rules.get(name, {}).values())
             self._plan.tier_deletes.append(row["id"])
             self._plan.touched.append((TIER, name))

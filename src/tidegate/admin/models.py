@@ -10,6 +10,7 @@ from typing import Annotated, Any, Generic, Literal, TypeAlias, TypeVar
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, GetJsonSchemaHandler, JsonValue, model_validator
 from pydantic_core import CoreSchema
 
+from tidegate.catalog.sql.rows import subject_value_of
 from tidegate.policy.model import KeyStatus
 from tidegate.timestamps import format_timestamp
 
@@ -51,7 +52,20 @@ LimitText = Annotated[str, Field(max_length=80, examples=["100/minute"]), Plain]
 Limits = Annotated[list[LimitText], Field(max_length=MAX_LIMITS)]
 Moment = Annotated[str, Field(max_length=40, examples=["2030-01-31T00:00:00Z"], description="ISO 8601 with its offset"), Plain]
 Algorithm = Literal["fixed_window", "sliding_window", "sliding_log", "token_bucket", "leaky_bucket"]
-Subject = Literal["api_key", "ip", "tier"]
+AttributeText = Annotated[str, Field(min_length=1, max_length=256)]
+SubjectName = Annotated[str, Field(max_length=32, pattern="^[a-z][a-z0-9_]*$")]
+Subject = Annotated[
+    SubjectName | list[SubjectName],
+    Field(
+        examples=["user"],
+        description='api_key, ip, tier or an attribute; a list counts each combination, such as ["org", "user"]',
+    ),
+]
+Match = Annotated[
+    dict[SubjectName, AttributeText],
+    Field(max_length=16, examples=[{"plan": "pro"}], description="attributes and their patterns, which must all hold"),
+]
+OnMissing = Literal["ip", "skip", "deny"]
 Mode = Literal["enforce", "shadow"]
 OnFailure = Literal["default", "local", "allow", "deny"]
 Role = Literal["viewer", "operator"]
@@ -148,6 +162,8 @@ class RuleFields(RequestModel):
     mode: Mode = "enforce"
     on_failure: OnFailure = "default"
     name: RuleName | None = None
+    match: Match = {}
+    on_missing: OnMissing = "ip"
 
 
 class RuleCreate(RuleFields):
@@ -168,6 +184,8 @@ class RulePatch(RequestModel):
     mode: Mode = "enforce"
     on_failure: OnFailure = "default"
     name: RuleName | None = None
+    match: Match = {}
+    on_missing: OnMissing = "ip"
 
 
 class RuleRead(Resource):
@@ -180,10 +198,12 @@ class RuleRead(Resource):
     methods: list[str]
     algorithm: str
     limits: list[str]
-    subject: str
+    subject: str | list[str]
     priority: int
     mode: str
     on_failure: str
+    match: dict[str, str] = {}
+    on_missing: str = "ip"
     managed_by_file: bool
     revision: int
     warnings: list[str] = []
@@ -199,7 +219,9 @@ class RuleRead(Resource):
             methods=list(row["methods"]),
             algorithm=row["algorithm"],
             limits=list(row["limits"]),
-            subject=row["subject"],
+            subject=subject_value_of(row),
+            match=row["match_attributes"] or {},
+            on_missing=row["on_missing"] or "ip",
             priority=row["priority"],
             mode=row["mode"],
             on_failure=row["on_failure"],

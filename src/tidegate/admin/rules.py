@@ -37,7 +37,19 @@ from tidegate.errors import CatalogError
 from tidegate.policy.coverage import coverage_warnings
 from tidegate.policy.model import Rule, Tier
 
-RULE_FIELDS: Final = {"endpoint", "limits", "methods", "algorithm", "subject", "priority", "mode", "on_failure", "name"}
+RULE_FIELDS: Final = {
+    "endpoint",
+    "limits",
+    "methods",
+    "algorithm",
+    "subject",
+    "priority",
+    "mode",
+    "on_failure",
+    "name",
+    "match",
+    "on_missing",
+}
 
 
 class CatalogEditor:
@@ -169,9 +181,11 @@ class CatalogEditor:
                 raise CatalogError(
                     f"tier {name!r} has API keys, such as {user['id']}: give them another tier, or revoke and delete them first"
                 )
-            state = await transaction.one(select(policy_state.c.anonymous_tier))
+            state = await transaction.one(select(policy_state.c.anonymous_tier, policy_state.c.callers))
             if state is not None and state["anonymous_tier"] == row["name"]:
                 raise CatalogError(f"tier {name!r} is the anonymous tier: name another one in [anonymous] of a policy first")
+            if state is not None and (state["callers"] or {}).get("default_tier") == row["name"]:
+                raise CatalogError(f"tier {name!r} is the default_tier of [callers]: name another one in a policy first")
             rules = (await transaction.connection.execute(rule_rows().where(tiers.c.id == row["id"]))).mappings().all()
             await transaction.audit_all(
                 [

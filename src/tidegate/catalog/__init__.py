@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from tidegate.catalog.changes import Changes
+from tidegate.policy.attributes import CallerPolicy
 from tidegate.policy.model import ApiKey, Tier
 
 
@@ -46,11 +47,11 @@ class Catalog(Protocol):
         """
         ...
 
-    async def anonymous_tier(self, min_version: int = 0) -> tuple[int, str | None]:
-        """Look up the tier of checks without an API key.
+    async def caller_policy(self, min_version: int = 0) -> tuple[int, CallerPolicy]:
+        """Look up what the policy says of callers without an API key, and of attributes.
 
         Returns:
-            The version, and the tier's name; None if such checks are refused.
+            The version, and the caller policy.
 
         Raises:
             CatalogUnavailable: if the catalog does not answer.

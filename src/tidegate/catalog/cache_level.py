@@ -6,23 +6,42 @@ import asyncio
 from collections import OrderedDict
 from typing import Final, Generic, TypeVar
 
+from tidegate.policy.attributes import CallerPolicy
 from tidegate.policy.matching import CompiledTier
 from tidegate.policy.model import ApiKey
 
 SECOND_CHANCES: Final = 16
 """So many entries get a second round for each that goes: where all are in use, no check waits until all were looked at."""
 
-V = TypeVar("V", bound="HeldTier | Caller | None")
+V = TypeVar("V", bound="HeldTier | Caller | UnkeyedCallers | TierNames | None")
 
 
 class HeldTier:
     """A tier as it is cached, and whether it still is."""
 
-    __slots__ = ("compiled", "current", "recent")
+    __slots__ = ("_unkeyed", "compiled", "current", "recent")
 
     def __init__(self, compiled: CompiledTier) -> None:
         self.compiled = compiled
         self.current = True
+        self.recent = False
+        self._unkeyed: Caller | None = None
+
+    @property
+    def unkeyed(self) -> Caller:
+        """The caller of this tier that has no API key."""
+        if self._unkeyed is None:
+            self._unkeyed = Caller(None, self)
+        return self._unkeyed
+
+
+class TierNames:
+    """The names of all tiers: no other name that a client sends is looked up."""
+
+    __slots__ = ("names", "recent")
+
+    def __init__(self, names: frozenset[str]) -> None:
+        self.names = names
         self.recent = False
 
 
@@ -49,6 +68,22 @@ class Caller:
             held.compiled if api_key is None or not api_key.overrides else CompiledTier(held.compiled.tier, api_key.overrides)
         )
         self.subject = "" if api_key is None else f"k:{api_key.owner}"
+
+
+class UnkeyedCallers:
+    """Who callers without an API key are.
+
+    Args:
+        policy: what the policy says of them.
+        default: the caller that names no tier; None where such a one is refused.
+    """
+
+    __slots__ = ("default", "policy", "recent")
+
+    def __init__(self, policy: CallerPolicy, default: Caller | None) -> None:
+        self.policy = policy
+        self.default = default
+        self.recent = False
 
 
 class CacheLevel(Generic[V]):

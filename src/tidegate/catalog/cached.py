@@ -23,7 +23,7 @@ from collections.abc import Awaitable, Callable, Iterable
 from typing import Final
 
 from tidegate.catalog import Catalog
-from tidegate.catalog.cache_level import CacheLevel, Caller, HeldTier, V
+from tidegate.catalog.cache_level import CacheLevel, Caller, HeldTier, TierNames, UnkeyedCallers, V
 from tidegate.catalog.changes import (
     ALL,
     ANONYMOUS,
@@ -35,6 +35,7 @@ from tidegate.catalog.changes import (
 from tidegate.catalog.freshness import FreshnessTracker
 from tidegate.catalog.unknown_keys import UnknownKeyLimit
 from tidegate.errors import CatalogUnavailable, TooManyUnknownKeys
+from tidegate.policy.attributes import CallerPolicy
 from tidegate.policy.matching import CompiledTier
 
 logger = logging.getLogger(__name__)
@@ -80,7 +81,8 @@ class CachedCatalog:
         self._callers: CacheLevel[Caller | None] = CacheLevel(KEY, max_keys)
         self._unknown: OrderedDict[str, float] = OrderedDict()
         self._tiers: CacheLevel[HeldTier | None] = CacheLevel(TIER, 10_000)
-        self._anonymous: CacheLevel[Caller | None] = CacheLevel(ANONYMOUS, 1)
+        self._unkeyed: CacheLevel[UnkeyedCallers] = CacheLevel(ANONYMOUS, 1)
+        self._names: CacheLevel[TierNames] = CacheLevel("names", 1)
         self._generation = 0
         self._retry_at = self._slow_until = -math.inf
         self._last = FreshnessTracker()
@@ -126,10 +128,24 @@ class CachedCatalog:
         Returns:
             The caller; None where `anonymous` has more to do, or there is none.
         """
-        entry = self._anonymous.entries.get("")
-        if entry is not None and entry[0] > self._clock() and (caller := entry[1]) is not None and caller.held.current:
+        entry = self._unkeyed.entries.get("")
+        if entry is not None and entry[0] > self._clock() and (caller := entry[1].default) is not None and caller.held.current:
             self.hits += 1
             return caller
+        return None
+
+    def cached_caller_policy(self) -> CallerPolicy | None:
+        """What the policy says of callers without an API key, and of attributes; None where it has to be loaded."""
+        entry = self._unkeyed.entries.get("")
+        return entry[1].policy if entry is not None and entry[0] > self._clock() else None
+
+    def cached_tier_caller(self, name: str) -> Caller | None:
+        """The caller without an API key of a tier; None where `tier_caller` has more to do."""
+        entry = self._tiers.entries.get(name)
+        if entry is not None and entry[0] > self._clock() and (held := entry[1]) is not None and held.current:
+            self.hits += 1
+            held.recent = True
+            return held.unkeyed
         return None
 
     async def caller(self, sha256: str, client: str | None = None) -> Caller | None:
@@ -183,11 +199,45 @@ class CachedCatalog:
         Raises:
             CatalogUnavailable: if the catalog fails and nothing cached can stand in.
         """
-        entry = self._anonymous.entries.get("")
-        if entry is not None and entry[0] > self._clock() and (entry[1] is None or entry[1].held.current):
+        return (await self._unkeyed_callers()).default
+
+    async def caller_policy(self) -> CallerPolicy:
+        """What the policy says of callers without an API key, and of attributes.
+
+        Raises:
+            CatalogUnavailable: if the catalog fails and nothing cached can stand in.
+        """
+        return self.cached_caller_policy() or (await self._unkeyed_callers()).policy
+
+    async def tier_caller(self, name: str) -> Caller | None:
+        """The caller without an API key of a tier that a check names.
+
+        Args:
+            name: of the tier; any text. Only the names of tiers are looked up, so other texts cost no query.
+
+        Returns:
+            The caller; None where there is no such tier.
+
+        Raises:
+            CatalogUnavailable: if the catalog fails and nothing cached can stand in.
+        """
+        caller = self.cached_tier_caller(name)
+        if caller is not None:
+            return caller
+        entry = self._names.entries.get("")
+        fresh = entry is not None and entry[0] > self._clock()
+        known = entry[1] if entry is not None and fresh else await self._load_through(self._names, "", self._load_names)
+        if name not in known.names:
+            return None
+        held = await self._current_tier(name)
+        return None if held is None else held.unkeyed
+
+    async def _unkeyed_callers(self) -> UnkeyedCallers:
+        entry = self._unkeyed.entries.get("")
+        if entry is not None and entry[0] > self._clock() and (entry[1].default is None or entry[1].default.held.current):
             self.hits += 1
             return entry[1]
-        return await self._load_through(self._anonymous, "", self._load_anonymous)
+        return await self._load_through(self._unkeyed, "", self._load_unkeyed)
 
     async def tier(self, name: str) -> CompiledTier | None:
         """A tier ready to be asked.
@@ -270,7 +320,7 @@ class CachedCatalog:
         """Ask the catalog again about everything. What is being loaded meanwhile is not kept."""
         self._generation += 1
         tiers = list(self._tiers.entries)
-        for level in (self._callers, self._tiers, self._anonymous):
+        for level in (self._callers, self._tiers, self._unkeyed, self._names):
             level.mark_all_stale()
         self._unknown.clear()
         self._schedule_reload(tiers)
@@ -283,10 +333,13 @@ class CachedCatalog:
             elif kind == TIER:
                 self._mark_tier_replaced(name)
                 self._tiers.mark_stale(name)
+                # It may be new, or gone. Names that are being read meanwhile may lack it.
+                self._generation += "" in self._names.flights
+                self._names.mark_stale("")
                 if name in self._tiers.stale:
                     self._schedule_reload([name])
             elif kind == ANONYMOUS:
-                self._anonymous.mark_stale("")
+                self._unkeyed.mark_stale("")
 
     def _mark_tier_replaced(self, tier: str) -> None:
         entry = self._tiers.entries.get(tier)
@@ -345,6 +398,11 @@ class CachedCatalog:
             if held is None or held[1] is None or not held[1].current:
                 return True, value
             return False, Caller(value.api_key, held[1])  # type: ignore[return-value]
+        if isinstance(value, UnkeyedCallers) and value.default is not None and not value.default.held.current:
+            held = self._tiers.entries.get(value.default.held.compiled.tier.name)
+            if held is None or held[1] is None or not held[1].current:
+                return True, value
+            return False, UnkeyedCallers(value.policy, Caller(None, held[1]))  # type: ignore[return-value]
         return False, value
 
     def _flight(self, level: CacheLevel[V], name: str, load: Callable[[str], Awaitable[V]]) -> asyncio.Task[V]:
@@ -434,12 +492,13 @@ class CachedCatalog:
         self._mark_tier_replaced(name)
         return None if tier is None else HeldTier(CompiledTier(tier))
 
-    async def _load_anonymous(self, _: str) -> Caller | None:
-        name = (await self.catalog.anonymous_tier(self._last.min_version(ANONYMOUS)))[1]
-        if name is None:
-            return None
-        held = await self._current_tier(name)
-        return None if held is None else Caller(None, held)
+    async def _load_unkeyed(self, _: str) -> UnkeyedCallers:
+        policy = (await self.catalog.caller_policy(self._last.min_version(ANONYMOUS)))[1]
+        held = None if policy.default_tier is None else await self._current_tier(policy.default_tier)
+        return UnkeyedCallers(policy, None if held is None else Caller(None, held))
+
+    async def _load_names(self, _: str) -> TierNames:
+        return TierNames(frozenset(await self.catalog.tier_names()))
 
 
 def _of_one_key(one: object, other: object) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from tidegate.catalog.changes import Changes
+from tidegate.policy.attributes import CallerPolicy
 from tidegate.policy.model import ApiKey, Policy, Tier
 
 
@@ -17,7 +18,7 @@ class PolicyCatalog:
         """Replace the whole policy, which raises the version by 1."""
         self._tiers = {tier.name: tier for tier in policy.tiers}
         self._keys = {api_key.sha256: api_key for api_key in policy.api_keys}
-        self._anonymous = policy.anonymous_tier
+        self._caller_policy = policy.caller_policy
         self._version += 1
 
     async def api_key(self, sha256: str, min_version: int = 0) -> tuple[int, ApiKey | None]:  # noqa: ARG002 - always the latest
@@ -28,9 +29,9 @@ class PolicyCatalog:
         """See `Catalog.tier`."""
         return self._version, self._tiers.get(name)
 
-    async def anonymous_tier(self, min_version: int = 0) -> tuple[int, str | None]:  # noqa: ARG002 - always the latest
-        """See `Catalog.anonymous_tier`."""
-        return self._version, self._anonymous
+    async def caller_policy(self, min_version: int = 0) -> tuple[int, CallerPolicy]:  # noqa: ARG002 - always the latest
+        """See `Catalog.caller_policy`."""
+        return self._version, self._caller_policy
 
     async def tier_names(self) -> list[str]:
         """See `Catalog.tier_names`."""

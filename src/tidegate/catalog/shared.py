@@ -1,7 +1,7 @@
 """The second level of cache: one for all instances, in the Redis that they count on.
 
-What is kept is a whole tier, a single API key, and the name of the anonymous tier, each with the version of the catalog that it
-is of. Whoever knows that a thing was changed at version N takes no entry of an older one; so nothing has to be deleted, and an
+What is kept is a whole tier, a single API key, and the policy for callers without one, each with the version of the catalog that
+it is of. Whoever knows that a thing was changed at version N takes no entry of an older one; so nothing has to be deleted, and an
 entry that is written late harms nobody. Nor does anybody take an entry of a version that the database never had, as far as is
 known: a primary may have given it that was lost with its last changes. Unknown keys are not kept: a flood of them would fill
 Redis. Every entry expires. Entries are sealed with a secret of the catalog and validated when they are read (`shared_entries`):
@@ -27,16 +27,17 @@ from tidegate.catalog import Catalog
 from tidegate.catalog.changes import MAX_READ, Changes
 from tidegate.catalog.shared_entries import (
     AnyEntry,
+    CallersEntry,
     Entry,
     EntrySeal,
     InvalidEntry,
     KeyEntry,
-    NameEntry,
     TierEntry,
     require_valid_key,
     require_valid_tier,
 )
 from tidegate.errors import StoreUnavailable
+from tidegate.policy.attributes import CallerPolicy
 from tidegate.policy.model import ApiKey, Tier
 
 logger = logging.getLogger(__name__)
@@ -105,7 +106,7 @@ class SharedCatalog:
         self._warn_at = -WARN_S
         self._keys = msgspec.msgpack.Decoder(KeyEntry)
         self._tiers = msgspec.msgpack.Decoder(TierEntry)
-        self._names = msgspec.msgpack.Decoder(NameEntry)
+        self._caller_policies = msgspec.msgpack.Decoder(CallersEntry)
 
     async def api_key(self, sha256: str, min_version: int = 0) -> tuple[int, ApiKey | None]:
         """See `Catalog.api_key`."""
@@ -129,14 +130,14 @@ class SharedCatalog:
             self._keep(place, TierEntry(version, tier))
         return version, tier
 
-    async def anonymous_tier(self, min_version: int = 0) -> tuple[int, str | None]:
-        """See `Catalog.anonymous_tier`."""
-        held = await self._get("a", self._names, min_version)
+    async def caller_policy(self, min_version: int = 0) -> tuple[int, CallerPolicy]:
+        """See `Catalog.caller_policy`."""
+        held = await self._get("a", self._caller_policies, min_version)
         if held is not None:
             return held.version, held.value
-        version, name = await self.catalog.anonymous_tier(min_version)
-        self._keep("a", NameEntry(version, name))
-        return version, name
+        version, policy = await self.catalog.caller_policy(min_version)
+        self._keep("a", CallersEntry(version, policy))
+        return version, policy
 
     async def tier_names(self) -> list[str]:
         """See `Catalog.tier_names`; not cached."""

@@ -16,6 +16,7 @@ from typing import Final, TypeVar
 import msgspec
 
 from tidegate.errors import PolicyError
+from tidegate.policy.attributes import CallerPolicy
 from tidegate.policy.limits import Algorithm, Limit, fit_limits
 from tidegate.policy.model import ApiKey, Tier
 
@@ -41,13 +42,13 @@ class TierEntry(Entry, frozen=True, array_like=True):
     value: Tier
 
 
-class NameEntry(Entry, frozen=True, array_like=True):
-    """The name of the anonymous tier."""
+class CallersEntry(Entry, frozen=True, array_like=True):
+    """What a policy says of callers without an API key."""
 
-    value: str | None
+    value: CallerPolicy
 
 
-AnyEntry = TypeVar("AnyEntry", KeyEntry, TierEntry, NameEntry)
+AnyEntry = TypeVar("AnyEntry", KeyEntry, TierEntry, CallersEntry)
 
 
 class InvalidEntry(Exception):
@@ -66,7 +67,7 @@ class EntrySeal:
 
     def __init__(self, secret: bytes) -> None:
         self._secret = hashlib.sha256(b"tidegate shared cache\0" + secret).digest()
-        described = msgspec.json.encode(msgspec.json.schema_components((KeyEntry, TierEntry, NameEntry)), order="sorted")
+        described = msgspec.json.encode(msgspec.json.schema_components((KeyEntry, TierEntry, CallersEntry)), order="sorted")
         self.form = hmac.digest(self._secret, described, "sha256").hex()[:6]
 
     def seal(self, place: bytes, entry: Entry) -> bytes:

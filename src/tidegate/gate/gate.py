@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Self, TypeAlias
-
-import msgspec
 
 from tidegate.catalog.cache_level import Caller
 from tidegate.catalog.cached import CachedCatalog
@@ -14,32 +12,18 @@ from tidegate.counters import Charge, ChargeOutcome, CounterStore
 from tidegate.counters.memory import MemoryCounters
 from tidegate.decision import MAX_COST, Check, Decision, Observation, Usage, client_of, clip, ipv6_client
 from tidegate.errors import BadRequest, MissingApiKey, StoreUnavailable, TidegateError
-from tidegate.gate.callers import LOOKUP_TIMEOUT_S, CallerLookup
+from tidegate.gate.callers import LOOKUP_TIMEOUT_S, CallerLookup, Sender
 from tidegate.gate.charging import ChargeResult, CheckPlan, charge_all_or_none, charge_independently
 from tidegate.gate.request_limits import RequestLimits
+from tidegate.gate.subjects import DescriptorCheck, attributes_subject, descriptor_subject, ip_needed, shadow_subject
 from tidegate.gate.usage import caller_usage, own_limits, reset_counters
+from tidegate.policy.attributes import MAX_VALUE, long_value
 from tidegate.policy.limits import LimitSet
-from tidegate.policy.matching import CompiledRule, subject_of
+from tidegate.policy.matching import CompiledRule, CompiledTier, subject_of
 from tidegate.policy.model import Mode, Subject
 from tidegate.time_slice import TimeSlice
 
 Observer: TypeAlias = Callable[[Observation], None]
-
-
-class DescriptorCheck(msgspec.Struct, frozen=True, gc=False):
-    """A descriptor without a path that asks whether it may pass.
-
-    Args:
-        entries: values by key.
-        api_key: the caller's key; None for the anonymous tier.
-        cost: 0 (peek) to 1,000,000,000.
-        ip: client address in canonical text, or None where nobody knows it.
-    """
-
-    entries: Mapping[str, str]
-    api_key: str | None
-    cost: int
-    ip: str | None = None
 
 
 class Gate:
@@ -112,7 +96,10 @@ class Gate:
             return self._check_later(check)
         started_ns = time.perf_counter_ns()
         try:
-            caller = self._callers.find_cached(check.api_key)
+            if check.api_key is None and (check.attributes or check.tier is not None):
+                caller = self._callers.find_cached_unkeyed(check.tier, check.attributes)
+            else:
+                caller = self._callers.find_cached(check.api_key)
             if caller is None:
                 return self._check_later(check)
             ip = check.ip
@@ -125,7 +112,7 @@ class Gate:
                 told = self._tell(plan, charged, time.perf_counter_ns() - started_ns)
                 assert isinstance(told, Decision), "counters in memory always answer"
                 return told
-            counters = _counters_of(check, caller, tier.match(check.method, check.path), ip)
+            counters = _counters_of(check, caller, _rule_of(check, tier), ip)
         except TidegateError as error:
             self._tell_error(error, time.perf_counter_ns() - started_ns)
             raise
@@ -312,16 +299,19 @@ class Gate:
         ip = check.ip
         if ip is not None and ":" in ip:
             ip = ipv6_client(ip)
-        return self._plan_of(check, await self._caller(check.api_key, ip), ip)
+        if check.api_key is None:
+            caller = await self._callers.find_unkeyed(check.tier, check.attributes)
+        else:
+            caller = await self._caller(check.api_key, ip)
+        return self._plan_of(check, caller, ip)
 
     def _plan_of(self, check: Check, caller: Caller, ip: str | None) -> CheckPlan:
         tier = caller.tier
-        counters = _counters_of(check, caller, tier.match(check.method, check.path), ip)
+        counters = _counters_of(check, caller, _rule_of(check, tier), ip)
         charges = [Charge(counters, check.cost)] if counters else []
-        if tier.has_shadow_rules and (shadow_rules := tier.shadow_rules(check.method, check.path)):
-            caller_subject = _caller_subject(check, caller, ip)
-            for watcher in shadow_rules:
-                counted = subject_of(watcher.subject, caller_subject, ip, tier.tier.name)
+        if tier.has_shadow_rules:
+            for watcher in tier.shadow_rules(check.method, check.path, check.attributes):
+                counted = shadow_subject(check.attributes, caller, watcher, ip)
                 # A shadow rule that cannot be counted must not block the check that it only watches.
                 if counted is not None:
                     charges.append(Charge(((watcher.limits, counted),), check.cost))
@@ -340,17 +330,17 @@ class Gate:
             For each its plan, for `decide`, or the error that `check` would have raised; None where nothing limits a descriptor.
         """
         clients = [ipv6_client(each.ip) if each.ip is not None and ":" in each.ip else each.ip for each in asked]
-        pairs = [(each.api_key, None if each.api_key is None else client) for each, client in zip(asked, clients, strict=True)]
-        callers = await self._callers.find_all(pairs)
+        senders = await self._callers.senders(asked, clients)
+        callers = await self._callers.find_all([each for each in senders if isinstance(each, Sender)])
         plans: list[CheckPlan | TidegateError | None] = []
         slice_ = TimeSlice()
-        for each, client, pair in zip(asked, clients, pairs, strict=True):
+        for each, client, sender in zip(asked, clients, senders, strict=True):
             if slice_.over:
                 await slice_.pause()
-            caller = callers[pair]
+            caller = callers[sender] if isinstance(sender, Sender) else sender
             try:
                 if isinstance(each, DescriptorCheck):
-                    plans.append(None if isinstance(caller, MissingApiKey) else _plan_of_descriptor(each, caller))
+                    plans.append(None if isinstance(caller, MissingApiKey) else _plan_of_descriptor(each, caller, client))
                 else:
                     plans.append(caller if isinstance(caller, TidegateError) else self._plan_of(each, caller, client))
             except TidegateError as error:
@@ -358,9 +348,25 @@ class Gate:
         return plans
 
 
+def _rule_of(check: Check, tier: CompiledTier) -> CompiledRule | None:
+    """The rule that answers a check."""
+    attributes = check.attributes
+    if not attributes:
+        return tier.match(check.method, check.path)
+    for name in tier.attribute_names:
+        # Not every door bounds values: some are there for other programs.
+        if name in attributes and len(attributes[name]) > MAX_VALUE:
+            raise long_value(name, attributes[name])
+    return tier.match(check.method, check.path, attributes)
+
+
 def _counters_of(check: Check, caller: Caller, rule: CompiledRule | None, ip: str | None) -> tuple[tuple[LimitSet, str], ...]:
     """What a check is charged to: the counter of the rule that answers it, and that of the tier's own limits."""
     tier_limits = caller.tier.limits
+    if rule is not None and rule.subject is Subject.ATTRIBUTES:
+        counted = attributes_subject(check, caller, rule, ip)
+        own = () if tier_limits is None else ((tier_limits, _caller_subject(check, caller, ip)),)
+        return ((rule.limits, counted), *own)
     if rule is None and tier_limits is None:
         return ()
     subject = caller.subject or _caller_subject(check, caller, ip)
@@ -372,7 +378,7 @@ def _counters_of(check: Check, caller: Caller, rule: CompiledRule | None, ip: st
     elif (found := subject_of(rule.subject, subject, ip, caller.tier.tier.name)) is not None:
         counted = found
     else:
-        raise _ip_needed(check, f"the rule {clip(rule.rule.name)} counts by ip")
+        raise ip_needed(check, f"the rule {clip(rule.rule.name)} counts by ip")
     if tier_limits is None:
         return ((rule.limits, counted),)
     return ((rule.limits, counted), (tier_limits, subject))
@@ -382,7 +388,7 @@ def _caller_subject(check: Check, caller: Caller, ip: str | None) -> str:
     if caller.subject:
         return caller.subject
     if ip is None:
-        raise _ip_needed(check, "a check without an API key is counted by ip")
+        raise ip_needed(check, "a check without an API key is counted by ip")
     return f"i:{ip}"
 
 
@@ -404,7 +410,7 @@ def _observation(
     return Observation(decision, None, latency_ns, shadow_denied, subject, denied_by)
 
 
-def _plan_of_descriptor(check: DescriptorCheck, caller: Caller | TidegateError) -> CheckPlan | None:
+def _plan_of_descriptor(check: DescriptorCheck, caller: Caller | TidegateError, client: str | None) -> CheckPlan | None:
     """What a descriptor without a path is held against; None where nothing limits it."""
     if isinstance(caller, TidegateError):
         raise caller
@@ -412,7 +418,7 @@ def _plan_of_descriptor(check: DescriptorCheck, caller: Caller | TidegateError) 
         raise BadRequest(f"cost {clip(check.cost)} must be a whole number from 0 to {MAX_COST}", field="cost")
     entries = check.entries
     charges = [
-        (each.compiled.rule.mode, Charge(((each.compiled.limits, each.subject(entries, caller.subject)),), check.cost))
+        (each.compiled.rule.mode, Charge(((each.compiled.limits, descriptor_subject(check, caller, each, client)),), check.cost))
         for each in caller.tier.match_entries(entries)
     ]
     enforced = next((charge for mode, charge in charges if mode is Mode.ENFORCE), None)
@@ -427,8 +433,3 @@ def _plan_of_descriptor(check: DescriptorCheck, caller: Caller | TidegateError) 
 def _require_text(value: object, field: str) -> None:
     if value is not None and type(value) is not str:
         raise BadRequest(f"{field} must be a string", field=field)
-
-
-def _ip_needed(check: Check, why: str) -> BadRequest:
-    problem = "ip is needed" if check.bad_ip is None else f"ip {check.bad_ip} is not an IPv4 or IPv6 address"
-    return BadRequest(f"{problem}: {why}", field="ip")

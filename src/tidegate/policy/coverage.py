@@ -13,7 +13,7 @@ from tidegate.policy.model import Mode, Rule
 MAX_WIDER: Final = 64
 """Each rule is compared with at most this many preferred patterns of its tier, so the cost is linear in the number of rules."""
 MAX_METHOD_SETS: Final = 256
-"""Of the rules for one endpoint, at most this many different sets of methods are compared."""
+"""Of the rules for one endpoint, at most this many with different methods or matches are compared."""
 MAX_WARNINGS: Final = 10
 
 _PIECES: Final = re.compile(r"\*+|\{[^}]*\}|.", re.DOTALL)
@@ -61,16 +61,19 @@ def covers(wider: str, pattern: str) -> bool:
 class _Candidate:
     """An enforcing rule with what decides whether it covers another one."""
 
-    __slots__ = ("_matches", "methods", "rule")
+    __slots__ = ("_matches", "entries", "methods", "rule")
 
     def __init__(self, rule: Rule, methods: frozenset[str] | None) -> None:
         self.rule = rule
         self.methods = methods
+        self.entries = rule.required_entries
         self._matches: Callable[[str], bool] | None = None
 
     def covers(self, other: _Candidate) -> bool:
         """Whether it matches every request that the other one matches."""
         if self.methods is not None and (other.methods is None or not other.methods <= self.methods):
+            return False
+        if self.entries and not _all_hold(self.entries, other.entries):
             return False
         wider, pattern = self.rule.endpoint, other.rule.endpoint
         if wider == pattern:
@@ -94,16 +97,17 @@ def unreachable_rules(rules: Sequence[Rule]) -> dict[str, str]:
     """
     found: dict[str, str] = {}
     wider: list[_Candidate] = []
-    by_endpoint: dict[str, dict[frozenset[str] | None, _Candidate]] = {}
+    by_endpoint: dict[str, dict[tuple[object, object], _Candidate]] = {}
     for candidate in _preferred_first(rules):
         same = by_endpoint.setdefault(candidate.rule.endpoint, {})
-        preferred = same.get(candidate.methods) or same.get(None)
+        own = (candidate.methods, candidate.entries)
+        preferred = same.get(own) or same.get((None, candidate.entries)) or same.get((None, ()))
         preferred = preferred or next((each for each in (*same.values(), *wider) if each.covers(candidate)), None)
         if preferred is not None:
             found[candidate.rule.name] = preferred.rule.name
             continue
         if len(same) < MAX_METHOD_SETS:
-            same[candidate.methods] = candidate
+            same[own] = candidate
         if len(wider) < MAX_WIDER and ("*" in candidate.rule.endpoint or "{" in candidate.rule.endpoint):
             wider.append(candidate)
     return found
@@ -147,10 +151,20 @@ def unreachable_warning(tier: str, rule: str, preferred: str) -> str:
 
 
 def _preferred_first(rules: Sequence[Rule]) -> Iterator[_Candidate]:
-    heads = {rule.endpoint for rule in rules if rule.mode is Mode.ENFORCE and "HEAD" in rule.methods}
+    heads = {(rule.endpoint, rule.match) for rule in rules if rule.mode is Mode.ENFORCE and "HEAD" in rule.methods}
     ranked = sorted((rule_rank(rule, order), rule) for order, rule in enumerate(rules) if rule.mode is Mode.ENFORCE)
     for _, rule in ranked:
-        yield _Candidate(rule, counted_methods(rule.methods, rule.endpoint in heads))
+        yield _Candidate(rule, counted_methods(rule.methods, (rule.endpoint, rule.match) in heads))
+
+
+def _all_hold(entries: tuple[tuple[str, str], ...], given: tuple[tuple[str, str], ...]) -> bool:
+    """Whether a check that matches the given entries surely matches the others."""
+    patterns = dict(given)
+    for name, wider in entries:
+        pattern = patterns.get(name)
+        if pattern is None or (pattern != wider and ("{" in wider + pattern or not covers(wider, pattern))):
+            return False
+    return True
 
 
 def _pieces(pattern: str) -> list[str]:

@@ -28,7 +28,7 @@ def descriptor_text(entries: Mapping[object, object]) -> str:
     """The endpoint that stands for a descriptor.
 
     Args:
-        entries: keys and values; a value of `*` stands for any, one that ends in `*` for all that begin so.
+        entries: keys and values; `*` in a value matches any run of characters.
 
     Returns:
         `descriptor:key=value&…`, sorted by key.
@@ -42,8 +42,6 @@ def descriptor_text(entries: Mapping[object, object]) -> str:
         for what, text in (("key", key), ("value", value)):
             if not isinstance(text, str) or not 1 <= len(text) <= 256 or not text.isprintable():
                 raise PolicyError(f"descriptor has the {what} {short(text)}: it must be 1 to 256 printable characters, in quotes")
-        if "*" in str(value)[:-1]:
-            raise PolicyError(f"descriptor has the value {short(value)}: '*' stands at its end only")
     return PREFIX + entries_text(sorted((str(key), str(value)) for key, value in entries.items()))
 
 
@@ -92,33 +90,21 @@ def entries_text(entries: Iterable[tuple[str, str]]) -> str:
     return "&".join(f"{_escaped(key)}={_escaped(value)}" for key, value in entries)
 
 
-def entries_subject(entries: Entries, key_id: str = "") -> str:
+def entries_subject(entries: Entries, key_id: str = "", prefix: str = "d:") -> str:
     """Whom a counter counts: the entries, and an API key where each counts for itself.
 
     Args:
         entries: keys and values, with lone surrogates where they were no UTF-8.
         key_id: of the API key; empty where it does not matter.
+        prefix: keeps the subjects of descriptors and of attributes apart.
 
     Returns:
         The subject: a digest where it would be long, or no text to show.
     """
-    text = f"d:{entries_text(entries)}" + (f"#{key_id}" if key_id else "")
+    text = prefix + entries_text(entries) + (f"#{key_id}" if key_id else "")
     if len(text) <= MAX_SUBJECT and text.isprintable():
         return text
     return "h:" + hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=32).hexdigest()
-
-
-def entry_matches(pattern: str, value: str) -> bool:
-    """Whether a rule's value stands for one that came.
-
-    Args:
-        pattern: of the rule.
-        value: that came.
-
-    Returns:
-        Whether it does.
-    """
-    return value.startswith(pattern[:-1]) if pattern.endswith("*") else value == pattern
 
 
 def _escaped(text: str) -> str:

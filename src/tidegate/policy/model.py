@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import enum
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Final
 
 import msgspec
 
 from tidegate.errors import PolicyError
+from tidegate.policy.attributes import AttributeSource, CallerPolicy, CallerRules, OnMissing, match_of, subject_parts
 from tidegate.policy.descriptors import PREFIX as DESCRIPTOR
-from tidegate.policy.descriptors import canonical_descriptor, descriptor_entries
+from tidegate.policy.descriptors import canonical_descriptor, descriptor_entries, entries_text
 from tidegate.policy.globs import Glob
 from tidegate.policy.key_format import FORM, MAX_KEY, MIN_WRITTEN_KEY, hash_api_key, is_mistyped
 from tidegate.policy.limits import Algorithm, Limit, OnFailure, fit_limits, member_of, short
@@ -37,6 +38,8 @@ class Subject(enum.StrEnum):
     API_KEY = "api_key"
     IP = "ip"
     TIER = "tier"
+    ATTRIBUTES = "attributes"
+    """The values of `Rule.subject_parts`; a policy names those."""
 
 
 class Mode(enum.StrEnum):
@@ -65,7 +68,10 @@ class Rule(msgspec.Struct, frozen=True, gc=False):
         priority: higher is preferred; −1,000,000 to 1,000,000.
         mode: whether it blocks.
         on_failure: what it answers while the counter store is unwell.
-        name: unique in its tier, at most 256 characters; made from methods and endpoint where not given.
+        name: unique in its tier, at most 256 characters; made from methods, endpoint and match where not given.
+        match: names of attributes and patterns that their values must match, sorted by name; `*` matches any run of characters.
+        subject_parts: for the subject ATTRIBUTES, whose combinations are counted: attributes, `api_key`, `ip`.
+        on_missing: what it does with a check without an attribute of `subject_parts`.
     """
 
     endpoint: str
@@ -77,6 +83,9 @@ class Rule(msgspec.Struct, frozen=True, gc=False):
     mode: Mode = Mode.ENFORCE
     on_failure: OnFailure = OnFailure.DEFAULT
     name: str = ""
+    match: tuple[tuple[str, str], ...] = ()
+    subject_parts: tuple[str, ...] = ()
+    on_missing: OnMissing = OnMissing.IP
 
     @classmethod
     def make(
@@ -85,11 +94,13 @@ class Rule(msgspec.Struct, frozen=True, gc=False):
         limits: Iterable[Limit | str],
         methods: Iterable[str] = (),
         algorithm: str = Algorithm.SLIDING_WINDOW,
-        subject: str = Subject.API_KEY,
+        subject: str | Iterable[str] = Subject.API_KEY,
         priority: int = 0,
         mode: str = Mode.ENFORCE,
         on_failure: str = OnFailure.DEFAULT,
         name: str = "",
+        match: Mapping[str, str] | None = None,
+        on_missing: str = OnMissing.IP,
     ) -> Rule:
         """Validate and normalise a rule.
 
@@ -98,11 +109,13 @@ class Rule(msgspec.Struct, frozen=True, gc=False):
             limits: limits or their texts.
             methods: any case.
             algorithm: its name.
-            subject: its name.
+            subject: api_key, ip, tier, the name of an attribute, or a list of such names without tier.
             priority: see the class.
             mode: its name.
             on_failure: its name.
-            name: empty for the one made from methods and endpoint.
+            name: empty for the one made from methods, endpoint and match.
+            match: patterns by attribute; None for none.
+            on_missing: its name.
 
         Returns:
             The rule.
@@ -115,8 +128,13 @@ class Rule(msgspec.Struct, frozen=True, gc=False):
         fit_limits(chosen, parsed)
         upper = tuple(sorted({_method(method) for method in methods}))
         pattern = canonical_pattern(endpoint)
+        kind, parts = _subject(subject)
+        conditions = () if match is None else match_of(match)
         if pattern.startswith(DESCRIPTOR):
-            _require_for_descriptor(upper, subject)
+            _require_for_descriptor(upper, kind, conditions)
+        missing = member_of(OnMissing, on_missing, "on_missing")
+        if missing is not OnMissing.IP and not set(parts) - {"api_key", "ip"}:
+            raise PolicyError(f"on_missing {missing.value!r} is for a subject with an attribute: name one, or leave it out")
         if isinstance(priority, bool) or not isinstance(priority, int) or abs(priority) > 1_000_000:
             raise PolicyError(f"priority {short(priority)} must be a whole number from -1000000 to 1000000")
         if name and not _RULE_NAME.fullmatch(name):
@@ -126,17 +144,20 @@ class Rule(msgspec.Struct, frozen=True, gc=False):
             limits=parsed,
             methods=upper,
             algorithm=chosen,
-            subject=member_of(Subject, subject, "subject"),
+            subject=kind,
             priority=priority,
             mode=member_of(Mode, mode, "mode"),
             on_failure=member_of(OnFailure, on_failure, "on_failure"),
             name=name,
+            match=conditions,
+            subject_parts=parts,
+            on_missing=missing,
         )
         if name:
             return rule
         if len(rule.default_name) > _MAX_RULE_NAME:
             raise PolicyError(
-                f"endpoint {short(endpoint)} needs a 'name' for its rule: the one made from methods and endpoint has "
+                f"endpoint {short(endpoint)} needs a 'name' for its rule: the one made from methods, endpoint and match has "
                 f"{len(rule.default_name)} characters, and at most {_MAX_RULE_NAME} are kept"
             )
         return msgspec.structs.replace(rule, name=rule.default_name)
@@ -148,9 +169,26 @@ class Rule(msgspec.Struct, frozen=True, gc=False):
 
     @property
     def default_name(self) -> str:
-        """The name that is made from methods, endpoint and mode, whatever the rule is called."""
+        """The name that is made from methods, endpoint, match and mode, whatever the rule is called."""
         methods = ",".join(self.methods) + " " if self.methods else ""
-        return methods + self.endpoint + (" shadow" if self.mode is Mode.SHADOW else "")
+        match = " " + entries_text(self.match) if self.match else ""
+        return methods + self.endpoint + match + (" shadow" if self.mode is Mode.SHADOW else "")
+
+    @property
+    def subject_value(self) -> str | list[str]:
+        """The subject as a policy names it: one name, or a list."""
+        if self.subject is not Subject.ATTRIBUTES:
+            return self.subject.value
+        return self.subject_parts[0] if len(self.subject_parts) == 1 else list(self.subject_parts)
+
+    @property
+    def required_entries(self) -> tuple[tuple[str, str], ...]:
+        """All that the attributes of a check must match: `match`, and any value of a subject that is not to be missing."""
+        if self.on_missing is not OnMissing.SKIP:
+            return self.match
+        named = {name for name, _ in self.match}
+        needed = (part for part in self.subject_parts if part not in named and part not in ("api_key", "ip"))
+        return (*self.match, *((part, "*") for part in needed))
 
 
 class Tier(msgspec.Struct, frozen=True, gc=False):
@@ -253,11 +291,20 @@ class Policy(msgspec.Struct, frozen=True, gc=False):
         tiers: names unique.
         api_keys: digests unique; each tier exists.
         anonymous_tier: tier of checks that bring no key; None refuses them.
+        attributes: where gateways' requests carry attributes; names unique.
+        callers: who a caller without an API key is; None where only `anonymous_tier` says it.
     """
 
     tiers: tuple[Tier, ...]
     api_keys: tuple[ApiKey, ...] = ()
     anonymous_tier: str | None = None
+    attributes: tuple[AttributeSource, ...] = ()
+    callers: CallerRules | None = None
+
+    @property
+    def caller_policy(self) -> CallerPolicy:
+        """What it says of callers without an API key."""
+        return CallerPolicy(self.anonymous_tier, self.callers, self.attributes)
 
 
 def canonical_pattern(endpoint: object) -> str:
@@ -326,7 +373,27 @@ def parse_key_digest(api_key: object = None, sha256: object = None) -> str:
     return hash_api_key(api_key)
 
 
-def _require_for_descriptor(methods: tuple[str, ...], subject: str) -> None:
+def subject_text(rule: Rule) -> str:
+    """The subject of a rule as one text, for messages and answers: names joined by commas."""
+    value = rule.subject_value
+    return value if isinstance(value, str) else ",".join(value)
+
+
+def _subject(subject: object) -> tuple[Subject, tuple[str, ...]]:
+    """The kind of a subject, and its parts where they are attributes."""
+    if isinstance(subject, str) and subject in ("api_key", "ip", "tier"):
+        return Subject(subject), ()
+    if not isinstance(subject, str) and not isinstance(subject, list | tuple):
+        raise PolicyError(f'subject {short(subject)} is not known: write "user", or ["org", "user"] for each combination')
+    parts = subject_parts((subject,) if isinstance(subject, str) else subject)
+    if len(parts) == 1 and parts[0] in ("api_key", "ip"):
+        return Subject(parts[0]), ()
+    return Subject.ATTRIBUTES, parts
+
+
+def _require_for_descriptor(methods: tuple[str, ...], subject: Subject, match: tuple[tuple[str, str], ...]) -> None:
+    if match:
+        raise PolicyError("match is not for a rule with a descriptor: put its entries into the descriptor")
     if methods:
         raise PolicyError("methods are not for a descriptor, which has no method: put an entry for it into the descriptor")
     if subject == Subject.IP:

@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from tidegate.errors import PolicyError
+from tidegate.policy.attributes import AttributeSource, CallerRules, SourceKind, match_of, require_attribute_name
 from tidegate.policy.descriptors import descriptor_text
 from tidegate.policy.labels import label_fault
 from tidegate.policy.limits import Algorithm, Limit, fit_limits, short
-from tidegate.policy.model import ApiKey, KeyStatus, Override, Policy, Rule, Subject, Tier, parse_key_digest
+from tidegate.policy.model import ApiKey, KeyStatus, Override, Policy, Rule, Subject, Tier, parse_key_digest, subject_text
 from tidegate.policy.toml_lines import MAX_KEY_PARTS, LineIndex, line_of_deep_key
 from tidegate.policy.toml_lines import Path as KeyPath
 from tidegate.policy.warnings import policy_warnings
@@ -32,10 +33,13 @@ MAX_RULES: Final = 10_000
 """Most rules of one policy, over all its tiers."""
 MAX_OVERRIDES: Final = 1_000
 """Most rules that one API key overrides."""
+MAX_SOURCES: Final = 64
+"""Most attributes in `[attributes]`: each costs a look at every request of a gateway."""
 MAX_LIST: Final = 32
 """Most limits or methods of one list that are looked at; a rule takes 16 limits."""
 
-_POLICY_FIELDS: Final = ("tiers", "api_keys", "anonymous")
+_POLICY_FIELDS: Final = ("tiers", "api_keys", "anonymous", "attributes", "callers")
+_CALLER_FIELDS: Final = ("tier_from", "default_tier")
 _TIER_FIELDS: Final = ("name", "limits", "rules")
 _RULE_FIELDS: Final = (
     "endpoint",
@@ -48,6 +52,8 @@ _RULE_FIELDS: Final = (
     "mode",
     "on_failure",
     "name",
+    "match",
+    "on_missing",
 )
 _KEY_FIELDS: Final = ("key", "sha256", "tier", "name", "status", "expires_at", "limits", "overrides")
 _OVERRIDE_FIELDS: Final = ("rule", "limits")
@@ -158,7 +164,9 @@ class _Reader:
             if api_key.sha256 in keys:
                 raise self._error(f"the API key with the digest {api_key.sha256[:12]}… stands twice: remove one", at)
             keys[api_key.sha256] = api_key
-        return Policy(tuple(tiers.values()), tuple(keys.values()), self._anonymous(tiers))
+        return Policy(
+            tuple(tiers.values()), tuple(keys.values()), self._anonymous(tiers), self._attributes(), self._callers(tiers)
+        )
 
     def _tier(self, table: dict[str, Any], at: KeyPath) -> Tier:
         self._known(table, _TIER_FIELDS, at)
@@ -184,7 +192,7 @@ class _Reader:
 
     def _rule(self, table: dict[str, Any], at: KeyPath) -> Rule:
         self._known(table, _RULE_FIELDS, at)
-        self._required(table, ("limits",) if "descriptor" in table else ("endpoint", "limits"), at)
+        self._required(table, ("limits",) if "descriptor" in table or "match" in table else ("endpoint", "limits"), at)
         limits = self._limits(table["limits"], (*at, "limits"))
         table = self._with_endpoint(table, at)
         methods = table.get("methods", [])
@@ -199,9 +207,15 @@ class _Reader:
         return self._placed(lambda: Rule.make(**{**table, "limits": limits, "methods": methods}), table, at)
 
     def _with_endpoint(self, table: dict[str, Any], at: KeyPath) -> dict[str, Any]:
-        """A rule's table in which the endpoint stands for the descriptor, where it has one."""
+        """A rule's table in which the endpoint stands for its descriptor, or for a match without an endpoint."""
         if "descriptor" not in table:
-            return table
+            if "endpoint" in table:
+                return table
+            # Without an endpoint it is for checks without a path, whose entries a descriptor names.
+            match, match_at = table["match"], (*at, "match")
+            entries = self._placed(lambda: match_of(match), {}, match_at)
+            text = self._placed(lambda: descriptor_text(dict(entries)), {}, match_at)
+            return {**{field: value for field, value in table.items() if field != "match"}, "endpoint": text}
         descriptor, descriptor_at = table["descriptor"], (*at, "descriptor")
         if "endpoint" in table:
             raise self._error("endpoint and descriptor stand side by side: a rule is for one of them", descriptor_at)
@@ -256,7 +270,8 @@ class _Reader:
                 )
             if rule.subject is not Subject.API_KEY:
                 raise self._error(
-                    f"rule {rule.name!r} counts by {rule.subject}, not by API key: a key cannot have limits of its own there",
+                    f"rule {rule.name!r} counts by {subject_text(rule)}, not by API key: "
+                    "a key cannot have limits of its own there",
                     rule_at,
                 )
             if rule.name in overrides:
@@ -282,6 +297,44 @@ class _Reader:
         if not isinstance(name, str) or name not in tiers:
             raise self._error(f"tier {short(name)} is not in this policy{_nearest(name, tiers)}", (*at, "tier"))
         return name
+
+    def _attributes(self) -> tuple[AttributeSource, ...]:
+        table = self._table("attributes", 'user = "header:X-User-Id"')
+        at: KeyPath = ("attributes",)
+        if len(table) > MAX_SOURCES:
+            raise self._error(f"{len(table)} attributes: at most {MAX_SOURCES} are taken; remove some", at)
+        found = []
+        for name, text in table.items():
+            source = self._placed(lambda name=name, text=text: AttributeSource.make(name, text), {}, (*at, name))  # type: ignore[misc]
+            if source.kind is SourceKind.JWT:
+                raise self._error(
+                    f"attribute {name!r} is to come from a bearer token ({short(text)}), which this version cannot verify: "
+                    'let the gateway verify the token and send the claim as a header, and write "header:…" here',
+                    (*at, name),
+                )
+            found.append(source)
+        return tuple(found)
+
+    def _callers(self, tiers: Mapping[str, Tier]) -> CallerRules | None:
+        if "callers" not in self._raw:
+            return None
+        table = self._table("callers", 'tier_from = "plan"')
+        at: KeyPath = ("callers",)
+        self._known(table, _CALLER_FIELDS, at)
+        if not table:
+            raise self._error("callers names neither tier_from nor default_tier: give one, or leave the table out", at)
+        if "tier_from" in table:
+            self._placed(lambda: require_attribute_name(table["tier_from"]), {}, (*at, "tier_from"))
+        default = table.get("default_tier", "")
+        if "default_tier" in table and (not isinstance(default, str) or default not in tiers):
+            raise self._error(f"tier {short(default)} is not in this policy{_nearest(default, tiers)}", (*at, "default_tier"))
+        return CallerRules(table.get("tier_from", ""), default)
+
+    def _table(self, name: str, example: str) -> dict[str, Any]:
+        table = self._raw.get(name, {})
+        if not isinstance(table, dict):
+            raise self._error(f"{name} is a table: write [{name}] and {example} below it", (name,))
+        return table
 
     def _limits(self, value: object, at: KeyPath) -> tuple[Limit, ...]:
         if not isinstance(value, list):

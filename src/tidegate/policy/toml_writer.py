@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 
+from tidegate.policy.attributes import OnMissing
 from tidegate.policy.limits import Algorithm, Limit, OnFailure
 from tidegate.policy.model import ApiKey, KeyStatus, Mode, Policy, Rule, Subject, Tier
 from tidegate.timestamps import format_timestamp
@@ -20,6 +21,15 @@ def policy_text(policy: Policy) -> str:
         TOML. API keys stand in it by their digests.
     """
     lines: list[str] = []
+    if policy.attributes:
+        lines += ["[attributes]", *(f"{source.name} = {_string(source.text)}" for source in policy.attributes), ""]
+    if policy.callers is not None:
+        lines.append("[callers]")
+        if policy.callers.tier_from:
+            lines.append(f"tier_from = {_string(policy.callers.tier_from)}")
+        if policy.callers.default_tier:
+            lines.append(f"default_tier = {_string(policy.callers.default_tier)}")
+        lines.append("")
     for tier in policy.tiers:
         lines += _tier_lines(tier)
     for api_key in policy.api_keys:
@@ -45,8 +55,14 @@ def _rule_lines(rule: Rule) -> list[str]:
     if rule.algorithm is not Algorithm.SLIDING_WINDOW:
         lines.append(f"algorithm = {_string(rule.algorithm)}")
     lines.append(f"limits = {_limits(rule.limits)}")
+    if rule.match:
+        lines.append(f"match = {{ {', '.join(f'{name} = {_string(pattern)}' for name, pattern in rule.match)} }}")
     if rule.subject is not Subject.API_KEY:
-        lines.append(f"subject = {_string(rule.subject)}")
+        value = rule.subject_value
+        named = _string(value) if isinstance(value, str) else f"[{', '.join(map(_string, value))}]"
+        lines.append(f"subject = {named}")
+    if rule.on_missing is not OnMissing.IP:
+        lines.append(f"on_missing = {_string(rule.on_missing)}")
     if rule.priority:
         lines.append(f"priority = {rule.priority}")
     if rule.mode is not Mode.ENFORCE:

@@ -25,11 +25,13 @@ def policy_warnings(policy: Policy) -> list[str]:
         years that do not start anew with the calendar, rules that escape a `/*`.
     """
     warnings = []
-    used = {api_key.tier for api_key in policy.api_keys} | {policy.anonymous_tier}
+    used = {api_key.tier for api_key in policy.api_keys} | {policy.anonymous_tier, policy.caller_policy.default_tier}
+    # A tier may be named by the caller's attribute, too.
+    only_keys = bool(policy.api_keys) and not policy.caller_policy.tier_from
     for tier in policy.tiers:
         if not tier.rules and not tier.limits:
             warnings.append(f"tier {tier.name!r} limits nothing: it has neither rules nor limits")
-        if policy.api_keys and tier.name not in used:
+        if only_keys and tier.name not in used:
             warnings.append(f"tier {tier.name!r} has no API key in this file and is not the anonymous tier")
         unreachable = unreachable_rules(tier.rules)
         for rule in tier.rules:
@@ -69,7 +71,10 @@ def _calendar_traps(tier: Tier) -> Iterable[str]:
 
 def _escaping_rules(tier: Tier) -> Iterable[str]:
     """Rules for all paths that other rules take requests from."""
-    enforced = [rule for rule in tier.rules if rule.mode is Mode.ENFORCE and rule.endpoint.startswith("/")]
+    # Rules with a match are for some callers, and meant to take these from others.
+    enforced = [
+        rule for rule in tier.rules if rule.mode is Mode.ENFORCE and rule.endpoint.startswith("/") and not rule.required_entries
+    ]
     # A tier's own limits hold over all endpoints already.
     for everything in () if tier.limits else [rule for rule in enforced if rule.endpoint == "/*"][:MAX_RULES_FOR_ALL]:
         # A rule of lower priority takes nothing from it, and one of other methods nothing that it would count.

@@ -18,6 +18,7 @@ from tidegate.catalog.sql.change_log import read_changes
 from tidegate.catalog.sql.database import Database, DatabaseOptions
 from tidegate.catalog.sql.policy_file import Released, apply_file, release_file
 from tidegate.catalog.sql.tables import api_keys, policy_state, rate_limit_rules, tiers
+from tidegate.policy.attributes import CallerPolicy
 from tidegate.policy.model import ApiKey, Policy, Tier
 
 _SHA256S: Final = "sha256s"
@@ -96,14 +97,12 @@ class SqlCatalog:
         # Not ordered by the database: each collates in its own way.
         return sorted(names)
 
-    async def anonymous_tier(self, min_version: int = 0) -> tuple[int, str | None]:
-        """See `Catalog.anonymous_tier`."""
-        row = (
-            await self.database.read(
-                select(policy_state.c.version.label("read_version"), policy_state.c.anonymous_tier), min_version
-            )
-        )[0]
-        return row["read_version"], row["anonymous_tier"]
+    async def caller_policy(self, min_version: int = 0) -> tuple[int, CallerPolicy]:
+        """See `Catalog.caller_policy`."""
+        columns = (policy_state.c.anonymous_tier, policy_state.c.callers, policy_state.c.attributes)
+        query = select(policy_state.c.version.label("read_version"), *columns)
+        row = (await self.database.read(query, min_version))[0]
+        return row["read_version"], policy_rows.caller_policy_of(row)
 
     async def changes(self, since: int) -> Changes:
         """See `Catalog.changes`."""

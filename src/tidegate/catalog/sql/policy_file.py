@@ -28,6 +28,9 @@ _RULE_COLUMNS: Final = (
     "on_failure",
     "position",
     "revision",
+    "match_attributes",
+    "subject_attributes",
+    "on_missing",
 )
 _KEY_COLUMNS: Final = ("tier_id", "name", "status", "expires_at_us", "overrides", "revision")
 _ELSEWHERE: Final = "belongs to the catalog, where it was made or last changed"
@@ -91,7 +94,8 @@ async def apply_file(writing: WriteTransaction, policy: Policy, digest: str) -> 
     await _apply_tiers(writing, policy)
     await _apply_keys(writing, policy)
     await _drop_tiers(writing, policy)
-    await writing.connection.execute(update(policy_state).values(anonymous_tier=policy.anonymous_tier, file_digest=digest))
+    values = policy_rows.row_of_caller_policy(policy.caller_policy)
+    await writing.connection.execute(update(policy_state).values(**values, file_digest=digest))
 
 
 async def _apply_tiers(writing: WriteTransaction, policy: Policy) -> None:

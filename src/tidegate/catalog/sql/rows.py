@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from tidegate.policy.attributes import AttributeSource, CallerPolicy, CallerRules, OnMissing
 from tidegate.policy.limits import Algorithm, Limit, OnFailure
 from tidegate.policy.model import ApiKey, KeyStatus, Mode, Override, Rule, Subject, Tier
 
@@ -34,12 +35,43 @@ def rule_of(row: Mapping[Any, Any]) -> Rule:
         limits=tuple(Limit.parse(text) for text in row["limits"]),
         methods=tuple(row["methods"]),
         algorithm=Algorithm(row["algorithm"]),
-        subject=Subject(row["subject"]),
+        subject=Subject.ATTRIBUTES if row["subject_attributes"] else Subject(row["subject"]),
         priority=row["priority"],
         mode=Mode(row["mode"]),
         on_failure=OnFailure(row["on_failure"]),
         name=row["name"],
+        match=tuple(sorted((row["match_attributes"] or {}).items())),
+        subject_parts=tuple(row["subject_attributes"] or ()),
+        on_missing=OnMissing(row["on_missing"] or OnMissing.IP),
     )
+
+
+def subject_value_of(row: Mapping[Any, Any]) -> str | list[str]:
+    """The subject in a row of `rate_limit_rules`, as a policy names it: one name, or a list."""
+    parts = row["subject_attributes"]
+    if not parts:
+        return str(row["subject"])
+    return str(parts[0]) if len(parts) == 1 else list(parts)
+
+
+def caller_policy_of(row: Mapping[Any, Any]) -> CallerPolicy:
+    """What the row of `policy_state` says of callers without an API key."""
+    callers = row["callers"]
+    return CallerPolicy(
+        row["anonymous_tier"],
+        None if callers is None else CallerRules(callers.get("tier_from", ""), callers.get("default_tier", "")),
+        tuple(AttributeSource.make(name, source) for name, source in (row["attributes"] or {}).items()),
+    )
+
+
+def row_of_caller_policy(policy: CallerPolicy) -> dict[str, Any]:
+    """The values of `policy_state` for a caller policy."""
+    callers = policy.callers
+    return {
+        "anonymous_tier": policy.anonymous_tier,
+        "callers": None if callers is None else {"tier_from": callers.tier_from, "default_tier": callers.default_tier},
+        "attributes": {source.name: source.text for source in policy.attributes} or None,
+    }
 
 
 def api_key_of(row: Mapping[Any, Any]) -> ApiKey:
@@ -95,12 +127,16 @@ def row_of_rule(rule: Rule, tier_id: int, position: int) -> dict[str, Any]:
         "methods": list(rule.methods),
         "algorithm": rule.algorithm.value,
         "limits": [limit.text for limit in rule.limits],
-        "subject": rule.subject.value,
+        # A value that every version knows: those before there were attributes count API keys instead.
+        "subject": Subject.API_KEY.value if rule.subject_parts else rule.subject.value,
         "priority": rule.priority,
         "mode": rule.mode.value,
         "on_failure": rule.on_failure.value,
         "position": position,
         "managed_by_file": True,
+        "match_attributes": dict(rule.match) or None,
+        "subject_attributes": list(rule.subject_parts) or None,
+        "on_missing": None if rule.on_missing is OnMissing.IP else rule.on_missing.value,
     }
 
 

@@ -67,6 +67,10 @@ rate_limit_rules: Final = Table(
     Column("position", Integer, nullable=False),
     Column("managed_by_file", Boolean, nullable=False, default=False),
     Column("revision", BigInteger, nullable=False, server_default="1"),
+    # NULL where the rule has none: so all rows were before there were attributes.
+    Column("match_attributes", JSON(none_as_null=True), nullable=True),
+    Column("subject_attributes", JSON(none_as_null=True), nullable=True),
+    Column("on_missing", String(16), nullable=True),
     UniqueConstraint("tier_id", "name"),
     Index("idx_rules_tier_endpoint", "tier_id", "endpoint_pattern"),
     Index("idx_rules_tier_id", "tier_id", "id"),
@@ -118,6 +122,9 @@ policy_state: Final = Table(
     Column("runs_from", String(16), nullable=False, server_default="0001"),
     # What entries of the shared cache are sealed with, where the settings do not say; made when it is first needed.
     Column("cache_secret", String(64), nullable=True),
+    # The tables [attributes] and [callers] of a policy; NULL without them.
+    Column("attributes", JSON(none_as_null=True), nullable=True),
+    Column("callers", JSON(none_as_null=True), nullable=True),
     CheckConstraint("id = 1", name="single_row"),
 )
 

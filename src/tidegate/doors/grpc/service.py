@@ -20,7 +20,8 @@ from tidegate.doors.grpc.status import CallRefused, Status
 from tidegate.doors.outward import outward
 from tidegate.errors import BadRequest, CatalogUnavailable, RequestTooLarge, TidegateError
 from tidegate.gate.charging import ChargeResult
-from tidegate.gate.gate import DescriptorCheck, Gate
+from tidegate.gate.gate import Gate
+from tidegate.gate.subjects import DescriptorCheck
 from tidegate.policy.paths import STRICT, PathRules
 from tidegate.settings import EnvoySettings
 from tidegate.telemetry.requests import note

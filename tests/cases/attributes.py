@@ -1,0 +1,37 @@
+"""A policy whose tiers and subjects come from attributes of the caller."""
+
+from __future__ import annotations
+
+from typing import Final
+
+POLICY: Final = """
+[attributes]
+user = "header:X-User-Id"
+plan = "header:X-Plan"
+[callers]
+tier_from = "plan"
+default_tier = "public"
+[[tiers]]
+name = "public"
+  [[tiers.rules]]
+  endpoint = "/api/*"
+  limits = ["1/minute"]
+[[tiers]]
+name = "pro"
+  [[tiers.rules]]
+  endpoint = "/api/*"
+  subject = "user"
+  limits = ["9/minute"]
+  on_missing = "deny"
+  [[tiers.rules]]
+  endpoint = "/api/*"
+  methods = ["POST"]
+  subject = ["org", "user"]
+  match = { region = "eu-*", plan = "pro" }
+  limits = ["5/minute"]
+  on_missing = "skip"
+  mode = "shadow"
+  [[tiers.rules]]
+  match = { service = "pay", user = "*" }
+  limits = ["2/hour"]
+"""
