@@ -8,6 +8,10 @@ POLICY: Final = """
 [attributes]
 user = "header:X-User-Id"
 plan = "header:X-Plan"
+team = "jwt:team"
+[jwt]
+jwks = "https://issuer.example/jwks.json"
+audience = ["api"]
 [callers]
 tier_from = "plan"
 default_tier = "public"
@@ -34,4 +38,10 @@ name = "pro"
   [[tiers.rules]]
   match = { service = "pay", user = "*" }
   limits = ["2/hour"]
+[[namespaces]]
+name = "emails"
+limits = ["10/minute"]
+  [[namespaces.overrides]]
+  subject = "vip-*"
+  limits = ["20/minute", "50/hour"]
 """

@@ -49,7 +49,7 @@ RULE = '[[tiers]]\nname = "t"\n[[tiers.rules]]\nendpoint = "/x"\nlimits = ["1/da
         ('[attributes]\nuser = "header:X User"\n', "'header:X User', which is not a header", 2),
         ('[attributes]\nuser = "header:Authorization"\n', "carries a credential", 2),
         ("[attributes]\nuser = 7\n", "has the source 7", 2),
-        ('[attributes]\norg = "jwt:org_id"\n', "from a bearer token ('jwt:org_id'), which this version cannot verify", 2),
+        ('[attributes]\norg = "jwt:org_id"\n', "from a bearer token ('jwt:org_id'), but the policy has no [jwt]", 2),
         ("attributes = 3\n", 'write [attributes] and user = "header:X-User-Id"', 1),
         ("[attributes]\n" + "".join(f'a{number} = "header:X"\n' for number in range(65)), "65 attributes: at most 64", 1),
         ("[callers]\n", "names neither tier_from nor default_tier", 1),

@@ -15,13 +15,23 @@ from tidegate.counters.memory import MemoryCounters
 from tidegate.decision import Observation
 from tidegate.doors.http import DataPlane
 from tidegate.gate.gate import Gate
-from tidegate.policy.model import Policy
+from tidegate.policy.toml_reader import parse_policy
+
+NAMESPACES = """
+[[namespaces]]
+name = "sms"
+limits = ["2/minute"]
+  [[namespaces.overrides]]
+  subject = "vip-*"
+  limits = ["3/minute"]
+"""
 
 
 @pytest.fixture
 def app() -> DataPlane:
     seen: list[Observation] = []
-    made = DataPlane(Gate(CachedCatalog(PolicyCatalog(Policy(()))), MemoryCounters(), seen.append), {}, seen.append)
+    policy = parse_policy(NAMESPACES)
+    made = DataPlane(Gate(CachedCatalog(PolicyCatalog(policy)), MemoryCounters(), seen.append), {}, seen.append)
     made.seen = seen  # type: ignore[attr-defined]
     return made
 
@@ -41,6 +51,13 @@ async def test_limits_of_the_request(app: DataPlane) -> None:
     answer, body = await limit(app, {**sent, "cost": 2})
     assert (answer.status, body["allowed"], body["remaining"]) == (429, False, 1)
     assert int(answer.headers["retry-after"]) >= 1
+
+
+@pytest.mark.parametrize(("subject", "units"), [("user-42", 2), ("vip-1", 3)])
+async def test_limits_of_a_namespace_take_precedence(app: DataPlane, subject: str, units: int) -> None:
+    sent = {"namespace": "sms", "subject": subject, "limits": ["100/minute"]}
+    assert [(await limit(app, sent))[0].status for _ in range(4)] == [200] * units + [429] * (4 - units)
+    assert (await limit(app, {"namespace": "sms", "subject": "x"}))[0].status == 200
 
 
 async def test_a_batch_is_decided_in_order_and_a_bad_check_is_an_error_of_its_own(app: DataPlane) -> None:

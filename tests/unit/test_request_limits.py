@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -10,7 +12,7 @@ from tidegate.counters.memory import MemoryCounters
 from tidegate.decision import Observation
 from tidegate.errors import BadRequest, PolicyError
 from tidegate.gate import request_limits
-from tidegate.gate.request_limits import RequestLimits, counter_subject
+from tidegate.gate.request_limits import LimitCheck, RequestLimits, counter_subject
 from tidegate.policy.namespaces import CompiledNamespace, Namespace
 
 EMAILS = Namespace.make(
@@ -22,13 +24,22 @@ EMAILS = Namespace.make(
 OPEN = Namespace.make("open", algorithm="token_bucket")
 
 
-def decider(*namespaces: Namespace, observe: object = None) -> RequestLimits:
-    compiled = {namespace.name: CompiledNamespace(namespace) for namespace in namespaces}
-    return RequestLimits(MemoryCounters(clock=lambda: 1_700_000_000_000_000), lambda: compiled, observe)  # type: ignore[arg-type]
+class Decider(RequestLimits):
+    """With the namespaces of a policy, and a clock that stands still."""
+
+    def __init__(self, *namespaces: Namespace, observe: Any = None) -> None:
+        self.known = {namespace.name: CompiledNamespace(namespace) for namespace in namespaces}
+        super().__init__(MemoryCounters(clock=lambda: 1_700_000_000_000_000), self.load, observe)
+
+    async def load(self) -> dict[str, CompiledNamespace]:
+        return self.known
+
+    def sent(self, *fields: Any, **named: Any) -> LimitCheck:
+        return self.read(self.known, *fields, **named)
 
 
-async def admitted(limits: RequestLimits, namespace: str, subject: str, *sent: object, tries: int = 10) -> int:
-    decisions = [await limits.check(limits.read(namespace, subject, *sent)) for _ in range(tries)]
+async def admitted(limits: Decider, namespace: str, subject: str, *sent: object, tries: int = 10) -> int:
+    decisions = [await limits.check(limits.sent(namespace, subject, *sent)) for _ in range(tries)]
     return sum(decision.allowed for decision in decisions)
 
 
@@ -36,18 +47,18 @@ async def admitted(limits: RequestLimits, namespace: str, subject: str, *sent: o
     ("subject", "units"), [("user-1", 2), ("vip-1", 4), ("vip-blocked", 1), ("vip-9@acme", 4), ("user@acme", 3)]
 )
 async def test_an_exact_override_comes_before_a_pattern_and_both_before_the_namespace(subject: str, units: int) -> None:
-    assert await admitted(decider(EMAILS), "emails", subject, ["9/minute"]) == units
+    assert await admitted(Decider(EMAILS), "emails", subject, ["9/minute"]) == units
 
 
 async def test_a_namespace_that_is_not_in_the_policy_takes_the_limits_of_the_request() -> None:
-    limits = decider(EMAILS, OPEN)
+    limits = Decider(EMAILS, OPEN)
     assert await admitted(limits, "jobs", "a", ["3/minute"]) == 3
     assert await admitted(limits, "open", "a", ["5/minute burst 2"]) == 2  # the namespace's algorithm
     assert await admitted(limits, "open", "b", ["5/minute"], "sliding_log") == 5
 
 
 async def test_namespaces_do_not_share_counters_and_changed_limits_keep_consumption() -> None:
-    limits = decider()
+    limits = Decider()
     assert await admitted(limits, "a", "user", ["3/minute"]) == 3
     assert await admitted(limits, "b", "user", ["3/minute"]) == 3
     assert await admitted(limits, "a", "user", ["5/minute"]) == 2
@@ -55,8 +66,8 @@ async def test_namespaces_do_not_share_counters_and_changed_limits_keep_consumpt
 
 async def test_a_batch_is_charged_in_order_and_observed() -> None:
     seen: list[Observation] = []
-    limits = decider(EMAILS, observe=seen.append)
-    outcomes = await limits.check_many([limits.read("emails", "user-1", cost=cost) for cost in (1, 0, 2, 1)])
+    limits = Decider(EMAILS, observe=seen.append)
+    outcomes = await limits.check_many([limits.sent("emails", "user-1", cost=cost) for cost in (1, 0, 2, 1)])
     assert [outcome.allowed for outcome in outcomes] == [True, True, False, True]  # type: ignore[union-attr]
     assert [one.subject for one in seen] == ["n:user-1"] * 4
     assert [one.denied_by is not None for one in seen] == [False, False, True, False]
@@ -66,7 +77,7 @@ async def test_a_batch_is_charged_in_order_and_observed() -> None:
 
 @pytest.mark.parametrize("algorithm", ["fixed_window", "sliding_window", "sliding_log", "token_bucket", "leaky_bucket"])
 async def test_reset_finds_every_algorithm(algorithm: str) -> None:
-    limits = decider()
+    limits = Decider()
     first = await admitted(limits, "jobs", "a", ["3/minute"], algorithm)
     await limits.reset("jobs", "a")
     assert await admitted(limits, "jobs", "a", ["3/minute"], algorithm) == first
@@ -94,20 +105,20 @@ async def test_reset_finds_every_algorithm(algorithm: str) -> None:
     ],
 )
 def test_bad_input_names_the_field(sent: tuple[object, ...], field: str) -> None:
-    limits = decider()
+    limits = Decider()
     with pytest.raises(BadRequest) as refused:
-        limits.read(*sent)
+        limits.sent(*sent)
     assert refused.value.details["field"] == field
     assert not limits._compiled
 
 
 def test_compiled_limits_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(request_limits, "MAX_COMPILED", 3)
-    limits = decider()
-    first = limits.read("jobs", "a", ["1/s"])
+    limits = Decider()
+    first = limits.sent("jobs", "a", ["1/s"])
     for amount in range(2, 6):
-        limits.read("jobs", "a", [f"{amount}/s"])
-        assert limits.read("jobs", "b", ["1/s"]).limits is first.limits  # in use, so it stays
+        limits.sent("jobs", "a", [f"{amount}/s"])
+        assert limits.sent("jobs", "b", ["1/s"]).limits is first.limits  # in use, so it stays
     assert len(limits._compiled) == 3
 
 

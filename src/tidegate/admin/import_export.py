@@ -100,6 +100,8 @@ async def export_policy(editor: CatalogEditor, *, with_keys: bool = True) -> Pol
         callers.anonymous_tier,
         callers.attributes,
         callers.callers,
+        callers.jwt,
+        callers.namespaces,
     )
 
 

@@ -209,10 +209,15 @@ class _Planner:
                 self._record("delete", "api_key", row["id"], KeyRead.of_row(row), None)
 
     def _take_caller_policy(self) -> None:
-        """Without [anonymous], [callers] or [attributes] in the text, what holds stays: a text may be about one tier only."""
+        """A table such as [callers] that the text does not have stays as it is: a text may be about one tier only."""
         given, held = self._policy.caller_policy, self._held.caller_policy
+        named = {namespace.name: namespace for namespace in (*held.namespaces, *given.namespaces)}
         taken = CallerPolicy(
-            given.anonymous_tier or held.anonymous_tier, given.callers or held.callers, given.attributes or held.attributes
+            given.anonymous_tier or held.anonymous_tier,
+            given.callers or held.callers,
+            given.attributes or held.attributes,
+            given.jwt or held.jwt,
+            tuple(given.namespaces if self._prune else named.values()) or held.namespaces,
         )
         if taken == held:
             return
@@ -220,7 +225,8 @@ class _Planner:
             if taken.anonymous_tier != held.anonymous_tier:
                 raise ManagedByFile(f"the anonymous tier is {held.anonymous_tier!r} by the policy file: change it there")
             raise ManagedByFile(
-                "[callers] or [attributes] differ from the policy file: change them there, or leave them out here"
+                "[callers], [attributes], [jwt] or [[namespaces]] differ from the policy file: change them there, "
+                "or leave them out here"
             )
         self._plan.caller_policy = taken
         self._plan.touched.append((ANONYMOUS, ""))
@@ -228,7 +234,7 @@ class _Planner:
             name = taken.anonymous_tier or ""
             self._record("update", "anonymous_tier", name, {"tier": held.anonymous_tier}, {"tier": name})
         before, after = policy_rows.row_of_caller_policy(held), policy_rows.row_of_caller_policy(taken)
-        for kind in ("callers", "attributes"):
+        for kind in ("callers", "attributes", "jwt", "namespaces"):
             if before[kind] != after[kind]:
                 self._record("update", kind, kind, before[kind], after[kind])
 

@@ -9,6 +9,7 @@ from typing import Final, Generic, TypeVar
 from tidegate.policy.attributes import CallerPolicy
 from tidegate.policy.matching import CompiledTier
 from tidegate.policy.model import ApiKey
+from tidegate.policy.namespaces import CompiledNamespace
 
 SECOND_CHANCES: Final = 16
 """So many entries get a second round for each that goes: where all are in use, no check waits until all were looked at."""
@@ -76,13 +77,17 @@ class UnkeyedCallers:
     Args:
         policy: what the policy says of them.
         default: the caller that names no tier; None where such a one is refused.
+
+    Attributes:
+        namespaces: those of the policy by name, ready to be counted.
     """
 
-    __slots__ = ("default", "policy", "recent")
+    __slots__ = ("default", "namespaces", "policy", "recent")
 
     def __init__(self, policy: CallerPolicy, default: Caller | None) -> None:
         self.policy = policy
         self.default = default
+        self.namespaces = {namespace.name: CompiledNamespace(namespace) for namespace in policy.namespaces}
         self.recent = False
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Final
 
 import msgspec
@@ -12,6 +13,7 @@ from tidegate.doors.http_responses import JSON, Prepared
 from tidegate.doors.responses import decision_body, encode, error_body, limit_headers
 from tidegate.errors import BadRequest, TidegateError
 from tidegate.gate.request_limits import LimitCheck, RequestLimits
+from tidegate.policy.namespaces import CompiledNamespace
 from tidegate.time_slice import TimeSlice
 from tidegate.wire import MAX_BATCH_BYTES, LimitBatchRequest, LimitRequest, whole_cost
 
@@ -44,17 +46,19 @@ class LimitRequests:
         if scope.path == LIMIT:
             body = await read_body(scope.headers, proto, MAX_CHECK_BYTES, self._body_timeout_s)
             # Here an invalid check is an invalid request.
-            return [self._check_of(decoded(_LIMIT, body, "a limit check"))]
+            one = decoded(_LIMIT, body, "a limit check")
+            return [self._check_of(await self._limits.namespaces(), one)]
         body = await read_body(scope.headers, proto, MAX_BATCH_BYTES, self._body_timeout_s)
         sent = decoded(_BATCH, body, "a batch of limit checks").checks
         bound_batch(sent)
+        namespaces = await self._limits.namespaces()
         checks: list[LimitCheck | TidegateError] = []
         time_slice = TimeSlice()
         for each in sent:
             if time_slice.over:
                 await time_slice.pause()
             try:
-                checks.append(self._check_of(each))
+                checks.append(self._check_of(namespaces, each))
             except BadRequest as error:
                 checks.append(error)
         return checks
@@ -81,5 +85,7 @@ class LimitRequests:
             decisions.append(error_body(result) if isinstance(result, TidegateError) else decision_body(result))
         return Prepared(200, [JSON], encode({"decisions": decisions}))
 
-    def _check_of(self, sent: LimitRequest) -> LimitCheck:
-        return self._limits.read(sent.namespace, sent.subject, sent.limits or (), sent.algorithm, whole_cost(sent.cost))
+    def _check_of(self, namespaces: Mapping[str, CompiledNamespace], sent: LimitRequest) -> LimitCheck:
+        return self._limits.read(
+            namespaces, sent.namespace, sent.subject, sent.limits or (), sent.algorithm, whole_cost(sent.cost)
+        )

@@ -51,7 +51,7 @@ class Gate:
         self.catalog = catalog
         self.counters = counters
         self._observe = observe
-        self.request_limits = RequestLimits(counters, observe=observe)
+        self.request_limits = RequestLimits(counters, catalog.namespaces, observe)
         self._callers = CallerLookup(catalog, wall_clock_ns, lookup_timeout_s)
         self._caller = self._callers.find
         # A store that wraps or extends the one in memory may have to await something.

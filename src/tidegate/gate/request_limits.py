@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Final
 
 import msgspec
@@ -45,27 +45,34 @@ class RequestLimits:
 
     Args:
         counters: what was consumed.
-        namespaces: gives those of the policy by name, as they are now.
+        load_namespaces: gives those of the policy by name, as they are now.
         observe: callback run for every check; must not raise.
     """
 
     def __init__(
         self,
         counters: CounterStore,
-        namespaces: Callable[[], Mapping[str, CompiledNamespace]] = dict,
+        load_namespaces: Callable[[], Awaitable[Mapping[str, CompiledNamespace]]],
         observe: Callable[[Observation], None] | None = None,
     ) -> None:
         self._counters = counters
-        self._namespaces = namespaces
+        self.namespaces = load_namespaces
         self._observe = observe
         self._compiled: OrderedDict[tuple[str, str, tuple[str, ...]], LimitSet] = OrderedDict()
 
     def read(
-        self, namespace: object, subject: object, limits: object = (), algorithm: object = None, cost: object = 1
+        self,
+        namespaces: Mapping[str, CompiledNamespace],
+        namespace: object,
+        subject: object,
+        limits: object = (),
+        algorithm: object = None,
+        cost: object = 1,
     ) -> LimitCheck:
         """Validate a request.
 
         Args:
+            namespaces: of the policy, as `namespaces` gives them.
             namespace: 1 to 64 of `[A-Za-z0-9_.-]`; need not be in the policy if `limits` come.
             subject: 1 to 256 characters of any kind.
             limits: texts such as `10/minute`, at most 16; ignored where the policy has limits for the subject.
@@ -79,7 +86,7 @@ class RequestLimits:
             raise BadRequest(f"cost {clip(cost)} must be a whole number from 0 to {MAX_COST}", field="cost")
         if type(subject) is not str or not 0 < len(subject) <= MAX_SUBJECT:
             raise BadRequest(f"subject {clip(subject)} must be a text of 1 to {MAX_SUBJECT} characters", field="subject")
-        known = self._namespaces().get(namespace) if type(namespace) is str else None
+        known = namespaces.get(namespace) if type(namespace) is str else None
         found = None if known is None else known.limits_of(subject)
         if found is None:
             default = Algorithm.SLIDING_WINDOW if known is None else known.namespace.algorithm
@@ -144,7 +151,7 @@ class RequestLimits:
             BadRequest: if a name is not valid.
             StoreUnavailable: if the store does not answer.
         """
-        counted = self.read(namespace, subject, ("1/second",)).subject
+        counted = self.read({}, namespace, subject, ("1/second",)).subject
         one = Limit.parse("1/second")
         await self._counters.reset([(limit_set(namespace, algorithm, [one]), counted) for algorithm in Algorithm])
 

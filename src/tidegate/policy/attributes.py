@@ -16,7 +16,9 @@ from typing import Final
 import msgspec
 
 from tidegate.errors import BadRequest, PolicyError
+from tidegate.policy.jwt_policy import JwtPolicy
 from tidegate.policy.limits import short
+from tidegate.policy.namespaces import Namespace
 
 MAX_NAME: Final = 32
 MAX_VALUE: Final = 256
@@ -29,7 +31,7 @@ RESERVED: Final = frozenset(("api_key", "ip", "tier"))
 
 is_name: Final = re.compile(r"[a-z][a-z0-9_]{0,31}", re.ASCII).fullmatch
 _HEADER: Final = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]{1,64}", re.ASCII)
-_SOURCE_HELP: Final = 'write "header:X-User-Id"'
+_SOURCE_HELP: Final = 'write "header:X-User-Id" or "jwt:org_id"'
 # Headers that another setting reads, or whose value is a secret.
 _TAKEN_HEADERS: Final = frozenset(("x-api-key", "authorization", "cookie", "proxy-authorization"))
 
@@ -109,17 +111,21 @@ class CallerRules(msgspec.Struct, frozen=True, gc=False):
 
 
 class CallerPolicy(msgspec.Struct, frozen=True, gc=False):
-    """What a policy says of callers without an API key, and of the attributes of gateways' requests.
+    """What a policy says of callers without an API key of Tidegate: who they are, and what names them.
 
     Args:
         anonymous_tier: tier of checks that bring no key; None refuses them.
         callers: the table `[callers]`; None without it.
         attributes: the table `[attributes]`.
+        jwt: the table `[jwt]`; None without it.
+        namespaces: the tables `[[namespaces]]`, for subjects that a back end names itself.
     """
 
     anonymous_tier: str | None = None
     callers: CallerRules | None = None
     attributes: tuple[AttributeSource, ...] = ()
+    jwt: JwtPolicy | None = None
+    namespaces: tuple[Namespace, ...] = ()
 
     @property
     def default_tier(self) -> str | None:

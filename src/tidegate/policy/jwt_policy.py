@@ -26,6 +26,9 @@ ALGORITHMS: Final = (
 )
 """Signatures with a public key (RFC 7518, RFC 8037). `none` and HMAC are never accepted: anyone who has the public key could
 sign."""
+DEFAULT_ALGORITHMS: Final = ("RS256", "ES256", "EdDSA")
+DEFAULT_HEADER: Final = "Authorization"
+DEFAULT_LEEWAY_S: Final = 30
 MAX_AUDIENCES: Final = 16
 MAX_LEEWAY_S: Final = 300
 _HEADER: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9-]{0,63}", re.ASCII)
@@ -47,9 +50,9 @@ class JwtPolicy(msgspec.Struct, frozen=True, gc=False):
     jwks: str
     issuer: str = ""
     audience: tuple[str, ...] = ()
-    header: str = "Authorization"
-    algorithms: tuple[str, ...] = ("RS256", "ES256", "EdDSA")
-    leeway_s: int = 30
+    header: str = DEFAULT_HEADER
+    algorithms: tuple[str, ...] = DEFAULT_ALGORITHMS
+    leeway_s: int = DEFAULT_LEEWAY_S
 
     @classmethod
     def make(
@@ -57,9 +60,9 @@ class JwtPolicy(msgspec.Struct, frozen=True, gc=False):
         jwks: object,
         issuer: object = "",
         audience: object = (),
-        header: object = "Authorization",
-        algorithms: object = ("RS256", "ES256", "EdDSA"),
-        leeway_s: object = 30,
+        header: object = DEFAULT_HEADER,
+        algorithms: object = DEFAULT_ALGORITHMS,
+        leeway_s: object = DEFAULT_LEEWAY_S,
     ) -> JwtPolicy:
         """Validate the fields of `[jwt]`.
 
@@ -129,7 +132,7 @@ def _algorithms(value: object) -> tuple[str, ...]:
     for name in names:
         if name not in ALGORITHMS:
             raise PolicyError(
-                f"algorithm {short(name)} is not accepted: choose from {', '.join(ALGORITHMS)}; "
+                f"algorithms has {short(name)}, which is not accepted: choose from {', '.join(ALGORITHMS)}; "
                 "'none' and HMAC (HS256 …) do not prove who signed"
             )
     return tuple(dict.fromkeys(names))

@@ -17,8 +17,10 @@ from tidegate.policy.attributes import AttributeSource, CallerPolicy, CallerRule
 from tidegate.policy.descriptors import PREFIX as DESCRIPTOR
 from tidegate.policy.descriptors import canonical_descriptor, descriptor_entries, entries_text
 from tidegate.policy.globs import Glob
+from tidegate.policy.jwt_policy import JwtPolicy
 from tidegate.policy.key_format import FORM, MAX_KEY, MIN_WRITTEN_KEY, hash_api_key, is_mistyped
 from tidegate.policy.limits import Algorithm, Limit, OnFailure, fit_limits, member_of, short
+from tidegate.policy.namespaces import Namespace
 from tidegate.policy.paths import PathRules, canonical_path
 
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}", re.ASCII)
@@ -293,6 +295,8 @@ class Policy(msgspec.Struct, frozen=True, gc=False):
         anonymous_tier: tier of checks that bring no key; None refuses them.
         attributes: where gateways' requests carry attributes; names unique.
         callers: who a caller without an API key is; None where only `anonymous_tier` says it.
+        jwt: which bearer tokens of other issuers are accepted; None for none.
+        namespaces: names unique.
     """
 
     tiers: tuple[Tier, ...]
@@ -300,11 +304,13 @@ class Policy(msgspec.Struct, frozen=True, gc=False):
     anonymous_tier: str | None = None
     attributes: tuple[AttributeSource, ...] = ()
     callers: CallerRules | None = None
+    jwt: JwtPolicy | None = None
+    namespaces: tuple[Namespace, ...] = ()
 
     @property
     def caller_policy(self) -> CallerPolicy:
         """What it says of callers without an API key."""
-        return CallerPolicy(self.anonymous_tier, self.callers, self.attributes)
+        return CallerPolicy(self.anonymous_tier, self.callers, self.attributes, self.jwt, self.namespaces)
 
 
 def canonical_pattern(endpoint: object) -> str:

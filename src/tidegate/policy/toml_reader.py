@@ -17,9 +17,11 @@ from typing import Any, Final, TypeVar
 from tidegate.errors import PolicyError
 from tidegate.policy.attributes import AttributeSource, CallerRules, SourceKind, match_of, require_attribute_name
 from tidegate.policy.descriptors import descriptor_text
+from tidegate.policy.jwt_policy import JwtPolicy
 from tidegate.policy.labels import label_fault
 from tidegate.policy.limits import Algorithm, Limit, fit_limits, short
 from tidegate.policy.model import ApiKey, KeyStatus, Override, Policy, Rule, Subject, Tier, parse_key_digest, subject_text
+from tidegate.policy.namespaces import Namespace, require_name
 from tidegate.policy.toml_lines import MAX_KEY_PARTS, LineIndex, line_of_deep_key
 from tidegate.policy.toml_lines import Path as KeyPath
 from tidegate.policy.warnings import policy_warnings
@@ -38,7 +40,12 @@ MAX_SOURCES: Final = 64
 MAX_LIST: Final = 32
 """Most limits or methods of one list that are looked at; a rule takes 16 limits."""
 
-_POLICY_FIELDS: Final = ("tiers", "api_keys", "anonymous", "attributes", "callers")
+MAX_NAMESPACES: Final = 1_000
+
+_POLICY_FIELDS: Final = ("tiers", "api_keys", "anonymous", "attributes", "callers", "jwt", "namespaces")
+_JWT_FIELDS: Final = ("jwks", "issuer", "audience", "header", "algorithms", "leeway_s")
+_NAMESPACE_FIELDS: Final = ("name", "limits", "algorithm", "on_failure", "overrides")
+_NAMESPACE_OVERRIDE_FIELDS: Final = ("subject", "limits")
 _CALLER_FIELDS: Final = ("tier_from", "default_tier")
 _TIER_FIELDS: Final = ("name", "limits", "rules")
 _RULE_FIELDS: Final = (
@@ -156,7 +163,7 @@ class _Reader:
             if tier.name in tiers:
                 raise self._error(f"tier {tier.name!r} stands twice: merge the two, or rename one", (*at, "name"))
             tiers[tier.name] = tier
-        if not tiers:
+        if not tiers and not self._raw.get("namespaces"):
             raise self._error("the policy has no tiers: it needs at least one [[tiers]]", ())
         keys: dict[str, ApiKey] = {}
         for at, table in self._tables(self._raw, "api_keys", ()):
@@ -165,7 +172,13 @@ class _Reader:
                 raise self._error(f"the API key with the digest {api_key.sha256[:12]}… stands twice: remove one", at)
             keys[api_key.sha256] = api_key
         return Policy(
-            tuple(tiers.values()), tuple(keys.values()), self._anonymous(tiers), self._attributes(), self._callers(tiers)
+            tuple(tiers.values()),
+            tuple(keys.values()),
+            self._anonymous(tiers),
+            self._attributes(),
+            self._callers(tiers),
+            self._jwt(),
+            self._namespaces(),
         )
 
     def _tier(self, table: dict[str, Any], at: KeyPath) -> Tier:
@@ -306,10 +319,10 @@ class _Reader:
         found = []
         for name, text in table.items():
             source = self._placed(lambda name=name, text=text: AttributeSource.make(name, text), {}, (*at, name))  # type: ignore[misc]
-            if source.kind is SourceKind.JWT:
+            if source.kind is SourceKind.JWT and "jwt" not in self._raw:
                 raise self._error(
-                    f"attribute {name!r} is to come from a bearer token ({short(text)}), which this version cannot verify: "
-                    'let the gateway verify the token and send the claim as a header, and write "header:…" here',
+                    f"attribute {name!r} comes from a bearer token ({short(text)}), but the policy has no [jwt]: add the table "
+                    "with 'jwks', the URL or file of the issuer's public keys",
                     (*at, name),
                 )
             found.append(source)
@@ -329,6 +342,33 @@ class _Reader:
         if "default_tier" in table and (not isinstance(default, str) or default not in tiers):
             raise self._error(f"tier {short(default)} is not in this policy{_nearest(default, tiers)}", (*at, "default_tier"))
         return CallerRules(table.get("tier_from", ""), default)
+
+    def _jwt(self) -> JwtPolicy | None:
+        if "jwt" not in self._raw:
+            return None
+        table = self._table("jwt", 'jwks = "https://issuer.example/jwks.json"')
+        at: KeyPath = ("jwt",)
+        self._known(table, _JWT_FIELDS, at)
+        self._required(table, ("jwks",), at)
+        return self._placed(lambda: JwtPolicy.make(**table), table, at)
+
+    def _namespaces(self) -> tuple[Namespace, ...]:
+        found: dict[str, Namespace] = {}
+        for at, table in self._tables(self._raw, "namespaces", (), MAX_NAMESPACES):
+            self._known(table, _NAMESPACE_FIELDS, at)
+            self._required(table, ("name",), at)
+            self._placed(lambda name=table["name"]: require_name(name), table, (*at, "name"))  # type: ignore[misc]
+            if table["name"] in found:
+                raise self._error(f"namespace {table['name']!r} is defined twice: merge the two, or rename one", (*at, "name"))
+            limits = self._limits(table.get("limits", []), (*at, "limits"))
+            overrides = []
+            for override_at, override in self._tables(table, "overrides", at):
+                self._known(override, _NAMESPACE_OVERRIDE_FIELDS, override_at)
+                self._required(override, _NAMESPACE_OVERRIDE_FIELDS, override_at)
+                overrides.append((override["subject"], self._limits(override["limits"], (*override_at, "limits"))))
+            given = {**table, "limits": limits, "overrides": overrides}
+            found[table["name"]] = self._placed(lambda given=given: Namespace.make(**given), table, at)  # type: ignore[misc]
+        return tuple(found.values())
 
     def _table(self, name: str, example: str) -> dict[str, Any]:
         table = self._raw.get(name, {})

@@ -6,8 +6,10 @@ import json
 from collections.abc import Iterable
 
 from tidegate.policy.attributes import OnMissing
+from tidegate.policy.jwt_policy import DEFAULT_ALGORITHMS, DEFAULT_HEADER, DEFAULT_LEEWAY_S, JwtPolicy
 from tidegate.policy.limits import Algorithm, Limit, OnFailure
 from tidegate.policy.model import ApiKey, KeyStatus, Mode, Policy, Rule, Subject, Tier
+from tidegate.policy.namespaces import Namespace
 from tidegate.timestamps import format_timestamp
 
 
@@ -30,10 +32,14 @@ def policy_text(policy: Policy) -> str:
         if policy.callers.default_tier:
             lines.append(f"default_tier = {_string(policy.callers.default_tier)}")
         lines.append("")
+    if policy.jwt is not None:
+        lines += _jwt_lines(policy.jwt)
     for tier in policy.tiers:
         lines += _tier_lines(tier)
     for api_key in policy.api_keys:
         lines += _key_lines(api_key)
+    for namespace in policy.namespaces:
+        lines += _namespace_lines(namespace)
     if policy.anonymous_tier is not None:
         lines += ["[anonymous]", f"tier = {_string(policy.anonymous_tier)}", ""]
     return "\n".join(lines)
@@ -45,6 +51,38 @@ def _tier_lines(tier: Tier) -> list[str]:
         lines.append(f"limits = {_limits(tier.limits)}")
     for rule in tier.rules:
         lines += ["", *(f"  {line}" for line in _rule_lines(rule))]
+    return [*lines, ""]
+
+
+def _jwt_lines(jwt: JwtPolicy) -> list[str]:
+    lines = ["[jwt]", f"jwks = {_string(jwt.jwks)}"]
+    if jwt.issuer:
+        lines.append(f"issuer = {_string(jwt.issuer)}")
+    if jwt.audience:
+        lines.append(f"audience = [{', '.join(map(_string, jwt.audience))}]")
+    if jwt.header != DEFAULT_HEADER:
+        lines.append(f"header = {_string(jwt.header)}")
+    if jwt.algorithms != DEFAULT_ALGORITHMS:
+        lines.append(f"algorithms = [{', '.join(map(_string, jwt.algorithms))}]")
+    if jwt.leeway_s != DEFAULT_LEEWAY_S:
+        lines.append(f"leeway_s = {jwt.leeway_s}")
+    return [*lines, ""]
+
+
+def _namespace_lines(namespace: Namespace) -> list[str]:
+    lines = ["[[namespaces]]", f"name = {_string(namespace.name)}"]
+    if namespace.limits:
+        lines.append(f"limits = {_limits(namespace.limits)}")
+    if namespace.algorithm is not Algorithm.SLIDING_WINDOW:
+        lines.append(f"algorithm = {_string(namespace.algorithm)}")
+    if namespace.on_failure is not OnFailure.DEFAULT:
+        lines.append(f"on_failure = {_string(namespace.on_failure)}")
+    for override in namespace.overrides:
+        lines += [
+            "  [[namespaces.overrides]]",
+            f"  subject = {_string(override.subject)}",
+            f"  limits = {_limits(override.limits)}",
+        ]
     return [*lines, ""]
 
 

@@ -99,7 +99,7 @@ class SqlCatalog:
 
     async def caller_policy(self, min_version: int = 0) -> tuple[int, CallerPolicy]:
         """See `Catalog.caller_policy`."""
-        columns = (policy_state.c.anonymous_tier, policy_state.c.callers, policy_state.c.attributes)
+        columns = tuple(policy_state.c[name] for name in policy_rows.CALLER_POLICY_COLUMNS)
         query = select(policy_state.c.version.label("read_version"), *columns)
         row = (await self.database.read(query, min_version))[0]
         return row["read_version"], policy_rows.caller_policy_of(row)

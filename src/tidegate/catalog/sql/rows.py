@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Final
+
+import msgspec
 
 from tidegate.policy.attributes import AttributeSource, CallerPolicy, CallerRules, OnMissing
+from tidegate.policy.jwt_policy import JwtPolicy
 from tidegate.policy.limits import Algorithm, Limit, OnFailure
 from tidegate.policy.model import ApiKey, KeyStatus, Mode, Override, Rule, Subject, Tier
+from tidegate.policy.namespaces import Namespace
 
 
 def tier_of(row: Mapping[Any, Any], rules: Iterable[Mapping[Any, Any]]) -> Tier:
@@ -54,6 +58,9 @@ def subject_value_of(row: Mapping[Any, Any]) -> str | list[str]:
     return str(parts[0]) if len(parts) == 1 else list(parts)
 
 
+CALLER_POLICY_COLUMNS: Final = ("anonymous_tier", "callers", "attributes", "jwt", "namespaces")
+
+
 def caller_policy_of(row: Mapping[Any, Any]) -> CallerPolicy:
     """What the row of `policy_state` says of callers without an API key."""
     callers = row["callers"]
@@ -61,6 +68,11 @@ def caller_policy_of(row: Mapping[Any, Any]) -> CallerPolicy:
         row["anonymous_tier"],
         None if callers is None else CallerRules(callers.get("tier_from", ""), callers.get("default_tier", "")),
         tuple(AttributeSource.make(name, source) for name, source in (row["attributes"] or {}).items()),
+        None if row["jwt"] is None else JwtPolicy.make(**row["jwt"]),
+        tuple(
+            Namespace.make(**{**stored, "overrides": [(each["subject"], each["limits"]) for each in stored["overrides"]]})
+            for stored in row["namespaces"] or ()
+        ),
     )
 
 
@@ -71,6 +83,20 @@ def row_of_caller_policy(policy: CallerPolicy) -> dict[str, Any]:
         "anonymous_tier": policy.anonymous_tier,
         "callers": None if callers is None else {"tier_from": callers.tier_from, "default_tier": callers.default_tier},
         "attributes": {source.name: source.text for source in policy.attributes} or None,
+        "jwt": None if policy.jwt is None else msgspec.to_builtins(policy.jwt),
+        "namespaces": [_namespace_row(namespace) for namespace in policy.namespaces] or None,
+    }
+
+
+def _namespace_row(namespace: Namespace) -> dict[str, Any]:
+    return {
+        "name": namespace.name,
+        "limits": [limit.text for limit in namespace.limits],
+        "algorithm": namespace.algorithm.value,
+        "on_failure": namespace.on_failure.value,
+        "overrides": [
+            {"subject": override.subject, "limits": [limit.text for limit in override.limits]} for override in namespace.overrides
+        ],
     }
 
 

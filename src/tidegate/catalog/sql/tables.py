@@ -122,9 +122,11 @@ policy_state: Final = Table(
     Column("runs_from", String(16), nullable=False, server_default="0001"),
     # What entries of the shared cache are sealed with, where the settings do not say; made when it is first needed.
     Column("cache_secret", String(64), nullable=True),
-    # The tables [attributes] and [callers] of a policy; NULL without them.
+    # The tables [attributes], [callers], [jwt] and [[namespaces]] of a policy; NULL without them.
     Column("attributes", JSON(none_as_null=True), nullable=True),
     Column("callers", JSON(none_as_null=True), nullable=True),
+    Column("jwt", JSON(none_as_null=True), nullable=True),
+    Column("namespaces", JSON(none_as_null=True), nullable=True),
     CheckConstraint("id = 1", name="single_row"),
 )
 
