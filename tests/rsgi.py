@@ -72,9 +72,8 @@ async def call(
         client: address and port of the peer.
         fields: further fields of the scope.
     """
-    scope = SimpleNamespace(
-        proto="http", method=method, path=path, query_string="", client=client, headers=RsgiHeaders(headers), **fields
-    )
+    fields = {"query_string": "", **fields}
+    scope = SimpleNamespace(proto="http", method=method, path=path, client=client, headers=RsgiHeaders(headers), **fields)
     proto = _Proto(body)
     await app.__rsgi__(scope, proto)
     return proto.answer

@@ -14,7 +14,7 @@ import msgspec
 from tidegate.errors import BadRequest
 from tidegate.policy.attributes import NO_ATTRIBUTES, attributes_by_name, checked_attributes
 from tidegate.policy.limits import Limit, LimitSet
-from tidegate.policy.model import Mode, Subject
+from tidegate.policy.model import Mode
 from tidegate.policy.paths import STRICT, PathRules, canonical_path
 from tidegate.timestamps import US_PER_S
 
@@ -218,7 +218,8 @@ class RuleUsage(msgspec.Struct, frozen=True, gc=False):
         rule: name of the rule; None for the tier's own limits.
         endpoint: its pattern; None for the tier's own limits, which hold everywhere.
         mode: whether it blocks.
-        subject: whom it counts; for a caller without an API key, `ip` stands where a key would be counted.
+        subject: whom it counts, several names joined by commas; for a caller without an API key or attribute that would be
+            counted, `ip`.
         limits: all its limits, the shortest window first.
         decision: the answer to a check of cost 0; of the limits it tells the one with the least left.
         windows: the same for each of the limits by itself; none where the counter store could not say.
@@ -227,7 +228,7 @@ class RuleUsage(msgspec.Struct, frozen=True, gc=False):
     rule: str | None
     endpoint: str | None
     mode: Mode
-    subject: Subject
+    subject: str
     limits: tuple[Limit, ...]
     decision: Decision
     windows: tuple[Decision, ...] = ()

@@ -6,7 +6,7 @@ from typing import Final
 
 import msgspec
 
-from tidegate.policy.model import Mode, Subject
+from tidegate.policy.model import Mode
 
 MAX_BATCH: Final = 1000
 """Checks of one batch."""
@@ -62,7 +62,8 @@ class RuleUsageBody(msgspec.Struct, frozen=True, gc=False):
         rule: name of the rule; null for the tier's own limits.
         endpoint: its pattern; null for the tier's own limits, which hold everywhere.
         mode: whether it blocks or only watches.
-        subject: whom it counts; ip for a caller without an API key where a key would be counted.
+        subject: whom it counts, several names joined by commas; ip for a caller without an API key or attribute that would be
+            counted.
         limit: the most that can be had at once; null where the counter store is unwell and nothing is counted.
         remaining: what is left of it.
         reset_after: seconds until it is whole again.
@@ -74,7 +75,7 @@ class RuleUsageBody(msgspec.Struct, frozen=True, gc=False):
     rule: str | None
     endpoint: str | None
     mode: Mode
-    subject: Subject
+    subject: str
     limit: int | None
     remaining: int | None
     reset_after: float | None
@@ -99,7 +100,7 @@ class UsageBody(msgspec.Struct, frozen=True, gc=False):
     truncated: bool
 
 
-class CheckRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, gc=False):
+class CheckRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True, gc=False):
     """The body of `POST /v1/check`. Null counts as left out, for writers that fill in every field.
 
     Args:
@@ -108,6 +109,8 @@ class CheckRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, gc=F
         api_key: the caller's key; may come as `X-API-Key` instead.
         ip: the client's address.
         cost: units, 0 (peek) or more, also written as 1.0; 1 where not given.
+        attributes: what else is known of the caller, such as `{"user": "42"}`; at most 16, each of at most 256 characters.
+        tier: the caller's tier, for a check without an API key; the policy decides where not given.
     """
 
     path: str
@@ -115,6 +118,8 @@ class CheckRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, gc=F
     api_key: str | None = None
     ip: str | None = None
     cost: int | float | None = 1
+    attributes: dict[str, str | None] | None = None
+    tier: str | None = None
 
 
 class BatchRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -313,10 +313,11 @@ async def test_policy_goes_out_and_in(admin: Admin) -> None:
 
 async def test_a_policy_with_attributes_goes_out_and_in(admin: Admin) -> None:
     changes = (await admin.http.post("/policy", content=attributes.POLICY)).json()["changes"]
-    assert [(each["kind"], each["after"]) for each in changes[-2:]] == [
+    assert [(each["kind"], each["after"]) for each in changes[-4:-2]] == [
         ("callers", {"tier_from": "plan", "default_tier": "public"}),
-        ("attributes", {"user": "header:x-user-id", "plan": "header:x-plan"}),
+        ("attributes", {"user": "header:x-user-id", "plan": "header:x-plan", "team": "jwt:team"}),
     ]
+    assert [each["kind"] for each in changes[-2:]] == ["jwt", "namespaces"]
     said = parse_policy((await admin.http.get("/policy")).text)
     meant = parse_policy(attributes.POLICY)
     assert (said.caller_policy, {tier.name: tier.rules for tier in said.tiers}) == (

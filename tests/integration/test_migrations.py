@@ -211,7 +211,7 @@ async def test_what_the_first_version_wrote_reads_the_same(catalog_url: str, eng
     assert [form["id"] for form in listed] == [key.id for key in first_version.KEYS]
     assert [form["created_at"] for form in listed] == [f"2023-11-14T22:13:20.00000{number}Z" for number in range(1, 5)]
     assert (listed[-1]["revoked_at"], listed[-1]["revoked_reason"]) == ("2023-11-14T22:13:20.000005Z", 'leaked: "x"')
-    assert (await catalog.anonymous_tier())[1] == first_version.ANONYMOUS
+    assert (await catalog.caller_policy())[1].anonymous_tier == first_version.ANONYMOUS
     assert await catalog.version() == first_version.VERSION
     changes = await catalog.changes(first_version.VERSION - 1)
     assert (changes.version, changes.floor, changes.items) == (first_version.VERSION, first_version.VERSION, ())

@@ -29,6 +29,19 @@ from tidegate.policy.limits import Algorithm, Limit, LimitSet
 from tidegate.policy.toml_reader import parse_policy
 
 NOW_US = 1_700_000_000_000_000
+ATTRIBUTES = """
+[attributes]
+user = "header:X-User-Id"
+plan = "header:X-Plan"
+[callers]
+tier_from = "plan"
+[[tiers]]
+name = "by-user"
+  [[tiers.rules]]
+  endpoint = "/*"
+  subject = "user"
+  limits = ["3/minute"]
+"""
 PEERS = (("127.0.0.1", 50_000), ("203.0.113.50", 50_000), None)
 
 
@@ -76,7 +89,7 @@ class Side:
     def __init__(self, plain: bool, store: type[MemoryCounters]) -> None:
         self.seen: list[tuple[Any, ...]] = []
         self.read_in_full = 0
-        catalog = CachedCatalog(PolicyCatalog(parse_policy(POLICY)))
+        catalog = CachedCatalog(PolicyCatalog(parse_policy(ATTRIBUTES + POLICY)))
         self.gate = Gate(catalog, store(clock=lambda: NOW_US), self.observe, wall_clock_ns=lambda: NOW_US * 1000)
         self.plane = DataPlane(self.gate, {}, self.observe, TrustedProxies())
         self.server = HttpServer(self if not plain else self.plane)
@@ -151,6 +164,8 @@ HEADERS = st.lists(
         st.tuples(st.sampled_from([b"X-Real-IP", b"X-Forwarded-For"]), ADDRESSES),
         st.tuples(st.just(b"Forwarded"), st.sampled_from([b"for=203.0.113.9", b"for=unknown", b"x"])),
         st.tuples(st.just(b"Authorization"), st.sampled_from([b"Bearer " + FREE.encode(), b"Basic eA==", b"Bearer x"])),
+        st.tuples(st.just(b"X-User-Id"), values(b"42", b"a:b", b"x" * 256, b"x" * 257)),
+        st.tuples(st.just(b"X-Plan"), values(b"by-user", b"free", b"none")),
         st.tuples(st.just(b"X-Much"), st.sampled_from([b"x", b"x" * 8000, b"x" * 9000])),
         st.tuples(st.just(b"X-Tidegate-Denied-Status"), st.just(b"403")),
         st.tuples(st.just(b"X-Request-Id"), st.just(b"one")),
@@ -179,6 +194,11 @@ BODIES = st.one_of(
             "ip": st.sampled_from(["203.0.113.7", "2001:db8::1", "nobody", "", None]),
             "cost": st.sampled_from([0, 1, 3, -1, 1.0, 1.5, 2**40, None]),
             "more": st.just(1),
+            "attributes": st.none()
+            | st.dictionaries(
+                st.sampled_from(["user", "plan", "User", "ip"]), st.sampled_from(["42", "by-user", "", "é", "x" * 257, None, 1])
+            ),
+            "tier": st.sampled_from(["by-user", "none", "", None, 1]),
         },
     ),
     st.just([]),
@@ -250,14 +270,18 @@ def plain_requests() -> Iterator[bytes]:
     ]
     yield request(b"GET /v1/authorize HTTP/1.1", forwarded)
     yield request(b"POST /v1/check HTTP/1.1", [KEY], b'{"path":"/api/v1/a"}')
+    yield request(b"GET /v1/authorize HTTP/1.1", [*PLAIN, (b"X-User-Id", b"42"), (b"X-Plan", b"by-user")])
+    yield request(b"POST /v1/check HTTP/1.1", [], b'{"path":"/a","tier":"by-user","attributes":{"user":"42"}}')
     yield request(
         b"POST /v1/check HTTP/1.1", [], b'{"path":"/api/v1/a","api_key":"%s","ip":"203.0.113.7","cost":1}' % FREE.encode()
     )
 
 
-@pytest.mark.parametrize("number", range(5))
+@pytest.mark.parametrize("number", range(7))
 async def test_plain_requests_are_not_read_in_full(sides: tuple[Side, Side], number: int) -> None:
     sent = list(plain_requests())[number]
+    for side in sides:
+        await side.gate.catalog.caller_policy()
     for _ in range(3):
         await compare(sides, PEERS[0], sent)
     assert sides[0].read_in_full == 0

@@ -21,6 +21,7 @@ def test_attributes_are_read_and_written() -> None:
     assert [(source.name, source.text) for source in policy.attributes] == [
         ("user", "header:x-user-id"),
         ("plan", "header:x-plan"),
+        ("team", "jwt:team"),
     ]
     assert policy.callers == CallerRules("plan", "public")
     by_user, both, pathless = policy.tiers[1].rules

@@ -499,11 +499,12 @@ class UsageRead(ResponseModel):
 
 
 class ResetRequest(RequestModel):
-    """Whose counters are to be reset: exactly one of the three."""
+    """Whose counters are to be reset: exactly one of the four."""
 
     api_key_id: Annotated[str, Field(min_length=24, max_length=24), Plain] | None = None
     ip: Annotated[str, Field(min_length=1, max_length=45), Plain] | None = None
     tier: TierName | None = None
+    subject: Annotated[str, Field(min_length=1, max_length=5000, examples=["user=42"]), Plain] | None = None
 
 
 class ResetRead(ResponseModel):

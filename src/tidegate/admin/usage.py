@@ -9,9 +9,12 @@ from tidegate.admin.rules import CatalogEditor
 from tidegate.admin.transaction import NotFound
 from tidegate.catalog.cache_level import Caller
 from tidegate.catalog.sql.tables import api_keys
-from tidegate.decision import Usage, client_of
+from tidegate.decision import Usage, client_of, clip
+from tidegate.errors import BadRequest, MissingApiKey
 from tidegate.gate.gate import Gate
 from tidegate.gate.usage import caller_usage, own_limits, reset_counters
+from tidegate.policy.attributes import is_name, parse_subject
+from tidegate.policy.descriptors import entries_subject
 
 
 async def caller_of(editor: CatalogEditor, gate: Gate, key_id: str) -> Caller:
@@ -58,6 +61,61 @@ async def key_usage(editor: CatalogEditor, gate: Gate, key_id: str, ip: str | No
     """
     client = None if ip is None else client_of(ip)
     return await caller_usage(gate.counters, await caller_of(editor, gate, key_id), client)
+
+
+async def subject_usage(gate: Gate, subject: str, ip: str | None, tier: str | None) -> tuple[Usage, str]:
+    """What is left to a subject of attributes.
+
+    Args:
+        gate: whose counters are read.
+        subject: such as `user=42`.
+        ip: address of its client, for rules that count by address; None to leave those out.
+        tier: of the subject; None where the policy is to decide by the attributes.
+
+    Returns:
+        The usage, and the subject as violations have it.
+
+    Raises:
+        NotFound: if the policy has no tier for such a caller.
+        BadRequest: if the subject is malformed, the ip is not a valid address, or there is no such tier.
+        CatalogUnavailable: if the catalog does not answer.
+    """
+    entries = parse_subject(subject)
+    if "api_key" in entries:
+        raise BadRequest("a subject with api_key cannot be read by its attributes alone: give api_key_id", field="subject")
+    attributes = {name: value for name, value in entries.items() if name != "ip"}
+    try:
+        usage = await gate.usage(ip=ip or entries.get("ip"), attributes=attributes, tier=tier)
+    except MissingApiKey:
+        raise NotFound("the policy has no tier for callers without an API key and with these attributes: give tier") from None
+    return usage, attribute_subject_text(subject)
+
+
+def attribute_subject_text(subject: str) -> str:
+    """A subject of attributes as counters and violations have it.
+
+    Args:
+        subject: such as `user=42`; a digest (`h:…`), which stands for a long one, as it is.
+
+    Raises:
+        BadRequest: if it is malformed.
+    """
+    if subject.startswith("h:"):
+        return subject
+    return entries_subject(sorted(parse_subject(subject).items()), prefix="a:")
+
+
+def attribute_names(text: str) -> tuple[str, ...]:
+    """Names of attributes, separated by commas; sorted, as subjects have them.
+
+    Raises:
+        BadRequest: if one is not a valid name.
+    """
+    names = [name.strip() for name in text.split(",")]
+    for name in names:
+        if not is_name(name):
+            raise BadRequest(f"attribute {clip(name)} is not a valid name: write user, or org,user", field="attribute")
+    return tuple(sorted(set(names)))
 
 
 async def reset_key(editor: CatalogEditor, gate: Gate, key_id: str) -> int:

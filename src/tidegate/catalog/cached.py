@@ -35,7 +35,7 @@ from tidegate.catalog.changes import (
 from tidegate.catalog.freshness import FreshnessTracker
 from tidegate.catalog.unknown_keys import UnknownKeyLimit
 from tidegate.errors import CatalogUnavailable, TooManyUnknownKeys
-from tidegate.policy.attributes import CallerPolicy
+from tidegate.policy.attributes import AttributeSource, CallerPolicy
 from tidegate.policy.matching import CompiledTier
 from tidegate.policy.namespaces import CompiledNamespace
 
@@ -62,6 +62,9 @@ class CachedCatalog:
         max_keys: most API keys cached, 1 or more; each costs about 700 bytes.
         clock: gives monotonic seconds.
         unknown_keys: bounds the look-ups of unknown keys by client; None for no bound.
+
+    Attributes:
+        attribute_sources: where gateways send attributes, as the policy has it now; None where it has to be loaded.
     """
 
     def __init__(
@@ -76,6 +79,7 @@ class CachedCatalog:
         self.catalog = catalog
         self.unknown_keys = unknown_keys
         self.hits = self.misses = self.stale = 0
+        self.attribute_sources: tuple[AttributeSource, ...] | None = None
         self._l1_ttl_s = l1_ttl_s
         self._stale_if_error_s = stale_if_error_s
         self._clock = clock
@@ -324,6 +328,9 @@ class CachedCatalog:
         """
         self._followed = True
         self._failing = failing
+        # Loaded again by the next request that needs them.
+        if self.cached_caller_policy() is None:
+            self.attribute_sources = None
 
     def invalidate(self) -> None:
         """Ask the catalog again about everything. What is being loaded meanwhile is not kept."""
@@ -331,6 +338,7 @@ class CachedCatalog:
         tiers = list(self._tiers.entries)
         for level in (self._callers, self._tiers, self._unkeyed, self._names):
             level.mark_all_stale()
+        self.attribute_sources = None
         self._unknown.clear()
         self._schedule_reload(tiers)
 
@@ -349,6 +357,7 @@ class CachedCatalog:
                     self._schedule_reload([name])
             elif kind == ANONYMOUS:
                 self._unkeyed.mark_stale("")
+                self.attribute_sources = None
 
     def _mark_tier_replaced(self, tier: str) -> None:
         entry = self._tiers.entries.get(tier)
@@ -444,6 +453,8 @@ class CachedCatalog:
                 self._note_unknown(name)
             else:
                 level.put(name, value, self._fresh_until(level, name, value))
+                if isinstance(value, UnkeyedCallers):
+                    self.attribute_sources = value.policy.attributes
         return value
 
     def _note_unknown(self, sha256: str) -> None:

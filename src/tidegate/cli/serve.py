@@ -134,6 +134,10 @@ def check(
     method: Annotated[str, typer.Argument(help="HTTP method.")],
     path: Annotated[str, typer.Argument(help="Path of the request.")],
     ip: Annotated[str | None, typer.Option("--ip", help="Client address.")] = None,
+    attribute: Annotated[
+        list[str] | None, typer.Option("--attribute", help="Attribute of the caller, such as user=42; may be repeated.")
+    ] = None,
+    tier: Annotated[str | None, typer.Option("--tier", help="Tier of a caller without an API key.")] = None,
     cost: Annotated[int, typer.Option("--cost", help="Units; 0 reads without charging.")] = 1,
     url: Annotated[str | None, typer.Option("--url", help="URL of the server; default: [server] http.")] = None,
     config: ConfigOption = None,
@@ -149,6 +153,10 @@ def check(
         body["api_key"] = key
     if ip is not None:
         body["ip"] = ip
+    if attribute:
+        body["attributes"] = _attributes(attribute)
+    if tier is not None:
+        body["tier"] = tier
     status, answer = request_data_plane(address, "/v1/check", body)
     if as_json:
         print_json(answer)
@@ -166,6 +174,18 @@ def check(
         code, message = error.get("code", status), error.get("message", f"the server at {address} is not Tidegate")
         say(f"tidegate: {one_line(str(code))}: {one_line(str(message))}", err=True)
     return 2
+
+
+def _attributes(given: list[str]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for each in given:
+        name, equals, value = each.partition("=")
+        if not equals or not name:
+            raise SettingsError(f"--attribute {each[:60]!r} is not NAME=VALUE: write --attribute user=42")
+        if name in found:
+            raise SettingsError(f"--attribute {name!r} is given twice: give it once")
+        found[name] = value
+    return found
 
 
 def _sentence(decision: DecisionBody) -> str:

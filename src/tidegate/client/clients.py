@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import ssl
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Self, TypeVar
 
@@ -58,7 +58,15 @@ class Client:
         self._connections = Connections(max_connections, keepalive_s, _tls_context(self._core, ssl_context))
 
     def check(
-        self, path: str, method: str = "GET", *, api_key: str | None = None, ip: str | None = None, cost: int = 1
+        self,
+        path: str,
+        method: str = "GET",
+        *,
+        api_key: str | None = None,
+        ip: str | None = None,
+        cost: int = 1,
+        attributes: Mapping[str, str] | None = None,
+        tier: str | None = None,
     ) -> Answer:
         """Check whether a request is allowed, and charge it if so.
 
@@ -68,6 +76,8 @@ class Client:
             api_key: API key of the caller.
             ip: address of the caller.
             cost: units, 0 (reads without charging) to 1,000,000,000.
+            attributes: what else is known of the caller, such as `{"user": "42"}`.
+            tier: tier of the caller, for a caller without an API key; the policy decides if None.
 
         Returns:
             The answer. If no server was available it is `failed`, and `on_failure` decided.
@@ -78,7 +88,7 @@ class Client:
             StoreUnavailable: if the counter store fails and the rule says deny; `status` is 503.
             LimiterUnavailable: if no server was available and `on_failure` is `raise`.
         """
-        return self._run(self._core.check(Check.of(path, method, api_key, ip, cost, DEFERRED)))
+        return self._run(self._core.check(Check.of(path, method, api_key, ip, cost, DEFERRED, attributes=attributes, tier=tier)))
 
     def check_many(self, checks: Iterable[Check]) -> list[Answer | TidegateError]:
         """Check several requests independently of each other, in batches of up to 1000, one after the other.
@@ -115,16 +125,20 @@ class Client:
         api_key: str | None = None,
         ip: str | None = None,
         cost: int = 1,
+        attributes: Mapping[str, str] | None = None,
+        tier: str | None = None,
         at_most_s: float = 30.0,
     ) -> Answer:
         """Repeat a check until it is allowed, each time after `retry_after` plus jitter.
 
         Args:
-            path: this and the next four as for `check`.
+            path: this and the next six as for `check`.
             method: HTTP method of the request.
             api_key: API key of the caller.
             ip: address of the caller.
             cost: units.
+            attributes: what else is known of the caller.
+            tier: tier of the caller.
             at_most_s: maximum total wait, s.
 
         Returns:
@@ -134,7 +148,9 @@ class Client:
         Raises:
             TidegateError: as for `check`.
         """
-        return self._run(self._core.wait(Check.of(path, method, api_key, ip, cost, DEFERRED), at_most_s))
+        return self._run(
+            self._core.wait(Check.of(path, method, api_key, ip, cost, DEFERRED, attributes=attributes, tier=tier), at_most_s)
+        )
 
     def close(self) -> None:
         """Close all connections. The client cannot be used afterwards."""
@@ -187,10 +203,20 @@ class AsyncClient:
         self._connections = AsyncConnections(max_connections, keepalive_s, _tls_context(self._core, ssl_context))
 
     async def check(
-        self, path: str, method: str = "GET", *, api_key: str | None = None, ip: str | None = None, cost: int = 1
+        self,
+        path: str,
+        method: str = "GET",
+        *,
+        api_key: str | None = None,
+        ip: str | None = None,
+        cost: int = 1,
+        attributes: Mapping[str, str] | None = None,
+        tier: str | None = None,
     ) -> Answer:
         """As `Client.check`."""
-        return await self._run(self._core.check(Check.of(path, method, api_key, ip, cost, DEFERRED)))
+        return await self._run(
+            self._core.check(Check.of(path, method, api_key, ip, cost, DEFERRED, attributes=attributes, tier=tier))
+        )
 
     async def check_many(self, checks: Iterable[Check]) -> list[Answer | TidegateError]:
         """As `Client.check_many`."""
@@ -208,10 +234,14 @@ class AsyncClient:
         api_key: str | None = None,
         ip: str | None = None,
         cost: int = 1,
+        attributes: Mapping[str, str] | None = None,
+        tier: str | None = None,
         at_most_s: float = 30.0,
     ) -> Answer:
         """As `Client.wait`."""
-        return await self._run(self._core.wait(Check.of(path, method, api_key, ip, cost, DEFERRED), at_most_s))
+        return await self._run(
+            self._core.wait(Check.of(path, method, api_key, ip, cost, DEFERRED, attributes=attributes, tier=tier), at_most_s)
+        )
 
     async def close(self) -> None:
         """As `Client.close`."""

@@ -282,13 +282,19 @@ _AGENT: Final = f"tidegate-client/{__version__}".encode()
 
 def _body_of(check: Check) -> bytes:
     """The body of `POST /v1/check` for a check."""
-    body = CheckRequest(check.path, check.method, check.api_key, check.ip, check.cost)
+    attributes: dict[str, str | None] | None = dict(check.attributes) if check.attributes else None
+    body = CheckRequest(check.path, check.method, check.api_key, check.ip, check.cost, attributes, check.tier)
     try:
         return _encode(body)
     except UnicodeEncodeError:
-        # A lone surrogate: not a valid key. The server reports that.
-        key = (check.api_key or "").encode(errors="replace").decode()
-        return _encode(msgspec.structs.replace(body, api_key=key))
+        # A lone surrogate: no valid key or tier, which the server reports. In an attribute JSON has no form for it.
+        for value in check.attributes.values():
+            if not value.isprintable() and value.encode(errors="replace").decode() != value:
+                raise BadRequest(
+                    "an attribute has a lone surrogate, which is no character: send valid text", field="attributes"
+                ) from None
+        key, tier = ((text or "").encode(errors="replace").decode() or None for text in (check.api_key, check.tier))
+        return _encode(msgspec.structs.replace(body, api_key=key, tier=tier))
 
 
 def _batches(checks: Sequence[Check]) -> Iterator[tuple[bytes, int, bool]]:

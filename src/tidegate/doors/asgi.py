@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableMapping
 from pathlib import Path
 from typing import Any, Final, TypeAlias
 
@@ -13,10 +13,11 @@ from tidegate.counters.factory import open_counters
 from tidegate.decision import Check
 from tidegate.doors.bearer import refuse_bearer_key
 from tidegate.doors.client_address import FORWARDING, TrustedProxies
-from tidegate.doors.request_headers import AsgiHeaders, single
+from tidegate.doors.request_headers import AsgiHeaders, read_attributes, single
 from tidegate.doors.responses import Headers, encode, error_body, exceeded_body, limit_headers, retry_headers
 from tidegate.errors import SettingsError, TidegateError
 from tidegate.gate.gate import Gate, Observer
+from tidegate.policy.attributes import NO_ATTRIBUTES
 from tidegate.policy.model import Policy
 from tidegate.policy.paths import PathRules, quote_path
 from tidegate.policy.toml_reader import load_policy
@@ -56,6 +57,8 @@ class RateLimitMiddleware:
         counters: for `policy`: URL or store of the counts.
         trusted_proxies: whose `X-Real-IP` and `X-Forwarded-For` are believed.
         cost: gives the cost of a request from its ASGI scope; 1 for every request where not given.
+        attributes: gives the attributes of a request's caller from its ASGI scope, such as `{"user": "42"}`; None and empty
+            values count as absent. Where not given, trusted proxies' headers that `[attributes]` of the policy names.
         observe: for `policy`: is told of every check.
         pass_preflights: whether the preflights of browsers (CORS) go to the app uncounted: they never carry an API key. Not
             needed where a CORS middleware is outside of this one, as it should be: a page may read only answers that it saw.
@@ -80,6 +83,7 @@ class RateLimitMiddleware:
         pass_preflights: bool = False,
         encoded_slashes: Iterable[str] = (),
         decode_unreserved: bool = False,
+        attributes: Callable[[Scope], Mapping[str, str | None]] | None = None,
     ) -> None:
         if (gate is None) == (policy is None):
             raise SettingsError("RateLimitMiddleware needs exactly one of 'gate' and 'policy'")
@@ -93,6 +97,7 @@ class RateLimitMiddleware:
         self._owns_counters = policy is not None and isinstance(counters, str)
         self._trusted = TrustedProxies(trusted_proxies)
         self._cost = cost
+        self._attributes = attributes
         self._pass_preflights = pass_preflights
         self._paths = PathRules.of(encoded_slashes, decode_unreserved)
 
@@ -108,7 +113,7 @@ class RateLimitMiddleware:
             return
         exposed = [_EXPOSE] if "origin" in headers else []
         try:
-            check = self._check_of(scope, headers)
+            check = self._check_of(scope, headers, await self._attributes_of(scope))
             if check.api_key is None:
                 await refuse_bearer_key(self.gate, headers, check.ip)
             decision = await self.gate.check(check)
@@ -142,17 +147,31 @@ class RateLimitMiddleware:
 
         return send_closed
 
-    def _check_of(self, scope: Scope, headers: AsgiHeaders) -> Check:
-        peer = scope["client"][0] if scope.get("client") else ""
+    async def _attributes_of(self, scope: Scope) -> Mapping[str, str | None]:
+        if self._attributes is not None:
+            return self._attributes(scope)
+        catalog = self.gate.catalog
+        sources = (catalog.cached_caller_policy() or await catalog.caller_policy()).attributes
+        if not sources or not self._trusted.trusts(_peer(scope)):
+            return NO_ATTRIBUTES
+        return read_attributes(AsgiHeaders(scope["headers"], frozenset(source.key_bytes for source in sources)), sources)
+
+    def _check_of(self, scope: Scope, headers: AsgiHeaders, attributes: Mapping[str, str | None]) -> Check:
+        peer = _peer(scope)
         ip = self._trusted.client(peer, headers)
         # The path as it was sent: once decoded, '%2F' and '/' look the same. Not every server gives it.
         raw = scope.get("raw_path")
         path = _text(raw).partition("?")[0] if raw else quote_path(scope["path"])
         cost = 1 if self._cost is None else self._cost(scope)
-        return Check.of(path, scope["method"], single(headers, "x-api-key"), ip, cost, self._paths, strict_ip=False)
+        api_key = single(headers, "x-api-key")
+        return Check.of(path, scope["method"], api_key, ip, cost, self._paths, strict_ip=False, attributes=attributes)
 
 
 _READ: Final = FORWARDING | {b"x-api-key", b"authorization", b"origin", b"access-control-request-method"}
+
+
+def _peer(scope: Scope) -> str:
+    return scope["client"][0] if scope.get("client") else ""
 
 
 def _is_preflight(scope: Scope, headers: AsgiHeaders) -> bool:

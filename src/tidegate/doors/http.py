@@ -33,14 +33,16 @@ from tidegate.doors.http_requests import (
     read_batch,
     read_body,
     read_check,
+    read_usage_query,
 )
 from tidegate.doors.http_responses import JSON, Prepared, Response, StatusRecorder, authorize_response, error_response
 from tidegate.doors.plain_requests import plain_authorize, plain_check
 from tidegate.doors.refusals import InternalError, NotFound
-from tidegate.doors.request_headers import single
+from tidegate.doors.request_headers import read_attributes, single
 from tidegate.doors.responses import NO_STORE, decision_body, encode, error_body, limit_headers, limit_lines, usage_body
 from tidegate.errors import BadRequest, TidegateError
 from tidegate.gate.gate import Gate, Observer
+from tidegate.policy.attributes import NO_ATTRIBUTES
 from tidegate.policy.paths import STRICT, PathRules
 from tidegate.telemetry.access import AccessLog
 from tidegate.telemetry.requests import CURRENT, Request, current, note
@@ -151,8 +153,9 @@ class DataPlane:
         check: Check | None = None
         if self._access is None:
             if target == AUTHORIZE:
-                if exchange.method in ("GET", "HEAD"):
-                    check = plain_authorize(exchange, self._trusted, MAX_HEADER_BYTES)
+                sources = self._gate.catalog.attribute_sources
+                if sources is not None and exchange.method in ("GET", "HEAD"):
+                    check = plain_authorize(exchange, self._trusted, MAX_HEADER_BYTES, sources)
             elif target == _CHECK_PATH and exchange.method == "POST":
                 check = plain_check(exchange, MAX_HEADER_BYTES, MAX_CHECK_BYTES)
         if check is None:
@@ -204,10 +207,20 @@ class DataPlane:
         headers = scope.headers
         try:
             bound_headers(headers)
-            asked = read_authorize(scope, self._trusted, for_envoy)
+            catalog = self._gate.catalog
+            policy = catalog.cached_caller_policy() or await catalog.caller_policy()
+            asked = read_authorize(scope, self._trusted, for_envoy, policy.attributes)
             if not asked.api_key:
                 await refuse_bearer_key(self._gate, headers, asked.ip)
-            check = Check.of(asked.uri, asked.method, asked.api_key, asked.ip, paths=self._paths, strict_ip=False)
+            check = Check.of(
+                asked.uri,
+                asked.method,
+                asked.api_key,
+                asked.ip,
+                paths=self._paths,
+                strict_ip=False,
+                attributes=asked.attributes,
+            )
         except TidegateError as error:
             raise self._seen(error) from None
         note(check)
@@ -277,10 +290,21 @@ class DataPlane:
             api_key = single(headers, "x-api-key")
             if not api_key:
                 await refuse_bearer_key(self._gate, headers, ip)
-            usage = await self._gate.usage(api_key, ip)
+            attributes, tier = await self._usage_attributes(scope)
+            usage = await self._gate.usage(api_key, ip, attributes=attributes, tier=tier)
         except TidegateError as error:
             raise self._seen(error) from None
         self._respond(proto, Prepared(200, [JSON, NO_STORE], None if scope.method == "HEAD" else encode(usage_body(usage))))
+
+    async def _usage_attributes(self, scope: Scope) -> tuple[Mapping[str, str], str | None]:
+        """The attributes and the tier that a trusted peer sends, in headers of the policy or in the query."""
+        attributes, tier = read_usage_query(scope.query_string)
+        if not self._trusts_client(scope.client):
+            if attributes or tier is not None:
+                raise BadRequest("attributes and tier are read from trusted proxies only: leave them out", field="query")
+            return NO_ATTRIBUTES, None
+        policy = await self._gate.catalog.caller_policy()
+        return {**read_attributes(scope.headers, policy.attributes), **attributes}, tier
 
     async def _page(self, scope: Scope, proto: Any) -> None:
         page = self._pages.get(scope.path)

@@ -6,16 +6,18 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Final, NamedTuple, Protocol, TypeVar
+from urllib.parse import parse_qsl
 
 import msgspec
 
-from tidegate.decision import Check
+from tidegate.decision import Check, clip
 from tidegate.doors.client_address import TrustedProxies, peer_address
 from tidegate.doors.refusals import IDENTITY, BodyTooSlow, HeadersTooLarge, MethodNotAllowed, unsupported_encoding
-from tidegate.doors.request_headers import RequestHeaders, single, single_path, utf8_path
+from tidegate.doors.request_headers import RequestHeaders, read_attributes, single, single_path, utf8_path
 from tidegate.errors import BadRequest, RequestTooLarge
+from tidegate.policy.attributes import MAX_ATTRIBUTES, NO_ATTRIBUTES, AttributeSource
 from tidegate.policy.paths import PathRules
 from tidegate.wire import MAX_BATCH, BatchRequest, CheckRequest, whole_cost
 
@@ -61,6 +63,11 @@ class Scope(Protocol):
         ...
 
     @property
+    def query_string(self) -> str:
+        """What the request line has behind the `?`."""
+        ...
+
+    @property
     def client(self) -> str:
         """Address and port of the peer."""
         ...
@@ -78,6 +85,7 @@ class AuthorizeRequest(NamedTuple):
     method: str
     api_key: str | None
     ip: str | None
+    attributes: Mapping[str, str]
 
 
 def is_envoy(path: str) -> bool:
@@ -106,13 +114,16 @@ def bound_headers(headers: SizedHeaders) -> None:
         raise HeadersTooLarge(f"the headers have {size} bytes: at most {MAX_HEADER_BYTES} are read")
 
 
-def read_authorize(scope: Scope, trusted: TrustedProxies, for_envoy: bool) -> AuthorizeRequest:
+def read_authorize(
+    scope: Scope, trusted: TrustedProxies, for_envoy: bool, sources: Sequence[AttributeSource]
+) -> AuthorizeRequest:
     """Read what a gateway asks.
 
     Args:
         scope: of the request.
         trusted: whose forwarding headers are believed.
         for_envoy: whether it was sent to `AUTHORIZE_ENVOY`.
+        sources: where trusted proxies send attributes.
 
     Returns:
         The request.
@@ -135,7 +146,38 @@ def read_authorize(scope: Scope, trusted: TrustedProxies, for_envoy: bool) -> Au
     if method is None:
         method = scope.method if for_envoy else "GET"
     ip = trusted.client(peer, headers)
-    return AuthorizeRequest(uri, method, single(headers, "x-api-key"), ip)
+    attributes = read_attributes(headers, sources) if is_trusted and sources else NO_ATTRIBUTES
+    return AuthorizeRequest(uri, method, single(headers, "x-api-key"), ip, attributes)
+
+
+def read_usage_query(query: str) -> tuple[dict[str, str], str | None]:
+    """Read `attribute=user=42` (may be repeated) and `tier=pro` of the query of `/v1/usage`. Other names are not read.
+
+    Returns:
+        The attributes and the tier; None where it is absent.
+
+    Raises:
+        BadRequest: if one is malformed or came twice.
+    """
+    if not query:
+        return {}, None
+    attributes: dict[str, str] = {}
+    tier: str | None = None
+    try:
+        pairs = parse_qsl(query, keep_blank_values=True, errors="strict", max_num_fields=4 * MAX_ATTRIBUTES)
+    except ValueError:
+        raise BadRequest("the query cannot be read: percent-encode it as UTF-8, and leave out what is not needed") from None
+    for key, value in pairs:
+        if key == "tier":
+            if tier is not None:
+                raise BadRequest("tier came twice in the query: send it once", field="tier")
+            tier = value
+        elif key == "attribute":
+            name, equals, text = value.partition("=")
+            if not equals or name in attributes:
+                raise BadRequest(f"attribute {clip(value)} in the query is malformed or came twice: write attribute=user=42")
+            attributes[name] = text
+    return attributes, tier
 
 
 def read_check(body: bytes) -> CheckRequest:
@@ -207,7 +249,8 @@ def check_of(sent: CheckRequest, header_key: str | None, paths: PathRules) -> Ch
             raise BadRequest("api_key and the X-API-Key header differ: send one of them", field="api_key")
         api_key = header_key
     cost = whole_cost(sent.cost)
-    return Check.of(sent.path, "GET" if sent.method is None else sent.method, api_key, sent.ip, cost, paths)
+    method = "GET" if sent.method is None else sent.method
+    return Check.of(sent.path, method, api_key, sent.ip, cost, paths, attributes=sent.attributes, tier=sent.tier)
 
 
 async def read_body(headers: SizedHeaders, proto: Any, most: int, timeout_s: float) -> bytes:

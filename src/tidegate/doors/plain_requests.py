@@ -8,14 +8,16 @@ refused, and nothing that `http` would refuse passes.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Final
 
 import msgspec
 
-from tidegate.decision import MAX_COST, USUAL_METHODS, Check, PeerName, canonical_ip
+from tidegate.decision import MAX_COST, USUAL_METHODS, Check, PeerName, canonical_ip, require_tier
 from tidegate.doors.client_address import FORWARDING, TrustedProxies, counted_peer
 from tidegate.errors import BadRequest
+from tidegate.policy.attributes import MAX_VALUE, NO_ATTRIBUTES, AttributeSource, SourceKind, checked_attributes
 from tidegate.policy.paths import MAX_PATH_BYTES
 from tidegate.wire import CheckRequest
 
@@ -31,13 +33,16 @@ _MAX_ADDRESS: Final = 45
 _CHECK: Final = msgspec.json.Decoder(CheckRequest)
 
 
-def plain_authorize(exchange: Exchange, trusted: TrustedProxies, max_header_bytes: int) -> Check | None:
+def plain_authorize(
+    exchange: Exchange, trusted: TrustedProxies, max_header_bytes: int, sources: Sequence[AttributeSource] = ()
+) -> Check | None:
     """The check of a plain `GET /v1/authorize`. Costs 2 µs.
 
     Args:
         exchange: a plain one, see `Exchange.plain`.
         trusted: whose forwarding headers are believed.
         max_header_bytes: most bytes of the names and values of its headers.
+        sources: where trusted proxies send attributes.
 
     Returns:
         The check; None where the request has to be read otherwise.
@@ -90,7 +95,12 @@ def plain_authorize(exchange: Exchange, trusted: TrustedProxies, max_header_byte
             return None
         # A peer's name is not to be kept under a text that a header may have too.
         ip = client if isinstance(client, PeerName) else _address(client)
-    return None if ip is None else Check(path, method, api_key, ip)
+    if ip is None:
+        return None
+    if not sources or not is_trusted:
+        return Check(path, method, api_key, ip)
+    attributes = _attributes(values, sources)
+    return None if attributes is None else Check(path, method, api_key, ip, attributes=attributes)
 
 
 def plain_check(exchange: Exchange, max_header_bytes: int, max_body_bytes: int) -> Check | None:
@@ -139,7 +149,28 @@ def plain_check(exchange: Exchange, max_header_bytes: int, max_body_bytes: int) 
         ip = _address(sent.ip)
         if ip is None:
             return None
-    return Check(path, method, api_key, ip, cost)
+    if not sent.attributes and sent.tier is None:
+        return Check(path, method, api_key, ip, cost)
+    try:
+        require_tier(sent.tier, api_key)
+        attributes = checked_attributes(sent.attributes) if sent.attributes else NO_ATTRIBUTES
+    except BadRequest:
+        return None
+    return Check(path, method, api_key, ip, cost, None, attributes, sent.tier or None)
+
+
+def _attributes(values: Mapping[bytes, bytes], sources: Sequence[AttributeSource]) -> Mapping[str, str] | None:
+    """The attributes that headers carry; None if one is not plain."""
+    found: dict[str, str] = {}
+    for source in sources:
+        if source.kind is not SourceKind.HEADER:
+            return None
+        value = values.get(source.key_bytes)
+        if value:
+            if len(value) > MAX_VALUE or not value.isascii():
+                return None
+            found[source.name] = value.decode()
+    return found
 
 
 def _address(sent: bytes | str) -> str | None:

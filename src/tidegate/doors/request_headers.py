@@ -7,11 +7,12 @@ Values are text as bytes decode to with UTF-8 and `surrogateescape`: bytes that 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Final, Protocol
 
 from tidegate.decision import clip
 from tidegate.errors import BadRequest
+from tidegate.policy.attributes import MAX_VALUE, AttributeSource, SourceKind
 
 _SECRETS: Final = frozenset(("authorization", "x-api-key"))
 
@@ -133,6 +134,30 @@ def joined(headers: RequestHeaders, name: str) -> str | None:
         return None if name not in headers else _unusual(name, values, may_be_unicode=False)
     value = values[0] if len(values) == 1 else ",".join(values)
     return value if value.isascii() else _unusual(name, [value], may_be_unicode=False)
+
+
+def read_attributes(headers: RequestHeaders, sources: Sequence[AttributeSource]) -> Mapping[str, str]:
+    """The attributes that headers carry; an empty header counts as absent.
+
+    Args:
+        headers: of a request of a trusted proxy.
+        sources: where it sends them.
+
+    Raises:
+        BadRequest: if one came more than once, is not ASCII or too long.
+    """
+    found: dict[str, str] = {}
+    for source in sources:
+        if source.kind is not SourceKind.HEADER:
+            continue
+        value = single(headers, source.key)
+        if value:
+            if len(value) > MAX_VALUE:
+                raise BadRequest(
+                    f"the {source.key} header has {len(value)} characters: at most {MAX_VALUE} are read", field=source.key
+                )
+            found[source.name] = value
+    return found
 
 
 def _unusual(name: str, values: list[str], *, may_be_unicode: bool) -> str:

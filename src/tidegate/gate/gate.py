@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any, Self, TypeAlias
 
 from tidegate.catalog.cache_level import Caller
 from tidegate.catalog.cached import CachedCatalog
 from tidegate.counters import Charge, ChargeOutcome, CounterStore
 from tidegate.counters.memory import MemoryCounters
-from tidegate.decision import MAX_COST, Check, Decision, Observation, Usage, client_of, clip, ipv6_client
+from tidegate.decision import MAX_COST, Check, Decision, Observation, Usage, client_of, clip, ipv6_client, require_tier
 from tidegate.errors import BadRequest, MissingApiKey, StoreUnavailable, TidegateError
 from tidegate.gate.callers import LOOKUP_TIMEOUT_S, CallerLookup, Sender
 from tidegate.gate.charging import ChargeResult, CheckPlan, charge_all_or_none, charge_independently
 from tidegate.gate.request_limits import RequestLimits
 from tidegate.gate.subjects import DescriptorCheck, attributes_subject, descriptor_subject, ip_needed, shadow_subject
 from tidegate.gate.usage import caller_usage, own_limits, reset_counters
-from tidegate.policy.attributes import MAX_VALUE, long_value
+from tidegate.policy.attributes import MAX_VALUE, NO_ATTRIBUTES, OnMissing, checked_attributes, long_value, parse_subject
+from tidegate.policy.descriptors import entries_subject
 from tidegate.policy.limits import LimitSet
 from tidegate.policy.matching import CompiledRule, CompiledTier, subject_of
 from tidegate.policy.model import Mode, Subject
@@ -167,17 +168,26 @@ class Gate:
         self._tell_all(plans, settled, started_ns)
         return settled
 
-    async def usage(self, api_key: str | None = None, ip: str | None = None) -> Usage:
+    async def usage(
+        self,
+        api_key: str | None = None,
+        ip: str | None = None,
+        *,
+        attributes: Mapping[str, str] | None = None,
+        tier: str | None = None,
+    ) -> Usage:
         """What is left to a caller, in each window of each rule. Charges nothing, and is not observed: it is no check.
 
         Args:
             api_key: the caller's key; None or empty for a caller without one.
             ip: IPv4 or IPv6 address of the client, or None where nobody knows it.
+            attributes: of the caller, by name; see `Check.of`.
+            tier: of a caller without a key; None where the policy is to decide.
 
         Returns:
             The tier's own limits and its rules, shadow rules included; of more than `MAX_USAGE_RULES` rules the first ones by
-            priority. A rule that counts by ip is left out where none is known; what the store could not say is degraded,
-            without numbers.
+            priority. A rule that counts by an address or an attribute is left out where that is not known, and one whose match
+            does not hold; what the store could not say is degraded, without numbers.
 
         Raises:
             MissingApiKey: no key came and there is no anonymous tier.
@@ -189,11 +199,18 @@ class Gate:
             CatalogUnavailable: the catalog fails and nothing cached can stand in.
         """
         _require_text(api_key, "api_key")
+        require_tier(tier, api_key)
         client = None if ip is None else client_of(ip)
-        caller = await self._caller(api_key or None, client)
-        return await caller_usage(self.counters, caller, client)
+        given = checked_attributes(attributes) if attributes else NO_ATTRIBUTES
+        if api_key:
+            caller = await self._caller(api_key, client)
+        else:
+            caller = await self._callers.find_unkeyed(tier or None, given)
+        return await caller_usage(self.counters, caller, client, given)
 
-    async def reset(self, api_key: str | None = None, *, ip: str | None = None, tier: str | None = None) -> int:
+    async def reset(
+        self, api_key: str | None = None, *, ip: str | None = None, tier: str | None = None, subject: str | None = None
+    ) -> int:
         """Forget what one subject consumed, under every rule that could count it. Give exactly one argument.
 
         Args:
@@ -201,6 +218,8 @@ class Gate:
             ip: an address; an IPv6 address stands for its /64: what the rules by ip of all tiers counted, and what the
                 anonymous tier counted for callers without a key.
             tier: name of a tier: what its rules by tier counted.
+            subject: attributes such as `user=42`, or `org=acme&user=42`: what the rules of all tiers counted that count exactly
+                these.
 
         Returns:
             How many counters were reset, one for each rule and one for a tier's own limits, whether they held anything or not.
@@ -211,16 +230,22 @@ class Gate:
             CatalogUnavailable: the catalog fails and nothing cached can stand in; nothing was reset.
             StoreUnavailable: the counter store fails; some may have been reset: ask again.
         """
-        if sum(given is not None for given in (api_key, ip, tier)) != 1:
-            raise BadRequest("a reset needs exactly one of api_key, ip and tier")
+        if sum(given is not None for given in (api_key, ip, tier, subject)) != 1:
+            raise BadRequest("a reset needs exactly one of api_key, ip, tier and subject")
         _require_text(api_key, "api_key")
         _require_text(tier, "tier")
+        _require_text(subject, "subject")
+        if subject is not None:
+            entries = parse_subject(subject)
+            text = entries_subject(sorted(entries.items()), prefix="a:")
+            sets = await self._sets_of(lambda tier: [each.limits for each in tier.attribute_rules if {*each.parts} == {*entries}])
+            return await reset_counters(self.counters, [(limits, text) for limits in sets])
         if api_key is not None:
             caller = await self._caller(api_key, None, refused_too=True)
             counters = [(limits, caller.subject) for limits in own_limits(caller.tier)]
         elif ip is not None:
-            subject = f"i:{client_of(ip)}"
-            counters = [(limits, subject) for limits in await self._sets_by_ip()]
+            by_ip = await self._sets_by_ip()
+            counters = [(limits, f"i:{client_of(ip)}") for limits in by_ip]
         else:
             assert tier is not None
             compiled = await self.catalog.tier(tier)
@@ -230,13 +255,26 @@ class Gate:
         return await reset_counters(self.counters, counters)
 
     async def _sets_by_ip(self) -> list[LimitSet]:
-        """All that can count an ip: rules by ip of every tier, and what counts callers without a key."""
+        """All that can count an ip: rules by ip of every tier, and what counts callers without a key or an attribute."""
+        policy = await self.catalog.caller_policy()
         anonymous = await self.catalog.anonymous()
-        found = [] if anonymous is None else own_limits(anonymous.tier)
+        # Callers without a key may be of any tier where their attributes name it.
+        own = "" if anonymous is None else anonymous.tier.tier.name
+
+        def counting(tier: CompiledTier) -> list[LimitSet]:
+            by_ip = [rule.limits for rule in tier.rules if rule.subject is Subject.IP]
+            by_ip += [rule.limits for rule in tier.attribute_rules if rule.rule.on_missing is OnMissing.IP]
+            return by_ip + own_limits(tier) if policy.tier_from or tier.tier.name == own else by_ip
+
+        return await self._sets_of(counting)
+
+    async def _sets_of(self, counting: Callable[[CompiledTier], list[LimitSet]]) -> list[LimitSet]:
+        """Limits of every tier."""
+        found: list[LimitSet] = []
         for name in await self.catalog.tier_names():
             compiled = await self.catalog.tier(name)
             if compiled is not None:
-                found.extend(rule.limits for rule in compiled.rules if rule.subject is Subject.IP)
+                found.extend(counting(compiled))
         return found
 
     async def close(self) -> None:

@@ -6,16 +6,18 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Final, TypeAlias
 
 from tidegate.catalog.cache_level import Caller
 from tidegate.counters import Charge, ChargeOutcome, CounterStore
 from tidegate.decision import Decision, RuleUsage, Usage
 from tidegate.errors import StoreUnavailable
+from tidegate.policy.attributes import NO_ATTRIBUTES, OnMissing
 from tidegate.policy.limits import LimitSet
-from tidegate.policy.matching import CompiledRule, CompiledTier, counted_by, subject_of
-from tidegate.policy.model import Mode, Subject
+from tidegate.policy.match_index import entries_hold
+from tidegate.policy.matching import CompiledRule, CompiledTier, attribute_subject, counted_by, subject_of
+from tidegate.policy.model import Mode, Subject, subject_text
 
 MAX_USAGE_RULES: Final = 1000
 """Maximum number of rules in one answer: as many as a batch has checks."""
@@ -30,39 +32,57 @@ CounterUsage: TypeAlias = tuple[Decision, tuple[Decision, ...]]
 """The decision for a check of cost 0, and one for each limit alone; none of the latter if the store did not answer."""
 
 
-async def caller_usage(store: CounterStore, caller: Caller, client: str | None) -> Usage:
+async def caller_usage(
+    store: CounterStore, caller: Caller, client: str | None, attributes: Mapping[str, str] = NO_ATTRIBUTES
+) -> Usage:
     """What is left to a caller, in each window of each rule.
 
     Args:
         store: the counters.
         caller: with or without an API key.
         client: the client's address in canonical text; None if it is not known.
+        attributes: of the caller, by name.
 
     Returns:
         The tier's own limits and its rules, shadow rules included; of more than `MAX_USAGE_RULES` rules the first ones by
-        priority. Rules that count by address are in `not_counted` if the address is not known.
+        priority. Rules whose match does not hold are left out. Rules that count by an address or an attribute that is not known
+        are in `not_counted`.
     """
     tier, has_key = caller.tier, bool(caller.subject)
     limit_sets: list[tuple[CompiledRule | None, LimitSet]] = [] if tier.limits is None else [(None, tier.limits)]
-    limit_sets += [(rule, rule.limits) for rule in tier.rules[:MAX_USAGE_RULES]]
-    counted: list[tuple[CompiledRule | None, Subject]] = []
+    rules = [rule for rule in tier.rules if not rule.rule.match or entries_hold(rule.rule.match, attributes)]
+    limit_sets += [(rule, rule.limits) for rule in rules[:MAX_USAGE_RULES]]
+    counted: list[tuple[CompiledRule | None, str]] = []
     counters: list[Counter] = []
     not_counted: list[str | None] = []
     for rule, limits in limit_sets:
-        kind = counted_by(Subject.API_KEY if rule is None else rule.subject, has_key)
-        subject = subject_of(kind, caller.subject, client, tier.tier.name)
+        if rule is not None and rule.subject is Subject.ATTRIBUTES:
+            kind, subject = _by_attributes(rule, caller, client, attributes)
+        else:
+            counts = counted_by(Subject.API_KEY if rule is None else rule.subject, has_key)
+            kind, subject = counts.value, subject_of(counts, caller.subject, client, tier.tier.name)
         if subject is None:
             not_counted.append(limits.rule)
             continue
         counted.append((rule, kind))
         counters.append((limits, subject))
-    rules = [
+    used_by_rule = [
         RuleUsage(None, None, Mode.ENFORCE, kind, limits.limits, *used)
         if rule is None
         else RuleUsage(rule.rule.name, rule.rule.endpoint, rule.rule.mode, kind, limits.limits, *used)
         for (rule, kind), (limits, _), used in zip(counted, counters, await peek_windows(store, counters), strict=True)
     ]
-    return Usage(tier.tier.name, tuple(rules), tuple(not_counted), len(tier.rules) > MAX_USAGE_RULES)
+    return Usage(tier.tier.name, tuple(used_by_rule), tuple(not_counted), len(rules) > MAX_USAGE_RULES)
+
+
+def _by_attributes(
+    rule: CompiledRule, caller: Caller, client: str | None, attributes: Mapping[str, str]
+) -> tuple[str, str | None]:
+    """What a rule by attributes counts, and the subject; None where it cannot be known."""
+    found = attribute_subject(rule.parts, attributes, caller.subject, client)
+    if found is None and rule.rule.on_missing is OnMissing.IP and any(part not in attributes for part in rule.parts):
+        return Subject.IP.value, None if client is None else f"i:{client}"
+    return subject_text(rule.rule), found
 
 
 async def peek(store: CounterStore, counters: Sequence[Counter]) -> list[Decision]:

@@ -16,6 +16,7 @@ from typing import Final
 import msgspec
 
 from tidegate.errors import BadRequest, PolicyError
+from tidegate.policy.descriptors import unescaped
 from tidegate.policy.jwt_policy import JwtPolicy
 from tidegate.policy.limits import short
 from tidegate.policy.namespaces import Namespace
@@ -91,6 +92,11 @@ class AttributeSource(msgspec.Struct, frozen=True, gc=False):
         if key.lower() in _TAKEN_HEADERS:
             raise PolicyError(f"attribute {name!r} cannot come from {key}, which carries a credential: {_SOURCE_HELP}")
         return cls(str(name), SourceKind.HEADER, key.lower())
+
+    @property
+    def key_bytes(self) -> bytes:
+        """The key as requests have it."""
+        return self.key.encode()
 
     @property
     def text(self) -> str:
@@ -259,6 +265,31 @@ def attributes_by_name(given: Mapping[str, str | None] | Iterable[tuple[str, str
             found[name] = value
     except (TypeError, ValueError):
         raise BadRequest("attributes must be a mapping of names to texts, or pairs of them", field="attributes") from None
+    return found
+
+
+def parse_subject(text: str) -> dict[str, str]:
+    """The attributes of a subject as violations show it and operators write it.
+
+    Args:
+        text: `user=42`, or `org=acme&user=42` for a combination; `%`, `&`, `=` and `#` in values as `%25`, `%26`, `%3D`, `%23`;
+            may begin with `a:`.
+
+    Returns:
+        Values by name; `api_key` (a key's id) and `ip` may be among them.
+
+    Raises:
+        BadRequest: naming the text and the form.
+    """
+    found: dict[str, str] = {}
+    for part in text.removeprefix("a:").split("&"):
+        name, equals, value = part.partition("=")
+        if not is_name(name) or name == "tier" or name in found or not equals or not value or len(value) > 3 * MAX_VALUE:
+            raise BadRequest(
+                f"subject {short(text[:64])} is not a subject of attributes: write user=42, or org=acme&user=42 for both",
+                field="subject",
+            )
+        found[name] = unescaped(value)
     return found
 
 

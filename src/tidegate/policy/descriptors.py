@@ -57,7 +57,7 @@ def descriptor_entries(endpoint: str) -> tuple[tuple[str, str], ...]:
     if not endpoint.startswith(PREFIX):
         return ()
     pairs = (part.partition("=") for part in endpoint.removeprefix(PREFIX).split("&"))
-    return tuple((_plain(key), _plain(value)) for key, _, value in pairs)
+    return tuple((unescaped(key), unescaped(value)) for key, _, value in pairs)
 
 
 def canonical_descriptor(endpoint: str) -> str:
@@ -111,5 +111,6 @@ def _escaped(text: str) -> str:
     return _SIGNS.sub(lambda found: f"%{ord(found.group()):02X}", text)
 
 
-def _plain(text: str) -> str:
+def unescaped(text: str) -> str:
+    """A key or value as it was before `entries_text` escaped it."""
     return _ESCAPED.sub(lambda found: chr(int(found.group(1), 16)), text)

@@ -16,6 +16,16 @@ _Key: TypeAlias = str | tuple[str | None, ...] | None
 _Conditions: TypeAlias = tuple[tuple[str, Callable[[str], bool]], ...]
 
 
+def entries_hold(entries: Iterable[tuple[str, str]], attributes: Mapping[str, str]) -> bool:
+    """Whether attributes match all entries of one rule; of many rules, `MatchIndex` finds those faster.
+
+    Args:
+        entries: names and patterns.
+        attributes: values by name.
+    """
+    return all((value := attributes.get(name)) is not None and Glob(pattern).matches(value) for name, pattern in entries)
+
+
 class MatchIndex(Generic[_T]):
     """Things with entries (attribute and pattern) that must all hold."""
 

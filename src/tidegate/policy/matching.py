@@ -67,6 +67,7 @@ class CompiledTier:
     Attributes:
         has_shadow_rules: whether `shadow_rules` can give any.
         attribute_names: the attributes that its rules read.
+        attribute_rules: the rules that count by attributes, those for descriptors too.
     """
 
     __slots__ = (
@@ -76,6 +77,7 @@ class CompiledTier:
         "_watched",
         "_watched_by_attributes",
         "attribute_names",
+        "attribute_rules",
         "has_shadow_rules",
         "limits",
         "rules",
@@ -115,6 +117,7 @@ class CompiledTier:
         self._enforced_by_attributes = AttributeRuleIndex.of(each for each in matching if each.rule.mode is Mode.ENFORCE)
         self._watched_by_attributes = AttributeRuleIndex.of(each for each in matching if each.rule.mode is Mode.SHADOW)
         self.has_shadow_rules = bool(self._watched) or self._watched_by_attributes is not None
+        self.attribute_rules = tuple(each for each in compiled if each.subject is Subject.ATTRIBUTES)
         self.attribute_names = frozenset(
             name
             for each in self.rules

@@ -26,7 +26,9 @@ class Blocked(msgspec.Struct, frozen=True):
         until_us: before this moment.
         tier: only of this tier.
         rule: only of this rule.
-        subject: only of this subject: `k:` and a key's id, `i:` and an address, `t:` and a tier.
+        subject: only of this subject: `k:` and a key's id, `i:` and an address, `t:` and a tier, `a:` and attributes.
+        attributes: only of subjects of exactly these attributes, sorted; none for all subjects. Long ones, which are kept as a
+            digest, are not found.
     """
 
     since_us: int
@@ -34,6 +36,7 @@ class Blocked(msgspec.Struct, frozen=True):
     tier: str | None = None
     rule: str | None = None
     subject: str | None = None
+    attributes: tuple[str, ...] = ()
 
 
 async def list_violations(database: Database, limit: int, after: str | None, blocked: Blocked) -> Page[dict[str, Any]]:
@@ -127,6 +130,11 @@ def _meant(blocked: Blocked) -> list[ColumnElement[bool]]:
     for column, value in ((c.tier, blocked.tier), (c.rule, blocked.rule), (c.subject, blocked.subject)):
         if value is not None:
             conditions.append(column == value)
+    if blocked.attributes:
+        # Values have no '=' and '&' of their own: those are escaped. Names have '_', which LIKE takes for any character.
+        names = [name.replace("_", "!_") for name in blocked.attributes]
+        conditions.append(c.subject.like("a:" + "&".join(f"{name}=%" for name in names), escape="!"))
+        conditions.append(c.subject.not_like("%" + "&%" * len(names)))
     return conditions
 
 

@@ -20,7 +20,7 @@ from tidegate.admin.models import (
 )
 from tidegate.admin.rules import CatalogEditor
 from tidegate.admin.transaction import NotFound
-from tidegate.admin.usage import key_usage, reset_key, subject_of_key
+from tidegate.admin.usage import attribute_names, attribute_subject_text, key_usage, reset_key, subject_of_key, subject_usage
 from tidegate.decision import client_of
 from tidegate.doors.admin.common import Actor, After, Exactly, Limit
 from tidegate.doors.responses import usage_body
@@ -32,6 +32,18 @@ from tidegate.violations.queries import DAY_US, Blocked, blocked_total, list_vio
 By = Literal["subject", "rule", "tier"]
 KeyId = Annotated[str | None, Query(max_length=24, description="id of an API key"), Plain]
 Ip = Annotated[str | None, Query(max_length=45, description="IPv4 or IPv6 address of a client"), Plain]
+SubjectText = Annotated[
+    str | None,
+    Query(max_length=5000, description="attributes that are counted, such as user=42, or org=acme&user=42 for both together"),
+    Plain,
+]
+AttributeNames = Annotated[
+    str | None,
+    Query(max_length=300, description="only subjects of these attributes, such as user, or org,user for both together"),
+    Plain,
+]
+MAX_TARGET = 400
+"""Characters of a target in the audit log."""
 Most = Annotated[int, Query(ge=1, le=100, description="at most so many items")]
 
 
@@ -48,10 +60,16 @@ def record_routes(editor: CatalogEditor, gate: Gate) -> APIRouter:
     routes = APIRouter()
 
     @routes.get("/usage", tags=["usage"], summary="What is left to a key, or to a client without one; charges nothing")
-    async def usage(api_key_id: KeyId = None, ip: Ip = None) -> UsageRead:
-        if api_key_id is None and ip is None:
-            raise BadRequest("nobody is named: give api_key_id, ip, or both")
-        if api_key_id is not None:
+    async def usage(api_key_id: KeyId = None, ip: Ip = None, subject: SubjectText = None, tier: Exactly = None) -> UsageRead:
+        if api_key_id is None and ip is None and subject is None:
+            raise BadRequest("nobody is named: give api_key_id, ip, or both; or subject, such as user=42")
+        if tier is not None and (subject is None or api_key_id is not None):
+            raise BadRequest("tier goes with a subject of attributes alone: leave it out", field="tier")
+        if subject is not None:
+            if api_key_id is not None:
+                raise BadRequest("api_key_id and subject are two subjects: give one of them")
+            found, subject = await subject_usage(gate, subject, ip, tier)
+        elif api_key_id is not None:
             found = await key_usage(editor, gate, api_key_id, ip)
             subject = await subject_of_key(editor, api_key_id)
         else:
@@ -68,17 +86,19 @@ def record_routes(editor: CatalogEditor, gate: Gate) -> APIRouter:
     async def reset(given: ResetRequest, actor: Actor) -> ResetRead:
         named = given.model_dump(exclude_none=True)
         if len(named) != 1:
-            raise BadRequest("a reset needs exactly one of api_key_id, ip and tier")
+            raise BadRequest("a reset needs exactly one of api_key_id, ip, tier and subject")
         if given.api_key_id is not None:
             count = await reset_key(editor, gate, given.api_key_id)
         elif given.ip is not None:
             count = await gate.reset(ip=given.ip)
+        elif given.subject is not None:
+            count = await gate.reset(subject=given.subject)
         else:
             if await gate.catalog.tier(given.tier or "") is None:
                 raise NotFound(f"there is no tier {given.tier!r}: see GET /admin/v1/tiers")
             count = await gate.reset(tier=given.tier)
         ((kind, target),) = named.items()
-        await editor.record(actor, "reset", "counters", f"{kind} {target}", {"reset": count})
+        await editor.record(actor, "reset", "counters", f"{kind} {target}"[:MAX_TARGET], {"reset": count})
         return ResetRead(reset=count)
 
     @routes.get("/violations", tags=["violations"], summary="Who was blocked in which minute, the newest first")
@@ -91,10 +111,10 @@ def record_routes(editor: CatalogEditor, gate: Gate) -> APIRouter:
         rule: Exactly = None,
         api_key_id: KeyId = None,
         ip: Ip = None,
+        subject: SubjectText = None,
     ) -> ViolationPage:
-        page = await list_violations(
-            editor.catalog.database, limit, after, await _blocked(editor, since, until, tier, rule, api_key_id, ip)
-        )
+        blocked = await _blocked(editor, since, until, tier, rule, api_key_id, ip, subject)
+        page = await list_violations(editor.catalog.database, limit, after, blocked)
         return ViolationPage.model_validate({"items": page.items, "next": page.next})
 
     @routes.get("/violations/top", tags=["violations"], summary="Who was blocked most, the most first")
@@ -107,10 +127,13 @@ def record_routes(editor: CatalogEditor, gate: Gate) -> APIRouter:
         rule: Exactly = None,
         api_key_id: KeyId = None,
         ip: Ip = None,
+        subject: SubjectText = None,
+        attribute: AttributeNames = None,
     ) -> TopRead:
-        items = await top_violators(
-            editor.catalog.database, limit, by, await _blocked(editor, since, until, tier, rule, api_key_id, ip)
-        )
+        blocked = await _blocked(editor, since, until, tier, rule, api_key_id, ip, subject)
+        if attribute is not None:
+            blocked = msgspec.structs.replace(blocked, attributes=attribute_names(attribute))
+        items = await top_violators(editor.catalog.database, limit, by, blocked)
         return TopRead.model_validate({"items": items})
 
     @routes.get("/audit-log", tags=["audit log"], summary="Who changed what from what to what, the newest first")
@@ -131,16 +154,19 @@ async def _blocked(
     rule: str | None,
     api_key_id: str | None,
     ip: str | None,
+    subject_text: str | None,
 ) -> Blocked:
     """The violations meant; of the last 24 h where no time is given."""
-    if api_key_id is not None and ip is not None:
-        raise BadRequest("api_key_id and ip are two subjects: give one of them")
+    if sum(given is not None for given in (api_key_id, ip, subject_text)) > 1:
+        raise BadRequest("api_key_id, ip and subject are different subjects: give one of them")
     until_us = now_us() + 1 if until is None else parse_timestamp(until, "until")
     since_us = until_us - DAY_US if since is None else parse_timestamp(since, "since")
     if since_us >= until_us:
         raise BadRequest("since is not before until: swap the two")
     if api_key_id is not None:
         subject: str | None = await subject_of_key(editor, api_key_id)
+    elif subject_text is not None:
+        subject = attribute_subject_text(subject_text)
     else:
         subject = None if ip is None else f"i:{client_of(ip)}"
     return Blocked(since_us, until_us, tier, rule, subject)

@@ -11,6 +11,7 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import Any, Final, Protocol
 
+import msgspec
 from google.protobuf.message import DecodeError
 
 from tidegate.decision import Check, Observation, canonical_ip, clip
@@ -22,6 +23,7 @@ from tidegate.errors import BadRequest, CatalogUnavailable, RequestTooLarge, Tid
 from tidegate.gate.charging import ChargeResult
 from tidegate.gate.gate import Gate
 from tidegate.gate.subjects import DescriptorCheck
+from tidegate.policy.attributes import RESERVED, is_name
 from tidegate.policy.paths import STRICT, PathRules
 from tidegate.settings import EnvoySettings
 from tidegate.telemetry.requests import note
@@ -175,11 +177,30 @@ class RateLimitService:
                 by_key = dict(reversed(entries))
                 return DescriptorCheck(by_key, None if api_key is None else str(api_key), cost, _address(named.get("ip"))), cost
             check = Check.of(**named, paths=self._paths, strict_ip=False)
+            attributes = self._attributes(entries)
+            if attributes:
+                check = msgspec.structs.replace(check, attributes=attributes)
             if len(request.descriptors) == 1:
                 note(check)
             return check, cost
         except TidegateError as error:
             return error, cost
+
+    def _attributes(self, entries: Entries) -> Mapping[str, str]:
+        """The entries that may be attributes: those with the name of one, but for what is read as a part of the check.
+
+        Values of any length: some entries are there for rules of other programs, and the gate bounds those that it reads.
+
+        Raises:
+            BadRequest: if one came twice: the gateway and the backend may use different ones.
+        """
+        found: dict[str, str] = {}
+        for key, value in entries:
+            if key in self._names or not value or not is_name(key) or key in RESERVED:
+                continue
+            if found.setdefault(key, value) != value:
+                raise BadRequest(f"the entry {key!r} appears twice in one descriptor; send it once", field="attributes")
+        return found
 
     def _entries(self, descriptor: Any, request: Any) -> tuple[Entries, int]:
         """The entries of a descriptor as text, and its cost."""
