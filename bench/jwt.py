@@ -102,7 +102,7 @@ async def measure(smoke: bool) -> None:
         await keys.load()
 
         def verifier() -> JwtVerifier:
-            return JwtVerifier(policy, ("org_id", "sub"), keys, failures=UnknownKeyLimit(10**9))
+            return JwtVerifier(policy, {"org": "org_id", "user": "sub"}, keys, failures=UnknownKeyLimit(10**9))
 
         rsa_tokens, ec_tokens = tokens(key, "RS256", "rsa", count), tokens(curve, "ES256", "ec", count)
         bad = tokens(stranger, "RS256", "rsa", 10 * count)

@@ -332,7 +332,7 @@ async def test_a_policy_with_attributes_goes_out_and_in(admin: Admin) -> None:
         await admin.http.post("/policy", content=other, params={"prune": True}), 409, "CATALOG_REFUSED"
     )
     assert await admin.catalog.apply_policy(parse_policy('[[tiers]]\nname = "file"\n'), "1")
-    assert "[callers] or [attributes]" in _error(
+    assert "[callers], [attributes]" in _error(
         await admin.http.post("/policy", content=attributes.POLICY), 409, "MANAGED_BY_FILE"
     )
 

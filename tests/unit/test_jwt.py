@@ -69,7 +69,7 @@ async def verifier(tmp_path: Path, keys: bytes = KEYS, clock: Any = time.time, *
     policy = JwtPolicy.make(jwks=str(file), issuer="https://issuer", audience="api", **options)
     loaded = KeySet(policy)
     await loaded.load()
-    return JwtVerifier(policy, ("org_id", "seats", "staff", "roles"), loaded, clock, UnknownKeyLimit(20))
+    return JwtVerifier(policy, {name: name for name in ("org_id", "seats", "staff", "roles")}, loaded, clock, UnknownKeyLimit(20))
 
 
 @pytest.mark.parametrize(("key", "algorithm", "kid"), [(RSA, "RS256", "rsa"), (EC, "ES256", "ec"), (ED, "EdDSA", "ed")])
@@ -78,7 +78,7 @@ async def test_a_valid_token_is_accepted_and_remembered(tmp_path: Path, key: Any
     raw = token(key, algorithm, kid, seats=7, staff=True, roles=["a"])
     assert verify.remembered(raw) is None
     valid = await verify.verify(raw)
-    assert valid.claims == {"org_id": "acme", "seats": "7", "staff": "true"}  # lists are left out
+    assert valid.attributes == {"org_id": "acme", "seats": "7", "staff": "true"}  # lists are left out
     assert verify.remembered(raw) is valid
     assert await verify.verify(raw) is valid
     assert verify.verified == 1
@@ -138,7 +138,7 @@ async def test_the_refusal_names_the_check_and_never_the_token(tmp_path: Path, n
 
 async def test_without_kid_only_an_unambiguous_key_is_used(tmp_path: Path) -> None:
     verify = await verifier(tmp_path)
-    assert (await verify.verify(token(kid=None))).claims == {"org_id": "acme"}
+    assert (await verify.verify(token(kid=None))).attributes == {"org_id": "acme"}
     verify = await verifier(tmp_path, key_set(jwk(RSA, kid="a"), jwk(OTHER_RSA, kid="b")))
     with pytest.raises(InvalidToken):
         await verify.verify(token(kid=None))
@@ -165,7 +165,7 @@ async def test_a_withdrawn_key_ends_what_it_had_verified(tmp_path: Path) -> None
     with pytest.raises(InvalidToken, match="signature"):
         await verify.verify(raw)
     # What was refused with the old key is verified with the new one.
-    assert (await verify.verify(token(OTHER_RSA))).claims == {"org_id": "acme"}
+    assert (await verify.verify(token(OTHER_RSA))).attributes == {"org_id": "acme"}
 
 
 async def test_the_tables_are_bounded(tmp_path: Path) -> None:
@@ -186,7 +186,7 @@ async def test_a_client_whose_signatures_fail_is_refused_before_they_are_verifie
         await verify.verify(token(OTHER_RSA, seats=99), "203.0.113.9")
     assert refused.value.details["retry_after"] > 0
     assert verify.verified == cost
-    assert (await verify.verify(token(), "203.0.113.10")).claims == {"org_id": "acme"}
+    assert (await verify.verify(token(), "203.0.113.10")).attributes == {"org_id": "acme"}
 
 
 async def test_a_failed_token_is_not_verified_twice(tmp_path: Path) -> None:
@@ -227,7 +227,7 @@ async def test_no_keys_yet_is_not_the_clients_fault(tmp_path: Path) -> None:
     await keys.load()
     assert "cannot be read" in keys.failure
     with pytest.raises(TokenKeysUnavailable):
-        await JwtVerifier(policy, (), keys).verify(token())
+        await JwtVerifier(policy, {}, keys).verify(token())
 
 
 class Issuer:
@@ -271,11 +271,11 @@ async def test_a_rotated_key_is_found_by_its_kid_and_unknown_ones_do_not_flood_t
     now = 1000.0
     keys = KeySet(policy, clock=lambda: now)
     await keys.load()
-    verify = JwtVerifier(policy, ("org_id",), keys)
+    verify = JwtVerifier(policy, {"org_id": "org_id"}, keys)
     issuer.body = key_set(jwk(RSA, kid="rsa"), jwk(OTHER_RSA, kid="new"))
     # All that come while the set is fetched wait for it.
     valid = await asyncio.gather(*(verify.verify(token(OTHER_RSA, kid="new", seats=seat)) for seat in range(5)))
-    assert [one.claims for one in valid] == [{"org_id": "acme"}] * 5
+    assert [one.attributes for one in valid] == [{"org_id": "acme"}] * 5
     assert issuer.fetches == 2
     for number in range(10):
         with pytest.raises(InvalidToken):
@@ -311,7 +311,7 @@ async def test_the_last_keys_stay_in_use_while_the_issuer_fails(issuer: Issuer, 
         setattr(issuer, name, value)
     await keys.load()
     assert reason in keys.failure
-    assert (await JwtVerifier(policy, (), keys).verify(token())).claims == {}
+    assert (await JwtVerifier(policy, {}, keys).verify(token())).attributes == {}
     issuer.status, issuer.body, issuer.headers = 200, KEYS, {}
     await keys.load()
     assert keys.failure == ""

@@ -35,7 +35,7 @@ from tidegate.catalog.changes import (
 from tidegate.catalog.freshness import FreshnessTracker
 from tidegate.catalog.unknown_keys import UnknownKeyLimit
 from tidegate.errors import CatalogUnavailable, TooManyUnknownKeys
-from tidegate.policy.attributes import AttributeSource, CallerPolicy
+from tidegate.policy.attributes import CallerPolicy
 from tidegate.policy.matching import CompiledTier
 from tidegate.policy.namespaces import CompiledNamespace
 
@@ -64,7 +64,7 @@ class CachedCatalog:
         unknown_keys: bounds the look-ups of unknown keys by client; None for no bound.
 
     Attributes:
-        attribute_sources: where gateways send attributes, as the policy has it now; None where it has to be loaded.
+        active_policy: what the policy says of callers without an API key, and of attributes; None where it has to be loaded.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class CachedCatalog:
         self.catalog = catalog
         self.unknown_keys = unknown_keys
         self.hits = self.misses = self.stale = 0
-        self.attribute_sources: tuple[AttributeSource, ...] | None = None
+        self.active_policy: CallerPolicy | None = None
         self._l1_ttl_s = l1_ttl_s
         self._stale_if_error_s = stale_if_error_s
         self._clock = clock
@@ -330,7 +330,7 @@ class CachedCatalog:
         self._failing = failing
         # Loaded again by the next request that needs them.
         if self.cached_caller_policy() is None:
-            self.attribute_sources = None
+            self.active_policy = None
 
     def invalidate(self) -> None:
         """Ask the catalog again about everything. What is being loaded meanwhile is not kept."""
@@ -338,7 +338,7 @@ class CachedCatalog:
         tiers = list(self._tiers.entries)
         for level in (self._callers, self._tiers, self._unkeyed, self._names):
             level.mark_all_stale()
-        self.attribute_sources = None
+        self.active_policy = None
         self._unknown.clear()
         self._schedule_reload(tiers)
 
@@ -357,7 +357,7 @@ class CachedCatalog:
                     self._schedule_reload([name])
             elif kind == ANONYMOUS:
                 self._unkeyed.mark_stale("")
-                self.attribute_sources = None
+                self.active_policy = None
 
     def _mark_tier_replaced(self, tier: str) -> None:
         entry = self._tiers.entries.get(tier)
@@ -454,7 +454,7 @@ class CachedCatalog:
             else:
                 level.put(name, value, self._fresh_until(level, name, value))
                 if isinstance(value, UnkeyedCallers):
-                    self.attribute_sources = value.policy.attributes
+                    self.active_policy = value.policy
         return value
 
     def _note_unknown(self, sha256: str) -> None:

@@ -40,6 +40,7 @@ from tidegate.doors.plain_requests import plain_authorize, plain_check
 from tidegate.doors.refusals import InternalError, NotFound
 from tidegate.doors.request_headers import read_attributes, single
 from tidegate.doors.responses import NO_STORE, decision_body, encode, error_body, limit_headers, limit_lines, usage_body
+from tidegate.doors.token_attributes import token_attributes
 from tidegate.errors import BadRequest, TidegateError
 from tidegate.gate.gate import Gate, Observer
 from tidegate.policy.attributes import NO_ATTRIBUTES
@@ -153,9 +154,10 @@ class DataPlane:
         check: Check | None = None
         if self._access is None:
             if target == AUTHORIZE:
-                sources = self._gate.catalog.attribute_sources
-                if sources is not None and exchange.method in ("GET", "HEAD"):
-                    check = plain_authorize(exchange, self._trusted, MAX_HEADER_BYTES, sources)
+                policy = self._gate.catalog.active_policy
+                if policy is not None and exchange.method in ("GET", "HEAD"):
+                    tokens = None if policy.jwt is None else self._gate.tokens
+                    check = plain_authorize(exchange, self._trusted, MAX_HEADER_BYTES, policy, tokens)
             elif target == _CHECK_PATH and exchange.method == "POST":
                 check = plain_check(exchange, MAX_HEADER_BYTES, MAX_CHECK_BYTES)
         if check is None:
@@ -191,7 +193,12 @@ class DataPlane:
         """Answer a plain request with bytes made of a template, unless the connection ends or a cache has to know more."""
         is_authorize = exchange.target == AUTHORIZE
         if self.draining or exchange.connection.closing or (is_authorize and not decision.allowed):
-            self._respond(exchange, authorize_response(exchange, decision, False) if is_authorize else _check_response(decision))
+            self._respond(
+                exchange,
+                authorize_response(exchange, decision, False, self._gate.catalog.active_policy)
+                if is_authorize
+                else _check_response(decision),
+            )
         elif is_authorize:
             exchange.respond(204, limit_lines(decision) + b"cache-control: no-store\r\n\r\n")
         else:
@@ -212,6 +219,9 @@ class DataPlane:
             asked = read_authorize(scope, self._trusted, for_envoy, policy.attributes)
             if not asked.api_key:
                 await refuse_bearer_key(self._gate, headers, asked.ip)
+            attributes = asked.attributes
+            if policy.jwt is not None:
+                attributes = {**attributes, **await token_attributes(self._gate, policy, headers, asked.ip)}
             check = Check.of(
                 asked.uri,
                 asked.method,
@@ -219,12 +229,12 @@ class DataPlane:
                 asked.ip,
                 paths=self._paths,
                 strict_ip=False,
-                attributes=asked.attributes,
+                attributes=attributes,
             )
         except TidegateError as error:
             raise self._seen(error) from None
         note(check)
-        self._respond(proto, authorize_response(scope, await self._gate.check(check), for_envoy))
+        self._respond(proto, authorize_response(scope, await self._gate.check(check), for_envoy, policy))
 
     async def _check(self, scope: Scope, proto: Any) -> None:
         allow_methods(scope, ("POST",))

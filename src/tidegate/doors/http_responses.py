@@ -21,6 +21,7 @@ from tidegate.doors.responses import (
     retry_headers,
 )
 from tidegate.errors import RequestTooLarge, TidegateError
+from tidegate.policy.attributes import CallerPolicy
 from tidegate.telemetry.requests import REQUEST_ID, Request
 
 DENIED_STATUS: Final = "x-tidegate-denied-status"
@@ -56,13 +57,14 @@ class Prepared(NamedTuple):
     body: bytes | None = None
 
 
-def authorize_response(scope: Scope, decision: Decision, for_envoy: bool) -> Prepared:
+def authorize_response(scope: Scope, decision: Decision, for_envoy: bool, policy: CallerPolicy | None) -> Prepared:
     """The response of `/v1/authorize`.
 
     Args:
         scope: of the request.
         decision: on it.
         for_envoy: whether it was sent to `AUTHORIZE_ENVOY`.
+        policy: the active one, whose attributes the response depends on; None if it was replaced just now.
 
     Returns:
         The response.
@@ -71,7 +73,8 @@ def authorize_response(scope: Scope, decision: Decision, for_envoy: bool) -> Pre
     if decision.allowed:
         headers.append(NO_STORE)
         return Prepared(200 if for_envoy else 204, headers)
-    headers += denial_cache_headers(decision)
+    # What it depends on is not known while the policy is being replaced.
+    headers += [NO_STORE] if policy is None else denial_cache_headers(decision, policy.request_headers)
     if scope.headers.get(DENIED_STATUS) == "403":
         headers += edge_cache_headers(decision)
         return Prepared(403, [*headers, ("x-tidegate-error", "RATE_LIMIT_EXCEEDED"), ("x-tidegate-status", "429")])

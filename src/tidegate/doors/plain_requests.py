@@ -17,12 +17,20 @@ import msgspec
 from tidegate.decision import MAX_COST, USUAL_METHODS, Check, PeerName, canonical_ip, require_tier
 from tidegate.doors.client_address import FORWARDING, TrustedProxies, counted_peer
 from tidegate.errors import BadRequest
-from tidegate.policy.attributes import MAX_VALUE, NO_ATTRIBUTES, AttributeSource, SourceKind, checked_attributes
+from tidegate.policy.attributes import (
+    MAX_VALUE,
+    NO_ATTRIBUTES,
+    AttributeSource,
+    CallerPolicy,
+    SourceKind,
+    checked_attributes,
+)
 from tidegate.policy.paths import MAX_PATH_BYTES
 from tidegate.wire import CheckRequest
 
 if TYPE_CHECKING:
     from tidegate.doors.http_exchange import Exchange
+    from tidegate.jwt.tokens import Tokens
 
 _METHODS: Final = {method.encode(): method for method in USUAL_METHODS}
 _PLAIN_URI: Final = re.compile(rb"/[A-Za-z0-9\-._~!$&'()*+,=:@/]*(?:\?[!-~]*)?").fullmatch
@@ -34,7 +42,11 @@ _CHECK: Final = msgspec.json.Decoder(CheckRequest)
 
 
 def plain_authorize(
-    exchange: Exchange, trusted: TrustedProxies, max_header_bytes: int, sources: Sequence[AttributeSource] = ()
+    exchange: Exchange,
+    trusted: TrustedProxies,
+    max_header_bytes: int,
+    policy: CallerPolicy,
+    tokens: Tokens | None = None,
 ) -> Check | None:
     """The check of a plain `GET /v1/authorize`. Costs 2 µs.
 
@@ -42,7 +54,8 @@ def plain_authorize(
         exchange: a plain one, see `Exchange.plain`.
         trusted: whose forwarding headers are believed.
         max_header_bytes: most bytes of the names and values of its headers.
-        sources: where trusted proxies send attributes.
+        policy: the active one: it says where trusted proxies send attributes.
+        tokens: what verifies bearer tokens; None where the policy accepts none.
 
     Returns:
         The check; None where the request has to be read otherwise.
@@ -77,10 +90,16 @@ def plain_authorize(
         if not key.isascii():
             return None
         api_key = key.decode()
-    elif b"authorization" in values:
+    elif b"authorization" in values and (policy.jwt is None or policy.jwt.header_bytes != b"authorization"):
         return None
     else:
         api_key = None
+    attributes = NO_ATTRIBUTES
+    if policy.jwt is not None and tokens is not None and (token := values.get(policy.jwt.header_bytes)):
+        recalled = tokens.recall(policy, token)
+        if recalled is None:
+            return None
+        attributes = recalled
     ip: str | None
     if not is_trusted:
         ip = counted_peer(peer)
@@ -97,10 +116,12 @@ def plain_authorize(
         ip = client if isinstance(client, PeerName) else _address(client)
     if ip is None:
         return None
-    if not sources or not is_trusted:
-        return Check(path, method, api_key, ip)
-    attributes = _attributes(values, sources)
-    return None if attributes is None else Check(path, method, api_key, ip, attributes=attributes)
+    if policy.attributes and is_trusted:
+        sent = _attributes(values, policy.attributes)
+        if sent is None:
+            return None
+        attributes = {**sent, **attributes} if attributes else sent
+    return Check(path, method, api_key, ip, attributes=attributes)
 
 
 def plain_check(exchange: Exchange, max_header_bytes: int, max_body_bytes: int) -> Check | None:
@@ -164,7 +185,7 @@ def _attributes(values: Mapping[bytes, bytes], sources: Sequence[AttributeSource
     found: dict[str, str] = {}
     for source in sources:
         if source.kind is not SourceKind.HEADER:
-            return None
+            continue
         value = values.get(source.key_bytes)
         if value:
             if len(value) > MAX_VALUE or not value.isascii():

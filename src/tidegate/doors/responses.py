@@ -214,7 +214,7 @@ def _template(limits: LimitSet, binding: Limit) -> tuple[Limit, bytes]:
     return made
 
 
-def denial_cache_headers(decision: Decision) -> Headers:
+def denial_cache_headers(decision: Decision, more: tuple[str, ...] = ()) -> Headers:
     """For how long, and for which requests, a cache may repeat a denial of `/v1/authorize`.
 
     Until its retry and not a moment longer: seconds are rounded down. Not at all where that is below one second, where the same
@@ -222,6 +222,7 @@ def denial_cache_headers(decision: Decision) -> Headers:
 
     Args:
         decision: a denial.
+        more: headers that this policy reads beside the usual ones.
 
     Returns:
         `Cache-Control`, and `Vary` with all that the answer depends on.
@@ -229,7 +230,7 @@ def denial_cache_headers(decision: Decision) -> Headers:
     max_age_s = _holds_s(decision)
     if max_age_s < 1:
         return [NO_STORE]
-    return [("cache-control", f"max-age={max_age_s}"), _VARY]
+    return [("cache-control", f"max-age={max_age_s}"), _vary(more) if more else _VARY]
 
 
 def edge_cache_headers(decision: Decision) -> Headers:
@@ -255,6 +256,11 @@ _VARY: Final = (
     "X-API-Key, X-Original-URI, X-Original-Method, X-Forwarded-Uri, X-Forwarded-Method, X-Real-IP, X-Forwarded-For, "
     "Forwarded, X-Tidegate-Denied-Status",
 )
+
+
+@lru_cache(maxsize=16)
+def _vary(more: tuple[str, ...]) -> tuple[str, str]:
+    return _VARY[0], ", ".join((_VARY[1], *more))
 
 
 @lru_cache(maxsize=1024)

@@ -17,6 +17,7 @@ from tidegate.gate.charging import ChargeResult, CheckPlan, charge_all_or_none, 
 from tidegate.gate.request_limits import RequestLimits
 from tidegate.gate.subjects import DescriptorCheck, attributes_subject, descriptor_subject, ip_needed, shadow_subject
 from tidegate.gate.usage import caller_usage, own_limits, reset_counters
+from tidegate.jwt.tokens import Tokens
 from tidegate.policy.attributes import MAX_VALUE, NO_ATTRIBUTES, OnMissing, checked_attributes, long_value, parse_subject
 from tidegate.policy.descriptors import entries_subject
 from tidegate.policy.limits import LimitSet
@@ -39,6 +40,7 @@ class Gate:
 
     Attributes:
         request_limits: decides checks that name their own limits.
+        tokens: verifies bearer tokens of other issuers.
     """
 
     def __init__(
@@ -52,6 +54,7 @@ class Gate:
         self.catalog = catalog
         self.counters = counters
         self._observe = observe
+        self.tokens = Tokens()
         self.request_limits = RequestLimits(counters, catalog.namespaces, observe)
         self._callers = CallerLookup(catalog, wall_clock_ns, lookup_timeout_s)
         self._caller = self._callers.find
@@ -279,6 +282,7 @@ class Gate:
 
     async def close(self) -> None:
         """Give back what the counter store holds; `async with` does it at the end."""
+        await self.tokens.close()
         await self.counters.close()
 
     async def __aenter__(self) -> Self:

@@ -108,6 +108,11 @@ class KeySet:
         # Shielded: the others that wait for the same fetch must get its result.
         await asyncio.shield(self._flight)
 
+    async def first_load(self) -> None:
+        """Wait for the first fetch to end, if none has; at most `FETCH_S`."""
+        if not self.loaded and not self.failure:
+            await self.load()
+
     async def load_for_unknown_kid(self) -> None:
         """Fetch the set again, unless a token with an unknown `kid` caused that less than `UNKNOWN_KID_S` ago."""
         if self._flight is None or self._flight.done():

@@ -14,7 +14,7 @@ import json
 import math
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 import msgspec
@@ -39,11 +39,11 @@ class VerifiedToken(msgspec.Struct, frozen=True, gc=False):
     """What a valid token says.
 
     Args:
-        claims: those that attributes are read from, as text; a claim that is absent, null, a list or an object is left out.
+        attributes: texts by attribute; one whose claim is absent, null, a list or an object is left out.
         expires_at_s: `exp` plus the leeway, s since the epoch.
     """
 
-    claims: dict[str, str]
+    attributes: dict[str, str]
     expires_at_s: float
 
 
@@ -52,7 +52,7 @@ class JwtVerifier:
 
     Args:
         policy: what a token must fulfil.
-        claims: names of the claims to keep.
+        claims: name of the claim by the attribute that it is the value of.
         keys: the issuer's keys.
         wall_clock_s: s since the epoch.
         failures: counts failed tokens by client.
@@ -66,7 +66,7 @@ class JwtVerifier:
     def __init__(
         self,
         policy: JwtPolicy,
-        claims: Iterable[str],
+        claims: Mapping[str, str],
         keys: KeySet,
         wall_clock_s: Callable[[], float] = time.time,
         failures: UnknownKeyLimit | None = None,
@@ -76,7 +76,7 @@ class JwtVerifier:
         self.refused = 0
         self._jwt = load_pyjwt()
         self._policy = policy
-        self._claims = tuple(claims)
+        self._claims = dict(claims)
         self._keys = keys
         self._wall_clock_s = wall_clock_s
         self._failures = UnknownKeyLimit(FAILURES_PER_MINUTE) if failures is None else failures
@@ -130,6 +130,8 @@ class JwtVerifier:
             raise TooManyTokens(
                 f"too many tokens of this client failed: wait {math.ceil(wait_s)} s", retry_after=math.ceil(wait_s)
             )
+        if not self._keys.loaded:
+            await self._keys.first_load()
         if not self._keys.loaded:
             raise TokenKeysUnavailable("the issuer's public keys are not available: try again")
         try:
@@ -244,14 +246,14 @@ class JwtVerifier:
 
     def _texts(self, claims: dict[str, Any]) -> dict[str, str]:
         texts = {}
-        for name in self._claims:
-            value = claims.get(name)
+        for name, claim in self._claims.items():
+            value = claims.get(claim)
             if isinstance(value, bool):
                 texts[name] = "true" if value else "false"
             elif isinstance(value, (int, str)):
                 texts[name] = str(value)
                 if len(texts[name]) > MAX_CLAIM_CHARS:
-                    raise self._refusal("claim", f"the token's claim {name!r} has more than {MAX_CLAIM_CHARS} characters")
+                    raise self._refusal("claim", f"the token's claim {claim!r} has more than {MAX_CLAIM_CHARS} characters")
         return texts
 
     def _refusal(self, check: str, message: str) -> InvalidToken:

@@ -139,6 +139,12 @@ class CallerPolicy(msgspec.Struct, frozen=True, gc=False):
         return self.callers.default_tier or self.anonymous_tier if self.callers is not None else self.anonymous_tier
 
     @property
+    def request_headers(self) -> tuple[str, ...]:
+        """The headers of a gateway's request that attributes are read from, in lower case."""
+        names = [source.key for source in self.attributes if source.kind is SourceKind.HEADER]
+        return tuple(names) if self.jwt is None else (*names, self.jwt.header.lower())
+
+    @property
     def tier_from(self) -> str:
         """The attribute whose value names the tier; empty for none."""
         return "" if self.callers is None else self.callers.tier_from

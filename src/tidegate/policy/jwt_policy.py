@@ -85,6 +85,11 @@ class JwtPolicy(msgspec.Struct, frozen=True, gc=False):
         )
 
     @property
+    def header_bytes(self) -> bytes:
+        """The header's name as it is looked up: in lower case."""
+        return self.header.lower().encode()
+
+    @property
     def is_url(self) -> bool:
         """Whether the keys come from a URL, not from a file."""
         return self.jwks.startswith(("https://", "http://"))

@@ -146,6 +146,8 @@ class Instance:
         )
         access = AccessLog(settings.server.access_log_sample) if settings.server.access_log_sample else None
         gate = Gate(self.cached, self._counted(), self._observer(access), lookup_timeout_s=2 * settings.catalog.timeout_s)
+        self._stack.push_async_callback(gate.tokens.close)
+        gate.tokens.when_needed = lambda: self.health.add("jwks", gate.tokens.ping)
         self.data_plane = DataPlane(
             gate,
             {
