@@ -393,6 +393,56 @@ async def test_usage_and_reset(admin: Admin) -> None:
     _error(await admin.http.post("/counters/reset", json={"tier": "no"}), 404, "NOT_FOUND")
 
 
+async def test_usage_and_reset_of_subjects_of_attributes(admin: Admin) -> None:
+    await admin.http.post("/policy", content=attributes.POLICY)
+    check = Check.of("/api/x", attributes={"user": "4&2", "org": "acme"}, tier="pro", cost=9)
+    assert (await admin.gate.check(check)).remaining == 0
+    usage = (await admin.http.get("/usage", params={"subject": "user=4%262", "tier": "pro"})).json()
+    assert [(rule["rule"], rule["subject"], rule["remaining"]) for rule in usage["rules"]] == [("/api/*", "user", 0)]
+    assert (usage["tier"], usage["blocked_24h"]) == ("pro", 0)
+    # By [callers], where no tier is given.
+    assert (await admin.http.get("/usage", params={"subject": "plan=pro&user=4%262"})).json()["rules"][0]["remaining"] == 0
+    assert (await admin.http.get("/usage", params={"subject": "user=4%262"})).json()["tier"] == "public"
+    assert (await admin.http.post("/counters/reset", json={"subject": "user=4%262"})).json() == {"reset": 1}
+    assert (await admin.gate.check(check)).allowed
+    assert (await admin.http.get("/audit-log")).json()["items"][0]["target"] == "subject user=4%262"
+    for params in (
+        {"subject": "42"},
+        {"subject": "user=1", "api_key_id": "0" * 24},
+        {"subject": "api_key=1"},
+        {"subject": "user=1", "tier": "gold"},
+        {"ip": "192.0.2.7", "tier": "pro"},
+    ):
+        _error(await admin.http.get("/usage", params=params), 400, "BAD_REQUEST")
+    _error(await admin.http.post("/counters/reset", json={"subject": "user"}), 400, "BAD_REQUEST")
+    _error(await admin.http.post("/counters/reset", json={"subject": "user=1", "ip": "::1"}), 400, "BAD_REQUEST")
+
+
+async def test_violations_of_subjects_of_attributes(admin: Admin) -> None:
+    subjects = ("a:user=1", "a:user=2", "a:org=1&user=1", "a:org=1&plan=2&user=1", "a:u_er=1", "i:192.0.2.7", "h:0f")
+    row = {"minute_us": 1_700_000_040_000_000, "tier": "free", "rule": "r"}
+    async with admin.catalog.database.transaction() as connection:
+        await connection.execute(
+            insert(rate_limit_violations),
+            [{**row, "subject": subject, "blocked": 10 - place} for place, subject in enumerate(subjects)],
+        )
+    span = {"since": "2023-11-14T22:14:00Z", "until": "2023-11-14T23:14:00Z"}
+
+    async def top(**params: str) -> list[str]:
+        items = (await admin.http.get("/violations/top", params={**span, **params})).json()["items"]
+        return [each["subject"] for each in items]
+
+    assert await top(attribute="user") == ["a:user=1", "a:user=2"]
+    assert await top(attribute="user,org") == ["a:org=1&user=1"]
+    assert await top(attribute="u_er") == ["a:u_er=1"]
+    assert await top(subject="user=1&org=1") == ["a:org=1&user=1"]
+    assert await top(subject="h:0f") == ["h:0f"]
+    listed = (await admin.http.get("/violations", params={**span, "subject": "a:user=2"})).json()["items"]
+    assert [each["blocked"] for each in listed] == [9]
+    for params in ({"attribute": "User"}, {"subject": "1"}, {"subject": "user=1", "ip": "::1"}):
+        _error(await admin.http.get("/violations/top", params={**span, **params}), 400, "BAD_REQUEST")
+
+
 async def test_violations(admin: Admin) -> None:
     minute = 1_700_000_040_000_000
     rows = [

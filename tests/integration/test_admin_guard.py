@@ -348,7 +348,7 @@ async def _every_string(admin: Admin, text: str) -> dict[str, Any]:
         found[f"key patch {field}"] = await http.patch(f"/api-keys/{key['id']}", json={field: value}, headers=ANY)
     for field in ("name", "role", "expires_at"):
         found[f"token {field}"] = await http.post("/tokens", json={"name": "n", field: text})
-    for field in ("api_key_id", "ip", "tier"):
+    for field in ("api_key_id", "ip", "tier", "subject"):
         found[f"reset {field}"] = await http.post("/counters/reset", json={field: text})
     found["policy"] = await http.post("/policy", content=text.encode())
     found["unknown field"] = await http.post("/tiers", json={"name": "u", text: 1})
@@ -364,9 +364,9 @@ async def _every_parameter(admin: Admin, text: str) -> dict[str, Any]:
         "/api-keys": "after tier status name",
         "/tokens": "after",
         "/audit-log": "after kind target actor",
-        "/violations": "after since until tier rule api_key_id ip",
-        "/violations/top": "by since until tier rule api_key_id ip",
-        "/usage": "api_key_id ip",
+        "/violations": "after since until tier rule api_key_id ip subject",
+        "/violations/top": "by since until tier rule api_key_id ip subject attribute",
+        "/usage": "api_key_id ip subject tier",
         "/policy": "keys",
     }.items():
         for name in [*names.split(), text]:

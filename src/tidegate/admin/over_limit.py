@@ -112,7 +112,7 @@ async def _some(editor: CatalogEditor, tier: str, rule: str, subject: Subject) -
         editor.catalog.database, MAX_BLOCKED, "subject", Blocked(now - DAY_US, now + 1, tier=tier, rule=rule)
     ):
         found[form["subject"]] = None
-    kinds = ("i:",) if subject is Subject.IP else ("k:", "i:")
+    kinds = {Subject.IP: ("i:",), Subject.ATTRIBUTES: ("a:", "h:", "i:")}.get(subject, ("k:", "i:"))
     return [each for each in found if each.startswith(kinds) and each not in overriding]
 
 

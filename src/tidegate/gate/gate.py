@@ -244,8 +244,8 @@ class Gate:
             caller = await self._caller(api_key, None, refused_too=True)
             counters = [(limits, caller.subject) for limits in own_limits(caller.tier)]
         elif ip is not None:
-            by_ip = await self._sets_by_ip()
-            counters = [(limits, f"i:{client_of(ip)}") for limits in by_ip]
+            client = f"i:{client_of(ip)}"
+            counters = [(limits, client) for limits in await self._sets_by_ip()]
         else:
             assert tier is not None
             compiled = await self.catalog.tier(tier)
