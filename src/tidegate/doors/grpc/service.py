@@ -189,17 +189,13 @@ class RateLimitService:
     def _attributes(self, entries: Entries) -> Mapping[str, str]:
         """The entries that may be attributes: those with the name of one, but for what is read as a part of the check.
 
-        Values of any length: some entries are there for rules of other programs, and the gate bounds those that it reads.
-
-        Raises:
-            BadRequest: if one came twice: the gateway and the backend may use different ones.
+        Values of any length: some entries are there for other programs, and the gate bounds those that a rule reads. The first of
+        two entries with one key is used, as in descriptors without a path.
         """
         found: dict[str, str] = {}
         for key, value in entries:
-            if key in self._names or not value or not is_name(key) or key in RESERVED:
-                continue
-            if found.setdefault(key, value) != value:
-                raise BadRequest(f"the entry {key!r} appears twice in one descriptor; send it once", field="attributes")
+            if value and key not in self._names and is_name(key) and key not in RESERVED:
+                found.setdefault(key, value)
         return found
 
     def _entries(self, descriptor: Any, request: Any) -> tuple[Entries, int]:
