@@ -56,8 +56,8 @@ class Asked(NamedTuple):
     p99_ms: float
 
 
-def call_body() -> bytes:
-    """The body of a call, as Envoy sends it for the descriptor of deploy/envoy/ratelimit.yaml."""
+def call_message() -> bytes:
+    """The message of a call, as Envoy sends it for the descriptor of deploy/envoy/ratelimit.yaml."""
     message = RateLimitRequest(domain=b"tidegate")
     entries = message.descriptors.add().entries
     for key, value in (
@@ -68,20 +68,23 @@ def call_body() -> bytes:
     ):
         entries.add(key=key, value=value)
     payload: bytes = message.SerializeToString()
-    return b"\0" + len(payload).to_bytes(4, "big") + payload
+    return payload
 
 
-def h2load(pid: int, port: int, directory: str, calls: int, streams: int = STREAMS) -> Asked:
-    """Make calls as fast as they are answered."""
+def h2load(
+    pid: int, port: int, directory: str, calls: int, streams: int = STREAMS, method: str = METHOD, message: bytes | None = None
+) -> Asked:
+    """Make calls as fast as they are answered; of `ShouldRateLimit` with `call_message()` by default."""
     body, log = Path(directory, "call.bin"), Path(directory, "h2load.log")
-    body.write_bytes(call_body())
+    sent = call_message() if message is None else message
+    body.write_bytes(b"\0" + len(sent).to_bytes(4, "big") + sent)
     log.unlink(missing_ok=True)
     before, started = cpu_of_tree(pid), time.monotonic()
     done = subprocess.run(
         [
             *("h2load", "-n", str(calls), "-c", str(CONNECTIONS), "-m", str(streams), "-t1", "-d", str(body)),
             *(f"--log-file={log}", "-H", "content-type: application/grpc", "-H", "te: trailers"),
-            f"http://127.0.0.1:{port}{METHOD}",
+            f"http://127.0.0.1:{port}{method}",
         ],
         capture_output=True,
         text=True,
