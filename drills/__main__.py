@@ -21,7 +21,7 @@ from typing import Final
 
 import pytest
 
-from drills import balancer, instance
+from drills import balancer, handover, instance
 from drills.findings import Findings
 from drills.flood import DRILLS as FLOODS
 from drills.outcome import ChargeOutcome
@@ -33,7 +33,7 @@ from drills.redis_outages import Size
 from drills.soak import DRILLS as SOAKS
 
 Drill = Callable[[Size], Awaitable[ChargeOutcome | Findings]]
-PROGRAMS: Final = {"instance": instance, "balancer": balancer}
+PROGRAMS: Final = {"instance": instance, "handover": handover, "balancer": balancer}
 """Drills without a database, which have no table of this form: programs of their own."""
 DRILLS: Final[dict[str, Drill]] = {
     drill.__name__.replace("_", "-"): drill for drill in (*REDIS_FAILURES, *REDIS_CHANGES, *POSTGRES_FAILURES, *FLOODS, *SOAKS)

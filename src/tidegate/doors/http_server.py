@@ -22,6 +22,7 @@ from functools import partial
 from typing import Any, Final
 
 from tidegate import time_slice
+from tidegate.doors.accept_queue import accept_queued
 from tidegate.doors.http_connection import Connection
 from tidegate.doors.http_exchange import PHRASES, Exchange
 from tidegate.doors.refusals import InternalError
@@ -34,6 +35,8 @@ BACKLOG: Final = 1024
 _PLAIN_STATUSES: Final = (200, 204, 429)
 _LINGER_S: Final = 2.0
 _TICK_S: Final = 0.5
+_LAST_REQUEST_S: Final = 0.5
+"""How long, after the listening socket has closed, an accepted connection may take to send the request that it was opened for."""
 
 
 class HttpServer:
@@ -80,6 +83,8 @@ class HttpServer:
         self._undecided: list[Exchange] = []
         self._unwritten: list[Connection] = []
         self._server: asyncio.Server | None = None
+        self._listening: socket.socket | None = None
+        self._stopping = False
         self._ticking: asyncio.TimerHandle | None = None
         self._empty: asyncio.Event | None = None
 
@@ -97,21 +102,45 @@ class HttpServer:
         self._loop = asyncio.get_running_loop()
         self.now: Callable[[], float] = self._loop.time
         self._tick()
+        self._listening = listening.dup()  # to accept what is queued when the server has closed its own
         self._server = await self._loop.create_server(lambda: Connection(self), sock=listening, backlog=BACKLOG)
+
+    async def stop_accepting(self) -> None:
+        """Close the listening socket, after accepting what is queued; open connections are served as before."""
+        listening, self._listening = self._listening, None
+        if listening is None:
+            return
+        with listening:
+            if self._server is None:
+                return
+            self._server.close()
+            queued = accept_queued(listening)
+        for accepted in queued:
+            try:
+                await self._loop.connect_accepted_socket(lambda: Connection(self), accepted)
+            except OSError:  # its client has left
+                accepted.close()
 
     async def stop(self, timeout_s: float) -> None:
         """Accept no more, close what waits, finish what is being answered.
 
+        A connection that has just been accepted, or on which a request has begun to arrive, is given a moment to send it.
+
         Args:
             timeout_s: for how long to wait for that.
         """
+        self._stopping = True
+        await self.stop_accepting()
         if self._server is None:
             return
-        self._server.close()
         self._server = None
         self._empty = asyncio.Event()
         for connection in list(self._connections):
-            connection.shut_down()
+            if connection.table is self._reading:
+                connection.closing = True
+            else:
+                connection.shut_down()
+        self._loop.call_later(min(_LAST_REQUEST_S, timeout_s / 2), self._shut_down_all)
         if self._connections:
             try:
                 await asyncio.wait_for(self._empty.wait(), timeout_s)
@@ -121,6 +150,10 @@ class HttpServer:
                     connection.abort()
         if self._ticking is not None:
             self._ticking.cancel()
+
+    def _shut_down_all(self) -> None:
+        for connection in list(self._connections):
+            connection.shut_down()
 
     def decide(self, exchange: Exchange) -> None:
         """Have the app answer an exchange, after all that arrived in this turn of the loop was parsed.
@@ -176,6 +209,7 @@ class HttpServer:
     def admit(self, connection: Connection) -> None:
         """A connection was accepted: make room for it, or restrict it, where there are too many."""
         self._connections.add(connection)
+        connection.closing = self._stopping
         if len(self._connections) > self._max_connections:
             waiting = self._idle or self._reading
             if waiting:

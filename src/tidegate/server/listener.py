@@ -50,6 +50,10 @@ class Listener:
         """
         await self.server.start(_listening_socket(*self._address))
 
+    async def stop_accepting(self) -> None:
+        """Accept no more connections; those that are open are served as before."""
+        await self.server.stop_accepting()
+
     async def stop(self, timeout_s: float) -> None:
         """Accept no more connections, and wait for the requests in flight.
 

@@ -24,6 +24,7 @@ import msgspec
 
 from tidegate.errors import SettingsError
 from tidegate.server.addresses import admin_address, free_address, grpc_address
+from tidegate.server.handover import shared_address
 from tidegate.server.instance import require_shared_counters
 from tidegate.server.run import reloading
 from tidegate.server.worker import READY, SKIP_DRAIN, SLOT_VARIABLE, WorkerSlot
@@ -56,12 +57,13 @@ def supervise(settings: Settings, arguments: Sequence[str], ready: Callable[[str
         SettingsError: if the workers cannot be started: counters that they cannot share, an address that is not free.
     """
     require_shared_counters(settings)
-    host, port = free_address(settings.server.http, "server.http")
-    admin = admin_address(settings, port)
+    find = shared_address if settings.server.reuse_port else free_address
+    host, port = find(settings.server.http, "server.http")
+    admin = admin_address(settings, port, find)
     taken = {"TIDEGATE_SERVER__HTTP": join_address(host, port)}
     if admin is not None:
         taken["TIDEGATE_SERVER__ADMIN"] = join_address(*admin)
-    grpc = grpc_address(settings, port, admin)
+    grpc = grpc_address(settings, port, admin, find)
     if grpc is not None:
         taken["TIDEGATE_SERVER__GRPC"] = join_address(*grpc)
     try:
