@@ -5,6 +5,7 @@ from __future__ import annotations
 import bz2
 import contextlib
 import gzip
+import importlib
 import json
 import lzma
 import re
@@ -254,7 +255,12 @@ def test_w3c_fields_may_change_within_a_log() -> None:
         read(lines, subject="tenant")
 
 
-@pytest.mark.parametrize("compress", [gzip.compress, bz2.compress, lzma.compress], ids=["gzip", "bzip2", "xz"])
+COMPRESSIONS = {"gzip": gzip.compress, "bzip2": bz2.compress, "xz": lzma.compress}
+if sys.version_info >= (3, 14):
+    COMPRESSIONS["zstd"] = importlib.import_module("compression.zstd").compress
+
+
+@pytest.mark.parametrize("compress", COMPRESSIONS.values(), ids=COMPRESSIONS)
 def test_compressed_logs_are_known_by_their_first_bytes(
     policy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], compress: Any
 ) -> None:
@@ -268,7 +274,7 @@ def test_compressed_logs_are_known_by_their_first_bytes(
         log.write_bytes(damaged)
         with LogLines(str(log)) as lines:
             found = list(lines)
-            # bzip2 and xz check whole blocks: nothing of a damaged one is handed out.
+            # bzip2, xz and zstd check whole blocks: nothing of a damaged one is handed out.
             assert found[:1] == [COMBINED + "\n"] or compress is not gzip.compress
         assert "is truncated or damaged" in (lines.broken or "")
 
