@@ -5,6 +5,8 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Hundreds of processes of Tidegate start in the tests, benches and drills: without bytecode each would compile all of its code.
+export PYTHONDONTWRITEBYTECODE :=
 PYTHON_CODE := src tests bench drills examples deploy scripts
 
 help: ## list the commands
@@ -34,8 +36,8 @@ setup: $(VENV)/.dev ## prepare a checkout for changes: a virtual environment in 
 unit: $(VENV)/.dev ## run the tests that need Python alone: no root, no Debian packages, no servers; about a minute
 	$(BIN)/python -m pytest tests/unit -m unit -n auto --dist worksteal
 
-# Many tests wait for servers: four at a time keep two cores busy.
-TESTS_AT_ONCE ?= 4
+# Many tests wait for servers: six at a time keep two cores busy.
+TESTS_AT_ONCE ?= 6
 # 1 prints line and branch coverage, for up to 15 % more CPU time; 0 does without.
 TESTS_COVERAGE ?= 1
 

@@ -19,10 +19,10 @@ from typing import Any
 import httpx
 import pytest
 from httpx._config import DEFAULT_TIMEOUT_CONFIG, create_ssl_context
-from httpx._transports import default as httpx_transports
+from httpx._transports import default as _httpx_transports
 from hypothesis import HealthCheck, settings
 
-from tests import markers
+from tests import markers, run_order
 from tests.cases.doors import POLICY
 from tests.moments import PATIENCE_S
 from tests.servers.fixtures import (  # noqa: F401 - fixtures are found by their names
@@ -60,11 +60,11 @@ _default_tls = create_ssl_context()
 
 
 def _tls_of(verify: Any = True, cert: Any = None, trust_env: bool = True) -> ssl.SSLContext:
-    """One context for all clients that say nothing about TLS: each would read 140 authorities for itself, 25 ms of CPU time."""
+    """One context for all clients that say nothing about TLS: to read the authorities takes 25 ms of CPU time."""
     return _default_tls if verify is True and cert is None else create_ssl_context(verify, cert, trust_env)
 
 
-httpx_transports.create_ssl_context = _tls_of
+setattr(_httpx_transports, "create_ssl_context", _tls_of)  # noqa: B010 - the module does not export it
 
 # No example fails because it took long: on a busy machine any of them may wait for a core. Everything else stays as Hypothesis
 # chose it for where it runs: under CI its examples are the same in every run.
@@ -92,6 +92,13 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         item.add_marker(markers.kind_of(item.path, getattr(item, "fixturenames", ())))
+    if "PYTEST_XDIST_TESTRUNUID" in os.environ:  # a worker's process
+        items[:] = run_order.in_order(items)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> run_order.Portions | None:
+    return run_order.Portions(config, log) if config.getoption("dist") == "loadfile" else None
 
 
 class Clock:
@@ -126,8 +133,8 @@ def gate(clock: Clock, seen: list[Observation]) -> Gate:
 class Serve:
     """A `tidegate serve` process of its own, in a directory of its own; at a free port, if none is given.
 
-    What it says is kept in pipes, 64 KiB each, or in the log that is given. The control plane, a third of what a start costs, is
-    on for those who give a token or ask for it.
+    What it says is kept in pipes, 64 KiB each, or in the log that is given. The control plane is on for those
+    who give a token or ask for it: its code takes time to load.
     """
 
     def __init__(
