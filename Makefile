@@ -36,8 +36,8 @@ setup: $(VENV)/.dev ## prepare a checkout for changes: a virtual environment in 
 unit: $(VENV)/.dev ## run the tests that need Python alone: no root, no Debian packages, no servers; about a minute
 	$(BIN)/python -m pytest tests/unit -m unit -n auto --dist worksteal -p no:schemathesis
 
-# Many tests wait for servers: six at a time keep two cores busy.
-TESTS_AT_ONCE ?= 6
+# Many tests wait for servers: five at a time keep two cores busy.
+TESTS_AT_ONCE ?= 5
 # 1 prints line and branch coverage, for up to 15 % more CPU time; 0 does without.
 TESTS_COVERAGE ?= 1
 
