@@ -19,6 +19,7 @@ BENCHES = (
     "adversarial",
     "violations",
     "telemetry",
+    "jwt",
     "simulate",
     "http",
     "client",
