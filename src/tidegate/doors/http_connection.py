@@ -19,6 +19,7 @@ import httptools
 from tidegate.decision import USUAL_METHODS
 from tidegate.doors.client_address import peer_address
 from tidegate.doors.http_exchange import Exchange, RequestHeaders
+from tidegate.doors.peer_names import peer_names
 from tidegate.doors.refusals import HeadersTooLarge, RequestTooSlow, TooManyConnections
 from tidegate.errors import BadRequest, TidegateError
 from tidegate.settings import join_address
@@ -56,6 +57,7 @@ class Connection(asyncio.Protocol):
         server: that accepted it.
         client: address and port of the peer, `host:port`; empty where it has none (a unix socket).
         peer: the address alone, without brackets.
+        peer_names: names in the certificate of the peer, see `peer_names.certificate_names`; empty without mutual TLS.
         lost: whether there is no one to answer any more.
         closing: whether the connection ends after what is being answered.
         restricted: whether it came above the limit of connections, and is answered for probes alone.
@@ -90,6 +92,7 @@ class Connection(asyncio.Protocol):
         "closing",
         "lost",
         "peer",
+        "peer_names",
         "restricted",
         "server",
         "table",
@@ -98,6 +101,7 @@ class Connection(asyncio.Protocol):
     def __init__(self, server: HttpServer) -> None:
         self.server = server
         self.client = self.peer = ""
+        self.peer_names: tuple[str, ...] = ()
         self.closing = self.lost = False
         self.restricted = False
         self.table: OrderedDict[Connection, float] | None = None
@@ -129,6 +133,7 @@ class Connection(asyncio.Protocol):
         if isinstance(peer, tuple):
             self.client = join_address(peer[0], peer[1])
             self.peer = peer_address(self.client)
+        self.peer_names = peer_names(transport)
         self.server.admit(self)
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 - asyncio's signature
