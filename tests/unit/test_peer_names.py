@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from tidegate.doors.peer_names import MAX_NAMES, canonical_name, certificate_names, peer_names
+from tidegate.certificate_names import MAX_NAMES, canonical_name, certificate_names
+from tidegate.doors.peer_names import peer_names
 
 
 def test_dns_names_uris_and_addresses_are_read_in_canonical_form() -> None:

@@ -22,7 +22,7 @@ from tidegate.doors.http_exchange import Exchange, RequestHeaders
 from tidegate.doors.peer_names import peer_names
 from tidegate.doors.refusals import HeadersTooLarge, RequestTooSlow, TooManyConnections
 from tidegate.errors import BadRequest, TidegateError
-from tidegate.settings import join_address
+from tidegate.listen_address import join_address
 
 if TYPE_CHECKING:
     from tidegate.doors.http_server import HttpServer
