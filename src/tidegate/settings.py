@@ -369,8 +369,8 @@ def _check_tls(tls: TlsSettings) -> None:
     for name in tls.client_names:
         if canonical_name(name) is None:
             raise SettingsError(
-                f"setting tls.client_names has {name[:200]!r}, which matches no certificate: expected the DNS name, URI or address "
-                "of a subject alternative name, e.g. 'gateway.example.com' or 'spiffe://example.com/gateway'"
+                f"setting tls.client_names has {name[:200]!r}, which matches no certificate: expected the DNS name, URI or "
+                "address of a subject alternative name, e.g. 'gateway.example.com' or 'spiffe://example.com/gateway'"
             )
 
 
