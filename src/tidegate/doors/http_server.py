@@ -5,6 +5,8 @@ processor's caches. `Connection` is one connection; this module has what they sh
 
 Above `max_connections` the connection that has waited longest without a request makes room. Where every one is being answered,
 up to `RESERVED` more are accepted for probes (health, metrics) alone, so that an overloaded instance can still be probed.
+
+TLS handshakes in progress count as connections, but never evict one that is open: at their bound the oldest of them is dropped.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
+import ssl
 import time
 import types
 from collections import OrderedDict
@@ -24,7 +27,9 @@ from typing import Any, Final
 from tidegate import time_slice
 from tidegate.doors.http_connection import Connection
 from tidegate.doors.http_exchange import PHRASES, Exchange
-from tidegate.doors.refusals import InternalError
+from tidegate.doors.refusals import ClientNotAllowed, InternalError, TooManyConnections
+from tidegate.doors.tls_handshake import ServerTls, TlsHandshake
+from tidegate.errors import TidegateError
 
 logger = logging.getLogger(__name__)
 
@@ -46,12 +51,15 @@ class HttpServer:
         idle_timeout_s: how long a connection may wait for its next request, s.
         write_timeout_s: how long a client may leave its answers untaken, s.
         max_connections: most open at a time, 1 or more.
+        tls: certificate, and names that clients need; None without TLS.
 
     Attributes:
         refused: connections that were closed at once because all were in use.
         evicted: connections that were closed while they waited, to make room.
         date_line: the Date header of an answer made now.
         heads: the status line and the Date header of one, by status.
+        handshakes: TLS handshakes that ended without a connection, by reason: `dropped` to make room for others, `failed`, or
+            `client_name` for a complete one of a client whose certificate has none of the names that it needs.
     """
 
     def __init__(
@@ -61,9 +69,10 @@ class HttpServer:
         idle_timeout_s: float = 75.0,
         write_timeout_s: float = 30.0,
         max_connections: int = 10_000,
+        tls: ServerTls | None = None,
     ) -> None:
         self.header_timeout_s = header_timeout_s
-        self.probes = PROBES
+        self.handshakes = {"client_name": 0, "dropped": 0, "failed": 0}
         self.refused = self.evicted = 0
         self.date_line = ""
         self.heads: dict[int, bytes] = {}
@@ -73,6 +82,9 @@ class HttpServer:
         self._idle_timeout_s = idle_timeout_s
         self._write_timeout_s = write_timeout_s
         self._max_connections = max_connections
+        self._tls = tls
+        self._max_handshakes = max(max_connections // 2, 1)
+        self._shaking: OrderedDict[TlsHandshake, None] = OrderedDict()
         self._connections: set[Connection] = set()
         self._reading: OrderedDict[Connection, float] = OrderedDict()
         self._idle: OrderedDict[Connection, float] = OrderedDict()
@@ -85,8 +97,13 @@ class HttpServer:
 
     @property
     def connections(self) -> int:
-        """How many are open."""
-        return len(self._connections)
+        """How many are open, with those whose TLS handshake is in progress."""
+        return len(self._connections) + len(self._shaking)
+
+    @property
+    def half_closes(self) -> bool:
+        """Whether a client that sends no more can still be answered; not with TLS on asyncio."""
+        return self._tls is None
 
     async def start(self, listening: socket.socket) -> None:
         """Accept connections.
@@ -97,7 +114,8 @@ class HttpServer:
         self._loop = asyncio.get_running_loop()
         self.now: Callable[[], float] = self._loop.time
         self._tick()
-        self._server = await self._loop.create_server(lambda: Connection(self), sock=listening, backlog=BACKLOG)
+        create = self._loop.create_unix_server if listening.family == socket.AF_UNIX else self._loop.create_server
+        self._server = await create(self._accepted, sock=listening, backlog=BACKLOG)
 
     async def stop(self, timeout_s: float) -> None:
         """Accept no more, close what waits, finish what is being answered.
@@ -110,6 +128,9 @@ class HttpServer:
         self._server.close()
         self._server = None
         self._empty = asyncio.Event()
+        for handshake in list(self._shaking):
+            self.end_handshake(handshake)
+            handshake.abort()
         for connection in list(self._connections):
             connection.shut_down()
         if self._connections:
@@ -171,19 +192,64 @@ class HttpServer:
         if not exchange.answered:
             exchange.refuse(InternalError("internal error of the limiter: see its log"))
 
+    def _accepted(self) -> Connection | TlsHandshake:
+        return Connection(self) if self._tls is None else TlsHandshake(self, self._tls.context(), self.header_timeout_s)
+
     # -- what connections say -----------------------------------------------------------------------------------------------
+
+    def begin_handshake(self, handshake: TlsHandshake) -> None:
+        """A connection was accepted, and its TLS handshake begins: drop the oldest of them where there are too many."""
+        self._shaking[handshake] = None
+        if len(self._shaking) > self._max_handshakes or self.connections > self._max_connections + RESERVED:
+            oldest, _ = self._shaking.popitem(last=False)
+            self.handshakes["dropped"] += 1
+            oldest.abort()
+
+    def end_handshake(self, handshake: TlsHandshake, error: OSError | None = None) -> None:
+        """A TLS handshake is complete, or failed with an error."""
+        known = handshake in self._shaking
+        self._shaking.pop(handshake, None)
+        if error is not None and known:
+            self.handshakes["failed"] += 1
+            if isinstance(error, ssl.SSLError):
+                logger.info("TLS handshake failed: %s", _reason_of(error))
+
+    def refusal(self, connection: Connection, path: str) -> TidegateError | None:
+        """Why a restricted connection is not answered for a path; None where it is."""
+        if self._tls is not None and not self._allows(connection):
+            return ClientNotAllowed(
+                f"none of the names in the client certificate ({', '.join(connection.peer_names)[:500] or 'it has none'}) is in "
+                "tls.client_names"
+            )
+        if path in PROBES:
+            return None
+        return TooManyConnections(
+            "too many connections are open, and every one is in use: retry, or raise server.max_connections"
+        )
+
+    def _allows(self, connection: Connection) -> bool:
+        names = () if self._tls is None else self._tls.client_names
+        return not names or not names.isdisjoint(connection.peer_names)
 
     def admit(self, connection: Connection) -> None:
         """A connection was accepted: make room for it, or restrict it, where there are too many."""
         self._connections.add(connection)
-        if len(self._connections) > self._max_connections:
+        if self._tls is not None and not self._allows(connection):
+            self.handshakes["client_name"] += 1
+            logger.warning(
+                "refused a client whose certificate has none of tls.client_names: it has %s",
+                ", ".join(connection.peer_names)[:500] or "no name",
+            )
+            connection.restricted = True
+        if self.connections > self._max_connections:
             waiting = self._idle or self._reading
             if waiting:
                 oldest = next(iter(waiting))
                 self.evicted += 1
-                oldest.close()
+                # With TLS, closing waits for the client.
+                (oldest.close if self._tls is None else oldest.abort)()
                 self.forget(oldest)  # at once: others may be accepted before asyncio reports its end
-            elif len(self._connections) > self._max_connections + RESERVED:
+            elif self.connections > self._max_connections + RESERVED:
                 self.refused += 1
                 connection.abort()
                 return
@@ -257,6 +323,12 @@ class HttpServer:
                     connection.table = None
                 end(connection)
         self._ticking = self._loop.call_later(min(_TICK_S, self.header_timeout_s / 4), self._tick)
+
+
+def _reason_of(error: ssl.SSLError) -> str:
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return f"the client's certificate is not accepted, {error.verify_message}"
+    return (error.reason or str(error) or type(error).__name__).lower().replace("_", " ")
 
 
 async def _resume(running: Coroutine[Any, Any, None], awaited: Any) -> None:
