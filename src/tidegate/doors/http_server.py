@@ -28,7 +28,8 @@ from tidegate import time_slice
 from tidegate.doors.http_connection import Connection
 from tidegate.doors.http_exchange import PHRASES, Exchange
 from tidegate.doors.refusals import ClientNotAllowed, InternalError, TooManyConnections
-from tidegate.doors.tls_handshake import ServerTls, TlsHandshake
+from tidegate.doors.tls import ServerTls
+from tidegate.doors.tls_handshake import TlsHandshake
 from tidegate.errors import TidegateError
 
 logger = logging.getLogger(__name__)

@@ -8,10 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import ssl
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Final, cast
-
-import msgspec
 
 from tidegate.doors.http_connection import Connection
 
@@ -20,18 +17,6 @@ if TYPE_CHECKING:
 
 SHUTDOWN_TIMEOUT_S: Final = 2.0
 """How long a connection that the server closes waits for the client to confirm that."""
-
-
-class ServerTls(msgspec.Struct, frozen=True):
-    """TLS of a listener.
-
-    Args:
-        context: returns what the next handshake uses.
-        client_names: names of which the client's certificate needs one; empty for any.
-    """
-
-    context: Callable[[], ssl.SSLContext]
-    client_names: frozenset[str] = frozenset()
 
 
 class TlsHandshake(asyncio.Protocol):
