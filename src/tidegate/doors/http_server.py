@@ -14,7 +14,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
-import ssl
 import time
 import types
 from collections import OrderedDict
@@ -29,7 +28,7 @@ from tidegate.doors.http_connection import Connection
 from tidegate.doors.http_exchange import PHRASES, Exchange
 from tidegate.doors.refusals import ClientNotAllowed, InternalError, TooManyConnections
 from tidegate.doors.tls import ServerTls
-from tidegate.doors.tls_handshake import TlsHandshake
+from tidegate.doors.tls_acceptor import TlsAcceptor
 from tidegate.errors import TidegateError
 
 logger = logging.getLogger(__name__)
@@ -59,8 +58,7 @@ class HttpServer:
         evicted: connections that were closed while they waited, to make room.
         date_line: the Date header of an answer made now.
         heads: the status line and the Date header of one, by status.
-        handshakes: TLS handshakes that ended without a connection, by reason: `dropped` to make room for others, `failed`, or
-            `client_name` for a complete one of a client whose certificate has none of the names that it needs.
+        refused_names: connections of clients whose certificate has none of the names that it needs.
     """
 
     def __init__(
@@ -73,7 +71,7 @@ class HttpServer:
         tls: ServerTls | None = None,
     ) -> None:
         self.header_timeout_s = header_timeout_s
-        self.handshakes = {"client_name": 0, "dropped": 0, "failed": 0}
+        self.refused_names = 0
         self.refused = self.evicted = 0
         self.date_line = ""
         self.heads: dict[int, bytes] = {}
@@ -85,7 +83,7 @@ class HttpServer:
         self._max_connections = max_connections
         self._tls = tls
         self._max_handshakes = max(max_connections // 2, 1)
-        self._shaking: OrderedDict[TlsHandshake, None] = OrderedDict()
+        self._acceptor: TlsAcceptor | None = None
         self._connections: set[Connection] = set()
         self._reading: OrderedDict[Connection, float] = OrderedDict()
         self._idle: OrderedDict[Connection, float] = OrderedDict()
@@ -99,7 +97,13 @@ class HttpServer:
     @property
     def connections(self) -> int:
         """How many are open, with those whose TLS handshake is in progress."""
-        return len(self._connections) + len(self._shaking)
+        return len(self._connections) + len(self._acceptor or ())
+
+    @property
+    def handshakes_refused(self) -> dict[str, int]:
+        """TLS connections that were refused, by reason: `failed`, `dropped` to make room for others, or `client_name`."""
+        failures = {} if self._acceptor is None else self._acceptor.failures
+        return {"client_name": self.refused_names, **{each: failures.get(each, 0) for each in ("dropped", "failed")}}
 
     @property
     def half_closes(self) -> bool:
@@ -115,8 +119,14 @@ class HttpServer:
         self._loop = asyncio.get_running_loop()
         self.now: Callable[[], float] = self._loop.time
         self._tick()
+        if self._tls is not None:
+            self._acceptor = TlsAcceptor(
+                listening, self._tls, lambda: Connection(self), self.header_timeout_s, self._handshakes_are_many
+            )
+            self._acceptor.start(BACKLOG)
+            return
         create = self._loop.create_unix_server if listening.family == socket.AF_UNIX else self._loop.create_server
-        self._server = await create(self._accepted, sock=listening, backlog=BACKLOG)
+        self._server = await create(lambda: Connection(self), sock=listening, backlog=BACKLOG)
 
     async def stop(self, timeout_s: float) -> None:
         """Accept no more, close what waits, finish what is being answered.
@@ -124,14 +134,11 @@ class HttpServer:
         Args:
             timeout_s: for how long to wait for that.
         """
-        if self._server is None:
+        listening, self._server, self._acceptor = self._server or self._acceptor, None, None
+        if listening is None:
             return
-        self._server.close()
-        self._server = None
+        listening.close()
         self._empty = asyncio.Event()
-        for handshake in list(self._shaking):
-            self.end_handshake(handshake)
-            handshake.abort()
         for connection in list(self._connections):
             connection.shut_down()
         if self._connections:
@@ -193,27 +200,10 @@ class HttpServer:
         if not exchange.answered:
             exchange.refuse(InternalError("internal error of the limiter: see its log"))
 
-    def _accepted(self) -> Connection | TlsHandshake:
-        return Connection(self) if self._tls is None else TlsHandshake(self, self._tls.context(), self.header_timeout_s)
+    def _handshakes_are_many(self) -> bool:
+        return len(self._acceptor or ()) > self._max_handshakes or self.connections > self._max_connections + RESERVED
 
     # -- what connections say -----------------------------------------------------------------------------------------------
-
-    def begin_handshake(self, handshake: TlsHandshake) -> None:
-        """A connection was accepted, and its TLS handshake begins: drop the oldest of them where there are too many."""
-        self._shaking[handshake] = None
-        if len(self._shaking) > self._max_handshakes or self.connections > self._max_connections + RESERVED:
-            oldest, _ = self._shaking.popitem(last=False)
-            self.handshakes["dropped"] += 1
-            oldest.abort()
-
-    def end_handshake(self, handshake: TlsHandshake, error: OSError | None = None) -> None:
-        """A TLS handshake is complete, or failed with an error."""
-        known = handshake in self._shaking
-        self._shaking.pop(handshake, None)
-        if error is not None and known:
-            self.handshakes["failed"] += 1
-            if isinstance(error, ssl.SSLError):
-                logger.info("TLS handshake failed: %s", _reason_of(error))
 
     def refusal(self, connection: Connection, path: str) -> TidegateError | None:
         """Why a restricted connection is not answered for a path; None where it is."""
@@ -236,7 +226,7 @@ class HttpServer:
         """A connection was accepted: make room for it, or restrict it, where there are too many."""
         self._connections.add(connection)
         if self._tls is not None and not self._allows(connection):
-            self.handshakes["client_name"] += 1
+            self.refused_names += 1
             logger.warning(
                 "refused a client whose certificate has none of tls.client_names: it has %s",
                 ", ".join(connection.peer_names)[:500] or "no name",
@@ -324,12 +314,6 @@ class HttpServer:
                     connection.table = None
                 end(connection)
         self._ticking = self._loop.call_later(min(_TICK_S, self.header_timeout_s / 4), self._tick)
-
-
-def _reason_of(error: ssl.SSLError) -> str:
-    if isinstance(error, ssl.SSLCertVerificationError):
-        return f"the client's certificate is not accepted, {error.verify_message}"
-    return (error.reason or str(error) or type(error).__name__).lower().replace("_", " ")
 
 
 async def _resume(running: Coroutine[Any, Any, None], awaited: Any) -> None:

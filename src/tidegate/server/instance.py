@@ -310,7 +310,7 @@ class Instance:
         self._spawn("certificate_watcher", partial(certificates.watch, self._reload_event()))
 
     def _refused_handshakes(self) -> dict[str, int]:
-        servers = [listener.server.handshakes for listener in (self._listener, self._admin) if listener is not None]
+        servers = [listener.server.handshakes_refused for listener in (self._listener, self._admin) if listener is not None]
         return {reason: sum(each[reason] for each in servers) for reason in ("client_name", "dropped", "failed")}
 
     def _tls_of(self, door: str) -> ServerTls | None:
