@@ -99,7 +99,7 @@ def grpc_address(
             raise SettingsError(f"envoy.config needs {', '.join(missing)}: pip install 'tidegate[envoy]'")
         logger.info("gRPC is disabled: to use it with Envoy, pip install 'tidegate[envoy]'")
         return None
-    if settings.server.grpc and grpc_uses_tls(settings) and not _is_installed("grpc"):
+    if settings.server.grpc and settings.uses_tls("grpc") and not _is_installed("grpc"):
         raise SettingsError(
             "[tls] for server.grpc needs the module grpc: pip install 'tidegate[envoy-tls]', remove grpc from tls.doors, or "
             'disable the gRPC listener with grpc = ""'
@@ -126,27 +126,6 @@ def probes_address(
         SettingsError: if the address is not free, or that of another listener.
     """
     return _side_address(settings.server.probes, "probes", "listener for probes", others, find)
-
-
-def http_url(settings: Settings, door: str, address: str) -> str:
-    """The URL of an HTTP listener.
-
-    Args:
-        settings: all of them.
-        door: `http` or `admin`.
-        address: `host:port` or `unix:/path`.
-
-    Returns:
-        `http://host:port`, `https://host:port` or `unix:/path`.
-    """
-    if is_unix(address):
-        return address
-    return f"{'https' if settings.tls.cert and door in settings.tls.doors else 'http'}://{address}"
-
-
-def grpc_uses_tls(settings: Settings) -> bool:
-    """Whether the gRPC listener uses TLS."""
-    return bool(settings.tls.cert) and "grpc" in settings.tls.doors
 
 
 def missing_for_grpc() -> list[str]:

@@ -76,9 +76,9 @@ class Loaded(msgspec.Struct, frozen=True):
         """Why clients will refuse the certificate at this time; None if they will not."""
         now = time.time()
         if now < self.not_before:
-            return f"the certificate in tls.cert = {tls.cert!r} is not valid before {_date(self.not_before)}; check the clock"
+            return f"the certificate in tls.cert = {tls.cert!r} is not valid before {utc_date(self.not_before)}; check the clock"
         if now >= self.expires["cert"]:
-            return f"the certificate in tls.cert = {tls.cert!r} expired on {_date(self.expires['cert'])}; renew it"
+            return f"the certificate in tls.cert = {tls.cert!r} expired on {utc_date(self.expires['cert'])}; renew it"
         return None
 
 
@@ -199,7 +199,7 @@ class Certificates:
             return
         self.loaded = loaded
         self.reloads += 1
-        logger.info("new certificate loaded from tls.cert = %s, valid until %s", self._tls.cert, _date(loaded.expires["cert"]))
+        logger.info("new certificate loaded from tls.cert = %s, valid until %s", self._tls.cert, utc_date(loaded.expires["cert"]))
 
     def _refused(self, error: PolicyError) -> None:
         self._refusal = error.message
@@ -310,7 +310,8 @@ def _seconds(text: str) -> float:
     return float(ssl.cert_time_to_seconds(text))
 
 
-def _date(seconds: float) -> str:
+def utc_date(seconds: float) -> str:
+    """A time as a text, in UTC."""
     return datetime.datetime.fromtimestamp(seconds, datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 

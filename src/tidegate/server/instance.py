@@ -40,7 +40,7 @@ from tidegate.policy.file_watcher import watch_policy
 from tidegate.policy.model import Policy
 from tidegate.policy.paths import STRICT, PathRules
 from tidegate.policy.toml_reader import load_policy
-from tidegate.server.addresses import admin_address, free_address, grpc_address, grpc_uses_tls, probes_address
+from tidegate.server.addresses import admin_address, free_address, grpc_address, probes_address
 from tidegate.server.certificates import Certificates
 from tidegate.server.listener import Listener
 from tidegate.server.wiring import open_catalog, open_channel, share_catalog
@@ -356,7 +356,7 @@ class Instance:
         self._grpc = await self._grpc_listener(service, access, host, port)
         self._grpc.configured(service.domains is not None)
         self.grpc_address = join_address(host, port)
-        logger.info("gRPC listening on %s%s", self.grpc_address, " with TLS" if grpc_uses_tls(self.settings) else "")
+        logger.info("gRPC listening on %s%s", self.grpc_address, " with TLS" if self.settings.uses_tls("grpc") else "")
 
     async def _grpc_listener(
         self, service: RateLimitService, access: AccessLog | None, host: str, port: int
@@ -364,7 +364,7 @@ class Instance:
         reads_metadata = self._tracing is not None
         trusted = TrustedProxies(self.settings.server.trusted_proxies)
         certificates = self._certificates
-        if certificates is not None and grpc_uses_tls(self.settings):
+        if certificates is not None and self.settings.uses_tls("grpc"):
             from tidegate.doors.grpc.tls_listener import GrpcTlsListener
 
             secured = GrpcTlsListener(

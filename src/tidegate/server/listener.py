@@ -16,7 +16,7 @@ from typing import Any, Final
 from tidegate.doors.http_server import HttpServer
 from tidegate.doors.tls import ServerTls
 from tidegate.errors import SettingsError
-from tidegate.listen_address import UNIX_PREFIX, is_unix, join_address
+from tidegate.listen_address import UNIX_PREFIX, is_unix, join_address, listener_url
 
 logger = logging.getLogger(__name__)
 
@@ -68,8 +68,7 @@ class Listener:
     @property
     def url(self) -> str:
         """Where it listens: `http://host:port`, `https://host:port` or `unix:/path`."""
-        address = join_address(*self._address)
-        return address if is_unix(address) else f"{'https' if self.uses_tls else 'http'}://{address}"
+        return listener_url(join_address(*self._address), self.uses_tls)
 
     async def start(self) -> None:
         """Listen; returns when connections are accepted.
