@@ -225,6 +225,8 @@ class HttpServer:
     def admit(self, connection: Connection) -> None:
         """A connection was accepted: make room for it, or restrict it, where there are too many."""
         self._connections.add(connection)
+        if self._acceptor is not None:
+            self._acceptor.completed(connection)
         if self._tls is not None and not self._allows(connection):
             self.refused_names += 1
             logger.warning(

@@ -37,7 +37,7 @@ class TlsAcceptor:
     Args:
         listening: bound; closed by `close`.
         tls: the context of new handshakes.
-        new_protocol: makes the protocol of a connection; it is used only if the handshake succeeds.
+        new_protocol: makes the protocol of a connection, which calls `completed` when it is made, after the handshake.
         timeout_s: how long a handshake may take, s.
         is_full: whether handshakes take places that others need; called after each connection.
 
@@ -60,7 +60,7 @@ class TlsAcceptor:
         self._timeout_s = timeout_s
         self._is_full = is_full
         self._loop = asyncio.get_running_loop()
-        self._tasks: dict[asyncio.Task[None], None] = {}  # the oldest first
+        self._tasks: dict[asyncio.Protocol, asyncio.Task[None]] = {}  # the oldest first
         self._pausing: asyncio.TimerHandle | None = None
 
     def __len__(self) -> int:
@@ -76,13 +76,17 @@ class TlsAcceptor:
         self._listening.listen(backlog)
         self._loop.add_reader(self._listening, self._accept)
 
+    def completed(self, protocol: asyncio.Protocol) -> None:
+        """The handshake of a connection succeeded: it does not count as one any more."""
+        self._tasks.pop(protocol, None)
+
     def close(self) -> None:
         """Accept no more, and end the handshakes in progress."""
         if self._pausing is not None:
             self._pausing.cancel()
         self._loop.remove_reader(self._listening)
         self._listening.close()
-        for task in self._tasks:
+        for task in self._tasks.values():
             task.cancel()
 
     def _accept(self) -> None:
@@ -97,14 +101,13 @@ class TlsAcceptor:
                 self._pause(error)
                 return
             accepted.setblocking(False)
-            task = self._loop.create_task(self._handshake(accepted))
-            self._tasks[task] = None
-            task.add_done_callback(partial(self._ended, accepted))
+            protocol = self._new_protocol()
+            task = self._loop.create_task(self._handshake(accepted, protocol))
+            self._tasks[protocol] = task
+            task.add_done_callback(partial(self._ended, accepted, protocol))
             if self._is_full():
                 self.failures["dropped"] += 1
-                oldest = next(iter(self._tasks))
-                del self._tasks[oldest]
-                oldest.cancel()
+                self._tasks.pop(next(iter(self._tasks))).cancel()
 
     def _pause(self, error: OSError) -> None:
         """Accept nothing for a moment: the socket stays readable, and accepting would fail again and again."""
@@ -115,24 +118,24 @@ class TlsAcceptor:
         self._loop.remove_reader(self._listening)
         self._pausing = self._loop.call_later(_PAUSE_S, self._loop.add_reader, self._listening, self._accept)
 
-    async def _handshake(self, accepted: socket.socket) -> None:
+    async def _handshake(self, accepted: socket.socket, protocol: asyncio.Protocol) -> None:
         await self._loop.connect_accepted_socket(
-            self._new_protocol,
+            lambda: protocol,
             accepted,
             ssl=self._tls.context(),
             ssl_handshake_timeout=self._timeout_s,
             ssl_shutdown_timeout=SHUTDOWN_TIMEOUT_S,
         )
 
-    def _ended(self, accepted: socket.socket, task: asyncio.Task[None]) -> None:
-        known = self._tasks.pop(task, 0) is None
+    def _ended(self, accepted: socket.socket, protocol: asyncio.Protocol, task: asyncio.Task[None]) -> None:
+        self._tasks.pop(protocol, None)
         if not task.cancelled() and (error := task.exception()) is None:
             return
         # Also where the handshake had not begun, or goes on without the task.
         with contextlib.suppress(OSError):
             accepted.shutdown(socket.SHUT_RDWR)
         accepted.close()
-        if task.cancelled() or not known:
+        if task.cancelled():
             return
         self.failures["failed"] += 1
         if isinstance(error, ssl.SSLError):
