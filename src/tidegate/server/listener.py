@@ -161,9 +161,9 @@ def require_free_path(address: str) -> None:
         raise SettingsError(f"cannot listen on {address}: {reason}; stop it or set another path")
 
 
-def _identity(path: Path) -> tuple[int, int]:
+def _identity(path: Path) -> tuple[int, int, int]:
     status = path.lstat()
-    return status.st_dev, status.st_ino
+    return status.st_dev, status.st_ino, status.st_mtime_ns  # the number of a removed file is used again
 
 
 def _affordable(connections: int) -> int:
