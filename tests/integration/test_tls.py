@@ -208,6 +208,7 @@ def test_commands_with_certificates(server: Secured) -> None:
     assert (refused.returncode, "with --cert and --key" in refused.stderr) == (2, True), refused.stderr
     listed = server.run("keys", "list", "--url", f"https://{HOST}:{server.admin_port}", "--json", *tls)
     assert (listed.returncode, len(json.loads(listed.stdout)) > 0) == (0, True), listed.stderr
+    server.key.chmod(0o600)
     examined = server.run("doctor", "--json")
     found = {each["what"]: each for each in json.loads(examined.stdout)}
     assert found["tls"]["ok"]

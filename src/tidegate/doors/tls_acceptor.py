@@ -18,6 +18,7 @@ from functools import partial
 from typing import Final
 
 from tidegate.doors.tls import ServerTls
+from tidegate.telemetry.logs import UNAUTHENTICATED
 
 logger = logging.getLogger(__name__)
 
@@ -139,7 +140,7 @@ class TlsAcceptor:
             return
         self.failures["failed"] += 1
         if isinstance(error, ssl.SSLError):
-            logger.info("TLS handshake failed: %s", _reason_of(error))
+            logger.info("TLS handshake failed: %s", _reason_of(error), extra={UNAUTHENTICATED: True})
         elif not isinstance(error, OSError):
             logger.error("TLS handshake failed", exc_info=error)
 

@@ -296,17 +296,11 @@ class Instance:
         return "" if self._admin is None else self._admin.url
 
     def _open_certificates(self) -> None:
-        if not self.settings.tls.cert:
+        certificates = self._certificates = Certificates(self.settings.tls) if self.settings.tls.cert else None
+        collect_tls(self.metrics, certificates, self._refused_handshakes)
+        if certificates is None:
             return
-        certificates = self._certificates = Certificates(self.settings.tls)
         self.health.add("tls", certificates.ping)
-        collect_tls(self.metrics, certificates.expiries, lambda: (certificates.reloads, certificates.reload_errors))
-        self.metrics.add_labelled_counter(
-            "rate_limiter_tls_handshakes_refused",
-            "TLS connections that were refused: handshake failed, dropped to make room, or no name of tls.client_names.",
-            "reason",
-            self._refused_handshakes,
-        )
         self._spawn("certificate_watcher", partial(certificates.watch, self._reload_event()))
 
     def _refused_handshakes(self) -> dict[str, int]:
