@@ -204,7 +204,7 @@ def main() -> None:
         cases = {"ours": (pid, grpc_port)}
         cases["grpc.aio"] = stack.enter_context(server(lambda port: [sys.executable, door, str(port)], directory))
         tls_port, tls_directory = free_port(), stack.enter_context(tempfile.TemporaryDirectory())
-        settings = {"TIDEGATE_SERVER__GRPC": f"127.0.0.1:{tls_port}", **certificate(tls_directory)}
+        settings = {"TIDEGATE_SERVER__ADMIN": "", "TIDEGATE_SERVER__GRPC": f"127.0.0.1:{tls_port}", **certificate(tls_directory)}
         cases["ours with TLS"] = (stack.enter_context(ours(tls_directory, **settings))[0], tls_port)
         if shutil.which("service_cmd"):
             cases["envoyproxy/ratelimit"] = stack.enter_context(original(directory))
