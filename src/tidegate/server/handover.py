@@ -13,8 +13,8 @@ import struct
 from pathlib import Path
 from typing import Final
 
+from tidegate.listen_address import is_unix, parse_address
 from tidegate.server.addresses import free_address
-from tidegate.settings import parse_address
 
 _TABLES: Final = {socket.AF_INET: Path("/proc/net/tcp"), socket.AF_INET6: Path("/proc/net/tcp6")}
 _LISTEN: Final = "0A"
@@ -34,7 +34,7 @@ def shared_address(text: str, name: str) -> tuple[str, int]:
         SettingsError: if it is not a valid address.
     """
     host, port = parse_address(text, name)
-    return (host, port) if port else free_address(text, name)
+    return (host, port) if port and not is_unix(host) else free_address(text, name)
 
 
 def listening_sockets(host: str, port: int) -> int:
