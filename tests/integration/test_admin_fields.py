@@ -149,11 +149,13 @@ class Asker:
             "limits": ["1/s"],
             "methods": ["GET"],
             "algorithm": "sliding_window",
-            "subject": "api_key",
+            "subject": "user",
             "priority": 1,
             "mode": "enforce",
             "on_failure": "default",
             "name": f"new {number}",
+            "match": {"plan": "pro"},
+            "on_missing": "skip",
         }
         own = {"limits": ["9/day"], "overrides": [{"rule": "/api/*", "limits": ["2/s"]}]}
         key = {"tier": "free", "name": "n", "expires_at": "2100-01-01T00:00:00Z", **own}
@@ -169,7 +171,7 @@ class Asker:
             "RevokeRequest": [{"reason": "r"}],
             "RotateRequest": [{"grace_s": 1}],
             "TokenCreate": [{"name": f"new {number}", "role": "viewer", "expires_at": "2100-01-01T00:00:00Z"}],
-            "ResetRequest": [{"api_key_id": "0" * 24}, {"ip": "192.0.2.7"}, {"tier": "free"}],
+            "ResetRequest": [{"api_key_id": "0" * 24}, {"ip": "192.0.2.7"}, {"tier": "free"}, {"subject": "user=1"}],
         }[form]
 
 

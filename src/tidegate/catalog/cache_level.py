@@ -78,10 +78,11 @@ class UnkeyedCallers:
         default: the caller that names no tier; None where such a one is refused.
     """
 
-    __slots__ = ("default", "policy", "recent")
+    __slots__ = ("default", "policy", "recent", "tier_from")
 
     def __init__(self, policy: CallerPolicy, default: Caller | None) -> None:
         self.policy = policy
+        self.tier_from = policy.tier_from
         self.default = default
         self.recent = False
 

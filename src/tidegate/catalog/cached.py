@@ -132,10 +132,15 @@ class CachedCatalog:
         Returns:
             The caller; None where `anonymous` has more to do, or there is none.
         """
+        callers = self.cached_unkeyed()
+        return None if callers is None else callers.default
+
+    def cached_unkeyed(self) -> UnkeyedCallers | None:
+        """Who callers without an API key are, where memory alone knows it and the one that names no tier has one."""
         entry = self._unkeyed.entries.get("")
         if entry is not None and entry[0] > self._clock() and (caller := entry[1].default) is not None and caller.held.current:
             self.hits += 1
-            return caller
+            return entry[1]
         return None
 
     def cached_caller_policy(self) -> CallerPolicy | None:
