@@ -149,13 +149,13 @@ class Asker:
             "limits": ["1/s"],
             "methods": ["GET"],
             "algorithm": "sliding_window",
-            "subject": "user",
+            "subject": "api_key",
             "priority": 1,
             "mode": "enforce",
             "on_failure": "default",
             "name": f"new {number}",
             "match": {"plan": "pro"},
-            "on_missing": "skip",
+            "on_missing": "ip",
         }
         own = {"limits": ["9/day"], "overrides": [{"rule": "/api/*", "limits": ["2/s"]}]}
         key = {"tier": "free", "name": "n", "expires_at": "2100-01-01T00:00:00Z", **own}
