@@ -75,11 +75,7 @@ async def rotate_key(
     """Replace an API key by a new one with the same tier, name, expiry, overrides and counters: consumption is kept.
 
     Args:
-        editor: of the catalog.
-        actor: for the audit log.
-        key_id: id of the old key.
         grace_s: how long the old key still works, s; with 0 it is revoked now.
-        expected_revisions: of the old key.
 
     Returns:
         The new key, which is in this answer only, and both records.
@@ -162,10 +158,6 @@ async def update_key(
     """Write columns of a key's row.
 
     Args:
-        transaction: the transaction.
-        row: the key's row.
-        values: column → value.
-        action: for the audit log.
         tier_name: of the new tier; None if the key stays in its tier.
     """
     transaction.touch(KEY, row["sha256"])

@@ -64,10 +64,6 @@ class _Outdated(Exception):
 async def export_policy(editor: CatalogEditor, *, with_keys: bool = True) -> Policy:
     """Everything that the catalog holds, rows of the policy file too.
 
-    Args:
-        editor: of the catalog.
-        with_keys: whether API keys are in it.
-
     Returns:
         The policy. What a key overrides of a rule that is gone, or that counts by something else, is left out: it has no effect.
 
@@ -102,9 +98,6 @@ async def import_policy(
     The changes are worked out before the write lock is taken, in a thread, and written in bulk; a dry run never takes it.
 
     Args:
-        editor: of the catalog.
-        actor: who asks.
-        policy: the policy.
         dry_run: whether the changes are only to be shown; a rule to be made has no id yet, its target is its name.
         prune: whether rows that neither the policy nor the policy file names are removed.
 
@@ -143,10 +136,6 @@ async def import_policy(
 
 def import_warnings(text: str, changes: Sequence[JsonObject]) -> list[str]:
     """What may not have been meant by an import, beside what `policy_warnings` says of its policy.
-
-    Args:
-        text: the valid policy that was imported.
-        changes: that it made.
 
     Returns:
         One sentence where API keys came in by their digests: of a digest nobody can tell whether its key has a form that is

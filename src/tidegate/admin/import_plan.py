@@ -24,7 +24,6 @@ class HeldRows(msgspec.Struct, frozen=True):
 
     Args:
         version: of the catalog before they were read.
-        anonymous_tier: its name, None where there is none.
         has_file: whether a policy file is active; without one, rows that one made are the operators' own.
         tiers: by name.
         rules: by the name of the tier, then by their own; with `tier_name`.
@@ -44,7 +43,6 @@ class RuleInsert(msgspec.Struct):
 
     Args:
         values: of its row, without the tier's id.
-        tier: name of its tier.
         change: the change as it is shown and audited, which still lacks the rule's id.
     """
 
@@ -74,13 +72,8 @@ def plan_import(policy: Policy, held: HeldRows, now_us: int, *, prune: bool) -> 
     """Compare a policy with what the catalog holds.
 
     Args:
-        policy: the policy.
         held: the rows; read for the same `prune`.
-        now_us: µs since the epoch, for keys that are made or revoked.
         prune: whether rows that neither the policy nor the policy file names are removed.
-
-    Returns:
-        The plan; without changes where the catalog holds it all.
 
     Raises:
         ManagedByFile: if the policy says something else than the policy file does.

@@ -27,13 +27,7 @@ async def list_tiers(editor: CatalogEditor, limit: int, after: str | None, name:
     """Tiers by name.
 
     Args:
-        editor: of the catalog.
-        limit: at most so many, 1 to 500.
-        after: `next` of the page before.
         name: only those with this in their name, in any case.
-
-    Returns:
-        The page.
 
     Raises:
         CatalogUnavailable: if the database does not answer.
@@ -56,15 +50,8 @@ async def list_rules(
     """Rules by id.
 
     Args:
-        editor: of the catalog.
-        limit: at most so many, 1 to 500.
-        after: `next` of the page before.
-        tier: only those of this tier.
         endpoint: only those with this in their endpoint, in any case.
         name: only those with this in their name, in any case.
-
-    Returns:
-        The page.
 
     Raises:
         BadRequest: if `after` is none of this list.
@@ -91,16 +78,8 @@ async def list_keys(
     """API keys by id.
 
     Args:
-        editor: of the catalog.
-        limit: at most so many, 1 to 500.
-        after: `next` of the page before.
-        tier: only those of this tier.
-        status: only those that are active, expired or revoked.
         name: only those with this in their name, in any case.
         id_prefix: only those whose ids begin with this, of hex digits in lower case.
-
-    Returns:
-        The page.
 
     Raises:
         CatalogUnavailable: if the database does not answer.
@@ -126,14 +105,6 @@ async def list_keys(
 async def list_tokens(editor: CatalogEditor, limit: int, after: str | None) -> Page[TokenRead]:
     """Tokens by id, revoked ones too.
 
-    Args:
-        editor: of the catalog.
-        limit: at most so many, 1 to 500.
-        after: `next` of the page before.
-
-    Returns:
-        The page.
-
     Raises:
         BadRequest: if `after` is none of this list.
         CatalogUnavailable: if the database does not answer.
@@ -155,17 +126,6 @@ async def list_audit(
 ) -> Page[AuditRead]:
     """The audit log, the newest first.
 
-    Args:
-        editor: of the catalog.
-        limit: at most so many, 1 to 500.
-        after: `next` of the page before.
-        kind: only this kind of target.
-        target: only this target.
-        actor: only this actor.
-
-    Returns:
-        The page.
-
     Raises:
         BadRequest: if `after` is none of this list.
         CatalogUnavailable: if the database does not answer.
@@ -183,13 +143,6 @@ async def list_audit(
 async def get_tier(editor: CatalogEditor, name: str) -> TierRead:
     """One tier.
 
-    Args:
-        editor: of the catalog.
-        name: of the tier.
-
-    Returns:
-        Its form.
-
     Raises:
         NotFound: if there is none.
         CatalogUnavailable: if the database does not answer.
@@ -203,13 +156,6 @@ async def get_tier(editor: CatalogEditor, name: str) -> TierRead:
 async def get_rule(editor: CatalogEditor, rule_id: int) -> RuleRead:
     """One rule.
 
-    Args:
-        editor: of the catalog.
-        rule_id: its id.
-
-    Returns:
-        Its form.
-
     Raises:
         NotFound: if there is none.
         CatalogUnavailable: if the database does not answer.
@@ -222,13 +168,6 @@ async def get_rule(editor: CatalogEditor, rule_id: int) -> RuleRead:
 
 async def key_row(editor: CatalogEditor, key_id: str) -> Any:
     """The row of an API key.
-
-    Args:
-        editor: of the catalog.
-        key_id: its id.
-
-    Returns:
-        The row, with its tier's name as `tier_name`.
 
     Raises:
         NotFound: if there is none.

@@ -27,14 +27,6 @@ MAX_BLOCKED: Final = 100
 async def used_up_by_key(editor: CatalogEditor, gate: Gate, key_id: str) -> list[str]:
     """Limits of a key's own that leave it nothing now: what a change to them may not have meant.
 
-    Args:
-        editor: of the catalog.
-        gate: what counts.
-        key_id: the key's id.
-
-    Returns:
-        One sentence each.
-
     Raises:
         CatalogUnavailable: if the catalog does not answer.
     """
@@ -57,9 +49,6 @@ async def used_up_in_tier(editor: CatalogEditor, gate: Gate, tier: str, rule: st
     keys of the tier that it holds for, and those that it blocked most within a day, for nobody has a list of all it counts.
 
     Args:
-        editor: of the catalog.
-        gate: what counts.
-        tier: name of the tier.
         rule: name of the rule; None for the tier's own limits.
 
     Returns:

@@ -44,7 +44,6 @@ class CatalogEditor:
     """Changes to a catalog by operators. Any number of tasks may change at once: they take turns.
 
     Args:
-        catalog: the catalog.
         on_change: is told the new version and what was touched after each change, synchronously; must not raise.
     """
 
@@ -55,12 +54,6 @@ class CatalogEditor:
     @contextlib.asynccontextmanager
     async def changing(self, actor: str) -> AsyncIterator[AuditedTransaction]:
         """A transaction that raises the version; whoever leaves it by an exception has changed nothing.
-
-        Args:
-            actor: whose change it is.
-
-        Yields:
-            The change.
 
         Raises:
             CatalogUnavailable: if the database does not take it.
@@ -76,9 +69,6 @@ class CatalogEditor:
     async def reading(self) -> AsyncIterator[AsyncConnection]:
         """A connection to read from.
 
-        Yields:
-            The connection.
-
         Raises:
             CatalogUnavailable: if the database does not answer.
         """
@@ -87,13 +77,6 @@ class CatalogEditor:
 
     async def record(self, actor: str, action: str, kind: str, target: str, after: JsonObject | None = None) -> None:
         """Write down what was done to something that the catalog does not hold, such as a counter.
-
-        Args:
-            actor: who did it.
-            action: such as reset.
-            kind: such as counters.
-            target: what it was done to.
-            after: what came of it.
 
         Raises:
             CatalogUnavailable: if the database does not take it.
@@ -106,12 +89,7 @@ class CatalogEditor:
         """Make a tier without rules.
 
         Args:
-            actor: who asks.
             name: 1 to 64 of letters, digits, '_', '.', '-'.
-            limits: over all its endpoints; may be empty.
-
-        Returns:
-            The tier's form.
 
         Raises:
             PolicyError: if the name or a limit is refused.
@@ -124,15 +102,6 @@ class CatalogEditor:
 
     async def edit_tier(self, actor: str, name: str, limits: Collection[str], expected_revisions: ExpectedRevisions) -> TierRead:
         """Give a tier other limits of its own.
-
-        Args:
-            actor: who asks.
-            name: of the tier.
-            limits: over all its endpoints; may be empty.
-            expected_revisions: revisions of which one must be in force.
-
-        Returns:
-            The tier's form.
 
         Raises:
             PolicyError: if a limit is refused.
@@ -148,11 +117,6 @@ class CatalogEditor:
 
     async def delete_tier(self, actor: str, name: str, expected_revisions: ExpectedRevisions) -> None:
         """Remove a tier with its rules.
-
-        Args:
-            actor: who asks.
-            name: of the tier.
-            expected_revisions: revisions of which one must be in force.
 
         Raises:
             CatalogError: if API keys use it, or checks without a key do.
@@ -194,12 +158,7 @@ class CatalogEditor:
         """Add a rule to a tier; the policy file's tiers take rules too.
 
         Args:
-            actor: who asks.
-            tier: name of the tier.
             fields: of `Rule.make`.
-
-        Returns:
-            The rule's form, and warnings.
 
         Raises:
             PolicyError: if a field is refused.
@@ -218,14 +177,8 @@ class CatalogEditor:
         """AuditedTransaction a rule. One whose name was made from methods and endpoint follows them.
 
         Args:
-            actor: who asks.
-            rule_id: its id.
             fields: of `Rule.make`; those left out stay as they are.
-            expected_revisions: revisions of which one must be in force.
             whole: whether fields left out get their defaults instead.
-
-        Returns:
-            The rule's form, and warnings.
 
         Raises:
             PolicyError: if a field is refused.
@@ -246,11 +199,6 @@ class CatalogEditor:
 
     async def delete_rule(self, actor: str, rule_id: int, expected_revisions: ExpectedRevisions) -> None:
         """Remove a rule.
-
-        Args:
-            actor: who asks.
-            rule_id: its id.
-            expected_revisions: revisions of which one must be in force.
 
         Raises:
             NotFound: if there is no such rule.

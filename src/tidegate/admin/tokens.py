@@ -36,8 +36,6 @@ class Principal(msgspec.Struct, frozen=True):
     """Who asks the control plane.
 
     Args:
-        name: the token's name, as the audit log writes it.
-        role: operator or viewer.
         subject: whom requests are counted for; unique for each token.
     """
 
@@ -50,7 +48,6 @@ class TokenCheck:
     """Finds whose a bearer token is.
 
     Args:
-        editor: of the catalog that holds the tokens.
         settings_token: of the operator that the settings name; None where they name none.
     """
 
@@ -62,9 +59,6 @@ class TokenCheck:
 
     async def principal(self, token: str) -> Principal | None:
         """Whose token that is.
-
-        Args:
-            token: as it came.
 
         Returns:
             Its principal; None where it is unknown, expired or revoked.
@@ -87,9 +81,6 @@ class TokenCheck:
 
     async def is_known(self, token: str) -> bool:
         """Whether a token may be right, for when many wrong ones come: at most one query at a time, whatever their number.
-
-        Args:
-            token: as it came.
 
         Returns:
             False for a token that was made by nobody, or is revoked.
@@ -124,10 +115,7 @@ async def create_token(editor: CatalogEditor, actor: str, name: str, role: str, 
     """Make a token.
 
     Args:
-        editor: of the catalog.
-        actor: who asks.
         name: of whoever will use it, as the audit log writes it: 1 to 200 characters, of no other live token.
-        role: operator or viewer.
         expires_at_us: µs since the epoch, None for never.
 
     Returns:
@@ -153,14 +141,6 @@ async def create_token(editor: CatalogEditor, actor: str, name: str, role: str, 
 async def revoke_token(editor: CatalogEditor, actor: str, token_id: int) -> TokenRead:
     """Revoke a token. Its record stays, for the audit log's sake.
 
-    Args:
-        editor: of the catalog.
-        actor: who asks.
-        token_id: its id.
-
-    Returns:
-        The token's form.
-
     Raises:
         NotFound: if there is no such token.
         CatalogError: if it is revoked already.
@@ -182,9 +162,6 @@ async def revoke_token(editor: CatalogEditor, actor: str, token_id: int) -> Toke
 
 async def first_token(editor: CatalogEditor) -> str | None:
     """Make the token of the first operator, where there never was any token.
-
-    Args:
-        editor: of the catalog.
 
     Returns:
         The token itself, this once; None where there is or was one.

@@ -51,14 +51,7 @@ class ManagedByFile(CatalogError):
 
 
 class AuditedTransaction(WriteTransaction):
-    """A transaction of one operator, which writes the audit log.
-
-    Args:
-        actor: whose change it is.
-        connection: in the transaction.
-        version: of the catalog after the change.
-        previous: version of the catalog before the change.
-    """
+    """A transaction of one operator, which writes the audit log."""
 
     def __init__(self, actor: str, connection: AsyncConnection, version: int, previous: int) -> None:
         super().__init__(connection, version, previous)
@@ -67,23 +60,11 @@ class AuditedTransaction(WriteTransaction):
         self.has_file = True
 
     def is_of_file(self, row: Row) -> bool:
-        """Whether the policy file owns a row: then it is changed there.
-
-        Args:
-            row: any with `managed_by_file`.
-        """
+        """Whether the policy file owns a row: then it is changed there."""
         return self.has_file and bool(row["managed_by_file"])
 
     async def audit(self, action: str, kind: str, target: str, before: Audited, after: Audited) -> None:
-        """Write down what is changed, in the same transaction.
-
-        Args:
-            action: such as create, update, delete.
-            kind: such as tier, rule, api_key.
-            target: name or id of what is changed.
-            before: how it was; None where it was not there.
-            after: how it is; None where it is gone.
-        """
+        """Write down what is changed, in the same transaction."""
         row = {"at_us": now_us(), "actor": self.actor, "action": action, "kind": kind, "target": target}
         await self.connection.execute(insert(audit_log).values(**row, before=audited(before), after=audited(after)))
 
@@ -97,25 +78,12 @@ class AuditedTransaction(WriteTransaction):
         await insert_rows(self.connection, audit_log, [{**common, **each} for each in changes])
 
     async def one(self, query: Any) -> RowMapping | None:
-        """The first row of a query.
-
-        Args:
-            query: a select.
-
-        Returns:
-            The row, or None.
-        """
+        """The first row of a query."""
         return (await self.connection.execute(query)).mappings().first()
 
 
 def require_editable(transaction: AuditedTransaction, row: Row, expected_revisions: ExpectedRevisions, what: str) -> None:
     """Refuse a change of a row that the policy file owns, or that was changed since it was read.
-
-    Args:
-        transaction: the transaction.
-        row: any with `managed_by_file` and `revision`.
-        expected_revisions: revisions of which one must be in force.
-        what: names the row in the message.
 
     Raises:
         ManagedByFile: if the file owns it.
@@ -136,13 +104,6 @@ def require_editable(transaction: AuditedTransaction, row: Row, expected_revisio
 async def load_tier_row(transaction: AuditedTransaction, name: str) -> RowMapping:
     """The row of a tier.
 
-    Args:
-        transaction: the transaction.
-        name: of the tier.
-
-    Returns:
-        The row.
-
     Raises:
         NotFound: naming the tiers there are.
     """
@@ -156,13 +117,6 @@ async def load_tier_row(transaction: AuditedTransaction, name: str) -> RowMappin
 async def load_rule_row(transaction: AuditedTransaction, rule_id: int) -> RowMapping:
     """The row of a rule, with its tier's name.
 
-    Args:
-        transaction: the transaction.
-        rule_id: its id.
-
-    Returns:
-        The row.
-
     Raises:
         NotFound: if there is none.
     """
@@ -174,13 +128,6 @@ async def load_rule_row(transaction: AuditedTransaction, rule_id: int) -> RowMap
 
 async def insert_tier(transaction: AuditedTransaction, tier: Tier) -> TierRead:
     """Make a tier's row; its rules are made one by one.
-
-    Args:
-        transaction: the transaction.
-        tier: the tier.
-
-    Returns:
-        The tier's form.
 
     Raises:
         CatalogError: if there is such a tier.
@@ -196,16 +143,7 @@ async def insert_tier(transaction: AuditedTransaction, tier: Tier) -> TierRead:
 
 
 async def update_tier(transaction: AuditedTransaction, row: RowMapping, tier: Tier) -> TierRead:
-    """Give a tier's row other limits.
-
-    Args:
-        transaction: the transaction.
-        row: the tier's row.
-        tier: how it is to be.
-
-    Returns:
-        The tier's form.
-    """
+    """Give a tier's row other limits."""
     transaction.touch(TIER, row["name"])
     values = {"limits": [limit.text for limit in tier.limits], "managed_by_file": False, "revision": row["revision"] + 1}
     await transaction.connection.execute(update(tiers).where(tiers.c.id == row["id"]).values(values))
@@ -216,14 +154,6 @@ async def update_tier(transaction: AuditedTransaction, row: RowMapping, tier: Ti
 
 async def insert_rule(transaction: AuditedTransaction, tier: RowMapping, rule: Rule) -> RuleRead:
     """Make a rule's row, behind the others of its tier.
-
-    Args:
-        transaction: the transaction.
-        tier: the tier's row.
-        rule: the rule.
-
-    Returns:
-        The rule's form.
 
     Raises:
         CatalogError: if the tier has a rule of that name, or too many.
@@ -245,14 +175,6 @@ async def insert_rule(transaction: AuditedTransaction, tier: RowMapping, rule: R
 async def update_rule(transaction: AuditedTransaction, row: RowMapping, rule: Rule) -> RuleRead:
     """Write a rule over its row.
 
-    Args:
-        transaction: the transaction.
-        row: the rule's row.
-        rule: how it is to be.
-
-    Returns:
-        The rule's form.
-
     Raises:
         CatalogError: if the tier has another rule of that name.
     """
@@ -267,23 +189,14 @@ async def update_rule(transaction: AuditedTransaction, row: RowMapping, rule: Ru
 
 
 async def remove_rule(transaction: AuditedTransaction, row: RowMapping) -> None:
-    """Delete a rule's row.
-
-    Args:
-        transaction: the transaction.
-        row: the rule's row.
-    """
+    """Delete a rule's row."""
     transaction.touch(TIER, row["tier_name"])
     await transaction.connection.execute(delete(rate_limit_rules).where(rate_limit_rules.c.id == row["id"]))
     await transaction.audit("delete", "rule", str(row["id"]), RuleRead.of_row(row), None)
 
 
 def rule_rows() -> Any:
-    """A select of rules with their tiers' names, without order.
-
-    Returns:
-        The query.
-    """
+    """A select of rules with their tiers' names, without order."""
     return select(rate_limit_rules, tiers.c.name.label("tier_name")).join(tiers, tiers.c.id == rate_limit_rules.c.tier_id)
 
 

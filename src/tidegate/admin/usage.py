@@ -46,9 +46,6 @@ async def key_usage(editor: CatalogEditor, gate: Gate, key_id: str, ip: str | No
     """What is left to an API key; unlike `Gate.usage` also for revoked and expired keys.
 
     Args:
-        editor: of the catalog.
-        gate: whose counters are read.
-        key_id: the key's id.
         ip: address of the key's client, for rules that count by address; None to leave those out.
 
     Raises:

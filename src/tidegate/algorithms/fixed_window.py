@@ -17,13 +17,9 @@ def decide(
     """Charge a cost to the window that holds `now`.
 
     Args:
-        limit: what holds.
         state: start of the window, µs, and units used in it; None for nothing.
         now: µs since the epoch; before the state's window it counts as that window's start.
         cost: units, 0 or more.
-
-    Returns:
-        See `tidegate.algorithms`.
     """
     window = limit.window_us
     # Only a window as long as a month can be one: one comparison for all others.
@@ -48,10 +44,6 @@ def decide(
 def expires_at(limit: Limit, state: tuple[int, int]) -> int:
     """When the state stops counting: the end of its window.
 
-    Args:
-        limit: what holds.
-        state: as `decide` gave it.
-
     Returns:
         µs since the epoch.
     """
@@ -62,12 +54,7 @@ def merge(_: Limit, state: tuple[int, int] | None, other: tuple[int, int]) -> tu
     """Add what was admitted elsewhere: of two windows the later one counts, the same one counts both.
 
     Args:
-        _: the limit; not needed.
-        state: as `decide` gave it, or None.
         other: the same, of elsewhere; its units are below 0 where they are given back.
-
-    Returns:
-        The state that holds both.
     """
     if state is None or other[0] > state[0]:
         return other[0], max(other[1], 0)

@@ -25,13 +25,9 @@ def decide(limit: Limit, state: LogState | None, now: int, cost: int) -> tuple[L
     """Charge a cost at `now`.
 
     Args:
-        limit: what holds.
         state: units used, moments in µs, costs; None for nothing.
         now: µs since the epoch; before the last entry it counts as that entry's moment.
         cost: units, 0 or more.
-
-    Returns:
-        See `tidegate.algorithms`.
     """
     window = limit.window_us
     used, moments, costs = state if state is not None else (0, (), ())
@@ -67,10 +63,6 @@ def decide(limit: Limit, state: LogState | None, now: int, cost: int) -> tuple[L
 def expires_at(limit: Limit, state: LogState) -> int:
     """When the state stops counting: one window after its last entry.
 
-    Args:
-        limit: what holds.
-        state: as `decide` gave it.
-
     Returns:
         µs since the epoch.
     """
@@ -81,12 +73,7 @@ def merge(_: Limit, state: LogState | None, other: LogState) -> LogState:
     """Put entries of elsewhere in their places.
 
     Args:
-        _: the limit; not needed.
-        state: as `decide` gave it, or None.
         other: the same, of elsewhere; its costs are below 0 where they are given back.
-
-    Returns:
-        The state that holds both.
     """
     entries: dict[int, int] = {}
     for _used, moments, costs in (other,) if state is None else (state, other):

@@ -19,13 +19,9 @@ def decide(
     """Charge a cost to the current window.
 
     Args:
-        limit: what holds.
         state: start of the current window in µs, units in it, units in the one before; None for nothing.
         now: µs since the epoch; before the state's window it counts as that window's start.
         cost: units, 0 or more.
-
-    Returns:
-        See `tidegate.algorithms`.
     """
     window = limit.window_us
     # Only a window as long as a month can be one: one comparison for all others.
@@ -115,10 +111,6 @@ def _retry(amount: int, current: int, previous: int, left: int, window: int, fol
 def expires_at(limit: Limit, state: tuple[int, int, int]) -> int:
     """When the state stops counting: when its counts have faded out.
 
-    Args:
-        limit: what holds.
-        state: as `decide` gave it.
-
     Returns:
         µs since the epoch.
     """
@@ -136,12 +128,7 @@ def merge(limit: Limit, state: tuple[int, int, int] | None, other: tuple[int, in
     """Add what was admitted elsewhere, both as of the later of the two windows.
 
     Args:
-        limit: what holds.
-        state: as `decide` gave it, or None.
         other: the same, of elsewhere; its units are below 0 where they are given back.
-
-    Returns:
-        The state that holds both.
     """
     if state is None:
         state = (other[0], 0, 0)

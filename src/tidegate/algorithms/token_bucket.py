@@ -27,9 +27,6 @@ def decide(limit: Limit, state: BucketState | None, now: int, cost: int) -> tupl
         state: see the module; None for a full bucket.
         now: µs since the epoch; before the state's moment it counts as that moment.
         cost: tokens, 0 or more.
-
-    Returns:
-        See `tidegate.algorithms`.
     """
     scale, rate = scale_and_rate(limit)
     level = 0
@@ -52,10 +49,6 @@ def decide(limit: Limit, state: BucketState | None, now: int, cost: int) -> tupl
 def expires_at(_: Limit, state: BucketState) -> int:
     """When the bucket is full again, by the state's own rate.
 
-    Args:
-        _: the limit; not needed, the state is enough.
-        state: as `decide` gave it.
-
     Returns:
         µs since the epoch.
     """
@@ -67,12 +60,7 @@ def merge(limit: Limit, state: BucketState | None, other: BucketState) -> Bucket
     """Add what was taken elsewhere, both as they stand at the later of the two moments.
 
     Args:
-        limit: what holds.
-        state: as `decide` gave it, or None.
         other: the same, of elsewhere; its level is below 0 where tokens are given back: those do not drain.
-
-    Returns:
-        The state that holds both.
     """
     scale, rate = scale_and_rate(limit)
     at = other[3] if state is None else max(state[3], other[3])
@@ -83,9 +71,6 @@ def merge(limit: Limit, state: BucketState | None, other: BucketState) -> Bucket
 
 def scale_and_rate(limit: Limit) -> tuple[int, int]:
     """The integers that a limit is counted in.
-
-    Args:
-        limit: what holds.
 
     Returns:
         Units that make one token, and units that drain in one µs.

@@ -25,7 +25,6 @@ class Catalog(Protocol):
 
         Args:
             sha256: lower-case hex digest of the key.
-            min_version: see `Catalog`.
 
         Returns:
             The version, and the key, also if it is revoked or expired; None if it is unknown.
@@ -67,9 +66,6 @@ class Catalog(Protocol):
 
     async def changes(self, since: int) -> Changes:
         """What changed after a version.
-
-        Args:
-            since: the version that the caller knows, 0 or more.
 
         Raises:
             CatalogUnavailable: if the catalog does not answer.

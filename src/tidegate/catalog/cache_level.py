@@ -29,10 +29,6 @@ class HeldTier:
 class Caller:
     """Who asks, as far as the catalog knows.
 
-    Args:
-        api_key: the key's record; None for callers without a key.
-        held: the tier's rules.
-
     Attributes:
         form_checked: whether a key came that has the form of keys; look-ups by the digest alone do not tell.
     """

@@ -54,11 +54,9 @@ class CachedCatalog:
     """What the gate asks about callers.
 
     Args:
-        catalog: where policy lives.
         l1_ttl_s: how long an entry is fresh, s, give or take a tenth so that entries do not expire together.
         stale_if_error_s: how long past that it still serves while the catalog fails, s.
         max_keys: most API keys cached, 1 or more; each costs about 700 bytes.
-        clock: gives monotonic seconds.
         unknown_keys: bounds the look-ups of unknown keys by client; None for no bound.
     """
 
@@ -94,11 +92,7 @@ class CachedCatalog:
         return self._last.version
 
     def is_at_hand(self, sha256: str) -> bool:
-        """Whether `caller` answers from memory.
-
-        Args:
-            sha256: lower-case hex digest of the key.
-        """
+        """Whether `caller` answers from memory."""
         entry = self._callers.entries.get(sha256)
         if entry is not None and entry[0] > self._clock() and entry[1] is not None and entry[1].held.current:
             return True
@@ -106,9 +100,6 @@ class CachedCatalog:
 
     def cached_caller(self, sha256: str) -> Caller | None:
         """The caller that an API key belongs to, where memory alone knows it.
-
-        Args:
-            sha256: lower-case hex digest of the key.
 
         Returns:
             The caller, with revoked and expired keys too; None where `caller` has more to do.
@@ -136,7 +127,6 @@ class CachedCatalog:
         """The caller that an API key belongs to.
 
         Args:
-            sha256: lower-case hex digest of the key.
             client: address of whoever sent the key, as `client_of` gives it; None where it is not known, or does not matter.
 
         Returns:
@@ -192,12 +182,6 @@ class CachedCatalog:
     async def tier(self, name: str) -> CompiledTier | None:
         """A tier ready to be asked.
 
-        Args:
-            name: the tier's name.
-
-        Returns:
-            The tier; None where it is unknown.
-
         Raises:
             CatalogUnavailable: if the catalog fails and nothing cached can stand in.
         """
@@ -206,12 +190,6 @@ class CachedCatalog:
 
     async def fresh_tier(self, name: str) -> CompiledTier | None:
         """As `tier`, but nothing past its time stands in: for those who changed it, and can wait.
-
-        Args:
-            name: the tier's name.
-
-        Returns:
-            The tier; None where it is unknown.
 
         Raises:
             CatalogUnavailable: if the catalog fails.
@@ -224,20 +202,13 @@ class CachedCatalog:
     async def tier_names(self) -> list[str]:
         """All tiers there are. Not cached: no check asks for them.
 
-        Returns:
-            Their names, sorted.
-
         Raises:
             CatalogUnavailable: if the catalog fails.
         """
         return await self.catalog.tier_names()
 
     def changed(self, changes: Changes) -> None:
-        """Forget what was touched, or everything where that is not known. What is being loaded meanwhile is not kept.
-
-        Args:
-            changes: since `version`.
-        """
+        """Forget what was touched, or everything where that is not known. What is being loaded meanwhile is not kept."""
         everything = changes.version < self.version or changes.floor > self.version
         self._last.note(changes)
         if everything:
@@ -245,12 +216,7 @@ class CachedCatalog:
         self._forget(item for _, item in changes.items)
 
     def touched(self, version: int, items: Iterable[Item]) -> None:
-        """Forget what a change touched that was made here, without waiting to read of it.
-
-        Args:
-            version: that the change made.
-            items: what it touched.
-        """
+        """Forget what a change touched that was made here, without waiting to read of it."""
         items = list(items)
         self._last.remember((version, item) for item in items)
         if (ALL, "") in items:
@@ -258,11 +224,7 @@ class CachedCatalog:
         self._forget(items)
 
     def followed(self, *, failing: bool) -> None:
-        """Note whether the catalog answers: who follows it queries the database itself, and not a cache.
-
-        Args:
-            failing: whether it did not answer just now.
-        """
+        """Note whether the catalog answers: who follows it queries the database itself, and not a cache."""
         self._followed = True
         self._failing = failing
 

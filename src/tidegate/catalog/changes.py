@@ -28,7 +28,6 @@ class Changes(msgspec.Struct, frozen=True):
     """What happened to a catalog since some version.
 
     Args:
-        version: of the catalog now.
         floor: what was touched up to this version is not known; the version asked about, where the log is whole.
         items: what was touched above it, each with the version of its last change, in order of version.
         versions: that the catalog had from the floor on, ascending. A number between them that is none of these was given by a

@@ -38,11 +38,7 @@ class Channel(Protocol):
         ...
 
     async def announce(self, version: int) -> None:
-        """Tell all who listen that there is a new version; does not raise, for they find out all the same.
-
-        Args:
-            version: of the catalog.
-        """
+        """Tell all who listen that there is a new version; does not raise, for they find out all the same."""
         ...
 
     async def listen(self, heard: Callable[[], None]) -> None:
@@ -58,8 +54,6 @@ class CatalogFollower:
     """Keeps a cache in step with its catalog.
 
     Args:
-        catalog: what is followed.
-        cached: is told what changed.
         poll_s: how often to ask where no announcements come, s.
         channel: where changes are announced; None where there is no such place.
 

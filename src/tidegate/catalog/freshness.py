@@ -28,18 +28,11 @@ class FreshnessTracker:
         Args:
             kind: TIER, KEY or ANONYMOUS.
             name: of the tier, or digest of the key.
-
-        Returns:
-            A version; older answers may be wrong.
         """
         return max(self._at.get((kind, name), 0), self.floor)
 
     def note(self, changes: Changes) -> None:
-        """Take in what happened.
-
-        Args:
-            changes: since `version`, or since 0.
-        """
+        """Take in what happened."""
         if changes.version < self.version or changes.floor > self.version:
             self._at.clear()
             self.floor = changes.floor
@@ -47,11 +40,7 @@ class FreshnessTracker:
         self.remember(changes.items)
 
     def remember(self, items: Iterable[tuple[int, Item]]) -> None:
-        """Take in some of what happened, whatever else did.
-
-        Args:
-            items: versions, and what they touched.
-        """
+        """Take in some of what happened, whatever else did."""
         for at, item in items:
             if item[0] == ALL:
                 self.floor = max(self.floor, at)

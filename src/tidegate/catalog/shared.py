@@ -52,13 +52,6 @@ class SharedStore(Protocol):
     async def call(self, tag: bytes, *parts: str | bytes) -> Any:
         """Run a command on the shard of a hash tag.
 
-        Args:
-            tag: of the command's keys.
-            parts: the command.
-
-        Returns:
-            The reply.
-
         Raises:
             StoreUnavailable: if there is none.
         """
@@ -69,11 +62,8 @@ class SharedCatalog:
     """A catalog with a cache that all instances share.
 
     Args:
-        catalog: where policy lives.
-        store: where the cache is kept.
         secret: of the catalog, the same for all its instances; 16 bytes or more.
         ttl_s: how long an entry lives, s, give or take a tenth.
-        clock: gives monotonic seconds.
 
     Attributes:
         hits: answers from the cache.

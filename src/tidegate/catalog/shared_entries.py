@@ -72,10 +72,6 @@ class EntrySeal:
     def seal(self, place: bytes, entry: Entry) -> bytes:
         """The bytes to keep.
 
-        Args:
-            place: where they are kept.
-            entry: what is kept there.
-
         Returns:
             The tag and the entry.
         """
@@ -84,11 +80,6 @@ class EntrySeal:
 
     def open(self, place: bytes, raw: bytes, decoder: msgspec.msgpack.Decoder[AnyEntry]) -> AnyEntry:
         """The entry that bytes hold.
-
-        Args:
-            place: where they were kept.
-            raw: the bytes.
-            decoder: of the kind of entry that is expected there.
 
         Returns:
             The entry; of its content only the types are known to be right.
@@ -111,10 +102,6 @@ class EntrySeal:
 def require_valid_key(api_key: ApiKey, sha256: str) -> None:
     """Refuse a key's record that is not the one looked up, or that no row of the database could hold.
 
-    Args:
-        api_key: the record.
-        sha256: digest that was looked up.
-
     Raises:
         InvalidEntry: saying why.
     """
@@ -130,10 +117,6 @@ def require_valid_key(api_key: ApiKey, sha256: str) -> None:
 
 def require_valid_tier(tier: Tier, name: str) -> None:
     """Refuse a tier that is not the one looked up, or that no rows of the database could hold.
-
-    Args:
-        tier: the record.
-        name: that was looked up.
 
     Raises:
         InvalidEntry: saying why.

@@ -52,8 +52,6 @@ class ControlPlane:
     """The control plane at an address.
 
     Args:
-        server: where it is.
-        token: bearer token.
         source: where the token came from, for messages.
     """
 
@@ -67,12 +65,8 @@ class ControlPlane:
         """The control plane at a URL; it is not asked yet.
 
         Args:
-            url: such as `http://127.0.0.1:8082`.
             token_file: a file with the token and nothing else; None for the token of the settings.
             config: the settings file, read only where no token file is given.
-
-        Returns:
-            The control plane.
 
         Raises:
             SettingsError: if the URL names no server, or there is no token, or none that can be sent.
@@ -99,10 +93,6 @@ class ControlPlane:
         Args:
             path: behind `/admin/v1`.
             query: parameters; those that are None are left out.
-            model: of the expected answer.
-
-        Returns:
-            What was answered.
 
         Raises:
             ControlPlaneError: saying what was wrong and what to do.
@@ -113,14 +103,6 @@ class ControlPlane:
     def post(self, path: str, body: RequestModel, model: type[_Model]) -> _Model:
         """POST something.
 
-        Args:
-            path: behind `/admin/v1`.
-            body: what to send.
-            model: of the expected answer.
-
-        Returns:
-            What was answered.
-
         Raises:
             ControlPlaneError: saying what was wrong and what to do.
         """
@@ -128,10 +110,6 @@ class ControlPlane:
 
     def delete(self, path: str, revision: int) -> None:
         """DELETE something, if it is as it was read.
-
-        Args:
-            path: behind `/admin/v1`.
-            revision: that was read.
 
         Raises:
             ControlPlaneError: saying what was wrong and what to do.
@@ -210,9 +188,6 @@ class ControlPlane:
 
 def one_line(text: str) -> str:
     """A text from outside as a terminal may show it: a message must not move its cursor.
-
-    Args:
-        text: any.
 
     Returns:
         The text in one line, without control characters, at most 1,000 characters of it.

@@ -39,8 +39,6 @@ class KeyFilter(msgspec.Struct, frozen=True):
     """Which keys are listed; None for all.
 
     Args:
-        tier: name of their tier.
-        status: active, expired or revoked.
         name: contained in their name, in any case.
         id_prefix: what their ids begin with.
     """
@@ -76,27 +74,12 @@ class ApiKeys(Protocol):
     async def page(self, key_filter: KeyFilter, limit: int, after: str | None) -> Page[KeyRead]:
         """A page of the list of keys, by id.
 
-        Args:
-            key_filter: which ones.
-            limit: at most so many, 1 to 500.
-            after: only those behind this id.
-
-        Returns:
-            The page.
-
         Raises:
             TidegateError: if the keys cannot be read.
         """
 
     async def revoke(self, record: KeyRead, request: RevokeRequest) -> KeyRead:
         """Revoke a key.
-
-        Args:
-            record: of the key.
-            request: the reason.
-
-        Returns:
-            Its record now.
 
         Raises:
             TidegateError: if it is revoked already, or the policy file owns it.
@@ -106,7 +89,6 @@ class ApiKeys(Protocol):
         """Replace a key by a new one of the same tier, name, end and limits.
 
         Args:
-            record: of the old key.
             grace_s: how long that still works, s; with 0 it is revoked now.
 
         Returns:
@@ -119,21 +101,13 @@ class ApiKeys(Protocol):
     async def delete(self, record: KeyRead) -> None:
         """Remove the record of a key.
 
-        Args:
-            record: as it was read.
-
         Raises:
             TidegateError: if the key still works, was changed since, or the policy file owns it.
         """
 
 
 class KeysInCatalog:
-    """API keys in the database. See `ApiKeys`.
-
-    Args:
-        catalog: open.
-        actor: who asks, for the audit log.
-    """
+    """API keys in the database. See `ApiKeys`."""
 
     def __init__(self, catalog: SqlCatalog, actor: str) -> None:
         # Nothing in this process remembers what a change touched; the others are told by the database.
@@ -162,11 +136,7 @@ class KeysInCatalog:
 
 
 class KeysAtControlPlane:
-    """API keys over the admin API. See `ApiKeys`. Its methods block, and wait for nothing else.
-
-    Args:
-        plane: the control plane.
-    """
+    """API keys over the admin API. See `ApiKeys`. Its methods block, and wait for nothing else."""
 
     def __init__(self, plane: ControlPlane) -> None:
         self._plane = plane
@@ -200,13 +170,9 @@ def with_keys(
     """Do something with API keys, in the database or over the admin API.
 
     Args:
-        config: the file given with `--config`.
         url: of the control plane; None for the database.
         token_file: a file with the control plane's token; None for the token of the settings.
         work: what to do. It awaits nothing but the keys' methods.
-
-    Returns:
-        What the work returned.
 
     Raises:
         TidegateError: whatever was refused or could not be reached.
@@ -227,11 +193,7 @@ async def find(keys: ApiKeys, meant: str) -> KeyRead:
     """The API key that a person means.
 
     Args:
-        keys: on either way.
         meant: its id, a beginning of the id of 6 digits or more that only it has, or the key itself.
-
-    Returns:
-        Its record.
 
     Raises:
         KeyNotMeant: if no key or several are meant.
@@ -258,15 +220,6 @@ async def find(keys: ApiKeys, meant: str) -> KeyRead:
 
 async def collect(keys: ApiKeys, key_filter: KeyFilter, limit: int, after: str | None) -> Page[KeyRead]:
     """List keys, page by page.
-
-    Args:
-        keys: on either way.
-        key_filter: which ones.
-        limit: at most so many, 1 or more.
-        after: only those behind this id.
-
-    Returns:
-        All of them as one page.
 
     Raises:
         TidegateError: if the keys cannot be read.

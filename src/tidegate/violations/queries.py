@@ -24,8 +24,6 @@ class Blocked(msgspec.Struct, frozen=True):
     Args:
         since_us: from this minute on, µs since the epoch.
         until_us: before this moment.
-        tier: only of this tier.
-        rule: only of this rule.
         subject: only of this subject: `k:` and a key's id, `i:` and an address, `t:` and a tier.
     """
 
@@ -38,15 +36,6 @@ class Blocked(msgspec.Struct, frozen=True):
 
 async def list_violations(database: Database, limit: int, after: str | None, blocked: Blocked) -> Page[dict[str, Any]]:
     """Violations, one item for each minute in which a rule blocked a subject, the newest first.
-
-    Args:
-        database: the catalog's.
-        limit: at most so many, 1 to 500.
-        after: `next` of the page before.
-        blocked: which ones.
-
-    Returns:
-        The page.
 
     Raises:
         BadRequest: if `after` is none of this list.
@@ -78,10 +67,7 @@ async def top_violators(database: Database, limit: int, by: str, blocked: Blocke
     """Who was blocked most.
 
     Args:
-        database: the catalog's.
-        limit: at most so many.
         by: subject, rule or tier: what is counted together.
-        blocked: which violations.
 
     Returns:
         Forms of what it is and how often it was blocked, the most first.
@@ -105,13 +91,6 @@ async def top_violators(database: Database, limit: int, by: str, blocked: Blocke
 
 async def blocked_total(database: Database, blocked: Blocked) -> int:
     """How often something was blocked.
-
-    Args:
-        database: the catalog's.
-        blocked: which violations.
-
-    Returns:
-        The sum.
 
     Raises:
         CatalogUnavailable: if the database does not answer.

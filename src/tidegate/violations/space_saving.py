@@ -42,11 +42,7 @@ class SpaceSaving(Generic[_K]):
         return len(self._counts)
 
     def add(self, key: _K) -> None:
-        """Count a key once. Costs about 0.3 µs, and 0.6 µs where it takes another's place.
-
-        Args:
-            key: what is counted.
-        """
+        """Count a key once. Costs about 0.3 µs, and 0.6 µs where it takes another's place."""
         counts, levels = self._counts, self._levels
         count = counts.get(key)
         if count is None:
@@ -92,9 +88,6 @@ class SpaceSaving(Generic[_K]):
 
     def top(self, limit: int) -> list[tuple[_K, int]]:
         """The most frequent keys.
-
-        Args:
-            limit: the most keys returned.
 
         Returns:
             Keys and counts, highest counts first, equal counts in the order of their keys; a count is never too low.

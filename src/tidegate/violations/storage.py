@@ -62,7 +62,6 @@ async def write_violations(database: Database, rows: Iterable[tuple[ViolationKey
     """Add to what is there, in one transaction.
 
     Args:
-        database: of the catalog.
         rows: keys, each once, and how many checks were blocked besides; 500 of them or fewer, so that others need not wait long.
             Texts that a column cannot hold are clipped, and stay apart.
 
@@ -97,7 +96,6 @@ async def keep_violations(database: Database, keep_days: int, now_us: int | None
     its end is `keep_days` ago. No lock is waited for longer than 1 s.
 
     Args:
-        database: of the catalog.
         keep_days: how long violations are kept, days, 1 or more.
         now_us: µs since the epoch; the database's clock where None.
 
@@ -129,9 +127,6 @@ async def keep_violations(database: Database, keep_days: int, now_us: int | None
 
 def partition_of(at_us: int) -> str:
     """The partition of a day.
-
-    Args:
-        at_us: a moment of it, µs since the epoch.
 
     Returns:
         Its name, such as `rate_limit_violations_20261125`.

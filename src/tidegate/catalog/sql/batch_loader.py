@@ -48,10 +48,6 @@ class BatchLoader(Generic[_V]):
     async def get(self, name: str, min_version: int) -> tuple[int, _V | None]:
         """Load one value.
 
-        Args:
-            name: what to look up.
-            min_version: the lowest version that the value may be read at.
-
         Returns:
             The version that the value was read at, and the value; None if there is none.
 

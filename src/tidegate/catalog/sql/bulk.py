@@ -15,26 +15,13 @@ _T = TypeVar("_T")
 
 
 def batches(rows: Sequence[_T]) -> Iterator[list[_T]]:
-    """Rows in parts of `BATCH_SIZE`.
-
-    Args:
-        rows: any number.
-
-    Yields:
-        Lists of at most so many.
-    """
+    """Rows in parts of `BATCH_SIZE`."""
     for begin in range(0, len(rows), BATCH_SIZE):
         yield list(rows[begin : begin + BATCH_SIZE])
 
 
 async def insert_rows(connection: AsyncConnection, table: Table, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Insert rows.
-
-    Args:
-        connection: in a transaction.
-        table: where to.
-        rows: each with the same columns.
-    """
+    """Insert rows."""
     for batch in batches(rows):
         await connection.execute(insert(table), batch)
 
@@ -42,26 +29,13 @@ async def insert_rows(connection: AsyncConnection, table: Table, rows: Sequence[
 async def update_rows(
     connection: AsyncConnection, table: Table, rows: Sequence[Mapping[Any, Any]], columns: Sequence[str]
 ) -> None:
-    """Write columns of rows.
-
-    Args:
-        connection: in a transaction.
-        table: with a column `id`.
-        rows: each with `id` and the columns.
-        columns: what is written.
-    """
+    """Write columns of rows."""
     statement = update(table).where(table.c.id == bindparam("row_id")).values({column: bindparam(column) for column in columns})
     for batch in batches(rows):
         await connection.execute(statement, [{"row_id": row["id"], **{each: row[each] for each in columns}} for row in batch])
 
 
 async def delete_rows(connection: AsyncConnection, table: Table, ids: Sequence[Any]) -> None:
-    """Delete rows.
-
-    Args:
-        connection: in a transaction.
-        table: with a column `id`.
-        ids: of the rows.
-    """
+    """Delete rows."""
     for batch in batches(ids):
         await connection.execute(delete(table).where(table.c.id.in_(batch)))

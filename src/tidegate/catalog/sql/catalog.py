@@ -34,11 +34,7 @@ class _NothingToDo(Exception):
 
 
 class SqlCatalog:
-    """A catalog in a database. Make it with `open`.
-
-    Args:
-        database: its schema up to date.
-    """
+    """A catalog in a database. Make it with `open`."""
 
     def __init__(self, database: Database) -> None:
         self.database = database
@@ -47,13 +43,6 @@ class SqlCatalog:
     @classmethod
     async def open(cls, url: str, options: DatabaseOptions | None = None) -> SqlCatalog:
         """Open a database, and bring its schema up to this version.
-
-        Args:
-            url: see `engines.open_engine`.
-            options: how it is used.
-
-        Returns:
-            The catalog.
 
         Raises:
             SettingsError: if the database cannot be had; it says why.
@@ -128,9 +117,6 @@ class SqlCatalog:
     async def list_tiers(self) -> list[Tier]:
         """All tiers with their rules, by name.
 
-        Returns:
-            The tiers.
-
         Raises:
             CatalogUnavailable: if the database does not answer.
         """
@@ -146,7 +132,6 @@ class SqlCatalog:
         """Make the rows that the policy file owns equal to it; leave all others alone.
 
         Args:
-            policy: the file's policy.
             digest: of the policy; where it is the one applied last, nothing is done.
 
         Returns:

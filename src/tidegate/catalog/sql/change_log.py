@@ -28,7 +28,6 @@ class WriteTransaction:
     """A transaction that changes the catalog.
 
     Args:
-        connection: in the transaction.
         version: that the catalog will have.
         previous: that it has before.
     """
@@ -75,8 +74,6 @@ async def read_changes(connection: AsyncConnection, since: int, max_rows: int = 
     """Read what was touched since a version.
 
     Args:
-        connection: to the database that is written to.
-        since: the version that was seen, 0 or more.
         max_rows: at most so many rows are read, the latest ones.
 
     Returns:

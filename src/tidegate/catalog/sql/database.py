@@ -51,7 +51,6 @@ class DatabaseOptions(msgspec.Struct, frozen=True):
     """How a database is used.
 
     Args:
-        replicas: URLs of read replicas.
         pool_size: most connections for reading to each server; another 4 are for writing.
         timeout_s: how long an answer may take, s.
         max_replica_lag_s: a replica that lags more is removed from rotation, s.
@@ -67,13 +66,11 @@ class Database:
     """Make it with `open`.
 
     Args:
-        name: of the database as messages may show it.
         reader: connections for reading from the primary.
         writer: connections for writing to it; the same engine where there is no difference.
 
     Attributes:
         announce: callback run with the new version after each change; must not raise. PostgreSQL announces it besides (NOTIFY).
-        queries: of checks, so far.
     """
 
     def __init__(self, name: str, reader: AsyncEngine, writer: AsyncEngine) -> None:
@@ -89,13 +86,6 @@ class Database:
     @classmethod
     async def open(cls, url: str, options: DatabaseOptions | None = None) -> Database:
         """Connect, and bring the schema up to this version.
-
-        Args:
-            url: see `engines.open_engine`.
-            options: how it is used.
-
-        Returns:
-            The database.
 
         Raises:
             SettingsError: if it cannot be had; it says why.
@@ -157,7 +147,6 @@ class Database:
         Args:
             query: its first row says as `read_version` which version the rows are of; it gives at least one row.
             min_version: version that they must have seen, where the catalog has got so far.
-            parameters: of the query, where it has some.
 
         Returns:
             The rows: a replica's, where one has seen that version, else the primary's; where that does not answer either, those
@@ -187,9 +176,6 @@ class Database:
 
     async def version(self) -> int:
         """The version of the catalog.
-
-        Returns:
-            As the primary has it.
 
         Raises:
             CatalogUnavailable: if it does not answer.
@@ -254,9 +240,6 @@ class Database:
     async def reading(self) -> AsyncIterator[AsyncConnection]:
         """A connection to read from the primary.
 
-        Yields:
-            The connection.
-
         Raises:
             CatalogUnavailable: if the database does not answer.
         """
@@ -269,9 +252,6 @@ class Database:
     @contextlib.asynccontextmanager
     async def transaction(self) -> AsyncIterator[AsyncConnection]:
         """A transaction that changes nothing that a check reads: it leaves the version as it is.
-
-        Yields:
-            A connection in the transaction, which is committed at the end.
 
         Raises:
             CatalogUnavailable: if the database does not take it.
@@ -291,9 +271,6 @@ class Database:
     @contextlib.asynccontextmanager
     async def changing_as(self, make: Callable[[AsyncConnection, int, int], _Write]) -> AsyncIterator[_Write]:
         """A transaction that raises the version; it takes the one row of the state first, and so its turn among all writers.
-
-        Args:
-            make: makes the transaction of a connection, the version after the change, and the version before it.
 
         Yields:
             The transaction, which is committed at the end, logged and announced.

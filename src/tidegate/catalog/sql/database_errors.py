@@ -37,9 +37,6 @@ _DISK_REMEDY: Final = "its disk is full or fails: free some space, then look at 
 def sqlstate_of(error: BaseException) -> str | None:
     """The SQLSTATE that a PostgreSQL gave.
 
-    Args:
-        error: of SQLAlchemy or psycopg.
-
     Returns:
         Five characters; None where there is none, as for a connection that was not made.
     """
@@ -51,14 +48,7 @@ def sqlstate_of(error: BaseException) -> str | None:
 
 
 def sqlite_code_of(error: BaseException) -> int | None:
-    """The primary result code that SQLite gave.
-
-    Args:
-        error: of SQLAlchemy or `sqlite3`.
-
-    Returns:
-        The code; None where there is none.
-    """
+    """The primary result code that SQLite gave."""
     for each in _causes(error):
         code = getattr(each, "sqlite_errorcode", None)
         if isinstance(code, int):
@@ -69,9 +59,6 @@ def sqlite_code_of(error: BaseException) -> int | None:
 def is_passing(error: BaseException) -> bool:
     """Whether another process was in the way, so that the same may succeed a little later.
 
-    Args:
-        error: of SQLAlchemy or a driver.
-
     Returns:
         True for locks, deadlocks, and two that make the same thing at once.
     """
@@ -80,9 +67,6 @@ def is_passing(error: BaseException) -> bool:
 
 def cannot_write(error: BaseException) -> bool:
     """Whether an error says that the database takes no writes at all: it is read-only, or its disk is full or fails.
-
-    Args:
-        error: of SQLAlchemy or a driver.
 
     Returns:
         False for errors of one statement, and where it is not known.
@@ -94,14 +78,7 @@ def cannot_write(error: BaseException) -> bool:
 
 
 def remedy_of(error: BaseException) -> str | None:
-    """What to do about an error of opening or changing a catalog.
-
-    Args:
-        error: of SQLAlchemy, a driver or the system.
-
-    Returns:
-        The remedy; None where the code does not say.
-    """
+    """What to do about an error of opening or changing a catalog."""
     state, code = sqlstate_of(error), sqlite_code_of(error)
     if isinstance(error, OSError) or code in _NO_PLACE_CODES:
         return PLACE_REMEDY

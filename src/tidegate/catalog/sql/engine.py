@@ -29,9 +29,6 @@ BUSY_TIMEOUT_MS: Final = 5_000
 def is_postgres(url: str) -> bool:
     """Whether a URL names a PostgreSQL.
 
-    Args:
-        url: of a catalog.
-
     Returns:
         True for `postgresql://` and `postgres://`.
     """
@@ -59,9 +56,6 @@ def open_engine(
         looks_only: whether a file of SQLite is to be left as it is: not made, not prepared, not written to.
         pool_size: most connections, and so most queries at once.
         timeout_s: how long one answer of a PostgreSQL may take, and how long to wait for a free connection, s.
-
-    Returns:
-        The engine.
 
     Raises:
         SettingsError: if the URL names no database that this version has, or psycopg is not installed.
@@ -91,9 +85,6 @@ def open_engine(
 def shown(url: str) -> str:
     """A catalog's URL as messages may show it.
 
-    Args:
-        url: of a catalog.
-
     Returns:
         The URL without user, password and options; the scheme alone where these cannot be told apart.
     """
@@ -101,14 +92,7 @@ def shown(url: str) -> str:
 
 
 def reason_of(error: Exception) -> str:
-    """What a database said, in a line.
-
-    Args:
-        error: of SQLAlchemy, the driver or the system.
-
-    Returns:
-        Its first line.
-    """
+    """What a database said, in a line."""
     return (str(getattr(error, "orig", None) or error).splitlines() or [type(error).__name__])[0]
 
 
@@ -117,9 +101,6 @@ def make_private(file: str) -> None:
 
     It holds digests of keys and tokens, and addresses of clients. The files that SQLite makes beside it get the same mode.
     One that is there keeps its mode: somebody may have given it to a group on purpose.
-
-    Args:
-        file: its path.
 
     Raises:
         OSError: if it cannot be made.
@@ -166,15 +147,6 @@ def _postgres(url: str, setting: str, *, writes: bool, pool_size: int, timeout_s
 
 def postgres_creator(url: str, setting: str, *, writes: bool, timeout_s: float) -> Callable[[], Any]:
     """What makes connections to a PostgreSQL.
-
-    Args:
-        url: as libpq reads it.
-        setting: whose value the URL is, for messages.
-        writes: whether it must be a database that takes writes.
-        timeout_s: how long one answer may take, s.
-
-    Returns:
-        An async function without arguments.
 
     Raises:
         SettingsError: if libpq does not understand the URL, or psycopg is not installed.

@@ -24,7 +24,6 @@ class Page(msgspec.Struct, Generic[Item], frozen=True):
     """A page of a list.
 
     Args:
-        items: in the list's order.
         next: the `after` of the next page; None on the last page.
     """
 
@@ -37,7 +36,6 @@ def page_of(items: list[Item], limit: int, place: Callable[[Item], str]) -> Page
 
     Args:
         items: at most `limit` + 1.
-        limit: of the page.
         place: what `after` must be to continue after an item.
     """
     return Page(items[:limit], place(items[limit - 1]) if len(items) > limit else None)
@@ -45,11 +43,6 @@ def page_of(items: list[Item], limit: int, place: Callable[[Item], str]) -> Page
 
 async def rows_of(database: Database, query: Select[Any], limit: int) -> list[Any]:
     """The rows of a page, and one more: it tells whether another page follows.
-
-    Args:
-        database: the catalog's.
-        query: in the page's order.
-        limit: most rows of the page.
 
     Returns:
         At most `limit` + 1 rows.
@@ -62,12 +55,5 @@ async def rows_of(database: Database, query: Select[Any], limit: int) -> list[An
 
 
 def no_place(after: str) -> BadRequest:
-    """The error of an `after` that no page gave as its `next`.
-
-    Args:
-        after: what was given.
-
-    Returns:
-        The error.
-    """
+    """The error of an `after` that no page gave as its `next`."""
     return BadRequest(f"after {after[:60]!r} is none of this list: give the 'next' of the page before", field="after")

@@ -38,8 +38,6 @@ class Released(msgspec.Struct, frozen=True):
 
     Args:
         tiers: how many, those among them that are not of the file's making left out.
-        api_keys: how many.
-        digest: of the file's policy.
     """
 
     tiers: int
@@ -50,10 +48,6 @@ class Released(msgspec.Struct, frozen=True):
 async def release_file(writing: WriteTransaction, actor: str) -> Released | None:
     """Let operators change what the policy file made: there is no file any more. A file that is given later takes over again
     what was not changed meanwhile.
-
-    Args:
-        writing: the transaction.
-        actor: for the audit log.
 
     Returns:
         What was released; None where no file is active.
@@ -78,11 +72,6 @@ async def release_file(writing: WriteTransaction, actor: str) -> Released | None
 
 async def apply_file(writing: WriteTransaction, policy: Policy, digest: str) -> None:
     """Make the rows that the policy file owns equal to it.
-
-    Args:
-        writing: the transaction.
-        policy: the file's policy.
-        digest: of the policy, kept as the one applied last.
 
     Raises:
         CatalogError: if the file contradicts rows that it does not own; the transaction is not to be committed then.

@@ -95,12 +95,6 @@ def connecting(url: str, setting: str, *, writes: bool, timeout_s: float) -> Cal
 
     Args:
         url: as libpq reads it; its own options win over what is set here.
-        setting: whose value the URL is, for messages.
-        writes: whether it must be a database that takes writes.
-        timeout_s: how long one answer may take, s.
-
-    Returns:
-        A function that makes one.
 
     Raises:
         SettingsError: if libpq does not understand the URL.
@@ -135,13 +129,6 @@ def why_unreachable(url: str, name: str) -> str:
     A connection that the server refuses has no SQLSTATE in libpq, only a text in the server's language. So what can be done
     instead is tried: whether a server answers, whether it takes the connection when it need not be the primary, whether it takes
     the same user for the database that every server has.
-
-    Args:
-        url: as libpq reads it.
-        name: of the database as messages may show it.
-
-    Returns:
-        The remedy.
     """
     options: dict[str, Any] = {**conninfo_to_dict(url), "connect_timeout": _CONNECT_S, "application_name": APPLICATION}
     answer = psycopg.pq.PGconn.ping(make_conninfo("", **options).encode())

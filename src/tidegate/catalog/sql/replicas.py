@@ -38,11 +38,6 @@ _VERSIONS_KEPT: Final = 10_000
 class Replica:
     """One replica, and whether it is in rotation.
 
-    Args:
-        name: its URL as logs may show it.
-        engine: its connections.
-        connections: how many these are, 1 or more.
-
     Attributes:
         out: why it is out of rotation; None while it is in rotation.
         version: of the catalog that it had seen at the last look.
@@ -80,11 +75,7 @@ class Replicas:
     """The replicas of one database.
 
     Args:
-        replicas: any number.
-        timeout_s: how long one may take to answer, s.
         max_lag_s: a replica that lags more is removed from rotation, s.
-        primary_version: asks the primary for its version.
-        clock: gives monotonic seconds.
     """
 
     def __init__(
@@ -122,7 +113,6 @@ class Replicas:
         Args:
             query: its first row says as `read_version` which version the rows are of; it gives at least one row.
             min_version: the version that they must have seen.
-            parameters: of the query, where it has some.
             include_ejected: ask those that are left out too, and take any version: there is nobody else.
 
         Returns:
@@ -166,11 +156,7 @@ class Replicas:
             self._versions.popitem(last=False)
 
     def made(self, version: int) -> None:
-        """Note a version that was made here; of a later one may have been heard before.
-
-        Args:
-            version: the version.
-        """
+        """Note a version that was made here; of a later one may have been heard before."""
         if version > self._newest:
             self.changed(version)
         else:

@@ -10,15 +10,7 @@ from tidegate.policy.model import ApiKey, KeyStatus, Mode, Override, Rule, Subje
 
 
 def tier_of(row: Mapping[Any, Any], rules: Iterable[Mapping[Any, Any]]) -> Tier:
-    """The tier that a row and its rules' rows hold.
-
-    Args:
-        row: of `tiers`.
-        rules: of `rate_limit_rules`, in order.
-
-    Returns:
-        The tier.
-    """
+    """The tier that a row and its rules' rows hold."""
     return Tier(
         name=row["name"],
         rules=tuple(rule_of(rule) for rule in rules),
@@ -47,9 +39,6 @@ def api_key_of(row: Mapping[Any, Any]) -> ApiKey:
 
     Args:
         row: of `api_keys`, with the tier's name as `tier_name`.
-
-    Returns:
-        The key's record.
     """
     return ApiKey(
         sha256=row["sha256"],
@@ -66,28 +55,12 @@ def api_key_of(row: Mapping[Any, Any]) -> ApiKey:
 
 
 def row_of_tier(tier: Tier) -> dict[str, Any]:
-    """The values of a tier's row, without its id.
-
-    Args:
-        tier: the tier.
-
-    Returns:
-        Column → value.
-    """
+    """The values of a tier's row, without its id."""
     return {"name": tier.name, "limits": [limit.text for limit in tier.limits], "managed_by_file": tier.managed_by_file}
 
 
 def row_of_rule(rule: Rule, tier_id: int, position: int) -> dict[str, Any]:
-    """The values of a rule's row that the policy file owns, without its id.
-
-    Args:
-        rule: the rule.
-        tier_id: id of its tier's row.
-        position: its place in the tier, 0 or more.
-
-    Returns:
-        Column → value.
-    """
+    """The values of a rule's row that the policy file owns, without its id."""
     return {
         "tier_id": tier_id,
         "name": rule.name,
@@ -105,16 +78,7 @@ def row_of_rule(rule: Rule, tier_id: int, position: int) -> dict[str, Any]:
 
 
 def row_of_api_key(api_key: ApiKey, tier_id: int, created_at_us: int) -> dict[str, Any]:
-    """The values of an API key's row.
-
-    Args:
-        api_key: the key's record.
-        tier_id: id of its tier's row.
-        created_at_us: µs since the epoch.
-
-    Returns:
-        Column → value.
-    """
+    """The values of an API key's row."""
     return {
         "id": api_key.id,
         "sha256": api_key.sha256,
@@ -129,12 +93,5 @@ def row_of_api_key(api_key: ApiKey, tier_id: int, created_at_us: int) -> dict[st
 
 
 def override_rows(overrides: Iterable[Override]) -> list[dict[str, Any]]:
-    """The value of the column `overrides` of an API key's row.
-
-    Args:
-        overrides: the key's overrides.
-
-    Returns:
-        JSON.
-    """
+    """The value of the column `overrides` of an API key's row."""
     return [{"rule": override.rule, "limits": [limit.text for limit in override.limits]} for override in overrides]

@@ -51,7 +51,6 @@ class SchemaSeen(msgspec.Struct, frozen=True):
 
     Args:
         revision: None where there is none yet.
-        head: that of this version.
         usable: whether this version works with it as it is.
     """
 
@@ -67,10 +66,6 @@ class _Busy(Exception):
 async def upgrade_schema(url: str, engine: AsyncEngine) -> str:
     """Bring the schema up to this version, where it is not.
 
-    Args:
-        url: of the database.
-        engine: for it.
-
     Returns:
         The revision: of this version, or a later one that this version works with.
 
@@ -83,13 +78,6 @@ async def upgrade_schema(url: str, engine: AsyncEngine) -> str:
 async def look_at_schema(url: str, engine: AsyncEngine) -> SchemaSeen:
     """Find out what `upgrade_schema` would do, and do nothing.
 
-    Args:
-        url: of the database.
-        engine: for it.
-
-    Returns:
-        What was seen.
-
     Raises:
         SettingsError: if the database cannot be opened, is too new for this version, or holds tables of another program.
     """
@@ -98,12 +86,6 @@ async def look_at_schema(url: str, engine: AsyncEngine) -> SchemaSeen:
 
 async def upgrade(url: str) -> str:
     """`upgrade_schema` for a database that nobody has opened.
-
-    Args:
-        url: of the database.
-
-    Returns:
-        The revision.
 
     Raises:
         SettingsError: if it cannot be done; it says why.
@@ -119,11 +101,7 @@ async def downgrade(url: str, revision: str) -> str:
     """Take the schema back. What a step had added is dropped with all that it holds.
 
     Args:
-        url: of the database.
         revision: such as `0002`.
-
-    Returns:
-        The revision.
 
     Raises:
         SettingsError: if there is no such revision, or it is not behind this one, or the database cannot be had.
@@ -154,12 +132,7 @@ async def change_schema(url: str, engine: AsyncEngine, change: Callable[[Connect
     """Run a change of the schema, alone among all processes.
 
     Args:
-        url: of the database.
-        engine: for it.
         change: is run in a transaction; gives the revision.
-
-    Returns:
-        The revision.
 
     Raises:
         SettingsError: if it cannot be done; it says why.
@@ -175,14 +148,7 @@ async def change_schema(url: str, engine: AsyncEngine, change: Callable[[Connect
 
 
 def migration_config(connection: Connection) -> Config:
-    """Alembic's configuration for the shipped migrations.
-
-    Args:
-        connection: to run them on.
-
-    Returns:
-        The configuration.
-    """
+    """Alembic's configuration for the shipped migrations."""
     config = Config()
     config.set_main_option(
         "script_location", str(resources.files("tidegate.catalog.sql").joinpath("migrations")).replace("%", "%%")

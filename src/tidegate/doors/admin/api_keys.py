@@ -32,15 +32,7 @@ IdPrefix = Annotated[
 
 
 def key_routes(editor: CatalogEditor, gate: Gate) -> APIRouter:
-    """The routes of API keys.
-
-    Args:
-        editor: of the catalog.
-        gate: what counts, to warn of limits that are used up.
-
-    Returns:
-        The routes.
-    """
+    """The routes of API keys."""
     routes = APIRouter(prefix="/api-keys", tags=["API keys"])
 
     async def changed(response: Response, actor: str, key_id: str, given: KeyPatch, revisions: Revisions) -> KeyRead:

@@ -40,8 +40,6 @@ class AdminDeps(msgspec.Struct, frozen=True):
     """What the control plane stands on.
 
     Args:
-        editor: of the catalog.
-        gate: what counts; its catalog is what the data plane asks.
         settings_token: bearer token of the operator that the settings name; None where they name none.
         trusted: proxies whose word about the client's address is believed.
         rate: limit of requests for each token.
@@ -61,14 +59,7 @@ class AdminDeps(msgspec.Struct, frozen=True):
 
 
 def admin_app(deps: AdminDeps) -> FastAPI:
-    """Make the control plane.
-
-    Args:
-        deps: what it stands on.
-
-    Returns:
-        An ASGI app.
-    """
+    """Make the control plane."""
     app = _App(title="Tidegate control plane", version=__version__, openapi_url=None, docs_url=None, redoc_url=None)
     app.router.redirect_slashes = False
     app.add_middleware(
@@ -113,15 +104,7 @@ class _App(FastAPI):
         return self.openapi_schema or described
 
     def known_query(self, method: str, path: str) -> list[str]:
-        """Names of the query parameters that an operation reads.
-
-        Args:
-            method: in lower case.
-            path: of the request.
-
-        Returns:
-            The names.
-        """
+        """Names of the query parameters that an operation reads."""
         described = self.openapi()["paths"]
         found: dict[str, Any] = described.get(path) or next(
             (each for template, each in described.items() if re.fullmatch(re.sub(r"\{[^}]*\}", "[^/]+", template), path)), {}

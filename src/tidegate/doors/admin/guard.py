@@ -74,8 +74,6 @@ class Guard:
     """An ASGI app before another one.
 
     Args:
-        app: what it guards.
-        tokens: tells whose a token is.
         trusted: proxies whose word about the client's address is believed; not those of the data plane.
         rate: limit of requests for each token.
         failed_rate: limit of wrong tokens for each address. A right token passes beyond it too.
@@ -193,9 +191,6 @@ class Guard:
 def require_operator(principal: Principal) -> None:
     """Refuse whoever may only read.
 
-    Args:
-        principal: who asks.
-
     Raises:
         RoleTooSmall: if it is no operator.
     """
@@ -205,12 +200,6 @@ def require_operator(principal: Principal) -> None:
 
 def principal_of(scope: Scope) -> Principal:
     """Who asks, as the guard found out.
-
-    Args:
-        scope: of the request.
-
-    Returns:
-        The principal.
 
     Raises:
         MissingToken: if the request did not pass the guard.
@@ -224,9 +213,6 @@ def principal_of(scope: Scope) -> Principal:
 def error_headers(error: TidegateError) -> dict[str, str]:
     """Headers that an error's answer needs.
 
-    Args:
-        error: the error.
-
     Returns:
         Names in lower case → values.
     """
@@ -238,12 +224,7 @@ def error_headers(error: TidegateError) -> dict[str, str]:
 
 
 async def answer_error(send: Send, error: TidegateError) -> None:
-    """Answer with an error in the usual form.
-
-    Args:
-        send: of the request.
-        error: the error.
-    """
+    """Answer with an error in the usual form."""
     body = encode(error_body(error))
     headers = {"content-type": "application/json", "content-length": str(len(body)), **error_headers(error)}
     start = {"type": "http.response.start", "status": error.status}

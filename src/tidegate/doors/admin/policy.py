@@ -35,14 +35,7 @@ _IMPORTED: dict[str, Any] = {
 
 
 def policy_routes(editor: CatalogEditor) -> APIRouter:
-    """The routes of the whole policy.
-
-    Args:
-        editor: of the catalog.
-
-    Returns:
-        The routes.
-    """
+    """The routes of the whole policy."""
     routes = APIRouter(prefix="/policy", tags=["policy"])
     # One text is read at a time: what is read takes up to 160 times its size in memory.
     reading = asyncio.Lock()

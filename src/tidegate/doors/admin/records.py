@@ -36,15 +36,7 @@ Most = Annotated[int, Query(ge=1, le=100, description="at most so many items")]
 
 
 def record_routes(editor: CatalogEditor, gate: Gate) -> APIRouter:
-    """The routes of records.
-
-    Args:
-        editor: of the catalog.
-        gate: what counts.
-
-    Returns:
-        The routes.
-    """
+    """The routes of records."""
     routes = APIRouter()
 
     @routes.get("/usage", tags=["usage"], summary="What is left to a key, or to a client without one; charges nothing")

@@ -18,15 +18,7 @@ RuleId = Annotated[int, Path(ge=1, le=2**53)]
 
 
 def rule_routes(editor: CatalogEditor, gate: Gate) -> APIRouter:
-    """The routes of rules.
-
-    Args:
-        editor: of the catalog.
-        gate: what counts, to warn of limits that are used up.
-
-    Returns:
-        The routes.
-    """
+    """The routes of rules."""
     routes = APIRouter(prefix="/rate-limit-rules", tags=["rules"])
 
     async def answer(response: Response, rule: RuleRead) -> RuleRead:

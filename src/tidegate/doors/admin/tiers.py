@@ -17,15 +17,7 @@ NameInPath = Annotated[str, Path(max_length=64), Plain]
 
 
 def tier_routes(editor: CatalogEditor, gate: Gate) -> APIRouter:
-    """The routes of tiers.
-
-    Args:
-        editor: of the catalog.
-        gate: what counts, to warn of limits that are used up.
-
-    Returns:
-        The routes.
-    """
+    """The routes of tiers."""
     routes = APIRouter(prefix="/tiers", tags=["tiers"])
 
     async def changed(response: Response, actor: str, name: str, given: TierLimits, revisions: Any) -> TierRead:

@@ -17,14 +17,7 @@ TokenId = Annotated[int, Path(ge=1, le=2**53)]
 
 
 def token_routes(editor: CatalogEditor) -> APIRouter:
-    """The routes of tokens.
-
-    Args:
-        editor: of the catalog.
-
-    Returns:
-        The routes.
-    """
+    """The routes of tokens."""
     routes = APIRouter(prefix="/tokens", tags=["tokens"], dependencies=[OPERATORS_ONLY])
 
     @routes.get("", summary="List tokens, by id")
