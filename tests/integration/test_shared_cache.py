@@ -18,7 +18,7 @@ from tests.servers.redis_server import RedisServer
 from tests.servers.tcp_proxy import TcpProxy
 from tidegate.catalog.cached import CachedCatalog
 from tidegate.catalog.changes import Changes
-from tidegate.catalog.shared import AWAY_S, WARN_S, SharedCatalog
+from tidegate.catalog.shared import RETRY_S, WARN_S, SharedCatalog
 from tidegate.catalog.shared_entries import EntrySeal, KeyEntry, NameEntry, TierEntry
 from tidegate.catalog.sql.catalog import SqlCatalog
 from tidegate.counters.redis.store import RedisCounters
@@ -255,7 +255,7 @@ async def test_what_is_no_entry_is_ignored_and_written_over(
     catalog = Catalog()
     cache = shared(catalog, await connect(redis_server.url))
     key = digest()
-    _, place = cache._place(f"k:{key}")
+    _, place = cache._tag_and_key(f"k:{key}")
     redis_server.must("SET", place, garbage, "EX", 60)
     for _ in range(2):
         assert (await cache.api_key(key))[1] is not None
@@ -270,7 +270,7 @@ async def test_a_key_of_another_type_is_replaced_and_the_cache_stays_on(
     catalog = Catalog()
     cache = shared(catalog, await connect(redis_server.url))
     key, other = digest(), digest()
-    _, place = cache._place(f"k:{key}")
+    _, place = cache._tag_and_key(f"k:{key}")
     redis_server.must("RPUSH", place, "not", "an", "entry")
     for each in (key, other, key, other):
         assert (await cache.api_key(each))[1] is not None
@@ -318,7 +318,7 @@ async def test_who_can_write_redis_lets_nobody_in(
     cache = shared(Catalog(), await connect(redis_server.url))
     told = await read(cache)
     await cache.settle()
-    _, place = cache._place(what)
+    _, place = cache._tag_and_key(what)
     sealed = redis_server.must("GET", place)
     entry = forge(key)
     plain = msgspec.msgpack.encode([100, entry])
@@ -343,14 +343,14 @@ async def test_an_entry_that_is_moved_to_another_place_is_not_taken(
     await cache.api_key(paid)
     await cache.tier("paid")
     await cache.settle()
-    _, paid_place = cache._place(f"k:{paid}")
-    _, my_place = cache._place(f"k:{mine}")
+    _, paid_place = cache._tag_and_key(f"k:{paid}")
+    _, my_place = cache._tag_and_key(f"k:{mine}")
     redis_server.must("SET", my_place, redis_server.must("GET", paid_place), "EX", 60)
     found = (await cache.api_key(mine))[1]
     assert found is not None
     assert found.sha256 == mine
-    _, tier_place = cache._place("t:moved")
-    redis_server.must("SET", tier_place, redis_server.must("GET", cache._place("t:paid")[1]), "EX", 60)
+    _, tier_place = cache._tag_and_key("t:moved")
+    redis_server.must("SET", tier_place, redis_server.must("GET", cache._tag_and_key("t:paid")[1]), "EX", 60)
     tier = (await cache.tier("moved"))[1]
     assert tier is not None
     assert tier.name == "moved"
@@ -446,10 +446,10 @@ async def test_a_key_of_another_type_costs_no_answer(connect: Callable[..., Any]
     catalog, clock = Catalog(), FakeClock()
     cache = shared(catalog, await connect(redis_server.url), clock=clock)
     key, other = digest(), digest()
-    _, place = cache._place(f"k:{key}")
+    _, place = cache._tag_and_key(f"k:{key}")
     redis_server.must("LPUSH", place, "x")
     assert (await cache.api_key(key))[1] is not None
-    clock.now += AWAY_S
+    clock.now += RETRY_S
     await cache.settle()
     for _ in range(2):
         await cache.api_key(other)
@@ -523,12 +523,12 @@ async def test_without_redis_all_goes_to_the_database_at_once(connect: Callable[
     await cache.api_key(digest())
     assert store.calls == calls, "it is not asked for a second"
     redis.start()
-    clock.now += AWAY_S
+    clock.now += RETRY_S
     async with asyncio.timeout(PATIENCE_S):
         while cache.hits == 0:
             await cache.api_key(key)
             await cache.settle()
-            clock.now += AWAY_S
+            clock.now += RETRY_S
             await asyncio.sleep(0.02)
 
 
@@ -554,12 +554,12 @@ async def test_a_redis_that_hangs_costs_one_timeout(connect: Callable[..., Any],
         assert len(catalog.asked) == 601
         proxy.stall = False
         set_deadline(connected, NEVER_S)
-        clock.now += AWAY_S
+        clock.now += RETRY_S
         async with asyncio.timeout(PATIENCE_S):
             while cache.hits == 0:
                 await cache.api_key(key)
                 await cache.settle()
-                clock.now += AWAY_S
+                clock.now += RETRY_S
                 await asyncio.sleep(0.02)
     assert cache.errors >= 1
 
