@@ -41,7 +41,7 @@ class ServerSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     Args:
         http: address of the data plane.
         admin: address of the control plane; empty disables it.
-        grpc: address of the gRPC door; empty disables it.
+        grpc: address of the gRPC listener; empty disables it.
         workers: number of processes.
         drain_s: how long SIGTERM waits for requests in flight, s.
         trusted_proxies: addresses and networks whose forwarding headers are trusted; `unix` for peers on a unix socket.
@@ -206,7 +206,7 @@ class TracingSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class EnvoySettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """`[envoy]`: how the gRPC door reads Envoy's descriptors.
+    """`[envoy]`: how the gRPC listener reads Envoy's descriptors.
 
     Args:
         domain: domain whose descriptors are checks under the policy.

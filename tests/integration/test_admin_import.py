@@ -140,7 +140,7 @@ async def test_what_an_import_goes_through_is_bounded(admin: Admin, monkeypatch:
     monkeypatch.setattr(importing, "MAX_KEYS", 3)
     refused = await admin.http.post("/policy", content=policy(3), params={"prune": True, "dry_run": True})
     assert (refused.status_code, "more than 3 API keys would be removed" in refused.text) == (409, True)
-    monkeypatch.setattr(importing, "MAX_HELD_RULES", 2)
+    monkeypatch.setattr(importing, "MAX_COMPARED_RULES", 2)
     refused = await admin.http.post("/policy", content=policy(3))
     assert (refused.status_code, "more than 2 rules" in refused.text) == (409, True)
 

@@ -49,9 +49,9 @@ def test_the_token(server: Any, api: Runner, tmp_path: Path) -> None:
     assert "--token-file" in bare.refused("list")
     for written, said in (
         (None, "cannot be read: No such file"),
-        (b"", "holds no token"),
-        (b" \n", "holds no token"),
-        (b"a" * 5000, "holds no token"),
+        (b"", "does not contain a token"),
+        (b" \n", "does not contain a token"),
+        (b"a" * 5000, "does not contain a token"),
         (b"\xff\xfe", "it is no text"),
         (b"two words", "characters that no token has"),
         ("tokén".encode(), "characters that no token has"),
@@ -70,11 +70,11 @@ def test_the_token(server: Any, api: Runner, tmp_path: Path) -> None:
     file.write_text("a-token-that-nobody-knows")
     message = from_file.refused("list")
     assert message.startswith("INVALID_TOKEN: the token is unknown, expired or revoked: ask an operator")
-    assert message.endswith(f"(the token came from {file})")
+    assert message.endswith(f"(the token of {file})")
     assert "nobody-knows" not in message
     wrong = api.way(*api.options, TIDEGATE_ADMIN__TOKEN="another-token-of-nobody")
-    assert "the token came from TIDEGATE_ADMIN__TOKEN" in wrong.refused("create", "--tier", "free")
-    assert "--token-file is for --url" in api.way("--token-file", str(file)).refused("list")
+    assert "the token of TIDEGATE_ADMIN__TOKEN" in wrong.refused("create", "--tier", "free")
+    assert "--token-file is only used with --url" in api.way("--token-file", str(file)).refused("list")
     told = api.keys("list", "--token", TOKEN)
     assert (told.code, "No such option" in told.err) == (2, True), "a token on the command line would be seen by everyone"
 
@@ -89,7 +89,10 @@ def test_a_viewer_may_look(server: Any, api: Runner, tmp_path: Path) -> None:
     viewer = api.way(*api.options, "--token-file", str(tmp_path / "viewer"))
     (key,) = viewer.told("list", "--tier", "free")
     for arguments in (("create", "--tier", "free"), ("revoke", key["id"], "--reason", "x"), ("rotate", key["id"])):
-        assert viewer.refused(*arguments) == "FORBIDDEN: the token 'looks' is a viewer's, which may not do this: ask an operator"
+        assert (
+            viewer.refused(*arguments)
+            == "FORBIDDEN: the token 'looks' has the role viewer, which may not do this: use a token of an operator"
+        )
 
 
 def test_too_many_requests(server: Any, api: Runner) -> None:
@@ -178,8 +181,8 @@ RECORD = (
     b'"overrides": [], "created_at": "2030-01-01T00:00:00Z", "revoked_at": null, "revoked_reason": null, '
     b'"managed_by_file": false, "revision": 1}'
 )
-UNKNOWN = "whether the change was made is not known"
-NOT_OURS = "is no control plane of Tidegate"
+UNKNOWN = "the change may have been made"
+NOT_OURS = "is not a control plane of Tidegate"
 
 
 @pytest.mark.parametrize(
@@ -196,7 +199,7 @@ NOT_OURS = "is no control plane of Tidegate"
         (_http("429 Too Many", b"slow", "Retry-After: 7"), "answers 429, too many requests: try again in 7 s", False),
         (_http("429 Too Many", b"slow", "Retry-After: Thu, 01 Jan"), "try again later", False),
         (_http("429 Too Many", _error("BUSY", "no"), "Retry-After: 9"), "BUSY: no: try again in 9 s", False),
-        (_http("502 Bad Gateway", b"<html>"), "answers 502: see whether 'tidegate serve' runs behind it", True),
+        (_http("502 Bad Gateway", b"<html>"), "answers 502: check that 'tidegate serve' runs behind it", True),
         (_http("504 Gateway Timeout", b"", "Retry-After: 3"), "try again in 3 s", True),
         (_http("400 Bad", _error("BAD\x1b[2J", "a\x1b]0;title\x07\nb\u202ec")), "BAD [2J: a ]0;title  b c", False),
         (_http("400 Bad", _error("BAD", "x" * 100_000)), "x" * 1000, False),
@@ -235,12 +238,12 @@ def test_a_redirect_is_not_followed_with_the_token(status: str, stranger: Callab
     way = run.way("--url", stranger(_http(status, b"", location)).url, TIDEGATE_ADMIN__TOKEN=TOKEN)
     for arguments in (("list",), ("create", "--tier", "free")):
         message = way.refused(*arguments)
-        assert "redirects to http://127.0.0.1, and the token is not sent on" in message
+        assert "redirects to http://127.0.0.1, and the token is not sent to other addresses" in message
         assert "give the control plane's own address with --url" in message
     assert target.requests == []
     for location in ("/elsewhere", "http://[", "javascript:x"):
         way = run.way("--url", stranger(_http(status, b"", f"Location: {location}")).url, TIDEGATE_ADMIN__TOKEN=TOKEN)
-        assert "redirects, and the token is not sent on" in way.refused("list")
+        assert "redirects, and the token is not sent to other addresses" in way.refused("list")
 
 
 def test_a_list_that_would_never_end_ends(stranger: Callable[..., Stranger], run: Runner) -> None:

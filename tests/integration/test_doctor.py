@@ -146,20 +146,20 @@ def test_files_that_are_no_catalog(tmp_path: Path) -> None:
 def test_listeners_of_a_server_that_does_not_run(tmp_path: Path) -> None:
     code, found = _found(tmp_path)
     assert code == 0
-    assert found["control plane"][0] is found["gRPC door"][0] is True
-    assert found["gRPC door"][1].endswith("is free")
-    assert _found(tmp_path, TIDEGATE_SERVER__GRPC="")[1]["gRPC door"] == (None, "off")
+    assert found["control plane"][0] is found["gRPC listener"][0] is True
+    assert found["gRPC listener"][1].endswith("is free")
+    assert _found(tmp_path, TIDEGATE_SERVER__GRPC="")[1]["gRPC listener"] == (None, "off")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = f"127.0.0.1:{taken.getsockname()[1]}"
-        for name, what, key in (("GRPC", "gRPC door", "grpc"), ("ADMIN", "control plane", "admin")):
+        for name, what, key in (("GRPC", "gRPC listener", "grpc"), ("ADMIN", "control plane", "admin")):
             code, found = _found(tmp_path, **{f"TIDEGATE_SERVER__{name}": address})
             assert (code, found[what][0]) == (1, False)
             assert f"server.{key} = '{address}': the port is in use" in found[what][1]
             assert f'{key} = "" disables the ' in found[what][1]
     http = f"127.0.0.1:{free_port()}"
     _, found = _found(tmp_path, TIDEGATE_SERVER__HTTP=http, TIDEGATE_SERVER__GRPC=http)
-    assert found["gRPC door"][0] is False
-    assert "has the port of server.http" in found["gRPC door"][1]
+    assert found["gRPC listener"][0] is False
+    assert "has the port of server.http" in found["gRPC listener"][1]
 
 
 def test_listeners_of_a_server_that_runs(serve: Callable[..., Any], tmp_path: Path) -> None:
@@ -167,15 +167,15 @@ def test_listeners_of_a_server_that_runs(serve: Callable[..., Any], tmp_path: Pa
     listeners = {name: value for name, value in server.environment.items() if name.startswith("TIDEGATE_SERVER__")}
     code, found = _found(tmp_path, **listeners)
     assert code == 0, found
-    assert found["server database"][0] is found["control plane"][0] is found["gRPC door"][0] is True
-    assert found["gRPC door"][1] == f"something listens at 127.0.0.1:{server.grpc_port}"
+    assert found["server database"][0] is found["control plane"][0] is found["gRPC listener"][0] is True
+    assert found["gRPC listener"][1] == f"something listens at 127.0.0.1:{server.grpc_port}"
     code, found = (
         _found(tmp_path, **listeners, TIDEGATE_SERVER__GRPC=f"127.0.0.1:{free_port()}")
         if False
         else _found(tmp_path, **{**listeners, "TIDEGATE_SERVER__GRPC": f"127.0.0.1:{free_port()}"})
     )
-    assert (code, found["gRPC door"][0]) == (1, False)
-    assert "although Tidegate runs" in found["gRPC door"][1]
+    assert (code, found["gRPC listener"][0]) == (1, False)
+    assert "although Tidegate runs" in found["gRPC listener"][1]
 
 
 def test_replicas_are_looked_at(postgres_cluster: PostgresCluster, tmp_path: Path) -> None:

@@ -115,7 +115,7 @@ async def test_an_import_warns_of_digests_that_nobody_can_read_a_form_from(admin
     told = (await admin.http.post("/policy", content=text, headers=headers)).json()
     assert not [each for each in told["warnings"] if "digest" in each]
     told = (await admin.http.post("/policy", content=text + foreign, headers=headers)).json()
-    assert [each for each in told["warnings"] if each.startswith("1 API keys came by their digests")]
+    assert [each for each in told["warnings"] if each.startswith("1 API keys were imported by digest")]
     again = (await admin.http.post("/policy", content=text + foreign, headers=headers)).json()
     assert not [each for each in again["warnings"] if "digest" in each], "they are there already"
     with pytest.raises(InvalidApiKey, match="imported by its digest must have this form"):

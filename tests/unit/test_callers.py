@@ -161,7 +161,7 @@ async def test_unknown_keys_of_one_address_are_looked_up_so_often_and_no_more() 
     guarded = Guarded()
     answers = [await guarded.ask(make_api_key()) for _ in range(10)]
     assert answers == ["INVALID_API_KEY"] * 3 + ["API_KEY_LOOKUPS_EXCEEDED"] * 7
-    assert (guarded.cached_tier.count(KEY), guarded.limit.refused) == (3, 7), "the database is not queried"
+    assert (guarded.held.count(KEY), guarded.limit.refused) == (3, 7), "the database is not queried"
     assert await guarded.ask(make_api_key(), OTHER) == "INVALID_API_KEY", "others have bounds of their own"
     guarded.clock.now += WINDOW_S + 0.1
     assert await guarded.ask(make_api_key()) == "INVALID_API_KEY"
@@ -198,11 +198,11 @@ async def test_an_unknown_key_that_is_repeated_counts_when_it_is_looked_up() -> 
     guarded = Guarded()
     key = make_api_key()
     assert {await guarded.ask(key) for _ in range(100)} == {"INVALID_API_KEY"}
-    guarded.cached_tier.gate.clear()
+    guarded.held.gate.clear()
     other = make_api_key()
     asked = [asyncio.create_task(guarded.ask(other)) for _ in range(100)]
-    await until(lambda: guarded.cached_tier.count(KEY) == 2)
-    guarded.cached_tier.gate.set()
+    await until(lambda: guarded.held.count(KEY) == 2)
+    guarded.held.gate.set()
     assert set(await asyncio.gather(*asked)) == {"INVALID_API_KEY"}
     assert await guarded.ask(make_api_key()) == "INVALID_API_KEY", "the third look-up"
     assert await guarded.ask(make_api_key()) == "API_KEY_LOOKUPS_EXCEEDED"
@@ -238,11 +238,11 @@ async def test_batches_usage_and_descriptors_are_bound_too() -> None:
 
 async def test_a_failing_catalog_counts_nothing() -> None:
     guarded = Guarded()
-    guarded.cached_tier.failing = True
+    guarded.held.failing = True
     for _ in range(5):
         with pytest.raises(CatalogUnavailable):
             await guarded.gate.check(Check.of("/a", api_key=make_api_key(), ip=CLIENT))
-    guarded.cached_tier.failing = False
+    guarded.held.failing = False
     assert await guarded.ask(FREE) == "decided"
 
 

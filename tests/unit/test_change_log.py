@@ -360,7 +360,7 @@ class Truth:
 
     async def tier(self, name: str, min_version: int = 0) -> tuple[int, Tier | None]:
         state = self._seen(min_version)
-        return state.version, Tier(name, limits=(Limit.parse(f"{state.cached_tier.get((TIER, name), 0) + 1}/day"),))
+        return state.version, Tier(name, limits=(Limit.parse(f"{state.held.get((TIER, name), 0) + 1}/day"),))
 
     async def anonymous_tier(self, min_version: int = 0) -> tuple[int, str | None]:
         state = self._seen(min_version)
@@ -378,7 +378,7 @@ class Kept:
 
     async def call(self, tag: bytes, *parts: str | bytes) -> Any:
         if parts[0] == "GET":
-            return self.cached_tier.get(parts[1])
+            return self.held.get(parts[1])
         self.held[parts[1]] = parts[2]
         return b"OK"
 

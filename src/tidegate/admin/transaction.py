@@ -1,6 +1,6 @@
-"""One change of the catalog by an operator: its transaction, its row in the audit log, and the rows of tiers and rules.
+"""The transaction of one change by an operator, with its audit log, and the rows of tiers and rules in it.
 
-`editing` says what an operator may ask for; here is how it is done to a row that was found and may be changed.
+`rules` contains the operations; this module reads and writes their rows.
 """
 
 from __future__ import annotations
@@ -22,57 +22,57 @@ from tidegate.policy.model import Rule, Tier
 from tidegate.timestamps import now_us
 
 MAX_RULES: Final = 10_000
-"""Most rules of one tier that can be made here."""
+"""Maximum number of rules of a tier."""
 
 ExpectedRevisions: TypeAlias = Collection[int] | None
-"""Revisions of a row that a change expects: another one means that somebody else changed it. None for any."""
+"""Accepted revisions of the row to change; another one means that it was changed concurrently. None accepts any."""
 Audited: TypeAlias = Resource | JsonObject | None
-"""A row before or after a change; None where there was none."""
+"""A row before or after a change; None if there is none."""
 
 
 class NotFound(CatalogError):
-    """What is to be changed or shown is not there."""
+    """The resource does not exist."""
 
     code = "NOT_FOUND"
     status = 404
 
 
 class StaleRevision(CatalogError):
-    """The row was changed since it was read; nothing was changed now."""
+    """The row was changed since it was read; the change was rejected."""
 
     code = "REVISION_STALE"
     status = 412
 
 
 class ManagedByFile(CatalogError):
-    """The policy file owns the row: it is changed there."""
+    """The policy file owns the row, so it must be changed there."""
 
     code = "MANAGED_BY_FILE"
 
 
 class AuditedTransaction(WriteTransaction):
-    """A transaction of one operator, which writes the audit log."""
+    """A transaction of one operator that writes the audit log."""
 
     def __init__(self, actor: str, connection: AsyncConnection, version: int, previous: int) -> None:
         super().__init__(connection, version, previous)
         self.actor = actor
-        # Without a policy file, operators own the rows that one made.
+        # Without a policy file, operators own the rows that a former file created.
         self.has_file = True
 
     def is_of_file(self, row: Row) -> bool:
-        """Whether the policy file owns a row: then it is changed there."""
+        """Whether the policy file owns a row."""
         return self.has_file and bool(row["managed_by_file"])
 
     async def audit(self, action: str, kind: str, target: str, before: Audited, after: Audited) -> None:
-        """Write down what is changed, in the same transaction."""
+        """Write a change to the audit log, in the same transaction."""
         row = {"at_us": now_us(), "actor": self.actor, "action": action, "kind": kind, "target": target}
         await self.connection.execute(insert(audit_log).values(**row, before=audited(before), after=audited(after)))
 
     async def audit_all(self, changes: Sequence[JsonObject]) -> None:
-        """Write down many changes at once.
+        """Write many changes to the audit log.
 
         Args:
-            changes: each with the arguments of `audit` by name.
+            changes: the arguments of `audit` by name.
         """
         common = {"at_us": now_us(), "actor": self.actor}
         await insert_rows(self.connection, audit_log, [{**common, **each} for each in changes])
@@ -83,16 +83,16 @@ class AuditedTransaction(WriteTransaction):
 
 
 def require_editable(transaction: AuditedTransaction, row: Row, expected_revisions: ExpectedRevisions, what: str) -> None:
-    """Refuse a change of a row that the policy file owns, or that was changed since it was read.
+    """Reject the change of a row that the policy file owns, or that was changed since it was read.
 
     Raises:
         ManagedByFile: if the file owns it.
-        StaleRevision: if its revision is another one.
+        StaleRevision: if its revision is not expected.
     """
     if transaction.is_of_file(row):
         raise ManagedByFile(
-            f"{what} is in the policy file: change it there; if the file is gone, restart 'tidegate serve' without it, "
-            "which releases what the file made"
+            f"{what} is in the policy file: change it there; if the file was deleted, restart 'tidegate serve' without it, "
+            "which releases its rows"
         )
     if expected_revisions is not None and row["revision"] not in expected_revisions:
         raise StaleRevision(
@@ -105,7 +105,7 @@ async def load_tier_row(transaction: AuditedTransaction, name: str) -> RowMappin
     """The row of a tier.
 
     Raises:
-        NotFound: naming the tiers there are.
+        NotFound: with the names of existing tiers.
     """
     row = await transaction.one(select(tiers).where(tiers.c.name == name))
     if row is None:
@@ -118,7 +118,7 @@ async def load_rule_row(transaction: AuditedTransaction, rule_id: int) -> RowMap
     """The row of a rule, with its tier's name.
 
     Raises:
-        NotFound: if there is none.
+        NotFound: if it does not exist.
     """
     row = await transaction.one(rule_rows().where(rate_limit_rules.c.id == rule_id))
     if row is None:
@@ -126,24 +126,40 @@ async def load_rule_row(transaction: AuditedTransaction, rule_id: int) -> RowMap
     return row
 
 
+async def load_editable_tier_row(transaction: AuditedTransaction, name: str, expected_revisions: ExpectedRevisions) -> RowMapping:
+    """`load_tier_row` and `require_editable`."""
+    row = await load_tier_row(transaction, name)
+    require_editable(transaction, row, expected_revisions, f"tier {name!r}")
+    return row
+
+
+async def load_editable_rule_row(
+    transaction: AuditedTransaction, rule_id: int, expected_revisions: ExpectedRevisions
+) -> RowMapping:
+    """`load_rule_row` and `require_editable`."""
+    row = await load_rule_row(transaction, rule_id)
+    require_editable(transaction, row, expected_revisions, f"rule {rule_id}")
+    return row
+
+
 async def insert_tier(transaction: AuditedTransaction, tier: Tier) -> TierRead:
-    """Make a tier's row; its rules are made one by one.
+    """Insert a tier's row, without rules.
 
     Raises:
-        CatalogError: if there is such a tier.
+        CatalogError: if the tier exists.
     """
     if await transaction.one(select(tiers.c.id).where(tiers.c.name == tier.name)) is not None:
         raise CatalogError(f"there is a tier {tier.name!r} already: change it, or take another name")
     transaction.touch(TIER, tier.name)
     values = {**policy_rows.row_of_tier(tier), "managed_by_file": False}
     await transaction.connection.execute(insert(tiers).values(values))
-    made = TierRead.of_row(await load_tier_row(transaction, tier.name))
-    await transaction.audit("create", "tier", tier.name, None, made)
-    return made
+    created = TierRead.of_row(await load_tier_row(transaction, tier.name))
+    await transaction.audit("create", "tier", tier.name, None, created)
+    return created
 
 
 async def update_tier(transaction: AuditedTransaction, row: RowMapping, tier: Tier) -> TierRead:
-    """Give a tier's row other limits."""
+    """Update the limits of a tier's row."""
     transaction.touch(TIER, row["name"])
     values = {"limits": [limit.text for limit in tier.limits], "managed_by_file": False, "revision": row["revision"] + 1}
     await transaction.connection.execute(update(tiers).where(tiers.c.id == row["id"]).values(values))
@@ -153,7 +169,7 @@ async def update_tier(transaction: AuditedTransaction, row: RowMapping, tier: Ti
 
 
 async def insert_rule(transaction: AuditedTransaction, tier: RowMapping, rule: Rule) -> RuleRead:
-    """Make a rule's row, behind the others of its tier.
+    """Insert a rule's row after the others of its tier.
 
     Raises:
         CatalogError: if the tier has a rule of that name, or too many.
@@ -167,13 +183,13 @@ async def insert_rule(transaction: AuditedTransaction, tier: RowMapping, rule: R
     values = policy_rows.row_of_rule(rule, tier["id"], 0 if last is None else last + 1)
     statement = insert(rate_limit_rules).values({**values, "managed_by_file": False}).returning(rate_limit_rules.c.id)
     rule_id = (await transaction.connection.execute(statement)).scalar_one()
-    made = RuleRead.of_row(await load_rule_row(transaction, rule_id))
-    await transaction.audit("create", "rule", str(rule_id), None, made)
-    return made
+    created = RuleRead.of_row(await load_rule_row(transaction, rule_id))
+    await transaction.audit("create", "rule", str(rule_id), None, created)
+    return created
 
 
 async def update_rule(transaction: AuditedTransaction, row: RowMapping, rule: Rule) -> RuleRead:
-    """Write a rule over its row.
+    """Update the row of a rule.
 
     Raises:
         CatalogError: if the tier has another rule of that name.
@@ -196,7 +212,7 @@ async def remove_rule(transaction: AuditedTransaction, row: RowMapping) -> None:
 
 
 def rule_rows() -> Any:
-    """A select of rules with their tiers' names, without order."""
+    """A query for rules with the names of their tiers, unordered."""
     return select(rate_limit_rules, tiers.c.name.label("tier_name")).join(tiers, tiers.c.id == rate_limit_rules.c.tier_id)
 
 
@@ -210,5 +226,5 @@ async def _require_free_name(transaction: AuditedTransaction, tier_id: int, tier
 
 
 def audited(state: Audited) -> JsonObject | None:
-    """The fields of a row that the audit log keeps."""
+    """The fields of a row that are written to the audit log."""
     return state.audited() if isinstance(state, Resource) else state

@@ -1,16 +1,21 @@
-"""Between the records of `policy` and the rows of `tables`."""
+"""Converts between the records of `policy` and the rows of `tables`."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Final
 
 from tidegate.policy.limits import Algorithm, Limit, OnFailure
 from tidegate.policy.model import ApiKey, KeyStatus, Mode, Override, Rule, Subject, Tier
 
+RULE_COLUMNS: Final = ("endpoint_pattern", "methods", "algorithm", "limits", "subject", "priority", "mode", "on_failure")
+"""Columns with the fields of a rule."""
+KEY_COLUMNS: Final = ("tier_id", "name", "status", "expires_at_us", "overrides")
+"""Columns with the fields of an API key."""
+
 
 def tier_of(row: Mapping[Any, Any], rules: Iterable[Mapping[Any, Any]]) -> Tier:
-    """The tier that a row and its rules' rows hold."""
+    """The tier in a row of `tiers` and its rows of `rate_limit_rules`, in order."""
     return Tier(
         name=row["name"],
         rules=tuple(rule_of(rule) for rule in rules),
@@ -35,10 +40,10 @@ def rule_of(row: Mapping[Any, Any]) -> Rule:
 
 
 def api_key_of(row: Mapping[Any, Any]) -> ApiKey:
-    """The API key that a row holds.
+    """The API key in a row.
 
     Args:
-        row: of `api_keys`, with the tier's name as `tier_name`.
+        row: row of `api_keys`, with the tier's name as `tier_name`.
     """
     return ApiKey(
         sha256=row["sha256"],
@@ -60,7 +65,7 @@ def row_of_tier(tier: Tier) -> dict[str, Any]:
 
 
 def row_of_rule(rule: Rule, tier_id: int, position: int) -> dict[str, Any]:
-    """The values of a rule's row that the policy file owns, without its id."""
+    """The values of a rule's row that is owned by the policy file, without its id."""
     return {
         "tier_id": tier_id,
         "name": rule.name,
