@@ -20,7 +20,7 @@ async def _lower(admin: Admin, rule: dict[str, Any], limit: str) -> list[str]:
     return list(answer.json()["warnings"])
 
 
-async def test_a_rule_by_key_looks_at_the_tiers_keys(admin: Admin) -> None:
+async def test_a_rule_by_key_checks_keys_of_the_tier(admin: Admin) -> None:
     await admin.tier()
     rule = await admin.rule("/api/*", limits=["50/hour"])
     keys = [await admin.key() for _ in range(5)]
@@ -55,7 +55,7 @@ async def test_a_tiers_own_limits(admin: Admin) -> None:
     assert (await admin.http.put("/tiers/free", json={"limits": []}, headers=ANY)).json()["warnings"] == []
 
 
-async def test_a_rule_by_ip_looks_at_those_that_were_blocked(admin: Admin) -> None:
+async def test_a_rule_by_ip_checks_blocked_addresses(admin: Admin) -> None:
     await admin.tier()
     rule = await admin.rule("/login", subject="ip", limits=["50/hour"])
     key = await admin.key()

@@ -275,7 +275,7 @@ async def test_copying_the_file_of_a_running_sqlite_is_no_backup(tmp_path: Path)
         copied.execute("SELECT * FROM tiers").fetchall()
 
 
-def test_the_page_says_how_far_it_was_tried() -> None:
+def test_the_page_reports_how_far_it_was_tried() -> None:
     page = PAGE.read_text()
     assert len(re.findall(r"```sh\n", page)) == 5
     assert [len(commands(heading)) for heading in ("Take a backup", "Restore it", "Copy the file", "Put it back")] == [1, 2, 1, 1]

@@ -173,14 +173,14 @@ def _steps(way: Runner) -> list[Ran]:
     return said
 
 
-def test_both_ways_do_and_say_the_same(api: Runner, in_database: Runner, tmp_path: Path) -> None:
+def test_database_and_admin_api_give_the_same_results(api: Runner, in_database: Runner, tmp_path: Path) -> None:
     asked, written = _steps(api), _steps(in_database)
     for (_, command, *_), one, other in zip(STEPS, asked, written, strict=True):
         assert one == other, command
     assert not (tmp_path / "elsewhere" / "tidegate.db").exists(), "over the API no database is opened"
 
 
-def test_postgresql_does_and_says_the_same(in_database: Runner, postgres_url: str, tmp_path: Path) -> None:
+def test_postgresql_gives_the_same_results(in_database: Runner, postgres_url: str, tmp_path: Path) -> None:
     with_catalog(postgres_url, lambda catalog: catalog.apply_policy(parse_policy(POLICY), "1"))
     for (_, command, *_), one, other in zip(
         STEPS, _steps(in_database), _steps(in_database.way(TIDEGATE_CATALOG__URL=postgres_url)), strict=True
@@ -188,7 +188,7 @@ def test_postgresql_does_and_says_the_same(in_database: Runner, postgres_url: st
         assert one == other, command
 
 
-def test_the_audit_log_tells_of_the_command_line(server: Any, api: Runner, run: Runner, tmp_path: Path) -> None:
+def test_the_audit_log_reports_the_command_line(server: Any, api: Runner, run: Runner, tmp_path: Path) -> None:
     beside = run.way(directory=tmp_path, LOGNAME="somebody-else")
     for way in (beside, api):
         made = way.told("create", "--tier", "free")

@@ -456,7 +456,7 @@ async def test_the_primary_is_killed_under_writers(
     )
 
 
-async def test_a_change_that_is_lost_with_its_primary_is_forgotten(
+async def test_a_change_that_is_lost_with_its_primary_is_dropped(
     new_postgres_cluster: Callable[..., PostgresCluster], open_catalog: Open, redis_server: RedisServer
 ) -> None:
     """Replication is asynchronous: a change that was acknowledged, and served, may be gone. Then nobody goes on serving it.
@@ -608,7 +608,7 @@ async def test_connections_that_are_cut_are_found(postgres_cluster: PostgresClus
     assert [replica.ejections for replica in replicas_of(catalog).replicas] == [0, 0]
 
 
-async def test_a_late_answer_is_told_as_one(new_postgres: Callable[..., PostgresServer]) -> None:
+async def test_a_late_answer_is_reported_as_one(new_postgres: Callable[..., PostgresServer]) -> None:
     engine = open_engine(new_postgres().url(), timeout_s=0.5)
     with pytest.raises(OperationalError, match=r"no answer within 0\.5 s"):
         async with engine.connect() as connection:

@@ -126,7 +126,7 @@ def server_with(redis: Any, key: bytes) -> RedisServer:
     return next(server for server in servers_of(redis) if server.call("EXISTS", key) == 1)
 
 
-async def test_what_one_instance_has_read_the_others_take(redis: Any, connect: Callable[..., Any]) -> None:
+async def test_instances_use_entries_of_each_other(redis: Any, connect: Callable[..., Any]) -> None:
     catalog = Catalog()
     first, second = [shared(catalog, await connect(redis.url)) for _ in range(2)]
     before = keys_of(redis)
@@ -155,7 +155,7 @@ async def test_that_there_is_no_anonymous_tier_is_kept_too(connect: Callable[...
     assert catalog.asked == [""]
 
 
-async def test_an_entry_that_is_too_old_is_not_taken(redis: Any, connect: Callable[..., Any]) -> None:
+async def test_an_entry_of_an_older_version_is_ignored(redis: Any, connect: Callable[..., Any]) -> None:
     catalog = Catalog(version=100)
     first, second = [shared(catalog, await connect(redis.url)) for _ in range(2)]
     key = digest()
@@ -173,7 +173,7 @@ async def test_an_entry_that_is_too_old_is_not_taken(redis: Any, connect: Callab
     assert (await first.api_key(key))[0] == 105
 
 
-async def test_an_entry_of_a_version_that_never_was_is_not_taken(redis: Any, connect: Callable[..., Any]) -> None:
+async def test_an_entry_of_an_unknown_version_is_ignored(redis: Any, connect: Callable[..., Any]) -> None:
     """A primary gave it that was lost with its last changes."""
     catalog = Catalog(version=107)
     saw_it, follows = [shared(catalog, await connect(redis.url)) for _ in range(2)]
@@ -205,7 +205,7 @@ async def test_times_are_apart(redis: Any, connect: Callable[..., Any]) -> None:
     assert 100_000 < max(left_ms) <= 110_000
 
 
-async def test_an_entry_goes_with_its_time(connect: Callable[..., Any], redis_server: RedisServer) -> None:
+async def test_an_entry_expires(connect: Callable[..., Any], redis_server: RedisServer) -> None:
     catalog = Catalog()
     cache = shared(catalog, await connect(redis_server.url), ttl_s=0.2)
     key = digest()
@@ -218,7 +218,7 @@ async def test_an_entry_goes_with_its_time(connect: Callable[..., Any], redis_se
     assert len(catalog.asked) == 2
 
 
-async def test_entries_of_another_form_are_left_alone(redis: Any, connect: Callable[..., Any]) -> None:
+async def test_entries_of_another_format_are_not_changed(redis: Any, connect: Callable[..., Any]) -> None:
     """As a Tidegate writes them whose records have other fields."""
     catalog = Catalog()
     ours, others = [shared(catalog, await connect(redis.url)) for _ in range(2)]
@@ -249,7 +249,7 @@ async def test_entries_of_another_form_are_left_alone(redis: Any, connect: Calla
         WHOLE.replace(b"free", b"fr\xff\xfe"),
     ],
 )
-async def test_what_is_no_entry_is_ignored_and_written_over(
+async def test_invalid_entries_are_ignored_and_overwritten(
     garbage: bytes, connect: Callable[..., Any], redis_server: RedisServer
 ) -> None:
     catalog = Catalog()
@@ -303,7 +303,7 @@ def forged(entry: ApiKey | Tier | str | None, secret: bytes, place: bytes, versi
         ("a", lambda _: "premium"),
     ],
 )
-async def test_who_can_write_redis_lets_nobody_in(
+async def test_forged_entries_in_redis_are_ignored(
     name: str, forge: Callable[[str], Any], connect: Callable[..., Any], redis_server: RedisServer
 ) -> None:
     """A key raised to another tier or brought back, a tier without its limits, an anonymous tier where there is none."""
@@ -333,9 +333,7 @@ async def test_who_can_write_redis_lets_nobody_in(
     redis_server.must("DEL", place)
 
 
-async def test_an_entry_that_is_moved_to_another_place_is_not_taken(
-    connect: Callable[..., Any], redis_server: RedisServer
-) -> None:
+async def test_an_entry_copied_to_another_name_is_ignored(connect: Callable[..., Any], redis_server: RedisServer) -> None:
     """Sealed by ourselves, but of another key, another tier, or another kind of thing."""
     catalog = Catalog()
     cache = shared(catalog, await connect(redis_server.url))
@@ -388,7 +386,7 @@ async def test_a_sealed_entry_is_validated_as_a_row_of_the_database_is(what: str
     await cache.settle()
 
 
-async def test_what_a_catalog_writes_is_taken_again(redis: Any, connect: Callable[..., Any]) -> None:
+async def test_sealed_entries_are_read_back(redis: Any, connect: Callable[..., Any]) -> None:
     """Every form of limit passes its own validation."""
 
     class Forms(Catalog):
@@ -428,7 +426,7 @@ async def test_catalogs_with_other_secrets_share_a_redis_and_nothing_in_it(
     assert (first.refused, second.refused) == (0, 0)
 
 
-async def test_the_log_says_once_in_a_while_that_entries_are_refused(caplog: pytest.LogCaptureFixture) -> None:
+async def test_invalid_entries_are_logged_at_intervals(caplog: pytest.LogCaptureFixture) -> None:
     store: Any = Store(b"x" * 100)
     clock = FakeClock()
     cache = shared(Catalog(), store, clock=clock)
@@ -504,7 +502,7 @@ async def test_what_is_unknown_is_not_written(redis: Any, connect: Callable[...,
     assert keys_of(redis) == before
 
 
-async def test_without_redis_all_goes_to_the_database_at_once(connect: Callable[..., Any], new_redis: Any) -> None:
+async def test_without_redis_all_look_ups_go_to_the_database(connect: Callable[..., Any], new_redis: Any) -> None:
     catalog, clock = Catalog(), FakeClock()
     redis = new_redis()
     store = Counted(await connect(redis.url))
@@ -593,7 +591,7 @@ async def test_instances_of_one_database_have_one_secret_without_being_given_it(
     await second.close()
 
 
-async def test_the_secret_of_the_settings_goes_first(catalog_url: str, redis_server: RedisServer) -> None:
+async def test_the_secret_of_the_settings_has_precedence(catalog_url: str, redis_server: RedisServer) -> None:
     catalog = await SqlCatalog.open(catalog_url)
     store = RedisCounters(redis_server.url)
     url = "postgresql://x@localhost/x"

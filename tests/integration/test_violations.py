@@ -25,7 +25,7 @@ from tidegate.catalog.sql.database import Database
 from tidegate.errors import CatalogUnavailable
 from tidegate.violations import recorder as module
 from tidegate.violations import storage as table
-from tidegate.violations.queries import ViolationFilter, blocked_total, list_violations, top_violators
+from tidegate.violations.queries import ViolationFilter, Violator, blocked_total, list_violations, top_violators
 from tidegate.violations.recorder import Violations, ViolationWriter
 from tidegate.violations.storage import ViolationKey, maintain_table, partition_of, write_violations
 
@@ -139,7 +139,7 @@ async def test_more_rows_than_one_transaction_has(catalog: SqlCatalog) -> None:
     assert {key[:3] for key in rows} == {("2023-11-15T12:00:00Z", "free", "r")}
 
 
-async def test_the_others_count_by_rule_and_are_nobody(catalog: SqlCatalog) -> None:
+async def test_others_count_by_rule_and_are_not_a_subject(catalog: SqlCatalog) -> None:
     violations = Violations(100)
     writer = ViolationWriter(violations, catalog.database)
     count(violations, [("k:heavy", 500)])
@@ -153,7 +153,7 @@ async def test_the_others_count_by_rule_and_are_nobody(catalog: SqlCatalog) -> N
     assert others[0][1] > 800
     editor = editor_of(catalog)
     top = await top_violators(editor.catalog.database, 100, "subject", EVER)
-    assert top[0] == {"subject": "k:heavy", "tier": None, "rule": None, "blocked": 501}
+    assert top[0] == Violator("k:heavy", blocked=501)
     assert all(each.subject for each in top)
     by_rule = await top_violators(editor.catalog.database, 10, "rule", EVER)
     assert [(each.tier, each.rule, each.blocked) for each in by_rule] == [("free", "r", total), ("free", "", 1)]
@@ -219,7 +219,7 @@ async def breakable(url: str, request: pytest.FixtureRequest) -> AsyncIterator[B
         yield Breakable(catalog, away, back)
 
 
-async def test_away_and_back_loses_nothing_that_fits(breakable: Breakable, caplog: pytest.LogCaptureFixture) -> None:
+async def test_an_outage_loses_nothing_that_fits_the_buffer(breakable: Breakable, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     violations, writer = breakable.violations, breakable.writer
     total = count(violations, [("k:1", 3), ("k:2", 1)])
@@ -337,7 +337,7 @@ async def test_a_commit_without_an_answer_is_not_repeated(
         rows = await listed(catalog)
         assert set(rows.values()) == {1}, "none is counted twice"
         assert len(rows) == total, "here the commit had gone through"
-        assert "the last rows may be there or not" in caplog.text
+        assert "the last rows may or may not be written" in caplog.text
 
 
 async def test_a_frozen_database_does_not_hold_up_the_end(postgres_server: PostgresServer, postgres_url: str) -> None:
@@ -442,7 +442,7 @@ async def test_too_many_rows_stay_in_the_default_partition(
     await write_violations(postgres, [row(today_us + n * MINUTE_US) for n in range(6)])
     assert await maintain_table(postgres, 30, today_us) is True
     assert partition_of(today_us) not in await partitions(postgres)
-    assert "violations of 20231115 are kept in the default partition" in caplog.text
+    assert "violations of 20231115 stay in the default partition" in caplog.text
     assert sum((await listed(SqlCatalog(postgres))).values()) == 6
     assert await maintain_table(postgres, 1, today_us + 3 * DAY_US) is True
     assert await listed(SqlCatalog(postgres)) == {}, "and are deleted in time"
@@ -525,10 +525,10 @@ async def test_keeping_while_others_write(postgres: Database, postgres_url: str,
         await each.close()
 
 
-async def test_a_table_that_cannot_be_kept_is_told_once(
+async def test_failed_maintenance_is_logged_once(
     breakable: Breakable, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(module, "_KEEP_AGAIN_S", 0.01)
+    monkeypatch.setattr(module, "_RETENTION_RETRY_S", 0.01)
     tries = 0
 
     async def counted(*arguments: Any) -> bool:

@@ -15,14 +15,14 @@ from tidegate.errors import SettingsError
 
 
 @pytest.mark.parametrize("name", sorted(postgres_connection._OVERRIDDEN))
-def test_a_psycopg_without_what_is_overridden_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_psycopg_without_what_is_overridden_is_rejected(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     connection_factory("postgresql://h/d", "catalog.url", writes=True, timeout_s=1)
     monkeypatch.delattr(psycopg.AsyncConnection, name)
     with pytest.raises(SettingsError, match=rf"no AsyncConnection\.{name}"):
         connection_factory("postgresql://h/d", "catalog.url", writes=True, timeout_s=1)
 
 
-def test_a_psycopg_with_other_parameters_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_psycopg_with_other_parameters_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     async def cancel(self: Any) -> None:
         """Without the timeout that psycopg 3.3 passes."""
 

@@ -92,7 +92,7 @@ def _refusal(make: Callable[[str], object], url: str) -> str:
 
 
 @pytest.mark.parametrize("url", ["redis://[::1", "redis://:hunter2/x@h", "u:hunter2@h"])
-def test_the_command_says_it_in_a_line(url: str, tmp_path: object) -> None:
+def test_the_command_reports_it_in_a_line(url: str, tmp_path: object) -> None:
     ran = subprocess.run(
         [sys.executable, "-m", "tidegate", "serve"],
         env={"TIDEGATE_COUNTERS__URL": url, "TIDEGATE_CATALOG__URL": "sqlite://", "PATH": ""},
