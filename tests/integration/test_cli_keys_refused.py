@@ -52,7 +52,7 @@ def test_the_token(server: Any, api: Runner, tmp_path: Path) -> None:
         (b"", "does not contain a token"),
         (b" \n", "does not contain a token"),
         (b"a" * 5000, "does not contain a token"),
-        (b"\xff\xfe", "it is no text"),
+        (b"\xff\xfe", "it is not UTF-8 text"),
         (b"two words", "characters that no token has"),
         ("tokén".encode(), "characters that no token has"),
         (b"one\r\nX-Header: other", "characters that no token has"),
@@ -102,7 +102,7 @@ def test_too_many_requests(server: Any, api: Runner) -> None:
     wrong = api.way(*api.options, **{**api.environment, "TIDEGATE_ADMIN__TOKEN": "wrong-token-of-somebody"})
     message = wrong.refused("list")
     assert len(api.told("list")) == 2, "the right token passes"
-    assert re.fullmatch(r"RATE_LIMIT_EXCEEDED: more than 20/minute wrong tokens .*: try again in [1-6]?\d s", message)
+    assert re.fullmatch(r"RATE_LIMIT_EXCEEDED: more than 20/minute requests with a wrong token .*: try again in [1-6]?\d s", message)
 
 
 def test_a_catalog_that_is_unavailable(server: Any, api: Runner, run: Runner, tmp_path: Path) -> None:
@@ -114,7 +114,7 @@ def test_a_catalog_that_is_unavailable(server: Any, api: Runner, run: Runner, tm
     for arguments in (("list",), ("create", "--tier", "free")):
         message = api.refused(*arguments)
         assert message.startswith("CATALOG_UNAVAILABLE: ")
-        assert "try again in 1 s; where that does not help, 'tidegate doctor' says more" in message
+        assert "try again in 1 s; if this continues, run 'tidegate doctor'" in message
         assert run.way().refused(*arguments).startswith("CATALOG_UNAVAILABLE: ")
 
 
@@ -241,7 +241,7 @@ def test_a_redirect_is_not_followed_with_the_token(
     for arguments in (("list",), ("create", "--tier", "free")):
         message = way.refused(*arguments)
         assert "redirects to http://127.0.0.1, and the token is not sent to other addresses" in message
-        assert "give the control plane's own address with --url" in message
+        assert "set the control plane's own address with --url" in message
     assert target.requests == []
     for location in ("/elsewhere", "http://[", "javascript:x"):
         way = run.way("--url", foreign_server(_http(status, b"", f"Location: {location}")).url, TIDEGATE_ADMIN__TOKEN=TOKEN)
