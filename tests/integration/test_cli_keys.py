@@ -91,7 +91,7 @@ STEPS: tuple[tuple[str, str, int, str, str], ...] = (
     ("", "list --status gone", 2, r"", r".*'gone'.*"),
     ("", "list --limit 10001", 2, r"", r".*10000.*"),
     ("", "list --limit 0", 2, r"", r".*"),
-    ("", "list --after {a_key}", 2, r"", r".*no id.*"),
+    ("", "list --after {a_key}", 2, r"", r".*not a valid id.*"),
     ("", "list --after ffffffffffffffffffffffff", 0, r"", r"no keys\n"),
     ("", "show {a}", 0, r"id +ID\ntier +free\nname +Ada\nstatus +active\n.*limits +-\nfrom +api\n", r""),
     ("", "show {a:.10}", 0, r".*Ada.*", r""),
@@ -273,11 +273,11 @@ def test_in_the_grace_period_both_keys_work(server: Any, api: Runner, run: Runne
     ("command", "words"),
     [
         ("", ("create", "list", "show", "revoke", "rotate", "delete", "over the admin API")),
-        ("create", ("--tier", "--name", "--expires-in", "90d", "this once", "digest")),
+        ("create", ("--tier", "--name", "--expires-in", "90d", "only once", "digest")),
         ("list", ("--tier", "--status", "active|expired|revoked", "--name", "--limit", "10000", "--after")),
         ("show", ("KEY", "6 hex digits", "the key itself")),
         ("revoke", ("KEY", "6 hex digits", "the key itself", "--reason", "within a second")),
-        ("rotate", ("KEY", "6 hex digits", "--grace", "1h", "still works", "this once")),
+        ("rotate", ("KEY", "6 hex digits", "--grace", "1h", "still works", "only once")),
         ("delete", ("KEY", "6 hex digits", "revoked or expired", "audit log")),
     ],
 )

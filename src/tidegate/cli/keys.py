@@ -72,7 +72,7 @@ def create(
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Create an API key and print it; only its digest is stored."""
+    """Create an API key and print it, only once: only its digest is stored."""
     request = KeyCreate(
         tier=_checked(TierName, tier, "--tier"),
         name=_checked(Name, name, "--name"),
@@ -197,7 +197,7 @@ def rotate(
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Replace an API key by a new one with the same tier, name, expiry and limits, and print the new key."""
+    """Replace an API key by a new one with the same tier, name, expiry and limits, and print it, only once."""
     grace_s = 0 if grace is None else _lifetime_s(grace, "--grace")
     if grace_s > _MAX_GRACE_S:
         raise typer.BadParameter(f"{grace!r} is too long: at most 365d", param_hint="--grace")
