@@ -128,7 +128,12 @@ def need_wrk() -> None:
 def ours(directory: str, **environment: str) -> contextlib.AbstractContextManager[tuple[int, int]]:
     """`tidegate serve` with the policy above, one process."""
     Path(directory, "tidegate.policy.toml").write_text(POLICY)
-    places = {"TIDEGATE_SERVER__HTTP": "127.0.0.1:{port}", "TIDEGATE_SERVER__GRPC": "", **environment}
+    places = {
+        "TIDEGATE_SERVER__HTTP": "127.0.0.1:{port}",
+        "TIDEGATE_SERVER__GRPC": "",
+        "TIDEGATE_SERVER__ADMIN": "",
+        **environment,
+    }
     return server(lambda _: [sys.executable, "-m", "tidegate", "serve"], directory, **places)
 
 

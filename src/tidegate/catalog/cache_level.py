@@ -7,7 +7,7 @@ from collections import OrderedDict
 from typing import Final, Generic, TypeVar
 
 from tidegate.policy.matching import CompiledTier
-from tidegate.policy.model import ApiKey
+from tidegate.policy.model import ApiKey, KeyStatus
 
 SECOND_CHANCES: Final = 16
 """So many entries get a second round for each that goes: where all are in use, no check waits until all were looked at."""
@@ -35,15 +35,17 @@ class Caller:
 
     Attributes:
         form_checked: whether a key came that has the form of keys; look-ups by the digest alone do not tell.
+        never_ends: whether the key is active and does not expire, or there is none.
     """
 
-    __slots__ = ("api_key", "form_checked", "held", "recent", "subject", "tier")
+    __slots__ = ("api_key", "form_checked", "held", "never_ends", "recent", "subject", "tier")
 
     def __init__(self, api_key: ApiKey | None, held: HeldTier) -> None:
         self.api_key = api_key
         self.held = held
         self.recent = False
         self.form_checked = False
+        self.never_ends = api_key is None or (api_key.status is KeyStatus.ACTIVE and api_key.expires_at_us is None)
         # The tier's rules, with the key's own limits where it has any.
         self.tier = (
             held.compiled if api_key is None or not api_key.overrides else CompiledTier(held.compiled.tier, api_key.overrides)
