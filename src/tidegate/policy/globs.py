@@ -71,9 +71,13 @@ class GlobIndex(Generic[_T]):
                 continue
             end_lengths, by_end = entry
             for end_length in end_lengths:
-                if length + end_length > len(text):
+                # Most patterns have nothing behind their `*`.
+                if not end_length:
+                    things = by_end.get("")
+                elif length + end_length > len(text):
                     break
-                things = by_end.get(text[len(text) - end_length :])
+                else:
+                    things = by_end.get(text[len(text) - end_length :])
                 if not things:
                     continue
                 if not found:
