@@ -136,6 +136,18 @@ async def test_trailers_are_no_headers_of_any_request(side: Side) -> None:
     assert connection._values == {}
 
 
+async def test_a_head_in_two_pieces_is_bounded_as_a_whole(side: Side) -> None:
+    connection, _ = side.connect()
+    seen: list[Any] = []
+    side.server.decide = seen.append  # type: ignore[method-assign]
+    head = b"GET /a HTTP/1.1\r\nHost: a\r\nX-Much: " + b"x" * 9000 + b"\r\n\r\n"
+    connection.data_received(REQUEST + head[:9000])
+    connection._current = None
+    connection.data_received(head[9000:])
+    assert type(seen[1]) is PlainRequest
+    assert seen[1].head_bytes >= len(head)
+
+
 async def test_a_lost_connection_refers_to_no_request(side: Side) -> None:
     connection, transport = side.connect()
     connection.data_received(REQUEST)

@@ -41,6 +41,7 @@ class RequestParser:
         "_began",
         "_body",
         "_chunk_bytes",
+        "_earlier_bytes",
         "_extra",
         "_head_bytes",
         "_lingers",
@@ -66,7 +67,8 @@ class RequestParser:
         self._target = b""
         self._body: bytes | None = None
         self._raw_left = 0
-        self._chunk_bytes = self._head_bytes = self._overhead = 0
+        self._chunk_bytes = self._overhead = 0
+        self._head_bytes = self._earlier_bytes = 0  # of a head that is not whole: at least, and at most
         self._stopped = False  # no more of what arrives is parsed
         self._lingers = False  # the client may still be sending when the connection ends
 
@@ -119,6 +121,7 @@ class RequestParser:
                 )
             return
         self._head_bytes = 0 if self._began else self._head_bytes + size
+        self._earlier_bytes = size if self._began else self._earlier_bytes + size
         if self._head_bytes > MAX_HEAD_BYTES:
             self.refuse(HeadersTooLarge(f"the headers have more than {MAX_HEAD_BYTES} bytes: none of a check needs so many"))
         elif len(self._values) > MAX_HEADERS:
@@ -214,8 +217,8 @@ class RequestParser:
                 and parser.should_keep_alive()
                 and (b"connection" not in values or parser.get_http_version() == "1.1")
             ):
-                # A head that began earlier has at most as many bytes as came since.
-                head_bytes = self._chunk_bytes if self._began else self._chunk_bytes + self._head_bytes
+                # All that arrived since the read in which it began, and what else came in that one.
+                head_bytes = self._chunk_bytes if self._began else self._chunk_bytes + self._earlier_bytes
                 request = PlainRequest(self, method, self._target, values, self._body, head_bytes)  # type: ignore[arg-type]
                 self._body = None
                 self._target, self._values = b"", {}
