@@ -85,6 +85,10 @@ class Listener:
             self._unix = UnixSocket(host, self._unix_mode)
             await self.server.start(self._unix.listening)
 
+    async def stop_accepting(self) -> None:
+        """Accept no more connections; those that are open are served as before."""
+        await self.server.stop_accepting()
+
     async def stop(self, timeout_s: float) -> None:
         """Accept no more connections, and wait for the requests in flight.
 
