@@ -233,17 +233,17 @@ def test_workers_share_unix_sockets(directory: Path, redis_server: RedisServer) 
     data, admin = directory / "http.sock", directory / "admin.sock"
     with socket.socket(socket.AF_UNIX) as stale:
         stale.bind(str(data))  # as a killed process leaves it
+    probes = free_port()
     environment: dict[str, Any] = {
         "TIDEGATE_SERVER__HTTP": f"unix:{data}",
         "TIDEGATE_SERVER__ADMIN": f"unix:{admin}",
-        "TIDEGATE_SERVER__PROBES": f"{HOST}:{free_port()}",
+        "TIDEGATE_SERVER__PROBES": f"{HOST}:{probes}",
         "TIDEGATE_SERVER__UNIX_MODE": "0600",
         "TIDEGATE_SERVER__WORKERS": "2",
         "TIDEGATE_COUNTERS__URL": redis_server.url,
         "TIDEGATE_ADMIN__TOKEN": TOKEN,
     }
-    server = Serve(directory, log=directory / "log", **environment)
-    server.url = f"http://{environment['TIDEGATE_SERVER__PROBES']}"
+    server = Serve(directory, port=probes, log=directory / "log", **environment)
     try:
         server.wait_ready()
         assert stat.S_IMODE(data.stat().st_mode) == 0o600
