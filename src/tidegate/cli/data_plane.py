@@ -171,7 +171,10 @@ def _reason_and_remedy(error: Exception, server: Server, timeout_s: float) -> tu
         )
     if isinstance(error, TimeoutError):
         return f"it did not respond within {timeout_s:g} s", None
-    if isinstance(error, http.client.RemoteDisconnected):
+    # With TLS 1.3 a server refuses the client certificate after the client has completed the handshake.
+    if isinstance(error, http.client.RemoteDisconnected) or (
+        server.tls and isinstance(error, ConnectionResetError | BrokenPipeError)
+    ):
         return "it closed the connection without a response", (
             "give a client certificate with --cert and --key if it requires one"
             if server.tls

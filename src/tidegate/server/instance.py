@@ -123,7 +123,7 @@ class Instance:
         settings = self.settings
         require_shared_counters(settings)
         self._paths = PathRules.of(settings.paths.encoded_slashes, settings.paths.decode_unreserved)
-        find = shared_address if self._shares_port else free_address
+        find = self._find_address
         http = find(settings.server.http, "server.http")
         admin = admin_address(settings, http, find)
         grpc = grpc_address(settings, http, admin, find)
@@ -229,6 +229,12 @@ class Instance:
         logger.info("listening on %s", self._listener.url)
         if probes is not None:
             await self._start_probes(pages, *probes)
+
+    def _find_address(self, text: str, name: str) -> tuple[str, int]:
+        """Host and port of a setting; see `shared_address` and `free_address`."""
+        if text in self._unix_sockets:  # the supervisor listens there
+            return parse_address(text, name)
+        return shared_address(text, name) if self._shares_port else free_address(text, name)
 
     @property
     def in_flight(self) -> int:
