@@ -24,6 +24,7 @@ from typing import Final
 
 from tidegate.catalog import Catalog
 from tidegate.catalog.cache_level import CacheLevel, Caller, HeldTier, V
+from tidegate.catalog.caller_tokens import CallerTokens
 from tidegate.catalog.changes import (
     ALL,
     ANONYMOUS,
@@ -60,6 +61,9 @@ class CachedCatalog:
         max_keys: most API keys cached, 1 or more; each costs about 700 bytes.
         clock: gives monotonic seconds.
         unknown_keys: bounds the look-ups of unknown keys by client; None for no bound.
+
+    Attributes:
+        caller_tokens: is passed each change as well; None where callers of the data plane need no token.
     """
 
     def __init__(
@@ -73,6 +77,7 @@ class CachedCatalog:
     ) -> None:
         self.catalog = catalog
         self.unknown_keys = unknown_keys
+        self.caller_tokens: CallerTokens | None = None
         self.hits = self.misses = self.stale = 0
         self._l1_ttl_s = l1_ttl_s
         self._stale_if_error_s = stale_if_error_s
@@ -242,7 +247,10 @@ class CachedCatalog:
         self._last.note(changes)
         if everything:
             self.invalidate()
-        self._forget(item for _, item in changes.items)
+        items = [item for _, item in changes.items]
+        self._forget(items)
+        if self.caller_tokens is not None:
+            self.caller_tokens.changed(items, everything=everything)
 
     def touched(self, version: int, items: Iterable[Item]) -> None:
         """Forget what a change touched that was made here, without waiting to read of it.
@@ -256,6 +264,8 @@ class CachedCatalog:
         if (ALL, "") in items:
             self.invalidate()
         self._forget(items)
+        if self.caller_tokens is not None:
+            self.caller_tokens.changed(items)
 
     def followed(self, *, failing: bool) -> None:
         """Note whether the catalog answers: who follows it queries the database itself, and not a cache.

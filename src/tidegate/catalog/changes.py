@@ -12,6 +12,7 @@ import msgspec
 TIER: Final = "tier"
 KEY: Final = "key"
 ANONYMOUS: Final = "anonymous"
+CALLER_TOKEN: Final = "caller_token"
 ALL: Final = "all"
 """More than `MAX_TOUCHED` things, or things that are not known."""
 NONE: Final = "none"
@@ -21,7 +22,7 @@ MAX_READ: Final = 10_000
 """At most so many rows are read, the latest ones; and so many things are remembered."""
 
 Item: TypeAlias = tuple[str, str]
-"""What was touched: TIER and its name, KEY and its digest, or one of the others with an empty name."""
+"""What was touched: TIER and its name, KEY or CALLER_TOKEN and its digest, or one of the others with an empty name."""
 
 
 class Changes(msgspec.Struct, frozen=True):

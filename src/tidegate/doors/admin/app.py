@@ -18,6 +18,7 @@ from tidegate.admin.rules import CatalogEditor
 from tidegate.admin.tokens import TokenCheck
 from tidegate.decision import clip
 from tidegate.doors.admin.api_keys import key_routes
+from tidegate.doors.admin.caller_tokens import caller_token_routes
 from tidegate.doors.admin.common import BEARER, ERRORS, WITH_ROLE, RevisionNotGiven
 from tidegate.doors.admin.guard import Guard, error_headers
 from tidegate.doors.admin.policy import policy_routes
@@ -88,6 +89,7 @@ def admin_app(deps: AdminDeps) -> FastAPI:
         record_routes(deps.editor, deps.gate),
         policy_routes(deps.editor),
         token_routes(deps.editor),
+        caller_token_routes(deps.editor),
     ):
         routes.include_router(room)
     app.include_router(routes)
