@@ -1,8 +1,4 @@
-"""HTTP/1.1 on one connection: bytes in, exchanges out, answers in the order of their requests.
-
-llhttp (through httptools, strict) reads the syntax. What two programs could read differently is refused with 400 and the
-connection closed: Content-Length beside Transfer-Encoding, two Content-Lengths, folded lines, bare line feeds, NUL, any transfer
-coding but `chunked`.
+"""One connection of the HTTP server: a queue of exchanges, answered in the order of their requests.
 
 One exchange of a connection is answered at a time; the ones behind it wait in the order they came. The connection is not read
 while many wait, while a body is not consumed, and while the client does not take its answers.
@@ -14,39 +10,30 @@ import asyncio
 from collections import OrderedDict, deque
 from typing import TYPE_CHECKING, Final, cast
 
-import httptools
-
-from tidegate.decision import USUAL_METHODS
 from tidegate.doors.client_address import peer_address
 from tidegate.doors.http_exchange import Exchange, RequestHeaders
-from tidegate.doors.refusals import HeadersTooLarge, RequestTooSlow, TooManyConnections
-from tidegate.errors import BadRequest, TidegateError
+from tidegate.doors.http_parser import MAX_HEAD_BYTES, MAX_HEADERS, RequestParser
+from tidegate.doors.refusals import RequestTooSlow, TooManyConnections
+from tidegate.errors import TidegateError
 from tidegate.settings import join_address
 
 if TYPE_CHECKING:
     from tidegate.doors.http_server import HttpServer
 
-MAX_HEAD_BYTES: Final = 64 * 1024
-"""Most bytes of a request line and its headers; the data plane's own, smaller limit answers first for what is decided."""
-MAX_HEADERS: Final = 256
-MAX_CHUNK_OVERHEAD: Final = 64 * 1024
-"""Most bytes of chunk sizes, extensions and trailers around one body."""
+__all__ = ["MAX_HEADERS", "MAX_HEAD_BYTES", "MAX_WAITING", "Connection"]
+
 MAX_WAITING: Final = 32
 """So many pipelined requests may wait behind the one being answered before the connection is not read."""
 MAX_LINGER_BYTES: Final = 1024 * 1024
 """So much of a refused request is read and discarded, so that the client can read the answer before the connection ends."""
 
-_VERSIONS: Final = ("1.1", "1.0")
-_METHODS: Final = {method.encode(): method for method in USUAL_METHODS}
-_MESSAGE_HEADERS: Final = frozenset((b"expect", b"transfer-encoding", b"upgrade"))
-"""They say how a message is sent."""
 _WRITE: Final = 1
 _LINE: Final = 2
 _BODY: Final = 4
 """Why a connection is not read: its client does not take the answers, many requests wait, a body is not consumed."""
 
 
-class Connection(asyncio.Protocol):
+class Connection(RequestParser, asyncio.Protocol):
     """The parser and the queue of one connection.
 
     Args:
@@ -63,28 +50,13 @@ class Connection(asyncio.Protocol):
     """
 
     __slots__ = (
-        "_began",
-        "_chunk_bytes",
         "_current",
         "_ends",
         "_eof",
-        "_extra",
-        "_head_bytes",
-        "_in_body",
-        "_in_head",
         "_linger_bytes",
-        "_lingers",
         "_out",
-        "_overhead",
-        "_parser",
         "_pauses",
-        "_raw_left",
-        "_receiving",
-        "_repeated",
-        "_stopped",
-        "_target",
         "_transport",
-        "_values",
         "_waiting",
         "client",
         "closing",
@@ -96,27 +68,18 @@ class Connection(asyncio.Protocol):
     )
 
     def __init__(self, server: HttpServer) -> None:
+        super().__init__()
         self.server = server
         self.client = self.peer = ""
         self.closing = self.lost = False
         self.restricted = False
         self.table: OrderedDict[Connection, float] | None = None
         self._transport: asyncio.Transport | None = None
-        self._parser = httptools.HttpRequestParser(self)
         self._current: Exchange | None = None
-        self._receiving: Exchange | None = None
         self._waiting: deque[Exchange] = deque()
         self._out: list[bytes] = []
-        self._values: dict[bytes, bytes] = {}
-        self._repeated: dict[bytes, list[bytes]] = {}
-        self._extra = 0
-        self._target = b""
-        self._raw_left = 0
-        self._chunk_bytes = self._head_bytes = self._overhead = self._linger_bytes = 0
-        self._in_head = self._in_body = self._began = False
-        self._stopped = False  # no more of what arrives is parsed
+        self._linger_bytes = 0
         self._eof = False
-        self._lingers = False  # the client may still be sending when the connection ends
         self._ends = False  # once what is to be sent is written
         self._pauses = 0
 
@@ -148,25 +111,9 @@ class Connection(asyncio.Protocol):
             if self._linger_bytes > MAX_LINGER_BYTES:
                 self.abort()
             return
-        self._began = False
-        self._chunk_bytes = len(data)
-        self._feed(data)
-        if self._stopped:
-            return
-        if not self._in_body:
-            # Of a message that began within these bytes it is not known how many are its own: they are fewer than one read.
-            self._head_bytes = 0 if self._began else self._head_bytes + len(data)
-            if self._head_bytes > MAX_HEAD_BYTES:
-                self._refuse(HeadersTooLarge(f"the headers have more than {MAX_HEAD_BYTES} bytes: none of a check needs so many"))
-                return
-            if self._current is None:
-                self.server.await_head(self)
-        elif not self._began:
-            self._overhead += len(data)
-            if self._overhead > MAX_CHUNK_OVERHEAD:
-                self._refuse(
-                    BadRequest("the chunked body has more chunk sizes, extensions and trailers than data: send larger chunks")
-                )
+        self.parse(data)
+        if self._current is None and not self._in_body and not self._stopped:
+            self.server.await_head(self)
 
     def eof_received(self) -> bool:
         """The client sends no more; it is still answered what it asked."""
@@ -186,126 +133,10 @@ class Connection(asyncio.Protocol):
         if self._current is None and self._waiting:
             self._start(self._waiting.popleft())
 
-    # -- the parser ---------------------------------------------------------------------------------------------------------
-
-    def on_message_begin(self) -> None:
-        """A request line begins."""
-        self._began = self._in_head = True
-        self._head_bytes = self._overhead = 0
-
-    def on_url(self, url: bytes) -> None:
-        """The request's target, or a piece of it."""
-        self._target += url
-
-    def on_header(self, name: bytes, value: bytes) -> None:
-        """One header; those behind the body (trailers) are not taken."""
-        if self._in_body:
-            return
-        name = name.lower()
-        values = self._values
-        if name not in values:
-            if len(values) < MAX_HEADERS:
-                values[name] = value
-                return
-        elif self._extra < MAX_HEADERS:
-            self._repeated.setdefault(name, [values[name]]).append(value)
-        self._extra += 1
-
-    def on_headers_complete(self) -> None:
-        """The head is whole: the request is put in line, though its body may still be on the way."""
-        self._in_head, self._in_body = False, True
-        if self._stopped:
-            return  # it came in one piece with a request that ended the connection
-        parser = self._parser
-        target, values, repeated, extra = self._target, self._values, self._repeated, self._extra
-        self._target, self._values = b"", {}
-        if extra:
-            self._repeated, self._extra = {}, 0
-        sent_method = parser.get_method()
-        method = _METHODS.get(sent_method)
-        keep_alive = parser.should_keep_alive()
-        # HTTP/1.0 goes on only where it says so. To make the text of the version costs as much as all else here.
-        version = "1.1" if keep_alive and b"connection" not in values else parser.get_http_version()
-        exchange = Exchange(
-            self,
-            sent_method.decode("latin-1") if method is None else method,
-            target.decode("latin-1"),
-            RequestHeaders(values, repeated),
-            keep_alive,
-            version,
-        )
-        if (
-            method is not None
-            and not extra
-            and keep_alive
-            and version == "1.1"
-            and b"host" in values
-            and _MESSAGE_HEADERS.isdisjoint(values)
-        ):
-            exchange.plain = True
-            exchange.head_bytes = self._chunk_bytes if self._began else self._chunk_bytes + self._head_bytes
-        else:
-            if b"expect" in values and values[b"expect"].lower() == b"100-continue" and version == "1.1":
-                exchange.expects_continue = True
-            exchange.refusal = _fault_of(exchange, parser, repeated, len(values) + extra)
-            if exchange.refusal is not None:
-                self._stopped = self._lingers = True
-        self._receiving = exchange
-        self._enqueue(exchange)
-
-    def on_body(self, body: bytes) -> None:
-        """A piece of the body."""
-        self._overhead -= len(body)
-        if self._receiving is not None and not self._stopped:
-            self._receiving.add(body)
-
-    def on_message_complete(self) -> None:
-        """The request is whole, unless its body is still to come behind an offer to upgrade, which llhttp does not read."""
-        exchange = self._receiving
-        if exchange is not None and exchange.plain:
-            self._in_body, self._began = False, True
-            exchange.complete = True
-            self._receiving = None
-            return
-        if exchange is not None and self._parser.should_upgrade() and exchange.refusal is None:
-            length = exchange.headers.get("content-length")
-            if length is not None and int(length):
-                self._raw_left = int(length)
-                return
-        self._message_ended()
-
-    def _message_ended(self) -> None:
-        self._in_body, self._began = False, True
-        if self._receiving is not None:
-            self._receiving.end()
-            if not self._receiving.keep_alive:
-                self._stopped = True  # what follows a request to close is not read as a request
-            self._receiving = None
-
-    def _feed(self, data: bytes) -> None:
-        while data and not self._stopped:
-            if self._raw_left:
-                piece, data = data[: self._raw_left], data[self._raw_left :]
-                self._raw_left -= len(piece)
-                self.on_body(piece)
-                if not self._raw_left:
-                    self._message_ended()
-                continue
-            try:
-                self._parser.feed_data(data)
-            except httptools.HttpParserUpgrade as upgrade:
-                # HTTP/2 and the like are offered, never taken (RFC 9110, 7.8): the rest is HTTP/1.1.
-                data = data[upgrade.args[0] :]
-                self._parser = httptools.HttpRequestParser(self)
-                continue
-            except httptools.HttpParserError as error:
-                if not self._stopped:
-                    self._refuse(BadRequest(f"the request is not valid HTTP/1.1: {error}"))
-            return
-
     # -- the line -----------------------------------------------------------------------------------------------------------
 
-    def _enqueue(self, exchange: Exchange) -> None:
+    def enqueue(self, exchange: Exchange) -> None:
+        """See `RequestParser.enqueue`; it is decided after all that arrived in this turn of the loop was parsed."""
         if self._current is None and not self._pauses & _WRITE:
             self._start(exchange)
             return
@@ -430,7 +261,7 @@ class Connection(asyncio.Protocol):
     def time_out(self) -> None:
         """The head did not arrive in time: say so where one had begun."""
         if self._in_head:
-            self._refuse(RequestTooSlow(f"the headers did not arrive within {self.server.header_timeout_s:g} s"))
+            self.refuse(RequestTooSlow(f"the headers did not arrive within {self.server.header_timeout_s:g} s"))
         else:
             self.finish()
 
@@ -452,7 +283,7 @@ class Connection(asyncio.Protocol):
         """It was consumed."""
         self._resume(_BODY)
 
-    def _refuse(self, error: TidegateError) -> None:
+    def refuse(self, error: TidegateError) -> None:
         """Answer what came last with an error, in its turn, and end the connection: where another request begins is unknown."""
         self._stopped = self._lingers = True
         exchange = self._receiving
@@ -467,7 +298,7 @@ class Connection(asyncio.Protocol):
             return
         refused = Exchange(self, "GET", "", RequestHeaders({}, {}, 0), False, "1.1")
         refused.refusal = error
-        self._enqueue(refused)
+        self.enqueue(refused)
 
     def _pause(self, reason: int) -> None:
         if not self._pauses and self._transport is not None and not self._transport.is_closing():
@@ -480,24 +311,3 @@ class Connection(asyncio.Protocol):
         self._pauses &= ~reason
         if not self._pauses and self._transport is not None and not self._transport.is_closing():
             self._transport.resume_reading()
-
-
-def _fault_of(
-    exchange: Exchange, parser: httptools.HttpRequestParser, repeated: dict[bytes, list[bytes]], received: int
-) -> TidegateError | None:
-    """What llhttp lets pass and the data plane does not."""
-    values = exchange.headers.values
-    if received > MAX_HEADERS:
-        return HeadersTooLarge(f"the request has more than {MAX_HEADERS} headers: none of a check needs so many")
-    if exchange.version not in _VERSIONS:
-        return BadRequest(f"HTTP/{exchange.version} is not supported: use HTTP/1.1")
-    coding = values.get(b"transfer-encoding")
-    if coding is not None and (coding.lower() != b"chunked" or exchange.version == "1.0"):
-        return BadRequest("the transfer coding is not supported: send Content-Length, or 'Transfer-Encoding: chunked'")
-    if b"host" in repeated or (b"host" not in values and exchange.version == "1.1"):
-        return BadRequest("the request has no Host header, or several: send one (RFC 9112, 3.2)")
-    if exchange.method == "CONNECT":
-        return BadRequest("CONNECT is not supported: this is not a proxy")
-    if coding is not None and parser.should_upgrade():
-        return BadRequest("an upgrade cannot be offered with a chunked body: send Content-Length")
-    return None

@@ -1,0 +1,232 @@
+"""HTTP/1.1 of one connection: bytes in, exchanges out.
+
+llhttp (through httptools, strict) reads the syntax. What two programs could read differently is refused with 400 and the
+connection closed: Content-Length beside Transfer-Encoding, two Content-Lengths, folded lines, bare line feeds, NUL, any transfer
+coding but `chunked`.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import httptools
+
+from tidegate.decision import USUAL_METHODS
+from tidegate.doors.http_exchange import Exchange, RequestHeaders
+from tidegate.doors.refusals import HeadersTooLarge
+from tidegate.errors import BadRequest, TidegateError
+
+MAX_HEAD_BYTES: Final = 64 * 1024
+"""Most bytes of a request line and its headers; the data plane's own, smaller limit answers first for what is decided."""
+MAX_HEADERS: Final = 256
+MAX_CHUNK_OVERHEAD: Final = 64 * 1024
+"""Most bytes of chunk sizes, extensions and trailers around one body."""
+
+_VERSIONS: Final = ("1.1", "1.0")
+_METHODS: Final = {method.encode(): method for method in USUAL_METHODS}
+_MESSAGE_HEADERS: Final = frozenset((b"expect", b"transfer-encoding", b"upgrade"))
+"""They say how a message is sent."""
+
+
+class RequestParser:
+    """Makes exchanges of bytes. A subclass does something with them."""
+
+    __slots__ = (
+        "_began",
+        "_chunk_bytes",
+        "_extra",
+        "_head_bytes",
+        "_in_body",
+        "_in_head",
+        "_lingers",
+        "_overhead",
+        "_parser",
+        "_raw_left",
+        "_receiving",
+        "_repeated",
+        "_stopped",
+        "_target",
+        "_values",
+    )
+
+    def __init__(self) -> None:
+        self._parser = httptools.HttpRequestParser(self)
+        self._receiving: Exchange | None = None
+        self._values: dict[bytes, bytes] = {}
+        self._repeated: dict[bytes, list[bytes]] = {}
+        self._extra = 0
+        self._target = b""
+        self._raw_left = 0
+        self._chunk_bytes = self._head_bytes = self._overhead = 0
+        self._in_head = self._in_body = self._began = False
+        self._stopped = False  # no more of what arrives is parsed
+        self._lingers = False  # the client may still be sending when the connection ends
+
+    def enqueue(self, exchange: Exchange) -> None:
+        """Put an exchange in line, whose head has arrived."""
+        raise NotImplementedError
+
+    def refuse(self, error: TidegateError) -> None:
+        """Answer what came last with an error, and read no more."""
+        raise NotImplementedError
+
+    def parse(self, data: bytes) -> None:
+        """Parse what came, and bound what is not yet a whole request.
+
+        Args:
+            data: not empty.
+        """
+        self._began = False
+        self._chunk_bytes = len(data)
+        self._feed(data)
+        if self._stopped:
+            return
+        if not self._in_body:
+            # Of a message that began within these bytes it is not known how many are its own: they are fewer than one read.
+            self._head_bytes = 0 if self._began else self._head_bytes + len(data)
+            if self._head_bytes > MAX_HEAD_BYTES:
+                self.refuse(HeadersTooLarge(f"the headers have more than {MAX_HEAD_BYTES} bytes: none of a check needs so many"))
+        elif not self._began:
+            self._overhead += len(data)
+            if self._overhead > MAX_CHUNK_OVERHEAD:
+                self.refuse(
+                    BadRequest("the chunked body has more chunk sizes, extensions and trailers than data: send larger chunks")
+                )
+
+    def _feed(self, data: bytes) -> None:
+        while data and not self._stopped:
+            if self._raw_left:
+                piece, data = data[: self._raw_left], data[self._raw_left :]
+                self._raw_left -= len(piece)
+                self.on_body(piece)
+                if not self._raw_left:
+                    self._message_ended()
+                continue
+            try:
+                self._parser.feed_data(data)
+            except httptools.HttpParserUpgrade as upgrade:
+                # HTTP/2 and the like are offered, never taken (RFC 9110, 7.8): the rest is HTTP/1.1.
+                data = data[upgrade.args[0] :]
+                self._parser = httptools.HttpRequestParser(self)
+                continue
+            except httptools.HttpParserError as error:
+                if not self._stopped:
+                    self.refuse(BadRequest(f"the request is not valid HTTP/1.1: {error}"))
+            return
+
+    # -- called by httptools -------------------------------------------------------------------------------------------------
+
+    def on_message_begin(self) -> None:
+        """A request line begins."""
+        self._began = self._in_head = True
+        self._head_bytes = self._overhead = 0
+
+    def on_url(self, url: bytes) -> None:
+        """The request's target, or a piece of it."""
+        self._target += url
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """One header; those behind the body (trailers) are not taken."""
+        if self._in_body:
+            return
+        name = name.lower()
+        values = self._values
+        if name not in values:
+            if len(values) < MAX_HEADERS:
+                values[name] = value
+                return
+        elif self._extra < MAX_HEADERS:
+            self._repeated.setdefault(name, [values[name]]).append(value)
+        self._extra += 1
+
+    def on_headers_complete(self) -> None:
+        """The head is whole: the request is put in line, though its body may still be on the way."""
+        self._in_head, self._in_body = False, True
+        if self._stopped:
+            return  # it came in one piece with a request that ended the connection
+        parser = self._parser
+        target, values, repeated, extra = self._target, self._values, self._repeated, self._extra
+        self._target, self._values = b"", {}
+        if extra:
+            self._repeated, self._extra = {}, 0
+        sent_method = parser.get_method()
+        method = _METHODS.get(sent_method)
+        keep_alive = parser.should_keep_alive()
+        # HTTP/1.0 goes on only where it says so. To make the text of the version costs as much as all else here.
+        version = "1.1" if keep_alive and b"connection" not in values else parser.get_http_version()
+        exchange = Exchange(
+            self,  # type: ignore[arg-type]  # what parses is a connection: there is no other subclass
+            sent_method.decode("latin-1") if method is None else method,
+            target.decode("latin-1"),
+            RequestHeaders(values, repeated),
+            keep_alive,
+            version,
+        )
+        if (
+            method is not None
+            and not extra
+            and keep_alive
+            and version == "1.1"
+            and b"host" in values
+            and _MESSAGE_HEADERS.isdisjoint(values)
+        ):
+            exchange.plain = True
+            exchange.head_bytes = self._chunk_bytes if self._began else self._chunk_bytes + self._head_bytes
+        else:
+            if b"expect" in values and values[b"expect"].lower() == b"100-continue" and version == "1.1":
+                exchange.expects_continue = True
+            exchange.refusal = _fault_of(exchange, parser, repeated, len(values) + extra)
+            if exchange.refusal is not None:
+                self._stopped = self._lingers = True
+        self._receiving = exchange
+        self.enqueue(exchange)
+
+    def on_body(self, body: bytes) -> None:
+        """A piece of the body."""
+        self._overhead -= len(body)
+        if self._receiving is not None and not self._stopped:
+            self._receiving.add(body)
+
+    def on_message_complete(self) -> None:
+        """The request is whole, unless its body is still to come behind an offer to upgrade, which llhttp does not read."""
+        exchange = self._receiving
+        if exchange is not None and exchange.plain:
+            self._in_body, self._began = False, True
+            exchange.complete = True
+            self._receiving = None
+            return
+        if exchange is not None and self._parser.should_upgrade() and exchange.refusal is None:
+            length = exchange.headers.get("content-length")
+            if length is not None and int(length):
+                self._raw_left = int(length)
+                return
+        self._message_ended()
+
+    def _message_ended(self) -> None:
+        self._in_body, self._began = False, True
+        if self._receiving is not None:
+            self._receiving.end()
+            if not self._receiving.keep_alive:
+                self._stopped = True  # what follows a request to close is not read as a request
+            self._receiving = None
+
+
+def _fault_of(
+    exchange: Exchange, parser: httptools.HttpRequestParser, repeated: dict[bytes, list[bytes]], received: int
+) -> TidegateError | None:
+    """What llhttp lets pass and the data plane does not."""
+    values = exchange.headers.values
+    if received > MAX_HEADERS:
+        return HeadersTooLarge(f"the request has more than {MAX_HEADERS} headers: none of a check needs so many")
+    if exchange.version not in _VERSIONS:
+        return BadRequest(f"HTTP/{exchange.version} is not supported: use HTTP/1.1")
+    coding = values.get(b"transfer-encoding")
+    if coding is not None and (coding.lower() != b"chunked" or exchange.version == "1.0"):
+        return BadRequest("the transfer coding is not supported: send Content-Length, or 'Transfer-Encoding: chunked'")
+    if b"host" in repeated or (b"host" not in values and exchange.version == "1.1"):
+        return BadRequest("the request has no Host header, or several: send one (RFC 9112, 3.2)")
+    if exchange.method == "CONNECT":
+        return BadRequest("CONNECT is not supported: this is not a proxy")
+    if coding is not None and parser.should_upgrade():
+        return BadRequest("an upgrade cannot be offered with a chunked body: send Content-Length")
+    return None

@@ -1,0 +1,236 @@
+"""Requests of the data plane, read in full: every form that is accepted, and what is wrong with each other one.
+
+`plain_requests` reads the form that most gateways send, at a fraction of the cost.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any, Final, NamedTuple, Protocol
+
+import msgspec
+
+from tidegate.decision import Check
+from tidegate.doors.client_address import TrustedProxies, peer_address
+from tidegate.doors.refusals import IDENTITY, BodyTooSlow, HeadersTooLarge, MethodNotAllowed, unsupported_encoding
+from tidegate.doors.request_headers import RequestHeaders, single, single_path, utf8_path
+from tidegate.errors import BadRequest, RequestTooLarge
+from tidegate.policy.paths import PathRules
+from tidegate.wire import MAX_BATCH, BatchRequest, CheckRequest
+
+MAX_CHECK_BYTES: Final = 64 * 1024
+MAX_HEADER_BYTES: Final = 8 * 1024
+BODY_TIMEOUT_S: Final = 10.0
+
+AUTHORIZE: Final = "/v1/authorize"
+AUTHORIZE_ENVOY: Final = "/v1/authorize/envoy"
+"""`/v1/authorize` as Envoy's ext_authz needs it: it asks with the method of the request, and takes 200 alone for a yes.
+
+With `path_prefix` Envoy appends the path of the request: what follows is decided on then.
+"""
+
+_CHECK: Final = msgspec.json.Decoder(CheckRequest)
+_BATCH: Final = msgspec.json.Decoder(BatchRequest)
+
+
+class SizedHeaders(RequestHeaders, Protocol):
+    """The headers of a request, with their size."""
+
+    @property
+    def size(self) -> int:
+        """Bytes of all names and values."""
+        ...
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """The first value of a name, or the default."""
+        ...
+
+
+class Scope(Protocol):
+    """What is known of a request before its body: the part of RSGI's scope that the data plane reads."""
+
+    proto: str
+    method: str
+
+    @property
+    def path(self) -> str:
+        """Of the request line, not decoded, one character a byte."""
+        ...
+
+    @property
+    def client(self) -> str:
+        """Address and port of the peer."""
+        ...
+
+    @property
+    def headers(self) -> SizedHeaders:
+        """All headers."""
+        ...
+
+
+class AuthorizeRequest(NamedTuple):
+    """What a request to `/v1/authorize` asks, not yet validated."""
+
+    uri: str
+    method: str
+    api_key: str | None
+    ip: str | None
+
+
+def is_envoy(path: str) -> bool:
+    """Whether a path is `AUTHORIZE_ENVOY`, with or without the path of a request behind it."""
+    return path == AUTHORIZE_ENVOY or path.startswith(f"{AUTHORIZE_ENVOY}/")
+
+
+def allow_methods(scope: Scope, methods: tuple[str, ...]) -> None:
+    """Refuse every other method.
+
+    Raises:
+        MethodNotAllowed: naming those that are allowed.
+    """
+    if scope.method not in methods:
+        raise MethodNotAllowed(f"{scope.path} answers {' and '.join(methods)} only", allow=list(methods))
+
+
+def bound_headers(headers: SizedHeaders) -> None:
+    """Refuse headers above `MAX_HEADER_BYTES`.
+
+    Raises:
+        HeadersTooLarge: naming their size.
+    """
+    size = headers.size
+    if size > MAX_HEADER_BYTES:
+        raise HeadersTooLarge(f"the headers have {size} bytes: at most {MAX_HEADER_BYTES} are read")
+
+
+def read_authorize(scope: Scope, trusted: TrustedProxies, for_envoy: bool) -> AuthorizeRequest:
+    """Read what a gateway asks.
+
+    Args:
+        scope: of the request.
+        trusted: whose forwarding headers are believed.
+        for_envoy: whether it was sent to `AUTHORIZE_ENVOY`.
+
+    Returns:
+        The request.
+
+    Raises:
+        BadRequest: naming the header that is missing or cannot be read.
+    """
+    headers = scope.headers
+    peer = peer_address(scope.client)
+    is_trusted = trusted.trusts(peer)
+    if for_envoy and len(scope.path) > len(AUTHORIZE_ENVOY):
+        # Envoy's path_prefix: the request's own path and method are here, and its headers may be the client's.
+        uri: str | None = utf8_path(scope.path[len(AUTHORIZE_ENVOY) :])
+        method: str | None = scope.method
+    else:
+        uri = single_path(headers, "x-original-uri") or (single_path(headers, "x-forwarded-uri") if is_trusted else None)
+        method = single(headers, "x-original-method") or (single(headers, "x-forwarded-method") if is_trusted else None)
+    if uri is None:
+        raise BadRequest("the path to decide is missing: send it as X-Original-URI, or as X-Forwarded-Uri from a trusted proxy")
+    if method is None:
+        method = scope.method if for_envoy else "GET"
+    ip = trusted.client(peer, headers)
+    return AuthorizeRequest(uri, method, single(headers, "x-api-key"), ip)
+
+
+def read_check(body: bytes) -> CheckRequest:
+    """Read the body of `POST /v1/check`.
+
+    Raises:
+        BadRequest: if it is not one.
+    """
+    try:
+        return _CHECK.decode(body)
+    except msgspec.MsgspecError as error:
+        raise BadRequest(f"the body is not a check: {error}") from None
+    except UnicodeDecodeError:
+        raise BadRequest("the body is not a check: it is not UTF-8") from None
+
+
+def read_batch(body: bytes) -> tuple[CheckRequest, ...]:
+    """Read the body of `POST /v1/check/batch`.
+
+    Raises:
+        BadRequest: if it is not one.
+    """
+    try:
+        checks = _BATCH.decode(body).checks
+    except msgspec.MsgspecError as error:
+        raise BadRequest(f"the body is not a batch of checks: {error}") from None
+    except UnicodeDecodeError:
+        raise BadRequest("the body is not a batch of checks: it is not UTF-8") from None
+    if not 1 <= len(checks) <= MAX_BATCH:
+        raise BadRequest(f"the batch has {len(checks)} checks: send 1 to {MAX_BATCH}", checks=len(checks))
+    return tuple(checks)
+
+
+def check_of(sent: CheckRequest, header_key: str | None, paths: PathRules) -> Check:
+    """Validate a check of a body.
+
+    Args:
+        sent: what the body says.
+        header_key: the X-API-Key header; None where none came.
+        paths: which spellings of a path are let through.
+
+    Returns:
+        The check.
+
+    Raises:
+        BadRequest: naming the field, its value and the remedy.
+    """
+    api_key = sent.api_key
+    if header_key is not None:
+        if api_key is not None and api_key != header_key:
+            raise BadRequest("api_key and the X-API-Key header differ: send one of them", field="api_key")
+        api_key = header_key
+    cost = sent.cost
+    if type(cost) is not int:
+        # In JSON 1.0 is the same number, and some languages write it so.
+        cost = 1 if cost is None else int(cost) if float(cost).is_integer() else cost
+    return Check.of(sent.path, "GET" if sent.method is None else sent.method, api_key, sent.ip, cost, paths)
+
+
+async def read_body(headers: SizedHeaders, proto: Any, most: int, timeout_s: float) -> bytes:
+    """The whole body, bounded in size and time.
+
+    Args:
+        headers: of the request.
+        proto: gives the body, as RSGI's protocol does.
+        most: bytes.
+        timeout_s: how long it may take to arrive, s.
+
+    Returns:
+        The body.
+
+    Raises:
+        UnsupportedEncoding: if it is compressed.
+        RequestTooLarge: if it has more bytes.
+        BodyTooSlow: if it took longer.
+    """
+    encoding = headers.get("content-encoding")
+    if encoding is not None and encoding.strip().lower() not in IDENTITY:
+        raise unsupported_encoding(encoding)
+    length = headers.get("content-length")
+    if length is not None and length.isdecimal() and int(length) > most:
+        raise RequestTooLarge(f"the body has {length} bytes: at most {most} are read", most=most)
+    if proto.complete:
+        body: bytes = await proto()
+        if len(body) > most:
+            raise RequestTooLarge(f"the body has more than {most} bytes", most=most)
+        return body
+    try:
+        async with asyncio.timeout(timeout_s):
+            if length is not None:
+                return await proto()  # type: ignore[no-any-return]
+            chunks: list[bytes] = []
+            size = 0
+            async for chunk in proto:
+                size += len(chunk)
+                if size > most:
+                    raise RequestTooLarge(f"the body has more than {most} bytes", most=most)
+                chunks.append(chunk)
+            return b"".join(chunks)
+    except TimeoutError:
+        raise BodyTooSlow(f"the body did not arrive within {timeout_s:g} s") from None
