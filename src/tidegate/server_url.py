@@ -7,7 +7,7 @@ from urllib.parse import urlsplit
 import msgspec
 
 from tidegate.errors import SettingsError
-from tidegate.settings import is_host
+from tidegate.listen_address import is_host
 from tidegate.url_parts import masked
 
 

@@ -26,11 +26,12 @@ from tidegate.cli.data_plane import request_data_plane
 from tidegate.counters.factory import open_counters
 from tidegate.counters.guarded import GuardedCounters
 from tidegate.errors import SettingsError, TidegateError
+from tidegate.listen_address import parse_address
 from tidegate.policy.model import KeyStatus
 from tidegate.policy.toml_reader import load_policy, policy_warnings
 from tidegate.server.addresses import admin_address, free_address, grpc_address, missing_for_grpc
 from tidegate.server.instance import require_shared_counters
-from tidegate.settings import Settings, parse_address
+from tidegate.settings import Settings
 from tidegate.tools.charts import clean
 from tidegate.tools.terminal import say
 from tidegate.url_parts import scheme_of

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Final, cast
 from tidegate.doors.client_address import peer_address
 from tidegate.doors.http_exchange import Exchange, RequestHeaders
 from tidegate.doors.http_parser import MAX_HEAD_BYTES, MAX_HEADERS, RequestParser
+from tidegate.doors.peer_names import peer_names
 from tidegate.doors.refusals import RequestTooSlow, TooManyConnections
 from tidegate.errors import TidegateError
-from tidegate.settings import join_address
+from tidegate.listen_address import join_address
 
 if TYPE_CHECKING:
     from tidegate.doors.http_server import HttpServer
@@ -43,6 +44,7 @@ class Connection(RequestParser, asyncio.Protocol):
         server: that accepted it.
         client: address and port of the peer, `host:port`; empty where it has none (a unix socket).
         peer: the address alone, without brackets.
+        peer_names: names in the certificate of the peer, see `peer_names.certificate_names`; empty without mutual TLS.
         lost: whether there is no one to answer any more.
         closing: whether the connection ends after what is being answered.
         restricted: whether it came above the limit of connections, and is answered for probes alone.
@@ -62,6 +64,7 @@ class Connection(RequestParser, asyncio.Protocol):
         "closing",
         "lost",
         "peer",
+        "peer_names",
         "restricted",
         "server",
         "table",
@@ -71,6 +74,7 @@ class Connection(RequestParser, asyncio.Protocol):
         super().__init__()
         self.server = server
         self.client = self.peer = ""
+        self.peer_names: tuple[str, ...] = ()
         self.closing = self.lost = False
         self.restricted = False
         self.table: OrderedDict[Connection, float] | None = None
@@ -92,6 +96,7 @@ class Connection(RequestParser, asyncio.Protocol):
         if isinstance(peer, tuple):
             self.client = join_address(peer[0], peer[1])
             self.peer = peer_address(self.client)
+        self.peer_names = peer_names(transport)
         self.server.admit(self)
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 - asyncio's signature

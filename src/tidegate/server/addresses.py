@@ -9,7 +9,8 @@ import socket
 from collections.abc import Callable, Mapping
 
 from tidegate.errors import SettingsError
-from tidegate.settings import Settings, parse_address
+from tidegate.listen_address import parse_address
+from tidegate.settings import Settings
 
 logger = logging.getLogger(__name__)
 

@@ -33,6 +33,7 @@ from tidegate.doors.openapi import data_plane_openapi
 from tidegate.doors.responses import encode
 from tidegate.errors import CatalogError, PolicyError, SettingsError
 from tidegate.gate.gate import Gate, Observer
+from tidegate.listen_address import join_address, parse_address
 from tidegate.policy.file_watcher import watch_policy
 from tidegate.policy.model import Policy
 from tidegate.policy.paths import STRICT, PathRules
@@ -40,7 +41,7 @@ from tidegate.policy.toml_reader import load_policy
 from tidegate.server.addresses import admin_address, free_address, grpc_address
 from tidegate.server.listener import Listener
 from tidegate.server.wiring import open_catalog, open_channel, share_catalog
-from tidegate.settings import Settings, join_address, parse_address
+from tidegate.settings import Settings
 from tidegate.telemetry.access import AccessLog
 from tidegate.telemetry.collectors import collect_background, collect_cache, collect_counters, collect_violations
 from tidegate.telemetry.health import Health

@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from tidegate.doors.http_server import HttpServer
 from tidegate.errors import SettingsError
-from tidegate.settings import join_address
+from tidegate.listen_address import join_address
 
 logger = logging.getLogger(__name__)
 

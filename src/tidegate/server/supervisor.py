@@ -23,11 +23,12 @@ from typing import Final
 import msgspec
 
 from tidegate.errors import SettingsError
+from tidegate.listen_address import join_address
 from tidegate.server.addresses import admin_address, free_address, grpc_address
 from tidegate.server.instance import require_shared_counters
 from tidegate.server.run import reloading
 from tidegate.server.worker import READY, SKIP_DRAIN, SLOT_VARIABLE, WorkerSlot
-from tidegate.settings import Settings, join_address
+from tidegate.settings import Settings
 
 logger = logging.getLogger(__name__)
 

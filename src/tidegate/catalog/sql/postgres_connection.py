@@ -14,7 +14,7 @@ import psycopg
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from tidegate.errors import SettingsError
-from tidegate.settings import is_host
+from tidegate.listen_address import is_host
 
 APPLICATION: Final = "tidegate"
 _CONNECT_S: Final = 2

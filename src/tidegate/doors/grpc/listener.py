@@ -25,7 +25,7 @@ from tidegate.doors.grpc.messages import OK, OVER_LIMIT, RateLimitResponse
 from tidegate.doors.grpc.service import RateLimitService
 from tidegate.doors.grpc.status import CallRefused, Status
 from tidegate.errors import SettingsError
-from tidegate.settings import join_address
+from tidegate.listen_address import join_address
 from tidegate.telemetry.access import AccessLog
 from tidegate.telemetry.requests import CURRENT, Request
 
