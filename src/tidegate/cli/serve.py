@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import sys
 import tempfile
@@ -24,6 +25,8 @@ from tidegate.wire import DecisionBody
 if TYPE_CHECKING:
     from tidegate.server.instance import Instance
     from tidegate.settings import Settings
+
+logger = logging.getLogger(__name__)
 
 _TOUR = r"""
 Tidegate listens at http://{address} (metrics at /metrics, health at /health), with a temporary catalog that is deleted when it
@@ -57,6 +60,7 @@ def serve(
     address; they need counters in Redis.
     """
     from tidegate.catalog.sql.engine import shown
+    from tidegate.server.open_listeners import open_listeners
     from tidegate.server.run import ignore_signals, run
     from tidegate.server.supervisor import supervise
     from tidegate.server.worker import WorkerSlot, work
@@ -67,6 +71,10 @@ def serve(
     slot = WorkerSlot.from_environment(os.environ)
     settings = read_settings(config)
     configure_logging(settings.server.log_level, settings.server.log_format, None if slot is None else slot.number)
+
+    if slot is None:
+        for warning in open_listeners(settings):
+            logger.warning("%s", warning)
 
     def print_token(instance: Instance) -> None:
         if instance.first_token is not None:

@@ -15,6 +15,7 @@ from typing import Any, Final
 
 from tidegate.decision import Check, Decision, Observation
 from tidegate.doors.bearer import refuse_bearer_key
+from tidegate.doors.callers_auth import CallersAuth, scope_of
 from tidegate.doors.client_address import TrustedProxies, address_or_none, peer_address
 from tidegate.doors.http_exchange import Exchange
 from tidegate.doors.http_requests import (
@@ -65,6 +66,7 @@ class DataPlane:
         body_timeout_s: how long a body may take.
         access: writes about a sample of the requests; None for no such log.
         paths: which spellings of a path are let through.
+        callers: who may call; None for anyone.
     """
 
     def __init__(
@@ -76,6 +78,7 @@ class DataPlane:
         body_timeout_s: float = BODY_TIMEOUT_S,
         access: AccessLog | None = None,
         paths: PathRules = STRICT,
+        callers: CallersAuth | None = None,
     ) -> None:
         self.draining = False
         self.in_flight = 0
@@ -87,6 +90,7 @@ class DataPlane:
         self._body_timeout_s = body_timeout_s
         self._access = access
         self._paths = paths
+        self._callers = callers
 
     async def __rsgi__(self, scope: Scope, proto: Any) -> None:
         """Answer one request."""
@@ -105,6 +109,8 @@ class DataPlane:
             started_ns = time.perf_counter_ns()
         try:
             path = scope.path
+            if self._callers is not None and path.startswith("/v1/"):
+                await self._authenticate(self._callers, scope)
             if path == AUTHORIZE:
                 await self._authorize(scope, proto)
             elif path.startswith(AUTHORIZE_ENVOY) and is_envoy(path):
@@ -145,7 +151,7 @@ class DataPlane:
         """
         target = exchange.target
         check: Check | None = None
-        if self._access is None:
+        if self._access is None and (self._callers is None or self._callers.is_known(exchange)):
             if target == AUTHORIZE:
                 if exchange.method in ("GET", "HEAD"):
                     check = plain_authorize(exchange, self._trusted, MAX_HEADER_BYTES)
@@ -193,6 +199,12 @@ class DataPlane:
                 200 if decision.allowed else 429,
                 b"%bcontent-type: application/json\r\ncontent-length: %d\r\n\r\n%b" % (limit_lines(decision), len(body), body),
             )
+
+    async def _authenticate(self, callers: CallersAuth, scope: Scope) -> None:
+        try:
+            await callers.require(scope, scope_of(scope.path))
+        except TidegateError as error:
+            raise self._seen(error) from None
 
     async def _authorize(self, scope: Scope, proto: Any, for_envoy: bool = False) -> None:
         if not for_envoy:

@@ -40,7 +40,7 @@ from tidegate.policy.paths import STRICT, PathRules
 from tidegate.policy.toml_reader import load_policy
 from tidegate.server.addresses import admin_address, free_address, grpc_address
 from tidegate.server.listener import Listener
-from tidegate.server.wiring import open_catalog, open_channel, share_catalog
+from tidegate.server.wiring import open_callers_auth, open_catalog, open_channel, share_catalog
 from tidegate.settings import Settings
 from tidegate.telemetry.access import AccessLog
 from tidegate.telemetry.collectors import collect_background, collect_cache, collect_counters, collect_violations
@@ -145,6 +145,9 @@ class Instance:
             max_keys=settings.cache.max_keys,
             unknown_keys=UnknownKeyLimit(bound) if (bound := settings.catalog.unknown_keys_per_minute) else None,
         )
+        callers = await open_callers_auth(settings, self.catalog, self.cached)
+        if self.cached.caller_tokens is not None:
+            self._spawn("caller_tokens", self.cached.caller_tokens.run)
         access = AccessLog(settings.server.access_log_sample) if settings.server.access_log_sample else None
         gate = Gate(self.cached, self._counted(), self._observer(access), lookup_timeout_s=2 * settings.catalog.timeout_s)
         self.data_plane = DataPlane(
@@ -161,6 +164,7 @@ class Instance:
             settings.server.body_timeout_s,
             access,
             self._paths,
+            callers,
         )
         collect_cache(self.metrics, self.cached, shared, self.catalog.database)
         collect_counters(self.metrics, self.counters)
