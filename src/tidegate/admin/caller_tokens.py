@@ -7,18 +7,38 @@ from typing import Any
 
 from sqlalchemy import RowMapping, func, insert, select, update
 
-from tidegate.admin.models import CallerTokenMade, CallerTokenRead, CallerTokenRotated
+from tidegate.admin.caller_token_models import CallerTokenMade, CallerTokenRead, CallerTokenRotated
 from tidegate.admin.rules import CatalogEditor
 from tidegate.admin.transaction import AuditedTransaction, NotFound
 from tidegate.catalog.caller_tokens import MAX_LIVE, SCOPES, hash_caller_token, make_caller_token
 from tidegate.catalog.changes import CALLER_TOKEN
 from tidegate.catalog.sql.catalog import live_caller_tokens
+from tidegate.catalog.sql.paging import Page, no_place, page_of, rows_of
 from tidegate.catalog.sql.tables import caller_tokens
 from tidegate.errors import BadRequest, CatalogError
 from tidegate.policy.labels import require_label
 from tidegate.timestamps import US_PER_S, now_us
 
 _KIND = "caller_token"
+
+
+async def list_caller_tokens(editor: CatalogEditor, limit: int, after: str | None) -> Page[CallerTokenRead]:
+    """Tokens of gateways and back ends by id, revoked ones too.
+
+    Args:
+        editor: of the catalog.
+        limit: maximum number of items, 1 to 500.
+        after: `next` of the previous page.
+
+    Raises:
+        BadRequest: if `after` is not from this list.
+        CatalogUnavailable: if the database does not answer.
+    """
+    query = select(caller_tokens).order_by(caller_tokens.c.id)
+    if after is not None:
+        query = query.where(caller_tokens.c.id > _id_after(after))
+    rows = await rows_of(editor.catalog.database, query, limit)
+    return page_of([CallerTokenRead.of_row(row) for row in rows], limit, lambda item: str(item.id))
 
 
 async def create_caller_token(
@@ -102,6 +122,12 @@ async def revoke_caller_token(editor: CatalogEditor, actor: str, token_id: int) 
         if row["revoked_at_us"] is not None:
             raise CatalogError(f"the caller token {token_id} is revoked already")
         return await _update(transaction, row, {"revoked_at_us": now_us()}, "revoke")
+
+
+def _id_after(after: str) -> int:
+    if not after.isascii() or not after.isdecimal() or len(after) > 18:
+        raise no_place(after)
+    return int(after)
 
 
 async def _load_row(transaction: AuditedTransaction, token_id: int) -> RowMapping:

@@ -10,12 +10,12 @@ from typing import Any, Final
 from sqlalchemy import Column, ColumnElement, Select, and_, func, literal_column, select, true
 
 from tidegate.admin.api_keys import key_rows, no_such_key
-from tidegate.admin.models import AuditRead, CallerTokenRead, KeyRead, RuleRead, TierRead, TokenRead, is_key_id
+from tidegate.admin.models import AuditRead, KeyRead, RuleRead, TierRead, TokenRead, is_key_id
 from tidegate.admin.rules import CatalogEditor
 from tidegate.admin.transaction import NotFound, rule_rows
 from tidegate.catalog.sql.engine import LOWER
 from tidegate.catalog.sql.paging import Page, no_place, page_of, rows_of
-from tidegate.catalog.sql.tables import admin_tokens, api_keys, audit_log, caller_tokens, rate_limit_rules, tiers
+from tidegate.catalog.sql.tables import admin_tokens, api_keys, audit_log, rate_limit_rules, tiers
 from tidegate.policy.model import KeyStatus
 from tidegate.timestamps import now_us
 
@@ -143,25 +143,6 @@ async def list_tokens(editor: CatalogEditor, limit: int, after: str | None) -> P
         query = query.where(admin_tokens.c.id > _number(after))
     rows = await rows_of(editor.catalog.database, query, limit)
     return page_of([TokenRead.of_row(row) for row in rows], limit, lambda item: str(item.id))
-
-
-async def list_caller_tokens(editor: CatalogEditor, limit: int, after: str | None) -> Page[CallerTokenRead]:
-    """Tokens of gateways and back ends by id, revoked ones too.
-
-    Args:
-        editor: of the catalog.
-        limit: maximum number of items, 1 to 500.
-        after: `next` of the previous page.
-
-    Raises:
-        BadRequest: if `after` is not from this list.
-        CatalogUnavailable: if the database does not answer.
-    """
-    query = select(caller_tokens).order_by(caller_tokens.c.id)
-    if after is not None:
-        query = query.where(caller_tokens.c.id > _number(after))
-    rows = await rows_of(editor.catalog.database, query, limit)
-    return page_of([CallerTokenRead.of_row(row) for row in rows], limit, lambda item: str(item.id))
 
 
 async def list_audit(

@@ -55,7 +55,6 @@ Subject = Literal["api_key", "ip", "tier"]
 Mode = Literal["enforce", "shadow"]
 OnFailure = Literal["default", "local", "allow", "deny"]
 Role = Literal["viewer", "operator"]
-CallerScope = Literal["check", "limit", "hold", "lease"]
 
 
 class RequestModel(BaseModel):
@@ -359,53 +358,6 @@ class TokenMade(TokenRead):
     token: str
 
 
-class CallerTokenCreate(RequestModel):
-    """A token of a gateway or back end, to be made."""
-
-    name: Annotated[str, Field(min_length=1, max_length=200), Plain]
-    scopes: Annotated[list[CallerScope], Field(min_length=1, max_length=4)] = ["check"]
-    expires_at: Moment | None = None
-
-
-class CallerTokenRead(Resource):
-    """A token of a gateway or back end, without the token."""
-
-    id: int
-    name: str
-    scopes: list[str]
-    status: str
-    created_at: str
-    expires_at: str | None
-    revoked_at: str | None
-
-    @classmethod
-    def of_row(cls, row: Row) -> CallerTokenRead:
-        """Of a row of `caller_tokens`."""
-        until_us = row["expires_at_us"]
-        expired = until_us is not None and until_us * 1000 <= time.time_ns()
-        return cls(
-            id=row["id"],
-            name=row["name"],
-            scopes=list(row["scopes"]),
-            status="revoked" if row["revoked_at_us"] is not None else "expired" if expired else "active",
-            created_at=format_timestamp(row["created_at_us"]),
-            expires_at=format_timestamp(row["expires_at_us"]),
-            revoked_at=format_timestamp(row["revoked_at_us"]),
-        )
-
-
-class CallerTokenMade(CallerTokenRead):
-    """A token that was just made: the token itself is in this response only."""
-
-    token: str
-
-
-class CallerTokenRotated(CallerTokenMade):
-    """The new token of a rotation, and the one that it replaces."""
-
-    replaces: CallerTokenRead
-
-
 class AuditRead(ResponseModel):
     """A change: who made it, what was before and what is after."""
 
@@ -479,10 +431,6 @@ class KeyPage(PageModel[KeyRead]):
 
 class TokenPage(PageModel[TokenRead]):
     """A page of tokens; `next` is what to give as `after`."""
-
-
-class CallerTokenPage(PageModel[CallerTokenRead]):
-    """A page of callers' tokens; `next` is what to give as `after`."""
 
 
 class AuditPage(PageModel[AuditRead]):

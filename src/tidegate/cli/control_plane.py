@@ -55,21 +55,24 @@ class ControlPlane:
         server: where it is.
         token: bearer token.
         source: where the token came from, for messages.
+        command: group of commands that lists what is changed here, for messages.
     """
 
-    def __init__(self, server: Server, token: str, source: str) -> None:
+    def __init__(self, server: Server, token: str, source: str, command: str = "keys") -> None:
+        self._command = command
         self._server = server
         self._token = token
         self._source = source
 
     @classmethod
-    def at(cls, url: str, token_file: Path | None, config: Path | None) -> ControlPlane:
+    def at(cls, url: str, token_file: Path | None, config: Path | None, command: str = "keys") -> ControlPlane:
         """The control plane at a URL; it is not asked yet.
 
         Args:
             url: such as `http://127.0.0.1:8082`.
             token_file: a file with the token and nothing else; None for the token of the settings.
             config: the settings file, read only where no token file is given.
+            command: see `ControlPlane`.
 
         Returns:
             The control plane.
@@ -91,7 +94,7 @@ class ControlPlane:
             raise SettingsError(
                 f"the token of {source} has characters that no token has, such as a space: give the token and nothing else"
             )
-        return cls(server, token, source)
+        return cls(server, token, source, command)
 
     def read(self, path: str, query: Mapping[str, str | int | None], model: type[_Model]) -> _Model:
         """GET something.
@@ -138,6 +141,18 @@ class ControlPlane:
         """
         self._send("DELETE", path, headers={"If-Match": f'"{revision}"'})
 
+    def revoke(self, path: str, model: type[_Model]) -> _Model:
+        """DELETE something whose record stays.
+
+        Args:
+            path: behind `/admin/v1`.
+            model: of the record.
+
+        Raises:
+            ControlPlaneError: saying what was wrong and what to do.
+        """
+        return self._told("DELETE", path, None, model)
+
     def _send(self, method: str, path: str, body: bytes | None = None, headers: Mapping[str, str] | None = None) -> HttpResponse:
         with_token = {"Authorization": f"Bearer {self._token}", **(headers or {})}
         try:
@@ -146,7 +161,7 @@ class ControlPlane:
             remedy = error.remedy or (
                 "start it with 'tidegate serve', or give the address of [server] admin, which is 127.0.0.1:8082 unless set"
             )
-            unknown = _unknown(method) if error.sent else ""
+            unknown = self._unknown(method) if error.sent else ""
             raise ControlPlaneError(f"no control plane answers at {self._url}: {error.reason}: {remedy}{unknown}") from None
         if not 200 <= answer.status < 300:
             raise ControlPlaneError(self._refusal(method, answer))
@@ -162,7 +177,7 @@ class ControlPlane:
             return model.model_validate_json(answer.body)
         except ValidationError:
             why = self._no_control_plane("what it answers is not in the form of this version")
-            raise ControlPlaneError(why + _unknown(method)) from None
+            raise ControlPlaneError(why + self._unknown(method)) from None
 
     def _refusal(self, method: str, answer: HttpResponse) -> str:
         if _DATA_PLANES_OWN in answer.headers:
@@ -195,11 +210,15 @@ class ControlPlane:
         if status in _GATEWAY:
             return (
                 f"what stands before the control plane at {self._url} answers {status}: see whether 'tidegate serve' runs "
-                f"behind it, and {again}{_unknown(method)}"
+                f"behind it, and {again}{self._unknown(method)}"
             )
         if status == 429:
             return f"what stands before the control plane at {self._url} answers 429, too many requests: {again}"
         return self._no_control_plane(f"it answers {status}, and not in its form")
+
+    def _unknown(self, method: str) -> str:
+        # A key that was made without its answer is known to nobody, and is to be revoked.
+        return "" if method == "GET" else f"; whether the change was made is not known, 'tidegate {self._command} list' shows it"
 
     def _no_control_plane(self, why: str) -> str:
         return (
@@ -218,11 +237,6 @@ def one_line(text: str) -> str:
         The text in one line, without control characters, at most 1,000 characters of it.
     """
     return "".join(character if character.isprintable() else " " for character in text[:_MAX_SAID])
-
-
-def _unknown(method: str) -> str:
-    # A key that was made without its answer is known to nobody, and is to be revoked.
-    return "" if method == "GET" else "; whether the change was made is not known, 'tidegate keys list' shows it"
 
 
 def _origin(location: str) -> str:

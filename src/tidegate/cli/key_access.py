@@ -212,13 +212,13 @@ def with_keys(
         TidegateError: whatever was refused or could not be reached.
     """
     if url is not None:
-        return _at_once(work(KeysAtControlPlane(ControlPlane.at(url, token_file, config))))
+        return run_at_once(work(KeysAtControlPlane(ControlPlane.at(url, token_file, config))))
     if token_file is not None:
         raise SettingsError("--token-file is for --url, without which the database is used: give both, or neither")
 
     async def in_catalog(catalog: SqlCatalog) -> _T:
-        with _refusals_as_over_the_api():
-            return await work(KeysInCatalog(catalog, _actor()))
+        with refusals_as_over_the_api():
+            return await work(KeysInCatalog(catalog, cli_actor()))
 
     return with_catalog(config, in_catalog)
 
@@ -280,7 +280,7 @@ async def collect(keys: ApiKeys, key_filter: KeyFilter, limit: int, after: str |
             return Page(items, after)
 
 
-def _at_once(work: Coroutine[Any, Any, _T]) -> _T:
+def run_at_once(work: Coroutine[Any, Any, _T]) -> _T:
     """Run what never waits for an event loop without one: under a loop, Ctrl-C would wait for the answer that does not come."""
     try:
         work.send(None)
@@ -291,14 +291,16 @@ def _at_once(work: Coroutine[Any, Any, _T]) -> _T:
 
 
 @contextlib.contextmanager
-def _refusals_as_over_the_api() -> Iterator[None]:
+def refusals_as_over_the_api() -> Iterator[None]:
+    """Raise what the catalog refuses as `KeyRefused`, with the code that the admin API sends."""
     try:
         yield
     except (CatalogError, BadRequest, PolicyError, CatalogUnavailable) as error:
         raise KeyRefused(f"{error.code}: {error.message}") from error
 
 
-def _actor() -> str:
+def cli_actor() -> str:
+    """The name in the audit log of whoever runs this command."""
     return f"{CLI_ACTOR}{_user()}"[:_MAX_ACTOR]
 
 

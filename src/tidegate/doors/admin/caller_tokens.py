@@ -7,15 +7,14 @@ from typing import Annotated
 from fastapi import APIRouter, Path, Response
 
 from tidegate.admin import caller_tokens
-from tidegate.admin.lists import list_caller_tokens
-from tidegate.admin.models import (
+from tidegate.admin.caller_token_models import (
     CallerTokenCreate,
     CallerTokenMade,
     CallerTokenPage,
     CallerTokenRead,
     CallerTokenRotated,
-    RotateRequest,
 )
+from tidegate.admin.models import RotateRequest
 from tidegate.admin.rules import CatalogEditor
 from tidegate.doors.admin.common import OPERATORS_ONLY, Actor, After, Limit
 from tidegate.timestamps import parse_timestamp
@@ -29,7 +28,7 @@ def caller_token_routes(editor: CatalogEditor) -> APIRouter:
 
     @routes.get("", summary="List the tokens of gateways and back ends, by id")
     async def read_all(limit: Limit = 100, after: After = None) -> CallerTokenPage:
-        page = await list_caller_tokens(editor, limit, after)
+        page = await caller_tokens.list_caller_tokens(editor, limit, after)
         return CallerTokenPage(items=page.items, next=page.next)
 
     @routes.post("", status_code=201, summary="Create a token for the data plane; the token itself is in this response only")
