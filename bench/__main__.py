@@ -17,6 +17,7 @@ BENCHES = (
     "adversarial",
     "violations",
     "telemetry",
+    "jwt",
     "simulate",
     "http",
     "client",

@@ -5,6 +5,9 @@
      │    └── RequestTooLarge    413 PAYLOAD_TOO_LARGE
      ├── MissingApiKey           401 MISSING_API_KEY
      ├── InvalidApiKey           401 INVALID_API_KEY
+     ├── InvalidToken            401 INVALID_TOKEN
+     ├── TooManyTokens           429 TOKEN_VERIFICATIONS_EXCEEDED
+     ├── TokenKeysUnavailable    503 TOKEN_KEYS_UNAVAILABLE
      ├── TooManyUnknownKeys      429 API_KEY_LOOKUPS_EXCEEDED
      ├── ApiKeyRevoked           403 API_KEY_REVOKED
      ├── ApiKeyExpired           403 API_KEY_EXPIRED
@@ -66,6 +69,27 @@ class InvalidApiKey(TidegateError):
 
     code = "INVALID_API_KEY"
     status = 401
+
+
+class InvalidToken(TidegateError):
+    """A JSON Web Token failed a check, named in `details["check"]`; the message never contains the token."""
+
+    code = "INVALID_TOKEN"
+    status = 401
+
+
+class TooManyTokens(TidegateError):
+    """The client sent too many tokens that failed, or too many wait for verification; `details["retry_after"]` in s."""
+
+    code = "TOKEN_VERIFICATIONS_EXCEEDED"
+    status = 429
+
+
+class TokenKeysUnavailable(TidegateError):
+    """The issuer's public keys could not be fetched yet, so no token can be verified."""
+
+    code = "TOKEN_KEYS_UNAVAILABLE"
+    status = 503
 
 
 class TooManyUnknownKeys(TidegateError):

@@ -125,3 +125,47 @@ class BatchRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """
 
     checks: list[CheckRequest]
+
+
+class LimitRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, gc=False):
+    """The body of `POST /v1/limit`. Null counts as absent.
+
+    Args:
+        namespace: 1 to 64 of letters, digits, `_`, `.`, `-`.
+        subject: whom to count, 1 to 256 characters.
+        limits: such as `10/minute`; needed unless the policy has limits for this namespace and subject, which take precedence.
+        algorithm: how the limits count; that of the namespace, else sliding_window, if absent.
+        cost: units, 0 (peek) or more, also written as 1.0; 1 if absent.
+    """
+
+    namespace: str
+    subject: str
+    limits: tuple[str, ...] | None = ()
+    algorithm: str | None = None
+    cost: int | float | None = 1
+
+
+class LimitBatchRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The body of `POST /v1/limit/batch`.
+
+    Args:
+        checks: 1 to 1000 of them.
+    """
+
+    checks: list[LimitRequest]
+
+
+def whole_cost(cost: float | None) -> float:
+    """The cost of a request: 1 if absent; a JSON number such as 1.0 is the whole number that it equals.
+
+    Args:
+        cost: as it came.
+
+    Returns:
+        An int, or the float that is not whole.
+    """
+    if type(cost) is int:
+        return cost
+    if cost is None:
+        return 1
+    return int(cost) if float(cost).is_integer() else cost

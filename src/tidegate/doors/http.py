@@ -18,6 +18,7 @@ from tidegate.doors.bearer import refuse_bearer_key
 from tidegate.doors.callers_auth import CallersAuth, scope_of
 from tidegate.doors.client_address import TrustedProxies, address_or_none, peer_address
 from tidegate.doors.http_exchange import Exchange
+from tidegate.doors.http_limits import LIMIT, LIMIT_BATCH, LimitRequests
 from tidegate.doors.http_requests import (
     AUTHORIZE,
     AUTHORIZE_ENVOY,
@@ -84,6 +85,7 @@ class DataPlane:
         self.in_flight = 0
         self.answered = 0
         self._gate = gate
+        self._limits = LimitRequests(gate.request_limits, body_timeout_s)
         self._pages = pages
         self._observe = observe
         self._trusted = trusted or TrustedProxies()
@@ -119,6 +121,8 @@ class DataPlane:
                 await self._check(scope, proto)
             elif path == "/v1/check/batch":
                 await self._batch(scope, proto)
+            elif path in (LIMIT, LIMIT_BATCH):
+                await self._limit(scope, proto)
             elif path == "/v1/usage":
                 await self._usage(scope, proto)
             else:
@@ -265,6 +269,16 @@ class DataPlane:
                 await slice_.pause()
             decisions.append(error_body(answer) if isinstance(answer, TidegateError) else decision_body(answer))
         self._respond(proto, Prepared(200, [JSON], encode({"decisions": decisions})))
+
+    async def _limit(self, scope: Scope, proto: Any) -> None:
+        try:
+            checks = await self._limits.read(scope, proto)
+        except TidegateError as error:
+            raise self._seen(error) from None
+        for each in checks:
+            if isinstance(each, TidegateError):
+                self._seen(each)
+        self._respond(proto, await self._limits.answer(scope, checks))
 
     async def _usage(self, scope: Scope, proto: Any) -> None:
         allow_methods(scope, ("GET", "HEAD"))

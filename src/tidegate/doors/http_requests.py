@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any, Final, NamedTuple, Protocol
+from collections.abc import Sequence
+from typing import Any, Final, NamedTuple, Protocol, TypeVar
 
 import msgspec
 
@@ -16,7 +17,7 @@ from tidegate.doors.refusals import IDENTITY, BodyTooSlow, HeadersTooLarge, Meth
 from tidegate.doors.request_headers import RequestHeaders, single, single_path, utf8_path
 from tidegate.errors import BadRequest, RequestTooLarge
 from tidegate.policy.paths import PathRules
-from tidegate.wire import MAX_BATCH, BatchRequest, CheckRequest
+from tidegate.wire import MAX_BATCH, BatchRequest, CheckRequest, whole_cost
 
 MAX_CHECK_BYTES: Final = 64 * 1024
 MAX_HEADER_BYTES: Final = 8 * 1024
@@ -28,6 +29,8 @@ AUTHORIZE_ENVOY: Final = "/v1/authorize/envoy"
 
 With `path_prefix` Envoy appends the path of the request: what follows is decided on then.
 """
+
+_T = TypeVar("_T")
 
 _CHECK: Final = msgspec.json.Decoder(CheckRequest)
 _BATCH: Final = msgspec.json.Decoder(BatchRequest)
@@ -146,12 +149,7 @@ def read_check(body: bytes) -> CheckRequest:
     Raises:
         BadRequest: if it is not one.
     """
-    try:
-        return _CHECK.decode(body)
-    except msgspec.MsgspecError as error:
-        raise BadRequest(f"the body is not a check: {error}") from None
-    except UnicodeDecodeError:
-        raise BadRequest("the body is not a check: it is not UTF-8") from None
+    return decoded(_CHECK, body, "a check")
 
 
 def read_batch(body: bytes) -> tuple[CheckRequest, ...]:
@@ -160,15 +158,38 @@ def read_batch(body: bytes) -> tuple[CheckRequest, ...]:
     Raises:
         BadRequest: if it is not one.
     """
-    try:
-        checks = _BATCH.decode(body).checks
-    except msgspec.MsgspecError as error:
-        raise BadRequest(f"the body is not a batch of checks: {error}") from None
-    except UnicodeDecodeError:
-        raise BadRequest("the body is not a batch of checks: it is not UTF-8") from None
+    checks = decoded(_BATCH, body, "a batch of checks").checks
+    bound_batch(checks)
+    return tuple(checks)
+
+
+def bound_batch(checks: Sequence[object]) -> None:
+    """Refuse an empty batch, and one of more than `MAX_BATCH` checks.
+
+    Raises:
+        BadRequest: naming their number.
+    """
     if not 1 <= len(checks) <= MAX_BATCH:
         raise BadRequest(f"the batch has {len(checks)} checks: send 1 to {MAX_BATCH}", checks=len(checks))
-    return tuple(checks)
+
+
+def decoded(decoder: msgspec.json.Decoder[_T], body: bytes, kind: str) -> _T:
+    """A body as a record.
+
+    Args:
+        decoder: of the record.
+        body: JSON.
+        kind: what the body should be, for the message.
+
+    Raises:
+        BadRequest: if it is not one.
+    """
+    try:
+        return decoder.decode(body)
+    except msgspec.MsgspecError as error:
+        raise BadRequest(f"the body is not {kind}: {error}") from None
+    except UnicodeDecodeError:
+        raise BadRequest(f"the body is not {kind}: it is not UTF-8") from None
 
 
 def check_of(sent: CheckRequest, header_key: str | None, paths: PathRules) -> Check:
@@ -190,10 +211,7 @@ def check_of(sent: CheckRequest, header_key: str | None, paths: PathRules) -> Ch
         if api_key is not None and api_key != header_key:
             raise BadRequest("api_key and the X-API-Key header differ: send one of them", field="api_key")
         api_key = header_key
-    cost = sent.cost
-    if type(cost) is not int:
-        # In JSON 1.0 is the same number, and some languages write it so.
-        cost = 1 if cost is None else int(cost) if float(cost).is_integer() else cost
+    cost = whole_cost(sent.cost)
     return Check.of(sent.path, "GET" if sent.method is None else sent.method, api_key, sent.ip, cost, paths)
 
 

@@ -10,7 +10,8 @@ import msgspec
 from tidegate._version import __version__
 from tidegate.decision import MAX_COST
 from tidegate.gate.usage import MAX_USAGE_RULES
-from tidegate.wire import MAX_BATCH, CheckRequest, DecisionBody, UsageBody
+from tidegate.policy.namespaces import MAX_SUBJECT, NAME
+from tidegate.wire import MAX_BATCH, CheckRequest, DecisionBody, LimitRequest, UsageBody
 
 _ERRORS: Final = {
     400: "The request is invalid; nothing was charged.",
@@ -50,23 +51,17 @@ _LIMIT_HEADERS: Final = {
 def data_plane_openapi() -> dict[str, Any]:
     """The OpenAPI 3.1 document, as JSON types; cached, so callers must not change it."""
     _, schemas = msgspec.json.schema_components(
-        (CheckRequest, DecisionBody, UsageBody), ref_template="#/components/schemas/{name}"
+        (CheckRequest, LimitRequest, DecisionBody, UsageBody), ref_template="#/components/schemas/{name}"
     )
     schemas["CheckRequest"]["properties"]["cost"].update(minimum=0, maximum=MAX_COST)
     schemas["CheckRequest"]["properties"]["path"].update(minLength=1, pattern="^/", examples=["/api/v1/items"])
-    schemas["BatchRequest"] = {
-        "type": "object",
-        "required": ["checks"],
-        "additionalProperties": False,
-        "properties": {
-            "checks": {
-                "type": "array",
-                "minItems": 1,
-                "maxItems": MAX_BATCH,
-                "items": {"$ref": "#/components/schemas/CheckRequest"},
-            }
-        },
-    }
+    limit_fields = schemas["LimitRequest"]["properties"]
+    limit_fields["cost"].update(minimum=0, maximum=MAX_COST)
+    limit_fields["namespace"].update(pattern=f"^{NAME.pattern}$", examples=["emails"])
+    limit_fields["subject"].update(minLength=1, maxLength=MAX_SUBJECT, examples=["user-42"])
+    limit_fields["limits"].update(examples=[["10/minute"]])
+    schemas["BatchRequest"] = _batch_schema("CheckRequest")
+    schemas["LimitBatchRequest"] = _batch_schema("LimitRequest")
     schemas["Error"] = _ERROR_SCHEMA
     schemas["BatchAnswer"] = {
         "type": "object",
@@ -89,6 +84,8 @@ def data_plane_openapi() -> dict[str, Any]:
         "paths": {
             "/v1/check": {"post": _check()},
             "/v1/check/batch": {"post": _batch()},
+            "/v1/limit": {"post": _limit()},
+            "/v1/limit/batch": {"post": _limit_batch()},
             "/v1/authorize": {"get": _authorize("authorize"), "head": _authorize("authorizeHead")},
             "/v1/authorize/envoy": {
                 method: _authorize(f"authorizeEnvoy{method.title()}", "200")
@@ -105,6 +102,35 @@ def data_plane_openapi() -> dict[str, Any]:
             "schemas": schemas,
             "securitySchemes": {"ApiKey": {"type": "apiKey", "in": "header", "name": "X-API-Key"}},
         },
+    }
+
+
+def _batch_schema(item: str) -> dict[str, Any]:
+    items = {"type": "array", "minItems": 1, "maxItems": MAX_BATCH, "items": {"$ref": f"#/components/schemas/{item}"}}
+    return {"type": "object", "required": ["checks"], "additionalProperties": False, "properties": {"checks": items}}
+
+
+def _limit() -> dict[str, Any]:
+    decided = {"application/json": {"schema": {"$ref": "#/components/schemas/DecisionBody"}}}
+    return {
+        "operationId": "limit",
+        "summary": "Decide a request by limits of its own, or by those of its namespace, and charge it if it is allowed.",
+        "requestBody": _body("LimitRequest"),
+        "responses": {
+            "200": {"description": "Allowed.", "headers": _headers(), "content": decided},
+            "429": {"description": "Denied.", "headers": _headers(), "content": decided},
+            **_errors(400, 405, 408, 413, 415, 431, 503),
+        },
+    }
+
+
+def _limit_batch() -> dict[str, Any]:
+    return {
+        **_batch(),
+        "operationId": "limitBatch",
+        "summary": "Decide several requests by limits of their own, each independently, in order.",
+        "security": [{}],
+        "requestBody": _body("LimitBatchRequest"),
     }
 
 

@@ -16,6 +16,7 @@ from tidegate.decision import MAX_COST, Check, Decision, Observation, Usage, cli
 from tidegate.errors import BadRequest, MissingApiKey, StoreUnavailable, TidegateError
 from tidegate.gate.callers import LOOKUP_TIMEOUT_S, CallerLookup
 from tidegate.gate.charging import ChargeResult, CheckPlan, charge_all_or_none, charge_independently
+from tidegate.gate.request_limits import RequestLimits
 from tidegate.gate.usage import caller_usage, own_limits, reset_counters
 from tidegate.policy.limits import LimitSet
 from tidegate.policy.matching import CompiledRule, subject_of
@@ -50,6 +51,9 @@ class Gate:
         observe: is told of every check, synchronously; must not raise.
         wall_clock_ns: gives ns since the epoch; only the expiry of API keys is held against it.
         lookup_timeout_s: how long the callers of several checks of one request may take to be looked up together, s.
+
+    Attributes:
+        request_limits: decides checks that name their own limits.
     """
 
     def __init__(
@@ -63,6 +67,7 @@ class Gate:
         self.catalog = catalog
         self.counters = counters
         self._observe = observe
+        self.request_limits = RequestLimits(counters, observe=observe)
         self._callers = CallerLookup(catalog, wall_clock_ns, lookup_timeout_s)
         self._caller = self._callers.find
         # A store that wraps or extends the one in memory may have to await something.
