@@ -24,7 +24,6 @@ from tidegate.doors.callers_auth import (
     scope_of,
 )
 from tidegate.doors.http import DataPlane
-from tidegate.doors.http_exchange import Exchange, RequestHeaders
 from tidegate.errors import TidegateError
 from tidegate.gate.gate import Gate
 from tidegate.policy.toml_reader import parse_policy
@@ -211,47 +210,39 @@ def test_the_scope_that_a_path_needs(path: str, needed: str) -> None:
     assert scope_of(path) == needed
 
 
-class _Connection:
-    peer = "127.0.0.1"
-    client = "127.0.0.1:5000"
-    closing = False
-
-    def __init__(self, *names: str) -> None:
-        self.peer_names = names
+def known(auth: CallersAuth, token: str | None = None, *names: str) -> bool:
+    return auth.is_known({} if token is None else {b"x-tidegate-token": token.encode()}, names)
 
 
-def plain(connection: _Connection, **headers: bytes) -> Exchange:
-    values = {name.replace("_", "-").encode(): value for name, value in headers.items()}
-    return Exchange(connection, "GET", "/v1/authorize", RequestHeaders(values, {}), True, "1.1")  # type: ignore[arg-type]
+def metadata(token: str) -> list[tuple[str, str | bytes]]:
+    return [("x-tidegate-token", token)]
 
 
-async def test_a_caller_that_was_seen_is_known_by_its_bytes_until_its_token_changes() -> None:
+async def test_a_caller_that_called_is_known_by_its_bytes_until_its_token_changes() -> None:
     tokens = CallerTokens(Source())
     await tokens.load()
     auth = TokenAuth(HEADER, tokens)
-    sent = plain(_Connection(), x_tidegate_token=CHECK.encode())
-    assert not auth.is_known(sent)
-    await auth.require(sent, "check")
-    assert auth.is_known(sent)
-    assert not auth.is_known(plain(_Connection()))
-    assert not auth.is_known(plain(_Connection(), x_tidegate_token=CHECK.encode()[:-1]))
-    limit = plain(_Connection(), x_tidegate_token=LIMIT.encode())
-    await auth.require(limit, "limit")
-    assert not auth.is_known(limit), "its scope does not permit checks"
+    assert not known(auth, CHECK)
+    await auth.require_metadata(metadata(CHECK), "", (), "check")
+    assert known(auth, CHECK)
+    assert not known(auth)
+    assert not known(auth, CHECK[:-1])
+    await auth.require_metadata(metadata(LIMIT), "", (), "limit")
+    assert not known(auth, LIMIT), "its scope does not permit checks"
     tokens.changed([("caller_token", hash_caller_token(CHECK.encode()))])
-    assert not auth.is_known(sent)
+    assert not known(auth, CHECK)
 
 
 async def test_a_token_that_expires_while_its_bytes_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
     tokens = CallerTokens(Source())
     await tokens.load()
     auth = TokenAuth(HEADER, tokens)
-    sent = plain(_Connection(), x_tidegate_token=CHECK.encode())
-    await auth.require(sent, "check")
-    monkeypatch.setattr("tidegate.catalog.caller_tokens.now_us", lambda: now_us() + 3_600_000_001)
-    assert not auth.is_known(sent)
+    await auth.require_metadata(metadata(CHECK), "", (), "check")
+    later = now_us() + 3_600_000_001
+    monkeypatch.setattr("tidegate.catalog.caller_tokens.now_us", lambda: later)
+    assert not known(auth, CHECK)
     with pytest.raises(TidegateError, match="expired"):
-        await auth.require(sent, "check")
+        await auth.require_metadata(metadata(CHECK), "", (), "check")
 
 
 @pytest.mark.parametrize(
@@ -277,18 +268,18 @@ async def test_names_of_certificates(names: tuple[str, ...], expected: tuple[int
     # A token proves nothing in this mode.
     answer = await ask(app, CHECK.encode(), peer_names=names)
     assert code(answer) == (expected or (204, None))
-    assert auth.is_known(plain(_Connection(*names))) == (expected is None)
+    assert known(auth, CHECK, *names) == (expected is None)
     assert await refused(auth.require_metadata([], "127.0.0.1:1", names, "check")) == (expected and expected[1])
 
 
 async def test_every_certificate_of_the_authority_can_be_allowed_but_not_a_connection_without_one() -> None:
     auth = CertificateAuth(["*"])
-    assert auth.is_known(plain(_Connection("anything.test")))
-    assert not auth.is_known(plain(_Connection()))
+    assert known(auth, None, "anything.test")
+    assert not known(auth)
 
 
 @pytest.mark.parametrize(
-    ("metadata", "expected"),
+    ("sent", "expected"),
     [
         ([("x-tidegate-token", CHECK)], None),
         ([("x-request-id", "1"), ("x-tidegate-token", CHECK.encode())], None),
@@ -300,10 +291,10 @@ async def test_every_certificate_of_the_authority_can_be_allowed_but_not_a_conne
         ([("x-tidegate-token", CHECK), ("x-tidegate-token", CHECK)], "BAD_REQUEST"),
     ],
 )
-async def test_tokens_in_grpc_metadata(metadata: list[tuple[str, str | bytes]], expected: str | None) -> None:
+async def test_tokens_in_grpc_metadata(sent: list[tuple[str, str | bytes]], expected: str | None) -> None:
     auth = await token_auth()
     for _ in range(2):
-        assert await refused(auth.require_metadata(metadata, "127.0.0.1:1", (), "check")) == expected
+        assert await refused(auth.require_metadata(sent, "127.0.0.1:1", (), "check")) == expected
 
 
 async def refused(requiring: Any) -> str | None:

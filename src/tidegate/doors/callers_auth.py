@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Final, Protocol
 
@@ -20,7 +20,6 @@ from tidegate.doors.client_address import counted_client, peer_address
 from tidegate.errors import BadRequest, TidegateError
 
 if TYPE_CHECKING:
-    from tidegate.doors.http_exchange import Exchange
     from tidegate.doors.http_requests import Scope
 
 logger = logging.getLogger(__name__)
@@ -60,11 +59,12 @@ class TooManyFailures(TidegateError):
 class CallersAuth(Protocol):
     """Decides who may call."""
 
-    def is_known(self, exchange: Exchange) -> bool:
+    def is_known(self, values: Mapping[bytes, bytes], peer_names: tuple[str, ...]) -> bool:
         """Whether the caller of a plain request is known, and may have checks decided.
 
         Args:
-            exchange: a plain one, see `Exchange.plain`.
+            values: of the headers, none of which came twice, by name in lower case.
+            peer_names: names in the certificate of the peer.
 
         Returns:
             False if only `require` can say.
@@ -123,10 +123,10 @@ class TokenAuth:
         self._all_failures = UnknownKeyLimit(FAILURES_PER_MINUTE_OVERALL, max_clients=1, clock=clock)
         self._log = _RefusalLog(clock)
 
-    def is_known(self, exchange: Exchange) -> bool:
+    def is_known(self, values: Mapping[bytes, bytes], peer_names: tuple[str, ...]) -> bool:  # noqa: ARG002
         """See `CallersAuth.is_known`."""
         # A look-up of bytes compares them only if their keyed hash is the same: its time says nothing about a token.
-        token = self._known.get(exchange.headers.values.get(self._raw_name, b""))
+        token = self._known.get(values.get(self._raw_name, b""))
         return token is not None and CHECK in token.scopes and (token.expires_at_us is None or not token.expired)
 
     async def require(self, scope: Scope, needed: str) -> None:
@@ -201,9 +201,9 @@ class CertificateAuth:
         self._log = _RefusalLog(clock)
         self._permits = lru_cache(maxsize=4096)(self._matches)
 
-    def is_known(self, exchange: Exchange) -> bool:
+    def is_known(self, values: Mapping[bytes, bytes], peer_names: tuple[str, ...]) -> bool:  # noqa: ARG002
         """See `CallersAuth.is_known`."""
-        return self._permits(exchange.connection.peer_names)
+        return self._permits(peer_names)
 
     async def require(self, scope: Scope, needed: str) -> None:  # noqa: ARG002 - a certificate has all scopes
         """See `CallersAuth.require`."""

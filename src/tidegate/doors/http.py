@@ -155,7 +155,9 @@ class DataPlane:
         """
         target = exchange.target
         check: Check | None = None
-        if self._access is None and (self._callers is None or self._callers.is_known(exchange)):
+        if self._access is None and (
+            self._callers is None or self._callers.is_known(exchange.headers.values, exchange.connection.peer_names)
+        ):
             if target == AUTHORIZE:
                 if exchange.method in ("GET", "HEAD"):
                     check = plain_authorize(exchange, self._trusted, MAX_HEADER_BYTES)

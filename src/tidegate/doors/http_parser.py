@@ -27,6 +27,8 @@ _METHODS: Final = {method.encode(): method for method in USUAL_METHODS}
 _MESSAGE_HEADERS: Final = frozenset((b"expect", b"transfer-encoding", b"upgrade"))
 """They say how a message is sent."""
 
+_NONE_REPEATED: Final[dict[bytes, list[bytes]]] = {}
+
 
 class RequestParser:
     """Makes exchanges of bytes. A subclass does something with them."""
@@ -149,6 +151,8 @@ class RequestParser:
         self._target, self._values = b"", {}
         if extra:
             self._repeated, self._extra = {}, 0
+        else:
+            repeated = _NONE_REPEATED  # not the parser's own: a pipelined request fills that before this one is answered
         sent_method = parser.get_method()
         method = _METHODS.get(sent_method)
         keep_alive = parser.should_keep_alive()
