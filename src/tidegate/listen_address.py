@@ -70,3 +70,13 @@ def join_address(host: str, port: int) -> str:
     if is_unix(host):
         return host
     return f"{f'[{host}]' if ':' in host else host}:{port}"
+
+
+def listener_url(address: str, uses_tls: bool) -> str:
+    """The URL of an HTTP listener: `http://host:port`, `https://host:port`, or `unix:/path`, where TLS is not used.
+
+    Args:
+        address: `host:port` or `unix:/path`.
+        uses_tls: whether it uses TLS.
+    """
+    return address if is_unix(address) else f"{'https' if uses_tls else 'http'}://{address}"

@@ -296,6 +296,10 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     tracing: TracingSettings = TracingSettings()
     envoy: EnvoySettings = EnvoySettings()
 
+    def uses_tls(self, door: str) -> bool:
+        """Whether a listener of `TLS_DOORS` uses TLS; on a unix socket it does not, whatever the settings say."""
+        return bool(self.tls.cert) and door in self.tls.doors
+
     @property
     def policy_path(self) -> Path | None:
         """The configured policy file, else `tidegate.policy.toml` if that exists, else None."""

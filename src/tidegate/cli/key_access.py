@@ -23,6 +23,7 @@ from tidegate.admin.models import KeyCreate, KeyMade, KeyPage, KeyRead, KeyRotat
 from tidegate.admin.rules import CatalogEditor
 from tidegate.catalog.sql.catalog import SqlCatalog
 from tidegate.catalog.sql.paging import MAX_PAGE, Page
+from tidegate.cli.client_tls import ClientTls
 from tidegate.cli.common import with_catalog
 from tidegate.cli.control_plane import ControlPlane
 from tidegate.errors import BadRequest, CatalogError, CatalogUnavailable, PolicyError, SettingsError, TidegateError
@@ -195,7 +196,11 @@ class KeysAtControlPlane:
 
 
 def with_keys(
-    config: Path | None, url: str | None, token_file: Path | None, work: Callable[[ApiKeys], Coroutine[Any, Any, _T]]
+    config: Path | None,
+    url: str | None,
+    token_file: Path | None,
+    tls: ClientTls,
+    work: Callable[[ApiKeys], Coroutine[Any, Any, _T]],
 ) -> _T:
     """Do something with API keys, in the database or over the admin API.
 
@@ -203,6 +208,7 @@ def with_keys(
         config: the file given with `--config`.
         url: of the control plane; None for the database.
         token_file: a file with the control plane's token; None for the token of the settings.
+        tls: certificates for an https URL.
         work: what to do. It awaits nothing but the keys' methods.
 
     Returns:
@@ -212,9 +218,11 @@ def with_keys(
         TidegateError: whatever was refused or could not be reached.
     """
     if url is not None:
-        return run_at_once(work(KeysAtControlPlane(ControlPlane.at(url, token_file, config))))
+        return run_at_once(work(KeysAtControlPlane(ControlPlane.at(url, token_file, config, tls))))
     if token_file is not None:
         raise SettingsError("--token-file is for --url, without which the database is used: give both, or neither")
+    if tls != ClientTls():
+        raise SettingsError("--ca, --cert and --key are for --url, without which the database is used: add --url")
 
     async def in_catalog(catalog: SqlCatalog) -> _T:
         with refusals_as_over_the_api():

@@ -11,6 +11,7 @@ import typer
 from pydantic import TypeAdapter, ValidationError
 
 from tidegate.admin.models import KeyCreate, KeyRead, KeyRotated, Name, Reason, RevokeRequest, TierName
+from tidegate.cli.client_tls import CaOption, CertKeyOption, CertOption, ClientTls
 from tidegate.cli.common import ConfigOption, JsonOption, print_json, print_rows
 from tidegate.cli.control_plane import one_line
 from tidegate.cli.key_access import ApiKeys, KeyFilter, collect, find, with_keys
@@ -69,6 +70,9 @@ def create(
     ] = None,
     url: UrlOption = None,
     token_file: TokenFileOption = None,
+    ca: CaOption = None,
+    cert: CertOption = None,
+    cert_key: CertKeyOption = None,
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -78,7 +82,7 @@ def create(
         name=checked(Name, name, "--name"),
         expires_at=None if expires_in is None else format_timestamp(now_us() + lifetime_s(expires_in, "--expires-in") * US_PER_S),
     )
-    made = with_keys(config, url, token_file, lambda keys: keys.create(request))
+    made = with_keys(config, url, token_file, ClientTls(ca, cert, cert_key), lambda keys: keys.create(request))
     if as_json:
         print_json(_json(made))
         return
@@ -95,6 +99,9 @@ def list_keys(
     after: Annotated[str | None, typer.Option("--after", help="Go on after this id.")] = None,
     url: UrlOption = None,
     token_file: TokenFileOption = None,
+    ca: CaOption = None,
+    cert: CertOption = None,
+    cert_key: CertKeyOption = None,
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -106,7 +113,7 @@ def list_keys(
     if after is not None and not _ID_PART.fullmatch(after):
         raise typer.BadParameter("that is no id: give the last one of the list before", param_hint="--after")
     wanted = KeyFilter(tier, None if status is None else status.value, name)
-    page = with_keys(config, url, token_file, lambda keys: collect(keys, wanted, limit, after))
+    page = with_keys(config, url, token_file, ClientTls(ca, cert, cert_key), lambda keys: collect(keys, wanted, limit, after))
     if as_json:
         print_json([_json(record) for record in page.items])
     else:
@@ -137,11 +144,14 @@ def show(
     key: KeyArgument,
     url: UrlOption = None,
     token_file: TokenFileOption = None,
+    ca: CaOption = None,
+    cert: CertOption = None,
+    cert_key: CertKeyOption = None,
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Show what is known of a key: tier, status, times, limits of its own; not the key."""
-    record = with_keys(config, url, token_file, lambda keys: find(keys, key))
+    record = with_keys(config, url, token_file, ClientTls(ca, cert, cert_key), lambda keys: find(keys, key))
     if as_json:
         print_json(_json(record))
         return
@@ -167,6 +177,9 @@ def revoke(
     reason: Annotated[str, typer.Option("--reason", help="Why, for those who look later.")],
     url: UrlOption = None,
     token_file: TokenFileOption = None,
+    ca: CaOption = None,
+    cert: CertOption = None,
+    cert_key: CertKeyOption = None,
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -176,7 +189,7 @@ def revoke(
     async def work(keys: ApiKeys) -> KeyRead:
         return await keys.revoke(await find(keys, key), request)
 
-    record = with_keys(config, url, token_file, work)
+    record = with_keys(config, url, token_file, ClientTls(ca, cert, cert_key), work)
     if as_json:
         print_json(_json(record))
     else:
@@ -192,6 +205,9 @@ def rotate(
     ] = None,
     url: UrlOption = None,
     token_file: TokenFileOption = None,
+    ca: CaOption = None,
+    cert: CertOption = None,
+    cert_key: CertKeyOption = None,
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -203,7 +219,7 @@ def rotate(
     async def work(keys: ApiKeys) -> KeyRotated:
         return await keys.rotate(await find(keys, key), grace_s)
 
-    made = with_keys(config, url, token_file, work)
+    made = with_keys(config, url, token_file, ClientTls(ca, cert, cert_key), work)
     if as_json:
         print_json({**_json(made), "replaces": _json(made.replaces)})
         return
@@ -222,6 +238,9 @@ def delete(
     key: KeyArgument,
     url: UrlOption = None,
     token_file: TokenFileOption = None,
+    ca: CaOption = None,
+    cert: CertOption = None,
+    cert_key: CertKeyOption = None,
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -232,7 +251,7 @@ def delete(
         await keys.delete(record)
         return record
 
-    record = with_keys(config, url, token_file, work)
+    record = with_keys(config, url, token_file, ClientTls(ca, cert, cert_key), work)
     if as_json:
         print_json(_json(record))
     else:

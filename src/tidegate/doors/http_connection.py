@@ -14,7 +14,7 @@ from tidegate.doors.client_address import peer_address
 from tidegate.doors.http_exchange import Exchange, RequestHeaders
 from tidegate.doors.http_parser import MAX_HEAD_BYTES, MAX_HEADERS, RequestParser
 from tidegate.doors.peer_names import peer_names
-from tidegate.doors.refusals import RequestTooSlow, TooManyConnections
+from tidegate.doors.refusals import RequestTooSlow
 from tidegate.errors import TidegateError
 from tidegate.listen_address import join_address
 
@@ -47,7 +47,8 @@ class Connection(RequestParser, asyncio.Protocol):
         peer_names: names in the certificate of the peer, see `peer_names.certificate_names`; empty without mutual TLS.
         lost: whether there is no one to answer any more.
         closing: whether the connection ends after what is being answered.
-        restricted: whether it came above the limit of connections, and is answered for probes alone.
+        restricted: whether `HttpServer.refusal` decides what it is answered for: it came above the limit of connections, or the
+            names of its peer are not allowed.
         table: the server's table that it waits in: for a head, for the next request, or to be closed; None while it is answered.
     """
 
@@ -124,7 +125,7 @@ class Connection(RequestParser, asyncio.Protocol):
         """The client sends no more; it is still answered what it asked."""
         self._eof = True
         partial = self._receiving is not None or self._in_head
-        return not partial and (self._current is not None or bool(self._waiting))
+        return not partial and (self._current is not None or bool(self._waiting)) and self.server.half_closes
 
     def pause_writing(self) -> None:
         """The client does not take its answers: nothing more is read or decided for it until it does."""
@@ -158,10 +159,8 @@ class Connection(RequestParser, asyncio.Protocol):
             self.server.decide(exchange)
             return
         refusal = exchange.refusal
-        if refusal is None and self.restricted and exchange.path not in self.server.probes:
-            refusal = TooManyConnections(
-                "too many connections are open, and every one is in use: retry, or raise server.max_connections"
-            )
+        if refusal is None and self.restricted:
+            refusal = self.server.refusal(self, exchange.path)
         if refusal is not None:
             self._stopped = self._lingers = True
             exchange.refuse(refusal)

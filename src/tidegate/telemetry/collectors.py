@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Final
 
 from tidegate.background import TaskSupervisor
@@ -174,4 +175,26 @@ def _collect_guarded(metrics: Metrics, counters: GuardedCounters) -> None:
         "rate_limiter_store_shards_up",
         "Shards of the counter store that are connected.",
         lambda: sum(connection.up for connection in counters.store.connections()),
+    )
+
+
+def collect_tls(metrics: Metrics, expiries: Callable[[], Mapping[str, float]], reloads: Callable[[], tuple[int, int]]) -> None:
+    """Register the metrics of the certificates of the listeners.
+
+    Args:
+        metrics: where to.
+        expiries: by setting of `[tls]`, when its first certificate expires, s since the epoch.
+        reloads: how often new files were loaded, and refused.
+    """
+    metrics.add_labelled_gauge(
+        "rate_limiter_tls_certificate_expiry_timestamp_seconds",
+        "When the first certificate in each file of [tls] expires, seconds since the epoch.",
+        "file",
+        expiries,
+    )
+    metrics.add_counter("rate_limiter_tls_reloads", "Changed files of [tls] that were loaded.", lambda: reloads()[0])
+    metrics.add_counter(
+        "rate_limiter_tls_reload_errors",
+        "Changed files of [tls] that were refused; the previous ones stayed in use.",
+        lambda: reloads()[1],
     )
