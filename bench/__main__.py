@@ -26,6 +26,7 @@ BENCHES = (
     "redis_calls",
     "redis_memory",
     "redis_http",
+    "service_peers",
     "catalog",
     "capacity",
     "scaling",

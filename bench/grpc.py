@@ -1,6 +1,8 @@
 """CPU per check over gRPC beside the HTTP door and the same service under grpc.aio, and what asking Tidegate adds behind Envoy.
 
-    python -m bench.grpc [--smoke]
+    python -m bench.grpc [--smoke] [--before DIRECTORY]
+
+With --before, the Tidegate whose `src/` is in DIRECTORY (a checkout of an earlier version) is measured in turns with this one.
 
 h2load (Debian package nghttp2-client) asks as Envoy does: two connections, 32 calls in flight on each. CPU time is what the
 kernel accounts to the server's process, its threads included. Envoy runs with the configurations of deploy/envoy/, before a
@@ -9,6 +11,7 @@ service that answers at once. envoyproxy/ratelimit itself is measured where its 
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import importlib
 import re
@@ -24,7 +27,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from bench.http import HERE, cpu_of_tree, need_wrk, ours, server, wrk
-from bench.measure import Goal, asked_for_smoke, report
+from bench.measure import Goal, report
 from tidegate.doors.grpc.messages import RateLimitRequest
 
 DEPLOY = HERE.parent / "deploy" / "envoy"
@@ -53,8 +56,8 @@ class Asked(NamedTuple):
     p99_ms: float
 
 
-def call_body() -> bytes:
-    """The body of a call, as Envoy sends it for the descriptor of deploy/envoy/ratelimit.yaml."""
+def call_message() -> bytes:
+    """The message of a call, as Envoy sends it for the descriptor of deploy/envoy/ratelimit.yaml."""
     message = RateLimitRequest(domain=b"tidegate")
     entries = message.descriptors.add().entries
     for key, value in (
@@ -65,20 +68,23 @@ def call_body() -> bytes:
     ):
         entries.add(key=key, value=value)
     payload: bytes = message.SerializeToString()
-    return b"\0" + len(payload).to_bytes(4, "big") + payload
+    return payload
 
 
-def h2load(pid: int, port: int, directory: str, calls: int, streams: int = STREAMS) -> Asked:
-    """Make calls as fast as they are answered."""
+def h2load(
+    pid: int, port: int, directory: str, calls: int, streams: int = STREAMS, method: str = METHOD, message: bytes | None = None
+) -> Asked:
+    """Make calls as fast as they are answered; of `ShouldRateLimit` with `call_message()` by default."""
     body, log = Path(directory, "call.bin"), Path(directory, "h2load.log")
-    body.write_bytes(call_body())
+    sent = call_message() if message is None else message
+    body.write_bytes(b"\0" + len(sent).to_bytes(4, "big") + sent)
     log.unlink(missing_ok=True)
     before, started = cpu_of_tree(pid), time.monotonic()
     done = subprocess.run(
         [
             *("h2load", "-n", str(calls), "-c", str(CONNECTIONS), "-m", str(streams), "-t1", "-d", str(body)),
             *(f"--log-file={log}", "-H", "content-type: application/grpc", "-H", "te: trailers"),
-            f"http://127.0.0.1:{port}{METHOD}",
+            f"http://127.0.0.1:{port}{method}",
         ],
         capture_output=True,
         text=True,
@@ -183,8 +189,30 @@ def behind_envoy(
     ]
 
 
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--smoke", action="store_true", help="the smallest size: that it works, not how fast or how much")
+    parser.add_argument("--before", type=Path, metavar="DIRECTORY", help="a checkout of an earlier version, to compare with")
+    return parser.parse_args()
+
+
+@contextlib.contextmanager
+def earlier(checkout: Path, directory: str) -> Iterator[tuple[int, int]]:
+    """`tidegate serve` of another checkout; yields its process id and gRPC port."""
+    source = checkout.absolute() / "src"
+    if not (source / "tidegate").is_dir():
+        sys.exit(f"{checkout} has no src/tidegate: name a checkout of Tidegate")
+    own = Path(directory, "before")
+    own.mkdir()
+    port = free_port()
+    places = {"TIDEGATE_SERVER__GRPC": f"127.0.0.1:{port}", "TIDEGATE_SERVER__ADMIN": "", "PYTHONPATH": str(source)}
+    with ours(str(own), **places) as (pid, _):
+        yield pid, port
+
+
 def main() -> None:
-    smoke = asked_for_smoke(__doc__)
+    arguments = _arguments()
+    smoke = arguments.smoke
     rounds, seconds, calls = (1, 1, 500) if smoke else (5, 3, 20_000)
     need_wrk()
     if shutil.which("h2load") is None:
@@ -194,6 +222,8 @@ def main() -> None:
         pid, http_port = stack.enter_context(ours(directory, TIDEGATE_SERVER__GRPC=f"127.0.0.1:{grpc_port}"))
         door = str(HERE / "peers" / "grpcio_door.py")
         cases = {"ours": (pid, grpc_port)}
+        if arguments.before is not None:
+            cases["before"] = stack.enter_context(earlier(arguments.before, directory))
         cases["grpc.aio"] = stack.enter_context(server(lambda port: [sys.executable, door, str(port)], directory))
         if shutil.which("service_cmd"):
             cases["envoyproxy/ratelimit"] = stack.enter_context(original(directory))
@@ -222,6 +252,12 @@ def main() -> None:
         (f"p99 with {CONNECTIONS} in flight, ms", statistics.median(each.p99_ms for each in alone), None),
         (f"µs CPU with {CONNECTIONS} in flight", statistics.median(each.cpu_us for each in alone), None),
     ]
+    if "before" in seen:
+        pairs = zip(own, seen["before"], strict=True)
+        figures.append((f"before ({arguments.before}), µs CPU", median["before"], None))
+        figures.append(
+            ("CPU to before, median of pairs", statistics.median(now.cpu_us / then.cpu_us for now, then in pairs), None)
+        )
     if "envoyproxy/ratelimit" in median:
         figures.append(("envoyproxy/ratelimit (Go, on Redis), µs CPU", median["envoyproxy/ratelimit"], None))
     report("grpc", "Envoy's rate limit service (CPU of the server's process)", [*figures, *envoys], smoke=smoke)
