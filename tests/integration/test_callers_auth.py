@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import json
+import ssl
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import grpc
 import httpx
 import pytest
 
+from tests.conftest import free_port
 from tests.integration.admin_api import Admin
 from tests.integration.cli_ways import TOKEN, Runner, over_api
-from tests.moments import wait_until
+from tests.integration.ratelimit_client import caller, health, request
+from tests.moments import PATIENCE_S, wait_until
 from tests.raw_http import ask, exchange
+from tests.servers.certificates import Authority
 from tidegate.admin.caller_tokens import create_caller_token
 from tidegate.catalog.caller_tokens import CallerTokens, make_caller_token
+from tidegate.client import Client
+from tidegate.doors.grpc.messages import OK, SERVING
 from tidegate.errors import CatalogError
 
 POLICY = """
@@ -105,11 +112,23 @@ async def test_viewers_neither_read_nor_make_them(admin: Admin) -> None:
         assert (await http.post("/caller-tokens", json={"name": "n"})).status_code == 403
 
 
+def called(channel: grpc.Channel, metadata: list[tuple[str, str]] | None = None) -> grpc.StatusCode | None:
+    """The status of a refused call of `ShouldRateLimit`; None for one that is answered."""
+    message = request([("method", "GET"), ("path", "/api"), ("remote_address", "192.0.2.1")])
+    try:
+        assert caller(channel)(message, timeout=PATIENCE_S, wait_for_ready=True, metadata=metadata).overall_code == OK
+    except grpc.RpcError as error:
+        code: grpc.StatusCode = error.code()  # type: ignore[attr-defined]
+        return code
+    return None
+
+
 def test_a_running_server(
     serve: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "tidegate.policy.toml").write_text(POLICY)
-    server = serve(TIDEGATE_ADMIN__TOKEN=TOKEN, TIDEGATE_CALLERS_AUTH__MODE="token", TIDEGATE_SERVER__LOG_LEVEL="debug")
+    environment = {"TIDEGATE_CALLERS_AUTH__MODE": "token", "TIDEGATE_SERVER__LOG_LEVEL": "debug"}
+    server = serve(grpc=True, TIDEGATE_ADMIN__TOKEN=TOKEN, **environment)
     run = Runner(tmp_path, monkeypatch, capsys)
     in_database = run.way()
     api = over_api(run, server, tmp_path / "elsewhere")
@@ -134,6 +153,36 @@ def test_a_running_server(
     assert httpx.post(f"{server.url}/v1/check", json=CHECK).status_code == 401
     for path in ("/health", "/metrics", "/readyz", "/livez", "/openapi.json"):
         assert httpx.get(f"{server.url}{path}").status_code == 200
+
+    # gRPC: the token is in the metadata, and health needs none.
+    with grpc.insecure_channel(f"127.0.0.1:{server.grpc_port}") as channel:
+        assert health(channel) == SERVING
+        for sent, expected in (
+            ([], grpc.StatusCode.UNAUTHENTICATED),
+            ([("x-tidegate-token", make_caller_token())], grpc.StatusCode.UNAUTHENTICATED),
+            ([("x-tidegate-token", mailer["token"])], grpc.StatusCode.PERMISSION_DENIED),
+            ([("x-tidegate-token", edge["token"])] * 2, grpc.StatusCode.INVALID_ARGUMENT),
+            ([("x-tidegate-token", edge["token"])], None),
+            ([("x-tidegate-token", edge["token"])], None),
+        ):
+            assert called(channel, sent) == expected
+    codes = httpx.get(f"{server.url}/metrics").text
+    assert 'type="caller_forbidden"' in codes
+
+    # The client and the command send it; the client treats a refusal as a failure of the limiter, which on_failure decides.
+    with Client(server.url, deadline_s=30, on_failure="raise", token=edge["token"]) as client:
+        assert client.check("/api", ip="192.0.2.1").allowed
+        assert client.usage().tier == "free"
+    with Client(server.url, deadline_s=30, token=mailer["token"]) as client:
+        answer = client.check("/api", ip="192.0.2.1")
+        assert (answer.allowed, answer.failed) == (True, True)
+        assert "CALLER_FORBIDDEN" in str(answer.failure)
+    (tmp_path / "edge.token").write_text(edge["token"] + "\n")
+    check = ("check", "-", "GET", "/api", "--ip", "192.0.2.1", "--url", server.url)
+    assert run(*check, "--token-file", "edge.token").code == 0
+    assert run.way(TIDEGATE_TOKEN=edge["token"])(*check).code == 0
+    without = run(*check)
+    assert (without.code, "CALLER_UNAUTHENTICATED: the caller sent no token" in without.err) == (2, True)
 
     # Bytes that only a raw request can have; the connection that has a known token does not lend it to the next request.
     port, token = server.port, edge["token"].encode()
@@ -172,3 +221,35 @@ def test_a_running_server(
     assert code == 0
     assert "caller at 127.0.0.1 refused: " in err
     assert not [each for each in (edge, mailer) if each["token"] in out + err]
+
+
+def test_callers_with_certificates(serve: Callable[..., Any], tmp_path: Path) -> None:
+    (tmp_path / "tidegate.policy.toml").write_text(POLICY)
+    authority, probes = Authority(tmp_path / "pki"), free_port()
+    server = serve(
+        wait=False,
+        grpc=True,
+        TIDEGATE_SERVER__PROBES=f"127.0.0.1:{probes}",
+        TIDEGATE_TLS__CERT=str(authority.server_cert),
+        TIDEGATE_TLS__KEY=str(authority.server_key),
+        TIDEGATE_TLS__CLIENT_CA=str(authority.ca),
+        TIDEGATE_CALLERS_AUTH__MODE="mtls",
+        TIDEGATE_CALLERS_AUTH__NAMES="*.tidegate.test",
+    )
+    server.url = f"http://127.0.0.1:{probes}"
+    server.wait_ready()
+    for files, status, code in (
+        ((authority.client_cert, authority.client_key), 200, None),
+        (authority.issue("other", "client.other.test"), 403, grpc.StatusCode.PERMISSION_DENIED),
+    ):
+        context = ssl.create_default_context(cafile=authority.ca)
+        context.load_cert_chain(*files)
+        with httpx.Client(base_url=f"https://127.0.0.1:{server.port}", verify=context) as http:
+            # A token does not count, and probes need no name.
+            headers = {HEADER: make_caller_token()}
+            assert [http.post("/v1/check", json=CHECK, headers=headers).status_code for _ in range(2)] == [status] * 2
+            assert http.get("/readyz").status_code == 200
+        credentials = grpc.ssl_channel_credentials(authority.ca.read_bytes(), files[1].read_bytes(), files[0].read_bytes())
+        with grpc.secure_channel(f"127.0.0.1:{server.grpc_port}", credentials) as channel:
+            assert health(channel) == SERVING
+            assert [called(channel) for _ in range(2)] == [code] * 2

@@ -21,6 +21,7 @@ from tidegate.admin.models import Name, RotateRequest
 from tidegate.admin.rules import CatalogEditor
 from tidegate.catalog.sql.catalog import SqlCatalog
 from tidegate.catalog.sql.paging import MAX_PAGE, Page
+from tidegate.cli.client_tls import CaOption, CertKeyOption, CertOption, ClientTls
 from tidegate.cli.common import ConfigOption, JsonOption, print_json, print_rows, with_catalog
 from tidegate.cli.control_plane import ControlPlane, one_line
 from tidegate.cli.key_access import cli_actor, refusals_as_over_the_api, run_at_once
@@ -109,6 +110,9 @@ def create(
     ] = None,
     url: UrlOption = None,
     token_file: TokenFileOption = None,
+    ca: CaOption = None,
+    cert: CertOption = None,
+    cert_key: CertKeyOption = None,
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -121,7 +125,7 @@ def create(
         scopes=[each.value for each in Scope if each in scope],
         expires_at=None if lifetime_us is None else format_timestamp(now_us() + lifetime_us),
     )
-    made = _with_tokens(config, url, token_file, lambda tokens: tokens.create(request))
+    made = _with_tokens(config, url, token_file, ClientTls(ca, cert, cert_key), lambda tokens: tokens.create(request))
     if as_json:
         print_json(made.model_dump())
         return
@@ -135,6 +139,9 @@ def list_tokens(
     after: Annotated[int | None, typer.Option("--after", min=1, max=2**53, help="Continue after this id.")] = None,
     url: UrlOption = None,
     token_file: TokenFileOption = None,
+    ca: CaOption = None,
+    cert: CertOption = None,
+    cert_key: CertKeyOption = None,
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -150,7 +157,7 @@ def list_tokens(
             if place is None or not page.items or len(items) >= limit:
                 return Page(items, place)
 
-    page = _with_tokens(config, url, token_file, collect)
+    page = _with_tokens(config, url, token_file, ClientTls(ca, cert, cert_key), collect)
     if as_json:
         print_json([record.model_dump() for record in page.items])
     else:
@@ -184,6 +191,9 @@ def rotate(
     ] = None,
     url: UrlOption = None,
     token_file: TokenFileOption = None,
+    ca: CaOption = None,
+    cert: CertOption = None,
+    cert_key: CertKeyOption = None,
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -191,7 +201,7 @@ def rotate(
     grace_s = 0 if grace is None else lifetime_s(grace, "--grace")
     if grace_s > MAX_GRACE_S:
         raise typer.BadParameter(f"{grace!r} is too long: at most 365d", param_hint="--grace")
-    made = _with_tokens(config, url, token_file, lambda tokens: tokens.rotate(token_id, grace_s))
+    made = _with_tokens(config, url, token_file, ClientTls(ca, cert, cert_key), lambda tokens: tokens.rotate(token_id, grace_s))
     if as_json:
         print_json(made.model_dump())
         return
@@ -206,11 +216,14 @@ def revoke(
     token_id: IdArgument,
     url: UrlOption = None,
     token_file: TokenFileOption = None,
+    ca: CaOption = None,
+    cert: CertOption = None,
+    cert_key: CertKeyOption = None,
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Revoke a token permanently. Running servers refuse it within a second."""
-    record = _with_tokens(config, url, token_file, lambda tokens: tokens.revoke(token_id))
+    record = _with_tokens(config, url, token_file, ClientTls(ca, cert, cert_key), lambda tokens: tokens.revoke(token_id))
     if as_json:
         print_json(record.model_dump())
     else:
@@ -218,13 +231,19 @@ def revoke(
 
 
 def _with_tokens(
-    config: Path | None, url: str | None, token_file: Path | None, work: Callable[[_Tokens], Coroutine[Any, Any, _T]]
+    config: Path | None,
+    url: str | None,
+    token_file: Path | None,
+    tls: ClientTls,
+    work: Callable[[_Tokens], Coroutine[Any, Any, _T]],
 ) -> _T:
     """Do something with tokens, in the database or over the admin API; `work` awaits nothing but their methods."""
     if url is not None:
-        return run_at_once(work(_TokensAtControlPlane(ControlPlane.at(url, token_file, config, _COMMAND))))
+        return run_at_once(work(_TokensAtControlPlane(ControlPlane.at(url, token_file, config, tls, _COMMAND))))
     if token_file is not None:
         raise SettingsError("--token-file is for --url, without which the database is used: give both, or neither")
+    if tls != ClientTls():
+        raise SettingsError("--ca, --cert and --key are for --url, without which the database is used: add --url")
 
     async def in_catalog(catalog: SqlCatalog) -> _T:
         with refusals_as_over_the_api():

@@ -61,9 +61,7 @@ class ControlPlane:
         command: group of commands that lists what is changed here, for messages.
     """
 
-    def __init__(
-        self, server: Server, token: str, source: str, tls: ClientTls = NO_FILES, command: str = "keys"
-    ) -> None:
+    def __init__(self, server: Server, token: str, source: str, tls: ClientTls = NO_FILES, command: str = "keys") -> None:
         self._tls = tls
         self._command = command
         self._server = server
@@ -98,11 +96,8 @@ class ControlPlane:
                     "the control plane wants a token: set TIDEGATE_ADMIN__TOKEN, or give a file that holds one with --token-file"
                 )
         else:
-            token, source = _read_token(token_file), str(token_file)
-        if not re.fullmatch(r"[!-~]+", token):
-            raise SettingsError(
-                f"the token of {source} has characters that no token has, such as a space: give the token and nothing else"
-            )
+            token, source = read_token(token_file), str(token_file)
+        require_sendable(token, source)
         return cls(server, token, source, tls, command)
 
     def read(self, path: str, query: Mapping[str, str | int | None], model: type[_Model]) -> _Model:
@@ -259,7 +254,24 @@ def _origin(location: str) -> str:
     return f" to {parts.scheme}://{one_line(host)[:200]}" if host and parts.scheme in ("http", "https") else ""
 
 
-def _read_token(file: Path) -> str:
+def require_sendable(token: str, source: str) -> None:
+    """Refuse a token that cannot be sent in a header; it is not repeated.
+
+    Raises:
+        SettingsError: naming where it came from.
+    """
+    if not re.fullmatch(r"[!-~]+", token):
+        raise SettingsError(
+            f"the token of {source} has characters that no token has, such as a space: give the token and nothing else"
+        )
+
+
+def read_token(file: Path) -> str:
+    """The token in a file that holds nothing else.
+
+    Raises:
+        SettingsError: naming the file and what is wrong with it.
+    """
     try:
         with file.open(encoding="utf-8-sig") as opened:
             token = opened.read(_MAX_TOKEN + 1).strip()

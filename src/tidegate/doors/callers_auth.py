@@ -71,6 +71,10 @@ class CallersAuth(Protocol):
         """
         ...
 
+    def is_known_call(self, metadata: Sequence[tuple[str, str | bytes]], peer_names: tuple[str, ...]) -> bool:
+        """As `is_known`, for a gRPC call; see `require_metadata`."""
+        ...
+
     async def require(self, scope: Scope, needed: str) -> None:
         """Require that the caller of a request is known and may do something.
 
@@ -126,7 +130,15 @@ class TokenAuth:
     def is_known(self, values: Mapping[bytes, bytes], peer_names: tuple[str, ...]) -> bool:  # noqa: ARG002
         """See `CallersAuth.is_known`."""
         # A look-up of bytes compares them only if their keyed hash is the same: its time says nothing about a token.
-        token = self._known.get(values.get(self._raw_name, b""))
+        return self._may_check(values.get(self._raw_name, b""))
+
+    def is_known_call(self, metadata: Sequence[tuple[str, str | bytes]], peer_names: tuple[str, ...]) -> bool:  # noqa: ARG002
+        """See `CallersAuth.is_known_call`."""
+        values = self._values(metadata)
+        return len(values) == 1 and self._may_check(values[0])
+
+    def _may_check(self, value: bytes) -> bool:
+        token = self._known.get(value)
         return token is not None and CHECK in token.scopes and (token.expires_at_us is None or not token.expired)
 
     async def require(self, scope: Scope, needed: str) -> None:
@@ -144,8 +156,10 @@ class TokenAuth:
         needed: str,
     ) -> None:
         """See `CallersAuth.require_metadata`."""
-        values = [value.encode() if isinstance(value, str) else value for name, value in metadata if name == self._name]
-        await self._require(values, peer_address(peer), needed)
+        await self._require(self._values(metadata), peer_address(peer), needed)
+
+    def _values(self, metadata: Sequence[tuple[str, str | bytes]]) -> list[bytes]:
+        return [value.encode() if isinstance(value, str) else value for name, value in metadata if name == self._name]
 
     async def _require(self, values: Sequence[bytes], peer: str, needed: str) -> None:
         if len(values) > 1:
@@ -203,6 +217,10 @@ class CertificateAuth:
 
     def is_known(self, values: Mapping[bytes, bytes], peer_names: tuple[str, ...]) -> bool:  # noqa: ARG002
         """See `CallersAuth.is_known`."""
+        return self._permits(peer_names)
+
+    def is_known_call(self, metadata: Sequence[tuple[str, str | bytes]], peer_names: tuple[str, ...]) -> bool:  # noqa: ARG002
+        """See `CallersAuth.is_known_call`."""
         return self._permits(peer_names)
 
     async def require(self, scope: Scope, needed: str) -> None:  # noqa: ARG002 - a certificate has all scopes

@@ -27,6 +27,7 @@ from tidegate.counters.factory import open_counters
 from tidegate.counters.guarded import GuardedCounters
 from tidegate.counters.memory import MemoryCounters
 from tidegate.decision import Observation
+from tidegate.doors.callers_auth import CallersAuth
 from tidegate.doors.client_address import TrustedProxies
 from tidegate.doors.http import DataPlane, Response
 from tidegate.doors.openapi import data_plane_openapi
@@ -104,6 +105,7 @@ class Instance:
         self._certificates: Certificates | None = None
         self._tracing: Tracing | None = None
         self._paths = STRICT
+        self._callers: CallersAuth | None = None
         self._stack = contextlib.AsyncExitStack()
         self._tasks: list[asyncio.Task[None]] = []
         self._reloads: list[Callable[[], None]] = []
@@ -159,7 +161,7 @@ class Instance:
             max_keys=settings.cache.max_keys,
             unknown_keys=UnknownKeyLimit(bound) if (bound := settings.catalog.unknown_keys_per_minute) else None,
         )
-        callers = await open_callers_auth(settings, self.catalog, self.cached)
+        self._callers = await open_callers_auth(settings, self.catalog, self.cached)
         if self.cached.caller_tokens is not None:
             self._spawn("caller_tokens", self.cached.caller_tokens.run)
         access = AccessLog(settings.server.access_log_sample) if settings.server.access_log_sample else None
@@ -179,7 +181,7 @@ class Instance:
             settings.server.body_timeout_s,
             access,
             self._paths,
-            callers,
+            self._callers,
         )
         collect_cache(self.metrics, self.cached, shared, self.catalog.database)
         collect_counters(self.metrics, self.counters)
@@ -365,7 +367,10 @@ class Instance:
     async def _grpc_listener(
         self, service: RateLimitService, access: AccessLog | None, host: str, port: int
     ) -> GrpcListener | GrpcTlsListener:
+        from tidegate.doors.grpc.callers import GrpcCallers
+
         reads_metadata = self._tracing is not None
+        callers = None if self._callers is None else GrpcCallers(self._callers, self.metrics.observe)
         trusted = TrustedProxies(self.settings.server.trusted_proxies)
         certificates = self._certificates
         if certificates is not None and self.settings.uses_tls("grpc"):
@@ -381,12 +386,15 @@ class Instance:
                 access,
                 reads_metadata=reads_metadata,
                 trusted=trusted,
+                callers=callers,
             )
             await secured.start()
             return secured
         from tidegate.doors.grpc.listener import GrpcListener
 
-        plain = GrpcListener(service, host, port, self._shares_port, access, reads_metadata=reads_metadata, trusted=trusted)
+        plain = GrpcListener(
+            service, host, port, self._shares_port, access, reads_metadata=reads_metadata, trusted=trusted, callers=callers
+        )
         plain.start()
         return plain
 
