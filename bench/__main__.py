@@ -20,6 +20,7 @@ BENCHES = (
     "jwt",
     "simulate",
     "http",
+    "callers_auth",
     "client",
     "gateways",
     "grpc",

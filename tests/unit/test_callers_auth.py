@@ -240,6 +240,7 @@ async def test_a_token_that_expires_while_its_bytes_are_known(monkeypatch: pytes
     await auth.require_metadata(metadata(CHECK), "", (), "check")
     later = now_us() + 3_600_000_001
     monkeypatch.setattr("tidegate.catalog.caller_tokens.now_us", lambda: later)
+    monkeypatch.setattr("tidegate.doors.callers_auth.time_ns", lambda: later * 1000)
     assert not known(auth, CHECK)
     with pytest.raises(TidegateError, match="expired"):
         await auth.require_metadata(metadata(CHECK), "", (), "check")

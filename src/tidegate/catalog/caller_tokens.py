@@ -27,7 +27,8 @@ from tidegate.timestamps import now_us
 logger = logging.getLogger(__name__)
 
 CALLER_TOKEN_PREFIX: Final = "tgc_"
-SCOPES: Final = ("check", "limit", "hold", "lease")
+CHECK: Final = "check"
+SCOPES: Final = (CHECK, "limit", "hold", "lease")
 """What a token permits: `check` is for checks, batches, gateways' requests, usage, and `ShouldRateLimit`."""
 MAX_LIVE: Final = 1_000
 """Most tokens that work at the same time."""
@@ -37,6 +38,7 @@ WAIT_S: Final = 2.0
 """Longest wait of a request for tokens that are being loaded."""
 
 _FORM: Final = re.compile(rb"(?:[Bb][Ee][Aa][Rr][Ee][Rr] {1,8})?(tgc_[0-9A-Za-z]{40})").fullmatch
+_NEVER_NS: Final = (1 << 63) - 1
 _MAX_VALUES: Final = 4 * MAX_LIVE
 
 
@@ -83,7 +85,8 @@ class CallerTokens:
         clock: monotonic seconds.
 
     Attributes:
-        by_value: the token by the bytes of the header that carried it, for headers that were read before; the hot path.
+        by_value: the token by the bytes of the header that carried it, for headers that were read before.
+        check_until_ns: when each of those that permit checks expires, ns since the epoch: the hot path needs nothing else.
     """
 
     def __init__(
@@ -94,6 +97,7 @@ class CallerTokens:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.by_value: dict[bytes, CallerToken] = {}
+        self.check_until_ns: dict[bytes | None, int] = {}
         self._source = source
         self._ttl_s = ttl_s
         self._stale_after_s = stale_after_s
@@ -134,8 +138,10 @@ class CallerTokens:
                 raise CatalogUnavailable("the catalog does not answer: whether the caller's token works is not known, try again")
             return None
         if len(self.by_value) >= _MAX_VALUES:
-            self.by_value.clear()
+            self._forget_values()
         self.by_value[value] = token
+        if CHECK in token.scopes:
+            self.check_until_ns[value] = _NEVER_NS if token.expires_at_us is None else token.expires_at_us * 1000
         return token
 
     def changed(self, items: Iterable[Item], *, everything: bool = False) -> None:
@@ -150,7 +156,7 @@ class CallerTokens:
             return
         for sha256 in digests:
             self._by_sha256.pop(sha256, None)
-        self.by_value.clear()
+        self._forget_values()
         self._touched |= digests
         self._changes += 1
         self._wake.set()
@@ -176,7 +182,7 @@ class CallerTokens:
             self._forget_old()
             raise
         finally:
-            self.by_value.clear()
+            self._forget_values()
             # Also one that was made while this attempt ran: it ends with the changes that were announced until now.
             attempt, self._attempt = self._attempt, None
             if attempt is not None and not attempt.done():
@@ -200,6 +206,10 @@ class CallerTokens:
                 if self._failing:
                     logger.info("callers' tokens loaded again")
                 self._failing = False
+
+    def _forget_values(self) -> None:
+        self.by_value.clear()
+        self.check_until_ns.clear()
 
     def _forget_old(self) -> None:
         if self._loaded_at is not None and self._clock() - self._loaded_at >= self._stale_after_s:

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import logging
 import math
-import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
+from time import monotonic, time_ns
 from typing import TYPE_CHECKING, Final, Protocol
 
-from tidegate.catalog.caller_tokens import CallerTokens
+from tidegate.catalog.caller_tokens import CHECK, CallerTokens
 from tidegate.catalog.unknown_keys import UnknownKeyLimit
 from tidegate.certificate_names import canonical_name
 from tidegate.doors.client_address import counted_client, peer_address
@@ -30,7 +30,6 @@ FAILURES_PER_MINUTE_OVERALL: Final = 600
 """The same, of all peers."""
 LOG_EVERY_S: Final = 10.0
 
-CHECK: Final = "check"
 _PREFIXES: Final = {"/v1/limit": "limit", "/v1/holds": "hold", "/v1/leases": "lease"}
 _ALL: Final = "all"
 
@@ -117,12 +116,13 @@ class TokenAuth:
         clock: monotonic seconds.
     """
 
-    def __init__(self, header: str, tokens: CallerTokens, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, header: str, tokens: CallerTokens, clock: Callable[[], float] = monotonic) -> None:
         self._header = header
         self._name = header.lower()
         self._raw_name = self._name.encode()
         self._tokens = tokens
         self._known = tokens.by_value
+        self._check_until_ns = tokens.check_until_ns
         self._failures = UnknownKeyLimit(FAILURES_PER_MINUTE, clock=clock)
         self._all_failures = UnknownKeyLimit(FAILURES_PER_MINUTE_OVERALL, max_clients=1, clock=clock)
         self._log = _RefusalLog(clock)
@@ -130,16 +130,13 @@ class TokenAuth:
     def is_known(self, values: Mapping[bytes, bytes], peer_names: tuple[str, ...]) -> bool:  # noqa: ARG002
         """See `CallersAuth.is_known`."""
         # A look-up of bytes compares them only if their keyed hash is the same: its time says nothing about a token.
-        return self._may_check(values.get(self._raw_name, b""))
+        until_ns = self._check_until_ns.get(values.get(self._raw_name))
+        return until_ns is not None and time_ns() < until_ns
 
     def is_known_call(self, metadata: Sequence[tuple[str, str | bytes]], peer_names: tuple[str, ...]) -> bool:  # noqa: ARG002
         """See `CallersAuth.is_known_call`."""
         values = self._values(metadata)
-        return len(values) == 1 and self._may_check(values[0])
-
-    def _may_check(self, value: bytes) -> bool:
-        token = self._known.get(value)
-        return token is not None and CHECK in token.scopes and (token.expires_at_us is None or not token.expired)
+        return len(values) == 1 and time_ns() < self._check_until_ns.get(values[0], 0)
 
     async def require(self, scope: Scope, needed: str) -> None:
         """See `CallersAuth.require`."""
@@ -208,7 +205,7 @@ class CertificateAuth:
         clock: monotonic seconds.
     """
 
-    def __init__(self, names: Sequence[str], clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, names: Sequence[str], clock: Callable[[], float] = monotonic) -> None:
         self._exact = frozenset(canonical_name(name) for name in names if not name.startswith("*"))
         self._suffixes = frozenset(name[1:].lower() for name in names if name.startswith("*."))
         self._any = "*" in names
