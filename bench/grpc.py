@@ -72,7 +72,14 @@ def call_message() -> bytes:
 
 
 def h2load(
-    pid: int, port: int, directory: str, calls: int, streams: int = STREAMS, method: str = METHOD, message: bytes | None = None
+    pid: int,
+    port: int,
+    directory: str,
+    calls: int,
+    streams: int = STREAMS,
+    method: str = METHOD,
+    message: bytes | None = None,
+    scheme: str = "http",
 ) -> Asked:
     """Make calls as fast as they are answered; of `ShouldRateLimit` with `call_message()` by default."""
     body, log = Path(directory, "call.bin"), Path(directory, "h2load.log")
@@ -84,7 +91,7 @@ def h2load(
         [
             *("h2load", "-n", str(calls), "-c", str(CONNECTIONS), "-m", str(streams), "-t1", "-d", str(body)),
             *(f"--log-file={log}", "-H", "content-type: application/grpc", "-H", "te: trailers"),
-            f"http://127.0.0.1:{port}{method}",
+            f"{scheme}://127.0.0.1:{port}{method}",
         ],
         capture_output=True,
         text=True,
@@ -95,6 +102,14 @@ def h2load(
         raise RuntimeError(f"h2load said:\n{done.stdout}{done.stderr}")
     us = sorted(int(line.split("\t")[2]) for line in log.read_text().splitlines())
     return Asked(used_s / calls * 1e6, calls / took_s, us[len(us) // 2] / 1000, us[len(us) * 99 // 100] / 1000)
+
+
+def certificate(directory: str) -> dict[str, str]:
+    """Settings for TLS on the gRPC listener, with a certificate that is made for it."""
+    cert, key = str(Path(directory, "cert.pem")), str(Path(directory, "key.pem"))
+    options = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-subj", "/CN=bench", "-days", "2")
+    subprocess.run(["openssl", "req", "-x509", *options, "-keyout", key, "-out", cert], check=True, capture_output=True)
+    return {"TIDEGATE_TLS__CERT": cert, "TIDEGATE_TLS__KEY": key, "TIDEGATE_TLS__DOORS": "grpc"}
 
 
 @contextlib.contextmanager
@@ -225,16 +240,20 @@ def main() -> None:
         if arguments.before is not None:
             cases["before"] = stack.enter_context(earlier(arguments.before, directory))
         cases["grpc.aio"] = stack.enter_context(server(lambda port: [sys.executable, door, str(port)], directory))
+        tls_port, tls_directory = free_port(), stack.enter_context(tempfile.TemporaryDirectory())
+        settings = {"TIDEGATE_SERVER__ADMIN": "", "TIDEGATE_SERVER__GRPC": f"127.0.0.1:{tls_port}", **certificate(tls_directory)}
+        cases["ours with TLS"] = (stack.enter_context(ours(tls_directory, **settings))[0], tls_port)
         if shutil.which("service_cmd"):
             cases["envoyproxy/ratelimit"] = stack.enter_context(original(directory))
-        for own_pid, port in cases.values():
-            h2load(own_pid, port, directory, calls // 10)
+        schemes = {"ours with TLS": "https"}
+        for name, (own_pid, port) in cases.items():
+            h2load(own_pid, port, directory, calls // 10, scheme=schemes.get(name, "http"))
         seen: dict[str, list[Asked]] = {name: [] for name in cases}
         alone: list[Asked] = []
         http_us: list[float] = []
         for _ in range(rounds):
             for name, (own_pid, port) in cases.items():
-                seen[name].append(h2load(own_pid, port, directory, calls))
+                seen[name].append(h2load(own_pid, port, directory, calls, scheme=schemes.get(name, "http")))
             alone.append(h2load(pid, grpc_port, directory, calls // 10, streams=1))
             http_us.append(_http_cpu_us(pid, http_port, seconds))
         envoys = behind_envoy(grpc_port, http_port, directory, rounds, seconds)
@@ -244,6 +263,7 @@ def main() -> None:
         ("ShouldRateLimit, µs CPU", median["ours"], Goal(at_most=120)),
         ("GET /v1/authorize in the same run, µs CPU", statistics.median(http_us), None),
         ("the same service under grpc.aio, µs CPU", median["grpc.aio"], None),
+        ("ShouldRateLimit with TLS, on grpc.aio, µs CPU", median["ours with TLS"], None),
         ("calls a CPU second, ratio to grpc.aio", median["grpc.aio"] / median["ours"], None),
         ("peak, calls/s", statistics.median(each.rate for each in own), None),
         (f"p50 with {CONNECTIONS * STREAMS} in flight, ms", statistics.median(each.p50_ms for each in own), None),

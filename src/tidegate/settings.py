@@ -62,6 +62,7 @@ class ServerSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             empty disables it.
         unix_mode: permissions of the unix sockets, octal.
         workers: number of processes.
+        reuse_port: whether another process may listen on the same addresses: the one that this one replaces.
         drain_s: how long SIGTERM waits for requests in flight, s.
         trusted_proxies: addresses and networks whose forwarding headers are trusted; `unix` for peers on a unix socket.
         body_timeout_s: how long a request body may take, s.
@@ -78,6 +79,7 @@ class ServerSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     probes: str = ""
     unix_mode: str = "0660"
     workers: Annotated[int, Range(1, 1024)] = 1
+    reuse_port: bool = False
     drain_s: Annotated[float, Range(0, 3600)] = 10.0
     trusted_proxies: tuple[str, ...] = ("127.0.0.0/8", "::1/128")
     body_timeout_s: Annotated[float, Range(0.1, 3600)] = 10.0

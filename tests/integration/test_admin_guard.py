@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from sqlalchemy import event, select, update
 
-from tests.integration.admin_api import Admin, open_admin
+from tests.integration.admin_api import TOKEN, Admin, open_admin
 from tests.moments import MINUTE_S, stay_within
 from tidegate.admin.tokens import Principal, first_token
 from tidegate.catalog.sql.tables import admin_tokens
@@ -171,6 +171,28 @@ async def test_proxies_of_the_control_plane_name_the_address(catalog_url: str) -
         assert [await guess(f"2001:db8::{number:x}") for number in range(4)] == [401, 401, 429, 429]
         assert [await guess(f"203.0.113.{number}") for number in range(8)] == [401] * 5 + [429] * 3  # nine from everywhere
     assert (await admin.http.get("/tiers")).status_code == 200
+    await admin.catalog.close()
+
+
+@pytest.mark.parametrize(
+    "pairs",
+    [
+        [("X-Real-IP", b"\xff"), ("X-Forwarded-For", b"198.51.100.7")],
+        [("X-Forwarded-For", b"198.51.100.7\xe9")],
+        [("X-Real-IP", b"198.51.100.7"), ("X-Real-IP", b"198.51.100.8")],
+        [("Forwarded", b'for="198.51.100.7\xff"')],
+        [("Authorization", b"Bearer tga_\xff")],
+        [("Authorization", b"Bearer tga_a"), ("Authorization", b"Bearer " + TOKEN.encode())],
+    ],
+)
+async def test_header_values_that_cannot_be_read_are_refused(catalog_url: str, pairs: list[tuple[str, bytes]]) -> None:
+    admin = await open_admin(catalog_url, trusted=TrustedProxies(["192.0.2.0/24"]))
+    mine = [] if pairs[0][0] == "Authorization" else [("Authorization", b"Bearer " + TOKEN.encode())]
+    async with admin.client(None) as http:
+        answer = await http.get("/tiers", headers=[(name.encode(), value) for name, value in (*mine, *pairs)])
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "BAD_REQUEST")
+    assert "tga_" not in answer.text, "tokens are not repeated"
+    assert TOKEN not in answer.text
     await admin.catalog.close()
 
 

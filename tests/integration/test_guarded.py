@@ -392,3 +392,16 @@ async def test_health_runs_the_real_script(any_redis: RedisServer, refused: list
     finally:
         await other.close()
         any_redis.must("ACL", "DELUSER", "crippled")
+
+
+async def test_scripts_run_where_the_script_command_is_renamed() -> None:
+    with RedisServer(options={"rename-command": "SCRIPT HIDDEN"}) as redis:
+        counters = GuardedCounters(RedisCounters(redis.url, 5.0))
+        await counters.start()
+        try:
+            limits = limit_set("2/day")
+            answers = [await decided(counters, (limits, "s")) for _ in range(3)]
+            assert [(each.allowed, each.degraded) for each in answers] == [(True, False), (True, False), (False, False)]
+            await counters.ping()
+        finally:
+            await counters.close()

@@ -314,6 +314,23 @@ async def test_a_stop_finishes_what_is_being_answered_and_accepts_no_more() -> N
         idle_writer.close()
 
 
+async def test_a_stop_answers_the_connections_that_wait_to_be_accepted() -> None:
+    async with listening(Held()) as (server, port):
+        # The event loop does not run in between: the kernel has the connections and requests, the server knows of none.
+        clients = [socket.create_connection((HOST, port)) for _ in range(50)]
+        for client in clients[:-1]:
+            client.sendall(head(b"GET /quick HTTP/1.1"))
+        assert server.connections == 0
+        await server.stop(30)
+        for client in clients[:-1]:
+            with client, client.makefile("rb") as file:
+                answer = file.read()
+                assert b"connection: close\r\n" in answer
+                assert answer.endswith(b"/quick ")
+        with clients[-1] as silent:
+            assert silent.recv(1) == b"", "a connection without a request is closed after a moment"
+
+
 async def test_idle_connections_end_after_a_while() -> None:
     async with listening(Held(), idle_timeout_s=0.05, header_timeout_s=0.2) as (server, port):
         reader, writer = await asyncio.open_connection(HOST, port)

@@ -31,7 +31,7 @@ from tidegate.policy.toml_reader import parse_policy
 from tidegate.violations import queries as reading_violations
 from tidegate.violations.queries import DAY_US, Blocked, blocked_total, list_violations, top_violators
 
-KEYS = 1_000_000
+KEYS = 300_000
 TIERS = 20_000
 BIG_TIER = "tier-1"
 """Has half of all keys."""

@@ -19,6 +19,7 @@ import httpx
 import pytest
 
 from tests.moments import MINUTE_S, PATIENCE_S, stay_within, wait_until
+from tidegate.server.handover import listening_sockets
 
 POLICY = """\
 [[tiers]]
@@ -164,6 +165,26 @@ def test_health_and_metrics(serve: Callable[..., Any], tmp_path: Path) -> None:
     assert _metric(server, "rate_limiter_latency_seconds_count") == 3
     assert _metric(server, "rate_limiter_subjects") == 1
     assert httpx.head(f"{server.url}/metrics").status_code == 200
+
+
+def test_a_new_process_takes_the_address_over(serve: Callable[..., Any], tmp_path: Path) -> None:
+    (tmp_path / "tidegate.policy.toml").write_text(POLICY.format(limit=1_000_000))
+    old = serve(TIDEGATE_SERVER__REUSE_PORT="true")
+    with socket.create_connection(("127.0.0.1", old.port)) as kept:
+        request = b"GET /readyz HTTP/1.1\r\nHost: x\r\n\r\n"
+        kept.sendall(request)
+        assert kept.recv(4096).startswith(b"HTTP/1.1 200 ")
+        new = serve(wait=False, TIDEGATE_SERVER__REUSE_PORT="true", TIDEGATE_SERVER__HTTP=f"127.0.0.1:{old.port}")
+        assert old.url in new.process.stdout.readline()
+        old.process.send_signal(signal.SIGTERM)
+        wait_until(lambda: listening_sockets("127.0.0.1", old.port) == 1)
+        assert httpx.get(f"{old.url}/readyz").status_code == 200, "new connections reach the new process"
+        kept.sendall(request)
+        answer = kept.recv(4096)
+        assert answer.startswith(b"HTTP/1.1 503 "), "open connections are answered by the old one"
+        assert b"connection: close\r\n" in answer
+    code, _, said = old.stop_by_itself()
+    assert (code, "no more connections are accepted here" in said) == (0, True)
 
 
 def test_sigterm_under_load_loses_no_request(serve: Callable[..., Any], tmp_path: Path) -> None:

@@ -208,10 +208,26 @@ def test_what_only_looks_like_ours_is_mistyped(key: str) -> None:
 
 @pytest.mark.parametrize(
     ("key", "possible"),
-    [("a" * 15, False), ("a" * 16, True), ("a" * 128, True), ("a" * 129, False), ("ä" * 20, False), ("a b" * 8, False)],
+    [
+        ("a" * 16, True),
+        ("!" + "a" * 510 + "~", True),
+        ("sk.live/AbC+1==", True),
+        ("a", True),
+        ("", False),
+        ("a" * 513, False),
+        ("ä" * 20, False),
+        ("a b" * 8, False),
+        ("a" * 16 + "\n", False),
+        ("\x7f" * 16, False),
+    ],
 )
-def test_forms_of_keys_of_a_policy_file(key: str, possible: bool) -> None:
+def test_forms_of_keys_of_any_service(key: str, possible: bool) -> None:
     assert is_possible_key(key) == possible
+    if len(key) >= 16 and possible:
+        assert parse_key_digest(key) == hash_api_key(key)
+    else:
+        with pytest.raises(PolicyError, match="16 to 512 visible ASCII"):
+            parse_key_digest(key)
 
 
 def test_digests() -> None:

@@ -108,7 +108,7 @@ REFUSED: dict[str, tuple[str, str, int, str]] = {
     "missing endpoint": ('  endpoint = "/x"\n', "", 17, "'endpoint' is missing"),
     "two rules of one name": ('endpoint = "/x"', 'endpoint = "/x"\n  name = "reads"', 17, "two rules"),
     "key and digest": ('key = "demo-free-key-0001"', f'key = "demo-free-key-0001"\nsha256 = "{"ab" * 32}"', 22, "exactly one"),
-    "short key": ("demo-free-key-0001", "short", 22, "16 to 128"),
+    "short key": ("demo-free-key-0001", "short", 22, "16 to 512"),
     "mistyped key": ("demo-free-key-0001", "tg_" + "a" * 38, 22, "check characters"),
     "digest": ("ABABABABAB", "xyz", 33, "64 hex"),
     "key twice": ("sha256 = ", f'sha256 = "{hash_api_key("demo-free-key-0001")}" #', 32, "stands twice"),

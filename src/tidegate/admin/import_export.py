@@ -7,8 +7,7 @@ does not name, but never a row of the policy file. It is one transaction: a text
 from __future__ import annotations
 
 import asyncio
-import tomllib
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping
 from typing import Any, Final
 
 from sqlalchemy import Column, func, insert, select, true, update
@@ -139,29 +138,6 @@ async def import_policy(
             continue
         return plan.changes
     return []
-
-
-def import_warnings(text: str, changes: Sequence[JsonObject]) -> list[str]:
-    """What may not have been meant by an import, beside what `policy_warnings` says of its policy.
-
-    Args:
-        text: the valid policy that was imported.
-        changes: that it made.
-
-    Returns:
-        One sentence where API keys came in by their digests: of a digest nobody can tell whether its key has a form that is
-        looked up at all.
-    """
-    tables = tomllib.loads(text.removeprefix("\ufeff")).get("api_keys", [])
-    by_digest = {str(table["sha256"]).lower()[:24] for table in tables if "sha256" in table}
-    made = {change["target"] for change in changes if (change["action"], change["kind"]) == ("create", "api_key")}
-    if not by_digest & made:
-        return []
-    return [
-        f"{len(by_digest & made)} API keys came by their digests: they match only if the keys themselves have 16 to 128 of "
-        "letters, digits, '_' and '-', and begin with 'tg_' only where Tidegate made them; any other key is refused before it is "
-        "looked up"
-    ]
 
 
 async def _read(connection: AsyncConnection, policy: Policy, *, prune: bool) -> HeldRows:

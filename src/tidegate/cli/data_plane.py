@@ -177,7 +177,11 @@ def _reason_and_remedy(error: Exception, server: Server, timeout_s: float) -> tu
     if isinstance(error, TimeoutError):
         return f"it did not respond within {timeout_s:g} s", None
     if isinstance(error, http.client.RemoteDisconnected):
-        return "it closed the connection without a response", "give another URL, with https:// if the server uses TLS"
+        return "it closed the connection without a response", (
+            "give a client certificate with --cert and --key if it requires one"
+            if server.tls
+            else "give another URL, with https:// if the server uses TLS"
+        )
     if isinstance(error, http.client.IncompleteRead):
         return "its response is incomplete", "try again"
     if isinstance(error, http.client.HTTPException):

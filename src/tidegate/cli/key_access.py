@@ -261,7 +261,9 @@ async def find(keys: ApiKeys, meant: str) -> KeyRead:
             raise KeyNotMeant("the ids of several API keys begin with that: give more of the id, see 'tidegate keys list'")
         if found:
             return found[0]
-    raise KeyNotMeant("there is no such API key: give its id as 'tidegate keys list' shows it")
+    raise KeyNotMeant(
+        "there is no such API key: give its id, 6 hex digits or more of the id, or the key itself; see 'tidegate keys list'"
+    )
 
 
 async def collect(keys: ApiKeys, key_filter: KeyFilter, limit: int, after: str | None) -> Page[KeyRead]:

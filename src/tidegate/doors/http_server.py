@@ -24,6 +24,7 @@ from functools import partial
 from typing import Any, Final
 
 from tidegate import time_slice
+from tidegate.doors.accept_queue import accept_queued
 from tidegate.doors.http_connection import Connection
 from tidegate.doors.http_exchange import PHRASES, Exchange
 from tidegate.doors.refusals import ClientNotAllowed, InternalError, TooManyConnections
@@ -39,6 +40,8 @@ BACKLOG: Final = 1024
 _PLAIN_STATUSES: Final = (200, 204, 429)
 _LINGER_S: Final = 2.0
 _TICK_S: Final = 0.5
+_LAST_REQUEST_S: Final = 0.5
+"""How long, after the listening socket has closed, an accepted connection may take to send the request that it was opened for."""
 
 
 class HttpServer:
@@ -91,6 +94,8 @@ class HttpServer:
         self._undecided: list[Exchange] = []
         self._unwritten: list[Connection] = []
         self._server: asyncio.Server | None = None
+        self._listening: socket.socket | None = None
+        self._stopping = False
         self._ticking: asyncio.TimerHandle | None = None
         self._empty: asyncio.Event | None = None
 
@@ -125,22 +130,51 @@ class HttpServer:
             )
             self._acceptor.start(BACKLOG)
             return
+        self._listening = listening.dup()  # to accept what is queued when the server has closed its own
         create = self._loop.create_unix_server if listening.family == socket.AF_UNIX else self._loop.create_server
         self._server = await create(lambda: Connection(self), sock=listening, backlog=BACKLOG)
+
+    async def stop_accepting(self) -> None:
+        """Close the listening socket, after accepting what is queued; open connections are served as before."""
+        if self._acceptor is not None:
+            self._acceptor.stop_accepting()
+        listening, self._listening = self._listening, None
+        if listening is None:
+            return
+        with listening:
+            if self._server is None:
+                return
+            self._server.close()
+            queued = accept_queued(listening)
+        for accepted in queued:
+            try:
+                await self._loop.connect_accepted_socket(lambda: Connection(self), accepted)
+            except OSError:  # its client has left
+                accepted.close()
 
     async def stop(self, timeout_s: float) -> None:
         """Accept no more, close what waits, finish what is being answered.
 
+        A connection that has just been accepted, or on which a request has begun to arrive, is given a moment to send it.
+
         Args:
             timeout_s: for how long to wait for that.
         """
-        listening, self._server, self._acceptor = self._server or self._acceptor, None, None
-        if listening is None:
+        self._stopping = True
+        await self.stop_accepting()
+        if self._server is None and self._acceptor is None:
             return
-        listening.close()
+        last_request_s = min(_LAST_REQUEST_S, timeout_s / 2)
+        if self._acceptor is not None:
+            await self._acceptor.close(last_request_s)
+        self._server = self._acceptor = None
         self._empty = asyncio.Event()
         for connection in list(self._connections):
-            connection.shut_down()
+            if connection.table is self._reading:
+                connection.closing = True
+            else:
+                connection.shut_down()
+        self._loop.call_later(last_request_s, self._shut_down_all)
         if self._connections:
             try:
                 await asyncio.wait_for(self._empty.wait(), timeout_s)
@@ -150,6 +184,10 @@ class HttpServer:
                     connection.abort()
         if self._ticking is not None:
             self._ticking.cancel()
+
+    def _shut_down_all(self) -> None:
+        for connection in list(self._connections):
+            connection.shut_down()
 
     def decide(self, exchange: Exchange) -> None:
         """Have the app answer an exchange, after all that arrived in this turn of the loop was parsed.
@@ -225,6 +263,7 @@ class HttpServer:
     def admit(self, connection: Connection) -> None:
         """A connection was accepted: make room for it, or restrict it, where there are too many."""
         self._connections.add(connection)
+        connection.closing = self._stopping
         if self._acceptor is not None:
             self._acceptor.completed(connection)
         if self._tls is not None and not self._allows(connection):

@@ -17,7 +17,9 @@ from collections.abc import Callable
 from functools import partial
 from typing import Final
 
+from tidegate.doors.accept_queue import accept_queued
 from tidegate.doors.tls import ServerTls
+from tidegate.telemetry.logs import UNAUTHENTICATED
 
 logger = logging.getLogger(__name__)
 
@@ -80,13 +82,26 @@ class TlsAcceptor:
         """The handshake of a connection succeeded: it does not count as one any more."""
         self._tasks.pop(protocol, None)
 
-    def close(self) -> None:
-        """Accept no more, and end the handshakes in progress."""
+    def stop_accepting(self) -> None:
+        """Close the listening socket, after accepting what is queued; handshakes continue."""
         if self._pausing is not None:
             self._pausing.cancel()
-        self._loop.remove_reader(self._listening)
-        self._listening.close()
-        for task in self._tasks.values():
+        if self._listening.fileno() >= 0:
+            self._loop.remove_reader(self._listening)
+            for accepted in accept_queued(self._listening):
+                self._begin(accepted)
+            self._listening.close()
+
+    async def close(self, timeout_s: float) -> None:
+        """Accept no more, and wait for the handshakes in progress.
+
+        Args:
+            timeout_s: how long to wait before they are ended.
+        """
+        self.stop_accepting()
+        if self._tasks:
+            await asyncio.wait(list(self._tasks.values()), timeout=timeout_s)
+        for task in list(self._tasks.values()):
             task.cancel()
 
     def _accept(self) -> None:
@@ -101,13 +116,16 @@ class TlsAcceptor:
                 self._pause(error)
                 return
             accepted.setblocking(False)
-            protocol = self._new_protocol()
-            task = self._loop.create_task(self._handshake(accepted, protocol))
-            self._tasks[protocol] = task
-            task.add_done_callback(partial(self._ended, accepted, protocol))
-            if self._is_full():
-                self.failures["dropped"] += 1
-                self._tasks.pop(next(iter(self._tasks))).cancel()
+            self._begin(accepted)
+
+    def _begin(self, accepted: socket.socket) -> None:
+        protocol = self._new_protocol()
+        task = self._loop.create_task(self._handshake(accepted, protocol))
+        self._tasks[protocol] = task
+        task.add_done_callback(partial(self._ended, accepted, protocol))
+        if self._is_full():
+            self.failures["dropped"] += 1
+            self._tasks.pop(next(iter(self._tasks))).cancel()
 
     def _pause(self, error: OSError) -> None:
         """Accept nothing for a moment: the socket stays readable, and accepting would fail again and again."""
@@ -139,7 +157,7 @@ class TlsAcceptor:
             return
         self.failures["failed"] += 1
         if isinstance(error, ssl.SSLError):
-            logger.info("TLS handshake failed: %s", _reason_of(error))
+            logger.info("TLS handshake failed: %s", _reason_of(error), extra={UNAUTHENTICATED: True})
         elif not isinstance(error, OSError):
             logger.error("TLS handshake failed", exc_info=error)
 

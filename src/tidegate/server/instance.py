@@ -43,6 +43,7 @@ from tidegate.policy.paths import STRICT, PathRules
 from tidegate.policy.toml_reader import load_policy
 from tidegate.server.addresses import admin_address, free_address, grpc_address, probes_address
 from tidegate.server.certificates import Certificates
+from tidegate.server.handover import listening_sockets, shared_address
 from tidegate.server.listener import Listener
 from tidegate.server.wiring import open_callers_auth, open_catalog, open_channel, share_catalog
 from tidegate.settings import Settings, unix_mode
@@ -88,7 +89,7 @@ class Instance:
 
     def __init__(self, settings: Settings, shares_port: bool = False, unix_sockets: Mapping[str, int] | None = None) -> None:
         self.settings = settings
-        self._shares_port = shares_port
+        self._shares_port = shares_port or settings.server.reuse_port
         self._unix_sockets = unix_sockets or {}
         self.metrics = Metrics(__version__)
         self.exposition: Callable[[], Awaitable[bytes]] = self.metrics.exposition
@@ -124,7 +125,7 @@ class Instance:
         settings = self.settings
         require_shared_counters(settings)
         self._paths = PathRules.of(settings.paths.encoded_slashes, settings.paths.decode_unreserved)
-        find = parse_address if self._shares_port else free_address
+        find = shared_address if self._shares_port else free_address
         http = find(settings.server.http, "server.http")
         admin = admin_address(settings, http, find)
         grpc = grpc_address(settings, http, admin, find)
@@ -244,6 +245,15 @@ class Instance:
     def _answered(self) -> int:
         return self.data_plane.answered + (0 if self._grpc is None else self._grpc.answered)
 
+    @property
+    def _open_connections(self) -> int:
+        return 0 if self._listener is None else self._listener.server.connections
+
+    def _has_successor(self) -> bool:
+        """Whether processes that are not ours listen on the address of the data plane, as `[server] reuse_port` permits."""
+        server = self.settings.server
+        return server.reuse_port and listening_sockets(*parse_address(self.address, "server.http")) > server.workers
+
     def _observer(self, access: AccessLog | None) -> Observer:
         """Called for every check: metrics; violations, the access log and traces if enabled."""
         observers: list[Observer] = [self.metrics.observe]
@@ -302,17 +312,11 @@ class Instance:
         return "" if self._admin is None else self._admin.url
 
     def _open_certificates(self) -> None:
-        if not self.settings.tls.cert:
+        certificates = self._certificates = Certificates(self.settings.tls) if self.settings.tls.cert else None
+        collect_tls(self.metrics, certificates, self._refused_handshakes)
+        if certificates is None:
             return
-        certificates = self._certificates = Certificates(self.settings.tls)
         self.health.add("tls", certificates.ping)
-        collect_tls(self.metrics, certificates.expiries, lambda: (certificates.reloads, certificates.reload_errors))
-        self.metrics.add_labelled_counter(
-            "rate_limiter_tls_handshakes_refused",
-            "TLS connections that were refused: handshake failed, dropped to make room, or no name of tls.client_names.",
-            "reason",
-            self._refused_handshakes,
-        )
         self._spawn("certificate_watcher", partial(certificates.watch, self._reload_event()))
 
     def _refused_handshakes(self) -> dict[str, int]:
@@ -441,8 +445,16 @@ class Instance:
         if self._grpc is not None:
             self._grpc.drain()
         logger.info("draining: %d requests in flight", self.in_flight)
+        hands_over = self._has_successor()
+        if hands_over:
+            logger.info("another process listens on %s: no more connections are accepted here", self.address)
+            await asyncio.gather(*(each.stop_accepting() for each in (self._listener, self._admin) if each is not None))
         answered = -1
-        while not skip_drain.is_set() and _left(deadline) > 0 and (self.in_flight or self._answered != answered):
+        while (
+            not skip_drain.is_set()
+            and _left(deadline) > 0
+            and (self.in_flight or self._answered != answered or (hands_over and self._open_connections))
+        ):
             answered = self._answered
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(skip_drain.wait(), min(_QUIET_S, max(_left(deadline), 0.001)))

@@ -85,6 +85,10 @@ class Listener:
             self._unix = UnixSocket(host, self._unix_mode)
             await self.server.start(self._unix.listening)
 
+    async def stop_accepting(self) -> None:
+        """Accept no more connections; those that are open are served as before."""
+        await self.server.stop_accepting()
+
     async def stop(self, timeout_s: float) -> None:
         """Accept no more connections, and wait for the requests in flight.
 
@@ -161,9 +165,9 @@ def require_free_path(address: str) -> None:
         raise SettingsError(f"cannot listen on {address}: {reason}; stop it or set another path")
 
 
-def _identity(path: Path) -> tuple[int, int]:
+def _identity(path: Path) -> tuple[int, int, int]:
     status = path.lstat()
-    return status.st_dev, status.st_ino
+    return status.st_dev, status.st_ino, status.st_mtime_ns  # the number of a removed file is used again
 
 
 def _affordable(connections: int) -> int:

@@ -26,6 +26,7 @@ from tidegate.doors.http_server import BACKLOG
 from tidegate.errors import SettingsError
 from tidegate.listen_address import is_unix, join_address
 from tidegate.server.addresses import admin_address, free_address, grpc_address, probes_address
+from tidegate.server.handover import shared_address
 from tidegate.server.instance import require_shared_counters
 from tidegate.server.listener import UnixSocket
 from tidegate.server.run import reloading
@@ -59,10 +60,11 @@ def supervise(settings: Settings, arguments: Sequence[str], ready: Callable[[str
         SettingsError: if the workers cannot be started: counters that they cannot share, an address that is not free.
     """
     require_shared_counters(settings)
-    http = free_address(settings.server.http, "server.http")
-    admin = admin_address(settings, http)
-    grpc = grpc_address(settings, http, admin)
-    probes = probes_address(settings, {"server.http": http, "server.admin": admin, "server.grpc": grpc})
+    find = shared_address if settings.server.reuse_port else free_address
+    http = find(settings.server.http, "server.http")
+    admin = admin_address(settings, http, find)
+    grpc = grpc_address(settings, http, admin, find)
+    probes = probes_address(settings, {"server.http": http, "server.admin": admin, "server.grpc": grpc}, find)
     found = {"HTTP": http, "ADMIN": admin, "GRPC": grpc, "PROBES": probes}
     taken = {f"TIDEGATE_SERVER__{name}": join_address(*address) for name, address in found.items() if address is not None}
     try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Final
+from typing import Final, Protocol
 
 from tidegate.background import TaskSupervisor
 from tidegate.breaker import BreakerState
@@ -178,23 +178,44 @@ def _collect_guarded(metrics: Metrics, counters: GuardedCounters) -> None:
     )
 
 
-def collect_tls(metrics: Metrics, expiries: Callable[[], Mapping[str, float]], reloads: Callable[[], tuple[int, int]]) -> None:
-    """Register the metrics of the certificates of the listeners.
+class TlsCounts(Protocol):
+    """Counts of the certificates of the listeners."""
+
+    reloads: int
+    reload_errors: int
+
+    def expiries(self) -> Mapping[str, float]:
+        """By setting of `[tls]`, when its first certificate expires, s since the epoch."""
+        ...
+
+
+def collect_tls(metrics: Metrics, certificates: TlsCounts | None, refused: Callable[[], Mapping[str, float]]) -> None:
+    """Register the metrics of TLS on the listeners.
 
     Args:
         metrics: where to.
-        expiries: by setting of `[tls]`, when its first certificate expires, s since the epoch.
-        reloads: how often new files were loaded, and refused.
+        certificates: None if TLS is disabled.
+        refused: returns the connections that were refused, by reason.
     """
     metrics.add_labelled_gauge(
         "rate_limiter_tls_certificate_expiry_timestamp_seconds",
         "When the first certificate in each file of [tls] expires, seconds since the epoch.",
         "file",
-        expiries,
+        lambda: {} if certificates is None else certificates.expiries(),
     )
-    metrics.add_counter("rate_limiter_tls_reloads", "Changed files of [tls] that were loaded.", lambda: reloads()[0])
+    metrics.add_counter(
+        "rate_limiter_tls_reloads",
+        "Changed files of [tls] that were loaded.",
+        lambda: 0 if certificates is None else certificates.reloads,
+    )
     metrics.add_counter(
         "rate_limiter_tls_reload_errors",
         "Changed files of [tls] that were refused; the previous ones stayed in use.",
-        lambda: reloads()[1],
+        lambda: 0 if certificates is None else certificates.reload_errors,
+    )
+    metrics.add_labelled_counter(
+        "rate_limiter_tls_handshakes_refused",
+        "TLS connections that were refused: handshake failed, dropped to make room, or no name of tls.client_names.",
+        "reason",
+        refused,
     )

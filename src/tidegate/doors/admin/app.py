@@ -14,12 +14,13 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from tidegate._version import __version__
+from tidegate.admin.models import ProblemRead
 from tidegate.admin.rules import CatalogEditor
 from tidegate.admin.tokens import TokenCheck
 from tidegate.decision import clip
 from tidegate.doors.admin.api_keys import key_routes
 from tidegate.doors.admin.caller_tokens import caller_token_routes
-from tidegate.doors.admin.common import BEARER, ERRORS, WITH_ROLE, RevisionNotGiven
+from tidegate.doors.admin.common import BEARER, ERRORS, REF, WITH_ROLE, RevisionNotGiven
 from tidegate.doors.admin.guard import Guard, error_headers
 from tidegate.doors.admin.policy import policy_routes
 from tidegate.doors.admin.records import record_routes
@@ -112,6 +113,8 @@ class _App(FastAPI):
                 operation["responses"].pop("422", None)
             for name in ("HTTPValidationError", "ValidationError"):
                 described["components"]["schemas"].pop(name, None)
+            problem = ProblemRead.model_json_schema(ref_template=REF, mode="serialization")
+            described["components"]["schemas"].update({**problem.pop("$defs", {}), ProblemRead.__name__: problem})
         return self.openapi_schema or described
 
     def known_query(self, method: str, path: str) -> list[str]:

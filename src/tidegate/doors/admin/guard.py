@@ -14,7 +14,7 @@ from tidegate.decision import Decision, clip
 from tidegate.doors.client_address import FORWARDING, TrustedProxies, counted_client
 from tidegate.doors.limiter import Limiter
 from tidegate.doors.refusals import IDENTITY, BodyTooSlow, unsupported_encoding
-from tidegate.doors.request_headers import AsgiHeaders
+from tidegate.doors.request_headers import AsgiHeaders, single
 from tidegate.doors.responses import ceil_s, encode, error_body
 from tidegate.errors import BadRequest, RequestTooLarge, TidegateError
 from tidegate.telemetry.logs import UNAUTHENTICATED
@@ -32,6 +32,7 @@ OPEN: Final = frozenset({"/admin/v1/openapi.json", "/openapi.json"})
 MAX_BODY_BYTES: Final = 1_000_000
 READING: Final = frozenset({"GET", "HEAD", "OPTIONS"})
 _ALL: Final = "all"
+_DECIDING: Final = FORWARDING | {b"authorization"}
 _CONTROL: Final = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
 
@@ -120,7 +121,7 @@ class Guard:
         try:
             _require_plain(scope["path"])
             if scope["path"].startswith(GUARDED) and scope["path"] not in OPEN:
-                scope.setdefault("state", {})["principal"] = await self._principal(scope, headers)
+                scope.setdefault("state", {})["principal"] = await self._principal(scope)
             body = await self._body(headers, receive)
             if body is not None:
                 await self._app(scope, _replay(body, receive), send_on)
@@ -136,13 +137,14 @@ class Guard:
                 _tell(scope, status, time.perf_counter_ns() - started_ns)
             request.over = True
 
-    async def _principal(self, scope: Scope, headers: dict[str, str]) -> Principal:
-        scheme, _, token = headers.get("authorization", "").partition(" ")
+    async def _principal(self, scope: Scope) -> Principal:
+        headers = AsgiHeaders(scope["headers"], _DECIDING)
+        scheme, _, token = (single(headers, "authorization") or "").partition(" ")
         token = token.strip()
         if scheme.lower() != "bearer" or not token:
             raise MissingToken("no token came: send 'Authorization: Bearer …'")
         peer = _peer(scope)
-        client = counted_client(self._trusted.client(peer, AsgiHeaders(scope["headers"], FORWARDING)), peer)
+        client = counted_client(self._trusted.client(peer, headers), peer)
         known = True
         if not await self._may_guess(client):
             # A right token is never refused for the wrong ones of others, but many wrong ones must not cost a query each.

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request, Response
 
-from tidegate.admin.import_export import export_policy, import_policy, import_warnings
+from tidegate.admin.import_export import export_policy, import_policy
 from tidegate.admin.models import ImportRead
 from tidegate.admin.rules import CatalogEditor
 from tidegate.admin.tokens import OPERATOR
@@ -72,19 +72,18 @@ def policy_routes(editor: CatalogEditor) -> APIRouter:
     ) -> Response:
         body = await request.body()
         async with reading:
-            text, policy, warnings = await asyncio.to_thread(_read, body)
+            policy, warnings = await asyncio.to_thread(_read, body)
         changes = await import_policy(editor, actor, policy, dry_run=dry_run, prune=prune)
-        warnings += await asyncio.to_thread(import_warnings, text, changes)
         # Not by way of the model, which would hold the event loop for as long as it looks at thousands of changes.
         return Response(encode({"dry_run": dry_run, "changes": changes, "warnings": warnings}), media_type="application/json")
 
     return routes
 
 
-def _read(body: bytes) -> tuple[str, Policy, list[str]]:
+def _read(body: bytes) -> tuple[Policy, list[str]]:
     try:
         text = body.decode()
     except UnicodeDecodeError:
         raise BadRequest("the policy is not UTF-8: send the file as it is") from None
     policy = parse_policy(text)
-    return text, policy, policy_warnings(policy)
+    return policy, policy_warnings(policy)
