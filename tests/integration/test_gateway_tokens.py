@@ -1,4 +1,4 @@
-"""The shipped gateways in front of a Tidegate that requires a token: they send their own, never that of a client, and log none."""
+"""The shipped gateways in front of a Tidegate that requires a token: they send their own, never a client one, and log none."""
 
 from __future__ import annotations
 
