@@ -56,11 +56,11 @@ class ServerSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     Args:
         http: address of the data plane: `host:port`, or `unix:/path` for a unix socket.
-        admin: address of the control plane, in the same forms; empty disables it.
-        grpc: address of the gRPC door; empty disables it.
-        probes: address of a further listener, without TLS, for /health, /readyz, /livez and /metrics alone, in the same forms;
-            empty disables it.
-        unix_mode: permissions of the unix sockets, octal.
+    admin: address of the control plane, in the same forms; empty disables it.
+    grpc: address of the gRPC listener; empty disables it.
+    probes: address of a further listener, without TLS, for /health, /readyz, /livez and /metrics alone, in the same forms;
+        empty disables it.
+    unix_mode: permissions of the unix sockets, octal.
         workers: number of processes.
         reuse_port: whether another process may listen on the same addresses: the one that this one replaces.
         drain_s: how long SIGTERM waits for requests in flight, s.
@@ -262,7 +262,7 @@ class TracingSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class EnvoySettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """`[envoy]`: how the gRPC door reads Envoy's descriptors.
+    """`[envoy]`: how the gRPC listener reads Envoy's descriptors.
 
     Args:
         domain: domain whose descriptors are checks under the policy.

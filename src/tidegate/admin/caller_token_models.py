@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from tidegate.admin.models import Moment, PageModel, Plain, RequestModel, Resource, Row
+from tidegate.admin.models import PageModel, Plain, RequestModel, Resource, Row, Timestamp
 from tidegate.timestamps import format_timestamp
 
 CallerScope = Literal["check", "limit", "hold", "lease"]
@@ -18,7 +18,7 @@ class CallerTokenCreate(RequestModel):
 
     name: Annotated[str, Field(min_length=1, max_length=200), Plain]
     scopes: Annotated[list[CallerScope], Field(min_length=1, max_length=4, default_factory=lambda: ["check"])]
-    expires_at: Moment | None = None
+    expires_at: Timestamp | None = None
 
 
 class CallerTokenRead(Resource):

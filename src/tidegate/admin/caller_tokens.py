@@ -13,7 +13,7 @@ from tidegate.admin.transaction import AuditedTransaction, NotFound
 from tidegate.catalog.caller_tokens import MAX_LIVE, SCOPES, hash_caller_token, make_caller_token
 from tidegate.catalog.changes import CALLER_TOKEN
 from tidegate.catalog.sql.catalog import live_caller_tokens
-from tidegate.catalog.sql.paging import Page, no_place, page_of, rows_of
+from tidegate.catalog.sql.paging import Page, invalid_cursor, page_of, rows_of
 from tidegate.catalog.sql.tables import caller_tokens
 from tidegate.errors import BadRequest, CatalogError
 from tidegate.policy.labels import require_label
@@ -126,7 +126,7 @@ async def revoke_caller_token(editor: CatalogEditor, actor: str, token_id: int) 
 
 def _id_after(after: str) -> int:
     if not after.isascii() or not after.isdecimal() or len(after) > 18:
-        raise no_place(after)
+        raise invalid_cursor(after)
     return int(after)
 
 

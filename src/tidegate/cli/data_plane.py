@@ -172,7 +172,7 @@ def _reason_and_remedy(error: Exception, server: Server, timeout_s: float) -> tu
     if isinstance(error, ssl.SSLError):
         return (
             f"TLS handshake failed, {error.reason or 'the connection was closed'}",
-            "use http:// if the server does not use TLS",
+            "give a client certificate with --cert and --key if the server requires one, or use http:// if it does not use TLS",
         )
     if isinstance(error, TimeoutError):
         return f"it did not respond within {timeout_s:g} s", None

@@ -54,7 +54,7 @@ KeyArgument = Annotated[
 
 
 class Status(enum.StrEnum):
-    """What a key can be."""
+    """Status of an API key."""
 
     ACTIVE = "active"
     EXPIRED = "expired"
@@ -76,7 +76,7 @@ def create(
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Make a key and show it, this once: only its digest is stored."""
+    """Create an API key and print it, only once: only its digest is stored."""
     request = KeyCreate(
         tier=checked(TierName, tier, "--tier"),
         name=checked(Name, name, "--name"),
@@ -87,7 +87,7 @@ def create(
         print_json(_json(made))
         return
     say(one_line(made.api_key))
-    say(f"id {one_line(made.id)}, tier {one_line(made.tier)}. It is shown this once: keep it now.", err=True)
+    say(f"id {one_line(made.id)}, tier {one_line(made.tier)}. It is shown only once: store it now.", err=True)
 
 
 @app.command("list")
@@ -105,13 +105,13 @@ def list_keys(
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """List keys by id; the keys themselves are not known to anyone."""
+    """List API keys by id, without the keys themselves."""
     if tier is not None:
         checked(TierName, tier, "--tier")
     if name is not None:
         checked(Name, name, "--name")
     if after is not None and not _ID_PART.fullmatch(after):
-        raise typer.BadParameter("that is no id: give the last one of the list before", param_hint="--after")
+        raise typer.BadParameter("not a valid id; use the last id of the previous list", param_hint="--after")
     wanted = KeyFilter(tier, None if status is None else status.value, name)
     page = with_keys(config, url, token_file, ClientTls(ca, cert, cert_key), lambda keys: collect(keys, wanted, limit, after))
     if as_json:
@@ -136,7 +136,7 @@ def list_keys(
             "no keys" if wanted != KeyFilter() or after else "no keys: make one with 'tidegate keys create --tier NAME'",
         )
     if page.next is not None:
-        say(f"there are more: go on with --after {one_line(page.next)}", err=True)
+        say(f"there are more: continue with --after {one_line(page.next)}", err=True)
 
 
 @app.command("show")
@@ -150,7 +150,7 @@ def show(
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Show what is known of a key: tier, status, times, limits of its own; not the key."""
+    """Show the record of an API key: tier, status, times and its own limits."""
     record = with_keys(config, url, token_file, ClientTls(ca, cert, cert_key), lambda keys: find(keys, key))
     if as_json:
         print_json(_json(record))
@@ -183,7 +183,7 @@ def revoke(
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Revoke a key, for good. Running servers refuse it within a second."""
+    """Revoke an API key permanently. Running servers reject it within a second."""
     request = RevokeRequest(reason=checked(Reason, reason, "--reason"))
 
     async def work(keys: ApiKeys) -> KeyRead:
@@ -211,7 +211,7 @@ def rotate(
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Replace a key by a new one of the same tier, name, end and limits, and show that, this once."""
+    """Replace an API key by a new one with the same tier, name, expiry and limits, and print it, only once."""
     grace_s = 0 if grace is None else lifetime_s(grace, "--grace")
     if grace_s > MAX_GRACE_S:
         raise typer.BadParameter(f"{grace!r} is too long: at most 365d", param_hint="--grace")
@@ -228,7 +228,7 @@ def rotate(
     end = "is revoked" if old.status == Status.REVOKED else f"works until {to_seconds(old.expires_at)}"
     say(
         f"id {one_line(made.id)}, tier {one_line(made.tier)}, in place of {one_line(old.id)}, which {end}. "
-        "It is shown this once: keep it now.",
+        "It is shown only once: store it now.",
         err=True,
     )
 
@@ -244,7 +244,7 @@ def delete(
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Remove the record of a key that is revoked or expired; the audit log keeps what it was."""
+    """Delete the record of a revoked or expired API key; the audit log keeps it."""
 
     async def work(keys: ApiKeys) -> KeyRead:
         record = await find(keys, key)
@@ -262,14 +262,14 @@ def lifetime_s(text: str, option: str) -> int:
     """Read a time such as `90d`, s."""
     match = _LIFETIME.fullmatch(text)
     if match is None or int(match.group(1)) == 0:
-        raise typer.BadParameter(f"{text[:60]!r} is no lifetime: write 90d, 12h, 30m or 45s", param_hint=option)
+        raise typer.BadParameter(f"{text[:60]!r} is not a valid duration; expected e.g. 90d, 12h, 30m or 45s", param_hint=option)
     return int(match.group(1)) * _SECONDS[match.group(2)]
 
 
 def checked(field: Any, text: str, option: str) -> str:
-    """A text that the field of a request takes; the commands refuse the same texts with and without --url."""
+    """A text that is valid for a field of a request; commands reject the same texts with and without --url."""
     if field is not Name and not text.strip():
-        raise typer.BadParameter("it is blank: write something", param_hint=option)
+        raise typer.BadParameter("it must not be blank", param_hint=option)
     try:
         valid: str = TypeAdapter(field).validate_python(text, strict=True)
     except ValidationError as error:
@@ -277,13 +277,13 @@ def checked(field: Any, text: str, option: str) -> str:
         if problem["type"] == "string_too_long":
             most = problem["ctx"]["max_length"]
             raise typer.BadParameter(f"it has {len(text)} characters: at most {most} are allowed", param_hint=option) from None
-        # An argument that is not UTF-8 arrives with surrogates in it.
+        # An argument that is not UTF-8 contains surrogates.
         raise typer.BadParameter("it must not have control characters, and must be UTF-8", param_hint=option) from None
     return valid
 
 
 def _json(record: KeyRead) -> dict[str, Any]:
-    """A record as --json prints it: as the admin API tells it, and who owns it."""
+    """A record for --json: the fields of the admin API, and its owner."""
     return {**record.model_dump(exclude={"managed_by_file", "warnings"}), "from": _origin(record)}
 
 

@@ -64,7 +64,7 @@ def serve(
     and is deleted when the server stops. With [server] workers above 1 it runs that many processes on one
     address; they need counters in Redis.
     """
-    from tidegate.catalog.sql.engine import shown
+    from tidegate.catalog.sql.engine import redacted_url
     from tidegate.server.open_listeners import open_listeners
     from tidegate.server.run import ignore_signals, run
     from tidegate.server.supervisor import supervise
@@ -96,7 +96,7 @@ def serve(
             policy = settings.policy_path
             typer.echo(
                 f"tidegate {__version__} listens at {url} "
-                f"({'policy file ' + str(policy) if policy else 'no policy file'}, catalog {shown(settings.catalog.url)}, "
+                f"({'policy file ' + str(policy) if policy else 'no policy file'}, catalog {redacted_url(settings.catalog.url)}, "
                 f"counters {scheme_of(settings.counters.url)}://)"
             )
         sys.stdout.flush()
