@@ -4,8 +4,8 @@
 
 The same data plane three times in one process, counters in memory: open, with tokens, with names of certificates. A thread
 sends `GET /v1/authorize` over kept connections, with the token's header to each, so that only the authentication differs;
-what the header itself costs to parse is printed apart. CPU is that of the server's thread. Rounds are interleaved; the fastest one
-of each case counts, because other programs can only make one slower. The look-up alone is timed too: it has less noise.
+what the header itself costs to parse is printed apart. CPU is that of the thread of the server. Rounds are interleaved; the least
+of each case counts, because other programs can only make it slower. The look-up alone is timed too: it has less noise.
 """
 
 from __future__ import annotations
