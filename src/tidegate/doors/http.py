@@ -15,6 +15,7 @@ from typing import Any, Final
 
 from tidegate.decision import Check, Decision, Observation
 from tidegate.doors.bearer import refuse_bearer_key
+from tidegate.doors.callers_auth import CallersAuth, scope_of
 from tidegate.doors.client_address import TrustedProxies, address_or_none, peer_address
 from tidegate.doors.http_exchange import PlainRequest
 from tidegate.doors.http_limits import LIMIT, LIMIT_BATCH, LimitRequests
@@ -77,6 +78,7 @@ class DataPlane:
         body_timeout_s: how long a body may take.
         access: writes about a sample of the requests; None for no such log.
         paths: which spellings of a path are let through.
+        callers: who may call; None for anyone.
     """
 
     def __init__(
@@ -88,6 +90,7 @@ class DataPlane:
         body_timeout_s: float = BODY_TIMEOUT_S,
         access: AccessLog | None = None,
         paths: PathRules = STRICT,
+        callers: CallersAuth | None = None,
     ) -> None:
         self.draining = False
         self.in_flight = 0
@@ -100,6 +103,7 @@ class DataPlane:
         self._body_timeout_s = body_timeout_s
         self._access = access
         self._paths = paths
+        self._callers = callers
 
     async def __rsgi__(self, scope: Scope, proto: Any) -> None:
         """Answer one request."""
@@ -118,6 +122,8 @@ class DataPlane:
             started_ns = time.perf_counter_ns()
         try:
             path = scope.path
+            if self._callers is not None and path.startswith("/v1/"):
+                await self._authenticate(self._callers, scope)
             if path == AUTHORIZE:
                 await self._authorize(scope, proto)
             elif path.startswith(AUTHORIZE_ENVOY) and is_envoy(path):
@@ -162,7 +168,8 @@ class DataPlane:
         is_authorize = target == _AUTHORIZE_TARGET
         check: Check | None = None
         try:
-            if self._access is None:
+            callers = self._callers
+            if self._access is None and (callers is None or callers.is_known(request.values, request.connection.peer_names)):
                 if is_authorize:
                     if request.method in ("GET", "HEAD"):
                         check = plain_authorize(request, self._trusted, MAX_HEADER_BYTES)
@@ -211,6 +218,12 @@ class DataPlane:
         else:
             head = connection.server.heads[200 if decision.allowed else 429]
             connection.answer_plain(request, head + check_lines(decision))
+
+    async def _authenticate(self, callers: CallersAuth, scope: Scope) -> None:
+        try:
+            await callers.require(scope, scope_of(scope.path))
+        except TidegateError as error:
+            raise self._seen(error) from None
 
     async def _authorize(self, scope: Scope, proto: Any, for_envoy: bool = False) -> None:
         if not for_envoy:

@@ -176,6 +176,11 @@ class Exchange:
         return self.connection.client
 
     @property
+    def peer_names(self) -> tuple[str, ...]:
+        """Names in the certificate of the peer; empty without mutual TLS."""
+        return self.connection.peer_names
+
+    @property
     def path(self) -> str:
         """The target's path, one character for each byte that came."""
         return self._split_target() if self._path is None else self._path

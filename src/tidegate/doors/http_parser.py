@@ -27,6 +27,8 @@ _METHODS: Final = {method.encode(): method for method in USUAL_METHODS}
 _MESSAGE_HEADERS: Final = frozenset((b"expect", b"transfer-encoding", b"upgrade"))
 """They say how a message is sent."""
 
+_NONE_REPEATED: Final[dict[bytes, list[bytes]]] = {}
+
 
 BETWEEN: Final = 0
 HEAD: Final = 1
@@ -244,6 +246,8 @@ class RequestParser:
         self._target, self._values = b"", {}
         if extra:
             self._repeated, self._extra = {}, 0
+        else:
+            repeated = _NONE_REPEATED  # not the parser's own: a pipelined request fills that before this one is answered
         sent_method = parser.get_method()
         exchange = Exchange(
             self,  # type: ignore[arg-type]  # what parses is a connection: there is no other subclass
