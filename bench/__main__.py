@@ -23,6 +23,7 @@ BENCHES = (
     "attributes",
     "simulate",
     "http",
+    "callers_auth",
     "client",
     "gateways",
     "grpc",

@@ -147,7 +147,7 @@ async def test_guesses_are_stopped_for_each_address_and_the_right_token_passes(c
 
 
 @pytest.mark.parametrize("header", ["X-Real-IP", "X-Forwarded-For"])
-async def test_headers_of_strangers_make_no_new_address(catalog_url: str, header: str) -> None:
+async def test_untrusted_headers_do_not_change_the_address(catalog_url: str, header: str) -> None:
     admin = await open_admin(catalog_url)
     stay_within(MINUTE_S, 5)
     async with admin.client("wrong-token-of-somebody") as http:
@@ -220,7 +220,7 @@ async def test_many_guesses_share_a_query(catalog_url: str) -> None:
 @pytest.mark.parametrize(
     "path", ["tokens%0A", "tokens%0D", "%0Atokens", "tokens%00", "tokens%7F", "tokens%C2%85", "tiers%0A", "tokens/%0A"]
 )
-async def test_paths_with_control_characters_are_refused(admin: Admin, path: str) -> None:
+async def test_paths_with_control_characters_are_rejected(admin: Admin, path: str) -> None:
     viewer = await _token(admin, "viewer", "v")
     async with admin.client(viewer["token"]) as http:
         answer = await http.get(f"http://admin/admin/v1/{path}")
@@ -235,11 +235,11 @@ async def test_every_route_has_a_role(admin: Admin) -> None:
     viewer = await _token(admin, "viewer", "v")
     described = (await admin.http.get("/openapi.json")).json()["paths"]
     assert len(described) > 15
-    async with admin.client(None) as stranger, admin.client(viewer["token"]) as http:
+    async with admin.client(None) as anonymous, admin.client(viewer["token"]) as http:
         for path, operations in described.items():
             filled = "http://admin" + re.sub(r"\{[^}]*\}", "1", path)
             for method in operations:
-                answer = await stranger.request(method, filled)
+                answer = await anonymous.request(method, filled)
                 assert answer.status_code == 401, (method, path)
                 answer = await http.request(method, filled)
                 if method != "get" or "/tokens" in path:
@@ -414,7 +414,7 @@ async def test_injections_change_nothing(admin: Admin) -> None:
     assert (await admin.http.get("/tiers", params={"name": INJECTIONS[0]})).json()["items"] == []
 
 
-async def test_what_is_too_long_is_refused(admin: Admin) -> None:
+async def test_what_is_too_long_is_rejected(admin: Admin) -> None:
     await admin.tier()
     long = "a" * 20_000  # as much as the URL of a test takes
     answers = {**await _every_string(admin, long), **await _every_parameter(admin, long)}
@@ -426,7 +426,7 @@ async def test_what_is_too_long_is_refused(admin: Admin) -> None:
     assert beyond.status_code == 413
 
 
-async def test_nul_and_lone_surrogates_are_refused(admin: Admin) -> None:
+async def test_nul_and_lone_surrogates_are_rejected(admin: Admin) -> None:
     await admin.tier()
     answers = {**await _every_string(admin, "a\0b"), **await _every_parameter(admin, "a\0b")}
     assert {what: answer.status_code for what, answer in answers.items() if answer.status_code not in (400, 404)} == {}
@@ -446,7 +446,7 @@ OPTIONAL = {
 
 
 @pytest.mark.parametrize("wrong", [None, 1, 1.5, True, [], {}, [[]], [None], {"a": 1}, 10**400])
-async def test_wrong_types_are_refused(admin: Admin, wrong: object) -> None:
+async def test_wrong_types_are_rejected(admin: Admin, wrong: object) -> None:
     await admin.tier()
     for path, body in {
         "/tiers": {"name": "t", "limits": ["1/s"]},
@@ -466,7 +466,7 @@ async def test_wrong_types_are_refused(admin: Admin, wrong: object) -> None:
         assert whole.status_code == 400
 
 
-async def test_what_is_no_json_is_told(admin: Admin) -> None:
+async def test_invalid_json_is_reported(admin: Admin) -> None:
     for content, kind, word in (
         (b"{", "application/json", "JSON"),
         (b"", "application/json", "missing"),

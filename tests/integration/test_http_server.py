@@ -86,7 +86,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serve]:
 
 
 @pytest.mark.parametrize("name", AMBIGUOUS)
-def test_what_two_programs_read_differently_is_refused(served: Serve, name: str) -> None:
+def test_what_two_programs_read_differently_is_rejected(served: Serve, name: str) -> None:
     # Were it taken apart differently, the request behind it would be answered as well.
     behind = head(GET, *KEY.split(b"\r\n")[:2], b"Connection: close")
     answers = exchange(served.port, AMBIGUOUS[name] + behind)
@@ -145,7 +145,7 @@ def test_what_is_valid_is_answered_in_order(served: Serve, name: str) -> None:
     assert [answer.status for answer in exchange(served.port, sent)] == statuses
 
 
-def test_a_client_that_expects_100_is_asked_for_its_body(served: Serve) -> None:
+def test_a_client_that_expects_100_is_requested_its_body(served: Serve) -> None:
     with socket.create_connection((HOST, served.port), 20) as connection:
         connection.sendall(head(POST, b"Expect: 100-continue", b"Connection: close", b"Content-Length: %d" % len(CHECK)))
         assert connection.recv(100) == b"HTTP/1.1 100 Continue\r\n\r\n"
@@ -340,7 +340,7 @@ async def test_idle_connections_end_after_a_while() -> None:
         writer.close()
 
 
-async def test_a_client_that_leaves_is_given_up_before_its_body_is_whole(gate: Gate) -> None:
+async def test_a_client_that_leaves_is_cancelled_before_its_body_is_whole(gate: Gate) -> None:
     plane = DataPlane(gate, {})
     async with listening(plane) as (server, port):
         _, writer = await asyncio.open_connection(HOST, port)

@@ -64,7 +64,7 @@ def test_the_printed_requests_work_as_pasted(serve: Callable[..., Any]) -> None:
     assert outputs[2].split() == ["200"] * 5 + ["429"]
 
 
-def test_policy_file_is_reloaded_and_a_wrong_one_refused(serve: Callable[..., Any], tmp_path: Path) -> None:
+def test_policy_file_is_reloaded_and_a_wrong_one_rejected(serve: Callable[..., Any], tmp_path: Path) -> None:
     file = tmp_path / "tidegate.policy.toml"
     file.write_text(POLICY.format(limit=10))
     server = serve()
@@ -232,7 +232,7 @@ def test_sigterm_under_load_loses_no_request(serve: Callable[..., Any], tmp_path
     assert lost[0] == 0
 
 
-def test_told_to_end_while_it_starts_it_ends(serve: Callable[..., Any]) -> None:
+def test_sigterm_during_the_start_ends_the_process(serve: Callable[..., Any]) -> None:
     """It waits for a database that takes connections and says nothing."""
     with socket.socket() as hung:
         hung.bind(("127.0.0.1", 0))
@@ -279,7 +279,9 @@ def test_request_in_flight_is_finished(serve: Callable[..., Any], tmp_path: Path
         ({"TIDEGATE_POLICY__FILE": "absent.toml"}, "absent.toml"),
     ],
 )
-def test_what_cannot_start_says_why_in_one_sentence(serve: Callable[..., Any], environment: dict[str, str], said: str) -> None:
+def test_what_cannot_start_gives_the_reason_in_one_sentence(
+    serve: Callable[..., Any], environment: dict[str, str], said: str
+) -> None:
     code, out, err = serve(wait=False, **environment).stop_by_itself()
     assert code == 2
     assert out == ""
@@ -296,7 +298,7 @@ def test_port_in_use(serve: Callable[..., Any]) -> None:
     assert httpx.get(f"{first.url}/livez").status_code == 200
 
 
-def test_policy_check_says_what_the_server_would(serve: Callable[..., Any], tmp_path: Path) -> None:
+def test_policy_check_reports_what_the_server_would(serve: Callable[..., Any], tmp_path: Path) -> None:
     file = tmp_path / "tidegate.policy.toml"
     file.write_text(POLICY.format(limit=10).replace("endpoint", "endpiont"))
     code, _, err = serve(wait=False).stop_by_itself()

@@ -207,7 +207,7 @@ def test_ports_and_chains_count_as_one_client(policy: Path, tmp_path: Path, caps
     assert "5 lines have a chain of addresses" in capsys.readouterr().out
 
 
-def test_a_log_of_host_names_is_refused_with_its_share(policy: Path, tmp_path: Path) -> None:
+def test_a_log_of_host_names_is_rejected_with_its_share(policy: Path, tmp_path: Path) -> None:
     log = tmp_path / "a.log"
     log.write_text("\n".join([f"www.example.com - - {REST}"] * 6 + [f"10.0.0.1 - - {REST}"] * 2))
     with pytest.raises(LogError, match=r"75% of 8 lines have a client that is not an IPv4 or IPv6 address.*'www\.example\.com'"):
@@ -280,7 +280,7 @@ def test_compressed_logs_are_known_by_their_first_bytes(
 
 
 @pytest.mark.skipif(sys.version_info >= (3, 14), reason="Python reads zstd from 3.14 on")
-def test_a_log_that_cannot_be_read_here_says_how(policy: Path, tmp_path: Path) -> None:
+def test_a_log_that_cannot_be_read_here_reports_how(policy: Path, tmp_path: Path) -> None:
     log = tmp_path / "access.log.zst"
     log.write_bytes(b"\x28\xb5\x2f\xfd" + bytes(20))
     with pytest.raises(LogError, match="zstdcat LOG"):

@@ -18,8 +18,8 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from tidegate._version import __version__
-from tidegate.catalog.sql.engine import is_postgres, open_engine, reason_of, shown
-from tidegate.catalog.sql.schema import look_at_schema
+from tidegate.catalog.sql.engine import is_postgres, open_engine, reason_of, redacted_url
+from tidegate.catalog.sql.schema import inspect_schema
 from tidegate.catalog.sql.tables import api_keys, policy_state, tiers
 from tidegate.cli.client_tls import NO_FILES, own_data_plane
 from tidegate.cli.common import ConfigOption, JsonOption, print_json, read_settings
@@ -33,6 +33,7 @@ from tidegate.policy.toml_reader import load_policy, policy_warnings
 from tidegate.server.addresses import admin_address, free_address, grpc_address, missing_for_grpc
 from tidegate.server.certificates import load, utc_date
 from tidegate.server.instance import require_shared_counters
+from tidegate.server.open_listeners import open_listeners
 from tidegate.settings import Settings
 from tidegate.tools.charts import clean
 from tidegate.tools.terminal import say
@@ -80,6 +81,7 @@ def _examine(config: Path | None) -> Iterator[Finding]:
     yield from _examine_catalog(settings)
     yield _finding_of("counters", lambda: (True, asyncio.run(_check_counters(settings))))
     runs = yield from _examine_data_plane(settings)
+    yield from (("callers", None, warning) for warning in open_listeners(settings))
     yield from _examine_side_listeners(settings, runs)
     for url in settings.catalog.replicas:
         yield _finding_of("replica", lambda url=url: (True, asyncio.run(_check_replica(url))))  # type: ignore[misc]
@@ -148,11 +150,11 @@ def _examine_side_listeners(settings: Settings, runs: bool) -> Iterator[Finding]
     try:
         address = grpc_address(settings, http, admin, resolve)
         if settings.server.grpc and missing:
-            yield "gRPC door", None, f"off: {', '.join(missing)} not installed; for Envoy, pip install 'tidegate[envoy]'"
+            yield "gRPC listener", None, f"off: {', '.join(missing)} not installed; for Envoy, pip install 'tidegate[envoy]'"
             return
-        yield from _examine_address("gRPC door", settings.server.grpc, address, runs)
+        yield from _examine_address("gRPC listener", settings.server.grpc, address, runs)
     except SettingsError as error:
-        yield "gRPC door", False, error.message
+        yield "gRPC listener", False, error.message
 
 
 def _examine_address(what: str, text: str, address: tuple[str, int] | None, runs: bool) -> Iterator[Finding]:
@@ -211,24 +213,24 @@ def _check_catalog(settings: Settings, owned: list[Finding]) -> tuple[bool | Non
 async def _read_catalog(settings: Settings, owned: list[Finding]) -> tuple[bool | None, str]:
     """Check the catalog; findings about rows of a policy file are appended to `owned`."""
     url = settings.catalog.url
-    engine = open_engine(url, reads_only=True, looks_only=True)
+    engine = open_engine(url, reads_only=True, inspect_only=True)
     try:
-        schema = await look_at_schema(url, engine)
+        schema = await inspect_schema(url, engine)
         await _require_privileges(url, engine)
         if schema.revision is None:
-            return True, f"{shown(url)} is empty; 'tidegate serve' or 'tidegate db upgrade' creates its tables"
+            return True, f"{redacted_url(url)} is empty; 'tidegate serve' or 'tidegate db upgrade' creates its tables"
         if not schema.usable:
             return None, (
-                f"{shown(url)} has schema {schema.revision} of an older version: 'tidegate serve' upgrades it to "
+                f"{redacted_url(url)} has schema {schema.revision} of an older version: 'tidegate serve' upgrades it to "
                 f"{schema.head} when it starts; to upgrade beforehand, run 'tidegate db upgrade'"
             )
         async with engine.connect() as connection:
             version = (await connection.execute(select(policy_state.c.version))).scalar_one()
             count = (await connection.execute(select(func.count()).select_from(tiers))).scalar_one()
             owned += await _check_owned(connection, settings)
-        return True, f"{shown(url)}: version {version}, {count} tiers"
+        return True, f"{redacted_url(url)}: version {version}, {count} tiers"
     except (SQLAlchemyError, OSError) as error:
-        raise SettingsError(f"{shown(url)} cannot be read as a catalog: {reason_of(error)}") from None
+        raise SettingsError(f"{redacted_url(url)} cannot be read as a catalog: {reason_of(error)}") from None
     finally:
         await engine.dispose()
 
@@ -241,13 +243,14 @@ async def _require_privileges(url: str, engine: AsyncEngine) -> None:
         row = (await connection.execute(_PRIVILEGES)).one()
     if row.schema is None:
         raise SettingsError(
-            f"{shown(url)}: the user {row.role!r} has no schema in its search_path, or no USAGE privilege on it: "
+            f"{redacted_url(url)}: the user {row.role!r} has no schema in its search_path, or no USAGE privilege on it: "
             f"GRANT USAGE, CREATE ON SCHEMA public TO {_quoted(row.role)}"
         )
     if not row.may_create:
         raise SettingsError(
-            f"{shown(url)}: the user {row.role!r} has no CREATE privilege on schema {row.schema!r} (since PostgreSQL 15 only the "
-            f"database owner has it by default): GRANT CREATE ON SCHEMA {_quoted(row.schema)} TO {_quoted(row.role)}"
+            f"{redacted_url(url)}: the user {row.role!r} has no CREATE privilege on schema {row.schema!r} (since PostgreSQL 15 "
+            "only the database owner has it by default): "
+            f"GRANT CREATE ON SCHEMA {_quoted(row.schema)} TO {_quoted(row.role)}"
         )
 
 
@@ -324,9 +327,9 @@ async def _check_replica(url: str) -> str:
     try:
         async with engine.connect() as connection:
             version = (await connection.execute(select(policy_state.c.version))).scalar_one()
-        return f"{shown(url)}: version {version}"
+        return f"{redacted_url(url)}: version {version}"
     except (SQLAlchemyError, OSError) as error:
-        raise SettingsError(f"{shown(url)} cannot be read as a replica of the catalog: {reason_of(error)}") from None
+        raise SettingsError(f"{redacted_url(url)} cannot be read as a replica of the catalog: {reason_of(error)}") from None
     finally:
         await engine.dispose()
 

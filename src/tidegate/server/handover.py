@@ -34,7 +34,7 @@ def shared_address(text: str, name: str) -> tuple[str, int]:
         SettingsError: if it is not a valid address.
     """
     host, port = parse_address(text, name)
-    return (host, port) if port and not is_unix(host) else free_address(text, name)
+    return (host, port) if port or is_unix(host) else free_address(text, name)
 
 
 def listening_sockets(host: str, port: int) -> int:

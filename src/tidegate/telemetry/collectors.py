@@ -70,7 +70,9 @@ def collect_cache(
         each = replicas.replicas
         metrics.add_gauge("rate_limiter_replicas", "Read replicas configured.", lambda: len(each))
         metrics.add_gauge(
-            "rate_limiter_replicas_asked", "Read replicas in rotation.", lambda: sum(replica.out is None for replica in each)
+            "rate_limiter_replicas_asked",
+            "Read replicas in rotation.",
+            lambda: sum(replica.ejected_because is None for replica in each),
         )
         metrics.add_counter(
             "rate_limiter_replica_ejections",
