@@ -118,7 +118,7 @@ async def test_a_created_key_works_and_a_revoked_one_stops(admin: Admin) -> None
     _error(await admin.http.post("/api-keys", json={"tier": "free", "expires_at": "2100-01-01T00:00:00"}), 400, "BAD_REQUEST")
 
 
-async def test_a_key_whose_time_is_over_says_so(admin: Admin) -> None:
+async def test_an_expired_key_has_the_status_expired(admin: Admin) -> None:
     await admin.tier()
     until = datetime.now(UTC) + timedelta(seconds=3)
     key = await admin.key(expires_at=until.isoformat())
@@ -176,7 +176,7 @@ async def test_one_of_many_changes_wins(admin: Admin) -> None:
     assert [each["action"] for each in log] == ["update", "create"]
 
 
-async def test_audit_log_tells_before_and_after(admin: Admin) -> None:
+async def test_audit_log_reports_before_and_after(admin: Admin) -> None:
     await admin.tier(limits=("1/day",))
     await admin.http.put("/tiers/free", json={"limits": ["2/day"]}, headers={"If-Match": "*"})
     key = await admin.key()
@@ -251,7 +251,7 @@ async def test_filters_know_cases_of_every_script(admin: Admin) -> None:
     assert await found("ä%") == []
 
 
-async def test_a_weak_etag_is_told_from_a_stale_one(admin: Admin) -> None:
+async def test_a_weak_etag_is_distinguished_from_a_stale_one(admin: Admin) -> None:
     await admin.tier()
     change = {"limits": ["5/day"]}
     weak = await admin.http.put("/tiers/free", json=change, headers={"If-Match": 'W/"1"'})
@@ -264,7 +264,7 @@ async def test_a_weak_etag_is_told_from_a_stale_one(admin: Admin) -> None:
     )
 
 
-async def test_the_policy_files_rows_are_shown_and_left_alone(admin: Admin) -> None:
+async def test_rows_of_the_policy_file_are_listed_and_not_changed(admin: Admin) -> None:
     await admin.catalog.apply_policy(parse_policy(WHOLE), "1")
     tier = (await admin.http.get("/tiers")).json()["items"][0]
     rule = (await admin.http.get("/rate-limit-rules")).json()["items"][0]
@@ -287,7 +287,7 @@ async def test_the_policy_files_rows_are_shown_and_left_alone(admin: Admin) -> N
     assert (await admin.http.get(f"/rate-limit-rules/{added.json()['id']}")).status_code == 200
 
 
-async def test_policy_goes_out_and_in(admin: Admin) -> None:
+async def test_an_exported_policy_can_be_imported(admin: Admin) -> None:
     taken = await admin.http.post("/policy", params={"dry_run": True}, content=WHOLE)
     assert (taken.status_code, taken.json()["dry_run"]) == (200, True)
     assert (await admin.http.get("/tiers")).json()["items"] == []
@@ -373,7 +373,7 @@ async def test_violations(admin: Admin) -> None:
     _error(await admin.http.get("/violations", params={"after": "AAAA"}), 400, "BAD_REQUEST")
 
 
-async def test_a_catalog_that_is_away_is_told(admin: Admin) -> None:
+async def test_a_catalog_that_is_unavailable_is_reported(admin: Admin) -> None:
     async with admin.catalog.database.transaction() as connection:
         await connection.exec_driver_sql("ALTER TABLE tiers RENAME TO away")
     answer = await admin.http.get("/tiers")

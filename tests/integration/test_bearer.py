@@ -71,10 +71,13 @@ async def test_other_tokens_are_anonymous_as_before(door: str, gate: Gate) -> No
 async def test_what_it_costs() -> None:
     catalog = CountingCatalog(POLICY)
     gate = Gate(CachedCatalog(catalog), MemoryCounters())
-    await ask(gate, "/v1/usage", b"Bearer " + JWT)
+    for jwt in (JWT, JWT + b".e30.AAAA", JWT[: JWT.rindex(b".") + 1]):
+        await ask(gate, "/v1/usage", b"Bearer " + jwt)
     assert "key" not in catalog.asked, "a JWT is not looked up"
     for _ in range(3):
         await ask(gate, "/v1/usage", b"Bearer an-opaque-session-token-1")
     assert catalog.asked.count("key") == 1
+    await ask(gate, "/v1/usage", b"Bearer sk.live/of+another=service")
+    assert catalog.asked.count("key") == 2, "a key of another service may have dots"
     catalog.failing = True
     assert (await ask(gate, "/v1/usage", b"Bearer an-opaque-session-token-2"))[0] == 200, "unknown tokens pass while it is away"

@@ -32,7 +32,7 @@ from tidegate.catalog.sql.engine import open_engine
 from tidegate.catalog.sql.schema import downgrade, migration_config, upgrade, upgrade_schema
 from tidegate.catalog.sql.tables import metadata
 from tidegate.errors import SettingsError
-from tidegate.violations.storage import keep_violations
+from tidegate.violations.storage import maintain_table
 
 pytestmark = pytest.mark.empty_database
 
@@ -160,7 +160,7 @@ async def test_migrations_make_what_the_tables_say(catalog_url: str, engine: Asy
     assert await upgrade_schema(catalog_url, engine) == HEAD
     assert await upgrade_schema(catalog_url, engine) == HEAD
     catalog = await SqlCatalog.open(catalog_url)
-    await keep_violations(catalog.database, 30)  # makes partitions
+    await maintain_table(catalog.database, 30)  # makes partitions
     await catalog.close()
 
     def compare(connection: Connection) -> Any:

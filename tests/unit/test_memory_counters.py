@@ -267,7 +267,7 @@ def test_the_compiled_limits_are_bounded(monkeypatch: pytest.MonkeyPatch) -> Non
         assert len(store._compiled) <= 50
 
 
-def test_max_subjects_below_one_is_refused() -> None:
+def test_max_subjects_below_one_is_rejected() -> None:
     with pytest.raises(ValueError, match="max_subjects 0"):
         MemoryCounters(max_subjects=0)
 

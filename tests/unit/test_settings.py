@@ -9,7 +9,8 @@ import msgspec
 import pytest
 
 from tidegate.errors import SettingsError
-from tidegate.settings import Settings, is_host, load_settings, parse_address
+from tidegate.listen_address import is_host, join_address, parse_address
+from tidegate.settings import Settings, load_settings, unix_mode
 
 
 def test_defaults_run_on_an_empty_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -58,6 +59,17 @@ def test_the_environment_goes_over_the_file(tmp_path: Path) -> None:
         ('[counters]\non_failure = "open"\n', "local, allow, deny"),
         ('[server]\nlog_level = "loud"\n', "debug"),
         ("[server\n", "not valid TOML"),
+        ('[server]\nhttp = "unix:run.sock"\n', "needs an absolute path"),
+        (f'[server]\nadmin = "unix:/{"a" * 103}"\n', "at most 103 bytes"),
+        ('[server]\ngrpc = "unix:/run/grpc.sock"\n', "the gRPC listener cannot use a unix socket"),
+        ('[server]\nunix_mode = "rw-rw----"\n', "must be octal, e.g. '0660'"),
+        ('[server]\nunix_mode = "1777"\n', "must be octal"),
+        ('[tls]\nkey = "k.pem"\n', "tls.key needs tls.cert"),
+        ('[tls]\nclient_ca = "ca.pem"\n', "tls.client_ca needs tls.cert"),
+        ('[tls]\ncert = "c.pem"\nclient_names = ["gw"]\n', "tls.client_names needs tls.client_ca"),
+        ('[tls]\ncert = "c.pem"\nclient_ca = "ca.pem"\nclient_names = ["CN=gw"]\n', "'CN=gw', which matches no certificate"),
+        ('[tls]\ncert = "c.pem"\ndoors = ["https"]\n', "tls.doors has 'https'"),
+        ('[tls]\ncert = "c.pem"\ndoors = []\n', "tls.doors is empty"),
         ('[cache]\nsecret = "short"\n', "cache.secret has fewer than 16 characters"),
     ],
 )
@@ -69,6 +81,22 @@ def test_wrong_settings(text: str, said: str, tmp_path: Path) -> None:
     assert said in refused.value.message
     assert "\n" not in refused.value.message
     assert "short" not in refused.value.message, "no secret is repeated"
+
+
+def test_addresses_of_unix_sockets() -> None:
+    settings = load_settings(None, {"TIDEGATE_SERVER__HTTP": "unix:/run/t.sock", "TIDEGATE_SERVER__UNIX_MODE": "0600"})
+    assert parse_address(settings.server.http, "server.http") == ("unix:/run/t.sock", 0)
+    assert join_address("unix:/run/t.sock", 0) == "unix:/run/t.sock"
+    assert unix_mode(settings.server) == 0o600
+
+
+def test_names_of_clients_in_the_environment() -> None:
+    environment = {
+        "TIDEGATE_TLS__CERT": "c.pem",
+        "TIDEGATE_TLS__CLIENT_CA": "ca.pem",
+        "TIDEGATE_TLS__CLIENT_NAMES": "a.example, b",
+    }
+    assert load_settings(None, environment).tls.client_names == ("a.example", "b")
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import bz2
 import contextlib
 import gzip
+import importlib
 import json
 import lzma
 import re
@@ -22,7 +23,7 @@ from tidegate.errors import SettingsError
 from tidegate.tools.simulate.command import simulate
 from tidegate.tools.simulate.log_clients import Clients, address_of
 from tidegate.tools.simulate.log_formats import FORMATS, Directive, csv_columns, detect, parser_of
-from tidegate.tools.simulate.log_lines import LogError, LogLines
+from tidegate.tools.simulate.log_lines import MAX_ELEMENT, LogError, LogLines
 from tidegate.tools.simulate.log_times import Malformed, timestamp_us
 
 ROOT = Path(__file__).parents[2]
@@ -206,7 +207,7 @@ def test_ports_and_chains_count_as_one_client(policy: Path, tmp_path: Path, caps
     assert "5 lines have a chain of addresses" in capsys.readouterr().out
 
 
-def test_a_log_of_host_names_is_refused_with_its_share(policy: Path, tmp_path: Path) -> None:
+def test_a_log_of_host_names_is_rejected_with_its_share(policy: Path, tmp_path: Path) -> None:
     log = tmp_path / "a.log"
     log.write_text("\n".join([f"www.example.com - - {REST}"] * 6 + [f"10.0.0.1 - - {REST}"] * 2))
     with pytest.raises(LogError, match=r"75% of 8 lines have a client that is not an IPv4 or IPv6 address.*'www\.example\.com'"):
@@ -254,7 +255,12 @@ def test_w3c_fields_may_change_within_a_log() -> None:
         read(lines, subject="tenant")
 
 
-@pytest.mark.parametrize("compress", [gzip.compress, bz2.compress, lzma.compress], ids=["gzip", "bzip2", "xz"])
+COMPRESSIONS = {"gzip": gzip.compress, "bzip2": bz2.compress, "xz": lzma.compress}
+if sys.version_info >= (3, 14):
+    COMPRESSIONS["zstd"] = importlib.import_module("compression.zstd").compress
+
+
+@pytest.mark.parametrize("compress", COMPRESSIONS.values(), ids=COMPRESSIONS)
 def test_compressed_logs_are_known_by_their_first_bytes(
     policy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], compress: Any
 ) -> None:
@@ -268,13 +274,13 @@ def test_compressed_logs_are_known_by_their_first_bytes(
         log.write_bytes(damaged)
         with LogLines(str(log)) as lines:
             found = list(lines)
-            # bzip2 and xz check whole blocks: nothing of a damaged one is handed out.
+            # bzip2, xz and zstd check whole blocks: nothing of a damaged one is handed out.
             assert found[:1] == [COMBINED + "\n"] or compress is not gzip.compress
         assert "is truncated or damaged" in (lines.broken or "")
 
 
 @pytest.mark.skipif(sys.version_info >= (3, 14), reason="Python reads zstd from 3.14 on")
-def test_a_log_that_cannot_be_read_here_says_how(policy: Path, tmp_path: Path) -> None:
+def test_a_log_that_cannot_be_read_here_reports_how(policy: Path, tmp_path: Path) -> None:
     log = tmp_path / "access.log.zst"
     log.write_bytes(b"\x28\xb5\x2f\xfd" + bytes(20))
     with pytest.raises(LogError, match="zstdcat LOG"):
@@ -297,6 +303,31 @@ def test_an_array_is_read_element_by_element(
     found = json.loads(capsys.readouterr().out)
     assert 1000 < found["requests"] < 2000
     assert "the JSON array is truncated" in found["broken"][0]
+
+
+def test_objects_over_several_lines_are_read_one_by_one(policy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    notes = ["}{", '"}\n{"', "} \\", {"a": {}}, [{}, {"b": [{}]}], "x" * 100_000]
+    entries = [{"time": T0, "ip": "10.0.0.1", "path": "/a", "note": notes[number % len(notes)]} for number in range(30)]
+    log = tmp_path / "log.json"
+    texts = [json.dumps(entry, indent=number % 4) for number, entry in enumerate(entries)]
+    log.write_text("\ufeff\n" + "\n\n".join(texts).replace("\n", "\r\n"), newline="")
+    assert simulate([str(log)], policy, as_json_=True) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["lines"], found["malformed"], found["blocked"], found["broken"]) == (30, 0, 27, [])
+    # A damaged object is one malformed record; those before and after it are read.
+    for damaged in (texts[0][:-3] + "}", texts[0].replace('"/a"', '"/a'), texts[0].replace("{", "{" * 70_000)):
+        log.write_text("\n".join([texts[1], damaged, *texts[2:]]))
+        assert simulate([str(log)], policy, as_json_=True) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert (found["lines"], found["malformed"], found["blocked"]) == (30, 1, 26)
+
+
+@pytest.mark.parametrize("text", ["{\n" * 300_000, "{\n" + '"a":{}\n' * 100_000, "{\n" + "x" * 1_000_000, "{\n"])
+def test_an_object_over_several_lines_takes_bounded_memory(tmp_path: Path, text: str) -> None:
+    log = tmp_path / "log.json"
+    log.write_text(text + "\n{}\n")
+    with LogLines(str(log)) as lines:
+        assert max(map(len, lines)) <= MAX_ELEMENT
 
 
 @pytest.mark.parametrize("text", ["[" * 200_000, "[{" * 50_000, '[{"a":"' + "x" * 600_000 + '"}]', "[\n", '[{"a":1}', "[{]"])

@@ -11,6 +11,7 @@ import typer
 from pydantic import TypeAdapter, ValidationError
 
 from tidegate.admin.models import KeyCreate, KeyRead, KeyRotated, Name, Reason, RevokeRequest, TierName
+from tidegate.cli.client_tls import CaOption, CertKeyOption, CertOption, ClientTls
 from tidegate.cli.common import ConfigOption, JsonOption, print_json, print_rows
 from tidegate.cli.control_plane import one_line
 from tidegate.cli.key_access import ApiKeys, KeyFilter, collect, find, with_keys
@@ -53,7 +54,7 @@ KeyArgument = Annotated[
 
 
 class Status(enum.StrEnum):
-    """What a key can be."""
+    """Status of an API key."""
 
     ACTIVE = "active"
     EXPIRED = "expired"
@@ -69,10 +70,13 @@ def create(
     ] = None,
     url: UrlOption = None,
     token_file: TokenFileOption = None,
+    ca: CaOption = None,
+    cert: CertOption = None,
+    cert_key: CertKeyOption = None,
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Make a key and show it, this once: only its digest is stored."""
+    """Create an API key and print it, only once: only its digest is stored."""
     request = KeyCreate(
         tier=_checked(TierName, tier, "--tier"),
         name=_checked(Name, name, "--name"),
@@ -80,12 +84,12 @@ def create(
         if expires_in is None
         else format_timestamp(now_us() + _lifetime_s(expires_in, "--expires-in") * US_PER_S),
     )
-    made = with_keys(config, url, token_file, lambda keys: keys.create(request))
+    made = with_keys(config, url, token_file, ClientTls(ca, cert, cert_key), lambda keys: keys.create(request))
     if as_json:
         print_json(_json(made))
         return
     say(one_line(made.api_key))
-    say(f"id {one_line(made.id)}, tier {one_line(made.tier)}. It is shown this once: keep it now.", err=True)
+    say(f"id {one_line(made.id)}, tier {one_line(made.tier)}. It is shown only once: store it now.", err=True)
 
 
 @app.command("list")
@@ -97,18 +101,21 @@ def list_keys(
     after: Annotated[str | None, typer.Option("--after", help="Go on after this id.")] = None,
     url: UrlOption = None,
     token_file: TokenFileOption = None,
+    ca: CaOption = None,
+    cert: CertOption = None,
+    cert_key: CertKeyOption = None,
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """List keys by id; the keys themselves are not known to anyone."""
+    """List API keys by id, without the keys themselves."""
     if tier is not None:
         _checked(TierName, tier, "--tier")
     if name is not None:
         _checked(Name, name, "--name")
     if after is not None and not _ID_PART.fullmatch(after):
-        raise typer.BadParameter("that is no id: give the last one of the list before", param_hint="--after")
+        raise typer.BadParameter("not a valid id; use the last id of the previous list", param_hint="--after")
     wanted = KeyFilter(tier, None if status is None else status.value, name)
-    page = with_keys(config, url, token_file, lambda keys: collect(keys, wanted, limit, after))
+    page = with_keys(config, url, token_file, ClientTls(ca, cert, cert_key), lambda keys: collect(keys, wanted, limit, after))
     if as_json:
         print_json([_json(record) for record in page.items])
     else:
@@ -131,7 +138,7 @@ def list_keys(
             "no keys" if wanted != KeyFilter() or after else "no keys: make one with 'tidegate keys create --tier NAME'",
         )
     if page.next is not None:
-        say(f"there are more: go on with --after {one_line(page.next)}", err=True)
+        say(f"there are more: continue with --after {one_line(page.next)}", err=True)
 
 
 @app.command("show")
@@ -139,11 +146,14 @@ def show(
     key: KeyArgument,
     url: UrlOption = None,
     token_file: TokenFileOption = None,
+    ca: CaOption = None,
+    cert: CertOption = None,
+    cert_key: CertKeyOption = None,
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Show what is known of a key: tier, status, times, limits of its own; not the key."""
-    record = with_keys(config, url, token_file, lambda keys: find(keys, key))
+    """Show the record of an API key: tier, status, times and its own limits."""
+    record = with_keys(config, url, token_file, ClientTls(ca, cert, cert_key), lambda keys: find(keys, key))
     if as_json:
         print_json(_json(record))
         return
@@ -169,16 +179,19 @@ def revoke(
     reason: Annotated[str, typer.Option("--reason", help="Why, for those who look later.")],
     url: UrlOption = None,
     token_file: TokenFileOption = None,
+    ca: CaOption = None,
+    cert: CertOption = None,
+    cert_key: CertKeyOption = None,
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Revoke a key, for good. Running servers refuse it within a second."""
+    """Revoke an API key permanently. Running servers reject it within a second."""
     request = RevokeRequest(reason=_checked(Reason, reason, "--reason"))
 
     async def work(keys: ApiKeys) -> KeyRead:
         return await keys.revoke(await find(keys, key), request)
 
-    record = with_keys(config, url, token_file, work)
+    record = with_keys(config, url, token_file, ClientTls(ca, cert, cert_key), work)
     if as_json:
         print_json(_json(record))
     else:
@@ -194,10 +207,13 @@ def rotate(
     ] = None,
     url: UrlOption = None,
     token_file: TokenFileOption = None,
+    ca: CaOption = None,
+    cert: CertOption = None,
+    cert_key: CertKeyOption = None,
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Replace a key by a new one of the same tier, name, end and limits, and show that, this once."""
+    """Replace an API key by a new one with the same tier, name, expiry and limits, and print it, only once."""
     grace_s = 0 if grace is None else _lifetime_s(grace, "--grace")
     if grace_s > _MAX_GRACE_S:
         raise typer.BadParameter(f"{grace!r} is too long: at most 365d", param_hint="--grace")
@@ -205,7 +221,7 @@ def rotate(
     async def work(keys: ApiKeys) -> KeyRotated:
         return await keys.rotate(await find(keys, key), grace_s)
 
-    made = with_keys(config, url, token_file, work)
+    made = with_keys(config, url, token_file, ClientTls(ca, cert, cert_key), work)
     if as_json:
         print_json({**_json(made), "replaces": _json(made.replaces)})
         return
@@ -214,7 +230,7 @@ def rotate(
     end = "is revoked" if old.status == Status.REVOKED else f"works until {_to_seconds(old.expires_at)}"
     say(
         f"id {one_line(made.id)}, tier {one_line(made.tier)}, in place of {one_line(old.id)}, which {end}. "
-        "It is shown this once: keep it now.",
+        "It is shown only once: store it now.",
         err=True,
     )
 
@@ -224,17 +240,20 @@ def delete(
     key: KeyArgument,
     url: UrlOption = None,
     token_file: TokenFileOption = None,
+    ca: CaOption = None,
+    cert: CertOption = None,
+    cert_key: CertKeyOption = None,
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Remove the record of a key that is revoked or expired; the audit log keeps what it was."""
+    """Delete the record of a revoked or expired API key; the audit log keeps it."""
 
     async def work(keys: ApiKeys) -> KeyRead:
         record = await find(keys, key)
         await keys.delete(record)
         return record
 
-    record = with_keys(config, url, token_file, work)
+    record = with_keys(config, url, token_file, ClientTls(ca, cert, cert_key), work)
     if as_json:
         print_json(_json(record))
     else:
@@ -244,14 +263,14 @@ def delete(
 def _lifetime_s(text: str, option: str) -> int:
     match = _LIFETIME.fullmatch(text)
     if match is None or int(match.group(1)) == 0:
-        raise typer.BadParameter(f"{text[:60]!r} is no lifetime: write 90d, 12h, 30m or 45s", param_hint=option)
+        raise typer.BadParameter(f"{text[:60]!r} is not a valid duration; expected e.g. 90d, 12h, 30m or 45s", param_hint=option)
     return int(match.group(1)) * _SECONDS[match.group(2)]
 
 
 def _checked(field: Any, text: str, option: str) -> str:
-    """A text that the field of a request takes; the commands refuse the same texts with and without --url."""
+    """A text that is valid for a field of a request; commands reject the same texts with and without --url."""
     if field is not Name and not text.strip():
-        raise typer.BadParameter("it is blank: write something", param_hint=option)
+        raise typer.BadParameter("it must not be blank", param_hint=option)
     try:
         checked: str = TypeAdapter(field).validate_python(text, strict=True)
     except ValidationError as error:
@@ -259,13 +278,13 @@ def _checked(field: Any, text: str, option: str) -> str:
         if problem["type"] == "string_too_long":
             most = problem["ctx"]["max_length"]
             raise typer.BadParameter(f"it has {len(text)} characters: at most {most} are allowed", param_hint=option) from None
-        # An argument that is not UTF-8 arrives with surrogates in it.
+        # An argument that is not UTF-8 contains surrogates.
         raise typer.BadParameter("it must not have control characters, and must be UTF-8", param_hint=option) from None
     return checked
 
 
 def _json(record: KeyRead) -> dict[str, Any]:
-    """A record as --json prints it: as the admin API tells it, and who owns it."""
+    """A record for --json: the fields of the admin API, and its owner."""
     return {**record.model_dump(exclude={"managed_by_file", "warnings"}), "from": _origin(record)}
 
 

@@ -14,10 +14,12 @@ import msgspec
 import typer
 
 from tidegate._version import __version__
+from tidegate.cli.client_tls import CaOption, CertKeyOption, CertOption, ClientTls, own_data_plane
 from tidegate.cli.common import ConfigOption, JsonOption, print_json, read_settings
 from tidegate.cli.control_plane import one_line
 from tidegate.cli.data_plane import request_data_plane
 from tidegate.errors import SettingsError
+from tidegate.listen_address import listener_url
 from tidegate.tools.terminal import say
 from tidegate.wire import DecisionBody
 
@@ -56,7 +58,7 @@ def serve(
     and is deleted when the server stops. With [server] workers above 1 it runs that many processes on one
     address; they need counters in Redis.
     """
-    from tidegate.catalog.sql.engine import shown
+    from tidegate.catalog.sql.engine import redacted_url
     from tidegate.server.run import ignore_signals, run
     from tidegate.server.supervisor import supervise
     from tidegate.server.worker import WorkerSlot, work
@@ -71,19 +73,19 @@ def serve(
     def print_token(instance: Instance) -> None:
         if instance.first_token is not None:
             typer.echo(
-                f"control plane at http://{instance.admin_address}, token of the first operator, not shown again: "
-                f"{instance.first_token}"
+                f"control plane at {instance.admin_url}, token of the first operator, not shown again: {instance.first_token}"
             )
             sys.stdout.flush()
 
     def print_address(address: str) -> None:
-        if demo:
+        url = listener_url(address, settings.uses_tls("http"))
+        if demo and url.startswith("http://"):
             typer.echo(_TOUR.format(address=address))
         else:
             policy = settings.policy_path
             typer.echo(
-                f"tidegate {__version__} listens at http://{address} "
-                f"({'policy file ' + str(policy) if policy else 'no policy file'}, catalog {shown(settings.catalog.url)}, "
+                f"tidegate {__version__} listens at {url} "
+                f"({'policy file ' + str(policy) if policy else 'no policy file'}, catalog {redacted_url(settings.catalog.url)}, "
                 f"counters {scheme_of(settings.counters.url)}://)"
             )
         sys.stdout.flush()
@@ -135,7 +137,10 @@ def check(
     path: Annotated[str, typer.Argument(help="Path of the request.")],
     ip: Annotated[str | None, typer.Option("--ip", help="Client address.")] = None,
     cost: Annotated[int, typer.Option("--cost", help="Units; 0 reads without charging.")] = 1,
-    url: Annotated[str | None, typer.Option("--url", help="URL of the server; default: [server] http.")] = None,
+    url: Annotated[str | None, typer.Option("--url", help="URL of the server, also unix:/path; default: [server] http.")] = None,
+    ca: CaOption = None,
+    cert: CertOption = None,
+    cert_key: CertKeyOption = None,
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> int:
@@ -143,13 +148,18 @@ def check(
 
     Exit code 0: allowed. 1: denied. 2: no decision.
     """
-    address = url or f"http://{read_settings(config).server.http}"
+    tls = ClientTls(ca, cert, cert_key)
+    if url is None:
+        settings = read_settings(config)
+        address, tls = own_data_plane(settings, tls)
+    else:
+        address = url
     body: dict[str, Any] = {"method": method, "path": path, "cost": cost}
     if key != "-":
         body["api_key"] = key
     if ip is not None:
         body["ip"] = ip
-    status, answer = request_data_plane(address, "/v1/check", body)
+    status, answer = request_data_plane(address, "/v1/check", body, tls)
     if as_json:
         print_json(answer)
     if status in (200, 429):

@@ -29,8 +29,8 @@ class Client:
         answer = client.check("/api/v1/items", "GET", api_key="demo-free-key-0001", ip="203.0.113.7")
 
     Args:
-        urls: URL of a server's data plane, or several in order of preference: the next one is used only if the previous one
-            cannot have counted the check.
+        urls: URL of a server's data plane, `http://…`, `https://…` or `unix:/path`, or several in order of preference: the next
+            one is used only if the previous one cannot have counted the check.
         deadline_s: time limit of a call, 0.001 to 3600 s, from its start to the last byte of the response, for all servers
             together. It does not include DNS resolution, which the operating system limits.
         on_failure: decision for checks when no server is available: `allow`, `deny`, or `raise`.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from typing import Final
 
 from tidegate.doors.client_address import counted_client
@@ -12,13 +13,15 @@ from tidegate.gate.gate import Gate
 from tidegate.policy.key_format import KEY_PREFIX, is_possible_key
 
 _SCHEME: Final = "bearer"
+_JWT: Final = re.compile(r"eyJ[\w-]*+(?:\.[\w-]*+){2}(?:(?:\.[\w-]*+){2})?", re.ASCII)
+"""A JSON Web Token, signed (three parts) or encrypted (five): its first part is base64 that begins with `{"`."""
 
 
 async def refuse_bearer_key(gate: Gate, headers: RequestHeaders, ip: str | None) -> None:
-    """Refuse a request without an API key whose bearer token is one. Any other token is the API's own affair.
+    """Refuse a request without an API key whose bearer token is one. Any other token passes: the API may read it.
 
-    Costs one look at the headers for a request without `Authorization`, and a look-up of the token, cached as any key, where it
-    has the form of a key; a JWT has not.
+    Costs one search of the headers for a request without `Authorization`, and a look-up of the token, cached as any key, if it
+    can be a key: at most 512 visible ASCII characters, and not a JWT.
 
     Args:
         gate: knows the keys.
@@ -38,7 +41,7 @@ async def refuse_bearer_key(gate: Gate, headers: RequestHeaders, ip: str | None)
 async def _is_key(gate: Gate, token: str, ip: str | None) -> bool:
     if token.startswith(KEY_PREFIX):
         return True  # also where it is mistyped: it was meant to be one
-    if not is_possible_key(token):
+    if not is_possible_key(token) or _JWT.fullmatch(token):
         return False
     try:
         client = None if ip is None else f"bearer:{counted_client(ip, ip)}"

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Final, cast
 from tidegate.doors.client_address import peer_address
 from tidegate.doors.http_exchange import Exchange, PlainRequest, RequestHeaders
 from tidegate.doors.http_parser import BODY, HEAD, MAX_HEAD_BYTES, MAX_HEADERS, RequestParser
-from tidegate.doors.refusals import RequestTooSlow, TooManyConnections
+from tidegate.doors.peer_names import peer_names
+from tidegate.doors.refusals import RequestTooSlow
 from tidegate.errors import TidegateError
-from tidegate.settings import join_address
+from tidegate.listen_address import join_address
 
 if TYPE_CHECKING:
     from tidegate.doors.http_server import HttpServer
@@ -43,9 +44,11 @@ class Connection(RequestParser, asyncio.Protocol):
         server: that accepted it.
         client: address and port of the peer, `host:port`; empty where it has none (a unix socket).
         peer: the address alone, without brackets.
+        peer_names: names in the certificate of the peer, see `peer_names.certificate_names`; empty without mutual TLS.
         lost: whether there is no one to answer any more.
         closing: whether the connection ends after what is being answered.
-        restricted: whether it came above the limit of connections, and is answered for probes alone.
+        restricted: whether `HttpServer.refusal` decides what it is answered for: it came above the limit of connections, or the
+            names of its peer are not allowed.
         table: the server's table that it waits in: for a head, for the next request, or to be closed; None while it is answered.
             A request that is answered in the turn of the loop in which it arrived does not move it.
         tick: of the server, when it was put into that table.
@@ -64,6 +67,7 @@ class Connection(RequestParser, asyncio.Protocol):
         "closing",
         "lost",
         "peer",
+        "peer_names",
         "restricted",
         "server",
         "table",
@@ -74,6 +78,7 @@ class Connection(RequestParser, asyncio.Protocol):
         super().__init__()
         self.server = server
         self.client = self.peer = ""
+        self.peer_names: tuple[str, ...] = ()
         self.closing = self.lost = False
         self.restricted = False
         self.table: OrderedDict[Connection, float] | None = None
@@ -96,6 +101,7 @@ class Connection(RequestParser, asyncio.Protocol):
         if isinstance(peer, tuple):
             self.client = join_address(peer[0], peer[1])
             self.peer = peer_address(self.client)
+        self.peer_names = peer_names(transport)
         self.server.admit(self)
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 - asyncio's signature
@@ -124,7 +130,7 @@ class Connection(RequestParser, asyncio.Protocol):
         """The client sends no more; it is still answered what it asked."""
         self._eof = True
         partial = self._receiving is not None or self._part == HEAD
-        return not partial and (self._current is not None or bool(self._waiting))
+        return not partial and (self._current is not None or bool(self._waiting)) and self.server.half_closes
 
     def pause_writing(self) -> None:
         """The client does not take its answers: nothing more is read or decided for it until it does."""
@@ -161,10 +167,8 @@ class Connection(RequestParser, asyncio.Protocol):
         self.server.leave_table(self)
         exchange = request.open() if type(request) is PlainRequest else cast("Exchange", request)
         refusal = exchange.refusal
-        if refusal is None and self.restricted and exchange.path not in self.server.probes:
-            refusal = TooManyConnections(
-                "too many connections are open, and every one is in use: retry, or raise server.max_connections"
-            )
+        if refusal is None and self.restricted:
+            refusal = self.server.refusal(self, exchange.path)
         if refusal is not None:
             self._stopped = self._lingers = True
             exchange.refuse(refusal)

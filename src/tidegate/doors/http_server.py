@@ -5,6 +5,8 @@ processor's caches. `Connection` is one connection; this module has what they sh
 
 Above `max_connections` the connection that has waited longest without a request makes room. Where every one is being answered,
 up to `RESERVED` more are accepted for probes (health, metrics) alone, so that an overloaded instance can still be probed.
+
+TLS handshakes in progress count as connections, but never evict one that is open: at their bound the oldest of them is dropped.
 """
 
 from __future__ import annotations
@@ -22,10 +24,14 @@ from functools import partial
 from typing import Any, Final, cast
 
 from tidegate import time_slice
+from tidegate.doors.accept_queue import accept_queued
 from tidegate.doors.continuation import Continuation
 from tidegate.doors.http_connection import Connection
 from tidegate.doors.http_exchange import PHRASES, Exchange, PlainRequest
-from tidegate.doors.refusals import InternalError
+from tidegate.doors.refusals import ClientNotAllowed, InternalError, TooManyConnections
+from tidegate.doors.tls import ServerTls
+from tidegate.doors.tls_acceptor import TlsAcceptor
+from tidegate.errors import TidegateError
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +44,8 @@ _TICK_S: Final = 0.5
 _MAX_PASSED: Final = 64
 _LOOK_EVERY: Final = 16
 """So many plain answers, of about 10 µs, are given between two looks at the clock."""
+_LAST_REQUEST_S: Final = 0.5
+"""How long, after the listening socket has closed, an accepted connection may take to send the request that it was opened for."""
 
 
 class HttpServer:
@@ -51,6 +59,7 @@ class HttpServer:
         idle_timeout_s: how long a connection may wait for its next request, s.
         write_timeout_s: how long a client may leave its answers untaken, s.
         max_connections: most open at a time, 1 or more.
+        tls: certificate, and names that clients need; None without TLS.
 
     Attributes:
         refused: connections that were closed at once because all were in use.
@@ -58,6 +67,7 @@ class HttpServer:
         tick: how often time-outs were looked at; no table is more exact.
         date_line: the Date header of an answer made now.
         heads: the status line and the Date header of one, by status.
+        refused_names: connections of clients whose certificate has none of the names that it needs.
     """
 
     def __init__(
@@ -67,9 +77,10 @@ class HttpServer:
         idle_timeout_s: float = 75.0,
         write_timeout_s: float = 30.0,
         max_connections: int = 10_000,
+        tls: ServerTls | None = None,
     ) -> None:
         self.header_timeout_s = header_timeout_s
-        self.probes = PROBES
+        self.refused_names = 0
         self.refused = self.evicted = self.tick = 0
         self.date_line = ""
         self.heads: dict[int, bytes] = {}
@@ -79,6 +90,9 @@ class HttpServer:
         self._idle_timeout_s = idle_timeout_s
         self._write_timeout_s = write_timeout_s
         self._max_connections = max_connections
+        self._tls = tls
+        self._max_handshakes = max(max_connections // 2, 1)
+        self._acceptor: TlsAcceptor | None = None
         self._connections: set[Connection] = set()
         self._reading: OrderedDict[Connection, float] = OrderedDict()
         self._idle: OrderedDict[Connection, float] = OrderedDict()
@@ -86,13 +100,26 @@ class HttpServer:
         self._undecided: list[Exchange | PlainRequest] = []
         self._unwritten: list[Connection] = []
         self._server: asyncio.Server | None = None
+        self._listening: socket.socket | None = None
+        self._stopping = False
         self._ticking: asyncio.TimerHandle | None = None
         self._empty: asyncio.Event | None = None
 
     @property
     def connections(self) -> int:
-        """How many are open."""
-        return len(self._connections)
+        """How many are open, with those whose TLS handshake is in progress."""
+        return len(self._connections) + len(self._acceptor or ())
+
+    @property
+    def handshakes_refused(self) -> dict[str, int]:
+        """TLS connections that were refused, by reason: `failed`, `dropped` to make room for others, or `client_name`."""
+        failures = {} if self._acceptor is None else self._acceptor.failures
+        return {"client_name": self.refused_names, **{each: failures.get(each, 0) for each in ("dropped", "failed")}}
+
+    @property
+    def half_closes(self) -> bool:
+        """Whether a client that sends no more can still be answered; not with TLS on asyncio."""
+        return self._tls is None
 
     async def start(self, listening: socket.socket) -> None:
         """Accept connections.
@@ -103,21 +130,57 @@ class HttpServer:
         self._loop = asyncio.get_running_loop()
         self.now: Callable[[], float] = self._loop.time
         self._tick()
-        self._server = await self._loop.create_server(lambda: Connection(self), sock=listening, backlog=BACKLOG)
+        if self._tls is not None:
+            self._acceptor = TlsAcceptor(
+                listening, self._tls, lambda: Connection(self), self.header_timeout_s, self._handshakes_are_many
+            )
+            self._acceptor.start(BACKLOG)
+            return
+        self._listening = listening.dup()  # to accept what is queued when the server has closed its own
+        create = self._loop.create_unix_server if listening.family == socket.AF_UNIX else self._loop.create_server
+        self._server = await create(lambda: Connection(self), sock=listening, backlog=BACKLOG)
+
+    async def stop_accepting(self) -> None:
+        """Close the listening socket, after accepting what is queued; open connections are served as before."""
+        if self._acceptor is not None:
+            self._acceptor.stop_accepting()
+        listening, self._listening = self._listening, None
+        if listening is None:
+            return
+        with listening:
+            if self._server is None:
+                return
+            self._server.close()
+            queued = accept_queued(listening)
+        for accepted in queued:
+            try:
+                await self._loop.connect_accepted_socket(lambda: Connection(self), accepted)
+            except OSError:  # its client has left
+                accepted.close()
 
     async def stop(self, timeout_s: float) -> None:
         """Accept no more, close what waits, finish what is being answered.
 
+        A connection that has just been accepted, or on which a request has begun to arrive, is given a moment to send it.
+
         Args:
             timeout_s: for how long to wait for that.
         """
-        if self._server is None:
+        self._stopping = True
+        await self.stop_accepting()
+        if self._server is None and self._acceptor is None:
             return
-        self._server.close()
-        self._server = None
+        last_request_s = min(_LAST_REQUEST_S, timeout_s / 2)
+        if self._acceptor is not None:
+            await self._acceptor.close(last_request_s)
+        self._server = self._acceptor = None
         self._empty = asyncio.Event()
         for connection in list(self._connections):
-            connection.shut_down()
+            if connection.table is self._reading:
+                connection.closing = True
+            else:
+                connection.shut_down()
+        self._loop.call_later(last_request_s, self._shut_down_all)
         if self._connections:
             try:
                 await asyncio.wait_for(self._empty.wait(), timeout_s)
@@ -127,6 +190,10 @@ class HttpServer:
                     connection.abort()
         if self._ticking is not None:
             self._ticking.cancel()
+
+    def _shut_down_all(self) -> None:
+        for connection in list(self._connections):
+            connection.shut_down()
 
     def decide(self, request: Exchange | PlainRequest) -> None:
         """Have the app answer a request, after all that arrived in this turn of the loop was parsed.
@@ -197,18 +264,49 @@ class HttpServer:
         if not exchange.answered:
             exchange.refuse(InternalError("internal error of the limiter: see its log"))
 
+    def _handshakes_are_many(self) -> bool:
+        return len(self._acceptor or ()) > self._max_handshakes or self.connections > self._max_connections + RESERVED
+
     # -- what connections say -----------------------------------------------------------------------------------------------
+
+    def refusal(self, connection: Connection, path: str) -> TidegateError | None:
+        """Why a restricted connection is not answered for a path; None where it is."""
+        if self._tls is not None and not self._allows(connection):
+            return ClientNotAllowed(
+                f"none of the names in the client certificate ({', '.join(connection.peer_names)[:500] or 'it has none'}) is in "
+                "tls.client_names"
+            )
+        if path in PROBES:
+            return None
+        return TooManyConnections(
+            "too many connections are open, and every one is in use: retry, or raise server.max_connections"
+        )
+
+    def _allows(self, connection: Connection) -> bool:
+        names = () if self._tls is None else self._tls.client_names
+        return not names or not names.isdisjoint(connection.peer_names)
 
     def admit(self, connection: Connection) -> None:
         """A connection was accepted: make room for it, or restrict it, where there are too many."""
         self._connections.add(connection)
-        if len(self._connections) > self._max_connections:
+        connection.closing = self._stopping
+        if self._acceptor is not None:
+            self._acceptor.completed(connection)
+        if self._tls is not None and not self._allows(connection):
+            self.refused_names += 1
+            logger.warning(
+                "refused a client whose certificate has none of tls.client_names: it has %s",
+                ", ".join(connection.peer_names)[:500] or "no name",
+            )
+            connection.restricted = True
+        if self.connections > self._max_connections:
             oldest = self._longest_waiting()
             if oldest is not None:
                 self.evicted += 1
-                oldest.close()
+                # With TLS, closing waits for the client.
+                (oldest.close if self._tls is None else oldest.abort)()
                 self.forget(oldest)  # at once: others may be accepted before asyncio reports its end
-            elif len(self._connections) > self._max_connections + RESERVED:
+            elif self.connections > self._max_connections + RESERVED:
                 self.refused += 1
                 connection.abort()
                 return

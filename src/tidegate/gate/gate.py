@@ -95,11 +95,14 @@ class Gate:
         answer = self.check_now(check)
         return answer if isinstance(answer, Decision) else await answer
 
-    def check_now(self, check: Check) -> Decision | Coroutine[Any, Any, Decision]:
+    def check_now(
+        self, check: Check, shadow_outcomes: list[ChargeOutcome] | None = None
+    ) -> Decision | Coroutine[Any, Any, Decision]:
         """As `check`, but decided before this returns where the caller is cached and the counters are in memory.
 
         Args:
             check: what is asked.
+            shadow_outcomes: receives the outcomes of shadow rules.
 
         Returns:
             The decision, or what gives it when awaited; until then nothing is done.
@@ -109,12 +112,12 @@ class Gate:
         """
         charge = self._charge_now
         if charge is None:
-            return self._check_later(check)
+            return self._check_later(check, shadow_outcomes)
         started_ns = _clock_ns()
         try:
             caller = self._find_cached(check.api_key)
             if caller is None:
-                return self._check_later(check)
+                return self._check_later(check, shadow_outcomes)
             ip = check.ip
             if ip is not None and ":" in ip:
                 ip = ipv6_client(ip)
@@ -122,8 +125,10 @@ class Gate:
             if tier.has_shadow_rules:
                 plan = self._plan_of(check, caller, ip)
                 charged = [charge(each.counters, each.cost) for each in plan.charges]
+                if shadow_outcomes is not None:
+                    shadow_outcomes.extend(plan.shadow_outcomes(charged))
                 told = self._tell(plan, charged, _clock_ns() - started_ns)
-                assert isinstance(told, Decision), "an immediate store always answers"
+                assert isinstance(told, Decision), "an immediate store always answer"
                 return told
             counters = _counters_of(check, caller, tier.match(check.method, check.path), ip)
         except TidegateError as error:
@@ -138,7 +143,7 @@ class Gate:
                 self._observe(_observation(decision, counters, latency_ns))
         return decision
 
-    async def _check_later(self, check: Check) -> Decision:
+    async def _check_later(self, check: Check, shadow_outcomes: list[ChargeOutcome] | None = None) -> Decision:
         started_ns = _clock_ns()
         try:
             ip = check.ip
@@ -146,6 +151,8 @@ class Gate:
                 ip = ipv6_client(ip)
             plan = self._plan_of(check, self._find_cached(check.api_key) or await self._caller(check.api_key, ip), ip)
             charged = await self.counters.charge(plan.charges) if plan.charges else ()
+            if shadow_outcomes is not None:
+                shadow_outcomes.extend(plan.shadow_outcomes(charged))
         except TidegateError as error:
             self._tell_error(error, _clock_ns() - started_ns)
             raise

@@ -256,8 +256,9 @@ def load_pyjwt() -> Any:
         SettingsError: if it is not installed.
     """
     try:
-        import jwt
         import jwt.algorithms
+
+        import jwt
     except ImportError:
         raise SettingsError("the policy has [jwt], which needs PyJWT: pip install 'tidegate[jwt]'") from None
     return jwt

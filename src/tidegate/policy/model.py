@@ -16,7 +16,7 @@ from tidegate.errors import PolicyError
 from tidegate.policy.descriptors import PREFIX as DESCRIPTOR
 from tidegate.policy.descriptors import canonical_descriptor, descriptor_entries
 from tidegate.policy.globs import Glob
-from tidegate.policy.key_format import FORM, hash_api_key, is_mistyped
+from tidegate.policy.key_format import FORM, MAX_KEY, MIN_WRITTEN_KEY, hash_api_key, is_mistyped
 from tidegate.policy.limits import Algorithm, Limit, OnFailure, fit_limits, member_of, short
 from tidegate.policy.paths import PathRules, canonical_path
 
@@ -316,8 +316,8 @@ def parse_key_digest(api_key: object = None, sha256: object = None) -> str:
         if sha256.lower() in _NO_KEY:
             raise PolicyError("sha256 is the digest of no text at all, so no API key matches it: printf %s KEY | sha256sum")
         return sha256.lower()
-    if not isinstance(api_key, str) or not FORM.fullmatch(api_key):
-        raise PolicyError("a 'key' must be 16 to 128 of letters, digits, '_' and '-'")
+    if not isinstance(api_key, str) or len(api_key) < MIN_WRITTEN_KEY or not FORM.fullmatch(api_key):
+        raise PolicyError(f"a 'key' must have {MIN_WRITTEN_KEY} to {MAX_KEY} visible ASCII characters and no spaces")
     if is_mistyped(api_key):
         raise PolicyError(
             f"the key that begins {api_key[:6]!r} has Tidegate's prefix but wrong check characters: "

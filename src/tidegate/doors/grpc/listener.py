@@ -12,7 +12,7 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from functools import partial
 from typing import Any, Final, TypeAlias
 
@@ -25,7 +25,7 @@ from tidegate.doors.grpc.messages import OK, OVER_LIMIT, RateLimitResponse
 from tidegate.doors.grpc.service import RateLimitService
 from tidegate.doors.grpc.status import CallRefused, Status
 from tidegate.errors import SettingsError
-from tidegate.settings import join_address
+from tidegate.listen_address import join_address
 from tidegate.telemetry.access import AccessLog
 from tidegate.telemetry.requests import CURRENT, Request
 
@@ -179,20 +179,34 @@ class GrpcListener:
             elif kind == EVENT_CALL and payload is not None:
                 if method == SHOULD_RATE_LIMIT:
                     if self._reads_metadata:
-                        answering: Coroutine[Any, Any, Any] = self._answer_observed(front, call_id, payload, event[5])
+                        self._start(self._answer_observed(front, call_id, payload, event[5]))
                     else:
-                        answering = self._answer(front, call_id, payload)
-                    task = self._loop.create_task(answering)
-                    self._tasks.add(task)
-                    task.add_done_callback(self._tasks.discard)
+                        self._answer_now(front, call_id, payload)
                 else:
                     self._answer_health(front, call_id, method, payload)
 
-    async def _answer(self, front: NativeGrpcFront, call_id: int, payload: bytes) -> bytes | Status:
+    def _start(self, answering: Coroutine[Any, Any, Any]) -> None:
+        task = self._loop.create_task(answering)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _answer_now(self, front: NativeGrpcFront, call_id: int, payload: bytes) -> None:
+        """Answer a call; in a task only if something has to be awaited."""
+        try:
+            answer = self._service.answer_now(payload)
+        except Exception as error:  # noqa: BLE001 - raised again where it is reported
+            answer = _raise(error)
+        if isinstance(answer, bytes):
+            front.respond(call_id, answer)
+            self.answered += 1
+        else:
+            self._start(self._answer(front, call_id, answer))
+
+    async def _answer(self, front: NativeGrpcFront, call_id: int, answering: Awaitable[bytes]) -> bytes | Status:
         """Answer a call; returns the `RateLimitResponse` or the gRPC status that was sent."""
         self.in_flight += 1
         try:
-            answer = await self._service.answer(payload)
+            answer = await answering
             front.respond(call_id, answer)
         except CallRefused as refused:
             front.fail(call_id, refused.status, refused.message)
@@ -215,7 +229,7 @@ class GrpcListener:
         CURRENT.set(request)
         started_ns = time.perf_counter_ns()
         try:
-            answer = await self._answer(front, call_id, payload)
+            answer = await self._answer(front, call_id, self._service.answer(payload))
             if access is not None and request.sampled:
                 took_ns = time.perf_counter_ns() - started_ns
                 code = answer.name if isinstance(answer, Status) else _CODES[RateLimitResponse.FromString(answer).overall_code]
@@ -243,3 +257,7 @@ class GrpcListener:
 def _metadata(pairs: Sequence[tuple[str, str | bytes]]) -> dict[str, str | bytes]:
     """The metadata of a call; the first value of each name."""
     return dict(reversed(pairs))
+
+
+async def _raise(error: Exception) -> bytes:
+    raise error

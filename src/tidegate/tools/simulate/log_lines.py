@@ -1,6 +1,6 @@
 """Lines of logs: from files or standard input, compressed or not, in bounded memory for any content.
 
-The elements of a log that is one JSON array are returned as lines.
+The elements of a log that is one JSON array are returned as lines, and so are JSON objects over several lines.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tidegate.errors import TidegateError
 
 MAX_LINE: Final = 64 * 1024
 MAX_ELEMENT: Final = 4 * MAX_LINE
-"""Maximum characters of an element of a JSON array."""
+"""Maximum characters of an element of a JSON array, and of a JSON object over several lines."""
 _ARRAY: Final = re.compile(r"\s*\[\s*(?:\{|$)")
 _BETWEEN: Final = re.compile(r"[\s,]*")
 
@@ -99,6 +99,7 @@ class LogLines:
         """Why the log ended early: a truncated or damaged compressed stream or array."""
         self._raw = self._open()
         self._compression = ""
+        self._damage: tuple[type[Exception], ...] = (EOFError, zlib.error, gzip.BadGzipFile, lzma.LZMAError)
         stream = self._raw
         start = cast("io.BufferedReader", self._raw).peek(6)
         for magic, (name, decompress) in _COMPRESSIONS.items():
@@ -110,6 +111,8 @@ class LogLines:
                     if source != "-":
                         self._raw.close()
                     raise LogError(f"{source} cannot be read: {error.message}") from None
+                if name == "zstd":
+                    self._damage += (importlib.import_module("compression.zstd").ZstdError,)
         # Bytes that are not UTF-8 become \xNN: hostile bytes stay visible and harmless.
         self._text = io.TextIOWrapper(stream, encoding="utf-8", errors="backslashreplace", newline="\n")
 
@@ -124,7 +127,7 @@ class LogLines:
         """The lines with their line ends; a line is truncated to 64 KB."""
         try:
             yield from self._lines()
-        except (EOFError, zlib.error, gzip.BadGzipFile, lzma.LZMAError) as error:
+        except self._damage as error:
             self._break(error)
         except OSError as error:
             if self._compression and error.errno is None:  # bzip2's "Invalid data stream", which has no class of its own
@@ -143,6 +146,9 @@ class LogLines:
                 first = False
                 if _ARRAY.match(line):
                     yield from self._elements(line)
+                    return
+                if line.lstrip()[0] == "{" and line[-1] == "\n" and line.rstrip()[-1] != "}":
+                    yield from self._objects(line)
                     return
             if line and line[-1] != "\n" and len(line) >= MAX_LINE - 1:
                 while (rest := read(MAX_LINE)) and rest[-1] != "\n":
@@ -175,6 +181,29 @@ class LogLines:
             more = self._text.read(MAX_LINE)
             ended = not more
             buffer, at = buffer[at:] + more, 0
+
+    def _objects(self, line: str) -> Iterator[str]:
+        """The JSON objects of a log that writes each over several lines, as `jq` does, each as text.
+
+        A line that begins with `{` after one that ends with `}` begins an object: within JSON a comma separates the two, and
+        strings contain no line breaks. A damaged object therefore costs no more than itself, and takes no other one with it. An
+        object is truncated to `MAX_ELEMENT`.
+        """
+        pieces: list[str] = []
+        length = 0
+        is_complete = False
+        while line:
+            text = line.strip()
+            if is_complete and text[:1] == "{":
+                yield "".join(pieces)
+                pieces, length = [], 0
+            if text:
+                is_complete = text[-1] == "}"
+            if length < MAX_ELEMENT:
+                pieces.append(line[: MAX_ELEMENT - length])
+                length += len(line)
+            line = self._text.readline(MAX_LINE)
+        yield "".join(pieces)
 
     def _break(self, error: Exception) -> None:
         self.broken = (

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Final, NamedTuple, TypeAlias
 
+from tidegate.policy.key_format import MAX_KEY
 from tidegate.policy.paths import MAX_PATH_BYTES
 from tidegate.tools.simulate.log_times import Malformed
 
@@ -14,7 +15,6 @@ MAX_NAME: Final = 255
 METHOD: Final = re.compile(r"[A-Z][A-Z_-]{0,31}", re.ASCII)
 _ESCAPED: Final = re.compile(r"(\\(?:x[0-9A-Fa-f]{2}|.))", re.DOTALL)
 _HEX: Final = "0123456789ABCDEFabcdef"
-_MAX_KEY: Final = 128
 _AUTHORITY: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]{0,15}://[^/?#]*")
 
 
@@ -100,7 +100,7 @@ def name_of(value: object) -> str:
 
 def key_of(value: object) -> str:
     """The API key from a logged value; empty if it cannot be a key."""
-    return value if isinstance(value, str) and value != "-" and len(value) <= _MAX_KEY else ""
+    return value if isinstance(value, str) and value != "-" and len(value) <= MAX_KEY else ""
 
 
 def replace_escapes(text: str, replacements: Mapping[str, str]) -> str:

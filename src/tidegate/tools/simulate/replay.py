@@ -170,9 +170,11 @@ class Replay:
         try:
             caller_record = self._callers[api_key]
         except KeyError:
-            if len(self._callers) >= _MAX_REMEMBERED:
-                self._callers.clear()
-            caller_record = self._callers[api_key] = self._look_up(api_key)
+            caller_record = self._look_up(api_key)
+            if len(api_key) <= _REMEMBERED_LENGTH:
+                if len(self._callers) >= _MAX_REMEMBERED:
+                    self._callers.clear()
+                self._callers[api_key] = caller_record
         if caller_record is None:
             self.unknown_keys += 1
         return caller_record
