@@ -232,7 +232,7 @@ def main() -> None:
             "POST /v1/check": (own, "/v1/check", str(post)),
         }
         if release is not None:
-            cases["release"] = (stack.enter_context(ours(other, release)), "/v1/authorize", None)
+            cases["release"] = (stack.enter_context(ours(other, python=release)), "/v1/authorize", None)
         if not arguments.bare:
             cases["FastAPI + slowapi"] = (stack.enter_context(peer("slowapi_app")), "/v1/authorize", None)
         cpu_us, rates = interleaved(cases, rounds, seconds)

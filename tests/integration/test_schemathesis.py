@@ -21,6 +21,8 @@ from tidegate.settings import CatalogSettings, PolicySettings, ServerSettings, S
 OPERATIONS = {
     ("post", "/v1/check"),
     ("post", "/v1/check/batch"),
+    ("post", "/v1/limit"),
+    ("post", "/v1/limit/batch"),
     ("get", "/v1/authorize"),
     ("get", "/v1/usage"),
     ("head", "/v1/usage"),
