@@ -288,7 +288,7 @@ def changes(smoke: bool) -> Cost:
             if table == "changes":
                 last.note(Changes(number + 1, 0, ((number + 1, ("key", f"k{number}")),)))
             else:
-                replicas.made(number + 1)
+                replicas.add_version(number + 1)
 
         async def fill(numbers: range) -> None:
             for number in numbers:

@@ -1,6 +1,8 @@
 """CPU per check over gRPC beside the HTTP door and the same service under grpc.aio, and what asking Tidegate adds behind Envoy.
 
-    python -m bench.grpc [--smoke]
+    python -m bench.grpc [--smoke] [--before DIRECTORY]
+
+With --before, the Tidegate whose `src/` is in DIRECTORY (a checkout of an earlier version) is measured in turns with this one.
 
 h2load (Debian package nghttp2-client) asks as Envoy does: two connections, 32 calls in flight on each. CPU time is what the
 kernel accounts to the server's process, its threads included. Envoy runs with the configurations of deploy/envoy/, before a
@@ -9,6 +11,7 @@ service that answers at once. envoyproxy/ratelimit itself is measured where its 
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import importlib
 import re
@@ -24,7 +27,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from bench.http import HERE, cpu_of_tree, need_wrk, ours, server, wrk
-from bench.measure import Goal, asked_for_smoke, report
+from bench.measure import Goal, report
 from tidegate.doors.grpc.messages import RateLimitRequest
 
 DEPLOY = HERE.parent / "deploy" / "envoy"
@@ -53,8 +56,8 @@ class Asked(NamedTuple):
     p99_ms: float
 
 
-def call_body() -> bytes:
-    """The body of a call, as Envoy sends it for the descriptor of deploy/envoy/ratelimit.yaml."""
+def call_message() -> bytes:
+    """The message of a call, as Envoy sends it for the descriptor of deploy/envoy/ratelimit.yaml."""
     message = RateLimitRequest(domain=b"tidegate")
     entries = message.descriptors.add().entries
     for key, value in (
@@ -65,20 +68,30 @@ def call_body() -> bytes:
     ):
         entries.add(key=key, value=value)
     payload: bytes = message.SerializeToString()
-    return b"\0" + len(payload).to_bytes(4, "big") + payload
+    return payload
 
 
-def h2load(pid: int, port: int, directory: str, calls: int, streams: int = STREAMS) -> Asked:
-    """Make calls as fast as they are answered."""
+def h2load(
+    pid: int,
+    port: int,
+    directory: str,
+    calls: int,
+    streams: int = STREAMS,
+    method: str = METHOD,
+    message: bytes | None = None,
+    scheme: str = "http",
+) -> Asked:
+    """Make calls as fast as they are answered; of `ShouldRateLimit` with `call_message()` by default."""
     body, log = Path(directory, "call.bin"), Path(directory, "h2load.log")
-    body.write_bytes(call_body())
+    sent = call_message() if message is None else message
+    body.write_bytes(b"\0" + len(sent).to_bytes(4, "big") + sent)
     log.unlink(missing_ok=True)
     before, started = cpu_of_tree(pid), time.monotonic()
     done = subprocess.run(
         [
             *("h2load", "-n", str(calls), "-c", str(CONNECTIONS), "-m", str(streams), "-t1", "-d", str(body)),
             *(f"--log-file={log}", "-H", "content-type: application/grpc", "-H", "te: trailers"),
-            f"http://127.0.0.1:{port}{METHOD}",
+            f"{scheme}://127.0.0.1:{port}{method}",
         ],
         capture_output=True,
         text=True,
@@ -89,6 +102,14 @@ def h2load(pid: int, port: int, directory: str, calls: int, streams: int = STREA
         raise RuntimeError(f"h2load said:\n{done.stdout}{done.stderr}")
     us = sorted(int(line.split("\t")[2]) for line in log.read_text().splitlines())
     return Asked(used_s / calls * 1e6, calls / took_s, us[len(us) // 2] / 1000, us[len(us) * 99 // 100] / 1000)
+
+
+def certificate(directory: str) -> dict[str, str]:
+    """Settings for TLS on the gRPC listener, with a certificate that is made for it."""
+    cert, key = str(Path(directory, "cert.pem")), str(Path(directory, "key.pem"))
+    options = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-subj", "/CN=bench", "-days", "2")
+    subprocess.run(["openssl", "req", "-x509", *options, "-keyout", key, "-out", cert], check=True, capture_output=True)
+    return {"TIDEGATE_TLS__CERT": cert, "TIDEGATE_TLS__KEY": key, "TIDEGATE_TLS__DOORS": "grpc"}
 
 
 @contextlib.contextmanager
@@ -183,8 +204,30 @@ def behind_envoy(
     ]
 
 
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--smoke", action="store_true", help="the smallest size: that it works, not how fast or how much")
+    parser.add_argument("--before", type=Path, metavar="DIRECTORY", help="a checkout of an earlier version, to compare with")
+    return parser.parse_args()
+
+
+@contextlib.contextmanager
+def earlier(checkout: Path, directory: str) -> Iterator[tuple[int, int]]:
+    """`tidegate serve` of another checkout; yields its process id and gRPC port."""
+    source = checkout.absolute() / "src"
+    if not (source / "tidegate").is_dir():
+        sys.exit(f"{checkout} has no src/tidegate: name a checkout of Tidegate")
+    own = Path(directory, "before")
+    own.mkdir()
+    port = free_port()
+    places = {"TIDEGATE_SERVER__GRPC": f"127.0.0.1:{port}", "TIDEGATE_SERVER__ADMIN": "", "PYTHONPATH": str(source)}
+    with ours(str(own), **places) as (pid, _):
+        yield pid, port
+
+
 def main() -> None:
-    smoke = asked_for_smoke(__doc__)
+    arguments = _arguments()
+    smoke = arguments.smoke
     rounds, seconds, calls = (1, 1, 500) if smoke else (5, 3, 20_000)
     need_wrk()
     if shutil.which("h2load") is None:
@@ -194,17 +237,23 @@ def main() -> None:
         pid, http_port = stack.enter_context(ours(directory, TIDEGATE_SERVER__GRPC=f"127.0.0.1:{grpc_port}"))
         door = str(HERE / "peers" / "grpcio_door.py")
         cases = {"ours": (pid, grpc_port)}
+        if arguments.before is not None:
+            cases["before"] = stack.enter_context(earlier(arguments.before, directory))
         cases["grpc.aio"] = stack.enter_context(server(lambda port: [sys.executable, door, str(port)], directory))
+        tls_port, tls_directory = free_port(), stack.enter_context(tempfile.TemporaryDirectory())
+        settings = {"TIDEGATE_SERVER__ADMIN": "", "TIDEGATE_SERVER__GRPC": f"127.0.0.1:{tls_port}", **certificate(tls_directory)}
+        cases["ours with TLS"] = (stack.enter_context(ours(tls_directory, **settings))[0], tls_port)
         if shutil.which("service_cmd"):
             cases["envoyproxy/ratelimit"] = stack.enter_context(original(directory))
-        for own_pid, port in cases.values():
-            h2load(own_pid, port, directory, calls // 10)
+        schemes = {"ours with TLS": "https"}
+        for name, (own_pid, port) in cases.items():
+            h2load(own_pid, port, directory, calls // 10, scheme=schemes.get(name, "http"))
         seen: dict[str, list[Asked]] = {name: [] for name in cases}
         alone: list[Asked] = []
         http_us: list[float] = []
         for _ in range(rounds):
             for name, (own_pid, port) in cases.items():
-                seen[name].append(h2load(own_pid, port, directory, calls))
+                seen[name].append(h2load(own_pid, port, directory, calls, scheme=schemes.get(name, "http")))
             alone.append(h2load(pid, grpc_port, directory, calls // 10, streams=1))
             http_us.append(_http_cpu_us(pid, http_port, seconds))
         envoys = behind_envoy(grpc_port, http_port, directory, rounds, seconds)
@@ -214,6 +263,7 @@ def main() -> None:
         ("ShouldRateLimit, µs CPU", median["ours"], Goal(at_most=120)),
         ("GET /v1/authorize in the same run, µs CPU", statistics.median(http_us), None),
         ("the same service under grpc.aio, µs CPU", median["grpc.aio"], None),
+        ("ShouldRateLimit with TLS, on grpc.aio, µs CPU", median["ours with TLS"], None),
         ("calls a CPU second, ratio to grpc.aio", median["grpc.aio"] / median["ours"], None),
         ("peak, calls/s", statistics.median(each.rate for each in own), None),
         (f"p50 with {CONNECTIONS * STREAMS} in flight, ms", statistics.median(each.p50_ms for each in own), None),
@@ -222,6 +272,12 @@ def main() -> None:
         (f"p99 with {CONNECTIONS} in flight, ms", statistics.median(each.p99_ms for each in alone), None),
         (f"µs CPU with {CONNECTIONS} in flight", statistics.median(each.cpu_us for each in alone), None),
     ]
+    if "before" in seen:
+        pairs = zip(own, seen["before"], strict=True)
+        figures.append((f"before ({arguments.before}), µs CPU", median["before"], None))
+        figures.append(
+            ("CPU to before, median of pairs", statistics.median(now.cpu_us / then.cpu_us for now, then in pairs), None)
+        )
     if "envoyproxy/ratelimit" in median:
         figures.append(("envoyproxy/ratelimit (Go, on Redis), µs CPU", median["envoyproxy/ratelimit"], None))
     report("grpc", "Envoy's rate limit service (CPU of the server's process)", [*figures, *envoys], smoke=smoke)

@@ -2,8 +2,8 @@
 
     python -m drills [NAME ...] [--smoke] [--pictures DIRECTORY] [--list]
 
-All drills where none is named. The exit code is 1 where a goal was missed; with --smoke the lengths are the smallest, and goals
-that depend on how fast the machine is are printed and not judged.
+All drills where none is named. The exit code is 1 where a goal was missed; with --smoke the lengths are the smallest, goals that
+depend on how fast the machine is are printed and not judged, and where none is named, the other programs of drills/ run as well.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Final
 
 import pytest
 
-from drills import balancer, instance
+from drills import balancer, handover, instance
 from drills.findings import Findings
 from drills.flood import DRILLS as FLOODS
 from drills.outcome import ChargeOutcome
@@ -30,15 +30,18 @@ from drills.postgres_failures import DRILLS as POSTGRES_FAILURES
 from drills.redis_changes import DRILLS as REDIS_CHANGES
 from drills.redis_outages import DRILLS as REDIS_FAILURES
 from drills.redis_outages import Size
+from drills.side_by_side import run_all
 from drills.soak import DRILLS as SOAKS
 
 Drill = Callable[[Size], Awaitable[ChargeOutcome | Findings]]
-PROGRAMS: Final = {"instance": instance, "balancer": balancer}
+PROGRAMS: Final = {"instance": instance, "handover": handover, "balancer": balancer}
 """Drills without a database, which have no table of this form: programs of their own."""
 DRILLS: Final[dict[str, Drill]] = {
     drill.__name__.replace("_", "-"): drill for drill in (*REDIS_FAILURES, *REDIS_CHANGES, *POSTGRES_FAILURES, *FLOODS, *SOAKS)
 }
 NAMES: Final = (*DRILLS, *PROGRAMS)
+BESIDES: Final = ("redis_failures", "autoscale", "fleet")
+"""Programs with drills of their own, which `--smoke` runs as well where no drill is named."""
 
 
 def _told(name: str) -> str:
@@ -89,6 +92,7 @@ def main() -> None:
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"which drills: {', '.join(NAMES)}")
     parser.add_argument("--smoke", action="store_true", help="the smallest size of each")
     parser.add_argument("--pictures", type=Path, default=Path(__file__).parent / "results", help="where pictures go")
+    parser.add_argument("--skip-missing", action="store_true", help="skip a drill whose servers are not installed, also if named")
     parser.add_argument("--list", action="store_true", help="name the drills and end")
     asked = parser.parse_args()
     if asked.list:
@@ -98,6 +102,19 @@ def main() -> None:
     unknown = sorted(set(asked.names) - set(NAMES))
     if unknown:
         parser.error(f"there is no drill {unknown[0]!r}: {', '.join(NAMES)}")
+    if asked.smoke and not asked.names:
+        # Goals that depend on the machine's speed are not judged: two at a time, since each waits most of the time.
+        program = [sys.executable, "-m", "drills", "--smoke", "--pictures", str(asked.pictures), "--skip-missing"]
+        others = {name: [sys.executable, "-m", f"drills.{name}", "--smoke"] for name in BESIDES}
+        missed = run_all({**{name: [*program, name] for name in NAMES}, **others}, at_once=2)
+    else:
+        missed = _one_by_one(asked)
+    if missed:
+        sys.exit(f"\ngoals missed: {', '.join(missed)}")
+
+
+def _one_by_one(asked: argparse.Namespace) -> list[str]:
+    """Run the drills that were asked for; returns the names of those that missed a goal."""
     missed = []
     for name in asked.names or NAMES:
         try:
@@ -105,11 +122,10 @@ def main() -> None:
                 missed.append(name)
         except pytest.skip.Exception as reason:
             # Where it was asked for by name, that is a failure; of all drills, the others go on.
-            if asked.names:
+            if asked.names and not asked.skip_missing:
                 sys.exit(f"{name}: {reason}")
             print(f"  skipped: {reason}", flush=True)
-    if missed:
-        sys.exit(f"\ngoals missed: {', '.join(missed)}")
+    return missed
 
 
 if __name__ == "__main__":

@@ -8,18 +8,21 @@ from tests import line_coverage
 import asyncio
 import contextlib
 import os
+import ssl
 import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
-from httpx._config import DEFAULT_TIMEOUT_CONFIG
+from httpx._config import DEFAULT_TIMEOUT_CONFIG, create_ssl_context
+from httpx._transports import default as _httpx_transports
 from hypothesis import HealthCheck, settings
 
-from tests import markers
+from tests import markers, run_order
 from tests.cases.doors import POLICY
 from tests.moments import PATIENCE_S
 from tests.servers.fixtures import (  # noqa: F401 - fixtures are found by their names
@@ -41,7 +44,7 @@ from tests.servers.fixtures import (  # noqa: F401 - fixtures are found by their
     running_valkey,
     valkey_server,
 )
-from tests.servers.ports import free_port
+from tests.servers.ports import accepts, free_port
 from tidegate.catalog.cached import CachedCatalog
 from tidegate.catalog.in_memory import PolicyCatalog
 from tidegate.counters.memory import MemoryCounters
@@ -52,6 +55,16 @@ from tidegate.policy.toml_reader import parse_policy
 # httpx gives up after 5 s where a test says nothing else; a server that starts on busy cores may need longer for an answer.
 for _part in ("connect", "read", "write", "pool"):
     setattr(DEFAULT_TIMEOUT_CONFIG, _part, PATIENCE_S)
+
+_default_tls = create_ssl_context()
+
+
+def _tls_of(verify: Any = True, cert: Any = None, trust_env: bool = True) -> ssl.SSLContext:
+    """One context for all clients that say nothing about TLS: to read the authorities takes 25 ms of CPU time."""
+    return _default_tls if verify is True and cert is None else create_ssl_context(verify, cert, trust_env)
+
+
+setattr(_httpx_transports, "create_ssl_context", _tls_of)  # noqa: B010 - the module does not export it
 
 # No example fails because it took long: on a busy machine any of them may wait for a core. Everything else stays as Hypothesis
 # chose it for where it runs: under CI its examples are the same in every run.
@@ -79,6 +92,13 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         item.add_marker(markers.kind_of(item.path, getattr(item, "fixturenames", ())))
+    if "PYTEST_XDIST_TESTRUNUID" in os.environ:  # a worker's process
+        items[:] = run_order.in_order(items)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> run_order.Portions | None:
+    return run_order.Portions(config, log) if config.getoption("dist") == "loadfile" else None
 
 
 class Clock:
@@ -113,8 +133,8 @@ def gate(clock: Clock, seen: list[Observation]) -> Gate:
 class Serve:
     """A `tidegate serve` process of its own, in a directory of its own; at a free port, if none is given.
 
-    What it says is kept in pipes, 64 KiB each, or in the log that is given. The control plane, a third of what a start costs, is
-    on for those who give a token or ask for it.
+    What it says is kept in pipes, 64 KiB each, or in the log that is given. The control plane is on for those
+    who give a token or ask for it: its code takes time to load.
     """
 
     def __init__(
@@ -158,11 +178,12 @@ class Serve:
             if self.process.poll() is not None:
                 said = self.log.read_text() if self.log is not None else self.process.stderr.read()  # type: ignore[union-attr]
                 raise AssertionError(f"serve ended with {self.process.returncode}: {said}")
-            try:
-                if httpx.get(f"{self.url}/readyz", timeout=1).status_code == 200:
-                    return
-            except httpx.TransportError:
-                time.sleep(0.05)
+            # A try to connect is cheap; a request by httpx takes time from the server that is about to start.
+            if accepts(self.port):
+                with contextlib.suppress(httpx.TransportError):
+                    if httpx.get(f"{self.url}/readyz", timeout=1).status_code == 200:
+                        return
+            time.sleep(0.05)
         raise AssertionError("serve did not get ready within 60 s")
 
     def run(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:

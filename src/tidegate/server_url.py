@@ -7,7 +7,7 @@ from urllib.parse import urlsplit
 import msgspec
 
 from tidegate.errors import SettingsError
-from tidegate.settings import is_host
+from tidegate.listen_address import UNIX_PREFIX, is_host, is_unix
 from tidegate.url_parts import masked
 
 
@@ -20,6 +20,7 @@ class Server(msgspec.Struct, frozen=True):
         host: name or address.
         port: 0 to 65,535.
         path: prefix of every path, without a slash at its end; usually empty.
+        unix_path: of the unix socket that is connected to, in place of host and port; empty for none.
     """
 
     url: str
@@ -27,14 +28,20 @@ class Server(msgspec.Struct, frozen=True):
     host: str
     port: int
     path: str
+    unix_path: str = ""
 
     @classmethod
     def at(cls, url: str) -> Server:
-        """Parse a URL such as `http://127.0.0.1:8080` or `https://name/prefix/of/a/proxy`.
+        """Parse a URL such as `http://127.0.0.1:8080`, `https://name/prefix/of/a/proxy` or `unix:/run/tidegate/http.sock`.
 
         Raises:
             SettingsError: if it is not the URL of a server.
         """
+        if is_unix(url):
+            path = url.removeprefix(UNIX_PREFIX)
+            if not path.startswith("/") or not path.isprintable():
+                raise _invalid_url(url)
+            return cls(url, False, "localhost", 80, "", path)
         if "@" in url:
             # The URL is not repeated: it usually contains a password.
             raise SettingsError(

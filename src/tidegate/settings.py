@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,12 +11,27 @@ from typing import Annotated, Any, Final, NamedTuple, get_type_hints
 
 import msgspec
 
+from tidegate.certificate_names import canonical_name
 from tidegate.errors import SettingsError
+from tidegate.listen_address import is_unix, parse_address
 
 ENVIRONMENT_PREFIX: Final = "TIDEGATE_"
 DEFAULT_FILE: Final = "tidegate.toml"
 DEFAULT_POLICY_FILE: Final = "tidegate.policy.toml"
 MIN_TOKEN_LENGTH: Final = 16
+SIDE_LISTENERS: Final = ("admin", "grpc", "probes")
+"""The settings of `[server]` with the addresses of listeners that can be disabled."""
+TLS_DOORS: Final = ("http", "grpc", "admin")
+
+_HEADER_NAME: Final = re.compile(r"[a-z0-9][a-z0-9-]{0,62}[a-z0-9]", re.ASCII)
+_OTHER_HEADERS: Final = frozenset(
+    {
+        *("accept", "accept-encoding", "connection", "cookie", "date", "expect", "forwarded", "host", "keep-alive", "te"),
+        *("traceparent", "tracestate", "trailer", "transfer-encoding", "upgrade", "user-agent", "via"),
+        *("x-api-key", "x-real-ip", "x-request-id", "x-tidegate-denied-status"),
+    }
+)
+"""Headers that a data plane reads for something else, or that proxies change."""
 
 
 class Range(NamedTuple):
@@ -39,10 +55,14 @@ class ServerSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """`[server]`: the listeners.
 
     Args:
-        http: address of the data plane.
-        admin: address of the control plane; empty disables it.
-        grpc: address of the gRPC door; empty disables it.
+        http: address of the data plane: `host:port`, or `unix:/path` for a unix socket.
+    admin: address of the control plane, in the same forms; empty disables it.
+    grpc: address of the gRPC listener; empty disables it.
+    probes: address of a further listener, without TLS, for /health, /readyz, /livez and /metrics alone, in the same forms;
+        empty disables it.
+    unix_mode: permissions of the unix sockets, octal.
         workers: number of processes.
+        reuse_port: whether another process may listen on the same addresses: the one that this one replaces.
         drain_s: how long SIGTERM waits for requests in flight, s.
         trusted_proxies: addresses and networks whose forwarding headers are trusted; `unix` for peers on a unix socket.
         body_timeout_s: how long a request body may take, s.
@@ -56,7 +76,10 @@ class ServerSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     http: str = "127.0.0.1:8080"
     admin: str = "127.0.0.1:8082"
     grpc: str = "127.0.0.1:8081"
+    probes: str = ""
+    unix_mode: str = "0660"
     workers: Annotated[int, Range(1, 1024)] = 1
+    reuse_port: bool = False
     drain_s: Annotated[float, Range(0, 3600)] = 10.0
     trusted_proxies: tuple[str, ...] = ("127.0.0.0/8", "::1/128")
     body_timeout_s: Annotated[float, Range(0.1, 3600)] = 10.0
@@ -65,6 +88,39 @@ class ServerSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     log_level: Annotated[str, Choice("debug", "info", "warning", "error")] = "info"
     log_format: Annotated[str, Choice("auto", "json", "text")] = "auto"
     access_log_sample: Annotated[float, Range(0, 1)] = 0.0
+
+
+class TlsSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """`[tls]`: TLS of the listeners.
+
+    Args:
+        cert: PEM file with the certificate of this server and its chain; TLS is disabled if empty.
+        key: PEM file with its private key; if empty, the key is in the file of `cert`.
+        client_ca: PEM file with the authorities of client certificates; clients need a certificate if this is set.
+        client_names: DNS names, URIs and addresses; clients need a certificate with at least one of them if this is set.
+        doors: listeners that use TLS.
+    """
+
+    cert: str = ""
+    key: str = ""
+    client_ca: str = ""
+    client_names: tuple[str, ...] = ()
+    doors: tuple[str, ...] = ("http", "grpc", "admin")
+
+
+class CallersAuthSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """`[callers_auth]`: who may call the data plane, over HTTP and gRPC. Probes and /metrics need nothing.
+
+    Args:
+        mode: open, token (gateways and back ends send a token of the catalog), or mtls (their certificate has one of `names`).
+        header: HTTP header, or gRPC metadata, that carries the token; with or without `Bearer` before it.
+        names: DNS names, URIs and addresses of certificates that may call with mtls; `*.example.com` for any name of one more
+            label, `*` for every certificate that `tls.client_ca` signed.
+    """
+
+    mode: Annotated[str, Choice("open", "token", "mtls")] = "open"
+    header: str = "X-Tidegate-Token"
+    names: tuple[str, ...] = ()
 
 
 class PolicySettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -206,7 +262,7 @@ class TracingSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class EnvoySettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """`[envoy]`: how the gRPC door reads Envoy's descriptors.
+    """`[envoy]`: how the gRPC listener reads Envoy's descriptors.
 
     Args:
         domain: domain whose descriptors are checks under the policy.
@@ -229,6 +285,8 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """All settings; each section is a class above."""
 
     server: ServerSettings = ServerSettings()
+    tls: TlsSettings = TlsSettings()
+    callers_auth: CallersAuthSettings = CallersAuthSettings()
     policy: PolicySettings = PolicySettings()
     paths: PathSettings = PathSettings()
     catalog: CatalogSettings = CatalogSettings()
@@ -239,6 +297,10 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     violations: ViolationSettings = ViolationSettings()
     tracing: TracingSettings = TracingSettings()
     envoy: EnvoySettings = EnvoySettings()
+
+    def uses_tls(self, door: str) -> bool:
+        """Whether a listener of `TLS_DOORS` uses TLS; on a unix socket it does not, whatever the settings say."""
+        return bool(self.tls.cert) and door in self.tls.doors
 
     @property
     def policy_path(self) -> Path | None:
@@ -279,9 +341,16 @@ def load_settings(file: Path | None, environment: Mapping[str, str]) -> Settings
     except msgspec.ValidationError as error:
         raise SettingsError(f"invalid setting: {error} (in {source}, or in a TIDEGATE_ variable)") from None
     _check_limits(settings)
-    for name in ("http", "admin", "grpc"):
+    for name in ("http", *SIDE_LISTENERS):
         if name == "http" or getattr(settings.server, name):
             parse_address(getattr(settings.server, name), f"server.{name}")
+    if is_unix(settings.server.grpc):
+        raise SettingsError(
+            f"setting server.grpc = {settings.server.grpc[:200]!r}: the gRPC listener cannot use a unix socket; set host:port"
+        )
+    unix_mode(settings.server)
+    _check_tls(settings.tls)
+    _check_callers_auth(settings)
     entries = [getattr(settings.envoy, f"{what}_entry") for what in ("api_key", "method", "path", "ip")]
     if not all(entries) or len(set(entries)) < len(entries):
         raise SettingsError(f"settings envoy.*_entry = {', '.join(entries)}: the names must be distinct and not empty")
@@ -301,49 +370,80 @@ def load_settings(file: Path | None, environment: Mapping[str, str]) -> Settings
     return settings
 
 
-def parse_address(text: str, name: str) -> tuple[str, int]:
-    """Read a listener's address.
-
-    Args:
-        text: `host:port`, with an IPv6 host in brackets.
-        name: name of the setting, for the error.
-
-    Returns:
-        Host and port, 0 to 65535 (0: any free one).
+def unix_mode(server: ServerSettings) -> int:
+    """The permissions of the unix sockets.
 
     Raises:
-        SettingsError: naming the setting and its value.
+        SettingsError: if the setting is not an octal number from 0 to 0777.
     """
-    host, colon, port = text.rpartition(":")
-    host = host.strip("[]")
-    if not colon or not is_host(host) or not port.isascii() or not port.isdecimal() or int(port[:6]) > 65_535:
+    if not re.fullmatch(r"0?[0-7]{3}", server.unix_mode, re.ASCII):
+        raise SettingsError(f"setting server.unix_mode = {server.unix_mode[:20]!r} must be octal, e.g. '0660'")
+    return int(server.unix_mode, 8)
+
+
+def _check_tls(tls: TlsSettings) -> None:
+    """What is wrong with `[tls]` whatever the files hold."""
+    for door in tls.doors:
+        if door not in TLS_DOORS:
+            raise SettingsError(f"setting tls.doors has {door[:60]!r}, which is not a listener; use {', '.join(TLS_DOORS)}")
+    if not tls.cert:
+        for name in ("key", "client_ca", "client_names"):
+            if getattr(tls, name):
+                raise SettingsError(
+                    f"setting tls.{name} needs tls.cert: set the file of the server's certificate, or remove tls.{name}"
+                )
+    elif not tls.doors:
+        raise SettingsError("setting tls.doors is empty: list the listeners that use TLS, or remove tls.cert to disable TLS")
+    if tls.client_names and not tls.client_ca:
         raise SettingsError(
-            f"setting {name} = {text[:200]!r} is not a valid address; expected host:port, e.g. '127.0.0.1:8080' or '[::1]:8080'"
+            "setting tls.client_names needs tls.client_ca, the authorities that sign client certificates: "
+            "without it clients are not asked for a certificate, and none would have a name"
         )
-    return host, int(port)
+    for name in tls.client_names:
+        if canonical_name(name) is None:
+            raise SettingsError(
+                f"setting tls.client_names has {name[:200]!r}, which matches no certificate: expected the DNS name, URI or "
+                "address of a subject alternative name, e.g. 'gateway.example.com' or 'spiffe://example.com/gateway'"
+            )
 
 
-def is_host(text: str) -> bool:
-    """Whether a text can be resolved as a host: for others the resolver raises `UnicodeError`, long after the start.
-
-    Args:
-        text: a name or an address, without brackets.
-
-    Returns:
-        False for an empty text, one with control characters or spaces, and one with a label that is empty or has over 63 bytes.
-    """
-    if not text or not text.isprintable() or " " in text:
-        return False
-    try:
-        text.encode("idna")
-    except UnicodeError:
-        return False
-    return True
-
-
-def join_address(host: str, port: int) -> str:
-    """`host:port`, with an IPv6 host in brackets."""
-    return f"{f'[{host}]' if ':' in host else host}:{port}"
+def _check_callers_auth(settings: Settings) -> None:
+    auth, tls = settings.callers_auth, settings.tls
+    header = auth.header.lower()
+    if not _HEADER_NAME.fullmatch(header):
+        raise SettingsError(
+            f"setting callers_auth.header = {auth.header[:80]!r} is not the name of a header; use letters, digits and '-', "
+            "e.g. 'X-Tidegate-Token'"
+        )
+    if header in _OTHER_HEADERS or header.startswith(("content-", "x-forwarded-", "x-original-")) or header.endswith("-bin"):
+        raise SettingsError(
+            f"setting callers_auth.header = {auth.header[:80]!r} has another meaning; use a header of its own, "
+            "e.g. 'X-Tidegate-Token', or 'Authorization'"
+        )
+    for name in auth.names:
+        if canonical_name(name) is None or "*" in (name[2:] if name.startswith("*.") else name.removeprefix("*")) or name == "*.":
+            raise SettingsError(
+                f"setting callers_auth.names has {name[:200]!r}, which matches no certificate: expected a DNS name, a URI or an "
+                "address, e.g. 'gateway.example.com', '*.gateways.example.com' or 'spiffe://example.com/gateway'"
+            )
+    if auth.mode != "mtls":
+        if auth.names:
+            raise SettingsError(f'setting callers_auth.names needs callers_auth.mode = "mtls"; the mode is {auth.mode!r}')
+        return
+    if not auth.names:
+        raise SettingsError(
+            'setting callers_auth.names is empty: list the names of certificates that may call, or ["*"] for every certificate '
+            "that tls.client_ca signed"
+        )
+    if not tls.client_ca:
+        raise SettingsError('callers_auth.mode = "mtls" needs tls.client_ca, the authorities that sign callers\' certificates')
+    for door in ("http", "grpc"):
+        address = getattr(settings.server, door)
+        if address and (door not in tls.doors or is_unix(address)):
+            raise SettingsError(
+                f'callers_auth.mode = "mtls" needs TLS at server.{door} = {address[:200]!r}: add {door!r} to tls.doors and use '
+                'host:port, or use mode = "token"'
+            )
 
 
 def _read(file: Path) -> dict[str, Any]:

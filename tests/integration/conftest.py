@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.integration.admin_api import Admin, open_admin
-from tests.integration.client_asker import Asker
+from tests.integration.client_driver import ClientDriver
 from tests.moments import HOUR_S, stay_within
 from tests.servers.migrated import copy_sqlite, empty_postgres, migrate_postgres
 from tests.servers.postgres import PostgresServer
@@ -62,12 +62,12 @@ async def admin(catalog_url: str) -> AsyncIterator[Admin]:
 
 
 @pytest.fixture(params=["sync", "async"])
-async def new_client(request: pytest.FixtureRequest) -> AsyncIterator[Callable[..., Asker]]:
+async def new_client(request: pytest.FixtureRequest) -> AsyncIterator[Callable[..., ClientDriver]]:
     """Makes clients of one kind, and closes them."""
-    made: list[Asker] = []
+    made: list[ClientDriver] = []
 
-    def make(*arguments: Any, **options: Any) -> Asker:
-        made.append(Asker(request.param, *arguments, **options))
+    def make(*arguments: Any, **options: Any) -> ClientDriver:
+        made.append(ClientDriver(request.param, *arguments, **options))
         return made[-1]
 
     yield make

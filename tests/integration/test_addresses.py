@@ -106,7 +106,7 @@ async def test_a_bad_address_matters_only_where_it_is_counted(door: str, gate: G
         assert await ask("/login", bad) == (400, "BAD_REQUEST")
 
 
-async def test_the_refusal_names_the_address(gate: Gate) -> None:
+async def test_the_rejection_names_the_address(gate: Gate) -> None:
     headers = [("X-API-Key", FREE.encode()), ("X-Original-URI", b"/login"), ("X-Original-Method", b"POST"), ("X-Real-IP", b"no")]
     answer = await call(DataPlane(gate, {}), "/v1/authorize", headers)
     assert answer.json()["error"]["message"] == "ip 'no' is not an IPv4 or IPv6 address: the rule 'POST /login' counts by ip"

@@ -119,7 +119,7 @@ async def test_a_created_key_works_and_a_revoked_one_stops(admin: Admin) -> None
     _error(await admin.http.post("/api-keys", json={"tier": "free", "expires_at": "2100-01-01T00:00:00"}), 400, "BAD_REQUEST")
 
 
-async def test_a_key_whose_time_is_over_says_so(admin: Admin) -> None:
+async def test_an_expired_key_has_the_status_expired(admin: Admin) -> None:
     await admin.tier()
     until = datetime.now(UTC) + timedelta(seconds=3)
     key = await admin.key(expires_at=until.isoformat())
@@ -177,7 +177,7 @@ async def test_one_of_many_changes_wins(admin: Admin) -> None:
     assert [each["action"] for each in log] == ["update", "create"]
 
 
-async def test_audit_log_tells_before_and_after(admin: Admin) -> None:
+async def test_audit_log_reports_before_and_after(admin: Admin) -> None:
     await admin.tier(limits=("1/day",))
     await admin.http.put("/tiers/free", json={"limits": ["2/day"]}, headers={"If-Match": "*"})
     key = await admin.key()
@@ -252,7 +252,7 @@ async def test_filters_know_cases_of_every_script(admin: Admin) -> None:
     assert await found("ä%") == []
 
 
-async def test_a_weak_etag_is_told_from_a_stale_one(admin: Admin) -> None:
+async def test_a_weak_etag_is_distinguished_from_a_stale_one(admin: Admin) -> None:
     await admin.tier()
     change = {"limits": ["5/day"]}
     weak = await admin.http.put("/tiers/free", json=change, headers={"If-Match": 'W/"1"'})
@@ -265,7 +265,7 @@ async def test_a_weak_etag_is_told_from_a_stale_one(admin: Admin) -> None:
     )
 
 
-async def test_the_policy_files_rows_are_shown_and_left_alone(admin: Admin) -> None:
+async def test_rows_of_the_policy_file_are_listed_and_not_changed(admin: Admin) -> None:
     await admin.catalog.apply_policy(parse_policy(WHOLE), "1")
     tier = (await admin.http.get("/tiers")).json()["items"][0]
     rule = (await admin.http.get("/rate-limit-rules")).json()["items"][0]
@@ -288,7 +288,7 @@ async def test_the_policy_files_rows_are_shown_and_left_alone(admin: Admin) -> N
     assert (await admin.http.get(f"/rate-limit-rules/{added.json()['id']}")).status_code == 200
 
 
-async def test_policy_goes_out_and_in(admin: Admin) -> None:
+async def test_an_exported_policy_can_be_imported(admin: Admin) -> None:
     taken = await admin.http.post("/policy", params={"dry_run": True}, content=WHOLE)
     assert (taken.status_code, taken.json()["dry_run"]) == (200, True)
     assert (await admin.http.get("/tiers")).json()["items"] == []
@@ -394,6 +394,56 @@ async def test_usage_and_reset(admin: Admin) -> None:
     _error(await admin.http.post("/counters/reset", json={"tier": "no"}), 404, "NOT_FOUND")
 
 
+async def test_usage_and_reset_of_subjects_of_attributes(admin: Admin) -> None:
+    await admin.http.post("/policy", content=attributes.POLICY)
+    check = Check.of("/api/x", attributes={"user": "4&2", "org": "acme"}, tier="pro", cost=9)
+    assert (await admin.gate.check(check)).remaining == 0
+    usage = (await admin.http.get("/usage", params={"subject": "user=4%262", "tier": "pro"})).json()
+    assert [(rule["rule"], rule["subject"], rule["remaining"]) for rule in usage["rules"]] == [("/api/*", "user", 0)]
+    assert (usage["tier"], usage["blocked_24h"]) == ("pro", 0)
+    # By [callers], where no tier is given.
+    assert (await admin.http.get("/usage", params={"subject": "plan=pro&user=4%262"})).json()["rules"][0]["remaining"] == 0
+    assert (await admin.http.get("/usage", params={"subject": "user=4%262"})).json()["tier"] == "public"
+    assert (await admin.http.post("/counters/reset", json={"subject": "user=4%262"})).json() == {"reset": 1}
+    assert (await admin.gate.check(check)).allowed
+    assert (await admin.http.get("/audit-log")).json()["items"][0]["target"] == "subject user=4%262"
+    for params in (
+        {"subject": "42"},
+        {"subject": "user=1", "api_key_id": "0" * 24},
+        {"subject": "api_key=1"},
+        {"subject": "user=1", "tier": "gold"},
+        {"ip": "192.0.2.7", "tier": "pro"},
+    ):
+        _error(await admin.http.get("/usage", params=params), 400, "BAD_REQUEST")
+    _error(await admin.http.post("/counters/reset", json={"subject": "user"}), 400, "BAD_REQUEST")
+    _error(await admin.http.post("/counters/reset", json={"subject": "user=1", "ip": "::1"}), 400, "BAD_REQUEST")
+
+
+async def test_violations_of_subjects_of_attributes(admin: Admin) -> None:
+    subjects = ("a:user=1", "a:user=2", "a:org=1&user=1", "a:org=1&plan=2&user=1", "a:u_er=1", "i:192.0.2.7", "h:0f")
+    row = {"minute_us": 1_700_000_040_000_000, "tier": "free", "rule": "r"}
+    async with admin.catalog.database.transaction() as connection:
+        await connection.execute(
+            insert(rate_limit_violations),
+            [{**row, "subject": subject, "blocked": 10 - place} for place, subject in enumerate(subjects)],
+        )
+    span = {"since": "2023-11-14T22:14:00Z", "until": "2023-11-14T23:14:00Z"}
+
+    async def top(**params: str) -> list[str]:
+        items = (await admin.http.get("/violations/top", params={**span, **params})).json()["items"]
+        return [each["subject"] for each in items]
+
+    assert await top(attribute="user") == ["a:user=1", "a:user=2"]
+    assert await top(attribute="user,org") == ["a:org=1&user=1"]
+    assert await top(attribute="u_er") == ["a:u_er=1"]
+    assert await top(subject="user=1&org=1") == ["a:org=1&user=1"]
+    assert await top(subject="h:0f") == ["h:0f"]
+    listed = (await admin.http.get("/violations", params={**span, "subject": "a:user=2"})).json()["items"]
+    assert [each["blocked"] for each in listed] == [9]
+    for params in ({"attribute": "User"}, {"subject": "1"}, {"subject": "user=1", "ip": "::1"}):
+        _error(await admin.http.get("/violations/top", params={**span, **params}), 400, "BAD_REQUEST")
+
+
 async def test_violations(admin: Admin) -> None:
     minute = 1_700_000_040_000_000
     rows = [
@@ -425,7 +475,7 @@ async def test_violations(admin: Admin) -> None:
     _error(await admin.http.get("/violations", params={"after": "AAAA"}), 400, "BAD_REQUEST")
 
 
-async def test_a_catalog_that_is_away_is_told(admin: Admin) -> None:
+async def test_a_catalog_that_is_unavailable_is_reported(admin: Admin) -> None:
     async with admin.catalog.database.transaction() as connection:
         await connection.exec_driver_sql("ALTER TABLE tiers RENAME TO away")
     answer = await admin.http.get("/tiers")

@@ -1,6 +1,6 @@
 """Every text and every number that the control plane takes, one after the other, filled with what databases choke on.
 
-The fields are those of the OpenAPI description: one that is added is asked too, or the test says that it lacks a right value.
+The fields are those of the OpenAPI description: a new field is tested too, or the test fails because it lacks a valid value.
 PostgreSQL enforces lengths, and refuses NUL, lone surrogates and numbers out of range, where SQLite does not.
 """
 
@@ -55,20 +55,20 @@ class Answer(NamedTuple):
         return json.loads(self.text)
 
 
-class Asker:
+class RequestSender:
     """Sends requests as they are, past the limits that clients have, and looks at what each has done."""
 
     def __init__(self, admin: Admin) -> None:
         self.admin = admin
         self.counter = itertools.count(1)
-        self.asked = 0
+        self.sent = 0
         self.made = {"tier": 0, "rule": 0, "api_key": 0, "token": 0}
 
-    async def ask(self, request: Request) -> Answer:
+    async def send(self, request: Request) -> Answer:
         """Send it; whatever is refused must have changed nothing."""
         version = await self.admin.catalog.version()
         answer = await self._sent(request)
-        self.asked += 1
+        self.sent += 1
         told = f"{request.method} {request.path} {str(request)[:300]} → {answer.status} {answer.text[:300]}"
         assert answer.status < 500, told
         if answer.status >= 400:
@@ -137,7 +137,7 @@ class Asker:
         return (await self._made("/api-keys", {"tier": "free"}))["id"]
 
     async def _made(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
-        answer = await self.ask(Request("post", path, {}, {}, {}, body))
+        answer = await self.send(Request("post", path, {}, {}, {}, body))
         assert answer.status == 201, answer.text
         return dict(answer.json)
 
@@ -154,6 +154,8 @@ class Asker:
             "mode": "enforce",
             "on_failure": "default",
             "name": f"new {number}",
+            "match": {"plan": "pro"},
+            "on_missing": "ip",
         }
         own = {"limits": ["9/day"], "overrides": [{"rule": "/api/*", "limits": ["2/s"]}]}
         key = {"tier": "free", "name": "n", "expires_at": "2100-01-01T00:00:00Z", **own}
@@ -169,7 +171,7 @@ class Asker:
             "RevokeRequest": [{"reason": "r"}],
             "RotateRequest": [{"grace_s": 1}],
             "TokenCreate": [{"name": f"new {number}", "role": "viewer", "expires_at": "2100-01-01T00:00:00Z"}],
-            "ResetRequest": [{"api_key_id": "0" * 24}, {"ip": "192.0.2.7"}, {"tier": "free"}],
+            "ResetRequest": [{"api_key_id": "0" * 24}, {"ip": "192.0.2.7"}, {"tier": "free"}, {"subject": "user=1"}],
         }[form]
 
 
@@ -235,16 +237,16 @@ async def _counted(admin: Admin) -> dict[str, int]:
         }
 
 
-async def _settled(asker: Asker, before: dict[str, int]) -> None:
+async def _settled(sender: RequestSender, before: dict[str, int]) -> None:
     """All tables are there, and hold what was answered to be made, no more and no less."""
-    assert await _counted(asker.admin) == {kind: count + asker.made[kind] for kind, count in before.items()}
-    assert (await asker.admin.http.get("/tiers/free")).status_code == 200
+    assert await _counted(sender.admin) == {kind: count + sender.made[kind] for kind, count in before.items()}
+    assert (await sender.admin.http.get("/tiers/free")).status_code == 200
 
 
 async def test_every_field_of_every_body(admin: Admin) -> None:
     named = await _prepared(admin)
     before = await _counted(admin)
-    asker = Asker(admin)
+    sender = RequestSender(admin)
     kept: set[str] = set()
     forms = set()
     for method, path, _, form in _described(admin):
@@ -252,16 +254,16 @@ async def test_every_field_of_every_body(admin: Admin) -> None:
             continue
         forms.add(form)
         known = admin.app.openapi()["components"]["schemas"][form]["properties"].keys()
-        assert {name for body in asker.bodies(form) for name in body} == known, f"give right values for all fields of {form}"
-        for number, right in enumerate(asker.bodies(form)):
+        assert {name for body in sender.bodies(form) for name in body} == known, f"give right values for all fields of {form}"
+        for number, right in enumerate(sender.bodies(form)):
             for place in _leaves(right):
                 field = next(step for step in place[::-1] if isinstance(step, str))
                 for value in (*STORABLE, *BROKEN, *LONG, *NUMBERS):
-                    # A key is revoked once; each is asked with one of its own, and with names that are new.
+                    # A key can be revoked once, so each request uses a new key and new names.
                     if path.endswith("/revoke"):
-                        named = {**named, "key_id": await asker.key()}
-                    body = _with(asker.bodies(form)[number], place, value)
-                    answer = await asker.ask(Request(method, path, named, {}, {"if-match": "*"}, body))
+                        named = {**named, "key_id": await sender.key()}
+                    body = _with(sender.bodies(form)[number], place, value)
+                    answer = await sender.send(Request(method, path, named, {}, {"if-match": "*"}, body))
                     told = f"{method} {path} {place} {str(value)[:20]!r} {answer}"
                     if isinstance(value, int) or value in BROKEN or value in LONG:
                         assert answer.status == 400, told
@@ -279,17 +281,17 @@ async def test_every_field_of_every_body(admin: Admin) -> None:
     assert kept == set(STORABLE), "what may be any text is"
     listed = [each["name"] for each in (await admin.http.get("/api-keys", params={"limit": 500})).json()["items"]]
     assert set(STORABLE) <= set(listed)
-    assert asker.asked > 600
-    await _settled(asker, before)
+    assert sender.sent > 600
+    await _settled(sender, before)
 
 
 async def test_every_parameter(admin: Admin) -> None:
     named = await _prepared(admin)
     before = await _counted(admin)
-    asker = Asker(admin)
+    sender = RequestSender(admin)
     seen = set()
     for method, path, operation, form in _described(admin):
-        body = None if form is None else asker.bodies(form)[0]
+        body = None if form is None else sender.bodies(form)[0]
         if path == "/policy" and method == "post":
             body = b'[[tiers]]\nname = "free"\nlimits = ["1000/day"]\n'
         right = Request(method, path, named, {}, {"if-match": "*"}, body)
@@ -302,7 +304,7 @@ async def test_every_parameter(admin: Admin) -> None:
                     "query": right._replace(query={name: value}),
                     "header": right._replace(headers={name: value}),
                 }[where]
-                answer = await asker.ask(request)
+                answer = await sender.send(request)
                 told = f"{method} {path} {name} {value[:20]!r} {answer}"
                 assert answer.status in (200, 400, 404), told
                 if where != "path" and (value in LONG or "\0" in value or where == "header"):
@@ -311,12 +313,12 @@ async def test_every_parameter(admin: Admin) -> None:
                 if where == "path":
                     assert answer.status in (400, 404), told
             if where == "query":
-                answer = await asker.ask(right._replace(query={name + INJECTION: "x"}))
+                answer = await sender.send(right._replace(query={name + INJECTION: "x"}))
                 assert answer.status == 400
                 assert "unknown query parameter" in answer.json["error"]["message"]
     assert seen >= {("path", name) for name in named} | {("header", "If-Match"), ("query", "after"), ("query", "target")}
-    assert asker.asked > 600
-    await _settled(asker, before)
+    assert sender.sent > 600
+    await _settled(sender, before)
 
 
 def _toml(text: str) -> str:
@@ -327,7 +329,7 @@ def _toml(text: str) -> str:
 async def test_every_text_of_a_policy(admin: Admin) -> None:
     await _prepared(admin)
     before = await _counted(admin)
-    asker = Asker(admin)
+    sender = RequestSender(admin)
     template = """\
 [[tiers]]
 name = {tier}
@@ -365,7 +367,7 @@ limits = [{own}]
             if field == "rule":
                 texts["override"] = value
             body = template.format(**{name: _toml(text) for name, text in texts.items()}).encode()
-            answer = await asker.ask(Request("post", "/policy", {}, {}, {}, body))
+            answer = await sender.send(Request("post", "/policy", {}, {}, {}, body))
             told = f"{field} {value[:20]!r} {answer}"
             if value in (*BROKEN, *LONG):
                 assert answer.status == 400, told
@@ -373,11 +375,11 @@ limits = [{own}]
                 assert answer.status in (200, 400), told
             if field == "name" and answer.status == 200:
                 kept.add(value)
-        dry = await asker.ask(Request("post", "/policy", {}, {"dry_run": "true"}, {}, body))
+        dry = await sender.send(Request("post", "/policy", {}, {"dry_run": "true"}, {}, body))
         assert dry.status in (200, 400)
     assert kept >= set(STORABLE)
-    assert asker.made["tier"] > 5
-    await _settled(asker, before)
+    assert sender.made["tier"] > 5
+    await _settled(sender, before)
 
 
 async def test_endpoints_too_long_to_name_their_rule_by(admin: Admin) -> None:
@@ -398,7 +400,7 @@ async def test_endpoints_too_long_to_name_their_rule_by(admin: Admin) -> None:
     assert (await admin.http.get(path)).json()["revision"] == 2
 
 
-async def test_moments_at_the_ends_of_time(admin: Admin) -> None:
+async def test_times_at_the_ends_of_time(admin: Admin) -> None:
     """With its offset, a moment that can be written lies in a year that cannot."""
     await admin.tier()
     for beyond in ("9999-12-31T23:59:59-23:59", "0001-01-01T00:00:00+23:59"):

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from sqlalchemy import event, select, update
 
-from tests.integration.admin_api import Admin, open_admin
+from tests.integration.admin_api import TOKEN, Admin, open_admin
 from tests.moments import MINUTE_S, stay_within
 from tidegate.admin.tokens import Principal, first_token
 from tidegate.catalog.sql.tables import admin_tokens
@@ -147,7 +147,7 @@ async def test_guesses_are_stopped_for_each_address_and_the_right_token_passes(c
 
 
 @pytest.mark.parametrize("header", ["X-Real-IP", "X-Forwarded-For"])
-async def test_headers_of_strangers_make_no_new_address(catalog_url: str, header: str) -> None:
+async def test_untrusted_headers_do_not_change_the_address(catalog_url: str, header: str) -> None:
     admin = await open_admin(catalog_url)
     stay_within(MINUTE_S, 5)
     async with admin.client("wrong-token-of-somebody") as http:
@@ -171,6 +171,28 @@ async def test_proxies_of_the_control_plane_name_the_address(catalog_url: str) -
         assert [await guess(f"2001:db8::{number:x}") for number in range(4)] == [401, 401, 429, 429]
         assert [await guess(f"203.0.113.{number}") for number in range(8)] == [401] * 5 + [429] * 3  # nine from everywhere
     assert (await admin.http.get("/tiers")).status_code == 200
+    await admin.catalog.close()
+
+
+@pytest.mark.parametrize(
+    "pairs",
+    [
+        [("X-Real-IP", b"\xff"), ("X-Forwarded-For", b"198.51.100.7")],
+        [("X-Forwarded-For", b"198.51.100.7\xe9")],
+        [("X-Real-IP", b"198.51.100.7"), ("X-Real-IP", b"198.51.100.8")],
+        [("Forwarded", b'for="198.51.100.7\xff"')],
+        [("Authorization", b"Bearer tga_\xff")],
+        [("Authorization", b"Bearer tga_a"), ("Authorization", b"Bearer " + TOKEN.encode())],
+    ],
+)
+async def test_header_values_that_cannot_be_read_are_refused(catalog_url: str, pairs: list[tuple[str, bytes]]) -> None:
+    admin = await open_admin(catalog_url, trusted=TrustedProxies(["192.0.2.0/24"]))
+    mine = [] if pairs[0][0] == "Authorization" else [("Authorization", b"Bearer " + TOKEN.encode())]
+    async with admin.client(None) as http:
+        answer = await http.get("/tiers", headers=[(name.encode(), value) for name, value in (*mine, *pairs)])
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "BAD_REQUEST")
+    assert "tga_" not in answer.text, "tokens are not repeated"
+    assert TOKEN not in answer.text
     await admin.catalog.close()
 
 
@@ -198,7 +220,7 @@ async def test_many_guesses_share_a_query(catalog_url: str) -> None:
 @pytest.mark.parametrize(
     "path", ["tokens%0A", "tokens%0D", "%0Atokens", "tokens%00", "tokens%7F", "tokens%C2%85", "tiers%0A", "tokens/%0A"]
 )
-async def test_paths_with_control_characters_are_refused(admin: Admin, path: str) -> None:
+async def test_paths_with_control_characters_are_rejected(admin: Admin, path: str) -> None:
     viewer = await _token(admin, "viewer", "v")
     async with admin.client(viewer["token"]) as http:
         answer = await http.get(f"http://admin/admin/v1/{path}")
@@ -213,11 +235,11 @@ async def test_every_route_has_a_role(admin: Admin) -> None:
     viewer = await _token(admin, "viewer", "v")
     described = (await admin.http.get("/openapi.json")).json()["paths"]
     assert len(described) > 15
-    async with admin.client(None) as stranger, admin.client(viewer["token"]) as http:
+    async with admin.client(None) as anonymous, admin.client(viewer["token"]) as http:
         for path, operations in described.items():
             filled = "http://admin" + re.sub(r"\{[^}]*\}", "1", path)
             for method in operations:
-                answer = await stranger.request(method, filled)
+                answer = await anonymous.request(method, filled)
                 assert answer.status_code == 401, (method, path)
                 answer = await http.request(method, filled)
                 if method != "get" or "/tokens" in path:
@@ -348,7 +370,7 @@ async def _every_string(admin: Admin, text: str) -> dict[str, Any]:
         found[f"key patch {field}"] = await http.patch(f"/api-keys/{key['id']}", json={field: value}, headers=ANY)
     for field in ("name", "role", "expires_at"):
         found[f"token {field}"] = await http.post("/tokens", json={"name": "n", field: text})
-    for field in ("api_key_id", "ip", "tier"):
+    for field in ("api_key_id", "ip", "tier", "subject"):
         found[f"reset {field}"] = await http.post("/counters/reset", json={field: text})
     found["policy"] = await http.post("/policy", content=text.encode())
     found["unknown field"] = await http.post("/tiers", json={"name": "u", text: 1})
@@ -364,9 +386,9 @@ async def _every_parameter(admin: Admin, text: str) -> dict[str, Any]:
         "/api-keys": "after tier status name",
         "/tokens": "after",
         "/audit-log": "after kind target actor",
-        "/violations": "after since until tier rule api_key_id ip",
-        "/violations/top": "by since until tier rule api_key_id ip",
-        "/usage": "api_key_id ip",
+        "/violations": "after since until tier rule api_key_id ip subject",
+        "/violations/top": "by since until tier rule api_key_id ip subject attribute",
+        "/usage": "api_key_id ip subject tier",
         "/policy": "keys",
     }.items():
         for name in [*names.split(), text]:
@@ -392,7 +414,7 @@ async def test_injections_change_nothing(admin: Admin) -> None:
     assert (await admin.http.get("/tiers", params={"name": INJECTIONS[0]})).json()["items"] == []
 
 
-async def test_what_is_too_long_is_refused(admin: Admin) -> None:
+async def test_what_is_too_long_is_rejected(admin: Admin) -> None:
     await admin.tier()
     long = "a" * 20_000  # as much as the URL of a test takes
     answers = {**await _every_string(admin, long), **await _every_parameter(admin, long)}
@@ -404,7 +426,7 @@ async def test_what_is_too_long_is_refused(admin: Admin) -> None:
     assert beyond.status_code == 413
 
 
-async def test_nul_and_lone_surrogates_are_refused(admin: Admin) -> None:
+async def test_nul_and_lone_surrogates_are_rejected(admin: Admin) -> None:
     await admin.tier()
     answers = {**await _every_string(admin, "a\0b"), **await _every_parameter(admin, "a\0b")}
     assert {what: answer.status_code for what, answer in answers.items() if answer.status_code not in (400, 404)} == {}
@@ -424,7 +446,7 @@ OPTIONAL = {
 
 
 @pytest.mark.parametrize("wrong", [None, 1, 1.5, True, [], {}, [[]], [None], {"a": 1}, 10**400])
-async def test_wrong_types_are_refused(admin: Admin, wrong: object) -> None:
+async def test_wrong_types_are_rejected(admin: Admin, wrong: object) -> None:
     await admin.tier()
     for path, body in {
         "/tiers": {"name": "t", "limits": ["1/s"]},
@@ -444,7 +466,7 @@ async def test_wrong_types_are_refused(admin: Admin, wrong: object) -> None:
         assert whole.status_code == 400
 
 
-async def test_what_is_no_json_is_told(admin: Admin) -> None:
+async def test_invalid_json_is_reported(admin: Admin) -> None:
     for content, kind, word in (
         (b"{", "application/json", "JSON"),
         (b"", "application/json", "missing"),

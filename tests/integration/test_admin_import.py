@@ -108,7 +108,7 @@ async def test_positions_follow_those_there_are(admin: Admin) -> None:
 
 
 @pytest.mark.parametrize("times", [1, 2, 3])
-async def test_a_change_made_meanwhile_is_seen(admin: Admin, monkeypatch: pytest.MonkeyPatch, times: int) -> None:
+async def test_a_concurrent_change_is_detected(admin: Admin, monkeypatch: pytest.MonkeyPatch, times: int) -> None:
     """The plan is made without the lock: where the catalog changed since, it is made again, at last with the lock."""
     loop, real, calls = asyncio.get_running_loop(), importing.plan_import, 0
 
@@ -140,11 +140,11 @@ async def test_what_an_import_goes_through_is_bounded(admin: Admin, monkeypatch:
     monkeypatch.setattr(importing, "MAX_KEYS", 3)
     refused = await admin.http.post("/policy", content=policy(3), params={"prune": True, "dry_run": True})
     assert (refused.status_code, "more than 3 API keys would be removed" in refused.text) == (409, True)
-    monkeypatch.setattr(importing, "MAX_HELD_RULES", 2)
+    monkeypatch.setattr(importing, "MAX_COMPARED_RULES", 2)
     refused = await admin.http.post("/policy", content=policy(3))
     assert (refused.status_code, "more than 2 rules" in refused.text) == (409, True)
 
 
-async def test_a_text_that_takes_long_to_read_is_refused(admin: Admin) -> None:
+async def test_a_text_that_takes_long_to_read_is_rejected(admin: Admin) -> None:
     refused = await admin.http.post("/policy", content="a." * 8_000 + "a = 1", params={"dry_run": True})
     assert (refused.status_code, refused.json()["error"]["code"]) == (400, "POLICY_REFUSED")

@@ -97,7 +97,7 @@ def test_every_operation_is_described(description: Any) -> None:
 def test_no_500_and_no_breach_of_the_schema(method: str, path: str, description: Any) -> None:
     operation = description[f"/admin/v1{path}"][method]
 
-    @settings(max_examples=40, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=25, suppress_health_check=list(HealthCheck))
     @given(case=operation.as_strategy())
     def ask(case: Any) -> None:
         case.call_and_validate(headers={"Authorization": f"Bearer {TOKEN}"}, excluded_checks=BEYOND_SCHEMA)

@@ -101,7 +101,7 @@ def test_it_can_be_switched_off(serve: Callable[..., Any]) -> None:
     assert server.stop()[0] == 0
 
 
-def test_a_wrong_address_or_token_is_told(serve: Callable[..., Any]) -> None:
+def test_a_wrong_address_or_token_is_reported(serve: Callable[..., Any]) -> None:
     first = serve(TIDEGATE_ADMIN__TOKEN=TOKEN)
     for environment, words in (
         ({"TIDEGATE_SERVER__ADMIN": f"127.0.0.1:{first.admin_port}"}, ("port is in use", 'admin = ""')),
@@ -122,10 +122,10 @@ def test_a_wrong_address_or_token_is_told(serve: Callable[..., Any]) -> None:
 def test_requests_without_a_token_write_a_bounded_number_of_safe_lines(serve: Callable[..., Any]) -> None:
     server = serve(TIDEGATE_ADMIN__TOKEN=TOKEN, TIDEGATE_SERVER__LOG_FORMAT="text")
     forged = "%0A2026-11-30 02:00:00,000 INFO tidegate: forged%1B[2J".replace(" ", "%20")
-    with httpx.Client(base_url=f"http://127.0.0.1:{server.admin_port}") as stranger:
+    with httpx.Client(base_url=f"http://127.0.0.1:{server.admin_port}") as anonymous:
         for _ in range(200):
-            assert stranger.post(f"/admin/v1/tiers{forged}").status_code == 400
-            assert stranger.post("/nothing").status_code == 404
+            assert anonymous.post(f"/admin/v1/tiers{forged}").status_code == 400
+            assert anonymous.post("/nothing").status_code == 404
     with _admin(server, TOKEN) as admin:
         assert admin.post("/tiers", json={"name": "free"}).status_code == 201
     code, _, err = server.stop()

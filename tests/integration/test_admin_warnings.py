@@ -20,7 +20,7 @@ async def _lower(admin: Admin, rule: dict[str, Any], limit: str) -> list[str]:
     return list(answer.json()["warnings"])
 
 
-async def test_a_rule_by_key_looks_at_the_tiers_keys(admin: Admin) -> None:
+async def test_a_rule_by_key_checks_keys_of_the_tier(admin: Admin) -> None:
     await admin.tier()
     rule = await admin.rule("/api/*", limits=["50/hour"])
     keys = [await admin.key() for _ in range(5)]
@@ -28,7 +28,7 @@ async def test_a_rule_by_key_looks_at_the_tiers_keys(admin: Admin) -> None:
         await admin.gate.check(Check.of("/api/a", api_key=key["api_key"], cost=10 * number))
     assert await _lower(admin, rule, "45/hour") == []
     (said,) = await _lower(admin, rule, "20/hour")
-    assert "rule '/api/*': 3 of 5 callers that were looked at, such as the API key " in said
+    assert "rule '/api/*': 3 of 5 checked callers, e.g. the API key " in said
     held_s = int(said.rsplit(" ", 2)[1])
     # 40 units fade out of the next window 90 s before its end.
     assert 3600 - 90 <= held_s <= 2 * 3600 - 90, "to the end of the next window, which is one to two lengths away"
@@ -55,7 +55,7 @@ async def test_a_tiers_own_limits(admin: Admin) -> None:
     assert (await admin.http.put("/tiers/free", json={"limits": []}, headers=ANY)).json()["warnings"] == []
 
 
-async def test_a_rule_by_ip_looks_at_those_that_were_blocked(admin: Admin) -> None:
+async def test_a_rule_by_ip_checks_blocked_addresses(admin: Admin) -> None:
     await admin.tier()
     rule = await admin.rule("/login", subject="ip", limits=["50/hour"])
     key = await admin.key()
@@ -67,4 +67,4 @@ async def test_a_rule_by_ip_looks_at_those_that_were_blocked(admin: Admin) -> No
     async with admin.catalog.database.transaction() as connection:
         await connection.execute(insert(rate_limit_violations), [row])
     (said,) = await _lower(admin, rule, "39/hour")
-    assert "1 of 1 callers that were looked at, such as 203.0.113.7, have used up" in said
+    assert "1 of 1 checked callers, e.g. 203.0.113.7, have used up" in said

@@ -82,7 +82,7 @@ def test_amtool_accepts_the_file() -> None:
         (("alertname=RedisDownLately", "severity=none"), "nobody"),
     ],
 )
-def test_who_is_told(labels: tuple[str, ...], receivers: str) -> None:
+def test_which_changes_return_warnings(labels: tuple[str, ...], receivers: str) -> None:
     configuration = DEPLOY / "alertmanager/alertmanager.yml"
     run("amtool", "config", "routes", "test", f"--config.file={configuration}", f"--verify.receivers={receivers}", *labels)
 

@@ -36,7 +36,7 @@ async def test_an_allowance_is_never_cacheable(client: httpx.AsyncClient) -> Non
         assert "x-accel-expires" not in answer.headers
 
 
-async def test_a_denial_says_how_long_it_holds_and_for_whom(client: httpx.AsyncClient) -> None:
+async def test_a_denial_reports_how_long_it_holds_and_for_whom(client: httpx.AsyncClient) -> None:
     for _ in range(3):
         await _ask(client)
     answer = await _ask(client)

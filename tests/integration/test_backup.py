@@ -29,7 +29,7 @@ from tidegate.catalog.sql.catalog import SqlCatalog
 from tidegate.catalog.sql.tables import api_keys, audit_log, catalog_changes, rate_limit_rules, rate_limit_violations
 from tidegate.policy.key_format import hash_api_key
 from tidegate.violations.queries import DAY_US
-from tidegate.violations.storage import keep_violations, partition_of, write_violations
+from tidegate.violations.storage import maintain_table, partition_of, write_violations
 
 PAGE = Path(__file__).parents[2] / "docs" / "backup.md"
 PAIR = ("k:" + "1" * 24, "k:" + "2" * 24)
@@ -69,7 +69,7 @@ class Writer:
     async def prepare(self) -> None:
         now_us = time.time_ns() // 1000
         self.days = (now_us, now_us + DAY_US)
-        assert await keep_violations(self.catalog.database, 30, now_us)
+        assert await maintain_table(self.catalog.database, 30, now_us)
         await self.editor.create_tier("writer", "free", ["100/day"])
         rule = await self.editor.create_rule("writer", "free", {"endpoint": "/x", "limits": ["5/s"]})
         self.rule_id = rule.id
@@ -146,7 +146,7 @@ async def goes_on(catalog: SqlCatalog, rule_id: int) -> None:
     await writer.editor.create_tier("writer", "new", ())
     rule = await writer.editor.create_rule("writer", "new", {"endpoint": "/y", "limits": ["5/s"]})
     assert rule.id == rule_id + 1
-    assert await keep_violations(catalog.database, 30, now_us)
+    assert await maintain_table(catalog.database, 30, now_us)
 
 
 @contextlib.asynccontextmanager
@@ -275,7 +275,7 @@ async def test_copying_the_file_of_a_running_sqlite_is_no_backup(tmp_path: Path)
         copied.execute("SELECT * FROM tiers").fetchall()
 
 
-def test_the_page_says_how_far_it_was_tried() -> None:
+def test_the_page_reports_how_far_it_was_tried() -> None:
     page = PAGE.read_text()
     assert len(re.findall(r"```sh\n", page)) == 5
     assert [len(commands(heading)) for heading in ("Take a backup", "Restore it", "Copy the file", "Put it back")] == [1, 2, 1, 1]

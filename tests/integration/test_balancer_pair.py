@@ -59,7 +59,7 @@ def test_the_address_moves_when_the_link_is_cut(pair: BalancerPair) -> None:
     settled(pair)
 
 
-def test_without_any_instance_the_address_stays_and_the_answer_says_so(pair: BalancerPair) -> None:
+def test_without_any_instance_the_address_stays_and_the_answer_reports_it(pair: BalancerPair) -> None:
     before = settled(pair)
     pair.tidegate.kill()
     wait_until(lambda: [pair.alive(name) for name in BALANCERS] == [503, 503], 60, "both know that they have no instance left")

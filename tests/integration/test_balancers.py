@@ -174,7 +174,7 @@ async def test_a_draining_instance_is_left_before_it_ends(
 
 
 @pytest.mark.parametrize("kind", BALANCERS)
-def test_with_all_away_the_answer_says_so(kind: str, balance: Callable[..., Balancer]) -> None:
+def test_with_all_unavailable_the_answer_reports_it(kind: str, balance: Callable[..., Balancer]) -> None:
     balancer = balance(kind, [free_port(), free_port()], patient=False)
     for _ in range(3):
         answer = httpx.get(f"{balancer.server.url}/v1/authorize", headers=ASK, timeout=PATIENCE_S)
@@ -200,6 +200,6 @@ def test_the_answer_of_an_instance_is_passed_on(balance: Callable[..., Balancer]
         assert checked.json()["allowed"] is True
 
 
-def test_haproxy_tells_prometheus_how_its_instances_are(balance: Callable[..., Balancer], api: Api) -> None:
+def test_haproxy_reports_prometheus_how_its_instances_are(balance: Callable[..., Balancer], api: Api) -> None:
     said = httpx.get(balance("haproxy", [api.port]).alive.replace("/alive", "/metrics")).text
     assert 'haproxy_server_status{proxy="tidegate",server="tidegate1",state="UP"} 1' in said

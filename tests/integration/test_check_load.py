@@ -57,7 +57,7 @@ async def test_what_was_admitted_and_what_was_counted(tmp_path: Path, instance: 
     assert sum(each.excess_units for each in strict) == 3
 
 
-async def test_a_server_that_has_gone_is_told_as_failures(instance: Serve) -> None:
+async def test_a_stopped_server_is_reported_as_failures(instance: Serve) -> None:
     instance.stop()
     load = CheckLoad(instance.url, 300, 3, connections=4)
     await asked(load, 20)
@@ -66,7 +66,7 @@ async def test_a_server_that_has_gone_is_told_as_failures(instance: Serve) -> No
     assert not load.answers
 
 
-async def test_an_answer_that_is_no_decision_is_a_failure(tmp_path: Path, instance: Serve) -> None:
+async def test_an_invalid_response_is_a_failure(tmp_path: Path, instance: Serve) -> None:
     # Without its policy for callers without a key, each is refused.
     (tmp_path / "tidegate.policy.toml").write_text('[[tiers]]\nname = "public"\n')
     load = CheckLoad(instance.url, 100, 3, connections=4)

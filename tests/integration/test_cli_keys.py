@@ -68,7 +68,7 @@ def _put_keys(url: str, digests: list[str]) -> None:
 # made and {x_key} the key itself; {x:.8} is the beginning of the id.
 STEPS: tuple[tuple[str, str, int, str, str], ...] = (
     ("", "list --tier premium --status revoked", 0, r"", r"no keys\n"),
-    ("a", "create --tier free --name Ada", 0, KEY + r"\n", r"id ID, tier free\. It is shown this once: keep it now\.\n"),
+    ("a", "create --tier free --name Ada", 0, KEY + r"\n", r"id ID, tier free\. It is shown only once: store it now\.\n"),
     ("b", "create --tier free --name 'Bob the 2nd' --expires-in 90d --json", 0, r'.*"api_key": "KEY".*"from": "api".*', r""),
     ("c", "create --tier premium --expires-in 1s", 0, KEY + r"\n", r".*tier premium.*"),
     ("d", f"create --tier free --name {shlex.quote(QUOTED)}", 0, KEY + r"\n", r".*"),
@@ -78,7 +78,7 @@ STEPS: tuple[tuple[str, str, int, str, str], ...] = (
     ("", "create --tier free --name 'a\tb'", 2, r"", r".*control characters.*"),
     ("", "create --tier free --name '\udcff'", 2, r"", r".*UTF-8.*"),
     ("", "create --tier ' '", 2, r"", r".*blank.*"),
-    ("", "create --tier free --expires-in 3w", 2, r"", r".*'3w' is no lifetime: write 90d.*"),
+    ("", "create --tier free --expires-in 3w", 2, r"", r".*'3w' is not a valid duration; expected e\.g\. 90d.*"),
     ("", "list", 0, r".*id +tier +name +status +created at +expires at +revoked reason +from.*", r""),
     ("", "list --name BOB", 0, r".*Bob the 2nd +active +TIME +TIME +- +api\n", r""),
     ("", "list --name b --json", 0, r'.*"Bob the 2nd".*', r""),
@@ -91,7 +91,7 @@ STEPS: tuple[tuple[str, str, int, str, str], ...] = (
     ("", "list --status gone", 2, r"", r".*'gone'.*"),
     ("", "list --limit 10001", 2, r"", r".*10000.*"),
     ("", "list --limit 0", 2, r"", r".*"),
-    ("", "list --after {a_key}", 2, r"", r".*no id.*"),
+    ("", "list --after {a_key}", 2, r"", r".*not a valid id.*"),
     ("", "list --after ffffffffffffffffffffffff", 0, r"", r"no keys\n"),
     ("", "show {a}", 0, r"id +ID\ntier +free\nname +Ada\nstatus +active\n.*limits +-\nfrom +api\n", r""),
     ("", "show {a:.10}", 0, r".*Ada.*", r""),
@@ -127,7 +127,7 @@ STEPS: tuple[tuple[str, str, int, str, str], ...] = (
     ("g", "rotate {f_key}", 0, KEY + r"\n", r"id ID, tier free, in place of ID, which is revoked\. It is shown .*\n"),
     ("h", "rotate {e:.16} --grace 365d --json", 0, r'.*"api_key": "KEY".*"replaces": \{.*"from": "api".*', r""),
     ("", "rotate {h} --grace 366d", 2, r"", r".*at most 365d.*"),
-    ("", "rotate {h} --grace 0s", 2, r"", r".*'0s' is no lifetime.*"),
+    ("", "rotate {h} --grace 0s", 2, r"", r".*'0s' is not a valid duration.*"),
     ("", "show {f}", 0, r".*revoked reason +replaced by ID\n.*", r""),
     ("", "show {d}", 0, r".*status +active\n.*expires at +TIME\n.*", r""),
     ("", "delete {a}", 0, r"deleted ID of tier free\n", r""),
@@ -173,14 +173,14 @@ def _steps(way: Runner) -> list[Ran]:
     return said
 
 
-def test_both_ways_do_and_say_the_same(api: Runner, in_database: Runner, tmp_path: Path) -> None:
+def test_database_and_admin_api_give_the_same_results(api: Runner, in_database: Runner, tmp_path: Path) -> None:
     asked, written = _steps(api), _steps(in_database)
     for (_, command, *_), one, other in zip(STEPS, asked, written, strict=True):
         assert one == other, command
     assert not (tmp_path / "elsewhere" / "tidegate.db").exists(), "over the API no database is opened"
 
 
-def test_postgresql_does_and_says_the_same(in_database: Runner, postgres_url: str, tmp_path: Path) -> None:
+def test_postgresql_gives_the_same_results(in_database: Runner, postgres_url: str, tmp_path: Path) -> None:
     with_catalog(postgres_url, lambda catalog: catalog.apply_policy(parse_policy(POLICY), "1"))
     for (_, command, *_), one, other in zip(
         STEPS, _steps(in_database), _steps(in_database.way(TIDEGATE_CATALOG__URL=postgres_url)), strict=True
@@ -188,7 +188,7 @@ def test_postgresql_does_and_says_the_same(in_database: Runner, postgres_url: st
         assert one == other, command
 
 
-def test_the_audit_log_tells_of_the_command_line(server: Any, api: Runner, run: Runner, tmp_path: Path) -> None:
+def test_the_audit_log_reports_the_command_line(server: Any, api: Runner, run: Runner, tmp_path: Path) -> None:
     beside = run.way(directory=tmp_path, LOGNAME="somebody-else")
     for way in (beside, api):
         made = way.told("create", "--tier", "free")
@@ -210,7 +210,7 @@ def test_lists_longer_than_a_page(server: Any, api: Runner, run: Runner, tmp_pat
         for limit in (1, 499, 500, 501, 1_000, 1_001, 1_203):
             ran = way.keys(*premium, "--json", "--limit", str(limit))
             assert [each["id"] for each in json.loads(ran.out)] == ids[:limit]
-            assert ran.err == f"there are more: go on with --after {ids[limit - 1]}\n"
+            assert ran.err == f"there are more: continue with --after {ids[limit - 1]}\n"
         assert way.keys(*premium, "--limit", "1204").err == "", "there are no more"
         assert [each["id"] for each in way.told(*premium, "--limit", "600", "--after", ids[699])] == ids[700:]
         assert len(way.told("list")) == 100
@@ -219,7 +219,7 @@ def test_lists_longer_than_a_page(server: Any, api: Runner, run: Runner, tmp_pat
 def test_an_id_that_others_begin_with(server: Any, api: Runner, run: Runner, tmp_path: Path) -> None:
     _put_keys(f"sqlite:///{tmp_path}/tidegate.db", [f"abcdef{number}{'0' * 57}" for number in range(3)])
     for way in (api, run.way()):
-        assert "ids of several API keys begin with that" in way.refused("revoke", "abcdef", "--reason", "x")
+        assert "several API keys have this prefix" in way.refused("revoke", "abcdef", "--reason", "x")
         assert way.told("show", "abcdef1")["id"] == f"abcdef1{'0' * 17}"
         assert way.told("list", "--status", "revoked") == [], "nothing was changed"
     url = f"http://127.0.0.1:{server.admin_port}/admin/v1/api-keys"
@@ -273,11 +273,11 @@ def test_in_the_grace_period_both_keys_work(server: Any, api: Runner, run: Runne
     ("command", "words"),
     [
         ("", ("create", "list", "show", "revoke", "rotate", "delete", "over the admin API")),
-        ("create", ("--tier", "--name", "--expires-in", "90d", "this once", "digest")),
+        ("create", ("--tier", "--name", "--expires-in", "90d", "only once", "digest")),
         ("list", ("--tier", "--status", "active|expired|revoked", "--name", "--limit", "10000", "--after")),
         ("show", ("KEY", "6 hex digits", "the key itself")),
         ("revoke", ("KEY", "6 hex digits", "the key itself", "--reason", "within a second")),
-        ("rotate", ("KEY", "6 hex digits", "--grace", "1h", "still works", "this once")),
+        ("rotate", ("KEY", "6 hex digits", "--grace", "1h", "still works", "only once")),
         ("delete", ("KEY", "6 hex digits", "revoked or expired", "audit log")),
     ],
 )

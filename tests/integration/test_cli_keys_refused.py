@@ -18,8 +18,8 @@ import pytest
 from tests.integration.cli_ways import FILE_KEY, HEX_KEY, POLICY, TOKEN, Runner, over_api, with_catalog
 from tests.moments import PATIENCE_S, wait_until
 from tests.servers.certificates import Authority
+from tests.servers.foreign_servers import ForeignServer, TlsProxy
 from tests.servers.ports import free_port
-from tests.servers.strangers import Stranger, TlsFront
 from tidegate.catalog.sql.catalog import SqlCatalog
 from tidegate.cli import control_plane
 
@@ -49,10 +49,10 @@ def test_the_token(server: Any, api: Runner, tmp_path: Path) -> None:
     assert "--token-file" in bare.refused("list")
     for written, said in (
         (None, "cannot be read: No such file"),
-        (b"", "holds no token"),
-        (b" \n", "holds no token"),
-        (b"a" * 5000, "holds no token"),
-        (b"\xff\xfe", "it is no text"),
+        (b"", "does not contain a token"),
+        (b" \n", "does not contain a token"),
+        (b"a" * 5000, "does not contain a token"),
+        (b"\xff\xfe", "it is not UTF-8 text"),
         (b"two words", "characters that no token has"),
         ("tokén".encode(), "characters that no token has"),
         (b"one\r\nX-Header: other", "characters that no token has"),
@@ -70,16 +70,16 @@ def test_the_token(server: Any, api: Runner, tmp_path: Path) -> None:
     file.write_text("a-token-that-nobody-knows")
     message = from_file.refused("list")
     assert message.startswith("INVALID_TOKEN: the token is unknown, expired or revoked: ask an operator")
-    assert message.endswith(f"(the token came from {file})")
+    assert message.endswith(f"(the token of {file})")
     assert "nobody-knows" not in message
     wrong = api.way(*api.options, TIDEGATE_ADMIN__TOKEN="another-token-of-nobody")
-    assert "the token came from TIDEGATE_ADMIN__TOKEN" in wrong.refused("create", "--tier", "free")
-    assert "--token-file is for --url" in api.way("--token-file", str(file)).refused("list")
+    assert "the token of TIDEGATE_ADMIN__TOKEN" in wrong.refused("create", "--tier", "free")
+    assert "--token-file is only used with --url" in api.way("--token-file", str(file)).refused("list")
     told = api.keys("list", "--token", TOKEN)
     assert (told.code, "No such option" in told.err) == (2, True), "a token on the command line would be seen by everyone"
 
 
-def test_a_viewer_may_look(server: Any, api: Runner, tmp_path: Path) -> None:
+def test_a_viewer_may_read(server: Any, api: Runner, tmp_path: Path) -> None:
     made = httpx.post(
         f"http://127.0.0.1:{server.admin_port}/admin/v1/tokens",
         headers={"Authorization": f"Bearer {TOKEN}"},
@@ -89,7 +89,10 @@ def test_a_viewer_may_look(server: Any, api: Runner, tmp_path: Path) -> None:
     viewer = api.way(*api.options, "--token-file", str(tmp_path / "viewer"))
     (key,) = viewer.told("list", "--tier", "free")
     for arguments in (("create", "--tier", "free"), ("revoke", key["id"], "--reason", "x"), ("rotate", key["id"])):
-        assert viewer.refused(*arguments) == "FORBIDDEN: the token 'looks' is a viewer's, which may not do this: ask an operator"
+        assert (
+            viewer.refused(*arguments)
+            == "FORBIDDEN: the token 'looks' has the role viewer, which may not do this: use a token of an operator"
+        )
 
 
 def test_too_many_requests(server: Any, api: Runner) -> None:
@@ -99,10 +102,12 @@ def test_too_many_requests(server: Any, api: Runner) -> None:
     wrong = api.way(*api.options, **{**api.environment, "TIDEGATE_ADMIN__TOKEN": "wrong-token-of-somebody"})
     message = wrong.refused("list")
     assert len(api.told("list")) == 2, "the right token passes"
-    assert re.fullmatch(r"RATE_LIMIT_EXCEEDED: more than 20/minute wrong tokens .*: try again in [1-6]?\d s", message)
+    assert re.fullmatch(
+        r"RATE_LIMIT_EXCEEDED: more than 20/minute requests with a wrong token .*: try again in [1-6]?\d s", message
+    )
 
 
-def test_a_catalog_that_is_away(server: Any, api: Runner, run: Runner, tmp_path: Path) -> None:
+def test_a_catalog_that_is_unavailable(server: Any, api: Runner, run: Runner, tmp_path: Path) -> None:
     async def take_away(catalog: SqlCatalog) -> None:
         async with catalog.database.transaction() as connection:
             await connection.exec_driver_sql("ALTER TABLE api_keys RENAME TO away")
@@ -111,7 +116,7 @@ def test_a_catalog_that_is_away(server: Any, api: Runner, run: Runner, tmp_path:
     for arguments in (("list",), ("create", "--tier", "free")):
         message = api.refused(*arguments)
         assert message.startswith("CATALOG_UNAVAILABLE: ")
-        assert "try again in 1 s; where that does not help, 'tidegate doctor' says more" in message
+        assert "try again in 1 s; if this continues, run 'tidegate doctor'" in message
         assert run.way().refused(*arguments).startswith("CATALOG_UNAVAILABLE: ")
 
 
@@ -123,7 +128,7 @@ def test_the_wrong_port(server: Any, api: Runner) -> None:
         assert "[server] admin" in message
 
 
-def test_where_the_control_plane_stands(server: Any, api: Runner) -> None:
+def test_the_address_of_the_control_plane(server: Any, api: Runner) -> None:
     url = f"http://127.0.0.1:{server.admin_port}"
     for spelled in (f"{url}/", f"{url}/admin/v1", f"{url}/admin/v1/", url.replace("127.0.0.1", "localhost")):
         assert len(api.way("--url", spelled, **api.environment).told("list")) == 2
@@ -141,7 +146,7 @@ def test_where_the_control_plane_stands(server: Any, api: Runner) -> None:
         (f"http://127.0.0.1:{free_port()}", "connection refused: start it with 'tidegate serve'"),
         (f"http://[::1]:{free_port()}", "start it with 'tidegate serve'"),
         (f"http://{'a' * 70}.example:8082", "is not a valid URL"),
-        (f"https://127.0.0.1:{server.admin_port}", "use http:// if the server does not use TLS"),
+        (f"https://127.0.0.1:{server.admin_port}", "use http:// if it does not use TLS"),
     ):
         message = api.way("--url", wrong, **api.environment).refused("list")
         assert said in message, (wrong, message)
@@ -152,11 +157,11 @@ def test_where_the_control_plane_stands(server: Any, api: Runner) -> None:
 
 
 @pytest.fixture
-def stranger() -> Iterator[Callable[[bytes | None], Stranger]]:
-    started: list[Stranger] = []
+def foreign_server() -> Iterator[Callable[[bytes | None], ForeignServer]]:
+    started: list[ForeignServer] = []
 
-    def start(reply: bytes | None) -> Stranger:
-        started.append(Stranger(reply))
+    def start(reply: bytes | None) -> ForeignServer:
+        started.append(ForeignServer(reply))
         return started[-1]
 
     yield start
@@ -178,8 +183,8 @@ RECORD = (
     b'"overrides": [], "created_at": "2030-01-01T00:00:00Z", "revoked_at": null, "revoked_reason": null, '
     b'"managed_by_file": false, "revision": 1}'
 )
-UNKNOWN = "whether the change was made is not known"
-NOT_OURS = "is no control plane of Tidegate"
+UNKNOWN = "the change may have been made"
+NOT_OURS = "is not a control plane of Tidegate"
 
 
 @pytest.mark.parametrize(
@@ -196,7 +201,7 @@ NOT_OURS = "is no control plane of Tidegate"
         (_http("429 Too Many", b"slow", "Retry-After: 7"), "answers 429, too many requests: try again in 7 s", False),
         (_http("429 Too Many", b"slow", "Retry-After: Thu, 01 Jan"), "try again later", False),
         (_http("429 Too Many", _error("BUSY", "no"), "Retry-After: 9"), "BUSY: no: try again in 9 s", False),
-        (_http("502 Bad Gateway", b"<html>"), "answers 502: see whether 'tidegate serve' runs behind it", True),
+        (_http("502 Bad Gateway", b"<html>"), "answers 502: check that 'tidegate serve' runs behind it", True),
         (_http("504 Gateway Timeout", b"", "Retry-After: 3"), "try again in 3 s", True),
         (_http("400 Bad", _error("BAD\x1b[2J", "a\x1b]0;title\x07\nb\u202ec")), "BAD [2J: a ]0;title  b c", False),
         (_http("400 Bad", _error("BAD", "x" * 100_000)), "x" * 1000, False),
@@ -208,16 +213,16 @@ NOT_OURS = "is no control plane of Tidegate"
         (None, "did not respond within 0.3 s: start it with 'tidegate serve'", True),
     ],
 )  # fmt: skip
-def test_what_is_no_control_plane(
+def test_servers_that_are_not_a_control_plane(
     reply: bytes | None,
     said: str,
     unknown: bool,
-    stranger: Callable[..., Stranger],
+    foreign_server: Callable[..., ForeignServer],
     run: Runner,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(control_plane, "TIMEOUT_S", 0.3)
-    other = stranger(reply)
+    other = foreign_server(reply)
     way = run.way("--url", other.url, TIDEGATE_ADMIN__TOKEN=TOKEN)
     looked, made = way.refused("list"), way.refused("create", "--tier", "free")
     for message in (looked, made):
@@ -229,30 +234,32 @@ def test_what_is_no_control_plane(
 
 
 @pytest.mark.parametrize("status", ["301 Moved", "302 Found", "307 Temporary Redirect", "308 Permanent Redirect"])
-def test_a_redirect_is_not_followed_with_the_token(status: str, stranger: Callable[..., Stranger], run: Runner) -> None:
-    target = stranger(_http("200 OK", b'{"items": [], "next": null}'))
+def test_a_redirect_is_not_followed_with_the_token(
+    status: str, foreign_server: Callable[..., ForeignServer], run: Runner
+) -> None:
+    target = foreign_server(_http("200 OK", b'{"items": [], "next": null}'))
     location = f"Location: {target.url}/admin/v1/api-keys?token=\x1b[2J"
-    way = run.way("--url", stranger(_http(status, b"", location)).url, TIDEGATE_ADMIN__TOKEN=TOKEN)
+    way = run.way("--url", foreign_server(_http(status, b"", location)).url, TIDEGATE_ADMIN__TOKEN=TOKEN)
     for arguments in (("list",), ("create", "--tier", "free")):
         message = way.refused(*arguments)
-        assert "redirects to http://127.0.0.1, and the token is not sent on" in message
-        assert "give the control plane's own address with --url" in message
+        assert "redirects to http://127.0.0.1, and the token is not sent to other addresses" in message
+        assert "set the control plane's own address with --url" in message
     assert target.requests == []
     for location in ("/elsewhere", "http://[", "javascript:x"):
-        way = run.way("--url", stranger(_http(status, b"", f"Location: {location}")).url, TIDEGATE_ADMIN__TOKEN=TOKEN)
-        assert "redirects, and the token is not sent on" in way.refused("list")
+        way = run.way("--url", foreign_server(_http(status, b"", f"Location: {location}")).url, TIDEGATE_ADMIN__TOKEN=TOKEN)
+        assert "redirects, and the token is not sent to other addresses" in way.refused("list")
 
 
-def test_a_list_that_would_never_end_ends(stranger: Callable[..., Stranger], run: Runner) -> None:
-    endless = stranger(_http("200 OK", b'{"items": [], "next": "000000000000000000000000"}'))
+def test_a_list_that_would_never_end_ends(foreign_server: Callable[..., ForeignServer], run: Runner) -> None:
+    endless = foreign_server(_http("200 OK", b'{"items": [], "next": "000000000000000000000000"}'))
     assert run.way("--url", endless.url, TIDEGATE_ADMIN__TOKEN=TOKEN).keys("list").code == 0
     assert len(endless.requests) == 1
 
 
-def test_a_record_cannot_move_the_cursor(stranger: Callable[..., Stranger], run: Runner) -> None:
+def test_a_record_cannot_move_the_cursor(foreign_server: Callable[..., ForeignServer], run: Runner) -> None:
     record = RECORD.replace(b'"name": ""', b'"name": "a\\u001b[2J\\nb"').replace(b'"tier": "t"', b'"tier": "\\u001bt"')
     way = run.way(
-        "--url", stranger(_http("200 OK", b'{"items": [' + record + b'], "next": null}')).url, TIDEGATE_ADMIN__TOKEN=TOKEN
+        "--url", foreign_server(_http("200 OK", b'{"items": [' + record + b'], "next": null}')).url, TIDEGATE_ADMIN__TOKEN=TOKEN
     )
     for command in ("list", "show 000000"):
         ran = way.keys(*command.split())
@@ -261,8 +268,8 @@ def test_a_record_cannot_move_the_cursor(stranger: Callable[..., Stranger], run:
     assert way.told("list")[0]["name"] == "a\x1b[2J\nb", "JSON is exact"
 
 
-def test_ctrl_c_does_not_wait_for_an_answer(stranger: Callable[..., Stranger], tmp_path: Path) -> None:
-    silent = stranger(None)
+def test_ctrl_c_does_not_wait_for_an_answer(foreign_server: Callable[..., ForeignServer], tmp_path: Path) -> None:
+    silent = foreign_server(None)
     # As `tidegate keys list`, with an hour of patience: whoever waits for the answer does not end within this test.
     program = "from tidegate.cli import control_plane, main; control_plane.TIMEOUT_S = 3600; main()"
     process = subprocess.Popen(
@@ -286,7 +293,7 @@ def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
 
 
 def test_tls_and_what_goes_over_it(server: Any, api: Runner, authority: Authority) -> None:
-    front = TlsFront(authority, server.admin_port)
+    front = TlsProxy(authority, server.admin_port)
     try:
         url = f"https://localhost:{front.port}"
         trusting = api.way("--url", url, **api.environment, SSL_CERT_FILE=str(authority.ca))

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from tests.cases.doors import CASES, EXPIRED, FREE, REVOKED, TIGHT, Answer
-from tests.integration.client_asker import PATIENT_S, POLICY, Asker
+from tests.integration.client_driver import PATIENT_S, POLICY, ClientDriver
 from tests.servers.tcp_proxy import TcpProxy
 from tidegate import (
     ApiKeyExpired,
@@ -36,7 +36,9 @@ from tidegate.doors.http import DataPlane
 
 
 @pytest.mark.parametrize("name", CASES)
-async def test_the_doors_cases(name: str, gate: Gate, listen: Callable[..., Any], new_client: Callable[..., Asker]) -> None:
+async def test_the_doors_cases(
+    name: str, gate: Gate, listen: Callable[..., Any], new_client: Callable[..., ClientDriver]
+) -> None:
     asker = new_client(await listen(DataPlane(gate, {})))
     for number, (ask, expected) in enumerate(CASES[name]):
         try:
@@ -54,7 +56,7 @@ async def test_the_doors_cases(name: str, gate: Gate, listen: Callable[..., Any]
 
 @pytest.mark.parametrize("name", CASES)
 async def test_the_doors_cases_as_batches(
-    name: str, gate: Gate, listen: Callable[..., Any], new_client: Callable[..., Asker]
+    name: str, gate: Gate, listen: Callable[..., Any], new_client: Callable[..., ClientDriver]
 ) -> None:
     asker = new_client(await listen(DataPlane(gate, {})))
     steps = [(ask, expected) for ask, expected in CASES[name] if expected.code != "BAD_REQUEST"]
@@ -67,7 +69,7 @@ async def test_the_doors_cases_as_batches(
     ] == [expected for _, expected in steps]
 
 
-async def test_a_key_that_is_no_text(gate: Gate, listen: Callable[..., Any], new_client: Callable[..., Asker]) -> None:
+async def test_a_key_that_is_not_utf8(gate: Gate, listen: Callable[..., Any], new_client: Callable[..., ClientDriver]) -> None:
     asker = new_client(await listen(DataPlane(gate, {})))
     with pytest.raises(InvalidApiKey):
         await asker.check("/api/v1/a", api_key="half \ud800 of one")
@@ -78,7 +80,7 @@ async def test_a_key_that_is_no_text(gate: Gate, listen: Callable[..., Any], new
     assert not (await asker.check("/caf\xe9", ip="198.51.100.1")).failed
 
 
-async def test_batches_of_any_length(gate: Gate, listen: Callable[..., Any], new_client: Callable[..., Asker]) -> None:
+async def test_batches_of_any_length(gate: Gate, listen: Callable[..., Any], new_client: Callable[..., ClientDriver]) -> None:
     asker = new_client(await listen(DataPlane(gate, {})))
     assert await asker.check_many([]) == []
     told = await asker.check_many(Check.of("/everyone", api_key=FREE) for _ in range(2050))
@@ -88,7 +90,7 @@ async def test_batches_of_any_length(gate: Gate, listen: Callable[..., Any], new
     assert [one.remaining for one in told] == [18] * 900
 
 
-async def test_what_is_left(gate: Gate, listen: Callable[..., Any], new_client: Callable[..., Asker]) -> None:
+async def test_what_is_left(gate: Gate, listen: Callable[..., Any], new_client: Callable[..., ClientDriver]) -> None:
     asker = new_client(await listen(DataPlane(gate, {})))
     await asker.check("/api/v1/a", api_key=FREE)
     usage = await asker.usage(FREE, ip="203.0.113.7")
@@ -107,8 +109,8 @@ async def test_what_is_left(gate: Gate, listen: Callable[..., Any], new_client: 
         await asker.usage(FREE, ip="here")
 
 
-async def test_keys_are_told_to_nobody(
-    gate: Gate, listen: Callable[..., Any], new_client: Callable[..., Asker], caplog: pytest.LogCaptureFixture
+async def test_keys_appear_in_no_output(
+    gate: Gate, listen: Callable[..., Any], new_client: Callable[..., ClientDriver], caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.DEBUG)
     url = await listen(DataPlane(gate, {}))
@@ -126,7 +128,7 @@ async def test_keys_are_told_to_nobody(
     assert TIGHT not in text
 
 
-async def test_at_a_real_server(serve: Callable[..., Any], new_client: Callable[..., Asker], tmp_path: Path) -> None:
+async def test_at_a_real_server(serve: Callable[..., Any], new_client: Callable[..., ClientDriver], tmp_path: Path) -> None:
     (tmp_path / "tidegate.policy.toml").write_text(POLICY)
     asker = new_client(serve().url)
     login = {"method": "POST", "ip": "203.0.113.7"}
@@ -144,7 +146,7 @@ async def test_at_a_real_server(serve: Callable[..., Any], new_client: Callable[
         await asker.check("/api/v1/a", api_key="nobody-knows-this")
 
 
-async def test_one_connection_is_kept(gate: Gate, listen: Callable[..., Any], new_client: Callable[..., Asker]) -> None:
+async def test_one_connection_is_kept(gate: Gate, listen: Callable[..., Any], new_client: Callable[..., ClientDriver]) -> None:
     port = int((await listen(DataPlane(gate, {}))).rpartition(":")[2])
     async with TcpProxy(port) as proxy:
         asker = new_client(f"http://127.0.0.1:{proxy.port}")
@@ -160,7 +162,7 @@ async def test_one_connection_is_kept(gate: Gate, listen: Callable[..., Any], ne
         await asker.close()
 
 
-async def test_wait_until_it_passes(serve: Callable[..., Any], new_client: Callable[..., Asker], tmp_path: Path) -> None:
+async def test_wait_until_it_passes(serve: Callable[..., Any], new_client: Callable[..., ClientDriver], tmp_path: Path) -> None:
     (tmp_path / "tidegate.policy.toml").write_text(
         '[[tiers]]\nname = "t"\n[[tiers.rules]]\nendpoint = "/*"\nlimits = ["2/2s"]\nalgorithm = "sliding_log"\n'
         '[[tiers.rules]]\nendpoint = "/rare"\nlimits = ["1/day"]\nalgorithm = "sliding_log"\n[anonymous]\ntier = "t"\n'
@@ -228,7 +230,7 @@ def test_a_process_that_forks_does_not_share_connections(serve: Callable[..., An
     assert (done.returncode, done.stdout) == (0, "apart\n"), done.stderr
 
 
-def test_without_httpcore_it_says_what_to_install() -> None:
+def test_without_httpcore_it_reports_what_to_install() -> None:
     program = "import sys; sys.modules['httpcore'] = None; import tidegate.client"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 1
@@ -255,7 +257,7 @@ def test_wrong_arguments(arguments: dict[str, Any], message: str) -> None:
             kind(**arguments)
 
 
-async def test_wrong_checks(new_client: Callable[..., Asker]) -> None:
+async def test_wrong_checks(new_client: Callable[..., ClientDriver]) -> None:
     asker = new_client("http://127.0.0.1:1")
     for arguments in ({"path": ""}, {"path": "/a", "cost": -1}, {"path": "/a", "ip": "here"}, {"path": "//a"}):
         with pytest.raises(BadRequest):
@@ -264,13 +266,13 @@ async def test_wrong_checks(new_client: Callable[..., Asker]) -> None:
         await asker.wait("/a", at_most_s=-1)
 
 
-async def test_answers_can_be_kept(new_client: Callable[..., Asker]) -> None:
+async def test_answers_can_be_kept(new_client: Callable[..., ClientDriver]) -> None:
     """In a queue or a log: an answer is a plain record."""
     answer = await new_client("http://127.0.0.1:1", on_failure="deny").check("/a")
     assert pickle.loads(pickle.dumps(answer)) == answer
 
 
-def test_the_page_says_what_works(serve: Callable[..., Any]) -> None:
+def test_the_page_reports_what_works(serve: Callable[..., Any]) -> None:
     page = (Path(__file__).parents[2] / "docs" / "python.md").read_text()
     section = page.partition("## Client")[2].partition("## Middleware")[0]
     blocks = re.findall(r"```python\n(.*?)```", section, re.DOTALL)

@@ -20,7 +20,7 @@ import uvloop
 
 from tests.cases.doors import FREE
 from tests.conftest import Serve
-from tests.integration.client_asker import POLICY, Asker
+from tests.integration.client_driver import POLICY, ClientDriver
 from tests.moments import PATIENCE_S
 from tests.servers.certificates import Authority
 from tests.servers.ports import free_port
@@ -94,7 +94,7 @@ async def dribbling() -> AsyncIterator[str]:
 
 async def test_a_limiter_that_hangs_costs_the_deadline(
     serve: Callable[..., Serve],
-    new_client: Callable[..., Asker],
+    new_client: Callable[..., ClientDriver],
 ) -> None:
     server = serve("--demo")
     asker = new_client(server.url, deadline_s=0.3)
@@ -146,7 +146,7 @@ def test_on_uvloop(serve: Callable[..., Serve], tmp_path: Path) -> None:
     uvloop.run(ask())
 
 
-async def test_the_deadline_is_for_the_whole_answer(dribbling: str, new_client: Callable[..., Asker]) -> None:
+async def test_the_deadline_is_for_the_whole_answer(dribbling: str, new_client: Callable[..., ClientDriver]) -> None:
     started = time.monotonic()
     answer = await new_client(dribbling, deadline_s=0.5).check("/a")
     assert 0.4 < time.monotonic() - started < FAR_TOO_LATE_S
@@ -155,7 +155,7 @@ async def test_the_deadline_is_for_the_whole_answer(dribbling: str, new_client: 
 
 async def test_a_limiter_that_is_killed_and_comes_back(
     serve: Callable[..., Serve],
-    new_client: Callable[..., Asker],
+    new_client: Callable[..., ClientDriver],
     tmp_path: Path,
 ) -> None:
     first = serve("--demo")
@@ -173,10 +173,10 @@ async def test_a_limiter_that_is_killed_and_comes_back(
     assert not answer.failed
 
 
-async def test_the_second_server_is_asked_where_the_first_takes_no_connection(
+async def test_the_second_server_is_used_if_the_first_accepts_no_connection(
     gate: Gate,
     listen: Callable[..., Any],
-    new_client: Callable[..., Asker],
+    new_client: Callable[..., ClientDriver],
 ) -> None:
     alive = await listen(DataPlane(gate, {}))
     answer = await new_client([NOBODY, alive]).check(**ASK)
@@ -192,10 +192,10 @@ async def test_the_second_server_is_asked_where_the_first_takes_no_connection(
     )
 
 
-async def test_what_may_have_been_counted_is_not_asked_twice(
+async def test_a_check_that_may_have_been_counted_is_not_repeated(
     gate: Gate,
     listen: Callable[..., Any],
-    new_client: Callable[..., Asker],
+    new_client: Callable[..., ClientDriver],
 ) -> None:
     alive = await listen(DataPlane(gate, {}))
     async with TcpProxy(int(alive.rpartition(":")[2])) as proxy:
@@ -218,7 +218,7 @@ async def test_what_may_have_been_counted_is_not_asked_twice(
 async def test_the_breaker_spares_a_hung_limiter_and_us(
     gate: Gate,
     listen: Callable[..., Any],
-    new_client: Callable[..., Asker],
+    new_client: Callable[..., ClientDriver],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     caplog.set_level(logging.INFO, "tidegate.client")
@@ -247,10 +247,10 @@ async def test_the_breaker_spares_a_hung_limiter_and_us(
         assert logged[1][1] == f"{url} responds again: circuit breaker closed"
 
 
-async def test_while_the_first_server_is_left_alone_the_second_is_asked(
+async def test_the_second_server_is_used_while_the_breaker_of_the_first_is_open(
     gate: Gate,
     listen: Callable[..., Any],
-    new_client: Callable[..., Asker],
+    new_client: Callable[..., ClientDriver],
 ) -> None:
     alive = await listen(DataPlane(gate, {}))
     async with TcpProxy(1) as proxy:
@@ -281,7 +281,7 @@ async def test_answers_that_are_none(
     says: Says,
     reason: str,
     listen: Callable[..., Any],
-    new_client: Callable[..., Asker],
+    new_client: Callable[..., ClientDriver],
 ) -> None:
     url = await listen(says)
     asker = new_client(url)
@@ -293,7 +293,7 @@ async def test_answers_that_are_none(
         await asker.usage(FREE)
 
 
-async def test_answers_that_are_refusals(listen: Callable[..., Any], new_client: Callable[..., Asker]) -> None:
+async def test_answers_that_are_refusals(listen: Callable[..., Any], new_client: Callable[..., ClientDriver]) -> None:
     for status, code, kind in ((503, "STORE_UNAVAILABLE", StoreUnavailable), (431, "HEADERS_TOO_LARGE", BadRequest)):
         asker = new_client(await listen(Says(status, error(code))))
         with pytest.raises(kind, match="as it is") as raised:
@@ -305,7 +305,7 @@ async def test_answers_that_are_refusals(listen: Callable[..., Any], new_client:
 async def test_a_server_without_its_catalog_is_passed_over(
     gate: Gate,
     listen: Callable[..., Any],
-    new_client: Callable[..., Asker],
+    new_client: Callable[..., ClientDriver],
 ) -> None:
     without = Says(503, error("CATALOG_UNAVAILABLE"))
     asker = new_client([await listen(without), await listen(DataPlane(gate, {}))])
@@ -313,7 +313,7 @@ async def test_a_server_without_its_catalog_is_passed_over(
     assert without.asked == 3
 
 
-async def test_a_batch_of_another_length_is_none(listen: Callable[..., Any], new_client: Callable[..., Asker]) -> None:
+async def test_a_batch_of_another_length_is_none(listen: Callable[..., Any], new_client: Callable[..., ClientDriver]) -> None:
     asker = new_client(await listen(Says(200, {"decisions": []})))
     assert [one.failed for one in await asker.check_many([Check.of(**ASK)] * 2)] == [True, True]
 
@@ -321,7 +321,7 @@ async def test_a_batch_of_another_length_is_none(listen: Callable[..., Any], new
 async def test_a_full_pool_is_not_the_limiters_fault(
     gate: Gate,
     listen: Callable[..., Any],
-    new_client: Callable[..., Asker],
+    new_client: Callable[..., ClientDriver],
 ) -> None:
     async with TcpProxy(int((await listen(DataPlane(gate, {}))).rpartition(":")[2])) as proxy:
         asker = new_client(f"http://127.0.0.1:{proxy.port}", deadline_s=1.0, max_connections=1)
@@ -333,9 +333,9 @@ async def test_a_full_pool_is_not_the_limiters_fault(
         proxy.stall = False
 
 
-async def test_a_check_that_is_given_up_leaves_the_client_whole(gate: Gate, listen: Callable[..., Any]) -> None:
+async def test_a_check_that_is_cancelled_leaves_the_client_whole(gate: Gate, listen: Callable[..., Any]) -> None:
     async with TcpProxy(int((await listen(DataPlane(gate, {}))).rpartition(":")[2])) as proxy:
-        asker = Asker("async", f"http://127.0.0.1:{proxy.port}", max_connections=2)
+        asker = ClientDriver("async", f"http://127.0.0.1:{proxy.port}", max_connections=2)
         proxy.stall = True
         given_up = [asyncio.ensure_future(asker.check(**ASK)) for _ in range(4)]
         await asyncio.sleep(0.2)
@@ -347,7 +347,7 @@ async def test_a_check_that_is_given_up_leaves_the_client_whole(gate: Gate, list
         await asker.close()
 
 
-async def test_over_tls(gate: Gate, listen: Callable[..., Any], new_client: Callable[..., Asker], tmp_path: Path) -> None:
+async def test_over_tls(gate: Gate, listen: Callable[..., Any], new_client: Callable[..., ClientDriver], tmp_path: Path) -> None:
     authority = Authority(tmp_path / "tls")
     plain = int((await listen(DataPlane(gate, {}))).rpartition(":")[2])
     served = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
@@ -379,6 +379,6 @@ async def test_over_tls(gate: Gate, listen: Callable[..., Any], new_client: Call
     server.close()
 
 
-async def test_a_name_that_is_not_there(new_client: Callable[..., Asker]) -> None:
+async def test_a_name_that_is_not_there(new_client: Callable[..., ClientDriver]) -> None:
     answer = await new_client(f"http://no-such-host.invalid:{free_port()}").check(**ASK)
     assert (answer.failure or "").endswith("did not accept a connection: its name cannot be resolved")

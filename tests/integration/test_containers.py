@@ -88,7 +88,7 @@ def test_image_is_what_it_says() -> None:
     assert copied == let_through
 
 
-def test_health_check_tells_ready_from_not(serve: Any) -> None:
+def test_health_check_reports_ready_from_not(serve: Any) -> None:
     (line,) = [line for line in dockerfile() if line.startswith("HEALTHCHECK")]
     command = yaml.safe_load(line.partition("CMD ")[2])
     assert command[0] == "python"

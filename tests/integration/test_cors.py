@@ -125,7 +125,7 @@ async def test_a_page_of_another_site_in_a_browser(serve_app: Callable[..., Any]
 PREFLIGHT = {"Origin": "http://site", "Access-Control-Request-Method": "GET", "Access-Control-Request-Headers": "x-api-key"}
 
 
-async def test_preflights_pass_uncounted_if_told_so() -> None:
+async def test_preflights_pass_uncounted_if_configured() -> None:
     for passes, status in ((False, 401), (True, 200)):
         transport = httpx.ASGITransport(app_of(limiter(pass_preflights=passes), cors()))
         async with httpx.AsyncClient(transport=transport, base_url="http://api") as http:

@@ -85,7 +85,7 @@ async def test_a_new_database_is_left_empty(catalog_url: str, tmp_path: Path) ->
     assert await _state(catalog_url) == before
 
 
-async def test_an_old_schema_is_told_of_and_left(catalog_url: str, tmp_path: Path) -> None:
+async def test_an_old_schema_is_reported_and_not_changed(catalog_url: str, tmp_path: Path) -> None:
     head = await upgrade(catalog_url)
     await downgrade(catalog_url, "0002")
     before = await _state(catalog_url)
@@ -122,7 +122,7 @@ async def test_a_catalog_in_use_is_counted(catalog_url: str, tmp_path: Path) -> 
         (("DROP TABLE tiers CASCADE", "DROP TABLE policy_state CASCADE"), "cannot be read as a catalog"),
     ],
 )
-async def test_a_database_of_others_is_refused(catalog_url: str, tmp_path: Path, statements: tuple[str, ...], said: str) -> None:
+async def test_a_database_of_others_is_rejected(catalog_url: str, tmp_path: Path, statements: tuple[str, ...], said: str) -> None:
     await upgrade(catalog_url)
     sqlite = catalog_url.startswith("sqlite")
     await _write(catalog_url, *(each.removesuffix(" CASCADE") if sqlite else each for each in statements))
@@ -146,20 +146,20 @@ def test_files_that_are_no_catalog(tmp_path: Path) -> None:
 def test_listeners_of_a_server_that_does_not_run(tmp_path: Path) -> None:
     code, found = _found(tmp_path)
     assert code == 0
-    assert found["control plane"][0] is found["gRPC door"][0] is True
-    assert found["gRPC door"][1].endswith("is free")
-    assert _found(tmp_path, TIDEGATE_SERVER__GRPC="")[1]["gRPC door"] == (None, "off")
+    assert found["control plane"][0] is found["gRPC listener"][0] is True
+    assert found["gRPC listener"][1].endswith("is free")
+    assert _found(tmp_path, TIDEGATE_SERVER__GRPC="")[1]["gRPC listener"] == (None, "off")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = f"127.0.0.1:{taken.getsockname()[1]}"
-        for name, what, key in (("GRPC", "gRPC door", "grpc"), ("ADMIN", "control plane", "admin")):
+        for name, what, key in (("GRPC", "gRPC listener", "grpc"), ("ADMIN", "control plane", "admin")):
             code, found = _found(tmp_path, **{f"TIDEGATE_SERVER__{name}": address})
             assert (code, found[what][0]) == (1, False)
             assert f"server.{key} = '{address}': the port is in use" in found[what][1]
             assert f'{key} = "" disables the ' in found[what][1]
     http = f"127.0.0.1:{free_port()}"
     _, found = _found(tmp_path, TIDEGATE_SERVER__HTTP=http, TIDEGATE_SERVER__GRPC=http)
-    assert found["gRPC door"][0] is False
-    assert "has the port of server.http" in found["gRPC door"][1]
+    assert found["gRPC listener"][0] is False
+    assert "has the port of server.http" in found["gRPC listener"][1]
 
 
 def test_listeners_of_a_server_that_runs(serve: Callable[..., Any], tmp_path: Path) -> None:
@@ -167,18 +167,18 @@ def test_listeners_of_a_server_that_runs(serve: Callable[..., Any], tmp_path: Pa
     listeners = {name: value for name, value in server.environment.items() if name.startswith("TIDEGATE_SERVER__")}
     code, found = _found(tmp_path, **listeners)
     assert code == 0, found
-    assert found["server database"][0] is found["control plane"][0] is found["gRPC door"][0] is True
-    assert found["gRPC door"][1] == f"something listens at 127.0.0.1:{server.grpc_port}"
+    assert found["server database"][0] is found["control plane"][0] is found["gRPC listener"][0] is True
+    assert found["gRPC listener"][1] == f"something listens at 127.0.0.1:{server.grpc_port}"
     code, found = (
         _found(tmp_path, **listeners, TIDEGATE_SERVER__GRPC=f"127.0.0.1:{free_port()}")
         if False
         else _found(tmp_path, **{**listeners, "TIDEGATE_SERVER__GRPC": f"127.0.0.1:{free_port()}"})
     )
-    assert (code, found["gRPC door"][0]) == (1, False)
-    assert "although Tidegate runs" in found["gRPC door"][1]
+    assert (code, found["gRPC listener"][0]) == (1, False)
+    assert "although Tidegate runs" in found["gRPC listener"][1]
 
 
-def test_replicas_are_looked_at(postgres_cluster: PostgresCluster, tmp_path: Path) -> None:
+def test_replicas_are_checked(postgres_cluster: PostgresCluster, tmp_path: Path) -> None:
     database = postgres_cluster.primary.new_database()
     name = database.rpartition("/")[2]
     subprocess.run(
@@ -250,7 +250,7 @@ async def test_other_users_may_read_the_file(tmp_path: Path) -> None:
     assert "chmod 600" in found["catalog"][1]
 
 
-def test_a_redis_that_answers_ping_and_refuses_the_script_is_wrong(any_redis: RedisServer, tmp_path: Path) -> None:
+def test_a_redis_that_answers_ping_and_rejects_the_script_is_wrong(any_redis: RedisServer, tmp_path: Path) -> None:
     any_redis.must("ACL", "SETUSER", "doctor", "reset", "on", ">pw", "~*", "&*", "+@all", "-evalsha", "-eval")
     url = any_redis.url.replace("redis://", "redis://doctor:pw@")
     code, found = _found(tmp_path, TIDEGATE_COUNTERS__URL=url, TIDEGATE_COUNTERS__TIMEOUT_MS="5000")

@@ -142,7 +142,7 @@ def test_other_refusals_are_not_kept(house: House) -> None:
     assert house.asked() == asked + 6
 
 
-def test_a_denial_ends_when_it_was_told_to(house: House) -> None:
+def test_a_denial_ends_at_its_deadline(house: House) -> None:
     for _ in range(3):
         answer = house.denied("/slow/1")
         began, told_s = time.monotonic(), int(answer.headers["retry-after"])
@@ -188,7 +188,7 @@ def test_what_is_kept_is_for_nginx_alone(house: House) -> None:
     assert KEY not in house.nginx.access_log.read_text() + house.nginx.tail()
 
 
-def test_denials_are_repeated_while_tidegate_is_away(house: House) -> None:
+def test_denials_are_repeated_while_tidegate_is_unavailable(house: House) -> None:
     house.denied("/few/1")
     house.server.stop()
     assert house.get("/few/1").status_code == 429

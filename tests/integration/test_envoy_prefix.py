@@ -104,7 +104,7 @@ async def test_what_follows_is_decided_on(method: str, path: str, rule: int, clo
 
 
 @pytest.mark.parametrize("path", ["//login", "/x/../login", "/%6cogin", "/a%2Flogin", "/login;x", "/login%00", "/\xff", "/%zz"])
-async def test_other_spellings_are_refused(path: str, gate: Gate) -> None:
+async def test_other_spellings_are_rejected(path: str, gate: Gate) -> None:
     key = ("X-API-Key", FREE.encode())
     answer = await call(DataPlane(gate, {}), PREFIX + path, [key])
     assert (answer.status, answer.json()["error"]["code"]) == (400, "BAD_REQUEST")

@@ -79,7 +79,7 @@ def test_limits_hold_and_headers_reach_the_client(gateway: tuple[Envoy, Any], se
         assert client.get("/elsewhere").status_code == 200
 
 
-def test_who_has_no_key_is_counted_by_address_and_unknown_keys_are_denied(gateway: tuple[Envoy, Any]) -> None:
+def test_requests_without_a_key_are_counted_by_address_and_unknown_keys_are_denied(gateway: tuple[Envoy, Any]) -> None:
     envoy, _ = gateway
     with httpx.Client(base_url=envoy.url) as client:
         assert [client.post("/login").status_code for _ in range(3)] == [200, 200, 429]
@@ -108,7 +108,7 @@ def test_bytes_that_are_no_text_are_denied_and_not_let_through(gateway: tuple[En
         assert huge.status_code == 429
 
 
-def test_the_log_tells_a_request_by_the_id_that_envoy_gave_it(serve: Callable[..., Any], service: Api, tmp_path: Any) -> None:
+def test_the_log_reports_a_request_by_the_id_that_envoy_gave_it(serve: Callable[..., Any], service: Api, tmp_path: Any) -> None:
     _policy(tmp_path)
     tidegate = serve(grpc=True, TIDEGATE_ADMIN__TOKEN="token-of-the-settings", TIDEGATE_SERVER__ACCESS_LOG_SAMPLE="1")
     with Envoy(CONFIGURATION, {GRPC: tidegate.grpc_port, SERVICE: service.port}) as envoy:

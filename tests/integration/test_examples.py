@@ -70,7 +70,7 @@ def _limiter(serve: Callable[..., Serve], **options: Any) -> Serve:
     return serve(TIDEGATE_POLICY__FILE=str(EXAMPLES / "app.policy.toml"), **options)
 
 
-def test_limits_hold_and_are_told(app_url: str) -> None:
+def test_limits_hold_and_are_in_the_headers(app_url: str) -> None:
     with httpx.Client(base_url=app_url, timeout=PATIENCE_S) as caller:
         answers = [caller.get("/api/items", headers=KEY) for _ in range(6)]
         assert [answer.status_code for answer in answers] == [200] * 5 + [429]

@@ -78,7 +78,7 @@ async def test_what_a_file_made_can_be_changed_once_it_is_released(catalog: SqlC
     assert (await catalog.api_key(hash_api_key(made.api_key)))[1] is not None
 
 
-async def test_a_file_that_comes_back_takes_over_what_was_not_changed(catalog: SqlCatalog) -> None:
+async def test_a_restored_file_owns_the_rows_that_were_not_changed(catalog: SqlCatalog) -> None:
     policy = parse_policy(WHOLE)
     await catalog.apply_policy(policy, "1")
     await catalog.release_policy()
@@ -181,7 +181,7 @@ def test_a_demo_with_workers_has_one_catalog(
     assert list(temporary.iterdir()) == []
 
 
-def test_a_file_that_is_gone_releases_its_rows_and_the_doctor_says_so(serve: Callable[..., Serve], tmp_path: Path) -> None:
+def test_a_deleted_file_releases_its_rows_and_doctor_reports_it(serve: Callable[..., Serve], tmp_path: Path) -> None:
     file = tmp_path / "tidegate.policy.toml"
     file.write_text(f'{FREE}\n[[api_keys]]\nkey = "{DEMO}"\ntier = "free"\n')
     serve().stop()

@@ -26,7 +26,7 @@ backend apps
 """
 
 
-def test_nginx_serves_what_it_is_told_and_ends_with_its_worker() -> None:
+def test_nginx_serves_its_configuration_and_ends_with_its_worker() -> None:
     port = free_port()
     with Nginx(f"server {{ listen 127.0.0.1:{port}; include extra.conf; }}", port, {"extra.conf": "return 200 here;"}) as nginx:
         assert httpx.get(nginx.url).text == "here"
@@ -38,7 +38,7 @@ def test_nginx_serves_what_it_is_told_and_ends_with_its_worker() -> None:
         httpx.get(nginx.url)
 
 
-def test_nginx_says_what_is_wrong_with_a_configuration() -> None:
+def test_nginx_reports_what_is_wrong_with_a_configuration() -> None:
     port = free_port()
     with pytest.raises(RuntimeError, match='unknown directive "lissen"'), Nginx(f"server {{ lissen {port}; }}", port):
         raise AssertionError("it started")
@@ -57,7 +57,7 @@ def test_haproxy_over_nginx(tmp_path: object) -> None:
                 httpx.get(haproxy.url)
 
 
-def test_haproxy_says_what_is_wrong_with_a_configuration() -> None:
+def test_haproxy_reports_what_is_wrong_with_a_configuration() -> None:
     port = free_port()
     with pytest.raises(RuntimeError, match="unknown keyword 'bint'"), HAProxy(f"frontend a\n    bint :{port}\n", port):
         raise AssertionError("it started")

@@ -108,7 +108,7 @@ def test_panels_say_what_they_are_and_do_not_overlap(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_no_key_and_no_address_of_a_caller_is_asked_for(name: str) -> None:
+def test_no_key_and_no_address_of_a_caller_is_requested(name: str) -> None:
     for title, expression in expressions(DASHBOARDS[name]):
         assert not re.search(r"\b(api_key|subject|ip|path|key)\b", re.sub(r'"[^"]*"', "", expression)), title
 
@@ -224,7 +224,7 @@ def test_every_name_exists(watched: Watched) -> None:
     assert {rule["record"] for rule in RECORDED} - known == set()
 
 
-def test_what_alerts_are_about_is_told_by_the_real_exporters(watched: Watched) -> None:
+def test_real_exporters_expose_the_metrics_of_the_alerts(watched: Watched) -> None:
     prometheus = watched.prometheus
     (down,) = (alert["expr"] for alert in ALERTS if alert["alert"] == "ServiceDown")
     urls = {name: f"https://127.0.0.1:{port}" for name, port in watched.tls_ports.items()}

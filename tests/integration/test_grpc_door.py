@@ -68,7 +68,7 @@ def address(server: Serve) -> str:
     return f"127.0.0.1:{server.grpc_port}"
 
 
-def test_a_check_and_what_is_told_of_it(server: Serve, address: str) -> None:
+def test_a_check_and_its_telemetry(server: Serve, address: str) -> None:
     first = ask(address, request(entries("/api/a?x=1")))
     status = first.statuses[0]
     assert (first.overall_code, status.code, status.limit_remaining) == (OK, OK, 4)
@@ -142,7 +142,7 @@ def test_what_the_gateway_got_wrong_is_an_error(address: str, message: Any, code
     assert said in refused.value.details()
 
 
-def test_negative_hits_and_limits_sent_along_are_refused(address: str) -> None:
+def test_negative_hits_and_limits_sent_along_are_rejected(address: str) -> None:
     negative = request(entries("/api/a"))
     negative.descriptors[0].is_negative_hits = True
     limited = request(entries("/api/a"))
@@ -302,7 +302,7 @@ def test_rules_for_descriptors(serve: Callable[..., Serve], tmp_path: Any) -> No
     assert ask(address, shipped).overall_code == OVER_LIMIT
 
 
-def test_a_rule_that_denies_while_redis_is_away(
+def test_a_rule_that_denies_while_redis_is_unavailable(
     serve: Callable[..., Serve], new_redis: Callable[..., Any], tmp_path: Any
 ) -> None:
     (tmp_path / "tidegate.policy.toml").write_text(
@@ -333,7 +333,7 @@ sys.meta_path.insert(0, Blocker())
 """
 
 
-def test_without_the_extra_the_door_is_off_and_says_how_to_get_it(serve: Callable[..., Serve], tmp_path: Any) -> None:
+def test_without_the_extra_the_door_is_off_and_reports_how_to_get_it(serve: Callable[..., Serve], tmp_path: Any) -> None:
     (tmp_path / "blocked").mkdir()
     (tmp_path / "blocked" / "sitecustomize.py").write_text(BLOCKER)
     without = {"PYTHONPATH": os.pathsep.join([str(tmp_path / "blocked"), os.environ.get("PYTHONPATH", "")])}

@@ -263,7 +263,7 @@ def _packed(payload: bytes) -> bytes:
     ],
     ids=["compressed without saying how", "no gzip", "gzip", "gzip that swells to 10 MB", "unknown method", "17 KB of headers"],
 )
-def test_what_is_not_done_is_said(server: Serve, headers: list[tuple[str, str]], payload: bytes, status: str) -> None:
+def test_what_is_not_done_is_reported(server: Serve, headers: list[tuple[str, str]], payload: bytes, status: str) -> None:
     before_mb = _memory_mb(server.process.pid)
     wire = Wire(server.grpc_port)
     pieces = [payload[at : at + 16_000] for at in range(0, len(payload), 16_000)]

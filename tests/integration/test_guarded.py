@@ -59,7 +59,7 @@ async def store(new_redis: Callable[..., RedisServer]) -> AsyncIterator[tuple[Re
     await counters.close()
 
 
-async def test_each_rule_answers_in_its_own_way_while_redis_is_away(store: tuple[RedisServer, GuardedCounters]) -> None:
+async def test_each_rule_answers_in_its_own_way_while_redis_is_unavailable(store: tuple[RedisServer, GuardedCounters]) -> None:
     server, counters = store
     local, allow, deny = (limit_set("3/day", on_failure) for on_failure in (OnFailure.LOCAL, OnFailure.ALLOW, OnFailure.DENY))
     by_default = limit_set("3/day")
@@ -317,7 +317,7 @@ async def test_probes_that_fail_leave_the_breaker_open_and_the_debt_owed(store: 
     assert counters.put_back == 0
 
 
-async def test_closing_puts_back_what_is_owed_to_a_shard_that_is_left_alone(new_redis: Callable[..., RedisServer]) -> None:
+async def test_closing_puts_back_what_is_owed_to_a_shard_with_an_open_breaker(new_redis: Callable[..., RedisServer]) -> None:
     server = new_redis()
     patient = BreakerOptions(failures=3, window_s=10, open_s=3600)
     counters = GuardedCounters(RedisCounters(server.url, 0.5), GuardOptions(breaker=patient))
@@ -392,3 +392,16 @@ async def test_health_runs_the_real_script(any_redis: RedisServer, refused: list
     finally:
         await other.close()
         any_redis.must("ACL", "DELUSER", "crippled")
+
+
+async def test_scripts_run_where_the_script_command_is_renamed() -> None:
+    with RedisServer(options={"rename-command": "SCRIPT HIDDEN"}) as redis:
+        counters = GuardedCounters(RedisCounters(redis.url, 5.0))
+        await counters.start()
+        try:
+            limits = limit_set("2/day")
+            answers = [await decided(counters, (limits, "s")) for _ in range(3)]
+            assert [(each.allowed, each.degraded) for each in answers] == [(True, False), (True, False), (False, False)]
+            await counters.ping()
+        finally:
+            await counters.close()

@@ -78,7 +78,7 @@ async def ask(request: pytest.FixtureRequest, gate: Gate, seen: list[Observation
 
 
 @pytest.mark.parametrize("name", REFUSED)
-async def test_a_value_that_cannot_be_read_is_refused(name: str, ask: Any, gate: Gate, seen: list[Observation]) -> None:
+async def test_a_value_that_cannot_be_read_is_rejected(name: str, ask: Any, gate: Gate, seen: list[Observation]) -> None:
     path, pairs = REFUSED[name]
     answer = await ask(path, pairs)
     assert (answer.status, answer.json()["error"]["code"]) == (400, "BAD_REQUEST")
@@ -157,7 +157,7 @@ async def _through_middleware(gate: Gate, path: bytes, pairs: Pairs, raw_path: b
         (b"/api/v1/\xff", [KEY]),
     ],
 )
-async def test_the_middleware_refuses_it_too(path: bytes, pairs: Pairs, gate: Gate) -> None:
+async def test_the_middleware_rejects_it_too(path: bytes, pairs: Pairs, gate: Gate) -> None:
     start, body = await _through_middleware(gate, path, pairs)
     assert start["status"] == 400, body
 

@@ -322,7 +322,7 @@ async def test_fuzz_finds_no_500(door: str, gate: Gate, listen: Callable[..., An
         ),
     }
 
-    @settings(max_examples=150, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=100, suppress_health_check=list(HealthCheck))
     @given(sent=strategies[door])
     def fuzz(sent: bytes) -> None:
         asyncio.run_coroutine_threadsafe(exchange(sent), loop).result(20)

@@ -86,7 +86,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serve]:
 
 
 @pytest.mark.parametrize("name", AMBIGUOUS)
-def test_what_two_programs_read_differently_is_refused(served: Serve, name: str) -> None:
+def test_what_two_programs_read_differently_is_rejected(served: Serve, name: str) -> None:
     # Were it taken apart differently, the request behind it would be answered as well.
     behind = head(GET, *KEY.split(b"\r\n")[:2], b"Connection: close")
     answers = exchange(served.port, AMBIGUOUS[name] + behind)
@@ -145,7 +145,7 @@ def test_what_is_valid_is_answered_in_order(served: Serve, name: str) -> None:
     assert [answer.status for answer in exchange(served.port, sent)] == statuses
 
 
-def test_a_client_that_expects_100_is_asked_for_its_body(served: Serve) -> None:
+def test_a_client_that_expects_100_is_requested_its_body(served: Serve) -> None:
     with socket.create_connection((HOST, served.port), 20) as connection:
         connection.sendall(head(POST, b"Expect: 100-continue", b"Connection: close", b"Content-Length: %d" % len(CHECK)))
         assert connection.recv(100) == b"HTTP/1.1 100 Continue\r\n\r\n"
@@ -314,6 +314,23 @@ async def test_a_stop_finishes_what_is_being_answered_and_accepts_no_more() -> N
         idle_writer.close()
 
 
+async def test_a_stop_answers_the_connections_that_wait_to_be_accepted() -> None:
+    async with listening(Held()) as (server, port):
+        # The event loop does not run in between: the kernel has the connections and requests, the server knows of none.
+        clients = [socket.create_connection((HOST, port)) for _ in range(50)]
+        for client in clients[:-1]:
+            client.sendall(head(b"GET /quick HTTP/1.1"))
+        assert server.connections == 0
+        await server.stop(30)
+        for client in clients[:-1]:
+            with client, client.makefile("rb") as file:
+                answer = file.read()
+                assert b"connection: close\r\n" in answer
+                assert answer.endswith(b"/quick ")
+        with clients[-1] as silent:
+            assert silent.recv(1) == b"", "a connection without a request is closed after a moment"
+
+
 async def test_idle_connections_end_after_a_while() -> None:
     async with listening(Held(), idle_timeout_s=0.05, header_timeout_s=0.2) as (server, port):
         reader, writer = await asyncio.open_connection(HOST, port)
@@ -323,7 +340,7 @@ async def test_idle_connections_end_after_a_while() -> None:
         writer.close()
 
 
-async def test_a_client_that_leaves_is_given_up_before_its_body_is_whole(gate: Gate) -> None:
+async def test_a_client_that_leaves_is_cancelled_before_its_body_is_whole(gate: Gate) -> None:
     plane = DataPlane(gate, {})
     async with listening(plane) as (server, port):
         _, writer = await asyncio.open_connection(HOST, port)

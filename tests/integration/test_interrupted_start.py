@@ -54,7 +54,7 @@ class StopsAtTheControlPlane(Instance):
         await asyncio.Event().wait()
 
 
-async def test_told_to_end_when_the_control_plane_listens_already(tmp_path: Path, unheard: list[dict[str, Any]]) -> None:
+async def test_sigterm_when_the_control_plane_listens_already(tmp_path: Path, unheard: list[dict[str, Any]]) -> None:
     settings = _settings(f"sqlite:///{tmp_path}/tidegate.db")
     before = _others()
     instance, stop = StopsAtTheControlPlane(settings), asyncio.Event()
@@ -90,7 +90,7 @@ def _url(server: socket.socket) -> str:
     return f"postgresql://nobody@127.0.0.1:{server.getsockname()[1]}/none"
 
 
-async def test_a_start_that_fails_when_told_to_end(
+async def test_a_start_that_fails_after_sigterm(
     hung_database: socket.socket, unheard: list[dict[str, Any]], caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO", "tidegate.server")

@@ -278,7 +278,7 @@ def report(what: str, took: dict[str, float]) -> None:
 
 
 @pytest.mark.parametrize("stack", ["postgresql and redis", "postgresql", "sqlite"])
-async def test_every_change_is_in_force_everywhere(
+async def test_every_change_is_active_everywhere(
     stack: str, request: pytest.FixtureRequest, start: Start, tmp_path: Path
 ) -> None:
     environment: dict[str, str] = {}
@@ -456,7 +456,7 @@ async def test_messages_that_postgres_loses_are_caught(start: Start, postgres_se
 
 
 @pytest.mark.parametrize("kind", ["redis", "postgresql"])
-async def test_a_channel_says_when_it_is_lost_and_when_it_is_back(kind: str, request: pytest.FixtureRequest) -> None:
+async def test_a_channel_reports_when_it_is_lost_and_when_it_is_back(kind: str, request: pytest.FixtureRequest) -> None:
     """Whoever relies on it would else go on doing so for seconds."""
     redis: RedisServer = request.getfixturevalue("redis_server")
     postgres: PostgresServer = request.getfixturevalue("postgres_server")
@@ -517,7 +517,7 @@ async def test_without_redis_a_cold_instance_asks_the_database(
     redis.resume()
 
 
-async def test_the_database_is_away_and_comes_back(start: Start, new_postgres: Callable[..., PostgresServer]) -> None:
+async def test_the_database_is_unavailable_and_comes_back(start: Start, new_postgres: Callable[..., PostgresServer]) -> None:
     postgres = new_postgres()
     servers = await start(
         *[

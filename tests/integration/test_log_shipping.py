@@ -127,7 +127,7 @@ def test_the_template_maps_what_is_searched_and_no_more(server: OpenSearch, ship
     assert mapping["event"]["properties"]["duration"]["type"] == "long"
 
 
-def test_install_says_that_there_is_no_retention_without_the_plugin(running: OpenSearch) -> None:
+def test_install_reports_that_there_is_no_retention_without_the_plugin(running: OpenSearch) -> None:
     done = install(running)
     assert done.returncode == 0
     assert "no retention: this OpenSearch has no index management plugin" in done.stderr
@@ -193,7 +193,7 @@ def test_nothing_is_lost_and_nothing_doubled_while_both_sides_are_killed(server:
     assert shipper.kept("failed.json") == shipper.kept("refused.json") == ""
 
 
-def test_lines_that_are_no_json_are_messages(server: OpenSearch, shipper: Shipper) -> None:
+def test_lines_that_are_not_json_are_messages(server: OpenSearch, shipper: Shipper) -> None:
     texts = [
         "Traceback (most recent call last):",
         '  File "x.py", line 1, in <module>',
@@ -245,7 +245,7 @@ def test_odd_json_is_stored_too(server: OpenSearch, shipper: Shipper) -> None:
     assert shipper.kept("failed.json") == shipper.kept("refused.json") == ""
 
 
-def test_what_the_server_refuses_is_kept_with_the_reason_and_sent_again(server: OpenSearch, shipper: Shipper) -> None:
+def test_what_the_server_rejects_is_kept_with_the_reason_and_sent_again(server: OpenSearch, shipper: Shipper) -> None:
     append(shipper.logs / "tidegate.log", line(1), line(2, http="not an object"), line(3))
     wait_count(server, 2, shipper)
     wait_until(lambda: shipper.kept("refused.json") != "", PATIENCE_S, "the refused one is kept")
@@ -267,7 +267,7 @@ def test_what_the_server_refuses_is_kept_with_the_reason_and_sent_again(server: 
     assert shipper.kept("refused.json") == ""
 
 
-def test_a_server_that_is_too_busy_is_asked_again(server: OpenSearch, shipper: Shipper) -> None:
+def test_a_server_that_is_too_busy_is_retried(server: OpenSearch, shipper: Shipper) -> None:
     log = shipper.logs / "tidegate.log"
     append(log, line(0))
     wait_count(server, 1, shipper)
@@ -320,7 +320,7 @@ class Refusing(http.server.ThreadingHTTPServer):
     ],
     ids=["401", "503", "502 of a proxy"],
 )
-def test_whole_requests_that_are_refused_are_kept_and_sent_again(server: OpenSearch, status: int, body: str, file: str) -> None:
+def test_whole_requests_that_are_rejected_are_kept_and_sent_again(server: OpenSearch, status: int, body: str, file: str) -> None:
     requests = {f"r-{number}" for number in range(20)}
     with Refusing(status, body) as refusing:
         thread = threading.Thread(target=refusing.serve_forever, args=(0.05,))
@@ -341,7 +341,7 @@ def test_whole_requests_that_are_refused_are_kept_and_sent_again(server: OpenSea
     assert shipper.kept(file) == ""
 
 
-def test_a_password_that_rsyslogd_does_not_take_is_told_at_once() -> None:
+def test_a_password_that_rsyslogd_does_not_take_is_reported_at_once() -> None:
     shipper = Shipper("http://127.0.0.1:9", user="tidegate-shipper", password="with space")
     with pytest.raises(RuntimeError, match="'pwd' contains whitespace"):
         shipper.start()

@@ -54,7 +54,7 @@ def of(lines: list[dict[str, Any]], dataset: str) -> list[dict[str, Any]]:
     return [line for line in lines if line["event"]["dataset"] == dataset]
 
 
-def test_the_access_log_tells_what_was_asked_and_decided(logged: Callable[..., Any]) -> None:
+def test_the_access_log_reports_what_was_asked_and_decided(logged: Callable[..., Any]) -> None:
     server = logged(TIDEGATE_SERVER__ACCESS_LOG_SAMPLE="1")
     headers = {"X-API-Key": "policy-file-key-0001", "X-Original-URI": "/api/a?secret=1", "X-Original-Method": "PUT"}
     traced = {**headers, "X-Request-Id": "req-1", "traceparent": f"00-{TRACE}-00f067aa0ba902b7-01"}
@@ -128,7 +128,7 @@ def test_a_sample_is_a_sample_and_off_by_default(logged: Callable[..., Any]) -> 
         assert least <= len(of(lines_of(server), "tidegate.access")) <= most
 
 
-def test_requests_at_once_are_told_apart(logged: Callable[..., Any]) -> None:
+def test_requests_at_once_are_distinguished(logged: Callable[..., Any]) -> None:
     server = logged(TIDEGATE_SERVER__ACCESS_LOG_SAMPLE="1")
 
     def ask(number: int) -> None:
@@ -141,7 +141,7 @@ def test_requests_at_once_are_told_apart(logged: Callable[..., Any]) -> None:
     assert told == {f"req-{number}": f"/path/{number}" for number in range(200)}
 
 
-def test_the_control_plane_tells_who_changed_what(logged: Callable[..., Any]) -> None:
+def test_the_control_plane_reports_who_changed_what(logged: Callable[..., Any]) -> None:
     server = logged()
     admin = f"http://127.0.0.1:{server.admin_port}/admin/v1"
     headers = {"Authorization": f"Bearer {TOKEN}", "X-Request-Id": "change-1"}

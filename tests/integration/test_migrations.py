@@ -32,7 +32,7 @@ from tidegate.catalog.sql.engine import open_engine
 from tidegate.catalog.sql.schema import downgrade, migration_config, upgrade, upgrade_schema
 from tidegate.catalog.sql.tables import metadata
 from tidegate.errors import SettingsError
-from tidegate.violations.storage import keep_violations
+from tidegate.violations.storage import maintain_table
 
 pytestmark = pytest.mark.empty_database
 
@@ -45,6 +45,8 @@ FILLING = {
     "admin_tokens": "INSERT INTO admin_tokens (name, sha256, role, created_at_us) VALUES ('n', 'digest', 'viewer', 5)",
     "audit_log": """INSERT INTO audit_log (at_us, actor, action, kind, target, before, after)
         VALUES (6, 'me', 'update', 'tier', 'free', '{"limits": []}', 'null')""",
+    "caller_tokens": """INSERT INTO caller_tokens (name, sha256, scopes, created_at_us)
+        VALUES ('edge', 'digest', '["check"]', 5)""",
     "catalog_changes": "INSERT INTO catalog_changes (version, previous, kind, name) VALUES (7, 6, 'all', '')",
 }
 """A row or more for every table, as the step that made it would have it."""
@@ -160,7 +162,7 @@ async def test_migrations_make_what_the_tables_say(catalog_url: str, engine: Asy
     assert await upgrade_schema(catalog_url, engine) == HEAD
     assert await upgrade_schema(catalog_url, engine) == HEAD
     catalog = await SqlCatalog.open(catalog_url)
-    await keep_violations(catalog.database, 30)  # makes partitions
+    await maintain_table(catalog.database, 30)  # makes partitions
     await catalog.close()
 
     def compare(connection: Connection) -> Any:

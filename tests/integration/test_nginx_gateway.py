@@ -151,7 +151,7 @@ def test_too_many_unknown_keys_get_a_text_of_their_own(tidegates: Callable[..., 
     }
 
 
-def test_every_refusal_of_a_caller_has_a_text() -> None:
+def test_every_rejection_of_a_caller_has_a_text() -> None:
     """A code without one would get the text of a failure: try again later."""
     texts = configured("nginx/tidegate-answers.conf", {}).partition("$tidegate_message {")[2].partition("}")[0]
     refusals = (MissingApiKey, InvalidApiKey, TooManyUnknownKeys, ApiKeyRevoked, ApiKeyExpired, BadRequest)
@@ -211,7 +211,7 @@ async def test_a_killed_instance_costs_no_client_an_error(tidegates: Callable[..
 
 @pytest.mark.parametrize("away", ["gone", "hung"])
 @pytest.mark.parametrize("when_away", ["closed", "open"])
-def test_one_variable_says_what_holds_while_all_are_away(
+def test_one_variable_reports_what_holds_while_all_are_unavailable(
     when_away: str, away: str, tidegates: Callable[..., Serve], start: Callable[..., Nginx], api: Api
 ) -> None:
     servers = [tidegates(UNHURRIED) for _ in range(2)]
@@ -235,7 +235,7 @@ def test_one_variable_says_what_holds_while_all_are_away(
     assert len(api.received) == (times if when_away == "open" else 0)
 
 
-def test_what_a_rule_refuses_stays_refused_where_the_gateway_is_open(
+def test_what_a_rule_rejects_stays_rejected_where_the_gateway_is_open(
     tidegates: Callable[..., Serve], start: Callable[..., Nginx]
 ) -> None:
     strict = UNHURRIED.replace("limits =", "on_failure = 'deny'\n  limits =")

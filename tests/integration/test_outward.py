@@ -96,7 +96,7 @@ async def _app(scope: Any, receive: Any, send: Any) -> None:
     raise AssertionError("nothing passes")
 
 
-async def test_a_counter_store_that_is_away(away: CounterStore, caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_counter_store_that_is_unavailable(away: CounterStore, caplog: pytest.LogCaptureFixture) -> None:
     gate = Gate(CachedCatalog(CountingCatalog(POLICY)), away)
     with caplog.at_level(logging.WARNING, outward.__name__):
         told = await told_by_all_doors(gate, "STORE_UNAVAILABLE")
@@ -106,7 +106,7 @@ async def test_a_counter_store_that_is_away(away: CounterStore, caplog: pytest.L
     assert all("Redis at 127.0.0.1:" in each for each in exact)
 
 
-async def test_a_catalog_that_is_away(caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_catalog_that_is_unavailable(caplog: pytest.LogCaptureFixture) -> None:
     gate = Gate(CachedCatalog(_AwayCatalog(POLICY)), MemoryCounters())
     with caplog.at_level(logging.WARNING, outward.__name__):
         told = await told_by_all_doors(gate, "CATALOG_UNAVAILABLE")

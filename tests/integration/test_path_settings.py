@@ -70,7 +70,7 @@ def test_the_server_lets_through_what_its_settings_say(serve: Callable[..., Serv
             client.check(OTHER, api_key=FREE)
 
 
-def test_by_default_the_server_refuses_them(serve: Callable[..., Serve], tmp_path: Path) -> None:
+def test_by_default_the_server_rejects_them(serve: Callable[..., Serve], tmp_path: Path) -> None:
     (tmp_path / "tidegate.policy.toml").write_text(POLICY)
     server = serve(grpc=True)
     assert _by_path(server) == dict.fromkeys((*RULES, OTHER), (400, None))

@@ -125,7 +125,7 @@ def test_without_its_monitor_the_primary_goes_on(whole: PostgresFailover) -> Non
 
 
 @pytest.mark.parametrize(("script", "arguments"), [("create-monitor", 3), ("create-node", 5)])
-def test_a_script_says_what_it_needs(script: str, arguments: int) -> None:
+def test_a_script_reports_what_it_needs(script: str, arguments: int) -> None:
     for given in ([], ["x"] * (arguments + 1)):
         told = subprocess.run([SCRIPTS / script, *given], capture_output=True, text=True, check=False)
         assert told.returncode == 2

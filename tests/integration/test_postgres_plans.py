@@ -29,9 +29,9 @@ from tidegate.admin.rules import CatalogEditor
 from tidegate.catalog.sql.catalog import SqlCatalog
 from tidegate.policy.toml_reader import parse_policy
 from tidegate.violations import queries as reading_violations
-from tidegate.violations.queries import DAY_US, Blocked, blocked_total, list_violations, top_violators
+from tidegate.violations.queries import DAY_US, ViolationFilter, blocked_total, list_violations, top_violators
 
-KEYS = 1_000_000
+KEYS = 300_000
 TIERS = 20_000
 BIG_TIER = "tier-1"
 """Has half of all keys."""
@@ -135,7 +135,9 @@ def _audit(after: str | None = None, **filters: Any) -> Callable[..., Awaitable[
 
 
 def _violations(until_us: int, after: str | None = None, **filters: Any) -> Callable[..., Awaitable[Any]]:
-    return lambda catalog, editor, server: list_violations(catalog.database, 100, after, Blocked(START_US, until_us, **filters))
+    return lambda catalog, editor, server: list_violations(
+        catalog.database, 100, after, ViolationFilter(START_US, until_us, **filters)
+    )
 
 
 SUBJECT = "k:" + "77".rjust(24, "0")
@@ -215,10 +217,15 @@ LOOK_UPS = {
     "violations of a subject": LookUp(_violations(TODAY_US, subject=SUBJECT), BY_SUBJECT),
     "violations of a rule": LookUp(_violations(TODAY_US, rule="rule 8"), BY_MINUTE, 400),
     "how often a subject was blocked": LookUp(
-        lambda catalog, editor, server: blocked_total(catalog.database, Blocked(START_US, TODAY_US, subject=SUBJECT)), BY_SUBJECT
+        lambda catalog, editor, server: blocked_total(
+            catalog.database, ViolationFilter(START_US, TODAY_US, subject=SUBJECT)
+        ),
+        BY_SUBJECT,
     ),
     "who was blocked most": LookUp(
-        lambda catalog, editor, server: top_violators(catalog.database, 10, "subject", Blocked(START_US, START_US + HOUR_US)),
+        lambda catalog, editor, server: top_violators(
+            catalog.database, 10, "subject", ViolationFilter(START_US, START_US + HOUR_US)
+        ),
         BY_MINUTE,
         7000,
     ),

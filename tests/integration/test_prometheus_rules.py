@@ -130,7 +130,7 @@ def test_every_alert_is_tried_firing_clearing_and_just_below(alert: dict[str, An
 
 
 @pytest.mark.parametrize("alert", ALERTS, ids=lambda alert: f"{alert['alert']}-{alert['labels']['severity']}")
-def test_every_alert_says_what_to_do(alert: dict[str, Any]) -> None:
+def test_every_alert_reports_what_to_do(alert: dict[str, Any]) -> None:
     assert alert["labels"]["severity"] in {"critical", "warning", "none"}
     annotations = alert["annotations"]
     assert annotations["summary"]
@@ -188,7 +188,7 @@ def test_the_address_of_the_runbook_can_be_set(tmp_path: Path) -> None:
     assert set_to(RUNBOOK, tmp_path / "other.yml").returncode == 1
 
 
-def test_errors_of_callers_are_told_from_ours() -> None:
+def test_errors_of_callers_are_distinguished_from_ours() -> None:
     """One pattern everywhere, which has every code that callers cause and none of ours."""
     text = (DEPLOY / "alerts.yml").read_text() + (DEPLOY / "recording.yml").read_text()
     (client,) = set(re.findall(r'type=~"([^"]+)"', text))

@@ -180,7 +180,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_is_refused_and_where(name: str, tmp_path: Path) -> None:
+def test_what_is_rejected_and_where(name: str, tmp_path: Path) -> None:
     text, line, said = REFUSED[name]
     file = tmp_path / "r.yaml"
     file.write_text(text)
@@ -218,7 +218,7 @@ def _check(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
 
 
-def test_the_command_says_what_the_server_would(tmp_path: Path) -> None:
+def test_the_command_reports_what_the_server_would(tmp_path: Path) -> None:
     file = tmp_path / "config.yaml"
     file.write_text(CONFIG)
     told = _check(str(file))

@@ -86,7 +86,7 @@ async def test_with_sentinels(new_sentinel: Callable[..., RedisSentinel]) -> Non
 
 
 @pytest.mark.parametrize("missing", ["+subscribe", "&tg:catalog"])
-async def test_a_refused_subscription_says_what_is_missing_and_is_not_repeated_at_once(
+async def test_a_rejected_subscription_reports_what_is_missing_and_is_not_repeated_at_once(
     any_redis: RedisServer, missing: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     any_redis.must(*(word for word in USER if word != missing))

@@ -236,7 +236,7 @@ def test_nodes_that_all_come_back_elsewhere_find_each_other(nodes: list[Node]) -
 
 
 @pytest.mark.parametrize("arguments", [[], ["a:1", "b:1"], ["a:1", "b:1", "c:1", "d:1", "e:1", "f:1", "g:1"]])
-def test_too_few_or_unpaired_nodes_are_refused(arguments: list[str]) -> None:
+def test_too_few_or_unpaired_nodes_are_rejected(arguments: list[str]) -> None:
     assert "three or more pairs" in script("make-cluster", *arguments, code=1)
 
 

@@ -245,7 +245,7 @@ async def test_tls_asks_for_the_right_authority_and_a_certificate(new_redis: Cal
         await store.close()
 
 
-async def test_a_url_of_another_topology_says_which(redis_server: RedisServer, redis_cluster: object) -> None:
+async def test_a_url_of_another_topology_names_it(redis_server: RedisServer, redis_cluster: object) -> None:
     limits = limit_set()
     for url, remedy in (
         (redis_server.url.replace("redis://", "redis+cluster://"), "redis:// for redis+cluster://"),

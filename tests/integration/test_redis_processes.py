@@ -20,7 +20,16 @@ def test_processes_admit_exactly_the_limit(request: pytest.FixtureRequest, topol
     limit = "120/hour burst 120" if algorithm.is_bucket else "120/hour"
     if algorithm is Algorithm.LEAKY_BUCKET:
         limit = "120/day burst 120"
-    command = [sys.executable, "-m", "tests.asker", server.url, algorithm.value, limit, f"processes:{algorithm}", str(EACH)]
+    command = [
+        sys.executable,
+        "-m",
+        "tests.limiter_process",
+        server.url,
+        algorithm.value,
+        limit,
+        f"processes:{algorithm}",
+        str(EACH),
+    ]
     processes = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(PROCESSES)]
     try:
         for process in processes:

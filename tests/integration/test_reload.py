@@ -79,7 +79,7 @@ def test_no_signal_but_those_that_say_so_ends_a_server(start: Callable[..., Any]
     assert code == 0
 
 
-def test_sighup_judges_a_refused_file_once_more(start: Callable[..., Any], tmp_path: Path) -> None:
+def test_sighup_judges_a_rejected_file_once_more(start: Callable[..., Any], tmp_path: Path) -> None:
     file = tmp_path / "tidegate.policy.toml"
     file.write_text(POLICY.format(limit=10))
     server = start()
@@ -116,7 +116,7 @@ def test_signals_to_a_supervisor_and_its_workers(start: Callable[..., Any], tmp_
     assert _logged(server, "was killed by") == 0
 
 
-def test_a_refused_file_does_not_keep_a_server_from_starting(start: Callable[..., Any], tmp_path: Path) -> None:
+def test_a_rejected_file_does_not_keep_a_server_from_starting(start: Callable[..., Any], tmp_path: Path) -> None:
     """A scale-up after a bad rollout decides by the last valid policy, and says so wherever one looks."""
     file = tmp_path / "tidegate.policy.toml"
     file.write_text(POLICY.format(limit=10))
@@ -141,7 +141,7 @@ def test_a_refused_file_does_not_keep_a_server_from_starting(start: Callable[...
 
 
 @pytest.mark.parametrize("text", [None, "[[tiers]\n"], ids=["no file", "no TOML"])
-def test_an_empty_catalog_and_a_refused_file_are_no_start(serve: Callable[..., Any], tmp_path: Path, text: str | None) -> None:
+def test_an_empty_catalog_and_a_rejected_file_are_no_start(serve: Callable[..., Any], tmp_path: Path, text: str | None) -> None:
     if text is not None:
         (tmp_path / "p.toml").write_text(text)
     server = serve(wait=False, TIDEGATE_POLICY__FILE=str(tmp_path / "p.toml"))

@@ -70,7 +70,7 @@ async def open_catalog() -> AsyncIterator[Open]:
         if catalog.database.replicas is not None:
             await asyncio.to_thread(cluster.wait_caught_up)
             await catalog.database.replicas.probe()
-            assert {replica.out for replica in catalog.database.replicas.replicas} == {None}
+            assert {replica.ejected_because for replica in catalog.database.replicas.replicas} == {None}
         return catalog
 
     yield opener
@@ -225,7 +225,7 @@ async def test_a_replica_lags_by_what_it_misses_and_not_by_time(
             await replicas_of(each).probe()
 
     def out() -> list[list[bool]]:
-        return [[replica.out is not None for replica in replicas_of(each).replicas] for each in (catalog, reader)]
+        return [[replica.ejected_because is not None for replica in replicas_of(each).replicas] for each in (catalog, reader)]
 
     await pass_time(0)
     late.pause_replay()
@@ -285,9 +285,9 @@ async def test_replicas_go_and_come_back_and_then_the_primary(
         await asyncio.to_thread(first.kill)
         killed_s = await read_all()
         assert set(asked.take()) <= {"replica 0", "replica 1"}, "the other replica answers, not the primary"
-        assert replicas[0].out is not None
+        assert replicas[0].ejected_because is not None
         await asyncio.to_thread(first.start)
-        back_s = await until(lambda: replicas[0].out is None)
+        back_s = await until(lambda: replicas[0].ejected_because is None)
         asked.take()
         await read_all()
         assert asked.take() == {"replica 0": 10, "replica 1": 10}
@@ -296,7 +296,7 @@ async def test_replicas_go_and_come_back_and_then_the_primary(
         await asyncio.to_thread(second.pause)
         ticks = len(late)
         frozen_s = await read_all()
-        assert replicas[1].out is not None
+        assert replicas[1].ejected_because is not None
         assert frozen_s < timeout_s + SLACK_S
         # Whoever waits for an answer in the loop's own thread lets it turn once or twice meanwhile.
         assert len(late) - ticks >= 10, "the loop went on"
@@ -308,12 +308,12 @@ async def test_replicas_go_and_come_back_and_then_the_primary(
         await asyncio.to_thread(first.kill)
         await read_all()
         asked.take()
-        await until(lambda: replicas[0].out is not None)
+        await until(lambda: replicas[0].ejected_because is not None)
         await read_all()
         assert asked.take() == {"primary": 20}
         await asyncio.to_thread(second.resume)
         await asyncio.to_thread(first.start)
-        thawed_s = await until(lambda: all(replica.out is None for replica in replicas))
+        thawed_s = await until(lambda: all(replica.ejected_because is None for replica in replicas))
     print(
         f"\nslowest read while a replica is killed {killed_s * 1e3:.0f} ms, frozen {frozen_s * 1e3:.0f} ms (timeout "
         f"{timeout_s * 1e3:.0f} ms); back after {back_s:.2f} s, {thawed_s:.2f} s; latest tick {max(late) * 1e3:.0f} ms"
@@ -331,7 +331,7 @@ async def test_replicas_go_and_come_back_and_then_the_primary(
     second.caught_up(cluster.primary)
     clock.added += 60
     await replicas_of(catalog).probe()
-    assert [replica.out is None for replica in replicas] == [False, True]
+    assert [replica.ejected_because is None for replica in replicas] == [False, True]
     cluster.primary.kill()
     asked.take()
     for key in keys[1:]:
@@ -339,7 +339,7 @@ async def test_replicas_go_and_come_back_and_then_the_primary(
     assert asked.take() == {"replica 1": 19}
     assert (await catalog.api_key(revoked.sha256, min_version=changed))[1].status is KeyStatus.REVOKED  # type: ignore[union-attr]
     second.kill()
-    await until(lambda: replicas[1].out is not None)
+    await until(lambda: replicas[1].ejected_because is not None)
     for key in keys[1:]:
         assert (await catalog.api_key(key.sha256, min_version=version))[1] == key
     assert asked.take()["replica 0"] >= 19, "the last resort"
@@ -456,7 +456,7 @@ async def test_the_primary_is_killed_under_writers(
     )
 
 
-async def test_a_change_that_is_lost_with_its_primary_is_forgotten(
+async def test_a_change_that_is_lost_with_its_primary_is_dropped(
     new_postgres_cluster: Callable[..., PostgresCluster], open_catalog: Open, redis_server: RedisServer
 ) -> None:
     """Replication is asynchronous: a change that was acknowledged, and served, may be gone. Then nobody goes on serving it.
@@ -515,7 +515,7 @@ async def test_a_change_that_is_lost_with_its_primary_is_forgotten(
         assert status_on(strayed, "tidegate", key) == [("revoked",)], "it still shows what is lost"
         for catalog in catalogs:
             await replicas_of(catalog).probe()
-            assert replicas_of(catalog).replicas[0].out is not None
+            assert replicas_of(catalog).replicas[0].ejected_because is not None
 
         # Later versions have gone past the lost one.
         await revoke_key(catalogs[0], other.id, "over")
@@ -575,7 +575,7 @@ async def test_replicas_that_are_merely_busy_are_not_left_out(
     answers = await asyncio.gather(*(replicas.rows(slow, 0) for _ in range(60)), replicas.probe())
     answered = sum(rows is not None for rows in answers)
     assert 2 <= answered < 60
-    assert [(replica.out, replica.ejections) for replica in replicas.replicas] == [(None, 0), (None, 0)]
+    assert [(replica.ejected_because, replica.ejections) for replica in replicas.replicas] == [(None, 0), (None, 0)]
     assert (await catalog.tier("free"))[1] is not None, "nothing is held by who has given up"
     assert all(not replica.free.locked() for replica in replicas.replicas)
 
@@ -589,7 +589,7 @@ async def test_replicas_that_hang_are_left_out_however_busy(
     assert await asyncio.gather(*(replicas.rows(forever, 0) for _ in range(6))) == [None] * 6
     assert all(replica.ejections for replica in replicas.replicas)
     assert (await catalog.tier("free"))[1] is not None, "the primary is asked"
-    await until(lambda: all(replica.out is None for replica in replicas.replicas))
+    await until(lambda: all(replica.ejected_because is None for replica in replicas.replicas))
 
 
 async def test_connections_that_are_cut_are_found(postgres_cluster: PostgresCluster, database: str, open_catalog: Open) -> None:
@@ -608,7 +608,7 @@ async def test_connections_that_are_cut_are_found(postgres_cluster: PostgresClus
     assert [replica.ejections for replica in replicas_of(catalog).replicas] == [0, 0]
 
 
-async def test_a_late_answer_is_told_as_one(new_postgres: Callable[..., PostgresServer]) -> None:
+async def test_a_late_answer_is_reported_as_one(new_postgres: Callable[..., PostgresServer]) -> None:
     engine = open_engine(new_postgres().url(), timeout_s=0.5)
     with pytest.raises(OperationalError, match=r"no answer within 0\.5 s"):
         async with engine.connect() as connection:

@@ -217,7 +217,7 @@ def test_slots_that_were_left_open_are_finished(cluster: RedisCluster, new: list
     assert keys_of([*cluster.nodes, new[0]]) == 20
 
 
-def test_what_it_refuses(cluster: RedisCluster, two_pairs: list[RedisServer]) -> None:
+def test_what_it_rejects(cluster: RedisCluster, two_pairs: list[RedisServer]) -> None:
     member = address(cluster.nodes[0])
     new = [address(node) for node in two_pairs]
 

@@ -126,6 +126,6 @@ async def test_keys_of_another_service_work_once_their_digests_are_imported(admi
 
 
 @pytest.mark.parametrize("text", ["", "\n"])
-def test_the_digest_of_no_text_is_refused(text: str) -> None:
+def test_the_digest_of_no_text_is_rejected(text: str) -> None:
     with pytest.raises(PolicyError, match="digest of no text at all"):
         parse_key_digest(sha256=hash_api_key(text).upper())

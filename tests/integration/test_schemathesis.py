@@ -21,6 +21,8 @@ from tidegate.settings import CatalogSettings, PolicySettings, ServerSettings, S
 OPERATIONS = {
     ("post", "/v1/check"),
     ("post", "/v1/check/batch"),
+    ("post", "/v1/limit"),
+    ("post", "/v1/limit/batch"),
     ("get", "/v1/authorize"),
     ("get", "/v1/usage"),
     ("head", "/v1/usage"),
@@ -74,7 +76,7 @@ def test_every_operation_is_described(description: Any) -> None:
 def test_no_500_and_no_breach_of_the_schema(method: str, path: str, description: Any) -> None:
     operation = description[path][method]
 
-    @settings(max_examples=60, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=40, suppress_health_check=list(HealthCheck))
     @given(case=operation.as_strategy())
     def ask(case: Any) -> None:
         case.call_and_validate(excluded_checks=BEYOND_SCHEMA)

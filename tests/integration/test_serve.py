@@ -19,6 +19,7 @@ import httpx
 import pytest
 
 from tests.moments import MINUTE_S, PATIENCE_S, stay_within, wait_until
+from tidegate.server.handover import listening_sockets
 
 POLICY = """\
 [[tiers]]
@@ -63,7 +64,7 @@ def test_the_printed_requests_work_as_pasted(serve: Callable[..., Any]) -> None:
     assert outputs[2].split() == ["200"] * 5 + ["429"]
 
 
-def test_policy_file_is_reloaded_and_a_wrong_one_refused(serve: Callable[..., Any], tmp_path: Path) -> None:
+def test_policy_file_is_reloaded_and_a_wrong_one_rejected(serve: Callable[..., Any], tmp_path: Path) -> None:
     file = tmp_path / "tidegate.policy.toml"
     file.write_text(POLICY.format(limit=10))
     server = serve()
@@ -166,6 +167,26 @@ def test_health_and_metrics(serve: Callable[..., Any], tmp_path: Path) -> None:
     assert httpx.head(f"{server.url}/metrics").status_code == 200
 
 
+def test_a_new_process_takes_the_address_over(serve: Callable[..., Any], tmp_path: Path) -> None:
+    (tmp_path / "tidegate.policy.toml").write_text(POLICY.format(limit=1_000_000))
+    old = serve(TIDEGATE_SERVER__REUSE_PORT="true")
+    with socket.create_connection(("127.0.0.1", old.port)) as kept:
+        request = b"GET /readyz HTTP/1.1\r\nHost: x\r\n\r\n"
+        kept.sendall(request)
+        assert kept.recv(4096).startswith(b"HTTP/1.1 200 ")
+        new = serve(wait=False, TIDEGATE_SERVER__REUSE_PORT="true", TIDEGATE_SERVER__HTTP=f"127.0.0.1:{old.port}")
+        assert old.url in new.process.stdout.readline()
+        old.process.send_signal(signal.SIGTERM)
+        wait_until(lambda: listening_sockets("127.0.0.1", old.port) == 1)
+        assert httpx.get(f"{old.url}/readyz").status_code == 200, "new connections reach the new process"
+        kept.sendall(request)
+        answer = kept.recv(4096)
+        assert answer.startswith(b"HTTP/1.1 503 "), "open connections are answered by the old one"
+        assert b"connection: close\r\n" in answer
+    code, _, said = old.stop_by_itself()
+    assert (code, "no more connections are accepted here" in said) == (0, True)
+
+
 def test_sigterm_under_load_loses_no_request(serve: Callable[..., Any], tmp_path: Path) -> None:
     """Clients that honour `Connection: close` get every answer; the process ends with 0 within drain_s."""
     (tmp_path / "tidegate.policy.toml").write_text(POLICY.format(limit=1_000_000))
@@ -211,7 +232,7 @@ def test_sigterm_under_load_loses_no_request(serve: Callable[..., Any], tmp_path
     assert lost[0] == 0
 
 
-def test_told_to_end_while_it_starts_it_ends(serve: Callable[..., Any]) -> None:
+def test_sigterm_during_the_start_ends_the_process(serve: Callable[..., Any]) -> None:
     """It waits for a database that takes connections and says nothing."""
     with socket.socket() as hung:
         hung.bind(("127.0.0.1", 0))
@@ -258,7 +279,9 @@ def test_request_in_flight_is_finished(serve: Callable[..., Any], tmp_path: Path
         ({"TIDEGATE_POLICY__FILE": "absent.toml"}, "absent.toml"),
     ],
 )
-def test_what_cannot_start_says_why_in_one_sentence(serve: Callable[..., Any], environment: dict[str, str], said: str) -> None:
+def test_what_cannot_start_gives_the_reason_in_one_sentence(
+    serve: Callable[..., Any], environment: dict[str, str], said: str
+) -> None:
     code, out, err = serve(wait=False, **environment).stop_by_itself()
     assert code == 2
     assert out == ""
@@ -275,7 +298,7 @@ def test_port_in_use(serve: Callable[..., Any]) -> None:
     assert httpx.get(f"{first.url}/livez").status_code == 200
 
 
-def test_policy_check_says_what_the_server_would(serve: Callable[..., Any], tmp_path: Path) -> None:
+def test_policy_check_reports_what_the_server_would(serve: Callable[..., Any], tmp_path: Path) -> None:
     file = tmp_path / "tidegate.policy.toml"
     file.write_text(POLICY.format(limit=10).replace("endpoint", "endpiont"))
     code, _, err = serve(wait=False).stop_by_itself()

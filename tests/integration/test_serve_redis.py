@@ -64,7 +64,9 @@ def test_two_instances_admit_the_limit_once(
         assert server.stop()[0] == 0
 
 
-def test_it_serves_while_redis_is_away(serve: Callable[..., Any], new_redis: Callable[..., RedisServer], tmp_path: Path) -> None:
+def test_it_serves_while_redis_is_unavailable(
+    serve: Callable[..., Any], new_redis: Callable[..., RedisServer], tmp_path: Path
+) -> None:
     (tmp_path / "tidegate.policy.toml").write_text(POLICY)
     redis = new_redis()
     server = serve(TIDEGATE_COUNTERS__URL=redis.url, TIDEGATE_BREAKER__OPEN_S="0.5", TIDEGATE_COUNTERS__TIMEOUT_MS="5000")

@@ -114,7 +114,7 @@ def handshake(server: RedisServer, trusted: Path, certificate: tuple[Path, Path]
         return encrypted.recv(100)
 
 
-def test_tls_is_refused_to_those_who_do_not_know_each_other(new_redis: Callable[..., RedisServer]) -> None:
+def test_tls_is_rejected_to_those_who_do_not_know_each_other(new_redis: Callable[..., RedisServer]) -> None:
     server = new_redis(tls=True, client_certificates="required")
     own = server.authority
     assert own is not None
@@ -254,7 +254,7 @@ async def test_the_proxy_cuts_a_reply_and_takes_the_next_connection(redis_server
         writer.close()
 
 
-async def test_the_proxy_stalls_refuses_and_rewrites(redis_server: RedisServer) -> None:
+async def test_the_proxy_stalls_rejects_and_rewrites(redis_server: RedisServer) -> None:
     async with TcpProxy(redis_server.port) as proxy:
         reader, writer = await asyncio.open_connection("127.0.0.1", proxy.port)
         assert await ask(reader, writer) == b"+PONG\r\n"
@@ -291,7 +291,7 @@ def test_ports_leave_room_for_the_bus() -> None:
     assert all(port + 10_000 < 32_768 for port in ports)
 
 
-def test_a_missing_binary_skips_and_says_which(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_binary_skips_and_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nonexistent")
     assert binary("redis") is None
     with pytest.raises(pytest.skip.Exception, match="Debian package redis-server"):

@@ -18,7 +18,7 @@ from tests.servers.redis_server import RedisServer
 from tests.servers.tcp_proxy import TcpProxy
 from tidegate.catalog.cached import CachedCatalog
 from tidegate.catalog.changes import Changes
-from tidegate.catalog.shared import AWAY_S, WARN_S, SharedCatalog
+from tidegate.catalog.shared import RETRY_S, WARN_S, SharedCatalog
 from tidegate.catalog.shared_entries import CallersEntry, EntrySeal, KeyEntry, TierEntry
 from tidegate.catalog.sql.catalog import SqlCatalog
 from tidegate.counters.redis.store import RedisCounters
@@ -127,7 +127,7 @@ def server_with(redis: Any, key: bytes) -> RedisServer:
     return next(server for server in servers_of(redis) if server.call("EXISTS", key) == 1)
 
 
-async def test_what_one_instance_has_read_the_others_take(redis: Any, connect: Callable[..., Any]) -> None:
+async def test_instances_use_entries_of_each_other(redis: Any, connect: Callable[..., Any]) -> None:
     catalog = Catalog()
     first, second = [shared(catalog, await connect(redis.url)) for _ in range(2)]
     before = keys_of(redis)
@@ -156,7 +156,7 @@ async def test_that_there_is_no_anonymous_tier_is_kept_too(connect: Callable[...
     assert catalog.asked == [""]
 
 
-async def test_an_entry_that_is_too_old_is_not_taken(redis: Any, connect: Callable[..., Any]) -> None:
+async def test_an_entry_of_an_older_version_is_ignored(redis: Any, connect: Callable[..., Any]) -> None:
     catalog = Catalog(version=100)
     first, second = [shared(catalog, await connect(redis.url)) for _ in range(2)]
     key = digest()
@@ -174,7 +174,7 @@ async def test_an_entry_that_is_too_old_is_not_taken(redis: Any, connect: Callab
     assert (await first.api_key(key))[0] == 105
 
 
-async def test_an_entry_of_a_version_that_never_was_is_not_taken(redis: Any, connect: Callable[..., Any]) -> None:
+async def test_an_entry_of_an_unknown_version_is_ignored(redis: Any, connect: Callable[..., Any]) -> None:
     """A primary gave it that was lost with its last changes."""
     catalog = Catalog(version=107)
     saw_it, follows = [shared(catalog, await connect(redis.url)) for _ in range(2)]
@@ -206,7 +206,7 @@ async def test_times_are_apart(redis: Any, connect: Callable[..., Any]) -> None:
     assert 100_000 < max(left_ms) <= 110_000
 
 
-async def test_an_entry_goes_with_its_time(connect: Callable[..., Any], redis_server: RedisServer) -> None:
+async def test_an_entry_expires(connect: Callable[..., Any], redis_server: RedisServer) -> None:
     catalog = Catalog()
     cache = shared(catalog, await connect(redis_server.url), ttl_s=0.2)
     key = digest()
@@ -219,7 +219,7 @@ async def test_an_entry_goes_with_its_time(connect: Callable[..., Any], redis_se
     assert len(catalog.asked) == 2
 
 
-async def test_entries_of_another_form_are_left_alone(redis: Any, connect: Callable[..., Any]) -> None:
+async def test_entries_of_another_format_are_not_changed(redis: Any, connect: Callable[..., Any]) -> None:
     """As a Tidegate writes them whose records have other fields."""
     catalog = Catalog()
     ours, others = [shared(catalog, await connect(redis.url)) for _ in range(2)]
@@ -250,13 +250,13 @@ async def test_entries_of_another_form_are_left_alone(redis: Any, connect: Calla
         WHOLE.replace(b"free", b"fr\xff\xfe"),
     ],
 )
-async def test_what_is_no_entry_is_ignored_and_written_over(
+async def test_invalid_entries_are_ignored_and_overwritten(
     garbage: bytes, connect: Callable[..., Any], redis_server: RedisServer
 ) -> None:
     catalog = Catalog()
     cache = shared(catalog, await connect(redis_server.url))
     key = digest()
-    _, place = cache._place(f"k:{key}")
+    _, place = cache._tag_and_key(f"k:{key}")
     redis_server.must("SET", place, garbage, "EX", 60)
     for _ in range(2):
         assert (await cache.api_key(key))[1] is not None
@@ -271,7 +271,7 @@ async def test_a_key_of_another_type_is_replaced_and_the_cache_stays_on(
     catalog = Catalog()
     cache = shared(catalog, await connect(redis_server.url))
     key, other = digest(), digest()
-    _, place = cache._place(f"k:{key}")
+    _, place = cache._tag_and_key(f"k:{key}")
     redis_server.must("RPUSH", place, "not", "an", "entry")
     for each in (key, other, key, other):
         assert (await cache.api_key(each))[1] is not None
@@ -304,7 +304,7 @@ def forged(entry: ApiKey | Tier | str | None, secret: bytes, place: bytes, versi
         ("a", lambda _: "premium"),
     ],
 )
-async def test_who_can_write_redis_lets_nobody_in(
+async def test_forged_entries_in_redis_are_ignored(
     name: str, forge: Callable[[str], Any], connect: Callable[..., Any], redis_server: RedisServer
 ) -> None:
     """A key raised to another tier or brought back, a tier without its limits, an anonymous tier where there is none."""
@@ -319,7 +319,7 @@ async def test_who_can_write_redis_lets_nobody_in(
     cache = shared(Catalog(), await connect(redis_server.url))
     told = await read(cache)
     await cache.settle()
-    _, place = cache._place(what)
+    _, place = cache._tag_and_key(what)
     sealed = redis_server.must("GET", place)
     entry = forge(key)
     plain = msgspec.msgpack.encode([100, entry])
@@ -334,9 +334,7 @@ async def test_who_can_write_redis_lets_nobody_in(
     redis_server.must("DEL", place)
 
 
-async def test_an_entry_that_is_moved_to_another_place_is_not_taken(
-    connect: Callable[..., Any], redis_server: RedisServer
-) -> None:
+async def test_an_entry_copied_to_another_name_is_ignored(connect: Callable[..., Any], redis_server: RedisServer) -> None:
     """Sealed by ourselves, but of another key, another tier, or another kind of thing."""
     catalog = Catalog()
     cache = shared(catalog, await connect(redis_server.url))
@@ -344,14 +342,14 @@ async def test_an_entry_that_is_moved_to_another_place_is_not_taken(
     await cache.api_key(paid)
     await cache.tier("paid")
     await cache.settle()
-    _, paid_place = cache._place(f"k:{paid}")
-    _, my_place = cache._place(f"k:{mine}")
+    _, paid_place = cache._tag_and_key(f"k:{paid}")
+    _, my_place = cache._tag_and_key(f"k:{mine}")
     redis_server.must("SET", my_place, redis_server.must("GET", paid_place), "EX", 60)
     found = (await cache.api_key(mine))[1]
     assert found is not None
     assert found.sha256 == mine
-    _, tier_place = cache._place("t:moved")
-    redis_server.must("SET", tier_place, redis_server.must("GET", cache._place("t:paid")[1]), "EX", 60)
+    _, tier_place = cache._tag_and_key("t:moved")
+    redis_server.must("SET", tier_place, redis_server.must("GET", cache._tag_and_key("t:paid")[1]), "EX", 60)
     tier = (await cache.tier("moved"))[1]
     assert tier is not None
     assert tier.name == "moved"
@@ -389,7 +387,7 @@ async def test_a_sealed_entry_is_validated_as_a_row_of_the_database_is(what: str
     await cache.settle()
 
 
-async def test_what_a_catalog_writes_is_taken_again(redis: Any, connect: Callable[..., Any]) -> None:
+async def test_sealed_entries_are_read_back(redis: Any, connect: Callable[..., Any]) -> None:
     """Every form of limit passes its own validation."""
 
     class Forms(Catalog):
@@ -429,7 +427,7 @@ async def test_catalogs_with_other_secrets_share_a_redis_and_nothing_in_it(
     assert (first.refused, second.refused) == (0, 0)
 
 
-async def test_the_log_says_once_in_a_while_that_entries_are_refused(caplog: pytest.LogCaptureFixture) -> None:
+async def test_invalid_entries_are_logged_at_intervals(caplog: pytest.LogCaptureFixture) -> None:
     store: Any = Store(b"x" * 100)
     clock = FakeClock()
     cache = shared(Catalog(), store, clock=clock)
@@ -447,10 +445,10 @@ async def test_a_key_of_another_type_costs_no_answer(connect: Callable[..., Any]
     catalog, clock = Catalog(), FakeClock()
     cache = shared(catalog, await connect(redis_server.url), clock=clock)
     key, other = digest(), digest()
-    _, place = cache._place(f"k:{key}")
+    _, place = cache._tag_and_key(f"k:{key}")
     redis_server.must("LPUSH", place, "x")
     assert (await cache.api_key(key))[1] is not None
-    clock.now += AWAY_S
+    clock.now += RETRY_S
     await cache.settle()
     for _ in range(2):
         await cache.api_key(other)
@@ -505,7 +503,7 @@ async def test_what_is_unknown_is_not_written(redis: Any, connect: Callable[...,
     assert keys_of(redis) == before
 
 
-async def test_without_redis_all_goes_to_the_database_at_once(connect: Callable[..., Any], new_redis: Any) -> None:
+async def test_without_redis_all_look_ups_go_to_the_database(connect: Callable[..., Any], new_redis: Any) -> None:
     catalog, clock = Catalog(), FakeClock()
     redis = new_redis()
     store = Counted(await connect(redis.url))
@@ -524,12 +522,12 @@ async def test_without_redis_all_goes_to_the_database_at_once(connect: Callable[
     await cache.api_key(digest())
     assert store.calls == calls, "it is not asked for a second"
     redis.start()
-    clock.now += AWAY_S
+    clock.now += RETRY_S
     async with asyncio.timeout(PATIENCE_S):
         while cache.hits == 0:
             await cache.api_key(key)
             await cache.settle()
-            clock.now += AWAY_S
+            clock.now += RETRY_S
             await asyncio.sleep(0.02)
 
 
@@ -555,12 +553,12 @@ async def test_a_redis_that_hangs_costs_one_timeout(connect: Callable[..., Any],
         assert len(catalog.asked) == 601
         proxy.stall = False
         set_deadline(connected, NEVER_S)
-        clock.now += AWAY_S
+        clock.now += RETRY_S
         async with asyncio.timeout(PATIENCE_S):
             while cache.hits == 0:
                 await cache.api_key(key)
                 await cache.settle()
-                clock.now += AWAY_S
+                clock.now += RETRY_S
                 await asyncio.sleep(0.02)
     assert cache.errors >= 1
 
@@ -594,7 +592,7 @@ async def test_instances_of_one_database_have_one_secret_without_being_given_it(
     await second.close()
 
 
-async def test_the_secret_of_the_settings_goes_first(catalog_url: str, redis_server: RedisServer) -> None:
+async def test_the_secret_of_the_settings_has_precedence(catalog_url: str, redis_server: RedisServer) -> None:
     catalog = await SqlCatalog.open(catalog_url)
     store = RedisCounters(redis_server.url)
     url = "postgresql://x@localhost/x"

@@ -155,7 +155,7 @@ def test_haproxy_asks_all_instances_when_its_checks_found_none(tidegates: list[S
         assert get(balancer.url.rstrip("/") + "/v1/authorize?").status_code == 204
 
 
-def test_keys_that_nginx_saw_refused_stay_refused_while_all_are_away(mortal: Serve, api: Api) -> None:
+def test_keys_that_nginx_saw_rejected_stay_rejected_while_all_are_unavailable(mortal: Serve, api: Api) -> None:
     with gateway([mortal.port], api.port, when_away="open", patient=False) as nginx:
         long = "k" * 3000
         assert [get(nginx.url, key).status_code for key in (KEY, UNKNOWN, None, REVOKED, long)] == [200, 401, 401, 403, 401]
@@ -182,7 +182,7 @@ def test_keys_that_nginx_saw_refused_stay_refused_while_all_are_away(mortal: Ser
             assert path.stat().st_mode & 0o077 == 0
 
 
-def test_a_key_that_is_accepted_again_is_not_refused(mortal: Serve, api: Api) -> None:
+def test_a_key_that_is_accepted_again_is_not_rejected(mortal: Serve, api: Api) -> None:
     with gateway([mortal.port], api.port, when_away="open", patient=False) as nginx:
         assert get(nginx.url, UNKNOWN).status_code == 401
         policy = mortal.directory / "tidegate.policy.toml"

@@ -35,7 +35,7 @@ async def decided(counters: GuardedCounters, *pairs: tuple[LimitSet, str], cost:
     return outcome
 
 
-async def test_a_refusal_of_one_shard_charges_and_holds_up_nobody_on_the_other(redis_cluster: RedisCluster) -> None:
+async def test_a_rejection_of_one_shard_charges_and_holds_up_nobody_on_the_other(redis_cluster: RedisCluster) -> None:
     counters = GuardedCounters(RedisCounters(redis_cluster.url, TIMEOUT_S))
     await counters.start()
     ip, key = subjects()

@@ -135,7 +135,7 @@ async def test_rows_made_otherwise_stay(catalog: SqlCatalog) -> None:
     assert (await catalog.api_key(hash_api_key("demo-other-key-001")))[1] is None
 
 
-async def test_tiers_and_rules_made_otherwise_are_not_taken_over(catalog: SqlCatalog, engine: AsyncEngine) -> None:
+async def test_the_file_does_not_take_over_tiers_and_rules_of_operators(catalog: SqlCatalog, engine: AsyncEngine) -> None:
     async with engine.begin() as connection:
         await connection.execute(text("INSERT INTO tiers (name, limits, managed_by_file) VALUES ('free', '[]', false)"))
     with pytest.raises(CatalogError, match="tier 'free'"):
@@ -225,7 +225,7 @@ async def test_writers_take_turns(catalog_url: str) -> None:
         await each.close()
 
 
-async def test_a_refused_look_is_taken_again(tmp_path: Path) -> None:
+async def test_a_rejected_look_is_taken_again(tmp_path: Path) -> None:
     """SQLite refuses one of two that make a file a WAL one at once, without waiting: a race, so here it is refused on purpose."""
     url = f"sqlite:///{tmp_path}/new.db"
     refused = [True, True]
@@ -261,7 +261,7 @@ async def test_look_ups_use_indexes(catalog: SqlCatalog, engine: AsyncEngine) ->
     assert {"idx_rules_tier_endpoint", "idx_api_keys_status"} <= set(indexes)
 
 
-async def test_files_are_for_their_owner_alone(tmp_path: Path) -> None:
+async def test_files_have_mode_600(tmp_path: Path) -> None:
     old = os.umask(0o022)
     try:
         made = await SqlCatalog.open(f"sqlite:///{tmp_path}/new.db")
@@ -314,7 +314,7 @@ async def test_database_that_goes_away(catalog: SqlCatalog, engine: AsyncEngine)
 
 
 @pytest.mark.parametrize("catalog_url", ["sqlite"], indirect=True)
-async def test_a_full_disk_is_no_health(catalog: SqlCatalog, tmp_path: Path) -> None:
+async def test_health_reports_a_full_disk(catalog: SqlCatalog, tmp_path: Path) -> None:
     """The system refuses to let files grow, as it does where the disk is full."""
     await catalog.apply_policy(parse_policy(OTHER), "1")
     await catalog.ping()
@@ -334,7 +334,7 @@ async def test_a_full_disk_is_no_health(catalog: SqlCatalog, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("catalog_url", ["sqlite"], indirect=True)
-async def test_health_finds_a_full_disk_where_nobody_writes(catalog: SqlCatalog, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_health_detects_a_full_disk_without_writes(catalog: SqlCatalog, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(database, "WRITE_PROBE_S", 0.0)
     version = await catalog.version()
     await catalog.ping()
@@ -352,7 +352,7 @@ async def test_health_finds_a_full_disk_where_nobody_writes(catalog: SqlCatalog,
     await catalog.ping()
 
 
-async def test_a_postgres_that_takes_no_writes_is_no_health(postgres_server: PostgresServer, postgres_url: str) -> None:
+async def test_health_reports_a_read_only_postgres(postgres_server: PostgresServer, postgres_url: str) -> None:
     name = postgres_url.rpartition("/")[2]
     owner = await SqlCatalog.open(postgres_url)
     await owner.close()

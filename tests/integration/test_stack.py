@@ -52,7 +52,7 @@ def test_what_was_not_recorded_yet_is_found_by_its_place_for_files(tmp_path: Pat
         assert process.wait(PATIENCE_S) == -signal.SIGKILL
 
 
-def test_a_process_that_has_got_a_dead_ones_id_is_left_alone(sleeping: subprocess.Popen[bytes], tmp_path: Path) -> None:
+def test_a_process_with_a_reused_id_is_not_ended(sleeping: subprocess.Popen[bytes], tmp_path: Path) -> None:
     state = State(Recorded("keeper", "", 0, 0), str(tmp_path / "tidegate-stack-3"), pieces=(recorded(sleeping, later=-1),))
     assert not state.pieces[0].runs
     assert clean_up(tmp_path / "state.json", state) == []
@@ -66,7 +66,7 @@ def test_only_a_directory_of_ours_is_removed(tmp_path: Path) -> None:
     assert other.exists()
 
 
-def test_a_spoilt_state_file_is_told(tmp_path: Path) -> None:
+def test_a_spoilt_state_file_is_reported(tmp_path: Path) -> None:
     path = tmp_path / "state.json"
     path.write_text("{")
     with pytest.raises(SystemExit, match=r"state\.json cannot be read: .*; look for processes of a stack"):
@@ -81,7 +81,7 @@ def test_without_a_stack(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
 
 
 @pytest.mark.parametrize("wrong", [["--instances", "0"], ["--shards", "2"], ["--replicas", "x"], ["--redis", "many"]])
-def test_wrong_sizes_are_refused(wrong: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_sizes_are_rejected(wrong: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["up", "--state", str(tmp_path / "state.json"), *wrong])
     assert wrong[1] in capsys.readouterr().err

@@ -171,7 +171,7 @@ def test_a_batch_shows_each_check_and_the_one_call(traced: Callable[..., Any], c
 
 
 @pytest.mark.parametrize("listens", [False, True])
-def test_a_collector_that_is_away_or_hangs_harms_no_check(traced: Callable[..., Any], listens: bool) -> None:
+def test_a_collector_that_is_unavailable_or_hangs_harms_no_check(traced: Callable[..., Any], listens: bool) -> None:
     with socket.socket() as hung:
         hung.bind(("127.0.0.1", 0))
         if listens:
@@ -199,7 +199,7 @@ def test_a_call_over_grpc_is_a_span_of_its_callers_trace(serve: Callable[..., An
     assert attributes(span)["url.path"] == "/api/a"
 
 
-def test_a_stranger_forces_no_trace_and_prevents_none(traced: Callable[..., Any], collector: Collector) -> None:
+def test_an_untrusted_peer_cannot_force_or_prevent_a_trace(traced: Callable[..., Any], collector: Collector) -> None:
     """Only a trusted proxy's `traceparent` is believed; of anybody else's checks the sample decides."""
     never = traced(collector.url, TIDEGATE_TRACING__SAMPLE="0", TIDEGATE_SERVER__TRUSTED_PROXIES="10.0.0.1")
     assert authorize(never, **TRACED).status_code == 204
@@ -219,7 +219,7 @@ def test_off_it_is_not_even_imported() -> None:
     assert found.stdout.strip() == "[]"
 
 
-def test_without_the_extra_it_says_which(traced: Callable[..., Any], serve: Callable[..., Any], tmp_path: Path) -> None:
+def test_without_the_extra_it_names_it(traced: Callable[..., Any], serve: Callable[..., Any], tmp_path: Path) -> None:
     blocked = tmp_path / "blocked" / "opentelemetry"
     blocked.mkdir(parents=True)
     (blocked / "__init__.py").write_text("raise ImportError('not installed')")

@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from tests.cases.doors import FREE, POLICY
-from tests.integration.client_asker import Asker
+from tests.integration.client_driver import ClientDriver
 from tidegate import TooManyUnknownKeys
 from tidegate.catalog.cached import CachedCatalog
 from tidegate.catalog.in_memory import PolicyCatalog
@@ -61,7 +61,7 @@ async def test_http(gate: Gate, listen: Callable[..., Any]) -> None:
         assert [each["error"]["code"] for each in answer.json()["decisions"]] == [CODE, "INVALID_API_KEY"]
 
 
-async def test_the_client_raises_it(gate: Gate, listen: Callable[..., Any], new_client: Callable[..., Asker]) -> None:
+async def test_the_client_raises_it(gate: Gate, listen: Callable[..., Any], new_client: Callable[..., ClientDriver]) -> None:
     asker = new_client(await listen(DataPlane(gate, {})))
     for ask in (asker.check("/a", api_key=make_api_key(), ip=CLIENT), asker.usage(api_key=make_api_key(), ip=CLIENT)):
         with pytest.raises(TooManyUnknownKeys) as refused:

@@ -120,8 +120,10 @@ async def test_usage_errors_over_http(gate: Gate, listen: Callable[..., Any]) ->
         assert (response.status_code, response.json()["error"]["code"]) == (401, "MISSING_API_KEY")
 
 
-async def test_a_store_that_fails_is_told(listen: Callable[..., Any]) -> None:
+async def test_a_store_that_fails_is_reported(listen: Callable[..., Any]) -> None:
     class Failing(MemoryCounters):
+        immediate = False
+
         async def charge(self, charges: Sequence[Charge]) -> list[Any]:
             return [StoreUnavailable("away") for _ in charges]
 
@@ -151,7 +153,7 @@ tier = "t"
 """
 
 
-async def test_every_window_of_a_rule_is_told(clock: Clock, listen: Callable[..., Any]) -> None:
+async def test_every_window_of_a_rule_is_reported(clock: Clock, listen: Callable[..., Any]) -> None:
     gate = Gate(CachedCatalog(PolicyCatalog(parse_policy(TWO))), MemoryCounters(clock=clock))
     await gate.check(Check.of("/w", api_key=FREE, cost=3))
     clock.advance(120)
@@ -211,7 +213,7 @@ async def test_windows_on_redis_are_those_of_memory(algorithm: Algorithm, kind: 
     assert told[0] == told[1]
 
 
-async def test_a_redis_that_is_away_tells_no_windows(new_redis: Callable[..., Any]) -> None:
+async def test_a_redis_that_is_unavailable_reports_no_windows(new_redis: Callable[..., Any]) -> None:
     redis = new_redis()
     store = GuardedCounters(RedisCounters(redis.url, 0.2))
     await store.start()

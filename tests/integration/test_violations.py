@@ -25,12 +25,12 @@ from tidegate.catalog.sql.database import Database
 from tidegate.errors import CatalogUnavailable
 from tidegate.violations import recorder as module
 from tidegate.violations import storage as table
-from tidegate.violations.queries import Blocked, blocked_total, list_violations, top_violators
+from tidegate.violations.queries import ViolationFilter, Violator, blocked_total, list_violations, top_violators
 from tidegate.violations.recorder import Violations, ViolationWriter
-from tidegate.violations.storage import ViolationKey, keep_violations, partition_of, write_violations
+from tidegate.violations.storage import ViolationKey, maintain_table, partition_of, write_violations
 
 DAY_US = 86_400_000_000
-EVER = Blocked(0, 2**62)
+EVER = ViolationFilter(0, 2**62)
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
@@ -77,7 +77,7 @@ async def listed(catalog: SqlCatalog) -> dict[tuple[str, str, str, str], int]:
         page = await list_violations(catalog.database, 500, after, EVER)
         rows += page.items
         if (after := page.next) is None:
-            return {(row["minute"], row["tier"], row["rule"], row["subject"]): row["blocked"] for row in rows}
+            return {(row.minute, row.tier, row.rule, row.subject): row.blocked for row in rows}
 
 
 async def execute(database: Database, statement: str, **parameters: Any) -> list[Any]:
@@ -123,9 +123,7 @@ async def test_sums_of_four_writers_at_once(url: str, catalog: SqlCatalog) -> No
     editor = editor_of(catalog)
     assert await blocked_total(editor.catalog.database, EVER) == truth.total()
     most = sorted(truth.items(), key=lambda item: (-item[1], item[0]))[:3]
-    assert [
-        (each["subject"], each["blocked"]) for each in await top_violators(editor.catalog.database, 3, "subject", EVER)
-    ] == most
+    assert [(each.subject, each.blocked) for each in await top_violators(editor.catalog.database, 3, "subject", EVER)] == most
     for each in catalogs[1:]:
         await each.close()
 
@@ -141,7 +139,7 @@ async def test_more_rows_than_one_transaction_has(catalog: SqlCatalog) -> None:
     assert {key[:3] for key in rows} == {("2023-11-15T12:00:00Z", "free", "r")}
 
 
-async def test_the_others_count_by_rule_and_are_nobody(catalog: SqlCatalog) -> None:
+async def test_others_count_by_rule_and_are_not_a_subject(catalog: SqlCatalog) -> None:
     violations = Violations(100)
     writer = ViolationWriter(violations, catalog.database)
     count(violations, [("k:heavy", 500)])
@@ -155,11 +153,11 @@ async def test_the_others_count_by_rule_and_are_nobody(catalog: SqlCatalog) -> N
     assert others[0][1] > 800
     editor = editor_of(catalog)
     top = await top_violators(editor.catalog.database, 100, "subject", EVER)
-    assert top[0] == {"subject": "k:heavy", "tier": None, "rule": None, "blocked": 501}
-    assert all(each["subject"] for each in top)
+    assert top[0] == Violator("k:heavy", blocked=501)
+    assert all(each.subject for each in top)
     by_rule = await top_violators(editor.catalog.database, 10, "rule", EVER)
-    assert [(each["tier"], each["rule"], each["blocked"]) for each in by_rule] == [("free", "r", total), ("free", "", 1)]
-    assert [each["blocked"] for each in await top_violators(editor.catalog.database, 10, "tier", EVER)] == [total + 1]
+    assert [(each.tier, each.rule, each.blocked) for each in by_rule] == [("free", "r", total), ("free", "", 1)]
+    assert [each.blocked for each in await top_violators(editor.catalog.database, 10, "tier", EVER)] == [total + 1]
 
 
 async def test_odd_texts_are_taken(catalog: SqlCatalog) -> None:
@@ -221,7 +219,7 @@ async def breakable(url: str, request: pytest.FixtureRequest) -> AsyncIterator[B
         yield Breakable(catalog, away, back)
 
 
-async def test_away_and_back_loses_nothing_that_fits(breakable: Breakable, caplog: pytest.LogCaptureFixture) -> None:
+async def test_an_outage_loses_nothing_that_fits_the_buffer(breakable: Breakable, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     violations, writer = breakable.violations, breakable.writer
     total = count(violations, [("k:1", 3), ("k:2", 1)])
@@ -241,8 +239,8 @@ async def test_away_and_back_loses_nothing_that_fits(breakable: Breakable, caplo
     assert sum(rows.values()) == total
     said = [each.getMessage() for each in caplog.records if each.name == module.__name__]
     assert len(said) == 2
-    assert said[0].startswith("violations are not written, and wait in memory: the catalog's database")
-    assert said[1] == "violations are written again"
+    assert said[0].startswith("writing violations failed, they are buffered in memory: the catalog's database")
+    assert said[1] == "writing violations works again"
 
 
 async def test_what_is_beyond_the_bounds_is_counted_as_dropped(breakable: Breakable, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -339,7 +337,7 @@ async def test_a_commit_without_an_answer_is_not_repeated(
         rows = await listed(catalog)
         assert set(rows.values()) == {1}, "none is counted twice"
         assert len(rows) == total, "here the commit had gone through"
-        assert "the last rows may be there or not" in caplog.text
+        assert "the last rows may or may not be written" in caplog.text
 
 
 async def test_a_frozen_database_does_not_hold_up_the_end(postgres_server: PostgresServer, postgres_url: str) -> None:
@@ -357,7 +355,7 @@ async def test_a_frozen_database_does_not_hold_up_the_end(postgres_server: Postg
         async with asyncio.timeout(PATIENCE_S):
             running.cancel()
             await asyncio.gather(running, return_exceptions=True)
-            begun = [writer._writing, writer._keeping]
+            begun = [writer._writing, writer._retention]
             await writer.flush(0.5)
         assert (writer.written, writer.dropped, writer.pending) == (1, 7, 0)
         proxy.stall = False
@@ -371,30 +369,30 @@ async def test_old_days_go(catalog: SqlCatalog, monkeypatch: pytest.MonkeyPatch)
     today_us = NOON_US - NOON_US % DAY_US
     ages = [0, 1, 29, 30, 31, 32, 400]
     await write_violations(database, [row(today_us - age * DAY_US, f"k:{n}") for age in ages for n in range(10)])
-    assert await keep_violations(database, 30, today_us) is True
+    assert await maintain_table(database, 30, today_us) is True
     assert sum((await listed(catalog)).values()) == 40, "30 days ago to the minute is kept"
-    assert await keep_violations(database, 30, today_us + MINUTE_US) is True
-    assert await keep_violations(database, 30, today_us + MINUTE_US) is True, "nothing is left to be done"
+    assert await maintain_table(database, 30, today_us + MINUTE_US) is True
+    assert await maintain_table(database, 30, today_us + MINUTE_US) is True, "nothing is left to be done"
     assert sum((await listed(catalog)).values()) == 30
     # A day that has a partition goes with it, as soon as the whole of it is old.
-    assert await keep_violations(database, 1, today_us + DAY_US + DAY_US // 2) is True
+    assert await maintain_table(database, 1, today_us + DAY_US + DAY_US // 2) is True
     rows = await listed(catalog)
     assert sum(rows.values()) == (10 if database.dialect == "postgresql" else 0)
-    assert await keep_violations(database, 1, today_us + 2 * DAY_US) is True
+    assert await maintain_table(database, 1, today_us + 2 * DAY_US) is True
     assert await listed(catalog) == {}
 
 
 async def test_the_clock_is_the_database_s(catalog: SqlCatalog) -> None:
     now_us = time.time_ns() // 1000
     await write_violations(catalog.database, [row(now_us), row(now_us - 3 * DAY_US)])
-    await keep_violations(catalog.database, 2)
+    await maintain_table(catalog.database, 2)
     assert len(await listed(catalog)) == 1
 
 
 async def test_partitions_are_made_and_dropped(postgres: Database) -> None:
     today_us = 1_704_067_200_000_000 - 2 * DAY_US  # 2023-12-30: the days ahead end in the next year
     now_us = today_us + DAY_US // 3
-    await keep_violations(postgres, 30, now_us)
+    await maintain_table(postgres, 30, now_us)
     days = [f"rate_limit_violations_{day}" for day in ("20231230", "20231231", "20240101", "20240102")]
     assert await partitions(postgres) == {**dict.fromkeys(days, 0), "rate_limit_violations_default": 0}
     edges = [today_us - 1, today_us, today_us + DAY_US - 1, today_us + DAY_US, today_us + 4 * DAY_US - 1, today_us + 4 * DAY_US]
@@ -403,7 +401,7 @@ async def test_partitions_are_made_and_dropped(postgres: Database) -> None:
         **dict(zip(days, (2, 1, 0, 1), strict=True)),
         "rate_limit_violations_default": 2,
     }
-    assert await keep_violations(postgres, 1, now_us + 3 * DAY_US) is True
+    assert await maintain_table(postgres, 1, now_us + 3 * DAY_US) is True
     left = await partitions(postgres)
     assert list(left) == [partition_of(today_us + ahead * DAY_US) for ahead in range(2, 7)] + ["rate_limit_violations_default"]
     # The row behind the last day was moved when its day got a partition; the one before the first day was deleted.
@@ -416,7 +414,7 @@ async def test_a_day_of_the_default_partition_moves(postgres: Database) -> None:
     rows = [row(today_us + n * MINUTE_US, f"k:{n % 7}", 1 + n) for n in range(-3, 1_443)]
     for start in range(0, len(rows), 500):
         await write_violations(postgres, rows[start : start + 500])
-    assert await keep_violations(postgres, 30, today_us) is True
+    assert await maintain_table(postgres, 30, today_us) is True
     assert await partitions(postgres) == {
         partition_of(today_us): 1_440,
         partition_of(today_us + DAY_US): 3,
@@ -442,11 +440,11 @@ async def test_too_many_rows_stay_in_the_default_partition(
     monkeypatch.setattr(table, "_MAX_MOVED", 5)
     today_us = NOON_US - NOON_US % DAY_US
     await write_violations(postgres, [row(today_us + n * MINUTE_US) for n in range(6)])
-    assert await keep_violations(postgres, 30, today_us) is True
+    assert await maintain_table(postgres, 30, today_us) is True
     assert partition_of(today_us) not in await partitions(postgres)
-    assert "violations of 20231115 are kept in the default partition" in caplog.text
+    assert "violations of 20231115 stay in the default partition" in caplog.text
     assert sum((await listed(SqlCatalog(postgres))).values()) == 6
-    assert await keep_violations(postgres, 1, today_us + 3 * DAY_US) is True
+    assert await maintain_table(postgres, 1, today_us + 3 * DAY_US) is True
     assert await listed(SqlCatalog(postgres)) == {}, "and are deleted in time"
 
 
@@ -454,10 +452,10 @@ async def test_one_keeps_at_a_time(postgres: Database, postgres_url: str) -> Non
     others = [await Database.open(postgres_url) for _ in range(3)]
     async with postgres.transaction() as connection:
         await connection.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": table._LOCK})
-        assert await keep_violations(others[0], 30, NOON_US) is False
+        assert await maintain_table(others[0], 30, NOON_US) is False
     assert list(await partitions(postgres)) == ["rate_limit_violations_default"]
     await write_violations(postgres, [row(NOON_US - age * DAY_US) for age in (0, 40)])
-    done = await asyncio.gather(*(keep_violations(each, 30, NOON_US) for each in (postgres, *others)))
+    done = await asyncio.gather(*(maintain_table(each, 30, NOON_US) for each in (postgres, *others)))
     assert any(done)
     assert len(await partitions(postgres)) == 5
     assert len(await listed(SqlCatalog(postgres))) == 1
@@ -470,7 +468,7 @@ async def test_a_table_in_use_is_not_waited_for(postgres: Database, postgres_url
     other = await Database.open(postgres_url)
     async with other.transaction() as reader:
         await reader.execute(text("SELECT 1 FROM rate_limit_violations"))
-        keeping = asyncio.create_task(keep_violations(postgres, 30, NOON_US))
+        keeping = asyncio.create_task(maintain_table(postgres, 30, NOON_US))
         # Four days are tried; without a limit, they and these writers would wait for the reader for ever.
         async with asyncio.timeout(PATIENCE_S):
             while not keeping.done():
@@ -479,7 +477,7 @@ async def test_a_table_in_use_is_not_waited_for(postgres: Database, postgres_url
         with pytest.raises(CatalogUnavailable, match="lock timeout"):
             await keeping
     assert len(await listed(SqlCatalog(postgres))) == 1, "the other steps were taken: what was old is deleted"
-    assert await keep_violations(postgres, 30, NOON_US) is True
+    assert await maintain_table(postgres, 30, NOON_US) is True
     assert len(await partitions(postgres)) == 5
     await other.close()
 
@@ -511,12 +509,12 @@ async def test_keeping_while_others_write(postgres: Database, postgres_url: str,
             for each in (postgres, databases[0]):
                 # A wait for writers that is given up is tried again, as the writer does.
                 with contextlib.suppress(CatalogUnavailable):
-                    await keep_violations(each, 30, today_us + ahead * DAY_US)
+                    await maintain_table(each, 30, today_us + ahead * DAY_US)
         keeping = False
 
     *writers, _ = await asyncio.gather(*(write(each) for each in databases), keep())
     assert not caplog.records, "a partition that is made under a row's feet is no failure"
-    assert await keep_violations(postgres, 30, today_us + 2 * DAY_US) is True
+    assert await maintain_table(postgres, 30, today_us + 2 * DAY_US) is True
     assert sum(writer.written for writer in writers) == truth > 0
     assert [writer.dropped for writer in writers] == [0, 0, 0]
     held = await partitions(postgres)
@@ -527,18 +525,18 @@ async def test_keeping_while_others_write(postgres: Database, postgres_url: str,
         await each.close()
 
 
-async def test_a_table_that_cannot_be_kept_is_told_once(
+async def test_failed_maintenance_is_logged_once(
     breakable: Breakable, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(module, "_KEEP_AGAIN_S", 0.01)
+    monkeypatch.setattr(module, "_RETENTION_RETRY_S", 0.01)
     tries = 0
 
     async def counted(*arguments: Any) -> bool:
         nonlocal tries
         tries += 1
-        return await keep_violations(*arguments)
+        return await maintain_table(*arguments)
 
-    monkeypatch.setattr(module, "keep_violations", counted)
+    monkeypatch.setattr(module, "maintain_table", counted)
     await breakable.away()
     running = asyncio.create_task(breakable.writer.run())
     async with asyncio.timeout(PATIENCE_S):
@@ -552,4 +550,4 @@ async def test_a_table_that_cannot_be_kept_is_told_once(
     running.cancel()
     await asyncio.gather(running, return_exceptions=True)
     await breakable.writer.flush()
-    assert sum("the table of violations is not kept" in each.getMessage() for each in caplog.records) == 1
+    assert sum("maintenance of the violations table failed" in each.getMessage() for each in caplog.records) == 1

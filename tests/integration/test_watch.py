@@ -70,7 +70,7 @@ async def test_written_in_place_and_renamed_over(tmp_path: Path, watch: Callable
     assert watched.applied == ["a", "b", "c"], "a new time alone is no change"
 
 
-async def test_wrong_content_is_refused_once(tmp_path: Path, watch: Callable[[Path], Watched]) -> None:
+async def test_wrong_content_is_rejected_once(tmp_path: Path, watch: Callable[[Path], Watched]) -> None:
     file = tmp_path / "p.toml"
     file.write_text(policy("a"))
     watched = watch(file)
@@ -127,7 +127,7 @@ async def test_half_written_file_is_not_judged(tmp_path: Path, watch: Callable[[
     assert not watched.refused
 
 
-async def test_catalog_that_refuses_or_is_away(tmp_path: Path, watch: Callable[[Path], Watched]) -> None:
+async def test_catalog_that_rejects_or_is_unavailable(tmp_path: Path, watch: Callable[[Path], Watched]) -> None:
     file = tmp_path / "p.toml"
     file.write_text(policy("a"))
     watched = watch(file)

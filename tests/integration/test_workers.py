@@ -168,7 +168,7 @@ def test_a_killed_worker_comes_back_and_no_counter_goes_backwards(start: Callabl
     assert "Traceback" not in err
 
 
-def test_a_worker_told_to_end_drains_and_is_replaced(start: Callable[..., Any]) -> None:
+def test_a_worker_drains_after_sigterm_and_is_replaced(start: Callable[..., Any]) -> None:
     server = start()
     _check(server, 20)
     first, second = _workers(server)
@@ -272,7 +272,7 @@ def test_no_worker_outlives_a_killed_supervisor(start: Callable[..., Any]) -> No
         ({"TIDEGATE_WORKER": "1"}, "TIDEGATE_WORKER"),
     ],
 )
-def test_what_cannot_start_is_said_once(
+def test_what_cannot_start_is_reported_once(
     serve: Callable[..., Any], redis_server: RedisServer, environment: dict[str, str], said: str
 ) -> None:
     server = serve(wait=False, **{"TIDEGATE_SERVER__WORKERS": "3", "TIDEGATE_COUNTERS__URL": redis_server.url, **environment})

@@ -120,7 +120,7 @@ async def test_all_that_saw_none_win_one_after_the_other(writers: Writers) -> No
         assert changes.items == ((max(writers.versions), ("tier", "free")),)
 
 
-async def test_what_is_refused_among_them_leaves_nothing(writers: Writers) -> None:
+async def test_what_is_rejected_among_them_leaves_nothing(writers: Writers) -> None:
     rule = await _rule(writers)
     writers.versions.clear()
     good, bad = await asyncio.gather(writers.all_edit(rule.id, None), writers.all_edit(rule.id, None, limits=["1/s burst 3"]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from pathlib import Path
 
 import trustme
@@ -24,11 +25,11 @@ class Authority:
     def __init__(self, directory: Path) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         self.directory = directory
-        authority = trustme.CA(organization_name=f"Tidegate tests {directory.name}")
+        self._authority = trustme.CA(organization_name=f"Tidegate tests {directory.name}")
         self.ca = directory / "ca.pem"
-        authority.cert_pem.write_to_path(str(self.ca))
-        self.server_cert, self.server_key = self._issue(authority, "server", "127.0.0.1", "localhost")
-        self.client_cert, self.client_key = self._issue(authority, "client", "client.tidegate.test")
+        self._authority.cert_pem.write_to_path(str(self.ca))
+        self.server_cert, self.server_key = self.issue("server", "127.0.0.1", "localhost")
+        self.client_cert, self.client_key = self.issue("client", "client.tidegate.test")
 
     def unrelated(self) -> Authority:
         """Make a second authority that knows nothing of this one, in a directory below: for tests of refusals.
@@ -38,11 +39,22 @@ class Authority:
         """
         return Authority(self.directory / "unrelated")
 
-    def _issue(self, authority: trustme.CA, name: str, *identities: str) -> tuple[Path, Path]:
-        leaf = authority.issue_cert(*identities)
+    def issue(
+        self, name: str, *identities: str, not_before: datetime | None = None, not_after: datetime | None = None
+    ) -> tuple[Path, Path]:
+        """Issue another certificate.
+
+        Args:
+            name: of its files; those that are there are replaced.
+            identities: DNS names and addresses.
+            not_before: when it becomes valid; long ago if None.
+            not_after: when it expires; in the far future if None.
+
+        Returns:
+            The file with the certificate and its chain, and the file with its key.
+        """
+        leaf = self._authority.issue_cert(*identities, not_before=not_before, not_after=not_after)
         cert, key = self.directory / f"{name}.pem", self.directory / f"{name}.key"
-        cert.unlink(missing_ok=True)
-        for blob in leaf.cert_chain_pems:
-            blob.write_to_path(str(cert), append=True)
-        leaf.private_key_pem.write_to_path(str(key))
+        cert.write_bytes(b"".join(blob.bytes() for blob in leaf.cert_chain_pems))
+        key.write_bytes(leaf.private_key_pem.bytes())
         return cert, key

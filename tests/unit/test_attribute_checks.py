@@ -80,6 +80,8 @@ tier = "pro"
 class Later(MemoryCounters):
     """A store that is awaited, as one on Redis is."""
 
+    immediate = False
+
     async def charge(self, charges: Any) -> Any:
         return await super().charge(charges)
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -197,3 +200,13 @@ def test_the_index_finds_what_going_through_all_rules_finds(
         if all(name in attributes and Glob(pattern).matches(attributes[name]) for name, pattern in match.items())
     ]
     assert answer(rules, **attributes) == (min(holding)[-1] if holding else None)
+
+
+def test_the_policies_of_the_documentation_are_valid() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "callers.md").read_text()
+    policies = re.findall(r"```toml\n(.*?)```", page, re.DOTALL)
+    assert len(policies) == 4
+    for text in policies:
+        policy = parse_policy(text)
+        assert policy.attributes
+        assert policy_warnings(policy) == []

@@ -12,7 +12,7 @@ from tidegate.catalog.sql.batch_loader import BatchLoader
 from tidegate.errors import CatalogUnavailable
 
 
-async def test_those_behind_a_query_that_fails_are_asked_for(caplog: pytest.LogCaptureFixture) -> None:
+async def test_those_behind_a_query_that_fails_are_requested(caplog: pytest.LogCaptureFixture) -> None:
     asked: list[Sequence[str]] = []
 
     async def load(names: Sequence[str], min_version: int) -> tuple[int, Mapping[str, str]]:

@@ -63,7 +63,7 @@ def test_one_probe_alone_decides() -> None:
     assert breaker.state is BreakerState.CLOSED, "failures from before it closed do not count"
 
 
-def test_a_probe_whose_outcome_is_never_told_does_not_hold_it_open_for_ever() -> None:
+def test_a_probe_without_an_outcome_does_not_keep_it_open_for_ever() -> None:
     breaker = opened(0)
     assert breaker.admits(30)
     assert not breaker.admits(59.9)

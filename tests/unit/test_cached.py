@@ -144,7 +144,7 @@ async def test_misses_of_one_thing_make_one_query_and_of_others_their_own(held: 
     assert len({id(caller) for caller in found}) == 3, "one caller for the key, one for those without, None for the unknown"
 
 
-async def test_of_many_waiters_those_that_give_up_take_nobody_along(held: Held) -> None:
+async def test_cancelled_waiters_do_not_cancel_others(held: Held) -> None:
     cached = CachedCatalog(held)
     held.gate.clear()
     asked = [asyncio.create_task(cached.caller(FREE_KEY)) for _ in range(1000)]
@@ -212,7 +212,7 @@ async def test_entries_do_not_expire_together(clock: Seconds) -> None:
     assert all(300 < later - earlier < 700 for earlier, later in itertools.pairwise(gone)), gone
 
 
-async def test_a_tier_that_is_asked_for_anew_gives_its_keys_no_new_time(held: Held, clock: Seconds) -> None:
+async def test_reloading_a_tier_does_not_extend_the_ttl_of_its_keys(held: Held, clock: Seconds) -> None:
     """Else a key that was changed without a word would be served as it was for as long as its tier is."""
     cached = CachedCatalog(held, l1_ttl_s=60, clock=clock)
     began = clock.now
@@ -261,7 +261,7 @@ async def test_a_bound_of_nothing_serves_nothing_stale(held: Held, clock: Second
         await cached.caller(FREE_KEY)
 
 
-async def test_while_it_fails_the_catalog_is_asked_once_a_second(held: Held, clock: Seconds) -> None:
+async def test_a_failing_catalog_is_queried_once_a_second(held: Held, clock: Seconds) -> None:
     cached = CachedCatalog(held, l1_ttl_s=60, clock=clock)
     await cached.caller(FREE_KEY)
     held.failing = True
@@ -281,7 +281,7 @@ async def test_while_it_fails_the_catalog_is_asked_once_a_second(held: Held, clo
     assert (held.count(KEY), cached.stale) == (4, stale)
 
 
-async def test_a_catalog_that_hangs_holds_nobody_up_whom_a_stale_entry_serves(
+async def test_a_hanging_catalog_blocks_no_check_with_a_stale_entry(
     held: Held, clock: Seconds, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cached = CachedCatalog(held, l1_ttl_s=60, clock=clock)
@@ -309,7 +309,7 @@ async def test_a_catalog_that_hangs_holds_nobody_up_whom_a_stale_entry_serves(
     assert caller.api_key.name == "new"
 
 
-async def test_a_catalog_that_is_slow_is_asked_about_everything_all_the_same(clock: Seconds) -> None:
+async def test_a_slow_catalog_is_queried_for_everything(clock: Seconds) -> None:
     """A database a continent away answers later than a check waits as a rule: all keys that may have changed wait for it."""
     policy, digests = many(200)
     held = Held(policy)
@@ -333,7 +333,7 @@ async def test_a_catalog_that_is_slow_is_asked_about_everything_all_the_same(clo
 # Unknown keys.
 
 
-async def test_unknown_keys_live_for_seconds_from_when_they_were_asked_for(held: Held, clock: Seconds) -> None:
+async def test_unknown_keys_expire_seconds_after_their_look_up(held: Held, clock: Seconds) -> None:
     cached = CachedCatalog(held, clock=clock)
     assert await cached.caller("0" * 64) is None
     clock.now += UNKNOWN_TTL_S - 0.1
@@ -349,7 +349,7 @@ async def test_unknown_keys_live_for_seconds_from_when_they_were_asked_for(held:
         await cached.caller("0" * 64)
 
 
-async def test_a_flood_of_unknown_keys_is_bounded_and_the_oldest_goes(held: Held, clock: Seconds) -> None:
+async def test_a_flood_of_unknown_keys_is_bounded_and_evicts_the_oldest(held: Held, clock: Seconds) -> None:
     cached = CachedCatalog(held, max_keys=5, clock=clock)
     for number in range(MAX_UNKNOWN + 1):
         await cached.caller(f"{number:064x}")
@@ -531,7 +531,7 @@ async def test_tiers_are_loaded_again_a_few_at_a_time() -> None:
     assert held.most_at_once == RELOADS
 
 
-async def test_whoever_joins_a_look_up_after_a_change_is_not_given_the_limit_of_before(held: Held) -> None:
+async def test_a_waiter_that_joins_a_load_after_a_change_gets_the_new_limit(held: Held) -> None:
     cached = CachedCatalog(held)
     held.gate.clear()
     before = asyncio.create_task(cached.caller(FREE_KEY))
@@ -594,7 +594,7 @@ async def test_a_change_of_one_thing_leaves_the_others(clock: Seconds) -> None:
     assert held.asked == [(KEY, digests[3], 7)]
 
 
-async def test_what_must_have_been_seen_is_passed_on(held: Held, clock: Seconds) -> None:
+async def test_the_minimum_version_is_passed_on(held: Held, clock: Seconds) -> None:
     cached = CachedCatalog(held, clock=clock)
     cached.changed(Changes(20, 10, ((15, (KEY, FREE_KEY)), (17, (TIER, "open")))))
     await cached.caller(FREE_KEY)
@@ -628,7 +628,7 @@ async def test_what_must_have_been_seen_is_passed_on(held: Held, clock: Seconds)
 
 
 @pytest.mark.parametrize("how", ["key", "everything", "made here"])
-async def test_what_was_asked_before_a_change_is_not_kept(how: str, held: Held, clock: Seconds) -> None:
+async def test_a_load_started_before_a_change_is_not_cached(how: str, held: Held, clock: Seconds) -> None:
     cached = CachedCatalog(held, clock=clock)
     held.gate.clear()
     before = asyncio.create_task(cached.caller(FREE_KEY))
@@ -654,7 +654,7 @@ async def test_what_was_asked_before_a_change_is_not_kept(how: str, held: Held, 
     assert held.count(KEY) == 2
 
 
-async def test_a_tier_asked_for_before_a_change_is_not_kept_for_its_keys(held: Held, clock: Seconds) -> None:
+async def test_a_tier_loaded_before_a_change_is_not_cached_for_its_keys(held: Held, clock: Seconds) -> None:
     cached = CachedCatalog(held, clock=clock)
     held.gate.clear()
     before = asyncio.create_task(cached.caller(FREE_KEY))

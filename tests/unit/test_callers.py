@@ -184,7 +184,7 @@ async def test_a_cached_key_is_never_affected() -> None:
     assert await guarded.ask(FREE) == "decided"
 
 
-async def test_a_key_that_is_not_cached_waits_as_long_as_it_is_told_to() -> None:
+async def test_a_key_that_is_not_cached_waits_for_its_retry_time() -> None:
     guarded = Guarded()
     await guarded.use_up()
     guarded.clock.now += 10
@@ -220,7 +220,7 @@ async def test_an_address_counts_however_it_is_written_and_a_64_is_one() -> None
     assert await guarded.ask(make_api_key(), CLIENT) == "API_KEY_LOOKUPS_EXCEEDED"
 
 
-async def test_who_sends_no_address_is_not_bound_and_binds_nobody() -> None:
+async def test_look_ups_without_an_address_are_not_limited() -> None:
     guarded = Guarded()
     assert {await guarded.ask(make_api_key(), None) for _ in range(10)} == {"INVALID_API_KEY"}
     assert len(guarded.limit) == 0

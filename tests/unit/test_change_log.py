@@ -112,7 +112,7 @@ def wall(monkeypatch: pytest.MonkeyPatch) -> WallClock:
 # The log.
 
 
-async def test_the_chain_is_followed_down_to_what_was_seen(log: Database) -> None:
+async def test_the_chain_is_followed_down_to_the_last_version_read(log: Database) -> None:
     assert await read(log, 0) == Changes(0, 0)
     first = await change(log, A, C)
     second = await change(log, B, A)
@@ -139,7 +139,7 @@ async def test_versions_ascend_whatever_the_clock_does(log: Database, wall: Wall
     assert (await read(log, first)).floor == first
 
 
-async def test_what_touches_nothing_leaves_the_chain_whole(log: Database) -> None:
+async def test_a_change_without_items_keeps_the_chain_complete(log: Database) -> None:
     first = await change(log, A)
     second = await change(log, (NONE, ""))
     assert await read(log, first) == Changes(second, first)
@@ -147,7 +147,7 @@ async def test_what_touches_nothing_leaves_the_chain_whole(log: Database) -> Non
     assert await read(log, first) == Changes(third, first, ((third, B),))
 
 
-async def test_what_is_not_told_or_too_much_counts_as_everything(log: Database) -> None:
+async def test_unrecorded_or_too_many_changes_count_as_everything(log: Database) -> None:
     first = await change(log, A)
     everything = await change(log)
     assert await read(log, first) == Changes(everything, everything)
@@ -269,7 +269,7 @@ async def test_the_statement_is_one_snapshot(tmp_path: Path) -> None:
 # What an instance remembers.
 
 
-def test_an_answer_must_have_seen_the_last_change_of_what_it_tells() -> None:
+def test_an_answer_must_not_be_older_than_the_last_change_of_its_item() -> None:
     last = FreshnessTracker()
     assert last.min_version(KEY, "a") == 0
     last.note(Changes(10, 5, ((7, A), (9, C))))
@@ -279,7 +279,7 @@ def test_an_answer_must_have_seen_the_last_change_of_what_it_tells() -> None:
     assert [last.min_version(*item) for item in (A, C, B)] == [12, 9, 5]
 
 
-def test_where_the_log_is_not_whole_nothing_older_is_good() -> None:
+def test_older_answers_are_invalid_if_the_log_is_incomplete() -> None:
     last = FreshnessTracker()
     last.note(Changes(10, 5, ((7, A), (9, C))))
     last.note(Changes(20, 15, ((18, B),)))
@@ -307,7 +307,7 @@ def test_a_change_made_here_counts_before_it_is_read_of() -> None:
     assert [last.min_version(*item) for item in (A, B, C)] == [30, 31, 30]
 
 
-def test_what_is_forgotten_raises_the_floor() -> None:
+def test_dropped_items_raise_the_floor() -> None:
     last = FreshnessTracker(max_items=3)
     for at in range(1, 6):
         last.remember([(at, (KEY, f"{at}"))])
@@ -562,7 +562,7 @@ async def lose(truth: Truth, kept: State) -> None:
         await connection.execute(update(policy_state).values(version=kept.version))
 
 
-async def test_entries_of_a_lost_primary_are_taken_by_nobody(log: Database, wall: WallClock) -> None:
+async def test_entries_of_a_lost_primary_are_ignored(log: Database, wall: WallClock) -> None:
     """They lie in the shared cache with a version that is newer than what is asked for."""
     truth, redis = Truth(log), Kept()
     saw_it, slept, joined = (Instance(truth, redis, MAX_READ) for _ in range(3))
@@ -601,7 +601,7 @@ async def test_entries_of_a_lost_primary_are_taken_by_nobody(log: Database, wall
         assert await instance.serve(other) == 3
 
 
-async def test_an_entry_that_is_newer_than_what_is_known_is_not_taken(log: Database) -> None:
+async def test_an_entry_newer_than_the_known_versions_is_ignored(log: Database) -> None:
     truth, redis = Truth(log), Kept()
     first, second = (Instance(truth, redis, MAX_READ) for _ in range(2))
     key = THINGS[0]

@@ -51,7 +51,7 @@ def test_addresses_as_gateways_write_them(text: str, address: str) -> None:
      "[example]", "1.2.3.4%eth0",
      "[::1]:443:1", "1.2.3.4, 5.6.7.8", "::1%" + "e" * 100, "1.2.3.4\n", " 1.2.3.4", "0x7f.1", "01.2.3.4"],
 )  # fmt: skip
-def test_what_is_no_address(text: str) -> None:
+def test_invalid_addresses(text: str) -> None:
     with pytest.raises(BadRequest, match="not an IPv4 or IPv6 address"):
         canonical_ip(text)
     assert address_or_none(text) is None

@@ -20,7 +20,7 @@ def denial(retry_us: int | None = 1_000_000, reset_us: int = 5_000_000) -> Decis
     return Decision(False, LIMITS.limits[0], 0, reset_us, retry_us, 77_000_000, LIMITS)
 
 
-def test_it_denies_until_the_moment_and_not_longer() -> None:
+def test_it_denies_until_the_time_and_not_longer() -> None:
     memory = DenialCache()
     memory.remember(COUNTERS, 1, denial(), started_us=10_000_000)
     answer = memory.find(COUNTERS, 1, 10_400_000)

@@ -135,7 +135,7 @@ def test_a_policy_with_descriptors_is_written_and_read_again() -> None:
         ("descriptor = { " + ", ".join(f'k{number} = "*"' for number in range(17)) + " }", "17 entries"),
     ],
 )
-def test_what_is_refused(rule: str, said: str) -> None:
+def test_what_is_rejected(rule: str, said: str) -> None:
     text = f'[[tiers]]\nname = "t"\n[[tiers.rules]]\nlimits = ["1/day"]\n{rule}\n'
     with pytest.raises(PolicyError) as refused:
         parse_policy(text, "p.toml")

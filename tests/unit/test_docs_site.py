@@ -151,7 +151,7 @@ def test_the_picture_of_the_readme_is_the_one_of_the_landing_page() -> None:
         ("box a 1,1 A", "alt"),
     ],
 )
-def test_what_cannot_be_drawn_is_refused(line: str, said: str) -> None:
+def test_what_cannot_be_drawn_is_rejected(line: str, said: str) -> None:
     with pytest.raises(DiagramError, match=re.escape(said)):
         draw(line if said == "alt" else f"alt: a picture\n{line}")
 

@@ -55,7 +55,7 @@ def test_what_failed_has_no_latency() -> None:
     assert percentile_ms([seen(0, 0.002), seen(1, 10, failure="no answer in time")], 0.99) == pytest.approx(2)
 
 
-def test_a_span_has_its_first_moment_and_not_its_end() -> None:
+def test_a_span_has_its_first_time_and_not_its_end() -> None:
     assert [each.at_s for each in between([seen(0), seen(1), seen(2)], 1, 2)] == [1]
 
 

@@ -38,7 +38,7 @@ def test_the_percentile_leaves_out_what_was_not_decided() -> None:
     assert p99_ms([]) == 0.0
 
 
-def test_a_missed_goal_is_told_and_a_timed_one_only_where_time_counts() -> None:
+def test_a_missed_goal_is_reported_and_a_timed_one_only_where_time_counts() -> None:
     missed = Findings([("figure", "7")], [none_of("errors", 3)])
     assert not missed.met()
     assert "FAIL" in missed.table()

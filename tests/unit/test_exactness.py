@@ -107,7 +107,7 @@ def test_known_excess_is_found_to_the_unit(limits: LimitSet, admissions: list[Ad
     assert excess(limits, *reversed(admissions)) == [expected], "logs come in any order"
 
 
-def test_the_worst_is_told_with_its_moments_and_what_the_store_alone_admitted() -> None:
+def test_the_worst_window_is_reported_with_its_times_and_the_admissions_of_the_store() -> None:
     other = Admission("l", "t", 5, True, False, MINUTE_US, MINUTE_US)
     (report,) = prove([at(0, 3), at(1, 4, degraded=True), other], lambda *_: FIXED)
     assert (report.excess_units, report.excess_subjects, report.store_excess_units) == (4 + 2, 2, 2)
@@ -121,7 +121,7 @@ def test_denials_and_peeks_count_nothing() -> None:
     assert (report.units, report.admissions, report.excess_units) == (3, 1, 0)
 
 
-def test_a_clock_that_may_be_wrong_makes_intervals_wider_and_known_moments_not() -> None:
+def test_a_clock_that_may_be_wrong_makes_intervals_wider_and_known_times_not() -> None:
     interval = [at(0, 3), at(59, until_s=59.5)]
     for skew_us, expected in ((0, 1), (400_000, 1), (600_000, 0)):
         (report,) = prove(interval, lambda *_: FIXED, skew_us=skew_us)
@@ -175,7 +175,7 @@ def test_what_the_algorithms_admit_shows_no_excess_and_one_more_always_does(
     st.integers(1, 20),
     st.integers(1, 6),
 )
-def test_the_excess_of_a_bucket_and_of_a_log_is_that_of_all_pairs_of_moments(
+def test_the_excess_of_a_bucket_and_of_a_log_is_that_of_all_pairs_of_times(
     asked: list[tuple[int, int, int]], amount: int, burst: int
 ) -> None:
     admissions = [Admission("l", "s", cost, True, False, MINUTE_US + at, MINUTE_US + at + width) for at, width, cost in asked]
@@ -221,7 +221,7 @@ def test_logs_are_sorted_in_pieces_as_they_are_whole(rows: list[tuple[str, int, 
     assert list(in_order(admissions, in_memory)) == whole
 
 
-def test_an_answer_is_logged_with_the_stores_moment_where_the_store_gave_it() -> None:
+def test_an_answer_is_logged_with_the_stores_time_where_the_store_gave_it() -> None:
     decision = Decision(True, at_us=MINUTE_US, limits=FIXED)
     assert admission_of(decision, "s", 2, 1, 9) == Admission("l", "s", 2, True, False, MINUTE_US, MINUTE_US)
     away = Decision(True, at_us=MINUTE_US, limits=FIXED, degraded=True)
@@ -308,7 +308,7 @@ def test_the_last_line_of_a_killed_client_is_left_out_and_said(
         (None, "the log cannot be read: No such file"),
     ],
 )
-def test_what_cannot_be_checked_is_refused(
+def test_what_cannot_be_checked_is_rejected(
     tmp_path: Path, policy: Path, capsys: pytest.CaptureFixture[str], text: str | None, said: str
 ) -> None:
     path = tmp_path / "log"
@@ -318,7 +318,7 @@ def test_what_cannot_be_checked_is_refused(
     assert said in capsys.readouterr().err
 
 
-def test_a_policy_that_is_refused_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_policy_that_is_rejected_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     log = write(tmp_path / "log", admission("free:a", "k:x"))
     bad = tmp_path / "bad.toml"
     bad.write_text("tiers = 1")

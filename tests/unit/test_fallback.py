@@ -93,7 +93,7 @@ def test_what_could_not_be_put_back_is_owed_again() -> None:
     assert [state[1] for state in again if state is not None] == [4, 4]
 
 
-def test_a_bucket_that_was_given_back_drains_as_the_share_it_was() -> None:
+def test_a_bucket_that_was_refunded_drains_as_the_share_it_was() -> None:
     limits = limit_set(Algorithm.TOKEN_BUCKET, "60/minute burst 4")
     clock = Clock()
     shares, untouched = LocalShares(1000, clock), LocalShares(1000, clock)

@@ -156,7 +156,7 @@ async def test_a_channel_that_has_just_come_is_not_relied_on(start: Callable[...
             await asyncio.sleep(POLL_S * 10)
 
 
-async def test_a_catalog_that_fails_is_asked_until_it_answers(start: Callable[..., Any]) -> None:
+async def test_a_catalog_that_fails_is_polled_until_it_answers(start: Callable[..., Any]) -> None:
     channel = Channel()
     catalog, cached = await start(channel, POLL_S)
     catalog.failing = True

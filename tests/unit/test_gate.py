@@ -80,7 +80,7 @@ async def test_a_waiter_that_gives_up_cancels_nobody() -> None:
     assert catalog.asked.count("key") == 1
 
 
-async def test_entries_live_their_time_and_stale_ones_stand_in() -> None:
+async def test_entries_expire_and_stale_ones_are_served_on_errors() -> None:
     catalog, clock = CountingCatalog(), Seconds()
     cached = CachedCatalog(catalog, l1_ttl_s=60, stale_if_error_s=100, clock=clock)
     digest = hash_api_key(FREE)
@@ -214,6 +214,8 @@ async def test_a_batch_is_decided_in_order_with_one_call(clock: Clock) -> None:
     calls: list[int] = []
 
     class Counted(MemoryCounters):
+        immediate = False
+
         async def charge(self, charges: Sequence[Charge]) -> list[Decision]:
             calls.append(len(charges))
             return await super().charge(charges)
@@ -233,6 +235,8 @@ async def test_a_batch_is_decided_in_order_with_one_call(clock: Clock) -> None:
 
 async def test_a_store_that_fails_fails_the_checks_that_need_it() -> None:
     class Failing(MemoryCounters):
+        immediate = False
+
         async def charge(self, charges: Sequence[Charge]) -> list[Any]:
             return [StoreUnavailable("away") for _ in charges]
 
@@ -246,7 +250,7 @@ async def test_a_store_that_fails_fails_the_checks_that_need_it() -> None:
     assert [each.error for each in seen] == ["STORE_UNAVAILABLE", "STORE_UNAVAILABLE", None]
 
 
-async def test_a_policy_in_force_keeps_what_was_consumed(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_policy_active_keeps_what_was_consumed(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cached_catalog, "PATIENCE_S", 60.0)  # on a busy machine the old policy would rightly stand in
     catalog = PolicyCatalog(parse_policy(POLICY))
     cached = CachedCatalog(catalog)
@@ -262,7 +266,7 @@ def _left(usage: Usage) -> dict[str | None, int | None]:
     return {each.rule: each.decision.remaining for each in usage.rules}
 
 
-async def test_usage_tells_every_rule_and_consumes_nothing(gate: Gate, seen: list[Observation]) -> None:
+async def test_usage_reports_every_rule_and_consumes_nothing(gate: Gate, seen: list[Observation]) -> None:
     for path, method in (
         ("/api/v1/a", "GET"),
         ("/api/v1/a", "GET"),
@@ -302,6 +306,8 @@ async def test_usage_asks_the_store_once(clock: Clock) -> None:
     calls: list[Sequence[Charge]] = []
 
     class Counted(MemoryCounters):
+        immediate = False
+
         async def charge(self, charges: Sequence[Charge]) -> list[Decision]:
             calls.append(charges)
             return await super().charge(charges)
@@ -349,7 +355,7 @@ async def test_usage_counts_as_checks_do(gate: Gate) -> None:
     assert anonymous.rules[0].subject == "ip"
 
 
-async def test_usage_refuses_as_checks_do(gate: Gate) -> None:
+async def test_usage_rejects_as_checks_do(gate: Gate) -> None:
     refused: dict[Any, str] = {
         "nobody-knows-this-key": "INVALID_API_KEY",
         "short": "INVALID_API_KEY",
@@ -480,7 +486,7 @@ async def test_resets_that_make_no_sense(gate: Gate) -> None:
             await gate.reset(**given)
 
 
-async def test_who_denied_is_told(clock: Clock, seen: list[Observation]) -> None:
+async def test_the_observation_names_the_limits_that_denied(clock: Clock, seen: list[Observation]) -> None:
     """A check that its rule lets pass and the tier's own limits do not is the caller's, not the address's."""
     policy = """
 [[tiers]]

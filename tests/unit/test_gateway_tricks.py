@@ -49,7 +49,7 @@ def _seen(path: str = "/login", method: str = "POST", *keys: str) -> dict[str, o
     return {"method": method, "path": path, "headers": {"x-api-key": list(keys or (KEY,))}}
 
 
-def test_what_must_never_be_is_said_in_words() -> None:
+def test_what_must_never_be_is_reported_in_words() -> None:
     strict, plain = str(STRICT), str(PLAIN)
     assert verdict(200, strict, [_seen()]) == "strict"
     assert verdict(200, plain, [_seen("/open")]) == "plain"

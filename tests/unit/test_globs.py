@@ -42,6 +42,8 @@ HOSTILE = {
     "many stars": ("/" + "*a" * 500 + "*b", "/" + "a" * 8000 + "c"),
     "many parameters": ("/*" + "/{p}" * 50 + "/x*y", "/" + "a/" * 4000 + "xy"),
     "a repetitive piece": ("/*" + "a" * 49 + "b" + "a" * 49 + "*x", "/" + "a" * 8000 + "x"),
+    # Only the expression refuses it, the searches before it do not.
+    "stars before a parameter": ("/*a*a*a*a*a/{p}/z", "/" + "a" * 130 + "/x/y/z"),
     "only stars": ("/" + "*" * 1000 + "b", "/" + "a" * 8000),
 }
 

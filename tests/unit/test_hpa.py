@@ -45,7 +45,7 @@ def test_what_one_metric_asks_for(current: int, samples: Samples, target: float,
     assert proposal(current, samples, target, missing_as) == wanted
 
 
-def test_without_any_metric_nothing_is_asked_for() -> None:
+def test_without_any_metric_nothing_is_requested() -> None:
     assert proposal(4, Samples([], unready=4), 70, 100) is None
 
 

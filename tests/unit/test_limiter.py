@@ -90,7 +90,18 @@ def test_public_names() -> None:
     assert sorted(tidegate.__all__) == list(tidegate.__all__)
     assert set(tidegate.__all__) == {
         *("Algorithm", "ApiKey", "ApiKeyExpired", "ApiKeyRevoked", "BadRequest", "CachedCatalog", "Catalog", "CatalogError"),
-        *("CatalogUnavailable", "Charge", "Check", "CounterStore", "Decision", "Gate", "InvalidApiKey", "Limit", "Limiter"),
+        *(
+            "CatalogUnavailable",
+            "Charge",
+            "Check",
+            "CounterStore",
+            "Decision",
+            "Gate",
+            "InvalidApiKey",
+            "InvalidToken",
+            "Limit",
+            "Limiter",
+        ),
         *(
             "LimiterUnavailable",
             "MemoryCounters",
@@ -107,6 +118,8 @@ def test_public_names() -> None:
             "StoreUnavailable",
             "Tier",
             "TidegateError",
+            "TokenKeysUnavailable",
+            "TooManyTokens",
             "TooManyUnknownKeys",
             "__version__",
             "load_policy",

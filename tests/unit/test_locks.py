@@ -20,7 +20,7 @@ GROUPS = PROJECT["dependency-groups"]
 BASE = PROJECT["project"]["dependencies"]
 WANTED = {
     "run": BASE,
-    "image": [*BASE, *EXTRAS["postgres"], *EXTRAS["otel"], *EXTRAS["envoy"]],
+    "image": [*BASE, *EXTRAS["postgres"], *EXTRAS["otel"], *EXTRAS["envoy"], *EXTRAS["envoy-tls"][1:], *EXTRAS["jwt"]],
     "dev": [*BASE, *(each for name in ("test", "check", "bench", "monitoring", "docs", "build") for each in GROUPS[name])],
     "build": GROUPS["build"],
     "supply": GROUPS["supply"],

@@ -87,7 +87,7 @@ def test_a_line_is_json_in_elastic_common_schema() -> None:
     assert "http" not in line
 
 
-def test_a_fault_is_told_with_its_stack() -> None:
+def test_a_fault_is_reported_with_its_stack() -> None:
     def fail() -> None:
         try:
             {}["no such"]
@@ -286,7 +286,7 @@ def test_a_record_that_cannot_be_formatted_is_not_printed_as_it_is(style: str, c
     assert capfd.readouterr().err == ""
 
 
-def test_what_strangers_cause_is_bounded_and_counted() -> None:
+def test_the_log_rate_of_unauthenticated_requests_is_limited_and_counted() -> None:
     def log() -> None:
         for number in range(100):
             logger.info("%s %d", "by a stranger", number, extra={UNAUTHENTICATED: True})
@@ -298,7 +298,7 @@ def test_what_strangers_cause_is_bounded_and_counted() -> None:
     assert lines_suppressed() == 100 - MAX_REPEATED
 
 
-def test_one_fault_again_and_again_is_bounded_and_told_of_later() -> None:
+def test_a_repeated_error_is_limited_and_summarized_later() -> None:
     now = 0.0
     repeats = _RepeatLimit(lambda: now)
     kind = (ValueError, ValueError("x"), None)
@@ -324,7 +324,7 @@ def test_text_for_a_terminal_and_json_for_a_pipe() -> None:
         assert "hello" in line
 
 
-def test_below_the_level_nothing_is_told_and_others_chatter_never() -> None:
+def test_nothing_below_the_level_is_logged_and_other_libraries_never() -> None:
     def log() -> None:
         logger.debug("quiet")
         logging.getLogger("aiosqlite").debug("with parameters")

@@ -77,7 +77,7 @@ def test_accepted(path: str) -> None:
 
 
 @pytest.mark.parametrize("path", REFUSED)
-def test_refused_with_the_remedy(path: str) -> None:
+def test_rejected_with_the_remedy(path: str) -> None:
     canonical, remedy = canonical_path(path)
     assert canonical is None
     assert REFUSED[path] in remedy
@@ -216,7 +216,7 @@ def test_unreserved_escapes_are_decoded_in_few_passes() -> None:
     assert_cpu_below(1, work)
 
 
-def test_a_pattern_that_no_path_matches_is_refused() -> None:
+def test_a_pattern_that_no_path_matches_is_rejected() -> None:
     for pattern in ("projects/*", "", "/" + "a" * 1024):
         with pytest.raises(SettingsError, match=r"paths\.encoded_slashes"):
             PathRules.of([pattern])

@@ -75,7 +75,7 @@ def test_quantities_are_read(text: str, value: float) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "ten", "-1M", "0", "0k", "1e6", "10MM", "1.2.3", "nan", "inf", "11G", "M", "1,0", "٣"])
-def test_other_quantities_are_refused_with_value_and_remedy(text: str) -> None:
+def test_other_quantities_are_rejected_with_value_and_remedy(text: str) -> None:
     with pytest.raises(SettingsError, match="--dau") as caught:
         parse_quantity(text, "--dau")
     assert repr(text) in caught.value.message
@@ -217,7 +217,7 @@ def test_zipf_is_the_law() -> None:
         (["cost.instance=1"], "unknown assumption"),
     ],
 )
-def test_wrong_assumptions_are_refused(given: list[str], words: str) -> None:
+def test_wrong_assumptions_are_rejected(given: list[str], words: str) -> None:
     with pytest.raises(SettingsError, match=re.escape(words)):
         assume(overrides=given)
 
@@ -241,7 +241,7 @@ def test_a_file_of_assumptions_goes_before_the_defaults_and_options_before_the_f
         ("[use]\ncpu_target = true", "must be a number"),
     ],
 )
-def test_wrong_files_are_refused(text: str, words: str, tmp_path: Path) -> None:
+def test_wrong_files_are_rejected(text: str, words: str, tmp_path: Path) -> None:
     file = tmp_path / "wrong.toml"
     file.write_text(text)
     with pytest.raises(SettingsError, match=re.escape(words)) as caught:
@@ -279,7 +279,7 @@ def test_constants_are_collected_from_results(tmp_path: Path) -> None:
     assert found["check_cpu_us"]["measured_on"] == "2027-01-01"
 
 
-def test_results_that_are_missing_or_of_smoke_runs_are_refused(tmp_path: Path) -> None:
+def test_results_that_are_missing_or_of_smoke_runs_are_rejected(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is not there: run python -m bench"):
         collect(tmp_path)
     results(tmp_path, smoke=True)

@@ -82,7 +82,7 @@ def test_a_year_and_366_days_are_two_windows() -> None:
         ("5/53weeks", "366 days"),
     ],
 )
-def test_limits_that_are_refused(text: Any, said: str) -> None:
+def test_limits_that_are_rejected(text: Any, said: str) -> None:
     with pytest.raises(PolicyError) as refused:
         Limit.parse(text)
     assert said in refused.value.reason
@@ -152,7 +152,7 @@ def test_limits_that_do_not_fit(algorithm: Algorithm, texts: list[str], said: st
         ({"limits": []}, "1 to 16"),
     ],
 )
-def test_rules_that_are_refused(fields: dict[str, Any], said: str) -> None:
+def test_rules_that_are_rejected(fields: dict[str, Any], said: str) -> None:
     with pytest.raises(PolicyError) as refused:
         Rule.make(**{"endpoint": "/x", "limits": ["5/s"], **fields})
     assert said in refused.value.reason
@@ -166,12 +166,12 @@ def test_names_of_rules() -> None:
 
 
 @pytest.mark.parametrize("name", ["", "a b", "a:b", "ä", "x" * 65, "-a", 5, None])
-def test_tier_names_that_are_refused(name: Any) -> None:
+def test_tier_names_that_are_rejected(name: Any) -> None:
     with pytest.raises(PolicyError, match="tier name"):
         Tier.make(name)
 
 
-def test_two_rules_of_one_name_are_refused() -> None:
+def test_two_rules_of_one_name_are_rejected() -> None:
     with pytest.raises(PolicyError, match="two rules named '/x'"):
         Tier.make("t", [Rule.make("/x", ["1/s"]), Rule.make("/x", ["2/s"])])
 
@@ -255,7 +255,7 @@ def test_a_rule_whose_name_would_be_too_long_needs_one() -> None:
         assert Rule.make(endpoint, ["1/s"], methods, mode=mode, name="given").name == "given"
 
 
-def test_the_default_name_is_told_whatever_a_rule_is_called() -> None:
+def test_the_default_name_is_reported_whatever_a_rule_is_called() -> None:
     named = Rule.make("/x", ["1/s"], ["post", "get"], mode="shadow", name="given")
     assert (named.name, named.default_name) == ("given", "GET,POST /x shadow")
     assert Rule.make("/x", ["1/s"]).default_name == Rule.make("/x", ["1/s"]).name == "/x"

@@ -129,7 +129,7 @@ REFUSED: dict[str, tuple[str, str, int, str]] = {
 
 
 @pytest.mark.parametrize("what", [name for name in REFUSED if REFUSED[name][3]])
-def test_refused_with_file_line_and_reason(what: str) -> None:
+def test_rejected_with_file_line_and_reason(what: str) -> None:
     replaced, by, line, said = REFUSED[what]
     text = WHOLE.replace(replaced, by, 1) if what != "anonymous tier" else WHOLE.replace(replaced, by)
     assert text != WHOLE
@@ -153,14 +153,14 @@ def test_refused_with_file_line_and_reason(what: str) -> None:
         ("x = " + "[" * 3000, "not TOML"),
     ],
 )
-def test_refused_as_a_whole(text: str, said: str) -> None:
+def test_rejected_as_a_whole(text: str, said: str) -> None:
     with pytest.raises(PolicyError) as refused:
         parse_policy(text, "p")
     assert said in refused.value.reason
     assert refused.value.line is not None
 
 
-def test_moments_are_exact_to_the_end_of_time() -> None:
+def test_times_are_exact_to_the_end_of_time() -> None:
     text = WHOLE.replace("2030-01-02T03:04:05+01:00", "9999-12-31T23:59:59.999999Z")
     assert parse_policy(text).api_keys[0].expires_at_us == MAX_US
     assert format_timestamp(MAX_US) == format_timestamp(MAX_US + 1) == "9999-12-31T23:59:59.999999Z"
@@ -235,7 +235,7 @@ def test_lines_of_tricky_toml() -> None:
 
 
 @given(st.text(max_size=80) | st.text("[]{}='\"#\n ab.,1\\", max_size=60))
-def test_any_text_is_read_or_refused(text: str) -> None:
+def test_any_text_is_read_or_rejected(text: str) -> None:
     LineIndex(text)
     with pytest.raises(PolicyError):
         parse_policy(text)
@@ -302,7 +302,7 @@ DEEP = ".".join("a" * 9)
         ("a." * 8_000 + "a = 1", 1),
     ],
 )
-def test_a_key_of_many_parts_is_refused_before_it_is_read(text: str, line: int) -> None:
+def test_a_key_of_many_parts_is_rejected_before_it_is_read(text: str, line: int) -> None:
     tracemalloc.start()
     try:
         with pytest.raises(PolicyError) as refused:

@@ -10,25 +10,25 @@ import pytest
 
 from tests.servers.postgres import PostgresServer
 from tidegate.catalog.sql import postgres_connection
-from tidegate.catalog.sql.postgres_connection import Connection, connecting
+from tidegate.catalog.sql.postgres_connection import Connection, connection_factory
 from tidegate.errors import SettingsError
 
 
 @pytest.mark.parametrize("name", sorted(postgres_connection._OVERRIDDEN))
-def test_a_psycopg_without_what_is_overridden_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    connecting("postgresql://h/d", "catalog.url", writes=True, timeout_s=1)
+def test_a_psycopg_without_what_is_overridden_is_rejected(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    connection_factory("postgresql://h/d", "catalog.url", writes=True, timeout_s=1)
     monkeypatch.delattr(psycopg.AsyncConnection, name)
     with pytest.raises(SettingsError, match=rf"no AsyncConnection\.{name}"):
-        connecting("postgresql://h/d", "catalog.url", writes=True, timeout_s=1)
+        connection_factory("postgresql://h/d", "catalog.url", writes=True, timeout_s=1)
 
 
-def test_a_psycopg_with_other_parameters_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_psycopg_with_other_parameters_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     async def cancel(self: Any) -> None:
         """Without the timeout that psycopg 3.3 passes."""
 
     monkeypatch.setattr(psycopg.AsyncConnection, "_try_cancel", cancel)
     with pytest.raises(SettingsError, match="_try_cancel"):
-        connecting("postgresql://h/d", "catalog.url", writes=True, timeout_s=1)
+        connection_factory("postgresql://h/d", "catalog.url", writes=True, timeout_s=1)
 
 
 async def test_psycopg_waits_and_cancels_by_our_methods(postgres_server: PostgresServer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -41,7 +41,7 @@ async def test_psycopg_waits_and_cancels_by_our_methods(postgres_server: Postgre
             return await real(self, *arguments, **named)
 
         monkeypatch.setattr(Connection, name, noted)
-    connection = await connecting(postgres_server.url(), "catalog.url", writes=True, timeout_s=60)()
+    connection = await connection_factory(postgres_server.url(), "catalog.url", writes=True, timeout_s=60)()
     await connection.execute("SELECT 1")
     assert set(called) == {"wait"}
     query = asyncio.ensure_future(connection.execute("SELECT pg_sleep(60)"))

@@ -86,7 +86,7 @@ def test_it_is_understood(url: str) -> None:
 
 
 @pytest.mark.parametrize("url", REFUSED)
-def test_it_is_refused_with_the_reason(url: str) -> None:
+def test_it_is_rejected_with_the_reason(url: str) -> None:
     with pytest.raises(SettingsError) as refused:
         parse_redis_url(url)
     assert REFUSED[url] in refused.value.message

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tidegate.catalog.sql.engine import open_engine, shown
+from tidegate.catalog.sql.engine import open_engine, redacted_url
 from tidegate.counters.factory import open_counters
 from tidegate.errors import SettingsError
 from tidegate.server_url import Server
@@ -48,7 +48,7 @@ def test_a_catalog(url: str) -> None:
         open_engine(url)
     assert CATALOGS[url] in refused.value.message
     assert SECRET not in refused.value.message
-    assert SECRET not in shown(url) or url == SECRET
+    assert SECRET not in redacted_url(url) or url == SECRET
 
 
 @pytest.mark.parametrize(
@@ -61,7 +61,7 @@ def test_a_catalog(url: str) -> None:
     ],
 )
 def test_what_is_shown_of_a_catalog(url: str, seen: str) -> None:
-    assert shown(url) == seen
+    assert redacted_url(url) == seen
 
 
 @pytest.mark.parametrize("url", SERVERS)
@@ -78,7 +78,7 @@ def test_no_password_is_odd_enough(before: str, after: str) -> None:
     password = f"{before}hunter2{after}"
     said = [_refusal(open_counters, f"{scheme}://u:{password}@h/m") for scheme in ("redis", "redis+cluster", "redis+sentinel")]
     url = f"postgresql://u:{password}@h/db"
-    said += [shown(url), _refusal(open_engine, url)]
+    said += [redacted_url(url), _refusal(open_engine, url)]
     # Behind a raw '@' the rest of a password cannot be told from a host.
     assert SECRET not in "".join(said) or "@" in before
 
@@ -92,7 +92,7 @@ def _refusal(make: Callable[[str], object], url: str) -> str:
 
 
 @pytest.mark.parametrize("url", ["redis://[::1", "redis://:hunter2/x@h", "u:hunter2@h"])
-def test_the_command_says_it_in_a_line(url: str, tmp_path: object) -> None:
+def test_the_command_reports_it_in_a_line(url: str, tmp_path: object) -> None:
     ran = subprocess.run(
         [sys.executable, "-m", "tidegate", "serve"],
         env={"TIDEGATE_COUNTERS__URL": url, "TIDEGATE_CATALOG__URL": "sqlite://", "PATH": ""},

@@ -245,7 +245,7 @@ def simulated(log: str, policy: Path) -> Report:
     return simulation.finish()
 
 
-def test_late_lines_are_counted_and_decided_at_the_current_moment(
+def test_late_lines_are_counted_and_decided_at_the_current_time(
     policy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     log = write(tmp_path, [row(0), row(600), row(700), row(0), row(0), row(0), row(590)])
@@ -319,7 +319,7 @@ def test_a_gzip_stream_that_is_cut_off_counts_as_far_as_it_goes(
         (b"time,path,ip\n", "no line in"),
     ],
 )
-def test_a_log_without_a_request_is_refused(policy: Path, tmp_path: Path, content: bytes, words: str) -> None:
+def test_a_log_without_a_request_is_rejected(policy: Path, tmp_path: Path, content: bytes, words: str) -> None:
     log = tmp_path / "access.log"
     log.write_bytes(content)
     with pytest.raises(LogError, match=words) as refused:
@@ -344,7 +344,7 @@ def test_a_log_without_a_request_is_refused(policy: Path, tmp_path: Path, conten
         ({"logs": ["/"]}, LogError, "/ cannot be read: Is a directory"),
     ],
 )
-def test_what_cannot_be_done_is_said_in_one_sentence(
+def test_what_cannot_be_done_is_reported_in_one_sentence(
     policy: Path, tmp_path: Path, options: dict[str, Any], error: type[TidegateError], words: str
 ) -> None:
     arguments: dict[str, Any] = {"logs": [write(tmp_path, [row(0)])], "policy": policy} | options
@@ -374,7 +374,7 @@ def test_standard_input_exit_codes_and_pipes(policy: Path) -> None:
     assert all(option in help_text for option in ("--policy", "--subject", "--reorder", "--field", "--html", "zcat"))
 
 
-def test_interrupted_it_tells_what_it_has(policy: Path, tmp_path: Path) -> None:
+def test_interrupted_it_reports_what_it_has(policy: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tidegate", "simulate", "-", "-p", str(policy), "--json"]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENVIRONMENT)
     assert process.stdin is not None

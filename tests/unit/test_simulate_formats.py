@@ -31,7 +31,7 @@ def test_a_line_is_read(case: Line) -> None:
 
 
 @pytest.mark.parametrize(("log_format", "line", "reason"), MALFORMED)
-def test_a_malformed_line_says_why(log_format: str, line: str, reason: str) -> None:
+def test_a_malformed_line_gives_the_reason(log_format: str, line: str, reason: str) -> None:
     with pytest.raises(Malformed, match=reason):
         parser_of(log_format, "ip", None, header=csv_columns(CSV_HEADER))(line)
 
@@ -39,7 +39,7 @@ def test_a_malformed_line_says_why(log_format: str, line: str, reason: str) -> N
 @pytest.mark.parametrize(
     "line", ["", "hello", "a,b", "time,agent", "{", '{"a":', "[1]", '"', 'a,"', "\x00\x01,\r,x", "{" * 50_000]
 )
-def test_a_line_that_tells_no_format(line: str) -> None:
+def test_a_line_that_reports_no_format(line: str) -> None:
     assert detect(line) is None
 
 
@@ -79,7 +79,7 @@ def test_no_line_does_more_than_be_malformed(line: str) -> None:
     st.from_regex(r"[^ \\\"\n\r?]{0,20}", fullmatch=True),
     st.sampled_from(("-", "ann", "ann lee", "o'neil")),
 )
-def test_a_combined_line_says_what_went_into_it(
+def test_a_combined_line_reports_what_went_into_it(
     moment: datetime.datetime, offset_min: int, path: str, query: str, user: str
 ) -> None:
     moment = moment.replace(microsecond=0, tzinfo=datetime.UTC)
@@ -111,7 +111,7 @@ def test_the_timezone_of_the_machine_plays_no_part(monkeypatch: pytest.MonkeyPat
         time.tzset()
 
 
-def test_the_hour_that_comes_twice_is_told_apart_by_its_offset() -> None:
+def test_the_hour_that_comes_twice_is_distinguished_by_its_offset() -> None:
     summer = COMMON.replace("14/Nov/2023:22:13:20 +0000", "29/Oct/2023:02:30:00 +0200")
     winter = COMMON.replace("14/Nov/2023:22:13:20 +0000", "29/Oct/2023:02:30:00 +0100")
     parse = parser_of("common", "ip", None)
@@ -119,7 +119,7 @@ def test_the_hour_that_comes_twice_is_told_apart_by_its_offset() -> None:
 
 
 @pytest.mark.parametrize("path", ["/" + "a" * 50_000, "/" + r"\x41" * 12_000])
-def test_a_path_longer_than_any_may_be_is_cut_to_one_that_is_refused(path: str) -> None:
+def test_a_path_longer_than_any_may_be_is_cut_to_one_that_is_rejected(path: str) -> None:
     assert len(parser_of("common", "ip", None)(COMMON.replace("/a ", path + " ")).path) == MAX_PATH_BYTES + 1
     record = json.dumps({"time": 1700000000, "ip": "1.1.1.1", "path": path.replace("\\", "")})
     assert len(parser_of("json", "ip", None)(record).path) == MAX_PATH_BYTES + 1

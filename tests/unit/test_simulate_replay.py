@@ -156,7 +156,7 @@ def test_requests_that_name_no_caller_are_counted_by_ip() -> None:
     assert replay.without_subject == 4
 
 
-def test_methods_are_told_apart() -> None:
+def test_methods_are_distinguished() -> None:
     assert counts(replayed([ask("/login", method="GET")] * 3)) == {"(tier)": (3, 0)}
 
 
@@ -174,7 +174,7 @@ def test_a_known_key_brings_its_own_tier_limits_and_name() -> None:
     assert (counts(replay), replay.unknown_keys) == ({"(no rule)": (2, 0)}, 2)
 
 
-def test_revoked_and_expired_keys_are_refused_in_the_time_of_the_log() -> None:
+def test_revoked_and_expired_keys_are_rejected_in_the_time_of_the_log() -> None:
     revoked, before, after = (
         ask(key="demo-free-key-0003"),
         ask(key="demo-free-key-0004"),
@@ -185,7 +185,7 @@ def test_revoked_and_expired_keys_are_refused_in_the_time_of_the_log() -> None:
 
 
 @pytest.mark.parametrize("path", ["//a", "/a/../b", "/a;x=1", "/%61", "/a%2Fb", "http://elsewhere/", "*", "", "/\\", "/a\n"])
-def test_spellings_that_the_live_door_refuses_are_counted_apart(path: str) -> None:
+def test_spellings_that_the_live_door_rejects_are_counted_apart(path: str) -> None:
     replay = replayed([ask(path)] * 7)
     assert counts(replay) == {}
     assert replay.refused_count == 7
@@ -206,7 +206,7 @@ def test_addresses_are_the_clients_of_the_live_door() -> None:
     assert counts(replayed([ask(ip=ip) for ip in others]))["/a/*"] == (6, 0)
 
 
-def test_late_requests_are_decided_at_the_current_moment() -> None:
+def test_late_requests_are_decided_at_the_current_time() -> None:
     late = [ask(at_us=AT), ask(at_us=AT + 10 * MINUTE_US)] + [ask(at_us=AT + 5 * MINUTE_US)] * 4
     replay = replayed(late)
     assert counts(replay)["/a/*"] == (4, 2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import bz2
 import contextlib
 import gzip
+import importlib
 import json
 import lzma
 import re
@@ -206,7 +207,7 @@ def test_ports_and_chains_count_as_one_client(policy: Path, tmp_path: Path, caps
     assert "5 lines have a chain of addresses" in capsys.readouterr().out
 
 
-def test_a_log_of_host_names_is_refused_with_its_share(policy: Path, tmp_path: Path) -> None:
+def test_a_log_of_host_names_is_rejected_with_its_share(policy: Path, tmp_path: Path) -> None:
     log = tmp_path / "a.log"
     log.write_text("\n".join([f"www.example.com - - {REST}"] * 6 + [f"10.0.0.1 - - {REST}"] * 2))
     with pytest.raises(LogError, match=r"75% of 8 lines have a client that is not an IPv4 or IPv6 address.*'www\.example\.com'"):
@@ -254,7 +255,12 @@ def test_w3c_fields_may_change_within_a_log() -> None:
         read(lines, subject="tenant")
 
 
-@pytest.mark.parametrize("compress", [gzip.compress, bz2.compress, lzma.compress], ids=["gzip", "bzip2", "xz"])
+COMPRESSIONS = {"gzip": gzip.compress, "bzip2": bz2.compress, "xz": lzma.compress}
+if sys.version_info >= (3, 14):
+    COMPRESSIONS["zstd"] = importlib.import_module("compression.zstd").compress
+
+
+@pytest.mark.parametrize("compress", COMPRESSIONS.values(), ids=COMPRESSIONS)
 def test_compressed_logs_are_known_by_their_first_bytes(
     policy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], compress: Any
 ) -> None:
@@ -268,13 +274,13 @@ def test_compressed_logs_are_known_by_their_first_bytes(
         log.write_bytes(damaged)
         with LogLines(str(log)) as lines:
             found = list(lines)
-            # bzip2 and xz check whole blocks: nothing of a damaged one is handed out.
+            # bzip2, xz and zstd check whole blocks: nothing of a damaged one is handed out.
             assert found[:1] == [COMBINED + "\n"] or compress is not gzip.compress
         assert "is truncated or damaged" in (lines.broken or "")
 
 
 @pytest.mark.skipif(sys.version_info >= (3, 14), reason="Python reads zstd from 3.14 on")
-def test_a_log_that_cannot_be_read_here_says_how(policy: Path, tmp_path: Path) -> None:
+def test_a_log_that_cannot_be_read_here_reports_how(policy: Path, tmp_path: Path) -> None:
     log = tmp_path / "access.log.zst"
     log.write_bytes(b"\x28\xb5\x2f\xfd" + bytes(20))
     with pytest.raises(LogError, match="zstdcat LOG"):

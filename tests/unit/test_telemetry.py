@@ -107,7 +107,7 @@ def test_values_that_others_keep() -> None:
     assert found["store_seconds_count", ()] == 2
 
 
-async def test_health_is_the_worst_component_and_says_why() -> None:
+async def test_health_is_the_worst_component_and_gives_the_reason() -> None:
     checked = Health()
 
     async def well() -> None:

@@ -102,7 +102,7 @@ def test_a_server_s_texts_do_not_control_the_terminal(
     assert b"Traceback" not in ran.stderr
 
 
-def test_what_doctor_is_told_does_not_control_the_terminal(hostile: tuple[type[_Hostile], str], tmp_path: Path) -> None:
+def test_texts_in_the_output_of_doctor_do_not_control_the_terminal(hostile: tuple[type[_Hostile], str], tmp_path: Path) -> None:
     handler, address = hostile
     handler.answer = {"components": {HOSTILE: {"status": "unhealthy", "reason": HOSTILE}}}
     environment = {"TIDEGATE_SERVER__HTTP": address, "TIDEGATE_SERVER__ADMIN": "", "TIDEGATE_SERVER__GRPC": ""}

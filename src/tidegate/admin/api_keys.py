@@ -1,4 +1,4 @@
-"""Every change that operators make to API keys; `rules` does the same for tiers and rules."""
+"""Changes of API keys by operators; `rules` does the same for tiers and rules."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tidegate.timestamps import US_PER_S, now_us, parse_timestamp
 
 
 async def create_key(editor: CatalogEditor, actor: str, request: KeyCreate) -> KeyMade:
-    """Make an API key; only its digest is stored, and the key itself is in this answer only.
+    """Create an API key; only its digest is stored, and only this result contains the key itself.
 
     Raises:
         BadRequest: if `expires_at` is not a timestamp or is in the past, or the name is not valid.
@@ -75,14 +75,10 @@ async def rotate_key(
     """Replace an API key by a new one with the same tier, name, expiry, overrides and counters: consumption is kept.
 
     Args:
-        editor: of the catalog.
-        actor: for the audit log.
-        key_id: id of the old key.
-        grace_s: how long the old key still works, s; with 0 it is revoked now.
-        expected_revisions: of the old key.
+        grace_s: how long the old key remains valid, s; with 0 it is revoked at once.
 
     Returns:
-        The new key, which is in this answer only, and both records.
+        The new key, which no other result contains, and both records.
 
     Raises:
         CatalogError: if the old key is revoked or expired.
@@ -94,10 +90,10 @@ async def rotate_key(
     async with editor.changing(actor) as transaction:
         row = await _load_editable_key_row(transaction, key_id, expected_revisions)
         now = now_us()
-        if not _works(row, now):
+        if not _is_valid(row, now):
             state = "expired" if row["status"] == KeyStatus.ACTIVE.value else "revoked"
-            raise CatalogError(f"the API key {row['id']} is {state}: make a new one instead")
-        made = await _insert_key(
+            raise CatalogError(f"the API key {row['id']} is {state}: create a new one instead")
+        created = await _insert_key(
             transaction,
             await load_tier_row(transaction, row["tier_name"]),
             row["name"],
@@ -110,9 +106,9 @@ async def rotate_key(
             until = now + grace_s * US_PER_S
             values = {"expires_at_us": until if row["expires_at_us"] is None else min(until, row["expires_at_us"])}
         else:
-            values = _revoked(f"replaced by {made.id}")
+            values = _revoked(f"replaced by {created.id}")
         replaced = await update_key(transaction, row, values, "rotate")
-    return KeyRotated(**dict(made), replaces=replaced)
+    return KeyRotated(**dict(created), replaces=replaced)
 
 
 async def revoke_key(
@@ -129,7 +125,7 @@ async def revoke_key(
         CatalogUnavailable: if the database does not answer.
     """
     if not request.reason.strip():
-        raise BadRequest("reason is empty: say why the key is revoked", field="reason")
+        raise BadRequest("reason is empty: give the reason for the revocation", field="reason")
     async with editor.changing(actor) as transaction:
         row = await _load_editable_key_row(transaction, key_id, expected_revisions)
         if row["status"] == KeyStatus.REVOKED.value:
@@ -149,7 +145,7 @@ async def delete_key(editor: CatalogEditor, actor: str, key_id: str, expected_re
     """
     async with editor.changing(actor) as transaction:
         row = await _load_editable_key_row(transaction, key_id, expected_revisions)
-        if _works(row, now_us()):
+        if _is_valid(row, now_us()):
             raise CatalogError(f"the API key {row['id']} still works: revoke it first, with a reason")
         transaction.touch(KEY, row["sha256"])
         await transaction.connection.execute(delete(api_keys).where(api_keys.c.id == row["id"]))
@@ -159,14 +155,10 @@ async def delete_key(editor: CatalogEditor, actor: str, key_id: str, expected_re
 async def update_key(
     transaction: AuditedTransaction, row: RowMapping, values: Mapping[str, Any], action: str, tier_name: str | None = None
 ) -> KeyRead:
-    """Write columns of a key's row.
+    """Update a key's row, and audit it.
 
     Args:
-        transaction: the transaction.
-        row: the key's row.
-        values: column → value.
-        action: for the audit log.
-        tier_name: of the new tier; None if the key stays in its tier.
+        tier_name: name of the new tier; None if the tier does not change.
     """
     transaction.touch(KEY, row["sha256"])
     written = {**values, "managed_by_file": False, "revision": row["revision"] + 1}
@@ -189,14 +181,14 @@ async def load_key_row(transaction: AuditedTransaction, key_id: str) -> RowMappi
 
 
 def no_such_key(key_id: str) -> NotFound:
-    """The error for an id that no key has. A text that is not an id is not repeated: it may be the key itself."""
+    """The error for an unknown key id. The message does not contain a text that is not an id: it may be the key itself."""
     if is_key_id(key_id):
         return NotFound(f"there is no API key {key_id}: see GET /admin/v1/api-keys")
     return NotFound("that is not the id of an API key: an id has 24 hex digits, see GET /admin/v1/api-keys")
 
 
 def key_rows() -> Any:
-    """A select of API keys with their tiers' names, without order."""
+    """A query for API keys with the names of their tiers, unordered."""
     return select(api_keys, tiers.c.name.label("tier_name")).join(tiers, tiers.c.id == api_keys.c.tier_id)
 
 
@@ -223,16 +215,16 @@ async def _insert_key(
     await transaction.connection.execute(
         insert(api_keys).values({**policy_rows.row_of_api_key(record, tier["id"], now_us()), "counts_as": counts_as})
     )
-    made = KeyRead.of_row(await load_key_row(transaction, record.id))
-    await transaction.audit(action, "api_key", record.id, None, made)
-    return KeyMade(**dict(made), api_key=api_key)
+    created = KeyRead.of_row(await load_key_row(transaction, record.id))
+    await transaction.audit(action, "api_key", record.id, None, created)
+    return KeyMade(**dict(created), api_key=api_key)
 
 
 def _expires_at_us(request: KeyCreate | KeyPatch) -> int | None:
     return None if request.expires_at is None else parse_timestamp(request.expires_at, "expires_at")
 
 
-def _works(row: RowMapping, now: int) -> bool:
+def _is_valid(row: RowMapping, now: int) -> bool:
     return row["status"] == KeyStatus.ACTIVE.value and (row["expires_at_us"] is None or row["expires_at_us"] > now)
 
 
@@ -251,12 +243,12 @@ async def _overrides(
         found.append(Override("", fit_limits(Algorithm.SLIDING_WINDOW, [Limit.parse(text) for text in request.limits])))
     if "overrides" not in request.model_fields_set:
         kept = [_override(each) for each in current if each["rule"]]
-        # An override whose rule is gone goes with it; only the overrides of the request are refused.
-        moved = bool(kept) and "tier" in request.model_fields_set
-        rules = await _rules(transaction, tier, [each.rule for each in kept]) if moved else None
+        # Overrides without a rule in the new tier are dropped; only overrides of the request cause an error.
+        changes_tier = bool(kept) and "tier" in request.model_fields_set
+        rules = await _overridden_rules(transaction, tier, [each.rule for each in kept]) if changes_tier else None
         found += [each for each in kept if rules is None or _fits(rules.get(each.rule), each)]
         return tuple(found)
-    rules = await _rules(transaction, tier, [each.rule for each in request.overrides])
+    rules = await _overridden_rules(transaction, tier, [each.rule for each in request.overrides])
     names: set[str] = set()
     for each in request.overrides:
         name, rule = each.rule, rules.get(each.rule)
@@ -275,7 +267,7 @@ async def _overrides(
     return tuple(found)
 
 
-async def _rules(transaction: AuditedTransaction, tier: RowMapping, names: Collection[str]) -> dict[str, RowMapping]:
+async def _overridden_rules(transaction: AuditedTransaction, tier: RowMapping, names: Collection[str]) -> dict[str, RowMapping]:
     of_rule = rate_limit_rules.c
     query = select(of_rule.name, of_rule.subject, of_rule.subject_attributes, of_rule.algorithm).where(
         of_rule.tier_id == tier["id"], of_rule.name.in_(list(names))

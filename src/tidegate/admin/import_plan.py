@@ -1,6 +1,6 @@
-"""What an import would change: the policy beside the rows that the catalog holds of it, compared without a database.
+"""Computes the changes of an import: compares a policy with the catalog's rows, without a database.
 
-The comparison runs before the write lock is taken, and all of a dry run without it.
+The comparison runs before the write lock is acquired.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from tidegate.policy.model import ApiKey, KeyStatus, Policy, Tier
 Values: TypeAlias = dict[str, Any]
 
 
-class HeldRows(msgspec.Struct, frozen=True):
-    """What the catalog holds of what a policy names; with `prune`, of all that might be removed.
+class CatalogRows(msgspec.Struct, frozen=True):
+    """The catalog's rows that a policy names; with `prune`, also those that might be removed.
 
     Args:
-        version: of the catalog before they were read.
-        caller_policy: what it says of callers without an API key.
-        has_file: whether a policy file is active; without one, rows that one made are the operators' own.
+        version: version of the catalog before the rows were read.
+        caller_policy: what the catalog says of callers without an API key.
+        has_file: whether a policy file is active; without one, operators own the rows that a former file created.
         tiers: by name.
-        rules: by the name of the tier, then by their own; with `tier_name`.
+        rules: by the name of the tier, then of the rule; with `tier_name`.
         keys: by digest; with `tier_name`.
     """
 
@@ -41,12 +41,11 @@ class HeldRows(msgspec.Struct, frozen=True):
 
 
 class RuleInsert(msgspec.Struct):
-    """A rule to be made.
+    """A rule to insert.
 
     Args:
-        values: of its row, without the tier's id.
-        tier: name of its tier.
-        change: the change as it is shown and audited, which still lacks the rule's id.
+        values: columns of its row, without the tier's id.
+        change: the change for the response and the audit log, without the rule's id until it is inserted.
     """
 
     values: Values
@@ -55,7 +54,7 @@ class RuleInsert(msgspec.Struct):
 
 
 class ImportPlan(msgspec.Struct):
-    """Rows to be written, and the changes as the audit log tells them, in the order of the policy."""
+    """Rows to write, and the changes in the format of the audit log, in the order of the policy."""
 
     changes: list[JsonObject] = []
     touched: list[Item] = []
@@ -71,41 +70,36 @@ class ImportPlan(msgspec.Struct):
     caller_policy: CallerPolicy | None = None
 
 
-def plan_import(policy: Policy, held: HeldRows, now_us: int, *, prune: bool) -> ImportPlan:
-    """Compare a policy with what the catalog holds.
+def plan_import(policy: Policy, existing: CatalogRows, now_us: int, *, prune: bool) -> ImportPlan:
+    """Compare a policy with the catalog's rows.
 
     Args:
-        policy: the policy.
-        held: the rows; read for the same `prune`.
-        now_us: µs since the epoch, for keys that are made or revoked.
+        existing: the rows, read with the same `prune`.
         prune: whether rows that neither the policy nor the policy file names are removed.
 
-    Returns:
-        The plan; without changes where the catalog holds it all.
-
     Raises:
-        ManagedByFile: if the policy says something else than the policy file does.
-        CatalogError: if a change is refused.
+        ManagedByFile: if the policy contradicts the policy file.
+        CatalogError: if a change is not possible.
     """
-    return _Planner(policy, held, now_us, prune).plan()
+    return _Planner(policy, existing, now_us, prune).plan()
 
 
 class _Planner:
-    def __init__(self, policy: Policy, held: HeldRows, now_us: int, prune: bool) -> None:
+    def __init__(self, policy: Policy, existing: CatalogRows, now_us: int, prune: bool) -> None:
         self._policy = policy
-        self._held = held
+        self._existing = existing
         self._now_us = now_us
         self._prune = prune
         self._plan = ImportPlan()
 
     def plan(self) -> ImportPlan:
         for tier in self._policy.tiers:
-            self._take_tier(tier)
+            self._import_tier(tier)
         for api_key in self._policy.api_keys:
-            self._take_key(api_key)
+            self._import_key(api_key)
         if self._prune:
             self._prune_keys()
-        self._take_caller_policy()
+        self._import_caller_policy()
         if self._prune:
             self._prune_tiers()
         return self._plan
@@ -121,8 +115,8 @@ class _Planner:
         self._plan.changes.append(change)
         return change
 
-    def _take_tier(self, tier: Tier) -> None:
-        row = self._held.tiers.get(tier.name)
+    def _import_tier(self, tier: Tier) -> None:
+        row = self._existing.tiers.get(tier.name)
         values = {**policy_rows.row_of_tier(tier), "managed_by_file": False}
         if row is None:
             self._plan.touched.append((TIER, tier.name))
@@ -134,25 +128,25 @@ class _Planner:
             changed = {**row, "limits": values["limits"], "managed_by_file": False, "revision": row["revision"] + 1}
             self._plan.tier_updates.append(changed)
             self._record("update", "tier", tier.name, TierRead.of_row(row), TierRead.of_row(changed))
-        self._take_rules(tier)
+        self._import_rules(tier)
 
-    def _take_rules(self, tier: Tier) -> None:
-        held = dict(self._held.rules.get(tier.name, {}))
-        made = sum(rule.name not in held for rule in tier.rules)
-        if made and len(held) + made > MAX_RULES:
+    def _import_rules(self, tier: Tier) -> None:
+        existing = dict(self._existing.rules.get(tier.name, {}))
+        created = sum(rule.name not in existing for rule in tier.rules)
+        if created and len(existing) + created > MAX_RULES:
             raise CatalogError(
-                f"tier {tier.name!r} would have {len(held) + made} rules: at most {MAX_RULES} are kept; remove some first"
+                f"tier {tier.name!r} would have {len(existing) + created} rules: at most {MAX_RULES} are kept; remove some first"
             )
-        position = max((row["position"] for row in held.values()), default=-1)
+        position = max((row["position"] for row in existing.values()), default=-1)
         for rule in tier.rules:
-            kept = held.pop(rule.name, None)
+            kept = existing.pop(rule.name, None)
             if kept is None:
                 position += 1
                 values = {**policy_rows.row_of_rule(rule, 0, position), "managed_by_file": False}
                 del values["tier_id"]
-                rule_made = RuleRead.of_row({**values, "id": 0, "tier_name": tier.name, "revision": 1})
-                # Its id is filled in when the database gives it one.
-                change = self._record("create", "rule", rule.name, None, {**rule_made.audited(), "id": None})
+                record = RuleRead.of_row({**values, "id": 0, "tier_name": tier.name, "revision": 1})
+                # Its id is set after the insert.
+                change = self._record("create", "rule", rule.name, None, {**record.audited(), "id": None})
                 self._plan.rule_inserts.append(RuleInsert(values, tier.name, change))
                 self._plan.touched.append((TIER, tier.name))
                 continue
@@ -165,7 +159,7 @@ class _Planner:
                 self._plan.touched.append((TIER, tier.name))
                 self._record("update", "rule", str(kept["id"]), RuleRead.of_row(kept), RuleRead.of_row({**kept, **written}))
         if self._prune:
-            self._remove_rules(row for row in held.values() if not self._is_of_file(row))
+            self._remove_rules(row for row in existing.values() if not self._is_of_file(row))
 
     def _remove_rules(self, rows: Any) -> None:
         for row in rows:
@@ -173,17 +167,17 @@ class _Planner:
             self._plan.touched.append((TIER, row["tier_name"]))
             self._record("delete", "rule", str(row["id"]), RuleRead.of_row(row), None)
 
-    def _take_key(self, api_key: ApiKey) -> None:
-        row = self._held.keys.get(api_key.sha256)
+    def _import_key(self, api_key: ApiKey) -> None:
+        row = self._existing.keys.get(api_key.sha256)
         created_at_us = self._now_us if row is None else row["created_at_us"]
         values = {**policy_rows.row_of_api_key(api_key, 0, created_at_us), "tier_name": api_key.tier, "managed_by_file": False}
-        # The tier may be made by the same import: its id is filled in when it is known.
+        # The tier may be created by the same import: its id is set after the insert.
         del values["tier_id"]
         if row is None:
             self._plan.touched.append((KEY, api_key.sha256))
             self._plan.key_inserts.append(values)
-            made = KeyRead.of_row({**values, "counts_as": None, "revision": 1, "revoked_at_us": None, "revoked_reason": None})
-            self._record("create", "api_key", api_key.id, None, made)
+            created = KeyRead.of_row({**values, "counts_as": None, "revision": 1, "revoked_at_us": None, "revoked_reason": None})
+            self._record("create", "api_key", api_key.id, None, created)
             return
         changed = {column: value for column, value in values.items() if column != "managed_by_file" and row[column] != value}
         if not changed:
@@ -202,60 +196,60 @@ class _Planner:
 
     def _prune_keys(self) -> None:
         named = {api_key.sha256 for api_key in self._policy.api_keys}
-        for sha256, row in self._held.keys.items():
+        for sha256, row in self._existing.keys.items():
             if sha256 not in named and not self._is_of_file(row):
                 self._plan.key_deletes.append(row["id"])
                 self._plan.touched.append((KEY, sha256))
                 self._record("delete", "api_key", row["id"], KeyRead.of_row(row), None)
 
-    def _take_caller_policy(self) -> None:
-        """A table such as [callers] that the text does not have stays as it is: a text may be about one tier only."""
-        given, held = self._policy.caller_policy, self._held.caller_policy
-        named = {namespace.name: namespace for namespace in (*held.namespaces, *given.namespaces)}
+    def _import_caller_policy(self) -> None:
+        """A table such as [callers] that the policy does not have does not change: a policy may name a single tier."""
+        given, existing = self._policy.caller_policy, self._existing.caller_policy
+        named = {namespace.name: namespace for namespace in (*existing.namespaces, *given.namespaces)}
         taken = CallerPolicy(
-            given.anonymous_tier or held.anonymous_tier,
-            given.callers or held.callers,
-            given.attributes or held.attributes,
-            given.jwt or held.jwt,
-            tuple(given.namespaces if self._prune else named.values()) or held.namespaces,
+            given.anonymous_tier or existing.anonymous_tier,
+            given.callers or existing.callers,
+            given.attributes or existing.attributes,
+            given.jwt or existing.jwt,
+            tuple(given.namespaces if self._prune else named.values()) or existing.namespaces,
         )
-        if taken == held:
+        if taken == existing:
             return
-        if self._held.has_file:
-            if taken.anonymous_tier != held.anonymous_tier:
-                raise ManagedByFile(f"the anonymous tier is {held.anonymous_tier!r} by the policy file: change it there")
+        if self._existing.has_file:
+            if taken.anonymous_tier != existing.anonymous_tier:
+                raise ManagedByFile(f"the anonymous tier is {existing.anonymous_tier!r} by the policy file: change it there")
             raise ManagedByFile(
                 "[callers], [attributes], [jwt] or [[namespaces]] differ from the policy file: change them there, "
                 "or leave them out here"
             )
         self._plan.caller_policy = taken
         self._plan.touched.append((ANONYMOUS, ""))
-        if taken.anonymous_tier != held.anonymous_tier:
+        if taken.anonymous_tier != existing.anonymous_tier:
             name = taken.anonymous_tier or ""
-            self._record("update", "anonymous_tier", name, {"tier": held.anonymous_tier}, {"tier": name})
-        before, after = policy_rows.row_of_caller_policy(held), policy_rows.row_of_caller_policy(taken)
+            self._record("update", "anonymous_tier", name, {"tier": existing.anonymous_tier}, {"tier": name})
+        before, after = policy_rows.row_of_caller_policy(existing), policy_rows.row_of_caller_policy(taken)
         for kind in ("callers", "attributes", "jwt", "namespaces"):
             if before[kind] != after[kind]:
                 self._record("update", kind, kind, before[kind], after[kind])
 
     def _prune_tiers(self) -> None:
         named = {tier.name for tier in self._policy.tiers}
-        callers = self._plan.caller_policy or self._held.caller_policy
-        for name, row in self._held.tiers.items():
+        callers = self._plan.caller_policy or self._existing.caller_policy
+        for name, row in self._existing.tiers.items():
             if name in named or self._is_of_file(row):
                 continue
             if callers.anonymous_tier == name:
                 raise CatalogError(f"tier {name!r} is the anonymous tier: name another one in [anonymous] of the policy")
             if callers.callers is not None and callers.callers.default_tier == name:
                 raise CatalogError(f"tier {name!r} is the default_tier of [callers]: name another one there")
-            self._remove_rules(self._held.rules.get(name, {}).values())
+            self._remove_rules(self._existing.rules.get(name, {}).values())
             self._plan.tier_deletes.append(row["id"])
             self._plan.touched.append((TIER, name))
             self._record("delete", "tier", name, TierRead.of_row(row), None)
 
     def _is_of_file(self, row: Row) -> bool:
-        return self._held.has_file and bool(row["managed_by_file"])
+        return self._existing.has_file and bool(row["managed_by_file"])
 
     def _require_own(self, row: Row, what: str) -> None:
         if self._is_of_file(row):
-            raise ManagedByFile(f"{what} differs from the policy file: change it there, or take it out of this text")
+            raise ManagedByFile(f"{what} differs from the policy file: change it there, or remove it from this policy")

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Final
 from pydantic import Field
 from sqlalchemy import select
 
-from tidegate.admin.models import KeyRead, Moment, Name, RequestModel, ResponseModel, TierName
+from tidegate.admin.models import KeyRead, Name, RequestModel, ResponseModel, TierName, Timestamp
 from tidegate.admin.rules import CatalogEditor
 from tidegate.admin.transaction import AuditedTransaction, audited
 from tidegate.catalog.changes import KEY
@@ -33,7 +33,7 @@ class KeyImport(RequestModel):
     sha256: Annotated[str, Field(max_length=64, description="SHA-256 of the key, 64 hex digits")]
     tier: TierName
     name: Name = ""
-    expires_at: Moment | None = None
+    expires_at: Timestamp | None = None
 
 
 class KeyImportRequest(RequestModel):

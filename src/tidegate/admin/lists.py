@@ -1,5 +1,5 @@
-"""What operators read of the catalog, page by page. A page begins behind the last row of the one before, never at a number: rows
-that come and go meanwhile neither repeat nor hide others. `reading_violations` does the same for violations.
+"""Lists for operators, in pages of 1 to 500 items (`limit`); `after` is the `next` of the previous page. See
+`catalog.sql.paging`.
 """
 
 from __future__ import annotations
@@ -14,26 +14,20 @@ from tidegate.admin.models import AuditRead, KeyRead, RuleRead, TierRead, TokenR
 from tidegate.admin.rules import CatalogEditor
 from tidegate.admin.transaction import NotFound, rule_rows
 from tidegate.catalog.sql.engine import LOWER
-from tidegate.catalog.sql.paging import Page, no_place, page_of, rows_of
+from tidegate.catalog.sql.paging import Page, invalid_cursor, page_of, rows_of
 from tidegate.catalog.sql.tables import admin_tokens, api_keys, audit_log, rate_limit_rules, tiers
 from tidegate.policy.model import KeyStatus
 from tidegate.timestamps import now_us
 
 STRIDE: Final = 20_000
-"""A search for a part of a text looks at so many rows at once."""
+"""Number of rows that one statement of a substring search reads."""
 
 
 async def list_tiers(editor: CatalogEditor, limit: int, after: str | None, name: str | None = None) -> Page[TierRead]:
     """Tiers by name.
 
     Args:
-        editor: of the catalog.
-        limit: at most so many, 1 to 500.
-        after: `next` of the page before.
-        name: only those with this in their name, in any case.
-
-    Returns:
-        The page.
+        name: substring of the name, case-insensitive.
 
     Raises:
         CatalogUnavailable: if the database does not answer.
@@ -56,18 +50,11 @@ async def list_rules(
     """Rules by id.
 
     Args:
-        editor: of the catalog.
-        limit: at most so many, 1 to 500.
-        after: `next` of the page before.
-        tier: only those of this tier.
-        endpoint: only those with this in their endpoint, in any case.
-        name: only those with this in their name, in any case.
-
-    Returns:
-        The page.
+        endpoint: substring of the endpoint, case-insensitive.
+        name: substring of the name, case-insensitive.
 
     Raises:
-        BadRequest: if `after` is none of this list.
+        BadRequest: if `after` is not valid.
         CatalogUnavailable: if the database does not answer.
     """
     query = rule_rows().order_by(rate_limit_rules.c.id)
@@ -91,16 +78,8 @@ async def list_keys(
     """API keys by id.
 
     Args:
-        editor: of the catalog.
-        limit: at most so many, 1 to 500.
-        after: `next` of the page before.
-        tier: only those of this tier.
-        status: only those that are active, expired or revoked.
-        name: only those with this in their name, in any case.
-        id_prefix: only those whose ids begin with this, of hex digits in lower case.
-
-    Returns:
-        The page.
+        name: substring of the name, case-insensitive.
+        id_prefix: prefix of the id, lower-case hex digits.
 
     Raises:
         CatalogUnavailable: if the database does not answer.
@@ -115,7 +94,7 @@ async def list_keys(
         active = api_keys.c.status == literal_column(f"'{KeyStatus.ACTIVE.value}'")
         query = query.where(active, over if status == "expired" else ~over)
     if id_prefix is not None:
-        # 'g' sorts behind every hex digit: a range that the primary key's index answers, on any database.
+        # 'g' sorts after every hex digit: a range scan of the primary key's index on any database.
         query = query.where(api_keys.c.id >= id_prefix, api_keys.c.id < id_prefix + "g")
     if after is not None:
         query = query.where(api_keys.c.id > after)
@@ -124,18 +103,10 @@ async def list_keys(
 
 
 async def list_tokens(editor: CatalogEditor, limit: int, after: str | None) -> Page[TokenRead]:
-    """Tokens by id, revoked ones too.
-
-    Args:
-        editor: of the catalog.
-        limit: at most so many, 1 to 500.
-        after: `next` of the page before.
-
-    Returns:
-        The page.
+    """Tokens by id, including revoked ones.
 
     Raises:
-        BadRequest: if `after` is none of this list.
+        BadRequest: if `after` is not valid.
         CatalogUnavailable: if the database does not answer.
     """
     query = select(admin_tokens).order_by(admin_tokens.c.id)
@@ -153,21 +124,10 @@ async def list_audit(
     target: str | None = None,
     actor: str | None = None,
 ) -> Page[AuditRead]:
-    """The audit log, the newest first.
-
-    Args:
-        editor: of the catalog.
-        limit: at most so many, 1 to 500.
-        after: `next` of the page before.
-        kind: only this kind of target.
-        target: only this target.
-        actor: only this actor.
-
-    Returns:
-        The page.
+    """The audit log, newest first.
 
     Raises:
-        BadRequest: if `after` is none of this list.
+        BadRequest: if `after` is not valid.
         CatalogUnavailable: if the database does not answer.
     """
     query = select(audit_log).order_by(audit_log.c.id.desc())
@@ -183,15 +143,8 @@ async def list_audit(
 async def get_tier(editor: CatalogEditor, name: str) -> TierRead:
     """One tier.
 
-    Args:
-        editor: of the catalog.
-        name: of the tier.
-
-    Returns:
-        Its form.
-
     Raises:
-        NotFound: if there is none.
+        NotFound: if it does not exist.
         CatalogUnavailable: if the database does not answer.
     """
     rows = await rows_of(editor.catalog.database, select(tiers).where(tiers.c.name == name), 1)
@@ -203,15 +156,8 @@ async def get_tier(editor: CatalogEditor, name: str) -> TierRead:
 async def get_rule(editor: CatalogEditor, rule_id: int) -> RuleRead:
     """One rule.
 
-    Args:
-        editor: of the catalog.
-        rule_id: its id.
-
-    Returns:
-        Its form.
-
     Raises:
-        NotFound: if there is none.
+        NotFound: if it does not exist.
         CatalogUnavailable: if the database does not answer.
     """
     rows = await rows_of(editor.catalog.database, rule_rows().where(rate_limit_rules.c.id == rule_id), 1)
@@ -223,15 +169,8 @@ async def get_rule(editor: CatalogEditor, rule_id: int) -> RuleRead:
 async def key_row(editor: CatalogEditor, key_id: str) -> Any:
     """The row of an API key.
 
-    Args:
-        editor: of the catalog.
-        key_id: its id.
-
-    Returns:
-        The row, with its tier's name as `tier_name`.
-
     Raises:
-        NotFound: if there is none.
+        NotFound: if it does not exist.
         CatalogUnavailable: if the database does not answer.
     """
     rows = await rows_of(editor.catalog.database, key_rows().where(api_keys.c.id == key_id), 1) if is_key_id(key_id) else []
@@ -241,46 +180,47 @@ async def key_row(editor: CatalogEditor, key_id: str) -> Any:
 
 
 async def _rows_with(
-    editor: CatalogEditor, query: Select[Any], limit: int, place: Column[Any], parts: Mapping[str, str | None]
+    editor: CatalogEditor, query: Select[Any], limit: int, order: Column[Any], filters: Mapping[str, str | None]
 ) -> list[Any]:
-    """As `rows_of`, of the rows that have certain texts in certain columns, in any case.
+    """Like `rows_of`, with case-insensitive substring filters by column.
 
-    No index finds a part of a text. So the rows are walked in order, `STRIDE` by `STRIDE`, until the page is full: no statement
-    takes long, however many rows there are and however few of them have the text.
+    No index supports substrings. So the rows are scanned in order, `STRIDE` at a time, until the page is full: no statement runs
+    long, however many rows there are and however few of them match.
     """
-    wanted = {column: part for column, part in parts.items() if part is not None}
-    if not wanted:
+    substrings = {column: part for column, part in filters.items() if part is not None}
+    if not substrings:
         return await rows_of(editor.catalog.database, query, limit)
     found: list[Any] = []
     begin: Any = None
     async with editor.reading() as connection:
         while True:
-            rest = query if begin is None else query.where(place > begin)
+            rest = query if begin is None else query.where(order > begin)
             condition = true() if rest.whereclause is None else rest.whereclause
-            # Where the stride ends is asked first: so that it is no more than a part of the index, whatever PostgreSQL expects.
-            last = select(place).where(condition).order_by(place).offset(STRIDE - 1).limit(1)
+            # The end of the stride is queried first, so that PostgreSQL scans no more than this part of the index, whatever it
+            # estimates.
+            last = select(order).where(condition).order_by(order).offset(STRIDE - 1).limit(1)
             end = (await connection.execute(last)).scalar()
-            stride = (rest if end is None else rest.where(place <= end)).limit(STRIDE).subquery()
-            having = [_contains(editor, stride.c[column], part) for column, part in wanted.items()]
-            held = select(stride).where(*having).order_by(stride.c[place.name]).limit(limit + 1 - len(found))
-            found += (await connection.execute(held)).mappings().all()
+            stride = (rest if end is None else rest.where(order <= end)).limit(STRIDE).subquery()
+            having = [_contains(editor, stride.c[column], part) for column, part in substrings.items()]
+            matching = select(stride).where(*having).order_by(stride.c[order.name]).limit(limit + 1 - len(found))
+            found += (await connection.execute(matching)).mappings().all()
             if end is None or len(found) > limit:
                 return found
             begin = end
 
 
 def _contains(editor: CatalogEditor, column: ColumnElement[str], part: str) -> ColumnElement[bool]:
-    """Whether a column has a text in it, in any case."""
+    """Whether a column contains a substring, case-insensitive."""
     if part.isascii() or editor.catalog.database.dialect != "sqlite":
         return column.icontains(part, autoescape=True)
     return func.instr(getattr(func, LOWER)(column), part.lower()) > 0
 
 
 async def _id_of_tier(editor: CatalogEditor, name: str) -> ColumnElement[int]:
-    """The id of a tier, 0 where there is none, as a part of the statement.
+    """The id of a tier as a literal of the statement; 0 if it does not exist.
 
-    Not the name in the join, nor a parameter: PostgreSQL knows how many rows a tier has only where the statement says which tier.
-    Otherwise it takes the largest one for one of the usual size, and reads and sorts all its rows for each page.
+    Not a join by name, nor a parameter: PostgreSQL estimates the rows of a tier only from a literal. Otherwise it assumes an
+    average tier, and reads and sorts all rows of a large one for each page.
     """
     async with editor.reading() as connection:
         found = (await connection.execute(select(tiers.c.id).where(tiers.c.name == name))).scalar()
@@ -289,5 +229,5 @@ async def _id_of_tier(editor: CatalogEditor, name: str) -> ColumnElement[int]:
 
 def _number(after: str) -> int:
     if not after.isascii() or not after.isdecimal() or len(after) > 18:
-        raise no_place(after)
+        raise invalid_cursor(after)
     return int(after)

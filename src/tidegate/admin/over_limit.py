@@ -1,4 +1,4 @@
-"""What a change of limits finds in use: who has consumed more than is left to them now."""
+"""Warnings after a change of limits: callers that have already used up the new limits."""
 
 from __future__ import annotations
 
@@ -16,24 +16,16 @@ from tidegate.gate.usage import MAX_USAGE_RULES, own_limits, peek
 from tidegate.policy.limits import LimitSet
 from tidegate.policy.model import KeyStatus, Subject
 from tidegate.timestamps import now_us
-from tidegate.violations.queries import DAY_US, Blocked, top_violators
+from tidegate.violations.queries import DAY_US, ViolationFilter, top_violators
 
-LOOKED_AT: Final = 1000
-"""So many API keys of a tier are looked at; of a larger tier this is a sample, for ids are digests."""
+MAX_CHECKED_KEYS: Final = 1000
+"""Maximum number of API keys of a tier that are checked; for a larger tier this is a random sample, because ids are digests."""
 MAX_BLOCKED: Final = 100
-"""So many of those that the limits blocked most within a day are looked at besides."""
+"""Maximum number of subjects blocked most within a day that are also checked."""
 
 
 async def used_up_by_key(editor: CatalogEditor, gate: Gate, key_id: str) -> list[str]:
-    """Limits of a key's own that leave it nothing now: what a change to them may not have meant.
-
-    Args:
-        editor: of the catalog.
-        gate: what counts.
-        key_id: the key's id.
-
-    Returns:
-        One sentence each.
+    """Warnings about limits of a key's own that it has already used up.
 
     Raises:
         CatalogUnavailable: if the catalog does not answer.
@@ -43,7 +35,7 @@ async def used_up_by_key(editor: CatalogEditor, gate: Gate, key_id: str) -> list
     sets = [limits for limits in own_limits(caller.tier) if (limits.rule or "") in own][:MAX_USAGE_RULES]
     decisions = await peek(gate.counters, [(limits, caller.subject) for limits in sets])
     return [
-        f"{_named(limits)}: the API key {key_id} has used up {decision.binding} already, and is refused for up to "
+        f"{_named(limits)}: the API key {key_id} has used up {decision.binding} already, and is blocked for up to "
         f"{decision.reset_after:.0f} s"
         for limits, decision in zip(sets, decisions, strict=True)
         if _is_used_up(decision)
@@ -51,15 +43,12 @@ async def used_up_by_key(editor: CatalogEditor, gate: Gate, key_id: str) -> list
 
 
 async def used_up_in_tier(editor: CatalogEditor, gate: Gate, tier: str, rule: str | None) -> list[str]:
-    """Whom a rule, or a tier's own limits, leave nothing now.
+    """A warning if callers of a tier have already used up a rule, or the tier's own limits.
 
-    A rule that counts a whole tier is asked for it. One that counts each caller is asked for some of them: up to `LOOKED_AT` API
-    keys of the tier that it holds for, and those that it blocked most within a day, for nobody has a list of all it counts.
+    For a rule with one counter for the tier, this counter is read. Otherwise a sample of callers is checked, because there is no
+    list of all counters: up to `MAX_CHECKED_KEYS` API keys of the tier, and the subjects that the rule blocked most within a day.
 
     Args:
-        editor: of the catalog.
-        gate: what counts.
-        tier: name of the tier.
         rule: name of the rule; None for the tier's own limits.
 
     Returns:
@@ -78,9 +67,9 @@ async def used_up_in_tier(editor: CatalogEditor, gate: Gate, tier: str, rule: st
     subject = Subject.API_KEY if found is None else found.subject
     if subject is Subject.TIER:
         (decision,) = await peek(gate.counters, [(limits, f"t:{tier}")])
-        said = f"{_named(limits)}: tier {tier!r} has used up {decision.binding} already, and is refused for up to "
-        return [f"{said}{decision.reset_after:.0f} s"] if _is_used_up(decision) else []
-    subjects = await _some(editor, tier, rule or "", subject)
+        warning = f"{_named(limits)}: tier {tier!r} has used up {decision.binding} already, and is blocked for up to "
+        return [f"{warning}{decision.reset_after:.0f} s"] if _is_used_up(decision) else []
+    subjects = await _sample(editor, tier, rule or "", subject)
     decisions = await peek(gate.counters, [(limits, each) for each in subjects])
     over = [(each, decision) for each, decision in zip(subjects, decisions, strict=True) if _is_used_up(decision)]
     if not over:
@@ -89,18 +78,18 @@ async def used_up_in_tier(editor: CatalogEditor, gate: Gate, tier: str, rule: st
     example = over[0][0]
     who = f"the API key {example[2:]}" if example.startswith("k:") else example[2:]
     return [
-        f"{_named(limits)}: {len(over)} of {len(subjects)} callers that were looked at, such as {who}, have used up what it "
-        f"allows now, and are refused for up to {longest_s:.0f} s"
+        f"{_named(limits)}: {len(over)} of {len(subjects)} checked callers, e.g. {who}, have used up what it "
+        f"allows now, and are blocked for up to {longest_s:.0f} s"
     ]
 
 
-async def _some(editor: CatalogEditor, tier: str, rule: str, subject: Subject) -> list[str]:
-    """Callers that a rule may count."""
+async def _sample(editor: CatalogEditor, tier: str, rule: str, subject: Subject) -> list[str]:
+    """Some subjects that a rule may count."""
     found: dict[str, None] = {}
     overriding: set[str] = set()
     if subject is Subject.API_KEY:
         keys = select(api_keys.c.id, api_keys.c.counts_as, api_keys.c.overrides).join(tiers, tiers.c.id == api_keys.c.tier_id)
-        keys = keys.where(tiers.c.name == tier, api_keys.c.status == KeyStatus.ACTIVE.value).limit(LOOKED_AT)
+        keys = keys.where(tiers.c.name == tier, api_keys.c.status == KeyStatus.ACTIVE.value).limit(MAX_CHECKED_KEYS)
         async with editor.reading() as connection:
             for key_id, counts_as, overrides in await connection.execute(keys):
                 if _overrides(overrides, rule):
@@ -108,11 +97,11 @@ async def _some(editor: CatalogEditor, tier: str, rule: str, subject: Subject) -
                 else:
                     found[f"k:{counts_as or key_id}"] = None
     now = now_us()
-    for form in await top_violators(
-        editor.catalog.database, MAX_BLOCKED, "subject", Blocked(now - DAY_US, now + 1, tier=tier, rule=rule)
+    for violator in await top_violators(
+        editor.catalog.database, MAX_BLOCKED, "subject", ViolationFilter(now - DAY_US, now + 1, tier=tier, rule=rule)
     ):
-        found[form["subject"]] = None
-    kinds = ("i:",) if subject is Subject.IP else ("k:", "i:")
+        found[violator.subject or ""] = None
+    kinds = {Subject.IP: ("i:",), Subject.ATTRIBUTES: ("a:", "h:", "i:")}.get(subject, ("k:", "i:"))
     return [each for each in found if each.startswith(kinds) and each not in overriding]
 
 

@@ -1,7 +1,7 @@
-"""Every change that operators make to tiers and rules, each in one transaction with its row in the audit log.
+"""Changes of tiers and rules by operators, each in one transaction with its row in the audit log.
 
-A change says which revision of a row it saw, and is refused where that is not the one in force. Rows of the policy file are
-refused: the file would write over them. What is refused changes nothing. `editing_keys` does the same for API keys.
+A change contains the revision that was read, and is rejected if the row has another one. Changes of rows of the policy file are
+rejected, because the file would overwrite them. `api_keys` does the same for API keys.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from tidegate.admin.transaction import (
     ExpectedRevisions,
     insert_rule,
     insert_tier,
-    load_rule_row,
+    load_editable_rule_row,
+    load_editable_tier_row,
     load_tier_row,
     remove_rule,
-    require_editable,
     rule_rows,
     update_rule,
     update_tier,
@@ -53,11 +53,14 @@ RULE_FIELDS: Final = {
 
 
 class CatalogEditor:
-    """Changes to a catalog by operators. Any number of tasks may change at once: they take turns.
+    """Changes of a catalog by operators. Concurrent changes run one after another.
+
+    Every change raises `NotFound` if its tier or rule does not exist, `StaleRevision` if its revision is not an expected one,
+    `ManagedByFile` if the policy file owns it, `PolicyError` if a value is not valid, and `CatalogUnavailable` if the database
+    does not answer. Nothing is changed then.
 
     Args:
-        catalog: the catalog.
-        on_change: is told the new version and what was touched after each change, synchronously; must not raise.
+        on_change: callback run with the new version and the touched items after each change; must not raise.
     """
 
     def __init__(self, catalog: SqlCatalog, on_change: Callable[[int, Collection[Item]], None]) -> None:
@@ -66,16 +69,10 @@ class CatalogEditor:
 
     @contextlib.asynccontextmanager
     async def changing(self, actor: str) -> AsyncIterator[AuditedTransaction]:
-        """A transaction that raises the version; whoever leaves it by an exception has changed nothing.
-
-        Args:
-            actor: whose change it is.
-
-        Yields:
-            The change.
+        """A transaction that raises the version; an exception rolls it back.
 
         Raises:
-            CatalogUnavailable: if the database does not take it.
+            CatalogUnavailable: if the database rejects it.
         """
         async with self.catalog.database.changing_as(functools.partial(AuditedTransaction, actor)) as transaction:
             # In the same transaction: a file may be applied or released at any time.
@@ -84,102 +81,51 @@ class CatalogEditor:
             yield transaction
         self._on_change(transaction.version, transaction.items)
 
-    @contextlib.asynccontextmanager
-    async def reading(self) -> AsyncIterator[AsyncConnection]:
-        """A connection to read from.
-
-        Yields:
-            The connection.
-
-        Raises:
-            CatalogUnavailable: if the database does not answer.
-        """
-        async with self.catalog.database.reading() as connection:
-            yield connection
+    def reading(self) -> contextlib.AbstractAsyncContextManager[AsyncConnection]:
+        """See `Database.reading`."""
+        return self.catalog.database.reading()
 
     async def record(self, actor: str, action: str, kind: str, target: str, after: JsonObject | None = None) -> None:
-        """Write down what was done to something that the catalog does not hold, such as a counter.
-
-        Args:
-            actor: who did it.
-            action: such as reset.
-            kind: such as counters.
-            target: what it was done to.
-            after: what came of it.
+        """Write an operation outside of the catalog to the audit log, such as a reset of counters.
 
         Raises:
-            CatalogUnavailable: if the database does not take it.
+            CatalogUnavailable: if the database rejects it.
         """
         async with self.changing(actor) as transaction:
             transaction.touch(NONE)
             await transaction.audit(action, kind, target, None, after)
 
     async def create_tier(self, actor: str, name: str, limits: Collection[str]) -> TierRead:
-        """Make a tier without rules.
+        """Create a tier without rules.
 
         Args:
-            actor: who asks.
             name: 1 to 64 of letters, digits, '_', '.', '-'.
-            limits: over all its endpoints; may be empty.
-
-        Returns:
-            The tier's form.
 
         Raises:
-            PolicyError: if the name or a limit is refused.
-            CatalogError: if there is such a tier.
-            CatalogUnavailable: if the database does not answer.
+            CatalogError: if the tier exists.
         """
         tier = Tier.make(name, (), limits)
         async with self.changing(actor) as transaction:
             return await insert_tier(transaction, tier)
 
     async def edit_tier(self, actor: str, name: str, limits: Collection[str], expected_revisions: ExpectedRevisions) -> TierRead:
-        """Give a tier other limits of its own.
-
-        Args:
-            actor: who asks.
-            name: of the tier.
-            limits: over all its endpoints; may be empty.
-            expected_revisions: revisions of which one must be in force.
-
-        Returns:
-            The tier's form.
-
-        Raises:
-            PolicyError: if a limit is refused.
-            NotFound: if there is no such tier.
-            StaleRevision: if it was changed since.
-            ManagedByFile: if the policy file owns it.
-            CatalogUnavailable: if the database does not answer.
-        """
+        """Replace the limits of a tier."""
         async with self.changing(actor) as transaction:
-            row = await load_tier_row(transaction, name)
-            require_editable(transaction, row, expected_revisions, f"tier {name!r}")
+            row = await load_editable_tier_row(transaction, name, expected_revisions)
             return await update_tier(transaction, row, Tier.make(row["name"], (), limits))
 
     async def delete_tier(self, actor: str, name: str, expected_revisions: ExpectedRevisions) -> None:
-        """Remove a tier with its rules.
-
-        Args:
-            actor: who asks.
-            name: of the tier.
-            expected_revisions: revisions of which one must be in force.
+        """Delete a tier with its rules.
 
         Raises:
-            CatalogError: if API keys use it, or checks without a key do.
-            NotFound: if there is no such tier.
-            StaleRevision: if it was changed since.
-            ManagedByFile: if the policy file owns it.
-            CatalogUnavailable: if the database does not answer.
+            CatalogError: if it has API keys, or is the anonymous tier.
         """
         async with self.changing(actor) as transaction:
-            row = await load_tier_row(transaction, name)
-            require_editable(transaction, row, expected_revisions, f"tier {name!r}")
+            row = await load_editable_tier_row(transaction, name, expected_revisions)
             user = await transaction.one(select(api_keys.c.id).where(api_keys.c.tier_id == row["id"]).limit(1))
             if user is not None:
                 raise CatalogError(
-                    f"tier {name!r} has API keys, such as {user['id']}: give them another tier, or revoke and delete them first"
+                    f"tier {name!r} has API keys, e.g. {user['id']}: move them to another tier, or revoke and delete them first"
                 )
             state = await transaction.one(select(policy_state.c.anonymous_tier, policy_state.c.callers))
             if state is not None and state["anonymous_tier"] == row["name"]:
@@ -205,80 +151,47 @@ class CatalogEditor:
             await transaction.audit("delete", "tier", row["name"], TierRead.of_row(row), None)
 
     async def create_rule(self, actor: str, tier: str, fields: Mapping[str, Any]) -> RuleRead:
-        """Add a rule to a tier; the policy file's tiers take rules too.
+        """Add a rule to a tier, which may be one of the policy file.
 
         Args:
-            actor: who asks.
-            tier: name of the tier.
-            fields: of `Rule.make`.
-
-        Returns:
-            The rule's form, and warnings.
+            fields: arguments of `Rule.make`.
 
         Raises:
-            PolicyError: if a field is refused.
-            CatalogError: if the tier has a rule of that name, or too many.
-            NotFound: if there is no such tier.
-            CatalogUnavailable: if the database does not answer.
+            CatalogError: if the tier has a rule with this name, or too many rules.
         """
         rule = Rule.make(**fields)
         async with self.changing(actor) as transaction:
-            made = await insert_rule(transaction, await load_tier_row(transaction, tier), rule)
-        return made.model_copy(update={"warnings": await self._warnings(tier, made.id)})
+            created = await insert_rule(transaction, await load_tier_row(transaction, tier), rule)
+        return created.model_copy(update={"warnings": await self._warnings(tier, created.id)})
 
     async def edit_rule(
-        self, actor: str, rule_id: int, fields: Mapping[str, Any], expected_revisions: ExpectedRevisions, *, whole: bool = False
+        self, actor: str, rule_id: int, fields: Mapping[str, Any], expected_revisions: ExpectedRevisions, *, replace: bool = False
     ) -> RuleRead:
-        """AuditedTransaction a rule. One whose name was made from methods and endpoint follows them.
+        """Change a rule. A default name, derived from methods and endpoint, is derived again.
 
         Args:
-            actor: who asks.
-            rule_id: its id.
-            fields: of `Rule.make`; those left out stay as they are.
-            expected_revisions: revisions of which one must be in force.
-            whole: whether fields left out get their defaults instead.
-
-        Returns:
-            The rule's form, and warnings.
+            fields: arguments of `Rule.make`; omitted ones keep their values.
+            replace: whether omitted fields get their defaults instead.
 
         Raises:
-            PolicyError: if a field is refused.
-            CatalogError: if the tier has another rule of that name.
-            NotFound: if there is no such rule.
-            StaleRevision: if it was changed since.
-            ManagedByFile: if the policy file owns it.
-            CatalogUnavailable: if the database does not answer.
+            CatalogError: if the tier has another rule with this name.
         """
         async with self.changing(actor) as transaction:
-            row = await load_rule_row(transaction, rule_id)
-            require_editable(transaction, row, expected_revisions, f"rule {rule_id}")
-            current = {} if whole else RuleRead.of_row(row).model_dump(include=RULE_FIELDS)
+            row = await load_editable_rule_row(transaction, rule_id, expected_revisions)
+            current = {} if replace else RuleRead.of_row(row).model_dump(include=RULE_FIELDS)
             if current and Rule.make(**{**current, "name": "any"}).default_name == row["name"]:
                 current["name"] = ""
             changed = await update_rule(transaction, row, Rule.make(**{**current, **fields}))
         return changed.model_copy(update={"warnings": await self._warnings(row["tier_name"], rule_id)})
 
     async def delete_rule(self, actor: str, rule_id: int, expected_revisions: ExpectedRevisions) -> None:
-        """Remove a rule.
-
-        Args:
-            actor: who asks.
-            rule_id: its id.
-            expected_revisions: revisions of which one must be in force.
-
-        Raises:
-            NotFound: if there is no such rule.
-            StaleRevision: if it was changed since.
-            ManagedByFile: if the policy file owns it.
-            CatalogUnavailable: if the database does not answer.
-        """
+        """Delete a rule."""
         async with self.changing(actor) as transaction:
-            row = await load_rule_row(transaction, rule_id)
-            require_editable(transaction, row, expected_revisions, f"rule {rule_id}")
+            row = await load_editable_rule_row(transaction, rule_id, expected_revisions)
             await remove_rule(transaction, row)
 
     async def _warnings(self, tier: str, rule_id: int) -> list[str]:
-        """What the rules of a tier do to each other; compared in a thread and without the write lock, which others wait for."""
+        """Warnings about rules of a tier that overlap; computed in a thread and without the write lock."""
         ordered = rule_rows().where(tiers.c.name == tier).order_by(rate_limit_rules.c.position, rate_limit_rules.c.id)
         async with self.reading() as connection:
             rows = (await connection.execute(ordered)).mappings().all()

@@ -33,12 +33,10 @@ _FORM: Final = re.compile(r"tga_[0-9A-Za-z]{40}", re.ASCII)
 
 
 class Principal(msgspec.Struct, frozen=True):
-    """Who asks the control plane.
+    """The authenticated author of a request to the control plane.
 
     Args:
-        name: the token's name, as the audit log writes it.
-        role: operator or viewer.
-        subject: whom requests are counted for; unique for each token.
+        subject: subject of the request limit; unique for each token.
     """
 
     name: str
@@ -47,11 +45,10 @@ class Principal(msgspec.Struct, frozen=True):
 
 
 class TokenCheck:
-    """Finds whose a bearer token is.
+    """Authenticates bearer tokens.
 
     Args:
-        editor: of the catalog that holds the tokens.
-        settings_token: of the operator that the settings name; None where they name none.
+        settings_token: the operator's token in the settings; None if there is none.
     """
 
     def __init__(self, editor: CatalogEditor, settings_token: str | None) -> None:
@@ -61,13 +58,10 @@ class TokenCheck:
         self._one_query = asyncio.Lock()
 
     async def principal(self, token: str) -> Principal | None:
-        """Whose token that is.
-
-        Args:
-            token: as it came.
+        """The principal of a token.
 
         Returns:
-            Its principal; None where it is unknown, expired or revoked.
+            The principal; None if the token is unknown, expired or revoked.
 
         Raises:
             CatalogUnavailable: if the database does not answer.
@@ -86,13 +80,10 @@ class TokenCheck:
         return Principal(row["name"], row["role"], f"token {row['id']}")
 
     async def is_known(self, token: str) -> bool:
-        """Whether a token may be right, for when many wrong ones come: at most one query at a time, whatever their number.
-
-        Args:
-            token: as it came.
+        """Whether a token may be valid, with at most one concurrent query: for use while many wrong tokens arrive.
 
         Returns:
-            False for a token that was made by nobody, or is revoked.
+            False if the token is unknown or revoked.
 
         Raises:
             CatalogUnavailable: if the database does not answer.
@@ -108,7 +99,7 @@ class TokenCheck:
         return sha256 in await asyncio.shield(self._loading)
 
     async def _load_digests(self) -> frozenset[str]:
-        # All that come within the pause share the query, which begins behind it and so sees every token made before they came.
+        # All calls within the pause share the query, which starts after it and so finds every token created before them.
         await asyncio.sleep(_SHARED_QUERY_S)
         async with self._one_query:
             self._loading = None
@@ -121,48 +112,39 @@ class TokenCheck:
 
 
 async def create_token(editor: CatalogEditor, actor: str, name: str, role: str, expires_at_us: int | None = None) -> TokenMade:
-    """Make a token.
+    """Create a token.
 
     Args:
-        editor: of the catalog.
-        actor: who asks.
-        name: of whoever will use it, as the audit log writes it: 1 to 200 characters, of no other live token.
-        role: operator or viewer.
+        name: name of its user in the audit log: 1 to 200 characters, unique among tokens that are not revoked.
         expires_at_us: µs since the epoch, None for never.
 
     Returns:
-        The token itself, this once, and its form.
+        The record, and the token itself, which no other result contains.
 
     Raises:
-        BadRequest: if its time would be over already, or the name would not show who acted.
-        CatalogError: if a token of that name is in use: the audit log could not tell the two apart.
+        BadRequest: if it would already be expired, or the name is not valid.
+        CatalogError: if the name is in use: the audit log could not distinguish the two tokens.
         CatalogUnavailable: if the database does not answer.
     """
     if expires_at_us is not None and expires_at_us <= now_us():
-        raise BadRequest("expires_at is past: give a moment to come, or leave it out for a token without end", field="expires_at")
+        raise BadRequest(
+            "expires_at is in the past: send a later time, or omit it for a token that never expires", field="expires_at"
+        )
     require_label(name, "name", actor_like=True)
     async with editor.changing(actor) as transaction:
-        # No index finds a name, and none is worth it: operators are few, and make tokens seldom. Each request asks by digest.
+        # Without an index on the name, because tokens are few and rarely created. Requests look up the digest.
         live = select(admin_tokens.c.id).where(admin_tokens.c.name == name, admin_tokens.c.revoked_at_us.is_(None))
         other = await transaction.one(live)
         if other is not None:
-            raise CatalogError(f"the token {other['id']} is named {name[:60]!r} already: take another name")
+            raise CatalogError(f"the token {other['id']} is named {name[:60]!r} already: choose another name")
         return await _insert_token(transaction, name, role, expires_at_us)
 
 
 async def revoke_token(editor: CatalogEditor, actor: str, token_id: int) -> TokenRead:
-    """Revoke a token. Its record stays, for the audit log's sake.
-
-    Args:
-        editor: of the catalog.
-        actor: who asks.
-        token_id: its id.
-
-    Returns:
-        The token's form.
+    """Revoke a token. Its record is kept for the audit log.
 
     Raises:
-        NotFound: if there is no such token.
+        NotFound: if it does not exist.
         CatalogError: if it is revoked already.
         CatalogUnavailable: if the database does not answer.
     """
@@ -181,13 +163,10 @@ async def revoke_token(editor: CatalogEditor, actor: str, token_id: int) -> Toke
 
 
 async def first_token(editor: CatalogEditor) -> str | None:
-    """Make the token of the first operator, where there never was any token.
-
-    Args:
-        editor: of the catalog.
+    """Create the token of the first operator, if no token was ever created.
 
     Returns:
-        The token itself, this once; None where there is or was one.
+        The token, which no other result contains; None if there is or was a token.
 
     Raises:
         CatalogUnavailable: if the database does not answer.
@@ -197,7 +176,7 @@ async def first_token(editor: CatalogEditor) -> str | None:
         if (await connection.execute(any_token)).first() is not None:
             return None
     async with editor.changing(SETTINGS_ACTOR) as transaction:
-        # Another instance may have made one while this one waited for its turn.
+        # Another instance may have created one while this one waited for the write lock.
         if await transaction.one(any_token) is not None:
             return None
         return (await _insert_token(transaction, FIRST_TOKEN, OPERATOR, None)).token
@@ -216,13 +195,13 @@ async def _insert_token(transaction: AuditedTransaction, name: str, role: str, e
     token_id = (
         await transaction.connection.execute(insert(admin_tokens).values(values).returning(admin_tokens.c.id))
     ).scalar_one()
-    made = TokenRead.of_row({**values, "id": token_id, "revoked_at_us": None})
-    await transaction.audit("create", "token", str(token_id), None, made)
-    return TokenMade(**dict(made), token=token)
+    record = TokenRead.of_row({**values, "id": token_id, "revoked_at_us": None})
+    await transaction.audit("create", "token", str(token_id), None, record)
+    return TokenMade(**dict(record), token=token)
 
 
 def _retrieve(loading: asyncio.Future[frozenset[str]]) -> None:
-    """Look at an error whose waiters went away, which asyncio would report as never retrieved."""
+    """Retrieve an error whose waiters were cancelled; asyncio would log it as never retrieved."""
     if not loading.cancelled():
         loading.exception()
 

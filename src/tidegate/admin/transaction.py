@@ -1,6 +1,6 @@
-"""One change of the catalog by an operator: its transaction, its row in the audit log, and the rows of tiers and rules.
+"""The transaction of one change by an operator, with its audit log, and the rows of tiers and rules in it.
 
-`editing` says what an operator may ask for; here is how it is done to a row that was found and may be changed.
+`rules` contains the operations; this module reads and writes their rows.
 """
 
 from __future__ import annotations
@@ -22,109 +22,77 @@ from tidegate.policy.model import Rule, Tier
 from tidegate.timestamps import now_us
 
 MAX_RULES: Final = 10_000
-"""Most rules of one tier that can be made here."""
+"""Maximum number of rules of a tier."""
 
 ExpectedRevisions: TypeAlias = Collection[int] | None
-"""Revisions of a row that a change expects: another one means that somebody else changed it. None for any."""
+"""Accepted revisions of the row to change; another one means that it was changed concurrently. None accepts any."""
 Audited: TypeAlias = Resource | JsonObject | None
-"""A row before or after a change; None where there was none."""
+"""A row before or after a change; None if there is none."""
 
 
 class NotFound(CatalogError):
-    """What is to be changed or shown is not there."""
+    """The resource does not exist."""
 
     code = "NOT_FOUND"
     status = 404
 
 
 class StaleRevision(CatalogError):
-    """The row was changed since it was read; nothing was changed now."""
+    """The row was changed since it was read; the change was rejected."""
 
     code = "REVISION_STALE"
     status = 412
 
 
 class ManagedByFile(CatalogError):
-    """The policy file owns the row: it is changed there."""
+    """The policy file owns the row, so it must be changed there."""
 
     code = "MANAGED_BY_FILE"
 
 
 class AuditedTransaction(WriteTransaction):
-    """A transaction of one operator, which writes the audit log.
-
-    Args:
-        actor: whose change it is.
-        connection: in the transaction.
-        version: of the catalog after the change.
-        previous: version of the catalog before the change.
-    """
+    """A transaction of one operator that writes the audit log."""
 
     def __init__(self, actor: str, connection: AsyncConnection, version: int, previous: int) -> None:
         super().__init__(connection, version, previous)
         self.actor = actor
-        # Without a policy file, operators own the rows that one made.
+        # Without a policy file, operators own the rows that a former file created.
         self.has_file = True
 
     def is_of_file(self, row: Row) -> bool:
-        """Whether the policy file owns a row: then it is changed there.
-
-        Args:
-            row: any with `managed_by_file`.
-        """
+        """Whether the policy file owns a row."""
         return self.has_file and bool(row["managed_by_file"])
 
     async def audit(self, action: str, kind: str, target: str, before: Audited, after: Audited) -> None:
-        """Write down what is changed, in the same transaction.
-
-        Args:
-            action: such as create, update, delete.
-            kind: such as tier, rule, api_key.
-            target: name or id of what is changed.
-            before: how it was; None where it was not there.
-            after: how it is; None where it is gone.
-        """
+        """Write a change to the audit log, in the same transaction."""
         row = {"at_us": now_us(), "actor": self.actor, "action": action, "kind": kind, "target": target}
         await self.connection.execute(insert(audit_log).values(**row, before=audited(before), after=audited(after)))
 
     async def audit_all(self, changes: Sequence[JsonObject]) -> None:
-        """Write down many changes at once.
+        """Write many changes to the audit log.
 
         Args:
-            changes: each with the arguments of `audit` by name.
+            changes: the arguments of `audit` by name.
         """
         common = {"at_us": now_us(), "actor": self.actor}
         await insert_rows(self.connection, audit_log, [{**common, **each} for each in changes])
 
     async def one(self, query: Any) -> RowMapping | None:
-        """The first row of a query.
-
-        Args:
-            query: a select.
-
-        Returns:
-            The row, or None.
-        """
+        """The first row of a query."""
         return (await self.connection.execute(query)).mappings().first()
 
 
 def require_editable(transaction: AuditedTransaction, row: Row, expected_revisions: ExpectedRevisions, what: str) -> None:
-    """Refuse a change of a row that the policy file owns, or that was changed since it was read.
-
-    Args:
-        transaction: the transaction.
-        row: any with `managed_by_file` and `revision`.
-        expected_revisions: revisions of which one must be in force.
-        what: names the row in the message.
+    """Reject the change of a row that the policy file owns, or that was changed since it was read.
 
     Raises:
         ManagedByFile: if the file owns it.
-        StaleRevision: if its revision is another one.
+        StaleRevision: if its revision is not expected.
     """
     if transaction.is_of_file(row):
         raise ManagedByFile(
-            f"{what} is in the policy file: change it there; if the file is gone, restart 'tidegate serve' without it, "
-            "which releases what the file made"
+            f"{what} is in the policy file: change it there; if the file was deleted, restart 'tidegate serve' without it, "
+            "which releases its rows"
         )
     if expected_revisions is not None and row["revision"] not in expected_revisions:
         raise StaleRevision(
@@ -136,15 +104,8 @@ def require_editable(transaction: AuditedTransaction, row: Row, expected_revisio
 async def load_tier_row(transaction: AuditedTransaction, name: str) -> RowMapping:
     """The row of a tier.
 
-    Args:
-        transaction: the transaction.
-        name: of the tier.
-
-    Returns:
-        The row.
-
     Raises:
-        NotFound: naming the tiers there are.
+        NotFound: with the names of existing tiers.
     """
     row = await transaction.one(select(tiers).where(tiers.c.name == name))
     if row is None:
@@ -156,15 +117,8 @@ async def load_tier_row(transaction: AuditedTransaction, name: str) -> RowMappin
 async def load_rule_row(transaction: AuditedTransaction, rule_id: int) -> RowMapping:
     """The row of a rule, with its tier's name.
 
-    Args:
-        transaction: the transaction.
-        rule_id: its id.
-
-    Returns:
-        The row.
-
     Raises:
-        NotFound: if there is none.
+        NotFound: if it does not exist.
     """
     row = await transaction.one(rule_rows().where(rate_limit_rules.c.id == rule_id))
     if row is None:
@@ -172,40 +126,40 @@ async def load_rule_row(transaction: AuditedTransaction, rule_id: int) -> RowMap
     return row
 
 
+async def load_editable_tier_row(transaction: AuditedTransaction, name: str, expected_revisions: ExpectedRevisions) -> RowMapping:
+    """`load_tier_row` and `require_editable`."""
+    row = await load_tier_row(transaction, name)
+    require_editable(transaction, row, expected_revisions, f"tier {name!r}")
+    return row
+
+
+async def load_editable_rule_row(
+    transaction: AuditedTransaction, rule_id: int, expected_revisions: ExpectedRevisions
+) -> RowMapping:
+    """`load_rule_row` and `require_editable`."""
+    row = await load_rule_row(transaction, rule_id)
+    require_editable(transaction, row, expected_revisions, f"rule {rule_id}")
+    return row
+
+
 async def insert_tier(transaction: AuditedTransaction, tier: Tier) -> TierRead:
-    """Make a tier's row; its rules are made one by one.
-
-    Args:
-        transaction: the transaction.
-        tier: the tier.
-
-    Returns:
-        The tier's form.
+    """Insert a tier's row, without rules.
 
     Raises:
-        CatalogError: if there is such a tier.
+        CatalogError: if the tier exists.
     """
     if await transaction.one(select(tiers.c.id).where(tiers.c.name == tier.name)) is not None:
         raise CatalogError(f"there is a tier {tier.name!r} already: change it, or take another name")
     transaction.touch(TIER, tier.name)
     values = {**policy_rows.row_of_tier(tier), "managed_by_file": False}
     await transaction.connection.execute(insert(tiers).values(values))
-    made = TierRead.of_row(await load_tier_row(transaction, tier.name))
-    await transaction.audit("create", "tier", tier.name, None, made)
-    return made
+    created = TierRead.of_row(await load_tier_row(transaction, tier.name))
+    await transaction.audit("create", "tier", tier.name, None, created)
+    return created
 
 
 async def update_tier(transaction: AuditedTransaction, row: RowMapping, tier: Tier) -> TierRead:
-    """Give a tier's row other limits.
-
-    Args:
-        transaction: the transaction.
-        row: the tier's row.
-        tier: how it is to be.
-
-    Returns:
-        The tier's form.
-    """
+    """Update the limits of a tier's row."""
     transaction.touch(TIER, row["name"])
     values = {"limits": [limit.text for limit in tier.limits], "managed_by_file": False, "revision": row["revision"] + 1}
     await transaction.connection.execute(update(tiers).where(tiers.c.id == row["id"]).values(values))
@@ -215,15 +169,7 @@ async def update_tier(transaction: AuditedTransaction, row: RowMapping, tier: Ti
 
 
 async def insert_rule(transaction: AuditedTransaction, tier: RowMapping, rule: Rule) -> RuleRead:
-    """Make a rule's row, behind the others of its tier.
-
-    Args:
-        transaction: the transaction.
-        tier: the tier's row.
-        rule: the rule.
-
-    Returns:
-        The rule's form.
+    """Insert a rule's row after the others of its tier.
 
     Raises:
         CatalogError: if the tier has a rule of that name, or too many.
@@ -237,21 +183,13 @@ async def insert_rule(transaction: AuditedTransaction, tier: RowMapping, rule: R
     values = policy_rows.row_of_rule(rule, tier["id"], 0 if last is None else last + 1)
     statement = insert(rate_limit_rules).values({**values, "managed_by_file": False}).returning(rate_limit_rules.c.id)
     rule_id = (await transaction.connection.execute(statement)).scalar_one()
-    made = RuleRead.of_row(await load_rule_row(transaction, rule_id))
-    await transaction.audit("create", "rule", str(rule_id), None, made)
-    return made
+    created = RuleRead.of_row(await load_rule_row(transaction, rule_id))
+    await transaction.audit("create", "rule", str(rule_id), None, created)
+    return created
 
 
 async def update_rule(transaction: AuditedTransaction, row: RowMapping, rule: Rule) -> RuleRead:
-    """Write a rule over its row.
-
-    Args:
-        transaction: the transaction.
-        row: the rule's row.
-        rule: how it is to be.
-
-    Returns:
-        The rule's form.
+    """Update the row of a rule.
 
     Raises:
         CatalogError: if the tier has another rule of that name.
@@ -267,23 +205,14 @@ async def update_rule(transaction: AuditedTransaction, row: RowMapping, rule: Ru
 
 
 async def remove_rule(transaction: AuditedTransaction, row: RowMapping) -> None:
-    """Delete a rule's row.
-
-    Args:
-        transaction: the transaction.
-        row: the rule's row.
-    """
+    """Delete a rule's row."""
     transaction.touch(TIER, row["tier_name"])
     await transaction.connection.execute(delete(rate_limit_rules).where(rate_limit_rules.c.id == row["id"]))
     await transaction.audit("delete", "rule", str(row["id"]), RuleRead.of_row(row), None)
 
 
 def rule_rows() -> Any:
-    """A select of rules with their tiers' names, without order.
-
-    Returns:
-        The query.
-    """
+    """A query for rules with the names of their tiers, unordered."""
     return select(rate_limit_rules, tiers.c.name.label("tier_name")).join(tiers, tiers.c.id == rate_limit_rules.c.tier_id)
 
 
@@ -297,5 +226,5 @@ async def _require_free_name(transaction: AuditedTransaction, tier_id: int, tier
 
 
 def audited(state: Audited) -> JsonObject | None:
-    """The fields of a row that the audit log keeps."""
+    """The fields of a row that are written to the audit log."""
     return state.audited() if isinstance(state, Resource) else state

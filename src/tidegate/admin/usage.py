@@ -1,4 +1,4 @@
-"""Usage and reset of API keys of which only the id is known; `tidegate.gate.usage` does the counting."""
+"""Usage and reset of API keys by id; `tidegate.gate.usage` reads and resets the counters."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tidegate.policy.descriptors import entries_subject
 
 
 async def caller_of(editor: CatalogEditor, gate: Gate, key_id: str) -> Caller:
-    """The caller of an API key; revoked and expired keys have one too.
+    """The caller of an API key, including revoked and expired keys.
 
     Raises:
         NotFound: if there is no such key.
@@ -27,12 +27,12 @@ async def caller_of(editor: CatalogEditor, gate: Gate, key_id: str) -> Caller:
     row = await key_row(editor, key_id)
     caller = await gate.catalog.caller(row["sha256"])
     if caller is None:
-        raise NotFound(f"there is no API key {key_id} any more: see GET /admin/v1/api-keys")
+        raise NotFound(f"the API key {key_id} was deleted: see GET /admin/v1/api-keys")
     return caller
 
 
 async def subject_of_key(editor: CatalogEditor, key_id: str) -> str:
-    """The subject that counters and violations have for a key: the first key of its chain of rotations.
+    """The subject of a key in counters and violations: the first key of its chain of rotations.
 
     Returns:
         The subject; the key's own id if its record was deleted.
@@ -46,13 +46,10 @@ async def subject_of_key(editor: CatalogEditor, key_id: str) -> str:
 
 
 async def key_usage(editor: CatalogEditor, gate: Gate, key_id: str, ip: str | None) -> Usage:
-    """What is left to an API key; unlike `Gate.usage` also for revoked and expired keys.
+    """The usage of an API key; unlike `Gate.usage` also for revoked and expired keys.
 
     Args:
-        editor: of the catalog.
-        gate: whose counters are read.
-        key_id: the key's id.
-        ip: address of the key's client, for rules that count by address; None to leave those out.
+        ip: address of the key's client, for rules that count by address; None to omit these.
 
     Raises:
         NotFound: if there is no such key.
@@ -122,7 +119,7 @@ async def reset_key(editor: CatalogEditor, gate: Gate, key_id: str) -> int:
     """Reset the counters of an API key.
 
     Returns:
-        How many counters were reset.
+        The number of counters reset.
 
     Raises:
         NotFound: if there is no such key.

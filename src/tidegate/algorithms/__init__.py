@@ -10,14 +10,14 @@ on a limit's amount in a way that changing the amount would lose what was consum
 - `remaining` is what is left after the charge (before it, when denied), never below 0.
 - `reset_after_us` is the time until nothing that was consumed counts any more: the state is None again from then on.
 - `retry_after_us` is 0 when allowed, the exact time until the same cost passes without other charges when denied, and
-  None when it never will (the cost is above the capacity).
+  None if it never will (the cost exceeds the capacity).
 
-`merge(limit, state, other)` adds a state of elsewhere without asking the limit: what a fallback admitted while the store was
-away, or, with units below 0, what is given back.
+`merge(limit, state, other)` adds a state of another store without applying the limit: what a fallback admitted while the store
+was unavailable, or, with units below 0, refunds.
 
-Beside each module stands its twin in Lua, which Redis runs; tests hold the two to each other step by step.
+Each module has a Lua script with the same logic, which Redis runs; tests compare the two step by step.
 
-All functions may be called from anywhere at any time: they share nothing.
+All functions are pure and thread-safe.
 """
 
 from __future__ import annotations

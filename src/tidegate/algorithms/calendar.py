@@ -13,7 +13,7 @@ _EPOCH_ORDINAL: Final = datetime.date(1970, 1, 1).toordinal()
 
 
 def month_bounds(now_us: int) -> tuple[int, int]:
-    """The calendar month that holds a moment.
+    """The calendar month that contains a time.
 
     Args:
         now_us: µs since the epoch, years 1970 to 9998.
@@ -25,7 +25,7 @@ def month_bounds(now_us: int) -> tuple[int, int]:
 
 
 def year_bounds(now_us: int) -> tuple[int, int]:
-    """The calendar year that holds a moment.
+    """The calendar year that contains a time.
 
     Args:
         now_us: µs since the epoch, years 1970 to 9998.
@@ -37,7 +37,7 @@ def year_bounds(now_us: int) -> tuple[int, int]:
 
 
 def bounds_of(limit: Limit, now_us: int) -> tuple[int, int]:
-    """The window of a limit per calendar month or year that holds a moment.
+    """The window that contains a time, of a limit per calendar month or year.
 
     Args:
         limit: one whose `is_calendar` is true.

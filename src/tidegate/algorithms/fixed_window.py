@@ -1,6 +1,6 @@
-"""Fixed window: a count that starts anew at each window's start.
+"""Fixed window: a count that is reset at the start of each window.
 
-Promise: in no window aligned to the epoch (for months and years, to the UTC calendar) is more than the amount admitted.
+Guarantee: in no window aligned to the epoch (for months and years, to the UTC calendar) is more than the amount admitted.
 Bound: across a window's border up to twice the amount may pass within one window's length.
 State: `(start, used)`.
 """
@@ -14,19 +14,15 @@ from tidegate.policy.limits import MONTH_US, Limit
 def decide(
     limit: Limit, state: tuple[int, int] | None, now: int, cost: int
 ) -> tuple[tuple[int, int] | None, int, int, int | None]:
-    """Charge a cost to the window that holds `now`.
+    """Charge a cost to the window that contains `now`.
 
     Args:
-        limit: what holds.
         state: start of the window, µs, and units used in it; None for nothing.
         now: µs since the epoch; before the state's window it counts as that window's start.
         cost: units, 0 or more.
-
-    Returns:
-        See `tidegate.algorithms`.
     """
     window = limit.window_us
-    # Only a window as long as a month can be one: one comparison for all others.
+    # Only long windows can be calendar windows: one comparison for all others.
     calendar = window >= MONTH_US and limit.is_calendar
     if calendar:
         start, end = bounds_of(limit, now)
@@ -46,11 +42,7 @@ def decide(
 
 
 def expires_at(limit: Limit, state: tuple[int, int]) -> int:
-    """When the state stops counting: the end of its window.
-
-    Args:
-        limit: what holds.
-        state: as `decide` gave it.
+    """When the state expires: the end of its window.
 
     Returns:
         µs since the epoch.
@@ -59,15 +51,10 @@ def expires_at(limit: Limit, state: tuple[int, int]) -> int:
 
 
 def merge(_: Limit, state: tuple[int, int] | None, other: tuple[int, int]) -> tuple[int, int]:
-    """Add what was admitted elsewhere: of two windows the later one counts, the same one counts both.
+    """Merge a state of another store: of different windows the later one is kept, counts of the same window are added.
 
     Args:
-        _: the limit; not needed.
-        state: as `decide` gave it, or None.
-        other: the same, of elsewhere; its units are below 0 where they are given back.
-
-    Returns:
-        The state that holds both.
+        other: the same, of another store; its units are below 0 for refunds.
     """
     if state is None or other[0] > state[0]:
         return other[0], max(other[1], 0)

@@ -1,6 +1,6 @@
 """Leaky bucket: paces. Requests pass one by one, `window / amount` apart; a burst lets that many pass at once first.
 
-Promise: in no span of time t is more than `burst + amount × t / window` admitted; with the default burst of 1, no two
+Guarantee: in no span of time t is more than `burst + amount × t / window` admitted; with the default burst of 1, no two
 requests are closer than `window / amount`.
 As a meter it is the token bucket's arithmetic with another default burst (1, filled in by `LimitSet`), so it is the token
 bucket's

@@ -1,6 +1,6 @@
-"""Sliding window: the current window's count plus the previous one's, weighted by how much of it is still in sight.
+"""Sliding window: the current window's count plus the previous one's, weighted by the part of it within the last window length.
 
-Promise: `current + floor(previous × (window − elapsed) / window)` never exceeds the amount at an admission; so no window
+Guarantee: `current + floor(previous × (window − elapsed) / window)` never exceeds the amount at an admission; so no window
 aligned to the epoch (or calendar month or year) holds more than the amount.
 Bound: the weight assumes that the previous window's requests were spread evenly; over an arbitrary window the count stays below
 twice the amount, and for evenly spread requests at the amount.
@@ -19,16 +19,12 @@ def decide(
     """Charge a cost to the current window.
 
     Args:
-        limit: what holds.
         state: start of the current window in µs, units in it, units in the one before; None for nothing.
         now: µs since the epoch; before the state's window it counts as that window's start.
         cost: units, 0 or more.
-
-    Returns:
-        See `tidegate.algorithms`.
     """
     window = limit.window_us
-    # Only a window as long as a month can be one: one comparison for all others.
+    # Only long windows can be calendar windows: one comparison for all others.
     if window >= MONTH_US and limit.is_calendar:
         return _decide_in_calendar(limit, state, now, cost)
     if state is None:
@@ -47,7 +43,9 @@ def decide(
     free = limit.amount - current - previous * left // window if previous else limit.amount - current
     if cost <= free or not cost:
         current += cost
-        return (start, current, previous), free - cost if free > cost else 0, _reset(current, previous, left, window, window), 0
+        # `_reset`, written out for the usual case.
+        reset = left + window + 1 + -window // current if current else _reset(0, previous, left, window, window)
+        return (start, current, previous), free - cost if free > cost else 0, reset, 0
     return (
         None,
         free if free > 0 else 0,
@@ -59,7 +57,7 @@ def decide(
 def _decide_in_calendar(
     limit: Limit, state: tuple[int, int, int] | None, now: int, cost: int
 ) -> tuple[tuple[int, int, int] | None, int, int, int | None]:
-    """The same in calendar months or years, whose lengths differ: each count is weighted over the one in which it fades."""
+    """`decide` for calendar months or years, whose lengths differ: each count is weighted over the window after its own."""
     if state is not None and now < state[0]:
         now = state[0]
     start, end = bounds_of(limit, now)
@@ -113,11 +111,7 @@ def _retry(amount: int, current: int, previous: int, left: int, window: int, fol
 
 
 def expires_at(limit: Limit, state: tuple[int, int, int]) -> int:
-    """When the state stops counting: when its counts have faded out.
-
-    Args:
-        limit: what holds.
-        state: as `decide` gave it.
+    """When the state expires: when the weighted count is 0.
 
     Returns:
         µs since the epoch.
@@ -133,15 +127,10 @@ def expires_at(limit: Limit, state: tuple[int, int, int]) -> int:
 
 
 def merge(limit: Limit, state: tuple[int, int, int] | None, other: tuple[int, int, int]) -> tuple[int, int, int]:
-    """Add what was admitted elsewhere, both as of the later of the two windows.
+    """Merge a state of another store, both as of the later of the two windows.
 
     Args:
-        limit: what holds.
-        state: as `decide` gave it, or None.
-        other: the same, of elsewhere; its units are below 0 where they are given back.
-
-    Returns:
-        The state that holds both.
+        other: the same, of another store; its units are below 0 for refunds.
     """
     if state is None:
         state = (other[0], 0, 0)

@@ -1,12 +1,11 @@
 """Token bucket: a bucket of `burst` tokens, refilled continuously with `amount` tokens per window.
 
-Promise: in no span of time t, wherever it lies, is more than `burst + amount × t / window` admitted; so in a window at most
+Guarantee: in no span of time t is more than `burst + amount × t / window` admitted; so in a window at most
 `burst + amount`.
-State: `(level, scale, rate, at)`: what was taken, in units of 1/scale token, as it stood at `at`; it drains by `rate` units a µs.
-With `g = gcd(amount, window)`, `scale = window / g` and `rate = amount / g`: all integers, so no fraction is ever lost. The state
-says its own scale, so that a changed limit finds what was taken (rounded up to whole tokens once, and 2^53 at the most: levels
-are exact up to there on every store).
-A calendar month counts as 31 days, a year as 366; the default burst is the amount.
+State: `(level, scale, rate, at)`: consumed tokens, in units of 1/scale token, at time `at`; the level drains by `rate` units per
+µs. With `g = gcd(amount, window)`, `scale = window / g` and `rate = amount / g`: all integers, so no fraction is ever lost. The
+state contains its scale, so that consumption is kept when the limit changes (rounded up once to whole tokens, at most 2^53:
+levels are exact up to there on every store). A calendar month counts as 31 days, a year as 366; the default burst is the amount.
 """
 
 from __future__ import annotations
@@ -20,16 +19,13 @@ BucketState: TypeAlias = tuple[int, int, int, int]
 
 
 def decide(limit: Limit, state: BucketState | None, now: int, cost: int) -> tuple[BucketState | None, int, int, int | None]:
-    """Take `cost` tokens at `now`.
+    """Consume `cost` tokens at `now`.
 
     Args:
-        limit: what holds; its burst must be set, as in every `LimitSet`.
+        limit: its burst must be set, as in every `LimitSet`.
         state: see the module; None for a full bucket.
-        now: µs since the epoch; before the state's moment it counts as that moment.
+        now: µs since the epoch; before the state's time it counts as that time.
         cost: tokens, 0 or more.
-
-    Returns:
-        See `tidegate.algorithms`.
     """
     scale, rate = scale_and_rate(limit)
     level = 0
@@ -52,10 +48,6 @@ def decide(limit: Limit, state: BucketState | None, now: int, cost: int) -> tupl
 def expires_at(_: Limit, state: BucketState) -> int:
     """When the bucket is full again, by the state's own rate.
 
-    Args:
-        _: the limit; not needed, the state is enough.
-        state: as `decide` gave it.
-
     Returns:
         µs since the epoch.
     """
@@ -64,15 +56,10 @@ def expires_at(_: Limit, state: BucketState) -> int:
 
 
 def merge(limit: Limit, state: BucketState | None, other: BucketState) -> BucketState:
-    """Add what was taken elsewhere, both as they stand at the later of the two moments.
+    """Merge a state of another store, both as of the later of the two times.
 
     Args:
-        limit: what holds.
-        state: as `decide` gave it, or None.
-        other: the same, of elsewhere; its level is below 0 where tokens are given back: those do not drain.
-
-    Returns:
-        The state that holds both.
+        other: the same, of another store; its level is below 0 for refunds, which do not drain.
     """
     scale, rate = scale_and_rate(limit)
     at = other[3] if state is None else max(state[3], other[3])
@@ -84,9 +71,6 @@ def merge(limit: Limit, state: BucketState | None, other: BucketState) -> Bucket
 def scale_and_rate(limit: Limit) -> tuple[int, int]:
     """The integers that a limit is counted in.
 
-    Args:
-        limit: what holds.
-
     Returns:
         Units that make one token, and units that drain in one µs.
     """
@@ -95,7 +79,7 @@ def scale_and_rate(limit: Limit) -> tuple[int, int]:
 
 
 def _level_at(state: BucketState, now: int, scale: int, rate: int) -> int:
-    """What is left of a state's level at a moment that is not before it, in units of 1/scale token."""
+    """The level of a state at a later time, in units of 1/scale token."""
     level, old_scale, old_rate, at = state
     level -= (now - at) * old_rate
     if level <= 0:

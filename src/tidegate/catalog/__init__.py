@@ -1,7 +1,7 @@
-"""The catalog of tiers, rules and API keys, as checks read it.
+"""The catalog of tiers, rules and API keys: the read path of checks.
 
 `Catalog` is the port. `sql` implements it in SQLite and PostgreSQL, `shared` adds a cache in Redis that all instances share,
-`cached` caches in the memory of one process, `in_memory` holds a single policy. Records are complete and immutable. A catalog
+`cached` caches in the memory of one process, `in_memory` contains a single policy. Records are complete and immutable. A catalog
 that does not answer raises `CatalogUnavailable`. Any number of tasks of one event loop may call it concurrently.
 """
 
@@ -17,8 +17,8 @@ from tidegate.policy.model import ApiKey, Tier
 class Catalog(Protocol):
     """The port of the catalog. Every lookup returns the catalog version that the value was read at, and the value.
 
-    `min_version` is the lowest version that a value may be read at. A cache or a replica that is older is skipped; the database
-    that is written to answers in any case, for it may itself have been replaced by an older one.
+    `min_version` is the lowest version that a value may be read at. An older cache entry or replica is skipped; the primary
+    database answers in any case, because it may itself have been replaced by an older one.
     """
 
     async def api_key(self, sha256: str, min_version: int = 0) -> tuple[int, ApiKey | None]:
@@ -26,7 +26,6 @@ class Catalog(Protocol):
 
         Args:
             sha256: lower-case hex digest of the key.
-            min_version: see `Catalog`.
 
         Returns:
             The version, and the key, also if it is revoked or expired; None if it is unknown.
@@ -68,9 +67,6 @@ class Catalog(Protocol):
 
     async def changes(self, since: int) -> Changes:
         """What changed after a version.
-
-        Args:
-            since: the version that the caller knows, 0 or more.
 
         Raises:
             CatalogUnavailable: if the catalog does not answer.

@@ -1,4 +1,4 @@
-"""What the cache in front of the catalog holds: tiers ready to be used, callers, and a bounded table of either."""
+"""The entries of the cache in front of the catalog (compiled tiers and callers), and the bounded table that stores them."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from typing import Final, Generic, TypeVar
 
 from tidegate.policy.attributes import CallerPolicy
 from tidegate.policy.matching import CompiledTier
-from tidegate.policy.model import ApiKey
+from tidegate.policy.model import ApiKey, KeyStatus
 from tidegate.policy.namespaces import CompiledNamespace
 
 SECOND_CHANCES: Final = 16
-"""So many entries get a second round for each that goes: where all are in use, no check waits until all were looked at."""
+"""Maximum number of recently used entries skipped per eviction: bounds the work of one check when all entries are in use."""
 
-V = TypeVar("V", bound="HeldTier | Caller | UnkeyedCallers | TierNames | None")
+V = TypeVar("V", bound="CachedTier | Caller | UnkeyedCallers | TierNames | None")
 
 
-class HeldTier:
-    """A tier as it is cached, and whether it still is."""
+class CachedTier:
+    """A cached compiled tier. `current` is False once the cache has replaced it."""
 
     __slots__ = ("_unkeyed", "compiled", "current", "recent")
 
@@ -47,26 +47,26 @@ class TierNames:
 
 
 class Caller:
-    """Who asks, as far as the catalog knows.
-
-    Args:
-        api_key: the key's record; None for callers without a key.
-        held: the tier's rules.
+    """A caller and its rules. `api_key` is None for callers without a key.
 
     Attributes:
-        form_checked: whether a key came that has the form of keys; look-ups by the digest alone do not tell.
+        form_checked: whether a key of valid format was received for it; a look-up by digest does not show that.
+        never_ends: whether the key is active and does not expire, or there is none.
     """
 
-    __slots__ = ("api_key", "form_checked", "held", "recent", "subject", "tier")
+    __slots__ = ("api_key", "cached_tier", "form_checked", "never_ends", "recent", "subject", "tier")
 
-    def __init__(self, api_key: ApiKey | None, held: HeldTier) -> None:
+    def __init__(self, api_key: ApiKey | None, cached_tier: CachedTier) -> None:
         self.api_key = api_key
-        self.held = held
+        self.cached_tier = cached_tier
         self.recent = False
         self.form_checked = False
+        self.never_ends = api_key is None or (api_key.status is KeyStatus.ACTIVE and api_key.expires_at_us is None)
         # The tier's rules, with the key's own limits where it has any.
         self.tier = (
-            held.compiled if api_key is None or not api_key.overrides else CompiledTier(held.compiled.tier, api_key.overrides)
+            cached_tier.compiled
+            if api_key is None or not api_key.overrides
+            else CompiledTier(cached_tier.compiled.tier, api_key.overrides)
         )
         self.subject = "" if api_key is None else f"k:{api_key.owner}"
 
@@ -82,34 +82,35 @@ class UnkeyedCallers:
         namespaces: those of the policy by name, ready to be counted.
     """
 
-    __slots__ = ("default", "namespaces", "policy", "recent")
+    __slots__ = ("default", "namespaces", "policy", "recent", "tier_from")
 
     def __init__(self, policy: CallerPolicy, default: Caller | None) -> None:
         self.policy = policy
+        self.tier_from = policy.tier_from
         self.default = default
         self.namespaces = {namespace.name: CompiledNamespace(namespace) for namespace in policy.namespaces}
         self.recent = False
 
 
 class CacheLevel(Generic[V]):
-    """A bounded cache of one kind of thing, with single flight.
+    """A bounded cache of one kind of entry; concurrent misses of one name share one load.
 
-    The oldest entry goes first, but one that was asked for since it came there gets a second round (CLOCK; Corbató 1968): about
-    as good as the least recently used, for the price of one flag where a hit would else move the entry.
+    The oldest entry is evicted first, but one that was used since it was stored is moved to the back once (CLOCK; Corbató 1968):
+    nearly as good as LRU, and a hit only sets a flag instead of moving the entry.
 
-    `stale` holds entries that may be out of date, which are served only while the catalog fails.
+    `stale` contains entries that may be out of date; they are served only while the catalog fails.
     """
 
     def __init__(self, kind: str, max_entries: int) -> None:
         self.kind = kind
         self.max_entries = max_entries
-        # Not a dict, in which the first entry is found ever more slowly the more were taken off the front.
+        # Not a dict: finding its first entry takes longer the more entries were removed from its front.
         self.entries: OrderedDict[str, tuple[float, V]] = OrderedDict()
         self.stale: OrderedDict[str, tuple[float, V]] = OrderedDict()
         self.flights: dict[str, asyncio.Task[V]] = {}
 
     def put(self, name: str, value: V, fresh_until: float) -> None:
-        """Keep an entry, in place of the oldest one where there are too many."""
+        """Store an entry; evict the oldest one if the cache is full."""
         self.entries.pop(name, None)
         if self.stale:
             self.stale.pop(name, None)
@@ -123,7 +124,7 @@ class CacheLevel(Generic[V]):
         self.entries[name] = (fresh_until, value)
 
     def mark_stale(self, name: str) -> None:
-        """Serve an entry no more unless the catalog fails."""
+        """Serve an entry only while the catalog fails."""
         entry = self.entries.pop(name, None)
         if entry is not None:
             self.stale[name] = entry
@@ -131,14 +132,14 @@ class CacheLevel(Generic[V]):
         self.flights.pop(name, None)
 
     def mark_all_stale(self) -> None:
-        """Serve no entry more unless the catalog fails."""
+        """Serve all entries only while the catalog fails."""
         self.stale.update(self.entries)
         self.entries = OrderedDict()
         self.flights.clear()
         self._bound_stale()
 
     def drop(self, name: str) -> None:
-        """Serve an entry never again."""
+        """Remove an entry; it is not served even while the catalog fails."""
         self.entries.pop(name, None)
         self.stale.pop(name, None)
         self.flights.pop(name, None)

@@ -1,14 +1,14 @@
-"""The catalog in memory: what the gate asks. One level of cache in front of any `Catalog`.
+"""The process cache (L1) that the gate reads: one level of cache in front of any `Catalog`.
 
-What is cached is a whole compiled tier and a single API key, never a (key, path) pair, so paths grow nothing; keys are bounded by
-`max_keys`, unknown keys by `MAX_UNKNOWN` and remembered for seconds only. Concurrent misses of one key or tier make one
-query; how many queries run at once is bounded by the database's pool. When the catalog fails, what is cached serves up to
-`stale_if_error_s` past its time.
+Entries are complete compiled tiers and single API keys, never (key, path) pairs, so paths do not grow the cache. Keys are bounded
+by `max_keys`; unknown keys by `MAX_UNKNOWN`, and they expire within seconds. Concurrent misses of one key or tier share one
+query; the database's connection pool bounds the concurrent queries. While the catalog fails, entries are served up to
+`stale_if_error_s` after they expire.
 
-A change of the catalog takes away what it touched and nothing else: one revoked key of a hundred thousand makes one query. A
-key that is known to be changed is never served again as it was; a changed tier is, while the catalog fails, for an old limit is
-better than none. While the catalog answers, it is waited for: what is known to be replaced decides nothing any more, however slow
-the database is. Tiers that changed are loaded again at once, in the background, so that checks need not wait as a rule.
+A change of the catalog invalidates only what it touched: one revoked key of a hundred thousand causes one query. A key that is
+known to have changed is never served in its old state. A changed tier is, but only while the catalog fails: an old limit is
+better than none. While the catalog answers, checks wait for it: an entry known to be replaced decides no check, however slow
+the database is. Changed tiers are reloaded at once in the background, so that checks rarely wait.
 """
 
 from __future__ import annotations
@@ -23,15 +23,9 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Final
 
 from tidegate.catalog import Catalog
-from tidegate.catalog.cache_level import CacheLevel, Caller, HeldTier, TierNames, UnkeyedCallers, V
-from tidegate.catalog.changes import (
-    ALL,
-    ANONYMOUS,
-    KEY,
-    TIER,
-    Changes,
-    Item,
-)
+from tidegate.catalog.cache_level import CachedTier, CacheLevel, Caller, TierNames, UnkeyedCallers, V
+from tidegate.catalog.caller_tokens import CallerTokens
+from tidegate.catalog.changes import ALL, ANONYMOUS, KEY, TIER, Changes, Item
 from tidegate.catalog.freshness import FreshnessTracker
 from tidegate.catalog.unknown_keys import UnknownKeyLimit
 from tidegate.errors import CatalogUnavailable, TooManyUnknownKeys
@@ -44,27 +38,27 @@ logger = logging.getLogger(__name__)
 MAX_UNKNOWN: Final = 10_000
 UNKNOWN_TTL_S: Final = 5.0
 PATIENCE_S: Final = 0.05
-"""So long a check waits for the catalog where an entry past its time can serve; the query goes on meanwhile."""
-_TRIES: Final = 3
+"""Maximum wait of a check for the catalog if an expired entry can be served; the query continues in the background."""
+_MAX_ATTEMPTS: Final = 3
 RELOADS: Final = 4
-"""So many changed tiers are loaded at the same time: checks need connections to the database too."""
+"""Maximum number of changed tiers reloaded at the same time: checks need database connections too."""
 RETRY_S: Final = 1.0
-"""So long nothing past its time is asked for again after the catalog failed, and waited for after it was slow."""
+"""Pause after a failure of the catalog before expired entries are loaded again, and after a slow answer before checks wait again.
+"""
 
 
 class CachedCatalog:
-    """What the gate asks about callers.
+    """Cached callers and tiers, for the gate.
 
     Args:
-        catalog: where policy lives.
-        l1_ttl_s: how long an entry is fresh, s, give or take a tenth so that entries do not expire together.
-        stale_if_error_s: how long past that it still serves while the catalog fails, s.
-        max_keys: most API keys cached, 1 or more; each costs about 700 bytes.
-        clock: gives monotonic seconds.
-        unknown_keys: bounds the look-ups of unknown keys by client; None for no bound.
+        l1_ttl_s: TTL of an entry, s, varied by ±10 % so that entries do not expire together.
+        stale_if_error_s: how long after that an entry is still served while the catalog fails, s.
+        max_keys: maximum number of cached API keys, 1 or more; each takes about 700 bytes.
+        unknown_keys: limits the look-ups of unknown keys per client; None for no limit.
 
     Attributes:
-        active_policy: what the policy says of callers without an API key, and of attributes; None where it has to be loaded.
+        caller_tokens: receives each change as well; None if callers of the data plane need no token.
+        active_policy: what the policy says of callers without an API key, and of attributes; None if it has to be loaded.
     """
 
     def __init__(
@@ -78,6 +72,7 @@ class CachedCatalog:
     ) -> None:
         self.catalog = catalog
         self.unknown_keys = unknown_keys
+        self.caller_tokens: CallerTokens | None = None
         self.hits = self.misses = self.stale = 0
         self.active_policy: CallerPolicy | None = None
         self._l1_ttl_s = l1_ttl_s
@@ -85,7 +80,7 @@ class CachedCatalog:
         self._clock = clock
         self._callers: CacheLevel[Caller | None] = CacheLevel(KEY, max_keys)
         self._unknown: OrderedDict[str, float] = OrderedDict()
-        self._tiers: CacheLevel[HeldTier | None] = CacheLevel(TIER, 10_000)
+        self._tiers: CacheLevel[CachedTier | None] = CacheLevel(TIER, 10_000)
         self._unkeyed: CacheLevel[UnkeyedCallers] = CacheLevel(ANONYMOUS, 1)
         self._names: CacheLevel[TierNames] = CacheLevel("names", 1)
         self._generation = 0
@@ -97,46 +92,41 @@ class CachedCatalog:
 
     @property
     def version(self) -> int:
-        """The version of the catalog that is in force here, as far as `changed` was told."""
+        """The catalog version that is active here: that of the last call of `changed`."""
         return self._last.version
 
     def is_at_hand(self, sha256: str) -> bool:
-        """Whether `caller` answers from memory.
-
-        Args:
-            sha256: lower-case hex digest of the key.
-        """
+        """Whether `caller` would answer from memory."""
         entry = self._callers.entries.get(sha256)
-        if entry is not None and entry[0] > self._clock() and entry[1] is not None and entry[1].held.current:
+        if entry is not None and entry[0] > self._clock() and entry[1] is not None and entry[1].cached_tier.current:
             return True
         return self._unknown.get(sha256, 0.0) > self._clock()
 
     def cached_caller(self, sha256: str) -> Caller | None:
-        """The caller that an API key belongs to, where memory alone knows it.
-
-        Args:
-            sha256: lower-case hex digest of the key.
-
-        Returns:
-            The caller, with revoked and expired keys too; None where `caller` has more to do.
-        """
+        """The caller that an API key belongs to, also if revoked or expired; None if `caller` must be used."""
         entry = self._callers.entries.get(sha256)
-        if entry is not None and entry[0] > self._clock() and (caller := entry[1]) is not None and caller.held.current:
+        if entry is not None and entry[0] > self._clock() and (caller := entry[1]) is not None and caller.cached_tier.current:
             self.hits += 1
             caller.recent = True
             return caller
         return None
 
     def cached_anonymous(self) -> Caller | None:
-        """The caller that checks without a key belong to, where memory alone knows it.
+        """The caller of checks without a key; None if `anonymous` must be used, or there is none."""
+        callers = self.cached_unkeyed()
+        return None if callers is None else callers.default
 
-        Returns:
-            The caller; None where `anonymous` has more to do, or there is none.
-        """
+    def cached_unkeyed(self) -> UnkeyedCallers | None:
+        """Who callers without an API key are, where memory alone knows it and the one that names no tier has one."""
         entry = self._unkeyed.entries.get("")
-        if entry is not None and entry[0] > self._clock() and (caller := entry[1].default) is not None and caller.held.current:
+        if (
+            entry is not None
+            and entry[0] > self._clock()
+            and (caller := entry[1].default) is not None
+            and caller.cached_tier.current
+        ):
             self.hits += 1
-            return caller
+            return entry[1]
         return None
 
     def cached_caller_policy(self) -> CallerPolicy | None:
@@ -157,14 +147,13 @@ class CachedCatalog:
         """The caller that an API key belongs to.
 
         Args:
-            sha256: lower-case hex digest of the key.
-            client: address of whoever sent the key, as `client_of` gives it; None where it is not known, or does not matter.
+            client: address of the sender of the key, as returned by `client_of`; None if unknown or irrelevant.
 
         Returns:
-            The caller, with revoked and expired keys too; None where the key is unknown. Costs 0.2 µs when cached.
+            The caller, also for revoked and expired keys; None if the key is unknown. Costs 0.2 µs when cached.
 
         Raises:
-            CatalogUnavailable: if the catalog fails and nothing cached can stand in.
+            CatalogUnavailable: if the catalog fails and no cached entry can be served.
             TooManyUnknownKeys: if the key is not cached, and the client has sent too many unknown ones.
         """
         caller = self.cached_caller(sha256)
@@ -181,7 +170,7 @@ class CachedCatalog:
         return await self._load_limited(sha256, client, self.unknown_keys)
 
     async def _load_limited(self, sha256: str, client: str, limit: UnknownKeyLimit) -> Caller | None:
-        """A look-up that nobody else has under way, within the client's bound. A key that was known before has no bound."""
+        """Load a key that no other task is loading, within the client's limit. The limit does not apply to keys known before."""
         if sha256 not in self._callers.entries and sha256 not in self._callers.stale:
             wait_s = limit.wait_s(client)
             if wait_s > 0:
@@ -190,19 +179,16 @@ class CachedCatalog:
                     f"this address has sent too many unknown API keys: try again in {math.ceil(wait_s)} s",
                     retry_after=math.ceil(wait_s),
                 )
-        found = await self._load_through(self._callers, sha256, self._load_caller)
-        if found is None:
+        caller = await self._load_through(self._callers, sha256, self._load_caller)
+        if caller is None:
             limit.count(client)
-        return found
+        return caller
 
     async def anonymous(self) -> Caller | None:
-        """The caller that checks without a key belong to.
-
-        Returns:
-            The caller; None where such checks are refused.
+        """The caller of checks without a key; None if such checks are rejected.
 
         Raises:
-            CatalogUnavailable: if the catalog fails and nothing cached can stand in.
+            CatalogUnavailable: if the catalog fails and no cached entry can be served.
         """
         return (await self._unkeyed_callers()).default
 
@@ -242,53 +228,40 @@ class CachedCatalog:
         known = entry[1] if entry is not None and fresh else await self._load_through(self._names, "", self._load_names)
         if name not in known.names:
             return None
-        held = await self._current_tier(name)
-        return None if held is None else held.unkeyed
+        cached = await self._current_tier(name)
+        return None if cached is None else cached.unkeyed
 
     async def _unkeyed_callers(self) -> UnkeyedCallers:
         entry = self._unkeyed.entries.get("")
-        if entry is not None and entry[0] > self._clock() and (entry[1].default is None or entry[1].default.held.current):
+        if entry is not None and entry[0] > self._clock() and (entry[1].default is None or entry[1].default.cached_tier.current):
             self.hits += 1
             return entry[1]
         return await self._load_through(self._unkeyed, "", self._load_unkeyed)
 
     async def tier(self, name: str) -> CompiledTier | None:
-        """A tier ready to be asked.
-
-        Args:
-            name: the tier's name.
-
-        Returns:
-            The tier; None where it is unknown.
+        """A compiled tier; None if it is unknown.
 
         Raises:
-            CatalogUnavailable: if the catalog fails and nothing cached can stand in.
+            CatalogUnavailable: if the catalog fails and no cached entry can be served.
         """
-        held = await self._tier(name)
-        return None if held is None else held.compiled
+        cached = await self._tier(name)
+        return None if cached is None else cached.compiled
 
     async def fresh_tier(self, name: str) -> CompiledTier | None:
-        """As `tier`, but nothing past its time stands in: for those who changed it, and can wait.
-
-        Args:
-            name: the tier's name.
-
-        Returns:
-            The tier; None where it is unknown.
+        """Like `tier`, but never an expired entry: for callers that changed the tier and can wait.
 
         Raises:
             CatalogUnavailable: if the catalog fails.
         """
         entry = self._tiers.entries.get(name)
         fresh = entry is not None and entry[0] > self._clock()
-        held = entry[1] if entry is not None and fresh else await asyncio.shield(self._flight(self._tiers, name, self._load_tier))
-        return None if held is None else held.compiled
+        cached = (
+            entry[1] if entry is not None and fresh else await asyncio.shield(self._flight(self._tiers, name, self._load_tier))
+        )
+        return None if cached is None else cached.compiled
 
     async def tier_names(self) -> list[str]:
-        """All tiers there are. Not cached: no check asks for them.
-
-        Returns:
-            Their names, sorted.
+        """The names of all tiers, sorted. Not cached: no check needs them.
 
         Raises:
             CatalogUnavailable: if the catalog fails.
@@ -296,36 +269,28 @@ class CachedCatalog:
         return await self.catalog.tier_names()
 
     def changed(self, changes: Changes) -> None:
-        """Forget what was touched, or everything where that is not known. What is being loaded meanwhile is not kept.
-
-        Args:
-            changes: since `version`.
-        """
+        """Invalidate what was touched since `version`, or everything if that is unknown. Loads in progress are not cached."""
         everything = changes.version < self.version or changes.floor > self.version
         self._last.note(changes)
         if everything:
             self.invalidate()
-        self._forget(item for _, item in changes.items)
+        items = [item for _, item in changes.items]
+        self._invalidate(items)
+        if self.caller_tokens is not None:
+            self.caller_tokens.changed(items, everything=everything)
 
     def touched(self, version: int, items: Iterable[Item]) -> None:
-        """Forget what a change touched that was made here, without waiting to read of it.
-
-        Args:
-            version: that the change made.
-            items: what it touched.
-        """
+        """Invalidate what a change made in this process touched, without waiting for the follower to read it."""
         items = list(items)
         self._last.remember((version, item) for item in items)
         if (ALL, "") in items:
             self.invalidate()
-        self._forget(items)
+        self._invalidate(items)
+        if self.caller_tokens is not None:
+            self.caller_tokens.changed(items)
 
     def followed(self, *, failing: bool) -> None:
-        """Note whether the catalog answers: who follows it queries the database itself, and not a cache.
-
-        Args:
-            failing: whether it did not answer just now.
-        """
+        """Record whether the catalog answers the follower, which queries the database and no cache."""
         self._followed = True
         self._failing = failing
         # Loaded again by the next request that needs them.
@@ -333,7 +298,7 @@ class CachedCatalog:
             self.active_policy = None
 
     def invalidate(self) -> None:
-        """Ask the catalog again about everything. What is being loaded meanwhile is not kept."""
+        """Invalidate everything. Loads in progress are not cached."""
         self._generation += 1
         tiers = list(self._tiers.entries)
         for level in (self._callers, self._tiers, self._unkeyed, self._names):
@@ -342,7 +307,7 @@ class CachedCatalog:
         self._unknown.clear()
         self._schedule_reload(tiers)
 
-    def _forget(self, items: Iterable[Item]) -> None:
+    def _invalidate(self, items: Iterable[Item]) -> None:
         for kind, name in items:
             if kind == KEY:
                 self._callers.drop(name)
@@ -365,7 +330,7 @@ class CachedCatalog:
             entry[1].current = False
 
     def _schedule_reload(self, tiers: Iterable[str]) -> None:
-        """Load tiers that were cached and have changed, before a check needs them."""
+        """Reload cached tiers that changed, before a check needs them."""
         self._to_reload.update(dict.fromkeys(tiers))
         if self._to_reload and self._reloading is None:
             self._reloading = asyncio.ensure_future(self._reload())
@@ -374,13 +339,13 @@ class CachedCatalog:
         try:
             while self._to_reload:
                 names = [self._to_reload.popitem(last=False)[0] for _ in range(min(RELOADS, len(self._to_reload)))]
-                # What fails is loaded by the next check that needs it.
+                # A tier whose load fails is loaded by the next check that needs it.
                 await asyncio.wait([self._flight(self._tiers, name, self._load_tier) for name in names])
         finally:
             self._reloading = None
 
     def __len__(self) -> int:
-        """API keys cached, unknown ones included."""
+        """Number of cached API keys, including unknown ones."""
         return len(self._callers.entries) + len(self._unknown)
 
     async def _load_through(self, level: CacheLevel[V], name: str, load: Callable[[str], Awaitable[V]]) -> V:
@@ -396,51 +361,51 @@ class CachedCatalog:
                 if replaced and not self._failing:
                     return await asyncio.shield(flight)
                 if now >= self._slow_until:
-                    # Not asyncio.timeout: it needs a task of its own, and the HTTP server begins without one.
+                    # Not asyncio.timeout: it needs a task, and the HTTP server calls this outside of one.
                     await asyncio.wait((flight,), timeout=PATIENCE_S)
                     if flight.done():
                         return flight.result()
                     self._slow_until = now + RETRY_S
             except CatalogUnavailable as error:
-                logger.debug("an entry past its time serves: %s", error)
+                logger.debug("serving an expired entry: %s", error)
         self.stale += 1
         return value
 
     def _stale_value(self, level: CacheLevel[V], name: str, value: V) -> tuple[bool, V]:
-        """Whether an entry is known to be replaced, or may be, and what it serves as where the catalog gives no newer one."""
+        """Whether an entry is known to be replaced, and the value to serve if the catalog returns no newer one."""
         if name not in level.entries:
             return True, value
-        if isinstance(value, Caller) and not value.held.current:
-            # Its tier is another one now, whether it has changed or was merely loaded again: the key itself is as it was.
-            held = self._tiers.entries.get(value.held.compiled.tier.name)
-            if held is None or held[1] is None or not held[1].current:
+        if isinstance(value, Caller) and not value.cached_tier.current:
+            # Its tier was replaced, because it changed or was loaded again; the key itself is unchanged.
+            entry = self._tiers.entries.get(value.cached_tier.compiled.tier.name)
+            if entry is None or entry[1] is None or not entry[1].current:
                 return True, value
-            return False, Caller(value.api_key, held[1])  # type: ignore[return-value]
-        if isinstance(value, UnkeyedCallers) and value.default is not None and not value.default.held.current:
-            held = self._tiers.entries.get(value.default.held.compiled.tier.name)
-            if held is None or held[1] is None or not held[1].current:
+            return False, Caller(value.api_key, entry[1])  # type: ignore[return-value]
+        if isinstance(value, UnkeyedCallers) and value.default is not None and not value.default.cached_tier.current:
+            entry = self._tiers.entries.get(value.default.cached_tier.compiled.tier.name)
+            if entry is None or entry[1] is None or not entry[1].current:
                 return True, value
-            return False, UnkeyedCallers(value.policy, Caller(None, held[1]))  # type: ignore[return-value]
+            return False, UnkeyedCallers(value.policy, Caller(None, entry[1]))  # type: ignore[return-value]
         return False, value
 
     def _flight(self, level: CacheLevel[V], name: str, load: Callable[[str], Awaitable[V]]) -> asyncio.Task[V]:
-        """One query for all who ask for it meanwhile; none of them can cancel it for the others."""
+        """One load shared by all concurrent waiters; none of them can cancel it for the others."""
         task = level.flights.get(name)
-        # One of an event loop that ended meanwhile never lands.
+        # A task of an event loop that has ended never finishes.
         if task is None or task.get_loop() is not asyncio.get_running_loop():
             task = level.flights[name] = asyncio.ensure_future(self._load(level, name, load))
 
-            def landed(done: asyncio.Task[V]) -> None:
+            def finished(done: asyncio.Task[V]) -> None:
                 if level.flights.get(name) is done:
                     del level.flights[name]
-                # Looked at here, for every waiter may have gone before it failed.
+                # Read here: every waiter may have been cancelled before it failed.
                 if not done.cancelled() and isinstance(done.exception(), CatalogUnavailable):
                     self._retry_at = self._clock() + RETRY_S
                     self._failing = True
                 elif not self._followed:
                     self._failing = False
 
-            task.add_done_callback(landed)
+            task.add_done_callback(finished)
         return task
 
     async def _load(self, level: CacheLevel[V], name: str, load: Callable[[str], Awaitable[V]]) -> V:
@@ -448,7 +413,7 @@ class CachedCatalog:
         value = await load(name)
         if generation == self._generation and min_version == self._last.min_version(level.kind, name):
             if value is None and level.kind == KEY:
-                # Apart from the known ones, so that a flood of unknown keys cannot push those out.
+                # Stored separately, so that a flood of unknown keys does not evict known ones.
                 level.drop(name)
                 self._note_unknown(name)
             else:
@@ -465,32 +430,32 @@ class CachedCatalog:
     def _fresh_until(self, level: CacheLevel[V], name: str, value: V) -> float:
         now = self._clock()
         entry = level.entries.get(name)
-        if entry is not None and entry[0] > now and _of_one_key(value, entry[1]):
-            # Only its tier was asked for: the key is as old as it was.
+        if entry is not None and entry[0] > now and _is_same_key(value, entry[1]):
+            # Only its tier was reloaded: the age of the key is unchanged.
             return entry[0]
         return now + self._l1_ttl_s * random.uniform(0.9, 1.1)
 
-    async def _tier(self, name: str) -> HeldTier | None:
+    async def _tier(self, name: str) -> CachedTier | None:
         entry = self._tiers.entries.get(name)
         if entry is not None and entry[0] > self._clock():
             if entry[1] is not None:
                 entry[1].recent = True
             return entry[1]
-        held = await self._load_through(self._tiers, name, self._load_tier)
+        cached = await self._load_through(self._tiers, name, self._load_tier)
         entry = self._tiers.entries.get(name)
-        if held is not None and (entry is None or entry[1] is not held):
-            # It was changed on the way: whoever holds it looks here again.
-            held.current = False
-        return held
+        if cached is not None and (entry is None or entry[1] is not cached):
+            # It changed during the load: users of it must read the cache again.
+            cached.current = False
+        return cached
 
-    async def _current_tier(self, name: str) -> HeldTier | None:
-        """As `_tier`; where it changed on the way, again: others may have begun to wait for this after the change."""
-        held = await self._tier(name)
-        for _ in range(_TRIES):
-            if held is None or held.current or self._failing:
+    async def _current_tier(self, name: str) -> CachedTier | None:
+        """Like `_tier`, repeated if it changed during the load: others may have joined this load after the change."""
+        cached = await self._tier(name)
+        for _ in range(_MAX_ATTEMPTS):
+            if cached is None or cached.current or self._failing:
                 break
-            held = await self._tier(name)
-        return held
+            cached = await self._tier(name)
+        return cached
 
     async def _load_caller(self, sha256: str) -> Caller | None:
         entry = self._callers.entries.get(sha256)
@@ -501,25 +466,25 @@ class CachedCatalog:
             _, api_key = await self.catalog.api_key(sha256, self._last.min_version(KEY, sha256))
         if api_key is None:
             return None
-        held = await self._current_tier(api_key.tier)
-        if held is None:
-            raise CatalogUnavailable(f"the catalog knows the key {api_key.id} but not its tier {api_key.tier!r}: try again")
-        return Caller(api_key, held)
+        cached = await self._current_tier(api_key.tier)
+        if cached is None:
+            raise CatalogUnavailable(f"the catalog has the API key {api_key.id} but not its tier {api_key.tier!r}: try again")
+        return Caller(api_key, cached)
 
-    async def _load_tier(self, name: str) -> HeldTier | None:
+    async def _load_tier(self, name: str) -> CachedTier | None:
         _, tier = await self.catalog.tier(name, self._last.min_version(TIER, name))
-        # Whoever holds what was cached before looks here again.
+        # Users of the previous entry must read the cache again.
         self._mark_tier_replaced(name)
-        return None if tier is None else HeldTier(CompiledTier(tier))
+        return None if tier is None else CachedTier(CompiledTier(tier))
 
     async def _load_unkeyed(self, _: str) -> UnkeyedCallers:
         policy = (await self.catalog.caller_policy(self._last.min_version(ANONYMOUS)))[1]
-        held = None if policy.default_tier is None else await self._current_tier(policy.default_tier)
-        return UnkeyedCallers(policy, None if held is None else Caller(None, held))
+        cached = None if policy.default_tier is None else await self._current_tier(policy.default_tier)
+        return UnkeyedCallers(policy, None if cached is None else Caller(None, cached))
 
     async def _load_names(self, _: str) -> TierNames:
         return TierNames(frozenset(await self.catalog.tier_names()))
 
 
-def _of_one_key(one: object, other: object) -> bool:
+def _is_same_key(one: object, other: object) -> bool:
     return isinstance(one, Caller) and isinstance(other, Caller) and one.api_key is not None and one.api_key is other.api_key

@@ -1,7 +1,4 @@
-"""What changes of the catalog touched, as caches are told of it, and which answers they may still serve.
-
-Where this is written down and read: `change_log`.
-"""
+"""Changes of the catalog, as caches receive them. `sql.change_log` writes and reads them in the database."""
 
 from __future__ import annotations
 
@@ -12,27 +9,27 @@ import msgspec
 TIER: Final = "tier"
 KEY: Final = "key"
 ANONYMOUS: Final = "anonymous"
+CALLER_TOKEN: Final = "caller_token"
 ALL: Final = "all"
-"""More than `MAX_TOUCHED` things, or things that are not known."""
+"""More than `MAX_TOUCHED` items, or unknown items."""
 NONE: Final = "none"
 """Nothing that a check reads, such as an operator's token."""
 
 MAX_READ: Final = 10_000
-"""At most so many rows are read, the latest ones; and so many things are remembered."""
+"""Maximum number of rows read, the latest ones, and of items and versions stored in memory."""
 
 Item: TypeAlias = tuple[str, str]
-"""What was touched: TIER and its name, KEY and its digest, or one of the others with an empty name."""
+"""A touched item: TIER and its name, KEY or CALLER_TOKEN and its digest, or one of the others and an empty name."""
 
 
 class Changes(msgspec.Struct, frozen=True):
-    """What happened to a catalog since some version.
+    """Changes of a catalog since a version.
 
     Args:
-        version: of the catalog now.
-        floor: what was touched up to this version is not known; the version asked about, where the log is whole.
-        items: what was touched above it, each with the version of its last change, in order of version.
-        versions: that the catalog had from the floor on, ascending. A number between them that is none of these was given by a
-            primary that is lost.
+        floor: touched items up to this version are unknown; equals the requested version if the log is complete.
+        items: items touched after it, each with the version of its last change, ordered by version.
+        versions: versions of the catalog from the floor on, ascending. Another version in this range was assigned by a primary
+            that was lost.
     """
 
     version: int

@@ -1,9 +1,9 @@
-"""Following the catalog's changes: what others change is in force here within a second.
+"""Follows the catalog's changes: a change made by another instance is active here within a second.
 
-A change is announced on a channel: Redis where instances share one, else PostgreSQL's own (NOTIFY). An announcement says only
-that there is something to read; what was touched is read from the database, from the version on that was seen last. So nothing is
-lost with a message: the same is asked whenever the channel comes back, and every 0.8 s while it is quiet. Where there is no
-channel, or it is down, or was a moment ago (others may still be without it, and unable to announce), the database is asked every
+A change is announced on a channel: Redis where instances share one, else PostgreSQL's own (NOTIFY). An announcement means only
+that there is something to read; what was touched is read from the database, starting at the last version read. So a lost message
+loses no change: the same query runs whenever the channel reconnects, and every 0.8 s without announcements. Without a channel,
+while it is down, and for `SETTLE_S` after it reconnects (others may still be unable to announce), the database is polled every
 `poll_s`.
 """
 
@@ -23,10 +23,10 @@ from tidegate.errors import TidegateError
 logger = logging.getLogger(__name__)
 
 QUIET_POLL_S: Final = 0.8
-"""So often the database is asked although the channel is up: for changes made by whoever could not announce them, which are to be
-in force within a second too. The query reads one row of an index."""
+"""Poll interval while the channel is connected: for changes whose author could not announce them, which must be active within a
+second too. The query reads one row of an index."""
 SETTLE_S: Final = 5.0
-"""So long after the channel came up it is not relied on: by then all others have it again too."""
+"""Time after a reconnect of the channel before it is relied on: by then all other instances have reconnected too."""
 
 
 class Channel(Protocol):
@@ -34,37 +34,31 @@ class Channel(Protocol):
 
     @property
     def connected(self) -> bool:
-        """Whether announcements come through now."""
+        """Whether announcements are received now."""
         ...
 
     async def announce(self, version: int) -> None:
-        """Tell all who listen that there is a new version; does not raise, for they find out all the same.
-
-        Args:
-            version: of the catalog.
-        """
+        """Announce a new version to all listeners; does not raise, because they also poll."""
         ...
 
-    async def listen(self, heard: Callable[[], None]) -> None:
-        """Listen until cancelled, and come back whenever the connection is lost.
+    async def listen(self, on_announcement: Callable[[], None]) -> None:
+        """Listen until cancelled; reconnect whenever the connection is lost.
 
         Args:
-            heard: is called at each announcement, and each time that listening begins or is lost.
+            on_announcement: called for each announcement, and each time listening starts or the connection is lost.
         """
         ...
 
 
 class CatalogFollower:
-    """Keeps a cache in step with its catalog.
+    """Keeps a cache in sync with its catalog.
 
     Args:
-        catalog: what is followed.
-        cached: is told what changed.
-        poll_s: how often to ask where no announcements come, s.
-        channel: where changes are announced; None where there is no such place.
+        poll_s: poll interval without announcements, s.
+        channel: where changes are announced; None if there is none.
 
     Attributes:
-        failing: whether the catalog did not answer when it was asked last.
+        failing: whether the catalog did not answer the last poll.
     """
 
     def __init__(self, catalog: Catalog, cached: CachedCatalog, poll_s: float, channel: Channel | None = None) -> None:
@@ -73,7 +67,7 @@ class CatalogFollower:
         self._cached = cached
         self._poll_s = poll_s
         self._channel = channel
-        self._heard = asyncio.Event()
+        self._announced = asyncio.Event()
         self._quiet_from = 0.0
 
     async def run(self) -> None:
@@ -82,20 +76,20 @@ class CatalogFollower:
         listening = (
             None
             if channel is None
-            # Polling goes on while it is restarted, so a failure there costs half a second, not a change.
-            else SUPERVISOR.start("catalog_announcements", lambda: channel.listen(self._heard.set))
+            # Polling continues while it is restarted, so a failure delays a change by half a second and loses none.
+            else SUPERVISOR.start("catalog_announcements", lambda: channel.listen(self._announced.set))
         )
         try:
             while True:
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._heard.wait(), self._pause_s)
-                self._heard.clear()
+                    await asyncio.wait_for(self._announced.wait(), self._pause_s)
+                self._announced.clear()
                 await self.poll()
         finally:
             await stop(listening)
 
     async def poll(self) -> bool:
-        """Take in what changed.
+        """Read new changes and apply them to the cache.
 
         Returns:
             Whether the catalog answered.

@@ -9,10 +9,10 @@ from tidegate.catalog.changes import ALL, MAX_READ, Changes, Item
 
 
 class FreshnessTracker:
-    """Which version of the catalog a cached answer must have seen to be served.
+    """The minimum catalog version of a cached answer that may be served.
 
     Args:
-        max_items: things remembered, 1 or more; beyond it the oldest are forgotten and the floor rises to them.
+        max_items: number of items stored, 1 or more; beyond it the oldest are dropped and `floor` rises to their version.
     """
 
     def __init__(self, max_items: int = MAX_READ) -> None:
@@ -23,23 +23,16 @@ class FreshnessTracker:
         self._at: OrderedDict[Item, int] = OrderedDict()
 
     def min_version(self, kind: str, name: str = "") -> int:
-        """The version of the last change of something.
+        """The version of the last change of an item, or the floor.
 
         Args:
             kind: TIER, KEY or ANONYMOUS.
-            name: of the tier, or digest of the key.
-
-        Returns:
-            A version; older answers may be wrong.
+            name: name of the tier, or digest of the key.
         """
         return max(self._at.get((kind, name), 0), self.floor)
 
     def note(self, changes: Changes) -> None:
-        """Take in what happened.
-
-        Args:
-            changes: since `version`, or since 0.
-        """
+        """Add changes read from the catalog since `version`."""
         if changes.version < self.version or changes.floor > self.version:
             self._at.clear()
             self.floor = changes.floor
@@ -47,16 +40,12 @@ class FreshnessTracker:
         self.remember(changes.items)
 
     def remember(self, items: Iterable[tuple[int, Item]]) -> None:
-        """Take in some of what happened, whatever else did.
-
-        Args:
-            items: versions, and what they touched.
-        """
+        """Add some changes, each with its version, without the claim that there were no others."""
         for at, item in items:
             if item[0] == ALL:
                 self.floor = max(self.floor, at)
                 continue
-            # The latest last; a change that was made here may be known before an earlier one is read of.
+            # The latest last; a change made in this process may be added before an earlier one is read.
             self._at[item] = max(at, self._at.pop(item, 0))
         while len(self._at) > self._max_items:
             _, oldest_at = self._at.popitem(last=False)

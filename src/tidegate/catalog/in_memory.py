@@ -1,4 +1,4 @@
-"""A catalog in memory that holds one policy."""
+"""A catalog in memory with one policy."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from tidegate.policy.model import ApiKey, Policy, Tier
 
 
 class PolicyCatalog:
-    """A catalog in memory that holds one policy: for the library, for tests and for simulations."""
+    """A catalog in memory with one policy: for the library, for tests and for simulations."""
 
     def __init__(self, policy: Policy) -> None:
         self._version = 0
         self.replace(policy)
 
     def replace(self, policy: Policy) -> None:
-        """Replace the whole policy, which raises the version by 1."""
+        """Replace the policy, which raises the version by 1."""
         self._tiers = {tier.name: tier for tier in policy.tiers}
         self._keys = {api_key.sha256: api_key for api_key in policy.api_keys}
         self._caller_policy = policy.caller_policy

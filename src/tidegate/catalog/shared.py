@@ -1,13 +1,13 @@
-"""The second level of cache: one for all instances, in the Redis that they count on.
+"""The shared cache (L2): one for all instances, in the Redis of their counters.
 
-What is kept is a whole tier, a single API key, and the policy for callers without one, each with the version of the catalog that
-it is of. Whoever knows that a thing was changed at version N takes no entry of an older one; so nothing has to be deleted, and an
-entry that is written late harms nobody. Nor does anybody take an entry of a version that the database never had, as far as is
-known: a primary may have given it that was lost with its last changes. Unknown keys are not kept: a flood of them would fill
-Redis. Every entry expires. Entries are sealed with a secret of the catalog and validated when they are read (`shared_entries`):
-who can write to Redis cannot let anybody in.
+Entries are complete tiers, single API keys, and the policy for callers without a key, each with the catalog version it was read
+at. An instance that knows of a change at version N ignores entries of older versions; so no entry has to be deleted, and an entry
+that is written late does no harm. Entries of versions that the database is not known to have had are ignored too: a primary may
+have assigned the version and then been lost with its last changes. Unknown keys are not stored: a flood of them would fill Redis.
+Every entry expires. Entries are sealed with a secret of the catalog and validated when they are read (`shared_entries`): write
+access to Redis does not allow forging an entry.
 
-While Redis does not answer, everything goes to the database, and Redis is asked again after a second.
+While Redis does not answer, all look-ups go to the database; Redis is retried after a second.
 """
 
 from __future__ import annotations
@@ -42,26 +42,19 @@ from tidegate.policy.model import ApiKey, Tier
 
 logger = logging.getLogger(__name__)
 
-AWAY_S: Final = 1.0
+RETRY_S: Final = 1.0
 WARN_S: Final = 60.0
-"""So often the log says at most that entries are refused: whoever writes them must not fill it."""
+"""Minimum interval between log messages about invalid entries: another client that writes them must not fill the log."""
 
 
 class SharedStore(Protocol):
-    """The Redis of the counters, as far as the catalog needs it."""
+    """The part of the counters' Redis store that the shared cache needs."""
 
     async def call(self, tag: bytes, *parts: str | bytes) -> Any:
         """Run a command on the shard of a hash tag.
 
-        Args:
-            tag: of the command's keys.
-            parts: the command.
-
-        Returns:
-            The reply.
-
         Raises:
-            StoreUnavailable: if there is none.
+            StoreUnavailable: if there is no reply.
         """
         ...
 
@@ -70,17 +63,14 @@ class SharedCatalog:
     """A catalog with a cache that all instances share.
 
     Args:
-        catalog: where policy lives.
-        store: where the cache is kept.
-        secret: of the catalog, the same for all its instances; 16 bytes or more.
-        ttl_s: how long an entry lives, s, give or take a tenth.
-        clock: gives monotonic seconds.
+        secret: the catalog's secret, the same for all its instances; 16 bytes or more.
+        ttl_s: TTL of an entry, s, varied by ±10 %.
 
     Attributes:
         hits: answers from the cache.
-        misses: answers from the database, which the cache did not have.
-        errors: times that the cache did not answer.
-        refused: entries that were not taken, because no instance of this catalog wrote them or they make no sense.
+        misses: answers from the database.
+        errors: how often the cache did not answer.
+        refused: entries ignored because they are invalid or were not written by an instance of this catalog.
     """
 
     def __init__(
@@ -96,9 +86,9 @@ class SharedCatalog:
         self._store = store
         self._ttl_s = ttl_s
         self._clock = clock
-        self._away_until = 0.0
-        self._keeping: set[asyncio.Task[None]] = set()
-        # Versions that the database had, ascending; empty as long as nobody follows it.
+        self._retry_at = 0.0
+        self._writes: set[asyncio.Task[None]] = set()
+        # Versions that the database had, ascending; empty until `changes` is called.
         self._versions: OrderedDict[int, None] = OrderedDict()
         self._latest = 0
         self._seal = EntrySeal(secret)
@@ -111,32 +101,32 @@ class SharedCatalog:
     async def api_key(self, sha256: str, min_version: int = 0) -> tuple[int, ApiKey | None]:
         """See `Catalog.api_key`."""
         name = f"k:{sha256}"
-        held = await self._get(name, self._keys, min_version, lambda entry: require_valid_key(entry.value, sha256))
-        if held is not None:
-            return held.version, held.value
+        cached = await self._get(name, self._keys, min_version, lambda entry: require_valid_key(entry.value, sha256))
+        if cached is not None:
+            return cached.version, cached.value
         version, api_key = await self.catalog.api_key(sha256, min_version)
         if api_key is not None:
-            self._keep(name, KeyEntry(version, api_key))
+            self._write_later(name, KeyEntry(version, api_key))
         return version, api_key
 
     async def tier(self, name: str, min_version: int = 0) -> tuple[int, Tier | None]:
         """See `Catalog.tier`."""
-        place = f"t:{name}"
-        held = await self._get(place, self._tiers, min_version, lambda entry: require_valid_tier(entry.value, name))
-        if held is not None:
-            return held.version, held.value
+        entry_name = f"t:{name}"
+        cached = await self._get(entry_name, self._tiers, min_version, lambda entry: require_valid_tier(entry.value, name))
+        if cached is not None:
+            return cached.version, cached.value
         version, tier = await self.catalog.tier(name, min_version)
         if tier is not None:
-            self._keep(place, TierEntry(version, tier))
+            self._write_later(entry_name, TierEntry(version, tier))
         return version, tier
 
     async def caller_policy(self, min_version: int = 0) -> tuple[int, CallerPolicy]:
         """See `Catalog.caller_policy`."""
-        held = await self._get("a", self._caller_policies, min_version)
-        if held is not None:
-            return held.version, held.value
+        cached = await self._get("a", self._caller_policies, min_version)
+        if cached is not None:
+            return cached.version, cached.value
         version, policy = await self.catalog.caller_policy(min_version)
-        self._keep("a", CallersEntry(version, policy))
+        self._write_later("a", CallersEntry(version, policy))
         return version, policy
 
     async def tier_names(self) -> list[str]:
@@ -144,7 +134,7 @@ class SharedCatalog:
         return await self.catalog.tier_names()
 
     async def changes(self, since: int) -> Changes:
-        """See `Catalog.changes`; not cached, but what it says of versions is remembered."""
+        """See `Catalog.changes`; not cached, but the versions are stored."""
         changes = await self.catalog.changes(since)
         if self._latest not in changes.versions:
             self._versions.clear()
@@ -163,13 +153,13 @@ class SharedCatalog:
         await self.catalog.ping()
 
     async def close(self) -> None:
-        """See `Catalog.close`; the store is somebody else's."""
+        """See `Catalog.close`; the store is not closed, because the counters own it."""
         await self.settle()
         await self.catalog.close()
 
     async def settle(self) -> None:
-        """Wait for entries that are being written."""
-        await asyncio.gather(*self._keeping)
+        """Wait for entries being written."""
+        await asyncio.gather(*self._writes)
 
     async def _get(
         self,
@@ -178,17 +168,17 @@ class SharedCatalog:
         min_version: int,
         require_valid: Callable[[AnyEntry], None] | None = None,
     ) -> AnyEntry | None:
-        if self._clock() < self._away_until:
+        if self._clock() < self._retry_at:
             return None
-        tag, key = self._place(name)
+        tag, key = self._tag_and_key(name)
         try:
             raw = await self._store.call(tag, "GET", key)
         except StoreUnavailable as error:
             if "WRONGTYPE" not in error.message:
                 self._failed(error)
                 return None
-            # Only this key is unusable; the entry that is written next replaces it, whatever its type.
-            self._refuse(key, InvalidEntry("it is not a string"))
+            # Only this key is unusable; the next write replaces it, whatever its type.
+            self._reject(key, InvalidEntry("it is not a string"))
             raw = None
         if isinstance(raw, bytes):
             try:
@@ -196,17 +186,17 @@ class SharedCatalog:
                 if require_valid is not None:
                     require_valid(entry)
             except InvalidEntry as error:
-                self._refuse(key, error)
+                self._reject(key, error)
             else:
                 version = entry.version
-                # One that is newer than what is known here is not taken either: it may be of a primary that was lost.
+                # An entry newer than the known versions is ignored too: it may be from a primary that was lost.
                 if version >= min_version and (not self._versions or version in self._versions):
                     self.hits += 1
                     return entry
         self.misses += 1
         return None
 
-    def _refuse(self, key: bytes, error: InvalidEntry) -> None:
+    def _reject(self, key: bytes, error: InvalidEntry) -> None:
         self.refused += 1
         if self._clock() >= self._warn_at + WARN_S:
             self._warn_at = self._clock()
@@ -217,29 +207,29 @@ class SharedCatalog:
                 error,
             )
 
-    def _keep(self, name: str, entry: Entry) -> None:
-        """Write an entry; whoever asked does not wait for it."""
+    def _write_later(self, name: str, entry: Entry) -> None:
+        """Write an entry in the background."""
         task = asyncio.ensure_future(self._put(name, entry))
-        self._keeping.add(task)
-        task.add_done_callback(self._keeping.discard)
+        self._writes.add(task)
+        task.add_done_callback(self._writes.discard)
 
     async def _put(self, name: str, entry: Entry) -> None:
-        if self._clock() < self._away_until:
+        if self._clock() < self._retry_at:
             return
-        tag, key = self._place(name)
+        tag, key = self._tag_and_key(name)
         ttl_ms = round(self._ttl_s * 1000 * random.uniform(0.9, 1.1))
         try:
             await self._store.call(tag, "SET", key, self._seal.seal(name.encode(), entry), "PX", str(ttl_ms))
         except StoreUnavailable as error:
             self._failed(error)
 
-    def _place(self, name: str) -> tuple[bytes, bytes]:
-        """The hash tag and the key of an entry. The tag has no part of the name that could be a brace."""
+    def _tag_and_key(self, name: str) -> tuple[bytes, bytes]:
+        """The hash tag and the key of an entry. The tag is hex: a name could contain a brace."""
         tag = hashlib.blake2b(name.encode(), digest_size=12).hexdigest().encode()
         return tag, b"tgc:{%b}%b" % (tag, self._form.encode())
 
     def _failed(self, error: StoreUnavailable) -> None:
-        if self._clock() >= self._away_until:
+        if self._clock() >= self._retry_at:
             self.errors += 1
             logger.debug("the shared cache does not answer: %s", error)
-        self._away_until = self._clock() + AWAY_S
+        self._retry_at = self._clock() + RETRY_S

@@ -1,9 +1,9 @@
-"""Entries of the cache that instances share: sealed when they are written, verified and validated when they are read.
+"""Entries of the shared cache: sealed when they are written, verified and validated when they are read.
 
-Redis holds counters, and many may write there. Whoever could write an entry would decide who may do what: raise a key to another
-tier, take its limits away, let a revoked one in. So an entry carries an HMAC-SHA256 under a secret of the catalog, over its place
-and its content; one that was written by anybody else, changed, or moved from another place, is not taken. What is taken is
-validated as a row of the database is, and must be what was looked up.
+Redis stores counters, and many clients may have write access. A forged entry could move a key to another tier, remove its limits,
+or accept a revoked key. So an entry carries an HMAC-SHA256 under a secret of the catalog, over its name and its content; an entry
+that was written by another client, modified, or copied from another name is rejected. An accepted entry is validated like a row
+of the database, and must be the record that was looked up.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _KEY_ID: Final = re.compile(r"[0-9a-f]{24}", re.ASCII)
 
 
 class Entry(msgspec.Struct, frozen=True, array_like=True):
-    """What is kept, with the version of the catalog that it is of."""
+    """A cached value, with the catalog version it was read at."""
 
     version: int
 
@@ -37,7 +37,7 @@ class KeyEntry(Entry, frozen=True, array_like=True):
 
 
 class TierEntry(Entry, frozen=True, array_like=True):
-    """A whole tier."""
+    """A tier with all its rules."""
 
     value: Tier
 
@@ -52,17 +52,18 @@ AnyEntry = TypeVar("AnyEntry", KeyEntry, TierEntry, CallersEntry)
 
 
 class InvalidEntry(Exception):
-    """What is at an entry's place was not written by an instance of this catalog, or makes no sense."""
+    """The value was not written by an instance of this catalog, or is invalid."""
 
 
 class EntrySeal:
-    """Seals entries, and opens what was sealed with the same secret. Costs about 2 µs an entry.
+    """Seals entries, and opens entries sealed with the same secret. Costs about 2 µs per entry.
 
     Args:
-        secret: of the catalog; 16 bytes or more.
+        secret: the catalog's secret; 16 bytes or more.
 
     Attributes:
-        form: names the form of the entries and the secret: who has another one does not read them, nor write over them.
+        form: identifies the schema of the entries and the secret; part of the Redis keys, so that instances with another schema
+            or secret neither read nor overwrite these entries.
     """
 
     def __init__(self, secret: bytes) -> None:
@@ -70,59 +71,46 @@ class EntrySeal:
         described = msgspec.json.encode(msgspec.json.schema_components((KeyEntry, TierEntry, CallersEntry)), order="sorted")
         self.form = hmac.digest(self._secret, described, "sha256").hex()[:6]
 
-    def seal(self, place: bytes, entry: Entry) -> bytes:
-        """The bytes to keep.
-
-        Args:
-            place: where they are kept.
-            entry: what is kept there.
+    def seal(self, name: bytes, entry: Entry) -> bytes:
+        """Encode and seal an entry.
 
         Returns:
             The tag and the entry.
         """
         content = msgspec.msgpack.encode(entry)
-        return self._tag(place, content) + content
+        return self._tag(name, content) + content
 
-    def open(self, place: bytes, raw: bytes, decoder: msgspec.msgpack.Decoder[AnyEntry]) -> AnyEntry:
-        """The entry that bytes hold.
-
-        Args:
-            place: where they were kept.
-            raw: the bytes.
-            decoder: of the kind of entry that is expected there.
+    def open(self, name: bytes, raw: bytes, decoder: msgspec.msgpack.Decoder[AnyEntry]) -> AnyEntry:
+        """Verify and decode an entry.
 
         Returns:
-            The entry; of its content only the types are known to be right.
+            The entry; only the types of its content are validated.
 
         Raises:
-            InvalidEntry: saying why it is not taken.
+            InvalidEntry: with the reason.
         """
         content = raw[_TAG_BYTES:]
-        if not hmac.compare_digest(raw[:_TAG_BYTES], self._tag(place, content)):
+        if not hmac.compare_digest(raw[:_TAG_BYTES], self._tag(name, content)):
             raise InvalidEntry("it was not sealed with the secret of this catalog")
         try:
             return decoder.decode(content)
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise InvalidEntry(str(error)) from None
 
-    def _tag(self, place: bytes, content: bytes) -> bytes:
-        return hmac.digest(self._secret, b"%d:%b%b" % (len(place), place, content), "sha256")
+    def _tag(self, name: bytes, content: bytes) -> bytes:
+        return hmac.digest(self._secret, b"%d:%b%b" % (len(name), name, content), "sha256")
 
 
 def require_valid_key(api_key: ApiKey, sha256: str) -> None:
-    """Refuse a key's record that is not the one looked up, or that no row of the database could hold.
-
-    Args:
-        api_key: the record.
-        sha256: digest that was looked up.
+    """Reject a key's record that is not the requested one, or that no database row could contain.
 
     Raises:
-        InvalidEntry: saying why.
+        InvalidEntry: with the reason.
     """
     if api_key.sha256 != sha256:
         raise InvalidEntry("it belongs to another API key")
     if not api_key.tier or (api_key.expires_at_us is not None and abs(api_key.expires_at_us) >= 1 << 63):
-        raise InvalidEntry("it has no tier, or a time that the database cannot hold")
+        raise InvalidEntry("it has no tier, or a time that the database cannot store")
     if api_key.counts_as and _KEY_ID.fullmatch(api_key.counts_as) is None:
         raise InvalidEntry("its counts_as is not the id of an API key")
     for override in api_key.overrides:
@@ -130,14 +118,10 @@ def require_valid_key(api_key: ApiKey, sha256: str) -> None:
 
 
 def require_valid_tier(tier: Tier, name: str) -> None:
-    """Refuse a tier that is not the one looked up, or that no rows of the database could hold.
-
-    Args:
-        tier: the record.
-        name: that was looked up.
+    """Reject a tier that is not the requested one, or that no database rows could contain.
 
     Raises:
-        InvalidEntry: saying why.
+        InvalidEntry: with the reason.
     """
     if tier.name != name:
         raise InvalidEntry("it belongs to another tier")
@@ -152,11 +136,11 @@ def require_valid_tier(tier: Tier, name: str) -> None:
 
 
 def _require_valid_limits(limits: tuple[Limit, ...], algorithm: Algorithm | None = None) -> None:
-    """Refuse limits that are not what their own text says: the database holds the texts."""
+    """Reject limits that differ from their own text: the database stores the texts."""
     try:
         for limit in limits:
             if Limit.parse(limit.text) != limit:
-                raise InvalidEntry(f"the limit {limit.text[:60]!r} is not what its text says")
+                raise InvalidEntry(f"the limit {limit.text[:60]!r} does not match its text")
         if algorithm is not None:
             fit_limits(algorithm, limits)
     except (PolicyError, AssertionError) as error:

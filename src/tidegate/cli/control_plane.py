@@ -1,6 +1,6 @@
-"""The control plane as a command asks it: with a bearer token, in its own forms, and every refusal as one sentence.
+"""Client of the control plane for commands: bearer token, the control plane's models, and each error as one sentence.
 
-The token goes to the address that was given and nowhere else. It is never part of a message, and no API key is either.
+The token is sent to the configured address only. Messages never contain the token or an API key.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import msgspec
 from pydantic import ValidationError
 
 from tidegate.admin.models import RequestModel, ResponseModel
+from tidegate.cli.client_tls import NO_FILES, ClientTls
 from tidegate.cli.common import read_settings
 from tidegate.cli.data_plane import HttpResponse, NoResponse, send_request
 from tidegate.errors import SettingsError, TidegateError
@@ -24,9 +25,10 @@ TIMEOUT_S: Final = 10.0
 PREFIX: Final = "/admin/v1"
 
 _MAX_TOKEN: Final = 4_096
-_MAX_SAID: Final = 1_000
-# Only the data plane sends it.
-_DATA_PLANES_OWN: Final = "x-tidegate-error"
+_MAX_LINE: Final = 1_000
+# Only the data plane sends this header.
+_DATA_PLANE_HEADER: Final = "x-tidegate-error"
+_OF_EVERY_LISTENER: Final = frozenset({"CLIENT_NOT_ALLOWED", "REQUEST_TIMEOUT", "TOO_MANY_CONNECTIONS"})
 _GATEWAY: Final = frozenset({502, 503, 504})
 _SETTINGS_TOKEN: Final = "TIDEGATE_ADMIN__TOKEN or [admin] token"
 
@@ -34,7 +36,7 @@ _Model = TypeVar("_Model", bound=ResponseModel)
 
 
 class ControlPlaneError(TidegateError):
-    """The control plane refused what was asked, or did not answer."""
+    """The control plane rejected a request, or did not answer."""
 
     code = "CONTROL_PLANE"
 
@@ -44,38 +46,40 @@ class _Problem(msgspec.Struct, frozen=True):
     message: str
 
 
-class _Refusal(msgspec.Struct, frozen=True):
+class _ErrorBody(msgspec.Struct, frozen=True):
     error: _Problem
 
 
 class ControlPlane:
-    """The control plane at an address.
+    """Client of the control plane at an address.
 
     Args:
-        server: where it is.
-        token: bearer token.
-        source: where the token came from, for messages.
+        source: where the token was read, for messages.
+        tls: certificates for https.
+        command: group of commands that lists what is changed, for messages.
     """
 
-    def __init__(self, server: Server, token: str, source: str) -> None:
+    def __init__(self, server: Server, token: str, source: str, tls: ClientTls = NO_FILES, command: str = "keys") -> None:
+        self._command = command
+        self._tls = tls
         self._server = server
         self._token = token
         self._source = source
 
     @classmethod
-    def at(cls, url: str, token_file: Path | None, config: Path | None) -> ControlPlane:
-        """The control plane at a URL; it is not asked yet.
+    def at(
+        cls, url: str, token_file: Path | None, config: Path | None, tls: ClientTls = NO_FILES, command: str = "keys"
+    ) -> ControlPlane:
+        """A client for a URL; nothing is sent yet.
 
         Args:
-            url: such as `http://127.0.0.1:8082`.
-            token_file: a file with the token and nothing else; None for the token of the settings.
-            config: the settings file, read only where no token file is given.
-
-        Returns:
-            The control plane.
+            token_file: file that contains only the token; None for the token of the settings.
+            config: settings file, read only without a token file.
+            tls: certificates for https.
+            command: see `ControlPlane`.
 
         Raises:
-            SettingsError: if the URL names no server, or there is no token, or none that can be sent.
+            SettingsError: if the URL is not valid, or the token is missing or not valid.
         """
         server = Server.at(url.rstrip("/").removesuffix(PREFIX))
         if token_file is None:
@@ -83,146 +87,130 @@ class ControlPlane:
             source = _SETTINGS_TOKEN
             if not token:
                 raise SettingsError(
-                    "the control plane wants a token: set TIDEGATE_ADMIN__TOKEN, or give a file that holds one with --token-file"
+                    "the control plane needs a token: set TIDEGATE_ADMIN__TOKEN, or name its file with --token-file"
                 )
         else:
-            token, source = _read_token(token_file), str(token_file)
-        if not re.fullmatch(r"[!-~]+", token):
-            raise SettingsError(
-                f"the token of {source} has characters that no token has, such as a space: give the token and nothing else"
-            )
-        return cls(server, token, source)
+            token, source = read_token(token_file), str(token_file)
+        require_sendable(token, source)
+        return cls(server, token, source, tls, command)
 
     def read(self, path: str, query: Mapping[str, str | int | None], model: type[_Model]) -> _Model:
-        """GET something.
+        """Send a GET request.
 
         Args:
-            path: behind `/admin/v1`.
-            query: parameters; those that are None are left out.
-            model: of the expected answer.
-
-        Returns:
-            What was answered.
+            path: path without `/admin/v1`.
+            query: parameters; None omits one.
 
         Raises:
-            ControlPlaneError: saying what was wrong and what to do.
+            ControlPlaneError: with the reason and the remedy.
         """
-        asked = urlencode([(name, value) for name, value in query.items() if value is not None])
-        return self._told("GET", f"{path}?{asked}" if asked else path, None, model)
+        encoded = urlencode([(name, value) for name, value in query.items() if value is not None])
+        return self._send_for("GET", f"{path}?{encoded}" if encoded else path, None, model)
 
     def post(self, path: str, body: RequestModel, model: type[_Model]) -> _Model:
-        """POST something.
-
-        Args:
-            path: behind `/admin/v1`.
-            body: what to send.
-            model: of the expected answer.
-
-        Returns:
-            What was answered.
+        """Send a POST request.
 
         Raises:
-            ControlPlaneError: saying what was wrong and what to do.
+            ControlPlaneError: with the reason and the remedy.
         """
-        return self._told("POST", path, body.model_dump_json(exclude_unset=True).encode(), model)
+        return self._send_for("POST", path, body.model_dump_json(exclude_unset=True).encode(), model)
 
     def delete(self, path: str, revision: int) -> None:
-        """DELETE something, if it is as it was read.
-
-        Args:
-            path: behind `/admin/v1`.
-            revision: that was read.
+        """Send a DELETE request for a resource with this revision.
 
         Raises:
-            ControlPlaneError: saying what was wrong and what to do.
+            ControlPlaneError: with the reason and the remedy.
         """
         self._send("DELETE", path, headers={"If-Match": f'"{revision}"'})
+
+    def revoke(self, path: str, model: type[_Model]) -> _Model:
+        """Send a DELETE request for a resource whose record stays.
+
+        Raises:
+            ControlPlaneError: with the reason and the remedy.
+        """
+        return self._send_for("DELETE", path, None, model)
 
     def _send(self, method: str, path: str, body: bytes | None = None, headers: Mapping[str, str] | None = None) -> HttpResponse:
         with_token = {"Authorization": f"Bearer {self._token}", **(headers or {})}
         try:
-            answer = send_request(self._server, method, PREFIX + path, timeout_s=TIMEOUT_S, body=body, headers=with_token)
+            answer = send_request(
+                self._server, method, PREFIX + path, timeout_s=TIMEOUT_S, body=body, headers=with_token, tls=self._tls
+            )
         except NoResponse as error:
             remedy = error.remedy or (
-                "start it with 'tidegate serve', or give the address of [server] admin, which is 127.0.0.1:8082 unless set"
+                "start it with 'tidegate serve', or use the address of [server] admin, by default 127.0.0.1:8082"
             )
-            unknown = _unknown(method) if error.sent else ""
+            unknown = self._unknown(method) if error.sent else ""
             raise ControlPlaneError(f"no control plane answers at {self._url}: {error.reason}: {remedy}{unknown}") from None
         if not 200 <= answer.status < 300:
-            raise ControlPlaneError(self._refusal(method, answer))
+            raise ControlPlaneError(self._error_text(method, answer))
         return answer
 
     @property
     def _url(self) -> str:
         return self._server.url
 
-    def _told(self, method: str, path: str, body: bytes | None, model: type[_Model]) -> _Model:
+    def _send_for(self, method: str, path: str, body: bytes | None, model: type[_Model]) -> _Model:
         answer = self._send(method, path, body)
         try:
             return model.model_validate_json(answer.body)
         except ValidationError:
-            why = self._no_control_plane("what it answers is not in the form of this version")
-            raise ControlPlaneError(why + _unknown(method)) from None
+            why = self._unexpected("its response does not match this version")
+            raise ControlPlaneError(why + self._unknown(method)) from None
 
-    def _refusal(self, method: str, answer: HttpResponse) -> str:
-        if _DATA_PLANES_OWN in answer.headers:
-            return (
-                f"{self._url} is the data plane, where requests are checked: the control plane has a port of its own, "
-                "[server] admin, which is 8082 unless set"
-            )
+    def _error_text(self, method: str, answer: HttpResponse) -> str:
+        if _DATA_PLANE_HEADER in answer.headers and answer.headers[_DATA_PLANE_HEADER] not in _OF_EVERY_LISTENER:
+            return f"{self._url} is the data plane: the control plane has a separate port, [server] admin, by default 8082"
         if 300 <= answer.status < 400:
             return (
-                f"{self._url} redirects{_origin(answer.headers.get('location', ''))}, and the token is not sent on from there: "
-                "give the control plane's own address with --url"
+                f"{self._url} redirects{_origin(answer.headers.get('location', ''))}, and the token is not sent to other "
+                "addresses: set the control plane's own address with --url"
             )
         retry_after = answer.headers.get("retry-after", "")
-        again = f"try again in {retry_after} s" if re.fullmatch(r"[0-9]{1,9}", retry_after, re.ASCII) else "try again later"
+        retry = f"try again in {retry_after} s" if re.fullmatch(r"[0-9]{1,9}", retry_after, re.ASCII) else "try again later"
         try:
-            problem = msgspec.json.decode(answer.body, type=_Refusal).error
+            problem = msgspec.json.decode(answer.body, type=_ErrorBody).error
         except (msgspec.MsgspecError, UnicodeDecodeError):
-            return self._foreign(method, answer.status, again)
-        said = f"{one_line(problem.code)}: {one_line(problem.message)}"
+            return self._foreign_error(method, answer.status, retry)
+        message = f"{one_line(problem.code)}: {one_line(problem.message)}"
         if answer.status == 401:
-            return f"{said} (the token came from {self._source})"
-        if answer.status == 429 and again not in said:
-            return f"{said}: {again}"
+            return f"{message} (the token of {self._source})"
+        if answer.status == 429 and retry not in message:
+            return f"{message}: {retry}"
         if answer.status == 503:
-            return f"{said}: {again}; where that does not help, 'tidegate doctor' says more on the server's machine"
-        return said
+            return f"{message}: {retry}; if this continues, run 'tidegate doctor' on the server's machine"
+        return message
 
-    def _foreign(self, method: str, status: int, again: str) -> str:
-        """What an answer means that is not in the control plane's form."""
+    def _foreign_error(self, method: str, status: int, retry: str) -> str:
+        """The message for an error response that is not from the control plane."""
         if status in _GATEWAY:
             return (
-                f"what stands before the control plane at {self._url} answers {status}: see whether 'tidegate serve' runs "
-                f"behind it, and {again}{_unknown(method)}"
+                f"the proxy in front of the control plane at {self._url} answers {status}: check that 'tidegate serve' "
+                f"runs behind it, and {retry}{self._unknown(method)}"
             )
         if status == 429:
-            return f"what stands before the control plane at {self._url} answers 429, too many requests: {again}"
-        return self._no_control_plane(f"it answers {status}, and not in its form")
+            return f"the proxy in front of the control plane at {self._url} answers 429, too many requests: {retry}"
+        return self._unexpected(f"it answers {status} in another format")
 
-    def _no_control_plane(self, why: str) -> str:
+    def _unknown(self, method: str) -> str:
+        # Nobody knows a key whose response was lost: it must be revoked.
+        return "" if method == "GET" else f"; the change may have been made: check with 'tidegate {self._command} list'"
+
+    def _unexpected(self, why: str) -> str:
         return (
-            f"what is at {self._url} is no control plane of Tidegate, {why}: give the address of [server] admin, which is "
-            "127.0.0.1:8082 unless set"
+            f"the server at {self._url} is not a control plane of Tidegate, {why}: use the address of [server] admin, by default "
+            "127.0.0.1:8082"
         )
 
 
 def one_line(text: str) -> str:
-    """A text from outside as a terminal may show it: a message must not move its cursor.
-
-    Args:
-        text: any.
+    """Make a text from a server safe for a terminal.
 
     Returns:
-        The text in one line, without control characters, at most 1,000 characters of it.
+        The text in one line, without control characters, at most 1,000 characters.
     """
-    return "".join(character if character.isprintable() else " " for character in text[:_MAX_SAID])
-
-
-def _unknown(method: str) -> str:
-    # A key that was made without its answer is known to nobody, and is to be revoked.
-    return "" if method == "GET" else "; whether the change was made is not known, 'tidegate keys list' shows it"
+    return "".join(character if character.isprintable() else " " for character in text[:_MAX_LINE])
 
 
 def _origin(location: str) -> str:
@@ -234,13 +222,28 @@ def _origin(location: str) -> str:
     return f" to {parts.scheme}://{one_line(host)[:200]}" if host and parts.scheme in ("http", "https") else ""
 
 
-def _read_token(file: Path) -> str:
+def require_sendable(token: str, source: str) -> None:
+    """Refuse a token that cannot be sent in a header; it is not repeated.
+
+    Raises:
+        SettingsError: naming its source.
+    """
+    if not re.fullmatch(r"[!-~]+", token):
+        raise SettingsError(f"the token of {source} has invalid characters, such as spaces: set the token and nothing else")
+
+
+def read_token(file: Path) -> str:
+    """Read the token in a file that contains nothing else.
+
+    Raises:
+        SettingsError: naming the file and what is wrong with it.
+    """
     try:
         with file.open(encoding="utf-8-sig") as opened:
             token = opened.read(_MAX_TOKEN + 1).strip()
     except (OSError, UnicodeDecodeError) as error:
-        why = error.strerror if isinstance(error, OSError) else "it is no text"
+        why = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise SettingsError(f"the token file {file} cannot be read: {why}") from None
     if not token or len(token) > _MAX_TOKEN:
-        raise SettingsError(f"the token file {file} holds no token: write the token into it and nothing else")
+        raise SettingsError(f"the token file {file} does not contain a token: write the token into it and nothing else")
     return token

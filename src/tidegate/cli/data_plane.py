@@ -14,6 +14,7 @@ from typing import Any, Final
 
 import msgspec
 
+from tidegate.cli.client_tls import NO_FILES, ClientTls
 from tidegate.errors import SettingsError, TidegateError
 from tidegate.server_url import Server
 
@@ -65,6 +66,7 @@ def send_request(
     timeout_s: float,
     body: bytes | None = None,
     headers: Mapping[str, str] | None = None,
+    tls: ClientTls = NO_FILES,
 ) -> HttpResponse:
     """Send one HTTP request and return the response, whatever its status.
 
@@ -75,16 +77,23 @@ def send_request(
         timeout_s: limit for connecting, and for each wait for data, s.
         body: JSON, or None for none.
         headers: in addition to the default ones.
+        tls: certificates for https.
 
     Raises:
+        SettingsError: if a certificate cannot be used.
         NoResponse: if there is no response, or an incomplete one.
     """
-    connection = (
-        # The context trusts the certificate authorities of the system, or those of SSL_CERT_FILE.
-        http.client.HTTPSConnection(server.host, server.port, timeout=timeout_s, context=ssl.create_default_context())
-        if server.tls
-        else http.client.HTTPConnection(server.host, server.port, timeout=timeout_s)
-    )
+    if server.tls:
+        context = tls.context()
+        connection: http.client.HTTPConnection = http.client.HTTPSConnection(
+            server.host, server.port, timeout=timeout_s, context=context
+        )
+    elif tls.ca or tls.cert or tls.key:
+        raise SettingsError(f"--ca, --cert and --key are for TLS: give an https:// URL instead of {server.url}")
+    elif server.unix_path:
+        connection = _UnixConnection(server.unix_path, timeout_s)
+    else:
+        connection = http.client.HTTPConnection(server.host, server.port, timeout=timeout_s)
     sent = False
     try:
         connection.connect()
@@ -103,13 +112,32 @@ def send_request(
     return HttpResponse(response.status, {name.lower(): value for name, value in response.getheaders()}, content)
 
 
-def request_data_plane(address: str, path: str, body: Mapping[str, Any] | None = None) -> tuple[int, dict[str, Any]]:
+class _UnixConnection(http.client.HTTPConnection):
+    def __init__(self, path: str, timeout_s: float) -> None:
+        super().__init__("localhost", timeout=timeout_s)
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(self._path)
+
+
+def request_data_plane(
+    address: str,
+    path: str,
+    body: Mapping[str, Any] | None = None,
+    tls: ClientTls = NO_FILES,
+    headers: Mapping[str, str] | None = None,
+) -> tuple[int, dict[str, Any]]:
     """Send a request to the data plane.
 
     Args:
-        address: `http://host:port`, or the value of `--url`.
+        address: `http://host:port`, `https://host:port`, `unix:/path`, or the value of `--url`.
         path: starting with `/`.
         body: None for a GET, otherwise the JSON body of a POST.
+        tls: certificates for https.
+        headers: in addition to the default ones.
 
     Returns:
         The HTTP status and the JSON object of the response.
@@ -119,7 +147,7 @@ def request_data_plane(address: str, path: str, body: Mapping[str, Any] | None =
     """
     method, content = ("GET", None) if body is None else ("POST", json.dumps(body).encode())
     try:
-        response = send_request(Server.at(address), method, path, timeout_s=_TIMEOUT_S, body=content)
+        response = send_request(Server.at(address), method, path, timeout_s=_TIMEOUT_S, body=content, headers=headers, tls=tls)
     except NoResponse as error:
         remedy = error.remedy or "start it with 'tidegate serve', or give --url"
         raise SettingsError(f"no Tidegate server responds at {address} ({error.reason}): {remedy}") from None
@@ -135,17 +163,28 @@ def _reason_and_remedy(error: Exception, server: Server, timeout_s: float) -> tu
             return f"its certificate is not for {server.host}", "give the URL with the name in the certificate"
         return (
             f"its certificate is not trusted, {error.verify_message}",
-            "add its certificate authority to this system, or set SSL_CERT_FILE to the file of the authority",
+            "give the file of its authority with --ca, or set SSL_CERT_FILE to it",
         )
+    if isinstance(error, ssl.SSLError) and "CERTIFICATE_REQUIRED" in (error.reason or ""):
+        return "it requires a client certificate", "give one with --cert and --key"
+    if isinstance(error, ssl.SSLError) and "ALERT" in (error.reason or ""):
+        return f"it refused the client certificate, {error.reason}", "give one of its authorities with --cert and --key"
     if isinstance(error, ssl.SSLError):
         return (
             f"TLS handshake failed, {error.reason or 'the connection was closed'}",
-            "use http:// if the server does not use TLS",
+            "give a client certificate with --cert and --key if the server requires one, or use http:// if it does not use TLS",
         )
     if isinstance(error, TimeoutError):
         return f"it did not respond within {timeout_s:g} s", None
-    if isinstance(error, http.client.RemoteDisconnected):
-        return "it closed the connection without a response", "give another URL, with https:// if the server uses TLS"
+    # With TLS 1.3 a server refuses the client certificate after the client has completed the handshake.
+    if isinstance(error, http.client.RemoteDisconnected) or (
+        server.tls and isinstance(error, ConnectionResetError | BrokenPipeError)
+    ):
+        return "it closed the connection without a response", (
+            "give a client certificate with --cert and --key if it requires one"
+            if server.tls
+            else "give another URL, with https:// if the server uses TLS"
+        )
     if isinstance(error, http.client.IncompleteRead):
         return "its response is incomplete", "try again"
     if isinstance(error, http.client.HTTPException):

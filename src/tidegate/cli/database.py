@@ -15,7 +15,7 @@ app = typer.Typer(help="Look after the catalog's database.", no_args_is_help=Tru
 
 @app.command("upgrade")
 def upgrade(config: ConfigOption = None) -> None:
-    """Bring the database's schema up to this version."""
+    """Upgrade the database's schema to this version."""
     revision = asyncio.run(schema.upgrade(read_settings(config).catalog.url))
     typer.echo(f"the database is at revision {revision}")
 
@@ -26,7 +26,7 @@ def downgrade(
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
     config: ConfigOption = None,
 ) -> None:
-    """Take the database's schema back; what the later steps had added is dropped with all that it holds."""
+    """Downgrade the database's schema; tables and columns of later revisions are dropped with their data."""
     if not yes:
-        typer.confirm(f"Drop what the steps after {revision} added, and all that it holds?", abort=True)
+        typer.confirm(f"Drop the tables and columns added after revision {revision}, with their data?", abort=True)
     typer.echo(f"the database is at revision {asyncio.run(schema.downgrade(read_settings(config).catalog.url, revision))}")

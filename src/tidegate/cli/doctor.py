@@ -18,19 +18,23 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from tidegate._version import __version__
-from tidegate.catalog.sql.engine import is_postgres, open_engine, reason_of, shown
-from tidegate.catalog.sql.schema import look_at_schema
+from tidegate.catalog.sql.engine import is_postgres, open_engine, reason_of, redacted_url
+from tidegate.catalog.sql.schema import inspect_schema
 from tidegate.catalog.sql.tables import api_keys, policy_state, tiers
+from tidegate.cli.client_tls import NO_FILES, own_data_plane
 from tidegate.cli.common import ConfigOption, JsonOption, print_json, read_settings
 from tidegate.cli.data_plane import request_data_plane
 from tidegate.counters.factory import open_counters
 from tidegate.counters.guarded import GuardedCounters
 from tidegate.errors import SettingsError, TidegateError
+from tidegate.listen_address import UNIX_PREFIX, is_unix, listener_url, parse_address
 from tidegate.policy.model import KeyStatus
 from tidegate.policy.toml_reader import load_policy, policy_warnings
 from tidegate.server.addresses import admin_address, free_address, grpc_address, missing_for_grpc
+from tidegate.server.certificates import load, utc_date
 from tidegate.server.instance import require_shared_counters
-from tidegate.settings import Settings, parse_address
+from tidegate.server.open_listeners import open_listeners
+from tidegate.settings import Settings
 from tidegate.tools.charts import clean
 from tidegate.tools.terminal import say
 from tidegate.url_parts import scheme_of
@@ -71,10 +75,13 @@ def _examine(config: Path | None) -> Iterator[Finding]:
         yield "settings", False, error.message
         return
     yield "settings", True, "valid"
+    if settings.tls.cert:
+        yield _finding_of("tls", lambda: _check_certificates(settings))
     yield from _examine_policy(settings)
     yield from _examine_catalog(settings)
     yield _finding_of("counters", lambda: (True, asyncio.run(_check_counters(settings))))
     runs = yield from _examine_data_plane(settings)
+    yield from (("callers", None, warning) for warning in open_listeners(settings))
     yield from _examine_side_listeners(settings, runs)
     for url in settings.catalog.replicas:
         yield _finding_of("replica", lambda url=url: (True, asyncio.run(_check_replica(url))))  # type: ignore[misc]
@@ -105,8 +112,16 @@ def _examine_data_plane(settings: Settings) -> Generator[Finding, None, bool]:
         return False
     except SettingsError as error:
         problem = error.message
+    if settings.server.probes:
+        url, tls = listener_url(settings.server.probes, False), NO_FILES
+    else:
+        url, tls = own_data_plane(settings)
+        if settings.tls.client_ca and url.startswith("https:"):
+            text = "its health cannot be read without a client certificate: set server.probes to a plain port on loopback"
+            yield "server", None, f"something listens at {settings.server.http}; {text}"
+            return True
     try:
-        status, answer = request_data_plane(f"http://{settings.server.http}", "/health")
+        status, answer = request_data_plane(url, "/health", tls=tls)
     except TidegateError:
         yield "server", False, problem
         return False
@@ -124,22 +139,22 @@ def _examine_data_plane(settings: Settings) -> Generator[Finding, None, bool]:
 def _examine_side_listeners(settings: Settings, runs: bool) -> Iterator[Finding]:
     """Check the addresses of the control plane and of gRPC: free, or in use by the running Tidegate."""
     resolve = parse_address if runs else free_address
-    http_port = parse_address(settings.server.http, "server.http")[1]
+    http = parse_address(settings.server.http, "server.http")
     admin = None
     try:
-        admin = admin_address(settings, http_port, resolve)
+        admin = admin_address(settings, http, resolve)
         yield from _examine_address("control plane", settings.server.admin, admin, runs)
     except SettingsError as error:
         yield "control plane", False, error.message
     missing = missing_for_grpc()
     try:
-        address = grpc_address(settings, http_port, admin, resolve)
+        address = grpc_address(settings, http, admin, resolve)
         if settings.server.grpc and missing:
-            yield "gRPC door", None, f"off: {', '.join(missing)} not installed; for Envoy, pip install 'tidegate[envoy]'"
+            yield "gRPC listener", None, f"off: {', '.join(missing)} not installed; for Envoy, pip install 'tidegate[envoy]'"
             return
-        yield from _examine_address("gRPC door", settings.server.grpc, address, runs)
+        yield from _examine_address("gRPC listener", settings.server.grpc, address, runs)
     except SettingsError as error:
-        yield "gRPC door", False, error.message
+        yield "gRPC listener", False, error.message
 
 
 def _examine_address(what: str, text: str, address: tuple[str, int] | None, runs: bool) -> Iterator[Finding]:
@@ -155,6 +170,11 @@ def _examine_address(what: str, text: str, address: tuple[str, int] | None, runs
 
 def _accepts_connections(host: str, port: int) -> bool:
     try:
+        if is_unix(host):
+            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as unix:
+                unix.settimeout(_CONNECT_TIMEOUT_S)
+                unix.connect(host.removeprefix(UNIX_PREFIX))
+            return True
         with socket.create_connection((host, port), _CONNECT_TIMEOUT_S):
             return True
     except OSError:
@@ -193,24 +213,24 @@ def _check_catalog(settings: Settings, owned: list[Finding]) -> tuple[bool | Non
 async def _read_catalog(settings: Settings, owned: list[Finding]) -> tuple[bool | None, str]:
     """Check the catalog; findings about rows of a policy file are appended to `owned`."""
     url = settings.catalog.url
-    engine = open_engine(url, reads_only=True, looks_only=True)
+    engine = open_engine(url, reads_only=True, inspect_only=True)
     try:
-        schema = await look_at_schema(url, engine)
+        schema = await inspect_schema(url, engine)
         await _require_privileges(url, engine)
         if schema.revision is None:
-            return True, f"{shown(url)} is empty; 'tidegate serve' or 'tidegate db upgrade' creates its tables"
+            return True, f"{redacted_url(url)} is empty; 'tidegate serve' or 'tidegate db upgrade' creates its tables"
         if not schema.usable:
             return None, (
-                f"{shown(url)} has schema {schema.revision} of an older version: 'tidegate serve' upgrades it to "
+                f"{redacted_url(url)} has schema {schema.revision} of an older version: 'tidegate serve' upgrades it to "
                 f"{schema.head} when it starts; to upgrade beforehand, run 'tidegate db upgrade'"
             )
         async with engine.connect() as connection:
             version = (await connection.execute(select(policy_state.c.version))).scalar_one()
             count = (await connection.execute(select(func.count()).select_from(tiers))).scalar_one()
             owned += await _check_owned(connection, settings)
-        return True, f"{shown(url)}: version {version}, {count} tiers"
+        return True, f"{redacted_url(url)}: version {version}, {count} tiers"
     except (SQLAlchemyError, OSError) as error:
-        raise SettingsError(f"{shown(url)} cannot be read as a catalog: {reason_of(error)}") from None
+        raise SettingsError(f"{redacted_url(url)} cannot be read as a catalog: {reason_of(error)}") from None
     finally:
         await engine.dispose()
 
@@ -223,13 +243,14 @@ async def _require_privileges(url: str, engine: AsyncEngine) -> None:
         row = (await connection.execute(_PRIVILEGES)).one()
     if row.schema is None:
         raise SettingsError(
-            f"{shown(url)}: the user {row.role!r} has no schema in its search_path, or no USAGE privilege on it: "
+            f"{redacted_url(url)}: the user {row.role!r} has no schema in its search_path, or no USAGE privilege on it: "
             f"GRANT USAGE, CREATE ON SCHEMA public TO {_quoted(row.role)}"
         )
     if not row.may_create:
         raise SettingsError(
-            f"{shown(url)}: the user {row.role!r} has no CREATE privilege on schema {row.schema!r} (since PostgreSQL 15 only the "
-            f"database owner has it by default): GRANT CREATE ON SCHEMA {_quoted(row.schema)} TO {_quoted(row.role)}"
+            f"{redacted_url(url)}: the user {row.role!r} has no CREATE privilege on schema {row.schema!r} (since PostgreSQL 15 "
+            "only the database owner has it by default): "
+            f"GRANT CREATE ON SCHEMA {_quoted(row.schema)} TO {_quoted(row.role)}"
         )
 
 
@@ -269,6 +290,19 @@ async def _check_owned(connection: AsyncConnection, settings: Settings) -> list[
     return found
 
 
+def _check_certificates(settings: Settings) -> tuple[bool | None, str]:
+    loaded = load(settings.tls)
+    problem = loaded.invalid_now(settings.tls)
+    if problem is not None:
+        return False, problem
+    key = Path(settings.tls.key or settings.tls.cert)
+    mode = stat.S_IMODE(key.stat().st_mode)
+    until = f"{settings.tls.cert} is valid until {utc_date(loaded.expires['cert'])}"
+    if mode & 0o007:
+        return None, f"{until}; its key is readable by all users (mode {mode:04o}): chmod 640 {key}"
+    return True, until
+
+
 def _check_workers(settings: Settings) -> str:
     require_shared_counters(settings)
     return f"{settings.server.workers} processes share {settings.server.http}"
@@ -293,9 +327,9 @@ async def _check_replica(url: str) -> str:
     try:
         async with engine.connect() as connection:
             version = (await connection.execute(select(policy_state.c.version))).scalar_one()
-        return f"{shown(url)}: version {version}"
+        return f"{redacted_url(url)}: version {version}"
     except (SQLAlchemyError, OSError) as error:
-        raise SettingsError(f"{shown(url)} cannot be read as a replica of the catalog: {reason_of(error)}") from None
+        raise SettingsError(f"{redacted_url(url)} cannot be read as a replica of the catalog: {reason_of(error)}") from None
     finally:
         await engine.dispose()
 

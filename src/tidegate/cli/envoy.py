@@ -20,7 +20,7 @@ def check_file(
     path: Annotated[Path, typer.Argument(help="Configuration of envoyproxy/ratelimit: a file, or a directory of them.")],
     as_json: JsonOption = False,
 ) -> int:
-    """Say whether a configuration of envoyproxy/ratelimit would be taken into force, as the setting envoy.config would.
+    """Validate a configuration of envoyproxy/ratelimit exactly as the setting envoy.config does.
 
     Exit code 0 if it would, 2 if it is refused, with file, line and reason.
     """

@@ -1,7 +1,6 @@
-"""API keys as the commands reach them, in two ways that do the same: in the database, and over the admin API.
+"""Access to API keys for commands, with the same results in the database and over the admin API.
 
-What is refused reads alike on both ways: its code and a sentence. An API key that a person names is hashed here, and only
-its id goes on.
+Errors are the same for both: a code and a sentence. An API key in an argument is hashed here; only its id is sent.
 """
 
 from __future__ import annotations
@@ -24,6 +23,7 @@ from tidegate.admin.models import KeyCreate, KeyMade, KeyPage, KeyRead, KeyRotat
 from tidegate.admin.rules import CatalogEditor
 from tidegate.catalog.sql.catalog import SqlCatalog
 from tidegate.catalog.sql.paging import MAX_PAGE, Page
+from tidegate.cli.client_tls import ClientTls
 from tidegate.cli.common import with_catalog
 from tidegate.cli.control_plane import ControlPlane
 from tidegate.errors import BadRequest, CatalogError, CatalogUnavailable, PolicyError, SettingsError, TidegateError
@@ -37,13 +37,11 @@ _T = TypeVar("_T")
 
 
 class KeyFilter(msgspec.Struct, frozen=True):
-    """Which keys are listed; None for all.
+    """Selects keys; None selects all.
 
     Args:
-        tier: name of their tier.
-        status: active, expired or revoked.
-        name: contained in their name, in any case.
-        id_prefix: what their ids begin with.
+        name: substring of the name, case-insensitive.
+        id_prefix: prefix of the id.
     """
 
     tier: str | None = None
@@ -53,25 +51,25 @@ class KeyFilter(msgspec.Struct, frozen=True):
 
 
 class KeyRefused(TidegateError):
-    """The catalog refused what was asked; the message begins with its code, as the admin API's does."""
+    """The catalog rejected an operation; the message starts with its code, like errors of the admin API."""
 
     code = "KEY_REFUSED"
 
 
-class KeyNotMeant(TidegateError):
-    """What was given names no API key, or several. It is not repeated: it may be the key itself."""
+class KeyNotFound(TidegateError):
+    """The argument matches no API key, or several. The message does not contain it: it may be the key itself."""
 
     code = "NOT_FOUND"
 
 
 class ApiKeys(Protocol):
-    """What can be done with API keys, on either way. Every method raises a TidegateError where it is refused."""
+    """Operations on API keys. Every method raises a TidegateError if it is rejected."""
 
     async def create(self, request: KeyCreate) -> KeyMade:
-        """Make a key.
+        """Create a key.
 
         Raises:
-            TidegateError: if there is no such tier.
+            TidegateError: if the tier does not exist.
         """
 
     async def import_batch(self, request: KeyImportRequest) -> KeyImportResult:
@@ -84,14 +82,6 @@ class ApiKeys(Protocol):
     async def page(self, key_filter: KeyFilter, limit: int, after: str | None) -> Page[KeyRead]:
         """A page of the list of keys, by id.
 
-        Args:
-            key_filter: which ones.
-            limit: at most so many, 1 to 500.
-            after: only those behind this id.
-
-        Returns:
-            The page.
-
         Raises:
             TidegateError: if the keys cannot be read.
         """
@@ -99,52 +89,36 @@ class ApiKeys(Protocol):
     async def revoke(self, record: KeyRead, request: RevokeRequest) -> KeyRead:
         """Revoke a key.
 
-        Args:
-            record: of the key.
-            request: the reason.
-
-        Returns:
-            Its record now.
-
         Raises:
             TidegateError: if it is revoked already, or the policy file owns it.
         """
 
     async def rotate(self, record: KeyRead, grace_s: int) -> KeyRotated:
-        """Replace a key by a new one of the same tier, name, end and limits.
+        """Replace a key by a new one with the same tier, name, expiry and limits.
 
         Args:
-            record: of the old key.
-            grace_s: how long that still works, s; with 0 it is revoked now.
+            grace_s: how long the old key remains valid, s; with 0 it is revoked at once.
 
         Returns:
-            The new key, this once, and both records.
+            The new key, which no other result contains, and both records.
 
         Raises:
             TidegateError: if the old key is revoked or expired, or the policy file owns it.
         """
 
     async def delete(self, record: KeyRead) -> None:
-        """Remove the record of a key.
-
-        Args:
-            record: as it was read.
+        """Delete the record of a key.
 
         Raises:
-            TidegateError: if the key still works, was changed since, or the policy file owns it.
+            TidegateError: if the key is still valid, was changed since, or the policy file owns it.
         """
 
 
 class KeysInCatalog:
-    """API keys in the database. See `ApiKeys`.
-
-    Args:
-        catalog: open.
-        actor: who asks, for the audit log.
-    """
+    """API keys in the database. See `ApiKeys`."""
 
     def __init__(self, catalog: SqlCatalog, actor: str) -> None:
-        # Nothing in this process remembers what a change touched; the others are told by the database.
+        # This process has no cache; other processes are notified by the database.
         self._editor = CatalogEditor(catalog, lambda *_: None)
         self._actor = actor
 
@@ -174,11 +148,7 @@ class KeysInCatalog:
 
 
 class KeysAtControlPlane:
-    """API keys over the admin API. See `ApiKeys`. Its methods block, and wait for nothing else.
-
-    Args:
-        plane: the control plane.
-    """
+    """API keys over the admin API. See `ApiKeys`. Its methods block and await nothing."""
 
     def __init__(self, plane: ControlPlane) -> None:
         self._plane = plane
@@ -211,80 +181,68 @@ class KeysAtControlPlane:
 
 
 def with_keys(
-    config: Path | None, url: str | None, token_file: Path | None, work: Callable[[ApiKeys], Coroutine[Any, Any, _T]]
+    config: Path | None,
+    url: str | None,
+    token_file: Path | None,
+    tls: ClientTls,
+    work: Callable[[ApiKeys], Coroutine[Any, Any, _T]],
 ) -> _T:
-    """Do something with API keys, in the database or over the admin API.
+    """Run an operation on API keys, in the database or over the admin API.
 
     Args:
-        config: the file given with `--config`.
-        url: of the control plane; None for the database.
-        token_file: a file with the control plane's token; None for the token of the settings.
-        work: what to do. It awaits nothing but the keys' methods.
-
-    Returns:
-        What the work returned.
+        url: URL of the control plane; None for the database.
+        token_file: file with the control plane's token; None for the token of the settings.
+        tls: certificates for an https URL.
+        work: the operation; it awaits only methods of the keys.
 
     Raises:
-        TidegateError: whatever was refused or could not be reached.
+        TidegateError: if the operation was rejected, or the server or the database does not answer.
     """
     if url is not None:
-        return _at_once(work(KeysAtControlPlane(ControlPlane.at(url, token_file, config))))
+        return run_at_once(work(KeysAtControlPlane(ControlPlane.at(url, token_file, config, tls))))
     if token_file is not None:
-        raise SettingsError("--token-file is for --url, without which the database is used: give both, or neither")
+        raise SettingsError("--token-file is only used with --url: set both, or neither")
+    if tls != ClientTls():
+        raise SettingsError("--ca, --cert and --key are only used with --url: add --url")
 
     async def in_catalog(catalog: SqlCatalog) -> _T:
-        with _refusals_as_over_the_api():
-            return await work(KeysInCatalog(catalog, _actor()))
+        with refusals_as_over_the_api():
+            return await work(KeysInCatalog(catalog, cli_actor()))
 
     return with_catalog(config, in_catalog)
 
 
-async def find(keys: ApiKeys, meant: str) -> KeyRead:
-    """The API key that a person means.
+async def find(keys: ApiKeys, reference: str) -> KeyRead:
+    """Find an API key.
 
     Args:
-        keys: on either way.
-        meant: its id, a beginning of the id of 6 digits or more that only it has, or the key itself.
-
-    Returns:
-        Its record.
+        reference: its id, a unique prefix of the id with 6 digits or more, or the key itself.
 
     Raises:
-        KeyNotMeant: if no key or several are meant.
+        KeyNotFound: if it matches no key, or several.
         TidegateError: if the keys cannot be read.
     """
-    beginnings = []
-    if is_possible_key(meant):
-        # First, also where it looks like an id: a key of a policy file may be all hex digits, and a key must not go on as it is.
-        beginnings.append(hash_api_key(meant)[:24])
-    if _ID_PREFIX.fullmatch(meant):
-        beginnings.append(meant)
-    if not beginnings:
-        raise KeyNotMeant(
-            "that is neither an id (6 hex digits or more of it) nor an API key, unless it is mistyped: see 'tidegate keys list'"
-        )
-    for beginning in beginnings:
-        found = (await keys.page(KeyFilter(id_prefix=beginning), 2, None)).items
+    prefixes = []
+    if is_possible_key(reference):
+        # First, also if it could be an id: a key of a policy file may consist of hex digits, and a key must not be sent.
+        prefixes.append(hash_api_key(reference)[:24])
+    if _ID_PREFIX.fullmatch(reference):
+        prefixes.append(reference)
+    if not prefixes:
+        raise KeyNotFound("that is neither an id (6 or more of its hex digits) nor an API key: see 'tidegate keys list'")
+    for prefix in prefixes:
+        found = (await keys.page(KeyFilter(id_prefix=prefix), 2, None)).items
         if len(found) > 1:
-            raise KeyNotMeant("the ids of several API keys begin with that: give more of the id, see 'tidegate keys list'")
+            raise KeyNotFound("several API keys have this prefix of the id: use more digits, see 'tidegate keys list'")
         if found:
             return found[0]
-    raise KeyNotMeant(
+    raise KeyNotFound(
         "there is no such API key: give its id, 6 hex digits or more of the id, or the key itself; see 'tidegate keys list'"
     )
 
 
 async def collect(keys: ApiKeys, key_filter: KeyFilter, limit: int, after: str | None) -> Page[KeyRead]:
     """List keys, page by page.
-
-    Args:
-        keys: on either way.
-        key_filter: which ones.
-        limit: at most so many, 1 or more.
-        after: only those behind this id.
-
-    Returns:
-        All of them as one page.
 
     Raises:
         TidegateError: if the keys cannot be read.
@@ -298,25 +256,27 @@ async def collect(keys: ApiKeys, key_filter: KeyFilter, limit: int, after: str |
             return Page(items, after)
 
 
-def _at_once(work: Coroutine[Any, Any, _T]) -> _T:
-    """Run what never waits for an event loop without one: under a loop, Ctrl-C would wait for the answer that does not come."""
+def run_at_once(work: Coroutine[Any, Any, _T]) -> _T:
+    """Run a coroutine that awaits no event loop without one: within a loop, Ctrl-C would wait for the pending response."""
     try:
         work.send(None)
     except StopIteration as done:
         result: _T = done.value
         return result
-    raise AssertionError("the work waits for an event loop")
+    raise AssertionError("the operation awaits an event loop")
 
 
 @contextlib.contextmanager
-def _refusals_as_over_the_api() -> Iterator[None]:
+def refusals_as_over_the_api() -> Iterator[None]:
+    """Raise what the catalog refuses with the code that the admin API sends."""
     try:
         yield
     except (CatalogError, BadRequest, PolicyError, CatalogUnavailable) as error:
         raise KeyRefused(f"{error.code}: {error.message}") from error
 
 
-def _actor() -> str:
+def cli_actor() -> str:
+    """The name in the audit log of whoever runs this command."""
     return f"{CLI_ACTOR}{_user()}"[:_MAX_ACTOR]
 
 
@@ -325,8 +285,8 @@ def _user() -> str:
         return getpass.getuser()
     import pwd
 
-    # The account that runs this, not LOGNAME or USER: the audit log is not to say what anyone may export.
+    # The account of the process, not LOGNAME or USER, which anyone can set: it is written to the audit log.
     try:
         return pwd.getpwuid(os.geteuid()).pw_name
-    except KeyError:  # a container's user has a number and no name
+    except KeyError:  # the user of a container may have no name
         return str(os.geteuid())

@@ -13,6 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from tidegate.admin.key_import import KeyImport, KeyImportRequest, KeyImportResult
 from tidegate.admin.models import KeyCreate, KeyRead, KeyRotated, Name, Reason, RevokeRequest, TierName
+from tidegate.cli.client_tls import CaOption, CertKeyOption, CertOption, ClientTls
 from tidegate.cli.common import ConfigOption, JsonOption, print_json, print_rows
 from tidegate.cli.control_plane import one_line
 from tidegate.cli.key_access import ApiKeys, KeyFilter, collect, find, with_keys
@@ -28,7 +29,7 @@ app = typer.Typer(
 _LIFETIME: Final = re.compile(r"([0-9]{1,6})([smhd])", re.ASCII)
 _SECONDS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 _ID_PART: Final = re.compile(r"[0-9a-f]{1,24}", re.ASCII)
-_MAX_GRACE_S: Final = 365 * 86_400
+MAX_GRACE_S: Final = 365 * 86_400
 
 UrlOption = Annotated[
     str | None,
@@ -56,7 +57,7 @@ KeyArgument = Annotated[
 
 
 class Status(enum.StrEnum):
-    """What a key can be."""
+    """Status of an API key."""
 
     ACTIVE = "active"
     EXPIRED = "expired"
@@ -72,23 +73,24 @@ def create(
     ] = None,
     url: UrlOption = None,
     token_file: TokenFileOption = None,
+    ca: CaOption = None,
+    cert: CertOption = None,
+    cert_key: CertKeyOption = None,
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Make a key and show it, this once: only its digest is stored."""
+    """Create an API key and print it, only once: only its digest is stored."""
     request = KeyCreate(
-        tier=_checked(TierName, tier, "--tier"),
-        name=_checked(Name, name, "--name"),
-        expires_at=None
-        if expires_in is None
-        else format_timestamp(now_us() + _lifetime_s(expires_in, "--expires-in") * US_PER_S),
+        tier=checked(TierName, tier, "--tier"),
+        name=checked(Name, name, "--name"),
+        expires_at=None if expires_in is None else format_timestamp(now_us() + lifetime_s(expires_in, "--expires-in") * US_PER_S),
     )
-    made = with_keys(config, url, token_file, lambda keys: keys.create(request))
+    made = with_keys(config, url, token_file, ClientTls(ca, cert, cert_key), lambda keys: keys.create(request))
     if as_json:
         print_json(_json(made))
         return
     say(one_line(made.api_key))
-    say(f"id {one_line(made.id)}, tier {one_line(made.tier)}. It is shown this once: keep it now.", err=True)
+    say(f"id {one_line(made.id)}, tier {one_line(made.tier)}. It is shown only once: store it now.", err=True)
 
 
 @app.command("import")
@@ -100,6 +102,9 @@ def import_file(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Report what would be imported; change nothing.")] = False,
     url: UrlOption = None,
     token_file: TokenFileOption = None,
+    ca: CaOption = None,
+    cert: CertOption = None,
+    cert_key: CertKeyOption = None,
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -109,7 +114,7 @@ def import_file(
     interruption, run the same command again: keys that exist already are counted as unchanged.
     """
     if tier is not None:
-        _checked(TierName, tier, "--tier")
+        checked(TierName, tier, "--tier")
 
     async def work(keys: ApiKeys) -> ImportSummary:
         summary = ImportSummary()
@@ -123,7 +128,7 @@ def import_file(
                 say(f"{summary.rows:,} rows read, {summary.imported:,} new", err=True)
         return summary
 
-    summary = with_keys(config, url, token_file, work)
+    summary = with_keys(config, url, token_file, ClientTls(ca, cert, cert_key), work)
     if as_json:
         print_json(summary.as_json(dry_run))
     else:
@@ -146,18 +151,21 @@ def list_keys(
     after: Annotated[str | None, typer.Option("--after", help="Go on after this id.")] = None,
     url: UrlOption = None,
     token_file: TokenFileOption = None,
+    ca: CaOption = None,
+    cert: CertOption = None,
+    cert_key: CertKeyOption = None,
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """List keys by id; the keys themselves are not known to anyone."""
+    """List API keys by id, without the keys themselves."""
     if tier is not None:
-        _checked(TierName, tier, "--tier")
+        checked(TierName, tier, "--tier")
     if name is not None:
-        _checked(Name, name, "--name")
+        checked(Name, name, "--name")
     if after is not None and not _ID_PART.fullmatch(after):
-        raise typer.BadParameter("that is no id: give the last one of the list before", param_hint="--after")
+        raise typer.BadParameter("not a valid id; use the last id of the previous list", param_hint="--after")
     wanted = KeyFilter(tier, None if status is None else status.value, name)
-    page = with_keys(config, url, token_file, lambda keys: collect(keys, wanted, limit, after))
+    page = with_keys(config, url, token_file, ClientTls(ca, cert, cert_key), lambda keys: collect(keys, wanted, limit, after))
     if as_json:
         print_json([_json(record) for record in page.items])
     else:
@@ -169,8 +177,8 @@ def list_keys(
                     one_line(record.tier),
                     one_line(record.name),
                     record.status,
-                    _to_seconds(record.created_at),
-                    _to_seconds(record.expires_at),
+                    to_seconds(record.created_at),
+                    to_seconds(record.expires_at),
                     None if record.revoked_reason is None else one_line(record.revoked_reason),
                     _origin(record),
                 )
@@ -180,7 +188,7 @@ def list_keys(
             "no keys" if wanted != KeyFilter() or after else "no keys: make one with 'tidegate keys create --tier NAME'",
         )
     if page.next is not None:
-        say(f"there are more: go on with --after {one_line(page.next)}", err=True)
+        say(f"there are more: continue with --after {one_line(page.next)}", err=True)
 
 
 @app.command("show")
@@ -188,11 +196,14 @@ def show(
     key: KeyArgument,
     url: UrlOption = None,
     token_file: TokenFileOption = None,
+    ca: CaOption = None,
+    cert: CertOption = None,
+    cert_key: CertKeyOption = None,
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Show what is known of a key: tier, status, times, limits of its own; not the key."""
-    record = with_keys(config, url, token_file, lambda keys: find(keys, key))
+    """Show the record of an API key: tier, status, times and its own limits."""
+    record = with_keys(config, url, token_file, ClientTls(ca, cert, cert_key), lambda keys: find(keys, key))
     if as_json:
         print_json(_json(record))
         return
@@ -201,9 +212,9 @@ def show(
         ("tier", record.tier),
         ("name", record.name),
         ("status", record.status),
-        ("created at", _to_seconds(record.created_at)),
-        ("expires at", _to_seconds(record.expires_at)),
-        ("revoked at", _to_seconds(record.revoked_at)),
+        ("created at", to_seconds(record.created_at)),
+        ("expires at", to_seconds(record.expires_at)),
+        ("revoked at", to_seconds(record.revoked_at)),
         ("revoked reason", record.revoked_reason),
         ("limits", None if record.limits is None else ", ".join(record.limits)),
         *((f"limits of {override.rule}", ", ".join(override.limits)) for override in record.overrides),
@@ -218,16 +229,19 @@ def revoke(
     reason: Annotated[str, typer.Option("--reason", help="Why, for those who look later.")],
     url: UrlOption = None,
     token_file: TokenFileOption = None,
+    ca: CaOption = None,
+    cert: CertOption = None,
+    cert_key: CertKeyOption = None,
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Revoke a key, for good. Running servers refuse it within a second."""
-    request = RevokeRequest(reason=_checked(Reason, reason, "--reason"))
+    """Revoke an API key permanently. Running servers reject it within a second."""
+    request = RevokeRequest(reason=checked(Reason, reason, "--reason"))
 
     async def work(keys: ApiKeys) -> KeyRead:
         return await keys.revoke(await find(keys, key), request)
 
-    record = with_keys(config, url, token_file, work)
+    record = with_keys(config, url, token_file, ClientTls(ca, cert, cert_key), work)
     if as_json:
         print_json(_json(record))
     else:
@@ -243,27 +257,30 @@ def rotate(
     ] = None,
     url: UrlOption = None,
     token_file: TokenFileOption = None,
+    ca: CaOption = None,
+    cert: CertOption = None,
+    cert_key: CertKeyOption = None,
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Replace a key by a new one of the same tier, name, end and limits, and show that, this once."""
-    grace_s = 0 if grace is None else _lifetime_s(grace, "--grace")
-    if grace_s > _MAX_GRACE_S:
+    """Replace an API key by a new one with the same tier, name, expiry and limits, and print it, only once."""
+    grace_s = 0 if grace is None else lifetime_s(grace, "--grace")
+    if grace_s > MAX_GRACE_S:
         raise typer.BadParameter(f"{grace!r} is too long: at most 365d", param_hint="--grace")
 
     async def work(keys: ApiKeys) -> KeyRotated:
         return await keys.rotate(await find(keys, key), grace_s)
 
-    made = with_keys(config, url, token_file, work)
+    made = with_keys(config, url, token_file, ClientTls(ca, cert, cert_key), work)
     if as_json:
         print_json({**_json(made), "replaces": _json(made.replaces)})
         return
     old = made.replaces
     say(one_line(made.api_key))
-    end = "is revoked" if old.status == Status.REVOKED else f"works until {_to_seconds(old.expires_at)}"
+    end = "is revoked" if old.status == Status.REVOKED else f"works until {to_seconds(old.expires_at)}"
     say(
         f"id {one_line(made.id)}, tier {one_line(made.tier)}, in place of {one_line(old.id)}, which {end}. "
-        "It is shown this once: keep it now.",
+        "It is shown only once: store it now.",
         err=True,
     )
 
@@ -273,17 +290,20 @@ def delete(
     key: KeyArgument,
     url: UrlOption = None,
     token_file: TokenFileOption = None,
+    ca: CaOption = None,
+    cert: CertOption = None,
+    cert_key: CertKeyOption = None,
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Remove the record of a key that is revoked or expired; the audit log keeps what it was."""
+    """Delete the record of a revoked or expired API key; the audit log keeps it."""
 
     async def work(keys: ApiKeys) -> KeyRead:
         record = await find(keys, key)
         await keys.delete(record)
         return record
 
-    record = with_keys(config, url, token_file, work)
+    record = with_keys(config, url, token_file, ClientTls(ca, cert, cert_key), work)
     if as_json:
         print_json(_json(record))
     else:
@@ -330,31 +350,32 @@ class ImportSummary:
         }
 
 
-def _lifetime_s(text: str, option: str) -> int:
+def lifetime_s(text: str, option: str) -> int:
+    """Read a time such as `90d`, s."""
     match = _LIFETIME.fullmatch(text)
     if match is None or int(match.group(1)) == 0:
-        raise typer.BadParameter(f"{text[:60]!r} is no lifetime: write 90d, 12h, 30m or 45s", param_hint=option)
+        raise typer.BadParameter(f"{text[:60]!r} is not a valid duration; expected e.g. 90d, 12h, 30m or 45s", param_hint=option)
     return int(match.group(1)) * _SECONDS[match.group(2)]
 
 
-def _checked(field: Any, text: str, option: str) -> str:
-    """A text that the field of a request takes; the commands refuse the same texts with and without --url."""
+def checked(field: Any, text: str, option: str) -> str:
+    """A text that is valid for a field of a request; commands reject the same texts with and without --url."""
     if field is not Name and not text.strip():
-        raise typer.BadParameter("it is blank: write something", param_hint=option)
+        raise typer.BadParameter("it must not be blank", param_hint=option)
     try:
-        checked: str = TypeAdapter(field).validate_python(text, strict=True)
+        valid: str = TypeAdapter(field).validate_python(text, strict=True)
     except ValidationError as error:
         problem = error.errors(include_url=False)[0]
         if problem["type"] == "string_too_long":
             most = problem["ctx"]["max_length"]
             raise typer.BadParameter(f"it has {len(text)} characters: at most {most} are allowed", param_hint=option) from None
-        # An argument that is not UTF-8 arrives with surrogates in it.
+        # An argument that is not UTF-8 contains surrogates.
         raise typer.BadParameter("it must not have control characters, and must be UTF-8", param_hint=option) from None
-    return checked
+    return valid
 
 
 def _json(record: KeyRead) -> dict[str, Any]:
-    """A record as --json prints it: as the admin API tells it, and who owns it."""
+    """A record for --json: the fields of the admin API, and its owner."""
     return {**record.model_dump(exclude={"managed_by_file", "warnings"}), "from": _origin(record)}
 
 
@@ -362,5 +383,6 @@ def _origin(record: KeyRead) -> str:
     return "file" if record.managed_by_file else "api"
 
 
-def _to_seconds(moment: str | None) -> str | None:
+def to_seconds(moment: str | None) -> str | None:
+    """A timestamp of the admin API without fractions of a second."""
     return None if moment is None else re.sub(r"\.[0-9]+Z$", "Z", one_line(moment))

@@ -18,7 +18,7 @@ app = typer.Typer(help="Check a policy file, or print one to begin with.", no_ar
 
 
 def example_policy() -> str:
-    """The example policy that the package ships.
+    """The example policy of the package.
 
     Returns:
         TOML.
@@ -32,7 +32,7 @@ def check_file(
     as_json: JsonOption = False,
     strict: Annotated[bool, typer.Option("--strict", help="Warnings fail too.")] = False,
 ) -> int:
-    """Say whether a policy file would be taken into force, as the server would: for CI and editors.
+    """Validate a policy file exactly as the server does: for CI and editors.
 
     Exit code 0 if it would, 2 if it is refused (with file, line and reason) or, with --strict, if there are warnings.
     """
@@ -61,7 +61,7 @@ def print_example() -> None:
 
 
 def tiers(config: ConfigOption = None, as_json: JsonOption = False) -> None:
-    """List the tiers that are in force."""
+    """List the active tiers."""
     found = with_catalog(config, lambda catalog: catalog.list_tiers())
     print_rows(
         ("name", "limits", "rules", "from"),
@@ -79,7 +79,7 @@ def rules(
     tier: Annotated[str | None, typer.Option("--tier", help="Only the rules of this tier.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """List the rules that are in force."""
+    """List the active rules."""
     found = with_catalog(config, lambda catalog: catalog.list_tiers())
     if tier is not None and all(each.name != tier for each in found):
         raise typer.BadParameter(f"no tier {tier!r}; there are: {', '.join(each.name for each in found) or 'none'}")

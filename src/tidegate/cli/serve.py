@@ -3,27 +3,35 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import sys
 import tempfile
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import msgspec
 import typer
 
 from tidegate._version import __version__
+from tidegate.cli.client_tls import CaOption, CertKeyOption, CertOption, ClientTls, own_data_plane
 from tidegate.cli.common import ConfigOption, JsonOption, print_json, read_settings
-from tidegate.cli.control_plane import one_line
+from tidegate.cli.control_plane import one_line, read_token, require_sendable
 from tidegate.cli.data_plane import request_data_plane
 from tidegate.errors import SettingsError
+from tidegate.listen_address import listener_url
 from tidegate.tools.terminal import say
 from tidegate.wire import DecisionBody
 
 if TYPE_CHECKING:
     from tidegate.server.instance import Instance
     from tidegate.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+TOKEN_VARIABLE: Final = "TIDEGATE_TOKEN"
+"""The environment variable with the token of a caller of the data plane; the Python client reads it too."""
 
 _TOUR = r"""
 Tidegate listens at http://{address} (metrics at /metrics, health at /health), with a temporary catalog that is deleted when it
@@ -56,7 +64,8 @@ def serve(
     and is deleted when the server stops. With [server] workers above 1 it runs that many processes on one
     address; they need counters in Redis.
     """
-    from tidegate.catalog.sql.engine import shown
+    from tidegate.catalog.sql.engine import redacted_url
+    from tidegate.server.open_listeners import open_listeners
     from tidegate.server.run import ignore_signals, run
     from tidegate.server.supervisor import supervise
     from tidegate.server.worker import WorkerSlot, work
@@ -68,22 +77,26 @@ def serve(
     settings = read_settings(config)
     configure_logging(settings.server.log_level, settings.server.log_format, None if slot is None else slot.number)
 
+    if slot is None:
+        for warning in open_listeners(settings):
+            logger.warning("%s", warning)
+
     def print_token(instance: Instance) -> None:
         if instance.first_token is not None:
             typer.echo(
-                f"control plane at http://{instance.admin_address}, token of the first operator, not shown again: "
-                f"{instance.first_token}"
+                f"control plane at {instance.admin_url}, token of the first operator, not shown again: {instance.first_token}"
             )
             sys.stdout.flush()
 
     def print_address(address: str) -> None:
-        if demo:
+        url = listener_url(address, settings.uses_tls("http"))
+        if demo and url.startswith("http://"):
             typer.echo(_TOUR.format(address=address))
         else:
             policy = settings.policy_path
             typer.echo(
-                f"tidegate {__version__} listens at http://{address} "
-                f"({'policy file ' + str(policy) if policy else 'no policy file'}, catalog {shown(settings.catalog.url)}, "
+                f"tidegate {__version__} listens at {url} "
+                f"({'policy file ' + str(policy) if policy else 'no policy file'}, catalog {redacted_url(settings.catalog.url)}, "
                 f"counters {scheme_of(settings.counters.url)}://)"
             )
         sys.stdout.flush()
@@ -139,7 +152,17 @@ def check(
     ] = None,
     tier: Annotated[str | None, typer.Option("--tier", help="Tier of a caller without an API key.")] = None,
     cost: Annotated[int, typer.Option("--cost", help="Units; 0 reads without charging.")] = 1,
-    url: Annotated[str | None, typer.Option("--url", help="URL of the server; default: [server] http.")] = None,
+    url: Annotated[str | None, typer.Option("--url", help="URL of the server, also unix:/path; default: [server] http.")] = None,
+    ca: CaOption = None,
+    cert: CertOption = None,
+    cert_key: CertKeyOption = None,
+    token_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--token-file",
+            help="File with the caller's token, if the server needs one ([callers_auth]); default: TIDEGATE_TOKEN.",
+        ),
+    ] = None,
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> int:
@@ -147,7 +170,12 @@ def check(
 
     Exit code 0: allowed. 1: denied. 2: no decision.
     """
-    address = url or f"http://{read_settings(config).server.http}"
+    tls = ClientTls(ca, cert, cert_key)
+    if url is None:
+        settings = read_settings(config)
+        address, tls = own_data_plane(settings, tls)
+    else:
+        address = url
     body: dict[str, Any] = {"method": method, "path": path, "cost": cost}
     if key != "-":
         body["api_key"] = key
@@ -157,7 +185,7 @@ def check(
         body["attributes"] = _attributes(attribute)
     if tier is not None:
         body["tier"] = tier
-    status, answer = request_data_plane(address, "/v1/check", body)
+    status, answer = request_data_plane(address, "/v1/check", body, tls, _caller_token(token_file, config))
     if as_json:
         print_json(answer)
     if status in (200, 429):
@@ -186,6 +214,15 @@ def _attributes(given: list[str]) -> dict[str, str]:
             raise SettingsError(f"--attribute {name!r} is given twice: give it once")
         found[name] = value
     return found
+
+
+def _caller_token(token_file: Path | None, config: Path | None) -> dict[str, str]:
+    """The header with which this command calls the data plane; none without a token."""
+    token = os.environ.get(TOKEN_VARIABLE) if token_file is None else read_token(token_file)
+    if not token:
+        return {}
+    require_sendable(token, TOKEN_VARIABLE if token_file is None else str(token_file))
+    return {read_settings(config).callers_auth.header: token}
 
 
 def _sentence(decision: DecisionBody) -> str:

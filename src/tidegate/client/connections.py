@@ -113,7 +113,7 @@ def _options(max_connections: int, keepalive_s: float, tls: ssl.SSLContext | Non
 def _url(request: HttpRequest) -> httpcore.URL:
     server = request.server
     scheme = b"https" if server.tls else b"http"
-    return httpcore.URL(scheme=scheme, host=server.host.encode("ascii"), port=server.port, target=request.target)
+    return httpcore.URL(scheme=scheme, host=(server.unix_path or server.host).encode(), port=server.port, target=request.target)
 
 
 def _timeouts(request: HttpRequest) -> dict[str, Any]:

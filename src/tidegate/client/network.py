@@ -1,4 +1,7 @@
-"""Network backends of httpcore's pools: the `timeout` that httpcore passes is a deadline on the monotonic clock."""
+"""Network backends of httpcore's pools: the `timeout` that httpcore passes is a deadline on the monotonic clock.
+
+A host that begins with `/`, which no name or address does, is the path of a unix socket.
+"""
 
 # ruff: noqa: ARG002, ASYNC109 - the signatures are httpcore's
 
@@ -58,6 +61,8 @@ class DeadlineBackend(httpcore.NetworkBackend):
         socket_options: Iterable[Any] | None = None,
     ) -> httpcore.NetworkStream:
         """Try the addresses of a name in turn, each for its share of the time. The operating system limits DNS resolution."""
+        if host.startswith("/"):
+            return _unix_stream(host, timeout)
         try:
             addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
         except (OSError, UnicodeError) as error:
@@ -77,6 +82,19 @@ class DeadlineBackend(httpcore.NetworkBackend):
         if isinstance(failed, TimeoutError):
             raise httpcore.ConnectTimeout
         raise httpcore.ConnectError(_reason_of(failed))
+
+
+def _unix_stream(path: str, timeout: float | None) -> httpcore.NetworkStream:
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        sock.settimeout(_remaining_s(timeout))
+        sock.connect(path)
+    except OSError as error:
+        sock.close()
+        if isinstance(error, TimeoutError):
+            raise httpcore.ConnectTimeout from None
+        raise httpcore.ConnectError(_reason_of(error)) from None
+    return _Stream(sock)
 
 
 class _Stream(httpcore.NetworkStream):
@@ -161,7 +179,10 @@ class AsyncDeadlineBackend(httpcore.AsyncNetworkBackend):
         loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(_remaining_s(timeout)):
-                _, protocol = await loop.create_connection(_Protocol, host, port)
+                if host.startswith("/"):
+                    _, protocol = await loop.create_unix_connection(_Protocol, host)
+                else:
+                    _, protocol = await loop.create_connection(_Protocol, host, port)
         except TimeoutError:
             raise httpcore.ConnectTimeout from None
         except (OSError, UnicodeError) as error:

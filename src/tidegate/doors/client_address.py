@@ -130,7 +130,7 @@ def counted_client(text: str, peer: str) -> str:
     Returns:
         The subject.
     """
-    address = address_or_none(text) or counted_peer(peer)
+    address = str(address_or_none(text) or counted_peer(peer))  # a limiter does not take the subclass PeerName
     return ipv6_client(address) if ":" in address else address
 
 

@@ -43,6 +43,13 @@ class TooManyConnections(TidegateError):
     status = 503
 
 
+class ClientNotAllowed(TidegateError):
+    """The certificate of the client has none of the names that are allowed."""
+
+    code = "CLIENT_NOT_ALLOWED"
+    status = 403
+
+
 class HeadersTooLarge(TidegateError):
     """The headers are larger than any check needs."""
 

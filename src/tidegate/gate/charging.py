@@ -32,6 +32,10 @@ class CheckPlan(msgspec.Struct, frozen=True, gc=False):
         """Whether its first charge decides it."""
         return self.answer is None
 
+    def shadow_outcomes(self, charged: Sequence[ChargeOutcome]) -> Sequence[ChargeOutcome]:
+        """Those of its charges' outcomes that belong to shadow rules."""
+        return charged[1:] if self.answer is None else charged
+
 
 class ChargeResult(msgspec.Struct, frozen=True, gc=False):
     """What became of one plan.

@@ -10,6 +10,7 @@ from __future__ import annotations
 import enum
 import re
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from types import MappingProxyType
 from typing import Final
 
@@ -240,7 +241,7 @@ def checked_attributes(given: Mapping[str, str | None]) -> Mapping[str, str]:
         raise BadRequest(f"the check has {len(given)} attributes: send at most {MAX_ATTRIBUTES}", field="attributes")
     found: dict[str, str] = {}
     for name, value in given.items():
-        if type(name) is not str or not is_name(name) or name in RESERVED:
+        if type(name) is not str or len(name) > MAX_NAME or not _is_usable(name):
             raise _bad_name(name)
         if value is None or value == "":
             continue
@@ -250,6 +251,12 @@ def checked_attributes(given: Mapping[str, str | None]) -> Mapping[str, str]:
             raise long_value(name, value)
         found[name] = value
     return found
+
+
+@lru_cache(maxsize=1024)
+def _is_usable(name: str) -> bool:
+    """Whether a check may have an attribute of this name."""
+    return is_name(name) is not None and name not in RESERVED
 
 
 def attributes_by_name(given: Mapping[str, str | None] | Iterable[tuple[str, str | None]]) -> Mapping[str, str | None]:

@@ -87,7 +87,7 @@ def entries_text(entries: Iterable[tuple[str, str]]) -> str:
     Returns:
         `key=value&…`, with `%`, `&`, `=` and `#` of their own escaped.
     """
-    return "&".join(f"{_escaped(key)}={_escaped(value)}" for key, value in entries)
+    return "&".join(f"{escaped(key)}={escaped(value)}" for key, value in entries)
 
 
 def entries_subject(entries: Entries, key_id: str = "", prefix: str = "d:") -> str:
@@ -101,13 +101,18 @@ def entries_subject(entries: Entries, key_id: str = "", prefix: str = "d:") -> s
     Returns:
         The subject: a digest where it would be long, or no text to show.
     """
-    text = prefix + entries_text(entries) + (f"#{key_id}" if key_id else "")
+    return subject_of_text(prefix + entries_text(entries) + (f"#{key_id}" if key_id else ""))
+
+
+def subject_of_text(text: str) -> str:
+    """A subject as it is, or its digest where it is long or does not print."""
     if len(text) <= MAX_SUBJECT and text.isprintable():
         return text
     return "h:" + hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=32).hexdigest()
 
 
-def _escaped(text: str) -> str:
+def escaped(text: str) -> str:
+    """A key or value without signs of its own that have a meaning in `entries_text`."""
     return _SIGNS.sub(lambda found: f"%{ord(found.group()):02X}", text)
 
 

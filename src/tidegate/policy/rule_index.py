@@ -76,7 +76,7 @@ class _PathPatterns(Generic[_T]):
                 node = node.literal.setdefault(segment, _Node())
         node.things.append((thing, None))
 
-    def candidates(self, path: str) -> Iterator[tuple[_T, Callable[[str], bool] | None]]:
+    def candidates(self, path: str) -> Iterable[tuple[_T, Callable[[str], bool] | None]]:
         """Things whose pattern may match, each at most once, with what decides it; None where it does match."""
         stars = self._stars.candidates(path)
         root = self._roots.get(path.count("/")) if self._roots else None

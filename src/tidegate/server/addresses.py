@@ -9,7 +9,9 @@ import socket
 from collections.abc import Callable, Mapping
 
 from tidegate.errors import SettingsError
-from tidegate.settings import Settings, parse_address
+from tidegate.listen_address import is_unix, parse_address
+from tidegate.server.listener import require_free_path
+from tidegate.settings import Settings
 
 logger = logging.getLogger(__name__)
 
@@ -21,7 +23,7 @@ def free_address(text: str, name: str) -> tuple[str, int]:
     connections.
 
     Args:
-        text: `host:port`; port 0 for any free one.
+        text: `host:port`, port 0 for any free one; or `unix:/path`.
         name: of the setting, for the error.
 
     Returns:
@@ -31,6 +33,12 @@ def free_address(text: str, name: str) -> tuple[str, int]:
         SettingsError: naming the setting, the address and the remedy.
     """
     host, port = parse_address(text, name)
+    if is_unix(host):
+        try:
+            require_free_path(host)
+        except SettingsError as error:
+            raise SettingsError(f"{name} = {text!r}: {error.message}") from None
+        return host, port
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         with socket.socket(family, kind, protocol) as probe:
@@ -47,13 +55,13 @@ def free_address(text: str, name: str) -> tuple[str, int]:
 
 
 def admin_address(
-    settings: Settings, http_port: int, find: Callable[[str, str], tuple[str, int]] = free_address
+    settings: Settings, http: tuple[str, int], find: Callable[[str, str], tuple[str, int]] = free_address
 ) -> tuple[str, int] | None:
     """The address of the control plane.
 
     Args:
         settings: all of them.
-        http_port: that of the data plane.
+        http: host and port of the data plane.
         find: returns host and port for a setting's text and name.
 
     Returns:
@@ -62,12 +70,12 @@ def admin_address(
     Raises:
         SettingsError: if the address is not free, or has the data plane's port.
     """
-    return _side_address(settings.server.admin, "admin", "control plane", {http_port: "server.http"}, find)
+    return _side_address(settings.server.admin, "admin", "control plane", {"server.http": http}, find)
 
 
 def grpc_address(
     settings: Settings,
-    http_port: int,
+    http: tuple[str, int],
     admin: tuple[str, int] | None,
     find: Callable[[str, str], tuple[str, int]] = free_address,
 ) -> tuple[str, int] | None:
@@ -75,7 +83,7 @@ def grpc_address(
 
     Args:
         settings: all of them.
-        http_port: that of the data plane.
+        http: host and port of the data plane.
         admin: host and port of the control plane; None where it is off.
         find: returns host and port for a setting's text and name.
 
@@ -91,10 +99,33 @@ def grpc_address(
             raise SettingsError(f"envoy.config needs {', '.join(missing)}: pip install 'tidegate[envoy]'")
         logger.info("gRPC is disabled: to use it with Envoy, pip install 'tidegate[envoy]'")
         return None
-    taken = {http_port: "server.http"}
-    if admin is not None:
-        taken[admin[1]] = "server.admin"
-    return _side_address(settings.server.grpc, "grpc", "gRPC listener", taken, find)
+    if settings.server.grpc and settings.uses_tls("grpc") and not _is_installed("grpc"):
+        raise SettingsError(
+            "[tls] for server.grpc needs the module grpc: pip install 'tidegate[envoy-tls]', remove grpc from tls.doors, or "
+            'disable the gRPC listener with grpc = ""'
+        )
+    return _side_address(settings.server.grpc, "grpc", "gRPC listener", {"server.http": http, "server.admin": admin}, find)
+
+
+def probes_address(
+    settings: Settings,
+    others: Mapping[str, tuple[str, int] | None],
+    find: Callable[[str, str], tuple[str, int]] = free_address,
+) -> tuple[str, int] | None:
+    """The address of the listener for probes and metrics.
+
+    Args:
+        settings: all of them.
+        others: host and port of the other listeners, by setting.
+        find: returns host and port for a setting's text and name.
+
+    Returns:
+        Host and port; None if it is disabled.
+
+    Raises:
+        SettingsError: if the address is not free, or that of another listener.
+    """
+    return _side_address(settings.server.probes, "probes", "listener for probes", others, find)
 
 
 def missing_for_grpc() -> list[str]:
@@ -110,16 +141,19 @@ def _is_installed(name: str) -> bool:
 
 
 def _side_address(
-    text: str, key: str, what: str, taken: Mapping[int, str], find: Callable[[str, str], tuple[str, int]]
+    text: str, key: str, what: str, taken: Mapping[str, tuple[str, int] | None], find: Callable[[str, str], tuple[str, int]]
 ) -> tuple[str, int] | None:
     if not text:
         return None
     name = f"server.{key}"
-    port = parse_address(text, name)[1]
-    if port and port in taken:
-        raise SettingsError(
-            f'{name} = {text!r} has the port of {taken[port]}: set another port for the {what}, or disable it with {key} = ""'
-        )
+    host, port = parse_address(text, name)
+    for other, address in taken.items():
+        if address is not None and ((port and port == address[1]) or (is_unix(host) and host == address[0])):
+            what_of_it = "path" if is_unix(host) else "port"
+            raise SettingsError(
+                f"{name} = {text!r} has the {what_of_it} of {other}: set another {what_of_it} for the {what}, or disable it with "
+                f'{key} = ""'
+            )
     try:
         return find(text, name)
     except SettingsError as error:

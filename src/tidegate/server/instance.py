@@ -10,7 +10,7 @@ import contextlib
 import gc
 import hashlib
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -27,22 +27,28 @@ from tidegate.counters.factory import open_counters
 from tidegate.counters.guarded import GuardedCounters
 from tidegate.counters.memory import MemoryCounters
 from tidegate.decision import Observation
+from tidegate.doors.callers_auth import CallersAuth
 from tidegate.doors.client_address import TrustedProxies
 from tidegate.doors.http import DataPlane, Response
 from tidegate.doors.openapi import data_plane_openapi
+from tidegate.doors.probes import ProbePages
 from tidegate.doors.responses import encode
+from tidegate.doors.tls import ServerTls
 from tidegate.errors import CatalogError, PolicyError, SettingsError
 from tidegate.gate.gate import Gate, Observer
+from tidegate.listen_address import join_address, parse_address
 from tidegate.policy.file_watcher import watch_policy
 from tidegate.policy.model import Policy
 from tidegate.policy.paths import STRICT, PathRules
 from tidegate.policy.toml_reader import load_policy
-from tidegate.server.addresses import admin_address, free_address, grpc_address
+from tidegate.server.addresses import admin_address, free_address, grpc_address, probes_address
+from tidegate.server.certificates import Certificates
+from tidegate.server.handover import listening_sockets, shared_address
 from tidegate.server.listener import Listener
-from tidegate.server.wiring import open_catalog, open_channel, share_catalog
-from tidegate.settings import Settings, join_address, parse_address
+from tidegate.server.wiring import open_callers_auth, open_catalog, open_channel, share_catalog
+from tidegate.settings import Settings, unix_mode
 from tidegate.telemetry.access import AccessLog
-from tidegate.telemetry.collectors import collect_background, collect_cache, collect_counters, collect_violations
+from tidegate.telemetry.collectors import collect_background, collect_cache, collect_counters, collect_tls, collect_violations
 from tidegate.telemetry.health import Health
 from tidegate.telemetry.logs import lines_dropped, lines_suppressed
 from tidegate.telemetry.metrics import Metrics
@@ -50,6 +56,8 @@ from tidegate.violations.recorder import Violations, ViolationWriter
 
 if TYPE_CHECKING:
     from tidegate.doors.grpc.listener import GrpcListener
+    from tidegate.doors.grpc.service import RateLimitService
+    from tidegate.doors.grpc.tls_listener import GrpcTlsListener
     from tidegate.telemetry.tracing import Tracing
 
 logger = logging.getLogger(__name__)
@@ -59,38 +67,46 @@ _CLOSE_S: Final = 1.0
 _SWEEP_STEPS: Final = 500
 MAX_ADMIN_CONNECTIONS: Final = 512
 """Maximum number of open connections to the control plane; beyond it the longest idle one is closed."""
+MAX_PROBE_CONNECTIONS: Final = 256
+"""Maximum number of open connections to the listener for probes."""
 _METRICS_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 
 
 class Instance:
     """Everything that one process runs.
 
-    Once started, `address`, `admin_address` and `grpc_address` are the listening addresses (the latter two are empty if
-    disabled), and `first_token` is the token of the first operator if this start generated it.
+    Once started, `address`, `admin_address`, `grpc_address` and `probes_address` are the listening addresses (all but the first
+    are empty if disabled), and `first_token` is the token of the first operator if this start generated it.
 
     Args:
         settings: all settings; an instance is one process, regardless of `[server] workers`.
         shares_port: share the ports with other processes, as workers do.
+        unix_sockets: descriptors of the unix sockets that the supervisor bound, by address.
 
     Attributes:
         exposition: returns the content of `/metrics`; by default the metrics of this process.
     """
 
-    def __init__(self, settings: Settings, shares_port: bool = False) -> None:
+    def __init__(self, settings: Settings, shares_port: bool = False, unix_sockets: Mapping[str, int] | None = None) -> None:
         self.settings = settings
-        self._shares_port = shares_port
+        self._shares_port = shares_port or settings.server.reuse_port
+        self._unix_sockets = unix_sockets or {}
         self.metrics = Metrics(__version__)
         self.exposition: Callable[[], Awaitable[bytes]] = self.metrics.exposition
         self.health = Health(SUPERVISOR.failing)
         self.address = ""
         self.admin_address = ""
         self.grpc_address = ""
+        self.probes_address = ""
         self.first_token: str | None = None
         self._listener: Listener | None = None
         self._admin: Listener | None = None
-        self._grpc: GrpcListener | None = None
+        self._grpc: GrpcListener | GrpcTlsListener | None = None
+        self._probes: Listener | None = None
+        self._certificates: Certificates | None = None
         self._tracing: Tracing | None = None
         self._paths = STRICT
+        self._callers: CallersAuth | None = None
         self._stack = contextlib.AsyncExitStack()
         self._tasks: list[asyncio.Task[None]] = []
         self._reloads: list[Callable[[], None]] = []
@@ -109,10 +125,12 @@ class Instance:
         settings = self.settings
         require_shared_counters(settings)
         self._paths = PathRules.of(settings.paths.encoded_slashes, settings.paths.decode_unreserved)
-        find = parse_address if self._shares_port else free_address
-        host, port = find(settings.server.http, "server.http")
-        admin = admin_address(settings, port, find)
-        grpc = grpc_address(settings, port, admin, find)
+        find = self._find_address
+        http = find(settings.server.http, "server.http")
+        admin = admin_address(settings, http, find)
+        grpc = grpc_address(settings, http, admin, find)
+        probes = probes_address(settings, {"server.http": http, "server.admin": admin, "server.grpc": grpc}, find)
+        self._open_certificates()
         policy_path = settings.policy_path
         self.counters = open_counters(settings.counters, settings.breaker)
         self._own("redis" if isinstance(self.counters, GuardedCounters) else None, self.counters.ping, self.counters.close)
@@ -144,24 +162,29 @@ class Instance:
             max_keys=settings.cache.max_keys,
             unknown_keys=UnknownKeyLimit(bound) if (bound := settings.catalog.unknown_keys_per_minute) else None,
         )
+        self._callers = await open_callers_auth(settings, self.catalog, self.cached)
+        if self.cached.caller_tokens is not None:
+            self._spawn("caller_tokens", self.cached.caller_tokens.run)
         access = AccessLog(settings.server.access_log_sample) if settings.server.access_log_sample else None
         gate = Gate(self.cached, self._counted(), self._observer(access), lookup_timeout_s=2 * settings.catalog.timeout_s)
         self._stack.push_async_callback(gate.tokens.close)
         gate.tokens.when_needed = lambda: self.health.add("jwks", gate.tokens.ping)
+        pages = {
+            "/health": self._health_page,
+            "/readyz": self._ready_page,
+            "/livez": self._live_page,
+            "/metrics": self._metrics_page,
+            "/openapi.json": self._openapi_page,
+        }
         self.data_plane = DataPlane(
             gate,
-            {
-                "/health": self._health_page,
-                "/readyz": self._ready_page,
-                "/livez": self._live_page,
-                "/metrics": self._metrics_page,
-                "/openapi.json": self._openapi_page,
-            },
+            pages,
             self.metrics.observe,
             TrustedProxies(settings.server.trusted_proxies),
             settings.server.body_timeout_s,
             access,
             self._paths,
+            self._callers,
         )
         collect_cache(self.metrics, self.cached, shared, self.catalog.database)
         collect_counters(self.metrics, self.counters)
@@ -194,22 +217,32 @@ class Instance:
         # The data plane last: once it is ready, everything is.
         self._listener = Listener(
             self.data_plane,
-            host,
-            port,
+            *http,
             idle_timeout_s=settings.server.idle_timeout_s,
             max_connections=settings.server.max_connections,
+            tls=self._tls_of("http"),
+            unix_mode=unix_mode(settings.server),
+            inherited=self._unix_sockets,
         )
-        http = self._listener.server
-        self.metrics.add_gauge("rate_limiter_connections", "Open connections of the data plane.", lambda: http.connections)
+        server = self._listener.server
+        self.metrics.add_gauge("rate_limiter_connections", "Open connections of the data plane.", lambda: server.connections)
         self.metrics.add_labelled_counter(
             "rate_limiter_connections_closed",
             "Connections closed at max_connections: idle ones evicted, or new ones refused.",
             "reason",
-            lambda: {"evicted": http.evicted, "refused": http.refused},
+            lambda: {"evicted": server.evicted, "refused": server.refused},
         )
-        self.address = join_address(host, port)
+        self.address = join_address(*http)
         await self._listener.start()
-        logger.info("listening on http://%s", self.address)
+        logger.info("listening on %s", self._listener.url)
+        if probes is not None:
+            await self._start_probes(pages, *probes)
+
+    def _find_address(self, text: str, name: str) -> tuple[str, int]:
+        """Host and port of a setting; see `shared_address` and `free_address`."""
+        if text in self._unix_sockets:  # the supervisor listens there
+            return parse_address(text, name)
+        return shared_address(text, name) if self._shares_port else free_address(text, name)
 
     @property
     def in_flight(self) -> int:
@@ -219,6 +252,15 @@ class Instance:
     @property
     def _answered(self) -> int:
         return self.data_plane.answered + (0 if self._grpc is None else self._grpc.answered)
+
+    @property
+    def _open_connections(self) -> int:
+        return 0 if self._listener is None else self._listener.server.connections
+
+    def _has_successor(self) -> bool:
+        """Whether processes that are not ours listen on the address of the data plane, as `[server] reuse_port` permits."""
+        server = self.settings.server
+        return server.reuse_port and listening_sockets(*parse_address(self.address, "server.http")) > server.workers
 
     def _observer(self, access: AccessLog | None) -> Observer:
         """Called for every check: metrics; violations, the access log and traces if enabled."""
@@ -267,8 +309,45 @@ class Instance:
         self._stack.push_async_callback(self._tracing.close)
         return self._tracing.counters(self.counters)
 
+    @property
+    def url(self) -> str:
+        """Where the data plane listens: `http://host:port`, `https://host:port` or `unix:/path`."""
+        return "" if self._listener is None else self._listener.url
+
+    @property
+    def admin_url(self) -> str:
+        """Where the control plane listens, in the same forms; empty if it is disabled."""
+        return "" if self._admin is None else self._admin.url
+
+    def _open_certificates(self) -> None:
+        certificates = self._certificates = Certificates(self.settings.tls) if self.settings.tls.cert else None
+        collect_tls(self.metrics, certificates, self._refused_handshakes)
+        if certificates is None:
+            return
+        self.health.add("tls", certificates.ping)
+        self._spawn("certificate_watcher", partial(certificates.watch, self._reload_event()))
+
+    def _refused_handshakes(self) -> dict[str, int]:
+        servers = [listener.server.handshakes_refused for listener in (self._listener, self._admin) if listener is not None]
+        return {reason: sum(each[reason] for each in servers) for reason in ("client_name", "dropped", "failed")}
+
+    def _tls_of(self, door: str) -> ServerTls | None:
+        return None if self._certificates is None else self._certificates.tls_of(door)
+
+    async def _start_probes(self, pages: Mapping[str, Callable[[], Awaitable[Response]]], host: str, port: int) -> None:
+        self._probes = Listener(
+            ProbePages(pages),
+            host,
+            port,
+            max_connections=MAX_PROBE_CONNECTIONS,
+            unix_mode=unix_mode(self.settings.server),
+            inherited=self._unix_sockets,
+        )
+        await self._probes.start()
+        self.probes_address = join_address(host, port)
+        logger.info("probes and metrics listening on %s", self._probes.url)
+
     async def _start_grpc(self, gate: Gate, access: AccessLog | None, host: str, port: int) -> None:
-        from tidegate.doors.grpc.listener import GrpcListener
         from tidegate.doors.grpc.service import RateLimitService
 
         envoy = self.settings.envoy
@@ -292,19 +371,44 @@ class Instance:
             self._spawn(
                 "envoy_config_watcher", partial(watch_domains, path, envoy.domain, service, self._domains_refused, applied, again)
             )
-        self._grpc = GrpcListener(
-            service,
-            host,
-            port,
-            self._shares_port,
-            access,
-            reads_metadata=self._tracing is not None,
-            trusted=TrustedProxies(self.settings.server.trusted_proxies),
-        )
-        self._grpc.start()
+        self._grpc = await self._grpc_listener(service, access, host, port)
         self._grpc.configured(service.domains is not None)
         self.grpc_address = join_address(host, port)
-        logger.info("gRPC listening on %s", self.grpc_address)
+        logger.info("gRPC listening on %s%s", self.grpc_address, " with TLS" if self.settings.uses_tls("grpc") else "")
+
+    async def _grpc_listener(
+        self, service: RateLimitService, access: AccessLog | None, host: str, port: int
+    ) -> GrpcListener | GrpcTlsListener:
+        from tidegate.doors.grpc.callers import GrpcCallers
+
+        reads_metadata = self._tracing is not None
+        callers = None if self._callers is None else GrpcCallers(self._callers, self.metrics.observe)
+        trusted = TrustedProxies(self.settings.server.trusted_proxies)
+        certificates = self._certificates
+        if certificates is not None and self.settings.uses_tls("grpc"):
+            from tidegate.doors.grpc.tls_listener import GrpcTlsListener
+
+            secured = GrpcTlsListener(
+                service,
+                host,
+                port,
+                lambda: certificates.loaded.files,
+                certificates.client_names,
+                self._shares_port,
+                access,
+                reads_metadata=reads_metadata,
+                trusted=trusted,
+                callers=callers,
+            )
+            await secured.start()
+            return secured
+        from tidegate.doors.grpc.listener import GrpcListener
+
+        plain = GrpcListener(
+            service, host, port, self._shares_port, access, reads_metadata=reads_metadata, trusted=trusted, callers=callers
+        )
+        plain.start()
+        return plain
 
     async def _start_admin(self, gate: Gate, host: str, port: int) -> None:
         # Imported here: the framework costs time and memory, and the control plane can be disabled.
@@ -322,10 +426,18 @@ class Instance:
             TrustedProxies(settings.admin.trusted_proxies, setting="admin.trusted_proxies"),
             body_timeout_s=settings.server.body_timeout_s,
         )
-        self._admin = Listener(AsgiAdapter(admin_app(deps)), host, port, max_connections=MAX_ADMIN_CONNECTIONS)
+        self._admin = Listener(
+            AsgiAdapter(admin_app(deps)),
+            host,
+            port,
+            max_connections=MAX_ADMIN_CONNECTIONS,
+            tls=self._tls_of("admin"),
+            unix_mode=unix_mode(settings.server),
+            inherited=self._unix_sockets,
+        )
         await self._admin.start()
         self.admin_address = join_address(host, port)
-        logger.info("control plane listening on http://%s", self.admin_address)
+        logger.info("control plane listening on %s", self._admin.url)
 
     async def drain(self, skip_drain: asyncio.Event) -> None:
         """Shut down in order: report not ready, finish requests in flight, close everything.
@@ -341,12 +453,20 @@ class Instance:
         if self._grpc is not None:
             self._grpc.drain()
         logger.info("draining: %d requests in flight", self.in_flight)
+        hands_over = self._has_successor()
+        if hands_over:
+            logger.info("another process listens on %s: no more connections are accepted here", self.address)
+            await asyncio.gather(*(each.stop_accepting() for each in (self._listener, self._admin) if each is not None))
         answered = -1
-        while not skip_drain.is_set() and _left(deadline) > 0 and (self.in_flight or self._answered != answered):
+        while (
+            not skip_drain.is_set()
+            and _left(deadline) > 0
+            and (self.in_flight or self._answered != answered or (hands_over and self._open_connections))
+        ):
             answered = self._answered
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(skip_drain.wait(), min(_QUIET_S, max(_left(deadline), 0.001)))
-        listeners = [each for each in (self._listener, self._grpc, self._admin) if each is not None]
+        listeners = [each for each in (self._listener, self._grpc, self._admin, self._probes) if each is not None]
         left_s = 0.05 if skip_drain.is_set() else max(_left(deadline), 0.05)
         await asyncio.gather(*(listener.stop(left_s) for listener in listeners))
         await self.close()
@@ -354,7 +474,7 @@ class Instance:
 
     async def close(self) -> None:
         """Close all resources in reverse order, including those of an instance that failed to start."""
-        for listener in (self._listener, self._admin):
+        for listener in (self._listener, self._admin, self._probes):
             if listener is not None:
                 await listener.stop(_CLOSE_S)
         await stop(*self._tasks)
@@ -372,7 +492,7 @@ class Instance:
         self._tasks.append(SUPERVISOR.start(name, work))
 
     def reload(self) -> None:
-        """Read the policy file, `[envoy] config` and the PEM files for Redis again, even if they look unchanged."""
+        """Read the policy file, `[envoy] config` and the PEM files of Redis and `[tls]` again, even if they look unchanged."""
         logger.info("reloading the policy file, [envoy] config and certificates")
         for again in self._reloads:
             again()

@@ -22,12 +22,16 @@ from typing import Final
 
 import msgspec
 
+from tidegate.doors.http_server import BACKLOG
 from tidegate.errors import SettingsError
-from tidegate.server.addresses import admin_address, free_address, grpc_address
+from tidegate.listen_address import is_unix, join_address
+from tidegate.server.addresses import admin_address, free_address, grpc_address, probes_address
+from tidegate.server.handover import shared_address
 from tidegate.server.instance import require_shared_counters
+from tidegate.server.listener import UnixSocket
 from tidegate.server.run import reloading
 from tidegate.server.worker import READY, SKIP_DRAIN, SLOT_VARIABLE, WorkerSlot
-from tidegate.settings import Settings, join_address
+from tidegate.settings import Settings, unix_mode
 
 logger = logging.getLogger(__name__)
 
@@ -56,37 +60,53 @@ def supervise(settings: Settings, arguments: Sequence[str], ready: Callable[[str
         SettingsError: if the workers cannot be started: counters that they cannot share, an address that is not free.
     """
     require_shared_counters(settings)
-    host, port = free_address(settings.server.http, "server.http")
-    admin = admin_address(settings, port)
-    taken = {"TIDEGATE_SERVER__HTTP": join_address(host, port)}
-    if admin is not None:
-        taken["TIDEGATE_SERVER__ADMIN"] = join_address(*admin)
-    grpc = grpc_address(settings, port, admin)
-    if grpc is not None:
-        taken["TIDEGATE_SERVER__GRPC"] = join_address(*grpc)
+    find = shared_address if settings.server.reuse_port else free_address
+    http = find(settings.server.http, "server.http")
+    admin = admin_address(settings, http, find)
+    grpc = grpc_address(settings, http, admin, find)
+    probes = probes_address(settings, {"server.http": http, "server.admin": admin, "server.grpc": grpc}, find)
+    found = {"HTTP": http, "ADMIN": admin, "GRPC": grpc, "PROBES": probes}
+    taken = {f"TIDEGATE_SERVER__{name}": join_address(*address) for name, address in found.items() if address is not None}
     try:
         made = tempfile.TemporaryDirectory(prefix="tidegate-", ignore_cleanup_errors=True)
     except OSError as error:
         raise SettingsError(
             f"cannot create a temporary directory for the workers: {error.strerror}; set TMPDIR to a writable directory"
         ) from None
-    with made as directory:
+    with made as directory, contextlib.ExitStack() as stack:
         if len(os.fsencode(directory)) > _MAX_DIRECTORY_BYTES:
             raise SettingsError(
                 f"the temporary directory {directory} is too long for the path of a Unix socket; set TMPDIR to a shorter path"
             )
-        return asyncio.run(_Supervisor(settings, arguments, taken, directory, ready).run())
+        unix_sockets = {}
+        for address in taken.values():
+            if is_unix(address):
+                bound = UnixSocket(address, unix_mode(settings.server))
+                # Before a worker listens, connections wait in the queue of the socket.
+                bound.listening.listen(BACKLOG)
+                stack.callback(bound.listening.close)
+                stack.callback(bound.remove)
+                unix_sockets[address] = bound.listening.fileno()
+        return asyncio.run(_Supervisor(settings, arguments, taken, directory, unix_sockets, ready).run())
 
 
 class _Worker:
     """One worker slot: its process, and the socket to it."""
 
-    def __init__(self, number: int, command: Sequence[str], environment: Mapping[str, str], directory: str) -> None:
+    def __init__(
+        self,
+        number: int,
+        command: Sequence[str],
+        environment: Mapping[str, str],
+        directory: str,
+        unix_sockets: Mapping[str, int],
+    ) -> None:
         self.number = number
         self.listening = False
         self._command = command
         self._environment = environment
         self._directory = directory
+        self._unix_sockets = dict(unix_sockets)
         self._process: subprocess.Popen[bytes] | None = None
         self._channel: socket.socket | None = None
 
@@ -97,13 +117,13 @@ class _Worker:
     def start(self) -> None:
         ours, theirs = socket.socketpair()
         with theirs:
-            slot = WorkerSlot(self.number, theirs.fileno(), self._directory)
+            slot = WorkerSlot(self.number, theirs.fileno(), self._directory, self._unix_sockets)
             try:
                 self._process = subprocess.Popen(
                     self._command,
                     env={**self._environment, SLOT_VARIABLE: msgspec.json.encode(slot).decode()},
                     stdin=subprocess.DEVNULL,
-                    pass_fds=(theirs.fileno(),),
+                    pass_fds=(theirs.fileno(), *self._unix_sockets.values()),
                     process_group=0,  # Ctrl-C in a terminal reaches only the supervisor, which forwards it in order
                 )
             except OSError:
@@ -152,13 +172,16 @@ class _Supervisor:
         arguments: Sequence[str],
         addresses: Mapping[str, str],
         directory: str,
+        unix_sockets: Mapping[str, int],
         ready: Callable[[str], None],
     ) -> None:
         # -m puts the working directory before the library: only where this process has it there as well.
         safe = () if {"", str(Path.cwd())} & set(sys.path) else ("-P",)
         command = (sys.executable, *safe, "-m", "tidegate", *arguments)
         environment = {**os.environ, **addresses}
-        self._workers = [_Worker(number + 1, command, environment, directory) for number in range(settings.server.workers)]
+        self._workers = [
+            _Worker(number + 1, command, environment, directory, unix_sockets) for number in range(settings.server.workers)
+        ]
         self._starting = {worker.number for worker in self._workers}
         self._address = addresses["TIDEGATE_SERVER__HTTP"]
         self._drain_s = settings.server.drain_s

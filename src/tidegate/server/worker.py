@@ -48,11 +48,13 @@ class WorkerSlot(msgspec.Struct, frozen=True):
         number: 1 to `[server] workers`.
         channel: descriptor of the socket to the supervisor.
         directory: where the workers keep their sockets and metrics files.
+        unix_sockets: descriptors of the listening unix sockets, by address; all workers share them.
     """
 
     number: int
     channel: int
     directory: str
+    unix_sockets: dict[str, int] = {}
 
     @classmethod
     def from_environment(cls, environment: MutableMapping[str, str]) -> Self | None:
@@ -69,7 +71,8 @@ class WorkerSlot(msgspec.Struct, frozen=True):
             return None
         try:
             slot = msgspec.json.decode(text, type=cls)
-            os.set_inheritable(slot.channel, False)
+            for descriptor in (slot.channel, *slot.unix_sockets.values()):
+                os.set_inheritable(descriptor, False)
         except (msgspec.DecodeError, OSError):
             raise SettingsError(
                 f"the environment variable {SLOT_VARIABLE} is reserved for the workers that tidegate starts: unset it"
@@ -206,7 +209,7 @@ async def _work(settings: Settings, slot: WorkerSlot, ready: Callable[[Instance]
         # A second signal does not skip a worker's drain: service managers signal every process, the supervisor forwards its own.
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stop.set)
-        instance = Instance(settings, shares_port=True)
+        instance = Instance(settings, shares_port=True, unix_sockets=slot.unix_sockets)
         metrics = WorkerMetrics(slot, settings.server.workers, instance.metrics.exposition)
         instance.exposition = metrics.collect
         with reloading(instance.reload):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Final
+from collections.abc import Callable, Mapping
+from typing import Final, Protocol
 
 from tidegate.background import TaskSupervisor
 from tidegate.breaker import BreakerState
@@ -69,7 +70,9 @@ def collect_cache(
         each = replicas.replicas
         metrics.add_gauge("rate_limiter_replicas", "Read replicas configured.", lambda: len(each))
         metrics.add_gauge(
-            "rate_limiter_replicas_asked", "Read replicas in rotation.", lambda: sum(replica.out is None for replica in each)
+            "rate_limiter_replicas_asked",
+            "Read replicas in rotation.",
+            lambda: sum(replica.ejected_because is None for replica in each),
         )
         metrics.add_counter(
             "rate_limiter_replica_ejections",
@@ -174,4 +177,47 @@ def _collect_guarded(metrics: Metrics, counters: GuardedCounters) -> None:
         "rate_limiter_store_shards_up",
         "Shards of the counter store that are connected.",
         lambda: sum(connection.up for connection in counters.store.connections()),
+    )
+
+
+class TlsCounts(Protocol):
+    """Counts of the certificates of the listeners."""
+
+    reloads: int
+    reload_errors: int
+
+    def expiries(self) -> Mapping[str, float]:
+        """By setting of `[tls]`, when its first certificate expires, s since the epoch."""
+        ...
+
+
+def collect_tls(metrics: Metrics, certificates: TlsCounts | None, refused: Callable[[], Mapping[str, float]]) -> None:
+    """Register the metrics of TLS on the listeners.
+
+    Args:
+        metrics: where to.
+        certificates: None if TLS is disabled.
+        refused: returns the connections that were refused, by reason.
+    """
+    metrics.add_labelled_gauge(
+        "rate_limiter_tls_certificate_expiry_timestamp_seconds",
+        "When the first certificate in each file of [tls] expires, seconds since the epoch.",
+        "file",
+        lambda: {} if certificates is None else certificates.expiries(),
+    )
+    metrics.add_counter(
+        "rate_limiter_tls_reloads",
+        "Changed files of [tls] that were loaded.",
+        lambda: 0 if certificates is None else certificates.reloads,
+    )
+    metrics.add_counter(
+        "rate_limiter_tls_reload_errors",
+        "Changed files of [tls] that were refused; the previous ones stayed in use.",
+        lambda: 0 if certificates is None else certificates.reload_errors,
+    )
+    metrics.add_labelled_counter(
+        "rate_limiter_tls_handshakes_refused",
+        "TLS connections that were refused: handshake failed, dropped to make room, or no name of tls.client_names.",
+        "reason",
+        refused,
     )

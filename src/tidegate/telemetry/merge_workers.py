@@ -24,6 +24,9 @@ _MERGE_FUNCTIONS: Final[Mapping[str, Callable[[float, float], float]]] = {
     "rate_limiter_replicas": max,
     "rate_limiter_replicas_asked": min,
     "rate_limiter_store_shards_up": min,
+    "rate_limiter_tls_certificate_expiry_timestamp_seconds": min,
+    "rate_limiter_tls_reload_errors": max,
+    "rate_limiter_tls_reloads": max,
 }
 
 

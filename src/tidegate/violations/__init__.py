@@ -1,5 +1,5 @@
-"""Violations: who was blocked how often, by which rule, in which minute.
+"""Violations: how many checks of each subject were blocked, per rule and minute.
 
-`recorder` counts in bounded memory (`space_saving`) and writes every few seconds; `storage` has the SQL; `queries` reads pages
-and totals. When the database fails, counts wait in memory within a bound, and what is dropped is counted.
+`recorder` counts in bounded memory (`space_saving`) and writes every few seconds; `storage` executes the SQL; `queries` reads
+pages and totals. While the database fails, counts are buffered in bounded memory; dropped counts are counted.
 """

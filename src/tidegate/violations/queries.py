@@ -1,4 +1,4 @@
-"""What operators read of violations: page by page as in `reading`, and summed up."""
+"""Reads violations for operators: pages, rankings and totals."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import msgspec
 from sqlalchemy import ColumnElement, and_, func, or_, select, tuple_
 
 from tidegate.catalog.sql.database import Database
-from tidegate.catalog.sql.paging import Page, no_place, rows_of
+from tidegate.catalog.sql.paging import Page, invalid_cursor, rows_of
 from tidegate.catalog.sql.tables import rate_limit_violations
 from tidegate.timestamps import format_timestamp
 from tidegate.violations.storage import OTHERS
@@ -18,17 +18,15 @@ from tidegate.violations.storage import OTHERS
 DAY_US: Final = 86_400_000_000
 
 
-class Blocked(msgspec.Struct, frozen=True):
-    """Which violations are meant.
+class ViolationFilter(msgspec.Struct, frozen=True):
+    """Selects violations; None selects all.
 
     Args:
-        since_us: from this minute on, µs since the epoch.
-        until_us: before this moment.
-        tier: only of this tier.
-        rule: only of this rule.
-        subject: only of this subject: `k:` and a key's id, `i:` and an address, `t:` and a tier, `a:` and attributes.
-        attributes: only of subjects of exactly these attributes, sorted; none for all subjects. Long ones, which are kept as a
-            digest, are not found.
+        since_us: from this time on, µs since the epoch.
+        until_us: before this time, µs since the epoch.
+        subject: `k:` and a key's id, `i:` and an address, `t:` and a tier, or `a:` and attributes.
+        attributes: names of which a subject of attributes must have exactly these, sorted; none for all subjects. Long subjects,
+            which are stored as a digest, are not found.
     """
 
     since_us: int
@@ -39,55 +37,58 @@ class Blocked(msgspec.Struct, frozen=True):
     attributes: tuple[str, ...] = ()
 
 
-async def list_violations(database: Database, limit: int, after: str | None, blocked: Blocked) -> Page[dict[str, Any]]:
-    """Violations, one item for each minute in which a rule blocked a subject, the newest first.
+class Violation(msgspec.Struct, frozen=True):
+    """A minute in which a rule blocked a subject.
 
     Args:
-        database: the catalog's.
-        limit: at most so many, 1 to 500.
-        after: `next` of the page before.
-        blocked: which ones.
+        minute: ISO 8601.
+        blocked: number of checks.
+    """
 
-    Returns:
-        The page.
+    minute: str
+    tier: str
+    rule: str
+    subject: str
+    blocked: int
+
+
+class Violator(msgspec.Struct, frozen=True):
+    """How many checks were blocked; fields that they were not grouped by are None."""
+
+    subject: str | None = None
+    tier: str | None = None
+    rule: str | None = None
+    blocked: int = 0
+
+
+async def list_violations(database: Database, limit: int, after: str | None, selected: ViolationFilter) -> Page[Violation]:
+    """Violations, newest first.
 
     Raises:
-        BadRequest: if `after` is none of this list.
+        BadRequest: if `after` is not valid.
         CatalogUnavailable: if the database does not answer.
     """
     c = rate_limit_violations.c
-    query = select(rate_limit_violations).where(*_meant(blocked)).order_by(c.minute_us.desc(), c.tier, c.rule, c.subject)
+    query = select(rate_limit_violations).where(*_conditions(selected)).order_by(c.minute_us.desc(), c.tier, c.rule, c.subject)
     if after is not None:
-        minute_us, tier, rule, subject = _place(after)
-        behind = and_(c.minute_us == minute_us, tuple_(c.tier, c.rule, c.subject) > tuple_(tier, rule, subject))
-        # The first condition says nothing new, but is one that an index answers.
-        query = query.where(c.minute_us <= minute_us, or_(c.minute_us < minute_us, behind))
+        minute_us, tier, rule, subject = _parse_cursor(after)
+        later = and_(c.minute_us == minute_us, tuple_(c.tier, c.rule, c.subject) > tuple_(tier, rule, subject))
+        # The first condition is redundant, but an index supports it.
+        query = query.where(c.minute_us <= minute_us, or_(c.minute_us < minute_us, later))
     rows = await rows_of(database, query, limit)
     items = [
-        {
-            "minute": format_timestamp(row["minute_us"]),
-            "tier": row["tier"],
-            "rule": row["rule"],
-            "subject": row["subject"],
-            "blocked": row["blocked"],
-        }
+        Violation(format_timestamp(row["minute_us"]), row["tier"], row["rule"], row["subject"], row["blocked"])
         for row in rows[:limit]
     ]
     last = rows[limit - 1] if len(rows) > limit else None
     return Page(items, None if last is None else _cursor([last["minute_us"], last["tier"], last["rule"], last["subject"]]))
 
 
-async def top_violators(database: Database, limit: int, by: str, blocked: Blocked) -> list[dict[str, Any]]:
-    """Who was blocked most.
+async def top_violators(database: Database, limit: int, by: str, selected: ViolationFilter) -> list[Violator]:
+    """What was blocked most, highest counts first.
 
     Args:
-        database: the catalog's.
-        limit: at most so many.
-        by: subject, rule or tier: what is counted together.
-        blocked: which violations.
-
-    Returns:
-        Forms of what it is and how often it was blocked, the most first.
+        by: subject, rule or tier: the field to group by.
 
     Raises:
         CatalogUnavailable: if the database does not answer.
@@ -98,56 +99,49 @@ async def top_violators(database: Database, limit: int, by: str, blocked: Blocke
         "tier": (rate_limit_violations.c.tier,),
     }[by]
     total = func.sum(rate_limit_violations.c.blocked).label("blocked")
-    query = select(*columns, total).where(*_meant(blocked)).group_by(*columns).order_by(total.desc(), *columns)
+    query = select(*columns, total).where(*_conditions(selected)).group_by(*columns).order_by(total.desc(), *columns)
     if by == "subject":
-        # The others are nobody; by rule and by tier they count.
+        # `OTHERS` is not a subject; grouped by rule or tier it counts.
         query = query.where(rate_limit_violations.c.subject != OTHERS)
     rows = await rows_of(database, query, limit - 1)
-    return [{"subject": None, "tier": None, "rule": None, **row, "blocked": int(row["blocked"])} for row in rows]
+    return [Violator(**{**row, "blocked": int(row["blocked"])}) for row in rows]
 
 
-async def blocked_total(database: Database, blocked: Blocked) -> int:
-    """How often something was blocked.
-
-    Args:
-        database: the catalog's.
-        blocked: which violations.
-
-    Returns:
-        The sum.
+async def blocked_total(database: Database, selected: ViolationFilter) -> int:
+    """The number of blocked checks.
 
     Raises:
         CatalogUnavailable: if the database does not answer.
     """
-    query = select(func.coalesce(func.sum(rate_limit_violations.c.blocked), 0)).where(*_meant(blocked))
+    query = select(func.coalesce(func.sum(rate_limit_violations.c.blocked), 0)).where(*_conditions(selected))
     async with database.reading() as connection:
         return int((await connection.execute(query)).scalar_one())
 
 
-def _meant(blocked: Blocked) -> list[ColumnElement[bool]]:
+def _conditions(selected: ViolationFilter) -> list[ColumnElement[bool]]:
     c = rate_limit_violations.c
-    conditions: list[ColumnElement[bool]] = [c.minute_us >= blocked.since_us, c.minute_us < blocked.until_us]
-    for column, value in ((c.tier, blocked.tier), (c.rule, blocked.rule), (c.subject, blocked.subject)):
+    conditions: list[ColumnElement[bool]] = [c.minute_us >= selected.since_us, c.minute_us < selected.until_us]
+    for column, value in ((c.tier, selected.tier), (c.rule, selected.rule), (c.subject, selected.subject)):
         if value is not None:
             conditions.append(column == value)
-    if blocked.attributes:
+    if selected.attributes:
         # Values have no '=' and '&' of their own: those are escaped. Names have '_', which LIKE takes for any character.
-        names = [name.replace("_", "!_") for name in blocked.attributes]
+        names = [name.replace("_", "!_") for name in selected.attributes]
         conditions.append(c.subject.like("a:" + "&".join(f"{name}=%" for name in names), escape="!"))
         conditions.append(c.subject.not_like("%" + "&%" * len(names)))
     return conditions
 
 
-def _cursor(place: list[Any]) -> str:
-    return base64.urlsafe_b64encode(msgspec.json.encode(place)).decode().rstrip("=")
+def _cursor(position: list[Any]) -> str:
+    return base64.urlsafe_b64encode(msgspec.json.encode(position)).decode().rstrip("=")
 
 
-def _place(after: str) -> tuple[int, str, str, str]:
+def _parse_cursor(after: str) -> tuple[int, str, str, str]:
     try:
         raw = base64.urlsafe_b64decode(after + "=" * (-len(after) % 4))
-        place = msgspec.json.decode(raw, type=tuple[int, str, str, str])
+        position = msgspec.json.decode(raw, type=tuple[int, str, str, str])
     except (ValueError, binascii.Error, msgspec.MsgspecError):
-        raise no_place(after) from None
-    if not 0 <= place[0] < 2**62 or any("\0" in text for text in place[1:]):
-        raise no_place(after)
-    return place
+        raise invalid_cursor(after) from None
+    if not 0 <= position[0] < 2**62 or any("\0" in text for text in position[1:]):
+        raise invalid_cursor(after)
+    return position

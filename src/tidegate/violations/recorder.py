@@ -1,10 +1,10 @@
-"""Who was blocked how often in which minute: counted in memory as it happens, written to the database every few seconds.
+"""Counts blocked checks per subject, rule and minute in memory, and writes the counts to the database every few seconds.
 
-A check waits for none of it. What is held is bounded: subjects by a Space-Saving summary, rules and minutes by a number. Sums by
-rule and by tier are exact whatever comes; a subject's count is a lower bound where more subjects were blocked than fit.
+No check waits for this. Memory is bounded: subjects by a Space-Saving summary, rules and minutes by `MAX_SUMS`. Sums by rule and
+tier are always exact; a subject's count is a lower bound if more subjects were blocked than fit.
 
-While the database fails, what was counted waits in memory within the same bounds. A violation may be lost with the database, and
-is then counted as dropped; none is counted twice.
+While the database fails, counts are buffered within the same bounds. Counts that may have been lost with the database are counted
+as dropped; none is written twice.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from tidegate.violations.storage import (
     OTHERS,
     ViolationKey,
     WriteUnconfirmed,
-    keep_violations,
+    maintain_table,
     write_violations,
 )
 
@@ -33,31 +33,31 @@ logger = logging.getLogger(__name__)
 
 MAX_ENTRIES: Final = 10_000
 MAX_SUMS: Final = 10_000
-"""Most sums of a rule in a minute: of 100 rules that block all the time those of 100 minutes."""
+"""Maximum number of sums per rule and minute: enough for 100 rules that block in each of 100 minutes."""
 FLUSH_S: Final = 1.5
-"""How long the end of the process waits for the database: less than a worker may take to end."""
+"""Time limit of the last write when the process ends: less than the shutdown time of a worker."""
 
 _MINUTE_US: Final = 60_000_000
-_KEEP_EVERY_S: Final = 3600.0
-_KEEP_AGAIN_S: Final = 60.0
-_AGAIN_S: Final = 0.1
+_RETENTION_INTERVAL_S: Final = 3600.0
+_RETENTION_RETRY_S: Final = 60.0
+_RETRY_S: Final = 0.1
 _CANCEL_S: Final = 0.2
 _JITTER: Final = 0.1
 _BATCH_SIZE: Final = 500
-"""So many rows are looked at before checks get their turn, about 0.5 ms."""
+"""Number of rows processed before yielding to checks, about 0.5 ms."""
 
 _T = TypeVar("_T")
 
 
 class Interval:
-    """What was blocked between two writes.
+    """Checks blocked between two writes.
 
     Args:
-        max_entries: most subjects, each in its minute and rule.
+        max_entries: maximum number of subjects, each counted per minute and rule.
 
     Attributes:
-        sums: by minute, tier and rule: checks blocked, and which of these it is, from 0.
-        summary: by that number and the subject. A key of two is looked up in half the time of one of four.
+        sums: by minute, tier and rule: the number of blocked checks, and the index of the group, from 0.
+        summary: counts by index of the group and subject; look-ups of these keys take half the time of keys with four parts.
     """
 
     __slots__ = ("summary", "sums")
@@ -67,29 +67,30 @@ class Interval:
         self.summary: SpaceSaving[tuple[int, str]] = SpaceSaving(max_entries)
 
     def rows(self) -> Iterator[tuple[ViolationKey, int]]:
-        """What is to be written; nothing may be counted meanwhile.
+        """The rows to write; nothing may be counted during the iteration.
 
         Yields:
-            Keys, each once, and counts that add up to `sums`: of a subject what is sure, and the rest as that of `OTHERS`.
+            Keys, each once, and counts that add up to `sums`: the guaranteed count of each subject, and the rest for `OTHERS`.
         """
         groups = list(self.sums)
         rest = [blocked for blocked, _ in self.sums.values()]
-        for (place, subject), blocked in self.summary.guaranteed():
-            rest[place] -= blocked
-            yield (*groups[place], subject), blocked
+        for (index, subject), blocked in self.summary.guaranteed():
+            rest[index] -= blocked
+            yield (*groups[index], subject), blocked
         for group, blocked in zip(groups, rest, strict=True):
             if blocked:
                 yield (*group, OTHERS), blocked
 
 
 class Violations:
-    """Counts blocked checks. One event loop.
+    """Counts blocked checks. For use in one event loop.
 
     Args:
-        max_entries: most subjects between two writes, each in its minute and rule; `SpaceSaving` says what holds beyond.
+        max_entries: maximum number of subjects between two writes, each counted per minute and rule; beyond it `SpaceSaving`
+            approximates.
 
     Attributes:
-        dropped: blocked checks that were not counted, because more than `MAX_SUMS` minutes and rules were.
+        dropped: blocked checks not counted because there were more than `MAX_SUMS` minutes and rules.
     """
 
     def __init__(self, max_entries: int = MAX_ENTRIES) -> None:
@@ -98,61 +99,50 @@ class Violations:
         self._interval = Interval(max_entries)
 
     def __len__(self) -> int:
-        """Subjects counted since the last `take`, each in its minute and rule."""
+        """Number of subjects counted since the last `take`, each per minute and rule."""
         return len(self._interval.summary)
 
-    def observe(self, seen: Observation) -> None:
-        """Count a check if it was blocked. Costs 0.06 µs where it was not, else about 1 µs; see `bench/violations.py`.
-
-        Args:
-            seen: what the gate saw.
-        """
-        decision = seen.decision
+    def observe(self, observation: Observation) -> None:
+        """Count a check if it was blocked. Costs 0.06 µs if it was not, otherwise about 1 µs; see `bench/violations.py`."""
+        decision = observation.decision
         if decision is None or decision.allowed:
             return
-        limits, subject = seen.denied_by, seen.subject
+        limits, subject = observation.denied_by, observation.subject
         if limits is None or not subject:
-            return  # nothing limits the check, so nothing blocked it
+            return  # no rule applies, so none blocked it
         at_us = decision.at_us
         tier, rule = limits.tier or "", limits.rule or ""
         group = (at_us - at_us % _MINUTE_US, tier, rule)
         interval = self._interval
-        known = interval.sums.get(group)
-        if known is None:
+        entry = interval.sums.get(group)
+        if entry is None:
             if len(interval.sums) == MAX_SUMS:
                 self.dropped += 1
                 return
-            known = interval.sums[group] = [0, len(interval.sums)]
-        known[0] += 1
-        interval.summary.add((known[1], subject))
+            entry = interval.sums[group] = [0, len(interval.sums)]
+        entry[0] += 1
+        interval.summary.add((entry[1], subject))
 
     def take(self) -> Interval:
-        """What was counted since the last time; counting begins anew. Takes the same time however much it is.
-
-        Returns:
-            The interval, which nothing is added to any more.
-        """
-        taken, self._interval = self._interval, Interval(self.max_entries)
-        return taken
+        """The counts since the last call; counting starts again from zero. Takes constant time."""
+        finished, self._interval = self._interval, Interval(self.max_entries)
+        return finished
 
 
 class ViolationWriter:
-    """Writes what `Violations` counts, and keeps the table. One event loop.
+    """Writes the counts of `Violations`, and maintains the table. For use in one event loop.
 
-    Where the database fails, rows wait for the next time, and add up: at most `max_entries` of subjects, beyond which those with
-    the least counts go into the rows of others, and `MAX_SUMS` of others, beyond which they are dropped. Where it went away
-    before it said whether a transaction was committed, the rows of that transaction are not written again but counted as dropped:
-    they may be there.
+    If the database fails, rows are buffered and added up: at threshold `max_entries` with a subject, beyond which those with the
+    lowest counts are added to the rows of `OTHERS`, and `MAX_SUMS` of these, beyond which they are dropped. If the connection is
+    lost during a commit, the rows of that transaction are counted as dropped and not written again: they may have been committed.
 
     Args:
-        violations: what is written.
-        database: of the catalog.
-        flush_s: how often, s; a tenth more or less each time, so that instances do not write all at once.
-        keep_days: how long violations are kept, days.
+        flush_s: write interval, s, varied by ±10 % so that instances do not write at the same time.
+        keep_days: retention of violations, days.
 
     Attributes:
-        written: blocked checks that are in the database.
-        failing: whether the database did not take the last rows.
+        written: blocked checks written to the database.
+        failing: whether the last write failed.
     """
 
     def __init__(self, violations: Violations, database: Database, flush_s: float = 5.0, keep_days: int = 30) -> None:
@@ -163,84 +153,84 @@ class ViolationWriter:
         self._flush_s = flush_s
         self._keep_days = keep_days
         self._dropped = 0
-        self._waiting: dict[ViolationKey, int] = {}
-        self._sums_waiting = 0
+        self._buffer: dict[ViolationKey, int] = {}
+        self._buffered_sums = 0
         self._writing: asyncio.Task[None] | None = None
-        self._keeping: asyncio.Task[bool] | None = None
+        self._retention: asyncio.Task[bool] | None = None
 
     @property
     def dropped(self) -> int:
-        """Blocked checks that are not in the database and never will be, or of which nobody knows."""
+        """Blocked checks that were not written to the database, or possibly not."""
         return self._dropped + self._violations.dropped
 
     @property
     def pending(self) -> int:
-        """Entries that are not written yet."""
-        return len(self._waiting) + len(self._violations)
+        """Number of entries not written yet."""
+        return len(self._buffer) + len(self._violations)
 
     async def run(self) -> None:
-        """Write and keep the table until cancelled. What has been begun goes on until `flush` waits for it or gives it up."""
-        keeping = SUPERVISOR.start("violations_retention", self._keep_for_ever)
+        """Write, and maintain the table, until cancelled. A running operation continues until `flush` ends it."""
+        retention = SUPERVISOR.start("violations_retention", self._maintain_periodically)
         try:
-            await self._write_for_ever()
+            await self._write_periodically()
         finally:
-            await stop(keeping)
+            await stop(retention)
 
     async def flush(self, within_s: float = FLUSH_S) -> None:
-        """Write everything, at the end of the process. What cannot be written in time is counted as dropped.
+        """Write everything, at the end of the process. Counts not written in time are counted as dropped.
 
         Args:
-            within_s: how long it may take, s; 0.2 s more where the database does not let go.
+            within_s: time limit, s, plus 0.2 s if the database does not respond to cancellation.
         """
         now = asyncio.get_running_loop().time
         deadline = now() + within_s
-        begun: set[asyncio.Task[Any]] = set() if self._keeping is None else {self._keeping}
+        running: set[asyncio.Task[Any]] = set() if self._retention is None else {self._retention}
         while (self.pending or self._writing is not None) and now() < deadline:
             task = self._write_once()
             done, _ = await asyncio.wait({task}, timeout=deadline - now())
             if not done:
-                begun.add(task)
+                running.add(task)
             elif self.failing:
-                await asyncio.sleep(min(_AGAIN_S, max(deadline - now(), 0)))
-        for task in begun:
+                await asyncio.sleep(min(_RETRY_S, max(deadline - now(), 0)))
+        for task in running:
             task.cancel()
-        if begun:
-            # Not awaited to its end: a driver may wait for a frozen server before it gives up.
-            await asyncio.wait(begun, timeout=_CANCEL_S)
+        if running:
+            # With a timeout: a driver may wait for a frozen server before it gives up.
+            await asyncio.wait(running, timeout=_CANCEL_S)
         for key, blocked in self._violations.take().rows():
             self._add(key, blocked)
-        lost = sum(self._waiting.values())
+        lost = sum(self._buffer.values())
         if lost:
             self._dropped += lost
             logger.warning("%d blocked checks are not in the database and are lost with this process", lost)
-        self._waiting.clear()
-        self._sums_waiting = 0
+        self._buffer.clear()
+        self._buffered_sums = 0
 
-    async def _write_for_ever(self) -> None:
+    async def _write_periodically(self) -> None:
         while True:
             await asyncio.sleep(_jittered(self._flush_s))
-            # Who cancels this does not want half a transaction, and not to wait for a frozen server either.
+            # Cancelling this must neither interrupt a transaction nor wait for a frozen server.
             await asyncio.shield(self._write_once())
 
-    async def _keep_for_ever(self) -> None:
+    async def _maintain_periodically(self) -> None:
         failing = False
         while True:
-            self._keeping = asyncio.create_task(self._keep(failing))
-            failing = await asyncio.shield(self._keeping)
-            await asyncio.sleep(_jittered(_KEEP_AGAIN_S if failing else _KEEP_EVERY_S))
+            self._retention = asyncio.create_task(self._maintain(failing))
+            failing = await asyncio.shield(self._retention)
+            await asyncio.sleep(_jittered(_RETENTION_RETRY_S if failing else _RETENTION_INTERVAL_S))
 
-    async def _keep(self, failing: bool) -> bool:
-        """Keep the table; returns whether that failed."""
+    async def _maintain(self, failing: bool) -> bool:
+        """Run `maintain_table`; returns whether it failed."""
         try:
-            await keep_violations(self._database, self._keep_days)
-        except Exception as error:  # noqa: BLE001 - whatever a driver throws must not end the writing of violations
+            await maintain_table(self._database, self._keep_days)
+        except Exception as error:  # noqa: BLE001 - any error of a driver: writing must continue
             if not failing:
-                logger.warning("the table of violations is not kept, trying again every minute: %s", error)
+                logger.warning("maintenance of the violations table failed, retrying every minute: %s", error)
             return True
         return False
 
     def _write_once(self) -> asyncio.Task[None]:
-        """The writing that is on its way, or a new one: there are never two."""
+        """The write in progress, or a new one: there are never two."""
         if self._writing is None:
             self._writing = asyncio.create_task(self._write())
             self._writing.add_done_callback(self._written)
@@ -252,85 +242,85 @@ class ViolationWriter:
     async def _write(self) -> None:
         await self._collect()
         await self._fold()
-        keys = list(self._waiting)
+        keys = list(self._buffer)
         for start in range(0, len(keys), MAX_ROWS):
-            # In transactions of their own: few rows are locked at a time, and few are in doubt if the database goes away.
-            rows = [(key, self._waiting[key]) for key in keys[start : start + MAX_ROWS]]
+            # In separate transactions: few rows are locked at a time, and few are unconfirmed if the connection is lost.
+            rows = [(key, self._buffer[key]) for key in keys[start : start + MAX_ROWS]]
             try:
                 await write_violations(self._database, rows)
             except WriteUnconfirmed as error:
-                self._dropped += self._forget(rows)
+                self._dropped += self._remove(rows)
                 self._failed(error)
                 return
-            except Exception as error:  # noqa: BLE001 - whatever a driver throws must not end the writing of violations
+            except Exception as error:  # noqa: BLE001 - any error of a driver: writing must continue
                 self._failed(error)
                 return
-            self.written += self._forget(rows)
+            self.written += self._remove(rows)
             if self.failing:
                 self.failing = False
-                logger.info("violations are written again")
+                logger.info("writing violations works again")
 
     async def _collect(self) -> None:
-        """Take what was counted to what waits."""
+        """Move counts into the buffer."""
         rows = self._violations.take().rows()
         try:
-            async for key, blocked in _in_turns(rows):
+            async for key, blocked in _yielding(rows):
                 self._add(key, blocked)
         finally:
-            # Where this was cancelled: what is not looked at yet must not be lost without being counted.
+            # If this was cancelled: the remaining rows must not be lost.
             for key, blocked in rows:
                 self._add(key, blocked)
 
     def _add(self, key: ViolationKey, blocked: int) -> None:
-        held = self._waiting.get(key)
-        if held is not None:
-            self._waiting[key] = held + blocked
+        buffered = self._buffer.get(key)
+        if buffered is not None:
+            self._buffer[key] = buffered + blocked
         elif key[3] != OTHERS:
-            self._waiting[key] = blocked
-        elif self._sums_waiting < MAX_SUMS:
-            self._sums_waiting += 1
-            self._waiting[key] = blocked
+            self._buffer[key] = blocked
+        elif self._buffered_sums < MAX_SUMS:
+            self._buffered_sums += 1
+            self._buffer[key] = blocked
         else:
             self._dropped += blocked
 
     async def _fold(self) -> None:
-        """Of more subjects than may wait, take those with the least counts to the others."""
-        excess = len(self._waiting) - self._sums_waiting - self._violations.max_entries
+        """If too many subjects are buffered, add those with the lowest counts to `OTHERS`."""
+        excess = len(self._buffer) - self._buffered_sums - self._violations.max_entries
         if excess <= 0:
             return
-        named = [(key, blocked) for key, blocked in self._waiting.items() if key[3] != OTHERS]
+        named = [(key, blocked) for key, blocked in self._buffer.items() if key[3] != OTHERS]
         by_count: Counter[int] = Counter()
-        async for _, blocked in _in_turns(named):
+        async for _, blocked in _yielding(named):
             by_count[blocked] += 1
-        for most in sorted(by_count):
-            if by_count[most] >= excess:
+        for threshold in sorted(by_count):
+            if by_count[threshold] >= excess:
                 break
-            excess -= by_count[most]
-        # All with less than `most`, and of those with as much so many as are too many.
-        async for key, blocked in _in_turns(named):
-            if blocked < most or (blocked == most and excess > 0):
-                excess -= blocked == most
-                del self._waiting[key]
+            excess -= by_count[threshold]
+        # All below `threshold`, and of those at `threshold` as many as exceed the limit.
+        async for key, blocked in _yielding(named):
+            if blocked < threshold or (blocked == threshold and excess > 0):
+                excess -= blocked == threshold
+                del self._buffer[key]
                 self._add((*key[:3], OTHERS), blocked)
 
-    def _forget(self, rows: Iterable[tuple[ViolationKey, int]]) -> int:
-        """Rows that wait no more; returns what they add up to."""
+    def _remove(self, rows: Iterable[tuple[ViolationKey, int]]) -> int:
+        """Remove rows from the buffer; returns the sum of their counts."""
         total = 0
         for key, blocked in rows:
-            # `flush` may have given them up already.
-            if self._waiting.pop(key, None) is not None:
+            # `flush` may have dropped them already.
+            if self._buffer.pop(key, None) is not None:
                 total += blocked
-                self._sums_waiting -= key[3] == OTHERS
+                self._buffered_sums -= key[3] == OTHERS
         return total
 
     def _failed(self, error: Exception) -> None:
         if not self.failing:
-            logger.warning("violations are not written, and wait in memory: %s", error)
+            logger.warning("writing violations failed, they are buffered in memory: %s", error)
         self.failing = True
 
 
-async def _in_turns(items: Iterable[_T]) -> AsyncIterator[_T]:
-    """All items; after every few, checks get their turn."""
+async def _yielding(items: Iterable[_T]) -> AsyncIterator[_T]:
+    """All items, yielding to checks after every batch."""
     for number, item in enumerate(items, 1):
         yield item
         if number % _BATCH_SIZE == 0:

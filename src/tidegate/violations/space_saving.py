@@ -1,8 +1,8 @@
-"""Counting the most frequent of any number of keys in bounded memory.
+"""Counts the most frequent of any number of keys in bounded memory.
 
 The algorithm is Space-Saving over its Stream-Summary (Metwally, Agrawal, El Abbadi: Efficient Computation of Frequent and Top-k
-Elements in Data Streams, ICDT 2005): where the summary is full, a new key takes the place of one with the least count, and that
-count with it, as its error.
+Elements in Data Streams, ICDT 2005): if the summary is full, a new key replaces one with the lowest count, and
+inherits this count as its error.
 """
 
 from __future__ import annotations
@@ -15,62 +15,58 @@ _K = TypeVar("_K", bound=Hashable)
 
 
 class SpaceSaving(Generic[_K]):
-    """Counts of at most `capacity` keys. Exact while no more keys came; of N additions in all, whatever their order:
+    """Counts of at most `capacity` keys. Exact up to that number of keys; after N additions in any order:
 
-    - every key that was added more than N / `capacity` times is there;
-    - its guaranteed count is never above the truth, and at most N / `capacity` below it.
+    - every key that was added more than N / `capacity` times has an entry;
+    - its guaranteed count is never above the true count, and at most N / `capacity` below it.
 
-    No addition takes longer than another: keys of the same count hang together, so that the least count is always at hand. One
+    Every addition takes constant time: keys with the same count are grouped, so that the lowest count is known. For use in one
     event loop.
 
     Args:
-        capacity: most keys, 1 or more; each costs about 300 bytes with its text.
+        capacity: maximum number of keys, 1 or more; each takes about 300 bytes including its text.
     """
 
-    __slots__ = ("_counts", "_errors", "_least", "_levels", "capacity")
+    __slots__ = ("_counts", "_errors", "_levels", "_lowest", "capacity")
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
         self._counts: dict[_K, int] = {}
-        # Only of keys that took another's place.
+        # Only of keys that replaced another key.
         self._errors: dict[_K, int] = {}
         self._levels: dict[int, dict[_K, None]] = {}
-        self._least = 0
+        self._lowest = 0
 
     def __len__(self) -> int:
-        """Keys held."""
+        """Number of keys."""
         return len(self._counts)
 
     def add(self, key: _K) -> None:
-        """Count a key once. Costs about 0.3 µs, and 0.6 µs where it takes another's place.
-
-        Args:
-            key: what is counted.
-        """
+        """Count a key once. Costs about 0.3 µs, and 0.6 µs if it replaces another key."""
         counts, levels = self._counts, self._levels
         count = counts.get(key)
         if count is None:
             if len(counts) < self.capacity:
-                count, self._least = 0, 1
+                count, self._lowest = 0, 1
             else:
-                count = self._least
+                count = self._lowest
                 level = levels[count]
-                # The last one, not the first: a dict is searched from its beginning over all that were taken out of it.
+                # The last one: finding the first entry of a dict takes longer the more entries were removed from its front.
                 replaced, _ = level.popitem()
                 del counts[replaced]
                 self._errors.pop(replaced, None)
                 self._errors[key] = count
                 if not level:
                     del levels[count]
-                    self._least = count + 1
+                    self._lowest = count + 1
         else:
             level = levels[count]
             if len(level) == 1:
                 del levels[count]
-                if self._least == count:
-                    self._least = count + 1
+                if self._lowest == count:
+                    self._lowest = count + 1
                 if count + 1 not in levels:
-                    # Alone before and after, as one that is blocked all the time is.
+                    # The only key of its count before and after: the usual case of a key that is added most.
                     levels[count + 1] = level
                     counts[key] = count + 1
                     return
@@ -85,16 +81,11 @@ class SpaceSaving(Generic[_K]):
 
     @property
     def floor(self) -> int:
-        """The highest count that a key without an entry may have, and the most by which a count of `top` may be too high; 0 while
-        all counts are exact.
-        """
-        return self._least if self._errors else 0
+        """The highest possible count of a key without an entry, and the maximum error of a count of `top`; 0 while exact."""
+        return self._lowest if self._errors else 0
 
     def top(self, limit: int) -> list[tuple[_K, int]]:
         """The most frequent keys.
-
-        Args:
-            limit: the most keys returned.
 
         Returns:
             Keys and counts, highest counts first, equal counts in the order of their keys; a count is never too low.
@@ -102,7 +93,7 @@ class SpaceSaving(Generic[_K]):
         return heapq.nsmallest(limit, self._counts.items(), key=lambda item: (-item[1], item[0]))
 
     def guaranteed(self) -> Iterator[tuple[_K, int]]:
-        """How often each key was added at least; nothing may be added meanwhile.
+        """A lower bound of each key's count; nothing may be added during the iteration.
 
         Yields:
             Key and count, 1 or more.

@@ -1,8 +1,8 @@
-"""Violations in the database: adding to them, and keeping them for so many days.
+"""Writes violations to the database, and deletes old ones.
 
-PostgreSQL keeps each day (UTC) in a partition of its own, which is dropped as a whole; what no day's partition takes is in the
-default one. Any number of processes may write and keep at once: rows are added in the order of their keys, so that no two wait
-for each other, and of those that keep, one does at a time.
+PostgreSQL has one partition per day (UTC), which is dropped when it expires; rows without a partition of their day are in the
+default one. Any number of processes may write and maintain concurrently: rows are written in the order of their keys, so that
+writes do not deadlock, and an advisory lock lets one process at a time maintain the table.
 """
 
 from __future__ import annotations
@@ -33,48 +33,47 @@ ViolationKey: TypeAlias = tuple[int, str, str, str]
 """Minute (µs since the epoch), tier, rule (empty for the tier's own limits), subject."""
 
 OTHERS: Final = ""
-"""The subject of the row that holds what a rule blocked in a minute beyond the subjects that are named."""
+"""The subject of the row with the blocked checks of a rule and minute that are not counted under another subject."""
 MAX_ROWS: Final = 500
-"""Most rows of one transaction: so long others wait for their turn."""
+"""Maximum number of rows per transaction: bounds the time that other writers wait."""
 DAYS_AHEAD: Final = 3
 
 _DAY_US: Final = 86_400_000_000
 _LOCK: Final = 0x7669_6F6C_6174_696F
-"""Names the lock of whoever keeps the violations: "violatio" in ASCII."""
+"""Id of the advisory lock for the maintenance: "violatio" in ASCII."""
 _MAX_MOVED: Final = 100_000
-"""Moving so many rows takes about a second, in which nobody reads or writes them."""
+"""Moving this many rows takes about a second, during which they are locked."""
 _DELETE_BATCH_SIZE: Final = 5_000
 _PARTITION: Final = re.compile(r"rate_limit_violations_\d{8}", re.ASCII)
 _SQL: Final = load_statements("tidegate.violations", "storage.sql")
 _TEXTS: Final = [cast("String", rate_limit_violations.c[name].type).length or 0 for name in ("tier", "rule", "subject")]
-"""How many characters each text may have."""
+"""Maximum length of each text, characters."""
 
 
 class WriteUnconfirmed(CatalogUnavailable):
-    """The database went away before it said whether rows were written."""
+    """The connection was lost during a commit: the rows may or may not be written."""
 
 
 class _Busy(Exception):
-    """Another process keeps the violations now."""
+    """Another process is maintaining the table."""
 
 
 async def write_violations(database: Database, rows: Iterable[tuple[ViolationKey, int]]) -> None:
-    """Add to what is there, in one transaction.
+    """Add counts to the table, in one transaction.
 
     Args:
-        database: of the catalog.
-        rows: keys, each once, and how many checks were blocked besides; 500 of them or fewer, so that others need not wait long.
-            Texts that a column cannot hold are clipped, and stay apart.
+        rows: keys, each once, and the numbers of blocked checks to add; at most `MAX_ROWS`. Texts too long for their column are
+            shortened to distinct values.
 
     Raises:
-        WriteUnconfirmed: if it is not known whether they were written: writing them again might count them twice.
-        CatalogUnavailable: if the database does not take them; none was written.
+        WriteUnconfirmed: if they may have been written: writing them again might count them twice.
+        CatalogUnavailable: if the database rejects them; none was written.
     """
-    fitted = sorted((minute_us, *map(_fitted, texts, _TEXTS), blocked) for (minute_us, *texts), blocked in rows)
+    fitted = sorted((minute_us, *map(_shorten, texts, _TEXTS), blocked) for (minute_us, *texts), blocked in rows)
     if not fitted:
         return
     parts = msgspec.json.encode(fitted).decode()
-    for tries_left in reversed(range(DAYS_AHEAD + 2)):
+    for attempts_left in reversed(range(DAYS_AHEAD + 2)):
         committing = False
         try:
             async with database.transaction() as connection:
@@ -82,71 +81,63 @@ async def write_violations(database: Database, rows: Iterable[tuple[ViolationKey
                 committing = True
         except Exception as error:
             if committing:
-                raise WriteUnconfirmed(f"{error}: the last rows may be there or not") from error
-            # A day got its partition while its rows were on their way to the default one: now they find it, or the next day does.
-            if not tries_left or not isinstance(error.__cause__, IntegrityError):
+                raise WriteUnconfirmed(f"{error}: the last rows may or may not be written") from error
+            # The day's partition was attached during the insert into the default one: the next attempt finds it.
+            if not attempts_left or not isinstance(error.__cause__, IntegrityError):
                 raise
         else:
             return
 
 
-async def keep_violations(database: Database, keep_days: int, now_us: int | None = None) -> bool:
-    """Make partitions for today and the next days, and forget what is older than it is to be.
+async def maintain_table(database: Database, keep_days: int, now_us: int | None = None) -> bool:
+    """Create the partitions of today and the next days, and delete expired violations.
 
-    Rows of such a day in the default partition are moved to its own; where they are more than 100,000, they stay. A day goes when
-    its end is `keep_days` ago. No lock is waited for longer than 1 s.
+    Rows of such a day in the default partition are moved to the day's partition, unless there are more than 100,000. A day
+    expires `keep_days` after its end. Waits at most 1 s for each lock.
 
     Args:
-        database: of the catalog.
-        keep_days: how long violations are kept, days, 1 or more.
-        now_us: µs since the epoch; the database's clock where None.
+        keep_days: retention of violations, days, 1 or more.
+        now_us: µs since the epoch; None for the database's clock.
 
     Returns:
-        Whether it was done; False where another process does it now.
+        Whether it was done; False if another process is doing it.
 
     Raises:
-        CatalogUnavailable: if something could not be done; the rest was.
+        CatalogUnavailable: if a step failed; the others were done.
     """
     if database.dialect == "sqlite":
         now_us = timestamps.now_us() if now_us is None else now_us
-        return await _taken([functools.partial(_delete_old, database, now_us - keep_days * _DAY_US)])
+        return await _run_steps([functools.partial(_delete_old, database, now_us - keep_days * _DAY_US)])
     async with database.transaction() as connection:
         if now_us is None:
             now_us = int((await connection.execute(text(_SQL["clock"]))).scalar_one())
-        there = await _partitions(connection)
+        existing = await _partitions(connection)
     before_us = now_us - keep_days * _DAY_US
     today_us = now_us - now_us % _DAY_US
-    # Names of days sort as the days do.
-    old = sorted(name for name in there if _PARTITION.fullmatch(name) and name < partition_of(before_us))
-    return await _taken(
+    # Names of partitions sort like their days.
+    old = sorted(name for name in existing if _PARTITION.fullmatch(name) and name < partition_of(before_us))
+    return await _run_steps(
         [
-            *(functools.partial(_make_day, database, today_us + ahead * _DAY_US) for ahead in range(DAYS_AHEAD + 1)),
-            *(functools.partial(_drop_day, database, name) for name in old),
+            *(functools.partial(_create_partition, database, today_us + ahead * _DAY_US) for ahead in range(DAYS_AHEAD + 1)),
+            *(functools.partial(_drop_partition, database, name) for name in old),
             functools.partial(_delete_old, database, before_us),
         ]
     )
 
 
 def partition_of(at_us: int) -> str:
-    """The partition of a day.
-
-    Args:
-        at_us: a moment of it, µs since the epoch.
-
-    Returns:
-        Its name, such as `rate_limit_violations_20261125`.
-    """
+    """The name of the partition of a day, e.g. `rate_limit_violations_20261125`."""
     return f"rate_limit_violations_{datetime.datetime.fromtimestamp(at_us // 1_000_000, datetime.UTC):%Y%m%d}"
 
 
-async def _taken(steps: Iterable[Callable[[], Awaitable[None]]]) -> bool:
-    """Take steps one after the other, those after a failed one too; False where another process is at it."""
+async def _run_steps(steps: Iterable[Callable[[], Awaitable[None]]]) -> bool:
+    """Run steps one after another, also after a failed one; returns False if another process is maintaining the table."""
     failed: CatalogUnavailable | None = None
     for step in steps:
         try:
             await step()
         except _Busy:
-            return False  # whoever had the turn takes the other steps as well
+            return False  # the other process runs all steps
         except CatalogUnavailable as error:
             failed = failed or error
     if failed is not None:
@@ -156,12 +147,12 @@ async def _taken(steps: Iterable[Callable[[], Awaitable[None]]]) -> bool:
 
 @contextlib.asynccontextmanager
 async def _exclusive_transaction(database: Database) -> AsyncIterator[AsyncConnection]:
-    """A transaction that only one process has at a time."""
+    """A transaction under the advisory lock of the maintenance."""
     async with database.transaction() as connection:
         if database.dialect == "postgresql":
-            if not (await connection.execute(text(_SQL["turn"]), {"lock": _LOCK})).scalar_one():
+            if not (await connection.execute(text(_SQL["advisory_lock"]), {"lock": _LOCK})).scalar_one():
                 raise _Busy
-            await connection.execute(text(_SQL["patience"]))
+            await connection.execute(text(_SQL["lock_timeout"]))
         yield connection
 
 
@@ -169,45 +160,47 @@ async def _partitions(connection: AsyncConnection) -> list[str]:
     return list((await connection.execute(text(_SQL["partitions"]))).scalars())
 
 
-async def _make_day(database: Database, day_us: int) -> None:
+async def _create_partition(database: Database, day_us: int) -> None:
     name = partition_of(day_us)
     day = {"from_us": day_us, "to_us": day_us + _DAY_US}
     async with _exclusive_transaction(database) as connection:
-        # Looked at in our turn: another process may have made it a moment ago.
+        # Checked under the lock: another process may have created it just before.
         if name in await _partitions(connection):
             return
-        held = (await connection.execute(text(_SQL["in_default"]), {**day, "most": _MAX_MOVED + 1})).scalar_one()
-        if held > _MAX_MOVED:
-            logger.warning("violations of %s are kept in the default partition: there are more than %d", name[-8:], _MAX_MOVED)
+        count = (await connection.execute(text(_SQL["in_default"]), {**day, "max_rows": _MAX_MOVED + 1})).scalar_one()
+        if count > _MAX_MOVED:
+            logger.warning("violations of %s stay in the default partition: there are more than %d", name[-8:], _MAX_MOVED)
             return
-        for step in ("hold_parent", "hold_default", "make"):
+        for step in ("lock_parent", "lock_default", "create"):
             await connection.execute(text(_SQL[step].format(partition=name)))
         await connection.execute(text(_SQL["move"].format(partition=name)), day)
         await connection.execute(text(_SQL["attach"].format(partition=name, **day)))
 
 
-async def _drop_day(database: Database, name: str) -> None:
+async def _drop_partition(database: Database, name: str) -> None:
     async with _exclusive_transaction(database) as connection:
         if name in await _partitions(connection):
             await connection.execute(text(_SQL["drop"].format(partition=name)))
 
 
 async def _delete_old(database: Database, before_us: int) -> None:
-    """A few at a time, so that writers get their turn in between."""
+    """In batches, so that writers can write in between."""
     statement = text(_SQL[f"delete_{database.dialect}"])
     deleted = _DELETE_BATCH_SIZE
     while deleted == _DELETE_BATCH_SIZE:
         async with _exclusive_transaction(database) as connection:
-            result: CursorResult[Any] = await connection.execute(statement, {"before_us": before_us, "most": _DELETE_BATCH_SIZE})
+            result: CursorResult[Any] = await connection.execute(
+                statement, {"before_us": before_us, "max_rows": _DELETE_BATCH_SIZE}
+            )
             deleted = result.rowcount
 
 
-def _fitted(value: str, most: int) -> str:
-    """A text as a column can hold it. What had to be changed ends in a digest, so that two texts never become one."""
-    if value.isascii() and len(value) <= most and "\0" not in value:
+def _shorten(value: str, max_length: int) -> str:
+    """A text that fits its column. A changed text ends in a digest, so that different texts stay different."""
+    if value.isascii() and len(value) <= max_length and "\0" not in value:
         return value
     clean = value.encode(errors="replace").decode().replace("\0", "?")
-    if clean == value and len(value) <= most:
+    if clean == value and len(value) <= max_length:
         return value
     digest = hashlib.blake2b(value.encode(errors="surrogatepass"), digest_size=8).hexdigest()
-    return f"{clean[: most - 17]}~{digest}"
+    return f"{clean[: max_length - 17]}~{digest}"

@@ -1,7 +1,7 @@
 """Combines concurrent lookups of one kind: those that arrive while queries are running share the next query.
 
 A query for a hundred keys costs the client and the server about as much as a query for one. So a cold start, in which thousands
-of keys a second are looked up for the first time, takes a few hundred queries a second; a single lookup waits for nothing.
+of keys per second are looked up for the first time, takes a few hundred queries per second; a single lookup does not wait.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from tidegate.errors import CatalogUnavailable
 logger = logging.getLogger(__name__)
 
 MAX_CONCURRENT: Final = 4
-"""Most queries that run at the same time."""
+"""Maximum number of concurrent queries."""
 BATCH_SIZE: Final = 500
-"""Most names in one query."""
+"""Maximum number of names in one query."""
 
 _V = TypeVar("_V")
 
@@ -29,8 +29,8 @@ class BatchLoader(Generic[_V]):
     Args:
         load: takes distinct names and the lowest version that the values may be read at; returns the version they were read at,
             and the values found, by name.
-        max_concurrent: most queries that run at the same time, 1 or more.
-        batch_size: most names in one query, 1 or more.
+        max_concurrent: maximum number of concurrent queries, 1 or more.
+        batch_size: maximum number of names in one query, 1 or more.
     """
 
     def __init__(
@@ -48,10 +48,6 @@ class BatchLoader(Generic[_V]):
     async def get(self, name: str, min_version: int) -> tuple[int, _V | None]:
         """Load one value.
 
-        Args:
-            name: what to look up.
-            min_version: the lowest version that the value may be read at.
-
         Returns:
             The version that the value was read at, and the value; None if there is none.
 
@@ -61,7 +57,7 @@ class BatchLoader(Generic[_V]):
         answer: asyncio.Future[tuple[int, _V | None]] = asyncio.get_running_loop().create_future()
         self._waiting.append((name, min_version, answer))
         if len(self._running) < self._max_concurrent:
-            # It begins in the next turn of the loop, with all lookups of this turn.
+            # It starts in the next iteration of the event loop, with all lookups of this one.
             task = asyncio.ensure_future(self._run())
             self._running.add(task)
             task.add_done_callback(self._running.discard)
@@ -70,7 +66,7 @@ class BatchLoader(Generic[_V]):
     async def _run(self) -> None:
         while self._waiting:
             batch, self._waiting = self._waiting[: self._batch_size], self._waiting[self._batch_size :]
-            # Lookups that were cancelled meanwhile are dropped.
+            # Lookups that were cancelled in the meantime are dropped.
             batch = [each for each in batch if not each[2].done()]
             if not batch:
                 continue
@@ -79,7 +75,7 @@ class BatchLoader(Generic[_V]):
             except CatalogUnavailable as error:
                 _fail(batch, error.message, **error.details)
             except Exception as error:
-                # The batches behind this one still run: nothing else would wake those who wait for them.
+                # The next batches still run: nothing else would complete their lookups.
                 logger.exception("unhandled exception in a query of the catalog")
                 _fail(batch, f"the catalog's query failed: {error!r:.200}")
             except BaseException:  # cancelled, with the event loop
@@ -92,7 +88,7 @@ class BatchLoader(Generic[_V]):
 
 
 def _fail(batch: Sequence[tuple[str, int, asyncio.Future[tuple[int, _V | None]]]], message: str, **details: object) -> None:
-    """Each gets an error of its own: one that many raise would gather the traces of all."""
+    """Each lookup gets its own error: a shared one would accumulate the tracebacks of all."""
     for _, _, answer in batch:
         if not answer.done():
             answer.set_exception(CatalogUnavailable(message, **details))

@@ -1,4 +1,4 @@
-"""Many rows in few statements: whoever holds the write lock keeps others waiting no longer than the database needs."""
+"""Many rows in few statements, so that the write lock is released as soon as possible."""
 
 from __future__ import annotations
 
@@ -9,32 +9,19 @@ from sqlalchemy import Table, bindparam, delete, insert, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 BATCH_SIZE: Final = 500
-"""Rows that one statement reads or writes where there may be many."""
+"""Maximum number of rows per statement."""
 
 _T = TypeVar("_T")
 
 
 def batches(rows: Sequence[_T]) -> Iterator[list[_T]]:
-    """Rows in parts of `BATCH_SIZE`.
-
-    Args:
-        rows: any number.
-
-    Yields:
-        Lists of at most so many.
-    """
+    """Split rows into lists of at most `BATCH_SIZE`."""
     for begin in range(0, len(rows), BATCH_SIZE):
         yield list(rows[begin : begin + BATCH_SIZE])
 
 
 async def insert_rows(connection: AsyncConnection, table: Table, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Insert rows.
-
-    Args:
-        connection: in a transaction.
-        table: where to.
-        rows: each with the same columns.
-    """
+    """Insert rows."""
     for batch in batches(rows):
         await connection.execute(insert(table), batch)
 
@@ -42,26 +29,13 @@ async def insert_rows(connection: AsyncConnection, table: Table, rows: Sequence[
 async def update_rows(
     connection: AsyncConnection, table: Table, rows: Sequence[Mapping[Any, Any]], columns: Sequence[str]
 ) -> None:
-    """Write columns of rows.
-
-    Args:
-        connection: in a transaction.
-        table: with a column `id`.
-        rows: each with `id` and the columns.
-        columns: what is written.
-    """
+    """Update columns of rows, found by `id`."""
     statement = update(table).where(table.c.id == bindparam("row_id")).values({column: bindparam(column) for column in columns})
     for batch in batches(rows):
         await connection.execute(statement, [{"row_id": row["id"], **{each: row[each] for each in columns}} for row in batch])
 
 
 async def delete_rows(connection: AsyncConnection, table: Table, ids: Sequence[Any]) -> None:
-    """Delete rows.
-
-    Args:
-        connection: in a transaction.
-        table: with a column `id`.
-        ids: of the rows.
-    """
+    """Delete rows by id."""
     for batch in batches(ids):
         await connection.execute(delete(table).where(table.c.id.in_(batch)))

@@ -1,6 +1,5 @@
-"""The catalog in a database, through SQLAlchemy Core. One body for every database; what differs stands in `schema`.
-
-How it is connected to, and how a change is made one step, stands in `database`.
+"""The catalog in a database, through SQLAlchemy Core. One implementation for SQLite and PostgreSQL; `engine` and `schema` contain
+the differences, `database` the connections and write transactions.
 """
 
 from __future__ import annotations
@@ -9,20 +8,22 @@ import secrets
 from collections.abc import Sequence
 from typing import Final
 
-from sqlalchemy import RowMapping, bindparam, select, update
+from sqlalchemy import ColumnElement, RowMapping, bindparam, or_, select, update
 
+from tidegate.catalog.caller_tokens import MAX_LIVE, CallerToken
 from tidegate.catalog.changes import Changes
 from tidegate.catalog.sql import rows as policy_rows
 from tidegate.catalog.sql.batch_loader import BatchLoader
 from tidegate.catalog.sql.change_log import read_changes
 from tidegate.catalog.sql.database import Database, DatabaseOptions
 from tidegate.catalog.sql.policy_file import Released, apply_file, release_file
-from tidegate.catalog.sql.tables import api_keys, policy_state, rate_limit_rules, tiers
+from tidegate.catalog.sql.tables import api_keys, caller_tokens, policy_state, rate_limit_rules, tiers
 from tidegate.policy.attributes import CallerPolicy
 from tidegate.policy.model import ApiKey, Policy, Tier
+from tidegate.timestamps import now_us
 
 _SHA256S: Final = "sha256s"
-# One statement: its answer is of one moment, on every database. Made once: making it anew costs as much as sending it.
+# One statement: its result is one snapshot on every database. Built once: building it costs as much as sending it.
 _KEYS: Final = select(policy_state.c.version.label("read_version"), api_keys, tiers.c.name.label("tier_name")).select_from(
     policy_state.outerjoin(
         api_keys.join(tiers, tiers.c.id == api_keys.c.tier_id), api_keys.c.sha256.in_(bindparam(_SHA256S, expanding=True))
@@ -30,16 +31,18 @@ _KEYS: Final = select(policy_state.c.version.label("read_version"), api_keys, ti
 )
 
 
+def live_caller_tokens() -> tuple[ColumnElement[bool], ColumnElement[bool]]:
+    """Conditions that hold for the callers' tokens that are neither revoked nor expired."""
+    expires_at_us = caller_tokens.c.expires_at_us
+    return caller_tokens.c.revoked_at_us.is_(None), or_(expires_at_us.is_(None), expires_at_us > now_us())
+
+
 class _NothingToDo(Exception):
-    """Leaves a transaction that is to change nothing."""
+    """Ends a transaction that has nothing to change, by a rollback."""
 
 
 class SqlCatalog:
-    """A catalog in a database. Make it with `open`.
-
-    Args:
-        database: its schema up to date.
-    """
+    """A catalog in a database. Make it with `open`."""
 
     def __init__(self, database: Database) -> None:
         self.database = database
@@ -49,15 +52,8 @@ class SqlCatalog:
     async def open(cls, url: str, options: DatabaseOptions | None = None) -> SqlCatalog:
         """Open a database, and bring its schema up to this version.
 
-        Args:
-            url: see `engines.open_engine`.
-            options: how it is used.
-
-        Returns:
-            The catalog.
-
         Raises:
-            SettingsError: if the database cannot be had; it says why.
+            SettingsError: if the database cannot be opened, with the reason.
         """
         return cls(await Database.open(url, options))
 
@@ -67,7 +63,7 @@ class SqlCatalog:
 
     async def tier(self, name: str, min_version: int = 0) -> tuple[int, Tier | None]:
         """See `Catalog.tier`."""
-        # One statement: its answer is of one moment, on every database.
+        # One statement: its result is one snapshot on every database.
         query = (
             select(
                 policy_state.c.version.label("read_version"),
@@ -94,7 +90,7 @@ class SqlCatalog:
         """See `Catalog.tier_names`."""
         async with self.database.reading() as connection:
             names = (await connection.execute(select(tiers.c.name))).scalars().all()
-        # Not ordered by the database: each collates in its own way.
+        # Not ordered by the database: collations differ.
         return sorted(names)
 
     async def caller_policy(self, min_version: int = 0) -> tuple[int, CallerPolicy]:
@@ -117,18 +113,22 @@ class SqlCatalog:
         return await self.database.version()
 
     async def ping(self) -> None:
-        """See `Catalog.ping`; fails also where the database answers but takes no writes."""
+        """See `Catalog.ping`; fails also if the database answers but is not writable."""
         await self.database.ping()
 
     async def close(self) -> None:
         """See `Catalog.close`."""
         await self.database.close()
 
+    async def caller_tokens(self) -> list[CallerToken]:
+        """See `CallerTokenSource.caller_tokens`. Read from the primary: a replica may not have a revocation yet."""
+        query = select(caller_tokens).where(*live_caller_tokens()).limit(MAX_LIVE)
+        async with self.database.reading() as connection:
+            rows = (await connection.execute(query)).mappings().all()
+        return [CallerToken(row["sha256"], row["name"], frozenset(row["scopes"]), row["expires_at_us"]) for row in rows]
+
     async def list_tiers(self) -> list[Tier]:
         """All tiers with their rules, by name.
-
-        Returns:
-            The tiers.
 
         Raises:
             CatalogUnavailable: if the database does not answer.
@@ -142,11 +142,10 @@ class SqlCatalog:
         return [policy_rows.tier_of(row, rules.get(row["id"], ())) for row in rows]
 
     async def apply_policy(self, policy: Policy, digest: str) -> bool:
-        """Make the rows that the policy file owns equal to it; leave all others alone.
+        """Update the rows that the policy file owns to match it; other rows are not changed.
 
         Args:
-            policy: the file's policy.
-            digest: of the policy; where it is the one applied last, nothing is done.
+            digest: digest of the policy; if it equals the one applied last, nothing is done.
 
         Returns:
             Whether anything was changed.
@@ -160,7 +159,7 @@ class SqlCatalog:
                 return False
         try:
             async with self.database.changing() as writing:
-                # Another instance may have applied the same file while this one waited for its turn.
+                # Another instance may have applied the same file while this one waited for the write lock.
                 if (await writing.connection.execute(select(policy_state.c.file_digest))).scalar() == digest:
                     raise _NothingToDo
                 await apply_file(writing, policy, digest)
@@ -169,10 +168,10 @@ class SqlCatalog:
         return True
 
     async def release_policy(self) -> Released | None:
-        """Let operators change the rows of a policy file that is not given any more.
+        """Release the rows of a policy file that is no longer configured, so that operators can change them.
 
         Returns:
-            What was released; None where no file was active.
+            What was released; None if no file was active.
 
         Raises:
             CatalogUnavailable: if the database does not answer; nothing was changed.
@@ -190,27 +189,28 @@ class SqlCatalog:
         return released
 
     async def cache_secret(self) -> bytes:
-        """What entries of the shared cache are sealed with: the same for all instances of this database. Made at the first call.
+        """The secret that seals entries of the shared cache, the same for all instances of this database. Created at the first
+        call.
 
         Returns:
             32 random bytes, in hex.
 
         Raises:
-            CatalogUnavailable: if the database does not answer, or does not take a new one.
+            CatalogUnavailable: if the database does not answer, or is not writable.
         """
         secret = select(policy_state.c.cache_secret)
         async with self.database.reading() as connection:
-            held = (await connection.execute(secret)).scalar()
-        if held is None:
+            stored = (await connection.execute(secret)).scalar()
+        if stored is None:
             unset = update(policy_state).where(policy_state.c.cache_secret.is_(None))
             async with self.database.transaction() as connection:
-                # Of two instances that start at once the second one finds what the first one made.
+                # Of two instances that start at once, the second reads the secret of the first.
                 await connection.execute(unset.values(cache_secret=secrets.token_hex(32)))
-                held = (await connection.execute(secret)).scalar_one()
-        return str(held).encode()
+                stored = (await connection.execute(secret)).scalar_one()
+        return str(stored).encode()
 
     async def _read_keys(self, sha256s: Sequence[str], min_version: int) -> tuple[int, dict[str, ApiKey]]:
-        # As many as a power of two, so that there are ten statements and not five hundred for the driver to prepare.
-        wanted = [*sha256s, *[sha256s[-1]] * ((1 << (len(sha256s) - 1).bit_length()) - len(sha256s))]
-        rows = await self.database.read(_KEYS, min_version, {_SHA256S: wanted})
+        # Padded to a power of two, so that the driver prepares ten statements and not five hundred.
+        padded = [*sha256s, *[sha256s[-1]] * ((1 << (len(sha256s) - 1).bit_length()) - len(sha256s))]
+        rows = await self.database.read(_KEYS, min_version, {_SHA256S: padded})
         return rows[0]["read_version"], {row["sha256"]: policy_rows.api_key_of(row) for row in rows if row["id"] is not None}

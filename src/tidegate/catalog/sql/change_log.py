@@ -1,10 +1,10 @@
-"""What each change of the catalog touched, so that a cache forgets that and nothing else.
+"""The log of changes of the catalog, so that a cache invalidates what was touched and nothing else.
 
-Every change writes rows of `catalog_changes` under the version that it makes and with the version before, in its own
-transaction. Whoever has seen version N follows that chain from the present version down to N. Where it breaks, it is not known
-what was touched, and everything may be: rows were pruned, an older Tidegate wrote the change, or N was never a version of this
-database, because the primary that gave it was lost before it was copied. `Changes.floor` says from which version on the log is
-whole.
+Every change writes rows into `catalog_changes` with its own version and the previous version, in its own transaction. A reader
+that has version N follows this chain from the current version down to N. If the chain is broken, it is unknown what was touched,
+and everything counts as touched: rows were pruned, an older Tidegate wrote the change, or N was never a version of this database,
+because the primary that assigned it was lost before it was replicated. `Changes.floor` is the version from which on the log is
+complete.
 """
 
 from __future__ import annotations
@@ -19,18 +19,17 @@ from tidegate.catalog.sql.tables import catalog_changes, policy_state
 from tidegate.errors import CatalogUnavailable
 
 MAX_TOUCHED: Final = 500
-"""A change that touches more things than that is logged as one that touches everything."""
+"""A change that touches more items is logged as one that touches everything."""
 KEPT_MS: Final = 86_400_000
-"""Versions are ms: rows older than a day are pruned by each change."""
+"""Versions are ms since the epoch: each change prunes rows older than a day."""
 
 
 class WriteTransaction:
     """A transaction that changes the catalog.
 
     Args:
-        connection: in the transaction.
-        version: that the catalog will have.
-        previous: that it has before.
+        version: version of the catalog after the transaction.
+        previous: version before it.
     """
 
     def __init__(self, connection: AsyncConnection, version: int, previous: int) -> None:
@@ -40,11 +39,11 @@ class WriteTransaction:
         self._touched: set[Item] | None = None
 
     def touch(self, kind: str, name: str = "") -> None:
-        """Say that something changes. Where nothing is said before the transaction ends, everything counts as changed.
+        """Record that an item changes. If nothing is recorded before the transaction ends, everything counts as changed.
 
         Args:
             kind: TIER, KEY, ANONYMOUS or NONE.
-            name: of the tier, or digest of the key.
+            name: name of the tier, or digest of the key.
         """
         if self._touched is None:
             self._touched = set()
@@ -53,41 +52,39 @@ class WriteTransaction:
 
     @property
     def items(self) -> list[Item]:
-        """What was touched, as the log tells it."""
+        """Touched items, as written to the log."""
         if self._touched is None or len(self._touched) > MAX_TOUCHED:
             return [(ALL, "")]
         return sorted(self._touched)
 
     async def log(self) -> None:
-        """Write down what was touched, and prune what is old."""
-        made = {"version": self.version, "previous": self.previous}
-        rows = [{**made, "kind": kind, "name": name} for kind, name in self.items or [(NONE, "")]]
+        """Write the touched items to the log, and prune old rows."""
+        versions = {"version": self.version, "previous": self.previous}
+        rows = [{**versions, "kind": kind, "name": name} for kind, name in self.items or [(NONE, "")]]
         await self.connection.execute(insert(catalog_changes), rows)
         await self.connection.execute(delete(catalog_changes).where(catalog_changes.c.version <= self.version - KEPT_MS))
 
 
 def no_state() -> CatalogUnavailable:
-    """The error for a database without its one row of `policy_state`: a backup is being restored, or is to be."""
+    """The error for a database without its one row of `policy_state`, as during the restore of a backup."""
     return CatalogUnavailable("the catalog's database has no row in policy_state: restore a backup, or wait until it is restored")
 
 
 async def read_changes(connection: AsyncConnection, since: int, max_rows: int = MAX_READ) -> Changes:
-    """Read what was touched since a version.
+    """Read the changes after a version.
 
     Args:
-        connection: to the database that is written to.
-        since: the version that was seen, 0 or more.
-        max_rows: at most so many rows are read, the latest ones.
+        max_rows: maximum number of rows read, the latest ones.
 
     Returns:
-        What happened. Where `since` is no version of this database (one that lost the last commits took the place of the one that
-        was asked before), nothing is known: the floor is its version.
+        The changes. If `since` is not a version of this database (a failover lost the last commits), the changes are unknown: the
+        floor is the current version.
 
     Raises:
         CatalogUnavailable: if `policy_state` is empty, as it is while a backup is being restored.
     """
     # One statement is one snapshot: a version without its rows would look like a change of an older Tidegate.
-    # Limited before it is joined, so that the index is walked that far and no further.
+    # Limited before the join, so that only this part of the index is scanned.
     above = select(catalog_changes).where(catalog_changes.c.version > since)
     log = above.order_by(catalog_changes.c.version.desc()).limit(max_rows).subquery()
     query = (

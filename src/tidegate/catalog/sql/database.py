@@ -23,8 +23,8 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 from sqlalchemy.pool import QueuePool, StaticPool
 
 from tidegate.catalog.sql.change_log import WriteTransaction, no_state
-from tidegate.catalog.sql.database_errors import READ_ONLY, cannot_write, is_passing, sqlstate_of
-from tidegate.catalog.sql.engine import BUSY_TIMEOUT_MS, is_postgres, open_engine, reason_of, shown
+from tidegate.catalog.sql.database_errors import READ_ONLY, cannot_write, is_transient, sqlstate_of
+from tidegate.catalog.sql.engine import BUSY_TIMEOUT_MS, is_postgres, open_engine, reason_of, redacted_url
 from tidegate.catalog.sql.replicas import Replica, Replicas
 from tidegate.catalog.sql.schema import upgrade_schema
 from tidegate.catalog.sql.tables import policy_state
@@ -36,10 +36,10 @@ logger = logging.getLogger(__name__)
 CHANNEL: Final = "tidegate_catalog"
 """Where PostgreSQL announces changes (NOTIFY)."""
 WRITE_TIMEOUT_S: Final = 15.0
-"""Writers wait for their turn, so an answer may take longer than a reader's."""
+"""Writers wait for the write lock, so an answer may take longer than for readers."""
 _WRITERS: Final = 4
 WRITE_PROBE_S: Final = 10.0
-"""Where nothing else is written to a SQLite file, `/health` writes so often."""
+"""Minimum interval between probe writes of `/health` to a SQLite file that is not written otherwise."""
 _CAN_WRITE: Final = text(
     "SELECT pg_is_in_recovery() AS standby, current_setting('default_transaction_read_only') AS read_only FROM policy_state"
 )
@@ -51,10 +51,9 @@ class DatabaseOptions(msgspec.Struct, frozen=True):
     """How a database is used.
 
     Args:
-        replicas: URLs of read replicas.
-        pool_size: most connections for reading to each server; another 4 are for writing.
-        timeout_s: how long an answer may take, s.
-        max_replica_lag_s: a replica that lags more is removed from rotation, s.
+        pool_size: maximum number of read connections per server; another 4 are for writes.
+        timeout_s: time limit of an answer, s.
+        max_replica_lag_s: lag at which a replica is removed from rotation, s.
     """
 
     replicas: tuple[str, ...] = ()
@@ -64,16 +63,14 @@ class DatabaseOptions(msgspec.Struct, frozen=True):
 
 
 class Database:
-    """Make it with `open`.
+    """Connections to the catalog's database and its replicas. Create it with `open`.
 
     Args:
-        name: of the database as messages may show it.
-        reader: connections for reading from the primary.
-        writer: connections for writing to it; the same engine where there is no difference.
+        reader: connections for reads from the primary.
+        writer: connections for writes to it; for SQLite the same engine.
 
     Attributes:
-        announce: callback run with the new version after each change; must not raise. PostgreSQL announces it besides (NOTIFY).
-        queries: of checks, so far.
+        announce: callback run with the new version after each change; must not raise. PostgreSQL also announces it (NOTIFY).
     """
 
     def __init__(self, name: str, reader: AsyncEngine, writer: AsyncEngine) -> None:
@@ -88,17 +85,10 @@ class Database:
 
     @classmethod
     async def open(cls, url: str, options: DatabaseOptions | None = None) -> Database:
-        """Connect, and bring the schema up to this version.
-
-        Args:
-            url: see `engines.open_engine`.
-            options: how it is used.
-
-        Returns:
-            The database.
+        """Connect, and upgrade the schema to this version.
 
         Raises:
-            SettingsError: if it cannot be had; it says why.
+            SettingsError: if the database cannot be opened, with the reason.
         """
         options = options or DatabaseOptions()
         if options.replicas and not is_postgres(url):
@@ -119,8 +109,8 @@ class Database:
                     pool_size=options.pool_size,
                     timeout_s=options.timeout_s,
                 )
-                replicas.append(Replica(shown(each), engine, options.pool_size))
-        database = cls(shown(url), reader, writer)
+                replicas.append(Replica(redacted_url(each), engine, options.pool_size))
+        database = cls(redacted_url(url), reader, writer)
         try:
             await upgrade_schema(url, writer)
             if replicas:
@@ -138,7 +128,7 @@ class Database:
 
     @property
     def connections(self) -> dict[str, int]:
-        """Connections for reading from the primary, by what they do: `in_use`, `idle`."""
+        """Read connections to the primary by state: `in_use`, `idle`."""
         pool = self._reader.pool
         return (
             {"in_use": pool.checkedout(), "idle": pool.checkedin()} if isinstance(pool, QueuePool) else {"in_use": 0, "idle": 0}
@@ -146,22 +136,21 @@ class Database:
 
     @property
     def _in_memory(self) -> bool:
-        # One connection for all: a commit of the probe would commit what others have begun.
+        # One shared connection: a commit of the probe would commit the transactions of others.
         return isinstance(self._writer.pool, StaticPool)
 
     async def read(
         self, query: Select[Any], min_version: int, parameters: Mapping[str, Any] | None = None
     ) -> Sequence[RowMapping]:
-        """The rows of a query for a check.
+        """Run a query for a check and return its rows.
 
         Args:
-            query: its first row says as `read_version` which version the rows are of; it gives at least one row.
-            min_version: version that they must have seen, where the catalog has got so far.
-            parameters: of the query, where it has some.
+            query: its first row has the version that was read as `read_version`; it returns at least one row.
+            min_version: minimum version of the rows of a replica.
 
         Returns:
-            The rows: a replica's, where one has seen that version, else the primary's; where that does not answer either, those
-            of a replica that was left out, if it has seen that version.
+            The rows of a replica that has this version, else of the primary. If the primary does not answer either, those of a
+            replica that was removed from rotation, if it has this version.
 
         Raises:
             CatalogUnavailable: if no database answers.
@@ -186,10 +175,7 @@ class Database:
         return rows
 
     async def version(self) -> int:
-        """The version of the catalog.
-
-        Returns:
-            As the primary has it.
+        """The version of the catalog on the primary.
 
         Raises:
             CatalogUnavailable: if it does not answer.
@@ -201,10 +187,10 @@ class Database:
         return int(version)
 
     async def ping(self) -> None:
-        """Find out whether the primary answers and takes writes.
+        """Check that the primary answers and is writable.
 
         Raises:
-            CatalogUnavailable: if it does not; it says why.
+            CatalogUnavailable: if it is not, with the reason.
         """
         if self.dialect == "postgresql":
             async with self.reading() as connection:
@@ -213,7 +199,7 @@ class Database:
                 raise CatalogUnavailable(f"the catalog's database {self.name} is not writable: it is read-only or a standby")
         else:
             await self.version()
-        # A full disk shows in a write only: one that no check sees is made where the last one failed, and now and then.
+        # Only a write reveals a full disk: a probe write runs after a failed write, and periodically for SQLite.
         due = self._write_fault is not None or time.monotonic() - self._written_at_s >= WRITE_PROBE_S
         if due and not self._in_memory and (self.dialect == "sqlite" or self._write_fault is not None):
             await self._probe_writing()
@@ -221,12 +207,12 @@ class Database:
             raise CatalogUnavailable(f"the catalog's database {self.name} is not writable: {self._write_fault}")
 
     async def _probe_writing(self) -> None:
-        patience = "PRAGMA busy_timeout = 100" if self.dialect == "sqlite" else "SET LOCAL lock_timeout = '100ms'"
+        lock_timeout = "PRAGMA busy_timeout = 100" if self.dialect == "sqlite" else "SET LOCAL lock_timeout = '100ms'"
         try:
             async with self._writer.connect() as connection:
                 try:
-                    await connection.exec_driver_sql(patience)
-                    # By a microsecond: SQLite writes nothing where nothing changes.
+                    await connection.exec_driver_sql(lock_timeout)
+                    # Changed by 1 µs: SQLite writes nothing if no value changes.
                     await connection.execute(update(policy_state).values(changed_at_us=policy_state.c.changed_at_us + 1))
                     await connection.commit()
                 finally:
@@ -234,8 +220,8 @@ class Database:
                         await connection.rollback()
                         await connection.exec_driver_sql(f"PRAGMA busy_timeout = {BUSY_TIMEOUT_MS}")
         except (SQLAlchemyError, OSError) as error:
-            if is_passing(error):
-                return  # somebody else writes now, and will see whether it succeeds
+            if is_transient(error):
+                return  # another process is writing now, and records whether that succeeds
             self._note_write(error)
             if not cannot_write(error):
                 raise CatalogUnavailable(f"the catalog's database {self.name} is not writable: {reason_of(error)}") from error
@@ -243,7 +229,7 @@ class Database:
             self._note_write(None)
 
     def _note_write(self, error: Exception | None) -> None:
-        """Remember whether the last write found the database writable; an error of one statement says nothing of that."""
+        """Record whether the database was writable at the last write; errors of single statements do not count."""
         if error is None:
             self._write_fault = None
             self._written_at_s = time.monotonic()
@@ -253,9 +239,6 @@ class Database:
     @contextlib.asynccontextmanager
     async def reading(self) -> AsyncIterator[AsyncConnection]:
         """A connection to read from the primary.
-
-        Yields:
-            The connection.
 
         Raises:
             CatalogUnavailable: if the database does not answer.
@@ -268,13 +251,10 @@ class Database:
 
     @contextlib.asynccontextmanager
     async def transaction(self) -> AsyncIterator[AsyncConnection]:
-        """A transaction that changes nothing that a check reads: it leaves the version as it is.
-
-        Yields:
-            A connection in the transaction, which is committed at the end.
+        """A transaction that changes nothing that checks read; it does not change the version.
 
         Raises:
-            CatalogUnavailable: if the database does not take it.
+            CatalogUnavailable: if the database rejects it.
         """
         try:
             async with self._writer.begin() as connection:
@@ -290,16 +270,13 @@ class Database:
 
     @contextlib.asynccontextmanager
     async def changing_as(self, make: Callable[[AsyncConnection, int, int], _Write]) -> AsyncIterator[_Write]:
-        """A transaction that raises the version; it takes the one row of the state first, and so its turn among all writers.
-
-        Args:
-            make: makes the transaction of a connection, the version after the change, and the version before it.
+        """A transaction that raises the version. It locks the row of `policy_state` first, which serializes all writers.
 
         Yields:
-            The transaction, which is committed at the end, logged and announced.
+            The transaction; at the end it is logged, committed and announced.
 
         Raises:
-            CatalogUnavailable: if the database does not take it.
+            CatalogUnavailable: if the database rejects it.
         """
         try:
             connection, writing = await self._acquire_write_lock(make)
@@ -316,12 +293,12 @@ class Database:
             self._note_write(error)
             raise CatalogUnavailable(f"the catalog's database rejected the change: {reason_of(error)}") from error
         if self.replicas is not None:
-            self.replicas.made(writing.version)
+            self.replicas.add_version(writing.version)
         if self.announce is not None:
             await self.announce(writing.version)
 
     async def close(self) -> None:
-        """End all connections."""
+        """Close all connections."""
         if self.replicas is not None:
             await self.replicas.close()
         await self._reader.dispose()
@@ -329,7 +306,7 @@ class Database:
             await self._writer.dispose()
 
     async def _acquire_write_lock(self, make: Callable[[AsyncConnection, int, int], _Write]) -> tuple[AsyncConnection, _Write]:
-        """A connection in a transaction that has the turn of all writers."""
+        """A connection in a transaction that has the write lock."""
         at_us = now_us()
         state = policy_state.c
         now_ms = at_us // 1000
@@ -349,8 +326,7 @@ class Database:
                 await connection.close()
                 if attempt == 2 or sqlstate_of(error) != READ_ONLY:
                     raise
-                # The primary of before is a standby now: connections to it are of no use for writing, nor for reading what was
-                # written.
+                # The former primary is a standby now: its connections can neither write nor read what was written.
                 logger.info("the catalog's primary has become a standby; looking for the new one")
                 await self._writer.dispose()
                 await self._reader.dispose()

@@ -1,4 +1,4 @@
-"""What an error of a database means, read from its code: texts differ with the server's language and version.
+"""Classifies errors of databases by their codes: messages depend on the server's language and version.
 
 Sources: SQLSTATE classes of PostgreSQL (its documentation, appendix A); result codes of SQLite (sqlite.org/rescode.html).
 """
@@ -15,17 +15,17 @@ INVALID_SCHEMA: Final = "3F000"
 NO_DATABASE: Final = "3D000"
 READ_ONLY: Final = "25006"
 _DUPLICATES: Final = frozenset({"42P07", "42710", "42P06"})
-_PASSING_STATES: Final = frozenset({"55P03", "40P01", "40001", "23505"})  # lock, deadlock, serialization; two that make one thing
+_TRANSIENT_STATES: Final = frozenset({"55P03", "40P01", "40001", "23505"})  # locks, deadlock, serialization, duplicate key
 _NO_ACCESS: Final = "28"
 _NO_RESOURCES: Final = "53"
 _SYSTEM: Final = "58"
 
-_PASSING_CODES: Final = frozenset({sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED})
+_TRANSIENT_CODES: Final = frozenset({sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED})
 _NO_DATABASE_CODES: Final = frozenset({sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT})
-_NO_PLACE_CODES: Final = frozenset({sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM})
-_NO_WRITE_CODES: Final = _NO_PLACE_CODES | _NO_DATABASE_CODES | {sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR}
+_PATH_CODES: Final = frozenset({sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM})
+_NO_WRITE_CODES: Final = _PATH_CODES | _NO_DATABASE_CODES | {sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR}
 
-PLACE_REMEDY: Final = "give a catalog.url in a directory that is there and can be written"
+PATH_REMEDY: Final = "give a catalog.url in a directory that is there and can be written"
 FOREIGN_REMEDY: Final = "it holds tables of another program: give another catalog.url"
 GRANT_REMEDY: Final = (
     "let its user make tables there, which since PostgreSQL 15 only the owner of the database may: "
@@ -35,14 +35,7 @@ _DISK_REMEDY: Final = "its disk is full or fails: free some space, then look at 
 
 
 def sqlstate_of(error: BaseException) -> str | None:
-    """The SQLSTATE that a PostgreSQL gave.
-
-    Args:
-        error: of SQLAlchemy or psycopg.
-
-    Returns:
-        Five characters; None where there is none, as for a connection that was not made.
-    """
+    """The SQLSTATE of an error of PostgreSQL: five characters; None if there is none, as for a failed connection."""
     for each in _causes(error):
         state = getattr(each, "sqlstate", None)
         if isinstance(state, str):
@@ -51,14 +44,7 @@ def sqlstate_of(error: BaseException) -> str | None:
 
 
 def sqlite_code_of(error: BaseException) -> int | None:
-    """The primary result code that SQLite gave.
-
-    Args:
-        error: of SQLAlchemy or `sqlite3`.
-
-    Returns:
-        The code; None where there is none.
-    """
+    """The primary result code of an error of SQLite; None if there is none."""
     for each in _causes(error):
         code = getattr(each, "sqlite_errorcode", None)
         if isinstance(code, int):
@@ -66,26 +52,16 @@ def sqlite_code_of(error: BaseException) -> int | None:
     return None
 
 
-def is_passing(error: BaseException) -> bool:
-    """Whether another process was in the way, so that the same may succeed a little later.
-
-    Args:
-        error: of SQLAlchemy or a driver.
-
-    Returns:
-        True for locks, deadlocks, and two that make the same thing at once.
-    """
-    return sqlstate_of(error) in _PASSING_STATES or sqlite_code_of(error) in _PASSING_CODES
+def is_transient(error: BaseException) -> bool:
+    """Whether a retry may succeed: lock conflicts, deadlocks, and concurrent creation of the same object."""
+    return sqlstate_of(error) in _TRANSIENT_STATES or sqlite_code_of(error) in _TRANSIENT_CODES
 
 
 def cannot_write(error: BaseException) -> bool:
-    """Whether an error says that the database takes no writes at all: it is read-only, or its disk is full or fails.
-
-    Args:
-        error: of SQLAlchemy or a driver.
+    """Whether an error means that the database is not writable at all: it is read-only, or its disk is full or fails.
 
     Returns:
-        False for errors of one statement, and where it is not known.
+        False for errors of one statement, and for unknown errors.
     """
     state = sqlstate_of(error)
     if state is not None:
@@ -94,23 +70,16 @@ def cannot_write(error: BaseException) -> bool:
 
 
 def remedy_of(error: BaseException) -> str | None:
-    """What to do about an error of opening or changing a catalog.
-
-    Args:
-        error: of SQLAlchemy, a driver or the system.
-
-    Returns:
-        The remedy; None where the code does not say.
-    """
+    """The remedy for an error while opening or changing a catalog; None if the code has no specific one."""
     state, code = sqlstate_of(error), sqlite_code_of(error)
-    if isinstance(error, OSError) or code in _NO_PLACE_CODES:
-        return PLACE_REMEDY
+    if isinstance(error, OSError) or code in _PATH_CODES:
+        return PATH_REMEDY
     if code in _NO_DATABASE_CODES:
         return "it is not a SQLite database: move it away or give another catalog.url"
     if code in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR):
         return _DISK_REMEDY
     if code == sqlite3.SQLITE_ERROR and " already exists" in str(error):
-        # SQLite has one code for every error in a statement, and one language for its texts.
+        # SQLite has one code for all errors of a statement; its messages are always in English.
         return FOREIGN_REMEDY
     if state is None:
         return None
@@ -130,11 +99,11 @@ def remedy_of(error: BaseException) -> str | None:
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
-    """An error, and what it was made of."""
-    seen: set[int] = set()
+    """An error and the chain of its causes."""
+    visited: set[int] = set()
     current: BaseException | None = error
-    while current is not None and id(current) not in seen:
-        seen.add(id(current))
+    while current is not None and id(current) not in visited:
+        visited.add(id(current))
         yield current
         original = getattr(current, "orig", None)
         current = original if isinstance(original, BaseException) else current.__cause__

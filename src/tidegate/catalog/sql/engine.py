@@ -1,6 +1,6 @@
 """Engines for the catalog's URLs: SQLite in a file or in memory, PostgreSQL through psycopg.
 
-What differs between the two stands here and in `schema`; everything else is one body for both.
+The differences between the two are here and in `schema`; all other modules are the same for both.
 """
 
 from __future__ import annotations
@@ -22,19 +22,12 @@ from tidegate.url_parts import is_postgres_url, scheme_of, without_secrets
 
 POSTGRES_SCHEMES: Final = ("postgresql", "postgres")
 LOWER: Final = "tidegate_lower"
-"""A function on connections to SQLite: lower case of any script. SQLite's own `lower` and LIKE know ASCII only."""
+"""A function on connections to SQLite: lower case of any script. SQLite's own `lower` and LIKE support ASCII only."""
 BUSY_TIMEOUT_MS: Final = 5_000
 
 
 def is_postgres(url: str) -> bool:
-    """Whether a URL names a PostgreSQL.
-
-    Args:
-        url: of a catalog.
-
-    Returns:
-        True for `postgresql://` and `postgres://`.
-    """
+    """Whether a URL is `postgresql://` or `postgres://`."""
     return url.partition("://")[0] in POSTGRES_SCHEMES
 
 
@@ -44,7 +37,7 @@ def open_engine(
     setting: str = "catalog.url",
     writes: bool = True,
     reads_only: bool = False,
-    looks_only: bool = False,
+    inspect_only: bool = False,
     pool_size: int = 8,
     timeout_s: float = 2.0,
 ) -> AsyncEngine:
@@ -53,18 +46,15 @@ def open_engine(
     Args:
         url: `sqlite:///relative.db`, `sqlite:////absolute.db`, `sqlite://` for memory, or a PostgreSQL URL as libpq reads it:
             `postgresql://user@host1,host2/name?sslmode=verify-full`.
-        setting: whose value the URL is, for messages.
-        writes: whether it must be a database that takes writes: of several hosts the primary, wherever it is now.
-        reads_only: whether every statement stands for itself, which saves PostgreSQL two of three round trips a query.
-        looks_only: whether a file of SQLite is to be left as it is: not made, not prepared, not written to.
-        pool_size: most connections, and so most queries at once.
-        timeout_s: how long one answer of a PostgreSQL may take, and how long to wait for a free connection, s.
-
-    Returns:
-        The engine.
+        setting: name of the setting with this URL, for messages.
+        writes: whether the server must be writable: of several hosts, connect to the current primary.
+        reads_only: use autocommit, which saves two of three round trips per query on PostgreSQL.
+        inspect_only: do not create, prepare or write a SQLite file.
+        pool_size: maximum number of connections, and so of concurrent queries.
+        timeout_s: time limit of an answer of PostgreSQL, and of the wait for a free connection, s.
 
     Raises:
-        SettingsError: if the URL names no database that this version has, or psycopg is not installed.
+        SettingsError: if the URL is invalid or not supported, or psycopg is not installed.
     """
     if is_postgres(url):
         engine = _postgres(url, setting, writes=writes, pool_size=pool_size, timeout_s=timeout_s)
@@ -85,62 +75,49 @@ def open_engine(
             f"{setting} has the scheme {scheme_of(url)!r}, which is not supported: use 'sqlite:///tidegate.db' "
             "or 'postgresql://user@host/name'"
         )
-    return _sqlite(parsed, pool_size, timeout_s, looks_only)
+    return _sqlite(parsed, pool_size, timeout_s, inspect_only)
 
 
-def shown(url: str) -> str:
-    """A catalog's URL as messages may show it.
-
-    Args:
-        url: of a catalog.
+def redacted_url(url: str) -> str:
+    """A catalog's URL for messages and logs.
 
     Returns:
-        The URL without user, password and options; the scheme alone where these cannot be told apart.
+        The URL without user, password and options; only the scheme if the URL cannot be parsed.
     """
     return without_secrets(url)
 
 
 def reason_of(error: Exception) -> str:
-    """What a database said, in a line.
-
-    Args:
-        error: of SQLAlchemy, the driver or the system.
-
-    Returns:
-        Its first line.
-    """
+    """The first line of a database's error message."""
     return (str(getattr(error, "orig", None) or error).splitlines() or [type(error).__name__])[0]
 
 
 def make_private(file: str) -> None:
-    """Make the file of a SQLite database, where it is not there, for its owner alone.
+    """Create a missing SQLite database file with mode 600.
 
-    It holds digests of keys and tokens, and addresses of clients. The files that SQLite makes beside it get the same mode.
-    One that is there keeps its mode: somebody may have given it to a group on purpose.
-
-    Args:
-        file: its path.
+    It contains digests of keys and tokens, and addresses of clients. The files that SQLite creates beside it get the same mode.
+    An existing file keeps its mode: an operator may have opened it to a group on purpose.
 
     Raises:
-        OSError: if it cannot be made.
+        OSError: if it cannot be created.
     """
     if os.path.lexists(file):
         return
-    with contextlib.suppress(FileExistsError):  # another process made it meanwhile
+    with contextlib.suppress(FileExistsError):  # another process has created it
         os.close(os.open(file, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
 
 
-def _sqlite(parsed: URL, pool_size: int, timeout_s: float, looks_only: bool) -> AsyncEngine:
+def _sqlite(parsed: URL, pool_size: int, timeout_s: float, inspect_only: bool) -> AsyncEngine:
     in_memory = parsed.database in (None, "", ":memory:")
     options: dict[str, Any] = {"poolclass": StaticPool}
     if not in_memory:
-        # Writers wait for each other as long as SQLite lets them, and so for a connection.
+        # Writers wait for each other up to SQLite's busy timeout, and so for a connection.
         options = {"pool_size": pool_size, "max_overflow": 0, "pool_timeout": max(timeout_s, BUSY_TIMEOUT_MS / 1000)}
-        if looks_only:
-            # Not `mode=ro`, which leaves files behind beside one in WAL mode.
+        if inspect_only:
+            # Not `mode=ro`, which leaves files beside a database in WAL mode.
             parsed = parsed.set(database=f"file:{quote(str(parsed.database))}", query={"uri": "true", "mode": "rw"})
     engine = create_async_engine(parsed.set(drivername="sqlite+aiosqlite"), **options)
-    event.listen(engine.sync_engine, "connect", _look_at_sqlite if looks_only else _prepare_sqlite)
+    event.listen(engine.sync_engine, "connect", _prepare_inspection if inspect_only else _prepare_sqlite)
     return engine
 
 
@@ -157,7 +134,7 @@ def _postgres(url: str, setting: str, *, writes: bool, pool_size: int, timeout_s
         pool_size=pool_size,
         max_overflow=0,
         pool_timeout=timeout_s,
-        # A connection that a failover or a firewall took away is found before a query is lost on it.
+        # Detects connections closed by a failover or a firewall before a query fails on them.
         pool_pre_ping=True,
         pool_use_lifo=True,
         pool_recycle=1800,
@@ -165,28 +142,19 @@ def _postgres(url: str, setting: str, *, writes: bool, pool_size: int, timeout_s
 
 
 def postgres_creator(url: str, setting: str, *, writes: bool, timeout_s: float) -> Callable[[], Any]:
-    """What makes connections to a PostgreSQL.
-
-    Args:
-        url: as libpq reads it.
-        setting: whose value the URL is, for messages.
-        writes: whether it must be a database that takes writes.
-        timeout_s: how long one answer may take, s.
-
-    Returns:
-        An async function without arguments.
+    """A function that opens connections to PostgreSQL.
 
     Raises:
         SettingsError: if libpq does not understand the URL, or psycopg is not installed.
     """
     try:
-        # Imported here: who keeps the catalog in SQLite needs no PostgreSQL client.
-        from tidegate.catalog.sql.postgres_connection import connecting
+        # Imported here: a catalog in SQLite needs no PostgreSQL client.
+        from tidegate.catalog.sql.postgres_connection import connection_factory
     except ImportError as error:
         raise SettingsError(
             f"{setting} is a PostgreSQL, which needs psycopg ({error}): pip install 'tidegate[postgres]'"
         ) from None
-    return connecting(url, setting, writes=writes, timeout_s=timeout_s)
+    return connection_factory(url, setting, writes=writes, timeout_s=timeout_s)
 
 
 def _prepare_sqlite(connection: Any, _: Any) -> None:
@@ -194,7 +162,7 @@ def _prepare_sqlite(connection: Any, _: Any) -> None:
     cursor = connection.cursor()
     cursor.execute(f"PRAGMA busy_timeout = {BUSY_TIMEOUT_MS}")
     cursor.execute("PRAGMA foreign_keys = ON")
-    cursor.execute("PRAGMA journal_mode = WAL")  # readers go on while another process writes
+    cursor.execute("PRAGMA journal_mode = WAL")  # readers are not blocked while another process writes
     cursor.execute("PRAGMA synchronous = NORMAL")
     cursor.close()
 
@@ -203,7 +171,7 @@ def _lower(text: object) -> object:
     return text.lower() if isinstance(text, str) else text
 
 
-def _look_at_sqlite(connection: Any, _: Any) -> None:
+def _prepare_inspection(connection: Any, _: Any) -> None:
     cursor = connection.cursor()
     cursor.execute(f"PRAGMA busy_timeout = {BUSY_TIMEOUT_MS}")
     cursor.execute("PRAGMA query_only = ON")

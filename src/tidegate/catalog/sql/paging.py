@@ -1,6 +1,6 @@
 """Pages of a list.
 
-A page begins after the last row of the previous one, never at a number: rows added or deleted in between neither repeat nor hide
+A page starts after the last row of the previous one, never at an offset: rows added or deleted in between neither repeat nor hide
 others.
 """
 
@@ -24,35 +24,25 @@ class Page(msgspec.Struct, Generic[Item], frozen=True):
     """A page of a list.
 
     Args:
-        items: in the list's order.
-        next: the `after` of the next page; None on the last page.
+        next: the value of `after` for the next page; None on the last page.
     """
 
     items: list[Item]
     next: str | None
 
 
-def page_of(items: list[Item], limit: int, place: Callable[[Item], str]) -> Page[Item]:
-    """The page of at most `limit` items; one more item means that another page follows.
+def page_of(items: list[Item], limit: int, cursor_of: Callable[[Item], str]) -> Page[Item]:
+    """The page of the first `limit` items; one more item means that another page follows.
 
     Args:
         items: at most `limit` + 1.
-        limit: of the page.
-        place: what `after` must be to continue after an item.
+        cursor_of: returns the value of `after` that continues after an item.
     """
-    return Page(items[:limit], place(items[limit - 1]) if len(items) > limit else None)
+    return Page(items[:limit], cursor_of(items[limit - 1]) if len(items) > limit else None)
 
 
 async def rows_of(database: Database, query: Select[Any], limit: int) -> list[Any]:
-    """The rows of a page, and one more: it tells whether another page follows.
-
-    Args:
-        database: the catalog's.
-        query: in the page's order.
-        limit: most rows of the page.
-
-    Returns:
-        At most `limit` + 1 rows.
+    """The rows of a page, and one more if another page follows: at most `limit` + 1.
 
     Raises:
         CatalogUnavailable: if the database does not answer.
@@ -61,13 +51,6 @@ async def rows_of(database: Database, query: Select[Any], limit: int) -> list[An
         return list((await connection.execute(query.limit(limit + 1))).mappings().all())
 
 
-def no_place(after: str) -> BadRequest:
-    """The error of an `after` that no page gave as its `next`.
-
-    Args:
-        after: what was given.
-
-    Returns:
-        The error.
-    """
-    return BadRequest(f"after {after[:60]!r} is none of this list: give the 'next' of the page before", field="after")
+def invalid_cursor(after: str) -> BadRequest:
+    """The error for an `after` that is not the `next` of a page."""
+    return BadRequest(f"after {after[:60]!r} is not valid for this list: use the 'next' of the previous page", field="after")

@@ -1,4 +1,4 @@
-"""The policy file taken into the catalog: the rows that it owns are made equal to it, all others are left alone."""
+"""Applies the policy file to the catalog: the rows that it owns are updated to match it, other rows are not changed."""
 
 from __future__ import annotations
 
@@ -17,32 +17,16 @@ from tidegate.errors import CatalogError
 from tidegate.policy.model import Policy, Tier
 from tidegate.timestamps import now_us
 
-_RULE_COLUMNS: Final = (
-    "endpoint_pattern",
-    "methods",
-    "algorithm",
-    "limits",
-    "subject",
-    "priority",
-    "mode",
-    "on_failure",
-    "position",
-    "revision",
-    "match_attributes",
-    "subject_attributes",
-    "on_missing",
-)
-_KEY_COLUMNS: Final = ("tier_id", "name", "status", "expires_at_us", "overrides", "revision")
-_ELSEWHERE: Final = "belongs to the catalog, where it was made or last changed"
+_RULE_COLUMNS: Final = (*policy_rows.RULE_COLUMNS, "position", "revision")
+_KEY_COLUMNS: Final = (*policy_rows.KEY_COLUMNS, "revision")
+_NOT_OWNED: Final = "belongs to the catalog, where it was created or last changed"
 
 
 class Released(msgspec.Struct, frozen=True):
-    """What a policy file made that is not given any more.
+    """Counts of the rows released from a policy file.
 
     Args:
-        tiers: how many, those among them that are not of the file's making left out.
-        api_keys: how many.
-        digest: of the file's policy.
+        tiers: without those that the file did not create.
     """
 
     tiers: int
@@ -51,15 +35,11 @@ class Released(msgspec.Struct, frozen=True):
 
 
 async def release_file(writing: WriteTransaction, actor: str) -> Released | None:
-    """Let operators change what the policy file made: there is no file any more. A file that is given later takes over again
-    what was not changed meanwhile.
-
-    Args:
-        writing: the transaction.
-        actor: for the audit log.
+    """Release the rows of the policy file, so that operators can change them. A file that is configured later owns those again
+    that were not changed in the meantime.
 
     Returns:
-        What was released; None where no file is active.
+        What was released; None if no file is active.
     """
     connection = writing.connection
     digest = (await connection.execute(select(policy_state.c.file_digest))).scalar()
@@ -80,15 +60,10 @@ async def release_file(writing: WriteTransaction, actor: str) -> Released | None
 
 
 async def apply_file(writing: WriteTransaction, policy: Policy, digest: str) -> None:
-    """Make the rows that the policy file owns equal to it.
-
-    Args:
-        writing: the transaction.
-        policy: the file's policy.
-        digest: of the policy, kept as the one applied last.
+    """Update the rows that the policy file owns to match it.
 
     Raises:
-        CatalogError: if the file contradicts rows that it does not own; the transaction is not to be committed then.
+        CatalogError: if the file contradicts rows that it does not own; the transaction must be rolled back then.
     """
     writing.touch(ANONYMOUS)
     await _apply_tiers(writing, policy)
@@ -100,11 +75,11 @@ async def apply_file(writing: WriteTransaction, policy: Policy, digest: str) -> 
 
 async def _apply_tiers(writing: WriteTransaction, policy: Policy) -> None:
     connection = writing.connection
-    held = {row["name"]: row for row in (await connection.execute(select(tiers))).mappings()}
+    existing = {row["name"]: row for row in (await connection.execute(select(tiers))).mappings()}
     for tier in policy.tiers:
-        row = held.get(tier.name)
+        row = existing.get(tier.name)
         if row is not None and not row["managed_by_file"]:
-            raise CatalogError(f"tier {tier.name!r} of the policy file {_ELSEWHERE}: rename one of the two, or delete the other")
+            raise CatalogError(f"tier {tier.name!r} of the policy file {_NOT_OWNED}: rename one of the two, or delete the other")
         writing.touch(TIER, tier.name)
         values = policy_rows.row_of_tier(tier)
         if row is None:
@@ -120,62 +95,62 @@ async def _apply_tiers(writing: WriteTransaction, policy: Policy) -> None:
 async def _apply_rules(writing: WriteTransaction, tier: Tier, tier_id: int) -> None:
     connection = writing.connection
     rows = (await connection.execute(select(rate_limit_rules).where(rate_limit_rules.c.tier_id == tier_id))).mappings().all()
-    held = {row["name"]: row for row in rows}
-    wanted = {rule.name: policy_rows.row_of_rule(rule, tier_id, position) for position, rule in enumerate(tier.rules)}
-    for name, row in held.items():
-        if name in wanted and not row["managed_by_file"]:
+    existing = {row["name"]: row for row in rows}
+    desired = {rule.name: policy_rows.row_of_rule(rule, tier_id, position) for position, rule in enumerate(tier.rules)}
+    for name, row in existing.items():
+        if name in desired and not row["managed_by_file"]:
             raise CatalogError(
-                f"rule {name!r} of tier {tier.name!r} in the policy file {_ELSEWHERE}: rename one of the two, or delete the other"
+                f"rule {name!r} of tier {tier.name!r} in the policy file {_NOT_OWNED}: rename one of the two, or delete the other"
             )
-    gone = [row["id"] for name, row in held.items() if name not in wanted and row["managed_by_file"]]
-    await delete_rows(connection, rate_limit_rules, gone)
-    made: list[dict[str, Any]] = []
+    removed = [row["id"] for name, row in existing.items() if name not in desired and row["managed_by_file"]]
+    await delete_rows(connection, rate_limit_rules, removed)
+    inserted: list[dict[str, Any]] = []
     changed: list[dict[str, Any]] = []
-    for name, values in wanted.items():
-        kept = held.get(name)
-        if kept is None:
-            made.append(values)
-        elif any(kept[column] != value for column, value in values.items()):
-            changed.append({**values, "id": kept["id"], "revision": kept["revision"] + 1})
-    # A rule that is put before others moves them all: thousands of rows may change by one line of the file.
+    for name, values in desired.items():
+        current = existing.get(name)
+        if current is None:
+            inserted.append(values)
+        elif any(current[column] != value for column, value in values.items()):
+            changed.append({**values, "id": current["id"], "revision": current["revision"] + 1})
+    # A rule inserted before others moves them all: one line of the file may change thousands of rows.
     await update_rows(connection, rate_limit_rules, changed, _RULE_COLUMNS)
-    await insert_rows(connection, rate_limit_rules, made)
+    await insert_rows(connection, rate_limit_rules, inserted)
 
 
 async def _apply_keys(writing: WriteTransaction, policy: Policy) -> None:
     connection = writing.connection
     tier_ids = {row.name: row.id for row in await connection.execute(select(tiers.c.id, tiers.c.name))}
-    wanted = {api_key.sha256: api_key for api_key in policy.api_keys}
+    desired = {api_key.sha256: api_key for api_key in policy.api_keys}
     owned = {
         row["sha256"]: row for row in (await connection.execute(select(api_keys).where(api_keys.c.managed_by_file))).mappings()
     }
-    gone = {sha256: row["id"] for sha256, row in owned.items() if sha256 not in wanted}
-    for sha256 in gone:
+    removed = {sha256: row["id"] for sha256, row in owned.items() if sha256 not in desired}
+    for sha256 in removed:
         writing.touch(KEY, sha256)
-    await delete_rows(connection, api_keys, list(gone.values()))
-    await _require_unclaimed(connection, [sha256 for sha256 in wanted if sha256 not in owned])
-    made: list[dict[str, Any]] = []
+    await delete_rows(connection, api_keys, list(removed.values()))
+    await _require_unclaimed(connection, [sha256 for sha256 in desired if sha256 not in owned])
+    inserted: list[dict[str, Any]] = []
     changed: list[dict[str, Any]] = []
-    for sha256, api_key in wanted.items():
-        kept = owned.get(sha256)
+    for sha256, api_key in desired.items():
+        row = owned.get(sha256)
         values = policy_rows.row_of_api_key(api_key, tier_ids[api_key.tier], now_us())
-        if kept is None:
+        if row is None:
             writing.touch(KEY, sha256)
-            made.append(values)
+            inserted.append(values)
             continue
         del values["created_at_us"]
-        if any(kept[column] != value for column, value in values.items()):
+        if any(row[column] != value for column, value in values.items()):
             writing.touch(KEY, sha256)
-            changed.append({**values, "id": kept["id"], "revision": kept["revision"] + 1})
+            changed.append({**values, "id": row["id"], "revision": row["revision"] + 1})
     await update_rows(connection, api_keys, changed, _KEY_COLUMNS)
-    await insert_rows(connection, api_keys, made)
+    await insert_rows(connection, api_keys, inserted)
 
 
 async def _require_unclaimed(connection: AsyncConnection, digests: list[str]) -> None:
     for batch in batches(digests):
         foreign = (await connection.execute(select(api_keys.c.id).where(api_keys.c.sha256.in_(batch)).limit(1))).scalar()
         if foreign is not None:
-            raise CatalogError(f"the API key {foreign} of the policy file {_ELSEWHERE}: remove it from the file")
+            raise CatalogError(f"the API key {foreign} of the policy file {_NOT_OWNED}: remove it from the file")
 
 
 async def _drop_tiers(writing: WriteTransaction, policy: Policy) -> None:
@@ -187,7 +162,7 @@ async def _drop_tiers(writing: WriteTransaction, policy: Policy) -> None:
         user = (await connection.execute(select(api_keys.c.id).where(api_keys.c.tier_id == row["id"]).limit(1))).scalar()
         if user is not None:
             raise CatalogError(
-                f"tier {row['name']!r} is gone from the policy file, but API keys made otherwise still use it, such as {user}: "
+                f"tier {row['name']!r} was removed from the policy file, but other API keys still use it, e.g. {user}: "
                 "keep the tier, or revoke and replace those keys first"
             )
         others = select(rate_limit_rules.c.id, rate_limit_rules.c.name).where(
@@ -196,7 +171,7 @@ async def _drop_tiers(writing: WriteTransaction, policy: Policy) -> None:
         other = (await connection.execute(others.order_by(rate_limit_rules.c.id).limit(1))).first()
         if other is not None:
             raise CatalogError(
-                f"tier {row['name']!r} is gone from the policy file, but rules made otherwise are still in it, such as "
+                f"tier {row['name']!r} was removed from the policy file, but still has other rules, e.g. "
                 f"{other.name[:60]!r} with id {other.id}: keep the tier, or delete those rules first"
             )
         writing.touch(TIER, row["name"])

@@ -14,24 +14,24 @@ import psycopg
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from tidegate.errors import SettingsError
-from tidegate.settings import is_host
+from tidegate.listen_address import is_host
 
 APPLICATION: Final = "tidegate"
 _CONNECT_S: Final = 2
-"""The least that libpq counts in; each host of a URL has as much."""
+"""The minimum that libpq supports, s; it applies to each host of a URL."""
 
-# What `Connection` overrides of psycopg, some of it not public, and the parameters that psycopg passes.
+# The methods of psycopg that `Connection` overrides, some of them not public, and the parameters that psycopg passes.
 _OVERRIDDEN: Final = {"wait": ("self", "gen"), "_try_cancel": ("self", "timeout")}
 
 _R = TypeVar("_R")
 
 
 class Connection(psycopg.AsyncConnection[Any]):
-    """A connection that is cut when the server owes an answer for too long.
+    """A connection that is shut down when an answer exceeds its deadline.
 
-    A server that is frozen, or cut off without a word, leaves its connections open: the kernel acknowledges what is sent. Giving
-    up from outside does not help, for psycopg then asks the server to cancel and waits for that. So the socket is shut down,
-    which whoever waits sees at once, in whatever it was doing: a query, a commit, the pool's ping.
+    A server that is frozen or unreachable leaves its connections open: the kernel acknowledges what is sent. Cancelling the task
+    does not help, because psycopg then sends a cancel request to the server and waits for it. So the socket is shut down, which
+    ends every kind of wait at once: a query, a commit, the pool's ping.
     """
 
     deadline_s = 2.0
@@ -40,67 +40,61 @@ class Connection(psycopg.AsyncConnection[Any]):
         """See `psycopg.AsyncConnection.wait`."""
         late = False
 
-        def cut() -> None:
+        def shut_down() -> None:
             nonlocal late
             late = True
-            self._cut()
+            self._shut_down()
 
-        overdue = asyncio.get_running_loop().call_later(self.deadline_s, cut)
+        timer = asyncio.get_running_loop().call_later(self.deadline_s, shut_down)
         try:
             return await super().wait(gen, *args, **kwargs)
         except psycopg.OperationalError:
             if not late:
                 raise
-            # Else it would read as if the server had closed the connection.
+            # Otherwise the error would read as if the server had closed the connection.
             raise psycopg.OperationalError(f"no answer within {self.deadline_s:g} s") from None
         finally:
-            overdue.cancel()
+            timer.cancel()
 
     async def _try_cancel(self, *, timeout: float = 5.0) -> None:  # noqa: ARG002, ASYNC109 - psycopg's own
-        """Whoever gives up a query gives up its connection: asking a frozen server to cancel it would take seconds."""
-        self._cut()
+        """Shut down the connection of a cancelled query: a cancel request to a frozen server would take seconds."""
+        self._shut_down()
 
     def __del__(self, *_: object) -> None:
-        """One whose maker was cancelled is closed by nobody else; psycopg would warn of it, and we know."""
+        """Close a connection whose opening task was cancelled; psycopg would log a warning for it."""
         pgconn = getattr(self, "pgconn", None)
         if pgconn is not None:
             pgconn.finish()
 
     def __init_subclass__(cls, **options: Any) -> None:
-        """Refuse a psycopg that would not call what is overridden here: a deadline would silently be none."""
+        """Reject versions of psycopg that do not call the overridden methods: deadlines would silently have no effect."""
         super().__init_subclass__(**options)
-        missing = [name for name, parameters in _OVERRIDDEN.items() if not _takes(name, parameters)]
+        missing = [name for name, parameters in _OVERRIDDEN.items() if not _accepts(name, parameters)]
         if missing:
             raise SettingsError(
                 f"psycopg {psycopg.__version__} has no AsyncConnection.{' and '.join(missing)} as 3.3 has it, which deadlines of "
                 "queries need: pip install 'tidegate[postgres]'"
             )
 
-    def _cut(self) -> None:
+    def _shut_down(self) -> None:
         try:
-            # A copy of the descriptor: libpq closes its own when it sees the end.
+            # A duplicate of the descriptor: libpq closes its own.
             with socket.socket(fileno=os.dup(self.pgconn.socket)) as copy:
                 copy.shutdown(socket.SHUT_RDWR)
         except (OSError, psycopg.Error):
-            return  # it is closed already, which is what was wanted
+            return  # already closed
 
 
-def _takes(name: str, parameters: tuple[str, ...]) -> bool:
+def _accepts(name: str, parameters: tuple[str, ...]) -> bool:
     method = getattr(psycopg.AsyncConnection, name, None)
     return method is not None and set(parameters) <= set(inspect.signature(method).parameters)
 
 
-def connecting(url: str, setting: str, *, writes: bool, timeout_s: float) -> Callable[[], Awaitable[Connection]]:
-    """What makes connections to a URL.
+def connection_factory(url: str, setting: str, *, writes: bool, timeout_s: float) -> Callable[[], Awaitable[Connection]]:
+    """A function that opens connections to a URL.
 
     Args:
-        url: as libpq reads it; its own options win over what is set here.
-        setting: whose value the URL is, for messages.
-        writes: whether it must be a database that takes writes.
-        timeout_s: how long one answer may take, s.
-
-    Returns:
-        A function that makes one.
+        url: as libpq reads it; its options take precedence over those set here.
 
     Raises:
         SettingsError: if libpq does not understand the URL.
@@ -108,11 +102,11 @@ def connecting(url: str, setting: str, *, writes: bool, timeout_s: float) -> Cal
     try:
         options = conninfo_to_dict(url)
     except psycopg.ProgrammingError as error:
-        # What libpq says may repeat the URL, and with it the password.
+        # The message of libpq may contain the URL, and with it the password.
         reason = str(error).partition('"')[0].strip() or "it is not understood"
         raise SettingsError(f"{setting}: {reason}: write postgresql://user:password@host:5432/name?sslmode=…") from None
     for host in str(options.get("host") or "").split(","):
-        # A path or @name is a unix socket, and no host is libpq's default.
+        # A path or @name is a unix socket; without a host libpq uses its default.
         if host and host[0] not in "/@" and not is_host(host):
             raise SettingsError(f"{setting}: {host[:60]!r} is not a valid host: write postgresql://user:password@host:5432/name")
     options.setdefault("connect_timeout", _CONNECT_S)
@@ -129,19 +123,12 @@ def connecting(url: str, setting: str, *, writes: bool, timeout_s: float) -> Cal
     return connect
 
 
-def why_unreachable(url: str, name: str) -> str:
-    """Find out why no connection to a PostgreSQL can be made; blocks for some seconds at most.
+def diagnose_connection(url: str, name: str) -> str:
+    """Find out why connections to PostgreSQL fail; returns the remedy. Blocks for a few seconds at most.
 
-    A connection that the server refuses has no SQLSTATE in libpq, only a text in the server's language. So what can be done
-    instead is tried: whether a server answers, whether it takes the connection when it need not be the primary, whether it takes
-    the same user for the database that every server has.
-
-    Args:
-        url: as libpq reads it.
-        name: of the database as messages may show it.
-
-    Returns:
-        The remedy.
+    libpq has no SQLSTATE for a rejected connection, only a message in the server's language. So variants are tried: whether a
+    server answers, whether it accepts the connection if it need not be the primary, whether it accepts the same user for a
+    database that every server has.
     """
     options: dict[str, Any] = {**conninfo_to_dict(url), "connect_timeout": _CONNECT_S, "application_name": APPLICATION}
     answer = psycopg.pq.PGconn.ping(make_conninfo("", **options).encode())
@@ -150,7 +137,7 @@ def why_unreachable(url: str, name: str) -> str:
     if answer == psycopg.pq.Ping.REJECT:
         return "the server starts or stops now: try again in a while"
     options.pop("target_session_attrs", None)
-    if (refused := _refusal(options)) is None:
+    if (error := _connection_error(options)) is None:
         return "the server is read-only or a standby: give the primary, or every host that may become the primary"
     database = str(options.get("dbname") or options.get("user") or "")
     for other in ("postgres", "template1"):
@@ -163,12 +150,12 @@ def why_unreachable(url: str, name: str) -> str:
             return f"database {database[:64]!r} does not exist: create it with 'createdb {shlex.quote(database[:64])}'"
         return f"its user may not connect to this database: GRANT CONNECT ON DATABASE … TO its user, on {name}"
     user = str(options.get("user") or "")
-    if refused.pgconn is not None and (refused.pgconn.used_password or refused.pgconn.needs_password):
+    if error.pgconn is not None and (error.pgconn.used_password or error.pgconn.needs_password):
         return f"the server has no role {user[:64]!r}, or does not accept its password: correct catalog.url, or make the role"
     return f"the server refuses the user {user[:64]!r}: make the role with 'createuser', or allow it in pg_hba.conf"
 
 
-def _refusal(options: dict[str, Any]) -> psycopg.Error | None:
+def _connection_error(options: dict[str, Any]) -> psycopg.Error | None:
     try:
         psycopg.connect(**options).close()
     except psycopg.Error as error:

@@ -1,15 +1,15 @@
-"""Read replicas of the catalog: used in turn, removed from rotation while they fail or lag, and put back afterwards.
+"""Read replicas of the catalog: used round robin, removed from rotation while they fail or lag, and restored afterwards.
 
-A replica lags by the age of the oldest change that it has not seen. While nothing changes it does not lag, whatever its clocks
-and positions say; and one that is cut off from its primary is found as soon as there is something that it misses.
+The lag of a replica is the age of the oldest change that it has not applied. Without changes there is no lag, whatever its clocks
+and WAL positions are; a replica that is disconnected from its primary is detected as soon as it misses a change.
 
-A replica that is slower than it is asked is not a failing one: where all of this process's connections to it stay in use, the
-next is asked, and none is left out, for the others would have to bear its load besides.
+An overloaded replica is not a failing one: while all of this process's connections to it are in use, the next replica is queried.
+It stays in rotation, because otherwise the others would have to take its load as well.
 
-A replica's answer counts if the primary is known to have had the version that it is of. Where a primary was lost with its last
-changes, a replica may show what the one in its place never had, and cannot follow that one.
+The answer of a replica is used only if the primary is known to have had its version. If a primary was lost with its last changes,
+a replica may contain changes that the new primary never had, and cannot replicate from it.
 
-One event loop; any number of its tasks.
+For use in one event loop, by any number of tasks.
 """
 
 from __future__ import annotations
@@ -38,53 +38,44 @@ _VERSIONS_KEPT: Final = 10_000
 class Replica:
     """One replica, and whether it is in rotation.
 
-    Args:
-        name: its URL as logs may show it.
-        engine: its connections.
-        connections: how many these are, 1 or more.
-
     Attributes:
-        out: why it is out of rotation; None while it is in rotation.
-        version: of the catalog that it had seen at the last look.
-        shown: the latest that it has shown since, in any answer.
-        lag_s: age of the oldest change that it had not seen at the last look, s; 0 for none.
+        ejected_because: why it is out of rotation; None while it is in rotation.
+        version: version of the catalog at the last probe.
+        latest_version: version of its latest answer to any query.
+        lag_s: age of the oldest change that it had not applied at the last probe, s; 0 for none.
         ejections: how often it was removed from rotation.
-        free: one for each connection that is not in use.
+        free: a semaphore with one slot for each unused connection.
     """
 
     def __init__(self, name: str, engine: AsyncEngine, connections: int) -> None:
         self.name = name
         self.engine = engine
         self.free = asyncio.Semaphore(connections)
-        self.out: str | None = "not probed yet"
+        self.ejected_because: str | None = "not probed yet"
         self.version = 0
-        self.shown = 0
+        self.latest_version = 0
         self.lag_s = 0.0
         self.ejections = 0
 
     def eject(self, why: str) -> None:
         """Remove it from rotation until a probe succeeds."""
-        if self.out is None:
+        if self.ejected_because is None:
             self.ejections += 1
             logger.warning("replica %s removed from rotation: %s", self.name, why, extra={"ecs": {"tidegate.replica": self.name}})
-        self.out = why
+        self.ejected_because = why
 
     def restore(self) -> None:
         """Put it back into rotation."""
-        if self.out is not None:
+        if self.ejected_because is not None:
             logger.info("replica %s back in rotation", self.name, extra={"ecs": {"tidegate.replica": self.name}})
-        self.out = None
+        self.ejected_because = None
 
 
 class Replicas:
     """The replicas of one database.
 
     Args:
-        replicas: any number.
-        timeout_s: how long one may take to answer, s.
-        max_lag_s: a replica that lags more is removed from rotation, s.
-        primary_version: asks the primary for its version.
-        clock: gives monotonic seconds.
+        max_lag_s: lag at which a replica is removed from rotation, s.
     """
 
     def __init__(
@@ -101,48 +92,47 @@ class Replicas:
         self._primary_version = primary_version
         self._clock = clock
         self._turn = 0
-        # Versions of the primary → the time at which each was first seen here; the latest ones. Not a dict: finding its first
+        # Versions of the primary → the time at which each was first read; the latest ones. Not a dict: finding its first
         # entry takes longer the more entries were removed from its front.
         self._versions: OrderedDict[int, float] = OrderedDict()
         self._newest = 0
         self._primary_answers = False
-        self._asked: set[asyncio.Task[Any]] = set()
+        self._pending: set[asyncio.Task[Any]] = set()
         self._watching: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        """Probe all replicas, and go on probing until `close`."""
+        """Probe all replicas, then periodically until `close`."""
         await self.probe()
         self._watching = SUPERVISOR.start("replica_probe", self._watch)
 
     async def rows(
         self, query: Select[Any], min_version: int, parameters: Mapping[str, Any] | None = None, *, include_ejected: bool = False
     ) -> Sequence[RowMapping] | None:
-        """Ask one replica after the other.
+        """Query one replica after another until one has an answer.
 
         Args:
-            query: its first row says as `read_version` which version the rows are of; it gives at least one row.
-            min_version: the version that they must have seen.
-            parameters: of the query, where it has some.
-            include_ejected: ask those that are left out too, and take any version: there is nobody else.
+            query: its first row has the version that was read as `read_version`; it returns at least one row.
+            min_version: minimum version of the rows.
+            include_ejected: query replicas out of rotation too, and accept any version, because no other database answers.
 
         Returns:
-            The rows; None where no replica gives such.
+            The rows; None if no replica returned any.
         """
-        asked = [replica for replica in self.replicas if replica.out is None or include_ejected]
+        candidates = [replica for replica in self.replicas if replica.ejected_because is None or include_ejected]
         self._turn += 1
-        in_turn = [asked[(self._turn + place) % len(asked)] for place in range(len(asked))]
-        patience_s = self._timeout_s
-        for replica in sorted(in_turn, key=lambda replica: (replica.free.locked(), replica.out is not None)):
+        in_turn = [candidates[(self._turn + offset) % len(candidates)] for offset in range(len(candidates))]
+        wait_s = self._timeout_s
+        for replica in sorted(in_turn, key=lambda replica: (replica.free.locked(), replica.ejected_because is not None)):
             try:
-                rows = await self._ask(replica, query, parameters, patience_s)
+                rows = await self._query(replica, query, parameters, wait_s)
             except _Busy:
-                patience_s = 0  # one is waited for; the others were no less busy
+                wait_s = 0  # waited for one; the others were just as busy
                 continue
             except (SQLAlchemyError, OSError, TimeoutError) as error:
                 replica.eject(reason_of(error))
                 continue
             if rows:
-                replica.shown = max(replica.shown, rows[0]["read_version"])
+                replica.latest_version = max(replica.latest_version, rows[0]["read_version"])
             if not rows or rows[0]["read_version"] < min_version:
                 continue
             if include_ejected or not self._primary_answers or rows[0]["read_version"] in self._versions:
@@ -150,14 +140,14 @@ class Replicas:
         return None
 
     def changed(self, *versions: int) -> None:
-        """Note what the primary says.
+        """Record versions of the primary.
 
         Args:
-            versions: that it had, and last the one that it has.
+            versions: versions that it had, and at the end its current one.
         """
         self._primary_answers = True
         if versions[-1] < self._newest:
-            # Another database took the primary's place, and knows less: what is counted begins anew.
+            # A failover to a database with an older version: start again with its versions.
             self._versions.clear()
         self._newest = versions[-1]
         for version in versions:
@@ -165,12 +155,8 @@ class Replicas:
         while len(self._versions) > _VERSIONS_KEPT:
             self._versions.popitem(last=False)
 
-    def made(self, version: int) -> None:
-        """Note a version that was made here; of a later one may have been heard before.
-
-        Args:
-            version: the version.
-        """
+    def add_version(self, version: int) -> None:
+        """Record the version of a write of this process; a later version may have been recorded before."""
         if version > self._newest:
             self.changed(version)
         else:
@@ -179,20 +165,20 @@ class Replicas:
     async def probe(self) -> None:
         """Probe every replica and the primary once."""
         await asyncio.gather(*(self._probe_replica(replica) for replica in self.replicas))
-        # After them: now it has all that they have, or never had it.
+        # After the replicas: a version that they have is on the primary by now, or never was.
         await self._probe_primary()
         for replica in self.replicas:
-            # One that had no connection free for the look tells by its answers how far it is.
-            replica.lag_s = self._lag_s(replica.shown)
-            if replica.out is None and replica.lag_s > self._max_lag_s:
+            # A replica without a free connection for the probe: the version of its answers is used.
+            replica.lag_s = self._lag_s(replica.latest_version)
+            if replica.ejected_because is None and replica.lag_s > self._max_lag_s:
                 replica.eject(f"it lags by {replica.lag_s:.1f} s, more than {self._max_lag_s:g} s")
-            if replica.out is None and self._is_ahead(replica):
+            if replica.ejected_because is None and self._is_ahead(replica):
                 replica.eject(f"it has version {replica.version}, which the primary does not have: it follows another primary")
 
     async def close(self) -> None:
         """Stop probing and close all connections."""
         await stop(self._watching)
-        await asyncio.gather(*self._asked, return_exceptions=True)
+        await asyncio.gather(*self._pending, return_exceptions=True)
         for replica in self.replicas:
             await replica.engine.dispose()
 
@@ -204,19 +190,19 @@ class Replicas:
     async def _probe_primary(self) -> None:
         try:
             self.changed(await self._within(self._primary_version()))
-        except Exception as error:  # noqa: BLE001 - whatever it is: while the primary is away, what was seen last holds
+        except Exception as error:  # noqa: BLE001 - any error: while the primary fails, its last known versions are used
             self._primary_answers = False
             logger.debug("the version of the primary cannot be read: %s", error)
 
     async def _probe_replica(self, replica: Replica) -> None:
         try:
-            rows = await self._ask(replica, select(policy_state.c.version.label("read_version")), None, self._timeout_s)
+            rows = await self._query(replica, select(policy_state.c.version.label("read_version")), None, self._timeout_s)
         except _Busy:
             return
         except (SQLAlchemyError, OSError, TimeoutError) as error:
             replica.eject(reason_of(error))
             return
-        replica.version = replica.shown = rows[0]["read_version"] if rows else 0
+        replica.version = replica.latest_version = rows[0]["read_version"] if rows else 0
         if not rows:
             replica.eject("it has no catalog")
         elif self._lag_s(replica.version) <= self._max_lag_s and not self._is_ahead(replica):
@@ -229,13 +215,13 @@ class Replicas:
         missed = min((at for each, at in self._versions.items() if each > version), default=None)
         return 0.0 if missed is None else self._clock() - missed
 
-    async def _ask(
-        self, replica: Replica, query: Select[Any], parameters: Mapping[str, Any] | None, patience_s: float
+    async def _query(
+        self, replica: Replica, query: Select[Any], parameters: Mapping[str, Any] | None, wait_s: float
     ) -> Sequence[RowMapping]:
-        """The rows, or `_Busy` where no connection to it was free for so long."""
+        """The rows; raises `_Busy` if no connection became free in time."""
         if replica.free.locked():
             try:
-                await asyncio.wait_for(replica.free.acquire(), patience_s)
+                await asyncio.wait_for(replica.free.acquire(), wait_s)
             except TimeoutError as error:
                 raise _Busy from error
         else:
@@ -243,20 +229,20 @@ class Replicas:
         rows: Sequence[RowMapping] = await self._within(_rows(replica, query, parameters))
         return rows
 
-    async def _within(self, asked: Awaitable[Any]) -> Any:
-        """Wait for an answer, but not for a driver that gives up slowly: it is left to end by itself."""
-        task = asyncio.ensure_future(asked)
-        self._asked.add(task)
-        task.add_done_callback(self._ended)
+    async def _within(self, answer: Awaitable[Any]) -> Any:
+        """Wait for an answer up to the timeout; a driver that is slow to give up continues in the background."""
+        task = asyncio.ensure_future(answer)
+        self._pending.add(task)
+        task.add_done_callback(self._on_done)
         done, _ = await asyncio.wait({task}, timeout=self._timeout_s)
         if done:
             return task.result()
         raise TimeoutError(f"no answer within {self._timeout_s:g} s")
 
-    def _ended(self, task: asyncio.Task[Any]) -> None:
-        self._asked.discard(task)
+    def _on_done(self, task: asyncio.Task[Any]) -> None:
+        self._pending.discard(task)
         if not task.cancelled():
-            task.exception()  # marks it as seen
+            task.exception()  # marks it as retrieved
 
 
 class _Busy(Exception):
@@ -264,7 +250,7 @@ class _Busy(Exception):
 
 
 async def _rows(replica: Replica, query: Select[Any], parameters: Mapping[str, Any] | None) -> Sequence[RowMapping]:
-    """Ask on a connection that is free, and free it, however late."""
+    """Run the query on a free connection, and release its slot even if the answer is late."""
     try:
         async with replica.engine.connect() as connection:
             rows: Sequence[RowMapping] = (await connection.execute(query, parameters)).mappings().all()

@@ -1,4 +1,4 @@
-"""Between the records of `policy` and the rows of `tables`."""
+"""Converts between the records of `policy` and the rows of `tables`."""
 
 from __future__ import annotations
 
@@ -13,17 +13,26 @@ from tidegate.policy.limits import Algorithm, Limit, OnFailure
 from tidegate.policy.model import ApiKey, KeyStatus, Mode, Override, Rule, Subject, Tier
 from tidegate.policy.namespaces import Namespace
 
+RULE_COLUMNS: Final = (
+    "endpoint_pattern",
+    "methods",
+    "algorithm",
+    "limits",
+    "subject",
+    "priority",
+    "mode",
+    "on_failure",
+    "match_attributes",
+    "subject_attributes",
+    "on_missing",
+)
+"""Columns with the fields of a rule."""
+KEY_COLUMNS: Final = ("tier_id", "name", "status", "expires_at_us", "overrides")
+"""Columns with the fields of an API key."""
+
 
 def tier_of(row: Mapping[Any, Any], rules: Iterable[Mapping[Any, Any]]) -> Tier:
-    """The tier that a row and its rules' rows hold.
-
-    Args:
-        row: of `tiers`.
-        rules: of `rate_limit_rules`, in order.
-
-    Returns:
-        The tier.
-    """
+    """The tier in a row of `tiers` and its rows of `rate_limit_rules`, in order."""
     return Tier(
         name=row["name"],
         rules=tuple(rule_of(rule) for rule in rules),
@@ -101,13 +110,10 @@ def _namespace_row(namespace: Namespace) -> dict[str, Any]:
 
 
 def api_key_of(row: Mapping[Any, Any]) -> ApiKey:
-    """The API key that a row holds.
+    """The API key in a row.
 
     Args:
-        row: of `api_keys`, with the tier's name as `tier_name`.
-
-    Returns:
-        The key's record.
+        row: row of `api_keys`, with the tier's name as `tier_name`.
     """
     return ApiKey(
         sha256=row["sha256"],
@@ -124,28 +130,12 @@ def api_key_of(row: Mapping[Any, Any]) -> ApiKey:
 
 
 def row_of_tier(tier: Tier) -> dict[str, Any]:
-    """The values of a tier's row, without its id.
-
-    Args:
-        tier: the tier.
-
-    Returns:
-        Column → value.
-    """
+    """The values of a tier's row, without its id."""
     return {"name": tier.name, "limits": [limit.text for limit in tier.limits], "managed_by_file": tier.managed_by_file}
 
 
 def row_of_rule(rule: Rule, tier_id: int, position: int) -> dict[str, Any]:
-    """The values of a rule's row that the policy file owns, without its id.
-
-    Args:
-        rule: the rule.
-        tier_id: id of its tier's row.
-        position: its place in the tier, 0 or more.
-
-    Returns:
-        Column → value.
-    """
+    """The values of a rule's row that is owned by the policy file, without its id."""
     return {
         "tier_id": tier_id,
         "name": rule.name,
@@ -167,16 +157,7 @@ def row_of_rule(rule: Rule, tier_id: int, position: int) -> dict[str, Any]:
 
 
 def row_of_api_key(api_key: ApiKey, tier_id: int, created_at_us: int) -> dict[str, Any]:
-    """The values of an API key's row.
-
-    Args:
-        api_key: the key's record.
-        tier_id: id of its tier's row.
-        created_at_us: µs since the epoch.
-
-    Returns:
-        Column → value.
-    """
+    """The values of an API key's row."""
     return {
         "id": api_key.id,
         "sha256": api_key.sha256,
@@ -191,12 +172,5 @@ def row_of_api_key(api_key: ApiKey, tier_id: int, created_at_us: int) -> dict[st
 
 
 def override_rows(overrides: Iterable[Override]) -> list[dict[str, Any]]:
-    """The value of the column `overrides` of an API key's row.
-
-    Args:
-        overrides: the key's overrides.
-
-    Returns:
-        JSON.
-    """
+    """The value of the column `overrides` of an API key's row."""
     return [{"rule": override.rule, "limits": [limit.text for limit in override.limits]} for override in overrides]

@@ -1,8 +1,8 @@
-"""Bringing a database's schema up to this version, or back.
+"""Upgrades a database's schema to this version, or downgrades it.
 
-Any number of processes may start at once on one database: one of them does it, the others wait. A step only adds as long as older
-versions of Tidegate run (expand); what they need is taken away later, by a step that raises `runs_from` (contract). So an older
-version finds a newer schema and works with it, unless that says otherwise.
+Any number of processes may start at once on one database: one of them upgrades it, the others wait. A migration only adds while
+older versions of Tidegate may run (expand); what they need is removed later, by a migration that raises `runs_from` (contract).
+So an older version works with a newer schema, unless its `runs_from` excludes that version.
 """
 
 from __future__ import annotations
@@ -27,32 +27,31 @@ from sqlalchemy import Connection, inspect, text
 from sqlalchemy.exc import DBAPIError, OperationalError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from tidegate.catalog.sql.database_errors import FOREIGN_REMEDY, is_passing, remedy_of, sqlstate_of
-from tidegate.catalog.sql.engine import is_postgres, make_private, open_engine, reason_of, shown
+from tidegate.catalog.sql.database_errors import FOREIGN_REMEDY, is_transient, remedy_of, sqlstate_of
+from tidegate.catalog.sql.engine import is_postgres, make_private, open_engine, reason_of, redacted_url
 from tidegate.catalog.sql.tables import metadata
 from tidegate.errors import SettingsError
 
 logger = logging.getLogger(__name__)
 
 LOCK: Final = 0x7469_6465_6761_7465
-"""Names the lock of whoever changes the schema of a PostgreSQL: "tidegate" in ASCII."""
+"""Id of the advisory lock for schema changes on PostgreSQL: "tidegate" in ASCII."""
 PATIENCE_S: Final = 600.0
-"""So long another process may take to change the schema, and one statement of ours."""
-_UPGRADE_TRIES: Final = 25
+"""Maximum wait for the schema change of another process, and for one statement of our own."""
+_UPGRADE_ATTEMPTS: Final = 25
 _PAUSE_S: Final = 0.2
 _LOCK_TIMEOUT_S: Final = 5
-# Alembic keeps what it runs on in globals of the process, and a process may have several loops: so no lock of asyncio's.
-_alembic: Final = threading.Lock()
+# Alembic keeps its state in globals, and a process may have several event loops: so not an asyncio lock.
+_alembic_mutex: Final = threading.Lock()
 _Result = TypeVar("_Result")
 
 
-class SchemaSeen(msgspec.Struct, frozen=True):
-    """The schema of a database, as it is.
+class SchemaState(msgspec.Struct, frozen=True):
+    """The current schema of a database.
 
     Args:
-        revision: None where there is none yet.
-        head: that of this version.
-        usable: whether this version works with it as it is.
+        revision: None if the database has none yet.
+        usable: whether this version works with it without an upgrade.
     """
 
     revision: str | None
@@ -61,52 +60,35 @@ class SchemaSeen(msgspec.Struct, frozen=True):
 
 
 class _Busy(Exception):
-    """Another process changes the schema now."""
+    """Another process is changing the schema."""
 
 
 async def upgrade_schema(url: str, engine: AsyncEngine) -> str:
-    """Bring the schema up to this version, where it is not.
-
-    Args:
-        url: of the database.
-        engine: for it.
+    """Upgrade the schema to this version, if it is older.
 
     Returns:
-        The revision: of this version, or a later one that this version works with.
+        The revision: that of this version, or a newer one that this version works with.
 
     Raises:
         SettingsError: if the database cannot be opened or written, or is too new for this version.
     """
-    return await _look(url, engine, _usable) or await change_schema(url, engine, functools.partial(_upgrade, url=url))
+    return await _inspect(url, engine, _usable) or await change_schema(url, engine, functools.partial(_upgrade, url=url))
 
 
-async def look_at_schema(url: str, engine: AsyncEngine) -> SchemaSeen:
-    """Find out what `upgrade_schema` would do, and do nothing.
-
-    Args:
-        url: of the database.
-        engine: for it.
-
-    Returns:
-        What was seen.
+async def inspect_schema(url: str, engine: AsyncEngine) -> SchemaState:
+    """Read the state of the schema without changing anything.
 
     Raises:
         SettingsError: if the database cannot be opened, is too new for this version, or holds tables of another program.
     """
-    return await _look(url, engine, _seen)
+    return await _inspect(url, engine, _schema_state)
 
 
 async def upgrade(url: str) -> str:
-    """`upgrade_schema` for a database that nobody has opened.
-
-    Args:
-        url: of the database.
-
-    Returns:
-        The revision.
+    """`upgrade_schema` for a database that is not open.
 
     Raises:
-        SettingsError: if it cannot be done; it says why.
+        SettingsError: if it fails, with the reason.
     """
     engine = open_engine(url)
     try:
@@ -116,17 +98,13 @@ async def upgrade(url: str) -> str:
 
 
 async def downgrade(url: str, revision: str) -> str:
-    """Take the schema back. What a step had added is dropped with all that it holds.
+    """Downgrade the schema. Tables and columns that later migrations added are dropped with their data.
 
     Args:
-        url: of the database.
-        revision: such as `0002`.
-
-    Returns:
-        The revision.
+        revision: target, e.g. `0002`.
 
     Raises:
-        SettingsError: if there is no such revision, or it is not behind this one, or the database cannot be had.
+        SettingsError: if the revision does not exist or is newer than the current one, or the database cannot be opened.
     """
 
     def restore(connection: Connection) -> str:
@@ -137,9 +115,11 @@ async def downgrade(url: str, revision: str) -> str:
         current = MigrationContext.configure(connection).get_current_revision()
         if current is None or (current in known and current < revision):
             at = "empty" if current is None else f"at revision {current}"
-            raise SettingsError(f"the database {shown(url)} is {at}, which is before {revision}: use 'tidegate db upgrade'")
+            raise SettingsError(
+                f"the database {redacted_url(url)} is {at}, which is before {revision}: use 'tidegate db upgrade'"
+            )
         if current not in known:
-            raise SettingsError(f"the database {shown(url)} was made by a newer Tidegate: take it back with that one")
+            raise SettingsError(f"the database {redacted_url(url)} was made by a newer Tidegate: downgrade it with that version")
         command.downgrade(config, revision)
         return revision
 
@@ -151,38 +131,26 @@ async def downgrade(url: str, revision: str) -> str:
 
 
 async def change_schema(url: str, engine: AsyncEngine, change: Callable[[Connection], str]) -> str:
-    """Run a change of the schema, alone among all processes.
+    """Run a change of the schema, exclusively among all processes.
 
     Args:
-        url: of the database.
-        engine: for it.
-        change: is run in a transaction; gives the revision.
-
-    Returns:
-        The revision.
+        change: run in a transaction; returns the revision.
 
     Raises:
-        SettingsError: if it cannot be done; it says why.
+        SettingsError: if it fails, with the reason.
     """
     if is_postgres(url):
-        # With patience of its own: a step over a large table takes longer than any answer to a check.
-        patient = open_engine(url, pool_size=1, timeout_s=PATIENCE_S)
+        # With a longer timeout: a migration of a large table takes longer than any query of a check.
+        migration_engine = open_engine(url, pool_size=1, timeout_s=PATIENCE_S)
         try:
-            return await _in_turn(url, patient, _alone(change), round(PATIENCE_S / _PAUSE_S))
+            return await _run_with_retries(url, migration_engine, _with_advisory_lock(change), round(PATIENCE_S / _PAUSE_S))
         finally:
-            await patient.dispose()
-    return await _in_turn(url, engine, _whole(change), _UPGRADE_TRIES)
+            await migration_engine.dispose()
+    return await _run_with_retries(url, engine, _in_immediate_transaction(change), _UPGRADE_ATTEMPTS)
 
 
 def migration_config(connection: Connection) -> Config:
-    """Alembic's configuration for the shipped migrations.
-
-    Args:
-        connection: to run them on.
-
-    Returns:
-        The configuration.
-    """
+    """Alembic's configuration for the shipped migrations."""
     config = Config()
     config.set_main_option(
         "script_location", str(resources.files("tidegate.catalog.sql").joinpath("migrations")).replace("%", "%%")
@@ -192,7 +160,7 @@ def migration_config(connection: Connection) -> Config:
 
 
 def _open_once(engine: AsyncEngine) -> None:
-    """Raise what SQLite says of a file that cannot be opened. Said by aiosqlite, it would come from a thread that outlives us."""
+    """Raise SQLite's error for a file that cannot be opened; aiosqlite would raise it from a thread that keeps running."""
     if engine.url.database and engine.url.database != ":memory:":
         (file,), options = engine.dialect.create_connect_args(engine.url)
         if not options.get("uri", False):
@@ -200,60 +168,60 @@ def _open_once(engine: AsyncEngine) -> None:
         sqlite3.connect(file, uri=options.get("uri", False)).close()
 
 
-async def _look(url: str, engine: AsyncEngine, look: Callable[[Connection, str], _Result]) -> _Result:
+async def _inspect(url: str, engine: AsyncEngine, inspection: Callable[[Connection, str], _Result]) -> _Result:
     try:
         if not is_postgres(url):
             _open_once(engine)
     except (sqlite3.Error, OSError) as error:
-        raise await _refused(url, error) from None
-    # Looking takes turns as well: of two that make one new file of SQLite's a WAL one, the second is refused, however patient.
-    return await _in_turn(url, engine, lambda connection: look(connection, url), _UPGRADE_TRIES)
+        raise await _open_error(url, error) from None
+    # Retried as well: if two processes switch a new SQLite file to WAL mode, the second fails whatever its busy timeout.
+    return await _run_with_retries(url, engine, lambda connection: inspection(connection, url), _UPGRADE_ATTEMPTS)
 
 
-async def _in_turn(url: str, engine: AsyncEngine, work: Callable[[Connection], _Result], tries: int) -> _Result:
-    # Two processes may start on one new database: the one that loses a step to the other looks again.
-    for attempt in range(tries):
+async def _run_with_retries(url: str, engine: AsyncEngine, work: Callable[[Connection], _Result], max_attempts: int) -> _Result:
+    # Two processes may start on one new database: the one whose migration conflicts with the other's tries again.
+    for attempt in range(max_attempts):
         try:
-            async with _alembics_turn(), engine.begin() as connection:
+            async with _alembic_lock(), engine.begin() as connection:
                 return await connection.run_sync(work)
         except _Busy:
             if attempt == 0:
-                logger.info("another process changes the catalog's schema: waiting for it")
+                logger.info("another process is changing the catalog's schema: waiting for it")
         except (OperationalError, DBAPIError) as error:
-            if attempt + 1 >= min(tries, _UPGRADE_TRIES) or not is_passing(error):
-                raise await _refused(url, error) from None
+            if attempt + 1 >= min(max_attempts, _UPGRADE_ATTEMPTS) or not is_transient(error):
+                raise await _open_error(url, error) from None
         except CommandError as error:
-            raise SettingsError(f"the schema of the database {shown(url)} cannot be changed: {error}") from None
+            raise SettingsError(f"the schema of the database {redacted_url(url)} cannot be changed: {error}") from None
         except (SQLAlchemyError, sqlite3.Error, OSError) as error:
-            raise await _refused(url, error) from None
+            raise await _open_error(url, error) from None
         await asyncio.sleep(_PAUSE_S)
-    raise SettingsError(f"the database {shown(url)}: another process has been changing its schema for {PATIENCE_S:g} s")
+    raise SettingsError(f"the database {redacted_url(url)}: another process has been changing its schema for {PATIENCE_S:g} s")
 
 
 @contextlib.asynccontextmanager
-async def _alembics_turn() -> AsyncIterator[None]:
-    while not _alembic.acquire(blocking=False):
+async def _alembic_lock() -> AsyncIterator[None]:
+    while not _alembic_mutex.acquire(blocking=False):
         await asyncio.sleep(_PAUSE_S / 10)
     try:
         yield
     finally:
-        _alembic.release()
+        _alembic_mutex.release()
 
 
-def _alone(change: Callable[[Connection], str]) -> Callable[[Connection], str]:
+def _with_advisory_lock(change: Callable[[Connection], str]) -> Callable[[Connection], str]:
     def locked(connection: Connection) -> str:
         if not connection.execute(text("SELECT pg_try_advisory_xact_lock(:lock)"), {"lock": LOCK}).scalar_one():
             raise _Busy
-        # Whoever waits for a table makes all who come later wait as well: better to give up and try again.
+        # A statement that waits for a table blocks all later ones: better to fail and retry.
         connection.execute(text(f"SET LOCAL lock_timeout = '{_LOCK_TIMEOUT_S}s'"))
         return change(connection)
 
     return locked
 
 
-def _whole(change: Callable[[Connection], str]) -> Callable[[Connection], str]:
+def _in_immediate_transaction(change: Callable[[Connection], str]) -> Callable[[Connection], str]:
     def begun(connection: Connection) -> str:
-        # SQLite's driver begins no transaction for DDL by itself: a step that was stopped half-way would stay so.
+        # SQLite's driver starts no transaction for DDL: an interrupted migration would stay half applied.
         connection.exec_driver_sql("BEGIN IMMEDIATE")
         return change(connection)
 
@@ -261,7 +229,7 @@ def _whole(change: Callable[[Connection], str]) -> Callable[[Connection], str]:
 
 
 def _usable(connection: Connection, url: str) -> str | None:
-    """The database's revision, if this version can work with it as it is; None if it is to be upgraded."""
+    """The database's revision, if this version works with it; None if it must be upgraded."""
     config = migration_config(connection)
     script = ScriptDirectory.from_config(config)
     head = script.get_current_head()
@@ -275,22 +243,24 @@ def _usable(connection: Connection, url: str) -> str | None:
     except SQLAlchemyError:
         runs_from = None
     if head is None or runs_from is None or runs_from > head:
-        raise SettingsError(f"the database {shown(url)} was made by a newer Tidegate: run that one, or give another catalog.url")
+        raise SettingsError(
+            f"the database {redacted_url(url)} was made by a newer Tidegate: run that version, or give another catalog.url"
+        )
     logger.info("the catalog's schema is %s, newer than this version's %s, which works with it", current, head)
     return current
 
 
-def _seen(connection: Connection, url: str) -> SchemaSeen:
+def _schema_state(connection: Connection, url: str) -> SchemaState:
     head = ScriptDirectory.from_config(migration_config(connection)).get_current_head()
     assert head is not None, "the package ships its migrations"
     usable = _usable(connection, url) is not None
     current = MigrationContext.configure(connection).get_current_revision()
     _require_free(connection, url, current)
-    return SchemaSeen(current, head, usable)
+    return SchemaState(current, head, usable)
 
 
 def _upgrade(connection: Connection, url: str) -> str:
-    # Another process may have done it meanwhile.
+    # Another process may have upgraded it in the meantime.
     usable = _usable(connection, url)
     if usable is not None:
         return usable
@@ -302,23 +272,23 @@ def _upgrade(connection: Connection, url: str) -> str:
     return head
 
 
-async def _refused(url: str, error: Exception) -> SettingsError:
-    """The error of a database that cannot be opened or changed: what it said, and the remedy by its code."""
+async def _open_error(url: str, error: Exception) -> SettingsError:
+    """The error for a database that cannot be opened or changed: its message, and the remedy for its code."""
     remedy = remedy_of(error)
     if remedy is None and is_postgres(url) and sqlstate_of(error) is None:
-        from tidegate.catalog.sql.postgres_connection import why_unreachable
+        from tidegate.catalog.sql.postgres_connection import diagnose_connection
 
-        remedy = await asyncio.to_thread(why_unreachable, url, shown(url))
+        remedy = await asyncio.to_thread(diagnose_connection, url, redacted_url(url))
     reason = (error.strerror or str(error)) if isinstance(error, OSError) else reason_of(error)
-    return SettingsError(_why(url, reason, remedy or "see 'tidegate doctor'"))
+    return SettingsError(_open_message(url, reason, remedy or "see 'tidegate doctor'"))
 
 
 def _require_free(connection: Connection, url: str, current: str | None) -> None:
-    """Refuse a database without our schema that has tables of our names."""
+    """Reject a database without Tidegate's schema that has tables of the same names."""
     foreign = set(inspect(connection).get_table_names()) & set(metadata.tables) if current is None else set()
     if foreign:
-        raise SettingsError(_why(url, f"table {min(foreign)} already exists", FOREIGN_REMEDY))
+        raise SettingsError(_open_message(url, f"table {min(foreign)} already exists", FOREIGN_REMEDY))
 
 
-def _why(url: str, reason: str, remedy: str) -> str:
-    return f"the database {shown(url)} cannot be opened ({reason}): {remedy}"
+def _open_message(url: str, reason: str, remedy: str) -> str:
+    return f"the database {redacted_url(url)} cannot be opened ({reason}): {remedy}"

@@ -1,4 +1,4 @@
-"""SQL in files of its own: every statement has a name, and one home."""
+"""Loads SQL statements, each with a name, from files."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ def load_statements(package: str, file: str) -> dict[str, str]:
     """Read a file of statements.
 
     Args:
-        package: the package that the file lies in, such as `tidegate.violations`.
-        file: its name; before each statement stands a line `-- name: …`.
+        package: package that contains the file, e.g. `tidegate.violations`.
+        file: name of the file; each statement follows a line `-- name: …`.
 
     Returns:
-        The statements by their names, without the lines of comment.
+        The statements by name, without comments.
     """
     _, *parts = _NAME.split(resources.files(package).joinpath(file).read_text(encoding="utf-8"))
-    # What a comment says in passing, such as a colon before a word, is not to be taken for a parameter.
+    # A colon before a word in a comment would be parsed as a parameter.
     return {name: _COMMENT.sub("", statement).strip() for name, statement in zip(parts[::2], parts[1::2], strict=True)}

@@ -25,7 +25,7 @@ from sqlalchemy import (
     text,
 )
 
-# Names for every constraint, so that a migration can drop it by name on any database.
+# A name for every constraint, so that a migration can drop it by name on any database.
 metadata: Final = MetaData(
     naming_convention={
         "ix": "idx_%(table_name)s_%(column_0_N_name)s",
@@ -36,7 +36,7 @@ metadata: Final = MetaData(
     }
 )
 
-# SQLite numbers rows by itself only in a column that is INTEGER to the letter.
+# SQLite assigns ids only to a column of the exact type INTEGER.
 _RowId: Final = BigInteger().with_variant(Integer, "sqlite")
 
 tiers: Final = Table(
@@ -79,7 +79,7 @@ rate_limit_rules: Final = Table(
 api_keys: Final = Table(
     "api_keys",
     metadata,
-    # The first 24 hex digits of the digest: the same everywhere, and enough to be unique.
+    # The first 24 hex digits of the digest: the same on every instance, and long enough to be unique.
     Column("id", String(24), primary_key=True),
     Column("sha256", String(64), nullable=False),
     Column("tier_id", _RowId, ForeignKey("tiers.id"), nullable=False),
@@ -92,12 +92,12 @@ api_keys: Final = Table(
     Column("revoked_reason", String(1000), nullable=True),
     Column("managed_by_file", Boolean, nullable=False, default=False),
     Column("revision", BigInteger, nullable=False, server_default="1"),
-    # Id of the key that this one replaced, or that one's own: a key that was rotated goes on with its counters.
+    # Id of the first key of the chain of rotations: a rotated key keeps its counters.
     Column("counts_as", String(24), nullable=True),
     UniqueConstraint("sha256"),
     Index("idx_api_keys_tier_id", "tier_id", "id"),
     Index("idx_api_keys_status", "status", sqlite_where=text("status = 'active'"), postgresql_where=text("status = 'active'")),
-    # Few keys are in these, and a page of few among many is found by no other index.
+    # Few keys are in these states, and no other index finds a page of few among many.
     Index("idx_api_keys_revoked", "id", sqlite_where=text("status = 'revoked'"), postgresql_where=text("status = 'revoked'")),
     Index(
         "idx_api_keys_expires",
@@ -116,11 +116,11 @@ policy_state: Final = Table(
     Column("anonymous_tier", String(64), nullable=True),
     Column("file_digest", String(64), nullable=True),
     Column("changed_at_us", BigInteger, nullable=False),
-    # The version before, so that a change without a row in `catalog_changes` is noticed.
+    # The previous version, so that a change without a row in `catalog_changes` is detected.
     Column("previous", BigInteger, nullable=True),
-    # The oldest revision of the schema whose Tidegate works with this one: raised where something is taken away.
+    # The oldest schema revision whose Tidegate works with this schema: raised by migrations that remove something.
     Column("runs_from", String(16), nullable=False, server_default="0001"),
-    # What entries of the shared cache are sealed with, where the settings do not say; made when it is first needed.
+    # The secret that seals entries of the shared cache unless the settings have one; created when it is first needed.
     Column("cache_secret", String(64), nullable=True),
     # The tables [attributes], [callers], [jwt] and [[namespaces]] of a policy; NULL without them.
     Column("attributes", JSON(none_as_null=True), nullable=True),
@@ -130,7 +130,7 @@ policy_state: Final = Table(
     CheckConstraint("id = 1", name="single_row"),
 )
 
-# What each version touched; see `change_log`.
+# The items touched by each version; see `change_log`.
 catalog_changes: Final = Table(
     "catalog_changes",
     metadata,
@@ -141,8 +141,8 @@ catalog_changes: Final = Table(
     PrimaryKeyConstraint("version", "kind", "name"),
 )
 
-# One row for each minute in which a rule blocked a subject. PostgreSQL keeps each day in a partition of its own, so that old days
-# are dropped and not deleted; what no day's partition takes goes to the default one.
+# One row for each minute in which a rule blocked a subject. PostgreSQL has one partition per day, so that old days are dropped
+# and not deleted; rows without a partition of their day are in the default one.
 rate_limit_violations: Final = Table(
     "rate_limit_violations",
     metadata,
@@ -163,6 +163,20 @@ admin_tokens: Final = Table(
     Column("name", String(200), nullable=False),
     Column("sha256", String(64), nullable=False),
     Column("role", String(16), nullable=False),
+    Column("created_at_us", BigInteger, nullable=False),
+    Column("expires_at_us", BigInteger, nullable=True),
+    Column("revoked_at_us", BigInteger, nullable=True),
+    UniqueConstraint("sha256"),
+)
+
+# Tokens of gateways and back ends, for the data plane.
+caller_tokens: Final = Table(
+    "caller_tokens",
+    metadata,
+    Column("id", _RowId, primary_key=True, autoincrement=True),
+    Column("name", String(200), nullable=False),
+    Column("sha256", String(64), nullable=False),
+    Column("scopes", JSON, nullable=False),
     Column("created_at_us", BigInteger, nullable=False),
     Column("expires_at_us", BigInteger, nullable=True),
     Column("revoked_at_us", BigInteger, nullable=True),

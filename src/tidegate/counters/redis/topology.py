@@ -23,7 +23,7 @@ from tidegate.counters.redis.resp import encode_command
 from tidegate.counters.redis.url import MAX_PORT, Endpoint, RedisUrl
 from tidegate.counters.redis.url import Topology as Kind
 from tidegate.errors import StoreUnavailable
-from tidegate.settings import is_host
+from tidegate.listen_address import is_host
 
 logger = logging.getLogger(__name__)
 

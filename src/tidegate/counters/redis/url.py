@@ -20,7 +20,7 @@ from urllib.parse import parse_qsl, unquote
 import msgspec
 
 from tidegate.errors import SettingsError
-from tidegate.settings import is_host
+from tidegate.listen_address import is_host
 from tidegate.url_parts import scheme_of, split_url
 
 DEFAULT_PORT: Final = 6379

@@ -1,6 +1,6 @@
-"""The control plane: what operators read and change, over HTTP on a listener of its own.
+"""The control plane: HTTP routes for operators, on a separate listener.
 
-`guard` stands before everything: it tells who asks, holds back who asks too much, and bounds bodies. Each other room serves one
-kind of thing; `app` puts them together. A fault here is logged and answered 500 in the usual form; it never reaches a check.
-Any number of requests may run at once: changes take turns in the catalog.
+`guard` is the middleware in front of all routes: it authenticates, limits requests, and bounds bodies. Each other module has the
+routes of one resource; `app` combines them. An unhandled exception is logged and answered with 500 in the usual format; it never
+affects a check. Any number of requests may run concurrently; the catalog serializes changes.
 """

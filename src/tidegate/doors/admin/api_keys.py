@@ -27,27 +27,17 @@ from tidegate.errors import BadRequest
 from tidegate.gate.gate import Gate
 
 Status = Literal["active", "expired", "revoked"]
-IdPrefix = Annotated[
-    str | None, Query(pattern="^[0-9a-f]{1,24}$", description="only those whose ids begin with this, 1 to 24 hex digits")
-]
+IdPrefix = Annotated[str | None, Query(pattern="^[0-9a-f]{1,24}$", description="filter: prefix of the id, 1 to 24 hex digits")]
 
 
 def key_routes(editor: CatalogEditor, gate: Gate) -> APIRouter:
-    """The routes of API keys.
-
-    Args:
-        editor: of the catalog.
-        gate: what counts, to warn of limits that are used up.
-
-    Returns:
-        The routes.
-    """
+    """The routes of API keys."""
     routes = APIRouter(prefix="/api-keys", tags=["API keys"])
 
-    async def changed(response: Response, actor: str, key_id: str, given: KeyPatch, revisions: Revisions) -> KeyRead:
-        key = tagged(response, await api_keys.edit_key(editor, actor, key_id, given, revisions))
-        warned = given.model_fields_set & {"limits", "overrides"}
-        return key.model_copy(update={"warnings": await used_up_by_key(editor, gate, key.id) if warned else []})
+    async def changed(response: Response, actor: str, key_id: str, request: KeyPatch, revisions: Revisions) -> KeyRead:
+        key = tagged(response, await api_keys.edit_key(editor, actor, key_id, request, revisions))
+        changed_limits = request.model_fields_set & {"limits", "overrides"}
+        return key.model_copy(update={"warnings": await used_up_by_key(editor, gate, key.id) if changed_limits else []})
 
     @routes.get("", summary="List API keys, by id")
     async def read_all(
@@ -61,9 +51,9 @@ def key_routes(editor: CatalogEditor, gate: Gate) -> APIRouter:
         page = await list_keys(editor, limit, after, tier, status, name, id_prefix)
         return KeyPage(items=page.items, next=page.next)
 
-    @routes.post("", status_code=201, summary="Make an API key; the key itself is told this once")
-    async def create(given: KeyCreate, response: Response, actor: Actor) -> KeyMade:
-        return tagged(_secret(response), await api_keys.create_key(editor, actor, given))
+    @routes.post("", status_code=201, summary="Create an API key; only this response contains the key itself")
+    async def create(request: KeyCreate, response: Response, actor: Actor) -> KeyMade:
+        return tagged(_secret(response), await api_keys.create_key(editor, actor, request))
 
     @routes.post("/import", summary="Import API keys that another system issued, by digest")
     async def import_batch(given: KeyImportRequest, actor: Actor) -> KeyImportResult:
@@ -74,25 +64,25 @@ def key_routes(editor: CatalogEditor, gate: Gate) -> APIRouter:
         return tagged(response, KeyRead.of_row(await key_row(editor, key_id)))
 
     @routes.patch("/{key_id}", summary="Change fields of an API key", responses=EDIT_ERRORS)
-    async def change(key_id: str, given: KeyPatch, response: Response, actor: Actor, revisions: Revisions) -> KeyRead:
-        if not given.model_fields_set:
-            raise BadRequest("there is nothing to change: name at least one field, such as name")
-        return await changed(response, actor, key_id, given, revisions)
+    async def change(key_id: str, request: KeyPatch, response: Response, actor: Actor, revisions: Revisions) -> KeyRead:
+        if not request.model_fields_set:
+            raise BadRequest("there is nothing to change: send at least one field, such as name")
+        return await changed(response, actor, key_id, request, revisions)
 
-    @routes.put("/{key_id}/overrides", summary="Give an API key limits of its own", responses=EDIT_ERRORS)
-    async def override(key_id: str, given: OverridesRequest, response: Response, actor: Actor, revisions: Revisions) -> KeyRead:
-        return await changed(response, actor, key_id, KeyPatch(limits=given.limits, overrides=given.overrides), revisions)
+    @routes.put("/{key_id}/overrides", summary="Replace the overrides of an API key", responses=EDIT_ERRORS)
+    async def override(key_id: str, request: OverridesRequest, response: Response, actor: Actor, revisions: Revisions) -> KeyRead:
+        return await changed(response, actor, key_id, KeyPatch(limits=request.limits, overrides=request.overrides), revisions)
 
-    @routes.post("/{key_id}/revoke", summary="Revoke an API key, for good")
-    async def revoke(key_id: str, given: RevokeRequest, response: Response, actor: Actor) -> KeyRead:
-        return tagged(response, await api_keys.revoke_key(editor, actor, key_id, given))
+    @routes.post("/{key_id}/revoke", summary="Revoke an API key permanently")
+    async def revoke(key_id: str, request: RevokeRequest, response: Response, actor: Actor) -> KeyRead:
+        return tagged(response, await api_keys.revoke_key(editor, actor, key_id, request))
 
-    @routes.post("/{key_id}/rotate", status_code=201, summary="Replace an API key; the new one is told this once")
-    async def rotate(key_id: str, response: Response, actor: Actor, given: RotateRequest | None = None) -> KeyRotated:
-        grace_s = 0 if given is None else given.grace_s
+    @routes.post("/{key_id}/rotate", status_code=201, summary="Rotate an API key; only this response contains the new key")
+    async def rotate(key_id: str, response: Response, actor: Actor, request: RotateRequest | None = None) -> KeyRotated:
+        grace_s = 0 if request is None else request.grace_s
         return tagged(_secret(response), await api_keys.rotate_key(editor, actor, key_id, grace_s))
 
-    @routes.delete("/{key_id}", status_code=204, summary="Remove the record of a revoked or expired key", responses=EDIT_ERRORS)
+    @routes.delete("/{key_id}", status_code=204, summary="Delete the record of a revoked or expired key", responses=EDIT_ERRORS)
     async def remove(key_id: str, actor: Actor, revisions: Revisions) -> None:
         await api_keys.delete_key(editor, actor, key_id, revisions)
 

@@ -1,4 +1,4 @@
-"""What every room of the control plane needs: who asks, which revision was seen, which page is wanted."""
+"""Shared by all routes of the control plane: the principal, expected revisions, paging and filters."""
 
 from __future__ import annotations
 
@@ -19,29 +19,45 @@ _Tagged = TypeVar("_Tagged", TierRead, RuleRead, KeyRead, KeyMade, KeyRotated)
 
 _TAG: Final = re.compile(r'(W/)?"([0-9]{0,18})"', re.ASCII)
 
+REF: Final = "#/components/schemas/{model}"
+"""How the description names a model."""
+
+
+def _problem(description: str) -> dict[str, Any]:
+    """An answer whose body is a `ProblemRead`.
+
+    FastAPI would make a validator of each `model`, for each status of each operation twice: most of what a start of the control
+    plane takes. It validates no answers of errors; the reference is all that the description needs.
+    """
+    return {
+        "description": description,
+        "content": {"application/json": {"schema": {"$ref": REF.format(model=ProblemRead.__name__)}}},
+    }
+
+
 ERRORS: Final[dict[int | str, dict[str, Any]]] = {
-    400: {"model": ProblemRead, "description": "What was sent makes no sense; the message says what and why."},
-    401: {"model": ProblemRead, "description": "No token came, or it is unknown, expired or revoked."},
-    403: {"model": ProblemRead, "description": "A viewer's token may only read."},
-    404: {"model": ProblemRead, "description": "What is asked for is not there."},
-    408: {"model": ProblemRead, "description": "The body did not come in time."},
-    409: {"model": ProblemRead, "description": "The catalog's state forbids it; the message says what to do first."},
-    413: {"model": ProblemRead, "description": "The body has more than 1 MB."},
-    415: {"model": ProblemRead, "description": "The body has a Content-Encoding."},
-    429: {"model": ProblemRead, "description": "Too many requests, or wrong tokens; Retry-After says when to try again."},
-    503: {"model": ProblemRead, "description": "The catalog or the counter store does not answer."},
+    400: _problem("The request is not valid; the message explains why."),
+    401: _problem("The token is missing, unknown, expired or revoked."),
+    403: _problem("Tokens of viewers may only read."),
+    404: _problem("The resource does not exist."),
+    408: _problem("The body was not received in time."),
+    409: _problem("The request conflicts with the state of the catalog; the message explains what to do first."),
+    413: _problem("The body has more than 1 MB."),
+    415: _problem("The body has a Content-Encoding."),
+    429: _problem("Too many requests, or requests with a wrong token; see Retry-After."),
+    503: _problem("The catalog or the counter store does not answer."),
 }
 EDIT_ERRORS: Final[dict[int | str, dict[str, Any]]] = {
-    412: {"model": ProblemRead, "description": "It was changed since it was read: read it again."},
-    428: {"model": ProblemRead, "description": "If-Match is missing: send the ETag that was read."},
+    412: _problem("The resource was changed since it was read: read it again."),
+    428: _problem("If-Match is missing: send the ETag that was read."),
 }
 
-# Only for the description: the guard has looked at the token before.
+# Only for the OpenAPI description: the guard has authenticated the token before.
 BEARER: Final = HTTPBearer(auto_error=False, description="TIDEGATE_ADMIN__TOKEN, or a token of /admin/v1/tokens")
 
 
-class RevisionNotGiven(TidegateError):
-    """A change that does not say which revision it saw."""
+class RevisionMissing(TidegateError):
+    """A change without the revision that was read."""
 
     code = "IF_MATCH_MISSING"
     status = 428
@@ -56,7 +72,7 @@ def _principal_of(request: Request) -> Principal:
 
 
 def _require_role(request: Request) -> None:
-    """On every route: whoever passed the guard reads, operators do everything."""
+    """On every route: all principals may read, operators may also write."""
     principal = principal_of(request.scope)
     if request.method not in READING:
         require_operator(principal)
@@ -71,7 +87,7 @@ def _expected_revisions(
         str, Header(alias="If-Match", max_length=1000, description='the ETag that was read, such as "3"; * for any')
     ],
 ) -> frozenset[int] | None:
-    """The revisions that If-Match names (RFC 9110, section 13.1.1); None for any."""
+    """The revisions in If-Match (RFC 9110, section 13.1.1); None for any."""
     if if_match.strip() == "*":
         return None
     revisions = set()
@@ -80,7 +96,7 @@ def _expected_revisions(
         match = _TAG.fullmatch(tag.strip())
         if match is None:
             raise BadRequest(
-                f'If-Match {if_match[:60]!r} is no ETag of ours: send it as it was read, such as "3"', field="If-Match"
+                f'If-Match {if_match[:60]!r} is not valid: send the ETag that was read, such as "3"', field="If-Match"
             )
         if match[1] is not None:
             weak = True
@@ -89,7 +105,7 @@ def _expected_revisions(
     if weak and not revisions:
         raise StaleRevision(
             f"If-Match {if_match[:60]!r} is a weak ETag, which never matches (RFC 9110, section 13.1.1): send it without the W/, "
-            "which a proxy that compresses answers may have added"
+            "which a compressing proxy may have added"
         )
     return frozenset(revisions)
 
@@ -97,18 +113,27 @@ def _expected_revisions(
 WITH_ROLE: Final = Depends(_require_role)
 """The dependency of all routes."""
 OPERATORS_ONLY: Final = Depends(_require_operator)
-"""The dependency of routes that viewers may not even read."""
+"""The dependency of routes that viewers may not read either."""
 
 Caller = Annotated[Principal, Depends(_principal_of)]
 Actor = Annotated[str, Depends(_actor_of)]
 Revisions = Annotated[frozenset[int] | None, Depends(_expected_revisions)]
-Limit = Annotated[int, Query(ge=1, le=MAX_PAGE, description="at most so many items")]
-After = Annotated[str | None, Query(max_length=2000, description="'next' of the page before"), Plain]
-Contains = Annotated[str | None, Query(max_length=200, description="only those with this in it, in any case"), Plain]
-Exactly = Annotated[str | None, Query(max_length=400, description="only this one"), Plain]
+Limit = Annotated[int, Query(ge=1, le=MAX_PAGE, description="maximum number of items")]
+After = Annotated[str | None, Query(max_length=2000, description="'next' of the previous page"), Plain]
+Contains = Annotated[str | None, Query(max_length=200, description="filter: contains this text, case-insensitive"), Plain]
+Exactly = Annotated[str | None, Query(max_length=400, description="filter: equals this text"), Plain]
+
+
+KeyId = Annotated[str | None, Query(max_length=24, description="id of an API key"), Plain]
+Ip = Annotated[str | None, Query(max_length=45, description="IPv4 or IPv6 address of a client"), Plain]
+SubjectText = Annotated[
+    str | None,
+    Query(max_length=5000, description="subject of attributes, such as user=42, or org=acme&user=42 for both together"),
+    Plain,
+]
 
 
 def tagged(response: Response, resource: _Tagged) -> _Tagged:
-    """Send the revision of a resource as its ETag; returns the resource."""
+    """Set the ETag to the revision of a resource; returns the resource."""
     response.headers["ETag"] = f'"{resource.revision}"'
     return resource

@@ -1,4 +1,4 @@
-"""What stands before the control plane: who asks, how often, and how large a body may be."""
+"""The middleware of the control plane: authentication, limits of requests, limits of bodies."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tidegate.decision import Decision, clip
 from tidegate.doors.client_address import FORWARDING, TrustedProxies, counted_client
 from tidegate.doors.limiter import Limiter
 from tidegate.doors.refusals import IDENTITY, BodyTooSlow, unsupported_encoding
-from tidegate.doors.request_headers import AsgiHeaders
+from tidegate.doors.request_headers import AsgiHeaders, single
 from tidegate.doors.responses import ceil_s, encode, error_body
 from tidegate.errors import BadRequest, RequestTooLarge, TidegateError
 from tidegate.telemetry.logs import UNAUTHENTICATED
@@ -32,11 +32,12 @@ OPEN: Final = frozenset({"/admin/v1/openapi.json", "/openapi.json"})
 MAX_BODY_BYTES: Final = 1_000_000
 READING: Final = frozenset({"GET", "HEAD", "OPTIONS"})
 _ALL: Final = "all"
+_DECIDING: Final = FORWARDING | {b"authorization"}
 _CONTROL: Final = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
 
 class MissingToken(TidegateError):
-    """No bearer token came."""
+    """The request has no bearer token."""
 
     code = "MISSING_TOKEN"
     status = 401
@@ -49,38 +50,36 @@ class InvalidToken(TidegateError):
     status = 401
 
 
-class RoleTooSmall(TidegateError):
-    """The token's role may not do that."""
+class InsufficientRole(TidegateError):
+    """The token's role has no permission for the request."""
 
     code = "FORBIDDEN"
     status = 403
 
 
 class TooManyRequests(TidegateError):
-    """The control plane's own limit is reached."""
+    """The control plane's own limit is exceeded."""
 
     code = "RATE_LIMIT_EXCEEDED"
     status = 429
 
 
 class InternalError(TidegateError):
-    """A fault of ours."""
+    """An unhandled exception."""
 
     code = "INTERNAL"
     status = 500
 
 
 class Guard:
-    """An ASGI app before another one.
+    """ASGI middleware.
 
     Args:
-        app: what it guards.
-        tokens: tells whose a token is.
-        trusted: proxies whose word about the client's address is believed; not those of the data plane.
-        rate: limit of requests for each token.
-        failed_rate: limit of wrong tokens for each address. A right token passes beyond it too.
-        failed_rate_overall: limit of wrong tokens from all addresses.
-        body_timeout_s: how long a body may take, s.
+        trusted: proxies whose headers with the client's address are trusted; separate from those of the data plane.
+        rate: limit of requests per token.
+        failed_rate: limit of requests with a wrong token per address. Requests with a valid token are accepted beyond it.
+        failed_rate_overall: limit of requests with a wrong token from all addresses.
+        body_timeout_s: time limit of receiving a body, s.
     """
 
     def __init__(
@@ -102,7 +101,7 @@ class Guard:
         self._body_timeout_s = body_timeout_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request."""
+        """Handle one request."""
         if scope["type"] != "http":
             return
         headers = _headers(scope)
@@ -118,56 +117,59 @@ class Guard:
             await send(message)
 
         try:
-            _require_plain(scope["path"])
+            _reject_control_characters(scope["path"])
             if scope["path"].startswith(GUARDED) and scope["path"] not in OPEN:
-                scope.setdefault("state", {})["principal"] = await self._principal(scope, headers)
+                scope.setdefault("state", {})["principal"] = await self._principal(scope)
             body = await self._body(headers, receive)
             if body is not None:
                 await self._app(scope, _replay(body, receive), send_on)
         except TidegateError as error:
             await answer_error(send_on, error)
         except Exception:
-            # The last one who can answer: without this, a fault would cut the connection without a word.
+            # The outermost handler: without it, an unhandled exception would close the connection without a response.
             logger.exception("the control plane failed at %s %s", scope["method"], scope["path"][:200])
             if not status:
-                await answer_error(send_on, InternalError(f"the control plane failed: its log tells of {request.id}"))
+                await answer_error(
+                    send_on, InternalError(f"internal error of the control plane: see its log for request {request.id}")
+                )
         finally:
             if scope["method"] not in READING or status >= 500:
-                _tell(scope, status, time.perf_counter_ns() - started_ns)
+                _log(scope, status, time.perf_counter_ns() - started_ns)
             request.over = True
 
-    async def _principal(self, scope: Scope, headers: dict[str, str]) -> Principal:
-        scheme, _, token = headers.get("authorization", "").partition(" ")
+    async def _principal(self, scope: Scope) -> Principal:
+        headers = AsgiHeaders(scope["headers"], _DECIDING)
+        scheme, _, token = (single(headers, "authorization") or "").partition(" ")
         token = token.strip()
         if scheme.lower() != "bearer" or not token:
-            raise MissingToken("no token came: send 'Authorization: Bearer …'")
+            raise MissingToken("the token is missing: send 'Authorization: Bearer …'")
         peer = _peer(scope)
-        client = counted_client(self._trusted.client(peer, AsgiHeaders(scope["headers"], FORWARDING)), peer)
+        client = counted_client(self._trusted.client(peer, headers), peer)
         known = True
-        if not await self._may_guess(client):
-            # A right token is never refused for the wrong ones of others, but many wrong ones must not cost a query each.
+        if not await self._has_attempts_left(client):
+            # Wrong tokens of others never block a valid token, but many wrong ones must not cost a query each.
             known = await self._tokens.is_known(token)
         principal = await self._tokens.principal(token) if known else None
         if principal is None:
-            self._refuse_more(await self._failures.check(client), "wrong tokens came from this address")
-            self._refuse_more(await self._all_failures.check(_ALL), "wrong tokens came from all addresses")
+            self._require_allowed(await self._failures.check(client), "requests with a wrong token from this address")
+            self._require_allowed(await self._all_failures.check(_ALL), "requests with a wrong token from all addresses")
             raise InvalidToken("the token is unknown, expired or revoked: ask an operator for a new one")
-        self._refuse_more(await self._requests.check(principal.subject), "requests came with this token")
+        self._require_allowed(await self._requests.check(principal.subject), "requests with this token")
         if scope["method"] not in READING:
             require_operator(principal)
         return principal
 
-    async def _may_guess(self, client: str) -> bool:
+    async def _has_attempts_left(self, client: str) -> bool:
         peeked = await self._failures.check(client, 0), await self._all_failures.check(_ALL, 0)
         return all(each.remaining != 0 for each in peeked)
 
-    def _refuse_more(self, decision: Decision, what: str) -> None:
+    def _require_allowed(self, decision: Decision, what: str) -> None:
         if not decision.allowed:
             after_s = ceil_s(decision.retry_after_us or 0)
             raise TooManyRequests(f"more than {decision.binding} {what}: try again in {after_s} s", retry_after_s=after_s)
 
     async def _body(self, headers: dict[str, str], receive: Receive) -> bytes | None:
-        """The whole body; None where the client went away."""
+        """The complete body; None if the client disconnected."""
         encoding = headers.get("content-encoding", "")
         if encoding.strip().lower() not in IDENTITY:
             raise unsupported_encoding(encoding)
@@ -187,49 +189,35 @@ class Guard:
                     if not message.get("more_body", False):
                         return bytes(body)
         except TimeoutError:
-            raise BodyTooSlow(f"the body did not come within {self._body_timeout_s:g} s: send it at once") from None
+            raise BodyTooSlow(f"the body was not received within {self._body_timeout_s:g} s: send it without pauses") from None
 
 
 def require_operator(principal: Principal) -> None:
-    """Refuse whoever may only read.
-
-    Args:
-        principal: who asks.
+    """Require the role operator.
 
     Raises:
-        RoleTooSmall: if it is no operator.
+        InsufficientRole: if the principal is a viewer.
     """
     if principal.role != OPERATOR:
-        raise RoleTooSmall(f"the token {principal.name[:60]!r} is a viewer's, which may not do this: ask an operator")
+        raise InsufficientRole(
+            f"the token {principal.name[:60]!r} has the role viewer, which may not do this: use a token of an operator"
+        )
 
 
 def principal_of(scope: Scope) -> Principal:
-    """Who asks, as the guard found out.
-
-    Args:
-        scope: of the request.
-
-    Returns:
-        The principal.
+    """The principal that the guard has authenticated.
 
     Raises:
         MissingToken: if the request did not pass the guard.
     """
     principal = scope.get("state", {}).get("principal")
     if not isinstance(principal, Principal):
-        raise MissingToken("no token came: send 'Authorization: Bearer …'")
+        raise MissingToken("the token is missing: send 'Authorization: Bearer …'")
     return principal
 
 
 def error_headers(error: TidegateError) -> dict[str, str]:
-    """Headers that an error's answer needs.
-
-    Args:
-        error: the error.
-
-    Returns:
-        Names in lower case → values.
-    """
+    """Additional headers of an error response, names in lower case."""
     if error.status == 401:
         return {"www-authenticate": "Bearer"}
     if isinstance(error, TooManyRequests):
@@ -238,12 +226,7 @@ def error_headers(error: TidegateError) -> dict[str, str]:
 
 
 async def answer_error(send: Send, error: TidegateError) -> None:
-    """Answer with an error in the usual form.
-
-    Args:
-        send: of the request.
-        error: the error.
-    """
+    """Send an error response in the usual format."""
     body = encode(error_body(error))
     headers = {"content-type": "application/json", "content-length": str(len(body)), **error_headers(error)}
     start = {"type": "http.response.start", "status": error.status}
@@ -251,10 +234,10 @@ async def answer_error(send: Send, error: TidegateError) -> None:
     await send({"type": "http.response.body", "body": body})
 
 
-def _tell(scope: Scope, status: int, duration_ns: int) -> None:
-    """Log a request that changes something, or tried to; what it changed is in the audit log."""
+def _log(scope: Scope, status: int, duration_ns: int) -> None:
+    """Log a writing request, also a rejected one; the audit log contains what it changed."""
     principal = scope.get("state", {}).get("principal")
-    told = {
+    fields = {
         "event.dataset": "tidegate.admin",
         "event.duration": duration_ns,
         "http.request.method": scope["method"],
@@ -262,20 +245,20 @@ def _tell(scope: Scope, status: int, duration_ns: int) -> None:
         "url.path": scope["path"][:500],
         "user.name": principal.name if isinstance(principal, Principal) else None,
     }
-    told = {name: each for name, each in told.items() if each is not None}
-    # What comes without a token is bounded: anybody can send it.
-    extra = {"ecs": told, UNAUTHENTICATED: not isinstance(principal, Principal)}
+    fields = {name: each for name, each in fields.items() if each is not None}
+    # The log rate of requests without a valid token is limited: anybody can send them.
+    extra = {"ecs": fields, UNAUTHENTICATED: not isinstance(principal, Principal)}
     logger.info("%s %s answered %d", scope["method"], scope["path"][:200], status, extra=extra)
 
 
-def _require_plain(path: str) -> None:
-    """A control character may end what a pattern of a route compares, and is in no path of ours."""
+def _reject_control_characters(path: str) -> None:
+    """Reject control characters, which may end the match of a route's pattern; no valid path has any."""
     if _CONTROL.search(path):
-        raise BadRequest(f"the path {clip(path)} has a control character: send it without", field="path")
+        raise BadRequest(f"the path {clip(path)} contains a control character: remove it", field="path")
 
 
 def _peer(scope: Scope) -> str:
-    """The address of whoever connected; empty where there is none."""
+    """The address of the connected peer; empty if there is none."""
     return scope["client"][0] if scope.get("client") else ""
 
 
@@ -284,17 +267,17 @@ def _headers(scope: Scope) -> dict[str, str]:
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:
-    given = False
+    sent = False
 
-    async def again() -> MutableMapping[str, Any]:
-        nonlocal given
-        if given:
+    async def replay() -> MutableMapping[str, Any]:
+        nonlocal sent
+        if sent:
             return await receive()
-        given = True
+        sent = True
         return {"type": "http.request", "body": body, "more_body": False}
 
-    return again
+    return replay
 
 
 def _too_large() -> RequestTooLarge:
-    return RequestTooLarge(f"the body has more than {MAX_BODY_BYTES} bytes: send less at once")
+    return RequestTooLarge(f"the body has more than {MAX_BODY_BYTES} bytes: send less per request")

@@ -1,4 +1,4 @@
-"""/admin/v1/policy: the whole policy in the policy file's own form."""
+"""/admin/v1/policy: the policy in the format of the policy file."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from tidegate.policy.toml_reader import parse_policy, policy_warnings
 from tidegate.policy.toml_writer import policy_text
 
 _TOML = "application/toml"
-_EXPORTED: dict[int | str, dict[str, Any]] = {
+_EXPORT_RESPONSES: dict[int | str, dict[str, Any]] = {
     200: {"description": "A policy file.", "content": {_TOML: {"schema": {"type": "string"}}}}
 }
-_IMPORTED: dict[str, Any] = {
+_IMPORT_BODY: dict[str, Any] = {
     "requestBody": {
         "required": True,
         "description": "A policy file.",
@@ -35,24 +35,19 @@ _IMPORTED: dict[str, Any] = {
 
 
 def policy_routes(editor: CatalogEditor) -> APIRouter:
-    """The routes of the whole policy.
-
-    Args:
-        editor: of the catalog.
-
-    Returns:
-        The routes.
-    """
+    """The routes of the policy."""
     routes = APIRouter(prefix="/policy", tags=["policy"])
-    # One text is read at a time: what is read takes up to 160 times its size in memory.
-    reading = asyncio.Lock()
+    # One text is parsed at a time: parsing takes up to 160 times its size in memory.
+    parsing = asyncio.Lock()
 
-    @routes.get("", summary="Write everything as a policy file", response_class=Response, responses=_EXPORTED)
+    @routes.get("", summary="Export everything as a policy file", response_class=Response, responses=_EXPORT_RESPONSES)
     async def export(
         caller: Caller,
         keys: Annotated[
             bool | None,
-            Query(description="whether API keys are in it, by their digests; by default for operators, never for viewers"),
+            Query(
+                description="whether to include API keys, as digests; default: true for operators; viewers cannot include them"
+            ),
         ] = None,
     ) -> Response:
         if keys:
@@ -62,19 +57,24 @@ def policy_routes(editor: CatalogEditor) -> APIRouter:
         return Response(text, media_type=_TOML, headers={"Cache-Control": "no-store"})
 
     @routes.post(
-        "", summary="Take a policy file into the catalog, in one step", response_model=ImportRead, openapi_extra=_IMPORTED
+        "",
+        summary="Import a policy file into the catalog, in one transaction",
+        response_model=ImportRead,
+        openapi_extra=_IMPORT_BODY,
     )
     async def take(
         request: Request,
         actor: Actor,
-        dry_run: Annotated[bool, Query(description="only show what would change")] = False,
-        prune: Annotated[bool, Query(description="also remove rows that neither this text nor the policy file names")] = False,
+        dry_run: Annotated[bool, Query(description="return the changes without making them")] = False,
+        prune: Annotated[
+            bool, Query(description="also delete rows that are neither in this text nor in the policy file")
+        ] = False,
     ) -> Response:
         body = await request.body()
-        async with reading:
+        async with parsing:
             policy, warnings = await asyncio.to_thread(_read, body)
         changes = await import_policy(editor, actor, policy, dry_run=dry_run, prune=prune)
-        # Not by way of the model, which would hold the event loop for as long as it looks at thousands of changes.
+        # Not through the model, whose validation of thousands of changes would block the event loop.
         return Response(encode({"dry_run": dry_run, "changes": changes, "warnings": warnings}), media_type="application/json")
 
     return routes

@@ -1,142 +1,79 @@
-"""/admin/v1/usage, /counters/reset, /violations and /audit-log: what happened, and what is left."""
+"""/admin/v1/violations and /admin/v1/audit-log."""
 
 from __future__ import annotations
 
 from typing import Annotated, Literal
 
 import msgspec
-from fastapi import APIRouter, Query
+from fastapi import APIRouter, Depends, Query
 
 from tidegate.admin.lists import list_audit
-from tidegate.admin.models import (
-    AuditPage,
-    Moment,
-    Plain,
-    ResetRead,
-    ResetRequest,
-    TopRead,
-    UsageRead,
-    ViolationPage,
-)
+from tidegate.admin.models import AuditPage, Timestamp, TopRead, ViolationPage, ViolationRead, ViolatorRead
+from tidegate.admin.models.base import Plain
 from tidegate.admin.rules import CatalogEditor
-from tidegate.admin.transaction import NotFound
-from tidegate.admin.usage import attribute_names, attribute_subject_text, key_usage, reset_key, subject_of_key, subject_usage
+from tidegate.admin.usage import attribute_names, attribute_subject_text, subject_of_key
 from tidegate.decision import client_of
-from tidegate.doors.admin.common import Actor, After, Exactly, Limit
-from tidegate.doors.responses import usage_body
-from tidegate.errors import BadRequest, MissingApiKey
-from tidegate.gate.gate import Gate
+from tidegate.doors.admin.common import After, Exactly, Ip, KeyId, Limit, SubjectText
+from tidegate.errors import BadRequest
 from tidegate.timestamps import now_us, parse_timestamp
-from tidegate.violations.queries import DAY_US, Blocked, blocked_total, list_violations, top_violators
+from tidegate.violations.queries import DAY_US, ViolationFilter, list_violations, top_violators
 
 By = Literal["subject", "rule", "tier"]
-KeyId = Annotated[str | None, Query(max_length=24, description="id of an API key"), Plain]
-Ip = Annotated[str | None, Query(max_length=45, description="IPv4 or IPv6 address of a client"), Plain]
-SubjectText = Annotated[
-    str | None,
-    Query(max_length=5000, description="attributes that are counted, such as user=42, or org=acme&user=42 for both together"),
-    Plain,
-]
 AttributeNames = Annotated[
     str | None,
-    Query(max_length=300, description="only subjects of these attributes, such as user, or org,user for both together"),
+    Query(max_length=300, description="only subjects of exactly these attributes, such as user, or org,user for both"),
     Plain,
 ]
-MAX_TARGET = 400
-"""Characters of a target in the audit log."""
-Most = Annotated[int, Query(ge=1, le=100, description="at most so many items")]
+TopLimit = Annotated[int, Query(ge=1, le=100, description="maximum number of items")]
 
 
-def record_routes(editor: CatalogEditor, gate: Gate) -> APIRouter:
-    """The routes of records.
-
-    Args:
-        editor: of the catalog.
-        gate: what counts.
-
-    Returns:
-        The routes.
-    """
+def record_routes(editor: CatalogEditor) -> APIRouter:
+    """The routes of violations and of the audit log."""
     routes = APIRouter()
+    database = editor.catalog.database
 
-    @routes.get("/usage", tags=["usage"], summary="What is left to a key, or to a client without one; charges nothing")
-    async def usage(api_key_id: KeyId = None, ip: Ip = None, subject: SubjectText = None, tier: Exactly = None) -> UsageRead:
-        if api_key_id is None and ip is None and subject is None:
-            raise BadRequest("nobody is named: give api_key_id, ip, or both; or subject, such as user=42")
-        if tier is not None and (subject is None or api_key_id is not None):
-            raise BadRequest("tier goes with a subject of attributes alone: leave it out", field="tier")
-        if subject is not None:
-            if api_key_id is not None:
-                raise BadRequest("api_key_id and subject are two subjects: give one of them")
-            found, subject = await subject_usage(gate, subject, ip, tier)
-        elif api_key_id is not None:
-            found = await key_usage(editor, gate, api_key_id, ip)
+    async def violation_filter(
+        since: Timestamp | None = None,
+        until: Timestamp | None = None,
+        tier: Exactly = None,
+        rule: Exactly = None,
+        api_key_id: KeyId = None,
+        ip: Ip = None,
+        subject: SubjectText = None,
+    ) -> ViolationFilter:
+        """The requested violations; without a time, those of the last 24 h."""
+        if sum(sent is not None for sent in (api_key_id, ip, subject)) > 1:
+            raise BadRequest("api_key_id, ip and subject are different subjects: send one of them")
+        until_us = now_us() + 1 if until is None else parse_timestamp(until, "until")
+        since_us = until_us - DAY_US if since is None else parse_timestamp(since, "since")
+        if since_us >= until_us:
+            raise BadRequest("since is not before until: swap the two")
+        if api_key_id is not None:
             subject = await subject_of_key(editor, api_key_id)
+        elif subject is not None:
+            subject = attribute_subject_text(subject)
         else:
-            try:
-                found = await gate.usage(ip=ip)
-            except MissingApiKey:
-                raise NotFound("there is no anonymous tier, so nothing is left to a client without a key") from None
-            subject = f"i:{client_of(ip or '')}"
-        now = now_us()
-        blocked = await blocked_total(editor.catalog.database, Blocked(now - DAY_US, now + 1, subject=subject))
-        return UsageRead.model_validate({**msgspec.to_builtins(usage_body(found)), "blocked_24h": blocked})
+            subject = None if ip is None else f"i:{client_of(ip)}"
+        return ViolationFilter(since_us, until_us, tier, rule, subject)
 
-    @routes.post("/counters/reset", tags=["usage"], summary="Forget what a key, a client or a tier consumed")
-    async def reset(given: ResetRequest, actor: Actor) -> ResetRead:
-        named = given.model_dump(exclude_none=True)
-        if len(named) != 1:
-            raise BadRequest("a reset needs exactly one of api_key_id, ip, tier and subject")
-        if given.api_key_id is not None:
-            count = await reset_key(editor, gate, given.api_key_id)
-        elif given.ip is not None:
-            count = await gate.reset(ip=given.ip)
-        elif given.subject is not None:
-            count = await gate.reset(subject=given.subject)
-        else:
-            if await gate.catalog.tier(given.tier or "") is None:
-                raise NotFound(f"there is no tier {given.tier!r}: see GET /admin/v1/tiers")
-            count = await gate.reset(tier=given.tier)
-        ((kind, target),) = named.items()
-        await editor.record(actor, "reset", "counters", f"{kind} {target}"[:MAX_TARGET], {"reset": count})
-        return ResetRead(reset=count)
+    # As a default, not in Annotated: FastAPI cannot resolve the annotation of a local function.
+    selection = Depends(violation_filter)
 
-    @routes.get("/violations", tags=["violations"], summary="Who was blocked in which minute, the newest first")
-    async def violations(
-        limit: Limit = 100,
-        after: After = None,
-        since: Moment | None = None,
-        until: Moment | None = None,
-        tier: Exactly = None,
-        rule: Exactly = None,
-        api_key_id: KeyId = None,
-        ip: Ip = None,
-        subject: SubjectText = None,
-    ) -> ViolationPage:
-        blocked = await _blocked(editor, since, until, tier, rule, api_key_id, ip, subject)
-        page = await list_violations(editor.catalog.database, limit, after, blocked)
-        return ViolationPage.model_validate({"items": page.items, "next": page.next})
+    @routes.get("/violations", tags=["violations"], summary="List the minutes in which callers were blocked, newest first")
+    async def violations(limit: Limit = 100, after: After = None, selected: ViolationFilter = selection) -> ViolationPage:
+        page = await list_violations(database, limit, after, selected)
+        return ViolationPage(items=[ViolationRead.model_validate(item) for item in page.items], next=page.next)
 
-    @routes.get("/violations/top", tags=["violations"], summary="Who was blocked most, the most first")
+    @routes.get("/violations/top", tags=["violations"], summary="List what was blocked most, highest counts first")
     async def top(
-        limit: Most = 10,
-        by: By = "subject",
-        since: Moment | None = None,
-        until: Moment | None = None,
-        tier: Exactly = None,
-        rule: Exactly = None,
-        api_key_id: KeyId = None,
-        ip: Ip = None,
-        subject: SubjectText = None,
-        attribute: AttributeNames = None,
+        limit: TopLimit = 10, by: By = "subject", attribute: AttributeNames = None, selected: ViolationFilter = selection
     ) -> TopRead:
-        blocked = await _blocked(editor, since, until, tier, rule, api_key_id, ip, subject)
         if attribute is not None:
-            blocked = msgspec.structs.replace(blocked, attributes=attribute_names(attribute))
-        items = await top_violators(editor.catalog.database, limit, by, blocked)
-        return TopRead.model_validate({"items": items})
+            selected = msgspec.structs.replace(selected, attributes=attribute_names(attribute))
+        items = await top_violators(database, limit, by, selected)
+        return TopRead(items=[ViolatorRead.model_validate(item) for item in items])
 
-    @routes.get("/audit-log", tags=["audit log"], summary="Who changed what from what to what, the newest first")
+    @routes.get("/audit-log", tags=["audit log"], summary="List changes with the states before and after them, newest first")
     async def audit_log(
         limit: Limit = 100, after: After = None, kind: Exactly = None, target: Exactly = None, actor: Exactly = None
     ) -> AuditPage:
@@ -144,29 +81,3 @@ def record_routes(editor: CatalogEditor, gate: Gate) -> APIRouter:
         return AuditPage(items=page.items, next=page.next)
 
     return routes
-
-
-async def _blocked(
-    editor: CatalogEditor,
-    since: str | None,
-    until: str | None,
-    tier: str | None,
-    rule: str | None,
-    api_key_id: str | None,
-    ip: str | None,
-    subject_text: str | None,
-) -> Blocked:
-    """The violations meant; of the last 24 h where no time is given."""
-    if sum(given is not None for given in (api_key_id, ip, subject_text)) > 1:
-        raise BadRequest("api_key_id, ip and subject are different subjects: give one of them")
-    until_us = now_us() + 1 if until is None else parse_timestamp(until, "until")
-    since_us = until_us - DAY_US if since is None else parse_timestamp(since, "since")
-    if since_us >= until_us:
-        raise BadRequest("since is not before until: swap the two")
-    if api_key_id is not None:
-        subject: str | None = await subject_of_key(editor, api_key_id)
-    elif subject_text is not None:
-        subject = attribute_subject_text(subject_text)
-    else:
-        subject = None if ip is None else f"i:{client_of(ip)}"
-    return Blocked(since_us, until_us, tier, rule, subject)

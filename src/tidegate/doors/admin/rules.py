@@ -18,15 +18,7 @@ RuleId = Annotated[int, Path(ge=1, le=2**53)]
 
 
 def rule_routes(editor: CatalogEditor, gate: Gate) -> APIRouter:
-    """The routes of rules.
-
-    Args:
-        editor: of the catalog.
-        gate: what counts, to warn of limits that are used up.
-
-    Returns:
-        The routes.
-    """
+    """The routes of rules."""
     routes = APIRouter(prefix="/rate-limit-rules", tags=["rules"])
 
     async def answer(response: Response, rule: RuleRead) -> RuleRead:
@@ -41,30 +33,30 @@ def rule_routes(editor: CatalogEditor, gate: Gate) -> APIRouter:
         return RulePage(items=page.items, next=page.next)
 
     @routes.post("", status_code=201, summary="Add a rule to a tier")
-    async def create(given: RuleCreate, response: Response, actor: Actor) -> RuleRead:
-        fields = given.model_dump(exclude={"tier"})
-        fields["name"] = given.name or ""
-        return await answer(response, await editor.create_rule(actor, given.tier, fields))
+    async def create(request: RuleCreate, response: Response, actor: Actor) -> RuleRead:
+        fields = request.model_dump(exclude={"tier"})
+        fields["name"] = request.name or ""
+        return await answer(response, await editor.create_rule(actor, request.tier, fields))
 
     @routes.get("/{rule_id}", summary="Read a rule")
     async def read(rule_id: RuleId, response: Response) -> RuleRead:
         return tagged(response, await get_rule(editor, rule_id))
 
-    @routes.put("/{rule_id}", summary="Write a rule over another; what is left out gets its default", responses=EDIT_ERRORS)
-    async def replace(rule_id: RuleId, given: RuleFields, response: Response, actor: Actor, revisions: Revisions) -> RuleRead:
-        fields = {**given.model_dump(), "name": given.name or ""}
-        return await answer(response, await editor.edit_rule(actor, rule_id, fields, revisions, whole=True))
+    @routes.put("/{rule_id}", summary="Replace a rule; omitted fields get their defaults", responses=EDIT_ERRORS)
+    async def replace(rule_id: RuleId, request: RuleFields, response: Response, actor: Actor, revisions: Revisions) -> RuleRead:
+        fields = {**request.model_dump(), "name": request.name or ""}
+        return await answer(response, await editor.edit_rule(actor, rule_id, fields, revisions, replace=True))
 
     @routes.patch("/{rule_id}", summary="Change fields of a rule", responses=EDIT_ERRORS)
-    async def change(rule_id: RuleId, given: RulePatch, response: Response, actor: Actor, revisions: Revisions) -> RuleRead:
-        fields = given.model_dump(exclude_unset=True)
+    async def change(rule_id: RuleId, request: RulePatch, response: Response, actor: Actor, revisions: Revisions) -> RuleRead:
+        fields = request.model_dump(exclude_unset=True)
         if not fields:
-            raise BadRequest("there is nothing to change: name at least one field, such as limits")
+            raise BadRequest("there is nothing to change: send at least one field, such as limits")
         if "name" in fields:
             fields["name"] = fields["name"] or ""
         return await answer(response, await editor.edit_rule(actor, rule_id, fields, revisions))
 
-    @routes.delete("/{rule_id}", status_code=204, summary="Remove a rule", responses=EDIT_ERRORS)
+    @routes.delete("/{rule_id}", status_code=204, summary="Delete a rule", responses=EDIT_ERRORS)
     async def remove(rule_id: RuleId, actor: Actor, revisions: Revisions) -> None:
         await editor.delete_rule(actor, rule_id, revisions)
 

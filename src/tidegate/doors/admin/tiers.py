@@ -17,19 +17,11 @@ NameInPath = Annotated[str, Path(max_length=64), Plain]
 
 
 def tier_routes(editor: CatalogEditor, gate: Gate) -> APIRouter:
-    """The routes of tiers.
-
-    Args:
-        editor: of the catalog.
-        gate: what counts, to warn of limits that are used up.
-
-    Returns:
-        The routes.
-    """
+    """The routes of tiers."""
     routes = APIRouter(prefix="/tiers", tags=["tiers"])
 
-    async def changed(response: Response, actor: str, name: str, given: TierLimits, revisions: Any) -> TierRead:
-        tier = tagged(response, await editor.edit_tier(actor, name, given.limits, revisions))
+    async def changed(response: Response, actor: str, name: str, request: TierLimits, revisions: Any) -> TierRead:
+        tier = tagged(response, await editor.edit_tier(actor, name, request.limits, revisions))
         return tier.model_copy(update={"warnings": await used_up_in_tier(editor, gate, name, None)})
 
     @routes.get("", summary="List tiers, by name")
@@ -37,23 +29,23 @@ def tier_routes(editor: CatalogEditor, gate: Gate) -> APIRouter:
         page = await list_tiers(editor, limit, after, name)
         return TierPage(items=page.items, next=page.next)
 
-    @routes.post("", status_code=201, summary="Make a tier without rules")
-    async def create(given: TierCreate, response: Response, actor: Actor) -> TierRead:
-        return tagged(response, await editor.create_tier(actor, given.name, given.limits))
+    @routes.post("", status_code=201, summary="Create a tier without rules")
+    async def create(request: TierCreate, response: Response, actor: Actor) -> TierRead:
+        return tagged(response, await editor.create_tier(actor, request.name, request.limits))
 
     @routes.get("/{name}", summary="Read a tier")
     async def read(name: NameInPath, response: Response) -> TierRead:
         return tagged(response, await get_tier(editor, name))
 
-    @routes.put("/{name}", summary="Give a tier other limits of its own", responses=EDIT_ERRORS)
-    async def replace(name: NameInPath, given: TierLimits, response: Response, actor: Actor, revisions: Revisions) -> TierRead:
-        return await changed(response, actor, name, given, revisions)
+    @routes.put("/{name}", summary="Replace the limits of a tier", responses=EDIT_ERRORS)
+    async def replace(name: NameInPath, request: TierLimits, response: Response, actor: Actor, revisions: Revisions) -> TierRead:
+        return await changed(response, actor, name, request, revisions)
 
-    @routes.patch("/{name}", summary="Give a tier other limits of its own", responses=EDIT_ERRORS)
-    async def change(name: NameInPath, given: TierLimits, response: Response, actor: Actor, revisions: Revisions) -> TierRead:
-        return await changed(response, actor, name, given, revisions)
+    @routes.patch("/{name}", summary="Replace the limits of a tier", responses=EDIT_ERRORS)
+    async def change(name: NameInPath, request: TierLimits, response: Response, actor: Actor, revisions: Revisions) -> TierRead:
+        return await changed(response, actor, name, request, revisions)
 
-    @routes.delete("/{name}", status_code=204, summary="Remove a tier with its rules", responses=EDIT_ERRORS)
+    @routes.delete("/{name}", status_code=204, summary="Delete a tier with its rules", responses=EDIT_ERRORS)
     async def remove(name: NameInPath, actor: Actor, revisions: Revisions) -> None:
         await editor.delete_tier(actor, name, revisions)
 

@@ -17,14 +17,7 @@ TokenId = Annotated[int, Path(ge=1, le=2**53)]
 
 
 def token_routes(editor: CatalogEditor) -> APIRouter:
-    """The routes of tokens.
-
-    Args:
-        editor: of the catalog.
-
-    Returns:
-        The routes.
-    """
+    """The routes of tokens."""
     routes = APIRouter(prefix="/tokens", tags=["tokens"], dependencies=[OPERATORS_ONLY])
 
     @routes.get("", summary="List tokens, by id")
@@ -32,13 +25,13 @@ def token_routes(editor: CatalogEditor) -> APIRouter:
         page = await list_tokens(editor, limit, after)
         return TokenPage(items=page.items, next=page.next)
 
-    @routes.post("", status_code=201, summary="Make a token; the token itself is told this once")
-    async def create(given: TokenCreate, response: Response, actor: Actor) -> TokenMade:
-        expires_at_us = None if given.expires_at is None else parse_timestamp(given.expires_at, "expires_at")
+    @routes.post("", status_code=201, summary="Create a token; only this response contains the token itself")
+    async def create(request: TokenCreate, response: Response, actor: Actor) -> TokenMade:
+        expires_at_us = None if request.expires_at is None else parse_timestamp(request.expires_at, "expires_at")
         response.headers["Cache-Control"] = "no-store"
-        return await tokens.create_token(editor, actor, given.name, given.role, expires_at_us)
+        return await tokens.create_token(editor, actor, request.name, request.role, expires_at_us)
 
-    @routes.delete("/{token_id}", summary="Revoke a token; its record stays")
+    @routes.delete("/{token_id}", summary="Revoke a token; its record is kept")
     async def revoke(token_id: TokenId, actor: Actor) -> TokenRead:
         return await tokens.revoke_token(editor, actor, token_id)
 

@@ -7,16 +7,17 @@ from typing import Any, Final
 
 import msgspec
 
+from tidegate.counters import ChargeOutcome
 from tidegate.decision import Decision
 from tidegate.doors.grpc.messages import OK, OVER_LIMIT, RateLimitResponse
-from tidegate.doors.grpc.units import MONTH, YEAR, unit_of
+from tidegate.doors.grpc.reply_template import MAX_REMAINING, allowed_reply, set_current_limit
 from tidegate.doors.responses import encode, error_body, exceeded_body, limit_headers, retry_headers
 from tidegate.errors import StoreUnavailable, TidegateError
 from tidegate.gate.charging import ChargeResult, CheckPlan
 from tidegate.timestamps import US_PER_S
 
-MAX_REMAINING: Final = 2**32 - 1
 _JSON: Final = ("content-type", "application/json")
+_DECIDED: Final = CheckPlan(None, ())
 
 
 class Part(msgspec.Struct, frozen=True, gc=False):
@@ -83,6 +84,24 @@ def reply(parts: Sequence[Part], results: Iterable[ChargeResult]) -> bytes:
     return rendered
 
 
+def reply_to_one(decision: Decision, cost: int, shadow_outcomes: Sequence[ChargeOutcome]) -> bytes:
+    """Render the answer to one descriptor that the policy decided.
+
+    Args:
+        decision: the decision.
+        cost: units; 0 peeks.
+        shadow_outcomes: outcomes of shadow rules.
+
+    Returns:
+        A `RateLimitResponse`.
+    """
+    if decision.allowed and (cost or decision.remaining):
+        rendered = allowed_reply(decision)
+        if rendered is not None:
+            return rendered
+    return reply([Part(_DECIDED, cost)], [ChargeResult(decision, shadow_outcomes)])
+
+
 def denied(error: TidegateError) -> bytes:
     """The `RateLimitResponse` that denies a whole request with an error."""
     message = RateLimitResponse()
@@ -110,15 +129,7 @@ def _set_limit(status: Any, decision: Decision, name: str) -> None:
     binding = decision.binding
     if binding is None:
         return
-    limit = status.current_limit
-    limit.requests_per_unit = min(binding.amount, MAX_REMAINING)
-    if binding.is_calendar:
-        limit.unit, multiplier = (MONTH if binding.calendar_month else YEAR), 1
-    else:
-        limit.unit, multiplier = unit_of(binding.window_us)
-    if multiplier > 1:
-        limit.unit_multiplier.value = multiplier
-    limit.name = name or decision.rule or ""
+    set_current_limit(status.current_limit, binding, name or decision.rule or "")
     status.limit_remaining = min(decision.remaining or 0, MAX_REMAINING)
     seconds, us = divmod(decision.reset_after_us, US_PER_S)
     status.duration_until_reset.seconds = seconds

@@ -8,15 +8,17 @@ Those of any other domain are allowed, with a warning in the log.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from typing import Any, Final, Protocol
 
 import msgspec
 from google.protobuf.message import DecodeError
 
-from tidegate.decision import Check, Observation, canonical_ip, clip
+from tidegate.counters import ChargeOutcome
+from tidegate.decision import Check, Decision, Observation, canonical_ip, clip
 from tidegate.doors.grpc.messages import RateLimitRequest
-from tidegate.doors.grpc.replies import Part, denied, reply
+from tidegate.doors.grpc.replies import Part, denied, reply, reply_to_one
+from tidegate.doors.grpc.request_cache import FileRequest, RequestCache
 from tidegate.doors.grpc.status import CallRefused, Status
 from tidegate.doors.outward import outward
 from tidegate.errors import BadRequest, CatalogUnavailable, RequestTooLarge, TidegateError
@@ -26,7 +28,7 @@ from tidegate.gate.subjects import DescriptorCheck
 from tidegate.policy.attributes import RESERVED, is_name
 from tidegate.policy.paths import STRICT, PathRules
 from tidegate.settings import EnvoySettings
-from tidegate.telemetry.requests import note
+from tidegate.telemetry.requests import CURRENT, note
 from tidegate.time_slice import TimeSlice
 
 logger = logging.getLogger(__name__)
@@ -93,56 +95,141 @@ class RateLimitService:
         self._paths = paths
         self._observe = observe
         self._warned_domains: set[str] = set()
-        self.domains: Mapping[str, DomainLimits] | None = {}
+        self._domains: Mapping[str, DomainLimits] | None = {}
+        self._requests = RequestCache()
+
+    @property
+    def domains(self) -> Mapping[str, DomainLimits] | None:
+        """Limits of the domains of `[envoy] config`, see `RateLimitService`."""
+        return self._domains
+
+    @domains.setter
+    def domains(self, domains: Mapping[str, DomainLimits] | None) -> None:
+        self._domains = domains
+        self._requests.clear()
 
     async def answer(self, payload: bytes) -> bytes:
-        """Answer one request.
+        """As `answer_now`, for a caller that can wait."""
+        answer = self.answer_now(payload)
+        return answer if isinstance(answer, bytes) else await answer
+
+    def answer_now(self, payload: bytes) -> bytes | Coroutine[Any, Any, bytes]:
+        """Answer one request; nothing is awaited for one descriptor with a path where the gate decides at once.
 
         Args:
             payload: a `RateLimitRequest`.
 
         Returns:
-            A `RateLimitResponse`.
+            A `RateLimitResponse`, or a coroutine that returns it; until it is awaited nothing is charged.
 
         Raises:
-            CallRefused: if the request is invalid (the gateway is misconfigured), or the catalog is unavailable.
+            CallRefused: if the request is invalid (the gateway is misconfigured), or the catalog is unavailable; also raised by
+                the coroutine.
         """
-        if len(payload) > MAX_MESSAGE_BYTES:
-            return denied(
-                self._observed(RequestTooLarge(f"the request has {len(payload)} bytes; at most {MAX_MESSAGE_BYTES} are accepted"))
-            )
+        prepared = self._requests.find(payload)
+        if prepared is None:
+            if len(payload) > MAX_MESSAGE_BYTES:
+                message = f"the request has {len(payload)} bytes; at most {MAX_MESSAGE_BYTES} are accepted"
+                return denied(self._observed(RequestTooLarge(message)))
+            request = self._parsed(payload)
+            if len(request.descriptors) != 1 or self._limits_of(request) is not None or not self._is_of_policy(request):
+                return self._answer_parsed(payload, request)
+            check, cost = self._check_of(request.descriptors[0], request)
+            if not isinstance(check, Check):
+                return self._answer_checks(payload, [(check, cost)])
+            prepared = check
+            self._requests.add(payload, check)
+        if isinstance(prepared, Check):
+            return self._answer_check(prepared)
+        if isinstance(prepared, FileRequest):
+            assert self._domains is not None, "the cache is cleared with the domains"
+            return self._answer_parts(self._domains[prepared.domain], prepared.parts)
+        return self._answer_checks(None, prepared)
+
+    def _answer_check(self, check: Check) -> bytes | Coroutine[Any, Any, bytes]:
+        """Answer a request for the policy's domain with one descriptor that has a path."""
+        if CURRENT.get() is not None:
+            note(check)
+        shadow_outcomes: list[ChargeOutcome] = []
+        try:
+            decision = self._gate.check_now(check, shadow_outcomes)
+        except TidegateError as error:
+            return self._answer_error(error, check.cost)
+        if isinstance(decision, Decision):
+            return reply_to_one(decision, check.cost, shadow_outcomes)
+        return self._answer_check_later(check, decision, shadow_outcomes)
+
+    async def _answer_check_later(
+        self, check: Check, decision: Awaitable[Decision], shadow_outcomes: Sequence[ChargeOutcome]
+    ) -> bytes:
+        try:
+            decided = await decision
+        except TidegateError as error:
+            return self._answer_error(error, check.cost)
+        return reply_to_one(decided, check.cost, shadow_outcomes)
+
+    def _answer_error(self, error: TidegateError, cost: int) -> bytes:
+        """Answer a check that the gate refused, and reported to telemetry."""
+        if isinstance(error, CatalogUnavailable):
+            raise CallRefused(Status.UNAVAILABLE, outward(error)[0])
+        return reply([Part(error, cost)], [ChargeResult(error)])
+
+    def _parsed(self, payload: bytes) -> Any:
+        """The request, with a domain and an accepted number of descriptors."""
         try:
             request = RateLimitRequest.FromString(payload)
         except DecodeError:
             raise self._refused("the message is not a valid envoy.service.ratelimit.v3.RateLimitRequest") from None
-        domain, descriptors = request.domain.decode(errors="replace"), request.descriptors
-        if not domain:
+        if not request.domain:
             raise self._refused("the request has no domain; set the domain of Envoy's filter to the value of [envoy] domain")
-        if not 1 <= len(descriptors) <= MAX_DESCRIPTORS:
-            raise self._refused(f"the request has {len(descriptors)} descriptors; send 1 to {MAX_DESCRIPTORS}")
-        domains = self.domains
-        if domains is None:
-            if domain != self._domain:
+        if not 1 <= len(request.descriptors) <= MAX_DESCRIPTORS:
+            raise self._refused(f"the request has {len(request.descriptors)} descriptors; send 1 to {MAX_DESCRIPTORS}")
+        return request
+
+    def _is_of_policy(self, request: Any) -> bool:
+        return _domain(request) == self._domain
+
+    def _limits_of(self, request: Any) -> DomainLimits | None:
+        """The limits of the request's domain from `[envoy] config`; None if it is not defined there."""
+        if self._domains is None:
+            if not self._is_of_policy(request):
                 raise CallRefused(Status.UNAVAILABLE, "[envoy] config is invalid, so no limits are loaded; see the log")
-            domains = {}
-        limits = domains.get(domain)
+            return None
+        return self._domains.get(_domain(request))
+
+    async def _answer_parsed(self, payload: bytes, request: Any) -> bytes:
+        """Answer any request."""
+        limits = self._limits_of(request)
         if limits is not None:
-            entries = [(*self._entries(each, request), _override(each)) for each in descriptors]
+            entries = [(*self._entries(each, request), _override(each)) for each in request.descriptors]
             parts = await limits.parts(entries)
-            return reply(parts, await limits.settle(self._gate, parts))
-        if domain != self._domain:
-            self._warn_unlimited(domain)
-            return reply([Part(None, 0)] * len(descriptors), [])
+            if self._limits_of(request) is limits:
+                self._requests.add(payload, FileRequest(_domain(request), parts))
+            return await self._answer_parts(limits, parts)
+        if not self._is_of_policy(request):
+            self._warn_unlimited(_domain(request))
+            return reply([Part(None, 0)] * len(request.descriptors), [])
         checks = []
         slice_ = TimeSlice()
-        for each in descriptors:
+        for each in request.descriptors:
             if slice_.over:
                 await slice_.pause()
             checks.append(self._check_of(each, request))
+        return await self._answer_checks(payload, checks)
+
+    async def _answer_parts(self, limits: DomainLimits, parts: list[Part]) -> bytes:
+        return reply(parts, await limits.settle(self._gate, parts))
+
+    async def _answer_checks(
+        self, payload: bytes | None, checks: Sequence[tuple[Check | DescriptorCheck | TidegateError, int]]
+    ) -> bytes:
+        """Answer a request for the policy's domain; `payload` if it is to be kept."""
+        if payload is not None and not any(isinstance(check, TidegateError) for check, _ in checks):
+            self._requests.add(payload, checks)  # type: ignore[arg-type]
         parts = await self._parts(checks)
         return reply(parts, await self._gate.decide([part.plan for part in parts if part.plan is not None]))
 
-    async def _parts(self, checks: list[tuple[Check | DescriptorCheck | TidegateError, int]]) -> list[Part]:
+    async def _parts(self, checks: Sequence[tuple[Check | DescriptorCheck | TidegateError, int]]) -> list[Part]:
         """The plan of each check; their callers are looked up concurrently."""
         plans = iter(await self._gate.plan_many([check for check, _ in checks if not isinstance(check, TidegateError)]))
         parts = [Part(check if isinstance(check, TidegateError) else next(plans), cost) for check, cost in checks]
@@ -178,28 +265,20 @@ class RateLimitService:
                 return DescriptorCheck(by_key, None if api_key is None else str(api_key), cost, _address(named.get("ip"))), cost
             check = Check.of(**named, paths=self._paths, strict_ip=False)
             attributes = self._attributes(entries)
-            if attributes:
-                check = msgspec.structs.replace(check, attributes=attributes)
-            if len(request.descriptors) == 1:
-                note(check)
-            return check, cost
+            return (msgspec.structs.replace(check, attributes=attributes) if attributes else check), cost
         except TidegateError as error:
             return error, cost
 
     def _attributes(self, entries: Entries) -> Mapping[str, str]:
         """The entries that may be attributes: those with the name of one, but for what is read as a part of the check.
 
-        Values of any length: some entries are there for rules of other programs, and the gate bounds those that it reads.
-
-        Raises:
-            BadRequest: if one came twice: the gateway and the backend may use different ones.
+        Values of any length: some entries are there for other programs, and the gate bounds those that a rule reads. The first of
+        two entries with one key is used, as in descriptors without a path.
         """
         found: dict[str, str] = {}
         for key, value in entries:
-            if key in self._names or not value or not is_name(key) or key in RESERVED:
-                continue
-            if found.setdefault(key, value) != value:
-                raise BadRequest(f"the entry {key!r} appears twice in one descriptor; send it once", field="attributes")
+            if value and key not in self._names and is_name(key) and key not in RESERVED:
+                found.setdefault(key, value)
         return found
 
     def _entries(self, descriptor: Any, request: Any) -> tuple[Entries, int]:
@@ -242,6 +321,11 @@ def _address(ip: object) -> str | None:
         return None if ip is None else canonical_ip(ip)
     except BadRequest:
         return None
+
+
+def _domain(request: Any) -> str:
+    domain: bytes = request.domain
+    return domain.decode(errors="replace")
 
 
 def _override(descriptor: Any) -> SentLimit | None:

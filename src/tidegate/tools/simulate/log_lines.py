@@ -99,6 +99,7 @@ class LogLines:
         """Why the log ended early: a truncated or damaged compressed stream or array."""
         self._raw = self._open()
         self._compression = ""
+        self._damage: tuple[type[Exception], ...] = (EOFError, zlib.error, gzip.BadGzipFile, lzma.LZMAError)
         stream = self._raw
         start = cast("io.BufferedReader", self._raw).peek(6)
         for magic, (name, decompress) in _COMPRESSIONS.items():
@@ -110,6 +111,8 @@ class LogLines:
                     if source != "-":
                         self._raw.close()
                     raise LogError(f"{source} cannot be read: {error.message}") from None
+                if name == "zstd":
+                    self._damage += (importlib.import_module("compression.zstd").ZstdError,)
         # Bytes that are not UTF-8 become \xNN: hostile bytes stay visible and harmless.
         self._text = io.TextIOWrapper(stream, encoding="utf-8", errors="backslashreplace", newline="\n")
 
@@ -124,7 +127,7 @@ class LogLines:
         """The lines with their line ends; a line is truncated to 64 KB."""
         try:
             yield from self._lines()
-        except (EOFError, zlib.error, gzip.BadGzipFile, lzma.LZMAError) as error:
+        except self._damage as error:
             self._break(error)
         except OSError as error:
             if self._compression and error.errno is None:  # bzip2's "Invalid data stream", which has no class of its own

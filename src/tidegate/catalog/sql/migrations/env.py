@@ -1,4 +1,4 @@
-"""What Alembic runs: the migrations on the connection that `tidegate.catalog.sql.schema` hands over."""
+"""Alembic's entry point: runs the migrations on the connection passed by `tidegate.catalog.sql.schema`."""
 
 from alembic import context
 
@@ -7,7 +7,7 @@ from tidegate.catalog.sql.tables import metadata
 context.configure(
     connection=context.config.attributes["connection"],
     target_metadata=metadata,
-    # SQLite cannot change a column in place: Alembic then copies the table.
+    # SQLite cannot change a column in place: Alembic copies the table.
     render_as_batch=True,
     transaction_per_migration=True,
 )

@@ -1,6 +1,6 @@
 """Tiers, rules, API keys, and the state of the policy.
 
-Written out, not taken from `tables.py`: what this step made stays the same when the tables change later.
+Does not use `tables.py`: the result of this migration stays the same when the tables change later.
 """
 
 import sqlalchemy as sa

@@ -1,6 +1,6 @@
 """Violations, operators' tokens, the audit log, and a revision for each row that is edited.
 
-Adds only: instances of the version before go on reading and writing beside those of this one.
+Only adds: instances of the previous version keep working beside those of this one.
 """
 
 import sqlalchemy as sa

@@ -1,6 +1,6 @@
-"""What each change of the catalog touched, and which versions of Tidegate work with the schema.
+"""The log of changes of the catalog, and which versions of Tidegate work with the schema.
 
-Adds only: changes of instances of the version before leave no rows, which readers take as a change of everything.
+Only adds: changes by instances of the previous version write no rows, which readers treat as a change of everything.
 """
 
 import sqlalchemy as sa

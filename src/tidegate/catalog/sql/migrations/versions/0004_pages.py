@@ -1,9 +1,9 @@
 """Indexes for the pages of the admin API that no index answered, and for the API keys of the policy file.
 
-Adds only. While PostgreSQL makes an index, nobody writes to its table: some seconds for a million API keys; checks go on.
-CREATE INDEX CONCURRENTLY would let writers go on, but cannot run in a transaction, as all steps do: one that failed half-way
-would leave a database between two revisions. Whoever has many more keys makes the indexes before, by hand and CONCURRENTLY,
-under the same names: what is there already is left alone.
+Only adds. PostgreSQL blocks writes to the table while it builds an index: a few seconds for a million API keys; checks continue.
+CREATE INDEX CONCURRENTLY would not block writers, but cannot run in a transaction, as all migrations do: one that failed half-way
+would leave a database between two revisions. With many more keys, create the indexes beforehand, by hand and CONCURRENTLY,
+under the same names: existing ones are not created again.
 """
 
 import sqlalchemy as sa

@@ -1,6 +1,6 @@
-"""The secret that entries of the shared cache are sealed with, and whose counters a rotated API key goes on with.
+"""The secret that seals entries of the shared cache, and the key whose counters a rotated API key keeps.
 
-Adds only: instances of the version before neither read nor write the columns. To them a rotated key counts for itself.
+Only adds: instances of the previous version neither read nor write the columns; they count a rotated key separately.
 """
 
 import sqlalchemy as sa

@@ -1,1 +1,1 @@
-"""One file a step of the schema, oldest first."""
+"""One file per migration of the schema, oldest first."""

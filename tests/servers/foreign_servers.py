@@ -1,4 +1,4 @@
-"""Listeners on loopback where a server of ours was meant: one that is a stranger, and one that puts TLS before another."""
+"""Listeners on loopback in place of a Tidegate server: a server with fixed responses, and a TLS proxy."""
 
 from __future__ import annotations
 
@@ -12,12 +12,8 @@ import threading
 from tests.servers.certificates import Authority
 
 
-class Stranger:
-    """Answers every request with the same bytes, or not at all.
-
-    Args:
-        reply: the bytes; None to be silent.
-    """
+class ForeignServer:
+    """Answers every request with the same bytes; with None not at all."""
 
     def __init__(self, reply: bytes | None) -> None:
         self.requests: list[bytes] = []
@@ -56,7 +52,7 @@ def _is_whole(request: bytes) -> bool:
     return bool(end) and len(body) >= (int(length[1]) if length else 0)
 
 
-class TlsFront:
+class TlsProxy:
     """TLS before a listener on loopback, as a proxy of the operator's would put it there; keeps what was said in the clear.
 
     Args:

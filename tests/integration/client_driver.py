@@ -1,4 +1,4 @@
-"""The client of either kind, asked in one way."""
+"""One interface to the blocking and the asyncio client."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from tidegate.client import AsyncClient, Client
 
 PATIENT_S = 20.0
-"""A deadline that a busy machine keeps, for tests that are not about deadlines."""
+"""A deadline that a busy machine meets, for tests that are not about deadlines."""
 
 POLICY = """
 [[tiers]]
@@ -30,7 +30,7 @@ tier = "free"
 """Of days: a test that ran across the end of a shorter window would count otherwise."""
 
 
-class Asker:
+class ClientDriver:
     """A client of either kind, asked in one way: the blocking one in a thread, so that servers of this loop can answer."""
 
     def __init__(self, kind: str, *arguments: Any, **options: Any) -> None:

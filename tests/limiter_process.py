@@ -1,6 +1,6 @@
-"""A process of its own that asks many times at once: `python -m tests.asker URL ALGORITHM LIMIT NAME COUNT`.
+"""A process with many concurrent checks: `python -m tests.limiter_process URL ALGORITHM LIMIT NAME COUNT`.
 
-Connects, says `ready`, waits for a line, asks, and says how many were allowed and how many were degraded.
+Connects, prints `ready`, waits for a line, checks, and prints how many were allowed and how many were degraded.
 """
 
 from __future__ import annotations

@@ -1,0 +1,95 @@
+"""Models of the control plane's requests and responses, one module per resource.
+
+Routes, the command line and the OpenAPI description use the same models.
+"""
+
+from __future__ import annotations
+
+from tidegate.admin.models.api_keys import (
+    KeyCreate,
+    KeyMade,
+    KeyOverride,
+    KeyPage,
+    KeyPatch,
+    KeyRead,
+    KeyRotated,
+    OverridesRequest,
+    RevokeRequest,
+    RotateRequest,
+)
+from tidegate.admin.models.base import (
+    JsonObject,
+    KeyId,
+    Name,
+    PageModel,
+    Plain,
+    Reason,
+    RequestModel,
+    Resource,
+    ResponseModel,
+    Row,
+    TierName,
+    Timestamp,
+    is_key_id,
+)
+from tidegate.admin.models.policy import ChangeRead, ImportRead
+from tidegate.admin.models.problems import Problem, ProblemRead
+from tidegate.admin.models.records import AuditPage, AuditRead, TopRead, ViolationPage, ViolationRead, ViolatorRead
+from tidegate.admin.models.rules import RuleCreate, RuleFields, RulePage, RulePatch, RuleRead
+from tidegate.admin.models.tiers import TierCreate, TierLimits, TierPage, TierRead
+from tidegate.admin.models.tokens import TokenCreate, TokenMade, TokenPage, TokenRead
+from tidegate.admin.models.usage import ResetRead, ResetRequest, RuleUsageRead, UsageRead, WindowUsageRead
+
+__all__ = [
+    "AuditPage",
+    "AuditRead",
+    "ChangeRead",
+    "ImportRead",
+    "JsonObject",
+    "KeyCreate",
+    "KeyId",
+    "KeyMade",
+    "KeyOverride",
+    "KeyPage",
+    "KeyPatch",
+    "KeyRead",
+    "KeyRotated",
+    "Name",
+    "OverridesRequest",
+    "PageModel",
+    "Plain",
+    "Problem",
+    "ProblemRead",
+    "Reason",
+    "RequestModel",
+    "ResetRead",
+    "ResetRequest",
+    "Resource",
+    "ResponseModel",
+    "RevokeRequest",
+    "RotateRequest",
+    "Row",
+    "RuleCreate",
+    "RuleFields",
+    "RulePage",
+    "RulePatch",
+    "RuleRead",
+    "RuleUsageRead",
+    "TierCreate",
+    "TierLimits",
+    "TierName",
+    "TierPage",
+    "TierRead",
+    "Timestamp",
+    "TokenCreate",
+    "TokenMade",
+    "TokenPage",
+    "TokenRead",
+    "TopRead",
+    "UsageRead",
+    "ViolationPage",
+    "ViolationRead",
+    "ViolatorRead",
+    "WindowUsageRead",
+    "is_key_id",
+]

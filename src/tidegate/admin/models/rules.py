@@ -1,0 +1,91 @@
+"""Models of rules."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from tidegate.admin.models.base import (
+    Algorithm,
+    Match,
+    Mode,
+    OnFailure,
+    OnMissing,
+    PageModel,
+    Plain,
+    RequestModel,
+    Resource,
+    Row,
+    RuleLimits,
+    RuleName,
+    Subject,
+    TierName,
+)
+from tidegate.catalog.sql.rows import subject_value_of
+
+
+class RuleFields(RequestModel):
+    """The fields of a rule, with the same meanings as in the policy file."""
+
+    endpoint: Annotated[str, Field(max_length=1024, examples=["/api/v1/*"]), Plain]
+    limits: RuleLimits
+    methods: Annotated[list[Annotated[str, Field(max_length=32), Plain]], Field(max_length=32)] = []
+    algorithm: Algorithm = "sliding_window"
+    subject: Subject = "api_key"
+    priority: Annotated[int, Field(ge=-1_000_000, le=1_000_000)] = 0
+    mode: Mode = "enforce"
+    on_failure: OnFailure = "default"
+    name: RuleName | None = None
+    match: Match = {}
+    on_missing: OnMissing = "ip"
+
+
+class RuleCreate(RuleFields):
+    """A new rule."""
+
+    tier: TierName
+
+
+class RulePatch(RuleFields):
+    """Fields of a rule to change; omitted fields keep their values."""
+
+    endpoint: Annotated[str, Field(max_length=1024), Plain] = ""
+    limits: RuleLimits = []
+
+
+class RuleRead(Resource):
+    """A rule."""
+
+    id: int
+    tier: str
+    name: str
+    endpoint: str
+    methods: list[str]
+    algorithm: str
+    limits: list[str]
+    subject: str | list[str]
+    priority: int
+    mode: str
+    on_failure: str
+    match: dict[str, str] = {}
+    on_missing: str = "ip"
+    managed_by_file: bool
+    revision: int
+    warnings: list[str] = []
+
+    @classmethod
+    def of_row(cls, row: Row) -> RuleRead:
+        """Of a row of `rate_limit_rules`, with the tier's name as `tier_name`."""
+        return cls._from_columns(
+            row,
+            tier=row["tier_name"],
+            endpoint=row["endpoint_pattern"],
+            subject=subject_value_of(row),
+            match=row["match_attributes"] or {},
+            on_missing=row["on_missing"] or "ip",
+        )
+
+
+class RulePage(PageModel[RuleRead]):
+    """A page of rules; send `next` as `after` for the next page."""
