@@ -205,7 +205,7 @@ def test_the_index_finds_what_going_through_all_rules_finds(
 def test_the_policies_of_the_documentation_are_valid() -> None:
     page = (Path(__file__).parents[2] / "docs" / "callers.md").read_text()
     policies = re.findall(r"```toml\n(.*?)```", page, re.DOTALL)
-    assert len(policies) == 4
+    assert len(policies) == 6
     for text in policies:
         policy = parse_policy(text)
         assert policy.attributes
