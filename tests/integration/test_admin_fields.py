@@ -157,7 +157,7 @@ class RequestSender:
             "match": {"plan": "pro"},
             "on_missing": "ip",
         }
-        own = {"limits": ["9/day"], "overrides": [{"rule": "/api/*", "limits": ["2/s"]}]}
+        own = {"limits": ["9/day"], "overrides": [{"rule": "/kept", "limits": ["2/s"]}]}
         key = {"tier": "free", "name": "n", "expires_at": "2100-01-01T00:00:00Z", **own}
         return {
             "TierCreate": [{"name": f"new-{number}", "limits": ["1/s"]}],
@@ -171,6 +171,7 @@ class RequestSender:
             "RevokeRequest": [{"reason": "r"}],
             "RotateRequest": [{"grace_s": 1}],
             "TokenCreate": [{"name": f"new {number}", "role": "viewer", "expires_at": "2100-01-01T00:00:00Z"}],
+            "CallerTokenCreate": [{"name": f"new {number}", "scopes": ["check"], "expires_at": "2100-01-01T00:00:00Z"}],
             "ResetRequest": [{"api_key_id": "0" * 24}, {"ip": "192.0.2.7"}, {"tier": "free"}, {"subject": "user=1"}],
         }[form]
 
@@ -217,6 +218,8 @@ async def _prepared(admin: Admin) -> dict[str, str]:
     """Something of everything; gives the parameters that paths have."""
     await admin.tier()
     rule = await admin.rule()
+    # For overrides of keys: the other one is renamed.
+    await admin.rule("/kept")
     token = await admin.http.post("/tokens", json={"name": "one"})
     return {
         "name": "free",

@@ -310,7 +310,7 @@ async def test_a_newer_schema(catalog_url: str, engine: AsyncEngine) -> None:
             await act
         place = re.escape(catalog_url.replace("postgres@", ""))
         assert re.match(
-            rf"the database {place} was made by a newer Tidegate: (run|take it back with) that one", str(refused.value)
+            rf"the database {place} was made by a newer Tidegate: (run|downgrade it with) that version", str(refused.value)
         )
     await _write(engine, "ALTER TABLE policy_state DROP COLUMN runs_from")
     with pytest.raises(SettingsError, match="newer Tidegate"):
