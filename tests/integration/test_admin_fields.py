@@ -167,6 +167,12 @@ class RequestSender:
             "RulePatch": [rule],
             "KeyCreate": [key],
             "KeyPatch": [key],
+            "KeyImportRequest": [
+                {
+                    "dry_run": True,
+                    "keys": [{"sha256": f"{number:064x}", "tier": "free", "name": "n", "expires_at": key["expires_at"]}],
+                }
+            ],
             "OverridesRequest": [own],
             "RevokeRequest": [{"reason": "r"}],
             "RotateRequest": [{"grace_s": 1}],

@@ -242,7 +242,7 @@ async def test_every_route_has_a_role(admin: Admin) -> None:
                 answer = await anonymous.request(method, filled)
                 assert answer.status_code == 401, (method, path)
                 answer = await http.request(method, filled)
-                if method != "get" or "/tokens" in path:
+                if method != "get" or "tokens" in path:
                     assert answer.status_code == 403, (method, path)
                 else:
                     assert answer.status_code != 403, (method, path)

@@ -34,6 +34,10 @@ OPERATIONS = {
     *((method, "/api-keys/{key_id}") for method in ("patch", "delete")),
     ("put", "/api-keys/{key_id}/overrides"),
     ("delete", "/tokens/{token_id}"),
+    ("post", "/api-keys/import"),
+    *((method, "/caller-tokens") for method in ("get", "post")),
+    ("post", "/caller-tokens/{token_id}/rotate"),
+    ("delete", "/caller-tokens/{token_id}"),
 }
 # What a schema cannot say: which texts are limits, patterns and moments, and that 1.0 is no whole number here. And the missing
 # header that it looks for is answered 428, as RFC 6585 has it.

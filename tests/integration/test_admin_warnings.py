@@ -49,7 +49,7 @@ async def test_a_tiers_own_limits(admin: Admin) -> None:
     key = await admin.key()
     await admin.gate.check(Check.of("/x", api_key=key["api_key"], cost=30))
     put = await admin.http.put("/tiers/free", json={"limits": ["30/hour"]}, headers=ANY)
-    assert "the limits over all endpoints: 1 of 1 callers" in put.json()["warnings"][0]
+    assert "the limits over all endpoints: 1 of 1 checked callers" in put.json()["warnings"][0]
     patched = await admin.http.patch("/tiers/free", json={"limits": ["31/hour"]}, headers=ANY)
     assert patched.json()["warnings"] == []
     assert (await admin.http.put("/tiers/free", json={"limits": []}, headers=ANY)).json()["warnings"] == []

@@ -115,8 +115,8 @@ STEPS: tuple[tuple[str, str, int, str, str], ...] = (
     ("", f"rotate {FILE_KEY}", 2, r"", r"tidegate: MANAGED_BY_FILE: .*\n"),
     ("", "list --status revoked", 0, r".*Ada +revoked +TIME +- +leaked, 𝕏 +api\n.*", r""),
     ("", "show {a}", 0, r".*revoked at +TIME\nrevoked reason +leaked, 𝕏\n.*", r""),
-    ("", "rotate {a}", 2, r"", r"tidegate: CATALOG_REFUSED: the API key ID is revoked: make a new one instead\n"),
-    ("", "rotate {c}", 2, r"", r"tidegate: CATALOG_REFUSED: the API key ID is expired: make a new one instead\n"),
+    ("", "rotate {a}", 2, r"", r"tidegate: CATALOG_REFUSED: the API key ID is revoked: create a new one instead\n"),
+    ("", "rotate {c}", 2, r"", r"tidegate: CATALOG_REFUSED: the API key ID is expired: create a new one instead\n"),
     (
         "f",
         "rotate {d} --grace 1h",

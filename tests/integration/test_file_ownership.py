@@ -129,7 +129,7 @@ async def test_a_tier_of_the_file_does_not_take_rules_of_operators_with_it(catal
 async def test_a_key_of_an_operator_keeps_its_tier(catalog: SqlCatalog) -> None:
     await catalog.apply_policy(parse_policy(FREE), "1")
     await make_key(catalog, "free")
-    with pytest.raises(CatalogError, match="API keys made otherwise still use it"):
+    with pytest.raises(CatalogError, match="other API keys still use it"):
         await catalog.apply_policy(parse_policy(OTHER), "2")
 
 

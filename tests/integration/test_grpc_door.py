@@ -340,7 +340,7 @@ def test_without_the_extra_the_door_is_off_and_reports_how_to_get_it(serve: Call
     server = serve("--demo", grpc=True, **without)
     assert httpx.get(f"{server.url}/readyz").status_code == 200
     told = server.run("doctor")
-    off = "note  gRPC door: off: pygrpc_native, google.protobuf, yaml not installed; for Envoy, pip install 'tidegate[envoy]'"
+    off = "note  gRPC listener: off: pygrpc_native, google.protobuf, yaml not installed; for Envoy, pip install 'tidegate[envoy]'"
     assert (told.returncode, off in told.stdout) == (0, True), told.stdout
     code, _, err = server.stop()
     assert (code, "gRPC is disabled: to use it with Envoy, pip install 'tidegate[envoy]'" in err) == (0, True)

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Final
 from pydantic import Field
 from sqlalchemy import select
 
-from tidegate.admin.models import KeyRead, Name, RequestModel, ResponseModel, TierName, Timestamp
+from tidegate.admin.models import KeyRead, Name, Plain, RequestModel, ResponseModel, TierName, Timestamp
 from tidegate.admin.rules import CatalogEditor
 from tidegate.admin.transaction import AuditedTransaction, audited
 from tidegate.catalog.changes import KEY
@@ -30,7 +30,7 @@ MAX_KEYS: Final = 1000
 class KeyImport(RequestModel):
     """An API key to be imported."""
 
-    sha256: Annotated[str, Field(max_length=64, description="SHA-256 of the key, 64 hex digits")]
+    sha256: Annotated[str, Field(max_length=64, description="SHA-256 of the key, 64 hex digits"), Plain]
     tier: TierName
     name: Name = ""
     expires_at: Timestamp | None = None

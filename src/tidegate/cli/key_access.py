@@ -229,7 +229,9 @@ async def find(keys: ApiKeys, reference: str) -> KeyRead:
     if _ID_PREFIX.fullmatch(reference):
         prefixes.append(reference)
     if not prefixes:
-        raise KeyNotFound("that is neither an id (6 or more of its hex digits) nor an API key: see 'tidegate keys list'")
+        raise KeyNotFound(
+            "that is neither an id (6 or more of its hex digits) nor an API key, unless it is mistyped: see 'tidegate keys list'"
+        )
     for prefix in prefixes:
         found = (await keys.page(KeyFilter(id_prefix=prefix), 2, None)).items
         if len(found) > 1:

@@ -77,10 +77,6 @@ def serve(
     settings = read_settings(config)
     configure_logging(settings.server.log_level, settings.server.log_format, None if slot is None else slot.number)
 
-    if slot is None:
-        for warning in open_listeners(settings):
-            logger.warning("%s", warning)
-
     def print_token(instance: Instance) -> None:
         if instance.first_token is not None:
             typer.echo(
@@ -88,7 +84,9 @@ def serve(
             )
             sys.stdout.flush()
 
-    def print_address(address: str) -> None:
+    def print_started(address: str) -> None:
+        for warning in open_listeners(settings):
+            logger.warning("%s", warning)
         url = listener_url(address, settings.uses_tls("http"))
         if demo and url.startswith("http://"):
             typer.echo(_TOUR.format(address=address))
@@ -103,7 +101,7 @@ def serve(
 
     def print_all(instance: Instance) -> None:
         print_token(instance)
-        print_address(instance.address)
+        print_started(instance.address)
 
     with contextlib.ExitStack() as stack:
         if demo:
@@ -111,7 +109,7 @@ def serve(
         if slot is not None:
             work(settings, slot, print_token)
         elif settings.server.workers > 1:
-            return supervise(settings, _worker_arguments(config, demo), print_address)
+            return supervise(settings, _worker_arguments(config, demo), print_started)
         else:
             run(settings, print_all)
     return 0
