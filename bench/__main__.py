@@ -22,6 +22,7 @@ BENCHES = (
     "jwt",
     "simulate",
     "http",
+    "callers_auth",
     "client",
     "gateways",
     "grpc",

@@ -23,6 +23,16 @@ SIDE_LISTENERS: Final = ("admin", "grpc", "probes")
 """The settings of `[server]` with the addresses of listeners that can be disabled."""
 TLS_DOORS: Final = ("http", "grpc", "admin")
 
+_HEADER_NAME: Final = re.compile(r"[a-z0-9][a-z0-9-]{0,62}[a-z0-9]", re.ASCII)
+_OTHER_HEADERS: Final = frozenset(
+    {
+        *("accept", "accept-encoding", "connection", "cookie", "date", "expect", "forwarded", "host", "keep-alive", "te"),
+        *("traceparent", "tracestate", "trailer", "transfer-encoding", "upgrade", "user-agent", "via"),
+        *("x-api-key", "x-real-ip", "x-request-id", "x-tidegate-denied-status"),
+    }
+)
+"""Headers that a data plane reads for something else, or that proxies change."""
+
 
 class Range(NamedTuple):
     """The smallest and the largest value of a setting.
@@ -96,6 +106,21 @@ class TlsSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     client_ca: str = ""
     client_names: tuple[str, ...] = ()
     doors: tuple[str, ...] = ("http", "grpc", "admin")
+
+
+class CallersAuthSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """`[callers_auth]`: who may call the data plane, over HTTP and gRPC. Probes and /metrics need nothing.
+
+    Args:
+        mode: open, token (gateways and back ends send a token of the catalog), or mtls (their certificate has one of `names`).
+        header: HTTP header, or gRPC metadata, that carries the token; with or without `Bearer` before it.
+        names: DNS names, URIs and addresses of certificates that may call with mtls; `*.example.com` for any name of one more
+            label, `*` for every certificate that `tls.client_ca` signed.
+    """
+
+    mode: Annotated[str, Choice("open", "token", "mtls")] = "open"
+    header: str = "X-Tidegate-Token"
+    names: tuple[str, ...] = ()
 
 
 class PolicySettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -261,6 +286,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     server: ServerSettings = ServerSettings()
     tls: TlsSettings = TlsSettings()
+    callers_auth: CallersAuthSettings = CallersAuthSettings()
     policy: PolicySettings = PolicySettings()
     paths: PathSettings = PathSettings()
     catalog: CatalogSettings = CatalogSettings()
@@ -324,6 +350,7 @@ def load_settings(file: Path | None, environment: Mapping[str, str]) -> Settings
         )
     unix_mode(settings.server)
     _check_tls(settings.tls)
+    _check_callers_auth(settings)
     entries = [getattr(settings.envoy, f"{what}_entry") for what in ("api_key", "method", "path", "ip")]
     if not all(entries) or len(set(entries)) < len(entries):
         raise SettingsError(f"settings envoy.*_entry = {', '.join(entries)}: the names must be distinct and not empty")
@@ -377,6 +404,45 @@ def _check_tls(tls: TlsSettings) -> None:
             raise SettingsError(
                 f"setting tls.client_names has {name[:200]!r}, which matches no certificate: expected the DNS name, URI or "
                 "address of a subject alternative name, e.g. 'gateway.example.com' or 'spiffe://example.com/gateway'"
+            )
+
+
+def _check_callers_auth(settings: Settings) -> None:
+    auth, tls = settings.callers_auth, settings.tls
+    header = auth.header.lower()
+    if not _HEADER_NAME.fullmatch(header):
+        raise SettingsError(
+            f"setting callers_auth.header = {auth.header[:80]!r} is not the name of a header; use letters, digits and '-', "
+            "e.g. 'X-Tidegate-Token'"
+        )
+    if header in _OTHER_HEADERS or header.startswith(("content-", "x-forwarded-", "x-original-")) or header.endswith("-bin"):
+        raise SettingsError(
+            f"setting callers_auth.header = {auth.header[:80]!r} has another meaning; use a header of its own, "
+            "e.g. 'X-Tidegate-Token', or 'Authorization'"
+        )
+    for name in auth.names:
+        if canonical_name(name) is None or "*" in (name[2:] if name.startswith("*.") else name.removeprefix("*")) or name == "*.":
+            raise SettingsError(
+                f"setting callers_auth.names has {name[:200]!r}, which matches no certificate: expected a DNS name, a URI or an "
+                "address, e.g. 'gateway.example.com', '*.gateways.example.com' or 'spiffe://example.com/gateway'"
+            )
+    if auth.mode != "mtls":
+        if auth.names:
+            raise SettingsError(f'setting callers_auth.names needs callers_auth.mode = "mtls"; the mode is {auth.mode!r}')
+        return
+    if not auth.names:
+        raise SettingsError(
+            'setting callers_auth.names is empty: list the names of certificates that may call, or ["*"] for every certificate '
+            "that tls.client_ca signed"
+        )
+    if not tls.client_ca:
+        raise SettingsError('callers_auth.mode = "mtls" needs tls.client_ca, the authorities that sign callers\' certificates')
+    for door in ("http", "grpc"):
+        address = getattr(settings.server, door)
+        if address and (door not in tls.doors or is_unix(address)):
+            raise SettingsError(
+                f'callers_auth.mode = "mtls" needs TLS at server.{door} = {address[:200]!r}: add {door!r} to tls.doors and use '
+                'host:port, or use mode = "token"'
             )
 
 

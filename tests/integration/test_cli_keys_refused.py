@@ -146,7 +146,7 @@ def test_the_address_of_the_control_plane(server: Any, api: Runner) -> None:
         (f"http://127.0.0.1:{free_port()}", "connection refused: start it with 'tidegate serve'"),
         (f"http://[::1]:{free_port()}", "start it with 'tidegate serve'"),
         (f"http://{'a' * 70}.example:8082", "is not a valid URL"),
-        (f"https://127.0.0.1:{server.admin_port}", "use http:// if the server does not use TLS"),
+        (f"https://127.0.0.1:{server.admin_port}", "use http:// if it does not use TLS"),
     ):
         message = api.way("--url", wrong, **api.environment).refused("list")
         assert said in message, (wrong, message)

@@ -45,6 +45,8 @@ FILLING = {
     "admin_tokens": "INSERT INTO admin_tokens (name, sha256, role, created_at_us) VALUES ('n', 'digest', 'viewer', 5)",
     "audit_log": """INSERT INTO audit_log (at_us, actor, action, kind, target, before, after)
         VALUES (6, 'me', 'update', 'tier', 'free', '{"limits": []}', 'null')""",
+    "caller_tokens": """INSERT INTO caller_tokens (name, sha256, scopes, created_at_us)
+        VALUES ('edge', 'digest', '["check"]', 5)""",
     "catalog_changes": "INSERT INTO catalog_changes (version, previous, kind, name) VALUES (7, 6, 'all', '')",
 }
 """A row or more for every table, as the step that made it would have it."""

@@ -60,6 +60,8 @@ class Transport(asyncio.Transport):
 class Awaited(MemoryCounters):
     """Counters that have to be awaited, as those on Redis have."""
 
+    immediate = False
+
     async def charge(self, charges: Sequence[Charge]) -> list[Decision]:
         await asyncio.sleep(0)
         return await super().charge(charges)

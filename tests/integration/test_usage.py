@@ -122,6 +122,8 @@ async def test_usage_errors_over_http(gate: Gate, listen: Callable[..., Any]) ->
 
 async def test_a_store_that_fails_is_reported(listen: Callable[..., Any]) -> None:
     class Failing(MemoryCounters):
+        immediate = False
+
         async def charge(self, charges: Sequence[Charge]) -> list[Any]:
             return [StoreUnavailable("away") for _ in charges]
 

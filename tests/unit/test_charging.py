@@ -19,6 +19,8 @@ from tidegate.policy.limits import Algorithm, Limit, LimitSet
 class Interrupted(MemoryCounters):
     """Counters where something happens between the look and the charge, as it may on a store that others use too."""
 
+    immediate = False
+
     def __init__(self, clock: Clock, between: Callable[[], None]) -> None:
         super().__init__(clock=clock)
         self._between = between

@@ -214,6 +214,8 @@ async def test_a_batch_is_decided_in_order_with_one_call(clock: Clock) -> None:
     calls: list[int] = []
 
     class Counted(MemoryCounters):
+        immediate = False
+
         async def charge(self, charges: Sequence[Charge]) -> list[Decision]:
             calls.append(len(charges))
             return await super().charge(charges)
@@ -233,6 +235,8 @@ async def test_a_batch_is_decided_in_order_with_one_call(clock: Clock) -> None:
 
 async def test_a_store_that_fails_fails_the_checks_that_need_it() -> None:
     class Failing(MemoryCounters):
+        immediate = False
+
         async def charge(self, charges: Sequence[Charge]) -> list[Any]:
             return [StoreUnavailable("away") for _ in charges]
 
@@ -302,6 +306,8 @@ async def test_usage_asks_the_store_once(clock: Clock) -> None:
     calls: list[Sequence[Charge]] = []
 
     class Counted(MemoryCounters):
+        immediate = False
+
         async def charge(self, charges: Sequence[Charge]) -> list[Decision]:
             calls.append(charges)
             return await super().charge(charges)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
@@ -312,3 +312,23 @@ def test_a_denied_log_drops_its_expired_entries(texts: tuple[str, ...]) -> None:
     assert store._log_entries == before - 200
     assert store.charge_all(((limits, "s"),), 0).remaining == 200
     assert store.charge_all(((limits, "s"),), 300).retry_after_us == denied.retry_after_us
+
+
+@settings(max_examples=150)
+@given(
+    st.sampled_from(list(Algorithm)),
+    st.sampled_from(list(Algorithm)),
+    st.lists(st.tuples(st.integers(0, 40_000_000), st.integers(0, 4), st.sampled_from(["k:a", "t:b"])), min_size=1, max_size=25),
+)
+def test_two_counters_are_decided_as_any_number_is(
+    algorithm: Algorithm, other: Algorithm, steps: list[tuple[int, int, str]]
+) -> None:
+    """The way of a rule and its tier is written out; both ways decide and leave the same."""
+    clock = Clock(START)
+    limits, tier_limits = limit_set("rule", algorithm, "3/minute"), limit_set("tier", other, "5/minute")
+    one, two = MemoryCounters(clock=clock), MemoryCounters(clock=clock)
+    for elapsed_us, cost, tier_subject in steps:
+        clock.now_us += elapsed_us
+        counters = ((limits, "k:a"), (tier_limits, tier_subject))
+        assert one.charge_all(counters, cost) == two._charge_several(counters, cost)
+        assert _states(one) == _states(two)

@@ -90,6 +90,8 @@ def first_policy() -> Policy:
 class Watched:
     """Between a gate and its counters: what was asked, and what was answered."""
 
+    immediate = False
+
     def __init__(self, guard: GuardedCounters) -> None:
         self.guard = guard
         self.seen: list[tuple[Charge, ChargeOutcome]] = []

@@ -10,6 +10,7 @@ import pytest
 
 from tidegate.errors import SettingsError
 from tidegate.listen_address import is_host, join_address, parse_address
+from tidegate.server.open_listeners import open_listeners
 from tidegate.settings import Settings, load_settings, unix_mode
 
 
@@ -58,6 +59,25 @@ def test_the_environment_goes_over_the_file(tmp_path: Path) -> None:
         ('[server]\ndrain_s = "10s"\n', "float"),
         ('[counters]\non_failure = "open"\n', "local, allow, deny"),
         ('[server]\nlog_level = "loud"\n', "debug"),
+        ('[callers_auth]\nmode = "on"\n', "open, token, mtls"),
+        ('[callers_auth]\nheader = "X Token"\n', "'X Token' is not the name of a header"),
+        ('[callers_auth]\nheader = ""\n', "is not the name of a header"),
+        ('[callers_auth]\nheader = "X-API-Key"\n', "has another meaning"),
+        ('[callers_auth]\nheader = "X-Forwarded-Token"\n', "has another meaning"),
+        ('[callers_auth]\nnames = ["gw.example.com"]\n', 'needs callers_auth.mode = "mtls"'),
+        ('[callers_auth]\nmode = "mtls"\n', "callers_auth.names is empty"),
+        ('[callers_auth]\nmode = "mtls"\nnames = ["CN=gw"]\n', "'CN=gw', which matches no certificate"),
+        ('[callers_auth]\nmode = "mtls"\nnames = ["gw.*.com"]\n', "'gw.*.com', which matches no certificate"),
+        ('[callers_auth]\nmode = "mtls"\nnames = ["*"]\n', "needs tls.client_ca"),
+        (
+            '[callers_auth]\nmode = "mtls"\nnames = ["*"]\n[tls]\ncert = "c"\nclient_ca = "a"\ndoors = ["http"]\n',
+            "add 'grpc' to tls.doors",
+        ),
+        (
+            '[server]\nhttp = "unix:/run/t.sock"\n[callers_auth]\nmode = "mtls"\nnames = ["*"]\n'
+            '[tls]\ncert = "c"\nclient_ca = "a"\n',
+            "needs TLS at server.http = 'unix:/run/t.sock'",
+        ),
         ("[server\n", "not valid TOML"),
         ('[server]\nhttp = "unix:run.sock"\n', "needs an absolute path"),
         (f'[server]\nadmin = "unix:/{"a" * 103}"\n', "at most 103 bytes"),
@@ -97,6 +117,33 @@ def test_names_of_clients_in_the_environment() -> None:
         "TIDEGATE_TLS__CLIENT_NAMES": "a.example, b",
     }
     assert load_settings(None, environment).tls.client_names == ("a.example", "b")
+
+
+def test_callers_with_certificates() -> None:
+    environment = {
+        "TIDEGATE_TLS__CERT": "c.pem",
+        "TIDEGATE_TLS__CLIENT_CA": "ca.pem",
+        "TIDEGATE_CALLERS_AUTH__MODE": "mtls",
+        "TIDEGATE_CALLERS_AUTH__NAMES": "gw.example.com, *.edge.example.com, spiffe://example.com/gw",
+    }
+    settings = load_settings(None, environment)
+    assert settings.callers_auth.names == ("gw.example.com", "*.edge.example.com", "spiffe://example.com/gw")
+
+
+def test_listeners_that_accept_any_caller_from_other_machines_are_named_with_the_remedy() -> None:
+    def named(**environment: str) -> list[str]:
+        warnings = open_listeners(load_settings(None, {f"TIDEGATE_{name}": value for name, value in environment.items()}))
+        assert all("callers_auth.mode" in each and "127.0.0.1" in each for each in warnings)
+        return [each.split(" ")[0] for each in warnings]
+
+    assert named() == []
+    assert named(SERVER__HTTP="localhost:1", SERVER__GRPC="[::1]:2") == []
+    assert named(SERVER__HTTP="unix:/run/t.sock", SERVER__GRPC="") == []
+    assert named(SERVER__HTTP="0.0.0.0:1", SERVER__GRPC="[::]:2") == ["server.http", "server.grpc"]
+    assert named(SERVER__HTTP="limiter.internal:1", SERVER__GRPC="") == ["server.http"]
+    assert named(SERVER__HTTP="0.0.0.0:1", SERVER__GRPC="0.0.0.0:2", CALLERS_AUTH__MODE="token") == []
+    mutual = {"TLS__CERT": "c", "TLS__CLIENT_CA": "a", "TLS__DOORS": "http"}
+    assert named(SERVER__HTTP="0.0.0.0:1", SERVER__GRPC="0.0.0.0:2", **mutual) == ["server.grpc"]
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:

@@ -43,7 +43,9 @@ def decide(
     free = limit.amount - current - previous * left // window if previous else limit.amount - current
     if cost <= free or not cost:
         current += cost
-        return (start, current, previous), free - cost if free > cost else 0, _reset(current, previous, left, window, window), 0
+        # `_reset`, written out for the usual case.
+        reset = left + window + 1 + -window // current if current else _reset(0, previous, left, window, window)
+        return (start, current, previous), free - cost if free > cost else 0, reset, 0
     return (
         None,
         free if free > 0 else 0,

@@ -7,7 +7,7 @@ from collections import OrderedDict
 from typing import Final, Generic, TypeVar
 
 from tidegate.policy.matching import CompiledTier
-from tidegate.policy.model import ApiKey
+from tidegate.policy.model import ApiKey, KeyStatus
 
 SECOND_CHANCES: Final = 16
 """Maximum number of recently used entries skipped per eviction: bounds the work of one check when all entries are in use."""
@@ -31,15 +31,17 @@ class Caller:
 
     Attributes:
         form_checked: whether a key of valid format was received for it; a look-up by digest does not show that.
+        never_ends: whether the key is active and does not expire, or there is none.
     """
 
-    __slots__ = ("api_key", "cached_tier", "form_checked", "recent", "subject", "tier")
+    __slots__ = ("api_key", "cached_tier", "form_checked", "never_ends", "recent", "subject", "tier")
 
     def __init__(self, api_key: ApiKey | None, cached_tier: CachedTier) -> None:
         self.api_key = api_key
         self.cached_tier = cached_tier
         self.recent = False
         self.form_checked = False
+        self.never_ends = api_key is None or (api_key.status is KeyStatus.ACTIVE and api_key.expires_at_us is None)
         # The tier's rules, with the key's own limits where it has any.
         self.tier = (
             cached_tier.compiled

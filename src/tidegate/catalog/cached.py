@@ -24,6 +24,7 @@ from typing import Final
 
 from tidegate.catalog import Catalog
 from tidegate.catalog.cache_level import CachedTier, CacheLevel, Caller, V
+from tidegate.catalog.caller_tokens import CallerTokens
 from tidegate.catalog.changes import ALL, ANONYMOUS, KEY, TIER, Changes, Item
 from tidegate.catalog.freshness import FreshnessTracker
 from tidegate.catalog.unknown_keys import UnknownKeyLimit
@@ -52,6 +53,9 @@ class CachedCatalog:
         stale_if_error_s: how long after that an entry is still served while the catalog fails, s.
         max_keys: maximum number of cached API keys, 1 or more; each takes about 700 bytes.
         unknown_keys: limits the look-ups of unknown keys per client; None for no limit.
+
+    Attributes:
+        caller_tokens: receives each change as well; None if callers of the data plane need no token.
     """
 
     def __init__(
@@ -65,6 +69,7 @@ class CachedCatalog:
     ) -> None:
         self.catalog = catalog
         self.unknown_keys = unknown_keys
+        self.caller_tokens: CallerTokens | None = None
         self.hits = self.misses = self.stale = 0
         self._l1_ttl_s = l1_ttl_s
         self._stale_if_error_s = stale_if_error_s
@@ -198,7 +203,10 @@ class CachedCatalog:
         self._last.note(changes)
         if everything:
             self.invalidate()
-        self._invalidate(item for _, item in changes.items)
+        items = [item for _, item in changes.items]
+        self._invalidate(items)
+        if self.caller_tokens is not None:
+            self.caller_tokens.changed(items, everything=everything)
 
     def touched(self, version: int, items: Iterable[Item]) -> None:
         """Invalidate what a change made in this process touched, without waiting for the follower to read it."""
@@ -207,6 +215,8 @@ class CachedCatalog:
         if (ALL, "") in items:
             self.invalidate()
         self._invalidate(items)
+        if self.caller_tokens is not None:
+            self.caller_tokens.changed(items)
 
     def followed(self, *, failing: bool) -> None:
         """Record whether the catalog answers the follower, which queries the database and no cache."""

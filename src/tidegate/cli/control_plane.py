@@ -56,22 +56,27 @@ class ControlPlane:
     Args:
         source: where the token was read, for messages.
         tls: certificates for https.
+        command: group of commands that lists what is changed, for messages.
     """
 
-    def __init__(self, server: Server, token: str, source: str, tls: ClientTls = NO_FILES) -> None:
+    def __init__(self, server: Server, token: str, source: str, tls: ClientTls = NO_FILES, command: str = "keys") -> None:
+        self._command = command
         self._tls = tls
         self._server = server
         self._token = token
         self._source = source
 
     @classmethod
-    def at(cls, url: str, token_file: Path | None, config: Path | None, tls: ClientTls = NO_FILES) -> ControlPlane:
+    def at(
+        cls, url: str, token_file: Path | None, config: Path | None, tls: ClientTls = NO_FILES, command: str = "keys"
+    ) -> ControlPlane:
         """A client for a URL; nothing is sent yet.
 
         Args:
             token_file: file that contains only the token; None for the token of the settings.
             config: settings file, read only without a token file.
             tls: certificates for https.
+            command: see `ControlPlane`.
 
         Raises:
             SettingsError: if the URL is not valid, or the token is missing or not valid.
@@ -85,10 +90,9 @@ class ControlPlane:
                     "the control plane needs a token: set TIDEGATE_ADMIN__TOKEN, or name its file with --token-file"
                 )
         else:
-            token, source = _read_token(token_file), str(token_file)
-        if not re.fullmatch(r"[!-~]+", token):
-            raise SettingsError(f"the token of {source} has invalid characters, such as spaces: set the token and nothing else")
-        return cls(server, token, source, tls)
+            token, source = read_token(token_file), str(token_file)
+        require_sendable(token, source)
+        return cls(server, token, source, tls, command)
 
     def read(self, path: str, query: Mapping[str, str | int | None], model: type[_Model]) -> _Model:
         """Send a GET request.
@@ -119,6 +123,14 @@ class ControlPlane:
         """
         self._send("DELETE", path, headers={"If-Match": f'"{revision}"'})
 
+    def revoke(self, path: str, model: type[_Model]) -> _Model:
+        """Send a DELETE request for a resource whose record stays.
+
+        Raises:
+            ControlPlaneError: with the reason and the remedy.
+        """
+        return self._send_for("DELETE", path, None, model)
+
     def _send(self, method: str, path: str, body: bytes | None = None, headers: Mapping[str, str] | None = None) -> HttpResponse:
         with_token = {"Authorization": f"Bearer {self._token}", **(headers or {})}
         try:
@@ -129,7 +141,7 @@ class ControlPlane:
             remedy = error.remedy or (
                 "start it with 'tidegate serve', or use the address of [server] admin, by default 127.0.0.1:8082"
             )
-            unknown = _unknown(method) if error.sent else ""
+            unknown = self._unknown(method) if error.sent else ""
             raise ControlPlaneError(f"no control plane answers at {self._url}: {error.reason}: {remedy}{unknown}") from None
         if not 200 <= answer.status < 300:
             raise ControlPlaneError(self._error_text(method, answer))
@@ -145,7 +157,7 @@ class ControlPlane:
             return model.model_validate_json(answer.body)
         except ValidationError:
             why = self._unexpected("its response does not match this version")
-            raise ControlPlaneError(why + _unknown(method)) from None
+            raise ControlPlaneError(why + self._unknown(method)) from None
 
     def _error_text(self, method: str, answer: HttpResponse) -> str:
         if _DATA_PLANE_HEADER in answer.headers and answer.headers[_DATA_PLANE_HEADER] not in _OF_EVERY_LISTENER:
@@ -175,11 +187,15 @@ class ControlPlane:
         if status in _GATEWAY:
             return (
                 f"the proxy in front of the control plane at {self._url} answers {status}: check that 'tidegate serve' "
-                f"runs behind it, and {retry}{_unknown(method)}"
+                f"runs behind it, and {retry}{self._unknown(method)}"
             )
         if status == 429:
             return f"the proxy in front of the control plane at {self._url} answers 429, too many requests: {retry}"
         return self._unexpected(f"it answers {status} in another format")
+
+    def _unknown(self, method: str) -> str:
+        # Nobody knows a key whose response was lost: it must be revoked.
+        return "" if method == "GET" else f"; the change may have been made: check with 'tidegate {self._command} list'"
 
     def _unexpected(self, why: str) -> str:
         return (
@@ -197,11 +213,6 @@ def one_line(text: str) -> str:
     return "".join(character if character.isprintable() else " " for character in text[:_MAX_LINE])
 
 
-def _unknown(method: str) -> str:
-    # Nobody knows a key whose response was lost: it must be revoked.
-    return "" if method == "GET" else "; the change may have been made: check with 'tidegate keys list'"
-
-
 def _origin(location: str) -> str:
     try:
         parts = urlsplit(location)
@@ -211,7 +222,22 @@ def _origin(location: str) -> str:
     return f" to {parts.scheme}://{one_line(host)[:200]}" if host and parts.scheme in ("http", "https") else ""
 
 
-def _read_token(file: Path) -> str:
+def require_sendable(token: str, source: str) -> None:
+    """Refuse a token that cannot be sent in a header; it is not repeated.
+
+    Raises:
+        SettingsError: naming its source.
+    """
+    if not re.fullmatch(r"[!-~]+", token):
+        raise SettingsError(f"the token of {source} has invalid characters, such as spaces: set the token and nothing else")
+
+
+def read_token(file: Path) -> str:
+    """Read the token in a file that contains nothing else.
+
+    Raises:
+        SettingsError: naming the file and what is wrong with it.
+    """
     try:
         with file.open(encoding="utf-8-sig") as opened:
             token = opened.read(_MAX_TOKEN + 1).strip()

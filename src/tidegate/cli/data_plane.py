@@ -124,7 +124,11 @@ class _UnixConnection(http.client.HTTPConnection):
 
 
 def request_data_plane(
-    address: str, path: str, body: Mapping[str, Any] | None = None, tls: ClientTls = NO_FILES
+    address: str,
+    path: str,
+    body: Mapping[str, Any] | None = None,
+    tls: ClientTls = NO_FILES,
+    headers: Mapping[str, str] | None = None,
 ) -> tuple[int, dict[str, Any]]:
     """Send a request to the data plane.
 
@@ -133,6 +137,7 @@ def request_data_plane(
         path: starting with `/`.
         body: None for a GET, otherwise the JSON body of a POST.
         tls: certificates for https.
+        headers: in addition to the default ones.
 
     Returns:
         The HTTP status and the JSON object of the response.
@@ -142,7 +147,7 @@ def request_data_plane(
     """
     method, content = ("GET", None) if body is None else ("POST", json.dumps(body).encode())
     try:
-        response = send_request(Server.at(address), method, path, timeout_s=_TIMEOUT_S, body=content, tls=tls)
+        response = send_request(Server.at(address), method, path, timeout_s=_TIMEOUT_S, body=content, headers=headers, tls=tls)
     except NoResponse as error:
         remedy = error.remedy or "start it with 'tidegate serve', or give --url"
         raise SettingsError(f"no Tidegate server responds at {address} ({error.reason}): {remedy}") from None
@@ -171,7 +176,10 @@ def _reason_and_remedy(error: Exception, server: Server, timeout_s: float) -> tu
         )
     if isinstance(error, TimeoutError):
         return f"it did not respond within {timeout_s:g} s", None
-    if isinstance(error, http.client.RemoteDisconnected):
+    # With TLS 1.3 a server refuses the client certificate after the client has completed the handshake.
+    if isinstance(error, http.client.RemoteDisconnected) or (
+        server.tls and isinstance(error, ConnectionResetError | BrokenPipeError)
+    ):
         return "it closed the connection without a response", (
             "give a client certificate with --cert and --key if it requires one"
             if server.tls

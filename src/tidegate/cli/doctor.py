@@ -33,6 +33,7 @@ from tidegate.policy.toml_reader import load_policy, policy_warnings
 from tidegate.server.addresses import admin_address, free_address, grpc_address, missing_for_grpc
 from tidegate.server.certificates import load, utc_date
 from tidegate.server.instance import require_shared_counters
+from tidegate.server.open_listeners import open_listeners
 from tidegate.settings import Settings
 from tidegate.tools.charts import clean
 from tidegate.tools.terminal import say
@@ -80,6 +81,7 @@ def _examine(config: Path | None) -> Iterator[Finding]:
     yield from _examine_catalog(settings)
     yield _finding_of("counters", lambda: (True, asyncio.run(_check_counters(settings))))
     runs = yield from _examine_data_plane(settings)
+    yield from (("callers", None, warning) for warning in open_listeners(settings))
     yield from _examine_side_listeners(settings, runs)
     for url in settings.catalog.replicas:
         yield _finding_of("replica", lambda url=url: (True, asyncio.run(_check_replica(url))))  # type: ignore[misc]

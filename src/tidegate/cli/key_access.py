@@ -183,15 +183,15 @@ def with_keys(
         TidegateError: if the operation was rejected, or the server or the database does not answer.
     """
     if url is not None:
-        return _run_blocking(work(KeysAtControlPlane(ControlPlane.at(url, token_file, config, tls))))
+        return run_at_once(work(KeysAtControlPlane(ControlPlane.at(url, token_file, config, tls))))
     if token_file is not None:
         raise SettingsError("--token-file is only used with --url: set both, or neither")
     if tls != ClientTls():
         raise SettingsError("--ca, --cert and --key are only used with --url: add --url")
 
     async def in_catalog(catalog: SqlCatalog) -> _T:
-        with _errors_as_over_the_api():
-            return await work(KeysInCatalog(catalog, _actor()))
+        with refusals_as_over_the_api():
+            return await work(KeysInCatalog(catalog, cli_actor()))
 
     return with_catalog(config, in_catalog)
 
@@ -240,7 +240,7 @@ async def collect(keys: ApiKeys, key_filter: KeyFilter, limit: int, after: str |
             return Page(items, after)
 
 
-def _run_blocking(work: Coroutine[Any, Any, _T]) -> _T:
+def run_at_once(work: Coroutine[Any, Any, _T]) -> _T:
     """Run a coroutine that awaits no event loop without one: within a loop, Ctrl-C would wait for the pending response."""
     try:
         work.send(None)
@@ -251,14 +251,16 @@ def _run_blocking(work: Coroutine[Any, Any, _T]) -> _T:
 
 
 @contextlib.contextmanager
-def _errors_as_over_the_api() -> Iterator[None]:
+def refusals_as_over_the_api() -> Iterator[None]:
+    """Raise what the catalog refuses with the code that the admin API sends."""
     try:
         yield
     except (CatalogError, BadRequest, PolicyError, CatalogUnavailable) as error:
         raise KeyRefused(f"{error.code}: {error.message}") from error
 
 
-def _actor() -> str:
+def cli_actor() -> str:
+    """The name in the audit log of whoever runs this command."""
     return f"{CLI_ACTOR}{_user()}"[:_MAX_ACTOR]
 
 

@@ -26,7 +26,7 @@ app = typer.Typer(
 _LIFETIME: Final = re.compile(r"([0-9]{1,6})([smhd])", re.ASCII)
 _SECONDS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 _ID_PART: Final = re.compile(r"[0-9a-f]{1,24}", re.ASCII)
-_MAX_GRACE_S: Final = 365 * 86_400
+MAX_GRACE_S: Final = 365 * 86_400
 
 UrlOption = Annotated[
     str | None,
@@ -78,11 +78,9 @@ def create(
 ) -> None:
     """Create an API key and print it, only once: only its digest is stored."""
     request = KeyCreate(
-        tier=_checked(TierName, tier, "--tier"),
-        name=_checked(Name, name, "--name"),
-        expires_at=None
-        if expires_in is None
-        else format_timestamp(now_us() + _lifetime_s(expires_in, "--expires-in") * US_PER_S),
+        tier=checked(TierName, tier, "--tier"),
+        name=checked(Name, name, "--name"),
+        expires_at=None if expires_in is None else format_timestamp(now_us() + lifetime_s(expires_in, "--expires-in") * US_PER_S),
     )
     made = with_keys(config, url, token_file, ClientTls(ca, cert, cert_key), lambda keys: keys.create(request))
     if as_json:
@@ -109,9 +107,9 @@ def list_keys(
 ) -> None:
     """List API keys by id, without the keys themselves."""
     if tier is not None:
-        _checked(TierName, tier, "--tier")
+        checked(TierName, tier, "--tier")
     if name is not None:
-        _checked(Name, name, "--name")
+        checked(Name, name, "--name")
     if after is not None and not _ID_PART.fullmatch(after):
         raise typer.BadParameter("not a valid id; use the last id of the previous list", param_hint="--after")
     wanted = KeyFilter(tier, None if status is None else status.value, name)
@@ -127,8 +125,8 @@ def list_keys(
                     one_line(record.tier),
                     one_line(record.name),
                     record.status,
-                    _to_seconds(record.created_at),
-                    _to_seconds(record.expires_at),
+                    to_seconds(record.created_at),
+                    to_seconds(record.expires_at),
                     None if record.revoked_reason is None else one_line(record.revoked_reason),
                     _origin(record),
                 )
@@ -162,9 +160,9 @@ def show(
         ("tier", record.tier),
         ("name", record.name),
         ("status", record.status),
-        ("created at", _to_seconds(record.created_at)),
-        ("expires at", _to_seconds(record.expires_at)),
-        ("revoked at", _to_seconds(record.revoked_at)),
+        ("created at", to_seconds(record.created_at)),
+        ("expires at", to_seconds(record.expires_at)),
+        ("revoked at", to_seconds(record.revoked_at)),
         ("revoked reason", record.revoked_reason),
         ("limits", None if record.limits is None else ", ".join(record.limits)),
         *((f"limits of {override.rule}", ", ".join(override.limits)) for override in record.overrides),
@@ -186,7 +184,7 @@ def revoke(
     as_json: JsonOption = False,
 ) -> None:
     """Revoke an API key permanently. Running servers reject it within a second."""
-    request = RevokeRequest(reason=_checked(Reason, reason, "--reason"))
+    request = RevokeRequest(reason=checked(Reason, reason, "--reason"))
 
     async def work(keys: ApiKeys) -> KeyRead:
         return await keys.revoke(await find(keys, key), request)
@@ -214,8 +212,8 @@ def rotate(
     as_json: JsonOption = False,
 ) -> None:
     """Replace an API key by a new one with the same tier, name, expiry and limits, and print it, only once."""
-    grace_s = 0 if grace is None else _lifetime_s(grace, "--grace")
-    if grace_s > _MAX_GRACE_S:
+    grace_s = 0 if grace is None else lifetime_s(grace, "--grace")
+    if grace_s > MAX_GRACE_S:
         raise typer.BadParameter(f"{grace!r} is too long: at most 365d", param_hint="--grace")
 
     async def work(keys: ApiKeys) -> KeyRotated:
@@ -227,7 +225,7 @@ def rotate(
         return
     old = made.replaces
     say(one_line(made.api_key))
-    end = "is revoked" if old.status == Status.REVOKED else f"works until {_to_seconds(old.expires_at)}"
+    end = "is revoked" if old.status == Status.REVOKED else f"works until {to_seconds(old.expires_at)}"
     say(
         f"id {one_line(made.id)}, tier {one_line(made.tier)}, in place of {one_line(old.id)}, which {end}. "
         "It is shown only once: store it now.",
@@ -260,19 +258,20 @@ def delete(
         say(f"deleted {one_line(record.id)} of tier {one_line(record.tier)}")
 
 
-def _lifetime_s(text: str, option: str) -> int:
+def lifetime_s(text: str, option: str) -> int:
+    """Read a time such as `90d`, s."""
     match = _LIFETIME.fullmatch(text)
     if match is None or int(match.group(1)) == 0:
         raise typer.BadParameter(f"{text[:60]!r} is not a valid duration; expected e.g. 90d, 12h, 30m or 45s", param_hint=option)
     return int(match.group(1)) * _SECONDS[match.group(2)]
 
 
-def _checked(field: Any, text: str, option: str) -> str:
+def checked(field: Any, text: str, option: str) -> str:
     """A text that is valid for a field of a request; commands reject the same texts with and without --url."""
     if field is not Name and not text.strip():
         raise typer.BadParameter("it must not be blank", param_hint=option)
     try:
-        checked: str = TypeAdapter(field).validate_python(text, strict=True)
+        valid: str = TypeAdapter(field).validate_python(text, strict=True)
     except ValidationError as error:
         problem = error.errors(include_url=False)[0]
         if problem["type"] == "string_too_long":
@@ -280,7 +279,7 @@ def _checked(field: Any, text: str, option: str) -> str:
             raise typer.BadParameter(f"it has {len(text)} characters: at most {most} are allowed", param_hint=option) from None
         # An argument that is not UTF-8 contains surrogates.
         raise typer.BadParameter("it must not have control characters, and must be UTF-8", param_hint=option) from None
-    return checked
+    return valid
 
 
 def _json(record: KeyRead) -> dict[str, Any]:
@@ -292,5 +291,6 @@ def _origin(record: KeyRead) -> str:
     return "file" if record.managed_by_file else "api"
 
 
-def _to_seconds(moment: str | None) -> str | None:
+def to_seconds(moment: str | None) -> str | None:
+    """A timestamp of the admin API without fractions of a second."""
     return None if moment is None else re.sub(r"\.[0-9]+Z$", "Z", one_line(moment))

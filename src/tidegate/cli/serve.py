@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import sys
 import tempfile
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import msgspec
 import typer
@@ -16,7 +17,7 @@ import typer
 from tidegate._version import __version__
 from tidegate.cli.client_tls import CaOption, CertKeyOption, CertOption, ClientTls, own_data_plane
 from tidegate.cli.common import ConfigOption, JsonOption, print_json, read_settings
-from tidegate.cli.control_plane import one_line
+from tidegate.cli.control_plane import one_line, read_token, require_sendable
 from tidegate.cli.data_plane import request_data_plane
 from tidegate.errors import SettingsError
 from tidegate.listen_address import listener_url
@@ -26,6 +27,11 @@ from tidegate.wire import DecisionBody
 if TYPE_CHECKING:
     from tidegate.server.instance import Instance
     from tidegate.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+TOKEN_VARIABLE: Final = "TIDEGATE_TOKEN"
+"""The environment variable with the token of a caller of the data plane; the Python client reads it too."""
 
 _TOUR = r"""
 Tidegate listens at http://{address} (metrics at /metrics, health at /health), with a temporary catalog that is deleted when it
@@ -59,6 +65,7 @@ def serve(
     address; they need counters in Redis.
     """
     from tidegate.catalog.sql.engine import redacted_url
+    from tidegate.server.open_listeners import open_listeners
     from tidegate.server.run import ignore_signals, run
     from tidegate.server.supervisor import supervise
     from tidegate.server.worker import WorkerSlot, work
@@ -69,6 +76,10 @@ def serve(
     slot = WorkerSlot.from_environment(os.environ)
     settings = read_settings(config)
     configure_logging(settings.server.log_level, settings.server.log_format, None if slot is None else slot.number)
+
+    if slot is None:
+        for warning in open_listeners(settings):
+            logger.warning("%s", warning)
 
     def print_token(instance: Instance) -> None:
         if instance.first_token is not None:
@@ -141,6 +152,13 @@ def check(
     ca: CaOption = None,
     cert: CertOption = None,
     cert_key: CertKeyOption = None,
+    token_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--token-file",
+            help="File with the caller's token, if the server needs one ([callers_auth]); default: TIDEGATE_TOKEN.",
+        ),
+    ] = None,
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> int:
@@ -159,7 +177,7 @@ def check(
         body["api_key"] = key
     if ip is not None:
         body["ip"] = ip
-    status, answer = request_data_plane(address, "/v1/check", body, tls)
+    status, answer = request_data_plane(address, "/v1/check", body, tls, _caller_token(token_file, config))
     if as_json:
         print_json(answer)
     if status in (200, 429):
@@ -176,6 +194,15 @@ def check(
         code, message = error.get("code", status), error.get("message", f"the server at {address} is not Tidegate")
         say(f"tidegate: {one_line(str(code))}: {one_line(str(message))}", err=True)
     return 2
+
+
+def _caller_token(token_file: Path | None, config: Path | None) -> dict[str, str]:
+    """The header with which this command calls the data plane; none without a token."""
+    token = os.environ.get(TOKEN_VARIABLE) if token_file is None else read_token(token_file)
+    if not token:
+        return {}
+    require_sendable(token, TOKEN_VARIABLE if token_file is None else str(token_file))
+    return {read_settings(config).callers_auth.header: token}
 
 
 def _sentence(decision: DecisionBody) -> str:

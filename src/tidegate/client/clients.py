@@ -12,7 +12,7 @@ from typing import Self, TypeVar
 from tidegate.breaker import BreakerOptions
 from tidegate.client.answer import Answer
 from tidegate.client.connections import AsyncConnections, Connections
-from tidegate.client.core import BREAKER, ClientCore, OnFailure
+from tidegate.client.core import BREAKER, TOKEN_HEADER, ClientCore, OnFailure
 from tidegate.client.steps import Pause, Steps
 from tidegate.decision import Check
 from tidegate.errors import TidegateError
@@ -38,6 +38,8 @@ class Client:
         max_connections: 1 or more; further calls wait for a free connection, within their deadline.
         keepalive_s: how long an idle connection is kept, s; less than the 10 s after which the server closes it.
         ssl_context: for https; default: the certificate authorities of the system.
+        token: of this caller, if the servers need one ([callers_auth]); default: environment variable TIDEGATE_TOKEN.
+        token_header: header that carries it.
 
     Raises:
         SettingsError: if a URL or another argument is invalid.
@@ -53,8 +55,10 @@ class Client:
         max_connections: int = 100,
         keepalive_s: float = 5.0,
         ssl_context: ssl.SSLContext | None = None,
+        token: str | None = None,
+        token_header: str = TOKEN_HEADER,
     ) -> None:
-        self._core = ClientCore(urls, deadline_s, on_failure, breaker, max_connections)
+        self._core = ClientCore(urls, deadline_s, on_failure, breaker, max_connections, token, token_header)
         self._connections = Connections(max_connections, keepalive_s, _tls_context(self._core, ssl_context))
 
     def check(
@@ -182,8 +186,10 @@ class AsyncClient:
         max_connections: int = 100,
         keepalive_s: float = 5.0,
         ssl_context: ssl.SSLContext | None = None,
+        token: str | None = None,
+        token_header: str = TOKEN_HEADER,
     ) -> None:
-        self._core = ClientCore(urls, deadline_s, on_failure, breaker, max_connections)
+        self._core = ClientCore(urls, deadline_s, on_failure, breaker, max_connections, token, token_header)
         self._connections = AsyncConnections(max_connections, keepalive_s, _tls_context(self._core, ssl_context))
 
     async def check(

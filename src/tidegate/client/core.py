@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 import random
+import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from time import monotonic
@@ -37,6 +39,9 @@ logger = logging.getLogger("tidegate.client")
 
 OnFailure = Literal["allow", "deny", "raise"]
 """Decision for a check when no server is available."""
+
+TOKEN_VARIABLE: Final = "TIDEGATE_TOKEN"
+TOKEN_HEADER: Final = "X-Tidegate-Token"
 
 BREAKER: Final = BreakerOptions(failures=5, window_s=10.0, open_s=5.0)
 
@@ -100,13 +105,22 @@ class ClientCore:
         on_failure: decision for checks when no server is available.
         breaker: options of each server's circuit breaker.
         max_connections: maximum number of open connections.
+        token: of this caller; None for that of the environment variable `TIDEGATE_TOKEN`, if it is set.
+        token_header: header that carries it.
 
     Raises:
         SettingsError: if an argument is invalid.
     """
 
     def __init__(
-        self, urls: str | Sequence[str], deadline_s: float, on_failure: OnFailure, breaker: BreakerOptions, max_connections: int
+        self,
+        urls: str | Sequence[str],
+        deadline_s: float,
+        on_failure: OnFailure,
+        breaker: BreakerOptions,
+        max_connections: int,
+        token: str | None = None,
+        token_header: str = TOKEN_HEADER,
     ) -> None:
         listed = [urls] if isinstance(urls, str) else list(urls)
         if not listed:
@@ -121,6 +135,7 @@ class ClientCore:
             raise SettingsError(
                 f"{breaker} is not valid; expected failures of at least 1, and window_s and open_s above 0 seconds"
             )
+        self._common_headers = [(b"User-Agent", _AGENT), (b"Accept", b"application/json"), *_token_headers(token, token_header)]
         self._endpoints = [_Endpoint(url, breaker) for url in listed]
         self._deadline_s = deadline_s
         self._on_failure = on_failure
@@ -224,7 +239,7 @@ class ClientCore:
             if not admitted:
                 failures.append(f"{endpoint.server.url} {endpoint.last_failure}, and its circuit breaker is open")
                 continue
-            headers = [(b"Host", endpoint.host), (b"User-Agent", _AGENT), (b"Accept", b"application/json"), *extra_headers]
+            headers = [(b"Host", endpoint.host), *self._common_headers, *extra_headers]
             if body:
                 headers += [(b"Content-Type", b"application/json"), (b"Content-Length", b"%d" % len(body))]
             target = (endpoint.server.path + path).encode("ascii")
@@ -275,6 +290,21 @@ class ClientCore:
             return _unavailable(reason)
         allowed = self._on_failure == "allow"
         return Answer(allowed, None, None, None, 0.0 if allowed else 1.0, None, None, True, failure=reason)
+
+
+def _token_headers(token: str | None, header: str) -> list[tuple[bytes, bytes]]:
+    """The header with the token of this caller; none without a token. No message repeats the token."""
+    source = "token"
+    if token is None:
+        token, source = os.environ.get(TOKEN_VARIABLE) or None, TOKEN_VARIABLE
+    if token is None:
+        return []
+    if re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", header, re.ASCII) is None:
+        raise SettingsError(f"token_header {clip(header)} is not the name of a header; expected e.g. {TOKEN_HEADER!r}")
+    if re.fullmatch(r"(?:Bearer )?[!-~]+", token, re.ASCII) is None:
+        raise SettingsError(f"{source} is empty or has characters that no token has: set the token and nothing else")
+    is_bare = header.lower() == "authorization" and " " not in token
+    return [(header.encode(), f"Bearer {token}".encode() if is_bare else token.encode())]
 
 
 _AGENT: Final = f"tidegate-client/{__version__}".encode()

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import msgspec
 
@@ -55,7 +55,13 @@ ChargeOutcome: TypeAlias = Decision | StoreUnavailable
 
 
 class CounterStore(Protocol):
-    """The port of the counters."""
+    """The port of the counters.
+
+    Attributes:
+        immediate: whether the store is an `ImmediateCounterStore`.
+    """
+
+    immediate: bool
 
     async def charge(self, charges: Sequence[Charge]) -> Sequence[ChargeOutcome]:
         """Decide each charge on its own, in order.
@@ -101,4 +107,21 @@ class CounterStore(Protocol):
 
     async def close(self) -> None:
         """Release the store's resources; it must not be used afterwards."""
+        ...
+
+
+@runtime_checkable
+class ImmediateCounterStore(CounterStore, Protocol):
+    """A store that can decide without waiting for anything, and whose `charge` decides exactly as `charge_all` does."""
+
+    def charge_all(self, counters: tuple[tuple[LimitSet, str], ...], cost: int) -> Decision:
+        """Decide several counters and charge all of them or none.
+
+        Args:
+            counters: as those of a `Charge`.
+            cost: as that of a `Charge`.
+
+        Returns:
+            The decision.
+        """
         ...

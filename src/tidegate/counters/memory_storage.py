@@ -48,16 +48,18 @@ def store_clock() -> Callable[[], int]:
 class CompiledLimits:
     """What was prepared for one `LimitSet`."""
 
-    __slots__ = ("decide", "expires_at", "fresh", "limits", "logs", "only", "other_layouts", "token")
+    __slots__ = ("decide", "expires_at", "fresh", "limit", "limits", "logs", "only", "other_layouts", "simple", "token")
 
     def __init__(self, limits: LimitSet, token: str) -> None:
         self.limits = limits
         self.token = token
         self.decide = DECIDE[limits.algorithm]
         self.expires_at = EXPIRES_AT[limits.algorithm]
-        self.only = limits.limits[0] if len(limits.limits) == 1 else None
+        self.limit = limits.limits[0]
+        self.only = self.limit if len(limits.limits) == 1 else None
         self.fresh: tuple[Any, ...] = (None,) * len(limits.limits)
         self.logs = limits.algorithm is Algorithm.SLIDING_LOG
+        self.simple = self.only is not None and not self.logs
         self.other_layouts: list[CompiledLimits] = []
 
     def unpack(self, stored: Any) -> tuple[Any, ...]:

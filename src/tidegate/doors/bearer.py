@@ -6,6 +6,7 @@ import hashlib
 import re
 from typing import Final
 
+from tidegate.catalog.caller_tokens import CALLER_TOKEN_PREFIX
 from tidegate.doors.client_address import counted_client
 from tidegate.doors.request_headers import RequestHeaders
 from tidegate.errors import CatalogUnavailable, MissingApiKey, TooManyUnknownKeys
@@ -41,7 +42,7 @@ async def refuse_bearer_key(gate: Gate, headers: RequestHeaders, ip: str | None)
 async def _is_key(gate: Gate, token: str, ip: str | None) -> bool:
     if token.startswith(KEY_PREFIX):
         return True  # also where it is mistyped: it was meant to be one
-    if not is_possible_key(token) or _JWT.fullmatch(token):
+    if token.startswith(CALLER_TOKEN_PREFIX) or not is_possible_key(token) or _JWT.fullmatch(token):
         return False
     try:
         client = None if ip is None else f"bearer:{counted_client(ip, ip)}"

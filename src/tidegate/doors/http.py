@@ -15,8 +15,9 @@ from typing import Any, Final
 
 from tidegate.decision import Check, Decision, Observation
 from tidegate.doors.bearer import refuse_bearer_key
+from tidegate.doors.callers_auth import CallersAuth, scope_of
 from tidegate.doors.client_address import TrustedProxies, address_or_none, peer_address
-from tidegate.doors.http_exchange import Exchange
+from tidegate.doors.http_exchange import PlainRequest
 from tidegate.doors.http_limits import LIMIT, LIMIT_BATCH, LimitRequests
 from tidegate.doors.http_requests import (
     AUTHORIZE,
@@ -38,7 +39,16 @@ from tidegate.doors.http_responses import JSON, Prepared, Response, StatusRecord
 from tidegate.doors.plain_requests import plain_authorize, plain_check
 from tidegate.doors.refusals import InternalError, NotFound
 from tidegate.doors.request_headers import single
-from tidegate.doors.responses import NO_STORE, decision_body, encode, error_body, limit_headers, limit_lines, usage_body
+from tidegate.doors.responses import (
+    NO_STORE,
+    authorize_lines,
+    check_lines,
+    decision_body,
+    encode,
+    error_body,
+    limit_headers,
+    usage_body,
+)
 from tidegate.errors import BadRequest, TidegateError
 from tidegate.gate.gate import Gate, Observer
 from tidegate.policy.paths import STRICT, PathRules
@@ -52,6 +62,8 @@ __all__ = ["MAX_BATCH_BYTES", "MAX_CHECK_BYTES", "DataPlane", "Response"]
 logger = logging.getLogger(__name__)
 
 _CHECK_PATH: Final = "/v1/check"
+_AUTHORIZE_TARGET: Final = AUTHORIZE.encode()
+_CHECK_TARGET: Final = _CHECK_PATH.encode()
 _UNHANDLED: Final = "unhandled exception while a request was answered"
 
 
@@ -66,6 +78,7 @@ class DataPlane:
         body_timeout_s: how long a body may take.
         access: writes about a sample of the requests; None for no such log.
         paths: which spellings of a path are let through.
+        callers: who may call; None for anyone.
     """
 
     def __init__(
@@ -77,6 +90,7 @@ class DataPlane:
         body_timeout_s: float = BODY_TIMEOUT_S,
         access: AccessLog | None = None,
         paths: PathRules = STRICT,
+        callers: CallersAuth | None = None,
     ) -> None:
         self.draining = False
         self.in_flight = 0
@@ -89,6 +103,7 @@ class DataPlane:
         self._body_timeout_s = body_timeout_s
         self._access = access
         self._paths = paths
+        self._callers = callers
 
     async def __rsgi__(self, scope: Scope, proto: Any) -> None:
         """Answer one request."""
@@ -107,6 +122,8 @@ class DataPlane:
             started_ns = time.perf_counter_ns()
         try:
             path = scope.path
+            if self._callers is not None and path.startswith("/v1/"):
+                await self._authenticate(self._callers, scope)
             if path == AUTHORIZE:
                 await self._authorize(scope, proto)
             elif path.startswith(AUTHORIZE_ENVOY) and is_envoy(path):
@@ -138,65 +155,75 @@ class DataPlane:
                 )
             request.over = True
 
-    def answer_now(self, exchange: Exchange) -> Coroutine[Any, Any, None] | None:
-        """Answer a plain request that has arrived; nothing is awaited where the gate decides at once.
+    def answer_now(self, request: PlainRequest) -> Coroutine[Any, Any, None] | None:
+        """Answer a plain request; nothing is awaited where the gate decides at once.
 
         Args:
-            exchange: a plain one that is complete.
+            request: whose turn it is.
 
         Returns:
-            None where it was answered; else what answers it when awaited.
+            None where it was answered; else what answers its exchange when awaited.
         """
-        target = exchange.target
+        target = request.target
+        is_authorize = target == _AUTHORIZE_TARGET
         check: Check | None = None
-        if self._access is None:
-            if target == AUTHORIZE:
-                if exchange.method in ("GET", "HEAD"):
-                    check = plain_authorize(exchange, self._trusted, MAX_HEADER_BYTES)
-            elif target == _CHECK_PATH and exchange.method == "POST":
-                check = plain_check(exchange, MAX_HEADER_BYTES, MAX_CHECK_BYTES)
-        if check is None:
-            return self.__rsgi__(exchange, exchange)
         try:
+            callers = self._callers
+            if self._access is None and (callers is None or callers.is_known(request.values, request.connection.peer_names)):
+                if is_authorize:
+                    if request.method in ("GET", "HEAD"):
+                        check = plain_authorize(request, self._trusted, MAX_HEADER_BYTES)
+                elif target == _CHECK_TARGET and request.method == "POST":
+                    check = plain_check(request, MAX_HEADER_BYTES, MAX_CHECK_BYTES)
+            if check is None:
+                exchange = request.open()
+                return self.__rsgi__(exchange, exchange)
             decision = self._gate.check_now(check)
             if not isinstance(decision, Decision):
-                return self._answer_later(exchange, check, decision)
-            self._answer_plain(exchange, decision)
+                return self._answer_later(request, check, decision)
+            self._answer_decided(request, decision, is_authorize)
         except Exception as error:  # noqa: BLE001 - raised again where the request is known to whoever logs it
-            return self._answer_later(exchange, check, _fail(error))
+            return self._answer_later(request, check, _fail(error))
         self.answered += 1
         return None
 
-    async def _answer_later(self, exchange: Exchange, check: Check, decision: Awaitable[Decision]) -> None:
+    async def _answer_later(self, request: PlainRequest, check: Check | None, decision: Awaitable[Decision]) -> None:
         self.in_flight += 1
-        request = Request(exchange.headers, False, exchange.client, self._trusts_client)
-        request.check = check
-        CURRENT.set(request)
+        known = Request(request.headers, False, request.connection.client, self._trusts_client)
+        known.check = check
+        CURRENT.set(known)
         try:
-            self._answer_plain(exchange, await decision)
+            self._answer_decided(request, await decision, request.target == _AUTHORIZE_TARGET)
         except TidegateError as error:
-            self._respond(exchange, error_response(exchange, error, request))
+            exchange = request.open()
+            self._respond(exchange, error_response(exchange, error, known))
         except Exception:
             logger.exception(_UNHANDLED)
-            self._respond(exchange, error_response(exchange, _internal_error(request), request))
+            exchange = request.open()
+            self._respond(exchange, error_response(exchange, _internal_error(known), known))
         finally:
             self.in_flight -= 1
             self.answered += 1
-            request.over = True
+            known.over = True
 
-    def _answer_plain(self, exchange: Exchange, decision: Decision) -> None:
-        """Answer a plain request with bytes made of a template, unless the connection ends or a cache has to know more."""
-        is_authorize = exchange.target == AUTHORIZE
-        if self.draining or exchange.connection.closing or (is_authorize and not decision.allowed):
-            self._respond(exchange, authorize_response(exchange, decision, False) if is_authorize else _check_response(decision))
+    def _answer_decided(self, request: PlainRequest, decision: Decision, is_authorize: bool) -> None:
+        """Answer with bytes made of a template, unless the connection ends or a cache has to know more."""
+        connection = request.connection
+        if self.draining or connection.closing or (is_authorize and not decision.allowed):
+            exchange = request.open()
+            prepared = authorize_response(exchange, decision, False) if is_authorize else _check_response(decision)
+            self._respond(exchange, prepared)
         elif is_authorize:
-            exchange.respond(204, limit_lines(decision) + b"cache-control: no-store\r\n\r\n")
+            connection.answer_plain(request, connection.server.heads[204] + authorize_lines(decision))
         else:
-            body = encode(decision_body(decision))
-            exchange.respond(
-                200 if decision.allowed else 429,
-                b"%bcontent-type: application/json\r\ncontent-length: %d\r\n\r\n%b" % (limit_lines(decision), len(body), body),
-            )
+            head = connection.server.heads[200 if decision.allowed else 429]
+            connection.answer_plain(request, head + check_lines(decision))
+
+    async def _authenticate(self, callers: CallersAuth, scope: Scope) -> None:
+        try:
+            await callers.require(scope, scope_of(scope.path))
+        except TidegateError as error:
+            raise self._seen(error) from None
 
     async def _authorize(self, scope: Scope, proto: Any, for_envoy: bool = False) -> None:
         if not for_envoy:

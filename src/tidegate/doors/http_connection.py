@@ -11,8 +11,8 @@ from collections import OrderedDict, deque
 from typing import TYPE_CHECKING, Final, cast
 
 from tidegate.doors.client_address import peer_address
-from tidegate.doors.http_exchange import Exchange, RequestHeaders
-from tidegate.doors.http_parser import MAX_HEAD_BYTES, MAX_HEADERS, RequestParser
+from tidegate.doors.http_exchange import Exchange, PlainRequest, RequestHeaders
+from tidegate.doors.http_parser import BODY, HEAD, MAX_HEAD_BYTES, MAX_HEADERS, RequestParser
 from tidegate.doors.peer_names import peer_names
 from tidegate.doors.refusals import RequestTooSlow
 from tidegate.errors import TidegateError
@@ -50,6 +50,8 @@ class Connection(RequestParser, asyncio.Protocol):
         restricted: whether `HttpServer.refusal` decides what it is answered for: it came above the limit of connections, or the
             names of its peer are not allowed.
         table: the server's table that it waits in: for a head, for the next request, or to be closed; None while it is answered.
+            A request that is answered in the turn of the loop in which it arrived does not move it.
+        tick: of the server, when it was put into that table.
     """
 
     __slots__ = (
@@ -69,6 +71,7 @@ class Connection(RequestParser, asyncio.Protocol):
         "restricted",
         "server",
         "table",
+        "tick",
     )
 
     def __init__(self, server: HttpServer) -> None:
@@ -79,9 +82,10 @@ class Connection(RequestParser, asyncio.Protocol):
         self.closing = self.lost = False
         self.restricted = False
         self.table: OrderedDict[Connection, float] | None = None
+        self.tick = -1
         self._transport: asyncio.Transport | None = None
-        self._current: Exchange | None = None
-        self._waiting: deque[Exchange] = deque()
+        self._current: Exchange | PlainRequest | None = None
+        self._waiting: deque[Exchange | PlainRequest] = deque()
         self._out: list[bytes] = []
         self._linger_bytes = 0
         self._eof = False
@@ -105,7 +109,9 @@ class Connection(RequestParser, asyncio.Protocol):
         self._stopped = self.closing = self.lost = True
         self._waiting.clear()
         current = self._current
-        if current is not None and not current.complete and current.task is not None:
+        if type(current) is PlainRequest:
+            self._current = None  # it refers to this connection, and garbage collection does not look at it
+        elif isinstance(current, Exchange) and not current.complete and current.task is not None:
             current.task.cancel()
         self._transport = None
         self.server.forget(self)
@@ -117,14 +123,13 @@ class Connection(RequestParser, asyncio.Protocol):
             if self._linger_bytes > MAX_LINGER_BYTES:
                 self.abort()
             return
-        self.parse(data)
-        if self._current is None and not self._in_body and not self._stopped:
+        if not self.parse(data) and self._current is None and self._part != BODY and not self._stopped:
             self.server.await_head(self)
 
     def eof_received(self) -> bool:
         """The client sends no more; it is still answered what it asked."""
         self._eof = True
-        partial = self._receiving is not None or self._in_head
+        partial = self._receiving is not None or self._part == HEAD
         return not partial and (self._current is not None or bool(self._waiting)) and self.server.half_closes
 
     def pause_writing(self) -> None:
@@ -141,23 +146,26 @@ class Connection(RequestParser, asyncio.Protocol):
 
     # -- the line -----------------------------------------------------------------------------------------------------------
 
-    def enqueue(self, exchange: Exchange) -> None:
+    def enqueue(self, request: Exchange | PlainRequest) -> None:
         """See `RequestParser.enqueue`; it is decided after all that arrived in this turn of the loop was parsed."""
         if self._current is None and not self._pauses & _WRITE:
-            self._start(exchange)
+            if type(request) is PlainRequest and not self.restricted:
+                self._current = request
+                self.server.decide(request)
+            else:
+                self._start(request)
             return
-        self._waiting.append(exchange)
+        self._waiting.append(request)
         if len(self._waiting) >= MAX_WAITING:
             self._pause(_LINE)
 
-    def _start(self, exchange: Exchange) -> None:
-        self._current = exchange
-        if self.table is not None:
-            self.table.pop(self, None)
-            self.table = None
-        if exchange.plain and not self.restricted:
-            self.server.decide(exchange)
+    def _start(self, request: Exchange | PlainRequest) -> None:
+        self._current = request
+        if type(request) is PlainRequest and not self.restricted:
+            self.server.decide(request)
             return
+        self.server.leave_table(self)
+        exchange = request.open() if type(request) is PlainRequest else cast("Exchange", request)
         refusal = exchange.refusal
         if refusal is None and self.restricted:
             refusal = self.server.refusal(self, exchange.path)
@@ -185,24 +193,29 @@ class Connection(RequestParser, asyncio.Protocol):
             return
         self._go_on()
 
-    def answer_plain(self, exchange: Exchange, data: bytes) -> None:
+    def replace(self, request: PlainRequest, exchange: Exchange) -> None:
+        """Have an exchange in the place of the same request."""
+        if self._current is request:
+            self._current = exchange
+
+    def answer_plain(self, request: PlainRequest, data: bytes) -> None:
         """As `answer`, for a connection that goes on; the event loop writes at the end of its turn.
 
         Args:
-            exchange: whose answer it is.
+            request: whose answer it is.
             data: the whole answer.
         """
         transport = self._transport
-        if exchange is not self._current or transport is None:
+        if request is not self._current or transport is None:
             return  # given up: the connection is gone
         if self._out:
             self._out.append(data)
         elif not transport.is_closing():
             transport.write(data)
         self._current = None
-        if self._waiting or self._eof or self._in_head:
+        if self._waiting or self._eof or self._part:
             self._go_on()
-        else:
+        elif self.tick != self.server.tick:
             self.server.await_request(self)
 
     def _go_on(self) -> None:
@@ -214,7 +227,7 @@ class Connection(RequestParser, asyncio.Protocol):
                 self._resume(_LINE)
         elif self._eof:
             self.finish()
-        elif self._in_head:
+        elif self._part == HEAD:
             self.server.await_head(self)
         else:
             self.server.await_request(self)
@@ -255,6 +268,11 @@ class Connection(RequestParser, asyncio.Protocol):
             self._out.append(b"")
             self.server.written(self)
 
+    @property
+    def busy(self) -> bool:
+        """Whether a request is being answered."""
+        return self._current is not None
+
     def shut_down(self) -> None:
         """End the connection as soon as nothing is being answered on it."""
         if self._current is None and not self._waiting:
@@ -264,7 +282,7 @@ class Connection(RequestParser, asyncio.Protocol):
 
     def time_out(self) -> None:
         """The head did not arrive in time: say so where one had begun."""
-        if self._in_head:
+        if self._part == HEAD:
             self.refuse(RequestTooSlow(f"the headers did not arrive within {self.server.header_timeout_s:g} s"))
         else:
             self.finish()

@@ -11,6 +11,8 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, Final
 
+import msgspec
+
 from tidegate.doors.responses import Headers, encode, error_body
 from tidegate.errors import TidegateError
 
@@ -88,6 +90,48 @@ class RequestHeaders:
         return len(self.values)
 
 
+class PlainRequest(msgspec.Struct, eq=False, gc=False):
+    """A request in the form that most have: HTTP/1.1, arrived whole, on a connection that goes on, no header came twice, and none
+    says how the message is sent.
+
+    It takes a tenth of the time of an `Exchange`, which is made of it only where it is not answered at once.
+
+    Args:
+        connection: that it came on.
+        method: upper case, a usual one.
+        target: of the request line.
+        values: its headers, names in lower case.
+        body: None where it has none.
+        head_bytes: at least as many as its head has.
+        exchange: the same request, once it was made.
+    """
+
+    connection: Connection
+    method: str
+    target: bytes
+    values: dict[bytes, bytes]
+    body: bytes | None
+    head_bytes: int
+    exchange: Exchange | None = None
+
+    @property
+    def headers(self) -> RequestHeaders:
+        """The headers as other requests have them."""
+        return RequestHeaders(self.values, {})
+
+    def open(self) -> Exchange:
+        """The same request as an exchange, in its place on the connection."""
+        exchange = self.exchange
+        if exchange is None:
+            exchange = Exchange(self.connection, self.method, self.target.decode("latin-1"), self.headers, True, "1.1")
+            exchange.complete = True
+            self.exchange = exchange
+            self.connection.replace(self, exchange)
+            if self.body is not None:
+                exchange.add(self.body)
+        return exchange
+
+
 class Exchange:
     """One request and its answer: what the data plane is given as RSGI's scope and protocol.
 
@@ -100,15 +144,11 @@ class Exchange:
         version: of HTTP, `1.1` or `1.0`.
 
     Attributes:
-        plain: whether it is HTTP/1.1 on a connection that goes on, no header came twice, and none says how its message is sent.
-        head_bytes: at least as many as its head has.
         complete: whether the whole request has arrived.
         answered: whether an answer was given.
     """
 
     proto = "http"
-    plain = False
-    head_bytes = 0
     complete = False
     answered = False
     expects_continue = False
@@ -134,6 +174,11 @@ class Exchange:
     def client(self) -> str:
         """Address and port of the peer, `host:port`; empty where it has none."""
         return self.connection.client
+
+    @property
+    def peer_names(self) -> tuple[str, ...]:
+        """Names in the certificate of the peer; empty without mutual TLS."""
+        return self.connection.peer_names
 
     @property
     def path(self) -> str:
@@ -173,11 +218,6 @@ class Exchange:
         self.complete = True
         if self._waiter is not None:
             self._wake()
-
-    @property
-    def single_chunk(self) -> bytes | None:
-        """The body where it came in one piece and is not taken yet, else None. It stays there."""
-        return self._chunks[0] if len(self._chunks) == 1 else None
 
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
@@ -226,18 +266,6 @@ class Exchange:
     def response_empty(self, status: int, headers: Headers) -> None:
         """Answer without a body."""
         self._answer(status, headers, b"")
-
-    def respond(self, status: int, rest: bytes) -> None:
-        """Answer a plain request that has arrived, on a connection that goes on.
-
-        Args:
-            status: one of `HttpServer.heads`.
-            rest: all that follows the Date header: header lines, the empty line, the body.
-        """
-        if self.answered:
-            raise RuntimeError("this request was answered already")
-        self.answered = True
-        self.connection.answer_plain(self, self.connection.server.heads[status] + rest)
 
     def refuse(self, error: TidegateError) -> None:
         """Answer with an error in the error form, and close the connection."""

@@ -12,7 +12,7 @@ from typing import Final
 import httptools
 
 from tidegate.decision import USUAL_METHODS
-from tidegate.doors.http_exchange import Exchange, RequestHeaders
+from tidegate.doors.http_exchange import Exchange, PlainRequest, RequestHeaders
 from tidegate.doors.refusals import HeadersTooLarge
 from tidegate.errors import BadRequest, TidegateError
 
@@ -27,20 +27,29 @@ _METHODS: Final = {method.encode(): method for method in USUAL_METHODS}
 _MESSAGE_HEADERS: Final = frozenset((b"expect", b"transfer-encoding", b"upgrade"))
 """They say how a message is sent."""
 
+_NONE_REPEATED: Final[dict[bytes, list[bytes]]] = {}
+
+
+BETWEEN: Final = 0
+HEAD: Final = 1
+BODY: Final = 2
+"""Which part of a message the next byte belongs to."""
+
 
 class RequestParser:
-    """Makes exchanges of bytes. A subclass does something with them."""
+    """Makes requests of bytes. A subclass does something with them."""
 
     __slots__ = (
         "_began",
+        "_body",
         "_chunk_bytes",
+        "_earlier_bytes",
         "_extra",
         "_head_bytes",
-        "_in_body",
-        "_in_head",
         "_lingers",
         "_overhead",
         "_parser",
+        "_part",
         "_raw_left",
         "_receiving",
         "_repeated",
@@ -51,47 +60,74 @@ class RequestParser:
 
     def __init__(self) -> None:
         self._parser = httptools.HttpRequestParser(self)
-        self._receiving: Exchange | None = None
+        self._part = BETWEEN
+        self._began = False  # whether a message began, or ended, within the bytes that are being parsed
+        self._receiving: Exchange | None = None  # in line, but not whole
         self._values: dict[bytes, bytes] = {}
         self._repeated: dict[bytes, list[bytes]] = {}
         self._extra = 0
         self._target = b""
+        self._body: bytes | None = None
         self._raw_left = 0
-        self._chunk_bytes = self._head_bytes = self._overhead = 0
-        self._in_head = self._in_body = self._began = False
+        self._chunk_bytes = self._overhead = 0
+        self._head_bytes = self._earlier_bytes = 0  # of a head that is not whole: at least, and at most
         self._stopped = False  # no more of what arrives is parsed
         self._lingers = False  # the client may still be sending when the connection ends
 
-    def enqueue(self, exchange: Exchange) -> None:
-        """Put an exchange in line, whose head has arrived."""
+    def enqueue(self, request: Exchange | PlainRequest) -> None:
+        """Put a request in line, whose head has arrived."""
         raise NotImplementedError
 
     def refuse(self, error: TidegateError) -> None:
         """Answer what came last with an error, and read no more."""
         raise NotImplementedError
 
-    def parse(self, data: bytes) -> None:
+    def parse(self, data: bytes) -> bool:
         """Parse what came, and bound what is not yet a whole request.
 
         Args:
             data: not empty.
+
+        Returns:
+            Whether it ended with a whole request.
         """
         self._began = False
         self._chunk_bytes = len(data)
-        self._feed(data)
+        if self._raw_left:
+            self._feed(data)
+        else:
+            try:
+                self._parser.feed_data(data)
+            except httptools.HttpParserUpgrade as upgrade:
+                self._feed(self._rest(data, upgrade))
+            except httptools.HttpParserError as error:
+                self._refuse_syntax(error)
+        if self._part == BETWEEN and self._began:
+            return True
+        self._bound_part(len(data))
+        return False
+
+    def _bound_part(self, size: int) -> None:
+        """The bytes that came ended within a message."""
         if self._stopped:
             return
-        if not self._in_body:
+        if self._part == BODY:
+            if self._receiving is None:
+                self._open()
+            self._values = {}  # trailers
             # Of a message that began within these bytes it is not known how many are its own: they are fewer than one read.
-            self._head_bytes = 0 if self._began else self._head_bytes + len(data)
-            if self._head_bytes > MAX_HEAD_BYTES:
-                self.refuse(HeadersTooLarge(f"the headers have more than {MAX_HEAD_BYTES} bytes: none of a check needs so many"))
-        elif not self._began:
-            self._overhead += len(data)
+            self._overhead = 0 if self._began else self._overhead + size
             if self._overhead > MAX_CHUNK_OVERHEAD:
                 self.refuse(
                     BadRequest("the chunked body has more chunk sizes, extensions and trailers than data: send larger chunks")
                 )
+            return
+        self._head_bytes = 0 if self._began else self._head_bytes + size
+        self._earlier_bytes = size if self._began else self._earlier_bytes + size
+        if self._head_bytes > MAX_HEAD_BYTES:
+            self.refuse(HeadersTooLarge(f"the headers have more than {MAX_HEAD_BYTES} bytes: none of a check needs so many"))
+        elif len(self._values) > MAX_HEADERS:
+            self.refuse(_too_many_headers())
 
     def _feed(self, data: bytes) -> None:
         while data and not self._stopped:
@@ -105,96 +141,95 @@ class RequestParser:
             try:
                 self._parser.feed_data(data)
             except httptools.HttpParserUpgrade as upgrade:
-                # HTTP/2 and the like are offered, never taken (RFC 9110, 7.8): the rest is HTTP/1.1.
-                data = data[upgrade.args[0] :]
-                self._parser = httptools.HttpRequestParser(self)
+                data = self._rest(data, upgrade)
                 continue
             except httptools.HttpParserError as error:
-                if not self._stopped:
-                    self.refuse(BadRequest(f"the request is not valid HTTP/1.1: {error}"))
+                self._refuse_syntax(error)
             return
 
-    # -- called by httptools -------------------------------------------------------------------------------------------------
+    def _rest(self, data: bytes, upgrade: httptools.HttpParserUpgrade) -> bytes:
+        """What follows an offer to upgrade. HTTP/2 and the like are never taken (RFC 9110, 7.8): the rest is HTTP/1.1."""
+        self._parser = httptools.HttpRequestParser(self)
+        return data[upgrade.args[0] :]
+
+    def _refuse_syntax(self, error: httptools.HttpParserError) -> None:
+        if not self._stopped:
+            self.refuse(BadRequest(f"the request is not valid HTTP/1.1: {error}"))
+
+    # -- called by httptools ------------------------------------------------------------------------------------------------
 
     def on_message_begin(self) -> None:
         """A request line begins."""
-        self._began = self._in_head = True
-        self._head_bytes = self._overhead = 0
+        self._began = True
+        self._part = HEAD
 
     def on_url(self, url: bytes) -> None:
         """The request's target, or a piece of it."""
         self._target += url
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """One header; those behind the body (trailers) are not taken."""
-        if self._in_body:
-            return
+        """One header; those behind a body (trailers) are dropped when it ends."""
         name = name.lower()
         values = self._values
-        if name not in values:
-            if len(values) < MAX_HEADERS:
-                values[name] = value
-                return
-        elif self._extra < MAX_HEADERS:
-            self._repeated.setdefault(name, [values[name]]).append(value)
-        self._extra += 1
+        if name in values:
+            self._repeat(name, value)
+        else:
+            values[name] = value
+
+    def _repeat(self, name: bytes, value: bytes) -> None:
+        """A header that came before."""
+        if self._part == HEAD:
+            if self._extra < MAX_HEADERS:
+                self._repeated.setdefault(name, [self._values[name]]).append(value)
+            self._extra += 1
 
     def on_headers_complete(self) -> None:
-        """The head is whole: the request is put in line, though its body may still be on the way."""
-        self._in_head, self._in_body = False, True
-        if self._stopped:
-            return  # it came in one piece with a request that ended the connection
-        parser = self._parser
-        target, values, repeated, extra = self._target, self._values, self._repeated, self._extra
-        self._target, self._values = b"", {}
-        if extra:
-            self._repeated, self._extra = {}, 0
-        sent_method = parser.get_method()
-        method = _METHODS.get(sent_method)
-        keep_alive = parser.should_keep_alive()
-        # HTTP/1.0 goes on only where it says so. To make the text of the version costs as much as all else here.
-        version = "1.1" if keep_alive and b"connection" not in values else parser.get_http_version()
-        exchange = Exchange(
-            self,  # type: ignore[arg-type]  # what parses is a connection: there is no other subclass
-            sent_method.decode("latin-1") if method is None else method,
-            target.decode("latin-1"),
-            RequestHeaders(values, repeated),
-            keep_alive,
-            version,
-        )
-        if (
-            method is not None
-            and not extra
-            and keep_alive
-            and version == "1.1"
-            and b"host" in values
-            and _MESSAGE_HEADERS.isdisjoint(values)
-        ):
-            exchange.plain = True
-            exchange.head_bytes = self._chunk_bytes if self._began else self._chunk_bytes + self._head_bytes
-        else:
-            if b"expect" in values and values[b"expect"].lower() == b"100-continue" and version == "1.1":
-                exchange.expects_continue = True
-            exchange.refusal = _fault_of(exchange, parser, repeated, len(values) + extra)
-            if exchange.refusal is not None:
-                self._stopped = self._lingers = True
-        self._receiving = exchange
-        self.enqueue(exchange)
+        """The head is whole."""
+        self._part = BODY
+        if b"transfer-encoding" in self._values:
+            self._open()  # before trailers come, which must not pass for headers
 
     def on_body(self, body: bytes) -> None:
         """A piece of the body."""
         self._overhead -= len(body)
-        if self._receiving is not None and not self._stopped:
+        if self._receiving is None:
+            if self._body is None:
+                self._body = body
+                return
+            self._open()
+        if self._receiving is not None:
             self._receiving.add(body)
 
     def on_message_complete(self) -> None:
         """The request is whole, unless its body is still to come behind an offer to upgrade, which llhttp does not read."""
+        values = self._values
+        if (
+            self._receiving is None
+            and not self._extra
+            and b"host" in values
+            and _MESSAGE_HEADERS.isdisjoint(values)
+            and len(values) <= MAX_HEADERS
+            and not self._stopped
+        ):
+            parser = self._parser
+            method = _METHODS.get(parser.get_method())
+            # HTTP/1.0 goes on only where it says so. To make the text of the version costs as much as all else here.
+            if (
+                method is not None
+                and parser.should_keep_alive()
+                and (b"connection" not in values or parser.get_http_version() == "1.1")
+            ):
+                # All that arrived since the read in which it began, and what else came in that one.
+                head_bytes = self._chunk_bytes if self._began else self._chunk_bytes + self._earlier_bytes
+                request = PlainRequest(self, method, self._target, values, self._body, head_bytes)  # type: ignore[arg-type]
+                self._body = None
+                self._target, self._values = b"", {}
+                self._part, self._began = BETWEEN, True
+                self.enqueue(request)
+                return
+        if self._receiving is None:
+            self._open()
         exchange = self._receiving
-        if exchange is not None and exchange.plain:
-            self._in_body, self._began = False, True
-            exchange.complete = True
-            self._receiving = None
-            return
         if exchange is not None and self._parser.should_upgrade() and exchange.refusal is None:
             length = exchange.headers.get("content-length")
             if length is not None and int(length):
@@ -202,8 +237,40 @@ class RequestParser:
                 return
         self._message_ended()
 
+    def _open(self) -> None:
+        """Put a request in line that is not plain, or whose body is still on the way."""
+        if self._stopped:
+            return  # it came in one piece with a request that ended the connection
+        parser = self._parser
+        target, values, repeated, extra = self._target, self._values, self._repeated, self._extra
+        self._target, self._values = b"", {}
+        if extra:
+            self._repeated, self._extra = {}, 0
+        else:
+            repeated = _NONE_REPEATED  # not the parser's own: a pipelined request fills that before this one is answered
+        sent_method = parser.get_method()
+        exchange = Exchange(
+            self,  # type: ignore[arg-type]  # what parses is a connection: there is no other subclass
+            _METHODS.get(sent_method) or sent_method.decode("latin-1"),
+            target.decode("latin-1"),
+            RequestHeaders(values, repeated),
+            parser.should_keep_alive(),
+            parser.get_http_version(),
+        )
+        if b"expect" in values and values[b"expect"].lower() == b"100-continue" and exchange.version == "1.1":
+            exchange.expects_continue = True
+        exchange.refusal = _fault_of(exchange, parser, repeated, len(values) + extra)
+        if exchange.refusal is not None:
+            self._stopped = self._lingers = True
+        self._receiving = exchange
+        self.enqueue(exchange)
+        body, self._body = self._body, None
+        if body is not None and exchange.refusal is None:
+            exchange.add(body)
+
     def _message_ended(self) -> None:
-        self._in_body, self._began = False, True
+        self._part, self._began = BETWEEN, True
+        self._values = {}  # trailers
         if self._receiving is not None:
             self._receiving.end()
             if not self._receiving.keep_alive:
@@ -217,7 +284,7 @@ def _fault_of(
     """What llhttp lets pass and the data plane does not."""
     values = exchange.headers.values
     if received > MAX_HEADERS:
-        return HeadersTooLarge(f"the request has more than {MAX_HEADERS} headers: none of a check needs so many")
+        return _too_many_headers()
     if exchange.version not in _VERSIONS:
         return BadRequest(f"HTTP/{exchange.version} is not supported: use HTTP/1.1")
     coding = values.get(b"transfer-encoding")
@@ -230,3 +297,7 @@ def _fault_of(
     if coding is not None and parser.should_upgrade():
         return BadRequest("an upgrade cannot be offered with a chunked body: send Content-Length")
     return None
+
+
+def _too_many_headers() -> HeadersTooLarge:
+    return HeadersTooLarge(f"the request has more than {MAX_HEADERS} headers: none of a check needs so many")

@@ -66,6 +66,11 @@ class Scope(Protocol):
         ...
 
     @property
+    def peer_names(self) -> tuple[str, ...]:
+        """Names in the certificate of the peer; empty without mutual TLS."""
+        ...
+
+    @property
     def headers(self) -> SizedHeaders:
         """All headers."""
         ...

@@ -21,12 +21,13 @@ from collections.abc import Callable, Coroutine, Generator
 from contextvars import copy_context
 from email.utils import formatdate
 from functools import partial
-from typing import Any, Final
+from typing import Any, Final, cast
 
 from tidegate import time_slice
 from tidegate.doors.accept_queue import accept_queued
+from tidegate.doors.continuation import Continuation
 from tidegate.doors.http_connection import Connection
-from tidegate.doors.http_exchange import PHRASES, Exchange
+from tidegate.doors.http_exchange import PHRASES, Exchange, PlainRequest
 from tidegate.doors.refusals import ClientNotAllowed, InternalError, TooManyConnections
 from tidegate.doors.tls import ServerTls
 from tidegate.doors.tls_acceptor import TlsAcceptor
@@ -42,14 +43,18 @@ _LINGER_S: Final = 2.0
 _TICK_S: Final = 0.5
 _LAST_REQUEST_S: Final = 0.5
 """How long, after the listening socket has closed, an accepted connection may take to send the request that it was opened for."""
+_MAX_PASSED: Final = 64
+_LOOK_EVERY: Final = 16
+"""So many plain answers, of about 10 µs, are given between two looks at the clock."""
 
 
 class HttpServer:
     """Serves one RSGI-like app on sockets.
 
     Args:
-        app: has `__rsgi__(scope, proto)`; an `Exchange` is both. It may have `answer_now(exchange)`, called for plain requests
-            that have arrived: it answers before it returns None, or returns what answers when awaited.
+        app: has `__rsgi__(scope, proto)`; an `Exchange` is both. It may have `answer_now(request)`, called for plain
+            requests: it answers before it returns None, or returns what answers when awaited. That runs as a `Continuation`, or
+            as any other answer if the request was opened.
         header_timeout_s: how long a request's head may take, from its first byte or the connection's start, s.
         idle_timeout_s: how long a connection may wait for its next request, s.
         write_timeout_s: how long a client may leave its answers untaken, s.
@@ -59,6 +64,7 @@ class HttpServer:
     Attributes:
         refused: connections that were closed at once because all were in use.
         evicted: connections that were closed while they waited, to make room.
+        tick: how often time-outs were looked at; no table is more exact.
         date_line: the Date header of an answer made now.
         heads: the status line and the Date header of one, by status.
         refused_names: connections of clients whose certificate has none of the names that it needs.
@@ -75,12 +81,12 @@ class HttpServer:
     ) -> None:
         self.header_timeout_s = header_timeout_s
         self.refused_names = 0
-        self.refused = self.evicted = 0
+        self.refused = self.evicted = self.tick = 0
         self.date_line = ""
         self.heads: dict[int, bytes] = {}
         self.blocked: OrderedDict[Connection, float] = OrderedDict()
         self._app = app
-        self._answer_now: Callable[[Exchange], Coroutine[Any, Any, None] | None] | None = getattr(app, "answer_now", None)
+        self._answer_now: Callable[[PlainRequest], Coroutine[Any, Any, None] | None] | None = getattr(app, "answer_now", None)
         self._idle_timeout_s = idle_timeout_s
         self._write_timeout_s = write_timeout_s
         self._max_connections = max_connections
@@ -91,7 +97,7 @@ class HttpServer:
         self._reading: OrderedDict[Connection, float] = OrderedDict()
         self._idle: OrderedDict[Connection, float] = OrderedDict()
         self._lingering: OrderedDict[Connection, float] = OrderedDict()
-        self._undecided: list[Exchange] = []
+        self._undecided: list[Exchange | PlainRequest] = []
         self._unwritten: list[Connection] = []
         self._server: asyncio.Server | None = None
         self._listening: socket.socket | None = None
@@ -189,46 +195,66 @@ class HttpServer:
         for connection in list(self._connections):
             connection.shut_down()
 
-    def decide(self, exchange: Exchange) -> None:
-        """Have the app answer an exchange, after all that arrived in this turn of the loop was parsed.
+    def decide(self, request: Exchange | PlainRequest) -> None:
+        """Have the app answer a request, after all that arrived in this turn of the loop was parsed.
 
         Args:
-            exchange: whose turn it is on its connection.
+            request: whose turn it is on its connection.
         """
-        self._undecided.append(exchange)
-        if len(self._undecided) == 1:
+        if not self._undecided:
             self._loop.call_soon(self._decide)
+        self._undecided.append(request)
 
     def _decide(self) -> None:
         undecided, self._undecided = self._undecided, []
+        answer_now = self._answer_now
         clock_ns = time.perf_counter_ns
         end_ns = clock_ns() + time_slice.SLICE_NS
-        for number, exchange in enumerate(undecided):
-            if number and clock_ns() >= end_ns:
-                # Probes, timers and what was decided already are written in between.
-                self._undecided = undecided[number:] + self._undecided
-                self._loop.call_soon(self._decide)
-                return
-            if exchange.answered or exchange.connection.lost:
+        next_look = _LOOK_EVERY
+        for number, request in enumerate(undecided):
+            if number >= next_look:
+                if clock_ns() >= end_ns:
+                    # Probes, timers and what was decided already are written in between.
+                    if not self._undecided:
+                        self._loop.call_soon(self._decide)
+                    self._undecided = undecided[number:] + self._undecided
+                    return
+                next_look = number + _LOOK_EVERY
+            if request.connection.lost:
                 continue
-            if not exchange.complete:
-                exchange.task = self._loop.create_task(self._run(exchange))
-                continue
-            if exchange.plain and self._answer_now is not None:
-                later = self._answer_now(exchange)
-                if later is None:
-                    continue
-                running = self._run(exchange, later)
+            if type(request) is PlainRequest:
+                later = None
+                if answer_now is not None:
+                    later = answer_now(request)
+                    if later is None:
+                        continue
+                next_look = number + 1  # it may have taken longer than a plain answer
+                self.leave_table(request.connection)
+                if later is not None and request.exchange is None:
+                    Continuation(later, self._loop).start()
+                else:
+                    self._begin(request.open(), later)
             else:
-                running = self._run(exchange)
-            # Most are answered without waiting for anything: those need no task. The app must not ask for its task
-            # (`asyncio.timeout` does) before it has awaited something.
-            context = copy_context()
-            try:
-                awaited = context.run(running.send, None)
-            except StopIteration:
-                continue
-            exchange.task = self._loop.create_task(_resume(running, awaited), context=context)
+                exchange = cast("Exchange", request)
+                if exchange.answered:
+                    continue
+                next_look = number + 1
+                if exchange.complete:
+                    self._begin(exchange, None)
+                else:
+                    exchange.task = self._loop.create_task(self._run(exchange))
+
+    def _begin(self, exchange: Exchange, later: Coroutine[Any, Any, None] | None) -> None:
+        """Answer an exchange that has arrived."""
+        running = self._run(exchange, later)
+        # Most are answered without waiting for anything: those need no task. The app must not ask for its task
+        # (`asyncio.timeout` does) before it has awaited something.
+        context = copy_context()
+        try:
+            awaited = context.run(running.send, None)
+        except StopIteration:
+            return
+        exchange.task = self._loop.create_task(_resume(running, awaited), context=context)
 
     async def _run(self, exchange: Exchange, later: Coroutine[Any, Any, None] | None = None) -> None:
         try:
@@ -274,9 +300,8 @@ class HttpServer:
             )
             connection.restricted = True
         if self.connections > self._max_connections:
-            waiting = self._idle or self._reading
-            if waiting:
-                oldest = next(iter(waiting))
+            oldest = self._longest_waiting()
+            if oldest is not None:
                 self.evicted += 1
                 # With TLS, closing waits for the client.
                 (oldest.close if self._tls is None else oldest.abort)()
@@ -288,6 +313,17 @@ class HttpServer:
             else:
                 connection.restricted = True
         self.await_head(connection)
+
+    def _longest_waiting(self) -> Connection | None:
+        """The connection that has waited longest without a request; None where there is none."""
+        for table in (self._idle, self._reading):
+            # Few are busy: those whose request arrived in this turn of the loop. As many accepted in it must not pass them all.
+            for _ in range(min(len(table), _MAX_PASSED)):
+                connection = next(iter(table))
+                if not connection.busy:
+                    return connection
+                self._enter(connection, table)
+        return None
 
     def forget(self, connection: Connection) -> None:
         """A connection is gone."""
@@ -304,10 +340,8 @@ class HttpServer:
 
     def await_request(self, connection: Connection) -> None:
         """All requests of a connection are answered."""
-        if connection.table is not None:
-            connection.table.pop(connection, None)
-        self._idle[connection] = self.now()
-        connection.table = self._idle
+        self._enter(connection, self._idle)
+        connection.tick = self.tick
 
     def linger(self, connection: Connection) -> None:
         """A connection has its last answer; what the client still sends is discarded for a while."""
@@ -318,6 +352,7 @@ class HttpServer:
         if connection.table is not None:
             connection.table.pop(connection, None)
             connection.table = None
+        connection.tick = -1  # the next answer puts it into a table again
 
     def written(self, connection: Connection) -> None:
         """A connection has something to write: all of them write at the end of this turn."""
@@ -338,8 +373,9 @@ class HttpServer:
     def _tick(self) -> None:
         """Give the Date anew, and end what has taken too long: each table has the longest waiting first."""
         self.date_line = f"date: {formatdate(time.time(), usegmt=True)}\r\n"
+        self.tick += 1
         self.heads = {status: (PHRASES[status] + self.date_line).encode() for status in _PLAIN_STATUSES}
-        now = self._loop.time()
+        now = self.now()
         for table, most_s, end in (
             (self._reading, self.header_timeout_s, Connection.time_out),
             (self._idle, self._idle_timeout_s, Connection.finish),
@@ -350,9 +386,12 @@ class HttpServer:
                 connection, since = next(iter(table.items()))
                 if now - since < most_s:
                     break
-                del table[connection]
-                if connection.table is table:
+                if table is not self.blocked:
+                    if connection.busy and table is not self._lingering:
+                        self._enter(connection, table)  # its request arrived in this turn of the loop
+                        continue
                     connection.table = None
+                del table[connection]
                 end(connection)
         self._ticking = self._loop.call_later(min(_TICK_S, self.header_timeout_s / 4), self._tick)
 

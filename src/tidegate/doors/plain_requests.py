@@ -20,7 +20,7 @@ from tidegate.policy.paths import MAX_PATH_BYTES
 from tidegate.wire import CheckRequest
 
 if TYPE_CHECKING:
-    from tidegate.doors.http_exchange import Exchange
+    from tidegate.doors.http_exchange import PlainRequest
 
 _METHODS: Final = {method.encode(): method for method in USUAL_METHODS}
 _PLAIN_URI: Final = re.compile(rb"/[A-Za-z0-9\-._~!$&'()*+,=:@/]*(?:\?[!-~]*)?").fullmatch
@@ -31,22 +31,21 @@ _MAX_ADDRESS: Final = 45
 _CHECK: Final = msgspec.json.Decoder(CheckRequest)
 
 
-def plain_authorize(exchange: Exchange, trusted: TrustedProxies, max_header_bytes: int) -> Check | None:
+def plain_authorize(request: PlainRequest, trusted: TrustedProxies, max_header_bytes: int) -> Check | None:
     """The check of a plain `GET /v1/authorize`. Costs 2 µs.
 
     Args:
-        exchange: a plain one, see `Exchange.plain`.
+        request: the request.
         trusted: whose forwarding headers are believed.
         max_header_bytes: most bytes of the names and values of its headers.
 
     Returns:
         The check; None where the request has to be read otherwise.
     """
-    headers = exchange.headers
-    if exchange.head_bytes > max_header_bytes and headers.size > max_header_bytes:
+    if request.head_bytes > max_header_bytes and request.headers.size > max_header_bytes:
         return None
-    values = headers.values
-    peer = exchange.connection.peer
+    values = request.values
+    peer = request.connection.peer
     is_trusted = trusted.trusts(peer)
     uri = values.get(b"x-original-uri")
     if not uri and is_trusted:
@@ -85,7 +84,7 @@ def plain_authorize(exchange: Exchange, trusted: TrustedProxies, max_header_byte
         ip = counted_peer(peer)
     else:
         try:
-            client = trusted.client(peer, headers)
+            client = trusted.client(peer, request.headers)
         except BadRequest:
             return None
         # A peer's name is not to be kept under a text that a header may have too.
@@ -93,24 +92,23 @@ def plain_authorize(exchange: Exchange, trusted: TrustedProxies, max_header_byte
     return None if ip is None else Check(path, method, api_key, ip)
 
 
-def plain_check(exchange: Exchange, max_header_bytes: int, max_body_bytes: int) -> Check | None:
+def plain_check(request: PlainRequest, max_header_bytes: int, max_body_bytes: int) -> Check | None:
     """The check of a plain `POST /v1/check`. Costs 2 µs.
 
     Args:
-        exchange: a plain one that is complete, see `Exchange.plain`.
+        request: the request.
         max_header_bytes: most bytes of the names and values of its headers.
         max_body_bytes: most bytes of its body.
 
     Returns:
-        The check; None where the request has to be read otherwise. The body is still there then.
+        The check; None where the request has to be read otherwise.
     """
-    headers = exchange.headers
-    body = exchange.single_chunk
+    body = request.body
     if body is None or len(body) > max_body_bytes:
         return None
-    if exchange.head_bytes > max_header_bytes and headers.size > max_header_bytes:
+    if request.head_bytes > max_header_bytes and request.headers.size > max_header_bytes:
         return None
-    values = headers.values
+    values = request.values
     if b"content-encoding" in values:
         return None
     try:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 from collections.abc import Callable, Iterable
+from hashlib import sha256 as _sha256
 from typing import Final, TypeAlias
 
 from tidegate.catalog.cache_level import Caller
@@ -31,6 +31,7 @@ class CallerLookup:
 
     def __init__(self, catalog: CachedCatalog, wall_clock_ns: Callable[[], int], timeout_s: float = LOOKUP_TIMEOUT_S) -> None:
         self._catalog = catalog
+        self._cached_caller = catalog.cached_caller
         self._wall_clock_ns = wall_clock_ns
         self._timeout_s = timeout_s
 
@@ -85,11 +86,10 @@ class CallerLookup:
             return self._catalog.cached_anonymous()
         if not api_key.isascii():
             return None
-        caller = self._catalog.cached_caller(hashlib.sha256(api_key.encode()).hexdigest())
+        caller = self._cached_caller(_sha256(api_key.encode()).hexdigest())
         if caller is None or not caller.form_checked:
             return None
-        record = caller.api_key
-        if record is None or record.status is not KeyStatus.ACTIVE or record.expires_at_us is not None:
+        if not caller.never_ends:
             self._refuse_ended(caller)
         return caller
 
@@ -150,4 +150,4 @@ class CallerLookup:
 
 
 def _digest(api_key: str) -> str:
-    return hashlib.sha256(api_key.encode()).hexdigest()
+    return _sha256(api_key.encode()).hexdigest()

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from typing import Any, Self, TypeAlias
+from typing import Any, Final, Self, TypeAlias
 
 import msgspec
 
 from tidegate.catalog.cache_level import Caller
 from tidegate.catalog.cached import CachedCatalog
-from tidegate.counters import Charge, ChargeOutcome, CounterStore
-from tidegate.counters.memory import MemoryCounters
+from tidegate.counters import Charge, ChargeOutcome, CounterStore, ImmediateCounterStore
 from tidegate.decision import MAX_COST, Check, Decision, Observation, Usage, client_of, clip, ipv6_client
 from tidegate.errors import BadRequest, MissingApiKey, StoreUnavailable, TidegateError
 from tidegate.gate.callers import LOOKUP_TIMEOUT_S, CallerLookup
@@ -23,6 +22,7 @@ from tidegate.policy.matching import CompiledRule, subject_of
 from tidegate.policy.model import Mode, Subject
 from tidegate.time_slice import TimeSlice
 
+_clock_ns: Final = time.perf_counter_ns
 Observer: TypeAlias = Callable[[Observation], None]
 
 
@@ -70,8 +70,8 @@ class Gate:
         self.request_limits = RequestLimits(counters, observe=observe)
         self._callers = CallerLookup(catalog, wall_clock_ns, lookup_timeout_s)
         self._caller = self._callers.find
-        # A store that wraps or extends the one in memory may have to await something.
-        self._charge_now = counters.charge_all if type(counters) is MemoryCounters else None
+        self._find_cached = self._callers.find_cached
+        self._charge_now = counters.charge_all if counters.immediate and isinstance(counters, ImmediateCounterStore) else None
 
     async def check(self, check: Check) -> Decision:
         """Decide one check, and charge it if it passes.
@@ -113,9 +113,9 @@ class Gate:
         charge = self._charge_now
         if charge is None:
             return self._check_later(check, shadow_outcomes)
-        started_ns = time.perf_counter_ns()
+        started_ns = _clock_ns()
         try:
-            caller = self._callers.find_cached(check.api_key)
+            caller = self._find_cached(check.api_key)
             if caller is None:
                 return self._check_later(check, shadow_outcomes)
             ip = check.ip
@@ -127,29 +127,36 @@ class Gate:
                 charged = [charge(each.counters, each.cost) for each in plan.charges]
                 if shadow_outcomes is not None:
                     shadow_outcomes.extend(plan.shadow_outcomes(charged))
-                told = self._tell(plan, charged, time.perf_counter_ns() - started_ns)
-                assert isinstance(told, Decision), "counters in memory always answer"
+                told = self._tell(plan, charged, _clock_ns() - started_ns)
+                assert isinstance(told, Decision), "an immediate store always answers"
                 return told
             counters = _counters_of(check, caller, tier.match(check.method, check.path), ip)
         except TidegateError as error:
-            self._tell_error(error, time.perf_counter_ns() - started_ns)
+            self._tell_error(error, _clock_ns() - started_ns)
             raise
         decision = charge(counters, check.cost) if counters else Decision(True, unlimited_tier=tier.tier.name)
         if self._observe is not None:
-            self._observe(_observation(decision, counters, time.perf_counter_ns() - started_ns))
+            latency_ns = _clock_ns() - started_ns
+            if counters and decision.allowed:
+                self._observe(Observation(decision, None, latency_ns, (), counters[0][1]))
+            else:
+                self._observe(_observation(decision, counters, latency_ns))
         return decision
 
     async def _check_later(self, check: Check, shadow_outcomes: list[ChargeOutcome] | None = None) -> Decision:
-        started_ns = time.perf_counter_ns()
+        started_ns = _clock_ns()
         try:
-            plan = await self.plan(check)
+            ip = check.ip
+            if ip is not None and ":" in ip:
+                ip = ipv6_client(ip)
+            plan = self._plan_of(check, self._find_cached(check.api_key) or await self._caller(check.api_key, ip), ip)
             charged = await self.counters.charge(plan.charges) if plan.charges else ()
             if shadow_outcomes is not None:
                 shadow_outcomes.extend(plan.shadow_outcomes(charged))
         except TidegateError as error:
-            self._tell_error(error, time.perf_counter_ns() - started_ns)
+            self._tell_error(error, _clock_ns() - started_ns)
             raise
-        told = self._tell(plan, charged, time.perf_counter_ns() - started_ns)
+        told = self._tell(plan, charged, _clock_ns() - started_ns)
         if isinstance(told, StoreUnavailable):
             raise told
         return told
@@ -166,7 +173,7 @@ class Gate:
         Returns:
             For each check its decision, or the error that `check` would have raised.
         """
-        started_ns = time.perf_counter_ns()
+        started_ns = _clock_ns()
         plans = [plan for plan in await self.plan_many(checks) if plan is not None]
         settled = await charge_independently(self.counters, plans)
         self._tell_all(plans, settled, started_ns)
@@ -182,7 +189,7 @@ class Gate:
         Returns:
             For each what became of it.
         """
-        started_ns = time.perf_counter_ns()
+        started_ns = _clock_ns()
         settled = await (charge_all_or_none if whole else charge_independently)(self.counters, plans)
         self._tell_all(plans, settled, started_ns)
         return settled
@@ -270,7 +277,7 @@ class Gate:
         await self.close()
 
     def _tell_all(self, plans: Sequence[CheckPlan | TidegateError], settled: Sequence[ChargeResult], started_ns: int) -> None:
-        share_ns = (time.perf_counter_ns() - started_ns) // max(len(plans), 1)
+        share_ns = (_clock_ns() - started_ns) // max(len(plans), 1)
         for plan, each in zip(plans, settled, strict=True):
             if isinstance(plan, TidegateError):
                 self._tell_error(plan, share_ns)
@@ -367,19 +374,20 @@ class Gate:
 
 def _counters_of(check: Check, caller: Caller, rule: CompiledRule | None, ip: str | None) -> tuple[tuple[LimitSet, str], ...]:
     """What a check is charged to: the counter of the rule that answers it, and that of the tier's own limits."""
-    tier_limits = caller.tier.limits
+    tier = caller.tier
+    tier_limits = tier.limits
     if rule is None and tier_limits is None:
         return ()
     subject = caller.subject or _caller_subject(check, caller, ip)
     if rule is None:
         assert tier_limits is not None
         return ((tier_limits, subject),)
-    if rule.subject is Subject.API_KEY:
-        counted = subject
-    elif (found := subject_of(rule.subject, subject, ip, caller.tier.tier.name)) is not None:
+    counted = subject
+    if rule.subject is not Subject.API_KEY:
+        found = subject_of(rule.subject, subject, ip, tier.tier.name)
+        if found is None:
+            raise _ip_needed(check, f"the rule {clip(rule.rule.name)} counts by ip")
         counted = found
-    else:
-        raise _ip_needed(check, f"the rule {clip(rule.rule.name)} counts by ip")
     if tier_limits is None:
         return ((rule.limits, counted),)
     return ((rule.limits, counted), (tier_limits, subject))

@@ -8,7 +8,7 @@ pattern times that of the text. A regular expression with several greedy `.*` ta
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from typing import Final, Generic, TypeVar
 
 _PARAMETER: Final = re.compile(r"\{[^}]*\}")
@@ -54,24 +54,39 @@ class GlobIndex(Generic[_T]):
         things.append(thing)
         return len(things)
 
-    def candidates(self, text: str) -> Iterator[_T]:
+    def candidates(self, text: str) -> Sequence[_T]:
         """All whose beginning and end a text has, without overlap; the longest beginning first.
 
         Args:
             text: what a client sent.
 
-        Yields:
-            Each thing once.
+        Returns:
+            Each thing once. Not to be changed.
         """
+        found: list[_T] = []
+        is_copy = False
         for length in self._lengths:
             entry = self._beginnings.get(text[:length])
             if entry is None:
                 continue
             end_lengths, by_end = entry
             for end_length in end_lengths:
-                if length + end_length > len(text):
+                # Most patterns have nothing behind their `*`.
+                if not end_length:
+                    things = by_end.get("")
+                elif length + end_length > len(text):
                     break
-                yield from by_end.get(text[len(text) - end_length :], ())
+                else:
+                    things = by_end.get(text[len(text) - end_length :])
+                if not things:
+                    continue
+                if not found:
+                    found = things
+                elif is_copy:
+                    found += things
+                else:
+                    found, is_copy = found + things, True
+        return found
 
 
 class Glob:

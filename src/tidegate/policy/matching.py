@@ -228,7 +228,8 @@ class _Index:
                 break
         if self._first_pattern is None or (found is not None and found.rank < self._first_pattern):
             return found
-        for rule, matches in self._candidates(path):
+        candidates = self._candidates(path) if self._roots else self._stars.candidates(path)
+        for rule, matches in candidates:
             if (
                 (found is None or rule.rank < found.rank)
                 and (rule.methods is None or method in rule.methods)
@@ -246,7 +247,7 @@ class _Index:
         )
         return (*literal, *patterns)
 
-    def _candidates(self, path: str) -> Iterator[_Candidate]:
+    def _candidates(self, path: str) -> Iterable[_Candidate]:
         """Rules whose pattern may match, each at most once, with what decides it; None where it does match."""
         stars = self._stars.candidates(path)
         root = self._roots.get(path.count("/")) if self._roots else None

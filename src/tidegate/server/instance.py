@@ -27,6 +27,7 @@ from tidegate.counters.factory import open_counters
 from tidegate.counters.guarded import GuardedCounters
 from tidegate.counters.memory import MemoryCounters
 from tidegate.decision import Observation
+from tidegate.doors.callers_auth import CallersAuth
 from tidegate.doors.client_address import TrustedProxies
 from tidegate.doors.http import DataPlane, Response
 from tidegate.doors.openapi import data_plane_openapi
@@ -44,7 +45,7 @@ from tidegate.server.addresses import admin_address, free_address, grpc_address,
 from tidegate.server.certificates import Certificates
 from tidegate.server.handover import listening_sockets, shared_address
 from tidegate.server.listener import Listener
-from tidegate.server.wiring import open_catalog, open_channel, share_catalog
+from tidegate.server.wiring import open_callers_auth, open_catalog, open_channel, share_catalog
 from tidegate.settings import Settings, unix_mode
 from tidegate.telemetry.access import AccessLog
 from tidegate.telemetry.collectors import collect_background, collect_cache, collect_counters, collect_tls, collect_violations
@@ -105,6 +106,7 @@ class Instance:
         self._certificates: Certificates | None = None
         self._tracing: Tracing | None = None
         self._paths = STRICT
+        self._callers: CallersAuth | None = None
         self._stack = contextlib.AsyncExitStack()
         self._tasks: list[asyncio.Task[None]] = []
         self._reloads: list[Callable[[], None]] = []
@@ -123,7 +125,7 @@ class Instance:
         settings = self.settings
         require_shared_counters(settings)
         self._paths = PathRules.of(settings.paths.encoded_slashes, settings.paths.decode_unreserved)
-        find = shared_address if self._shares_port else free_address
+        find = self._find_address
         http = find(settings.server.http, "server.http")
         admin = admin_address(settings, http, find)
         grpc = grpc_address(settings, http, admin, find)
@@ -160,6 +162,9 @@ class Instance:
             max_keys=settings.cache.max_keys,
             unknown_keys=UnknownKeyLimit(bound) if (bound := settings.catalog.unknown_keys_per_minute) else None,
         )
+        self._callers = await open_callers_auth(settings, self.catalog, self.cached)
+        if self.cached.caller_tokens is not None:
+            self._spawn("caller_tokens", self.cached.caller_tokens.run)
         access = AccessLog(settings.server.access_log_sample) if settings.server.access_log_sample else None
         gate = Gate(self.cached, self._counted(), self._observer(access), lookup_timeout_s=2 * settings.catalog.timeout_s)
         pages = {
@@ -177,6 +182,7 @@ class Instance:
             settings.server.body_timeout_s,
             access,
             self._paths,
+            self._callers,
         )
         collect_cache(self.metrics, self.cached, shared, self.catalog.database)
         collect_counters(self.metrics, self.counters)
@@ -229,6 +235,12 @@ class Instance:
         logger.info("listening on %s", self._listener.url)
         if probes is not None:
             await self._start_probes(pages, *probes)
+
+    def _find_address(self, text: str, name: str) -> tuple[str, int]:
+        """Host and port of a setting; see `shared_address` and `free_address`."""
+        if text in self._unix_sockets:  # the supervisor listens there
+            return parse_address(text, name)
+        return shared_address(text, name) if self._shares_port else free_address(text, name)
 
     @property
     def in_flight(self) -> int:
@@ -365,7 +377,10 @@ class Instance:
     async def _grpc_listener(
         self, service: RateLimitService, access: AccessLog | None, host: str, port: int
     ) -> GrpcListener | GrpcTlsListener:
+        from tidegate.doors.grpc.callers import GrpcCallers
+
         reads_metadata = self._tracing is not None
+        callers = None if self._callers is None else GrpcCallers(self._callers, self.metrics.observe)
         trusted = TrustedProxies(self.settings.server.trusted_proxies)
         certificates = self._certificates
         if certificates is not None and self.settings.uses_tls("grpc"):
@@ -381,12 +396,15 @@ class Instance:
                 access,
                 reads_metadata=reads_metadata,
                 trusted=trusted,
+                callers=callers,
             )
             await secured.start()
             return secured
         from tidegate.doors.grpc.listener import GrpcListener
 
-        plain = GrpcListener(service, host, port, self._shares_port, access, reads_metadata=reads_metadata, trusted=trusted)
+        plain = GrpcListener(
+            service, host, port, self._shares_port, access, reads_metadata=reads_metadata, trusted=trusted, callers=callers
+        )
         plain.start()
         return plain
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 from collections.abc import AsyncIterator
 
+from tidegate.catalog.cached import CachedCatalog
+from tidegate.catalog.caller_tokens import CallerTokens
 from tidegate.catalog.follower import Channel
 from tidegate.catalog.shared import SharedCatalog
 from tidegate.catalog.sql.catalog import SqlCatalog
@@ -12,6 +14,7 @@ from tidegate.catalog.sql.database import DatabaseOptions
 from tidegate.catalog.sql.engine import is_postgres
 from tidegate.counters.redis.channel import RedisChannel
 from tidegate.counters.redis.store import RedisCounters
+from tidegate.doors.callers_auth import CallersAuth, CertificateAuth, TokenAuth
 from tidegate.settings import CatalogSettings, Settings
 from tidegate.url_parts import scheme_of
 
@@ -105,6 +108,33 @@ async def share_catalog(settings: Settings, catalog: SqlCatalog, store: RedisCou
     given = settings.cache.secret
     secret = given.encode() if given else await catalog.cache_secret()
     return SharedCatalog(catalog, store, secret, settings.cache.l2_ttl_s)
+
+
+async def open_callers_auth(settings: Settings, catalog: SqlCatalog, cached: CachedCatalog) -> CallersAuth | None:
+    """Who may call the data plane.
+
+    Args:
+        settings: all of them.
+        catalog: where the tokens are stored.
+        cached: passes the changes of the catalog on to the tokens, if there are any: `cached.caller_tokens`, whose `run` keeps
+            them up to date.
+
+    Returns:
+        What decides it; None if anyone may.
+
+    Raises:
+        CatalogUnavailable: if the tokens cannot be loaded.
+    """
+    auth = settings.callers_auth
+    if auth.mode == "mtls":
+        return CertificateAuth(auth.names)
+    if auth.mode != "token":
+        return None
+    cache = settings.cache
+    tokens = CallerTokens(catalog, cache.l1_ttl_s, cache.l1_ttl_s + cache.stale_if_error_s)
+    await tokens.load()
+    cached.caller_tokens = tokens
+    return TokenAuth(auth.header, tokens)
 
 
 def database_options(settings: CatalogSettings) -> DatabaseOptions:

@@ -118,6 +118,8 @@ _SERVER_ERRORS: Final = frozenset({"CATALOG_UNAVAILABLE", "STORE_UNAVAILABLE"})
 class _TracedStore:
     """A counter store that records each charge for the span of its check."""
 
+    immediate = False
+
     def __init__(self, store: CounterStore) -> None:
         self._store = store
 

@@ -8,16 +8,18 @@ import secrets
 from collections.abc import Sequence
 from typing import Final
 
-from sqlalchemy import RowMapping, bindparam, select, update
+from sqlalchemy import ColumnElement, RowMapping, bindparam, or_, select, update
 
+from tidegate.catalog.caller_tokens import MAX_LIVE, CallerToken
 from tidegate.catalog.changes import Changes
 from tidegate.catalog.sql import rows as policy_rows
 from tidegate.catalog.sql.batch_loader import BatchLoader
 from tidegate.catalog.sql.change_log import read_changes
 from tidegate.catalog.sql.database import Database, DatabaseOptions
 from tidegate.catalog.sql.policy_file import Released, apply_file, release_file
-from tidegate.catalog.sql.tables import api_keys, policy_state, rate_limit_rules, tiers
+from tidegate.catalog.sql.tables import api_keys, caller_tokens, policy_state, rate_limit_rules, tiers
 from tidegate.policy.model import ApiKey, Policy, Tier
+from tidegate.timestamps import now_us
 
 _SHA256S: Final = "sha256s"
 # One statement: its result is one snapshot on every database. Built once: building it costs as much as sending it.
@@ -26,6 +28,12 @@ _KEYS: Final = select(policy_state.c.version.label("read_version"), api_keys, ti
         api_keys.join(tiers, tiers.c.id == api_keys.c.tier_id), api_keys.c.sha256.in_(bindparam(_SHA256S, expanding=True))
     )
 )
+
+
+def live_caller_tokens() -> tuple[ColumnElement[bool], ColumnElement[bool]]:
+    """Conditions that hold for the callers' tokens that are neither revoked nor expired."""
+    expires_at_us = caller_tokens.c.expires_at_us
+    return caller_tokens.c.revoked_at_us.is_(None), or_(expires_at_us.is_(None), expires_at_us > now_us())
 
 
 class _NothingToDo(Exception):
@@ -112,6 +120,13 @@ class SqlCatalog:
     async def close(self) -> None:
         """See `Catalog.close`."""
         await self.database.close()
+
+    async def caller_tokens(self) -> list[CallerToken]:
+        """See `CallerTokenSource.caller_tokens`. Read from the primary: a replica may not have a revocation yet."""
+        query = select(caller_tokens).where(*live_caller_tokens()).limit(MAX_LIVE)
+        async with self.database.reading() as connection:
+            rows = (await connection.execute(query)).mappings().all()
+        return [CallerToken(row["sha256"], row["name"], frozenset(row["scopes"]), row["expires_at_us"]) for row in rows]
 
     async def list_tiers(self) -> list[Tier]:
         """All tiers with their rules, by name.

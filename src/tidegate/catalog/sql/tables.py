@@ -160,6 +160,20 @@ admin_tokens: Final = Table(
     UniqueConstraint("sha256"),
 )
 
+# Tokens of gateways and back ends, for the data plane.
+caller_tokens: Final = Table(
+    "caller_tokens",
+    metadata,
+    Column("id", _RowId, primary_key=True, autoincrement=True),
+    Column("name", String(200), nullable=False),
+    Column("sha256", String(64), nullable=False),
+    Column("scopes", JSON, nullable=False),
+    Column("created_at_us", BigInteger, nullable=False),
+    Column("expires_at_us", BigInteger, nullable=True),
+    Column("revoked_at_us", BigInteger, nullable=True),
+    UniqueConstraint("sha256"),
+)
+
 audit_log: Final = Table(
     "audit_log",
     metadata,

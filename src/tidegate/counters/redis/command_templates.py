@@ -63,9 +63,15 @@ def charge_command(template: CommandTemplate, charge: Charge, tag: bytes) -> byt
     if len(suffixes) == 1:
         suffix = suffixes[0]
         return b"".join((template.head, _KEY_HEADS[len(tag) + len(suffix) + 2], tag, suffix, template.tail, cost_part))
+    (_, subject), (_, other_subject) = charge.counters[0], charge.counters[-1]
+    if len(suffixes) == 2 and subject == other_subject:
+        first, second = suffixes
+        size = len(tag) + 2
+        first_head, second_head = _KEY_HEADS[size + len(first)], _KEY_HEADS[size + len(second)]
+        return b"".join((template.head, first_head, tag, first, second_head, tag, second, template.tail, cost_part))
     keys = []
-    for (_, subject), suffix in zip(charge.counters, suffixes, strict=True):
-        own = tag if subject == charge.counters[0][1] else hash_tag(subject)
+    for (_, each), suffix in zip(charge.counters, suffixes, strict=True):
+        own = tag if each == subject else hash_tag(each)
         keys.append(b"$%d\r\ntg:{%b%b" % (len(own) + len(suffix) + 2, own, suffix))
     return b"%b%b%b%b" % (template.head, b"".join(keys), template.tail, cost_part)
 

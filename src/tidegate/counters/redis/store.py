@@ -54,6 +54,8 @@ class RedisCounters(RedisCommands):
         SettingsError: if the URL is not understood or its PEM files cannot be used.
     """
 
+    immediate = False
+
     def __init__(self, url: str | RedisUrl, timeout_s: float = 0.05, max_in_flight: int = 10_000, name: str = "tidegate") -> None:
         super().__init__(url, timeout_s, max_in_flight, name)
         self._templates: dict[Any, CommandTemplate] = {}

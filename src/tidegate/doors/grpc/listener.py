@@ -3,7 +3,8 @@
 It was chosen by measurement; see docs/dependencies.md. It does HTTP/2, flow control and flood protection (in the Rust crates
 hyper and h2) without holding the GIL; a burst of calls wakes the event loop once.
 
-The metadata of calls is read only if needed: by the access log for the request id, by tracing for the caller's span.
+The metadata of calls is read only if needed: for the caller's token, by the access log for the request id, by tracing for the
+caller's span.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from pygrpc_native import EVENT_CALL, EVENT_CANCEL, STREAM_SENT, NativeGrpcFront
 
 from tidegate.background import SUPERVISOR, stop
 from tidegate.doors.client_address import TrustedProxies, peer_address
+from tidegate.doors.grpc.callers import GrpcCallers
 from tidegate.doors.grpc.health import HealthService
 from tidegate.doors.grpc.messages import OK, OVER_LIMIT, RateLimitResponse
 from tidegate.doors.grpc.service import RateLimitService
@@ -61,6 +63,7 @@ class GrpcListener:
         access: the access log; None if disabled.
         reads_metadata: whether metadata is also needed for tracing.
         trusted: peers whose `traceparent` is trusted; loopback by default.
+        callers: who may call; None for anyone.
 
     Attributes:
         in_flight: calls being answered, without `Watch` streams.
@@ -76,6 +79,7 @@ class GrpcListener:
         access: AccessLog | None = None,
         reads_metadata: bool = False,
         trusted: TrustedProxies | None = None,
+        callers: GrpcCallers | None = None,
     ) -> None:
         self.in_flight = 0
         self.answered = 0
@@ -85,7 +89,9 @@ class GrpcListener:
         self._shares_port = shares_port
         self._access = access
         self._trusted = trusted or TrustedProxies()
-        self._reads_metadata = reads_metadata or access is not None
+        self._callers = callers
+        self._is_observed = reads_metadata or access is not None
+        self._reads_metadata = self._is_observed or callers is not None
         self._front: NativeGrpcFront | None = None
         self._loop = asyncio.get_running_loop()
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -178,10 +184,13 @@ class GrpcListener:
                 self._health.forget(call_id)
             elif kind == EVENT_CALL and payload is not None:
                 if method == SHOULD_RATE_LIMIT:
-                    if self._reads_metadata:
+                    callers = self._callers
+                    if self._is_observed:
                         self._start(self._answer_observed(front, call_id, payload, event[5]))
-                    else:
+                    elif callers is None or callers.is_known(event[5][0]):
                         self._answer_now(front, call_id, payload)
+                    else:
+                        self._start(self._answer(front, call_id, self._authenticated(payload, event[5])))
                 else:
                     self._answer_health(front, call_id, method, payload)
 
@@ -220,6 +229,11 @@ class GrpcListener:
             self.answered += 1
         return answer
 
+    async def _authenticated(self, payload: bytes, details: CallDetails) -> bytes:
+        if self._callers is not None:
+            await self._callers.require(details[0], details[1])
+        return await self._service.answer(payload)
+
     async def _answer_observed(self, front: NativeGrpcFront, call_id: int, payload: bytes, details: CallDetails) -> None:
         """Answer a call that the access log or tracing observes."""
         access = self._access
@@ -229,7 +243,7 @@ class GrpcListener:
         CURRENT.set(request)
         started_ns = time.perf_counter_ns()
         try:
-            answer = await self._answer(front, call_id, self._service.answer(payload))
+            answer = await self._answer(front, call_id, self._authenticated(payload, details))
             if access is not None and request.sampled:
                 took_ns = time.perf_counter_ns() - started_ns
                 code = answer.name if isinstance(answer, Status) else _CODES[RateLimitResponse.FromString(answer).overall_code]

@@ -20,6 +20,7 @@ import grpc.aio
 
 from tidegate.certificate_names import certificate_names
 from tidegate.doors.client_address import TrustedProxies, peer_address
+from tidegate.doors.grpc.callers import GrpcCallers
 from tidegate.doors.grpc.health import HealthService
 from tidegate.doors.grpc.listener import KEEPALIVE_S, MAX_METADATA_BYTES, MAX_STREAMS
 from tidegate.doors.grpc.messages import OK, OVER_LIMIT, RateLimitResponse
@@ -55,6 +56,7 @@ class GrpcTlsListener:
         access: the access log; None if disabled.
         reads_metadata: whether metadata is also needed for tracing.
         trusted: peers whose `traceparent` is trusted; loopback by default.
+        callers: who may call; None for anyone.
 
     Attributes:
         in_flight: calls being answered, without `Watch` streams.
@@ -72,6 +74,7 @@ class GrpcTlsListener:
         access: AccessLog | None = None,
         reads_metadata: bool = False,
         trusted: TrustedProxies | None = None,
+        callers: GrpcCallers | None = None,
     ) -> None:
         self.in_flight = 0
         self.answered = 0
@@ -83,6 +86,7 @@ class GrpcTlsListener:
         self._access = access
         self._reads_metadata = reads_metadata or access is not None
         self._trusted = trusted or TrustedProxies()
+        self._callers = callers
         self._health = HealthService(self._send)
         self._streams: dict[int, asyncio.Queue[bytes | None]] = {}
         self._last_stream = 0
@@ -182,6 +186,8 @@ class GrpcTlsListener:
     async def _answer(self, payload: bytes, context: Any) -> bytes:
         self.in_flight += 1
         try:
+            if self._callers is not None:
+                await self._callers.require(context.invocation_metadata() or (), context.peer(), peer_names(context))
             return await self._service.answer(payload)
         except CallRefused as refused:
             if self._reads_metadata:
