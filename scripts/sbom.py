@@ -5,6 +5,7 @@ Offline and reproducible. What the base image brings (Debian, Python) is not in 
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -18,7 +19,7 @@ def main() -> int:
     """Write `dist/tidegate-VERSION.cdx.json`.
 
     Returns:
-        The exit code of cyclonedx-py.
+        The exit code of cyclonedx-py; 1 if it left out a package, or added one.
     """
     found = re.search(r'__version__ = "([^"]+)"', (ROOT / "src" / "tidegate" / "_version.py").read_text())
     assert found is not None
@@ -44,9 +45,18 @@ def main() -> int:
         str(ROOT / "locks" / "image.txt"),
     ]
     done = subprocess.run(command, check=False)
-    if done.returncode == 0:
-        print(f"sbom: {target.relative_to(ROOT)}")
-    return done.returncode
+    if done.returncode != 0:
+        return done.returncode
+    pinned = set(re.findall(r"^([a-z0-9._-]+)(?:\[[^]]*\])?==", (ROOT / "locks" / "image.txt").read_text(), re.MULTILINE))
+    listed = {component["name"].lower() for component in json.loads(target.read_text())["components"]}
+    if listed != pinned:
+        print(
+            f"sbom: {target.relative_to(ROOT)} and locks/image.txt differ in {', '.join(sorted(listed ^ pinned))}",
+            file=sys.stderr,
+        )
+        return 1
+    print(f"sbom: {target.relative_to(ROOT)}, {len(listed)} packages")
+    return 0
 
 
 if __name__ == "__main__":
