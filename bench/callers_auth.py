@@ -91,6 +91,9 @@ class Peer(CertificateAuth):
         """See `CallersAuth.is_known`."""
         return super().is_known({}, peer_names or ("gw.edge.example.com",))
 
+    async def require(self, scope: object, needed: str) -> None:
+        """See `CallersAuth.require`: the first request comes here, until the policy is loaded."""
+
 
 async def listening(callers: CallersAuth | None) -> tuple[Listener, int]:
     """A data plane at a free port."""

@@ -1,4 +1,4 @@
-"""What is asked (`Check`), what is answered (`Decision`), and what was seen while answering (`Observation`)."""
+"""A request to decide (`Check`), the answer (`Decision`), and what telemetry reads of both (`Observation`)."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ USUAL_METHODS: Final = frozenset(("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE
 
 
 class Check(msgspec.Struct, frozen=True, gc=False):
-    """One request that asks whether it may pass. Make it with `Check.of`, which validates.
+    """A request to be decided. Make it with `Check.of`, which validates.
 
     Args:
         path: canonical path, without query.
@@ -71,7 +71,7 @@ class Check(msgspec.Struct, frozen=True, gc=False):
         attributes: Mapping[str, str | None] | Iterable[tuple[str, str | None]] | None = None,
         tier: object = None,
     ) -> Check:
-        """Validate what a door was asked.
+        """Validate the fields of a request.
 
         Args:
             path: path of the request, percent-encoded; a query is cut off.
@@ -143,10 +143,10 @@ class Decision(msgspec.Struct, frozen=True, gc=False):
         binding: the limit with the least left (of those that deny, where it was denied); None where no rule applies.
         remaining: units of cost left under that limit.
         reset_after_us: µs until nothing that was consumed under that limit counts any more.
-        retry_after_us: µs until the same cost passes if nobody else asks; 0 when allowed, None when it never will.
+        retry_after_us: µs until the same cost passes without other requests; 0 when allowed, None when it never will.
         at_us: the counter store's clock at the decision, µs since the epoch.
         limits: the rule's limits; None where no rule applies.
-        degraded: whether the counter store was unwell and this is the fallback's answer.
+        degraded: whether the counter store was unavailable and the fallback decided.
         unlimited_tier: name of the tier where none of its limits applies; None otherwise.
     """
 
@@ -167,12 +167,12 @@ class Decision(msgspec.Struct, frozen=True, gc=False):
 
     @property
     def reset_after(self) -> float:
-        """Seconds until the binding limit is whole again."""
+        """Seconds until the binding limit is fully replenished."""
         return self.reset_after_us / US_PER_S
 
     @property
     def retry_after(self) -> float | None:
-        """Seconds until the same cost passes if nobody else asks; 0 when allowed, None when it never will."""
+        """Seconds until the same cost passes without other requests; 0 when allowed, None when it never will."""
         return None if self.retry_after_us is None else self.retry_after_us / US_PER_S
 
     @property
@@ -221,7 +221,7 @@ class RuleUsage(msgspec.Struct, frozen=True, gc=False):
         subject: whom it counts, several names joined by commas; for a caller without an API key or attribute that would be
             counted, `ip`.
         limits: all its limits, the shortest window first.
-        decision: the answer to a check of cost 0; of the limits it tells the one with the least left.
+        decision: the answer to a check of cost 0, by the limit with the least left.
         windows: the same for each of the limits by itself; none where the counter store could not say.
     """
 
@@ -240,7 +240,7 @@ class Usage(msgspec.Struct, frozen=True, gc=False):
     Args:
         tier: name of the caller's tier.
         rules: the tier's own limits first, then the rules, the highest priority first.
-        not_counted: names of the rules that count by ip, where none is known; None among them stands for the tier's own limits.
+        not_counted: names of the rules that count by ip, where none is known; None is the tier's own limits.
         truncated: whether the tier has more rules than are looked at.
     """
 

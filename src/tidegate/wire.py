@@ -1,4 +1,4 @@
-"""What is asked and answered over HTTP, as JSON: the server's doors and the client share these records."""
+"""Requests and responses of the data plane as JSON, shared by the server and the client."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ class DecisionBody(msgspec.Struct, frozen=True, gc=False):
         allowed: whether the request may pass.
         limit: the most that can be had at once under the limit with the least left; null where no rule applies.
         remaining: what is left of it.
-        reset_after: seconds until it is whole again.
-        retry_after: seconds until the same cost passes if nobody else asks; 0 when allowed, null when it never will.
+        reset_after: seconds until it is fully replenished.
+        retry_after: seconds until the same cost passes without other requests; 0 when allowed, null when it never will.
         rule: name of the rule; null where none applies.
         tier: name of the tier.
-        degraded: whether the counter store was unwell.
+        degraded: whether the counter store was unavailable.
     """
 
     allowed: bool
@@ -64,12 +64,12 @@ class RuleUsageBody(msgspec.Struct, frozen=True, gc=False):
         mode: whether it blocks or only watches.
         subject: whom it counts, several names joined by commas; ip for a caller without an API key or attribute that would be
             counted.
-        limit: the most that can be had at once; null where the counter store is unwell and nothing is counted.
+        limit: the most that can be had at once; null if the counter store is unavailable and nothing is counted.
         remaining: what is left of it.
-        reset_after: seconds until it is whole again.
+        reset_after: seconds until it is fully replenished.
         window: seconds that the limit is about; 2678400 for a calendar month, 31622400 for a year, the longest ones.
-        degraded: whether the counter store was unwell.
-        windows: each limit of the rule, the shortest window first; none where the counter store was unwell.
+        degraded: whether the counter store was unavailable.
+        windows: each limit of the rule, the shortest window first; none if the counter store was unavailable.
     """
 
     rule: str | None
@@ -90,8 +90,8 @@ class UsageBody(msgspec.Struct, frozen=True, gc=False):
     Args:
         tier: name of the caller's tier.
         rules: the tier's own limits first, then the rules, the highest priority first.
-        not_counted: rules that count by ip, where none is known; null stands for the tier's own limits.
-        truncated: whether the tier has more rules than are told.
+        not_counted: rules that count by ip, where none is known; null is the tier's own limits.
+        truncated: whether the tier has more rules than are listed.
     """
 
     tier: str

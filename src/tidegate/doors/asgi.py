@@ -43,7 +43,7 @@ _EXPOSE: Final = ("access-control-expose-headers", ", ".join(EXPOSED_HEADERS))
 
 
 class RateLimitMiddleware:
-    """Asks a gate before each HTTP request and gives 429 itself.
+    """Checks each HTTP request with a gate and answers denied ones with 429.
 
         app.add_middleware(RateLimitMiddleware, policy="tidegate.policy.toml")
 
@@ -52,14 +52,14 @@ class RateLimitMiddleware:
 
     Args:
         app: the ASGI app.
-        gate: a gate to ask; or give `policy`.
+        gate: the gate; or give `policy`.
         policy: path of a policy file, or a policy; a gate is made from it.
         counters: for `policy`: URL or store of the counts.
         trusted_proxies: whose `X-Real-IP` and `X-Forwarded-For` are believed.
         cost: gives the cost of a request from its ASGI scope; 1 for every request where not given.
         attributes: gives the attributes of a request's caller from its ASGI scope, such as `{"user": "42"}`; None and empty
             values count as absent. Where not given, trusted proxies' headers that `[attributes]` of the policy names.
-        observe: for `policy`: is told of every check.
+        observe: for `policy`: callback run for every check.
         pass_preflights: whether the preflights of browsers (CORS) go to the app uncounted: they never carry an API key. Not
             needed where a CORS middleware is outside of this one, as it should be: a page may read only answers that it saw.
         encoded_slashes: patterns with `*` for the paths that may have `%2F`, such as `/projects/*`; none where not given.
@@ -118,19 +118,19 @@ class RateLimitMiddleware:
                 await refuse_bearer_key(self.gate, headers, check.ip)
             decision = await self.gate.check(check)
         except TidegateError as error:
-            told = [("x-tidegate-error", error.code), *retry_headers(error), *exposed]
-            await _answer(send, error.status, told, encode(error_body(error)))
+            headers_sent = [("x-tidegate-error", error.code), *retry_headers(error), *exposed]
+            await _answer(send, error.status, headers_sent, encode(error_body(error)))
             return
-        told = limit_headers(decision)
-        if told:
-            told += exposed
+        headers_sent = limit_headers(decision)
+        if headers_sent:
+            headers_sent += exposed
         if not decision.allowed:
-            await _answer(send, 429, told, encode(exceeded_body(decision)))
+            await _answer(send, 429, headers_sent, encode(exceeded_body(decision)))
             return
-        if not told:
+        if not headers_sent:
             await self.app(scope, receive, send)
             return
-        encoded = [(name.encode(), value.encode()) for name, value in told]
+        encoded = [(name.encode(), value.encode()) for name, value in headers_sent]
 
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":

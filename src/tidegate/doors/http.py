@@ -2,7 +2,7 @@
 
 Every answer that is not 2xx or 429 has the error form `{"error": {"code", "message", "details"}}`; `/v1/authorize` answers
 204, 401, 403 and 429 without a body, and says the error's code in `X-Tidegate-Error`. Gateways that know no other refusal than
-401 and 403 get every other one as 403, if they ask for it. A check never gets a bare 500: what nobody foresaw is logged and
+401 and 403 get every other one as 403, if they request it. A check never gets a bare 500: an unhandled exception is logged and
 answered 503. Bodies, headers, and the time a body may take are bounded.
 """
 
@@ -76,7 +76,7 @@ class DataPlane:
     Args:
         gate: decides.
         pages: path → what answers `GET` there: health, metrics and the like.
-        observe: is told of requests that were refused before the gate.
+        observe: callback run for requests that were refused before the gate.
         trusted: whose forwarding headers are believed.
         body_timeout_s: how long a body may take.
         access: writes about a sample of the requests; None for no such log.
@@ -241,17 +241,17 @@ class DataPlane:
             bound_headers(headers)
             catalog = self._gate.catalog
             policy = catalog.cached_caller_policy() or await catalog.caller_policy()
-            asked = read_authorize(scope, self._trusted, for_envoy, policy.attributes)
-            if not asked.api_key:
-                await refuse_bearer_key(self._gate, headers, asked.ip)
-            attributes = asked.attributes
+            sent = read_authorize(scope, self._trusted, for_envoy, policy.attributes)
+            if not sent.api_key:
+                await refuse_bearer_key(self._gate, headers, sent.ip)
+            attributes = sent.attributes
             if policy.jwt is not None:
-                attributes = {**attributes, **await token_attributes(self._gate, policy, headers, asked.ip)}
+                attributes = {**attributes, **await token_attributes(self._gate, policy, headers, sent.ip)}
             check = Check.of(
-                asked.uri,
-                asked.method,
-                asked.api_key,
-                asked.ip,
+                sent.uri,
+                sent.method,
+                sent.api_key,
+                sent.ip,
                 paths=self._paths,
                 strict_ip=False,
                 attributes=attributes,
@@ -266,8 +266,8 @@ class DataPlane:
         headers = scope.headers
         try:
             bound_headers(headers)
-            asked = read_check(await read_body(headers, proto, MAX_CHECK_BYTES, self._body_timeout_s))
-            check = check_of(asked, single(headers, "x-api-key"), self._paths)
+            sent = read_check(await read_body(headers, proto, MAX_CHECK_BYTES, self._body_timeout_s))
+            check = check_of(sent, single(headers, "x-api-key"), self._paths)
             if check.api_key is None:
                 await refuse_bearer_key(self._gate, headers, check.ip)
         except TidegateError as error:
@@ -280,16 +280,16 @@ class DataPlane:
         headers = scope.headers
         try:
             bound_headers(headers)
-            asked = read_batch(await read_body(headers, proto, MAX_BATCH_BYTES, self._body_timeout_s))
+            sent = read_batch(await read_body(headers, proto, MAX_BATCH_BYTES, self._body_timeout_s))
             header_key = single(headers, "x-api-key")
-            if not header_key and not all(each.api_key for each in asked):
+            if not header_key and not all(each.api_key for each in sent):
                 await refuse_bearer_key(self._gate, headers, peer_address(scope.client))
         except TidegateError as error:
             raise self._seen(error) from None
         answers: list[Decision | TidegateError | None] = []
         checks: list[Check] = []
         slice_ = TimeSlice()
-        for each in asked:
+        for each in sent:
             if slice_.over:
                 await slice_.pause()
             try:
@@ -354,12 +354,12 @@ class DataPlane:
         return self._trusted.trusts(peer_address(client))
 
     def _seen(self, error: TidegateError) -> TidegateError:
-        """Tell telemetry of an error that the gate will not see."""
-        seen = Observation(None, error.code, 0)
+        """Report an error to telemetry that does not reach the gate."""
+        observation = Observation(None, error.code, 0)
         if self._observe is not None:
-            self._observe(seen)
+            self._observe(observation)
         if self._access is not None:
-            self._access.observe(seen)
+            self._access.observe(observation)
         return error
 
     def _respond(self, proto: Any, prepared: Prepared) -> None:

@@ -127,7 +127,7 @@ class Connection(RequestParser, asyncio.Protocol):
             self.server.await_head(self)
 
     def eof_received(self) -> bool:
-        """The client sends no more; it is still answered what it asked."""
+        """The client sends no more; its requests are still answered."""
         self._eof = True
         partial = self._receiving is not None or self._part == HEAD
         return not partial and (self._current is not None or bool(self._waiting)) and self.server.half_closes
@@ -298,7 +298,7 @@ class Connection(RequestParser, asyncio.Protocol):
             self._transport.abort()
 
     def hold_body(self) -> None:
-        """Read no more until the body that is held is consumed."""
+        """Pause reading until the buffered body is consumed."""
         self._pause(_BODY)
 
     def release_body(self) -> None:

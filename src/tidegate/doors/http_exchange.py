@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MAX_BUFFERED_BODY_BYTES: Final = 256 * 1024
-"""So much of a body that is not yet consumed is held; beyond it the connection is not read."""
+"""Maximum bytes of an unconsumed body that are buffered; above it the connection is not read."""
 
 _BODILESS: Final = frozenset((204, 304))
 PHRASES: Final = {status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n" for status in HTTPStatus}
@@ -69,7 +69,7 @@ class RequestHeaders:
         return [] if value is None else [value.decode("utf-8", "surrogateescape")]
 
     def items(self) -> list[tuple[str, str]]:
-        """Every name with its values, each by itself; the values of one name stand together."""
+        """Every name with its values, each by itself; the values of one name are adjacent."""
         return [(name, value) for name in self.keys() for value in self.get_all(name)]
 
     def keys(self) -> list[str]:
@@ -77,7 +77,7 @@ class RequestHeaders:
         return [name.decode("latin-1") for name in self.values]
 
     def raw(self) -> list[tuple[bytes, bytes]]:
-        """Every name with its values as they came, each by itself; the values of one name stand together."""
+        """Every name with its values as they came, each by itself; the values of one name are adjacent."""
         return [(name, value) for name, first in self.values.items() for value in self._repeated.get(name, (first,))]
 
     def __contains__(self, key: str) -> bool:
@@ -202,7 +202,7 @@ class Exchange:
         return self._path
 
     def add(self, chunk: bytes) -> None:
-        """Take a piece of the body; the connection is not read on while too much is held."""
+        """Take a piece of the body; reading pauses while too much is buffered."""
         if isinstance(self._chunks, list):
             self._chunks.append(chunk)
         else:
@@ -244,7 +244,7 @@ class Exchange:
             return b"".join(self._take())
         taken: list[bytes] = []
         while not self.complete:
-            # Taken before it is waited for: while too much is held, nothing more arrives.
+            # Taken before it is waited for: while too much is buffered, nothing more arrives.
             taken += self._take()
             await self._arrival()
         return b"".join(taken + self._take())

@@ -27,7 +27,7 @@ BODY_TIMEOUT_S: Final = 10.0
 
 AUTHORIZE: Final = "/v1/authorize"
 AUTHORIZE_ENVOY: Final = "/v1/authorize/envoy"
-"""`/v1/authorize` as Envoy's ext_authz needs it: it asks with the method of the request, and takes 200 alone for a yes.
+"""`/v1/authorize` as Envoy's ext_authz needs it: it uses the method of the original request, and accepts only 200 as allowed.
 
 With `path_prefix` Envoy appends the path of the request: what follows is decided on then.
 """
@@ -84,7 +84,7 @@ class Scope(Protocol):
 
 
 class AuthorizeRequest(NamedTuple):
-    """What a request to `/v1/authorize` asks, not yet validated."""
+    """The fields of a request to `/v1/authorize`, not yet validated."""
 
     uri: str
     method: str
@@ -122,7 +122,7 @@ def bound_headers(headers: SizedHeaders) -> None:
 def read_authorize(
     scope: Scope, trusted: TrustedProxies, for_envoy: bool, sources: Sequence[AttributeSource]
 ) -> AuthorizeRequest:
-    """Read what a gateway asks.
+    """Read the request of a gateway.
 
     Args:
         scope: of the request.

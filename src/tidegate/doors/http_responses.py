@@ -25,7 +25,7 @@ from tidegate.policy.attributes import CallerPolicy
 from tidegate.telemetry.requests import REQUEST_ID, Request
 
 DENIED_STATUS: Final = "x-tidegate-denied-status"
-"""The request header by which a gateway asks for 403 in place of every refusal but 401."""
+"""The request header with which a gateway requests 403 instead of every refusal except 401."""
 JSON: Final = ("content-type", "application/json")
 
 

@@ -33,7 +33,7 @@ class Limiter:
         algorithm: fixed_window, sliding_window, sliding_log, token_bucket or leaky_bucket.
         counters: URL or a store; `memory://` counts in this process.
         name: limiters of one name on one store share their counts; made from the limits where not given.
-        on_failure: local, allow or deny, when the store is unwell.
+        on_failure: local, allow or deny, while the store is unavailable.
 
     Raises:
         PolicyError: if a limit is not understood or does not fit the algorithm.

@@ -1,4 +1,4 @@
-"""What clients are told of failures inside: that something does not answer, not where it is. The log has the rest."""
+"""Errors as clients see them: that a component does not answer, without its address. The log has the details."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ Headers = list[tuple[str, str]]
 
 NO_STORE: Final = ("cache-control", "no-store")
 MAX_EDGE_S: Final = 60
-"""For how long an edge cache of nginx answers in Tidegate's place at most: so late a raised limit is seen there."""
+"""Maximum time for which nginx answers from its edge cache: a raised limit takes effect there at most so much later."""
 
 _ENCODER: Final = msgspec.json.Encoder()
 
@@ -73,13 +73,13 @@ def _rule_usage_body(usage: RuleUsage) -> RuleUsageBody:
     )
 
 
-def _window_usage_body(seen: Decision) -> WindowUsageBody:
-    binding, remaining = seen.binding, seen.remaining
+def _window_usage_body(decision: Decision) -> WindowUsageBody:
+    binding, remaining = decision.binding, decision.remaining
     assert binding is not None, "a window is one limit"
     assert remaining is not None, "a limit says what is left"
     capacity = binding.capacity
     used = max(capacity - remaining, 0)
-    resets_at = format_timestamp(seen.at_us + seen.reset_after_us) if used or seen.reset_after_us else None
+    resets_at = format_timestamp(decision.at_us + decision.reset_after_us) if used or decision.reset_after_us else None
     return WindowUsageBody(capacity, binding.window_us // US_PER_S, used, remaining, resets_at)
 
 
@@ -142,7 +142,7 @@ def limit_headers(decision: Decision) -> Headers:
     """The headers of a decided answer; names in lower case, as HTTP/2 and RSGI want them.
 
     `RateLimit-Policy` and `RateLimit` follow draft-ietf-httpapi-ratelimit-headers-10; `X-RateLimit-Reset` is in unix seconds.
-    Seconds are rounded up: a client that waits as told is never early.
+    Seconds are rounded up: a client that waits for `Retry-After` is never early.
 
     Args:
         decision: the decision.
@@ -243,7 +243,7 @@ def denial_cache_headers(decision: Decision, more: tuple[str, ...] = ()) -> Head
     """For how long, and for which requests, a cache may repeat a denial of `/v1/authorize`.
 
     Until its retry and not a moment longer: seconds are rounded down. Not at all where that is below one second, where the same
-    cost never passes, and where the counter store was unwell: the denial may then be over when the store is back.
+    cost never passes, and while the counter store is unavailable: the denial may be over when the store is back.
 
     Args:
         decision: a denial.
@@ -290,7 +290,7 @@ def _vary(more: tuple[str, ...]) -> tuple[str, str]:
 
 @lru_cache(maxsize=1024)
 def _http_date(at_s: int) -> str:
-    """Kept, because those who are denied ask again and again, and writing it costs 2 µs."""
+    """Cached, because denied clients retry often, and formatting costs 2 µs."""
     return formatdate(at_s, usegmt=True)
 
 

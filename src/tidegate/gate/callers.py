@@ -56,7 +56,7 @@ class CallerLookup:
 
     Args:
         catalog: who may do what.
-        wall_clock_ns: gives ns since the epoch; the expiry of API keys is held against it.
+        wall_clock_ns: returns ns since the epoch; the expiry of API keys is compared with it.
         timeout_s: how long the callers of one request may take to be looked up together, s.
     """
 
@@ -83,7 +83,7 @@ class CallerLookup:
             TooManyUnknownKeys: the key is not cached, and the client has sent too many unknown ones.
             ApiKeyRevoked: the key was revoked.
             ApiKeyExpired: the key's time is over.
-            CatalogUnavailable: the catalog fails and nothing cached can stand in.
+            CatalogUnavailable: the catalog fails and no usable entry is cached.
         """
         if api_key is None:
             return await self._without_key(None, None)
@@ -107,7 +107,7 @@ class CallerLookup:
         Raises:
             BadRequest: the tier that it names does not exist.
             MissingApiKey: it has no tier by its attributes, and there is no tier for such callers.
-            CatalogUnavailable: the catalog fails and nothing cached can stand in.
+            CatalogUnavailable: the catalog fails and no usable entry is cached.
         """
         plan = None
         if tier is None and attributes:

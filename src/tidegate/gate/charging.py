@@ -42,7 +42,7 @@ class ChargeResult(msgspec.Struct, frozen=True, gc=False):
 
     Args:
         outcome: the answer, or why there is none.
-        shadow_outcomes: what its shadow rules would have said; empty where they were not asked.
+        shadow_outcomes: what its shadow rules would have decided; empty if they were not charged.
         charged: whether its charges were put to the store.
     """
 
@@ -95,7 +95,7 @@ async def charge_all_or_none(counters: CounterStore, plans: Sequence[CheckPlan |
     short = [number for number, outcome in seen.items() if not _fits(outcome, plans[number])]
     if not refused and not short:
         return await charge_independently(counters, plans)
-    # Those that do not fit are asked in earnest: a denial charges nothing, and says when to come again.
+    # Those that do not fit are charged: a denial charges nothing, and has the time to retry.
     asked = dict(zip(short, await charge_independently(counters, [plans[number] for number in short]), strict=True))
     if not refused and all(_passed(settled) for settled in asked.values()):
         # A window has ended since the look.

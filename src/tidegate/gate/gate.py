@@ -1,4 +1,4 @@
-"""The way of one check: who asks → which rule → may its cost be charged → the answer. Knows no transport and no store."""
+"""The path of one check: caller → rule → charge → decision. Independent of transports and stores."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ class Gate:
     Args:
         catalog: who may do what.
         counters: what was consumed.
-        observe: is told of every check, synchronously; must not raise.
-        wall_clock_ns: gives ns since the epoch; only the expiry of API keys is held against it.
+        observe: callback run for every check, synchronously; must not raise.
+        wall_clock_ns: returns ns since the epoch; only the expiry of API keys is compared with it.
         lookup_timeout_s: how long the callers of several checks of one request may take to be looked up together, s.
 
     Attributes:
@@ -65,7 +65,7 @@ class Gate:
         """Decide one check, and charge it if it passes.
 
         Args:
-            check: what is asked.
+            check: the request.
 
         Returns:
             The decision.
@@ -77,7 +77,7 @@ class Gate:
             ApiKeyRevoked: the key was revoked.
             ApiKeyExpired: the key's time is over.
             BadRequest: the rule counts by ip and none is known.
-            CatalogUnavailable: the catalog fails and nothing cached can stand in.
+            CatalogUnavailable: the catalog fails and no usable entry is cached.
             StoreUnavailable: the counter store fails and the rule says deny.
         """
         answer = self.check_now(check)
@@ -89,7 +89,7 @@ class Gate:
         """As `check`, but decided before this returns where the caller is cached and the counters are in memory.
 
         Args:
-            check: what is asked.
+            check: the request.
             shadow_outcomes: receives the outcomes of shadow rules.
 
         Returns:
@@ -115,9 +115,9 @@ class Gate:
                 charged = [charge(each.counters, each.cost) for each in plan.charges]
                 if shadow_outcomes is not None:
                     shadow_outcomes.extend(plan.shadow_outcomes(charged))
-                told = self._tell(plan, charged, _clock_ns() - started_ns)
-                assert isinstance(told, Decision), "an immediate store always answers"
-                return told
+                decided = self._tell(plan, charged, _clock_ns() - started_ns)
+                assert isinstance(decided, Decision), "an immediate store always answers"
+                return decided
             counters = _counters_of(check, caller, _rule_of(check, tier), ip)
         except TidegateError as error:
             self._tell_error(error, _clock_ns() - started_ns)
@@ -144,10 +144,10 @@ class Gate:
         except TidegateError as error:
             self._tell_error(error, _clock_ns() - started_ns)
             raise
-        told = self._tell(plan, charged, _clock_ns() - started_ns)
-        if isinstance(told, StoreUnavailable):
-            raise told
-        return told
+        decided = self._tell(plan, charged, _clock_ns() - started_ns)
+        if isinstance(decided, StoreUnavailable):
+            raise decided
+        return decided
 
     async def check_many(self, checks: Sequence[Check]) -> list[Decision | TidegateError]:
         """Decide checks each on its own, in order, with one call to the counter store.
@@ -156,7 +156,7 @@ class Gate:
         matched, other requests get their turn at least every 2 ms (see `TimeSlice`).
 
         Args:
-            checks: what is asked; any number.
+            checks: any number.
 
         Returns:
             For each check its decision, or the error that `check` would have raised.
@@ -210,7 +210,7 @@ class Gate:
             ApiKeyRevoked: the key was revoked.
             ApiKeyExpired: the key's time is over.
             BadRequest: the key is no string, or the ip no address.
-            CatalogUnavailable: the catalog fails and nothing cached can stand in.
+            CatalogUnavailable: the catalog fails and no usable entry is cached.
         """
         _require_text(api_key, "api_key")
         require_tier(tier, api_key)
@@ -229,20 +229,20 @@ class Gate:
 
         Args:
             api_key: a key, revoked and expired ones too: what its tier's rules by key and the tier's own limits counted.
-            ip: an address; an IPv6 address stands for its /64: what the rules by ip of all tiers counted, and what the
+            ip: an address; an IPv6 address counts as its /64: what the rules by ip of all tiers counted, and what the
                 anonymous tier counted for callers without a key.
             tier: name of a tier: what its rules by tier counted.
             subject: attributes such as `user=42`, or `org=acme&user=42`: what the rules of all tiers counted that count exactly
                 these.
 
         Returns:
-            How many counters were reset, one for each rule and one for a tier's own limits, whether they held anything or not.
+            How many counters were reset, one for each rule and one for a tier's own limits, whether they had consumption or not.
 
         Raises:
             InvalidApiKey: the key is mistyped or unknown.
             BadRequest: not exactly one argument was given, the ip is no address, or there is no such tier.
-            CatalogUnavailable: the catalog fails and nothing cached can stand in; nothing was reset.
-            StoreUnavailable: the counter store fails; some may have been reset: ask again.
+            CatalogUnavailable: the catalog fails and no usable entry is cached; nothing was reset.
+            StoreUnavailable: the counter store fails; some may have been reset: retry.
         """
         if sum(given is not None for given in (api_key, ip, tier, subject)) != 1:
             raise BadRequest("a reset needs exactly one of api_key, ip, tier and subject")
@@ -314,7 +314,7 @@ class Gate:
                 self._tell_error(each.outcome, share_ns)
 
     def _tell(self, plan: CheckPlan, charged: Sequence[ChargeOutcome], latency_ns: int) -> ChargeOutcome:
-        """Tell telemetry what was decided; returns it."""
+        """Report a decision to telemetry; returns it."""
         answer = plan.answer
         decision = charged[0] if answer is None else answer
         if isinstance(decision, StoreUnavailable):
@@ -324,7 +324,7 @@ class Gate:
             shadow_denied: tuple[str, ...] = ()
             if len(charged) > 1 or answer is not None:
                 shadow_outcomes = charged[1:] if answer is None else charged
-                # What a shadow rule could not be asked about, it would not have denied.
+                # A shadow rule without an answer counts as one that would not have denied.
                 shadow_denied = tuple(
                     each.rule or "" for each in shadow_outcomes if isinstance(each, Decision) and not each.allowed
                 )
@@ -338,10 +338,10 @@ class Gate:
         return error
 
     async def plan(self, check: Check) -> CheckPlan:
-        """Find out whose limits a check is held against; charges nothing.
+        """Find the limits that apply to a check; charges nothing.
 
         Args:
-            check: what is asked.
+            check: the request.
 
         Returns:
             The plan, for `decide`.
@@ -376,24 +376,24 @@ class Gate:
                     charges.append(Charge(((watcher.limits, counted),), check.cost))
         return CheckPlan(None if counters else Decision(True, unlimited_tier=tier.tier.name), charges)
 
-    async def plan_many(self, asked: Sequence[Check | DescriptorCheck]) -> list[CheckPlan | TidegateError | None]:
-        """Find out what each check of one request is held against; charges nothing.
+    async def plan_many(self, checks: Sequence[Check | DescriptorCheck]) -> list[CheckPlan | TidegateError | None]:
+        """Find the limits that apply to each check of one request; charges nothing.
 
         Callers that are not cached are looked up side by side, within `lookup_timeout_s` for all of them; other requests get
         their turn while rules are matched.
 
         Args:
-            asked: checks, and descriptors without a path; any number.
+            checks: checks, and descriptors without a path; any number.
 
         Returns:
             For each its plan, for `decide`, or the error that `check` would have raised; None where nothing limits a descriptor.
         """
-        clients = [ipv6_client(each.ip) if each.ip is not None and ":" in each.ip else each.ip for each in asked]
-        senders = await self._callers.senders(asked, clients)
+        clients = [ipv6_client(each.ip) if each.ip is not None and ":" in each.ip else each.ip for each in checks]
+        senders = await self._callers.senders(checks, clients)
         callers = await self._callers.find_all([each for each in senders if isinstance(each, Sender)])
         plans: list[CheckPlan | TidegateError | None] = []
         slice_ = TimeSlice()
-        for each, client, sender in zip(asked, clients, senders, strict=True):
+        for each, client, sender in zip(checks, clients, senders, strict=True):
             if slice_.over:
                 await slice_.pause()
             caller = callers[sender] if isinstance(sender, Sender) else sender
@@ -471,7 +471,7 @@ def _observation(
 
 
 def _plan_of_descriptor(check: DescriptorCheck, caller: Caller | TidegateError, client: str | None) -> CheckPlan | None:
-    """What a descriptor without a path is held against; None where nothing limits it."""
+    """The limits that apply to a descriptor without a path; None if there are none."""
     if isinstance(caller, TidegateError):
         raise caller
     if not 0 <= check.cost <= MAX_COST:

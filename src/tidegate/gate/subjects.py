@@ -15,7 +15,7 @@ from tidegate.policy.model import Subject
 
 
 class DescriptorCheck(msgspec.Struct, frozen=True, gc=False):
-    """A descriptor without a path that asks whether it may pass.
+    """A descriptor without a path, to be decided.
 
     Args:
         entries: values by key.
@@ -44,7 +44,7 @@ def attributes_subject(check: Check | DescriptorCheck, caller: Caller, rule: Com
         check: the check.
         caller: whose it is.
         rule: with the subject ATTRIBUTES.
-        ip: the client that the address of the check stands for; None where it is not known.
+        ip: the client of the check's address; None if it is not known.
 
     Returns:
         The subject: the values, or the address where one is missing and the rule counts such checks by it.
@@ -84,7 +84,7 @@ def descriptor_subject(check: DescriptorCheck, caller: Caller, rule: DescriptorR
         check: the check.
         caller: whose it is.
         rule: the rule.
-        client: that the address of the check stands for; None where it is not known.
+        client: of the check's address; None if it is not known.
 
     Raises:
         BadRequest: naming the attribute or the address that is missing.

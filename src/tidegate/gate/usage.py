@@ -119,7 +119,7 @@ async def reset_counters(store: CounterStore, counters: Sequence[Counter]) -> in
     """Delete counters, in batches.
 
     Returns:
-        How many there were in `counters`, whether they held anything or not.
+        How many there were in `counters`, whether they had consumption or not.
 
     Raises:
         StoreUnavailable: if the counter store fails; some may have been reset.

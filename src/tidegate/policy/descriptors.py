@@ -25,7 +25,7 @@ Entries = Sequence[tuple[str, str]]
 
 
 def descriptor_text(entries: Mapping[object, object]) -> str:
-    """The endpoint that stands for a descriptor.
+    """The endpoint text of a descriptor.
 
     Args:
         entries: keys and values; `*` in a value matches any run of characters.
@@ -46,7 +46,7 @@ def descriptor_text(entries: Mapping[object, object]) -> str:
 
 
 def descriptor_entries(endpoint: str) -> tuple[tuple[str, str], ...]:
-    """The descriptor that an endpoint stands for.
+    """The descriptor of an endpoint text.
 
     Args:
         endpoint: of a valid rule.
@@ -61,7 +61,7 @@ def descriptor_entries(endpoint: str) -> tuple[tuple[str, str], ...]:
 
 
 def canonical_descriptor(endpoint: str) -> str:
-    """Validate an endpoint that stands for a descriptor.
+    """Validate the endpoint text of a descriptor.
 
     Args:
         endpoint: `descriptor:key=value&…`.

@@ -1,4 +1,4 @@
-"""Watching the policy file, and other files: every change of their content is taken into force or refused, once.
+"""Watching the policy file, and other files: every change of their content is applied or refused, once.
 
 A file is looked at five times a second: its identity, size and time, and only where one of them changed its content. That
 follows every way in which files change (written in place, renamed over, a link to a directory swapped as Kubernetes does), on
@@ -29,7 +29,7 @@ class Look(msgspec.Struct, frozen=True):
     """What one look saw.
 
     Args:
-        identity: of the files, as far as the system tells without reading them; None where they have to be read.
+        identity: of the files, without reading them; None if they have to be read.
         content: what they hold, to be compared; None where they cannot be read.
         refusal: why they cannot.
     """
@@ -48,27 +48,27 @@ async def watch(
 ) -> None:
     """Watch files until cancelled.
 
-    Content as it stands at the start counts as a change: what happened between its first reading and now is not missed.
+    The content at the start counts as a change: what happened between its first reading and now is not missed.
     `apply` must therefore be idempotent.
 
     Args:
         look: given what the last look saw, looks again; runs in a thread.
-        apply: takes content into force; a `PolicyError` refuses it.
-        refused: is told why content is not taken into force; once for each.
+        apply: applies content; a `PolicyError` refuses it.
+        refused: callback run with the reason why content is not applied; once for each.
         poll_s: time between two looks, s.
         again: set to have the present content read and judged once more, whether it changed or not.
     """
-    judged = seen = Look()
+    judged = last = Look()
     while True:
         if again is not None and again.is_set():
             again.clear()
-            judged = seen = Look()
+            judged = last = Look()
         # In a thread: on a network mount that hangs, this must not stop the checks.
-        now = await asyncio.to_thread(look, seen)
-        settled = (now.identity, *_held(now)) == (seen.identity, *_held(seen))
-        if settled and _held(now) != _held(judged) and await _judge(now, apply, refused):
+        now = await asyncio.to_thread(look, last)
+        settled = (now.identity, *_content_of(now)) == (last.identity, *_content_of(last))
+        if settled and _content_of(now) != _content_of(judged) and await _judge(now, apply, refused):
             judged = now
-        seen = now
+        last = now
         await asyncio.sleep(poll_s)
 
 
@@ -83,8 +83,8 @@ async def watch_policy(
 
     Args:
         path: the policy file, or a link to it.
-        apply: takes a policy into force.
-        refused: is told why a file is not taken into force; once for each content.
+        apply: applies a policy.
+        refused: callback run with the reason why a file is not applied; once for each content.
         poll_s: time between two looks, s.
         again: see `watch`.
     """
@@ -104,7 +104,7 @@ async def watch_policy(
 
 
 class _NotNow(Exception):
-    """What cannot be taken into force now, and may be later."""
+    """Content that cannot be applied now, and may be later."""
 
     def __init__(self, refusal: PolicyError) -> None:
         super().__init__(refusal.message)
@@ -112,7 +112,7 @@ class _NotNow(Exception):
 
 
 async def _judge(look: Look, apply: Callable[[Any], Awaitable[None]], refused: Callable[[PolicyError], None]) -> bool:
-    """Take what was seen into force, or refuse it. Returns whether that was the last word on this content."""
+    """Apply content, or refuse it. Returns whether that is final for this content."""
     if look.refusal is not None:
         refused(look.refusal)
         return True
@@ -126,7 +126,7 @@ async def _judge(look: Look, apply: Callable[[Any], Awaitable[None]], refused: C
     return True
 
 
-def _held(look: Look) -> tuple[object, str | None]:
+def _content_of(look: Look) -> tuple[object, str | None]:
     return look.content, None if look.refusal is None else look.refusal.message
 
 
@@ -143,7 +143,7 @@ def _look(path: Path, last: Look) -> Look:
 
 
 def identity_of(path: Path) -> tuple[tuple[int, ...], float]:
-    """What tells a file from its successor, and when it changed last.
+    """The identity of a file, which differs from that of a replacement, and when it changed last.
 
     Args:
         path: the file, or a link to it.

@@ -43,7 +43,7 @@ _E = TypeVar("_E", bound=enum.StrEnum)
 
 
 class Algorithm(enum.StrEnum):
-    """How a limit counts; what each promises stands in `tidegate.algorithms`."""
+    """How a limit counts; what each guarantees is in `tidegate.algorithms`."""
 
     FIXED_WINDOW = "fixed_window"
     SLIDING_WINDOW = "sliding_window"
@@ -58,7 +58,7 @@ class Algorithm(enum.StrEnum):
 
 
 class OnFailure(enum.StrEnum):
-    """What a rule answers while the counter store is unwell."""
+    """What a rule answers while the counter store is unavailable."""
 
     DEFAULT = "default"
     """What the setting `counters.on_failure` says."""
@@ -92,7 +92,7 @@ class Limit(msgspec.Struct, frozen=True, gc=False):
         """Read `100/minute`, `100 per minute`, `30/90s`, `1000/month` or `100/minute burst 20`.
 
         Args:
-            text: the limit as it stands in a policy.
+            text: the limit as written in a policy.
 
         Returns:
             The limit.
@@ -165,7 +165,7 @@ class LimitSet:
         name: the counter's name: unambiguous, stable across restarts and instances.
         algorithm: how all of `limits` count.
         limits: 1 to 16, no two of the same window; sorted by window, bursts filled in.
-        on_failure: what to answer while the store is unwell.
+        on_failure: what to answer while the store is unavailable.
         rule: the rule's name for answers, None for a tier's own limits.
         tier: the tier's name for answers.
         quotas: the value of the `RateLimit-Policy` header; of these limits alone where None.

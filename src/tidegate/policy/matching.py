@@ -51,14 +51,14 @@ class DescriptorRule:
 
         Args:
             entries: values of the descriptor by key.
-            caller: subject of whoever asks: `k:…` with a key, empty without.
+            caller: subject of the caller: `k:…` with a key, empty without.
         """
         counted = [(key, entries[key]) for key, _ in self.entries]
         return entries_subject(counted, caller.removeprefix("k:") if self.compiled.subject is Subject.API_KEY else "")
 
 
 class CompiledTier:
-    """A tier ready to be asked.
+    """A tier compiled for matching.
 
     Args:
         tier: the tier.
@@ -200,7 +200,7 @@ def subject_of(kind: Subject, caller: str, ip: str | None, tier: str) -> str | N
 
     Args:
         kind: whom the rule counts.
-        caller: subject of whoever asks: `k:…` with a key, `i:…` without.
+        caller: subject of the caller: `k:…` with a key, `i:…` without.
         ip: client address, already cut to what counts as one client, or None.
         tier: name of the tier.
 
@@ -221,7 +221,7 @@ def attribute_subject(parts: Iterable[str], attributes: Mapping[str, str], calle
     Args:
         parts: names of attributes, `api_key` and `ip`; see `CompiledRule.parts`.
         attributes: values by name.
-        caller: subject of whoever asks: `k:…` with a key, empty without; then `ip` counts in place of `api_key`.
+        caller: subject of the caller: `k:…` with a key, empty without; then `ip` counts in place of `api_key`.
         ip: client address, already cut to what counts as one client, or None.
 
     Returns:

@@ -31,7 +31,7 @@ _METHOD: Final = re.compile(r"[A-Z][A-Z0-9_-]{0,31}", re.ASCII)
 _PATTERN_PATHS: Final = PathRules((Glob("*"),))
 _SHA256: Final = re.compile(r"[0-9a-f]{64}", re.ASCII)
 _NO_KEY: Final = frozenset((hash_api_key(""), hash_api_key("\n")))
-"""What `sha256sum` says where the variable that should have held the key was empty."""
+"""Digests of an empty text: what `sha256sum` prints if the variable for the key was empty."""
 
 
 class Subject(enum.StrEnum):
@@ -69,7 +69,7 @@ class Rule(msgspec.Struct, frozen=True, gc=False):
         subject: whom the rule counts.
         priority: higher is preferred; −1,000,000 to 1,000,000.
         mode: whether it blocks.
-        on_failure: what it answers while the counter store is unwell.
+        on_failure: what it answers while the counter store is unavailable.
         name: unique in its tier, at most 256 characters; made from methods, endpoint and match where not given.
         match: names of attributes and patterns that their values must match, sorted by name; `*` matches any run of characters.
         subject_parts: for the subject ATTRIBUTES, whose combinations are counted: attributes, `api_key`, `ip`.

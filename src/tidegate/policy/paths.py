@@ -6,7 +6,7 @@ to read differently (empty and dot segments, encoded slashes, path parameters, b
 An API that has such paths names them: `PathRules` lets encoded slashes through where its patterns say so, and reads escapes of
 unreserved characters as the characters. Both are off by default.
 
-A path costs about the same whatever stands in it: all its characters are looked at in C, and the length of the result is
+A path costs about the same whatever its characters: all of them are examined in C, and the length of the result is
 known, and refused where it is too large, before anything is rewritten.
 """
 
@@ -51,7 +51,7 @@ _ESCAPES: Final = {
 }
 _ESCAPE: Final = re.compile(rb"%[0-9A-Fa-f]{2}")
 _UNRESERVED_ESCAPE: Final = re.compile(rb"%(?:2[DE]|3[0-9]|[46][1-9A-F]|5[0-9AF]|7[0-9AE])")
-# One bit tells lower-case from upper-case letters in ASCII.
+# One bit distinguishes lower-case from upper-case letters in ASCII.
 _CASE_BIT: Final = 0x20
 _BIT_AT_PERCENT: Final = bytes(_CASE_BIT * (byte == 0x25) for byte in range(256))
 _BIT_AT_LOWER: Final = bytes(_CASE_BIT * (byte in b"abcdef") for byte in range(256))
@@ -185,7 +185,7 @@ def _decode_unreserved(raw: bytes) -> bytes:
 
 
 def _encode(raw: bytes, odd: set[int]) -> str:
-    """Encode these bytes wherever they stand, each in one go. There are at most 176 of them."""
+    """Encode all occurrences of these bytes, one pass for each. There are at most 176 of them."""
     for byte in odd:
         raw = raw.replace(bytes((byte,)), b"%%%02X" % byte)
     return raw.decode("ascii")

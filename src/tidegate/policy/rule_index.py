@@ -1,6 +1,6 @@
 """Method + path → compiled rules.
 
-A literal path is one dictionary look-up; patterns of segments (`{id}`) stand in a trie; patterns with `*` are found by their
+A literal path is one dictionary look-up; patterns of segments (`{id}`) are in a trie; patterns with `*` are found by their
 literal beginning and end, so that a thousand rules cost about what ten do. Nothing is remembered per path: an attacker who varies
 paths grows nothing.
 """

@@ -1,4 +1,4 @@
-"""Where in a TOML text each key stands: `tomllib` gives values without positions, and a refused policy must name its line."""
+"""The line of each key in a TOML text: `tomllib` returns values without positions, and a refused policy must name its line."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def line_of_deep_key(text: str) -> int | None:
     Returns:
         The 1-based line of the first such key; None where there is none before a string without an end, which TOML refuses.
     """
-    # A key stands in one line, and few texts have a line with so many dots: those alone are looked at closely.
+    # A key is in one line, and few texts have a line with so many dots: only those are examined.
     if all(line.count(".") < MAX_KEY_PARTS for line in text.split("\n")):
         return None
     for found in _DEEP_KEY.finditer(text):
@@ -95,7 +95,7 @@ def line_of_deep_key(text: str) -> int | None:
 
 
 def _statements(text: str) -> list[tuple[int, str]]:
-    """The beginnings of all statements with their lines: what stands at the start of a line outside any string or bracket."""
+    """The beginnings of all statements with their lines: the text at the start of a line outside any string or bracket."""
     found: list[tuple[int, str]] = []
     at, line, depth, fresh = 0, 1, 0, True
     while at < len(text):

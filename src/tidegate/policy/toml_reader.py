@@ -1,6 +1,6 @@
 """The policy file: TOML into a `Policy`, whole or not at all; and a catalog that holds one policy in memory.
 
-A refused file is told with file, line and reason, and an API key is never repeated in a message.
+An error names file, line and reason; an API key is never part of a message.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ _RULE_FIELDS: Final = (
 )
 _KEY_FIELDS: Final = ("key", "sha256", "tier", "name", "status", "expires_at", "limits", "overrides")
 _OVERRIDE_FIELDS: Final = ("rule", "limits")
-# The first word of a record's complaint, where it is not the field's name itself.
+# The first word of a record's error message, where it is not the field's name itself.
 _FIELD_OF_WORD: Final = {"limit": "limits", "method": "methods", "rule": "name", "tier": "name"}
 
 _T = TypeVar("_T")
@@ -220,7 +220,7 @@ class _Reader:
         return self._placed(lambda: Rule.make(**{**table, "limits": limits, "methods": methods}), table, at)
 
     def _with_endpoint(self, table: dict[str, Any], at: KeyPath) -> dict[str, Any]:
-        """A rule's table in which the endpoint stands for its descriptor, or for a match without an endpoint."""
+        """A rule's table with an endpoint text for its descriptor, or for a match without an endpoint."""
         if "descriptor" not in table:
             if "endpoint" in table:
                 return table
@@ -421,7 +421,7 @@ class _Reader:
                 raise self._error(f"{field!r} is missing here: add it", at)
 
     def _placed(self, make: Callable[[], _T], table: Mapping[str, Any], at: KeyPath) -> _T:
-        """Make a record; its complaint gets the line of the field that it speaks of."""
+        """Make a record; its error gets the line of the field that it names."""
         try:
             return make()
         except PolicyError as error:

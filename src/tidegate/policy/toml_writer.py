@@ -20,7 +20,7 @@ def policy_text(policy: Policy) -> str:
         policy: the policy; each tier of a key or for anonymous checks is in it.
 
     Returns:
-        TOML. API keys stand in it by their digests.
+        TOML, with the digests of API keys.
     """
     lines: list[str] = []
     if policy.attributes:
