@@ -228,9 +228,12 @@ class _Planner:
             name = taken.anonymous_tier or ""
             self._record("update", "anonymous_tier", name, {"tier": existing.anonymous_tier}, {"tier": name})
         before, after = policy_rows.row_of_caller_policy(existing), policy_rows.row_of_caller_policy(taken)
-        for kind in ("callers", "attributes", "jwt", "namespaces"):
+        for kind in ("callers", "attributes", "jwt"):
             if before[kind] != after[kind]:
                 self._record("update", kind, kind, before[kind], after[kind])
+        if before["namespaces"] != after["namespaces"]:
+            states = ({"namespaces": state["namespaces"] or []} for state in (before, after))
+            self._record("update", "namespaces", "namespaces", *states)
 
     def _prune_tiers(self) -> None:
         named = {tier.name for tier in self._policy.tiers}
