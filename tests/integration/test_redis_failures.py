@@ -125,7 +125,11 @@ async def test_slots_move_unnoticed() -> None:
 
 
 @pytest.mark.parametrize("drill", [redis_failures.cluster_master_killed, redis_failures.cluster_master_hung])
-async def test_a_lost_master_of_a_cluster_degrades_its_own_subjects_alone(drill: Callable[[float], Awaitable[Result]]) -> None:
+async def test_a_lost_master_of_a_cluster_degrades_its_own_subjects_alone(
+    drill: Callable[[float], Awaitable[Result]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # On busy cores the answer of a healthy shard may take longer than the drill's 50 ms.
+    monkeypatch.setattr(redis_failures, "TIMEOUT_S", 1.0)
     result = await drill(LEAST_S)
     must_be_back(result)
     assert result.load.degraded
