@@ -1,4 +1,4 @@
-"""How PostgreSQL and SQLite answer what the code really asks them, where there is much: a million API keys, 11,000 rules.
+"""How PostgreSQL and SQLite answer what the code really asks them, with many rows: 300,000 API keys, 11,000 rules.
 
 The statements are those that the catalog sends, heard on their way. On PostgreSQL each is planned as it is for the first time,
 and as a connection that has asked it often plans it, without looking at the values any more; and each plan is run, for a walk
@@ -39,7 +39,7 @@ RULES_TIER = "tier-101"
 """Has 1,000 rules; a hundred others have 100 each."""
 REVOKED = 50_021
 EXPIRED = 50_023
-"""One key of so many is revoked, or expired: 19 among a million are hard to find."""
+"""One key of so many is revoked, or expired: 5 among 300,000 are rare."""
 START_US = 1_700_006_400_000_000
 """Midnight, and the first minute with violations."""
 HOUR_US = DAY_US // 24
