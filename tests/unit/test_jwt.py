@@ -7,6 +7,7 @@ import base64
 import hmac
 import http.server
 import json
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -332,6 +333,31 @@ async def test_follow_loads_a_changed_file(tmp_path: Path) -> None:
     finally:
         following.cancel()
     assert list(keys.keys) == ["new"]
+
+
+async def test_an_unusable_file_is_reported_until_it_is_corrected(tmp_path: Path) -> None:
+    file = tmp_path / "jwks.json"
+    file.write_bytes(b"{}")
+    os.utime(file, (1, 1))
+    keys = KeySet(JwtPolicy.make(jwks=str(file)))
+    for _ in range(3):
+        await keys.load()
+        assert "no list 'keys'" in keys.failure
+    file.write_bytes(KEYS)
+    await keys.load()
+    assert (keys.failure, keys.loaded) == ("", True)
+
+
+async def test_keys_that_change_while_a_token_waits_decide(tmp_path: Path) -> None:
+    verify = await verifier(tmp_path)
+    raw = token()
+    waiting = asyncio.ensure_future(verify.verify(raw))
+    await asyncio.sleep(0)
+    verify._keys.keys = parse_key_set(key_set(jwk(OTHER_RSA, kid="rsa")))
+    verify._keys.generation += 1
+    with pytest.raises(InvalidToken, match="signature"):
+        await waiting
+    assert verify.remembered(raw) is None
 
 
 def test_private_parts_of_a_key_are_not_used() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import pytest
 
 from tidegate.errors import PolicyError
@@ -43,6 +45,12 @@ def test_what_is_read_is_written_again() -> None:
     assert policy.jwt.audience == ("api", "web")
     assert [namespace.name for namespace in policy.namespaces] == ["emails", "jobs"]
     assert parse_policy(policy_text(policy)) == policy
+
+
+def test_without_pyjwt_the_policy_is_refused_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(PolicyError, match=r"tidegate\[jwt\]"):
+        parse_policy(TEXT)
 
 
 def test_one_audience_may_be_a_text_and_namespaces_need_no_tier() -> None:

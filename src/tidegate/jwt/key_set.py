@@ -87,7 +87,6 @@ class KeySet:
         self._body = b""
         self._flight: asyncio.Task[None] | None = None
         self._last_unknown_kid = -float("inf")
-        self._identity: tuple[int, int, int] | None = None
 
     async def follow(self) -> None:
         """Load the keys and refresh them until cancelled; runs under the supervisor."""
@@ -126,7 +125,7 @@ class KeySet:
         failure = ""
         try:
             body = await asyncio.to_thread(self._fetch if self._policy.is_url else self._read)
-            if body is not None and body != self._body:
+            if body != self._body:
                 self.keys = await asyncio.to_thread(parse_key_set, body)
                 self._body = body
                 self.loaded = True
@@ -143,20 +142,13 @@ class KeySet:
             )
         self.failure = failure
 
-    def _read(self) -> bytes | None:
-        """The file's content; None where it did not change."""
-        path = Path(self._policy.jwks)
+    def _read(self) -> bytes:
+        """The file's content."""
         try:
-            status = path.stat()
-            identity = (status.st_ino, status.st_size, status.st_mtime_ns)
-            if identity == self._identity and time.time() - status.st_mtime > 2:
-                return None
-            with path.open("rb") as file:
-                body = file.read(MAX_BYTES + 1)
+            with Path(self._policy.jwks).open("rb") as file:
+                return file.read(MAX_BYTES + 1)
         except OSError as error:
             raise KeySetUnreadable(f"the file cannot be read: {error.strerror or error}") from None
-        self._identity = identity
-        return body
 
     def _fetch(self) -> bytes:
         """The URL's content, within `FETCH_S`; redirections are refused."""

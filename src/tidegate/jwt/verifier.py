@@ -138,6 +138,7 @@ class JwtVerifier:
             raise TokenKeysUnavailable("the issuer's public keys are not available: try again")
         try:
             key, algorithm = await self._key_of(token)
+            generation = self._keys.generation
             valid = await self._queue.run(sender, lambda: self._verify(token, key, algorithm))
         except InvalidToken as error:
             if error.details["check"] in ("signature", "kid"):
@@ -146,6 +147,8 @@ class JwtVerifier:
             if len(self._failed) > MAX_REFUSED:
                 self._failed.popitem(last=False)
             raise
+        if generation != self._keys.generation:
+            return await self.verify(token, client)  # the keys changed while it waited: its key may be withdrawn
         self._valid[digest] = valid
         if len(self._valid) > self._max_remembered:
             self._valid.popitem(last=False)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import datetime
 import difflib
+import importlib.util
 import itertools
 import re
 import tomllib
@@ -350,6 +351,8 @@ class _Reader:
         at: KeyPath = ("jwt",)
         self._known(table, _JWT_FIELDS, at)
         self._required(table, ("jwks",), at)
+        if importlib.util.find_spec("jwt") is None:
+            raise self._error("[jwt] needs PyJWT, which is not installed: pip install 'tidegate[jwt]'", at)
         return self._placed(lambda: JwtPolicy.make(**table), table, at)
 
     def _namespaces(self) -> tuple[Namespace, ...]:
