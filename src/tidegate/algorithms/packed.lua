@@ -2,7 +2,8 @@
 -- A window is named by its seconds, a calendar month by 0, a year by -1; so a rule that gains or loses a window keeps what the others hold.
 -- Moments that are whole seconds are kept in seconds: five bytes instead of nine.
 
-local function packed(name, width, parameters, decide, merge)
+-- `kept` has for a window how long its state is kept at least, ms; it is optional, and so are its entries.
+local function packed(name, width, parameters, decide, merge, kept)
   local function load(key)
     local value = redis.call('GET', key)
     return value and {cmsgpack.unpack(value)} or {}
@@ -18,6 +19,11 @@ local function packed(name, width, parameters, decide, merge)
   end
 
   local function save(key, _, fresh, ttl)
+    if kept then
+      for at = 1, #fresh, width + 1 do
+        ttl = math.max(ttl, kept[fresh[at]] or 0)
+      end
+    end
     redis.call('SET', key, cmsgpack.pack(unpack(fresh)), 'PX', ttl)
   end
 
@@ -39,7 +45,7 @@ local function packed(name, width, parameters, decide, merge)
           states[#states + 1] = mine[j]
         end
         local _, _, reset = decide(states, #states - width, {}, now, 0, window, config[i + 1], config[i + 2], config[i + 3])
-        longest = math.max(longest, reset)
+        longest = math.max(longest, reset, kept and kept[window] and kept[window] * 1000 or 0)
       end
     end
     if longest > 0 then
