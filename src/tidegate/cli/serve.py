@@ -164,6 +164,14 @@ def check(
             help="File with the caller's token, if the server needs one ([callers_auth]); default: TIDEGATE_TOKEN.",
         ),
     ] = None,
+    explain: Annotated[
+        bool,
+        typer.Option(
+            "--explain",
+            help="Charge nothing, and print which rule answers and why. --url and --token-file are then those of the control "
+            "plane; default: [server] admin and [admin] token.",
+        ),
+    ] = False,
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> int:
@@ -172,6 +180,12 @@ def check(
     Exit code 0: allowed. 1: denied. 2: no decision.
     """
     tls = ClientTls(ca, cert, cert_key)
+    if explain:
+        from tidegate.cli.explain import explain_check
+
+        query = {"method": method.upper(), "path": path, "ip": ip, "tier": tier, "cost": cost}
+        named = _attributes(attribute or [])
+        return explain_check(key, query, named, url=url, token_file=token_file, tls=tls, config=config, as_json=as_json)
     if url is None:
         settings = read_settings(config)
         address, tls = own_data_plane(settings, tls)

@@ -222,6 +222,10 @@ class Gate:
             caller = await self._callers.find_unkeyed(tier or None, given)
         return await caller_usage(self.counters, caller, client, given)
 
+    async def unkeyed_caller(self, tier: str | None, attributes: Mapping[str, str]) -> Caller:
+        """The caller of checks without an API key; see `CallerLookup.find_unkeyed`."""
+        return await self._callers.find_unkeyed(tier, attributes)
+
     async def reset(
         self, api_key: str | None = None, *, ip: str | None = None, tier: str | None = None, subject: str | None = None
     ) -> int:
