@@ -52,9 +52,10 @@ class Caller:
     Attributes:
         form_checked: whether a key of valid format was received for it; a look-up by digest does not show that.
         never_ends: whether the key is active and does not expire, or there is none.
+        key_id: id of the key; empty without one.
     """
 
-    __slots__ = ("api_key", "cached_tier", "form_checked", "never_ends", "recent", "subject", "tier")
+    __slots__ = ("api_key", "cached_tier", "form_checked", "key_id", "never_ends", "recent", "subject", "tier")
 
     def __init__(self, api_key: ApiKey | None, cached_tier: CachedTier) -> None:
         self.api_key = api_key
@@ -69,6 +70,7 @@ class Caller:
             else CompiledTier(cached_tier.compiled.tier, api_key.overrides)
         )
         self.subject = "" if api_key is None else f"k:{api_key.owner}"
+        self.key_id = "" if api_key is None else api_key.id
 
 
 class UnkeyedCallers:
