@@ -390,6 +390,7 @@ async def _every_parameter(admin: Admin, text: str) -> dict[str, Any]:
         "/violations/top": "by since until tier rule api_key_id ip subject attribute",
         "/traffic": "from to step limit tier rule api_key_id ip subject",
         "/traffic/callers": "from to limit sort tier rule api_key_id ip subject",
+        "/usage/export": "from to format customer api_key limit after",
         "/usage": "api_key_id ip subject tier",
         "/policy": "keys",
     }.items():

@@ -3,24 +3,34 @@
 from __future__ import annotations
 
 import asyncio
+import csv
+import io
+import json
 import random
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
+import httpx
 from sqlalchemy import Table, func, select, text
+from typer.testing import CliRunner
 
+from tests.conftest import Serve
 from tests.integration.admin_api import Admin
-from tests.moments import PATIENCE_S
+from tests.moments import PATIENCE_S, wait_until
 from tests.servers.postgres import PostgresServer
 from tests.servers.tcp_proxy import TcpProxy
 from tests.unit.test_ledger import check, limit_set
 from tidegate.catalog.sql.database import Database
+from tidegate.catalog.sql.paging import cursor_of
 from tidegate.catalog.sql.tables import traffic_callers, traffic_hours, traffic_latency, traffic_minutes, usage_ledger
+from tidegate.cli import app
 from tidegate.decision import Observation
 from tidegate.latency import LatencyHistogram
 from tidegate.ledger.aggregate import MINUTE_US, UsageCounts
 from tidegate.ledger.buffer import DAY_US, HOUR_US
+from tidegate.ledger.export import COLUMNS
 from tidegate.ledger.maintenance import LEDGER, Retention, maintain_tables
 from tidegate.ledger.writer import UsageWriter
 from tidegate.timestamps import format_timestamp
@@ -304,3 +314,93 @@ async def test_bad_requests(admin: Admin) -> None:
         answer = await admin.http.get("/traffic", params=query)
         assert answer.status_code == 400, query
         assert message in answer.json()["error"]["message"]
+
+
+async def test_the_ledger_is_exported_in_pages(admin: Admin) -> None:
+    database = admin.catalog.database
+    keys = [f"{number:024x}" for number in range(60)]
+    customers = ["", "acme", 'a "b", c']
+    for day in range(40):
+        at_us = NOW_US + day * DAY_US
+        await write(
+            database,
+            [
+                check(at_us=at_us, key_id=key, customer=customers[number % 3], cost=number + 1, allowed=day > 0)
+                for number, key in enumerate(keys)
+            ],
+        )
+
+    async def pages(**query: Any) -> list[Any]:
+        found = []
+        after: dict[str, str] = {}
+        while True:
+            params = {"from": "2023-11-15", "to": "2023-12-25", **query, **after}
+            answer = await admin.http.get("/usage/export", params=params)
+            assert answer.status_code == 200, answer.text
+            found.append(answer)
+            if (cursor := answer.headers.get("x-tidegate-next")) is None:
+                return found
+            after = {"after": cursor}
+
+    as_json = await pages(format="jsonl", limit=7 * 60)
+    assert [answer.headers["content-type"] for answer in as_json] == ["application/jsonl"] * 6
+    rows = [json.loads(line) for answer in as_json for line in answer.text.splitlines()]
+    assert rows[1] == dict(
+        zip(COLUMNS, ("2023-11-15", "", keys[3], "free", "r", 0, 4, 0), strict=True),
+    )
+    order = [(row["day"], row["customer"], row["api_key_id"]) for row in rows]
+    assert len(order) == 40 * 60
+    assert sum(row["admitted"] for row in rows) == 39 * 30 * 61
+    if database.dialect == "sqlite":
+        assert order == sorted(order)
+    as_csv = list(csv.DictReader(io.StringIO("".join(answer.text for answer in await pages(limit=2_399)))))
+    assert [{**row, **{name: int(row[name]) for name in ("admitted", "blocked", "over")}} for row in as_csv] == rows
+    assert len((await pages(limit=10_000, customer="acme"))[0].text.splitlines()) == 1 + 40 * 20
+    assert len((await pages(api_key=keys[5], format="jsonl"))[0].text.splitlines()) == 40
+    one_day = await pages(format="jsonl", to="2023-11-16")
+    assert {json.loads(line)["day"] for line in one_day[0].text.splitlines()} == {"2023-11-15"}
+    assert (await pages(customer="nobody", format="jsonl"))[0].text == ""
+    for query, message in (
+        ({"from": "2023-11-31"}, "from '2023-11-31' is not a valid day; write it as 2026-11-30"),
+        ({"to": "2023-11-15T00:00:00Z"}, "is not a valid day"),
+        ({"from": "2023-12-25"}, "from is not before to"),
+        ({"after": "x"}, "is not valid for this list"),
+        ({"after": cursor_of((-1, "", "", "", ""))}, "is not valid for this list"),
+        ({"format": "xml"}, "format"),
+        ({"limit": "10001"}, "limit"),
+    ):
+        answer = await admin.http.get("/usage/export", params={"from": "2023-11-15", "to": "2023-12-25", **query})
+        assert answer.status_code == 400, query
+        assert message in answer.json()["error"]["message"]
+
+
+def test_the_command_writes_the_same_from_both(serve: Callable[..., Serve], tmp_path: Path) -> None:
+    """Over the admin API of a server, and from its database; and the units are those that it was sent."""
+    policy = '[[tiers]]\nname = "free"\nlimits = ["5/day"]\n[[api_keys]]\nkey = "demo-free-key-0001"\ntier = "free"\n'
+    (tmp_path / "tidegate.policy.toml").write_text(policy)
+    server = serve(TIDEGATE_ADMIN__TOKEN="token-of-the-settings", TIDEGATE_LEDGER__FLUSH_S="0.2")
+    for _ in range(7):
+        httpx.post(f"{server.url}/v1/check", json={"api_key": "demo-free-key-0001", "path": "/x", "cost": 1})
+    (tmp_path / "token").write_text("token-of-the-settings")
+    remote = ["--url", f"http://127.0.0.1:{server.admin_port}", "--token-file", str(tmp_path / "token")]
+    local = ["--config", str(tmp_path / "local.toml")]
+    (tmp_path / "local.toml").write_text(f'[catalog]\nurl = "sqlite:///{tmp_path}/tidegate.db"\n')
+    runner = CliRunner()
+
+    def exported(arguments: list[str]) -> list[list[str]]:
+        ran = runner.invoke(app, ["usage", "export", "--output", str(tmp_path / "usage.csv"), *arguments])
+        assert ran.exit_code == 0, ran.output
+        assert "lines written to" in ran.output
+        return list(csv.reader((tmp_path / "usage.csv").read_text().splitlines()))
+
+    def written() -> bool:
+        rows = exported(remote)[1:]
+        return [(row[3], *map(int, row[5:])) for row in rows] == [("free", 5, 2, 0)]
+
+    wait_until(written, PATIENCE_S, "all units are in the ledger")
+    assert exported(local) == exported(remote)
+    assert len(exported([*local, "--customer", "acme"])) == 1
+    ran = runner.invoke(app, ["usage", "export", "--output", str(tmp_path / "none" / "usage.csv"), *local])
+    assert "cannot be written: No such file or directory" in str(ran.exception or ran.output)
+    assert runner.invoke(app, ["usage", "export", "--format", "jsonl", *local]).output.count('"admitted":5') == 1
+    assert server.stop()[0] == 0

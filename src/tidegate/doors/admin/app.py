@@ -29,6 +29,7 @@ from tidegate.doors.admin.tiers import tier_routes
 from tidegate.doors.admin.tokens import token_routes
 from tidegate.doors.admin.traffic import traffic_routes
 from tidegate.doors.admin.usage import usage_routes
+from tidegate.doors.admin.usage_export import usage_export_routes
 from tidegate.doors.client_address import TrustedProxies
 from tidegate.doors.responses import error_body
 from tidegate.errors import BadRequest, TidegateError
@@ -83,6 +84,7 @@ def admin_app(deps: AdminDeps) -> FastAPI:
         usage_routes(deps.editor, deps.gate),
         record_routes(deps.editor),
         traffic_routes(deps.editor),
+        usage_export_routes(deps.editor),
         policy_routes(deps.editor),
         token_routes(deps.editor),
         caller_token_routes(deps.editor),
