@@ -28,7 +28,9 @@ from tidegate.doors.admin.records import record_routes
 from tidegate.doors.admin.rules import rule_routes
 from tidegate.doors.admin.tiers import tier_routes
 from tidegate.doors.admin.tokens import token_routes
+from tidegate.doors.admin.traffic import traffic_routes
 from tidegate.doors.admin.usage import usage_routes
+from tidegate.doors.admin.usage_export import usage_export_routes
 from tidegate.doors.client_address import TrustedProxies
 from tidegate.doors.responses import error_body
 from tidegate.errors import BadRequest, TidegateError
@@ -86,6 +88,8 @@ def admin_app(deps: AdminDeps) -> FastAPI:
         usage_routes(deps.editor, deps.gate),
         explain_routes(deps.editor, deps.gate, deps.paths),
         record_routes(deps.editor),
+        traffic_routes(deps.editor),
+        usage_export_routes(deps.editor),
         policy_routes(deps.editor),
         token_routes(deps.editor),
         caller_token_routes(deps.editor),
