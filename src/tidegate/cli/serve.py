@@ -160,6 +160,9 @@ def check(
         list[str] | None, typer.Option("--attribute", help="Attribute of the caller, such as user=42; may be repeated.")
     ] = None,
     tier: Annotated[str | None, typer.Option("--tier", help="Tier of a caller without an API key.")] = None,
+    bearer_file: Annotated[
+        Path | None, typer.Option("--bearer-file", help="File with the caller's JSON Web Token, verified by [jwt] of the policy.")
+    ] = None,
     cost: Annotated[int, typer.Option("--cost", help="Units; 0 reads without charging.")] = 1,
     url: Annotated[str | None, typer.Option("--url", help="URL of the server, also unix:/path; default: [server] http.")] = None,
     ca: CaOption = None,
@@ -208,6 +211,8 @@ def check(
         body["attributes"] = _attributes(attribute)
     if tier is not None:
         body["tier"] = tier
+    if bearer_file is not None:
+        body["bearer"] = read_token(bearer_file)
     status, answer = request_data_plane(address, "/v1/check", body, tls, _caller_token(token_file, config))
     if as_json:
         print_json(answer)

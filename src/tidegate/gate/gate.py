@@ -468,7 +468,7 @@ def _observation(
     if decision.allowed:
         return Observation(decision, None, latency_ns, shadow_denied, counters[0][1])
     denied_by, subject = counters[0]
-    # A decision names the rule that answered; whose limit it was that denied, its binding limit tells.
+    # A decision names the rule that answered; the binding limit identifies the limit set that denied.
     if len(counters) > 1 and decision.binding in counters[1][0].limits:
         denied_by, subject = counters[1]
     return Observation(decision, None, latency_ns, shadow_denied, subject, denied_by)
