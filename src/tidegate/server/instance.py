@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Final
 from tidegate._version import __version__
 from tidegate.admin.rules import CatalogEditor
 from tidegate.admin.tokens import first_token
+from tidegate.admin.what_if import WhatIfRuns
 from tidegate.background import SUPERVISOR, stop
 from tidegate.catalog.cached import CachedCatalog
 from tidegate.catalog.follower import CatalogFollower
@@ -430,6 +431,8 @@ class Instance:
         editor = CatalogEditor(self.catalog, self.cached.touched)
         if not settings.admin.token:
             self.first_token = await first_token(editor)
+        what_if = WhatIfRuns(editor)
+        self._stack.push_async_callback(what_if.close)
         console = None
         if settings.admin.console:
             demo_token = (settings.admin.token or self.first_token) if self._demo else None
@@ -444,6 +447,7 @@ class Instance:
             paths=self._paths,
             console=console,
             system=system_report(self),
+            what_if=what_if,
         )
         self._admin = Listener(
             AsgiAdapter(admin_app(deps)),

@@ -18,6 +18,7 @@ from tidegate.admin.models import ProblemRead
 from tidegate.admin.rules import CatalogEditor
 from tidegate.admin.sessions import Sessions
 from tidegate.admin.tokens import TokenCheck
+from tidegate.admin.what_if import WhatIfRuns
 from tidegate.decision import clip
 from tidegate.doors.admin.api_keys import key_routes
 from tidegate.doors.admin.caller_tokens import caller_token_routes
@@ -33,6 +34,7 @@ from tidegate.doors.admin.system import system_routes
 from tidegate.doors.admin.tiers import tier_routes
 from tidegate.doors.admin.tokens import token_routes
 from tidegate.doors.admin.usage import usage_routes
+from tidegate.doors.admin.what_if import what_if_routes
 from tidegate.doors.client_address import TrustedProxies
 from tidegate.doors.console import console_routes
 from tidegate.doors.responses import error_body
@@ -73,6 +75,7 @@ class AdminDeps(msgspec.Struct, frozen=True):
         paths: which encodings of a path are accepted.
         console: options of the console; None without it.
         system: returns the state of this process; None where there is no server.
+        what_if: runs of what-if, to be closed by the caller; None for ones that end with the process.
     """
 
     editor: CatalogEditor
@@ -86,6 +89,7 @@ class AdminDeps(msgspec.Struct, frozen=True):
     paths: PathRules = STRICT
     console: ConsoleOptions | None = None
     system: Callable[[], Awaitable[dict[str, Any]]] | None = None
+    what_if: WhatIfRuns | None = None
 
 
 def admin_app(deps: AdminDeps) -> FastAPI:
@@ -120,6 +124,7 @@ def admin_app(deps: AdminDeps) -> FastAPI:
         token_routes(deps.editor),
         caller_token_routes(deps.editor),
         system_routes(deps.system),
+        what_if_routes(deps.what_if or WhatIfRuns(deps.editor)),
     ):
         routes.include_router(router)
     app.include_router(routes)

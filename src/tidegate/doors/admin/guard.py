@@ -31,6 +31,8 @@ App: TypeAlias = Callable[[Scope, Receive, Send], Awaitable[None]]
 GUARDED: Final = "/admin/v1/"
 OPEN: Final = frozenset({"/admin/v1/openapi.json", "/openapi.json"})
 MAX_BODY_BYTES: Final = 1_000_000
+LARGE_BODIES: Final = {"/admin/v1/what-if": 20_000_000}
+"""Paths of larger bodies, for operators; with the access log of what-if."""
 READING: Final = frozenset({"GET", "HEAD", "OPTIONS"})
 SECURITY_HEADERS: Final = (
     (
@@ -142,7 +144,7 @@ class Guard:
             state = scope.setdefault("state", {})
             if scope["path"].startswith(GUARDED) and scope["path"] not in OPEN and not signs_in:
                 await self._authenticate(scope, state)
-            body = await self._body(headers, receive)
+            body = await self._body(headers, receive, LARGE_BODIES.get(scope["path"], MAX_BODY_BYTES))
             if signs_in and self._cookies is not None and body is not None:
                 state["token"] = self._cookies.sign_in(scope, body, _peer(scope))
                 state["principal"] = await self._principal_of_token(scope, state["token"])
@@ -230,14 +232,14 @@ class Guard:
             after_s = ceil_s(decision.retry_after_us or 0)
             raise TooManyRequests(f"more than {decision.binding} {what}: try again in {after_s} s", retry_after_s=after_s)
 
-    async def _body(self, headers: dict[str, str], receive: Receive) -> bytes | None:
+    async def _body(self, headers: dict[str, str], receive: Receive, max_bytes: int = MAX_BODY_BYTES) -> bytes | None:
         """The complete body; None if the client disconnected."""
         encoding = headers.get("content-encoding", "")
         if encoding.strip().lower() not in IDENTITY:
             raise unsupported_encoding(encoding)
         length = headers.get("content-length", "")
-        if length.isdecimal() and int(length[:20]) > MAX_BODY_BYTES:
-            raise _too_large()
+        if length.isdecimal() and int(length[:20]) > max_bytes:
+            raise _too_large(max_bytes)
         body = bytearray()
         try:
             async with asyncio.timeout(self._body_timeout_s):
@@ -246,8 +248,8 @@ class Guard:
                     if message["type"] == "http.disconnect":
                         return None
                     body += message.get("body", b"")
-                    if len(body) > MAX_BODY_BYTES:
-                        raise _too_large()
+                    if len(body) > max_bytes:
+                        raise _too_large(max_bytes)
                     if not message.get("more_body", False):
                         return bytes(body)
         except TimeoutError:
@@ -348,5 +350,5 @@ def _replay(body: bytes, receive: Receive) -> Receive:
     return replay
 
 
-def _too_large() -> RequestTooLarge:
-    return RequestTooLarge(f"the body has more than {MAX_BODY_BYTES} bytes: send less per request")
+def _too_large(max_bytes: int) -> RequestTooLarge:
+    return RequestTooLarge(f"the body has more than {max_bytes} bytes: send less per request")
