@@ -17,7 +17,7 @@ from tests.servers.redis_cluster import RedisCluster
 from tests.servers.redis_server import RedisServer
 from tidegate import Limiter, RateLimitExceeded, StoreUnavailable, SyncLimiter, limit
 from tidegate.breaker import BreakerOptions
-from tidegate.counters.blocking import BlockingRedis
+from tidegate.counters.blocking_redis import BlockingRedis
 from tidegate.counters.degraded import GuardOptions
 from tidegate.counters.guarded import GuardedCounters
 from tidegate.counters.redis.blocking import BlockingRedisCounters
@@ -94,7 +94,7 @@ def test_a_forked_child_does_not_use_its_parents_sockets(redis_server: RedisServ
     program = f"""
 import os
 from tidegate import SyncLimiter
-from tidegate.counters.blocking import BlockingRedis
+from tidegate.counters.blocking_redis import BlockingRedis
 from tidegate.counters.redis.blocking import BlockingRedisCounters
 store = BlockingRedis(BlockingRedisCounters({redis_server.url!r}, {PATIENT_S}))
 limiter = SyncLimiter("30/day", counters=store, name="forked")

@@ -1,22 +1,20 @@
-"""From the settings of the counters to the store."""
+"""From the settings of the counters to the store. What Redis needs is imported where a URL names one."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
-from tidegate.breaker import BreakerOptions
 from tidegate.counters import CounterStore
-from tidegate.counters.blocking import BlockingCounterStore, BlockingMemory, BlockingRedis
-from tidegate.counters.degraded import GuardOptions
-from tidegate.counters.guarded import GuardedCounters
+from tidegate.counters.blocking import BlockingCounterStore, BlockingMemory
 from tidegate.counters.memory import MemoryCounters
-from tidegate.counters.redis.blocking import BlockingRedisCounters
-from tidegate.counters.redis.store import RedisCounters
 from tidegate.errors import SettingsError
 from tidegate.policy.limits import OnFailure
 from tidegate.settings import BreakerSettings, CounterSettings
 from tidegate.url_parts import scheme_of
+
+if TYPE_CHECKING:
+    from tidegate.counters.degraded import GuardOptions
 
 KINDS: Final = ("memory://", "redis://", "rediss://", "redis+unix://", "redis+sentinel://", "redis+cluster://")
 
@@ -46,6 +44,9 @@ def open_counters(
     if url == "memory://":
         return MemoryCounters(settings.max_subjects, clock)
     _require_redis(url)
+    from tidegate.counters.guarded import GuardedCounters
+    from tidegate.counters.redis.store import RedisCounters
+
     store = RedisCounters(url, settings.timeout_ms / 1000, settings.max_in_flight)
     return GuardedCounters(store, _guard_options(settings, breaker))
 
@@ -67,6 +68,9 @@ def open_blocking(url: str, clock: Callable[[], int] | None = None) -> BlockingC
     if url == "memory://":
         return BlockingMemory(settings.max_subjects, clock)
     _require_redis(url)
+    from tidegate.counters.blocking_redis import BlockingRedis
+    from tidegate.counters.redis.blocking import BlockingRedisCounters
+
     return BlockingRedis(BlockingRedisCounters(url, settings.timeout_ms / 1000), _guard_options(settings, BreakerSettings()))
 
 
@@ -78,6 +82,9 @@ def _require_redis(url: str) -> None:
 
 
 def _guard_options(settings: CounterSettings, breaker: BreakerSettings) -> GuardOptions:
+    from tidegate.breaker import BreakerOptions
+    from tidegate.counters.degraded import GuardOptions
+
     return GuardOptions(
         OnFailure(settings.on_failure),
         BreakerOptions(breaker.failures, breaker.window_s, breaker.open_s),
