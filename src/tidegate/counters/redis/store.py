@@ -82,7 +82,7 @@ class RedisCounters(RedisCommands):
             charges: any number of them.
             started_ns: monotonic ns from which the deadline counts; from now where 0.
         """
-        if self._topology is None or self._loop is not asyncio.get_running_loop():
+        if not self._ready():
             await self.start()
         deadline = self._deadline(started_ns)
         if len(charges) > 1 and not self._require_topology().sharded:
@@ -243,6 +243,10 @@ class RedisCounters(RedisCommands):
         await super().close()
 
     # One check.
+
+    def _ready(self) -> bool:
+        """Whether commands can be sent from here: connected, in the running event loop."""
+        return self._topology is not None and self._loop is asyncio.get_running_loop()
 
     def _template(self, counters: tuple[tuple[LimitSet, str], ...]) -> CommandTemplate:
         key: Any = counters[0][0] if len(counters) == 1 else tuple(limits for limits, _ in counters)
