@@ -53,4 +53,4 @@ local function quota_merge(mine, other, _, _, _, boundaries)
   return {last, math.max((mine[1] >= start and mine[2] or 0) + (other[1] >= start and other[2] or 0), 0)}
 end
 
-packed('quota', 2, 4, quota_decide, quota_merge, QUOTA_KEPT)
+packed('quota', 2, 4, quota_decide, quota_merge, nil, QUOTA_KEPT)

@@ -184,15 +184,17 @@ class LimitSet:
         tier: the tier's name for answers.
         quotas: the value of the `RateLimit-Policy` header; of these limits alone where None.
         soft: whether a check that these limits deny passes all the same, reported as over.
+        leases: whether instances may lease units, so that they decide without a call to the store.
 
     Attributes:
         plain: whether a decision by these limits never has an overage.
+        leasable: whether units may be leased: they are plain, and the algorithm allows it.
 
     Raises:
         PolicyError: if the limits do not fit the algorithm or each other.
     """
 
-    __slots__ = ("algorithm", "limits", "name", "on_failure", "plain", "quotas", "rule", "soft", "tier")
+    __slots__ = ("algorithm", "leasable", "limits", "name", "on_failure", "plain", "quotas", "rule", "soft", "tier")
 
     def __init__(
         self,
@@ -205,6 +207,7 @@ class LimitSet:
         tier: str | None = None,
         quotas: str | None = None,
         soft: bool = False,
+        leases: bool = True,
     ) -> None:
         self.name = name
         self.algorithm = algorithm
@@ -214,6 +217,7 @@ class LimitSet:
         self.tier = tier
         self.soft = soft
         self.plain = not soft and isinstance(algorithm, Algorithm)
+        self.leasable = leases and self.plain and algorithm is not Algorithm.SLIDING_LOG
         self.quotas = quotas or ", ".join(quota_text(limit) for limit in self.limits)
 
     def single_sets(self) -> tuple[LimitSet, ...]:
