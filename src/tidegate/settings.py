@@ -227,10 +227,16 @@ class AdminSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     Args:
         token: bearer token of an operator, 16 characters or more; by default one is generated and printed at the first start.
         trusted_proxies: networks whose forwarding headers are trusted when the control plane counts wrong tokens by address.
+        console: whether the control plane serves the console at /.
+        session_idle_s: how long a session of the console lasts without use, s.
+        secure_cookie: whether browsers send the console's cookie over https only; set it if a proxy adds TLS.
     """
 
     token: str | None = None
     trusted_proxies: tuple[str, ...] = ()
+    console: bool = True
+    session_idle_s: Annotated[float, Range(60, 43_200)] = 1800.0
+    secure_cookie: bool = False
 
 
 class ViolationSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

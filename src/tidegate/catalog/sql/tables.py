@@ -14,6 +14,7 @@ from sqlalchemy import (
     Boolean,
     CheckConstraint,
     Column,
+    Float,
     ForeignKey,
     Index,
     Integer,
@@ -261,6 +262,29 @@ caller_tokens: Final = Table(
     Column("expires_at_us", BigInteger, nullable=True),
     Column("revoked_at_us", BigInteger, nullable=True),
     UniqueConstraint("sha256"),
+)
+
+# Sessions of the console: the digest of the cookie's value, and that of the token that signed in.
+console_sessions: Final = Table(
+    "console_sessions",
+    metadata,
+    Column("sha256", String(64), primary_key=True),
+    Column("token_sha256", String(64), nullable=False),
+    Column("created_at_us", BigInteger, nullable=False),
+    Column("used_at_us", BigInteger, nullable=False),
+)
+
+# Runs of what-if: any instance answers for them, one works on them.
+what_if_runs: Final = Table(
+    "what_if_runs",
+    metadata,
+    Column("id", String(32), primary_key=True),
+    Column("actor", String(200), nullable=False),
+    Column("state", String(16), nullable=False),
+    Column("progress", Float, nullable=False),
+    Column("created_at_us", BigInteger, nullable=False),
+    Column("changed_at_us", BigInteger, nullable=False),
+    Column("result", JSON(none_as_null=True), nullable=True),
 )
 
 audit_log: Final = Table(
