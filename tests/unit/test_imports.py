@@ -27,6 +27,7 @@ COMMANDS = [
     "keys",
     "caller-tokens",
     "usage",
+    "counters",
     "db",
     "envoy",
 ]
