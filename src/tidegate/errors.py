@@ -11,6 +11,7 @@
      ├── TooManyUnknownKeys      429 API_KEY_LOOKUPS_EXCEEDED
      ├── ApiKeyRevoked           403 API_KEY_REVOKED
      ├── ApiKeyExpired           403 API_KEY_EXPIRED
+     ├── Blocked                 403 BLOCKED
      ├── StoreUnavailable        503 STORE_UNAVAILABLE
      ├── CatalogUnavailable      503 CATALOG_UNAVAILABLE
      ├── LimiterUnavailable      503 LIMITER_UNAVAILABLE, raised by clients: no server answered in time
@@ -110,6 +111,13 @@ class ApiKeyExpired(TidegateError):
     """The API key has expired."""
 
     code = "API_KEY_EXPIRED"
+    status = 403
+
+
+class Blocked(TidegateError):
+    """The policy or an operator denies this client, or this rule; waiting does not help."""
+
+    code = "BLOCKED"
     status = 403
 
 

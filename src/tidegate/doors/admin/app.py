@@ -19,6 +19,7 @@ from tidegate.admin.rules import CatalogEditor
 from tidegate.admin.tokens import TokenCheck
 from tidegate.decision import clip
 from tidegate.doors.admin.api_keys import key_routes
+from tidegate.doors.admin.blocks import block_routes
 from tidegate.doors.admin.caller_tokens import caller_token_routes
 from tidegate.doors.admin.common import BEARER, ERRORS, REF, WITH_ROLE, RevisionMissing
 from tidegate.doors.admin.guard import Guard, error_headers
@@ -84,6 +85,7 @@ def admin_app(deps: AdminDeps) -> FastAPI:
         policy_routes(deps.editor),
         token_routes(deps.editor),
         caller_token_routes(deps.editor),
+        block_routes(deps.editor),
     ):
         routes.include_router(router)
     app.include_router(routes)
