@@ -336,7 +336,7 @@ def ipv6_client(ip: str) -> str:
         ValueError: if it is no IPv6 address.
     """
     address = ipaddress.IPv6Address(ip)
-    embedded = _embedded_ipv4(address)
+    embedded = embedded_ipv4(address)
     if embedded is not None:
         return str(embedded)
     if address in _LOCAL_NAT64:
@@ -345,7 +345,7 @@ def ipv6_client(ip: str) -> str:
     return str(ipaddress.IPv6Network((int(address), IPV6_PREFIX), strict=False))
 
 
-def _embedded_ipv4(address: ipaddress.IPv6Address) -> ipaddress.IPv4Address | None:
+def embedded_ipv4(address: ipaddress.IPv6Address) -> ipaddress.IPv4Address | None:
     """The IPv4 address of the client behind an IPv6 address; None where there is none."""
     if address.sixtofour is not None:
         return address.sixtofour

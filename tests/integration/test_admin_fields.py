@@ -182,6 +182,12 @@ class RequestSender:
             "RotateRequest": [{"grace_s": 1}],
             "TokenCreate": [{"name": f"new {number}", "role": "viewer", "expires_at": "2100-01-01T00:00:00Z"}],
             "CallerTokenCreate": [{"name": f"new {number}", "scopes": ["check"], "expires_at": "2100-01-01T00:00:00Z"}],
+            "BlockCreate": [
+                {"cidr": f"203.0.113.{number % 256}", "until": "2100-01-01T00:00:00Z", "reason": "r", "message": "m"},
+                {"api_key_id": "0" * 24},
+                {"customer": f"new {number}"},
+                {"attribute": {"user": f"{number}"}},
+            ],
             "ResetRequest": [{"api_key_id": "0" * 24}, {"ip": "192.0.2.7"}, {"tier": "free"}, {"subject": "user=1"}],
         }[form]
 
@@ -237,6 +243,7 @@ async def _prepared(admin: Admin) -> dict[str, str]:
         "rule_id": str(rule["id"]),
         "key_id": (await admin.key())["id"],
         "token_id": str(token.json()["id"]),
+        "block_id": str((await admin.http.post("/blocks", json={"cidr": "198.51.100.1"})).json()["id"]),
     }
 
 

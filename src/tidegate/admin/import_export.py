@@ -74,6 +74,7 @@ async def export_policy(editor: CatalogEditor, *, with_keys: bool = True) -> Pol
         callers.callers,
         callers.jwt,
         callers.namespaces,
+        callers.access,
     )
 
 

@@ -27,6 +27,7 @@ _COMMANDS: Final = {
     "rules": "tidegate.cli.policy:rules",
     "policy": "tidegate.cli.policy:app",
     "keys": "tidegate.cli.keys:app",
+    "blocks": "tidegate.cli.blocks:app",
     "caller-tokens": "tidegate.cli.caller_tokens:app",
     "usage": "tidegate.cli.usage:app",
     "counters": "tidegate.cli.counters:app",

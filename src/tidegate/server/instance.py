@@ -50,10 +50,11 @@ from tidegate.server.certificates import Certificates
 from tidegate.server.handover import listening_sockets, shared_address
 from tidegate.server.listener import Listener
 from tidegate.server.system import system_report
-from tidegate.server.wiring import open_callers_auth, open_catalog, open_channel, share_catalog
+from tidegate.server.wiring import open_blocks, open_callers_auth, open_catalog, open_channel, share_catalog
 from tidegate.settings import Settings, unix_mode
 from tidegate.telemetry.access import AccessLog
 from tidegate.telemetry.collectors import (
+    collect_access,
     collect_background,
     collect_cache,
     collect_counters,
@@ -186,6 +187,8 @@ class Instance:
         self._callers = await open_callers_auth(settings, self.catalog, self.cached)
         if self.cached.caller_tokens is not None:
             self._spawn("caller_tokens", self.cached.caller_tokens.run)
+        blocks = await open_blocks(settings, self.catalog, self.cached)
+        self._spawn("blocks", blocks.run)
         access = AccessLog(settings.server.access_log_sample) if settings.server.access_log_sample else None
         gate = Gate(self.cached, self._counted(), self._observer(access), lookup_timeout_s=2 * settings.catalog.timeout_s)
         self._stack.push_async_callback(gate.tokens.close)
@@ -209,6 +212,7 @@ class Instance:
         )
         collect_cache(self.metrics, self.cached, shared, self.catalog.database)
         collect_counters(self.metrics, self.counters)
+        collect_access(self.metrics, gate.access, blocks)
         collect_background(self.metrics, SUPERVISOR)
         self.metrics.add_gauge("rate_limiter_policy_version", "Active version of the catalog.", lambda: self.cached.version)
         self.metrics.add_gauge("rate_limiter_in_flight", "Requests in flight.", lambda: self.in_flight)

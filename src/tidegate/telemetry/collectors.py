@@ -7,12 +7,14 @@ from typing import Final, Protocol
 
 from tidegate.background import TaskSupervisor
 from tidegate.breaker import BreakerState
+from tidegate.catalog.blocks import Blocks
 from tidegate.catalog.cached import CachedCatalog
 from tidegate.catalog.shared import SharedCatalog
 from tidegate.catalog.sql.database import Database
 from tidegate.counters import CounterStore
 from tidegate.counters.guarded import GuardedCounters
 from tidegate.counters.memory import MemoryCounters
+from tidegate.gate.access import AccessControl
 from tidegate.ledger.writer import UsageWriter
 from tidegate.telemetry.metrics import Metrics
 from tidegate.violations.recorder import ViolationWriter
@@ -107,6 +109,17 @@ def collect_background(metrics: Metrics, supervisor: TaskSupervisor) -> None:
         "Background tasks that ended with an exception and were restarted.",
         "task",
         lambda: supervisor.failures,
+    )
+
+
+def collect_access(metrics: Metrics, access: AccessControl, blocks: Blocks) -> None:
+    """Register the metrics of blocks, and of checks that were denied or allowed before anything was counted."""
+    metrics.add_gauge("rate_limiter_blocks", "Blocks in the memory of this process.", lambda: len(blocks))
+    metrics.add_labelled_counter(
+        "rate_limiter_access",
+        "Checks that [[access]] or a block denied, and checks that [[access]] allowed without counting them.",
+        "action",
+        lambda: {"allowed": access.exempt, "denied": access.denied},
     )
 
 

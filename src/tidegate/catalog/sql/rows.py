@@ -7,6 +7,7 @@ from typing import Any, Final
 
 import msgspec
 
+from tidegate.policy.access_entries import AccessAction, AccessEntry
 from tidegate.policy.attributes import AttributeSource, CallerPolicy, CallerRules, OnMissing
 from tidegate.policy.jwt_policy import JwtPolicy
 from tidegate.policy.limits import Algorithm, Limit, OnFailure
@@ -76,7 +77,7 @@ def subject_value_of(row: Mapping[Any, Any]) -> str | list[str]:
     return str(parts[0]) if len(parts) == 1 else list(parts)
 
 
-CALLER_POLICY_COLUMNS: Final = ("anonymous_tier", "callers", "attributes", "jwt", "namespaces")
+CALLER_POLICY_COLUMNS: Final = ("anonymous_tier", "callers", "attributes", "jwt", "namespaces", "access")
 
 
 def caller_policy_of(row: Mapping[Any, Any]) -> CallerPolicy:
@@ -91,6 +92,7 @@ def caller_policy_of(row: Mapping[Any, Any]) -> CallerPolicy:
             Namespace.make(**{**stored, "overrides": [(each["subject"], each["limits"]) for each in stored["overrides"]]})
             for stored in row["namespaces"] or ()
         ),
+        tuple(_access_entry(each) for each in row["access"] or ()),
     )
 
 
@@ -103,7 +105,24 @@ def row_of_caller_policy(policy: CallerPolicy) -> dict[str, Any]:
         "attributes": {source.name: source.text for source in policy.attributes} or None,
         "jwt": None if policy.jwt is None else msgspec.to_builtins(policy.jwt),
         "namespaces": [_namespace_row(namespace) for namespace in policy.namespaces] or None,
+        "access": [_access_row(entry) for entry in policy.access] or None,
     }
+
+
+def _access_row(entry: AccessEntry) -> dict[str, Any]:
+    named = {"from": list(entry.networks), "match": dict(entry.match), "customer": entry.customer, "api_key_id": entry.api_key_id}
+    return {"action": entry.action.value, **{field: value for field, value in named.items() if value}}
+
+
+def _access_entry(row: Mapping[str, Any]) -> AccessEntry:
+    # As it was validated before it was stored: networks need not be parsed again.
+    return AccessEntry(
+        AccessAction(row["action"]),
+        tuple(row.get("from", ())),
+        tuple(sorted(row.get("match", {}).items())),
+        row.get("customer", ""),
+        row.get("api_key_id", ""),
+    )
 
 
 def _namespace_row(namespace: Namespace) -> dict[str, Any]:
