@@ -15,7 +15,21 @@ from typer.testing import CliRunner
 from tidegate.cli import app
 
 HEAVY = {"alembic", "fastapi", "granian", "grpc", "opentelemetry", "prometheus_client", "rich", "sqlalchemy", "typer"}
-COMMANDS = ["serve", "check", "doctor", "simulate", "plan", "tiers", "rules", "policy", "keys", "caller-tokens", "db", "envoy"]
+COMMANDS = [
+    "serve",
+    "check",
+    "doctor",
+    "simulate",
+    "plan",
+    "tiers",
+    "rules",
+    "policy",
+    "keys",
+    "caller-tokens",
+    "usage",
+    "db",
+    "envoy",
+]
 
 
 def _imported_by(program: str) -> set[str]:

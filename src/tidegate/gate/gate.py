@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Final, Self, TypeAlias
 
 from tidegate.catalog.cache_level import Caller
 from tidegate.catalog.cached import CachedCatalog
+from tidegate.catalog.in_memory import PolicyCatalog
 from tidegate.counters import Charge, ChargeOutcome, CounterStore, ImmediateCounterStore
+from tidegate.counters.factory import open_counters
+from tidegate.counters.storage_uri import counters_url
 from tidegate.decision import MAX_COST, Check, Decision, Observation, Usage, client_of, clip, ipv6_client, require_tier
 from tidegate.errors import BadRequest, MissingApiKey, StoreUnavailable, TidegateError
 from tidegate.gate.callers import LOOKUP_TIMEOUT_S, CallerLookup, Sender
@@ -22,6 +26,7 @@ from tidegate.policy.descriptors import entries_subject
 from tidegate.policy.limits import LimitSet
 from tidegate.policy.matching import CompiledRule, CompiledTier, subject_of
 from tidegate.policy.model import Mode, Subject
+from tidegate.policy.toml_reader import load_policy
 from tidegate.time_slice import TimeSlice
 
 _clock_ns: Final = time.perf_counter_ns
@@ -126,9 +131,9 @@ class Gate:
         if self._observe is not None:
             latency_ns = _clock_ns() - started_ns
             if counters and decision.allowed:
-                self._observe(Observation(decision, None, latency_ns, (), counters[0][1]))
+                self._observe(Observation(decision, None, latency_ns, (), counters[0][1], None, check.cost, caller.key_id))
             else:
-                self._observe(_observation(decision, counters, latency_ns))
+                self._observe(_observation(decision, counters, latency_ns, (), check.cost, caller.key_id))
         return decision
 
     async def _check_later(self, check: Check, shadow_outcomes: list[ChargeOutcome] | None = None) -> Decision:
@@ -222,6 +227,10 @@ class Gate:
             caller = await self._callers.find_unkeyed(tier or None, given)
         return await caller_usage(self.counters, caller, client, given)
 
+    async def unkeyed_caller(self, tier: str | None, attributes: Mapping[str, str]) -> Caller:
+        """The caller of checks without an API key; see `CallerLookup.find_unkeyed`."""
+        return await self._callers.find_unkeyed(tier, attributes)
+
     async def reset(
         self, api_key: str | None = None, *, ip: str | None = None, tier: str | None = None, subject: str | None = None
     ) -> int:
@@ -296,6 +305,24 @@ class Gate:
         await self.tokens.close()
         await self.counters.close()
 
+    @classmethod
+    def from_policy(
+        cls, path: str | Path, *, counters: str | CounterStore = "memory://", observe: Observer | None = None
+    ) -> Self:
+        """A gate for a policy file, which is read once.
+
+        Args:
+            path: of the file.
+            counters: URL or a store.
+            observe: callback run for every check.
+
+        Raises:
+            PolicyError: if the policy is refused.
+            SettingsError: if the URL is not understood.
+        """
+        store = open_counters(counters_url(counters)) if isinstance(counters, str) else counters
+        return cls(CachedCatalog(PolicyCatalog(load_policy(Path(path)))), store, observe)
+
     async def __aenter__(self) -> Self:
         return self
 
@@ -329,7 +356,7 @@ class Gate:
                     each.rule or "" for each in shadow_outcomes if isinstance(each, Decision) and not each.allowed
                 )
             counters = () if answer is not None else plan.charges[0].counters
-            self._observe(_observation(decision, counters, latency_ns, shadow_denied))
+            self._observe(_observation(decision, counters, latency_ns, shadow_denied, plan.cost, plan.key_id))
         return decision
 
     def _tell_error(self, error: TidegateError, latency_ns: int) -> TidegateError:
@@ -374,7 +401,8 @@ class Gate:
                 # A shadow rule that cannot be counted must not block the check that it only watches.
                 if counted is not None:
                     charges.append(Charge(((watcher.limits, counted),), check.cost))
-        return CheckPlan(None if counters else Decision(True, unlimited_tier=tier.tier.name), charges)
+        answer = None if counters else Decision(True, unlimited_tier=tier.tier.name)
+        return CheckPlan(answer, charges, check.cost, caller.key_id)
 
     async def plan_many(self, checks: Sequence[Check | DescriptorCheck]) -> list[CheckPlan | TidegateError | None]:
         """Find the limits that apply to each check of one request; charges nothing.
@@ -456,18 +484,20 @@ def _observation(
     decision: Decision,
     counters: tuple[tuple[LimitSet, str], ...],
     latency_ns: int,
-    shadow_denied: tuple[str, ...] = (),
+    shadow_denied: tuple[str, ...],
+    cost: int,
+    key_id: str,
 ) -> Observation:
     """What telemetry reads of a decision by these counters, the rule's first; by none where nothing limits the check."""
     if not counters:
-        return Observation(decision, None, latency_ns, shadow_denied)
+        return Observation(decision, None, latency_ns, shadow_denied, None, None, cost, key_id)
     if decision.allowed:
-        return Observation(decision, None, latency_ns, shadow_denied, counters[0][1])
+        return Observation(decision, None, latency_ns, shadow_denied, counters[0][1], None, cost, key_id)
     denied_by, subject = counters[0]
-    # A decision names the rule that answered; whose limit it was that denied, its binding limit tells.
+    # A decision names the rule that answered; the binding limit identifies the limit set that denied.
     if len(counters) > 1 and decision.binding in counters[1][0].limits:
         denied_by, subject = counters[1]
-    return Observation(decision, None, latency_ns, shadow_denied, subject, denied_by)
+    return Observation(decision, None, latency_ns, shadow_denied, subject, denied_by, cost, key_id)
 
 
 def _plan_of_descriptor(check: DescriptorCheck, caller: Caller | TidegateError, client: str | None) -> CheckPlan | None:
@@ -486,8 +516,8 @@ def _plan_of_descriptor(check: DescriptorCheck, caller: Caller | TidegateError, 
     if enforced is None and not shadow_outcomes:
         return None
     if enforced is None:
-        return CheckPlan(Decision(True, unlimited_tier=caller.tier.tier.name), shadow_outcomes)
-    return CheckPlan(None, [enforced, *shadow_outcomes])
+        return CheckPlan(Decision(True, unlimited_tier=caller.tier.tier.name), shadow_outcomes, check.cost, caller.key_id)
+    return CheckPlan(None, [enforced, *shadow_outcomes], check.cost, caller.key_id)
 
 
 def _require_text(value: object, field: str) -> None:
