@@ -40,7 +40,8 @@ class TidegateError(Exception):
     status: ClassVar[int] = 503
 
     def __init__(self, message: str, **details: object) -> None:
-        super().__init__(message)
+        # Not `super()`: a framework's exception may be the next class, see `tidegate.doors.exceeded`.
+        Exception.__init__(self, message)
         self.message = message
         self.details = details
 

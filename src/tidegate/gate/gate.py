@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Final, Self, TypeAlias
 
 from tidegate.catalog.cache_level import Caller
 from tidegate.catalog.cached import CachedCatalog
+from tidegate.catalog.in_memory import PolicyCatalog
 from tidegate.counters import Charge, ChargeOutcome, CounterStore, ImmediateCounterStore
+from tidegate.counters.factory import open_counters
+from tidegate.counters.storage_uri import counters_url
 from tidegate.decision import MAX_COST, Check, Decision, Observation, Usage, client_of, clip, ipv6_client, require_tier
 from tidegate.errors import BadRequest, MissingApiKey, StoreUnavailable, TidegateError
 from tidegate.gate.access import AccessControl
@@ -25,6 +29,7 @@ from tidegate.policy.limits import LimitSet
 from tidegate.policy.matching import CompiledRule, CompiledTier, subject_of
 from tidegate.policy.model import Mode, Subject
 from tidegate.policy.periods import DEFAULT_ANCHOR
+from tidegate.policy.toml_reader import load_policy
 from tidegate.time_slice import TimeSlice
 
 _clock_ns: Final = time.perf_counter_ns
@@ -317,6 +322,24 @@ class Gate:
         """Give back what the counter store holds; `async with` does it at the end."""
         await self.tokens.close()
         await self.counters.close()
+
+    @classmethod
+    def from_policy(
+        cls, path: str | Path, *, counters: str | CounterStore = "memory://", observe: Observer | None = None
+    ) -> Self:
+        """A gate for a policy file, which is read once.
+
+        Args:
+            path: of the file.
+            counters: URL or a store.
+            observe: callback run for every check.
+
+        Raises:
+            PolicyError: if the policy is refused.
+            SettingsError: if the URL is not understood.
+        """
+        store = open_counters(counters_url(counters)) if isinstance(counters, str) else counters
+        return cls(CachedCatalog(PolicyCatalog(load_policy(Path(path)))), store, observe)
 
     async def __aenter__(self) -> Self:
         return self
