@@ -38,6 +38,9 @@ OPERATIONS = {
     *((method, "/caller-tokens") for method in ("get", "post")),
     ("post", "/caller-tokens/{token_id}/rotate"),
     ("delete", "/caller-tokens/{token_id}"),
+    *((method, "/namespaces") for method in ("get", "post")),
+    *((method, "/namespaces/{name}") for method in ("get", "put", "patch", "delete")),
+    ("get", "/callers"),
 }
 # What a schema cannot say: which texts are limits, patterns and moments, and that 1.0 is no whole number here. And the missing
 # header that it looks for is answered 428, as RFC 6585 has it.

@@ -22,6 +22,7 @@ from tidegate.doors.admin.api_keys import key_routes
 from tidegate.doors.admin.caller_tokens import caller_token_routes
 from tidegate.doors.admin.common import BEARER, ERRORS, REF, WITH_ROLE, RevisionMissing
 from tidegate.doors.admin.guard import Guard, error_headers
+from tidegate.doors.admin.namespaces import caller_routes, namespace_routes
 from tidegate.doors.admin.policy import policy_routes
 from tidegate.doors.admin.records import record_routes
 from tidegate.doors.admin.rules import rule_routes
@@ -84,6 +85,8 @@ def admin_app(deps: AdminDeps) -> FastAPI:
         policy_routes(deps.editor),
         token_routes(deps.editor),
         caller_token_routes(deps.editor),
+        namespace_routes(deps.editor),
+        caller_routes(deps.editor),
     ):
         routes.include_router(router)
     app.include_router(routes)
