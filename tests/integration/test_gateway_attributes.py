@@ -12,6 +12,7 @@ from typing import Any
 
 import httpx
 import pytest
+import yaml
 from cryptography.hazmat.primitives.asymmetric import ec
 
 import jwt
@@ -21,6 +22,7 @@ from tests.raw_http import exchange
 from tests.servers.api import Api
 from tests.servers.deployed import gateway, haproxy, nginx_balancer
 from tests.servers.envoy import GRPC, HTTP, SERVICE, Envoy
+from tests.servers.redis_server import RedisServer
 
 KEY, STRANGER = ec.generate_private_key(ec.SECP256R1()), ec.generate_private_key(ec.SECP256R1())
 OWN, FORGED, ORG, NOBODY = 111_111, 222_222, 333_333, 444_444
@@ -194,3 +196,20 @@ def test_balancers_pass_headers_of_gateways_only(kind: str, tidegate: Serve) -> 
                 timeout=PATIENCE_S,
             )
             assert (limited.status_code, limited.json()["remaining"]) == (200, 2)
+
+
+def test_traefik_and_kong_files_remove_and_set_the_same_headers(redis_server: RedisServer) -> None:
+    """These two gateways are not run: the files are parsed, and Kong's function is compiled by the Lua of Redis."""
+    deploy = Path(__file__).parents[2] / "deploy"
+    traefik = yaml.safe_load((deploy / "traefik" / "tidegate.yml").read_text())["http"]
+    changed = traefik["middlewares"]["tidegate-attributes"]["headers"]["customRequestHeaders"]
+    asked = traefik["middlewares"]["tidegate"]["forwardAuth"]
+    assert changed == {"X-User-Id": "", "X-Region": "eu-west"}
+    assert asked["trustForwardHeader"] is False
+    assert set(asked["authRequestHeaders"]) == {"X-API-Key", *changed}, "nothing that a client says of itself but its key"
+    assert traefik["routers"]["api"]["middlewares"] == ["tidegate-attributes", "tidegate"], "the attributes first"
+    (plugin,) = yaml.safe_load((deploy / "kong" / "kong.yml").read_text())["plugins"]
+    (function,) = plugin["config"]["access"]
+    assert redis_server.must("SCRIPT", "LOAD", function)
+    assert 'clear_header("X-User-Id")' in function
+    assert 'set_header("X-Region", region)' in function
