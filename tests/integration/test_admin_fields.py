@@ -226,8 +226,8 @@ def _described(admin: Admin) -> Iterator[tuple[str, str, dict[str, Any], str | N
             form = None
             if content is not None:
                 schema = content["schema"]
-                (ref,) = [each["$ref"] for each in (schema, *schema.get("anyOf", ())) if "$ref" in each]
-                form = ref.rpartition("/")[2]
+                refs = [each["$ref"] for each in (schema, *schema.get("anyOf", ())) if "$ref" in each]
+                form = refs[0].rpartition("/")[2] if refs else None
             yield method, path.removeprefix(PREFIX), operation, form
 
 
@@ -244,6 +244,7 @@ async def _prepared(admin: Admin) -> dict[str, str]:
     token = await admin.http.post("/tokens", json={"name": "one"})
     assert (await admin.http.post("/namespaces", json={"name": "free"})).status_code == 201
     return {
+        "run_id": "0" * 32,
         "name": "free",
         "rule_id": str(rule["id"]),
         "key_id": (await admin.key())["id"],

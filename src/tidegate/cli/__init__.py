@@ -30,6 +30,8 @@ _COMMANDS: Final = {
     "policy": "tidegate.cli.policy:app",
     "keys": "tidegate.cli.keys:app",
     "caller-tokens": "tidegate.cli.caller_tokens:app",
+    "usage": "tidegate.cli.usage:app",
+    "counters": "tidegate.cli.counters:app",
     "db": "tidegate.cli.database:app",
     "envoy": "tidegate.cli.envoy:app",
 }
