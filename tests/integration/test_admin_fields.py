@@ -161,6 +161,12 @@ class RequestSender:
         }
         sold = {"limits": ["1/s"], "quotas": ["1000/month", "50/day"], "overage": {"up_to": "20%"}}
         own = {"limits": ["9/day"], "overrides": [{"rule": "/kept", "limits": ["2/s"]}]}
+        namespace = {
+            "limits": ["1/s"],
+            "algorithm": "sliding_window",
+            "on_failure": "default",
+            "overrides": [{"subject": "vip-*", "limits": ["2/s"]}],
+        }
         key = {"tier": "free", "name": "n", "expires_at": "2100-01-01T00:00:00Z", **own}
         return {
             "TierCreate": [{"name": f"new-{number}", **sold}],
@@ -188,7 +194,16 @@ class RequestSender:
                 {"customer": f"new {number}"},
                 {"attribute": {"user": f"{number}"}},
             ],
-            "ResetRequest": [{"api_key_id": "0" * 24}, {"ip": "192.0.2.7"}, {"tier": "free"}, {"subject": "user=1"}],
+            "NamespaceCreate": [{"name": f"new-{number}", **namespace}],
+            "NamespaceFields": [namespace],
+            "NamespacePatch": [namespace],
+            "ResetRequest": [
+                {"api_key_id": "0" * 24},
+                {"ip": "192.0.2.7"},
+                {"tier": "free"},
+                {"subject": "user=1"},
+                {"namespace": "emails", "subject": "user-42"},
+            ],
         }[form]
 
 
@@ -237,6 +252,7 @@ async def _prepared(admin: Admin) -> dict[str, str]:
     # For overrides of keys: the other one is renamed.
     await admin.rule("/kept")
     token = await admin.http.post("/tokens", json={"name": "one"})
+    assert (await admin.http.post("/namespaces", json={"name": "free"})).status_code == 201
     return {
         "run_id": "0" * 32,
         "name": "free",
@@ -297,7 +313,7 @@ async def test_every_field_of_every_body(admin: Admin) -> None:
                             kept.add(value)
     assert forms == {
         *(form for form in admin.app.openapi()["components"]["schemas"] if form.endswith(("Create", "Request", "Patch"))),
-        *("TierLimits", "RuleFields"),
+        *("TierLimits", "RuleFields", "NamespaceFields"),
     }
     assert kept == set(STORABLE), "what may be any text is"
     listed = [each["name"] for each in (await admin.http.get("/api-keys", params={"limit": 500})).json()["items"]]

@@ -25,6 +25,8 @@ _COMMANDS: Final = {
     "plan": "tidegate.cli.plan:plan",
     "tiers": "tidegate.cli.policy:tiers",
     "rules": "tidegate.cli.policy:rules",
+    "namespaces": "tidegate.cli.policy:namespaces",
+    "callers": "tidegate.cli.policy:callers",
     "policy": "tidegate.cli.policy:app",
     "keys": "tidegate.cli.keys:app",
     "blocks": "tidegate.cli.blocks:app",
