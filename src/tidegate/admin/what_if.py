@@ -188,7 +188,7 @@ class WhatIfRuns:
             reports = []
             for number, policy in enumerate(policies):
                 file = Path(directory, f"{number}.toml")
-                await asyncio.to_thread(lambda file=file, policy=policy: file.write_text(policy_text(policy)))
+                await asyncio.to_thread(_write_policy, file, policy)
 
                 async def note(share: float, done: int = number) -> None:
                     if not await note_progress(self._database, run_id, (done + share) / len(policies)):
@@ -247,6 +247,10 @@ async def _simulate(
     counted = [each for each in report["rules"] if each["requests"]]
     report["rules"] = sorted(counted, key=lambda each: -each["requests"])[:MAX_RULES]
     return report
+
+
+def _write_policy(file: Path, policy: Policy) -> None:
+    file.write_text(policy_text(policy), "utf-8")
 
 
 def _with_rule(policy: Policy, tier: str, changed: Rule) -> Policy:
