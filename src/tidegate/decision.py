@@ -201,6 +201,9 @@ class Observation(msgspec.Struct, frozen=True, gc=False):
         shadow_denied: names of the shadow rules that would have denied.
         subject: whom the rule counted, or whom the tier's own limits did, where these denied; None where nothing limits it.
         denied_by: the limits that denied: the rule's or the tier's own; None where the check passed.
+        cost: units of the check.
+        key_id: id of the caller's API key; empty without one.
+        customer: name of the customer that the caller belongs to; empty without one.
     """
 
     decision: Decision | None
@@ -209,6 +212,9 @@ class Observation(msgspec.Struct, frozen=True, gc=False):
     shadow_denied: tuple[str, ...] = ()
     subject: str | None = None
     denied_by: LimitSet | None = None
+    cost: int = 1
+    key_id: str = ""
+    customer: str = ""
 
 
 class RuleUsage(msgspec.Struct, frozen=True, gc=False):

@@ -11,6 +11,7 @@
      ├── TooManyUnknownKeys      429 API_KEY_LOOKUPS_EXCEEDED
      ├── ApiKeyRevoked           403 API_KEY_REVOKED
      ├── ApiKeyExpired           403 API_KEY_EXPIRED
+     ├── RateLimitExceeded       429 RATE_LIMIT_EXCEEDED, raised by limited functions (`tidegate.doors.exceeded`)
      ├── StoreUnavailable        503 STORE_UNAVAILABLE
      ├── CatalogUnavailable      503 CATALOG_UNAVAILABLE
      ├── LimiterUnavailable      503 LIMITER_UNAVAILABLE, raised by clients: no server answered in time

@@ -255,6 +255,26 @@ class ViolationSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
     max_entries: Annotated[int, Range(100, 1_000_000)] = 10_000
 
 
+class LedgerSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """`[ledger]`: the usage ledger and the traffic history.
+
+    Args:
+        enabled: whether they are written to the database of the catalog.
+        flush_s: interval of the writes, s.
+        keep_days: how long the ledger is kept, days.
+        traffic_days: how long the traffic history is kept, days.
+        minutes_days: how long it is kept by minute, days; before that by hour.
+        max_callers: number of callers of an hour that are kept, each in its rule: those with the most units.
+    """
+
+    enabled: bool = True
+    flush_s: Annotated[float, Range(0.1, 3600)] = 5.0
+    keep_days: Annotated[int, Range(1, 3650)] = 400
+    traffic_days: Annotated[int, Range(1, 3650)] = 30
+    minutes_days: Annotated[int, Range(1, 3650)] = 2
+    max_callers: Annotated[int, Range(10, 100_000)] = 1_000
+
+
 class TracingSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """`[tracing]`: OpenTelemetry, with the extra `otel`.
 
@@ -301,6 +321,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     cache: CacheSettings = CacheSettings()
     admin: AdminSettings = AdminSettings()
     violations: ViolationSettings = ViolationSettings()
+    ledger: LedgerSettings = LedgerSettings()
     tracing: TracingSettings = TracingSettings()
     envoy: EnvoySettings = EnvoySettings()
 

@@ -54,6 +54,7 @@ class Caller:
         form_checked: whether a key of valid format was received for it; a look-up by digest does not show that.
         never_ends: whether the key is active and does not expire, or there is none.
         anchor: when the periods of its quotas begin.
+        key_id: id of the key; empty without one.
         quota_subject: whom quotas count; empty for the client's address, where there is no key.
     """
 
@@ -62,6 +63,7 @@ class Caller:
         "api_key",
         "cached_tier",
         "form_checked",
+        "key_id",
         "never_ends",
         "quota_subject",
         "recent",
@@ -84,6 +86,7 @@ class Caller:
         self.subject = "" if api_key is None else f"k:{api_key.owner}"
         self.anchor = DEFAULT_ANCHOR
         self.quota_subject = self.subject
+        self.key_id = "" if api_key is None else api_key.id
 
 
 class UnkeyedCallers:

@@ -28,6 +28,7 @@ _COMMANDS: Final = {
     "policy": "tidegate.cli.policy:app",
     "keys": "tidegate.cli.keys:app",
     "caller-tokens": "tidegate.cli.caller_tokens:app",
+    "usage": "tidegate.cli.usage:app",
     "db": "tidegate.cli.database:app",
     "envoy": "tidegate.cli.envoy:app",
 }

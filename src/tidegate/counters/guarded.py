@@ -24,7 +24,7 @@ from threading import get_ident
 from typing import Final
 
 from tidegate.background import SUPERVISOR, stop
-from tidegate.counters import Charge, ChargeOutcome
+from tidegate.counters import Charge, ChargeOutcome, LeaseReturn
 from tidegate.counters.degraded import DegradedDecisions, GuardOptions, now_us
 from tidegate.counters.redis import heartbeat
 from tidegate.counters.redis.store import RedisCounters
@@ -59,6 +59,9 @@ class GuardedCounters(DegradedDecisions):
         """Of calls to the store that were answered or reached their deadline."""
         self._denied = self.denials.entries  # to test whether there are any: a `__len__` in Python costs ten times as much
         self._resets: int | None = None
+        self.on_reset: Callable[[], None] | None = None
+        self.store_calls = 0
+        """Charges that were sent to the store."""
         self._refunds = 0
         self._background: list[asyncio.Task[None]] = []
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -110,6 +113,7 @@ class GuardedCounters(DegradedDecisions):
             denied = self.denials.find(charge.counters, charge.cost, started_ns // 1000)
             if denied is not None:
                 return (denied,)
+        self.store_calls += 1
         try:
             decision = await self.store.charge_one(charge, started_ns)
         except StoreUnavailable as error:
@@ -123,8 +127,7 @@ class GuardedCounters(DegradedDecisions):
     def _remember(self, charge: Charge, decision: Decision, started_us: int) -> None:
         """Remember a denial, and that little remains, for later checks that reach their deadline."""
         if not decision.allowed:
-            if started_us >= self._cleared_us:
-                self.denials.remember(charge.counters, charge.cost, decision, started_us)
+            self._remember_denial(charge, decision, started_us)
         elif (
             decision.binding is None
             or decision.remaining is None
@@ -132,6 +135,18 @@ class GuardedCounters(DegradedDecisions):
         ):
             return
         self.late.observe(charge.counters, decision)
+
+    def grants(self, counters: tuple[tuple[LimitSet, str], ...]) -> bool:
+        """See `LeaseGrantor.grants`."""
+        return self._loop is not None and self.store.grants(counters)
+
+    def session(self, counters: tuple[tuple[LimitSet, str], ...]) -> object:
+        """See `LeaseGrantor.session`."""
+        return self.store.session(counters)
+
+    async def give_back(self, returns: Sequence[LeaseReturn]) -> list[bool]:
+        """See `LeaseGrantor.give_back`."""
+        return await self.store.give_back(returns)
 
     async def windows(self, counters: Sequence[tuple[LimitSet, str]]) -> Sequence[Sequence[Decision] | None]:
         """See `CounterStore.windows`; from the store only: the fallback counts shares of the limits."""
@@ -204,6 +219,7 @@ class GuardedCounters(DegradedDecisions):
             undecided = await self._put_back_first(charges, undecided, answers, started_us)
         if undecided:
             sent_ns = time.monotonic_ns()
+            self.store_calls += len(undecided)
             decided = await self.store.charge([charges[place] for place in undecided], started_ns)
             # One call, however many charges; an immediate failure is not a latency of the store.
             if any(not isinstance(each, StoreUnavailable) or each.details.get("reason") == "timeout" for each in decided):
@@ -276,6 +292,8 @@ class GuardedCounters(DegradedDecisions):
         self._offset_us = beat.at_us - (before_us + now_us()) // 2
         if self._resets is not None and beat.resets != self._resets:
             self._clear_remembered()
+            if self.on_reset is not None:
+                self.on_reset()
         self._resets = beat.resets
 
     async def _recover(self) -> None:

@@ -181,6 +181,9 @@ class MemoryCounters(MemoryStorage):
 
     async def reset(self, counters: Sequence[tuple[LimitSet, str]]) -> None:
         """See `CounterStore.reset`."""
+        self._reset(counters)
+
+    def _reset(self, counters: Sequence[tuple[LimitSet, str]]) -> None:
         for limits, subject in counters:
             compiled = self._prepare(limits)
             for each in (compiled, *compiled.other_layouts):

@@ -1,4 +1,4 @@
-"""The door of plain Python code: one rule, no policy file, no listener."""
+"""The door of plain Python code: one rule, no policy file, no listener. `Limiter` for event loops, `SyncLimiter` for threads."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from typing import Final, Self
 
 from tidegate.counters import Charge, CounterStore
-from tidegate.counters.factory import open_counters
+from tidegate.counters.blocking import BlockingCounterStore
 from tidegate.counters.memory import MemoryCounters
 from tidegate.decision import MAX_COST, Decision, clip
+from tidegate.doors.stores import SWITCHES, open_blocking_store, open_memory_or_redis
 from tidegate.errors import BadRequest, StoreUnavailable
 from tidegate.policy.limits import Algorithm, Limit, LimitSet, OnFailure, member_of
 
@@ -18,7 +19,31 @@ _DIGEST: Final = "h:"
 """Before the digest that is counted in place of a long subject. A subject that begins so is counted by its digest too."""
 
 
-class Limiter:
+class _Limits:
+    """What both limiters have in common: the limits, and what is refused before anything is charged."""
+
+    def __init__(self, limits: str | Sequence[str], algorithm: str, name: str | None, on_failure: str) -> None:
+        texts = [limits] if isinstance(limits, str) else list(limits)
+        label = name or ", ".join(texts)
+        # '/' is in no tier's name: no rule of a policy on the same store has this name.
+        self._limits = LimitSet(
+            f"limiter/{label}",
+            member_of(Algorithm, algorithm, "algorithm"),
+            [Limit.parse(text) for text in texts],
+            member_of(OnFailure, on_failure, "on_failure"),
+            rule=label,
+        )
+
+    def _charges(self, asked: Sequence[tuple[str, int]]) -> list[Charge]:
+        return [Charge(((self._limits, fit_subject(subject)),), checked_cost(cost)) for subject, cost in asked]
+
+    def _allowed_in_tests(self) -> Decision:
+        """While `tidegate.testing.allow_all` holds."""
+        limit = self._limits.limits[0]
+        return Decision(True, limit, limit.capacity, limits=self._limits)
+
+
+class Limiter(_Limits):
     """Decides for subjects of your choice.
 
         limiter = Limiter("100/minute")
@@ -49,18 +74,8 @@ class Limiter:
         name: str | None = None,
         on_failure: str = OnFailure.LOCAL,
     ) -> None:
-        texts = [limits] if isinstance(limits, str) else list(limits)
-        parsed = [Limit.parse(text) for text in texts]
-        self.counters: CounterStore = open_counters(counters) if isinstance(counters, str) else counters
-        label = name or ", ".join(texts)
-        # '/' is in no tier's name: no rule of a policy on the same store has this name.
-        self._limits = LimitSet(
-            f"limiter/{label}",
-            member_of(Algorithm, algorithm, "algorithm"),
-            parsed,
-            member_of(OnFailure, on_failure, "on_failure"),
-            rule=label,
-        )
+        super().__init__(limits, algorithm, name, on_failure)
+        self.counters: CounterStore = open_memory_or_redis(counters)
         self._charge_one = self.counters.charge_one if isinstance(self.counters, MemoryCounters) else None
 
     async def check(self, subject: str, cost: int = 1) -> Decision:
@@ -78,9 +93,11 @@ class Limiter:
             StoreUnavailable: if the store fails and `on_failure` is deny.
         """
         if type(cost) is not int or not 0 <= cost <= MAX_COST:
-            raise BadRequest(f"cost {clip(cost)} must be a whole number from 0 to {MAX_COST}", field="cost")
+            cost = checked_cost(cost)
         if not subject or type(subject) is not str or len(subject) > LONGEST_SUBJECT or subject.startswith(_DIGEST):
-            subject = _fit_subject(subject)
+            subject = fit_subject(subject)
+        if not SWITCHES.enforced:
+            return self._allowed_in_tests()
         if self._charge_one is not None:
             return self._charge_one(self._limits, subject, cost)
         outcome = (await self.counters.charge((Charge(((self._limits, subject),), cost),)))[0]
@@ -100,11 +117,9 @@ class Limiter:
         Raises:
             BadRequest: as `check`; then nothing of the batch was charged.
         """
-        charges = []
-        for subject, cost in asked:
-            if type(cost) is not int or not 0 <= cost <= MAX_COST:
-                raise BadRequest(f"cost {clip(cost)} must be a whole number from 0 to {MAX_COST}", field="cost")
-            charges.append(Charge(((self._limits, _fit_subject(subject)),), cost))
+        charges = self._charges(asked)
+        if not SWITCHES.enforced:
+            return [self._allowed_in_tests()] * len(charges)
         return list(await self.counters.charge(charges))
 
     async def reset(self, subject: str) -> None:
@@ -117,7 +132,7 @@ class Limiter:
             BadRequest: if it is empty or no string.
             StoreUnavailable: if the store does not answer.
         """
-        await self.counters.reset([(self._limits, _fit_subject(subject))])
+        await self.counters.reset([(self._limits, fit_subject(subject))])
 
     async def close(self) -> None:
         """Give back what the store holds."""
@@ -130,7 +145,85 @@ class Limiter:
         await self.close()
 
 
-def _fit_subject(subject: object) -> str:
+class SyncLimiter(_Limits):
+    """`Limiter` for code without an event loop: scripts, threads, WSGI. Thread-safe; counts together with a `Limiter` of the
+    same name on the same Redis.
+
+        limiter = SyncLimiter("100/minute", counters="redis://127.0.0.1:6379")
+        if not limiter.check("user-42").allowed:
+            ...
+
+    On Redis a call takes a socket from a pool; after a fork the child opens its own. `with SyncLimiter(…) as limiter` closes
+    them at the end.
+
+    Args:
+        limits: as for `Limiter`.
+        algorithm: as for `Limiter`.
+        counters: URL or a store for threads; `memory://` counts in this process.
+        name: as for `Limiter`.
+        on_failure: as for `Limiter`.
+
+    Raises:
+        PolicyError: as `Limiter`.
+        SettingsError: if the URL is not understood, or the store needs an event loop.
+    """
+
+    def __init__(
+        self,
+        limits: str | Sequence[str],
+        *,
+        algorithm: str = Algorithm.SLIDING_WINDOW,
+        counters: str | BlockingCounterStore = "memory://",
+        name: str | None = None,
+        on_failure: str = OnFailure.LOCAL,
+    ) -> None:
+        super().__init__(limits, algorithm, name, on_failure)
+        self.counters: BlockingCounterStore = open_blocking_store(counters)
+
+    def check(self, subject: str, cost: int = 1) -> Decision:
+        """Decide and charge one request; see `Limiter.check`."""
+        if type(cost) is not int or not 0 <= cost <= MAX_COST:
+            cost = checked_cost(cost)
+        if not subject or type(subject) is not str or len(subject) > LONGEST_SUBJECT or subject.startswith(_DIGEST):
+            subject = fit_subject(subject)
+        if not SWITCHES.enforced:
+            return self._allowed_in_tests()
+        return self.counters.charge_one(self._limits, subject, cost)
+
+    def check_many(self, asked: Sequence[tuple[str, int]]) -> list[Decision | StoreUnavailable]:
+        """Decide requests each on its own, in order; see `Limiter.check_many`."""
+        charges = self._charges(asked)
+        if not SWITCHES.enforced:
+            return [self._allowed_in_tests()] * len(charges)
+        return list(self.counters.charge_many(charges))
+
+    def reset(self, subject: str) -> None:
+        """Forget what a subject consumed; see `Limiter.reset`."""
+        self.counters.reset_many([(self._limits, fit_subject(subject))])
+
+    def close(self) -> None:
+        """Give back what the store holds."""
+        self.counters.disconnect()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def checked_cost(cost: object) -> int:
+    """A cost that can be charged.
+
+    Raises:
+        BadRequest: if it is not a whole number from 0 to 1,000,000,000.
+    """
+    if type(cost) is not int or not 0 <= cost <= MAX_COST:
+        raise BadRequest(f"cost {clip(cost)} must be a whole number from 0 to {MAX_COST}", field="cost")
+    return cost
+
+
+def fit_subject(subject: object) -> str:
     """The subject itself, or a digest where it is longer than a counter's key should be, or could be taken for a digest."""
     if type(subject) is not str or not subject:
         raise BadRequest(f"subject {clip(subject)} must be a non-empty string such as 'user-42'", field="subject")

@@ -126,9 +126,9 @@ class Gate:
         if self._observe is not None:
             latency_ns = _clock_ns() - started_ns
             if counters and decision.allowed:
-                self._observe(Observation(decision, None, latency_ns, (), counters[0][1]))
+                self._observe(Observation(decision, None, latency_ns, (), counters[0][1], None, check.cost, caller.key_id))
             else:
-                self._observe(_observation(decision, counters, latency_ns))
+                self._observe(_observation(decision, counters, latency_ns, (), check.cost, caller.key_id))
         return decision
 
     async def _check_later(self, check: Check, shadow_outcomes: list[ChargeOutcome] | None = None) -> Decision:
@@ -333,7 +333,7 @@ class Gate:
                     each.rule or "" for each in shadow_outcomes if isinstance(each, Decision) and not each.allowed
                 )
             counters = () if answer is not None else plan.charges[0].counters
-            self._observe(_observation(decision, counters, latency_ns, shadow_denied))
+            self._observe(_observation(decision, counters, latency_ns, shadow_denied, plan.cost, plan.key_id))
         return decision
 
     def _tell_error(self, error: TidegateError, latency_ns: int) -> TidegateError:
@@ -378,7 +378,8 @@ class Gate:
                 # A shadow rule that cannot be counted must not block the check that it only watches.
                 if counted is not None:
                     charges.append(Charge(((watcher.limits, counted),), check.cost))
-        return CheckPlan(None if counters else Decision(True, unlimited_tier=tier.tier.name), charges)
+        answer = None if counters else Decision(True, unlimited_tier=tier.tier.name)
+        return CheckPlan(answer, charges, check.cost, caller.key_id)
 
     async def plan_many(self, checks: Sequence[Check | DescriptorCheck]) -> list[CheckPlan | TidegateError | None]:
         """Find the limits that apply to each check of one request; charges nothing.
@@ -460,18 +461,20 @@ def _observation(
     decision: Decision,
     counters: tuple[tuple[LimitSet, str], ...],
     latency_ns: int,
-    shadow_denied: tuple[str, ...] = (),
+    shadow_denied: tuple[str, ...],
+    cost: int,
+    key_id: str,
 ) -> Observation:
     """What telemetry reads of a decision by these counters, the rule's first; by none where nothing limits the check."""
     if not counters:
-        return Observation(decision, None, latency_ns, shadow_denied)
+        return Observation(decision, None, latency_ns, shadow_denied, None, None, cost, key_id)
     if decision.allowed:
-        return Observation(decision, None, latency_ns, shadow_denied, counters[0][1])
+        return Observation(decision, None, latency_ns, shadow_denied, counters[0][1], None, cost, key_id)
     denied_by, subject = counters[0]
     # A decision names the rule that answered; the binding limit identifies the limit set that denied.
     if len(counters) > 1 and decision.binding in counters[1][0].limits:
         denied_by, subject = counters[1]
-    return Observation(decision, None, latency_ns, shadow_denied, subject, denied_by)
+    return Observation(decision, None, latency_ns, shadow_denied, subject, denied_by, cost, key_id)
 
 
 def _plan_of_descriptor(check: DescriptorCheck, caller: Caller | TidegateError, client: str | None) -> CheckPlan | None:
@@ -490,8 +493,8 @@ def _plan_of_descriptor(check: DescriptorCheck, caller: Caller | TidegateError, 
     if enforced is None and not shadow_outcomes:
         return None
     if enforced is None:
-        return CheckPlan(Decision(True, unlimited_tier=caller.tier.tier.name), shadow_outcomes)
-    return CheckPlan(None, [enforced, *shadow_outcomes])
+        return CheckPlan(Decision(True, unlimited_tier=caller.tier.tier.name), shadow_outcomes, check.cost, caller.key_id)
+    return CheckPlan(None, [enforced, *shadow_outcomes], check.cost, caller.key_id)
 
 
 def _require_text(value: object, field: str) -> None:

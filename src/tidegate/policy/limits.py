@@ -169,12 +169,16 @@ class LimitSet:
         rule: the rule's name for answers, None for a tier's own limits.
         tier: the tier's name for answers.
         quotas: the value of the `RateLimit-Policy` header; of these limits alone where None.
+        leases: whether instances may lease units, so that they decide without a call to the store.
+
+    Attributes:
+        leasable: whether they may, and the algorithm allows it.
 
     Raises:
         PolicyError: if the limits do not fit the algorithm or each other.
     """
 
-    __slots__ = ("algorithm", "limits", "name", "on_failure", "quotas", "rule", "tier")
+    __slots__ = ("algorithm", "leasable", "limits", "name", "on_failure", "quotas", "rule", "tier")
 
     def __init__(
         self,
@@ -186,8 +190,10 @@ class LimitSet:
         rule: str | None = None,
         tier: str | None = None,
         quotas: str | None = None,
+        leases: bool = True,
     ) -> None:
         self.name = name
+        self.leasable = leases and algorithm is not Algorithm.SLIDING_LOG
         self.algorithm = algorithm
         self.limits = fit_limits(algorithm, limits)
         self.on_failure = on_failure

@@ -37,6 +37,9 @@ from tidegate.doors.responses import encode
 from tidegate.doors.tls import ServerTls
 from tidegate.errors import CatalogError, PolicyError, SettingsError
 from tidegate.gate.gate import Gate, Observer
+from tidegate.ledger.aggregate import UsageCounts
+from tidegate.ledger.maintenance import Retention
+from tidegate.ledger.writer import UsageWriter
 from tidegate.listen_address import join_address, parse_address
 from tidegate.policy.file_watcher import watch_policy
 from tidegate.policy.model import Policy
@@ -50,7 +53,14 @@ from tidegate.server.system import system_report
 from tidegate.server.wiring import open_callers_auth, open_catalog, open_channel, share_catalog
 from tidegate.settings import Settings, unix_mode
 from tidegate.telemetry.access import AccessLog
-from tidegate.telemetry.collectors import collect_background, collect_cache, collect_counters, collect_tls, collect_violations
+from tidegate.telemetry.collectors import (
+    collect_background,
+    collect_cache,
+    collect_counters,
+    collect_tls,
+    collect_usage,
+    collect_violations,
+)
 from tidegate.telemetry.health import Health
 from tidegate.telemetry.logs import lines_dropped, lines_suppressed
 from tidegate.telemetry.metrics import Metrics
@@ -275,10 +285,12 @@ class Instance:
         return server.reuse_port and listening_sockets(*parse_address(self.address, "server.http")) > server.workers
 
     def _observer(self, access: AccessLog | None) -> Observer:
-        """Called for every check: metrics; violations, the access log and traces if enabled."""
+        """Called for every check: metrics; violations, usage, the access log and traces if enabled."""
         observers: list[Observer] = [self.metrics.observe]
         if self.settings.violations.enabled:
             observers.append(self._violations())
+        if self.settings.ledger.enabled:
+            observers.append(self._usage())
         if access is not None:
             observers.append(access.observe)
         if self._tracing is not None:
@@ -293,6 +305,15 @@ class Instance:
                 note(observation)
 
             return observe_two
+        if len(observers) == 3:
+            one, two, three = observers
+
+            def observe_three(observation: Observation) -> None:
+                one(observation)
+                two(observation)
+                three(observation)
+
+            return observe_three
 
         def observe(observation: Observation) -> None:
             for each in observers:
@@ -309,6 +330,17 @@ class Instance:
         # Opened after the catalog, so flushed before the catalog is closed.
         self._stack.push_async_callback(writer.flush)
         return violations.observe
+
+    def _usage(self) -> Observer:
+        settings = self.settings.ledger
+        counts = UsageCounts(latency=self.metrics.latency)
+        retention = Retention(settings.keep_days, settings.traffic_days, settings.minutes_days, settings.max_callers)
+        writer = UsageWriter(counts, self.catalog.database, settings.flush_s, retention)
+        collect_usage(self.metrics, writer)
+        self.health.add("ledger", writer.ping)
+        self._spawn("ledger_writer", writer.run)
+        self._stack.push_async_callback(writer.flush)
+        return counts.observe
 
     def _counted(self) -> CounterStore:
         """The counter store for the gate, wrapped to record its calls if tracing is enabled."""

@@ -13,6 +13,7 @@ from tidegate.catalog.sql.database import Database
 from tidegate.counters import CounterStore
 from tidegate.counters.guarded import GuardedCounters
 from tidegate.counters.memory import MemoryCounters
+from tidegate.ledger.writer import UsageWriter
 from tidegate.telemetry.metrics import Metrics
 from tidegate.violations.recorder import ViolationWriter
 
@@ -119,6 +120,27 @@ def collect_violations(metrics: Metrics, writer: ViolationWriter) -> None:
     )
     metrics.add_gauge(
         "rate_limiter_violations_pending", "Entries of blocked checks waiting to be written.", lambda: writer.pending
+    )
+
+
+def collect_usage(metrics: Metrics, writer: UsageWriter) -> None:
+    """Register the metrics of the usage ledger and the traffic history."""
+    metrics.add_counter("rate_limiter_ledger_units_written", "Units written to the usage ledger.", lambda: writer.written)
+    metrics.add_gauge("rate_limiter_ledger_pending", "Rows of usage and traffic waiting to be written.", lambda: writer.pending)
+    metrics.add_counter(
+        "rate_limiter_ledger_units_unattributed",
+        "Units written without their customer and API key because too many rows waited.",
+        lambda: writer.unattributed,
+    )
+    metrics.add_counter(
+        "rate_limiter_ledger_batches_repeated",
+        "Batches that were repeated although an earlier attempt had been applied; they were not added again.",
+        lambda: writer.repeated,
+    )
+    metrics.add_counter(
+        "rate_limiter_traffic_rows_dropped",
+        "Rows of the traffic history dropped because too many waited.",
+        lambda: writer.dropped,
     )
 
 

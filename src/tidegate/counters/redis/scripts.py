@@ -47,7 +47,7 @@ def script(work: str, algorithms: frozenset[Algorithm], clock: str = "store_cloc
     """Put a script together.
 
     Args:
-        work: `charge`, `charge_many`, `absorb`, `reset_corrupt` or `heartbeat`.
+        work: `charge`, `charge_many`, `lease`, `give_back`, `absorb`, `reset`, `reset_corrupt` or `heartbeat`.
         algorithms: those that its counters use.
         clock: name of the Lua file that defines `now`, or Lua source, for tests.
 
@@ -60,7 +60,9 @@ def script(work: str, algorithms: frozenset[Algorithm], clock: str = "store_cloc
     parts = [clock if " " in clock else _read("tidegate.counters.redis", clock), "local algorithms = {}\n"]
     parts += [_read("tidegate.algorithms", part) for part in _SHARED if part in needed]
     parts += [_read("tidegate.algorithms", name) for name in names]
-    if work.startswith("charge"):
+    if work in ("lease", "give_back"):
+        parts.append(_read("tidegate.algorithms", "leases"))
+    if work.startswith("charge") or work == "lease":
         parts.append(_read("tidegate.counters.redis", "decide"))
     parts.append(_read("tidegate.counters.redis", work))
     source = "".join(parts).encode()

@@ -33,7 +33,9 @@ from tidegate.doors.admin.sessions import session_routes
 from tidegate.doors.admin.system import system_routes
 from tidegate.doors.admin.tiers import tier_routes
 from tidegate.doors.admin.tokens import token_routes
+from tidegate.doors.admin.traffic import traffic_routes
 from tidegate.doors.admin.usage import usage_routes
+from tidegate.doors.admin.usage_export import usage_export_routes
 from tidegate.doors.admin.what_if import what_if_routes
 from tidegate.doors.client_address import TrustedProxies
 from tidegate.doors.console import console_routes
@@ -120,6 +122,8 @@ def admin_app(deps: AdminDeps) -> FastAPI:
         usage_routes(deps.editor, deps.gate),
         explain_routes(deps.editor, deps.gate, deps.paths),
         record_routes(deps.editor),
+        traffic_routes(deps.editor),
+        usage_export_routes(deps.editor),
         policy_routes(deps.editor),
         token_routes(deps.editor),
         caller_token_routes(deps.editor),
