@@ -51,7 +51,9 @@ def decide(limit: Limit, state: BucketState | None, now: int, cost: int) -> tupl
     )
 
 
-def _decide_leased(limit: Limit, level: int, leases: tuple[int, ...], now: int, cost: int) -> tuple[BucketState | None, int, int, int | None]:
+def _decide_leased(
+    limit: Limit, level: int, leases: tuple[int, ...], now: int, cost: int
+) -> tuple[BucketState | None, int, int, int | None]:
     """`decide` while units are leased: the level stays above them, so it takes longer to drain."""
     scale, rate = scale_and_rate(limit)
     burst = limit.capacity

@@ -68,9 +68,7 @@ class DenialCache:
             decision.limits,
         )
 
-    def remember(
-        self, counters: _Counters, cost: int, decision: Decision, started_us: int, ttl_us: int | None = None
-    ) -> None:
+    def remember(self, counters: _Counters, cost: int, decision: Decision, started_us: int, ttl_us: int | None = None) -> None:
         """Remember a denial of the store.
 
         Args:

@@ -411,9 +411,7 @@ class LeaseTable:
     def _queue_return(self, lease: Lease) -> None:
         unused, lease.left = lease.left, 0
         if unused or any(limits.algorithm.is_bucket for limits, _ in lease.counters):
-            self.returns.append(
-                LeaseReturn(lease.counters, lease.granted, unused, lease.at_us, lease.ends_us, lease.session)
-            )
+            self.returns.append(LeaseReturn(lease.counters, lease.granted, unused, lease.at_us, lease.ends_us, lease.session))
 
 
 def covers(charge: Charge) -> bool:
