@@ -19,7 +19,7 @@ import math
 import random
 import time
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import Final
 
 from tidegate.catalog import Catalog
@@ -58,6 +58,7 @@ class CachedCatalog:
 
     Attributes:
         caller_tokens: receives each change as well; None if callers of the data plane need no token.
+        on_change: called with the items that a change touched; ALL stands for any.
         active_policy: what the policy says of callers without an API key, and of attributes; None if it has to be loaded.
     """
 
@@ -73,6 +74,7 @@ class CachedCatalog:
         self.catalog = catalog
         self.unknown_keys = unknown_keys
         self.caller_tokens: CallerTokens | None = None
+        self.on_change: Callable[[Sequence[Item]], None] | None = None
         self.hits = self.misses = self.stale = 0
         self.active_policy: CallerPolicy | None = None
         self._l1_ttl_s = l1_ttl_s
@@ -276,6 +278,8 @@ class CachedCatalog:
             self.invalidate()
         items = [item for _, item in changes.items]
         self._invalidate(items)
+        if self.on_change is not None:
+            self.on_change([*items, (ALL, "")] if everything else items)
         if self.caller_tokens is not None:
             self.caller_tokens.changed(items, everything=everything)
 
@@ -286,6 +290,8 @@ class CachedCatalog:
         if (ALL, "") in items:
             self.invalidate()
         self._invalidate(items)
+        if self.on_change is not None:
+            self.on_change(items)
         if self.caller_tokens is not None:
             self.caller_tokens.changed(items)
 

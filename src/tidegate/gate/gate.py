@@ -8,7 +8,7 @@ from typing import Any, Final, Self, TypeAlias
 
 from tidegate.catalog.cache_level import Caller
 from tidegate.catalog.cached import CachedCatalog
-from tidegate.counters import Charge, ChargeOutcome, CounterStore, ImmediateCounterStore
+from tidegate.counters import Charge, ChargeOutcome, CounterStore, ImmediateCounterStore, LeasingCounterStore
 from tidegate.decision import MAX_COST, Check, Decision, Observation, Usage, client_of, clip, ipv6_client, require_tier
 from tidegate.errors import BadRequest, MissingApiKey, StoreUnavailable, TidegateError
 from tidegate.gate.callers import LOOKUP_TIMEOUT_S, CallerLookup, Sender
@@ -59,7 +59,11 @@ class Gate:
         self._callers = CallerLookup(catalog, wall_clock_ns, lookup_timeout_s)
         self._caller = self._callers.find
         self._find_cached = self._callers.find_cached
-        self._charge_now = counters.charge_all if counters.immediate and isinstance(counters, ImmediateCounterStore) else None
+        self._charge_now: Callable[[tuple[tuple[LimitSet, str], ...], int], Decision | None] | None = None
+        if counters.immediate and isinstance(counters, ImmediateCounterStore):
+            self._charge_now = counters.charge_all
+        elif isinstance(counters, LeasingCounterStore):
+            self._charge_now = counters.charge_now
 
     async def check(self, check: Check) -> Decision:
         """Decide one check, and charge it if it passes.
@@ -86,7 +90,7 @@ class Gate:
     def check_now(
         self, check: Check, shadow_outcomes: list[ChargeOutcome] | None = None
     ) -> Decision | Coroutine[Any, Any, Decision]:
-        """As `check`, but decided before this returns where the caller is cached and the counters are in memory.
+        """As `check`, but decided before this returns where the caller is cached and the counters, or a lease, are in memory.
 
         Args:
             check: the request.
@@ -111,8 +115,10 @@ class Gate:
                 ip = ipv6_client(ip)
             tier = caller.tier
             if tier.has_shadow_rules:
+                if not self.counters.immediate:
+                    return self._check_later(check, shadow_outcomes)
                 plan = self._plan_of(check, caller, ip)
-                charged = [charge(each.counters, each.cost) for each in plan.charges]
+                charged = [charge(each.counters, each.cost) or _unanswered() for each in plan.charges]
                 if shadow_outcomes is not None:
                     shadow_outcomes.extend(plan.shadow_outcomes(charged))
                 decided = self._tell(plan, charged, _clock_ns() - started_ns)
@@ -123,6 +129,8 @@ class Gate:
             self._tell_error(error, _clock_ns() - started_ns)
             raise
         decision = charge(counters, check.cost) if counters else Decision(True, unlimited_tier=tier.tier.name)
+        if decision is None:
+            return self._charge_later(CheckPlan(None, (Charge(counters, check.cost),)), started_ns)
         if self._observe is not None:
             latency_ns = _clock_ns() - started_ns
             if counters and decision.allowed:
@@ -130,6 +138,17 @@ class Gate:
             else:
                 self._observe(_observation(decision, counters, latency_ns))
         return decision
+
+    async def _charge_later(self, plan: CheckPlan, started_ns: int) -> Decision:
+        try:
+            charged = await self.counters.charge(plan.charges)
+        except TidegateError as error:
+            self._tell_error(error, _clock_ns() - started_ns)
+            raise
+        decided = self._tell(plan, charged, _clock_ns() - started_ns)
+        if isinstance(decided, StoreUnavailable):
+            raise decided
+        return decided
 
     async def _check_later(self, check: Check, shadow_outcomes: list[ChargeOutcome] | None = None) -> Decision:
         started_ns = _clock_ns()
@@ -405,6 +424,10 @@ class Gate:
             except TidegateError as error:
                 plans.append(error)
         return plans
+
+
+def _unanswered() -> Decision:
+    raise AssertionError("an immediate store always answers")
 
 
 def _rule_of(check: Check, tier: CompiledTier) -> CompiledRule | None:
