@@ -10,7 +10,7 @@ from typing import Any, Final, Self, TypeAlias
 from tidegate.catalog.cache_level import Caller
 from tidegate.catalog.cached import CachedCatalog
 from tidegate.catalog.in_memory import PolicyCatalog
-from tidegate.counters import Charge, ChargeOutcome, CounterStore, ImmediateCounterStore
+from tidegate.counters import Charge, ChargeOutcome, CounterStore, ImmediateCounterStore, LeasingCounterStore
 from tidegate.counters.factory import open_counters
 from tidegate.counters.storage_uri import counters_url
 from tidegate.decision import MAX_COST, Check, Decision, Observation, Usage, client_of, clip, ipv6_client, require_tier
@@ -70,7 +70,11 @@ class Gate:
         self._callers = CallerLookup(catalog, wall_clock_ns, lookup_timeout_s)
         self._caller = self._callers.find
         self._find_cached = self._callers.find_cached
-        self._charge_now = counters.charge_all if counters.immediate and isinstance(counters, ImmediateCounterStore) else None
+        self._charge_now: Callable[[tuple[tuple[LimitSet, str], ...], int], Decision | None] | None = None
+        if counters.immediate and isinstance(counters, ImmediateCounterStore):
+            self._charge_now = counters.charge_all
+        elif isinstance(counters, LeasingCounterStore):
+            self._charge_now = counters.charge_now
 
     async def check(self, check: Check) -> Decision:
         """Decide one check, and charge it if it passes.
@@ -98,7 +102,7 @@ class Gate:
     def check_now(
         self, check: Check, shadow_outcomes: list[ChargeOutcome] | None = None
     ) -> Decision | Coroutine[Any, Any, Decision]:
-        """As `check`, but decided before this returns where the caller is cached and the counters are in memory.
+        """As `check`, but decided before this returns where the caller is cached and the counters, or a lease, are in memory.
 
         Args:
             check: the request.
@@ -128,8 +132,10 @@ class Gate:
             tier = caller.tier
             exempt = active and self.access.admit_caller(caller, exempt)
             if tier.has_shadow_rules and not exempt:
+                if not self.counters.immediate:
+                    return self._check_later(check, shadow_outcomes)
                 plan = self._plan_of(check, caller, ip)
-                charged = [charge(each.counters, each.cost) for each in plan.charges]
+                charged = [charge(each.counters, each.cost) or _unanswered() for each in plan.charges]
                 if shadow_outcomes is not None:
                     shadow_outcomes.extend(plan.shadow_outcomes(charged))
                 decided = self._tell(plan, charged, _clock_ns() - started_ns)
@@ -140,6 +146,8 @@ class Gate:
             self._tell_error(error, _clock_ns() - started_ns)
             raise
         decision = charge(counters, check.cost) if counters else Decision(True, unlimited_tier=tier.tier.name)
+        if decision is None:
+            return self._charge_later(CheckPlan(None, (Charge(counters, check.cost),), check.cost, caller.key_id), started_ns)
         if self._observe is not None:
             latency_ns = _clock_ns() - started_ns
             if counters and decision.allowed:
@@ -147,6 +155,17 @@ class Gate:
             else:
                 self._observe(_observation(decision, counters, latency_ns, (), check.cost, caller.key_id))
         return decision
+
+    async def _charge_later(self, plan: CheckPlan, started_ns: int) -> Decision:
+        try:
+            charged = await self.counters.charge(plan.charges)
+        except TidegateError as error:
+            self._tell_error(error, _clock_ns() - started_ns)
+            raise
+        decided = self._tell(plan, charged, _clock_ns() - started_ns)
+        if isinstance(decided, StoreUnavailable):
+            raise decided
+        return decided
 
     async def _check_later(self, check: Check, shadow_outcomes: list[ChargeOutcome] | None = None) -> Decision:
         started_ns = _clock_ns()
@@ -478,6 +497,10 @@ def _sets(rules: Iterable[CompiledRule]) -> list[LimitSet]:
 
 def _exempt_plan(caller: Caller) -> CheckPlan:
     return CheckPlan(Decision(True, unlimited_tier=caller.tier.tier.name), ())
+
+
+def _unanswered() -> Decision:
+    raise AssertionError("an immediate store always answers")
 
 
 def _rule_of(check: Check, tier: CompiledTier) -> CompiledRule | None:

@@ -24,8 +24,7 @@ from tidegate.catalog.cached import CachedCatalog
 from tidegate.catalog.follower import CatalogFollower
 from tidegate.catalog.unknown_keys import UnknownKeyLimit
 from tidegate.counters import CounterStore
-from tidegate.counters.factory import open_counters
-from tidegate.counters.guarded import GuardedCounters
+from tidegate.counters.factory import guard_of, open_counters
 from tidegate.counters.memory import MemoryCounters
 from tidegate.decision import Observation
 from tidegate.doors.callers_auth import CallersAuth
@@ -50,7 +49,14 @@ from tidegate.server.certificates import Certificates
 from tidegate.server.handover import listening_sockets, shared_address
 from tidegate.server.listener import Listener
 from tidegate.server.system import system_report
-from tidegate.server.wiring import open_blocks, open_callers_auth, open_catalog, open_channel, share_catalog
+from tidegate.server.wiring import (
+    drop_leases_on_change,
+    open_blocks,
+    open_callers_auth,
+    open_catalog,
+    open_channel,
+    share_catalog,
+)
 from tidegate.settings import Settings, unix_mode
 from tidegate.telemetry.access import AccessLog
 from tidegate.telemetry.collectors import (
@@ -154,12 +160,13 @@ class Instance:
         probes = probes_address(settings, {"server.http": http, "server.admin": admin, "server.grpc": grpc}, find)
         self._open_certificates()
         policy_path = settings.policy_path
-        self.counters = open_counters(settings.counters, settings.breaker)
-        self._own("redis" if isinstance(self.counters, GuardedCounters) else None, self.counters.ping, self.counters.close)
+        self.counters = open_counters(settings.counters, settings.breaker, leases=settings.leases)
+        guard = guard_of(self.counters)
+        self._own(None if guard is None else "redis", self.counters.ping, self.counters.close)
         store = None
-        if isinstance(self.counters, GuardedCounters):
-            await self.counters.start()
-            store = self.counters.store
+        if guard is not None:
+            await guard.start()
+            store = guard.store
             self._reloads.append(store.reload_certificates)
         channel = open_channel(settings, store)
         self.catalog = await open_catalog(settings, channel)
@@ -184,6 +191,7 @@ class Instance:
             max_keys=settings.cache.max_keys,
             unknown_keys=UnknownKeyLimit(bound) if (bound := settings.catalog.unknown_keys_per_minute) else None,
         )
+        drop_leases_on_change(self.cached, self.counters)
         self._callers = await open_callers_auth(settings, self.catalog, self.cached)
         if self.cached.caller_tokens is not None:
             self._spawn("caller_tokens", self.cached.caller_tokens.run)
