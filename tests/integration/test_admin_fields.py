@@ -156,12 +156,16 @@ class RequestSender:
             "name": f"new {number}",
             "match": {"plan": "pro"},
             "on_missing": "ip",
+            "quotas": ["100/month"],
+            "overage": {"up_to": "20%"},
         }
+        sold = {"limits": ["1/s"], "quotas": ["1000/month", "50/day"], "overage": {"up_to": "20%"}}
         own = {"limits": ["9/day"], "overrides": [{"rule": "/kept", "limits": ["2/s"]}]}
         key = {"tier": "free", "name": "n", "expires_at": "2100-01-01T00:00:00Z", **own}
         return {
-            "TierCreate": [{"name": f"new-{number}", "limits": ["1/s"]}],
-            "TierLimits": [{"limits": ["1/s"]}],
+            "TierCreate": [{"name": f"new-{number}", **sold}],
+            "TierLimits": [sold],
+            "TierPatch": [sold],
             "RuleCreate": [{"tier": "free", **rule}],
             "RuleFields": [rule],
             "RulePatch": [rule],

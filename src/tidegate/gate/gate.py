@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from typing import Any, Final, Self, TypeAlias
 
 from tidegate.catalog.cache_level import Caller
@@ -13,6 +13,7 @@ from tidegate.decision import MAX_COST, Check, Decision, Observation, Usage, cli
 from tidegate.errors import BadRequest, MissingApiKey, StoreUnavailable, TidegateError
 from tidegate.gate.callers import LOOKUP_TIMEOUT_S, CallerLookup, Sender
 from tidegate.gate.charging import ChargeResult, CheckPlan, charge_all_or_none, charge_independently
+from tidegate.gate.quotas import counters_with_quotas, own_quotas
 from tidegate.gate.request_limits import RequestLimits
 from tidegate.gate.subjects import DescriptorCheck, attributes_subject, descriptor_subject, ip_needed, shadow_subject
 from tidegate.gate.usage import caller_usage, own_limits, reset_counters
@@ -22,6 +23,7 @@ from tidegate.policy.descriptors import entries_subject
 from tidegate.policy.limits import LimitSet
 from tidegate.policy.matching import CompiledRule, CompiledTier, subject_of
 from tidegate.policy.model import Mode, Subject
+from tidegate.policy.periods import DEFAULT_ANCHOR
 from tidegate.time_slice import TimeSlice
 
 _clock_ns: Final = time.perf_counter_ns
@@ -256,11 +258,11 @@ class Gate:
         if subject is not None:
             entries = parse_subject(subject)
             text = entries_subject(sorted(entries.items()), prefix="a:")
-            sets = await self._sets_of(lambda tier: [each.limits for each in tier.attribute_rules if {*each.parts} == {*entries}])
+            sets = await self._sets_of(lambda tier: _sets(each for each in tier.attribute_rules if {*each.parts} == {*entries}))
             return await reset_counters(self.counters, [(limits, text) for limits in sets])
         if api_key is not None:
             caller = await self._caller(api_key, None, refused_too=True)
-            counters = [(limits, caller.subject) for limits in own_limits(caller.tier)]
+            counters = [*((limits, caller.subject) for limits in own_limits(caller.tier)), *own_quotas(caller)]
         elif ip is not None:
             client = f"i:{client_of(ip)}"
             counters = [(limits, client) for limits in await self._sets_by_ip()]
@@ -269,7 +271,9 @@ class Gate:
             compiled = await self.catalog.tier(tier)
             if compiled is None:
                 raise BadRequest(f"there is no tier {clip(tier)}: see 'tidegate tiers'", field="tier")
-            counters = [(rule.limits, f"t:{tier}") for rule in compiled.rules if rule.subject is Subject.TIER]
+            counters = [
+                (limits, f"t:{tier}") for limits in _sets(rule for rule in compiled.rules if rule.subject is Subject.TIER)
+            ]
         return await reset_counters(self.counters, counters)
 
     async def _sets_by_ip(self) -> list[LimitSet]:
@@ -280,9 +284,13 @@ class Gate:
         own = "" if anonymous is None else anonymous.tier.tier.name
 
         def counting(tier: CompiledTier) -> list[LimitSet]:
-            by_ip = [rule.limits for rule in tier.rules if rule.subject is Subject.IP]
-            by_ip += [rule.limits for rule in tier.attribute_rules if rule.rule.on_missing is OnMissing.IP]
-            return by_ip + own_limits(tier) if policy.tier_from or tier.tier.name == own else by_ip
+            by_ip = _sets(rule for rule in tier.rules if rule.subject is Subject.IP)
+            by_ip += _sets(rule for rule in tier.attribute_rules if rule.rule.on_missing is OnMissing.IP)
+            if not policy.tier_from and tier.tier.name != own:
+                return by_ip
+            by_ip += own_limits(tier)
+            by_ip += [rule.quotas.of(DEFAULT_ANCHOR) for rule in tier.rules if rule.quotas and rule.subject is Subject.API_KEY]
+            return by_ip if tier.quotas is None else [*by_ip, tier.quotas.of(DEFAULT_ANCHOR)]
 
         return await self._sets_of(counting)
 
@@ -377,7 +385,7 @@ class Gate:
                 counted = shadow_subject(check.attributes, caller, watcher, ip)
                 # A shadow rule that cannot be counted must not block the check that it only watches.
                 if counted is not None:
-                    charges.append(Charge(((watcher.limits, counted),), check.cost))
+                    charges.append(Charge(watcher.counters(counted, caller.anchor), check.cost))
         answer = None if counters else Decision(True, unlimited_tier=tier.tier.name)
         return CheckPlan(answer, charges, check.cost, caller.key_id)
 
@@ -412,6 +420,11 @@ class Gate:
         return plans
 
 
+def _sets(rules: Iterable[CompiledRule]) -> list[LimitSet]:
+    """The limits and quotas of rules, for the default anchor: those of other anchors have the same counters."""
+    return [limits for rule in rules for limits, _ in rule.counters("")]
+
+
 def _rule_of(check: Check, tier: CompiledTier) -> CompiledRule | None:
     """The rule that answers a check."""
     attributes = check.attributes
@@ -427,6 +440,8 @@ def _rule_of(check: Check, tier: CompiledTier) -> CompiledRule | None:
 def _counters_of(check: Check, caller: Caller, rule: CompiledRule | None, ip: str | None) -> tuple[tuple[LimitSet, str], ...]:
     """What a check is charged to: the counter of the rule that answers it, and that of the tier's own limits."""
     tier = caller.tier
+    if tier.has_quotas:
+        return counters_with_quotas(check, caller, rule, ip)
     tier_limits = tier.limits
     if rule is not None and rule.subject is Subject.ATTRIBUTES:
         counted = attributes_subject(check, caller, rule, ip)
@@ -472,8 +487,9 @@ def _observation(
         return Observation(decision, None, latency_ns, shadow_denied, counters[0][1], None, cost, key_id)
     denied_by, subject = counters[0]
     # A decision names the rule that answered; the binding limit identifies the limit set that denied.
-    if len(counters) > 1 and decision.binding in counters[1][0].limits:
-        denied_by, subject = counters[1]
+    for limits, counted in counters[1:]:
+        if decision.binding in limits.limits:
+            denied_by, subject = limits, counted
     return Observation(decision, None, latency_ns, shadow_denied, subject, denied_by, cost, key_id)
 
 
@@ -485,10 +501,13 @@ def _plan_of_descriptor(check: DescriptorCheck, caller: Caller | TidegateError, 
         raise BadRequest(f"cost {clip(check.cost)} must be a whole number from 0 to {MAX_COST}", field="cost")
     entries = check.entries
     charges = [
-        (each.compiled.rule.mode, Charge(((each.compiled.limits, descriptor_subject(check, caller, each, client)),), check.cost))
+        (
+            each.compiled.rule.mode,
+            Charge(each.compiled.counters(descriptor_subject(check, caller, each, client), caller.anchor), check.cost),
+        )
         for each in caller.tier.match_entries(entries)
     ]
-    enforced = next((charge for mode, charge in charges if mode is Mode.ENFORCE), None)
+    enforced = next((charge for mode, charge in charges if mode is not Mode.SHADOW), None)
     shadow_outcomes = [charge for mode, charge in charges if mode is Mode.SHADOW]
     if enforced is None and not shadow_outcomes:
         return None

@@ -12,6 +12,7 @@ from tidegate.policy.jwt_policy import JwtPolicy
 from tidegate.policy.limits import Algorithm, Limit, OnFailure
 from tidegate.policy.model import ApiKey, KeyStatus, Mode, Override, Rule, Subject, Tier
 from tidegate.policy.namespaces import Namespace
+from tidegate.policy.quotas import Overage, Quota
 
 RULE_COLUMNS: Final = (
     "endpoint_pattern",
@@ -25,8 +26,12 @@ RULE_COLUMNS: Final = (
     "match_attributes",
     "subject_attributes",
     "on_missing",
+    "quotas",
+    "overage",
 )
 """Columns with the fields of a rule."""
+TIER_COLUMNS: Final = ("limits", "quotas", "overage")
+"""Columns with the fields of a tier."""
 KEY_COLUMNS: Final = ("tier_id", "name", "status", "expires_at_us", "overrides")
 """Columns with the fields of an API key."""
 
@@ -38,6 +43,8 @@ def tier_of(row: Mapping[Any, Any], rules: Iterable[Mapping[Any, Any]]) -> Tier:
         rules=tuple(rule_of(rule) for rule in rules),
         limits=tuple(Limit.parse(text) for text in row["limits"]),
         managed_by_file=row["managed_by_file"],
+        quotas=tuple(Quota.parse(text) for text in row["quotas"] or ()),
+        overage=Overage.parse(row["overage"]),
     )
 
 
@@ -56,6 +63,8 @@ def rule_of(row: Mapping[Any, Any]) -> Rule:
         match=tuple(sorted((row["match_attributes"] or {}).items())),
         subject_parts=tuple(row["subject_attributes"] or ()),
         on_missing=OnMissing(row["on_missing"] or OnMissing.IP),
+        quotas=tuple(Quota.parse(text) for text in row["quotas"] or ()),
+        overage=Overage.parse(row["overage"]),
     )
 
 
@@ -131,7 +140,12 @@ def api_key_of(row: Mapping[Any, Any]) -> ApiKey:
 
 def row_of_tier(tier: Tier) -> dict[str, Any]:
     """The values of a tier's row, without its id."""
-    return {"name": tier.name, "limits": [limit.text for limit in tier.limits], "managed_by_file": tier.managed_by_file}
+    return {
+        "name": tier.name,
+        "limits": [limit.text for limit in tier.limits],
+        "managed_by_file": tier.managed_by_file,
+        **_quota_values(tier),
+    }
 
 
 def row_of_rule(rule: Rule, tier_id: int, position: int) -> dict[str, Any]:
@@ -153,6 +167,14 @@ def row_of_rule(rule: Rule, tier_id: int, position: int) -> dict[str, Any]:
         "match_attributes": dict(rule.match) or None,
         "subject_attributes": list(rule.subject_parts) or None,
         "on_missing": None if rule.on_missing is OnMissing.IP else rule.on_missing.value,
+        **_quota_values(rule),
+    }
+
+
+def _quota_values(record: Tier | Rule) -> dict[str, Any]:
+    return {
+        "quotas": [quota.text for quota in record.quotas] or None,
+        "overage": None if record.overage is None else record.overage.value,
     }
 
 

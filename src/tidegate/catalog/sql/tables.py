@@ -48,6 +48,9 @@ tiers: Final = Table(
     Column("limits", JSON, nullable=False),
     Column("managed_by_file", Boolean, nullable=False, default=False),
     Column("revision", BigInteger, nullable=False, server_default="1"),
+    # NULL where it has none.
+    Column("quotas", JSON(none_as_null=True), nullable=True),
+    Column("overage", JSON(none_as_null=True), nullable=True),
     UniqueConstraint("name"),
 )
 
@@ -72,6 +75,8 @@ rate_limit_rules: Final = Table(
     Column("match_attributes", JSON(none_as_null=True), nullable=True),
     Column("subject_attributes", JSON(none_as_null=True), nullable=True),
     Column("on_missing", String(16), nullable=True),
+    Column("quotas", JSON(none_as_null=True), nullable=True),
+    Column("overage", JSON(none_as_null=True), nullable=True),
     UniqueConstraint("tier_id", "name"),
     Index("idx_rules_tier_endpoint", "tier_id", "endpoint_pattern"),
     Index("idx_rules_tier_id", "tier_id", "id"),
