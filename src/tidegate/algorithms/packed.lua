@@ -2,8 +2,8 @@
 -- A window is named by its seconds, a calendar month by 0, a year by -1; so a rule that gains or loses a window keeps what the others hold.
 -- Moments that are whole seconds are kept in seconds: five bytes instead of nine.
 
--- `carried` names an entry that is no window's and stays whatever is charged.
--- `kept` has for a window how long its state is kept at least, ms; it is optional, and so are its entries.
+-- `carried` names an entry that is no window's and stays whatever is charged. `kept` has for a window how long its state is kept
+-- at least, ms. Both are optional, and so are the entries of `kept`.
 local function packed(name, width, parameters, decide, merge, carried, kept)
   local function load(key)
     local value = redis.call('GET', key)

@@ -183,12 +183,12 @@ class LimitSet:
         rule: the rule's name for answers, None for a tier's own limits.
         tier: the tier's name for answers.
         quotas: the value of the `RateLimit-Policy` header; of these limits alone where None.
-        soft: whether a check that these limits deny passes all the same, reported as over.
         leases: whether instances may lease units, so that they decide without a call to the store.
+        soft: whether a check that these limits deny passes all the same, reported as over.
 
     Attributes:
         plain: whether a decision by these limits never has an overage.
-        leasable: whether units may be leased: they are plain, and the algorithm allows it.
+        leasable: whether instances may lease units: they are allowed to, the limits are plain, and the algorithm allows it.
 
     Raises:
         PolicyError: if the limits do not fit the algorithm or each other.
@@ -206,8 +206,8 @@ class LimitSet:
         rule: str | None = None,
         tier: str | None = None,
         quotas: str | None = None,
-        soft: bool = False,
         leases: bool = True,
+        soft: bool = False,
     ) -> None:
         self.name = name
         self.algorithm = algorithm

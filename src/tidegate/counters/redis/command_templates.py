@@ -31,18 +31,7 @@ class CommandTemplate:
         until_s: until when it may be used, s since the epoch: it holds the periods of quotas around now. Infinity without quotas.
     """
 
-    __slots__ = (
-        "head",
-        "lease_head",
-        "lease_script",
-        "limits",
-        "limits_by_place",
-        "name",
-        "script",
-        "suffix",
-        "tail",
-        "until_s",
-    )
+    __slots__ = ("head", "lease_head", "lease_script", "limits", "limits_by_place", "name", "script", "suffix", "tail", "until_s")
 
     def __init__(self, sets: tuple[LimitSet, ...]) -> None:
         now_us = time.time_ns() // 1000
@@ -81,9 +70,7 @@ class CommandTemplate:
         retry_after = None if retry < 0 else retry
         if not granted:
             return Decision(binding > 0, limit, least, reset, retry_after, now, self.limits)
-        return GrantingDecision(
-            binding > 0, limit, least, reset, retry_after, now, self.limits, granted=granted, ends_us=ends
-        )
+        return GrantingDecision(binding > 0, limit, least, reset, retry_after, now, self.limits, granted=granted, ends_us=ends)
 
 
 def charge_command(template: CommandTemplate, charge: Charge, tag: bytes) -> bytes:
