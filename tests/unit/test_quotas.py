@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import datetime
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -26,7 +28,7 @@ from tidegate.gate.gate import Gate
 from tidegate.policy.limits import Algorithm, Limit, LimitSet
 from tidegate.policy.periods import Period, PeriodAnchor
 from tidegate.policy.quotas import Overage, Quota, QuotaLimit, fit_quotas
-from tidegate.policy.toml_reader import parse_policy
+from tidegate.policy.toml_reader import parse_policy, policy_warnings
 
 KEY = "a-key-of-a-customer-1"
 OTHER_KEY = "a-key-of-a-customer-2"
@@ -321,3 +323,13 @@ def test_a_tier_with_quotas_is_kept_in_the_shared_cache_and_verified() -> None:
     ):
         with pytest.raises(InvalidEntry):
             require_valid_tier(forged, "pro")
+
+
+def test_the_policies_of_the_page_on_plans_are_valid() -> None:
+    page = Path(__file__, "../../../docs/plans.md").resolve().read_text(encoding="utf-8")
+    policies = re.findall(r"```toml\n(.*?)```", page, re.DOTALL)
+    assert policies
+    for text in policies:
+        # What is not about tiers needs a tier beside it.
+        policy = parse_policy(text if "[[tiers]]" in text else f'[[tiers]]\nname = "pro"\nlimits = ["1/s"]\n{text}')
+        assert policy_warnings(policy) == []
