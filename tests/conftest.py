@@ -44,7 +44,6 @@ from tests.servers.fixtures import (  # noqa: F401 - fixtures are found by their
     running_valkey,
     valkey_server,
 )
-from tests.servers.forked import ForkedProcess
 from tests.servers.ports import accepts, free_port
 from tidegate.catalog.cached import CachedCatalog
 from tidegate.catalog.in_memory import PolicyCatalog
@@ -163,7 +162,7 @@ class Serve:
         self.log = log
         with contextlib.ExitStack() as files:
             said = subprocess.PIPE if log is None else files.enter_context(log.open("ab"))
-            self.process = ForkedProcess(("serve", *arguments), directory, self.environment, stdout=said, stderr=said)
+            self.process = forked.start(("serve", *arguments), directory, self.environment, stdout=said, stderr=said)
 
     def wait_ready(self) -> None:
         """Until it answers; fails with what it said if it ends instead."""

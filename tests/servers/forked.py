@@ -1,7 +1,7 @@
 """Processes of Tidegate that are forked from one that has its code loaded: see `fork_server`.
 
 They behave as if `python -m tidegate` had been started: own process id, standard streams, directory and environment. Only their
-parent is another one, and variables for the interpreter itself (PYTHON...) have no effect: who tests those starts a real one.
+parent is another one. Where a variable for the interpreter itself (PYTHON...) is given, a process is really started.
 """
 
 from __future__ import annotations
@@ -52,14 +52,7 @@ def _end(pid: int, control: socket.socket, process: subprocess.Popen[bytes]) -> 
 class ForkedProcess(subprocess.Popen[str]):
     """`python -m tidegate ARGUMENTS`, without loading its code."""
 
-    def __init__(
-        self, arguments: Sequence[str], cwd: Path | str | None = None, env: Mapping[str, str] | None = None, **pipes: Any
-    ):
-        self._forked = {"arguments": list(arguments), "cwd": str(cwd or Path.cwd()), "environment": dict(env or os.environ)}
-        self._pipe = -1
-        super().__init__(["tidegate", *arguments], text=True, encoding="utf-8", **pipes)
-
-    def _execute_child(self, *arguments: Any) -> None:
+    def __init__(self, arguments: Sequence[str], cwd: Path, env: Mapping[str, str], **pipes: Any) -> None:
         # The descriptors that Popen made, of the child and of this process; -1 where the child inherits one.
         (p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite) = arguments[10:16]
         self._pipe, other = os.pipe()
@@ -103,9 +96,29 @@ class ForkedProcess(subprocess.Popen[str]):
         return returned
 
 
-def run(arguments: Sequence[str], timeout: float, **options: Any) -> subprocess.CompletedProcess[str]:
+def start(arguments: Sequence[str], cwd: Path, env: Mapping[str, str], **pipes: Any) -> subprocess.Popen[str]:
+    """`python -m tidegate ARGUMENTS`, forked if that makes no difference.
+
+    Args:
+        arguments: of the command.
+        cwd: its directory.
+        env: its environment.
+        pipes: standard streams, as for `subprocess.Popen`.
+
+    Returns:
+        The process.
+    """
+    if any(name.startswith("PYTHON") and os.environ.get(name) != value for name, value in env.items()):
+        return subprocess.Popen([sys.executable, "-m", "tidegate", *arguments], cwd=cwd, env=env, text=True, **pipes)
+    return ForkedProcess(arguments, cwd, env, **pipes)
+
+
+def run(
+    arguments: Sequence[str], timeout: float, cwd: Path | None = None, env: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
     """As `subprocess.run` with captured output, for `python -m tidegate ARGUMENTS`."""
-    with ForkedProcess(arguments, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options) as process:
+    streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with start(arguments, cwd or Path.cwd(), os.environ if env is None else env, **streams) as process:
         try:
             out, err = process.communicate(timeout=timeout)
         except BaseException:
