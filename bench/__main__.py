@@ -22,6 +22,7 @@ BENCHES = (
     "telemetry",
     "jwt",
     "attributes",
+    "quotas",
     "simulate",
     "http",
     "callers_auth",
