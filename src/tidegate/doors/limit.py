@@ -170,6 +170,7 @@ class limit(LimitSteps):
                 self._require_blocking()
             find, parameter = self._finder(function)
         outer = list(getattr(function, LIMITS, ()))
+        passes_on = bool(outer) and parameter_place(function, _RESPONSE) is not None
         name = self._scope or place.function + (f"#{len(outer)}" if outer else "")
 
         if is_async:
@@ -187,7 +188,9 @@ class limit(LimitSteps):
                 if response is not None and call.decision is not None:
                     response.headers.update(dict(limit_headers(_kept(call))))
                 try:
-                    result = await function(*args, **kwargs)
+                    result = await (
+                        function(*args, **kwargs, **{_RESPONSE: response}) if passes_on else function(*args, **kwargs)
+                    )
                 except Exception as error:
                     if call.pending and (failed := _response_of(error)) is not None:
                         await self._run_async(self._after(call, failed))
@@ -214,7 +217,7 @@ class limit(LimitSteps):
                 if response is not None and call.decision is not None:
                     response.headers.update(dict(limit_headers(_kept(call))))
                 try:
-                    result = function(*args, **kwargs)
+                    result = function(*args, **kwargs, **{_RESPONSE: response}) if passes_on else function(*args, **kwargs)
                 except Exception as error:
                     if call.pending and (failed := _response_of(error)) is not None:
                         self._run(self._after(call, failed))
@@ -419,6 +422,8 @@ def _take_response(wrapper: Any, function: Callable[..., Any]) -> None:
 
     signature = inspect.signature(function, eval_str=True)
     parameters = list(signature.parameters.values())
+    if _RESPONSE in signature.parameters:
+        return  # of another limit of the same endpoint
     added = inspect.Parameter(_RESPONSE, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Response)
     place = next((i for i, each in enumerate(parameters) if each.kind is each.VAR_KEYWORD), len(parameters))
     parameters.insert(place, added)
