@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Final, TypeAlias, TypeVar, cast
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from typing import Any, Final, TypeAlias, TypeVar, cast, overload
 
 from tidegate.counters import CounterStore
 from tidegate.decision import Decision
@@ -147,6 +147,12 @@ class limit(LimitSteps):
         return f"limit({'; '.join(self._texts) if self._texts else self._limits_of}, scope={self._scope!r})"
 
     # Decorator.
+
+    @overload
+    def __call__(self, function: F, /) -> F: ...
+
+    @overload
+    def __call__(self, *, connection: Any, response: Any = None) -> Awaitable[Decision | None]: ...
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Decorate a function; as a dependency of FastAPI, decide a request."""
