@@ -12,7 +12,7 @@ from tidegate.decision import Decision
 from tidegate.doors.exceeded import loaded
 from tidegate.doors.limit_arguments import Place, UserFunction, function_place, parameter_place, request_parameters
 from tidegate.doors.limit_steps import LimitCall, LimitSteps
-from tidegate.doors.python_requests import DECISION, RequestView, flask_view, view_of
+from tidegate.doors.python_requests import DECISION, RequestView, flask_view, put_starlette_headers, view_of
 from tidegate.doors.responses import limit_headers
 from tidegate.errors import BadRequest, SettingsError, TidegateError
 from tidegate.policy.limits import Algorithm, OnFailure
@@ -192,7 +192,7 @@ class limit(LimitSteps):
                 except TidegateError as error:
                     return _answered(call, error)
                 if response is not None and call.decision is not None:
-                    response.headers.update(dict(limit_headers(_kept(call))))
+                    put_starlette_headers(response, limit_headers(_kept(call)))
                 try:
                     result = await (
                         function(*args, **kwargs, **{_RESPONSE: response}) if passes_on else function(*args, **kwargs)
@@ -221,7 +221,7 @@ class limit(LimitSteps):
                 except TidegateError as error:
                     return _answered(call, error)
                 if response is not None and call.decision is not None:
-                    response.headers.update(dict(limit_headers(_kept(call))))
+                    put_starlette_headers(response, limit_headers(_kept(call)))
                 try:
                     result = function(*args, **kwargs, **{_RESPONSE: response}) if passes_on else function(*args, **kwargs)
                 except Exception as error:
@@ -301,7 +301,7 @@ class limit(LimitSteps):
     async def _depend(self, connection: Any, response: Any = None) -> Decision | None:
         scope = connection.scope
         endpoint = scope.get("endpoint")
-        if endpoint is not None and getattr(inspect.unwrap(endpoint), EXEMPT, False):
+        if getattr(endpoint, EXEMPT, False):
             return None
         return await self.check(connection, response=response)
 
@@ -327,7 +327,7 @@ class limit(LimitSteps):
         if call.denied:
             await self._run_async(self._deny(call))
         if response is not None and call.decision is not None:
-            response.headers.update(dict(limit_headers(_kept(call))))
+            put_starlette_headers(response, limit_headers(_kept(call)))
         return call.decision
 
     async def close(self) -> None:
@@ -350,7 +350,7 @@ class limit(LimitSteps):
             self._run(self._deny(call))
         return call.decision
 
-    @property
+    @functools.cached_property
     def _label(self) -> str:
         """Tells limits of one endpoint apart."""
         key = self._key
