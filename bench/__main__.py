@@ -19,6 +19,7 @@ BENCHES = (
     "matching",
     "adversarial",
     "violations",
+    "ledger",
     "telemetry",
     "jwt",
     "attributes",

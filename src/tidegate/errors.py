@@ -12,6 +12,7 @@
      ├── ApiKeyRevoked           403 API_KEY_REVOKED
      ├── ApiKeyExpired           403 API_KEY_EXPIRED
      ├── RateLimitExceeded       429 RATE_LIMIT_EXCEEDED, raised by limited functions (`tidegate.doors.exceeded`)
+     ├── Blocked                 403 BLOCKED
      ├── StoreUnavailable        503 STORE_UNAVAILABLE
      ├── CatalogUnavailable      503 CATALOG_UNAVAILABLE
      ├── LimiterUnavailable      503 LIMITER_UNAVAILABLE, raised by clients: no server answered in time
@@ -112,6 +113,13 @@ class ApiKeyExpired(TidegateError):
     """The API key has expired."""
 
     code = "API_KEY_EXPIRED"
+    status = 403
+
+
+class Blocked(TidegateError):
+    """The policy or an operator denies this client, or this rule; waiting does not help."""
+
+    code = "BLOCKED"
     status = 403
 
 
