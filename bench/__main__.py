@@ -14,6 +14,7 @@ from bench.constants import write
 
 BENCHES = (
     "inprocess",
+    "python",
     "memory",
     "matching",
     "adversarial",
