@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from sqlalchemy import RowMapping, delete, insert, select, update
 
 from tidegate.admin.models import KeyCreate, KeyMade, KeyPatch, KeyRead, KeyRotated, RevokeRequest, is_key_id
+from tidegate.admin.overrides import overrides_after
 from tidegate.admin.rules import CatalogEditor
 from tidegate.admin.transaction import AuditedTransaction, ExpectedRevisions, NotFound, load_tier_row, require_editable
 from tidegate.catalog.changes import KEY
 from tidegate.catalog.sql import rows as policy_rows
-from tidegate.catalog.sql.tables import api_keys, rate_limit_rules, tiers
-from tidegate.errors import BadRequest, CatalogError, PolicyError
+from tidegate.catalog.sql.tables import api_keys, tiers
+from tidegate.errors import BadRequest, CatalogError
 from tidegate.policy.key_format import hash_api_key, make_api_key
 from tidegate.policy.labels import require_label
-from tidegate.policy.limits import Algorithm, Limit, fit_limits
-from tidegate.policy.model import ApiKey, KeyStatus, Override, Subject
+from tidegate.policy.model import ApiKey, KeyStatus, Override
+from tidegate.policy.overrides import active_overrides
 from tidegate.timestamps import US_PER_S, now_us, parse_timestamp
 
 
@@ -38,7 +39,7 @@ async def create_key(editor: CatalogEditor, actor: str, request: KeyCreate) -> K
     require_label(request.name, "name")
     async with editor.changing(actor) as transaction:
         tier = await load_tier_row(transaction, request.tier)
-        overrides = await _overrides(transaction, tier, (), request)
+        overrides = await overrides_after(transaction, tier, (), request)
         return await _insert_key(transaction, tier, request.name, expires_at_us, overrides)
 
 
@@ -65,7 +66,7 @@ async def edit_key(
         row = await _load_editable_key_row(transaction, key_id, expected_revisions)
         tier = await load_tier_row(transaction, request.tier if "tier" in request.model_fields_set else row["tier_name"])
         values["tier_id"] = tier["id"]
-        values["overrides"] = policy_rows.override_rows(await _overrides(transaction, tier, row["overrides"], request))
+        values["overrides"] = policy_rows.override_rows(await overrides_after(transaction, tier, row["overrides"], request))
         return await update_key(transaction, row, values, "update", tier["name"])
 
 
@@ -98,7 +99,7 @@ async def rotate_key(
             await load_tier_row(transaction, row["tier_name"]),
             row["name"],
             row["expires_at_us"],
-            policy_rows.api_key_of(row).overrides,
+            active_overrides(policy_rows.overrides_of(row["overrides"]), now),
             action="rotate",
             counts_as=row["counts_as"] or row["id"],
         )
@@ -230,65 +231,3 @@ def _is_valid(row: RowMapping, now: int) -> bool:
 
 def _revoked(reason: str) -> dict[str, Any]:
     return {"status": KeyStatus.REVOKED.value, "revoked_at_us": now_us(), "revoked_reason": reason}
-
-
-async def _overrides(
-    transaction: AuditedTransaction, tier: RowMapping, current: Collection[Mapping[str, Any]], request: KeyCreate | KeyPatch
-) -> tuple[Override, ...]:
-    """The overrides of a key after a change: those of the request, else the current ones; each fits a rule of the tier."""
-    found: list[Override] = []
-    if "limits" not in request.model_fields_set:
-        found += [_override(each) for each in current if not each["rule"]]
-    elif request.limits:
-        found.append(Override("", fit_limits(Algorithm.SLIDING_WINDOW, [Limit.parse(text) for text in request.limits])))
-    if "overrides" not in request.model_fields_set:
-        kept = [_override(each) for each in current if each["rule"]]
-        # Overrides without a rule in the new tier are dropped; only overrides of the request cause an error.
-        changes_tier = bool(kept) and "tier" in request.model_fields_set
-        rules = await _overridden_rules(transaction, tier, [each.rule for each in kept]) if changes_tier else None
-        found += [each for each in kept if rules is None or _fits(rules.get(each.rule), each)]
-        return tuple(found)
-    rules = await _overridden_rules(transaction, tier, [each.rule for each in request.overrides])
-    names: set[str] = set()
-    for each in request.overrides:
-        name, rule = each.rule, rules.get(each.rule)
-        if rule is None:
-            raise PolicyError(f"tier {tier['name']!r} has no rule {name[:60]!r} to override: see GET /admin/v1/rate-limit-rules")
-        if policy_rows.subject_value_of(rule) != Subject.API_KEY.value:
-            raise PolicyError(
-                f"rule {name!r} counts by {_subject_text(rule)}, not by API key: a key cannot have limits of its own there"
-            )
-        if name in names:
-            raise PolicyError(f"rule {name!r} is overridden twice: remove one")
-        names.add(name)
-        limits = tuple(Limit.parse(text) for text in each.limits)
-        fit_limits(Algorithm(rule["algorithm"]), limits)
-        found.append(Override(name, limits))
-    return tuple(found)
-
-
-async def _overridden_rules(transaction: AuditedTransaction, tier: RowMapping, names: Collection[str]) -> dict[str, RowMapping]:
-    of_rule = rate_limit_rules.c
-    query = select(of_rule.name, of_rule.subject, of_rule.subject_attributes, of_rule.algorithm).where(
-        of_rule.tier_id == tier["id"], of_rule.name.in_(list(names))
-    )
-    return {row["name"]: row for row in (await transaction.connection.execute(query)).mappings()}
-
-
-def _subject_text(rule: RowMapping) -> str:
-    value = policy_rows.subject_value_of(rule)
-    return value if isinstance(value, str) else ",".join(value)
-
-
-def _override(stored: Mapping[str, Any]) -> Override:
-    return Override(stored["rule"], tuple(Limit.parse(text) for text in stored["limits"]))
-
-
-def _fits(rule: RowMapping | None, override: Override) -> bool:
-    if rule is None or policy_rows.subject_value_of(rule) != Subject.API_KEY.value:
-        return False
-    try:
-        fit_limits(Algorithm(rule["algorithm"]), override.limits)
-    except PolicyError:
-        return False
-    return True

@@ -10,6 +10,7 @@ from tidegate.policy.attributes import CallerPolicy
 from tidegate.policy.matching import CompiledTier
 from tidegate.policy.model import ApiKey, KeyStatus
 from tidegate.policy.namespaces import CompiledNamespace
+from tidegate.policy.overrides import active_overrides, first_end_us
 
 SECOND_CHANCES: Final = 16
 """Maximum number of recently used entries skipped per eviction: bounds the work of one check when all entries are in use."""
@@ -51,24 +52,37 @@ class Caller:
 
     Attributes:
         form_checked: whether a key of valid format was received for it; a look-up by digest does not show that.
-        never_ends: whether the key is active and does not expire, or there is none.
+        never_ends: whether the key is active and neither it nor one of its overrides ends, or there is no key.
+        tier: the tier's rules, with the key's own limits where it has any.
     """
 
-    __slots__ = ("api_key", "cached_tier", "form_checked", "never_ends", "recent", "subject", "tier")
+    __slots__ = ("_end_us", "api_key", "cached_tier", "form_checked", "never_ends", "recent", "subject", "tier")
 
     def __init__(self, api_key: ApiKey | None, cached_tier: CachedTier) -> None:
         self.api_key = api_key
         self.cached_tier = cached_tier
         self.recent = False
         self.form_checked = False
-        self.never_ends = api_key is None or (api_key.status is KeyStatus.ACTIVE and api_key.expires_at_us is None)
-        # The tier's rules, with the key's own limits where it has any.
-        self.tier = (
-            cached_tier.compiled
-            if api_key is None or not api_key.overrides
-            else CompiledTier(cached_tier.compiled.tier, api_key.overrides)
+        overrides = () if api_key is None else api_key.overrides
+        self._end_us = first_end_us(overrides)
+        self.never_ends = api_key is None or (
+            api_key.status is KeyStatus.ACTIVE and api_key.expires_at_us is None and self._end_us is None
         )
+        self.tier = CompiledTier(cached_tier.compiled.tier, overrides) if overrides else cached_tier.compiled
         self.subject = "" if api_key is None else f"k:{api_key.owner}"
+
+    def end_overrides(self, now_us: int) -> None:
+        """Stop applying the overrides that have ended. Costs 0.1 µs until one has.
+
+        Args:
+            now_us: µs since the epoch.
+        """
+        if self._end_us is None or now_us < self._end_us or self.api_key is None:
+            return
+        lasting = active_overrides(self.api_key.overrides, now_us)
+        self._end_us = first_end_us(lasting)
+        compiled = self.cached_tier.compiled
+        self.tier = CompiledTier(compiled.tier, lasting) if lasting else compiled
 
 
 class UnkeyedCallers:

@@ -18,7 +18,7 @@ import msgspec
 from tidegate.errors import PolicyError
 from tidegate.policy.attributes import CallerPolicy
 from tidegate.policy.limits import Algorithm, Limit, fit_limits
-from tidegate.policy.model import ApiKey, Tier
+from tidegate.policy.model import ApiKey, Override, Tier
 
 _TAG_BYTES: Final = 32
 _KEY_ID: Final = re.compile(r"[0-9a-f]{24}", re.ASCII)
@@ -113,8 +113,7 @@ def require_valid_key(api_key: ApiKey, sha256: str) -> None:
         raise InvalidEntry("it has no tier, or a time that the database cannot store")
     if api_key.counts_as and _KEY_ID.fullmatch(api_key.counts_as) is None:
         raise InvalidEntry("its counts_as is not the id of an API key")
-    for override in api_key.overrides:
-        _require_valid_limits(override.limits)
+    _require_valid_overrides(api_key.overrides)
 
 
 def require_valid_tier(tier: Tier, name: str) -> None:
@@ -133,6 +132,13 @@ def require_valid_tier(tier: Tier, name: str) -> None:
         names.add(rule.name)
     if len(names) < len(tier.rules) or "" in names:
         raise InvalidEntry("two of its rules have the same name, or one has no name")
+
+
+def _require_valid_overrides(overrides: tuple[Override, ...]) -> None:
+    for override in overrides:
+        _require_valid_limits(override.limits)
+        if override.until_us is not None and abs(override.until_us) >= 1 << 63:
+            raise InvalidEntry("an override ends at a time that the database cannot store")
 
 
 def _require_valid_limits(limits: tuple[Limit, ...], algorithm: Algorithm | None = None) -> None:

@@ -12,12 +12,14 @@ import typer
 from pydantic import TypeAdapter, ValidationError
 
 from tidegate.admin.key_import import KeyImport, KeyImportRequest, KeyImportResult
-from tidegate.admin.models import KeyCreate, KeyRead, KeyRotated, Name, Reason, RevokeRequest, TierName
+from tidegate.admin.models import KeyCreate, KeyRead, KeyRotated, LimitOverride, Name, Reason, RevokeRequest, TierName
 from tidegate.cli.client_tls import CaOption, CertKeyOption, CertOption, ClientTls
 from tidegate.cli.common import ConfigOption, JsonOption, print_json, print_rows
 from tidegate.cli.control_plane import one_line
 from tidegate.cli.key_access import ApiKeys, KeyFilter, collect, find, with_keys
 from tidegate.cli.key_files import BATCH_SIZE, in_batches, read_key_file
+from tidegate.cli.key_limits import limit
+from tidegate.cli.options import KeyArgument, TokenFileOption, UrlOption
 from tidegate.timestamps import US_PER_S, format_timestamp, now_us
 from tidegate.tools.terminal import say
 
@@ -30,30 +32,6 @@ _LIFETIME: Final = re.compile(r"([0-9]{1,6})([smhd])", re.ASCII)
 _SECONDS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 _ID_PART: Final = re.compile(r"[0-9a-f]{1,24}", re.ASCII)
 MAX_GRACE_S: Final = 365 * 86_400
-
-UrlOption = Annotated[
-    str | None,
-    typer.Option(
-        "--url",
-        help="Ask the control plane at this URL, such as http://127.0.0.1:8082 ([server] admin) or https://…; "
-        "where not given, the database ([catalog] url).",
-    ),
-]
-TokenFileOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--token-file",
-        help="For --url: a file that holds the token; TIDEGATE_ADMIN__TOKEN ([admin] token) where not given. "
-        "There is no option for the token itself: everyone on the machine would see it in the list of processes.",
-    ),
-]
-KeyArgument = Annotated[
-    str,
-    typer.Argument(
-        metavar="KEY",
-        help="The key's id, the beginning of it (6 hex digits or more), or the key itself: it is hashed here and not sent.",
-    ),
-]
 
 
 class Status(enum.StrEnum):
@@ -217,7 +195,7 @@ def show(
         ("revoked at", to_seconds(record.revoked_at)),
         ("revoked reason", record.revoked_reason),
         ("limits", None if record.limits is None else ", ".join(record.limits)),
-        *((f"limits of {override.rule}", ", ".join(override.limits)) for override in record.overrides),
+        *((_override_name(override), ", ".join(override.limits)) for override in record.overrides),
         ("from", _origin(record)),
     ):
         say(f"{one_line(field):<15} {one_line(value) if value else '-'}")
@@ -308,6 +286,14 @@ def delete(
         print_json(_json(record))
     else:
         say(f"deleted {one_line(record.id)} of tier {one_line(record.tier)}")
+
+
+app.command("limit")(limit)
+
+
+def _override_name(override: LimitOverride) -> str:
+    name = "limits" if override.rule is None else f"limits of {override.rule}"
+    return name if override.until is None else f"{name} until {to_seconds(override.until)}"
 
 
 class ImportSummary:

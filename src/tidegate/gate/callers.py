@@ -93,6 +93,8 @@ class CallerLookup:
         if caller is None:
             raise InvalidApiKey("the API key is unknown: check that it belongs to this service")
         caller.form_checked = True
+        if not caller.never_ends:
+            caller.end_overrides(self._wall_clock_ns() // 1000)
         if not refused_too:
             self._refuse_ended(caller)
         return caller
@@ -159,6 +161,7 @@ class CallerLookup:
             return None
         if not caller.never_ends:
             self._refuse_ended(caller)
+            caller.end_overrides(self._wall_clock_ns() // 1000)
         return caller
 
     def _refuse_ended(self, caller: Caller) -> None:

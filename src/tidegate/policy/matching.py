@@ -15,6 +15,7 @@ from tidegate.policy.descriptors import entries_subject, escaped, subject_of_tex
 from tidegate.policy.limits import Algorithm, Limit, LimitSet
 from tidegate.policy.match_index import MatchIndex
 from tidegate.policy.model import Mode, Override, Rule, Subject, Tier
+from tidegate.policy.overrides import in_precedence
 from tidegate.policy.rule_index import AttributeRuleIndex, CompiledRule, RuleIndex, counted_methods, rule_rank
 
 __all__ = [
@@ -62,7 +63,8 @@ class CompiledTier:
 
     Args:
         tier: the tier.
-        overrides: other limits for one key; rules that they do not name keep their own.
+        overrides: other limits for one key; rules that they do not name keep their own. Of two for one rule the one that ends
+            applies; whether it has ended is not checked here.
 
     Attributes:
         has_shadow_rules: whether `shadow_rules` can give any.
@@ -86,7 +88,7 @@ class CompiledTier:
 
     def __init__(self, tier: Tier, overrides: Iterable[Override] = ()) -> None:
         self.tier = tier
-        other = {override.rule: override.limits for override in overrides}
+        other = {override.rule: override.limits for override in in_precedence(overrides)}
         tier_limits = other.get("", tier.limits)
         self.limits: LimitSet | None = None
         suffix = ""

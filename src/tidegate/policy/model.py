@@ -40,6 +40,8 @@ class Subject(enum.StrEnum):
     API_KEY = "api_key"
     IP = "ip"
     TIER = "tier"
+    CUSTOMER = "customer"
+    """All API keys and attribute values of a customer together; without a customer, the API key, or else the address."""
     ATTRIBUTES = "attributes"
     """The values of `Rule.subject_parts`; a policy names those."""
 
@@ -241,15 +243,19 @@ class Tier(msgspec.Struct, frozen=True, gc=False):
 
 
 class Override(msgspec.Struct, frozen=True, gc=False):
-    """Other limits for one key.
+    """Other limits for one key or customer.
+
+    A rule may have two: a permanent one, and one that ends, which applies until then.
 
     Args:
-        rule: name of the rule in the key's tier; empty for the tier's own limits.
+        rule: name of the rule in the tier; empty for the tier's own limits.
         limits: what holds instead.
+        until_us: µs since the epoch (UTC) from which it no longer applies; None for never.
     """
 
     rule: str
     limits: tuple[Limit, ...]
+    until_us: int | None = None
 
 
 class ApiKey(msgspec.Struct, frozen=True, gc=False):

@@ -20,11 +20,12 @@ from tidegate.policy.attributes import AttributeSource, CallerRules, SourceKind,
 from tidegate.policy.descriptors import descriptor_text
 from tidegate.policy.jwt_policy import JwtPolicy
 from tidegate.policy.labels import label_fault
-from tidegate.policy.limits import Algorithm, Limit, fit_limits, short
-from tidegate.policy.model import ApiKey, KeyStatus, Override, Policy, Rule, Subject, Tier, parse_key_digest, subject_text
+from tidegate.policy.limits import Limit, short
+from tidegate.policy.model import ApiKey, KeyStatus, Policy, Rule, Subject, Tier, parse_key_digest
 from tidegate.policy.namespaces import Namespace, require_name
 from tidegate.policy.toml_lines import MAX_KEY_PARTS, LineIndex, line_of_deep_key
 from tidegate.policy.toml_lines import Path as KeyPath
+from tidegate.policy.toml_overrides import read_overrides
 from tidegate.policy.warnings import policy_warnings
 from tidegate.timestamps import to_us
 
@@ -34,8 +35,6 @@ MAX_FILE_BYTES: Final = 10_000_000
 MAX_TIERS: Final = 1_000
 MAX_RULES: Final = 10_000
 """Most rules of one policy, over all its tiers."""
-MAX_OVERRIDES: Final = 1_000
-"""Most rules that one API key overrides."""
 MAX_SOURCES: Final = 64
 """Most attributes in `[attributes]`: each costs a look at every request of a gateway."""
 MAX_LIST: Final = 32
@@ -64,7 +63,6 @@ _RULE_FIELDS: Final = (
     "on_missing",
 )
 _KEY_FIELDS: Final = ("key", "sha256", "tier", "name", "status", "expires_at", "limits", "overrides")
-_OVERRIDE_FIELDS: Final = ("rule", "limits")
 # The first word of a record's error message, where it is not the field's name itself.
 _FIELD_OF_WORD: Final = {"limit": "limits", "method": "methods", "rule": "name", "tier": "name"}
 
@@ -260,43 +258,9 @@ class _Reader:
             status=KeyStatus(status),
             name=name,
             expires_at_us=self._moment_us(table["expires_at"], (*at, "expires_at")) if "expires_at" in table else None,
-            overrides=self._overrides(table, at, tier),
+            overrides=read_overrides(_Tables(self), table, at, tier, "key", (Subject.API_KEY,)),
             managed_by_file=True,
         )
-
-    def _overrides(self, table: dict[str, Any], at: KeyPath, tier: Tier) -> tuple[Override, ...]:
-        overrides: dict[str, Override] = {}
-        if "limits" in table:
-            limits_at = (*at, "limits")
-            limits = self._limits(table["limits"], limits_at)
-            self._placed(lambda: fit_limits(Algorithm.SLIDING_WINDOW, limits), {}, limits_at)
-            overrides[""] = Override("", limits)
-        # Most keys override nothing: the rules of their tier are not gone through for them.
-        by_name = {rule.name: rule for rule in tier.rules} if table.get("overrides") else {}
-        for override_at, override in self._tables(table, "overrides", at, MAX_OVERRIDES):
-            self._known(override, _OVERRIDE_FIELDS, override_at)
-            self._required(override, _OVERRIDE_FIELDS, override_at)
-            rule = by_name.get(override["rule"]) if isinstance(override["rule"], str) else None
-            rule_at, limits_at = (*override_at, "rule"), (*override_at, "limits")
-            if rule is None:
-                raise self._error(
-                    f"tier {tier.name!r} has no rule {short(override['rule'])}{_nearest(override['rule'], by_name)}", rule_at
-                )
-            if rule.subject is not Subject.API_KEY:
-                raise self._error(
-                    f"rule {rule.name!r} counts by {subject_text(rule)}, not by API key: "
-                    "a key cannot have limits of its own there",
-                    rule_at,
-                )
-            if rule.name in overrides:
-                raise self._error(f"rule {rule.name!r} is overridden twice: remove one", rule_at)
-            limits = self._limits(override["limits"], limits_at)
-            self._fit(rule, limits, limits_at)
-            overrides[rule.name] = Override(rule.name, limits)
-        return tuple(overrides.values())
-
-    def _fit(self, rule: Rule, limits: tuple[Limit, ...], at: KeyPath) -> None:
-        self._placed(lambda: fit_limits(rule.algorithm, limits), {}, at)
 
     def _anonymous(self, tiers: Mapping[str, Tier]) -> str | None:
         if "anonymous" not in self._raw:
@@ -387,17 +351,20 @@ class _Reader:
         return tuple(self._placed(lambda text=text: Limit.parse(text), {}, at) for text in value)  # type: ignore[misc]
 
     def _moment_us(self, value: object, at: KeyPath) -> int:
+        field = at[-1]
+        if isinstance(value, str) and field == "until":
+            value = _moment_of_text(value)
         if isinstance(value, datetime.datetime):
             if value.tzinfo is None:
-                raise self._error(f"expires_at {value.isoformat()} has no offset: write {value.isoformat()}Z", at)
+                raise self._error(f"{field} {value.isoformat()} has no offset: write {value.isoformat()}Z", at)
             try:
                 return to_us(value)
             except ValueError as error:
-                raise self._error(f"expires_at {value.isoformat()}: {error}: leave it out for a key without end", at) from None
+                raise self._error(f"{field} {value.isoformat()}: {error}: leave it out for one without end", at) from None
         if isinstance(value, datetime.date):
             return to_us(datetime.datetime.combine(value, datetime.time(), datetime.UTC))
         raise self._error(
-            f"expires_at {str(value)[:40]!r} is not a valid timestamp; use ISO 8601 with an offset and without quotes, "
+            f"{field} {str(value)[:40]!r} is not a valid timestamp; use ISO 8601 with an offset and without quotes, "
             "e.g. 2030-01-31T00:00:00Z",
             at,
         )
@@ -434,6 +401,33 @@ class _Reader:
 
     def _error(self, reason: str, at: KeyPath) -> PolicyError:
         return PolicyError(reason, self._file, self._lines.line(at))
+
+
+class _Tables:
+    """The reader as `toml_overrides` needs it."""
+
+    def __init__(self, reader: _Reader) -> None:
+        self.tables = reader._tables
+        self.known = reader._known
+        self.required = reader._required
+        self.limits = reader._limits
+        self.moment_us = reader._moment_us
+        self.error = reader._error
+        self.nearest = _nearest
+        self._placed = reader._placed
+
+    def placed(self, make: Callable[[], Any], at: KeyPath) -> Any:
+        return self._placed(make, {}, at)
+
+
+def _moment_of_text(text: str) -> object:
+    """A date or a time in quotes; the text itself if it is neither."""
+    for parse in (datetime.date.fromisoformat, datetime.datetime.fromisoformat):
+        try:
+            return parse(text)
+        except ValueError:
+            continue
+    return text
 
 
 def _nearest(name: object, known: Iterable[str]) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from tidegate.policy.attributes import OnMissing
 from tidegate.policy.jwt_policy import DEFAULT_ALGORITHMS, DEFAULT_HEADER, DEFAULT_LEEWAY_S, JwtPolicy
 from tidegate.policy.limits import Algorithm, Limit, OnFailure
-from tidegate.policy.model import ApiKey, KeyStatus, Mode, Policy, Rule, Subject, Tier
+from tidegate.policy.model import ApiKey, KeyStatus, Mode, Override, Policy, Rule, Subject, Tier
 from tidegate.policy.namespaces import Namespace
 from tidegate.timestamps import format_timestamp
 
@@ -118,14 +118,23 @@ def _key_lines(api_key: ApiKey) -> list[str]:
         lines.append(f"status = {_string(api_key.status)}")
     if api_key.expires_at_us is not None:
         lines.append(f"expires_at = {format_timestamp(api_key.expires_at_us)}")
-    # Its own limits first: a key below a table's header would belong to that table.
-    for override in sorted(api_key.overrides, key=lambda each: bool(each.rule)):
-        if override.rule:
-            lines += ["", "  [[api_keys.overrides]]", f"  rule = {_string(override.rule)}"]
-            lines.append(f"  limits = {_limits(override.limits)}")
-        else:
+    # The permanent limits first: a key below a table's header would belong to that table.
+    return [*lines, *_override_lines("api_keys", api_key.overrides), ""]
+
+
+def _override_lines(table: str, overrides: Iterable[Override]) -> list[str]:
+    lines: list[str] = []
+    for override in sorted(overrides, key=lambda each: bool(each.rule) or each.until_us is not None):
+        if not override.rule and override.until_us is None:
             lines.append(f"limits = {_limits(override.limits)}")
-    return [*lines, ""]
+            continue
+        lines += ["", f"  [[{table}.overrides]]"]
+        if override.rule:
+            lines.append(f"  rule = {_string(override.rule)}")
+        lines.append(f"  limits = {_limits(override.limits)}")
+        if override.until_us is not None:
+            lines.append(f"  until = {format_timestamp(override.until_us)}")
+    return lines
 
 
 def _limits(limits: Iterable[Limit]) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 from tidegate.admin.models.api_keys import (
     KeyCreate,
     KeyMade,
-    KeyOverride,
     KeyPage,
     KeyPatch,
     KeyRead,
@@ -32,6 +31,7 @@ from tidegate.admin.models.base import (
     Timestamp,
     is_key_id,
 )
+from tidegate.admin.models.overrides import LimitOverride
 from tidegate.admin.models.policy import ChangeRead, ImportRead
 from tidegate.admin.models.problems import Problem, ProblemRead
 from tidegate.admin.models.records import AuditPage, AuditRead, TopRead, ViolationPage, ViolationRead, ViolatorRead
@@ -49,11 +49,11 @@ __all__ = [
     "KeyCreate",
     "KeyId",
     "KeyMade",
-    "KeyOverride",
     "KeyPage",
     "KeyPatch",
     "KeyRead",
     "KeyRotated",
+    "LimitOverride",
     "Name",
     "OverridesRequest",
     "PageModel",

@@ -121,9 +121,7 @@ def api_key_of(row: Mapping[Any, Any]) -> ApiKey:
         status=KeyStatus(row["status"]),
         name=row["name"],
         expires_at_us=row["expires_at_us"],
-        overrides=tuple(
-            Override(override["rule"], tuple(Limit.parse(text) for text in override["limits"])) for override in row["overrides"]
-        ),
+        overrides=overrides_of(row["overrides"]),
         managed_by_file=row["managed_by_file"],
         counts_as=row["counts_as"] or "",
     )
@@ -173,4 +171,18 @@ def row_of_api_key(api_key: ApiKey, tier_id: int, created_at_us: int) -> dict[st
 
 def override_rows(overrides: Iterable[Override]) -> list[dict[str, Any]]:
     """The value of the column `overrides` of an API key's row."""
-    return [{"rule": override.rule, "limits": [limit.text for limit in override.limits]} for override in overrides]
+    return [
+        {
+            "rule": override.rule,
+            "limits": [limit.text for limit in override.limits],
+            **({} if override.until_us is None else {"until_us": override.until_us}),
+        }
+        for override in overrides
+    ]
+
+
+def overrides_of(stored: Iterable[Mapping[str, Any]]) -> tuple[Override, ...]:
+    """The overrides in a column that `override_rows` wrote."""
+    return tuple(
+        Override(each["rule"], tuple(Limit.parse(text) for text in each["limits"]), each.get("until_us")) for each in stored
+    )
