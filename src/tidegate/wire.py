@@ -111,6 +111,7 @@ class CheckRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit
         cost: units, 0 (peek) or more, also written as 1.0; 1 where not given.
         attributes: what else is known of the caller, such as `{"user": "42"}`; at most 16, each of at most 256 characters.
         tier: the caller's tier, for a check without an API key; the policy decides where not given.
+        bearer: the caller's JSON Web Token, with or without `Bearer` before it; its verified claims are attributes.
     """
 
     path: str
@@ -120,6 +121,7 @@ class CheckRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit
     cost: int | float | None = 1
     attributes: dict[str, str | None] | None = None
     tier: str | None = None
+    bearer: str | None = None
 
 
 class BatchRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -10,7 +10,7 @@ from tidegate.policy.attributes import CallerPolicy
 from tidegate.policy.matching import CompiledTier
 from tidegate.policy.model import ApiKey, KeyStatus
 from tidegate.policy.namespaces import CompiledNamespace
-from tidegate.policy.overrides import active_overrides, first_end_us
+from tidegate.policy.periods import DEFAULT_ANCHOR
 
 SECOND_CHANCES: Final = 16
 """Maximum number of recently used entries skipped per eviction: bounds the work of one check when all entries are in use."""
@@ -54,9 +54,22 @@ class Caller:
         form_checked: whether a key of valid format was received for it; a look-up by digest does not show that.
         never_ends: whether the key is active and neither it nor one of its overrides ends, or there is no key.
         tier: the tier's rules, with the key's own limits where it has any.
+        anchor: when the periods of its quotas begin.
+        quota_subject: whom quotas count; empty for the client's address, where there is no key.
     """
 
-    __slots__ = ("_end_us", "api_key", "cached_tier", "form_checked", "never_ends", "recent", "subject", "tier")
+    __slots__ = (
+        "_end_us",
+        "anchor",
+        "api_key",
+        "cached_tier",
+        "form_checked",
+        "never_ends",
+        "quota_subject",
+        "recent",
+        "subject",
+        "tier",
+    )
 
     def __init__(self, api_key: ApiKey | None, cached_tier: CachedTier) -> None:
         self.api_key = api_key
@@ -70,6 +83,8 @@ class Caller:
         )
         self.tier = CompiledTier(cached_tier.compiled.tier, overrides) if overrides else cached_tier.compiled
         self.subject = "" if api_key is None else f"k:{api_key.owner}"
+        self.anchor = DEFAULT_ANCHOR
+        self.quota_subject = self.subject
 
     def end_overrides(self, now_us: int) -> None:
         """Stop applying the overrides that have ended. Costs 0.1 µs until one has.

@@ -24,7 +24,7 @@ from tidegate.server_url import Server
 TIMEOUT_S: Final = 10.0
 PREFIX: Final = "/admin/v1"
 
-_MAX_TOKEN: Final = 4_096
+_MAX_TOKEN: Final = 8_192
 _MAX_LINE: Final = 1_000
 # Only the data plane sends this header.
 _DATA_PLANE_HEADER: Final = "x-tidegate-error"

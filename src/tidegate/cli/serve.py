@@ -149,6 +149,9 @@ def check(
         list[str] | None, typer.Option("--attribute", help="Attribute of the caller, such as user=42; may be repeated.")
     ] = None,
     tier: Annotated[str | None, typer.Option("--tier", help="Tier of a caller without an API key.")] = None,
+    bearer_file: Annotated[
+        Path | None, typer.Option("--bearer-file", help="File with the caller's JSON Web Token, verified by [jwt] of the policy.")
+    ] = None,
     cost: Annotated[int, typer.Option("--cost", help="Units; 0 reads without charging.")] = 1,
     url: Annotated[str | None, typer.Option("--url", help="URL of the server, also unix:/path; default: [server] http.")] = None,
     ca: CaOption = None,
@@ -161,6 +164,14 @@ def check(
             help="File with the caller's token, if the server needs one ([callers_auth]); default: TIDEGATE_TOKEN.",
         ),
     ] = None,
+    explain: Annotated[
+        bool,
+        typer.Option(
+            "--explain",
+            help="Charge nothing, and print which rule answers and why. --url and --token-file are then those of the control "
+            "plane; default: [server] admin and [admin] token.",
+        ),
+    ] = False,
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> int:
@@ -169,6 +180,12 @@ def check(
     Exit code 0: allowed. 1: denied. 2: no decision.
     """
     tls = ClientTls(ca, cert, cert_key)
+    if explain:
+        from tidegate.cli.explain import explain_check
+
+        query = {"method": method.upper(), "path": path, "ip": ip, "tier": tier, "cost": cost}
+        named = _attributes(attribute or [])
+        return explain_check(key, query, named, url=url, token_file=token_file, tls=tls, config=config, as_json=as_json)
     if url is None:
         settings = read_settings(config)
         address, tls = own_data_plane(settings, tls)
@@ -183,6 +200,8 @@ def check(
         body["attributes"] = _attributes(attribute)
     if tier is not None:
         body["tier"] = tier
+    if bearer_file is not None:
+        body["bearer"] = read_token(bearer_file)
     status, answer = request_data_plane(address, "/v1/check", body, tls, _caller_token(token_file, config))
     if as_json:
         print_json(answer)

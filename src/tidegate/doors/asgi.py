@@ -15,6 +15,7 @@ from tidegate.doors.bearer import refuse_bearer_key
 from tidegate.doors.client_address import FORWARDING, TrustedProxies
 from tidegate.doors.request_headers import AsgiHeaders, read_attributes, single
 from tidegate.doors.responses import Headers, encode, error_body, exceeded_body, limit_headers, retry_headers
+from tidegate.doors.token_attributes import with_asgi_token
 from tidegate.errors import SettingsError, TidegateError
 from tidegate.gate.gate import Gate, Observer
 from tidegate.policy.attributes import NO_ATTRIBUTES
@@ -58,7 +59,8 @@ class RateLimitMiddleware:
         trusted_proxies: whose `X-Real-IP` and `X-Forwarded-For` are believed.
         cost: gives the cost of a request from its ASGI scope; 1 for every request where not given.
         attributes: gives the attributes of a request's caller from its ASGI scope, such as `{"user": "42"}`; None and empty
-            values count as absent. Where not given, trusted proxies' headers that `[attributes]` of the policy names.
+            values count as absent. Where not given, trusted proxies' headers that `[attributes]` of the policy names. With
+            `[jwt]` in the policy, the claims of a verified bearer token take precedence.
         observe: for `policy`: callback run for every check.
         pass_preflights: whether the preflights of browsers (CORS) go to the app uncounted: they never carry an API key. Not
             needed where a CORS middleware is outside of this one, as it should be: a page may read only answers that it saw.
@@ -116,6 +118,7 @@ class RateLimitMiddleware:
             check = self._check_of(scope, headers, await self._attributes_of(scope))
             if check.api_key is None:
                 await refuse_bearer_key(self.gate, headers, check.ip)
+            check = await with_asgi_token(self.gate, check, scope["headers"])
             decision = await self.gate.check(check)
         except TidegateError as error:
             headers_sent = [("x-tidegate-error", error.code), *retry_headers(error), *exposed]

@@ -262,7 +262,7 @@ def edge_cache_headers(decision: Decision) -> Headers:
     """What a cache of nginx needs beside `denial_cache_headers`.
 
     nginx counts in whole seconds of its clock and takes an answer for fresh while that second lasts, up to a second longer than
-    it was told: so it is told one less. It does not say `Age` either: the moment of the retry is told as a date.
+    `X-Accel-Expires` says: so one second less is sent. nginx adds no `Age` either: the retry time is sent as a date.
 
     Args:
         decision: a denial.

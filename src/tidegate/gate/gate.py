@@ -222,6 +222,10 @@ class Gate:
             caller = await self._callers.find_unkeyed(tier or None, given)
         return await caller_usage(self.counters, caller, client, given)
 
+    async def unkeyed_caller(self, tier: str | None, attributes: Mapping[str, str]) -> Caller:
+        """The caller of checks without an API key; see `CallerLookup.find_unkeyed`."""
+        return await self._callers.find_unkeyed(tier, attributes)
+
     async def reset(
         self, api_key: str | None = None, *, ip: str | None = None, tier: str | None = None, subject: str | None = None
     ) -> int:
@@ -464,7 +468,7 @@ def _observation(
     if decision.allowed:
         return Observation(decision, None, latency_ns, shadow_denied, counters[0][1])
     denied_by, subject = counters[0]
-    # A decision names the rule that answered; whose limit it was that denied, its binding limit tells.
+    # A decision names the rule that answered; the binding limit identifies the limit set that denied.
     if len(counters) > 1 and decision.binding in counters[1][0].limits:
         denied_by, subject = counters[1]
     return Observation(decision, None, latency_ns, shadow_denied, subject, denied_by)

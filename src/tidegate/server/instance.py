@@ -425,6 +425,7 @@ class Instance:
             settings.admin.token or None,
             TrustedProxies(settings.admin.trusted_proxies, setting="admin.trusted_proxies"),
             body_timeout_s=settings.server.body_timeout_s,
+            paths=self._paths,
         )
         self._admin = Listener(
             AsgiAdapter(admin_app(deps)),

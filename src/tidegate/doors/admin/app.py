@@ -21,6 +21,7 @@ from tidegate.decision import clip
 from tidegate.doors.admin.api_keys import key_routes
 from tidegate.doors.admin.caller_tokens import caller_token_routes
 from tidegate.doors.admin.common import BEARER, ERRORS, REF, WITH_ROLE, RevisionMissing
+from tidegate.doors.admin.explain import explain_routes
 from tidegate.doors.admin.guard import Guard, error_headers
 from tidegate.doors.admin.policy import policy_routes
 from tidegate.doors.admin.records import record_routes
@@ -32,6 +33,7 @@ from tidegate.doors.client_address import TrustedProxies
 from tidegate.doors.responses import error_body
 from tidegate.errors import BadRequest, TidegateError
 from tidegate.gate.gate import Gate
+from tidegate.policy.paths import STRICT, PathRules
 
 PREFIX: Final = "/admin/v1"
 
@@ -49,6 +51,7 @@ class AdminDeps(msgspec.Struct, frozen=True):
         failed_rate: limit of requests with a wrong token per address.
         failed_rate_overall: limit of requests with a wrong token from all addresses.
         body_timeout_s: time limit of receiving a body, s.
+        paths: which encodings of a path are accepted.
     """
 
     editor: CatalogEditor
@@ -59,6 +62,7 @@ class AdminDeps(msgspec.Struct, frozen=True):
     failed_rate: str = "20/minute"
     failed_rate_overall: str = "200/minute"
     body_timeout_s: float = 10.0
+    paths: PathRules = STRICT
 
 
 def admin_app(deps: AdminDeps) -> FastAPI:
@@ -80,6 +84,7 @@ def admin_app(deps: AdminDeps) -> FastAPI:
         rule_routes(deps.editor, deps.gate),
         key_routes(deps.editor, deps.gate),
         usage_routes(deps.editor, deps.gate),
+        explain_routes(deps.editor, deps.gate, deps.paths),
         record_routes(deps.editor),
         policy_routes(deps.editor),
         token_routes(deps.editor),
