@@ -135,6 +135,18 @@ class PeerName(str):
     __slots__ = ()
 
 
+class CallerIdentity(msgspec.Struct, frozen=True, gc=False):
+    """Who a check was from.
+
+    Args:
+        key_id: public id of the API key; None without one.
+        customer: name of the customer; None without one.
+    """
+
+    key_id: str | None
+    customer: str | None
+
+
 class Decision(msgspec.Struct, frozen=True, gc=False):
     """The answer to a check. Times are integer µs inside; the properties give seconds.
 
@@ -148,6 +160,7 @@ class Decision(msgspec.Struct, frozen=True, gc=False):
         limits: the rule's limits; None where no rule applies.
         degraded: whether the counter store was unavailable and the fallback decided.
         unlimited_tier: name of the tier where none of its limits applies; None otherwise.
+        caller: who the check was from; None where neither an API key nor a customer is known.
     """
 
     allowed: bool
@@ -159,6 +172,7 @@ class Decision(msgspec.Struct, frozen=True, gc=False):
     limits: LimitSet | None = None
     degraded: bool = False
     unlimited_tier: str | None = None
+    caller: CallerIdentity | None = None
 
     @property
     def limit(self) -> int | None:
@@ -179,6 +193,11 @@ class Decision(msgspec.Struct, frozen=True, gc=False):
     def holds_until_us(self) -> int | None:
         """Until when the answer holds, on the store's clock: a denial until its retry, an allowance only now; None for ever."""
         return None if self.retry_after_us is None else self.at_us + self.retry_after_us
+
+    @property
+    def customer(self) -> str | None:
+        """Name of the caller's customer."""
+        return None if self.caller is None else self.caller.customer
 
     @property
     def rule(self) -> str | None:

@@ -25,6 +25,7 @@ class DecisionBody(msgspec.Struct, frozen=True, gc=False):
         rule: name of the rule; null where none applies.
         tier: name of the tier.
         degraded: whether the counter store was unavailable.
+        customer: name of the caller's customer; null without one.
     """
 
     allowed: bool
@@ -35,6 +36,7 @@ class DecisionBody(msgspec.Struct, frozen=True, gc=False):
     rule: str | None
     tier: str | None
     degraded: bool
+    customer: str | None = None
 
 
 class WindowUsageBody(msgspec.Struct, frozen=True, gc=False):

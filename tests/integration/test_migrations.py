@@ -47,6 +47,9 @@ FILLING = {
         VALUES (6, 'me', 'update', 'tier', 'free', '{"limits": []}', 'null')""",
     "caller_tokens": """INSERT INTO caller_tokens (name, sha256, scopes, created_at_us)
         VALUES ('edge', 'digest', '["check"]', 5)""",
+    "customers": """INSERT INTO customers (name, anchor, timezone, metadata, overrides, created_at_us, managed_by_file)
+        VALUES ('acme', '', '', '', '[]', 5, false)""",
+    "customer_values": "INSERT INTO customer_values (digest, customer_id, attribute) VALUES ('digest', 1, 'org')",
     "catalog_changes": "INSERT INTO catalog_changes (version, previous, kind, name) VALUES (7, 6, 'all', '')",
 }
 """A row or more for every table, as the step that made it would have it."""

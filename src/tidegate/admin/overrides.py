@@ -13,8 +13,8 @@ from tidegate.catalog.sql import rows as policy_rows
 from tidegate.catalog.sql.tables import rate_limit_rules
 from tidegate.errors import BadRequest, PolicyError
 from tidegate.policy.limits import Algorithm, Limit, fit_limits
-from tidegate.policy.model import Override, Subject
-from tidegate.policy.overrides import active_overrides
+from tidegate.policy.model import Subject
+from tidegate.policy.overrides import Override, active_overrides
 from tidegate.timestamps import now_us, parse_timestamp
 
 
@@ -40,6 +40,8 @@ async def overrides_after(
     current: Iterable[Mapping[str, Any]],
     request: OverridesSent,
     owner: str = "key",
+    *,
+    changes_tier: bool,
 ) -> tuple[Override, ...]:
     """The overrides of a key or customer after a change: those of the request, else the current ones that have not ended.
 
@@ -47,6 +49,7 @@ async def overrides_after(
         tier: whose limits they replace; None for a customer without a tier.
         current: as the column has them; those without a rule in the tier are dropped.
         owner: "key" or "customer".
+        changes_tier: whether the tier is another one than before.
 
     Raises:
         PolicyError: if a limit is not valid, a rule does not exist or counts by something else, or two are for one rule.
@@ -61,7 +64,6 @@ async def overrides_after(
         sent.append(Override("", fit_limits(Algorithm.SLIDING_WINDOW, [Limit.parse(text) for text in request.limits])))
     if sent and tier is None:
         raise PolicyError(f"the {owner} has no tier whose limits an override could replace: give it a tier first")
-    changes_tier = "tier" in request.model_fields_set
     rules = await _rules_of(transaction, tier, {each.rule for each in (*(kept if changes_tier else ()), *sent) if each.rule})
     found: dict[tuple[str, bool], Override] = {}
     for each in sent:

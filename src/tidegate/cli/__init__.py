@@ -27,6 +27,7 @@ _COMMANDS: Final = {
     "rules": "tidegate.cli.policy:rules",
     "policy": "tidegate.cli.policy:app",
     "keys": "tidegate.cli.keys:app",
+    "customers": "tidegate.cli.customers:app",
     "caller-tokens": "tidegate.cli.caller_tokens:app",
     "db": "tidegate.cli.database:app",
     "envoy": "tidegate.cli.envoy:app",

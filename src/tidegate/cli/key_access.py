@@ -58,6 +58,7 @@ class KeyFilter(msgspec.Struct, frozen=True):
     status: str | None = None
     name: str | None = None
     id_prefix: str | None = None
+    customer: str | None = None
 
 
 class KeyRefused(TidegateError):

@@ -42,6 +42,7 @@ def decision_body(decision: Decision) -> DecisionBody:
         decision.rule,
         decision.tier,
         decision.degraded,
+        decision.customer,
     )
 
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import msgspec
 
 from tidegate.counters import Charge, ChargeOutcome, CounterStore
-from tidegate.decision import Decision
+from tidegate.decision import CallerIdentity, Decision
 from tidegate.errors import TidegateError
 
 
@@ -22,10 +22,12 @@ class CheckPlan(msgspec.Struct, frozen=True, gc=False):
     Args:
         answer: where nothing has to be counted to answer it, else None.
         charges: first the one that decides, where there is no answer yet; then one for each shadow rule.
+        caller: who the check is from; None where neither an API key nor a customer is known.
     """
 
     answer: Decision | None
     charges: Sequence[Charge]
+    caller: CallerIdentity | None = None
 
     @property
     def decides(self) -> bool:

@@ -6,6 +6,8 @@ import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any, Final, Self, TypeAlias
 
+from msgspec.structs import force_setattr
+
 from tidegate.catalog.cache_level import Caller
 from tidegate.catalog.cached import CachedCatalog
 from tidegate.counters import Charge, ChargeOutcome, CounterStore, ImmediateCounterStore
@@ -123,6 +125,9 @@ class Gate:
             self._tell_error(error, _clock_ns() - started_ns)
             raise
         decision = charge(counters, check.cost) if counters else Decision(True, unlimited_tier=tier.tier.name)
+        if caller.identity is not None:
+            # Each decision is made for one check, so nobody else has it.
+            force_setattr(decision, "caller", caller.identity)
         if self._observe is not None:
             latency_ns = _clock_ns() - started_ns
             if counters and decision.allowed:
@@ -324,6 +329,8 @@ class Gate:
         if isinstance(decision, StoreUnavailable):
             self._tell_error(decision, latency_ns)
             return decision
+        if plan.caller is not None:
+            force_setattr(decision, "caller", plan.caller)
         if self._observe is not None:
             shadow_denied: tuple[str, ...] = ()
             if len(charged) > 1 or answer is not None:
@@ -378,7 +385,7 @@ class Gate:
                 # A shadow rule that cannot be counted must not block the check that it only watches.
                 if counted is not None:
                     charges.append(Charge(((watcher.limits, counted),), check.cost))
-        return CheckPlan(None if counters else Decision(True, unlimited_tier=tier.tier.name), charges)
+        return CheckPlan(None if counters else Decision(True, unlimited_tier=tier.tier.name), charges, caller.identity)
 
     async def plan_many(self, checks: Sequence[Check | DescriptorCheck]) -> list[CheckPlan | TidegateError | None]:
         """Find the limits that apply to each check of one request; charges nothing.
@@ -433,13 +440,16 @@ def _counters_of(check: Check, caller: Caller, rule: CompiledRule | None, ip: st
         return ((rule.limits, counted), *own)
     if rule is None and tier_limits is None:
         return ()
+    if rule is not None and tier_limits is None and caller.customer_subject and rule.subject is Subject.CUSTOMER:
+        # No address is needed.
+        return ((rule.limits, caller.customer_subject),)
     subject = caller.subject or _caller_subject(check, caller, ip)
     if rule is None:
         assert tier_limits is not None
         return ((tier_limits, subject),)
     counted = subject
     if rule.subject is not Subject.API_KEY:
-        found = subject_of(rule.subject, subject, ip, tier.tier.name)
+        found = subject_of(rule.subject, subject, ip, tier.tier.name, caller.customer_subject)
         if found is None:
             raise ip_needed(check, f"the rule {clip(rule.rule.name)} counts by ip")
         counted = found
@@ -490,8 +500,8 @@ def _plan_of_descriptor(check: DescriptorCheck, caller: Caller | TidegateError, 
     if enforced is None and not shadow_outcomes:
         return None
     if enforced is None:
-        return CheckPlan(Decision(True, unlimited_tier=caller.tier.tier.name), shadow_outcomes)
-    return CheckPlan(None, [enforced, *shadow_outcomes])
+        return CheckPlan(Decision(True, unlimited_tier=caller.tier.tier.name), shadow_outcomes, caller.identity)
+    return CheckPlan(None, [enforced, *shadow_outcomes], caller.identity)
 
 
 def _require_text(value: object, field: str) -> None:

@@ -14,6 +14,7 @@ import msgspec
 
 from tidegate.errors import PolicyError
 from tidegate.policy.attributes import AttributeSource, CallerPolicy, CallerRules, OnMissing, match_of, subject_parts
+from tidegate.policy.customers import Customer, customer_attributes
 from tidegate.policy.descriptors import PREFIX as DESCRIPTOR
 from tidegate.policy.descriptors import canonical_descriptor, descriptor_entries, entries_text
 from tidegate.policy.globs import Glob
@@ -21,6 +22,7 @@ from tidegate.policy.jwt_policy import JwtPolicy
 from tidegate.policy.key_format import FORM, MAX_KEY, MIN_WRITTEN_KEY, hash_api_key, is_mistyped
 from tidegate.policy.limits import Algorithm, Limit, OnFailure, fit_limits, member_of, short
 from tidegate.policy.namespaces import Namespace
+from tidegate.policy.overrides import Override
 from tidegate.policy.paths import PathRules, canonical_path
 
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}", re.ASCII)
@@ -113,7 +115,7 @@ class Rule(msgspec.Struct, frozen=True, gc=False):
             limits: limits or their texts.
             methods: any case.
             algorithm: its name.
-            subject: api_key, ip, tier, the name of an attribute, or a list of such names without tier.
+            subject: api_key, ip, tier, customer, the name of an attribute, or a list of such names without tier and customer.
             priority: see the class.
             mode: its name.
             on_failure: its name.
@@ -242,22 +244,6 @@ class Tier(msgspec.Struct, frozen=True, gc=False):
         return cls(name=name, rules=ordered, limits=parsed)
 
 
-class Override(msgspec.Struct, frozen=True, gc=False):
-    """Other limits for one key or customer.
-
-    A rule may have two: a permanent one, and one that ends, which applies until then.
-
-    Args:
-        rule: name of the rule in the tier; empty for the tier's own limits.
-        limits: what holds instead.
-        until_us: µs since the epoch (UTC) from which it no longer applies; None for never.
-    """
-
-    rule: str
-    limits: tuple[Limit, ...]
-    until_us: int | None = None
-
-
 class ApiKey(msgspec.Struct, frozen=True, gc=False):
     """An API key as the catalog knows it: never the key itself.
 
@@ -270,6 +256,8 @@ class ApiKey(msgspec.Struct, frozen=True, gc=False):
         overrides: other limits for this key.
         managed_by_file: whether the policy file owns it.
         counts_as: id of the key that it replaced, whose counters it goes on with; empty where it replaced none.
+        customer: name of the customer that owns it; empty for none.
+        inherits_tier: whether its tier is that of its customer, also when that changes.
     """
 
     sha256: str
@@ -280,6 +268,8 @@ class ApiKey(msgspec.Struct, frozen=True, gc=False):
     overrides: tuple[Override, ...] = ()
     managed_by_file: bool = False
     counts_as: str = ""
+    customer: str = ""
+    inherits_tier: bool = False
 
     @property
     def id(self) -> str:
@@ -303,6 +293,7 @@ class Policy(msgspec.Struct, frozen=True, gc=False):
         callers: who a caller without an API key is; None where only `anonymous_tier` says it.
         jwt: which bearer tokens of other issuers are accepted; None for none.
         namespaces: names unique.
+        customers: names, external ids and attribute values unique; each tier exists.
     """
 
     tiers: tuple[Tier, ...]
@@ -312,11 +303,13 @@ class Policy(msgspec.Struct, frozen=True, gc=False):
     callers: CallerRules | None = None
     jwt: JwtPolicy | None = None
     namespaces: tuple[Namespace, ...] = ()
+    customers: tuple[Customer, ...] = ()
 
     @property
     def caller_policy(self) -> CallerPolicy:
         """What it says of callers without an API key."""
-        return CallerPolicy(self.anonymous_tier, self.callers, self.attributes, self.jwt, self.namespaces)
+        owned = customer_attributes(self.customers)
+        return CallerPolicy(self.anonymous_tier, self.callers, self.attributes, self.jwt, self.namespaces, owned)
 
 
 def canonical_pattern(endpoint: object) -> str:
@@ -393,7 +386,7 @@ def subject_text(rule: Rule) -> str:
 
 def _subject(subject: object) -> tuple[Subject, tuple[str, ...]]:
     """The kind of a subject, and its parts where they are attributes."""
-    if isinstance(subject, str) and subject in ("api_key", "ip", "tier"):
+    if isinstance(subject, str) and subject in ("api_key", "ip", "tier", "customer"):
         return Subject(subject), ()
     if not isinstance(subject, str) and not isinstance(subject, list | tuple):
         raise PolicyError(f'subject {short(subject)} is not known: write "user", or ["org", "user"] for each combination')

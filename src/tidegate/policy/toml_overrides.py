@@ -7,7 +7,8 @@ from typing import Any, Final, Protocol
 
 from tidegate.errors import PolicyError
 from tidegate.policy.limits import Algorithm, Limit, fit_limits, short
-from tidegate.policy.model import Override, Rule, Subject, Tier, subject_text
+from tidegate.policy.model import Rule, Subject, Tier, subject_text
+from tidegate.policy.overrides import Override
 from tidegate.policy.toml_lines import Path as KeyPath
 
 MAX_OVERRIDES: Final = 1_000

@@ -17,12 +17,14 @@ from typing import Any, Final, TypeVar
 
 from tidegate.errors import PolicyError
 from tidegate.policy.attributes import AttributeSource, CallerRules, SourceKind, match_of, require_attribute_name
+from tidegate.policy.customers import Customer
 from tidegate.policy.descriptors import descriptor_text
 from tidegate.policy.jwt_policy import JwtPolicy
 from tidegate.policy.labels import label_fault
 from tidegate.policy.limits import Limit, short
 from tidegate.policy.model import ApiKey, KeyStatus, Policy, Rule, Subject, Tier, parse_key_digest
 from tidegate.policy.namespaces import Namespace, require_name
+from tidegate.policy.toml_customers import read_customers
 from tidegate.policy.toml_lines import MAX_KEY_PARTS, LineIndex, line_of_deep_key
 from tidegate.policy.toml_lines import Path as KeyPath
 from tidegate.policy.toml_overrides import read_overrides
@@ -42,7 +44,7 @@ MAX_LIST: Final = 32
 
 MAX_NAMESPACES: Final = 1_000
 
-_POLICY_FIELDS: Final = ("tiers", "api_keys", "anonymous", "attributes", "callers", "jwt", "namespaces")
+_POLICY_FIELDS: Final = ("tiers", "api_keys", "anonymous", "attributes", "callers", "jwt", "namespaces", "customers")
 _JWT_FIELDS: Final = ("jwks", "issuer", "audience", "header", "algorithms", "leeway_s")
 _NAMESPACE_FIELDS: Final = ("name", "limits", "algorithm", "on_failure", "overrides")
 _NAMESPACE_OVERRIDE_FIELDS: Final = ("subject", "limits")
@@ -62,7 +64,7 @@ _RULE_FIELDS: Final = (
     "match",
     "on_missing",
 )
-_KEY_FIELDS: Final = ("key", "sha256", "tier", "name", "status", "expires_at", "limits", "overrides")
+_KEY_FIELDS: Final = ("key", "sha256", "tier", "customer", "name", "status", "expires_at", "limits", "overrides")
 # The first word of a record's error message, where it is not the field's name itself.
 _FIELD_OF_WORD: Final = {"limit": "limits", "method": "methods", "rule": "name", "tier": "name"}
 
@@ -164,9 +166,10 @@ class _Reader:
             tiers[tier.name] = tier
         if not tiers and not self._raw.get("namespaces"):
             raise self._error("the policy has no tiers: it needs at least one [[tiers]]", ())
+        customers = read_customers(_Tables(self), self._raw, tiers)
         keys: dict[str, ApiKey] = {}
         for at, table in self._tables(self._raw, "api_keys", ()):
-            api_key = self._api_key(table, at, tiers)
+            api_key = self._api_key(table, at, tiers, customers)
             if api_key.sha256 in keys:
                 raise self._error(f"the API key with the digest {api_key.sha256[:12]}… stands twice: remove one", at)
             keys[api_key.sha256] = api_key
@@ -178,6 +181,7 @@ class _Reader:
             self._callers(tiers),
             self._jwt(),
             self._namespaces(),
+            tuple(customers.values()),
         )
 
     def _tier(self, table: dict[str, Any], at: KeyPath) -> Tier:
@@ -236,18 +240,24 @@ class _Reader:
         text = self._placed(lambda: descriptor_text(descriptor), {}, descriptor_at)
         return {**{field: value for field, value in table.items() if field != "descriptor"}, "endpoint": text}
 
-    def _api_key(self, table: dict[str, Any], at: KeyPath, tiers: Mapping[str, Tier]) -> ApiKey:
+    def _api_key(
+        self, table: dict[str, Any], at: KeyPath, tiers: Mapping[str, Tier], customers: Mapping[str, Customer]
+    ) -> ApiKey:
         self._known(table, _KEY_FIELDS, at)
-        self._required(table, ("tier",), at)
+        customer = self._customer_of(table, at, customers)
+        inherits = "tier" not in table and customer is not None and bool(customer.tier)
+        if not inherits:
+            self._required(table, ("tier",), at)
         name = table.get("name", "")
         if not isinstance(name, str) or len(name) > 200:
             raise self._error("name must be a string of at most 200 characters", (*at, "name"))
         fault = label_fault(name)
         if fault is not None:
             raise self._error(f"name {fault}", (*at, "name"))
-        tier = tiers.get(table["tier"]) if isinstance(table["tier"], str) else None
+        named = customer.tier if inherits and customer is not None else table["tier"]
+        tier = tiers.get(named) if isinstance(named, str) else None
         if tier is None:
-            raise self._error(f"tier {short(table['tier'])} is not in this policy{_nearest(table['tier'], tiers)}", (*at, "tier"))
+            raise self._error(f"tier {short(named)} is not in this policy{_nearest(named, tiers)}", (*at, "tier"))
         status = table.get("status", KeyStatus.ACTIVE.value)
         if status not in tuple(KeyStatus):
             raise self._error(f"status {short(status)} is not known: use active or revoked", (*at, "status"))
@@ -260,7 +270,18 @@ class _Reader:
             expires_at_us=self._moment_us(table["expires_at"], (*at, "expires_at")) if "expires_at" in table else None,
             overrides=read_overrides(_Tables(self), table, at, tier, "key", (Subject.API_KEY,)),
             managed_by_file=True,
+            customer="" if customer is None else customer.name,
+            inherits_tier=inherits,
         )
+
+    def _customer_of(self, table: dict[str, Any], at: KeyPath, customers: Mapping[str, Customer]) -> Customer | None:
+        if "customer" not in table:
+            return None
+        name = table["customer"]
+        customer = customers.get(name) if isinstance(name, str) else None
+        if customer is None:
+            raise self._error(f"customer {short(name)} is not in this policy{_nearest(name, customers)}", (*at, "customer"))
+        return customer
 
     def _anonymous(self, tiers: Mapping[str, Tier]) -> str | None:
         if "anonymous" not in self._raw:

@@ -8,8 +8,10 @@ from collections.abc import Iterable
 from tidegate.policy.attributes import OnMissing
 from tidegate.policy.jwt_policy import DEFAULT_ALGORITHMS, DEFAULT_HEADER, DEFAULT_LEEWAY_S, JwtPolicy
 from tidegate.policy.limits import Algorithm, Limit, OnFailure
-from tidegate.policy.model import ApiKey, KeyStatus, Mode, Override, Policy, Rule, Subject, Tier
+from tidegate.policy.model import ApiKey, KeyStatus, Mode, Policy, Rule, Subject, Tier
 from tidegate.policy.namespaces import Namespace
+from tidegate.policy.overrides import Override
+from tidegate.policy.toml_customers import customer_fields
 from tidegate.timestamps import format_timestamp
 
 
@@ -36,6 +38,8 @@ def policy_text(policy: Policy) -> str:
         lines += _jwt_lines(policy.jwt)
     for tier in policy.tiers:
         lines += _tier_lines(tier)
+    for customer in policy.customers:
+        lines += [*customer_fields(customer), *_override_lines("customers", customer.overrides), ""]
     for api_key in policy.api_keys:
         lines += _key_lines(api_key)
     for namespace in policy.namespaces:
@@ -111,7 +115,11 @@ def _rule_lines(rule: Rule) -> list[str]:
 
 
 def _key_lines(api_key: ApiKey) -> list[str]:
-    lines = ["[[api_keys]]", f"sha256 = {_string(api_key.sha256)}", f"tier = {_string(api_key.tier)}"]
+    lines = ["[[api_keys]]", f"sha256 = {_string(api_key.sha256)}"]
+    if api_key.customer:
+        lines.append(f"customer = {_string(api_key.customer)}")
+    if not api_key.inherits_tier:
+        lines.append(f"tier = {_string(api_key.tier)}")
     if api_key.name:
         lines.append(f"name = {_string(api_key.name)}")
     if api_key.status is not KeyStatus.ACTIVE:

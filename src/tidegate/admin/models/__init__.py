@@ -31,6 +31,7 @@ from tidegate.admin.models.base import (
     Timestamp,
     is_key_id,
 )
+from tidegate.admin.models.customers import CustomerCreate, CustomerFields, CustomerPage, CustomerPatch, CustomerRead
 from tidegate.admin.models.overrides import LimitOverride
 from tidegate.admin.models.policy import ChangeRead, ImportRead
 from tidegate.admin.models.problems import Problem, ProblemRead
@@ -44,6 +45,11 @@ __all__ = [
     "AuditPage",
     "AuditRead",
     "ChangeRead",
+    "CustomerCreate",
+    "CustomerFields",
+    "CustomerPage",
+    "CustomerPatch",
+    "CustomerRead",
     "ImportRead",
     "JsonObject",
     "KeyCreate",

@@ -19,6 +19,7 @@ from tidegate.admin.models.base import (
     TierName,
     Timestamp,
 )
+from tidegate.admin.models.customers import CustomerName
 from tidegate.admin.models.overrides import LimitOverride, Overrides, base_limits, listed_overrides
 from tidegate.policy.model import KeyStatus
 from tidegate.timestamps import format_timestamp
@@ -27,7 +28,10 @@ from tidegate.timestamps import format_timestamp
 class KeyCreate(RequestModel):
     """A new API key."""
 
-    tier: TierName
+    tier: Annotated[TierName | None, Field(description="may be omitted for the tier of the customer, also when that changes")] = (
+        None
+    )
+    customer: CustomerName | None = None
     name: Name = ""
     expires_at: Timestamp | None = None
     limits: Limits | None = None
@@ -35,9 +39,7 @@ class KeyCreate(RequestModel):
 
 
 class KeyPatch(KeyCreate):
-    """Fields of an API key to change; omitted fields keep their values."""
-
-    tier: TierName = ""
+    """Fields of an API key to change; omitted fields keep their values. A tier of null is that of the customer."""
 
 
 class OverridesRequest(RequestModel):
@@ -74,6 +76,8 @@ class KeyRead(Resource):
     revoked_reason: str | None
     managed_by_file: bool
     counts_as: str
+    customer: str | None = None
+    inherits_tier: bool = False
     revision: int
     warnings: list[str] = []
 
@@ -87,7 +91,7 @@ class KeyRead(Resource):
 
     @classmethod
     def of_row(cls, row: Row) -> KeyRead:
-        """Of a row of `api_keys`, with the tier's name as `tier_name`."""
+        """Of a row of `api_keys`, with the names of tier and customer as `tier_name` and `customer_name`."""
         return cls._from_columns(
             row,
             tier=row["tier_name"],
@@ -98,6 +102,8 @@ class KeyRead(Resource):
             created_at=format_timestamp(row["created_at_us"]),
             revoked_at=format_timestamp(row["revoked_at_us"]),
             counts_as=row["counts_as"] or row["id"],
+            customer=row["customer_name"],
+            inherits_tier=bool(row["inherits_tier"]),
         )
 
 

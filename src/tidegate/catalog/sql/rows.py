@@ -10,8 +10,9 @@ import msgspec
 from tidegate.policy.attributes import AttributeSource, CallerPolicy, CallerRules, OnMissing
 from tidegate.policy.jwt_policy import JwtPolicy
 from tidegate.policy.limits import Algorithm, Limit, OnFailure
-from tidegate.policy.model import ApiKey, KeyStatus, Mode, Override, Rule, Subject, Tier
+from tidegate.policy.model import ApiKey, KeyStatus, Mode, Rule, Subject, Tier
 from tidegate.policy.namespaces import Namespace
+from tidegate.policy.overrides import Override
 
 RULE_COLUMNS: Final = (
     "endpoint_pattern",
@@ -27,8 +28,12 @@ RULE_COLUMNS: Final = (
     "on_missing",
 )
 """Columns with the fields of a rule."""
-KEY_COLUMNS: Final = ("tier_id", "name", "status", "expires_at_us", "overrides")
+KEY_COLUMNS: Final = ("tier_id", "name", "status", "expires_at_us", "overrides", "customer_id", "inherits_tier")
 """Columns with the fields of an API key."""
+
+
+_CUSTOMER: Final = [Subject.CUSTOMER.value]
+"""How a rule that counts customers is stored: versions without customers count by the address then."""
 
 
 def tier_of(row: Mapping[Any, Any], rules: Iterable[Mapping[Any, Any]]) -> Tier:
@@ -48,15 +53,21 @@ def rule_of(row: Mapping[Any, Any]) -> Rule:
         limits=tuple(Limit.parse(text) for text in row["limits"]),
         methods=tuple(row["methods"]),
         algorithm=Algorithm(row["algorithm"]),
-        subject=Subject.ATTRIBUTES if row["subject_attributes"] else Subject(row["subject"]),
+        subject=_subject_of(row["subject_attributes"], row["subject"]),
         priority=row["priority"],
         mode=Mode(row["mode"]),
         on_failure=OnFailure(row["on_failure"]),
         name=row["name"],
         match=tuple(sorted((row["match_attributes"] or {}).items())),
-        subject_parts=tuple(row["subject_attributes"] or ()),
+        subject_parts=() if row["subject_attributes"] == _CUSTOMER else tuple(row["subject_attributes"] or ()),
         on_missing=OnMissing(row["on_missing"] or OnMissing.IP),
     )
+
+
+def _subject_of(parts: list[str] | None, subject: str) -> Subject:
+    if parts == _CUSTOMER:
+        return Subject.CUSTOMER
+    return Subject.ATTRIBUTES if parts else Subject(subject)
 
 
 def subject_value_of(row: Mapping[Any, Any]) -> str | list[str]:
@@ -67,7 +78,7 @@ def subject_value_of(row: Mapping[Any, Any]) -> str | list[str]:
     return str(parts[0]) if len(parts) == 1 else list(parts)
 
 
-CALLER_POLICY_COLUMNS: Final = ("anonymous_tier", "callers", "attributes", "jwt", "namespaces")
+CALLER_POLICY_COLUMNS: Final = ("anonymous_tier", "callers", "attributes", "jwt", "namespaces", "customer_attributes")
 
 
 def caller_policy_of(row: Mapping[Any, Any]) -> CallerPolicy:
@@ -82,6 +93,7 @@ def caller_policy_of(row: Mapping[Any, Any]) -> CallerPolicy:
             Namespace.make(**{**stored, "overrides": [(each["subject"], each["limits"]) for each in stored["overrides"]]})
             for stored in row["namespaces"] or ()
         ),
+        tuple(row["customer_attributes"] or ()),
     )
 
 
@@ -113,7 +125,7 @@ def api_key_of(row: Mapping[Any, Any]) -> ApiKey:
     """The API key in a row.
 
     Args:
-        row: row of `api_keys`, with the tier's name as `tier_name`.
+        row: row of `api_keys`, with the name of its tier as `tier_name` and that of its customer as `customer_name`.
     """
     return ApiKey(
         sha256=row["sha256"],
@@ -124,6 +136,8 @@ def api_key_of(row: Mapping[Any, Any]) -> ApiKey:
         overrides=overrides_of(row["overrides"]),
         managed_by_file=row["managed_by_file"],
         counts_as=row["counts_as"] or "",
+        customer=row["customer_name"] or "",
+        inherits_tier=bool(row["inherits_tier"]),
     )
 
 
@@ -142,19 +156,19 @@ def row_of_rule(rule: Rule, tier_id: int, position: int) -> dict[str, Any]:
         "algorithm": rule.algorithm.value,
         "limits": [limit.text for limit in rule.limits],
         # A value that every version knows: those before there were attributes count API keys instead.
-        "subject": Subject.API_KEY.value if rule.subject_parts else rule.subject.value,
+        "subject": Subject.API_KEY.value if rule.subject_parts or rule.subject is Subject.CUSTOMER else rule.subject.value,
         "priority": rule.priority,
         "mode": rule.mode.value,
         "on_failure": rule.on_failure.value,
         "position": position,
         "managed_by_file": True,
         "match_attributes": dict(rule.match) or None,
-        "subject_attributes": list(rule.subject_parts) or None,
+        "subject_attributes": list(_CUSTOMER) if rule.subject is Subject.CUSTOMER else list(rule.subject_parts) or None,
         "on_missing": None if rule.on_missing is OnMissing.IP else rule.on_missing.value,
     }
 
 
-def row_of_api_key(api_key: ApiKey, tier_id: int, created_at_us: int) -> dict[str, Any]:
+def row_of_api_key(api_key: ApiKey, tier_id: int, created_at_us: int, customer_id: int | None = None) -> dict[str, Any]:
     """The values of an API key's row."""
     return {
         "id": api_key.id,
@@ -166,6 +180,8 @@ def row_of_api_key(api_key: ApiKey, tier_id: int, created_at_us: int) -> dict[st
         "overrides": override_rows(api_key.overrides),
         "created_at_us": created_at_us,
         "managed_by_file": api_key.managed_by_file,
+        "customer_id": customer_id,
+        "inherits_tier": api_key.inherits_tier,
     }
 
 
