@@ -157,14 +157,26 @@ class RequestSender:
             "match": {"plan": "pro"},
             "on_missing": "ip",
         }
-        own = {"limits": ["9/day"], "overrides": [{"rule": "/kept", "limits": ["2/s"]}]}
-        key = {"tier": "free", "name": "n", "expires_at": "2100-01-01T00:00:00Z", **own}
+        own = {"limits": ["9/day"], "overrides": [{"rule": "/kept", "limits": ["2/s"], "until": "2100-01-01T00:00:00Z"}]}
+        customer = {
+            "external_id": f"id {number}",
+            "tier": "free",
+            "anchor": "2026-01-31",
+            "timezone": "UTC",
+            # Any JSON may be in it.
+            "metadata": {},
+            "match": {"org": f"org {number}"},
+            **own,
+        }
+        key = {"tier": "free", "customer": "free", "name": "n", "expires_at": "2100-01-01T00:00:00Z", **own}
         return {
             "TierCreate": [{"name": f"new-{number}", "limits": ["1/s"]}],
             "TierLimits": [{"limits": ["1/s"]}],
             "RuleCreate": [{"tier": "free", **rule}],
             "RuleFields": [rule],
             "RulePatch": [rule],
+            "CustomerCreate": [{"name": f"new-{number}", **customer}],
+            "CustomerPatch": [customer],
             "KeyCreate": [key],
             "KeyPatch": [key],
             "KeyImportRequest": [
@@ -227,6 +239,8 @@ async def _prepared(admin: Admin) -> dict[str, str]:
     # For overrides of keys: the other one is renamed.
     await admin.rule("/kept")
     token = await admin.http.post("/tokens", json={"name": "one"})
+    # The name of the tier: one parameter stands for both.
+    assert (await admin.http.post("/customers", json={"name": "free", "tier": "free"})).status_code == 201
     return {
         "name": "free",
         "rule_id": str(rule["id"]),

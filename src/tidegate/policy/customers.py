@@ -173,12 +173,14 @@ def _require_json(value: object, depth: int) -> None:
         raise ValueError("it is nested too deeply")
     if isinstance(value, Mapping):
         for key, each in value.items():
-            if not isinstance(key, str):
-                raise ValueError("a key is not a string")
+            if not isinstance(key, str) or "\0" in key:
+                raise ValueError("a key is not a string, or has a NUL character")
             _require_json(each, depth + 1)
     elif isinstance(value, list):
         for each in value:
             _require_json(each, depth + 1)
+    elif isinstance(value, str) and "\0" in value:
+        raise ValueError("a text has a NUL character")
     elif isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{value} is not a JSON number")
     elif not (value is None or isinstance(value, str | int | float)):
