@@ -10,6 +10,7 @@ from typing import Final, Generic, TypeVar
 from tidegate.decision import CallerIdentity
 from tidegate.policy.attributes import CallerPolicy
 from tidegate.policy.customers import Customer
+from tidegate.policy.limits import LimitSet
 from tidegate.policy.matching import CompiledTier
 from tidegate.policy.model import ApiKey, KeyStatus
 from tidegate.policy.namespaces import CompiledNamespace
@@ -148,7 +149,9 @@ class Caller:
         never_ends: whether the key is active and neither it nor one of its overrides ends, or there is no key.
         tier: the tier's rules, with the key's own limits where it has any.
         anchor: when the periods of its quotas begin.
+        key_id: id of the key; empty without one.
         quota_subject: whom quotas count: the customer, or else the key; empty for the client's address, where there is neither.
+        customer: name of the customer; empty without one.
         customer_subject: whom rules by customer count; empty for the caller itself, where there is no customer.
         identity: who it is, for decisions; None where there is neither a key nor a customer.
     """
@@ -156,12 +159,15 @@ class Caller:
     __slots__ = (
         "_end_us",
         "_overrides",
+        "_quotas",
         "anchor",
         "api_key",
         "cached_tier",
+        "customer",
         "customer_subject",
         "form_checked",
         "identity",
+        "key_id",
         "never_ends",
         "quota_subject",
         "recent",
@@ -175,23 +181,33 @@ class Caller:
         self.recent = False
         self.form_checked = False
         self._overrides = () if api_key is None or not api_key.overrides else in_precedence(api_key.overrides)
+        self._quotas: LimitSet | None = None
         self._compile()
         self.never_ends = self._end_us is None and (
             api_key is None or (api_key.status is KeyStatus.ACTIVE and api_key.expires_at_us is None)
         )
         self.subject = "" if api_key is None else f"k:{api_key.owner}"
+        self.key_id = "" if api_key is None else api_key.id
         customer = cached_tier.customer
         self.identity: CallerIdentity | None = None
         if customer is None:
-            self.customer_subject = ""
+            self.customer = self.customer_subject = ""
             self.anchor = DEFAULT_ANCHOR
             self.quota_subject = self.subject
             if api_key is not None:
                 self.identity = CallerIdentity(api_key.id, None)
         else:
+            self.customer = customer.record.name
             self.customer_subject = self.quota_subject = customer.subject
             self.anchor = customer.anchor
             self.identity = CallerIdentity(None if api_key is None else api_key.id, customer.record.name)
+
+    @property
+    def quotas(self) -> LimitSet | None:
+        """Its tier's quotas, with periods by its anchor; None where there are none."""
+        if self._quotas is None and self.tier.quotas is not None:
+            self._quotas = self.tier.quotas.of(self.anchor)
+        return self._quotas
 
     def end_overrides(self, now_us: int) -> None:
         """Stop applying the overrides that have ended. Costs 0.1 µs until one has.
@@ -202,6 +218,7 @@ class Caller:
         if self._end_us is not None and now_us >= self._end_us:
             self.cached_tier.end_overrides(now_us)
             self._overrides = active_overrides(self._overrides, now_us)
+            self._quotas = None
             self._compile()
 
     def _compile(self) -> None:

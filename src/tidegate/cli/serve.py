@@ -35,7 +35,9 @@ TOKEN_VARIABLE: Final = "TIDEGATE_TOKEN"
 
 _TOUR = r"""
 Tidegate listens at http://{address} (metrics at /metrics, health at /health), with a temporary catalog that is deleted when it
-stops; your own catalog is not used. Try it from another terminal:
+stops; your own catalog is not used.
+{console}
+Try it from another terminal:
 
   # a free key has 100 requests a minute
   curl -s http://{address}/v1/check -d '{{"api_key":"demo-free-key-0001","path":"/api/v1/items"}}'
@@ -84,12 +86,12 @@ def serve(
             )
             sys.stdout.flush()
 
-    def print_started(address: str) -> None:
+    def print_started(address: str, console: str = "") -> None:
         for warning in open_listeners(settings):
             logger.warning("%s", warning)
         url = listener_url(address, settings.uses_tls("http"))
         if demo and url.startswith("http://"):
-            typer.echo(_TOUR.format(address=address))
+            typer.echo(_TOUR.format(address=address, console=console))
         else:
             policy = settings.policy_path
             typer.echo(
@@ -100,8 +102,17 @@ def serve(
         sys.stdout.flush()
 
     def print_all(instance: Instance) -> None:
+        url = instance.admin_url if settings.admin.console and instance.admin_url.startswith("http") else ""
         print_token(instance)
+        if demo:
+            print_started(
+                instance.address, f"\nThe console with example traffic, signed in on this machine: {url}/\n" if url else ""
+            )
+            return
         print_started(instance.address)
+        if url:
+            typer.echo(f"console at {url}/, sign in with a token of the control plane")
+            sys.stdout.flush()
 
     with contextlib.ExitStack() as stack:
         if demo:
@@ -111,7 +122,7 @@ def serve(
         elif settings.server.workers > 1:
             return supervise(settings, _worker_arguments(config, demo), print_started)
         else:
-            run(settings, print_all)
+            run(settings, print_all, demo=demo)
     return 0
 
 

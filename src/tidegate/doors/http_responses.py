@@ -20,6 +20,7 @@ from tidegate.doors.responses import (
     encode,
     error_body,
     limit_headers,
+    overage_headers,
     retry_headers,
 )
 from tidegate.errors import RequestTooLarge, TidegateError
@@ -76,7 +77,7 @@ def authorize_response(
     """
     headers = limit_headers(decision)
     if decision.allowed:
-        headers += [*caller_headers(decision), NO_STORE]
+        headers += [*overage_headers(decision), *caller_headers(decision), NO_STORE]
         return Prepared(200 if for_envoy else 204, headers)
     # What it depends on is not known while the policy is being replaced.
     headers += [NO_STORE] if policy is None else denial_cache_headers(decision, policy.request_headers + keys.more_headers)

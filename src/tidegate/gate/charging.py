@@ -22,11 +22,15 @@ class CheckPlan(msgspec.Struct, frozen=True, gc=False):
     Args:
         answer: where nothing has to be counted to answer it, else None.
         charges: first the one that decides, where there is no answer yet; then one for each shadow rule.
+        cost: units of the check.
+        key_id: id of the caller's API key; empty without one.
         caller: who the check is from; None where neither an API key nor a customer is known.
     """
 
     answer: Decision | None
     charges: Sequence[Charge]
+    cost: int = 1
+    key_id: str = ""
     caller: CallerIdentity | None = None
 
     @property

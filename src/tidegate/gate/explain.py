@@ -200,7 +200,8 @@ def _counter(check: Check, caller: Caller, rule: CompiledRule, ip: str | None) -
     try:
         if rule.subject is Subject.ATTRIBUTES:
             return CounterNow(rule.limits, Mode.ENFORCE, attributes_subject(check, caller, rule, ip))
-        subject = subject_of(rule.subject, caller.subject or (f"i:{ip}" if ip else ""), ip, caller.tier.tier.name)
+        own = caller.subject or (f"i:{ip}" if ip else "")
+        subject = subject_of(rule.subject, own, ip, caller.tier.tier.name, caller.customer_subject)
         if not subject:
             raise ip_needed(check, f"the rule {rule.rule.name!r} counts by ip")
     except BadRequest as error:
@@ -209,7 +210,7 @@ def _counter(check: Check, caller: Caller, rule: CompiledRule, ip: str | None) -
 
 
 async def _with_usage(store: CounterStore, planned: list[CounterNow]) -> tuple[CounterNow, ...]:
-    known = [(each.limits, each.subject) for each in planned if each.subject is not None]
+    known = [((each.limits, each.subject),) for each in planned if each.subject is not None]
     used: list[CounterUsage] = await peek_windows(store, known)
     left = iter(used)
     found = []

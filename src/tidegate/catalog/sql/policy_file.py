@@ -13,6 +13,7 @@ from tidegate.catalog.sql import rows as policy_rows
 from tidegate.catalog.sql.bulk import batches, delete_rows, insert_rows, update_rows
 from tidegate.catalog.sql.change_log import WriteTransaction
 from tidegate.catalog.sql.customers import apply_customers, customer_ids, drop_customers
+from tidegate.catalog.sql.namespace_rows import with_file
 from tidegate.catalog.sql.tables import api_keys, audit_log, customers, policy_state, rate_limit_rules, tiers
 from tidegate.errors import CatalogError
 from tidegate.policy.model import Policy, Tier
@@ -73,6 +74,8 @@ async def apply_file(writing: WriteTransaction, policy: Policy, digest: str) -> 
     await drop_customers(writing, policy.customers)
     await _drop_tiers(writing, policy)
     values = policy_rows.row_of_caller_policy(policy.caller_policy)
+    stored = (await writing.connection.execute(select(policy_state.c.namespaces))).scalar()
+    values["namespaces"] = with_file(stored, policy.namespaces)
     await writing.connection.execute(update(policy_state).values(**values, file_digest=digest))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -230,6 +231,7 @@ def simulate(
         bool, typer.Option("--decode-unreserved", help="As the setting paths.decode_unreserved: %7E is decoded to ~.")
     ] = False,
     as_json_: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+    background: Annotated[bool, typer.Option("--background", hidden=True)] = False,
     html: Annotated[
         Path | None,
         typer.Option("--html", help="Also write the report to this file as an HTML page with charts.", show_default=False),
@@ -271,7 +273,7 @@ def simulate(
     sizes = [log_size(source) for source in logs]
     interrupted = False
     try:
-        with _progress(sizes) as update:
+        with _reported(sizes) if background else _progress(sizes) as update:
             done = 0
             for source, size in zip(logs, sizes, strict=True):
                 with LogLines(source) as log:
@@ -316,6 +318,14 @@ def _progress(sizes: list[int | None]) -> Iterator[Callable[[int], None]]:
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("", total=total)
         yield lambda read: progress.update(task, completed=read)
+
+
+@contextmanager
+def _reported(sizes: list[int | None]) -> Iterator[Callable[[int], None]]:
+    """For the control plane's what-if: low priority, and the progress as lines on stderr."""
+    os.nice(10)
+    total = sum(size or 0 for size in sizes) or 1
+    yield lambda read: print(f"progress {read / total:.3f}", file=sys.stderr, flush=True)
 
 
 def _span_s(text: str) -> int:
