@@ -101,7 +101,11 @@ async def _sample(editor: CatalogEditor, tier: str, rule: str, subject: Subject)
         editor.catalog.database, MAX_BLOCKED, "subject", ViolationFilter(now - DAY_US, now + 1, tier=tier, rule=rule)
     ):
         found[violator.subject or ""] = None
-    kinds = {Subject.IP: ("i:",), Subject.ATTRIBUTES: ("a:", "h:", "i:")}.get(subject, ("k:", "i:"))
+    kinds = {
+        Subject.IP: ("i:",),
+        Subject.ATTRIBUTES: ("a:", "h:", "i:"),
+        Subject.CUSTOMER: ("c:", "k:", "i:"),
+    }.get(subject, ("k:", "i:"))
     return [each for each in found if each.startswith(kinds) and each not in overriding]
 
 

@@ -206,7 +206,8 @@ def _counters(check: Check, caller: Caller, rule: CompiledRule, ip: str | None) 
         if rule.subject is Subject.ATTRIBUTES:
             subject: str | None = attributes_subject(check, caller, rule, ip)
         else:
-            subject = subject_of(rule.subject, caller.subject or (f"i:{ip}" if ip else ""), ip, caller.tier.tier.name)
+            own = caller.subject or (f"i:{ip}" if ip else "")
+            subject = subject_of(rule.subject, own, ip, caller.tier.tier.name, caller.customer_subject)
         if not subject:
             raise ip_needed(check, f"the rule {rule.rule.name!r} counts by ip")
     except BadRequest as error:

@@ -14,7 +14,8 @@ from tidegate.policy.attributes import NO_ATTRIBUTES
 from tidegate.policy.descriptors import entries_subject, escaped, subject_of_text
 from tidegate.policy.limits import Algorithm, Limit, LimitSet
 from tidegate.policy.match_index import MatchIndex
-from tidegate.policy.model import Mode, Override, Rule, Subject, Tier
+from tidegate.policy.model import Mode, Rule, Subject, Tier
+from tidegate.policy.overrides import Override
 from tidegate.policy.quotas import CompiledQuotas, Overage, Quota
 from tidegate.policy.rule_index import AttributeRuleIndex, CompiledRule, RuleIndex, counted_methods, rule_rank
 
@@ -52,9 +53,12 @@ class DescriptorRule:
 
         Args:
             entries: values of the descriptor by key.
-            caller: subject of the caller: `k:…` with a key, empty without.
+            caller: subject of the caller: `k:…` with a key, empty without; `c:…` for a rule that counts customers.
         """
         counted = [(key, entries[key]) for key, _ in self.entries]
+        if self.compiled.subject is Subject.CUSTOMER:
+            # With its sign: a customer may be called as a key is.
+            return entries_subject(counted, caller)
         return entries_subject(counted, caller.removeprefix("k:") if self.compiled.subject is Subject.API_KEY else "")
 
 
@@ -63,7 +67,8 @@ class CompiledTier:
 
     Args:
         tier: the tier.
-        overrides: other limits for one key; rules that they do not name keep their own.
+        overrides: other limits for one key; rules that they do not name keep their own. Of two for one rule the later one
+            applies; whether it has ended is not checked here.
         quotas: other quotas in place of the tier's; None for those of the tier.
 
     Attributes:
@@ -215,20 +220,23 @@ def _rule_quotas(tier: Tier, rule: Rule) -> CompiledQuotas | None:
     return CompiledQuotas(rule.quotas, overage, rule.name, tier.name, rule.on_failure)
 
 
-def counted_by(kind: Subject, has_key: bool) -> Subject:
-    """Whom a rule really counts: a caller without an API key is counted by ip where a key would be.
+def counted_by(kind: Subject, has_key: bool, has_customer: bool = False) -> Subject:
+    """Whom a rule really counts: a caller without a customer by its API key, and one without a key by ip.
 
     Args:
         kind: whom the rule counts.
         has_key: whether the caller brings a key.
+        has_customer: whether it is a customer's.
 
     Returns:
         The kind that holds for this caller.
     """
+    if kind is Subject.CUSTOMER and not has_customer:
+        kind = Subject.API_KEY
     return Subject.IP if kind is Subject.API_KEY and not has_key else kind
 
 
-def subject_of(kind: Subject, caller: str, ip: str | None, tier: str) -> str | None:
+def subject_of(kind: Subject, caller: str, ip: str | None, tier: str, customer: str = "") -> str | None:
     """The subject that a rule counts, in a form that no two kinds share.
 
     Args:
@@ -236,12 +244,15 @@ def subject_of(kind: Subject, caller: str, ip: str | None, tier: str) -> str | N
         caller: subject of the caller: `k:…` with a key, `i:…` without.
         ip: client address, already cut to what counts as one client, or None.
         tier: name of the tier.
+        customer: subject of the caller's customer: `c:…`; empty without one, where the caller itself is counted.
 
     Returns:
         The subject; None where the rule counts by ip and none is known.
     """
     if kind is Subject.API_KEY:
         return caller
+    if kind is Subject.CUSTOMER:
+        return customer or caller
     if kind is Subject.TIER:
         return f"t:{tier}"
     # A subject of attributes of which one is missing is counted by ip too.
