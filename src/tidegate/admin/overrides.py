@@ -15,6 +15,7 @@ from tidegate.errors import BadRequest, PolicyError
 from tidegate.policy.limits import Algorithm, Limit, fit_limits
 from tidegate.policy.model import Subject
 from tidegate.policy.overrides import Override, active_overrides
+from tidegate.policy.quotas import fit_quotas
 from tidegate.timestamps import now_us, parse_timestamp
 
 
@@ -59,38 +60,41 @@ async def overrides_after(
     now = now_us()
     kept = active_overrides(policy_rows.overrides_of(current), now)
     limits_sent, overrides_sent = ("limits" in request.model_fields_set, "overrides" in request.model_fields_set)
-    sent = [_sent_override(each, now) for each in request.overrides] if overrides_sent else []
+    sent = [override for each in request.overrides for override in _sent_overrides(each, now)] if overrides_sent else []
     if limits_sent and request.limits:
         sent.append(Override("", fit_limits(Algorithm.SLIDING_WINDOW, [Limit.parse(text) for text in request.limits])))
     if sent and tier is None:
         raise PolicyError(f"the {owner} has no tier whose limits an override could replace: give it a tier first")
     rules = await _rules_of(transaction, tier, {each.rule for each in (*(kept if changes_tier else ()), *sent) if each.rule})
-    found: dict[tuple[str, bool], Override] = {}
+    found: dict[tuple[str, bool, bool], Override] = {}
     for each in sent:
-        if (each.rule, each.until_us is not None) in found:
-            what = f"rule {each.rule!r} is" if each.rule else "the tier's own limits are"
-            raise PolicyError(f"{what} overridden twice: remove one; beside a permanent override there may be one with until")
+        if each.key in found:
+            raise PolicyError(
+                f"{each.subject} overridden twice: remove one; beside a permanent override there may be one with until"
+            )
         if each.rule:
             assert tier is not None
             _require_fit(rules.get(each.rule), each, str(tier["name"]), owner, counted)
-        found[each.rule, each.until_us is not None] = each
+        found[each.key] = each
     for each in kept:
-        is_base = not each.rule and each.until_us is None
+        is_base = not each.rule and each.until_us is None and not each.quotas
         replaced = limits_sent if is_base else overrides_sent
         # Overrides without a rule in a new tier are dropped; only overrides of the request cause an error.
         if not replaced and (not changes_tier or _is_usable(each, tier, rules, counted)):
-            found.setdefault((each.rule, each.until_us is not None), each)
+            found.setdefault(each.key, each)
     return tuple(sorted(found.values(), key=lambda each: (bool(each.rule), each.until_us is not None)))
 
 
-def _sent_override(sent: LimitOverride, now: int) -> Override:
+def _sent_overrides(sent: LimitOverride, now: int) -> list[Override]:
     until_us = None if sent.until is None else parse_timestamp(sent.until, "until")
     if until_us is not None and until_us <= now:
         raise BadRequest(f"until {sent.until} is in the past: send a later time, or leave the override out", field="until")
     limits = tuple(Limit.parse(text) for text in sent.limits)
-    if sent.rule is None:
+    if sent.rule is None and limits:
         fit_limits(Algorithm.SLIDING_WINDOW, limits)
-    return Override(sent.rule or "", limits, until_us)
+    found = [Override(sent.rule or "", limits, until_us)] if limits else []
+    quotas = fit_quotas(sent.quotas)
+    return [*found, Override(sent.rule or "", (), until_us, quotas)] if quotas else found
 
 
 async def _rules_of(transaction: AuditedTransaction, tier: RowMapping | None, names: Collection[str]) -> dict[str, RowMapping]:
@@ -112,7 +116,8 @@ def _require_fit(rule: RowMapping | None, override: Override, tier: str, owner: 
         raise PolicyError(
             f"rule {name!r} counts by {_subject_text(rule)}, not by {by}: a {owner} cannot have limits of its own there"
         )
-    fit_limits(Algorithm(rule["algorithm"]), override.limits)
+    if not override.quotas:
+        fit_limits(Algorithm(rule["algorithm"]), override.limits)
 
 
 def _is_usable(override: Override, tier: RowMapping | None, rules: Mapping[str, RowMapping], counted: Collection[str]) -> bool:
@@ -122,6 +127,8 @@ def _is_usable(override: Override, tier: RowMapping | None, rules: Mapping[str, 
     rule = rules.get(override.rule)
     if rule is None or policy_rows.subject_value_of(rule) not in counted:
         return False
+    if override.quotas:
+        return True
     try:
         fit_limits(Algorithm(rule["algorithm"]), override.limits)
     except PolicyError:

@@ -162,10 +162,12 @@ def require_valid_tier(tier: Tier, name: str) -> None:
         raise InvalidEntry("two of its rules have the same name, or one has no name")
 
 
-def _require_valid_quotas(record: Tier | Rule) -> None:
+def _require_valid_quotas(record: Tier | Rule | Override) -> None:
     try:
         if any(Quota.parse(quota.text) != quota for quota in record.quotas) or fit_quotas(record.quotas) != record.quotas:
             raise InvalidEntry("a quota does not match its text, or quotas are not in order")
+        if isinstance(record, Override):
+            return
         if record.overage is not None and Overage.parse(record.overage.value) != record.overage:
             raise InvalidEntry("an overage does not match its text")
         require_quotas(record.overage, record.quotas)
@@ -176,6 +178,9 @@ def _require_valid_quotas(record: Tier | Rule) -> None:
 def _require_valid_overrides(overrides: tuple[Override, ...]) -> None:
     for override in overrides:
         _require_valid_limits(override.limits)
+        _require_valid_quotas(override)
+        if override.limits and override.quotas:
+            raise InvalidEntry("an override has both limits and quotas")
         if override.until_us is not None and abs(override.until_us) >= 1 << 63:
             raise InvalidEntry("an override ends at a time that the database cannot store")
 

@@ -16,10 +16,12 @@ from tidegate.cli.key_access import ApiKeys, find, with_keys
 from tidegate.cli.options import KeyArgument, TokenFileOption, UrlOption
 from tidegate.errors import PolicyError
 from tidegate.policy.limits import Limit
+from tidegate.policy.quotas import fit_quotas
 from tidegate.timestamps import format_timestamp, now_us, to_us
 from tidegate.tools.terminal import say
 
 TIER_LIMITS: Final = "limits"
+QUOTA: Final = "quota"
 """What stands for the tier's own limits, in place of a rule's name."""
 DEFAULT: Final = "default"
 """What removes the overrides of a rule."""
@@ -40,8 +42,8 @@ def limit(
         list[str],
         typer.Argument(
             metavar="RULE=LIMIT…",
-            help="Such as '/api/*=100/minute,5000/day'; several may be given. limits=… replaces the tier's own limits; "
-            "RULE=default goes back to the tier's.",
+            help="Such as '/api/*=100/minute,5000/day'; several may be given. limits=… replaces the tier's own limits, "
+            "quota=… its quotas; RULE=default goes back to the tier's.",
         ),
     ],
     until: UntilOption = None,
@@ -77,7 +79,12 @@ def limit(
 def print_overrides(limits: Sequence[str] | None, overrides: Sequence[LimitOverride]) -> None:
     """Print the limits that a key or customer has of its own, one a line."""
     base: list[tuple[str, Sequence[str], str | None]] = [] if limits is None else [("limits over all endpoints", limits, None)]
-    rows = base + [(each.rule or "limits over all endpoints", each.limits, each.until) for each in overrides]
+    rows = base + [(each.rule or "limits over all endpoints", each.limits, each.until) for each in overrides if each.limits]
+    rows += [
+        ("quotas" if each.rule is None else f"quotas of {each.rule}", each.quotas, each.until)
+        for each in overrides
+        if each.quotas
+    ]
     for name, texts, end in rows:
         say(f"  {one_line(name)}: {', '.join(texts)}{'' if end is None else f' until {end}'}")
     if not rows:
@@ -110,7 +117,7 @@ def parse_change(text: str, until: str | None) -> tuple[str | None, LimitOverrid
     """Read `RULE=LIMIT,…`.
 
     Returns:
-        The rule, None for the tier's own limits; and the override, None where `RULE=default` removes it.
+        The rule, None for the tier's own limits, `QUOTA` for its quotas; and the override, None where `RULE=default` removes it.
 
     Raises:
         typer.BadParameter: if it is not in this form, or a limit is not valid.
@@ -128,6 +135,9 @@ def parse_change(text: str, until: str | None) -> tuple[str | None, LimitOverrid
         return rule, None
     texts = [each.strip() for each in given.split(",")]
     try:
+        if rule == QUOTA:
+            quotas = [quota.text for quota in fit_quotas(texts)]
+            return rule, LimitOverride(rule=None, quotas=quotas, until=until)
         for each in texts:
             Limit.parse(each)
     except PolicyError as error:
@@ -139,14 +149,21 @@ def changed_overrides(
     limits: list[str] | None, overrides: Sequence[LimitOverride], changes: Sequence[tuple[str | None, LimitOverride | None]]
 ) -> OverridesRequest:
     """All limits of a key or customer after a change."""
-    kept = {(each.rule, each.until is not None): each for each in overrides}
+    kept: dict[tuple[str | None, bool, bool], LimitOverride] = {}
+    for each in overrides:
+        # One that has both is two.
+        if each.limits:
+            kept[each.rule, False, each.until is not None] = each.model_copy(update={"quotas": []})
+        if each.quotas:
+            kept[each.rule, True, each.until is not None] = each.model_copy(update={"limits": []})
     if limits is not None:
-        kept[None, False] = LimitOverride(rule=None, limits=limits)
-    for rule, override in changes:
+        kept[None, False, False] = LimitOverride.model_construct(rule=None, limits=limits, quotas=[], until=None)
+    for name, override in changes:
+        rule, is_quota = (None, True) if name == QUOTA else (name, False)
         if override is None:
-            kept.pop((rule, False), None)
-            kept.pop((rule, True), None)
+            kept.pop((rule, is_quota, False), None)
+            kept.pop((rule, is_quota, True), None)
         else:
-            kept[rule, override.until is not None] = override
-    base = kept.pop((None, False), None)
+            kept[rule, is_quota, override.until is not None] = override
+    base = kept.pop((None, False, False), None)
     return OverridesRequest(limits=None if base is None else base.limits, overrides=list(kept.values()))

@@ -205,7 +205,12 @@ def show(
         ("revoked at", to_seconds(record.revoked_at)),
         ("revoked reason", record.revoked_reason),
         ("limits", None if record.limits is None else ", ".join(record.limits)),
-        *((_override_name(override), ", ".join(override.limits)) for override in record.overrides),
+        *(
+            (_override_name(override, what), ", ".join(texts))
+            for override in record.overrides
+            for what, texts in (("limits", override.limits), ("quotas", override.quotas))
+            if texts
+        ),
         ("from", _origin(record)),
     ):
         say(f"{one_line(field):<15} {one_line(value) if value else '-'}")
@@ -301,8 +306,8 @@ def delete(
 app.command("limit")(limit)
 
 
-def _override_name(override: LimitOverride) -> str:
-    name = "limits" if override.rule is None else f"limits of {override.rule}"
+def _override_name(override: LimitOverride, what: str) -> str:
+    name = what if override.rule is None else f"{what} of {override.rule}"
     return name if override.until is None else f"{name} until {to_seconds(override.until)}"
 
 

@@ -69,7 +69,6 @@ class CompiledTier:
         tier: the tier.
         overrides: other limits for one key; rules that they do not name keep their own. Of two for one rule the later one
             applies; whether it has ended is not checked here.
-        quotas: other quotas in place of the tier's; None for those of the tier.
 
     Attributes:
         quotas: the tier's quotas; None where there are none.
@@ -95,9 +94,11 @@ class CompiledTier:
         "tier",
     )
 
-    def __init__(self, tier: Tier, overrides: Iterable[Override] = (), quotas: tuple[Quota, ...] | None = None) -> None:
+    def __init__(self, tier: Tier, overrides: Iterable[Override] = ()) -> None:
         self.tier = tier
-        other = {override.rule: override.limits for override in overrides}
+        given = tuple(overrides)
+        other = {override.rule: override.limits for override in given if not override.quotas}
+        sold = {override.rule: override.quotas for override in given if override.quotas}
         tier_limits = other.get("", tier.limits)
         self.limits: LimitSet | None = None
         suffix = ""
@@ -105,21 +106,22 @@ class CompiledTier:
             labelled = [msgspec.structs.replace(limit, label=f"tier {limit.text}") for limit in tier_limits]
             self.limits = LimitSet(tier.name, Algorithm.SLIDING_WINDOW, labelled, tier=tier.name)
             suffix = ", " + self.limits.quotas
-        sold = tier.quotas if quotas is None else quotas
-        self.quotas = CompiledQuotas(sold, tier.overage, None, tier.name) if sold else None
+        quotas = sold.get("", tier.quotas)
+        self.quotas = CompiledQuotas(quotas, tier.overage, None, tier.name) if quotas else None
         if self.quotas is not None:
             suffix += ", " + self.quotas.header
             if self.limits is not None:
                 self.limits.quotas += ", " + self.quotas.header
-        self.has_quotas = self.quotas is not None or any(rule.quotas for rule in tier.rules)
+        rules_sold = {rule.name: _rule_quotas(tier, rule, sold.get(rule.name, rule.quotas)) for rule in tier.rules}
+        self.has_quotas = self.quotas is not None or any(rules_sold.values())
         heads = {(rule.endpoint, rule.match, rule.mode) for rule in tier.rules if "HEAD" in rule.methods}
         compiled = [
             CompiledRule(
                 rule,
-                _limit_set(tier, rule, other.get(rule.name, rule.limits), suffix),
+                _limit_set(tier, rule, other.get(rule.name, rule.limits), suffix, rules_sold[rule.name]),
                 order,
                 (rule.endpoint, rule.match, rule.mode) in heads,
-                _rule_quotas(tier, rule),
+                rules_sold[rule.name],
             )
             for order, rule in enumerate(tier.rules)
         ]
@@ -194,7 +196,7 @@ class CompiledTier:
         return found
 
 
-def _limit_set(tier: Tier, rule: Rule, limits: tuple[Limit, ...], suffix: str) -> LimitSet | None:
+def _limit_set(tier: Tier, rule: Rule, limits: tuple[Limit, ...], suffix: str, quotas: CompiledQuotas | None) -> LimitSet | None:
     if not limits:
         return None
     # A tier's name holds no ':', so 'tier:rule' cannot be read two ways, nor equal a tier's own counter 'tier'.
@@ -207,17 +209,16 @@ def _limit_set(tier: Tier, rule: Rule, limits: tuple[Limit, ...], suffix: str) -
         tier=tier.name,
         soft=rule.mode is Mode.SOFT,
     )
-    quotas = _rule_quotas(tier, rule)
     made.quotas += suffix if quotas is None else f"{suffix}, {quotas.header}"
     return made
 
 
-def _rule_quotas(tier: Tier, rule: Rule) -> CompiledQuotas | None:
-    if not rule.quotas:
+def _rule_quotas(tier: Tier, rule: Rule, quotas: tuple[Quota, ...]) -> CompiledQuotas | None:
+    if not quotas:
         return None
     # Above a soft rule's quotas everything passes.
     overage = Overage() if rule.mode is Mode.SOFT else rule.overage
-    return CompiledQuotas(rule.quotas, overage, rule.name, tier.name, rule.on_failure)
+    return CompiledQuotas(quotas, overage, rule.name, tier.name, rule.on_failure)
 
 
 def counted_by(kind: Subject, has_key: bool, has_customer: bool = False) -> Subject:

@@ -10,22 +10,37 @@ from collections.abc import Iterable
 import msgspec
 
 from tidegate.policy.limits import Limit
+from tidegate.policy.quotas import Quota
 
 
 class Override(msgspec.Struct, frozen=True, gc=False):
-    """Other limits for one key or customer.
+    """Other limits, or other quotas, for one key or customer.
 
-    A rule may have two: a permanent one, and one that ends, which applies until then.
+    A rule may have two for each of them: a permanent one, and one that ends, which applies until then.
 
     Args:
         rule: name of the rule in the tier; empty for the tier's own limits.
-        limits: what holds instead.
+        limits: what holds instead; empty for one of quotas.
         until_us: µs since the epoch (UTC) from which it no longer applies; None for never.
+        quotas: what holds in place of the quotas of the rule or the tier; empty for one of limits.
     """
 
     rule: str
     limits: tuple[Limit, ...]
     until_us: int | None = None
+    quotas: tuple[Quota, ...] = ()
+
+    @property
+    def key(self) -> tuple[str, bool, bool]:
+        """What a key or customer has at most one override of."""
+        return self.rule, bool(self.quotas), self.until_us is not None
+
+    @property
+    def subject(self) -> str:
+        """What it replaces, for messages."""
+        if self.quotas:
+            return f"quotas of the rule {self.rule!r} are" if self.rule else "the tier's quotas are"
+        return f"rule {self.rule!r} is" if self.rule else "the tier's own limits are"
 
 
 def active_overrides(overrides: Iterable[Override], now_us: int) -> tuple[Override, ...]:

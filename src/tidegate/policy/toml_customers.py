@@ -14,7 +14,7 @@ from tidegate.policy.toml_overrides import TableReader, read_overrides
 MAX_CUSTOMERS: Final = 10_000
 """Most customers of one policy."""
 
-_FIELDS: Final = ("name", "external_id", "tier", "anchor", "timezone", "metadata", "match", "limits", "overrides")
+_FIELDS: Final = ("name", "external_id", "tier", "anchor", "timezone", "metadata", "match", "limits", "quotas", "overrides")
 _OWN: Final = ("external_id", "anchor", "timezone", "metadata", "match")
 
 

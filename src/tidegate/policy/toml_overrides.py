@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, Final, Protocol
 
 from tidegate.errors import PolicyError
 from tidegate.policy.limits import Algorithm, Limit, fit_limits, short
 from tidegate.policy.model import Rule, Subject, Tier, subject_text
 from tidegate.policy.overrides import Override
+from tidegate.policy.quotas import Quota
 from tidegate.policy.toml_lines import Path as KeyPath
 
 MAX_OVERRIDES: Final = 1_000
 """Most overrides of one API key or customer."""
 
-_FIELDS: Final = ("rule", "limits", "until")
+_FIELDS: Final = ("rule", "limits", "quotas", "until")
 
 
 class TableReader(Protocol):
@@ -32,6 +33,9 @@ class TableReader(Protocol):
     def limits(self, value: object, at: KeyPath) -> tuple[Limit, ...]:
         """Read a list of limits."""
 
+    def quotas(self, table: Mapping[str, Any], at: KeyPath) -> tuple[Quota, ...]:
+        """Read the list of quotas of a table; none where it has none."""
+
     def moment_us(self, value: object, at: KeyPath) -> int:
         """Read a time, µs since the epoch; the last part of its path names the field."""
 
@@ -48,7 +52,7 @@ class TableReader(Protocol):
 def read_overrides(
     reader: TableReader, table: dict[str, Any], at: KeyPath, tier: Tier | None, owner: str, counted: Collection[Subject]
 ) -> tuple[Override, ...]:
-    """The overrides in a table: `limits` for the tier's own limits, and the tables `overrides`.
+    """The overrides in a table: `limits` and `quotas` in place of the tier's own, and the tables `overrides`.
 
     Args:
         reader: of the file.
@@ -61,33 +65,42 @@ def read_overrides(
     Raises:
         PolicyError: with file, line and reason.
     """
-    found: dict[tuple[str, bool], Override] = {}
+    found: dict[tuple[str, bool, bool], Override] = {}
     if "limits" in table:
         limits_at = (*at, "limits")
         limits = reader.limits(table["limits"], limits_at)
         reader.placed(lambda: fit_limits(Algorithm.SLIDING_WINDOW, limits), limits_at)
-        found["", False] = Override("", limits)
+        found["", False, False] = Override("", limits)
+    if "quotas" in table:
+        quotas = reader.quotas(table, at)
+        if not quotas:
+            raise reader.error("quotas is an empty list: leave it out for those of the tier", (*at, "quotas"))
+        found["", True, False] = Override("", (), None, quotas)
     if found or table.get("overrides"):
         _require_tier(reader, tier, at, owner)
     # Most keys override nothing: the rules of their tier are not gone through for them.
     rules = {rule.name: rule for rule in tier.rules} if tier is not None and table.get("overrides") else {}
     for override_at, override in reader.tables(table, "overrides", at, MAX_OVERRIDES):
         reader.known(override, _FIELDS, override_at)
-        reader.required(override, ("limits",), override_at)
+        quotas = reader.quotas(override, override_at)
+        reader.required(override, () if quotas else ("limits",), override_at)
         rule = _rule_of(reader, override, override_at, rules, tier, owner, counted) if "rule" in override else None
-        limits_at = (*override_at, "limits")
-        limits = reader.limits(override["limits"], limits_at)
-        algorithm = Algorithm.SLIDING_WINDOW if rule is None else rule.algorithm
-        reader.placed(lambda algorithm=algorithm, limits=limits: fit_limits(algorithm, limits), limits_at)  # type: ignore[misc]
-        until_us = reader.moment_us(override["until"], (*override_at, "until")) if "until" in override else None
         name = "" if rule is None else rule.name
-        if (name, until_us is not None) in found:
-            what = f"rule {name!r} is" if name else "the tier's own limits are"
-            raise reader.error(
-                f"{what} overridden twice: remove one; beside a permanent override there may be one with 'until'",
-                (*override_at, "rule") if name else override_at,
-            )
-        found[name, until_us is not None] = Override(name, limits, until_us)
+        until_us = reader.moment_us(override["until"], (*override_at, "until")) if "until" in override else None
+        made = [Override(name, (), until_us, quotas)] if quotas else []
+        if "limits" in override:
+            limits_at = (*override_at, "limits")
+            limits = reader.limits(override["limits"], limits_at)
+            algorithm = Algorithm.SLIDING_WINDOW if rule is None else rule.algorithm
+            reader.placed(lambda algorithm=algorithm, limits=limits: fit_limits(algorithm, limits), limits_at)  # type: ignore[misc]
+            made.append(Override(name, limits, until_us))
+        for each in made:
+            if each.key in found:
+                raise reader.error(
+                    f"{each.subject} overridden twice: remove one; beside a permanent override there may be one with 'until'",
+                    (*override_at, "rule") if name else override_at,
+                )
+            found[each.key] = each
     return tuple(found.values())
 
 

@@ -72,7 +72,7 @@ _RULE_FIELDS: Final = (
     "quotas",
     "overage",
 )
-_KEY_FIELDS: Final = ("key", "sha256", "tier", "customer", "name", "status", "expires_at", "limits", "overrides")
+_KEY_FIELDS: Final = ("key", "sha256", "tier", "customer", "name", "status", "expires_at", "limits", "quotas", "overrides")
 # The first word of a record's error message, where it is not the field's name itself.
 _FIELD_OF_WORD: Final = {"limit": "limits", "method": "methods", "rule": "name", "tier": "name", "quota": "quotas"}
 
@@ -462,6 +462,7 @@ class _Tables:
         self.known = reader._known
         self.required = reader._required
         self.limits = reader._limits
+        self.quotas = reader._quotas
         self.moment_us = reader._moment_us
         self.error = reader._error
         self.nearest = _nearest

@@ -162,13 +162,17 @@ def _key_lines(api_key: ApiKey) -> list[str]:
 def _override_lines(table: str, overrides: Iterable[Override]) -> list[str]:
     lines: list[str] = []
     for override in sorted(overrides, key=lambda each: bool(each.rule) or each.until_us is not None):
+        if override.quotas:
+            what = f"quotas = [{', '.join(_string(quota.text) for quota in override.quotas)}]"
+        else:
+            what = f"limits = {_limits(override.limits)}"
         if not override.rule and override.until_us is None:
-            lines.append(f"limits = {_limits(override.limits)}")
+            lines.append(what)
             continue
         lines += ["", f"  [[{table}.overrides]]"]
         if override.rule:
             lines.append(f"  rule = {_string(override.rule)}")
-        lines.append(f"  limits = {_limits(override.limits)}")
+        lines.append(f"  {what}")
         if override.until_us is not None:
             lines.append(f"  until = {format_timestamp(override.until_us)}")
     return lines
