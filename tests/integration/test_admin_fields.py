@@ -160,7 +160,8 @@ class RequestSender:
             "overage": {"up_to": "20%"},
         }
         sold = {"limits": ["1/s"], "quotas": ["1000/month", "50/day"], "overage": {"up_to": "20%"}}
-        own = {"limits": ["9/day"], "overrides": [{"rule": "/kept", "limits": ["2/s"], "until": "2100-01-01T00:00:00Z"}]}
+        override = {"rule": "/kept", "limits": ["2/s"], "quotas": ["9/month"], "until": "2100-01-01T00:00:00Z"}
+        own = {"limits": ["9/day"], "overrides": [override]}
         namespace = {
             "limits": ["1/s"],
             "algorithm": "sliding_window",
