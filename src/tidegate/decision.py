@@ -193,6 +193,28 @@ class Decision(msgspec.Struct, frozen=True, gc=False):
         """Name of the caller's tier; None for a `Limiter`, which has no tiers."""
         return self.unlimited_tier if self.limits is None else self.limits.tier
 
+    @property
+    def headers(self) -> list[tuple[str, str]]:
+        """The limit headers of an HTTP response, and `Retry-After` of a denial; names in lower case. None where no rule applies.
+
+        `RateLimit-Policy` and `RateLimit` follow draft-ietf-httpapi-ratelimit-headers-10; `X-RateLimit-Reset` is in unix seconds.
+        Seconds are rounded up: a client that waits for `Retry-After` is never early.
+        """
+        binding = self.binding
+        if binding is None or self.limits is None:
+            return []
+        reset_us = self.reset_after_us
+        headers = [
+            ("ratelimit-policy", self.limits.quotas),
+            ("ratelimit", f'"{binding.label or binding.text}";r={self.remaining};t={-(-reset_us // US_PER_S)}'),
+            ("x-ratelimit-limit", str(binding.capacity)),
+            ("x-ratelimit-remaining", str(self.remaining)),
+            ("x-ratelimit-reset", str(-(-(self.at_us + reset_us) // US_PER_S))),
+        ]
+        if not self.allowed and self.retry_after_us is not None:
+            headers.append(("retry-after", str(-(-self.retry_after_us // US_PER_S))))
+        return headers
+
 
 class Observation(msgspec.Struct, frozen=True, gc=False):
     """What the gate saw while answering one check; telemetry reads it, nothing else does.
@@ -336,7 +358,7 @@ def ipv6_client(ip: str) -> str:
         ValueError: if it is no IPv6 address.
     """
     address = ipaddress.IPv6Address(ip)
-    embedded = _embedded_ipv4(address)
+    embedded = embedded_ipv4(address)
     if embedded is not None:
         return str(embedded)
     if address in _LOCAL_NAT64:
@@ -345,7 +367,7 @@ def ipv6_client(ip: str) -> str:
     return str(ipaddress.IPv6Network((int(address), IPV6_PREFIX), strict=False))
 
 
-def _embedded_ipv4(address: ipaddress.IPv6Address) -> ipaddress.IPv4Address | None:
+def embedded_ipv4(address: ipaddress.IPv6Address) -> ipaddress.IPv4Address | None:
     """The IPv4 address of the client behind an IPv6 address; None where there is none."""
     if address.sixtofour is not None:
         return address.sixtofour

@@ -1,4 +1,4 @@
-"""Leases never admit more than a limit: instances that lease at random, their messages delayed, lost and doubled, their clocks wrong.
+"""Leases never admit more than a limit: instances lease at random, messages are delayed, lost and doubled, clocks are wrong.
 
 What was admitted is held against the promise of each algorithm by the checker of the drills, which shares no code with them.
 """
@@ -120,6 +120,7 @@ class LeaseMachine(RuleBasedStateMachine):
             charge = Charge(counters, cost, request)
             if request is None:
                 decision = self.store.charge(charge)
+                instance.table.answered(counters)
                 self._note(decision, counters, cost, self.now_us)
                 continue
             self.requests.append((instance, charge, request, sent_ns))

@@ -81,6 +81,47 @@ def tiers(config: ConfigOption = None, as_json: JsonOption = False) -> None:
     )
 
 
+def namespaces(config: ConfigOption = None, as_json: JsonOption = False) -> None:
+    """List the active namespaces, for POST /v1/limit."""
+    _, policy = with_catalog(config, lambda catalog: catalog.caller_policy())
+    print_rows(
+        ("name", "limits", "algorithm", "on_failure", "overrides"),
+        (
+            (
+                each.name,
+                [limit.text for limit in each.limits],
+                each.algorithm.value,
+                each.on_failure.value,
+                [f"{override.subject}: {', '.join(limit.text for limit in override.limits)}" for override in each.overrides],
+            )
+            for each in policy.namespaces
+        ),
+        as_json,
+        "no namespaces: requests to POST /v1/limit bring their own limits",
+    )
+
+
+def callers(config: ConfigOption = None, as_json: JsonOption = False) -> None:
+    """Show who callers without an API key are: [anonymous], [callers], [attributes] and [jwt] of the policy."""
+    _, policy = with_catalog(config, lambda catalog: catalog.caller_policy())
+    jwt = policy.jwt
+    named = {
+        "anonymous.tier": policy.anonymous_tier,
+        "callers.tier_from": policy.tier_from,
+        "callers.default_tier": "" if policy.callers is None else policy.callers.default_tier,
+        **{f"attributes.{source.name}": source.text for source in policy.attributes},
+    }
+    if jwt is not None:
+        named |= {"jwt.jwks": jwt.jwks, "jwt.issuer": jwt.issuer, "jwt.audience": ", ".join(jwt.audience)}
+        named |= {"jwt.header": jwt.header, "jwt.algorithms": ", ".join(jwt.algorithms), "jwt.leeway_s": str(jwt.leeway_s)}
+    print_rows(
+        ("setting", "value"),
+        ((name, value) for name, value in named.items() if value),
+        as_json,
+        "callers without an API key are refused: the policy has neither [anonymous] nor [callers]",
+    )
+
+
 def _quota_cells(record: Tier | Rule) -> tuple[list[str], str]:
     """Quotas, and what passes above them: nothing, `+20%` or `no end`."""
     overage = record.overage

@@ -142,31 +142,8 @@ def encode(body: object) -> bytes:
 
 
 def limit_headers(decision: Decision) -> Headers:
-    """The headers of a decided answer; names in lower case, as HTTP/2 and RSGI want them.
-
-    `RateLimit-Policy` and `RateLimit` follow draft-ietf-httpapi-ratelimit-headers-10; `X-RateLimit-Reset` is in unix seconds.
-    Seconds are rounded up: a client that waits for `Retry-After` is never early.
-
-    Args:
-        decision: the decision.
-
-    Returns:
-        Pairs of name and value; none where no rule applies.
-    """
-    binding = decision.binding
-    if binding is None or decision.limits is None:
-        return []
-    reset_us = decision.reset_after_us
-    headers = [
-        ("ratelimit-policy", decision.limits.quotas),
-        ("ratelimit", f'"{binding.label or binding.text}";r={decision.remaining};t={ceil_s(reset_us)}'),
-        ("x-ratelimit-limit", str(binding.capacity)),
-        ("x-ratelimit-remaining", str(decision.remaining)),
-        ("x-ratelimit-reset", str(ceil_s(decision.at_us + reset_us))),
-    ]
-    if not decision.allowed and decision.retry_after_us is not None:
-        headers.append(("retry-after", str(ceil_s(decision.retry_after_us))))
-    return headers
+    """The headers of a decided answer, as `Decision.headers` has them; names in lower case, as HTTP/2 and RSGI want them."""
+    return decision.headers
 
 
 def limit_lines(decision: Decision) -> bytes:

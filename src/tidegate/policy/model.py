@@ -13,6 +13,7 @@ from typing import Final
 import msgspec
 
 from tidegate.errors import PolicyError
+from tidegate.policy.access_entries import AccessEntry
 from tidegate.policy.attributes import AttributeSource, CallerPolicy, CallerRules, OnMissing, match_of, subject_parts
 from tidegate.policy.descriptors import PREFIX as DESCRIPTOR
 from tidegate.policy.descriptors import canonical_descriptor, descriptor_entries, entries_text
@@ -329,6 +330,7 @@ class Policy(msgspec.Struct, frozen=True, gc=False):
         callers: who a caller without an API key is; None where only `anonymous_tier` says it.
         jwt: which bearer tokens of other issuers are accepted; None for none.
         namespaces: names unique.
+        access: who is allowed or denied before anything is counted.
     """
 
     tiers: tuple[Tier, ...]
@@ -338,11 +340,12 @@ class Policy(msgspec.Struct, frozen=True, gc=False):
     callers: CallerRules | None = None
     jwt: JwtPolicy | None = None
     namespaces: tuple[Namespace, ...] = ()
+    access: tuple[AccessEntry, ...] = ()
 
     @property
     def caller_policy(self) -> CallerPolicy:
         """What it says of callers without an API key."""
-        return CallerPolicy(self.anonymous_tier, self.callers, self.attributes, self.jwt, self.namespaces)
+        return CallerPolicy(self.anonymous_tier, self.callers, self.attributes, self.jwt, self.namespaces, self.access)
 
 
 def canonical_pattern(endpoint: object) -> str:

@@ -18,6 +18,8 @@ from typing import Any, Final, TypeVar
 import msgspec
 
 from tidegate.errors import PolicyError
+from tidegate.policy.access import MAX_ENTRIES, access_entry, require_bounded
+from tidegate.policy.access_entries import AccessEntry
 from tidegate.policy.attributes import AttributeSource, CallerRules, SourceKind, match_of, require_attribute_name
 from tidegate.policy.descriptors import descriptor_text
 from tidegate.policy.jwt_policy import JwtPolicy
@@ -46,10 +48,11 @@ MAX_LIST: Final = 32
 
 MAX_NAMESPACES: Final = 1_000
 
-_POLICY_FIELDS: Final = ("tiers", "api_keys", "anonymous", "attributes", "callers", "jwt", "namespaces")
+_POLICY_FIELDS: Final = ("tiers", "api_keys", "anonymous", "attributes", "callers", "jwt", "namespaces", "access")
 _JWT_FIELDS: Final = ("jwks", "issuer", "audience", "header", "algorithms", "leeway_s")
 _NAMESPACE_FIELDS: Final = ("name", "limits", "algorithm", "on_failure", "overrides")
 _NAMESPACE_OVERRIDE_FIELDS: Final = ("subject", "limits")
+_ACCESS_FIELDS: Final = ("action", "from", "match", "customer", "api_key_id")
 _CALLER_FIELDS: Final = ("tier_from", "default_tier")
 _TIER_FIELDS: Final = ("name", "limits", "rules", "quotas", "overage")
 _RULE_FIELDS: Final = (
@@ -185,6 +188,7 @@ class _Reader:
             self._callers(tiers),
             self._jwt(),
             self._namespaces(),
+            self._access(),
         )
 
     def _tier(self, table: dict[str, Any], at: KeyPath) -> Tier:
@@ -380,6 +384,16 @@ class _Reader:
             given = {**table, "limits": limits, "overrides": overrides}
             found[table["name"]] = self._placed(lambda given=given: Namespace.make(**given), table, at)  # type: ignore[misc]
         return tuple(found.values())
+
+    def _access(self) -> tuple[AccessEntry, ...]:
+        found = []
+        for at, table in self._tables(self._raw, "access", (), MAX_ENTRIES):
+            self._known(table, _ACCESS_FIELDS, at)
+            self._required(table, ("action",), at)
+            given = {"networks" if field == "from" else field: value for field, value in table.items()}
+            found.append(self._placed(lambda given=given: access_entry(**given), table, at))  # type: ignore[misc]
+        self._placed(lambda: require_bounded(found), {}, ("access",))
+        return tuple(found)
 
     def _table(self, name: str, example: str) -> dict[str, Any]:
         table = self._raw.get(name, {})

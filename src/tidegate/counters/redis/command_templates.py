@@ -70,9 +70,7 @@ class CommandTemplate:
         retry_after = None if retry < 0 else retry
         if not granted:
             return Decision(binding > 0, limit, least, reset, retry_after, now, self.limits)
-        return GrantingDecision(
-            binding > 0, limit, least, reset, retry_after, now, self.limits, granted=granted, ends_us=ends
-        )
+        return GrantingDecision(binding > 0, limit, least, reset, retry_after, now, self.limits, granted=granted, ends_us=ends)
 
 
 def charge_command(template: CommandTemplate, charge: Charge, tag: bytes) -> bytes:

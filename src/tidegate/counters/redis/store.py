@@ -359,9 +359,7 @@ class RedisCounters(RedisCommands):
             connection = topology.connection_of(slot)
             again = await reply_by(connection.send(command), deadline, str(connection.endpoint))
             return template.decision(
-                again
-                if type(again) is list
-                else await follow_redirection(topology, slot, command, again, work, deadline)
+                again if type(again) is list else await follow_redirection(topology, slot, command, again, work, deadline)
             )
         except LateAnswer as late:
             late.decode = template.decision
