@@ -21,6 +21,7 @@ BENCHES = (
     "telemetry",
     "jwt",
     "attributes",
+    "access",
     "simulate",
     "http",
     "callers_auth",

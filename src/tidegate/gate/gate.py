@@ -119,7 +119,8 @@ class Gate:
             if ip is not None and ":" in ip:
                 ip = ipv6_client(ip)
             tier = caller.tier
-            exempt = active and self.access.admit_caller(caller, exempt)
+            if active and (exempt or self._lists.names_callers):
+                exempt = self.access.admit_caller(caller, exempt)
             if tier.has_shadow_rules and not exempt:
                 plan = self._plan_of(check, caller, ip)
                 charged = [charge(each.counters, each.cost) for each in plan.charges]
