@@ -11,6 +11,7 @@
      ├── TooManyUnknownKeys      429 API_KEY_LOOKUPS_EXCEEDED
      ├── ApiKeyRevoked           403 API_KEY_REVOKED
      ├── ApiKeyExpired           403 API_KEY_EXPIRED
+     ├── RateLimitExceeded       429 RATE_LIMIT_EXCEEDED, raised by limited functions (`tidegate.doors.exceeded`)
      ├── Blocked                 403 BLOCKED
      ├── StoreUnavailable        503 STORE_UNAVAILABLE
      ├── CatalogUnavailable      503 CATALOG_UNAVAILABLE
@@ -39,7 +40,8 @@ class TidegateError(Exception):
     status: ClassVar[int] = 503
 
     def __init__(self, message: str, **details: object) -> None:
-        super().__init__(message)
+        # Not `super()`: a framework's exception may be the next class, see `tidegate.doors.exceeded`.
+        Exception.__init__(self, message)
         self.message = message
         self.details = details
 

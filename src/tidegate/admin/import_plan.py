@@ -122,10 +122,10 @@ class _Planner:
             self._plan.touched.append((TIER, tier.name))
             self._plan.tier_inserts.append(values)
             self._record("create", "tier", tier.name, None, TierRead.of_row({**values, "revision": 1}))
-        elif values["limits"] != row["limits"]:
+        elif any(values[column] != row[column] for column in policy_rows.TIER_COLUMNS):
             self._require_own(row, f"tier {tier.name!r}")
             self._plan.touched.append((TIER, tier.name))
-            changed = {**row, "limits": values["limits"], "managed_by_file": False, "revision": row["revision"] + 1}
+            changed = {**row, **values, "revision": row["revision"] + 1}
             self._plan.tier_updates.append(changed)
             self._record("update", "tier", tier.name, TierRead.of_row(row), TierRead.of_row(changed))
         self._import_rules(tier)

@@ -19,7 +19,7 @@ import math
 import random
 import time
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import Final
 
 from tidegate.catalog import Catalog
@@ -62,6 +62,7 @@ class CachedCatalog:
         caller_tokens: receives each change as well; None if callers of the data plane need no token.
         blocks: receives each change as well; None where nobody can be blocked, as in a catalog in memory.
         access: what checks are compared with before anything is counted.
+        on_change: called with the items that a change touched; ALL stands for any.
         active_policy: what the policy says of callers without an API key, and of attributes; None if it has to be loaded.
     """
 
@@ -79,6 +80,7 @@ class CachedCatalog:
         self.caller_tokens: CallerTokens | None = None
         self.blocks: Blocks | None = None
         self.access = AccessLists()
+        self.on_change: Callable[[Sequence[Item]], None] | None = None
         self.hits = self.misses = self.stale = 0
         self.active_policy: CallerPolicy | None = None
         self._l1_ttl_s = l1_ttl_s
@@ -282,6 +284,8 @@ class CachedCatalog:
             self.invalidate()
         items = [item for _, item in changes.items]
         self._invalidate(items)
+        if self.on_change is not None:
+            self.on_change([*items, (ALL, "")] if everything else items)
         if self.caller_tokens is not None:
             self.caller_tokens.changed(items, everything=everything)
         if self.blocks is not None:
@@ -294,6 +298,8 @@ class CachedCatalog:
         if (ALL, "") in items:
             self.invalidate()
         self._invalidate(items)
+        if self.on_change is not None:
+            self.on_change(items)
         if self.caller_tokens is not None:
             self.caller_tokens.changed(items)
         if self.blocks is not None:

@@ -8,15 +8,31 @@ one event loop and may be shared by any number of its tasks.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, TypeAlias, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
 
 import msgspec
 
 from tidegate.decision import Decision
 from tidegate.errors import StoreUnavailable
 from tidegate.policy.limits import LimitSet
+
+if TYPE_CHECKING:
+    import asyncio
+
+
+class LeaseRequest(msgspec.Struct, frozen=True, gc=False, eq=False):
+    """Units that a store may charge in advance with a charge, for its sender to use without asking. Compared by identity.
+
+    Args:
+        want: units, at most.
+        divisor: of what remains after the charge: no more than the quotient is leased; 2 or more.
+        ttl_us: how long, µs, at most; windows end a lease earlier.
+    """
+
+    want: int
+    divisor: int
+    ttl_us: int
 
 
 class Charge(msgspec.Struct, frozen=True, gc=False):
@@ -27,10 +43,50 @@ class Charge(msgspec.Struct, frozen=True, gc=False):
             counts by another subject than its tier's own limits, a store that shards by subject may need more than one step
             for them, but must never admit more than any limit.
         cost: units, 0 (peek) or more.
+        lease: units wanted beyond `cost`; a store that grants none ignores it.
     """
 
     counters: tuple[tuple[LimitSet, str], ...]
     cost: int = 1
+    lease: LeaseRequest | None = None
+
+
+class GrantingDecision(Decision, frozen=True, gc=False):
+    """The decision of a charge that a lease was granted with. `remaining` is as it was before the grant.
+
+    Args:
+        granted: units leased.
+        ends_us: when the lease ends, by the store's clock, µs since the epoch.
+    """
+
+    granted: int = 0
+    ends_us: int = 0
+
+    def without_grant(self) -> Decision:
+        """The decision alone."""
+        return Decision(
+            self.allowed, self.binding, self.remaining, self.reset_after_us, self.retry_after_us, self.at_us, self.limits
+        )
+
+
+class LeaseReturn(msgspec.Struct, frozen=True, gc=False):
+    """A lease that is given up.
+
+    Args:
+        counters: that were charged.
+        granted: units.
+        unused: of them.
+        at_us: when they were charged, by the store's clock.
+        ends_us: when the lease ends, by the store's clock.
+        session: what `LeaseGrantor.session` returned when the grant arrived.
+    """
+
+    counters: tuple[tuple[LimitSet, str], ...]
+    granted: int
+    unused: int
+    at_us: int
+    ends_us: int
+    session: object = None
 
 
 class LateAnswer(StoreUnavailable):
@@ -107,6 +163,58 @@ class CounterStore(Protocol):
 
     async def close(self) -> None:
         """Release the store's resources; it must not be used afterwards."""
+        ...
+
+
+@runtime_checkable
+class LeasingCounterStore(CounterStore, Protocol):
+    """A store that can decide some charges without waiting for anything."""
+
+    def charge_now(self, counters: tuple[tuple[LimitSet, str], ...], cost: int) -> Decision | None:
+        """Decide several counters and charge all of them or none, if nothing has to be awaited for it.
+
+        Args:
+            counters: as those of a `Charge`.
+            cost: as that of a `Charge`.
+
+        Returns:
+            The decision; None if `charge` must decide.
+        """
+        ...
+
+
+class LeaseGrantor(CounterStore, Protocol):
+    """A store that grants leases: it answers a charge with a `LeaseRequest` by a `GrantingDecision` where it granted one.
+
+    Attributes:
+        instances: how many share it.
+        on_late_grant: called with a charge, its late answer and when it was sent, monotonic µs.
+        on_reset: called when counters were reset, here or elsewhere.
+        denial_ttl_us: how long a denial may be remembered, µs: units that others give back may end it earlier.
+    """
+
+    instances: int
+    on_late_grant: Callable[[Charge, GrantingDecision, int], None] | None
+    on_reset: Callable[[], None] | None
+    denial_ttl_us: int | None
+
+    def grants(self, counters: tuple[tuple[LimitSet, str], ...]) -> bool:
+        """Whether it can grant a lease on these counters, all or none."""
+        ...
+
+    def session(self, counters: tuple[tuple[LimitSet, str], ...]) -> object:
+        """What is the same as long as the store certainly remembers what it charged; compared by equality."""
+        ...
+
+    async def give_back(self, returns: Sequence[LeaseReturn]) -> list[bool]:
+        """Give up leases, in one call; never retried, as a second time would give back units of others.
+
+        Args:
+            returns: any number of them.
+
+        Returns:
+            For each whether the unused units are available again.
+        """
         ...
 
 

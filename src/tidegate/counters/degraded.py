@@ -8,12 +8,13 @@ slow, `local` admits what the store will most probably charge (`late_answers`).
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Final
 
 import msgspec
 
 from tidegate.breaker import Breaker, BreakerOptions
-from tidegate.counters import Charge, ChargeOutcome, LateAnswer
+from tidegate.counters import Charge, ChargeOutcome, GrantingDecision, LateAnswer
 from tidegate.counters.denial_cache import DenialCache
 from tidegate.counters.fallback import LocalShares
 from tidegate.counters.late_answers import RETRY_US, LateAnswers
@@ -61,6 +62,13 @@ class DegradedDecisions:
         self._offset_us = time.time_ns() // 1000 - time.monotonic_ns() // 1000
         self._latest_us = 0
         self._cleared_us = 0
+        self.denial_ttl_us: int | None = None
+        self.on_late_grant: Callable[[Charge, GrantingDecision, int], None] | None = None
+
+    def _remember_denial(self, charge: Charge, decision: Decision, started_us: int) -> None:
+        if started_us >= self._cleared_us:
+            leased = all(limits.leasable for limits, _ in charge.counters)
+            self.denials.remember(charge.counters, charge.cost, decision, started_us, self.denial_ttl_us if leased else None)
 
     def _shards(self, charge: Charge) -> list[str]:
         return list({self.store.shard_of(subject) for _, subject in charge.counters})
@@ -121,8 +129,10 @@ class DegradedDecisions:
             shard = answer.details.get("shard")
             if shard is not None:
                 self._breakers.failed(str(shard), answer, time.monotonic())
-        elif not answer.allowed and started_us >= self._cleared_us:
-            self.denials.remember(charge.counters, charge.cost, answer, started_us)
+        elif not answer.allowed:
+            self._remember_denial(charge, answer, started_us)
+        elif self.on_late_grant is not None and isinstance(answer, GrantingDecision):
+            self.on_late_grant(charge, answer, started_us)
         if admitted and (isinstance(answer, StoreUnavailable) or not answer.allowed):
             self._local.owe(charge, self._store_now_us())
 

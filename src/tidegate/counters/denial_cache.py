@@ -2,7 +2,8 @@
 
 A denial is remembered for its cost: a smaller cost may pass, a larger one passes later or never. The cache is never stricter than
 the store: the time counts from before the call, and until T nothing that others consume can make room. A raised limit or a
-re-loaded policy makes new limit sets, and a denial belongs to its own set; when a counter is reset, `clear` is called.
+re-loaded policy makes new limit sets, and a denial belongs to its own set; when a counter is reset, `clear` is called. Where
+units are leased, others may give some back before T: then a denial is remembered for the life of a lease at most.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ class DenialCache:
         self.max_entries = max_entries
         self.answered = 0
         # Ordered: finding the first key of a plain dict walks the gaps of all that were deleted before it.
-        self.entries: OrderedDict[tuple[_Counters, int], tuple[int, Decision]] = OrderedDict()
+        self.entries: OrderedDict[tuple[_Counters, int], tuple[int, Decision, int]] = OrderedDict()
 
     def __len__(self) -> int:
         """Number of denials, expired ones included."""
@@ -50,12 +51,12 @@ class DenialCache:
         entry = self.entries.get((counters, cost))
         if entry is None:
             return None
-        until_us, decision = entry
+        until_us, decision, retry_at_us = entry
         if until_us <= now_us:
             del self.entries[counters, cost]
             return None
         self.answered += 1
-        left_us = until_us - now_us
+        left_us = retry_at_us - now_us
         passed_us = (decision.retry_after_us or 0) - left_us
         return Decision(
             False,
@@ -67,7 +68,7 @@ class DenialCache:
             decision.limits,
         )
 
-    def remember(self, counters: _Counters, cost: int, decision: Decision, started_us: int) -> None:
+    def remember(self, counters: _Counters, cost: int, decision: Decision, started_us: int, ttl_us: int | None = None) -> None:
         """Remember a denial of the store.
 
         Args:
@@ -75,6 +76,7 @@ class DenialCache:
             cost: of the charge.
             decision: the store's.
             started_us: monotonic µs before the call.
+            ttl_us: for how long, at most; until the retry where None.
         """
         retry_us = decision.retry_after_us
         if not retry_us:
@@ -82,7 +84,8 @@ class DenialCache:
         self.entries.pop((counters, cost), None)
         if len(self.entries) >= self.max_entries:
             self.entries.popitem(last=False)
-        self.entries[counters, cost] = (started_us + retry_us, decision)
+        valid_us = retry_us if ttl_us is None else min(retry_us, ttl_us)
+        self.entries[counters, cost] = (started_us + valid_us, decision, started_us + retry_us)
 
     def sweep(self, now_us: int, steps: int = SWEEP_STEPS) -> None:
         """Drop expired denials, a bounded number at a time.

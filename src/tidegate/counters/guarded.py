@@ -24,14 +24,15 @@ from threading import get_ident
 from typing import Final
 
 from tidegate.background import SUPERVISOR, stop
-from tidegate.counters import Charge, ChargeOutcome
+from tidegate.counters import Charge, ChargeOutcome, LeaseReturn
 from tidegate.counters.degraded import DegradedDecisions, GuardOptions, now_us
+from tidegate.counters.fallback import passes_without_end
 from tidegate.counters.redis import heartbeat
 from tidegate.counters.redis.store import RedisCounters
 from tidegate.decision import Decision
 from tidegate.errors import StoreUnavailable
 from tidegate.latency import LatencyHistogram
-from tidegate.policy.limits import Algorithm, LimitSet
+from tidegate.policy.limits import AnyAlgorithm, LimitSet
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +60,9 @@ class GuardedCounters(DegradedDecisions):
         """Of calls to the store that were answered or reached their deadline."""
         self._denied = self.denials.entries  # to test whether there are any: a `__len__` in Python costs ten times as much
         self._resets: int | None = None
+        self.on_reset: Callable[[], None] | None = None
+        self.store_calls = 0
+        """Charges that were sent to the store."""
         self._refunds = 0
         self._background: list[asyncio.Task[None]] = []
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -110,6 +114,7 @@ class GuardedCounters(DegradedDecisions):
             denied = self.denials.find(charge.counters, charge.cost, started_ns // 1000)
             if denied is not None:
                 return (denied,)
+        self.store_calls += 1
         try:
             decision = await self.store.charge_one(charge, started_ns)
         except StoreUnavailable as error:
@@ -123,15 +128,27 @@ class GuardedCounters(DegradedDecisions):
     def _remember(self, charge: Charge, decision: Decision, started_us: int) -> None:
         """Remember a denial, and that little remains, for later checks that reach their deadline."""
         if not decision.allowed:
-            if started_us >= self._cleared_us:
-                self.denials.remember(charge.counters, charge.cost, decision, started_us)
+            self._remember_denial(charge, decision, started_us)
         elif (
             decision.binding is None
             or decision.remaining is None
             or decision.remaining * 2 >= (decision.binding.burst or decision.binding.amount)
+            or (decision.overage and passes_without_end(decision))
         ):
             return
         self.late.observe(charge.counters, decision)
+
+    def grants(self, counters: tuple[tuple[LimitSet, str], ...]) -> bool:
+        """See `LeaseGrantor.grants`."""
+        return self._loop is not None and self.store.grants(counters)
+
+    def session(self, counters: tuple[tuple[LimitSet, str], ...]) -> object:
+        """See `LeaseGrantor.session`."""
+        return self.store.session(counters)
+
+    async def give_back(self, returns: Sequence[LeaseReturn]) -> list[bool]:
+        """See `LeaseGrantor.give_back`."""
+        return await self.store.give_back(returns)
 
     async def windows(self, counters: Sequence[tuple[LimitSet, str]]) -> Sequence[Sequence[Decision] | None]:
         """See `CounterStore.windows`; from the store only: the fallback counts shares of the limits."""
@@ -204,6 +221,7 @@ class GuardedCounters(DegradedDecisions):
             undecided = await self._put_back_first(charges, undecided, answers, started_us)
         if undecided:
             sent_ns = time.monotonic_ns()
+            self.store_calls += len(undecided)
             decided = await self.store.charge([charges[place] for place in undecided], started_ns)
             # One call, however many charges; an immediate failure is not a latency of the store.
             if any(not isinstance(each, StoreUnavailable) or each.details.get("reason") == "timeout" for each in decided):
@@ -276,6 +294,8 @@ class GuardedCounters(DegradedDecisions):
         self._offset_us = beat.at_us - (before_us + now_us()) // 2
         if self._resets is not None and beat.resets != self._resets:
             self._clear_remembered()
+            if self.on_reset is not None:
+                self.on_reset()
         self._resets = beat.resets
 
     async def _recover(self) -> None:
@@ -290,7 +310,7 @@ class GuardedCounters(DegradedDecisions):
         self.late.clear()
 
 
-def _name(limits: LimitSet, subject: str) -> tuple[str, Algorithm, str]:
+def _name(limits: LimitSet, subject: str) -> tuple[str, AnyAlgorithm, str]:
     return limits.name, limits.algorithm, subject
 
 

@@ -23,7 +23,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable
 from typing import Final, TypeAlias
 
-from tidegate.counters import Charge, LateAnswer
+from tidegate.counters import Charge, GrantingDecision, LateAnswer
 from tidegate.counters.redis.split_charge import await_late_answer
 from tidegate.decision import Decision
 from tidegate.errors import StoreUnavailable
@@ -200,4 +200,6 @@ class LateAnswers:
         if len(self.prepaid) >= MAX_PREPAID:
             self.prepaid.popitem(last=False)
         entries = self.prepaid.setdefault((charge.counters, charge.cost), deque())
-        entries.append((self._now_us() + left_us, decision))
+        # The caller has taken the grant; the decision alone is used again.
+        plain = decision.without_grant() if isinstance(decision, GrantingDecision) else decision
+        entries.append((self._now_us() + left_us, plain))

@@ -179,4 +179,5 @@ def counter_subject(subject: str) -> str:
 def _observation(check: LimitCheck, outcome: ChargeOutcome, latency_ns: int) -> Observation:
     if isinstance(outcome, StoreUnavailable):
         return Observation(None, outcome.code, latency_ns)
-    return Observation(outcome, None, latency_ns, (), check.subject, None if outcome.allowed else check.limits)
+    denied_by = None if outcome.allowed else check.limits
+    return Observation(outcome, None, latency_ns, (), check.subject, denied_by, check.cost)

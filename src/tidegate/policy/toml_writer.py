@@ -52,9 +52,20 @@ def _tier_lines(tier: Tier) -> list[str]:
     lines = ["[[tiers]]", f"name = {_string(tier.name)}"]
     if tier.limits:
         lines.append(f"limits = {_limits(tier.limits)}")
+    lines += _quota_lines(tier)
     for rule in tier.rules:
         lines += ["", *(f"  {line}" for line in _rule_lines(rule))]
     return [*lines, ""]
+
+
+def _quota_lines(record: Tier | Rule) -> list[str]:
+    if not record.quotas:
+        return []
+    lines = [f"quotas = [{', '.join(_string(quota.text) for quota in record.quotas)}]"]
+    if record.overage is not None:
+        value = record.overage.value
+        lines.append("overage = true" if value is True else f"overage = {{ up_to = {_string(value['up_to'])} }}")  # type: ignore[index]
+    return lines
 
 
 def _jwt_lines(jwt: JwtPolicy) -> list[str]:
@@ -108,7 +119,9 @@ def _rule_lines(rule: Rule) -> list[str]:
         lines.append(f"methods = [{', '.join(map(_string, rule.methods))}]")
     if rule.algorithm is not Algorithm.SLIDING_WINDOW:
         lines.append(f"algorithm = {_string(rule.algorithm)}")
-    lines.append(f"limits = {_limits(rule.limits)}")
+    if rule.limits:
+        lines.append(f"limits = {_limits(rule.limits)}")
+    lines += _quota_lines(rule)
     if rule.match:
         lines.append(f"match = {{ {', '.join(f'{name} = {_string(pattern)}' for name, pattern in rule.match)} }}")
     if rule.subject is not Subject.API_KEY:

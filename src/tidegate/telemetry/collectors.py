@@ -12,9 +12,13 @@ from tidegate.catalog.cached import CachedCatalog
 from tidegate.catalog.shared import SharedCatalog
 from tidegate.catalog.sql.database import Database
 from tidegate.counters import CounterStore
+from tidegate.counters.factory import guard_of
 from tidegate.counters.guarded import GuardedCounters
+from tidegate.counters.lease_table import LeaseTable
+from tidegate.counters.leased import LeasedCounters
 from tidegate.counters.memory import MemoryCounters
 from tidegate.gate.access import AccessControl
+from tidegate.ledger.writer import UsageWriter
 from tidegate.telemetry.metrics import Metrics
 from tidegate.violations.recorder import ViolationWriter
 
@@ -90,8 +94,11 @@ def collect_cache(
 
 def collect_counters(metrics: Metrics, counters: CounterStore) -> None:
     """Register the metrics of the counter store."""
-    if isinstance(counters, GuardedCounters):
-        _collect_guarded(metrics, counters)
+    guard = guard_of(counters)
+    if guard is not None:
+        _collect_guarded(metrics, guard)
+    if isinstance(counters, LeasedCounters):
+        _collect_leases(metrics, counters.table)
     if isinstance(counters, MemoryCounters):
         metrics.add_gauge("rate_limiter_subjects", "Counters held in memory.", lambda: len(counters))
         metrics.add_counter(
@@ -135,6 +142,27 @@ def collect_violations(metrics: Metrics, writer: ViolationWriter) -> None:
     )
 
 
+def collect_usage(metrics: Metrics, writer: UsageWriter) -> None:
+    """Register the metrics of the usage ledger and the traffic history."""
+    metrics.add_counter("rate_limiter_ledger_units_written", "Units written to the usage ledger.", lambda: writer.written)
+    metrics.add_gauge("rate_limiter_ledger_pending", "Rows of usage and traffic waiting to be written.", lambda: writer.pending)
+    metrics.add_counter(
+        "rate_limiter_ledger_units_unattributed",
+        "Units written without their customer and API key because too many rows waited.",
+        lambda: writer.unattributed,
+    )
+    metrics.add_counter(
+        "rate_limiter_ledger_batches_repeated",
+        "Batches that were repeated although an earlier attempt had been applied; they were not added again.",
+        lambda: writer.repeated,
+    )
+    metrics.add_counter(
+        "rate_limiter_traffic_rows_dropped",
+        "Rows of the traffic history dropped because too many waited.",
+        lambda: writer.dropped,
+    )
+
+
 def _collect_guarded(metrics: Metrics, counters: GuardedCounters) -> None:
     metrics.add_histogram(
         "rate_limiter_store_latency_seconds",
@@ -171,6 +199,9 @@ def _collect_guarded(metrics: Metrics, counters: GuardedCounters) -> None:
         "Counters reset because their stored state was unreadable.",
         lambda: counters.store.corrupt.resets,
     )
+    metrics.add_counter(
+        "rate_limiter_store_charges", "Checks sent to the counter store, and requests for leases.", lambda: counters.store_calls
+    )
     metrics.add_gauge(
         "rate_limiter_instances", "Instances sharing the counter store, from their heartbeats.", lambda: counters.instances
     )
@@ -191,6 +222,16 @@ def _collect_guarded(metrics: Metrics, counters: GuardedCounters) -> None:
         "Shards of the counter store that are connected.",
         lambda: sum(connection.up for connection in counters.store.connections()),
     )
+
+
+def _collect_leases(metrics: Metrics, table: LeaseTable) -> None:
+    metrics.add_counter(
+        "rate_limiter_lease_decisions", "Checks decided from leases, without a call to the store.", lambda: table.decisions
+    )
+    metrics.add_counter("rate_limiter_leased_units", "Units charged in advance for this instance.", lambda: table.leased)
+    metrics.add_counter("rate_limiter_lease_units_returned", "Unused units given back to the store.", lambda: table.returned)
+    metrics.add_counter("rate_limiter_lease_units_lost", "Unused units that the store did not take back.", lambda: table.lost)
+    metrics.add_gauge("rate_limiter_leases", "Leases held.", lambda: len(table.leases))
 
 
 class TlsCounts(Protocol):

@@ -32,6 +32,8 @@ _KEYS: Final = select(policy_state.c.version.label("read_version"), api_keys, ti
     )
 )
 
+_TIER_COLUMNS: Final = (*policy_rows.TIER_COLUMNS, "managed_by_file")
+
 
 def live_caller_tokens() -> tuple[ColumnElement[bool], ColumnElement[bool]]:
     """Conditions that hold for the callers' tokens that are neither revoked nor expired."""
@@ -75,8 +77,7 @@ class SqlCatalog:
             select(
                 policy_state.c.version.label("read_version"),
                 tiers.c.name.label("tier_name"),
-                tiers.c.limits.label("tier_limits"),
-                tiers.c.managed_by_file.label("tier_managed_by_file"),
+                *(tiers.c[column].label(f"tier_{column}") for column in _TIER_COLUMNS),
                 rate_limit_rules,
             )
             .select_from(
@@ -90,7 +91,7 @@ class SqlCatalog:
         first = rows[0]
         if first["tier_name"] is None:
             return first["read_version"], None
-        tier = {"name": first["tier_name"], "limits": first["tier_limits"], "managed_by_file": first["tier_managed_by_file"]}
+        tier = {"name": first["tier_name"], **{column: first[f"tier_{column}"] for column in _TIER_COLUMNS}}
         return first["read_version"], policy_rows.tier_of(tier, rows if first["id"] is not None else ())
 
     async def tier_names(self) -> list[str]:

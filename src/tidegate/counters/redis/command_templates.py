@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from typing import Any, Final
 
 import msgspec
 
 from tidegate.algorithms import State
-from tidegate.counters import Charge
-from tidegate.counters.redis.keyspace import hash_tag, key_of, name_of
+from tidegate.counters import Charge, GrantingDecision, LeaseRequest, LeaseReturn
+from tidegate.counters.redis.keyspace import hash_tag, key_of, name_of, reset_key_of
 from tidegate.counters.redis.resp import encode_command
-from tidegate.counters.redis.scripts import Script, parameters, script, wire_states
+from tidegate.counters.redis.scripts import Script, boundaries_end_us, parameters, script, wire_states
 from tidegate.decision import Decision
 from tidegate.errors import StoreUnavailable
 from tidegate.policy.limits import Limit, LimitSet
+from tidegate.timestamps import US_PER_S
 
 _COSTS: Final = tuple(b"$%d\r\n%d\r\n" % (len(str(cost)), cost) for cost in range(1000))
 _KEY_HEADS: Final = tuple(b"$%d\r\ntg:{" % length for length in range(128))
@@ -22,27 +25,52 @@ _KEY_HEADS: Final = tuple(b"$%d\r\ntg:{" % length for length in range(128))
 
 
 class CommandTemplate:
-    """The prepared parts of a charge's command: all that does not depend on subject and cost."""
+    """The prepared parts of a charge's command: all that does not depend on subject and cost.
 
-    __slots__ = ("head", "limits", "limits_by_place", "name", "script", "suffix", "tail")
+    Attributes:
+        until_s: until when it may be used, s since the epoch: it holds the periods of quotas around now. Infinity without quotas.
+    """
+
+    __slots__ = ("head", "lease_head", "lease_script", "limits", "limits_by_place", "name", "script", "suffix", "tail", "until_s")
 
     def __init__(self, sets: tuple[LimitSet, ...]) -> None:
-        self.script = script("charge", frozenset(limits.algorithm for limits in sets))
+        now_us = time.time_ns() // 1000
+        ends = [end for limits in sets if (end := boundaries_end_us(limits, now_us)) is not None]
+        self.until_s = min(ends) / US_PER_S if ends else float("inf")
+        algorithms = frozenset(limits.algorithm for limits in sets)
+        self.script = script("charge", algorithms)
+        self.lease_script = script("lease", algorithms)
         self.limits = sets[0]
         self.limits_by_place: tuple[Limit, ...] = tuple(limit for limits in sets for limit in limits.limits)
         self.head = _script_head(self.script, len(sets), 2 * len(sets) + 1)
+        self.lease_head = _script_head(self.lease_script, len(sets), 2 * len(sets) + 2)
         self.name = name_of(sets[0])
         self.suffix = tuple(b"}" + name_of(limits) + b"\r\n" for limits in sets)
-        self.tail = b"".join(_bulk(parameters(limits)) for limits in sets)
+        self.tail = b"".join(_bulk(parameters(limits, now_us, charging=True)) for limits in sets)
 
     def decision(self, reply: Any) -> Decision:
         """The decision in a script's reply."""
         try:
+            if len(reply) == 7:
+                return self._granting(*reply)
             binding, least, reset, retry, now = reply
             limit = self.limits_by_place[(binding if binding > 0 else -binding) - 1]
+            if least < 0:
+                return Decision(binding > 0, limit, 0, reset, 0, now, self.limits, overage=-least)
             return Decision(binding > 0, limit, least, reset, None if retry < 0 else retry, now, self.limits)
         except (TypeError, ValueError, IndexError):
             raise StoreUnavailable(f"unexpected reply from Redis to a charge: {str(reply)[:100]}", reason="garbage") from None
+
+    def script_of(self, charge: Charge) -> Script:
+        """The script that a charge runs."""
+        return self.script if charge.lease is None else self.lease_script
+
+    def _granting(self, binding: int, least: int, reset: int, retry: int, now: int, granted: int, ends: int) -> Decision:
+        limit = self.limits_by_place[(binding if binding > 0 else -binding) - 1]
+        retry_after = None if retry < 0 else retry
+        if not granted:
+            return Decision(binding > 0, limit, least, reset, retry_after, now, self.limits)
+        return GrantingDecision(binding > 0, limit, least, reset, retry_after, now, self.limits, granted=granted, ends_us=ends)
 
 
 def charge_command(template: CommandTemplate, charge: Charge, tag: bytes) -> bytes:
@@ -59,21 +87,34 @@ def charge_command(template: CommandTemplate, charge: Charge, tag: bytes) -> byt
     cost = charge.cost
     cost_part = _COSTS[cost] if cost < 1000 else _bulk(b"%d" % cost)
     suffixes = template.suffix
+    head = template.head
+    if charge.lease is not None:
+        head = template.lease_head
+        cost_part += _lease_part(charge.lease)
     # A key is "tg:{" + tag + suffix without its line's end: 4 and -2 bytes.
     if len(suffixes) == 1:
         suffix = suffixes[0]
-        return b"".join((template.head, _KEY_HEADS[len(tag) + len(suffix) + 2], tag, suffix, template.tail, cost_part))
+        return b"".join((head, _KEY_HEADS[len(tag) + len(suffix) + 2], tag, suffix, template.tail, cost_part))
     (_, subject), (_, other_subject) = charge.counters[0], charge.counters[-1]
     if len(suffixes) == 2 and subject == other_subject:
         first, second = suffixes
         size = len(tag) + 2
         first_head, second_head = _KEY_HEADS[size + len(first)], _KEY_HEADS[size + len(second)]
-        return b"".join((template.head, first_head, tag, first, second_head, tag, second, template.tail, cost_part))
+        return b"".join((head, first_head, tag, first, second_head, tag, second, template.tail, cost_part))
     keys = []
     for (_, each), suffix in zip(charge.counters, suffixes, strict=True):
         own = tag if each == subject else hash_tag(each)
         keys.append(b"$%d\r\ntg:{%b%b" % (len(own) + len(suffix) + 2, own, suffix))
-    return b"%b%b%b%b" % (template.head, b"".join(keys), template.tail, cost_part)
+    return b"%b%b%b%b" % (head, b"".join(keys), template.tail, cost_part)
+
+
+@lru_cache(maxsize=1024)
+def _lease_numbers(want: int, divisor: int, ttl_us: int) -> bytes:
+    return _bulk(msgspec.msgpack.encode((want, divisor, ttl_us)))
+
+
+def _lease_part(lease: LeaseRequest) -> bytes:
+    return _lease_numbers(lease.want, lease.divisor, lease.ttl_us)
 
 
 def _script_head(work: Script, keys: int, arguments: int) -> bytes:
@@ -97,7 +138,7 @@ def batch_command(work: Script, layout: Sequence[int], keys: Sequence[bytes], se
     Returns:
         One command.
     """
-    arguments = (msgspec.msgpack.encode(layout), *(parameters(limits) for limits in sets))
+    arguments = (msgspec.msgpack.encode(layout), *(parameters(limits, charging=True) for limits in sets))
     return encode_command("EVALSHA", work.sha, str(len(keys)), *keys, *arguments)
 
 
@@ -115,3 +156,20 @@ def absorb_command(work: Script, limits: LimitSet, subject: str, states: Sequenc
     """
     arguments = (parameters(limits), wire_states(limits, states))
     return encode_command("EVALSHA", work.sha, "1", key_of(limits, subject), *arguments)
+
+
+def give_back_command(work: Script, returned: LeaseReturn) -> bytes:
+    """The command that gives up a lease; see `give_back.lua`.
+
+    Args:
+        work: the script.
+        returned: the lease; all its counters are on one server.
+
+    Returns:
+        One command.
+    """
+    keys = [key_of(*counter) for counter in returned.counters] + [reset_key_of(*counter) for counter in returned.counters]
+    numbers = msgspec.msgpack.encode((returned.granted, returned.unused, returned.at_us, returned.ends_us))
+    return encode_command(
+        "EVALSHA", work.sha, str(len(keys)), *keys, *(parameters(limits) for limits, _ in returned.counters), numbers
+    )

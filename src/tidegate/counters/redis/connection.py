@@ -61,6 +61,8 @@ class Connection(Pipeline):
         """When each script was last loaded here, monotonic s."""
         self.refuses_load = False
         """Whether the server refuses SCRIPT LOAD: by an ACL, or because the command was renamed."""
+        self.session = 0
+        """Number of times that it was connected."""
         self._locate = locate
         self._must_be_master = must_be_master
         self._in_cluster = in_cluster
@@ -241,6 +243,7 @@ class Connection(Pipeline):
         if self._transport is None:
             raise StoreUnavailable(f"Redis at {endpoint} closed the connection", reason="disconnected")
         self.up = True
+        self.session += 1
         self._connected.set()
         if self._on_change is not None:
             self._on_change(self)

@@ -4,7 +4,8 @@
     tg:{k0f0f0f0f0f0f0f0f}Gk3fPq0d    an API key: its id in base64, after k
     tg:{#…22 characters…}Gk3fPq0d     a subject that is long or has odd characters: a digest, after #
 
-The last eight characters name the limit set and the shape of its states.
+The last eight characters name the limit set and the shape of its states. Where a counter was reset lately, a second key with
+`.reset` after its name says when.
 """
 
 from __future__ import annotations
@@ -74,6 +75,15 @@ def key_of(limits: LimitSet, subject: str) -> bytes:
         `tg:{tag}name`.
     """
     return b"tg:{%b}%b" % (hash_tag(subject), name_of(limits))
+
+
+def reset_key_of(limits: LimitSet, subject: str) -> bytes:
+    """The key that says when a counter was reset, as long as leases of before may be given back.
+
+    Returns:
+        `tg:{tag}name.reset`.
+    """
+    return key_of(limits, subject) + b".reset"
 
 
 def name_of(limits: LimitSet) -> bytes:

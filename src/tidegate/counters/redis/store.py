@@ -21,12 +21,18 @@ from functools import partial
 from typing import Any, Final
 
 from tidegate.algorithms import State
-from tidegate.counters import Charge, ChargeOutcome, LateAnswer
-from tidegate.counters.redis.command_templates import CommandTemplate, absorb_command, batch_command, charge_command
+from tidegate.counters import Charge, ChargeOutcome, LateAnswer, LeaseReturn
+from tidegate.counters.redis.command_templates import (
+    CommandTemplate,
+    absorb_command,
+    batch_command,
+    charge_command,
+    give_back_command,
+)
 from tidegate.counters.redis.commands import LATE_TIMEOUT_S, Command, RedisCommands, not_started, raise_first
 from tidegate.counters.redis.corrupt_counters import CorruptCounters
 from tidegate.counters.redis.error_replies import ScriptFailed, follow_redirection, reply_by, shown
-from tidegate.counters.redis.keyspace import hash_tag, key_of, slot_of_tag
+from tidegate.counters.redis.keyspace import hash_tag, key_of, reset_key_of, slot_of_tag
 from tidegate.counters.redis.probe import PROBE, probe_tags
 from tidegate.counters.redis.resp import encode_command
 from tidegate.counters.redis.scripts import Script, script
@@ -39,6 +45,9 @@ from tidegate.policy.limits import LimitSet
 _MAX_TEMPLATES: Final = 65_536
 _BATCH_SIZE: Final = 50
 """Most checks in one script. Redis serves nothing else while it runs: about 0.5 ms."""
+
+_RESET_KNOWN_MS: Final = "120000"
+"""For how long it is known that a counter was reset, ms: no lease lives longer."""
 
 
 class RedisCounters(RedisCommands):
@@ -73,7 +82,7 @@ class RedisCounters(RedisCommands):
             charges: any number of them.
             started_ns: monotonic ns from which the deadline counts; from now where 0.
         """
-        if self._topology is None or self._loop is not asyncio.get_running_loop():
+        if not self._ready():
             await self.start()
         deadline = self._deadline(started_ns)
         if len(charges) > 1 and not self._require_topology().sharded:
@@ -82,7 +91,7 @@ class RedisCounters(RedisCommands):
         sent: list[asyncio.Future[Any] | StoreUnavailable] = []
         for charge in charges:
             try:
-                sent.append(self._split(charge) if self._is_split(charge) else self._send(charge)[0])
+                sent.append(self._split(charge) if self._is_split(charge.counters) else self._send(charge)[0])
             except StoreUnavailable as error:
                 sent.append(error)
         return [await self._outcome(charge, waiting, deadline) for charge, waiting in zip(charges, sent, strict=True)]
@@ -101,7 +110,7 @@ class RedisCounters(RedisCommands):
             LateAnswer: if its shard has not answered when the deadline passes.
             StoreUnavailable: if its shard does not answer.
         """
-        if len(charge.counters) > 1 and self._is_split(charge):
+        if len(charge.counters) > 1 and self._is_split(charge.counters):
             return await reply_by(self._split(charge), self._deadline(started_ns), "several shards")  # type: ignore[no-any-return]
         future, template = self._send(charge)
         try:
@@ -131,10 +140,38 @@ class RedisCounters(RedisCommands):
     async def reset(self, counters: Sequence[tuple[LimitSet, str]]) -> None:
         """See `CounterStore.reset`."""
         await self.start()
-        sent: list[Command] = [
-            (hash_tag(subject), encode_command("UNLINK", key_of(limits, subject)), None) for limits, subject in counters
-        ]
+        work = script("reset", frozenset())
+        sent: list[Command] = []
+        for limits, subject in counters:
+            keys = (key_of(limits, subject), reset_key_of(limits, subject))
+            sent.append((hash_tag(subject), encode_command("EVALSHA", work.sha, "2", *keys, _RESET_KNOWN_MS), work))
         raise_first(await self._each(sent, wait_late=True))
+
+    def grants(self, counters: tuple[tuple[LimitSet, str], ...]) -> bool:
+        """See `LeaseGrantor.grants`: where one server counts all of them."""
+        return self._topology is not None and not self._is_split(counters)
+
+    def session(self, counters: tuple[tuple[LimitSet, str], ...]) -> object:
+        """See `LeaseGrantor.session`: a connection to one server. Another server, or the same one restarted, may lack writes."""
+        try:
+            connection = self._connection(hash_tag(counters[0][1]))
+        except StoreUnavailable:
+            return None
+        return connection, connection.session
+
+    async def give_back(self, returns: Sequence[LeaseReturn]) -> list[bool]:
+        """See `LeaseGrantor.give_back`: all are written before anything is waited for."""
+        sent: list[Command] = []
+        places: list[int] = []
+        for place, each in enumerate(returns):
+            if each.session is not None and each.session == self.session(each.counters):
+                work = script("give_back", frozenset(limits.algorithm for limits, _ in each.counters))
+                sent.append((hash_tag(each.counters[0][1]), give_back_command(work, each), work))
+                places.append(place)
+        taken = [False] * len(returns)
+        for place, reply in zip(places, await self._each(sent, wait_late=True), strict=True):
+            taken[place] = reply == len(returns[place].counters)
+        return taken
 
     async def absorb(self, states: Iterable[tuple[LimitSet, str, Sequence[State]]]) -> list[StoreUnavailable | None]:
         """Add what was admitted elsewhere, without asking any limit. All is written before anything is waited for, so that
@@ -207,10 +244,14 @@ class RedisCounters(RedisCommands):
 
     # One check.
 
+    def _ready(self) -> bool:
+        """Whether commands can be sent from here: connected, in the running event loop."""
+        return self._topology is not None and self._loop is asyncio.get_running_loop()
+
     def _template(self, counters: tuple[tuple[LimitSet, str], ...]) -> CommandTemplate:
         key: Any = counters[0][0] if len(counters) == 1 else tuple(limits for limits, _ in counters)
         template = self._templates.get(key)
-        if template is None:
+        if template is None or template.until_s <= time.time():
             if len(self._templates) >= _MAX_TEMPLATES:
                 self._templates.clear()
             template = self._templates[key] = CommandTemplate(tuple(limits for limits, _ in counters))
@@ -220,7 +261,7 @@ class RedisCounters(RedisCommands):
         # The hot path: what `_template` and `_connection` do is written out, for calls cost more here than what they do.
         counters = charge.counters
         limits, subject = counters[0]
-        template = self._templates.get(limits) if len(counters) == 1 else None
+        template = self._templates.get(limits) if len(counters) == 1 and limits.plain else None
         if template is None:
             template = self._template(counters)
         topology = self._topology
@@ -306,20 +347,19 @@ class RedisCounters(RedisCommands):
         """Handle a reply that is not a decision."""
         template = self._template(charge.counters)
         tag = hash_tag(charge.counters[0][1])
+        work = template.script_of(charge)
         command, slot = charge_command(template, charge, tag), slot_of_tag(tag)
         topology = self._require_topology()
         try:
             try:
-                return template.decision(await follow_redirection(topology, slot, command, reply, template.script, deadline))
+                return template.decision(await follow_redirection(topology, slot, command, reply, work, deadline))
             except ScriptFailed:
                 # Tried again in any case: another check may have reset it first.
                 await self._reset_corrupt(charge.counters, charge.cost, deadline)
             connection = topology.connection_of(slot)
             again = await reply_by(connection.send(command), deadline, str(connection.endpoint))
             return template.decision(
-                again
-                if type(again) is list
-                else await follow_redirection(topology, slot, command, again, template.script, deadline)
+                again if type(again) is list else await follow_redirection(topology, slot, command, again, work, deadline)
             )
         except LateAnswer as late:
             late.decode = template.decision
@@ -328,8 +368,7 @@ class RedisCounters(RedisCommands):
     async def _reset_corrupt(self, counters: Sequence[tuple[LimitSet, str]], cost: int, deadline: float) -> bool:
         return await self.corrupt.reset(counters, cost, deadline)
 
-    def _is_split(self, charge: Charge) -> bool:
-        counters = charge.counters
+    def _is_split(self, counters: tuple[tuple[LimitSet, str], ...]) -> bool:
         return (
             len(counters) > 1
             and self._require_topology().sharded

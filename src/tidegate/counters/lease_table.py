@@ -1,0 +1,435 @@
+"""The leases of one instance, and the decisions made from them. No I/O: `leased` sends the requests and the returns.
+
+A lease is units of one subject that the store has charged already. While it lives, a check that it covers is decided here. Its
+life is counted from before its request was sent, on this machine's monotonic clock, and ends `LIFE_MARGIN` and 1 ms early, so it
+ends here before it ends in the store.
+
+Which subjects are leased, and how much, follows their demand: none before the third check within two lease lives; what is
+wanted grows to twice the last lease where that ran out early, and falls to what was used of it, or half, where units remained.
+
+A lease that is nearly used up is renewed before its last unit is gone: the next one waits behind it. So a subject has two at
+most. One that a busy subject has used until its end is asked for by the next check. Units that are not used for half a lease life
+are given up, and so are leases that end.
+
+Not thread-safe: one event loop.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from typing import Final, TypeAlias
+
+from tidegate.counters import Charge, GrantingDecision, LeaseRequest, LeaseReturn
+from tidegate.decision import Decision
+from tidegate.policy.limits import Limit, LimitSet
+
+Counters: TypeAlias = tuple[tuple[LimitSet, str], ...]
+
+LIFE_MARGIN: Final = 1000
+"""A lease ends here 1/1000 of its life, and 1 ms, before it ends in the store: clocks of machines differ by less than 0.1 %."""
+_MARGIN_NS: Final = 1_000_000
+MIN_CHECKS: Final = 2
+"""Checks of a subject that were answered within two lease lives before it is leased."""
+MAX_WANT: Final = 1_000_000
+_LOW: Final = 4
+"""A lease of which less than this part remains is renewed."""
+_ENDS_SOON_NS: Final = 150_000_000
+"""Leases that end within this time are renewed if they are used, else given up: a bucket takes nothing back afterwards."""
+
+
+class Lease:
+    """Units of one subject. The fields are written by `LeaseTable` alone."""
+
+    __slots__ = (
+        "at_us",
+        "base",
+        "binding",
+        "counters",
+        "ends_us",
+        "expires_ns",
+        "granted",
+        "idle_since_ns",
+        "left",
+        "limits",
+        "low",
+        "next",
+        "received_ns",
+        "renewing",
+        "reset_at_us",
+        "sent_ns",
+        "session",
+        "swept_left",
+        "unit_us",
+    )
+
+    counters: Counters
+    granted: int
+    left: int
+    low: int
+    """Below it the lease is renewed."""
+    sent_ns: int
+    """When its request was sent, monotonic."""
+    expires_ns: int
+    """When it ends here, monotonic."""
+    at_us: int
+    """When it was granted, by the store's clock."""
+    ends_us: int
+    """When it ends, by the store's clock."""
+    received_ns: int
+    """When the grant arrived here, monotonic: no unit is used earlier."""
+    base: int
+    """What remained in the store after the grant."""
+    binding: Limit | None
+    limits: LimitSet | None
+    reset_at_us: int
+    """When the binding limit is replenished if all units are used."""
+    unit_us: int
+    """How much sooner that is for each unit that is not: of a bucket."""
+    session: object
+    next: Lease | None
+    renewing: bool
+    swept_left: int
+    idle_since_ns: int
+
+
+class LeaseTable:
+    """The leases of one instance.
+
+    Args:
+        ttl_us: longest life of a lease, µs.
+        max_subjects: most leases, and most subjects whose demand is known.
+        clock_ns: monotonic ns.
+
+    Attributes:
+        divisor: of the requests; see `LeaseRequest`.
+        decisions: checks decided from leases.
+        leased: units.
+        returned: unused units that the store took back.
+        lost: unused units that it did not take back, or that were not given back.
+        leases: the current ones, by counters.
+        returns: leases given up, to be sent.
+        renewals: counters whose leases are to be renewed.
+        on_renewal: called when there is one.
+    """
+
+    def __init__(self, ttl_us: int, max_subjects: int, clock_ns: Callable[[], int] = time.monotonic_ns) -> None:
+        self.divisor = 2
+        self.decisions = 0
+        self.leased = 0
+        self.returned = 0
+        self.lost = 0
+        self.leases: OrderedDict[Counters, Lease] = OrderedDict()
+        self.returns: list[LeaseReturn] = []
+        self.renewals: list[Counters] = []
+        self.on_renewal: Callable[[], None] | None = None
+        self._ttl_us = ttl_us
+        self._max_subjects = max_subjects
+        self._clock_ns = clock_ns
+        self._by_subject: dict[str, list[Lease]] = {}
+        self._pending: OrderedDict[Counters, tuple[LeaseRequest, int]] = OrderedDict()
+        # By hash: subjects that share one are leased a little early.
+        self._demand: dict[int, tuple[int, int, int]] = {}
+        self._cleared_ns = 0
+
+    @property
+    def units(self) -> int:
+        """Units leased and not used."""
+        return sum(lease.left + (0 if lease.next is None else lease.next.left) for lease in self.leases.values())
+
+    def take(self, counters: Counters, cost: int) -> Decision | None:
+        """Decide a check: the hot path, about 1 µs.
+
+        Args:
+            counters: that it is charged to.
+            cost: units.
+
+        Returns:
+            The decision, which is always that it passes; None where the store must decide.
+        """
+        lease = self.leases.get(counters)
+        if lease is None or not cost:
+            return None
+        now_ns = self._clock_ns()
+        left = lease.left - cost
+        if left < 0 or now_ns >= lease.expires_ns:
+            following = lease.next
+            if following is None or following.left < cost or now_ns >= following.expires_ns:
+                return None
+            self._give_up(lease, now_ns)
+            lease, left = following, following.left - cost
+        lease.left = left
+        self.decisions += 1
+        if left < lease.low and not lease.renewing and lease.next is None:
+            self._renew(lease, now_ns)
+        # Not later than the true moment, even where this clock is fast.
+        at_us = lease.at_us + (now_ns - lease.received_ns) * 999 // 1_000_000
+        reset_us = lease.reset_at_us - at_us - left * lease.unit_us
+        return Decision(True, lease.binding, lease.base + left, reset_us if reset_us > 0 else 0, 0, at_us, lease.limits)
+
+    def request(self, counters: Counters, cost: int, now_ns: int) -> LeaseRequest | None:
+        """What to lease with a check that the store decides.
+
+        Args:
+            counters: of the check; all must be leasable.
+            cost: units, 1 or more.
+            now_ns: before it is sent, monotonic.
+
+        Returns:
+            The request to send, whose answer goes to `accept`; None for none.
+        """
+        if counters in self._pending:
+            return None
+        key, epoch = hash(counters), now_ns // 1000 // self._ttl_us
+        known_epoch, checks, want = self._demand.get(key, (0, 0, 0))
+        if known_epoch != epoch:
+            checks = checks // 2 if known_epoch == epoch - 1 else 0
+        if checks < MIN_CHECKS:
+            return None
+        lease = self.leases.get(counters)
+        if lease is not None:
+            if lease.next is not None or (lease.left >= cost and now_ns < lease.expires_ns):
+                return None
+            if lease.left < cost and now_ns < lease.expires_ns:
+                # It ran out, or its rest is too little for this check: what it had is given back with the next one.
+                self._give_up(lease, now_ns)
+                want = self._demand[key][2]
+        return self._new_request(counters, max(want, checks, 2 * cost), now_ns)
+
+    def answered(self, counters: Counters) -> None:
+        """Note that the store decided a check: that is demand. Those in flight at once are not: each is charged by itself.
+
+        Args:
+            counters: of the check; all must be leasable.
+        """
+        key, epoch = hash(counters), self._clock_ns() // 1000 // self._ttl_us
+        known_epoch, checks, want = self._demand.get(key, (epoch, 0, 0))
+        if known_epoch != epoch:
+            checks = checks // 2 if known_epoch == epoch - 1 else 0
+        if len(self._demand) >= self._max_subjects and key not in self._demand:
+            # The busy ones are known again after a few checks.
+            self._demand.clear()
+        self._demand[key] = (epoch, checks + 1, want)
+
+    def want_later(self, counters: Counters, cost: int, now_ns: int) -> None:
+        """As `request`, for a check that is one of several: the lease is asked for by itself, through `renewals`."""
+        if self.request(counters, cost, now_ns) is not None:
+            self._pending.pop(counters, None)
+            self.renewals.append(counters)
+            if self.on_renewal is not None:
+                self.on_renewal()
+
+    def renewal(self, counters: Counters, now_ns: int) -> LeaseRequest | None:
+        """The request to send with a check of cost 0, for a lease that was in `renewals`; None where it has ended."""
+        want = self._demand.get(hash(counters), (0, 0, MIN_CHECKS))[2]
+        return self._new_request(counters, max(want, MIN_CHECKS), now_ns)
+
+    def accept(self, counters: Counters, request: LeaseRequest, decision: Decision, sent_ns: int, session: object) -> None:
+        """Process the answer to a request; one that comes twice, or after the next request, is ignored.
+
+        Args:
+            counters: of the request.
+            request: see `request`.
+            decision: of the store.
+            sent_ns: before the request was sent, monotonic.
+            session: see `LeaseGrantor.session`.
+        """
+        pending = self._pending.get(counters)
+        if pending is None or pending[0] is not request:
+            return
+        if not isinstance(decision, GrantingDecision):
+            if not decision.degraded:  # else the answer may still come
+                self._forget_request(counters)
+            return
+        self._forget_request(counters)
+        self.leased += decision.granted
+        now_ns = self._clock_ns()
+        lease = self._lease_of(counters, decision, sent_ns, now_ns, session)
+        current = self.leases.get(counters)
+        unwanted = sent_ns < self._cleared_ns or (current is not None and current.next is not None)
+        if unwanted or now_ns >= lease.expires_ns or (current is None and len(self.leases) >= self._max_subjects):
+            self._queue_return(lease)
+            return
+        for subject in {subject for _, subject in counters}:
+            self._by_subject.setdefault(subject, []).append(lease)
+        if current is None:
+            self.leases[counters] = lease
+        elif current.left <= 0 or now_ns >= current.expires_ns:
+            self._give_up(current, now_ns)
+            self.leases[counters] = lease
+        else:
+            current.renewing = False
+            current.next = lease
+
+    def sweep(self, steps: int) -> None:
+        """Renew busy leases that end soon; give up those that have ended or are idle.
+
+        Args:
+            steps: most leases to examine; the next call examines others.
+        """
+        now_ns = self._clock_ns()
+        for _ in range(min(steps, len(self.leases))):
+            counters, lease = next(iter(self.leases.items()))
+            self.leases.move_to_end(counters)
+            busy = lease.left != lease.swept_left
+            if busy:
+                lease.swept_left, lease.idle_since_ns = lease.left, now_ns
+            if now_ns >= lease.expires_ns:
+                self._give_up(lease, now_ns)
+            elif now_ns - lease.idle_since_ns >= self._ttl_us * 500:
+                self._drop(lease, now_ns)
+            elif (
+                lease.next is None
+                and now_ns >= lease.expires_ns - _ENDS_SOON_NS
+                # Where a window ends it, the next one would end with it.
+                and lease.ends_us - lease.at_us == self._ttl_us
+                and self._ttl_us * 1000 > 2 * _ENDS_SOON_NS
+            ):
+                if now_ns - lease.idle_since_ns >= _ENDS_SOON_NS:
+                    self._drop(lease, now_ns)
+                elif not lease.renewing:
+                    self._renew(lease, now_ns)
+        for counters in list(self._pending)[:steps]:
+            if now_ns - self._pending[counters][1] >= self._ttl_us * 1000:
+                self._forget_request(counters)
+            else:
+                break
+
+    def drop(self, of: Callable[[LimitSet, str], bool] | None = None) -> None:
+        """Give up leases: what they count was changed. Grants that are on their way are given back when they arrive.
+
+        Args:
+            of: selects them by any of their counters; all where None.
+        """
+        now_ns = self._cleared_ns = self._clock_ns()
+        for lease in list(self.leases.values()):
+            if of is None or any(of(*counter) for counter in lease.counters):
+                self._drop(lease, now_ns)
+
+    def forget(self, counters: Iterable[tuple[LimitSet, str]]) -> None:
+        """Drop the leases of counters that are reset: there is nothing to give back.
+
+        Args:
+            counters: pairs of limits and subject.
+        """
+        names = {(limits.name, limits.algorithm, subject) for limits, subject in counters}
+        kept = len(self.returns)
+        self.drop(lambda limits, subject: (limits.name, limits.algorithm, subject) in names)
+        for each in self.returns[kept:]:
+            self.lost += each.unused
+        del self.returns[kept:]
+
+    def unused(self, limits: LimitSet, subject: str) -> int:
+        """Units of a counter that are leased here and not used.
+
+        Args:
+            limits: of the counter.
+            subject: whom it counts.
+        """
+        now_ns = self._clock_ns()
+        return sum(
+            lease.left
+            for lease in self._by_subject.get(subject, ())
+            if now_ns < lease.expires_ns and any(limits.name == each.name for each, own in lease.counters if own == subject)
+        )
+
+    def settled(self, returned: LeaseReturn, taken: bool) -> None:
+        """Note what became of a return.
+
+        Args:
+            returned: the return.
+            taken: whether its units are available again.
+        """
+        if taken:
+            self.returned += returned.unused
+        else:
+            self.lost += returned.unused
+
+    def _new_request(self, counters: Counters, want: int, now_ns: int) -> LeaseRequest | None:
+        if counters in self._pending or (counters not in self.leases and len(self.leases) >= self._max_subjects):
+            return None
+        request = LeaseRequest(min(want, MAX_WANT), self.divisor, self._ttl_us)
+        self._pending[counters] = (request, now_ns)
+        return request
+
+    def _forget_request(self, counters: Counters) -> None:
+        self._pending.pop(counters, None)
+        lease = self.leases.get(counters)
+        if lease is not None:
+            lease.renewing = False
+
+    def _renew(self, lease: Lease, now_ns: int) -> None:
+        lease.renewing = True
+        early = (now_ns - lease.sent_ns) * 2 < lease.expires_ns - lease.sent_ns
+        if early and lease.left < lease.low:
+            self._want(lease.counters, 2 * lease.granted)
+        self.renewals.append(lease.counters)
+        if self.on_renewal is not None:
+            self.on_renewal()
+
+    def _want(self, counters: Counters, want: int) -> None:
+        key = hash(counters)
+        epoch, checks, _ = self._demand.get(key, (0, 0, 0))
+        if len(self._demand) < self._max_subjects or key in self._demand:
+            self._demand[key] = (epoch, checks, min(want, MAX_WANT))
+
+    def _lease_of(self, counters: Counters, decision: GrantingDecision, sent_ns: int, now_ns: int, session: object) -> Lease:
+        lease = Lease()
+        life_us = decision.ends_us - decision.at_us
+        lease.counters, lease.session = counters, session
+        lease.granted = lease.left = lease.swept_left = decision.granted
+        lease.low = decision.granted // _LOW
+        lease.sent_ns, lease.idle_since_ns = sent_ns, now_ns
+        lease.expires_ns = sent_ns + (life_us - life_us // LIFE_MARGIN) * 1000 - _MARGIN_NS
+        lease.at_us, lease.ends_us = decision.at_us, decision.ends_us
+        lease.received_ns = now_ns
+        lease.base = max((decision.remaining or 0) - decision.granted, 0)
+        lease.binding, lease.limits = decision.binding, decision.limits
+        lease.reset_at_us = decision.at_us + decision.reset_after_us
+        lease.unit_us, lease.next, lease.renewing = 0, None, False
+        limits, binding = decision.limits, decision.binding
+        if limits is not None and limits.algorithm.is_bucket and binding is not None and binding in limits.limits:
+            lease.unit_us = binding.window_us // binding.amount
+        return lease
+
+    def _drop(self, lease: Lease, now_ns: int) -> None:
+        """Give up a lease and the one that waits behind it."""
+        following = lease.next
+        self._give_up(lease, now_ns)
+        if following is not None:
+            self._give_up(following, now_ns)
+
+    def _give_up(self, lease: Lease, now_ns: int) -> None:
+        """Give up a lease; the one that waits behind it takes its place."""
+        counters = lease.counters
+        used = lease.granted - lease.left
+        if lease.left:
+            self._want(counters, max(used, lease.granted // 2))
+        elif (now_ns - lease.sent_ns) * 2 < lease.expires_ns - lease.sent_ns:
+            self._want(counters, max(2 * lease.granted, self._demand.get(hash(counters), (0, 0, 0))[2]))
+        if self.leases.get(counters) is lease:
+            if lease.next is not None:
+                self.leases[counters] = lease.next
+            else:
+                del self.leases[counters]
+        for subject in {subject for _, subject in counters}:
+            own = self._by_subject[subject]
+            own.remove(lease)
+            if not own:
+                del self._by_subject[subject]
+        lease.next = None
+        self._queue_return(lease)
+
+    def _queue_return(self, lease: Lease) -> None:
+        unused, lease.left = lease.left, 0
+        if unused or any(limits.algorithm.is_bucket for limits, _ in lease.counters):
+            self.returns.append(LeaseReturn(lease.counters, lease.granted, unused, lease.at_us, lease.ends_us, lease.session))
+
+
+def covers(charge: Charge) -> bool:
+    """Whether a charge may be leased, by its limits: all of them or none."""
+    for limits, _ in charge.counters:
+        if not limits.leasable:
+            return False
+    return charge.cost > 0

@@ -1,0 +1,123 @@
+"""Grant and return in Lua do step for step what their Python twins do, on real servers; so do charges while units are leased."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.conftest import Clock
+from tests.integration.test_lua_twins import CLOCK_BY_ARGUMENT, HELD, asked, limit_set
+from tests.model.lease_store import LeaseStore
+from tests.servers.redis_server import RedisServer
+from tidegate.counters import Charge, GrantingDecision, LeaseRequest, LeaseReturn
+from tidegate.counters.redis.scripts import parameters, script
+from tidegate.policy.limits import Algorithm, LimitSet
+
+KEYS = itertools.count()
+START_US = 1_699_920_000_000_000
+LEASED = [algorithm for algorithm in Algorithm if algorithm is not Algorithm.SLIDING_LOG]
+TEXTS = {True: ["20/second burst 40", "300/minute burst 90"], False: ["40/second", "300/minute", "5000/month"]}
+STEPS = st.lists(
+    st.tuples(
+        st.sampled_from(["charge", "lease", "lease", "back"]),
+        st.one_of(st.integers(0, 50_000), st.integers(0, 2_500_000), st.sampled_from([999_999, 1_000_000, 60_000_000])),
+        st.integers(0, 12),
+        st.integers(1, 60),
+        st.integers(2, 5),
+        st.sampled_from([100_000, 5_000_000]),
+    ),
+    min_size=1,
+    max_size=30,
+)
+
+
+@pytest.mark.parametrize(
+    ("first", "second"), [*zip(LEASED, LEASED[1:] + LEASED[:1], strict=True), (LEASED[0], None), (LEASED[2], None)]
+)
+def test_twins(any_redis: RedisServer, first: Algorithm, second: Algorithm | None) -> None:
+    algorithms = frozenset({first} if second is None else {first, second})
+    charge, lease, give_back = (script(work, algorithms, CLOCK_BY_ARGUMENT) for work in ("charge", "lease", "give_back"))
+    sets = [limit_set(each, TEXTS[each.is_bucket][:size], f"set{size}") for each, size in ((first, 2), (second, 1)) if each]
+    configs = [parameters(limits) for limits in sets]
+
+    @HELD
+    @given(STEPS, st.integers(0, 30_000_000))
+    def hold(steps: list[tuple[str, int, int, int, int, int]], into_us: int) -> None:
+        clock = Clock(START_US + into_us)
+        store = LeaseStore(lambda: clock.now_us)
+        counters = tuple((limits, "s") for limits in sets)
+        run = next(KEYS)
+        keys = [f"lease:{run}:{limits.name}" for limits in sets]
+        held: list[LeaseReturn] = []
+        for what, advance, cost, want, divisor, ttl_us in steps:
+            clock.now_us += advance
+            if what == "back":
+                if held:
+                    lease_held = held.pop(want % len(held))
+                    returned = msgspec.structs.replace(lease_held, unused=min(cost, lease_held.granted))
+                    store.give_back(returned)
+                    numbers = msgspec.msgpack.encode((returned.granted, returned.unused, returned.at_us, returned.ends_us))
+                    asked(any_redis, give_back, [*keys, *(f"{key}.reset" for key in keys)], *configs, numbers, clock.now_us)
+                continue
+            request = LeaseRequest(want, divisor, ttl_us) if what == "lease" else None
+            decision = store.charge(Charge(counters, cost, request))
+            expected = (decision.allowed, decision.binding, decision.remaining, decision.retry_after_us)
+            if request is None:
+                reply = asked(any_redis, charge, keys, *configs, cost, clock.now_us)
+                assert in_python(reply, sets) == expected
+                assert reply[2] == decision.reset_after_us
+                continue
+            numbers = msgspec.msgpack.encode((want, divisor, ttl_us))
+            reply = asked(any_redis, lease, keys, *configs, cost, numbers, clock.now_us)
+            assert in_python(reply, sets) == expected
+            granted = isinstance(decision, GrantingDecision)
+            assert reply[5:] == ([decision.granted, decision.ends_us] if granted else [0, 0])
+            if isinstance(decision, GrantingDecision):
+                held.append(LeaseReturn(counters, decision.granted, 0, clock.now_us, decision.ends_us))
+
+    hold()
+
+
+def in_python(reply: Sequence[int], sets: Sequence[LimitSet]) -> tuple[Any, ...]:
+    places = [limit for limits in sets for limit in limits.limits]
+    return reply[0] > 0, places[abs(reply[0]) - 1], reply[1], None if reply[3] < 0 else reply[3]
+
+
+@pytest.mark.parametrize("algorithm", LEASED)
+def test_a_lease_before_a_reset_is_not_given_back(any_redis: RedisServer, algorithm: Algorithm) -> None:
+    lease, give_back, charge = (script(work, frozenset((algorithm,))) for work in ("lease", "give_back", "charge"))
+    reset = script("reset", frozenset())
+    limits = limit_set(algorithm, ["1000/day burst 1000" if algorithm.is_bucket else "1000/day"])
+    key = f"lease:{next(KEYS)}"
+    config = parameters(limits)
+    granted = asked(any_redis, lease, [key], config, 1, msgspec.msgpack.encode((50, 2, 5_000_000)))
+    assert granted[5] == 50
+    ttl_ms = any_redis.call("PTTL", key)
+    assert 0 < ttl_ms <= 2 * 86_400_000
+    numbers = msgspec.msgpack.encode((50, 20, granted[4], granted[6]))
+    back = (give_back, [key, f"{key}.reset"], config, numbers)
+    assert asked(any_redis, *back) == 1
+    assert 949 + 20 <= asked(any_redis, charge, [key], config, 0)[1] <= 949 + 21
+    assert any_redis.call("PTTL", key) <= ttl_ms
+    asked(any_redis, reset, [key, f"{key}.reset"], "60000")
+    assert asked(any_redis, charge, [key], config, 100)[1] == 900
+    assert asked(any_redis, *back) == 0
+    assert asked(any_redis, charge, [key], config, 0)[1] <= 901
+
+
+def test_memory_while_leased(any_redis: RedisServer) -> None:
+    for algorithm, most in ((Algorithm.FIXED_WINDOW, 0), (Algorithm.SLIDING_WINDOW, 0), (Algorithm.TOKEN_BUCKET, 24)):
+        limits = limit_set(algorithm, ["600/minute"])
+        sizes = []
+        for work, extra in (("charge", ()), ("lease", (msgspec.msgpack.encode((90, 2, 5_000_000)),))):
+            key = f"lease:{next(KEYS):06}"
+            for _ in range(3):
+                asked(any_redis, script(work, frozenset((algorithm,))), [key], parameters(limits), 50, *extra)
+            sizes.append(any_redis.call("MEMORY", "USAGE", key))
+        assert sizes[1] - sizes[0] <= most, algorithm
