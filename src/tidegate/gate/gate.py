@@ -426,7 +426,7 @@ class Gate:
             exempt = self.access.admit(check.ip, check.attributes)
         caller = self._cached_caller_of(check) or await self._caller_of(check, ip)
         if self._lists.active and self.access.admit_caller(caller, exempt):
-            return _exempt_plan(caller)
+            return _exempt_plan(check, caller)
         return self._plan_of(check, caller, ip)
 
     def _cached_caller_of(self, check: Check) -> Caller | None:
@@ -480,7 +480,7 @@ class Gate:
             caller = callers[sender] if isinstance(sender, Sender) else sender
             try:
                 if active and isinstance(caller, Caller) and self.access.admit_caller(caller, bool(exempt)):
-                    plans.append(_exempt_plan(caller))
+                    plans.append(_exempt_plan(each, caller))
                     continue
                 if isinstance(each, DescriptorCheck):
                     plans.append(None if isinstance(caller, MissingApiKey) else _plan_of_descriptor(each, caller, client))
@@ -496,8 +496,8 @@ def _sets(rules: Iterable[CompiledRule]) -> list[LimitSet]:
     return [limits for rule in rules for limits, _ in rule.counters("")]
 
 
-def _exempt_plan(caller: Caller) -> CheckPlan:
-    return CheckPlan(Decision(True, unlimited_tier=caller.tier.tier.name), ())
+def _exempt_plan(check: Check | DescriptorCheck, caller: Caller) -> CheckPlan:
+    return CheckPlan(Decision(True, unlimited_tier=caller.tier.tier.name), (), check.cost, caller.key_id)
 
 
 def _unanswered() -> Decision:
