@@ -18,10 +18,12 @@ from tidegate.catalog.access_lists import NOTHING, AccessLists
 from tidegate.catalog.blocks import API_KEY_ID, ATTRIBUTE, CUSTOMER, BlockIndex, attributes_text
 from tidegate.catalog.cache_level import Caller
 from tidegate.catalog.cached import CachedCatalog
-from tidegate.decision import Check, embedded_ipv4
+from tidegate.decision import Check, clip, embedded_ipv4
 from tidegate.errors import Blocked, CatalogUnavailable, TidegateError
 from tidegate.gate.subjects import DescriptorCheck
 from tidegate.policy.access import CompiledAccess
+from tidegate.policy.access_entries import AccessAction
+from tidegate.policy.matching import CompiledRule
 from tidegate.policy.networks import NOT_FOUND
 from tidegate.time_slice import TimeSlice
 from tidegate.timestamps import now_us
@@ -211,6 +213,17 @@ class AccessControl:
     def _deny(self, message: str | None = None) -> NoReturn:
         self.denied += 1
         raise Blocked(message or _MESSAGE)
+
+
+def uncounted(rule: CompiledRule) -> tuple[()]:
+    """What a rule with an action is charged to: nothing.
+
+    Raises:
+        Blocked: if it denies.
+    """
+    if rule.action is AccessAction.DENY:
+        raise Blocked(f"access is denied by the rule {clip(rule.rule.name)}", rule=rule.rule.name)
+    return ()
 
 
 def _network_message(blocks: BlockIndex, address: int, is_ipv6: bool, prefix: int) -> str | None:
