@@ -16,6 +16,7 @@ from tidegate.decision import Check, Decision, ipv6_client
 from tidegate.errors import BadRequest
 from tidegate.gate.subjects import attributes_subject, ip_needed, shadow_subject
 from tidegate.gate.usage import CounterUsage, peek_windows
+from tidegate.policy.access_entries import AccessAction
 from tidegate.policy.globs import Glob, endpoint_matcher
 from tidegate.policy.limits import LimitSet
 from tidegate.policy.matching import CompiledRule, subject_of
@@ -125,13 +126,14 @@ async def explain(store: CounterStore, caller: Caller, check: Check) -> Explanat
     candidates, left_out = await _candidates(caller, check, rule)
     ip = ipv6_client(check.ip) if check.ip is not None and ":" in check.ip else check.ip
     planned: list[CounterNow] = []
-    if rule is not None:
+    acts = None if rule is None else rule.action
+    if rule is not None and acts is None:
         planned += _counters(check, caller, rule, ip)
     subject = caller.subject or (None if ip is None else f"i:{ip}")
     problem = None if subject is not None else str(ip_needed(check, "a check without an API key is counted by ip"))
-    if tier.limits is not None:
+    if tier.limits is not None and acts is None:
         planned.append(CounterNow(tier.limits, Mode.ENFORCE, subject, problem))
-    if caller.quotas is not None:
+    if caller.quotas is not None and acts is None:
         planned.append(CounterNow(caller.quotas, Mode.ENFORCE, caller.quota_subject or subject, problem))
     for each in tier.shadow_rules(check.method, check.path, check.attributes):
         counted = shadow_subject(check.attributes, caller, each, ip)
@@ -143,7 +145,7 @@ async def explain(store: CounterStore, caller: Caller, check: Check) -> Explanat
     problem = next((each.problem for each in enforced if each.problem is not None), None)
     allowed: bool | None = None
     if problem is None and all(each.left is not None for each in enforced):
-        allowed = all(_passes(each, check.cost) for each in enforced)
+        allowed = acts is not AccessAction.DENY and all(_passes(each, check.cost) for each in enforced)
     return Explanation(tier.tier.name, rule, candidates, left_out, counters, allowed, problem)
 
 
