@@ -156,7 +156,10 @@ class RequestSender:
             "name": f"new {number}",
             "match": {"plan": "pro"},
             "on_missing": "ip",
+            "quotas": ["100/month"],
+            "overage": {"up_to": "20%"},
         }
+        sold = {"limits": ["1/s"], "quotas": ["1000/month", "50/day"], "overage": {"up_to": "20%"}}
         own = {"limits": ["9/day"], "overrides": [{"rule": "/kept", "limits": ["2/s"]}]}
         namespace = {
             "limits": ["1/s"],
@@ -166,8 +169,9 @@ class RequestSender:
         }
         key = {"tier": "free", "name": "n", "expires_at": "2100-01-01T00:00:00Z", **own}
         return {
-            "TierCreate": [{"name": f"new-{number}", "limits": ["1/s"]}],
-            "TierLimits": [{"limits": ["1/s"]}],
+            "TierCreate": [{"name": f"new-{number}", **sold}],
+            "TierLimits": [sold],
+            "TierPatch": [sold],
             "RuleCreate": [{"tier": "free", **rule}],
             "RuleFields": [rule],
             "RulePatch": [rule],
@@ -184,6 +188,12 @@ class RequestSender:
             "RotateRequest": [{"grace_s": 1}],
             "TokenCreate": [{"name": f"new {number}", "role": "viewer", "expires_at": "2100-01-01T00:00:00Z"}],
             "CallerTokenCreate": [{"name": f"new {number}", "scopes": ["check"], "expires_at": "2100-01-01T00:00:00Z"}],
+            "BlockCreate": [
+                {"cidr": f"203.0.113.{number % 256}", "until": "2100-01-01T00:00:00Z", "reason": "r", "message": "m"},
+                {"api_key_id": "0" * 24},
+                {"customer": f"new {number}"},
+                {"attribute": {"user": f"{number}"}},
+            ],
             "NamespaceCreate": [{"name": f"new-{number}", **namespace}],
             "NamespaceFields": [namespace],
             "NamespacePatch": [namespace],
@@ -249,6 +259,7 @@ async def _prepared(admin: Admin) -> dict[str, str]:
         "rule_id": str(rule["id"]),
         "key_id": (await admin.key())["id"],
         "token_id": str(token.json()["id"]),
+        "block_id": str((await admin.http.post("/blocks", json={"cidr": "198.51.100.1"})).json()["id"]),
     }
 
 

@@ -44,6 +44,8 @@ OPERATIONS = {
     ("get", "/callers"),
     ("post", "/what-if"),
     *((method, "/what-if/{run_id}") for method in ("get", "delete")),
+    *((method, "/blocks") for method in ("get", "post")),
+    *((method, "/blocks/{block_id}") for method in ("get", "delete")),
 }
 # What a schema cannot say: which texts are limits, patterns and moments, and that 1.0 is no whole number here. And the missing
 # header that it looks for is answered 428, as RFC 6585 has it.

@@ -25,6 +25,7 @@ COMMANDS = [
     "rules",
     "policy",
     "keys",
+    "blocks",
     "caller-tokens",
     "usage",
     "counters",

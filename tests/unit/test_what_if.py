@@ -11,8 +11,10 @@ import pytest
 
 from tests.integration.admin_api import Admin, open_admin
 from tests.moments import PATIENCE_S
+from tidegate.admin.what_if_history import blocked_bounds
 from tidegate.admin.what_if_runs import MAX_RUNS, SILENT_S, start_run
-from tidegate.catalog.sql.tables import what_if_runs
+from tidegate.catalog.sql.tables import traffic_callers, what_if_runs
+from tidegate.policy.limits import Limit
 from tidegate.timestamps import US_PER_S, now_us
 
 LOG = "".join(f'203.0.113.{n % 2} - - [01/Nov/2026:10:00:{n:02} +0000] "GET /api/a HTTP/1.1" 200 1\n' for n in range(40))
@@ -55,7 +57,8 @@ async def test_what_cannot_be_tried_is_refused(admin: Admin) -> None:
     for body, status in (
         ({}, 400),
         ({"log": LOG}, 400),
-        ({"rule": change}, 400),
+        ({"rule": change, "log": ""}, 400),
+        ({"policy": "[[tiers]]"}, 400),
         ({"rule": change, "policy": "x", "log": LOG}, 400),
         ({"rule": {**change, "limits": ["5/fortnight"]}, "log": LOG}, 400),
         ({"rule": {**change, "id": 99}, "log": LOG}, 404),
@@ -99,3 +102,37 @@ async def test_runs_are_bounded_and_one_whose_instance_ended_has_failed(admin: A
         await connection.execute(what_if_runs.update().values(changed_at_us=long_ago))
     run = (await admin.http.get(f"/what-if/{ids[-1]}")).json()
     assert (run["state"], "has ended" in run["message"]) == ("failed", True)
+
+
+@pytest.mark.parametrize(
+    ("units", "limits", "bounds"),
+    [
+        ({0: 100}, ["10/minute"], (0, 90)),
+        ({0: 1000}, ["10/minute"], (400, 990)),
+        ({0: 100, 3600: 100}, ["150/day"], (50, 50)),
+        ({0: 100, 86_400: 100}, ["150/day"], (0, 0)),
+        ({0: 100}, ["70/hour", "90/day"], (30, 40)),
+        ({0: 5}, ["1/minute", "1/hour"], (4, 5)),
+    ],
+)
+def test_bounds_of_what_limits_would_have_blocked(units: dict[int, int], limits: list[str], bounds: tuple[int, int]) -> None:
+    assert blocked_bounds(units, [Limit.parse(each) for each in limits]) == bounds
+
+
+async def test_without_a_log_the_traffic_history_gives_bounds(admin: Admin) -> None:
+    rule = await admin.rule("/api/*", limits=["100/minute"], subject="ip")
+    body = {"rule": {"id": rule["id"], "limits": ["10/minute"]}}
+    run = await _ended(admin, (await admin.http.post("/what-if", json=body)).json())
+    assert (run["state"], "no request that this rule answered" in run["message"]) == ("failed", True)
+    hour_us = now_us() // (3600 * US_PER_S) * 3600 * US_PER_S
+    row = {"hour_us": hour_us, "tier": "free", "rule": rule["name"], "allowed": 900, "blocked": 100, "over_limit": 0}
+    async with admin.catalog.database.transaction() as connection:
+        await connection.execute(
+            traffic_callers.insert(), [{**row, "subject": "i:203.0.113.9"}, {**row, "subject": "i:203.0.113.8"}]
+        )
+    run = await _ended(admin, (await admin.http.post("/what-if", json=body)).json())
+    before, after = run["result"]["before"], run["result"]["after"]
+    assert (before["requests"], before["blocked"]) == (2000, 200)
+    assert (after["blocked"], after["blocked_at_most"]) == (800, 1980)
+    assert {each["subject"] for each in after["top_blocked"]} == {"203.0.113.8", "203.0.113.9"}
+    assert "per caller and hour" in run["result"]["note"]

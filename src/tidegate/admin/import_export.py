@@ -75,6 +75,7 @@ async def export_policy(editor: CatalogEditor, *, with_keys: bool = True) -> Pol
         callers.callers,
         callers.jwt,
         callers.namespaces,
+        callers.access,
     )
 
 
@@ -173,7 +174,7 @@ async def _write(transaction: AuditedTransaction, plan: ImportPlan, tier_ids: di
     for batch in batches(plan.tier_inserts):
         created = await connection.execute(insert(tiers).returning(tiers.c.id, tiers.c.name), batch)
         tier_ids |= {row.name: row.id for row in created}
-    await update_rows(connection, tiers, plan.tier_updates, ("limits", "managed_by_file", "revision"))
+    await update_rows(connection, tiers, plan.tier_updates, (*policy_rows.TIER_COLUMNS, "managed_by_file", "revision"))
     await update_rows(connection, rate_limit_rules, plan.rule_updates, _RULE_COLUMNS)
     for batch in batches([{**each.values, "tier_id": tier_ids[each.tier]} for each in plan.rule_inserts]):
         of_rule = rate_limit_rules.c

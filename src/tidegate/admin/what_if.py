@@ -1,7 +1,8 @@
 """What a change of the policy would have done to recorded traffic, before it is made.
 
-An access log is replayed twice by `tidegate simulate`, as the policy is and as it would be: in a process of its own with low
-priority, so that no check waits for it, and so that it can be cancelled.
+Without an access log, the traffic history gives bounds for one rule: see `what_if_history`. A log is replayed twice by `tidegate
+simulate`, as the policy is and as it would be: in a process of its own with low priority, so that no check waits for it, and so
+that it can be cancelled.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import msgspec
 from tidegate.admin.import_export import export_policy
 from tidegate.admin.lists import get_rule
 from tidegate.admin.rules import RULE_FIELDS, CatalogEditor
+from tidegate.admin.what_if_history import estimate
 from tidegate.admin.what_if_runs import CANCELLED, DONE, FAILED, WhatIfRead, end_run, note_progress, read_run, start_run
 from tidegate.errors import BadRequest, CatalogError, TidegateError
 from tidegate.policy.model import Policy, Rule, Tier
@@ -54,7 +56,7 @@ class WhatIf(msgspec.Struct, forbid_unknown_fields=True):
     Args:
         policy: a whole policy file.
         rule: changed fields of one rule.
-        log: an access log in a format of `tidegate simulate`.
+        log: an access log in a format of `tidegate simulate`; without one, the traffic history of the rule is used.
         tier: of requests without an API key of the policy; by default that of the rule, or the policy's own for such requests.
         subject: what identifies a caller in the log: ip, user, or a field.
     """
@@ -89,7 +91,7 @@ class WhatIfRuns:
             The run, which goes on in the background.
 
         Raises:
-            BadRequest: if the change is not given, or there is no log.
+            BadRequest: if the change is not given, or it is a policy and there is no log.
             PolicyError: if the change is not valid.
             NotFound: if there is no such rule.
             TooManyRuns: if this process works on `MAX_AT_ONCE` already.
@@ -97,16 +99,22 @@ class WhatIfRuns:
         """
         if (given.policy is None) == (given.rule is None):
             raise BadRequest("what-if needs exactly one of policy and rule")
-        before, after, tier = await self._policies(given)
-        if not given.log:
-            raise BadRequest("the log is missing: send the text of an access log", field="log")
-        if len(given.log) > MAX_LOG_BYTES:
+        if given.log is not None and len(given.log) > MAX_LOG_BYTES:
             raise BadRequest(f"the log has more than {MAX_LOG_BYTES} characters: send a part of it, or use tidegate simulate")
+        rules = None if given.rule is None else await self._rules(given.rule)
+        if not given.log and (rules is None or given.log is not None):
+            raise BadRequest("the log is missing: send the text of an access log", field="log")
+        if given.log:
+            before, after, tier = await self._policies(given, rules)
         if len(self._tasks) >= MAX_AT_ONCE:
             raise TooManyRuns(f"{MAX_AT_ONCE} runs are under way in this process: wait for one of them, or cancel it")
         run_id = await start_run(self._database, actor)
-        replay = self._replay(run_id, given.log, (before, after), tier or given.tier, given.subject)
-        task = asyncio.create_task(self._work(run_id, replay), name="what_if")
+        if given.log:
+            work = self._replay(run_id, given.log, (before, after), tier, given.subject)
+        else:
+            assert rules is not None
+            work = estimate(self._database, *rules)
+        task = asyncio.create_task(self._work(run_id, work), name="what_if")
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return await read_run(self._database, run_id)
@@ -137,18 +145,25 @@ class WhatIfRuns:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    async def _policies(self, given: WhatIf) -> tuple[Policy, Policy, str | None]:
+    async def _rules(self, change: RuleChange) -> tuple[str, Rule, Rule]:
+        """The tier of a rule, the rule as it is, and as it would be."""
+        row = await get_rule(self._editor, change.id)
+        fields = row.model_dump(include=RULE_FIELDS)
+        changed = {"limits": change.limits, "mode": change.mode}
+        return (
+            row.tier,
+            Rule.make(**fields),
+            Rule.make(**{**fields, **{name: value for name, value in changed.items() if value is not None}}),
+        )
+
+    async def _policies(self, given: WhatIf, rules: tuple[str, Rule, Rule] | None) -> tuple[Policy, Policy, str | None]:
         """The policy as it is and as it would be, and the tier of callers without a key."""
         before = await export_policy(self._editor)
-        if given.rule is not None:
-            rule = await get_rule(self._editor, given.rule.id)
-            changed = msgspec.to_builtins(given.rule)
-            fields = rule.model_dump(include=RULE_FIELDS)
-            fields |= {name: value for name, value in changed.items() if name != "id" and value is not None}
-            after = _with_rule(before, rule.tier, Rule.make(**fields))
-            return before, after, given.tier or rule.tier
+        if rules is not None:
+            tier, _, changed = rules
+            return before, _with_rule(before, tier, changed), given.tier or tier
         after = await asyncio.to_thread(parse_policy, given.policy or "")
-        names = {tier.name for tier in after.tiers}
+        names = {each.name for each in after.tiers}
         if not after.api_keys:
             kept = tuple(key for key in before.api_keys if key.tier in names)
             after = msgspec.structs.replace(after, api_keys=kept)
@@ -188,7 +203,7 @@ class WhatIfRuns:
             reports = []
             for number, policy in enumerate(policies):
                 file = Path(directory, f"{number}.toml")
-                await asyncio.to_thread(lambda file=file, policy=policy: file.write_text(policy_text(policy)))
+                await asyncio.to_thread(_write_policy, file, policy)
 
                 async def note(share: float, done: int = number) -> None:
                     if not await note_progress(self._database, run_id, (done + share) / len(policies)):
@@ -247,6 +262,10 @@ async def _simulate(
     counted = [each for each in report["rules"] if each["requests"]]
     report["rules"] = sorted(counted, key=lambda each: -each["requests"])[:MAX_RULES]
     return report
+
+
+def _write_policy(file: Path, policy: Policy) -> None:
+    file.write_text(policy_text(policy), "utf-8")
 
 
 def _with_rule(policy: Policy, tier: str, changed: Rule) -> Policy:

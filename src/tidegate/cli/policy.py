@@ -10,6 +10,7 @@ import typer
 
 from tidegate.cli.common import ConfigOption, JsonOption, print_json, print_rows, with_catalog
 from tidegate.errors import PolicyError
+from tidegate.policy.model import Rule, Tier
 from tidegate.policy.toml_reader import load_policy, policy_warnings
 from tidegate.tools.charts import clean
 from tidegate.tools.terminal import say
@@ -64,9 +65,15 @@ def tiers(config: ConfigOption = None, as_json: JsonOption = False) -> None:
     """List the active tiers."""
     found = with_catalog(config, lambda catalog: catalog.list_tiers())
     print_rows(
-        ("name", "limits", "rules", "from"),
+        ("name", "limits", "quotas", "overage", "rules", "from"),
         (
-            (tier.name, [limit.text for limit in tier.limits], len(tier.rules), "file" if tier.managed_by_file else "api")
+            (
+                tier.name,
+                [limit.text for limit in tier.limits],
+                *_quota_cells(tier),
+                len(tier.rules),
+                "file" if tier.managed_by_file else "api",
+            )
             for tier in found
         ),
         as_json,
@@ -115,6 +122,13 @@ def callers(config: ConfigOption = None, as_json: JsonOption = False) -> None:
     )
 
 
+def _quota_cells(record: Tier | Rule) -> tuple[list[str], str]:
+    """Quotas, and what passes above them: nothing, `+20%` or `no end`."""
+    overage = record.overage
+    above = "" if overage is None else "no end" if overage.percent is None else f"+{overage.percent}%"
+    return [quota.text for quota in record.quotas], above
+
+
 def rules(
     config: ConfigOption = None,
     tier: Annotated[str | None, typer.Option("--tier", help="Only the rules of this tier.")] = None,
@@ -125,7 +139,20 @@ def rules(
     if tier is not None and all(each.name != tier for each in found):
         raise typer.BadParameter(f"no tier {tier!r}; there are: {', '.join(each.name for each in found) or 'none'}")
     print_rows(
-        ("tier", "rule", "endpoint", "methods", "algorithm", "limits", "subject", "priority", "mode", "on_failure"),
+        (
+            "tier",
+            "rule",
+            "endpoint",
+            "methods",
+            "algorithm",
+            "limits",
+            "quotas",
+            "overage",
+            "subject",
+            "priority",
+            "mode",
+            "on_failure",
+        ),
         (
             (
                 each.name,
@@ -134,6 +161,7 @@ def rules(
                 list(rule.methods),
                 rule.algorithm.value,
                 [limit.text for limit in rule.limits],
+                *_quota_cells(rule),
                 rule.subject.value,
                 rule.priority,
                 rule.mode.value,

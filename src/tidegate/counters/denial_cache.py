@@ -2,8 +2,8 @@
 
 A denial is remembered for its cost: a smaller cost may pass, a larger one passes later or never. The cache is never stricter than
 the store: the time counts from before the call, and until T nothing that others consume can make room. A raised limit or a
-re-loaded policy makes new limit sets, and a denial belongs to its own set; when a counter is reset, `clear` is called. Where units
-are leased, others may give some back before T: then a denial is remembered for the life of a lease at most.
+re-loaded policy makes new limit sets, and a denial belongs to its own set; when a counter is reset, `clear` is called. Where
+units are leased, others may give some back before T: then a denial is remembered for the life of a lease at most.
 """
 
 from __future__ import annotations
@@ -68,9 +68,7 @@ class DenialCache:
             decision.limits,
         )
 
-    def remember(
-        self, counters: _Counters, cost: int, decision: Decision, started_us: int, ttl_us: int | None = None
-    ) -> None:
+    def remember(self, counters: _Counters, cost: int, decision: Decision, started_us: int, ttl_us: int | None = None) -> None:
         """Remember a denial of the store.
 
         Args:

@@ -10,13 +10,14 @@ from tidegate.admin.models.base import Plain, RequestModel, ResponseModel, TierN
 
 
 class WindowUsageRead(ResponseModel):
-    """The usage of one limit."""
+    """The usage of one limit or quota; `period` is that of a quota, null for a limit."""
 
     limit: int
     window: int
     used: int
     remaining: int
     resets_at: str | None
+    period: str | None = None
 
 
 class RuleUsageRead(ResponseModel):

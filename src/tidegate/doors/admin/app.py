@@ -21,6 +21,7 @@ from tidegate.admin.tokens import TokenCheck
 from tidegate.admin.what_if import WhatIfRuns
 from tidegate.decision import clip
 from tidegate.doors.admin.api_keys import key_routes
+from tidegate.doors.admin.blocks import block_routes
 from tidegate.doors.admin.caller_tokens import caller_token_routes
 from tidegate.doors.admin.common import BEARER, ERRORS, REF, WITH_ROLE, RevisionMissing
 from tidegate.doors.admin.explain import explain_routes
@@ -132,6 +133,7 @@ def admin_app(deps: AdminDeps) -> FastAPI:
         caller_routes(deps.editor),
         system_routes(deps.system),
         what_if_routes(deps.what_if or WhatIfRuns(deps.editor)),
+        block_routes(deps.editor),
     ):
         routes.include_router(router)
     app.include_router(routes)

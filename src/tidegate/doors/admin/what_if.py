@@ -18,7 +18,8 @@ RunId = Annotated[str, Path(max_length=32), Plain]
 _BODY: Final[dict[str, Any]] = {
     "requestBody": {
         "required": True,
-        "description": "A whole policy, or changed fields of one rule; and an access log of at most 16 MB.",
+        "description": "A whole policy, or changed fields of one rule; and an access log of at most 16 MB, without which the "
+        "traffic history of the rule is used.",
         "content": {
             "application/json": {
                 "schema": {
@@ -51,7 +52,9 @@ def what_if_routes(runs: WhatIfRuns) -> APIRouter:
     """The routes of what-if."""
     routes = APIRouter(prefix="/what-if", tags=["what-if"])
 
-    @routes.post("", status_code=202, summary="Try a change of the policy on an access log; changes nothing", openapi_extra=_BODY)
+    @routes.post(
+        "", status_code=202, summary="Try a change of the policy on recorded traffic; changes nothing", openapi_extra=_BODY
+    )
     async def start(request: Request, actor: Actor) -> WhatIfRead:
         return await runs.start(actor, _parse(await request.body()))
 

@@ -71,16 +71,22 @@ function progress(found) {
 function report(found) {
   if (found.state !== "done") return empty(found.state === "cancelled" ? "Cancelled." : "It failed.", found.message ?? "");
   const { before, after, note } = found.result;
-  const old = new Map(before.rules.map((each) => [`${each.tier}\n${each.rule}\n${each.mode}`, each]));
-  const blockedBefore = (each) => old.get(`${each.tier}\n${each.rule}\n${each.mode}`)?.blocked ?? 0;
+  const old = new Map(before.rules.map((each) => [`${each.tier}\n${each.rule}`, each]));
+  const blockedBefore = (each) => old.get(`${each.tier}\n${each.rule}`)?.blocked ?? 0;
   const rows = after.rules
     .filter((each) => each.requests > 0)
-    .map((each) => [each.rule, each.tier, each.mode, number(each.requests), number(blockedBefore(each)), each.blocked_at_most === undefined ? number(each.blocked) : `${number(each.blocked)} – ${number(each.blocked_at_most)}`]);
+    .map((each) => [each.rule, each.tier, each.mode, number(each.requests), number(blockedBefore(each)), bounds(each)]);
   const top = after.top_blocked.map((each) => [each.subject, each.rule, number(each.blocked)]);
   return [
-    h("p.verdict.unknown", {}, `${number(after.requests)} requests: ${number(before.blocked)} blocked as it is, ${number(after.blocked)} with the change.`),
+    h("p.verdict.unknown", {}, `${number(after.requests)} requests: ${number(before.blocked)} blocked as it is, ${bounds(after)} with the change.`),
     note ? h("p", {}, note) : null,
     rows.length ? table("By rule", ["rule", "tier", "mode", "#requests", "#blocked now", "#blocked with the change"], rows) : empty("No request reached a rule."),
     top.length ? [h("h3", {}, "Callers that would be hit first"), table("Callers that would be hit first", ["caller", "rule", "#blocked"], top)] : null,
   ];
+}
+
+/** What was blocked: a number, or two where only bounds are known. */
+function bounds(each) {
+  const most = each.blocked_at_most ?? each.blocked;
+  return most === each.blocked ? number(each.blocked) : `${number(each.blocked)} to ${number(most)}`;
 }

@@ -95,7 +95,7 @@ async function showKey(root, view, id) {
     h("p", {}, link("/audit", { kind: "api_key", target: id }, "Changes of this key")),
   );
   await view.live(2000, async (options) => fill(usage, usageTable(await get("/usage", { api_key_id: id }, options))));
-  await showPast(past, view, { api_key_id: id }, `k:${record.counts_as}`);
+  await showPast(past, view, { api_key_id: id });
 }
 
 function overridesText(record) {
@@ -240,13 +240,13 @@ async function showSubject(root, view, target) {
       fill(usage, empty("The policy has no tier for this caller.", error.message));
     }
   });
-  await showPast(past, view, target, target.subject ? `a:${target.subject}` : `i:${target.ip}`);
+  await showPast(past, view, target);
 }
 
-async function showPast(root, view, target, subject) {
+async function showPast(root, view, target) {
   const { from, to } = span("24h");
   const [history, blocked] = await Promise.all([
-    traffic({ from, to, step: 3600, subject }, { signal: view.signal }),
+    traffic({ from, to, step: 3600, ...target }, { signal: view.signal }),
     get("/violations", { ...target, limit: 50 }, { signal: view.signal }),
   ]);
   const sums = history === null ? null : byTime(history.items);

@@ -55,7 +55,7 @@ function totals(history, range) {
   const sums = byTime(history.items);
   const sum = (values) => values.reduce((total, value) => total + value, 0);
   const [allowed, blocked, over] = [sum(sums.allowed), sum(sums.blocked), sum(sums.over)];
-  if (allowed + blocked + over === 0) {
+  if (allowed + blocked === 0) {
     return empty(
       `No requests in the last ${RANGES[range].text}.`,
       "Send one: tidegate check KEY GET /path, or POST /v1/check. It appears here within a minute.",
@@ -65,8 +65,8 @@ function totals(history, range) {
     "dl.tiles",
     {},
     tile("Allowed", short(allowed)),
-    tile("Blocked", short(blocked), share(blocked, allowed + blocked + over)),
-    over ? tile("Over the limit, allowed", short(over)) : null,
+    tile("Blocked", short(blocked), share(blocked, allowed + blocked)),
+    over ? tile("Of the allowed, over a soft limit", short(over)) : null,
     history.latency.length ? tile("Latency p99", duration(history.latency.at(-1).p99_ms / 1000)) : null,
   );
   const lines = { allowed: sums.allowed, blocked: sums.blocked, ...(over ? { over: sums.over } : {}) };
@@ -93,15 +93,15 @@ function topRules(history, blocked, range) {
   for (const item of history?.items ?? []) {
     const key = JSON.stringify([item.tier, item.rule]);
     const sum = rules.get(key) ?? { tier: item.tier, rule: item.rule, allowed: 0, blocked: 0 };
-    sum.allowed += item.allowed + (item.over ?? 0);
+    sum.allowed += item.allowed;
     sum.blocked += item.blocked;
     rules.set(key, sum);
   }
   const sums = rules.size ? [...rules.values()] : blocked.map((each) => ({ ...each, allowed: null }));
   sums.sort((one, other) => other.blocked - one.blocked || (other.allowed ?? 0) - (one.allowed ?? 0));
   const rows = sums.slice(0, 10).map((each) => [
-    link("/policy", { tier: each.tier, rule: each.rule }, each.rule || "(tier)"),
-    each.tier,
+    each.tier === null ? "(other rules)" : link("/policy", { tier: each.tier, rule: each.rule }, each.rule || "(no rule)"),
+    each.tier ?? "",
     number(each.allowed),
     number(each.blocked),
     each.allowed === null ? "–" : share(each.blocked, each.allowed + each.blocked),

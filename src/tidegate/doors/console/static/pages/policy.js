@@ -203,12 +203,14 @@ async function editRule(view, tier, rule) {
 /** What is wrong with the fields of a rule, as the server reads a policy; nothing is changed. */
 async function fault(fields) {
   const value = (each) => (Array.isArray(each) ? `[${each.map(value).join(", ")}]` : typeof each === "number" ? String(each) : JSON.stringify(each));
-  const lines = Object.entries(fields).map(([name, each]) => `${name} = ${value(each)}`);
+  const given = Object.entries(fields).filter(([, each]) => !Array.isArray(each) || each.length > 0);
+  const lines = given.map(([name, each]) => `${name} = ${value(each)}`);
   const text = `[[tiers]]\nname = "validated"\n[[tiers.rules]]\n${lines.join("\n")}\n`;
   try {
     await send("POST", "/policy", { query: { dry_run: true }, text: { type: "application/toml", content: text } });
     return "Valid.";
   } catch (error) {
-    return error.message;
+    // The line is one of the text above, which nobody sees.
+    return error.message.replace(/^\d+: /, "");
   }
 }
