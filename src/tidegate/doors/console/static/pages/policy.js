@@ -100,7 +100,7 @@ function ruleActions(view, tier, rule) {
 
 async function setMode(view, rule, mode) {
   const text = mode === "enforce"
-    ? "It blocks requests from now on. What it counted in shadow mode counts."
+    ? `It blocks requests from now on. ${rule.name.endsWith(" shadow") ? "Its name was made from its fields and changes with its mode, so its counters begin at zero." : "What it counted in shadow mode counts."}`
     : "It blocks nothing from now on, and goes on counting.";
   const save = () => saveChange({ method: "PATCH", path: `/rate-limit-rules/${rule.id}`, read: `/rate-limit-rules/${rule.id}`, before: rule, body: { mode } });
   const changed = await form(`${mode === "enforce" ? "Enforce" : "Only watch with"} ${rule.name}?`, h("p", {}, text), { action: mode === "enforce" ? "Enforce" : "Shadow", danger: mode === "enforce", save });
