@@ -188,6 +188,20 @@ class CounterSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     min_instances: Annotated[int, Range(1, 10_000)] = 1
 
 
+class LeaseSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """`[leases]`: units of busy subjects charged in advance, so that most checks need no call to Redis; not with `memory://`.
+
+    Args:
+        enabled: whether instances lease.
+        ttl_s: longest life of a lease, s.
+        max_subjects: maximum number of leases of this process.
+    """
+
+    enabled: bool = True
+    ttl_s: Annotated[float, Range(0.2, 60)] = 5.0
+    max_subjects: Annotated[int, Range(1, 100_000_000)] = 100_000
+
+
 class BreakerSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """`[breaker]`: the circuit breaker of the counter store.
 
@@ -317,6 +331,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     paths: PathSettings = PathSettings()
     catalog: CatalogSettings = CatalogSettings()
     counters: CounterSettings = CounterSettings()
+    leases: LeaseSettings = LeaseSettings()
     breaker: BreakerSettings = BreakerSettings()
     cache: CacheSettings = CacheSettings()
     admin: AdminSettings = AdminSettings()

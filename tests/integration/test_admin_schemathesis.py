@@ -39,8 +39,13 @@ OPERATIONS = {
     *((method, "/caller-tokens") for method in ("get", "post")),
     ("post", "/caller-tokens/{token_id}/rotate"),
     ("delete", "/caller-tokens/{token_id}"),
+    *((method, "/namespaces") for method in ("get", "post")),
+    *((method, "/namespaces/{name}") for method in ("get", "put", "patch", "delete")),
+    ("get", "/callers"),
     ("post", "/what-if"),
     *((method, "/what-if/{run_id}") for method in ("get", "delete")),
+    *((method, "/blocks") for method in ("get", "post")),
+    *((method, "/blocks/{block_id}") for method in ("get", "delete")),
 }
 # What a schema cannot say: which texts are limits, patterns and moments, and that 1.0 is no whole number here. And the missing
 # header that it looks for is answered 428, as RFC 6585 has it.

@@ -37,7 +37,9 @@ STEPS = st.lists(
 )
 
 
-@pytest.mark.parametrize(("first", "second"), [*zip(LEASED, LEASED[1:] + LEASED[:1], strict=True), (LEASED[0], None), (LEASED[2], None)])
+@pytest.mark.parametrize(
+    ("first", "second"), [*zip(LEASED, LEASED[1:] + LEASED[:1], strict=True), (LEASED[0], None), (LEASED[2], None)]
+)
 def test_twins(any_redis: RedisServer, first: Algorithm, second: Algorithm | None) -> None:
     algorithms = frozenset({first} if second is None else {first, second})
     charge, lease, give_back = (script(work, algorithms, CLOCK_BY_ARGUMENT) for work in ("charge", "lease", "give_back"))

@@ -43,7 +43,8 @@ class LeaseStore:
         retry = None if any(each[4] is None for each in denied) else max((each[4] for each in denied), default=0)
         lease = charge.lease
         granted = grant(counters, now, charge.cost, *((lease.want, lease.divisor, lease.ttl_us) if lease else (0, 2, 0)))
-        assert granted.allowed == (not denied) and granted.remaining == remaining
+        assert granted.allowed == (not denied)
+        assert granted.remaining == remaining
         for (limits, subject), states in zip(charge.counters, granted.states, strict=True):
             for limit, state in zip(limits.limits, states, strict=True):
                 self.states[limits.name, subject, limit.window_name] = state

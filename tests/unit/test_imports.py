@@ -25,8 +25,10 @@ COMMANDS = [
     "rules",
     "policy",
     "keys",
+    "blocks",
     "caller-tokens",
     "usage",
+    "counters",
     "db",
     "envoy",
 ]

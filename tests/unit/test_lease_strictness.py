@@ -1,4 +1,4 @@
-"""Leases never admit more than a limit: instances that lease at random, their messages delayed, lost and doubled, their clocks wrong.
+"""Leases never admit more than a limit: instances lease at random, messages are delayed, lost and doubled, clocks are wrong.
 
 What was admitted is held against the promise of each algorithm by the checker of the drills, which shares no code with them.
 """
@@ -85,16 +85,27 @@ class LeaseMachine(RuleBasedStateMachine):
         if self.tier is not None:
             self.sets.append(self._set("tier", self.tier, amount + 5, burst + 3))
 
-    @rule(us=st.one_of(st.integers(0, 100_000), st.integers(0, 9_000_000), st.sampled_from([1_000, 20_000, 4_999_000, 5_001_000])))
+    @rule(
+        us=st.one_of(st.integers(0, 100_000), st.integers(0, 9_000_000), st.sampled_from([1_000, 20_000, 4_999_000, 5_001_000]))
+    )
     def wait(self, us: int) -> None:
         self.now_us += us
 
-    @rule(before_us=st.sampled_from([0, 1, 500, 1_500, 8_000, 100_000]), window_us=st.sampled_from([1_000_000, 7_000_000, 60_000_000]))
+    @rule(
+        before_us=st.sampled_from([0, 1, 500, 1_500, 8_000, 100_000]),
+        window_us=st.sampled_from([1_000_000, 7_000_000, 60_000_000]),
+    )
     def wait_for_an_edge(self, before_us: int, window_us: int) -> None:
         edge_us = self.now_us // window_us * window_us + window_us
         self.now_us = max(edge_us - before_us, self.now_us)
 
-    @rule(number=st.integers(0, 3), cost=st.integers(1, 4), times=st.integers(1, 40), subject=st.sampled_from("ab"), answered=st.sampled_from([True, True, True, False]))
+    @rule(
+        number=st.integers(0, 3),
+        cost=st.integers(1, 4),
+        times=st.integers(1, 40),
+        subject=st.sampled_from("ab"),
+        answered=st.sampled_from([True, True, True, False]),
+    )
     def check(self, number: int, cost: int, times: int, subject: str, answered: bool) -> None:
         """Some checks; where a lease does not decide them the store is asked, which answers at once or later."""
         instance = self.instances[number]
@@ -109,6 +120,7 @@ class LeaseMachine(RuleBasedStateMachine):
             charge = Charge(counters, cost, request)
             if request is None:
                 decision = self.store.charge(charge)
+                instance.table.answered(counters)
                 self._note(decision, counters, cost, self.now_us)
                 continue
             self.requests.append((instance, charge, request, sent_ns))

@@ -66,6 +66,17 @@ async def test_a_token_that_fails_in_a_body_is_401_and_charges_nothing(app: Data
     assert [(await check(app, path="/a", ip=IP))[0] for _ in range(2)] == [200, 429]
 
 
+async def test_a_token_of_100_kb_is_refused_unread_and_charges_nothing(app: DataPlane) -> None:
+    large = "e" * 100 * 1024
+    status, body = await check(app, path="/a", ip=IP, bearer=large)
+    assert (status, body["error"]["code"]) == (413, "PAYLOAD_TOO_LARGE")
+    sent = [("X-Original-URI", b"/a"), ("Authorization", f"Bearer {large}".encode())]
+    answer = await call(app, "/v1/authorize", sent)
+    assert (answer.status, answer.headers["x-tidegate-error"]) == (431, "HEADERS_TOO_LARGE")
+    assert app._gate.tokens.counts == (0, 0), "no token was looked at"
+    assert [(await check(app, path="/a", ip=IP))[0] for _ in range(2)] == [200, 429]
+
+
 async def test_a_bearer_of_the_wrong_type_or_without_jwt_in_the_policy_is_400(app: DataPlane) -> None:
     status, body = await check(app, path="/a", bearer=7)
     assert (status, body["error"]["code"]) == (400, "BAD_REQUEST")

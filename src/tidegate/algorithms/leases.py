@@ -13,7 +13,8 @@ the level, unless the lease has ended: then the level has drained as if they had
 
 A bucket's state remembers two groups of leases: the earlier ones, which end together, and all later ones. So an instance that
 died holds back units for two lease lives at most, however often others lease; and a state grows by four numbers, not by as many
-as there are instances. Returns are subtracted from the earlier group first: the later one holds longer, so that errs on the safe side.
+as there are instances. Returns are subtracted from the earlier group first: the later one lives longer, so that errs on the safe
+side.
 """
 
 from __future__ import annotations

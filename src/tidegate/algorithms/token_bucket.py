@@ -7,8 +7,8 @@ State: `(level, scale, rate, at)`: consumed tokens, in units of 1/scale token, a
 state contains its scale, so that consumption is kept when the limit changes (rounded up once to whole tokens, at most 2^53:
 levels are exact up to there on every store). A calendar month counts as 31 days, a year as 366; the default burst is the amount.
 
-While units are leased (see `leases`) the state has four more numbers, `(end, units, later end, later units)`: until `end` the level
-does not drain below the sum of both units, until `later end` not below the later ones.
+While units are leased (see `leases`) the state has four more numbers, `(end, units, later end, later units)`: until `end` the
+level does not drain below the sum of both units, until `later end` not below the later ones.
 """
 
 from __future__ import annotations

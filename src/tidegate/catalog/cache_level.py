@@ -7,6 +7,7 @@ from collections import OrderedDict
 from typing import Final, Generic, TypeVar
 
 from tidegate.policy.attributes import CallerPolicy
+from tidegate.policy.limits import LimitSet
 from tidegate.policy.matching import CompiledTier
 from tidegate.policy.model import ApiKey, KeyStatus
 from tidegate.policy.namespaces import CompiledNamespace
@@ -59,6 +60,7 @@ class Caller:
     """
 
     __slots__ = (
+        "_quotas",
         "anchor",
         "api_key",
         "cached_tier",
@@ -87,6 +89,14 @@ class Caller:
         self.anchor = DEFAULT_ANCHOR
         self.quota_subject = self.subject
         self.key_id = "" if api_key is None else api_key.id
+        self._quotas: LimitSet | None = None
+
+    @property
+    def quotas(self) -> LimitSet | None:
+        """Its tier's quotas, with periods by its anchor; None where there are none. The anchor must not change after that."""
+        if self._quotas is None and self.tier.quotas is not None:
+            self._quotas = self.tier.quotas.of(self.anchor)
+        return self._quotas
 
 
 class UnkeyedCallers:

@@ -166,6 +166,23 @@ class CounterStore(Protocol):
         ...
 
 
+@runtime_checkable
+class LeasingCounterStore(CounterStore, Protocol):
+    """A store that can decide some charges without waiting for anything."""
+
+    def charge_now(self, counters: tuple[tuple[LimitSet, str], ...], cost: int) -> Decision | None:
+        """Decide several counters and charge all of them or none, if nothing has to be awaited for it.
+
+        Args:
+            counters: as those of a `Charge`.
+            cost: as that of a `Charge`.
+
+        Returns:
+            The decision; None if `charge` must decide.
+        """
+        ...
+
+
 class LeaseGrantor(CounterStore, Protocol):
     """A store that grants leases: it answers a charge with a `LeaseRequest` by a `GrantingDecision` where it granted one.
 

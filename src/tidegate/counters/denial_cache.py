@@ -2,8 +2,8 @@
 
 A denial is remembered for its cost: a smaller cost may pass, a larger one passes later or never. The cache is never stricter than
 the store: the time counts from before the call, and until T nothing that others consume can make room. A raised limit or a
-re-loaded policy makes new limit sets, and a denial belongs to its own set; when a counter is reset, `clear` is called. Where units
-are leased, others may give some back before T: then a denial is remembered for the life of a lease at most.
+re-loaded policy makes new limit sets, and a denial belongs to its own set; when a counter is reset, `clear` is called. Where
+units are leased, others may give some back before T: then a denial is remembered for the life of a lease at most.
 """
 
 from __future__ import annotations

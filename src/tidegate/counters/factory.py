@@ -10,11 +10,12 @@ from tidegate.counters.blocking import BlockingCounterStore, BlockingMemory
 from tidegate.counters.memory import MemoryCounters
 from tidegate.errors import SettingsError
 from tidegate.policy.limits import OnFailure
-from tidegate.settings import BreakerSettings, CounterSettings
+from tidegate.settings import BreakerSettings, CounterSettings, LeaseSettings
 from tidegate.url_parts import scheme_of
 
 if TYPE_CHECKING:
     from tidegate.counters.degraded import GuardOptions
+    from tidegate.counters.guarded import GuardedCounters
 
 KINDS: Final = ("memory://", "redis://", "rediss://", "redis+unix://", "redis+sentinel://", "redis+cluster://")
 
@@ -23,6 +24,7 @@ def open_counters(
     settings: CounterSettings | str,
     breaker: BreakerSettings | None = None,
     clock: Callable[[], int] | None = None,
+    leases: LeaseSettings | None = None,
 ) -> CounterStore:
     """Open the counter store that a URL names. One on Redis connects at its first call.
 
@@ -30,9 +32,10 @@ def open_counters(
         settings: of the counters, or a URL alone; all else has its default then.
         breaker: when calls to a failing store stop; by default as in the settings.
         clock: for `memory://`: gives µs since the epoch and never goes back; the machine's where not given.
+        leases: with Redis, whether and how units are leased; not where None.
 
     Returns:
-        The store; one on Redis is guarded.
+        The store; one on Redis is guarded, and leased if `leases` says so.
 
     Raises:
         SettingsError: if the URL names no store that this version has, or is not understood.
@@ -48,7 +51,12 @@ def open_counters(
     from tidegate.counters.redis.store import RedisCounters
 
     store = RedisCounters(url, settings.timeout_ms / 1000, settings.max_in_flight)
-    return GuardedCounters(store, _guard_options(settings, breaker))
+    guarded = GuardedCounters(store, _guard_options(settings, breaker))
+    if leases is None or not leases.enabled:
+        return guarded
+    from tidegate.counters.leased import LeasedCounters
+
+    return LeasedCounters(guarded, leases.ttl_s, leases.max_subjects)
 
 
 def open_blocking(url: str, clock: Callable[[], int] | None = None) -> BlockingCounterStore:
@@ -91,3 +99,12 @@ def _guard_options(settings: CounterSettings, breaker: BreakerSettings) -> Guard
         settings.min_instances,
         settings.max_subjects,
     )
+
+
+def guard_of(store: CounterStore) -> GuardedCounters | None:
+    """The guard of a store on Redis, leased or not; None for others."""
+    from tidegate.counters.guarded import GuardedCounters
+    from tidegate.counters.leased import LeasedCounters
+
+    inner = store.store if isinstance(store, LeasedCounters) else store
+    return inner if isinstance(inner, GuardedCounters) else None

@@ -30,8 +30,8 @@ Counters: TypeAlias = tuple[tuple[LimitSet, str], ...]
 LIFE_MARGIN: Final = 1000
 """A lease ends here 1/1000 of its life, and 1 ms, before it ends in the store: clocks of machines differ by less than 0.1 %."""
 _MARGIN_NS: Final = 1_000_000
-MIN_CHECKS: Final = 3
-"""Checks of a subject within two lease lives from which on it is leased."""
+MIN_CHECKS: Final = 2
+"""Checks of a subject that were answered within two lease lives before it is leased."""
 MAX_WANT: Final = 1_000_000
 _LOW: Final = 4
 """A lease of which less than this part remains is renewed."""
@@ -55,7 +55,7 @@ class Lease:
         "limits",
         "low",
         "next",
-        "offset_ns",
+        "received_ns",
         "renewing",
         "reset_at_us",
         "sent_ns",
@@ -77,8 +77,8 @@ class Lease:
     """When it was granted, by the store's clock."""
     ends_us: int
     """When it ends, by the store's clock."""
-    offset_ns: int
-    """The store's clock less ours; at most the true one, so that no moment lies before the grant or after its use."""
+    received_ns: int
+    """When the grant arrived here, monotonic: no unit is used earlier."""
     base: int
     """What remained in the store after the grant."""
     binding: Limit | None
@@ -163,12 +163,13 @@ class LeaseTable:
         self.decisions += 1
         if left < lease.low and not lease.renewing and lease.next is None:
             self._renew(lease, now_ns)
-        at_us = (now_ns + lease.offset_ns) // 1000
+        # Not later than the true moment, even where this clock is fast.
+        at_us = lease.at_us + (now_ns - lease.received_ns) * 999 // 1_000_000
         reset_us = lease.reset_at_us - at_us - left * lease.unit_us
         return Decision(True, lease.binding, lease.base + left, reset_us if reset_us > 0 else 0, 0, at_us, lease.limits)
 
     def request(self, counters: Counters, cost: int, now_ns: int) -> LeaseRequest | None:
-        """Note a check that the store decides, and what to lease with it.
+        """What to lease with a check that the store decides.
 
         Args:
             counters: of the check; all must be leasable.
@@ -178,16 +179,13 @@ class LeaseTable:
         Returns:
             The request to send, whose answer goes to `accept`; None for none.
         """
+        if counters in self._pending:
+            return None
         key, epoch = hash(counters), now_ns // 1000 // self._ttl_us
-        known_epoch, checks, want = self._demand.get(key, (epoch, 0, 0))
+        known_epoch, checks, want = self._demand.get(key, (0, 0, 0))
         if known_epoch != epoch:
             checks = checks // 2 if known_epoch == epoch - 1 else 0
-        checks += 1
-        if len(self._demand) >= self._max_subjects and key not in self._demand:
-            # The busy ones are known again after a few checks.
-            self._demand.clear()
-        self._demand[key] = (epoch, checks, want)
-        if checks < MIN_CHECKS or counters in self._pending:
+        if checks < MIN_CHECKS:
             return None
         lease = self.leases.get(counters)
         if lease is not None:
@@ -198,6 +196,21 @@ class LeaseTable:
                 self._give_up(lease, now_ns)
                 want = self._demand[key][2]
         return self._new_request(counters, max(want, checks, 2 * cost), now_ns)
+
+    def answered(self, counters: Counters) -> None:
+        """Note that the store decided a check: that is demand. Those in flight at once are not: each is charged by itself.
+
+        Args:
+            counters: of the check; all must be leasable.
+        """
+        key, epoch = hash(counters), self._clock_ns() // 1000 // self._ttl_us
+        known_epoch, checks, want = self._demand.get(key, (epoch, 0, 0))
+        if known_epoch != epoch:
+            checks = checks // 2 if known_epoch == epoch - 1 else 0
+        if len(self._demand) >= self._max_subjects and key not in self._demand:
+            # The busy ones are known again after a few checks.
+            self._demand.clear()
+        self._demand[key] = (epoch, checks + 1, want)
 
     def want_later(self, counters: Counters, cost: int, now_ns: int) -> None:
         """As `request`, for a check that is one of several: the lease is asked for by itself, through `renewals`."""
@@ -370,7 +383,7 @@ class LeaseTable:
         lease.sent_ns, lease.idle_since_ns = sent_ns, now_ns
         lease.expires_ns = sent_ns + (life_us - life_us // LIFE_MARGIN) * 1000 - _MARGIN_NS
         lease.at_us, lease.ends_us = decision.at_us, decision.ends_us
-        lease.offset_ns = decision.at_us * 1000 - now_ns
+        lease.received_ns = now_ns
         lease.base = max((decision.remaining or 0) - decision.granted, 0)
         lease.binding, lease.limits = decision.binding, decision.limits
         lease.reset_at_us = decision.at_us + decision.reset_after_us

@@ -35,6 +35,7 @@ SWEEP_S: Final = 0.05
 _SWEEP_STEPS: Final = 2_000
 _RETURN_BATCH: Final = 1_000
 _MAX_DIVISOR: Final = 16
+_DROP_AGAIN_S: Final = 0.4
 _CLOSE_S: Final = 2.0
 """How long shutdown waits until the store has taken the units back."""
 
@@ -92,9 +93,12 @@ class LeasedCounters:
         sent_ns = time.monotonic_ns()
         request = self.table.request(charge.counters, charge.cost, sent_ns)
         if request is None:
-            return await self.store.charge(charges)
+            outcomes = await self.store.charge(charges)
+            self.table.answered(charge.counters)
+            return outcomes
         charge = Charge(charge.counters, charge.cost, request)
         outcomes = await self.store.charge((charge,))
+        self.table.answered(charge.counters)
         if isinstance(outcomes[0], Decision):
             self.table.accept(charge.counters, request, outcomes[0], sent_ns, self.store.session(charge.counters))
         return outcomes
@@ -119,6 +123,9 @@ class LeasedCounters:
             of: selects them by their counters; all where None.
         """
         self.table.drop(of)
+        if self._loop is not None and self._loop.is_running():
+            # Until the new limits are loaded, the old ones may be leased again.
+            self._loop.call_later(_DROP_AGAIN_S, self.table.drop, of)
 
     async def ping(self) -> None:
         """See `CounterStore.ping`."""
@@ -164,7 +171,10 @@ class LeasedCounters:
                     self.table.want_later(charge.counters, charge.cost, now_ns)
             decided = await self.store.charge([charges[place] for place in undecided])
             for place, outcome in zip(undecided, decided, strict=True):
-                outcomes[place] = self._with_unused(charges[place], outcome)
+                charge = charges[place]
+                outcomes[place] = self._with_unused(charge, outcome)
+                if covers(charge):
+                    self.table.answered(charge.counters)
         return [outcome for outcome in outcomes if outcome is not None]
 
     def _with_unused(self, charge: Charge, outcome: ChargeOutcome) -> ChargeOutcome:
@@ -232,8 +242,3 @@ class LeasedCounters:
             finally:
                 for place, each in enumerate(returns):
                     self.table.settled(each, place < len(taken) and taken[place])
-
-
-def leased_store(store: object) -> LeasedCounters | None:
-    """The leases of a store, if it has any."""
-    return store if isinstance(store, LeasedCounters) else None

@@ -59,7 +59,7 @@ class CompiledLimits:
         self.only = self.limit if len(limits.limits) == 1 else None
         self.fresh: tuple[Any, ...] = (None,) * len(limits.limits)
         self.logs = limits.algorithm is Algorithm.SLIDING_LOG
-        self.simple = self.only is not None and not self.logs
+        self.simple = self.only is not None and not self.logs and not limits.soft
         self.other_layouts: list[CompiledLimits] = []
 
     def unpack(self, stored: Any) -> tuple[Any, ...]:

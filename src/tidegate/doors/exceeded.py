@@ -15,8 +15,8 @@ from tidegate.errors import TidegateError
 class RateLimitExceeded(TidegateError):
     """A call was denied by its limit; the function did not run.
 
-    Under Starlette and FastAPI it is also an `HTTPException`, under Flask a `TooManyRequests`: without a handler of yours both
-    answer 429 as JSON with the limit headers.
+    Under Starlette and FastAPI it is also an `HTTPException`, under Flask a `TooManyRequests` (whose `code` is 429): without a
+    handler of yours both answer 429 as JSON with the limit headers.
 
     Args:
         decision: the denial.
@@ -49,7 +49,7 @@ class RateLimitExceeded(TidegateError):
 
     def body(self) -> bytes:
         """The JSON error form, as every HTTP door of Tidegate gives it."""
-        return encode({"error": {"code": self.code, "message": self.message, "details": self.details}})
+        return encode({"error": {"code": RateLimitExceeded.code, "message": self.message, "details": self.details}})
 
 
 def starlette_error(decision: Decision, message: str | None, scope: str) -> RateLimitExceeded:
@@ -125,7 +125,9 @@ def _flask_class() -> Any:
     from werkzeug.exceptions import TooManyRequests
     from werkzeug.wrappers import Response
 
-    class FlaskRateLimitExceeded(RateLimitExceeded, TooManyRequests):  # type: ignore[misc]  # two `description`s
+    class FlaskRateLimitExceeded(RateLimitExceeded, TooManyRequests):  # type: ignore[misc]  # two meanings of `code`
+        code = 429  # type: ignore[assignment, misc]  # Flask finds error handlers by it
+
         def __init__(self, decision: Decision, message: str | None = None, scope: str = "") -> None:
             RateLimitExceeded.__init__(self, decision, message, scope)
             self.response = None

@@ -10,7 +10,7 @@ from typing import Any, Final, TypeAlias, TypeVar, cast
 from tidegate.counters import CounterStore
 from tidegate.decision import Decision
 from tidegate.doors.exceeded import loaded
-from tidegate.doors.limit_arguments import UserFunction, function_place, parameter_place, request_parameters
+from tidegate.doors.limit_arguments import Place, UserFunction, function_place, parameter_place, request_parameters
 from tidegate.doors.limit_steps import LimitCall, LimitSteps
 from tidegate.doors.python_requests import DECISION, RequestView, flask_view, view_of
 from tidegate.doors.responses import limit_headers
@@ -93,6 +93,7 @@ class limit(LimitSteps):
         error_message: text of the error, or a function that gives it.
         trusted_proxies: whose `X-Real-IP` and `X-Forwarded-For` are believed for `ip`.
         block: false to run the function in any case; `request.limited` of Django then says whether it was denied.
+        place: named in errors, where not the caller's.
 
     Raises:
         PolicyError: at import, naming the place, if an argument is not valid.
@@ -115,6 +116,7 @@ class limit(LimitSteps):
         error_message: str | Callable[..., Any] | None = None,
         trusted_proxies: Iterable[str] = (),
         block: bool = True,
+        place: Place | None = None,
     ) -> None:
         super().__init__(
             limits,
@@ -131,6 +133,7 @@ class limit(LimitSteps):
             error_message=error_message,
             trusted_proxies=trusted_proxies,
             block=block,
+            place=place,
         )
         # FastAPI looks here whether a dependency is to be awaited; a call uses the method of the class.
         self.__dict__["__call__"] = self._depend
@@ -317,6 +320,10 @@ class limit(LimitSteps):
         if response is not None and call.decision is not None:
             response.headers.update(dict(limit_headers(_kept(call))))
         return call.decision
+
+    async def close(self) -> None:
+        """Close the connections of its store, which other limits of the same URL share; the next call opens new ones."""
+        await self._store.close()
 
     def check_blocking(self, view: RequestView, name: str) -> Decision | None:
         """As `check`, without an event loop: for middleware.

@@ -83,8 +83,9 @@ class LimitSteps:
         error_message: str | Callable[..., Any] | None = None,
         trusted_proxies: Iterable[str] = (),
         block: bool = True,
+        place: Place | None = None,
     ) -> None:
-        self._place: Place = caller_place(2)
+        self._place: Place = place or caller_place(2)
         with self._place.named():
             self._algorithm = member_of(Algorithm, algorithm, "algorithm")
             self._on_failure = member_of(OnFailure, on_failure, "on_failure")
@@ -114,7 +115,7 @@ class LimitSteps:
     def _before(self, call: LimitCall) -> Steps:
         """Decide whether a call may run."""
         view = call.view
-        if not SWITCHES.enforced:
+        if not SWITCHES.enforced or (view is not None and not view.enabled):
             return
         if self._methods is not None and view is not None and view.method not in self._methods:
             return

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from typing import Final, Self
+from pathlib import Path
+from typing import Any, Final, Self
 
 from tidegate.counters import Charge, CounterStore
 from tidegate.counters.blocking import BlockingCounterStore
 from tidegate.counters.memory import MemoryCounters
 from tidegate.decision import MAX_COST, Decision, clip
 from tidegate.doors.stores import SWITCHES, open_blocking_store, open_memory_or_redis
-from tidegate.errors import BadRequest, StoreUnavailable
+from tidegate.errors import BadRequest, PolicyError, StoreUnavailable
+from tidegate.gate.request_limits import counter_subject
 from tidegate.policy.limits import Algorithm, Limit, LimitSet, OnFailure, member_of
+from tidegate.policy.namespaces import MAX_SUBJECT, CompiledNamespace
+from tidegate.policy.toml_reader import load_policy
 
 LONGEST_SUBJECT: Final = 128
 _DIGEST: Final = "h:"
@@ -22,7 +26,15 @@ _DIGEST: Final = "h:"
 class _Limits:
     """What both limiters have in common: the limits, and what is refused before anything is charged."""
 
-    def __init__(self, limits: str | Sequence[str], algorithm: str, name: str | None, on_failure: str) -> None:
+    def __init__(
+        self,
+        limits: str | Sequence[str],
+        *,
+        algorithm: str,
+        counters: Any,  # noqa: ARG002 - opened by the subclass
+        name: str | None,
+        on_failure: str,
+    ) -> None:
         texts = [limits] if isinstance(limits, str) else list(limits)
         label = name or ", ".join(texts)
         # '/' is in no tier's name: no rule of a policy on the same store has this name.
@@ -34,8 +46,46 @@ class _Limits:
             rule=label,
         )
 
+    _namespace: CompiledNamespace | None = None
+    """Whose limits apply, with overrides for single subjects, instead of `_limits`; see `from_policy`."""
+
+    @classmethod
+    def from_policy(cls, path: str | Path, namespace: str, *, counters: Any = "memory://") -> Self:
+        """A limiter with the limits, algorithm and overrides of `[[namespaces]]` in a policy file, which is read once.
+
+        It counts together with `POST /v1/limit` of the same namespace on the same store.
+
+        Args:
+            path: of the policy file.
+            namespace: name of one that has limits.
+            counters: URL or a store.
+
+        Raises:
+            PolicyError: if the policy is refused or has no such namespace.
+            SettingsError: if the URL is not understood.
+        """
+        known = {each.name: each for each in load_policy(Path(path)).namespaces}
+        found = known.get(namespace)
+        if found is None or not found.limits:
+            names = ", ".join(name for name, each in known.items() if each.limits) or "none"
+            raise PolicyError(f"the policy has no [[namespaces]] with limits named {clip(namespace)}: it has {names}", str(path))
+        texts = [limit.text for limit in found.limits]
+        made = cls(texts, algorithm=found.algorithm, counters=counters, name=namespace, on_failure=found.on_failure)
+        made._namespace = CompiledNamespace(found)
+        return made
+
+    def _counter(self, subject: str) -> tuple[LimitSet, str]:
+        """The limits of a subject, and the name it is counted by."""
+        if self._namespace is None:
+            return self._limits, fit_subject(subject)
+        if type(subject) is not str or not 0 < len(subject) <= MAX_SUBJECT:
+            raise BadRequest(f"subject {clip(subject)} must be a text of 1 to {MAX_SUBJECT} characters", field="subject")
+        limits = self._namespace.limits_of(subject)
+        assert limits is not None, "checked by from_policy"
+        return limits, counter_subject(subject)
+
     def _charges(self, asked: Sequence[tuple[str, int]]) -> list[Charge]:
-        return [Charge(((self._limits, fit_subject(subject)),), checked_cost(cost)) for subject, cost in asked]
+        return [Charge((self._counter(subject),), checked_cost(cost)) for subject, cost in asked]
 
     def _allowed_in_tests(self) -> Decision:
         """While `tidegate.testing.allow_all` holds."""
@@ -74,7 +124,7 @@ class Limiter(_Limits):
         name: str | None = None,
         on_failure: str = OnFailure.LOCAL,
     ) -> None:
-        super().__init__(limits, algorithm, name, on_failure)
+        super().__init__(limits, algorithm=algorithm, counters=counters, name=name, on_failure=on_failure)
         self.counters: CounterStore = open_memory_or_redis(counters)
         self._charge_one = self.counters.charge_one if isinstance(self.counters, MemoryCounters) else None
 
@@ -94,13 +144,16 @@ class Limiter(_Limits):
         """
         if type(cost) is not int or not 0 <= cost <= MAX_COST:
             cost = checked_cost(cost)
-        if not subject or type(subject) is not str or len(subject) > LONGEST_SUBJECT or subject.startswith(_DIGEST):
+        limits = self._limits
+        if self._namespace is not None:
+            limits, subject = self._counter(subject)
+        elif not subject or type(subject) is not str or len(subject) > LONGEST_SUBJECT or subject.startswith(_DIGEST):
             subject = fit_subject(subject)
         if not SWITCHES.enforced:
             return self._allowed_in_tests()
         if self._charge_one is not None:
-            return self._charge_one(self._limits, subject, cost)
-        outcome = (await self.counters.charge((Charge(((self._limits, subject),), cost),)))[0]
+            return self._charge_one(limits, subject, cost)
+        outcome = (await self.counters.charge((Charge(((limits, subject),), cost),)))[0]
         if isinstance(outcome, StoreUnavailable):
             raise outcome
         return outcome
@@ -132,7 +185,7 @@ class Limiter(_Limits):
             BadRequest: if it is empty or no string.
             StoreUnavailable: if the store does not answer.
         """
-        await self.counters.reset([(self._limits, fit_subject(subject))])
+        await self.counters.reset([self._counter(subject)])
 
     async def close(self) -> None:
         """Give back what the store holds."""
@@ -177,18 +230,21 @@ class SyncLimiter(_Limits):
         name: str | None = None,
         on_failure: str = OnFailure.LOCAL,
     ) -> None:
-        super().__init__(limits, algorithm, name, on_failure)
+        super().__init__(limits, algorithm=algorithm, counters=counters, name=name, on_failure=on_failure)
         self.counters: BlockingCounterStore = open_blocking_store(counters)
 
     def check(self, subject: str, cost: int = 1) -> Decision:
         """Decide and charge one request; see `Limiter.check`."""
         if type(cost) is not int or not 0 <= cost <= MAX_COST:
             cost = checked_cost(cost)
-        if not subject or type(subject) is not str or len(subject) > LONGEST_SUBJECT or subject.startswith(_DIGEST):
+        limits = self._limits
+        if self._namespace is not None:
+            limits, subject = self._counter(subject)
+        elif not subject or type(subject) is not str or len(subject) > LONGEST_SUBJECT or subject.startswith(_DIGEST):
             subject = fit_subject(subject)
         if not SWITCHES.enforced:
             return self._allowed_in_tests()
-        return self.counters.charge_one(self._limits, subject, cost)
+        return self.counters.charge_one(limits, subject, cost)
 
     def check_many(self, asked: Sequence[tuple[str, int]]) -> list[Decision | StoreUnavailable]:
         """Decide requests each on its own, in order; see `Limiter.check_many`."""
@@ -199,7 +255,7 @@ class SyncLimiter(_Limits):
 
     def reset(self, subject: str) -> None:
         """Forget what a subject consumed; see `Limiter.reset`."""
-        self.counters.reset_many([(self._limits, fit_subject(subject))])
+        self.counters.reset_many([self._counter(subject)])
 
     def close(self) -> None:
         """Give back what the store holds."""

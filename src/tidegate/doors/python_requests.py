@@ -24,6 +24,8 @@ class RequestView(Protocol):
     """One request. `native` is the framework's object, which functions of the user get."""
 
     native: Any
+    enabled: bool
+    """Whether the application's settings let limits work."""
 
     @property
     def method(self) -> str:
@@ -67,6 +69,7 @@ class AsgiRequest:
     """A request or WebSocket of Starlette or FastAPI, or any object with an ASGI `scope`."""
 
     __slots__ = ("_scope", "native")
+    enabled = True
 
     def __init__(self, native: Any, scope: MutableMapping[str, Any]) -> None:
         self.native = native
@@ -107,9 +110,8 @@ class AsgiRequest:
 
     def add_headers(self, result: Any, decision: Decision) -> None:
         """See `RequestView`."""
-        headers = getattr(result, "headers", None)
-        if isinstance(headers, MutableMapping) and hasattr(result, "raw_headers"):
-            headers.update(dict(limit_headers(self._scope.get(DECISION, decision))))
+        if hasattr(result, "raw_headers"):  # a response of Starlette
+            result.headers.update(dict(limit_headers(self._scope.get(DECISION, decision))))
 
     def denied(self, decision: Decision, message: str | None, scope: str) -> RateLimitExceeded:
         """See `RequestView`."""
@@ -126,6 +128,7 @@ class DjangoRequest:
     """A request of Django or Django REST framework."""
 
     __slots__ = ("native",)
+    enabled = True
 
     def __init__(self, native: Any) -> None:
         self.native = native
@@ -184,11 +187,12 @@ class DjangoRequest:
 class FlaskRequest:
     """The request that Flask is answering."""
 
-    __slots__ = ("_flask", "native")
+    __slots__ = ("_flask", "enabled", "native")
 
     def __init__(self, flask: Any) -> None:
         self._flask = flask
         self.native = flask.request
+        self.enabled: bool = flask.current_app.config.get("RATELIMIT_ENABLED", True)
 
     @property
     def method(self) -> str:
@@ -235,6 +239,7 @@ class WsgiRequest:
     """A WSGI environment."""
 
     __slots__ = ("native",)
+    enabled = True
 
     def __init__(self, environ: dict[str, Any]) -> None:
         self.native = environ

@@ -209,7 +209,7 @@ def _counter(check: Check, caller: Caller, rule: CompiledRule, ip: str | None) -
 
 
 async def _with_usage(store: CounterStore, planned: list[CounterNow]) -> tuple[CounterNow, ...]:
-    known = [(each.limits, each.subject) for each in planned if each.subject is not None]
+    known = [((each.limits, each.subject),) for each in planned if each.subject is not None]
     used: list[CounterUsage] = await peek_windows(store, known)
     left = iter(used)
     found = []

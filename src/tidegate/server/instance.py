@@ -24,8 +24,7 @@ from tidegate.catalog.cached import CachedCatalog
 from tidegate.catalog.follower import CatalogFollower
 from tidegate.catalog.unknown_keys import UnknownKeyLimit
 from tidegate.counters import CounterStore
-from tidegate.counters.factory import open_counters
-from tidegate.counters.guarded import GuardedCounters
+from tidegate.counters.factory import guard_of, open_counters
 from tidegate.counters.memory import MemoryCounters
 from tidegate.decision import Observation
 from tidegate.doors.callers_auth import CallersAuth
@@ -50,10 +49,18 @@ from tidegate.server.certificates import Certificates
 from tidegate.server.handover import listening_sockets, shared_address
 from tidegate.server.listener import Listener
 from tidegate.server.system import system_report
-from tidegate.server.wiring import open_callers_auth, open_catalog, open_channel, share_catalog
+from tidegate.server.wiring import (
+    drop_leases_on_change,
+    open_blocks,
+    open_callers_auth,
+    open_catalog,
+    open_channel,
+    share_catalog,
+)
 from tidegate.settings import Settings, unix_mode
 from tidegate.telemetry.access import AccessLog
 from tidegate.telemetry.collectors import (
+    collect_access,
     collect_background,
     collect_cache,
     collect_counters,
@@ -153,12 +160,13 @@ class Instance:
         probes = probes_address(settings, {"server.http": http, "server.admin": admin, "server.grpc": grpc}, find)
         self._open_certificates()
         policy_path = settings.policy_path
-        self.counters = open_counters(settings.counters, settings.breaker)
-        self._own("redis" if isinstance(self.counters, GuardedCounters) else None, self.counters.ping, self.counters.close)
+        self.counters = open_counters(settings.counters, settings.breaker, leases=settings.leases)
+        guard = guard_of(self.counters)
+        self._own(None if guard is None else "redis", self.counters.ping, self.counters.close)
         store = None
-        if isinstance(self.counters, GuardedCounters):
-            await self.counters.start()
-            store = self.counters.store
+        if guard is not None:
+            await guard.start()
+            store = guard.store
             self._reloads.append(store.reload_certificates)
         channel = open_channel(settings, store)
         self.catalog = await open_catalog(settings, channel)
@@ -183,9 +191,12 @@ class Instance:
             max_keys=settings.cache.max_keys,
             unknown_keys=UnknownKeyLimit(bound) if (bound := settings.catalog.unknown_keys_per_minute) else None,
         )
+        drop_leases_on_change(self.cached, self.counters)
         self._callers = await open_callers_auth(settings, self.catalog, self.cached)
         if self.cached.caller_tokens is not None:
             self._spawn("caller_tokens", self.cached.caller_tokens.run)
+        blocks = await open_blocks(settings, self.catalog, self.cached)
+        self._spawn("blocks", blocks.run)
         access = AccessLog(settings.server.access_log_sample) if settings.server.access_log_sample else None
         gate = Gate(self.cached, self._counted(), self._observer(access), lookup_timeout_s=2 * settings.catalog.timeout_s)
         self._stack.push_async_callback(gate.tokens.close)
@@ -209,6 +220,7 @@ class Instance:
         )
         collect_cache(self.metrics, self.cached, shared, self.catalog.database)
         collect_counters(self.metrics, self.counters)
+        collect_access(self.metrics, gate.access, blocks)
         collect_background(self.metrics, SUPERVISOR)
         self.metrics.add_gauge("rate_limiter_policy_version", "Active version of the catalog.", lambda: self.cached.version)
         self.metrics.add_gauge("rate_limiter_in_flight", "Requests in flight.", lambda: self.in_flight)

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 
+from tidegate.catalog.blocks import Blocks
 from tidegate.catalog.cached import CachedCatalog
 from tidegate.catalog.caller_tokens import CallerTokens
+from tidegate.catalog.changes import CALLER_TOKEN, KEY, NONE, TIER, Item
 from tidegate.catalog.follower import Channel
 from tidegate.catalog.shared import SharedCatalog
 from tidegate.catalog.sql.catalog import SqlCatalog
 from tidegate.catalog.sql.database import DatabaseOptions
 from tidegate.catalog.sql.engine import is_postgres
+from tidegate.counters import CounterStore
+from tidegate.counters.leased import LeasedCounters
 from tidegate.counters.redis.channel import RedisChannel
 from tidegate.counters.redis.store import RedisCounters
 from tidegate.doors.callers_auth import CallersAuth, CertificateAuth, TokenAuth
@@ -66,6 +70,28 @@ async def opened_catalog(settings: Settings) -> AsyncIterator[SqlCatalog]:
             await store.close()
 
 
+def drop_leases_on_change(cached: CachedCatalog, counters: CounterStore) -> None:
+    """Give up leases whose limits or API key a change of the catalog touched, as it is read: within a second everywhere.
+
+    Args:
+        cached: passes the changes on.
+        counters: the store; nothing happens if it leases nothing.
+    """
+    if not isinstance(counters, LeasedCounters):
+        return
+
+    def changed(items: Sequence[Item]) -> None:
+        tiers = {name for kind, name in items if kind == TIER}
+        # A key's counters are named by its id, the first 24 digits of its digest.
+        keys = {f"k:{name[:24]}" for kind, name in items if kind == KEY}
+        if any(kind not in (TIER, KEY, NONE, CALLER_TOKEN) for kind, _ in items):
+            counters.drop()
+        elif tiers or keys:
+            counters.drop(lambda limits, subject: limits.tier in tiers or subject in keys)
+
+    cached.on_change = changed
+
+
 def open_channel(settings: Settings, store: RedisCounters | None) -> Channel | None:
     """Where changes of the catalog are announced: Redis where there is one, else PostgreSQL.
 
@@ -108,6 +134,26 @@ async def share_catalog(settings: Settings, catalog: SqlCatalog, store: RedisCou
     given = settings.cache.secret
     secret = given.encode() if given else await catalog.cache_secret()
     return SharedCatalog(catalog, store, secret, settings.cache.l2_ttl_s)
+
+
+async def open_blocks(settings: Settings, catalog: SqlCatalog, cached: CachedCatalog) -> Blocks:
+    """Read all blocks.
+
+    Args:
+        settings: all of them.
+        catalog: where the blocks are stored.
+        cached: passes the changes of the catalog on to the blocks: `cached.blocks`, whose `run` keeps them up to date.
+
+    Returns:
+        The blocks.
+
+    Raises:
+        CatalogUnavailable: if they cannot be read.
+    """
+    blocks = Blocks(catalog, cached.access.replace_blocks, settings.cache.l1_ttl_s)
+    await blocks.load()
+    cached.blocks = blocks
+    return blocks
 
 
 async def open_callers_auth(settings: Settings, catalog: SqlCatalog, cached: CachedCatalog) -> CallersAuth | None:

@@ -7,12 +7,17 @@ from typing import Final, Protocol
 
 from tidegate.background import TaskSupervisor
 from tidegate.breaker import BreakerState
+from tidegate.catalog.blocks import Blocks
 from tidegate.catalog.cached import CachedCatalog
 from tidegate.catalog.shared import SharedCatalog
 from tidegate.catalog.sql.database import Database
 from tidegate.counters import CounterStore
+from tidegate.counters.factory import guard_of
 from tidegate.counters.guarded import GuardedCounters
+from tidegate.counters.lease_table import LeaseTable
+from tidegate.counters.leased import LeasedCounters
 from tidegate.counters.memory import MemoryCounters
+from tidegate.gate.access import AccessControl
 from tidegate.ledger.writer import UsageWriter
 from tidegate.telemetry.metrics import Metrics
 from tidegate.violations.recorder import ViolationWriter
@@ -89,8 +94,11 @@ def collect_cache(
 
 def collect_counters(metrics: Metrics, counters: CounterStore) -> None:
     """Register the metrics of the counter store."""
-    if isinstance(counters, GuardedCounters):
-        _collect_guarded(metrics, counters)
+    guard = guard_of(counters)
+    if guard is not None:
+        _collect_guarded(metrics, guard)
+    if isinstance(counters, LeasedCounters):
+        _collect_leases(metrics, counters.table)
     if isinstance(counters, MemoryCounters):
         metrics.add_gauge("rate_limiter_subjects", "Counters held in memory.", lambda: len(counters))
         metrics.add_counter(
@@ -107,6 +115,17 @@ def collect_background(metrics: Metrics, supervisor: TaskSupervisor) -> None:
         "Background tasks that ended with an exception and were restarted.",
         "task",
         lambda: supervisor.failures,
+    )
+
+
+def collect_access(metrics: Metrics, access: AccessControl, blocks: Blocks) -> None:
+    """Register the metrics of blocks, and of checks that were denied or allowed before anything was counted."""
+    metrics.add_gauge("rate_limiter_blocks", "Blocks in the memory of this process.", lambda: len(blocks))
+    metrics.add_labelled_counter(
+        "rate_limiter_access",
+        "Checks that [[access]] or a block denied, and checks that [[access]] allowed without counting them.",
+        "action",
+        lambda: {"allowed": access.exempt, "denied": access.denied},
     )
 
 
@@ -180,6 +199,9 @@ def _collect_guarded(metrics: Metrics, counters: GuardedCounters) -> None:
         "Counters reset because their stored state was unreadable.",
         lambda: counters.store.corrupt.resets,
     )
+    metrics.add_counter(
+        "rate_limiter_store_charges", "Checks sent to the counter store, and requests for leases.", lambda: counters.store_calls
+    )
     metrics.add_gauge(
         "rate_limiter_instances", "Instances sharing the counter store, from their heartbeats.", lambda: counters.instances
     )
@@ -200,6 +222,16 @@ def _collect_guarded(metrics: Metrics, counters: GuardedCounters) -> None:
         "Shards of the counter store that are connected.",
         lambda: sum(connection.up for connection in counters.store.connections()),
     )
+
+
+def _collect_leases(metrics: Metrics, table: LeaseTable) -> None:
+    metrics.add_counter(
+        "rate_limiter_lease_decisions", "Checks decided from leases, without a call to the store.", lambda: table.decisions
+    )
+    metrics.add_counter("rate_limiter_leased_units", "Units charged in advance for this instance.", lambda: table.leased)
+    metrics.add_counter("rate_limiter_lease_units_returned", "Unused units given back to the store.", lambda: table.returned)
+    metrics.add_counter("rate_limiter_lease_units_lost", "Unused units that the store did not take back.", lambda: table.lost)
+    metrics.add_gauge("rate_limiter_leases", "Leases held.", lambda: len(table.leases))
 
 
 class TlsCounts(Protocol):

@@ -48,6 +48,9 @@ tiers: Final = Table(
     Column("limits", JSON, nullable=False),
     Column("managed_by_file", Boolean, nullable=False, default=False),
     Column("revision", BigInteger, nullable=False, server_default="1"),
+    # NULL where it has none.
+    Column("quotas", JSON(none_as_null=True), nullable=True),
+    Column("overage", JSON(none_as_null=True), nullable=True),
     UniqueConstraint("name"),
 )
 
@@ -72,6 +75,8 @@ rate_limit_rules: Final = Table(
     Column("match_attributes", JSON(none_as_null=True), nullable=True),
     Column("subject_attributes", JSON(none_as_null=True), nullable=True),
     Column("on_missing", String(16), nullable=True),
+    Column("quotas", JSON(none_as_null=True), nullable=True),
+    Column("overage", JSON(none_as_null=True), nullable=True),
     UniqueConstraint("tier_id", "name"),
     Index("idx_rules_tier_endpoint", "tier_id", "endpoint_pattern"),
     Index("idx_rules_tier_id", "tier_id", "id"),
@@ -123,11 +128,12 @@ policy_state: Final = Table(
     Column("runs_from", String(16), nullable=False, server_default="0001"),
     # The secret that seals entries of the shared cache unless the settings have one; created when it is first needed.
     Column("cache_secret", String(64), nullable=True),
-    # The tables [attributes], [callers], [jwt] and [[namespaces]] of a policy; NULL without them.
+    # The tables [attributes], [callers], [jwt], [[namespaces]] and [[access]] of a policy; NULL without them.
     Column("attributes", JSON(none_as_null=True), nullable=True),
     Column("callers", JSON(none_as_null=True), nullable=True),
     Column("jwt", JSON(none_as_null=True), nullable=True),
     Column("namespaces", JSON(none_as_null=True), nullable=True),
+    Column("access", JSON(none_as_null=True), nullable=True),
     CheckConstraint("id = 1", name="single_row"),
 )
 
@@ -285,6 +291,32 @@ what_if_runs: Final = Table(
     Column("created_at_us", BigInteger, nullable=False),
     Column("changed_at_us", BigInteger, nullable=False),
     Column("result", JSON(none_as_null=True), nullable=True),
+)
+
+# Whom operators stopped. A block that was removed or has ended keeps its row for a while, so that every process reads that.
+blocks: Final = Table(
+    "blocks",
+    metadata,
+    Column("id", _RowId, primary_key=True, autoincrement=True),
+    Column("kind", String(16), nullable=False),
+    Column("target", String(400), nullable=False),
+    Column("reason", String(1000), nullable=False),
+    Column("message", String(200), nullable=False),
+    Column("created_at_us", BigInteger, nullable=False),
+    Column("created_by", String(200), nullable=False),
+    Column("until_us", BigInteger, nullable=True),
+    Column("ended_at_us", BigInteger, nullable=True),
+    # Of the catalog at the last change of the row.
+    Column("version", BigInteger, nullable=False),
+    Index(
+        "idx_blocks_holding",
+        "kind",
+        "target",
+        unique=True,
+        sqlite_where=text("ended_at_us IS NULL"),
+        postgresql_where=text("ended_at_us IS NULL"),
+    ),
+    Index("idx_blocks_version", "version", "id"),
 )
 
 audit_log: Final = Table(

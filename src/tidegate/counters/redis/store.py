@@ -251,7 +251,7 @@ class RedisCounters(RedisCommands):
     def _template(self, counters: tuple[tuple[LimitSet, str], ...]) -> CommandTemplate:
         key: Any = counters[0][0] if len(counters) == 1 else tuple(limits for limits, _ in counters)
         template = self._templates.get(key)
-        if template is None:
+        if template is None or template.until_s <= time.time():
             if len(self._templates) >= _MAX_TEMPLATES:
                 self._templates.clear()
             template = self._templates[key] = CommandTemplate(tuple(limits for limits, _ in counters))
@@ -261,7 +261,7 @@ class RedisCounters(RedisCommands):
         # The hot path: what `_template` and `_connection` do is written out, for calls cost more here than what they do.
         counters = charge.counters
         limits, subject = counters[0]
-        template = self._templates.get(limits) if len(counters) == 1 else None
+        template = self._templates.get(limits) if len(counters) == 1 and limits.plain else None
         if template is None:
             template = self._template(counters)
         topology = self._topology

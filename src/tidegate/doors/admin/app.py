@@ -21,10 +21,12 @@ from tidegate.admin.tokens import TokenCheck
 from tidegate.admin.what_if import WhatIfRuns
 from tidegate.decision import clip
 from tidegate.doors.admin.api_keys import key_routes
+from tidegate.doors.admin.blocks import block_routes
 from tidegate.doors.admin.caller_tokens import caller_token_routes
 from tidegate.doors.admin.common import BEARER, ERRORS, REF, WITH_ROLE, RevisionMissing
 from tidegate.doors.admin.explain import explain_routes
 from tidegate.doors.admin.guard import Guard, error_headers
+from tidegate.doors.admin.namespaces import caller_routes, namespace_routes
 from tidegate.doors.admin.policy import policy_routes
 from tidegate.doors.admin.records import record_routes
 from tidegate.doors.admin.rules import rule_routes
@@ -127,8 +129,11 @@ def admin_app(deps: AdminDeps) -> FastAPI:
         policy_routes(deps.editor),
         token_routes(deps.editor),
         caller_token_routes(deps.editor),
+        namespace_routes(deps.editor),
+        caller_routes(deps.editor),
         system_routes(deps.system),
         what_if_routes(deps.what_if or WhatIfRuns(deps.editor)),
+        block_routes(deps.editor),
     ):
         routes.include_router(router)
     app.include_router(routes)

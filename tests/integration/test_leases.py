@@ -1,0 +1,229 @@
+"""Leases on a real Redis: exact among processes; dropped, given back and used while it is away."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import pytest
+
+from tests.moments import PATIENCE_S, until
+from tests.servers.redis_server import RedisServer
+from tidegate.counters import Charge
+from tidegate.counters.degraded import GuardOptions
+from tidegate.counters.guarded import GuardedCounters
+from tidegate.counters.leased import LeasedCounters
+from tidegate.counters.redis.store import RedisCounters
+from tidegate.decision import Decision
+from tidegate.policy.limits import Algorithm, Limit, LimitSet
+
+PROCESSES = 5
+LEASED = [algorithm for algorithm in Algorithm if algorithm is not Algorithm.SLIDING_LOG]
+NAMES = iter(range(1_000_000))
+
+
+@pytest.mark.parametrize("topology", ["redis_server", "redis_cluster", "redis_sentinel"])
+def test_processes_admit_exactly_the_limit(request: pytest.FixtureRequest, topology: str) -> None:
+    """Five processes of 64 concurrent checks ask for twice the limit: of all algorithms, limits of 1, 5, 100 and 10,000."""
+    server: Any = request.getfixturevalue(topology)
+    amounts = (1, 5, 100, 10_000) if topology == "redis_server" else (5, 2_000)
+    cases = []
+    for algorithm in LEASED:
+        for amount in amounts:
+            limit = f"{amount}/366d" + (f" burst {amount}" if algorithm.is_bucket else "")
+            cases.append((algorithm, f"processes:{next(NAMES)}", amount, limit))
+    texts = ["|".join(map(str, (algorithm.value, *rest))) for algorithm, *rest in cases]
+    command = [sys.executable, "-m", "tests.lease_process", server.url, str(PROCESSES), *texts]
+    processes = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(PROCESSES)]
+    try:
+        for process in processes:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "ready\n"
+        for process in processes:
+            assert process.stdin is not None
+            process.stdin.write("go\n")
+            process.stdin.flush()
+        said = [json.loads(process.communicate(timeout=120)[0]) for process in processes]
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+    for place, (algorithm, _, amount, limit) in enumerate(cases):
+        allowed, degraded, calls = (sum(each[place][number] for each in said) for number in range(3))
+        assert degraded == 0
+        assert allowed <= amount, (algorithm, limit)
+        assert allowed >= amount * (95 if algorithm.is_bucket else 99) // 100, (algorithm, limit)
+        if amount >= 2_000:
+            assert calls < amount, "most checks are decided from leases"
+
+
+def limit_set(text: str, algorithm: Algorithm = Algorithm.FIXED_WINDOW) -> LimitSet:
+    return LimitSet(f"leases:{next(NAMES)}", algorithm, [Limit.parse(text)], rule="r", tier="t")
+
+
+def leased(server: RedisServer, timeout_s: float = 20.0, ttl_s: float = 5.0) -> LeasedCounters:
+    return LeasedCounters(GuardedCounters(RedisCounters(server.url, timeout_s), GuardOptions()), ttl_s)
+
+
+async def ask(store: LeasedCounters, limits: LimitSet, times: int = 1, cost: int = 1, subject: str = "s") -> Decision:
+    for _ in range(times):
+        [outcome] = await store.charge([Charge(((limits, subject),), cost)])
+        assert isinstance(outcome, Decision)
+    return outcome
+
+
+async def left(store: LeasedCounters, limits: LimitSet) -> int | None:
+    """What remains, by the store alone."""
+    [outcome] = await store.store.charge([Charge(((limits, "s"),), 0)])
+    assert isinstance(outcome, Decision)
+    return outcome.remaining
+
+
+@pytest.fixture
+async def stores(redis_server: RedisServer) -> AsyncIterator[tuple[LeasedCounters, LeasedCounters]]:
+    both = leased(redis_server), leased(redis_server)
+    yield both
+    for each in both:
+        await each.close()
+
+
+async def test_what_a_caller_reads_is_what_it_has(stores: tuple[LeasedCounters, LeasedCounters]) -> None:
+    store, limits = stores[0], limit_set("1000/day")
+    for used in range(1, 40):
+        assert (await ask(store, limits)).remaining == 1000 - used
+    assert store.table.decisions > 20
+    assert (await ask(store, limits, cost=0)).remaining == 961
+    [windows] = await store.windows([(limits, "s")])
+    assert windows is not None
+    assert windows[0].remaining == 961
+    assert (await left(store, limits) or 0) < 961
+
+
+async def test_a_subject_seen_once_and_a_log_are_not_leased(stores: tuple[LeasedCounters, LeasedCounters]) -> None:
+    store, once, log = stores[0], limit_set("1000/day"), limit_set("1000/day", Algorithm.SLIDING_LOG)
+    await ask(store, once)
+    await ask(store, log, 20)
+    assert not store.table.leases
+    assert store.table.decisions == 0
+
+
+@pytest.mark.parametrize("algorithm", LEASED)
+async def test_units_come_back_when_an_instance_ends(
+    stores: tuple[LeasedCounters, LeasedCounters], redis_server: RedisServer, algorithm: Algorithm
+) -> None:
+    limits = limit_set("1000/366d burst 1000" if algorithm.is_bucket else "1000/366d", algorithm)
+    ending = leased(redis_server)
+    await ask(ending, limits, 8)
+    assert ending.table.units > 0
+    await ending.close()
+    assert await left_of(stores[0], limits) == 992
+    assert ending.table.lost == 0
+
+
+async def left_of(store: LeasedCounters, limits: LimitSet) -> int | None:
+    return (await ask(store, limits, cost=0)).remaining
+
+
+async def test_units_that_are_not_used_come_back(stores: tuple[LeasedCounters, LeasedCounters]) -> None:
+    store, limits = stores[0], limit_set("1000/day")
+    await ask(store, limits, 8)
+    assert await left(store, limits) != 992
+    await until(lambda: not store.table.leases and not store.table.returns, PATIENCE_S)
+    deadline = time.monotonic() + PATIENCE_S
+    while await left(store, limits) != 992:
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.05)
+
+
+async def test_a_reset_ends_the_leases_of_every_instance(stores: tuple[LeasedCounters, LeasedCounters]) -> None:
+    one, other = stores
+    limits, others = limit_set("1000/day"), limit_set("1000/day")
+    await ask(one, limits, 8)
+    await ask(other, limits, 8)
+    await ask(other, others, 8)
+    await one.reset([(limits, "s")])
+    assert not one.table.leases
+    await until(lambda: not other.table.leases, PATIENCE_S)
+    deadline = time.monotonic() + PATIENCE_S
+    while await left(one, others) != 992:
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.05)
+    # What was leased before the reset is not subtracted from what is counted after it.
+    assert await left(one, limits) == 1000
+
+
+async def test_a_changed_limit_gives_back_at_once(stores: tuple[LeasedCounters, LeasedCounters]) -> None:
+    store, limits = stores[0], limit_set("1000/day")
+    await ask(store, limits, 8)
+    lowered = LimitSet(limits.name, limits.algorithm, [Limit.parse("100/day")], tier="t")
+    store.drop(lambda each, _: each.tier == "t")
+    assert not store.table.leases
+    deadline = time.monotonic() + PATIENCE_S
+    while await left(store, lowered) != 92:
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.05)
+
+
+async def test_a_denial_is_not_remembered_for_longer_than_others_may_give_back(
+    redis_server: RedisServer,
+) -> None:
+    limits = limit_set("40/366d")
+    one, other = leased(redis_server, ttl_s=20.0), leased(redis_server, ttl_s=0.5)
+    try:
+        await ask(one, limits, 8)
+        assert one.table.units > 0
+        while (await ask(other, limits)).allowed:
+            pass
+        assert one.table.units > 0
+        one.drop()
+        deadline = time.monotonic() + PATIENCE_S
+        while not (await ask(other, limits)).allowed:
+            assert time.monotonic() < deadline
+            await asyncio.sleep(0.05)
+    finally:
+        await one.close()
+        await other.close()
+
+
+async def test_leases_decide_while_redis_is_away_and_are_not_counted_twice(new_redis: Callable[..., RedisServer]) -> None:
+    server = new_redis()
+    store = leased(server, 0.2)
+    try:
+        limits = limit_set("1000/day")
+        await ask(store, limits, 8)
+        units = store.table.units
+        assert units > 1
+        before = await left(store, limits)
+        server.pause()
+        for _ in range(units):
+            assert not (await ask(store, limits)).degraded
+        assert (await ask(store, limits)).degraded
+        server.resume()
+        deadline = time.monotonic() + PATIENCE_S
+        guarded = store.store
+        assert isinstance(guarded, GuardedCounters)
+        while (await ask(store, limits, cost=0)).degraded or guarded.owed or len(guarded.late):
+            assert time.monotonic() < deadline
+            await asyncio.sleep(0.05)
+        # One check was admitted without the store, charged late or put back; those that were leased are not charged again.
+        assert before is not None
+        assert before - 3 <= (await left(store, limits) or 0) + store.table.units <= before
+    finally:
+        await store.close()
+
+
+async def test_the_table_is_bounded(redis_server: RedisServer) -> None:
+    store = LeasedCounters(GuardedCounters(RedisCounters(redis_server.url, 20.0)), max_subjects=3)
+    try:
+        limits = limit_set("1000/day")
+        for subject in "abcdef":
+            await ask(store, limits, 8, subject=subject)
+        assert len(store.table.leases) == 3
+    finally:
+        await store.close()
