@@ -174,7 +174,7 @@ def test_blocked_customer_why_override_allowed(console: Console) -> None:
     see(page, "Counters now")
     page.get_by_label("Path").fill("/api/x")
     page.get_by_role("button", name="Explain").click()
-    see(page, "blocked with 429: 0 of 2 left under the rule '/api/*'")
+    see(page, "blocked with 429: 0 of 2 left under the limits of the rule '/api/*'")
     page.get_by_role("button", name="Override limits").click()
     # Another operator changes the key meanwhile: nothing is overwritten unseen.
     renamed = console.api.patch(f"/api-keys/{key['id']}", json={"name": "good customer"}, headers={"If-Match": "*"})
