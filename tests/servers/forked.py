@@ -53,6 +53,11 @@ class ForkedProcess(subprocess.Popen[str]):
     """`python -m tidegate ARGUMENTS`, without loading its code."""
 
     def __init__(self, arguments: Sequence[str], cwd: Path, env: Mapping[str, str], **pipes: Any) -> None:
+        self._forked = {"arguments": list(arguments), "cwd": str(cwd), "environment": dict(env)}
+        self._pipe = -1
+        super().__init__(["tidegate", *arguments], text=True, encoding="utf-8", **pipes)
+
+    def _execute_child(self, *arguments: Any) -> None:
         # The descriptors that Popen made, of the child and of this process; -1 where the child inherits one.
         (p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite) = arguments[10:16]
         self._pipe, other = os.pipe()
