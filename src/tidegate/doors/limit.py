@@ -9,7 +9,7 @@ from typing import Any, Final, TypeAlias, TypeVar, cast, overload
 
 from tidegate.counters import CounterStore
 from tidegate.decision import Decision
-from tidegate.doors.exceeded import loaded
+from tidegate.doors.exceeded import RateLimitExceeded, loaded
 from tidegate.doors.limit_arguments import Place, UserFunction, function_place, parameter_place, request_parameters
 from tidegate.doors.limit_steps import LimitCall, LimitSteps
 from tidegate.doors.python_requests import DECISION, RequestView, flask_view, put_starlette_headers, view_of
@@ -303,7 +303,13 @@ class limit(LimitSteps):
         endpoint = scope.get("endpoint")
         if getattr(endpoint, EXEMPT, False):
             return None
-        return await self.check(connection, response=response)
+        try:
+            return await self.check(connection, response=response)
+        except RateLimitExceeded:
+            raise
+        except TidegateError as error:
+            view = view_of(connection)
+            raise error if view is None else view.failure(error) from error
 
     async def check(self, connection: Any, *, name: str | None = None, response: Any = None) -> Decision | None:
         """Decide and charge a request or WebSocket: for messages of a WebSocket, middleware and code of your own.
@@ -378,9 +384,11 @@ def exempt(function: F) -> F:
 
 def _answered(call: LimitCall, error: TidegateError) -> Any:
     """What a view returns for an error where its framework has no exception for it; else the error is raised."""
-    answer = None if call.view is None else call.view.answer(error)
-    if answer is None:
+    if call.view is None:
         raise error
+    answer = call.view.answer(error)
+    if answer is None:
+        raise error if isinstance(error, RateLimitExceeded) else call.view.failure(error) from error
     return answer
 
 
