@@ -23,6 +23,7 @@ BENCHES = (
     "telemetry",
     "jwt",
     "attributes",
+    "quotas",
     "simulate",
     "http",
     "callers_auth",
