@@ -132,7 +132,7 @@ async def test_decorated_endpoints(clock: Clock) -> None:
     first, second = [await client.get("/response") for _ in range(2)]
     assert (first.body, first.headers["x-ratelimit-remaining"], second.status) == (b"own", "0", 429)
     parameters = (await client.get("/openapi.json")).json()["paths"]["/request"]["get"]["parameters"]
-    assert [each["name"] for each in parameters] == ["n"], "what the decorator adds is not seen"
+    assert [each["name"] for each in parameters] == ["n"], "what the decorator adds is not shown"
 
 
 async def test_several_limits_on_one_endpoint(clock: Clock) -> None:

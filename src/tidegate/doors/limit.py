@@ -10,7 +10,14 @@ from typing import Any, Final, TypeAlias, TypeVar, cast, overload
 from tidegate.counters import CounterStore
 from tidegate.decision import Decision
 from tidegate.doors.exceeded import RateLimitExceeded, loaded
-from tidegate.doors.limit_arguments import Place, UserFunction, function_place, parameter_place, request_parameters
+from tidegate.doors.limit_arguments import (
+    Place,
+    UserFunction,
+    function_place,
+    parameter_place,
+    parameters_of,
+    request_parameters,
+)
 from tidegate.doors.limit_steps import LimitCall, LimitSteps
 from tidegate.doors.python_requests import DECISION, RequestView, flask_view, put_starlette_headers, view_of
 from tidegate.doors.responses import limit_headers
@@ -421,11 +428,7 @@ def _endpoint_name(connection: Any, label: str) -> str:
 
 def _takes_any(function: Callable[..., Any]) -> bool:
     """Whether a function takes arguments that its signature does not name, among which a request may be."""
-    try:
-        parameters = inspect.signature(function).parameters.values()
-    except (TypeError, ValueError):
-        return True
-    return any(each.kind in (each.VAR_POSITIONAL, each.VAR_KEYWORD) for each in parameters)
+    return any(each.kind in (each.VAR_POSITIONAL, each.VAR_KEYWORD) for each in parameters_of(function).values())
 
 
 def _take_response(wrapper: Any, function: Callable[..., Any]) -> None:
@@ -434,7 +437,10 @@ def _take_response(wrapper: Any, function: Callable[..., Any]) -> None:
         return
     from starlette.responses import Response
 
-    signature = inspect.signature(function, eval_str=True)
+    try:
+        signature = inspect.signature(function, eval_str=True)
+    except (AttributeError, NameError, SyntaxError, TypeError, ValueError):
+        return  # annotations that cannot be evaluated, such as imports for type checkers alone: not an endpoint of FastAPI
     parameters = list(signature.parameters.values())
     if _RESPONSE in signature.parameters:
         return  # of another limit of the same endpoint

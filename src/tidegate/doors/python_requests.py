@@ -244,7 +244,7 @@ class FlaskRequest:
             self._flask.after_this_request(_add_flask_headers)
 
     def add_headers(self, result: Any, decision: Decision) -> None:
-        """See `RequestView`: `keep` has seen to it."""
+        """See `RequestView`: `keep` does it."""
 
     def denied(self, decision: Decision, message: str | None, scope: str) -> RateLimitExceeded:
         """See `RequestView`."""
