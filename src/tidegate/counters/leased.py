@@ -50,6 +50,7 @@ class LeasedCounters:
 
     Attributes:
         table: the leases.
+        sent_returns: leases that the store was asked to take back.
     """
 
     immediate = False
@@ -66,6 +67,7 @@ class LeasedCounters:
         self._sweeper: asyncio.Task[None] | None = None
         self._work: set[asyncio.Task[None]] = set()
         self._renewing = False
+        self.sent_returns = 0
 
     def charge_now(self, counters: Counters, cost: int) -> Decision | None:
         """Decide from a lease, without waiting for anything.
@@ -234,6 +236,7 @@ class LeasedCounters:
         while self.table.returns:
             returns, self.table.returns = self.table.returns[:_RETURN_BATCH], self.table.returns[_RETURN_BATCH:]
             # Not sent again where it fails: the store may have taken them.
+            self.sent_returns += len(returns)
             taken: Sequence[bool] = ()
             try:
                 taken = await self.store.give_back(returns)
