@@ -5,8 +5,8 @@
 Each ratio is of one run, with and without leases or memory beside them. *Zipf*: 50 instances in one process, each with a
 connection of its own, over one Redis; 100,000 subjects with exponent 1.1, limits of 1,000/minute; as many checks as the machine
 makes in the time, the rate is printed beside. With affinity each subject is sent to one instance. *Hot*: one subject,
-10,000,000/minute, over 4 instances; memory beside it. *Far*: 50 subjects behind a proxy that delays each way by half of 5 ms. A store call is a charge, a
-request for a lease, or a lease given back.
+10,000,000/minute, over 4 instances; memory beside it. *Far*: 50 subjects behind a proxy that delays each way by half of 5 ms. A
+store call is a charge, a request for a lease, or a lease given back.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def _calls(stores: Sequence[Any]) -> int:
     """Charges and returns of these instances so far."""
     calls = 0
     for store in stores:
-        guarded = store.store if isinstance(store, LeasedCounters) else store
+        guarded: Any = store.store if isinstance(store, LeasedCounters) else store
         calls += guarded.store_calls + (store.sent_returns if isinstance(store, LeasedCounters) else 0)
     return calls
 
@@ -242,7 +242,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as one, tempfile.TemporaryDirectory() as two, contextlib.ExitStack() as stack:
             leased = stack.enter_context(ours(one, TIDEGATE_COUNTERS__URL=server.url))
             memory = stack.enter_context(ours(two))
-            targets = {"leased": (leased, "/v1/authorize", None), "memory": (memory, "/v1/authorize", None)}
+            targets: dict[str, Any] = {"leased": (leased, "/v1/authorize", None), "memory": (memory, "/v1/authorize", None)}
             cpu_us, _ = interleaved(targets, rounds, 1 if smoke else 3)
     report(
         "leases",

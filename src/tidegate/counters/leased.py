@@ -140,13 +140,17 @@ class LeasedCounters:
             await stop(sweeper)
             if self._work:
                 await asyncio.wait(tuple(self._work), timeout=_CLOSE_S)
+        await self.give_back()
+        await self.store.close()
+
+    async def give_back(self) -> None:
+        """Give back all leases, and wait until the store has answered, for a bounded time."""
         self.table.drop()
         try:
             async with asyncio.timeout(_CLOSE_S):
                 await self._send_returns()
         except TimeoutError:
-            logger.warning("Redis did not take back all leased units before shutdown: they stay charged")
-        await self.store.close()
+            logger.warning("Redis did not take back all leased units in time: they stay charged")
 
     def _start(self) -> None:
         # As in `GuardedCounters.charge`: finding the running loop makes a system call before Python 3.12.
