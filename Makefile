@@ -47,12 +47,13 @@ test: $(VENV)/.dev ## install the servers that tests need, run all tests, print 
 	$(BIN)/lint-imports --no-cache
 	TESTS_COVERAGE=$(TESTS_COVERAGE) $(BIN)/python -m pytest -n $(TESTS_AT_ONCE) --dist loadfile --no-loadscope-reorder
 
-check: $(VENV)/.dev ## check format, style, spelling, types and import layers; changes nothing
+check: $(VENV)/.dev ## check format, style, spelling, types, import layers and image digests; changes nothing
 	$(BIN)/ruff format --check $(PYTHON_CODE)
 	$(BIN)/ruff check $(PYTHON_CODE)
 	$(BIN)/codespell
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
+	$(BIN)/python scripts/pin_images.py --check
 
 format: $(VENV)/.dev ## format the code and fix what the linter can fix
 	$(BIN)/ruff check --fix $(PYTHON_CODE)

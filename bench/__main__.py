@@ -18,6 +18,7 @@ BENCHES = (
     "matching",
     "adversarial",
     "violations",
+    "ledger",
     "telemetry",
     "jwt",
     "attributes",

@@ -131,12 +131,12 @@ def wire(checks: int) -> Figures:
         question, answer = authorize(port, checks)
         after = info(redis, "stats")
     # Heartbeats and slot look-ups are in it; over some thousand checks they are less than 1 %.
-    asked, told = ((after[name] - before[name]) / checks for name in ("total_net_input_bytes", "total_net_output_bytes"))
+    to_redis, from_redis = ((after[name] - before[name]) / checks for name in ("total_net_input_bytes", "total_net_output_bytes"))
     return [
         ("GET /v1/authorize, bytes of the question", question, None),
         ("GET /v1/authorize, bytes of the answer", answer, None),
-        ("one check at Redis, bytes to it", asked, None),
-        ("one check at Redis, bytes from it", told, None),
+        ("one check at Redis, bytes to it", to_redis, None),
+        ("one check at Redis, bytes from it", from_redis, None),
     ]
 
 

@@ -27,7 +27,7 @@ def resident_bytes() -> int:
     raise RuntimeError("/proc/self/status has no VmRSS")
 
 
-def measure(count: int) -> None:
+def measure(count: int, beginning: str = "user") -> None:
     """Print bytes per subject, and the slowest and the 99.99th percentile of single checks while growing and expiring, µs."""
     now = [1_700_000_000_000_000]
     store = MemoryCounters(max_subjects=count, clock=lambda: now[0])
@@ -49,7 +49,7 @@ def measure(count: int) -> None:
                 slowest.append(took)
         return sorted(slowest, reverse=True)
 
-    growing = run("user")
+    growing = run(beginning)
     each = (resident_bytes() - before) / count
     held = len(store)
     now[0] += 180_000_000  # all of them expire at once, and as many others come
@@ -65,9 +65,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smoke", action="store_true", help="the smallest size: that it works, not how much")
     parser.add_argument("--count", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--beginning", default="user", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.count is not None:
-        measure(arguments.count)
+        measure(arguments.count, arguments.beginning)
         return
     count = 20_000 if arguments.smoke else 1_000_000
     command = [sys.executable, "-m", "bench.memory", "--count", str(count)]

@@ -26,24 +26,26 @@ THREE = {
 }
 
 
-async def fill(server: BenchRedis, limits: LimitSet, keys: int, each: int = 1) -> None:
+async def fill(server: BenchRedis, limits: LimitSet, keys: int, each: int = 1, beginning: str = "k:") -> None:
     """Charge `keys` subjects `each` times."""
     store = RedisCounters(server.url.replace("redis://", "redis+cluster://"), timeout_s=10)
     await store.start()
     for _ in range(each):
         for start in range(0, keys, PIECE):
-            charges = [Charge(((limits, f"k:{number * 2654435761 % 2**96:024x}"),)) for number in range(start, start + PIECE)]
+            # All subjects have the length of those by API key.
+            numbers = (f"{number * 2654435761 % 2**96:024x}"[len(beginning) - 2 :] for number in range(start, start + PIECE))
+            charges = [Charge(((limits, beginning + number),)) for number in numbers]
             for outcome in await store.charge(charges):
                 if isinstance(outcome, StoreUnavailable) or not outcome.allowed:
                     raise RuntimeError(f"a check was not charged: {outcome}")
     await store.close()
 
 
-def measured(server: BenchRedis, limits: LimitSet, keys: int, each: int = 1) -> tuple[float, float]:
+def measured(server: BenchRedis, limits: LimitSet, keys: int, each: int = 1, beginning: str = "k:") -> tuple[float, float]:
     """Bytes a key by the growth of used_memory, and by MEMORY USAGE of one of them."""
     server.client.flushall()
     before = int(info(server, "memory")["used_memory"])
-    uvloop.run(fill(server, limits, keys, each))
+    uvloop.run(fill(server, limits, keys, each, beginning))
     stored = int(server.client.dbsize())  # type: ignore[arg-type]
     if stored != keys:
         raise RuntimeError(f"{stored} keys are stored, {keys} were charged")
@@ -66,6 +68,9 @@ def main() -> None:
                 # The goal is of a key of one window; three are printed beside it.
                 figures.append((f"{algorithm}, {windows} window(s), bytes a key", grown, goal if windows == 1 else None))
                 figures.append((f"{algorithm}, {windows} window(s), MEMORY USAGE", usage, None))
+        plain = LimitSet("bench:1", Algorithm.SLIDING_WINDOW, [Limit.parse("100/day")])
+        by_key, by_attribute = (measured(server, plain, keys, beginning=each)[0] for each in ("k:", "a:user="))
+        figures.append(("a subject by attribute to one by API key, bytes a key", by_attribute / by_key, Goal(at_most=1.01)))
         log = LimitSet("bench:log", Algorithm.SLIDING_LOG, [Limit.parse("100000/day")])
         entries, subjects = (20, PIECE) if smoke else (1_000, PIECE)
         grown, _ = measured(server, log, subjects, entries)

@@ -3,7 +3,7 @@
     python -m bench.scaling [--smoke] [--keys 10000000]
 
 Each instance is a process of its own and is asked by wrk at the same steady rate, about subjects drawn at random; two, three and
-four of them together are asked two, three and four times as much. What is told is the CPU time that the kernel accounts to the
+four of them together are asked two, three and four times as much. What is printed is the CPU time that the kernel accounts to the
 processes, so that neighbours on the machine change it little: of the instances, and of the Redis servers, by check. Sizes
 are interleaved round by round; medians are printed, and the ratio to the smallest size. The chart is bench/results/scaling.png.
 
@@ -42,7 +42,7 @@ PAUSE_MS = 20
 """What wrk waits on each connection: about 700 checks a second and instance."""
 BATCH = 1_000
 TOLD_EVERY = 500_000
-"""Keys are made in minutes: who waits is told how far it is."""
+"""Keys are made in minutes: progress is printed."""
 WITHIN = Goal(at_least=0.9, at_most=1.1)
 POLICY = """
 [[tiers]]

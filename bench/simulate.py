@@ -69,7 +69,7 @@ def repeated(lines: list[str], requests: list[Request], times: int) -> Iterator[
 def as_json_lines(lines: Iterable[str]) -> Iterator[str]:
     """The same requests as nginx would write them in JSON."""
     parse = parser_of("combined", "ip", None)
-    for at_us, ip, method, path, _, _ in map(parse, lines):
+    for at_us, ip, method, path, *_ in map(parse, lines):
         yield json.dumps({"msec": at_us / 1e6, "remote_addr": ip, "request_method": method, "request_uri": path, "status": 200})
 
 
@@ -77,7 +77,7 @@ def as_csv(lines: Iterable[str]) -> Iterator[str]:
     """The same requests as CSV."""
     parse = parser_of("combined", "ip", None)
     yield "time,ip,method,path,status"
-    for at_us, ip, method, path, _, _ in map(parse, lines):
+    for at_us, ip, method, path, *_ in map(parse, lines):
         yield f'{at_us / 1e6},{ip},{method},"{path}",200'
 
 

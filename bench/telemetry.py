@@ -35,7 +35,7 @@ RULES = 1000
 
 
 def checks(rules: int, count: int, *, allowed: bool = True) -> list[Observation]:
-    """What the gate tells of checks of so many rules in turn."""
+    """Observations of checks of so many rules in turn."""
     limits = [
         LimitSet(f"t:/{number}", Algorithm.SLIDING_WINDOW, [Limit.parse("100/minute")], rule=f"/api/v1/rule{number}", tier="free")
         for number in range(rules)

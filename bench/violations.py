@@ -29,7 +29,7 @@ KNOWN = 1_000
 
 
 def seen(number: int, *, allowed: bool = False) -> Observation:
-    """What the gate tells of one check of a subject."""
+    """The observation of one check of a subject."""
     return Observation(
         Decision(allowed, at_us=AT_US, limits=LIMITS), None, 1_000, (), f"k:{number:024x}", None if allowed else LIMITS
     )

@@ -44,7 +44,7 @@ BESIDES: Final = ("redis_failures", "autoscale", "fleet")
 """Programs with drills of their own, which `--smoke` runs as well where no drill is named."""
 
 
-def _told(name: str) -> str:
+def _description(name: str) -> str:
     said = (PROGRAMS[name] if name in PROGRAMS else DRILLS[name]).__doc__ or ""
     return f"{name:<24} {said.strip().splitlines()[0]}"
 
@@ -66,7 +66,7 @@ def run(name: str, size: Size, pictures: Path) -> bool:
     """
     began = time.monotonic()
     if name in PROGRAMS:
-        print(f"\n{_told(name)}", flush=True)
+        print(f"\n{_description(name)}", flush=True)
         command = [sys.executable, "-m", f"drills.{name}", *(["--smoke"] if size.smoke else [])]
         return subprocess.run(command, check=False).returncode == 0
     print(f"\n{name}: {(DRILLS[name].__doc__ or '').strip().splitlines()[0]}", flush=True)
@@ -97,7 +97,7 @@ def main() -> None:
     asked = parser.parse_args()
     if asked.list:
         for name in NAMES:
-            print(_told(name))
+            print(_description(name))
         return
     unknown = sorted(set(asked.names) - set(NAMES))
     if unknown:

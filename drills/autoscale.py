@@ -42,7 +42,7 @@ SCRAPE_S: Final = 15
 CPU_WINDOW_S: Final = 15
 RATE_WINDOW_S: Final = 60
 PRE_STOP_S: Final = 10.0
-"""How long a pod that is to end waits until everybody has heard of it."""
+"""How long a pod that is to end waits until all balancers have removed it."""
 LATE_S: Final = 3
 """From a scrape until the autoscaler can see it."""
 WITHIN: Final = 1.05

@@ -22,7 +22,7 @@ SERVICES: Final = (CHECKS, EXACT, CHANGES)
 
 
 class Rate(NamedTuple):
-    """How often something happens, and how long until people have mended it.
+    """How often something happens, and how long until it is repaired.
 
     Args:
         a_year: times a year, of each machine or process.

@@ -164,10 +164,10 @@ class CheckLoad(HttpLoad):
         with httpx.Client(base_url=instance_url, timeout=10) as client:
             for ip in self.ips:
                 usage = client.get("/v1/usage", headers={"X-Real-IP": ip}).raise_for_status().json()
-                told = next(each for each in usage["rules"] if each["rule"] == rule)
-                if told["degraded"] or told["remaining"] is None:
-                    raise RuntimeError(f"Redis cannot be asked what it has counted of {ip}: {told}")
-                found[ip] = plenty - told["remaining"]
+                usage_of_rule = next(each for each in usage["rules"] if each["rule"] == rule)
+                if usage_of_rule["degraded"] or usage_of_rule["remaining"] is None:
+                    raise RuntimeError(f"Redis cannot be asked what it has counted of {ip}: {usage_of_rule}")
+                found[ip] = plenty - usage_of_rule["remaining"]
         return found
 
 

@@ -2,7 +2,7 @@
 
     python -m drills.exactness LOG... --policy FILE [--skew-ms MS] [--json]
 
-Logs are as `drills.admissions` describes them, one for each client, in any order. Where an answer told the store's clock its
+Logs are as `drills.admissions` describes them, one for each client, in any order. Where an answer contains the store's clock its
 moment is known; elsewhere it is known to lie between sending and receiving, and only what is above the limit in every case counts
 as excess. What was admitted while the store was away ("degraded") counts too; beside it stands the excess of what the store alone
 admitted. All logs of the run are needed, and the policy must not have changed meanwhile. Memory does not grow with the logs:
@@ -185,7 +185,7 @@ def limits_of_policy(policy: Policy) -> LimitsOf:
     """What a policy says of each name and subject.
 
     Args:
-        policy: in force during the run.
+        policy: active during the run.
 
     Returns:
         A function; see `LimitsOf`. A key's own limits hold for its subject `k:…`.
@@ -283,7 +283,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m drills.exactness", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("logs", nargs="+", type=Path, metavar="LOG", help="what a client logged")
-    parser.add_argument("--policy", type=Path, required=True, metavar="FILE", help="the policy that was in force")
+    parser.add_argument("--policy", type=Path, required=True, metavar="FILE", help="the policy that was active")
     parser.add_argument(
         "--skew-ms", type=float, default=0.0, metavar="MS", help="how far a client's clock may be from the store's; default 0"
     )
@@ -308,7 +308,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     if not counts.answers:
         # An empty log proves nothing, and most often means that the drill did not run.
-        print(f"no answer stands in {', '.join(map(str, asked.logs))}: did the clients log?", file=sys.stderr)
+        print(f"no answer found in {', '.join(map(str, asked.logs))}: did the clients log?", file=sys.stderr)
         return 2
     found = any(report.excess_units for report in reports)
     print(json.dumps(_as_json(reports, counts, unfinished), indent=2) if asked.json else as_text(reports, counts, unfinished))

@@ -19,11 +19,11 @@ function response(status)
   answered = answered + 1
   statuses[status] = (statuses[status] or 0) + 1
   if answered == wanted then
-    local told = ""
+    local counts = ""
     for each, count in pairs(statuses) do
-      told = told .. string.format("%d:%d ", each, count)
+      counts = counts .. string.format("%d:%d ", each, count)
     end
-    io.write("statuses " .. told .. "\n")
+    io.write("statuses " .. counts .. "\n")
     io.flush()
     os.exit(0) -- a stopped thread alone would leave wrk asleep until its time is over
   end

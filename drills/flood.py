@@ -101,18 +101,18 @@ def _queries(database: PostgresServer) -> _Queries:
     return _Queries(*database.execute(query)[0])
 
 
-async def _spoken(*command: str | Path) -> str:
+async def _output_of(*command: str | Path) -> str:
     process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT)
     try:
         async with asyncio.timeout(PATIENCE_S):
-            told = (await process.communicate())[0].decode()
+            output = (await process.communicate())[0].decode()
     except BaseException:
         process.kill()
         await process.wait()
         raise
     if process.returncode != 0:
-        raise RuntimeError(f"{command[0]} ended with {process.returncode}: {told}")
-    return told
+        raise RuntimeError(f"{command[0]} ended with {process.returncode}: {output}")
+    return output
 
 
 async def flood(size: Size) -> Findings:
@@ -142,14 +142,14 @@ async def flood(size: Size) -> Findings:
             await asyncio.sleep(2 + seconds)
             hot_s = time.monotonic() - began
             asking = (sys.executable, "-m", "drills.http_load", server.url, str(seconds), str(LIMIT * TIMES))
-            hot = json.loads((await _spoken(*asking)).splitlines()[-1])
+            hot = json.loads((await _output_of(*asking)).splitlines()[-1])
             calm_s = time.monotonic() - began
             await asyncio.sleep(2)
             before, size_before = await asyncio.to_thread(_queries, database), redis.call("DBSIZE")
             rss_before = watch.rss[-1]
             flood_s = time.monotonic() - began
             command = (wrk, "-t1", "-c16", f"-d{PATIENCE_S:.0f}s", "-s", SCRIPT, server.url, "--", str(unknown))
-            told = await _spoken(*command)
+            output = await _output_of(*command)
             over_s = time.monotonic() - began
             await asyncio.sleep(2)
             after, size_after = await asyncio.to_thread(_queries, database), redis.call("DBSIZE")
@@ -158,11 +158,11 @@ async def flood(size: Size) -> Findings:
         finally:
             await asyncio.to_thread(server.stop)
     spans = {
-        "before": [each for each in load.told if 2 <= each.at_s < hot_s],
-        "beside the hot key": [each for each in load.told if hot_s <= each.at_s < calm_s],
-        "beside the flood": [each for each in load.told if flood_s <= each.at_s < over_s],
+        "before": [each for each in load.results if 2 <= each.at_s < hot_s],
+        "beside the hot key": [each for each in load.results if hot_s <= each.at_s < calm_s],
+        "beside the flood": [each for each in load.results if flood_s <= each.at_s < over_s],
     }
-    statuses = re.findall(r"(\d+):(\d+)", told.rpartition("statuses")[2])
+    statuses = re.findall(r"(\d+):(\d+)", output.rpartition("statuses")[2])
     # 429: beyond the bound on the unknown keys of one address, which spares the database.
     refused = sum(int(count) for status, count in statuses if status in ("401", "429"))
     queries = after.calls - before.calls
@@ -184,7 +184,7 @@ async def flood(size: Size) -> Findings:
     # A window may be entered at its end: one more than the seconds it lasted, and the moment until the load said so.
     most = LIMIT * (int(seconds) + 3)
     goals = [
-        none_of("other callers without a decision", sum(not each.decided for each in load.told)),
+        none_of("other callers without a decision", sum(not each.decided for each in load.results)),
         at_most("others' p99 beside the hot key", p99_ms(spans["beside the hot key"]), GOAL_MS, "ms"),
         at_most("others' p99 beside the flood", p99_ms(spans["beside the flood"]), GOAL_MS, "ms"),
         Goal("the hot key admitted", f"{admitted:,}", f"≤ {most:,}", admitted <= most),
@@ -200,7 +200,7 @@ async def flood(size: Size) -> Findings:
         Mark(flood_s, "unknown keys"),
         Mark(over_s, "they end"),
     ]
-    return Findings(figures, goals, [each.seen for each in load.told], marks)
+    return Findings(figures, goals, [each.seen for each in load.results], marks)
 
 
 DRILLS: Final = (flood,)

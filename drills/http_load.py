@@ -103,7 +103,7 @@ class HttpLoad:
         return max((after - before for before, after in itertools.pairwise(answered)), default=0.0)
 
     def question(self) -> tuple[bytes, Any]:
-        """What to ask next: the bytes of the request, and what `heard` is to be told of it."""
+        """What to ask next: the bytes of the request, and the value that `heard` receives with its answer."""
         return self._request, None
 
     def heard(self, about: Any, at_s: float, latency_s: float, answer: Answer | None, failure: str | None) -> None:

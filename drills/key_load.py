@@ -18,7 +18,7 @@ from drills.http_load import Answer, HttpLoad
 TOKEN: Final = "0123456789abcdef-of-a-drill"
 
 
-class Told(NamedTuple):
+class CheckResult(NamedTuple):
     """What became of one check.
 
     Args:
@@ -42,7 +42,7 @@ class Told(NamedTuple):
 
     @property
     def seen(self) -> Seen:
-        """The same for the picture of a drill: who is told that the key is none, or is revoked, has an answer."""
+        """The same for the picture of a drill: a refusal of an unknown or revoked key counts as an answer."""
         answered = self.decided or self.status in (401, 403)
         return Seen(self.at_s, self.latency_s, "", self.key, self.status == 200, False, None if answered else self.code)
 
@@ -57,14 +57,14 @@ class KeyLoad(HttpLoad):
         connections: how many.
 
     Attributes:
-        told: every check.
+        results: of every check.
     """
 
     def __init__(self, url: str, rate: float, next_key: Callable[[], str], connections: int = 8) -> None:
         super().__init__(url, rate, connections)
         self._next_key = next_key
         self._at = urlsplit(url).netloc
-        self.told: list[Told] = []
+        self.results: list[CheckResult] = []
 
     def question(self) -> tuple[bytes, Any]:
         key = self._next_key()
@@ -74,10 +74,10 @@ class KeyLoad(HttpLoad):
 
     def heard(self, about: Any, at_s: float, latency_s: float, answer: Answer | None, failure: str | None) -> None:
         if answer is None:
-            self.told.append(Told(at_s, latency_s, about, 0, str(failure)))
+            self.results.append(CheckResult(at_s, latency_s, about, 0, str(failure)))
             return
         error = {} if answer.status in (200, 429) else json.loads(answer.body).get("error", {})
-        self.told.append(Told(at_s, latency_s, about, answer.status, error.get("code", "")))
+        self.results.append(CheckResult(at_s, latency_s, about, answer.status, error.get("code", "")))
 
 
 class Write(NamedTuple):

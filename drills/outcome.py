@@ -155,7 +155,7 @@ def units_of(running: Running, policy_file: Path, limit: int) -> Units:
 
     Args:
         running: whose load has ended.
-        policy_file: that was in force.
+        policy_file: that was active.
         limit: of each subject.
     """
     load = running.load

@@ -21,7 +21,7 @@ from tests.servers.redis_server import RedisServer
 
 from drills.check_load import Seen
 from drills.findings import Findings, none_of
-from drills.key_load import TOKEN, KeyLoad, Operator, Told
+from drills.key_load import TOKEN, CheckResult, KeyLoad, Operator
 from drills.outcome import Goal, at_most
 from drills.redis_outages import Size
 from drills.running import Mark, in_thread
@@ -111,14 +111,14 @@ class Clocked(NamedTuple):
         return time.monotonic() - self.began
 
     @property
-    def told(self) -> list[Told]:
+    def results(self) -> list[CheckResult]:
         """Every check, of all instances."""
-        return [each for load in self.checks for each in load.told]
+        return [each for load in self.checks for each in load.results]
 
     @property
     def seen(self) -> list[Seen]:
         """The same, for the picture."""
-        return [each.seen for each in self.told]
+        return [each.seen for each in self.results]
 
     def mark(self, what: str, at_s: float | None = None) -> None:
         """Note that something happened.
@@ -152,13 +152,13 @@ async def asked(servers: Sequence[Serve], next_key: Callable[[], str], rate: flo
         await asyncio.gather(*running)
 
 
-def p99_ms(told: Sequence[Told]) -> float:
+def p99_ms(results: Sequence[CheckResult]) -> float:
     """The 99th percentile of the checks that were decided, ms; 0 where there are too few.
 
     Args:
-        told: checks.
+        results: checks.
     """
-    latencies = [each.latency_s * 1000 for each in told if each.decided]
+    latencies = [each.latency_s * 1000 for each in results if each.decided]
     return statistics.quantiles(latencies, n=100, method="inclusive")[-1] if len(latencies) > 1 else 0.0
 
 
@@ -191,19 +191,19 @@ async def pg_primary(size: Size) -> Findings:
                     await in_thread(failover.wait_whole)
                     await asyncio.sleep(1)
             lost = await asyncio.to_thread(_missing, servers[0], [each.key for each in load.operator.writes if each.key])
-    told = load.told
-    undecided = [each for each in told if not each.decided]
-    during = [each for each in told if any(since <= each.at_s < until for since, until in spans)]
+    results = load.results
+    undecided = [each for each in results if not each.decided]
+    during = [each for each in results if any(since <= each.at_s < until for since, until in spans)]
     known_away = [each for each in away if each is not None]
     worst = max(known_away) if len(known_away) == len(away) else None
     figures = [
-        ("checks asked, while no primary took writes", f"{len(told):,}, {len(during):,}"),
-        ("checks' p99, while no primary took writes", f"{p99_ms(told):.1f}, {p99_ms(during):.1f} ms"),
+        ("checks asked, while no primary took writes", f"{len(results):,}, {len(during):,}"),
+        ("checks' p99, while no primary took writes", f"{p99_ms(results):.1f}, {p99_ms(during):.1f} ms"),
         (
             "writes: made, failed",
             f"{sum(w.status == 201 for w in load.operator.writes)}, {sum(w.status != 201 for w in load.operator.writes)}",
         ),
-        ("without a decision", _told_of(undecided)),
+        ("without a decision", _status_counts(undecided)),
         ("… sent after the kill, s", ", ".join(f"{each.at_s - spans[0][0]:.1f}" for each in undecided[:20]) or "-"),
         ("writes back after", ", ".join("never" if each is None else f"{each:.1f} s" for each in away)),
     ]
@@ -216,10 +216,10 @@ async def pg_primary(size: Size) -> Findings:
     return Findings(figures, goals, load.seen, load.marks)
 
 
-def _told_of(told: Sequence[Told]) -> str:
+def _status_counts(results: Sequence[CheckResult]) -> str:
     """What checks were answered, by status and code."""
     return (
-        ", ".join(f"{count:,} x {answer}" for answer, count in Counter(f"{each.status} {each.code}" for each in told).items())
+        ", ".join(f"{count:,} x {answer}" for answer, count in Counter(f"{each.status} {each.code}" for each in results).items())
         or "none"
     )
 
@@ -276,7 +276,7 @@ async def pg_pause(size: Size) -> Findings:
                             f"the monitor acted {alarms} of {rounds} times; writes away for at most {worst}",
                         )
                     )
-    goals.append(none_of("checks without a decision", sum(not each.decided for each in load.told)))
+    goals.append(none_of("checks without a decision", sum(not each.decided for each in load.results)))
     goals.append(none_of("silences after which the nodes did not find together", stuck))
     return Findings(figures, goals, load.seen, load.marks)
 
@@ -322,10 +322,10 @@ async def pg_all(size: Size) -> Findings:
                 load.mark("PostgreSQL is back")
                 again_s = await asyncio.to_thread(_answers_again, servers, load, unseen[-1])
     is_revoked = set(revoked)
-    during = [each for each in load.told if gone_s <= each.at_s < back_s]
+    during = [each for each in load.results if gone_s <= each.at_s < back_s]
     ours = [each for each in during if each.key not in is_revoked]
     theirs = [each for each in during if each.key in is_revoked]
-    unclear = [each for each in new.told if (each.status, each.code) != (503, "CATALOG_UNAVAILABLE")]
+    unclear = [each for each in new.results if (each.status, each.code) != (503, "CATALOG_UNAVAILABLE")]
     figures = [
         (
             "everything is divided by",
@@ -334,13 +334,13 @@ async def pg_all(size: Size) -> Findings:
         ("checks of known keys meanwhile, p99", f"{len(ours):,}, {p99_ms(ours):.1f} ms"),
         (
             "checks of revoked keys meanwhile",
-            f"{len(theirs):,}: {_told_of(theirs)}",
+            f"{len(theirs):,}: {_status_counts(theirs)}",
         ),
         (
             "checks of keys that nobody had seen",
-            f"{len(new.told):,}: {_told_of(new.told)}",
+            f"{len(new.results):,}: {_status_counts(new.results)}",
         ),
-        ("… the slowest answer", f"{max((each.latency_s for each in new.told), default=0):.2f} s"),
+        ("… the slowest answer", f"{max((each.latency_s for each in new.results), default=0):.2f} s"),
     ]
     goals = [
         none_of("known keys without a decision", sum(not each.decided for each in ours)),

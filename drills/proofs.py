@@ -13,7 +13,7 @@ from bisect import insort
 from typing import NamedTuple, Protocol
 
 from tidegate.algorithms.calendar import bounds_of
-from tidegate.policy.limits import Algorithm, Limit
+from tidegate.policy.limits import Algorithm, AnyAlgorithm, Limit
 
 
 class Excess(NamedTuple):
@@ -51,7 +51,7 @@ class Proof(Protocol):
         ...
 
 
-def proof_of(algorithm: Algorithm, limit: Limit, widest_us: int) -> Proof:
+def proof_of(algorithm: AnyAlgorithm, limit: Limit, widest_us: int) -> Proof:
     """The proof of a limit.
 
     Args:

@@ -124,8 +124,8 @@ async def slow_network(size: Size) -> ChargeOutcome:
         p50_ms = percentile_ms(span, 0.5)
         own_ms = running.own_percentile_ms(0.99, since_s, until_s)
         alone = f"{100 * degraded:.1f} % without Redis"
-        told = f"p50 {p50_ms:.1f}, p99 {p99_ms:.1f} ms, at the instances {own_ms:.1f} ms"
-        notes.append((f"{delay_ms} ms", f"{rate:.0f} checks/s, {told}, {alone}"))
+        latencies = f"p50 {p50_ms:.1f}, p99 {p99_ms:.1f} ms, at the instances {own_ms:.1f} ms"
+        notes.append((f"{delay_ms} ms", f"{rate:.0f} checks/s, {latencies}, {alone}"))
         if not delay_ms:
             usual_ms = p99_ms
             continue
@@ -158,14 +158,14 @@ async def clock(size: Size) -> ChargeOutcome:
             event_s = running.mark("clocks are wrong from the start")
             await running.rest(size.of(45, 22))
         books = await running.books()
-        told = [_shift_of(instance) for instance in stack.instances]
+        measured = [_shift_of(instance) for instance in stack.instances]
         units, windows = _in_windows(running, stack)
     load = running.load
-    wrong = max(abs(one - shift) for one, shift in zip(told, shifts, strict=True))
+    wrong = max(abs(one - shift) for one, shift in zip(measured, shifts, strict=True))
     goals = [
         no_errors(load.seen),
         # That the clocks are what they are said to be: else nothing would have been tried.
-        Goal("clocks as told by the logs", " ".join(f"{one:+.0f}" for one in told), "-600 +0 +600 s", wrong < 5),
+        Goal("clock shifts read from the logs", " ".join(f"{one:+.0f}" for one in measured), "-600 +0 +600 s", wrong < 5),
         Goal("units above the limits, by the checker", f"{units.excess}", "0", units.excess == 0),
         Goal("units not admitted", f"{units.under}", "0", units.under == 0),
         Goal("admitted and not counted", f"{books.uncounted}", "0", books.uncounted == 0),

@@ -84,7 +84,7 @@ async def _drill(url: str, event_s: float, after_s: float, *events: tuple[float,
 
 
 def _in_thread(act: Callable[[], Any]) -> Callable[[], Awaitable[object]]:
-    """Servers are told what to do by blocking calls: those must not hold up the load."""
+    """Servers are controlled by blocking calls, which must not delay the load."""
     return lambda: asyncio.to_thread(act)
 
 

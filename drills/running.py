@@ -208,7 +208,7 @@ class Books(NamedTuple):
     Args:
         admitted: units.
         uncounted: of them, those that Redis does not know.
-        counted_twice: units that Redis knows and nobody was told of: answers that came too late, debts paid again.
+        counted_twice: units that Redis counted and no client received: answers that came too late, debts paid again.
         owed: counters, of all rules, that were not put back in time.
     """
 
@@ -219,7 +219,7 @@ class Books(NamedTuple):
 
 
 async def in_thread(act: Callable[[], T]) -> T:
-    """Servers are told what to do by blocking calls: those must not hold up the load.
+    """Servers are controlled by blocking calls, which must not delay the load.
 
     Args:
         act: what is done.

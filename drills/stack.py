@@ -132,7 +132,7 @@ class Stack:
         settings: environment of all instances, beside addresses.
         each: further environment of one instance each, in their order.
         proxied: whether a Redis that stands alone is reached through `proxy`.
-        progress: is told whenever something more runs.
+        progress: callback run whenever another process is ready.
 
     Attributes:
         url: of the balancer: what a client asks.
@@ -252,7 +252,7 @@ class Stack:
                 yield Piece(f"postgres {keeper.name}", f"{HOST}:{keeper.port}", keeper.pid)
 
     def _start(self) -> None:
-        # Told before they start: they end what they have begun, also where the other one fails.
+        # CheckResult before they start: they end what they have begun, also where the other one fails.
         self._running.callback(self.redis.stop)
         self._running.callback(self.postgres.stop)
         with ThreadPoolExecutor(2) as starting:
@@ -286,7 +286,7 @@ class Stack:
         environment = {
             "TIDEGATE_POLICY__FILE": str(self.policy_file),
             "TIDEGATE_COUNTERS__URL": counters,
-            # Where a Redis is away from the start, nobody has heard of the others.
+            # Where a Redis is away from the start, no instance knows the others.
             "TIDEGATE_COUNTERS__MIN_INSTANCES": str(self.sizes.instances),
             "TIDEGATE_CATALOG__URL": self.postgres.url(),
             **self._settings,

@@ -5,7 +5,7 @@
     python -m drills.stack_command status
     python -m drills.stack_command down
 
-What runs stands in a state file, by default .stack.json here. A state file whose stack has died is told and cleaned up after.
+What runs is listed in a state file, by default .stack.json here. A state file whose stack has died is reported and removed.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ def clean_up(path: Path, state: State) -> list[str]:
 
     Args:
         path: of the state file.
-        state: what stands in it.
+        state: its content.
 
     Returns:
         What had to be ended.

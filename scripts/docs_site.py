@@ -105,8 +105,8 @@ def _operation(operation: dict[str, Any]) -> Iterator[str]:
         yield f"Body: `{kind}`, {_schema(form.get('schema', {}))}\n"
     yield "| status | what |\n|---|---|"
     for status, answer in operation["responses"].items():
-        told = "; ".join(_schema(each.get("schema", {})) for each in answer.get("content", {}).values())
-        yield f"| {status} | {_cell(answer.get('description'))} {told} |"
+        schemas = "; ".join(_schema(each.get("schema", {})) for each in answer.get("content", {}).values())
+        yield f"| {status} | {_cell(answer.get('description'))} {schemas} |"
     yield ""
 
 

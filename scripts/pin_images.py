@@ -1,6 +1,6 @@
 """`make pin-images`: writes behind the tag of each image in `deploy/` the digest that it has now.
 
-`redis:8.2-bookworm` becomes `redis:8.2-bookworm@sha256:…`: what was tried is what is deployed, whatever the tag is moved to. Run
+`redis:8.2.2-bookworm` becomes `redis:8.2.2-bookworm@sha256:…`: what was tried is deployed, wherever the tag moves. Run
 it again to move to a newer image of the same tag. Needs Python and access to the registries; registries on loopback addresses are
 reached without TLS, as Docker does.
 

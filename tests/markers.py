@@ -34,6 +34,7 @@ DEPLOY_FILES = frozenset(
         "test_envoy_prefix.py",
         "test_envoy_ratelimit.py",
         "test_envoy_tricks.py",
+        "test_gateway_attributes.py",
         "test_gateway_cors.py",
         "test_gateway_tricks.py",
         "test_grafana.py",

@@ -1,6 +1,6 @@
 """A peer of the HTTP bench on Redis: FastAPI with fastapi-limiter, under the same server and policy as Tidegate.
 
-Callers are told apart by their API key, and two limits hold at once, as in the bench's policy: one of the endpoint, one
+Callers are identified by their API key, and two limits hold at once, as in the bench's policy: one of the endpoint, one
 over the day. The Redis server is the one at `REDIS_URL`. fastapi-limiter counts in fixed windows and sends no header but
 `Retry-After`, on a denial: it does less than the others, and the figure favours it. 0.1.6 is the last version with a
 Redis script of its own; later ones leave the store to another package.

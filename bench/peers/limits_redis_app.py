@@ -1,6 +1,6 @@
 """A peer of the HTTP bench on Redis: FastAPI with `limits` and redis-py, under the same server and policy as Tidegate.
 
-Callers are told apart by their API key, and two limits hold at once, as in the bench's policy: one of the endpoint, one
+Callers are identified by their API key, and two limits hold at once, as in the bench's policy: one of the endpoint, one
 over the day. The Redis server is the one at `REDIS_URL`.
 """
 
@@ -25,15 +25,15 @@ app = FastAPI()
 async def authorize(request: Request) -> Response:
     """Allow or deny, with the headers of the limit that denied or, when none did, of the shortest."""
     api_key = request.headers.get("x-api-key") or (request.client.host if request.client else "")
-    status, told = 204, A_MINUTE
+    status, exceeded = 204, A_MINUTE
     for limit in (A_MINUTE, A_DAY):
         if not await limiter.hit(limit, api_key):
-            status, told = 429, limit
+            status, exceeded = 429, limit
             break
-    stats = await limiter.get_window_stats(told, api_key)
+    stats = await limiter.get_window_stats(exceeded, api_key)
     reset_at = 1 + stats.reset_time
     headers = {
-        "X-RateLimit-Limit": str(told.amount),
+        "X-RateLimit-Limit": str(exceeded.amount),
         "X-RateLimit-Remaining": str(stats.remaining),
         "X-RateLimit-Reset": str(reset_at),
         "Retry-After": str(int(reset_at - time.time())),

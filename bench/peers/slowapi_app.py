@@ -1,6 +1,6 @@
 """The peer of the HTTP bench: FastAPI with slowapi, memory storage, under the same server and with the same policy as Tidegate.
 
-Callers are told apart by their API key, and two limits hold at once, as in the bench's policy: one of the endpoint, one
+Callers are identified by their API key, and two limits hold at once, as in the bench's policy: one of the endpoint, one
 over the day.
 """
 

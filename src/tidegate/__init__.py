@@ -1,44 +1,97 @@
 """Tidegate decides, for every request to an API, whether it may pass.
 
-    from tidegate import Limiter
+    from tidegate import Limiter, limit
     limiter = Limiter("100/minute")
     decision = await limiter.check("user-42")
 
-The names below are the public surface; everything else may change without notice. Nothing here blocks an event loop, and all
-of it serves one loop: it is not for threads.
+    @limit("5/minute", key="email")
+    def send_mail(email: str) -> None: ...
+
+The names below are the public surface; everything else may change without notice. Each is imported when it is first used. Nothing
+here blocks an event loop, except `SyncLimiter` and `limit` on a `def`, which are for threads; all else serves one loop.
 """
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from tidegate._version import __version__
-from tidegate.catalog import Catalog
-from tidegate.catalog.cached import CachedCatalog
-from tidegate.catalog.in_memory import PolicyCatalog
-from tidegate.counters import Charge, CounterStore
-from tidegate.counters.memory import MemoryCounters
-from tidegate.decision import Check, Decision, Observation
-from tidegate.doors.asgi import RateLimitMiddleware
-from tidegate.doors.limiter import Limiter
-from tidegate.errors import (
-    ApiKeyExpired,
-    ApiKeyRevoked,
-    BadRequest,
-    CatalogError,
-    CatalogUnavailable,
-    InvalidApiKey,
-    InvalidToken,
-    LimiterUnavailable,
-    MissingApiKey,
-    PolicyError,
-    SettingsError,
-    StoreUnavailable,
-    TidegateError,
-    TokenKeysUnavailable,
-    TooManyTokens,
-    TooManyUnknownKeys,
-)
-from tidegate.gate.gate import Gate
-from tidegate.policy.limits import Algorithm, Limit
-from tidegate.policy.model import ApiKey, Policy, Rule, Tier
-from tidegate.policy.toml_reader import load_policy
+
+if TYPE_CHECKING:
+    from tidegate.catalog import Catalog
+    from tidegate.catalog.cached import CachedCatalog
+    from tidegate.catalog.in_memory import PolicyCatalog
+    from tidegate.counters import Charge, CounterStore
+    from tidegate.counters.memory import MemoryCounters
+    from tidegate.decision import Check, Decision, Observation
+    from tidegate.doors.asgi import RateLimitMiddleware
+    from tidegate.doors.exceeded import RateLimitExceeded
+    from tidegate.doors.limit import exempt, limit
+    from tidegate.doors.limiter import Limiter, SyncLimiter
+    from tidegate.errors import (
+        ApiKeyExpired,
+        ApiKeyRevoked,
+        BadRequest,
+        CatalogError,
+        CatalogUnavailable,
+        InvalidApiKey,
+        InvalidToken,
+        LimiterUnavailable,
+        MissingApiKey,
+        PolicyError,
+        SettingsError,
+        StoreUnavailable,
+        TidegateError,
+        TokenKeysUnavailable,
+        TooManyTokens,
+        TooManyUnknownKeys,
+    )
+    from tidegate.gate.gate import Gate
+    from tidegate.policy.limits import Algorithm, Limit
+    from tidegate.policy.model import ApiKey, Policy, Rule, Tier
+    from tidegate.policy.toml_reader import load_policy
+
+_HOMES = {
+    "Catalog": "tidegate.catalog",
+    "CachedCatalog": "tidegate.catalog.cached",
+    "PolicyCatalog": "tidegate.catalog.in_memory",
+    "Charge": "tidegate.counters",
+    "CounterStore": "tidegate.counters",
+    "MemoryCounters": "tidegate.counters.memory",
+    "Check": "tidegate.decision",
+    "Decision": "tidegate.decision",
+    "Observation": "tidegate.decision",
+    "RateLimitMiddleware": "tidegate.doors.asgi",
+    "RateLimitExceeded": "tidegate.doors.exceeded",
+    "exempt": "tidegate.doors.limit",
+    "limit": "tidegate.doors.limit",
+    "Limiter": "tidegate.doors.limiter",
+    "SyncLimiter": "tidegate.doors.limiter",
+    "ApiKeyExpired": "tidegate.errors",
+    "ApiKeyRevoked": "tidegate.errors",
+    "BadRequest": "tidegate.errors",
+    "CatalogError": "tidegate.errors",
+    "CatalogUnavailable": "tidegate.errors",
+    "InvalidApiKey": "tidegate.errors",
+    "InvalidToken": "tidegate.errors",
+    "LimiterUnavailable": "tidegate.errors",
+    "MissingApiKey": "tidegate.errors",
+    "PolicyError": "tidegate.errors",
+    "SettingsError": "tidegate.errors",
+    "StoreUnavailable": "tidegate.errors",
+    "TidegateError": "tidegate.errors",
+    "TokenKeysUnavailable": "tidegate.errors",
+    "TooManyTokens": "tidegate.errors",
+    "TooManyUnknownKeys": "tidegate.errors",
+    "Gate": "tidegate.gate.gate",
+    "Algorithm": "tidegate.policy.limits",
+    "Limit": "tidegate.policy.limits",
+    "ApiKey": "tidegate.policy.model",
+    "Policy": "tidegate.policy.model",
+    "Rule": "tidegate.policy.model",
+    "Tier": "tidegate.policy.model",
+    "load_policy": "tidegate.policy.toml_reader",
+}
+"""Module of each name."""
 
 __all__ = [
     "Algorithm",
@@ -66,15 +119,31 @@ __all__ = [
     "Policy",
     "PolicyCatalog",
     "PolicyError",
+    "RateLimitExceeded",
     "RateLimitMiddleware",
     "Rule",
     "SettingsError",
     "StoreUnavailable",
+    "SyncLimiter",
     "TidegateError",
     "Tier",
     "TokenKeysUnavailable",
     "TooManyTokens",
     "TooManyUnknownKeys",
     "__version__",
+    "exempt",
+    "limit",
     "load_policy",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module 'tidegate' has no attribute {name!r}")
+    found = globals()[name] = getattr(import_module(home), name)
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

@@ -148,6 +148,8 @@ class Decision(msgspec.Struct, frozen=True, gc=False):
         limits: the rule's limits; None where no rule applies.
         degraded: whether the counter store was unavailable and the fallback decided.
         unlimited_tier: name of the tier where none of its limits applies; None otherwise.
+        overage: units of the check that pass above a quota or a soft limit, at most its cost, and 0 where none do; of a check of
+            cost 0, all units above the quota so far.
     """
 
     allowed: bool
@@ -159,6 +161,7 @@ class Decision(msgspec.Struct, frozen=True, gc=False):
     limits: LimitSet | None = None
     degraded: bool = False
     unlimited_tier: str | None = None
+    overage: int = 0
 
     @property
     def limit(self) -> int | None:
@@ -190,6 +193,28 @@ class Decision(msgspec.Struct, frozen=True, gc=False):
         """Name of the caller's tier; None for a `Limiter`, which has no tiers."""
         return self.unlimited_tier if self.limits is None else self.limits.tier
 
+    @property
+    def headers(self) -> list[tuple[str, str]]:
+        """The limit headers of an HTTP response, and `Retry-After` of a denial; names in lower case. None where no rule applies.
+
+        `RateLimit-Policy` and `RateLimit` follow draft-ietf-httpapi-ratelimit-headers-10; `X-RateLimit-Reset` is in unix seconds.
+        Seconds are rounded up: a client that waits for `Retry-After` is never early.
+        """
+        binding = self.binding
+        if binding is None or self.limits is None:
+            return []
+        reset_us = self.reset_after_us
+        headers = [
+            ("ratelimit-policy", self.limits.quotas),
+            ("ratelimit", f'"{binding.label or binding.text}";r={self.remaining};t={-(-reset_us // US_PER_S)}'),
+            ("x-ratelimit-limit", str(binding.capacity)),
+            ("x-ratelimit-remaining", str(self.remaining)),
+            ("x-ratelimit-reset", str(-(-(self.at_us + reset_us) // US_PER_S))),
+        ]
+        if not self.allowed and self.retry_after_us is not None:
+            headers.append(("retry-after", str(-(-self.retry_after_us // US_PER_S))))
+        return headers
+
 
 class Observation(msgspec.Struct, frozen=True, gc=False):
     """What the gate saw while answering one check; telemetry reads it, nothing else does.
@@ -201,6 +226,9 @@ class Observation(msgspec.Struct, frozen=True, gc=False):
         shadow_denied: names of the shadow rules that would have denied.
         subject: whom the rule counted, or whom the tier's own limits did, where these denied; None where nothing limits it.
         denied_by: the limits that denied: the rule's or the tier's own; None where the check passed.
+        cost: units of the check.
+        key_id: id of the caller's API key; empty without one.
+        customer: name of the customer that the caller belongs to; empty without one.
     """
 
     decision: Decision | None
@@ -209,6 +237,9 @@ class Observation(msgspec.Struct, frozen=True, gc=False):
     shadow_denied: tuple[str, ...] = ()
     subject: str | None = None
     denied_by: LimitSet | None = None
+    cost: int = 1
+    key_id: str = ""
+    customer: str = ""
 
 
 class RuleUsage(msgspec.Struct, frozen=True, gc=False):
@@ -220,9 +251,10 @@ class RuleUsage(msgspec.Struct, frozen=True, gc=False):
         mode: whether it blocks.
         subject: whom it counts, several names joined by commas; for a caller without an API key or attribute that would be
             counted, `ip`.
-        limits: all its limits, the shortest window first.
+        limits: all its limits, the shortest window first, then its quotas.
         decision: the answer to a check of cost 0, by the limit with the least left.
-        windows: the same for each of the limits by itself; none where the counter store could not say.
+        windows: the same for each of the limits by itself, `overage` being all that is above a quota so far; none where the
+            counter store could not say.
     """
 
     rule: str | None
@@ -326,7 +358,7 @@ def ipv6_client(ip: str) -> str:
         ValueError: if it is no IPv6 address.
     """
     address = ipaddress.IPv6Address(ip)
-    embedded = _embedded_ipv4(address)
+    embedded = embedded_ipv4(address)
     if embedded is not None:
         return str(embedded)
     if address in _LOCAL_NAT64:
@@ -335,7 +367,7 @@ def ipv6_client(ip: str) -> str:
     return str(ipaddress.IPv6Network((int(address), IPV6_PREFIX), strict=False))
 
 
-def _embedded_ipv4(address: ipaddress.IPv6Address) -> ipaddress.IPv4Address | None:
+def embedded_ipv4(address: ipaddress.IPv6Address) -> ipaddress.IPv4Address | None:
     """The IPv4 address of the client behind an IPv6 address; None where there is none."""
     if address.sixtofour is not None:
         return address.sixtofour

@@ -11,6 +11,8 @@
      ├── TooManyUnknownKeys      429 API_KEY_LOOKUPS_EXCEEDED
      ├── ApiKeyRevoked           403 API_KEY_REVOKED
      ├── ApiKeyExpired           403 API_KEY_EXPIRED
+     ├── RateLimitExceeded       429 RATE_LIMIT_EXCEEDED, raised by limited functions (`tidegate.doors.exceeded`)
+     ├── Blocked                 403 BLOCKED
      ├── StoreUnavailable        503 STORE_UNAVAILABLE
      ├── CatalogUnavailable      503 CATALOG_UNAVAILABLE
      ├── LimiterUnavailable      503 LIMITER_UNAVAILABLE, raised by clients: no server answered in time
@@ -38,7 +40,8 @@ class TidegateError(Exception):
     status: ClassVar[int] = 503
 
     def __init__(self, message: str, **details: object) -> None:
-        super().__init__(message)
+        # Not `super()`: a framework's exception may be the next class, see `tidegate.doors.exceeded`.
+        Exception.__init__(self, message)
         self.message = message
         self.details = details
 
@@ -110,6 +113,13 @@ class ApiKeyExpired(TidegateError):
     """The API key has expired."""
 
     code = "API_KEY_EXPIRED"
+    status = 403
+
+
+class Blocked(TidegateError):
+    """The policy or an operator denies this client, or this rule; waiting does not help."""
+
+    code = "BLOCKED"
     status = 403
 
 

@@ -241,10 +241,16 @@ class AdminSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     Args:
         token: bearer token of an operator, 16 characters or more; by default one is generated and printed at the first start.
         trusted_proxies: networks whose forwarding headers are trusted when the control plane counts wrong tokens by address.
+        console: whether the control plane serves the console at /.
+        session_idle_s: how long a session of the console lasts without use, s.
+        secure_cookie: whether browsers send the console's cookie over https only; set it if a proxy adds TLS.
     """
 
     token: str | None = None
     trusted_proxies: tuple[str, ...] = ()
+    console: bool = True
+    session_idle_s: Annotated[float, Range(60, 43_200)] = 1800.0
+    secure_cookie: bool = False
 
 
 class ViolationSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -261,6 +267,26 @@ class ViolationSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
     flush_s: Annotated[float, Range(0.1, 3600)] = 5.0
     keep_days: Annotated[int, Range(1, 3650)] = 30
     max_entries: Annotated[int, Range(100, 1_000_000)] = 10_000
+
+
+class LedgerSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """`[ledger]`: the usage ledger and the traffic history.
+
+    Args:
+        enabled: whether they are written to the database of the catalog.
+        flush_s: interval of the writes, s.
+        keep_days: how long the ledger is kept, days.
+        traffic_days: how long the traffic history is kept, days.
+        minutes_days: how long it is kept by minute, days; before that by hour.
+        max_callers: number of callers of an hour that are kept, each in its rule: those with the most units.
+    """
+
+    enabled: bool = True
+    flush_s: Annotated[float, Range(0.1, 3600)] = 5.0
+    keep_days: Annotated[int, Range(1, 3650)] = 400
+    traffic_days: Annotated[int, Range(1, 3650)] = 30
+    minutes_days: Annotated[int, Range(1, 3650)] = 2
+    max_callers: Annotated[int, Range(10, 100_000)] = 1_000
 
 
 class TracingSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -310,6 +336,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     cache: CacheSettings = CacheSettings()
     admin: AdminSettings = AdminSettings()
     violations: ViolationSettings = ViolationSettings()
+    ledger: LedgerSettings = LedgerSettings()
     tracing: TracingSettings = TracingSettings()
     envoy: EnvoySettings = EnvoySettings()
 

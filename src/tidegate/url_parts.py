@@ -76,7 +76,7 @@ def without_secrets(url: str) -> str:
         url: any text.
 
     Returns:
-        Scheme, hosts and name; the scheme alone where the rest cannot be told from a password.
+        Scheme, hosts and name; the scheme alone where the rest cannot be distinguished from a password.
     """
     if url.startswith("sqlite:///") or ("@" not in url and scheme_of(url) in ("sqlite", "")):
         return url.partition("?")[0]

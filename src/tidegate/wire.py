@@ -25,6 +25,7 @@ class DecisionBody(msgspec.Struct, frozen=True, gc=False):
         rule: name of the rule; null where none applies.
         tier: name of the tier.
         degraded: whether the counter store was unavailable.
+        overage: units of the check that pass above a quota or a soft limit; 0 where none do.
     """
 
     allowed: bool
@@ -35,6 +36,7 @@ class DecisionBody(msgspec.Struct, frozen=True, gc=False):
     rule: str | None
     tier: str | None
     degraded: bool
+    overage: int = 0
 
 
 class WindowUsageBody(msgspec.Struct, frozen=True, gc=False):
@@ -43,9 +45,11 @@ class WindowUsageBody(msgspec.Struct, frozen=True, gc=False):
     Args:
         limit: the most that can be had at once.
         window: seconds that the limit is about; 2678400, the longest, for a calendar month.
-        used: what is consumed of it now.
+        used: what is consumed of it now; more than `limit` where units above a quota pass.
         remaining: what is left of it.
-        resets_at: when it is fully replenished if nothing more is consumed, ISO 8601 in UTC; null where nothing is consumed.
+        resets_at: when it is fully replenished if nothing more is consumed, ISO 8601 in UTC; null where nothing is consumed. Of a
+            quota, when its next period begins.
+        period: second, minute, hour, day, week, month or year of a quota; null for a limit.
     """
 
     limit: int
@@ -53,6 +57,7 @@ class WindowUsageBody(msgspec.Struct, frozen=True, gc=False):
     used: int
     remaining: int
     resets_at: str | None
+    period: str | None = None
 
 
 class RuleUsageBody(msgspec.Struct, frozen=True, gc=False):
@@ -111,6 +116,7 @@ class CheckRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit
         cost: units, 0 (peek) or more, also written as 1.0; 1 where not given.
         attributes: what else is known of the caller, such as `{"user": "42"}`; at most 16, each of at most 256 characters.
         tier: the caller's tier, for a check without an API key; the policy decides where not given.
+        bearer: the caller's JSON Web Token, with or without `Bearer` before it; its verified claims are attributes.
     """
 
     path: str
@@ -120,6 +126,7 @@ class CheckRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit
     cost: int | float | None = 1
     attributes: dict[str, str | None] | None = None
     tier: str | None = None
+    bearer: str | None = None
 
 
 class BatchRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

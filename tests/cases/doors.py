@@ -87,6 +87,13 @@ name = "open"
 [anonymous]
 tier = "open"
 
+[[access]]
+action = "deny"
+from = ["192.0.2.128/25", "2001:db8:bad::/48"]
+[[access]]
+action = "allow"
+from = ["192.0.2.200"]
+
 [[api_keys]]
 key = "{FREE}"
 tier = "free"
@@ -239,6 +246,13 @@ CASES: dict[str, list[tuple[Ask, Answer]]] = {
         (Ask("/api/v1/a", api_key="short"), Answer(401, code="INVALID_API_KEY")),
         (Ask("/api/v1/a", api_key=REVOKED), Answer(403, code="API_KEY_REVOKED")),
         (Ask("/api/v1/a", api_key=EXPIRED), Answer(403, code="API_KEY_EXPIRED")),
+        (Ask("/api/v1/a"), _allowed(3, 2, API)),
+    ],
+    "denied and allowed addresses": [
+        (Ask("/api/v1/a", ip="192.0.2.129"), Answer(403, code="BLOCKED")),
+        (Ask("/api/v1/a", api_key=None, ip="2001:db8:bad::1"), Answer(403, code="BLOCKED")),
+        *((Ask("/api/v1/a", ip="192.0.2.200"), Answer(200, tier="free")) for _ in range(4)),
+        (Ask("/api/v1/a", api_key="nobody-knows-this-key", ip="192.0.2.200"), Answer(401, code="INVALID_API_KEY")),
         (Ask("/api/v1/a"), _allowed(3, 2, API)),
     ],
     "other spellings of a path are refused and charge nothing": [

@@ -29,7 +29,15 @@ def _error(answer: Any, status: int, code: str) -> str:
 async def test_tiers(admin: Admin) -> None:
     made = await admin.http.post("/tiers", json={"name": "free", "limits": ["60/60s"]})
     assert made.status_code == 201
-    assert made.json() == {"name": "free", "limits": ["60/minute"], "managed_by_file": False, "revision": 1, "warnings": []}
+    assert made.json() == {
+        "name": "free",
+        "limits": ["60/minute"],
+        "managed_by_file": False,
+        "revision": 1,
+        "warnings": [],
+        "quotas": [],
+        "overage": False,
+    }
     assert made.headers["etag"] == '"1"'
     _error(await admin.http.post("/tiers", json={"name": "free"}), 409, "CATALOG_REFUSED")
     assert "limit 'x'" in _error(await admin.http.post("/tiers", json={"name": "b", "limits": ["x"]}), 400, "POLICY_REFUSED")

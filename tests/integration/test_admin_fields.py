@@ -156,12 +156,22 @@ class RequestSender:
             "name": f"new {number}",
             "match": {"plan": "pro"},
             "on_missing": "ip",
+            "quotas": ["100/month"],
+            "overage": {"up_to": "20%"},
         }
+        sold = {"limits": ["1/s"], "quotas": ["1000/month", "50/day"], "overage": {"up_to": "20%"}}
         own = {"limits": ["9/day"], "overrides": [{"rule": "/kept", "limits": ["2/s"]}]}
+        namespace = {
+            "limits": ["1/s"],
+            "algorithm": "sliding_window",
+            "on_failure": "default",
+            "overrides": [{"subject": "vip-*", "limits": ["2/s"]}],
+        }
         key = {"tier": "free", "name": "n", "expires_at": "2100-01-01T00:00:00Z", **own}
         return {
-            "TierCreate": [{"name": f"new-{number}", "limits": ["1/s"]}],
-            "TierLimits": [{"limits": ["1/s"]}],
+            "TierCreate": [{"name": f"new-{number}", **sold}],
+            "TierLimits": [sold],
+            "TierPatch": [sold],
             "RuleCreate": [{"tier": "free", **rule}],
             "RuleFields": [rule],
             "RulePatch": [rule],
@@ -178,7 +188,22 @@ class RequestSender:
             "RotateRequest": [{"grace_s": 1}],
             "TokenCreate": [{"name": f"new {number}", "role": "viewer", "expires_at": "2100-01-01T00:00:00Z"}],
             "CallerTokenCreate": [{"name": f"new {number}", "scopes": ["check"], "expires_at": "2100-01-01T00:00:00Z"}],
-            "ResetRequest": [{"api_key_id": "0" * 24}, {"ip": "192.0.2.7"}, {"tier": "free"}, {"subject": "user=1"}],
+            "BlockCreate": [
+                {"cidr": f"203.0.113.{number % 256}", "until": "2100-01-01T00:00:00Z", "reason": "r", "message": "m"},
+                {"api_key_id": "0" * 24},
+                {"customer": f"new {number}"},
+                {"attribute": {"user": f"{number}"}},
+            ],
+            "NamespaceCreate": [{"name": f"new-{number}", **namespace}],
+            "NamespaceFields": [namespace],
+            "NamespacePatch": [namespace],
+            "ResetRequest": [
+                {"api_key_id": "0" * 24},
+                {"ip": "192.0.2.7"},
+                {"tier": "free"},
+                {"subject": "user=1"},
+                {"namespace": "emails", "subject": "user-42"},
+            ],
         }[form]
 
 
@@ -211,8 +236,8 @@ def _described(admin: Admin) -> Iterator[tuple[str, str, dict[str, Any], str | N
             form = None
             if content is not None:
                 schema = content["schema"]
-                (ref,) = [each["$ref"] for each in (schema, *schema.get("anyOf", ())) if "$ref" in each]
-                form = ref.rpartition("/")[2]
+                refs = [each["$ref"] for each in (schema, *schema.get("anyOf", ())) if "$ref" in each]
+                form = refs[0].rpartition("/")[2] if refs else None
             yield method, path.removeprefix(PREFIX), operation, form
 
 
@@ -227,11 +252,14 @@ async def _prepared(admin: Admin) -> dict[str, str]:
     # For overrides of keys: the other one is renamed.
     await admin.rule("/kept")
     token = await admin.http.post("/tokens", json={"name": "one"})
+    assert (await admin.http.post("/namespaces", json={"name": "free"})).status_code == 201
     return {
+        "run_id": "0" * 32,
         "name": "free",
         "rule_id": str(rule["id"]),
         "key_id": (await admin.key())["id"],
         "token_id": str(token.json()["id"]),
+        "block_id": str((await admin.http.post("/blocks", json={"cidr": "198.51.100.1"})).json()["id"]),
     }
 
 
@@ -285,7 +313,7 @@ async def test_every_field_of_every_body(admin: Admin) -> None:
                             kept.add(value)
     assert forms == {
         *(form for form in admin.app.openapi()["components"]["schemas"] if form.endswith(("Create", "Request", "Patch"))),
-        *("TierLimits", "RuleFields"),
+        *("TierLimits", "RuleFields", "NamespaceFields"),
     }
     assert kept == set(STORABLE), "what may be any text is"
     listed = [each["name"] for each in (await admin.http.get("/api-keys", params={"limit": 500})).json()["items"]]

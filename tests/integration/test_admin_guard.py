@@ -388,6 +388,9 @@ async def _every_parameter(admin: Admin, text: str) -> dict[str, Any]:
         "/audit-log": "after kind target actor",
         "/violations": "after since until tier rule api_key_id ip subject",
         "/violations/top": "by since until tier rule api_key_id ip subject attribute",
+        "/traffic": "from to step limit tier rule api_key_id ip subject",
+        "/traffic/callers": "from to limit sort tier rule api_key_id ip subject",
+        "/usage/export": "from to format customer api_key limit after",
         "/usage": "api_key_id ip subject tier",
         "/policy": "keys",
     }.items():

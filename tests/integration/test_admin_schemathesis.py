@@ -26,7 +26,8 @@ from tidegate.server.listener import Listener
 OPERATIONS = {
     *(("get", path) for path in ("/tiers", "/tiers/{name}", "/rate-limit-rules", "/rate-limit-rules/{rule_id}")),
     *(("get", path) for path in ("/api-keys", "/api-keys/{key_id}", "/tokens", "/usage", "/audit-log", "/policy")),
-    *(("get", path) for path in ("/violations", "/violations/top")),
+    *(("get", path) for path in ("/violations", "/violations/top", "/explain", "/system")),
+    *(("get", path) for path in ("/traffic", "/traffic/callers", "/usage/export")),
     *(("post", path) for path in ("/tiers", "/rate-limit-rules", "/api-keys", "/tokens", "/counters/reset", "/policy")),
     *(("post", path) for path in ("/api-keys/{key_id}/revoke", "/api-keys/{key_id}/rotate")),
     *((method, "/tiers/{name}") for method in ("put", "patch", "delete")),
@@ -38,6 +39,13 @@ OPERATIONS = {
     *((method, "/caller-tokens") for method in ("get", "post")),
     ("post", "/caller-tokens/{token_id}/rotate"),
     ("delete", "/caller-tokens/{token_id}"),
+    *((method, "/namespaces") for method in ("get", "post")),
+    *((method, "/namespaces/{name}") for method in ("get", "put", "patch", "delete")),
+    ("get", "/callers"),
+    ("post", "/what-if"),
+    *((method, "/what-if/{run_id}") for method in ("get", "delete")),
+    *((method, "/blocks") for method in ("get", "post")),
+    *((method, "/blocks/{block_id}") for method in ("get", "delete")),
 }
 # What a schema cannot say: which texts are limits, patterns and moments, and that 1.0 is no whole number here. And the missing
 # header that it looks for is answered 428, as RFC 6585 has it.

@@ -41,6 +41,8 @@ ON_ONE_MACHINE = {
     "catalog_follower",
     "envoy_config_watcher",
     "grpc_receiver",
+    "ledger_retention",
+    "ledger_writer",
     "memory_sweep",
     "policy_file_watcher",
     "violations_retention",
@@ -49,6 +51,8 @@ ON_ONE_MACHINE = {
 ON_SERVERS = {
     "catalog_announcements",
     "catalog_follower",
+    "ledger_retention",
+    "ledger_writer",
     "policy_file_watcher",
     "redis_connection",
     "redis_heartbeat",

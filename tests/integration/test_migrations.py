@@ -47,6 +47,16 @@ FILLING = {
         VALUES (6, 'me', 'update', 'tier', 'free', '{"limits": []}', 'null')""",
     "caller_tokens": """INSERT INTO caller_tokens (name, sha256, scopes, created_at_us)
         VALUES ('edge', 'digest', '["check"]', 5)""",
+    "usage_ledger": """INSERT INTO usage_ledger (day_us, customer, key_id, tier, rule, admitted, blocked, over_limit)
+        VALUES (0, '', 'k', 't', 'r', 3, 2, 1)""",
+    "ledger_batches": "INSERT INTO ledger_batches (instance, sequence, written_at_us) VALUES ('i', 1, 5)",
+    "traffic_minutes": """INSERT INTO traffic_minutes (minute_us, tier, rule, allowed, blocked, over_limit)
+        VALUES (60000000, 't', 'r', 3, 2, 1)""",
+    "traffic_hours": """INSERT INTO traffic_hours (hour_us, tier, rule, allowed, blocked, over_limit)
+        VALUES (0, 't', 'r', 3, 2, 1)""",
+    "traffic_callers": """INSERT INTO traffic_callers (hour_us, tier, rule, subject, allowed, blocked, over_limit)
+        VALUES (0, 't', 'r', 's', 3, 2, 1)""",
+    "traffic_latency": "INSERT INTO traffic_latency (step_s, at_us, bucket, checks) VALUES (60, 60000000, 4, 9)",
     "catalog_changes": "INSERT INTO catalog_changes (version, previous, kind, name) VALUES (7, 6, 'all', '')",
 }
 """A row or more for every table, as the step that made it would have it."""

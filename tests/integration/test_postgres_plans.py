@@ -27,8 +27,8 @@ from tidegate.admin.lists import STRIDE
 from tidegate.admin.models import KeyCreate, KeyPatch, RevokeRequest
 from tidegate.admin.rules import CatalogEditor
 from tidegate.catalog.sql.catalog import SqlCatalog
+from tidegate.catalog.sql.paging import cursor_of
 from tidegate.policy.toml_reader import parse_policy
-from tidegate.violations import queries as reading_violations
 from tidegate.violations.queries import DAY_US, ViolationFilter, blocked_total, list_violations, top_violators
 
 KEYS = 300_000
@@ -142,7 +142,7 @@ def _violations(until_us: int, after: str | None = None, **filters: Any) -> Call
 
 SUBJECT = "k:" + "77".rjust(24, "0")
 MIDDLE = "8" * 24
-PLACE = reading_violations._cursor([START_US + 20 * HOUR_US, "tier-1", "rule 5", "k:"])
+PLACE = cursor_of((START_US + 20 * HOUR_US, "tier-1", "rule 5", "k:"))
 TODAY_US = START_US + DAY_US
 BY_KEY = ("pk_api_keys",)
 BY_TIER = ("idx_api_keys_tier_id",)

@@ -157,7 +157,7 @@ def test_health_and_metrics(serve: Callable[..., Any], tmp_path: Path) -> None:
     httpx.post(f"{server.url}/v1/check", json={**CHECK, "api_key": "nobody-knows-this-key"})
     health = httpx.get(f"{server.url}/health")
     assert (health.status_code, health.json()["status"]) == (200, "healthy")
-    assert set(health.json()["components"]) == {"database", "policy", "rate_limiter"}
+    assert set(health.json()["components"]) == {"database", "ledger", "policy", "rate_limiter"}
     assert httpx.get(f"{server.url}/livez").status_code == 200
     assert _metric(server, 'rate_limiter_requests_total{status="allowed"}') == 2
     assert _metric(server, 'rate_limiter_requests_total{status="blocked"}') == 1

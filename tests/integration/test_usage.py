@@ -63,7 +63,7 @@ async def test_usage_over_http(gate: Gate, listen: Callable[..., Any]) -> None:
             "window": 60,
             "degraded": False,
             "windows": [
-                {"limit": 2, "window": 60, "used": 1, "remaining": 1, "resets_at": "2023-11-14T22:14:00.000001Z"},
+                {"limit": 2, "window": 60, "used": 1, "remaining": 1, "resets_at": "2023-11-14T22:14:00.000001Z", "period": None},
             ],
         }
         assert by_rule["/everyone"]["windows"][0]["resets_at"] is None, "nothing is consumed"
@@ -161,7 +161,7 @@ async def test_every_window_of_a_rule_is_reported(clock: Clock, listen: Callable
     await gate.check(Check.of("/b", api_key=FREE, cost=4))
     async with httpx.AsyncClient(base_url=await listen(DataPlane(gate, {}))) as client:
         rules = (await client.get("/v1/usage", headers=KEYED)).json()["rules"]
-    told = {each["rule"]: [tuple(window.values()) for window in each["windows"]] for each in rules}
+    told = {each["rule"]: [tuple(window.values())[:-1] for window in each["windows"]] for each in rules}
     # A sliding window is replenished when what is left of the window before is less than one: of 9 an hour after 8/9 of the next.
     assert told == {
         None: [(20, 3600, 9, 11, "2023-11-14T23:53:20.000001Z"), (1000, 86_400, 9, 991, "2023-11-15T21:20:00.000001Z")],
@@ -201,8 +201,8 @@ async def test_windows_on_redis_are_those_of_memory(algorithm: Algorithm, kind: 
     for store in stores:
         for cost in (1, 1, 8):
             await store.charge([Charge(((limits, "a"),), cost)])
-        seen = await peek_windows(store, [(limits, "a"), (limits, "b"), (one, "a")])
-        again = await peek_windows(store, [(limits, "a"), (limits, "b"), (one, "a")])
+        seen = await peek_windows(store, [((limits, "a"),), ((limits, "b"),), ((one, "a"),)])
+        again = await peek_windows(store, [((limits, "a"),), ((limits, "b"),), ((one, "a"),)])
         for _, windows in (*seen, *again):
             assert [each.binding for each in windows] in ([*limits.limits], [*one.limits])
         told.append([[each.remaining for each in windows] for _, windows in seen])
@@ -218,9 +218,9 @@ async def test_a_redis_that_is_unavailable_reports_no_windows(new_redis: Callabl
     store = GuardedCounters(RedisCounters(redis.url, 0.2))
     await store.start()
     limits = LimitSet("windows", Algorithm.SLIDING_WINDOW, [Limit.parse("5/day"), Limit.parse("7/month")])
-    await peek_windows(store, [(limits, "a")])
+    await peek_windows(store, [((limits, "a"),)])
     redis.kill()
-    ((decision, windows),) = await peek_windows(store, [(limits, "a")])
+    ((decision, windows),) = await peek_windows(store, [((limits, "a"),)])
     assert (decision.degraded, windows) == (True, ())
     assert await store.windows([(limits, "a")]) == [None]
     await store.close()

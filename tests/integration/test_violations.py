@@ -20,6 +20,7 @@ from tests.servers.postgres import PostgresServer
 from tests.servers.tcp_proxy import TcpProxy
 from tests.unit.test_violations import MINUTE_US, NOON_US, blocked, limit_set
 from tidegate.admin.rules import CatalogEditor
+from tidegate.catalog.sql import partitions as partitioning
 from tidegate.catalog.sql.catalog import SqlCatalog
 from tidegate.catalog.sql.database import Database
 from tidegate.errors import CatalogUnavailable
@@ -89,7 +90,9 @@ async def execute(database: Database, statement: str, **parameters: Any) -> list
 async def partitions(database: Database) -> dict[str, int]:
     """Rows by partition."""
     names = await execute(
-        database, "SELECT relname FROM pg_inherits JOIN pg_class c ON c.oid = inhrelid WHERE relkind = 'r' ORDER BY 1"
+        database,
+        """SELECT relname FROM pg_inherits JOIN pg_class c ON c.oid = inhrelid
+            WHERE inhparent = CAST('rate_limit_violations' AS regclass) ORDER BY 1""",
     )
     return {name: (await execute(database, f"SELECT count(*) FROM {name}"))[0][0] for (name,) in names}
 
@@ -364,7 +367,7 @@ async def test_a_frozen_database_does_not_hold_up_the_end(postgres_server: Postg
 
 
 async def test_old_days_go(catalog: SqlCatalog, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(table, "_DELETE_BATCH_SIZE", 7)
+    monkeypatch.setattr(partitioning, "_DELETE_BATCH_SIZE", 7)
     database = catalog.database
     today_us = NOON_US - NOON_US % DAY_US
     ages = [0, 1, 29, 30, 31, 32, 400]
@@ -437,7 +440,7 @@ async def test_a_day_of_the_default_partition_moves(postgres: Database) -> None:
 async def test_too_many_rows_stay_in_the_default_partition(
     postgres: Database, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(table, "_MAX_MOVED", 5)
+    monkeypatch.setattr(partitioning, "_MAX_MOVED", 5)
     today_us = NOON_US - NOON_US % DAY_US
     await write_violations(postgres, [row(today_us + n * MINUTE_US) for n in range(6)])
     assert await maintain_table(postgres, 30, today_us) is True
@@ -451,7 +454,7 @@ async def test_too_many_rows_stay_in_the_default_partition(
 async def test_one_keeps_at_a_time(postgres: Database, postgres_url: str) -> None:
     others = [await Database.open(postgres_url) for _ in range(3)]
     async with postgres.transaction() as connection:
-        await connection.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": table._LOCK})
+        await connection.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": table.TABLE.lock})
         assert await maintain_table(others[0], 30, NOON_US) is False
     assert list(await partitions(postgres)) == ["rate_limit_violations_default"]
     await write_violations(postgres, [row(NOON_US - age * DAY_US) for age in (0, 40)])

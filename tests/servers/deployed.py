@@ -39,7 +39,14 @@ def snippets() -> dict[str, str]:
 
 
 def gateway(
-    tidegate: Sequence[int], api: int, when_away: str = "closed", edge: bool = False, patient: bool = True, level: str = "info"
+    tidegate: Sequence[int],
+    api: int,
+    when_away: str = "closed",
+    edge: bool = False,
+    patient: bool = True,
+    level: str = "info",
+    user: str = "",
+    bearer: bool = False,
 ) -> Nginx:
     """deploy/nginx/gateway.conf on a free port.
 
@@ -50,6 +57,8 @@ def gateway(
         edge: whether it keeps denials.
         patient: whether it waits longer for Tidegate than is deployed: on a busy machine a first answer may take a second.
         level: from which on errors are logged.
+        user: what it knows of every client, for the attribute `user`.
+        bearer: whether Tidegate gets the clients' tokens.
 
     Returns:
         The nginx, not started; its edge cache is in `denials` in its directory.
@@ -68,6 +77,9 @@ def gateway(
             "127.0.0.1:8000": f"{HOST}:{api}",
             "default closed": f"default {when_away}",
             "default off": f"default {'tidegate_denials' if edge else 'off'}",
+            '$tidegate_user {\n    default "";': f'$tidegate_user {{\n    default "{user}";',
+            '$tidegate_bearer {\n    default "";': "$tidegate_bearer {\n    default "
+            + ("$http_authorization;" if bearer else '"";'),
         },
     )
     files = snippets()

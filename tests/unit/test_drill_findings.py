@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from drills.findings import Findings, none_of
-from drills.key_load import Operator, Told, Write
+from drills.key_load import CheckResult, Operator, Write
 from drills.outcome import Goal
 from drills.postgres_failures import p99_ms
 from drills.soak import slope
@@ -33,8 +33,10 @@ def test_a_write_counts_as_back_only_where_it_was_sent_after_the_kill() -> None:
 
 
 def test_the_percentile_leaves_out_what_was_not_decided() -> None:
-    told = [Told(0.0, 0.001 * (number + 1), "k", 200, "") for number in range(100)] + [Told(0.0, 9.0, "k", 503, "X")]
-    assert p99_ms(told) == pytest.approx(99.01)
+    results = [CheckResult(0.0, 0.001 * (number + 1), "k", 200, "") for number in range(100)] + [
+        CheckResult(0.0, 9.0, "k", 503, "X")
+    ]
+    assert p99_ms(results) == pytest.approx(99.01)
     assert p99_ms([]) == 0.0
 
 

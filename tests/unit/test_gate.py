@@ -145,6 +145,8 @@ async def test_invalidation_also_reaches_what_is_being_loaded() -> None:
 async def test_mistyped_keys_cost_no_look_up() -> None:
     catalog = CountingCatalog()
     gate = Gate(CachedCatalog(catalog), MemoryCounters())
+    await gate.access.load()
+    catalog.asked.clear()
     key = make_api_key()
     for wrong in (key[:-1] + ("0" if key[-1] != "0" else "1"), "tg_", "tg_" + "k" * 600):
         with pytest.raises(InvalidApiKey, match="mistyped"):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+import tomllib
 from importlib.resources import files
 from pathlib import Path
 
@@ -13,7 +15,23 @@ from typer.testing import CliRunner
 from tidegate.cli import app
 
 HEAVY = {"alembic", "fastapi", "granian", "grpc", "opentelemetry", "prometheus_client", "rich", "sqlalchemy", "typer"}
-COMMANDS = ["serve", "check", "doctor", "simulate", "plan", "tiers", "rules", "policy", "keys", "caller-tokens", "db", "envoy"]
+COMMANDS = [
+    "serve",
+    "check",
+    "doctor",
+    "simulate",
+    "plan",
+    "tiers",
+    "rules",
+    "policy",
+    "keys",
+    "blocks",
+    "caller-tokens",
+    "usage",
+    "counters",
+    "db",
+    "envoy",
+]
 
 
 def _imported_by(program: str) -> set[str]:
@@ -119,6 +137,42 @@ def test_every_command_needs_no_more_than_run_installs() -> None:
     ran = _with_what_run_installs(EVERY_HELP, *COMMANDS)
     assert (ran.returncode, ran.stderr) == (0, "")
     assert ran.stdout.splitlines() == [f"{command} Usage:" for command in COMMANDS]
+
+
+LIBRARY = """
+import asyncio, sys
+import tidegate
+from tidegate import Gate, Limiter, MissingApiKey, RateLimitMiddleware, SyncLimiter, limit
+
+@limit("1/minute")
+def work():
+    return True
+
+async def count():
+    async with Limiter("1/minute", counters="redis://127.0.0.1:1", on_failure="allow") as limiter:
+        return (await limiter.check("u")).degraded
+
+assert work() and SyncLimiter("1/minute").check("u").allowed and asyncio.run(count())
+RateLimitMiddleware(None, policy="examples/app.policy.toml")
+for name in tidegate.__all__:
+    getattr(tidegate, name)
+sys.argv[1:] = ["serve"]
+from tidegate.__main__ import main
+main()
+"""
+
+
+def test_the_library_needs_its_own_dependencies_alone(tmp_path: Path) -> None:
+    """And the command says what is missing."""
+    root = Path(__file__).parents[2]
+    project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
+    names = [re.split(r"[<>=;]", each)[0] for each in project["dependencies"]]
+    assert names == ["msgspec", "hiredis", "uvloop"]
+    (tmp_path / "library.txt").write_text("".join(f"{name}==0\n" for name in names))
+    command = [sys.executable, "-c", WITHOUT_THE_OTHERS + LIBRARY, str(tmp_path / "library.txt")]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False, cwd=root)
+    assert ran.returncode == 2
+    assert ran.stderr.splitlines()[-1:] == ["the command tidegate needs typer: pip install 'tidegate[server]'"]
 
 
 def test_a_server_needs_no_more_than_run_installs(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import hmac
 import http.server
 import json
@@ -239,6 +240,8 @@ class Issuer:
         self.status = 200
         self.headers: dict[str, str] = {}
         self.fetches = 0
+        self.drips = threading.Event()
+        self.go_on = threading.Event()
         issuer = self
 
         class Handler(http.server.BaseHTTPRequestHandler):
@@ -249,6 +252,14 @@ class Issuer:
                     self.send_header(name, value)
                 self.send_header("Content-Length", str(len(issuer.body)))
                 self.end_headers()
+                if issuer.drips.is_set():
+                    # A part now and then, so that no single wait is long.
+                    for byte in issuer.body:
+                        if issuer.go_on.wait(0.05):
+                            return
+                        with contextlib.suppress(OSError):
+                            self.wfile.write(bytes([byte]))
+                    return
                 self.wfile.write(issuer.body)
 
             def log_message(self, *args: object) -> None:
@@ -263,6 +274,7 @@ class Issuer:
 def issuer() -> Iterator[Issuer]:
     running = Issuer()
     yield running
+    running.go_on.set()
     running.server.shutdown()
     running.server.server_close()
 
@@ -316,6 +328,18 @@ async def test_the_last_keys_stay_in_use_while_the_issuer_fails(issuer: Issuer, 
     issuer.status, issuer.body, issuer.headers = 200, KEYS, {}
     await keys.load()
     assert keys.failure == ""
+
+
+async def test_a_slow_issuer_is_given_up_and_the_last_keys_stay_in_use(issuer: Issuer, monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = JwtPolicy.make(jwks=issuer.url, issuer="https://issuer", audience="api")
+    keys = KeySet(policy)
+    await keys.load()
+    issuer.drips.set()
+    monkeypatch.setattr("tidegate.jwt.key_set.FETCH_S", 0.3)
+    await keys.load()
+    assert "was not complete within 0.3 s" in keys.failure
+    valid = await JwtVerifier(policy, {"org_id": "org_id"}, keys).verify(token(RSA, kid="rsa"))
+    assert valid.attributes == {"org_id": "acme"}
 
 
 async def test_follow_loads_a_changed_file(tmp_path: Path) -> None:

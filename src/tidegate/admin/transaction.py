@@ -159,9 +159,9 @@ async def insert_tier(transaction: AuditedTransaction, tier: Tier) -> TierRead:
 
 
 async def update_tier(transaction: AuditedTransaction, row: RowMapping, tier: Tier) -> TierRead:
-    """Update the limits of a tier's row."""
+    """Update the limits and quotas of a tier's row."""
     transaction.touch(TIER, row["name"])
-    values = {"limits": [limit.text for limit in tier.limits], "managed_by_file": False, "revision": row["revision"] + 1}
+    values = {**policy_rows.row_of_tier(tier), "managed_by_file": False, "revision": row["revision"] + 1}
     await transaction.connection.execute(update(tiers).where(tiers.c.id == row["id"]).values(values))
     changed = TierRead.of_row({**row, **values})
     await transaction.audit("update", "tier", row["name"], TierRead.of_row(row), changed)

@@ -12,6 +12,7 @@ from tidegate.catalog.sql.tables import api_keys
 from tidegate.decision import Usage, client_of, clip
 from tidegate.errors import BadRequest, MissingApiKey
 from tidegate.gate.gate import Gate
+from tidegate.gate.quotas import own_quotas
 from tidegate.gate.usage import caller_usage, own_limits, reset_counters
 from tidegate.policy.attributes import is_name, parse_subject
 from tidegate.policy.descriptors import entries_subject
@@ -127,4 +128,6 @@ async def reset_key(editor: CatalogEditor, gate: Gate, key_id: str) -> int:
         StoreUnavailable: if the counter store fails; some may have been reset.
     """
     caller = await caller_of(editor, gate, key_id)
-    return await reset_counters(gate.counters, [(limits, caller.subject) for limits in own_limits(caller.tier)])
+    return await reset_counters(
+        gate.counters, [*((limits, caller.subject) for limits in own_limits(caller.tier)), *own_quotas(caller)]
+    )

@@ -2,8 +2,9 @@
 -- A window is named by its seconds, a calendar month by 0, a year by -1; so a rule that gains or loses a window keeps what the others hold.
 -- Moments that are whole seconds are kept in seconds: five bytes instead of nine.
 
--- `carried` names an entry that is no window's and stays whatever is charged.
-local function packed(name, width, parameters, decide, merge, carried)
+-- `carried` names an entry that is no window's and stays whatever is charged. `kept` has for a window how long its state is kept
+-- at least, ms. Both are optional, and so are the entries of `kept`.
+local function packed(name, width, parameters, decide, merge, carried, kept)
   local function load(key)
     local value = redis.call('GET', key)
     return value and {cmsgpack.unpack(value)} or {}
@@ -19,6 +20,11 @@ local function packed(name, width, parameters, decide, merge, carried)
   end
 
   local function save(key, _, fresh, ttl)
+    if kept then
+      for at = 1, #fresh, width + 1 do
+        ttl = math.max(ttl, kept[fresh[at]] or 0)
+      end
+    end
     redis.call('SET', key, cmsgpack.pack(unpack(fresh)), 'PX', ttl)
   end
 
@@ -44,7 +50,7 @@ local function packed(name, width, parameters, decide, merge, carried)
           states[#states + 1] = mine[j]
         end
         local _, _, reset = decide(states, #states - width, {}, now, 0, window, config[i + 1], config[i + 2], config[i + 3])
-        longest = math.max(longest, reset)
+        longest = math.max(longest, reset, kept and kept[window] and kept[window] * 1000 or 0)
       end
     end
     if longest > 0 then

@@ -19,7 +19,7 @@ local function sliding_log_load(key)
   local held = {cmsgpack.unpack(header)}
   held.last = table.remove(held, 1)
   held.key, held.entries, held.advanced = key, redis.call('LLEN', key) - 1, 0
-  -- One entry is asked for first, as mostly one is enough; then ever more at once.
+  -- One entry is read first, which is mostly enough; then ever more at once.
   held.chunk, held.from, held.size = {}, 0, 1
   return held
 end
@@ -148,7 +148,7 @@ local function sliding_log_absorb(key, config, others, now)
       longest, widest = other, sliding_log_length(config[i])
     end
   end
-  -- What one admission wrote stands in all windows alike, so the longest window's entries are all there are.
+  -- One admission is in all windows alike, so the longest window's entries are all there are.
   for i = 1, longest and #longest or 0, 2 do
     add(longest[i], longest[i + 1])
   end

@@ -7,9 +7,11 @@ from collections import OrderedDict
 from typing import Final, Generic, TypeVar
 
 from tidegate.policy.attributes import CallerPolicy
+from tidegate.policy.limits import LimitSet
 from tidegate.policy.matching import CompiledTier
 from tidegate.policy.model import ApiKey, KeyStatus
 from tidegate.policy.namespaces import CompiledNamespace
+from tidegate.policy.periods import DEFAULT_ANCHOR
 
 SECOND_CHANCES: Final = 16
 """Maximum number of recently used entries skipped per eviction: bounds the work of one check when all entries are in use."""
@@ -52,9 +54,24 @@ class Caller:
     Attributes:
         form_checked: whether a key of valid format was received for it; a look-up by digest does not show that.
         never_ends: whether the key is active and does not expire, or there is none.
+        anchor: when the periods of its quotas begin.
+        key_id: id of the key; empty without one.
+        quota_subject: whom quotas count; empty for the client's address, where there is no key.
     """
 
-    __slots__ = ("api_key", "cached_tier", "form_checked", "never_ends", "recent", "subject", "tier")
+    __slots__ = (
+        "_quotas",
+        "anchor",
+        "api_key",
+        "cached_tier",
+        "form_checked",
+        "key_id",
+        "never_ends",
+        "quota_subject",
+        "recent",
+        "subject",
+        "tier",
+    )
 
     def __init__(self, api_key: ApiKey | None, cached_tier: CachedTier) -> None:
         self.api_key = api_key
@@ -69,6 +86,17 @@ class Caller:
             else CompiledTier(cached_tier.compiled.tier, api_key.overrides)
         )
         self.subject = "" if api_key is None else f"k:{api_key.owner}"
+        self.anchor = DEFAULT_ANCHOR
+        self.quota_subject = self.subject
+        self.key_id = "" if api_key is None else api_key.id
+        self._quotas: LimitSet | None = None
+
+    @property
+    def quotas(self) -> LimitSet | None:
+        """Its tier's quotas, with periods by its anchor; None where there are none. The anchor must not change after that."""
+        if self._quotas is None and self.tier.quotas is not None:
+            self._quotas = self.tier.quotas.of(self.anchor)
+        return self._quotas
 
 
 class UnkeyedCallers:

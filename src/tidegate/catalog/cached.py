@@ -23,6 +23,8 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import Final
 
 from tidegate.catalog import Catalog
+from tidegate.catalog.access_lists import AccessLists
+from tidegate.catalog.blocks import Blocks
 from tidegate.catalog.cache_level import CachedTier, CacheLevel, Caller, TierNames, UnkeyedCallers, V
 from tidegate.catalog.caller_tokens import CallerTokens
 from tidegate.catalog.changes import ALL, ANONYMOUS, KEY, TIER, Changes, Item
@@ -58,6 +60,8 @@ class CachedCatalog:
 
     Attributes:
         caller_tokens: receives each change as well; None if callers of the data plane need no token.
+        blocks: receives each change as well; None where nobody can be blocked, as in a catalog in memory.
+        access: what checks are compared with before anything is counted.
         on_change: called with the items that a change touched; ALL stands for any.
         active_policy: what the policy says of callers without an API key, and of attributes; None if it has to be loaded.
     """
@@ -74,6 +78,8 @@ class CachedCatalog:
         self.catalog = catalog
         self.unknown_keys = unknown_keys
         self.caller_tokens: CallerTokens | None = None
+        self.blocks: Blocks | None = None
+        self.access = AccessLists()
         self.on_change: Callable[[Sequence[Item]], None] | None = None
         self.hits = self.misses = self.stale = 0
         self.active_policy: CallerPolicy | None = None
@@ -282,6 +288,8 @@ class CachedCatalog:
             self.on_change([*items, (ALL, "")] if everything else items)
         if self.caller_tokens is not None:
             self.caller_tokens.changed(items, everything=everything)
+        if self.blocks is not None:
+            self.blocks.changed(items, everything=everything)
 
     def touched(self, version: int, items: Iterable[Item]) -> None:
         """Invalidate what a change made in this process touched, without waiting for the follower to read it."""
@@ -294,6 +302,8 @@ class CachedCatalog:
             self.on_change(items)
         if self.caller_tokens is not None:
             self.caller_tokens.changed(items)
+        if self.blocks is not None:
+            self.blocks.changed(items)
 
     def followed(self, *, failing: bool) -> None:
         """Record whether the catalog answers the follower, which queries the database and no cache."""
@@ -302,6 +312,7 @@ class CachedCatalog:
         # Loaded again by the next request that needs them.
         if self.cached_caller_policy() is None:
             self.active_policy = None
+            self.access.forget_policy()
 
     def invalidate(self) -> None:
         """Invalidate everything. Loads in progress are not cached."""
@@ -310,6 +321,7 @@ class CachedCatalog:
         for level in (self._callers, self._tiers, self._unkeyed, self._names):
             level.mark_all_stale()
         self.active_policy = None
+        self.access.forget_policy()
         self._unknown.clear()
         self._schedule_reload(tiers)
 
@@ -329,6 +341,7 @@ class CachedCatalog:
             elif kind == ANONYMOUS:
                 self._unkeyed.mark_stale("")
                 self.active_policy = None
+                self.access.forget_policy()
 
     def _mark_tier_replaced(self, tier: str) -> None:
         entry = self._tiers.entries.get(tier)
@@ -426,6 +439,7 @@ class CachedCatalog:
                 level.put(name, value, self._fresh_until(level, name, value))
                 if isinstance(value, UnkeyedCallers):
                     self.active_policy = value.policy
+                    self.access.replace_policy(value.policy.access)
         return value
 
     def _note_unknown(self, sha256: str) -> None:

@@ -18,7 +18,8 @@ import msgspec
 from tidegate.errors import PolicyError
 from tidegate.policy.attributes import CallerPolicy
 from tidegate.policy.limits import Algorithm, Limit, fit_limits
-from tidegate.policy.model import ApiKey, Tier
+from tidegate.policy.model import ApiKey, Rule, Tier
+from tidegate.policy.quotas import Overage, Quota, fit_quotas, require_quotas
 
 _TAG_BYTES: Final = 32
 _KEY_ID: Final = re.compile(r"[0-9a-f]{24}", re.ASCII)
@@ -127,12 +128,26 @@ def require_valid_tier(tier: Tier, name: str) -> None:
         raise InvalidEntry("it belongs to another tier")
     if tier.limits:
         _require_valid_limits(tier.limits, Algorithm.SLIDING_WINDOW)
+    _require_valid_quotas(tier)
     names = set()
     for rule in tier.rules:
-        _require_valid_limits(rule.limits, rule.algorithm)
+        if rule.limits or not rule.quotas:
+            _require_valid_limits(rule.limits, rule.algorithm)
+        _require_valid_quotas(rule)
         names.add(rule.name)
     if len(names) < len(tier.rules) or "" in names:
         raise InvalidEntry("two of its rules have the same name, or one has no name")
+
+
+def _require_valid_quotas(record: Tier | Rule) -> None:
+    try:
+        if any(Quota.parse(quota.text) != quota for quota in record.quotas) or fit_quotas(record.quotas) != record.quotas:
+            raise InvalidEntry("a quota does not match its text, or quotas are not in order")
+        if record.overage is not None and Overage.parse(record.overage.value) != record.overage:
+            raise InvalidEntry("an overage does not match its text")
+        require_quotas(record.overage, record.quotas)
+    except PolicyError as error:
+        raise InvalidEntry(str(error)) from None
 
 
 def _require_valid_limits(limits: tuple[Limit, ...], algorithm: Algorithm | None = None) -> None:

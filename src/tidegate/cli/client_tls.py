@@ -86,9 +86,20 @@ def own_data_plane(settings: Settings, tls: ClientTls = NO_FILES) -> tuple[str, 
         The URL, and the files for it.
     """
     url = listener_url(settings.server.http, settings.uses_tls("http"))
+    return url, own_tls(settings, url, tls)
+
+
+def own_tls(settings: Settings, url: str, tls: ClientTls) -> ClientTls:
+    """The files for a listener of the settings of this machine: its certificate is trusted without its authority.
+
+    Args:
+        settings: all of them.
+        url: of the listener.
+        tls: given on the command line.
+    """
     if not url.startswith("https:") or tls.ca is not None:
-        return url, tls
-    return url, msgspec.structs.replace(tls, pinned=Path(settings.tls.cert))
+        return tls
+    return msgspec.structs.replace(tls, pinned=Path(settings.tls.cert))
 
 
 def _reason(error: OSError) -> str:

@@ -24,7 +24,7 @@ from tidegate.server_url import Server
 TIMEOUT_S: Final = 10.0
 PREFIX: Final = "/admin/v1"
 
-_MAX_TOKEN: Final = 4_096
+_MAX_TOKEN: Final = 8_192
 _MAX_LINE: Final = 1_000
 # Only the data plane sends this header.
 _DATA_PLANE_HEADER: Final = "x-tidegate-error"
@@ -106,6 +106,15 @@ class ControlPlane:
         """
         encoded = urlencode([(name, value) for name, value in query.items() if value is not None])
         return self._send_for("GET", f"{path}?{encoded}" if encoded else path, None, model)
+
+    def download(self, path: str, query: Mapping[str, str | int | None]) -> HttpResponse:
+        """Send a GET request whose response is not JSON; arguments as for `read`.
+
+        Raises:
+            ControlPlaneError: with the reason and the remedy.
+        """
+        encoded = urlencode([(name, value) for name, value in query.items() if value is not None])
+        return self._send("GET", f"{path}?{encoded}")
 
     def post(self, path: str, body: RequestModel, model: type[_Model]) -> _Model:
         """Send a POST request.

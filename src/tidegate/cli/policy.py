@@ -10,6 +10,7 @@ import typer
 
 from tidegate.cli.common import ConfigOption, JsonOption, print_json, print_rows, with_catalog
 from tidegate.errors import PolicyError
+from tidegate.policy.model import Rule, Tier
 from tidegate.policy.toml_reader import load_policy, policy_warnings
 from tidegate.tools.charts import clean
 from tidegate.tools.terminal import say
@@ -64,14 +65,68 @@ def tiers(config: ConfigOption = None, as_json: JsonOption = False) -> None:
     """List the active tiers."""
     found = with_catalog(config, lambda catalog: catalog.list_tiers())
     print_rows(
-        ("name", "limits", "rules", "from"),
+        ("name", "limits", "quotas", "overage", "rules", "from"),
         (
-            (tier.name, [limit.text for limit in tier.limits], len(tier.rules), "file" if tier.managed_by_file else "api")
+            (
+                tier.name,
+                [limit.text for limit in tier.limits],
+                *_quota_cells(tier),
+                len(tier.rules),
+                "file" if tier.managed_by_file else "api",
+            )
             for tier in found
         ),
         as_json,
         "no tiers: give a policy file ([policy] file), for example the one of 'tidegate policy example'",
     )
+
+
+def namespaces(config: ConfigOption = None, as_json: JsonOption = False) -> None:
+    """List the active namespaces, for POST /v1/limit."""
+    _, policy = with_catalog(config, lambda catalog: catalog.caller_policy())
+    print_rows(
+        ("name", "limits", "algorithm", "on_failure", "overrides"),
+        (
+            (
+                each.name,
+                [limit.text for limit in each.limits],
+                each.algorithm.value,
+                each.on_failure.value,
+                [f"{override.subject}: {', '.join(limit.text for limit in override.limits)}" for override in each.overrides],
+            )
+            for each in policy.namespaces
+        ),
+        as_json,
+        "no namespaces: requests to POST /v1/limit bring their own limits",
+    )
+
+
+def callers(config: ConfigOption = None, as_json: JsonOption = False) -> None:
+    """Show who callers without an API key are: [anonymous], [callers], [attributes] and [jwt] of the policy."""
+    _, policy = with_catalog(config, lambda catalog: catalog.caller_policy())
+    jwt = policy.jwt
+    named = {
+        "anonymous.tier": policy.anonymous_tier,
+        "callers.tier_from": policy.tier_from,
+        "callers.default_tier": "" if policy.callers is None else policy.callers.default_tier,
+        **{f"attributes.{source.name}": source.text for source in policy.attributes},
+    }
+    if jwt is not None:
+        named |= {"jwt.jwks": jwt.jwks, "jwt.issuer": jwt.issuer, "jwt.audience": ", ".join(jwt.audience)}
+        named |= {"jwt.header": jwt.header, "jwt.algorithms": ", ".join(jwt.algorithms), "jwt.leeway_s": str(jwt.leeway_s)}
+    print_rows(
+        ("setting", "value"),
+        ((name, value) for name, value in named.items() if value),
+        as_json,
+        "callers without an API key are refused: the policy has neither [anonymous] nor [callers]",
+    )
+
+
+def _quota_cells(record: Tier | Rule) -> tuple[list[str], str]:
+    """Quotas, and what passes above them: nothing, `+20%` or `no end`."""
+    overage = record.overage
+    above = "" if overage is None else "no end" if overage.percent is None else f"+{overage.percent}%"
+    return [quota.text for quota in record.quotas], above
 
 
 def rules(
@@ -84,7 +139,20 @@ def rules(
     if tier is not None and all(each.name != tier for each in found):
         raise typer.BadParameter(f"no tier {tier!r}; there are: {', '.join(each.name for each in found) or 'none'}")
     print_rows(
-        ("tier", "rule", "endpoint", "methods", "algorithm", "limits", "subject", "priority", "mode", "on_failure"),
+        (
+            "tier",
+            "rule",
+            "endpoint",
+            "methods",
+            "algorithm",
+            "limits",
+            "quotas",
+            "overage",
+            "subject",
+            "priority",
+            "mode",
+            "on_failure",
+        ),
         (
             (
                 each.name,
@@ -93,6 +161,7 @@ def rules(
                 list(rule.methods),
                 rule.algorithm.value,
                 [limit.text for limit in rule.limits],
+                *_quota_cells(rule),
                 rule.subject.value,
                 rule.priority,
                 rule.mode.value,

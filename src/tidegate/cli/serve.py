@@ -35,7 +35,9 @@ TOKEN_VARIABLE: Final = "TIDEGATE_TOKEN"
 
 _TOUR = r"""
 Tidegate listens at http://{address} (metrics at /metrics, health at /health), with a temporary catalog that is deleted when it
-stops; your own catalog is not used. Try it from another terminal:
+stops; your own catalog is not used.
+{console}
+Try it from another terminal:
 
   # a free key has 100 requests a minute
   curl -s http://{address}/v1/check -d '{{"api_key":"demo-free-key-0001","path":"/api/v1/items"}}'
@@ -84,12 +86,12 @@ def serve(
             )
             sys.stdout.flush()
 
-    def print_started(address: str) -> None:
+    def print_started(address: str, console: str = "") -> None:
         for warning in open_listeners(settings):
             logger.warning("%s", warning)
         url = listener_url(address, settings.uses_tls("http"))
         if demo and url.startswith("http://"):
-            typer.echo(_TOUR.format(address=address))
+            typer.echo(_TOUR.format(address=address, console=console))
         else:
             policy = settings.policy_path
             typer.echo(
@@ -100,8 +102,17 @@ def serve(
         sys.stdout.flush()
 
     def print_all(instance: Instance) -> None:
+        url = instance.admin_url if settings.admin.console and instance.admin_url.startswith("http") else ""
         print_token(instance)
+        if demo:
+            print_started(
+                instance.address, f"\nThe console with example traffic, signed in on this machine: {url}/\n" if url else ""
+            )
+            return
         print_started(instance.address)
+        if url:
+            typer.echo(f"console at {url}/, sign in with a token of the control plane")
+            sys.stdout.flush()
 
     with contextlib.ExitStack() as stack:
         if demo:
@@ -111,7 +122,7 @@ def serve(
         elif settings.server.workers > 1:
             return supervise(settings, _worker_arguments(config, demo), print_started)
         else:
-            run(settings, print_all)
+            run(settings, print_all, demo=demo)
     return 0
 
 
@@ -149,6 +160,9 @@ def check(
         list[str] | None, typer.Option("--attribute", help="Attribute of the caller, such as user=42; may be repeated.")
     ] = None,
     tier: Annotated[str | None, typer.Option("--tier", help="Tier of a caller without an API key.")] = None,
+    bearer_file: Annotated[
+        Path | None, typer.Option("--bearer-file", help="File with the caller's JSON Web Token, verified by [jwt] of the policy.")
+    ] = None,
     cost: Annotated[int, typer.Option("--cost", help="Units; 0 reads without charging.")] = 1,
     url: Annotated[str | None, typer.Option("--url", help="URL of the server, also unix:/path; default: [server] http.")] = None,
     ca: CaOption = None,
@@ -161,6 +175,14 @@ def check(
             help="File with the caller's token, if the server needs one ([callers_auth]); default: TIDEGATE_TOKEN.",
         ),
     ] = None,
+    explain: Annotated[
+        bool,
+        typer.Option(
+            "--explain",
+            help="Charge nothing, and print which rule answers and why. --url and --token-file are then those of the control "
+            "plane; default: [server] admin and [admin] token.",
+        ),
+    ] = False,
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> int:
@@ -169,6 +191,12 @@ def check(
     Exit code 0: allowed. 1: denied. 2: no decision.
     """
     tls = ClientTls(ca, cert, cert_key)
+    if explain:
+        from tidegate.cli.explain import explain_check
+
+        query = {"method": method.upper(), "path": path, "ip": ip, "tier": tier, "cost": cost}
+        named = _attributes(attribute or [])
+        return explain_check(key, query, named, url=url, token_file=token_file, tls=tls, config=config, as_json=as_json)
     if url is None:
         settings = read_settings(config)
         address, tls = own_data_plane(settings, tls)
@@ -183,6 +211,8 @@ def check(
         body["attributes"] = _attributes(attribute)
     if tier is not None:
         body["tier"] = tier
+    if bearer_file is not None:
+        body["bearer"] = read_token(bearer_file)
     status, answer = request_data_plane(address, "/v1/check", body, tls, _caller_token(token_file, config))
     if as_json:
         print_json(answer)

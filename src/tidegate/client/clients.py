@@ -71,6 +71,7 @@ class Client:
         cost: int = 1,
         attributes: Mapping[str, str] | None = None,
         tier: str | None = None,
+        bearer: str | None = None,
     ) -> Answer:
         """Check whether a request is allowed, and charge it if so.
 
@@ -82,6 +83,7 @@ class Client:
             cost: units, 0 (reads without charging) to 1,000,000,000.
             attributes: what else is known of the caller, such as `{"user": "42"}`.
             tier: tier of the caller, for a caller without an API key; the policy decides if None.
+            bearer: JSON Web Token of the caller, which the server verifies by `[jwt]` of its policy; its claims are attributes.
 
         Returns:
             The answer. If no server was available it is `failed`, and `on_failure` decided.
@@ -92,7 +94,8 @@ class Client:
             StoreUnavailable: if the counter store fails and the rule says deny; `status` is 503.
             LimiterUnavailable: if no server was available and `on_failure` is `raise`.
         """
-        return self._run(self._core.check(Check.of(path, method, api_key, ip, cost, DEFERRED, attributes=attributes, tier=tier)))
+        check = Check.of(path, method, api_key, ip, cost, DEFERRED, attributes=attributes, tier=tier)
+        return self._run(self._core.check(check, bearer))
 
     def check_many(self, checks: Iterable[Check]) -> list[Answer | TidegateError]:
         """Check several requests independently of each other, in batches of up to 1000, one after the other.
@@ -131,18 +134,20 @@ class Client:
         cost: int = 1,
         attributes: Mapping[str, str] | None = None,
         tier: str | None = None,
+        bearer: str | None = None,
         at_most_s: float = 30.0,
     ) -> Answer:
         """Repeat a check until it is allowed, each time after `retry_after` plus jitter.
 
         Args:
-            path: this and the next six as for `check`.
+            path: this and the next seven as for `check`.
             method: HTTP method of the request.
             api_key: API key of the caller.
             ip: address of the caller.
             cost: units.
             attributes: what else is known of the caller.
             tier: tier of the caller.
+            bearer: JSON Web Token of the caller.
             at_most_s: maximum total wait, s.
 
         Returns:
@@ -152,9 +157,8 @@ class Client:
         Raises:
             TidegateError: as for `check`.
         """
-        return self._run(
-            self._core.wait(Check.of(path, method, api_key, ip, cost, DEFERRED, attributes=attributes, tier=tier), at_most_s)
-        )
+        check = Check.of(path, method, api_key, ip, cost, DEFERRED, attributes=attributes, tier=tier)
+        return self._run(self._core.wait(check, at_most_s, bearer))
 
     def close(self) -> None:
         """Close all connections. The client cannot be used afterwards."""
@@ -218,11 +222,11 @@ class AsyncClient:
         cost: int = 1,
         attributes: Mapping[str, str] | None = None,
         tier: str | None = None,
+        bearer: str | None = None,
     ) -> Answer:
         """As `Client.check`."""
-        return await self._run(
-            self._core.check(Check.of(path, method, api_key, ip, cost, DEFERRED, attributes=attributes, tier=tier))
-        )
+        check = Check.of(path, method, api_key, ip, cost, DEFERRED, attributes=attributes, tier=tier)
+        return await self._run(self._core.check(check, bearer))
 
     async def check_many(self, checks: Iterable[Check]) -> list[Answer | TidegateError]:
         """As `Client.check_many`."""
@@ -242,12 +246,12 @@ class AsyncClient:
         cost: int = 1,
         attributes: Mapping[str, str] | None = None,
         tier: str | None = None,
+        bearer: str | None = None,
         at_most_s: float = 30.0,
     ) -> Answer:
         """As `Client.wait`."""
-        return await self._run(
-            self._core.wait(Check.of(path, method, api_key, ip, cost, DEFERRED, attributes=attributes, tier=tier), at_most_s)
-        )
+        check = Check.of(path, method, api_key, ip, cost, DEFERRED, attributes=attributes, tier=tier)
+        return await self._run(self._core.wait(check, at_most_s, bearer))
 
     async def close(self) -> None:
         """As `Client.close`."""

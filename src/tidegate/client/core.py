@@ -24,12 +24,15 @@ from tidegate.errors import (
     BadRequest,
     CatalogUnavailable,
     InvalidApiKey,
+    InvalidToken,
     LimiterUnavailable,
     MissingApiKey,
     RequestTooLarge,
     SettingsError,
     StoreUnavailable,
     TidegateError,
+    TokenKeysUnavailable,
+    TooManyTokens,
     TooManyUnknownKeys,
 )
 from tidegate.server_url import Server
@@ -55,6 +58,7 @@ _ERRORS: Final[dict[str, type[TidegateError]]] = {
         for error in (
             *(BadRequest, RequestTooLarge, MissingApiKey, InvalidApiKey),
             *(ApiKeyRevoked, ApiKeyExpired, TooManyUnknownKeys, StoreUnavailable, CatalogUnavailable),
+            *(InvalidToken, TooManyTokens, TokenKeysUnavailable),
         )
     },
 }
@@ -150,9 +154,9 @@ class ClientCore:
         """Whether any server is reached over TLS."""
         return any(endpoint.server.tls for endpoint in self._endpoints)
 
-    def check(self, check: Check) -> Steps[Answer]:
+    def check(self, check: Check, bearer: str | None = None) -> Steps[Answer]:
         """Steps of one check; see `Client.check`."""
-        result = yield from self._send(b"POST", "/v1/check", _read_check, _body_of(check), repeatable=check.cost == 0)
+        result = yield from self._send(b"POST", "/v1/check", _read_check, _body_of(check, bearer), repeatable=check.cost == 0)
         answer = self._decide_failed(result.reason) if isinstance(result, TransportFailure) else result
         if isinstance(answer, TidegateError):
             raise answer
@@ -185,7 +189,7 @@ class ClientCore:
             raise result
         return result
 
-    def wait(self, check: Check, at_most_s: float) -> Steps[Answer]:
+    def wait(self, check: Check, at_most_s: float, bearer: str | None = None) -> Steps[Answer]:
         """Steps of a check that is repeated until it is allowed; see `Client.wait`."""
         if not at_most_s >= 0:
             raise BadRequest(
@@ -193,7 +197,7 @@ class ClientCore:
             )
         give_up_at = monotonic() + at_most_s
         while True:
-            answer = yield from self.check(check)
+            answer = yield from self.check(check, bearer)
             if answer.allowed or answer.retry_after is None:
                 return answer
             remaining_s = give_up_at - monotonic()
@@ -310,10 +314,12 @@ def _token_headers(token: str | None, header: str) -> list[tuple[bytes, bytes]]:
 _AGENT: Final = f"tidegate-client/{__version__}".encode()
 
 
-def _body_of(check: Check) -> bytes:
+def _body_of(check: Check, bearer: str | None = None) -> bytes:
     """The body of `POST /v1/check` for a check."""
+    if bearer is not None and not bearer.isascii():
+        raise BadRequest("bearer has characters that no JSON Web Token has: pass the token as it came", field="bearer")
     attributes: dict[str, str | None] | None = dict(check.attributes) if check.attributes else None
-    body = CheckRequest(check.path, check.method, check.api_key, check.ip, check.cost, attributes, check.tier)
+    body = CheckRequest(check.path, check.method, check.api_key, check.ip, check.cost, attributes, check.tier, bearer or None)
     try:
         return _encode(body)
     except UnicodeEncodeError:

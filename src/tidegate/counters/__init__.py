@@ -8,15 +8,17 @@ one event loop and may be shared by any number of its tasks.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, TypeAlias, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
 
 import msgspec
 
 from tidegate.decision import Decision
 from tidegate.errors import StoreUnavailable
 from tidegate.policy.limits import LimitSet
+
+if TYPE_CHECKING:
+    import asyncio
 
 
 class LeaseRequest(msgspec.Struct, frozen=True, gc=False, eq=False):

@@ -1,21 +1,21 @@
-"""From the settings of the counters to the store."""
+"""From the settings of the counters to the store. What Redis needs is imported where a URL names one."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
-from tidegate.breaker import BreakerOptions
 from tidegate.counters import CounterStore
-from tidegate.counters.degraded import GuardOptions
-from tidegate.counters.guarded import GuardedCounters
-from tidegate.counters.leased import LeasedCounters
+from tidegate.counters.blocking import BlockingCounterStore, BlockingMemory
 from tidegate.counters.memory import MemoryCounters
-from tidegate.counters.redis.store import RedisCounters
 from tidegate.errors import SettingsError
 from tidegate.policy.limits import OnFailure
 from tidegate.settings import BreakerSettings, CounterSettings, LeaseSettings
 from tidegate.url_parts import scheme_of
+
+if TYPE_CHECKING:
+    from tidegate.counters.degraded import GuardOptions
+    from tidegate.counters.guarded import GuardedCounters
 
 KINDS: Final = ("memory://", "redis://", "rediss://", "redis+unix://", "redis+sentinel://", "redis+cluster://")
 
@@ -46,25 +46,65 @@ def open_counters(
     url = settings.url
     if url == "memory://":
         return MemoryCounters(settings.max_subjects, clock)
+    _require_redis(url)
+    from tidegate.counters.guarded import GuardedCounters
+    from tidegate.counters.redis.store import RedisCounters
+
+    store = RedisCounters(url, settings.timeout_ms / 1000, settings.max_in_flight)
+    guarded = GuardedCounters(store, _guard_options(settings, breaker))
+    if leases is None or not leases.enabled:
+        return guarded
+    from tidegate.counters.leased import LeasedCounters
+
+    return LeasedCounters(guarded, leases.ttl_s, leases.max_subjects)
+
+
+def open_blocking(url: str, clock: Callable[[], int] | None = None) -> BlockingCounterStore:
+    """Open the counter store that a URL names for threads without an event loop. One on Redis connects at its first call.
+
+    Args:
+        url: as for `open_counters`.
+        clock: as for `open_counters`.
+
+    Returns:
+        The store; one on Redis has a fallback.
+
+    Raises:
+        SettingsError: as `open_counters`.
+    """
+    settings = CounterSettings(url=url)
+    if url == "memory://":
+        return BlockingMemory(settings.max_subjects, clock)
+    _require_redis(url)
+    from tidegate.counters.blocking_redis import BlockingRedis
+    from tidegate.counters.redis.blocking import BlockingRedisCounters
+
+    return BlockingRedis(BlockingRedisCounters(url, settings.timeout_ms / 1000), _guard_options(settings, BreakerSettings()))
+
+
+def _require_redis(url: str) -> None:
     # Only the scheme is repeated: the rest of a store's URL may hold a password.
     scheme = scheme_of(url)
     if not scheme.startswith("redis"):
         raise SettingsError(f"counters.url with the scheme {scheme!r} is not supported: use {', '.join(KINDS)}")
-    guarded = GuardedCounters(
-        RedisCounters(url, settings.timeout_ms / 1000, settings.max_in_flight),
-        GuardOptions(
-            OnFailure(settings.on_failure),
-            BreakerOptions(breaker.failures, breaker.window_s, breaker.open_s),
-            settings.min_instances,
-            settings.max_subjects,
-        ),
+
+
+def _guard_options(settings: CounterSettings, breaker: BreakerSettings) -> GuardOptions:
+    from tidegate.breaker import BreakerOptions
+    from tidegate.counters.degraded import GuardOptions
+
+    return GuardOptions(
+        OnFailure(settings.on_failure),
+        BreakerOptions(breaker.failures, breaker.window_s, breaker.open_s),
+        settings.min_instances,
+        settings.max_subjects,
     )
-    if leases is None or not leases.enabled:
-        return guarded
-    return LeasedCounters(guarded, leases.ttl_s, leases.max_subjects)
 
 
 def guard_of(store: CounterStore) -> GuardedCounters | None:
     """The guard of a store on Redis, leased or not; None for others."""
+    from tidegate.counters.guarded import GuardedCounters
+    from tidegate.counters.leased import LeasedCounters
+
     inner = store.store if isinstance(store, LeasedCounters) else store
     return inner if isinstance(inner, GuardedCounters) else None

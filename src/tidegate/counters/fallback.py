@@ -19,10 +19,11 @@ from tidegate.counters import Charge
 from tidegate.counters.memory import MemoryCounters
 from tidegate.decision import Decision
 from tidegate.errors import PolicyError
-from tidegate.policy.limits import Algorithm, Limit, LimitSet
+from tidegate.policy.limits import AnyAlgorithm, Limit, LimitSet
+from tidegate.policy.quotas import UNBOUNDED, QuotaLimit
 
 _MAX_SHARES: Final = 65_536
-_Debt: TypeAlias = tuple[str, Algorithm, str]
+_Debt: TypeAlias = tuple[str, AnyAlgorithm, str]
 """Identifies a counter in the store. Not the limit set: sets are made anew whenever a tier is loaded."""
 
 
@@ -69,6 +70,7 @@ class LocalShares:
             decision.at_us,
             charge.counters[0][0],
             degraded=True,
+            overage=decision.overage,
         )
 
     def owes(self, limits: LimitSet, subject: str) -> bool:
@@ -180,6 +182,7 @@ class LocalShares:
             rule=limits.rule,
             tier=limits.tier,
             quotas=limits.quotas,
+            soft=limits.soft,
         )
         if len(self._shares) >= _MAX_SHARES:
             self._shares.clear()
@@ -203,6 +206,8 @@ def share_of(limit: Limit, instances: int, limits: LimitSet) -> Limit:
         The limit for one instance: at least 1, of the same window.
     """
     amount = max(limit.amount // instances, 1)
+    if isinstance(limit, QuotaLimit):
+        return msgspec.structs.replace(limit, amount=amount, most=max(limit.most // instances, 1))
     burst = None if limit.burst is None else max(limit.burst // instances, 1)
     while True:
         share = msgspec.structs.replace(limit, amount=amount, burst=burst)
@@ -218,6 +223,14 @@ def share_of(limit: Limit, instances: int, limits: LimitSet) -> Limit:
                 burst = max((burst or 1) // 2, 1)
         else:
             return share
+
+
+def passes_without_end(decision: Decision) -> bool:
+    """Whether more passes above the limits that an overage is about, however much did so far."""
+    binding = decision.binding
+    if isinstance(binding, QuotaLimit):
+        return binding.most == UNBOUNDED
+    return decision.limits is not None and decision.limits.soft
 
 
 def _own_limit(binding: Limit | None, charge: Charge) -> Limit | None:

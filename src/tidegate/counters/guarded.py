@@ -26,12 +26,13 @@ from typing import Final
 from tidegate.background import SUPERVISOR, stop
 from tidegate.counters import Charge, ChargeOutcome, LeaseReturn
 from tidegate.counters.degraded import DegradedDecisions, GuardOptions, now_us
+from tidegate.counters.fallback import passes_without_end
 from tidegate.counters.redis import heartbeat
 from tidegate.counters.redis.store import RedisCounters
 from tidegate.decision import Decision
 from tidegate.errors import StoreUnavailable
 from tidegate.latency import LatencyHistogram
-from tidegate.policy.limits import Algorithm, LimitSet
+from tidegate.policy.limits import AnyAlgorithm, LimitSet
 
 logger = logging.getLogger(__name__)
 
@@ -132,6 +133,7 @@ class GuardedCounters(DegradedDecisions):
             decision.binding is None
             or decision.remaining is None
             or decision.remaining * 2 >= (decision.binding.burst or decision.binding.amount)
+            or (decision.overage and passes_without_end(decision))
         ):
             return
         self.late.observe(charge.counters, decision)
@@ -308,7 +310,7 @@ class GuardedCounters(DegradedDecisions):
         self.late.clear()
 
 
-def _name(limits: LimitSet, subject: str) -> tuple[str, Algorithm, str]:
+def _name(limits: LimitSet, subject: str) -> tuple[str, AnyAlgorithm, str]:
     return limits.name, limits.algorithm, subject
 
 

@@ -32,7 +32,7 @@ class MemoryCounters(MemoryStorage):
         """Decide and charge one counter: the hot path. Costs about 0.6 µs for one sliding-window limit.
 
         Args:
-            limits: of the counter.
+            limits: of the counter; plain.
             subject: whom to count.
             cost: units, 0 (peek) or more.
 
@@ -75,7 +75,7 @@ class MemoryCounters(MemoryStorage):
         """
         if len(counters) == 2:
             return self._charge_two(counters, cost)
-        if len(counters) == 1 and len(counters[0][0].limits) == 1:
+        if len(counters) == 1 and counters[0][0].plain and len(counters[0][0].limits) == 1:
             return self.charge_one(counters[0][0], counters[0][1], cost)
         return self._charge_several(counters, cost)
 
@@ -110,6 +110,8 @@ class MemoryCounters(MemoryStorage):
             retry_after = None if retry_after is None or retry is None else max(retry_after, retry)
         if now >= self._next_due:
             self.sweep(SWEEP_STEPS, now)
+        if least < 0:
+            return Decision(True, limit, 0, reset_after, 0, now, limits, overage=min(-least, cost or -least))
         return Decision(allowed, limit, least, reset_after, retry_after, now, limits)
 
     def _charge_several(self, counters: tuple[tuple[LimitSet, str], ...], cost: int) -> Decision:
@@ -117,6 +119,7 @@ class MemoryCounters(MemoryStorage):
         writes = []
         binding, least, reset_after, retry_after = counters[0][0].limits[0], -1, 0, 0
         never = denied = False
+        over = 0
         for limits, subject in counters:
             compiled = self._compiled.get(limits) or self._prepare(limits)
             key = compiled.token + subject
@@ -126,12 +129,18 @@ class MemoryCounters(MemoryStorage):
                 stored = self._inherit(compiled, subject) or stored
             states = []
             longest = 0
+            charged = True
             only, decide = compiled.only, compiled.decide
             # Most often one limit: then neither `zip` nor `states_of` is paid for, a tenth of the whole.
             olds = ((only, stored or None),) if only is not None else zip(limits.limits, stored or compiled.fresh, strict=True)
             for limit, old in olds:
                 state, remaining, reset, retry = decide(limit, old, now, cost)
-                if state is None:
+                if state is None and limits.soft:
+                    charged = False
+                    over = max(over, cost)
+                    if not denied and (remaining < least or least < 0):
+                        binding, least, reset_after = limit, remaining, reset
+                elif state is None:
                     if not denied or remaining < least:
                         binding, least, reset_after = limit, remaining, reset
                     denied = True
@@ -139,12 +148,17 @@ class MemoryCounters(MemoryStorage):
                         never = True
                     elif retry > retry_after:
                         retry_after = retry
-                elif not denied and (remaining < least or least < 0):
-                    binding, least, reset_after = limit, remaining, reset
+                else:
+                    if remaining < 0:
+                        over = max(over, min(-remaining, cost or -remaining))
+                        remaining = 0
+                    if not denied and (remaining < least or least < 0):
+                        binding, least, reset_after = limit, remaining, reset
                 states.append(state)
                 if reset > longest:  # noqa: PLR1730 - a call of max() costs 50 ns here
                     longest = reset
-            writes.append((compiled, shard, key, stored, states, longest))
+            if charged:
+                writes.append((compiled, shard, key, stored, states, longest))
         if cost and not denied:
             for compiled, shard, key, stored, states, longest in writes:
                 # Making room for one counter of this check may have evicted another of them: then that one is new again.
@@ -161,6 +175,8 @@ class MemoryCounters(MemoryStorage):
         # Only now: a sweep may drop what was read above.
         if now >= self._next_due:
             self.sweep(SWEEP_STEPS, now)
+        if over and not denied:
+            return Decision(True, binding, 0, reset_after, 0, now, counters[0][0], overage=over)
         return Decision(not denied, binding, least, reset_after, None if never else retry_after, now, counters[0][0])
 
     async def windows(self, counters: Sequence[tuple[LimitSet, str]]) -> list[tuple[Decision, ...]]:
@@ -175,12 +191,17 @@ class MemoryCounters(MemoryStorage):
             own = []
             for limit, state in zip(limits.limits, compiled.unpack(stored), strict=True):
                 _, remaining, reset, _ = compiled.decide(limit, state, now, 0)
-                own.append(Decision(True, limit, remaining, reset, 0, now, limits))
+                own.append(
+                    Decision(True, limit, max(remaining, 0), reset, 0, now, limits, overage=0 if remaining > 0 else -remaining)
+                )
             found.append(tuple(own))
         return found
 
     async def reset(self, counters: Sequence[tuple[LimitSet, str]]) -> None:
         """See `CounterStore.reset`."""
+        self._reset(counters)
+
+    def _reset(self, counters: Sequence[tuple[LimitSet, str]]) -> None:
         for limits, subject in counters:
             compiled = self._prepare(limits)
             for each in (compiled, *compiled.other_layouts):

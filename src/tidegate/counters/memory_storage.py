@@ -59,7 +59,7 @@ class CompiledLimits:
         self.only = self.limit if len(limits.limits) == 1 else None
         self.fresh: tuple[Any, ...] = (None,) * len(limits.limits)
         self.logs = limits.algorithm is Algorithm.SLIDING_LOG
-        self.simple = self.only is not None and not self.logs
+        self.simple = self.only is not None and not self.logs and not limits.soft
         self.other_layouts: list[CompiledLimits] = []
 
     def unpack(self, stored: Any) -> tuple[Any, ...]:
@@ -117,12 +117,25 @@ class MemoryStorage:
 
     async def close(self) -> None:
         """See `CounterStore.close`."""
+        self.clear()
+
+    def clear(self) -> None:
+        """Reset all counters."""
         for shard in self._shards:
             shard.clear()
         self._due.clear()
         self._ends.clear()
         self._next_due = 1 << 62
         self._count = self._log_entries = 0
+
+    def use_clock(self, clock: Callable[[], int] | None) -> None:
+        """Count by another clock, with nothing consumed: for tests.
+
+        Args:
+            clock: gives µs since the epoch and never goes back; None for the machine's.
+        """
+        self.clear()
+        self._clock = clock or store_clock()
 
     def sweep(self, steps: int, now: int | None = None) -> int:
         """Process keys that are due: drop the expired ones, move the others to a later bucket.

@@ -17,7 +17,7 @@ from tidegate.breaker import Breaker, BreakerOptions, BreakerState
 from tidegate.counters.fallback import LocalShares
 from tidegate.counters.redis.topology import NO_SHARD
 from tidegate.errors import StoreUnavailable
-from tidegate.policy.limits import Algorithm, LimitSet
+from tidegate.policy.limits import AnyAlgorithm, LimitSet
 
 logger = logging.getLogger(__name__)
 
@@ -172,7 +172,7 @@ class Debts:
 
     def __init__(self, store: Store, local: LocalShares, breakers: Mapping[str, Breaker]) -> None:
         self.put_back = 0
-        self.on_the_way: dict[tuple[str, Algorithm, str], asyncio.Future[None]] = {}
+        self.on_the_way: dict[tuple[str, AnyAlgorithm, str], asyncio.Future[None]] = {}
         self._store = store
         self._local = local
         self._breakers = breakers

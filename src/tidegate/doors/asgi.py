@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableMapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final, TypeAlias
+from typing import Final
 
 from tidegate.catalog.cached import CachedCatalog
 from tidegate.catalog.in_memory import PolicyCatalog
@@ -13,20 +13,17 @@ from tidegate.counters.factory import open_counters
 from tidegate.decision import Check
 from tidegate.doors.bearer import refuse_bearer_key
 from tidegate.doors.client_address import FORWARDING, TrustedProxies
+from tidegate.doors.default_limits import App, DefaultLimits, Message, Receive, Scope, Send, refuse
+from tidegate.doors.limit import limit
 from tidegate.doors.request_headers import AsgiHeaders, read_attributes, single
-from tidegate.doors.responses import Headers, encode, error_body, exceeded_body, limit_headers, retry_headers
+from tidegate.doors.responses import encode, error_body, exceeded_body, limit_headers, retry_headers
+from tidegate.doors.token_attributes import with_asgi_token
 from tidegate.errors import SettingsError, TidegateError
 from tidegate.gate.gate import Gate, Observer
 from tidegate.policy.attributes import NO_ATTRIBUTES
 from tidegate.policy.model import Policy
 from tidegate.policy.paths import PathRules, quote_path
 from tidegate.policy.toml_reader import load_policy
-
-Scope: TypeAlias = MutableMapping[str, Any]
-Message: TypeAlias = MutableMapping[str, Any]
-Receive: TypeAlias = Callable[[], Awaitable[Message]]
-Send: TypeAlias = Callable[[Message], Awaitable[None]]
-App: TypeAlias = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 EXPOSED_HEADERS: Final = (
     "RateLimit",
@@ -50,15 +47,23 @@ class RateLimitMiddleware:
     Websockets pass untouched, and so does the lifespan, at whose shutdown a store made from a URL is closed. Decided answers
     carry the limit headers; denials and errors have the error form.
 
+    Without a policy, `default_limits` hold for each caller at each endpoint that has no `limit` of its own and is not `exempt`;
+    WebSockets count when they connect:
+
+        app.add_middleware(RateLimitMiddleware, default_limits=["100/minute", "5000/day"])
+
     Args:
         app: the ASGI app.
-        gate: the gate; or give `policy`.
+        gate: the gate; or give `policy` or `default_limits`.
         policy: path of a policy file, or a policy; a gate is made from it.
-        counters: for `policy`: URL or store of the counts.
+        counters: for `policy` and `default_limits`: URL or store of the counts.
+        default_limits: limits as `limit` takes them, or a `limit`; empty to add the headers of the endpoints' own limits alone.
+        key: for `default_limits`: whom to count, as for `limit`; the address where not given.
         trusted_proxies: whose `X-Real-IP` and `X-Forwarded-For` are believed.
         cost: gives the cost of a request from its ASGI scope; 1 for every request where not given.
         attributes: gives the attributes of a request's caller from its ASGI scope, such as `{"user": "42"}`; None and empty
-            values count as absent. Where not given, trusted proxies' headers that `[attributes]` of the policy names.
+            values count as absent. Where not given, trusted proxies' headers that `[attributes]` of the policy names. With
+            `[jwt]` in the policy, the claims of a verified bearer token take precedence.
         observe: for `policy`: callback run for every check.
         pass_preflights: whether the preflights of browsers (CORS) go to the app uncounted: they never carry an API key. Not
             needed where a CORS middleware is outside of this one, as it should be: a page may read only answers that it saw.
@@ -66,7 +71,8 @@ class RateLimitMiddleware:
         decode_unreserved: whether `%7E` is read as `~`, and so on; refused where not given.
 
     Raises:
-        SettingsError: unless exactly one of `gate` and `policy` is given, or for a pattern that no path can match.
+        SettingsError: unless exactly one of `gate`, `policy` and `default_limits` is given, or for a pattern that no path can
+            match.
         PolicyError: if the policy is refused.
     """
 
@@ -84,15 +90,23 @@ class RateLimitMiddleware:
         encoded_slashes: Iterable[str] = (),
         decode_unreserved: bool = False,
         attributes: Callable[[Scope], Mapping[str, str | None]] | None = None,
+        default_limits: str | Sequence[str] | limit | None = None,
+        key: str | Callable[..., object] | None = None,
     ) -> None:
-        if (gate is None) == (policy is None):
-            raise SettingsError("RateLimitMiddleware needs exactly one of 'gate' and 'policy'")
+        if sum(each is not None for each in (gate, policy, default_limits)) != 1:
+            raise SettingsError("RateLimitMiddleware needs exactly one of 'gate', 'policy' and 'default_limits'")
+        self.app = app
+        self._defaults: DefaultLimits | None = None
+        if default_limits is not None:
+            if default_limits and not isinstance(default_limits, limit):
+                default_limits = limit(default_limits, key=key or "ip", counters=counters, trusted_proxies=trusted_proxies)
+            self._defaults = DefaultLimits(default_limits if isinstance(default_limits, limit) else None)
+            return
         if policy is not None:
             loaded = policy if isinstance(policy, Policy) else load_policy(Path(policy))
             store = open_counters(counters) if isinstance(counters, str) else counters
             gate = Gate(CachedCatalog(PolicyCatalog(loaded)), store, observe)
         assert gate is not None
-        self.app = app
         self.gate = gate
         self._owns_counters = policy is not None and isinstance(counters, str)
         self._trusted = TrustedProxies(trusted_proxies)
@@ -103,9 +117,15 @@ class RateLimitMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request, or let the app do so."""
+        if self._defaults is not None:
+            if scope["type"] == "lifespan":
+                await self.app(scope, receive, _closing(send, self._defaults.close))
+            else:
+                await self._defaults.call(self.app, scope, receive, send)
+            return
         if scope["type"] != "http":
             closes = scope["type"] == "lifespan" and self._owns_counters
-            await self.app(scope, receive, self._closing(send) if closes else send)
+            await self.app(scope, receive, _closing(send, self.gate.close) if closes else send)
             return
         headers = AsgiHeaders(scope["headers"], _READ)
         if self._pass_preflights and _is_preflight(scope, headers):
@@ -116,16 +136,17 @@ class RateLimitMiddleware:
             check = self._check_of(scope, headers, await self._attributes_of(scope))
             if check.api_key is None:
                 await refuse_bearer_key(self.gate, headers, check.ip)
+            check = await with_asgi_token(self.gate, check, scope["headers"])
             decision = await self.gate.check(check)
         except TidegateError as error:
             headers_sent = [("x-tidegate-error", error.code), *retry_headers(error), *exposed]
-            await _answer(send, error.status, headers_sent, encode(error_body(error)))
+            await refuse(scope, send, error.status, headers_sent, encode(error_body(error)))
             return
         headers_sent = limit_headers(decision)
         if headers_sent:
             headers_sent += exposed
         if not decision.allowed:
-            await _answer(send, 429, headers_sent, encode(exceeded_body(decision)))
+            await refuse(scope, send, 429, headers_sent, encode(exceeded_body(decision)))
             return
         if not headers_sent:
             await self.app(scope, receive, send)
@@ -138,14 +159,6 @@ class RateLimitMiddleware:
             await send(message)
 
         await self.app(scope, receive, send_with_headers)
-
-    def _closing(self, send: Send) -> Send:
-        async def send_closed(message: Message) -> None:
-            if message["type"] in ("lifespan.shutdown.complete", "lifespan.shutdown.failed"):
-                await self.gate.close()
-            await send(message)
-
-        return send_closed
 
     async def _attributes_of(self, scope: Scope) -> Mapping[str, str | None]:
         if self._attributes is not None:
@@ -167,6 +180,15 @@ class RateLimitMiddleware:
         return Check.of(path, scope["method"], api_key, ip, cost, self._paths, strict_ip=False, attributes=attributes)
 
 
+def _closing(send: Send, close: Callable[[], Awaitable[None]]) -> Send:
+    async def send_closed(message: Message) -> None:
+        if message["type"] in ("lifespan.shutdown.complete", "lifespan.shutdown.failed"):
+            await close()
+        await send(message)
+
+    return send_closed
+
+
 _READ: Final = FORWARDING | {b"x-api-key", b"authorization", b"origin", b"access-control-request-method"}
 
 
@@ -182,15 +204,3 @@ def _is_preflight(scope: Scope, headers: AsgiHeaders) -> bool:
 def _text(path: bytes) -> str:
     """Raw UTF-8 in a path is one spelling with its escapes; what is not UTF-8 becomes lone surrogates, which are refused."""
     return path.decode("utf-8", "surrogateescape")
-
-
-async def _answer(send: Send, status: int, headers: Headers, body: bytes) -> None:
-    headers = [*headers, ("content-type", "application/json"), ("content-length", str(len(body)))]
-    await send(
-        {
-            "type": "http.response.start",
-            "status": status,
-            "headers": [(name.encode(), value.encode()) for name, value in headers],
-        }
-    )
-    await send({"type": "http.response.body", "body": body})

@@ -50,7 +50,7 @@ from tidegate.doors.responses import (
     limit_headers,
     usage_body,
 )
-from tidegate.doors.token_attributes import token_attributes
+from tidegate.doors.token_attributes import token_attributes, with_body_token
 from tidegate.errors import BadRequest, TidegateError
 from tidegate.gate.gate import Gate, Observer
 from tidegate.policy.attributes import NO_ATTRIBUTES
@@ -179,7 +179,7 @@ class DataPlane:
                         tokens = None if policy.jwt is None else self._gate.tokens
                         check = plain_authorize(request, self._trusted, MAX_HEADER_BYTES, policy, tokens)
                 elif target == _CHECK_TARGET and request.method == "POST":
-                    check = plain_check(request, MAX_HEADER_BYTES, MAX_CHECK_BYTES)
+                    check = plain_check(request, MAX_HEADER_BYTES, MAX_CHECK_BYTES, self._gate)
             if check is None:
                 exchange = request.open()
                 return self.__rsgi__(exchange, exchange)
@@ -270,6 +270,7 @@ class DataPlane:
             check = check_of(sent, single(headers, "x-api-key"), self._paths)
             if check.api_key is None:
                 await refuse_bearer_key(self._gate, headers, check.ip)
+            check = await with_body_token(self._gate, check, sent.bearer)
         except TidegateError as error:
             raise self._seen(error) from None
         note(check)
@@ -293,9 +294,10 @@ class DataPlane:
             if slice_.over:
                 await slice_.pause()
             try:
-                checks.append(check_of(each, header_key, self._paths))
+                check = check_of(each, header_key, self._paths)
+                checks.append(await with_body_token(self._gate, check, each.bearer) if each.bearer else check)
                 answers.append(None)
-            except BadRequest as error:
+            except TidegateError as error:
                 answers.append(self._seen(error))
         decided = iter(await self._gate.check_many(checks))
         whole = [next(decided) if answer is None else answer for answer in answers]
@@ -325,21 +327,22 @@ class DataPlane:
             api_key = single(headers, "x-api-key")
             if not api_key:
                 await refuse_bearer_key(self._gate, headers, ip)
-            attributes, tier = await self._usage_attributes(scope)
+            attributes, tier = await self._usage_attributes(scope, ip)
             usage = await self._gate.usage(api_key, ip, attributes=attributes, tier=tier)
         except TidegateError as error:
             raise self._seen(error) from None
         self._respond(proto, Prepared(200, [JSON, NO_STORE], None if scope.method == "HEAD" else encode(usage_body(usage))))
 
-    async def _usage_attributes(self, scope: Scope) -> tuple[Mapping[str, str], str | None]:
-        """The attributes and the tier that a trusted peer sends, in headers of the policy or in the query."""
+    async def _usage_attributes(self, scope: Scope, ip: str | None) -> tuple[Mapping[str, str], str | None]:
+        """What a trusted peer sends, in headers of the policy or in the query: attributes, tier. And the claims of a token."""
         attributes, tier = read_usage_query(scope.query_string)
-        if not self._trusts_client(scope.client):
-            if attributes or tier is not None:
-                raise BadRequest("attributes and tier are read from trusted proxies only: leave them out", field="query")
-            return NO_ATTRIBUTES, None
+        is_trusted = self._trusts_client(scope.client)
+        if not is_trusted and (attributes or tier is not None):
+            raise BadRequest("attributes and tier are read from trusted proxies only: leave them out", field="query")
         policy = await self._gate.catalog.caller_policy()
-        return {**read_attributes(scope.headers, policy.attributes), **attributes}, tier
+        sent = read_attributes(scope.headers, policy.attributes) if is_trusted else NO_ATTRIBUTES
+        claims = NO_ATTRIBUTES if policy.jwt is None else await token_attributes(self._gate, policy, scope.headers, ip)
+        return {**sent, **attributes, **claims}, tier
 
     async def _page(self, scope: Scope, proto: Any) -> None:
         page = self._pages.get(scope.path)

@@ -11,7 +11,7 @@ from tidegate.decision import Decision
 from tidegate.doors.http_requests import MAX_CHECK_BYTES, Scope, allow_methods, bound_batch, bound_headers, decoded, read_body
 from tidegate.doors.http_responses import JSON, Prepared
 from tidegate.doors.responses import decision_body, encode, error_body, limit_headers
-from tidegate.errors import BadRequest, TidegateError
+from tidegate.errors import TidegateError
 from tidegate.gate.request_limits import LimitCheck, RequestLimits
 from tidegate.policy.namespaces import CompiledNamespace
 from tidegate.time_slice import TimeSlice
@@ -59,7 +59,7 @@ class LimitRequests:
                 await time_slice.pause()
             try:
                 checks.append(self._check_of(namespaces, each))
-            except BadRequest as error:
+            except TidegateError as error:
                 checks.append(error)
         return checks
 

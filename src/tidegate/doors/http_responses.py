@@ -18,6 +18,7 @@ from tidegate.doors.responses import (
     encode,
     error_body,
     limit_headers,
+    overage_headers,
     retry_headers,
 )
 from tidegate.errors import RequestTooLarge, TidegateError
@@ -71,7 +72,7 @@ def authorize_response(scope: Scope, decision: Decision, for_envoy: bool, policy
     """
     headers = limit_headers(decision)
     if decision.allowed:
-        headers.append(NO_STORE)
+        headers += [*overage_headers(decision), NO_STORE]
         return Prepared(200 if for_envoy else 204, headers)
     # What it depends on is not known while the policy is being replaced.
     headers += [NO_STORE] if policy is None else denial_cache_headers(decision, policy.request_headers)

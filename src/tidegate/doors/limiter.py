@@ -1,24 +1,99 @@
-"""The door of plain Python code: one rule, no policy file, no listener."""
+"""The door of plain Python code: one rule, no policy file, no listener. `Limiter` for event loops, `SyncLimiter` for threads."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from typing import Final, Self
+from pathlib import Path
+from typing import Any, Final, Self
 
 from tidegate.counters import Charge, CounterStore
-from tidegate.counters.factory import open_counters
+from tidegate.counters.blocking import BlockingCounterStore
 from tidegate.counters.memory import MemoryCounters
 from tidegate.decision import MAX_COST, Decision, clip
-from tidegate.errors import BadRequest, StoreUnavailable
+from tidegate.doors.stores import SWITCHES, open_blocking_store, open_memory_or_redis
+from tidegate.errors import BadRequest, PolicyError, StoreUnavailable
+from tidegate.gate.request_limits import counter_subject
 from tidegate.policy.limits import Algorithm, Limit, LimitSet, OnFailure, member_of
+from tidegate.policy.namespaces import MAX_SUBJECT, CompiledNamespace
+from tidegate.policy.toml_reader import load_policy
 
 LONGEST_SUBJECT: Final = 128
 _DIGEST: Final = "h:"
 """Before the digest that is counted in place of a long subject. A subject that begins so is counted by its digest too."""
 
 
-class Limiter:
+class _Limits:
+    """What both limiters have in common: the limits, and what is refused before anything is charged."""
+
+    def __init__(
+        self,
+        limits: str | Sequence[str],
+        *,
+        algorithm: str,
+        counters: Any,  # noqa: ARG002 - opened by the subclass
+        name: str | None,
+        on_failure: str,
+    ) -> None:
+        texts = [limits] if isinstance(limits, str) else list(limits)
+        label = name or ", ".join(texts)
+        # '/' is in no tier's name: no rule of a policy on the same store has this name.
+        self._limits = LimitSet(
+            f"limiter/{label}",
+            member_of(Algorithm, algorithm, "algorithm"),
+            [Limit.parse(text) for text in texts],
+            member_of(OnFailure, on_failure, "on_failure"),
+            rule=label,
+        )
+
+    _namespace: CompiledNamespace | None = None
+    """Whose limits apply, with overrides for single subjects, instead of `_limits`; see `from_policy`."""
+
+    @classmethod
+    def from_policy(cls, path: str | Path, namespace: str, *, counters: Any = "memory://") -> Self:
+        """A limiter with the limits, algorithm and overrides of `[[namespaces]]` in a policy file, which is read once.
+
+        It counts together with `POST /v1/limit` of the same namespace on the same store.
+
+        Args:
+            path: of the policy file.
+            namespace: name of one that has limits.
+            counters: URL or a store.
+
+        Raises:
+            PolicyError: if the policy is refused or has no such namespace.
+            SettingsError: if the URL is not understood.
+        """
+        known = {each.name: each for each in load_policy(Path(path)).namespaces}
+        found = known.get(namespace)
+        if found is None or not found.limits:
+            names = ", ".join(name for name, each in known.items() if each.limits) or "none"
+            raise PolicyError(f"the policy has no [[namespaces]] with limits named {clip(namespace)}: it has {names}", str(path))
+        texts = [limit.text for limit in found.limits]
+        made = cls(texts, algorithm=found.algorithm, counters=counters, name=namespace, on_failure=found.on_failure)
+        made._namespace = CompiledNamespace(found)
+        return made
+
+    def _counter(self, subject: str) -> tuple[LimitSet, str]:
+        """The limits of a subject, and the name it is counted by."""
+        if self._namespace is None:
+            return self._limits, fit_subject(subject)
+        if type(subject) is not str or not 0 < len(subject) <= MAX_SUBJECT:
+            raise BadRequest(f"subject {clip(subject)} must be a text of 1 to {MAX_SUBJECT} characters", field="subject")
+        limits = self._namespace.limits_of(subject)
+        assert limits is not None, "checked by from_policy"
+        return limits, counter_subject(subject)
+
+    def _charges(self, asked: Sequence[tuple[str, int]]) -> list[Charge]:
+        return [Charge((self._counter(subject),), checked_cost(cost)) for subject, cost in asked]
+
+    def _allowed_in_tests(self) -> Decision:
+        """While `tidegate.testing.allow_all` holds."""
+        limit = self._limits.limits[0]
+        return Decision(True, limit, limit.capacity, limits=self._limits)
+
+
+class Limiter(_Limits):
     """Decides for subjects of your choice.
 
         limiter = Limiter("100/minute")
@@ -49,18 +124,8 @@ class Limiter:
         name: str | None = None,
         on_failure: str = OnFailure.LOCAL,
     ) -> None:
-        texts = [limits] if isinstance(limits, str) else list(limits)
-        parsed = [Limit.parse(text) for text in texts]
-        self.counters: CounterStore = open_counters(counters) if isinstance(counters, str) else counters
-        label = name or ", ".join(texts)
-        # '/' is in no tier's name: no rule of a policy on the same store has this name.
-        self._limits = LimitSet(
-            f"limiter/{label}",
-            member_of(Algorithm, algorithm, "algorithm"),
-            parsed,
-            member_of(OnFailure, on_failure, "on_failure"),
-            rule=label,
-        )
+        super().__init__(limits, algorithm=algorithm, counters=counters, name=name, on_failure=on_failure)
+        self.counters: CounterStore = open_memory_or_redis(counters)
         self._charge_one = self.counters.charge_one if isinstance(self.counters, MemoryCounters) else None
 
     async def check(self, subject: str, cost: int = 1) -> Decision:
@@ -78,12 +143,17 @@ class Limiter:
             StoreUnavailable: if the store fails and `on_failure` is deny.
         """
         if type(cost) is not int or not 0 <= cost <= MAX_COST:
-            raise BadRequest(f"cost {clip(cost)} must be a whole number from 0 to {MAX_COST}", field="cost")
-        if not subject or type(subject) is not str or len(subject) > LONGEST_SUBJECT or subject.startswith(_DIGEST):
-            subject = _fit_subject(subject)
+            cost = checked_cost(cost)
+        limits = self._limits
+        if self._namespace is not None:
+            limits, subject = self._counter(subject)
+        elif not subject or type(subject) is not str or len(subject) > LONGEST_SUBJECT or subject.startswith(_DIGEST):
+            subject = fit_subject(subject)
+        if not SWITCHES.enforced:
+            return self._allowed_in_tests()
         if self._charge_one is not None:
-            return self._charge_one(self._limits, subject, cost)
-        outcome = (await self.counters.charge((Charge(((self._limits, subject),), cost),)))[0]
+            return self._charge_one(limits, subject, cost)
+        outcome = (await self.counters.charge((Charge(((limits, subject),), cost),)))[0]
         if isinstance(outcome, StoreUnavailable):
             raise outcome
         return outcome
@@ -100,11 +170,9 @@ class Limiter:
         Raises:
             BadRequest: as `check`; then nothing of the batch was charged.
         """
-        charges = []
-        for subject, cost in asked:
-            if type(cost) is not int or not 0 <= cost <= MAX_COST:
-                raise BadRequest(f"cost {clip(cost)} must be a whole number from 0 to {MAX_COST}", field="cost")
-            charges.append(Charge(((self._limits, _fit_subject(subject)),), cost))
+        charges = self._charges(asked)
+        if not SWITCHES.enforced:
+            return [self._allowed_in_tests()] * len(charges)
         return list(await self.counters.charge(charges))
 
     async def reset(self, subject: str) -> None:
@@ -117,7 +185,7 @@ class Limiter:
             BadRequest: if it is empty or no string.
             StoreUnavailable: if the store does not answer.
         """
-        await self.counters.reset([(self._limits, _fit_subject(subject))])
+        await self.counters.reset([self._counter(subject)])
 
     async def close(self) -> None:
         """Give back what the store holds."""
@@ -130,7 +198,88 @@ class Limiter:
         await self.close()
 
 
-def _fit_subject(subject: object) -> str:
+class SyncLimiter(_Limits):
+    """`Limiter` for code without an event loop: scripts, threads, WSGI. Thread-safe; counts together with a `Limiter` of the
+    same name on the same Redis.
+
+        limiter = SyncLimiter("100/minute", counters="redis://127.0.0.1:6379")
+        if not limiter.check("user-42").allowed:
+            ...
+
+    On Redis a call takes a socket from a pool; after a fork the child opens its own. `with SyncLimiter(…) as limiter` closes
+    them at the end.
+
+    Args:
+        limits: as for `Limiter`.
+        algorithm: as for `Limiter`.
+        counters: URL or a store for threads; `memory://` counts in this process.
+        name: as for `Limiter`.
+        on_failure: as for `Limiter`.
+
+    Raises:
+        PolicyError: as `Limiter`.
+        SettingsError: if the URL is not understood, or the store needs an event loop.
+    """
+
+    def __init__(
+        self,
+        limits: str | Sequence[str],
+        *,
+        algorithm: str = Algorithm.SLIDING_WINDOW,
+        counters: str | BlockingCounterStore = "memory://",
+        name: str | None = None,
+        on_failure: str = OnFailure.LOCAL,
+    ) -> None:
+        super().__init__(limits, algorithm=algorithm, counters=counters, name=name, on_failure=on_failure)
+        self.counters: BlockingCounterStore = open_blocking_store(counters)
+
+    def check(self, subject: str, cost: int = 1) -> Decision:
+        """Decide and charge one request; see `Limiter.check`."""
+        if type(cost) is not int or not 0 <= cost <= MAX_COST:
+            cost = checked_cost(cost)
+        limits = self._limits
+        if self._namespace is not None:
+            limits, subject = self._counter(subject)
+        elif not subject or type(subject) is not str or len(subject) > LONGEST_SUBJECT or subject.startswith(_DIGEST):
+            subject = fit_subject(subject)
+        if not SWITCHES.enforced:
+            return self._allowed_in_tests()
+        return self.counters.charge_one(limits, subject, cost)
+
+    def check_many(self, asked: Sequence[tuple[str, int]]) -> list[Decision | StoreUnavailable]:
+        """Decide requests each on its own, in order; see `Limiter.check_many`."""
+        charges = self._charges(asked)
+        if not SWITCHES.enforced:
+            return [self._allowed_in_tests()] * len(charges)
+        return list(self.counters.charge_many(charges))
+
+    def reset(self, subject: str) -> None:
+        """Forget what a subject consumed; see `Limiter.reset`."""
+        self.counters.reset_many([self._counter(subject)])
+
+    def close(self) -> None:
+        """Give back what the store holds."""
+        self.counters.disconnect()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def checked_cost(cost: object) -> int:
+    """A cost that can be charged.
+
+    Raises:
+        BadRequest: if it is not a whole number from 0 to 1,000,000,000.
+    """
+    if type(cost) is not int or not 0 <= cost <= MAX_COST:
+        raise BadRequest(f"cost {clip(cost)} must be a whole number from 0 to {MAX_COST}", field="cost")
+    return cost
+
+
+def fit_subject(subject: object) -> str:
     """The subject itself, or a digest where it is longer than a counter's key should be, or could be taken for a digest."""
     if type(subject) is not str or not subject:
         raise BadRequest(f"subject {clip(subject)} must be a non-empty string such as 'user-42'", field="subject")

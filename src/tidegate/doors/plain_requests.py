@@ -18,6 +18,7 @@ from tidegate.decision import MAX_COST, USUAL_METHODS, Check, PeerName, canonica
 from tidegate.doors.client_address import FORWARDING, TrustedProxies, counted_peer
 from tidegate.errors import BadRequest
 from tidegate.policy.attributes import (
+    MAX_ATTRIBUTES,
     MAX_VALUE,
     NO_ATTRIBUTES,
     AttributeSource,
@@ -30,6 +31,7 @@ from tidegate.wire import CheckRequest
 
 if TYPE_CHECKING:
     from tidegate.doors.http_exchange import PlainRequest
+    from tidegate.gate.gate import Gate
     from tidegate.jwt.tokens import Tokens
 
 _METHODS: Final = {method.encode(): method for method in USUAL_METHODS}
@@ -123,13 +125,14 @@ def plain_authorize(
     return Check(path, method, api_key, ip, attributes=attributes)
 
 
-def plain_check(request: PlainRequest, max_header_bytes: int, max_body_bytes: int) -> Check | None:
+def plain_check(request: PlainRequest, max_header_bytes: int, max_body_bytes: int, gate: Gate) -> Check | None:
     """The check of a plain `POST /v1/check`. Costs 2 µs.
 
     Args:
         request: the request.
         max_header_bytes: most bytes of the names and values of its headers.
         max_body_bytes: most bytes of its body.
+        gate: recalls bearer tokens that were verified before.
 
     Returns:
         The check; None where the request has to be read otherwise.
@@ -168,13 +171,24 @@ def plain_check(request: PlainRequest, max_header_bytes: int, max_body_bytes: in
         ip = _address(sent.ip)
         if ip is None:
             return None
+    claims = NO_ATTRIBUTES
+    if sent.bearer:
+        policy = gate.catalog.cached_caller_policy()
+        recalled = None if policy is None else gate.tokens.recall_text(policy, sent.bearer)
+        if recalled is None:
+            return None
+        claims = recalled
     if not sent.attributes and sent.tier is None:
-        return Check(path, method, api_key, ip, cost)
+        return Check(path, method, api_key, ip, cost, None, claims)
     try:
         require_tier(sent.tier, api_key)
         attributes = checked_attributes(sent.attributes) if sent.attributes else NO_ATTRIBUTES
     except BadRequest:
         return None
+    if claims:
+        attributes = {**attributes, **claims}
+        if len(attributes) > MAX_ATTRIBUTES:
+            return None
     return Check(path, method, api_key, ip, cost, None, attributes, sent.tier or None)
 
 

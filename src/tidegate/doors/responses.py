@@ -12,6 +12,7 @@ from tidegate.decision import Decision, RuleUsage, Usage
 from tidegate.doors.outward import outward
 from tidegate.errors import TidegateError
 from tidegate.policy.limits import Limit, LimitSet
+from tidegate.policy.quotas import QuotaLimit
 from tidegate.timestamps import US_PER_S, format_timestamp
 from tidegate.wire import DecisionBody, RuleUsageBody, UsageBody, WindowUsageBody
 
@@ -42,6 +43,7 @@ def decision_body(decision: Decision) -> DecisionBody:
         decision.rule,
         decision.tier,
         decision.degraded,
+        decision.overage,
     )
 
 
@@ -78,9 +80,10 @@ def _window_usage_body(decision: Decision) -> WindowUsageBody:
     assert binding is not None, "a window is one limit"
     assert remaining is not None, "a limit says what is left"
     capacity = binding.capacity
-    used = max(capacity - remaining, 0)
+    used = max(capacity - remaining, 0) + decision.overage
     resets_at = format_timestamp(decision.at_us + decision.reset_after_us) if used or decision.reset_after_us else None
-    return WindowUsageBody(capacity, binding.window_us // US_PER_S, used, remaining, resets_at)
+    period = binding.clock.period.value if isinstance(binding, QuotaLimit) else None
+    return WindowUsageBody(capacity, binding.window_us // US_PER_S, used, remaining, resets_at, period)
 
 
 def error_body(error: TidegateError) -> dict[str, Any]:
@@ -139,31 +142,8 @@ def encode(body: object) -> bytes:
 
 
 def limit_headers(decision: Decision) -> Headers:
-    """The headers of a decided answer; names in lower case, as HTTP/2 and RSGI want them.
-
-    `RateLimit-Policy` and `RateLimit` follow draft-ietf-httpapi-ratelimit-headers-10; `X-RateLimit-Reset` is in unix seconds.
-    Seconds are rounded up: a client that waits for `Retry-After` is never early.
-
-    Args:
-        decision: the decision.
-
-    Returns:
-        Pairs of name and value; none where no rule applies.
-    """
-    binding = decision.binding
-    if binding is None or decision.limits is None:
-        return []
-    reset_us = decision.reset_after_us
-    headers = [
-        ("ratelimit-policy", decision.limits.quotas),
-        ("ratelimit", f'"{binding.label or binding.text}";r={decision.remaining};t={ceil_s(reset_us)}'),
-        ("x-ratelimit-limit", str(binding.capacity)),
-        ("x-ratelimit-remaining", str(decision.remaining)),
-        ("x-ratelimit-reset", str(ceil_s(decision.at_us + reset_us))),
-    ]
-    if not decision.allowed and decision.retry_after_us is not None:
-        headers.append(("retry-after", str(ceil_s(decision.retry_after_us))))
-    return headers
+    """The headers of a decided answer, as `Decision.headers` has them; names in lower case, as HTTP/2 and RSGI want them."""
+    return decision.headers
 
 
 def limit_lines(decision: Decision) -> bytes:
@@ -189,7 +169,7 @@ def limit_lines(decision: Decision) -> bytes:
 
 
 def authorize_lines(decision: Decision) -> bytes:
-    """What follows the Date header in the answer of `/v1/authorize` to a request that may pass.
+    """What follows the Date header in the answer of `/v1/authorize` to a request that may pass: see `overage_headers` too.
 
     Args:
         decision: the decision.
@@ -197,7 +177,14 @@ def authorize_lines(decision: Decision) -> bytes:
     Returns:
         The other header lines, and the empty one.
     """
+    if decision.overage:
+        return limit_lines(decision) + b"x-tidegate-overage: %d\r\ncache-control: no-store\r\n\r\n" % decision.overage
     return limit_lines(decision) + b"cache-control: no-store\r\n\r\n"
+
+
+def overage_headers(decision: Decision) -> Headers:
+    """What tells a gateway that a request passes above a quota or a soft limit: `X-Tidegate-Overage`, units; none where not."""
+    return [("x-tidegate-overage", str(decision.overage))] if decision.overage else []
 
 
 def check_lines(decision: Decision) -> bytes:
@@ -262,7 +249,7 @@ def edge_cache_headers(decision: Decision) -> Headers:
     """What a cache of nginx needs beside `denial_cache_headers`.
 
     nginx counts in whole seconds of its clock and takes an answer for fresh while that second lasts, up to a second longer than
-    it was told: so it is told one less. It does not say `Age` either: the moment of the retry is told as a date.
+    `X-Accel-Expires` says: so one second less is sent. nginx adds no `Age` either: the retry time is sent as a date.
 
     Args:
         decision: a denial.

@@ -22,10 +22,14 @@ class CheckPlan(msgspec.Struct, frozen=True, gc=False):
     Args:
         answer: where nothing has to be counted to answer it, else None.
         charges: first the one that decides, where there is no answer yet; then one for each shadow rule.
+        cost: units of the check.
+        key_id: id of the caller's API key; empty without one.
     """
 
     answer: Decision | None
     charges: Sequence[Charge]
+    cost: int = 1
+    key_id: str = ""
 
     @property
     def decides(self) -> bool:

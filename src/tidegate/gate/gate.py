@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Final, Self, TypeAlias
 
 from tidegate.catalog.cache_level import Caller
 from tidegate.catalog.cached import CachedCatalog
+from tidegate.catalog.in_memory import PolicyCatalog
 from tidegate.counters import Charge, ChargeOutcome, CounterStore, ImmediateCounterStore, LeasingCounterStore
+from tidegate.counters.factory import open_counters
+from tidegate.counters.storage_uri import counters_url
 from tidegate.decision import MAX_COST, Check, Decision, Observation, Usage, client_of, clip, ipv6_client, require_tier
 from tidegate.errors import BadRequest, MissingApiKey, StoreUnavailable, TidegateError
+from tidegate.gate.access import AccessControl
 from tidegate.gate.callers import LOOKUP_TIMEOUT_S, CallerLookup, Sender
 from tidegate.gate.charging import ChargeResult, CheckPlan, charge_all_or_none, charge_independently
+from tidegate.gate.quotas import counters_with_quotas, own_quotas
 from tidegate.gate.request_limits import RequestLimits
 from tidegate.gate.subjects import DescriptorCheck, attributes_subject, descriptor_subject, ip_needed, shadow_subject
 from tidegate.gate.usage import caller_usage, own_limits, reset_counters
@@ -22,6 +28,8 @@ from tidegate.policy.descriptors import entries_subject
 from tidegate.policy.limits import LimitSet
 from tidegate.policy.matching import CompiledRule, CompiledTier, subject_of
 from tidegate.policy.model import Mode, Subject
+from tidegate.policy.periods import DEFAULT_ANCHOR
+from tidegate.policy.toml_reader import load_policy
 from tidegate.time_slice import TimeSlice
 
 _clock_ns: Final = time.perf_counter_ns
@@ -39,6 +47,7 @@ class Gate:
         lookup_timeout_s: how long the callers of several checks of one request may take to be looked up together, s.
 
     Attributes:
+        access: denies checks, and exempts them from limits, before anything is counted.
         request_limits: decides checks that name their own limits.
         tokens: verifies bearer tokens of other issuers.
     """
@@ -55,7 +64,9 @@ class Gate:
         self.counters = counters
         self._observe = observe
         self.tokens = Tokens()
-        self.request_limits = RequestLimits(counters, catalog.namespaces, observe)
+        self.access = AccessControl(catalog, lookup_timeout_s)
+        self._lists = self.access.lists
+        self.request_limits = RequestLimits(counters, catalog.namespaces, observe, self.access)
         self._callers = CallerLookup(catalog, wall_clock_ns, lookup_timeout_s)
         self._caller = self._callers.find
         self._find_cached = self._callers.find_cached
@@ -80,6 +91,7 @@ class Gate:
             TooManyUnknownKeys: the key is not cached, and its address has sent too many unknown ones.
             ApiKeyRevoked: the key was revoked.
             ApiKeyExpired: the key's time is over.
+            Blocked: the policy or an operator denies the client.
             BadRequest: the rule counts by ip and none is known.
             CatalogUnavailable: the catalog fails and no usable entry is cached.
             StoreUnavailable: the counter store fails and the rule says deny.
@@ -107,6 +119,10 @@ class Gate:
             return self._check_later(check, shadow_outcomes)
         started_ns = _clock_ns()
         try:
+            active = self._lists.active
+            if active and self._lists.policy is None:
+                return self._check_later(check, shadow_outcomes)
+            exempt = active and self.access.admit(check.ip, check.attributes)
             caller = self._cached_caller_of(check) if check.api_key is None else self._find_cached(check.api_key)
             if caller is None:
                 return self._check_later(check, shadow_outcomes)
@@ -114,7 +130,8 @@ class Gate:
             if ip is not None and ":" in ip:
                 ip = ipv6_client(ip)
             tier = caller.tier
-            if tier.has_shadow_rules:
+            exempt = active and self.access.admit_caller(caller, exempt)
+            if tier.has_shadow_rules and not exempt:
                 if not self.counters.immediate:
                     return self._check_later(check, shadow_outcomes)
                 plan = self._plan_of(check, caller, ip)
@@ -124,19 +141,19 @@ class Gate:
                 decided = self._tell(plan, charged, _clock_ns() - started_ns)
                 assert isinstance(decided, Decision), "an immediate store always answers"
                 return decided
-            counters = _counters_of(check, caller, _rule_of(check, tier), ip)
+            counters = () if exempt else _counters_of(check, caller, _rule_of(check, tier), ip)
         except TidegateError as error:
             self._tell_error(error, _clock_ns() - started_ns)
             raise
         decision = charge(counters, check.cost) if counters else Decision(True, unlimited_tier=tier.tier.name)
         if decision is None:
-            return self._charge_later(CheckPlan(None, (Charge(counters, check.cost),)), started_ns)
+            return self._charge_later(CheckPlan(None, (Charge(counters, check.cost),), check.cost, caller.key_id), started_ns)
         if self._observe is not None:
             latency_ns = _clock_ns() - started_ns
             if counters and decision.allowed:
-                self._observe(Observation(decision, None, latency_ns, (), counters[0][1]))
+                self._observe(Observation(decision, None, latency_ns, (), counters[0][1], None, check.cost, caller.key_id))
             else:
-                self._observe(_observation(decision, counters, latency_ns))
+                self._observe(_observation(decision, counters, latency_ns, (), check.cost, caller.key_id))
         return decision
 
     async def _charge_later(self, plan: CheckPlan, started_ns: int) -> Decision:
@@ -156,7 +173,7 @@ class Gate:
             ip = check.ip
             if ip is not None and ":" in ip:
                 ip = ipv6_client(ip)
-            plan = self._plan_of(check, self._cached_caller_of(check) or await self._caller_of(check, ip), ip)
+            plan = await self._plan(check, ip)
             charged = await self.counters.charge(plan.charges) if plan.charges else ()
             if shadow_outcomes is not None:
                 shadow_outcomes.extend(plan.shadow_outcomes(charged))
@@ -241,6 +258,10 @@ class Gate:
             caller = await self._callers.find_unkeyed(tier or None, given)
         return await caller_usage(self.counters, caller, client, given)
 
+    async def unkeyed_caller(self, tier: str | None, attributes: Mapping[str, str]) -> Caller:
+        """The caller of checks without an API key; see `CallerLookup.find_unkeyed`."""
+        return await self._callers.find_unkeyed(tier, attributes)
+
     async def reset(
         self, api_key: str | None = None, *, ip: str | None = None, tier: str | None = None, subject: str | None = None
     ) -> int:
@@ -271,11 +292,11 @@ class Gate:
         if subject is not None:
             entries = parse_subject(subject)
             text = entries_subject(sorted(entries.items()), prefix="a:")
-            sets = await self._sets_of(lambda tier: [each.limits for each in tier.attribute_rules if {*each.parts} == {*entries}])
+            sets = await self._sets_of(lambda tier: _sets(each for each in tier.attribute_rules if {*each.parts} == {*entries}))
             return await reset_counters(self.counters, [(limits, text) for limits in sets])
         if api_key is not None:
             caller = await self._caller(api_key, None, refused_too=True)
-            counters = [(limits, caller.subject) for limits in own_limits(caller.tier)]
+            counters = [*((limits, caller.subject) for limits in own_limits(caller.tier)), *own_quotas(caller)]
         elif ip is not None:
             client = f"i:{client_of(ip)}"
             counters = [(limits, client) for limits in await self._sets_by_ip()]
@@ -284,7 +305,9 @@ class Gate:
             compiled = await self.catalog.tier(tier)
             if compiled is None:
                 raise BadRequest(f"there is no tier {clip(tier)}: see 'tidegate tiers'", field="tier")
-            counters = [(rule.limits, f"t:{tier}") for rule in compiled.rules if rule.subject is Subject.TIER]
+            counters = [
+                (limits, f"t:{tier}") for limits in _sets(rule for rule in compiled.rules if rule.subject is Subject.TIER)
+            ]
         return await reset_counters(self.counters, counters)
 
     async def _sets_by_ip(self) -> list[LimitSet]:
@@ -295,9 +318,13 @@ class Gate:
         own = "" if anonymous is None else anonymous.tier.tier.name
 
         def counting(tier: CompiledTier) -> list[LimitSet]:
-            by_ip = [rule.limits for rule in tier.rules if rule.subject is Subject.IP]
-            by_ip += [rule.limits for rule in tier.attribute_rules if rule.rule.on_missing is OnMissing.IP]
-            return by_ip + own_limits(tier) if policy.tier_from or tier.tier.name == own else by_ip
+            by_ip = _sets(rule for rule in tier.rules if rule.subject is Subject.IP)
+            by_ip += _sets(rule for rule in tier.attribute_rules if rule.rule.on_missing is OnMissing.IP)
+            if not policy.tier_from and tier.tier.name != own:
+                return by_ip
+            by_ip += own_limits(tier)
+            by_ip += [rule.quotas.of(DEFAULT_ANCHOR) for rule in tier.rules if rule.quotas and rule.subject is Subject.API_KEY]
+            return by_ip if tier.quotas is None else [*by_ip, tier.quotas.of(DEFAULT_ANCHOR)]
 
         return await self._sets_of(counting)
 
@@ -314,6 +341,24 @@ class Gate:
         """Give back what the counter store holds; `async with` does it at the end."""
         await self.tokens.close()
         await self.counters.close()
+
+    @classmethod
+    def from_policy(
+        cls, path: str | Path, *, counters: str | CounterStore = "memory://", observe: Observer | None = None
+    ) -> Self:
+        """A gate for a policy file, which is read once.
+
+        Args:
+            path: of the file.
+            counters: URL or a store.
+            observe: callback run for every check.
+
+        Raises:
+            PolicyError: if the policy is refused.
+            SettingsError: if the URL is not understood.
+        """
+        store = open_counters(counters_url(counters)) if isinstance(counters, str) else counters
+        return cls(CachedCatalog(PolicyCatalog(load_policy(Path(path)))), store, observe)
 
     async def __aenter__(self) -> Self:
         return self
@@ -348,7 +393,7 @@ class Gate:
                     each.rule or "" for each in shadow_outcomes if isinstance(each, Decision) and not each.allowed
                 )
             counters = () if answer is not None else plan.charges[0].counters
-            self._observe(_observation(decision, counters, latency_ns, shadow_denied))
+            self._observe(_observation(decision, counters, latency_ns, shadow_denied, plan.cost, plan.key_id))
         return decision
 
     def _tell_error(self, error: TidegateError, latency_ns: int) -> TidegateError:
@@ -371,7 +416,17 @@ class Gate:
         ip = check.ip
         if ip is not None and ":" in ip:
             ip = ipv6_client(ip)
-        return self._plan_of(check, await self._caller_of(check, ip), ip)
+        return await self._plan(check, ip)
+
+    async def _plan(self, check: Check, ip: str | None) -> CheckPlan:
+        exempt = False
+        if self._lists.active:
+            await self.access.load()
+            exempt = self.access.admit(check.ip, check.attributes)
+        caller = self._cached_caller_of(check) or await self._caller_of(check, ip)
+        if self._lists.active and self.access.admit_caller(caller, exempt):
+            return _exempt_plan(caller)
+        return self._plan_of(check, caller, ip)
 
     def _cached_caller_of(self, check: Check) -> Caller | None:
         if check.api_key is None and (check.attributes or check.tier is not None):
@@ -392,8 +447,9 @@ class Gate:
                 counted = shadow_subject(check.attributes, caller, watcher, ip)
                 # A shadow rule that cannot be counted must not block the check that it only watches.
                 if counted is not None:
-                    charges.append(Charge(((watcher.limits, counted),), check.cost))
-        return CheckPlan(None if counters else Decision(True, unlimited_tier=tier.tier.name), charges)
+                    charges.append(Charge(watcher.counters(counted, caller.anchor), check.cost))
+        answer = None if counters else Decision(True, unlimited_tier=tier.tier.name)
+        return CheckPlan(answer, charges, check.cost, caller.key_id)
 
     async def plan_many(self, checks: Sequence[Check | DescriptorCheck]) -> list[CheckPlan | TidegateError | None]:
         """Find the limits that apply to each check of one request; charges nothing.
@@ -408,15 +464,23 @@ class Gate:
             For each its plan, for `decide`, or the error that `check` would have raised; None where nothing limits a descriptor.
         """
         clients = [ipv6_client(each.ip) if each.ip is not None and ":" in each.ip else each.ip for each in checks]
-        senders = await self._callers.senders(checks, clients)
+        active = self._lists.active
+        admitted: Sequence[bool | TidegateError] = await self.access.admit_all(checks) if active else [False] * len(checks)
+        senders = [
+            sent if isinstance(each, bool) else each
+            for sent, each in zip(await self._callers.senders(checks, clients), admitted, strict=True)
+        ]
         callers = await self._callers.find_all([each for each in senders if isinstance(each, Sender)])
         plans: list[CheckPlan | TidegateError | None] = []
         slice_ = TimeSlice()
-        for each, client, sender in zip(checks, clients, senders, strict=True):
+        for each, client, sender, exempt in zip(checks, clients, senders, admitted, strict=True):
             if slice_.over:
                 await slice_.pause()
             caller = callers[sender] if isinstance(sender, Sender) else sender
             try:
+                if active and isinstance(caller, Caller) and self.access.admit_caller(caller, bool(exempt)):
+                    plans.append(_exempt_plan(caller))
+                    continue
                 if isinstance(each, DescriptorCheck):
                     plans.append(None if isinstance(caller, MissingApiKey) else _plan_of_descriptor(each, caller, client))
                 else:
@@ -424,6 +488,15 @@ class Gate:
             except TidegateError as error:
                 plans.append(error)
         return plans
+
+
+def _sets(rules: Iterable[CompiledRule]) -> list[LimitSet]:
+    """The limits and quotas of rules, for the default anchor: those of other anchors have the same counters."""
+    return [limits for rule in rules for limits, _ in rule.counters("")]
+
+
+def _exempt_plan(caller: Caller) -> CheckPlan:
+    return CheckPlan(Decision(True, unlimited_tier=caller.tier.tier.name), ())
 
 
 def _unanswered() -> Decision:
@@ -445,6 +518,8 @@ def _rule_of(check: Check, tier: CompiledTier) -> CompiledRule | None:
 def _counters_of(check: Check, caller: Caller, rule: CompiledRule | None, ip: str | None) -> tuple[tuple[LimitSet, str], ...]:
     """What a check is charged to: the counter of the rule that answers it, and that of the tier's own limits."""
     tier = caller.tier
+    if tier.has_quotas:
+        return counters_with_quotas(check, caller, rule, ip)
     tier_limits = tier.limits
     if rule is not None and rule.subject is Subject.ATTRIBUTES:
         counted = attributes_subject(check, caller, rule, ip)
@@ -479,18 +554,21 @@ def _observation(
     decision: Decision,
     counters: tuple[tuple[LimitSet, str], ...],
     latency_ns: int,
-    shadow_denied: tuple[str, ...] = (),
+    shadow_denied: tuple[str, ...],
+    cost: int,
+    key_id: str,
 ) -> Observation:
     """What telemetry reads of a decision by these counters, the rule's first; by none where nothing limits the check."""
     if not counters:
-        return Observation(decision, None, latency_ns, shadow_denied)
+        return Observation(decision, None, latency_ns, shadow_denied, None, None, cost, key_id)
     if decision.allowed:
-        return Observation(decision, None, latency_ns, shadow_denied, counters[0][1])
+        return Observation(decision, None, latency_ns, shadow_denied, counters[0][1], None, cost, key_id)
     denied_by, subject = counters[0]
-    # A decision names the rule that answered; whose limit it was that denied, its binding limit tells.
-    if len(counters) > 1 and decision.binding in counters[1][0].limits:
-        denied_by, subject = counters[1]
-    return Observation(decision, None, latency_ns, shadow_denied, subject, denied_by)
+    # A decision names the rule that answered; the binding limit identifies the limit set that denied.
+    for limits, counted in counters[1:]:
+        if decision.binding in limits.limits:
+            denied_by, subject = limits, counted
+    return Observation(decision, None, latency_ns, shadow_denied, subject, denied_by, cost, key_id)
 
 
 def _plan_of_descriptor(check: DescriptorCheck, caller: Caller | TidegateError, client: str | None) -> CheckPlan | None:
@@ -501,16 +579,19 @@ def _plan_of_descriptor(check: DescriptorCheck, caller: Caller | TidegateError, 
         raise BadRequest(f"cost {clip(check.cost)} must be a whole number from 0 to {MAX_COST}", field="cost")
     entries = check.entries
     charges = [
-        (each.compiled.rule.mode, Charge(((each.compiled.limits, descriptor_subject(check, caller, each, client)),), check.cost))
+        (
+            each.compiled.rule.mode,
+            Charge(each.compiled.counters(descriptor_subject(check, caller, each, client), caller.anchor), check.cost),
+        )
         for each in caller.tier.match_entries(entries)
     ]
-    enforced = next((charge for mode, charge in charges if mode is Mode.ENFORCE), None)
+    enforced = next((charge for mode, charge in charges if mode is not Mode.SHADOW), None)
     shadow_outcomes = [charge for mode, charge in charges if mode is Mode.SHADOW]
     if enforced is None and not shadow_outcomes:
         return None
     if enforced is None:
-        return CheckPlan(Decision(True, unlimited_tier=caller.tier.tier.name), shadow_outcomes)
-    return CheckPlan(None, [enforced, *shadow_outcomes])
+        return CheckPlan(Decision(True, unlimited_tier=caller.tier.tier.name), shadow_outcomes, check.cost, caller.key_id)
+    return CheckPlan(None, [enforced, *shadow_outcomes], check.cost, caller.key_id)
 
 
 def _require_text(value: object, field: str) -> None:

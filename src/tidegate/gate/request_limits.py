@@ -17,6 +17,7 @@ import msgspec
 from tidegate.counters import Charge, ChargeOutcome, CounterStore
 from tidegate.decision import MAX_COST, Decision, Observation, clip
 from tidegate.errors import BadRequest, PolicyError, StoreUnavailable, TidegateError
+from tidegate.gate.access import AccessControl
 from tidegate.policy.limits import Algorithm, Limit, LimitSet, member_of
 from tidegate.policy.namespaces import MAX_SUBJECT, CompiledNamespace, limit_set, require_name
 
@@ -33,11 +34,13 @@ class LimitCheck(msgspec.Struct, frozen=True, gc=False):
         limits: to be charged.
         subject: of the counter, unambiguous in its namespace.
         cost: 0 (peek) to 1,000,000,000.
+        exempt: whether it is allowed without being counted.
     """
 
     limits: LimitSet
     subject: str
     cost: int = 1
+    exempt: bool = False
 
 
 class RequestLimits:
@@ -47,6 +50,7 @@ class RequestLimits:
         counters: what was consumed.
         load_namespaces: gives those of the policy by name, as they are now.
         observe: callback run for every check; must not raise.
+        access: denies and exempts checks; None for none.
     """
 
     def __init__(
@@ -54,10 +58,12 @@ class RequestLimits:
         counters: CounterStore,
         load_namespaces: Callable[[], Awaitable[Mapping[str, CompiledNamespace]]],
         observe: Callable[[Observation], None] | None = None,
+        access: AccessControl | None = None,
     ) -> None:
         self._counters = counters
         self.namespaces = load_namespaces
         self._observe = observe
+        self._access = access
         self._compiled: OrderedDict[tuple[str, str, tuple[str, ...]], LimitSet] = OrderedDict()
 
     def read(
@@ -81,6 +87,8 @@ class RequestLimits:
 
         Raises:
             BadRequest: naming the field, its value and the remedy.
+            Blocked: the policy or an operator denies the subject: to `[[access]]` and blocks, `namespace` and `subject` are
+                attributes of the check.
         """
         if type(cost) is not int or not 0 <= cost <= MAX_COST:
             raise BadRequest(f"cost {clip(cost)} must be a whole number from 0 to {MAX_COST}", field="cost")
@@ -91,7 +99,11 @@ class RequestLimits:
         if found is None:
             default = Algorithm.SLIDING_WINDOW if known is None else known.namespace.algorithm
             found = self._compile(namespace, default if algorithm is None else algorithm, limits)
-        return LimitCheck(found, counter_subject(subject), cost)
+        access = self._access
+        exempt = (
+            access is not None and access.lists.active and access.admit(None, {"namespace": str(namespace), "subject": subject})
+        )
+        return LimitCheck(found, counter_subject(subject), cost, exempt)
 
     def _compile(self, namespace: object, algorithm: object, limits: object) -> LimitSet:
         """Limits of a request, compiled; the last `MAX_COMPILED` are kept."""
@@ -136,8 +148,9 @@ class RequestLimits:
     async def check_many(self, checks: Sequence[LimitCheck]) -> list[ChargeOutcome]:
         """Decide checks each on its own, in order, with one call to the counter store."""
         started_ns = time.perf_counter_ns()
-        charges = [Charge(((each.limits, each.subject),), each.cost) for each in checks]
-        outcomes = list(await self._counters.charge(charges)) if charges else []
+        charges = [Charge(((each.limits, each.subject),), each.cost) for each in checks if not each.exempt]
+        charged = iter(await self._counters.charge(charges)) if charges else iter(())
+        outcomes = [Decision(True) if each.exempt else next(charged) for each in checks]
         if self._observe is not None and checks:
             latency_ns = (time.perf_counter_ns() - started_ns) // len(checks)
             for each, outcome in zip(checks, outcomes, strict=True):
@@ -166,4 +179,5 @@ def counter_subject(subject: str) -> str:
 def _observation(check: LimitCheck, outcome: ChargeOutcome, latency_ns: int) -> Observation:
     if isinstance(outcome, StoreUnavailable):
         return Observation(None, outcome.code, latency_ns)
-    return Observation(outcome, None, latency_ns, (), check.subject, None if outcome.allowed else check.limits)
+    denied_by = None if outcome.allowed else check.limits
+    return Observation(outcome, None, latency_ns, (), check.subject, denied_by, check.cost)

@@ -28,6 +28,7 @@ _WINDOWS_BATCH_SIZE: Final = 32
 
 Counter: TypeAlias = tuple[LimitSet, str]
 """Limits and the subject that they count."""
+Counters: TypeAlias = tuple[Counter, ...]
 CounterUsage: TypeAlias = tuple[Decision, tuple[Decision, ...]]
 """The decision for a check of cost 0, and one for each limit alone; none of the latter if the store did not answer."""
 
@@ -49,30 +50,49 @@ async def caller_usage(
         are in `not_counted`.
     """
     tier, has_key = caller.tier, bool(caller.subject)
-    limit_sets: list[tuple[CompiledRule | None, LimitSet]] = [] if tier.limits is None else [(None, tier.limits)]
     rules = [rule for rule in tier.rules if not rule.rule.match or entries_hold(rule.rule.match, attributes)]
-    limit_sets += [(rule, rule.limits) for rule in rules[:MAX_USAGE_RULES]]
+    listed: list[CompiledRule | None] = [] if tier.limits is None and tier.quotas is None else [None]
+    listed += rules[:MAX_USAGE_RULES]
     counted: list[tuple[CompiledRule | None, str]] = []
-    counters: list[Counter] = []
+    counters: list[Counters] = []
     not_counted: list[str | None] = []
-    for rule, limits in limit_sets:
+    for rule in listed:
         if rule is not None and rule.subject is Subject.ATTRIBUTES:
             kind, subject = _by_attributes(rule, caller, client, attributes)
         else:
             counts = counted_by(Subject.API_KEY if rule is None else rule.subject, has_key)
             kind, subject = counts.value, subject_of(counts, caller.subject, client, tier.tier.name)
         if subject is None:
-            not_counted.append(limits.rule)
+            not_counted.append(None if rule is None else rule.rule.name)
             continue
         counted.append((rule, kind))
-        counters.append((limits, subject))
+        counters.append(_counters(rule, caller, subject))
     used_by_rule = [
-        RuleUsage(None, None, Mode.ENFORCE, kind, limits.limits, *used)
-        if rule is None
-        else RuleUsage(rule.rule.name, rule.rule.endpoint, rule.rule.mode, kind, limits.limits, *used)
-        for (rule, kind), (limits, _), used in zip(counted, counters, await peek_windows(store, counters), strict=True)
+        RuleUsage(
+            None if rule is None else rule.rule.name,
+            None if rule is None else rule.rule.endpoint,
+            Mode.ENFORCE if rule is None else rule.rule.mode,
+            kind,
+            tuple(limit for limits, _ in own for limit in limits.limits),
+            *used,
+        )
+        for (rule, kind), own, used in zip(counted, counters, await peek_windows(store, counters), strict=True)
     ]
     return Usage(tier.tier.name, tuple(used_by_rule), tuple(not_counted), len(rules) > MAX_USAGE_RULES)
+
+
+def _counters(rule: CompiledRule | None, caller: Caller, subject: str) -> Counters:
+    """The limits and the quotas of a rule, or of the tier for None."""
+    if rule is not None and (rule.quotas is None or rule.subject is not Subject.API_KEY):
+        return rule.counters(subject, caller.anchor)
+    quota_subject = caller.quota_subject or subject
+    if rule is not None:
+        assert rule.quotas is not None, "a rule without quotas is above"
+        own = (rule.quotas.of(caller.anchor), quota_subject)
+        return ((rule.limits, subject), own) if rule.limited else (own,)
+    limits = caller.tier.limits
+    found: Counters = () if limits is None else ((limits, subject),)
+    return found if caller.quotas is None else (*found, (caller.quotas, quota_subject))
 
 
 def _by_attributes(
@@ -89,27 +109,35 @@ async def peek(store: CounterStore, counters: Sequence[Counter]) -> list[Decisio
     """The decision for a check of cost 0 of each counter; degraded and without numbers if the store did not answer."""
     return [
         _unknown(limits) if isinstance(outcome, StoreUnavailable) else outcome
-        for outcome, (limits, _) in zip(await _charge_nothing(store, counters), counters, strict=True)
+        for outcome, (limits, _) in zip(await _charge_nothing(store, [(each,) for each in counters]), counters, strict=True)
     ]
 
 
-async def peek_windows(store: CounterStore, counters: Sequence[Counter]) -> list[CounterUsage]:
-    """As `peek`, with the decision of each limit alone."""
+async def peek_windows(store: CounterStore, checks: Sequence[Counters]) -> list[CounterUsage]:
+    """The decision for a check of cost 0 of counters that are charged together, and that of each limit alone.
+
+    Args:
+        store: the counters.
+        checks: for each check its counters, at least one.
+    """
     found: list[CounterUsage] = []
-    several: list[int] = []
-    for place, (outcome, (limits, _)) in enumerate(zip(await _charge_nothing(store, counters), counters, strict=True)):
+    several: list[tuple[int, Counter]] = []
+    for place, (outcome, counters) in enumerate(zip(await _charge_nothing(store, checks), checks, strict=True)):
         if isinstance(outcome, StoreUnavailable):
-            found.append((_unknown(limits), ()))
-        elif len(limits.limits) == 1:
+            found.append((_unknown(counters[0][0]), ()))
+        elif len(counters) == 1 and len(counters[0][0].limits) == 1:
             found.append((outcome, (outcome,)))
         else:
             found.append((outcome, ()))
             if not outcome.degraded:
-                several.append(place)
+                several.extend((place, counter) for counter in counters)
+    unanswered: set[int] = set()
     for start in range(0, len(several), _WINDOWS_BATCH_SIZE):
-        places = several[start : start + _WINDOWS_BATCH_SIZE]
-        for place, windows in zip(places, await store.windows([counters[place] for place in places]), strict=True):
-            found[place] = (found[place][0], () if windows is None else tuple(windows))
+        asked = several[start : start + _WINDOWS_BATCH_SIZE]
+        for (place, _), windows in zip(asked, await store.windows([counter for _, counter in asked]), strict=True):
+            if windows is None:
+                unanswered.add(place)
+            found[place] = (found[place][0], () if place in unanswered else (*found[place][1], *(windows or ())))
         # A store in memory never suspends.
         await asyncio.sleep(0)
     return found
@@ -133,12 +161,12 @@ async def reset_counters(store: CounterStore, counters: Sequence[Counter]) -> in
 
 def own_limits(tier: CompiledTier) -> list[LimitSet]:
     """The limits that count each caller of a tier separately: by its key, or by its address if it has none."""
-    found = [rule.limits for rule in tier.rules if rule.subject is Subject.API_KEY]
+    found = [rule.limits for rule in tier.rules if rule.limited and rule.subject is Subject.API_KEY]
     return found if tier.limits is None else [tier.limits, *found]
 
 
-async def _charge_nothing(store: CounterStore, counters: Sequence[Counter]) -> Sequence[ChargeOutcome]:
-    return await store.charge([Charge((counter,), cost=0) for counter in counters]) if counters else ()
+async def _charge_nothing(store: CounterStore, checks: Sequence[Counters]) -> Sequence[ChargeOutcome]:
+    return await store.charge([Charge(counters, cost=0) for counters in checks]) if checks else ()
 
 
 def _unknown(limits: LimitSet) -> Decision:

@@ -149,6 +149,8 @@ class JwtVerifier:
             raise
         if generation != self._keys.generation:
             return await self.verify(token, client)  # the keys changed while it waited: its key may be withdrawn
+        if generation != self._generation:
+            self._forget()  # before this token is remembered: it was verified with the new keys
         self._valid[digest] = valid
         if len(self._valid) > self._max_remembered:
             self._valid.popitem(last=False)

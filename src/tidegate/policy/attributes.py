@@ -17,6 +17,7 @@ from typing import Final
 import msgspec
 
 from tidegate.errors import BadRequest, PolicyError
+from tidegate.policy.access_entries import AccessEntry
 from tidegate.policy.descriptors import unescaped
 from tidegate.policy.jwt_policy import JwtPolicy
 from tidegate.policy.limits import short
@@ -126,6 +127,7 @@ class CallerPolicy(msgspec.Struct, frozen=True, gc=False):
         attributes: the table `[attributes]`.
         jwt: the table `[jwt]`; None without it.
         namespaces: the tables `[[namespaces]]`, for subjects that a back end names itself.
+        access: the tables `[[access]]`: who is allowed or denied before anything is counted.
     """
 
     anonymous_tier: str | None = None
@@ -133,6 +135,7 @@ class CallerPolicy(msgspec.Struct, frozen=True, gc=False):
     attributes: tuple[AttributeSource, ...] = ()
     jwt: JwtPolicy | None = None
     namespaces: tuple[Namespace, ...] = ()
+    access: tuple[AccessEntry, ...] = ()
 
     @property
     def default_tier(self) -> str | None:

@@ -151,8 +151,8 @@ def unreachable_warning(tier: str, rule: str, preferred: str) -> str:
 
 
 def _preferred_first(rules: Sequence[Rule]) -> Iterator[_Candidate]:
-    heads = {(rule.endpoint, rule.match) for rule in rules if rule.mode is Mode.ENFORCE and "HEAD" in rule.methods}
-    ranked = sorted((rule_rank(rule, order), rule) for order, rule in enumerate(rules) if rule.mode is Mode.ENFORCE)
+    heads = {(rule.endpoint, rule.match) for rule in rules if rule.mode is not Mode.SHADOW and "HEAD" in rule.methods}
+    ranked = sorted((rule_rank(rule, order), rule) for order, rule in enumerate(rules) if rule.mode is not Mode.SHADOW)
     for _, rule in ranked:
         yield _Candidate(rule, counted_methods(rule.methods, (rule.endpoint, rule.match) in heads))
 

@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
-from typing import Final, TypeVar
+from typing import Final, TypeAlias, TypeVar
 
 import msgspec
 
@@ -55,6 +55,20 @@ class Algorithm(enum.StrEnum):
     def is_bucket(self) -> bool:
         """Whether the algorithm takes a burst."""
         return self in (Algorithm.TOKEN_BUCKET, Algorithm.LEAKY_BUCKET)
+
+
+class QuotaAlgorithm(enum.StrEnum):
+    """How a quota counts. Not among the algorithms, because no rule names it: see `tidegate.algorithms.quota`."""
+
+    QUOTA = "quota"
+
+    @property
+    def is_bucket(self) -> bool:
+        """Whether the algorithm takes a burst."""
+        return False
+
+
+AnyAlgorithm: TypeAlias = Algorithm | QuotaAlgorithm
 
 
 class OnFailure(enum.StrEnum):
@@ -170,20 +184,22 @@ class LimitSet:
         tier: the tier's name for answers.
         quotas: the value of the `RateLimit-Policy` header; of these limits alone where None.
         leases: whether instances may lease units, so that they decide without a call to the store.
+        soft: whether a check that these limits deny passes all the same, reported as over.
 
     Attributes:
-        leasable: whether they may, and the algorithm allows it.
+        plain: whether a decision by these limits never has an overage.
+        leasable: whether instances may lease units: they are allowed to, the limits are plain, and the algorithm allows it.
 
     Raises:
         PolicyError: if the limits do not fit the algorithm or each other.
     """
 
-    __slots__ = ("algorithm", "leasable", "limits", "name", "on_failure", "quotas", "rule", "tier")
+    __slots__ = ("algorithm", "leasable", "limits", "name", "on_failure", "plain", "quotas", "rule", "soft", "tier")
 
     def __init__(
         self,
         name: str,
-        algorithm: Algorithm,
+        algorithm: AnyAlgorithm,
         limits: Iterable[Limit],
         on_failure: OnFailure = OnFailure.DEFAULT,
         *,
@@ -191,14 +207,17 @@ class LimitSet:
         tier: str | None = None,
         quotas: str | None = None,
         leases: bool = True,
+        soft: bool = False,
     ) -> None:
         self.name = name
-        self.leasable = leases and algorithm is not Algorithm.SLIDING_LOG
         self.algorithm = algorithm
         self.limits = fit_limits(algorithm, limits)
         self.on_failure = on_failure
         self.rule = rule
         self.tier = tier
+        self.soft = soft
+        self.plain = not soft and isinstance(algorithm, Algorithm)
+        self.leasable = leases and self.plain and algorithm is not Algorithm.SLIDING_LOG
         self.quotas = quotas or ", ".join(quota_text(limit) for limit in self.limits)
 
     def single_sets(self) -> tuple[LimitSet, ...]:
@@ -226,7 +245,7 @@ def quota_text(limit: Limit) -> str:
     return f'"{limit.label or limit.text}";q={limit.capacity};w={limit.window_us // US_PER_S}'
 
 
-def fit_limits(algorithm: Algorithm, limits: Iterable[Limit]) -> tuple[Limit, ...]:
+def fit_limits(algorithm: AnyAlgorithm, limits: Iterable[Limit]) -> tuple[Limit, ...]:
     """Check that limits suit an algorithm and each other; fill in bursts; sort by window.
 
     Args:

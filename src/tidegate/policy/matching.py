@@ -15,6 +15,7 @@ from tidegate.policy.descriptors import entries_subject, escaped, subject_of_tex
 from tidegate.policy.limits import Algorithm, Limit, LimitSet
 from tidegate.policy.match_index import MatchIndex
 from tidegate.policy.model import Mode, Override, Rule, Subject, Tier
+from tidegate.policy.quotas import CompiledQuotas, Overage, Quota
 from tidegate.policy.rule_index import AttributeRuleIndex, CompiledRule, RuleIndex, counted_methods, rule_rank
 
 __all__ = [
@@ -63,8 +64,11 @@ class CompiledTier:
     Args:
         tier: the tier.
         overrides: other limits for one key; rules that they do not name keep their own.
+        quotas: other quotas in place of the tier's; None for those of the tier.
 
     Attributes:
+        quotas: the tier's quotas; None where there are none.
+        has_quotas: whether it or one of its rules has quotas.
         has_shadow_rules: whether `shadow_rules` can give any.
         attribute_names: the attributes that its rules read.
         attribute_rules: the rules that count by attributes, those for descriptors too.
@@ -78,13 +82,15 @@ class CompiledTier:
         "_watched_by_attributes",
         "attribute_names",
         "attribute_rules",
+        "has_quotas",
         "has_shadow_rules",
         "limits",
+        "quotas",
         "rules",
         "tier",
     )
 
-    def __init__(self, tier: Tier, overrides: Iterable[Override] = ()) -> None:
+    def __init__(self, tier: Tier, overrides: Iterable[Override] = (), quotas: tuple[Quota, ...] | None = None) -> None:
         self.tier = tier
         other = {override.rule: override.limits for override in overrides}
         tier_limits = other.get("", tier.limits)
@@ -94,6 +100,13 @@ class CompiledTier:
             labelled = [msgspec.structs.replace(limit, label=f"tier {limit.text}") for limit in tier_limits]
             self.limits = LimitSet(tier.name, Algorithm.SLIDING_WINDOW, labelled, tier=tier.name)
             suffix = ", " + self.limits.quotas
+        sold = tier.quotas if quotas is None else quotas
+        self.quotas = CompiledQuotas(sold, tier.overage, None, tier.name) if sold else None
+        if self.quotas is not None:
+            suffix += ", " + self.quotas.header
+            if self.limits is not None:
+                self.limits.quotas += ", " + self.quotas.header
+        self.has_quotas = self.quotas is not None or any(rule.quotas for rule in tier.rules)
         heads = {(rule.endpoint, rule.match, rule.mode) for rule in tier.rules if "HEAD" in rule.methods}
         compiled = [
             CompiledRule(
@@ -101,6 +114,7 @@ class CompiledTier:
                 _limit_set(tier, rule, other.get(rule.name, rule.limits), suffix),
                 order,
                 (rule.endpoint, rule.match, rule.mode) in heads,
+                _rule_quotas(tier, rule),
             )
             for order, rule in enumerate(tier.rules)
         ]
@@ -111,10 +125,10 @@ class CompiledTier:
             if each.rule.descriptor:
                 self._described.add((*each.rule.descriptor, *each.rule.required_entries), DescriptorRule(each))
         plain = [each for each in self.rules if not each.rule.required_entries]
-        self._enforced = RuleIndex(each for each in plain if each.rule.mode is Mode.ENFORCE)
+        self._enforced = RuleIndex(each for each in plain if each.rule.mode is not Mode.SHADOW)
         self._watched = RuleIndex(each for each in plain if each.rule.mode is Mode.SHADOW)
         matching = [each for each in self.rules if each.rule.required_entries]
-        self._enforced_by_attributes = AttributeRuleIndex.of(each for each in matching if each.rule.mode is Mode.ENFORCE)
+        self._enforced_by_attributes = AttributeRuleIndex.of(each for each in matching if each.rule.mode is not Mode.SHADOW)
         self._watched_by_attributes = AttributeRuleIndex.of(each for each in matching if each.rule.mode is Mode.SHADOW)
         self.has_shadow_rules = bool(self._watched) or self._watched_by_attributes is not None
         self.attribute_rules = tuple(each for each in compiled if each.subject is Subject.ATTRIBUTES)
@@ -175,11 +189,30 @@ class CompiledTier:
         return found
 
 
-def _limit_set(tier: Tier, rule: Rule, limits: tuple[Limit, ...], suffix: str) -> LimitSet:
+def _limit_set(tier: Tier, rule: Rule, limits: tuple[Limit, ...], suffix: str) -> LimitSet | None:
+    if not limits:
+        return None
     # A tier's name holds no ':', so 'tier:rule' cannot be read two ways, nor equal a tier's own counter 'tier'.
-    made = LimitSet(f"{tier.name}:{rule.name}", rule.algorithm, limits, rule.on_failure, rule=rule.name, tier=tier.name)
-    made.quotas += suffix
+    made = LimitSet(
+        f"{tier.name}:{rule.name}",
+        rule.algorithm,
+        limits,
+        rule.on_failure,
+        rule=rule.name,
+        tier=tier.name,
+        soft=rule.mode is Mode.SOFT,
+    )
+    quotas = _rule_quotas(tier, rule)
+    made.quotas += suffix if quotas is None else f"{suffix}, {quotas.header}"
     return made
+
+
+def _rule_quotas(tier: Tier, rule: Rule) -> CompiledQuotas | None:
+    if not rule.quotas:
+        return None
+    # Above a soft rule's quotas everything passes.
+    overage = Overage() if rule.mode is Mode.SOFT else rule.overage
+    return CompiledQuotas(rule.quotas, overage, rule.name, tier.name, rule.on_failure)
 
 
 def counted_by(kind: Subject, has_key: bool) -> Subject:

@@ -13,6 +13,7 @@ from typing import Final
 import msgspec
 
 from tidegate.errors import PolicyError
+from tidegate.policy.access_entries import AccessEntry
 from tidegate.policy.attributes import AttributeSource, CallerPolicy, CallerRules, OnMissing, match_of, subject_parts
 from tidegate.policy.descriptors import PREFIX as DESCRIPTOR
 from tidegate.policy.descriptors import canonical_descriptor, descriptor_entries, entries_text
@@ -22,6 +23,7 @@ from tidegate.policy.key_format import FORM, MAX_KEY, MIN_WRITTEN_KEY, hash_api_
 from tidegate.policy.limits import Algorithm, Limit, OnFailure, fit_limits, member_of, short
 from tidegate.policy.namespaces import Namespace
 from tidegate.policy.paths import PathRules, canonical_path
+from tidegate.policy.quotas import Overage, Quota, fit_quotas, require_quotas
 
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}", re.ASCII)
 _MAX_RULE_NAME: Final = 256
@@ -45,10 +47,11 @@ class Subject(enum.StrEnum):
 
 
 class Mode(enum.StrEnum):
-    """Whether a rule blocks or only watches."""
+    """Whether a rule blocks, only watches, or answers and reports what is above its limits."""
 
     ENFORCE = "enforce"
     SHADOW = "shadow"
+    SOFT = "soft"
 
 
 class KeyStatus(enum.StrEnum):
@@ -74,6 +77,8 @@ class Rule(msgspec.Struct, frozen=True, gc=False):
         match: names of attributes and patterns that their values must match, sorted by name; `*` matches any run of characters.
         subject_parts: for the subject ATTRIBUTES, whose combinations are counted: attributes, `api_key`, `ip`.
         on_missing: what it does with a check without an attribute of `subject_parts`.
+        quotas: what it allows in fixed periods, the shortest first; a rule has limits, quotas or both.
+        overage: what passes above its quotas; None for nothing.
     """
 
     endpoint: str
@@ -88,12 +93,14 @@ class Rule(msgspec.Struct, frozen=True, gc=False):
     match: tuple[tuple[str, str], ...] = ()
     subject_parts: tuple[str, ...] = ()
     on_missing: OnMissing = OnMissing.IP
+    quotas: tuple[Quota, ...] = ()
+    overage: Overage | None = None
 
     @classmethod
     def make(
         cls,
         endpoint: str,
-        limits: Iterable[Limit | str],
+        limits: Iterable[Limit | str] = (),
         methods: Iterable[str] = (),
         algorithm: str = Algorithm.SLIDING_WINDOW,
         subject: str | Iterable[str] = Subject.API_KEY,
@@ -103,6 +110,8 @@ class Rule(msgspec.Struct, frozen=True, gc=False):
         name: str = "",
         match: Mapping[str, str] | None = None,
         on_missing: str = OnMissing.IP,
+        quotas: Iterable[Quota | str] = (),
+        overage: object = None,
     ) -> Rule:
         """Validate and normalise a rule.
 
@@ -118,6 +127,8 @@ class Rule(msgspec.Struct, frozen=True, gc=False):
             name: empty for the one made from methods, endpoint and match.
             match: patterns by attribute; None for none.
             on_missing: its name.
+            quotas: quotas or their texts.
+            overage: an `Overage`, or what `Overage.parse` reads.
 
         Returns:
             The rule.
@@ -127,7 +138,11 @@ class Rule(msgspec.Struct, frozen=True, gc=False):
         """
         chosen = member_of(Algorithm, algorithm, "algorithm")
         parsed = tuple(limit if isinstance(limit, Limit) else Limit.parse(limit) for limit in limits)
-        fit_limits(chosen, parsed)
+        sold = fit_quotas(quotas)
+        if parsed or not sold:
+            fit_limits(chosen, parsed)
+        above = overage if isinstance(overage, Overage) else Overage.parse(overage)
+        require_quotas(above, sold)
         upper = tuple(sorted({_method(method) for method in methods}))
         pattern = canonical_pattern(endpoint)
         kind, parts = _subject(subject)
@@ -154,6 +169,8 @@ class Rule(msgspec.Struct, frozen=True, gc=False):
             match=conditions,
             subject_parts=parts,
             on_missing=missing,
+            quotas=sold,
+            overage=above,
         )
         if name:
             return rule
@@ -174,7 +191,7 @@ class Rule(msgspec.Struct, frozen=True, gc=False):
         """The name that is made from methods, endpoint, match and mode, whatever the rule is called."""
         methods = ",".join(self.methods) + " " if self.methods else ""
         match = " " + entries_text(self.match) if self.match else ""
-        return methods + self.endpoint + match + (" shadow" if self.mode is Mode.SHADOW else "")
+        return methods + self.endpoint + match + ("" if self.mode is Mode.ENFORCE else f" {self.mode}")
 
     @property
     def subject_value(self) -> str | list[str]:
@@ -201,21 +218,34 @@ class Tier(msgspec.Struct, frozen=True, gc=False):
         rules: in the order of the policy; names unique.
         limits: over all endpoints of the tier, counted for each caller with sliding_window, charged with the rule's.
         managed_by_file: whether the policy file owns it.
+        quotas: over all endpoints, in fixed periods, charged with the rule's limits by every check; the shortest first.
+        overage: what passes above its quotas; None for nothing.
     """
 
     name: str
     rules: tuple[Rule, ...] = ()
     limits: tuple[Limit, ...] = ()
     managed_by_file: bool = False
+    quotas: tuple[Quota, ...] = ()
+    overage: Overage | None = None
 
     @classmethod
-    def make(cls, name: str, rules: Iterable[Rule] = (), limits: Iterable[Limit | str] = ()) -> Tier:
+    def make(
+        cls,
+        name: str,
+        rules: Iterable[Rule] = (),
+        limits: Iterable[Limit | str] = (),
+        quotas: Iterable[Quota | str] = (),
+        overage: object = None,
+    ) -> Tier:
         """Validate a tier.
 
         Args:
             name: see the class; so are all others.
             rules: validated rules.
             limits: limits or their texts.
+            quotas: quotas or their texts.
+            overage: an `Overage`, or what `Overage.parse` reads.
 
         Returns:
             The tier.
@@ -237,7 +267,10 @@ class Tier(msgspec.Struct, frozen=True, gc=False):
         parsed = tuple(limit if isinstance(limit, Limit) else Limit.parse(limit) for limit in limits)
         if parsed:
             fit_limits(Algorithm.SLIDING_WINDOW, parsed)
-        return cls(name=name, rules=ordered, limits=parsed)
+        sold = fit_quotas(quotas)
+        above = overage if isinstance(overage, Overage) else Overage.parse(overage)
+        require_quotas(above, sold)
+        return cls(name=name, rules=ordered, limits=parsed, quotas=sold, overage=above)
 
 
 class Override(msgspec.Struct, frozen=True, gc=False):
@@ -297,6 +330,7 @@ class Policy(msgspec.Struct, frozen=True, gc=False):
         callers: who a caller without an API key is; None where only `anonymous_tier` says it.
         jwt: which bearer tokens of other issuers are accepted; None for none.
         namespaces: names unique.
+        access: who is allowed or denied before anything is counted.
     """
 
     tiers: tuple[Tier, ...]
@@ -306,11 +340,12 @@ class Policy(msgspec.Struct, frozen=True, gc=False):
     callers: CallerRules | None = None
     jwt: JwtPolicy | None = None
     namespaces: tuple[Namespace, ...] = ()
+    access: tuple[AccessEntry, ...] = ()
 
     @property
     def caller_policy(self) -> CallerPolicy:
         """What it says of callers without an API key."""
-        return CallerPolicy(self.anonymous_tier, self.callers, self.attributes, self.jwt, self.namespaces)
+        return CallerPolicy(self.anonymous_tier, self.callers, self.attributes, self.jwt, self.namespaces, self.access)
 
 
 def canonical_pattern(endpoint: object) -> str:

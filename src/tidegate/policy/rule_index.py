@@ -16,6 +16,8 @@ from tidegate.policy.globs import GlobIndex, endpoint_matcher
 from tidegate.policy.limits import LimitSet
 from tidegate.policy.match_index import MatchIndex
 from tidegate.policy.model import Rule
+from tidegate.policy.periods import DEFAULT_ANCHOR, PeriodAnchor
+from tidegate.policy.quotas import CompiledQuotas
 
 _Rank: TypeAlias = tuple[int, ...]
 _T = TypeVar("_T")
@@ -29,18 +31,49 @@ class CompiledRule:
         limits: its limits, ready to be counted.
         order: its place in the tier, the last tie-break.
         head_is_named: whether a rule of the same endpoint, match and mode names HEAD; see `counted_methods`.
+        quotas: its quotas; None where it has none.
+
+    Attributes:
+        limited: whether it has limits; else `limits` are its quotas, for the default anchor.
     """
 
-    __slots__ = ("limits", "methods", "parts", "rank", "rule", "subject")
+    __slots__ = ("limited", "limits", "methods", "parts", "quotas", "rank", "rule", "subject")
 
-    def __init__(self, rule: Rule, limits: LimitSet, order: int, head_is_named: bool = False) -> None:
+    def __init__(
+        self,
+        rule: Rule,
+        limits: LimitSet | None,
+        order: int,
+        head_is_named: bool = False,
+        quotas: CompiledQuotas | None = None,
+    ) -> None:
         self.rule = rule
+        self.quotas = quotas
+        self.limited = limits is not None
+        if limits is None:
+            assert quotas is not None, "a rule has limits or quotas"
+            limits = quotas.of(DEFAULT_ANCHOR)
         self.limits = limits
         self.subject = rule.subject
         # In one order, whatever that of the policy: it may change without a new counter.
         self.parts = tuple(sorted(rule.subject_parts))
         self.methods = counted_methods(rule.methods, head_is_named)
         self.rank = rule_rank(rule, order)
+
+    def counters(self, subject: str, anchor: PeriodAnchor = DEFAULT_ANCHOR) -> tuple[tuple[LimitSet, str], ...]:
+        """Its limits and its quotas, where both count one subject.
+
+        Args:
+            subject: whom they count.
+            anchor: when the periods of its quotas begin.
+
+        Returns:
+            Pairs of limits and subject, as in a charge.
+        """
+        if self.quotas is None:
+            return ((self.limits, subject),)
+        own = (self.quotas.of(anchor), subject)
+        return ((self.limits, subject), own) if self.limited else (own,)
 
     def __repr__(self) -> str:
         return f"CompiledRule({self.rule.name!r})"

@@ -15,7 +15,11 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
+import msgspec
+
 from tidegate.errors import PolicyError
+from tidegate.policy.access import MAX_ENTRIES, access_entry, require_bounded
+from tidegate.policy.access_entries import AccessEntry
 from tidegate.policy.attributes import AttributeSource, CallerRules, SourceKind, match_of, require_attribute_name
 from tidegate.policy.descriptors import descriptor_text
 from tidegate.policy.jwt_policy import JwtPolicy
@@ -23,6 +27,7 @@ from tidegate.policy.labels import label_fault
 from tidegate.policy.limits import Algorithm, Limit, fit_limits, short
 from tidegate.policy.model import ApiKey, KeyStatus, Override, Policy, Rule, Subject, Tier, parse_key_digest, subject_text
 from tidegate.policy.namespaces import Namespace, require_name
+from tidegate.policy.quotas import Quota, fit_quotas
 from tidegate.policy.toml_lines import MAX_KEY_PARTS, LineIndex, line_of_deep_key
 from tidegate.policy.toml_lines import Path as KeyPath
 from tidegate.policy.warnings import policy_warnings
@@ -43,12 +48,13 @@ MAX_LIST: Final = 32
 
 MAX_NAMESPACES: Final = 1_000
 
-_POLICY_FIELDS: Final = ("tiers", "api_keys", "anonymous", "attributes", "callers", "jwt", "namespaces")
+_POLICY_FIELDS: Final = ("tiers", "api_keys", "anonymous", "attributes", "callers", "jwt", "namespaces", "access")
 _JWT_FIELDS: Final = ("jwks", "issuer", "audience", "header", "algorithms", "leeway_s")
 _NAMESPACE_FIELDS: Final = ("name", "limits", "algorithm", "on_failure", "overrides")
 _NAMESPACE_OVERRIDE_FIELDS: Final = ("subject", "limits")
+_ACCESS_FIELDS: Final = ("action", "from", "match", "customer", "api_key_id")
 _CALLER_FIELDS: Final = ("tier_from", "default_tier")
-_TIER_FIELDS: Final = ("name", "limits", "rules")
+_TIER_FIELDS: Final = ("name", "limits", "rules", "quotas", "overage")
 _RULE_FIELDS: Final = (
     "endpoint",
     "descriptor",
@@ -62,11 +68,13 @@ _RULE_FIELDS: Final = (
     "name",
     "match",
     "on_missing",
+    "quotas",
+    "overage",
 )
 _KEY_FIELDS: Final = ("key", "sha256", "tier", "name", "status", "expires_at", "limits", "overrides")
 _OVERRIDE_FIELDS: Final = ("rule", "limits")
 # The first word of a record's error message, where it is not the field's name itself.
-_FIELD_OF_WORD: Final = {"limit": "limits", "method": "methods", "rule": "name", "tier": "name"}
+_FIELD_OF_WORD: Final = {"limit": "limits", "method": "methods", "rule": "name", "tier": "name", "quota": "quotas"}
 
 _T = TypeVar("_T")
 
@@ -180,6 +188,7 @@ class _Reader:
             self._callers(tiers),
             self._jwt(),
             self._namespaces(),
+            self._access(),
         )
 
     def _tier(self, table: dict[str, Any], at: KeyPath) -> Tier:
@@ -201,13 +210,16 @@ class _Reader:
                     rule_at,
                 )
             rules[rule.name] = rule
-        tier = self._placed(lambda: Tier.make(table["name"], rules.values(), limits), table, at)
-        return Tier(tier.name, tier.rules, tier.limits, managed_by_file=True)
+        quotas = self._quotas(table, at)
+        tier = self._placed(lambda: Tier.make(table["name"], rules.values(), limits, quotas, table.get("overage")), table, at)
+        return msgspec.structs.replace(tier, managed_by_file=True)
 
     def _rule(self, table: dict[str, Any], at: KeyPath) -> Rule:
         self._known(table, _RULE_FIELDS, at)
-        self._required(table, ("limits",) if "descriptor" in table or "match" in table else ("endpoint", "limits"), at)
-        limits = self._limits(table["limits"], (*at, "limits"))
+        self._required(table, () if "descriptor" in table or "match" in table else ("endpoint",), at)
+        quotas = self._quotas(table, at)
+        self._required(table, () if quotas else ("limits",), at)
+        limits = self._limits(table.get("limits", []), (*at, "limits"))
         table = self._with_endpoint(table, at)
         methods = table.get("methods", [])
         if not isinstance(methods, list) or ("methods" in table and not methods):
@@ -218,7 +230,7 @@ class _Reader:
             )
         if "name" in table and (not isinstance(table["name"], str) or not table["name"]):
             raise self._error("name must be a non-empty string", (*at, "name"))
-        return self._placed(lambda: Rule.make(**{**table, "limits": limits, "methods": methods}), table, at)
+        return self._placed(lambda: Rule.make(**{**table, "limits": limits, "methods": methods, "quotas": quotas}), table, at)
 
     def _with_endpoint(self, table: dict[str, Any], at: KeyPath) -> dict[str, Any]:
         """A rule's table with an endpoint text for its descriptor, or for a match without an endpoint."""
@@ -373,6 +385,16 @@ class _Reader:
             found[table["name"]] = self._placed(lambda given=given: Namespace.make(**given), table, at)  # type: ignore[misc]
         return tuple(found.values())
 
+    def _access(self) -> tuple[AccessEntry, ...]:
+        found = []
+        for at, table in self._tables(self._raw, "access", (), MAX_ENTRIES):
+            self._known(table, _ACCESS_FIELDS, at)
+            self._required(table, ("action",), at)
+            given = {"networks" if field == "from" else field: value for field, value in table.items()}
+            found.append(self._placed(lambda given=given: access_entry(**given), table, at))  # type: ignore[misc]
+        self._placed(lambda: require_bounded(found), {}, ("access",))
+        return tuple(found)
+
     def _table(self, name: str, example: str) -> dict[str, Any]:
         table = self._raw.get(name, {})
         if not isinstance(table, dict):
@@ -385,6 +407,14 @@ class _Reader:
         if len(value) > MAX_LIST:
             raise self._error(f"limits has {len(value)} entries: a rule takes 1 to 16", at)
         return tuple(self._placed(lambda text=text: Limit.parse(text), {}, at) for text in value)  # type: ignore[misc]
+
+    def _quotas(self, table: Mapping[str, Any], at: KeyPath) -> tuple[Quota, ...]:
+        value, at = table.get("quotas", []), (*at, "quotas")
+        if not isinstance(value, list) or not all(isinstance(each, str) for each in value):
+            raise self._error(f'quotas must be a list such as ["100000/month"], not {str(value)[:40]!r}', at)
+        if len(value) > MAX_LIST:
+            raise self._error(f"quotas has {len(value)} entries: at most one for each period is possible", at)
+        return self._placed(lambda: fit_quotas(value), {}, at)
 
     def _moment_us(self, value: object, at: KeyPath) -> int:
         if isinstance(value, datetime.datetime):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 
+from tidegate.policy.access_entries import AccessEntry
 from tidegate.policy.attributes import OnMissing
 from tidegate.policy.jwt_policy import DEFAULT_ALGORITHMS, DEFAULT_HEADER, DEFAULT_LEEWAY_S, JwtPolicy
 from tidegate.policy.limits import Algorithm, Limit, OnFailure
@@ -34,6 +35,8 @@ def policy_text(policy: Policy) -> str:
         lines.append("")
     if policy.jwt is not None:
         lines += _jwt_lines(policy.jwt)
+    for entry in policy.access:
+        lines += _access_lines(entry)
     for tier in policy.tiers:
         lines += _tier_lines(tier)
     for api_key in policy.api_keys:
@@ -49,9 +52,20 @@ def _tier_lines(tier: Tier) -> list[str]:
     lines = ["[[tiers]]", f"name = {_string(tier.name)}"]
     if tier.limits:
         lines.append(f"limits = {_limits(tier.limits)}")
+    lines += _quota_lines(tier)
     for rule in tier.rules:
         lines += ["", *(f"  {line}" for line in _rule_lines(rule))]
     return [*lines, ""]
+
+
+def _quota_lines(record: Tier | Rule) -> list[str]:
+    if not record.quotas:
+        return []
+    lines = [f"quotas = [{', '.join(_string(quota.text) for quota in record.quotas)}]"]
+    if record.overage is not None:
+        value = record.overage.value
+        lines.append("overage = true" if value is True else f"overage = {{ up_to = {_string(value['up_to'])} }}")  # type: ignore[index]
+    return lines
 
 
 def _jwt_lines(jwt: JwtPolicy) -> list[str]:
@@ -66,6 +80,19 @@ def _jwt_lines(jwt: JwtPolicy) -> list[str]:
         lines.append(f"algorithms = [{', '.join(map(_string, jwt.algorithms))}]")
     if jwt.leeway_s != DEFAULT_LEEWAY_S:
         lines.append(f"leeway_s = {jwt.leeway_s}")
+    return [*lines, ""]
+
+
+def _access_lines(entry: AccessEntry) -> list[str]:
+    lines = ["[[access]]", f"action = {_string(entry.action)}"]
+    if entry.networks:
+        lines.append(f"from = [{', '.join(map(_string, entry.networks))}]")
+    if entry.match:
+        lines.append(f"match = {{ {', '.join(f'{name} = {_string(pattern)}' for name, pattern in entry.match)} }}")
+    if entry.customer:
+        lines.append(f"customer = {_string(entry.customer)}")
+    if entry.api_key_id:
+        lines.append(f"api_key_id = {_string(entry.api_key_id)}")
     return [*lines, ""]
 
 
@@ -92,7 +119,9 @@ def _rule_lines(rule: Rule) -> list[str]:
         lines.append(f"methods = [{', '.join(map(_string, rule.methods))}]")
     if rule.algorithm is not Algorithm.SLIDING_WINDOW:
         lines.append(f"algorithm = {_string(rule.algorithm)}")
-    lines.append(f"limits = {_limits(rule.limits)}")
+    if rule.limits:
+        lines.append(f"limits = {_limits(rule.limits)}")
+    lines += _quota_lines(rule)
     if rule.match:
         lines.append(f"match = {{ {', '.join(f'{name} = {_string(pattern)}' for name, pattern in rule.match)} }}")
     if rule.subject is not Subject.API_KEY:

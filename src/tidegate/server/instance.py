@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Final
 from tidegate._version import __version__
 from tidegate.admin.rules import CatalogEditor
 from tidegate.admin.tokens import first_token
+from tidegate.admin.what_if import WhatIfRuns
 from tidegate.background import SUPERVISOR, stop
 from tidegate.catalog.cached import CachedCatalog
 from tidegate.catalog.follower import CatalogFollower
@@ -35,6 +36,9 @@ from tidegate.doors.responses import encode
 from tidegate.doors.tls import ServerTls
 from tidegate.errors import CatalogError, PolicyError, SettingsError
 from tidegate.gate.gate import Gate, Observer
+from tidegate.ledger.aggregate import UsageCounts
+from tidegate.ledger.maintenance import Retention
+from tidegate.ledger.writer import UsageWriter
 from tidegate.listen_address import join_address, parse_address
 from tidegate.policy.file_watcher import watch_policy
 from tidegate.policy.model import Policy
@@ -44,10 +48,26 @@ from tidegate.server.addresses import admin_address, free_address, grpc_address,
 from tidegate.server.certificates import Certificates
 from tidegate.server.handover import listening_sockets, shared_address
 from tidegate.server.listener import Listener
-from tidegate.server.wiring import drop_leases_on_change, open_callers_auth, open_catalog, open_channel, share_catalog
+from tidegate.server.system import system_report
+from tidegate.server.wiring import (
+    drop_leases_on_change,
+    open_blocks,
+    open_callers_auth,
+    open_catalog,
+    open_channel,
+    share_catalog,
+)
 from tidegate.settings import Settings, unix_mode
 from tidegate.telemetry.access import AccessLog
-from tidegate.telemetry.collectors import collect_background, collect_cache, collect_counters, collect_tls, collect_violations
+from tidegate.telemetry.collectors import (
+    collect_access,
+    collect_background,
+    collect_cache,
+    collect_counters,
+    collect_tls,
+    collect_usage,
+    collect_violations,
+)
 from tidegate.telemetry.health import Health
 from tidegate.telemetry.logs import lines_dropped, lines_suppressed
 from tidegate.telemetry.metrics import Metrics
@@ -81,13 +101,22 @@ class Instance:
         settings: all settings; an instance is one process, regardless of `[server] workers`.
         shares_port: share the ports with other processes, as workers do.
         unix_sockets: descriptors of the unix sockets that the supervisor bound, by address.
+        demo: whether the console signs in browsers on this machine without a token.
 
     Attributes:
         exposition: returns the content of `/metrics`; by default the metrics of this process.
     """
 
-    def __init__(self, settings: Settings, shares_port: bool = False, unix_sockets: Mapping[str, int] | None = None) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        shares_port: bool = False,
+        unix_sockets: Mapping[str, int] | None = None,
+        *,
+        demo: bool = False,
+    ) -> None:
         self.settings = settings
+        self._demo = demo
         self._shares_port = shares_port or settings.server.reuse_port
         self._unix_sockets = unix_sockets or {}
         self.metrics = Metrics(__version__)
@@ -166,6 +195,8 @@ class Instance:
         self._callers = await open_callers_auth(settings, self.catalog, self.cached)
         if self.cached.caller_tokens is not None:
             self._spawn("caller_tokens", self.cached.caller_tokens.run)
+        blocks = await open_blocks(settings, self.catalog, self.cached)
+        self._spawn("blocks", blocks.run)
         access = AccessLog(settings.server.access_log_sample) if settings.server.access_log_sample else None
         gate = Gate(self.cached, self._counted(), self._observer(access), lookup_timeout_s=2 * settings.catalog.timeout_s)
         self._stack.push_async_callback(gate.tokens.close)
@@ -189,6 +220,7 @@ class Instance:
         )
         collect_cache(self.metrics, self.cached, shared, self.catalog.database)
         collect_counters(self.metrics, self.counters)
+        collect_access(self.metrics, gate.access, blocks)
         collect_background(self.metrics, SUPERVISOR)
         self.metrics.add_gauge("rate_limiter_policy_version", "Active version of the catalog.", lambda: self.cached.version)
         self.metrics.add_gauge("rate_limiter_in_flight", "Requests in flight.", lambda: self.in_flight)
@@ -255,7 +287,8 @@ class Instance:
         return self.data_plane.answered + (0 if self._grpc is None else self._grpc.answered)
 
     @property
-    def _open_connections(self) -> int:
+    def connections(self) -> int:
+        """Open connections of the data plane."""
         return 0 if self._listener is None else self._listener.server.connections
 
     def _has_successor(self) -> bool:
@@ -264,10 +297,12 @@ class Instance:
         return server.reuse_port and listening_sockets(*parse_address(self.address, "server.http")) > server.workers
 
     def _observer(self, access: AccessLog | None) -> Observer:
-        """Called for every check: metrics; violations, the access log and traces if enabled."""
+        """Called for every check: metrics; violations, usage, the access log and traces if enabled."""
         observers: list[Observer] = [self.metrics.observe]
         if self.settings.violations.enabled:
             observers.append(self._violations())
+        if self.settings.ledger.enabled:
+            observers.append(self._usage())
         if access is not None:
             observers.append(access.observe)
         if self._tracing is not None:
@@ -282,6 +317,15 @@ class Instance:
                 note(observation)
 
             return observe_two
+        if len(observers) == 3:
+            one, two, three = observers
+
+            def observe_three(observation: Observation) -> None:
+                one(observation)
+                two(observation)
+                three(observation)
+
+            return observe_three
 
         def observe(observation: Observation) -> None:
             for each in observers:
@@ -298,6 +342,17 @@ class Instance:
         # Opened after the catalog, so flushed before the catalog is closed.
         self._stack.push_async_callback(writer.flush)
         return violations.observe
+
+    def _usage(self) -> Observer:
+        settings = self.settings.ledger
+        counts = UsageCounts(latency=self.metrics.latency)
+        retention = Retention(settings.keep_days, settings.traffic_days, settings.minutes_days, settings.max_callers)
+        writer = UsageWriter(counts, self.catalog.database, settings.flush_s, retention)
+        collect_usage(self.metrics, writer)
+        self.health.add("ledger", writer.ping)
+        self._spawn("ledger_writer", writer.run)
+        self._stack.push_async_callback(writer.flush)
+        return counts.observe
 
     def _counted(self) -> CounterStore:
         """The counter store for the gate, wrapped to record its calls if tracing is enabled."""
@@ -413,19 +468,30 @@ class Instance:
 
     async def _start_admin(self, gate: Gate, host: str, port: int) -> None:
         # Imported here: the framework costs time and memory, and the control plane can be disabled.
-        from tidegate.doors.admin.app import AdminDeps, admin_app
+        from tidegate.doors.admin.app import AdminDeps, ConsoleOptions, admin_app
         from tidegate.doors.http_asgi import AsgiAdapter
 
         settings = self.settings
         editor = CatalogEditor(self.catalog, self.cached.touched)
         if not settings.admin.token:
             self.first_token = await first_token(editor)
+        what_if = WhatIfRuns(editor)
+        self._stack.push_async_callback(what_if.close)
+        console = None
+        if settings.admin.console:
+            demo_token = (settings.admin.token or self.first_token) if self._demo else None
+            secure = settings.admin.secure_cookie or settings.uses_tls("admin")
+            console = ConsoleOptions(settings.admin.session_idle_s, secure, demo_token)
         deps = AdminDeps(
             editor,
             gate,
             settings.admin.token or None,
             TrustedProxies(settings.admin.trusted_proxies, setting="admin.trusted_proxies"),
             body_timeout_s=settings.server.body_timeout_s,
+            paths=self._paths,
+            console=console,
+            system=system_report(self),
+            what_if=what_if,
         )
         self._admin = Listener(
             AsgiAdapter(admin_app(deps)),
@@ -439,6 +505,10 @@ class Instance:
         await self._admin.start()
         self.admin_address = join_address(host, port)
         logger.info("control plane listening on %s", self._admin.url)
+        if self._demo and not self._shares_port:
+            from tidegate.server.demo_traffic import generate_traffic
+
+            self._spawn("demo_traffic", partial(generate_traffic, gate, editor))
 
     async def drain(self, skip_drain: asyncio.Event) -> None:
         """Shut down in order: report not ready, finish requests in flight, close everything.
@@ -462,7 +532,7 @@ class Instance:
         while (
             not skip_drain.is_set()
             and _left(deadline) > 0
-            and (self.in_flight or self._answered != answered or (hands_over and self._open_connections))
+            and (self.in_flight or self._answered != answered or (hands_over and self.connections))
         ):
             answered = self._answered
             with contextlib.suppress(TimeoutError):

@@ -16,17 +16,18 @@ from tidegate.settings import Settings
 logger = logging.getLogger(__name__)
 
 
-async def serve(settings: Settings, ready: Callable[[Instance], None] | None = None) -> None:
+async def serve(settings: Settings, ready: Callable[[Instance], None] | None = None, *, demo: bool = False) -> None:
     """Run an instance until SIGTERM or SIGINT; a second signal skips the drain, SIGHUP reloads.
 
     Args:
         settings: all of them.
         ready: called once it listens.
+        demo: see `Instance`.
 
     Raises:
         TidegateError: if the instance cannot start.
     """
-    instance = Instance(settings)
+    instance = Instance(settings, demo=demo)
     stop, skip_drain = asyncio.Event(), asyncio.Event()
     loop = asyncio.get_running_loop()
 
@@ -107,17 +108,18 @@ async def _cancelled(starting: asyncio.Future[None]) -> Exception | None:
     return ended if isinstance(ended, Exception) else None
 
 
-def run(settings: Settings, ready: Callable[[Instance], None] | None = None) -> None:
+def run(settings: Settings, ready: Callable[[Instance], None] | None = None, *, demo: bool = False) -> None:
     """`serve` on an event loop of its own.
 
     Args:
         settings: all of them.
         ready: called once it listens.
+        demo: see `Instance`.
 
     Raises:
         TidegateError: if the instance cannot start.
     """
-    uvloop.run(serve(settings, ready))
+    uvloop.run(serve(settings, ready, demo=demo))
 
 
 @contextlib.asynccontextmanager

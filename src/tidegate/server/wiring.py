@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import AsyncIterator, Sequence
 
+from tidegate.catalog.blocks import Blocks
 from tidegate.catalog.cached import CachedCatalog
 from tidegate.catalog.caller_tokens import CallerTokens
 from tidegate.catalog.changes import CALLER_TOKEN, KEY, NONE, TIER, Item
@@ -133,6 +134,26 @@ async def share_catalog(settings: Settings, catalog: SqlCatalog, store: RedisCou
     given = settings.cache.secret
     secret = given.encode() if given else await catalog.cache_secret()
     return SharedCatalog(catalog, store, secret, settings.cache.l2_ttl_s)
+
+
+async def open_blocks(settings: Settings, catalog: SqlCatalog, cached: CachedCatalog) -> Blocks:
+    """Read all blocks.
+
+    Args:
+        settings: all of them.
+        catalog: where the blocks are stored.
+        cached: passes the changes of the catalog on to the blocks: `cached.blocks`, whose `run` keeps them up to date.
+
+    Returns:
+        The blocks.
+
+    Raises:
+        CatalogUnavailable: if they cannot be read.
+    """
+    blocks = Blocks(catalog, cached.access.replace_blocks, settings.cache.l1_ttl_s)
+    await blocks.load()
+    cached.blocks = blocks
+    return blocks
 
 
 async def open_callers_auth(settings: Settings, catalog: SqlCatalog, cached: CachedCatalog) -> CallersAuth | None:

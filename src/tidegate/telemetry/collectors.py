@@ -7,6 +7,7 @@ from typing import Final, Protocol
 
 from tidegate.background import TaskSupervisor
 from tidegate.breaker import BreakerState
+from tidegate.catalog.blocks import Blocks
 from tidegate.catalog.cached import CachedCatalog
 from tidegate.catalog.shared import SharedCatalog
 from tidegate.catalog.sql.database import Database
@@ -16,6 +17,8 @@ from tidegate.counters.guarded import GuardedCounters
 from tidegate.counters.lease_table import LeaseTable
 from tidegate.counters.leased import LeasedCounters
 from tidegate.counters.memory import MemoryCounters
+from tidegate.gate.access import AccessControl
+from tidegate.ledger.writer import UsageWriter
 from tidegate.telemetry.metrics import Metrics
 from tidegate.violations.recorder import ViolationWriter
 
@@ -115,6 +118,17 @@ def collect_background(metrics: Metrics, supervisor: TaskSupervisor) -> None:
     )
 
 
+def collect_access(metrics: Metrics, access: AccessControl, blocks: Blocks) -> None:
+    """Register the metrics of blocks, and of checks that were denied or allowed before anything was counted."""
+    metrics.add_gauge("rate_limiter_blocks", "Blocks in the memory of this process.", lambda: len(blocks))
+    metrics.add_labelled_counter(
+        "rate_limiter_access",
+        "Checks that [[access]] or a block denied, and checks that [[access]] allowed without counting them.",
+        "action",
+        lambda: {"allowed": access.exempt, "denied": access.denied},
+    )
+
+
 def collect_violations(metrics: Metrics, writer: ViolationWriter) -> None:
     """Register the metrics of recorded violations."""
     metrics.add_counter("rate_limiter_violations_written", "Blocked checks written to the database.", lambda: writer.written)
@@ -125,6 +139,27 @@ def collect_violations(metrics: Metrics, writer: ViolationWriter) -> None:
     )
     metrics.add_gauge(
         "rate_limiter_violations_pending", "Entries of blocked checks waiting to be written.", lambda: writer.pending
+    )
+
+
+def collect_usage(metrics: Metrics, writer: UsageWriter) -> None:
+    """Register the metrics of the usage ledger and the traffic history."""
+    metrics.add_counter("rate_limiter_ledger_units_written", "Units written to the usage ledger.", lambda: writer.written)
+    metrics.add_gauge("rate_limiter_ledger_pending", "Rows of usage and traffic waiting to be written.", lambda: writer.pending)
+    metrics.add_counter(
+        "rate_limiter_ledger_units_unattributed",
+        "Units written without their customer and API key because too many rows waited.",
+        lambda: writer.unattributed,
+    )
+    metrics.add_counter(
+        "rate_limiter_ledger_batches_repeated",
+        "Batches that were repeated although an earlier attempt had been applied; they were not added again.",
+        lambda: writer.repeated,
+    )
+    metrics.add_counter(
+        "rate_limiter_traffic_rows_dropped",
+        "Rows of the traffic history dropped because too many waited.",
+        lambda: writer.dropped,
     )
 
 

@@ -38,6 +38,7 @@ _KNOWN_ERRORS: Final = (
     "api_key_lookups_exceeded",
     "api_key_revoked",
     "bad_request",
+    "blocked",
     "db_connection",
     "invalid_api_key",
     "missing_api_key",

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
-from typing import Any, Final
+from typing import Final
 
 import msgspec
 from sqlalchemy import ColumnElement, and_, func, or_, select, tuple_
 
 from tidegate.catalog.sql.database import Database
-from tidegate.catalog.sql.paging import Page, invalid_cursor, rows_of
+from tidegate.catalog.sql.paging import Page, cursor_of, parse_cursor, rows_of
 from tidegate.catalog.sql.tables import rate_limit_violations
 from tidegate.timestamps import format_timestamp
 from tidegate.violations.storage import OTHERS
@@ -71,7 +69,7 @@ async def list_violations(database: Database, limit: int, after: str | None, sel
     c = rate_limit_violations.c
     query = select(rate_limit_violations).where(*_conditions(selected)).order_by(c.minute_us.desc(), c.tier, c.rule, c.subject)
     if after is not None:
-        minute_us, tier, rule, subject = _parse_cursor(after)
+        minute_us, tier, rule, subject = parse_cursor(after, tuple[int, str, str, str])
         later = and_(c.minute_us == minute_us, tuple_(c.tier, c.rule, c.subject) > tuple_(tier, rule, subject))
         # The first condition is redundant, but an index supports it.
         query = query.where(c.minute_us <= minute_us, or_(c.minute_us < minute_us, later))
@@ -81,7 +79,7 @@ async def list_violations(database: Database, limit: int, after: str | None, sel
         for row in rows[:limit]
     ]
     last = rows[limit - 1] if len(rows) > limit else None
-    return Page(items, None if last is None else _cursor([last["minute_us"], last["tier"], last["rule"], last["subject"]]))
+    return Page(items, None if last is None else cursor_of((last["minute_us"], last["tier"], last["rule"], last["subject"])))
 
 
 async def top_violators(database: Database, limit: int, by: str, selected: ViolationFilter) -> list[Violator]:
@@ -130,18 +128,3 @@ def _conditions(selected: ViolationFilter) -> list[ColumnElement[bool]]:
         conditions.append(c.subject.like("a:" + "&".join(f"{name}=%" for name in names), escape="!"))
         conditions.append(c.subject.not_like("%" + "&%" * len(names)))
     return conditions
-
-
-def _cursor(position: list[Any]) -> str:
-    return base64.urlsafe_b64encode(msgspec.json.encode(position)).decode().rstrip("=")
-
-
-def _parse_cursor(after: str) -> tuple[int, str, str, str]:
-    try:
-        raw = base64.urlsafe_b64decode(after + "=" * (-len(after) % 4))
-        position = msgspec.json.decode(raw, type=tuple[int, str, str, str])
-    except (ValueError, binascii.Error, msgspec.MsgspecError):
-        raise invalid_cursor(after) from None
-    if not 0 <= position[0] < 2**62 or any("\0" in text for text in position[1:]):
-        raise invalid_cursor(after)
-    return position

@@ -36,7 +36,7 @@ from tidegate.admin.models.policy import ChangeRead, ImportRead
 from tidegate.admin.models.problems import Problem, ProblemRead
 from tidegate.admin.models.records import AuditPage, AuditRead, TopRead, ViolationPage, ViolationRead, ViolatorRead
 from tidegate.admin.models.rules import RuleCreate, RuleFields, RulePage, RulePatch, RuleRead
-from tidegate.admin.models.tiers import TierCreate, TierLimits, TierPage, TierRead
+from tidegate.admin.models.tiers import TierCreate, TierLimits, TierPage, TierPatch, TierRead
 from tidegate.admin.models.tokens import TokenCreate, TokenMade, TokenPage, TokenRead
 from tidegate.admin.models.usage import ResetRead, ResetRequest, RuleUsageRead, UsageRead, WindowUsageRead
 
@@ -79,6 +79,7 @@ __all__ = [
     "TierLimits",
     "TierName",
     "TierPage",
+    "TierPatch",
     "TierRead",
     "Timestamp",
     "TokenCreate",

@@ -46,6 +46,10 @@ RuleName = Annotated[str, Field(min_length=1, max_length=256), Plain]
 LimitText = Annotated[str, Field(max_length=80, examples=["100/minute"]), Plain]
 Limits = Annotated[list[LimitText], Field(max_length=MAX_LIMITS)]
 RuleLimits = Annotated[list[LimitText], Field(min_length=1, max_length=MAX_LIMITS)]
+Quotas = Annotated[
+    list[Annotated[str, Field(max_length=80, examples=["100000/month"]), Plain]],
+    Field(max_length=MAX_LIMITS, description="fixed periods of the calendar, one quota for each of them at most"),
+]
 Timestamp = Annotated[
     str, Field(max_length=40, examples=["2030-01-31T00:00:00Z"], description="ISO 8601 with a UTC offset"), Plain
 ]
@@ -63,7 +67,7 @@ Match = Annotated[
     Field(max_length=16, examples=[{"plan": "pro"}], description="attributes and their patterns, all of which must match"),
 ]
 OnMissing = Literal["ip", "skip", "deny"]
-Mode = Literal["enforce", "shadow"]
+Mode = Literal["enforce", "shadow", "soft"]
 OnFailure = Literal["default", "local", "allow", "deny"]
 Role = Literal["viewer", "operator"]
 
@@ -98,6 +102,18 @@ class RequestModel(BaseModel):
         return frozenset(
             name for name, field in cls.model_fields.items() if not field.is_required() and field.default is not None
         )
+
+
+class OverageUpTo(RequestModel):
+    """So much passes above a quota, reported as over."""
+
+    up_to: Annotated[str, Field(max_length=16, pattern="^[0-9]{1,6} *%$", examples=["20%"])]
+
+
+OverageField = Annotated[
+    bool | OverageUpTo,
+    Field(description='whether requests above the quotas pass, reported as over; {"up_to": "20%"} up to there'),
+]
 
 
 class ResponseModel(BaseModel):

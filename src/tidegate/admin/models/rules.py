@@ -8,16 +8,18 @@ from pydantic import Field
 
 from tidegate.admin.models.base import (
     Algorithm,
+    Limits,
     Match,
     Mode,
     OnFailure,
     OnMissing,
+    OverageField,
     PageModel,
     Plain,
+    Quotas,
     RequestModel,
     Resource,
     Row,
-    RuleLimits,
     RuleName,
     Subject,
     TierName,
@@ -29,7 +31,7 @@ class RuleFields(RequestModel):
     """The fields of a rule, with the same meanings as in the policy file."""
 
     endpoint: Annotated[str, Field(max_length=1024, examples=["/api/v1/*"]), Plain]
-    limits: RuleLimits
+    limits: Annotated[Limits, Field(description="a rule has limits, quotas or both")] = []
     methods: Annotated[list[Annotated[str, Field(max_length=32), Plain]], Field(max_length=32)] = []
     algorithm: Algorithm = "sliding_window"
     subject: Subject = "api_key"
@@ -39,6 +41,8 @@ class RuleFields(RequestModel):
     name: RuleName | None = None
     match: Match = {}
     on_missing: OnMissing = "ip"
+    quotas: Quotas = []
+    overage: OverageField = False
 
 
 class RuleCreate(RuleFields):
@@ -51,7 +55,7 @@ class RulePatch(RuleFields):
     """Fields of a rule to change; omitted fields keep their values."""
 
     endpoint: Annotated[str, Field(max_length=1024), Plain] = ""
-    limits: RuleLimits = []
+    limits: Limits = []
 
 
 class RuleRead(Resource):
@@ -73,6 +77,8 @@ class RuleRead(Resource):
     managed_by_file: bool
     revision: int
     warnings: list[str] = []
+    quotas: list[str] = []
+    overage: bool | dict[str, str] = False
 
     @classmethod
     def of_row(cls, row: Row) -> RuleRead:
@@ -84,6 +90,8 @@ class RuleRead(Resource):
             subject=subject_value_of(row),
             match=row["match_attributes"] or {},
             on_missing=row["on_missing"] or "ip",
+            quotas=row["quotas"] or [],
+            overage=row["overage"] or False,
         )
 
 

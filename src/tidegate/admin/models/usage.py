@@ -10,13 +10,14 @@ from tidegate.admin.models.base import Plain, RequestModel, ResponseModel, TierN
 
 
 class WindowUsageRead(ResponseModel):
-    """The usage of one limit."""
+    """The usage of one limit or quota; `period` is that of a quota, null for a limit."""
 
     limit: int
     window: int
     used: int
     remaining: int
     resets_at: str | None
+    period: str | None = None
 
 
 class RuleUsageRead(ResponseModel):
@@ -45,12 +46,13 @@ class UsageRead(ResponseModel):
 
 
 class ResetRequest(RequestModel):
-    """Whose counters are reset: exactly one of the four."""
+    """Whose counters are reset: exactly one of `api_key_id`, `ip`, `tier` and `subject`; with `namespace`, `subject` is its."""
 
     api_key_id: Annotated[str, Field(min_length=24, max_length=24), Plain] | None = None
     ip: Annotated[str, Field(min_length=1, max_length=45), Plain] | None = None
     tier: TierName | None = None
     subject: Annotated[str, Field(min_length=1, max_length=5000, examples=["user=42"]), Plain] | None = None
+    namespace: Annotated[str, Field(min_length=1, max_length=64, examples=["emails"]), Plain] | None = None
 
 
 class ResetRead(ResponseModel):

@@ -6,10 +6,11 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Sequence
-from typing import Final
+from typing import Any, Final
 
-from sqlalchemy import ColumnElement, RowMapping, bindparam, or_, select, update
+from sqlalchemy import ColumnElement, RowMapping, Select, bindparam, literal, or_, select, tuple_, update
 
+from tidegate.catalog.blocks import Block
 from tidegate.catalog.caller_tokens import MAX_LIVE, CallerToken
 from tidegate.catalog.changes import Changes
 from tidegate.catalog.sql import rows as policy_rows
@@ -17,9 +18,10 @@ from tidegate.catalog.sql.batch_loader import BatchLoader
 from tidegate.catalog.sql.change_log import read_changes
 from tidegate.catalog.sql.database import Database, DatabaseOptions
 from tidegate.catalog.sql.policy_file import Released, apply_file, release_file
-from tidegate.catalog.sql.tables import api_keys, caller_tokens, policy_state, rate_limit_rules, tiers
+from tidegate.catalog.sql.tables import api_keys, blocks, caller_tokens, policy_state, rate_limit_rules, tiers
 from tidegate.policy.attributes import CallerPolicy
 from tidegate.policy.model import ApiKey, Policy, Tier
+from tidegate.policy.networks import NEVER
 from tidegate.timestamps import now_us
 
 _SHA256S: Final = "sha256s"
@@ -30,11 +32,18 @@ _KEYS: Final = select(policy_state.c.version.label("read_version"), api_keys, ti
     )
 )
 
+_TIER_COLUMNS: Final = (*policy_rows.TIER_COLUMNS, "managed_by_file")
+
 
 def live_caller_tokens() -> tuple[ColumnElement[bool], ColumnElement[bool]]:
     """Conditions that hold for the callers' tokens that are neither revoked nor expired."""
     expires_at_us = caller_tokens.c.expires_at_us
     return caller_tokens.c.revoked_at_us.is_(None), or_(expires_at_us.is_(None), expires_at_us > now_us())
+
+
+def holding_blocks() -> tuple[ColumnElement[bool], ColumnElement[bool]]:
+    """Conditions that hold for blocks that neither were removed nor have ended."""
+    return blocks.c.ended_at_us.is_(None), or_(blocks.c.until_us.is_(None), blocks.c.until_us > now_us())
 
 
 class _NothingToDo(Exception):
@@ -68,8 +77,7 @@ class SqlCatalog:
             select(
                 policy_state.c.version.label("read_version"),
                 tiers.c.name.label("tier_name"),
-                tiers.c.limits.label("tier_limits"),
-                tiers.c.managed_by_file.label("tier_managed_by_file"),
+                *(tiers.c[column].label(f"tier_{column}") for column in _TIER_COLUMNS),
                 rate_limit_rules,
             )
             .select_from(
@@ -83,7 +91,7 @@ class SqlCatalog:
         first = rows[0]
         if first["tier_name"] is None:
             return first["read_version"], None
-        tier = {"name": first["tier_name"], "limits": first["tier_limits"], "managed_by_file": first["tier_managed_by_file"]}
+        tier = {"name": first["tier_name"], **{column: first[f"tier_{column}"] for column in _TIER_COLUMNS}}
         return first["read_version"], policy_rows.tier_of(tier, rows if first["id"] is not None else ())
 
     async def tier_names(self) -> list[str]:
@@ -126,6 +134,31 @@ class SqlCatalog:
         async with self.database.reading() as connection:
             rows = (await connection.execute(query)).mappings().all()
         return [CallerToken(row["sha256"], row["name"], frozenset(row["scopes"]), row["expires_at_us"]) for row in rows]
+
+    async def holding_blocks(self, after_id: int, limit: int) -> list[Block]:
+        """See `BlockSource.holding_blocks`. Read from the primary, as callers' tokens are."""
+        query = select(blocks).where(blocks.c.id > after_id, *holding_blocks()).order_by(blocks.c.id).limit(limit)
+        return await self._read_blocks(query)
+
+    async def changed_blocks(self, version: int, after_id: int, limit: int) -> list[Block]:
+        """See `BlockSource.changed_blocks`. Read from the primary, as callers' tokens are."""
+        place = tuple_(blocks.c.version, blocks.c.id) > tuple_(literal(version), literal(after_id))
+        return await self._read_blocks(select(blocks).where(place).order_by(blocks.c.version, blocks.c.id).limit(limit))
+
+    async def _read_blocks(self, query: Select[Any]) -> list[Block]:
+        async with self.database.reading() as connection:
+            return [
+                Block(
+                    row.id,
+                    row.kind,
+                    row.target,
+                    NEVER if row.until_us is None else row.until_us,
+                    row.message,
+                    row.ended_at_us is not None,
+                    row.version,
+                )
+                for row in await connection.execute(query)
+            ]
 
     async def list_tiers(self) -> list[Tier]:
         """All tiers with their rules, by name.

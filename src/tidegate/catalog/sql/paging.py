@@ -6,6 +6,8 @@ others.
 
 from __future__ import annotations
 
+import base64
+import binascii
 from collections.abc import Callable
 from typing import Any, Final, Generic, TypeVar
 
@@ -18,6 +20,7 @@ from tidegate.errors import BadRequest
 MAX_PAGE: Final = 500
 
 Item = TypeVar("Item")
+_Position = TypeVar("_Position", bound=tuple[Any, ...])
 
 
 class Page(msgspec.Struct, Generic[Item], frozen=True):
@@ -54,3 +57,23 @@ async def rows_of(database: Database, query: Select[Any], limit: int) -> list[An
 def invalid_cursor(after: str) -> BadRequest:
     """The error for an `after` that is not the `next` of a page."""
     return BadRequest(f"after {after[:60]!r} is not valid for this list: use the 'next' of the previous page", field="after")
+
+
+def cursor_of(position: tuple[Any, ...]) -> str:
+    """A cursor for a position of several values: the key of the last row of a page."""
+    return base64.urlsafe_b64encode(msgspec.json.encode(position)).decode().rstrip("=")
+
+
+def parse_cursor(after: str, kind: type[_Position]) -> _Position:
+    """The position of a cursor; numbers are 0 or more, texts have no NUL, which PostgreSQL rejects.
+
+    Raises:
+        BadRequest: if it is not valid.
+    """
+    try:
+        position: _Position = msgspec.json.decode(base64.urlsafe_b64decode(after + "=" * (-len(after) % 4)), type=kind)
+    except (ValueError, binascii.Error, msgspec.MsgspecError):
+        raise invalid_cursor(after) from None
+    if any("\0" in value if isinstance(value, str) else not 0 <= value < 2**62 for value in position):
+        raise invalid_cursor(after)
+    return position

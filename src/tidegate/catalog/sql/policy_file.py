@@ -12,6 +12,7 @@ from tidegate.catalog.changes import ANONYMOUS, KEY, NONE, TIER
 from tidegate.catalog.sql import rows as policy_rows
 from tidegate.catalog.sql.bulk import batches, delete_rows, insert_rows, update_rows
 from tidegate.catalog.sql.change_log import WriteTransaction
+from tidegate.catalog.sql.namespace_rows import with_file
 from tidegate.catalog.sql.tables import api_keys, audit_log, policy_state, rate_limit_rules, tiers
 from tidegate.errors import CatalogError
 from tidegate.policy.model import Policy, Tier
@@ -70,6 +71,8 @@ async def apply_file(writing: WriteTransaction, policy: Policy, digest: str) -> 
     await _apply_keys(writing, policy)
     await _drop_tiers(writing, policy)
     values = policy_rows.row_of_caller_policy(policy.caller_policy)
+    stored = (await writing.connection.execute(select(policy_state.c.namespaces))).scalar()
+    values["namespaces"] = with_file(stored, policy.namespaces)
     await writing.connection.execute(update(policy_state).values(**values, file_digest=digest))
 
 

@@ -7,11 +7,13 @@ from typing import Any, Final
 
 import msgspec
 
+from tidegate.catalog.sql.namespace_rows import namespace_fields, namespace_of
+from tidegate.policy.access_entries import AccessAction, AccessEntry
 from tidegate.policy.attributes import AttributeSource, CallerPolicy, CallerRules, OnMissing
 from tidegate.policy.jwt_policy import JwtPolicy
 from tidegate.policy.limits import Algorithm, Limit, OnFailure
 from tidegate.policy.model import ApiKey, KeyStatus, Mode, Override, Rule, Subject, Tier
-from tidegate.policy.namespaces import Namespace
+from tidegate.policy.quotas import Overage, Quota
 
 RULE_COLUMNS: Final = (
     "endpoint_pattern",
@@ -25,8 +27,12 @@ RULE_COLUMNS: Final = (
     "match_attributes",
     "subject_attributes",
     "on_missing",
+    "quotas",
+    "overage",
 )
 """Columns with the fields of a rule."""
+TIER_COLUMNS: Final = ("limits", "quotas", "overage")
+"""Columns with the fields of a tier."""
 KEY_COLUMNS: Final = ("tier_id", "name", "status", "expires_at_us", "overrides")
 """Columns with the fields of an API key."""
 
@@ -38,6 +44,8 @@ def tier_of(row: Mapping[Any, Any], rules: Iterable[Mapping[Any, Any]]) -> Tier:
         rules=tuple(rule_of(rule) for rule in rules),
         limits=tuple(Limit.parse(text) for text in row["limits"]),
         managed_by_file=row["managed_by_file"],
+        quotas=tuple(Quota.parse(text) for text in row["quotas"] or ()),
+        overage=Overage.parse(row["overage"]),
     )
 
 
@@ -56,6 +64,8 @@ def rule_of(row: Mapping[Any, Any]) -> Rule:
         match=tuple(sorted((row["match_attributes"] or {}).items())),
         subject_parts=tuple(row["subject_attributes"] or ()),
         on_missing=OnMissing(row["on_missing"] or OnMissing.IP),
+        quotas=tuple(Quota.parse(text) for text in row["quotas"] or ()),
+        overage=Overage.parse(row["overage"]),
     )
 
 
@@ -67,7 +77,7 @@ def subject_value_of(row: Mapping[Any, Any]) -> str | list[str]:
     return str(parts[0]) if len(parts) == 1 else list(parts)
 
 
-CALLER_POLICY_COLUMNS: Final = ("anonymous_tier", "callers", "attributes", "jwt", "namespaces")
+CALLER_POLICY_COLUMNS: Final = ("anonymous_tier", "callers", "attributes", "jwt", "namespaces", "access")
 
 
 def caller_policy_of(row: Mapping[Any, Any]) -> CallerPolicy:
@@ -78,35 +88,38 @@ def caller_policy_of(row: Mapping[Any, Any]) -> CallerPolicy:
         None if callers is None else CallerRules(callers.get("tier_from", ""), callers.get("default_tier", "")),
         tuple(AttributeSource.make(name, source) for name, source in (row["attributes"] or {}).items()),
         None if row["jwt"] is None else JwtPolicy.make(**row["jwt"]),
-        tuple(
-            Namespace.make(**{**stored, "overrides": [(each["subject"], each["limits"]) for each in stored["overrides"]]})
-            for stored in row["namespaces"] or ()
-        ),
+        tuple(namespace_of(entry) for entry in row["namespaces"] or ()),
+        tuple(_access_entry(each) for each in row["access"] or ()),
     )
 
 
 def row_of_caller_policy(policy: CallerPolicy) -> dict[str, Any]:
-    """The values of `policy_state` for a caller policy."""
+    """The values of `policy_state` for a caller policy; its namespaces without owners and revisions: see `namespace_rows`."""
     callers = policy.callers
     return {
         "anonymous_tier": policy.anonymous_tier,
         "callers": None if callers is None else {"tier_from": callers.tier_from, "default_tier": callers.default_tier},
         "attributes": {source.name: source.text for source in policy.attributes} or None,
         "jwt": None if policy.jwt is None else msgspec.to_builtins(policy.jwt),
-        "namespaces": [_namespace_row(namespace) for namespace in policy.namespaces] or None,
+        "namespaces": [namespace_fields(namespace) for namespace in policy.namespaces] or None,
+        "access": [_access_row(entry) for entry in policy.access] or None,
     }
 
 
-def _namespace_row(namespace: Namespace) -> dict[str, Any]:
-    return {
-        "name": namespace.name,
-        "limits": [limit.text for limit in namespace.limits],
-        "algorithm": namespace.algorithm.value,
-        "on_failure": namespace.on_failure.value,
-        "overrides": [
-            {"subject": override.subject, "limits": [limit.text for limit in override.limits]} for override in namespace.overrides
-        ],
-    }
+def _access_row(entry: AccessEntry) -> dict[str, Any]:
+    named = {"from": list(entry.networks), "match": dict(entry.match), "customer": entry.customer, "api_key_id": entry.api_key_id}
+    return {"action": entry.action.value, **{field: value for field, value in named.items() if value}}
+
+
+def _access_entry(row: Mapping[str, Any]) -> AccessEntry:
+    # As it was validated before it was stored: networks need not be parsed again.
+    return AccessEntry(
+        AccessAction(row["action"]),
+        tuple(row.get("from", ())),
+        tuple(sorted(row.get("match", {}).items())),
+        row.get("customer", ""),
+        row.get("api_key_id", ""),
+    )
 
 
 def api_key_of(row: Mapping[Any, Any]) -> ApiKey:
@@ -131,7 +144,12 @@ def api_key_of(row: Mapping[Any, Any]) -> ApiKey:
 
 def row_of_tier(tier: Tier) -> dict[str, Any]:
     """The values of a tier's row, without its id."""
-    return {"name": tier.name, "limits": [limit.text for limit in tier.limits], "managed_by_file": tier.managed_by_file}
+    return {
+        "name": tier.name,
+        "limits": [limit.text for limit in tier.limits],
+        "managed_by_file": tier.managed_by_file,
+        **_quota_values(tier),
+    }
 
 
 def row_of_rule(rule: Rule, tier_id: int, position: int) -> dict[str, Any]:
@@ -153,6 +171,14 @@ def row_of_rule(rule: Rule, tier_id: int, position: int) -> dict[str, Any]:
         "match_attributes": dict(rule.match) or None,
         "subject_attributes": list(rule.subject_parts) or None,
         "on_missing": None if rule.on_missing is OnMissing.IP else rule.on_missing.value,
+        **_quota_values(rule),
+    }
+
+
+def _quota_values(record: Tier | Rule) -> dict[str, Any]:
+    return {
+        "quotas": [quota.text for quota in record.quotas] or None,
+        "overage": None if record.overage is None else record.overage.value,
     }
 
 

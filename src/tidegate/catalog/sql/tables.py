@@ -14,6 +14,7 @@ from sqlalchemy import (
     Boolean,
     CheckConstraint,
     Column,
+    Float,
     ForeignKey,
     Index,
     Integer,
@@ -47,6 +48,9 @@ tiers: Final = Table(
     Column("limits", JSON, nullable=False),
     Column("managed_by_file", Boolean, nullable=False, default=False),
     Column("revision", BigInteger, nullable=False, server_default="1"),
+    # NULL where it has none.
+    Column("quotas", JSON(none_as_null=True), nullable=True),
+    Column("overage", JSON(none_as_null=True), nullable=True),
     UniqueConstraint("name"),
 )
 
@@ -71,6 +75,8 @@ rate_limit_rules: Final = Table(
     Column("match_attributes", JSON(none_as_null=True), nullable=True),
     Column("subject_attributes", JSON(none_as_null=True), nullable=True),
     Column("on_missing", String(16), nullable=True),
+    Column("quotas", JSON(none_as_null=True), nullable=True),
+    Column("overage", JSON(none_as_null=True), nullable=True),
     UniqueConstraint("tier_id", "name"),
     Index("idx_rules_tier_endpoint", "tier_id", "endpoint_pattern"),
     Index("idx_rules_tier_id", "tier_id", "id"),
@@ -122,11 +128,12 @@ policy_state: Final = Table(
     Column("runs_from", String(16), nullable=False, server_default="0001"),
     # The secret that seals entries of the shared cache unless the settings have one; created when it is first needed.
     Column("cache_secret", String(64), nullable=True),
-    # The tables [attributes], [callers], [jwt] and [[namespaces]] of a policy; NULL without them.
+    # The tables [attributes], [callers], [jwt], [[namespaces]] and [[access]] of a policy; NULL without them.
     Column("attributes", JSON(none_as_null=True), nullable=True),
     Column("callers", JSON(none_as_null=True), nullable=True),
     Column("jwt", JSON(none_as_null=True), nullable=True),
     Column("namespaces", JSON(none_as_null=True), nullable=True),
+    Column("access", JSON(none_as_null=True), nullable=True),
     CheckConstraint("id = 1", name="single_row"),
 )
 
@@ -156,6 +163,86 @@ rate_limit_violations: Final = Table(
     postgresql_partition_by="RANGE (minute_us)",
 )
 
+# Units by day (UTC), customer and key: what invoices are made of. PostgreSQL has one partition per month.
+usage_ledger: Final = Table(
+    "usage_ledger",
+    metadata,
+    Column("day_us", BigInteger, nullable=False),
+    Column("customer", String(200), nullable=False),
+    Column("key_id", String(24), nullable=False),
+    Column("tier", String(64), nullable=False),
+    Column("rule", String(256), nullable=False),
+    Column("admitted", BigInteger, nullable=False),
+    Column("blocked", BigInteger, nullable=False),
+    Column("over_limit", BigInteger, nullable=False),
+    PrimaryKeyConstraint("day_us", "customer", "key_id", "tier", "rule"),
+    Index("idx_ledger_key_day", "key_id", "day_us"),
+    Index("idx_ledger_customer_day", "customer", "day_us"),
+    postgresql_partition_by="RANGE (day_us)",
+)
+
+# The last batch of each process that was added to the ledger and the traffic history: a repeated one is not added again.
+ledger_batches: Final = Table(
+    "ledger_batches",
+    metadata,
+    Column("instance", String(32), nullable=False),
+    Column("sequence", BigInteger, nullable=False),
+    Column("written_at_us", BigInteger, nullable=False),
+    PrimaryKeyConstraint("instance"),
+)
+
+# Units by rule: of each minute in the last days (PostgreSQL: one partition per day), of each hour before.
+traffic_minutes: Final = Table(
+    "traffic_minutes",
+    metadata,
+    Column("minute_us", BigInteger, nullable=False),
+    Column("tier", String(64), nullable=False),
+    Column("rule", String(256), nullable=False),
+    Column("allowed", BigInteger, nullable=False),
+    Column("blocked", BigInteger, nullable=False),
+    Column("over_limit", BigInteger, nullable=False),
+    PrimaryKeyConstraint("minute_us", "tier", "rule"),
+    postgresql_partition_by="RANGE (minute_us)",
+)
+traffic_hours: Final = Table(
+    "traffic_hours",
+    metadata,
+    Column("hour_us", BigInteger, nullable=False),
+    Column("tier", String(64), nullable=False),
+    Column("rule", String(256), nullable=False),
+    Column("allowed", BigInteger, nullable=False),
+    Column("blocked", BigInteger, nullable=False),
+    Column("over_limit", BigInteger, nullable=False),
+    PrimaryKeyConstraint("hour_us", "tier", "rule"),
+)
+
+# Units of the callers with the most units, by hour. PostgreSQL has one partition per day.
+traffic_callers: Final = Table(
+    "traffic_callers",
+    metadata,
+    Column("hour_us", BigInteger, nullable=False),
+    Column("tier", String(64), nullable=False),
+    Column("rule", String(256), nullable=False),
+    Column("subject", String(160), nullable=False),
+    Column("allowed", BigInteger, nullable=False),
+    Column("blocked", BigInteger, nullable=False),
+    Column("over_limit", BigInteger, nullable=False),
+    PrimaryKeyConstraint("hour_us", "tier", "rule", "subject"),
+    Index("idx_traffic_subject_hour", "subject", "hour_us"),
+    postgresql_partition_by="RANGE (hour_us)",
+)
+
+# Checks by minute or hour (step_s) and bucket of `tidegate.latency`.
+traffic_latency: Final = Table(
+    "traffic_latency",
+    metadata,
+    Column("step_s", Integer, nullable=False),
+    Column("at_us", BigInteger, nullable=False),
+    Column("bucket", Integer, nullable=False),
+    Column("checks", BigInteger, nullable=False),
+    PrimaryKeyConstraint("step_s", "at_us", "bucket"),
+)
+
 admin_tokens: Final = Table(
     "admin_tokens",
     metadata,
@@ -181,6 +268,55 @@ caller_tokens: Final = Table(
     Column("expires_at_us", BigInteger, nullable=True),
     Column("revoked_at_us", BigInteger, nullable=True),
     UniqueConstraint("sha256"),
+)
+
+# Sessions of the console: the digest of the cookie's value, and that of the token that signed in.
+console_sessions: Final = Table(
+    "console_sessions",
+    metadata,
+    Column("sha256", String(64), primary_key=True),
+    Column("token_sha256", String(64), nullable=False),
+    Column("created_at_us", BigInteger, nullable=False),
+    Column("used_at_us", BigInteger, nullable=False),
+)
+
+# Runs of what-if: any instance answers for them, one works on them.
+what_if_runs: Final = Table(
+    "what_if_runs",
+    metadata,
+    Column("id", String(32), primary_key=True),
+    Column("actor", String(200), nullable=False),
+    Column("state", String(16), nullable=False),
+    Column("progress", Float, nullable=False),
+    Column("created_at_us", BigInteger, nullable=False),
+    Column("changed_at_us", BigInteger, nullable=False),
+    Column("result", JSON(none_as_null=True), nullable=True),
+)
+
+# Whom operators stopped. A block that was removed or has ended keeps its row for a while, so that every process reads that.
+blocks: Final = Table(
+    "blocks",
+    metadata,
+    Column("id", _RowId, primary_key=True, autoincrement=True),
+    Column("kind", String(16), nullable=False),
+    Column("target", String(400), nullable=False),
+    Column("reason", String(1000), nullable=False),
+    Column("message", String(200), nullable=False),
+    Column("created_at_us", BigInteger, nullable=False),
+    Column("created_by", String(200), nullable=False),
+    Column("until_us", BigInteger, nullable=True),
+    Column("ended_at_us", BigInteger, nullable=True),
+    # Of the catalog at the last change of the row.
+    Column("version", BigInteger, nullable=False),
+    Index(
+        "idx_blocks_holding",
+        "kind",
+        "target",
+        unique=True,
+        sqlite_where=text("ended_at_us IS NULL"),
+        postgresql_where=text("ended_at_us IS NULL"),
+    ),
+    Index("idx_blocks_version", "version", "id"),
 )
 
 audit_log: Final = Table(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import Any, Final
@@ -12,10 +13,11 @@ from tidegate.algorithms import State
 from tidegate.counters import Charge, GrantingDecision, LeaseRequest, LeaseReturn
 from tidegate.counters.redis.keyspace import hash_tag, key_of, name_of, reset_key_of
 from tidegate.counters.redis.resp import encode_command
-from tidegate.counters.redis.scripts import Script, parameters, script, wire_states
+from tidegate.counters.redis.scripts import Script, boundaries_end_us, parameters, script, wire_states
 from tidegate.decision import Decision
 from tidegate.errors import StoreUnavailable
 from tidegate.policy.limits import Limit, LimitSet
+from tidegate.timestamps import US_PER_S
 
 _COSTS: Final = tuple(b"$%d\r\n%d\r\n" % (len(str(cost)), cost) for cost in range(1000))
 _KEY_HEADS: Final = tuple(b"$%d\r\ntg:{" % length for length in range(128))
@@ -23,11 +25,18 @@ _KEY_HEADS: Final = tuple(b"$%d\r\ntg:{" % length for length in range(128))
 
 
 class CommandTemplate:
-    """The prepared parts of a charge's command: all that does not depend on subject and cost."""
+    """The prepared parts of a charge's command: all that does not depend on subject and cost.
 
-    __slots__ = ("head", "lease_head", "lease_script", "limits", "limits_by_place", "name", "script", "suffix", "tail")
+    Attributes:
+        until_s: until when it may be used, s since the epoch: it holds the periods of quotas around now. Infinity without quotas.
+    """
+
+    __slots__ = ("head", "lease_head", "lease_script", "limits", "limits_by_place", "name", "script", "suffix", "tail", "until_s")
 
     def __init__(self, sets: tuple[LimitSet, ...]) -> None:
+        now_us = time.time_ns() // 1000
+        ends = [end for limits in sets if (end := boundaries_end_us(limits, now_us)) is not None]
+        self.until_s = min(ends) / US_PER_S if ends else float("inf")
         algorithms = frozenset(limits.algorithm for limits in sets)
         self.script = script("charge", algorithms)
         self.lease_script = script("lease", algorithms)
@@ -37,7 +46,7 @@ class CommandTemplate:
         self.lease_head = _script_head(self.lease_script, len(sets), 2 * len(sets) + 2)
         self.name = name_of(sets[0])
         self.suffix = tuple(b"}" + name_of(limits) + b"\r\n" for limits in sets)
-        self.tail = b"".join(_bulk(parameters(limits)) for limits in sets)
+        self.tail = b"".join(_bulk(parameters(limits, now_us, charging=True)) for limits in sets)
 
     def decision(self, reply: Any) -> Decision:
         """The decision in a script's reply."""
@@ -46,6 +55,8 @@ class CommandTemplate:
                 return self._granting(*reply)
             binding, least, reset, retry, now = reply
             limit = self.limits_by_place[(binding if binding > 0 else -binding) - 1]
+            if least < 0:
+                return Decision(binding > 0, limit, 0, reset, 0, now, self.limits, overage=-least)
             return Decision(binding > 0, limit, least, reset, None if retry < 0 else retry, now, self.limits)
         except (TypeError, ValueError, IndexError):
             raise StoreUnavailable(f"unexpected reply from Redis to a charge: {str(reply)[:100]}", reason="garbage") from None
@@ -127,7 +138,7 @@ def batch_command(work: Script, layout: Sequence[int], keys: Sequence[bytes], se
     Returns:
         One command.
     """
-    arguments = (msgspec.msgpack.encode(layout), *(parameters(limits) for limits in sets))
+    arguments = (msgspec.msgpack.encode(layout), *(parameters(limits, charging=True) for limits in sets))
     return encode_command("EVALSHA", work.sha, str(len(keys)), *keys, *arguments)
 
 

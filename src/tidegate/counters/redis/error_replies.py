@@ -86,7 +86,7 @@ async def follow_redirection(
                 topology.mark_stale(connection, str(reply))
             elif word == "READONLY":
                 topology.mark_stale(connection, "it is now a replica")
-            await asyncio.sleep(_PAUSE_S)
+            await topology.pause(_PAUSE_S)
             reply = await _send_to_owner(topology, slot, command, deadline)
         if not isinstance(reply, hiredis.ReplyError):
             return reply

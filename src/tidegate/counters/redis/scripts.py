@@ -6,6 +6,7 @@ A script holds only the algorithms that its call needs: Redis makes a script's f
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Iterable
 from functools import cache
 from importlib import resources
@@ -15,18 +16,24 @@ import msgspec
 
 from tidegate.algorithms import State
 from tidegate.algorithms.token_bucket import scale_and_rate
-from tidegate.policy.limits import Algorithm, Limit, LimitSet
+from tidegate.policy.limits import Algorithm, AnyAlgorithm, Limit, LimitSet, QuotaAlgorithm
+from tidegate.policy.periods import Period
+from tidegate.policy.quotas import QuotaLimit
 from tidegate.timestamps import US_PER_S
 
-_LUA_NAME: Final = {algorithm: algorithm.value for algorithm in Algorithm} | {
-    Algorithm.LEAKY_BUCKET: Algorithm.TOKEN_BUCKET.value
+_LUA_NAME: Final[dict[AnyAlgorithm, str]] = {
+    **{algorithm: algorithm.value for algorithm in Algorithm},
+    Algorithm.LEAKY_BUCKET: Algorithm.TOKEN_BUCKET.value,
+    QuotaAlgorithm.QUOTA: QuotaAlgorithm.QUOTA.value,
 }
 _NEEDS: Final = {
     "fixed_window": ("calendar", "packed"),
     "sliding_window": ("calendar", "packed"),
     "sliding_log": (),
     "token_bucket": ("packed",),
+    "quota": ("packed",),
 }
+_PERIOD_NUMBER: Final = {period: number for number, period in enumerate(Period, 1)}
 _SHARED: Final = ("arithmetic", "calendar", "packed")
 
 
@@ -43,7 +50,7 @@ class Script(msgspec.Struct, frozen=True):
 
 
 @cache
-def script(work: str, algorithms: frozenset[Algorithm], clock: str = "store_clock") -> Script:
+def script(work: str, algorithms: frozenset[AnyAlgorithm], clock: str = "store_clock") -> Script:
     """Put a script together.
 
     Args:
@@ -69,17 +76,23 @@ def script(work: str, algorithms: frozenset[Algorithm], clock: str = "store_cloc
     return Script(source, hashlib.sha1(source, usedforsecurity=False).hexdigest())
 
 
-def parameters(limits: LimitSet) -> bytes:
+def parameters(limits: LimitSet, now_us: int = 0, *, charging: bool = False) -> bytes:
     """The parameters of a counter for a script: `[algorithm, window, amount, …]` in MessagePack.
 
     Args:
         limits: of the counter.
+        now_us: µs since the epoch, around which the periods of quotas are sent; 0 for this machine's clock.
+        charging: whether the script decides checks: only then soft limits differ from others.
 
     Returns:
         The bytes.
     """
-    values: list[Any] = [_LUA_NAME[limits.algorithm]]
+    name = _LUA_NAME[limits.algorithm]
+    values: list[Any] = [f"soft:{name}" if charging and limits.soft else name]
     for limit in limits.limits:
+        if isinstance(limit, QuotaLimit):
+            values += _quota_parameters(limit, now_us or time.time_ns() // 1000)
+            continue
         values.append(_window(limit))
         if limits.algorithm.is_bucket:
             values += [limit.capacity, *scale_and_rate(limit)]
@@ -113,7 +126,35 @@ def layout(limits: LimitSet) -> str:
     return _LUA_NAME[limits.algorithm]
 
 
-def _wire(algorithm: Algorithm, state: tuple[Any, ...]) -> list[int]:
+def boundaries_end_us(limits: LimitSet, now_us: int) -> int | None:
+    """Until when parameters with the boundaries around a moment are best: the end of the first of its periods.
+
+    Args:
+        limits: of the counter.
+        now_us: µs since the epoch.
+
+    Returns:
+        µs since the epoch; None where the parameters never change.
+    """
+    ends = [
+        limit.clock.bounds(now_us)[1]
+        for limit in limits.limits
+        if isinstance(limit, QuotaLimit) and limit.clock.period.fixed_us is None
+    ]
+    return min(ends, default=None)
+
+
+def _quota_parameters(limit: QuotaLimit, now_us: int) -> list[Any]:
+    period = limit.clock.period
+    boundaries: Any
+    if period.fixed_us is not None:
+        boundaries = period.fixed_us // US_PER_S
+    else:
+        boundaries = [each // US_PER_S for each in limit.clock.anchor.boundaries(period, now_us)]
+    return [_PERIOD_NUMBER[period], limit.amount, limit.most, boundaries]
+
+
+def _wire(algorithm: AnyAlgorithm, state: tuple[Any, ...]) -> list[int]:
     if algorithm is Algorithm.SLIDING_LOG:
         return [number for entry in zip(state[1], state[2], strict=True) for number in entry]
     if algorithm.is_bucket:

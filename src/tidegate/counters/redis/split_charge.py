@@ -45,7 +45,8 @@ async def charge_split(charge: Charge, charge_one: ChargeOne, give_back: GiveBac
         for counter, outcome in zip(counters, outcomes, strict=True):
             if isinstance(outcome, Decision):
                 decisions.append(outcome)
-                if outcome.allowed and cost:
+                # A soft limit that was reached was not charged.
+                if outcome.allowed and cost and not (counter[0].soft and outcome.overage):
                     charged.append((counter, outcome))
         failed = next((outcome for outcome in outcomes if isinstance(outcome, BaseException)), None)
         if failed is not None:
@@ -57,7 +58,7 @@ async def charge_split(charge: Charge, charge_one: ChargeOne, give_back: GiveBac
     try:
         peeks = await all_of(charge.counters, 0)
         if not charge.cost:
-            return _for_whole_check(min(peeks, key=_remaining), whole)
+            return _for_whole_check(min(peeks, key=_remaining), whole, peeks)
         full = [counter for counter, peek in zip(charge.counters, peeks, strict=True) if _remaining(peek) < charge.cost]
         decided: list[Decision] = []
         for counters in (full, [counter for counter in charge.counters if counter not in full]):
@@ -65,11 +66,11 @@ async def charge_split(charge: Charge, charge_one: ChargeOne, give_back: GiveBac
             denials = [each for each in decided if not each.allowed]
             if denials:
                 await _give_back(charged, charge.cost, give_back)
-                return _for_whole_check(max(denials, key=_retry_after), whole)
+                return _for_whole_check(max(denials, key=_retry_after), whole, ())
     except (StoreUnavailable, asyncio.CancelledError):
         await _give_back(charged, charge.cost, give_back)
         raise
-    return _for_whole_check(min(decided, key=_remaining), whole)
+    return _for_whole_check(min(decided, key=_remaining), whole, decided)
 
 
 async def await_late_answer(late: LateAnswer) -> Decision:
@@ -138,8 +139,8 @@ def _negative(state: State) -> State:
     return (state[0], *(-units for units in state[1:]))
 
 
-def _for_whole_check(decision: Decision, limits: LimitSet) -> Decision:
-    """A decision of one counter of a check, as the whole check's."""
+def _for_whole_check(decision: Decision, limits: LimitSet, all_of: Sequence[Decision]) -> Decision:
+    """A decision of one counter of a check, as the whole check's; over by as much as the one that is over the most."""
     return Decision(
         decision.allowed,
         decision.binding,
@@ -148,4 +149,5 @@ def _for_whole_check(decision: Decision, limits: LimitSet) -> Decision:
         decision.retry_after_us,
         decision.at_us,
         limits,
+        overage=max((each.overage for each in all_of), default=0),
     )

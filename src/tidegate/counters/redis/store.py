@@ -82,7 +82,7 @@ class RedisCounters(RedisCommands):
             charges: any number of them.
             started_ns: monotonic ns from which the deadline counts; from now where 0.
         """
-        if self._topology is None or self._loop is not asyncio.get_running_loop():
+        if not self._ready():
             await self.start()
         deadline = self._deadline(started_ns)
         if len(charges) > 1 and not self._require_topology().sharded:
@@ -244,10 +244,14 @@ class RedisCounters(RedisCommands):
 
     # One check.
 
+    def _ready(self) -> bool:
+        """Whether commands can be sent from here: connected, in the running event loop."""
+        return self._topology is not None and self._loop is asyncio.get_running_loop()
+
     def _template(self, counters: tuple[tuple[LimitSet, str], ...]) -> CommandTemplate:
         key: Any = counters[0][0] if len(counters) == 1 else tuple(limits for limits, _ in counters)
         template = self._templates.get(key)
-        if template is None:
+        if template is None or template.until_s <= time.time():
             if len(self._templates) >= _MAX_TEMPLATES:
                 self._templates.clear()
             template = self._templates[key] = CommandTemplate(tuple(limits for limits, _ in counters))
@@ -257,7 +261,7 @@ class RedisCounters(RedisCommands):
         # The hot path: what `_template` and `_connection` do is written out, for calls cost more here than what they do.
         counters = charge.counters
         limits, subject = counters[0]
-        template = self._templates.get(limits) if len(counters) == 1 else None
+        template = self._templates.get(limits) if len(counters) == 1 and limits.plain else None
         if template is None:
             template = self._template(counters)
         topology = self._topology

@@ -80,6 +80,10 @@ class Topology(Protocol):
         """A new connection that listens on a channel, on any suitable server; the caller closes it."""
         ...
 
+    async def pause(self, seconds: float) -> None:
+        """Wait before a command is sent again."""
+        ...
+
     async def close(self) -> None:
         """End all connections."""
         ...
@@ -161,6 +165,10 @@ class Standalone:
         for connection in (*self._watchers, self._connection):
             await connection.close()
 
+    async def pause(self, seconds: float) -> None:
+        """See `Topology`."""
+        await asyncio.sleep(seconds)
+
     async def _fixed_endpoint(self) -> Endpoint:
         return self._url.endpoints[0]
 
@@ -178,7 +186,7 @@ class Standalone:
             except StoreUnavailable:
                 continue  # an unreachable sentinel has no vote; the case of none left is handled below
             reached += 1
-            endpoint = _endpoint_of(reply)
+            endpoint = endpoint_of(reply)
             if endpoint is not None:
                 votes[endpoint] = votes.get(endpoint, 0) + 1
         if not reached:
@@ -192,7 +200,7 @@ class Standalone:
         if len(push) == 3 and push[0] == b"message":
             words = push[2].decode(errors="replace").split()
             if len(words) == 5 and words[0] == self._url.master:
-                endpoint = _endpoint_of(words[3:])
+                endpoint = endpoint_of(words[3:])
                 if endpoint is not None and endpoint != self._connection.endpoint:
                     self._connection.drop(f"the sentinels promoted {endpoint} to master")
 
@@ -284,6 +292,10 @@ class Cluster:
         await stop(self._refresher)
         await asyncio.gather(*self._closing, *(connection.close() for connection in self._nodes.values()))
 
+    async def pause(self, seconds: float) -> None:
+        """See `Topology`."""
+        await asyncio.sleep(seconds)
+
     def _changed(self, connection: Connection) -> None:
         if not connection.up:
             self._refresh_wanted.set()
@@ -326,7 +338,7 @@ class Cluster:
             if isinstance(reply, hiredis.ReplyError):
                 continue
             try:
-                ranges = _ranges_of(reply, connection.endpoint.host)
+                ranges = ranges_of(reply, connection.endpoint.host)
             except (AttributeError, IndexError, TypeError, ValueError):
                 logger.warning("Redis at %s sent an invalid slot map of the cluster: %.100r", connection.endpoint, reply)
                 continue
@@ -366,7 +378,7 @@ def open_topology(url: RedisUrl, options: ConnectionOptions) -> Topology:
     return Cluster(url, options) if url.topology is Kind.CLUSTER else Standalone(url, options)
 
 
-def _endpoint_of(reply: Any) -> Endpoint | None:
+def endpoint_of(reply: Any) -> Endpoint | None:
     """The address of two texts, as sentinels give it; None where it is none."""
     if not isinstance(reply, list) or len(reply) != 2:
         return None
@@ -376,7 +388,7 @@ def _endpoint_of(reply: Any) -> Endpoint | None:
     return Endpoint(host, int(port))
 
 
-def _ranges_of(reply: Any, own_host: str) -> list[tuple[int, int, Endpoint]]:
+def ranges_of(reply: Any, own_host: str) -> list[tuple[int, int, Endpoint]]:
     """The ranges of CLUSTER SLOTS: first slot, last slot, master. Raises one of several errors where the reply is not a map."""
     ranges = []
     for first, last, master, *_ in reply:

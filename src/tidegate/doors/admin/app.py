@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Final
 
 import msgspec
@@ -16,27 +16,54 @@ from starlette.exceptions import HTTPException
 from tidegate._version import __version__
 from tidegate.admin.models import ProblemRead
 from tidegate.admin.rules import CatalogEditor
+from tidegate.admin.sessions import Sessions
 from tidegate.admin.tokens import TokenCheck
+from tidegate.admin.what_if import WhatIfRuns
 from tidegate.decision import clip
 from tidegate.doors.admin.api_keys import key_routes
+from tidegate.doors.admin.blocks import block_routes
 from tidegate.doors.admin.caller_tokens import caller_token_routes
 from tidegate.doors.admin.common import BEARER, ERRORS, REF, WITH_ROLE, RevisionMissing
+from tidegate.doors.admin.explain import explain_routes
 from tidegate.doors.admin.guard import Guard, error_headers
+from tidegate.doors.admin.namespaces import caller_routes, namespace_routes
 from tidegate.doors.admin.policy import policy_routes
 from tidegate.doors.admin.records import record_routes
 from tidegate.doors.admin.rules import rule_routes
+from tidegate.doors.admin.session_cookies import SessionCookies
+from tidegate.doors.admin.sessions import session_routes
+from tidegate.doors.admin.system import system_routes
 from tidegate.doors.admin.tiers import tier_routes
 from tidegate.doors.admin.tokens import token_routes
+from tidegate.doors.admin.traffic import traffic_routes
 from tidegate.doors.admin.usage import usage_routes
+from tidegate.doors.admin.usage_export import usage_export_routes
+from tidegate.doors.admin.what_if import what_if_routes
 from tidegate.doors.client_address import TrustedProxies
+from tidegate.doors.console import console_routes
 from tidegate.doors.responses import error_body
 from tidegate.errors import BadRequest, TidegateError
 from tidegate.gate.gate import Gate
+from tidegate.policy.paths import STRICT, PathRules
 
 PREFIX: Final = "/admin/v1"
 
 _CODES: Final = {404: "NOT_FOUND", 405: "METHOD_NOT_ALLOWED"}
 _MAX_DETAILS: Final = 20
+
+
+class ConsoleOptions(msgspec.Struct, frozen=True):
+    """Options of the console.
+
+    Args:
+        idle_s: how long a session lasts without use, s.
+        secure: whether browsers use TLS.
+        demo_token: token with which a browser on this machine is signed in without one; None for none.
+    """
+
+    idle_s: float = 1800.0
+    secure: bool = False
+    demo_token: str | None = None
 
 
 class AdminDeps(msgspec.Struct, frozen=True):
@@ -49,6 +76,10 @@ class AdminDeps(msgspec.Struct, frozen=True):
         failed_rate: limit of requests with a wrong token per address.
         failed_rate_overall: limit of requests with a wrong token from all addresses.
         body_timeout_s: time limit of receiving a body, s.
+        paths: which encodings of a path are accepted.
+        console: options of the console; None without it.
+        system: returns the state of this process; None where there is no server.
+        what_if: runs of what-if, to be closed by the caller; None for ones that end with the process.
     """
 
     editor: CatalogEditor
@@ -59,20 +90,31 @@ class AdminDeps(msgspec.Struct, frozen=True):
     failed_rate: str = "20/minute"
     failed_rate_overall: str = "200/minute"
     body_timeout_s: float = 10.0
+    paths: PathRules = STRICT
+    console: ConsoleOptions | None = None
+    system: Callable[[], Awaitable[dict[str, Any]]] | None = None
+    what_if: WhatIfRuns | None = None
 
 
 def admin_app(deps: AdminDeps) -> FastAPI:
     """Create the control plane's ASGI app."""
     app = _App(title="Tidegate control plane", version=__version__, openapi_url=None, docs_url=None, redoc_url=None)
     app.router.redirect_slashes = False
+    tokens = TokenCheck(deps.editor, deps.settings_token)
+    cookies = None
+    if deps.console is not None:
+        options = deps.console
+        sessions = Sessions(deps.editor, tokens, options.idle_s)
+        cookies = SessionCookies(sessions, options.idle_s, secure=options.secure, demo_token=options.demo_token)
     app.add_middleware(
         Guard,
-        tokens=TokenCheck(deps.editor, deps.settings_token),
+        tokens=tokens,
         trusted=deps.trusted,
         rate=deps.rate,
         failed_rate=deps.failed_rate,
         failed_rate_overall=deps.failed_rate_overall,
         body_timeout_s=deps.body_timeout_s,
+        cookies=cookies,
     )
     routes = APIRouter(prefix=PREFIX, responses=ERRORS, dependencies=[Depends(BEARER), WITH_ROLE, Depends(_require_known_query)])
     for router in (
@@ -80,13 +122,24 @@ def admin_app(deps: AdminDeps) -> FastAPI:
         rule_routes(deps.editor, deps.gate),
         key_routes(deps.editor, deps.gate),
         usage_routes(deps.editor, deps.gate),
+        explain_routes(deps.editor, deps.gate, deps.paths),
         record_routes(deps.editor),
+        traffic_routes(deps.editor),
+        usage_export_routes(deps.editor),
         policy_routes(deps.editor),
         token_routes(deps.editor),
         caller_token_routes(deps.editor),
+        namespace_routes(deps.editor),
+        caller_routes(deps.editor),
+        system_routes(deps.system),
+        what_if_routes(deps.what_if or WhatIfRuns(deps.editor)),
+        block_routes(deps.editor),
     ):
         routes.include_router(router)
     app.include_router(routes)
+    if cookies is not None:
+        app.include_router(session_routes(cookies))
+        app.include_router(console_routes())
     for path in ("/openapi.json", f"{PREFIX}/openapi.json"):
         app.add_api_route(path, _description, include_in_schema=False)
     app.add_exception_handler(TidegateError, _error_response)

@@ -11,6 +11,7 @@ from typing import Any, Final, TypeAlias
 
 from tidegate.admin.tokens import OPERATOR, Principal, TokenCheck
 from tidegate.decision import Decision, clip
+from tidegate.doors.admin.session_cookies import POLL_HEADER, SESSION_PATH, SessionCookies
 from tidegate.doors.client_address import FORWARDING, TrustedProxies, counted_client
 from tidegate.doors.limiter import Limiter
 from tidegate.doors.refusals import IDENTITY, BodyTooSlow, unsupported_encoding
@@ -30,7 +31,21 @@ App: TypeAlias = Callable[[Scope, Receive, Send], Awaitable[None]]
 GUARDED: Final = "/admin/v1/"
 OPEN: Final = frozenset({"/admin/v1/openapi.json", "/openapi.json"})
 MAX_BODY_BYTES: Final = 1_000_000
+LARGE_BODIES: Final = {"/admin/v1/what-if": 20_000_000}
+"""Paths of larger bodies, for operators; with the access log of what-if."""
 READING: Final = frozenset({"GET", "HEAD", "OPTIONS"})
+SECURITY_HEADERS: Final = (
+    (
+        b"content-security-policy",
+        b"default-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; object-src 'none'",
+    ),
+    (b"cross-origin-opener-policy", b"same-origin"),
+    (b"cross-origin-resource-policy", b"same-origin"),
+    (b"referrer-policy", b"no-referrer"),
+    (b"x-content-type-options", b"nosniff"),
+    (b"x-frame-options", b"DENY"),
+)
+"""Sent with every response: no page of another site shows this one in a frame, and no script of elsewhere runs in it."""
 _ALL: Final = "all"
 _DECIDING: Final = FORWARDING | {b"authorization"}
 _CONTROL: Final = re.compile(r"[\x00-\x1f\x7f-\x9f]")
@@ -80,6 +95,7 @@ class Guard:
         failed_rate: limit of requests with a wrong token per address. Requests with a valid token are accepted beyond it.
         failed_rate_overall: limit of requests with a wrong token from all addresses.
         body_timeout_s: time limit of receiving a body, s.
+        cookies: sessions of the console; None without a console.
     """
 
     def __init__(
@@ -91,8 +107,10 @@ class Guard:
         failed_rate: str = "20/minute",
         failed_rate_overall: str = "200/minute",
         body_timeout_s: float = 10.0,
+        cookies: SessionCookies | None = None,
     ) -> None:
         self._app = app
+        self._cookies = cookies
         self._tokens = tokens
         self._trusted = trusted
         self._requests = Limiter(rate, name="admin requests")
@@ -113,14 +131,23 @@ class Guard:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [*message.get("headers", ()), (REQUEST_ID.encode(), request.id.encode())]
+                message["headers"] = [
+                    *message.get("headers", ()),
+                    (REQUEST_ID.encode(), request.id.encode()),
+                    *SECURITY_HEADERS,
+                ]
             await send(message)
 
         try:
             _reject_control_characters(scope["path"])
-            if scope["path"].startswith(GUARDED) and scope["path"] not in OPEN:
-                scope.setdefault("state", {})["principal"] = await self._principal(scope)
-            body = await self._body(headers, receive)
+            signs_in = self._cookies is not None and scope["path"] == SESSION_PATH and scope["method"] == "POST"
+            state = scope.setdefault("state", {})
+            if scope["path"].startswith(GUARDED) and scope["path"] not in OPEN and not signs_in:
+                await self._authenticate(scope, state)
+            body = await self._body(headers, receive, LARGE_BODIES.get(scope["path"], MAX_BODY_BYTES))
+            if signs_in and self._cookies is not None and body is not None:
+                state["token"] = self._cookies.sign_in(scope, body, _peer(scope))
+                state["principal"] = await self._principal_of_token(scope, state["token"])
             if body is not None:
                 await self._app(scope, _replay(body, receive), send_on)
         except TidegateError as error:
@@ -137,27 +164,64 @@ class Guard:
                 _log(scope, status, time.perf_counter_ns() - started_ns)
             request.over = True
 
+    async def _authenticate(self, scope: Scope, state: MutableMapping[str, Any]) -> None:
+        """Set the principal; for who asks whether there is a session, none is an answer too."""
+        try:
+            state["principal"] = await self._principal(scope)
+        except (MissingToken, InvalidToken):
+            if scope["path"] != SESSION_PATH or scope["method"] not in READING:
+                raise
+
     async def _principal(self, scope: Scope) -> Principal:
         headers = AsgiHeaders(scope["headers"], _DECIDING)
-        scheme, _, token = (single(headers, "authorization") or "").partition(" ")
+        authorization = single(headers, "authorization")
+        if self._cookies is not None and authorization is None:
+            secret = self._cookies.secret(scope)
+            if secret is not None:
+                return await self._principal_of_session(scope, self._cookies, secret)
+        scheme, _, token = (authorization or "").partition(" ")
         token = token.strip()
         if scheme.lower() != "bearer" or not token:
             raise MissingToken("the token is missing: send 'Authorization: Bearer …'")
-        peer = _peer(scope)
-        client = counted_client(self._trusted.client(peer, headers), peer)
+        principal = await self._principal_of_token(scope, token)
+        return _permitted(scope, principal)
+
+    async def _principal_of_token(self, scope: Scope, token: str) -> Principal:
+        client = self._client(scope)
         known = True
         if not await self._has_attempts_left(client):
             # Wrong tokens of others never block a valid token, but many wrong ones must not cost a query each.
             known = await self._tokens.is_known(token)
         principal = await self._tokens.principal(token) if known else None
         if principal is None:
-            self._require_allowed(await self._failures.check(client), "requests with a wrong token from this address")
-            self._require_allowed(await self._all_failures.check(_ALL), "requests with a wrong token from all addresses")
+            await self._count_failure(client)
             raise InvalidToken("the token is unknown, expired or revoked: ask an operator for a new one")
         self._require_allowed(await self._requests.check(principal.subject), "requests with this token")
-        if scope["method"] not in READING:
-            require_operator(principal)
         return principal
+
+    async def _principal_of_session(self, scope: Scope, cookies: SessionCookies, secret: str) -> Principal:
+        client = self._client(scope)
+        sessions = cookies.sessions
+        known = await self._has_attempts_left(client) or await sessions.is_known(secret)
+        used = all(name.lower() != POLL_HEADER for name, _ in scope["headers"])
+        principal = await sessions.principal(secret, used=used) if known else None
+        if principal is None:
+            await self._count_failure(client)
+            raise InvalidToken("the session is over: sign in again")
+        self._require_allowed(await self._requests.check(principal.subject), "requests with this token")
+        if scope["method"] not in READING:
+            cookies.require_csrf_token(scope, secret)
+        scope["state"]["session"] = secret
+        return _permitted(scope, principal)
+
+    def _client(self, scope: Scope) -> str:
+        """What counts as the client whose wrong tokens are counted."""
+        peer = _peer(scope)
+        return counted_client(self._trusted.client(peer, AsgiHeaders(scope["headers"], _DECIDING)), peer)
+
+    async def _count_failure(self, client: str) -> None:
+        self._require_allowed(await self._failures.check(client), "requests with a wrong token from this address")
+        self._require_allowed(await self._all_failures.check(_ALL), "requests with a wrong token from all addresses")
 
     async def _has_attempts_left(self, client: str) -> bool:
         peeked = await self._failures.check(client, 0), await self._all_failures.check(_ALL, 0)
@@ -168,14 +232,14 @@ class Guard:
             after_s = ceil_s(decision.retry_after_us or 0)
             raise TooManyRequests(f"more than {decision.binding} {what}: try again in {after_s} s", retry_after_s=after_s)
 
-    async def _body(self, headers: dict[str, str], receive: Receive) -> bytes | None:
+    async def _body(self, headers: dict[str, str], receive: Receive, max_bytes: int = MAX_BODY_BYTES) -> bytes | None:
         """The complete body; None if the client disconnected."""
         encoding = headers.get("content-encoding", "")
         if encoding.strip().lower() not in IDENTITY:
             raise unsupported_encoding(encoding)
         length = headers.get("content-length", "")
-        if length.isdecimal() and int(length[:20]) > MAX_BODY_BYTES:
-            raise _too_large()
+        if length.isdecimal() and int(length[:20]) > max_bytes:
+            raise _too_large(max_bytes)
         body = bytearray()
         try:
             async with asyncio.timeout(self._body_timeout_s):
@@ -184,12 +248,19 @@ class Guard:
                     if message["type"] == "http.disconnect":
                         return None
                     body += message.get("body", b"")
-                    if len(body) > MAX_BODY_BYTES:
-                        raise _too_large()
+                    if len(body) > max_bytes:
+                        raise _too_large(max_bytes)
                     if not message.get("more_body", False):
                         return bytes(body)
         except TimeoutError:
             raise BodyTooSlow(f"the body was not received within {self._body_timeout_s:g} s: send it without pauses") from None
+
+
+def _permitted(scope: Scope, principal: Principal) -> Principal:
+    """The principal, if its role permits the method. Every role may end its own session."""
+    if scope["method"] not in READING and scope["path"] != SESSION_PATH:
+        require_operator(principal)
+    return principal
 
 
 def require_operator(principal: Principal) -> None:
@@ -279,5 +350,5 @@ def _replay(body: bytes, receive: Receive) -> Receive:
     return replay
 
 
-def _too_large() -> RequestTooLarge:
-    return RequestTooLarge(f"the body has more than {MAX_BODY_BYTES} bytes: send less per request")
+def _too_large(max_bytes: int) -> RequestTooLarge:
+    return RequestTooLarge(f"the body has more than {max_bytes} bytes: send less per request")

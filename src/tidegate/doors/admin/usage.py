@@ -53,6 +53,13 @@ def usage_routes(editor: CatalogEditor, gate: Gate) -> APIRouter:
     @routes.post("/counters/reset", summary="Reset the counters of a key, a client or a tier")
     async def reset(request: ResetRequest, actor: Actor) -> ResetRead:
         named = request.model_dump(exclude_none=True)
+        if request.namespace is not None:
+            if request.subject is None or len(named) != 2:
+                raise BadRequest("a reset in a namespace needs subject, and nothing else: {'namespace', 'subject'}")
+            await gate.request_limits.reset(request.namespace, request.subject)
+            target = f"namespace {request.namespace} {request.subject}"[:MAX_TARGET]
+            await editor.record(actor, "reset", "counters", target, {"reset": 1})
+            return ResetRead(reset=1)
         if len(named) != 1:
             raise BadRequest("a reset needs exactly one of api_key_id, ip, tier and subject")
         if request.api_key_id is not None:

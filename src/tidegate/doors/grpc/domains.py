@@ -95,10 +95,10 @@ class FileDomain:
             return Part(BadRequest(f"hits_addend = {cost} is too large; send at most {MAX_COST}", field="hits_addend"), cost)
         limits = self._sets.get(limit.path) or self._sent_set(limit)
         if limits.limits[0].amount == 0:
-            plan = CheckPlan(_refusal(limits, limit.shadow), ())
+            plan = CheckPlan(_refusal(limits, limit.shadow), (), cost)
         else:
             charge = Charge(((limits, subject),), cost)
-            plan = CheckPlan(Decision(True, unlimited_tier=self.domain) if limit.shadow else None, (charge,))
+            plan = CheckPlan(Decision(True, unlimited_tier=self.domain) if limit.shadow else None, (charge,), cost)
         return Part(plan, cost, limit.name)
 
     def _prepare(self, node: Node) -> None:

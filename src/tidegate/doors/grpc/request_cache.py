@@ -29,10 +29,12 @@ class FileRequest(msgspec.Struct, frozen=True):
     Args:
         domain: its domain.
         parts: its descriptors with the limits of the file.
+        entries: the entries of each descriptor.
     """
 
     domain: str
     parts: list[Part]
+    entries: list[list[tuple[str, str]]]
 
 
 PolicyChecks: TypeAlias = Sequence[tuple[Check | DescriptorCheck, int]]

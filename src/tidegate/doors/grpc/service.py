@@ -143,7 +143,7 @@ class RateLimitService:
             return self._answer_check(prepared)
         if isinstance(prepared, FileRequest):
             assert self._domains is not None, "the cache is cleared with the domains"
-            return self._answer_parts(self._domains[prepared.domain], prepared.parts)
+            return self._answer_parts(self._domains[prepared.domain], prepared.parts, prepared.entries)
         return self._answer_checks(None, prepared)
 
     def _answer_check(self, check: Check) -> bytes | Coroutine[Any, Any, bytes]:
@@ -203,9 +203,10 @@ class RateLimitService:
         if limits is not None:
             entries = [(*self._entries(each, request), _override(each)) for each in request.descriptors]
             parts = await limits.parts(entries)
+            sent = [each for each, _, _ in entries]
             if self._limits_of(request) is limits:
-                self._requests.add(payload, FileRequest(_domain(request), parts))
-            return await self._answer_parts(limits, parts)
+                self._requests.add(payload, FileRequest(_domain(request), parts, sent))
+            return await self._answer_parts(limits, parts, sent)
         if not self._is_of_policy(request):
             self._warn_unlimited(_domain(request))
             return reply([Part(None, 0)] * len(request.descriptors), [])
@@ -217,7 +218,16 @@ class RateLimitService:
             checks.append(self._check_of(each, request))
         return await self._answer_checks(payload, checks)
 
-    async def _answer_parts(self, limits: DomainLimits, parts: list[Part]) -> bytes:
+    async def _answer_parts(self, limits: DomainLimits, parts: list[Part], sent: list[Entries]) -> bytes:
+        if self._gate.access.lists.active:
+            # One blocked descriptor denies the request; an allowed one is counted as the file says.
+            checks = [self._descriptor_check(entries, 0) for entries in sent]
+            for admitted in await self._gate.access.admit_all(checks):
+                if isinstance(admitted, CatalogUnavailable):
+                    self._observed(admitted)
+                    raise CallRefused(Status.UNAVAILABLE, outward(admitted)[0])
+                if isinstance(admitted, TidegateError):
+                    return denied(self._observed(admitted))
         return reply(parts, await limits.settle(self._gate, parts))
 
     async def _answer_checks(
@@ -259,15 +269,18 @@ class RateLimitService:
                     raise BadRequest(f"the entry {key!r} appears twice in one descriptor; send it once", field=field)
                 named[field] = value
             if "path" not in named:
-                api_key = named.get("api_key") or None
-                # The first of two entries with one key is used.
-                by_key = dict(reversed(entries))
-                return DescriptorCheck(by_key, None if api_key is None else str(api_key), cost, _address(named.get("ip"))), cost
+                return self._descriptor_check(entries, cost), cost
             check = Check.of(**named, paths=self._paths, strict_ip=False)
             attributes = self._attributes(entries)
             return (msgspec.structs.replace(check, attributes=attributes) if attributes else check), cost
         except TidegateError as error:
             return error, cost
+
+    def _descriptor_check(self, entries: Entries, cost: int) -> DescriptorCheck:
+        """The check of a descriptor without a path; of two entries with one key the first is used."""
+        by_key = dict(reversed(entries))
+        named = {self._names[key]: value for key, value in by_key.items() if key in self._names}
+        return DescriptorCheck(by_key, named.get("api_key") or None, cost, _address(named.get("ip")))
 
     def _attributes(self, entries: Entries) -> Mapping[str, str]:
         """The entries that may be attributes: those with the name of one, but for what is read as a part of the check.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,6 +17,8 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from tidegate.counters.memory_storage import DEFAULT_MAX_SUBJECTS
 from tidegate.errors import SettingsError
+from tidegate.policy.attributes import MAX_ATTRIBUTES, RESERVED
+from tidegate.policy.model import Policy
 from tidegate.policy.paths import PathRules
 from tidegate.policy.toml_reader import load_policy
 from tidegate.tools.charts import clean
@@ -44,6 +47,7 @@ class Simulation:
         key_field: field with the API key, or None.
         fields: other names for keys of `FIELDS`.
         clients: parses the client address.
+        attributes: the field of each attribute.
     """
 
     def __init__(
@@ -55,6 +59,7 @@ class Simulation:
         key_field: str | None = None,
         fields: Mapping[str, str] | None = None,
         clients: Clients | None = None,
+        attributes: Sequence[str] = (),
     ) -> None:
         self.lines = 0
         self.malformed = 0
@@ -69,6 +74,7 @@ class Simulation:
         self._key_field = key_field
         self._fields = fields
         self._clients = clients or Clients()
+        self._attributes = attributes
 
     def read(self, log: LogLines) -> Iterator[int]:
         """Read one log; yields the bytes of the file read so far, at intervals.
@@ -139,7 +145,8 @@ class Simulation:
         if name is None:
             return None, False
         header = csv_columns(line) if name == "csv" else ()
-        return parser_of(name, self._subject, self._key_field, self._fields, header, self._clients), name == "csv"
+        subject, key_field, clients = self._subject, self._key_field, self._clients
+        return parser_of(name, subject, key_field, self._fields, header, clients, self._attributes), name == "csv"
 
     def _require_addresses(self) -> None:
         """Stop if most lines have a client that is not an address: the field is probably not the client's."""
@@ -187,7 +194,8 @@ def simulate(
         typer.Option(
             "--field",
             metavar="NAME=FIELD",
-            help=f"Field name of one of {', '.join(FIELDS)} in a JSON, CSV or W3C log: ip=cf_ip, path=req.uri. Repeatable.",
+            help=f"Field with one of {', '.join(FIELDS)} in a JSON, CSV or W3C log: ip=cf_ip, path=req.uri; or with any other "
+            "attribute that rules read: user=claims.sub, plan=x_plan. Repeatable.",
             show_default=False,
         ),
     ] = None,
@@ -223,6 +231,7 @@ def simulate(
         bool, typer.Option("--decode-unreserved", help="As the setting paths.decode_unreserved: %7E is decoded to ~.")
     ] = False,
     as_json_: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+    background: Annotated[bool, typer.Option("--background", hidden=True)] = False,
     html: Annotated[
         Path | None,
         typer.Option("--html", help="Also write the report to this file as an HTML page with charts.", show_default=False),
@@ -247,14 +256,24 @@ def simulate(
     if html is not None and not html.absolute().parent.is_dir():
         raise SettingsError(f"--html {html}: the directory does not exist: create it first")
     paths = PathRules.of(encoded_slashes or (), decode_unreserved)
-    replay = Replay(load_policy(policy), tier, by_ip=subject.lower() == "ip", max_subjects=max_subjects, paths=paths)
+    loaded = load_policy(policy)
+    roles, attributes = _named_fields(field or [], loaded)
+    replay = Replay(
+        loaded,
+        tier,
+        by_ip=subject.lower() == "ip",
+        max_subjects=max_subjects,
+        paths=paths,
+        attributes=tuple(attributes),
+    )
     order = TimeOrder(replay.decide, _span_s(reorder), reorder_max)
     networks = [each for text in trusted_proxies or DEFAULT_TRUSTED for each in text.split(",") if each.strip()]
-    simulation = Simulation(replay, order, log_format, subject, key_field, _named_fields(field or []), Clients(networks))
+    clients = Clients(networks)
+    simulation = Simulation(replay, order, log_format, subject, key_field, roles, clients, tuple(attributes.values()))
     sizes = [log_size(source) for source in logs]
     interrupted = False
     try:
-        with _progress(sizes) as update:
+        with _reported(sizes) if background else _progress(sizes) as update:
             done = 0
             for source, size in zip(logs, sizes, strict=True):
                 with LogLines(source) as log:
@@ -301,6 +320,14 @@ def _progress(sizes: list[int | None]) -> Iterator[Callable[[int], None]]:
         yield lambda read: progress.update(task, completed=read)
 
 
+@contextmanager
+def _reported(sizes: list[int | None]) -> Iterator[Callable[[int], None]]:
+    """For the control plane's what-if: low priority, and the progress as lines on stderr."""
+    os.nice(10)
+    total = sum(size or 0 for size in sizes) or 1
+    yield lambda read: print(f"progress {read / total:.3f}", file=sys.stderr, flush=True)
+
+
 def _span_s(text: str) -> int:
     match = _SPAN.fullmatch(text.strip())
     if match is None:
@@ -308,12 +335,28 @@ def _span_s(text: str) -> int:
     return int(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]]
 
 
-def _named_fields(texts: Sequence[str]) -> dict[str, str]:
-    fields = {}
+def _named_fields(texts: Sequence[str], policy: Policy) -> tuple[dict[str, str], dict[str, str]]:
+    """Fields by key of `FIELDS`, and by attribute that the policy reads; `user` may be both."""
+    rules = [rule for tier in policy.tiers for rule in tier.rules]
+    read = {policy.caller_policy.tier_from} | {name for rule in rules for name, _ in rule.match}
+    read |= {part for rule in rules for part in rule.subject_parts} - RESERVED
+    roles: dict[str, str] = {}
+    attributes: dict[str, str] = {}
     for each in texts:
         name, _, field = each.partition("=")
         name = name.lower()
-        if name not in FIELDS or not field:
-            raise SettingsError(f"--field {each!r} is not valid; expected NAME=FIELD, where NAME is one of {', '.join(FIELDS)}")
-        fields[name] = field
-    return fields
+        is_role = name in FIELDS
+        if not field or not (is_role or name in read):
+            hint = {"tier": ": use --tier", "api_key": ": use --key-field"}.get(name, "")
+            raise SettingsError(
+                f"--field {each[:80]!r} is not valid; expected NAME=FIELD, where NAME is one of "
+                f"{', '.join((*FIELDS, *sorted(read - {''} - set(FIELDS))[:20]))}: the fields of a request, and the attributes "
+                f"that the policy reads{hint}"
+            )
+        if is_role:
+            roles[name] = field
+        if not is_role or (name == "user" and name in read):
+            attributes[name] = field
+    if len(attributes) > MAX_ATTRIBUTES:
+        raise SettingsError(f"--field names {len(attributes)} attributes; at most {MAX_ATTRIBUTES} are possible, as in a check")
+    return roles, attributes

@@ -46,6 +46,7 @@ def parser_of(
     fields: Mapping[str, str] | None = None,
     header: Sequence[str] = (),
     clients: Clients | None = None,
+    attributes: Sequence[str] = (),
 ) -> Parse:
     """The parser of a format.
 
@@ -56,6 +57,7 @@ def parser_of(
         fields: for json, csv and w3c: other names for keys of `FIELDS`; case-insensitive, `a.b` for b inside a.
         header: for csv: the names of its columns.
         clients: parses the client address; None to trust proxies on loopback addresses.
+        attributes: the field of each attribute of the caller; its values are the request's `attributes`, in this order.
 
     Returns:
         A function from a line to its request. It raises `Malformed`, or `Directive` for a line that belongs to the format.
@@ -65,16 +67,18 @@ def parser_of(
     """
     clients = clients or Clients()
     if name not in ("json", "csv", "w3c"):
-        return text_parser(name, subject.lower(), key_field.lower() if key_field else None, clients)
+        fields_of_text = [field.lower() for field in attributes]
+        return text_parser(name, subject.lower(), key_field.lower() if key_field else None, clients, fields_of_text)
     names = dict(FIELDS) | {role: (field,) for role, field in (fields or {}).items()}
     if key_field:
         names["key"] = (key_field,)
     names["subject"] = names.get(subject.lower(), (subject,))
     if name == "json":
-        read = RecordReader(names, clients, _inner_parser(names, subject, clients))
+        read = RecordReader(names, clients, _inner_parser(names, subject, clients, attributes), attributes)
         return lambda line: read(json_record(line if line.startswith("{") else bare_line(line)))
     named = [*(names[role] for role in fields or {}), names["subject"], *((names["key"],) if key_field else ())]
-    read_row = RecordReader(names, clients)
+    named += [(field,) for field in attributes]
+    read_row = RecordReader(names, clients, attributes=attributes)
     if name == "w3c":
         records = W3cRecords(lambda columns: require_columns(columns, named))
         return lambda line: read_row(records(line))
@@ -102,9 +106,11 @@ def detect(line: str) -> str | None:
     return None
 
 
-def _inner_parser(names: Mapping[str, tuple[str, ...]], subject: str, clients: Clients) -> Callable[[str], Request]:
+def _inner_parser(
+    names: Mapping[str, tuple[str, ...]], subject: str, clients: Clients, attributes: Sequence[str]
+) -> Callable[[str], Request]:
     """Parses the text field of a JSON record: nested JSON, one level deep, or a line of text."""
-    read = RecordReader(names, clients)
+    read = RecordReader(names, clients, attributes=attributes)
     parsers: dict[str, Parse] = {}
 
     def parse(text: str) -> Request:
@@ -114,7 +120,7 @@ def _inner_parser(names: Mapping[str, tuple[str, ...]], subject: str, clients: C
         if name is None:
             raise Malformed("no field with a path, and the text in it is not a line of a known format")
         if name not in parsers:
-            parsers[name] = text_parser(name, subject.lower(), None, clients)
+            parsers[name] = text_parser(name, subject.lower(), None, clients, [field.lower() for field in attributes])
         return parsers[name](text)
 
     return parse

@@ -62,12 +62,20 @@ class RecordReader:
         names: field names for each key of `FIELDS` and for `subject`, in order of preference.
         clients: parses the client address.
         inner: parses the text field of a record without a path.
+        attributes: the field of each attribute.
     """
 
     def __init__(
-        self, names: Mapping[str, tuple[str, ...]], clients: Clients, inner: Callable[[str], Request] | None = None
+        self,
+        names: Mapping[str, tuple[str, ...]],
+        clients: Clients,
+        inner: Callable[[str], Request] | None = None,
+        attributes: Sequence[str] = (),
     ) -> None:
-        self._names = {**names, "inner": INNER_FIELDS}
+        # No role has a digit in its name.
+        self._attributes = tuple(str(number) for number in range(len(attributes)))
+        fields = {role: (field,) for role, field in zip(self._attributes, attributes, strict=True)}
+        self._names = {**names, **fields, "inner": INNER_FIELDS}
         self._clients = clients
         self._inner = inner
         self._shapes: dict[tuple[str, ...], dict[str, _Places]] = {}
@@ -105,11 +113,12 @@ class RecordReader:
         ip, logged = self._client(record, places["ip"])
         subject = ip if self._names["subject"] == self._names["ip"] else name_of(_first(record, places["subject"]))
         key = key_of(_first(record, places["key"]))
-        if not (ip or subject or key):
+        attributes = tuple([name_of(_first(record, places[role])) for role in self._attributes]) if self._attributes else ()
+        if not (ip or subject or key or any(attributes)):
             if logged:
                 raise NoAddress(logged)
             raise Malformed("no field that identifies the caller: " + self._listed("subject", "ip"))
-        return tuple.__new__(Request, (timestamp_us(time_value), ip, method, path, subject, key))
+        return tuple.__new__(Request, (timestamp_us(time_value), ip, method, path, subject, key, attributes))
 
     def _client(self, record: Mapping[str, Any], places: _Places) -> tuple[str, str]:
         """The first address among the client fields, and the logged text if none of them is an address."""

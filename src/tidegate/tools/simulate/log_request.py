@@ -28,6 +28,7 @@ class Request(NamedTuple):
         path: without query, as logged but without the log's escapes; truncated if longer than the maximum path.
         subject: value of the field that identifies the caller, at most 255 characters; empty if missing.
         api_key: as logged; empty if missing or longer than the maximum key.
+        attributes: a value for each attribute that the parser reads, in its order, at most 255 characters; empty if missing.
     """
 
     at_us: int
@@ -36,6 +37,7 @@ class Request(NamedTuple):
     path: str
     subject: str
     api_key: str
+    attributes: tuple[str, ...] = ()
 
 
 Parse: TypeAlias = Callable[[str], Request]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Final, NamedTuple
 
 from tidegate.errors import SettingsError
@@ -97,7 +97,7 @@ def text_format(text: str) -> str | None:
     return None
 
 
-def text_parser(name: str, subject: str, key_field: str | None, clients: Clients) -> Parse:
+def text_parser(name: str, subject: str, key_field: str | None, clients: Clients, attributes: Sequence[str] = ()) -> Parse:
     """The parser of a text format.
 
     Args:
@@ -105,6 +105,7 @@ def text_parser(name: str, subject: str, key_field: str | None, clients: Clients
         subject: ip, or the name of a field of that format.
         key_field: field with the API key, or None.
         clients: parses the client address.
+        attributes: the field of each attribute.
 
     Returns:
         A function from a line to its request; it raises `Malformed`.
@@ -114,11 +115,12 @@ def text_parser(name: str, subject: str, key_field: str | None, clients: Clients
     """
     is_clf = name in ("combined", "common")
     fields = COMBINED_FIELDS if is_clf else OTHER_FIELDS
-    for field in (subject, *((key_field,) if key_field else ())):
+    for field in (subject, *((key_field,) if key_field else ()), *attributes):
         if field not in fields:
             raise SettingsError(f"a log in the format {name} has no field {field!r}; its fields are {', '.join(fields)}")
-    find = _reader(subject, key_field, clients, _READERS[name])
-    return _with_fast_path(find, subject == "ip", clients) if is_clf and subject in ("ip", "user") and not key_field else find
+    find = _reader(subject, key_field, clients, _READERS[name], attributes)
+    is_plain = is_clf and subject in ("ip", "user") and not key_field and not attributes
+    return _with_fast_path(find, subject == "ip", clients) if is_plain else find
 
 
 def _with_fast_path(slow: Parse, by_ip: bool, clients: Clients) -> Parse:
@@ -137,21 +139,24 @@ def _with_fast_path(slow: Parse, by_ip: bool, clients: Clients) -> Parse:
         if len(path) > MAX_PATH_BYTES:
             path = path[: MAX_PATH_BYTES + 1]
         # A named tuple's own constructor takes five times as long.
-        return _new(Request, (moment_of(time_text), ip, method, path, ip if by_ip else "" if user == "-" else user, ""))
+        return _new(Request, (moment_of(time_text), ip, method, path, ip if by_ip else "" if user == "-" else user, "", ()))
 
     return parse
 
 
-def _reader(subject: str, key_field: str | None, clients: Clients, read: Callable[[str], LogFields]) -> Parse:
+def _reader(
+    subject: str, key_field: str | None, clients: Clients, read: Callable[[str], LogFields], attributes: Sequence[str] = ()
+) -> Parse:
     def parse(line: str) -> Request:
         found = read(bare_line(line))
         ip = clients(found.client)
         values: Mapping[str, str] = {"ip": ip, "user": found.user, "referer": found.referer, "agent": found.agent}
         named = name_of(values[subject])
         key = key_of(values[key_field]) if key_field else ""
-        if not (ip or named or key):
+        own = tuple(name_of(values[field]) for field in attributes)
+        if not (ip or named or key or any(own)):
             raise NoAddress(found.client)
-        return _new(Request, (found.at_us, ip, found.method, found.path, named, key))
+        return _new(Request, (found.at_us, ip, found.method, found.path, named, key, own))
 
     return parse
 

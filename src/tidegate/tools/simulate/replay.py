@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Final
 
@@ -11,9 +12,10 @@ from tidegate.counters.memory import MemoryCounters
 from tidegate.counters.memory_storage import DEFAULT_MAX_SUBJECTS
 from tidegate.decision import client_of
 from tidegate.errors import BadRequest, SettingsError
+from tidegate.policy.attributes import NO_ATTRIBUTES, OnMissing
 from tidegate.policy.key_format import hash_api_key, is_possible_key
 from tidegate.policy.limits import LimitSet
-from tidegate.policy.matching import CompiledRule, CompiledTier, subject_of
+from tidegate.policy.matching import CompiledRule, CompiledTier, attribute_subject, subject_of
 from tidegate.policy.model import KeyStatus, Policy, Subject
 from tidegate.policy.paths import STRICT, PathRules, canonical_path
 from tidegate.tools.simulate.log_formats import Request
@@ -39,6 +41,7 @@ class _Match(msgspec.Struct, frozen=True):
 
     tally: RuleTally
     limits: LimitSet | None
+    rule: CompiledRule | None
     kind: Subject
     own: LimitSet | None
     shadow_rules: tuple[tuple[CompiledRule, RuleTally], ...]
@@ -53,6 +56,7 @@ class Replay:
         by_ip: whether the caller of such a request is its IP address; otherwise the request's subject.
         max_subjects: maximum number of counters.
         paths: which encodings of a path are accepted.
+        attributes: names of the values in the `attributes` of each request.
 
     Raises:
         SettingsError: if the policy has no such tier, or the default tier is ambiguous.
@@ -65,6 +69,7 @@ class Replay:
         by_ip: bool,
         max_subjects: int = DEFAULT_MAX_SUBJECTS,
         paths: PathRules = STRICT,
+        attributes: Sequence[str] = (),
     ) -> None:
         self.tallies: dict[tuple[str, str], RuleTally] = {}
         self.top: SpaceSaving[tuple[str, str]] = SpaceSaving(MAX_TOP)
@@ -76,9 +81,14 @@ class Replay:
         self.refused_keys = 0
         self.unknown_keys = 0
         self.without_subject = 0
+        self.refused_attributes = 0
         self.worst_minute: tuple[int, int] | None = None
         self.counters = MemoryCounters(max_subjects, clock=lambda: self.now_us)
         self._tiers = {each.name: CompiledTier(each) for each in policy.tiers}
+        self._attribute_names = tuple(attributes)
+        # As live: a tier that is named comes before `[callers] tier_from`.
+        self._tier_from = policy.caller_policy.tier_from if tier is None else ""
+        self._matched_names: dict[CompiledTier, tuple[str, ...]] = {}
         self._default_tier = self._tiers[_default_tier(policy, tier)]
         self._add_rows(self._default_tier)
         self._records = {key.sha256: key for key in policy.api_keys}
@@ -87,13 +97,13 @@ class Replay:
         self._by_ip = by_ip
         self._paths = paths
         self._callers: dict[str, _Caller | None] = {}
-        self._matches: dict[tuple[CompiledTier, str, str], _Match] = {}
+        self._matches: dict[tuple[CompiledTier, str, str, tuple[str | None, ...]], _Match] = {}
         self._minute = 0
         self._minute_blocked = 0
 
     def decide(self, request: Request) -> None:
         """Decide one request and count the result. If it is earlier than the previous one, the previous time is used."""
-        at_us, ip, method, path, subject, api_key = request
+        at_us, ip, method, path, subject, api_key, values = request
         if at_us > self.now_us:
             self.now_us = at_us
             if self.first_us is None:
@@ -101,6 +111,10 @@ class Replay:
         if ":" in ip:
             ip = _client(ip)
         tier = self._default_tier
+        attributes: Mapping[str, str] = NO_ATTRIBUTES
+        if values:
+            attributes = {name: value for name, value in zip(self._attribute_names, values, strict=True) if value}
+            tier = self._planned_tier(attributes)
         caller_record = self._caller_of(api_key) if api_key else None
         if caller_record is not None:
             if caller_record.refused_from_us <= self.now_us:
@@ -111,15 +125,24 @@ class Replay:
             caller = f"k:{subject}"
         else:
             caller = f"i:{ip}"
-            if not subject:
+            if not subject and not attributes:
                 self.without_subject += 1
-        match = self._matches.get((tier, method, path)) or self._match(tier, method, path)
+        matched = tuple(map(attributes.get, self._names_in_matches(tier))) if attributes else ()
+        match = self._matches.get((tier, method, path, matched)) or self._match(tier, method, path, matched, attributes)
         if match is None:
             return
-        blocked = not self._charge(match, tier, caller, ip)
+        main: str | None = caller
+        if match.rule is not None and match.kind is not Subject.API_KEY:
+            main = _counted(match.rule, tier, caller, ip, attributes)
+            if main is None:
+                self.refused_attributes += 1
+                return
+        blocked = not self._charge(match, main or caller, caller)
         self.series.add(self.now_us, blocked)
         for shadow_rule, tally in match.shadow_rules:
-            counted = subject_of(shadow_rule.subject, caller, ip or None, tier.tier.name) or caller
+            counted = _counted(shadow_rule, tier, caller, ip, attributes)
+            if counted is None:
+                continue
             if self.counters.charge_all(((shadow_rule.limits, counted),), 1).allowed:
                 tally.allowed += 1
             else:
@@ -135,13 +158,29 @@ class Replay:
             return f"tier {subject[2:]}"
         return self._labels.get(subject) or subject[2:]
 
-    def _charge(self, match: _Match, tier: CompiledTier, caller: str, ip: str) -> bool:
+    def _planned_tier(self, attributes: Mapping[str, str]) -> CompiledTier:
+        """The tier that `[callers] tier_from` names, else the default one."""
+        if not self._tier_from:
+            return self._default_tier
+        tier = self._tiers.get(attributes.get(self._tier_from, ""))
+        if tier is None:
+            return self._default_tier
+        self._add_rows(tier)
+        return tier
+
+    def _names_in_matches(self, tier: CompiledTier) -> tuple[str, ...]:
+        """The attributes that decide which rule of a tier answers."""
+        names = self._matched_names.get(tier)
+        if names is None:
+            names = tuple(dict.fromkeys(name for rule in tier.tier.rules for name, _ in rule.required_entries))
+            self._matched_names[tier] = names
+        return names
+
+    def _charge(self, match: _Match, counted: str, caller: str) -> bool:
         """Decide by the matching rule and the tier's own limits, in one step as the gate does."""
-        limits, own, counted = match.limits, match.own, caller
+        limits, own = match.limits, match.own
         counters: tuple[tuple[LimitSet, str], ...]
         if limits is not None:
-            if match.kind is not Subject.API_KEY:
-                counted = subject_of(match.kind, caller, ip or None, tier.tier.name) or caller
             counters = ((limits, counted),) if own is None else ((limits, counted), (own, caller))
         elif own is not None:
             counters = ((own, caller),)
@@ -194,7 +233,9 @@ class Replay:
             self._labels[caller_record.subject] = record.name
         return caller_record
 
-    def _match(self, tier: CompiledTier, method: str, path: str) -> _Match | None:
+    def _match(
+        self, tier: CompiledTier, method: str, path: str, matched: tuple[str | None, ...], attributes: Mapping[str, str]
+    ) -> _Match | None:
         """The rules of a request; None (and counted) if a live check would reject the encoding of its path."""
         canonical, remedy = canonical_path(path, self._paths)
         if canonical is None:
@@ -202,7 +243,7 @@ class Replay:
             if len(self.refused) < MAX_EXAMPLES:
                 self.refused.append((path, remedy))
             return None
-        rule = tier.match(method, canonical)
+        rule = tier.match(method, canonical, attributes)
         if rule is not None:
             tally = self._tally(tier, rule.rule.name, rule.rule.endpoint, "enforce")
         elif tier.limits is not None:
@@ -212,18 +253,19 @@ class Replay:
         match = _Match(
             tally,
             None if rule is None else rule.limits,
+            rule,
             Subject.API_KEY if rule is None else rule.subject,
             tier.limits,
             tuple(
                 (each, self._tally(tier, each.rule.name, each.rule.endpoint, "shadow"))
-                for each in tier.shadow_rules(method, canonical)
+                for each in tier.shadow_rules(method, canonical, attributes)
             ),
         )
         # Long paths are seldom repeated, and clients that send them must not fill the memory.
         if len(path) <= _REMEMBERED_LENGTH:
             if len(self._matches) >= _MAX_REMEMBERED:
                 self._matches.clear()
-            self._matches[(tier, method, path)] = match
+            self._matches[(tier, method, path, matched)] = match
         return match
 
     def _add_rows(self, tier: CompiledTier) -> None:
@@ -247,11 +289,21 @@ def _default_tier(policy: Policy, tier: str | None) -> str:
         if tier not in names:
             raise SettingsError(f"the policy has no tier {tier!r}; expected one of {', '.join(names)}")
         return tier
-    if policy.anonymous_tier is not None:
-        return policy.anonymous_tier
+    default = policy.caller_policy.default_tier
+    if default is not None:
+        return default
     if len(names) == 1:
         return names[0]
     raise SettingsError(f"the tier of callers without an API key is ambiguous: give --tier, one of {', '.join(names)}")
+
+
+def _counted(rule: CompiledRule, tier: CompiledTier, caller: str, ip: str, attributes: Mapping[str, str]) -> str | None:
+    """Whom a rule counts; None where a live check would be refused because an attribute is missing."""
+    if rule.subject is Subject.ATTRIBUTES:
+        counted = attribute_subject(rule.parts, attributes, caller if caller.startswith("k:") else "", ip or None)
+        if counted is not None or rule.rule.on_missing is OnMissing.DENY:
+            return counted
+    return subject_of(rule.subject, caller, ip or None, tier.tier.name) or caller
 
 
 @lru_cache(maxsize=65_536)

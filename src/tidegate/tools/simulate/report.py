@@ -71,6 +71,8 @@ class Report(msgspec.Struct, frozen=True):
         no_address: lines whose client is not an address; a live check rejects them with 400.
         unknown_keys: requests with an API key that is not in the policy, decided as requests without a key.
         without_subject: requests without the field that names the caller, counted by ip.
+        refused_attributes: requests without an attribute that their rule insists on, which a live check rejects with
+            400; not counted by any rule.
         evicted: counters dropped because there were too many subjects: their requests may count as allowed too often.
         top_over_by_at_most: how much too high counts of `top_blocked` may be; 0 where they are exact.
         broken: logs that ended early, with the reason.
@@ -100,6 +102,7 @@ class Report(msgspec.Struct, frozen=True):
     untrusted_chains: int
     unknown_keys: int
     without_subject: int
+    refused_attributes: int
     evicted: int
     top_over_by_at_most: int
     broken: list[str]
@@ -151,6 +154,7 @@ def make_report(
         untrusted_chains=untrusted_chains,
         unknown_keys=replay.unknown_keys,
         without_subject=replay.without_subject,
+        refused_attributes=replay.refused_attributes,
         evicted=replay.counters.evicted,
         top_over_by_at_most=replay.top.floor,
         broken=list(broken),
@@ -227,6 +231,11 @@ def notes(report: Report) -> list[str]:
         )
     if report.without_subject:
         lines.append(f"{report.without_subject:,} requests do not identify their caller and were counted by ip")
+    if report.refused_attributes:
+        lines.append(
+            f"{report.refused_attributes:,} requests lack an attribute that their rule counts by, which is rejected with 400 "
+            '(on_missing = "deny"): name its field with --field NAME=FIELD if the log has it'
+        )
     if report.top_over_by_at_most:
         lines.append(
             "more subjects were blocked than are counted exactly: the counts of those blocked most may be "

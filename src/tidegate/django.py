@@ -1,0 +1,131 @@
+"""For Django: `limit` works on views as it is; `RateLimitMiddleware` adds default limits. Sync and async views; needs no cache.
+
+    MIDDLEWARE = [..., "tidegate.django.RateLimitMiddleware"]
+    TIDEGATE = {"default_limits": ["100/minute"], "counters": "redis://127.0.0.1:6379"}
+
+`TIDEGATE` has the arguments of `limit`, `default_limits`, and `enabled`. `limit` of this module reads `counters`,
+`trusted_proxies` and `enabled` from there where they are not given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from inspect import iscoroutinefunction, unwrap
+from typing import Any, Final
+
+from asgiref.sync import markcoroutinefunction
+from django.conf import settings
+from django.core.exceptions import ImproperlyConfigured
+from django.http import HttpRequest
+
+from tidegate.doors.exceeded import RateLimitExceeded
+from tidegate.doors.limit import EXEMPT, LIMITS, exempt
+from tidegate.doors.limit import limit as _limit
+from tidegate.doors.limit_arguments import caller_place
+from tidegate.doors.python_requests import DECISION, DjangoRequest
+from tidegate.doors.responses import limit_headers
+from tidegate.errors import TidegateError
+
+__all__ = ["RateLimitExceeded", "RateLimitMiddleware", "exempt", "limit"]
+
+_SHARED: Final = ("counters", "trusted_proxies")
+_METHODS: Final = ("get", "post", "put", "patch", "delete", "head", "options", "dispatch")
+
+
+def limit(limits: Any, **arguments: Any) -> _limit:
+    """`tidegate.limit` with `counters` and `trusted_proxies` of the setting `TIDEGATE`.
+
+    Args:
+        limits: see `tidegate.limit`.
+        arguments: see `tidegate.limit`.
+
+    Returns:
+        The decorator, for views and, below `method_decorator`, for methods of class-based views.
+
+    Raises:
+        PolicyError: at import, naming the place, if an argument is not valid.
+    """
+    shared = _settings()
+    place = caller_place(1)
+    if not shared.get("enabled", True):
+        arguments["exempt_when"] = lambda: True
+    return _limit(limits, place=place, **({name: shared[name] for name in _SHARED if name in shared} | arguments))
+
+
+class RateLimitMiddleware:
+    """Default limits for all views that have no `limit` of their own and are not `exempt`, and limit headers.
+
+    Args:
+        get_response: see Django's middleware.
+
+    Raises:
+        ImproperlyConfigured: if the setting `TIDEGATE` is not valid.
+    """
+
+    sync_capable = True
+    async_capable = True
+
+    def __init__(self, get_response: Callable[[HttpRequest], Any]) -> None:
+        self.get_response = get_response
+        self._limit: _limit | None = None
+        arguments = dict(_settings())
+        limits = arguments.pop("default_limits", None)
+        if arguments.pop("enabled", True) and limits:
+            try:
+                self._limit = _limit(limits, **{"key": "ip", **arguments})
+            except (TidegateError, TypeError) as error:
+                raise ImproperlyConfigured(f"setting TIDEGATE: {error}") from None
+        if iscoroutinefunction(get_response):
+            markcoroutinefunction(self)
+
+    def __call__(self, request: HttpRequest) -> Any:
+        """Answer a request."""
+        if iscoroutinefunction(self.get_response):
+            return self._call_async(request)
+        return _with_headers(request, self.get_response(request))
+
+    async def _call_async(self, request: HttpRequest) -> Any:
+        return _with_headers(request, await self.get_response(request))
+
+    def process_view(self, request: HttpRequest, view: Callable[..., Any], *_: object) -> Any:
+        """Check a request before its view; Django runs this in a thread where views are async.
+
+        Args:
+            request: the request.
+            view: that will answer it.
+
+        Returns:
+            The response to a denied request; None to go on.
+        """
+        if self._limit is None or _has_its_own(view):
+            return None
+        seen = DjangoRequest(request)
+        name = f"{view.__module__}.{getattr(view, '__qualname__', type(view).__name__)}|default"
+        try:
+            self._limit.check_blocking(seen, name)
+        except TidegateError as error:
+            return seen.answer(error)
+        return None
+
+
+def _settings() -> dict[str, Any]:
+    found = getattr(settings, "TIDEGATE", {})
+    if not isinstance(found, dict):
+        raise ImproperlyConfigured("setting TIDEGATE must be a dict such as {'default_limits': ['100/minute']}")
+    return found
+
+
+def _has_its_own(view: Callable[..., Any]) -> bool:
+    """Whether a view, its class or a method of its class is exempt or has a limit."""
+    inner = unwrap(view)
+    kind = getattr(view, "view_class", None) or getattr(view, "cls", None)
+    parts = (view, inner, kind, *(getattr(kind, method, None) for method in _METHODS))
+    return any(getattr(each, EXEMPT, False) or getattr(each, LIMITS, None) for each in parts)
+
+
+def _with_headers(request: HttpRequest, response: Any) -> Any:
+    decision = request.META.get(DECISION)
+    if decision is not None and "RateLimit" not in response.headers:
+        for name, value in limit_headers(decision):
+            response.headers[name] = value
+    return response

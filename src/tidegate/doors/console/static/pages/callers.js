@@ -1,0 +1,264 @@
+// Find a caller, see what is left to it in all its rules now, and help it: override, reset, revoke, rotate.
+
+import { all, get, send } from "../api.js";
+import { byTime, chart } from "../charts.js";
+import { confirm, form, saveChange, secret } from "../dialogs.js";
+import { announce, empty, field, fill, h, link, select, table } from "../dom.js";
+import { callerOf, counters, explainer } from "../explain.js";
+import { number, span, time } from "../format.js";
+import { traffic } from "../traffic.js";
+
+export default async function callers(root, view) {
+  const { q = "", key, subject, ip } = view.parameters;
+  const search = h("input", { type: "search", id: "search", value: key ?? subject ?? ip ?? q, placeholder: "name, key id, address or user=42", spellcheck: "false" });
+  function submit(event) {
+    event.preventDefault();
+    const text = search.value.trim();
+    const found = callerOf(text);
+    const query = { q: null, key: null, ip: null, subject: null, path: null };
+    if (found.attributes) query.subject = text;
+    else if (found.ip) query.ip = text;
+    else query.q = text;
+    view.set(query, { replace: false });
+  }
+  const bar = h(
+    "form.toolbar",
+    { onsubmit: submit, role: "search" },
+    h("label", { for: "search" }, "Find a caller"),
+    search,
+    h("button", { type: "submit" }, "Find"),
+    view.operator ? h("button.primary", { type: "button", onclick: () => createKey(view) }, "New key") : null,
+  );
+  const content = h("div", {});
+  fill(root, bar, content);
+  if (key) await showKey(content, view, key);
+  else if (subject || ip) await showSubject(content, view, subject ? { subject } : { ip });
+  else await showList(content, view, q);
+}
+
+async function showList(root, view, q) {
+  const { tier, status, after } = view.parameters;
+  const filter = /^[0-9a-f]{6,24}$/.test(q) ? { id_prefix: q } : { name: q };
+  const [page, tiers] = await Promise.all([
+    get("/api-keys", { limit: 50, after, tier, status, ...filter }, { signal: view.signal }),
+    all("/tiers", {}, { signal: view.signal }),
+  ]);
+  const choose = (label, name, options, chosen) => {
+    const control = select([["", "any"], ...options], chosen ?? "", { onchange: () => view.set({ [name]: control.value, after: null }) });
+    return field(label, control);
+  };
+  const filters = h(
+    "div.inline",
+    {},
+    choose("Tier", "tier", tiers.items.map((each) => [each.name, each.name]), tier),
+    choose("Status", "status", [["active", "active"], ["expired", "expired"], ["revoked", "revoked"]], status),
+  );
+  const rows = page.items.map((each) => [
+    link("/callers", { key: each.id }, each.name || "(no name)"),
+    h("code", {}, each.id),
+    each.tier,
+    h(`span.badge.${each.status}`, {}, each.status),
+    each.limits !== null || each.overrides.length ? "yes" : "",
+    time(each.created_at),
+  ]);
+  const nothing = q || tier || status
+    ? empty("No key matches.", "Search by a part of its name, the beginning of its id, an address, or an attribute such as user=42.")
+    : empty("There are no API keys yet.", view.operator ? "Make one with New key." : "An operator makes one with New key.", " Callers without a key are found by their address.");
+  fill(
+    root,
+    filters,
+    rows.length ? table("API keys", ["name", "id", "tier", "status", "overrides", "created"], rows) : nothing,
+    h("div.buttons", {}, after ? h("button", { type: "button", onclick: () => view.set({ after: null }) }, "First page") : null, page.next ? h("button", { type: "button", onclick: () => view.set({ after: page.next }, { replace: false }) }, "Next page") : null),
+  );
+}
+
+async function showKey(root, view, id) {
+  const { data: record } = await send("GET", `/api-keys/${encodeURIComponent(id)}`, { signal: view.signal });
+  const usage = h("div", {});
+  const past = h("div", {});
+  const facts = [
+    ["id", h("code", {}, record.id)],
+    ["tier", link("/policy", { tier: record.tier }, record.tier)],
+    ["status", h("span", {}, h(`span.badge.${record.status}`, {}, record.status), record.revoked_reason ? ` ${record.revoked_reason}` : "")],
+    ["created", time(record.created_at)],
+    ["expires", record.expires_at === null ? "never" : time(record.expires_at)],
+    ["overrides", overridesText(record)],
+  ];
+  fill(
+    root,
+    h("h2", {}, record.name || "(no name)"),
+    h("dl.facts", {}, facts.map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, value)))),
+    view.operator ? actions(view, record) : null,
+    h("section", {}, h("h2", {}, "Counters now"), usage),
+    explainer(view, { api_key_id: id }),
+    past,
+    h("p", {}, link("/audit", { kind: "api_key", target: id }, "Changes of this key")),
+  );
+  await view.live(2000, async (options) => fill(usage, usageTable(await get("/usage", { api_key_id: id }, options))));
+  await showPast(past, view, { api_key_id: id });
+}
+
+function overridesText(record) {
+  const own = record.overrides.map((each) => `${each.rule}: ${each.limits.join(", ")}`);
+  if (record.limits !== null) own.unshift(`(tier): ${record.limits.join(", ") || "no limits"}`);
+  return own.length ? h("ul", {}, own.map((text) => h("li", {}, text))) : "none";
+}
+
+function usageTable(usage) {
+  const shown = counters(usage.rules.map((each) => ({ problem: null, ...each })));
+  return [
+    shown ?? empty("No rule of the tier counts this caller.", "Add one in ", link("/policy", { tier: usage.tier }, "Policy"), "."),
+    usage.not_counted.length ? h("p.muted", {}, `Not counted by what is known of this caller: ${usage.not_counted.map((name) => name ?? "(tier)").join(", ")}.`) : null,
+    h("p", {}, `Blocked in the last 24 hours: ${number(usage.blocked_24h)}`),
+  ];
+}
+
+function actions(view, record) {
+  const button = (text, action, properties = {}) => h("button", { type: "button", onclick: action, ...properties }, text);
+  if (record.status === "revoked") return null;
+  return h(
+    "div.buttons",
+    {},
+    button("Override limits", () => override(view, record)),
+    button("Reset counters", () => reset(view, { api_key_id: record.id }, `the key ${record.name || record.id}`)),
+    record.managed_by_file ? null : button("Rotate", () => rotate(view, record)),
+    record.managed_by_file ? null : button("Revoke", () => revoke(view, record), { class: "danger" }),
+    record.managed_by_file ? h("p.muted", {}, "The policy file owns this key: change it there.") : null,
+  );
+}
+
+async function override(view, record) {
+  const { items } = await all("/rate-limit-rules", { tier: record.tier }, { signal: view.signal });
+  const counted = items.filter((each) => each.subject === "api_key");
+  const current = new Map(record.overrides.map((each) => [each.rule, each.limits]));
+  const inputs = new Map(counted.map((each) => [each.name, h("input", { value: (current.get(each.name) ?? []).join(", "), placeholder: each.limits.join(", "), spellcheck: "false" })]));
+  const own = h("input", { value: (record.limits ?? []).join(", "), placeholder: "as the tier", spellcheck: "false" });
+  const content = [
+    h("p.hint", {}, "Limits such as 500/minute, several separated by commas. Empty: as the rule says. What was consumed still counts."),
+    ...counted.map((each) => field(each.name, inputs.get(each.name), `The rule: ${each.limits.join(", ")}`)),
+    field("All endpoints together", own),
+  ];
+  const saved = await form(`Limits of ${record.name || record.id}`, content, {
+    save: () =>
+      saveChange({
+        method: "PUT",
+        path: `/api-keys/${record.id}/overrides`,
+        read: `/api-keys/${record.id}`,
+        before: record,
+        body: {
+          limits: own.value.trim() ? listed(own.value) : null,
+          overrides: [
+            ...[...inputs].filter(([, input]) => input.value.trim()).map(([rule, input]) => ({ rule, limits: listed(input.value) })),
+            // Those of rules that are not shown here stay as they are.
+            ...record.overrides.filter((each) => !inputs.has(each.rule)).map(({ rule, limits }) => ({ rule, limits })),
+          ],
+        },
+      }),
+  });
+  if (saved !== null) {
+    announce("The limits were saved.");
+    view.reload();
+  }
+}
+
+export function listed(text) {
+  return text.split(",").map((part) => part.trim()).filter(Boolean);
+}
+
+async function reset(view, target, name) {
+  if (!(await confirm("Reset counters?", `Everything that ${name} has consumed is forgotten. This cannot be undone.`, "Reset"))) return;
+  const { data } = await send("POST", "/counters/reset", { body: target });
+  announce(`${number(data.reset)} counters were reset.`);
+  view.reload();
+}
+
+async function revoke(view, record) {
+  const reason = h("input", { required: true, maxlength: "1000" });
+  const content = [
+    h("p", {}, "Every request with this key gets 403 at once. This cannot be undone; a new key can be made."),
+    field("Reason, for the audit log", reason),
+  ];
+  const save = async () => (await send("POST", `/api-keys/${record.id}/revoke`, { body: { reason: reason.value } })).data;
+  if ((await form(`Revoke ${record.name || record.id}?`, content, { action: "Revoke", danger: true, save })) !== null) {
+    announce("The key was revoked.");
+    view.reload();
+  }
+}
+
+async function rotate(view, record) {
+  const grace = h("input", { type: "number", min: "0", max: "31536000", value: "0" });
+  const content = [
+    h("p", {}, "A new key takes the place of this one, with its limits and counters."),
+    field("Seconds for which the old key still works", grace, "0: it is refused at once"),
+  ];
+  const save = async () => (await send("POST", `/api-keys/${record.id}/rotate`, { body: { grace_s: Number(grace.value) } })).data;
+  const made = await form(`Rotate ${record.name || record.id}?`, content, { action: "Rotate", danger: true, save });
+  if (made === null) return;
+  await secret("New API key", made.api_key, "Copy it now: it is not shown again.");
+  view.go(`/callers?key=${made.id}`);
+}
+
+async function createKey(view) {
+  const { items: tiers } = await all("/tiers", {}, { signal: view.signal });
+  if (tiers.length === 0) {
+    announce("Make a tier first, in Policy.");
+    return;
+  }
+  const tier = select(tiers.map((each) => each.name), tiers[0].name);
+  const name = h("input", { maxlength: "200" });
+  const expires = h("input", { type: "datetime-local" });
+  const content = [field("Tier", tier), field("Name", name, "Whose key it is"), field("Expires", expires, "Empty: never")];
+  const save = async () => {
+    const body = { tier: tier.value, name: name.value, expires_at: expires.value ? new Date(expires.value).toISOString() : null };
+    return (await send("POST", "/api-keys", { body })).data;
+  };
+  const made = await form("New API key", content, { action: "Create", save });
+  if (made === null) return;
+  await secret("New API key", made.api_key, "Copy it now: it is not shown again.");
+  view.go(`/callers?key=${made.id}`);
+}
+
+async function showSubject(root, view, target) {
+  const name = target.subject ?? target.ip;
+  const usage = h("div", {});
+  const past = h("div", {});
+  const tier = view.parameters.tier;
+  const fixed = target.subject ? { attributes: target.subject, tier } : { ip: target.ip };
+  fill(
+    root,
+    h("h2", {}, name),
+    view.operator ? h("div.buttons", {}, h("button", { type: "button", onclick: () => reset(view, target, name) }, "Reset counters")) : null,
+    h("section", {}, h("h2", {}, "Counters now"), usage),
+    explainer(view, fixed),
+    past,
+  );
+  await view.live(2000, async (options) => {
+    try {
+      fill(usage, usageTable(await get("/usage", { ...target, tier: target.subject ? tier : null }, options)));
+    } catch (error) {
+      if (error.status !== 404) throw error;
+      fill(usage, empty("The policy has no tier for this caller.", error.message));
+    }
+  });
+  await showPast(past, view, target);
+}
+
+async function showPast(root, view, target) {
+  const { from, to } = span("24h");
+  const [history, blocked] = await Promise.all([
+    traffic({ from, to, step: 3600, ...target }, { signal: view.signal }),
+    get("/violations", { ...target, limit: 50 }, { signal: view.signal }),
+  ]);
+  const sums = history === null ? null : byTime(history.items);
+  const sum = (values) => values.reduce((total, value) => total + value, 0);
+  fill(
+    root,
+    h("h2", {}, "Last 24 hours"),
+    sums === null || sums.times.length === 0
+      ? null
+      : chart("Requests per hour", `${number(sum(sums.allowed))} allowed, ${number(sum(sums.blocked))} blocked`, sums.times, { allowed: sums.allowed, blocked: sums.blocked }),
+    blocked.items.length
+      ? table("Minutes in which it was blocked", ["minute", "rule", "#blocked"], blocked.items.map((each) => [time(each.minute), each.rule || "(tier)", number(each.blocked)]))
+      : empty("It was not blocked in the last 24 hours."),
+  );
+}

@@ -1,0 +1,425 @@
+"""`limit`: a limit as a decorator of functions, and as a dependency of FastAPI."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Final, TypeAlias, TypeVar, cast
+
+from tidegate.counters import CounterStore
+from tidegate.decision import Decision
+from tidegate.doors.exceeded import loaded
+from tidegate.doors.limit_arguments import Place, UserFunction, function_place, parameter_place, request_parameters
+from tidegate.doors.limit_steps import LimitCall, LimitSteps
+from tidegate.doors.python_requests import DECISION, RequestView, flask_view, view_of
+from tidegate.doors.responses import limit_headers
+from tidegate.errors import BadRequest, SettingsError, TidegateError
+from tidegate.policy.limits import Algorithm, OnFailure
+
+F = TypeVar("F", bound=Callable[..., Any])
+_Find: TypeAlias = Callable[[tuple[Any, ...], dict[str, Any]], RequestView | None]
+
+EXEMPT: Final = "__tidegate_exempt__"
+LIMITS: Final = "__tidegate_limits__"
+"""Attributes of functions: whether default limits leave them out, and the limits of their own."""
+_NOT_FUNCTIONS: Final = (type, staticmethod, classmethod, property)
+_RESPONSE: Final = "tidegate_response"
+TOO_MANY_REQUESTS: Final[dict[str, Any]] = {
+    "description": "Too Many Requests: a rate limit is exceeded",
+    "headers": {
+        name: {"description": text, "schema": {"type": kind}}
+        for name, text, kind in (
+            ("Retry-After", "Seconds until the same request passes.", "integer"),
+            ("RateLimit", "Name of the limit, what is left of it, and seconds until it is replenished.", "string"),
+            ("RateLimit-Policy", "All limits that apply.", "string"),
+        )
+    },
+    "content": {
+        "application/json": {
+            "schema": {
+                "type": "object",
+                "properties": {
+                    "error": {
+                        "type": "object",
+                        "properties": {
+                            "code": {"type": "string", "const": "RATE_LIMIT_EXCEEDED"},
+                            "message": {"type": "string"},
+                            "details": {"type": "object"},
+                        },
+                    }
+                },
+            }
+        }
+    },
+}
+"""The response of a denied request, for OpenAPI."""
+
+
+class limit(LimitSteps):
+    """Limits the calls of a function, each caller by itself.
+
+        @limit("100/minute", key="ip")
+        async def search(request): ...
+
+        @limit("5/minute; 50/day", key="email")
+        def send_mail(email: str) -> None: ...
+
+        @app.get("/items", dependencies=[Depends(limit("100/minute", key=user_id))])
+
+    A denied call does not run the function. It raises `RateLimitExceeded`, which Starlette, FastAPI and Flask answer with 429 as
+    JSON; a view of Django returns that answer.
+
+    Functions given here take nothing, the request, or what the limited function takes; in `async def` functions they may be
+    `async def` themselves.
+
+    Args:
+        limits: a text such as `100/minute`, several separated by `;`, a list of texts, or a function that gives one of these, or
+            None for no limit.
+        key: whom to count: `ip`, `api_key` (the X-API-Key header), `header:NAME`, the name of a parameter of the function or of
+            an attribute of the request, or a function. Where its value is missing, the address is counted. By default `ip` where
+            there is a request; else all calls together.
+        cost: units of a call; a number, or a function. One whose parameter is named `result` or `response` gets what the function
+            returned; its cost is charged afterwards, at most what is left.
+        methods: HTTP methods that are limited; all where not given.
+        exempt_when: a function; calls for which it gives true are neither limited nor counted.
+        deduct_when: a function of the response; a call is charged only if it gives true. A limit that is used up denies anyway.
+        scope: name of the limit; limits of one scope on one store count together. By default the function's name.
+        algorithm: fixed_window, sliding_window, sliding_log, token_bucket or leaky_bucket.
+        counters: URL or store; by default that of the environment variable `TIDEGATE_COUNTERS__URL`, else `memory://`.
+        on_failure: local, allow or deny, while the store is unavailable.
+        on_exceeded: a function of the decision, or of request and decision, that is called at a denial; what it returns, unless
+            that is None, is the result of the call.
+        error_message: text of the error, or a function that gives it.
+        trusted_proxies: whose `X-Real-IP` and `X-Forwarded-For` are believed for `ip`.
+        block: false to run the function in any case; `request.limited` of Django then says whether it was denied.
+        place: named in errors, where not the caller's.
+
+    Raises:
+        PolicyError: at import, naming the place, if an argument is not valid.
+    """
+
+    def __init__(
+        self,
+        limits: str | Sequence[str] | Callable[..., Any],
+        *,
+        key: str | Callable[..., Any] | None = None,
+        cost: int | Callable[..., Any] = 1,
+        methods: str | Iterable[str] | None = None,
+        exempt_when: Callable[..., Any] | None = None,
+        deduct_when: Callable[[Any], Any] | None = None,
+        scope: str | None = None,
+        algorithm: str = Algorithm.SLIDING_WINDOW,
+        counters: str | CounterStore | None = None,
+        on_failure: str = OnFailure.LOCAL,
+        on_exceeded: Callable[..., Any] | None = None,
+        error_message: str | Callable[..., Any] | None = None,
+        trusted_proxies: Iterable[str] = (),
+        block: bool = True,
+        place: Place | None = None,
+    ) -> None:
+        super().__init__(
+            limits,
+            key=key,
+            cost=cost,
+            methods=methods,
+            exempt_when=exempt_when,
+            deduct_when=deduct_when,
+            scope=scope,
+            algorithm=algorithm,
+            counters=counters,
+            on_failure=on_failure,
+            on_exceeded=on_exceeded,
+            error_message=error_message,
+            trusted_proxies=trusted_proxies,
+            block=block,
+            place=place,
+        )
+        # FastAPI looks here whether a dependency is to be awaited; a call uses the method of the class.
+        self.__dict__["__call__"] = self._depend
+
+    @property
+    def responses(self) -> dict[int | str, dict[str, Any]]:
+        """What OpenAPI says of a denial, for `responses=` of FastAPI."""
+        return {429: TOO_MANY_REQUESTS}
+
+    def __repr__(self) -> str:
+        return f"limit({'; '.join(self._texts) if self._texts else self._limits_of}, scope={self._scope!r})"
+
+    # Decorator.
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Decorate a function; as a dependency of FastAPI, decide a request."""
+        if kwargs and not args:
+            return self._depend(**kwargs)
+        if len(args) != 1 or kwargs or not callable(args[0]) or isinstance(args[0], _NOT_FUNCTIONS):
+            with self._place.named():
+                raise SettingsError(
+                    "it decorates functions and methods: write @limit('100/minute') with parentheses, below @staticmethod, "
+                    "@classmethod and @property"
+                )
+        return self._decorate(args[0])
+
+    def _decorate(self, function: F) -> F:
+        place = function_place(function, self._place)
+        is_async = inspect.iscoroutinefunction(function)
+        with place.named():
+            if inspect.isasyncgenfunction(function):
+                raise SettingsError("async generators cannot be limited: limit the function that starts one")
+            if not is_async:
+                self._require_blocking()
+            find, parameter = self._finder(function)
+        outer = list(getattr(function, LIMITS, ()))
+        name = self._scope or place.function + (f"#{len(outer)}" if outer else "")
+
+        if is_async:
+
+            @functools.wraps(function)
+            async def call_async(*args: Any, **kwargs: Any) -> Any:
+                response = kwargs.pop(_RESPONSE, None)
+                call = LimitCall(name, find(args, kwargs), args, kwargs, parameter)
+                try:
+                    await self._run_async(self._before(call))
+                    if call.denied:
+                        return await self._run_async(self._deny(call))
+                except TidegateError as error:
+                    return _answered(call, error)
+                if response is not None and call.decision is not None:
+                    response.headers.update(dict(limit_headers(_kept(call))))
+                try:
+                    result = await function(*args, **kwargs)
+                except Exception as error:
+                    if call.pending and (failed := _response_of(error)) is not None:
+                        await self._run_async(self._after(call, failed))
+                    raise
+                if call.pending:
+                    await self._run_async(self._after(call, result))
+                if call.decision is not None and call.view is not None:
+                    call.view.add_headers(result, call.decision)
+                return result
+
+            wrapper: Any = call_async
+        else:
+
+            @functools.wraps(function)
+            def call_blocking(*args: Any, **kwargs: Any) -> Any:
+                response = kwargs.pop(_RESPONSE, None)
+                call = LimitCall(name, find(args, kwargs), args, kwargs, parameter)
+                try:
+                    self._run(self._before(call))
+                    if call.denied:
+                        return self._run(self._deny(call))
+                except TidegateError as error:
+                    return _answered(call, error)
+                if response is not None and call.decision is not None:
+                    response.headers.update(dict(limit_headers(_kept(call))))
+                try:
+                    result = function(*args, **kwargs)
+                except Exception as error:
+                    if call.pending and (failed := _response_of(error)) is not None:
+                        self._run(self._after(call, failed))
+                    raise
+                if call.pending:
+                    self._run(self._after(call, result))
+                if call.decision is not None and call.view is not None:
+                    call.view.add_headers(result, call.decision)
+                return result
+
+            wrapper = call_blocking
+        setattr(wrapper, LIMITS, [*outer, self])
+        _take_response(wrapper, function)
+        return cast("F", wrapper)
+
+    def _require_blocking(self) -> None:
+        """Refuse what a function without an event loop cannot use."""
+        if self._store.needs_loop:
+            raise SettingsError("this counter store needs an event loop: give the URL of a store as counters")
+        for argument in ("_limits_of", "_cost_of", "_exempt_when", "_deduct_when", "_on_exceeded", "_message_of", "_key"):
+            given = getattr(self, argument)
+            if isinstance(given, UserFunction) and given.is_async:
+                raise SettingsError(f"{argument.strip('_').removesuffix('_of')} is async, but the function is not: make it a def")
+
+    def _finder(self, function: Callable[..., Any]) -> tuple[_Find, tuple[int, Any] | None]:
+        """How the request is found among the arguments of a function, and the parameter that the key names."""
+        named = request_parameters(function)
+        key = self._key
+        parameter = parameter_place(function, key) if isinstance(key, str) and key not in ("ip", "api_key") else None
+        takes_arguments = bool(named) or loaded("flask") is not None or _takes_any(function)
+        if isinstance(key, str) and parameter is None and not takes_arguments:
+            raise SettingsError(
+                f"key {key!r} needs a request, or a parameter of that name; the function has neither: "
+                "add one, or give a function as key"
+            )
+
+        def find(args: tuple[Any, ...], kwargs: dict[str, Any]) -> RequestView | None:
+            for name, place in named:
+                given = kwargs.get(name)
+                if given is None and place < len(args):
+                    given = args[place]
+                if given is not None and (view := view_of(given)) is not None:
+                    return view
+            for given in args[:2]:
+                if (view := view_of(given)) is not None:
+                    return view
+            return flask_view()
+
+        return find, parameter
+
+    # Dependency of FastAPI.
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        """What FastAPI gives to the dependency; other frameworks do not ask."""
+        if loaded("fastapi") is None:
+            return inspect.signature(type(self).__call__)
+        with self._place.named():
+            if self._deduct_when is not None or (self._cost_of is not None and self._cost_of.of_result):
+                raise SettingsError(
+                    "a dependency runs before the response exists: use deduct_when, and cost of the response, as a decorator "
+                    "of the endpoint"
+                )
+        from starlette.requests import HTTPConnection
+        from starlette.responses import Response
+
+        keyword = inspect.Parameter.KEYWORD_ONLY
+        return inspect.Signature(
+            [
+                inspect.Parameter("connection", keyword, annotation=HTTPConnection),
+                inspect.Parameter("response", keyword, annotation=Response),
+            ]
+        )
+
+    async def _depend(self, connection: Any, response: Any = None) -> Decision | None:
+        scope = connection.scope
+        endpoint = scope.get("endpoint")
+        if endpoint is not None and getattr(inspect.unwrap(endpoint), EXEMPT, False):
+            return None
+        return await self.check(connection, response=response)
+
+    async def check(self, connection: Any, *, name: str | None = None, response: Any = None) -> Decision | None:
+        """Decide and charge a request or WebSocket: for messages of a WebSocket, middleware and code of your own.
+
+        Args:
+            connection: a request of Starlette, FastAPI or Django.
+            name: of the limit; by default its scope, else the endpoint's name.
+            response: gets the limit headers.
+
+        Returns:
+            The decision; None where the limit does not apply.
+
+        Raises:
+            RateLimitExceeded: if it is denied, unless `block` is false.
+        """
+        view = view_of(connection)
+        if view is None:
+            raise BadRequest(f"{type(connection).__name__} is not a request of a framework that Tidegate knows", field="request")
+        call = LimitCall(name or self._scope or _endpoint_name(connection, self._label), view, (connection,), {})
+        await self._run_async(self._before(call))
+        if call.denied:
+            await self._run_async(self._deny(call))
+        if response is not None and call.decision is not None:
+            response.headers.update(dict(limit_headers(_kept(call))))
+        return call.decision
+
+    async def close(self) -> None:
+        """Close the connections of its store, which other limits of the same URL share; the next call opens new ones."""
+        await self._store.close()
+
+    def check_blocking(self, view: RequestView, name: str) -> Decision | None:
+        """As `check`, without an event loop: for middleware.
+
+        Args:
+            view: the request.
+            name: of the limit, unless it has a scope.
+
+        Raises:
+            RateLimitExceeded: if it is denied.
+        """
+        call = LimitCall(self._scope or name, view, (view.native,), {})
+        self._run(self._before(call))
+        if call.denied:
+            self._run(self._deny(call))
+        return call.decision
+
+    @property
+    def _label(self) -> str:
+        """Tells limits of one endpoint apart."""
+        key = self._key
+        counted = key if isinstance(key, str) else "" if key is None else getattr(key.function, "__qualname__", "")
+        methods = ",".join(sorted(self._methods or ()))
+        return f"{counted}:{methods}:{self._algorithm}"
+
+
+def exempt(function: F) -> F:
+    """Leave a function out of default limits: those of a middleware or extension, and of a FastAPI app's `dependencies`.
+
+        @app.get("/health")
+        @exempt
+        def health(): ...
+
+    Args:
+        function: the endpoint or view.
+
+    Returns:
+        The same function.
+    """
+    setattr(function, EXEMPT, True)
+    return function
+
+
+def _answered(call: LimitCall, error: TidegateError) -> Any:
+    """What a view returns for an error where its framework has no exception for it; else the error is raised."""
+    answer = None if call.view is None else call.view.answer(error)
+    if answer is None:
+        raise error
+    return answer
+
+
+def _kept(call: LimitCall) -> Decision:
+    """The decision whose headers a request gets: the strictest of its limits."""
+    assert call.decision is not None
+    scope = getattr(None if call.view is None else call.view.native, "scope", None) or {}
+    kept: Decision = scope.get(DECISION, call.decision)
+    return kept
+
+
+def _response_of(error: Exception) -> Any:
+    """What an exception that ends as a response says to `deduct_when`; None for others, which are not charged."""
+    if hasattr(error, "get_response"):
+        return error.get_response()
+    return error if hasattr(error, "status_code") else None
+
+
+def _endpoint_name(connection: Any, label: str) -> str:
+    """A name for the limit of an endpoint: the same in every process, also after other code was changed."""
+    scope = getattr(connection, "scope", None) or {}
+    endpoint = scope.get("endpoint")
+    match = getattr(connection, "resolver_match", None)
+    if endpoint is None and match is not None:
+        endpoint = match.func
+    if endpoint is None:
+        return f"all|{label}"
+    return f"{endpoint.__module__}.{getattr(endpoint, '__qualname__', type(endpoint).__name__)}|{label}"
+
+
+def _takes_any(function: Callable[..., Any]) -> bool:
+    """Whether a function takes arguments that its signature does not name, among which a request may be."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
+        return True
+    return any(each.kind in (each.VAR_POSITIONAL, each.VAR_KEYWORD) for each in parameters)
+
+
+def _take_response(wrapper: Any, function: Callable[..., Any]) -> None:
+    """Have FastAPI hand the response of an endpoint to the wrapper, which puts the limit headers on it."""
+    if loaded("fastapi") is None or not request_parameters(function):
+        return
+    from starlette.responses import Response
+
+    signature = inspect.signature(function, eval_str=True)
+    parameters = list(signature.parameters.values())
+    added = inspect.Parameter(_RESPONSE, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Response)
+    place = next((i for i, each in enumerate(parameters) if each.kind is each.VAR_KEYWORD), len(parameters))
+    parameters.insert(place, added)
+    wrapper.__signature__ = signature.replace(parameters=parameters)

@@ -1,0 +1,353 @@
+"""Requests of Python frameworks as a limit sees them: Starlette and FastAPI (ASGI), Django, Flask and plain WSGI.
+
+No framework is imported: a request is recognized by what it has, and Flask's only where the program has imported Flask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, MutableMapping
+from typing import Any, Final, Protocol
+
+from tidegate.decision import Decision
+from tidegate.doors.client_address import FORWARDING, TrustedProxies, counted_client
+from tidegate.doors.exceeded import RateLimitExceeded, flask_error, loaded, starlette_error, use_json_answer
+from tidegate.doors.request_headers import AsgiHeaders, RequestHeaders
+from tidegate.doors.responses import encode, error_body, limit_headers
+from tidegate.errors import TidegateError
+
+DECISION: Final = "tidegate.decision"
+"""Key of the ASGI scope and the WSGI environment under which the decision of a request is kept, for its headers."""
+_FORWARDING_WSGI: Final = {name: "HTTP_" + name.decode().upper().replace("-", "_") for name in FORWARDING}
+
+
+class RequestView(Protocol):
+    """One request. `native` is the framework's object, which functions of the user get."""
+
+    native: Any
+    enabled: bool
+    """Whether the application's settings let limits work."""
+
+    @property
+    def method(self) -> str:
+        """HTTP method, upper-case; `WEBSOCKET` for a WebSocket."""
+        ...
+
+    def peer(self) -> str:
+        """Address of whoever connected; empty where there is none."""
+        ...
+
+    def header(self, name: str) -> str | None:
+        """The first value of a header; name in lower case."""
+        ...
+
+    def forwarding(self) -> RequestHeaders:
+        """The headers that proxies set."""
+        ...
+
+    def attribute(self, name: str) -> object:
+        """What the application keeps under a name for this request: `request.state`, `flask.g`, the request itself."""
+        ...
+
+    def keep(self, decision: Decision) -> None:
+        """Remember a decision: its headers are sent with the response where the framework lets us."""
+        ...
+
+    def add_headers(self, result: Any, decision: Decision) -> None:
+        """Add the limit headers to what a view returned, if that is a response."""
+        ...
+
+    def denied(self, decision: Decision, message: str | None, scope: str) -> RateLimitExceeded:
+        """The exception that the framework answers with 429."""
+        ...
+
+    def answer(self, error: TidegateError) -> Any:
+        """What a view returns in place of raising; None where the exception is raised."""
+        ...
+
+
+class AsgiRequest:
+    """A request or WebSocket of Starlette or FastAPI, or any object with an ASGI `scope`."""
+
+    __slots__ = ("_scope", "native")
+    enabled = True
+
+    def __init__(self, native: Any, scope: MutableMapping[str, Any]) -> None:
+        self.native = native
+        self._scope = scope
+
+    @property
+    def method(self) -> str:
+        """See `RequestView`."""
+        return str(self._scope.get("method", "WEBSOCKET"))
+
+    def peer(self) -> str:
+        """See `RequestView`."""
+        client = self._scope.get("client")
+        return client[0] if client else ""
+
+    def header(self, name: str) -> str | None:
+        """See `RequestView`."""
+        wanted = name.encode("latin-1")
+        for each, value in self._scope["headers"]:
+            if each.lower() == wanted:
+                return str(value, "latin-1")
+        return None
+
+    def forwarding(self) -> RequestHeaders:
+        """See `RequestView`."""
+        return AsgiHeaders(self._scope["headers"], FORWARDING)
+
+    def attribute(self, name: str) -> object:
+        """See `RequestView`."""
+        state = self._scope.get("state")
+        found = state.get(name) if isinstance(state, Mapping) else getattr(state, name, None)
+        return found if found is not None else self._scope.get("path_params", {}).get(name)
+
+    def keep(self, decision: Decision) -> None:
+        """See `RequestView`."""
+        known = self._scope.get(DECISION)
+        self._scope[DECISION] = decision if known is None else stricter(known, decision)
+
+    def add_headers(self, result: Any, decision: Decision) -> None:
+        """See `RequestView`."""
+        if hasattr(result, "raw_headers"):  # a response of Starlette
+            result.headers.update(dict(limit_headers(self._scope.get(DECISION, decision))))
+
+    def denied(self, decision: Decision, message: str | None, scope: str) -> RateLimitExceeded:
+        """See `RequestView`."""
+        if loaded("starlette") is None:
+            return RateLimitExceeded(decision, message, scope)
+        use_json_answer(self._scope)
+        return starlette_error(decision, message, scope)
+
+    def answer(self, error: TidegateError) -> None:
+        """See `RequestView`."""
+
+
+class DjangoRequest:
+    """A request of Django or Django REST framework."""
+
+    __slots__ = ("native",)
+    enabled = True
+
+    def __init__(self, native: Any) -> None:
+        self.native = native
+
+    @property
+    def method(self) -> str:
+        """See `RequestView`."""
+        return str(self.native.method)
+
+    def peer(self) -> str:
+        """See `RequestView`."""
+        return self.native.META.get("REMOTE_ADDR") or ""
+
+    def header(self, name: str) -> str | None:
+        """See `RequestView`."""
+        found: str | None = self.native.META.get("HTTP_" + name.upper().replace("-", "_"))
+        return found
+
+    def forwarding(self) -> RequestHeaders:
+        """See `RequestView`."""
+        return EnvironHeaders(self.native.META)
+
+    def attribute(self, name: str) -> object:
+        """See `RequestView`; `user` is the primary key of a user who is logged in."""
+        found: Any = getattr(self.native, name, None)
+        if hasattr(found, "is_authenticated"):
+            return found.pk if found.is_authenticated else None
+        if found is None and (match := getattr(self.native, "resolver_match", None)) is not None:
+            return match.kwargs.get(name)
+        return found
+
+    def keep(self, decision: Decision) -> None:
+        """See `RequestView`."""
+        known = self.native.META.get(DECISION)
+        self.native.META[DECISION] = decision if known is None else stricter(known, decision)
+
+    def add_headers(self, result: Any, decision: Decision) -> None:
+        """See `RequestView`."""
+        if hasattr(result, "headers") and hasattr(result, "status_code"):
+            for name, value in limit_headers(self.native.META.get(DECISION, decision)):
+                result.headers[name] = value
+
+    def denied(self, decision: Decision, message: str | None, scope: str) -> RateLimitExceeded:
+        """See `RequestView`."""
+        return RateLimitExceeded(decision, message, scope)
+
+    def answer(self, error: TidegateError) -> Any:
+        """See `RequestView`: Django has no exception for 429."""
+        from django.http import HttpResponse
+
+        if isinstance(error, RateLimitExceeded):
+            return HttpResponse(error.body(), status=429, headers=error.limit_headers, content_type="application/json")
+        return HttpResponse(encode(error_body(error)), status=error.status, content_type="application/json")
+
+
+class FlaskRequest:
+    """The request that Flask is answering."""
+
+    __slots__ = ("_flask", "enabled", "native")
+
+    def __init__(self, flask: Any) -> None:
+        self._flask = flask
+        self.native = flask.request
+        self.enabled: bool = flask.current_app.config.get("RATELIMIT_ENABLED", True)
+
+    @property
+    def method(self) -> str:
+        """See `RequestView`."""
+        return str(self.native.method)
+
+    def peer(self) -> str:
+        """See `RequestView`."""
+        return self.native.remote_addr or ""
+
+    def header(self, name: str) -> str | None:
+        """See `RequestView`."""
+        found: str | None = self.native.headers.get(name)
+        return found
+
+    def forwarding(self) -> RequestHeaders:
+        """See `RequestView`."""
+        return EnvironHeaders(self.native.environ)
+
+    def attribute(self, name: str) -> object:
+        """See `RequestView`."""
+        found = self._flask.g.get(name)
+        return found if found is not None else (self.native.view_args or {}).get(name)
+
+    def keep(self, decision: Decision) -> None:
+        """See `RequestView`."""
+        known = self._flask.g.get("_tidegate_decision")
+        self._flask.g._tidegate_decision = decision if known is None else stricter(known, decision)
+        if known is None:
+            self._flask.after_this_request(_add_flask_headers)
+
+    def add_headers(self, result: Any, decision: Decision) -> None:
+        """See `RequestView`: `keep` has seen to it."""
+
+    def denied(self, decision: Decision, message: str | None, scope: str) -> RateLimitExceeded:
+        """See `RequestView`."""
+        return flask_error(decision, message, scope)
+
+    def answer(self, error: TidegateError) -> None:
+        """See `RequestView`."""
+
+
+class WsgiRequest:
+    """A WSGI environment."""
+
+    __slots__ = ("native",)
+    enabled = True
+
+    def __init__(self, environ: dict[str, Any]) -> None:
+        self.native = environ
+
+    @property
+    def method(self) -> str:
+        """See `RequestView`."""
+        return str(self.native["REQUEST_METHOD"])
+
+    def peer(self) -> str:
+        """See `RequestView`."""
+        return self.native.get("REMOTE_ADDR") or ""
+
+    def header(self, name: str) -> str | None:
+        """See `RequestView`."""
+        found: str | None = self.native.get("HTTP_" + name.upper().replace("-", "_"))
+        return found
+
+    def forwarding(self) -> RequestHeaders:
+        """See `RequestView`."""
+        return EnvironHeaders(self.native)
+
+    def attribute(self, name: str) -> object:
+        """See `RequestView`: a key of the environment."""
+        return self.native.get(name)
+
+    def keep(self, decision: Decision) -> None:
+        """See `RequestView`."""
+        self.native[DECISION] = decision
+
+    def add_headers(self, result: Any, decision: Decision) -> None:
+        """See `RequestView`: the middleware does it."""
+
+    def denied(self, decision: Decision, message: str | None, scope: str) -> RateLimitExceeded:
+        """See `RequestView`."""
+        return RateLimitExceeded(decision, message, scope)
+
+    def answer(self, error: TidegateError) -> None:
+        """See `RequestView`."""
+
+
+class EnvironHeaders:
+    """The forwarding headers of a WSGI environment. Servers join headers of one name with commas."""
+
+    __slots__ = ("_environ",)
+
+    def __init__(self, environ: Mapping[str, Any]) -> None:
+        self._environ = environ
+
+    def get_all(self, key: str) -> list[str]:
+        """See `RequestHeaders`."""
+        value = self._environ.get(_FORWARDING_WSGI[key.encode()])
+        return [] if value is None else [value.encode("latin-1", "replace").decode("utf-8", "surrogateescape").strip(" \t")]
+
+    def __contains__(self, key: str) -> bool:
+        return _FORWARDING_WSGI[key.encode()] in self._environ
+
+
+def view_of(value: Any) -> RequestView | None:
+    """The request that an argument of a function is.
+
+    Args:
+        value: any argument.
+
+    Returns:
+        A view of it; None where it is not a request.
+    """
+    scope = getattr(value, "scope", None)
+    if isinstance(scope, MutableMapping) and "type" in scope and "headers" in scope and not hasattr(value, "META"):
+        return AsgiRequest(value, scope)
+    if isinstance(getattr(value, "META", None), MutableMapping) and hasattr(value, "method"):
+        return DjangoRequest(value)
+    return None
+
+
+def flask_view() -> RequestView | None:
+    """The request that Flask is answering now; None outside of one, and where the program does not use Flask."""
+    flask = loaded("flask")
+    if flask is None or not flask.has_request_context():
+        return None
+    return FlaskRequest(flask)
+
+
+def client_ip(view: RequestView, trusted: TrustedProxies) -> str:
+    """What counts as one client: an IPv4 address, the /64 of an IPv6 address, or the name of a peer without an address.
+
+    Args:
+        view: the request.
+        trusted: whose forwarding headers are believed.
+
+    Raises:
+        BadRequest: if a trusted proxy's headers cannot be read.
+    """
+    peer = view.peer()
+    return counted_client(trusted.client(peer, view.forwarding()) if trusted.trusts(peer) else peer or "unix", peer or "unix")
+
+
+def stricter(one: Decision, other: Decision) -> Decision:
+    """Of two decisions for one request the one whose headers are sent: a denial, else the one with less left."""
+    if one.allowed != other.allowed:
+        return other if one.allowed else one
+    if one.remaining is None or other.remaining is None:
+        return other if one.remaining is None else one
+    return other if other.remaining <= one.remaining else one
+
+
+def _add_flask_headers(response: Any) -> Any:
+    flask = loaded("flask")
+    for name, value in limit_headers(flask.g._tidegate_decision):
+        response.headers[name] = value
+    return response

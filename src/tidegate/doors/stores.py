@@ -1,0 +1,172 @@
+"""The stores that Python code names by URL: one for each URL in a process, for threads and event loops alike.
+
+Also what tests change for all of them at once: the clock of the counters in memory, and whether limits deny at all.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from typing import Final
+from weakref import WeakSet
+
+from tidegate.counters import Charge, CounterStore
+from tidegate.counters.blocking import BlockingCounterStore, BlockingMemory
+from tidegate.counters.factory import open_blocking, open_counters
+from tidegate.counters.memory import MemoryCounters
+from tidegate.counters.storage_uri import counters_url
+from tidegate.decision import Decision
+from tidegate.errors import SettingsError, StoreUnavailable
+from tidegate.policy.limits import LimitSet
+
+COUNTERS_VARIABLE: Final = "TIDEGATE_COUNTERS__URL"
+"""Environment variable with the URL of the counters, where a program names none: the server reads the same one."""
+
+
+class TestSwitches:
+    """What tests change for the stores of this process; see `tidegate.testing`.
+
+    Attributes:
+        enforced: whether limits deny; while they do not, nothing is counted either.
+        clock: of counters in memory; None for the machine's.
+    """
+
+    __test__ = False  # for pytest, which collects classes by name
+
+    def __init__(self) -> None:
+        self.enforced = True
+        self.clock: Callable[[], int] | None = None
+        self.memory: WeakSet[MemoryCounters] = WeakSet()
+
+
+SWITCHES: Final = TestSwitches()
+
+
+def open_memory_or_redis(counters: str | CounterStore) -> CounterStore:
+    """The store of a `Limiter`: counters in memory are its own.
+
+    Args:
+        counters: URL, or a store, which is returned as it is.
+
+    Raises:
+        SettingsError: if the URL is not understood.
+    """
+    if not isinstance(counters, str):
+        return counters
+    store = open_counters(counters_url(counters), clock=SWITCHES.clock)
+    if isinstance(store, MemoryCounters):
+        SWITCHES.memory.add(store)
+    return store
+
+
+def open_blocking_store(counters: str | BlockingCounterStore) -> BlockingCounterStore:
+    """The store of a `SyncLimiter`: counters in memory are its own.
+
+    Args:
+        counters: URL, or a store for threads.
+
+    Raises:
+        SettingsError: if the URL is not understood, or the store needs an event loop.
+    """
+    if not isinstance(counters, str):
+        if not hasattr(counters, "charge_one") or not hasattr(counters, "disconnect"):
+            raise SettingsError(
+                f"counters {type(counters).__name__} cannot be used without an event loop: give a URL such as "
+                "'memory://' or 'redis://127.0.0.1:6379'"
+            )
+        return counters
+    store = open_blocking(counters_url(counters), clock=SWITCHES.clock)
+    if isinstance(store, BlockingMemory):
+        SWITCHES.memory.add(store)
+    return store
+
+
+class SharedStore:
+    """A store for functions of both kinds, `def` and `async def`. On Redis each kind has connections of its own.
+
+    Args:
+        counters: URL, or a store.
+    """
+
+    def __init__(self, counters: str | CounterStore) -> None:
+        self._url = counters if isinstance(counters, str) else None
+        self._lock = threading.Lock()
+        self.memory: MemoryCounters | None = None
+        self._shared: CounterStore | None = None
+        self._blocking: BlockingCounterStore | None = None
+        if isinstance(counters, str):
+            blocking = open_blocking_store(counters)
+            self._blocking = blocking
+            if isinstance(blocking, BlockingMemory):
+                self.memory = blocking
+        elif isinstance(counters, MemoryCounters):
+            self.memory = counters
+        else:
+            self._shared = counters
+
+    @property
+    def needs_loop(self) -> bool:
+        """Whether it can be used in `async def` functions only."""
+        return self.memory is None and self._blocking is None
+
+    def decide(self, limits: LimitSet, subject: str, cost: int) -> Decision:
+        """Decide and charge, from a thread without an event loop."""
+        if self.memory is not None:
+            return self.memory.charge_one(limits, subject, cost)
+        if self._blocking is None:
+            raise SettingsError("this counter store needs an event loop: give the URL of a store as counters")
+        return self._blocking.charge_one(limits, subject, cost)
+
+    async def decide_async(self, limits: LimitSet, subject: str, cost: int) -> Decision:
+        """Decide and charge, from an event loop."""
+        if self.memory is not None:
+            return self.memory.charge_one(limits, subject, cost)
+        if self._shared is None:
+            with self._lock:
+                if self._shared is None:
+                    assert self._url is not None
+                    self._shared = open_counters(counters_url(self._url))
+        outcome = (await self._shared.charge((Charge(((limits, subject),), cost),)))[0]
+        if isinstance(outcome, StoreUnavailable):
+            raise outcome
+        return outcome
+
+    async def close(self) -> None:
+        """Close connections; the next decision opens new ones."""
+        shared, self._shared = (self._shared, None) if self._url is not None else (None, self._shared)
+        if shared is not None:
+            await shared.close()
+        if self._blocking is not None and self.memory is None:
+            self._blocking.disconnect()
+
+
+_SHARED: Final[dict[str, SharedStore]] = {}
+_LOCK: Final = threading.Lock()
+
+
+def shared_store(counters: str | CounterStore | None) -> SharedStore:
+    """The store of a URL, the same one for all who name it: limits of one scope count together.
+
+    Args:
+        counters: URL, a store, or None for the environment's URL, else memory.
+
+    Raises:
+        SettingsError: if the URL is not understood.
+    """
+    if counters is None:
+        counters = os.environ.get(COUNTERS_VARIABLE) or "memory://"
+    if not isinstance(counters, str):
+        return SharedStore(counters)
+    url = counters_url(counters)
+    with _LOCK:
+        known = _SHARED.get(url)
+        if known is None:
+            known = _SHARED[url] = SharedStore(url)
+    return known
+
+
+async def close_shared() -> None:
+    """Close the connections of all shared stores that belong to the running event loop, or to threads."""
+    for store in list(_SHARED.values()):
+        await store.close()

@@ -1,0 +1,65 @@
+"""What a check is charged to where its tier or its rule has quotas."""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+from tidegate.catalog.cache_level import Caller
+from tidegate.decision import Check, clip
+from tidegate.gate.subjects import attributes_subject, ip_needed
+from tidegate.policy.limits import LimitSet
+from tidegate.policy.matching import CompiledRule, subject_of
+from tidegate.policy.model import Subject
+
+Counters: TypeAlias = tuple[tuple[LimitSet, str], ...]
+
+
+def counters_with_quotas(check: Check, caller: Caller, rule: CompiledRule | None, ip: str | None) -> Counters:
+    """The counters of a check: the rule's limits and quotas, then the tier's limits and quotas.
+
+    Args:
+        check: the check.
+        caller: whose it is.
+        rule: that answers; None where none matches.
+        ip: the client of the check's address; None if it is not known.
+
+    Returns:
+        Pairs of limits and subject, all of which must pass; none where nothing limits the check.
+
+    Raises:
+        BadRequest: naming the attribute or the address that is missing.
+    """
+    tier = caller.tier
+    charged: list[tuple[LimitSet, str]] = []
+    quotas = caller.quotas
+    subject = caller.subject
+    if not subject and (tier.limits is not None or quotas is not None or (rule is not None and rule.subject is Subject.API_KEY)):
+        if ip is None:
+            raise ip_needed(check, "a check without an API key is counted by ip")
+        subject = f"i:{ip}"
+    counted = subject
+    if rule is not None:
+        if rule.subject is Subject.ATTRIBUTES:
+            counted = attributes_subject(check, caller, rule, ip)
+        elif rule.subject is not Subject.API_KEY:
+            found = subject_of(rule.subject, subject, ip, tier.tier.name)
+            if found is None:
+                raise ip_needed(check, f"the rule {clip(rule.rule.name)} counts by ip")
+            counted = found
+        if rule.limited:
+            charged.append((rule.limits, counted))
+        if rule.quotas is not None:
+            own = (caller.quota_subject or counted) if rule.subject is Subject.API_KEY else counted
+            charged.append((rule.quotas.of(caller.anchor), own))
+    if tier.limits is not None:
+        charged.append((tier.limits, subject))
+    if quotas is not None:
+        charged.append((quotas, caller.quota_subject or subject))
+    return tuple(charged)
+
+
+def own_quotas(caller: Caller) -> Counters:
+    """The counters of all quotas that count a caller with an API key: its tier's, and those of rules that count by key."""
+    sets = [] if caller.quotas is None else [caller.quotas]
+    sets += [rule.quotas.of(caller.anchor) for rule in caller.tier.rules if rule.quotas and rule.subject is Subject.API_KEY]
+    return tuple((limits, caller.quota_subject) for limits in sets)

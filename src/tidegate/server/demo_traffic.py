@@ -1,0 +1,87 @@
+"""Example traffic of `tidegate serve --demo`, so that the console has something to show in the first minute.
+
+It has a tier and API keys of its own: what is tried by hand is counted apart from it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Sequence
+from typing import Final
+
+import msgspec
+
+from tidegate.admin.api_keys import create_key
+from tidegate.admin.models import KeyCreate
+from tidegate.admin.rules import CatalogEditor
+from tidegate.decision import Check
+from tidegate.errors import CatalogError, CatalogUnavailable, StoreUnavailable
+from tidegate.gate.gate import Gate
+
+ACTOR: Final = "demo"
+TIER: Final = "shop"
+
+_PAUSE_S: Final = 0.5
+_RULES: Final = (
+    {"endpoint": "/api/orders/*", "limits": ["60/minute"]},
+    {"endpoint": "/api/search", "limits": ["40/minute"], "algorithm": "token_bucket"},
+    {"endpoint": "/api/*", "limits": ["200/minute"]},
+    {"endpoint": "/api/search", "limits": ["15/minute"], "mode": "shadow", "name": "half of the searches"},
+)
+
+
+class Client(msgspec.Struct, frozen=True):
+    """A made-up client.
+
+    Args:
+        name: of its API key.
+        paths: what it requests.
+        per_s: requests per second, on average.
+    """
+
+    name: str
+    paths: Sequence[str]
+    per_s: float
+
+
+_CLIENTS: Final = (
+    Client("web shop", ("/api/orders/17", "/api/search", "/api/items/4"), 1.5),
+    Client("mobile app", ("/api/search", "/api/items/8"), 0.8),
+    Client("partner import", ("/api/orders/99",), 2.5),
+    Client("reports", ("/api/items/1", "/api/orders/3"), 0.2),
+)
+
+
+async def generate_traffic(gate: Gate, editor: CatalogEditor) -> None:
+    """Make the tier and the keys, then check requests until cancelled.
+
+    Args:
+        gate: whose checks they are.
+        editor: of a catalog that is deleted when the server stops.
+    """
+    await _create_tier(editor)
+    keys = [(await create_key(editor, ACTOR, KeyCreate(tier=TIER, name=each.name))).api_key for each in _CLIENTS]
+    source = random.Random(1)
+    while True:
+        for client, key in zip(_CLIENTS, keys, strict=True):
+            for _ in range(_whole(source, client.per_s * _PAUSE_S)):
+                try:
+                    await gate.check(Check.of(source.choice(client.paths), api_key=key))
+                except (CatalogUnavailable, StoreUnavailable):
+                    break
+        await asyncio.sleep(_PAUSE_S)
+
+
+async def _create_tier(editor: CatalogEditor) -> None:
+    try:
+        await editor.create_tier(ACTOR, TIER, ["50000/day"])
+    except CatalogError:
+        return  # this task was restarted
+    for fields in _RULES:
+        await editor.create_rule(ACTOR, TIER, fields)
+
+
+def _whole(source: random.Random, count: float) -> int:
+    """A whole number that is `count` on average."""
+    return int(count) + (source.random() < count - int(count))

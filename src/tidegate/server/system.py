@@ -1,0 +1,110 @@
+"""What the console's page System shows of this process: its components, its stores, and its settings without secrets."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Final
+
+import msgspec
+
+from tidegate._version import __version__
+from tidegate.counters import CounterStore
+from tidegate.counters.guarded import GuardedCounters
+from tidegate.counters.memory import MemoryCounters
+from tidegate.settings import Settings
+from tidegate.timestamps import format_timestamp, now_us
+from tidegate.url_parts import without_secrets
+
+if TYPE_CHECKING:
+    from tidegate.server.instance import Instance
+
+HIDDEN: Final = "(hidden)"
+
+_SECRET: Final = re.compile(r"(?:^|_)(?:token|secret|password|key)s?$")
+
+
+def system_report(instance: Instance) -> Callable[[], Any]:
+    """The function that reports on an instance.
+
+    Args:
+        instance: started as far as its counters and its catalog.
+
+    Returns:
+        A coroutine function that returns JSON types.
+    """
+    started_at = format_timestamp(now_us())
+    shown = settings_without_secrets(instance.settings)
+
+    async def report() -> dict[str, Any]:
+        health = await instance.health.report()
+        database = instance.catalog.database
+        replicas = database.replicas
+        return {
+            "version": __version__,
+            "started_at": started_at,
+            "instance": _name(instance.counters),
+            "health": msgspec.to_builtins(health),
+            "catalog": {
+                "database": database.name,
+                "kind": database.dialect,
+                "version": instance.cached.version,
+                "cached_keys": len(instance.cached),
+                "hits": instance.cached.hits,
+                "misses": instance.cached.misses,
+                "stale": instance.cached.stale,
+                "replicas": [
+                    {"name": each.name, "lag_s": each.lag_s, "removed_because": each.ejected_because}
+                    for each in (() if replicas is None else replicas.replicas)
+                ],
+            },
+            "counters": counters_report(instance.counters),
+            "requests": {"in_flight": instance.in_flight, "connections": instance.connections},
+            "settings": shown,
+        }
+
+    return report
+
+
+def counters_report(counters: CounterStore) -> dict[str, Any]:
+    """The state of a counter store, as JSON types."""
+    if isinstance(counters, GuardedCounters):
+        connections = list(counters.store.connections())
+        return {
+            "kind": "redis",
+            "instances": counters.instances,
+            "shards": dict.fromkeys(counters.store.shards(), "closed")
+            | {shard: breaker.state.value for shard, breaker in counters.breakers.items()},
+            "connections": len(connections),
+            "connections_up": sum(each.up for each in connections),
+            "breakers_open": counters.open_breakers,
+            "without_store": dict(counters.degraded),
+            "owed": counters.owed,
+            "put_back": counters.put_back,
+        }
+    if isinstance(counters, MemoryCounters):
+        return {"kind": "memory", "subjects": len(counters), "evicted": counters.evicted}
+    return {"kind": type(counters).__name__}
+
+
+def settings_without_secrets(settings: Settings) -> dict[str, dict[str, Any]]:
+    """All settings by section and name. Secrets are hidden, and URLs have neither user nor password."""
+    sections: dict[str, dict[str, Any]] = msgspec.to_builtins(settings)
+    return {
+        section: {name: HIDDEN if _is_secret(name, value) else _shown(value) for name, value in values.items()}
+        for section, values in sections.items()
+    }
+
+
+def _name(counters: CounterStore) -> str | None:
+    return counters.instance if isinstance(counters, GuardedCounters) else None
+
+
+def _is_secret(name: str, value: Any) -> bool:
+    return isinstance(value, str) and bool(value) and _SECRET.search(name) is not None
+
+
+def _shown(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return [_shown(each) for each in value]
+    return without_secrets(value) if isinstance(value, str) and "://" in value else value

@@ -1,0 +1,74 @@
+"""The door inside any WSGI app: Flask, Django, Pyramid, Bottle and others. Thread-safe."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from http import HTTPStatus
+from typing import Any, TypeAlias
+
+from tidegate.counters import CounterStore
+from tidegate.doors.exceeded import RateLimitExceeded
+from tidegate.doors.limit import exempt, limit
+from tidegate.doors.python_requests import DECISION, WsgiRequest
+from tidegate.doors.responses import Headers, encode, error_body, limit_headers
+from tidegate.errors import TidegateError
+
+__all__ = ["RateLimitExceeded", "RateLimitMiddleware", "exempt", "limit"]
+
+StartResponse: TypeAlias = Callable[..., Any]
+WsgiApp: TypeAlias = Callable[[dict[str, Any], StartResponse], Iterable[bytes]]
+
+
+class RateLimitMiddleware:
+    """Checks each request and answers denied ones with 429.
+
+        app = RateLimitMiddleware(app, "100/minute; 5000/day")
+
+    Args:
+        app: the WSGI app.
+        limits: as `limit` takes them; all requests of a client count together.
+        key: whom to count, as for `limit`: `ip`, `api_key`, `header:NAME`, a key of the environment such as `REMOTE_USER`, or a
+            function of the environment.
+        counters: as for `limit`.
+        trusted_proxies: as for `limit`.
+        options: further arguments of `limit`.
+
+    Raises:
+        PolicyError: if an argument is not valid.
+    """
+
+    def __init__(
+        self,
+        app: WsgiApp,
+        limits: str | Sequence[str] | Callable[..., Any],
+        *,
+        key: str | Callable[..., Any] = "ip",
+        counters: str | CounterStore | None = None,
+        trusted_proxies: Iterable[str] = (),
+        **options: Any,
+    ) -> None:
+        self.app = app
+        self._limit = limit(limits, key=key, counters=counters, trusted_proxies=trusted_proxies, **options)
+
+    def __call__(self, environ: dict[str, Any], start_response: StartResponse) -> Iterable[bytes]:
+        """Answer one request, or let the app do so."""
+        try:
+            self._limit.check_blocking(WsgiRequest(environ), "wsgi")
+        except RateLimitExceeded as error:
+            return _answer(start_response, 429, [*error.limit_headers.items()], error.body())
+        except TidegateError as error:
+            return _answer(start_response, error.status, [("x-tidegate-error", error.code)], encode(error_body(error)))
+
+        def start(status: str, headers: list[tuple[str, str]], *more: Any) -> Any:
+            decision = environ.get(DECISION)
+            if decision is not None and all(name.lower() != "ratelimit" for name, _ in headers):
+                headers = [*headers, *limit_headers(decision)]
+            return start_response(status, headers, *more)
+
+        return self.app(environ, start)
+
+
+def _answer(start_response: StartResponse, status: int, headers: Headers, body: bytes) -> Iterable[bytes]:
+    phrase = HTTPStatus(status).phrase
+    start_response(f"{status} {phrase}", [*headers, ("Content-Type", "application/json"), ("Content-Length", str(len(body)))])
+    return [body]

@@ -1,0 +1,339 @@
+"""The console in a real browser: what people do with it, and what nobody may do through it. One server, one browser."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import shutil
+import sqlite3
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.conftest import Serve
+from tests.moments import PATIENCE_S, wait_until
+
+sync_api = pytest.importorskip("playwright.sync_api", reason="the browser is driven by the package playwright")
+
+TOKEN = "token-of-the-console-tests"
+HOSTILE = "<img src=x onerror=alert(1)><script>alert(2)</script>\"'&"
+PAGES = ("/", "/callers", "/policy", "/violations", "/audit", "/system")
+AXE = """async () => {
+  const found = await axe.run(document, {resultTypes: ["violations"]});
+  return found.violations.filter((each) => ["serious", "critical"].includes(each.impact))
+    .map((each) => each.id + ": " + each.nodes.map((node) => node.html).join(" | ").slice(0, 400));
+}"""
+
+
+class Console:
+    """The server, its browser, and what went wrong in its pages."""
+
+    def __init__(self, server: Serve, browser: Any) -> None:
+        self.server = server
+        self.browser = browser
+        self.base = f"http://127.0.0.1:{server.admin_port}"
+        self.problems: list[str] = []
+        self.api = httpx.Client(base_url=f"{self.base}/admin/v1", headers={"Authorization": f"Bearer {TOKEN}"})
+        self.checks = httpx.Client(base_url=server.url)
+
+    def open(self, path: str = "/", token: str = TOKEN, **options: Any) -> Any:
+        """A page of a new browser session, signed in."""
+        context = self.browser.new_context(**options)
+        context.set_default_timeout(PATIENCE_S * 1000)
+        page = context.new_page()
+        page.on("console", self._note)
+        page.on("pageerror", lambda error: self.problems.append(str(error)))
+        page.on("dialog", lambda dialog: self.problems.append(f"dialog: {dialog.message}"))
+        page.on("request", lambda request: None if request.url.startswith(self.base) else self.problems.append(request.url))
+        page.goto(self.base + path)
+        page.get_by_label("Token of an operator").fill(token)
+        page.get_by_role("button", name="Sign in").click()
+        page.get_by_role("button", name="Sign out").wait_for()
+        return page
+
+    def _note(self, message: Any) -> None:
+        # The browser reports each answer of 400 and above; those of the API are part of some tests.
+        refused = re.search(r"status of (400|401|404|409|412) ", message.text) and "/admin/v1/" in message.location.get("url", "")
+        if message.type in ("error", "warning") and not refused:
+            self.problems.append(message.text)
+
+    def check(self, key: str, path: str, **fields: Any) -> int:
+        return self.checks.post("/v1/check", json={"api_key": key, "path": path, **fields}).status_code
+
+    def post(self, path: str, **body: Any) -> Any:
+        made = self.api.post(path, json=body)
+        assert made.status_code == 201, made.text
+        return made.json()
+
+
+@pytest.fixture(scope="module")
+def console(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Console]:
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        pytest.skip("Chromium is not installed: it comes with the Debian package chromium")
+    directory = tmp_path_factory.mktemp("console")
+    server = Serve(directory, TIDEGATE_ADMIN__TOKEN=TOKEN, TIDEGATE_VIOLATIONS__FLUSH_S="0.2")
+    try:
+        server.wait_ready()
+        with sync_api.sync_playwright() as driver:
+            browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
+            made = Console(server, browser)
+            yield made
+            made.api.close()
+            made.checks.close()
+            browser.close()
+    finally:
+        server.stop()
+
+
+@pytest.fixture(autouse=True)
+def no_problems(console: Console) -> Iterator[None]:
+    """Whatever a test does: no script of elsewhere, no error in the browser's console, no request to another host."""
+    console.problems.clear()
+    yield
+    assert console.problems == []
+
+
+def axe() -> str:
+    spec = importlib.util.find_spec("axe_playwright_python")
+    assert spec is not None
+    assert spec.origin is not None
+    return Path(spec.origin).with_name("axe.min.js").read_text()
+
+
+def see(page: Any, text: str) -> None:
+    """Wait until a text is on the page."""
+    page.get_by_text(text).first.wait_for()
+
+
+def test_every_page_is_useful_when_there_is_nothing(console: Console) -> None:
+    page = console.open()
+    see(page, "components are healthy")
+    for path, text in (
+        ("/callers", "There are no API keys yet."),
+        ("/policy", "There is no tier yet."),
+        ("/violations", "Nothing was blocked"),
+        ("/audit", "Nothing was changed yet."),
+        ("/system", "Components"),
+    ):
+        page.goto(console.base + path)
+        see(page, text)
+    page.goto(f"{console.base}/callers")
+    page.get_by_role("button", name="Sign out").click()
+    see(page, "Signed out.")
+    assert page.evaluate("[localStorage.length, sessionStorage.length, document.cookie]") == [0, 0, ""]
+    page.context.close()
+
+
+def test_new_rule_in_shadow_then_enforced(console: Console) -> None:
+    page = console.open("/policy")
+    page.get_by_role("button", name="New tier").click()
+    page.get_by_label("Name").fill("free")
+    page.get_by_role("button", name="Create").click()
+    see(page, "The tier free has no rules.")
+    page.get_by_role("button", name="New rule").click()
+    page.get_by_label("Endpoint").fill("/api/*")
+    page.get_by_label("Limits", exact=True).fill("2/fortnight")
+    see(page, "limit '2/fortnight'")
+    page.get_by_label("Limits", exact=True).fill("2/hour")
+    see(page, "Valid.")
+    page.get_by_role("button", name="Save").click()
+    page.get_by_role("row", name=re.compile("shadow")).wait_for()
+    key = console.post("/api-keys", tier="free", name="customer")
+    for _ in range(4):
+        assert console.check(key["api_key"], "/api/x") == 200
+    page.goto(f"{console.base}/policy?tier=free&method=GET&path=/api/x&with={key['id']}")
+    see(page, "watches (shadow)")
+    see(page, "allowed: no rule of the tier")
+    page.get_by_role("button", name="Enforce the rule").click()
+    page.get_by_role("dialog").get_by_role("button", name="Enforce").click()
+    see(page, "blocked with 429")
+    assert console.check(key["api_key"], "/api/x") == 429
+    page.context.close()
+
+
+def test_blocked_customer_why_override_allowed(console: Console) -> None:
+    key = next(each for each in console.api.get("/api-keys").json()["items"] if each["name"] == "customer")
+    wait_until(lambda: console.api.get("/violations/top").json()["items"], PATIENCE_S, "the blocked check is recorded")
+    page = console.open("/violations")
+    page.get_by_role("link", name=key["id"]).first.click()
+    see(page, "Counters now")
+    page.get_by_label("Path").fill("/api/x")
+    page.get_by_role("button", name="Explain").click()
+    see(page, "blocked with 429: 0 of 2 left under the rule '/api/*'")
+    page.get_by_role("button", name="Override limits").click()
+    # Another operator changes the key meanwhile: nothing is overwritten unseen.
+    renamed = console.api.patch(f"/api-keys/{key['id']}", json={"name": "good customer"}, headers={"If-Match": "*"})
+    assert renamed.status_code == 200
+    page.get_by_label("/api/*", exact=True).fill("5/hour")
+    page.get_by_role("button", name="Save").click()
+    see(page, "Another operator changed it after you opened it")
+    see(page, "good customer")
+    page.get_by_role("button", name="Save mine over it").click()
+    see(page, "allowed: the rule '/api/*' answers, 3 of 5 left")
+    page.context.close()
+    changed = console.api.get(f"/api-keys/{key['id']}").json()
+    assert (changed["name"], changed["overrides"]) == ("good customer", [{"rule": "/api/*", "limits": ["5/hour"]}])
+
+
+def test_leaked_key_is_revoked(console: Console) -> None:
+    page = console.open("/callers")
+    page.get_by_role("button", name="New key").click()
+    page.get_by_role("dialog").get_by_label("Name").fill("leaked")
+    page.get_by_role("button", name="Create").click()
+    key = page.get_by_role("textbox", name="New API key").input_value()
+    assert console.check(key, "/api/x") == 200
+    page.get_by_role("button", name="Done").click()
+    see(page, "leaked")
+    page.get_by_role("button", name="Revoke").click()
+    page.get_by_label("Reason").fill("found in a log")
+    page.get_by_role("dialog").get_by_role("button", name="Revoke").click()
+    see(page, "found in a log")
+    assert console.check(key, "/api/x") == 403
+    page.get_by_role("link", name="Changes of this key").click()
+    see(page, "revoke api_key")
+    page.locator("summary").first.click()
+    see(page, "revoked_reason")
+    assert key not in page.content()
+    page.context.close()
+
+
+def test_what_if_shows_who_would_be_hit(console: Console, tmp_path: Path) -> None:
+    log = tmp_path / "access.log"
+    log.write_text("".join(f'203.0.113.9 - - [01/Nov/2026:10:00:{n:02} +0000] "GET /api/a HTTP/1.1" 200 1\n' for n in range(9)))
+    page = console.open("/policy?tier=free")
+    page.get_by_label("New limits").fill("4/hour")
+    page.get_by_label("Access log").set_input_files(str(log))
+    page.get_by_role("button", name="Try").click()
+    see(page, "9 requests: 7 blocked as it is, 5 with the change.")
+    see(page, "Callers that would be hit first")
+    page.context.close()
+
+
+def test_nothing_that_others_wrote_is_read_as_markup(console: Console) -> None:
+    name = HOSTILE[:190]
+    key = console.post("/api-keys", tier="free", name=name)
+    rule = {"tier": "free", "endpoint": "/x/*", "limits": ["1/hour"], "name": name, "subject": "user", "on_missing": "skip"}
+    console.post("/rate-limit-rules", **rule)
+    for _ in range(3):
+        console.check(key["api_key"], "/x/" + "%3Cscript%3Ealert(3)%3C/script%3E", attributes={"user": HOSTILE})
+    wait_until(lambda: HOSTILE[:4] in str(console.api.get("/violations/top?by=rule").json()), PATIENCE_S, "it is recorded")
+    page = console.open("/violations")
+    for path in (
+        "/violations",
+        "/violations?by=rule",
+        "/",
+        "/callers",
+        f"/callers?key={key['id']}&path=/x/%3Cb%3E",
+        "/callers?subject=user%3D%3Cb%3E",
+        "/callers?q=%3Cscript%3Ealert(4)%3C/script%3E",
+        "/policy?tier=free&rule=%3Cimg%20src=x%3E",
+        "/audit?actor=%3Cscript%3E",
+        "/audit",
+    ):
+        page.goto(console.base + path)
+        page.wait_for_load_state("networkidle")
+        assert page.evaluate("document.querySelectorAll('main script, main img').length") == 0, path
+    page.goto(f"{console.base}/callers")
+    see(page, "onerror=alert(1)")
+    page.context.close()
+
+
+def test_a_viewer_sees_no_buttons_that_it_may_not_use(console: Console) -> None:
+    viewer = console.post("/tokens", name="viewer of the console", role="viewer")
+    key = console.api.get("/api-keys").json()["items"][0]
+    page = console.open("/callers", token=viewer["token"])
+    for path in ("/callers", f"/callers?key={key['id']}", "/policy?tier=free", "/violations", "/audit"):
+        page.goto(console.base + path)
+        page.wait_for_load_state("networkidle")
+        buttons = set(page.get_by_role("button").all_inner_texts())
+        assert buttons <= {"Sign out", "Find", "Explain", "Filter", "Next page", "Older"}, path
+    page.context.close()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_pages_are_accessible_and_fit_small_screens(console: Console, scheme: str) -> None:
+    key = console.api.get("/api-keys").json()["items"][0]
+    page = console.open(viewport={"width": 360, "height": 700}, color_scheme=scheme)
+    script = axe()
+    for path in (*PAGES, f"/callers?key={key['id']}&path=/api/x"):
+        page.goto(console.base + path)
+        page.wait_for_load_state("networkidle")
+        page.locator("h1").first.wait_for()
+        wide = page.evaluate("document.documentElement.scrollWidth")
+        assert wide <= 360, (path, wide)
+        page.evaluate(script)
+        assert page.evaluate(AXE) == [], path
+    page.goto(f"{console.base}/policy?tier=free")
+    page.get_by_role("button", name="New rule").click()
+    page.evaluate(script)
+    assert page.evaluate(AXE) == []
+    page.keyboard.press("Escape")
+    # The keyboard alone: skip link, navigation, and back.
+    page.goto(console.base + "/")
+    page.get_by_role("link", name="Callers").focus()
+    page.keyboard.press("Enter")
+    page.get_by_role("heading", name="Callers").wait_for()
+    assert page.evaluate("document.activeElement.tagName") == "H1"
+    page.go_back()
+    page.get_by_role("heading", name="Overview").wait_for()
+    page.context.close()
+
+
+def test_other_sites_can_neither_show_it_nor_use_its_session(console: Console, tmp_path: Path) -> None:
+    page = console.open()
+    before = console.api.get("/tiers").json()
+    other = page.context.new_page()
+    blocked: list[str] = []
+    other.on("console", lambda message: blocked.append(message.text))
+    # Another origin on another site, with the browser's cookies.
+    other.goto(f"http://localhost:{console.server.port}/livez")
+    other.evaluate(
+        """(base) => new Promise((resolve) => {
+          const frame = document.createElement("iframe");
+          frame.onload = resolve; frame.src = base + "/"; document.documentElement.append(frame);
+        })""",
+        console.base,
+    )
+    assert all(frame.url.startswith("chrome-error://") for frame in other.frames[1:])
+    answers = other.evaluate(
+        """async (base) => {
+          const answers = [];
+          for (const [mode, type] of [["cors", "application/json"], ["no-cors", "text/plain"]]) {
+            try {
+              const answer = await fetch(base + "/admin/v1/tiers",
+                {method: "POST", mode, credentials: "include", headers: {"Content-Type": type}, body: '{"name": "made"}'});
+              answers.push(answer.status);
+            } catch (error) { answers.push("refused"); }
+          }
+          return answers;
+        }""",
+        console.base,
+    )
+    assert set(answers) <= {"refused", 0}
+    assert console.api.get("/tiers").json() == before
+    page.context.close()
+
+
+def test_a_session_that_is_over_asks_to_sign_in_again(console: Console) -> None:
+    page = console.open("/system")
+    see(page, "Components")
+    with sqlite3.connect(console.server.directory / "tidegate.db") as database:
+        database.execute("DELETE FROM console_sessions")
+    see(page, "The session is over. Sign in again.")
+    page.context.close()
+
+
+def test_settings_are_shown_without_secrets(console: Console) -> None:
+    text = json.dumps(console.api.get("/system").json())
+    assert TOKEN not in text
+    assert "(hidden)" in text
+    page = console.open("/system")
+    page.get_by_text("Settings in use").click()
+    see(page, "admin.token")
+    assert TOKEN not in page.content()
+    page.context.close()

@@ -1,0 +1,237 @@
+"""Limits in Django, in sync and async views, and in Django REST framework."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import django
+import pytest
+from django.conf import settings
+from django.core.exceptions import ImproperlyConfigured
+from django.http import HttpRequest, HttpResponse
+from django.urls import path
+
+if not settings.configured:
+    settings.configure(
+        ALLOWED_HOSTS=["*"],
+        ROOT_URLCONF=__name__,
+        SECRET_KEY="for tests",
+        MIDDLEWARE=["tidegate.django.RateLimitMiddleware"],
+        TIDEGATE={"default_limits": ["2/minute"]},
+        REST_FRAMEWORK={
+            "DEFAULT_THROTTLE_RATES": {"anon": "2/min", "user": "3/min; 100/day", "uploads": "1/min"},
+            "DEFAULT_AUTHENTICATION_CLASSES": [],
+            "UNAUTHENTICATED_USER": None,
+        },
+    )
+    django.setup()
+
+from django.test import AsyncClient, Client, override_settings
+from django.utils.decorators import method_decorator
+from django.views import View
+from rest_framework.response import Response
+from rest_framework.views import APIView
+
+from tidegate import PolicyError
+from tidegate.django import RateLimitMiddleware, exempt, limit
+from tidegate.doors.stores import SWITCHES
+from tidegate.drf import AnonRateThrottle, RateThrottle, ScopedRateThrottle, UserRateThrottle
+
+
+@pytest.fixture(autouse=True)
+def nothing_consumed() -> None:
+    for store in list(SWITCHES.memory):
+        store.clear()
+
+
+def plain(request: HttpRequest, number: int = 0) -> HttpResponse:
+    return HttpResponse("plain")
+
+
+@exempt
+def health(request: HttpRequest) -> HttpResponse:
+    return HttpResponse("ok")
+
+
+@limit("1/minute")
+def own(request: HttpRequest) -> HttpResponse:
+    return HttpResponse("own")
+
+
+@limit("1/minute", key="ip")
+async def asynchronous(request: HttpRequest) -> HttpResponse:
+    return HttpResponse("async")
+
+
+@limit("1/minute", block=False)
+def limited(request: HttpRequest) -> HttpResponse:
+    return HttpResponse(f"{request.limited}")  # type: ignore[attr-defined]
+
+
+@limit("1/minute", key=lambda request: request.GET.get("q"), methods=["POST"])
+def by_query(request: HttpRequest) -> HttpResponse:
+    return HttpResponse("")
+
+
+@limit("1/minute", key="user")
+def by_user(request: HttpRequest) -> HttpResponse:
+    return HttpResponse("")
+
+
+@limit("2/minute", deduct_when=lambda response: response.status_code == 401)
+def log_in(request: HttpRequest) -> HttpResponse:
+    return HttpResponse("", status=int(request.GET["status"]))
+
+
+class Thing(View):
+    @method_decorator(limit("1/minute"))
+    def get(self, request: HttpRequest) -> HttpResponse:
+        return HttpResponse("")
+
+    @limit("1/minute")
+    def post(self, request: HttpRequest) -> HttpResponse:
+        return HttpResponse("")
+
+
+class User:
+    is_authenticated = True
+
+    def __init__(self, pk: int) -> None:
+        self.pk = pk
+
+
+class Api(APIView):  # type: ignore[misc]
+    throttle_classes = (AnonRateThrottle, UserRateThrottle)
+
+    def initial(self, request: Any, *args: Any, **kwargs: Any) -> None:
+        if "HTTP_X_USER" in request.META:
+            request.user = User(int(request.META["HTTP_X_USER"]))
+        super().initial(request, *args, **kwargs)
+
+    def get(self, request: Any) -> Response:
+        return Response({"ran": True})
+
+
+class Uploads(Api):
+    throttle_classes = (ScopedRateThrottle,)
+    throttle_scope = "uploads"
+
+
+class Burst(UserRateThrottle):
+    rate = "1/min"
+    scope = "burst"
+
+
+class Own(Api):
+    throttle_classes = (Burst,)
+
+
+exempt(Api), exempt(Uploads), exempt(Own)
+
+urlpatterns = [
+    path("plain/<int:number>", plain),
+    path("health", health),
+    path("own", own),
+    path("async", asynchronous),
+    path("limited", limited),
+    path("query", by_query),
+    path("user", by_user),
+    path("login", log_in),
+    path("thing", Thing.as_view()),
+    path("api", Api.as_view()),
+    path("uploads", Uploads.as_view()),
+    path("burst", Own.as_view()),
+]
+
+
+def statuses(*paths: str, **headers: Any) -> list[int]:
+    client = Client()
+    return [client.get(path, headers=headers).status_code for path in paths]
+
+
+def test_default_limits_hold_for_each_view() -> None:
+    answers = [Client().get(f"/plain/{number}") for number in range(3)]
+    assert [each.status_code for each in answers] == [200, 200, 429]
+    assert [each.headers["X-RateLimit-Remaining"] for each in answers] == ["1", "0", "0"]
+    assert answers[2].json()["error"]["code"] == "RATE_LIMIT_EXCEEDED"
+    assert int(answers[2].headers["Retry-After"]) > 0
+    assert Client(REMOTE_ADDR="203.0.113.9").get("/plain/1").status_code == 200
+    assert statuses(*["/health"] * 4) == [200] * 4
+
+
+def test_views_with_a_limit_of_their_own() -> None:
+    answers = [Client().get("/own") for _ in range(2)]
+    assert [each.status_code for each in answers] == [200, 429]
+    assert [each.headers["X-RateLimit-Limit"] for each in answers] == ["1", "1"]
+    assert statuses("/thing", "/thing") == [200, 429]
+    assert [Client().post("/thing").status_code for _ in range(2)] == [200, 429]
+    assert statuses("/login?status=200", *["/login?status=401"] * 3, "/login?status=200") == [200, 401, 401, 429, 429]
+    assert [Client().post(f"/query?q={q}").status_code for q in "aab"] == [200, 429, 200]
+    assert statuses("/query?q=a") == [200], "other methods are not limited"
+
+
+def test_a_limit_that_does_not_block_says_so() -> None:
+    assert [Client().get("/limited").content for _ in range(2)] == [b"False", b"True"]
+
+
+def test_users() -> None:
+    def get(pk: int | None) -> int:
+        request = HttpRequest()
+        request.method, request.META = "GET", {"REMOTE_ADDR": "203.0.113.7"}
+        request.user = User(pk) if pk else None  # type: ignore[assignment]
+        return int(by_user(request).status_code)
+
+    assert [get(pk) for pk in (1, 1, 2, None, None)] == [200, 429, 200, 200, 429]
+
+
+async def test_async_views_under_asgi() -> None:
+    answers = [await AsyncClient().get("/async") for _ in range(2)]
+    assert [each.status_code for each in answers] == [200, 429]
+    assert [each.headers["X-RateLimit-Remaining"] for each in answers] == ["0", "0"]
+    assert [(await AsyncClient().get("/plain/1")).status_code for _ in range(3)] == [200, 200, 429]
+
+
+def test_settings() -> None:
+    with override_settings(TIDEGATE={"default_limits": "1/fortnight"}), pytest.raises(ImproperlyConfigured, match="fortnight"):
+        RateLimitMiddleware(plain)
+    with override_settings(TIDEGATE={"default_limit": "1/day", "default_limits": "1/day"}), pytest.raises(ImproperlyConfigured):
+        RateLimitMiddleware(plain)
+    with override_settings(TIDEGATE=["1/day"]), pytest.raises(ImproperlyConfigured, match="must be a dict"):
+        RateLimitMiddleware(plain)
+    with override_settings(TIDEGATE={"enabled": False, "default_limits": "1/day"}):
+        assert RateLimitMiddleware(plain)._limit is None
+        off = limit("1/minute")(plain)
+        request = HttpRequest()
+        request.META = {"REMOTE_ADDR": "203.0.113.7"}
+        assert [off(request).status_code for _ in range(3)] == [200] * 3
+    with override_settings(TIDEGATE={"counters": "mongodb://x"}), pytest.raises(PolicyError, match=r"test_django_limits\.py:\d+"):
+        limit("1/minute")
+
+
+def test_rest_framework() -> None:
+    answers = [Client().get("/api") for _ in range(3)]
+    assert [each.status_code for each in answers] == [200, 200, 429]
+    assert int(answers[2].headers["Retry-After"]) > 0
+    assert "throttled" in answers[2].json()["detail"]
+    assert answers[0].headers["X-RateLimit-Remaining"] == "1"
+    client = Client(headers={"X-User": "1"})
+    assert [client.get("/api").status_code for _ in range(4)] == [200, 200, 200, 429]
+    assert statuses("/api", **{"X-User": "2"}) == [200]
+    assert statuses("/uploads", "/uploads") == [200, 429]
+    assert statuses("/burst", "/burst") == [200, 429]
+
+
+def test_throttles_without_a_rate() -> None:
+    class Unknown(UserRateThrottle):
+        scope = "unknown"
+
+    class Nameless(RateThrottle):
+        scope = None
+
+    with pytest.raises(ImproperlyConfigured, match="has no rate for the scope 'unknown'"):
+        Unknown().get_rate(None)
+    with pytest.raises(ImproperlyConfigured, match="needs a scope or a rate"):
+        Nameless().get_rate(None)
+    with pytest.raises(NotImplementedError, match="needs a method get_key"):
+        Nameless().get_key(None, None)
+    assert ScopedRateThrottle().allow_request(None, None), "a view without throttle_scope is not limited"

@@ -1,0 +1,250 @@
+"""Limits in Flask and in plain WSGI."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import flask
+import pytest
+from flask import Flask
+from flask.views import MethodView
+from werkzeug.test import Client
+
+from tests.conftest import Clock
+from tidegate import MemoryCounters, PolicyError, RateLimitExceeded, SettingsError
+from tidegate.flask import RateLimits, exempt, limit
+from tidegate.wsgi import RateLimitMiddleware
+
+
+@pytest.fixture
+def store(clock: Clock) -> MemoryCounters:
+    return MemoryCounters(clock=clock)
+
+
+@pytest.fixture
+def app() -> Flask:
+    return Flask(__name__)
+
+
+def statuses(app: Flask, *paths: str, **arguments: Any) -> list[int]:
+    client = app.test_client()
+    return [client.get(path, **arguments).status_code for path in paths]
+
+
+def test_a_limited_view_needs_nothing_else(app: Flask, store: MemoryCounters) -> None:
+    @app.get("/")
+    @limit("2/minute", counters=store)
+    def view() -> str:
+        return "ran"
+
+    client = app.test_client()
+    answers = [client.get("/") for _ in range(3)]
+    assert [each.status_code for each in answers] == [200, 200, 429]
+    assert [each.headers["X-RateLimit-Remaining"] for each in answers] == ["1", "0", "0"]
+    assert [len(each.headers.getlist("RateLimit")) for each in answers] == [1, 1, 1]
+    assert int(answers[2].headers["Retry-After"]) > 0
+    assert answers[2].json["error"]["code"] == "RATE_LIMIT_EXCEEDED"
+    assert client.get("/", environ_base={"REMOTE_ADDR": "203.0.113.9"}).status_code == 200, "each address by itself"
+
+
+def test_keys(app: Flask, store: MemoryCounters) -> None:
+    @app.before_request
+    def log_in() -> None:
+        flask.g.user = flask.request.headers.get("X-User")
+
+    @app.get("/g")
+    @limit("1/minute", key="user", counters=store)
+    def by_g() -> str:
+        return ""
+
+    @app.get("/function")
+    @limit("1/minute", key=lambda: flask.g.user, counters=store)
+    def by_function() -> str:
+        return ""
+
+    @app.get("/request")
+    @limit("1/minute", key=lambda request: request.args["q"], counters=store)
+    def by_request() -> str:
+        return ""
+
+    @app.get("/item/<item>")
+    @limit("1/minute", key="item", counters=store)
+    def by_argument(item: str) -> str:
+        return item
+
+    @app.get("/key")
+    @limit("1/minute", key="api_key", counters=store)
+    def by_api_key() -> str:
+        return ""
+
+    for path in ("/g", "/function"):
+        assert statuses(app, path, path, headers={"X-User": "a"}) == [200, 429]
+        assert statuses(app, path, headers={"X-User": "b"}) == [200]
+    assert statuses(app, "/request?q=1", "/request?q=1", "/request?q=2") == [200, 429, 200]
+    assert statuses(app, "/item/1", "/item/1", "/item/2") == [200, 429, 200]
+    assert statuses(app, "/key", "/key", headers={"X-API-Key": "a"}) == [200, 429]
+    assert statuses(app, "/key", "/key") == [200, 429], "without a key by address"
+
+
+def test_methods_costs_exempt_calls_and_responses(app: Flask, store: MemoryCounters) -> None:
+    @app.route("/methods", methods=["GET", "POST"])
+    @limit("1/minute", methods=["POST"], counters=store)
+    def methods() -> str:
+        return ""
+
+    @app.get("/cost")
+    @limit("5/minute", cost=lambda request: int(request.args["n"]), counters=store)
+    def cost() -> str:
+        return ""
+
+    @app.get("/exempt")
+    @limit("1/minute", exempt_when=lambda: flask.request.headers.get("X-Admin") == "1", counters=store)
+    def exempted() -> str:
+        return ""
+
+    @app.get("/login/<int:status>")
+    @limit("1/minute", deduct_when=lambda response: response.status_code == 401, counters=store)
+    def log_in(status: int) -> Any:
+        if status == 401:
+            flask.abort(401)
+        return flask.make_response("", status)
+
+    client = app.test_client()
+    assert [client.post("/methods").status_code for _ in range(2)] == [200, 429]
+    assert statuses(app, "/methods", "/methods") == [200, 200]
+    assert statuses(app, "/cost?n=3", "/cost?n=3", "/cost?n=2") == [200, 429, 200]
+    assert statuses(app, *["/exempt"] * 3, headers={"X-Admin": "1"}) == [200] * 3
+    assert statuses(app, "/login/200", "/login/200", "/login/401", "/login/401", "/login/200") == [200, 200, 401, 429, 429]
+
+
+def test_default_limits(app: Flask, store: MemoryCounters) -> None:
+    RateLimits(app, ["2/minute", "100/day"], counters=store)
+
+    @app.get("/a/<n>")
+    def a(n: str) -> str:
+        return n
+
+    @app.get("/own")
+    @limit("1/minute", counters=store)
+    def own() -> str:
+        return ""
+
+    @app.get("/health")
+    @exempt
+    def health() -> str:
+        return ""
+
+    class Things(MethodView):
+        decorators = [limit("1/minute", counters=store)]  # noqa: RUF012 - as Flask has it
+
+        def get(self) -> str:
+            return ""
+
+    app.add_url_rule("/things", view_func=Things.as_view("things"))
+    assert statuses(app, "/a/1", "/a/2", "/a/3") == [200, 200, 429]
+    assert statuses(app, "/own", "/own", "/health", "/health", "/health") == [200, 429, 200, 200, 200]
+    assert statuses(app, "/things", "/things") == [200, 429]
+    assert statuses(app, "/unknown/1", "/unknown/2", "/unknown/3") == [404, 404, 429]
+
+
+def test_settings_of_the_app(store: MemoryCounters) -> None:
+    for enabled, expected in ((True, [200, 429]), (False, [200, 200])):
+        app = Flask(__name__)
+        app.config.update(
+            RATELIMIT_ENABLED=enabled, RATELIMIT_DEFAULT="1 per minute", RATELIMIT_STORAGE_URI=f"memory://{enabled}"
+        )
+        extension = RateLimits()
+        extension.init_app(app)
+
+        @app.get("/")
+        def view() -> str:
+            return ""
+
+        @app.get("/own")
+        @limit("1/minute", counters=store, scope=f"own {enabled}")
+        def own() -> str:
+            return ""
+
+        assert statuses(app, "/", "/") == expected
+        assert statuses(app, "/own", "/own") == expected
+
+
+def test_a_handler_of_the_app(app: Flask, store: MemoryCounters) -> None:
+    @app.get("/")
+    @limit("1/minute", error_message="slow down", counters=store)
+    def view() -> str:
+        return ""
+
+    @app.errorhandler(RateLimitExceeded)
+    def handle(error: RateLimitExceeded) -> Any:
+        return {"message": error.message, "limit": error.decision.limit}, 420
+
+    client = app.test_client()
+    client.get("/")
+    denied = client.get("/")
+    assert (denied.status_code, denied.json) == (420, {"message": "slow down", "limit": 1})
+
+
+def test_an_error_handler_for_429(app: Flask, store: MemoryCounters) -> None:
+    app.get("/")(limit("1/minute", on_exceeded=lambda decision: None, counters=store)(lambda: ""))
+    app.register_error_handler(429, lambda error: ("later", 429))
+    assert app.test_client().get("/").status_code == 200
+    assert app.test_client().get("/").data == b"later"
+
+
+def test_a_view_can_answer_a_denial_itself(app: Flask, store: MemoryCounters) -> None:
+    app.get("/")(limit("1/minute", on_exceeded=lambda request, decision: (request.path, 420), counters=store)(lambda: ""))
+    assert statuses(app, "/", "/") == [200, 420]
+
+
+async def test_async_views(app: Flask, store: MemoryCounters) -> None:
+    @limit("1/minute", key=lambda: flask.request.args["q"], counters=store)
+    async def view() -> str:
+        return "ran"
+
+    ran = []
+    for query in ("a", "a", "b"):
+        with app.test_request_context(f"/?q={query}"):
+            try:
+                ran.append(await view())
+            except RateLimitExceeded:
+                ran.append("denied")
+    assert ran == ["ran", "denied", "ran"]
+
+
+def test_mistakes() -> None:
+    with pytest.raises(SettingsError, match="the first argument of RateLimits is the app, not a str"):
+        RateLimits("100/minute")  # type: ignore[arg-type]
+    with pytest.raises(PolicyError, match="unknown unit 'fortnight'"):
+        RateLimits(default_limits="1/fortnight")
+
+
+# Plain WSGI.
+
+
+def application(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+    start_response("200 OK", [("Content-Type", "text/plain")])
+    return [b"ran"]
+
+
+def test_wsgi(store: MemoryCounters) -> None:
+    client = Client(RateLimitMiddleware(application, "2/minute; 100/day", counters=store, trusted_proxies=["10.0.0.0/8"]))
+    answers = [client.get("/", environ_base={"REMOTE_ADDR": "203.0.113.7"}) for _ in range(3)]
+    assert [each.status_code for each in answers] == [200, 200, 429]
+    assert [each.headers["X-RateLimit-Remaining"] for each in answers] == ["1", "0", "0"]
+    assert answers[2].json["error"]["code"] == "RATE_LIMIT_EXCEEDED"
+    assert int(answers[2].headers["Retry-After"]) > 0
+
+    def through_proxy(client_ip: str) -> int:
+        headers = {"X-Forwarded-For": client_ip}
+        return client.get("/", headers=headers, environ_base={"REMOTE_ADDR": "10.0.0.1"}).status_code
+
+    assert [through_proxy(ip) for ip in ("203.0.113.7", "203.0.113.8")] == [429, 200]
+    bad = client.get("/", headers={"X-Real-IP": "\xe4"}, environ_base={"REMOTE_ADDR": "10.0.0.1"})
+    assert (bad.status_code, bad.json["error"]["code"]) == (400, "BAD_REQUEST")
+
+
+def test_wsgi_by_a_function_of_the_environment(store: MemoryCounters) -> None:
+    client = Client(RateLimitMiddleware(application, "1/minute", key=lambda environ: environ["PATH_INFO"], counters=store))
+    assert [client.get(path).status_code for path in ("/a", "/a", "/b")] == [200, 429, 200]
