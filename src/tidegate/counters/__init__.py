@@ -62,6 +62,10 @@ class GrantingDecision(Decision, frozen=True, gc=False):
     granted: int = 0
     ends_us: int = 0
 
+    def after_grant(self) -> Decision:
+        """The decision with what remains after the grant."""
+        return msgspec.structs.replace(self.without_grant(), remaining=max((self.remaining or 0) - self.granted, 0))
+
     def without_grant(self) -> Decision:
         """The decision alone."""
         return Decision(

@@ -24,7 +24,7 @@ from threading import get_ident
 from typing import Final
 
 from tidegate.background import SUPERVISOR, stop
-from tidegate.counters import Charge, ChargeOutcome, LeaseReturn
+from tidegate.counters import Charge, ChargeOutcome, GrantingDecision, LeaseReturn
 from tidegate.counters.degraded import DegradedDecisions, GuardOptions, now_us
 from tidegate.counters.fallback import passes_without_end
 from tidegate.counters.redis import heartbeat
@@ -129,7 +129,11 @@ class GuardedCounters(DegradedDecisions):
         """Remember a denial, and that little remains, for later checks that reach their deadline."""
         if not decision.allowed:
             self._remember_denial(charge, decision, started_us)
-        elif (
+            self.late.observe(charge.counters, decision)
+            return
+        if isinstance(decision, GrantingDecision):
+            decision = decision.after_grant()
+        if (
             decision.binding is None
             or decision.remaining is None
             or decision.remaining * 2 >= (decision.binding.burst or decision.binding.amount)
@@ -139,8 +143,8 @@ class GuardedCounters(DegradedDecisions):
         self.late.observe(charge.counters, decision)
 
     def grants(self, counters: tuple[tuple[LimitSet, str], ...]) -> bool:
-        """See `LeaseGrantor.grants`."""
-        return self._loop is not None and self.store.grants(counters)
+        """See `LeaseGrantor.grants`. Not while answers are late: what is admitted at a deadline relies on recent answers."""
+        return self._loop is not None and not len(self.late) and not self.breakers and self.store.grants(counters)
 
     def session(self, counters: tuple[tuple[LimitSet, str], ...]) -> object:
         """See `LeaseGrantor.session`."""
