@@ -158,6 +158,7 @@ class RequestSender:
             "on_missing": "ip",
             "quotas": ["100/month"],
             "overage": {"up_to": "20%"},
+            "leases": False,
         }
         sold = {"limits": ["1/s"], "quotas": ["1000/month", "50/day"], "overage": {"up_to": "20%"}}
         own = {"limits": ["9/day"], "overrides": [{"rule": "/kept", "limits": ["2/s"]}]}

@@ -201,6 +201,7 @@ def _limit_set(tier: Tier, rule: Rule, limits: tuple[Limit, ...], suffix: str) -
         rule=rule.name,
         tier=tier.name,
         soft=rule.mode is Mode.SOFT,
+        leases=rule.leases,
     )
     quotas = _rule_quotas(tier, rule)
     made.quotas += suffix if quotas is None else f"{suffix}, {quotas.header}"

@@ -70,6 +70,7 @@ _RULE_FIELDS: Final = (
     "on_missing",
     "quotas",
     "overage",
+    "leases",
 )
 _KEY_FIELDS: Final = ("key", "sha256", "tier", "name", "status", "expires_at", "limits", "overrides")
 _OVERRIDE_FIELDS: Final = ("rule", "limits")

@@ -43,6 +43,7 @@ class RuleFields(RequestModel):
     on_missing: OnMissing = "ip"
     quotas: Quotas = []
     overage: OverageField = False
+    leases: bool = True
 
 
 class RuleCreate(RuleFields):
@@ -79,6 +80,7 @@ class RuleRead(Resource):
     warnings: list[str] = []
     quotas: list[str] = []
     overage: bool | dict[str, str] = False
+    leases: bool = True
 
     @classmethod
     def of_row(cls, row: Row) -> RuleRead:
@@ -92,6 +94,7 @@ class RuleRead(Resource):
             on_missing=row["on_missing"] or "ip",
             quotas=row["quotas"] or [],
             overage=row["overage"] or False,
+            leases=row["leases"] in (None, True),
         )
 
 

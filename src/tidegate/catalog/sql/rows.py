@@ -29,6 +29,7 @@ RULE_COLUMNS: Final = (
     "on_missing",
     "quotas",
     "overage",
+    "leases",
 )
 """Columns with the fields of a rule."""
 TIER_COLUMNS: Final = ("limits", "quotas", "overage")
@@ -64,6 +65,7 @@ def rule_of(row: Mapping[Any, Any]) -> Rule:
         match=tuple(sorted((row["match_attributes"] or {}).items())),
         subject_parts=tuple(row["subject_attributes"] or ()),
         on_missing=OnMissing(row["on_missing"] or OnMissing.IP),
+        leases=row["leases"] in (None, True),
         quotas=tuple(Quota.parse(text) for text in row["quotas"] or ()),
         overage=Overage.parse(row["overage"]),
     )
@@ -171,6 +173,7 @@ def row_of_rule(rule: Rule, tier_id: int, position: int) -> dict[str, Any]:
         "match_attributes": dict(rule.match) or None,
         "subject_attributes": list(rule.subject_parts) or None,
         "on_missing": None if rule.on_missing is OnMissing.IP else rule.on_missing.value,
+        "leases": None if rule.leases else False,
         **_quota_values(rule),
     }
 
