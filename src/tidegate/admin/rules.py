@@ -52,6 +52,7 @@ RULE_FIELDS: Final = {
     "quotas",
     "overage",
     "leases",
+    "action",
 }
 
 

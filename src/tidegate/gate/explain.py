@@ -16,10 +16,12 @@ from tidegate.decision import Check, Decision, ipv6_client
 from tidegate.errors import BadRequest
 from tidegate.gate.subjects import attributes_subject, ip_needed, shadow_subject
 from tidegate.gate.usage import CounterUsage, peek_windows
+from tidegate.policy.access_entries import AccessAction
 from tidegate.policy.globs import Glob, endpoint_matcher
 from tidegate.policy.limits import LimitSet
 from tidegate.policy.matching import CompiledRule, subject_of
 from tidegate.policy.model import Mode, Subject
+from tidegate.policy.quotas import QuotaLimit
 from tidegate.time_slice import TimeSlice
 
 MAX_CANDIDATES: Final = 200
@@ -94,7 +96,7 @@ class Explanation(msgspec.Struct, frozen=True):
         rule: the enforcing rule that answers; None where none matches.
         candidates: rules of the tier, those whose endpoint matches first; at most `MAX_CANDIDATES`.
         left_out: further rules of the tier, none of which matches.
-        counters: what the request would be charged to: the rule's limits, the tier's, and those of shadow rules.
+        counters: what the request would be charged to: the rule's limits and quotas, the tier's, and those of shadow rules.
         allowed: whether the check would pass now; None if it would be refused as invalid, or the store did not answer.
         problem: why it would be refused as invalid; None if it would not.
     """
@@ -124,22 +126,26 @@ async def explain(store: CounterStore, caller: Caller, check: Check) -> Explanat
     candidates, left_out = await _candidates(caller, check, rule)
     ip = ipv6_client(check.ip) if check.ip is not None and ":" in check.ip else check.ip
     planned: list[CounterNow] = []
-    if rule is not None:
-        planned.append(_counter(check, caller, rule, ip))
-    if tier.limits is not None:
-        subject = caller.subject or (None if ip is None else f"i:{ip}")
-        problem = None if subject is not None else str(ip_needed(check, "a check without an API key is counted by ip"))
+    acts = None if rule is None else rule.action
+    if rule is not None and acts is None:
+        planned += _counters(check, caller, rule, ip)
+    subject = caller.subject or (None if ip is None else f"i:{ip}")
+    problem = None if subject is not None else str(ip_needed(check, "a check without an API key is counted by ip"))
+    if tier.limits is not None and acts is None:
         planned.append(CounterNow(tier.limits, Mode.ENFORCE, subject, problem))
+    if caller.quotas is not None and acts is None:
+        planned.append(CounterNow(caller.quotas, Mode.ENFORCE, caller.quota_subject or subject, problem))
     for each in tier.shadow_rules(check.method, check.path, check.attributes):
         counted = shadow_subject(check.attributes, caller, each, ip)
         problem = None if counted is not None else "the request lacks what the rule counts by, so it is not counted"
-        planned.append(CounterNow(each.limits, Mode.SHADOW, counted, problem))
+        sets = [limits for limits, _ in each.counters("", caller.anchor)]
+        planned += [CounterNow(limits, Mode.SHADOW, counted, problem) for limits in sets]
     counters = await _with_usage(store, planned)
     enforced = [each for each in counters if each.mode is Mode.ENFORCE]
     problem = next((each.problem for each in enforced if each.problem is not None), None)
     allowed: bool | None = None
     if problem is None and all(each.left is not None for each in enforced):
-        allowed = all((each.left or 0) >= check.cost for each in enforced)
+        allowed = acts is not AccessAction.DENY and all(_passes(each, check.cost) for each in enforced)
     return Explanation(tier.tier.name, rule, candidates, left_out, counters, allowed, problem)
 
 
@@ -195,17 +201,34 @@ def _why_outranked(each: CompiledRule, best: CompiledRule) -> str:
     return f"{reason}: {best.rule.name!r} answers"
 
 
-def _counter(check: Check, caller: Caller, rule: CompiledRule, ip: str | None) -> CounterNow:
-    """The counter of the rule that answers."""
+def _counters(check: Check, caller: Caller, rule: CompiledRule, ip: str | None) -> list[CounterNow]:
+    """The counters of the rule that answers: of its limits and its quotas."""
+    sets = [limits for limits, _ in rule.counters("", caller.anchor)]
     try:
         if rule.subject is Subject.ATTRIBUTES:
-            return CounterNow(rule.limits, Mode.ENFORCE, attributes_subject(check, caller, rule, ip))
-        subject = subject_of(rule.subject, caller.subject or (f"i:{ip}" if ip else ""), ip, caller.tier.tier.name)
+            subject: str | None = attributes_subject(check, caller, rule, ip)
+        else:
+            subject = subject_of(rule.subject, caller.subject or (f"i:{ip}" if ip else ""), ip, caller.tier.tier.name)
         if not subject:
             raise ip_needed(check, f"the rule {rule.rule.name!r} counts by ip")
     except BadRequest as error:
-        return CounterNow(rule.limits, Mode.ENFORCE, None, error.message)
-    return CounterNow(rule.limits, Mode.ENFORCE, subject)
+        return [CounterNow(limits, Mode.ENFORCE, None, error.message) for limits in sets]
+    quota_subject = (caller.quota_subject or subject) if rule.subject is Subject.API_KEY else subject
+    return [CounterNow(limits, Mode.ENFORCE, subject if limits is rule.limits else quota_subject) for limits in sets]
+
+
+def _passes(counter: CounterNow, cost: int) -> bool:
+    """Whether a check of a cost would pass now; above a soft limit it does, and above a quota as far as its overage goes."""
+    if counter.limits.soft:
+        return True
+    quotas = [(limit, window) for limit, window in zip(counter.limits.limits, counter.windows, strict=False)]
+    if quotas and all(isinstance(limit, QuotaLimit) for limit, _ in quotas):
+        return all(
+            limit.amount - (window.remaining or 0) + window.overage + cost <= limit.most
+            for limit, window in quotas
+            if isinstance(limit, QuotaLimit)
+        )
+    return (counter.left or 0) >= cost
 
 
 async def _with_usage(store: CounterStore, planned: list[CounterNow]) -> tuple[CounterNow, ...]:

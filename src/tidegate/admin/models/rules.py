@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -44,6 +44,9 @@ class RuleFields(RequestModel):
     quotas: Quotas = []
     overage: OverageField = False
     leases: bool = True
+    action: Annotated[
+        Literal["allow", "deny"] | None, Field(description="in place of limits and quotas: allow without counting, or deny")
+    ] = None
 
 
 class RuleCreate(RuleFields):
@@ -81,6 +84,7 @@ class RuleRead(Resource):
     quotas: list[str] = []
     overage: bool | dict[str, str] = False
     leases: bool = True
+    action: str | None = None
 
     @classmethod
     def of_row(cls, row: Row) -> RuleRead:

@@ -30,6 +30,7 @@ RULE_COLUMNS: Final = (
     "quotas",
     "overage",
     "leases",
+    "action",
 )
 """Columns with the fields of a rule."""
 TIER_COLUMNS: Final = ("limits", "quotas", "overage")
@@ -68,6 +69,7 @@ def rule_of(row: Mapping[Any, Any]) -> Rule:
         leases=row["leases"] in (None, True),
         quotas=tuple(Quota.parse(text) for text in row["quotas"] or ()),
         overage=Overage.parse(row["overage"]),
+        action=None if row["action"] is None else AccessAction(row["action"]),
     )
 
 
@@ -175,6 +177,7 @@ def row_of_rule(rule: Rule, tier_id: int, position: int) -> dict[str, Any]:
         "on_missing": None if rule.on_missing is OnMissing.IP else rule.on_missing.value,
         "leases": None if rule.leases else False,
         **_quota_values(rule),
+        "action": None if rule.action is None else rule.action.value,
     }
 
 
