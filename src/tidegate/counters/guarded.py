@@ -60,6 +60,7 @@ class GuardedCounters(DegradedDecisions):
         """Of calls to the store that were answered or reached their deadline."""
         self._denied = self.denials.entries  # to test whether there are any: a `__len__` in Python costs ten times as much
         self._resets: int | None = None
+        self.instances_known = False
         self.on_reset: Callable[[], None] | None = None
         self.store_calls = 0
         """Charges that were sent to the store."""
@@ -295,6 +296,7 @@ class GuardedCounters(DegradedDecisions):
             self.late.sweep()
             self._local.sweep(_SWEEP_STEPS)
         self.instances = max(beat.instances, self.options.min_instances)
+        self.instances_known = True
         self._offset_us = beat.at_us - (before_us + now_us()) // 2
         if self._resets is not None and beat.resets != self._resets:
             self._clear_remembered()

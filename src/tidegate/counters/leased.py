@@ -58,6 +58,7 @@ class LeasedCounters:
     def __init__(self, store: LeaseGrantor, ttl_s: float = 5.0, max_subjects: int = 100_000) -> None:
         self.store = store
         self.table = LeaseTable(round(ttl_s * 1e6), max_subjects)
+        self.table.divisor = _MAX_DIVISOR
         self.table.on_renewal = self._renew_soon
         store.on_late_grant = self._accept_late
         store.on_reset = self.table.drop
@@ -231,8 +232,9 @@ class LeasedCounters:
         while True:
             await asyncio.sleep(SWEEP_S)
             # Close to a limit the last units must go to whoever asks for them, the more so the more instances there are.
-            instances = self.store.instances
-            self.table.divisor = 2 if instances <= 1 else min(2 * instances, _MAX_DIVISOR)
+            if self.store.instances_known:
+                instances = self.store.instances
+                self.table.divisor = 2 if instances <= 1 else min(2 * instances, _MAX_DIVISOR)
             self.table.sweep(_SWEEP_STEPS)
             await self._send_returns()
 
