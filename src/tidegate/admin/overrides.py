@@ -15,6 +15,7 @@ from tidegate.errors import BadRequest, PolicyError
 from tidegate.policy.limits import Algorithm, Limit, fit_limits
 from tidegate.policy.model import Subject
 from tidegate.policy.overrides import Override, active_overrides
+from tidegate.policy.quotas import fit_quotas
 from tidegate.timestamps import now_us, parse_timestamp
 
 
@@ -42,6 +43,7 @@ async def overrides_after(
     owner: str = "key",
     *,
     changes_tier: bool,
+    counts_quotas: bool = True,
 ) -> tuple[Override, ...]:
     """The overrides of a key or customer after a change: those of the request, else the current ones that have not ended.
 
@@ -50,6 +52,7 @@ async def overrides_after(
         current: as the column has them; those without a rule in the tier are dropped.
         owner: "key" or "customer".
         changes_tier: whether the tier is another one than before.
+        counts_quotas: whether the quotas count this owner; those of a customer's key count the customer.
 
     Raises:
         PolicyError: if a limit is not valid, a rule does not exist or counts by something else, or two are for one rule.
@@ -65,21 +68,27 @@ async def overrides_after(
     if sent and tier is None:
         raise PolicyError(f"the {owner} has no tier whose limits an override could replace: give it a tier first")
     rules = await _rules_of(transaction, tier, {each.rule for each in (*(kept if changes_tier else ()), *sent) if each.rule})
-    found: dict[tuple[str, bool], Override] = {}
+    found: dict[tuple[str, bool, bool], Override] = {}
     for each in sent:
-        if (each.rule, each.until_us is not None) in found:
-            what = f"rule {each.rule!r} is" if each.rule else "the tier's own limits are"
-            raise PolicyError(f"{what} overridden twice: remove one; beside a permanent override there may be one with until")
+        if each.slot in found:
+            raise PolicyError(
+                f"{each.what} overridden twice: remove one; beside a permanent override there may be one with until"
+            )
+        if each.quotas and not counts_quotas:
+            raise PolicyError(
+                "the quotas of the customer count all of its keys together: override them for the customer, not for this key"
+            )
         if each.rule:
             assert tier is not None
             _require_fit(rules.get(each.rule), each, str(tier["name"]), owner, counted)
-        found[each.rule, each.until_us is not None] = each
+        found[each.slot] = each
     for each in kept:
-        is_base = not each.rule and each.until_us is None
+        is_base = each.slot == ("", False, False)
         replaced = limits_sent if is_base else overrides_sent
         # Overrides without a rule in a new tier are dropped; only overrides of the request cause an error.
-        if not replaced and (not changes_tier or _is_usable(each, tier, rules, counted)):
-            found.setdefault((each.rule, each.until_us is not None), each)
+        usable = (counts_quotas or not each.quotas) and (not changes_tier or _is_usable(each, tier, rules, counted))
+        if usable and not replaced:
+            found.setdefault(each.slot, each)
     return tuple(sorted(found.values(), key=lambda each: (bool(each.rule), each.until_us is not None)))
 
 
@@ -87,7 +96,13 @@ def _sent_override(sent: LimitOverride, now: int) -> Override:
     until_us = None if sent.until is None else parse_timestamp(sent.until, "until")
     if until_us is not None and until_us <= now:
         raise BadRequest(f"until {sent.until} is in the past: send a later time, or leave the override out", field="until")
-    limits = tuple(Limit.parse(text) for text in sent.limits)
+    if (sent.limits is None) == (sent.quotas is None):
+        raise BadRequest("an override needs exactly one of limits and quotas", field="overrides")
+    if sent.quotas is not None:
+        if sent.rule is not None:
+            raise BadRequest("an override of quotas is for the tier: leave rule out", field="rule")
+        return Override("", (), until_us, fit_quotas(sent.quotas))
+    limits = tuple(Limit.parse(text) for text in sent.limits or ())
     if sent.rule is None:
         fit_limits(Algorithm.SLIDING_WINDOW, limits)
     return Override(sent.rule or "", limits, until_us)

@@ -16,9 +16,12 @@ from tidegate.cli.key_access import ApiKeys, find, with_keys
 from tidegate.cli.options import KeyArgument, TokenFileOption, UrlOption
 from tidegate.errors import PolicyError
 from tidegate.policy.limits import Limit
+from tidegate.policy.quotas import fit_quotas
 from tidegate.timestamps import format_timestamp, now_us, to_us
 from tidegate.tools.terminal import say
 
+QUOTAS: Final = "quota"
+"""What stands for the tier's quotas, in place of a rule's name."""
 TIER_LIMITS: Final = "limits"
 """What stands for the tier's own limits, in place of a rule's name."""
 DEFAULT: Final = "default"
@@ -40,8 +43,8 @@ def limit(
         list[str],
         typer.Argument(
             metavar="RULE=LIMIT…",
-            help="Such as '/api/*=100/minute,5000/day'; several may be given. limits=… replaces the tier's own limits; "
-            "RULE=default goes back to the tier's.",
+            help="Such as '/api/*=100/minute,5000/day'; several may be given. limits=… replaces the tier's own limits, "
+            "quota=… its quotas; RULE=default goes back to the tier's.",
         ),
     ],
     until: UntilOption = None,
@@ -77,9 +80,14 @@ def limit(
 def print_overrides(limits: Sequence[str] | None, overrides: Sequence[LimitOverride]) -> None:
     """Print the limits that a key or customer has of its own, one a line."""
     base: list[tuple[str, Sequence[str], str | None]] = [] if limits is None else [("limits over all endpoints", limits, None)]
-    rows = base + [(each.rule or "limits over all endpoints", each.limits, each.until) for each in overrides]
+    rows = base + [
+        (QUOTAS, each.quotas, each.until)
+        if each.quotas is not None
+        else (each.rule or "limits over all endpoints", each.limits or (), each.until)
+        for each in overrides
+    ]
     for name, texts, end in rows:
-        say(f"  {one_line(name)}: {', '.join(texts)}{'' if end is None else f' until {end}'}")
+        say(f"  {one_line(name)}: {', '.join(texts or ())}{'' if end is None else f' until {end}'}")
     if not rows:
         say("  no limits of its own")
 
@@ -110,7 +118,7 @@ def parse_change(text: str, until: str | None) -> tuple[str | None, LimitOverrid
     """Read `RULE=LIMIT,…`.
 
     Returns:
-        The rule, None for the tier's own limits; and the override, None where `RULE=default` removes it.
+        The rule, None for the tier's own limits and `quota` for its quotas; and the override, None where it is removed.
 
     Raises:
         typer.BadParameter: if it is not in this form, or a limit is not valid.
@@ -128,6 +136,9 @@ def parse_change(text: str, until: str | None) -> tuple[str | None, LimitOverrid
         return rule, None
     texts = [each.strip() for each in given.split(",")]
     try:
+        if name == QUOTAS:
+            fit_quotas(texts)
+            return rule, LimitOverride(quotas=texts, until=until)
         for each in texts:
             Limit.parse(each)
     except PolicyError as error:
@@ -139,7 +150,7 @@ def changed_overrides(
     limits: list[str] | None, overrides: Sequence[LimitOverride], changes: Sequence[tuple[str | None, LimitOverride | None]]
 ) -> OverridesRequest:
     """All limits of a key or customer after a change."""
-    kept = {(each.rule, each.until is not None): each for each in overrides}
+    kept = {(_place(each), each.until is not None): each for each in overrides}
     if limits is not None:
         kept[None, False] = LimitOverride(rule=None, limits=limits)
     for rule, override in changes:
@@ -150,3 +161,7 @@ def changed_overrides(
             kept[rule, override.until is not None] = override
     base = kept.pop((None, False), None)
     return OverridesRequest(limits=None if base is None else base.limits, overrides=list(kept.values()))
+
+
+def _place(override: LimitOverride) -> str | None:
+    return override.rule if override.quotas is None else QUOTAS

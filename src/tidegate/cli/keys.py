@@ -205,7 +205,7 @@ def show(
         ("revoked at", to_seconds(record.revoked_at)),
         ("revoked reason", record.revoked_reason),
         ("limits", None if record.limits is None else ", ".join(record.limits)),
-        *((_override_name(override), ", ".join(override.limits)) for override in record.overrides),
+        *((_override_name(override), ", ".join(override.quotas or override.limits or ())) for override in record.overrides),
         ("from", _origin(record)),
     ):
         say(f"{one_line(field):<15} {one_line(value) if value else '-'}")
@@ -302,7 +302,7 @@ app.command("limit")(limit)
 
 
 def _override_name(override: LimitOverride) -> str:
-    name = "limits" if override.rule is None else f"limits of {override.rule}"
+    name = "quotas" if override.quotas else "limits" if override.rule is None else f"limits of {override.rule}"
     return name if override.until is None else f"{name} until {to_seconds(override.until)}"
 
 

@@ -97,7 +97,12 @@ class CompiledTier:
 
     def __init__(self, tier: Tier, overrides: Iterable[Override] = (), quotas: tuple[Quota, ...] | None = None) -> None:
         self.tier = tier
-        other = {override.rule: override.limits for override in overrides}
+        other: dict[str, tuple[Limit, ...]] = {}
+        for override in overrides:
+            if override.quotas:
+                quotas = override.quotas
+            else:
+                other[override.rule] = override.limits
         tier_limits = other.get("", tier.limits)
         self.limits: LimitSet | None = None
         suffix = ""

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 import msgspec
 
 from tidegate.policy.limits import Limit
+from tidegate.policy.quotas import Quota
 
 
 class Override(msgspec.Struct, frozen=True, gc=False):
@@ -18,14 +19,28 @@ class Override(msgspec.Struct, frozen=True, gc=False):
     A rule may have two: a permanent one, and one that ends, which applies until then.
 
     Args:
-        rule: name of the rule in the tier; empty for the tier's own limits.
-        limits: what holds instead.
+        rule: name of the rule in the tier; empty for the tier's own limits or quotas.
+        limits: what holds instead; none for an override of the tier's quotas.
         until_us: µs since the epoch (UTC) from which it no longer applies; None for never.
+        quotas: what holds instead of the tier's quotas; none for an override of limits.
     """
 
     rule: str
     limits: tuple[Limit, ...]
     until_us: int | None = None
+    quotas: tuple[Quota, ...] = ()
+
+    @property
+    def slot(self) -> tuple[str, bool, bool]:
+        """What only one override of a key or customer may have: rule, whether it is for quotas, and whether it ends."""
+        return self.rule, bool(self.quotas), self.until_us is not None
+
+    @property
+    def what(self) -> str:
+        """What it replaces, for messages."""
+        if self.rule:
+            return f"rule {self.rule!r} is"
+        return "the tier's quotas are" if self.quotas else "the tier's own limits are"
 
 
 def active_overrides(overrides: Iterable[Override], now_us: int) -> tuple[Override, ...]:

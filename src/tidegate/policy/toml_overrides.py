@@ -9,12 +9,15 @@ from tidegate.errors import PolicyError
 from tidegate.policy.limits import Algorithm, Limit, fit_limits, short
 from tidegate.policy.model import Rule, Subject, Tier, subject_text
 from tidegate.policy.overrides import Override
+from tidegate.policy.quotas import Quota, fit_quotas
 from tidegate.policy.toml_lines import Path as KeyPath
 
 MAX_OVERRIDES: Final = 1_000
 """Most overrides of one API key or customer."""
 
-_FIELDS: Final = ("rule", "limits", "until")
+MAX_QUOTAS: Final = 16
+
+_FIELDS: Final = ("rule", "limits", "quotas", "until")
 
 
 class TableReader(Protocol):
@@ -61,34 +64,48 @@ def read_overrides(
     Raises:
         PolicyError: with file, line and reason.
     """
-    found: dict[tuple[str, bool], Override] = {}
+    found: dict[tuple[str, bool, bool], Override] = {}
     if "limits" in table:
         limits_at = (*at, "limits")
         limits = reader.limits(table["limits"], limits_at)
         reader.placed(lambda: fit_limits(Algorithm.SLIDING_WINDOW, limits), limits_at)
-        found["", False] = Override("", limits)
+        found["", False, False] = Override("", limits)
     if found or table.get("overrides"):
         _require_tier(reader, tier, at, owner)
     # Most keys override nothing: the rules of their tier are not gone through for them.
     rules = {rule.name: rule for rule in tier.rules} if tier is not None and table.get("overrides") else {}
     for override_at, override in reader.tables(table, "overrides", at, MAX_OVERRIDES):
         reader.known(override, _FIELDS, override_at)
-        reader.required(override, ("limits",), override_at)
-        rule = _rule_of(reader, override, override_at, rules, tier, owner, counted) if "rule" in override else None
-        limits_at = (*override_at, "limits")
-        limits = reader.limits(override["limits"], limits_at)
-        algorithm = Algorithm.SLIDING_WINDOW if rule is None else rule.algorithm
-        reader.placed(lambda algorithm=algorithm, limits=limits: fit_limits(algorithm, limits), limits_at)  # type: ignore[misc]
         until_us = reader.moment_us(override["until"], (*override_at, "until")) if "until" in override else None
-        name = "" if rule is None else rule.name
-        if (name, until_us is not None) in found:
-            what = f"rule {name!r} is" if name else "the tier's own limits are"
+        if "quotas" in override:
+            made = _of_quotas(reader, override, override_at, until_us)
+        else:
+            reader.required(override, ("limits",), override_at)
+            rule = _rule_of(reader, override, override_at, rules, tier, owner, counted) if "rule" in override else None
+            limits_at = (*override_at, "limits")
+            limits = reader.limits(override["limits"], limits_at)
+            algorithm = Algorithm.SLIDING_WINDOW if rule is None else rule.algorithm
+            reader.placed(lambda algorithm=algorithm, limits=limits: fit_limits(algorithm, limits), limits_at)  # type: ignore[misc]
+            made = Override("" if rule is None else rule.name, limits, until_us)
+        if made.slot in found:
             raise reader.error(
-                f"{what} overridden twice: remove one; beside a permanent override there may be one with 'until'",
-                (*override_at, "rule") if name else override_at,
+                f"{made.what} overridden twice: remove one; beside a permanent override there may be one with 'until'",
+                (*override_at, "rule") if made.rule else override_at,
             )
-        found[name, until_us is not None] = Override(name, limits, until_us)
+        found[made.slot] = made
     return tuple(found.values())
+
+
+def _of_quotas(reader: TableReader, override: dict[str, Any], at: KeyPath, until_us: int | None) -> Override:
+    quotas_at = (*at, "quotas")
+    for field in ("rule", "limits"):
+        if field in override:
+            raise reader.error(f"an override of quotas is for the tier's quotas alone: leave {field!r} out", (*at, field))
+    value = override["quotas"]
+    if not isinstance(value, list) or not 1 <= len(value) <= MAX_QUOTAS or not all(isinstance(each, str) for each in value):
+        raise reader.error('quotas must be a list such as ["150000/month"]', quotas_at)
+    quotas: tuple[Quota, ...] = reader.placed(lambda: fit_quotas(value), quotas_at)
+    return Override("", (), until_us, quotas)
 
 
 def _require_tier(reader: TableReader, tier: Tier | None, at: KeyPath, owner: str) -> None:

@@ -161,14 +161,17 @@ def _key_lines(api_key: ApiKey) -> list[str]:
 
 def _override_lines(table: str, overrides: Iterable[Override]) -> list[str]:
     lines: list[str] = []
-    for override in sorted(overrides, key=lambda each: bool(each.rule) or each.until_us is not None):
-        if not override.rule and override.until_us is None:
+    for override in sorted(overrides, key=lambda each: each.slot != ("", False, False)):
+        if override.slot == ("", False, False):
             lines.append(f"limits = {_limits(override.limits)}")
             continue
         lines += ["", f"  [[{table}.overrides]]"]
         if override.rule:
             lines.append(f"  rule = {_string(override.rule)}")
-        lines.append(f"  limits = {_limits(override.limits)}")
+        if override.quotas:
+            lines.append(f"  quotas = [{', '.join(_string(quota.text) for quota in override.quotas)}]")
+        else:
+            lines.append(f"  limits = {_limits(override.limits)}")
         if override.until_us is not None:
             lines.append(f"  until = {format_timestamp(override.until_us)}")
     return lines

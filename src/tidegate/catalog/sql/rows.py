@@ -218,6 +218,7 @@ def override_rows(overrides: Iterable[Override]) -> list[dict[str, Any]]:
             "rule": override.rule,
             "limits": [limit.text for limit in override.limits],
             **({} if override.until_us is None else {"until_us": override.until_us}),
+            **({"quotas": [quota.text for quota in override.quotas]} if override.quotas else {}),
         }
         for override in overrides
     ]
@@ -226,5 +227,11 @@ def override_rows(overrides: Iterable[Override]) -> list[dict[str, Any]]:
 def overrides_of(stored: Iterable[Mapping[str, Any]]) -> tuple[Override, ...]:
     """The overrides in a column that `override_rows` wrote."""
     return tuple(
-        Override(each["rule"], tuple(Limit.parse(text) for text in each["limits"]), each.get("until_us")) for each in stored
+        Override(
+            each["rule"],
+            tuple(Limit.parse(text) for text in each["limits"]),
+            each.get("until_us"),
+            tuple(Quota.parse(text) for text in each.get("quotas", ())),
+        )
+        for each in stored
     )
