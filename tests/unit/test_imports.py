@@ -25,6 +25,7 @@ COMMANDS = [
     "rules",
     "policy",
     "keys",
+    "customers",
     "blocks",
     "caller-tokens",
     "usage",

@@ -14,6 +14,7 @@ from typing import Final, TypeAlias
 import msgspec
 from sqlalchemy import ColumnElement, func, select
 
+from tidegate.admin.api_keys import key_rows
 from tidegate.algorithms import State
 from tidegate.algorithms.calendar import bounds_of
 from tidegate.catalog.sql.catalog import SqlCatalog
@@ -26,6 +27,8 @@ from tidegate.ledger.buffer import DAY_US
 from tidegate.policy.limits import MAX_WINDOW_US, Algorithm, Limit, LimitSet
 from tidegate.policy.matching import CompiledTier
 from tidegate.policy.model import KeyStatus, Subject, Tier
+from tidegate.policy.overrides import active_overrides, in_precedence
+from tidegate.timestamps import now_us as current_us
 
 _OWNERS: Final = 100
 """Owners of keys whose units are read at a time."""
@@ -141,16 +144,13 @@ async def _units_of(catalog: SqlCatalog, since: tuple[ColumnElement[bool], ...],
 
 async def _overridden(catalog: SqlCatalog, tier: Tier, keys: Sequence[str]) -> dict[str, CompiledTier]:
     """The tier with the limits of a key's own, by owner."""
-    query = (
-        select(api_keys, tiers.c.name.label("tier_name"))
-        .join(tiers, tiers.c.id == api_keys.c.tier_id)
-        .where(api_keys.c.id.in_(keys), tiers.c.name == tier.name)
-    )
+    query = key_rows().where(api_keys.c.id.in_(keys), tiers.c.name == tier.name)
     async with catalog.database.reading() as connection:
         found = [api_key_of(row) for row in (await connection.execute(query)).mappings()]
     # Of several keys of one owner the active one.
     found.sort(key=lambda key: key.status is KeyStatus.ACTIVE)
-    return {key.owner: CompiledTier(tier, key.overrides) for key in found if key.overrides}
+    active = {key.owner: in_precedence(active_overrides(key.overrides, current_us())) for key in found}
+    return {owner: CompiledTier(tier, overrides) for owner, overrides in active.items() if overrides}
 
 
 def _counters_of(owner: str, compiled: CompiledTier, units: Sequence[_Units]) -> Iterator[_Counter]:
