@@ -177,7 +177,11 @@ def _batch() -> dict[str, Any]:
 
 def _authorize(operation: str, passes: str = "204") -> dict[str, Any]:
     empty = {
-        passes: {"description": "Allowed.", "headers": _headers()},
+        passes: {
+            "description": "Allowed.",
+            "headers": _headers()
+            | {"X-Tidegate-Overage": _text_header("Units that pass above a quota or a soft limit, if there are any.")},
+        },
         "401": {"description": "The API key is missing or unknown; see X-Tidegate-Error."},
         "403": {
             "description": "The API key was revoked or has expired, or the client is denied (BLOCKED); see X-Tidegate-Error. "

@@ -142,7 +142,7 @@ class Gate:
                 decided = self._tell(plan, charged, _clock_ns() - started_ns)
                 assert isinstance(decided, Decision), "an immediate store always answers"
                 return decided
-            counters = () if exempt else _counters_of(check, caller, _rule_of(check, tier), ip)
+            counters = () if exempt else counters_of(check, caller, _rule_of(check, tier), ip)
         except TidegateError as error:
             self._tell_error(error, _clock_ns() - started_ns)
             raise
@@ -441,7 +441,7 @@ class Gate:
 
     def _plan_of(self, check: Check, caller: Caller, ip: str | None) -> CheckPlan:
         tier = caller.tier
-        counters = _counters_of(check, caller, _rule_of(check, tier), ip)
+        counters = counters_of(check, caller, _rule_of(check, tier), ip)
         charges = [Charge(counters, check.cost)] if counters else []
         if tier.has_shadow_rules:
             for watcher in tier.shadow_rules(check.method, check.path, check.attributes):
@@ -516,7 +516,7 @@ def _rule_of(check: Check, tier: CompiledTier) -> CompiledRule | None:
     return tier.match(check.method, check.path, attributes)
 
 
-def _counters_of(check: Check, caller: Caller, rule: CompiledRule | None, ip: str | None) -> tuple[tuple[LimitSet, str], ...]:
+def counters_of(check: Check, caller: Caller, rule: CompiledRule | None, ip: str | None) -> tuple[tuple[LimitSet, str], ...]:
     """What a check is charged to: the counter of the rule that answers it, and that of the tier's own limits."""
     tier = caller.tier
     if tier.has_actions and rule is not None and rule.action is not None:
