@@ -14,6 +14,7 @@ from bench.constants import write
 
 BENCHES = (
     "inprocess",
+    "python",
     "memory",
     "matching",
     "adversarial",
@@ -22,6 +23,8 @@ BENCHES = (
     "telemetry",
     "jwt",
     "attributes",
+    "quotas",
+    "access",
     "simulate",
     "http",
     "callers_auth",

@@ -1,6 +1,6 @@
 """A FastAPI app that limits its callers itself: the middleware decides, and no limiter runs beside it.
 
-    pip install tidegate
+    pip install tidegate fastapi granian
     granian --interface asgi --port 8000 fastapi_app:app
     curl -i http://127.0.0.1:8000/api/items -H 'X-API-Key: demo-free-key-0001'
 

@@ -10,7 +10,6 @@ import contextlib
 import os
 import ssl
 import subprocess
-import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
@@ -25,6 +24,7 @@ from hypothesis import HealthCheck, settings
 from tests import markers, run_order
 from tests.cases.doors import POLICY
 from tests.moments import PATIENCE_S
+from tests.servers import forked
 from tests.servers.fixtures import (  # noqa: F401 - fixtures are found by their names
     any_redis,
     new_cluster,
@@ -162,14 +162,7 @@ class Serve:
         self.log = log
         with contextlib.ExitStack() as files:
             said = subprocess.PIPE if log is None else files.enter_context(log.open("ab"))
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "tidegate", "serve", *arguments],
-                cwd=directory,
-                env=self.environment,
-                stdout=said,
-                stderr=said,
-                text=True,
-            )
+            self.process = forked.start(("serve", *arguments), directory, self.environment, stdout=said, stderr=said)
 
     def wait_ready(self) -> None:
         """Until it answers; fails with what it said if it ends instead."""
@@ -188,15 +181,7 @@ class Serve:
 
     def run(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
         """Runs another command of Tidegate with the same settings, in the same directory."""
-        return subprocess.run(
-            [sys.executable, "-m", "tidegate", *arguments],
-            cwd=self.directory,
-            env={**self.environment, **environment},
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
-        )
+        return forked.run(arguments, PATIENCE_S, cwd=self.directory, env={**self.environment, **environment})
 
     def stop_by_itself(self) -> tuple[int, str, str]:
         """Waits until it ends without being told to; returns exit code, stdout, stderr; of both nothing, where it has a log."""

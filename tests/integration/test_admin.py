@@ -57,6 +57,54 @@ async def test_tiers(admin: Admin) -> None:
     assert "see GET" in _error(await admin.http.get("/tiers/free"), 404, "NOT_FOUND")
 
 
+async def test_quotas(admin: Admin) -> None:
+    sold = {"quotas": ["100000/month", "5000/day"], "overage": {"up_to": "20%"}}
+    made = await admin.http.post("/tiers", json={"name": "pro", "limits": ["50/s"], **sold})
+    assert (made.json()["quotas"], made.json()["overage"]) == (["5000/day", "100000/month"], {"up_to": "20%"})
+    assert "same period" in _error(
+        await admin.http.post("/tiers", json={"name": "b", "quotas": ["1/day", "2/day"]}), 400, "POLICY_REFUSED"
+    )
+    changed = await admin.http.patch("/tiers/pro", json={"overage": True}, headers={"If-Match": "*"})
+    assert (changed.json()["limits"], changed.json()["quotas"], changed.json()["overage"]) == (
+        ["50/second"],
+        ["5000/day", "100000/month"],
+        True,
+    )
+    whole = await admin.http.put("/tiers/pro", json={"limits": [], "quotas": ["9/year"]}, headers={"If-Match": "*"})
+    assert (whole.json()["limits"], whole.json()["quotas"], whole.json()["overage"]) == ([], ["9/year"], False)
+    _error(await admin.http.patch("/tiers/pro", json={}, headers={"If-Match": "*"}), 400, "BAD_REQUEST")
+    rule = await admin.http.post(
+        "/rate-limit-rules", json={"tier": "pro", "endpoint": "/a", "quotas": ["2/month"], "mode": "soft"}
+    )
+    assert (rule.status_code, rule.json()["limits"], rule.json()["quotas"], rule.json()["name"]) == (
+        201,
+        [],
+        ["2/month"],
+        "/a soft",
+    )
+    path = f"/rate-limit-rules/{rule.json()['id']}"
+    patched = await admin.http.patch(path, json={"mode": "enforce", "overage": {"up_to": "50%"}}, headers={"If-Match": "*"})
+    assert (patched.json()["quotas"], patched.json()["overage"], patched.json()["name"]) == (["2/month"], {"up_to": "50%"}, "/a")
+    assert "0 limits" in _error(
+        await admin.http.patch(path, json={"quotas": [], "overage": False}, headers={"If-Match": "*"}), 400, "POLICY_REFUSED"
+    )
+    key = await admin.key(tier="pro")
+    check = Check.of("/a", api_key=key["api_key"], cost=3)
+    decision = await admin.gate.check(check)
+    assert (decision.allowed, decision.overage, str(decision.binding)) == (True, 1, "2/month")
+    usage = (await admin.http.get("/usage", params={"api_key_id": key["id"]})).json()["rules"]
+    assert [(each["rule"], each["windows"][0]["used"], each["windows"][0]["period"]) for each in usage] == [
+        (None, 3, "year"),
+        ("/a", 3, "month"),
+    ]
+    text = (await admin.http.get("/policy")).text
+    assert 'quotas = ["9/year"]' in text
+    again = parse_policy(text).tiers[0]
+    assert (again.quotas[0].text, again.rules[0].overage is not None) == ("9/year", True)
+    assert (await admin.http.post("/counters/reset", json={"api_key_id": key["id"]})).json() == {"reset": 2}
+    assert (await admin.gate.check(check)).allowed
+
+
 async def test_rules(admin: Admin) -> None:
     await admin.tier()
     rule = await admin.rule(methods=["get"], priority=3)

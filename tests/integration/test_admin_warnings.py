@@ -68,3 +68,17 @@ async def test_a_rule_by_ip_checks_blocked_addresses(admin: Admin) -> None:
         await connection.execute(insert(rate_limit_violations), [row])
     (said,) = await _lower(admin, rule, "39/hour")
     assert "1 of 1 checked callers, e.g. 203.0.113.7, have used up" in said
+
+
+async def test_a_rule_by_attribute_checks_blocked_callers(admin: Admin) -> None:
+    await admin.tier()
+    rule = await admin.rule("/api/*", subject=["org", "user"], limits=["50/hour"])
+    caller = {"org": "acme", "user": "a&b"}
+    await admin.gate.check(Check.of("/api/a", ip="203.0.113.7", attributes=caller, tier="free", cost=40))
+    minute_us = now_us() // 60_000_000 * 60_000_000
+    row = {"minute_us": minute_us, "tier": "free", "rule": rule["name"], "subject": "a:org=acme&user=a%26b", "blocked": 3}
+    async with admin.catalog.database.transaction() as connection:
+        await connection.execute(insert(rate_limit_violations), [row])
+    assert await _lower(admin, rule, "41/hour") == []
+    (said,) = await _lower(admin, rule, "39/hour")
+    assert "1 of 1 checked callers, e.g. org=acme&user=a%26b, have used up" in said

@@ -6,8 +6,6 @@ import asyncio
 import json
 import os
 import socket
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,8 @@ import pytest
 from sqlalchemy import inspect, text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from tests.moments import PATIENCE_S
+from tests.servers import forked
 from tests.servers.ports import free_port
 from tests.servers.postgres import PostgresServer
 from tests.servers.postgres_cluster import PostgresCluster
@@ -29,15 +29,8 @@ Found = dict[str, tuple[bool | None, str]]
 
 
 def _doctor(directory: Path, **environment: str) -> tuple[int, list[dict[str, Any]], str]:
-    ended = subprocess.run(
-        [sys.executable, "-m", "tidegate", "doctor", "--json"],
-        cwd=directory,
-        env={**{name: value for name, value in os.environ.items() if not name.startswith("TIDEGATE_")}, **environment},
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    plain = {name: value for name, value in os.environ.items() if not name.startswith("TIDEGATE_")}
+    ended = forked.run(("doctor", "--json"), PATIENCE_S, cwd=directory, env={**plain, **environment})
     return ended.returncode, json.loads(ended.stdout), ended.stdout + ended.stderr
 
 
@@ -181,9 +174,7 @@ def test_listeners_of_a_server_that_runs(serve: Callable[..., Any], tmp_path: Pa
 def test_replicas_are_checked(postgres_cluster: PostgresCluster, tmp_path: Path) -> None:
     database = postgres_cluster.primary.new_database()
     name = database.rpartition("/")[2]
-    subprocess.run(
-        [sys.executable, "-m", "tidegate", "db", "upgrade"], env={**os.environ, "TIDEGATE_CATALOG__URL": database}, check=True
-    )
+    forked.run(("db", "upgrade"), PATIENCE_S, env={**os.environ, "TIDEGATE_CATALOG__URL": database}).check_returncode()
     postgres_cluster.wait_caught_up()
     replicas = [url.replace("postgres@", "postgres:secret-word@") for url in postgres_cluster.replica_urls(name)]
     gone = f"postgresql://postgres:secret-word@127.0.0.1:1/{name}"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
@@ -16,7 +15,8 @@ import pytest
 
 from tests.conftest import Serve
 from tests.integration.catalog_keys import editor_of, listed_keys, make_key, revoke_key
-from tests.moments import wait_until
+from tests.moments import PATIENCE_S, wait_until
+from tests.servers import forked
 from tidegate.admin import api_keys, lists
 from tidegate.admin.import_export import import_policy
 from tidegate.admin.transaction import ManagedByFile
@@ -135,15 +135,8 @@ async def test_a_key_of_an_operator_keeps_its_tier(catalog: SqlCatalog) -> None:
 
 def tidegate(directory: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Runs a command without any setting but those given."""
-    return subprocess.run(
-        [sys.executable, "-m", "tidegate", *arguments],
-        cwd=directory,
-        env={**{name: value for name, value in os.environ.items() if not name.startswith("TIDEGATE_")}, **environment},
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    plain = {name: value for name, value in os.environ.items() if not name.startswith("TIDEGATE_")}
+    return forked.run(arguments, PATIENCE_S, cwd=directory, env={**plain, **environment})
 
 
 def check(server: Serve, key: str) -> int:

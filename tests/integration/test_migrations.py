@@ -7,7 +7,6 @@ import contextlib
 import os
 import re
 import sqlite3
-import sys
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -23,6 +22,8 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from tests.cases import first_version
 from tests.integration.catalog_keys import editor_of, listed_keys, make_key
+from tests.moments import PATIENCE_S
+from tests.servers import forked
 from tidegate.admin.api_keys import create_key, edit_key
 from tidegate.admin.models import KeyCreate, KeyPatch
 from tidegate.admin.rules import CatalogEditor
@@ -61,6 +62,8 @@ FILLING = {
         VALUES ('session', 'digest', 5, 6)""",
     "what_if_runs": """INSERT INTO what_if_runs (id, actor, state, progress, created_at_us, changed_at_us, result)
         VALUES ('run', 'me', 'done', 1, 5, 6, '{"note": null}')""",
+    "blocks": """INSERT INTO blocks (kind, target, reason, message, created_at_us, created_by, version)
+        VALUES ('cidr', '203.0.113.0/24', 'r', '', 5, 'me', 5)""",
     "catalog_changes": "INSERT INTO catalog_changes (version, previous, kind, name) VALUES (7, 6, 'all', '')",
 }
 """A row or more for every table, as the step that made it would have it."""
@@ -245,14 +248,9 @@ async def test_what_the_first_version_wrote_reads_the_same(catalog_url: str, eng
 
 
 async def _tidegate(url: str, *arguments: str) -> tuple[int | None, str, str]:
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "tidegate", "db", *arguments),
-        env={**os.environ, "TIDEGATE_CATALOG__URL": url},
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-    )
-    out, err = await process.communicate()
-    return process.returncode, out.decode(), err.decode()
+    environment = {**os.environ, "TIDEGATE_CATALOG__URL": url}
+    ran = await asyncio.to_thread(forked.run, ("db", *arguments), PATIENCE_S, env=environment)
+    return ran.returncode, ran.stdout, ran.stderr
 
 
 async def test_processes_that_start_at_once_on_a_new_database(catalog_url: str, engine: AsyncEngine) -> None:

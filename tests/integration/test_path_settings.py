@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,8 @@ import pytest
 from tests.cases.doors import FREE
 from tests.conftest import Serve
 from tests.integration.ratelimit_client import ask, request
+from tests.moments import PATIENCE_S
+from tests.servers import forked
 from tidegate.client import Client
 from tidegate.doors.asgi import RateLimitMiddleware
 from tidegate.doors.grpc.messages import OK, OVER_LIMIT
@@ -105,8 +105,7 @@ def test_simulate_takes_the_same_options(tmp_path: Path, opened: bool) -> None:
     line = '203.0.113.7 - - [17/May/2015:10:05:03 +0000] "GET {} HTTP/1.1" 200 5\n'
     (tmp_path / "access.log").write_text("".join(line.format(path) for path in (*RULES, OTHER)))
     options = ["--encoded-slashes", "/projects/*", "--decode-unreserved"] if opened else []
-    command = [sys.executable, "-m", "tidegate", "simulate", "access.log", "-p", "policy.toml", "--json", *options]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+    done = forked.run(("simulate", "access.log", "-p", "policy.toml", "--json", *options), PATIENCE_S, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     allowed = {each["rule"]: each["allowed"] for each in json.loads(done.stdout)["rules"]}
     assert allowed == {rule: int(opened) for rule in RULES.values()}

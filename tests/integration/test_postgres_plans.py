@@ -28,6 +28,7 @@ from tidegate.admin.models import KeyCreate, KeyPatch, RevokeRequest
 from tidegate.admin.rules import CatalogEditor
 from tidegate.catalog.sql.catalog import SqlCatalog
 from tidegate.catalog.sql.paging import cursor_of
+from tidegate.ledger.export import LedgerFilter, read_ledger
 from tidegate.policy.toml_reader import parse_policy
 from tidegate.violations.queries import DAY_US, ViolationFilter, blocked_total, list_violations, top_violators
 
@@ -68,6 +69,10 @@ UPDATE policy_state SET (version, previous) = (SELECT max(version), max(previous
 INSERT INTO rate_limit_violations (minute_us, tier, rule, subject, blocked)
 SELECT {START_US} + n % 2880 * 60000000::bigint, 'tier-1', 'rule ' || n % 100, 'k:' || lpad((n % 5000)::text, 24, '0'), 1
 FROM generate_series(1, 300000) n ON CONFLICT DO NOTHING;
+INSERT INTO usage_ledger (day_us, customer, key_id, tier, rule, admitted, blocked, over_limit)
+SELECT {START_US} + n % 30 * 86400000000::bigint, 'customer ' || n % 1000, lpad((n % 5000)::text, 24, '0'), 'tier-1',
+    'rule ' || n % 100, 1, 0, 0
+FROM generate_series(1, 60000) n ON CONFLICT DO NOTHING;
 ANALYZE;
 """
 
@@ -142,6 +147,16 @@ def _violations(until_us: int, after: str | None = None, **filters: Any) -> Call
 
 SUBJECT = "k:" + "77".rjust(24, "0")
 MIDDLE = "8" * 24
+
+
+def _usage(after: str | None = None, **filters: Any) -> Callable[..., Awaitable[Any]]:
+    selected = LedgerFilter(START_US, START_US + 31 * DAY_US, **filters)
+    return lambda catalog, editor, server: read_ledger(catalog.database, selected, after, 100)
+
+
+USAGE_PLACE = cursor_of((START_US + 20 * DAY_US, "customer 5", "0" * 24, "tier-1", "rule 5"))
+BY_DAY = ("usage_ledger_default_pkey", "pk_usage_ledger")
+BY_CUSTOMER = ("usage_ledger_default_customer_day_us_idx",)
 PLACE = cursor_of((START_US + 20 * HOUR_US, "tier-1", "rule 5", "k:"))
 TODAY_US = START_US + DAY_US
 BY_KEY = ("pk_api_keys",)
@@ -216,6 +231,10 @@ LOOK_UPS = {
     "violations after a place": LookUp(_violations(TODAY_US, PLACE), BY_MINUTE, 600),
     "violations of a subject": LookUp(_violations(TODAY_US, subject=SUBJECT), BY_SUBJECT),
     "violations of a rule": LookUp(_violations(TODAY_US, rule="rule 8"), BY_MINUTE, 400),
+    "usage": LookUp(_usage(), BY_DAY),
+    "usage after a place": LookUp(_usage(USAGE_PLACE), BY_DAY),
+    "usage of a customer": LookUp(_usage(customer="customer 7"), BY_CUSTOMER),
+    "usage of a key": LookUp(_usage(key_id="0" * 21 + "123"), ("usage_ledger_default_key_id_day_us_idx",)),
     "how often a subject was blocked": LookUp(
         lambda catalog, editor, server: blocked_total(
             catalog.database, ViolationFilter(START_US, TODAY_US, subject=SUBJECT)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,6 +17,7 @@ from tests.cases.ratelimit_file import CONFIG, DOMAIN, OURS, STEPS, Step
 from tests.conftest import Clock, Serve
 from tests.integration.ratelimit_client import ask, caller, headers, health, request
 from tests.moments import PATIENCE_S, wait_until
+from tests.servers import forked
 from tests.servers.ratelimit_peer import RateLimitPeer
 from tidegate.catalog.cached import CachedCatalog
 from tidegate.catalog.in_memory import PolicyCatalog
@@ -214,8 +214,7 @@ def test_a_directory_has_a_domain_in_each_file(tmp_path: Path) -> None:
 
 
 def _check(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "tidegate", "envoy", "check", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    return forked.run(("envoy", "check", *arguments), PATIENCE_S)
 
 
 def test_the_command_reports_what_the_server_would(tmp_path: Path) -> None:

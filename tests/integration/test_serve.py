@@ -9,7 +9,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +18,7 @@ import httpx
 import pytest
 
 from tests.moments import MINUTE_S, PATIENCE_S, stay_within, wait_until
+from tests.servers import forked
 from tidegate.server.handover import listening_sockets
 
 POLICY = """\
@@ -303,23 +303,13 @@ def test_policy_check_reports_what_the_server_would(serve: Callable[..., Any], t
     file.write_text(POLICY.format(limit=10).replace("endpoint", "endpiont"))
     code, _, err = serve(wait=False).stop_by_itself()
     assert code == 2
-    said = subprocess.run(
-        [sys.executable, "-m", "tidegate", "policy", "check", str(file)], capture_output=True, text=True, timeout=60, check=False
-    )
+    said = forked.run(("policy", "check", str(file)), PATIENCE_S)
     assert said.returncode == 2
     for text in (err, said.stderr):
         assert "tidegate.policy.toml:4" in text
         assert "endpiont" in text
         assert "endpoint" in text
-    example = subprocess.run(
-        [sys.executable, "-m", "tidegate", "policy", "example"], capture_output=True, text=True, timeout=60, check=True
-    )
+    example = forked.run(("policy", "example"), PATIENCE_S)
     file.write_text(example.stdout)
-    said = subprocess.run(
-        [sys.executable, "-m", "tidegate", "policy", "check", "--strict", str(file)],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    said = forked.run(("policy", "check", "--strict", str(file)), PATIENCE_S)
     assert said.returncode == 0, said.stderr

@@ -134,6 +134,22 @@ async def test_decorated_endpoints(clock: Clock) -> None:
     assert [each["name"] for each in parameters] == ["n"], "what the decorator adds is not seen"
 
 
+async def test_several_limits_on_one_endpoint(clock: Clock) -> None:
+    store = counted(clock)
+    app = FastAPI()
+
+    @app.get("/{account}")
+    @limit("2/minute", key="account", counters=store)
+    @limit("3/minute", key="ip", counters=store)
+    def endpoint(request: FastApiRequest, account: str) -> str:
+        return account
+
+    client = AsgiClient(app)
+    answers = [await client.get(path) for path in ("/a", "/a", "/a", "/b", "/c")]
+    assert [each.status for each in answers] == [200, 200, 429, 200, 429]
+    assert [each.headers["x-ratelimit-limit"] for each in answers] == ["2", "2", "2", "3", "3"]
+
+
 async def test_only_failed_log_ins_are_counted(clock: Clock) -> None:
     app = FastAPI()
 

@@ -23,6 +23,8 @@ COMMANDS = [
     "plan",
     "tiers",
     "rules",
+    "namespaces",
+    "callers",
     "policy",
     "keys",
     "blocks",

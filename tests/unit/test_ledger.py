@@ -52,9 +52,10 @@ def check(
     limits: LimitSet | None = LIMITS,
     key_id: str = KEY,
     customer: str = "",
+    overage: int = 0,
 ) -> Observation:
     unlimited = "internal" if limits is None else None
-    decision = Decision(allowed, at_us=at_us, limits=limits, unlimited_tier=unlimited)
+    decision = Decision(allowed, at_us=at_us, limits=limits, unlimited_tier=unlimited, overage=overage)
     return Observation(decision, None, 1, (), subject, None, cost, key_id, customer)
 
 
@@ -100,6 +101,7 @@ def test_the_table_beside_a_plain_count(units: list[tuple[int, int]], capacity: 
 async def test_units_are_counted_for_whom_they_were() -> None:
     counts = UsageCounts()
     counts.observe(check(cost=3))
+    counts.observe(check(cost=5, overage=2))
     counts.observe(check(cost=2, allowed=False))
     counts.observe(check("i:192.0.2.1", key_id="", customer="acme"))
     counts.observe(check(None, limits=None, at_us=NOON_US))
@@ -109,13 +111,13 @@ async def test_units_are_counted_for_whom_they_were() -> None:
     found = await rows_of(counts)
     minute, hour, day = NOON_US, NOON_US - NOON_US % HOUR_US, NOON_US - NOON_US % DAY_US
     assert found["ledger"] == {
-        (day, "", KEY, "free", "r"): [3, 2, 0],
+        (day, "", KEY, "free", "r"): [8, 2, 2],
         (day, "acme", "", "free", "r"): [1, 0, 0],
         (day, "", KEY, "internal", ""): [1, 0, 0],
     }
-    assert found["rules"] == {(minute, "free", "r"): [4, 2, 0], (minute, "internal", ""): [1, 0, 0]}
+    assert found["rules"] == {(minute, "free", "r"): [9, 2, 2], (minute, "internal", ""): [1, 0, 0]}
     assert found["callers"] == {
-        (hour, "free", "r", "k:1"): [3, 2, 0],
+        (hour, "free", "r", "k:1"): [8, 2, 2],
         (hour, "free", "r", "i:192.0.2.1"): [1, 0, 0],
         (hour, "internal", "", f"k:{KEY}"): [1, 0, 0],
     }

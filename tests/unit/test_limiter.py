@@ -128,3 +128,18 @@ def test_storage_uris_that_cannot_be_used(uri: str) -> None:
             kind("5/day", counters=uri)
         assert "redis" in caught.value.message
         assert "secret" not in caught.value.message
+
+
+async def test_attributes_are_a_subject_of_their_own() -> None:
+    limiter = Limiter("1/day")
+    one = {"org": "acme", "user": "42"}
+    assert (await limiter.check(one)).allowed
+    assert not (await limiter.check({"user": "42", "org": "acme"})).allowed, "the order does not matter"
+    for other in ({"org": "acme"}, {"user": "42"}, {"org": "acme&user=42"}, "org=acme&user=42", "a:org=acme&user=42"):
+        assert (await limiter.check(other)).allowed, other
+    await limiter.reset(one)
+    assert [each.allowed for each in await limiter.check_many([(one, 1), (one, 1)])] == [True, False]  # type: ignore[union-attr]
+    assert SyncLimiter("1/day").check(one).allowed
+    for wrong in ({}, {"org": ""}, {"Org": "x"}, {"org": "x" * 257}, {"ip": "1.1.1.1"}, {"org": 7}):
+        with pytest.raises(BadRequest):
+            await limiter.check(wrong)  # type: ignore[arg-type]

@@ -17,6 +17,7 @@ from tidegate.policy.limits import Algorithm, OnFailure
 from tidegate.policy.model import KeyStatus, Mode, Subject
 from tidegate.policy.toml_lines import LineIndex, line_of_deep_key
 from tidegate.policy.toml_reader import load_policy, parse_policy, policy_warnings
+from tidegate.policy.toml_writer import policy_text
 from tidegate.timestamps import MAX_US, MIN_US, format_timestamp, parse_timestamp
 
 WHOLE = """\
@@ -255,7 +256,8 @@ def test_a_month_or_a_year_that_does_not_start_anew_is_warned_of(window: str) ->
     assert f"'9/{window}' slides" in own
     (default,) = warned(f'{RULE}endpoint = "/a"\n{limits}')
     assert f"rule '/a': limit '9/{window}' slides" in default
-    assert 'use algorithm = "fixed_window"' in default
+    assert f'per {window} write quotas = ["9/{window}"]' in default
+    assert f'per {window} write quotas = ["9/{window}"]' in own
     for algorithm, words in (("token_bucket", "refills"), ("leaky_bucket", "refills"), ("sliding_log", "over the last 3")):
         (bucket,) = warned(f'{RULE}endpoint = "/a"\nalgorithm = "{algorithm}"\n{limits}')
         assert words in bucket
@@ -269,7 +271,7 @@ def test_rules_that_escape_one_for_everything_are_warned_of() -> None:
     (one,) = warned(everything + search)
     assert one == (
         "tier 't': rule '/*' does not count what '/search' answers: one rule answers a request; "
-        "put what is to hold over all endpoints into the tier's own limits"
+        "put what is to hold over all endpoints into the tier's own limits, or into its quotas where a plan sells it"
     )
     (many,) = warned(everything + "".join(search.replace("search", name) for name in "abcde"))
     assert "'/a', '/b', '/c' and 2 more answer" in many
@@ -277,6 +279,7 @@ def test_rules_that_escape_one_for_everything_are_warned_of() -> None:
         everything,
         search,
         'limits = ["1000/minute"]\n' + everything + search,
+        'quotas = ["1000/month"]\n' + everything + search,
         everything + search + 'mode = "shadow"\n',
         everything + 'methods = ["GET"]\n' + search + 'methods = ["POST"]\n',
     ):
@@ -431,3 +434,59 @@ async def test_policy_catalog() -> None:
     assert (await catalog.tier("free"))[1] is None
     await catalog.ping()
     await catalog.close()
+
+
+SOLD = """[[tiers]]
+name = "pro"
+limits = ["50/second"]
+quotas = ["5000/day", "100000/month"]
+overage = { up_to = "20%" }
+
+  [[tiers.rules]]
+  endpoint = "/export"
+  quotas = ["10/week"]
+  overage = true
+  name = "/export"
+
+  [[tiers.rules]]
+  endpoint = "/soft"
+  limits = ["5/minute"]
+  mode = "soft"
+  name = "/soft soft"
+"""
+
+
+def test_quotas_are_written_as_they_are_read() -> None:
+    policy = parse_policy(SOLD)
+    (tier,) = policy.tiers
+    assert [quota.text for quota in tier.quotas] == ["5000/day", "100000/month"]
+    assert tier.overage is not None
+    assert (tier.overage.most(100_000), tier.overage.value) == (120_000, {"up_to": "20%"})
+    export, soft = tier.rules
+    assert (export.limits, export.overage is not None and export.overage.value, soft.name) == ((), True, "/soft soft")
+    assert parse_policy(policy_text(policy)) == policy
+    assert policy_text(policy) == SOLD
+    assert policy_warnings(policy) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "why"),
+    [
+        ('quotas = ["10/fortnight"]', 3, "unknown period 'fortnight'"),
+        ("quotas = [10]", 3, 'quotas must be a list such as ["100000/month"]'),
+        ('quotas = "10/month"', 3, 'quotas must be a list such as ["100000/month"]'),
+        ('quotas = ["1/month", "2/month"]', 3, "are for the same period"),
+        ("overage = true", 3, "overage is for quotas"),
+        ('quotas = ["1/month"]\noverage = { up_to = "20" }', 4, "must be a whole percentage"),
+        ('quotas = ["1/month"]\noverage = "20%"', 4, "is not understood: write true"),
+        ("quotas = [" + '"1/day", ' * 99 + "]", 3, "quotas has 99 entries"),
+    ],
+)
+def test_quotas_that_are_refused_name_their_line(text: str, line: int, why: str) -> None:
+    with pytest.raises(PolicyError) as refused:
+        parse_policy(f'[[tiers]]\nname = "t"\n{text}\n')
+    assert (why in refused.value.reason, refused.value.line) == (True, line), refused.value
+    if "overage = true" not in text:
+        with pytest.raises(PolicyError) as refused:
+            parse_policy(f'[[tiers]]\nname = "t"\n[[tiers.rules]]\nendpoint = "/a"\n{text}\n')
+        assert why in refused.value.reason

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import datetime
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -15,6 +18,7 @@ from tests.cases.quotas import CASES, Step, quotas_of, us
 from tests.conftest import Clock
 from tidegate.catalog.cached import CachedCatalog
 from tidegate.catalog.in_memory import PolicyCatalog
+from tidegate.catalog.shared_entries import EntrySeal, InvalidEntry, TierEntry, require_valid_tier
 from tidegate.counters import Charge
 from tidegate.counters.fallback import LocalShares
 from tidegate.counters.memory import MemoryCounters
@@ -24,7 +28,7 @@ from tidegate.gate.gate import Gate
 from tidegate.policy.limits import Algorithm, Limit, LimitSet
 from tidegate.policy.periods import Period, PeriodAnchor
 from tidegate.policy.quotas import Overage, Quota, QuotaLimit, fit_quotas
-from tidegate.policy.toml_reader import parse_policy
+from tidegate.policy.toml_reader import parse_policy, policy_warnings
 
 KEY = "a-key-of-a-customer-1"
 OTHER_KEY = "a-key-of-a-customer-2"
@@ -301,3 +305,31 @@ def test_a_share_of_a_quota_goes_back_whole(clock: Clock) -> None:
     assert states is not None
     store.add(limits, "k:1", states)
     assert [window.remaining for window in asyncio.run(store.windows([(limits, "k:1")]))[0]] == [1, 3]
+
+
+def test_a_tier_with_quotas_is_kept_in_the_shared_cache_and_verified() -> None:
+    tier = parse_policy(POLICY).tiers[0]
+    seal = EntrySeal(b"a secret of 16 bytes or more")
+    name, decoder = b"tier pro", msgspec.msgpack.Decoder(TierEntry)
+    opened = seal.open(name, seal.seal(name, TierEntry(1, tier)), decoder).value
+    assert opened == tier
+    require_valid_tier(opened, "pro")
+    for forged in (
+        msgspec.structs.replace(tier, quotas=(Quota(0, Period.DAY),)),
+        msgspec.structs.replace(tier, quotas=tier.quotas[::-1]),
+        msgspec.structs.replace(tier, quotas=(), overage=Overage()),
+        msgspec.structs.replace(tier, overage=Overage(-5)),
+        msgspec.structs.replace(tier, rules=(msgspec.structs.replace(tier.rules[1], quotas=()),)),
+    ):
+        with pytest.raises(InvalidEntry):
+            require_valid_tier(forged, "pro")
+
+
+def test_the_policies_of_the_page_on_plans_are_valid() -> None:
+    page = Path(__file__, "../../../docs/plans.md").resolve().read_text(encoding="utf-8")
+    policies = re.findall(r"```toml\n(.*?)```", page, re.DOTALL)
+    assert policies
+    for text in policies:
+        # What is not about tiers needs a tier beside it.
+        policy = parse_policy(text if "[[tiers]]" in text else f'[[tiers]]\nname = "pro"\nlimits = ["1/s"]\n{text}')
+        assert policy_warnings(policy) == []

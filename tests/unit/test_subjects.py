@@ -21,7 +21,7 @@ from tidegate.counters.redis.store import RedisCounters
 from tidegate.decision import Check, Decision, client_of
 from tidegate.doors.grpc.domains import FileDomain
 from tidegate.doors.grpc.ratelimit_file import parse_ratelimit
-from tidegate.doors.limiter import LONGEST_SUBJECT, _fit_subject
+from tidegate.doors.limiter import LONGEST_SUBJECT, fit_subject
 from tidegate.gate.gate import Gate
 from tidegate.policy.descriptors import entries_subject
 from tidegate.policy.limits import Algorithm, Limit, LimitSet
@@ -52,7 +52,7 @@ names = st.sampled_from(["a", "a:b", "a:b:c", "limiter/a", "envoy/a/b", "a\0b"])
 @example([LONG, DIGEST, "h:" + hashlib.blake2b(DIGEST.encode(), digest_size=32).hexdigest()])
 def test_subjects_of_a_limiter_are_apart(subjects: list[str]) -> None:
     subjects = [subject for subject in subjects if subject]
-    assert len({_fit_subject(subject) for subject in subjects}) == len(subjects)
+    assert len({fit_subject(subject) for subject in subjects}) == len(subjects)
 
 
 async def test_a_digest_and_the_long_subject_that_it_is_of_count_apart() -> None:

@@ -1,36 +1,45 @@
 """Restores counters from the usage ledger after the counter store was lost.
 
-Restored are windows of whole days (a day, a week, a month, a year, 30 days) of rules with the algorithm fixed_window that count
-API keys or the tier: the ledger has their units by day. It knows no addresses and attributes, and no times within a day, so other
-counters start from nothing. Each counter is raised to the units of the ledger and never lowered: repeating it changes nothing.
+Restored are quotas of API keys and customers, and windows of whole days (a day, a week, a month, 30 days) of rules with the
+algorithm fixed_window that count API keys or the tier: the ledger has their units by day. It knows no addresses and attributes,
+and no times within a day, so other counters start from nothing, and of a period that begins within a day of UTC the first day is
+not counted. Each counter is raised to the units of the ledger and never lowered: repeating it changes nothing.
 """
 
 from __future__ import annotations
 
+import asyncio
 from collections import defaultdict
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Final, TypeAlias
 
 import msgspec
-from sqlalchemy import ColumnElement, func, select
+from sqlalchemy import func, select
 
 from tidegate.algorithms import State
 from tidegate.algorithms.calendar import bounds_of
+from tidegate.catalog.cache_level import Caller
+from tidegate.catalog.cached import CachedCatalog
 from tidegate.catalog.sql.catalog import SqlCatalog
-from tidegate.catalog.sql.rows import api_key_of
-from tidegate.catalog.sql.tables import api_keys, tiers, usage_ledger
+from tidegate.catalog.sql.tables import api_keys, usage_ledger
 from tidegate.counters.redis.store import RedisCounters
 from tidegate.decision import Decision
 from tidegate.errors import StoreUnavailable
+from tidegate.gate.quotas import own_quotas
 from tidegate.ledger.buffer import DAY_US
 from tidegate.policy.limits import MAX_WINDOW_US, Algorithm, Limit, LimitSet
 from tidegate.policy.matching import CompiledTier
-from tidegate.policy.model import KeyStatus, Subject, Tier
+from tidegate.policy.model import KeyStatus, Subject
+from tidegate.policy.quotas import QuotaLimit
+from tidegate.policy.rule_index import CompiledRule
+from tidegate.timestamps import US_PER_S
 
-_OWNERS: Final = 100
-"""Owners of keys whose units are read at a time."""
-_Units: TypeAlias = defaultdict[str, defaultdict[int, int]]
-"""Units by rule and day."""
+_KEYS: Final = 200
+"""Keys whose units are read at a time."""
+_COUNTERS: Final = 200
+"""Counters that are raised at a time."""
+_Days: TypeAlias = Mapping[int, int]
+"""Units by day."""
 
 
 class Restored(msgspec.Struct, frozen=True):
@@ -47,16 +56,45 @@ class Restored(msgspec.Struct, frozen=True):
     not_restored: tuple[str, ...]
 
 
-class _Counter(msgspec.Struct, frozen=True):
-    """A counter, and the units of its rule by day."""
+class _Counter:
+    """A counter, and the units of the ledger in the current window of each of its limits.
 
-    limits: LimitSet
-    subject: str
-    units: Mapping[int, int]
+    Args:
+        limits: of the key that was added last.
+        subject: that they count.
+    """
+
+    __slots__ = ("limits", "subject", "units")
+
+    def __init__(self, limits: LimitSet, subject: str) -> None:
+        self.limits = limits
+        self.subject = subject
+        self.units: dict[str, int] = {}
+
+    def add(self, limits: LimitSet, units: Iterable[_Days], now_us: int) -> None:
+        """Add the units of a key by rule and day."""
+        self.limits = limits
+        days = list(units)
+        for limit in filter(_is_of_days, limits.limits):
+            start_us = _start_of(limit, now_us)
+            admitted = sum(count for each in days for day_us, count in each.items() if day_us >= start_us)
+            self.units[limit.window_name] = self.units.get(limit.window_name, 0) + admitted
+
+
+class _Counters:
+    """All counters that the ledger has units of, by name and subject."""
+
+    def __init__(self, now_us: int) -> None:
+        self._now_us = now_us
+        self.by_name: dict[tuple[str, str], _Counter] = {}
+
+    def add(self, limits: LimitSet, subject: str, units: Iterable[_Days]) -> None:
+        counter = self.by_name.setdefault((limits.name, subject), _Counter(limits, subject))
+        counter.add(limits, units, self._now_us)
 
 
 async def restore_counters(catalog: SqlCatalog, store: RedisCounters, now_us: int, *, dry_run: bool = False) -> Restored:
-    """Raise the counters of all tiers to the units of the ledger.
+    """Raise the counters of all tiers to the units of the ledger. Memory grows with the number of counters.
 
     Args:
         store: of the counters; checks may be charged meanwhile.
@@ -67,104 +105,84 @@ async def restore_counters(catalog: SqlCatalog, store: RedisCounters, now_us: in
         CatalogUnavailable: if the database does not answer.
         StoreUnavailable: if the store does not answer; some counters may have been raised: repeat it.
     """
-    counters = units = 0
+    counters = _Counters(now_us)
     not_restored: list[str] = []
     for tier in await catalog.list_tiers():
         compiled = CompiledTier(tier)
         not_restored += [f"{tier.name}: {name}" for name in _not_restorable(compiled)]
-        async for batch in _batches(catalog, tier, compiled, now_us):
-            raised, added = await _raise(store, batch, dry_run=dry_run)
-            counters += raised
-            units += added
-    return Restored(counters, units, tuple(not_restored))
+        await _add_tier(catalog, compiled, counters, now_us)
+    await _add_keys(catalog, counters, now_us)
+    found = list(counters.by_name.values())
+    raised = units = 0
+    for start in range(0, len(found), _COUNTERS):
+        more, added = await _raise(store, found[start : start + _COUNTERS], now_us, dry_run=dry_run)
+        raised += more
+        units += added
+    return Restored(raised, units, tuple(not_restored))
 
 
-async def _batches(catalog: SqlCatalog, tier: Tier, compiled: CompiledTier, now_us: int) -> AsyncIterator[list[_Counter]]:
-    """The counters of a tier, those of at most `_OWNERS` owners at a time."""
-    c = usage_ledger.c
-    # A year and its first day: no window is longer.
-    since = (c.tier == tier.name, c.day_us >= now_us - MAX_WINDOW_US - DAY_US)
-    by_tier = [rule.limits for rule in compiled.rules if rule.subject is Subject.TIER and _restorable(rule.limits)]
-    if by_tier:
-        query = select(c.rule, c.day_us, func.sum(c.admitted)).where(*since).group_by(c.rule, c.day_us)
-        units: _Units = defaultdict(lambda: defaultdict(int))
-        async with catalog.database.reading() as connection:
-            for rule, day_us, admitted in await connection.execute(query):
-                units[rule][day_us] += int(admitted)
-        yield [_Counter(limits, f"t:{tier.name}", units[limits.rule or ""]) for limits in by_tier]
-    if not any(rule.subject is Subject.API_KEY and rule.limits.algorithm is Algorithm.FIXED_WINDOW for rule in compiled.rules):
+async def _add_tier(catalog: SqlCatalog, compiled: CompiledTier, counters: _Counters, now_us: int) -> None:
+    """The counters of rules that count the whole tier."""
+    rules = {rule.rule.name: rule.limits for rule in compiled.rules if rule.subject is Subject.TIER and _restorable(rule)}
+    if not rules:
         return
-    owners = await _owners(catalog, since)
-    names = sorted(owners)
-    for start in range(0, len(names), _OWNERS):
-        chunk = names[start : start + _OWNERS]
-        keys = [key for owner in chunk for key in owners[owner]]
-        by_key = await _units_of(catalog, since, keys)
-        overridden = await _overridden(catalog, tier, keys)
-        yield [
-            counter
-            for owner in chunk
-            for counter in _counters_of(owner, overridden.get(owner, compiled), [by_key[key] for key in owners[owner]])
-        ]
+    c, name = usage_ledger.c, compiled.tier.name
+    query = (
+        select(c.rule, c.day_us, func.sum(c.admitted))
+        .where(c.tier == name, c.rule.in_(rules), c.day_us >= now_us - MAX_WINDOW_US - DAY_US)
+        .group_by(c.rule, c.day_us)
+    )
+    days: defaultdict[str, dict[int, int]] = defaultdict(dict)
+    async with catalog.database.reading() as connection:
+        for rule, day_us, admitted in await connection.execute(query):
+            days[rule][day_us] = int(admitted)
+    for rule, units in days.items():
+        counters.add(rules[rule], f"t:{name}", [units])
 
 
-async def _owners(catalog: SqlCatalog, since: tuple[ColumnElement[bool], ...]) -> dict[str, list[str]]:
-    """The keys with units, by the key whose counters they use."""
+async def _add_keys(catalog: SqlCatalog, counters: _Counters, now_us: int) -> None:
+    """The counters of API keys, and the quotas of their customers."""
     c, k = usage_ledger.c, api_keys.c
+    since_us = now_us - MAX_WINDOW_US - DAY_US
+    # Of the keys of one owner, active ones last: their limits apply.
     query = (
-        select(c.key_id, k.counts_as)
-        .select_from(usage_ledger.outerjoin(api_keys, k.id == c.key_id))
-        .where(*since, c.key_id != "")
-        .distinct()
-    )
-    owners: defaultdict[str, list[str]] = defaultdict(list)
-    async with catalog.database.reading() as connection:
-        for key_id, counts_as in await connection.execute(query):
-            owners[counts_as or key_id].append(key_id)
-    return owners
-
-
-async def _units_of(catalog: SqlCatalog, since: tuple[ColumnElement[bool], ...], keys: Sequence[str]) -> dict[str, _Units]:
-    """Units of keys, by key, rule and day."""
-    c = usage_ledger.c
-    query = (
-        select(c.key_id, c.rule, c.day_us, func.sum(c.admitted))
-        .where(*since, c.key_id.in_(keys))
-        .group_by(c.key_id, c.rule, c.day_us)
-    )
-    found: dict[str, _Units] = {key: defaultdict(lambda: defaultdict(int)) for key in keys}
-    async with catalog.database.reading() as connection:
-        for key_id, rule, day_us, admitted in await connection.execute(query):
-            found[key_id][rule][day_us] += int(admitted)
-    return found
-
-
-async def _overridden(catalog: SqlCatalog, tier: Tier, keys: Sequence[str]) -> dict[str, CompiledTier]:
-    """The tier with the limits of a key's own, by owner."""
-    query = (
-        select(api_keys, tiers.c.name.label("tier_name"))
-        .join(tiers, tiers.c.id == api_keys.c.tier_id)
-        .where(api_keys.c.id.in_(keys), tiers.c.name == tier.name)
+        select(k.id, k.sha256)
+        .where(k.id.in_(select(c.key_id).where(c.day_us >= since_us, c.key_id != "").distinct()))
+        .order_by(k.status == KeyStatus.ACTIVE.value, k.id)
     )
     async with catalog.database.reading() as connection:
-        found = [api_key_of(row) for row in (await connection.execute(query)).mappings()]
-    # Of several keys of one owner the active one.
-    found.sort(key=lambda key: key.status is KeyStatus.ACTIVE)
-    return {key.owner: CompiledTier(tier, key.overrides) for key in found if key.overrides}
+        keys = [(row.id, row.sha256) for row in await connection.execute(query)]
+    cached = CachedCatalog(catalog, max_keys=_KEYS)
+    for start in range(0, len(keys), _KEYS):
+        chunk = keys[start : start + _KEYS]
+        callers = await asyncio.gather(*(cached.caller(sha256) for _, sha256 in chunk))
+        units: dict[str, defaultdict[tuple[str, str], dict[int, int]]] = {key: defaultdict(dict) for key, _ in chunk}
+        by_key = (
+            select(c.key_id, c.tier, c.rule, c.day_us, func.sum(c.admitted))
+            .where(c.key_id.in_(units), c.day_us >= since_us)
+            .group_by(c.key_id, c.tier, c.rule, c.day_us)
+        )
+        async with catalog.database.reading() as connection:
+            for key, tier, rule, day_us, admitted in await connection.execute(by_key):
+                units[key][tier, rule][day_us] = int(admitted)
+        for (key, _), caller in zip(chunk, callers, strict=True):
+            if caller is not None:
+                _add_key(caller, units[key], counters)
 
 
-def _counters_of(owner: str, compiled: CompiledTier, units: Sequence[_Units]) -> Iterator[_Counter]:
-    for rule in compiled.rules:
-        if rule.subject is Subject.API_KEY and _restorable(rule.limits):
-            days: defaultdict[int, int] = defaultdict(int)
-            for each in units:
-                for day_us, admitted in each[rule.rule.name].items():
-                    days[day_us] += admitted
-            if days:
-                yield _Counter(rule.limits, f"k:{owner}", days)
+def _add_key(caller: Caller, units: Mapping[tuple[str, str], _Days], counters: _Counters) -> None:
+    tier = caller.tier
+    for rule in tier.rules:
+        own = units.get((tier.tier.name, rule.rule.name))
+        if own and rule.subject is Subject.API_KEY and _restorable(rule):
+            counters.add(rule.limits, caller.subject, [own])
+    # Quotas of all tiers share their counters.
+    for limits, subject in own_quotas(caller):
+        if any(map(_is_of_days, limits.limits)):
+            counters.add(limits, subject, [days for (_, rule), days in units.items() if limits.rule in (None, rule)])
 
 
-async def _raise(store: RedisCounters, counters: Sequence[_Counter], *, dry_run: bool) -> tuple[int, int]:
+async def _raise(store: RedisCounters, counters: Sequence[_Counter], now_us: int, *, dry_run: bool) -> tuple[int, int]:
     """Raise counters to the units of the ledger; returns how many were raised, and by how many units together."""
     current = await store.windows([(each.limits, each.subject) for each in counters])
     states: list[tuple[LimitSet, str, list[State]]] = []
@@ -174,8 +192,8 @@ async def _raise(store: RedisCounters, counters: Sequence[_Counter], *, dry_run:
             raise StoreUnavailable("the counter store does not answer: repeat the command when it does")
         state: list[State] = []
         for limit, decision in zip(counter.limits.limits, decisions, strict=True):
-            missing = _missing(limit, decision, counter.units) if _is_of_days(limit) else 0
-            state.append((_start_of(limit, decision.at_us), missing) if missing > 0 else None)
+            missing = _missing(limit, decision, counter.units.get(limit.window_name, 0), now_us)
+            state.append((_state_time(limit, decision.at_us), missing) if missing > 0 else None)
             added += missing
         if any(state):
             states.append((counter.limits, counter.subject, state))
@@ -186,24 +204,34 @@ async def _raise(store: RedisCounters, counters: Sequence[_Counter], *, dry_run:
     return len(states), added
 
 
-def _missing(limit: Limit, decision: Decision, units: Mapping[int, int]) -> int:
-    """Units of the current window that the ledger has and the counter has not; at most what the limit has left."""
-    start_us = _start_of(limit, decision.at_us)
-    admitted = sum(count for day_us, count in units.items() if day_us >= start_us)
-    left = limit.amount if decision.remaining is None else decision.remaining
-    return max(min(admitted, limit.amount) - (limit.amount - left), 0)
+def _missing(limit: Limit, decision: Decision, admitted: int, now_us: int) -> int:
+    """Units of the current window that the ledger has and the counter has not; at most what can pass in the window."""
+    if not admitted or _start_of(limit, decision.at_us) != _start_of(limit, now_us):
+        return 0  # by the store's clock it is another window
+    used = limit.amount - (limit.amount if decision.remaining is None else decision.remaining) + decision.overage
+    most = limit.most if isinstance(limit, QuotaLimit) else limit.amount
+    return max(min(admitted, most) - used, 0)
+
+
+def _state_time(limit: Limit, at_us: int) -> int:
+    """The time in a counter's state: of a quota the last charge, else the start of the window."""
+    return at_us - at_us % US_PER_S if isinstance(limit, QuotaLimit) else _start_of(limit, at_us)
 
 
 def _start_of(limit: Limit, at_us: int) -> int:
+    if isinstance(limit, QuotaLimit):
+        return limit.clock.bounds(at_us)[0]
     return bounds_of(limit, at_us)[0] if limit.is_calendar else at_us - at_us % limit.window_us
 
 
 def _is_of_days(limit: Limit) -> bool:
+    if isinstance(limit, QuotaLimit):
+        return limit.clock.period.fixed_us is None
     return limit.is_calendar or limit.window_us % DAY_US == 0
 
 
-def _restorable(limits: LimitSet) -> bool:
-    return limits.algorithm is Algorithm.FIXED_WINDOW and any(map(_is_of_days, limits.limits))
+def _restorable(rule: CompiledRule) -> bool:
+    return rule.limited and rule.limits.algorithm is Algorithm.FIXED_WINDOW and any(map(_is_of_days, rule.limits.limits))
 
 
 def _not_restorable(compiled: CompiledTier) -> Iterator[str]:
@@ -211,6 +239,7 @@ def _not_restorable(compiled: CompiledTier) -> Iterator[str]:
     if compiled.limits is not None and any(limit.window_us >= DAY_US for limit in compiled.limits.limits):
         yield "limits of the tier, which slide"
     for rule in compiled.rules:
-        long = any(limit.window_us >= DAY_US for limit in rule.limits.limits)
-        if long and not (_restorable(rule.limits) and rule.subject in (Subject.API_KEY, Subject.TIER)):
+        by_key = rule.subject in (Subject.API_KEY, Subject.TIER)
+        limits = rule.limited and any(limit.window_us >= DAY_US for limit in rule.limits.limits)
+        if (limits and not (by_key and _restorable(rule))) or (rule.quotas and rule.subject is not Subject.API_KEY):
             yield rule.rule.name

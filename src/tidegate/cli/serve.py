@@ -264,6 +264,7 @@ def _sentence(decision: DecisionBody) -> str:
     return (
         f"{verdict}: rule {one_line(decision.rule or '(tier)')} of tier {tier}: "
         f"{decision.remaining} of {decision.limit} left, fully replenished in {decision.reset_after:.3f} s"
+        + (f", {decision.overage} above it" if decision.overage else "")
         + ("" if decision.allowed else f", retry after {_seconds(decision.retry_after)}")
     )
 

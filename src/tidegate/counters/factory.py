@@ -59,11 +59,11 @@ def open_counters(
     return LeasedCounters(guarded, leases.ttl_s, leases.max_subjects)
 
 
-def open_blocking(url: str, clock: Callable[[], int] | None = None) -> BlockingCounterStore:
+def open_blocking(settings: CounterSettings | str, clock: Callable[[], int] | None = None) -> BlockingCounterStore:
     """Open the counter store that a URL names for threads without an event loop. One on Redis connects at its first call.
 
     Args:
-        url: as for `open_counters`.
+        settings: as for `open_counters`.
         clock: as for `open_counters`.
 
     Returns:
@@ -72,7 +72,9 @@ def open_blocking(url: str, clock: Callable[[], int] | None = None) -> BlockingC
     Raises:
         SettingsError: as `open_counters`.
     """
-    settings = CounterSettings(url=url)
+    if isinstance(settings, str):
+        settings = CounterSettings(url=settings)
+    url = settings.url
     if url == "memory://":
         return BlockingMemory(settings.max_subjects, clock)
     _require_redis(url)

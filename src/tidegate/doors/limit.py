@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Final, TypeAlias, TypeVar, cast
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from typing import Any, Final, TypeAlias, TypeVar, cast, overload
 
 from tidegate.counters import CounterStore
 from tidegate.decision import Decision
 from tidegate.doors.exceeded import loaded
 from tidegate.doors.limit_arguments import Place, UserFunction, function_place, parameter_place, request_parameters
 from tidegate.doors.limit_steps import LimitCall, LimitSteps
-from tidegate.doors.python_requests import DECISION, RequestView, flask_view, view_of
+from tidegate.doors.python_requests import DECISION, RequestView, flask_view, put_starlette_headers, view_of
 from tidegate.doors.responses import limit_headers
 from tidegate.errors import BadRequest, SettingsError, TidegateError
 from tidegate.policy.limits import Algorithm, OnFailure
@@ -148,6 +148,12 @@ class limit(LimitSteps):
 
     # Decorator.
 
+    @overload
+    def __call__(self, function: F, /) -> F: ...
+
+    @overload
+    def __call__(self, *, connection: Any, response: Any = None) -> Awaitable[Decision | None]: ...
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Decorate a function; as a dependency of FastAPI, decide a request."""
         if kwargs and not args:
@@ -170,6 +176,7 @@ class limit(LimitSteps):
                 self._require_blocking()
             find, parameter = self._finder(function)
         outer = list(getattr(function, LIMITS, ()))
+        passes_on = bool(outer) and parameter_place(function, _RESPONSE) is not None
         name = self._scope or place.function + (f"#{len(outer)}" if outer else "")
 
         if is_async:
@@ -185,9 +192,11 @@ class limit(LimitSteps):
                 except TidegateError as error:
                     return _answered(call, error)
                 if response is not None and call.decision is not None:
-                    response.headers.update(dict(limit_headers(_kept(call))))
+                    put_starlette_headers(response, limit_headers(_kept(call)))
                 try:
-                    result = await function(*args, **kwargs)
+                    result = await (
+                        function(*args, **kwargs, **{_RESPONSE: response}) if passes_on else function(*args, **kwargs)
+                    )
                 except Exception as error:
                     if call.pending and (failed := _response_of(error)) is not None:
                         await self._run_async(self._after(call, failed))
@@ -212,9 +221,9 @@ class limit(LimitSteps):
                 except TidegateError as error:
                     return _answered(call, error)
                 if response is not None and call.decision is not None:
-                    response.headers.update(dict(limit_headers(_kept(call))))
+                    put_starlette_headers(response, limit_headers(_kept(call)))
                 try:
-                    result = function(*args, **kwargs)
+                    result = function(*args, **kwargs, **{_RESPONSE: response}) if passes_on else function(*args, **kwargs)
                 except Exception as error:
                     if call.pending and (failed := _response_of(error)) is not None:
                         self._run(self._after(call, failed))
@@ -292,7 +301,7 @@ class limit(LimitSteps):
     async def _depend(self, connection: Any, response: Any = None) -> Decision | None:
         scope = connection.scope
         endpoint = scope.get("endpoint")
-        if endpoint is not None and getattr(inspect.unwrap(endpoint), EXEMPT, False):
+        if getattr(endpoint, EXEMPT, False):
             return None
         return await self.check(connection, response=response)
 
@@ -318,7 +327,7 @@ class limit(LimitSteps):
         if call.denied:
             await self._run_async(self._deny(call))
         if response is not None and call.decision is not None:
-            response.headers.update(dict(limit_headers(_kept(call))))
+            put_starlette_headers(response, limit_headers(_kept(call)))
         return call.decision
 
     async def close(self) -> None:
@@ -341,7 +350,7 @@ class limit(LimitSteps):
             self._run(self._deny(call))
         return call.decision
 
-    @property
+    @functools.cached_property
     def _label(self) -> str:
         """Tells limits of one endpoint apart."""
         key = self._key
@@ -419,6 +428,8 @@ def _take_response(wrapper: Any, function: Callable[..., Any]) -> None:
 
     signature = inspect.signature(function, eval_str=True)
     parameters = list(signature.parameters.values())
+    if _RESPONSE in signature.parameters:
+        return  # of another limit of the same endpoint
     added = inspect.Parameter(_RESPONSE, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Response)
     place = next((i for i, each in enumerate(parameters) if each.kind is each.VAR_KEYWORD), len(parameters))
     parameters.insert(place, added)

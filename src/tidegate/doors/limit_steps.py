@@ -108,6 +108,8 @@ class LimitSteps:
             self._store: SharedStore = shared_store(counters)
             self._trusted = TrustedProxies(trusted_proxies, "trusted_proxies")
         self._block = block
+        self._known: dict[str, LimitSet] = {}
+        """By name of the limit, where the limits are always the same."""
         self._sets: dict[tuple[str, tuple[str, ...]], LimitSet] = {}
 
     # The steps of a call.
@@ -121,9 +123,11 @@ class LimitSteps:
             return
         if self._exempt_when is not None and (yield from self._ask(self._exempt_when, call)):
             return
-        limits = yield from self._limit_set(call)
+        limits = self._known.get(call.name)
         if limits is None:
-            return
+            limits = yield from self._limit_set(call)
+            if limits is None:
+                return
         call.limits = limits
         call.subject = yield from self._subject(call)
         cost = self._cost
@@ -209,6 +213,10 @@ class LimitSteps:
             known = self._sets[(call.name, texts)] = LimitSet(
                 f"limit/{call.name}", self._algorithm, parsed_limits(texts, self._algorithm), self._on_failure, rule=call.name
             )
+        if self._limits_of is None:
+            if len(self._known) >= _MAX_SETS:
+                self._known.clear()
+            self._known[call.name] = known
         return known
 
     def _subject(self, call: LimitCall) -> Steps:

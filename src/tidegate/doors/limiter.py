@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final, Self
+from typing import Any, Final, Self, TypeAlias
 
 from tidegate.counters import Charge, CounterStore
 from tidegate.counters.blocking import BlockingCounterStore
@@ -14,6 +14,8 @@ from tidegate.decision import MAX_COST, Decision, clip
 from tidegate.doors.stores import SWITCHES, open_blocking_store, open_memory_or_redis
 from tidegate.errors import BadRequest, PolicyError, StoreUnavailable
 from tidegate.gate.request_limits import counter_subject
+from tidegate.policy.attributes import checked_attributes
+from tidegate.policy.descriptors import entries_text
 from tidegate.policy.limits import Algorithm, Limit, LimitSet, OnFailure, member_of
 from tidegate.policy.namespaces import MAX_SUBJECT, CompiledNamespace
 from tidegate.policy.toml_reader import load_policy
@@ -21,6 +23,9 @@ from tidegate.policy.toml_reader import load_policy
 LONGEST_SUBJECT: Final = 128
 _DIGEST: Final = "h:"
 """Before the digest that is counted in place of a long subject. A subject that begins so is counted by its digest too."""
+
+LimitedSubject: TypeAlias = str | Mapping[str, str]
+"""Whom a limiter counts: any text, or attributes, of which each combination counts for itself."""
 
 
 class _Limits:
@@ -74,7 +79,7 @@ class _Limits:
         made._namespace = CompiledNamespace(found)
         return made
 
-    def _counter(self, subject: str) -> tuple[LimitSet, str]:
+    def _counter(self, subject: LimitedSubject) -> tuple[LimitSet, str]:
         """The limits of a subject, and the name it is counted by."""
         if self._namespace is None:
             return self._limits, fit_subject(subject)
@@ -84,7 +89,7 @@ class _Limits:
         assert limits is not None, "checked by from_policy"
         return limits, counter_subject(subject)
 
-    def _charges(self, asked: Sequence[tuple[str, int]]) -> list[Charge]:
+    def _charges(self, asked: Sequence[tuple[LimitedSubject, int]]) -> list[Charge]:
         return [Charge((self._counter(subject),), checked_cost(cost)) for subject, cost in asked]
 
     def _allowed_in_tests(self) -> Decision:
@@ -128,11 +133,11 @@ class Limiter(_Limits):
         self.counters: CounterStore = open_memory_or_redis(counters)
         self._charge_one = self.counters.charge_one if isinstance(self.counters, MemoryCounters) else None
 
-    async def check(self, subject: str, cost: int = 1) -> Decision:
+    async def check(self, subject: LimitedSubject, cost: int = 1) -> Decision:
         """Decide and charge one request.
 
         Args:
-            subject: whom to count: any non-empty string.
+            subject: whom to count: any non-empty string; or attributes such as `{"org": "acme", "user": "42"}`, in any order.
             cost: units, 0 (peek) to 1,000,000,000.
 
         Returns:
@@ -158,7 +163,7 @@ class Limiter(_Limits):
             raise outcome
         return outcome
 
-    async def check_many(self, asked: Sequence[tuple[str, int]]) -> list[Decision | StoreUnavailable]:
+    async def check_many(self, asked: Sequence[tuple[LimitedSubject, int]]) -> list[Decision | StoreUnavailable]:
         """Decide requests each on its own, in order, with one round trip for each shard of the store that they touch.
 
         Args:
@@ -175,7 +180,7 @@ class Limiter(_Limits):
             return [self._allowed_in_tests()] * len(charges)
         return list(await self.counters.charge(charges))
 
-    async def reset(self, subject: str) -> None:
+    async def reset(self, subject: LimitedSubject) -> None:
         """Forget what a subject consumed.
 
         Args:
@@ -233,7 +238,7 @@ class SyncLimiter(_Limits):
         super().__init__(limits, algorithm=algorithm, counters=counters, name=name, on_failure=on_failure)
         self.counters: BlockingCounterStore = open_blocking_store(counters)
 
-    def check(self, subject: str, cost: int = 1) -> Decision:
+    def check(self, subject: LimitedSubject, cost: int = 1) -> Decision:
         """Decide and charge one request; see `Limiter.check`."""
         if type(cost) is not int or not 0 <= cost <= MAX_COST:
             cost = checked_cost(cost)
@@ -246,14 +251,14 @@ class SyncLimiter(_Limits):
             return self._allowed_in_tests()
         return self.counters.charge_one(limits, subject, cost)
 
-    def check_many(self, asked: Sequence[tuple[str, int]]) -> list[Decision | StoreUnavailable]:
+    def check_many(self, asked: Sequence[tuple[LimitedSubject, int]]) -> list[Decision | StoreUnavailable]:
         """Decide requests each on its own, in order; see `Limiter.check_many`."""
         charges = self._charges(asked)
         if not SWITCHES.enforced:
             return [self._allowed_in_tests()] * len(charges)
         return list(self.counters.charge_many(charges))
 
-    def reset(self, subject: str) -> None:
+    def reset(self, subject: LimitedSubject) -> None:
         """Forget what a subject consumed; see `Limiter.reset`."""
         self.counters.reset_many([self._counter(subject)])
 
@@ -281,8 +286,12 @@ def checked_cost(cost: object) -> int:
 
 def fit_subject(subject: object) -> str:
     """The subject itself, or a digest where it is longer than a counter's key should be, or could be taken for a digest."""
+    if isinstance(subject, Mapping) and (attributes := checked_attributes(subject)):
+        text = entries_text(sorted(attributes.items()))
+        # Always a digest, of a kind that no text has: a text that reads like attributes is another subject.
+        return _DIGEST + hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=32, person=b"attributes").hexdigest()
     if type(subject) is not str or not subject:
-        raise BadRequest(f"subject {clip(subject)} must be a non-empty string such as 'user-42'", field="subject")
+        raise BadRequest(f"subject {clip(subject)} must be a non-empty string such as 'user-42', or attributes", field="subject")
     if len(subject) <= LONGEST_SUBJECT and not subject.startswith(_DIGEST):
         return subject
     return _DIGEST + hashlib.blake2b(subject.encode(errors="surrogatepass"), digest_size=32).hexdigest()

@@ -5,14 +5,14 @@ No framework is imported: a request is recognized by what it has, and Flask's on
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any, Final, Protocol
 
 from tidegate.decision import Decision
 from tidegate.doors.client_address import FORWARDING, TrustedProxies, counted_client
 from tidegate.doors.exceeded import RateLimitExceeded, flask_error, loaded, starlette_error, use_json_answer
 from tidegate.doors.request_headers import AsgiHeaders, RequestHeaders
-from tidegate.doors.responses import encode, error_body, limit_headers
+from tidegate.doors.responses import Headers, encode, error_body, limit_headers
 from tidegate.errors import TidegateError
 
 DECISION: Final = "tidegate.decision"
@@ -71,9 +71,9 @@ class AsgiRequest:
     __slots__ = ("_scope", "native")
     enabled = True
 
-    def __init__(self, native: Any, scope: MutableMapping[str, Any]) -> None:
+    def __init__(self, native: Any) -> None:
         self.native = native
-        self._scope = scope
+        self._scope: MutableMapping[str, Any] = native.scope
 
     @property
     def method(self) -> str:
@@ -111,7 +111,7 @@ class AsgiRequest:
     def add_headers(self, result: Any, decision: Decision) -> None:
         """See `RequestView`."""
         if hasattr(result, "raw_headers"):  # a response of Starlette
-            result.headers.update(dict(limit_headers(self._scope.get(DECISION, decision))))
+            put_starlette_headers(result, limit_headers(self._scope.get(DECISION, decision)))
 
     def denied(self, decision: Decision, message: str | None, scope: str) -> RateLimitExceeded:
         """See `RequestView`."""
@@ -307,12 +307,26 @@ def view_of(value: Any) -> RequestView | None:
     Returns:
         A view of it; None where it is not a request.
     """
-    scope = getattr(value, "scope", None)
-    if isinstance(scope, MutableMapping) and "type" in scope and "headers" in scope and not hasattr(value, "META"):
-        return AsgiRequest(value, scope)
+    kind = type(value)
+    make = _VIEWS.get(kind, _UNKNOWN)
+    if make is _UNKNOWN:
+        if len(_VIEWS) >= _MAX_KINDS:
+            _VIEWS.clear()
+        make = _VIEWS[kind] = _kind_of(value)
+    return None if make is None else make(value)
+
+
+_MAX_KINDS: Final = 1000
+_UNKNOWN: Final[Any] = object()
+_VIEWS: Final[dict[type, Callable[[Any], RequestView] | None]] = {}
+"""By the class of an argument: how a request of it is viewed; None for what is not a request."""
+
+
+def _kind_of(value: Any) -> Callable[[Any], RequestView] | None:
     if isinstance(getattr(value, "META", None), MutableMapping) and hasattr(value, "method"):
-        return DjangoRequest(value)
-    return None
+        return DjangoRequest
+    scope = getattr(value, "scope", None)
+    return AsgiRequest if isinstance(scope, MutableMapping) and "type" in scope and "headers" in scope else None
 
 
 def flask_view() -> RequestView | None:
@@ -337,6 +351,21 @@ def client_ip(view: RequestView, trusted: TrustedProxies) -> str:
     return counted_client(trusted.client(peer, view.forwarding()) if trusted.trusts(peer) else peer or "unix", peer or "unix")
 
 
+def put_starlette_headers(response: Any, headers: Headers) -> None:
+    """Put limit headers on a response of Starlette, in place of those of another limit.
+
+    Args:
+        response: the response.
+        headers: names in lower case, and values.
+    """
+    raw = response.raw_headers
+    if any(name == b"ratelimit" for name, _ in raw):
+        response.headers.update(dict(headers))
+    else:
+        # Setting them one by one costs three times as much.
+        raw.extend([(name.encode(), value.encode()) for name, value in headers])
+
+
 def stricter(one: Decision, other: Decision) -> Decision:
     """Of two decisions for one request the one whose headers are sent: a denial, else the one with less left."""
     if one.allowed != other.allowed:
@@ -348,6 +377,10 @@ def stricter(one: Decision, other: Decision) -> Decision:
 
 def _add_flask_headers(response: Any) -> Any:
     flask = loaded("flask")
-    for name, value in limit_headers(flask.g._tidegate_decision):
-        response.headers[name] = value
+    headers = limit_headers(flask.g._tidegate_decision)
+    if "ratelimit" in response.headers:
+        for name, value in headers:
+            response.headers[name] = value
+    else:
+        response.headers.extend(headers)
     return response

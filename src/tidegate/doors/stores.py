@@ -19,9 +19,13 @@ from tidegate.counters.storage_uri import counters_url
 from tidegate.decision import Decision
 from tidegate.errors import SettingsError, StoreUnavailable
 from tidegate.policy.limits import LimitSet
+from tidegate.settings import CounterSettings
 
 COUNTERS_VARIABLE: Final = "TIDEGATE_COUNTERS__URL"
 """Environment variable with the URL of the counters, where a program names none: the server reads the same one."""
+TIMEOUT_VARIABLE: Final = "TIDEGATE_COUNTERS__TIMEOUT_MS"
+"""Environment variable with the deadline of a check on Redis, ms: the server reads the same one."""
+_MAX_TIMEOUT_MS: Final = 60_000
 
 
 class TestSwitches:
@@ -54,7 +58,7 @@ def open_memory_or_redis(counters: str | CounterStore) -> CounterStore:
     """
     if not isinstance(counters, str):
         return counters
-    store = open_counters(counters_url(counters), clock=SWITCHES.clock)
+    store = open_counters(_settings(counters), clock=SWITCHES.clock)
     if isinstance(store, MemoryCounters):
         SWITCHES.memory.add(store)
     return store
@@ -76,7 +80,7 @@ def open_blocking_store(counters: str | BlockingCounterStore) -> BlockingCounter
                 "'memory://' or 'redis://127.0.0.1:6379'"
             )
         return counters
-    store = open_blocking(counters_url(counters), clock=SWITCHES.clock)
+    store = open_blocking(_settings(counters), clock=SWITCHES.clock)
     if isinstance(store, BlockingMemory):
         SWITCHES.memory.add(store)
     return store
@@ -126,7 +130,7 @@ class SharedStore:
             with self._lock:
                 if self._shared is None:
                     assert self._url is not None
-                    self._shared = open_counters(counters_url(self._url))
+                    self._shared = open_counters(_settings(self._url))
         outcome = (await self._shared.charge((Charge(((limits, subject),), cost),)))[0]
         if isinstance(outcome, StoreUnavailable):
             raise outcome
@@ -170,3 +174,13 @@ async def close_shared() -> None:
     """Close the connections of all shared stores that belong to the running event loop, or to threads."""
     for store in list(_SHARED.values()):
         await store.close()
+
+
+def _settings(uri: str) -> CounterSettings:
+    """Settings of a store that is named by URL."""
+    text = os.environ.get(TIMEOUT_VARIABLE)
+    if not text:
+        return CounterSettings(url=counters_url(uri))
+    if not (text.isascii() and text.isdecimal() and 1 <= int(text[:9]) <= _MAX_TIMEOUT_MS):
+        raise SettingsError(f"{TIMEOUT_VARIABLE} {text[:40]!r} must be a whole number from 1 to {_MAX_TIMEOUT_MS}")
+    return CounterSettings(url=counters_url(uri), timeout_ms=int(text))

@@ -18,6 +18,7 @@ from tidegate.gate.access import AccessControl
 from tidegate.gate.gate import counters_of
 from tidegate.gate.subjects import shadow_subject
 from tidegate.gate.usage import CounterUsage, peek_windows
+from tidegate.policy.access_entries import AccessAction
 from tidegate.policy.globs import Glob, endpoint_matcher
 from tidegate.policy.limits import LimitSet
 from tidegate.policy.matching import CompiledRule
@@ -105,7 +106,7 @@ class Explanation(msgspec.Struct, frozen=True):
         rule: the enforcing rule that answers; None where none matches.
         candidates: rules of the tier, those whose endpoint matches first; at most `MAX_CANDIDATES`.
         left_out: further rules of the tier, none of which matches.
-        counters: what the request would be charged to: the rule's limits, the tier's, and those of shadow rules.
+        counters: what the request would be charged to: the rule's limits and quotas, the tier's, and those of shadow rules.
         allowed: whether the check would pass now; None if it would be refused as invalid, or the store did not answer.
         problem: why it would be refused as invalid; None if it would not.
     """
@@ -147,6 +148,8 @@ async def explain(store: CounterStore, caller: Caller, check: Check) -> Explanat
     if problem is None:
         fits = [each.admits(check.cost) for each in counters if each.mode is not Mode.SHADOW]
         allowed = None if None in fits else all(fits)
+    if rule is not None and rule.action is AccessAction.DENY:
+        allowed = False
     return Explanation(tier.tier.name, rule, candidates, left_out, counters, allowed, problem)
 
 
@@ -233,6 +236,8 @@ def _why_outranked(each: CompiledRule, best: CompiledRule) -> str:
 def _enforced(check: Check, caller: Caller, rule: CompiledRule | None, ip: str | None) -> tuple[list[CounterNow], str | None]:
     """What the check would be charged to, as the gate finds it; or why it would be refused."""
     mode = Mode.ENFORCE if rule is None else rule.rule.mode
+    if rule is not None and rule.action is not None:
+        return [], None
     try:
         charged = counters_of(check, caller, rule, ip)
     except BadRequest as error:

@@ -89,6 +89,8 @@ class UsageCounts:
             entry = self._add_entry(key)
         if decision.allowed:
             entry[0] += cost
+            if decision.overage:
+                entry[2] += decision.overage
         else:
             entry[1] += cost
 

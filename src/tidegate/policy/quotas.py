@@ -120,7 +120,7 @@ class Overage(msgspec.Struct, frozen=True, gc=False):
         percent = 0 if match is None else int(match[1])
         if not 1 <= percent <= MAX_OVERAGE_PERCENT:
             raise PolicyError(
-                f"overage: up_to {short(value['up_to'])} must be a whole percentage from 1% to {MAX_OVERAGE_PERCENT}%, such as "
+                f"overage up_to {short(value['up_to'])} must be a whole percentage from 1% to {MAX_OVERAGE_PERCENT}%, such as "
                 '"20%"; for no end write overage = true'
             )
         return cls(percent)

@@ -21,16 +21,16 @@ def policy_warnings(policy: Policy) -> list[str]:
         policy: a valid policy.
 
     Returns:
-        One sentence each: rules that can never answer, limits that can never bind, tiers without callers or limits, months and
-        years that do not start anew with the calendar, rules that escape a `/*`.
+        One sentence each: rules that can never answer, limits that can never bind, tiers without callers or limits, plans that
+        are written as limits (months and years that do not start anew with the calendar, a `/*` that other rules escape).
     """
     warnings = []
     used = {api_key.tier for api_key in policy.api_keys} | {policy.anonymous_tier, policy.caller_policy.default_tier}
     # A tier may be named by the caller's attribute, too.
     only_keys = bool(policy.api_keys) and not policy.caller_policy.tier_from
     for tier in policy.tiers:
-        if not tier.rules and not tier.limits:
-            warnings.append(f"tier {tier.name!r} limits nothing: it has neither rules nor limits")
+        if not tier.rules and not tier.limits and not tier.quotas:
+            warnings.append(f"tier {tier.name!r} limits nothing: it has neither rules nor limits nor quotas")
         if only_keys and tier.name not in used:
             warnings.append(f"tier {tier.name!r} has no API key in this file and is not the anonymous tier")
         unreachable = unreachable_rules(tier.rules)
@@ -51,7 +51,7 @@ def _calendar_traps(tier: Tier) -> Iterable[str]:
         if limit.is_calendar:
             yield (
                 f"limit {limit.text!r} slides: it does not start anew on the 1st, the {limit.window_name} before fades over the "
-                f'new one; for a quota per calendar {limit.window_name} use a rule with algorithm = "fixed_window"'
+                f'new one; for what a plan includes per {limit.window_name} write quotas = ["{limit.text}"]'
             )
     for rule in tier.rules:
         for limit in rule.limits:
@@ -64,8 +64,8 @@ def _calendar_traps(tier: Tier) -> Iterable[str]:
             else:
                 does = f"slides: the {limit.window_name} before fades over the new one"
             yield (
-                f"rule {rule.name!r}: limit {limit.text!r} {does}; it does not start anew on the 1st: for a quota per calendar "
-                f'{limit.window_name} use algorithm = "fixed_window"'
+                f"rule {rule.name!r}: limit {limit.text!r} {does}; it does not start anew on the 1st: for what a plan includes "
+                f'per {limit.window_name} write quotas = ["{limit.amount}/{limit.window_name}"]'
             )
 
 
@@ -75,8 +75,10 @@ def _escaping_rules(tier: Tier) -> Iterable[str]:
     enforced = [
         rule for rule in tier.rules if rule.mode is Mode.ENFORCE and rule.endpoint.startswith("/") and not rule.required_entries
     ]
-    # A tier's own limits hold over all endpoints already.
-    for everything in () if tier.limits else [rule for rule in enforced if rule.endpoint == "/*"][:MAX_RULES_FOR_ALL]:
+    # A tier's own limits and quotas hold over all endpoints already.
+    for everything in (
+        () if tier.limits or tier.quotas else [rule for rule in enforced if rule.endpoint == "/*"][:MAX_RULES_FOR_ALL]
+    ):
         # A rule of lower priority takes nothing from it, and one of other methods nothing that it would count.
         escaping = [
             rule.name
@@ -89,7 +91,8 @@ def _escaping_rules(tier: Tier) -> Iterable[str]:
             named = ", ".join(map(repr, escaping[:3])) + (f" and {len(escaping) - 3} more" if len(escaping) > 3 else "")
             yield (
                 f"rule {everything.name!r} does not count what {named} answer{'s' if len(escaping) == 1 else ''}: one rule "
-                "answers a request; put what is to hold over all endpoints into the tier's own limits"
+                "answers a request; put what is to hold over all endpoints into the tier's own limits, or into its quotas where "
+                "a plan sells it"
             )
 
 

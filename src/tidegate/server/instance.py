@@ -138,6 +138,7 @@ class Instance:
         self._stack = contextlib.AsyncExitStack()
         self._tasks: list[asyncio.Task[None]] = []
         self._reloads: list[Callable[[], None]] = []
+        self._flushes: list[Callable[[], Awaitable[None]]] = []
         self._policy_error: str | None = None
         self._domains_error: str | None = None
         self._refused_at_start: str | None = None
@@ -339,8 +340,7 @@ class Instance:
         writer = ViolationWriter(violations, self.catalog.database, settings.flush_s, settings.keep_days)
         collect_violations(self.metrics, writer)
         self._spawn("violations_writer", writer.run)
-        # Opened after the catalog, so flushed before the catalog is closed.
-        self._stack.push_async_callback(writer.flush)
+        self._flush_at_end(writer.flush)
         return violations.observe
 
     def _usage(self) -> Observer:
@@ -351,8 +351,18 @@ class Instance:
         collect_usage(self.metrics, writer)
         self.health.add("ledger", writer.ping)
         self._spawn("ledger_writer", writer.run)
-        self._stack.push_async_callback(writer.flush)
+        self._flush_at_end(writer.flush)
         return counts.observe
+
+    def _flush_at_end(self, flush: Callable[[], Awaitable[None]]) -> None:
+        if not self._flushes:
+            # Opened after the catalog, so flushed before the catalog is closed.
+            self._stack.push_async_callback(self._flush)
+        self._flushes.append(flush)
+
+    async def _flush(self) -> None:
+        # At the same time: while the database does not answer, one after the other would take longer than a worker has to end.
+        await asyncio.gather(*(flush() for flush in self._flushes))
 
     def _counted(self) -> CounterStore:
         """The counter store for the gate, wrapped to record its calls if tracing is enabled."""

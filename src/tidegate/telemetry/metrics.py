@@ -63,6 +63,7 @@ class Metrics:
         self._by_rule: dict[tuple[str | None, str | None], list[int]] = {}
         self._by_limits: dict[LimitSet, list[int]] = {}
         self._near: dict[str, int] = {}
+        self._over: dict[tuple[str | None, str | None], int] = {}
         self._gauges: list[tuple[str, str, Callable[[], float]]] = []
         self._counters: list[tuple[str, str, Callable[[], float]]] = []
         self._labelled: list[tuple[str, str, str, Callable[[], Mapping[str, float]], bool]] = []
@@ -94,6 +95,9 @@ class Metrics:
                     tier = limits.tier or ""
                     near = tier if tier in self._near or len(self._near) < MAX_RULE_LABELS else OTHER
                     self._near[near] = self._near.get(near, 0) + 1
+                    # What is above a quota or a soft limit is near it too. A peek is not counted: it admits nothing.
+                    if decision.overage and observation.cost:
+                        self._add_overage(limits.tier, limits.rule, decision.overage)
             else:
                 counts[1] += 1
         if allowed:
@@ -110,6 +114,12 @@ class Metrics:
             for rule in observation.shadow_denied:
                 name = rule if rule in self.shadow_blocked or len(self.shadow_blocked) < MAX_RULE_LABELS else OTHER
                 self.shadow_blocked[name] = self.shadow_blocked.get(name, 0) + 1
+
+    def _add_overage(self, tier: str | None, rule: str | None, units: int) -> None:
+        key = (tier, rule)
+        if key not in self._over and len(self._over) >= MAX_RULE_LABELS:
+            key = (OTHER, OTHER)
+        self._over[key] = self._over.get(key, 0) + units
 
     def _limits_counts(self, limits: LimitSet) -> list[int]:
         """The counts of the rule that a limit set is of. Sets are replaced when the policy changes; their rule's counts go on."""
@@ -197,6 +207,14 @@ class Metrics:
         for name, count in sorted(self._near.items()):
             near.add_metric([name], count)
         yield near
+        over = CounterMetricFamily(
+            "rate_limiter_overage_units",
+            "Units of allowed checks above a quota or a soft limit, by tier and the rule that answered.",
+            labels=["tier", "rule"],
+        )
+        for (tier, rule), units in self._over.items():
+            over.add_metric([tier or "", rule or ""], units)
+        yield over
         shadow = CounterMetricFamily(
             "rate_limiter_shadow_blocked", "Checks that a shadow rule would have blocked.", labels=["rule"]
         )

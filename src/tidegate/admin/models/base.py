@@ -111,7 +111,7 @@ class OverageUpTo(RequestModel):
 
 
 OverageField = Annotated[
-    bool | OverageUpTo,
+    OverageUpTo | bool,
     Field(description='whether requests above the quotas pass, reported as over; {"up_to": "20%"} up to there'),
 ]
 

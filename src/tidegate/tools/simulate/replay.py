@@ -18,6 +18,7 @@ from tidegate.policy.limits import LimitSet
 from tidegate.policy.matching import CompiledRule, CompiledTier, attribute_subject, subject_of
 from tidegate.policy.model import KeyStatus, Policy, Subject
 from tidegate.policy.paths import STRICT, PathRules, canonical_path
+from tidegate.policy.periods import DEFAULT_ANCHOR
 from tidegate.tools.simulate.log_formats import Request
 from tidegate.tools.simulate.tallies import MAX_TOP, MINUTE_US, RuleTally, Series
 from tidegate.violations.space_saving import SpaceSaving
@@ -37,13 +38,13 @@ class _Caller(msgspec.Struct, frozen=True):
 
 
 class _Match(msgspec.Struct, frozen=True):
-    """What applies to a method and a path in a tier: limits of the matching rule, limits of the tier, and shadow rules."""
+    """What applies to a method and a path in a tier: limits and quotas of the matching rule and of the tier, and shadow rules."""
 
     tally: RuleTally
-    limits: LimitSet | None
+    limits: tuple[LimitSet, ...]
     rule: CompiledRule | None
     kind: Subject
-    own: LimitSet | None
+    own: tuple[LimitSet, ...]
     shadow_rules: tuple[tuple[CompiledRule, RuleTally], ...]
 
 
@@ -143,7 +144,7 @@ class Replay:
             counted = _counted(shadow_rule, tier, caller, ip, attributes)
             if counted is None:
                 continue
-            if self.counters.charge_all(((shadow_rule.limits, counted),), 1).allowed:
+            if self.counters.charge_all(shadow_rule.counters(counted), 1).allowed:
                 tally.allowed += 1
             else:
                 tally.blocked += 1
@@ -177,14 +178,9 @@ class Replay:
         return names
 
     def _charge(self, match: _Match, counted: str, caller: str) -> bool:
-        """Decide by the matching rule and the tier's own limits, in one step as the gate does."""
-        limits, own = match.limits, match.own
-        counters: tuple[tuple[LimitSet, str], ...]
-        if limits is not None:
-            counters = ((limits, counted),) if own is None else ((limits, counted), (own, caller))
-        elif own is not None:
-            counters = ((own, caller),)
-        else:
+        """Decide by the matching rule and the tier's own limits and quotas, in one step as the gate does."""
+        counters = (*((limits, counted) for limits in match.limits), *((limits, caller) for limits in match.own))
+        if not counters:
             match.tally.allowed += 1
             return True
         if self.counters.charge_all(counters, 1).allowed:
@@ -245,17 +241,21 @@ class Replay:
             return None
         rule = tier.match(method, canonical, attributes)
         if rule is not None:
-            tally = self._tally(tier, rule.rule.name, rule.rule.endpoint, "enforce")
-        elif tier.limits is not None:
+            tally = self._tally(tier, rule.rule.name, rule.rule.endpoint, rule.rule.mode.value)
+        elif tier.limits is not None or tier.quotas is not None:
             tally = self._tally(tier, "(tier)", "", "enforce")
         else:
             tally = self._tally(tier, "(no rule)", "", "none")
         match = _Match(
             tally,
-            None if rule is None else rule.limits,
+            () if rule is None else tuple(limits for limits, _ in rule.counters("")),
             rule,
             Subject.API_KEY if rule is None else rule.subject,
-            tier.limits,
+            tuple(
+                limits
+                for limits in (tier.limits, None if tier.quotas is None else tier.quotas.of(DEFAULT_ANCHOR))
+                if limits is not None
+            ),
             tuple(
                 (each, self._tally(tier, each.rule.name, each.rule.endpoint, "shadow"))
                 for each in tier.shadow_rules(method, canonical, attributes)

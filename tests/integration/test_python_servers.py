@@ -1,0 +1,113 @@
+"""Limits under the servers of Python apps: three processes on one Redis admit exactly the limit."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.moments import PATIENCE_S, wait_until
+from tests.servers.ports import accepts, free_port
+from tests.servers.redis_server import RedisServer
+
+LIMIT, REQUESTS = 30, 60
+APPS = {
+    "flask_app": """
+import os
+from flask import Flask
+from tidegate import limit
+
+app = Flask(__name__)
+
+@app.get("/")
+@limit("30/day", key=lambda: "all")
+def view():
+    return str(os.getpid())
+""",
+    "django_app": """
+import os
+from django.conf import settings
+settings.configure(ALLOWED_HOSTS=["*"], ROOT_URLCONF=__name__, MIDDLEWARE=["tidegate.django.RateLimitMiddleware"])
+import django
+django.setup()
+from django.core.asgi import get_asgi_application
+from django.core.wsgi import get_wsgi_application
+from django.http import HttpResponse
+from django.urls import path
+from tidegate.django import limit
+
+@limit("30/day", key=lambda request: "all")
+def view(request):
+    return HttpResponse(str(os.getpid()))
+
+urlpatterns = [path("", view)]
+app, asgi = get_wsgi_application(), get_asgi_application()
+""",
+    "fastapi_app": """
+import os
+from fastapi import Depends, FastAPI
+from tidegate import limit
+
+app = FastAPI()
+
+@app.get("/", dependencies=[Depends(limit("30/day", key=lambda: "all"))])
+def view():
+    return os.getpid()
+""",
+}
+GUNICORN = ("gunicorn", "--workers", "3", "--no-control-socket", "--bind", "127.0.0.1:{port}")
+UVICORN = ("uvicorn", "--workers", "3", "--port", "{port}")
+SERVERS = {
+    "gunicorn sync, Flask": (*GUNICORN, "flask_app:app"),
+    "gunicorn gthread, Django": (*GUNICORN, "--threads", "4", "django_app:app"),
+    "gunicorn uvicorn workers, FastAPI": (*GUNICORN, "--worker-class", "uvicorn.workers.UvicornWorker", "fastapi_app:app"),
+    "uvicorn, FastAPI": (*UVICORN, "fastapi_app:app"),
+    "uvicorn, Django": (*UVICORN, "django_app:asgi"),
+}
+
+
+@contextmanager
+def serving(command: tuple[str, ...], folder: Path, redis: RedisServer) -> Iterator[str]:
+    port = free_port()
+    environment = {
+        **os.environ,
+        "TIDEGATE_COUNTERS__URL": redis.url,
+        "TIDEGATE_COUNTERS__TIMEOUT_MS": "20000",
+        "PYTHONWARNINGS": "ignore",
+    }
+    filled = [part.format(port=port) for part in command]
+    with (folder / "log").open("w") as log:
+        process = subprocess.Popen([sys.executable, "-m", *filled], cwd=folder, env=environment, stdout=log, stderr=log)
+    try:
+        wait_until(lambda: accepts(port) or process.poll() is not None)
+        assert process.poll() is None, (folder / "log").read_text()
+        yield f"http://127.0.0.1:{port}/"
+    finally:
+        process.terminate()
+        process.wait(PATIENCE_S)
+        print((folder / "log").read_text())
+
+
+@pytest.mark.parametrize("name", SERVERS)
+def test_three_processes_admit_exactly_the_limit(name: str, redis_server: RedisServer, tmp_path: Path) -> None:
+    redis_server.must("FLUSHALL")
+    for module, text in APPS.items():
+        (tmp_path / f"{module}.py").write_text(text)
+    with serving(SERVERS[name], tmp_path, redis_server) as url, ThreadPoolExecutor(12) as threads:
+
+        def get(_: int) -> httpx.Response:
+            return httpx.get(url, headers={"Connection": "close"})
+
+        answers = list(threads.map(get, range(REQUESTS)))
+    passed = [each for each in answers if each.status_code == 200]
+    denied = [each for each in answers if each.status_code == 429]
+    assert (len(passed), len(denied)) == (LIMIT, REQUESTS - LIMIT)
+    assert sorted(int(each.headers["x-ratelimit-remaining"]) for each in passed) == list(range(LIMIT))
+    assert all(int(each.headers["retry-after"]) > 0 for each in denied)

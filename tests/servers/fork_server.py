@@ -1,0 +1,123 @@
+"""`python -m tests.servers.fork_server FD`: a process that has Tidegate's code loaded and forks a copy for each command.
+
+Loading the code takes most of the CPU time of a short command, and the tests run hundreds. `tests.servers.forked` sends requests
+over the socket FD: JSON with its length before it, and file descriptors for standard input, output and error and for a pipe that
+gets the process id at once and the exit status at the end, 4 bytes each.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import select
+import signal
+import socket
+import struct
+import sys
+import threading
+from typing import Any
+
+FILES = 4
+_MAX_FD = 1024
+
+
+def _load() -> None:
+    """Import what commands need, so that copies share it."""
+    import tidegate.cli.doctor
+    import tidegate.doors.admin.app
+    import tidegate.doors.grpc.service
+    import tidegate.server.run
+    import tidegate.server.worker  # noqa: F401
+
+    if threading.active_count() > 1:
+        raise RuntimeError(f"loading started threads, which a fork would lose: {threading.enumerate()}")
+    gc.collect()
+    gc.freeze()
+
+
+def serve(control: socket.socket) -> list[str] | None:
+    """Fork a process for each request until the other side closes the socket.
+
+    Returns:
+        In the copy, the arguments of its command; None in the server itself at the end.
+    """
+    pipes: dict[int, tuple[int, int]] = {}  # pidfd → process id, pipe
+    poll = select.poll()
+    poll.register(control, select.POLLIN)
+    while True:
+        for ready, _ in poll.poll():
+            if ready != control.fileno():
+                pid, pipe = pipes.pop(ready)
+                poll.unregister(ready)
+                os.close(ready)
+                _, status = os.waitpid(pid, 0)
+                _say(pipe, os.waitstatus_to_exitcode(status))
+                os.close(pipe)
+                continue
+            head, files, _, _ = socket.recv_fds(control, 4, FILES)
+            if not head:
+                return None
+            request = json.loads(_exactly(control, struct.unpack("!I", head)[0]))
+            pid = os.fork()
+            if not pid:
+                return _become(request, files)
+            for file in files[:3]:
+                os.close(file)
+            _say(files[3], pid)
+            waiting = os.pidfd_open(pid)
+            pipes[waiting] = pid, files[3]
+            poll.register(waiting, select.POLLIN)
+
+
+def _become(request: dict[str, Any], files: list[int]) -> list[str]:
+    """Make this copy look like a process that was just started."""
+    for number, file in enumerate(files[:3]):
+        os.dup2(file, number)
+    os.closerange(3, _MAX_FD)
+    os.chdir(request["cwd"])
+    os.environ.clear()
+    os.environ.update(request["environment"])
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.stdin = sys.__stdin__ = os.fdopen(0, encoding="utf-8")  # type: ignore[misc]
+    sys.stdout = sys.__stdout__ = os.fdopen(1, "w", encoding="utf-8")  # type: ignore[misc]
+    sys.stderr = sys.__stderr__ = os.fdopen(2, "w", 1, encoding="utf-8", errors="backslashreplace")  # type: ignore[misc]
+    return list(request["arguments"])
+
+
+def _say(pipe: int, number: int) -> None:
+    try:
+        os.write(pipe, struct.pack("!i", number))
+    except BrokenPipeError:
+        print(f"nobody waits for the process any more: {number}", file=sys.stderr)
+
+
+def _exactly(control: socket.socket, size: int) -> bytes:
+    read = b""
+    while len(read) < size:
+        more = control.recv(size - len(read))
+        if not more:
+            raise EOFError("the request ended early")
+        read += more
+    return read
+
+
+def main() -> None:
+    # Ctrl-C is for the tests, which end their servers themselves.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+    _load()
+    control = socket.socket(fileno=int(sys.argv[1]))
+    arguments = serve(control)
+    if arguments is None:
+        return
+    control.detach()
+    sys.argv[:] = ["tidegate", *arguments]
+    sys.orig_argv[:] = [sys.executable, "-m", "tidegate", *arguments]
+    from tidegate.__main__ import main as tidegate
+
+    tidegate()
+
+
+if __name__ == "__main__":
+    main()
