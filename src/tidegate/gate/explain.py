@@ -145,11 +145,11 @@ async def explain(store: CounterStore, caller: Caller, check: Check) -> Explanat
             planned += [CounterNow(limits, Mode.SHADOW, subject) for limits, subject in each.counters(counted, caller.anchor)]
     counters = await _with_usage(store, planned)
     allowed: bool | None = None
-    if problem is None:
-        fits = [each.admits(check.cost) for each in counters if each.mode is not Mode.SHADOW]
-        allowed = None if None in fits else all(fits)
     if rule is not None and rule.action is AccessAction.DENY:
         allowed = False
+    elif problem is None:
+        fits = [each.admits(check.cost) for each in counters if each.mode is not Mode.SHADOW]
+        allowed = None if None in fits else all(fits)
     return Explanation(tier.tier.name, rule, candidates, left_out, counters, allowed, problem)
 
 
@@ -236,10 +236,10 @@ def _why_outranked(each: CompiledRule, best: CompiledRule) -> str:
 def _enforced(check: Check, caller: Caller, rule: CompiledRule | None, ip: str | None) -> tuple[list[CounterNow], str | None]:
     """What the check would be charged to, as the gate finds it; or why it would be refused."""
     mode = Mode.ENFORCE if rule is None else rule.rule.mode
-    if rule is not None and rule.action is not None:
-        return [], None
     try:
         charged = counters_of(check, caller, rule, ip)
+    except Blocked:
+        return [], None
     except BadRequest as error:
         limits = caller.tier.limits if rule is None else rule.limits
         return ([] if limits is None else [CounterNow(limits, mode, None, error.message)]), error.message
