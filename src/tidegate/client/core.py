@@ -21,6 +21,7 @@ from tidegate.errors import (
     ApiKeyExpired,
     ApiKeyRevoked,
     BadRequest,
+    Blocked,
     CatalogUnavailable,
     InvalidApiKey,
     InvalidToken,
@@ -57,7 +58,7 @@ _ERRORS: Final[dict[str, type[TidegateError]]] = {
         error.code: error
         for error in (
             *(BadRequest, RequestTooLarge, MissingApiKey, InvalidApiKey),
-            *(ApiKeyRevoked, ApiKeyExpired, TooManyUnknownKeys, StoreUnavailable, CatalogUnavailable),
+            *(ApiKeyRevoked, ApiKeyExpired, Blocked, TooManyUnknownKeys, StoreUnavailable, CatalogUnavailable),
             *(InvalidToken, TooManyTokens, TokenKeysUnavailable),
         )
     },
