@@ -158,6 +158,7 @@ class RequestSender:
             "on_missing": "ip",
             "quotas": ["100/month"],
             "overage": {"up_to": "20%"},
+            "leases": False,
         }
         acting = {"endpoint": f"/acting/{number}", "action": "deny"}
         sold = {"limits": ["1/s"], "quotas": ["1000/month", "50/day"], "overage": {"up_to": "20%"}}

@@ -219,6 +219,7 @@ def _limit_set(tier: Tier, rule: Rule, limits: tuple[Limit, ...], suffix: str, q
         rule=rule.name,
         tier=tier.name,
         soft=rule.mode is Mode.SOFT,
+        leases=rule.leases,
     )
     made.quotas += suffix if quotas is None else f"{suffix}, {quotas.header}"
     return made

@@ -83,6 +83,7 @@ class Rule(msgspec.Struct, frozen=True, gc=False):
         on_missing: what it does with a check without an attribute of `subject_parts`.
         quotas: what it allows in fixed periods, the shortest first; a rule has limits, quotas or both.
         overage: what passes above its quotas; None for nothing.
+        leases: whether instances may lease units of its limits.
         action: what it does in place of limits and quotas: allow without counting, or deny; None for a rule that counts.
     """
 
@@ -100,6 +101,7 @@ class Rule(msgspec.Struct, frozen=True, gc=False):
     on_missing: OnMissing = OnMissing.IP
     quotas: tuple[Quota, ...] = ()
     overage: Overage | None = None
+    leases: bool = True
     action: AccessAction | None = None
 
     @classmethod
@@ -118,6 +120,7 @@ class Rule(msgspec.Struct, frozen=True, gc=False):
         on_missing: str = OnMissing.IP,
         quotas: Iterable[Quota | str] = (),
         overage: object = None,
+        leases: object = True,
         action: str | None = None,
     ) -> Rule:
         """Validate and normalise a rule.
@@ -136,6 +139,7 @@ class Rule(msgspec.Struct, frozen=True, gc=False):
             on_missing: its name.
             quotas: quotas or their texts.
             overage: an `Overage`, or what `Overage.parse` reads.
+            leases: true or false.
             action: allow or deny, in place of limits and quotas; a limit of 0, such as `0/day`, means deny.
 
         Returns:
@@ -168,6 +172,8 @@ class Rule(msgspec.Struct, frozen=True, gc=False):
             raise PolicyError(f"on_missing {missing.value!r} is for a subject with an attribute: name one, or leave it out")
         if isinstance(priority, bool) or not isinstance(priority, int) or abs(priority) > 1_000_000:
             raise PolicyError(f"priority {short(priority)} must be a whole number from -1000000 to 1000000")
+        if not isinstance(leases, bool):
+            raise PolicyError(f"leases {short(leases)} must be true or false")
         if name and not _RULE_NAME.fullmatch(name):
             raise PolicyError(f"rule name {short(name)} must be 1 to {_MAX_RULE_NAME} printable ASCII characters")
         rule = cls(
@@ -185,6 +191,7 @@ class Rule(msgspec.Struct, frozen=True, gc=False):
             on_missing=missing,
             quotas=sold,
             overage=above,
+            leases=leases,
             action=acts,
         )
         if name:

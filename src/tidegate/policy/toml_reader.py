@@ -71,6 +71,7 @@ _RULE_FIELDS: Final = (
     "on_missing",
     "quotas",
     "overage",
+    "leases",
     "action",
 )
 _KEY_FIELDS: Final = ("key", "sha256", "tier", "customer", "name", "status", "expires_at", "limits", "quotas", "overrides")

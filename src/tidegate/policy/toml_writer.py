@@ -142,6 +142,8 @@ def _rule_lines(rule: Rule) -> list[str]:
         lines.append(f"mode = {_string(rule.mode)}")
     if rule.on_failure is not OnFailure.DEFAULT:
         lines.append(f"on_failure = {_string(rule.on_failure)}")
+    if not rule.leases:
+        lines.append("leases = false")
     return [*lines, f"name = {_string(rule.name)}"]
 
 

@@ -30,6 +30,7 @@ RULE_COLUMNS: Final = (
     "on_missing",
     "quotas",
     "overage",
+    "leases",
     "action",
 )
 """Columns with the fields of a rule."""
@@ -70,6 +71,7 @@ def rule_of(row: Mapping[Any, Any]) -> Rule:
         match=tuple(sorted((row["match_attributes"] or {}).items())),
         subject_parts=() if row["subject_attributes"] == _CUSTOMER else tuple(row["subject_attributes"] or ()),
         on_missing=OnMissing(row["on_missing"] or OnMissing.IP),
+        leases=row["leases"] in (None, True),
         quotas=tuple(Quota.parse(text) for text in row["quotas"] or ()),
         overage=Overage.parse(row["overage"]),
         action=None if row["action"] is None else AccessAction(row["action"]),
@@ -185,6 +187,7 @@ def row_of_rule(rule: Rule, tier_id: int, position: int) -> dict[str, Any]:
         "match_attributes": dict(rule.match) or None,
         "subject_attributes": list(_CUSTOMER) if rule.subject is Subject.CUSTOMER else list(rule.subject_parts) or None,
         "on_missing": None if rule.on_missing is OnMissing.IP else rule.on_missing.value,
+        "leases": None if rule.leases else False,
         **_quota_values(rule),
         "action": None if rule.action is None else rule.action.value,
     }
