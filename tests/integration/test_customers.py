@@ -140,7 +140,7 @@ def test_customers_and_limits_on_the_command_line(
     assert key["id"] in run("keys", "list", "--customer", "acme").out
     more = run("customers", "update", "acme", "--limit", "quota=150000/month", "--until", "9000-01-01")
     assert more.code == 0, more.err
-    assert "quota: 150000/month until" in more.out
+    assert "quotas: 150000/month until" in more.out
     assert "override them for the customer" in run("keys", "limit", key["id"], "quota=5/month").err
     refused = run("customers", "delete", "acme")
     assert (refused.code, "active API keys" in refused.err) == (2, True)

@@ -260,7 +260,6 @@ async def test_quotas_count_the_customer_and_can_be_raised_until_a_time() -> Non
             "override them for the customer",
         ),
         ('quotas = ["3/month"]', 'quotas = ["3/month", "4/month"]', "for the same period"),
-        ('quotas = ["3/month"]', 'quotas = ["3/month"]\nrule = "/a"', "leave 'rule' out"),
     ],
 )
 def test_the_file_refuses_overrides_of_quotas(old: str, new: str, reason: str) -> None:
