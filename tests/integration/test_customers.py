@@ -138,6 +138,10 @@ def test_customers_and_limits_on_the_command_line(
     assert "Mars/Olympus" in run("customers", "update", "acme", "--timezone", "Mars/Olympus").err
     assert json.loads(run("customers", "list", "--json").out)[0]["anchor"] == "2026-01-31"
     assert key["id"] in run("keys", "list", "--customer", "acme").out
+    more = run("customers", "update", "acme", "--limit", "quota=150000/month", "--until", "9000-01-01")
+    assert more.code == 0, more.err
+    assert "quotas: 150000/month until" in more.out
+    assert "override them for the customer" in run("keys", "limit", key["id"], "quota=5/month").err
     refused = run("customers", "delete", "acme")
     assert (refused.code, "active API keys" in refused.err) == (2, True)
     run("keys", "revoke", key["id"], "--reason", "gone")

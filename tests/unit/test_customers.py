@@ -212,3 +212,57 @@ def test_metadata_and_match_are_bounded() -> None:
         deep = {"a": deep}
     with pytest.raises(PolicyError, match="nested too deeply"):
         Customer.make("a", metadata=deep)
+
+
+QUOTAS = f"""
+[[tiers]]
+name = "pro"
+quotas = ["2/month"]
+[[customers]]
+name = "acme"
+tier = "pro"
+anchor = "2026-01-31"
+  [[customers.overrides]]
+  quotas = ["4/month"]
+  until = 2026-12-04
+[[api_keys]]
+key = "{FIRST}"
+customer = "acme"
+[[api_keys]]
+key = "{SECOND}"
+customer = "acme"
+[[api_keys]]
+key = "{OTHER}"
+tier = "pro"
+  [[api_keys.overrides]]
+  quotas = ["3/month"]
+"""
+
+
+async def test_quotas_count_the_customer_and_can_be_raised_until_a_time() -> None:
+    now_us = END_US - 1
+    policy = parse_policy(QUOTAS)
+    assert parse_policy(policy_text(policy)) == policy
+    gate = Gate(CachedCatalog(PolicyCatalog(policy)), MemoryCounters(), wall_clock_ns=lambda: now_us * 1000)
+    allowed = [(await gate.check(Check.of("/a", api_key=key))).allowed for key in (FIRST, SECOND, FIRST)]
+    assert allowed == [True, True, True]
+    assert [(await gate.check(Check.of("/a", api_key=OTHER))).allowed for _ in range(4)] == [True, True, True, False]
+    now_us = END_US
+    assert not (await gate.check(Check.of("/a", api_key=SECOND))).allowed
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "reason"),
+    [
+        (
+            'tier = "pro"\n  [[api_keys.overrides]]',
+            'customer = "acme"\n  [[api_keys.overrides]]',
+            "override them for the customer",
+        ),
+        ('quotas = ["3/month"]', 'quotas = ["3/month", "4/month"]', "for the same period"),
+    ],
+)
+def test_the_file_refuses_overrides_of_quotas(old: str, new: str, reason: str) -> None:
+    assert old in QUOTAS
+    with pytest.raises(PolicyError, match=reason):
+        parse_policy(QUOTAS.replace(old, new))

@@ -11,14 +11,17 @@ from typing import Any
 
 import msgspec
 import pytest
+import typer
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.cases.quotas import CASES, Step, quotas_of, us
 from tests.conftest import Clock
+from tidegate.admin.models.overrides import LimitOverride
 from tidegate.catalog.cached import CachedCatalog
 from tidegate.catalog.in_memory import PolicyCatalog
 from tidegate.catalog.shared_entries import EntrySeal, InvalidEntry, TierEntry, require_valid_tier
+from tidegate.cli.key_limits import changed_overrides, parse_change
 from tidegate.counters import Charge
 from tidegate.counters.fallback import LocalShares
 from tidegate.counters.memory import MemoryCounters
@@ -402,3 +405,24 @@ def test_quotas_of_a_customer_replace_those_of_its_tier_and_count_all_its_keys(c
 def test_overrides_of_quotas_that_are_refused(text: str, why: str) -> None:
     with pytest.raises(PolicyError, match=why):
         parse_policy(f'[[tiers]]\nname = "t"\nquotas = ["5/day"]\n[[api_keys]]\nkey = "{KEY}"\ntier = "t"\n{text}\n')
+
+
+def test_limits_and_quotas_of_a_key_are_changed_apart() -> None:
+    own = [
+        LimitOverride(rule=None, quotas=["5/day"]),
+        LimitOverride(rule="/a", limits=["1/minute"], quotas=["9/month"]),
+    ]
+    until = "2100-01-01T00:00:00Z"
+    changes = [parse_change("quota=7/month,3/day", until), parse_change("/a=2/minute", None)]
+    sent = changed_overrides(["8/hour"], own, changes)
+    assert sent.limits == ["8/hour"]
+    assert [(each.rule, each.limits, each.quotas, each.until) for each in sent.overrides] == [
+        (None, [], ["5/day"], None),
+        ("/a", ["2/minute"], [], None),
+        ("/a", [], ["9/month"], None),
+        (None, [], ["3/day", "7/month"], until),
+    ]
+    rest = changed_overrides(None, sent.overrides, [parse_change("quota=default", None)])
+    assert [each.rule for each in rest.overrides] == ["/a", "/a"]
+    with pytest.raises(typer.BadParameter, match="unknown period"):
+        parse_change("quota=5/fortnight", None)

@@ -41,7 +41,7 @@ async def create_key(editor: CatalogEditor, actor: str, request: KeyCreate) -> K
     async with editor.changing(actor) as transaction:
         customer = None if request.customer is None else await load_customer_row(transaction, request.customer)
         tier, inherits = await _tier_of(transaction, request.tier, customer)
-        overrides = await overrides_after(transaction, tier, (), request, changes_tier=False)
+        overrides = await overrides_after(transaction, tier, (), request, changes_tier=False, counts_quotas=customer is None)
         return await _insert_key(transaction, tier, request.name, expires_at_us, overrides, _owner(customer, inherits))
 
 
@@ -74,7 +74,14 @@ async def edit_key(
         named = request.tier or (None if has_tier and (wants_customers or row["inherits_tier"]) else row["tier_name"])
         tier, inherits = await _tier_of(transaction, named, customer)
         values |= {"tier_id": tier["id"], **_owner(customer, inherits)}
-        overrides = await overrides_after(transaction, tier, row["overrides"], request, changes_tier=tier["id"] != row["tier_id"])
+        overrides = await overrides_after(
+            transaction,
+            tier,
+            row["overrides"],
+            request,
+            changes_tier=tier["id"] != row["tier_id"],
+            counts_quotas=customer is None,
+        )
         values["overrides"] = policy_rows.override_rows(overrides)
         return await update_key(transaction, row, values, "update", tier["name"], customer_name)
 

@@ -43,6 +43,7 @@ async def overrides_after(
     owner: str = "key",
     *,
     changes_tier: bool,
+    counts_quotas: bool = True,
 ) -> tuple[Override, ...]:
     """The overrides of a key or customer after a change: those of the request, else the current ones that have not ended.
 
@@ -51,6 +52,7 @@ async def overrides_after(
         current: as the column has them; those without a rule in the tier are dropped.
         owner: "key" or "customer".
         changes_tier: whether the tier is another one than before.
+        counts_quotas: whether the quotas count this owner; those of a customer's key count the customer.
 
     Raises:
         PolicyError: if a limit is not valid, a rule does not exist or counts by something else, or two are for one rule.
@@ -72,6 +74,10 @@ async def overrides_after(
             raise PolicyError(
                 f"{each.subject} overridden twice: remove one; beside a permanent override there may be one with until"
             )
+        if each.quotas and not counts_quotas:
+            raise PolicyError(
+                "the quotas of the customer count all of its keys together: override them for the customer, not for this key"
+            )
         if each.rule:
             assert tier is not None
             _require_fit(rules.get(each.rule), each, str(tier["name"]), owner, counted)
@@ -80,7 +86,8 @@ async def overrides_after(
         is_base = not each.rule and each.until_us is None and not each.quotas
         replaced = limits_sent if is_base else overrides_sent
         # Overrides without a rule in a new tier are dropped; only overrides of the request cause an error.
-        if not replaced and (not changes_tier or _is_usable(each, tier, rules, counted)):
+        usable = (counts_quotas or not each.quotas) and (not changes_tier or _is_usable(each, tier, rules, counted))
+        if usable and not replaced:
             found.setdefault(each.key, each)
     return tuple(sorted(found.values(), key=lambda each: (bool(each.rule), each.until_us is not None)))
 

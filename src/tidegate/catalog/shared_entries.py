@@ -183,6 +183,8 @@ def _require_valid_overrides(overrides: tuple[Override, ...]) -> None:
             raise InvalidEntry("an override has both limits and quotas")
         if override.until_us is not None and abs(override.until_us) >= 1 << 63:
             raise InvalidEntry("an override ends at a time that the database cannot store")
+        if any(Quota.parse(quota.text) != quota for quota in override.quotas):
+            raise InvalidEntry("a quota does not match its text")
 
 
 def _require_valid_limits(limits: tuple[Limit, ...], algorithm: Algorithm | None = None) -> None:

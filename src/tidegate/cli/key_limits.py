@@ -21,8 +21,9 @@ from tidegate.timestamps import format_timestamp, now_us, to_us
 from tidegate.tools.terminal import say
 
 TIER_LIMITS: Final = "limits"
-QUOTA: Final = "quota"
 """What stands for the tier's own limits, in place of a rule's name."""
+QUOTA: Final = "quota"
+"""What stands for the tier's quotas, in place of a rule's name."""
 DEFAULT: Final = "default"
 """What removes the overrides of a rule."""
 
@@ -86,7 +87,7 @@ def print_overrides(limits: Sequence[str] | None, overrides: Sequence[LimitOverr
         if each.quotas
     ]
     for name, texts, end in rows:
-        say(f"  {one_line(name)}: {', '.join(texts)}{'' if end is None else f' until {end}'}")
+        say(f"  {one_line(name)}: {', '.join(texts or ())}{'' if end is None else f' until {end}'}")
     if not rows:
         say("  no limits of its own")
 

@@ -197,7 +197,7 @@ def show(
     for field, value in (
         ("id", record.id),
         ("tier", record.tier + (" (of the customer)" if record.inherits_tier else "")),
-        ("customer", record.customer),
+        *([("customer", record.customer)] if record.customer is not None else []),
         ("name", record.name),
         ("status", record.status),
         ("created at", to_seconds(record.created_at)),

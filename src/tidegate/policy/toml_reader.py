@@ -28,6 +28,7 @@ from tidegate.policy.labels import label_fault
 from tidegate.policy.limits import Limit, is_zero, short
 from tidegate.policy.model import ApiKey, KeyStatus, Policy, Rule, Subject, Tier, parse_key_digest
 from tidegate.policy.namespaces import Namespace, require_name
+from tidegate.policy.overrides import Override
 from tidegate.policy.quotas import Quota, fit_quotas
 from tidegate.policy.toml_customers import read_customers
 from tidegate.policy.toml_lines import MAX_KEY_PARTS, LineIndex, line_of_deep_key
@@ -285,11 +286,21 @@ class _Reader:
             status=KeyStatus(status),
             name=name,
             expires_at_us=self._moment_us(table["expires_at"], (*at, "expires_at")) if "expires_at" in table else None,
-            overrides=read_overrides(_Tables(self), table, at, tier, "key", (Subject.API_KEY,)),
+            overrides=self._key_overrides(table, at, tier, customer),
             managed_by_file=True,
             customer="" if customer is None else customer.name,
             inherits_tier=inherits,
         )
+
+    def _key_overrides(self, table: dict[str, Any], at: KeyPath, tier: Tier, customer: Customer | None) -> tuple[Override, ...]:
+        overrides = read_overrides(_Tables(self), table, at, tier, "key", (Subject.API_KEY,))
+        if customer is not None and any(each.quotas for each in overrides):
+            raise self._error(
+                f"quotas of the customer {customer.name!r} count all of its keys together: override them for the customer, "
+                "not for a key",
+                (*at, "overrides"),
+            )
+        return overrides
 
     def _customer_of(self, table: dict[str, Any], at: KeyPath, customers: Mapping[str, Customer]) -> Customer | None:
         if "customer" not in table:
