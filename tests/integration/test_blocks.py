@@ -50,6 +50,7 @@ async def blocked(gate: Gate, **fields: Any) -> bool:
 
 async def test_blocks_in_the_catalog(admin: Admin, monkeypatch: pytest.MonkeyPatch) -> None:
     await admin.tier()
+    assert (await admin.http.post("/customers", json={"name": "acme"})).status_code == 201
     key = await admin.key()
     assert (await admin.http.post("/policy", content='[anonymous]\ntier = "free"\n[[tiers]]\nname = "free"')).status_code == 200
     admin.cached.blocks = blocks = Blocks(admin.catalog, admin.cached.access.replace_blocks)
@@ -146,6 +147,7 @@ REFUSED: tuple[tuple[str, str, Any, int, str], ...] = (
     ("POST", "", {"cidr": "10.0.0.1", "until": "2001-01-01T00:00:00Z"}, 400, "until is in the past"),
     ("POST", "", {"cidr": "10.0.0.1", "until": "soon"}, 400, "until"),
     ("POST", "", {"api_key_id": "0" * 24}, 404, "there is no API key 000"),
+    ("POST", "", {"customer": "nobody"}, 404, "there is no customer 'nobody'"),
     ("POST", "", {"api_key_id": "short"}, 400, "24 hex digits"),
     ("POST", "", {"attribute": {}}, 400, "is empty"),
     ("POST", "", {"attribute": {"user": "4*"}}, 400, "one exact value"),
