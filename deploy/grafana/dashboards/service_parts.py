@@ -111,7 +111,7 @@ def store() -> list[list[Panel]]:
         [
             lines(
                 "Decided from leases and by Redis",
-                "Checks per second that a lease decided, and calls that charge Redis. The more from leases, the less Redis has to do.",
+                "Checks per second that a lease decided, and calls that charge Redis. More leased checks, less load on Redis.",
                 "reqps",
                 Query(rate("rate_limiter_lease_decisions_total", ""), "from leases"),
                 Query(rate("rate_limiter_store_charges_total", ""), "calls"),
