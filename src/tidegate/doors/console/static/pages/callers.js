@@ -1,6 +1,7 @@
 // Find a caller, see what is left to it in all its rules now, and help it: override, reset, revoke, rotate.
 
 import { all, get, send } from "../api.js";
+import { block, blocks } from "../blocks.js";
 import { byTime, chart } from "../charts.js";
 import { confirm, form, saveChange, secret } from "../dialogs.js";
 import { announce, empty, field, fill, h, link, select, table } from "../dom.js";
@@ -69,6 +70,7 @@ async function showList(root, view, q) {
     filters,
     rows.length ? table("API keys", ["name", "id", "tier", "status", "overrides", "created"], rows) : nothing,
     h("div.buttons", {}, after ? h("button", { type: "button", onclick: () => view.set({ after: null }) }, "First page") : null, page.next ? h("button", { type: "button", onclick: () => view.set({ after: page.next }, { replace: false }) }, "Next page") : null),
+    await blocks(view),
   );
 }
 
@@ -81,13 +83,14 @@ async function showKey(root, view, id) {
     ["tier", link("/policy", { tier: record.tier }, record.tier)],
     ["status", h("span", {}, h(`span.badge.${record.status}`, {}, record.status), record.revoked_reason ? ` ${record.revoked_reason}` : "")],
     ["created", time(record.created_at)],
+    record.customer ? ["customer", record.customer] : null,
     ["expires", record.expires_at === null ? "never" : time(record.expires_at)],
     ["overrides", overridesText(record)],
   ];
   fill(
     root,
     h("h2", {}, record.name || "(no name)"),
-    h("dl.facts", {}, facts.map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, value)))),
+    h("dl.facts", {}, facts.filter(Boolean).map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, value)))),
     view.operator ? actions(view, record) : null,
     h("section", {}, h("h2", {}, "Counters now"), usage),
     explainer(view, { api_key_id: id }),
@@ -99,7 +102,7 @@ async function showKey(root, view, id) {
 }
 
 function overridesText(record) {
-  const own = record.overrides.map((each) => `${each.rule}: ${each.limits.join(", ")}`);
+  const own = record.overrides.map((each) => `${each.rule ?? "(tier)"}: ${[...(each.limits ?? []), ...(each.quotas ?? [])].join(", ")}${each.until ? ` until ${time(each.until)}` : ""}`);
   if (record.limits !== null) own.unshift(`(tier): ${record.limits.join(", ") || "no limits"}`);
   return own.length ? h("ul", {}, own.map((text) => h("li", {}, text))) : "none";
 }
@@ -121,6 +124,7 @@ function actions(view, record) {
     {},
     button("Override limits", () => override(view, record)),
     button("Reset counters", () => reset(view, { api_key_id: record.id }, `the key ${record.name || record.id}`)),
+    button("Block", () => block(view, { api_key_id: record.id }, `the key ${record.name || record.id}`)),
     record.managed_by_file ? null : button("Rotate", () => rotate(view, record)),
     record.managed_by_file ? null : button("Revoke", () => revoke(view, record), { class: "danger" }),
     record.managed_by_file ? h("p.muted", {}, "The policy file owns this key: change it there.") : null,
@@ -130,7 +134,8 @@ function actions(view, record) {
 async function override(view, record) {
   const { items } = await all("/rate-limit-rules", { tier: record.tier }, { signal: view.signal });
   const counted = items.filter((each) => each.subject === "api_key");
-  const current = new Map(record.overrides.map((each) => [each.rule, each.limits]));
+  // Those that end by themselves stay as they are: they take precedence until then.
+  const current = new Map(record.overrides.filter((each) => !each.until).map((each) => [each.rule, each.limits ?? []]));
   const inputs = new Map(counted.map((each) => [each.name, h("input", { value: (current.get(each.name) ?? []).join(", "), placeholder: each.limits.join(", "), spellcheck: "false" })]));
   const own = h("input", { value: (record.limits ?? []).join(", "), placeholder: "as the tier", spellcheck: "false" });
   const content = [
@@ -138,23 +143,20 @@ async function override(view, record) {
     ...counted.map((each) => field(each.name, inputs.get(each.name), `The rule: ${each.limits.join(", ")}`)),
     field("All endpoints together", own),
   ];
-  const saved = await form(`Limits of ${record.name || record.id}`, content, {
-    save: () =>
-      saveChange({
-        method: "PUT",
-        path: `/api-keys/${record.id}/overrides`,
-        read: `/api-keys/${record.id}`,
-        before: record,
-        body: {
-          limits: own.value.trim() ? listed(own.value) : null,
-          overrides: [
-            ...[...inputs].filter(([, input]) => input.value.trim()).map(([rule, input]) => ({ rule, limits: listed(input.value) })),
-            // Those of rules that are not shown here stay as they are.
-            ...record.overrides.filter((each) => !inputs.has(each.rule)).map(({ rule, limits }) => ({ rule, limits })),
-          ],
-        },
-      }),
-  });
+  const save = () => {
+    // Other fields of an override, such as its end, and those of rules that are not shown here stay as they are.
+    const kept = new Map(record.overrides.filter((each) => !each.until).map((each) => [each.rule, each]));
+    const overrides = record.overrides.filter((each) => each.until || !inputs.has(each.rule));
+    for (const [rule, input] of inputs) {
+      const limits = listed(input.value);
+      if (limits.length || kept.get(rule)?.quotas?.length) overrides.push({ ...kept.get(rule), rule, limits });
+    }
+    const body = { overrides };
+    if (own.value.trim() !== (record.limits ?? []).join(", ")) body.limits = own.value.trim() ? listed(own.value) : null;
+    const path = `/api-keys/${record.id}`;
+    return saveChange({ method: "PATCH", path, read: path, before: record, body });
+  };
+  const saved = await form(`Limits of ${record.name || record.id}`, content, { save });
   if (saved !== null) {
     announce("The limits were saved.");
     view.reload();
@@ -227,7 +229,7 @@ async function showSubject(root, view, target) {
   fill(
     root,
     h("h2", {}, name),
-    view.operator ? h("div.buttons", {}, h("button", { type: "button", onclick: () => reset(view, target, name) }, "Reset counters")) : null,
+    view.operator ? h("div.buttons", {}, h("button", { type: "button", onclick: () => reset(view, target, name) }, "Reset counters"), h("button", { type: "button", onclick: () => block(view, blocked(target), name) }, "Block")) : null,
     h("section", {}, h("h2", {}, "Counters now"), usage),
     explainer(view, fixed),
     past,
@@ -241,6 +243,13 @@ async function showSubject(root, view, target) {
     }
   });
   await showPast(past, view, target);
+}
+
+/** Whom a block of a subject names. */
+function blocked(target) {
+  if (target.ip) return { cidr: target.ip };
+  const entries = target.subject.split("&").map((part) => part.split("="));
+  return { attribute: Object.fromEntries(entries.map(([name, value]) => [name, decodeURIComponent(value ?? "")])) };
 }
 
 async function showPast(root, view, target) {
