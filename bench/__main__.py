@@ -24,6 +24,7 @@ BENCHES = (
     "jwt",
     "attributes",
     "quotas",
+    "access",
     "simulate",
     "http",
     "callers_auth",

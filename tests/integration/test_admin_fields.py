@@ -159,6 +159,7 @@ class RequestSender:
             "quotas": ["100/month"],
             "overage": {"up_to": "20%"},
         }
+        acting = {"endpoint": f"/acting/{number}", "action": "deny"}
         sold = {"limits": ["1/s"], "quotas": ["1000/month", "50/day"], "overage": {"up_to": "20%"}}
         own = {"limits": ["9/day"], "overrides": [{"rule": "/kept", "limits": ["2/s"]}]}
         namespace = {
@@ -172,9 +173,9 @@ class RequestSender:
             "TierCreate": [{"name": f"new-{number}", **sold}],
             "TierLimits": [sold],
             "TierPatch": [sold],
-            "RuleCreate": [{"tier": "free", **rule}],
-            "RuleFields": [rule],
-            "RulePatch": [rule],
+            "RuleCreate": [{"tier": "free", **rule}, {"tier": "free", **acting}],
+            "RuleFields": [rule, acting],
+            "RulePatch": [rule, {**acting, "limits": [], "quotas": [], "overage": False}],
             "KeyCreate": [key],
             "KeyPatch": [key],
             "KeyImportRequest": [

@@ -58,6 +58,12 @@ FILLING = {
     "traffic_callers": """INSERT INTO traffic_callers (hour_us, tier, rule, subject, allowed, blocked, over_limit)
         VALUES (0, 't', 'r', 's', 3, 2, 1)""",
     "traffic_latency": "INSERT INTO traffic_latency (step_s, at_us, bucket, checks) VALUES (60, 60000000, 4, 9)",
+    "blocks": """INSERT INTO blocks (kind, target, reason, message, created_at_us, created_by, version)
+        VALUES ('cidr', '203.0.113.0/24', 'r', '', 5, 'me', 5)""",
+    "console_sessions": """INSERT INTO console_sessions (sha256, token_sha256, created_at_us, used_at_us)
+        VALUES ('session', 'digest', 5, 6)""",
+    "what_if_runs": """INSERT INTO what_if_runs (id, actor, state, progress, created_at_us, changed_at_us, result)
+        VALUES ('run', 'me', 'done', 1, 5, 6, '{"note": null}')""",
     "catalog_changes": "INSERT INTO catalog_changes (version, previous, kind, name) VALUES (7, 6, 'all', '')",
 }
 """A row or more for every table, as the step that made it would have it."""

@@ -386,3 +386,75 @@ def test_attributes_of_a_block_are_exact() -> None:
     ):
         with pytest.raises(PolicyError, match=reason):
             require_exact_attributes(given_attributes)
+
+
+ACTIONS = """
+[[tiers]]
+name = "free"
+limits = ["5/day"]
+  [[tiers.rules]]
+  endpoint = "/internal/*"
+  action = "deny"
+  [[tiers.rules]]
+  endpoint = "/internal/health"
+  action = "allow"
+  [[tiers.rules]]
+  endpoint = "/closed"
+  limits = ["0/day"]
+  [[tiers.rules]]
+  descriptor = { service = "old" }
+  action = "deny"
+  [[tiers.rules]]
+  descriptor = { service = "new" }
+  action = "allow"
+[anonymous]
+tier = "free"
+"""
+
+
+async def test_rules_that_deny_or_allow() -> None:
+    gate = gate_of(ACTIONS)
+    for path in ("/internal/a", "/closed"):
+        with pytest.raises(Blocked, match="access is denied by the rule") as blocked:
+            await gate.check(Check.of(path, ip="192.0.2.1"))
+        assert blocked.value.details == {"rule": "/internal/*" if path == "/internal/a" else "/closed"}
+    for _ in range(9):
+        decision = await gate.check(Check.of("/internal/health", ip="192.0.2.1"))
+        assert (decision.allowed, decision.limit, decision.tier) == (True, None, "free")
+    assert (await gate.check(Check.of("/a", ip="192.0.2.1"))).remaining == 4, "neither charged the limits of the tier"
+    old, new, other = await gate.plan_many([DescriptorCheck({"service": name}, None, 1) for name in ("old", "new", "else")])
+    assert isinstance(old, Blocked)
+    assert new is not None
+    assert other is None
+    [*listed] = (await gate.usage(ip="192.0.2.1")).rules
+    assert [each.rule for each in listed] == [None], "nothing is left to know of them"
+    await gate.reset(ip="192.0.2.1")
+
+
+def test_actions_are_written_as_they_are_read() -> None:
+    policy = parse_policy(ACTIONS)
+    assert parse_policy(policy_text(policy)) == policy
+    closed = next(rule for rule in policy.tiers[0].rules if rule.endpoint == "/closed")
+    assert (closed.action, closed.limits) == ("deny", ())
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ('action = "deny"\nlimits = ["1/day"]', "stands in place of limits and quotas"),
+        ('action = "deny"\nquotas = ["1/day"]', "stands in place of limits and quotas"),
+        ('action = "deny"\nmode = "shadow"', "is for rules with mode 'enforce', not 'shadow'"),
+        ('action = "block"', "action 'block' is not known: use one of allow, deny"),
+        ('limits = ["0/day"]\nmode = "shadow"', "is for rules with mode 'enforce'"),
+        ('limits = ["0/day burst 5"]', "must be a whole number from 1"),
+        ("", "'limits' is missing"),
+    ],
+)
+def test_mistakes_in_actions(fields: str, reason: str) -> None:
+    with pytest.raises(PolicyError, match=reason):
+        parse_policy(f'[[tiers]]\nname = "free"\n[[tiers.rules]]\nendpoint = "/a"\n{fields}\n')
+
+
+def test_a_limit_of_zero_elsewhere_names_the_remedy() -> None:
+    with pytest.raises(PolicyError, match="use action = 'deny' on a rule, or a block"):
+        parse_policy('[[tiers]]\nname = "free"\nlimits = ["0/day"]\n')

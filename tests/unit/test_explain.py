@@ -10,7 +10,7 @@ from tidegate.catalog.cached import CachedCatalog
 from tidegate.catalog.in_memory import PolicyCatalog
 from tidegate.counters.memory import MemoryCounters
 from tidegate.decision import Check
-from tidegate.gate.explain import MAX_CANDIDATES, Explanation, explain
+from tidegate.gate.explain import MAX_CANDIDATES, Explanation, access_of, explain
 from tidegate.gate.gate import Gate
 from tidegate.policy.toml_reader import parse_policy
 
@@ -119,3 +119,40 @@ async def test_many_rules_are_bounded_and_the_matching_ones_come_first(count: in
     assert found.candidates[0].result == "answers"
     assert len(found.candidates) + found.left_out == count + 1
     assert len(found.candidates) <= MAX_CANDIDATES
+
+
+SOLD = """
+[[tiers]]
+name = "free"
+limits = ["50/day"]
+quotas = ["2/month"]
+overage = { up_to = "100%" }
+
+  [[tiers.rules]]
+  endpoint = "/soft"
+  limits = ["1/hour"]
+  mode = "soft"
+
+[[access]]
+action = "deny"
+from = ["198.51.100.0/24"]
+
+[anonymous]
+tier = "free"
+"""
+
+
+async def test_quotas_soft_rules_and_access_lists() -> None:
+    gate = _gate(SOLD)
+    check = Check.of("/soft", ip=IP)
+    for left in (2, 1, 0, 0):
+        found = await _explain(gate, check)
+        assert (found.allowed, found.counters[-1].left) == (True, left)
+        assert (await gate.check(check)).allowed
+    assert (await _explain(gate, check)).allowed is False
+    assert not (await gate.check(check)).allowed
+    caller = await gate.unkeyed_caller(None, {})
+    assert await access_of(gate.access, check, caller) == (None, False)
+    message, _ = await access_of(gate.access, Check.of("/soft", ip="198.51.100.7"), caller)
+    assert message is not None
+    assert gate.access.denied == 0, "an explanation is no check"

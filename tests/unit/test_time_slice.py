@@ -95,8 +95,8 @@ async def test_others_get_turns_while_a_batch_is_read_and_answered(
         answer = await client.post(f"{url}/v1/check/batch", json=body)
     assert answer.status_code == 200
     assert len(answer.json()["decisions"]) == COUNT
-    # Each check is read, planned and answered.
-    assert pauses[0] == 3 * COUNT
+    # Each check is read, compared with [[access]], planned and answered.
+    assert pauses[0] == 4 * COUNT
 
 
 @pytest.mark.parametrize("domain", ["tidegate", "file"])

@@ -13,10 +13,12 @@ from tidegate.admin.transaction import NotFound
 from tidegate.admin.usage import caller_of
 from tidegate.catalog.cache_level import Caller
 from tidegate.decision import Check, Decision
-from tidegate.errors import ApiKeyExpired, ApiKeyRevoked, MissingApiKey
-from tidegate.gate.explain import Candidate, CounterNow, Explanation, explain
+from tidegate.errors import ApiKeyExpired, ApiKeyRevoked, Blocked, MissingApiKey
+from tidegate.gate.explain import Candidate, CounterNow, Explanation, access_of, explain
 from tidegate.gate.gate import Gate
+from tidegate.policy.limits import Algorithm
 from tidegate.policy.model import Mode
+from tidegate.policy.quotas import QuotaLimit
 from tidegate.timestamps import US_PER_S, format_timestamp
 
 _REFUSALS = {"revoked": ApiKeyRevoked.code, "expired": ApiKeyExpired.code}
@@ -48,9 +50,17 @@ async def explain_request(editor: CatalogEditor, gate: Gate, key_id: str | None,
             api_key_id=record.id, name=record.name or None, tier=caller.tier.tier.name, why=why, refused=refused
         )
     found = await explain(gate.counters, caller, check)
+    blocked, exempt = await access_of(gate.access, check, caller)
+    allowed, answer = found.allowed, _answer(found, check)
+    if described.refused:
+        allowed, answer = False, f"refused with 403 {described.refused}, whatever the rules say"
+    elif blocked is not None:
+        allowed, answer = False, f"refused with 403 {Blocked.code} by the access lists, before any rule: {blocked}"
+    elif exempt:
+        allowed, answer = True, "allowed: the access lists exempt it from all limits, so nothing is counted"
     return ExplainRead(
-        allowed=False if described.refused else found.allowed,
-        answer=_answer(described, found, check),
+        allowed=allowed,
+        answer=answer,
         method=check.method,
         path=check.path,
         caller=described,
@@ -81,24 +91,24 @@ def _why_tier(tier: str, named: str | None, attributes: Mapping[str, str], tier_
     return f"no API key; default_tier of [callers], or else [anonymous], gives the tier {tier!r}"
 
 
-def _answer(caller: ExplainedCaller, found: Explanation, check: Check) -> str:
-    if caller.refused:
-        return f"refused with 403 {caller.refused}, whatever the rules say"
+def _answer(found: Explanation, check: Check) -> str:
     if found.problem is not None:
         return f"refused with 400 BAD_REQUEST: {found.problem}"
-    enforced = [each for each in found.counters if each.mode is Mode.ENFORCE]
+    enforced = [each for each in found.counters if each.mode is not Mode.SHADOW]
     if not enforced:
         return f"allowed: no rule of the tier {found.tier!r} matches, and the tier has no limits"
     by = "no rule matches" if found.rule is None else f"the rule {found.rule.rule.name!r} answers"
     if found.allowed is None:
         return f"{by}; the counter store did not answer, so nothing is known of what is left"
     if not found.allowed:
-        short = next(each for each in enforced if (each.left or 0) < check.cost)
-        whose = "the tier's limits" if short.limits.rule is None else f"the rule {short.limits.rule!r}"
+        short = next(each for each in enforced if not each.admits(check.cost))
+        what = "limits" if isinstance(short.limits.algorithm, Algorithm) else "quotas"
+        whose = f"the {what} of the tier" if short.limits.rule is None else f"the {what} of the rule {short.limits.rule!r}"
         left = f"{short.left} of {_capacity(short.decision)} left under {whose}"
         return f"blocked with 429: {left}, and the request costs {check.cost}"
     least = min(enforced, key=lambda each: each.left or 0)
-    return f"allowed: {by}, {least.left} of {_capacity(least.decision)} left"
+    over = ", and what is above passes as overage" if (least.left or 0) < check.cost else ""
+    return f"allowed: {by}, {least.left} of {_capacity(least.decision)} left{over}"
 
 
 def _capacity(decision: Decision | None) -> int | None:
@@ -137,8 +147,13 @@ def _counter(each: CounterNow) -> ExplainedCounter:
 
 
 def _window(decision: Decision) -> WindowUsageRead:
-    limit, remaining = decision.limit or 0, decision.remaining or 0
-    window_us = 0 if decision.binding is None else decision.binding.window_us
-    used = max(limit - remaining, 0)
-    resets_at = format_timestamp(decision.at_us + decision.reset_after_us) if used or decision.reset_after_us else None
-    return WindowUsageRead(limit=limit, window=window_us // US_PER_S, used=used, remaining=remaining, resets_at=resets_at)
+    limit, remaining, binding = decision.limit or 0, decision.remaining or 0, decision.binding
+    used = max(limit - remaining, 0) + decision.overage
+    return WindowUsageRead(
+        limit=limit,
+        window=0 if binding is None else binding.window_us // US_PER_S,
+        used=used,
+        remaining=remaining,
+        resets_at=format_timestamp(decision.at_us + decision.reset_after_us) if used or decision.reset_after_us else None,
+        period=binding.clock.period.value if isinstance(binding, QuotaLimit) else None,
+    )

@@ -51,6 +51,7 @@ RULE_FIELDS: Final = {
     "on_missing",
     "quotas",
     "overage",
+    "action",
 }
 
 

@@ -6,6 +6,8 @@ not, the policy read last goes on holding, without end.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from tidegate.catalog.blocks import BlockIndex
 from tidegate.policy.access import CompiledAccess
 from tidegate.policy.access_entries import AccessEntry
@@ -21,15 +23,32 @@ class AccessLists:
         policy: entries of the policy; None while they have to be loaded.
         last: entries of the policy that was loaded last; None if none was.
         blocks: those that hold.
+        find_ipv4: `NetworkTable.find` of each table of IPv4 networks that has any.
+        find_ipv6: the same of IPv6 networks.
+        names_attributes: whether attributes have to be compared.
+        names_callers: whether API keys or customers have to be compared.
     """
 
-    __slots__ = ("_entries", "active", "blocks", "last", "policy")
+    __slots__ = (
+        "_entries",
+        "active",
+        "blocks",
+        "find_ipv4",
+        "find_ipv6",
+        "last",
+        "names_attributes",
+        "names_callers",
+        "policy",
+    )
 
     def __init__(self) -> None:
         self.policy: CompiledAccess | None = None
         self.last: CompiledAccess | None = None
         self.blocks = BlockIndex()
         self.active = True
+        self.find_ipv4: tuple[Callable[[int], int], ...] = ()
+        self.find_ipv6: tuple[Callable[[int], int], ...] = ()
+        self.names_attributes = self.names_callers = False
         self._entries: tuple[AccessEntry, ...] = ()
 
     def replace_policy(self, entries: tuple[AccessEntry, ...]) -> None:
@@ -51,4 +70,10 @@ class AccessLists:
         self._note()
 
     def _note(self) -> None:
-        self.active = self.policy is None or self.policy.active or bool(self.blocks)
+        policy, blocks = self.last or NOTHING, self.blocks
+        named = (blocks.named, policy.denied, policy.allowed)
+        self.find_ipv4 = tuple(each.ipv4.find for each in named if each.ipv4)
+        self.find_ipv6 = tuple(each.ipv6.find for each in named if each.ipv6)
+        self.names_attributes = bool(blocks.attributes) or any(each.patterns for each in named)
+        self.names_callers = any(each.api_keys or each.customers for each in named)
+        self.active = self.policy is None or policy.active or bool(blocks)

@@ -131,7 +131,7 @@ def require_valid_tier(tier: Tier, name: str) -> None:
     _require_valid_quotas(tier)
     names = set()
     for rule in tier.rules:
-        if rule.limits or not rule.quotas:
+        if rule.limits or not (rule.quotas or rule.action):
             _require_valid_limits(rule.limits, rule.algorithm)
         _require_valid_quotas(rule)
         names.add(rule.name)

@@ -16,7 +16,7 @@ from tidegate.wire import MAX_BATCH, CheckRequest, DecisionBody, LimitRequest, U
 _ERRORS: Final = {
     400: "The request is invalid; nothing was charged.",
     401: "The API key is missing or unknown.",
-    403: "The API key was revoked or has expired.",
+    403: "The API key was revoked or has expired, or the policy or an operator denies the client (BLOCKED).",
     405: "The path does not support this method.",
     408: "The body did not arrive in time.",
     413: "The body is too large.",
@@ -184,7 +184,8 @@ def _authorize(operation: str, passes: str = "204") -> dict[str, Any]:
         },
         "401": {"description": "The API key is missing or unknown; see X-Tidegate-Error."},
         "403": {
-            "description": "The API key was revoked or has expired; see X-Tidegate-Error. With X-Tidegate-Denied-Status: 403 "
+            "description": "The API key was revoked or has expired, or the client is denied (BLOCKED); see X-Tidegate-Error. "
+            "With X-Tidegate-Denied-Status: 403 "
             "also every other refusal except 401; see X-Tidegate-Status.",
             "headers": _headers()
             | {"X-Tidegate-Status": _text_header("The status without X-Tidegate-Denied-Status: 429, 400, 431 or 503.")},

@@ -18,14 +18,19 @@ from tidegate.catalog.access_lists import NOTHING, AccessLists
 from tidegate.catalog.blocks import API_KEY_ID, ATTRIBUTE, CUSTOMER, BlockIndex, attributes_text
 from tidegate.catalog.cache_level import Caller
 from tidegate.catalog.cached import CachedCatalog
-from tidegate.decision import Check, embedded_ipv4
+from tidegate.decision import Check, clip, embedded_ipv4
 from tidegate.errors import Blocked, CatalogUnavailable, TidegateError
 from tidegate.gate.subjects import DescriptorCheck
-from tidegate.policy.access import AccessSet, CompiledAccess
-from tidegate.policy.networks import NOT_FOUND, NetworkTable
+from tidegate.policy.access import CompiledAccess
+from tidegate.policy.access_entries import AccessAction
+from tidegate.policy.matching import CompiledRule
+from tidegate.policy.networks import NOT_FOUND
 from tidegate.time_slice import TimeSlice
 from tidegate.timestamps import now_us
 
+_from_bytes: Final = int.from_bytes
+_inet_pton: Final = socket.inet_pton
+_AF_INET: Final = int(socket.AF_INET)
 _MAX_ATTEMPTS: Final = 2
 _MESSAGE: Final = "access is denied: ask the operator of this API why"
 
@@ -103,11 +108,24 @@ class AccessControl:
         Raises:
             Blocked: if the check is denied.
         """
-        policy, blocks = self._policy, self.lists.blocks
+        # Written out for IPv4 addresses that nothing names: calls would cost as much as what they do.
+        lists = self.lists
         exempt = False
         if ip is not None:
-            exempt = self._admit_address(ip, policy, blocks)
-        if attributes:
+            if ":" in ip:
+                exempt = self._admit_ipv6(ip)
+            elif lists.find_ipv4:
+                try:
+                    address = _from_bytes(_inet_pton(_AF_INET, ip), "big")
+                except OSError:
+                    address = None  # the name of a peer without an address
+                if address is not None:
+                    for find in lists.find_ipv4:
+                        if find(address) != NOT_FOUND:
+                            exempt = self._judge(address, False)
+                            break
+        if attributes and lists.names_attributes:
+            policy, blocks = self._policy, lists.blocks
             if blocks.attributes and (found := blocks.attributes.find(attributes, now_us())) is not None:
                 self._deny(blocks.messages.get((ATTRIBUTE, attributes_text(found))))
             if policy.denied.patterns and policy.denied.patterns.find(attributes):
@@ -129,7 +147,7 @@ class AccessControl:
             Blocked: if the check is denied.
         """
         record = caller.api_key
-        if record is not None:
+        if record is not None and self.lists.names_callers:
             policy, blocks = self._policy, self.lists.blocks
             for key_id in (record.id,) if record.owner == record.id else (record.id, record.owner):
                 until_us = blocks.named.api_keys.get(key_id)
@@ -170,33 +188,24 @@ class AccessControl:
             self._deny()
         return exempt or customer in policy.allowed.customers
 
-    def _admit_address(self, ip: str, policy: CompiledAccess, blocks: BlockIndex) -> bool:
-        if ":" not in ip:
-            try:
-                four = int.from_bytes(socket.inet_pton(socket.AF_INET, ip))
-            except OSError:
-                return False  # the name of a peer without an address
-            six = None
-        else:
-            six, embedded = _ipv6_addresses(ip)
-            if six is None:
-                return False
-            exempt = self._admit_number(six, True, policy, blocks)
-            if embedded is None:
-                return exempt
-            return self._admit_number(embedded, False, policy, blocks) or exempt
-        return self._admit_number(four, False, policy, blocks)
+    def _admit_ipv6(self, ip: str) -> bool:
+        lists = self.lists
+        if not lists.find_ipv4 and not lists.find_ipv6:
+            return False
+        address, embedded = _ipv6_addresses(ip)
+        exempt = False
+        if address is not None:
+            exempt = any(find(address) != NOT_FOUND for find in lists.find_ipv6) and self._judge(address, True)
+        if embedded is not None and any(find(embedded) != NOT_FOUND for find in lists.find_ipv4):
+            return self._judge(embedded, False) or exempt
+        return exempt
 
-    def _admit_number(self, address: int, is_ipv6: bool, policy: CompiledAccess, blocks: BlockIndex) -> bool:
-        """Compare one address: the longest prefix decides, and of two entries with the same the one that denies."""
-        table = _table(blocks.named, is_ipv6)
-        blocked = table.find(address) if table else NOT_FOUND
-        denied = allowed = NOT_FOUND
-        if policy.active:
-            denied = _table(policy.denied, is_ipv6).find(address)
-            allowed = _table(policy.allowed, is_ipv6).find(address)
-        if blocked == NOT_FOUND and denied == NOT_FOUND:
-            return allowed != NOT_FOUND
+    def _judge(self, address: int, is_ipv6: bool) -> bool:
+        """Decide on an address that is named: the longest prefix, and of two entries with the same the one that denies."""
+        policy, blocks = self._policy, self.lists.blocks
+        blocked, denied, allowed = (
+            (each.ipv6 if is_ipv6 else each.ipv4).find(address) for each in (blocks.named, policy.denied, policy.allowed)
+        )
         if allowed <= max(blocked, denied):
             self._deny(_network_message(blocks, address, is_ipv6, blocked) if blocked >= denied else None)
         return True
@@ -206,8 +215,15 @@ class AccessControl:
         raise Blocked(message or _MESSAGE)
 
 
-def _table(named: AccessSet, is_ipv6: bool) -> NetworkTable:
-    return named.ipv6 if is_ipv6 else named.ipv4
+def uncounted(rule: CompiledRule) -> tuple[()]:
+    """What a rule with an action is charged to: nothing.
+
+    Raises:
+        Blocked: if it denies.
+    """
+    if rule.action is AccessAction.DENY:
+        raise Blocked(f"access is denied by the rule {clip(rule.rule.name)}", rule=rule.rule.name)
+    return ()
 
 
 def _network_message(blocks: BlockIndex, address: int, is_ipv6: bool, prefix: int) -> str | None:

@@ -13,13 +13,16 @@ import msgspec
 from tidegate.catalog.cache_level import Caller
 from tidegate.counters import CounterStore
 from tidegate.decision import Check, Decision, ipv6_client
-from tidegate.errors import BadRequest
-from tidegate.gate.subjects import attributes_subject, ip_needed, shadow_subject
+from tidegate.errors import BadRequest, Blocked
+from tidegate.gate.access import AccessControl
+from tidegate.gate.gate import counters_of
+from tidegate.gate.subjects import shadow_subject
 from tidegate.gate.usage import CounterUsage, peek_windows
+from tidegate.policy.access_entries import AccessAction
 from tidegate.policy.globs import Glob, endpoint_matcher
 from tidegate.policy.limits import LimitSet
-from tidegate.policy.matching import CompiledRule, subject_of
-from tidegate.policy.model import Mode, Subject
+from tidegate.policy.matching import CompiledRule
+from tidegate.policy.model import Mode
 from tidegate.policy.quotas import QuotaLimit
 from tidegate.time_slice import TimeSlice
 
@@ -86,6 +89,14 @@ class CounterNow(msgspec.Struct, frozen=True):
         """Units left under the limit with the least; None if the store did not answer."""
         return None if self.decision is None else self.decision.remaining
 
+    def admits(self, cost: int) -> bool | None:
+        """Whether a check of a cost would pass these limits now; None if the store did not answer."""
+        if self.limits.soft:
+            return True
+        if not self.windows:
+            return None
+        return all(_room(window) >= cost for window in self.windows)
+
 
 class Explanation(msgspec.Struct, frozen=True):
     """Why a request gets its answer.
@@ -95,7 +106,7 @@ class Explanation(msgspec.Struct, frozen=True):
         rule: the enforcing rule that answers; None where none matches.
         candidates: rules of the tier, those whose endpoint matches first; at most `MAX_CANDIDATES`.
         left_out: further rules of the tier, none of which matches.
-        counters: what the request would be charged to: the rule's limits and quotas, the tier's, and those of shadow rules.
+        counters: what the request would be charged to: the rule's limits, the tier's, and those of shadow rules.
         allowed: whether the check would pass now; None if it would be refused as invalid, or the store did not answer.
         problem: why it would be refused as invalid; None if it would not.
     """
@@ -124,27 +135,42 @@ async def explain(store: CounterStore, caller: Caller, check: Check) -> Explanat
     rule = tier.match(check.method, check.path, check.attributes)
     candidates, left_out = await _candidates(caller, check, rule)
     ip = ipv6_client(check.ip) if check.ip is not None and ":" in check.ip else check.ip
-    planned: list[CounterNow] = []
-    if rule is not None:
-        planned += _counters(check, caller, rule, ip)
-    subject = caller.subject or (None if ip is None else f"i:{ip}")
-    problem = None if subject is not None else str(ip_needed(check, "a check without an API key is counted by ip"))
-    if tier.limits is not None:
-        planned.append(CounterNow(tier.limits, Mode.ENFORCE, subject, problem))
-    if caller.quotas is not None:
-        planned.append(CounterNow(caller.quotas, Mode.ENFORCE, caller.quota_subject or subject, problem))
+    planned, problem = _enforced(check, caller, rule, ip)
     for each in tier.shadow_rules(check.method, check.path, check.attributes):
         counted = shadow_subject(check.attributes, caller, each, ip)
-        problem = None if counted is not None else "the request lacks what the rule counts by, so it is not counted"
-        sets = [limits for limits, _ in each.counters("", caller.anchor)]
-        planned += [CounterNow(limits, Mode.SHADOW, counted, problem) for limits in sets]
+        if counted is None:
+            lacks = "the request lacks what the rule counts by, so it is not counted"
+            planned.append(CounterNow(each.limits, Mode.SHADOW, None, lacks))
+        else:
+            planned += [CounterNow(limits, Mode.SHADOW, subject) for limits, subject in each.counters(counted, caller.anchor)]
     counters = await _with_usage(store, planned)
-    enforced = [each for each in counters if each.mode is Mode.ENFORCE]
-    problem = next((each.problem for each in enforced if each.problem is not None), None)
     allowed: bool | None = None
-    if problem is None and all(each.left is not None for each in enforced):
-        allowed = all(_passes(each, check.cost) for each in enforced)
+    if rule is not None and rule.action is AccessAction.DENY:
+        allowed = False
+    elif problem is None:
+        fits = [each.admits(check.cost) for each in counters if each.mode is not Mode.SHADOW]
+        allowed = None if None in fits else all(fits)
     return Explanation(tier.tier.name, rule, candidates, left_out, counters, allowed, problem)
+
+
+async def access_of(access: AccessControl, check: Check, caller: Caller) -> tuple[str | None, bool]:
+    """What the access lists say of a check.
+
+    Returns:
+        The message of the refusal, None if there is none; and whether the check is exempt from all limits.
+
+    Raises:
+        CatalogUnavailable: if the catalog fails, and the lists were never loaded.
+    """
+    await access.load()
+    counts = access.denied, access.exempt
+    try:
+        return None, access.admit_caller(caller, access.admit(check.ip, check.attributes))
+    except Blocked as error:
+        return error.message, False
+    finally:
+        # This is no check: the metrics do not count it.
+        access.denied, access.exempt = counts
 
 
 async def _candidates(caller: Caller, check: Check, best: CompiledRule | None) -> tuple[tuple[Candidate, ...], int]:
@@ -187,6 +213,14 @@ def _candidate(each: CompiledRule, check: Check, best: CompiledRule | None) -> C
     return Candidate(each, OUTRANKED, f"it matches, but {_why_outranked(each, best)}", endpoint_matches=True)
 
 
+def _room(window: Decision) -> int:
+    """Units that would pass under one limit now, with overage."""
+    left, limit = window.remaining or 0, window.binding
+    if not isinstance(limit, QuotaLimit):
+        return left
+    return limit.most - (limit.capacity - left + window.overage)
+
+
 def _endpoint_holds(endpoint: str, path: str) -> bool:
     if "*" in endpoint or "{" in endpoint:
         return endpoint_matcher(endpoint)(path)
@@ -199,34 +233,17 @@ def _why_outranked(each: CompiledRule, best: CompiledRule) -> str:
     return f"{reason}: {best.rule.name!r} answers"
 
 
-def _counters(check: Check, caller: Caller, rule: CompiledRule, ip: str | None) -> list[CounterNow]:
-    """The counters of the rule that answers: of its limits and its quotas."""
-    sets = [limits for limits, _ in rule.counters("", caller.anchor)]
+def _enforced(check: Check, caller: Caller, rule: CompiledRule | None, ip: str | None) -> tuple[list[CounterNow], str | None]:
+    """What the check would be charged to, as the gate finds it; or why it would be refused."""
+    mode = Mode.ENFORCE if rule is None else rule.rule.mode
     try:
-        if rule.subject is Subject.ATTRIBUTES:
-            subject: str | None = attributes_subject(check, caller, rule, ip)
-        else:
-            subject = subject_of(rule.subject, caller.subject or (f"i:{ip}" if ip else ""), ip, caller.tier.tier.name)
-        if not subject:
-            raise ip_needed(check, f"the rule {rule.rule.name!r} counts by ip")
+        charged = counters_of(check, caller, rule, ip)
+    except Blocked:
+        return [], None
     except BadRequest as error:
-        return [CounterNow(limits, Mode.ENFORCE, None, error.message) for limits in sets]
-    quota_subject = (caller.quota_subject or subject) if rule.subject is Subject.API_KEY else subject
-    return [CounterNow(limits, Mode.ENFORCE, subject if limits is rule.limits else quota_subject) for limits in sets]
-
-
-def _passes(counter: CounterNow, cost: int) -> bool:
-    """Whether a check of a cost would pass now; above a soft limit it does, and above a quota as far as its overage goes."""
-    if counter.limits.soft:
-        return True
-    quotas = [(limit, window) for limit, window in zip(counter.limits.limits, counter.windows, strict=False)]
-    if quotas and all(isinstance(limit, QuotaLimit) for limit, _ in quotas):
-        return all(
-            limit.amount - (window.remaining or 0) + window.overage + cost <= limit.most
-            for limit, window in quotas
-            if isinstance(limit, QuotaLimit)
-        )
-    return (counter.left or 0) >= cost
+        limits = caller.tier.limits if rule is None else rule.limits
+        return ([] if limits is None else [CounterNow(limits, mode, None, error.message)]), error.message
+    return [CounterNow(limits, mode if limits.rule else Mode.ENFORCE, subject) for limits, subject in charged], None
 
 
 async def _with_usage(store: CounterStore, planned: list[CounterNow]) -> tuple[CounterNow, ...]:

@@ -15,7 +15,7 @@ from tidegate.counters.factory import open_counters
 from tidegate.counters.storage_uri import counters_url
 from tidegate.decision import MAX_COST, Check, Decision, Observation, Usage, client_of, clip, ipv6_client, require_tier
 from tidegate.errors import BadRequest, MissingApiKey, StoreUnavailable, TidegateError
-from tidegate.gate.access import AccessControl
+from tidegate.gate.access import AccessControl, uncounted
 from tidegate.gate.callers import LOOKUP_TIMEOUT_S, CallerLookup, Sender
 from tidegate.gate.charging import ChargeResult, CheckPlan, charge_all_or_none, charge_independently
 from tidegate.gate.quotas import counters_with_quotas, own_quotas
@@ -130,7 +130,8 @@ class Gate:
             if ip is not None and ":" in ip:
                 ip = ipv6_client(ip)
             tier = caller.tier
-            exempt = active and self.access.admit_caller(caller, exempt)
+            if active and (exempt or self._lists.names_callers):
+                exempt = self.access.admit_caller(caller, exempt)
             if tier.has_shadow_rules and not exempt:
                 if not self.counters.immediate:
                     return self._check_later(check, shadow_outcomes)
@@ -141,7 +142,7 @@ class Gate:
                 decided = self._tell(plan, charged, _clock_ns() - started_ns)
                 assert isinstance(decided, Decision), "an immediate store always answers"
                 return decided
-            counters = () if exempt else _counters_of(check, caller, _rule_of(check, tier), ip)
+            counters = () if exempt else counters_of(check, caller, _rule_of(check, tier), ip)
         except TidegateError as error:
             self._tell_error(error, _clock_ns() - started_ns)
             raise
@@ -425,7 +426,7 @@ class Gate:
             exempt = self.access.admit(check.ip, check.attributes)
         caller = self._cached_caller_of(check) or await self._caller_of(check, ip)
         if self._lists.active and self.access.admit_caller(caller, exempt):
-            return _exempt_plan(caller)
+            return _exempt_plan(check, caller)
         return self._plan_of(check, caller, ip)
 
     def _cached_caller_of(self, check: Check) -> Caller | None:
@@ -440,7 +441,7 @@ class Gate:
 
     def _plan_of(self, check: Check, caller: Caller, ip: str | None) -> CheckPlan:
         tier = caller.tier
-        counters = _counters_of(check, caller, _rule_of(check, tier), ip)
+        counters = counters_of(check, caller, _rule_of(check, tier), ip)
         charges = [Charge(counters, check.cost)] if counters else []
         if tier.has_shadow_rules:
             for watcher in tier.shadow_rules(check.method, check.path, check.attributes):
@@ -479,7 +480,7 @@ class Gate:
             caller = callers[sender] if isinstance(sender, Sender) else sender
             try:
                 if active and isinstance(caller, Caller) and self.access.admit_caller(caller, bool(exempt)):
-                    plans.append(_exempt_plan(caller))
+                    plans.append(_exempt_plan(each, caller))
                     continue
                 if isinstance(each, DescriptorCheck):
                     plans.append(None if isinstance(caller, MissingApiKey) else _plan_of_descriptor(each, caller, client))
@@ -495,8 +496,8 @@ def _sets(rules: Iterable[CompiledRule]) -> list[LimitSet]:
     return [limits for rule in rules for limits, _ in rule.counters("")]
 
 
-def _exempt_plan(caller: Caller) -> CheckPlan:
-    return CheckPlan(Decision(True, unlimited_tier=caller.tier.tier.name), ())
+def _exempt_plan(check: Check | DescriptorCheck, caller: Caller) -> CheckPlan:
+    return CheckPlan(Decision(True, unlimited_tier=caller.tier.tier.name), (), check.cost, caller.key_id)
 
 
 def _unanswered() -> Decision:
@@ -515,9 +516,11 @@ def _rule_of(check: Check, tier: CompiledTier) -> CompiledRule | None:
     return tier.match(check.method, check.path, attributes)
 
 
-def _counters_of(check: Check, caller: Caller, rule: CompiledRule | None, ip: str | None) -> tuple[tuple[LimitSet, str], ...]:
+def counters_of(check: Check, caller: Caller, rule: CompiledRule | None, ip: str | None) -> tuple[tuple[LimitSet, str], ...]:
     """What a check is charged to: the counter of the rule that answers it, and that of the tier's own limits."""
     tier = caller.tier
+    if tier.has_actions and rule is not None and rule.action is not None:
+        return uncounted(rule)
     if tier.has_quotas:
         return counters_with_quotas(check, caller, rule, ip)
     tier_limits = tier.limits
@@ -578,12 +581,17 @@ def _plan_of_descriptor(check: DescriptorCheck, caller: Caller | TidegateError, 
     if not 0 <= check.cost <= MAX_COST:
         raise BadRequest(f"cost {clip(check.cost)} must be a whole number from 0 to {MAX_COST}", field="cost")
     entries = check.entries
+    matched = caller.tier.match_entries(entries)
+    answering = next((each.compiled for each in matched if each.compiled.rule.mode is not Mode.SHADOW), None)
+    if answering is not None and answering.action is not None:
+        uncounted(answering)
+        return _exempt_plan(check, caller)
     charges = [
         (
             each.compiled.rule.mode,
             Charge(each.compiled.counters(descriptor_subject(check, caller, each, client), caller.anchor), check.cost),
         )
-        for each in caller.tier.match_entries(entries)
+        for each in matched
     ]
     enforced = next((charge for mode, charge in charges if mode is not Mode.SHADOW), None)
     shadow_outcomes = [charge for mode, charge in charges if mode is Mode.SHADOW]

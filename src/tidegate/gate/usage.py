@@ -46,11 +46,13 @@ async def caller_usage(
 
     Returns:
         The tier's own limits and its rules, shadow rules included; of more than `MAX_USAGE_RULES` rules the first ones by
-        priority. Rules whose match does not hold are left out. Rules that count by an address or an attribute that is not known
-        are in `not_counted`.
+        priority. Rules with an action, and rules whose match does not hold, are left out. Rules that count by an address or an
+        attribute that is not known are in `not_counted`.
     """
     tier, has_key = caller.tier, bool(caller.subject)
-    rules = [rule for rule in tier.rules if not rule.rule.match or entries_hold(rule.rule.match, attributes)]
+    rules = [
+        rule for rule in tier.rules if rule.action is None and (not rule.rule.match or entries_hold(rule.rule.match, attributes))
+    ]
     listed: list[CompiledRule | None] = [] if tier.limits is None and tier.quotas is None else [None]
     listed += rules[:MAX_USAGE_RULES]
     counted: list[tuple[CompiledRule | None, str]] = []

@@ -287,13 +287,20 @@ def fit_limits(algorithm: AnyAlgorithm, limits: Iterable[Limit]) -> tuple[Limit,
     return tuple(sorted(fitted.values(), key=lambda each: each.window_us))
 
 
+def is_zero(limit: object) -> bool:
+    """Whether a text is a limit that admits nothing, such as `0/day`; a rule denies then."""
+    match = _LIMIT.fullmatch(limit) if isinstance(limit, str) and len(limit) <= 80 else None
+    return match is not None and match[1].strip("0_") == "" and match[4] is None
+
+
 def _whole(text: str, what: str, limit: str) -> int:
     try:
         value = int(text)
     except ValueError:
         value = 0
     if not 1 <= value <= MAX_AMOUNT:
-        raise PolicyError(f"limit {limit!r}: the {what} must be a whole number from 1 to {MAX_AMOUNT}")
+        remedy = "; to deny everything, use action = 'deny' on a rule, or a block" if is_zero(limit) else ""
+        raise PolicyError(f"limit {limit!r}: the {what} must be a whole number from 1 to {MAX_AMOUNT}{remedy}")
     return value
 
 

@@ -7,6 +7,7 @@ that name attributes too. Rules for descriptors, which have no path, are found b
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import Final
 
 import msgspec
 
@@ -17,6 +18,7 @@ from tidegate.policy.match_index import MatchIndex
 from tidegate.policy.model import Mode, Override, Rule, Subject, Tier
 from tidegate.policy.quotas import CompiledQuotas, Overage, Quota
 from tidegate.policy.rule_index import AttributeRuleIndex, CompiledRule, RuleIndex, counted_methods, rule_rank
+from tidegate.timestamps import US_PER_S
 
 __all__ = [
     "CompiledRule",
@@ -58,6 +60,10 @@ class DescriptorRule:
         return entries_subject(counted, caller.removeprefix("k:") if self.compiled.subject is Subject.API_KEY else "")
 
 
+_UNCOUNTED: Final = Limit(1, 86_400 * US_PER_S)
+"""Stands for the limits of a rule with an action; no counter of it is ever charged."""
+
+
 class CompiledTier:
     """A tier compiled for matching.
 
@@ -68,6 +74,7 @@ class CompiledTier:
 
     Attributes:
         quotas: the tier's quotas; None where there are none.
+        has_actions: whether one of its rules denies, or allows without counting.
         has_quotas: whether it or one of its rules has quotas.
         has_shadow_rules: whether `shadow_rules` can give any.
         attribute_names: the attributes that its rules read.
@@ -82,6 +89,7 @@ class CompiledTier:
         "_watched_by_attributes",
         "attribute_names",
         "attribute_rules",
+        "has_actions",
         "has_quotas",
         "has_shadow_rules",
         "limits",
@@ -106,6 +114,7 @@ class CompiledTier:
             suffix += ", " + self.quotas.header
             if self.limits is not None:
                 self.limits.quotas += ", " + self.quotas.header
+        self.has_actions = any(rule.action is not None for rule in tier.rules)
         self.has_quotas = self.quotas is not None or any(rule.quotas for rule in tier.rules)
         heads = {(rule.endpoint, rule.match, rule.mode) for rule in tier.rules if "HEAD" in rule.methods}
         compiled = [
@@ -190,6 +199,8 @@ class CompiledTier:
 
 
 def _limit_set(tier: Tier, rule: Rule, limits: tuple[Limit, ...], suffix: str) -> LimitSet | None:
+    if rule.action is not None:
+        limits = (_UNCOUNTED,)
     if not limits:
         return None
     # A tier's name holds no ':', so 'tier:rule' cannot be read two ways, nor equal a tier's own counter 'tier'.

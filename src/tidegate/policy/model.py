@@ -13,14 +13,14 @@ from typing import Final
 import msgspec
 
 from tidegate.errors import PolicyError
-from tidegate.policy.access_entries import AccessEntry
+from tidegate.policy.access_entries import AccessAction, AccessEntry
 from tidegate.policy.attributes import AttributeSource, CallerPolicy, CallerRules, OnMissing, match_of, subject_parts
 from tidegate.policy.descriptors import PREFIX as DESCRIPTOR
 from tidegate.policy.descriptors import canonical_descriptor, descriptor_entries, entries_text
 from tidegate.policy.globs import Glob
 from tidegate.policy.jwt_policy import JwtPolicy
 from tidegate.policy.key_format import FORM, MAX_KEY, MIN_WRITTEN_KEY, hash_api_key, is_mistyped
-from tidegate.policy.limits import Algorithm, Limit, OnFailure, fit_limits, member_of, short
+from tidegate.policy.limits import Algorithm, Limit, OnFailure, fit_limits, is_zero, member_of, short
 from tidegate.policy.namespaces import Namespace
 from tidegate.policy.paths import PathRules, canonical_path
 from tidegate.policy.quotas import Overage, Quota, fit_quotas, require_quotas
@@ -79,6 +79,7 @@ class Rule(msgspec.Struct, frozen=True, gc=False):
         on_missing: what it does with a check without an attribute of `subject_parts`.
         quotas: what it allows in fixed periods, the shortest first; a rule has limits, quotas or both.
         overage: what passes above its quotas; None for nothing.
+        action: what it does in place of limits and quotas: allow without counting, or deny; None for a rule that counts.
     """
 
     endpoint: str
@@ -95,6 +96,7 @@ class Rule(msgspec.Struct, frozen=True, gc=False):
     on_missing: OnMissing = OnMissing.IP
     quotas: tuple[Quota, ...] = ()
     overage: Overage | None = None
+    action: AccessAction | None = None
 
     @classmethod
     def make(
@@ -112,6 +114,7 @@ class Rule(msgspec.Struct, frozen=True, gc=False):
         on_missing: str = OnMissing.IP,
         quotas: Iterable[Quota | str] = (),
         overage: object = None,
+        action: str | None = None,
     ) -> Rule:
         """Validate and normalise a rule.
 
@@ -129,6 +132,7 @@ class Rule(msgspec.Struct, frozen=True, gc=False):
             on_missing: its name.
             quotas: quotas or their texts.
             overage: an `Overage`, or what `Overage.parse` reads.
+            action: allow or deny, in place of limits and quotas; a limit of 0, such as `0/day`, means deny.
 
         Returns:
             The rule.
@@ -137,9 +141,15 @@ class Rule(msgspec.Struct, frozen=True, gc=False):
             PolicyError: naming the field, its value and the remedy.
         """
         chosen = member_of(Algorithm, algorithm, "algorithm")
-        parsed = tuple(limit if isinstance(limit, Limit) else Limit.parse(limit) for limit in limits)
+        given = tuple(limits)
+        acts = None if action is None else member_of(AccessAction, action, "action")
+        if acts is None and any(map(is_zero, given)):
+            acts, given = AccessAction.DENY, ()
+        parsed = tuple(limit if isinstance(limit, Limit) else Limit.parse(limit) for limit in given)
         sold = fit_quotas(quotas)
-        if parsed or not sold:
+        if acts is not None:
+            _require_action_alone(acts, parsed, sold, mode)
+        elif parsed or not sold:
             fit_limits(chosen, parsed)
         above = overage if isinstance(overage, Overage) else Overage.parse(overage)
         require_quotas(above, sold)
@@ -171,6 +181,7 @@ class Rule(msgspec.Struct, frozen=True, gc=False):
             on_missing=missing,
             quotas=sold,
             overage=above,
+            action=acts,
         )
         if name:
             return rule
@@ -441,6 +452,13 @@ def _require_for_descriptor(methods: tuple[str, ...], subject: Subject, match: t
         raise PolicyError(
             "subject 'ip' is not for a descriptor: put an entry for the address into it, such as remote_address = \"*\""
         )
+
+
+def _require_action_alone(action: AccessAction, limits: tuple[Limit, ...], quotas: tuple[Quota, ...], mode: str) -> None:
+    if limits or quotas:
+        raise PolicyError(f"action {action.value!r} stands in place of limits and quotas: remove them, or the action")
+    if mode != Mode.ENFORCE:
+        raise PolicyError(f"action {action.value!r} is for rules with mode 'enforce', not {short(mode)}: leave the mode out")
 
 
 def _method(value: object) -> str:

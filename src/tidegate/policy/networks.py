@@ -2,7 +2,9 @@
 
 A table has one dictionary for each prefix length. Trying all of them would cost up to 33 look-ups for an IPv4 address and 129 for
 an IPv6 address. So networks longer than `HEAD_BITS` are grouped by their first bits: an address is compared only with the prefix
-lengths that occur among networks with the same beginning, one or two of them in usual lists.
+lengths that occur among networks with the same beginning, one or two of them in usual lists. For IPv4 a byte for each /20 comes
+before that, the number of networks in it or around it: it answers for most addresses, from 1 MB that stays in the processor's
+cache.
 """
 
 from __future__ import annotations
@@ -22,6 +24,9 @@ NOT_FOUND: Final = -1
 CLIENT_BITS: Final = 64
 """Prefix length that an IPv6 address without one gets: what limits count as one client."""
 
+# A number that has reached 255 stays there: it is not known any more.
+_ONE_MORE: Final = bytes(min(number + 1, 255) for number in range(256))
+_ONE_LESS: Final = bytes(number if number in (0, 255) else number - 1 for number in range(256))
 _MAX_TEXT: Final = 64
 _MAPPED: Final = ipaddress.IPv6Network("::ffff:0:0/96")
 
@@ -72,7 +77,9 @@ class NetworkTable:
 
     HEAD_BITS: Final = {32: 16, 128: 32}
 
-    __slots__ = ("_bits", "_counts", "_head_shift", "_heads", "_lists", "_short", "_tables")
+    FILTER_BITS: Final = 20
+
+    __slots__ = ("_bits", "_counts", "_filter", "_filter_shift", "_head_shift", "_heads", "_lists", "_short", "_tables")
 
     def __init__(self, bits: int) -> None:
         self._bits = bits
@@ -87,6 +94,9 @@ class NetworkTable:
         self._lists: dict[tuple[int, ...], tuple[tuple[int, dict[int, int]], ...]] = {}
         # Number of networks by head and bits of the host part.
         self._counts: dict[int, int] = {}
+        # Numbers of networks, up to 255, by the first bits of an address; made with the first network. None for IPv6: too many.
+        self._filter: bytearray | None = None
+        self._filter_shift = bits - self.FILTER_BITS
 
     def __len__(self) -> int:
         """Number of networks."""
@@ -110,6 +120,7 @@ class NetworkTable:
         table[network >> shift] = until_us
         if known:
             return
+        self._count(network, prefix, _ONE_MORE)
         if shift > self._head_shift:
             if len(table) == 1:
                 self._list_short()
@@ -126,6 +137,7 @@ class NetworkTable:
         table = self._tables.get(shift)
         if table is None or table.pop(network >> shift, None) is None:
             return
+        self._count(network, prefix, _ONE_LESS)
         if shift > self._head_shift:
             if not table:
                 self._list_short()
@@ -145,8 +157,10 @@ class NetworkTable:
     def find(self, address: int) -> int:
         """The prefix length of the longest network that contains an address and has not ended; `NOT_FOUND` if there is none.
 
-        Costs 0.1 to 0.3 µs, however many networks there are.
+        Costs 0.1 to 0.4 µs, however many networks there are.
         """
+        if self._filter is not None and not self._filter[address >> self._filter_shift]:
+            return NOT_FOUND
         listed = self._heads.get(address >> self._head_shift)
         if listed is not None:
             for shift, table in listed:
@@ -158,6 +172,16 @@ class NetworkTable:
             if until_us is not None and (until_us == NEVER or until_us > now_us()):
                 return self._bits - shift
         return NOT_FOUND
+
+    def _count(self, network: int, prefix: int, change: bytes) -> None:
+        """Change the numbers of networks by one, for all first bits that a network has."""
+        if self._bits != 32:
+            return
+        if self._filter is None:
+            self._filter = bytearray(1 << self.FILTER_BITS)
+        begin = network >> self._filter_shift
+        end = begin + (1 << max(self.FILTER_BITS - prefix, 0))
+        self._filter[begin:end] = self._filter[begin:end].translate(change)
 
     def _list_short(self) -> None:
         self._short = tuple((shift, table) for shift, table in sorted(self._tables.items()) if shift > self._head_shift and table)

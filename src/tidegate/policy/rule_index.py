@@ -34,10 +34,11 @@ class CompiledRule:
         quotas: its quotas; None where it has none.
 
     Attributes:
+        action: what it does in place of counting; None where it counts.
         limited: whether it has limits; else `limits` are its quotas, for the default anchor.
     """
 
-    __slots__ = ("limited", "limits", "methods", "parts", "quotas", "rank", "rule", "subject")
+    __slots__ = ("action", "limited", "limits", "methods", "parts", "quotas", "rank", "rule", "subject")
 
     def __init__(
         self,
@@ -49,7 +50,8 @@ class CompiledRule:
     ) -> None:
         self.rule = rule
         self.quotas = quotas
-        self.limited = limits is not None
+        self.action = rule.action
+        self.limited = limits is not None and rule.action is None
         if limits is None:
             assert quotas is not None, "a rule has limits or quotas"
             limits = quotas.of(DEFAULT_ANCHOR)
@@ -70,6 +72,8 @@ class CompiledRule:
         Returns:
             Pairs of limits and subject, as in a charge.
         """
+        if self.action is not None:
+            return ()
         if self.quotas is None:
             return ((self.limits, subject),)
         own = (self.quotas.of(anchor), subject)

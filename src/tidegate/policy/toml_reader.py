@@ -24,7 +24,7 @@ from tidegate.policy.attributes import AttributeSource, CallerRules, SourceKind,
 from tidegate.policy.descriptors import descriptor_text
 from tidegate.policy.jwt_policy import JwtPolicy
 from tidegate.policy.labels import label_fault
-from tidegate.policy.limits import Algorithm, Limit, fit_limits, short
+from tidegate.policy.limits import Algorithm, Limit, fit_limits, is_zero, short
 from tidegate.policy.model import ApiKey, KeyStatus, Override, Policy, Rule, Subject, Tier, parse_key_digest, subject_text
 from tidegate.policy.namespaces import Namespace, require_name
 from tidegate.policy.quotas import Quota, fit_quotas
@@ -70,6 +70,7 @@ _RULE_FIELDS: Final = (
     "on_missing",
     "quotas",
     "overage",
+    "action",
 )
 _KEY_FIELDS: Final = ("key", "sha256", "tier", "name", "status", "expires_at", "limits", "overrides")
 _OVERRIDE_FIELDS: Final = ("rule", "limits")
@@ -218,8 +219,11 @@ class _Reader:
         self._known(table, _RULE_FIELDS, at)
         self._required(table, () if "descriptor" in table or "match" in table else ("endpoint",), at)
         quotas = self._quotas(table, at)
-        self._required(table, () if quotas else ("limits",), at)
-        limits = self._limits(table.get("limits", []), (*at, "limits"))
+        self._required(table, () if quotas or "action" in table else ("limits",), at)
+        written = table.get("limits", [])
+        # Not parsed: a limit of 0 is an action.
+        denies = isinstance(written, list) and len(written) <= MAX_LIST and any(map(is_zero, written))
+        limits = tuple(written) if denies else self._limits(written, (*at, "limits"))
         table = self._with_endpoint(table, at)
         methods = table.get("methods", [])
         if not isinstance(methods, list) or ("methods" in table and not methods):

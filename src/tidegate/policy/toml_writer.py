@@ -121,6 +121,8 @@ def _rule_lines(rule: Rule) -> list[str]:
         lines.append(f"algorithm = {_string(rule.algorithm)}")
     if rule.limits:
         lines.append(f"limits = {_limits(rule.limits)}")
+    if rule.action is not None:
+        lines.append(f"action = {_string(rule.action)}")
     lines += _quota_lines(rule)
     if rule.match:
         lines.append(f"match = {{ {', '.join(f'{name} = {_string(pattern)}' for name, pattern in rule.match)} }}")

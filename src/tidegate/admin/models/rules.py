@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -43,6 +43,9 @@ class RuleFields(RequestModel):
     on_missing: OnMissing = "ip"
     quotas: Quotas = []
     overage: OverageField = False
+    action: Annotated[
+        Literal["allow", "deny"] | None, Field(description="in place of limits and quotas: allow without counting, or deny")
+    ] = None
 
 
 class RuleCreate(RuleFields):
@@ -79,6 +82,7 @@ class RuleRead(Resource):
     warnings: list[str] = []
     quotas: list[str] = []
     overage: bool | dict[str, str] = False
+    action: str | None = None
 
     @classmethod
     def of_row(cls, row: Row) -> RuleRead:

@@ -29,6 +29,7 @@ RULE_COLUMNS: Final = (
     "on_missing",
     "quotas",
     "overage",
+    "action",
 )
 """Columns with the fields of a rule."""
 TIER_COLUMNS: Final = ("limits", "quotas", "overage")
@@ -66,6 +67,7 @@ def rule_of(row: Mapping[Any, Any]) -> Rule:
         on_missing=OnMissing(row["on_missing"] or OnMissing.IP),
         quotas=tuple(Quota.parse(text) for text in row["quotas"] or ()),
         overage=Overage.parse(row["overage"]),
+        action=None if row["action"] is None else AccessAction(row["action"]),
     )
 
 
@@ -172,6 +174,7 @@ def row_of_rule(rule: Rule, tier_id: int, position: int) -> dict[str, Any]:
         "subject_attributes": list(rule.subject_parts) or None,
         "on_missing": None if rule.on_missing is OnMissing.IP else rule.on_missing.value,
         **_quota_values(rule),
+        "action": None if rule.action is None else rule.action.value,
     }
 
 

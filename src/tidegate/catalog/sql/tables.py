@@ -75,6 +75,7 @@ rate_limit_rules: Final = Table(
     Column("match_attributes", JSON(none_as_null=True), nullable=True),
     Column("subject_attributes", JSON(none_as_null=True), nullable=True),
     Column("on_missing", String(16), nullable=True),
+    Column("action", String(16), nullable=True),
     Column("quotas", JSON(none_as_null=True), nullable=True),
     Column("overage", JSON(none_as_null=True), nullable=True),
     UniqueConstraint("tier_id", "name"),

@@ -31,7 +31,7 @@ def explain_routes(editor: CatalogEditor, gate: Gate, paths: PathRules) -> APIRo
 
     @routes.get("/explain", summary="Explain which rule answers a request, and what is left to its caller; charges nothing")
     async def explain(
-        path: Path,
+        path: Path = "/",
         method: Method = "GET",
         api_key_id: KeyId = None,
         ip: Ip = None,

@@ -52,6 +52,12 @@ function draw(box, times, lines) {
   new window.uPlot(options, [times, ...names.map((name) => lines[name])], box);
 }
 
+/** The items whose step is over: the current one would look like a drop. All, if there is no other. */
+export function finished(items, seconds) {
+  const over = items.filter((item) => Date.parse(item.at) + seconds * 1000 <= Date.now());
+  return over.length ? over : items;
+}
+
 /** Sum items of the traffic history by time. */
 export function byTime(items) {
   const sums = new Map();

@@ -82,7 +82,7 @@ export function counters(items) {
     }
     return each.windows.map((window) => [
       name,
-      `${number(window.limit)} / ${duration(window.window)}`,
+      `${number(window.limit)} / ${window.period ?? duration(window.window)}`,
       meter(window.used, window.limit),
       number(window.remaining),
       window.resets_at === null ? "full" : duration(Math.max(0, (Date.parse(window.resets_at) - Date.now()) / 1000)),

@@ -1,6 +1,7 @@
-"""Who is allowed or denied before anything is counted: blocks, and [[access]] of a policy.
+"""Who is allowed or denied before anything is counted: blocks, [[access]] of a policy, actions of rules.
 
-Adds only: instances of the version before neither read nor write table and column, so they block nobody.
+Adds only: instances of the version before neither read nor write table and column, so they block nobody, and
+refuse a tier with a rule that has an action: upgrade all instances before the first such rule is made.
 """
 
 import sqlalchemy as sa
@@ -33,9 +34,11 @@ def upgrade() -> None:
         "idx_blocks_holding", "blocks", ["kind", "target"], unique=True, sqlite_where=holding, postgresql_where=holding
     )
     op.create_index("idx_blocks_version", "blocks", ["version", "id"])
+    op.add_column("rate_limit_rules", sa.Column("action", sa.String(16), nullable=True))
     op.add_column("policy_state", sa.Column("access", sa.JSON, nullable=True))
 
 
 def downgrade() -> None:
     op.drop_column("policy_state", "access")
+    op.drop_column("rate_limit_rules", "action")
     op.drop_table("blocks")

@@ -1,6 +1,7 @@
 // Find a caller, see what is left to it in all its rules now, and help it: override, reset, revoke, rotate.
 
 import { all, get, send } from "../api.js";
+import { block, blocks } from "../blocks.js";
 import { byTime, chart } from "../charts.js";
 import { confirm, form, saveChange, secret } from "../dialogs.js";
 import { announce, empty, field, fill, h, link, select, table } from "../dom.js";
@@ -69,6 +70,7 @@ async function showList(root, view, q) {
     filters,
     rows.length ? table("API keys", ["name", "id", "tier", "status", "overrides", "created"], rows) : nothing,
     h("div.buttons", {}, after ? h("button", { type: "button", onclick: () => view.set({ after: null }) }, "First page") : null, page.next ? h("button", { type: "button", onclick: () => view.set({ after: page.next }, { replace: false }) }, "Next page") : null),
+    await blocks(view),
   );
 }
 
@@ -121,6 +123,7 @@ function actions(view, record) {
     {},
     button("Override limits", () => override(view, record)),
     button("Reset counters", () => reset(view, { api_key_id: record.id }, `the key ${record.name || record.id}`)),
+    button("Block", () => block(view, { api_key_id: record.id }, `the key ${record.name || record.id}`)),
     record.managed_by_file ? null : button("Rotate", () => rotate(view, record)),
     record.managed_by_file ? null : button("Revoke", () => revoke(view, record), { class: "danger" }),
     record.managed_by_file ? h("p.muted", {}, "The policy file owns this key: change it there.") : null,
@@ -138,23 +141,17 @@ async function override(view, record) {
     ...counted.map((each) => field(each.name, inputs.get(each.name), `The rule: ${each.limits.join(", ")}`)),
     field("All endpoints together", own),
   ];
-  const saved = await form(`Limits of ${record.name || record.id}`, content, {
-    save: () =>
-      saveChange({
-        method: "PUT",
-        path: `/api-keys/${record.id}/overrides`,
-        read: `/api-keys/${record.id}`,
-        before: record,
-        body: {
-          limits: own.value.trim() ? listed(own.value) : null,
-          overrides: [
-            ...[...inputs].filter(([, input]) => input.value.trim()).map(([rule, input]) => ({ rule, limits: listed(input.value) })),
-            // Those of rules that are not shown here stay as they are.
-            ...record.overrides.filter((each) => !inputs.has(each.rule)).map(({ rule, limits }) => ({ rule, limits })),
-          ],
-        },
-      }),
-  });
+  const save = () => {
+    // Other fields of an override, such as its end, and those of rules that are not shown here stay as they are.
+    const kept = new Map(record.overrides.map((each) => [each.rule, each]));
+    const overrides = record.overrides.filter((each) => !inputs.has(each.rule));
+    for (const [rule, input] of inputs) if (input.value.trim()) overrides.push({ ...kept.get(rule), rule, limits: listed(input.value) });
+    const body = { overrides };
+    if (own.value.trim() !== (record.limits ?? []).join(", ")) body.limits = own.value.trim() ? listed(own.value) : null;
+    const path = `/api-keys/${record.id}`;
+    return saveChange({ method: "PATCH", path, read: path, before: record, body });
+  };
+  const saved = await form(`Limits of ${record.name || record.id}`, content, { save });
   if (saved !== null) {
     announce("The limits were saved.");
     view.reload();
@@ -227,7 +224,7 @@ async function showSubject(root, view, target) {
   fill(
     root,
     h("h2", {}, name),
-    view.operator ? h("div.buttons", {}, h("button", { type: "button", onclick: () => reset(view, target, name) }, "Reset counters")) : null,
+    view.operator ? h("div.buttons", {}, h("button", { type: "button", onclick: () => reset(view, target, name) }, "Reset counters"), h("button", { type: "button", onclick: () => block(view, blocked(target), name) }, "Block")) : null,
     h("section", {}, h("h2", {}, "Counters now"), usage),
     explainer(view, fixed),
     past,
@@ -241,6 +238,13 @@ async function showSubject(root, view, target) {
     }
   });
   await showPast(past, view, target);
+}
+
+/** Whom a block of a subject names. */
+function blocked(target) {
+  if (target.ip) return { cidr: target.ip };
+  const entries = target.subject.split("&").map((part) => part.split("="));
+  return { attribute: Object.fromEntries(entries.map(([name, value]) => [name, decodeURIComponent(value ?? "")])) };
 }
 
 async function showPast(root, view, target) {

@@ -1,7 +1,7 @@
 // How much is allowed and blocked, by which rules, and whether every component is healthy.
 
 import { get } from "../api.js";
-import { byTime, chart } from "../charts.js";
+import { byTime, chart, finished } from "../charts.js";
 import { empty, fill, h, href, link, select, table } from "../dom.js";
 import { RANGES, duration, number, share, short, span, subject } from "../format.js";
 import { traffic } from "../traffic.js";
@@ -67,15 +67,17 @@ function totals(history, range) {
     tile("Allowed", short(allowed)),
     tile("Blocked", short(blocked), share(blocked, allowed + blocked)),
     over ? tile("Of the allowed, over a soft limit", short(over)) : null,
-    history.latency.length ? tile("Latency p99", duration(history.latency.at(-1).p99_ms / 1000)) : null,
+    history.latency.length ? tile("Latency p99", `${finished(history.latency, history.step_s).at(-1).p99_ms.toFixed(1)} ms`) : null,
   );
-  const lines = { allowed: sums.allowed, blocked: sums.blocked, ...(over ? { over: sums.over } : {}) };
+  const drawn = byTime(finished(history.items, history.step_s));
+  const lines = { allowed: drawn.allowed, blocked: drawn.blocked, ...(over ? { over: drawn.over } : {}) };
   const summary = `${number(allowed)} allowed, ${number(blocked)} blocked`;
-  const charts = [chart(`Requests per ${stepName(history.step_s)}`, summary, sums.times, lines)];
-  if (history.latency.length > 1) {
-    const times = history.latency.map((each) => Date.parse(each.at) / 1000);
-    const line = (name) => history.latency.map((each) => each[`${name}_ms`]);
-    charts.push(chart("Time to decide, ms", `p99 ${history.latency.at(-1).p99_ms} ms at the end`, times, { p50: line("p50"), p90: line("p90"), p99: line("p99") }));
+  const charts = [chart(`Requests per ${stepName(history.step_s)}`, summary, drawn.times, lines)];
+  const latency = finished(history.latency, history.step_s);
+  if (latency.length > 1) {
+    const times = latency.map((each) => Date.parse(each.at) / 1000);
+    const line = (name) => latency.map((each) => each[`${name}_ms`]);
+    charts.push(chart("Time to decide, ms", `p99 ${latency.at(-1).p99_ms} ms at the end`, times, { p50: line("p50"), p90: line("p90"), p99: line("p99") }));
   }
   return [tiles, h("div.columns", {}, charts)];
 }

@@ -57,11 +57,15 @@ function tierFacts(view, tier, rules) {
   return h(
     "div.toolbar",
     {},
-    h("p", {}, "Limits over all endpoints of the tier: ", h("strong", {}, tier.limits.join(", ") || "none")),
+    h("p", {}, "Limits over all endpoints of the tier: ", h("strong", {}, [...tier.limits, ...quotaTexts(tier)].join(", ") || "none")),
     canDelete ? h("button", { type: "button", onclick: () => editTier(view, tier) }, "Change") : null,
     canDelete ? h("button.danger", { type: "button", onclick: () => deleteTier(view, tier, rules) }, "Delete tier") : null,
     tier.managed_by_file ? h("p.muted", {}, "The policy file owns this tier: change it there.") : null,
   );
+}
+
+function quotaTexts(each) {
+  return (each.quotas ?? []).map((text) => `quota ${text}`);
 }
 
 function ruleTable(view, tier, rules, total) {
@@ -74,7 +78,7 @@ function ruleTable(view, tier, rules, total) {
     each.name,
     h("code", {}, each.endpoint),
     each.methods.join(", ") || "all",
-    each.limits.join(", "),
+    [...each.limits, ...quotaTexts(each)].join(", "),
     each.algorithm.replaceAll("_", " "),
     Array.isArray(each.subject) ? each.subject.join(" + ") : each.subject,
     h(`span.badge.${each.mode}`, {}, each.mode),
@@ -93,14 +97,14 @@ function ruleActions(view, tier, rule) {
     "span.buttons",
     {},
     button("Edit", () => editRule(view, tier, rule), "Edit the rule"),
-    rule.mode === "shadow" ? button("Enforce", () => setMode(view, rule, "enforce"), "Enforce the rule") : button("Shadow", () => setMode(view, rule, "shadow"), "Only watch with the rule"),
+    rule.mode !== "enforce" ? button("Enforce", () => setMode(view, rule, "enforce"), "Enforce the rule") : button("Shadow", () => setMode(view, rule, "shadow"), "Only watch with the rule"),
     button("Delete", () => deleteRule(view, rule), "Delete the rule"),
   );
 }
 
 async function setMode(view, rule, mode) {
   const text = mode === "enforce"
-    ? "It blocks requests from now on. What it counted in shadow mode counts."
+    ? `It blocks requests from now on. ${rule.name.endsWith(" shadow") ? "Its name was made from its fields and changes with its mode, so its counters begin at zero." : "What it counted in shadow mode counts."}`
     : "It blocks nothing from now on, and goes on counting.";
   const save = () => saveChange({ method: "PATCH", path: `/rate-limit-rules/${rule.id}`, read: `/rate-limit-rules/${rule.id}`, before: rule, body: { mode } });
   const changed = await form(`${mode === "enforce" ? "Enforce" : "Only watch with"} ${rule.name}?`, h("p", {}, text), { action: mode === "enforce" ? "Enforce" : "Shadow", danger: mode === "enforce", save });
@@ -127,9 +131,15 @@ async function deleteTier(view, tier, rules) {
 
 async function editTier(view, tier) {
   const limits = h("input", { value: tier.limits.join(", "), spellcheck: "false" });
-  const content = field("Limits over all endpoints", limits, "Such as 20000/day; several separated by commas; empty for none");
+  const quotas = h("input", { value: (tier.quotas ?? []).join(", "), spellcheck: "false" });
+  const content = [
+    field("Limits over all endpoints", limits, "Such as 20000/day; several separated by commas; empty for none"),
+    field("Quotas", quotas, "What the plan sells in fixed periods, such as 100000/month"),
+  ];
   const path = `/tiers/${encodeURIComponent(tier.name)}`;
-  const saved = await form(`Limits of ${tier.name}`, content, { save: () => saveChange({ method: "PUT", path, read: path, before: tier, body: { limits: listed(limits.value) } }) });
+  const body = () => ({ limits: listed(limits.value), quotas: listed(quotas.value) });
+  const save = () => saveChange({ method: "PATCH", path, read: path, before: tier, body: body() });
+  const saved = await form(`Limits of ${tier.name}`, content, { save });
   if (saved !== null) done(view, saved);
 }
 
@@ -156,7 +166,8 @@ async function editRule(view, tier, rule) {
     limits: h("input", { value: (rule?.limits ?? []).join(", "), required: true, placeholder: "100/minute", spellcheck: "false" }),
     algorithm: select(algorithms.map((name) => [name, name.replaceAll("_", " ")]), rule?.algorithm ?? algorithms[0]),
     subject: h("input", { value: rule === null ? "api_key" : [rule.subject].flat().join(", "), spellcheck: "false" }),
-    mode: select(rule?.mode === "soft" ? ["shadow", "enforce", "soft"] : ["shadow", "enforce"], rule?.mode ?? "shadow"),
+    quotas: h("input", { value: (rule?.quotas ?? []).join(", "), spellcheck: "false" }),
+    mode: select(["shadow", "enforce", "soft"], rule?.mode ?? "shadow"),
     priority: h("input", { type: "number", value: String(rule?.priority ?? 0) }),
     name: h("input", { value: rule?.name ?? "", maxlength: "256", placeholder: "made from methods and endpoint", spellcheck: "false" }),
   };
@@ -166,6 +177,7 @@ async function editRule(view, tier, rule) {
       endpoint: inputs.endpoint.value.trim(),
       methods: listed(inputs.methods.value),
       limits: listed(inputs.limits.value),
+      quotas: listed(inputs.quotas.value),
       algorithm: inputs.algorithm.value,
       subject: subject.length === 1 ? subject[0] : subject,
       mode: inputs.mode.value,
@@ -185,9 +197,9 @@ async function editRule(view, tier, rule) {
     { oninput: validateSoon },
     field("Endpoint", inputs.endpoint, "A path; * stands for any characters, {id} for one segment"),
     field("Limits", inputs.limits, "Such as 100/minute, 5000/day; all must pass"),
-    h("div.inline", {}, field("Mode", inputs.mode, "shadow counts and never blocks"), field("Algorithm", inputs.algorithm), field("Priority", inputs.priority)),
+    h("div.inline", {}, field("Mode", inputs.mode, "shadow only counts; soft lets pass and reports what is over"), field("Algorithm", inputs.algorithm), field("Priority", inputs.priority)),
     h("div.inline", {}, field("Methods", inputs.methods), field("Counts by", inputs.subject, "api_key, ip, tier, or attributes")),
-    field("Name", inputs.name),
+    h("div.inline", {}, field("Quotas", inputs.quotas, "Fixed periods, such as 100000/month"), field("Name", inputs.name)),
     validity,
   );
   const save = async () => {
