@@ -34,6 +34,7 @@ BENCHES = (
     "redis_calls",
     "redis_memory",
     "redis_http",
+    "leases",
     "service_peers",
     "catalog",
     "capacity",

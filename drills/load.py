@@ -12,9 +12,10 @@ from typing import Final, NamedTuple
 from drills.admissions import Admission, admission_of
 from drills.exactness import prove
 from tidegate.breaker import BreakerOptions
-from tidegate.counters import Charge
+from tidegate.counters import Charge, CounterStore
 from tidegate.counters.degraded import GuardOptions
 from tidegate.counters.guarded import GuardedCounters
+from tidegate.counters.leased import LeasedCounters
 from tidegate.counters.redis.store import RedisCounters
 from tidegate.errors import StoreUnavailable
 from tidegate.policy.limits import Algorithm, Limit, LimitSet, OnFailure
@@ -22,6 +23,8 @@ from tidegate.policy.limits import Algorithm, Limit, LimitSet, OnFailure
 CALM_S: Final = 1.0
 """A store is back when no check was degraded for so long."""
 MAX_S: Final = 90.0
+LEASES: Final = [False]
+"""Whether the instances of a `Load` lease, where it does not say."""
 
 Event = tuple[float, Callable[[], Awaitable[object]]]
 """When, in seconds from the start, and what is done to the servers."""
@@ -60,6 +63,7 @@ class Load:
         timeout_s: of a check.
         breaker: of each instance.
         on_failure: of the rule.
+        leases: whether units are leased; as `LEASES` says where None.
     """
 
     def __init__(
@@ -73,6 +77,7 @@ class Load:
         timeout_s: float = 0.05,
         breaker: BreakerOptions | None = None,
         on_failure: OnFailure = OnFailure.LOCAL,
+        leases: bool | None = None,
     ) -> None:
         self.amount = amount
         self.seen: list[Seen] = []
@@ -89,6 +94,7 @@ class Load:
             )
             for _ in range(instances)
         ]
+        self.leased = [LeasedCounters(store) for store in self.stores] if (LEASES[0] if leases is None else leases) else []
         self._rate = rate
         self._started = self._calm_from_s = 0.0
 
@@ -114,9 +120,10 @@ class Load:
             # So many are due by now: a late loop catches up, and does not lower the rate.
             while number < passed * self._rate:
                 # Every instance asks about every subject: the turns of the two are shifted against each other.
-                store = self.stores[(number + number // len(self.subjects)) % len(self.stores)]
+                stores: Sequence[CounterStore] = self.leased or self.stores
+                asked = stores[(number + number // len(self.subjects)) % len(stores)]
                 subject = self.subjects[number % len(self.subjects)]
-                task = asyncio.ensure_future(self._ask(store, subject))
+                task = asyncio.ensure_future(self._ask(asked, subject))
                 asking.add(task)
                 task.add_done_callback(asking.discard)
                 number += 1
@@ -126,6 +133,8 @@ class Load:
     async def settle(self) -> None:
         """Wait until nothing is owed to the store, and ask it what it has counted."""
         deadline = time.monotonic() + 10
+        for leased in self.leased:
+            await leased.give_back()
         while any(store.owed or len(store.late) for store in self.stores) and time.monotonic() < deadline:
             await asyncio.sleep(0.1)
         # The same counter under a limit that leaves room: what is left says what was counted.
@@ -143,7 +152,8 @@ class Load:
 
     async def close(self) -> None:
         """End the instances."""
-        for store in self.stores:
+        stores: Sequence[CounterStore] = self.leased or self.stores
+        for store in stores:
             await store.close()
 
     @property
@@ -202,7 +212,7 @@ class Load:
     def _admitted(self) -> Counter[str]:
         return Counter(each.subject for each in self.seen if each.allowed)
 
-    async def _ask(self, store: GuardedCounters, subject: str) -> None:
+    async def _ask(self, store: CounterStore, subject: str) -> None:
         started, sent_us = time.monotonic(), time.time_ns() // 1000
         outcome = (await store.charge([Charge(((self.limits, subject),))]))[0]
         latency_s = time.monotonic() - started

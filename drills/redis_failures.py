@@ -1,6 +1,6 @@
 """What Redis can do to a running limiter, and what it costs: answers, time and units admitted above the limits.
 
-    python -m drills.redis_failures [--smoke] [NAME ...]
+    python -m drills.redis_failures [--smoke] [--leases] [NAME ...]
 
 Three instances ask 900 times a second about 60 subjects, each of which may have fewer units than are asked for; the breaker's
 open time is 2 s, so that a drill is short. `over-admitted` counts units above the limits, all subjects together; while the store
@@ -24,7 +24,7 @@ from tests.servers.redis_sentinel import RedisSentinel
 from tests.servers.redis_server import RedisServer
 from tests.servers.tcp_proxy import TcpProxy
 
-from drills.load import Load
+from drills.load import LEASES, Load
 from tidegate.counters.redis.keyspace import slot_of
 from tidegate.policy.limits import OnFailure
 
@@ -67,6 +67,7 @@ class Result(NamedTuple):
             "admitted and not counted": load.uncounted,
             "counted and not admitted": load.counted_twice,
             "p99 before, ms": load.latency_ms(0.99, until_s=self.event_s),
+            "decided from leases": sum(leased.table.decisions for leased in load.leased),
             "p99 after, ms": load.latency_ms(0.99, since_s=self.event_s),
             **self.notes,
         }
@@ -276,7 +277,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"which drills; all where none is given: {', '.join(DRILLS)}")
     parser.add_argument("--smoke", action="store_true", help=f"the quickest ones: {', '.join(SMOKE)}")
+    parser.add_argument("--leases", action="store_true", help="with leases")
     asked = parser.parse_args()
+    LEASES[0] = asked.leases
     unknown = sorted(set(asked.names) - set(DRILLS))
     if unknown:
         parser.error(f"there is no drill {unknown[0]!r}: {', '.join(DRILLS)}")

@@ -1,8 +1,9 @@
 """A process whose counters are leased: `python -m tests.lease_process URL PROCESSES CASE...`, a case being
 `ALGORITHM|NAME|AMOUNT|LIMIT`.
 
-Connects, prints `ready`, waits for a line, then for each case checks its share of twice the limit, 64 checks at a time, and
-prints as JSON how many were allowed and degraded, and how many charges were sent to the store.
+Connects, prints `ready`, waits for a line, then for each case checks its share of twice the limit, 64 checks at a time, and goes
+on until one is denied: so none stops with units in hand. Prints as JSON how many were allowed and degraded, and how many charges
+were sent to the store.
 """
 
 from __future__ import annotations
@@ -32,17 +33,18 @@ async def main(url: str, processes: str, *cases: str) -> None:
         algorithm, name, amount, limit = case.split("|")
         limits = LimitSet(name, Algorithm(algorithm), [Limit.parse(limit)])
         left = max(2 * int(amount) // int(processes), CONCURRENT)
-        allowed = degraded = 0
+        allowed = degraded = denied = 0
         calls = guarded.store_calls
 
         async def worker(limits: LimitSet = limits) -> None:
-            nonlocal left, allowed, degraded
-            while left > 0:
+            nonlocal left, allowed, degraded, denied
+            while left > 0 or not denied:
                 left -= 1
                 [outcome] = await store.charge((Charge(((limits, "s"),)),))
                 assert isinstance(outcome, Decision)
                 allowed += outcome.allowed
                 degraded += outcome.degraded
+                denied += not outcome.allowed
                 # A check that memory decides does not suspend: the others get their turn.
                 await asyncio.sleep(0)
 

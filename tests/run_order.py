@@ -17,6 +17,7 @@ from xdist.scheduler import LoadScopeScheduling  # type: ignore[import-untyped]
 WAITING_S: Final = {
     "test_alert_chain.py": 50,
     "test_balancer_pair.py": 45,
+    "test_console.py": 60,
     "test_file_ownership.py": 50,
     "test_grafana.py": 45,
     "test_invalidation.py": 155,

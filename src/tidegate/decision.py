@@ -135,6 +135,18 @@ class PeerName(str):
     __slots__ = ()
 
 
+class CallerIdentity(msgspec.Struct, frozen=True, gc=False):
+    """Who a check was from.
+
+    Args:
+        key_id: public id of the API key; None without one.
+        customer: name of the customer; None without one.
+    """
+
+    key_id: str | None
+    customer: str | None
+
+
 class Decision(msgspec.Struct, frozen=True, gc=False):
     """The answer to a check. Times are integer µs inside; the properties give seconds.
 
@@ -150,6 +162,7 @@ class Decision(msgspec.Struct, frozen=True, gc=False):
         unlimited_tier: name of the tier where none of its limits applies; None otherwise.
         overage: units of the check that pass above a quota or a soft limit, at most its cost, and 0 where none do; of a check of
             cost 0, all units above the quota so far.
+        caller: who the check was from; None where neither an API key nor a customer is known.
     """
 
     allowed: bool
@@ -162,6 +175,7 @@ class Decision(msgspec.Struct, frozen=True, gc=False):
     degraded: bool = False
     unlimited_tier: str | None = None
     overage: int = 0
+    caller: CallerIdentity | None = None
 
     @property
     def limit(self) -> int | None:
@@ -182,6 +196,11 @@ class Decision(msgspec.Struct, frozen=True, gc=False):
     def holds_until_us(self) -> int | None:
         """Until when the answer holds, on the store's clock: a denial until its retry, an allowance only now; None for ever."""
         return None if self.retry_after_us is None else self.at_us + self.retry_after_us
+
+    @property
+    def customer(self) -> str | None:
+        """Name of the caller's customer."""
+        return None if self.caller is None else self.caller.customer
 
     @property
     def rule(self) -> str | None:

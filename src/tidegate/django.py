@@ -99,12 +99,12 @@ class RateLimitMiddleware:
         """
         if self._limit is None or _has_its_own(view):
             return None
-        seen = DjangoRequest(request)
+        viewed = DjangoRequest(request)
         name = f"{view.__module__}.{getattr(view, '__qualname__', type(view).__name__)}|default"
         try:
-            self._limit.check_blocking(seen, name)
+            self._limit.check_blocking(viewed, name)
         except TidegateError as error:
-            return seen.answer(error)
+            return viewed.answer(error)
         return None
 
 

@@ -70,10 +70,10 @@ class RateThrottle(BaseThrottle):  # type: ignore[misc]
         key = None if rate is None else self.get_key(request, view)
         if rate is None or key is None:
             return True
-        seen = DjangoRequest(request._request)
+        viewed = DjangoRequest(request._request)
         scope = self.scope or type(self).__qualname__
         try:
-            self.decision = self._limit(rate, scope, request).check_blocking(_Keyed(seen, key), scope)
+            self.decision = self._limit(rate, scope, request).check_blocking(_Keyed(viewed, key), scope)
         except RateLimitExceeded as error:
             self.decision = error.decision
             return False

@@ -145,6 +145,17 @@ class PathSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     decode_unreserved: bool = False
 
 
+class KeySettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """`[keys]`: API keys of requests.
+
+    Args:
+        sources: where requests to `/v1/authorize` carry them: `header:NAME`, `bearer`, `query:NAME`; the first that a request has
+            decides.
+    """
+
+    sources: tuple[str, ...] = ("header:X-API-Key",)
+
+
 class CatalogSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """`[catalog]`: the database of the policy.
 
@@ -329,6 +340,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     callers_auth: CallersAuthSettings = CallersAuthSettings()
     policy: PolicySettings = PolicySettings()
     paths: PathSettings = PathSettings()
+    keys: KeySettings = KeySettings()
     catalog: CatalogSettings = CatalogSettings()
     counters: CounterSettings = CounterSettings()
     leases: LeaseSettings = LeaseSettings()

@@ -26,6 +26,7 @@ class DecisionBody(msgspec.Struct, frozen=True, gc=False):
         tier: name of the tier.
         degraded: whether the counter store was unavailable.
         overage: units of the check that pass above a quota or a soft limit; 0 where none do.
+        customer: name of the caller's customer; null without one.
     """
 
     allowed: bool
@@ -37,6 +38,7 @@ class DecisionBody(msgspec.Struct, frozen=True, gc=False):
     tier: str | None
     degraded: bool
     overage: int = 0
+    customer: str | None = None
 
 
 class WindowUsageBody(msgspec.Struct, frozen=True, gc=False):

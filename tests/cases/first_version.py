@@ -8,7 +8,8 @@ from __future__ import annotations
 from typing import Final
 
 from tidegate.policy.limits import Limit
-from tidegate.policy.model import ApiKey, KeyStatus, Override, Rule, Tier
+from tidegate.policy.model import ApiKey, KeyStatus, Rule, Tier
+from tidegate.policy.overrides import Override
 
 REVISION: Final = "0001"
 

@@ -103,6 +103,18 @@ async def test_quotas(admin: Admin) -> None:
     assert (again.quotas[0].text, again.rules[0].overage is not None) == ("9/year", True)
     assert (await admin.http.post("/counters/reset", json={"api_key_id": key["id"]})).json() == {"reset": 2}
     assert (await admin.gate.check(check)).allowed
+    own = {"overrides": [{"quotas": ["4/year"], "until": "2100-01-01T00:00:00Z"}, {"rule": "/a", "quotas": ["7/month"]}]}
+    given = await admin.http.put(f"/api-keys/{key['id']}/overrides", json=own, headers={"If-Match": "*"})
+    assert [(each.get("rule"), each["quotas"], each.get("until")) for each in given.json()["overrides"]] == [
+        (None, ["4/year"], "2100-01-01T00:00:00Z"),
+        ("/a", ["7/month"], None),
+    ]
+    last, denied = [await admin.gate.check(Check.of("/a", api_key=key["api_key"])) for _ in range(2)]
+    assert (last.allowed, last.overage, denied.allowed, str(denied.binding)) == (True, 0, False, "4/year")
+    empty = await admin.http.put(
+        f"/api-keys/{key['id']}/overrides", json={"overrides": [{"rule": "/a"}]}, headers={"If-Match": "*"}
+    )
+    assert "limits and quotas are both empty" in _error(empty, 400, "BAD_REQUEST")
 
 
 async def test_rules(admin: Admin) -> None:

@@ -158,17 +158,29 @@ class RequestSender:
             "on_missing": "ip",
             "quotas": ["100/month"],
             "overage": {"up_to": "20%"},
+            "leases": False,
         }
         acting = {"endpoint": f"/acting/{number}", "action": "deny"}
         sold = {"limits": ["1/s"], "quotas": ["1000/month", "50/day"], "overage": {"up_to": "20%"}}
-        own = {"limits": ["9/day"], "overrides": [{"rule": "/kept", "limits": ["2/s"]}]}
+        override = {"rule": "/kept", "limits": ["2/s"], "quotas": ["9/month"], "until": "2100-01-01T00:00:00Z"}
+        own = {"limits": ["9/day"], "overrides": [override]}
         namespace = {
             "limits": ["1/s"],
             "algorithm": "sliding_window",
             "on_failure": "default",
             "overrides": [{"subject": "vip-*", "limits": ["2/s"]}],
         }
-        key = {"tier": "free", "name": "n", "expires_at": "2100-01-01T00:00:00Z", **own}
+        customer = {
+            "external_id": f"id {number}",
+            "tier": "free",
+            "anchor": "2026-01-31",
+            "timezone": "UTC",
+            # Any JSON may be in it.
+            "metadata": {},
+            "match": {"org": f"org {number}"},
+            **own,
+        }
+        key = {"tier": "free", "customer": "free", "name": "n", "expires_at": "2100-01-01T00:00:00Z", **own}
         return {
             "TierCreate": [{"name": f"new-{number}", **sold}],
             "TierLimits": [sold],
@@ -176,6 +188,8 @@ class RequestSender:
             "RuleCreate": [{"tier": "free", **rule}, {"tier": "free", **acting}],
             "RuleFields": [rule, acting],
             "RulePatch": [rule, {**acting, "limits": [], "quotas": [], "overage": False}],
+            "CustomerCreate": [{"name": f"new-{number}", **customer}],
+            "CustomerPatch": [customer],
             "KeyCreate": [key],
             "KeyPatch": [key],
             "KeyImportRequest": [
@@ -254,6 +268,8 @@ async def _prepared(admin: Admin) -> dict[str, str]:
     await admin.rule("/kept")
     token = await admin.http.post("/tokens", json={"name": "one"})
     assert (await admin.http.post("/namespaces", json={"name": "free"})).status_code == 201
+    # The name of the tier: one parameter stands for both.
+    assert (await admin.http.post("/customers", json={"name": "free", "tier": "free"})).status_code == 201
     return {
         "run_id": "0" * 32,
         "name": "free",

@@ -34,6 +34,8 @@ OPERATIONS = {
     *((method, "/rate-limit-rules/{rule_id}") for method in ("put", "patch", "delete")),
     *((method, "/api-keys/{key_id}") for method in ("patch", "delete")),
     ("put", "/api-keys/{key_id}/overrides"),
+    *((method, "/customers") for method in ("get", "post")),
+    *((method, "/customers/{name}") for method in ("get", "patch", "delete")),
     ("delete", "/tokens/{token_id}"),
     ("post", "/api-keys/import"),
     *((method, "/caller-tokens") for method in ("get", "post")),

@@ -50,6 +50,7 @@ async def blocked(gate: Gate, **fields: Any) -> bool:
 
 async def test_blocks_in_the_catalog(admin: Admin, monkeypatch: pytest.MonkeyPatch) -> None:
     await admin.tier()
+    assert (await admin.http.post("/customers", json={"name": "acme"})).status_code == 201
     key = await admin.key()
     assert (await admin.http.post("/policy", content='[anonymous]\ntier = "free"\n[[tiers]]\nname = "free"')).status_code == 200
     admin.cached.blocks = blocks = Blocks(admin.catalog, admin.cached.access.replace_blocks)
@@ -63,7 +64,8 @@ async def test_blocks_in_the_catalog(admin: Admin, monkeypatch: pytest.MonkeyPat
     network = await post(cidr="203.0.113.0/24", until="2100-01-01T00:00:00Z", reason="scraper", message="write to abuse@")
     assert network | {"id": 1, "cidr": "203.0.113.0/24", "status": "active", "attribute": None, "removed_at": None} == network
     assert (network["reason"], network["message"], network["created_by"]) == ("scraper", "write to abuse@", "settings")
-    of_key = await post(api_key_id=key["id"])
+    # Some clients send every field.
+    of_key = await post(api_key_id=key["id"], cidr=None, customer=None, attribute=None, until=None, reason=None, message=None)
     of_user = await post(attribute={"user": "4&2", "org": "acme"})
     await post(customer="acme")
     assert (await post(cidr="2001:db8::5"))["cidr"] == "2001:db8::/64"
@@ -145,6 +147,7 @@ REFUSED: tuple[tuple[str, str, Any, int, str], ...] = (
     ("POST", "", {"cidr": "10.0.0.1", "until": "2001-01-01T00:00:00Z"}, 400, "until is in the past"),
     ("POST", "", {"cidr": "10.0.0.1", "until": "soon"}, 400, "until"),
     ("POST", "", {"api_key_id": "0" * 24}, 404, "there is no API key 000"),
+    ("POST", "", {"customer": "nobody"}, 404, "there is no customer 'nobody'"),
     ("POST", "", {"api_key_id": "short"}, 400, "24 hex digits"),
     ("POST", "", {"attribute": {}}, 400, "is empty"),
     ("POST", "", {"attribute": {"user": "4*"}}, 400, "one exact value"),

@@ -32,18 +32,26 @@ quotas = ["90000/month", "80000/hour"]
   [[tiers.rules]]
   endpoint = "/slide/*"
   limits = ["50000/day"]
+  [[tiers.rules]]
+  endpoint = "/shared/*"
+  algorithm = "fixed_window"
+  subject = "customer"
+  limits = ["60000/month"]
+[[customers]]
+name = "acme"
+tier = "free"
 [[api_keys]]
 key = "{KEY}"
-tier = "free"
+customer = "acme"
 """
 
 
-def send(server: Serve, count: int, cost: int = 1) -> int:
+def send(server: Serve, count: int, cost: int = 1, path: str = "/api/a") -> int:
     """Checks until the server is gone; returns the units that it admitted."""
     admitted = 0
     with httpx.Client(base_url=server.url) as client:
         for _ in range(count):
-            answer = client.post("/v1/check", json={"path": "/api/a", "api_key": KEY, "cost": cost})
+            answer = client.post("/v1/check", json={"path": path, "api_key": KEY, "cost": cost})
             admitted += cost if answer.json()["allowed"] else 0
     return admitted
 
@@ -69,9 +77,12 @@ def test_the_ledger_outlives_its_processes(
 
     def stored() -> int:
         with contextlib.closing(sqlite3.connect(tmp_path / "tidegate.db", timeout=PATIENCE_S)) as database:
-            found = database.execute("SELECT coalesce(sum(admitted), 0) FROM usage_ledger WHERE rule = '/api/*'").fetchone()[0]
-        return int(found)
+            found = database.execute(
+                "SELECT coalesce(sum(admitted), 0) FROM usage_ledger WHERE rule = '/api/*' AND customer = 'acme'"
+            )
+            return int(found.fetchone()[0])
 
+    assert send(two, 5, path="/shared/a") == 5
     written = send(one, 30, cost=3) + send(two, 20)
     assert written == 110
     wait_until(lambda: stored() == written, PATIENCE_S, "both have written")
@@ -94,7 +105,7 @@ def test_the_ledger_outlives_its_processes(
         one.process.kill()
         other = send(two, 40)
         concurrent.futures.wait(loads)
-    wait_until(lambda: units_written(two) == 20 + other, PATIENCE_S, "the other has written")
+    wait_until(lambda: units_written(two) == 25 + other, PATIENCE_S, "the other has written")
     # Each of the four may have had one more admitted, of which the answer was lost.
     assert written + other <= stored() <= written + other + len(answered) + 4
 
@@ -103,7 +114,7 @@ def test_the_ledger_outlives_its_processes(
     before = stored()
     fallback = send(two, 25)
     assert fallback == 25
-    wait_until(lambda: units_written(two) == 20 + other + fallback, PATIENCE_S, "decisions of the fallback are written")
+    wait_until(lambda: units_written(two) == 25 + other + fallback, PATIENCE_S, "decisions of the fallback are written")
     assert stored() == before + fallback
     assert two.stop()[0] == 0
     kept = stored()
@@ -111,15 +122,15 @@ def test_the_ledger_outlives_its_processes(
     # It comes back without its counters, which are restored from the ledger; repeating it changes nothing.
     redis.start()
     redis.must("FLUSHALL")
-    assert f"2 counters would be raised, by {3 * kept} units" in two.run("counters", "restore", "--dry-run").stdout
+    assert f"3 counters would be raised, by {3 * kept + 10} units" in two.run("counters", "restore", "--dry-run").stdout
     ran = two.run("counters", "restore")
-    assert (ran.returncode, ran.stdout) == (0, f"2 counters were raised, by {3 * kept} units together\n"), ran.stderr
+    assert (ran.returncode, ran.stdout) == (0, f"3 counters were raised, by {3 * kept + 10} units together\n"), ran.stderr
     assert "not restored, starts from what the store has: free: /slide/*" in ran.stderr
     assert two.run("counters", "restore").stdout.startswith("0 counters were raised")
     three = serve(**shared)
     usage: dict[str, Any] = httpx.get(f"{three.url}/v1/usage", headers={"X-API-Key": KEY}).json()
     used = {rule["rule"]: sorted(each["used"] for each in rule["windows"]) for rule in usage["rules"]}
-    assert used == {None: [0, kept], "/api/*": [0, kept, kept], "/slide/*": [0]}
+    assert used == {None: [0, kept + 5], "/api/*": [0, kept, kept], "/slide/*": [0], "/shared/*": [5]}
 
 
 def test_counters_in_memory_cannot_be_restored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

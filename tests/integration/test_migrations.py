@@ -58,6 +58,9 @@ FILLING = {
     "traffic_callers": """INSERT INTO traffic_callers (hour_us, tier, rule, subject, allowed, blocked, over_limit)
         VALUES (0, 't', 'r', 's', 3, 2, 1)""",
     "traffic_latency": "INSERT INTO traffic_latency (step_s, at_us, bucket, checks) VALUES (60, 60000000, 4, 9)",
+    "customers": """INSERT INTO customers (name, anchor, timezone, metadata, overrides, created_at_us, managed_by_file)
+        VALUES ('acme', '', '', '', '[]', 5, false)""",
+    "customer_values": "INSERT INTO customer_values (digest, customer_id, attribute) VALUES ('digest', 1, 'org')",
     "blocks": """INSERT INTO blocks (kind, target, reason, message, created_at_us, created_by, version)
         VALUES ('cidr', '203.0.113.0/24', 'r', '', 5, 'me', 5)""",
     "console_sessions": """INSERT INTO console_sessions (sha256, token_sha256, created_at_us, used_at_us)

@@ -37,7 +37,6 @@ from django.conf import settings
 settings.configure(ALLOWED_HOSTS=["*"], ROOT_URLCONF=__name__, MIDDLEWARE=["tidegate.django.RateLimitMiddleware"])
 import django
 django.setup()
-from django.core.asgi import get_asgi_application
 from django.core.wsgi import get_wsgi_application
 from django.http import HttpResponse
 from django.urls import path
@@ -48,7 +47,7 @@ def view(request):
     return HttpResponse(str(os.getpid()))
 
 urlpatterns = [path("", view)]
-app, asgi = get_wsgi_application(), get_asgi_application()
+app = get_wsgi_application()
 """,
     "fastapi_app": """
 import os
@@ -69,7 +68,6 @@ SERVERS = {
     "gunicorn gthread, Django": (*GUNICORN, "--threads", "4", "django_app:app"),
     "gunicorn uvicorn workers, FastAPI": (*GUNICORN, "--worker-class", "uvicorn.workers.UvicornWorker", "fastapi_app:app"),
     "uvicorn, FastAPI": (*UVICORN, "fastapi_app:app"),
-    "uvicorn, Django": (*UVICORN, "django_app:asgi"),
 }
 
 

@@ -24,7 +24,8 @@ from tidegate.catalog.sql.catalog import SqlCatalog
 from tidegate.counters.redis.store import RedisCounters
 from tidegate.policy.attributes import CallerPolicy
 from tidegate.policy.limits import Limit
-from tidegate.policy.model import ApiKey, KeyStatus, Override, Rule, Tier
+from tidegate.policy.model import ApiKey, KeyStatus, Rule, Tier
+from tidegate.policy.overrides import Override
 from tidegate.server.wiring import share_catalog
 from tidegate.settings import load_settings
 

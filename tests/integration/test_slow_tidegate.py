@@ -16,16 +16,24 @@ from tests.moments import wait_until
 from tests.servers.api import Api
 from tests.servers.deployed import gateway, haproxy, nginx_balancer
 from tests.servers.envoy import GRPC, HTTP, SERVICE, Envoy
+from tidegate.policy.key_format import hash_api_key
 
 KEY, REVOKED, UNKNOWN = "demo-free-key-0001", "demo-revoked-key-01", "demo-unknown-key-01"
+BLOCKED = "demo-blocked-key-01"
 POLICY = f"""
 [[tiers]]
 name = "free"
   [[tiers.rules]]
   endpoint = "/*"
   limits = ["100000/hour"]
+[[access]]
+action = "deny"
+api_key_id = "{hash_api_key(BLOCKED)[:24]}"
 [[api_keys]]
 key = "{KEY}"
+tier = "free"
+[[api_keys]]
+key = "{BLOCKED}"
 tier = "free"
 [[api_keys]]
 key = "{REVOKED}"
@@ -159,6 +167,9 @@ def test_keys_that_nginx_saw_rejected_stay_rejected_while_all_are_unavailable(mo
     with gateway([mortal.port], api.port, when_away="open", patient=False) as nginx:
         long = "k" * 3000
         assert [get(nginx.url, key).status_code for key in (KEY, UNKNOWN, None, REVOKED, long)] == [200, 401, 401, 403, 401]
+        blocked = get(nginx.url, BLOCKED)
+        assert (blocked.status_code, blocked.json()["error"]["code"]) == (403, "BLOCKED")
+        assert "ask the operator" in blocked.json()["error"]["message"]
         mortal.process.kill()
         reached = len(api.received)
         for _ in range(2):
@@ -174,8 +185,9 @@ def test_keys_that_nginx_saw_rejected_stay_rejected_while_all_are_unavailable(mo
                     assert answer.json()["error"]["code"] == code
                     assert answer.headers["cache-control"] == "no-store"
         assert len(api.received) == reached
-        # Of others nothing is known: a valid key passes, and so does one that was never asked about.
-        assert [get(nginx.url, key).status_code for key in (KEY, "demo-never-seen-key")] == [200, 200]
+        # Of others nothing is known: a valid key passes, and so does one that was never asked about. A client may be blocked for
+        # its address: that says nothing about its key.
+        assert [get(nginx.url, key).status_code for key in (KEY, "demo-never-seen-key", BLOCKED)] == [200, 200, 200]
         files = [path for path in (nginx.directory / "refusals").rglob("*") if path.is_file()]
         assert len(files) == 4
         for path in files:

@@ -458,3 +458,30 @@ def test_mistakes_in_actions(fields: str, reason: str) -> None:
 def test_a_limit_of_zero_elsewhere_names_the_remedy() -> None:
     with pytest.raises(PolicyError, match="use action = 'deny' on a rule, or a block"):
         parse_policy('[[tiers]]\nname = "free"\nlimits = ["0/day"]\n')
+
+
+async def test_all_keys_of_a_customer() -> None:
+    text = """
+    [[tiers]]
+    name = "free"
+    limits = ["2/day"]
+    [[customers]]
+    name = "acme"
+    [[api_keys]]
+    key = "demo-acme-key-00001"
+    tier = "free"
+    customer = "acme"
+    [[api_keys]]
+    key = "demo-other-key-0001"
+    tier = "free"
+    """
+    for action, expected in (("deny", "denied"), ("allow", "exempt")):
+        gate = gate_of(f'{text}\n[[access]]\naction = "{action}"\ncustomer = "acme"\n')
+        assert await answer_of(gate, api_key="demo-acme-key-00001") == expected
+        assert await answer_of(gate, api_key="demo-other-key-0001") == "counted"
+    gate = gate_of(text)
+    index = BlockIndex()
+    index.apply(Block(1, CUSTOMER, "acme"))
+    gate.catalog.access.replace_blocks(index)
+    assert await answer_of(gate, api_key="demo-acme-key-00001") == "denied"
+    assert await answer_of(gate, api_key="demo-other-key-0001") == "counted"

@@ -191,6 +191,14 @@ async def test_async_views_under_asgi() -> None:
     assert [(await AsyncClient().get("/plain/1")).status_code for _ in range(3)] == [200, 200, 429]
 
 
+def test_a_store_that_does_not_answer() -> None:
+    denying = limit("1/minute", counters="redis://127.0.0.1:1", on_failure="deny")(plain)
+    request = HttpRequest()
+    request.META = {"REMOTE_ADDR": "203.0.113.7"}
+    answer = denying(request)
+    assert (answer.status_code, b"STORE_UNAVAILABLE" in answer.content, b"127.0.0.1" in answer.content) == (503, True, False)
+
+
 def test_settings() -> None:
     with override_settings(TIDEGATE={"default_limits": "1/fortnight"}), pytest.raises(ImproperlyConfigured, match="fortnight"):
         RateLimitMiddleware(plain)

@@ -133,6 +133,14 @@ overage = { up_to = "100%" }
   limits = ["1/hour"]
   mode = "soft"
 
+  [[tiers.rules]]
+  endpoint = "/free"
+  action = "allow"
+
+  [[tiers.rules]]
+  endpoint = "/closed"
+  action = "deny"
+
 [[access]]
 action = "deny"
 from = ["198.51.100.0/24"]
@@ -151,6 +159,9 @@ async def test_quotas_soft_rules_and_access_lists() -> None:
         assert (await gate.check(check)).allowed
     assert (await _explain(gate, check)).allowed is False
     assert not (await gate.check(check)).allowed
+    for path, allowed in (("/free", True), ("/closed", False)):
+        found = await _explain(gate, Check.of(path, ip=IP))
+        assert (found.allowed, found.counters, found.candidates[0].result) == (allowed, (), "answers")
     caller = await gate.unkeyed_caller(None, {})
     assert await access_of(gate.access, check, caller) == (None, False)
     message, _ = await access_of(gate.access, Check.of("/soft", ip="198.51.100.7"), caller)

@@ -9,7 +9,7 @@ import pytest
 import tidegate
 
 NAMES = """
-Algorithm ApiKey ApiKeyExpired ApiKeyRevoked BadRequest CachedCatalog Catalog CatalogError CatalogUnavailable Charge Check
+Algorithm ApiKey ApiKeyExpired ApiKeyRevoked BadRequest Blocked CachedCatalog Catalog CatalogError CatalogUnavailable Charge Check
 CounterStore Decision Gate InvalidApiKey InvalidToken Limit Limiter LimiterUnavailable MemoryCounters MissingApiKey Observation
 Policy PolicyCatalog PolicyError RateLimitExceeded RateLimitMiddleware Rule SettingsError StoreUnavailable SyncLimiter
 TidegateError Tier TokenKeysUnavailable TooManyTokens TooManyUnknownKeys __version__ exempt limit load_policy

@@ -15,6 +15,7 @@ from starlette.routing import Mount, Route, WebSocketRoute
 from tests.asgi_client import AsgiClient
 from tests.conftest import Clock
 from tidegate import MemoryCounters, PolicyError, RateLimitExceeded, RateLimitMiddleware, SettingsError, exempt, limit
+from tidegate.doors.stores import close_shared
 from tidegate.fastapi import document_limits
 
 
@@ -131,7 +132,7 @@ async def test_decorated_endpoints(clock: Clock) -> None:
     first, second = [await client.get("/response") for _ in range(2)]
     assert (first.body, first.headers["x-ratelimit-remaining"], second.status) == (b"own", "0", 429)
     parameters = (await client.get("/openapi.json")).json()["paths"]["/request"]["get"]["parameters"]
-    assert [each["name"] for each in parameters] == ["n"], "what the decorator adds is not seen"
+    assert [each["name"] for each in parameters] == ["n"], "what the decorator adds is not shown"
 
 
 async def test_several_limits_on_one_endpoint(clock: Clock) -> None:
@@ -300,6 +301,28 @@ async def test_who_the_client_is_behind_proxies(clock: Clock) -> None:
     assert [(await AsgiClient(app, peer=None).get("/")).status for _ in range(2)] == [200, 429]
     peers = ("2001:db8::1", "2001:db8::2", "2001:db8:0:1::1")
     assert [(await AsgiClient(app, peer=peer).get("/")).status for peer in peers] == [200, 429, 200]
+
+
+async def test_a_store_that_does_not_answer_and_a_bad_request() -> None:
+    app = FastAPI()
+    denying = limit("1/minute", counters="redis://127.0.0.1:1", on_failure="deny", scope="denying")
+    app.get("/dependency", dependencies=[Depends(denying)])(lambda: 1)
+
+    @app.get("/decorated")
+    @denying
+    def decorated(request: FastApiRequest) -> None: ...
+
+    app.get("/local", dependencies=[Depends(limit("1/minute", counters="redis://127.0.0.1:1"))])(lambda: 1)
+    app.get("/bad", dependencies=[Depends(limit("1/minute", trusted_proxies=["203.0.113.0/24"]))])(lambda: 1)
+    client = AsgiClient(app)
+    for path in ("/dependency", "/decorated"):
+        answer = await client.get(path)
+        assert (answer.status, answer.headers["x-tidegate-error"]) == (503, "STORE_UNAVAILABLE")
+        assert "127.0.0.1" not in answer.json()["detail"]
+    assert [(await client.get("/local")).status for _ in range(2)] == [200, 429], "counted in this process meanwhile"
+    bad = await client.get("/bad", {"x-real-ip": "\u00e4"})
+    assert (bad.status, bad.headers["x-tidegate-error"]) == (400, "BAD_REQUEST")
+    await close_shared()
 
 
 def test_what_a_dependency_cannot_do() -> None:

@@ -213,6 +213,16 @@ async def test_async_views(app: Flask, store: MemoryCounters) -> None:
     assert ran == ["ran", "denied", "ran"]
 
 
+@pytest.mark.parametrize("extension", [False, True])
+def test_a_store_that_does_not_answer(app: Flask, extension: bool) -> None:
+    if extension:
+        RateLimits(app)
+    app.get("/")(limit("1/minute", counters="redis://127.0.0.1:1", on_failure="deny", scope="denying")(lambda: ""))
+    answer = app.test_client().get("/")
+    assert (answer.status_code, answer.json["error"]["code"]) == (503, "STORE_UNAVAILABLE")
+    assert b"127.0.0.1" not in answer.data
+
+
 def test_mistakes() -> None:
     with pytest.raises(SettingsError, match="the first argument of RateLimits is the app, not a str"):
         RateLimits("100/minute")  # type: ignore[arg-type]

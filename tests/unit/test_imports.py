@@ -27,6 +27,7 @@ COMMANDS = [
     "callers",
     "policy",
     "keys",
+    "customers",
     "blocks",
     "caller-tokens",
     "usage",

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from drills.admissions import Admission
 from drills.exactness import prove
-from hypothesis import Phase, settings
+from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 
@@ -241,14 +241,10 @@ class LeaseMachine(RuleBasedStateMachine):
                 assert report.excess_units == 0, report
 
 
-def run(algorithm: Algorithm, examples: int = EXAMPLES, **options: Any) -> None:
-    machine = type("Machine", (LeaseMachine,), {"algorithm": algorithm})
-    run_state_machine_as_test(machine, settings=settings(max_examples=examples, stateful_step_count=STEPS, **options))
-
-
 @pytest.mark.parametrize("algorithm", LEASED)
 def test_never_more_than_the_limit(algorithm: Algorithm) -> None:
-    run(algorithm)
+    machine = type("Machine", (LeaseMachine,), {"algorithm": algorithm})
+    run_state_machine_as_test(machine, settings=settings(max_examples=EXAMPLES, stateful_step_count=STEPS))
     assert LEASED_DECISIONS[algorithm] > EXAMPLES
 
 
@@ -261,5 +257,12 @@ def test_a_lease_that_lives_too_long_is_found(monkeypatch: pytest.MonkeyPatch) -
         return lease
 
     monkeypatch.setattr(LeaseTable, "_lease_of", too_long)
-    with pytest.raises(AssertionError):
-        run(Algorithm.FIXED_WINDOW, 300, phases=[Phase.generate])
+    machine = type("Machine", (LeaseMachine,), {"algorithm": Algorithm.FIXED_WINDOW})()
+    machine.begin(amount=100, windows=["second"], burst=1, tier=None, drifts=[1_000_000] * 4)
+    machine.check(number=0, cost=1, times=40, subject="a", answered=True)
+    assert machine.instances[0].table.units > 1
+    machine.wait(1_000_000)
+    machine.check(number=1, cost=1, times=100, subject="a", answered=True)
+    machine.check(number=0, cost=1, times=1, subject="a", answered=True)
+    with pytest.raises(AssertionError, match="held=101"):
+        machine.teardown()

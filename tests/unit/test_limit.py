@@ -141,6 +141,21 @@ def test_a_key_without_a_value_counts_together(counters: MemoryCounters) -> None
     assert outcomes(lambda: work("None"), 1) == [True]
 
 
+def test_annotations_that_only_type_checkers_know(counters: MemoryCounters) -> None:
+    def work(request: Unknown, user: str = "u") -> Unknown:  # type: ignore[name-defined]  # noqa: F821
+        return request
+
+    limited = limit("1/minute", key="user", counters=counters)(work)
+    assert outcomes(lambda: limited(None), 2) == [True, False]
+
+
+def test_functions_without_a_signature(counters: MemoryCounters) -> None:
+    assert outcomes(limit("1/minute", key=dict.get, counters=counters)(lambda *_: None), 0) == []
+    limited = limit("2/minute", key=str, counters=counters)(lambda value: value)
+    assert outcomes(lambda: limited("a"), 3) == [True, True, False]
+    assert limited("b") == "b"
+
+
 def test_costs(counters: MemoryCounters) -> None:
     @limit("10/minute", cost=len, counters=counters)
     def insert(rows: list[int]) -> None: ...

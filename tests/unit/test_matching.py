@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from tidegate.policy.limits import Limit
 from tidegate.policy.matching import CompiledTier, subject_of
-from tidegate.policy.model import Override, Rule, Subject, Tier
+from tidegate.policy.model import Rule, Subject, Tier
+from tidegate.policy.overrides import Override
 
 
 def tier_of(*rules: Rule, limits: tuple[str, ...] = ()) -> CompiledTier:

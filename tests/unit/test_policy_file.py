@@ -14,6 +14,7 @@ from tidegate.catalog.in_memory import PolicyCatalog
 from tidegate.errors import PolicyError
 from tidegate.policy.key_format import hash_api_key
 from tidegate.policy.limits import Algorithm, OnFailure
+from tidegate.policy.matching import CompiledTier
 from tidegate.policy.model import KeyStatus, Mode, Subject
 from tidegate.policy.toml_lines import LineIndex, line_of_deep_key
 from tidegate.policy.toml_reader import load_policy, parse_policy, policy_warnings
@@ -434,6 +435,18 @@ async def test_policy_catalog() -> None:
     assert (await catalog.tier("free"))[1] is None
     await catalog.ping()
     await catalog.close()
+
+
+def test_a_rule_may_not_be_leased() -> None:
+    text = '[[tiers]]\nname = "a"\n[[tiers.rules]]\nendpoint = "/x"\nlimits = ["1/s"]\nleases = %s\n'
+    rule = parse_policy(text % "false").tiers[0].rules[0]
+    assert not rule.leases
+    compiled = CompiledTier(parse_policy(text % "false").tiers[0]).rules[0].limits
+    assert compiled is not None
+    assert not compiled.leasable
+    assert parse_policy(text % "true").tiers[0].rules[0].leases
+    with pytest.raises(PolicyError, match="leases 'no' must be true or false"):
+        parse_policy(text % '"no"')
 
 
 SOLD = """[[tiers]]

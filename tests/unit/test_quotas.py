@@ -11,14 +11,17 @@ from typing import Any
 
 import msgspec
 import pytest
+import typer
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.cases.quotas import CASES, Step, quotas_of, us
 from tests.conftest import Clock
+from tidegate.admin.models.overrides import LimitOverride
 from tidegate.catalog.cached import CachedCatalog
 from tidegate.catalog.in_memory import PolicyCatalog
 from tidegate.catalog.shared_entries import EntrySeal, InvalidEntry, TierEntry, require_valid_tier
+from tidegate.cli.key_limits import changed_overrides, parse_change
 from tidegate.counters import Charge
 from tidegate.counters.fallback import LocalShares
 from tidegate.counters.memory import MemoryCounters
@@ -29,6 +32,7 @@ from tidegate.policy.limits import Algorithm, Limit, LimitSet
 from tidegate.policy.periods import Period, PeriodAnchor
 from tidegate.policy.quotas import Overage, Quota, QuotaLimit, fit_quotas
 from tidegate.policy.toml_reader import parse_policy, policy_warnings
+from tidegate.policy.toml_writer import policy_text
 
 KEY = "a-key-of-a-customer-1"
 OTHER_KEY = "a-key-of-a-customer-2"
@@ -333,3 +337,92 @@ def test_the_policies_of_the_page_on_plans_are_valid() -> None:
         # What is not about tiers needs a tier beside it.
         policy = parse_policy(text if "[[tiers]]" in text else f'[[tiers]]\nname = "pro"\nlimits = ["1/s"]\n{text}')
         assert policy_warnings(policy) == []
+
+
+OWN = (
+    POLICY
+    + f"""
+[[customers]]
+name = "acme"
+tier = "pro"
+anchor = "2026-01-31"
+timezone = "Europe/Berlin"
+quotas = ["50/month", "40/day"]
+  [[customers.overrides]]
+  quotas = ["90/month"]
+  until = "2100-01-01T00:00:00Z"
+  [[customers.overrides]]
+  rule = "/export"
+  limits = ["30/minute"]
+  quotas = ["3/year"]
+
+[[api_keys]]
+key = "{KEY}-of-acme"
+customer = "acme"
+
+[[api_keys]]
+key = "{KEY}-of-acme-too"
+customer = "acme"
+"""
+).replace(
+    '\n  [[tiers.rules]]\n  endpoint = "/export"\n',
+    '\n  [[tiers.rules]]\n  endpoint = "/export"\n  name = "/export"\n  limits = ["9/second"]\n',
+)
+
+
+def test_quotas_of_a_customer_replace_those_of_its_tier_and_count_all_its_keys(clock: Clock) -> None:
+    policy = parse_policy(OWN)
+    assert parse_policy(policy_text(policy)) == policy
+    clock.now_us = us("2026-11-03T12:00Z")
+    gate = Gate(CachedCatalog(PolicyCatalog(policy)), MemoryCounters(clock=clock))
+    keys = [f"{KEY}-of-acme", f"{KEY}-of-acme-too"]
+
+    def check(path: str, key: str, cost: int) -> Decision:
+        clock.advance(7 * 3600)
+        return asyncio.run(gate.check(Check.of(path, api_key=key, cost=cost)))
+
+    first = check("/x", keys[0], 9)
+    assert first.limits is not None
+    assert '"quota 90/month";q=90' in first.limits.quotas, "the one that ends takes precedence, as long as it holds"
+    assert [(check("/x", keys[number % 2], 9).allowed) for number in range(9)] == [True] * 9
+    denied = check("/x", keys[1], 1)
+    assert (denied.allowed, str(denied.binding)) == (False, "90/month")
+    assert denied.retry_after_us is not None
+    assert clock.now_us + denied.retry_after_us == us("2026-11-30T00:00+01:00")
+    clock.now_us = us("2026-11-30T00:00+01:00")
+    assert [check("/export", key, 2).overage for key in keys] == [0, 1], "of a year's 3"
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("quotas = []", "quotas is an empty list"),
+        ('quotas = ["1/day"]\n[[api_keys.overrides]]\nquotas = ["2/day"]', "the tier's quotas are overridden twice"),
+        ("[[api_keys.overrides]]\nuntil = 2100-01-01", "'limits' is missing"),
+        ('[[api_keys.overrides]]\nrule = "/no"\nquotas = ["2/day"]', "has no rule '/no'"),
+    ],
+)
+def test_overrides_of_quotas_that_are_refused(text: str, why: str) -> None:
+    with pytest.raises(PolicyError, match=why):
+        parse_policy(f'[[tiers]]\nname = "t"\nquotas = ["5/day"]\n[[api_keys]]\nkey = "{KEY}"\ntier = "t"\n{text}\n')
+
+
+def test_limits_and_quotas_of_a_key_are_changed_apart() -> None:
+    own = [
+        LimitOverride(rule=None, quotas=["5/day"]),
+        LimitOverride(rule="/a", limits=["1/minute"], quotas=["9/month"]),
+    ]
+    until = "2100-01-01T00:00:00Z"
+    changes = [parse_change("quota=7/month,3/day", until), parse_change("/a=2/minute", None)]
+    sent = changed_overrides(["8/hour"], own, changes)
+    assert sent.limits == ["8/hour"]
+    assert [(each.rule, each.limits, each.quotas, each.until) for each in sent.overrides] == [
+        (None, [], ["5/day"], None),
+        ("/a", ["2/minute"], [], None),
+        ("/a", [], ["9/month"], None),
+        (None, [], ["3/day", "7/month"], until),
+    ]
+    rest = changed_overrides(None, sent.overrides, [parse_change("quota=default", None)])
+    assert [each.rule for each in rest.overrides] == ["/a", "/a"]
+    with pytest.raises(typer.BadParameter, match="unknown period"):
+        parse_change("quota=5/fortnight", None)

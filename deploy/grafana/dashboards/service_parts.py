@@ -108,6 +108,32 @@ def store() -> list[list[Panel]]:
                 see="counter-store",
             ),
         ],
+        [
+            lines(
+                "Decided from leases and by Redis",
+                "Checks per second that a lease decided, and calls that charge Redis. More leased checks, less load on Redis.",
+                "reqps",
+                Query(rate("rate_limiter_lease_decisions_total", ""), "from leases"),
+                Query(rate("rate_limiter_store_charges_total", ""), "calls"),
+                see="counter-store",
+            ),
+            lines(
+                "Leased units",
+                "Units per second charged in advance, given back unused, and lost. Lost units are admitted to nobody.",
+                "short",
+                Query(rate("rate_limiter_leased_units_total", ""), "leased"),
+                Query(rate("rate_limiter_lease_units_returned_total", ""), "returned"),
+                Query(rate("rate_limiter_lease_units_lost_total", ""), "lost"),
+                see="counter-store",
+            ),
+            lines(
+                "Leases",
+                "Held by each instance; at most leases.max_subjects.",
+                "short",
+                Query(promql.total("rate_limiter_leases", HERE, "instance"), "{{instance}}"),
+                see="counter-store",
+            ),
+        ],
     ]
 
 

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from sqlalchemy import RowMapping, delete, insert, select, update
 
+from tidegate.admin.customers import load_customer_row
 from tidegate.admin.models import KeyCreate, KeyMade, KeyPatch, KeyRead, KeyRotated, RevokeRequest, is_key_id
+from tidegate.admin.overrides import overrides_after
 from tidegate.admin.rules import CatalogEditor
 from tidegate.admin.transaction import AuditedTransaction, ExpectedRevisions, NotFound, load_tier_row, require_editable
 from tidegate.catalog.changes import KEY
 from tidegate.catalog.sql import rows as policy_rows
-from tidegate.catalog.sql.tables import api_keys, rate_limit_rules, tiers
-from tidegate.errors import BadRequest, CatalogError, PolicyError
+from tidegate.catalog.sql.tables import api_keys, customers, tiers
+from tidegate.errors import BadRequest, CatalogError
 from tidegate.policy.key_format import hash_api_key, make_api_key
 from tidegate.policy.labels import require_label
-from tidegate.policy.limits import Algorithm, Limit, fit_limits
-from tidegate.policy.model import ApiKey, KeyStatus, Override, Subject
+from tidegate.policy.model import ApiKey, KeyStatus
+from tidegate.policy.overrides import Override, active_overrides
 from tidegate.timestamps import US_PER_S, now_us, parse_timestamp
 
 
@@ -37,9 +39,10 @@ async def create_key(editor: CatalogEditor, actor: str, request: KeyCreate) -> K
         )
     require_label(request.name, "name")
     async with editor.changing(actor) as transaction:
-        tier = await load_tier_row(transaction, request.tier)
-        overrides = await _overrides(transaction, tier, (), request)
-        return await _insert_key(transaction, tier, request.name, expires_at_us, overrides)
+        customer = None if request.customer is None else await load_customer_row(transaction, request.customer)
+        tier, inherits = await _tier_of(transaction, request.tier, customer)
+        overrides = await overrides_after(transaction, tier, (), request, changes_tier=False, counts_quotas=customer is None)
+        return await _insert_key(transaction, tier, request.name, expires_at_us, overrides, _owner(customer, inherits))
 
 
 async def edit_key(
@@ -63,10 +66,24 @@ async def edit_key(
         values["expires_at_us"] = _expires_at_us(request)
     async with editor.changing(actor) as transaction:
         row = await _load_editable_key_row(transaction, key_id, expected_revisions)
-        tier = await load_tier_row(transaction, request.tier if "tier" in request.model_fields_set else row["tier_name"])
-        values["tier_id"] = tier["id"]
-        values["overrides"] = policy_rows.override_rows(await _overrides(transaction, tier, row["overrides"], request))
-        return await update_key(transaction, row, values, "update", tier["name"])
+        sent = request.model_fields_set
+        customer_name = request.customer if "customer" in sent else row["customer_name"]
+        customer = None if customer_name is None else await load_customer_row(transaction, customer_name)
+        wants_customers = "tier" in sent if request.tier is None else False
+        has_tier = customer is not None and customer["tier_name"] is not None
+        named = request.tier or (None if has_tier and (wants_customers or row["inherits_tier"]) else row["tier_name"])
+        tier, inherits = await _tier_of(transaction, named, customer)
+        values |= {"tier_id": tier["id"], **_owner(customer, inherits)}
+        overrides = await overrides_after(
+            transaction,
+            tier,
+            row["overrides"],
+            request,
+            changes_tier=tier["id"] != row["tier_id"],
+            counts_quotas=customer is None,
+        )
+        values["overrides"] = policy_rows.override_rows(overrides)
+        return await update_key(transaction, row, values, "update", tier["name"], customer_name)
 
 
 async def rotate_key(
@@ -98,7 +115,8 @@ async def rotate_key(
             await load_tier_row(transaction, row["tier_name"]),
             row["name"],
             row["expires_at_us"],
-            policy_rows.api_key_of(row).overrides,
+            active_overrides(policy_rows.overrides_of(row["overrides"]), now),
+            {"customer_id": row["customer_id"], "inherits_tier": row["inherits_tier"]},
             action="rotate",
             counts_as=row["counts_as"] or row["id"],
         )
@@ -153,17 +171,24 @@ async def delete_key(editor: CatalogEditor, actor: str, key_id: str, expected_re
 
 
 async def update_key(
-    transaction: AuditedTransaction, row: RowMapping, values: Mapping[str, Any], action: str, tier_name: str | None = None
+    transaction: AuditedTransaction,
+    row: RowMapping,
+    values: Mapping[str, Any],
+    action: str,
+    tier_name: str | None = None,
+    customer_name: str | None = None,
 ) -> KeyRead:
     """Update a key's row, and audit it.
 
     Args:
-        tier_name: name of the new tier; None if the tier does not change.
+        tier_name: name of the new tier; None if tier and customer do not change.
+        customer_name: name of the new customer, if there is a new tier; None for none.
     """
     transaction.touch(KEY, row["sha256"])
     written = {**values, "managed_by_file": False, "revision": row["revision"] + 1}
     await transaction.connection.execute(update(api_keys).where(api_keys.c.id == row["id"]).values(written))
-    before, after = KeyRead.of_row(row), KeyRead.of_row({**row, **written, "tier_name": tier_name or row["tier_name"]})
+    names = {} if tier_name is None else {"tier_name": tier_name, "customer_name": customer_name}
+    before, after = KeyRead.of_row(row), KeyRead.of_row({**row, **written, **names})
     await transaction.audit(action, "api_key", row["id"], before, after)
     return after
 
@@ -188,8 +213,10 @@ def no_such_key(key_id: str) -> NotFound:
 
 
 def key_rows() -> Any:
-    """A query for API keys with the names of their tiers, unordered."""
-    return select(api_keys, tiers.c.name.label("tier_name")).join(tiers, tiers.c.id == api_keys.c.tier_id)
+    """A query for API keys with the names of their tiers and customers, unordered."""
+    names = (tiers.c.name.label("tier_name"), customers.c.name.label("customer_name"))
+    with_tier = select(api_keys, *names).join(tiers, tiers.c.id == api_keys.c.tier_id)
+    return with_tier.outerjoin(customers, customers.c.id == api_keys.c.customer_id)
 
 
 async def _load_editable_key_row(
@@ -206,6 +233,7 @@ async def _insert_key(
     name: str,
     expires_at_us: int | None,
     overrides: tuple[Override, ...],
+    owner: Mapping[str, Any],
     action: str = "create",
     counts_as: str | None = None,
 ) -> KeyMade:
@@ -213,11 +241,33 @@ async def _insert_key(
     record = ApiKey(hash_api_key(api_key), tier["name"], name=name, expires_at_us=expires_at_us, overrides=overrides)
     transaction.touch(KEY, record.sha256)
     await transaction.connection.execute(
-        insert(api_keys).values({**policy_rows.row_of_api_key(record, tier["id"], now_us()), "counts_as": counts_as})
+        insert(api_keys).values({**policy_rows.row_of_api_key(record, tier["id"], now_us()), **owner, "counts_as": counts_as})
     )
     created = KeyRead.of_row(await load_key_row(transaction, record.id))
     await transaction.audit(action, "api_key", record.id, None, created)
     return KeyMade(**dict(created), api_key=api_key)
+
+
+async def _tier_of(transaction: AuditedTransaction, name: str | None, customer: RowMapping | None) -> tuple[RowMapping, bool]:
+    """The tier of a key, and whether it is that of its customer.
+
+    Args:
+        name: of the key's own tier; None for the customer's.
+
+    Raises:
+        BadRequest: if there is neither.
+        NotFound: if there is no such tier.
+    """
+    if name is not None:
+        return await load_tier_row(transaction, name), False
+    if customer is None or customer["tier_name"] is None:
+        of_customer = "" if customer is None else f", because the customer {customer['name']!r} has none"
+        raise BadRequest(f"tier is missing{of_customer}: add it, or name a customer that has a tier", field="tier")
+    return await load_tier_row(transaction, customer["tier_name"]), True
+
+
+def _owner(customer: RowMapping | None, inherits: bool) -> dict[str, Any]:
+    return {"customer_id": None if customer is None else customer["id"], "inherits_tier": inherits}
 
 
 def _expires_at_us(request: KeyCreate | KeyPatch) -> int | None:
@@ -230,65 +280,3 @@ def _is_valid(row: RowMapping, now: int) -> bool:
 
 def _revoked(reason: str) -> dict[str, Any]:
     return {"status": KeyStatus.REVOKED.value, "revoked_at_us": now_us(), "revoked_reason": reason}
-
-
-async def _overrides(
-    transaction: AuditedTransaction, tier: RowMapping, current: Collection[Mapping[str, Any]], request: KeyCreate | KeyPatch
-) -> tuple[Override, ...]:
-    """The overrides of a key after a change: those of the request, else the current ones; each fits a rule of the tier."""
-    found: list[Override] = []
-    if "limits" not in request.model_fields_set:
-        found += [_override(each) for each in current if not each["rule"]]
-    elif request.limits:
-        found.append(Override("", fit_limits(Algorithm.SLIDING_WINDOW, [Limit.parse(text) for text in request.limits])))
-    if "overrides" not in request.model_fields_set:
-        kept = [_override(each) for each in current if each["rule"]]
-        # Overrides without a rule in the new tier are dropped; only overrides of the request cause an error.
-        changes_tier = bool(kept) and "tier" in request.model_fields_set
-        rules = await _overridden_rules(transaction, tier, [each.rule for each in kept]) if changes_tier else None
-        found += [each for each in kept if rules is None or _fits(rules.get(each.rule), each)]
-        return tuple(found)
-    rules = await _overridden_rules(transaction, tier, [each.rule for each in request.overrides])
-    names: set[str] = set()
-    for each in request.overrides:
-        name, rule = each.rule, rules.get(each.rule)
-        if rule is None:
-            raise PolicyError(f"tier {tier['name']!r} has no rule {name[:60]!r} to override: see GET /admin/v1/rate-limit-rules")
-        if policy_rows.subject_value_of(rule) != Subject.API_KEY.value:
-            raise PolicyError(
-                f"rule {name!r} counts by {_subject_text(rule)}, not by API key: a key cannot have limits of its own there"
-            )
-        if name in names:
-            raise PolicyError(f"rule {name!r} is overridden twice: remove one")
-        names.add(name)
-        limits = tuple(Limit.parse(text) for text in each.limits)
-        fit_limits(Algorithm(rule["algorithm"]), limits)
-        found.append(Override(name, limits))
-    return tuple(found)
-
-
-async def _overridden_rules(transaction: AuditedTransaction, tier: RowMapping, names: Collection[str]) -> dict[str, RowMapping]:
-    of_rule = rate_limit_rules.c
-    query = select(of_rule.name, of_rule.subject, of_rule.subject_attributes, of_rule.algorithm).where(
-        of_rule.tier_id == tier["id"], of_rule.name.in_(list(names))
-    )
-    return {row["name"]: row for row in (await transaction.connection.execute(query)).mappings()}
-
-
-def _subject_text(rule: RowMapping) -> str:
-    value = policy_rows.subject_value_of(rule)
-    return value if isinstance(value, str) else ",".join(value)
-
-
-def _override(stored: Mapping[str, Any]) -> Override:
-    return Override(stored["rule"], tuple(Limit.parse(text) for text in stored["limits"]))
-
-
-def _fits(rule: RowMapping | None, override: Override) -> bool:
-    if rule is None or policy_rows.subject_value_of(rule) != Subject.API_KEY.value:
-        return False
-    try:
-        fit_limits(Algorithm(rule["algorithm"]), override.limits)
-    except PolicyError:
-        return False
-    return True

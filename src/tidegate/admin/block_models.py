@@ -18,11 +18,11 @@ BlockKind = Literal["cidr", "api_key_id", "customer", "attribute"]
 class BlockCreate(RequestModel):
     """Whom to block: exactly one of the first four."""
 
-    cidr: Annotated[
-        str | None, Field(max_length=64, examples=["203.0.113.0/24"], description="a network or an address"), Plain
-    ] = None
+    cidr: (
+        Annotated[str, Field(max_length=64, examples=["203.0.113.0/24"], description="a network or an address"), Plain] | None
+    ) = None
     api_key_id: Annotated[KeyId | None, Field(description="id of an API key; blocks the keys that replaced it too")] = None
-    customer: Annotated[str | None, Field(min_length=1, max_length=64), Plain] = None
+    customer: Annotated[str, Field(min_length=1, max_length=64), Plain] | None = None
     attribute: Annotated[
         dict[SubjectName, Annotated[str, Field(min_length=1, max_length=256), Plain]] | None,
         Field(max_length=16, examples=[{"user": "42"}], description="exact values, all of which a check must have"),

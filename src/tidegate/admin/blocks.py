@@ -14,7 +14,7 @@ from tidegate.catalog.blocks import API_KEY_ID, ATTRIBUTE, CIDR, CUSTOMER, MAX_B
 from tidegate.catalog.changes import BLOCK
 from tidegate.catalog.sql.catalog import holding_blocks
 from tidegate.catalog.sql.paging import Page, invalid_cursor, page_of, rows_of
-from tidegate.catalog.sql.tables import api_keys, blocks
+from tidegate.catalog.sql.tables import api_keys, blocks, customers
 from tidegate.decision import canonical_ip, embedded_ipv4
 from tidegate.errors import BadRequest, CatalogError, PolicyError
 from tidegate.policy.access import require_customer, require_exact_attributes, require_key_id
@@ -81,7 +81,7 @@ async def create_block(editor: CatalogEditor, actor: str, given: BlockCreate) ->
 
     Raises:
         BadRequest: if it does not name exactly one, or a value is not valid.
-        NotFound: if there is no such API key.
+        NotFound: if there is no such API key or customer.
         CatalogError: if the same is blocked already, or too many blocks hold.
         CatalogUnavailable: if the database does not answer.
     """
@@ -94,6 +94,8 @@ async def create_block(editor: CatalogEditor, actor: str, given: BlockCreate) ->
         transaction.touch(BLOCK)
         if kind == API_KEY_ID and await transaction.one(select(api_keys.c.id).where(api_keys.c.id == target)) is None:
             raise NotFound(f"there is no API key {target}: see GET /admin/v1/api-keys")
+        if kind == CUSTOMER and await transaction.one(select(customers.c.name).where(customers.c.name == target)) is None:
+            raise NotFound(f"there is no customer {target[:64]!r}: see GET /admin/v1/customers")
         await _end_expired(transaction, kind, target, now)
         count = select(func.count()).select_from(blocks).where(blocks.c.ended_at_us.is_(None))
         if (await transaction.connection.execute(count)).scalar_one() >= MAX_BLOCKS:

@@ -16,6 +16,7 @@ from tidegate.decision import Check, Decision
 from tidegate.errors import ApiKeyExpired, ApiKeyRevoked, Blocked, MissingApiKey
 from tidegate.gate.explain import Candidate, CounterNow, Explanation, access_of, explain
 from tidegate.gate.gate import Gate
+from tidegate.policy.access_entries import AccessAction
 from tidegate.policy.limits import Algorithm
 from tidegate.policy.model import Mode
 from tidegate.policy.quotas import QuotaLimit
@@ -94,6 +95,11 @@ def _why_tier(tier: str, named: str | None, attributes: Mapping[str, str], tier_
 def _answer(found: Explanation, check: Check) -> str:
     if found.problem is not None:
         return f"refused with 400 BAD_REQUEST: {found.problem}"
+    action = None if found.rule is None else found.rule.action
+    if found.rule is not None and action is AccessAction.DENY:
+        return f"refused with 403 {Blocked.code}: the rule {found.rule.rule.name!r} denies what matches it"
+    if found.rule is not None and action is not None:
+        return f"allowed: the rule {found.rule.rule.name!r} allows what matches it without counting"
     enforced = [each for each in found.counters if each.mode is not Mode.SHADOW]
     if not enforced:
         return f"allowed: no rule of the tier {found.tier!r} matches, and the tier has no limits"

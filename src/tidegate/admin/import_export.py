@@ -8,22 +8,27 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Mapping
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
+import msgspec
 from sqlalchemy import Column, func, insert, select, true, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tidegate.admin.api_keys import key_rows
+from tidegate.admin.customers import customer_rows
 from tidegate.admin.import_plan import CatalogRows, ImportPlan, plan_import
 from tidegate.admin.models import JsonObject, Row
 from tidegate.admin.rules import CatalogEditor
 from tidegate.admin.transaction import AuditedTransaction, rule_rows
 from tidegate.catalog.sql import rows as policy_rows
 from tidegate.catalog.sql.bulk import BATCH_SIZE, batches, delete_rows, insert_rows, update_rows
+from tidegate.catalog.sql.customers import customer_ids, customer_of, write_customers
 from tidegate.catalog.sql.namespace_rows import with_import
-from tidegate.catalog.sql.tables import api_keys, policy_state, rate_limit_rules, tiers
+from tidegate.catalog.sql.tables import api_keys, customers, policy_state, rate_limit_rules, tiers
 from tidegate.errors import CatalogError
+from tidegate.policy.customers import Customer
 from tidegate.policy.model import ApiKey, Policy, Subject
+from tidegate.policy.overrides import active_overrides
 from tidegate.timestamps import now_us
 
 MAX_KEYS: Final = 5_000
@@ -34,6 +39,9 @@ MAX_COMPARED_RULES: Final = 50_000
 _ATTEMPTS: Final = 3
 _RULE_COLUMNS: Final = (*policy_rows.RULE_COLUMNS, "managed_by_file", "revision")
 _KEY_COLUMNS: Final = (*policy_rows.KEY_COLUMNS, "revoked_at_us", "revoked_reason", "managed_by_file", "revision")
+
+
+_Owner = TypeVar("_Owner", ApiKey, Customer)
 
 
 class _Outdated(Exception):
@@ -63,9 +71,11 @@ async def export_policy(editor: CatalogEditor, *, with_keys: bool = True) -> Pol
             await connection.execute(rule_rows().order_by(rate_limit_rules.c.position, rate_limit_rules.c.id))
         ).mappings():
             rules.setdefault(row["tier_id"], []).append(row)
+        customer_list = (await connection.execute(customer_rows().order_by(customers.c.name))).mappings().all()
         state = (await connection.execute(select(policy_state))).mappings().one()
     exported = [policy_rows.tier_of(row, rules.get(row["id"], ())) for row in tier_rows]
     overridable = {(tier.name, rule.name) for tier in exported for rule in tier.rules if rule.subject is Subject.API_KEY}
+    by_customer = {(tier.name, rule.name) for tier in exported for rule in tier.rules if rule.subject is Subject.CUSTOMER}
     callers = policy_rows.caller_policy_of(state)
     return Policy(
         tuple(exported),
@@ -76,6 +86,9 @@ async def export_policy(editor: CatalogEditor, *, with_keys: bool = True) -> Pol
         callers.jwt,
         callers.namespaces,
         callers.access,
+        tuple(
+            _without_unused_overrides(customer_of(row, with_metadata=True), overridable | by_customer) for row in customer_list
+        ),
     )
 
 
@@ -150,7 +163,20 @@ async def _read(connection: AsyncConnection, policy: Policy, *, prune: bool) -> 
                 raise CatalogError(
                     f"more than {MAX_KEYS} API keys would be removed: name them in the policy, or import without prune"
                 )
-    return CatalogRows(int(state["version"]), policy_rows.caller_policy_of(state), has_file, existing, rules, keys)
+    owners = await _customers(connection, [customer.name for customer in policy.customers], prune=prune)
+    return CatalogRows(int(state["version"]), policy_rows.caller_policy_of(state), has_file, existing, rules, keys, owners)
+
+
+async def _customers(connection: AsyncConnection, names: list[str], *, prune: bool) -> dict[str, Row]:
+    found: dict[str, Row] = {}
+    if prune:
+        async for row in _pages(connection, customer_rows(), customers.c.id):
+            found[row["name"]] = row
+        return found
+    for batch in batches(names):
+        rows = (await connection.execute(customer_rows().where(customers.c.name.in_(batch)))).mappings()
+        found |= {row["name"]: row for row in rows}
+    return found
 
 
 async def _pages(connection: AsyncConnection, query: Any, order: Column[Any]) -> AsyncIterator[Any]:
@@ -186,9 +212,16 @@ async def _write(transaction: AuditedTransaction, plan: ImportPlan, tier_ids: di
         each.change["target"] = str(rule_id)
         each.change["after"]["id"] = rule_id
     await delete_rows(connection, rate_limit_rules, plan.rule_deletes)
-    await insert_rows(connection, api_keys, [_with_tier_id(values, tier_ids) for values in plan.key_inserts])
-    await update_rows(connection, api_keys, [_with_tier_id(row, tier_ids) for row in plan.key_updates], _KEY_COLUMNS)
+    inserted = [_with_tier_id(values, tier_ids) for values in plan.customer_inserts]
+    changed = [(row, _with_tier_id(values, tier_ids)) for row, values in plan.customer_updates]
+    await write_customers(transaction, inserted, changed, [])
+    names = {str(row["customer_name"]) for row in (*plan.key_inserts, *plan.key_updates) if row["customer_name"] is not None}
+    owner_ids = await customer_ids(connection, names)
+    await insert_rows(connection, api_keys, [_with_ids(values, tier_ids, owner_ids) for values in plan.key_inserts])
+    await update_rows(connection, api_keys, [_with_ids(row, tier_ids, owner_ids) for row in plan.key_updates], _KEY_COLUMNS)
     await delete_rows(connection, api_keys, plan.key_deletes)
+    if plan.customer_deletes:
+        await write_customers(transaction, [], [], plan.customer_deletes)
     if plan.caller_policy is not None:
         values = policy_rows.row_of_caller_policy(plan.caller_policy)
         stored = (await connection.execute(select(policy_state.c.namespaces))).scalar()
@@ -200,14 +233,20 @@ async def _write(transaction: AuditedTransaction, plan: ImportPlan, tier_ids: di
 
 def _with_tier_id(row: Mapping[Any, Any], tier_ids: Mapping[str, int]) -> dict[str, Any]:
     values = dict(row)
-    values["tier_id"] = tier_ids[values.pop("tier_name")]
+    name = values.pop("tier_name")
+    values["tier_id"] = None if name is None else tier_ids[name]
     return values
 
 
-def _without_unused_overrides(api_key: ApiKey, overridable: set[tuple[str, str]]) -> ApiKey:
-    kept = tuple(each for each in api_key.overrides if not each.rule or (api_key.tier, each.rule) in overridable)
-    if len(kept) == len(api_key.overrides):
-        return api_key
-    return ApiKey(
-        api_key.sha256, api_key.tier, api_key.status, api_key.name, api_key.expires_at_us, kept, api_key.managed_by_file
-    )
+def _with_ids(row: Mapping[Any, Any], tier_ids: Mapping[str, int], owner_ids: Mapping[str, int]) -> dict[str, Any]:
+    values = _with_tier_id(row, tier_ids)
+    name = values.pop("customer_name")
+    values["customer_id"] = None if name is None else owner_ids[name]
+    return values
+
+
+def _without_unused_overrides(owner: _Owner, overridable: set[tuple[str, str]]) -> _Owner:
+    """A key or customer without overrides that have ended, or whose rule is gone or counts something else."""
+    lasting = active_overrides(owner.overrides, now_us())
+    kept = tuple(each for each in lasting if not each.rule or (owner.tier, each.rule) in overridable)
+    return owner if kept == owner.overrides else msgspec.structs.replace(owner, overrides=kept)

@@ -9,12 +9,14 @@ from typing import Any, TypeAlias
 
 import msgspec
 
-from tidegate.admin.models import JsonObject, KeyRead, Row, RuleRead, TierRead
+from tidegate.admin.models import CustomerRead, JsonObject, KeyRead, Row, RuleRead, TierRead
 from tidegate.admin.transaction import MAX_RULES, Audited, ManagedByFile, audited
 from tidegate.catalog.changes import ANONYMOUS, KEY, TIER, Item
 from tidegate.catalog.sql import rows as policy_rows
+from tidegate.catalog.sql.customers import row_of_customer
 from tidegate.errors import CatalogError
 from tidegate.policy.attributes import CallerPolicy
+from tidegate.policy.customers import Customer
 from tidegate.policy.model import ApiKey, KeyStatus, Policy, Tier
 
 Values: TypeAlias = dict[str, Any]
@@ -29,7 +31,8 @@ class CatalogRows(msgspec.Struct, frozen=True):
         has_file: whether a policy file is active; without one, operators own the rows that a former file created.
         tiers: by name.
         rules: by the name of the tier, then of the rule; with `tier_name`.
-        keys: by digest; with `tier_name`.
+        keys: by digest; with `tier_name` and `customer_name`.
+        customers: by name; with `tier_name`.
     """
 
     version: int
@@ -38,6 +41,7 @@ class CatalogRows(msgspec.Struct, frozen=True):
     tiers: dict[str, Row]
     rules: dict[str, dict[str, Row]]
     keys: dict[str, Row]
+    customers: dict[str, Row]
 
 
 class RuleInsert(msgspec.Struct):
@@ -67,6 +71,9 @@ class ImportPlan(msgspec.Struct):
     key_inserts: list[Values] = []
     key_updates: list[Values] = []
     key_deletes: list[str] = []
+    customer_inserts: list[Values] = []
+    customer_updates: list[tuple[Row, Values]] = []
+    customer_deletes: list[Row] = []
     caller_policy: CallerPolicy | None = None
 
 
@@ -95,10 +102,13 @@ class _Planner:
     def plan(self) -> ImportPlan:
         for tier in self._policy.tiers:
             self._import_tier(tier)
+        for customer in self._policy.customers:
+            self._import_customer(customer)
         for api_key in self._policy.api_keys:
             self._import_key(api_key)
         if self._prune:
             self._prune_keys()
+            self._prune_customers()
         self._import_caller_policy()
         if self._prune:
             self._prune_tiers()
@@ -171,8 +181,10 @@ class _Planner:
         row = self._existing.keys.get(api_key.sha256)
         created_at_us = self._now_us if row is None else row["created_at_us"]
         values = {**policy_rows.row_of_api_key(api_key, 0, created_at_us), "tier_name": api_key.tier, "managed_by_file": False}
-        # The tier may be created by the same import: its id is set after the insert.
+        # Tier and customer may be created by the same import: their ids are set after the insert.
         del values["tier_id"]
+        del values["customer_id"]
+        values["customer_name"] = api_key.customer or None
         if row is None:
             self._plan.touched.append((KEY, api_key.sha256))
             self._plan.key_inserts.append(values)
@@ -194,6 +206,30 @@ class _Planner:
         self._plan.key_updates.append(written)
         self._record("update", "api_key", row["id"], KeyRead.of_row(row), KeyRead.of_row(written))
 
+    def _import_customer(self, customer: Customer) -> None:
+        row = self._existing.customers.get(customer.name)
+        values = {**row_of_customer(customer, None), "tier_name": customer.tier or None, "managed_by_file": False}
+        del values["tier_id"]
+        if row is None:
+            self._plan.customer_inserts.append(values)
+            created = CustomerRead.of_row({**values, "created_at_us": self._now_us, "revision": 1})
+            self._record("create", "customer", customer.name, None, created)
+            return
+        if all(row[column] == value for column, value in values.items() if column != "managed_by_file"):
+            return
+        self._require_own(row, f"the customer {customer.name!r}")
+        written = {**values, "revision": row["revision"] + 1}
+        self._plan.customer_updates.append((row, written))
+        after = CustomerRead.of_row({**row, **written})
+        self._record("update", "customer", customer.name, CustomerRead.of_row(row), after)
+
+    def _prune_customers(self) -> None:
+        named = {customer.name for customer in self._policy.customers}
+        for name, row in self._existing.customers.items():
+            if name not in named and not self._is_of_file(row):
+                self._plan.customer_deletes.append(row)
+                self._record("delete", "customer", name, CustomerRead.of_row(row), None)
+
     def _prune_keys(self) -> None:
         named = {api_key.sha256 for api_key in self._policy.api_keys}
         for sha256, row in self._existing.keys.items():
@@ -213,6 +249,8 @@ class _Planner:
             given.jwt or existing.jwt,
             tuple(given.namespaces if self._prune else named.values()) or existing.namespaces,
             given.access or existing.access,
+            # Follows from the customers.
+            existing.customer_attributes,
         )
         if taken == existing:
             return

@@ -6,18 +6,23 @@ exists already with the same tier, name and expiry is counted as unchanged, so a
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Annotated, Any, Final
 
+import msgspec
 from pydantic import Field
 from sqlalchemy import select
 
+from tidegate.admin.api_keys import key_rows
+from tidegate.admin.customers import customer_rows
 from tidegate.admin.models import KeyRead, Name, Plain, RequestModel, ResponseModel, TierName, Timestamp
+from tidegate.admin.models.customers import CustomerName
 from tidegate.admin.rules import CatalogEditor
 from tidegate.admin.transaction import AuditedTransaction, audited
 from tidegate.catalog.changes import KEY
 from tidegate.catalog.sql import rows as policy_rows
 from tidegate.catalog.sql.bulk import batches, insert_rows
-from tidegate.catalog.sql.tables import api_keys, tiers
+from tidegate.catalog.sql.tables import api_keys, customers, tiers
 from tidegate.errors import BadRequest, PolicyError
 from tidegate.policy.labels import require_label
 from tidegate.policy.model import ApiKey, parse_key_digest
@@ -31,7 +36,8 @@ class KeyImport(RequestModel):
     """An API key to be imported."""
 
     sha256: Annotated[str, Field(max_length=64, description="SHA-256 of the key, 64 hex digits"), Plain]
-    tier: TierName
+    tier: Annotated[TierName | None, Field(description="may be omitted for the tier of the customer")] = None
+    customer: CustomerName | None = None
     name: Name = ""
     expires_at: Timestamp | None = None
 
@@ -54,7 +60,7 @@ class KeyImportResult(ResponseModel):
     """What became of a batch."""
 
     imported: Annotated[int, Field(description="keys that are new; with dry_run, that would be")]
-    unchanged: Annotated[int, Field(description="keys that existed with the same tier, name and expiry")]
+    unchanged: Annotated[int, Field(description="keys that existed with the same tier, name, expiry and customer")]
     problems: list[KeyImportProblem]
 
 
@@ -83,20 +89,21 @@ async def import_keys(editor: CatalogEditor, actor: str, request: KeyImportReque
 
 
 class _Plan:
-    """The valid new keys of a batch, and what is said of the batch."""
+    """The valid new keys of a batch, and what is said of the batch; each key with the ids of its tier and customer."""
 
     def __init__(self) -> None:
-        self.records: list[tuple[ApiKey, int]] = []
+        self.records: list[tuple[ApiKey, int, int | None]] = []
         self.result = KeyImportResult(imported=0, unchanged=0, problems=[])
 
 
 async def _plan(connection: Any, request: KeyImportRequest, now: int) -> _Plan:
     tier_ids = {row.name: row.id for row in await connection.execute(select(tiers.c.name, tiers.c.id))}
+    owners = await _owners(connection, {sent.customer for sent in request.keys if sent.customer is not None})
     plan = _Plan()
     valid: dict[str, tuple[int, ApiKey]] = {}
     for number, sent in enumerate(request.keys):
         try:
-            record = _record_of(sent, tier_ids, now)
+            record = _record_of(sent, tier_ids, owners, now)
             if record.sha256 in valid:
                 raise BadRequest("the same key is in an earlier row: remove one")
             valid[record.sha256] = (number, record)
@@ -106,15 +113,15 @@ async def _plan(connection: Any, request: KeyImportRequest, now: int) -> _Plan:
     for digest, (number, record) in valid.items():
         known = existing.get(digest)
         if known is None:
-            plan.records.append((record, tier_ids[record.tier]))
-        elif known == (record.tier, record.name, record.expires_at_us):
+            plan.records.append((record, tier_ids[record.tier], owners[record.customer].id if record.customer else None))
+        elif known == (record.tier, record.name, record.expires_at_us, record.customer or None):
             plan.result.unchanged += 1
         else:
             plan.result.problems.append(
                 KeyImportProblem(
                     row=number,
-                    message=f"the key exists as {record.id} with another tier, name or expiry: change it with 'tidegate keys' "
-                    "or the admin API",
+                    message=f"the key exists as {record.id} with another tier, name, expiry or customer: change it with "
+                    "'tidegate keys' or the admin API",
                 )
             )
     plan.result.problems.sort(key=lambda problem: problem.row)
@@ -122,39 +129,66 @@ async def _plan(connection: Any, request: KeyImportRequest, now: int) -> _Plan:
     return plan
 
 
-def _record_of(sent: KeyImport, tier_ids: dict[str, int], now: int) -> ApiKey:
+class _Owner(msgspec.Struct, frozen=True):
+    """A customer: its id, and the name of its tier, None for none."""
+
+    id: int
+    tier: str | None
+
+
+async def _owners(connection: Any, names: Collection[str]) -> dict[str, _Owner]:
+    """The customers that exist, by name."""
+    found: dict[str, _Owner] = {}
+    for batch in batches(list(names)):
+        for row in (await connection.execute(customer_rows().where(customers.c.name.in_(batch)))).mappings():
+            found[row["name"]] = _Owner(row["id"], row["tier_name"])
+    return found
+
+
+def _record_of(sent: KeyImport, tier_ids: dict[str, int], owners: dict[str, _Owner], now: int) -> ApiKey:
     digest = parse_key_digest(sha256=sent.sha256)
-    if sent.tier not in tier_ids:
-        raise BadRequest(f"there is no tier {sent.tier!r}: see 'tidegate tiers'")
+    if sent.customer is not None and sent.customer not in owners:
+        raise BadRequest(f"there is no customer {sent.customer!r}: see 'tidegate customers list'")
+    tier = sent.tier or (None if sent.customer is None else owners[sent.customer].tier)
+    if tier is None:
+        raise BadRequest("the tier is missing: name one, or a customer that has one")
+    if tier not in tier_ids:
+        raise BadRequest(f"there is no tier {tier!r}: see 'tidegate tiers'")
     require_label(sent.name, "name")
     expires_at_us = None if sent.expires_at is None else parse_timestamp(sent.expires_at, "expires_at")
     if expires_at_us is not None and expires_at_us <= now:
         raise BadRequest("expires_at is in the past: the key would never work")
-    return ApiKey(digest, sent.tier, name=sent.name, expires_at_us=expires_at_us)
+    return ApiKey(
+        digest,
+        tier,
+        name=sent.name,
+        expires_at_us=expires_at_us,
+        customer=sent.customer or "",
+        inherits_tier=sent.tier is None,
+    )
 
 
-async def _existing(connection: Any, digests: list[str]) -> dict[str, tuple[str, str, int | None]]:
-    """Tier, name and expiry of the keys that exist, by digest."""
-    found: dict[str, tuple[str, str, int | None]] = {}
-    columns = (api_keys.c.sha256, tiers.c.name.label("tier_name"), api_keys.c.name, api_keys.c.expires_at_us)
-    query = select(*columns).join(tiers, tiers.c.id == api_keys.c.tier_id)
+async def _existing(connection: Any, digests: list[str]) -> dict[str, tuple[str, str, int | None, str | None]]:
+    """Tier, name, expiry and customer of the keys that exist, by digest."""
+    found: dict[str, tuple[str, str, int | None, str | None]] = {}
     for batch in batches(digests):
-        for row in await connection.execute(query.where(api_keys.c.sha256.in_(batch))):
-            found[row.sha256] = (row.tier_name, row.name, row.expires_at_us)
+        for row in (await connection.execute(key_rows().where(api_keys.c.sha256.in_(batch)))).mappings():
+            found[row["sha256"]] = (row["tier_name"], row["name"], row["expires_at_us"], row["customer_name"])
     return found
 
 
 async def _insert(transaction: AuditedTransaction, plan: _Plan, now: int) -> None:
     rows = []
     changes = []
-    for record, tier_id in plan.records:
-        values = policy_rows.row_of_api_key(record, tier_id, now)
+    for record, tier_id, customer_id in plan.records:
+        values = policy_rows.row_of_api_key(record, tier_id, now, customer_id)
         rows.append(values)
         transaction.touch(KEY, record.sha256)
         read = KeyRead.of_row(
             {
                 **values,
                 "tier_name": record.tier,
+                "customer_name": record.customer or None,
                 "revoked_at_us": None,
                 "revoked_reason": None,
                 "counts_as": None,

@@ -15,7 +15,7 @@ from tidegate.admin.rules import CatalogEditor
 from tidegate.admin.transaction import NotFound, rule_rows
 from tidegate.catalog.sql.engine import LOWER
 from tidegate.catalog.sql.paging import Page, invalid_cursor, page_of, rows_of
-from tidegate.catalog.sql.tables import admin_tokens, api_keys, audit_log, rate_limit_rules, tiers
+from tidegate.catalog.sql.tables import admin_tokens, api_keys, audit_log, customers, rate_limit_rules, tiers
 from tidegate.policy.model import KeyStatus
 from tidegate.timestamps import now_us
 
@@ -74,6 +74,7 @@ async def list_keys(
     status: str | None = None,
     name: str | None = None,
     id_prefix: str | None = None,
+    customer: str | None = None,
 ) -> Page[KeyRead]:
     """API keys by id.
 
@@ -87,6 +88,8 @@ async def list_keys(
     query = key_rows().order_by(api_keys.c.id)
     if tier is not None:
         query = query.where(api_keys.c.tier_id == await _id_of_tier(editor, tier))
+    if customer is not None:
+        query = query.where(api_keys.c.customer_id == await _id_of_customer(editor, customer))
     if status == KeyStatus.REVOKED.value:
         query = query.where(api_keys.c.status == literal_column(f"'{KeyStatus.REVOKED.value}'"))
     elif status is not None:
@@ -225,6 +228,12 @@ async def _id_of_tier(editor: CatalogEditor, name: str) -> ColumnElement[int]:
     async with editor.reading() as connection:
         found = (await connection.execute(select(tiers.c.id).where(tiers.c.name == name))).scalar()
     return literal_column(str(int(found or 0)))
+
+
+async def _id_of_customer(editor: CatalogEditor, name: str) -> int:
+    """The id of a customer; 0 if it does not exist."""
+    async with editor.reading() as connection:
+        return int((await connection.execute(select(customers.c.id).where(customers.c.name == name))).scalar() or 0)
 
 
 def _number(after: str) -> int:

@@ -31,7 +31,7 @@ async def used_up_by_key(editor: CatalogEditor, gate: Gate, key_id: str) -> list
         CatalogUnavailable: if the catalog does not answer.
     """
     caller = await caller_of(editor, gate, key_id)
-    own = {override.rule for override in caller.api_key.overrides} if caller.api_key is not None else set()
+    own = {override.rule for override in caller.api_key.overrides if not override.quotas} if caller.api_key is not None else set()
     sets = [limits for limits in own_limits(caller.tier) if (limits.rule or "") in own][:MAX_USAGE_RULES]
     decisions = await peek(gate.counters, [(limits, caller.subject) for limits in sets])
     return [
@@ -101,12 +101,16 @@ async def _sample(editor: CatalogEditor, tier: str, rule: str, subject: Subject)
         editor.catalog.database, MAX_BLOCKED, "subject", ViolationFilter(now - DAY_US, now + 1, tier=tier, rule=rule)
     ):
         found[violator.subject or ""] = None
-    kinds = {Subject.IP: ("i:",), Subject.ATTRIBUTES: ("a:", "h:", "i:")}.get(subject, ("k:", "i:"))
+    kinds = {
+        Subject.IP: ("i:",),
+        Subject.ATTRIBUTES: ("a:", "h:", "i:"),
+        Subject.CUSTOMER: ("c:", "k:", "i:"),
+    }.get(subject, ("k:", "i:"))
     return [each for each in found if each.startswith(kinds) and each not in overriding]
 
 
 def _overrides(overrides: Collection[dict[str, object]], rule: str) -> bool:
-    return any(each["rule"] == rule for each in overrides)
+    return any(each["rule"] == rule and not each.get("quotas") for each in overrides)
 
 
 def _named(limits: LimitSet) -> str:

@@ -1,9 +1,9 @@
 """Restores counters from the usage ledger after the counter store was lost.
 
 Restored are quotas of API keys and customers, and windows of whole days (a day, a week, a month, 30 days) of rules with the
-algorithm fixed_window that count API keys or the tier: the ledger has their units by day. It knows no addresses and attributes,
-and no times within a day, so other counters start from nothing, and of a period that begins within a day of UTC the first day is
-not counted. Each counter is raised to the units of the ledger and never lowered: repeating it changes nothing.
+algorithm fixed_window that count API keys, customers or the tier: the ledger has their units by day. It knows no addresses and
+attributes, and no times within a day, so other counters start from nothing, and of a period that begins within a day of UTC the
+first day is not counted. Each counter is raised to the units of the ledger and never lowered: repeating it changes nothing.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from tidegate.decision import Decision
 from tidegate.errors import StoreUnavailable
 from tidegate.gate.quotas import own_quotas
 from tidegate.ledger.buffer import DAY_US
-from tidegate.policy.limits import MAX_WINDOW_US, Algorithm, Limit, LimitSet
+from tidegate.policy.limits import MAX_WINDOW_US, Algorithm, Limit, LimitSet, QuotaAlgorithm
 from tidegate.policy.matching import CompiledTier
 from tidegate.policy.model import KeyStatus, Subject
 from tidegate.policy.quotas import QuotaLimit
@@ -38,6 +38,7 @@ _KEYS: Final = 200
 """Keys whose units are read at a time."""
 _COUNTERS: Final = 200
 """Counters that are raised at a time."""
+_BY_KEY: Final = (Subject.API_KEY, Subject.CUSTOMER)
 _Days: TypeAlias = Mapping[int, int]
 """Units by day."""
 
@@ -153,6 +154,7 @@ async def _add_keys(catalog: SqlCatalog, counters: _Counters, now_us: int) -> No
     async with catalog.database.reading() as connection:
         keys = [(row.id, row.sha256) for row in await connection.execute(query)]
     cached = CachedCatalog(catalog, max_keys=_KEYS)
+    customers: set[str] = set()
     for start in range(0, len(keys), _KEYS):
         chunk = keys[start : start + _KEYS]
         callers = await asyncio.gather(*(cached.caller(sha256) for _, sha256 in chunk))
@@ -166,20 +168,50 @@ async def _add_keys(catalog: SqlCatalog, counters: _Counters, now_us: int) -> No
             for key, tier, rule, day_us, admitted in await connection.execute(by_key):
                 units[key][tier, rule][day_us] = int(admitted)
         for (key, _), caller in zip(chunk, callers, strict=True):
-            if caller is not None:
-                _add_key(caller, units[key], counters)
+            if caller is None:
+                continue
+            _add_units(_counters_of(caller), caller, units[key], counters)
+            if caller.customer and caller.customer not in customers:
+                customers.add(caller.customer)
+                shared = [each for each in _counters_of(caller) if each[1] == caller.customer_subject]
+                _add_units(shared, caller, await _units_without_key(catalog, caller.customer, since_us), counters)
 
 
-def _add_key(caller: Caller, units: Mapping[tuple[str, str], _Days], counters: _Counters) -> None:
-    tier = caller.tier
-    for rule in tier.rules:
-        own = units.get((tier.tier.name, rule.rule.name))
-        if own and rule.subject is Subject.API_KEY and _restorable(rule):
-            counters.add(rule.limits, caller.subject, [own])
-    # Quotas of all tiers share their counters.
-    for limits, subject in own_quotas(caller):
-        if any(map(_is_of_days, limits.limits)):
-            counters.add(limits, subject, [days for (_, rule), days in units.items() if limits.rule in (None, rule)])
+async def _units_without_key(catalog: SqlCatalog, customer: str, since_us: int) -> defaultdict[tuple[str, str], dict[int, int]]:
+    """Units of a customer's callers that have no API key, by tier and rule, and by day."""
+    c = usage_ledger.c
+    query = (
+        select(c.tier, c.rule, c.day_us, func.sum(c.admitted))
+        .where(c.customer == customer, c.key_id == "", c.day_us >= since_us)
+        .group_by(c.tier, c.rule, c.day_us)
+    )
+    found: defaultdict[tuple[str, str], dict[int, int]] = defaultdict(dict)
+    async with catalog.database.reading() as connection:
+        for tier, rule, day_us, admitted in await connection.execute(query):
+            found[tier, rule][day_us] = int(admitted)
+    return found
+
+
+def _counters_of(caller: Caller) -> list[tuple[LimitSet, str]]:
+    """What the ledger can restore of a caller: limits and subject."""
+    found = []
+    for rule in caller.tier.rules:
+        if rule.subject in _BY_KEY and _restorable(rule):
+            by_customer = rule.subject is Subject.CUSTOMER and caller.customer_subject
+            found.append((rule.limits, caller.customer_subject if by_customer else caller.subject))
+    found += [(limits, subject) for limits, subject in own_quotas(caller) if any(map(_is_of_days, limits.limits))]
+    return found
+
+
+def _add_units(
+    restorable: Iterable[tuple[LimitSet, str]], caller: Caller, units: Mapping[tuple[str, str], _Days], counters: _Counters
+) -> None:
+    for limits, subject in restorable:
+        # Quotas of all tiers share their counters.
+        tier = None if isinstance(limits.algorithm, QuotaAlgorithm) else caller.tier.tier.name
+        own = [days for (at, rule), days in units.items() if tier in (None, at) and limits.rule in (None, rule)]
+        if own:
+            counters.add(limits, subject, own)
 
 
 async def _raise(store: RedisCounters, counters: Sequence[_Counter], now_us: int, *, dry_run: bool) -> tuple[int, int]:
@@ -239,7 +271,7 @@ def _not_restorable(compiled: CompiledTier) -> Iterator[str]:
     if compiled.limits is not None and any(limit.window_us >= DAY_US for limit in compiled.limits.limits):
         yield "limits of the tier, which slide"
     for rule in compiled.rules:
-        by_key = rule.subject in (Subject.API_KEY, Subject.TIER)
+        by_key = rule.subject in (*_BY_KEY, Subject.TIER)
         limits = rule.limited and any(limit.window_us >= DAY_US for limit in rule.limits.limits)
         if (limits and not (by_key and _restorable(rule))) or (rule.quotas and rule.subject is not Subject.API_KEY):
             yield rule.rule.name

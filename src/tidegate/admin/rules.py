@@ -32,7 +32,7 @@ from tidegate.admin.transaction import (
 from tidegate.catalog.changes import NONE, TIER, Item
 from tidegate.catalog.sql import rows as policy_rows
 from tidegate.catalog.sql.catalog import SqlCatalog
-from tidegate.catalog.sql.tables import api_keys, policy_state, rate_limit_rules, tiers
+from tidegate.catalog.sql.tables import api_keys, customers, policy_state, rate_limit_rules, tiers
 from tidegate.errors import CatalogError
 from tidegate.policy.coverage import coverage_warnings
 from tidegate.policy.model import Rule, Tier
@@ -51,6 +51,7 @@ RULE_FIELDS: Final = {
     "on_missing",
     "quotas",
     "overage",
+    "leases",
     "action",
 }
 
@@ -148,6 +149,11 @@ class CatalogEditor:
             if user is not None:
                 raise CatalogError(
                     f"tier {name!r} has API keys, e.g. {user['id']}: move them to another tier, or revoke and delete them first"
+                )
+            owner = await transaction.one(select(customers.c.name).where(customers.c.tier_id == row["id"]).limit(1))
+            if owner is not None:
+                raise CatalogError(
+                    f"tier {name!r} is the tier of customers, e.g. {owner['name']!r}: give them another tier first"
                 )
             state = await transaction.one(select(policy_state.c.anonymous_tier, policy_state.c.callers))
             if state is not None and state["anonymous_tier"] == row["name"]:

@@ -16,6 +16,7 @@ from tidegate.gate.quotas import own_quotas
 from tidegate.gate.usage import caller_usage, own_limits, reset_counters
 from tidegate.policy.attributes import is_name, parse_subject
 from tidegate.policy.descriptors import entries_subject
+from tidegate.timestamps import now_us
 
 
 async def caller_of(editor: CatalogEditor, gate: Gate, key_id: str) -> Caller:
@@ -29,6 +30,7 @@ async def caller_of(editor: CatalogEditor, gate: Gate, key_id: str) -> Caller:
     caller = await gate.catalog.caller(row["sha256"])
     if caller is None:
         raise NotFound(f"the API key {key_id} was deleted: see GET /admin/v1/api-keys")
+    caller.end_overrides(now_us())
     return caller
 
 

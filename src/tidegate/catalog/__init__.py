@@ -11,6 +11,7 @@ from typing import Protocol
 
 from tidegate.catalog.changes import Changes
 from tidegate.policy.attributes import CallerPolicy
+from tidegate.policy.customers import Customer
 from tidegate.policy.model import ApiKey, Tier
 
 
@@ -51,6 +52,31 @@ class Catalog(Protocol):
 
         Returns:
             The version, and the caller policy.
+
+        Raises:
+            CatalogUnavailable: if the catalog does not answer.
+        """
+        ...
+
+    async def customer(self, name: str, min_version: int = 0) -> tuple[int, Customer | None]:
+        """Look up a customer, without its metadata.
+
+        Returns:
+            The version, and the customer; None if it is unknown.
+
+        Raises:
+            CatalogUnavailable: if the catalog does not answer.
+        """
+        ...
+
+    async def customer_name(self, digest: str, min_version: int = 0) -> tuple[int, str]:
+        """Look up whom an attribute value belongs to.
+
+        Args:
+            digest: of the value, see `value_digest`.
+
+        Returns:
+            The version, and the name of the customer; empty if the value belongs to nobody.
 
         Raises:
             CatalogUnavailable: if the catalog does not answer.

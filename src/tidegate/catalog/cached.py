@@ -27,7 +27,8 @@ from tidegate.catalog.access_lists import AccessLists
 from tidegate.catalog.blocks import Blocks
 from tidegate.catalog.cache_level import CachedTier, CacheLevel, Caller, TierNames, UnkeyedCallers, V
 from tidegate.catalog.caller_tokens import CallerTokens
-from tidegate.catalog.changes import ALL, ANONYMOUS, KEY, TIER, Changes, Item
+from tidegate.catalog.changes import ALL, ANONYMOUS, CUSTOMER, CUSTOMER_VALUE, KEY, TIER, Changes, Item
+from tidegate.catalog.customer_cache import CustomerCache
 from tidegate.catalog.freshness import FreshnessTracker
 from tidegate.catalog.unknown_keys import UnknownKeyLimit
 from tidegate.errors import CatalogUnavailable, TooManyUnknownKeys
@@ -63,6 +64,7 @@ class CachedCatalog:
         blocks: receives each change as well; None where nobody can be blocked, as in a catalog in memory.
         access: what checks are compared with before anything is counted.
         on_change: called with the items that a change touched; ALL stands for any.
+        customers: who owns API keys and attribute values.
         active_policy: what the policy says of callers without an API key, and of attributes; None if it has to be loaded.
     """
 
@@ -91,6 +93,7 @@ class CachedCatalog:
         self._tiers: CacheLevel[CachedTier | None] = CacheLevel(TIER, 10_000)
         self._unkeyed: CacheLevel[UnkeyedCallers] = CacheLevel(ANONYMOUS, 1)
         self._names: CacheLevel[TierNames] = CacheLevel("names", 1)
+        self.customers = CustomerCache(self)
         self._generation = 0
         self._retry_at = self._slow_until = -math.inf
         self._last = FreshnessTracker()
@@ -142,6 +145,12 @@ class CachedCatalog:
         entry = self._unkeyed.entries.get("")
         return entry[1].policy if entry is not None and entry[0] > self._clock() else None
 
+    @property
+    def has_customer_values(self) -> bool:
+        """Whether attribute values may belong to customers; also where that has to be loaded."""
+        entry = self._unkeyed.entries.get("")
+        return entry is None or bool(entry[1].policy.customer_attributes)
+
     def cached_tier_caller(self, name: str) -> Caller | None:
         """The caller without an API key of a tier; None where `tier_caller` has more to do."""
         entry = self._tiers.entries.get(name)
@@ -174,7 +183,7 @@ class CachedCatalog:
                 return None
             self._unknown.pop(sha256, None)
         if client is None or self.unknown_keys is None or sha256 in self._callers.flights:
-            return await self._load_through(self._callers, sha256, self._load_caller)
+            return await self.load_through(self._callers, sha256, self._load_caller)
         return await self._load_limited(sha256, client, self.unknown_keys)
 
     async def _load_limited(self, sha256: str, client: str, limit: UnknownKeyLimit) -> Caller | None:
@@ -187,7 +196,7 @@ class CachedCatalog:
                     f"this address has sent too many unknown API keys: try again in {math.ceil(wait_s)} s",
                     retry_after=math.ceil(wait_s),
                 )
-        caller = await self._load_through(self._callers, sha256, self._load_caller)
+        caller = await self.load_through(self._callers, sha256, self._load_caller)
         if caller is None:
             limit.count(client)
         return caller
@@ -233,7 +242,7 @@ class CachedCatalog:
             return caller
         entry = self._names.entries.get("")
         fresh = entry is not None and entry[0] > self._clock()
-        known = entry[1] if entry is not None and fresh else await self._load_through(self._names, "", self._load_names)
+        known = entry[1] if entry is not None and fresh else await self.load_through(self._names, "", self._load_names)
         if name not in known.names:
             return None
         cached = await self._current_tier(name)
@@ -244,7 +253,7 @@ class CachedCatalog:
         if entry is not None and entry[0] > self._clock() and (entry[1].default is None or entry[1].default.cached_tier.current):
             self.hits += 1
             return entry[1]
-        return await self._load_through(self._unkeyed, "", self._load_unkeyed)
+        return await self.load_through(self._unkeyed, "", self._load_unkeyed)
 
     async def tier(self, name: str) -> CompiledTier | None:
         """A compiled tier; None if it is unknown.
@@ -275,6 +284,19 @@ class CachedCatalog:
             CatalogUnavailable: if the catalog fails.
         """
         return await self.catalog.tier_names()
+
+    @property
+    def failing(self) -> bool:
+        """Whether the catalog does not answer."""
+        return self._failing
+
+    def now(self) -> float:
+        """The time on the clock of the entries, s."""
+        return self._clock()
+
+    def min_version(self, kind: str, name: str) -> int:
+        """The lowest catalog version that an item may be read at."""
+        return self._last.min_version(kind, name)
 
     def changed(self, changes: Changes) -> None:
         """Invalidate what was touched since `version`, or everything if that is unknown. Loads in progress are not cached."""
@@ -320,6 +342,7 @@ class CachedCatalog:
         tiers = list(self._tiers.entries)
         for level in (self._callers, self._tiers, self._unkeyed, self._names):
             level.mark_all_stale()
+        self.customers.invalidate()
         self.active_policy = None
         self.access.forget_policy()
         self._unknown.clear()
@@ -338,6 +361,8 @@ class CachedCatalog:
                 self._names.mark_stale("")
                 if name in self._tiers.stale:
                     self._schedule_reload([name])
+            elif kind in (CUSTOMER, CUSTOMER_VALUE):
+                self.customers.changed(kind, name)
             elif kind == ANONYMOUS:
                 self._unkeyed.mark_stale("")
                 self.active_policy = None
@@ -346,7 +371,7 @@ class CachedCatalog:
     def _mark_tier_replaced(self, tier: str) -> None:
         entry = self._tiers.entries.get(tier)
         if entry is not None and entry[1] is not None:
-            entry[1].current = False
+            entry[1].replace()
 
     def _schedule_reload(self, tiers: Iterable[str]) -> None:
         """Reload cached tiers that changed, before a check needs them."""
@@ -367,7 +392,8 @@ class CachedCatalog:
         """Number of cached API keys, including unknown ones."""
         return len(self._callers.entries) + len(self._unknown)
 
-    async def _load_through(self, level: CacheLevel[V], name: str, load: Callable[[str], Awaitable[V]]) -> V:
+    async def load_through(self, level: CacheLevel[V], name: str, load: Callable[[str], Awaitable[V]]) -> V:
+        """An entry that is not fresh: loaded, or an expired one while the catalog fails or is slow."""
         self.misses += 1
         now = self._clock()
         entry = level.entries.get(name) or level.stale.get(name)
@@ -399,7 +425,10 @@ class CachedCatalog:
             entry = self._tiers.entries.get(value.cached_tier.compiled.tier.name)
             if entry is None or entry[1] is None or not entry[1].current:
                 return True, value
-            return False, Caller(value.api_key, entry[1])  # type: ignore[return-value]
+            customer = value.cached_tier.customer
+            if customer is not None and not customer.current:
+                return True, value
+            return False, Caller(value.api_key, entry[1] if customer is None else customer.tier(entry[1]))  # type: ignore[return-value]
         if isinstance(value, UnkeyedCallers) and value.default is not None and not value.default.cached_tier.current:
             entry = self._tiers.entries.get(value.default.cached_tier.compiled.tier.name)
             if entry is None or entry[1] is None or not entry[1].current:
@@ -461,11 +490,11 @@ class CachedCatalog:
             if entry[1] is not None:
                 entry[1].recent = True
             return entry[1]
-        cached = await self._load_through(self._tiers, name, self._load_tier)
+        cached = await self.load_through(self._tiers, name, self._load_tier)
         entry = self._tiers.entries.get(name)
         if cached is not None and (entry is None or entry[1] is not cached):
             # It changed during the load: users of it must read the cache again.
-            cached.current = False
+            cached.replace()
         return cached
 
     async def _current_tier(self, name: str) -> CachedTier | None:
@@ -486,10 +515,12 @@ class CachedCatalog:
             _, api_key = await self.catalog.api_key(sha256, self._last.min_version(KEY, sha256))
         if api_key is None:
             return None
-        cached = await self._current_tier(api_key.tier)
+        customer = await self.customers.current(api_key.customer) if api_key.customer else None
+        tier = customer.record.tier if customer is not None and api_key.inherits_tier else api_key.tier
+        cached = await self._current_tier(tier)
         if cached is None:
-            raise CatalogUnavailable(f"the catalog has the API key {api_key.id} but not its tier {api_key.tier!r}: try again")
-        return Caller(api_key, cached)
+            raise CatalogUnavailable(f"the catalog has the API key {api_key.id} but not its tier {tier!r}: try again")
+        return Caller(api_key, cached if customer is None else customer.tier(cached))
 
     async def _load_tier(self, name: str) -> CachedTier | None:
         _, tier = await self.catalog.tier(name, self._last.min_version(TIER, name))

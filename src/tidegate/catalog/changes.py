@@ -9,6 +9,9 @@ import msgspec
 TIER: Final = "tier"
 KEY: Final = "key"
 ANONYMOUS: Final = "anonymous"
+CUSTOMER: Final = "customer"
+CUSTOMER_VALUE: Final = "customer_value"
+"""An attribute value that belongs, or belonged, to a customer."""
 CALLER_TOKEN: Final = "caller_token"
 BLOCK: Final = "block"
 """Blocks, whichever: readers find what changed by its version."""
@@ -21,7 +24,8 @@ MAX_READ: Final = 10_000
 """Maximum number of rows read, the latest ones, and of items and versions stored in memory."""
 
 Item: TypeAlias = tuple[str, str]
-"""A touched item: TIER and its name, KEY or CALLER_TOKEN and its digest, or one of the others and an empty name."""
+"""A touched item: TIER or CUSTOMER and its name, KEY, CUSTOMER_VALUE or CALLER_TOKEN and its digest, or one of the others and an
+empty name."""
 
 
 class Changes(msgspec.Struct, frozen=True):

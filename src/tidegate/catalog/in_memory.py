@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import msgspec
+
 from tidegate.catalog.changes import Changes
 from tidegate.policy.attributes import CallerPolicy
+from tidegate.policy.customers import Customer, value_digest
 from tidegate.policy.model import ApiKey, Policy, Tier
 
 
@@ -19,6 +22,8 @@ class PolicyCatalog:
         self._tiers = {tier.name: tier for tier in policy.tiers}
         self._keys = {api_key.sha256: api_key for api_key in policy.api_keys}
         self._caller_policy = policy.caller_policy
+        self._customers = {customer.name: msgspec.structs.replace(customer, metadata="") for customer in policy.customers}
+        self._owners = {value_digest(*value): customer.name for customer in policy.customers for value in customer.values}
         self._version += 1
 
     async def api_key(self, sha256: str, min_version: int = 0) -> tuple[int, ApiKey | None]:  # noqa: ARG002 - always the latest
@@ -32,6 +37,14 @@ class PolicyCatalog:
     async def caller_policy(self, min_version: int = 0) -> tuple[int, CallerPolicy]:  # noqa: ARG002 - always the latest
         """See `Catalog.caller_policy`."""
         return self._version, self._caller_policy
+
+    async def customer(self, name: str, min_version: int = 0) -> tuple[int, Customer | None]:  # noqa: ARG002 - always the latest
+        """See `Catalog.customer`."""
+        return self._version, self._customers.get(name)
+
+    async def customer_name(self, digest: str, min_version: int = 0) -> tuple[int, str]:  # noqa: ARG002 - always the latest
+        """See `Catalog.customer_name`."""
+        return self._version, self._owners.get(digest, "")
 
     async def tier_names(self) -> list[str]:
         """See `Catalog.tier_names`."""

@@ -19,6 +19,7 @@ import random
 import time
 from collections import OrderedDict
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Final, Protocol
 
 import msgspec
@@ -28,16 +29,19 @@ from tidegate.catalog.changes import MAX_READ, Changes
 from tidegate.catalog.shared_entries import (
     AnyEntry,
     CallersEntry,
+    CustomerEntry,
     Entry,
     EntrySeal,
     InvalidEntry,
     KeyEntry,
     TierEntry,
+    require_valid_customer,
     require_valid_key,
     require_valid_tier,
 )
 from tidegate.errors import StoreUnavailable
 from tidegate.policy.attributes import CallerPolicy
+from tidegate.policy.customers import Customer
 from tidegate.policy.model import ApiKey, Tier
 
 logger = logging.getLogger(__name__)
@@ -96,6 +100,7 @@ class SharedCatalog:
         self._warn_at = -WARN_S
         self._keys = msgspec.msgpack.Decoder(KeyEntry)
         self._tiers = msgspec.msgpack.Decoder(TierEntry)
+        self._customers = msgspec.msgpack.Decoder(CustomerEntry)
         self._caller_policies = msgspec.msgpack.Decoder(CallersEntry)
 
     async def api_key(self, sha256: str, min_version: int = 0) -> tuple[int, ApiKey | None]:
@@ -128,6 +133,22 @@ class SharedCatalog:
         version, policy = await self.catalog.caller_policy(min_version)
         self._write_later("a", CallersEntry(version, policy))
         return version, policy
+
+    async def customer(self, name: str, min_version: int = 0) -> tuple[int, Customer | None]:
+        """See `Catalog.customer`."""
+        entry_name = f"c:{name}"
+        require_valid = partial(require_valid_customer, name=name)
+        cached = await self._get(entry_name, self._customers, min_version, lambda entry: require_valid(entry.value))
+        if cached is not None:
+            return cached.version, cached.value
+        version, customer = await self.catalog.customer(name, min_version)
+        if customer is not None:
+            self._write_later(entry_name, CustomerEntry(version, customer))
+        return version, customer
+
+    async def customer_name(self, digest: str, min_version: int = 0) -> tuple[int, str]:
+        """See `Catalog.customer_name`; not cached, as unknown keys are not."""
+        return await self.catalog.customer_name(digest, min_version)
 
     async def tier_names(self) -> list[str]:
         """See `Catalog.tier_names`; not cached."""

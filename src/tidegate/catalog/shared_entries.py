@@ -17,8 +17,10 @@ import msgspec
 
 from tidegate.errors import PolicyError
 from tidegate.policy.attributes import CallerPolicy
+from tidegate.policy.customers import Customer
 from tidegate.policy.limits import Algorithm, Limit, fit_limits
 from tidegate.policy.model import ApiKey, Rule, Tier
+from tidegate.policy.overrides import Override
 from tidegate.policy.quotas import Overage, Quota, fit_quotas, require_quotas
 
 _TAG_BYTES: Final = 32
@@ -43,13 +45,19 @@ class TierEntry(Entry, frozen=True, array_like=True):
     value: Tier
 
 
+class CustomerEntry(Entry, frozen=True, array_like=True):
+    """A customer without its metadata."""
+
+    value: Customer
+
+
 class CallersEntry(Entry, frozen=True, array_like=True):
     """What a policy says of callers without an API key."""
 
     value: CallerPolicy
 
 
-AnyEntry = TypeVar("AnyEntry", KeyEntry, TierEntry, CallersEntry)
+AnyEntry = TypeVar("AnyEntry", KeyEntry, TierEntry, CustomerEntry, CallersEntry)
 
 
 class InvalidEntry(Exception):
@@ -69,7 +77,8 @@ class EntrySeal:
 
     def __init__(self, secret: bytes) -> None:
         self._secret = hashlib.sha256(b"tidegate shared cache\0" + secret).digest()
-        described = msgspec.json.encode(msgspec.json.schema_components((KeyEntry, TierEntry, CallersEntry)), order="sorted")
+        kinds = (KeyEntry, TierEntry, CustomerEntry, CallersEntry)
+        described = msgspec.json.encode(msgspec.json.schema_components(kinds), order="sorted")
         self.form = hmac.digest(self._secret, described, "sha256").hex()[:6]
 
     def seal(self, name: bytes, entry: Entry) -> bytes:
@@ -114,8 +123,22 @@ def require_valid_key(api_key: ApiKey, sha256: str) -> None:
         raise InvalidEntry("it has no tier, or a time that the database cannot store")
     if api_key.counts_as and _KEY_ID.fullmatch(api_key.counts_as) is None:
         raise InvalidEntry("its counts_as is not the id of an API key")
-    for override in api_key.overrides:
-        _require_valid_limits(override.limits)
+    _require_valid_overrides(api_key.overrides)
+
+
+def require_valid_customer(customer: Customer, name: str) -> None:
+    """Reject a customer that is not the requested one, or that no database row could contain.
+
+    Raises:
+        InvalidEntry: with the reason.
+    """
+    if customer.name != name:
+        raise InvalidEntry("it belongs to another customer")
+    try:
+        customer.period_anchor  # noqa: B018 - computing it validates the date and the time zone
+    except PolicyError as error:
+        raise InvalidEntry(error.reason) from None
+    _require_valid_overrides(customer.overrides)
 
 
 def require_valid_tier(tier: Tier, name: str) -> None:
@@ -139,15 +162,29 @@ def require_valid_tier(tier: Tier, name: str) -> None:
         raise InvalidEntry("two of its rules have the same name, or one has no name")
 
 
-def _require_valid_quotas(record: Tier | Rule) -> None:
+def _require_valid_quotas(record: Tier | Rule | Override) -> None:
     try:
         if any(Quota.parse(quota.text) != quota for quota in record.quotas) or fit_quotas(record.quotas) != record.quotas:
             raise InvalidEntry("a quota does not match its text, or quotas are not in order")
+        if isinstance(record, Override):
+            return
         if record.overage is not None and Overage.parse(record.overage.value) != record.overage:
             raise InvalidEntry("an overage does not match its text")
         require_quotas(record.overage, record.quotas)
     except PolicyError as error:
         raise InvalidEntry(str(error)) from None
+
+
+def _require_valid_overrides(overrides: tuple[Override, ...]) -> None:
+    for override in overrides:
+        _require_valid_limits(override.limits)
+        _require_valid_quotas(override)
+        if override.limits and override.quotas:
+            raise InvalidEntry("an override has both limits and quotas")
+        if override.until_us is not None and abs(override.until_us) >= 1 << 63:
+            raise InvalidEntry("an override ends at a time that the database cannot store")
+        if any(Quota.parse(quota.text) != quota for quota in override.quotas):
+            raise InvalidEntry("a quota does not match its text")
 
 
 def _require_valid_limits(limits: tuple[Limit, ...], algorithm: Algorithm | None = None) -> None:

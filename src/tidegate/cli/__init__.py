@@ -29,6 +29,7 @@ _COMMANDS: Final = {
     "callers": "tidegate.cli.policy:callers",
     "policy": "tidegate.cli.policy:app",
     "keys": "tidegate.cli.keys:app",
+    "customers": "tidegate.cli.customers:app",
     "blocks": "tidegate.cli.blocks:app",
     "caller-tokens": "tidegate.cli.caller_tokens:app",
     "usage": "tidegate.cli.usage:app",

@@ -25,7 +25,8 @@ from tidegate.cli.client_tls import CaOption, CertKeyOption, CertOption, ClientT
 from tidegate.cli.common import ConfigOption, JsonOption, print_json, print_rows, with_catalog
 from tidegate.cli.control_plane import ControlPlane, one_line
 from tidegate.cli.key_access import cli_actor, refusals_as_over_the_api, run_at_once
-from tidegate.cli.keys import MAX_GRACE_S, TokenFileOption, UrlOption, checked, lifetime_s, to_seconds
+from tidegate.cli.keys import MAX_GRACE_S, checked, lifetime_s, to_seconds
+from tidegate.cli.options import TokenFileOption, UrlOption
 from tidegate.errors import SettingsError
 from tidegate.timestamps import US_PER_S, format_timestamp, now_us, parse_timestamp
 from tidegate.tools.terminal import say

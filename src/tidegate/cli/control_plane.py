@@ -124,6 +124,15 @@ class ControlPlane:
         """
         return self._send_for("POST", path, body.model_dump_json(exclude_unset=True).encode(), model)
 
+    def replace(self, path: str, body: RequestModel, revision: int, model: type[_Model], method: str = "PUT") -> _Model:
+        """Send a PUT or PATCH request for a resource with this revision.
+
+        Raises:
+            ControlPlaneError: with the reason and the remedy.
+        """
+        headers = {"If-Match": f'"{revision}"'}
+        return self._send_for(method, path, body.model_dump_json(exclude_unset=True).encode(), model, headers)
+
     def delete(self, path: str, revision: int) -> None:
         """Send a DELETE request for a resource with this revision.
 
@@ -160,8 +169,10 @@ class ControlPlane:
     def _url(self) -> str:
         return self._server.url
 
-    def _send_for(self, method: str, path: str, body: bytes | None, model: type[_Model]) -> _Model:
-        answer = self._send(method, path, body)
+    def _send_for(
+        self, method: str, path: str, body: bytes | None, model: type[_Model], headers: Mapping[str, str] | None = None
+    ) -> _Model:
+        answer = self._send(method, path, body, headers)
         try:
             return model.model_validate_json(answer.body)
         except ValidationError:

@@ -19,7 +19,17 @@ import msgspec
 from tidegate.admin import api_keys
 from tidegate.admin.key_import import KeyImportRequest, KeyImportResult, import_keys
 from tidegate.admin.lists import list_keys
-from tidegate.admin.models import KeyCreate, KeyMade, KeyPage, KeyRead, KeyRotated, RevokeRequest, RotateRequest
+from tidegate.admin.models import (
+    KeyCreate,
+    KeyMade,
+    KeyPage,
+    KeyPatch,
+    KeyRead,
+    KeyRotated,
+    OverridesRequest,
+    RevokeRequest,
+    RotateRequest,
+)
 from tidegate.admin.rules import CatalogEditor
 from tidegate.catalog.sql.catalog import SqlCatalog
 from tidegate.catalog.sql.paging import MAX_PAGE, Page
@@ -48,6 +58,7 @@ class KeyFilter(msgspec.Struct, frozen=True):
     status: str | None = None
     name: str | None = None
     id_prefix: str | None = None
+    customer: str | None = None
 
 
 class KeyRefused(TidegateError):
@@ -106,6 +117,13 @@ class ApiKeys(Protocol):
             TidegateError: if the old key is revoked or expired, or the policy file owns it.
         """
 
+    async def override(self, record: KeyRead, request: OverridesRequest) -> KeyRead:
+        """Replace all limits that a key has of its own.
+
+        Raises:
+            TidegateError: if a limit is not valid, the key was changed since, or the policy file owns it.
+        """
+
     async def delete(self, record: KeyRead) -> None:
         """Delete the record of a key.
 
@@ -142,6 +160,11 @@ class KeysInCatalog:
         """See `ApiKeys.rotate`."""
         return await api_keys.rotate_key(self._editor, self._actor, record.id, grace_s)
 
+    async def override(self, record: KeyRead, request: OverridesRequest) -> KeyRead:
+        """See `ApiKeys.override`."""
+        patch = KeyPatch(limits=request.limits, overrides=request.overrides)
+        return await api_keys.edit_key(self._editor, self._actor, record.id, patch, {record.revision})
+
     async def delete(self, record: KeyRead) -> None:
         """See `ApiKeys.delete`."""
         await api_keys.delete_key(self._editor, self._actor, record.id, {record.revision})
@@ -174,6 +197,10 @@ class KeysAtControlPlane:
     async def rotate(self, record: KeyRead, grace_s: int) -> KeyRotated:
         """See `ApiKeys.rotate`."""
         return self._plane.post(f"/api-keys/{record.id}/rotate", RotateRequest(grace_s=grace_s), KeyRotated)
+
+    async def override(self, record: KeyRead, request: OverridesRequest) -> KeyRead:
+        """See `ApiKeys.override`."""
+        return self._plane.replace(f"/api-keys/{record.id}/overrides", request, record.revision, KeyRead)
 
     async def delete(self, record: KeyRead) -> None:
         """See `ApiKeys.delete`."""

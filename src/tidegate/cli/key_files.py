@@ -16,7 +16,7 @@ from tidegate.errors import PolicyError, TidegateError
 from tidegate.policy.key_format import hash_api_key, is_possible_key, why_impossible
 from tidegate.policy.model import parse_key_digest
 
-COLUMNS: Final = ("key", "sha256", "tier", "name", "expires_at")
+COLUMNS: Final = ("key", "sha256", "tier", "customer", "name", "expires_at")
 MAX_LINE: Final = 16_384
 BATCH_SIZE: Final = 500
 """Keys of one request: with the longest names it is half of what the admin API reads."""
@@ -110,7 +110,7 @@ def _row(line: int, fields: dict[str, Any] | str, tier: str | None) -> FileRow:
         return FileRow(line, f"unknown field {unknown[0]!r}: the fields are {', '.join(COLUMNS)}")
     given = {name: value for name, value in fields.items() if value is not None}
     given.setdefault("tier", tier)
-    if given["tier"] is None:
+    if given["tier"] is None and given.get("customer") is None:
         return FileRow(line, "the tier is missing: add the field, or give --tier")
     key = given.pop("key", None)
     if key is not None and (not isinstance(key, str) or not is_possible_key(key)):

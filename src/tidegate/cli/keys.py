@@ -12,12 +12,15 @@ import typer
 from pydantic import TypeAdapter, ValidationError
 
 from tidegate.admin.key_import import KeyImport, KeyImportRequest, KeyImportResult
-from tidegate.admin.models import KeyCreate, KeyRead, KeyRotated, Name, Reason, RevokeRequest, TierName
+from tidegate.admin.models import KeyCreate, KeyRead, KeyRotated, LimitOverride, Name, Reason, RevokeRequest, TierName
+from tidegate.admin.models.customers import CustomerName
 from tidegate.cli.client_tls import CaOption, CertKeyOption, CertOption, ClientTls
 from tidegate.cli.common import ConfigOption, JsonOption, print_json, print_rows
 from tidegate.cli.control_plane import one_line
 from tidegate.cli.key_access import ApiKeys, KeyFilter, collect, find, with_keys
 from tidegate.cli.key_files import BATCH_SIZE, in_batches, read_key_file
+from tidegate.cli.key_limits import limit
+from tidegate.cli.options import KeyArgument, TokenFileOption, UrlOption
 from tidegate.timestamps import US_PER_S, format_timestamp, now_us
 from tidegate.tools.terminal import say
 
@@ -31,30 +34,6 @@ _SECONDS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 _ID_PART: Final = re.compile(r"[0-9a-f]{1,24}", re.ASCII)
 MAX_GRACE_S: Final = 365 * 86_400
 
-UrlOption = Annotated[
-    str | None,
-    typer.Option(
-        "--url",
-        help="Ask the control plane at this URL, such as http://127.0.0.1:8082 ([server] admin) or https://…; "
-        "where not given, the database ([catalog] url).",
-    ),
-]
-TokenFileOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--token-file",
-        help="For --url: a file that holds the token; TIDEGATE_ADMIN__TOKEN ([admin] token) where not given. "
-        "There is no option for the token itself: everyone on the machine would see it in the list of processes.",
-    ),
-]
-KeyArgument = Annotated[
-    str,
-    typer.Argument(
-        metavar="KEY",
-        help="The key's id, the beginning of it (6 hex digits or more), or the key itself: it is hashed here and not sent.",
-    ),
-]
-
 
 class Status(enum.StrEnum):
     """Status of an API key."""
@@ -66,7 +45,8 @@ class Status(enum.StrEnum):
 
 @app.command("create")
 def create(
-    tier: Annotated[str, typer.Option("--tier", help="The key's tier.")],
+    tier: Annotated[str | None, typer.Option("--tier", help="The key's tier; that of its customer where not given.")] = None,
+    customer: Annotated[str | None, typer.Option("--customer", help="The customer that owns the key.")] = None,
     name: Annotated[str, typer.Option("--name", help="A label for people.")] = "",
     expires_in: Annotated[
         str | None, typer.Option("--expires-in", help="Lifetime, such as 90d or 12h; for ever where not given.")
@@ -80,8 +60,11 @@ def create(
     as_json: JsonOption = False,
 ) -> None:
     """Create an API key and print it, only once: only its digest is stored."""
+    if tier is None and customer is None:
+        raise typer.BadParameter("name a tier, or with --customer a customer that has one", param_hint="--tier")
     request = KeyCreate(
-        tier=checked(TierName, tier, "--tier"),
+        tier=None if tier is None else checked(TierName, tier, "--tier"),
+        customer=None if customer is None else checked(CustomerName, customer, "--customer"),
         name=checked(Name, name, "--name"),
         expires_at=None if expires_in is None else format_timestamp(now_us() + lifetime_s(expires_in, "--expires-in") * US_PER_S),
     )
@@ -96,7 +79,8 @@ def create(
 @app.command("import")
 def import_file(
     file: Annotated[
-        Path, typer.Argument(help="CSV with a header line, or JSON lines (.jsonl): key or sha256, tier, name, expires_at.")
+        Path,
+        typer.Argument(help="CSV with a header line, or JSON lines (.jsonl): key or sha256, tier, customer, name, expires_at."),
     ],
     tier: Annotated[str | None, typer.Option("--tier", help="The tier of rows that name none.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Report what would be imported; change nothing.")] = False,
@@ -145,6 +129,7 @@ def import_file(
 @app.command("list")
 def list_keys(
     tier: Annotated[str | None, typer.Option("--tier", help="Only the keys of this tier.")] = None,
+    customer: Annotated[str | None, typer.Option("--customer", help="Only the keys of this customer.")] = None,
     status: Annotated[Status | None, typer.Option("--status", help="Only these.")] = None,
     name: Annotated[str | None, typer.Option("--name", help="Only those with this in their name, in any case.")] = None,
     limit: Annotated[int, typer.Option("--limit", min=1, max=10_000, help="At most so many.")] = 100,
@@ -164,7 +149,9 @@ def list_keys(
         checked(Name, name, "--name")
     if after is not None and not _ID_PART.fullmatch(after):
         raise typer.BadParameter("not a valid id; use the last id of the previous list", param_hint="--after")
-    wanted = KeyFilter(tier, None if status is None else status.value, name)
+    if customer is not None:
+        checked(CustomerName, customer, "--customer")
+    wanted = KeyFilter(tier, None if status is None else status.value, name, customer=customer)
     page = with_keys(config, url, token_file, ClientTls(ca, cert, cert_key), lambda keys: collect(keys, wanted, limit, after))
     if as_json:
         print_json([_json(record) for record in page.items])
@@ -209,7 +196,8 @@ def show(
         return
     for field, value in (
         ("id", record.id),
-        ("tier", record.tier),
+        ("tier", record.tier + (" (of the customer)" if record.inherits_tier else "")),
+        *([("customer", record.customer)] if record.customer is not None else []),
         ("name", record.name),
         ("status", record.status),
         ("created at", to_seconds(record.created_at)),
@@ -217,7 +205,12 @@ def show(
         ("revoked at", to_seconds(record.revoked_at)),
         ("revoked reason", record.revoked_reason),
         ("limits", None if record.limits is None else ", ".join(record.limits)),
-        *((f"limits of {override.rule}", ", ".join(override.limits)) for override in record.overrides),
+        *(
+            (_override_name(override, what), ", ".join(texts))
+            for override in record.overrides
+            for what, texts in (("limits", override.limits), ("quotas", override.quotas))
+            if texts
+        ),
         ("from", _origin(record)),
     ):
         say(f"{one_line(field):<15} {one_line(value) if value else '-'}")
@@ -308,6 +301,14 @@ def delete(
         print_json(_json(record))
     else:
         say(f"deleted {one_line(record.id)} of tier {one_line(record.tier)}")
+
+
+app.command("limit")(limit)
+
+
+def _override_name(override: LimitOverride, what: str) -> str:
+    name = what if override.rule is None else f"{what} of {override.rule}"
+    return name if override.until is None else f"{name} until {to_seconds(override.until)}"
 
 
 class ImportSummary:

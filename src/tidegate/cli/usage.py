@@ -16,7 +16,7 @@ from tidegate.catalog.sql.catalog import SqlCatalog
 from tidegate.cli.client_tls import CaOption, CertKeyOption, CertOption, ClientTls
 from tidegate.cli.common import ConfigOption, with_catalog
 from tidegate.cli.control_plane import ControlPlane
-from tidegate.cli.keys import TokenFileOption, UrlOption
+from tidegate.cli.options import TokenFileOption, UrlOption
 from tidegate.errors import SettingsError
 from tidegate.ledger.export import MAX_ROWS, LedgerFilter, read_days, read_ledger, render
 from tidegate.tools.charts import clean

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import random
 import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +21,7 @@ from tidegate.errors import (
     ApiKeyExpired,
     ApiKeyRevoked,
     BadRequest,
+    Blocked,
     CatalogUnavailable,
     InvalidApiKey,
     InvalidToken,
@@ -35,6 +35,7 @@ from tidegate.errors import (
     TooManyTokens,
     TooManyUnknownKeys,
 )
+from tidegate.retry_pause import checked_wait_s, retry_pause_s
 from tidegate.server_url import Server
 from tidegate.wire import MAX_BATCH, MAX_BATCH_BYTES, CheckRequest, DecisionBody, UsageBody
 
@@ -57,7 +58,7 @@ _ERRORS: Final[dict[str, type[TidegateError]]] = {
         error.code: error
         for error in (
             *(BadRequest, RequestTooLarge, MissingApiKey, InvalidApiKey),
-            *(ApiKeyRevoked, ApiKeyExpired, TooManyUnknownKeys, StoreUnavailable, CatalogUnavailable),
+            *(ApiKeyRevoked, ApiKeyExpired, Blocked, TooManyUnknownKeys, StoreUnavailable, CatalogUnavailable),
             *(InvalidToken, TooManyTokens, TokenKeysUnavailable),
         )
     },
@@ -191,21 +192,13 @@ class ClientCore:
 
     def wait(self, check: Check, at_most_s: float, bearer: str | None = None) -> Steps[Answer]:
         """Steps of a check that is repeated until it is allowed; see `Client.wait`."""
-        if not at_most_s >= 0:
-            raise BadRequest(
-                f"at_most_s {clip(at_most_s)} is out of range; expected at least 0 seconds, e.g. 30", field="at_most_s"
-            )
-        give_up_at = monotonic() + at_most_s
+        give_up_at = monotonic() + checked_wait_s(at_most_s)
         while True:
             answer = yield from self.check(check, bearer)
-            if answer.allowed or answer.retry_after is None:
+            pause_s = None if answer.allowed else retry_pause_s(answer.retry_after, give_up_at - monotonic())
+            if pause_s is None:
                 return answer
-            remaining_s = give_up_at - monotonic()
-            if answer.retry_after > remaining_s:
-                return answer
-            # Without jitter, all callers that were denied at the same time would retry at the same time.
-            jitter_s = random.uniform(0.0, min(0.01 + answer.retry_after / 4, 1.0))
-            yield Pause(min(answer.retry_after + jitter_s, remaining_s))
+            yield Pause(pause_s)
 
     def _send(
         self,

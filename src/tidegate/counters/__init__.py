@@ -62,6 +62,10 @@ class GrantingDecision(Decision, frozen=True, gc=False):
     granted: int = 0
     ends_us: int = 0
 
+    def after_grant(self) -> Decision:
+        """The decision with what remains after the grant."""
+        return msgspec.structs.replace(self.without_grant(), remaining=max((self.remaining or 0) - self.granted, 0))
+
     def without_grant(self) -> Decision:
         """The decision alone."""
         return Decision(
@@ -188,12 +192,14 @@ class LeaseGrantor(CounterStore, Protocol):
 
     Attributes:
         instances: how many share it.
+        instances_known: whether that was read from the store already.
         on_late_grant: called with a charge, its late answer and when it was sent, monotonic µs.
         on_reset: called when counters were reset, here or elsewhere.
         denial_ttl_us: how long a denial may be remembered, µs: units that others give back may end it earlier.
     """
 
     instances: int
+    instances_known: bool
     on_late_grant: Callable[[Charge, GrantingDecision, int], None] | None
     on_reset: Callable[[], None] | None
     denial_ttl_us: int | None

@@ -70,6 +70,12 @@ class DegradedDecisions:
             leased = all(limits.leasable for limits, _ in charge.counters)
             self.denials.remember(charge.counters, charge.cost, decision, started_us, self.denial_ttl_us if leased else None)
 
+    def _denied_before(self, charge: Charge) -> Decision | None:
+        """The store's last denial, where it could only be overtaken by units that others give back."""
+        if not self.denials:
+            return None
+        return self.denials.find(charge.counters, charge.cost, now_us(), unanswered=True)
+
     def _shards(self, charge: Charge) -> list[str]:
         return list({self.store.shard_of(subject) for _, subject in charge.counters})
 
@@ -93,6 +99,9 @@ class DegradedDecisions:
         """The deadline passed before a shard that is not down could charge: admit as for a late answer, and owe it."""
         if self.breakers:
             self._breakers.release(self._shards(charge))
+        denied = self._denied_before(charge)
+        if denied is not None:
+            return denied
         if self._on_failure(charge) is not OnFailure.LOCAL:
             return self._fallback(charge, reason, error)
         allowed = not charge.cost or self.late.may_admit(charge, self.instances)
@@ -107,6 +116,10 @@ class DegradedDecisions:
         if self.breakers:
             self._breakers.release(self._shards(charge))
         admitted = False
+        denied = self._denied_before(charge)
+        if denied is not None:
+            self.late.track(charge, late, admitted, started_us)
+            return denied
         if self._on_failure(charge) is not OnFailure.LOCAL:
             outcome = self._fallback(charge, "timeout", late)
         else:
@@ -141,6 +154,9 @@ class DegradedDecisions:
         return self.options.on_failure if own is OnFailure.DEFAULT else own
 
     def _fallback(self, charge: Charge, reason: str, error: StoreUnavailable | None = None) -> ChargeOutcome:
+        denied = self._denied_before(charge)
+        if denied is not None:
+            return denied
         self.degraded[reason] = self.degraded.get(reason, 0) + 1
         limits = charge.counters[0][0]
         on_failure = self._on_failure(charge)

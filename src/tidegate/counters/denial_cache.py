@@ -3,7 +3,8 @@
 A denial is remembered for its cost: a smaller cost may pass, a larger one passes later or never. The cache is never stricter than
 the store: the time counts from before the call, and until T nothing that others consume can make room. A raised limit or a
 re-loaded policy makes new limit sets, and a denial belongs to its own set; when a counter is reset, `clear` is called. Where
-units are leased, others may give some back before T: then a denial is remembered for the life of a lease at most.
+units are leased, others may give some back before T: then the store is asked again after the life of a lease, and the denial is
+used until T only where the store does not answer.
 """
 
 from __future__ import annotations
@@ -37,23 +38,25 @@ class DenialCache:
         """Number of denials, expired ones included."""
         return len(self.entries)
 
-    def find(self, counters: _Counters, cost: int, now_us: int) -> Decision | None:
+    def find(self, counters: _Counters, cost: int, now_us: int, *, unanswered: bool = False) -> Decision | None:
         """The denial of a charge, with its times as of now.
 
         Args:
             counters: of the charge.
             cost: of the charge.
             now_us: monotonic µs.
+            unanswered: whether the store was asked and has not answered.
 
         Returns:
-            The denial; None where the store must decide.
+            The denial; None where the store, or what decides without it, must.
         """
         entry = self.entries.get((counters, cost))
         if entry is None:
             return None
         until_us, decision, retry_at_us = entry
-        if until_us <= now_us:
-            del self.entries[counters, cost]
+        if until_us <= now_us and not (unanswered and now_us < retry_at_us):
+            if retry_at_us <= now_us:
+                del self.entries[counters, cost]
             return None
         self.answered += 1
         left_us = retry_at_us - now_us
@@ -97,7 +100,7 @@ class DenialCache:
         entries = self.entries
         for _ in range(min(steps, len(entries))):
             key = next(iter(entries))
-            if entries[key][0] <= now_us:
+            if entries[key][2] <= now_us:
                 del entries[key]
             else:
                 entries.move_to_end(key)

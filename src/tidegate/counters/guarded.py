@@ -24,7 +24,7 @@ from threading import get_ident
 from typing import Final
 
 from tidegate.background import SUPERVISOR, stop
-from tidegate.counters import Charge, ChargeOutcome, LeaseReturn
+from tidegate.counters import Charge, ChargeOutcome, GrantingDecision, LeaseReturn
 from tidegate.counters.degraded import DegradedDecisions, GuardOptions, now_us
 from tidegate.counters.fallback import passes_without_end
 from tidegate.counters.redis import heartbeat
@@ -60,6 +60,7 @@ class GuardedCounters(DegradedDecisions):
         """Of calls to the store that were answered or reached their deadline."""
         self._denied = self.denials.entries  # to test whether there are any: a `__len__` in Python costs ten times as much
         self._resets: int | None = None
+        self.instances_known = False
         self.on_reset: Callable[[], None] | None = None
         self.store_calls = 0
         """Charges that were sent to the store."""
@@ -129,7 +130,11 @@ class GuardedCounters(DegradedDecisions):
         """Remember a denial, and that little remains, for later checks that reach their deadline."""
         if not decision.allowed:
             self._remember_denial(charge, decision, started_us)
-        elif (
+            self.late.observe(charge.counters, decision)
+            return
+        if isinstance(decision, GrantingDecision):
+            decision = decision.after_grant()
+        if (
             decision.binding is None
             or decision.remaining is None
             or decision.remaining * 2 >= (decision.binding.burst or decision.binding.amount)
@@ -139,8 +144,8 @@ class GuardedCounters(DegradedDecisions):
         self.late.observe(charge.counters, decision)
 
     def grants(self, counters: tuple[tuple[LimitSet, str], ...]) -> bool:
-        """See `LeaseGrantor.grants`."""
-        return self._loop is not None and self.store.grants(counters)
+        """See `LeaseGrantor.grants`. Not while answers are late: what is admitted at a deadline relies on recent answers."""
+        return self._loop is not None and not len(self.late) and not self.breakers and self.store.grants(counters)
 
     def session(self, counters: tuple[tuple[LimitSet, str], ...]) -> object:
         """See `LeaseGrantor.session`."""
@@ -291,6 +296,7 @@ class GuardedCounters(DegradedDecisions):
             self.late.sweep()
             self._local.sweep(_SWEEP_STEPS)
         self.instances = max(beat.instances, self.options.min_instances)
+        self.instances_known = True
         self._offset_us = beat.at_us - (before_us + now_us()) // 2
         if self._resets is not None and beat.resets != self._resets:
             self._clear_remembered()

@@ -183,7 +183,7 @@ class LateAnswers:
             self.answers["lost"] += 1
         else:
             self.answers["allowed" if answer.allowed else "denied"] += 1
-            self.observe(counters, answer)
+            self.observe(counters, answer.after_grant() if isinstance(answer, GrantingDecision) else answer)
             if answer.allowed and charge.cost and not admitted:
                 self._keep_prepaid(charge, answer)
         self._settle(charge, admitted, started_us, answer)

@@ -50,6 +50,7 @@ class LeasedCounters:
 
     Attributes:
         table: the leases.
+        sent_returns: leases that the store was asked to take back.
     """
 
     immediate = False
@@ -57,6 +58,7 @@ class LeasedCounters:
     def __init__(self, store: LeaseGrantor, ttl_s: float = 5.0, max_subjects: int = 100_000) -> None:
         self.store = store
         self.table = LeaseTable(round(ttl_s * 1e6), max_subjects)
+        self.table.divisor = _MAX_DIVISOR
         self.table.on_renewal = self._renew_soon
         store.on_late_grant = self._accept_late
         store.on_reset = self.table.drop
@@ -66,6 +68,7 @@ class LeasedCounters:
         self._sweeper: asyncio.Task[None] | None = None
         self._work: set[asyncio.Task[None]] = set()
         self._renewing = False
+        self.sent_returns = 0
 
     def charge_now(self, counters: Counters, cost: int) -> Decision | None:
         """Decide from a lease, without waiting for anything.
@@ -138,13 +141,17 @@ class LeasedCounters:
             await stop(sweeper)
             if self._work:
                 await asyncio.wait(tuple(self._work), timeout=_CLOSE_S)
+        await self.give_back()
+        await self.store.close()
+
+    async def give_back(self) -> None:
+        """Give back all leases, and wait until the store has answered, for a bounded time."""
         self.table.drop()
         try:
             async with asyncio.timeout(_CLOSE_S):
                 await self._send_returns()
         except TimeoutError:
-            logger.warning("Redis did not take back all leased units before shutdown: they stay charged")
-        await self.store.close()
+            logger.warning("Redis did not take back all leased units in time: they stay charged")
 
     def _start(self) -> None:
         # As in `GuardedCounters.charge`: finding the running loop makes a system call before Python 3.12.
@@ -225,8 +232,9 @@ class LeasedCounters:
         while True:
             await asyncio.sleep(SWEEP_S)
             # Close to a limit the last units must go to whoever asks for them, the more so the more instances there are.
-            instances = self.store.instances
-            self.table.divisor = 2 if instances <= 1 else min(2 * instances, _MAX_DIVISOR)
+            if self.store.instances_known:
+                instances = self.store.instances
+                self.table.divisor = 2 if instances <= 1 else min(2 * instances, _MAX_DIVISOR)
             self.table.sweep(_SWEEP_STEPS)
             await self._send_returns()
 
@@ -234,6 +242,7 @@ class LeasedCounters:
         while self.table.returns:
             returns, self.table.returns = self.table.returns[:_RETURN_BATCH], self.table.returns[_RETURN_BATCH:]
             # Not sent again where it fails: the store may have taken them.
+            self.sent_returns += len(returns)
             taken: Sequence[bool] = ()
             try:
                 taken = await self.store.give_back(returns)

@@ -14,8 +14,9 @@ from tidegate.decision import Check
 from tidegate.doors.bearer import refuse_bearer_key
 from tidegate.doors.client_address import FORWARDING, TrustedProxies
 from tidegate.doors.default_limits import App, DefaultLimits, Message, Receive, Scope, Send, refuse
+from tidegate.doors.key_sources import DEFAULT_SOURCES, KeySources
 from tidegate.doors.limit import limit
-from tidegate.doors.request_headers import AsgiHeaders, read_attributes, single
+from tidegate.doors.request_headers import AsgiHeaders, read_attributes
 from tidegate.doors.responses import encode, error_body, exceeded_body, limit_headers, retry_headers
 from tidegate.doors.token_attributes import with_asgi_token
 from tidegate.errors import SettingsError, TidegateError
@@ -68,6 +69,8 @@ class RateLimitMiddleware:
         pass_preflights: whether the preflights of browsers (CORS) go to the app uncounted: they never carry an API key. Not
             needed where a CORS middleware is outside of this one, as it should be: a page may read only answers that it saw.
         encoded_slashes: patterns with `*` for the paths that may have `%2F`, such as `/projects/*`; none where not given.
+        key_sources: where requests carry API keys, such as `("header:X-API-Key", "bearer", "query:api_key")`; the first that a
+            request has decides.
         decode_unreserved: whether `%7E` is read as `~`, and so on; refused where not given.
 
     Raises:
@@ -92,6 +95,7 @@ class RateLimitMiddleware:
         attributes: Callable[[Scope], Mapping[str, str | None]] | None = None,
         default_limits: str | Sequence[str] | limit | None = None,
         key: str | Callable[..., object] | None = None,
+        key_sources: Iterable[str] = DEFAULT_SOURCES,
     ) -> None:
         if sum(each is not None for each in (gate, policy, default_limits)) != 1:
             raise SettingsError("RateLimitMiddleware needs exactly one of 'gate', 'policy' and 'default_limits'")
@@ -114,6 +118,8 @@ class RateLimitMiddleware:
         self._attributes = attributes
         self._pass_preflights = pass_preflights
         self._paths = PathRules.of(encoded_slashes, decode_unreserved)
+        self._keys = KeySources(key_sources)
+        self._read = _READ | {name.encode() for name in self._keys.headers}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request, or let the app do so."""
@@ -127,14 +133,14 @@ class RateLimitMiddleware:
             closes = scope["type"] == "lifespan" and self._owns_counters
             await self.app(scope, receive, _closing(send, self.gate.close) if closes else send)
             return
-        headers = AsgiHeaders(scope["headers"], _READ)
+        headers = AsgiHeaders(scope["headers"], self._read)
         if self._pass_preflights and _is_preflight(scope, headers):
             await self.app(scope, receive, send)
             return
         exposed = [_EXPOSE] if "origin" in headers else []
         try:
             check = self._check_of(scope, headers, await self._attributes_of(scope))
-            if check.api_key is None:
+            if check.api_key is None and not self._keys.bearer:
                 await refuse_bearer_key(self.gate, headers, check.ip)
             check = await with_asgi_token(self.gate, check, scope["headers"])
             decision = await self.gate.check(check)
@@ -176,7 +182,7 @@ class RateLimitMiddleware:
         raw = scope.get("raw_path")
         path = _text(raw).partition("?")[0] if raw else quote_path(scope["path"])
         cost = 1 if self._cost is None else self._cost(scope)
-        api_key = single(headers, "x-api-key")
+        api_key = self._keys.read(headers, scope.get("query_string", b"").decode("latin-1"))
         return Check.of(path, scope["method"], api_key, ip, cost, self._paths, strict_ip=False, attributes=attributes)
 
 

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from typing import Final
 
 from tidegate.catalog.caller_tokens import CALLER_TOKEN_PREFIX
 from tidegate.doors.client_address import counted_client
+from tidegate.doors.key_sources import is_jwt
 from tidegate.doors.request_headers import RequestHeaders
 from tidegate.errors import CatalogUnavailable, MissingApiKey, TooManyUnknownKeys
 from tidegate.gate.gate import Gate
 from tidegate.policy.key_format import KEY_PREFIX, is_possible_key
 
 _SCHEME: Final = "bearer"
-_JWT: Final = re.compile(r"eyJ[\w-]*+(?:\.[\w-]*+){2}(?:(?:\.[\w-]*+){2})?", re.ASCII)
-"""A JSON Web Token, signed (three parts) or encrypted (five): its first part is base64 that begins with `{"`."""
 
 
 async def refuse_bearer_key(gate: Gate, headers: RequestHeaders, ip: str | None) -> None:
@@ -42,7 +40,7 @@ async def refuse_bearer_key(gate: Gate, headers: RequestHeaders, ip: str | None)
 async def _is_key(gate: Gate, token: str, ip: str | None) -> bool:
     if token.startswith(KEY_PREFIX):
         return True  # also where it is mistyped: it was meant to be one
-    if token.startswith(CALLER_TOKEN_PREFIX) or not is_possible_key(token) or _JWT.fullmatch(token):
+    if token.startswith(CALLER_TOKEN_PREFIX) or not is_possible_key(token) or is_jwt(token):
         return False
     try:
         client = None if ip is None else f"bearer:{counted_client(ip, ip)}"

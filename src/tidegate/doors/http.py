@@ -37,6 +37,7 @@ from tidegate.doors.http_requests import (
     read_usage_query,
 )
 from tidegate.doors.http_responses import JSON, Prepared, Response, StatusRecorder, authorize_response, error_response
+from tidegate.doors.key_sources import KeySources, bearer_key
 from tidegate.doors.plain_requests import plain_authorize, plain_check
 from tidegate.doors.refusals import InternalError, NotFound
 from tidegate.doors.request_headers import read_attributes, single
@@ -82,6 +83,7 @@ class DataPlane:
         access: writes about a sample of the requests; None for no such log.
         paths: which spellings of a path are let through.
         callers: who may call; None for anyone.
+        keys: where requests to `/v1/authorize` carry API keys.
     """
 
     def __init__(
@@ -94,6 +96,7 @@ class DataPlane:
         access: AccessLog | None = None,
         paths: PathRules = STRICT,
         callers: CallersAuth | None = None,
+        keys: KeySources | None = None,
     ) -> None:
         self.draining = False
         self.in_flight = 0
@@ -107,6 +110,7 @@ class DataPlane:
         self._access = access
         self._paths = paths
         self._callers = callers
+        self._keys = keys or KeySources()
 
     async def __rsgi__(self, scope: Scope, proto: Any) -> None:
         """Answer one request."""
@@ -175,7 +179,7 @@ class DataPlane:
             if self._access is None and (callers is None or callers.is_known(request.values, request.connection.peer_names)):
                 if is_authorize:
                     policy = self._gate.catalog.active_policy
-                    if policy is not None and request.method in ("GET", "HEAD"):
+                    if policy is not None and self._keys.is_default and request.method in ("GET", "HEAD"):
                         tokens = None if policy.jwt is None else self._gate.tokens
                         check = plain_authorize(request, self._trusted, MAX_HEADER_BYTES, policy, tokens)
                 elif target == _CHECK_TARGET and request.method == "POST":
@@ -217,7 +221,7 @@ class DataPlane:
         if self.draining or connection.closing or (is_authorize and not decision.allowed):
             exchange = request.open()
             if is_authorize:
-                prepared = authorize_response(exchange, decision, False, self._gate.catalog.active_policy)
+                prepared = authorize_response(exchange, decision, False, self._gate.catalog.active_policy, self._keys)
             else:
                 prepared = _check_response(decision)
             self._respond(exchange, prepared)
@@ -241,11 +245,12 @@ class DataPlane:
             bound_headers(headers)
             catalog = self._gate.catalog
             policy = catalog.cached_caller_policy() or await catalog.caller_policy()
-            sent = read_authorize(scope, self._trusted, for_envoy, policy.attributes)
-            if not sent.api_key:
+            sent = read_authorize(scope, self._trusted, for_envoy, policy.attributes, self._keys)
+            if not sent.api_key and not self._keys.bearer:
                 await refuse_bearer_key(self._gate, headers, sent.ip)
             attributes = sent.attributes
-            if policy.jwt is not None:
+            # A bearer token that was read as an API key is no token of the issuer.
+            if policy.jwt is not None and not (self._keys.bearer and sent.api_key and bearer_key(headers) == sent.api_key):
                 attributes = {**attributes, **await token_attributes(self._gate, policy, headers, sent.ip)}
             check = Check.of(
                 sent.uri,
@@ -259,7 +264,7 @@ class DataPlane:
         except TidegateError as error:
             raise self._seen(error) from None
         note(check)
-        self._respond(proto, authorize_response(scope, await self._gate.check(check), for_envoy, policy))
+        self._respond(proto, authorize_response(scope, await self._gate.check(check), for_envoy, policy, self._keys))
 
     async def _check(self, scope: Scope, proto: Any) -> None:
         allow_methods(scope, ("POST",))

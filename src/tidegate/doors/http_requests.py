@@ -14,6 +14,7 @@ import msgspec
 
 from tidegate.decision import Check, clip
 from tidegate.doors.client_address import TrustedProxies, peer_address
+from tidegate.doors.key_sources import KeySources
 from tidegate.doors.refusals import IDENTITY, BodyTooSlow, HeadersTooLarge, MethodNotAllowed, unsupported_encoding
 from tidegate.doors.request_headers import RequestHeaders, read_attributes, single, single_path, utf8_path
 from tidegate.errors import BadRequest, RequestTooLarge
@@ -120,7 +121,7 @@ def bound_headers(headers: SizedHeaders) -> None:
 
 
 def read_authorize(
-    scope: Scope, trusted: TrustedProxies, for_envoy: bool, sources: Sequence[AttributeSource]
+    scope: Scope, trusted: TrustedProxies, for_envoy: bool, sources: Sequence[AttributeSource], keys: KeySources
 ) -> AuthorizeRequest:
     """Read the request of a gateway.
 
@@ -129,6 +130,7 @@ def read_authorize(
         trusted: whose forwarding headers are believed.
         for_envoy: whether it was sent to `AUTHORIZE_ENVOY`.
         sources: where trusted proxies send attributes.
+        keys: where requests carry API keys; the query is that of the request to decide.
 
     Returns:
         The request.
@@ -152,7 +154,8 @@ def read_authorize(
         method = scope.method if for_envoy else "GET"
     ip = trusted.client(peer, headers)
     attributes = read_attributes(headers, sources) if is_trusted and sources else NO_ATTRIBUTES
-    return AuthorizeRequest(uri, method, single(headers, "x-api-key"), ip, attributes)
+    query = uri.partition("?")[2] or (scope.query_string if for_envoy else "")
+    return AuthorizeRequest(uri, method, keys.read(headers, query), ip, attributes)
 
 
 def read_usage_query(query: str) -> tuple[dict[str, str], str | None]:

@@ -9,10 +9,12 @@ import msgspec
 
 from tidegate.decision import Decision
 from tidegate.doors.http_requests import AUTHORIZE, Scope, is_envoy
+from tidegate.doors.key_sources import KeySources
 from tidegate.doors.refusals import BodyTooSlow, MethodNotAllowed, UnsupportedEncoding
 from tidegate.doors.responses import (
     NO_STORE,
     Headers,
+    caller_headers,
     denial_cache_headers,
     edge_cache_headers,
     encode,
@@ -58,7 +60,9 @@ class Prepared(NamedTuple):
     body: bytes | None = None
 
 
-def authorize_response(scope: Scope, decision: Decision, for_envoy: bool, policy: CallerPolicy | None) -> Prepared:
+def authorize_response(
+    scope: Scope, decision: Decision, for_envoy: bool, policy: CallerPolicy | None, keys: KeySources
+) -> Prepared:
     """The response of `/v1/authorize`.
 
     Args:
@@ -66,16 +70,17 @@ def authorize_response(scope: Scope, decision: Decision, for_envoy: bool, policy
         decision: on it.
         for_envoy: whether it was sent to `AUTHORIZE_ENVOY`.
         policy: the active one, whose attributes the response depends on; None if it was replaced just now.
+        keys: where the API key was read.
 
     Returns:
         The response.
     """
     headers = limit_headers(decision)
     if decision.allowed:
-        headers += [*overage_headers(decision), NO_STORE]
+        headers += [*overage_headers(decision), *caller_headers(decision), NO_STORE]
         return Prepared(200 if for_envoy else 204, headers)
     # What it depends on is not known while the policy is being replaced.
-    headers += [NO_STORE] if policy is None else denial_cache_headers(decision, policy.request_headers)
+    headers += [NO_STORE] if policy is None else denial_cache_headers(decision, policy.request_headers + keys.more_headers)
     if scope.headers.get(DENIED_STATUS) == "403":
         headers += edge_cache_headers(decision)
         return Prepared(403, [*headers, ("x-tidegate-error", "RATE_LIMIT_EXCEEDED"), ("x-tidegate-status", "429")])

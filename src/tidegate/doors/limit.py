@@ -9,8 +9,15 @@ from typing import Any, Final, TypeAlias, TypeVar, cast, overload
 
 from tidegate.counters import CounterStore
 from tidegate.decision import Decision
-from tidegate.doors.exceeded import loaded
-from tidegate.doors.limit_arguments import Place, UserFunction, function_place, parameter_place, request_parameters
+from tidegate.doors.exceeded import RateLimitExceeded, loaded
+from tidegate.doors.limit_arguments import (
+    Place,
+    UserFunction,
+    function_place,
+    parameter_place,
+    parameters_of,
+    request_parameters,
+)
 from tidegate.doors.limit_steps import LimitCall, LimitSteps
 from tidegate.doors.python_requests import DECISION, RequestView, flask_view, put_starlette_headers, view_of
 from tidegate.doors.responses import limit_headers
@@ -303,7 +310,13 @@ class limit(LimitSteps):
         endpoint = scope.get("endpoint")
         if getattr(endpoint, EXEMPT, False):
             return None
-        return await self.check(connection, response=response)
+        try:
+            return await self.check(connection, response=response)
+        except RateLimitExceeded:
+            raise
+        except TidegateError as error:
+            view = view_of(connection)
+            raise error if view is None else view.failure(error) from error
 
     async def check(self, connection: Any, *, name: str | None = None, response: Any = None) -> Decision | None:
         """Decide and charge a request or WebSocket: for messages of a WebSocket, middleware and code of your own.
@@ -378,9 +391,11 @@ def exempt(function: F) -> F:
 
 def _answered(call: LimitCall, error: TidegateError) -> Any:
     """What a view returns for an error where its framework has no exception for it; else the error is raised."""
-    answer = None if call.view is None else call.view.answer(error)
-    if answer is None:
+    if call.view is None:
         raise error
+    answer = call.view.answer(error)
+    if answer is None:
+        raise error if isinstance(error, RateLimitExceeded) else call.view.failure(error) from error
     return answer
 
 
@@ -413,11 +428,7 @@ def _endpoint_name(connection: Any, label: str) -> str:
 
 def _takes_any(function: Callable[..., Any]) -> bool:
     """Whether a function takes arguments that its signature does not name, among which a request may be."""
-    try:
-        parameters = inspect.signature(function).parameters.values()
-    except (TypeError, ValueError):
-        return True
-    return any(each.kind in (each.VAR_POSITIONAL, each.VAR_KEYWORD) for each in parameters)
+    return any(each.kind in (each.VAR_POSITIONAL, each.VAR_KEYWORD) for each in parameters_of(function).values())
 
 
 def _take_response(wrapper: Any, function: Callable[..., Any]) -> None:
@@ -426,7 +437,10 @@ def _take_response(wrapper: Any, function: Callable[..., Any]) -> None:
         return
     from starlette.responses import Response
 
-    signature = inspect.signature(function, eval_str=True)
+    try:
+        signature = inspect.signature(function, eval_str=True)
+    except (AttributeError, NameError, SyntaxError, TypeError, ValueError):
+        return  # annotations that cannot be evaluated, such as imports for type checkers alone: not an endpoint of FastAPI
     parameters = list(signature.parameters.values())
     if _RESPONSE in signature.parameters:
         return  # of another limit of the same endpoint

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any, Final
@@ -24,7 +24,7 @@ _METHOD: Final = re.compile(r"[A-Za-z]{1,20}", re.ASCII)
 
 
 class Place(msgspec.Struct, frozen=True):
-    """Where a limit stands in the user's code.
+    """Where a limit is in the user's code.
 
     Args:
         file: path.
@@ -88,9 +88,8 @@ class UserFunction:
         self.is_async = inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(
             getattr(type(function), "__call__", None)  # noqa: B004 - of an object with an async __call__
         )
-        try:
-            parameters = list(inspect.signature(function).parameters.values())
-        except (TypeError, ValueError):
+        parameters = list(parameters_of(function).values())
+        if not parameters and not _has_signature(function):
             parameters = [inspect.Parameter("value", inspect.Parameter.POSITIONAL_ONLY)]
         positional = [each for each in parameters if each.kind in (each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD)]
         self.takes = sum(each.default is each.empty for each in positional)
@@ -110,6 +109,17 @@ class UserFunction:
         if request is not None and self.takes == 1:
             return self.function(request)
         return self.function(*args, **kwargs)
+
+
+def _has_signature(function: Callable[..., Any]) -> bool:
+    """Some functions written in C have none: they are taken to need one argument."""
+    try:
+        inspect.signature(function)
+    except (TypeError, ValueError):
+        return False
+    except NameError:  # of an annotation, from Python 3.14 on
+        return True
+    return True
 
 
 def limit_texts(value: object) -> tuple[str, ...]:
@@ -167,18 +177,30 @@ def checked_number(cost: object) -> int:
     return cost
 
 
+def parameters_of(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    """The parameters of a function; none where it has no signature that can be read.
+
+    Args:
+        function: any callable. Its annotations need not be importable.
+    """
+    try:
+        if sys.version_info >= (3, 14):
+            from annotationlib import Format
+
+            return inspect.signature(function, annotation_format=Format.FORWARDREF).parameters
+        return inspect.signature(function).parameters
+    except (TypeError, ValueError):
+        return {}
+
+
 def request_parameters(function: Callable[..., Any]) -> tuple[tuple[str, int], ...]:
     """Name and place of the parameters that take a request, by annotation or name.
 
     Args:
         function: that is limited.
     """
-    try:
-        parameters = inspect.signature(function).parameters.values()
-    except (TypeError, ValueError):
-        return ()
     found = []
-    for place, parameter in enumerate(parameters):
+    for place, parameter in enumerate(parameters_of(function).values()):
         annotation = parameter.annotation
         named = annotation if isinstance(annotation, str) else getattr(annotation, "__name__", "")
         if parameter.name in _REQUEST_NAMES or named.rpartition(".")[2] in _REQUEST_TYPES:
@@ -196,10 +218,7 @@ def parameter_place(function: Callable[..., Any], name: str) -> tuple[int, Any] 
     Returns:
         Its place among the positional ones and its default; None where the function has none of that name.
     """
-    try:
-        parameters = inspect.signature(function).parameters
-    except (TypeError, ValueError):
-        return None
+    parameters = parameters_of(function)
     if name not in parameters:
         return None
     return list(parameters).index(name), parameters[name].default

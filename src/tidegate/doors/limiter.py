@@ -12,6 +12,7 @@ from tidegate.counters.blocking import BlockingCounterStore
 from tidegate.counters.memory import MemoryCounters
 from tidegate.decision import MAX_COST, Decision, clip
 from tidegate.doors.stores import SWITCHES, open_blocking_store, open_memory_or_redis
+from tidegate.doors.waiting import AsyncWaiting, BlockingWaiting
 from tidegate.errors import BadRequest, PolicyError, StoreUnavailable
 from tidegate.gate.request_limits import counter_subject
 from tidegate.policy.attributes import checked_attributes
@@ -132,6 +133,7 @@ class Limiter(_Limits):
         super().__init__(limits, algorithm=algorithm, counters=counters, name=name, on_failure=on_failure)
         self.counters: CounterStore = open_memory_or_redis(counters)
         self._charge_one = self.counters.charge_one if isinstance(self.counters, MemoryCounters) else None
+        self._waiting = AsyncWaiting()
 
     async def check(self, subject: LimitedSubject, cost: int = 1) -> Decision:
         """Decide and charge one request.
@@ -179,6 +181,25 @@ class Limiter(_Limits):
         if not SWITCHES.enforced:
             return [self._allowed_in_tests()] * len(charges)
         return list(await self.counters.charge(charges))
+
+    async def wait(self, subject: LimitedSubject, cost: int = 1, *, at_most_s: float) -> Decision:
+        """Check, and wait until it passes: about two calls of the store for each that passes, in one process.
+
+        Callers of one subject in this process pass in the order in which they came; several processes compete.
+
+        Args:
+            subject: as for `check`.
+            cost: as for `check`.
+            at_most_s: how long to wait, s.
+
+        Returns:
+            The last decision; a denial at once if it cannot pass in time, or never will.
+
+        Raises:
+            BadRequest: as `check`, or if `at_most_s` is negative.
+            StoreUnavailable: as `check`.
+        """
+        return await self._waiting.wait(lambda: self.check(subject, cost), self._counter(subject)[1], at_most_s)
 
     async def reset(self, subject: LimitedSubject) -> None:
         """Forget what a subject consumed.
@@ -237,6 +258,7 @@ class SyncLimiter(_Limits):
     ) -> None:
         super().__init__(limits, algorithm=algorithm, counters=counters, name=name, on_failure=on_failure)
         self.counters: BlockingCounterStore = open_blocking_store(counters)
+        self._waiting = BlockingWaiting()
 
     def check(self, subject: LimitedSubject, cost: int = 1) -> Decision:
         """Decide and charge one request; see `Limiter.check`."""
@@ -257,6 +279,10 @@ class SyncLimiter(_Limits):
         if not SWITCHES.enforced:
             return [self._allowed_in_tests()] * len(charges)
         return list(self.counters.charge_many(charges))
+
+    def wait(self, subject: LimitedSubject, cost: int = 1, *, at_most_s: float) -> Decision:
+        """Check, and wait until it passes; see `Limiter.wait`. Which thread is next, the system decides."""
+        return self._waiting.wait(lambda: self.check(subject, cost), self._counter(subject)[1], at_most_s)
 
     def reset(self, subject: LimitedSubject) -> None:
         """Forget what a subject consumed; see `Limiter.reset`."""

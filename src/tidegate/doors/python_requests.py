@@ -11,6 +11,7 @@ from typing import Any, Final, Protocol
 from tidegate.decision import Decision
 from tidegate.doors.client_address import FORWARDING, TrustedProxies, counted_client
 from tidegate.doors.exceeded import RateLimitExceeded, flask_error, loaded, starlette_error, use_json_answer
+from tidegate.doors.outward import outward
 from tidegate.doors.request_headers import AsgiHeaders, RequestHeaders
 from tidegate.doors.responses import Headers, encode, error_body, limit_headers
 from tidegate.errors import TidegateError
@@ -62,6 +63,11 @@ class RequestView(Protocol):
 
     def answer(self, error: TidegateError) -> Any:
         """What a view returns in place of raising; None where the exception is raised."""
+        ...
+
+    def failure(self, error: TidegateError) -> Exception:
+        """For an error that is not a denial, such as a store that does not answer: the exception that the framework answers
+        with its status; the error itself where there is none."""
         ...
 
 
@@ -123,6 +129,15 @@ class AsgiRequest:
     def answer(self, error: TidegateError) -> None:
         """See `RequestView`."""
 
+    def failure(self, error: TidegateError) -> Exception:
+        """See `RequestView`."""
+        exceptions = loaded("starlette.exceptions")
+        if exceptions is None:
+            return error
+        message, _ = outward(error)
+        made: Exception = exceptions.HTTPException(error.status, message, {"x-tidegate-error": error.code})
+        return made
+
 
 class DjangoRequest:
     """A request of Django or Django REST framework."""
@@ -183,6 +198,10 @@ class DjangoRequest:
             return HttpResponse(error.body(), status=429, headers=error.limit_headers, content_type="application/json")
         return HttpResponse(encode(error_body(error)), status=error.status, content_type="application/json")
 
+    def failure(self, error: TidegateError) -> Exception:
+        """See `RequestView`."""
+        return error
+
 
 class FlaskRequest:
     """The request that Flask is answering."""
@@ -225,7 +244,7 @@ class FlaskRequest:
             self._flask.after_this_request(_add_flask_headers)
 
     def add_headers(self, result: Any, decision: Decision) -> None:
-        """See `RequestView`: `keep` has seen to it."""
+        """See `RequestView`: `keep` does it."""
 
     def denied(self, decision: Decision, message: str | None, scope: str) -> RateLimitExceeded:
         """See `RequestView`."""
@@ -233,6 +252,18 @@ class FlaskRequest:
 
     def answer(self, error: TidegateError) -> None:
         """See `RequestView`."""
+
+    def failure(self, error: TidegateError) -> Exception:
+        """See `RequestView`."""
+        from werkzeug.exceptions import HTTPException
+
+        made = HTTPException(
+            response=self._flask.Response(
+                encode(error_body(error)), error.status, {"x-tidegate-error": error.code}, content_type="application/json"
+            )
+        )
+        made.code = error.status
+        return made
 
 
 class WsgiRequest:
@@ -279,6 +310,10 @@ class WsgiRequest:
 
     def answer(self, error: TidegateError) -> None:
         """See `RequestView`."""
+
+    def failure(self, error: TidegateError) -> Exception:
+        """See `RequestView`."""
+        return error
 
 
 class EnvironHeaders:

@@ -8,7 +8,7 @@ from typing import Any, Final
 
 import msgspec
 
-from tidegate.decision import Decision, RuleUsage, Usage
+from tidegate.decision import CallerIdentity, Decision, RuleUsage, Usage
 from tidegate.doors.outward import outward
 from tidegate.errors import TidegateError
 from tidegate.policy.limits import Limit, LimitSet
@@ -44,6 +44,7 @@ def decision_body(decision: Decision) -> DecisionBody:
         decision.tier,
         decision.degraded,
         decision.overage,
+        decision.customer,
     )
 
 
@@ -177,9 +178,30 @@ def authorize_lines(decision: Decision) -> bytes:
     Returns:
         The other header lines, and the empty one.
     """
+    caller = _caller_lines(decision.caller, decision.tier, decision.rule)
     if decision.overage:
-        return limit_lines(decision) + b"x-tidegate-overage: %d\r\ncache-control: no-store\r\n\r\n" % decision.overage
-    return limit_lines(decision) + b"cache-control: no-store\r\n\r\n"
+        return limit_lines(decision) + caller + b"x-tidegate-overage: %d\r\ncache-control: no-store\r\n\r\n" % decision.overage
+    return limit_lines(decision) + caller + b"cache-control: no-store\r\n\r\n"
+
+
+def caller_headers(decision: Decision) -> Headers:
+    """Who a request that may pass is from, for the API behind a gateway: what is known of key id, customer, tier and rule."""
+    caller = decision.caller
+    named = (
+        ("x-tidegate-key-id", None if caller is None else caller.key_id),
+        ("x-tidegate-customer", None if caller is None else caller.customer),
+        ("x-tidegate-tier", decision.tier),
+        ("x-tidegate-rule", decision.rule),
+    )
+    return [(name, value) for name, value in named if value]
+
+
+@lru_cache(maxsize=16_384)
+def _caller_lines(caller: CallerIdentity | None, tier: str | None, rule: str | None) -> bytes:
+    """What `caller_headers` gives, as lines of an HTTP/1.1 head. None of the values can contain a line break."""
+    headers = caller_headers(Decision(True, unlimited_tier=tier, caller=caller))
+    lines = "".join(f"{name}: {value}\r\n" for name, value in headers)
+    return (lines if rule is None else f"{lines}x-tidegate-rule: {rule}\r\n").encode()
 
 
 def overage_headers(decision: Decision) -> Headers:

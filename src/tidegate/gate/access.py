@@ -156,9 +156,8 @@ class AccessControl:
                 if key_id in policy.denied.api_keys:
                     self._deny()
                 exempt = exempt or key_id in policy.allowed.api_keys
-        customer = getattr(caller, "customer", None)
-        if customer:
-            exempt = self._admit_customer(str(customer), exempt)
+        if caller.customer:
+            exempt = self._admit_customer(caller.customer, exempt)
         self.exempt += exempt
         return exempt
 

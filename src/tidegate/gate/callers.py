@@ -5,7 +5,10 @@
 | an API key | the key's tier; an unknown key is refused, whatever else the check has |
 | no key, and names its `tier` | that tier, which must exist |
 | no key, and a value of `[callers] tier_from` that is a tier's name | that tier |
+| no key, and an attribute value of a customer that has a tier | the customer's tier |
 | none of these | `[callers] default_tier`; without it the tier of `[anonymous]`; without both it is refused |
+
+Whatever its tier, a check without a key is its customer's where an attribute value of it belongs to one.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from hashlib import sha256 as _sha256
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, TypeAlias
 
 from tidegate.catalog.cache_level import Caller
 from tidegate.catalog.cached import CachedCatalog
@@ -28,11 +31,16 @@ from tidegate.errors import (
     TidegateError,
 )
 from tidegate.gate.subjects import DescriptorCheck
+from tidegate.policy.attributes import CallerPolicy
 from tidegate.policy.key_format import is_possible_key, why_impossible
 from tidegate.policy.model import KeyStatus
 
 LOOKUP_TIMEOUT_S: Final = 4.0
 """Twice what a database may take to answer by default: where a replica does not, the primary is queried."""
+
+
+Values: TypeAlias = tuple[tuple[str, str], ...]
+"""Attributes by which a caller may be a customer's, and their values."""
 
 
 class Sender(NamedTuple):
@@ -43,12 +51,14 @@ class Sender(NamedTuple):
         client: address that the key came from; None where it is not known.
         tier: that a check without a key names; None for none.
         plan: value of the attribute `[callers] tier_from`; None where it is absent.
+        values: attributes that may belong to a customer, and their values.
     """
 
     api_key: str | None
     client: str | None
     tier: str | None = None
     plan: str | None = None
+    values: Values = ()
 
 
 class CallerLookup:
@@ -86,13 +96,15 @@ class CallerLookup:
             CatalogUnavailable: the catalog fails and no usable entry is cached.
         """
         if api_key is None:
-            return await self._without_key(None, None)
+            return await self._without_key(None, None, ())
         if not is_possible_key(api_key):
             raise InvalidApiKey(why_impossible(api_key))
         caller = await self._catalog.caller(_digest(api_key), client)
         if caller is None:
             raise InvalidApiKey("the API key is unknown: check that it belongs to this service")
         caller.form_checked = True
+        if not caller.never_ends:
+            caller.end_overrides(self._wall_clock_ns() // 1000)
         if not refused_too:
             self._refuse_ended(caller)
         return caller
@@ -109,13 +121,19 @@ class CallerLookup:
             MissingApiKey: it has no tier by its attributes, and there is no tier for such callers.
             CatalogUnavailable: the catalog fails and no usable entry is cached.
         """
-        plan = None
-        if tier is None and attributes:
-            plan = attributes.get((await self._catalog.caller_policy()).tier_from)
-        return await self._without_key(tier, plan)
+        plan: str | None = None
+        values: Values = ()
+        if attributes:
+            policy = await self._catalog.caller_policy()
+            plan = attributes.get(policy.tier_from) if tier is None else None
+            values = customer_values(policy, attributes)
+        return await self._without_key(tier, plan, values)
 
     def find_cached_unkeyed(self, tier: str | None, attributes: Mapping[str, str]) -> Caller | None:
         """As `find_unkeyed`, where memory alone knows it; None where that has more to do. Costs 0.5 µs."""
+        if attributes and self._catalog.has_customer_values:
+            # Where values belong to customers, there is more to do.
+            return self._cached_of_customer(tier, attributes)
         if tier is not None:
             return self._catalog.cached_tier_caller(tier)
         callers = self._catalog.cached_unkeyed()
@@ -124,7 +142,31 @@ class CallerLookup:
         name = attributes.get(callers.tier_from)
         return callers.default if name is None else self._catalog.cached_tier_caller(name)
 
-    async def _without_key(self, tier: str | None, plan: str | None) -> Caller:
+    def _cached_of_customer(self, tier: str | None, attributes: Mapping[str, str]) -> Caller | None:
+        policy = self._catalog.cached_caller_policy()
+        if policy is None:
+            return None
+        known, customer = self._catalog.customers.cached_owner(customer_values(policy, attributes))
+        if not known:
+            return None
+        name = tier or attributes.get(policy.tier_from) or ("" if customer is None else customer.record.tier)
+        found = self._catalog.cached_tier_caller(name) if name else self._catalog.cached_anonymous()
+        if found is None or customer is None:
+            return found
+        own = customer.tier(found.cached_tier).unkeyed
+        own.end_overrides(self._wall_clock_ns() // 1000)
+        return own if own.cached_tier.current else None
+
+    async def _without_key(self, tier: str | None, plan: str | None, values: Values) -> Caller:
+        customer = await self._catalog.customers.owner(values) if values else None
+        found = await self._of_tier(tier, plan, "" if customer is None else customer.record.tier)
+        if customer is None:
+            return found
+        own = customer.tier(found.cached_tier).unkeyed
+        own.end_overrides(self._wall_clock_ns() // 1000)
+        return own
+
+    async def _of_tier(self, tier: str | None, plan: str | None, customers: str) -> Caller:
         if tier is not None:
             named = await self._catalog.tier_caller(tier)
             if named is None:
@@ -132,6 +174,8 @@ class CallerLookup:
             return named
         if plan is not None and (planned := await self._catalog.tier_caller(plan)) is not None:
             return planned
+        if customers and (own := await self._catalog.tier_caller(customers)) is not None:
+            return own
         default = await self._catalog.anonymous()
         if default is None:
             raise MissingApiKey("no API key came: send it as the X-API-Key header")
@@ -159,6 +203,7 @@ class CallerLookup:
             return None
         if not caller.never_ends:
             self._refuse_ended(caller)
+            caller.end_overrides(self._wall_clock_ns() // 1000)
         return caller
 
     def _refuse_ended(self, caller: Caller) -> None:
@@ -192,7 +237,8 @@ class CallerLookup:
             elif failed is not None and each.attributes:
                 found.append(failed)
             else:
-                found.append(Sender(None, None, each.tier, each.attributes.get(tier_from)))
+                values = customer_values(policy, each.attributes) if policy is not None and each.attributes else ()
+                found.append(Sender(None, None, each.tier, each.attributes.get(tier_from), values))
         return found
 
     async def find_all(self, senders: Iterable[Sender]) -> dict[Sender, Caller | TidegateError]:
@@ -238,7 +284,7 @@ class CallerLookup:
     async def _found(self, sender: Sender) -> Caller | TidegateError:
         try:
             if sender.api_key is None:
-                return await self._without_key(sender.tier, sender.plan)
+                return await self._without_key(sender.tier, sender.plan, sender.values)
             return await self.find(sender.api_key, sender.client)
         except TidegateError as error:
             return error
@@ -246,3 +292,8 @@ class CallerLookup:
 
 def _digest(api_key: str) -> str:
     return _sha256(api_key.encode()).hexdigest()
+
+
+def customer_values(policy: CallerPolicy, attributes: Mapping[str, str]) -> Values:
+    """The attributes of a check that may belong to a customer."""
+    return tuple((name, attributes[name]) for name in policy.customer_attributes if name in attributes)

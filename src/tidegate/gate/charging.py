@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import msgspec
 
 from tidegate.counters import Charge, ChargeOutcome, CounterStore
-from tidegate.decision import Decision
+from tidegate.decision import CallerIdentity, Decision
 from tidegate.errors import TidegateError
 
 
@@ -24,12 +24,14 @@ class CheckPlan(msgspec.Struct, frozen=True, gc=False):
         charges: first the one that decides, where there is no answer yet; then one for each shadow rule.
         cost: units of the check.
         key_id: id of the caller's API key; empty without one.
+        caller: who the check is from; None where neither an API key nor a customer is known.
     """
 
     answer: Decision | None
     charges: Sequence[Charge]
     cost: int = 1
     key_id: str = ""
+    caller: CallerIdentity | None = None
 
     @property
     def decides(self) -> bool:

@@ -106,7 +106,7 @@ class Explanation(msgspec.Struct, frozen=True):
         rule: the enforcing rule that answers; None where none matches.
         candidates: rules of the tier, those whose endpoint matches first; at most `MAX_CANDIDATES`.
         left_out: further rules of the tier, none of which matches.
-        counters: what the request would be charged to: the rule's limits, the tier's, and those of shadow rules.
+        counters: what the request would be charged to: the rule's limits and quotas, the tier's, and those of shadow rules.
         allowed: whether the check would pass now; None if it would be refused as invalid, or the store did not answer.
         problem: why it would be refused as invalid; None if it would not.
     """

@@ -7,6 +7,8 @@ from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, Self, TypeAlias
 
+from msgspec.structs import force_setattr
+
 from tidegate.catalog.cache_level import Caller
 from tidegate.catalog.cached import CachedCatalog
 from tidegate.catalog.in_memory import PolicyCatalog
@@ -148,11 +150,16 @@ class Gate:
             raise
         decision = charge(counters, check.cost) if counters else Decision(True, unlimited_tier=tier.tier.name)
         if decision is None:
-            return self._charge_later(CheckPlan(None, (Charge(counters, check.cost),), check.cost, caller.key_id), started_ns)
+            later = CheckPlan(None, (Charge(counters, check.cost),), check.cost, caller.key_id, caller.identity)
+            return self._charge_later(later, started_ns)
+        if caller.identity is not None:
+            # Each decision is made for one check, so nobody else has it.
+            force_setattr(decision, "caller", caller.identity)
         if self._observe is not None:
             latency_ns = _clock_ns() - started_ns
             if counters and decision.allowed:
-                self._observe(Observation(decision, None, latency_ns, (), counters[0][1], None, check.cost, caller.key_id))
+                subject, key_id = counters[0][1], caller.key_id
+                self._observe(Observation(decision, None, latency_ns, (), subject, None, check.cost, key_id, caller.customer))
             else:
                 self._observe(_observation(decision, counters, latency_ns, (), check.cost, caller.key_id))
         return decision
@@ -385,6 +392,8 @@ class Gate:
         if isinstance(decision, StoreUnavailable):
             self._tell_error(decision, latency_ns)
             return decision
+        if plan.caller is not None:
+            force_setattr(decision, "caller", plan.caller)
         if self._observe is not None:
             shadow_denied: tuple[str, ...] = ()
             if len(charged) > 1 or answer is not None:
@@ -450,7 +459,7 @@ class Gate:
                 if counted is not None:
                     charges.append(Charge(watcher.counters(counted, caller.anchor), check.cost))
         answer = None if counters else Decision(True, unlimited_tier=tier.tier.name)
-        return CheckPlan(answer, charges, check.cost, caller.key_id)
+        return CheckPlan(answer, charges, check.cost, caller.key_id, caller.identity)
 
     async def plan_many(self, checks: Sequence[Check | DescriptorCheck]) -> list[CheckPlan | TidegateError | None]:
         """Find the limits that apply to each check of one request; charges nothing.
@@ -530,13 +539,16 @@ def counters_of(check: Check, caller: Caller, rule: CompiledRule | None, ip: str
         return ((rule.limits, counted), *own)
     if rule is None and tier_limits is None:
         return ()
+    if rule is not None and tier_limits is None and caller.customer_subject and rule.subject is Subject.CUSTOMER:
+        # No address is needed.
+        return ((rule.limits, caller.customer_subject),)
     subject = caller.subject or _caller_subject(check, caller, ip)
     if rule is None:
         assert tier_limits is not None
         return ((tier_limits, subject),)
     counted = subject
     if rule.subject is not Subject.API_KEY:
-        found = subject_of(rule.subject, subject, ip, tier.tier.name)
+        found = subject_of(rule.subject, subject, ip, tier.tier.name, caller.customer_subject)
         if found is None:
             raise ip_needed(check, f"the rule {clip(rule.rule.name)} counts by ip")
         counted = found
@@ -562,16 +574,17 @@ def _observation(
     key_id: str,
 ) -> Observation:
     """What telemetry reads of a decision by these counters, the rule's first; by none where nothing limits the check."""
+    customer = decision.customer or ""
     if not counters:
-        return Observation(decision, None, latency_ns, shadow_denied, None, None, cost, key_id)
+        return Observation(decision, None, latency_ns, shadow_denied, None, None, cost, key_id, customer)
     if decision.allowed:
-        return Observation(decision, None, latency_ns, shadow_denied, counters[0][1], None, cost, key_id)
+        return Observation(decision, None, latency_ns, shadow_denied, counters[0][1], None, cost, key_id, customer)
     denied_by, subject = counters[0]
     # A decision names the rule that answered; the binding limit identifies the limit set that denied.
     for limits, counted in counters[1:]:
         if decision.binding in limits.limits:
             denied_by, subject = limits, counted
-    return Observation(decision, None, latency_ns, shadow_denied, subject, denied_by, cost, key_id)
+    return Observation(decision, None, latency_ns, shadow_denied, subject, denied_by, cost, key_id, customer)
 
 
 def _plan_of_descriptor(check: DescriptorCheck, caller: Caller | TidegateError, client: str | None) -> CheckPlan | None:
@@ -598,8 +611,10 @@ def _plan_of_descriptor(check: DescriptorCheck, caller: Caller | TidegateError, 
     if enforced is None and not shadow_outcomes:
         return None
     if enforced is None:
-        return CheckPlan(Decision(True, unlimited_tier=caller.tier.tier.name), shadow_outcomes, check.cost, caller.key_id)
-    return CheckPlan(None, [enforced, *shadow_outcomes], check.cost, caller.key_id)
+        return CheckPlan(
+            Decision(True, unlimited_tier=caller.tier.tier.name), shadow_outcomes, check.cost, caller.key_id, caller.identity
+        )
+    return CheckPlan(None, [enforced, *shadow_outcomes], check.cost, caller.key_id, caller.identity)
 
 
 def _require_text(value: object, field: str) -> None:

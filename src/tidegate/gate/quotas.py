@@ -33,7 +33,10 @@ def counters_with_quotas(check: Check, caller: Caller, rule: CompiledRule | None
     charged: list[tuple[LimitSet, str]] = []
     quotas = caller.quotas
     subject = caller.subject
-    if not subject and (tier.limits is not None or quotas is not None or (rule is not None and rule.subject is Subject.API_KEY)):
+    needed = tier.limits is not None or (quotas is not None and not caller.quota_subject)
+    if rule is not None and not needed:
+        needed = rule.subject is Subject.API_KEY or (rule.subject is Subject.CUSTOMER and not caller.customer_subject)
+    if not subject and needed:
         if ip is None:
             raise ip_needed(check, "a check without an API key is counted by ip")
         subject = f"i:{ip}"
@@ -42,7 +45,7 @@ def counters_with_quotas(check: Check, caller: Caller, rule: CompiledRule | None
         if rule.subject is Subject.ATTRIBUTES:
             counted = attributes_subject(check, caller, rule, ip)
         elif rule.subject is not Subject.API_KEY:
-            found = subject_of(rule.subject, subject, ip, tier.tier.name)
+            found = subject_of(rule.subject, subject, ip, tier.tier.name, caller.customer_subject)
             if found is None:
                 raise ip_needed(check, f"the rule {clip(rule.rule.name)} counts by ip")
             counted = found

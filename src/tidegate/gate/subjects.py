@@ -72,6 +72,8 @@ def shadow_subject(attributes: Mapping[str, str], caller: Caller, rule: Compiled
         found = attribute_subject(rule.parts, attributes, caller.subject, ip)
         if found is not None or rule.rule.on_missing is OnMissing.DENY:
             return found
+    elif rule.subject is Subject.CUSTOMER:
+        return caller.customer_subject or caller.subject or (None if ip is None else f"i:{ip}")
     elif caller.subject or rule.subject is not Subject.API_KEY:
         return subject_of(rule.subject, caller.subject, ip, caller.tier.tier.name)
     return None if ip is None else f"i:{ip}"
@@ -91,7 +93,8 @@ def descriptor_subject(check: DescriptorCheck, caller: Caller, rule: DescriptorR
     """
     if rule.compiled.subject is Subject.ATTRIBUTES:
         return attributes_subject(check, caller, rule.compiled, client)
-    return rule.subject(check.entries, caller.subject)
+    counted = caller.customer_subject or caller.subject if rule.compiled.subject is Subject.CUSTOMER else caller.subject
+    return rule.subject(check.entries, counted)
 
 
 def ip_needed(check: Check | DescriptorCheck, why: str) -> BadRequest:

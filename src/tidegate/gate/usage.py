@@ -62,8 +62,8 @@ async def caller_usage(
         if rule is not None and rule.subject is Subject.ATTRIBUTES:
             kind, subject = _by_attributes(rule, caller, client, attributes)
         else:
-            counts = counted_by(Subject.API_KEY if rule is None else rule.subject, has_key)
-            kind, subject = counts.value, subject_of(counts, caller.subject, client, tier.tier.name)
+            counts = counted_by(Subject.API_KEY if rule is None else rule.subject, has_key, bool(caller.customer_subject))
+            kind, subject = counts.value, subject_of(counts, caller.subject, client, tier.tier.name, caller.customer_subject)
         if subject is None:
             not_counted.append(None if rule is None else rule.rule.name)
             continue

@@ -29,7 +29,7 @@ MAX_ATTRIBUTES: Final = 16
 MAX_SUBJECT_PARTS: Final = 8
 MAX_CLAIM: Final = 64
 NO_ATTRIBUTES: Final[Mapping[str, str]] = MappingProxyType({})
-RESERVED: Final = frozenset(("api_key", "ip", "tier"))
+RESERVED: Final = frozenset(("api_key", "ip", "tier", "customer"))
 """Names of subjects, which no attribute can have."""
 
 is_name: Final = re.compile(r"[a-z][a-z0-9_]{0,31}", re.ASCII).fullmatch
@@ -128,6 +128,7 @@ class CallerPolicy(msgspec.Struct, frozen=True, gc=False):
         jwt: the table `[jwt]`; None without it.
         namespaces: the tables `[[namespaces]]`, for subjects that a back end names itself.
         access: the tables `[[access]]`: who is allowed or denied before anything is counted.
+        customer_attributes: by whose values a caller may be a customer's, sorted.
     """
 
     anonymous_tier: str | None = None
@@ -136,6 +137,7 @@ class CallerPolicy(msgspec.Struct, frozen=True, gc=False):
     jwt: JwtPolicy | None = None
     namespaces: tuple[Namespace, ...] = ()
     access: tuple[AccessEntry, ...] = ()
+    customer_attributes: tuple[str, ...] = ()
 
     @property
     def default_tier(self) -> str | None:
@@ -216,12 +218,14 @@ def subject_parts(subject: Iterable[object]) -> tuple[str, ...]:
     for part in parts:
         if part == "tier":
             raise PolicyError("subject has 'tier' in a list: each rule counts the callers of its own tier only, so leave it out")
+        if part == "customer":
+            raise PolicyError("subject has 'customer' in a list: it is for a rule that counts customers alone")
         if part in ("api_key", "ip"):
             continue
         if not isinstance(part, str) or not is_name(part):
             raise PolicyError(
-                f"subject {short(part)} is not known: use api_key, ip, tier, or the name of an attribute, which has 1 to "
-                f"{MAX_NAME} of lower-case letters, digits and '_', a letter first"
+                f"subject {short(part)} is not known: use api_key, ip, tier, customer, or the name of an attribute, which has "
+                f"1 to {MAX_NAME} of lower-case letters, digits and '_', a letter first"
             )
     if len(set(parts)) < len(parts):
         raise PolicyError(f"subject {short(list(parts))} names one twice: remove it")
@@ -318,6 +322,10 @@ def long_value(name: str, value: str) -> BadRequest:
 
 
 def _bad_name(name: object) -> BadRequest:
+    if name == "customer":
+        return BadRequest(
+            "attribute 'customer' has the name of a subject: send it as another name, such as 'customer_id'", field="attributes"
+        )
     if isinstance(name, str) and name in RESERVED:
         return BadRequest(
             f"attribute {name!r} has the name of a field of the check: send it as {name!r} itself", field="attributes"

@@ -15,7 +15,8 @@ from tidegate.policy.attributes import NO_ATTRIBUTES
 from tidegate.policy.descriptors import entries_subject, escaped, subject_of_text
 from tidegate.policy.limits import Algorithm, Limit, LimitSet
 from tidegate.policy.match_index import MatchIndex
-from tidegate.policy.model import Mode, Override, Rule, Subject, Tier
+from tidegate.policy.model import Mode, Rule, Subject, Tier
+from tidegate.policy.overrides import Override
 from tidegate.policy.quotas import CompiledQuotas, Overage, Quota
 from tidegate.policy.rule_index import AttributeRuleIndex, CompiledRule, RuleIndex, counted_methods, rule_rank
 from tidegate.timestamps import US_PER_S
@@ -54,9 +55,12 @@ class DescriptorRule:
 
         Args:
             entries: values of the descriptor by key.
-            caller: subject of the caller: `k:…` with a key, empty without.
+            caller: subject of the caller: `k:…` with a key, empty without; `c:…` for a rule that counts customers.
         """
         counted = [(key, entries[key]) for key, _ in self.entries]
+        if self.compiled.subject is Subject.CUSTOMER:
+            # With its sign: a customer may be called as a key is.
+            return entries_subject(counted, caller)
         return entries_subject(counted, caller.removeprefix("k:") if self.compiled.subject is Subject.API_KEY else "")
 
 
@@ -69,8 +73,8 @@ class CompiledTier:
 
     Args:
         tier: the tier.
-        overrides: other limits for one key; rules that they do not name keep their own.
-        quotas: other quotas in place of the tier's; None for those of the tier.
+        overrides: other limits for one key; rules that they do not name keep their own. Of two for one rule the later one
+            applies; whether it has ended is not checked here.
 
     Attributes:
         quotas: the tier's quotas; None where there are none.
@@ -98,9 +102,11 @@ class CompiledTier:
         "tier",
     )
 
-    def __init__(self, tier: Tier, overrides: Iterable[Override] = (), quotas: tuple[Quota, ...] | None = None) -> None:
+    def __init__(self, tier: Tier, overrides: Iterable[Override] = ()) -> None:
         self.tier = tier
-        other = {override.rule: override.limits for override in overrides}
+        given = tuple(overrides)
+        other = {override.rule: override.limits for override in given if not override.quotas}
+        sold = {override.rule: override.quotas for override in given if override.quotas}
         tier_limits = other.get("", tier.limits)
         self.limits: LimitSet | None = None
         suffix = ""
@@ -108,22 +114,23 @@ class CompiledTier:
             labelled = [msgspec.structs.replace(limit, label=f"tier {limit.text}") for limit in tier_limits]
             self.limits = LimitSet(tier.name, Algorithm.SLIDING_WINDOW, labelled, tier=tier.name)
             suffix = ", " + self.limits.quotas
-        sold = tier.quotas if quotas is None else quotas
-        self.quotas = CompiledQuotas(sold, tier.overage, None, tier.name) if sold else None
+        quotas = sold.get("", tier.quotas)
+        self.quotas = CompiledQuotas(quotas, tier.overage, None, tier.name) if quotas else None
         if self.quotas is not None:
             suffix += ", " + self.quotas.header
             if self.limits is not None:
                 self.limits.quotas += ", " + self.quotas.header
         self.has_actions = any(rule.action is not None for rule in tier.rules)
-        self.has_quotas = self.quotas is not None or any(rule.quotas for rule in tier.rules)
+        rules_sold = {rule.name: _rule_quotas(tier, rule, sold.get(rule.name, rule.quotas)) for rule in tier.rules}
+        self.has_quotas = self.quotas is not None or any(rules_sold.values())
         heads = {(rule.endpoint, rule.match, rule.mode) for rule in tier.rules if "HEAD" in rule.methods}
         compiled = [
             CompiledRule(
                 rule,
-                _limit_set(tier, rule, other.get(rule.name, rule.limits), suffix),
+                _limit_set(tier, rule, other.get(rule.name, rule.limits), suffix, rules_sold[rule.name]),
                 order,
                 (rule.endpoint, rule.match, rule.mode) in heads,
-                _rule_quotas(tier, rule),
+                rules_sold[rule.name],
             )
             for order, rule in enumerate(tier.rules)
         ]
@@ -198,7 +205,7 @@ class CompiledTier:
         return found
 
 
-def _limit_set(tier: Tier, rule: Rule, limits: tuple[Limit, ...], suffix: str) -> LimitSet | None:
+def _limit_set(tier: Tier, rule: Rule, limits: tuple[Limit, ...], suffix: str, quotas: CompiledQuotas | None) -> LimitSet | None:
     if rule.action is not None:
         limits = (_UNCOUNTED,)
     if not limits:
@@ -212,34 +219,37 @@ def _limit_set(tier: Tier, rule: Rule, limits: tuple[Limit, ...], suffix: str) -
         rule=rule.name,
         tier=tier.name,
         soft=rule.mode is Mode.SOFT,
+        leases=rule.leases,
     )
-    quotas = _rule_quotas(tier, rule)
     made.quotas += suffix if quotas is None else f"{suffix}, {quotas.header}"
     return made
 
 
-def _rule_quotas(tier: Tier, rule: Rule) -> CompiledQuotas | None:
-    if not rule.quotas:
+def _rule_quotas(tier: Tier, rule: Rule, quotas: tuple[Quota, ...]) -> CompiledQuotas | None:
+    if not quotas:
         return None
     # Above a soft rule's quotas everything passes.
     overage = Overage() if rule.mode is Mode.SOFT else rule.overage
-    return CompiledQuotas(rule.quotas, overage, rule.name, tier.name, rule.on_failure)
+    return CompiledQuotas(quotas, overage, rule.name, tier.name, rule.on_failure)
 
 
-def counted_by(kind: Subject, has_key: bool) -> Subject:
-    """Whom a rule really counts: a caller without an API key is counted by ip where a key would be.
+def counted_by(kind: Subject, has_key: bool, has_customer: bool = False) -> Subject:
+    """Whom a rule really counts: a caller without a customer by its API key, and one without a key by ip.
 
     Args:
         kind: whom the rule counts.
         has_key: whether the caller brings a key.
+        has_customer: whether it is a customer's.
 
     Returns:
         The kind that holds for this caller.
     """
+    if kind is Subject.CUSTOMER and not has_customer:
+        kind = Subject.API_KEY
     return Subject.IP if kind is Subject.API_KEY and not has_key else kind
 
 
-def subject_of(kind: Subject, caller: str, ip: str | None, tier: str) -> str | None:
+def subject_of(kind: Subject, caller: str, ip: str | None, tier: str, customer: str = "") -> str | None:
     """The subject that a rule counts, in a form that no two kinds share.
 
     Args:
@@ -247,12 +257,15 @@ def subject_of(kind: Subject, caller: str, ip: str | None, tier: str) -> str | N
         caller: subject of the caller: `k:…` with a key, `i:…` without.
         ip: client address, already cut to what counts as one client, or None.
         tier: name of the tier.
+        customer: subject of the caller's customer: `c:…`; empty without one, where the caller itself is counted.
 
     Returns:
         The subject; None where the rule counts by ip and none is known.
     """
     if kind is Subject.API_KEY:
         return caller
+    if kind is Subject.CUSTOMER:
+        return customer or caller
     if kind is Subject.TIER:
         return f"t:{tier}"
     # A subject of attributes of which one is missing is counted by ip too.

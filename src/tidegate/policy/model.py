@@ -15,6 +15,7 @@ import msgspec
 from tidegate.errors import PolicyError
 from tidegate.policy.access_entries import AccessAction, AccessEntry
 from tidegate.policy.attributes import AttributeSource, CallerPolicy, CallerRules, OnMissing, match_of, subject_parts
+from tidegate.policy.customers import Customer, customer_attributes
 from tidegate.policy.descriptors import PREFIX as DESCRIPTOR
 from tidegate.policy.descriptors import canonical_descriptor, descriptor_entries, entries_text
 from tidegate.policy.globs import Glob
@@ -22,6 +23,7 @@ from tidegate.policy.jwt_policy import JwtPolicy
 from tidegate.policy.key_format import FORM, MAX_KEY, MIN_WRITTEN_KEY, hash_api_key, is_mistyped
 from tidegate.policy.limits import Algorithm, Limit, OnFailure, fit_limits, is_zero, member_of, short
 from tidegate.policy.namespaces import Namespace
+from tidegate.policy.overrides import Override
 from tidegate.policy.paths import PathRules, canonical_path
 from tidegate.policy.quotas import Overage, Quota, fit_quotas, require_quotas
 
@@ -42,6 +44,8 @@ class Subject(enum.StrEnum):
     API_KEY = "api_key"
     IP = "ip"
     TIER = "tier"
+    CUSTOMER = "customer"
+    """All API keys and attribute values of a customer together; without a customer, the API key, or else the address."""
     ATTRIBUTES = "attributes"
     """The values of `Rule.subject_parts`; a policy names those."""
 
@@ -79,6 +83,7 @@ class Rule(msgspec.Struct, frozen=True, gc=False):
         on_missing: what it does with a check without an attribute of `subject_parts`.
         quotas: what it allows in fixed periods, the shortest first; a rule has limits, quotas or both.
         overage: what passes above its quotas; None for nothing.
+        leases: whether instances may lease units of its limits.
         action: what it does in place of limits and quotas: allow without counting, or deny; None for a rule that counts.
     """
 
@@ -96,6 +101,7 @@ class Rule(msgspec.Struct, frozen=True, gc=False):
     on_missing: OnMissing = OnMissing.IP
     quotas: tuple[Quota, ...] = ()
     overage: Overage | None = None
+    leases: bool = True
     action: AccessAction | None = None
 
     @classmethod
@@ -114,6 +120,7 @@ class Rule(msgspec.Struct, frozen=True, gc=False):
         on_missing: str = OnMissing.IP,
         quotas: Iterable[Quota | str] = (),
         overage: object = None,
+        leases: object = True,
         action: str | None = None,
     ) -> Rule:
         """Validate and normalise a rule.
@@ -123,7 +130,7 @@ class Rule(msgspec.Struct, frozen=True, gc=False):
             limits: limits or their texts.
             methods: any case.
             algorithm: its name.
-            subject: api_key, ip, tier, the name of an attribute, or a list of such names without tier.
+            subject: api_key, ip, tier, customer, the name of an attribute, or a list of such names without tier and customer.
             priority: see the class.
             mode: its name.
             on_failure: its name.
@@ -132,6 +139,7 @@ class Rule(msgspec.Struct, frozen=True, gc=False):
             on_missing: its name.
             quotas: quotas or their texts.
             overage: an `Overage`, or what `Overage.parse` reads.
+            leases: true or false.
             action: allow or deny, in place of limits and quotas; a limit of 0, such as `0/day`, means deny.
 
         Returns:
@@ -164,6 +172,8 @@ class Rule(msgspec.Struct, frozen=True, gc=False):
             raise PolicyError(f"on_missing {missing.value!r} is for a subject with an attribute: name one, or leave it out")
         if isinstance(priority, bool) or not isinstance(priority, int) or abs(priority) > 1_000_000:
             raise PolicyError(f"priority {short(priority)} must be a whole number from -1000000 to 1000000")
+        if not isinstance(leases, bool):
+            raise PolicyError(f"leases {short(leases)} must be true or false")
         if name and not _RULE_NAME.fullmatch(name):
             raise PolicyError(f"rule name {short(name)} must be 1 to {_MAX_RULE_NAME} printable ASCII characters")
         rule = cls(
@@ -181,6 +191,7 @@ class Rule(msgspec.Struct, frozen=True, gc=False):
             on_missing=missing,
             quotas=sold,
             overage=above,
+            leases=leases,
             action=acts,
         )
         if name:
@@ -284,18 +295,6 @@ class Tier(msgspec.Struct, frozen=True, gc=False):
         return cls(name=name, rules=ordered, limits=parsed, quotas=sold, overage=above)
 
 
-class Override(msgspec.Struct, frozen=True, gc=False):
-    """Other limits for one key.
-
-    Args:
-        rule: name of the rule in the key's tier; empty for the tier's own limits.
-        limits: what holds instead.
-    """
-
-    rule: str
-    limits: tuple[Limit, ...]
-
-
 class ApiKey(msgspec.Struct, frozen=True, gc=False):
     """An API key as the catalog knows it: never the key itself.
 
@@ -308,6 +307,8 @@ class ApiKey(msgspec.Struct, frozen=True, gc=False):
         overrides: other limits for this key.
         managed_by_file: whether the policy file owns it.
         counts_as: id of the key that it replaced, whose counters it goes on with; empty where it replaced none.
+        customer: name of the customer that owns it; empty for none.
+        inherits_tier: whether its tier is that of its customer, also when that changes.
     """
 
     sha256: str
@@ -318,6 +319,8 @@ class ApiKey(msgspec.Struct, frozen=True, gc=False):
     overrides: tuple[Override, ...] = ()
     managed_by_file: bool = False
     counts_as: str = ""
+    customer: str = ""
+    inherits_tier: bool = False
 
     @property
     def id(self) -> str:
@@ -342,6 +345,7 @@ class Policy(msgspec.Struct, frozen=True, gc=False):
         jwt: which bearer tokens of other issuers are accepted; None for none.
         namespaces: names unique.
         access: who is allowed or denied before anything is counted.
+        customers: names, external ids and attribute values unique; each tier exists.
     """
 
     tiers: tuple[Tier, ...]
@@ -352,11 +356,13 @@ class Policy(msgspec.Struct, frozen=True, gc=False):
     jwt: JwtPolicy | None = None
     namespaces: tuple[Namespace, ...] = ()
     access: tuple[AccessEntry, ...] = ()
+    customers: tuple[Customer, ...] = ()
 
     @property
     def caller_policy(self) -> CallerPolicy:
         """What it says of callers without an API key."""
-        return CallerPolicy(self.anonymous_tier, self.callers, self.attributes, self.jwt, self.namespaces, self.access)
+        owned = customer_attributes(self.customers)
+        return CallerPolicy(self.anonymous_tier, self.callers, self.attributes, self.jwt, self.namespaces, self.access, owned)
 
 
 def canonical_pattern(endpoint: object) -> str:
@@ -433,7 +439,7 @@ def subject_text(rule: Rule) -> str:
 
 def _subject(subject: object) -> tuple[Subject, tuple[str, ...]]:
     """The kind of a subject, and its parts where they are attributes."""
-    if isinstance(subject, str) and subject in ("api_key", "ip", "tier"):
+    if isinstance(subject, str) and subject in ("api_key", "ip", "tier", "customer"):
         return Subject(subject), ()
     if not isinstance(subject, str) and not isinstance(subject, list | tuple):
         raise PolicyError(f'subject {short(subject)} is not known: write "user", or ["org", "user"] for each combination')

@@ -21,15 +21,19 @@ from tidegate.errors import PolicyError
 from tidegate.policy.access import MAX_ENTRIES, access_entry, require_bounded
 from tidegate.policy.access_entries import AccessEntry
 from tidegate.policy.attributes import AttributeSource, CallerRules, SourceKind, match_of, require_attribute_name
+from tidegate.policy.customers import Customer
 from tidegate.policy.descriptors import descriptor_text
 from tidegate.policy.jwt_policy import JwtPolicy
 from tidegate.policy.labels import label_fault
-from tidegate.policy.limits import Algorithm, Limit, fit_limits, is_zero, short
-from tidegate.policy.model import ApiKey, KeyStatus, Override, Policy, Rule, Subject, Tier, parse_key_digest, subject_text
+from tidegate.policy.limits import Limit, is_zero, short
+from tidegate.policy.model import ApiKey, KeyStatus, Policy, Rule, Subject, Tier, parse_key_digest
 from tidegate.policy.namespaces import Namespace, require_name
+from tidegate.policy.overrides import Override
 from tidegate.policy.quotas import Quota, fit_quotas
+from tidegate.policy.toml_customers import read_customers
 from tidegate.policy.toml_lines import MAX_KEY_PARTS, LineIndex, line_of_deep_key
 from tidegate.policy.toml_lines import Path as KeyPath
+from tidegate.policy.toml_overrides import read_overrides
 from tidegate.policy.warnings import policy_warnings
 from tidegate.timestamps import to_us
 
@@ -39,8 +43,6 @@ MAX_FILE_BYTES: Final = 10_000_000
 MAX_TIERS: Final = 1_000
 MAX_RULES: Final = 10_000
 """Most rules of one policy, over all its tiers."""
-MAX_OVERRIDES: Final = 1_000
-"""Most rules that one API key overrides."""
 MAX_SOURCES: Final = 64
 """Most attributes in `[attributes]`: each costs a look at every request of a gateway."""
 MAX_LIST: Final = 32
@@ -48,7 +50,7 @@ MAX_LIST: Final = 32
 
 MAX_NAMESPACES: Final = 1_000
 
-_POLICY_FIELDS: Final = ("tiers", "api_keys", "anonymous", "attributes", "callers", "jwt", "namespaces", "access")
+_POLICY_FIELDS: Final = ("tiers", "api_keys", "anonymous", "attributes", "callers", "jwt", "namespaces", "access", "customers")
 _JWT_FIELDS: Final = ("jwks", "issuer", "audience", "header", "algorithms", "leeway_s")
 _NAMESPACE_FIELDS: Final = ("name", "limits", "algorithm", "on_failure", "overrides")
 _NAMESPACE_OVERRIDE_FIELDS: Final = ("subject", "limits")
@@ -70,10 +72,10 @@ _RULE_FIELDS: Final = (
     "on_missing",
     "quotas",
     "overage",
+    "leases",
     "action",
 )
-_KEY_FIELDS: Final = ("key", "sha256", "tier", "name", "status", "expires_at", "limits", "overrides")
-_OVERRIDE_FIELDS: Final = ("rule", "limits")
+_KEY_FIELDS: Final = ("key", "sha256", "tier", "customer", "name", "status", "expires_at", "limits", "quotas", "overrides")
 # The first word of a record's error message, where it is not the field's name itself.
 _FIELD_OF_WORD: Final = {"limit": "limits", "method": "methods", "rule": "name", "tier": "name", "quota": "quotas"}
 
@@ -175,9 +177,10 @@ class _Reader:
             tiers[tier.name] = tier
         if not tiers and not self._raw.get("namespaces"):
             raise self._error("the policy has no tiers: it needs at least one [[tiers]]", ())
+        customers = read_customers(_Tables(self), self._raw, tiers)
         keys: dict[str, ApiKey] = {}
         for at, table in self._tables(self._raw, "api_keys", ()):
-            api_key = self._api_key(table, at, tiers)
+            api_key = self._api_key(table, at, tiers, customers)
             if api_key.sha256 in keys:
                 raise self._error(f"the API key with the digest {api_key.sha256[:12]}… stands twice: remove one", at)
             keys[api_key.sha256] = api_key
@@ -190,6 +193,7 @@ class _Reader:
             self._jwt(),
             self._namespaces(),
             self._access(),
+            tuple(customers.values()),
         )
 
     def _tier(self, table: dict[str, Any], at: KeyPath) -> Tier:
@@ -254,18 +258,24 @@ class _Reader:
         text = self._placed(lambda: descriptor_text(descriptor), {}, descriptor_at)
         return {**{field: value for field, value in table.items() if field != "descriptor"}, "endpoint": text}
 
-    def _api_key(self, table: dict[str, Any], at: KeyPath, tiers: Mapping[str, Tier]) -> ApiKey:
+    def _api_key(
+        self, table: dict[str, Any], at: KeyPath, tiers: Mapping[str, Tier], customers: Mapping[str, Customer]
+    ) -> ApiKey:
         self._known(table, _KEY_FIELDS, at)
-        self._required(table, ("tier",), at)
+        customer = self._customer_of(table, at, customers)
+        inherits = "tier" not in table and customer is not None and bool(customer.tier)
+        if not inherits:
+            self._required(table, ("tier",), at)
         name = table.get("name", "")
         if not isinstance(name, str) or len(name) > 200:
             raise self._error("name must be a string of at most 200 characters", (*at, "name"))
         fault = label_fault(name)
         if fault is not None:
             raise self._error(f"name {fault}", (*at, "name"))
-        tier = tiers.get(table["tier"]) if isinstance(table["tier"], str) else None
+        named = customer.tier if inherits and customer is not None else table["tier"]
+        tier = tiers.get(named) if isinstance(named, str) else None
         if tier is None:
-            raise self._error(f"tier {short(table['tier'])} is not in this policy{_nearest(table['tier'], tiers)}", (*at, "tier"))
+            raise self._error(f"tier {short(named)} is not in this policy{_nearest(named, tiers)}", (*at, "tier"))
         status = table.get("status", KeyStatus.ACTIVE.value)
         if status not in tuple(KeyStatus):
             raise self._error(f"status {short(status)} is not known: use active or revoked", (*at, "status"))
@@ -276,43 +286,30 @@ class _Reader:
             status=KeyStatus(status),
             name=name,
             expires_at_us=self._moment_us(table["expires_at"], (*at, "expires_at")) if "expires_at" in table else None,
-            overrides=self._overrides(table, at, tier),
+            overrides=self._key_overrides(table, at, tier, customer),
             managed_by_file=True,
+            customer="" if customer is None else customer.name,
+            inherits_tier=inherits,
         )
 
-    def _overrides(self, table: dict[str, Any], at: KeyPath, tier: Tier) -> tuple[Override, ...]:
-        overrides: dict[str, Override] = {}
-        if "limits" in table:
-            limits_at = (*at, "limits")
-            limits = self._limits(table["limits"], limits_at)
-            self._placed(lambda: fit_limits(Algorithm.SLIDING_WINDOW, limits), {}, limits_at)
-            overrides[""] = Override("", limits)
-        # Most keys override nothing: the rules of their tier are not gone through for them.
-        by_name = {rule.name: rule for rule in tier.rules} if table.get("overrides") else {}
-        for override_at, override in self._tables(table, "overrides", at, MAX_OVERRIDES):
-            self._known(override, _OVERRIDE_FIELDS, override_at)
-            self._required(override, _OVERRIDE_FIELDS, override_at)
-            rule = by_name.get(override["rule"]) if isinstance(override["rule"], str) else None
-            rule_at, limits_at = (*override_at, "rule"), (*override_at, "limits")
-            if rule is None:
-                raise self._error(
-                    f"tier {tier.name!r} has no rule {short(override['rule'])}{_nearest(override['rule'], by_name)}", rule_at
-                )
-            if rule.subject is not Subject.API_KEY:
-                raise self._error(
-                    f"rule {rule.name!r} counts by {subject_text(rule)}, not by API key: "
-                    "a key cannot have limits of its own there",
-                    rule_at,
-                )
-            if rule.name in overrides:
-                raise self._error(f"rule {rule.name!r} is overridden twice: remove one", rule_at)
-            limits = self._limits(override["limits"], limits_at)
-            self._fit(rule, limits, limits_at)
-            overrides[rule.name] = Override(rule.name, limits)
-        return tuple(overrides.values())
+    def _key_overrides(self, table: dict[str, Any], at: KeyPath, tier: Tier, customer: Customer | None) -> tuple[Override, ...]:
+        overrides = read_overrides(_Tables(self), table, at, tier, "key", (Subject.API_KEY,))
+        if customer is not None and any(each.quotas for each in overrides):
+            raise self._error(
+                f"quotas of the customer {customer.name!r} count all of its keys together: override them for the customer, "
+                "not for a key",
+                (*at, "overrides"),
+            )
+        return overrides
 
-    def _fit(self, rule: Rule, limits: tuple[Limit, ...], at: KeyPath) -> None:
-        self._placed(lambda: fit_limits(rule.algorithm, limits), {}, at)
+    def _customer_of(self, table: dict[str, Any], at: KeyPath, customers: Mapping[str, Customer]) -> Customer | None:
+        if "customer" not in table:
+            return None
+        name = table["customer"]
+        customer = customers.get(name) if isinstance(name, str) else None
+        if customer is None:
+            raise self._error(f"customer {short(name)} is not in this policy{_nearest(name, customers)}", (*at, "customer"))
+        return customer
 
     def _anonymous(self, tiers: Mapping[str, Tier]) -> str | None:
         if "anonymous" not in self._raw:
@@ -421,17 +418,20 @@ class _Reader:
         return self._placed(lambda: fit_quotas(value), {}, at)
 
     def _moment_us(self, value: object, at: KeyPath) -> int:
+        field = at[-1]
+        if isinstance(value, str) and field == "until":
+            value = _moment_of_text(value)
         if isinstance(value, datetime.datetime):
             if value.tzinfo is None:
-                raise self._error(f"expires_at {value.isoformat()} has no offset: write {value.isoformat()}Z", at)
+                raise self._error(f"{field} {value.isoformat()} has no offset: write {value.isoformat()}Z", at)
             try:
                 return to_us(value)
             except ValueError as error:
-                raise self._error(f"expires_at {value.isoformat()}: {error}: leave it out for a key without end", at) from None
+                raise self._error(f"{field} {value.isoformat()}: {error}: leave it out for one without end", at) from None
         if isinstance(value, datetime.date):
             return to_us(datetime.datetime.combine(value, datetime.time(), datetime.UTC))
         raise self._error(
-            f"expires_at {str(value)[:40]!r} is not a valid timestamp; use ISO 8601 with an offset and without quotes, "
+            f"{field} {str(value)[:40]!r} is not a valid timestamp; use ISO 8601 with an offset and without quotes, "
             "e.g. 2030-01-31T00:00:00Z",
             at,
         )
@@ -468,6 +468,34 @@ class _Reader:
 
     def _error(self, reason: str, at: KeyPath) -> PolicyError:
         return PolicyError(reason, self._file, self._lines.line(at))
+
+
+class _Tables:
+    """The reader as `toml_overrides` needs it."""
+
+    def __init__(self, reader: _Reader) -> None:
+        self.tables = reader._tables
+        self.known = reader._known
+        self.required = reader._required
+        self.limits = reader._limits
+        self.quotas = reader._quotas
+        self.moment_us = reader._moment_us
+        self.error = reader._error
+        self.nearest = _nearest
+        self._placed = reader._placed
+
+    def placed(self, make: Callable[[], Any], at: KeyPath) -> Any:
+        return self._placed(make, {}, at)
+
+
+def _moment_of_text(text: str) -> object:
+    """A date or a time in quotes; the text itself if it is neither."""
+    for parse in (datetime.date.fromisoformat, datetime.datetime.fromisoformat):
+        try:
+            return parse(text)
+        except ValueError:
+            continue
+    return text
 
 
 def _nearest(name: object, known: Iterable[str]) -> str:

@@ -11,6 +11,8 @@ from tidegate.policy.jwt_policy import DEFAULT_ALGORITHMS, DEFAULT_HEADER, DEFAU
 from tidegate.policy.limits import Algorithm, Limit, OnFailure
 from tidegate.policy.model import ApiKey, KeyStatus, Mode, Policy, Rule, Subject, Tier
 from tidegate.policy.namespaces import Namespace
+from tidegate.policy.overrides import Override
+from tidegate.policy.toml_customers import customer_fields
 from tidegate.timestamps import format_timestamp
 
 
@@ -39,6 +41,8 @@ def policy_text(policy: Policy) -> str:
         lines += _access_lines(entry)
     for tier in policy.tiers:
         lines += _tier_lines(tier)
+    for customer in policy.customers:
+        lines += [*customer_fields(customer), *_override_lines("customers", customer.overrides), ""]
     for api_key in policy.api_keys:
         lines += _key_lines(api_key)
     for namespace in policy.namespaces:
@@ -138,25 +142,44 @@ def _rule_lines(rule: Rule) -> list[str]:
         lines.append(f"mode = {_string(rule.mode)}")
     if rule.on_failure is not OnFailure.DEFAULT:
         lines.append(f"on_failure = {_string(rule.on_failure)}")
+    if not rule.leases:
+        lines.append("leases = false")
     return [*lines, f"name = {_string(rule.name)}"]
 
 
 def _key_lines(api_key: ApiKey) -> list[str]:
-    lines = ["[[api_keys]]", f"sha256 = {_string(api_key.sha256)}", f"tier = {_string(api_key.tier)}"]
+    lines = ["[[api_keys]]", f"sha256 = {_string(api_key.sha256)}"]
+    if api_key.customer:
+        lines.append(f"customer = {_string(api_key.customer)}")
+    if not api_key.inherits_tier:
+        lines.append(f"tier = {_string(api_key.tier)}")
     if api_key.name:
         lines.append(f"name = {_string(api_key.name)}")
     if api_key.status is not KeyStatus.ACTIVE:
         lines.append(f"status = {_string(api_key.status)}")
     if api_key.expires_at_us is not None:
         lines.append(f"expires_at = {format_timestamp(api_key.expires_at_us)}")
-    # Its own limits first: a key below a table's header would belong to that table.
-    for override in sorted(api_key.overrides, key=lambda each: bool(each.rule)):
-        if override.rule:
-            lines += ["", "  [[api_keys.overrides]]", f"  rule = {_string(override.rule)}"]
-            lines.append(f"  limits = {_limits(override.limits)}")
+    # The permanent limits first: a key below a table's header would belong to that table.
+    return [*lines, *_override_lines("api_keys", api_key.overrides), ""]
+
+
+def _override_lines(table: str, overrides: Iterable[Override]) -> list[str]:
+    lines: list[str] = []
+    for override in sorted(overrides, key=lambda each: bool(each.rule) or each.until_us is not None):
+        if override.quotas:
+            what = f"quotas = [{', '.join(_string(quota.text) for quota in override.quotas)}]"
         else:
-            lines.append(f"limits = {_limits(override.limits)}")
-    return [*lines, ""]
+            what = f"limits = {_limits(override.limits)}"
+        if not override.rule and override.until_us is None:
+            lines.append(what)
+            continue
+        lines += ["", f"  [[{table}.overrides]]"]
+        if override.rule:
+            lines.append(f"  rule = {_string(override.rule)}")
+        lines.append(f"  {what}")
+        if override.until_us is not None:
+            lines.append(f"  until = {format_timestamp(override.until_us)}")
+    return lines
 
 
 def _limits(limits: Iterable[Limit]) -> str:

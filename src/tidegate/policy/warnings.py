@@ -25,7 +25,11 @@ def policy_warnings(policy: Policy) -> list[str]:
         are written as limits (months and years that do not start anew with the calendar, a `/*` that other rules escape).
     """
     warnings = []
-    used = {api_key.tier for api_key in policy.api_keys} | {policy.anonymous_tier, policy.caller_policy.default_tier}
+    used = (
+        {customer.tier for customer in policy.customers}
+        | {api_key.tier for api_key in policy.api_keys}
+        | {policy.anonymous_tier, policy.caller_policy.default_tier}
+    )
     # A tier may be named by the caller's attribute, too.
     only_keys = bool(policy.api_keys) and not policy.caller_policy.tier_from
     for tier in policy.tiers:

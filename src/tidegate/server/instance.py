@@ -30,6 +30,7 @@ from tidegate.decision import Observation
 from tidegate.doors.callers_auth import CallersAuth
 from tidegate.doors.client_address import TrustedProxies
 from tidegate.doors.http import DataPlane, Response
+from tidegate.doors.key_sources import KeySources
 from tidegate.doors.openapi import data_plane_openapi
 from tidegate.doors.probes import ProbePages
 from tidegate.doors.responses import encode
@@ -218,6 +219,7 @@ class Instance:
             access,
             self._paths,
             self._callers,
+            KeySources(settings.keys.sources),
         )
         collect_cache(self.metrics, self.cached, shared, self.catalog.database)
         collect_counters(self.metrics, self.counters)

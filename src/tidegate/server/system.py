@@ -11,6 +11,7 @@ import msgspec
 from tidegate._version import __version__
 from tidegate.counters import CounterStore
 from tidegate.counters.guarded import GuardedCounters
+from tidegate.counters.leased import LeasedCounters
 from tidegate.counters.memory import MemoryCounters
 from tidegate.settings import Settings
 from tidegate.timestamps import format_timestamp, now_us
@@ -68,6 +69,16 @@ def system_report(instance: Instance) -> Callable[[], Any]:
 
 def counters_report(counters: CounterStore) -> dict[str, Any]:
     """The state of a counter store, as JSON types."""
+    if isinstance(counters, LeasedCounters):
+        table = counters.table
+        leases = {
+            "leases": len(table.leases),
+            "decisions_from_leases": table.decisions,
+            "leased": table.leased,
+            "returned": table.returned,
+            "lost": table.lost,
+        }
+        return {**(counters_report(counters.store) if isinstance(counters.store, GuardedCounters) else {}), "leases": leases}
     if isinstance(counters, GuardedCounters):
         connections = list(counters.store.connections())
         return {
@@ -97,6 +108,8 @@ def settings_without_secrets(settings: Settings) -> dict[str, dict[str, Any]]:
 
 
 def _name(counters: CounterStore) -> str | None:
+    if isinstance(counters, LeasedCounters):
+        return _name(counters.store) if isinstance(counters.store, GuardedCounters) else None
     return counters.instance if isinstance(counters, GuardedCounters) else None
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 from tidegate.admin.models.api_keys import (
     KeyCreate,
     KeyMade,
-    KeyOverride,
     KeyPage,
     KeyPatch,
     KeyRead,
@@ -32,6 +31,8 @@ from tidegate.admin.models.base import (
     Timestamp,
     is_key_id,
 )
+from tidegate.admin.models.customers import CustomerCreate, CustomerFields, CustomerPage, CustomerPatch, CustomerRead
+from tidegate.admin.models.overrides import LimitOverride
 from tidegate.admin.models.policy import ChangeRead, ImportRead
 from tidegate.admin.models.problems import Problem, ProblemRead
 from tidegate.admin.models.records import AuditPage, AuditRead, TopRead, ViolationPage, ViolationRead, ViolatorRead
@@ -44,16 +45,21 @@ __all__ = [
     "AuditPage",
     "AuditRead",
     "ChangeRead",
+    "CustomerCreate",
+    "CustomerFields",
+    "CustomerPage",
+    "CustomerPatch",
+    "CustomerRead",
     "ImportRead",
     "JsonObject",
     "KeyCreate",
     "KeyId",
     "KeyMade",
-    "KeyOverride",
     "KeyPage",
     "KeyPatch",
     "KeyRead",
     "KeyRotated",
+    "LimitOverride",
     "Name",
     "OverridesRequest",
     "PageModel",

@@ -16,29 +16,22 @@ from tidegate.admin.models.base import (
     RequestModel,
     Resource,
     Row,
-    RuleLimits,
-    RuleName,
     TierName,
     Timestamp,
 )
+from tidegate.admin.models.customers import CustomerName
+from tidegate.admin.models.overrides import LimitOverride, Overrides, base_limits, listed_overrides
 from tidegate.policy.model import KeyStatus
 from tidegate.timestamps import format_timestamp
-
-
-class KeyOverride(RequestModel):
-    """Limits of one API key that replace those of a rule."""
-
-    rule: RuleName
-    limits: RuleLimits
-
-
-Overrides = Annotated[list[KeyOverride], Field(max_length=1000)]
 
 
 class KeyCreate(RequestModel):
     """A new API key."""
 
-    tier: TierName
+    tier: Annotated[TierName | None, Field(description="may be omitted for the tier of the customer, also when that changes")] = (
+        None
+    )
+    customer: CustomerName | None = None
     name: Name = ""
     expires_at: Timestamp | None = None
     limits: Limits | None = None
@@ -46,9 +39,7 @@ class KeyCreate(RequestModel):
 
 
 class KeyPatch(KeyCreate):
-    """Fields of an API key to change; omitted fields keep their values."""
-
-    tier: TierName = ""
+    """Fields of an API key to change; omitted fields keep their values. A tier of null is that of the customer."""
 
 
 class OverridesRequest(RequestModel):
@@ -79,12 +70,14 @@ class KeyRead(Resource):
     status: str
     expires_at: str | None
     limits: list[str] | None
-    overrides: list[KeyOverride]
+    overrides: list[LimitOverride]
     created_at: str
     revoked_at: str | None
     revoked_reason: str | None
     managed_by_file: bool
     counts_as: str
+    customer: str | None = None
+    inherits_tier: bool = False
     revision: int
     warnings: list[str] = []
 
@@ -98,23 +91,19 @@ class KeyRead(Resource):
 
     @classmethod
     def of_row(cls, row: Row) -> KeyRead:
-        """Of a row of `api_keys`, with the tier's name as `tier_name`."""
-        limits = next((each["limits"] for each in row["overrides"] if not each["rule"]), None)
+        """Of a row of `api_keys`, with the names of tier and customer as `tier_name` and `customer_name`."""
         return cls._from_columns(
             row,
             tier=row["tier_name"],
             status="expired" if _is_expired(row) else row["status"],
             expires_at=format_timestamp(row["expires_at_us"]),
-            limits=limits,
-            # Not validated again: the catalog's rows were validated when they were written.
-            overrides=[
-                KeyOverride.model_construct(rule=each["rule"], limits=list(each["limits"]))
-                for each in row["overrides"]
-                if each["rule"]
-            ],
+            limits=base_limits(row["overrides"]),
+            overrides=listed_overrides(row["overrides"]),
             created_at=format_timestamp(row["created_at_us"]),
             revoked_at=format_timestamp(row["revoked_at_us"]),
             counts_as=row["counts_as"] or row["id"],
+            customer=row["customer_name"],
+            inherits_tier=bool(row["inherits_tier"]),
         )
 
 

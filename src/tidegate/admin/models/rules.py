@@ -43,6 +43,7 @@ class RuleFields(RequestModel):
     on_missing: OnMissing = "ip"
     quotas: Quotas = []
     overage: OverageField = False
+    leases: bool = True
     action: Annotated[
         Literal["allow", "deny"] | None, Field(description="in place of limits and quotas: allow without counting, or deny")
     ] = None
@@ -82,6 +83,7 @@ class RuleRead(Resource):
     warnings: list[str] = []
     quotas: list[str] = []
     overage: bool | dict[str, str] = False
+    leases: bool = True
     action: str | None = None
 
     @classmethod
@@ -96,6 +98,7 @@ class RuleRead(Resource):
             on_missing=row["on_missing"] or "ip",
             quotas=row["quotas"] or [],
             overage=row["overage"] or False,
+            leases=row["leases"] in (None, True),
         )
 
 

@@ -16,19 +16,27 @@ from tidegate.catalog.changes import Changes
 from tidegate.catalog.sql import rows as policy_rows
 from tidegate.catalog.sql.batch_loader import BatchLoader
 from tidegate.catalog.sql.change_log import read_changes
+from tidegate.catalog.sql.customers import CustomerReader, padded
 from tidegate.catalog.sql.database import Database, DatabaseOptions
 from tidegate.catalog.sql.policy_file import Released, apply_file, release_file
-from tidegate.catalog.sql.tables import api_keys, blocks, caller_tokens, policy_state, rate_limit_rules, tiers
+from tidegate.catalog.sql.tables import api_keys, blocks, caller_tokens, customers, policy_state, rate_limit_rules, tiers
 from tidegate.policy.attributes import CallerPolicy
+from tidegate.policy.customers import Customer
 from tidegate.policy.model import ApiKey, Policy, Tier
 from tidegate.policy.networks import NEVER
 from tidegate.timestamps import now_us
 
 _SHA256S: Final = "sha256s"
 # One statement: its result is one snapshot on every database. Built once: building it costs as much as sending it.
-_KEYS: Final = select(policy_state.c.version.label("read_version"), api_keys, tiers.c.name.label("tier_name")).select_from(
+_KEYS: Final = select(
+    policy_state.c.version.label("read_version"),
+    api_keys,
+    tiers.c.name.label("tier_name"),
+    customers.c.name.label("customer_name"),
+).select_from(
     policy_state.outerjoin(
-        api_keys.join(tiers, tiers.c.id == api_keys.c.tier_id), api_keys.c.sha256.in_(bindparam(_SHA256S, expanding=True))
+        api_keys.join(tiers, tiers.c.id == api_keys.c.tier_id).outerjoin(customers, customers.c.id == api_keys.c.customer_id),
+        api_keys.c.sha256.in_(bindparam(_SHA256S, expanding=True)),
     )
 )
 
@@ -56,6 +64,7 @@ class SqlCatalog:
     def __init__(self, database: Database) -> None:
         self.database = database
         self._keys = BatchLoader(self._read_keys)
+        self._customers = CustomerReader(database)
 
     @classmethod
     async def open(cls, url: str, options: DatabaseOptions | None = None) -> SqlCatalog:
@@ -93,6 +102,14 @@ class SqlCatalog:
             return first["read_version"], None
         tier = {"name": first["tier_name"], **{column: first[f"tier_{column}"] for column in _TIER_COLUMNS}}
         return first["read_version"], policy_rows.tier_of(tier, rows if first["id"] is not None else ())
+
+    async def customer(self, name: str, min_version: int = 0) -> tuple[int, Customer | None]:
+        """See `Catalog.customer`."""
+        return await self._customers.customer(name, min_version)
+
+    async def customer_name(self, digest: str, min_version: int = 0) -> tuple[int, str]:
+        """See `Catalog.customer_name`."""
+        return await self._customers.customer_name(digest, min_version)
 
     async def tier_names(self) -> list[str]:
         """See `Catalog.tier_names`."""
@@ -243,7 +260,5 @@ class SqlCatalog:
         return str(stored).encode()
 
     async def _read_keys(self, sha256s: Sequence[str], min_version: int) -> tuple[int, dict[str, ApiKey]]:
-        # Padded to a power of two, so that the driver prepares ten statements and not five hundred.
-        padded = [*sha256s, *[sha256s[-1]] * ((1 << (len(sha256s) - 1).bit_length()) - len(sha256s))]
-        rows = await self.database.read(_KEYS, min_version, {_SHA256S: padded})
+        rows = await self.database.read(_KEYS, min_version, {_SHA256S: padded(sha256s)})
         return rows[0]["read_version"], {row["sha256"]: policy_rows.api_key_of(row) for row in rows if row["id"] is not None}

@@ -12,8 +12,9 @@ from tidegate.catalog.changes import ANONYMOUS, KEY, NONE, TIER
 from tidegate.catalog.sql import rows as policy_rows
 from tidegate.catalog.sql.bulk import batches, delete_rows, insert_rows, update_rows
 from tidegate.catalog.sql.change_log import WriteTransaction
+from tidegate.catalog.sql.customers import apply_customers, customer_ids, drop_customers
 from tidegate.catalog.sql.namespace_rows import with_file
-from tidegate.catalog.sql.tables import api_keys, audit_log, policy_state, rate_limit_rules, tiers
+from tidegate.catalog.sql.tables import api_keys, audit_log, customers, policy_state, rate_limit_rules, tiers
 from tidegate.errors import CatalogError
 from tidegate.policy.model import Policy, Tier
 from tidegate.timestamps import now_us
@@ -68,7 +69,9 @@ async def apply_file(writing: WriteTransaction, policy: Policy, digest: str) -> 
     """
     writing.touch(ANONYMOUS)
     await _apply_tiers(writing, policy)
+    await apply_customers(writing, policy.customers, _NOT_OWNED)
     await _apply_keys(writing, policy)
+    await drop_customers(writing, policy.customers)
     await _drop_tiers(writing, policy)
     values = policy_rows.row_of_caller_policy(policy.caller_policy)
     stored = (await writing.connection.execute(select(policy_state.c.namespaces))).scalar()
@@ -123,6 +126,7 @@ async def _apply_rules(writing: WriteTransaction, tier: Tier, tier_id: int) -> N
 async def _apply_keys(writing: WriteTransaction, policy: Policy) -> None:
     connection = writing.connection
     tier_ids = {row.name: row.id for row in await connection.execute(select(tiers.c.id, tiers.c.name))}
+    ids_of_customers = await customer_ids(connection, {api_key.customer for api_key in policy.api_keys if api_key.customer})
     desired = {api_key.sha256: api_key for api_key in policy.api_keys}
     owned = {
         row["sha256"]: row for row in (await connection.execute(select(api_keys).where(api_keys.c.managed_by_file))).mappings()
@@ -136,7 +140,8 @@ async def _apply_keys(writing: WriteTransaction, policy: Policy) -> None:
     changed: list[dict[str, Any]] = []
     for sha256, api_key in desired.items():
         row = owned.get(sha256)
-        values = policy_rows.row_of_api_key(api_key, tier_ids[api_key.tier], now_us())
+        customer_id = ids_of_customers[api_key.customer] if api_key.customer else None
+        values = policy_rows.row_of_api_key(api_key, tier_ids[api_key.tier], now_us(), customer_id)
         if row is None:
             writing.touch(KEY, sha256)
             inserted.append(values)
@@ -167,6 +172,12 @@ async def _drop_tiers(writing: WriteTransaction, policy: Policy) -> None:
             raise CatalogError(
                 f"tier {row['name']!r} was removed from the policy file, but other API keys still use it, e.g. {user}: "
                 "keep the tier, or revoke and replace those keys first"
+            )
+        customer = (await connection.execute(select(customers.c.name).where(customers.c.tier_id == row["id"]).limit(1))).scalar()
+        if customer is not None:
+            raise CatalogError(
+                f"tier {row['name']!r} was removed from the policy file, but is still the tier of the customer {customer!r}: "
+                "keep the tier, or give that customer another one first"
             )
         others = select(rate_limit_rules.c.id, rate_limit_rules.c.name).where(
             rate_limit_rules.c.tier_id == row["id"], ~rate_limit_rules.c.managed_by_file

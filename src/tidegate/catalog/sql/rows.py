@@ -12,7 +12,8 @@ from tidegate.policy.access_entries import AccessAction, AccessEntry
 from tidegate.policy.attributes import AttributeSource, CallerPolicy, CallerRules, OnMissing
 from tidegate.policy.jwt_policy import JwtPolicy
 from tidegate.policy.limits import Algorithm, Limit, OnFailure
-from tidegate.policy.model import ApiKey, KeyStatus, Mode, Override, Rule, Subject, Tier
+from tidegate.policy.model import ApiKey, KeyStatus, Mode, Rule, Subject, Tier
+from tidegate.policy.overrides import Override
 from tidegate.policy.quotas import Overage, Quota
 
 RULE_COLUMNS: Final = (
@@ -29,13 +30,18 @@ RULE_COLUMNS: Final = (
     "on_missing",
     "quotas",
     "overage",
+    "leases",
     "action",
 )
 """Columns with the fields of a rule."""
 TIER_COLUMNS: Final = ("limits", "quotas", "overage")
 """Columns with the fields of a tier."""
-KEY_COLUMNS: Final = ("tier_id", "name", "status", "expires_at_us", "overrides")
+KEY_COLUMNS: Final = ("tier_id", "name", "status", "expires_at_us", "overrides", "customer_id", "inherits_tier")
 """Columns with the fields of an API key."""
+
+
+_CUSTOMER: Final = [Subject.CUSTOMER.value]
+"""How a rule that counts customers is stored: versions without customers count by the address then."""
 
 
 def tier_of(row: Mapping[Any, Any], rules: Iterable[Mapping[Any, Any]]) -> Tier:
@@ -57,18 +63,25 @@ def rule_of(row: Mapping[Any, Any]) -> Rule:
         limits=tuple(Limit.parse(text) for text in row["limits"]),
         methods=tuple(row["methods"]),
         algorithm=Algorithm(row["algorithm"]),
-        subject=Subject.ATTRIBUTES if row["subject_attributes"] else Subject(row["subject"]),
+        subject=_subject_of(row["subject_attributes"], row["subject"]),
         priority=row["priority"],
         mode=Mode(row["mode"]),
         on_failure=OnFailure(row["on_failure"]),
         name=row["name"],
         match=tuple(sorted((row["match_attributes"] or {}).items())),
-        subject_parts=tuple(row["subject_attributes"] or ()),
+        subject_parts=() if row["subject_attributes"] == _CUSTOMER else tuple(row["subject_attributes"] or ()),
         on_missing=OnMissing(row["on_missing"] or OnMissing.IP),
+        leases=row["leases"] in (None, True),
         quotas=tuple(Quota.parse(text) for text in row["quotas"] or ()),
         overage=Overage.parse(row["overage"]),
         action=None if row["action"] is None else AccessAction(row["action"]),
     )
+
+
+def _subject_of(parts: list[str] | None, subject: str) -> Subject:
+    if parts == _CUSTOMER:
+        return Subject.CUSTOMER
+    return Subject.ATTRIBUTES if parts else Subject(subject)
 
 
 def subject_value_of(row: Mapping[Any, Any]) -> str | list[str]:
@@ -79,7 +92,7 @@ def subject_value_of(row: Mapping[Any, Any]) -> str | list[str]:
     return str(parts[0]) if len(parts) == 1 else list(parts)
 
 
-CALLER_POLICY_COLUMNS: Final = ("anonymous_tier", "callers", "attributes", "jwt", "namespaces", "access")
+CALLER_POLICY_COLUMNS: Final = ("anonymous_tier", "callers", "attributes", "jwt", "namespaces", "access", "customer_attributes")
 
 
 def caller_policy_of(row: Mapping[Any, Any]) -> CallerPolicy:
@@ -92,6 +105,7 @@ def caller_policy_of(row: Mapping[Any, Any]) -> CallerPolicy:
         None if row["jwt"] is None else JwtPolicy.make(**row["jwt"]),
         tuple(namespace_of(entry) for entry in row["namespaces"] or ()),
         tuple(_access_entry(each) for each in row["access"] or ()),
+        tuple(row["customer_attributes"] or ()),
     )
 
 
@@ -128,7 +142,7 @@ def api_key_of(row: Mapping[Any, Any]) -> ApiKey:
     """The API key in a row.
 
     Args:
-        row: row of `api_keys`, with the tier's name as `tier_name`.
+        row: row of `api_keys`, with the name of its tier as `tier_name` and that of its customer as `customer_name`.
     """
     return ApiKey(
         sha256=row["sha256"],
@@ -136,11 +150,11 @@ def api_key_of(row: Mapping[Any, Any]) -> ApiKey:
         status=KeyStatus(row["status"]),
         name=row["name"],
         expires_at_us=row["expires_at_us"],
-        overrides=tuple(
-            Override(override["rule"], tuple(Limit.parse(text) for text in override["limits"])) for override in row["overrides"]
-        ),
+        overrides=overrides_of(row["overrides"]),
         managed_by_file=row["managed_by_file"],
         counts_as=row["counts_as"] or "",
+        customer=row["customer_name"] or "",
+        inherits_tier=bool(row["inherits_tier"]),
     )
 
 
@@ -164,15 +178,16 @@ def row_of_rule(rule: Rule, tier_id: int, position: int) -> dict[str, Any]:
         "algorithm": rule.algorithm.value,
         "limits": [limit.text for limit in rule.limits],
         # A value that every version knows: those before there were attributes count API keys instead.
-        "subject": Subject.API_KEY.value if rule.subject_parts else rule.subject.value,
+        "subject": Subject.API_KEY.value if rule.subject_parts or rule.subject is Subject.CUSTOMER else rule.subject.value,
         "priority": rule.priority,
         "mode": rule.mode.value,
         "on_failure": rule.on_failure.value,
         "position": position,
         "managed_by_file": True,
         "match_attributes": dict(rule.match) or None,
-        "subject_attributes": list(rule.subject_parts) or None,
+        "subject_attributes": list(_CUSTOMER) if rule.subject is Subject.CUSTOMER else list(rule.subject_parts) or None,
         "on_missing": None if rule.on_missing is OnMissing.IP else rule.on_missing.value,
+        "leases": None if rule.leases else False,
         **_quota_values(rule),
         "action": None if rule.action is None else rule.action.value,
     }
@@ -185,7 +200,7 @@ def _quota_values(record: Tier | Rule) -> dict[str, Any]:
     }
 
 
-def row_of_api_key(api_key: ApiKey, tier_id: int, created_at_us: int) -> dict[str, Any]:
+def row_of_api_key(api_key: ApiKey, tier_id: int, created_at_us: int, customer_id: int | None = None) -> dict[str, Any]:
     """The values of an API key's row."""
     return {
         "id": api_key.id,
@@ -197,9 +212,32 @@ def row_of_api_key(api_key: ApiKey, tier_id: int, created_at_us: int) -> dict[st
         "overrides": override_rows(api_key.overrides),
         "created_at_us": created_at_us,
         "managed_by_file": api_key.managed_by_file,
+        "customer_id": customer_id,
+        "inherits_tier": api_key.inherits_tier,
     }
 
 
 def override_rows(overrides: Iterable[Override]) -> list[dict[str, Any]]:
     """The value of the column `overrides` of an API key's row."""
-    return [{"rule": override.rule, "limits": [limit.text for limit in override.limits]} for override in overrides]
+    return [
+        {
+            "rule": override.rule,
+            "limits": [limit.text for limit in override.limits],
+            **({} if override.until_us is None else {"until_us": override.until_us}),
+            **({"quotas": [quota.text for quota in override.quotas]} if override.quotas else {}),
+        }
+        for override in overrides
+    ]
+
+
+def overrides_of(stored: Iterable[Mapping[str, Any]]) -> tuple[Override, ...]:
+    """The overrides in a column that `override_rows` wrote."""
+    return tuple(
+        Override(
+            each["rule"],
+            tuple(Limit.parse(text) for text in each["limits"]),
+            each.get("until_us"),
+            tuple(Quota.parse(text) for text in each.get("quotas", ())),
+        )
+        for each in stored
+    )

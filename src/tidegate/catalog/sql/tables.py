@@ -22,7 +22,9 @@ from sqlalchemy import (
     PrimaryKeyConstraint,
     String,
     Table,
+    Text,
     UniqueConstraint,
+    false,
     text,
 )
 
@@ -75,6 +77,8 @@ rate_limit_rules: Final = Table(
     Column("match_attributes", JSON(none_as_null=True), nullable=True),
     Column("subject_attributes", JSON(none_as_null=True), nullable=True),
     Column("on_missing", String(16), nullable=True),
+    # NULL: they may be leased.
+    Column("leases", Boolean, nullable=True),
     Column("action", String(16), nullable=True),
     Column("quotas", JSON(none_as_null=True), nullable=True),
     Column("overage", JSON(none_as_null=True), nullable=True),
@@ -101,7 +105,17 @@ api_keys: Final = Table(
     Column("revision", BigInteger, nullable=False, server_default="1"),
     # Id of the first key of the chain of rotations: a rotated key keeps its counters.
     Column("counts_as", String(24), nullable=True),
+    # Its customer; with `inherits_tier` the tier is a copy of the customer's.
+    Column("customer_id", _RowId, nullable=True),
+    Column("inherits_tier", Boolean, nullable=False, server_default=false()),
     UniqueConstraint("sha256"),
+    Index(
+        "idx_api_keys_customer_id",
+        "customer_id",
+        "id",
+        sqlite_where=text("customer_id IS NOT NULL"),
+        postgresql_where=text("customer_id IS NOT NULL"),
+    ),
     Index("idx_api_keys_tier_id", "tier_id", "id"),
     Index("idx_api_keys_status", "status", sqlite_where=text("status = 'active'"), postgresql_where=text("status = 'active'")),
     # Few keys are in these states, and no other index finds a page of few among many.
@@ -113,6 +127,39 @@ api_keys: Final = Table(
         postgresql_where=text("expires_at_us IS NOT NULL"),
     ),
     Index("idx_api_keys_file", "id", sqlite_where=text("managed_by_file = 1"), postgresql_where=text("managed_by_file")),
+)
+
+# Who owns API keys and attribute values.
+customers: Final = Table(
+    "customers",
+    metadata,
+    Column("id", _RowId, primary_key=True, autoincrement=True),
+    Column("name", String(64), nullable=False),
+    Column("external_id", String(200), nullable=True),
+    Column("tier_id", _RowId, ForeignKey("tiers.id"), nullable=True),
+    # As texts, empty without one.
+    Column("anchor", String(10), nullable=False),
+    Column("timezone", String(64), nullable=False),
+    Column("metadata", Text, nullable=False),
+    Column("match_attributes", JSON(none_as_null=True), nullable=True),
+    Column("overrides", JSON, nullable=False),
+    Column("created_at_us", BigInteger, nullable=False),
+    Column("managed_by_file", Boolean, nullable=False),
+    Column("revision", BigInteger, nullable=False, server_default="1"),
+    UniqueConstraint("name"),
+    UniqueConstraint("external_id"),
+    Index("idx_customers_tier_id", "tier_id"),
+)
+
+# Each attribute value of a customer, by its digest.
+customer_values: Final = Table(
+    "customer_values",
+    metadata,
+    Column("digest", String(64), primary_key=True),
+    Column("customer_id", _RowId, nullable=False),
+    Column("attribute", String(32), nullable=False),
+    Index("idx_customer_values_customer_id", "customer_id"),
+    Index("idx_customer_values_attribute", "attribute"),
 )
 
 policy_state: Final = Table(
@@ -135,6 +182,8 @@ policy_state: Final = Table(
     Column("jwt", JSON(none_as_null=True), nullable=True),
     Column("namespaces", JSON(none_as_null=True), nullable=True),
     Column("access", JSON(none_as_null=True), nullable=True),
+    # The attributes by whose values callers may be a customer's; NULL without any.
+    Column("customer_attributes", JSON(none_as_null=True), nullable=True),
     CheckConstraint("id = 1", name="single_row"),
 )
 

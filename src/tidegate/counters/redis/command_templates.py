@@ -28,7 +28,7 @@ class CommandTemplate:
     """The prepared parts of a charge's command: all that does not depend on subject and cost.
 
     Attributes:
-        until_s: until when it may be used, s since the epoch: it holds the periods of quotas around now. Infinity without quotas.
+        until_s: until when it may be used, s since the epoch: it holds the periods of quotas around now. None without quotas.
     """
 
     __slots__ = ("head", "lease_head", "lease_script", "limits", "limits_by_place", "name", "script", "suffix", "tail", "until_s")
@@ -36,7 +36,7 @@ class CommandTemplate:
     def __init__(self, sets: tuple[LimitSet, ...]) -> None:
         now_us = time.time_ns() // 1000
         ends = [end for limits in sets if (end := boundaries_end_us(limits, now_us)) is not None]
-        self.until_s = min(ends) / US_PER_S if ends else float("inf")
+        self.until_s = min(ends) / US_PER_S if ends else None
         algorithms = frozenset(limits.algorithm for limits in sets)
         self.script = script("charge", algorithms)
         self.lease_script = script("lease", algorithms)

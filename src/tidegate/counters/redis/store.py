@@ -251,7 +251,7 @@ class RedisCounters(RedisCommands):
     def _template(self, counters: tuple[tuple[LimitSet, str], ...]) -> CommandTemplate:
         key: Any = counters[0][0] if len(counters) == 1 else tuple(limits for limits, _ in counters)
         template = self._templates.get(key)
-        if template is None or template.until_s <= time.time():
+        if template is None or (template.until_s is not None and template.until_s <= time.time()):
             if len(self._templates) >= _MAX_TEMPLATES:
                 self._templates.clear()
             template = self._templates[key] = CommandTemplate(tuple(limits for limits, _ in counters))

@@ -47,8 +47,9 @@ def key_routes(editor: CatalogEditor, gate: Gate) -> APIRouter:
         status: Status | None = None,
         name: Contains = None,
         id_prefix: IdPrefix = None,
+        customer: Exactly = None,
     ) -> KeyPage:
-        page = await list_keys(editor, limit, after, tier, status, name, id_prefix)
+        page = await list_keys(editor, limit, after, tier, status, name, id_prefix, customer)
         return KeyPage(items=page.items, next=page.next)
 
     @routes.post("", status_code=201, summary="Create an API key; only this response contains the key itself")

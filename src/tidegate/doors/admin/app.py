@@ -24,6 +24,7 @@ from tidegate.doors.admin.api_keys import key_routes
 from tidegate.doors.admin.blocks import block_routes
 from tidegate.doors.admin.caller_tokens import caller_token_routes
 from tidegate.doors.admin.common import BEARER, ERRORS, REF, WITH_ROLE, RevisionMissing
+from tidegate.doors.admin.customers import customer_routes
 from tidegate.doors.admin.explain import explain_routes
 from tidegate.doors.admin.guard import Guard, error_headers
 from tidegate.doors.admin.namespaces import caller_routes, namespace_routes
@@ -121,6 +122,7 @@ def admin_app(deps: AdminDeps) -> FastAPI:
         tier_routes(deps.editor, deps.gate),
         rule_routes(deps.editor, deps.gate),
         key_routes(deps.editor, deps.gate),
+        customer_routes(deps.editor),
         usage_routes(deps.editor, deps.gate),
         explain_routes(deps.editor, deps.gate, deps.paths),
         record_routes(deps.editor),

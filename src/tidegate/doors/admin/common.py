@@ -8,7 +8,7 @@ from typing import Annotated, Any, Final, TypeVar
 from fastapi import Depends, Header, Query, Request, Response
 from fastapi.security import HTTPBearer
 
-from tidegate.admin.models import KeyMade, KeyRead, KeyRotated, Plain, ProblemRead, RuleRead, TierRead
+from tidegate.admin.models import CustomerRead, KeyMade, KeyRead, KeyRotated, Plain, ProblemRead, RuleRead, TierRead
 from tidegate.admin.models.namespaces import NamespaceRead
 from tidegate.admin.tokens import Principal
 from tidegate.admin.transaction import StaleRevision
@@ -16,7 +16,7 @@ from tidegate.catalog.sql.paging import MAX_PAGE
 from tidegate.doors.admin.guard import READING, principal_of, require_operator
 from tidegate.errors import BadRequest, TidegateError
 
-_Tagged = TypeVar("_Tagged", TierRead, RuleRead, KeyRead, KeyMade, KeyRotated, NamespaceRead)
+_Tagged = TypeVar("_Tagged", CustomerRead, TierRead, RuleRead, KeyRead, KeyMade, KeyRotated, NamespaceRead)
 
 _TAG: Final = re.compile(r'(W/)?"([0-9]{0,18})"', re.ASCII)
 

@@ -37,6 +37,7 @@ USE: Final[Mapping[str, Assumption]] = {
     "min_instances": Assumption(3, 1, 1000, "minimum number of instances; minReplicas of the autoscaler"),
     "max_instances": Assumption(50, 1, 10_000, "maximum number of instances; maxReplicas of the autoscaler"),
     "spare_instances": Assumption(1, 0, 100, "instances that may be unavailable at the peak"),
+    "calls_per_check": Assumption(1, 0.001, 2, "calls to Redis for a check: 1 for subjects too rare to be leased"),
     "redis_cpu_target": Assumption(0.60, 0.05, 1, "CPU utilization of a shard's core at the peak, 0 to 1"),
     "shard_gb": Assumption(4, 0.1, 1000, "maxmemory of a shard, GB"),
     "shard_fill": Assumption(0.75, 0.05, 1, "maximum share of maxmemory in use; the rest is for growth, fork and fragmentation"),

@@ -245,8 +245,10 @@ def _redis(sheet: _Sheet, peak: float, look_ups: CacheShares, counters: float | 
     formula = f"{short(look_ups.l2_entries)} cached keys × {measured['cache_entry_bytes']:g} B"
     sheet.add("cache_bytes", entries, "B", "Redis memory of the shared cache", formula, "cache_entry_bytes", _CACHES)
     looked_up = peak * (1 - look_ups.l1)
-    formula = f"{peak:,.0f} checks + {looked_up:,.0f} look-ups that L1 does not answer"
-    calls = sheet.add("redis_calls", peak + looked_up, "1/s", "calls to Redis, peak", formula, "", _CACHES)
+    each = use["calls_per_check"]
+    formula = f"{peak:,.0f} checks × {each:g} + {looked_up:,.0f} look-ups that L1 does not answer"
+    used = f"calls_per_check {_CACHES}"
+    calls = sheet.add("redis_calls", peak * each + looked_up, "1/s", "calls to Redis, peak", formula, "", used)
     by_cpu, by_memory = shards_for(calls, counters_bytes + entries, sheet.constants, sheet.assumed)
     shards = max(by_cpu, by_memory, int(use["min_shards"]))
     sheet.add(

@@ -222,7 +222,9 @@ class Replay:
         if caller_record is None:
             tier = self._tiers[record.tier]
             self._add_rows(tier)
-            own = CompiledTier(tier.tier, record.overrides) if record.overrides else tier
+            # Whether an override that ends applied at the time of a request is not known.
+            lasting = [override for override in record.overrides if override.until_us is None]
+            own = CompiledTier(tier.tier, lasting) if lasting else tier
             refused_from_us = 0 if record.status is not KeyStatus.ACTIVE else record.expires_at_us
             caller_record = _Caller(f"k:{record.owner}", own, _NEVER if refused_from_us is None else refused_from_us)
             self._callers_by_id[record.id] = caller_record

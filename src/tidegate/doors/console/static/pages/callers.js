@@ -83,13 +83,14 @@ async function showKey(root, view, id) {
     ["tier", link("/policy", { tier: record.tier }, record.tier)],
     ["status", h("span", {}, h(`span.badge.${record.status}`, {}, record.status), record.revoked_reason ? ` ${record.revoked_reason}` : "")],
     ["created", time(record.created_at)],
+    record.customer ? ["customer", record.customer] : null,
     ["expires", record.expires_at === null ? "never" : time(record.expires_at)],
     ["overrides", overridesText(record)],
   ];
   fill(
     root,
     h("h2", {}, record.name || "(no name)"),
-    h("dl.facts", {}, facts.map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, value)))),
+    h("dl.facts", {}, facts.filter(Boolean).map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, value)))),
     view.operator ? actions(view, record) : null,
     h("section", {}, h("h2", {}, "Counters now"), usage),
     explainer(view, { api_key_id: id }),
@@ -101,7 +102,7 @@ async function showKey(root, view, id) {
 }
 
 function overridesText(record) {
-  const own = record.overrides.map((each) => `${each.rule}: ${each.limits.join(", ")}`);
+  const own = record.overrides.map((each) => `${each.rule ?? "(tier)"}: ${[...(each.limits ?? []), ...(each.quotas ?? [])].join(", ")}${each.until ? ` until ${time(each.until)}` : ""}`);
   if (record.limits !== null) own.unshift(`(tier): ${record.limits.join(", ") || "no limits"}`);
   return own.length ? h("ul", {}, own.map((text) => h("li", {}, text))) : "none";
 }
@@ -133,7 +134,8 @@ function actions(view, record) {
 async function override(view, record) {
   const { items } = await all("/rate-limit-rules", { tier: record.tier }, { signal: view.signal });
   const counted = items.filter((each) => each.subject === "api_key");
-  const current = new Map(record.overrides.map((each) => [each.rule, each.limits]));
+  // Those that end by themselves stay as they are: they take precedence until then.
+  const current = new Map(record.overrides.filter((each) => !each.until).map((each) => [each.rule, each.limits ?? []]));
   const inputs = new Map(counted.map((each) => [each.name, h("input", { value: (current.get(each.name) ?? []).join(", "), placeholder: each.limits.join(", "), spellcheck: "false" })]));
   const own = h("input", { value: (record.limits ?? []).join(", "), placeholder: "as the tier", spellcheck: "false" });
   const content = [
@@ -143,9 +145,12 @@ async function override(view, record) {
   ];
   const save = () => {
     // Other fields of an override, such as its end, and those of rules that are not shown here stay as they are.
-    const kept = new Map(record.overrides.map((each) => [each.rule, each]));
-    const overrides = record.overrides.filter((each) => !inputs.has(each.rule));
-    for (const [rule, input] of inputs) if (input.value.trim()) overrides.push({ ...kept.get(rule), rule, limits: listed(input.value) });
+    const kept = new Map(record.overrides.filter((each) => !each.until).map((each) => [each.rule, each]));
+    const overrides = record.overrides.filter((each) => each.until || !inputs.has(each.rule));
+    for (const [rule, input] of inputs) {
+      const limits = listed(input.value);
+      if (limits.length || kept.get(rule)?.quotas?.length) overrides.push({ ...kept.get(rule), rule, limits });
+    }
     const body = { overrides };
     if (own.value.trim() !== (record.limits ?? []).join(", ")) body.limits = own.value.trim() ? listed(own.value) : null;
     const path = `/api-keys/${record.id}`;

@@ -63,6 +63,18 @@ function counters(found) {
       ["waiting to be put back", number(found.owed)],
       ["put back", number(found.put_back)],
     ]),
+    found.leases
+      ? [
+          h("h3", {}, "Leases: units charged in advance, from which this process decides alone"),
+          list([
+            ["leases", number(found.leases.leases)],
+            ["decisions from leases", number(found.leases.decisions_from_leases)],
+            ["units leased", number(found.leases.leased)],
+            ["units returned", number(found.leases.returned)],
+            ["units lost", number(found.leases.lost)],
+          ]),
+        ]
+      : null,
     shards.length ? table("Shards", ["shard", "circuit breaker"], shards) : null,
     without.length ? [h("h3", {}, "Decided without the store, since the start"), table("Decided without the store", ["reason", "#checks"], without)] : null,
   );

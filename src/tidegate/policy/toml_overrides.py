@@ -1,0 +1,133 @@
+"""Reads the overrides of an API key or a customer in a policy file, for `toml_reader`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import Any, Final, Protocol
+
+from tidegate.errors import PolicyError
+from tidegate.policy.limits import Algorithm, Limit, fit_limits, short
+from tidegate.policy.model import Rule, Subject, Tier, subject_text
+from tidegate.policy.overrides import Override
+from tidegate.policy.quotas import Quota
+from tidegate.policy.toml_lines import Path as KeyPath
+
+MAX_OVERRIDES: Final = 1_000
+"""Most overrides of one API key or customer."""
+
+_FIELDS: Final = ("rule", "limits", "quotas", "until")
+
+
+class TableReader(Protocol):
+    """What this module needs of the reader of a policy file."""
+
+    def tables(self, table: dict[str, Any], name: str, at: KeyPath, most: int) -> Iterable[tuple[KeyPath, dict[str, Any]]]:
+        """The tables of an array, each with its path."""
+
+    def known(self, table: dict[str, Any], fields: Iterable[str], at: KeyPath) -> None:
+        """Refuse other fields."""
+
+    def required(self, table: dict[str, Any], fields: Iterable[str], at: KeyPath) -> None:
+        """Refuse a table without one of these fields."""
+
+    def limits(self, value: object, at: KeyPath) -> tuple[Limit, ...]:
+        """Read a list of limits."""
+
+    def quotas(self, table: Mapping[str, Any], at: KeyPath) -> tuple[Quota, ...]:
+        """Read the list of quotas of a table; none where it has none."""
+
+    def moment_us(self, value: object, at: KeyPath) -> int:
+        """Read a time, µs since the epoch; the last part of its path names the field."""
+
+    def placed(self, make: Callable[[], Any], at: KeyPath) -> Any:
+        """Make a record; its error gets the line of the path."""
+
+    def error(self, reason: str, at: KeyPath) -> PolicyError:
+        """An error with the line of the path."""
+
+    def nearest(self, name: object, known: Iterable[str]) -> str:
+        """The end of a message: the most similar of the known names."""
+
+
+def read_overrides(
+    reader: TableReader, table: dict[str, Any], at: KeyPath, tier: Tier | None, owner: str, counted: Collection[Subject]
+) -> tuple[Override, ...]:
+    """The overrides in a table: `limits` and `quotas` in place of the tier's own, and the tables `overrides`.
+
+    Args:
+        reader: of the file.
+        table: of an API key or a customer.
+        at: its path.
+        tier: of the key or customer; None where a customer has none.
+        owner: "key" or "customer", for messages.
+        counted: the subjects of rules that it can override.
+
+    Raises:
+        PolicyError: with file, line and reason.
+    """
+    found: dict[tuple[str, bool, bool], Override] = {}
+    if "limits" in table:
+        limits_at = (*at, "limits")
+        limits = reader.limits(table["limits"], limits_at)
+        reader.placed(lambda: fit_limits(Algorithm.SLIDING_WINDOW, limits), limits_at)
+        found["", False, False] = Override("", limits)
+    if "quotas" in table:
+        quotas = reader.quotas(table, at)
+        if not quotas:
+            raise reader.error("quotas is an empty list: leave it out for those of the tier", (*at, "quotas"))
+        found["", True, False] = Override("", (), None, quotas)
+    if found or table.get("overrides"):
+        _require_tier(reader, tier, at, owner)
+    # Most keys override nothing: the rules of their tier are not gone through for them.
+    rules = {rule.name: rule for rule in tier.rules} if tier is not None and table.get("overrides") else {}
+    for override_at, override in reader.tables(table, "overrides", at, MAX_OVERRIDES):
+        reader.known(override, _FIELDS, override_at)
+        quotas = reader.quotas(override, override_at)
+        reader.required(override, () if quotas else ("limits",), override_at)
+        rule = _rule_of(reader, override, override_at, rules, tier, owner, counted) if "rule" in override else None
+        name = "" if rule is None else rule.name
+        until_us = reader.moment_us(override["until"], (*override_at, "until")) if "until" in override else None
+        made = [Override(name, (), until_us, quotas)] if quotas else []
+        if "limits" in override:
+            limits_at = (*override_at, "limits")
+            limits = reader.limits(override["limits"], limits_at)
+            algorithm = Algorithm.SLIDING_WINDOW if rule is None else rule.algorithm
+            reader.placed(lambda algorithm=algorithm, limits=limits: fit_limits(algorithm, limits), limits_at)  # type: ignore[misc]
+            made.append(Override(name, limits, until_us))
+        for each in made:
+            if each.key in found:
+                raise reader.error(
+                    f"{each.subject} overridden twice: remove one; beside a permanent override there may be one with 'until'",
+                    (*override_at, "rule") if name else override_at,
+                )
+            found[each.key] = each
+    return tuple(found.values())
+
+
+def _require_tier(reader: TableReader, tier: Tier | None, at: KeyPath, owner: str) -> None:
+    if tier is None:
+        raise reader.error(f"the {owner} has overrides but no tier whose limits they could replace: give it a 'tier'", at)
+
+
+def _rule_of(
+    reader: TableReader,
+    override: dict[str, Any],
+    at: KeyPath,
+    rules: dict[str, Rule],
+    tier: Tier | None,
+    owner: str,
+    counted: Collection[Subject],
+) -> Rule:
+    assert tier is not None
+    rule = rules.get(override["rule"]) if isinstance(override["rule"], str) else None
+    rule_at = (*at, "rule")
+    if rule is None:
+        nearest = reader.nearest(override["rule"], rules)
+        raise reader.error(f"tier {tier.name!r} has no rule {short(override['rule'])}{nearest}", rule_at)
+    if rule.subject not in counted:
+        by = "API key" if owner == "key" else "customer or API key"
+        raise reader.error(
+            f"rule {rule.name!r} counts by {subject_text(rule)}, not by {by}: a {owner} cannot have limits of its own there",
+            rule_at,
+        )
+    return rule
