@@ -180,7 +180,9 @@ class RequestSender:
             "match": {"org": f"org {number}"},
             **own,
         }
-        key = {"tier": "free", "customer": "free", "name": "n", "expires_at": "2100-01-01T00:00:00Z", **own}
+        key = {"tier": "free", "name": "n", "expires_at": "2100-01-01T00:00:00Z", **own}
+        # Quotas count the customer, so its keys override none.
+        owned = {**key, "customer": "free", "overrides": [{**override, "quotas": []}]}
         return {
             "TierCreate": [{"name": f"new-{number}", **sold}],
             "TierLimits": [sold],
@@ -190,8 +192,8 @@ class RequestSender:
             "RulePatch": [rule, {**acting, "limits": [], "quotas": [], "overage": False}],
             "CustomerCreate": [{"name": f"new-{number}", **customer}],
             "CustomerPatch": [customer],
-            "KeyCreate": [key],
-            "KeyPatch": [key],
+            "KeyCreate": [key, owned],
+            "KeyPatch": [key, owned],
             "KeyImportRequest": [
                 {
                     "dry_run": True,
@@ -341,8 +343,14 @@ async def test_every_field_of_every_body(admin: Admin) -> None:
         *("TierLimits", "RuleFields", "NamespaceFields", "SubjectOverrideFields"),
     }
     assert kept == set(STORABLE), "what may be any text is"
-    listed = [each["name"] for each in (await admin.http.get("/api-keys", params={"limit": 500})).json()["items"]]
-    assert set(STORABLE) <= set(listed)
+    listed, after = set(), {}
+    while True:
+        page = (await admin.http.get("/api-keys", params={"limit": 500, **after})).json()
+        listed |= {each["name"] for each in page["items"]}
+        if page["next"] is None:
+            break
+        after = {"after": page["next"]}
+    assert set(STORABLE) <= listed
     assert sender.sent > 600
     await _settled(sender, before)
 
