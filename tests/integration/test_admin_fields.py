@@ -211,6 +211,10 @@ class RequestSender:
                 {"customer": f"new {number}"},
                 {"attribute": {"user": f"{number}"}},
             ],
+            "SubjectOverrideCreate": [
+                {"rule": "users", "subject": {"user": f"{number}"}, "limits": ["2/s"], "until": "2100-01-01T00:00:00Z"}
+            ],
+            "SubjectOverrideFields": [{"limits": ["2/s"], "until": "2100-01-01T00:00:00Z"}],
             "NamespaceCreate": [{"name": f"new-{number}", **namespace}],
             "NamespaceFields": [namespace],
             "NamespacePatch": [namespace],
@@ -268,6 +272,9 @@ async def _prepared(admin: Admin) -> dict[str, str]:
     rule = await admin.rule()
     # For overrides of keys: the other one is renamed.
     await admin.rule("/kept")
+    await admin.rule("/users", name="users", subject="user")
+    override = {"rule": "users", "subject": {"user": "kept"}, "limits": ["1/s"]}
+    made = (await admin.http.post("/tiers/free/overrides", json=override)).json()
     token = await admin.http.post("/tokens", json={"name": "one"})
     assert (await admin.http.post("/namespaces", json={"name": "free"})).status_code == 201
     # The name of the tier: one parameter stands for both.
@@ -276,6 +283,7 @@ async def _prepared(admin: Admin) -> dict[str, str]:
         "run_id": "0" * 32,
         "name": "free",
         "rule_id": str(rule["id"]),
+        "override_id": made["id"],
         "key_id": (await admin.key())["id"],
         "token_id": str(token.json()["id"]),
         "block_id": str((await admin.http.post("/blocks", json={"cidr": "198.51.100.1"})).json()["id"]),
@@ -332,7 +340,7 @@ async def test_every_field_of_every_body(admin: Admin) -> None:
                             kept.add(value)
     assert forms == {
         *(form for form in admin.app.openapi()["components"]["schemas"] if form.endswith(("Create", "Request", "Patch"))),
-        *("TierLimits", "RuleFields", "NamespaceFields"),
+        *("TierLimits", "RuleFields", "NamespaceFields", "SubjectOverrideFields"),
     }
     assert kept == set(STORABLE), "what may be any text is"
     listed, after = set(), {}
