@@ -24,6 +24,7 @@ SIDE_LISTENERS: Final = ("admin", "grpc", "probes")
 TLS_DOORS: Final = ("http", "grpc", "admin")
 
 _HEADER_NAME: Final = re.compile(r"[a-z0-9][a-z0-9-]{0,62}[a-z0-9]", re.ASCII)
+_PEPPER: Final = re.compile(r"[!-~]{32,512}", re.ASCII)
 _OTHER_HEADERS: Final = frozenset(
     {
         *("accept", "accept-encoding", "connection", "cookie", "date", "expect", "forwarded", "host", "keep-alive", "te"),
@@ -151,9 +152,13 @@ class KeySettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     Args:
         sources: where requests to `/v1/authorize` carry them: `header:NAME`, `bearer`, `query:NAME`; the first that a request has
             decides.
+        hash: sha256, or hmac-sha256 with a pepper; how the catalog and the policy file have digests of keys.
+        pepper: secret of hmac-sha256, 32 to 512 visible ASCII characters; not in the database, and the same for all instances.
     """
 
     sources: tuple[str, ...] = ("header:X-API-Key",)
+    hash: Annotated[str, Choice("sha256", "hmac-sha256")] = "sha256"
+    pepper: str = ""
 
 
 class CatalogSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -418,6 +423,7 @@ def load_settings(file: Path | None, environment: Mapping[str, str]) -> Settings
             f"setting cache.secret has fewer than {MIN_TOKEN_LENGTH} characters; generate one with 'openssl rand -hex 32', "
             "or remove the setting to use one stored in the catalog's database"
         )
+    _check_pepper(settings.keys)
     if settings.admin.token and len(settings.admin.token) < MIN_TOKEN_LENGTH:
         # The message must not contain the token.
         raise SettingsError(
@@ -500,6 +506,18 @@ def _check_callers_auth(settings: Settings) -> None:
                 f'callers_auth.mode = "mtls" needs TLS at server.{door} = {address[:200]!r}: add {door!r} to tls.doors and use '
                 'host:port, or use mode = "token"'
             )
+
+
+def _check_pepper(keys: KeySettings) -> None:
+    # No message may contain the pepper.
+    if keys.hash == "sha256":
+        if keys.pepper:
+            raise SettingsError('setting keys.pepper needs keys.hash = "hmac-sha256": set that, or remove the pepper')
+    elif not _PEPPER.fullmatch(keys.pepper):
+        raise SettingsError(
+            'keys.hash = "hmac-sha256" needs keys.pepper, a secret of 32 to 512 visible ASCII characters: generate one with '
+            "'openssl rand -hex 32' and set it as TIDEGATE_KEYS__PEPPER for all instances and commands"
+        )
 
 
 def _read(file: Path) -> dict[str, Any]:

@@ -35,7 +35,12 @@ MAX_KEYS: Final = 1000
 class KeyImport(RequestModel):
     """An API key to be imported."""
 
-    sha256: Annotated[str, Field(max_length=64, description="SHA-256 of the key, 64 hex digits"), Plain]
+    sha256: Annotated[str | None, Field(max_length=64, description="SHA-256 of the key, 64 hex digits"), Plain] = None
+    hmac_sha256: Annotated[
+        str | None,
+        Field(max_length=64, description='with keys.hash = "hmac-sha256": HMAC-SHA-256 of the key under the pepper'),
+        Plain,
+    ] = None
     tier: Annotated[TierName | None, Field(description="may be omitted for the tier of the customer")] = None
     customer: CustomerName | None = None
     name: Name = ""
@@ -146,7 +151,7 @@ async def _owners(connection: Any, names: Collection[str]) -> dict[str, _Owner]:
 
 
 def _record_of(sent: KeyImport, tier_ids: dict[str, int], owners: dict[str, _Owner], now: int) -> ApiKey:
-    digest = parse_key_digest(sha256=sent.sha256)
+    digest = parse_key_digest(sha256=sent.sha256, hmac_sha256=sent.hmac_sha256)
     if sent.customer is not None and sent.customer not in owners:
         raise BadRequest(f"there is no customer {sent.customer!r}: see 'tidegate customers list'")
     tier = sent.tier or (None if sent.customer is None else owners[sent.customer].tier)

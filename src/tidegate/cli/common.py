@@ -14,6 +14,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
+from tidegate.policy.key_hash import key_hash_of, use_key_hash
 from tidegate.settings import Settings, load_settings
 from tidegate.tools.charts import clean
 from tidegate.tools.terminal import json_text, open_console
@@ -33,12 +34,14 @@ _T = TypeVar("_T")
 
 
 def read_settings(config: Path | None) -> Settings:
-    """Load the settings from the file given with `--config`, if any, and the environment.
+    """Load the settings from the file given with `--config`, if any, and the environment; API keys are hashed as they say.
 
     Raises:
         SettingsError: if they are invalid.
     """
-    return load_settings(config, os.environ)
+    settings = load_settings(config, os.environ)
+    use_key_hash(key_hash_of(settings.keys.hash, settings.keys.pepper))
+    return settings
 
 
 def with_catalog(config: Path | None, work: Callable[[SqlCatalog], Awaitable[_T]]) -> _T:

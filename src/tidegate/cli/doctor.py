@@ -19,6 +19,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from tidegate._version import __version__
 from tidegate.catalog.sql.engine import is_postgres, open_engine, reason_of, redacted_url
+from tidegate.catalog.sql.key_hash import key_hash_fault
 from tidegate.catalog.sql.schema import inspect_schema
 from tidegate.catalog.sql.tables import api_keys, policy_state, tiers
 from tidegate.cli.client_tls import NO_FILES, own_data_plane
@@ -28,6 +29,7 @@ from tidegate.counters.factory import open_counters
 from tidegate.counters.guarded import GuardedCounters
 from tidegate.errors import SettingsError, TidegateError
 from tidegate.listen_address import UNIX_PREFIX, is_unix, listener_url, parse_address
+from tidegate.policy.key_hash import key_hash_of
 from tidegate.policy.model import KeyStatus
 from tidegate.policy.toml_reader import load_policy, policy_warnings
 from tidegate.server.addresses import admin_address, free_address, grpc_address, missing_for_grpc
@@ -228,6 +230,9 @@ async def _read_catalog(settings: Settings, owned: list[Finding]) -> tuple[bool 
             version = (await connection.execute(select(policy_state.c.version))).scalar_one()
             count = (await connection.execute(select(func.count()).select_from(tiers))).scalar_one()
             owned += await _check_owned(connection, settings)
+            fault = await key_hash_fault(connection, key_hash_of(settings.keys.hash, settings.keys.pepper))
+            if fault is not None:
+                owned.append(("API keys", False, fault))
         return True, f"{redacted_url(url)}: version {version}, {count} tiers"
     except (SQLAlchemyError, OSError) as error:
         raise SettingsError(f"{redacted_url(url)} cannot be read as a catalog: {reason_of(error)}") from None

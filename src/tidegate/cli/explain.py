@@ -44,8 +44,9 @@ def explain_check(
     Returns:
         0 if the request would be allowed, 1 if it would be denied, 2 if it would be refused as invalid or that is not known.
     """
+    # With a URL too: the API key is hashed here, as [keys] says.
+    settings = read_settings(config)
     if url is None:
-        settings = read_settings(config)
         if not settings.server.admin:
             raise SettingsError("--explain needs the control plane, which server.admin disables: give its address there")
         url = listener_url(settings.server.admin, settings.uses_tls("admin"))

@@ -34,7 +34,7 @@ from tidegate.admin.rules import CatalogEditor
 from tidegate.catalog.sql.catalog import SqlCatalog
 from tidegate.catalog.sql.paging import MAX_PAGE, Page
 from tidegate.cli.client_tls import ClientTls
-from tidegate.cli.common import with_catalog
+from tidegate.cli.common import read_settings, with_catalog
 from tidegate.cli.control_plane import ControlPlane
 from tidegate.errors import BadRequest, CatalogError, CatalogUnavailable, PolicyError, SettingsError, TidegateError
 from tidegate.policy.key_format import hash_api_key, is_possible_key
@@ -226,6 +226,8 @@ def with_keys(
         TidegateError: if the operation was rejected, or the server or the database does not answer.
     """
     if url is not None:
+        # Keys are hashed here: only digests are sent.
+        read_settings(config)
         return run_at_once(work(KeysAtControlPlane(ControlPlane.at(url, token_file, config, tls))))
     if token_file is not None:
         raise SettingsError("--token-file is only used with --url: set both, or neither")

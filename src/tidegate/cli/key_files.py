@@ -14,9 +14,11 @@ from pydantic import ValidationError
 from tidegate.admin.key_import import KeyImport
 from tidegate.errors import PolicyError, TidegateError
 from tidegate.policy.key_format import hash_api_key, is_possible_key, why_impossible
-from tidegate.policy.model import parse_key_digest
+from tidegate.policy.key_hash import key_hash_in_use
+from tidegate.policy.model import require_digest
 
-COLUMNS: Final = ("key", "sha256", "tier", "customer", "name", "expires_at")
+DIGESTS: Final = ("sha256", "hmac_sha256")
+COLUMNS: Final = ("key", *DIGESTS, "tier", "customer", "name", "expires_at")
 MAX_LINE: Final = 16_384
 BATCH_SIZE: Final = 500
 """Keys of one request: with the longest names it is half of what the admin API reads."""
@@ -69,10 +71,10 @@ def _csv_rows(path: Path, file: TextIO) -> Iterator[tuple[int, dict[str, Any] | 
     try:
         header = [name.strip().lower() for name in next(rows, [])]
         unknown = [name for name in header if name not in COLUMNS]
-        if unknown or not {"key", "sha256"} & set(header) or len(set(header)) < len(header):
+        if unknown or not {"key", *DIGESTS} & set(header) or len(set(header)) < len(header):
             # The line may hold a key, where the header is missing: it is not repeated.
             raise FileUnreadable(
-                f"the first line of {path} must name the columns, some of {', '.join(COLUMNS)}, each once, with key or sha256"
+                f"the first line of {path} must name the columns, some of {', '.join(COLUMNS)}, each once, with key or a digest"
             )
         for fields in rows:
             if not any(fields):
@@ -115,13 +117,14 @@ def _row(line: int, fields: dict[str, Any] | str, tier: str | None) -> FileRow:
     key = given.pop("key", None)
     if key is not None and (not isinstance(key, str) or not is_possible_key(key)):
         return FileRow(line, why_impossible(key) if isinstance(key, str) else "the key is not a text")
-    if key is not None and "sha256" not in given:
-        given["sha256"] = hash_api_key(key)
-    elif key is not None:
-        return FileRow(line, "the row has both key and sha256: give one of them")
+    if (key is not None) + sum(field in given for field in DIGESTS) != 1:
+        return FileRow(line, f"the row needs exactly one of key, {', '.join(DIGESTS)}")
+    if key is not None:
+        given[key_hash_in_use().field] = hash_api_key(key)
     try:
-        digest = parse_key_digest(sha256=given.pop("sha256", None))
-        return FileRow(line, KeyImport.model_validate({**given, "sha256": digest}))
+        # Whether the server hashes keys like that, it says itself.
+        digests = {field: require_digest(field, given[field]) for field in DIGESTS if field in given}
+        return FileRow(line, KeyImport.model_validate({**given, **digests}))
     except PolicyError as error:
         return FileRow(line, error.reason)
     except ValidationError as error:

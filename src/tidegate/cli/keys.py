@@ -80,7 +80,9 @@ def create(
 def import_file(
     file: Annotated[
         Path,
-        typer.Argument(help="CSV with a header line, or JSON lines (.jsonl): key or sha256, tier, customer, name, expires_at."),
+        typer.Argument(
+            help="CSV with a header line, or JSON lines (.jsonl): key, sha256 or hmac_sha256, tier, customer, name, expires_at."
+        ),
     ],
     tier: Annotated[str | None, typer.Option("--tier", help="The tier of rows that name none.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Report what would be imported; change nothing.")] = False,

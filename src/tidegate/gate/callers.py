@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from hashlib import sha256 as _sha256
 from typing import Final, NamedTuple, TypeAlias
 
 from tidegate.catalog.cache_level import Caller
@@ -33,6 +32,7 @@ from tidegate.errors import (
 from tidegate.gate.subjects import DescriptorCheck
 from tidegate.policy.attributes import CallerPolicy
 from tidegate.policy.key_format import is_possible_key, why_impossible
+from tidegate.policy.key_hash import key_hash_in_use
 from tidegate.policy.model import KeyStatus
 
 LOOKUP_TIMEOUT_S: Final = 4.0
@@ -75,6 +75,7 @@ class CallerLookup:
         self._cached_caller = catalog.cached_caller
         self._wall_clock_ns = wall_clock_ns
         self._timeout_s = timeout_s
+        self._start_hash = key_hash_in_use().start
 
     async def find(self, api_key: str | None, client: str | None, *, refused_too: bool = False) -> Caller:
         """The caller that a key belongs to.
@@ -99,7 +100,7 @@ class CallerLookup:
             return await self._without_key(None, None, ())
         if not is_possible_key(api_key):
             raise InvalidApiKey(why_impossible(api_key))
-        caller = await self._catalog.caller(_digest(api_key), client)
+        caller = await self._catalog.caller(self._digest(api_key), client)
         if caller is None:
             raise InvalidApiKey("the API key is unknown: check that it belongs to this service")
         caller.form_checked = True
@@ -198,7 +199,7 @@ class CallerLookup:
             return self._catalog.cached_anonymous()
         if not api_key.isascii():
             return None
-        caller = self._cached_caller(_sha256(api_key.encode()).hexdigest())
+        caller = self._cached_caller(self._start_hash(api_key.encode()).hexdigest())
         if caller is None or not caller.form_checked:
             return None
         if not caller.never_ends:
@@ -274,7 +275,10 @@ class CallerLookup:
         """Whether `find` answers from memory alone."""
         if api_key is None:
             return False
-        return not is_possible_key(api_key) or self._catalog.is_at_hand(_digest(api_key))
+        return not is_possible_key(api_key) or self._catalog.is_at_hand(self._digest(api_key))
+
+    def _digest(self, api_key: str) -> str:
+        return self._start_hash(api_key.encode()).hexdigest()
 
     def _too_slow(self) -> CatalogUnavailable:
         return CatalogUnavailable(
@@ -288,10 +292,6 @@ class CallerLookup:
             return await self.find(sender.api_key, sender.client)
         except TidegateError as error:
             return error
-
-
-def _digest(api_key: str) -> str:
-    return _sha256(api_key.encode()).hexdigest()
 
 
 def customer_values(policy: CallerPolicy, attributes: Mapping[str, str]) -> Values:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 import secrets
 import zlib
 from typing import Final
+
+from tidegate.policy.key_hash import key_hash_in_use
 
 MAX_KEY: Final = 512
 """Maximum characters of an API key."""
@@ -63,7 +64,7 @@ def why_impossible(api_key: str) -> str:
 
 
 def hash_api_key(api_key: str) -> str:
-    """The digest under which a key is stored. Keys are random, so a plain SHA-256 needs no salt.
+    """The digest under which a key is stored. Keys are random, so a plain SHA-256 needs no salt; `[keys] hash` may add a pepper.
 
     Args:
         api_key: the key itself, ASCII.
@@ -71,7 +72,7 @@ def hash_api_key(api_key: str) -> str:
     Returns:
         64 lower-case hex digits.
     """
-    return hashlib.sha256(api_key.encode()).hexdigest()
+    return key_hash_in_use().start(api_key.encode()).hexdigest()
 
 
 def _check_characters(body: str) -> str:

@@ -21,6 +21,7 @@ from tidegate.policy.descriptors import canonical_descriptor, descriptor_entries
 from tidegate.policy.globs import Glob
 from tidegate.policy.jwt_policy import JwtPolicy
 from tidegate.policy.key_format import FORM, MAX_KEY, MIN_WRITTEN_KEY, hash_api_key, is_mistyped
+from tidegate.policy.key_hash import HMAC_SHA256, PLAIN, key_hash_as_set, key_hash_in_use
 from tidegate.policy.limits import Algorithm, Limit, OnFailure, fit_limits, is_zero, member_of, short
 from tidegate.policy.namespaces import Namespace
 from tidegate.policy.overrides import Override, SubjectOverride
@@ -34,8 +35,8 @@ _METHOD: Final = re.compile(r"[A-Z][A-Z0-9_-]{0,31}", re.ASCII)
 # A pattern may have encoded slashes, whether or not the setting paths.encoded_slashes lets such paths through.
 _PATTERN_PATHS: Final = PathRules((Glob("*"),))
 _SHA256: Final = re.compile(r"[0-9a-f]{64}", re.ASCII)
-_NO_KEY: Final = frozenset((hash_api_key(""), hash_api_key("\n")))
-"""Digests of an empty text: what `sha256sum` prints if the variable for the key was empty."""
+_EMPTY: Final = (b"", b"\n")
+"""What a shell hashes if the variable for the key was empty."""
 
 
 class Subject(enum.StrEnum):
@@ -402,12 +403,13 @@ def canonical_pattern(endpoint: object) -> str:
     return endpoint
 
 
-def parse_key_digest(api_key: object = None, sha256: object = None) -> str:
+def parse_key_digest(api_key: object = None, sha256: object = None, hmac_sha256: object = None) -> str:
     """The digest of a policy's key, given as itself or as its digest.
 
     Args:
         api_key: the key, or None.
-        sha256: its digest in hex, or None; exactly one of the two.
+        sha256: its digest in hex, or None.
+        hmac_sha256: its digest in hex under the pepper, or None; exactly one of the three.
 
     Returns:
         64 lower-case hex digits.
@@ -415,14 +417,18 @@ def parse_key_digest(api_key: object = None, sha256: object = None) -> str:
     Raises:
         PolicyError: saying what is wrong, without repeating the key.
     """
-    if (api_key is None) == (sha256 is None):
-        raise PolicyError("an API key needs exactly one of 'key' and 'sha256'")
-    if sha256 is not None:
-        if not isinstance(sha256, str) or not _SHA256.fullmatch(sha256.lower()):
-            raise PolicyError(f"sha256 {short(sha256)} must be 64 hex digits: printf %s KEY | sha256sum")
-        if sha256.lower() in _NO_KEY:
-            raise PolicyError("sha256 is the digest of no text at all, so no API key matches it: printf %s KEY | sha256sum")
-        return sha256.lower()
+    if sum(given is not None for given in (api_key, sha256, hmac_sha256)) != 1:
+        raise PolicyError("an API key needs exactly one of 'key', 'sha256' and 'hmac_sha256'")
+    if api_key is None:
+        digest = require_digest(
+            "sha256" if hmac_sha256 is None else "hmac_sha256", sha256 if hmac_sha256 is None else hmac_sha256
+        )
+        used = key_hash_as_set()
+        if used is not None and (hmac_sha256 is None) == (used.kind == HMAC_SHA256):
+            raise PolicyError(
+                f"keys.hash is {used.kind!r}: a digest of another kind matches no API key; give {used.field}, or the key itself"
+            )
+        return digest
     if not isinstance(api_key, str) or len(api_key) < MIN_WRITTEN_KEY or not FORM.fullmatch(api_key):
         raise PolicyError(f"a 'key' must have {MIN_WRITTEN_KEY} to {MAX_KEY} visible ASCII characters and no spaces")
     if is_mistyped(api_key):
@@ -431,6 +437,28 @@ def parse_key_digest(api_key: object = None, sha256: object = None) -> str:
             "it is mistyped; make one with 'tidegate keys create' or use another prefix"
         )
     return hash_api_key(api_key)
+
+
+def require_digest(field: str, value: object) -> str:
+    """A digest of an API key, whether or not keys are hashed like that.
+
+    Args:
+        field: sha256 or hmac_sha256.
+        value: of it.
+
+    Returns:
+        64 lower-case hex digits.
+
+    Raises:
+        PolicyError: saying what is wrong.
+    """
+    used = PLAIN if field == PLAIN.field else key_hash_in_use()
+    command = "printf %s KEY | sha256sum" if field == PLAIN.field else "printf %s KEY | openssl dgst -sha256 -hmac PEPPER"
+    if not isinstance(value, str) or not _SHA256.fullmatch(value.lower()):
+        raise PolicyError(f"{field} {short(value)} must be 64 hex digits: {command}")
+    if value.lower() in [used.start(text).hexdigest() for text in _EMPTY]:
+        raise PolicyError(f"{field} is the digest of no text at all, so no API key matches it: {command}")
+    return value.lower()
 
 
 def subject_text(rule: Rule) -> str:

@@ -75,7 +75,8 @@ _RULE_FIELDS: Final = (
     "leases",
     "action",
 )
-_KEY_FIELDS: Final = ("key", "sha256", "tier", "customer", "name", "status", "expires_at", "limits", "quotas", "overrides")
+_DIGEST_FIELDS: Final = ("key", "hmac_sha256", "sha256")
+_KEY_FIELDS: Final = (*_DIGEST_FIELDS, "tier", "customer", "name", "status", "expires_at", "limits", "quotas", "overrides")
 # The first word of a record's error message, where it is not the field's name itself.
 _FIELD_OF_WORD: Final = {"limit": "limits", "method": "methods", "rule": "name", "tier": "name", "quota": "quotas"}
 
@@ -280,9 +281,10 @@ class _Reader:
         status = table.get("status", KeyStatus.ACTIVE.value)
         if status not in tuple(KeyStatus):
             raise self._error(f"status {short(status)} is not known: use active or revoked", (*at, "status"))
-        digest_at = (*at, "key" if "key" in table else "sha256")
+        given = [table.get(field) for field in ("key", "sha256", "hmac_sha256")]
+        digest_at = (*at, next((field for field in _DIGEST_FIELDS if field in table), "sha256"))
         return ApiKey(
-            sha256=self._placed(lambda: parse_key_digest(table.get("key"), table.get("sha256")), {}, digest_at),
+            sha256=self._placed(lambda: parse_key_digest(*given), {}, digest_at),
             tier=tier.name,
             status=KeyStatus(status),
             name=name,

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from tidegate.policy.access_entries import AccessEntry
 from tidegate.policy.attributes import OnMissing
 from tidegate.policy.jwt_policy import DEFAULT_ALGORITHMS, DEFAULT_HEADER, DEFAULT_LEEWAY_S, JwtPolicy
+from tidegate.policy.key_hash import key_hash_in_use
 from tidegate.policy.limits import Algorithm, Limit, OnFailure
 from tidegate.policy.model import ApiKey, KeyStatus, Mode, Policy, Rule, Subject, Tier
 from tidegate.policy.namespaces import Namespace
@@ -157,7 +158,7 @@ def _rule_lines(rule: Rule) -> list[str]:
 
 
 def _key_lines(api_key: ApiKey) -> list[str]:
-    lines = ["[[api_keys]]", f"sha256 = {_string(api_key.sha256)}"]
+    lines = ["[[api_keys]]", f"{key_hash_in_use().field} = {_string(api_key.sha256)}"]
     if api_key.customer:
         lines.append(f"customer = {_string(api_key.customer)}")
     if not api_key.inherits_tier:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 HIDDEN: Final = "(hidden)"
 
-_SECRET: Final = re.compile(r"(?:^|_)(?:token|secret|password|key)s?$")
+_SECRET: Final = re.compile(r"(?:^|_)(?:token|secret|password|key|pepper)s?$")
 
 
 def system_report(instance: Instance) -> Callable[[], Any]:

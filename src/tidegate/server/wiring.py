@@ -14,13 +14,28 @@ from tidegate.catalog.shared import SharedCatalog
 from tidegate.catalog.sql.catalog import SqlCatalog
 from tidegate.catalog.sql.database import DatabaseOptions
 from tidegate.catalog.sql.engine import is_postgres
+from tidegate.catalog.sql.key_hash import settle_key_hash
 from tidegate.counters import CounterStore
 from tidegate.counters.leased import LeasedCounters
 from tidegate.counters.redis.channel import RedisChannel
 from tidegate.counters.redis.store import RedisCounters
 from tidegate.doors.callers_auth import CallersAuth, CertificateAuth, TokenAuth
+from tidegate.policy.key_hash import key_hash_of, use_key_hash
 from tidegate.settings import CatalogSettings, Settings
 from tidegate.url_parts import scheme_of
+
+
+async def _open(settings: Settings, options: DatabaseOptions) -> SqlCatalog:
+    """Open the database, and hash API keys as its own were; `SettingsError` if the settings say otherwise."""
+    key_hash = key_hash_of(settings.keys.hash, settings.keys.pepper)
+    use_key_hash(key_hash)
+    catalog = await SqlCatalog.open(settings.catalog.url, options)
+    try:
+        await settle_key_hash(catalog.database, key_hash)
+    except BaseException:
+        await catalog.close()
+        raise
+    return catalog
 
 
 async def open_catalog(settings: Settings, channel: Channel | None = None) -> SqlCatalog:
@@ -34,9 +49,9 @@ async def open_catalog(settings: Settings, channel: Channel | None = None) -> Sq
         The catalog.
 
     Raises:
-        SettingsError: if a database cannot be opened.
+        SettingsError: if a database cannot be opened, or its API keys were hashed in another way than `[keys]` says.
     """
-    catalog = await SqlCatalog.open(settings.catalog.url, database_options(settings.catalog))
+    catalog = await _open(settings, database_options(settings.catalog))
     if channel is not None:
         catalog.database.announce = channel.announce
     return catalog
@@ -53,13 +68,13 @@ async def opened_catalog(settings: Settings) -> AsyncIterator[SqlCatalog]:
         The catalog.
 
     Raises:
-        SettingsError: if the database cannot be opened.
+        SettingsError: if the database cannot be opened, or its API keys were hashed in another way than `[keys]` says.
     """
     store = None
     if is_postgres(settings.catalog.url) and scheme_of(settings.counters.url).startswith("redis"):
         # Connects at the first announcement.
         store = RedisCounters(settings.counters.url, settings.counters.timeout_ms / 1000)
-    catalog = await SqlCatalog.open(settings.catalog.url)
+    catalog = await _open(settings, DatabaseOptions())
     if store is not None:
         catalog.database.announce = RedisChannel(store).announce
     try:

@@ -184,6 +184,8 @@ policy_state: Final = Table(
     Column("runs_from", String(16), nullable=False, server_default="0001"),
     # The secret that seals entries of the shared cache unless the settings have one; created when it is first needed.
     Column("cache_secret", String(64), nullable=True),
+    # How API keys were hashed: `hmac-sha256:` and a digest of the pepper; NULL for SHA-256.
+    Column("key_hash", String(40), nullable=True),
     # The tables [attributes], [callers], [jwt], [[namespaces]] and [[access]] of a policy; NULL without them.
     Column("attributes", JSON(none_as_null=True), nullable=True),
     Column("callers", JSON(none_as_null=True), nullable=True),
