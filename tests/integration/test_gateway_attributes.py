@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,12 @@ from tests.raw_http import exchange
 from tests.servers.api import Api
 from tests.servers.deployed import gateway, haproxy, nginx_balancer
 from tests.servers.envoy import GRPC, HTTP, SERVICE, Envoy
+from tests.servers.ports import free_port
 from tests.servers.redis_server import RedisServer
+from tidegate.policy.key_format import hash_api_key
 
 KEY, STRANGER = ec.generate_private_key(ec.SECP256R1()), ec.generate_private_key(ec.SECP256R1())
-OWN, FORGED, ORG, NOBODY = 111_111, 222_222, 333_333, 444_444
+OWN, FORGED, ORG, NOBODY, PRO = 111_111, 222_222, 333_333, 444_444, 555_555
 """The limit of each rule, which says in X-RateLimit-Limit what Tidegate knew of the caller."""
 POLICY = """
 [attributes]
@@ -37,6 +40,25 @@ issuer = "https://issuer.example"
 audience = "api"
 [callers]
 default_tier = "users"
+[[tiers]]
+name = "pro"
+  [[tiers.rules]]
+  endpoint = "/api/*"
+  limits = ["555555/hour"]
+[[customers]]
+name = "acme-gmbh"
+tier = "pro"
+[[api_keys]]
+key = "{key}"
+customer = "acme-gmbh"
+[[api_keys]]
+key = "{tiny}"
+tier = "tiny"
+[[tiers]]
+name = "tiny"
+  [[tiers.rules]]
+  endpoint = "/api/*"
+  limits = ["1/hour"]
 [[tiers]]
 name = "users"
   [[tiers.rules]]
@@ -61,6 +83,16 @@ name = "users"
   limits = ["333333/hour"]
 """
 USER = "known-to-the-gateway"
+CUSTOMERS_KEY = "key-of-a-customer-01"
+CALLER = {
+    "x-tidegate-key-id": hash_api_key(CUSTOMERS_KEY)[:24],
+    "x-tidegate-customer": "acme-gmbh",
+    "x-tidegate-tier": "pro",
+    "x-tidegate-rule": "/api/*",
+}
+ANYBODY = {"x-tidegate-tier": "users", "x-tidegate-rule": "/*"}
+NAMES = (*CALLER, "x-tidegate-overage")
+TINY = "key-with-one-request"
 
 
 def bearer(key: Any = KEY, **claims: object) -> str:
@@ -74,7 +106,7 @@ def tidegate() -> Iterator[Serve]:
         public = json.loads(jwt.algorithms.ECAlgorithm.to_jwk(KEY.public_key()))
         jwks = Path(directory, "jwks.json")
         jwks.write_text(json.dumps({"keys": [{**public, "kid": "a"}]}))
-        Path(directory, "tidegate.policy.toml").write_text(POLICY.format(jwks=jwks))
+        Path(directory, "tidegate.policy.toml").write_text(POLICY.format(jwks=jwks, key=CUSTOMERS_KEY, tiny=TINY))
         server = Serve(Path(directory), grpc=True)
         try:
             server.wait_ready()
@@ -101,12 +133,29 @@ def reached(api: Api, name: str) -> list[str] | None:
     return values
 
 
+def require_caller_headers(url: str, api: Api) -> None:
+    """The API gets Tidegate's headers of who is calling, each once, and never those of the client."""
+    forged = dict.fromkeys((name.replace("-", "_") for name in NAMES), "forged")
+    for key, expected in (({"x_api_key": CUSTOMERS_KEY}, CALLER), ({}, ANYBODY), ({"x_api_key": CUSTOMERS_KEY}, CALLER)):
+        found = answer(url, **forged, **key)
+        assert found.status_code == 200, found.text
+        assert {name: reached(api, name) for name in NAMES} == {
+            name: [expected[name]] if name in expected else None for name in NAMES
+        }
+        assert not any(name in found.headers for name in NAMES), "for the API, not for clients"
+
+
 @pytest.mark.parametrize("edge", [False, True], ids=["without edge cache", "with edge cache"])
 def test_nginx(tidegate: Serve, edge: bool) -> None:
     with Api() as api, contextlib.ExitStack() as stack:
         shipped = stack.enter_context(gateway([tidegate.port], api.port, edge=edge))
         assert limit(shipped.url, x_user_id="forged") == NOBODY
         assert reached(api, "x-user-id") is None
+        require_caller_headers(shipped.url, api)
+        # A denial, which the edge cache keeps, changes nothing for other keys.
+        assert answer(shipped.url, x_api_key=TINY, x_tidegate_tier="pro").status_code in (200, 429)
+        assert [answer(shipped.url, x_api_key=TINY).status_code for _ in range(2)] == [429, 429]
+        require_caller_headers(shipped.url, api)
         # As shipped, tokens are the API's own.
         assert limit(shipped.url, authorization=bearer(org="acme")) == NOBODY
         own = stack.enter_context(gateway([tidegate.port], api.port, edge=edge, user=USER, bearer=True))
@@ -130,6 +179,12 @@ def test_nginx(tidegate: Serve, edge: bool) -> None:
                 assert twice.status in (400, 401)
 
 
+def test_nginx_that_passes_without_tidegate_removes_the_clients_headers() -> None:
+    with Api() as api, gateway([free_port()], api.port, when_away="open") as nginx:
+        assert answer(nginx.url, **dict.fromkeys((name.replace("-", "_") for name in NAMES), "forged")).status_code == 200
+        assert [reached(api, name) for name in NAMES] == [None] * len(NAMES)
+
+
 def test_envoy_over_http(tidegate: Serve) -> None:
     changes = {
         '# - append: {header: {key: x-user-id, value: "%DOWNSTREAM_PEER_URI_SAN%"}}': (
@@ -146,6 +201,7 @@ def test_envoy_over_http(tidegate: Serve) -> None:
             each.wait_healthy("tidegate")
         assert limit(shipped.url, x_user_id="forged") == NOBODY
         assert reached(api, "x-user-id") is None
+        require_caller_headers(shipped.url, api)
         assert limit(own.url, x_user_id="forged") == OWN
         assert reached(api, "x-user-id") == [USER]
         assert limit(own.url, authorization=bearer(org="acme")) == ORG
@@ -168,6 +224,7 @@ def test_envoy_over_grpc(tidegate: Serve) -> None:
         own.start()
         assert limit(own.url, x_user_id="forged") == NOBODY
         assert reached(api, "x-user-id") is None
+        require_caller_headers(own.url, api)
         assert limit(own.url, x_user_id="forged", authorization=bearer(sub=USER)) == OWN
         assert reached(api, "x-user-id") == [USER]
         assert answer(own.url, authorization=bearer(STRANGER, sub=USER)).status_code == 401
@@ -175,10 +232,11 @@ def test_envoy_over_grpc(tidegate: Serve) -> None:
 
 @pytest.mark.parametrize("kind", ["haproxy", "nginx"])
 def test_balancers_pass_headers_of_gateways_only(kind: str, tidegate: Serve) -> None:
-    def ask(url: str, **headers: str) -> int:
+    def ask(url: str, named: Mapping[str, str] | None = None, **headers: str) -> int:
         sent = {"X-Original-URI": "/api/items", **{name.replace("_", "-"): value for name, value in headers.items()}}
         response = httpx.get(f"{url}/v1/authorize", headers=sent, timeout=PATIENCE_S)
         assert response.status_code == 204, response.headers
+        assert (named or {}).items() <= dict(response.headers).items()
         return int(response.headers["x-ratelimit-limit"])
 
     for is_gateway in (True, False):
@@ -190,6 +248,7 @@ def test_balancers_pass_headers_of_gateways_only(kind: str, tidegate: Serve) -> 
         with balancer:
             assert ask(balancer.url, x_user_id=USER) == (OWN if is_gateway else NOBODY)
             assert ask(balancer.url, authorization=bearer(org="acme")) == ORG
+            assert ask(balancer.url, x_api_key=CUSTOMERS_KEY, named=CALLER) == PRO
             limited = httpx.post(
                 f"{balancer.url}/v1/limit",
                 json={"namespace": "mails", "subject": kind + str(is_gateway), "limits": ["3/hour"]},
@@ -205,6 +264,7 @@ def test_traefik_and_kong_files_remove_and_set_the_same_headers(redis_server: Re
     changed = traefik["middlewares"]["tidegate-attributes"]["headers"]["customRequestHeaders"]
     asked = traefik["middlewares"]["tidegate"]["forwardAuth"]
     assert changed == {"X-User-Id": "", "X-Region": "eu-west"}
+    assert [name.lower() for name in asked["authResponseHeaders"]] == list(NAMES)
     assert asked["trustForwardHeader"] is False
     assert set(asked["authRequestHeaders"]) == {"X-API-Key", *changed}, "nothing that a client says of itself but its key"
     assert traefik["routers"]["api"]["middlewares"] == ["tidegate-attributes", "tidegate"], "the attributes first"
@@ -212,4 +272,7 @@ def test_traefik_and_kong_files_remove_and_set_the_same_headers(redis_server: Re
     (function,) = plugin["config"]["access"]
     assert redis_server.must("SCRIPT", "LOAD", function)
     assert 'clear_header("X-User-Id")' in function
+    named = re.search(r"local callers = \{(.*)\}", function)
+    assert named is not None
+    assert re.findall(r'"([^"]+)"', named[1].lower()) == list(NAMES)
     assert 'set_header("X-Region", region)' in function

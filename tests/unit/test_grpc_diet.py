@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tidegate.catalog.cached import CachedCatalog
 from tidegate.catalog.in_memory import PolicyCatalog
 from tidegate.counters.memory import MemoryCounters
-from tidegate.decision import Decision
+from tidegate.decision import CallerIdentity, Decision
 from tidegate.doors.grpc.messages import OK, OVER_LIMIT, RateLimitRequest, RateLimitResponse
 from tidegate.doors.grpc.replies import Part, reply, reply_to_one
 from tidegate.doors.grpc.reply_template import allowed_reply, varint
@@ -66,11 +66,24 @@ def limits(draw: st.DrawFn) -> LimitSet:
 def test_the_answer_from_a_template_is_that_of_protobuf(
     limits: LimitSet, remaining: int, reset_after_us: int, at_us: int, cost: int
 ) -> None:
-    decision = Decision(True, limits.limits[0], remaining, reset_after_us, 0, at_us, limits)
+    caller = CallerIdentity("0" * 24, "acme") if limits.rule else None
+    decision = Decision(True, limits.limits[0], remaining, reset_after_us, 0, at_us, limits, overage=cost, caller=caller)
     built = reply([Part(CheckPlan(None, ()), cost)], [ChargeResult(decision)])
 
-    assert reply_to_one(decision, cost, ()) == built
-    assert RateLimitResponse.FromString(built).overall_code == (OK if cost or remaining else OVER_LIMIT)
+    message = RateLimitResponse.FromString(built)
+    if cost or remaining:
+        named = {
+            "x-tidegate-key-id": caller and caller.key_id,
+            "x-tidegate-customer": caller and caller.customer,
+            "x-tidegate-tier": limits.tier,
+            "x-tidegate-overage": str(cost) if cost else None,
+            "x-tidegate-rule": limits.rule,
+        }
+        for name, value in named.items():
+            if value:
+                message.request_headers_to_add.add(key=name, value=value)
+    assert reply_to_one(decision, cost, ()) == message.SerializeToString()
+    assert message.overall_code == (OK if cost or remaining else OVER_LIMIT)
 
 
 def test_a_usual_answer_comes_from_a_template() -> None:

@@ -61,6 +61,7 @@ _MESSAGES: Final[Mapping[str, tuple[tuple[str, int, str], ...]]] = {
         ("overall_code", 1, "int32"),
         ("statuses", 2, "*DescriptorStatus"),
         ("response_headers_to_add", 3, "*HeaderValue"),
+        ("request_headers_to_add", 4, "*HeaderValue"),
         ("raw_body", 5, "bytes"),
     ),
     "HealthCheckRequest": (("service", 1, "string"),),

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from typing import Any, Final
 
 import msgspec
 
 from tidegate.counters import ChargeOutcome
-from tidegate.decision import Decision
+from tidegate.decision import CallerIdentity, Decision
 from tidegate.doors.grpc.messages import OK, OVER_LIMIT, RateLimitResponse
 from tidegate.doors.grpc.reply_template import MAX_REMAINING, allowed_reply, set_current_limit
-from tidegate.doors.responses import encode, error_body, exceeded_body, limit_headers, retry_headers
+from tidegate.doors.responses import (
+    caller_headers,
+    encode,
+    error_body,
+    exceeded_body,
+    limit_headers,
+    overage_headers,
+    retry_headers,
+)
 from tidegate.errors import StoreUnavailable, TidegateError
 from tidegate.gate.charging import ChargeResult, CheckPlan
 from tidegate.timestamps import US_PER_S
@@ -93,13 +102,27 @@ def reply_to_one(decision: Decision, cost: int, shadow_outcomes: Sequence[Charge
         shadow_outcomes: outcomes of shadow rules.
 
     Returns:
-        A `RateLimitResponse`.
+        A `RateLimitResponse`. An allowance names the caller in headers for the service.
     """
     if decision.allowed and (cost or decision.remaining):
-        rendered = allowed_reply(decision)
-        if rendered is not None:
-            return rendered
+        rendered = allowed_reply(decision) or reply([Part(_DECIDED, cost)], [ChargeResult(decision, shadow_outcomes)])
+        # A message may be continued by the bytes of its further fields.
+        return rendered + _caller_fields(decision.caller, decision.tier, decision.rule, decision.overage)
     return reply([Part(_DECIDED, cost)], [ChargeResult(decision, shadow_outcomes)])
+
+
+@lru_cache(maxsize=16_384)
+def _caller_fields(caller: CallerIdentity | None, tier: str | None, rule: str | None, overage: int) -> bytes:
+    """What Envoy adds to the request for the service: who is calling, as `/v1/authorize` has it in headers."""
+    message = RateLimitResponse()
+    decision = Decision(True, unlimited_tier=tier, caller=caller, overage=overage)
+    headers = [*caller_headers(decision), *overage_headers(decision)]
+    if rule:
+        headers.append(("x-tidegate-rule", rule))
+    for key, value in headers:
+        message.request_headers_to_add.add(key=key, value=value)
+    fields: bytes = message.SerializeToString()
+    return fields
 
 
 def denied(error: TidegateError) -> bytes:
