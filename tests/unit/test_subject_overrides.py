@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -97,13 +95,6 @@ def gate_of(policy: str | Policy = POLICY, store: MemoryCounters | None = None) 
 async def left(gate: Gate, path: str = "/", cost: int = 0, api_key: str | None = None, **attributes: str) -> int | None:
     check = Check.of(path, "GET", api_key, ip="192.0.2.1", cost=cost, attributes=attributes)
     return (await gate.check(check)).remaining
-
-
-def test_the_example_of_the_page_is_valid() -> None:
-    page = Path("docs/callers.md").read_text(encoding="utf-8")
-    example = page.partition("## Other limits for some of them")[2].partition("```toml\n")[2].partition("```")[0]
-    read = parse_policy(example).tiers[0].overrides
-    assert [each.subject_text for each in read] == ["user=42", "user=test-*"]
 
 
 def test_the_file_reads_and_writes_them() -> None:
