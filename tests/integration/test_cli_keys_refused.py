@@ -51,7 +51,7 @@ def test_the_token(server: Any, api: Runner, tmp_path: Path) -> None:
         (None, "cannot be read: No such file"),
         (b"", "does not contain a token"),
         (b" \n", "does not contain a token"),
-        (b"a" * 5000, "does not contain a token"),
+        (b"a" * 20_000, "does not contain a token"),
         (b"\xff\xfe", "it is not UTF-8 text"),
         (b"two words", "has invalid characters"),
         ("tokén".encode(), "has invalid characters"),
