@@ -240,7 +240,7 @@ def main() -> None:
         near, far, far_without = _run(latencies(server, seconds / 4))
         grown = {algorithm: memory_of_key(server, algorithm) for algorithm in (Algorithm.SLIDING_WINDOW, Algorithm.TOKEN_BUCKET)}
         with tempfile.TemporaryDirectory() as one, tempfile.TemporaryDirectory() as two, contextlib.ExitStack() as stack:
-            leased = stack.enter_context(ours(one, TIDEGATE_COUNTERS__URL=server.url))
+            leased = stack.enter_context(ours(one, TIDEGATE_COUNTERS__URL=server.url, TIDEGATE_LEASES__ENABLED="true"))
             memory = stack.enter_context(ours(two))
             targets: dict[str, Any] = {"leased": (leased, "/v1/authorize", None), "memory": (memory, "/v1/authorize", None)}
             cpu_us, _ = interleaved(targets, rounds, 1 if smoke else 3)

@@ -26,6 +26,10 @@ async def main(url: str, processes: str, *cases: str) -> None:
     guarded = GuardedCounters(RedisCounters(url, timeout_s=20.0))
     store = LeasedCounters(guarded)
     await guarded.start()
+    for algorithm in {case.split("|")[0] for case in cases}:
+        warm = ((LimitSet("warm", Algorithm(algorithm), [Limit.parse("1000/minute")]), "warm"),)
+        while not guarded.grants(warm):
+            await store.charge((Charge(warm),))
     print("ready", flush=True)
     await asyncio.to_thread(sys.stdin.readline)
     results = []
@@ -38,7 +42,7 @@ async def main(url: str, processes: str, *cases: str) -> None:
 
         async def worker(limits: LimitSet = limits) -> None:
             nonlocal left, allowed, degraded, denied
-            while left > 0 or not denied:
+            while left > 0 or not denied or store.table.unused(limits, "s"):
                 left -= 1
                 [outcome] = await store.charge((Charge(((limits, "s"),)),))
                 assert isinstance(outcome, Decision)

@@ -180,7 +180,9 @@ class RequestSender:
             "match": {"org": f"org {number}"},
             **own,
         }
-        key = {"tier": "free", "customer": "free", "name": "n", "expires_at": "2100-01-01T00:00:00Z", **own}
+        key = {"tier": "free", "name": "n", "expires_at": "2100-01-01T00:00:00Z", **own}
+        # Quotas count the customer, so its keys override none.
+        owned = {**key, "customer": "free", "overrides": [{**override, "quotas": []}]}
         return {
             "TierCreate": [{"name": f"new-{number}", **sold}],
             "TierLimits": [sold],
@@ -190,8 +192,8 @@ class RequestSender:
             "RulePatch": [rule, {**acting, "limits": [], "quotas": [], "overage": False}],
             "CustomerCreate": [{"name": f"new-{number}", **customer}],
             "CustomerPatch": [customer],
-            "KeyCreate": [key],
-            "KeyPatch": [key],
+            "KeyCreate": [key, owned],
+            "KeyPatch": [key, owned],
             "KeyImportRequest": [
                 {
                     "dry_run": True,
@@ -209,6 +211,10 @@ class RequestSender:
                 {"customer": f"new {number}"},
                 {"attribute": {"user": f"{number}"}},
             ],
+            "SubjectOverrideCreate": [
+                {"rule": "users", "subject": {"user": f"{number}"}, "limits": ["2/s"], "until": "2100-01-01T00:00:00Z"}
+            ],
+            "SubjectOverrideFields": [{"limits": ["2/s"], "until": "2100-01-01T00:00:00Z"}],
             "NamespaceCreate": [{"name": f"new-{number}", **namespace}],
             "NamespaceFields": [namespace],
             "NamespacePatch": [namespace],
@@ -266,6 +272,9 @@ async def _prepared(admin: Admin) -> dict[str, str]:
     rule = await admin.rule()
     # For overrides of keys: the other one is renamed.
     await admin.rule("/kept")
+    await admin.rule("/users", name="users", subject="user")
+    override = {"rule": "users", "subject": {"user": "kept"}, "limits": ["1/s"]}
+    made = (await admin.http.post("/tiers/free/overrides", json=override)).json()
     token = await admin.http.post("/tokens", json={"name": "one"})
     assert (await admin.http.post("/namespaces", json={"name": "free"})).status_code == 201
     # The name of the tier: one parameter stands for both.
@@ -274,6 +283,7 @@ async def _prepared(admin: Admin) -> dict[str, str]:
         "run_id": "0" * 32,
         "name": "free",
         "rule_id": str(rule["id"]),
+        "override_id": made["id"],
         "key_id": (await admin.key())["id"],
         "token_id": str(token.json()["id"]),
         "block_id": str((await admin.http.post("/blocks", json={"cidr": "198.51.100.1"})).json()["id"]),
@@ -330,11 +340,17 @@ async def test_every_field_of_every_body(admin: Admin) -> None:
                             kept.add(value)
     assert forms == {
         *(form for form in admin.app.openapi()["components"]["schemas"] if form.endswith(("Create", "Request", "Patch"))),
-        *("TierLimits", "RuleFields", "NamespaceFields"),
+        *("TierLimits", "RuleFields", "NamespaceFields", "SubjectOverrideFields"),
     }
     assert kept == set(STORABLE), "what may be any text is"
-    listed = [each["name"] for each in (await admin.http.get("/api-keys", params={"limit": 500})).json()["items"]]
-    assert set(STORABLE) <= set(listed)
+    listed, after = set(), {}
+    while True:
+        page = (await admin.http.get("/api-keys", params={"limit": 500, **after})).json()
+        listed |= {each["name"] for each in page["items"]}
+        if page["next"] is None:
+            break
+        after = {"after": page["next"]}
+    assert set(STORABLE) <= listed
     assert sender.sent > 600
     await _settled(sender, before)
 

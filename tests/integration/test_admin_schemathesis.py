@@ -44,6 +44,8 @@ OPERATIONS = {
     *((method, "/namespaces") for method in ("get", "post")),
     *((method, "/namespaces/{name}") for method in ("get", "put", "patch", "delete")),
     ("get", "/callers"),
+    *((method, "/tiers/{name}/overrides") for method in ("get", "post")),
+    *((method, "/tiers/{name}/overrides/{override_id}") for method in ("get", "put", "delete")),
     ("post", "/what-if"),
     *((method, "/what-if/{run_id}") for method in ("get", "delete")),
     *((method, "/blocks") for method in ("get", "post")),

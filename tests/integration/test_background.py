@@ -38,6 +38,7 @@ from tidegate.settings import CatalogSettings, CounterSettings, EnvoySettings, P
 POLICY = '[[tiers]]\nname = "{name}"\nlimits = ["100/minute"]\n'
 ENVOY = "domain: d\ndescriptors: [{key: k, rate_limit: {unit: minute, requests_per_unit: 5}}]\n"
 ON_ONE_MACHINE = {
+    "blocks",
     "catalog_follower",
     "envoy_config_watcher",
     "grpc_receiver",
@@ -50,6 +51,7 @@ ON_ONE_MACHINE = {
 }
 ON_SERVERS = {
     "catalog_announcements",
+    "blocks",
     "catalog_follower",
     "ledger_retention",
     "ledger_writer",

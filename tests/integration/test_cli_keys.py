@@ -93,7 +93,7 @@ STEPS: tuple[tuple[str, str, int, str, str], ...] = (
     ("", "list --limit 0", 2, r"", r".*"),
     ("", "list --after {a_key}", 2, r"", r".*not a valid id.*"),
     ("", "list --after ffffffffffffffffffffffff", 0, r"", r"no keys\n"),
-    ("", "show {a}", 0, r"id +ID\ntier +free\ncustomer +-\nname +Ada\nstatus +active\n.*limits +-\nfrom +api\n", r""),
+    ("", "show {a}", 0, r"id +ID\ntier +free\nname +Ada\nstatus +active\n.*limits +-\nfrom +api\n", r""),
     ("", "show {a:.10}", 0, r".*Ada.*", r""),
     ("", "show {a_key} --json", 0, r'.*"name": "Ada".*"revision": 1.*', r""),
     ("", "show {c}", 0, r".*status +expired\n.*", r""),

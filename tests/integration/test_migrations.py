@@ -61,6 +61,7 @@ FILLING = {
     "customers": """INSERT INTO customers (name, anchor, timezone, metadata, overrides, created_at_us, managed_by_file)
         VALUES ('acme', '', '', '', '[]', 5, false)""",
     "customer_values": "INSERT INTO customer_values (digest, customer_id, attribute) VALUES ('digest', 1, 'org')",
+    "subject_overrides": "INSERT INTO subject_overrides (tier_id, entries) VALUES (1, '[]')",
     "blocks": """INSERT INTO blocks (kind, target, reason, message, created_at_us, created_by, version)
         VALUES ('cidr', '203.0.113.0/24', 'r', '', 5, 'me', 5)""",
     "console_sessions": """INSERT INTO console_sessions (sha256, token_sha256, created_at_us, used_at_us)

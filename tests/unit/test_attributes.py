@@ -205,8 +205,8 @@ def test_the_index_finds_what_going_through_all_rules_finds(
 def test_the_policies_of_the_documentation_are_valid() -> None:
     page = (Path(__file__).parents[2] / "docs" / "callers.md").read_text()
     policies = re.findall(r"```toml\n(.*?)```", page, re.DOTALL)
-    assert len(policies) == 6
+    assert len(policies) == 7
     for text in policies:
         policy = parse_policy(text)
-        assert policy.attributes or policy.namespaces
+        assert policy.attributes or policy.namespaces or policy.tiers[0].overrides
         assert policy_warnings(policy) == []

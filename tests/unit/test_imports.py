@@ -28,6 +28,7 @@ COMMANDS = [
     "policy",
     "keys",
     "customers",
+    "overrides",
     "blocks",
     "caller-tokens",
     "usage",

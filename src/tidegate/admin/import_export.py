@@ -24,11 +24,13 @@ from tidegate.catalog.sql import rows as policy_rows
 from tidegate.catalog.sql.bulk import BATCH_SIZE, batches, delete_rows, insert_rows, update_rows
 from tidegate.catalog.sql.customers import customer_ids, customer_of, write_customers
 from tidegate.catalog.sql.namespace_rows import with_import
+from tidegate.catalog.sql.override_rows import by_key, read_all_overrides, write_overrides
 from tidegate.catalog.sql.tables import api_keys, customers, policy_state, rate_limit_rules, tiers
 from tidegate.errors import CatalogError
 from tidegate.policy.customers import Customer
-from tidegate.policy.model import ApiKey, Policy, Subject
+from tidegate.policy.model import ApiKey, Policy, Subject, Tier
 from tidegate.policy.overrides import active_overrides
+from tidegate.policy.subject_overrides import OverrideFit
 from tidegate.timestamps import now_us
 
 MAX_KEYS: Final = 5_000
@@ -71,9 +73,11 @@ async def export_policy(editor: CatalogEditor, *, with_keys: bool = True) -> Pol
             await connection.execute(rule_rows().order_by(rate_limit_rules.c.position, rate_limit_rules.c.id))
         ).mappings():
             rules.setdefault(row["tier_id"], []).append(row)
+        overrides = await read_all_overrides(connection)
         customer_list = (await connection.execute(customer_rows().order_by(customers.c.name))).mappings().all()
         state = (await connection.execute(select(policy_state))).mappings().one()
-    exported = [policy_rows.tier_of(row, rules.get(row["id"], ())) for row in tier_rows]
+    stored = [policy_rows.tier_of(row, rules.get(row["id"], ()), overrides.get(row["id"])) for row in tier_rows]
+    exported = [_without_unused_subjects(tier) for tier in stored]
     overridable = {(tier.name, rule.name) for tier in exported for rule in tier.rules if rule.subject is Subject.API_KEY}
     by_customer = {(tier.name, rule.name) for tier in exported for rule in tier.rules if rule.subject is Subject.CUSTOMER}
     callers = policy_rows.caller_policy_of(state)
@@ -164,7 +168,10 @@ async def _read(connection: AsyncConnection, policy: Policy, *, prune: bool) -> 
                     f"more than {MAX_KEYS} API keys would be removed: name them in the policy, or import without prune"
                 )
     owners = await _customers(connection, [customer.name for customer in policy.customers], prune=prune)
-    return CatalogRows(int(state["version"]), policy_rows.caller_policy_of(state), has_file, existing, rules, keys, owners)
+    stored = await read_all_overrides(connection)
+    overrides = {name: by_key(stored.get(row["id"])) for name, row in existing.items()}
+    caller_policy = policy_rows.caller_policy_of(state)
+    return CatalogRows(int(state["version"]), caller_policy, has_file, existing, rules, keys, owners, overrides)
 
 
 async def _customers(connection: AsyncConnection, names: list[str], *, prune: bool) -> dict[str, Row]:
@@ -212,6 +219,8 @@ async def _write(transaction: AuditedTransaction, plan: ImportPlan, tier_ids: di
         each.change["target"] = str(rule_id)
         each.change["after"]["id"] = rule_id
     await delete_rows(connection, rate_limit_rules, plan.rule_deletes)
+    for name, entries in plan.overrides.items():
+        await write_overrides(connection, tier_ids[name], entries)
     inserted = [_with_tier_id(values, tier_ids) for values in plan.customer_inserts]
     changed = [(row, _with_tier_id(values, tier_ids)) for row, values in plan.customer_updates]
     await write_customers(transaction, inserted, changed, [])
@@ -243,6 +252,15 @@ def _with_ids(row: Mapping[Any, Any], tier_ids: Mapping[str, int], owner_ids: Ma
     name = values.pop("customer_name")
     values["customer_id"] = None if name is None else owner_ids[name]
     return values
+
+
+def _without_unused_subjects(tier: Tier) -> Tier:
+    """A tier without overrides for subjects that have ended, or no longer fit their rule."""
+    if not tier.overrides:
+        return tier
+    fit, now = OverrideFit(tier.rules), now_us()
+    kept = tuple(each for each in tier.overrides if (each.until_us is None or each.until_us > now) and fit.holds(each))
+    return msgspec.structs.replace(tier, overrides=kept)
 
 
 def _without_unused_overrides(owner: _Owner, overridable: set[tuple[str, str]]) -> _Owner:

@@ -10,10 +10,12 @@ from typing import Any, TypeAlias
 import msgspec
 
 from tidegate.admin.models import CustomerRead, JsonObject, KeyRead, Row, RuleRead, TierRead
+from tidegate.admin.models.subject_overrides import SubjectOverrideRead
 from tidegate.admin.transaction import MAX_RULES, Audited, ManagedByFile, audited
 from tidegate.catalog.changes import ANONYMOUS, KEY, TIER, Item
 from tidegate.catalog.sql import rows as policy_rows
 from tidegate.catalog.sql.customers import row_of_customer
+from tidegate.catalog.sql.override_rows import OverrideKey, OverrideRow, changed_entry, require_few_entries
 from tidegate.errors import CatalogError
 from tidegate.policy.attributes import CallerPolicy
 from tidegate.policy.customers import Customer
@@ -33,6 +35,7 @@ class CatalogRows(msgspec.Struct, frozen=True):
         rules: by the name of the tier, then of the rule; with `tier_name`.
         keys: by digest; with `tier_name` and `customer_name`.
         customers: by name; with `tier_name`.
+        overrides: those for subjects, by the name of the tier, then by key.
     """
 
     version: int
@@ -42,6 +45,7 @@ class CatalogRows(msgspec.Struct, frozen=True):
     rules: dict[str, dict[str, Row]]
     keys: dict[str, Row]
     customers: dict[str, Row]
+    overrides: dict[str, dict[OverrideKey, OverrideRow]]
 
 
 class RuleInsert(msgspec.Struct):
@@ -75,6 +79,7 @@ class ImportPlan(msgspec.Struct):
     customer_updates: list[tuple[Row, Values]] = []
     customer_deletes: list[Row] = []
     caller_policy: CallerPolicy | None = None
+    overrides: dict[str, dict[OverrideKey, OverrideRow]] = {}
 
 
 def plan_import(policy: Policy, existing: CatalogRows, now_us: int, *, prune: bool) -> ImportPlan:
@@ -139,6 +144,7 @@ class _Planner:
             self._plan.tier_updates.append(changed)
             self._record("update", "tier", tier.name, TierRead.of_row(row), TierRead.of_row(changed))
         self._import_rules(tier)
+        self._import_overrides(tier)
 
     def _import_rules(self, tier: Tier) -> None:
         existing = dict(self._existing.rules.get(tier.name, {}))
@@ -176,6 +182,35 @@ class _Planner:
             self._plan.rule_deletes.append(row["id"])
             self._plan.touched.append((TIER, row["tier_name"]))
             self._record("delete", "rule", str(row["id"]), RuleRead.of_row(row), None)
+
+    def _import_overrides(self, tier: Tier) -> None:
+        existing = self._existing.overrides.get(tier.name, {})
+        entries = dict(existing)
+        for override in tier.overrides:
+            before = existing.get(override.key)
+            after = changed_entry(before, override, before is not None and before["managed_by_file"])
+            if after == before:
+                continue
+            if before is not None:
+                self._require_own(before, f"the override of rule {override.rule!r} of tier {tier.name!r}")
+            entries[override.key] = after = {**after, "managed_by_file": False}
+            self._record_override(tier.name, "create" if before is None else "update", before, after)
+        if self._prune:
+            named = {override.key for override in tier.overrides}
+            for key, entry in existing.items():
+                if key not in named and not self._is_of_file(entry):
+                    del entries[key]
+                    self._record_override(tier.name, "delete", entry, None)
+        if entries != existing:
+            require_few_entries(entries, tier.name)
+            self._plan.overrides[tier.name] = entries
+            self._plan.touched.append((TIER, tier.name))
+
+    def _record_override(self, tier: str, action: str, before: OverrideRow | None, after: OverrideRow | None) -> None:
+        states = [None if entry is None else SubjectOverrideRead.of_entry(tier, entry) for entry in (before, after)]
+        read = states[0] or states[1]
+        assert read is not None, "there is one of them"
+        self._record(action, "override", read.target, states[0], states[1])
 
     def _import_key(self, api_key: ApiKey) -> None:
         row = self._existing.keys.get(api_key.sha256)

@@ -14,7 +14,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Coroutine
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
 import msgspec
 
@@ -37,6 +37,8 @@ MAX_RULES: Final = 500
 """Maximum number of rules in a result: those with most requests."""
 TIMEOUT_S: Final = 600.0
 
+MAX_RULE_ID: Final = 2**53
+"""As the routes of rules: the largest whole number that every JSON reader keeps."""
 _MAX_SUBJECTS: Final = 200_000
 _TICK_S: Final = 1.0
 _MAX_MESSAGE: Final = 1_000
@@ -45,7 +47,7 @@ _MAX_MESSAGE: Final = 1_000
 class RuleChange(msgspec.Struct, forbid_unknown_fields=True):
     """Fields of a rule that would change; omitted ones stay as they are."""
 
-    id: int
+    id: Annotated[int, msgspec.Meta(ge=1, le=MAX_RULE_ID)]
     limits: list[str] | None = None
     mode: Literal["enforce", "shadow"] | None = None
 

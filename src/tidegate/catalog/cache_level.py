@@ -61,7 +61,7 @@ class CachedTier:
         if customer is not None and customer.record.tier == compiled.tier.name:
             self.overrides = in_precedence(customer.record.overrides)
         self.end_us = first_end_us(self.overrides)
-        self.compiled = CompiledTier(compiled.tier, self.overrides) if self.overrides else compiled
+        self.compiled = CompiledTier(compiled.tier, self.overrides, compiled) if self.overrides else compiled
 
     @property
     def unkeyed(self) -> Caller:
@@ -89,7 +89,7 @@ class CachedTier:
         if self.end_us is not None and now_us >= self.end_us:
             self.overrides = active_overrides(self.overrides, now_us)
             self.end_us = first_end_us(self.overrides)
-            self.compiled = CompiledTier(self._base.tier, self.overrides) if self.overrides else self._base
+            self.compiled = CompiledTier(self._base.tier, self.overrides, self._base) if self.overrides else self._base
 
 
 class CachedCustomer:
@@ -225,7 +225,9 @@ class Caller:
         tier = self.cached_tier
         self._end_us = first_end_us(tier.overrides, self._overrides)
         # A key's own limits take precedence over its customer's.
-        self.tier = CompiledTier(tier.compiled.tier, (*tier.overrides, *self._overrides)) if self._overrides else tier.compiled
+        self.tier = tier.compiled
+        if self._overrides:
+            self.tier = CompiledTier(tier.compiled.tier, (*tier.overrides, *self._overrides), tier.compiled)
 
 
 class UnkeyedCallers:

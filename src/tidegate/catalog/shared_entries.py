@@ -160,6 +160,20 @@ def require_valid_tier(tier: Tier, name: str) -> None:
         names.add(rule.name)
     if len(names) < len(tier.rules) or "" in names:
         raise InvalidEntry("two of its rules have the same name, or one has no name")
+    _require_valid_subject_overrides(tier)
+
+
+def _require_valid_subject_overrides(tier: Tier) -> None:
+    if len({override.key for override in tier.overrides}) < len(tier.overrides):
+        raise InvalidEntry("two of its overrides are for the same subject of a rule")
+    # Thousands of overrides have a few different limits.
+    for limits in {override.limits for override in tier.overrides}:
+        _require_valid_limits(limits)
+    for override in tier.overrides:
+        if not override.rule or not override.subject or not override.limits:
+            raise InvalidEntry("an override has no rule, subject or limits")
+        if override.until_us is not None and abs(override.until_us) >= 1 << 63:
+            raise InvalidEntry("an override ends at a time that the database cannot store")
 
 
 def _require_valid_quotas(record: Tier | Rule | Override) -> None:

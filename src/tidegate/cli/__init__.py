@@ -30,6 +30,7 @@ _COMMANDS: Final = {
     "policy": "tidegate.cli.policy:app",
     "keys": "tidegate.cli.keys:app",
     "customers": "tidegate.cli.customers:app",
+    "overrides": "tidegate.cli.overrides:app",
     "blocks": "tidegate.cli.blocks:app",
     "caller-tokens": "tidegate.cli.caller_tokens:app",
     "usage": "tidegate.cli.usage:app",

@@ -142,7 +142,8 @@ async def explain(store: CounterStore, caller: Caller, check: Check) -> Explanat
             lacks = "the request lacks what the rule counts by, so it is not counted"
             planned.append(CounterNow(each.limits, Mode.SHADOW, None, lacks))
         else:
-            planned += [CounterNow(limits, Mode.SHADOW, subject) for limits, subject in each.counters(counted, caller.anchor)]
+            charged = each.counters(counted, caller.anchor, check.attributes)
+            planned += [CounterNow(limits, Mode.SHADOW, subject) for limits, subject in charged]
     counters = await _with_usage(store, planned)
     allowed: bool | None = None
     if rule is not None and rule.action is AccessAction.DENY:

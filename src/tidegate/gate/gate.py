@@ -300,7 +300,14 @@ class Gate:
         if subject is not None:
             entries = parse_subject(subject)
             text = entries_subject(sorted(entries.items()), prefix="a:")
-            sets = await self._sets_of(lambda tier: _sets(each for each in tier.attribute_rules if {*each.parts} == {*entries}))
+            sets = await self._sets_of(
+                lambda tier: [
+                    limits
+                    for each in tier.attribute_rules
+                    if {*each.parts} == {*entries}
+                    for limits, _ in each.counters(text, attributes=entries)
+                ]
+            )
             return await reset_counters(self.counters, [(limits, text) for limits in sets])
         if api_key is not None:
             caller = await self._caller(api_key, None, refused_too=True)
@@ -457,7 +464,7 @@ class Gate:
                 counted = shadow_subject(check.attributes, caller, watcher, ip)
                 # A shadow rule that cannot be counted must not block the check that it only watches.
                 if counted is not None:
-                    charges.append(Charge(watcher.counters(counted, caller.anchor), check.cost))
+                    charges.append(Charge(watcher.counters(counted, caller.anchor, check.attributes), check.cost))
         answer = None if counters else Decision(True, unlimited_tier=tier.tier.name)
         return CheckPlan(answer, charges, check.cost, caller.key_id, caller.identity)
 
@@ -536,7 +543,8 @@ def counters_of(check: Check, caller: Caller, rule: CompiledRule | None, ip: str
     if rule is not None and rule.subject is Subject.ATTRIBUTES:
         counted = attributes_subject(check, caller, rule, ip)
         own = () if tier_limits is None else ((tier_limits, _caller_subject(check, caller, ip)),)
-        return ((rule.limits, counted), *own)
+        limits = rule.limits if rule.overrides is None else rule.overrides.of(counted, check.attributes, rule.limits)
+        return ((limits, counted), *own)
     if rule is None and tier_limits is None:
         return ()
     if rule is not None and tier_limits is None and caller.customer_subject and rule.subject is Subject.CUSTOMER:
@@ -602,7 +610,7 @@ def _plan_of_descriptor(check: DescriptorCheck, caller: Caller | TidegateError, 
     charges = [
         (
             each.compiled.rule.mode,
-            Charge(each.compiled.counters(descriptor_subject(check, caller, each, client), caller.anchor), check.cost),
+            Charge(each.compiled.counters(descriptor_subject(check, caller, each, client), caller.anchor, entries), check.cost),
         )
         for each in matched
     ]

@@ -50,7 +50,7 @@ def counters_with_quotas(check: Check, caller: Caller, rule: CompiledRule | None
                 raise ip_needed(check, f"the rule {clip(rule.rule.name)} counts by ip")
             counted = found
         if rule.limited:
-            charged.append((rule.limits, counted))
+            charged.append((rule.limits_of(counted, check.attributes), counted))
         if rule.quotas is not None:
             own = (caller.quota_subject or counted) if rule.subject is Subject.API_KEY else counted
             charged.append((rule.quotas.of(caller.anchor), own))

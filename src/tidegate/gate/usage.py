@@ -68,7 +68,7 @@ async def caller_usage(
             not_counted.append(None if rule is None else rule.rule.name)
             continue
         counted.append((rule, kind))
-        counters.append(_counters(rule, caller, subject))
+        counters.append(_counters(rule, caller, subject, attributes))
     used_by_rule = [
         RuleUsage(
             None if rule is None else rule.rule.name,
@@ -83,10 +83,10 @@ async def caller_usage(
     return Usage(tier.tier.name, tuple(used_by_rule), tuple(not_counted), len(rules) > MAX_USAGE_RULES)
 
 
-def _counters(rule: CompiledRule | None, caller: Caller, subject: str) -> Counters:
+def _counters(rule: CompiledRule | None, caller: Caller, subject: str, attributes: Mapping[str, str]) -> Counters:
     """The limits and the quotas of a rule, or of the tier for None."""
     if rule is not None and (rule.quotas is None or rule.subject is not Subject.API_KEY):
-        return rule.counters(subject, caller.anchor)
+        return rule.counters(subject, caller.anchor, attributes)
     quota_subject = caller.quota_subject or subject
     if rule is not None:
         assert rule.quotas is not None, "a rule without quotas is above"

@@ -19,6 +19,7 @@ from tidegate.policy.model import Mode, Rule, Subject, Tier
 from tidegate.policy.overrides import Override
 from tidegate.policy.quotas import CompiledQuotas, Overage, Quota
 from tidegate.policy.rule_index import AttributeRuleIndex, CompiledRule, RuleIndex, counted_methods, rule_rank
+from tidegate.policy.subject_overrides import OverriddenLimits, RuleOverrides, index_overrides
 from tidegate.timestamps import US_PER_S
 
 __all__ = [
@@ -75,6 +76,7 @@ class CompiledTier:
         tier: the tier.
         overrides: other limits for one key; rules that they do not name keep their own. Of two for one rule the later one
             applies; whether it has ended is not checked here.
+        base: the same tier without them, compiled: its index of overrides for subjects is used.
 
     Attributes:
         quotas: the tier's quotas; None where there are none.
@@ -83,6 +85,7 @@ class CompiledTier:
         has_shadow_rules: whether `shadow_rules` can give any.
         attribute_names: the attributes that its rules read.
         attribute_rules: the rules that count by attributes, those for descriptors too.
+        subject_overrides: other limits for some subjects, by the name of the rule.
     """
 
     __slots__ = (
@@ -99,11 +102,13 @@ class CompiledTier:
         "limits",
         "quotas",
         "rules",
+        "subject_overrides",
         "tier",
     )
 
-    def __init__(self, tier: Tier, overrides: Iterable[Override] = ()) -> None:
+    def __init__(self, tier: Tier, overrides: Iterable[Override] = (), base: CompiledTier | None = None) -> None:
         self.tier = tier
+        self.subject_overrides: dict[str, RuleOverrides] = index_overrides(tier) if base is None else base.subject_overrides
         given = tuple(overrides)
         other = {override.rule: override.limits for override in given if not override.quotas}
         sold = {override.rule: override.quotas for override in given if override.quotas}
@@ -131,6 +136,7 @@ class CompiledTier:
                 order,
                 (rule.endpoint, rule.match, rule.mode) in heads,
                 rules_sold[rule.name],
+                _overridden(tier, rule, self.subject_overrides.get(rule.name), suffix, rules_sold[rule.name]),
             )
             for order, rule in enumerate(tier.rules)
         ]
@@ -223,6 +229,20 @@ def _limit_set(tier: Tier, rule: Rule, limits: tuple[Limit, ...], suffix: str, q
     )
     made.quotas += suffix if quotas is None else f"{suffix}, {quotas.header}"
     return made
+
+
+def _overridden(
+    tier: Tier, rule: Rule, overrides: RuleOverrides | None, suffix: str, quotas: CompiledQuotas | None
+) -> OverriddenLimits | None:
+    if overrides is None:
+        return None
+
+    def make(limits: tuple[Limit, ...]) -> LimitSet:
+        made = _limit_set(tier, rule, limits, suffix, quotas)
+        assert made is not None, "an override has limits"
+        return made
+
+    return OverriddenLimits(overrides, make)
 
 
 def _rule_quotas(tier: Tier, rule: Rule, quotas: tuple[Quota, ...]) -> CompiledQuotas | None:

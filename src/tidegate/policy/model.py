@@ -24,7 +24,7 @@ from tidegate.policy.key_format import FORM, MAX_KEY, MIN_WRITTEN_KEY, hash_api_
 from tidegate.policy.key_hash import HMAC_SHA256, PLAIN, key_hash_as_set, key_hash_in_use
 from tidegate.policy.limits import Algorithm, Limit, OnFailure, fit_limits, is_zero, member_of, short
 from tidegate.policy.namespaces import Namespace
-from tidegate.policy.overrides import Override
+from tidegate.policy.overrides import Override, SubjectOverride
 from tidegate.policy.paths import PathRules, canonical_path
 from tidegate.policy.quotas import Overage, Quota, fit_quotas, require_quotas
 
@@ -243,6 +243,7 @@ class Tier(msgspec.Struct, frozen=True, gc=False):
         managed_by_file: whether the policy file owns it.
         quotas: over all endpoints, in fixed periods, charged with the rule's limits by every check; the shortest first.
         overage: what passes above its quotas; None for nothing.
+        overrides: other limits for some subjects of its rules; rules and subjects unique together.
     """
 
     name: str
@@ -251,6 +252,7 @@ class Tier(msgspec.Struct, frozen=True, gc=False):
     managed_by_file: bool = False
     quotas: tuple[Quota, ...] = ()
     overage: Overage | None = None
+    overrides: tuple[SubjectOverride, ...] = ()
 
     @classmethod
     def make(

@@ -1,4 +1,4 @@
-"""Overrides of API keys and customers, and which of them apply at a time.
+"""Overrides of API keys, customers and subjects, and which of them apply at a time.
 
 Each process knows the time, so none needs an event for the end of an override.
 """
@@ -9,6 +9,7 @@ from collections.abc import Iterable
 
 import msgspec
 
+from tidegate.policy.descriptors import entries_text
 from tidegate.policy.limits import Limit
 from tidegate.policy.quotas import Quota
 
@@ -41,6 +42,37 @@ class Override(msgspec.Struct, frozen=True, gc=False):
         if self.quotas:
             return f"quotas of the rule {self.rule!r} are" if self.rule else "the tier's quotas are"
         return f"rule {self.rule!r} is" if self.rule else "the tier's own limits are"
+
+
+class SubjectOverride(msgspec.Struct, frozen=True, gc=False):
+    """Other limits for some subjects of a rule that counts by attributes; `subject_overrides` validates it.
+
+    Args:
+        rule: name of the rule in the tier.
+        subject: names of attributes and their values or patterns, sorted by name; any value of those that are not named.
+        limits: what holds instead.
+        until_us: µs since the epoch (UTC) from which it no longer applies; None for never.
+    """
+
+    rule: str
+    subject: tuple[tuple[str, str], ...]
+    limits: tuple[Limit, ...]
+    until_us: int | None = None
+
+    @property
+    def subject_text(self) -> str:
+        """The subject as one text, such as `org=acme&user=42`."""
+        return entries_text(self.subject)
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """What a tier has at most one override of."""
+        return self.rule, self.subject_text
+
+    @property
+    def has_pattern(self) -> bool:
+        """Whether one of its values has a `*`."""
+        return any("*" in value for _, value in self.subject)
 
 
 def active_overrides(overrides: Iterable[Override], now_us: int) -> tuple[Override, ...]:

@@ -12,12 +12,14 @@ import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Generic, TypeAlias, TypeVar
 
+from tidegate.policy.attributes import NO_ATTRIBUTES
 from tidegate.policy.globs import GlobIndex, endpoint_matcher
 from tidegate.policy.limits import LimitSet
 from tidegate.policy.match_index import MatchIndex
 from tidegate.policy.model import Rule
 from tidegate.policy.periods import DEFAULT_ANCHOR, PeriodAnchor
 from tidegate.policy.quotas import CompiledQuotas
+from tidegate.policy.subject_overrides import OverriddenLimits
 
 _Rank: TypeAlias = tuple[int, ...]
 _T = TypeVar("_T")
@@ -32,13 +34,14 @@ class CompiledRule:
         order: its place in the tier, the last tie-break.
         head_is_named: whether a rule of the same endpoint, match and mode names HEAD; see `counted_methods`.
         quotas: its quotas; None where it has none.
+        overrides: other limits for some of its subjects; None where there are none.
 
     Attributes:
         action: what it does in place of counting; None where it counts.
         limited: whether it has limits; else `limits` are its quotas, for the default anchor.
     """
 
-    __slots__ = ("action", "limited", "limits", "methods", "parts", "quotas", "rank", "rule", "subject")
+    __slots__ = ("action", "limited", "limits", "methods", "overrides", "parts", "quotas", "rank", "rule", "subject")
 
     def __init__(
         self,
@@ -47,8 +50,10 @@ class CompiledRule:
         order: int,
         head_is_named: bool = False,
         quotas: CompiledQuotas | None = None,
+        overrides: OverriddenLimits | None = None,
     ) -> None:
         self.rule = rule
+        self.overrides = overrides
         self.quotas = quotas
         self.action = rule.action
         self.limited = limits is not None and rule.action is None
@@ -62,12 +67,24 @@ class CompiledRule:
         self.methods = counted_methods(rule.methods, head_is_named)
         self.rank = rule_rank(rule, order)
 
-    def counters(self, subject: str, anchor: PeriodAnchor = DEFAULT_ANCHOR) -> tuple[tuple[LimitSet, str], ...]:
+    def limits_of(self, subject: str, attributes: Mapping[str, str]) -> LimitSet:
+        """The limits of a subject, which an override may replace.
+
+        Args:
+            subject: whom it counts.
+            attributes: of the check.
+        """
+        return self.limits if self.overrides is None else self.overrides.of(subject, attributes, self.limits)
+
+    def counters(
+        self, subject: str, anchor: PeriodAnchor = DEFAULT_ANCHOR, attributes: Mapping[str, str] = NO_ATTRIBUTES
+    ) -> tuple[tuple[LimitSet, str], ...]:
         """Its limits and its quotas, where both count one subject.
 
         Args:
             subject: whom they count.
             anchor: when the periods of its quotas begin.
+            attributes: of the check; an override may replace the limits of their values.
 
         Returns:
             Pairs of limits and subject, as in a charge.
@@ -75,9 +92,9 @@ class CompiledRule:
         if self.action is not None:
             return ()
         if self.quotas is None:
-            return ((self.limits, subject),)
+            return ((self.limits_of(subject, attributes), subject),)
         own = (self.quotas.of(anchor), subject)
-        return ((self.limits, subject), own) if self.limited else (own,)
+        return ((self.limits_of(subject, attributes), subject), own) if self.limited else (own,)
 
     def __repr__(self) -> str:
         return f"CompiledRule({self.rule.name!r})"

@@ -1,4 +1,4 @@
-"""Reads the overrides of an API key or a customer in a policy file, for `toml_reader`."""
+"""Reads the overrides of an API key, a customer or some subjects of a tier in a policy file, for `toml_reader`."""
 
 from __future__ import annotations
 
@@ -8,14 +8,17 @@ from typing import Any, Final, Protocol
 from tidegate.errors import PolicyError
 from tidegate.policy.limits import Algorithm, Limit, fit_limits, short
 from tidegate.policy.model import Rule, Subject, Tier, subject_text
-from tidegate.policy.overrides import Override
+from tidegate.policy.overrides import Override, SubjectOverride
 from tidegate.policy.quotas import Quota
+from tidegate.policy.subject_overrides import MAX_OVERRIDES as MAX_SUBJECT_OVERRIDES
+from tidegate.policy.subject_overrides import add_override, subject_override
 from tidegate.policy.toml_lines import Path as KeyPath
 
 MAX_OVERRIDES: Final = 1_000
 """Most overrides of one API key or customer."""
 
 _FIELDS: Final = ("rule", "limits", "quotas", "until")
+_SUBJECT_FIELDS: Final = ("rule", "subject", "limits", "until")
 
 
 class TableReader(Protocol):
@@ -104,6 +107,48 @@ def read_overrides(
     return tuple(found.values())
 
 
+def read_subject_overrides(
+    reader: TableReader, table: dict[str, Any], at: KeyPath, tier: str, rules: Mapping[str, Rule]
+) -> tuple[SubjectOverride, ...]:
+    """The tables `overrides` of a tier: other limits for some subjects of its rules.
+
+    Args:
+        reader: of the file.
+        table: of the tier.
+        at: its path.
+        tier: its name.
+        rules: by name.
+
+    Raises:
+        PolicyError: with file, line and reason.
+    """
+    found: dict[tuple[str, str], SubjectOverride] = {}
+    for override_at, override in reader.tables(table, "overrides", at, MAX_SUBJECT_OVERRIDES):
+        reader.known(override, _SUBJECT_FIELDS, override_at)
+        reader.required(override, ("rule", "subject", "limits"), override_at)
+        rule = _named_rule(reader, override["rule"], override_at, rules, tier)
+        limits_at = (*override_at, "limits")
+        limits = reader.limits(override["limits"], limits_at)
+        reader.placed(lambda rule=rule, limits=limits: fit_limits(rule.algorithm, limits), limits_at)  # type: ignore[misc]
+        until_us = reader.moment_us(override["until"], (*override_at, "until")) if "until" in override else None
+        subject_at = (*override_at, "subject")
+        made = reader.placed(
+            lambda rule=rule, override=override, limits=limits, until_us=until_us: subject_override(  # type: ignore[misc]
+                rule, override["subject"], limits, until_us
+            ),
+            subject_at,
+        )
+        reader.placed(lambda made=made: add_override(found, made, tier), subject_at)  # type: ignore[misc]
+    return tuple(found.values())
+
+
+def _named_rule(reader: TableReader, name: object, at: KeyPath, rules: Mapping[str, Rule], tier: str) -> Rule:
+    rule = rules.get(name) if isinstance(name, str) else None
+    if rule is None:
+        raise reader.error(f"tier {tier!r} has no rule {short(name)}{reader.nearest(name, rules)}", (*at, "rule"))
+    return rule
+
+
 def _require_tier(reader: TableReader, tier: Tier | None, at: KeyPath, owner: str) -> None:
     if tier is None:
         raise reader.error(f"the {owner} has overrides but no tier whose limits they could replace: give it a 'tier'", at)
@@ -119,15 +164,11 @@ def _rule_of(
     counted: Collection[Subject],
 ) -> Rule:
     assert tier is not None
-    rule = rules.get(override["rule"]) if isinstance(override["rule"], str) else None
-    rule_at = (*at, "rule")
-    if rule is None:
-        nearest = reader.nearest(override["rule"], rules)
-        raise reader.error(f"tier {tier.name!r} has no rule {short(override['rule'])}{nearest}", rule_at)
+    rule = _named_rule(reader, override["rule"], at, rules, tier.name)
     if rule.subject not in counted:
         by = "API key" if owner == "key" else "customer or API key"
         raise reader.error(
             f"rule {rule.name!r} counts by {subject_text(rule)}, not by {by}: a {owner} cannot have limits of its own there",
-            rule_at,
+            (*at, "rule"),
         )
     return rule

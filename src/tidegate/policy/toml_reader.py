@@ -33,7 +33,7 @@ from tidegate.policy.quotas import Quota, fit_quotas
 from tidegate.policy.toml_customers import read_customers
 from tidegate.policy.toml_lines import MAX_KEY_PARTS, LineIndex, line_of_deep_key
 from tidegate.policy.toml_lines import Path as KeyPath
-from tidegate.policy.toml_overrides import read_overrides
+from tidegate.policy.toml_overrides import read_overrides, read_subject_overrides
 from tidegate.policy.warnings import policy_warnings
 from tidegate.timestamps import to_us
 
@@ -56,7 +56,7 @@ _NAMESPACE_FIELDS: Final = ("name", "limits", "algorithm", "on_failure", "overri
 _NAMESPACE_OVERRIDE_FIELDS: Final = ("subject", "limits")
 _ACCESS_FIELDS: Final = ("action", "from", "match", "customer", "api_key_id")
 _CALLER_FIELDS: Final = ("tier_from", "default_tier")
-_TIER_FIELDS: Final = ("name", "limits", "rules", "quotas", "overage")
+_TIER_FIELDS: Final = ("name", "limits", "rules", "quotas", "overage", "overrides")
 _RULE_FIELDS: Final = (
     "endpoint",
     "descriptor",
@@ -218,7 +218,8 @@ class _Reader:
             rules[rule.name] = rule
         quotas = self._quotas(table, at)
         tier = self._placed(lambda: Tier.make(table["name"], rules.values(), limits, quotas, table.get("overage")), table, at)
-        return msgspec.structs.replace(tier, managed_by_file=True)
+        overrides = read_subject_overrides(_Tables(self), table, at, tier.name, rules)
+        return msgspec.structs.replace(tier, managed_by_file=True, overrides=overrides)
 
     def _rule(self, table: dict[str, Any], at: KeyPath) -> Rule:
         self._known(table, _RULE_FIELDS, at)

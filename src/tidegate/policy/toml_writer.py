@@ -12,7 +12,7 @@ from tidegate.policy.key_hash import key_hash_in_use
 from tidegate.policy.limits import Algorithm, Limit, OnFailure
 from tidegate.policy.model import ApiKey, KeyStatus, Mode, Policy, Rule, Subject, Tier
 from tidegate.policy.namespaces import Namespace
-from tidegate.policy.overrides import Override
+from tidegate.policy.overrides import Override, SubjectOverride
 from tidegate.policy.toml_customers import customer_fields
 from tidegate.timestamps import format_timestamp
 
@@ -60,7 +60,16 @@ def _tier_lines(tier: Tier) -> list[str]:
     lines += _quota_lines(tier)
     for rule in tier.rules:
         lines += ["", *(f"  {line}" for line in _rule_lines(rule))]
+    for override in tier.overrides:
+        lines += ["", *(f"  {line}" for line in _subject_override_lines(override))]
     return [*lines, ""]
+
+
+def _subject_override_lines(override: SubjectOverride) -> list[str]:
+    subject = ", ".join(f"{name} = {_string(value)}" for name, value in override.subject)
+    lines = ["[[tiers.overrides]]", f"rule = {_string(override.rule)}", f"subject = {{ {subject} }}"]
+    lines.append(f"limits = {_limits(override.limits)}")
+    return lines if override.until_us is None else [*lines, f"until = {format_timestamp(override.until_us)}"]
 
 
 def _quota_lines(record: Tier | Rule) -> list[str]:

@@ -8,7 +8,7 @@ import secrets
 from collections.abc import Sequence
 from typing import Any, Final
 
-from sqlalchemy import ColumnElement, RowMapping, Select, bindparam, literal, or_, select, tuple_, update
+from sqlalchemy import ColumnElement, RowMapping, Select, bindparam, case, func, literal, or_, select, tuple_, update
 
 from tidegate.catalog.blocks import Block
 from tidegate.catalog.caller_tokens import MAX_LIVE, CallerToken
@@ -18,8 +18,18 @@ from tidegate.catalog.sql.batch_loader import BatchLoader
 from tidegate.catalog.sql.change_log import read_changes
 from tidegate.catalog.sql.customers import CustomerReader, padded
 from tidegate.catalog.sql.database import Database, DatabaseOptions
+from tidegate.catalog.sql.override_rows import read_all_overrides
 from tidegate.catalog.sql.policy_file import Released, apply_file, release_file
-from tidegate.catalog.sql.tables import api_keys, blocks, caller_tokens, customers, policy_state, rate_limit_rules, tiers
+from tidegate.catalog.sql.tables import (
+    api_keys,
+    blocks,
+    caller_tokens,
+    customers,
+    policy_state,
+    rate_limit_rules,
+    subject_overrides,
+    tiers,
+)
 from tidegate.policy.attributes import CallerPolicy
 from tidegate.policy.customers import Customer
 from tidegate.policy.model import ApiKey, Policy, Tier
@@ -81,18 +91,21 @@ class SqlCatalog:
 
     async def tier(self, name: str, min_version: int = 0) -> tuple[int, Tier | None]:
         """See `Catalog.tier`."""
-        # One statement: its result is one snapshot on every database.
+        # One statement: its result is one snapshot on every database. The first row has the overrides, or each rule would carry
+        # them again.
+        place = func.row_number().over(order_by=(rate_limit_rules.c.position, rate_limit_rules.c.id))
         query = (
             select(
                 policy_state.c.version.label("read_version"),
                 tiers.c.name.label("tier_name"),
                 *(tiers.c[column].label(f"tier_{column}") for column in _TIER_COLUMNS),
+                case((place == 1, subject_overrides.c.entries)).label("tier_overrides"),
                 rate_limit_rules,
             )
             .select_from(
-                policy_state.outerjoin(tiers, tiers.c.name == name).outerjoin(
-                    rate_limit_rules, rate_limit_rules.c.tier_id == tiers.c.id
-                )
+                policy_state.outerjoin(tiers, tiers.c.name == name)
+                .outerjoin(subject_overrides, subject_overrides.c.tier_id == tiers.c.id)
+                .outerjoin(rate_limit_rules, rate_limit_rules.c.tier_id == tiers.c.id)
             )
             .order_by(rate_limit_rules.c.position, rate_limit_rules.c.id)
         )
@@ -101,7 +114,7 @@ class SqlCatalog:
         if first["tier_name"] is None:
             return first["read_version"], None
         tier = {"name": first["tier_name"], **{column: first[f"tier_{column}"] for column in _TIER_COLUMNS}}
-        return first["read_version"], policy_rows.tier_of(tier, rows if first["id"] is not None else ())
+        return first["read_version"], policy_rows.tier_of(tier, rows if first["id"] is not None else (), first["tier_overrides"])
 
     async def customer(self, name: str, min_version: int = 0) -> tuple[int, Customer | None]:
         """See `Catalog.customer`."""
@@ -189,7 +202,8 @@ class SqlCatalog:
             ordered = select(rate_limit_rules).order_by(rate_limit_rules.c.position, rate_limit_rules.c.id)
             for rule in (await connection.execute(ordered)).mappings():
                 rules.setdefault(rule["tier_id"], []).append(rule)
-        return [policy_rows.tier_of(row, rules.get(row["id"], ())) for row in rows]
+            overrides = await read_all_overrides(connection)
+        return [policy_rows.tier_of(row, rules.get(row["id"], ()), overrides.get(row["id"])) for row in rows]
 
     async def apply_policy(self, policy: Policy, digest: str) -> bool:
         """Update the rows that the policy file owns to match it; other rows are not changed.

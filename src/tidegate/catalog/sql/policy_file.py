@@ -14,6 +14,7 @@ from tidegate.catalog.sql.bulk import batches, delete_rows, insert_rows, update_
 from tidegate.catalog.sql.change_log import WriteTransaction
 from tidegate.catalog.sql.customers import apply_customers, customer_ids, drop_customers
 from tidegate.catalog.sql.namespace_rows import with_file
+from tidegate.catalog.sql.override_rows import overrides_after_file, read_overrides, write_overrides
 from tidegate.catalog.sql.tables import api_keys, audit_log, customers, policy_state, rate_limit_rules, tiers
 from tidegate.errors import CatalogError
 from tidegate.policy.model import Policy, Tier
@@ -96,6 +97,10 @@ async def _apply_tiers(writing: WriteTransaction, policy: Policy) -> None:
                 values["revision"] = row["revision"] + 1
                 await connection.execute(update(tiers).where(tiers.c.id == tier_id).values(values))
         await _apply_rules(writing, tier, tier_id)
+        entries = await read_overrides(connection, tier_id)
+        kept = overrides_after_file(entries, tier.overrides, tier.name)
+        if kept != entries:
+            await write_overrides(connection, tier_id, kept)
 
 
 async def _apply_rules(writing: WriteTransaction, tier: Tier, tier_id: int) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
 import msgspec
 
+from tidegate.catalog.sql import override_rows as subject_rows
 from tidegate.catalog.sql.namespace_rows import namespace_fields, namespace_of
 from tidegate.policy.access_entries import AccessAction, AccessEntry
 from tidegate.policy.attributes import AttributeSource, CallerPolicy, CallerRules, OnMissing
@@ -44,8 +45,10 @@ _CUSTOMER: Final = [Subject.CUSTOMER.value]
 """How a rule that counts customers is stored: versions without customers count by the address then."""
 
 
-def tier_of(row: Mapping[Any, Any], rules: Iterable[Mapping[Any, Any]]) -> Tier:
-    """The tier in a row of `tiers` and its rows of `rate_limit_rules`, in order."""
+def tier_of(
+    row: Mapping[Any, Any], rules: Iterable[Mapping[Any, Any]], overrides: Sequence[Mapping[str, Any]] | None = None
+) -> Tier:
+    """The tier in a row of `tiers`, its rows of `rate_limit_rules`, in order, and its entries of `subject_overrides`."""
     return Tier(
         name=row["name"],
         rules=tuple(rule_of(rule) for rule in rules),
@@ -53,6 +56,7 @@ def tier_of(row: Mapping[Any, Any], rules: Iterable[Mapping[Any, Any]]) -> Tier:
         managed_by_file=row["managed_by_file"],
         quotas=tuple(Quota.parse(text) for text in row["quotas"] or ()),
         overage=Overage.parse(row["overage"]),
+        overrides=subject_rows.overrides_of(overrides),
     )
 
 

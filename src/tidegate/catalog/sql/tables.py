@@ -56,6 +56,14 @@ tiers: Final = Table(
     UniqueConstraint("name"),
 )
 
+# Other limits for some subjects of a tier's rules: see `override_rows`.
+subject_overrides: Final = Table(
+    "subject_overrides",
+    metadata,
+    Column("tier_id", _RowId, ForeignKey("tiers.id", ondelete="CASCADE"), primary_key=True, autoincrement=False),
+    Column("entries", JSON, nullable=False),
+)
+
 rate_limit_rules: Final = Table(
     "rate_limit_rules",
     metadata,

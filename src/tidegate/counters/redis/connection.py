@@ -59,6 +59,8 @@ class Connection(Pipeline):
         super().__init__(options)
         self.loads: dict[str, float] = {}
         """When each script was last loaded here, monotonic s."""
+        self.loaded: set[str] = set()
+        """Scripts that this connection has loaded before they were used."""
         self.refuses_load = False
         """Whether the server refuses SCRIPT LOAD: by an ACL, or because the command was renamed."""
         self.session = 0
@@ -153,6 +155,7 @@ class Connection(Pipeline):
         self.up = False
         self._connected.clear()
         self.loads.clear()
+        self.loaded.clear()
         self.refuses_load = False
         self._abandon(() if self._subscribing is None else (self._subscribing,))
         self._disconnected.set()

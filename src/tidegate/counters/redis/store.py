@@ -15,6 +15,7 @@ charged. A counter whose value no script can read is reset; other subjects are n
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Awaitable, Iterable, Sequence
 from functools import partial
@@ -30,6 +31,7 @@ from tidegate.counters.redis.command_templates import (
     give_back_command,
 )
 from tidegate.counters.redis.commands import LATE_TIMEOUT_S, Command, RedisCommands, not_started, raise_first
+from tidegate.counters.redis.connection import Connection
 from tidegate.counters.redis.corrupt_counters import CorruptCounters
 from tidegate.counters.redis.error_replies import ScriptFailed, follow_redirection, reply_by, shown
 from tidegate.counters.redis.keyspace import hash_tag, key_of, reset_key_of, slot_of_tag
@@ -41,6 +43,8 @@ from tidegate.counters.redis.url import RedisUrl
 from tidegate.decision import Decision
 from tidegate.errors import StoreUnavailable
 from tidegate.policy.limits import LimitSet
+
+logger = logging.getLogger(__name__)
 
 _MAX_TEMPLATES: Final = 65_536
 _BATCH_SIZE: Final = 50
@@ -69,6 +73,8 @@ class RedisCounters(RedisCommands):
         super().__init__(url, timeout_s, max_in_flight, name)
         self._templates: dict[Any, CommandTemplate] = {}
         self._splits: set[asyncio.Task[Decision]] = set()
+        self._loading: set[str] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
         self.refunds = 0
         """Split charges of which a part was refunded: a subject that was denied meanwhile may pass now."""
         self.corrupt = CorruptCounters(self._run_until)
@@ -148,8 +154,37 @@ class RedisCounters(RedisCommands):
         raise_first(await self._each(sent, wait_late=True))
 
     def grants(self, counters: tuple[tuple[LimitSet, str], ...]) -> bool:
-        """See `LeaseGrantor.grants`: where one server counts all of them."""
-        return self._topology is not None and not self._is_split(counters)
+        """See `LeaseGrantor.grants`: where one server counts all of them and has loaded the script.
+
+        It is loaded beside the checks: those of many subjects that found it missing at a slow server would all fail.
+        """
+        if self._topology is None or self._is_split(counters):
+            return False
+        try:
+            connection = self._connection(hash_tag(counters[0][1]))
+        except StoreUnavailable:
+            return False
+        work = self._template(counters).lease_script
+        if work.sha in connection.loaded:
+            return True
+        if work.sha not in self._loading:
+            self._loading.add(work.sha)
+            task = asyncio.ensure_future(self._load(connection, work))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+        return False
+
+    async def _load(self, connection: Connection, work: Script) -> None:
+        session = connection.session
+        try:
+            # Where it is refused, a check that finds the script missing sends it whole: see `error_replies`.
+            await connection.send(encode_command("SCRIPT", "LOAD", work.source))
+            if session == connection.session:
+                connection.loaded.add(work.sha)
+        except StoreUnavailable as error:
+            logger.debug("script for leases not loaded, the next check tries again: %s", error)
+        finally:
+            self._loading.discard(work.sha)
 
     def session(self, counters: tuple[tuple[LimitSet, str], ...]) -> object:
         """See `LeaseGrantor.session`: a connection to one server. Another server, or the same one restarted, may lack writes."""
@@ -237,9 +272,10 @@ class RedisCounters(RedisCommands):
     async def close(self) -> None:
         """See `CounterStore.close`."""
         if self._loop is asyncio.get_running_loop():
-            for task in list(self._splits):
+            pending = [*self._splits, *self._tasks]
+            for task in pending:
                 task.cancel()
-            await asyncio.gather(*self._splits, return_exceptions=True)
+            await asyncio.gather(*pending, return_exceptions=True)
         await super().close()
 
     # One check.

@@ -33,6 +33,7 @@ from tidegate.doors.admin.records import record_routes
 from tidegate.doors.admin.rules import rule_routes
 from tidegate.doors.admin.session_cookies import SessionCookies
 from tidegate.doors.admin.sessions import session_routes
+from tidegate.doors.admin.subject_overrides import override_routes
 from tidegate.doors.admin.system import system_routes
 from tidegate.doors.admin.tiers import tier_routes
 from tidegate.doors.admin.tokens import token_routes
@@ -120,6 +121,7 @@ def admin_app(deps: AdminDeps) -> FastAPI:
     routes = APIRouter(prefix=PREFIX, responses=ERRORS, dependencies=[Depends(BEARER), WITH_ROLE, Depends(_require_known_query)])
     for router in (
         tier_routes(deps.editor, deps.gate),
+        override_routes(deps.editor),
         rule_routes(deps.editor, deps.gate),
         key_routes(deps.editor, deps.gate),
         customer_routes(deps.editor),

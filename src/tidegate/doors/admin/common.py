@@ -10,13 +10,14 @@ from fastapi.security import HTTPBearer
 
 from tidegate.admin.models import CustomerRead, KeyMade, KeyRead, KeyRotated, Plain, ProblemRead, RuleRead, TierRead
 from tidegate.admin.models.namespaces import NamespaceRead
+from tidegate.admin.models.subject_overrides import SubjectOverrideRead
 from tidegate.admin.tokens import Principal
 from tidegate.admin.transaction import StaleRevision
 from tidegate.catalog.sql.paging import MAX_PAGE
 from tidegate.doors.admin.guard import READING, principal_of, require_operator
 from tidegate.errors import BadRequest, TidegateError
 
-_Tagged = TypeVar("_Tagged", CustomerRead, TierRead, RuleRead, KeyRead, KeyMade, KeyRotated, NamespaceRead)
+_Tagged = TypeVar("_Tagged", CustomerRead, TierRead, RuleRead, KeyRead, KeyMade, KeyRotated, NamespaceRead, SubjectOverrideRead)
 
 _TAG: Final = re.compile(r'(W/)?"([0-9]{0,18})"', re.ASCII)
 

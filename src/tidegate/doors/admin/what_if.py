@@ -8,7 +8,7 @@ import msgspec
 from fastapi import APIRouter, Path, Request
 
 from tidegate.admin.models import Plain
-from tidegate.admin.what_if import WhatIf, WhatIfRuns
+from tidegate.admin.what_if import MAX_RULE_ID, WhatIf, WhatIfRuns
 from tidegate.admin.what_if_runs import WhatIfRead
 from tidegate.doors.admin.common import Actor
 from tidegate.errors import BadRequest
@@ -32,7 +32,7 @@ _BODY: Final[dict[str, Any]] = {
                             "additionalProperties": False,
                             "required": ["id"],
                             "properties": {
-                                "id": {"type": "integer"},
+                                "id": {"type": "integer", "minimum": 1, "maximum": MAX_RULE_ID},
                                 "limits": {"type": "array", "items": {"type": "string"}},
                                 "mode": {"enum": ["enforce", "shadow"]},
                             },

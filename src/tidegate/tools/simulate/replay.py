@@ -16,7 +16,7 @@ from tidegate.policy.attributes import NO_ATTRIBUTES, OnMissing
 from tidegate.policy.key_format import hash_api_key, is_possible_key
 from tidegate.policy.limits import LimitSet
 from tidegate.policy.matching import CompiledRule, CompiledTier, attribute_subject, subject_of
-from tidegate.policy.model import ApiKey, KeyStatus, Policy, Subject
+from tidegate.policy.model import ApiKey, KeyStatus, Policy, Subject, Tier
 from tidegate.policy.paths import STRICT, PathRules, canonical_path
 from tidegate.policy.periods import DEFAULT_ANCHOR
 from tidegate.tools.simulate.log_formats import Request
@@ -87,7 +87,7 @@ class Replay:
         self.refused_attributes = 0
         self.worst_minute: tuple[int, int] | None = None
         self.counters = MemoryCounters(max_subjects, clock=lambda: self.now_us)
-        self._tiers = {each.name: CompiledTier(each) for each in policy.tiers}
+        self._tiers = {each.name: CompiledTier(_lasting(each)) for each in policy.tiers}
         self._attribute_names = tuple(attributes)
         # As live: a tier that is named comes before `[callers] tier_from`.
         self._tier_from = policy.caller_policy.tier_from if tier is None else ""
@@ -152,13 +152,13 @@ class Replay:
             if main is None:
                 self.refused_attributes += 1
                 return
-        blocked = not self._charge(match, main or caller, caller, customer or caller)
+        blocked = not self._charge(match, main or caller, caller, customer or caller, attributes)
         self.series.add(self.now_us, blocked)
         for shadow_rule, tally in match.shadow_rules:
             counted = _counted(shadow_rule, tier, caller, ip, attributes, customer)
             if counted is None:
                 continue
-            if self.counters.charge_all(shadow_rule.counters(counted), 1).allowed:
+            if self.counters.charge_all(shadow_rule.counters(counted, attributes=attributes), 1).allowed:
                 tally.allowed += 1
             else:
                 tally.blocked += 1
@@ -191,13 +191,21 @@ class Replay:
             self._matched_names[tier] = names
         return names
 
-    def _charge(self, match: _Match, counted: str, caller: str, owner: str) -> bool:
-        """Decide by the matching rule and the tier's own limits and quotas, in one step as the gate does."""
-        counters = (
-            *((limits, counted) for limits in match.limits),
-            *((limits, caller) for limits in match.own),
-            *((limits, owner) for limits in match.quotas),
-        )
+    def _charge(self, match: _Match, counted: str, caller: str, owner: str, attributes: Mapping[str, str]) -> bool:
+        """Decide by the matching rule and the tier's own limits and quotas, in one step as the gate does.
+
+        Args:
+            match: what applies.
+            counted: whom the rule counts.
+            caller: whom the tier's limits count.
+            owner: whom the tier's quotas count: the customer, else the caller.
+            attributes: of the request.
+        """
+        if match.rule is not None and match.rule.overrides is not None:
+            own = match.rule.counters(counted, attributes=attributes)
+        else:
+            own = tuple((limits, counted) for limits in match.limits)
+        counters = (*own, *((limits, caller) for limits in match.own), *((limits, owner) for limits in match.quotas))
         if not counters:
             match.tally.allowed += 1
             return True
@@ -258,7 +266,7 @@ class Replay:
             self._add_rows(tier)
             # Whether an override that ends applied at the time of a request is not known.
             lasting = [override for override in record.overrides if override.until_us is None]
-            own = CompiledTier(tier.tier, lasting) if lasting else tier
+            own = CompiledTier(tier.tier, lasting, tier) if lasting else tier
             refused_from_us = 0 if record.status is not KeyStatus.ACTIVE else record.expires_at_us
             caller_record = _Caller(
                 f"k:{record.owner}",
@@ -353,3 +361,8 @@ def _client(ip: str) -> str:
         return client_of(ip)
     except BadRequest:
         return ip
+
+
+def _lasting(tier: Tier) -> Tier:
+    """A tier without the overrides for subjects that end: whether one applied at the time of a request is not known."""
+    return msgspec.structs.replace(tier, overrides=tuple(each for each in tier.overrides if each.until_us is None))
