@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 import jwt
 from tests.conftest import Serve
-from tests.moments import PATIENCE_S
+from tests.moments import PATIENCE_S, wait_until
 from tests.raw_http import exchange
 from tests.servers.api import Api
 from tests.servers.deployed import gateway, haproxy, nginx_balancer
@@ -26,6 +26,7 @@ from tests.servers.envoy import GRPC, HTTP, SERVICE, Envoy
 from tests.servers.ports import free_port
 from tests.servers.redis_server import RedisServer
 from tidegate.policy.key_format import hash_api_key
+from tidegate.tools.simulate.command import simulate
 
 KEY, STRANGER = ec.generate_private_key(ec.SECP256R1()), ec.generate_private_key(ec.SECP256R1())
 OWN, FORGED, ORG, NOBODY, PRO = 111_111, 222_222, 333_333, 444_444, 555_555
@@ -50,6 +51,9 @@ name = "acme-gmbh"
 tier = "pro"
 [[api_keys]]
 key = "{key}"
+customer = "acme-gmbh"
+[[api_keys]]
+key = "key-of-a-customer-02"
 customer = "acme-gmbh"
 [[api_keys]]
 key = "{tiny}"
@@ -93,6 +97,24 @@ CALLER = {
 ANYBODY = {"x-tidegate-tier": "users", "x-tidegate-rule": "/*"}
 NAMES = (*CALLER, "x-tidegate-overage")
 TINY = "key-with-one-request"
+SECOND_KEY = "key-of-a-customer-02"
+NEW_POLICY = """
+[callers]
+default_tier = "users"
+[[tiers]]
+name = "users"
+  [[tiers.rules]]
+  endpoint = "/*"
+  subject = "ip"
+  limits = ["9/hour"]
+[[tiers]]
+name = "pro"
+  [[tiers.rules]]
+  endpoint = "/api/*"
+  subject = "customer"
+  algorithm = "fixed_window"
+  limits = ["1/year"]
+"""
 
 
 def bearer(key: Any = KEY, **claims: object) -> str:
@@ -177,6 +199,32 @@ def test_nginx(tidegate: Serve, edge: bool) -> None:
                 assert int(twice.headers["x-ratelimit-limit"]) == (OWN if name == "X-User-Id" else ORG)
             else:
                 assert twice.status in (400, 401)
+
+
+def test_simulate_reads_the_documented_log_by_customer(
+    tidegate: Serve, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "simulate.md").read_text()
+    found = re.search(r"```nginx\n(log_format tidegate .*?)```", text, re.DOTALL)
+    assert found is not None
+    policy = tmp_path / "new.policy.toml"
+    policy.write_text(NEW_POLICY)
+    with Api() as api, contextlib.ExitStack() as stack:
+        nginx = gateway([tidegate.port], api.port)
+        log = nginx.directory / "tidegate.log"
+        log_format, access_log, _ = found[1].replace("/var/log/nginx/tidegate.log", str(log)).rsplit("\n", 2)
+        nginx.add(log_format, first=True)
+        nginx.change({"include snippets/tidegate-check.conf;": f"include snippets/tidegate-check.conf;\n{access_log}"})
+        stack.enter_context(nginx)
+        for key in (CUSTOMERS_KEY, CUSTOMERS_KEY, SECOND_KEY, None):
+            assert answer(nginx.url, **({"x_api_key": key} if key else {})).status_code == 200
+        wait_until(lambda: log.exists() and log.read_text().count("\n") == 4, what="the log")
+        assert not any(key in log.read_text() for key in (CUSTOMERS_KEY, SECOND_KEY))
+        capsys.readouterr()
+        assert simulate([str(log)], policy, as_json_=True) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert {each["tier"]: (each["allowed"], each["blocked"]) for each in report["rules"]} == {"pro": (1, 2), "users": (1, 0)}
+    assert report["top_blocked"] == [{"subject": "acme-gmbh", "rule": "/api/*", "blocked": 2}]
 
 
 def test_nginx_that_passes_without_tidegate_removes_the_clients_headers() -> None:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from tests.cases.logs import AT
 from tidegate.errors import SettingsError
+from tidegate.policy.key_format import hash_api_key
 from tidegate.policy.model import Policy
 from tidegate.policy.toml_reader import parse_policy
 from tidegate.tools.simulate.log_formats import Request
@@ -329,3 +330,50 @@ def _size(replay: Replay) -> int:
     fields = [value for value in vars(replay).values() if isinstance(value, dict | list)]
     fields += [replay.top._counts, replay.series.steps]
     return sum(sys.getsizeof(field) for field in fields) + 500 * sum(len(field) for field in fields)
+
+
+CUSTOMERS = """
+[[tiers]]
+name = "free"
+  [[tiers.rules]]
+  endpoint = "/*"
+  limits = ["100/year"]
+[[tiers]]
+name = "pro"
+quotas = ["3/year"]
+  [[tiers.rules]]
+  endpoint = "/*"
+  subject = "customer"
+  algorithm = "fixed_window"
+  limits = ["2/minute"]
+[[customers]]
+name = "acme"
+tier = "pro"
+[[api_keys]]
+key = "demo-free-key-0005"
+customer = "acme"
+"""
+
+
+def test_what_a_gateway_logged_of_the_caller_decides() -> None:
+    known = hash_api_key("demo-free-key-0005")[:24]
+
+    def lines(*named: tuple[str, str, str], at_us: int = AT) -> list[Request]:
+        return [ask(at_us=at_us)._replace(named=each) for each in named]
+
+    def blocked(requests: list[Request], tier: str | None = None) -> dict[tuple[str, str], int]:
+        replay = replayed(requests, policy=CUSTOMERS + '[callers]\ndefault_tier = "free"\n', tier=tier)
+        assert replay.without_subject == 0
+        return dict(replay.top.top(10))
+
+    # The key is the policy's, or its customer is; whatever tier was logged.
+    of_acme = lines((known, "", "free"), ("0" * 24, "acme", "free"), (known, "acme", "pro"), ("", "acme", ""))
+    assert blocked(of_acme) == {("c:acme", "/*"): 2}
+    # The quota of the year is the customer's too.
+    assert blocked(of_acme[:2] + lines((known, "", ""), ("1" * 24, "acme", ""), at_us=AT + 60_000_000)) == {("c:acme", "/*"): 1}
+    # Neither: the logged tier, if there is one of that name, and keys count as one customer only where one is named.
+    assert blocked(lines(*[("2" * 24, "", "pro")] * 2, *[("3" * 24, "", "pro")] * 3)) == {("k:" + "3" * 24, "/*"): 1}
+    assert blocked(lines(*[("2" * 24, "other", "pro")], *[("3" * 24, "other", "pro")] * 2)) == {("c:other", "/*"): 1}
+    assert blocked(lines(*[("", "", "gone")] * 5)) == {}
+    # A tier that is named goes over what was logged.
+    assert blocked(lines(*[("2" * 24, "other", "pro")] * 5), tier="free") == {}

@@ -48,6 +48,8 @@ FIELDS: Final[Mapping[str, tuple[str, ...]]] = {
     "key": ("http_x_api_key", "x_api_key", "api_key", "request.headers.x-api-key"),
 }
 """Default field names of JSON, CSV and W3C logs; case-insensitive, `a.b` for b inside a."""
+CALLER_FIELDS: Final = ("tidegate_key_id", "tidegate_customer", "tidegate_tier")
+"""Fields with what Tidegate named to the gateway that logged the request: `Request.named`."""
 INNER_FIELDS: Final = ("log", "message", "msg")
 """Fields in which Docker, Fluent Bit and journald store the line that a server wrote."""
 
@@ -75,7 +77,7 @@ class RecordReader:
         # No role has a digit in its name.
         self._attributes = tuple(str(number) for number in range(len(attributes)))
         fields = {role: (field,) for role, field in zip(self._attributes, attributes, strict=True)}
-        self._names = {**names, **fields, "inner": INNER_FIELDS}
+        self._names = {**names, **fields, **{name: (name,) for name in CALLER_FIELDS}, "inner": INNER_FIELDS}
         self._clients = clients
         self._inner = inner
         self._shapes: dict[tuple[str, ...], dict[str, _Places]] = {}
@@ -114,11 +116,14 @@ class RecordReader:
         subject = ip if self._names["subject"] == self._names["ip"] else name_of(_first(record, places["subject"]))
         key = key_of(_first(record, places["key"]))
         attributes = tuple([name_of(_first(record, places[role])) for role in self._attributes]) if self._attributes else ()
-        if not (ip or subject or key or any(attributes)):
+        named: tuple[str, ...] = ()
+        if places["tidegate_tier"] or places["tidegate_key_id"] or places["tidegate_customer"]:
+            named = tuple([name_of(_first(record, places[field])) for field in CALLER_FIELDS])
+        if not (ip or subject or key or any(attributes) or any(named)):
             if logged:
                 raise NoAddress(logged)
             raise Malformed("no field that identifies the caller: " + self._listed("subject", "ip"))
-        return tuple.__new__(Request, (timestamp_us(time_value), ip, method, path, subject, key, attributes))
+        return tuple.__new__(Request, (timestamp_us(time_value), ip, method, path, subject, key, attributes, named))
 
     def _client(self, record: Mapping[str, Any], places: _Places) -> tuple[str, str]:
         """The first address among the client fields, and the logged text if none of them is an address."""

@@ -29,6 +29,7 @@ class Request(NamedTuple):
         subject: value of the field that identifies the caller, at most 255 characters; empty if missing.
         api_key: as logged; empty if missing or longer than the maximum key.
         attributes: a value for each attribute that the parser reads, in its order, at most 255 characters; empty if missing.
+        named: key id, customer and tier that Tidegate named to the gateway that logged it; empty if the log has none of them.
     """
 
     at_us: int
@@ -38,6 +39,7 @@ class Request(NamedTuple):
     subject: str
     api_key: str
     attributes: tuple[str, ...] = ()
+    named: tuple[str, ...] = ()
 
 
 Parse: TypeAlias = Callable[[str], Request]

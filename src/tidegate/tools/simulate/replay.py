@@ -16,7 +16,7 @@ from tidegate.policy.attributes import NO_ATTRIBUTES, OnMissing
 from tidegate.policy.key_format import hash_api_key, is_possible_key
 from tidegate.policy.limits import LimitSet
 from tidegate.policy.matching import CompiledRule, CompiledTier, attribute_subject, subject_of
-from tidegate.policy.model import KeyStatus, Policy, Subject, Tier
+from tidegate.policy.model import ApiKey, KeyStatus, Policy, Subject, Tier
 from tidegate.policy.paths import STRICT, PathRules, canonical_path
 from tidegate.policy.periods import DEFAULT_ANCHOR
 from tidegate.tools.simulate.log_formats import Request
@@ -35,6 +35,7 @@ class _Caller(msgspec.Struct, frozen=True):
     subject: str
     tier: CompiledTier
     refused_from_us: int
+    customer: str
 
 
 class _Match(msgspec.Struct, frozen=True):
@@ -45,6 +46,7 @@ class _Match(msgspec.Struct, frozen=True):
     rule: CompiledRule | None
     kind: Subject
     own: tuple[LimitSet, ...]
+    quotas: tuple[LimitSet, ...]
     shadow_rules: tuple[tuple[CompiledRule, RuleTally], ...]
 
 
@@ -93,6 +95,10 @@ class Replay:
         self._default_tier = self._tiers[_default_tier(policy, tier)]
         self._add_rows(self._default_tier)
         self._records = {key.sha256: key for key in policy.api_keys}
+        self._records_by_id = {key.id: key for key in policy.api_keys}
+        self._customer_tiers = {customer.name: customer.tier for customer in policy.customers}
+        # A tier that is named applies to all callers without a key of the policy.
+        self._reads_tiers = tier is None
         self._callers_by_id: dict[str, _Caller] = {}
         self._labels: dict[str, str] = {}
         self._by_ip = by_ip
@@ -104,7 +110,7 @@ class Replay:
 
     def decide(self, request: Request) -> None:
         """Decide one request and count the result. If it is earlier than the previous one, the previous time is used."""
-        at_us, ip, method, path, subject, api_key, values = request
+        at_us, ip, method, path, subject, api_key, values, named = request
         if at_us > self.now_us:
             self.now_us = at_us
             if self.first_us is None:
@@ -117,13 +123,21 @@ class Replay:
             attributes = {name: value for name, value in zip(self._attribute_names, values, strict=True) if value}
             tier = self._planned_tier(attributes)
         caller_record = self._caller_of(api_key) if api_key else None
+        customer = key_id = ""
+        if named and caller_record is None:
+            key_id, name, tier_name = named
+            caller_record = self._caller_of_id(key_id)
+            tier = self._named_tier(name, tier_name) or tier
+            customer = f"c:{name}" if name else ""
         if caller_record is not None:
             if caller_record.refused_from_us <= self.now_us:
                 self.refused_keys += 1
                 return
-            caller, tier = caller_record.subject, caller_record.tier
+            caller, tier, customer = caller_record.subject, caller_record.tier, caller_record.customer or customer
         elif subject and not self._by_ip:
             caller = f"k:{subject}"
+        elif key_id:
+            caller = f"k:{key_id}"
         else:
             caller = f"i:{ip}"
             if not subject and not attributes:
@@ -134,14 +148,14 @@ class Replay:
             return
         main: str | None = caller
         if match.rule is not None and match.kind is not Subject.API_KEY:
-            main = _counted(match.rule, tier, caller, ip, attributes)
+            main = _counted(match.rule, tier, caller, ip, attributes, customer)
             if main is None:
                 self.refused_attributes += 1
                 return
-        blocked = not self._charge(match, main or caller, caller, attributes)
+        blocked = not self._charge(match, main or caller, caller, customer or caller, attributes)
         self.series.add(self.now_us, blocked)
         for shadow_rule, tally in match.shadow_rules:
-            counted = _counted(shadow_rule, tier, caller, ip, attributes)
+            counted = _counted(shadow_rule, tier, caller, ip, attributes, customer)
             if counted is None:
                 continue
             if self.counters.charge_all(shadow_rule.counters(counted, attributes=attributes), 1).allowed:
@@ -177,13 +191,21 @@ class Replay:
             self._matched_names[tier] = names
         return names
 
-    def _charge(self, match: _Match, counted: str, caller: str, attributes: Mapping[str, str]) -> bool:
-        """Decide by the matching rule and the tier's own limits and quotas, in one step as the gate does."""
+    def _charge(self, match: _Match, counted: str, caller: str, owner: str, attributes: Mapping[str, str]) -> bool:
+        """Decide by the matching rule and the tier's own limits and quotas, in one step as the gate does.
+
+        Args:
+            match: what applies.
+            counted: whom the rule counts.
+            caller: whom the tier's limits count.
+            owner: whom the tier's quotas count: the customer, else the caller.
+            attributes: of the request.
+        """
         if match.rule is not None and match.rule.overrides is not None:
             own = match.rule.counters(counted, attributes=attributes)
         else:
             own = tuple((limits, counted) for limits in match.limits)
-        counters = (*own, *((limits, caller) for limits in match.own))
+        counters = (*own, *((limits, caller) for limits in match.own), *((limits, owner) for limits in match.quotas))
         if not counters:
             match.tally.allowed += 1
             return True
@@ -220,8 +242,24 @@ class Replay:
 
     def _look_up(self, api_key: str) -> _Caller | None:
         record = self._records.get(hash_api_key(api_key)) if is_possible_key(api_key) else None
-        if record is None:
-            return None
+        return None if record is None else self._caller_for(record)
+
+    def _caller_of_id(self, key_id: str) -> _Caller | None:
+        """The caller of a key's id; None if the policy does not contain the key."""
+        found = self._callers_by_id.get(key_id)
+        if found is None and (record := self._records_by_id.get(key_id)) is not None:
+            return self._caller_for(record)
+        return found
+
+    def _named_tier(self, customer: str, tier_name: str) -> CompiledTier | None:
+        """The tier of a caller whose key the policy does not contain: its customer's in the policy, else as logged."""
+        name = self._customer_tiers.get(customer) or tier_name
+        tier = self._tiers.get(name) if self._reads_tiers else None
+        if tier is not None:
+            self._add_rows(tier)
+        return tier
+
+    def _caller_for(self, record: ApiKey) -> _Caller:
         caller_record = self._callers_by_id.get(record.id)
         if caller_record is None:
             tier = self._tiers[record.tier]
@@ -230,7 +268,12 @@ class Replay:
             lasting = [override for override in record.overrides if override.until_us is None]
             own = CompiledTier(tier.tier, lasting, tier) if lasting else tier
             refused_from_us = 0 if record.status is not KeyStatus.ACTIVE else record.expires_at_us
-            caller_record = _Caller(f"k:{record.owner}", own, _NEVER if refused_from_us is None else refused_from_us)
+            caller_record = _Caller(
+                f"k:{record.owner}",
+                own,
+                _NEVER if refused_from_us is None else refused_from_us,
+                f"c:{record.customer}" if record.customer else "",
+            )
             self._callers_by_id[record.id] = caller_record
             self._labels[caller_record.subject] = record.name
         return caller_record
@@ -257,11 +300,8 @@ class Replay:
             () if rule is None else tuple(limits for limits, _ in rule.counters("")),
             rule,
             Subject.API_KEY if rule is None else rule.subject,
-            tuple(
-                limits
-                for limits in (tier.limits, None if tier.quotas is None else tier.quotas.of(DEFAULT_ANCHOR))
-                if limits is not None
-            ),
+            () if tier.limits is None else (tier.limits,),
+            () if tier.quotas is None else (tier.quotas.of(DEFAULT_ANCHOR),),
             tuple(
                 (each, self._tally(tier, each.rule.name, each.rule.endpoint, "shadow"))
                 for each in tier.shadow_rules(method, canonical, attributes)
@@ -303,13 +343,15 @@ def _default_tier(policy: Policy, tier: str | None) -> str:
     raise SettingsError(f"the tier of callers without an API key is ambiguous: give --tier, one of {', '.join(names)}")
 
 
-def _counted(rule: CompiledRule, tier: CompiledTier, caller: str, ip: str, attributes: Mapping[str, str]) -> str | None:
+def _counted(
+    rule: CompiledRule, tier: CompiledTier, caller: str, ip: str, attributes: Mapping[str, str], customer: str
+) -> str | None:
     """Whom a rule counts; None where a live check would be refused because an attribute is missing."""
     if rule.subject is Subject.ATTRIBUTES:
         counted = attribute_subject(rule.parts, attributes, caller if caller.startswith("k:") else "", ip or None)
         if counted is not None or rule.rule.on_missing is OnMissing.DENY:
             return counted
-    return subject_of(rule.subject, caller, ip or None, tier.tier.name) or caller
+    return subject_of(rule.subject, caller, ip or None, tier.tier.name, customer) or caller
 
 
 @lru_cache(maxsize=65_536)

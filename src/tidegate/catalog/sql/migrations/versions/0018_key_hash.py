@@ -6,8 +6,8 @@ Adds only: instances of the version before neither read nor write the column, an
 import sqlalchemy as sa
 from alembic import op
 
-revision = "0017"
-down_revision = "0016"
+revision = "0018"
+down_revision = "0017"
 branch_labels = None
 depends_on = None
 
