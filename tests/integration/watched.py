@@ -197,6 +197,7 @@ class Watched:
             TIDEGATE_CATALOG__URL=self.postgres.primary.url(),
             TIDEGATE_CATALOG__REPLICAS=",".join(self.postgres.replica_urls()),
             TIDEGATE_BREAKER__OPEN_S="1",
+            TIDEGATE_LEASES__ENABLED="true",
             # Look-ups go on: else all is in memory after a second.
             TIDEGATE_CACHE__L1_TTL_S="2",
         )
