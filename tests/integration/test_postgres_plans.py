@@ -50,7 +50,8 @@ FILLING = f"""
 SET session_replication_role = replica;
 INSERT INTO tiers (name, limits, managed_by_file) SELECT 'tier-' || n, '[]', false FROM generate_series(1, {TIERS}) n;
 INSERT INTO customers (name, anchor, timezone, metadata, overrides, created_at_us, managed_by_file)
-  SELECT 'customer-' || n, '', '', '', '[]', 5, false FROM generate_series(1, 20000) n;
+  SELECT 'customer-' || n, '', '', '', '[]', 5, false FROM generate_series(1, 200000) n;
+INSERT INTO subject_overrides SELECT n, '[]' FROM generate_series(1, {TIERS}) n;
 INSERT INTO rate_limit_rules (tier_id, name, endpoint_pattern, methods, algorithm, limits, subject, priority, mode, on_failure,
     position, managed_by_file)
 SELECT t, 'rule ' || n, '/api/' || n, '[]', 'sliding_window', '["1/second"]', 'api_key', 0, 'enforce', 'default', n, false

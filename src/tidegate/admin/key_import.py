@@ -31,15 +31,15 @@ from tidegate.timestamps import now_us, parse_timestamp
 MAX_KEYS: Final = 1000
 """Keys of one batch."""
 
+Digest = Annotated[str, Field(max_length=64), Plain]
+
 
 class KeyImport(RequestModel):
     """An API key to be imported."""
 
-    sha256: Annotated[str | None, Field(max_length=64, description="SHA-256 of the key, 64 hex digits"), Plain] = None
+    sha256: Annotated[Digest | None, Field(description="SHA-256 of the key, 64 hex digits")] = None
     hmac_sha256: Annotated[
-        str | None,
-        Field(max_length=64, description='with keys.hash = "hmac-sha256": HMAC-SHA-256 of the key under the pepper'),
-        Plain,
+        Digest | None, Field(description='with keys.hash = "hmac-sha256": HMAC-SHA-256 of the key under the pepper')
     ] = None
     tier: Annotated[TierName | None, Field(description="may be omitted for the tier of the customer")] = None
     customer: CustomerName | None = None

@@ -33,13 +33,17 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of 
 _T = TypeVar("_T")
 
 
-def read_settings(config: Path | None) -> Settings:
+def read_settings(config: Path | None, *, has_token: bool = False) -> Settings:
     """Load the settings from the file given with `--config`, if any, and the environment; API keys are hashed as they say.
+
+    Args:
+        has_token: whether a token was given otherwise, so that the one in the environment is not looked at.
 
     Raises:
         SettingsError: if they are invalid.
     """
-    settings = load_settings(config, os.environ)
+    ignored = "TIDEGATE_ADMIN__TOKEN" if has_token else None
+    settings = load_settings(config, {name: value for name, value in os.environ.items() if name != ignored})
     use_key_hash(key_hash_of(settings.keys.hash, settings.keys.pepper))
     return settings
 

@@ -45,7 +45,7 @@ def explain_check(
         0 if the request would be allowed, 1 if it would be denied, 2 if it would be refused as invalid or that is not known.
     """
     # With a URL too: the API key is hashed here, as [keys] says.
-    settings = read_settings(config)
+    settings = read_settings(config, has_token=token_file is not None)
     if url is None:
         if not settings.server.admin:
             raise SettingsError("--explain needs the control plane, which server.admin disables: give its address there")

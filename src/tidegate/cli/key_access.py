@@ -227,7 +227,7 @@ def with_keys(
     """
     if url is not None:
         # Keys are hashed here: only digests are sent.
-        read_settings(config)
+        read_settings(config, has_token=token_file is not None)
         return run_at_once(work(KeysAtControlPlane(ControlPlane.at(url, token_file, config, tls))))
     if token_file is not None:
         raise SettingsError("--token-file is only used with --url: set both, or neither")
