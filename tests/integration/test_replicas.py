@@ -413,10 +413,10 @@ async def test_the_primary_is_killed_under_writers(
                 await asyncio.sleep(0.02)
 
     async def _insert(change: Any, name: str) -> str:
-        from tidegate.admin.api_keys import _insert_key
+        from tidegate.admin.api_keys import _insert_key, _owner
         from tidegate.admin.transaction import load_tier_row
 
-        made = await _insert_key(change, await load_tier_row(change, "free"), name, None, ())
+        made = await _insert_key(change, await load_tier_row(change, "free"), name, None, (), _owner(None, False))
         return made.name
 
     writers = [asyncio.create_task(write(number)) for number in range(20)]

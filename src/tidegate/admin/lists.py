@@ -203,10 +203,15 @@ async def _rows_with(
             # estimates.
             last = select(order).where(condition).order_by(order).offset(STRIDE - 1).limit(1)
             end = (await connection.execute(last)).scalar()
-            stride = (rest if end is None else rest.where(order <= end)).limit(STRIDE).subquery()
+            bounded = select(order.table).where(condition, true() if end is None else order <= end)
+            stride = bounded.order_by(order).limit(STRIDE).subquery()
             having = [_contains(editor, stride.c[column], part) for column, part in substrings.items()]
-            matching = select(stride).where(*having).order_by(stride.c[order.name]).limit(limit + 1 - len(found))
-            found += (await connection.execute(matching)).mappings().all()
+            place = stride.c[order.name]
+            matching = select(place).where(*having).order_by(place).limit(limit + 1 - len(found))
+            # Names of tiers and customers are read for what matches: joined to the stride, PostgreSQL may read all of them.
+            if places := (await connection.execute(matching)).scalars().all():
+                rows = query.where(order.in_(places)).order_by(None).order_by(order)
+                found += (await connection.execute(rows)).mappings().all()
             if end is None or len(found) > limit:
                 return found
             begin = end
