@@ -1,7 +1,8 @@
 """Processes of Tidegate that are forked from one that has its code loaded: see `fork_server`.
 
 They behave as if `python -m tidegate` had been started: own process id, standard streams, directory and environment. Only their
-parent is another one. Where a variable for the interpreter itself (PYTHON...) is given, a process is really started.
+parent is another one. Outside of tests, and where variables for the interpreter or the loader are given, a process is really
+started.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
+_AT_THE_START = ("PYTHON", "LD_")
+"""How variables begin that the interpreter or the loader reads when a process starts."""
 _lock = threading.Lock()
 _servers: dict[int, socket.socket] = {}
 
@@ -113,7 +116,9 @@ def start(arguments: Sequence[str], cwd: Path, env: Mapping[str, str], **pipes: 
     Returns:
         The process.
     """
-    if any(name.startswith("PYTHON") and os.environ.get(name) != value for name, value in env.items()):
+    # Drills and benches measure processes as they are started.
+    of_a_test = "PYTEST_CURRENT_TEST" in os.environ
+    if not of_a_test or any(name.startswith(_AT_THE_START) and os.environ.get(name) != value for name, value in env.items()):
         return subprocess.Popen([sys.executable, "-m", "tidegate", *arguments], cwd=cwd, env=env, text=True, **pipes)
     return ForkedProcess(arguments, cwd, env, **pipes)
 
