@@ -119,7 +119,7 @@ def store() -> list[list[Panel]]:
             ),
             lines(
                 "Leased units",
-                "Units per second charged in advance, given back unused, and lost. Lost units are admitted to nobody.",
+                "Units per second charged in advance, given back unused, and lost. Lost units admit no request.",
                 "short",
                 Query(rate("rate_limiter_leased_units_total", ""), "leased"),
                 Query(rate("rate_limiter_lease_units_returned_total", ""), "returned"),

@@ -99,7 +99,7 @@ class AccessControl:
         """Compare the address and the attributes of a check.
 
         Args:
-            ip: canonical address of the client; None where nobody knows it.
+            ip: canonical address of the client; None where it is not known.
             attributes: of the check, by name.
 
         Returns:

@@ -153,7 +153,7 @@ class Gate:
             later = CheckPlan(None, (Charge(counters, check.cost),), check.cost, caller.key_id, caller.identity)
             return self._charge_later(later, started_ns)
         if caller.identity is not None:
-            # Each decision is made for one check, so nobody else has it.
+            # Each decision is made for one check, so nothing else refers to it.
             force_setattr(decision, "caller", caller.identity)
         if self._observe is not None:
             latency_ns = _clock_ns() - started_ns
@@ -238,7 +238,7 @@ class Gate:
 
         Args:
             api_key: the caller's key; None or empty for a caller without one.
-            ip: IPv4 or IPv6 address of the client, or None where nobody knows it.
+            ip: IPv4 or IPv6 address of the client, or None where it is not known.
             attributes: of the caller, by name; see `Check.of`.
             tier: of a caller without a key; None where the policy is to decide.
 

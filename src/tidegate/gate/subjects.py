@@ -21,7 +21,7 @@ class DescriptorCheck(msgspec.Struct, frozen=True, gc=False):
         entries: values by key.
         api_key: the caller's key; None for the anonymous tier.
         cost: 0 (peek) to 1,000,000,000.
-        ip: client address in canonical text, or None where nobody knows it.
+        ip: client address in canonical text, or None where it is not known.
         tier: that a check without a key names; None for none.
     """
 
