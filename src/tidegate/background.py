@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import random
 import time
 from collections.abc import Awaitable, Callable
 from typing import Final
+
+from tidegate.jitter import JITTER
 
 logger = logging.getLogger(__name__)
 
@@ -93,7 +94,7 @@ class TaskSupervisor:
                     extra={"ecs": {"tidegate.task": name}},
                 )
                 # Jittered, so that tasks that failed by the same cause do not fail together again.
-                await self._sleep(pause_s * random.uniform(0.5, 1.0))
+                await self._sleep(pause_s * JITTER.uniform(0.5, 1.0))
                 pause_s = min(2 * pause_s, MAX_PAUSE_S)
         finally:
             self._failed.discard(run)

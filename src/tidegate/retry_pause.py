@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import random
-
 from tidegate.errors import BadRequest
+from tidegate.jitter import JITTER
 
 
 def retry_pause_s(retry_after_s: float | None, remaining_s: float) -> float | None:
@@ -19,7 +18,7 @@ def retry_pause_s(retry_after_s: float | None, remaining_s: float) -> float | No
     """
     if retry_after_s is None or retry_after_s > remaining_s:
         return None
-    return min(retry_after_s + random.uniform(0.0, min(0.01 + retry_after_s / 4, 1.0)), remaining_s)
+    return min(retry_after_s + JITTER.uniform(0.0, min(0.01 + retry_after_s / 4, 1.0)), remaining_s)
 
 
 def checked_wait_s(at_most_s: float) -> float:

@@ -16,7 +16,7 @@ from schemathesis import checks
 import tidegate
 from tests.moments import PATIENCE_S
 from tidegate.server import run as server
-from tidegate.settings import CatalogSettings, LedgerSettings, PolicySettings, ServerSettings, Settings, ViolationSettings
+from tidegate.settings import CatalogSettings, PolicySettings, ServerSettings, Settings
 
 OPERATIONS = {
     ("post", "/v1/check"),
@@ -45,9 +45,6 @@ def description(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
         server=ServerSettings(http="127.0.0.1:0", admin="", grpc="", drain_s=1.0),
         policy=PolicySettings(file=str(Path(tidegate.__file__).parent / "example.policy.toml")),
         catalog=CatalogSettings(url=f"sqlite:///{directory}/tidegate.db"),
-        # Their writers use `random` now and then, in this process: hypothesis takes that for the strategy's doing.
-        violations=ViolationSettings(enabled=False),
-        ledger=LedgerSettings(enabled=False),
     )
     address: list[str] = []
     started, stop = threading.Event(), threading.Event()

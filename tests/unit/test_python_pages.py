@@ -65,7 +65,7 @@ assert sync_order(Task(), 1) == "order 1 sent"
 partner_api.check("all", 299)
 assert sync_order(Task(), 2).startswith("again in")
 """,
-    "Outgoing calls to somebody else's API": "assert asyncio.run(call('x')) == 'called x'",
+    "Outgoing calls to another API": "assert asyncio.run(call('x')) == 'called x'",
 }
 
 

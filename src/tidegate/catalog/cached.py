@@ -16,7 +16,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-import random
 import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
@@ -32,6 +31,7 @@ from tidegate.catalog.customer_cache import CustomerCache
 from tidegate.catalog.freshness import FreshnessTracker
 from tidegate.catalog.unknown_keys import UnknownKeyLimit
 from tidegate.errors import CatalogUnavailable, TooManyUnknownKeys
+from tidegate.jitter import JITTER
 from tidegate.policy.attributes import CallerPolicy
 from tidegate.policy.matching import CompiledTier
 from tidegate.policy.namespaces import CompiledNamespace
@@ -482,7 +482,7 @@ class CachedCatalog:
         if entry is not None and entry[0] > now and _is_same_key(value, entry[1]):
             # Only its tier was reloaded: the age of the key is unchanged.
             return entry[0]
-        return now + self._l1_ttl_s * random.uniform(0.9, 1.1)
+        return now + self._l1_ttl_s * JITTER.uniform(0.9, 1.1)
 
     async def _tier(self, name: str) -> CachedTier | None:
         entry = self._tiers.entries.get(name)

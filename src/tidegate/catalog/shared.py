@@ -15,7 +15,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
-import random
 import time
 from collections import OrderedDict
 from collections.abc import Callable
@@ -40,6 +39,7 @@ from tidegate.catalog.shared_entries import (
     require_valid_tier,
 )
 from tidegate.errors import StoreUnavailable
+from tidegate.jitter import JITTER
 from tidegate.policy.attributes import CallerPolicy
 from tidegate.policy.customers import Customer
 from tidegate.policy.model import ApiKey, Tier
@@ -238,7 +238,7 @@ class SharedCatalog:
         if self._clock() < self._retry_at:
             return
         tag, key = self._tag_and_key(name)
-        ttl_ms = round(self._ttl_s * 1000 * random.uniform(0.9, 1.1))
+        ttl_ms = round(self._ttl_s * 1000 * JITTER.uniform(0.9, 1.1))
         try:
             await self._store.call(tag, "SET", key, self._seal.seal(name.encode(), entry), "PX", str(ttl_ms))
         except StoreUnavailable as error:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import random
 import secrets
 from typing import Any, Final
 
 from tidegate.background import SUPERVISOR, stop
 from tidegate.catalog.sql.database import Database
 from tidegate.errors import CatalogUnavailable
+from tidegate.jitter import JITTER
 from tidegate.ledger.aggregate import UsageCounts
 from tidegate.ledger.buffer import Batch, Buffer
 from tidegate.ledger.maintenance import Retention, maintain_tables
@@ -184,4 +184,4 @@ class UsageWriter:
 
 
 def _jittered(seconds: float) -> float:
-    return seconds * random.uniform(1 - _JITTER, 1 + _JITTER)
+    return seconds * JITTER.uniform(1 - _JITTER, 1 + _JITTER)

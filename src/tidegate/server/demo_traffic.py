@@ -16,7 +16,7 @@ from tidegate.admin.api_keys import create_key
 from tidegate.admin.models import KeyCreate
 from tidegate.admin.rules import CatalogEditor
 from tidegate.decision import Check
-from tidegate.errors import CatalogError, CatalogUnavailable, StoreUnavailable
+from tidegate.errors import CatalogUnavailable, StoreUnavailable
 from tidegate.gate.gate import Gate
 
 ACTOR: Final = "demo"
@@ -53,15 +53,28 @@ _CLIENTS: Final = (
 )
 
 
-async def generate_traffic(gate: Gate, editor: CatalogEditor) -> None:
-    """Make the tier and the keys, then check requests until cancelled.
+async def create_callers(editor: CatalogEditor) -> Sequence[str]:
+    """Create the tier, its rules and an API key for each client, before the console is served: its first page shows them.
+
+    Args:
+        editor: of a catalog that is deleted when the server stops.
+
+    Returns:
+        The API keys.
+    """
+    await editor.create_tier(ACTOR, TIER, ["50000/day"])
+    for fields in _RULES:
+        await editor.create_rule(ACTOR, TIER, fields)
+    return [(await create_key(editor, ACTOR, KeyCreate(tier=TIER, name=each.name))).api_key for each in _CLIENTS]
+
+
+async def generate_traffic(gate: Gate, keys: Sequence[str]) -> None:
+    """Check requests of these keys until cancelled.
 
     Args:
         gate: whose checks they are.
-        editor: of a catalog that is deleted when the server stops.
+        keys: what `create_callers` returned.
     """
-    await _create_tier(editor)
-    keys = [(await create_key(editor, ACTOR, KeyCreate(tier=TIER, name=each.name))).api_key for each in _CLIENTS]
     source = random.Random(1)
     while True:
         for client, key in zip(_CLIENTS, keys, strict=True):
@@ -71,15 +84,6 @@ async def generate_traffic(gate: Gate, editor: CatalogEditor) -> None:
                 except (CatalogUnavailable, StoreUnavailable):
                     break
         await asyncio.sleep(_PAUSE_S)
-
-
-async def _create_tier(editor: CatalogEditor) -> None:
-    try:
-        await editor.create_tier(ACTOR, TIER, ["50000/day"])
-    except CatalogError:
-        return  # this task was restarted
-    for fields in _RULES:
-        await editor.create_rule(ACTOR, TIER, fields)
 
 
 def _whole(source: random.Random, count: float) -> int:

@@ -505,6 +505,10 @@ class Instance:
             system=system_report(self),
             what_if=what_if,
         )
+        if self._demo and not self._shares_port:
+            from tidegate.server.demo_traffic import create_callers, generate_traffic
+
+            self._spawn("demo_traffic", partial(generate_traffic, gate, await create_callers(editor)))
         self._admin = Listener(
             AsgiAdapter(admin_app(deps)),
             host,
@@ -517,10 +521,6 @@ class Instance:
         await self._admin.start()
         self.admin_address = join_address(host, port)
         logger.info("control plane listening on %s", self._admin.url)
-        if self._demo and not self._shares_port:
-            from tidegate.server.demo_traffic import generate_traffic
-
-            self._spawn("demo_traffic", partial(generate_traffic, gate, editor))
 
     async def drain(self, skip_drain: asyncio.Event) -> None:
         """Shut down in order: report not ready, finish requests in flight, close everything.

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
-import random
 from typing import Any
 
 from tidegate.decision import Observation
+from tidegate.jitter import JITTER
 from tidegate.telemetry.requests import Request, current
 
 logger = logging.getLogger("tidegate.access")
@@ -24,7 +24,7 @@ class AccessLog:
 
     def is_sampled(self) -> bool:
         """Draw whether the next request is logged."""
-        return random.random() < self._sample
+        return JITTER.random() < self._sample
 
     def observe(self, observation: Observation) -> None:
         """Attach the observation to the current request if that is sampled."""

@@ -8,7 +8,6 @@ while the collector is unavailable at most 2,048 spans wait (the default of Open
 from __future__ import annotations
 
 import asyncio
-import random
 import threading
 import time
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ from tidegate._version import __version__
 from tidegate.counters import Charge, ChargeOutcome, CounterStore
 from tidegate.decision import Decision, Observation
 from tidegate.errors import SettingsError
+from tidegate.jitter import JITTER
 from tidegate.policy.limits import LimitSet
 from tidegate.telemetry.requests import Parent, current
 
@@ -74,7 +74,7 @@ class Tracing:
         """Create the spans of one check if it is traced."""
         request = current()
         parent = None if request is None else request.parent
-        if not (random.random() < self._sample if parent is None else parent.recorded):
+        if not (JITTER.random() < self._sample if parent is None else parent.recorded):
             return
         ended_ns = time.time_ns()
         store_call = _STORE_CALL.get()

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import random
 from collections import Counter
 from collections.abc import AsyncIterator, Iterable, Iterator
 from typing import Any, Final, TypeVar
@@ -19,6 +18,7 @@ from typing import Any, Final, TypeVar
 from tidegate.background import SUPERVISOR, stop
 from tidegate.catalog.sql.database import Database
 from tidegate.decision import Observation
+from tidegate.jitter import JITTER
 from tidegate.violations.space_saving import SpaceSaving
 from tidegate.violations.storage import (
     MAX_ROWS,
@@ -328,4 +328,4 @@ async def _yielding(items: Iterable[_T]) -> AsyncIterator[_T]:
 
 
 def _jittered(seconds: float) -> float:
-    return seconds * random.uniform(1 - _JITTER, 1 + _JITTER)
+    return seconds * JITTER.uniform(1 - _JITTER, 1 + _JITTER)

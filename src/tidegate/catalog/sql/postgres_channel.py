@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import random
 from collections.abc import Callable
 from typing import Any, Final
 
 from tidegate.catalog.sql.database import CHANNEL
 from tidegate.catalog.sql.engine import postgres_creator
+from tidegate.jitter import JITTER
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +68,7 @@ class PostgresChannel:
                     logger.warning("PostgreSQL's announcements are lost, the catalog is polled meanwhile: %s", _first_line(error))
                 failing = True
             # With jitter, so that many instances do not reconnect at once.
-            await asyncio.sleep(_PAUSE_S * random.uniform(0.5, 1.5))
+            await asyncio.sleep(_PAUSE_S * JITTER.uniform(0.5, 1.5))
 
     async def _receive(self, connection: Any, on_announcement: Callable[[], None]) -> None:
         while True:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import random
 from collections.abc import Awaitable, Callable
 from typing import Any, Final, cast
 
@@ -22,6 +21,7 @@ from tidegate.counters.redis.pipeline import ConnectionOptions, Pipeline, new_re
 from tidegate.counters.redis.resp import encode_command
 from tidegate.counters.redis.url import Endpoint
 from tidegate.errors import StoreUnavailable
+from tidegate.jitter import JITTER
 
 logger = logging.getLogger(__name__)
 
@@ -194,7 +194,7 @@ class Connection(Pipeline):
             # server that accepts, answers HELLO and closes would else be retried in a tight loop.
             pause_s = min(_MIN_BACKOFF_S * 2**self._failed_attempts, _MAX_BACKOFF_S)
             self._failed_attempts = min(self._failed_attempts + 1, 10)
-            await asyncio.sleep(pause_s * random.uniform(0.5, 1.0))
+            await asyncio.sleep(pause_s * JITTER.uniform(0.5, 1.0))
 
     @property
     def _log_fields(self) -> dict[str, dict[str, str]]:

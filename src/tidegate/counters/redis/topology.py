@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import random
 from collections.abc import Callable, Sequence
 from typing import Any, Final, Protocol
 
@@ -23,6 +22,7 @@ from tidegate.counters.redis.resp import encode_command
 from tidegate.counters.redis.url import MAX_PORT, Endpoint, RedisUrl
 from tidegate.counters.redis.url import Topology as Kind
 from tidegate.errors import StoreUnavailable
+from tidegate.jitter import JITTER
 from tidegate.listen_address import is_host
 
 logger = logging.getLogger(__name__)
@@ -285,7 +285,7 @@ class Cluster:
 
     async def _any_node(self) -> Endpoint:
         up = [endpoint for endpoint, connection in self._nodes.items() if connection.up]
-        return random.choice(up or self._seeds)
+        return JITTER.choice(up or self._seeds)
 
     async def close(self) -> None:
         """See `Topology`."""
