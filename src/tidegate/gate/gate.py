@@ -23,6 +23,7 @@ from tidegate.gate.charging import ChargeResult, CheckPlan, charge_all_or_none, 
 from tidegate.gate.customers import customer_counters
 from tidegate.gate.quotas import counters_with_quotas, key_counters
 from tidegate.gate.request_limits import RequestLimits
+from tidegate.gate.shadow import shadow_counters, shadow_denials
 from tidegate.gate.subjects import DescriptorCheck, attributes_subject, descriptor_subject, ip_needed, shadow_subject
 from tidegate.gate.usage import caller_usage, own_limits, reset_counters
 from tidegate.jwt.tokens import Tokens
@@ -417,15 +418,13 @@ class Gate:
         if plan.caller is not None:
             force_setattr(decision, "caller", plan.caller)
         if self._observe is not None:
-            shadow_denied: tuple[str, ...] = ()
-            if len(charged) > 1 or answer is not None:
-                shadow_outcomes = charged[1:] if answer is None else charged
-                # A shadow rule without an answer counts as one that would not have denied.
-                shadow_denied = tuple(
-                    each.rule or "" for each in shadow_outcomes if isinstance(each, Decision) and not each.allowed
-                )
+            denials = shadow_denials(plan, charged) if len(charged) > 1 or answer is not None else ()
+            shadow_denied = tuple(each.rule for each in denials)
             counters = () if answer is not None else plan.charges[0].counters
-            self._observe(_observation(decision, counters, latency_ns, shadow_denied, plan.cost, plan.key_id))
+            observed = _observation(decision, counters, latency_ns, shadow_denied, plan.cost, plan.key_id)
+            if denials:
+                force_setattr(observed, "shadow_denials", denials)
+            self._observe(observed)
         return decision
 
     def _tell_error(self, error: TidegateError, latency_ns: int) -> TidegateError:
@@ -479,7 +478,7 @@ class Gate:
                 counted = shadow_subject(check.attributes, caller, watcher, ip)
                 # A shadow rule that cannot be counted must not block the check that it only watches.
                 if counted is not None:
-                    charges.append(Charge(watcher.counters(counted, caller.anchor, check.attributes), check.cost))
+                    charges.append(Charge(shadow_counters(watcher, counted, caller, check.attributes), check.cost))
         answer = None if counters else Decision(True, unlimited_tier=tier.tier.name)
         return CheckPlan(answer, charges, check.cost, caller.key_id, caller.identity)
 

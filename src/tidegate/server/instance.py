@@ -73,6 +73,7 @@ from tidegate.telemetry.health import Health
 from tidegate.telemetry.logs import lines_dropped, lines_suppressed
 from tidegate.telemetry.metrics import Metrics
 from tidegate.violations.recorder import Violations, ViolationWriter
+from tidegate.violations.storage import SHADOW_TABLE
 
 if TYPE_CHECKING:
     from tidegate.doors.grpc.listener import GrpcListener
@@ -338,11 +339,15 @@ class Instance:
 
     def _violations(self) -> Observer:
         settings = self.settings.violations
-        violations = Violations(settings.max_entries)
-        writer = ViolationWriter(violations, self.catalog.database, settings.flush_s, settings.keep_days)
-        collect_violations(self.metrics, writer)
-        self._spawn("violations_writer", writer.run)
-        self._flush_at_end(writer.flush)
+        shadow = Violations(settings.max_entries)
+        violations = Violations(settings.max_entries, shadow)
+        database, flush_s, keep_days = self.catalog.database, settings.flush_s, settings.keep_days
+        writer = ViolationWriter(violations, database, flush_s, keep_days)
+        shadow_writer = ViolationWriter(shadow, database, flush_s, keep_days, SHADOW_TABLE)
+        collect_violations(self.metrics, writer, shadow_writer)
+        for name, each in (("violations_writer", writer), ("shadow_violations_writer", shadow_writer)):
+            self._spawn(name, each.run)
+            self._flush_at_end(each.flush)
         return violations.observe
 
     def _usage(self) -> Observer:
