@@ -46,6 +46,8 @@ ON_ONE_MACHINE = {
     "ledger_writer",
     "memory_sweep",
     "policy_file_watcher",
+    "shadow_violations_retention",
+    "shadow_violations_writer",
     "violations_retention",
     "violations_writer",
 }
@@ -61,6 +63,8 @@ ON_SERVERS = {
     "redis_recovery",
     "redis_topology",
     "replica_probe",
+    "shadow_violations_retention",
+    "shadow_violations_writer",
     "violations_retention",
     "violations_writer",
 }

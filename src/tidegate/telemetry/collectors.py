@@ -143,16 +143,18 @@ def collect_access(metrics: Metrics, access: AccessControl, blocks: Blocks) -> N
     )
 
 
-def collect_violations(metrics: Metrics, writer: ViolationWriter) -> None:
-    """Register the metrics of recorded violations."""
+def collect_violations(metrics: Metrics, writer: ViolationWriter, shadow: ViolationWriter) -> None:
+    """Register the metrics of recorded violations; what is lost or waits is that of both writers."""
     metrics.add_counter("rate_limiter_violations_written", "Blocked checks written to the database.", lambda: writer.written)
     metrics.add_counter(
         "rate_limiter_violations_dropped",
         "Blocked checks lost or possibly lost before they reached the database.",
-        lambda: writer.dropped,
+        lambda: writer.dropped + shadow.dropped,
     )
     metrics.add_gauge(
-        "rate_limiter_violations_pending", "Entries of blocked checks waiting to be written.", lambda: writer.pending
+        "rate_limiter_violations_pending",
+        "Entries of blocked checks waiting to be written.",
+        lambda: writer.pending + shadow.pending,
     )
 
 
