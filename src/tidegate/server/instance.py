@@ -26,6 +26,7 @@ from tidegate.catalog.unknown_keys import UnknownKeyLimit
 from tidegate.counters import CounterStore
 from tidegate.counters.factory import guard_of, open_counters
 from tidegate.counters.memory import MemoryCounters
+from tidegate.counters.redis.instances import InstanceStates
 from tidegate.decision import Observation
 from tidegate.doors.callers_auth import CallersAuth
 from tidegate.doors.client_address import TrustedProxies
@@ -49,7 +50,7 @@ from tidegate.server.addresses import admin_address, free_address, grpc_address,
 from tidegate.server.certificates import Certificates
 from tidegate.server.handover import listening_sockets, shared_address
 from tidegate.server.listener import Listener
-from tidegate.server.system import system_report
+from tidegate.server.system import state_of, system_report
 from tidegate.server.wiring import (
     drop_leases_on_change,
     open_blocks,
@@ -72,6 +73,7 @@ from tidegate.telemetry.collectors import (
 from tidegate.telemetry.health import Health
 from tidegate.telemetry.logs import lines_dropped, lines_suppressed
 from tidegate.telemetry.metrics import Metrics
+from tidegate.timestamps import format_timestamp, now_us
 from tidegate.violations.recorder import Violations, ViolationWriter
 
 if TYPE_CHECKING:
@@ -128,6 +130,8 @@ class Instance:
         self.grpc_address = ""
         self.probes_address = ""
         self.first_token: str | None = None
+        self.started_at = str(format_timestamp(now_us()))
+        self.states: InstanceStates | None = None
         self._listener: Listener | None = None
         self._admin: Listener | None = None
         self._grpc: GrpcListener | GrpcTlsListener | None = None
@@ -194,6 +198,10 @@ class Instance:
             unknown_keys=UnknownKeyLimit(bound) if (bound := settings.catalog.unknown_keys_per_minute) else None,
         )
         drop_leases_on_change(self.cached, self.counters)
+        if store is not None:
+            self.states = InstanceStates(store, partial(state_of, self))
+            self._spawn("instance_states", self.states.run)
+            self._stack.push_async_callback(self.states.leave)
         self._callers = await open_callers_auth(settings, self.catalog, self.cached)
         if self.cached.caller_tokens is not None:
             self._spawn("caller_tokens", self.cached.caller_tokens.run)
