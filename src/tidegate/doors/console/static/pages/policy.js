@@ -10,8 +10,8 @@ import { listed } from "../overrides.js";
 const MAX_SHOWN = 200;
 
 export default async function policy(root, view) {
-  const { items: tiers } = await all("/tiers", {}, { signal: view.signal });
-  const { catalog } = await get("/system", {}, { signal: view.signal });
+  const options = { signal: view.signal };
+  const [{ items: tiers }, { catalog }] = await Promise.all([all("/tiers", {}, options), get("/system", {}, options)]);
   if (tiers.length === 0) {
     const make = view.operator ? h("button.primary", { type: "button", onclick: () => createTier(view) }, "New tier") : null;
     fill(root, empty("There is no tier yet.", "A tier is a class of callers with its rules. Make one here, or import a policy file: tidegate policy."), make, explainer(view));
