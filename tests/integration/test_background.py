@@ -55,6 +55,7 @@ ON_SERVERS = {
     "catalog_announcements",
     "blocks",
     "catalog_follower",
+    "instance_states",
     "ledger_retention",
     "ledger_writer",
     "policy_file_watcher",

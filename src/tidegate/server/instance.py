@@ -24,6 +24,7 @@ from tidegate.catalog.unknown_keys import UnknownKeyLimit
 from tidegate.counters import CounterStore
 from tidegate.counters.factory import guard_of, open_counters
 from tidegate.counters.memory import MemoryCounters
+from tidegate.counters.redis.instances import InstanceStates
 from tidegate.doors.callers_auth import CallersAuth
 from tidegate.doors.client_address import TrustedProxies
 from tidegate.doors.http import DataPlane, Response
@@ -40,7 +41,7 @@ from tidegate.server.listener import Listener
 from tidegate.server.observers import CheckRecorders, observe_all
 from tidegate.server.pages import probe_pages
 from tidegate.server.policy_file import PolicyFile
-from tidegate.server.system import system_report
+from tidegate.server.system import state_of, system_report
 from tidegate.server.wiring import (
     drop_leases_on_change,
     open_blocks,
@@ -63,6 +64,7 @@ from tidegate.telemetry.collectors import (
 )
 from tidegate.telemetry.health import Health
 from tidegate.telemetry.metrics import Metrics
+from tidegate.timestamps import format_timestamp, now_us
 
 if TYPE_CHECKING:
     from tidegate.doors.grpc.listener import GrpcListener
@@ -116,6 +118,8 @@ class Instance:
         self.grpc_address = ""
         self.probes_address = ""
         self.first_token: str | None = None
+        self.started_at = str(format_timestamp(now_us()))
+        self.states: InstanceStates | None = None
         self._listener: Listener | None = None
         self._admin: Listener | None = None
         self._grpc: GrpcListener | GrpcTlsListener | None = None
@@ -181,6 +185,10 @@ class Instance:
             unknown_keys=UnknownKeyLimit(bound) if (bound := settings.catalog.unknown_keys_per_minute) else None,
         )
         drop_leases_on_change(self.cached, self.counters)
+        if store is not None:
+            self.states = InstanceStates(store, partial(state_of, self))
+            self._spawn("instance_states", self.states.run)
+            self._stack.push_async_callback(self.states.leave)
         self._callers = await open_callers_auth(settings, self.catalog, self.cached)
         if self.cached.caller_tokens is not None:
             self._spawn("caller_tokens", self.cached.caller_tokens.run)
