@@ -225,6 +225,7 @@ def _limit_set(tier: Tier, rule: Rule, limits: tuple[Limit, ...], suffix: str, q
         rule=rule.name,
         tier=tier.name,
         soft=rule.mode is Mode.SOFT,
+        shadow=rule.mode is Mode.SHADOW,
         leases=rule.leases,
     )
     made.quotas += suffix if quotas is None else f"{suffix}, {quotas.header}"
@@ -250,7 +251,7 @@ def _rule_quotas(tier: Tier, rule: Rule, quotas: tuple[Quota, ...]) -> CompiledQ
         return None
     # Above a soft rule's quotas everything passes.
     overage = Overage() if rule.mode is Mode.SOFT else rule.overage
-    return CompiledQuotas(quotas, overage, rule.name, tier.name, rule.on_failure)
+    return CompiledQuotas(quotas, overage, rule.name, tier.name, rule.on_failure, shadow=rule.mode is Mode.SHADOW)
 
 
 def counted_by(kind: Subject, has_key: bool, has_customer: bool = False) -> Subject:

@@ -221,9 +221,10 @@ class CompiledQuotas:
         rule: name of the rule; None for those of a tier.
         tier: name of the tier.
         on_failure: what is answered while the counter store is unavailable.
+        shadow: whether they are those of a rule that only watches.
     """
 
-    __slots__ = ("_by_anchor", "_on_failure", "overage", "quotas", "rule", "tier")
+    __slots__ = ("_by_anchor", "_on_failure", "_shadow", "overage", "quotas", "rule", "tier")
 
     def __init__(
         self,
@@ -232,12 +233,15 @@ class CompiledQuotas:
         rule: str | None,
         tier: str,
         on_failure: OnFailure = OnFailure.DEFAULT,
+        *,
+        shadow: bool = False,
     ) -> None:
         self.quotas = quotas
         self.overage = overage
         self.rule = rule
         self.tier = tier
         self._on_failure = on_failure
+        self._shadow = shadow
         self._by_anchor: dict[PeriodAnchor, LimitSet] = {}
 
     @property
@@ -274,7 +278,15 @@ class CompiledQuotas:
             )
             for quota in self.quotas
         ]
-        return LimitSet(quota_name(self.rule), QuotaAlgorithm.QUOTA, limits, self._on_failure, rule=self.rule, tier=self.tier)
+        return LimitSet(
+            quota_name(self.rule),
+            QuotaAlgorithm.QUOTA,
+            limits,
+            self._on_failure,
+            rule=self.rule,
+            tier=self.tier,
+            shadow=self._shadow,
+        )
 
 
 MAX_ANCHORS: Final = 4096

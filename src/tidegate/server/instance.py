@@ -41,8 +41,10 @@ from tidegate.ledger.aggregate import UsageCounts
 from tidegate.ledger.maintenance import Retention
 from tidegate.ledger.writer import UsageWriter
 from tidegate.listen_address import join_address, parse_address
+from tidegate.notifications.notifier import Notifier
 from tidegate.policy.file_watcher import watch_policy
 from tidegate.policy.model import Policy
+from tidegate.policy.notify import require_secrets
 from tidegate.policy.paths import STRICT, PathRules
 from tidegate.policy.toml_reader import load_policy
 from tidegate.server.addresses import admin_address, free_address, grpc_address, probes_address
@@ -56,6 +58,7 @@ from tidegate.server.wiring import (
     open_callers_auth,
     open_catalog,
     open_channel,
+    open_notifier,
     share_catalog,
 )
 from tidegate.settings import Settings, unix_mode
@@ -65,6 +68,7 @@ from tidegate.telemetry.collectors import (
     collect_background,
     collect_cache,
     collect_counters,
+    collect_notifications,
     collect_tls,
     collect_usage,
     collect_violations,
@@ -199,6 +203,7 @@ class Instance:
             self._spawn("caller_tokens", self.cached.caller_tokens.run)
         blocks = await open_blocks(settings, self.catalog, self.cached)
         self._spawn("blocks", blocks.run)
+        await self._notify()
         access = AccessLog(settings.server.access_log_sample) if settings.server.access_log_sample else None
         gate = Gate(self.cached, self._counted(), self._observer(access), lookup_timeout_s=2 * settings.catalog.timeout_s)
         self._stack.push_async_callback(gate.tokens.close)
@@ -355,6 +360,16 @@ class Instance:
         self._spawn("ledger_writer", writer.run)
         self._flush_at_end(writer.flush)
         return counts.observe
+
+    async def _notify(self) -> None:
+        def needed(notifier: Notifier) -> None:
+            self.health.add("notifications", notifier.ping)
+
+        notifier = await open_notifier(self.settings, self.catalog, self.cached, self.counters, needed)
+        collect_notifications(self.metrics, notifier)
+        self._spawn("notifications_writer", notifier.write)
+        self._spawn("notifications_delivery", notifier.deliver)
+        self._flush_at_end(notifier.flush_at_end)
 
     def _flush_at_end(self, flush: Callable[[], Awaitable[None]]) -> None:
         if not self._flushes:
@@ -590,6 +605,7 @@ class Instance:
         self.health.add("policy", self._ping_policy)
         try:
             policy = load_policy(path)
+            require_secrets(policy.notify)
             await self.catalog.apply_policy(policy, _digest(policy))
         except (PolicyError, CatalogError) as error:
             if not await self.catalog.tier_names():
@@ -599,6 +615,7 @@ class Instance:
             self._refused_at_start = str(refusal)
 
     async def _apply_policy(self, policy: Policy) -> None:
+        require_secrets(policy.notify)
         changed = await self.catalog.apply_policy(policy, _digest(policy))
         self.metrics.policy_valid = True
         self._policy_error = None
