@@ -46,6 +46,8 @@ OPERATIONS = {
     *((method, "/tiers/{name}/overrides/{override_id}") for method in ("get", "put", "delete")),
     ("post", "/what-if"),
     *((method, "/what-if/{run_id}") for method in ("get", "delete")),
+    ("get", "/notifications"),
+    ("post", "/notifications/{notification_id}/retry"),
     *((method, "/blocks") for method in ("get", "post")),
     *((method, "/blocks/{block_id}") for method in ("get", "delete")),
 }

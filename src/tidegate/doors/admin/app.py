@@ -29,6 +29,7 @@ from tidegate.doors.admin.explain import explain_routes
 from tidegate.doors.admin.guard import Guard, error_headers
 from tidegate.doors.admin.live import live_routes
 from tidegate.doors.admin.namespaces import caller_routes, namespace_routes
+from tidegate.doors.admin.notifications import notification_routes
 from tidegate.doors.admin.policy import policy_routes
 from tidegate.doors.admin.records import record_routes
 from tidegate.doors.admin.rules import rule_routes
@@ -125,6 +126,7 @@ def admin_app(deps: AdminDeps) -> FastAPI:
         live_routes(tokens, sessions),
         what_if_routes(deps.what_if or WhatIfRuns(deps.editor)),
         block_routes(deps.editor),
+        notification_routes(deps.editor),
     ):
         routes.include_router(router)
     app.include_router(routes)
