@@ -248,7 +248,7 @@ class ViolationWriter:
     async def _maintain(self, failing: bool) -> bool:
         """Run `maintain_table`; returns whether it failed."""
         try:
-            await maintain_table(self._database, self._keep_days, table=self._table)
+            await maintain_table(self._database, self._keep_days, None, self._table)
         except Exception as error:  # noqa: BLE001 - any error of a driver: writing must continue
             if not failing:
                 logger.warning("maintenance of the %s table failed, retrying every minute: %s", self._table.kind, error)
