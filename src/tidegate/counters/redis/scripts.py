@@ -54,7 +54,8 @@ def script(work: str, algorithms: frozenset[AnyAlgorithm], clock: str = "store_c
     """Put a script together.
 
     Args:
-        work: `charge`, `charge_many`, `lease`, `give_back`, `absorb`, `reset`, `reset_corrupt` or `heartbeat`.
+        work: `charge`, `charge_many`, `lease`, `give_back`, `hold`, `settle_hold`, `renew_hold`, `absorb`, `reset`,
+            `reset_corrupt` or `heartbeat`.
         algorithms: those that its counters use.
         clock: name of the Lua file that defines `now`, or Lua source, for tests.
 
@@ -69,8 +70,10 @@ def script(work: str, algorithms: frozenset[AnyAlgorithm], clock: str = "store_c
     parts += [_read("tidegate.algorithms", name) for name in names]
     if work in ("lease", "give_back"):
         parts.append(_read("tidegate.algorithms", "leases"))
-    if work.startswith("charge") or work == "lease":
+    if work.startswith("charge") or work in ("lease", "hold", "settle_hold", "renew_hold"):
         parts.append(_read("tidegate.counters.redis", "decide"))
+        parts.append(_read("tidegate.algorithms", "holds"))
+        parts.append(_read("tidegate.counters.redis", "reclaim"))
     parts.append(_read("tidegate.counters.redis", work))
     source = "".join(parts).encode()
     return Script(source, hashlib.sha1(source, usedforsecurity=False).hexdigest())
