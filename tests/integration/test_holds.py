@@ -18,6 +18,8 @@ from tidegate.counters.holds import HeldCounter, HoldHandle, HoldNotFound, TooMa
 from tidegate.counters.redis.keyspace import hash_tag, key_of, name_of, slot_of
 from tidegate.counters.redis.store import RedisCounters
 from tidegate.decision import Decision
+from tidegate.doors.exceeded import RateLimitExceeded
+from tidegate.doors.limiter import SyncLimiter
 from tidegate.errors import StoreUnavailable
 from tidegate.policy.limits import Algorithm, Limit, LimitSet
 
@@ -218,3 +220,16 @@ async def test_memory_of_open_holds(redis_server: RedisServer) -> None:
     assert redis_server.call("ZCARD", key) == 100
     assert redis_server.call("MEMORY", "USAGE", key) <= 120 * 100
     await store.close()
+
+
+def test_threads_hold_together_with_event_loops(redis_server: RedisServer) -> None:
+    name = f"threads-{next(NAMES)}"
+    with SyncLimiter("100/day", counters=redis_server.url, name=name) as limiter:
+        with limiter.hold("u", cost=80) as hold:
+            assert limiter.check("u", 0).remaining == 20
+            hold.renew(120)
+            hold.settle(30)
+        assert hold.settlement is not None
+        assert (hold.settlement.remaining, hold.settlement.late) == (70, False)
+        with pytest.raises(RateLimitExceeded), limiter.hold("u", cost=71):
+            pass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from typing import Any
 
@@ -17,7 +18,9 @@ from tidegate.catalog.in_memory import PolicyCatalog
 from tidegate.counters.holds import HoldEnded, HoldHandle, HoldNotFound, TooManyHolds, new_id
 from tidegate.counters.memory import MemoryCounters
 from tidegate.decision import Check
+from tidegate.doors.exceeded import RateLimitExceeded
 from tidegate.doors.http import DataPlane
+from tidegate.doors.limiter import Limiter, SyncLimiter
 from tidegate.errors import BadRequest
 from tidegate.gate.gate import Gate
 from tidegate.policy.limits import Algorithm, Limit, LimitSet
@@ -300,3 +303,59 @@ async def test_the_gate_charges_shadow_rules_beside_a_hold() -> None:
     opened = await gate.holds.open(Check.of("/llm/x", "POST", "demo-free-key-0001", cost=40))
     assert opened.decision.remaining == 960
     assert (await gate.usage("demo-free-key-0001")).rules[-1].decision.remaining == 10
+
+
+async def test_a_limiter_holds_while_a_block_runs() -> None:
+    async with Limiter("100/minute") as limiter:
+        async with limiter.hold("u", cost=80) as hold:
+            assert (await limiter.check("u", 0)).remaining == 20
+            with pytest.raises(RateLimitExceeded) as denied:
+                async with limiter.hold("u", cost=30):
+                    pass
+            assert denied.value.decision.remaining == 20
+            hold.settle(10)
+            await hold.renew(120)
+        assert hold.settlement is not None
+        assert (hold.settlement.cost, hold.settlement.remaining) == (10, 90)
+        with pytest.raises(ZeroDivisionError):
+            async with limiter.hold("u", cost=80):
+                raise ZeroDivisionError
+        assert (await limiter.check("u", 0)).remaining == 90
+        with pytest.raises(RateLimitExceeded):
+            async with limiter.hold("u", cost=500, clamp=True):
+                pass
+        assert (await limiter.check("u", 0)).remaining == 90
+
+
+async def test_a_cancelled_task_gives_back() -> None:
+    limiter = Limiter("100/minute")
+    entered = asyncio.Event()
+
+    async def work() -> None:
+        async with limiter.hold("u", cost=80):
+            entered.set()
+            await asyncio.Event().wait()
+
+    task = asyncio.ensure_future(work())
+    await entered.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert (await limiter.check("u", 0)).remaining == 100
+
+
+def test_a_sync_limiter_holds_while_a_block_runs() -> None:
+    with SyncLimiter("100/minute") as limiter:
+        with limiter.hold("u", cost=80, ttl_s=5) as hold:
+            assert limiter.check("u", 0).remaining == 20
+            hold.renew(120)
+        assert limiter.check("u", 0).remaining == 20
+        with limiter.hold("u", cost=20) as hold:
+            hold.cancel()
+        assert limiter.check("u", 0).remaining == 20
+        with pytest.raises(BadRequest, match="ever admits at once"):
+            limiter.hold("u", cost=101)
+        with pytest.raises(BadRequest, match="ttl_s 0"):
+            limiter.hold("u", ttl_s=0)
+        with pytest.raises(RateLimitExceeded), limiter.hold("u", cost=21):
+            pass

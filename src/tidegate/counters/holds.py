@@ -218,6 +218,25 @@ class HoldingCounterStore(Protocol):
         ...
 
 
+@runtime_checkable
+class BlockingHoldingStore(Protocol):
+    """`HoldingCounterStore` for threads."""
+
+    def open_hold_now(
+        self, counters: Counters, cost: int, ttl_us: int, rule: str | None = None
+    ) -> tuple[Decision, HoldHandle | None]:
+        """See `HoldingCounterStore.open_hold`."""
+        ...
+
+    def settle_hold_now(self, handle: HoldHandle, cost: int) -> HoldSettlement:
+        """See `HoldingCounterStore.settle_hold`."""
+        ...
+
+    def renew_hold_now(self, handle: HoldHandle, ttl_us: int) -> None:
+        """See `HoldingCounterStore.renew_hold`."""
+        ...
+
+
 def not_found() -> HoldNotFound:
     """The error of an id that a store does not know."""
     return HoldNotFound(
@@ -243,5 +262,12 @@ def holding(store: object) -> HoldingCounterStore:
         BadRequest: if the store, which is not one of Tidegate's, keeps none.
     """
     if isinstance(store, HoldingCounterStore):
+        return store
+    raise BadRequest(f"the counter store {type(store).__name__} keeps no holds: use memory:// or Redis")
+
+
+def blocking_holding(store: object) -> BlockingHoldingStore:
+    """As `holding`, for a store for threads."""
+    if isinstance(store, BlockingHoldingStore):
         return store
     raise BadRequest(f"the counter store {type(store).__name__} keeps no holds: use memory:// or Redis")

@@ -9,17 +9,21 @@ from typing import Any, Final, Self, TypeAlias
 
 from tidegate.counters import Charge, CounterStore
 from tidegate.counters.blocking import BlockingCounterStore
+from tidegate.counters.holds import DEFAULT_TTL_S, HoldHandle, blocking_holding, holding
 from tidegate.counters.memory import MemoryCounters
 from tidegate.decision import MAX_COST, Decision, clip
+from tidegate.doors.hold import AsyncHold, SyncHold
 from tidegate.doors.stores import SWITCHES, open_blocking_store, open_memory_or_redis
 from tidegate.doors.waiting import AsyncWaiting, BlockingWaiting
 from tidegate.errors import BadRequest, PolicyError, StoreUnavailable
+from tidegate.gate.holds import checked_ttl_s, fitting_cost
 from tidegate.gate.request_limits import counter_subject
 from tidegate.policy.attributes import checked_attributes
 from tidegate.policy.descriptors import entries_text
 from tidegate.policy.limits import Algorithm, Limit, LimitSet, OnFailure, member_of
 from tidegate.policy.namespaces import MAX_SUBJECT, CompiledNamespace
 from tidegate.policy.toml_reader import load_policy
+from tidegate.timestamps import US_PER_S
 
 LONGEST_SUBJECT: Final = 128
 _DIGEST: Final = "h:"
@@ -92,6 +96,13 @@ class _Limits:
 
     def _charges(self, asked: Sequence[tuple[LimitedSubject, int]]) -> list[Charge]:
         return [Charge((self._counter(subject),), checked_cost(cost)) for subject, cost in asked]
+
+    def _reservation(
+        self, subject: LimitedSubject, cost: int, ttl_s: int, clamp: bool
+    ) -> tuple[tuple[tuple[LimitSet, str], ...], int, int]:
+        """The counters of a hold, the units to reserve, and after how many µs it expires."""
+        counters = (self._counter(subject),)
+        return counters, fitting_cost(counters, checked_cost(cost), clamp), checked_ttl_s(ttl_s) * US_PER_S
 
     def _allowed_in_tests(self) -> Decision:
         """While `tidegate.testing.allow_all` holds."""
@@ -201,6 +212,37 @@ class Limiter(_Limits):
         """
         return await self._waiting.wait(lambda: self.check(subject, cost), self._counter(subject)[1], at_most_s)
 
+    def hold(self, subject: LimitedSubject, cost: int = 1, *, ttl_s: int = DEFAULT_TTL_S, clamp: bool = False) -> AsyncHold:
+        """Reserve the most that something may cost while it runs, and charge what it did cost when it ends.
+
+            async with limiter.hold("user-42", cost=4000) as hold:
+                answer = await complete(prompt)
+                hold.settle(answer.usage.total_tokens)
+
+        Without `settle` the reserved cost is charged at the end; nothing, where the block ends with an exception.
+
+        Args:
+            subject: as for `check`.
+            cost: units to reserve, 0 to 1,000,000,000.
+            ttl_s: after how many seconds the reservation expires, 1 to 3600, in case the process dies.
+            clamp: whether a cost above the most that the limits ever admit is lowered to that; refused otherwise.
+
+        Returns:
+            The hold, for `async with`, which raises `RateLimitExceeded` where it is denied.
+
+        Raises:
+            BadRequest: if an argument makes no sense, or the cost can never pass.
+        """
+        counters, cost, ttl_us = self._reservation(subject, cost, ttl_s, clamp)
+        store = holding(self.counters)
+
+        async def opens() -> tuple[Decision, HoldHandle | None]:
+            if not SWITCHES.enforced:
+                return self._allowed_in_tests(), None
+            return await store.open_hold(counters, cost, ttl_us, self._limits.rule)
+
+        return AsyncHold(self._limits.rule or "", cost, opens, store.settle_hold, store.renew_hold)
+
     async def reset(self, subject: LimitedSubject) -> None:
         """Forget what a subject consumed.
 
@@ -283,6 +325,18 @@ class SyncLimiter(_Limits):
     def wait(self, subject: LimitedSubject, cost: int = 1, *, at_most_s: float) -> Decision:
         """Check, and wait until it passes; see `Limiter.wait`. Which thread is next, the system decides."""
         return self._waiting.wait(lambda: self.check(subject, cost), self._counter(subject)[1], at_most_s)
+
+    def hold(self, subject: LimitedSubject, cost: int = 1, *, ttl_s: int = DEFAULT_TTL_S, clamp: bool = False) -> SyncHold:
+        """Reserve a cost, for `with`; see `Limiter.hold`."""
+        counters, cost, ttl_us = self._reservation(subject, cost, ttl_s, clamp)
+        store = blocking_holding(self.counters)
+
+        def opens() -> tuple[Decision, HoldHandle | None]:
+            if not SWITCHES.enforced:
+                return self._allowed_in_tests(), None
+            return store.open_hold_now(counters, cost, ttl_us, self._limits.rule)
+
+        return SyncHold(self._limits.rule or "", cost, opens, store.settle_hold_now, store.renew_hold_now)
 
     def reset(self, subject: LimitedSubject) -> None:
         """Forget what a subject consumed; see `Limiter.reset`."""

@@ -70,6 +70,7 @@ from tidegate.telemetry.collectors import (
     collect_violations,
 )
 from tidegate.telemetry.health import Health
+from tidegate.telemetry.holds import collect_holds
 from tidegate.telemetry.logs import lines_dropped, lines_suppressed
 from tidegate.telemetry.metrics import Metrics
 from tidegate.violations.recorder import Violations, ViolationWriter
@@ -224,6 +225,7 @@ class Instance:
         collect_cache(self.metrics, self.cached, shared, self.catalog.database)
         collect_counters(self.metrics, self.counters)
         collect_access(self.metrics, gate.access, blocks)
+        collect_holds(self.metrics, gate.holds.figures, self.counters)
         collect_background(self.metrics, SUPERVISOR)
         self.metrics.add_gauge("rate_limiter_policy_version", "Active version of the catalog.", lambda: self.cached.version)
         self.metrics.add_gauge("rate_limiter_in_flight", "Requests in flight.", lambda: self.in_flight)
