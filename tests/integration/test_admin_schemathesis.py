@@ -26,7 +26,7 @@ from tidegate.server.listener import Listener
 OPERATIONS = {
     *(("get", path) for path in ("/tiers", "/tiers/{name}", "/rate-limit-rules", "/rate-limit-rules/{rule_id}")),
     *(("get", path) for path in ("/api-keys", "/api-keys/{key_id}", "/tokens", "/usage", "/audit-log", "/policy")),
-    *(("get", path) for path in ("/violations", "/violations/top", "/explain", "/system")),
+    *(("get", path) for path in ("/violations", "/violations/top", "/explain", "/system", "/live")),
     *(("get", path) for path in ("/traffic", "/traffic/callers", "/usage/export")),
     *(("post", path) for path in ("/tiers", "/rate-limit-rules", "/api-keys", "/tokens", "/counters/reset", "/policy")),
     *(("post", path) for path in ("/api-keys/{key_id}/revoke", "/api-keys/{key_id}/rotate")),

@@ -21,7 +21,7 @@ sync_api = pytest.importorskip("playwright.sync_api", reason="the browser is dri
 
 TOKEN = "token-of-the-console-tests"
 HOSTILE = "<img src=x onerror=alert(1)><script>alert(2)</script>\"'&"
-PAGES = ("/", "/callers", "/policy", "/violations", "/audit", "/system")
+PAGES = ("/", "/callers", "/customers", "/policy", "/violations", "/audit", "/system")
 AXE = """async (rules) => {
   const only = rules === null ? {} : {runOnly: rules};
   const found = await axe.run(document, {resultTypes: ["violations"], ...only});
@@ -127,11 +127,17 @@ def see(page: Any, text: str) -> None:
     page.get_by_text(text).first.wait_for()
 
 
+def settled(page: Any) -> None:
+    """Wait until a view has read all that it shows; a stream of the server stays open."""
+    page.locator("main:not([aria-busy])").wait_for()
+
+
 def test_every_page_is_useful_when_there_is_nothing(console: Console) -> None:
     page = console.open()
     see(page, "components are healthy")
     for path, text in (
         ("/callers", "There are no API keys yet."),
+        ("/customers", "There are no customers yet."),
         ("/policy", "There is no tier yet."),
         ("/violations", "Nothing was blocked"),
         ("/audit", "Nothing was changed yet."),
@@ -260,7 +266,7 @@ def test_nothing_that_others_wrote_is_read_as_markup(console: Console) -> None:
         "/audit",
     ):
         page.goto(console.base + path)
-        page.wait_for_load_state("networkidle")
+        settled(page)
         assert page.evaluate("document.querySelectorAll('main script, main img').length") == 0, path
     page.goto(f"{console.base}/callers")
     see(page, "onerror=alert(1)")
@@ -273,7 +279,7 @@ def test_a_viewer_sees_no_buttons_that_it_may_not_use(console: Console) -> None:
     page = console.open("/callers", token=viewer["token"])
     for path in ("/callers", f"/callers?key={key['id']}", "/policy?tier=free", "/violations", "/audit"):
         page.goto(console.base + path)
-        page.wait_for_load_state("networkidle")
+        settled(page)
         buttons = set(page.get_by_role("button").all_inner_texts())
         assert buttons <= {"Sign out", "Find", "Explain", "Filter", "Next page", "Older"}, path
     page.context.close()
@@ -294,7 +300,7 @@ def test_pages_are_accessible_and_fit_small_screens_light_and_dark(console: Cons
 
     for path in (*PAGES, f"/callers?key={key['id']}&path=/api/x"):
         page.goto(console.base + path)
-        page.wait_for_load_state("networkidle")
+        settled(page)
         page.locator("h1").first.wait_for()
         wide = page.evaluate("document.documentElement.scrollWidth")
         assert wide <= 360, (path, wide)

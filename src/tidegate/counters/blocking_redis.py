@@ -22,7 +22,8 @@ from tidegate.counters.degraded import GuardOptions
 from tidegate.counters.fallback import LocalShares
 from tidegate.counters.holds import HoldHandle, HoldSettlement, new_id
 from tidegate.counters.redis import heartbeat
-from tidegate.counters.redis.blocking import BlockingRedisCounters, run_blocking
+from tidegate.counters.redis.blocking import BlockingRedisCounters
+from tidegate.counters.redis.blocking_connection import run_blocking
 from tidegate.decision import Decision
 from tidegate.errors import StoreUnavailable
 from tidegate.policy.limits import LimitSet, OnFailure

@@ -27,6 +27,7 @@ from tidegate.doors.admin.common import BEARER, ERRORS, REF, WITH_ROLE, Revision
 from tidegate.doors.admin.customers import customer_routes
 from tidegate.doors.admin.explain import explain_routes
 from tidegate.doors.admin.guard import Guard, error_headers
+from tidegate.doors.admin.live import live_routes
 from tidegate.doors.admin.namespaces import caller_routes, namespace_routes
 from tidegate.doors.admin.policy import policy_routes
 from tidegate.doors.admin.records import record_routes
@@ -103,7 +104,7 @@ def admin_app(deps: AdminDeps) -> FastAPI:
     app = _App(title="Tidegate control plane", version=__version__, openapi_url=None, docs_url=None, redoc_url=None)
     app.router.redirect_slashes = False
     tokens = TokenCheck(deps.editor, deps.settings_token)
-    cookies = None
+    cookies = sessions = None
     if deps.console is not None:
         options = deps.console
         sessions = Sessions(deps.editor, tokens, options.idle_s)
@@ -136,6 +137,7 @@ def admin_app(deps: AdminDeps) -> FastAPI:
         namespace_routes(deps.editor),
         caller_routes(deps.editor),
         system_routes(deps.system),
+        live_routes(tokens, sessions),
         what_if_routes(deps.what_if or WhatIfRuns(deps.editor)),
         block_routes(deps.editor),
     ):

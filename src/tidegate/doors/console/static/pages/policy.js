@@ -5,7 +5,7 @@ import { confirm, form, saveChange } from "../dialogs.js";
 import { announce, empty, field, fill, h, link, select, table } from "../dom.js";
 import { explainer } from "../explain.js";
 import { whatIf } from "../what_if.js";
-import { listed } from "./callers.js";
+import { listed } from "../overrides.js";
 
 const MAX_SHOWN = 200;
 
