@@ -43,7 +43,7 @@ class ReusedApp:
         self._deps: AdminDeps | None = None
         self._what_if: WhatIfRuns | None = None
         editor, gate = (Replaceable(lambda name=name: getattr(self._deps, name, None)) for name in ("editor", "gate"))
-        self.app = admin_app(AdminDeps(editor, gate, what_if=Replaceable(lambda: self._what_if)))
+        self.app = admin_app(AdminDeps(editor, gate, TOKEN, what_if=Replaceable(lambda: self._what_if)))
 
     def serve(self, deps: AdminDeps) -> None:
         """Serve another control plane, with a guard of its own."""

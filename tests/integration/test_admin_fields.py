@@ -222,6 +222,7 @@ class RequestSender:
                 {"api_key_id": "0" * 24},
                 {"ip": "192.0.2.7"},
                 {"tier": "free"},
+                {"customer": "acme"},
                 {"subject": "user=1"},
                 {"namespace": "emails", "subject": "user-42"},
             ],

@@ -24,7 +24,7 @@ from tidegate.server.listener import Listener
 OPERATIONS = {
     *(("get", path) for path in ("/tiers", "/tiers/{name}", "/rate-limit-rules", "/rate-limit-rules/{rule_id}")),
     *(("get", path) for path in ("/api-keys", "/api-keys/{key_id}", "/tokens", "/usage", "/audit-log", "/policy")),
-    *(("get", path) for path in ("/violations", "/violations/top", "/explain", "/system")),
+    *(("get", path) for path in ("/violations", "/violations/top", "/explain", "/system", "/live")),
     *(("get", path) for path in ("/traffic", "/traffic/callers", "/usage/export")),
     *(("post", path) for path in ("/tiers", "/rate-limit-rules", "/api-keys", "/tokens", "/counters/reset", "/policy")),
     *(("post", path) for path in ("/api-keys/{key_id}/revoke", "/api-keys/{key_id}/rotate")),
@@ -46,6 +46,8 @@ OPERATIONS = {
     *((method, "/tiers/{name}/overrides/{override_id}") for method in ("get", "put", "delete")),
     ("post", "/what-if"),
     *((method, "/what-if/{run_id}") for method in ("get", "delete")),
+    ("get", "/notifications"),
+    ("post", "/notifications/{notification_id}/retry"),
     *((method, "/blocks") for method in ("get", "post")),
     *((method, "/blocks/{block_id}") for method in ("get", "delete")),
 }

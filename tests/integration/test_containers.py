@@ -22,7 +22,7 @@ from tests.moments import PATIENCE_S, wait_until
 from tests.servers.ports import HOST, free_port
 from tests.servers.postgres import PostgresServer, programs
 from tidegate._version import __version__
-from tidegate.settings import load_settings
+from tidegate.settings_loader import load_settings
 
 ROOT = Path(__file__).parents[2]
 DOCKER = ROOT / "deploy" / "docker"

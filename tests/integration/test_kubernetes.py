@@ -25,7 +25,8 @@ from tests.moments import PATIENCE_S, wait_until
 from tests.servers.prometheus import Prometheus, run
 from tidegate._version import __version__
 from tidegate.policy.toml_reader import load_policy
-from tidegate.settings import Settings, load_settings
+from tidegate.settings import Settings
+from tidegate.settings_loader import load_settings
 
 ROOT = Path(__file__).parents[2]
 KUBERNETES = ROOT / "deploy" / "kubernetes"

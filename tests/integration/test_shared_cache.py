@@ -27,7 +27,7 @@ from tidegate.policy.limits import Limit
 from tidegate.policy.model import ApiKey, KeyStatus, Rule, Tier
 from tidegate.policy.overrides import Override
 from tidegate.server.wiring import share_catalog
-from tidegate.settings import load_settings
+from tidegate.settings_loader import load_settings
 
 SECRET = b"secret of this test's catalog"
 WHOLE = EntrySeal(SECRET).seal(

@@ -11,7 +11,7 @@ from tidegate.cli.client_tls import ClientTls, own_data_plane
 from tidegate.cli.data_plane import send_request
 from tidegate.errors import SettingsError
 from tidegate.server_url import Server
-from tidegate.settings import load_settings
+from tidegate.settings_loader import load_settings
 
 
 def test_files_that_cannot_be_used(tmp_path: Path) -> None:

@@ -23,7 +23,8 @@ from tidegate.policy.model import Policy, parse_key_digest
 from tidegate.policy.toml_reader import parse_policy
 from tidegate.policy.toml_writer import policy_text
 from tidegate.server.system import HIDDEN, settings_without_secrets
-from tidegate.settings import KeySettings, Settings, load_settings
+from tidegate.settings import KeySettings, Settings
+from tidegate.settings_loader import load_settings
 
 PEPPER, KEY = "pepper-of-these-tests-0123456789abcdef", "demo-free-key-0001"
 DIGEST = hmac.digest(PEPPER.encode(), KEY.encode(), "sha256").hex()

@@ -11,7 +11,8 @@ import pytest
 from tidegate.errors import SettingsError
 from tidegate.listen_address import is_host, join_address, parse_address
 from tidegate.server.open_listeners import open_listeners
-from tidegate.settings import Settings, load_settings, unix_mode
+from tidegate.settings import Settings, unix_mode
+from tidegate.settings_loader import load_settings
 
 
 def test_defaults_run_on_an_empty_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from tidegate.errors import PolicyError, SettingsError
 from tidegate.policy.toml_reader import parse_policy
-from tidegate.settings import load_settings
+from tidegate.settings_loader import load_settings
 from tidegate.tools.terminal import json_text
 
 HOSTILE = "a\x1b[2J\x1b]0;owned\x07\x9b31m\u202eb\nok: forged\r\x00"

@@ -15,7 +15,7 @@ import pytest
 from tidegate.errors import SettingsError
 from tidegate.server.addresses import admin_address, free_address, probes_address
 from tidegate.server.listener import UnixSocket
-from tidegate.settings import load_settings
+from tidegate.settings_loader import load_settings
 
 
 @pytest.fixture

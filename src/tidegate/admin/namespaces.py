@@ -21,7 +21,7 @@ from tidegate.catalog.sql.paging import Page, page_of
 from tidegate.catalog.sql.tables import policy_state
 from tidegate.errors import CatalogError
 from tidegate.policy.namespaces import Namespace
-from tidegate.policy.toml_reader import MAX_NAMESPACES
+from tidegate.policy.toml_callers import MAX_NAMESPACES
 
 _FIELDS: Final = ("limits", "algorithm", "on_failure", "overrides")
 

@@ -15,7 +15,8 @@ from rich.table import Table
 from rich.text import Text
 
 from tidegate.policy.key_hash import key_hash_of, use_key_hash
-from tidegate.settings import Settings, load_settings
+from tidegate.settings import Settings
+from tidegate.settings_loader import load_settings
 from tidegate.tools.charts import clean
 from tidegate.tools.terminal import json_text, open_console
 

@@ -9,7 +9,8 @@ from typing import Any, Final
 from tidegate.policy.customers import Customer, metadata_of, require_distinct
 from tidegate.policy.limits import short
 from tidegate.policy.model import Subject, Tier
-from tidegate.policy.toml_overrides import TableReader, read_overrides
+from tidegate.policy.toml_overrides import read_overrides
+from tidegate.policy.toml_tables import TableReader, nearest
 
 MAX_CUSTOMERS: Final = 10_000
 """Most customers of one policy."""
@@ -32,12 +33,13 @@ def read_customers(reader: TableReader, raw: dict[str, Any], tiers: Mapping[str,
         if "tier" in table:
             tier = tiers.get(table["tier"]) if isinstance(table["tier"], str) else None
             if tier is None:
-                nearest = reader.nearest(table["tier"], tiers)
-                raise reader.error(f"tier {short(table['tier'])} is not in this policy{nearest}", (*at, "tier"))
+                raise reader.error(
+                    f"tier {short(table['tier'])} is not in this policy{nearest(table['tier'], tiers)}", (*at, "tier")
+                )
         overrides = read_overrides(reader, table, at, tier, "customer", (Subject.API_KEY, Subject.CUSTOMER))
         given = {field: table[field] for field in _OWN if field in table}
         tier_name = "" if tier is None else tier.name
-        made: Customer = reader.placed(
+        made = reader.placed(
             lambda name=table["name"], tier=tier_name, overrides=overrides, given=given: Customer.make(  # type: ignore[misc]
                 name, tier=tier, overrides=overrides, **given
             ),

@@ -2,54 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
-from typing import Any, Final, Protocol
+from collections.abc import Collection, Mapping
+from typing import Any, Final
 
-from tidegate.errors import PolicyError
-from tidegate.policy.limits import Algorithm, Limit, fit_limits, short
+from tidegate.policy.limits import Algorithm, fit_limits, short
 from tidegate.policy.model import Rule, Subject, Tier, subject_text
 from tidegate.policy.overrides import Override, SubjectOverride
-from tidegate.policy.quotas import Quota
 from tidegate.policy.subject_overrides import MAX_OVERRIDES as MAX_SUBJECT_OVERRIDES
 from tidegate.policy.subject_overrides import add_override, subject_override
 from tidegate.policy.toml_lines import Path as KeyPath
+from tidegate.policy.toml_tables import TableReader, nearest
 
 MAX_OVERRIDES: Final = 1_000
 """Most overrides of one API key or customer."""
 
 _FIELDS: Final = ("rule", "limits", "quotas", "until")
 _SUBJECT_FIELDS: Final = ("rule", "subject", "limits", "until")
-
-
-class TableReader(Protocol):
-    """What this module needs of the reader of a policy file."""
-
-    def tables(self, table: dict[str, Any], name: str, at: KeyPath, most: int) -> Iterable[tuple[KeyPath, dict[str, Any]]]:
-        """The tables of an array, each with its path."""
-
-    def known(self, table: dict[str, Any], fields: Iterable[str], at: KeyPath) -> None:
-        """Refuse other fields."""
-
-    def required(self, table: dict[str, Any], fields: Iterable[str], at: KeyPath) -> None:
-        """Refuse a table without one of these fields."""
-
-    def limits(self, value: object, at: KeyPath) -> tuple[Limit, ...]:
-        """Read a list of limits."""
-
-    def quotas(self, table: Mapping[str, Any], at: KeyPath) -> tuple[Quota, ...]:
-        """Read the list of quotas of a table; none where it has none."""
-
-    def moment_us(self, value: object, at: KeyPath) -> int:
-        """Read a time, µs since the epoch; the last part of its path names the field."""
-
-    def placed(self, make: Callable[[], Any], at: KeyPath) -> Any:
-        """Make a record; its error gets the line of the path."""
-
-    def error(self, reason: str, at: KeyPath) -> PolicyError:
-        """An error with the line of the path."""
-
-    def nearest(self, name: object, known: Iterable[str]) -> str:
-        """The end of a message: the most similar of the known names."""
 
 
 def read_overrides(
@@ -145,7 +113,7 @@ def read_subject_overrides(
 def _named_rule(reader: TableReader, name: object, at: KeyPath, rules: Mapping[str, Rule], tier: str) -> Rule:
     rule = rules.get(name) if isinstance(name, str) else None
     if rule is None:
-        raise reader.error(f"tier {tier!r} has no rule {short(name)}{reader.nearest(name, rules)}", (*at, "rule"))
+        raise reader.error(f"tier {tier!r} has no rule {short(name)}{nearest(name, rules)}", (*at, "rule"))
     return rule
 
 

@@ -27,7 +27,9 @@ from tidegate.doors.admin.common import BEARER, ERRORS, REF, WITH_ROLE, Revision
 from tidegate.doors.admin.customers import customer_routes
 from tidegate.doors.admin.explain import explain_routes
 from tidegate.doors.admin.guard import Guard, error_headers
+from tidegate.doors.admin.live import live_routes
 from tidegate.doors.admin.namespaces import caller_routes, namespace_routes
+from tidegate.doors.admin.notifications import notification_routes
 from tidegate.doors.admin.policy import policy_routes
 from tidegate.doors.admin.records import record_routes
 from tidegate.doors.admin.rules import rule_routes
@@ -102,7 +104,7 @@ def admin_app(deps: AdminDeps) -> FastAPI:
     """Create the control plane's ASGI app."""
     app = _App(title="Tidegate control plane", version=__version__, openapi_url=None, docs_url=None, redoc_url=None)
     app.router.redirect_slashes = False
-    cookies = add_guard(app, deps)
+    tokens, sessions, cookies = add_guard(app, deps)
     routes = APIRouter(prefix=PREFIX, responses=ERRORS, dependencies=[Depends(BEARER), WITH_ROLE, Depends(_require_known_query)])
     for router in (
         tier_routes(deps.editor, deps.gate),
@@ -121,8 +123,10 @@ def admin_app(deps: AdminDeps) -> FastAPI:
         namespace_routes(deps.editor),
         caller_routes(deps.editor),
         system_routes(deps.system),
+        live_routes(tokens, sessions),
         what_if_routes(deps.what_if or WhatIfRuns(deps.editor)),
         block_routes(deps.editor),
+        notification_routes(deps.editor),
     ):
         routes.include_router(router)
     app.include_router(routes)
@@ -137,14 +141,14 @@ def admin_app(deps: AdminDeps) -> FastAPI:
     return app
 
 
-def add_guard(app: FastAPI, deps: AdminDeps) -> SessionCookies | None:
+def add_guard(app: FastAPI, deps: AdminDeps) -> tuple[TokenCheck, Sessions | None, SessionCookies | None]:
     """Put the middleware before the routes of an app.
 
     Returns:
-        Sessions of the console; None without it.
+        What checks tokens; the console's sessions and their cookies, None without it.
     """
     tokens = TokenCheck(deps.editor, deps.settings_token)
-    cookies = None
+    sessions = cookies = None
     if deps.console is not None:
         options = deps.console
         sessions = Sessions(deps.editor, tokens, options.idle_s)
@@ -159,7 +163,7 @@ def add_guard(app: FastAPI, deps: AdminDeps) -> SessionCookies | None:
         body_timeout_s=deps.body_timeout_s,
         cookies=cookies,
     )
-    return cookies
+    return tokens, sessions, cookies
 
 
 class _App(FastAPI):
