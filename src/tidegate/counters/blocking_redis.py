@@ -17,12 +17,14 @@ from collections.abc import Sequence
 from typing import Final
 
 from tidegate.breaker import Breaker
-from tidegate.counters import Charge, ChargeOutcome
+from tidegate.counters import Charge, ChargeOutcome, Counters
 from tidegate.counters.degraded import GuardOptions
 from tidegate.counters.fallback import LocalShares
+from tidegate.counters.holds import HoldHandle, HoldSettlement, new_id
 from tidegate.counters.redis import heartbeat
 from tidegate.counters.redis.blocking import BlockingRedisCounters
 from tidegate.counters.redis.blocking_connection import run_blocking
+from tidegate.counters.reservations import Reservation, decided_now
 from tidegate.decision import Decision
 from tidegate.errors import StoreUnavailable
 from tidegate.policy.limits import LimitSet, OnFailure
@@ -53,6 +55,8 @@ class BlockingRedis:
         self._process = 0
         self._instance = ""
         self._beat_due = 0.0
+        self._announce_due = False
+        """Whether units came back that remembered denials of other instances do not know of."""
 
     @property
     def owed(self) -> int:
@@ -84,6 +88,42 @@ class BlockingRedis:
             ]
         return [self._charge_after_failure(charge) for charge in charges]
 
+    def open_hold_now(
+        self, counters: Counters, cost: int, ttl_us: int, rule: str | None = None
+    ) -> tuple[Decision, HoldHandle | None]:
+        """See `HoldingCounterStore.open_hold`; while Redis is unavailable as `guarded_holds` does it."""
+        now = time.monotonic()
+        if now >= self._beat_due:
+            self._beat(now)
+        charge = Charge(counters, cost)
+        if not self._breakers and not self._local.owed:
+            try:
+                return run_blocking(self.store.open_hold(counters, cost, ttl_us, rule))
+            except StoreUnavailable as error:
+                outcome = self._failed(charge, error)
+        else:
+            # A peek finds out whether the store answers again, and adds what is owed to it.
+            outcome = self._charge_after_failure(Charge(counters, 0))
+            if isinstance(outcome, Decision):
+                if not outcome.degraded:
+                    return run_blocking(self.store.open_hold(counters, cost, ttl_us, rule))
+                outcome = self._fallback(charge, None)
+        if isinstance(outcome, StoreUnavailable):
+            raise outcome
+        return outcome, HoldHandle(new_id(), cost, rule, counted=False) if outcome.allowed else None
+
+    def settle_hold_now(self, handle: HoldHandle, cost: int) -> HoldSettlement:
+        """See `HoldingCounterStore.settle_hold`; asynchronous instances drop their remembered denials within a second."""
+        refunds = self.store.refunds
+        settled = run_blocking(self.store.settle_hold(handle, cost))
+        if self.store.refunds != refunds:
+            self._announce_due = True
+        return settled
+
+    def renew_hold_now(self, handle: HoldHandle, ttl_us: int) -> None:
+        """See `HoldingCounterStore.renew_hold`."""
+        run_blocking(self.store.renew_hold(handle, ttl_us))
+
     def reset_many(self, counters: Sequence[tuple[LimitSet, str]]) -> None:
         """See `BlockingCounterStore`; asynchronous instances drop their remembered denials within a second."""
         with self._lock:
@@ -91,6 +131,29 @@ class BlockingRedis:
                 self._local.forget(limits, subject)
         run_blocking(self.store.reset(counters))
         run_blocking(heartbeat.announce_reset(self.store))
+
+    def reserve_blocking(self, counters: Counters, cost: int, ahead_us: int) -> Reservation:
+        """See `BlockingReservingStore`; while Redis is unavailable, the fallback decides whether the caller may go now."""
+        charge = Charge(counters, cost)
+        now = time.monotonic()
+        if now >= self._beat_due:
+            self._beat(now)
+        if self._breakers or self._local.owed:
+            outcome = self._charge_after_failure(charge)
+        else:
+            try:
+                return run_blocking(self.store.reserve(counters, cost, ahead_us))
+            except StoreUnavailable as error:
+                outcome = self._failed(charge, error)
+        if isinstance(outcome, StoreUnavailable):
+            raise outcome
+        return decided_now(outcome, counters, cost)
+
+    def release_blocking(self, reservation: Reservation) -> bool:
+        """See `BlockingReservingStore`; asynchronous instances drop their remembered denials within a second."""
+        whole = run_blocking(self.store.release(reservation))
+        run_blocking(heartbeat.announce_reset(self.store))
+        return whole
 
     def disconnect(self) -> None:
         """See `BlockingCounterStore`: what was admitted during an outage is added first, if Redis can be reached."""
@@ -189,6 +252,9 @@ class BlockingRedis:
                 return
         before_us = time.monotonic_ns() // 1000
         try:
+            if self._announce_due:
+                self._announce_due = False
+                run_blocking(heartbeat.announce_reset(self.store))
             beat = run_blocking(heartbeat.beat(self.store, self._instance))
         except StoreUnavailable as error:
             # The charge that follows finds out by itself, and counts the failure.
