@@ -70,6 +70,12 @@ descriptors:
   - key: watched
     shadow_mode: true
     rate_limit: {unit: hour, requests_per_unit: 1}
+  - key: sold
+    quota_mode: true
+    rate_limit: {unit: hour, requests_per_unit: 3}
+  - key: sold_none
+    quota_mode: true
+    rate_limit: {unit: hour, requests_per_unit: 0}
   - key: free
     rate_limit: {unlimited: true}
   - key: category
@@ -106,6 +112,7 @@ class Step(msgspec.Struct, frozen=True):
         hits: of the request, 0 where not given.
         own_hits: of each descriptor.
         limit: requests and unit of the first status, where they are to be looked at.
+        over: numbers of the descriptors that are over a limit in quota mode.
     """
 
     descriptors: tuple[Entries, ...]
@@ -114,6 +121,7 @@ class Step(msgspec.Struct, frozen=True):
     hits: int = 0
     own_hits: tuple[int | None, ...] = ()
     limit: tuple[int, int] | None = None
+    over: tuple[int, ...] = ()
 
 
 def _one(*entries: tuple[str, str], code: int = OK, left: int = 0, **more: object) -> Step:
@@ -199,6 +207,14 @@ STEPS: dict[str, tuple[Step, ...]] = {
         _one(("watched", "x"), left=0),
         _one(("free", "x"), left=MAX),
         _one(("unknown", "x")),
+    ),
+    "quota mode: passes, and what is over is counted up to the limit": (
+        _one(("sold", "x"), left=1, hits=2),
+        _one(("sold", "x"), left=0, hits=2, over=(0,)),
+        _one(("sold", "x"), left=0, over=(0,), limit=(3, 3)),
+        _one(("sold_none", "x"), left=0, over=(0,), limit=(0, 3)),
+        Step(((("free", "x"),), (("sold", "x"),)), OK, ((OK, MAX), (OK, 0)), over=(1,)),
+        Step(((("banned", "x"),), (("sold", "x"),)), OVER, ((OVER, 0), (OK, 0)), over=(1,)),
     ),
     "replaces": (
         Step(((("category", "read"),), (("endpoint", "/heavy"),)), OK, ((OK, 0), (OK, 4))),

@@ -186,12 +186,7 @@ README: dict[str, File] = {
 
 EXAMPLES: dict[str, File] = {
     "ratelimit/config/config.yaml": _taken(2, _USERS),
-    "ratelimit/config/example.yaml": _refused(
-        "quota_mode is not supported; use shadow_mode", _file("rl", *_EXAMPLE, *_QUOTA), theirs=True
-    ),
-    "ratelimit/config/example.yaml without quota_mode": _taken(
-        17, _file("rl", *_EXAMPLE, *(each.replace("true", "false") for each in _QUOTA)), "detailed_metric", "metadata"
-    ),
+    "ratelimit/config/example.yaml": _taken(17, _file("rl", *_EXAMPLE, *_QUOTA), "detailed_metric", "metadata"),
     "envoy/proxy.yaml": _refused("unknown field 'admin'", _PROXY),
     "envoy/mock.yaml": _refused("unknown field 'static_resources'", "\n".join(reversed(_PROXY.splitlines())) + "\n"),
 }

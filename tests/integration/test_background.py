@@ -48,6 +48,8 @@ ON_ONE_MACHINE = {
     "notifications_delivery",
     "notifications_writer",
     "policy_file_watcher",
+    "shadow_violations_retention",
+    "shadow_violations_writer",
     "violations_retention",
     "violations_writer",
 }
@@ -55,6 +57,7 @@ ON_SERVERS = {
     "catalog_announcements",
     "blocks",
     "catalog_follower",
+    "instance_states",
     "ledger_retention",
     "ledger_writer",
     "notifications_delivery",
@@ -65,6 +68,8 @@ ON_SERVERS = {
     "redis_recovery",
     "redis_topology",
     "replica_probe",
+    "shadow_violations_retention",
+    "shadow_violations_writer",
     "violations_retention",
     "violations_writer",
 }

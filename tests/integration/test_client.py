@@ -31,7 +31,7 @@ from tidegate import (
     SettingsError,
     TidegateError,
 )
-from tidegate.client import AsyncClient, BreakerOptions, Client
+from tidegate.client import AsyncClient, BreakerOptions, Client, LimitRequest
 from tidegate.doors.http import DataPlane
 
 
@@ -144,6 +144,45 @@ async def test_at_a_real_server(serve: Callable[..., Any], new_client: Callable[
     assert {rule.rule: rule.remaining for rule in (await asker.usage("demo-free-key-0001")).rules}["/api/*"] == 98
     with pytest.raises(InvalidApiKey):
         await asker.check("/api/v1/a", api_key="nobody-knows-this")
+
+
+async def test_limits_of_the_call(gate: Gate, listen: Callable[..., Any], new_client: Callable[..., ClientDriver]) -> None:
+    asker = new_client(await listen(DataPlane(gate, {})))
+    answers = [await asker.limit("emails", "user-42", "2/day", algorithm="fixed_window") for _ in range(3)]
+    assert [(one.status, one.limit, one.remaining, one.rule) for one in answers] == [
+        (200, 2, 1, "emails"),
+        (200, 2, 0, "emails"),
+        (429, 2, 0, "emails"),
+    ]
+    assert int(dict(answers[-1].headers)["retry-after"]) >= answers[-1].retry_after > 0
+    assert (await asker.limit("emails", "user-43", ["2/day", "9/month"], cost=2)).remaining == 0
+    one = LimitRequest("sms", "a", ("3/day",))
+    wrong = LimitRequest("sms", "a", "3/day", cost=float("nan"))  # type: ignore[arg-type]
+    given = [one, LimitRequest("sms", "", ("3/day",)), wrong, LimitRequest("sms", "b", "3/day"), one]  # type: ignore[arg-type]
+    told = await asker.limit_many(given)
+    assert [getattr(each, "remaining", each) for each in (told[0], told[3], told[4])] == [2, 2, 1]
+    assert [(type(each), each.details["field"]) for each in told[1:3]] == [(BadRequest, "subject"), (BadRequest, "cost")]
+    many = await asker.limit_many([LimitRequest("sms", "c", ("1500/day",))] * 2001)
+    assert [each.allowed for each in many] == [True] * 1500 + [False] * 501
+    for arguments, field in (
+        (("emails", "a"), "limits"),
+        (("emails", "a", "often"), "limits"),
+        (("emails", "a", 5), "limits"),
+        (("e mails", "a", "1/day"), "namespace"),
+        (("emails", 42, "1/day"), "subject"),
+        (("emails", "\ud800", "1/day"), "subject"),
+    ):
+        with pytest.raises(BadRequest) as raised:
+            await asker.limit(*arguments)
+        assert raised.value.details["field"] == field
+
+
+async def test_limits_of_the_call_without_a_server(new_client: Callable[..., ClientDriver]) -> None:
+    denied = await new_client("http://127.0.0.1:1", on_failure="deny").limit("emails", "a", "1/day")
+    assert (denied.status, denied.failed) == (503, True)
+    wrong = LimitRequest("emails", "a", ("1/day",), cost=-1)
+    allowed, refused = await new_client("http://127.0.0.1:1").limit_many([LimitRequest("emails", "a", ("1/day",)), wrong])
+    assert (allowed.allowed, allowed.degraded, refused.details["field"]) == (True, True, "cost")
 
 
 async def test_one_connection_is_kept(gate: Gate, listen: Callable[..., Any], new_client: Callable[..., ClientDriver]) -> None:

@@ -191,6 +191,10 @@ class Admin:
         assert answer.status_code in (200, 201), answer.text
         return dict(answer.json())
 
+    async def remove(self, path: str) -> None:
+        answer = await self._http.request("DELETE", path)
+        assert answer.status_code == 204, answer.text
+
     async def key(self, **fields: Any) -> dict[str, Any]:
         return await self.ask("POST", "/api-keys", **{"tier": "free", **fields})
 
@@ -292,9 +296,15 @@ async def test_every_change_is_active_everywhere(
     servers = await start({**environment, "TIDEGATE_POLICY__FILE": str(file)}, {**environment, **several}, environment)
     admin, elsewhere = servers[0].admin, servers[2].admin
     by_api, by_command, unannounced, by_other, limited, moved = [await admin.key(name=f"n{number}") for number in range(6)]
+    await admin.ask(
+        "POST", "/rate-limit-rules", tier="free", name="users", endpoint="/users/*", subject="user", limits=["90/day"]
+    )
+    ended = await admin.ask("POST", "/tiers/free/overrides", rule="users", subject={"user": "43"}, limits=["70000/day"])
     took: dict[str, float] = {}
     async with Load(
         servers,
+        overridden={**body(limited, "/users/a"), "attributes": {"user": "42"}, "cost": 0},
+        override_removed={**body(limited, "/users/a"), "attributes": {"user": "43"}, "cost": 0},
         by_api=body(by_api),
         by_command=body(by_command),
         unannounced=body(unannounced),
@@ -317,6 +327,13 @@ async def test_every_change_is_active_everywhere(
         limits = {"limits": ["550000/day"], "overrides": []}
         await admin.ask("PUT", f"/api-keys/{moved['id']}/overrides", **limits)
         took["limit of a key"] = await load.in_force("moved", time.time(), lambda answer: answer.told.get("limit") == 550_000)
+        await admin.ask("POST", "/tiers/free/overrides", rule="users", subject={"user": "42"}, limits=["80000/day"])
+        since = time.time()
+        took["override for a subject"] = await load.in_force("overridden", since, lambda answer: answer.told["limit"] == 80_000)
+        assert {place[-1].told["limit"] for place in load.answers["override_removed"]} == {70_000}
+        await elsewhere.remove(f"/tiers/free/overrides/{ended['id']}")
+        since = time.time()
+        took["override removed"] = await load.in_force("override_removed", since, lambda answer: answer.told["limit"] == 90)
         await admin.ask("PUT", "/tiers/free", limits=["650000/day"])
         took["limit of a tier"] = await load.in_force("tiered", time.time(), lambda answer: answer.told.get("limit") == 650_000)
         await elsewhere.ask("PATCH", f"/rate-limit-rules/{servers[0].rule['id']}", limits=["600000/day"])

@@ -43,6 +43,8 @@ FILLING = {
     **dict(zip(("tiers", "rate_limit_rules", "api_keys", "policy_state"), first_version.ROWS, strict=True)),
     "rate_limit_violations": """INSERT INTO rate_limit_violations (minute_us, tier, rule, subject, blocked)
         VALUES (60000000, 't', 'r', 's', 3)""",
+    "shadow_violations": """INSERT INTO shadow_violations (minute_us, tier, rule, subject, blocked)
+        VALUES (60000000, 't', 'r', 's', 3)""",
     "admin_tokens": "INSERT INTO admin_tokens (name, sha256, role, created_at_us) VALUES ('n', 'digest', 'viewer', 5)",
     "audit_log": """INSERT INTO audit_log (at_us, actor, action, kind, target, before, after)
         VALUES (6, 'me', 'update', 'tier', 'free', '{"limits": []}', 'null')""",

@@ -42,6 +42,11 @@ def _sent(step: Step) -> Any:
 def _compare(step: Step, response: Any) -> None:
     assert response.overall_code == step.code, step
     assert tuple((each.code, each.limit_remaining) for each in response.statuses) == step.statuses, step
+    metadata = response.dynamic_metadata.fields
+    assert tuple(each.number_value for each in metadata["quotaModeViolations"].list_value.values) == step.over, step
+    assert [each.HasField("duration_until_reset") for each in response.statuses if each.HasField("current_limit")] == [
+        number not in step.over for number, each in enumerate(response.statuses) if each.HasField("current_limit")
+    ]
     if step.limit is not None:
         limit = response.statuses[0].current_limit
         assert (limit.requests_per_unit, limit.unit) == step.limit, step
@@ -133,7 +138,7 @@ REFUSED = {
     "no domain": ("descriptors: []\n", 1, "'domain' is missing"),
     "empty domain": ("domain: ''\n", 1, "domain is empty"),
     "unknown field": (HEAD + "  - key: a\n    valeu: b\n", 4, "unknown field 'valeu'"),
-    "quota": (HEAD + "  - key: a\n    quota_mode: true\n", 4, "quota_mode is not supported; use shadow_mode"),
+    "quota": (HEAD + "  - key: a\n    quota_mode: perhaps\n", 4, "quota_mode must be true or false"),
     "no key": (HEAD + "  - value: a\n", 3, "'key' is missing"),
     "twice": (HEAD + "  - key: a\n  - key: a\n", 4, "is defined twice"),
     "twice with value": (HEAD + "  - {key: a, value: b}\n  - {key: a, value: b}\n", 4, "with value 'b'"),
@@ -221,9 +226,9 @@ def test_the_command_reports_what_the_server_would(tmp_path: Path) -> None:
     file = tmp_path / "config.yaml"
     file.write_text(CONFIG)
     told = _check(str(file))
-    assert (told.returncode, told.stdout) == (0, f"{file}: valid: domain peer, 24 limits\n")
+    assert (told.returncode, told.stdout) == (0, f"{file}: valid: domain peer, 26 limits\n")
     assert "'detailed_metric' only affects the statistics of envoyproxy/ratelimit" in told.stderr
-    assert json.loads(_check(str(file), "--json").stdout)["domains"] == [{"domain": "peer", "limits": 24}]
+    assert json.loads(_check(str(file), "--json").stdout)["domains"] == [{"domain": "peer", "limits": 26}]
     file.write_text(REFUSED["quota"][0])
     refused = _check(str(file))
     assert refused.returncode == 2

@@ -22,6 +22,7 @@ from tests.servers.redis_server import RedisServer
 from tidegate.counters.redis.store import RedisCounters
 from tidegate.errors import CatalogError, StoreUnavailable
 from tidegate.policy.toml_reader import load_policy
+from tidegate.server.policy_file import PolicyFile
 from tidegate.server.run import running
 from tidegate.settings import CatalogSettings, PolicySettings, ServerSettings, Settings
 
@@ -168,7 +169,9 @@ async def test_a_file_that_contradicts_the_catalog_starts_on_the_catalog(tmp_pat
         assert await instance.cached.tier("free") is not None
         assert (await instance.health.report()).components["policy"].status == "unhealthy"
         with pytest.raises(CatalogError, match="tier 'free' of the policy file"):
-            await instance._apply_policy(load_policy(file))
+            await PolicyFile(file, instance.catalog, instance.metrics).apply(
+                load_policy(file), instance.cached, instance.follower.poll
+            )
 
 
 async def test_certificates_are_read_again(

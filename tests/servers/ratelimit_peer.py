@@ -67,6 +67,7 @@ class RateLimitPeer:
             "RUNTIME_ROOT": str(directory),
             "RUNTIME_SUBDIRECTORY": "ratelimit",
             "RUNTIME_WATCH_ROOT": "false",
+            "RESPONSE_DYNAMIC_METADATA": "true",
             "REDIS_SOCKET_TYPE": "tcp",
             "REDIS_URL": f"{HOST}:{redis.port}",
             "CACHE_KEY_PREFIX": f"peer{time.time_ns()}",

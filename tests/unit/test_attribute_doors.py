@@ -14,7 +14,7 @@ from tests.raw_http import RawAnswer
 from tests.rsgi import call
 from tidegate.catalog.cached import CachedCatalog
 from tidegate.catalog.in_memory import PolicyCatalog
-from tidegate.client.core import _body_of
+from tidegate.client.bodies import check_body
 from tidegate.counters.memory import MemoryCounters
 from tidegate.decision import Check, Observation
 from tidegate.doors.asgi import RateLimitMiddleware
@@ -261,9 +261,9 @@ async def test_a_reset(gate: Gate, app: DataPlane) -> None:
 
 def test_what_a_client_sends() -> None:
     """Servers of before attributes refuse fields that they do not know."""
-    assert json.loads(_body_of(Check.of("/x", api_key=KEY))) == {"path": "/x", "api_key": KEY}
-    sent = _body_of(Check.of("/x", attributes={"user": "42"}, tier="pro"))
+    assert json.loads(check_body(Check.of("/x", api_key=KEY))) == {"path": "/x", "api_key": KEY}
+    sent = check_body(Check.of("/x", attributes={"user": "42"}, tier="pro"))
     assert json.loads(sent) == {"path": "/x", "attributes": {"user": "42"}, "tier": "pro"}
     with pytest.raises(BadRequest, match="lone surrogate"):
-        _body_of(Check.of("/x", attributes={"user": "\ud800"}))
+        check_body(Check.of("/x", attributes={"user": "\ud800"}))
     assert CheckRequest("/x").attributes is None

@@ -15,6 +15,7 @@ def test_public_names() -> None:
             "BreakerOptions",
             "Client",
             "LimitHeaders",
+            "LimitRequest",
             "OnFailure",
             "Quota",
             "RuleUsageBody",

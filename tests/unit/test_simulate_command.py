@@ -277,6 +277,17 @@ def test_formats_may_differ_between_logs(policy: Path, tmp_path: Path, capsys: p
     assert (found["lines"], found["malformed"], found["requests"], found["blocked"]) == (4, 0, 4, 1)
 
 
+def test_records_of_csv_with_line_breaks(policy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = ["time,ip,path,agent", f'{T0},10.0.0.1,/a,"two\nlines, and ""three"""', f'{T0},10.0.0.1,/a,"never closed']
+    lines += [f"{T0},10.0.0.1,/a,x"] * 2 + [f'{T0},10.0.0.1,/a,"x\r\n\n"', f"{T0},nobody,/a,x"]
+    found = told([write(tmp_path, lines, "table.csv")], policy, capsys)
+    assert (found["lines"], found["malformed"], found["requests"], found["blocked"]) == (6, 1, 4, 1)
+    (example,) = found["malformed_examples"]
+    assert "table.csv:4: not CSV" in example
+    (no_address,) = found["no_address_examples"]
+    assert "table.csv:10:" in no_address
+
+
 def test_fields_and_subjects_may_be_named(policy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     entries = [{"at": T0, "cf_ip": "10.0.0.1", "p": "/a", "Tenant": tenant} for tenant in ("x", "x", "y", "z")]
     log = write(tmp_path, [json.dumps(each) for each in entries])

@@ -11,7 +11,8 @@ import pytest
 
 from tests.rsgi import call
 from tests.unit.test_token_attributes import STRANGER, app, data_plane, token
-from tidegate.client.core import _body_of, _error, _ErrorBody, _ErrorFields
+from tidegate.client.bodies import check_body
+from tidegate.client.core import _error, _ErrorBody, _ErrorFields
 from tidegate.decision import Check
 from tidegate.doors.asgi import RateLimitMiddleware
 from tidegate.doors.http import MAX_CHECK_BYTES, DataPlane
@@ -159,10 +160,10 @@ async def test_the_middleware_verifies_tokens(tmp_path: Path) -> None:
 
 
 def test_the_client_sends_tokens_and_raises_the_servers_errors() -> None:
-    assert json.loads(_body_of(Check.of("/a"), "e.y.J"))["bearer"] == "e.y.J"
-    assert b"bearer" not in _body_of(Check.of("/a"))
+    assert json.loads(check_body(Check.of("/a"), "e.y.J"))["bearer"] == "e.y.J"
+    assert b"bearer" not in check_body(Check.of("/a"))
     assert CheckRequest("/a").bearer is None
     with pytest.raises(BadRequest, match="no JSON Web Token has"):
-        _body_of(Check.of("/a"), "é")
+        check_body(Check.of("/a"), "é")
     for kind in (InvalidToken, TooManyTokens, TokenKeysUnavailable):
         assert isinstance(_error(_ErrorBody(_ErrorFields(kind.code, "why"))), kind)

@@ -29,6 +29,9 @@ MAX_SESSIONS: Final = 1_000
 LIFE_S: Final = 12 * 3600
 """How long a session lasts at most, s."""
 
+OUTAGE_S: Final = 300
+"""How long a session is accepted for reading while the database does not answer, after the last time when it did, s."""
+
 _USED_STEP_US: Final = 60 * US_PER_S
 _FORM: Final = re.compile(r"tgs_[0-9A-Za-z_-]{43}", re.ASCII)
 
@@ -57,6 +60,7 @@ class Sessions:
         self._editor = editor
         self._tokens = tokens
         self._idle_us = round(idle_s * US_PER_S)
+        self._valid: dict[str, tuple[Principal, int]] = {}
         self._live = KnownDigests(editor, lambda: select(console_sessions.c.sha256).limit(MAX_SESSIONS))
 
     async def create(self, token: str) -> Session:
@@ -79,11 +83,13 @@ class Sessions:
             await connection.execute(insert(console_sessions).values(values))
         return Session(secret, csrf_token(secret))
 
-    async def principal(self, secret: str, *, used: bool) -> Principal | None:
+    async def principal(self, secret: str, *, used: bool, reading: bool = True) -> Principal | None:
         """The principal of a session.
 
         Args:
             used: whether a person caused the request, so that the session lasts longer.
+            reading: whether it changes nothing: then a session that was valid in the last `OUTAGE_S` seconds is accepted while
+                the database does not answer, so that the console shows the outage.
 
         Returns:
             The principal of its token; None if the session is unknown or over.
@@ -94,6 +100,21 @@ class Sessions:
         if _FORM.fullmatch(secret) is None:
             return None
         sha256, now = digest_of(secret), now_us()
+        try:
+            principal = await self._load(sha256, now, used=used)
+        except CatalogUnavailable:
+            valid = self._valid.get(sha256)
+            if not reading or valid is None or valid[1] <= now - OUTAGE_S * US_PER_S:
+                raise
+            return valid[0]
+        self._valid.pop(sha256, None)
+        if principal is not None:
+            self._valid[sha256] = principal, now
+            if len(self._valid) > MAX_SESSIONS:
+                del self._valid[next(iter(self._valid))]  # the one whose last use is the oldest
+        return principal
+
+    async def _load(self, sha256: str, now: int, *, used: bool) -> Principal | None:
         async with self._editor.reading() as connection:
             query = select(console_sessions).where(console_sessions.c.sha256 == sha256)
             row = (await connection.execute(query)).mappings().first()
@@ -116,6 +137,7 @@ class Sessions:
         """
         async with self._editor.catalog.database.transaction() as connection:
             await connection.execute(delete(console_sessions).where(console_sessions.c.sha256 == digest_of(secret)))
+        self._valid.pop(digest_of(secret), None)
 
     async def _note_use(self, sha256: str, now: int) -> None:
         try:

@@ -34,8 +34,8 @@ from tidegate.policy.model import KeyStatus
 from tidegate.policy.toml_reader import load_policy, policy_warnings
 from tidegate.server.addresses import admin_address, free_address, grpc_address, missing_for_grpc
 from tidegate.server.certificates import load, utc_date
-from tidegate.server.instance import require_shared_counters
 from tidegate.server.open_listeners import open_listeners
+from tidegate.server.wiring import require_shared_counters
 from tidegate.settings import Settings
 from tidegate.tools.charts import clean
 from tidegate.tools.terminal import say

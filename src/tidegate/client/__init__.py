@@ -23,7 +23,7 @@ from tidegate.client.answer import Answer
 from tidegate.client.clients import AsyncClient, Client
 from tidegate.client.core import OnFailure
 from tidegate.client.limit_headers import LimitHeaders, Quota, read_limit_headers
-from tidegate.wire import RuleUsageBody, UsageBody, WindowUsageBody
+from tidegate.wire import LimitRequest, RuleUsageBody, UsageBody, WindowUsageBody
 
 __all__ = [
     "Answer",
@@ -31,6 +31,7 @@ __all__ = [
     "BreakerOptions",
     "Client",
     "LimitHeaders",
+    "LimitRequest",
     "OnFailure",
     "Quota",
     "RuleUsageBody",

@@ -11,13 +11,14 @@ from typing import Self, TypeVar
 
 from tidegate.breaker import BreakerOptions
 from tidegate.client.answer import Answer
+from tidegate.client.bodies import limit_texts
 from tidegate.client.connections import AsyncConnections, Connections
 from tidegate.client.core import BREAKER, TOKEN_HEADER, ClientCore, OnFailure
 from tidegate.client.steps import Pause, Steps
 from tidegate.decision import Check
 from tidegate.errors import TidegateError
 from tidegate.policy.paths import DEFERRED
-from tidegate.wire import UsageBody
+from tidegate.wire import LimitRequest, UsageBody
 
 T = TypeVar("T")
 
@@ -107,6 +108,47 @@ class Client:
             In the order of `checks`: the answer, or the error that `check` would have raised.
         """
         return self._run(self._core.check_many(list(checks)))
+
+    def limit(
+        self,
+        namespace: str,
+        subject: str,
+        limits: str | Sequence[str] = (),
+        *,
+        algorithm: str | None = None,
+        cost: int = 1,
+    ) -> Answer:
+        """Count any subject by limits of this call, without a tier, an endpoint or an API key (`POST /v1/limit`).
+
+        Args:
+            namespace: 1 to 64 letters, digits, `_`, `.`, `-`; the same subject in another namespace is counted separately.
+            subject: whom to count, 1 to 256 characters.
+            limits: 1 to 16 limits such as `10/minute`, all of which must pass. Limits that the policy has for this namespace and
+                subject take precedence; then they may be left out.
+            algorithm: how the limits count; default: that of the namespace, else `sliding_window`.
+            cost: units, 0 (reads without charging) to 1,000,000,000.
+
+        Returns:
+            The answer, whose `rule` is the namespace. If no server was available it is `failed`, and `on_failure` decided.
+
+        Raises:
+            BadRequest: if an argument is invalid; nothing was charged.
+            Blocked: if the policy or an operator denies the subject.
+            StoreUnavailable: if the counter store fails and the namespace says deny; `status` is 503.
+            LimiterUnavailable: if no server was available and `on_failure` is `raise`.
+        """
+        return self._run(self._core.limit(LimitRequest(namespace, subject, limit_texts(limits), algorithm, cost)))
+
+    def limit_many(self, requests: Iterable[LimitRequest]) -> list[Answer | TidegateError]:
+        """Count several subjects independently of each other, in batches of up to 1000, one after the other.
+
+        Args:
+            requests: `LimitRequest(namespace, subject, limits, algorithm, cost)`, each as for `limit`.
+
+        Returns:
+            In the order of `requests`: the answer, or the error that `limit` would have raised.
+        """
+        return self._run(self._core.limit_many(list(requests)))
 
     def usage(self, api_key: str | None = None, ip: str | None = None) -> UsageBody:
         """Read the remaining quota of a caller under each rule; charges nothing.
@@ -231,6 +273,22 @@ class AsyncClient:
     async def check_many(self, checks: Iterable[Check]) -> list[Answer | TidegateError]:
         """As `Client.check_many`."""
         return await self._run(self._core.check_many(list(checks)))
+
+    async def limit(
+        self,
+        namespace: str,
+        subject: str,
+        limits: str | Sequence[str] = (),
+        *,
+        algorithm: str | None = None,
+        cost: int = 1,
+    ) -> Answer:
+        """As `Client.limit`."""
+        return await self._run(self._core.limit(LimitRequest(namespace, subject, limit_texts(limits), algorithm, cost)))
+
+    async def limit_many(self, requests: Iterable[LimitRequest]) -> list[Answer | TidegateError]:
+        """As `Client.limit_many`."""
+        return await self._run(self._core.limit_many(list(requests)))
 
     async def usage(self, api_key: str | None = None, ip: str | None = None) -> UsageBody:
         """As `Client.usage`."""

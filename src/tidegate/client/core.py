@@ -6,7 +6,7 @@ import logging
 import os
 import re
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from time import monotonic
 from typing import Final, Literal, TypeVar, get_args
 
@@ -15,6 +15,7 @@ import msgspec
 from tidegate._version import __version__
 from tidegate.breaker import Breaker, BreakerOptions, BreakerState
 from tidegate.client.answer import Answer
+from tidegate.client.bodies import batches, check_body, limit_body
 from tidegate.client.steps import HttpRequest, Pause, Reply, Steps, TransportFailure
 from tidegate.decision import Check, canonical_ip, clip
 from tidegate.errors import (
@@ -37,7 +38,7 @@ from tidegate.errors import (
 )
 from tidegate.retry_pause import checked_wait_s, retry_pause_s
 from tidegate.server_url import Server
-from tidegate.wire import MAX_BATCH, MAX_BATCH_BYTES, CheckRequest, DecisionBody, UsageBody
+from tidegate.wire import DecisionBody, LimitRequest, UsageBody
 
 logger = logging.getLogger("tidegate.client")
 
@@ -82,7 +83,6 @@ class _BatchBody(msgspec.Struct, frozen=True):
 
 T = TypeVar("T")
 
-_encode: Final = msgspec.json.Encoder().encode
 _DECISION: Final = msgspec.json.Decoder(DecisionBody)
 _USAGE: Final = msgspec.json.Decoder(UsageBody)
 _ERROR: Final = msgspec.json.Decoder(_ErrorBody)
@@ -157,17 +157,39 @@ class ClientCore:
 
     def check(self, check: Check, bearer: str | None = None) -> Steps[Answer]:
         """Steps of one check; see `Client.check`."""
-        result = yield from self._send(b"POST", "/v1/check", _read_check, _body_of(check, bearer), repeatable=check.cost == 0)
+        return self._decide("/v1/check", check_body(check, bearer), repeatable=check.cost == 0)
+
+    def check_many(self, checks: Sequence[Check]) -> Steps[list[Answer | TidegateError]]:
+        """Steps of several checks; see `Client.check_many`."""
+        return self._decide_many("/v1/check/batch", ((check_body(check), check.cost == 0) for check in checks))
+
+    def limit(self, request: LimitRequest) -> Steps[Answer]:
+        """Steps of one check with limits of its own; see `Client.limit`."""
+        return self._decide("/v1/limit", limit_body(request), repeatable=request.cost == 0)
+
+    def limit_many(self, requests: Sequence[LimitRequest]) -> Steps[list[Answer | TidegateError]]:
+        """Steps of several checks with limits of their own; see `Client.limit_many`."""
+        pieces: list[tuple[bytes, bool]] = []
+        errors: dict[int, TidegateError] = {}
+        for index, request in enumerate(requests):
+            try:
+                pieces.append((limit_body(request), request.cost == 0))
+            except BadRequest as error:
+                errors[index] = error
+        answers = iter((yield from self._decide_many("/v1/limit/batch", pieces)))
+        return [errors[index] if index in errors else next(answers) for index in range(len(requests))]
+
+    def _decide(self, path: str, body: bytes, *, repeatable: bool) -> Steps[Answer]:
+        result = yield from self._send(b"POST", path, _read_check, body, repeatable=repeatable)
         answer = self._decide_failed(result.reason) if isinstance(result, TransportFailure) else result
         if isinstance(answer, TidegateError):
             raise answer
         return answer
 
-    def check_many(self, checks: Sequence[Check]) -> Steps[list[Answer | TidegateError]]:
-        """Steps of several checks; see `Client.check_many`."""
+    def _decide_many(self, path: str, pieces: Iterable[tuple[bytes, bool]]) -> Steps[list[Answer | TidegateError]]:
         answers: list[Answer | TidegateError] = []
-        for body, count, read_only in _batches(checks):
-            result = yield from self._send(b"POST", "/v1/check/batch", _reader_of(count), body, repeatable=read_only)
+        for body, count, read_only in batches(pieces):
+            result = yield from self._send(b"POST", path, _reader_of(count), body, repeatable=read_only)
             if isinstance(result, list):
                 answers += [self._decide_failed(each.reason) if isinstance(each, TransportFailure) else each for each in result]
             else:
@@ -305,42 +327,6 @@ def _token_headers(token: str | None, header: str) -> list[tuple[bytes, bytes]]:
 
 
 _AGENT: Final = f"tidegate-client/{__version__}".encode()
-
-
-def _body_of(check: Check, bearer: str | None = None) -> bytes:
-    """The body of `POST /v1/check` for a check."""
-    if bearer is not None and not bearer.isascii():
-        raise BadRequest("bearer has characters that no JSON Web Token has: pass the token as it came", field="bearer")
-    attributes: dict[str, str | None] | None = dict(check.attributes) if check.attributes else None
-    body = CheckRequest(check.path, check.method, check.api_key, check.ip, check.cost, attributes, check.tier, bearer or None)
-    try:
-        return _encode(body)
-    except UnicodeEncodeError:
-        # A lone surrogate: no valid key or tier, which the server reports. In an attribute JSON has no form for it.
-        for value in check.attributes.values():
-            if not value.isprintable() and value.encode(errors="replace").decode() != value:
-                raise BadRequest(
-                    "an attribute has a lone surrogate, which is no character: send valid text", field="attributes"
-                ) from None
-        key, tier = ((text or "").encode(errors="replace").decode() or None for text in (check.api_key, check.tier))
-        return _encode(msgspec.structs.replace(body, api_key=key, tier=tier))
-
-
-def _batches(checks: Sequence[Check]) -> Iterator[tuple[bytes, int, bool]]:
-    """Bodies within the server's limits, the number of checks in each, and whether these charge nothing."""
-    pieces: list[bytes] = []
-    size = 0
-    read_only = True
-    for check in checks:
-        piece = _body_of(check)
-        if pieces and (len(pieces) == MAX_BATCH or size + len(piece) + 1 > MAX_BATCH_BYTES - 64):
-            yield b'{"checks":[' + b",".join(pieces) + b"]}", len(pieces), read_only
-            pieces, size, read_only = [], 0, True
-        pieces.append(piece)
-        size += len(piece) + 1
-        read_only = read_only and check.cost == 0
-    if pieces:
-        yield b'{"checks":[' + b",".join(pieces) + b"]}", len(pieces), read_only
 
 
 def _parse_reply(reply: Reply, read: Callable[[Reply], T]) -> T | TidegateError | TransportFailure:

@@ -21,7 +21,8 @@ from tidegate.counters import Charge, ChargeOutcome
 from tidegate.counters.degraded import GuardOptions
 from tidegate.counters.fallback import LocalShares
 from tidegate.counters.redis import heartbeat
-from tidegate.counters.redis.blocking import BlockingRedisCounters, run_blocking
+from tidegate.counters.redis.blocking import BlockingRedisCounters
+from tidegate.counters.redis.blocking_connection import run_blocking
 from tidegate.decision import Decision
 from tidegate.errors import StoreUnavailable
 from tidegate.policy.limits import LimitSet, OnFailure

@@ -12,6 +12,7 @@ from typing import Final
 import msgspec
 
 from tidegate.policy.attributes import NO_ATTRIBUTES
+from tidegate.policy.counter_names import counter_names
 from tidegate.policy.descriptors import entries_subject, escaped, subject_of_text
 from tidegate.policy.limits import Algorithm, Limit, LimitSet
 from tidegate.policy.match_index import MatchIndex
@@ -126,17 +127,20 @@ class CompiledTier:
             if self.limits is not None:
                 self.limits.quotas += ", " + self.quotas.header
         self.has_actions = any(rule.action is not None for rule in tier.rules)
-        rules_sold = {rule.name: _rule_quotas(tier, rule, sold.get(rule.name, rule.quotas)) for rule in tier.rules}
+        names = counter_names(tier.rules)
+        rules_sold = {
+            rule.name: _rule_quotas(tier, rule, sold.get(rule.name, rule.quotas), names[rule.name]) for rule in tier.rules
+        }
         self.has_quotas = self.quotas is not None or any(rules_sold.values())
         heads = {(rule.endpoint, rule.match, rule.mode) for rule in tier.rules if "HEAD" in rule.methods}
         compiled = [
             CompiledRule(
                 rule,
-                _limit_set(tier, rule, other.get(rule.name, rule.limits), suffix, rules_sold[rule.name]),
+                _limit_set(tier, rule, other.get(rule.name, rule.limits), suffix, rules_sold[rule.name], names[rule.name]),
                 order,
                 (rule.endpoint, rule.match, rule.mode) in heads,
                 rules_sold[rule.name],
-                _overridden(tier, rule, self.subject_overrides.get(rule.name), suffix, rules_sold[rule.name]),
+                _overridden(tier, rule, self.subject_overrides.get(rule.name), suffix, rules_sold[rule.name], names[rule.name]),
             )
             for order, rule in enumerate(tier.rules)
         ]
@@ -211,14 +215,16 @@ class CompiledTier:
         return found
 
 
-def _limit_set(tier: Tier, rule: Rule, limits: tuple[Limit, ...], suffix: str, quotas: CompiledQuotas | None) -> LimitSet | None:
+def _limit_set(
+    tier: Tier, rule: Rule, limits: tuple[Limit, ...], suffix: str, quotas: CompiledQuotas | None, counter: str
+) -> LimitSet | None:
     if rule.action is not None:
         limits = (_UNCOUNTED,)
     if not limits:
         return None
     # A tier's name holds no ':', so 'tier:rule' cannot be read two ways, nor equal a tier's own counter 'tier'.
     made = LimitSet(
-        f"{tier.name}:{rule.name}",
+        f"{tier.name}:{counter}",
         rule.algorithm,
         limits,
         rule.on_failure,
@@ -233,25 +239,26 @@ def _limit_set(tier: Tier, rule: Rule, limits: tuple[Limit, ...], suffix: str, q
 
 
 def _overridden(
-    tier: Tier, rule: Rule, overrides: RuleOverrides | None, suffix: str, quotas: CompiledQuotas | None
+    tier: Tier, rule: Rule, overrides: RuleOverrides | None, suffix: str, quotas: CompiledQuotas | None, counter: str
 ) -> OverriddenLimits | None:
     if overrides is None:
         return None
 
     def make(limits: tuple[Limit, ...]) -> LimitSet:
-        made = _limit_set(tier, rule, limits, suffix, quotas)
+        made = _limit_set(tier, rule, limits, suffix, quotas, counter)
         assert made is not None, "an override has limits"
         return made
 
     return OverriddenLimits(overrides, make)
 
 
-def _rule_quotas(tier: Tier, rule: Rule, quotas: tuple[Quota, ...]) -> CompiledQuotas | None:
+def _rule_quotas(tier: Tier, rule: Rule, quotas: tuple[Quota, ...], counter: str) -> CompiledQuotas | None:
     if not quotas:
         return None
     # Above a soft rule's quotas everything passes.
     overage = Overage() if rule.mode is Mode.SOFT else rule.overage
-    return CompiledQuotas(quotas, overage, rule.name, tier.name, rule.on_failure, shadow=rule.mode is Mode.SHADOW)
+    shadow = rule.mode is Mode.SHADOW
+    return CompiledQuotas(quotas, overage, rule.name, tier.name, rule.on_failure, counter, shadow=shadow)
 
 
 def counted_by(kind: Subject, has_key: bool, has_customer: bool = False) -> Subject:

@@ -213,9 +213,14 @@ class Rule(msgspec.Struct, frozen=True, gc=False):
     @property
     def default_name(self) -> str:
         """The name that is made from methods, endpoint, match and mode, whatever the rule is called."""
+        return self.enforced_name + ("" if self.mode is Mode.ENFORCE else f" {self.mode}")
+
+    @property
+    def enforced_name(self) -> str:
+        """The name that is made from methods, endpoint and match if the mode is `enforce`."""
         methods = ",".join(self.methods) + " " if self.methods else ""
         match = " " + entries_text(self.match) if self.match else ""
-        return methods + self.endpoint + match + ("" if self.mode is Mode.ENFORCE else f" {self.mode}")
+        return methods + self.endpoint + match
 
     @property
     def subject_value(self) -> str | list[str]:

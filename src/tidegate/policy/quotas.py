@@ -221,10 +221,11 @@ class CompiledQuotas:
         rule: name of the rule; None for those of a tier.
         tier: name of the tier.
         on_failure: what is answered while the counter store is unavailable.
+        counter: name of the rule's counter; that of the rule where empty.
         shadow: whether they are those of a rule that only watches.
     """
 
-    __slots__ = ("_by_anchor", "_on_failure", "_shadow", "overage", "quotas", "rule", "tier")
+    __slots__ = ("_by_anchor", "_counter", "_on_failure", "_shadow", "overage", "quotas", "rule", "tier")
 
     def __init__(
         self,
@@ -233,9 +234,11 @@ class CompiledQuotas:
         rule: str | None,
         tier: str,
         on_failure: OnFailure = OnFailure.DEFAULT,
+        counter: str = "",
         *,
         shadow: bool = False,
     ) -> None:
+        self._counter = counter or rule
         self.quotas = quotas
         self.overage = overage
         self.rule = rule
@@ -279,7 +282,7 @@ class CompiledQuotas:
             for quota in self.quotas
         ]
         return LimitSet(
-            quota_name(self.rule),
+            quota_name(self._counter),
             QuotaAlgorithm.QUOTA,
             limits,
             self._on_failure,
@@ -297,7 +300,7 @@ def quota_name(rule: str | None) -> str:
     """The name of the counter of a tier's quotas, or of a rule's: without the tier, so that a change of tier keeps it.
 
     Args:
-        rule: name of the rule; None for the tier's quotas.
+        rule: name of the rule's counter; None for the tier's quotas.
     """
     # '/' is in no tier's name, so no other counter has this name; a rule's name is not empty.
     return f"quotas/{rule or ''}"

@@ -8,11 +8,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
-import hashlib
 import logging
 from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from tidegate._version import __version__
@@ -26,32 +24,25 @@ from tidegate.catalog.unknown_keys import UnknownKeyLimit
 from tidegate.counters import CounterStore
 from tidegate.counters.factory import guard_of, open_counters
 from tidegate.counters.memory import MemoryCounters
-from tidegate.decision import Observation
+from tidegate.counters.redis.instances import InstanceStates
 from tidegate.doors.callers_auth import CallersAuth
 from tidegate.doors.client_address import TrustedProxies
 from tidegate.doors.http import DataPlane, Response
 from tidegate.doors.key_sources import KeySources
-from tidegate.doors.openapi import data_plane_openapi
 from tidegate.doors.probes import ProbePages
-from tidegate.doors.responses import encode
 from tidegate.doors.tls import ServerTls
-from tidegate.errors import CatalogError, PolicyError, SettingsError
 from tidegate.gate.gate import Gate, Observer
-from tidegate.ledger.aggregate import UsageCounts
-from tidegate.ledger.maintenance import Retention
-from tidegate.ledger.writer import UsageWriter
 from tidegate.listen_address import join_address, parse_address
 from tidegate.notifications.notifier import Notifier
-from tidegate.policy.file_watcher import watch_policy
-from tidegate.policy.model import Policy
-from tidegate.policy.notify import require_secrets
 from tidegate.policy.paths import STRICT, PathRules
-from tidegate.policy.toml_reader import load_policy
 from tidegate.server.addresses import admin_address, free_address, grpc_address, probes_address
 from tidegate.server.certificates import Certificates
 from tidegate.server.handover import listening_sockets, shared_address
 from tidegate.server.listener import Listener
-from tidegate.server.system import system_report
+from tidegate.server.observers import CheckRecorders, observe_all
+from tidegate.server.pages import probe_pages
+from tidegate.server.policy_file import PolicyFile
+from tidegate.server.system import state_of, system_report
 from tidegate.server.wiring import (
     drop_leases_on_change,
     open_blocks,
@@ -59,6 +50,7 @@ from tidegate.server.wiring import (
     open_catalog,
     open_channel,
     open_notifier,
+    require_shared_counters,
     share_catalog,
 )
 from tidegate.settings import Settings, unix_mode
@@ -67,20 +59,18 @@ from tidegate.telemetry.collectors import (
     collect_access,
     collect_background,
     collect_cache,
+    collect_connections,
     collect_counters,
+    collect_log_lines,
     collect_notifications,
     collect_tls,
-    collect_usage,
-    collect_violations,
 )
 from tidegate.telemetry.health import Health
-from tidegate.telemetry.logs import lines_dropped, lines_suppressed
 from tidegate.telemetry.metrics import Metrics
-from tidegate.violations.recorder import Violations, ViolationWriter
+from tidegate.timestamps import format_timestamp, now_us
 
 if TYPE_CHECKING:
     from tidegate.doors.grpc.listener import GrpcListener
-    from tidegate.doors.grpc.service import RateLimitService
     from tidegate.doors.grpc.tls_listener import GrpcTlsListener
     from tidegate.telemetry.tracing import Tracing
 
@@ -93,7 +83,6 @@ MAX_ADMIN_CONNECTIONS: Final = 512
 """Maximum number of open connections to the control plane; beyond it the longest idle one is closed."""
 MAX_PROBE_CONNECTIONS: Final = 256
 """Maximum number of open connections to the listener for probes."""
-_METRICS_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 
 
 class Instance:
@@ -132,6 +121,8 @@ class Instance:
         self.grpc_address = ""
         self.probes_address = ""
         self.first_token: str | None = None
+        self.started_at = str(format_timestamp(now_us()))
+        self.states: InstanceStates | None = None
         self._listener: Listener | None = None
         self._admin: Listener | None = None
         self._grpc: GrpcListener | GrpcTlsListener | None = None
@@ -144,9 +135,6 @@ class Instance:
         self._tasks: list[asyncio.Task[None]] = []
         self._reloads: list[Callable[[], None]] = []
         self._flushes: list[Callable[[], Awaitable[None]]] = []
-        self._policy_error: str | None = None
-        self._domains_error: str | None = None
-        self._refused_at_start: str | None = None
 
     async def start(self) -> None:
         """Open everything and listen.
@@ -181,8 +169,11 @@ class Instance:
         if shared is not None:
             self._stack.push_async_callback(shared.settle)
         source = self.catalog if shared is None else shared
+        policy_file = None
         if policy_path is not None:
-            await self._first_policy(policy_path)
+            policy_file = PolicyFile(policy_path, self.catalog, self.metrics)
+            self.health.add("policy", policy_file.ping)
+            await policy_file.apply_first()
         elif (released := await self.catalog.release_policy()) is not None:
             logger.warning(
                 "no policy file is configured, but %d tiers and %d API keys of this catalog came from one: they stay active, and "
@@ -198,6 +189,10 @@ class Instance:
             unknown_keys=UnknownKeyLimit(bound) if (bound := settings.catalog.unknown_keys_per_minute) else None,
         )
         drop_leases_on_change(self.cached, self.counters)
+        if store is not None:
+            self.states = InstanceStates(store, partial(state_of, self))
+            self._spawn("instance_states", self.states.run)
+            self._stack.push_async_callback(self.states.leave)
         self._callers = await open_callers_auth(settings, self.catalog, self.cached)
         if self.cached.caller_tokens is not None:
             self._spawn("caller_tokens", self.cached.caller_tokens.run)
@@ -208,13 +203,7 @@ class Instance:
         gate = Gate(self.cached, self._counted(), self._observer(access), lookup_timeout_s=2 * settings.catalog.timeout_s)
         self._stack.push_async_callback(gate.tokens.close)
         gate.tokens.when_needed = lambda: self.health.add("jwks", gate.tokens.ping)
-        pages = {
-            "/health": self._health_page,
-            "/readyz": self._ready_page,
-            "/livez": self._live_page,
-            "/metrics": self._metrics_page,
-            "/openapi.json": self._openapi_page,
-        }
+        pages = probe_pages(self.health, self._is_draining, self._exposition)
         self.data_plane = DataPlane(
             gate,
             pages,
@@ -232,21 +221,15 @@ class Instance:
         collect_background(self.metrics, SUPERVISOR)
         self.metrics.add_gauge("rate_limiter_policy_version", "Active version of the catalog.", lambda: self.cached.version)
         self.metrics.add_gauge("rate_limiter_in_flight", "Requests in flight.", lambda: self.in_flight)
-        self.metrics.add_counter(
-            "rate_limiter_log_lines_dropped", "Log lines dropped because the output was blocked or closed.", lines_dropped
-        )
-        self.metrics.add_counter("rate_limiter_log_lines_suppressed", "Repeated log lines suppressed.", lines_suppressed)
+        collect_log_lines(self.metrics)
         self.cached.changed(await source.changes(0))
         self.follower = CatalogFollower(source, self.cached, settings.catalog.poll_s, channel)
         self._spawn("catalog_follower", self.follower.run)
         if isinstance(self.counters, MemoryCounters):
             self._spawn("memory_sweep", partial(_sweep, self.counters))
-        if policy_path is not None:
-            reload = self._reload_event()
-            self._spawn(
-                "policy_file_watcher",
-                partial(watch_policy, policy_path, self._apply_policy, self._policy_refused, again=reload),
-            )
+        if policy_file is not None:
+            follow = partial(policy_file.watch, self.cached, self.follower.poll, self._reload_event())
+            self._spawn("policy_file_watcher", follow)
         if grpc is not None:
             await self._start_grpc(gate, access, *grpc)
         if admin is not None:
@@ -265,14 +248,7 @@ class Instance:
             unix_mode=unix_mode(settings.server),
             inherited=self._unix_sockets,
         )
-        server = self._listener.server
-        self.metrics.add_gauge("rate_limiter_connections", "Open connections of the data plane.", lambda: server.connections)
-        self.metrics.add_labelled_counter(
-            "rate_limiter_connections_closed",
-            "Connections closed at max_connections: idle ones evicted, or new ones refused.",
-            "reason",
-            lambda: {"evicted": server.evicted, "refused": server.refused},
-        )
+        collect_connections(self.metrics, self._listener.server)
         self.address = join_address(*http)
         await self._listener.start()
         logger.info("listening on %s", self._listener.url)
@@ -284,6 +260,12 @@ class Instance:
         if text in self._unix_sockets:  # the supervisor listens there
             return parse_address(text, name)
         return shared_address(text, name) if self._shares_port else free_address(text, name)
+
+    def _is_draining(self) -> bool:
+        return self.data_plane.draining
+
+    async def _exposition(self) -> bytes:
+        return await self.exposition()  # workers replace it
 
     @property
     def in_flight(self) -> int:
@@ -306,60 +288,19 @@ class Instance:
 
     def _observer(self, access: AccessLog | None) -> Observer:
         """Called for every check: metrics; violations, usage, the access log and traces if enabled."""
-        observers: list[Observer] = [self.metrics.observe]
-        if self.settings.violations.enabled:
-            observers.append(self._violations())
-        if self.settings.ledger.enabled:
-            observers.append(self._usage())
+        recorders = CheckRecorders(self.settings, self.metrics, self.catalog.database)
+        observers: list[Observer] = [self.metrics.observe, *recorders.observers]
+        for name, work in recorders.tasks.items():
+            self._spawn(name, work)
+        if recorders.tasks:
+            self._flush_at_end(recorders.flush)
+        if recorders.usage is not None:
+            self.health.add("ledger", recorders.usage.ping)
         if access is not None:
             observers.append(access.observe)
         if self._tracing is not None:
             observers.append(self._tracing.observe)
-        if len(observers) == 1:
-            return observers[0]
-        if len(observers) == 2:
-            count, note = observers
-
-            def observe_two(observation: Observation) -> None:
-                count(observation)
-                note(observation)
-
-            return observe_two
-        if len(observers) == 3:
-            one, two, three = observers
-
-            def observe_three(observation: Observation) -> None:
-                one(observation)
-                two(observation)
-                three(observation)
-
-            return observe_three
-
-        def observe(observation: Observation) -> None:
-            for each in observers:
-                each(observation)
-
-        return observe
-
-    def _violations(self) -> Observer:
-        settings = self.settings.violations
-        violations = Violations(settings.max_entries)
-        writer = ViolationWriter(violations, self.catalog.database, settings.flush_s, settings.keep_days)
-        collect_violations(self.metrics, writer)
-        self._spawn("violations_writer", writer.run)
-        self._flush_at_end(writer.flush)
-        return violations.observe
-
-    def _usage(self) -> Observer:
-        settings = self.settings.ledger
-        counts = UsageCounts(latency=self.metrics.latency)
-        retention = Retention(settings.keep_days, settings.traffic_days, settings.minutes_days, settings.max_callers)
-        writer = UsageWriter(counts, self.catalog.database, settings.flush_s, retention)
-        collect_usage(self.metrics, writer)
-        self.health.add("ledger", writer.ping)
-        self._spawn("ledger_writer", writer.run)
-        self._flush_at_end(writer.flush)
-        return counts.observe
+        return observe_all(observers)
 
     async def _notify(self) -> None:
         def needed(notifier: Notifier) -> None:
@@ -431,106 +372,52 @@ class Instance:
         logger.info("probes and metrics listening on %s", self._probes.url)
 
     async def _start_grpc(self, gate: Gate, access: AccessLog | None, host: str, port: int) -> None:
+        # Imported here: gRPC costs time and memory, and the listener can be disabled.
         from tidegate.doors.grpc.service import RateLimitService
+        from tidegate.server.grpc_door import GrpcDoor
 
-        envoy = self.settings.envoy
-        service = RateLimitService(gate, envoy, self.metrics.observe, self._paths)
-        if envoy.config:
-            from tidegate.doors.grpc.config_watcher import load_domains, watch_domains
-
-            path = Path(envoy.config)
-            self.health.add("envoy_config", self._ping_domains)
-            try:
-                service.domains = load_domains(path, envoy.domain)
-            except PolicyError as error:
-                if not path.exists():  # noqa: ASYNC240 - once, at the start
-                    raise
-                # The other doors still work. Calls for these domains fail until the file is valid, and gRPC health reports
-                # NOT_SERVING, so that Envoy uses another instance.
-                service.domains = None
-                self._domains_refused(error)
-            again = self._reload_event()
-            applied = self._domains_applied
-            self._spawn(
-                "envoy_config_watcher", partial(watch_domains, path, envoy.domain, service, self._domains_refused, applied, again)
-            )
-        self._grpc = await self._grpc_listener(service, access, host, port)
-        self._grpc.configured(service.domains is not None)
+        door = GrpcDoor(
+            self.settings, RateLimitService(gate, self.settings.envoy, self.metrics.observe, self._paths), self.metrics
+        )
+        if self.settings.envoy.config:
+            self.health.add("envoy_config", door.ping)
+        follow = door.load_config()
+        if follow is not None:
+            self._spawn("envoy_config_watcher", partial(follow, self._reload_event()))
+        await door.listen(
+            host,
+            port,
+            shares_port=self._shares_port,
+            callers=self._callers,
+            certificates=self._certificates,
+            access=access,
+            reads_metadata=self._tracing is not None,
+        )
+        self._grpc = door.listener
         self.grpc_address = join_address(host, port)
         logger.info("gRPC listening on %s%s", self.grpc_address, " with TLS" if self.settings.uses_tls("grpc") else "")
 
-    async def _grpc_listener(
-        self, service: RateLimitService, access: AccessLog | None, host: str, port: int
-    ) -> GrpcListener | GrpcTlsListener:
-        from tidegate.doors.grpc.callers import GrpcCallers
-
-        reads_metadata = self._tracing is not None
-        callers = None if self._callers is None else GrpcCallers(self._callers, self.metrics.observe)
-        trusted = TrustedProxies(self.settings.server.trusted_proxies)
-        certificates = self._certificates
-        if certificates is not None and self.settings.uses_tls("grpc"):
-            from tidegate.doors.grpc.tls_listener import GrpcTlsListener
-
-            secured = GrpcTlsListener(
-                service,
-                host,
-                port,
-                lambda: certificates.loaded.files,
-                certificates.client_names,
-                self._shares_port,
-                access,
-                reads_metadata=reads_metadata,
-                trusted=trusted,
-                callers=callers,
-            )
-            await secured.start()
-            return secured
-        from tidegate.doors.grpc.listener import GrpcListener
-
-        plain = GrpcListener(
-            service, host, port, self._shares_port, access, reads_metadata=reads_metadata, trusted=trusted, callers=callers
-        )
-        plain.start()
-        return plain
-
     async def _start_admin(self, gate: Gate, host: str, port: int) -> None:
         # Imported here: the framework costs time and memory, and the control plane can be disabled.
-        from tidegate.doors.admin.app import AdminDeps, ConsoleOptions, admin_app
-        from tidegate.doors.http_asgi import AsgiAdapter
+        from tidegate.server.control_plane import control_plane
 
-        settings = self.settings
         editor = CatalogEditor(self.catalog, self.cached.touched)
-        if not settings.admin.token:
+        if not self.settings.admin.token:
             self.first_token = await first_token(editor)
         what_if = WhatIfRuns(editor)
         self._stack.push_async_callback(what_if.close)
-        console = None
-        if settings.admin.console:
-            demo_token = (settings.admin.token or self.first_token) if self._demo else None
-            secure = settings.admin.secure_cookie or settings.uses_tls("admin")
-            console = ConsoleOptions(settings.admin.session_idle_s, secure, demo_token)
-        deps = AdminDeps(
-            editor,
-            gate,
-            settings.admin.token or None,
-            TrustedProxies(settings.admin.trusted_proxies, setting="admin.trusted_proxies"),
-            body_timeout_s=settings.server.body_timeout_s,
-            paths=self._paths,
-            console=console,
-            system=system_report(self),
-            what_if=what_if,
-        )
         if self._demo and not self._shares_port:
             from tidegate.server.demo_traffic import create_callers, generate_traffic
 
             self._spawn("demo_traffic", partial(generate_traffic, gate, await create_callers(editor)))
+        demo_token = (self.settings.admin.token or self.first_token) if self._demo else None
         self._admin = Listener(
-            AsgiAdapter(admin_app(deps)),
+            control_plane(self.settings, editor, gate, self._paths, what_if, system_report(self), demo_token),
             host,
             port,
             max_connections=MAX_ADMIN_CONNECTIONS,
             tls=self._tls_of("admin"),
-            unix_mode=unix_mode(settings.server),
+            unix_mode=unix_mode(self.settings.server),
             inherited=self._unix_sockets,
         )
         await self._admin.start()
@@ -599,97 +486,6 @@ class Instance:
         event = asyncio.Event()
         self._reloads.append(event.set)
         return event
-
-    async def _first_policy(self, path: Path) -> None:
-        """Apply the policy file; if it is invalid and the catalog has a policy, start with that instead of failing."""
-        self.health.add("policy", self._ping_policy)
-        try:
-            policy = load_policy(path)
-            require_secrets(policy.notify)
-            await self.catalog.apply_policy(policy, _digest(policy))
-        except (PolicyError, CatalogError) as error:
-            if not await self.catalog.tier_names():
-                raise
-            refusal = error if isinstance(error, PolicyError) else PolicyError(error.message, str(path))
-            self._policy_refused(refusal)
-            self._refused_at_start = str(refusal)
-
-    async def _apply_policy(self, policy: Policy) -> None:
-        require_secrets(policy.notify)
-        changed = await self.catalog.apply_policy(policy, _digest(policy))
-        self.metrics.policy_valid = True
-        self._policy_error = None
-        if changed:
-            await self.follower.poll()
-            self.metrics.policy_reloads += 1
-            logger.info("policy file applied, catalog version %d", self.cached.version)
-        else:
-            logger.info("policy file unchanged, catalog version %d", self.cached.version)
-
-    def _policy_refused(self, error: PolicyError) -> None:
-        self.metrics.policy_valid = False
-        self._policy_error = str(error)
-        refused_at_start, self._refused_at_start = self._refused_at_start, None
-        # The watcher first reads the file that was already refused at start: do not report it twice.
-        if self._policy_error != refused_at_start:
-            self.metrics.policy_reload_errors += 1
-            logger.error("policy file refused, the last valid policy in the catalog stays active: %s", error)
-
-    async def _ping_policy(self) -> None:
-        if self._policy_error is not None:
-            raise PolicyError(f"file refused, the last valid policy in the catalog stays active: {self._policy_error}")
-
-    def _domains_refused(self, error: PolicyError) -> None:
-        known, self._domains_error = self._domains_error, str(error)
-        if known == self._domains_error:
-            return  # the watcher reads the file refused at start again
-        self.metrics.policy_reload_errors += 1
-        no_other = self._grpc is None
-        remains = "calls for its domains are answered UNAVAILABLE" if no_other else "the last valid one stays active"
-        logger.error("[envoy] config refused, %s: %s", remains, error)
-
-    def _domains_applied(self) -> None:
-        self._domains_error = None
-        if self._grpc is not None:
-            self._grpc.configured(True)
-
-    async def _ping_domains(self) -> None:
-        if self._domains_error is not None:
-            raise PolicyError(f"[envoy] config refused: {self._domains_error}")
-
-    async def _health_page(self) -> Response:
-        report = await self.health.report()
-        return Response(200 if report.status == "healthy" else 503, "application/json", encode(report))
-
-    async def _ready_page(self) -> Response:
-        ready = not self.data_plane.draining
-        return Response(200 if ready else 503, "application/json", encode({"ready": ready, "draining": self.data_plane.draining}))
-
-    async def _live_page(self) -> Response:
-        return Response(200, "application/json", encode({"live": True}))
-
-    async def _metrics_page(self) -> Response:
-        return Response(200, _METRICS_TYPE, await self.exposition())
-
-    async def _openapi_page(self) -> Response:
-        return Response(200, "application/json", encode(data_plane_openapi()))
-
-
-def require_shared_counters(settings: Settings) -> None:
-    """Refuse several workers with `memory://`, where each would count separately.
-
-    Raises:
-        SettingsError: if so.
-    """
-    if settings.server.workers > 1 and settings.counters.url == "memory://":
-        raise SettingsError(
-            f"server.workers = {settings.server.workers} needs counters shared by all workers: with memory:// each "
-            "worker would count separately and admit the whole limit; use server.workers = 1 or a Redis counters.url"
-        )
-
-
-def _digest(policy: Policy) -> str:
-    return hashlib.sha256(encode(policy)).hexdigest()
 
 
 def _left(deadline: float) -> float:

@@ -27,9 +27,9 @@ from tidegate.errors import SettingsError
 from tidegate.listen_address import is_unix, join_address
 from tidegate.server.addresses import admin_address, free_address, grpc_address, probes_address
 from tidegate.server.handover import shared_address
-from tidegate.server.instance import require_shared_counters
 from tidegate.server.listener import UnixSocket
 from tidegate.server.run import reloading
+from tidegate.server.wiring import require_shared_counters
 from tidegate.server.worker import READY, SKIP_DRAIN, SLOT_VARIABLE, WorkerSlot
 from tidegate.settings import Settings, unix_mode
 

@@ -24,7 +24,7 @@ from tidegate.counters.memory import MemoryCounters
 from tidegate.counters.redis.channel import RedisChannel
 from tidegate.counters.redis.store import RedisCounters
 from tidegate.doors.callers_auth import CallersAuth, CertificateAuth, TokenAuth
-from tidegate.errors import CatalogUnavailable
+from tidegate.errors import CatalogUnavailable, SettingsError
 from tidegate.notifications.notifier import Notifier, NotifierOptions
 from tidegate.policy.key_hash import key_hash_of, use_key_hash
 from tidegate.policy.notify import NotifyTarget
@@ -258,3 +258,16 @@ def database_options(settings: CatalogSettings) -> DatabaseOptions:
         The options.
     """
     return DatabaseOptions(settings.replicas, settings.pool_size, settings.timeout_s, settings.max_replica_lag_s)
+
+
+def require_shared_counters(settings: Settings) -> None:
+    """Refuse several workers with `memory://`, where each would count separately.
+
+    Raises:
+        SettingsError: if so.
+    """
+    if settings.server.workers > 1 and settings.counters.url == "memory://":
+        raise SettingsError(
+            f"server.workers = {settings.server.workers} needs counters shared by all workers: with memory:// each "
+            "worker would count separately and admit the whole limit; use server.workers = 1 or a Redis counters.url"
+        )

@@ -20,8 +20,22 @@ from tidegate.counters.memory import MemoryCounters
 from tidegate.gate.access import AccessControl
 from tidegate.ledger.writer import UsageWriter
 from tidegate.notifications.notifier import Notifier
+from tidegate.telemetry.logs import lines_dropped, lines_suppressed
 from tidegate.telemetry.metrics import Metrics
 from tidegate.violations.recorder import ViolationWriter
+
+
+class Connections(Protocol):
+    """What a server of connections counts."""
+
+    evicted: int
+    refused: int
+
+    @property
+    def connections(self) -> int:
+        """Open ones."""
+        ...
+
 
 _STATES: Final = {BreakerState.CLOSED: 0, BreakerState.HALF_OPEN: 1, BreakerState.OPEN: 2}
 
@@ -130,16 +144,18 @@ def collect_access(metrics: Metrics, access: AccessControl, blocks: Blocks) -> N
     )
 
 
-def collect_violations(metrics: Metrics, writer: ViolationWriter) -> None:
-    """Register the metrics of recorded violations."""
+def collect_violations(metrics: Metrics, writer: ViolationWriter, shadow: ViolationWriter) -> None:
+    """Register the metrics of recorded violations; what is lost or waits is that of both writers."""
     metrics.add_counter("rate_limiter_violations_written", "Blocked checks written to the database.", lambda: writer.written)
     metrics.add_counter(
         "rate_limiter_violations_dropped",
         "Blocked checks lost or possibly lost before they reached the database.",
-        lambda: writer.dropped,
+        lambda: writer.dropped + shadow.dropped,
     )
     metrics.add_gauge(
-        "rate_limiter_violations_pending", "Entries of blocked checks waiting to be written.", lambda: writer.pending
+        "rate_limiter_violations_pending",
+        "Entries of blocked checks waiting to be written.",
+        lambda: writer.pending + shadow.pending,
     )
 
 
@@ -288,4 +304,23 @@ def collect_tls(metrics: Metrics, certificates: TlsCounts | None, refused: Calla
         "TLS connections that were refused: handshake failed, dropped to make room, or no name of tls.client_names.",
         "reason",
         refused,
+    )
+
+
+def collect_log_lines(metrics: Metrics) -> None:
+    """Count the log lines that were not written."""
+    metrics.add_counter(
+        "rate_limiter_log_lines_dropped", "Log lines dropped because the output was blocked or closed.", lines_dropped
+    )
+    metrics.add_counter("rate_limiter_log_lines_suppressed", "Repeated log lines suppressed.", lines_suppressed)
+
+
+def collect_connections(metrics: Metrics, server: Connections) -> None:
+    """Count the connections of the data plane."""
+    metrics.add_gauge("rate_limiter_connections", "Open connections of the data plane.", lambda: server.connections)
+    metrics.add_labelled_counter(
+        "rate_limiter_connections_closed",
+        "Connections closed at max_connections: idle ones evicted, or new ones refused.",
+        "reason",
+        lambda: {"evicted": server.evicted, "refused": server.refused},
     )

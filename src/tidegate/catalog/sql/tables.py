@@ -225,6 +225,20 @@ rate_limit_violations: Final = Table(
     postgresql_partition_by="RANGE (minute_us)",
 )
 
+# The same for minutes in which a shadow rule would have blocked a subject.
+shadow_violations: Final = Table(
+    "shadow_violations",
+    metadata,
+    Column("minute_us", BigInteger, nullable=False),
+    Column("tier", String(64), nullable=False),
+    Column("rule", String(256), nullable=False),
+    Column("subject", String(160), nullable=False),
+    Column("blocked", BigInteger, nullable=False),
+    PrimaryKeyConstraint("minute_us", "tier", "rule", "subject"),
+    Index("idx_shadow_violations_subject_minute", "subject", "minute_us"),
+    postgresql_partition_by="RANGE (minute_us)",
+)
+
 # Units by day (UTC), customer and key: what invoices are made of. PostgreSQL has one partition per month.
 usage_ledger: Final = Table(
     "usage_ledger",

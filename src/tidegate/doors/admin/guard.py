@@ -33,6 +33,9 @@ OPEN: Final = frozenset({"/admin/v1/openapi.json", "/openapi.json"})
 MAX_BODY_BYTES: Final = 1_000_000
 LARGE_BODIES: Final = {"/admin/v1/what-if": 20_000_000}
 """Paths of larger bodies, for operators; with the access log of what-if."""
+LIVE_PATH: Final = "/admin/v1/live"
+INTERNAL: Final = "tidegate.internal"
+"""Set in the scope of requests that a stream of `LIVE_PATH` makes; a client cannot set it. Its request was authenticated."""
 READING: Final = frozenset({"GET", "HEAD", "OPTIONS"})
 SECURITY_HEADERS: Final = (
     (
@@ -122,6 +125,9 @@ class Guard:
         """Handle one request."""
         if scope["type"] != "http":
             return
+        if INTERNAL in scope:
+            await self._app(scope, receive, send)
+            return
         headers = _headers(scope)
         request = Request(headers, peer=_peer(scope), trusts=self._trusted.trusts)
         CURRENT.set(request)
@@ -203,8 +209,9 @@ class Guard:
         client = self._client(scope)
         sessions = cookies.sessions
         known = await self._has_attempts_left(client) or await sessions.is_known(secret)
-        used = all(name.lower() != POLL_HEADER for name, _ in scope["headers"])
-        principal = await sessions.principal(secret, used=used) if known else None
+        used = scope["path"] != LIVE_PATH and all(name.lower() != POLL_HEADER for name, _ in scope["headers"])
+        reading = scope["method"] in READING
+        principal = await sessions.principal(secret, used=used, reading=reading) if known else None
         if principal is None:
             await self._count_failure(client)
             raise InvalidToken("the session is over: sign in again")

@@ -14,7 +14,7 @@ import msgspec
 from fastapi import APIRouter, Request, Response
 
 PREFIX: Final = "/console"
-VIEWS: Final = ("/", "/callers", "/policy", "/violations", "/audit", "/system")
+VIEWS: Final = ("/", "/callers", "/customers", "/policy", "/violations", "/audit", "/system")
 """Paths of the views; `static/app.js` has the same."""
 
 _TYPES: Final = {

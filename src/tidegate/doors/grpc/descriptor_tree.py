@@ -27,6 +27,7 @@ class FileLimit(msgspec.Struct, frozen=True):
         name: name by which other limits replace it; empty if none.
         replaces: names of the limits that do not apply if this one does.
         shadow: whether it is in shadow mode: counted, never denied.
+        quota: whether it is in quota mode: counted, never denied, and what is over is reported to Envoy.
     """
 
     limit: Limit | None
@@ -34,6 +35,12 @@ class FileLimit(msgspec.Struct, frozen=True):
     name: str = ""
     replaces: tuple[str, ...] = ()
     shadow: bool = False
+    quota: bool = False
+
+    @property
+    def passes(self) -> bool:
+        """Whether requests above it pass."""
+        return self.shadow or self.quota
 
 
 class Node:

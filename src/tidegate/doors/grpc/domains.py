@@ -95,11 +95,11 @@ class FileDomain:
             return Part(BadRequest(f"hits_addend = {cost} is too large; send at most {MAX_COST}", field="hits_addend"), cost)
         limits = self._sets.get(limit.path) or self._sent_set(limit)
         if limits.limits[0].amount == 0:
-            plan = CheckPlan(_refusal(limits, limit.shadow), (), cost)
+            plan = CheckPlan(_refusal(limits, limit.passes), (), cost)
         else:
             charge = Charge(((limits, subject),), cost)
-            plan = CheckPlan(Decision(True, unlimited_tier=self.domain) if limit.shadow else None, (charge,), cost)
-        return Part(plan, cost, limit.name)
+            plan = CheckPlan(Decision(True, unlimited_tier=self.domain) if limit.passes else None, (charge,), cost)
+        return Part(plan, cost, limit.name, quota=limit.quota and not limit.shadow)
 
     def _prepare(self, node: Node) -> None:
         if node.rate_limit is not None and node.rate_limit.limit is not None:
@@ -131,7 +131,7 @@ class FileDomain:
 
 
 def _counted(result: ChargeResult) -> Decision | None:
-    """The decision that was counted, including that of a shadow limit; None if nothing was."""
+    """The decision that was counted, including that of a limit in shadow or quota mode; None if nothing was."""
     outcome = result.shadow_outcomes[0] if result.shadow_outcomes else result.outcome
     return outcome if isinstance(outcome, Decision) else None
 
@@ -142,7 +142,7 @@ def _emptied(result: ChargeResult, counted: Decision) -> ChargeResult:
     return ChargeResult(result.outcome, (empty,)) if result.shadow_outcomes else ChargeResult(empty)
 
 
-def _refusal(limits: LimitSet, shadow: bool) -> Decision:
+def _refusal(limits: LimitSet, passes: bool) -> Decision:
     """The decision of a limit of 0, which needs no counter."""
     limit: Limit = limits.limits[0]
-    return Decision(shadow, limit, 0, limit.window_us, 0 if shadow else None, 0, limits)
+    return Decision(passes, limit, 0, limit.window_us, 0 if passes else None, 0, limits)

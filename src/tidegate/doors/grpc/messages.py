@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final
 
-from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
+from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, struct_pb2
 
 OK: Final = 1
 OVER_LIMIT: Final = 2
@@ -30,6 +30,7 @@ _KINDS: Final = {
     "uint64": _Field.TYPE_UINT64,
     "string": _Field.TYPE_STRING,
 }
+_STRUCT: Final = ".google.protobuf.Struct"
 # Name, number and type of each field; * means repeated, and names that are not in _KINDS are messages.
 _MESSAGES: Final[Mapping[str, tuple[tuple[str, int, str], ...]]] = {
     "Duration": (("seconds", 1, "int64"), ("nanos", 2, "int32")),
@@ -63,6 +64,7 @@ _MESSAGES: Final[Mapping[str, tuple[tuple[str, int, str], ...]]] = {
         ("response_headers_to_add", 3, "*HeaderValue"),
         ("request_headers_to_add", 4, "*HeaderValue"),
         ("raw_body", 5, "bytes"),
+        ("dynamic_metadata", 6, _STRUCT),
     ),
     "HealthCheckRequest": (("service", 1, "string"),),
     "HealthCheckResponse": (("status", 1, "int32"),),
@@ -71,6 +73,7 @@ _MESSAGES: Final[Mapping[str, tuple[tuple[str, int, str], ...]]] = {
 
 def _file() -> descriptor_pb2.FileDescriptorProto:
     file = descriptor_pb2.FileDescriptorProto(name="tidegate/envoy.proto", package=_PACKAGE, syntax="proto3")
+    file.dependency.append(struct_pb2.DESCRIPTOR.name)
     for name, fields in _MESSAGES.items():
         message = file.message_type.add(name=name)
         for field_name, number, kind in fields:
@@ -82,13 +85,14 @@ def _file() -> descriptor_pb2.FileDescriptorProto:
                 type=_KINDS.get(bare, _Field.TYPE_MESSAGE),
             )
             if bare not in _KINDS:
-                field.type_name = f".{_PACKAGE}.{bare}"
+                field.type_name = bare if bare == _STRUCT else f".{_PACKAGE}.{bare}"
     return file
 
 
 def _messages() -> dict[str, Any]:
     # A separate pool: a program that imports Tidegate may have the Envoy interfaces in the default one.
     pool = descriptor_pool.DescriptorPool()
+    pool.AddSerializedFile(struct_pb2.DESCRIPTOR.serialized_pb)
     pool.Add(_file())
     return {name: message_factory.GetMessageClass(pool.FindMessageTypeByName(f"{_PACKAGE}.{name}")) for name in _MESSAGES}
 

@@ -190,9 +190,9 @@ class _Reader:
                 if "*" not in value:
                     raise self._error("share_threshold requires a value with a '*'", fields["share_threshold"])
                 node.shared = value
-            shadow = self._flag(fields, "shadow_mode")
+            shadow, quota = self._flag(fields, "shadow_mode"), self._flag(fields, "quota_mode")
             if "rate_limit" in fields:
-                node.rate_limit = self._rate_limit(fields["rate_limit"], "/".join(path), shadow)
+                node.rate_limit = self._rate_limit(fields["rate_limit"], "/".join(path), shadow, quota)
                 self._limits += 1
             self._place(parent, key, value, node, item)
             if "descriptors" in fields:
@@ -200,11 +200,6 @@ class _Reader:
 
     def _check_ignored(self, fields: Mapping[str, yaml.Node]) -> None:
         """Validate the fields that do not affect counting, and note those that are ignored."""
-        if self._flag(fields, "quota_mode"):
-            raise self._error(
-                "quota_mode is not supported; use shadow_mode, which allows requests and counts those it would deny",
-                fields["quota_mode"],
-            )
         for name in _IGNORED_FIELDS.keys() & fields.keys():
             node = fields[name]
             if name != "metadata":
@@ -229,7 +224,7 @@ class _Reader:
                 item,
             )
 
-    def _rate_limit(self, node: yaml.Node, path: str, shadow: bool) -> FileLimit:
+    def _rate_limit(self, node: yaml.Node, path: str, shadow: bool, quota: bool) -> FileLimit:
         fields = self._fields(node, _LIMIT_FIELDS, "rate_limit")
         name = self._scalar(fields["name"], "name") if "name" in fields else ""
         replaces = []
@@ -244,7 +239,7 @@ class _Reader:
         if self._flag(fields, "unlimited"):
             if "unit" in fields:
                 raise self._error("an unlimited rate_limit cannot have a unit; remove one of the two", fields["unit"])
-            return FileLimit(None, path, name, tuple(replaces), shadow)
+            return FileLimit(None, path, name, tuple(replaces), shadow, quota)
         for needed in ("unit", "requests_per_unit"):
             if needed not in fields:
                 remedy = "0 denies every request" if needed == "requests_per_unit" else f"one of {', '.join(_UNIT_NAMES)}"
@@ -253,7 +248,7 @@ class _Reader:
         if unit.lower() not in _UNIT_NAMES:
             raise self._error(f"unit {short(unit)} is not valid; use one of {', '.join(_UNIT_NAMES)}", fields["unit"])
         amount = self._whole(fields["requests_per_unit"], "requests_per_unit")
-        return FileLimit(window_limit(amount, _UNIT_NAMES[unit.lower()]), path, name, tuple(replaces), shadow)
+        return FileLimit(window_limit(amount, _UNIT_NAMES[unit.lower()]), path, name, tuple(replaces), shadow, quota)
 
     def _fields(self, node: yaml.Node, known: tuple[str, ...], what: str) -> dict[str, yaml.Node]:
         fields: dict[str, yaml.Node] = {}

@@ -37,12 +37,14 @@ class Part(msgspec.Struct, frozen=True, gc=False):
         cost: units; 0 peeks.
         name: name of the limit; empty for the name of the rule.
         unlimited: whether it is explicitly unlimited.
+        quota: whether its limit is in quota mode: never denied, and reported where it is over.
     """
 
     plan: CheckPlan | TidegateError | None
     cost: int
     name: str = ""
     unlimited: bool = False
+    quota: bool = False
 
 
 def reply(parts: Sequence[Part], results: Iterable[ChargeResult]) -> bytes:
@@ -59,7 +61,8 @@ def reply(parts: Sequence[Part], results: Iterable[ChargeResult]) -> bytes:
     message = RateLimitResponse(overall_code=OK)
     denial: Decision | TidegateError | None = None
     lowest: Decision | None = None
-    for part in parts:
+    over_quota: list[int] = []
+    for number, part in enumerate(parts):
         status = message.statuses.add(code=OK)
         if part.plan is None:
             if part.unlimited:
@@ -75,7 +78,11 @@ def reply(parts: Sequence[Part], results: Iterable[ChargeResult]) -> bytes:
         shown = _shown(outcome, each)
         _set_limit(status, shown, part.name)
         passes = outcome.allowed and not (part.cost == 0 and outcome.remaining == 0)
-        if not passes:
+        if part.quota and (not shown.allowed or (shown.remaining == 0 and not (part.cost and shown.limit))):
+            over_quota.append(number)
+            # As envoyproxy/ratelimit answers it.
+            status.ClearField("duration_until_reset")
+        elif not passes:
             status.code = OVER_LIMIT
             denial = denial or outcome
         if shown.remaining is not None and (lowest is None or shown.remaining < (lowest.remaining or 0)):
@@ -89,6 +96,8 @@ def reply(parts: Sequence[Part], results: Iterable[ChargeResult]) -> bytes:
         message.raw_body = encode(exceeded_body(denial))
     else:
         _deny(message, denial)
+    if any(part.quota for part in parts):
+        _add_quota_metadata(message, over_quota)
     rendered: bytes = message.SerializeToString()
     return rendered
 
@@ -137,6 +146,14 @@ def _deny(message: Any, error: TidegateError) -> None:
     message.overall_code = OVER_LIMIT
     _add_headers(message, [("x-tidegate-error", error.code), *retry_headers(error), _JSON])
     message.raw_body = encode(error_body(error))
+
+
+def _add_quota_metadata(message: Any, over_quota: list[int]) -> None:
+    """What Envoy hands to its later filters, with the names that envoyproxy/ratelimit uses."""
+    fields = message.dynamic_metadata.fields
+    fields["quotaModeEnabled"].bool_value = True
+    for number in over_quota:
+        fields["quotaModeViolations"].list_value.values.add(number_value=number)
 
 
 def _shown(outcome: Decision, result: ChargeResult) -> Decision:

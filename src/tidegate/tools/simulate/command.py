@@ -23,6 +23,7 @@ from tidegate.policy.paths import PathRules
 from tidegate.policy.toml_reader import load_policy
 from tidegate.tools.charts import clean
 from tidegate.tools.simulate.log_clients import DEFAULT_TRUSTED, Clients
+from tidegate.tools.simulate.log_csv import csv_records
 from tidegate.tools.simulate.log_formats import FIELDS, FORMATS, Directive, NoAddress, Parse, csv_columns, detect, parser_of
 from tidegate.tools.simulate.log_lines import LogError, LogLines, log_size
 from tidegate.tools.simulate.log_times import Malformed
@@ -85,8 +86,9 @@ class Simulation:
         parse: Parse | None = None
         undecided: list[tuple[int, str]] = []
         add = self._order.add
-        number = 0
-        for line in log:
+        number = breaks = 0
+        lines, is_csv = iter(log), False
+        while (line := next(lines, None)) is not None:
             number += 1
             if parse is None:
                 if not line.strip():
@@ -100,17 +102,20 @@ class Simulation:
                 for line_number, earlier in undecided:
                     self._count_malformed(log, earlier, line_number, "before the first line of the log's format")
                 if is_header:
+                    lines, is_csv = csv_records(lines, len(csv_columns(line))), True
                     continue
             try:
                 add(parse(line))
                 self.lines += 1
             except NoAddress as reason:
-                self._count_no_address(log, line, number, str(reason))
+                self._count_no_address(log, line, number + breaks, str(reason))
             except Malformed as reason:
                 if line.strip():
-                    self._count_malformed(log, line, number, str(reason))
+                    self._count_malformed(log, line, number + breaks, str(reason))
             except Directive:
                 pass
+            if is_csv:
+                breaks += line.count("\n", 0, -1)  # within the record
             if number % _PROGRESS_LINES == 0:
                 self._require_addresses()
                 yield log.position()

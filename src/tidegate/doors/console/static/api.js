@@ -51,7 +51,7 @@ export async function send(method, path, { query, body, text, revision, poll, si
     throw new ApiError(0, "NO_ANSWER", "The server does not answer: check that it runs, and try again.", {});
   }
   const type = answer.headers.get("Content-Type") ?? "";
-  const data = answer.status === 204 ? null : type.includes("json") ? await answer.json() : await answer.text();
+  const data = answer.status === 204 ? null : type.startsWith("application/json") ? await answer.json() : await answer.text();
   if (!answer.ok) {
     const error = data?.error ?? { code: "UNKNOWN", message: `The server answered ${answer.status}.`, details: {} };
     if (answer.status === 401 && path !== "/session") onSignedOut();
@@ -60,8 +60,19 @@ export async function send(method, path, { query, body, text, revision, poll, si
   return { data, revision: answer.headers.get("ETag")?.replaceAll('"', "") ?? null };
 }
 
-export async function get(path, query = {}, options = {}) {
-  return (await send("GET", path, { ...options, query })).data;
+export async function get(path, query = {}, { read, ...options } = {}) {
+  const load = async () => (await send("GET", path, { ...options, query })).data;
+  return read === undefined ? load() : read(path + encoded(query), load);
+}
+
+/** The address of a path below /admin/v1. */
+export function addressOf(path, parameters) {
+  return `${PREFIX}${path}?${new URLSearchParams(parameters)}`;
+}
+
+/** Report that the session is over. */
+export function sessionIsOver() {
+  onSignedOut();
 }
 
 /** All items of a list that has pages, up to a bound. */

@@ -2,8 +2,11 @@
 
 import * as api from "./api.js";
 import { announce, empty, field, fill, h, link, problem } from "./dom.js";
+import { countDown } from "./format.js";
+import { Live } from "./live.js";
 import audit from "./pages/audit.js";
 import callers from "./pages/callers.js";
+import customers from "./pages/customers.js";
 import overview from "./pages/overview.js";
 import policy from "./pages/policy.js";
 import system from "./pages/system.js";
@@ -12,11 +15,13 @@ import violations from "./pages/violations.js";
 const VIEWS = {
   "/": ["Overview", overview],
   "/callers": ["Callers", callers],
+  "/customers": ["Customers", customers],
   "/policy": ["Policy", policy],
   "/violations": ["Violations", violations],
   "/audit": ["Audit", audit],
   "/system": ["System", system],
 };
+const RETRY_MS = 3000;
 const app = document.getElementById("app");
 
 let session = null;
@@ -138,7 +143,14 @@ async function show({ focus = false } = {}) {
   fill(navigation, links);
   const content = h("div", {});
   const heading = h("h1", { tabindex: "-1" }, title);
-  fill(main, heading, content);
+  const note = h("div", {});
+  let noted = "";
+  const live = new Live(signal, (errors) => {
+    const text = errors.map((error) => error.message).join();
+    if (text !== noted) fill(note, outdated(errors));
+    noted = text;
+  });
+  fill(main, heading, note, content);
   if (focus) heading.focus();
   const context = {
     session,
@@ -157,33 +169,27 @@ async function show({ focus = false } = {}) {
       const text = query.toString();
       go(window.location.pathname + (text ? `?${text}` : ""), options);
     },
-    /** Run something now and again, while the view is shown and visible. */
-    live(milliseconds, action) {
-      let isFirst = true;
-      async function run() {
-        if (signal.aborted) return;
-        if (isFirst || !document.hidden) {
-          const poll = !isFirst;
-          isFirst = false;
-          try {
-            await action({ signal, poll });
-          } catch (error) {
-            if (signal.aborted) return;
-            if (!poll) fill(content, failure(error));
-            else announce(error.message);
-          }
-        }
-        if (!signal.aborted) setTimeout(run, milliseconds);
-      }
-      return run();
-    },
+    /** Run an action now and whenever what it reads changes, while the view is shown and visible; see Live.add. */
+    live: (milliseconds, action) => live.add(milliseconds, action),
   };
   fill(content, h("p.muted", {}, "Loading…"));
+  main.setAttribute("aria-busy", "true");
   try {
     await view(content, context);
   } catch (error) {
-    if (!signal.aborted) fill(content, failure(error));
+    if (signal.aborted) return;
+    fill(content, failure(error));
+    if (error.status === 503 || error.status === 0) setTimeout(() => signal.aborted || show(), RETRY_MS);
   }
+  if (!signal.aborted) main.removeAttribute("aria-busy");
+}
+
+/** What is not up to date, and why; nothing if everything is. */
+function outdated(errors) {
+  const messages = [...new Set(errors.map((error) => error.message))];
+  if (messages.length === 0) return null;
+  const hint = errors.some((error) => error.status === 503) ? ["Checks go on with what is cached. See ", link("/system", {}, "System"), "."] : null;
+  return h("div.problem", { role: "alert" }, h("p", {}, "Not up to date: ", messages.join(" ")), hint ? h("p", {}, hint) : null);
 }
 
 function failure(error) {
@@ -202,4 +208,5 @@ document.addEventListener("click", (event) => {
 window.addEventListener("popstate", () => {
   if (session !== null) show();
 });
+setInterval(countDown, 1000);
 start();

@@ -2,27 +2,30 @@
 
 import { get, send } from "./api.js";
 import { confirm, form } from "./dialogs.js";
-import { announce, empty, field, h, table } from "./dom.js";
+import { announce, empty, field, h, refill, table } from "./dom.js";
 import { time } from "./format.js";
 
 /**
- * The active blocks.
+ * Show the active blocks, and keep them up to date.
  * @param view of the page
+ * @param root where
  * @param {object} query parameters of GET /blocks that select some
  */
-export async function blocks(view, query = {}) {
-  const page = await get("/blocks", { limit: 100, ...query }, { signal: view.signal });
-  const rows = page.items.map((each) => [
-    target(each),
-    each.reason,
-    each.until === null ? "until it is lifted" : time(each.until),
-    each.created_by,
-    view.operator ? h("button", { type: "button", "aria-label": `Lift the block of ${target(each)}`, onclick: () => lift(view, each) }, "Lift") : "",
-  ]);
-  const list = rows.length
-    ? table("Active blocks", ["who", "reason", "ends", "by", view.operator ? "change" : ""].filter(Boolean), view.operator ? rows : rows.map((row) => row.slice(0, 4)))
-    : empty("Nobody is blocked.", "A block stops a caller at once, whatever its limits: find the caller and choose Block.");
-  return h("section", {}, h("h2", {}, "Active blocks"), list, page.next === null ? null : h("p.muted", {}, "There are more."));
+export function blocks(view, root, query = {}) {
+  return view.live(10_000, async (options) => {
+    const page = await get("/blocks", { limit: 100, ...query }, options);
+    const rows = page.items.map((each) => [
+      target(each),
+      each.reason,
+      each.until === null ? "until it is lifted" : time(each.until),
+      each.created_by,
+      ...(view.operator ? [h("button", { type: "button", "aria-label": `Lift the block of ${target(each)}`, onclick: () => lift(view, each) }, "Lift")] : []),
+    ]);
+    const list = rows.length
+      ? table("Active blocks", ["who", "reason", "ends", "by", ...(view.operator ? ["change"] : [])], rows)
+      : empty("Nobody is blocked.", "A block stops a caller at once, whatever its limits: find the caller and choose Block.");
+    refill(root, h("h2", {}, "Active blocks"), list, page.next === null ? null : h("p.muted", {}, "There are more."));
+  });
 }
 
 function target(block) {

@@ -35,6 +35,22 @@ export function fill(element, ...children) {
   return element;
 }
 
+/** As `fill`, for content that is shown again with newer data: the focus and the place of scrolled tables stay. */
+export function refill(element, ...children) {
+  const focused = element.contains(document.activeElement) ? nameOf(document.activeElement) : null;
+  const places = [...element.querySelectorAll(".scroll")].map((each) => each.scrollLeft);
+  fill(element, ...children);
+  [...element.querySelectorAll(".scroll")].forEach((each, index) => {
+    each.scrollLeft = places[index] ?? 0;
+  });
+  if (focused !== null) [...element.querySelectorAll("a, button, input, select, .scroll")].find((each) => nameOf(each) === focused)?.focus();
+  return element;
+}
+
+function nameOf(element) {
+  return [element.tagName, element.getAttribute("href"), element.getAttribute("aria-label") ?? element.textContent].join("\n");
+}
+
 /**
  * A table. On small screens it scrolls sideways inside its own box.
  * @param {string} label what it lists, for screen readers

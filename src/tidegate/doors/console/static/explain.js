@@ -1,8 +1,8 @@
 // Which rule answers a request, and why: a form whose fields are in the address, and the answer.
 
 import { get } from "./api.js";
-import { field, fill, h, problem, select, table } from "./dom.js";
-import { duration, number } from "./format.js";
+import { field, fill, h, problem, refill, select, table } from "./dom.js";
+import { countdown, duration, number } from "./format.js";
 
 const METHODS = ["GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS"];
 const RESULTS = { answers: "answers", watches: "watches (shadow)", outranked: "outranked", not_matched: "does not match" };
@@ -37,7 +37,7 @@ export function explainer(view, fixed = {}) {
     const caller = isFixed ? fixed : callerOf(by);
     view.live(2000, async (options) => {
       try {
-        fill(answer, explanation(await get("/explain", { method, path, cost, ...caller }, options)));
+        refill(answer, explanation(await get("/explain", { method, path, cost, ...caller }, options)));
       } catch (error) {
         if (view.signal.aborted) throw error;
         fill(answer, problem(error));
@@ -77,21 +77,25 @@ export function counters(items) {
   const rows = items.flatMap((each) => {
     const name = (each.rule ?? "(tier)") + (each.mode === "shadow" ? " (shadow)" : "");
     if (each.windows.length === 0) {
-      const state = each.problem ?? (each.remaining === null ? "the counter store did not answer" : `${number(each.remaining)} of ${number(each.limit)} left`);
+      const state = each.problem ?? (each.remaining === null ? "not known" : `${number(each.remaining)} of ${number(each.limit)} left`);
       return [[name, state, "", "", ""]];
     }
     return each.windows.map((window) => [
       name,
-      `${number(window.limit)} / ${window.period ?? duration(window.window)}`,
+      `${number(window.limit)} / ${window.period ? `${window.period} (quota)` : duration(window.window)}`,
       meter(window.used, window.limit),
       number(window.remaining),
-      window.resets_at === null ? "full" : duration(Math.max(0, (Date.parse(window.resets_at) - Date.now()) / 1000)),
+      window.resets_at === null ? "full" : countdown(window.resets_at),
     ]);
   });
-  return table("Counters now", ["rule", "limit", "used", "#left", "#full again in"], rows);
+  const degraded = items.some((each) => each.degraded)
+    ? h("p.note", { role: "status" }, "The counter store does not answer: these are the counts of this instance alone.")
+    : null;
+  return [degraded, table("Counters now", ["rule", "limit", "used", "#left", "#full again in"], rows)];
 }
 
 function meter(used, limit) {
+  const over = used > limit ? ` (${number(used - limit)} over)` : "";
   const bar = h("meter", { min: 0, max: Math.max(limit, 1), low: limit * 0.8, high: limit * 0.95, optimum: 0, value: Math.min(used, limit), "aria-label": `${used} of ${limit} used` });
-  return h("span.meter", {}, bar, ` ${number(used)}`);
+  return h("span.meter", {}, bar, ` ${number(used)}${over}`);
 }

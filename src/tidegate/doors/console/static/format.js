@@ -1,5 +1,7 @@
 // Numbers, times and subjects as people read them.
 
+import { h } from "./dom.js";
+
 const count = new Intl.NumberFormat("en");
 const compact = new Intl.NumberFormat("en", { notation: "compact", maximumFractionDigits: 1 });
 
@@ -31,6 +33,20 @@ export function duration(seconds) {
   return `${Math.round(seconds)} s`;
 }
 
+/** How long it is until a time; kept up to date by `countDown`. */
+export function countdown(until) {
+  return h("span", { "data-until": until, title: time(until) }, remaining(until));
+}
+
+/** Show in each `countdown` what remains now. */
+export function countDown() {
+  for (const each of document.querySelectorAll("[data-until]")) each.textContent = remaining(each.dataset.until);
+}
+
+function remaining(until) {
+  return duration(Math.max(0, (Date.parse(until) - Date.now()) / 1000));
+}
+
 /** A subject as the counters have it: what it is, and where the console shows it. */
 export function subject(text) {
   const value = text.slice(2);
@@ -38,7 +54,7 @@ export function subject(text) {
   if (text.startsWith("i:")) return { kind: "address", text: value, path: "/callers", query: { ip: value.split("/")[0] } };
   if (text.startsWith("a:")) return { kind: "attributes", text: value, path: "/callers", query: { subject: value } };
   if (text.startsWith("t:")) return { kind: "tier", text: value, path: "/policy", query: { tier: value } };
-  if (text.startsWith("c:")) return { kind: "customer", text: value, path: "/callers", query: { q: value } };
+  if (text.startsWith("c:")) return { kind: "customer", text: value, path: "/customers", query: { name: value } };
   return { kind: "", text, path: null, query: {} };
 }
 

@@ -3,10 +3,11 @@
 import { all, get, send } from "../api.js";
 import { block, blocks } from "../blocks.js";
 import { byTime, chart } from "../charts.js";
-import { confirm, form, saveChange, secret } from "../dialogs.js";
-import { announce, empty, field, fill, h, link, select, table } from "../dom.js";
+import { confirm, form, secret } from "../dialogs.js";
+import { announce, empty, field, fill, h, link, refill, select, table } from "../dom.js";
 import { callerOf, counters, explainer } from "../explain.js";
 import { number, span, time } from "../format.js";
+import { override, overrides } from "../overrides.js";
 import { traffic } from "../traffic.js";
 
 export default async function callers(root, view) {
@@ -40,37 +41,52 @@ export default async function callers(root, view) {
 async function showList(root, view, q) {
   const { tier, status, after } = view.parameters;
   const filter = /^[0-9a-f]{6,24}$/.test(q) ? { id_prefix: q } : { name: q };
-  const [page, tiers] = await Promise.all([
-    get("/api-keys", { limit: 50, after, tier, status, ...filter }, { signal: view.signal }),
-    all("/tiers", {}, { signal: view.signal }),
-  ]);
-  const choose = (label, name, options, chosen) => {
-    const control = select([["", "any"], ...options], chosen ?? "", { onchange: () => view.set({ [name]: control.value, after: null }) });
-    return field(label, control);
+  const choose = (label, name, chosen) => {
+    const control = h("select", { onchange: () => view.set({ [name]: control.value, after: null }) });
+    const options = (values) => fill(control, [["", "any"], ...values.map((value) => [value, value])].map(([value, text]) => h("option", { value, selected: value === (chosen ?? "") }, text)));
+    return [field(label, control), options];
   };
-  const filters = h(
-    "div.inline",
-    {},
-    choose("Tier", "tier", tiers.items.map((each) => [each.name, each.name]), tier),
-    choose("Status", "status", [["active", "active"], ["expired", "expired"], ["revoked", "revoked"]], status),
-  );
-  const rows = page.items.map((each) => [
+  const [tierField, setTiers] = choose("Tier", "tier", tier);
+  const [statusField, setStatuses] = choose("Status", "status", status);
+  setTiers(tier ? [tier] : []);
+  setStatuses(["active", "expired", "revoked"]);
+  const list = h("div", {});
+  const stopped = h("div", {});
+  fill(root, h("div.inline", {}, tierField, statusField), list, stopped);
+  await view.live(5000, async (options) => {
+    const page = await get("/api-keys", { limit: 50, after, tier, status, ...filter }, options);
+    refill(list, keyTable(view, page.items, q || tier || status), pages(view, after, page.next));
+  });
+  await view.live(10_000, async (options) => setTiers((await get("/tiers", { limit: 500 }, options)).items.map((each) => each.name)));
+  await blocks(view, stopped);
+}
+
+/** API keys, or what to do where there are none. */
+export function keyTable(view, items, isFiltered) {
+  if (items.length === 0) {
+    return isFiltered
+      ? empty("No key matches.", "Search by a part of its name, the beginning of its id, an address, or an attribute such as user=42.")
+      : empty("There are no API keys yet.", view.operator ? "Make one with New key." : "An operator makes one with New key.", " Callers without a key are found by their address.");
+  }
+  const rows = items.map((each) => [
     link("/callers", { key: each.id }, each.name || "(no name)"),
     h("code", {}, each.id),
     each.tier,
+    each.customer ? link("/customers", { name: each.customer }, each.customer) : "",
     h(`span.badge.${each.status}`, {}, each.status),
     each.limits !== null || each.overrides.length ? "yes" : "",
     time(each.created_at),
   ]);
-  const nothing = q || tier || status
-    ? empty("No key matches.", "Search by a part of its name, the beginning of its id, an address, or an attribute such as user=42.")
-    : empty("There are no API keys yet.", view.operator ? "Make one with New key." : "An operator makes one with New key.", " Callers without a key are found by their address.");
-  fill(
-    root,
-    filters,
-    rows.length ? table("API keys", ["name", "id", "tier", "status", "overrides", "created"], rows) : nothing,
-    h("div.buttons", {}, after ? h("button", { type: "button", onclick: () => view.set({ after: null }) }, "First page") : null, page.next ? h("button", { type: "button", onclick: () => view.set({ after: page.next }, { replace: false }) }, "Next page") : null),
-    await blocks(view),
+  return table("API keys", ["name", "id", "tier", "customer", "status", "overrides", "created"], rows);
+}
+
+/** Buttons to the other pages of a list. */
+export function pages(view, after, next) {
+  return h(
+    "div.buttons",
+    {},
+    after ? h("button", { type: "button", onclick: () => view.set({ after: null }) }, "First page") : null,
+    next ? h("button", { type: "button", onclick: () => view.set({ after: next }, { replace: false }) }, "Next page") : null,
   );
 }
 
@@ -83,31 +99,25 @@ async function showKey(root, view, id) {
     ["tier", link("/policy", { tier: record.tier }, record.tier)],
     ["status", h("span", {}, h(`span.badge.${record.status}`, {}, record.status), record.revoked_reason ? ` ${record.revoked_reason}` : "")],
     ["created", time(record.created_at)],
-    record.customer ? ["customer", record.customer] : null,
+    record.customer ? ["customer", link("/customers", { name: record.customer }, record.customer)] : null,
     ["expires", record.expires_at === null ? "never" : time(record.expires_at)],
-    ["overrides", overridesText(record)],
   ];
   fill(
     root,
     h("h2", {}, record.name || "(no name)"),
     h("dl.facts", {}, facts.filter(Boolean).map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, value)))),
     view.operator ? actions(view, record) : null,
+    overrides(view, record, `/api-keys/${record.id}`, view.operator && record.status !== "revoked"),
     h("section", {}, h("h2", {}, "Counters now"), usage),
     explainer(view, { api_key_id: id }),
     past,
     h("p", {}, link("/audit", { kind: "api_key", target: id }, "Changes of this key")),
   );
-  await view.live(2000, async (options) => fill(usage, usageTable(await get("/usage", { api_key_id: id }, options))));
+  await view.live(2000, async (options) => refill(usage, usageTable(await get("/usage", { api_key_id: id }, options))));
   await showPast(past, view, { api_key_id: id });
 }
 
-function overridesText(record) {
-  const own = record.overrides.map((each) => `${each.rule ?? "(tier)"}: ${[...(each.limits ?? []), ...(each.quotas ?? [])].join(", ")}${each.until ? ` until ${time(each.until)}` : ""}`);
-  if (record.limits !== null) own.unshift(`(tier): ${record.limits.join(", ") || "no limits"}`);
-  return own.length ? h("ul", {}, own.map((text) => h("li", {}, text))) : "none";
-}
-
-function usageTable(usage) {
+export function usageTable(usage) {
   const shown = counters(usage.rules.map((each) => ({ problem: null, ...each })));
   return [
     shown ?? empty("No rule of the tier counts this caller.", "Add one in ", link("/policy", { tier: usage.tier }, "Policy"), "."),
@@ -122,7 +132,7 @@ function actions(view, record) {
   return h(
     "div.buttons",
     {},
-    button("Override limits", () => override(view, record)),
+    button("Override limits", () => override(view, record, { path: `/api-keys/${record.id}`, name: record.name || record.id, kind: "key", quotas: !record.customer })),
     button("Reset counters", () => reset(view, { api_key_id: record.id }, `the key ${record.name || record.id}`)),
     button("Block", () => block(view, { api_key_id: record.id }, `the key ${record.name || record.id}`)),
     record.managed_by_file ? null : button("Rotate", () => rotate(view, record)),
@@ -131,43 +141,7 @@ function actions(view, record) {
   );
 }
 
-async function override(view, record) {
-  const { items } = await all("/rate-limit-rules", { tier: record.tier }, { signal: view.signal });
-  const counted = items.filter((each) => each.subject === "api_key");
-  // Those that end by themselves stay as they are: they take precedence until then.
-  const current = new Map(record.overrides.filter((each) => !each.until).map((each) => [each.rule, each.limits ?? []]));
-  const inputs = new Map(counted.map((each) => [each.name, h("input", { value: (current.get(each.name) ?? []).join(", "), placeholder: each.limits.join(", "), spellcheck: "false" })]));
-  const own = h("input", { value: (record.limits ?? []).join(", "), placeholder: "as the tier", spellcheck: "false" });
-  const content = [
-    h("p.hint", {}, "Limits such as 500/minute, several separated by commas. Empty: as the rule says. What was consumed still counts."),
-    ...counted.map((each) => field(each.name, inputs.get(each.name), `The rule: ${each.limits.join(", ")}`)),
-    field("All endpoints together", own),
-  ];
-  const save = () => {
-    // Other fields of an override, such as its end, and those of rules that are not shown here stay as they are.
-    const kept = new Map(record.overrides.filter((each) => !each.until).map((each) => [each.rule, each]));
-    const overrides = record.overrides.filter((each) => each.until || !inputs.has(each.rule));
-    for (const [rule, input] of inputs) {
-      const limits = listed(input.value);
-      if (limits.length || kept.get(rule)?.quotas?.length) overrides.push({ ...kept.get(rule), rule, limits });
-    }
-    const body = { overrides };
-    if (own.value.trim() !== (record.limits ?? []).join(", ")) body.limits = own.value.trim() ? listed(own.value) : null;
-    const path = `/api-keys/${record.id}`;
-    return saveChange({ method: "PATCH", path, read: path, before: record, body });
-  };
-  const saved = await form(`Limits of ${record.name || record.id}`, content, { save });
-  if (saved !== null) {
-    announce("The limits were saved.");
-    view.reload();
-  }
-}
-
-export function listed(text) {
-  return text.split(",").map((part) => part.trim()).filter(Boolean);
-}
-
-async function reset(view, target, name) {
+export async function reset(view, target, name) {
   if (!(await confirm("Reset counters?", `Everything that ${name} has consumed is forgotten. This cannot be undone.`, "Reset"))) return;
   const { data } = await send("POST", "/counters/reset", { body: target });
   announce(`${number(data.reset)} counters were reset.`);
@@ -200,18 +174,22 @@ async function rotate(view, record) {
   view.go(`/callers?key=${made.id}`);
 }
 
-async function createKey(view) {
+/** Ask for the fields of a new key, and show it once. */
+export async function createKey(view, ofCustomer = "") {
   const { items: tiers } = await all("/tiers", {}, { signal: view.signal });
   if (tiers.length === 0) {
     announce("Make a tier first, in Policy.");
     return;
   }
-  const tier = select(tiers.map((each) => each.name), tiers[0].name);
+  const names = tiers.map((each) => [each.name, each.name]);
+  const tier = select(ofCustomer ? [["", "that of the customer"], ...names] : names, ofCustomer ? "" : names[0][0]);
+  const customer = h("input", { value: ofCustomer, maxlength: "64", spellcheck: "false" });
   const name = h("input", { maxlength: "200" });
   const expires = h("input", { type: "datetime-local" });
-  const content = [field("Tier", tier), field("Name", name, "Whose key it is"), field("Expires", expires, "Empty: never")];
+  const content = [field("Tier", tier), field("Name", name, "Whose key it is"), field("Customer", customer, "Empty: none. Quotas count all keys of a customer together"), field("Expires", expires, "Empty: never")];
   const save = async () => {
-    const body = { tier: tier.value, name: name.value, expires_at: expires.value ? new Date(expires.value).toISOString() : null };
+    const owner = customer.value.trim() ? { customer: customer.value.trim() } : {};
+    const body = { tier: tier.value || null, ...owner, name: name.value, expires_at: expires.value ? new Date(expires.value).toISOString() : null };
     return (await send("POST", "/api-keys", { body })).data;
   };
   const made = await form("New API key", content, { action: "Create", save });
@@ -236,7 +214,7 @@ async function showSubject(root, view, target) {
   );
   await view.live(2000, async (options) => {
     try {
-      fill(usage, usageTable(await get("/usage", { ...target, tier: target.subject ? tier : null }, options)));
+      refill(usage, usageTable(await get("/usage", { ...target, tier: target.subject ? tier : null }, options)));
     } catch (error) {
       if (error.status !== 404) throw error;
       fill(usage, empty("The policy has no tier for this caller.", error.message));

@@ -2,7 +2,7 @@
 
 import { get } from "../api.js";
 import { byTime, chart, finished } from "../charts.js";
-import { empty, fill, h, href, link, select, table } from "../dom.js";
+import { empty, fill, h, href, link, refill, select, table } from "../dom.js";
 import { RANGES, duration, number, share, short, span, subject } from "../format.js";
 import { traffic } from "../traffic.js";
 
@@ -17,7 +17,7 @@ export default async function overview(root, view) {
   const numbers = h("div", {});
   const lists = h("div.columns", {});
   fill(root, h("div.toolbar", {}, h("label", { for: "range" }, "Range"), choice), health, numbers, lists);
-  await view.live(2000, async (options) => fill(health, verdict(await get("/system", {}, options))));
+  await view.live(2000, async (options) => refill(health, verdict(await get("/system", {}, options))));
   await view.live(range === "15m" || range === "1h" ? 10_000 : 60_000, async (options) => {
     const { from, to } = span(range);
     const [history, rules, subjects] = await Promise.all([
@@ -26,7 +26,7 @@ export default async function overview(root, view) {
       get("/violations/top", { by: "subject", since: from, until: to, limit: 10 }, options),
     ]);
     fill(numbers, totals(history, range));
-    fill(lists, topRules(history, rules.items, range), topSubjects(subjects.items, range));
+    refill(lists, topRules(history, rules.items, range), topSubjects(subjects.items, range));
   });
 }
 

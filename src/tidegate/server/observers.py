@@ -1,0 +1,99 @@
+"""What an instance records of its checks: violations and usage; and one observer out of several."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+
+from tidegate.catalog.sql.database import Database
+from tidegate.decision import Observation
+from tidegate.gate.gate import Observer
+from tidegate.ledger.aggregate import UsageCounts
+from tidegate.ledger.maintenance import Retention
+from tidegate.ledger.writer import UsageWriter
+from tidegate.settings import Settings
+from tidegate.telemetry.collectors import collect_usage, collect_violations
+from tidegate.telemetry.metrics import Metrics
+from tidegate.violations.recorder import Violations, ViolationWriter
+from tidegate.violations.storage import SHADOW_TABLE
+
+
+class CheckRecorders:
+    """The recorders that the settings enable, and the tasks that write what they recorded.
+
+    Args:
+        settings: all of them.
+        metrics: get what the writers count.
+        database: where they write.
+
+    Attributes:
+        observers: called for every check.
+        tasks: by name; each runs until cancelled.
+        usage: writes the ledger; None if it is disabled.
+    """
+
+    def __init__(self, settings: Settings, metrics: Metrics, database: Database) -> None:
+        self.observers: list[Observer] = []
+        self.tasks: dict[str, Callable[[], Awaitable[None]]] = {}
+        self.usage: UsageWriter | None = None
+        self._flushes: list[Callable[[], Awaitable[None]]] = []
+        if settings.violations.enabled:
+            shadow = Violations(settings.violations.max_entries)
+            violations = Violations(settings.violations.max_entries, shadow)
+            writing = database, settings.violations.flush_s, settings.violations.keep_days
+            writer, shadow_writer = ViolationWriter(violations, *writing), ViolationWriter(shadow, *writing, SHADOW_TABLE)
+            collect_violations(metrics, writer, shadow_writer)
+            self.observers.append(violations.observe)
+            for name, each in (("violations_writer", writer), ("shadow_violations_writer", shadow_writer)):
+                self.tasks[name] = each.run
+                self._flushes.append(each.flush)
+        ledger = settings.ledger
+        if ledger.enabled:
+            counts = UsageCounts(latency=metrics.latency)
+            retention = Retention(ledger.keep_days, ledger.traffic_days, ledger.minutes_days, ledger.max_callers)
+            self.usage = UsageWriter(counts, database, ledger.flush_s, retention)
+            collect_usage(metrics, self.usage)
+            self.observers.append(counts.observe)
+            self.tasks["ledger_writer"] = self.usage.run
+            self._flushes.append(self.usage.flush)
+
+    async def flush(self) -> None:
+        """Write what is recorded, before the database is closed."""
+        # At the same time: while the database does not answer, one after the other would take longer than a worker has to end.
+        await asyncio.gather(*(flush() for flush in self._flushes))
+
+
+def observe_all(observers: Sequence[Observer]) -> Observer:
+    """An observer that calls several, in this order.
+
+    Args:
+        observers: one or more.
+
+    Returns:
+        The only one itself; two and three are called without a loop, which would cost every check.
+    """
+    if len(observers) == 1:
+        return observers[0]
+    if len(observers) == 2:
+        count, note = observers
+
+        def observe_two(observation: Observation) -> None:
+            count(observation)
+            note(observation)
+
+        return observe_two
+    if len(observers) == 3:
+        one, two, three = observers
+
+        def observe_three(observation: Observation) -> None:
+            one(observation)
+            two(observation)
+            three(observation)
+
+        return observe_three
+
+    def observe(observation: Observation) -> None:
+        for each in observers:
+            each(observation)
+
+    return observe
