@@ -11,12 +11,13 @@ from typing import Any
 from tidegate.algorithms import MERGE, State
 from tidegate.counters import Charge
 from tidegate.counters.crossings import CrossingWatch
-from tidegate.counters.memory_storage import SWEEP_STEPS, MemoryStorage
+from tidegate.counters.memory_reservations import MemoryReservations
+from tidegate.counters.memory_storage import SWEEP_STEPS
 from tidegate.decision import Decision
 from tidegate.policy.limits import LimitSet
 
 
-class MemoryCounters(MemoryStorage):
+class MemoryCounters(MemoryReservations):
     """Counters of one process. A subclass whose `charge` has to await something sets `immediate` to False.
 
     Args:

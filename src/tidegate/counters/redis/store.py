@@ -31,12 +31,13 @@ from tidegate.counters.redis.command_templates import (
     charge_command,
     give_back_command,
 )
-from tidegate.counters.redis.commands import LATE_TIMEOUT_S, Command, RedisCommands, not_started, raise_first
+from tidegate.counters.redis.commands import LATE_TIMEOUT_S, Command, not_started, raise_first
 from tidegate.counters.redis.connection import Connection
 from tidegate.counters.redis.corrupt_counters import CorruptCounters
 from tidegate.counters.redis.error_replies import ScriptFailed, follow_redirection, reply_by, shown
 from tidegate.counters.redis.keyspace import hash_tag, key_of, reset_key_of, slot_of_tag
 from tidegate.counters.redis.probe import PROBE, probe_tags
+from tidegate.counters.redis.reservations import RedisReservations
 from tidegate.counters.redis.resp import encode_command
 from tidegate.counters.redis.scripts import Script, script
 from tidegate.counters.redis.split_charge import charge_split
@@ -55,7 +56,7 @@ _RESET_KNOWN_MS: Final = "120000"
 """For how long it is known that a counter was reset, ms: no lease lives longer."""
 
 
-class RedisCounters(RedisCommands):
+class RedisCounters(RedisReservations):
     """Counters shared by all instances that use the same Redis.
 
     Args:
