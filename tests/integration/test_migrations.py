@@ -70,6 +70,8 @@ FILLING = {
         VALUES ('session', 'digest', 5, 6)""",
     "what_if_runs": """INSERT INTO what_if_runs (id, actor, state, progress, created_at_us, changed_at_us, result)
         VALUES ('run', 'me', 'done', 1, 5, 6, '{"note": null}')""",
+    "notifications": """INSERT INTO notifications (id, event, subject, url, body, status, attempts, created_at_us, next_at_us,
+        give_up_at_us) VALUES ('msg_1', 'blocked', 'b:1', 'https://hooks.example', '{}', 'pending', 0, 5, 5, 9)""",
     "catalog_changes": "INSERT INTO catalog_changes (version, previous, kind, name) VALUES (7, 6, 'all', '')",
 }
 """A row or more for every table, as the step that made it would have it."""

@@ -19,6 +19,7 @@ from tidegate.counters.leased import LeasedCounters
 from tidegate.counters.memory import MemoryCounters
 from tidegate.gate.access import AccessControl
 from tidegate.ledger.writer import UsageWriter
+from tidegate.notifications.notifier import Notifier
 from tidegate.telemetry.logs import lines_dropped, lines_suppressed
 from tidegate.telemetry.metrics import Metrics
 from tidegate.violations.recorder import ViolationWriter
@@ -176,6 +177,19 @@ def collect_usage(metrics: Metrics, writer: UsageWriter) -> None:
         "rate_limiter_traffic_rows_dropped",
         "Rows of the traffic history dropped because too many waited.",
         lambda: writer.dropped,
+    )
+
+
+def collect_notifications(metrics: Metrics, notifier: Notifier) -> None:
+    """Register the metrics of notifications."""
+    metrics.add_labelled_counter(
+        "rate_limiter_notifications",
+        "Notifications delivered, failed for good or dropped, and attempts that are retried.",
+        "result",
+        lambda: notifier.counts,
+    )
+    metrics.add_gauge(
+        "rate_limiter_notifications_pending", "Notifications waiting to be written to the database.", lambda: notifier.pending
     )
 
 
