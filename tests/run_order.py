@@ -30,7 +30,7 @@ WAITING_S: Final = {
     "test_prometheus_rules.py": 70,
     "test_redis_cluster_scripts.py": 95,
     "test_replicas.py": 60,
-    "test_reshard.py": 150,
+    "test_reshard.py": 100,
     "test_stack.py": 45,
     "test_tutorials.py": 45,
     "test_workers.py": 100,

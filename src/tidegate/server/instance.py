@@ -33,6 +33,7 @@ from tidegate.doors.probes import ProbePages
 from tidegate.doors.tls import ServerTls
 from tidegate.gate.gate import Gate, Observer
 from tidegate.listen_address import join_address, parse_address
+from tidegate.notifications.notifier import Notifier
 from tidegate.policy.paths import STRICT, PathRules
 from tidegate.server.addresses import admin_address, free_address, grpc_address, probes_address
 from tidegate.server.certificates import Certificates
@@ -48,6 +49,7 @@ from tidegate.server.wiring import (
     open_callers_auth,
     open_catalog,
     open_channel,
+    open_notifier,
     require_shared_counters,
     share_catalog,
 )
@@ -60,6 +62,7 @@ from tidegate.telemetry.collectors import (
     collect_connections,
     collect_counters,
     collect_log_lines,
+    collect_notifications,
     collect_tls,
 )
 from tidegate.telemetry.health import Health
@@ -131,6 +134,7 @@ class Instance:
         self._stack = contextlib.AsyncExitStack()
         self._tasks: list[asyncio.Task[None]] = []
         self._reloads: list[Callable[[], None]] = []
+        self._flushes: list[Callable[[], Awaitable[None]]] = []
 
     async def start(self) -> None:
         """Open everything and listen.
@@ -194,6 +198,7 @@ class Instance:
             self._spawn("caller_tokens", self.cached.caller_tokens.run)
         blocks = await open_blocks(settings, self.catalog, self.cached)
         self._spawn("blocks", blocks.run)
+        await self._notify()
         access = AccessLog(settings.server.access_log_sample) if settings.server.access_log_sample else None
         gate = Gate(self.cached, self._counted(), self._observer(access), lookup_timeout_s=2 * settings.catalog.timeout_s)
         self._stack.push_async_callback(gate.tokens.close)
@@ -288,8 +293,7 @@ class Instance:
         for name, work in recorders.tasks.items():
             self._spawn(name, work)
         if recorders.tasks:
-            # Opened after the catalog, so flushed before the catalog is closed.
-            self._stack.push_async_callback(recorders.flush)
+            self._flush_at_end(recorders.flush)
         if recorders.usage is not None:
             self.health.add("ledger", recorders.usage.ping)
         if access is not None:
@@ -297,6 +301,26 @@ class Instance:
         if self._tracing is not None:
             observers.append(self._tracing.observe)
         return observe_all(observers)
+
+    async def _notify(self) -> None:
+        def needed(notifier: Notifier) -> None:
+            self.health.add("notifications", notifier.ping)
+
+        notifier = await open_notifier(self.settings, self.catalog, self.cached, self.counters, needed)
+        collect_notifications(self.metrics, notifier)
+        self._spawn("notifications_writer", notifier.write)
+        self._spawn("notifications_delivery", notifier.deliver)
+        self._flush_at_end(notifier.flush_at_end)
+
+    def _flush_at_end(self, flush: Callable[[], Awaitable[None]]) -> None:
+        if not self._flushes:
+            # Opened after the catalog, so flushed before the catalog is closed.
+            self._stack.push_async_callback(self._flush)
+        self._flushes.append(flush)
+
+    async def _flush(self) -> None:
+        # At the same time: while the database does not answer, one after the other would take longer than a worker has to end.
+        await asyncio.gather(*(flush() for flush in self._flushes))
 
     def _counted(self) -> CounterStore:
         """The counter store for the gate, wrapped to record its calls if tracing is enabled."""
