@@ -1,6 +1,7 @@
 """The tutorials and the page on plans, as their readers paste them.
 
-Files are saved, commands are run, and what is shown as the output is the output. Each runs in an empty folder and in a network namespace of its own, because its text uses the default ports.
+Files are saved, commands are run, and what is shown as the output is the output. Each runs in an empty folder and in a network
+namespace of its own, because its text uses the default ports.
 """
 
 from __future__ import annotations

@@ -11,13 +11,14 @@ from typing import Any
 from tidegate.algorithms import MERGE, State
 from tidegate.counters import Charge
 from tidegate.counters.crossings import CrossingWatch
+from tidegate.counters.memory_holds import MemoryHolds
 from tidegate.counters.memory_reservations import MemoryReservations
 from tidegate.counters.memory_storage import SWEEP_STEPS
 from tidegate.decision import Decision
 from tidegate.policy.limits import LimitSet
 
 
-class MemoryCounters(MemoryReservations):
+class MemoryCounters(MemoryReservations, MemoryHolds):
     """Counters of one process. A subclass whose `charge` has to await something sets `immediate` to False.
 
     Args:
@@ -49,6 +50,8 @@ class MemoryCounters(MemoryReservations):
         if limit is None:
             return self.charge_all(((limits, subject),), cost)
         now = self._clock()
+        if now >= self._next_hold_end:
+            self._expire_holds(now)
         key = compiled.token + subject
         shard = self._shards[hash(key) & 255]
         stored = shard.get(key)
@@ -65,7 +68,8 @@ class MemoryCounters(MemoryReservations):
             self._drop_expired_entries(compiled, shard, key, now)
         if now >= self._next_due:
             self.sweep(SWEEP_STEPS, now)
-        return Decision(state is not None, limit, remaining, reset, retry, now, limits)
+        decision = Decision(state is not None, limit, remaining, reset, retry, now, limits)
+        return decision if state is not None or not self._open else self._until_next_end(decision, ((limits, subject),))
 
     def charge_all(self, counters: tuple[tuple[LimitSet, str], ...], cost: int) -> Decision:
         """Decide several counters and charge all of them or none.
@@ -95,7 +99,7 @@ class MemoryCounters(MemoryReservations):
         key, other_key = compiled.token + subject, other.token + other_subject
         shard, other_shard = self._shards[hash(key) & 255], self._shards[hash(other_key) & 255]
         state, other_state = shard.get(key), other_shard.get(other_key)
-        if not state or not other_state:
+        if not state or not other_state or self._open:
             return self._charge_several(counters, cost)
         now = self._clock()
         limit, other_limit = compiled.limit, other.limit
@@ -143,6 +147,8 @@ class MemoryCounters(MemoryReservations):
 
     def _charge_several(self, counters: tuple[tuple[LimitSet, str], ...], cost: int) -> Decision:
         now = self._clock()
+        if now >= self._next_hold_end:
+            self._expire_holds(now)
         writes = []
         binding, least, reset_after, retry_after = counters[0][0].limits[0], -1, 0, 0
         never = denied = False
@@ -204,11 +210,13 @@ class MemoryCounters(MemoryReservations):
             self.sweep(SWEEP_STEPS, now)
         if over and not denied:
             return Decision(True, binding, 0, reset_after, 0, now, counters[0][0], overage=over)
-        return Decision(not denied, binding, least, reset_after, None if never else retry_after, now, counters[0][0])
+        decision = Decision(not denied, binding, least, reset_after, None if never else retry_after, now, counters[0][0])
+        return self._until_next_end(decision, counters) if denied and self._open else decision
 
     async def windows(self, counters: Sequence[tuple[LimitSet, str]]) -> list[tuple[Decision, ...]]:
         """See `CounterStore.windows`."""
         now = self._clock()
+        self._expire_holds(now)
         found = []
         for limits, subject in counters:
             compiled = self._prepare(limits)
@@ -233,6 +241,7 @@ class MemoryCounters(MemoryReservations):
             compiled = self._prepare(limits)
             for each in (compiled, *compiled.other_layouts):
                 self._empty(each, subject)
+                self._void_holds(each.token + subject)
 
     def take(self, limits: LimitSet, subject: str) -> tuple[State, ...] | None:
         """Take out what a subject consumed; afterwards it has consumed nothing here.

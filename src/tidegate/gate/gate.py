@@ -21,6 +21,7 @@ from tidegate.gate.access import AccessControl, uncounted
 from tidegate.gate.callers import LOOKUP_TIMEOUT_S, CallerLookup, Sender
 from tidegate.gate.charging import ChargeResult, CheckPlan, charge_all_or_none, charge_independently
 from tidegate.gate.customers import customer_counters
+from tidegate.gate.holds import Holds
 from tidegate.gate.quotas import counters_with_quotas, key_counters
 from tidegate.gate.request_limits import RequestLimits
 from tidegate.gate.shadow import shadow_counters, shadow_denials
@@ -53,6 +54,7 @@ class Gate:
     Attributes:
         access: denies checks, and exempts them from limits, before anything is counted.
         request_limits: decides checks that name their own limits.
+        holds: reserves costs that are known later.
         tokens: verifies bearer tokens of other issuers.
     """
 
@@ -71,6 +73,7 @@ class Gate:
         self.access = AccessControl(catalog, lookup_timeout_s)
         self._lists = self.access.lists
         self.request_limits = RequestLimits(counters, catalog.namespaces, observe, self.access)
+        self.holds = Holds(counters, self.plan, self._tell, self._tell_error)
         self._callers = CallerLookup(catalog, wall_clock_ns, lookup_timeout_s)
         self._caller = self._callers.find
         self._find_cached = self._callers.find_cached

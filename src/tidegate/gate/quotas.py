@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TypeAlias
-
 from tidegate.catalog.cache_level import Caller
+from tidegate.counters import Counters
 from tidegate.decision import Check, clip
 from tidegate.gate.subjects import attributes_subject, ip_needed
 from tidegate.gate.usage import own_limits
 from tidegate.policy.limits import LimitSet
 from tidegate.policy.matching import CompiledRule, subject_of
 from tidegate.policy.model import Subject
-
-Counters: TypeAlias = tuple[tuple[LimitSet, str], ...]
 
 
 def counters_with_quotas(check: Check, caller: Caller, rule: CompiledRule | None, ip: str | None) -> Counters:

@@ -66,6 +66,7 @@ from tidegate.telemetry.collectors import (
     collect_tls,
 )
 from tidegate.telemetry.health import Health
+from tidegate.telemetry.holds import collect_holds
 from tidegate.telemetry.metrics import Metrics
 from tidegate.timestamps import format_timestamp, now_us
 
@@ -218,6 +219,7 @@ class Instance:
         collect_cache(self.metrics, self.cached, shared, self.catalog.database)
         collect_counters(self.metrics, self.counters)
         collect_access(self.metrics, gate.access, blocks)
+        collect_holds(self.metrics, gate.holds.figures, self.counters)
         collect_background(self.metrics, SUPERVISOR)
         self.metrics.add_gauge("rate_limiter_policy_version", "Active version of the catalog.", lambda: self.cached.version)
         self.metrics.add_gauge("rate_limiter_in_flight", "Requests in flight.", lambda: self.in_flight)

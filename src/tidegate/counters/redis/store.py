@@ -22,8 +22,9 @@ from functools import partial
 from typing import Any, Final
 
 from tidegate.algorithms import State
-from tidegate.counters import Charge, ChargeOutcome, LateAnswer, LeaseReturn
+from tidegate.counters import Charge, ChargeOutcome, Counters, LateAnswer, LeaseReturn
 from tidegate.counters.crossings import CrossingWatch
+from tidegate.counters.holds import HoldHandle, HoldSettlement
 from tidegate.counters.redis.command_templates import (
     CommandTemplate,
     absorb_command,
@@ -35,6 +36,7 @@ from tidegate.counters.redis.commands import LATE_TIMEOUT_S, Command, not_starte
 from tidegate.counters.redis.connection import Connection
 from tidegate.counters.redis.corrupt_counters import CorruptCounters
 from tidegate.counters.redis.error_replies import ScriptFailed, follow_redirection, reply_by, shown
+from tidegate.counters.redis.holds import RedisHolds
 from tidegate.counters.redis.keyspace import hash_tag, key_of, reset_key_of, slot_of_tag
 from tidegate.counters.redis.probe import PROBE, probe_tags
 from tidegate.counters.redis.reservations import RedisReservations
@@ -80,6 +82,7 @@ class RedisCounters(RedisReservations):
         self.refunds = 0
         """Split charges of which a part was refunded: a subject that was denied meanwhile may pass now."""
         self.corrupt = CorruptCounters(self._run_until)
+        self.holds = RedisHolds(self._run_soon, self._run_late, self._template)
         self._watch: CrossingWatch | None = None
 
     @property
@@ -220,6 +223,27 @@ class RedisCounters(RedisReservations):
         for place, reply in zip(places, await self._each(sent, wait_late=True), strict=True):
             taken[place] = reply == len(returns[place].counters)
         return taken
+
+    async def open_hold(
+        self, counters: Counters, cost: int, ttl_us: int, rule: str | None = None
+    ) -> tuple[Decision, HoldHandle | None]:
+        """See `HoldingCounterStore.open_hold`."""
+        await self.start()
+        return await self.holds.open(counters, cost, ttl_us, rule, self._require_topology().sharded)
+
+    async def settle_hold(self, handle: HoldHandle, cost: int) -> HoldSettlement:
+        """See `HoldingCounterStore.settle_hold`."""
+        await self.start()
+        settled = await self.holds.settle(handle, cost)
+        if cost < handle.cost and not settled.repeated:
+            # What was denied for want of these units may pass now, on every instance.
+            self.refunds += 1
+        return settled
+
+    async def renew_hold(self, handle: HoldHandle, ttl_us: int) -> None:
+        """See `HoldingCounterStore.renew_hold`."""
+        await self.start()
+        await self.holds.renew(handle, ttl_us)
 
     async def absorb(self, states: Iterable[tuple[LimitSet, str, Sequence[State]]]) -> list[StoreUnavailable | None]:
         """Add what was admitted elsewhere, without asking any limit. All is written before anything is waited for, so that
