@@ -21,7 +21,7 @@ from tidegate.decision import Decision
 from tidegate.doors.exceeded import RateLimitExceeded
 from tidegate.doors.limiter import SyncLimiter
 from tidegate.errors import StoreUnavailable
-from tidegate.policy.limits import Algorithm, Limit, LimitSet
+from tidegate.policy.limits import Algorithm, ConcurrencyAlgorithm, Limit, LimitSet
 
 NAMES = iter(range(1_000_000))
 TIMEOUT_S = 5.0
@@ -121,6 +121,28 @@ async def test_holds_and_checks_share_the_limit(redis_server: RedisServer) -> No
 async def _passes(store: GuardedCounters, counters: tuple[tuple[LimitSet, str], ...], cost: int) -> bool:
     [outcome] = await store.charge([Charge(counters, cost)])
     return isinstance(outcome, Decision) and outcome.allowed
+
+
+async def test_slots_of_an_instance_that_died_are_free_when_they_expire(redis_server: RedisServer) -> None:
+    dead = GuardedCounters(RedisCounters(redis_server.url, TIMEOUT_S))
+    store = GuardedCounters(RedisCounters(redis_server.url, TIMEOUT_S))
+    slots = LimitSet(f"holds:{next(NAMES)}", ConcurrencyAlgorithm.CONCURRENT, [Limit.parse("20 concurrent")])
+    counters = ((limit_set("1000/day"), "k"), (slots, "k"))
+    opened = await asyncio.gather(*(dead.open_hold(counters, 1, 2_000_000) for _ in range(30)))
+    assert sum(decision.allowed for decision, _ in opened) == 20
+    [denied] = await store.charge([Charge(counters, 1)])
+    assert isinstance(denied, Decision)
+    assert (denied.allowed, denied.binding) == (False, slots.limits[0])
+    assert await remaining(store, (slots, "k")) == 0
+    await until_true(lambda: _passes(store, counters, 1))
+    assert await remaining(store, (slots, "k")) == 20
+    _, hold = await store.open_hold(counters, 0, MINUTE_US)
+    assert hold is not None
+    for _ in range(2):
+        settled = await store.settle_hold(hold, 3)
+        assert (settled.cost, settled.limit, settled.remaining) == (3, 20, 20)
+    for each in (store, dead):
+        await each.close()
 
 
 async def test_unknown_and_forged_ids(redis_server: RedisServer) -> None:

@@ -21,7 +21,7 @@ from tidegate.decision import Check
 from tidegate.doors.exceeded import RateLimitExceeded
 from tidegate.doors.http import DataPlane
 from tidegate.doors.limiter import Limiter, SyncLimiter
-from tidegate.errors import BadRequest
+from tidegate.errors import BadRequest, PolicyError
 from tidegate.gate.gate import Gate
 from tidegate.policy.limits import Algorithm, Limit, LimitSet
 from tidegate.policy.toml_reader import parse_policy
@@ -359,3 +359,89 @@ def test_a_sync_limiter_holds_while_a_block_runs() -> None:
             limiter.hold("u", ttl_s=0)
         with pytest.raises(RateLimitExceeded), limiter.hold("u", cost=21):
             pass
+
+
+CONCURRENT = """
+[[tiers]]
+name = "free"
+  [[tiers.rules]]
+  endpoint = "/llm/*"
+  name = "tokens"
+  limits = ["1000/minute", "2 concurrent"]
+  [[tiers.rules]]
+  endpoint = "/export"
+  limits = ["1 concurrent"]
+
+[[api_keys]]
+key = "demo-free-key-0001"
+tier = "free"
+"""
+
+
+@pytest.fixture
+def slots(store: MemoryCounters) -> DataPlane:
+    return DataPlane(Gate(CachedCatalog(PolicyCatalog(parse_policy(CONCURRENT))), store), {})
+
+
+async def test_slots_are_taken_by_holds_and_freed_by_settlements(slots: DataPlane, clock: Clock) -> None:
+    opened = [await post(slots, "/v1/holds", {**KEY, "cost": 10, "ttl_s": 5}) for _ in range(3)]
+    assert [answer.status for answer, _ in opened] == [200, 200, 429]
+    assert [body["remaining"] for _, body in opened] == [1, 0, 0]
+    assert opened[0][0].headers["ratelimit-policy"] == '"1000/minute";q=1000;w=60, "2 concurrent";q=2;qu="concurrent-requests"'
+    assert opened[2][0].headers["retry-after"] == "1"
+    check = {**KEY, "cost": 1}
+    assert (await post(slots, "/v1/check", check))[0].status == 429
+    assert (await post(slots, "/v1/check", {**KEY, "cost": 0}))[0].status == 200
+    settled = await post(slots, f"/v1/holds/{opened[0][1]['hold']}/settle", {"cost": 300})
+    assert (settled[1]["limit"], settled[1]["remaining"]) == (2, 1)
+    # Twice frees nobody else's; a check takes none.
+    await post(slots, f"/v1/holds/{opened[0][1]['hold']}/settle", {"cost": 300})
+    for _ in range(3):
+        answer, decision = await post(slots, "/v1/check", check)
+        assert (answer.status, decision["remaining"], decision["limit"]) == (200, 1, 2)
+    usage = json.loads((await call(slots, "/v1/usage", headers=[("x-api-key", b"demo-free-key-0001")])).body)
+    windows = {
+        rule["rule"]: [(each["limit"], each["window"], each["used"]) for each in rule["windows"]] for rule in usage["rules"]
+    }
+    assert windows == {"/export": [(1, 0, 0)], "tokens": [(1000, 60, 313), (2, 0, 1)]}
+    clock.advance(5)
+    # The other one has expired: its slot is free, and its units are back.
+    assert (await post(slots, "/v1/holds", {**KEY, "cost": 0}))[1]["remaining"] == 1
+    late = await post(slots, f"/v1/holds/{opened[1][1]['hold']}/settle", {"cost": 20})
+    assert late[1]["late"]
+
+
+async def test_a_rule_with_slots_alone(slots: DataPlane) -> None:
+    export = {"api_key": "demo-free-key-0001", "path": "/export"}
+    answer, opened = await post(slots, "/v1/holds", {**export, "cost": 0})
+    assert (answer.status, opened["limit"], opened["remaining"]) == (200, 1, 0)
+    assert (await post(slots, "/v1/holds", {**export, "cost": 0}))[0].status == 429
+    assert (await post(slots, f"/v1/holds/{opened['hold']}/settle", {"cost": 0}))[1]["remaining"] == 1
+    answer, opened = await post(slots, "/v1/holds", export)
+    assert answer.status == 200
+
+
+async def test_a_reset_frees_slots(store: MemoryCounters) -> None:
+    gate = Gate(CachedCatalog(PolicyCatalog(parse_policy(CONCURRENT))), store)
+    opened = await gate.holds.open(Check.of("/export", "GET", "demo-free-key-0001"))
+    await gate.reset("demo-free-key-0001")
+    assert (await gate.holds.open(Check.of("/export", "GET", "demo-free-key-0001"))).hold is not None
+    # The first one frees nobody else's slot.
+    await gate.holds.settle(opened.hold, 1)
+    assert (await gate.holds.open(Check.of("/export", "GET", "demo-free-key-0001"))).hold is None
+
+
+@pytest.mark.parametrize(
+    ("policy", "message"),
+    [
+        (CONCURRENT.replace('"2 concurrent"', '"2 concurrent", "3 concurrent"'), "both count requests in progress"),
+        (CONCURRENT.replace('"2 concurrent"', '"0 concurrent"'), "must be a whole number from 1"),
+        (CONCURRENT.replace('name = "free"', 'name = "free"\nlimits = ["5 concurrent"]', 1), "only limits of rules can"),
+        (CONCURRENT.replace('"/export"', '"/export"\n  mode = "soft"'), "cannot be soft"),
+    ],
+)
+def test_bad_concurrency_limits(policy: str, message: str) -> None:
+    with pytest.raises(PolicyError, match=message):
+        parse_policy(policy)
+    with pytest.raises(PolicyError, match="only limits of rules can"):
+        Limiter("5 concurrent")

@@ -26,7 +26,7 @@ from tidegate.decision import MAX_COST, Check, Decision, clip
 from tidegate.errors import BadRequest, TidegateError
 from tidegate.gate.charging import CheckPlan
 from tidegate.gate.request_limits import LimitCheck
-from tidegate.policy.limits import Limit
+from tidegate.policy.limits import ConcurrencyAlgorithm, Limit
 from tidegate.policy.quotas import UNBOUNDED, QuotaLimit
 from tidegate.timestamps import US_PER_S
 
@@ -251,8 +251,8 @@ def fitting_cost(counters: Counters, cost: int, clamp: bool) -> int:
     """
     lowest: Limit | None = None
     for limits, _ in counters:
-        # A soft limit lets every cost pass.
-        for limit in () if limits.soft else limits.limits:
+        # A soft limit lets every cost pass, and a slot is one whatever the cost.
+        for limit in () if limits.soft or limits.algorithm is ConcurrencyAlgorithm.CONCURRENT else limits.limits:
             if lowest is None or _most(limit) < _most(lowest):
                 lowest = limit
     if lowest is None or cost <= _most(lowest):

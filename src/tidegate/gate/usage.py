@@ -91,7 +91,8 @@ def _counters(rule: CompiledRule | None, caller: Caller, subject: str, attribute
     if rule is not None:
         assert rule.quotas is not None, "a rule without quotas is above"
         own = (rule.quotas.of(caller.anchor), quota_subject)
-        return ((rule.limits, subject), own) if rule.limited else (own,)
+        slots: Counters = () if rule.slots is None else ((rule.slots, subject),)
+        return ((rule.limits, subject), own, *slots) if rule.limited else (own, *slots)
     limits = caller.tier.limits
     found: Counters = () if limits is None else ((limits, subject),)
     return found if caller.quotas is None else (*found, (caller.quotas, quota_subject))
@@ -163,7 +164,8 @@ async def reset_counters(store: CounterStore, counters: Sequence[Counter]) -> in
 
 def own_limits(tier: CompiledTier) -> list[LimitSet]:
     """The limits that count each caller of a tier separately: by its key, or by its address if it has none."""
-    found = [rule.limits for rule in tier.rules if rule.limited and rule.subject is Subject.API_KEY]
+    by_key = [rule for rule in tier.rules if rule.subject is Subject.API_KEY]
+    found = [rule.limits for rule in by_key if rule.limited] + [rule.slots for rule in by_key if rule.slots is not None]
     return found if tier.limits is None else [tier.limits, *found]
 
 
