@@ -18,6 +18,7 @@ from tidegate.catalog.in_memory import PolicyCatalog
 from tidegate.counters.holds import HoldEnded, HoldHandle, HoldNotFound, TooManyHolds, new_id
 from tidegate.counters.memory import MemoryCounters
 from tidegate.decision import Check
+from tidegate.doors.asgi import RateLimitMiddleware
 from tidegate.doors.exceeded import RateLimitExceeded
 from tidegate.doors.http import DataPlane
 from tidegate.doors.limiter import Limiter, SyncLimiter
@@ -445,3 +446,56 @@ def test_bad_concurrency_limits(policy: str, message: str) -> None:
         parse_policy(policy)
     with pytest.raises(PolicyError, match="only limits of rules can"):
         Limiter("5 concurrent")
+
+
+def middleware(store: MemoryCounters, app: Any) -> RateLimitMiddleware:
+    gate = Gate(CachedCatalog(PolicyCatalog(parse_policy(CONCURRENT))), store)
+    return RateLimitMiddleware(app, gate=gate)
+
+
+async def request(app: Any, path: str = "/export", key: str = "demo-free-key-0001") -> list[dict[str, Any]]:
+    sent: list[dict[str, Any]] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    async def receive() -> Any:
+        return {"type": "http.request", "body": b""}
+
+    headers = [(b"x-api-key", key.encode())]
+    scope = {"type": "http", "method": "GET", "path": path, "raw_path": path.encode(), "query_string": b"", "headers": headers}
+    await app({**scope, "client": ("127.0.0.1", 5)}, receive, send)
+    return sent
+
+
+async def test_the_middleware_holds_a_slot_until_the_last_byte(store: MemoryCounters) -> None:
+    entered, go = asyncio.Event(), asyncio.Event()
+
+    async def inner(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        entered.set()
+        await go.wait()
+        await send({"type": "http.response.body", "body": b"x"})
+
+    app = middleware(store, inner)
+    first = asyncio.ensure_future(request(app))
+    await entered.wait()
+    assert (await request(app))[0]["status"] == 429
+    go.set()
+    assert (b"x-ratelimit-remaining", b"0") in (await first)[0]["headers"]
+    assert (await request(app))[0]["status"] == 200
+    # One that is cancelled, as a server does where the client disconnects, frees it too.
+    go.clear()
+    entered.clear()
+    cancelled = asyncio.ensure_future(request(app))
+    await entered.wait()
+    cancelled.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await cancelled
+    go.set()
+    assert (await request(app))[0]["status"] == 200
+    # Rules without slots, paths without rules, and refused callers are as before.
+    assert (await request(app, "/llm/x"))[0]["status"] == 200
+    assert (await request(app, "/other"))[0]["status"] == 200
+    assert (await request(app, key="nobody"))[0]["status"] == 401
+    assert store.open_holds == 0

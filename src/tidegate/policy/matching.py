@@ -83,6 +83,7 @@ class CompiledTier:
         quotas: the tier's quotas; None where there are none.
         has_actions: whether one of its rules denies, or allows without counting.
         has_quotas: whether it or one of its rules has quotas, or limits of requests in progress.
+        has_slots: whether one of its rules limits requests in progress.
         has_shadow_rules: whether `shadow_rules` can give any.
         attribute_names: the attributes that its rules read.
         attribute_rules: the rules that count by attributes, those for descriptors too.
@@ -100,6 +101,7 @@ class CompiledTier:
         "has_actions",
         "has_quotas",
         "has_shadow_rules",
+        "has_slots",
         "limits",
         "quotas",
         "rules",
@@ -132,8 +134,8 @@ class CompiledTier:
             rule.name: _rule_quotas(tier, rule, sold.get(rule.name, rule.quotas), names[rule.name]) for rule in tier.rules
         }
         self.has_quotas = self.quotas is not None or any(rules_sold.values())
-        if any(limit.concurrent for rule in tier.rules for limit in rule.limits):
-            self.has_quotas = True
+        self.has_slots = any(limit.concurrent for rule in tier.rules for limit in rule.limits)
+        self.has_quotas = self.has_quotas or self.has_slots
         heads = {(rule.endpoint, rule.match, rule.mode) for rule in tier.rules if "HEAD" in rule.methods}
         compiled = [
             CompiledRule(
