@@ -13,15 +13,17 @@ from tests.moments import PATIENCE_S
 from tests.servers.redis_cluster import RedisCluster
 from tests.servers.redis_server import RedisServer
 from tidegate.counters import Charge
+from tidegate.counters.factory import open_blocking
 from tidegate.counters.guarded import GuardedCounters
-from tidegate.counters.holds import HeldCounter, HoldHandle, HoldNotFound, TooManyHolds, new_id
+from tidegate.counters.holds import HeldCounter, HoldHandle, new_id
 from tidegate.counters.redis.keyspace import hash_tag, key_of, name_of, slot_of
 from tidegate.counters.redis.store import RedisCounters
 from tidegate.decision import Decision
 from tidegate.doors.exceeded import RateLimitExceeded
 from tidegate.doors.limiter import SyncLimiter
-from tidegate.errors import StoreUnavailable
+from tidegate.errors import HoldNotFound, StoreUnavailable, TooManyHolds
 from tidegate.policy.limits import Algorithm, ConcurrencyAlgorithm, Limit, LimitSet
+from tidegate.settings import CounterSettings
 
 NAMES = iter(range(1_000_000))
 TIMEOUT_S = 5.0
@@ -246,7 +248,8 @@ async def test_memory_of_open_holds(redis_server: RedisServer) -> None:
 
 def test_threads_hold_together_with_event_loops(redis_server: RedisServer) -> None:
     name = f"threads-{next(NAMES)}"
-    with SyncLimiter("100/day", counters=redis_server.url, name=name) as limiter:
+    store = open_blocking(CounterSettings(url=redis_server.url, timeout_ms=10_000))
+    with SyncLimiter("100/day", counters=store, name=name) as limiter:
         with limiter.hold("u", cost=80) as hold:
             assert limiter.check("u", 0).remaining == 20
             hold.renew(120)

@@ -15,14 +15,14 @@ from tests.raw_http import RawAnswer
 from tests.rsgi import call
 from tidegate.catalog.cached import CachedCatalog
 from tidegate.catalog.in_memory import PolicyCatalog
-from tidegate.counters.holds import HoldEnded, HoldHandle, HoldNotFound, TooManyHolds, new_id
+from tidegate.counters.holds import HoldHandle, new_id
 from tidegate.counters.memory import MemoryCounters
 from tidegate.decision import Check
 from tidegate.doors.asgi import RateLimitMiddleware
 from tidegate.doors.exceeded import RateLimitExceeded
 from tidegate.doors.http import DataPlane
 from tidegate.doors.limiter import Limiter, SyncLimiter
-from tidegate.errors import BadRequest, PolicyError
+from tidegate.errors import BadRequest, HoldEnded, HoldNotFound, PolicyError, TooManyHolds
 from tidegate.gate.gate import Gate
 from tidegate.policy.limits import Algorithm, Limit, LimitSet
 from tidegate.policy.toml_reader import parse_policy

@@ -19,7 +19,6 @@ from tidegate.counters.holds import (
     SETTLED_KNOWN_US,
     HoldHandle,
     HoldSettlement,
-    TooManyHolds,
     has_ended,
     new_id,
     not_found,
@@ -27,6 +26,7 @@ from tidegate.counters.holds import (
 )
 from tidegate.counters.memory_storage import DEFAULT_MAX_SUBJECTS, MemoryStorage
 from tidegate.decision import Decision
+from tidegate.errors import TooManyHolds
 from tidegate.policy.limits import ConcurrencyAlgorithm, LimitSet
 from tidegate.timestamps import US_PER_S
 
