@@ -17,7 +17,8 @@ from xdist.scheduler import LoadScopeScheduling  # type: ignore[import-untyped]
 WAITING_S: Final = {
     "test_alert_chain.py": 50,
     "test_balancer_pair.py": 45,
-    "test_console.py": 60,
+    "test_console.py": 75,
+    "test_console_outages.py": 40,
     "test_file_ownership.py": 50,
     "test_grafana.py": 45,
     "test_invalidation.py": 155,
@@ -29,7 +30,7 @@ WAITING_S: Final = {
     "test_prometheus_rules.py": 70,
     "test_redis_cluster_scripts.py": 95,
     "test_replicas.py": 60,
-    "test_reshard.py": 150,
+    "test_reshard.py": 100,
     "test_stack.py": 45,
     "test_tutorials.py": 45,
     "test_workers.py": 100,

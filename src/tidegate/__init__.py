@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from tidegate.catalog.in_memory import PolicyCatalog
     from tidegate.counters import Charge, CounterStore
     from tidegate.counters.memory import MemoryCounters
+    from tidegate.counters.reservations import Reservation
     from tidegate.decision import Check, Decision, Observation
     from tidegate.doors.asgi import RateLimitMiddleware
     from tidegate.doors.exceeded import RateLimitExceeded
@@ -58,6 +59,7 @@ _HOMES = {
     "Charge": "tidegate.counters",
     "CounterStore": "tidegate.counters",
     "MemoryCounters": "tidegate.counters.memory",
+    "Reservation": "tidegate.counters.reservations",
     "Check": "tidegate.decision",
     "Decision": "tidegate.decision",
     "Observation": "tidegate.decision",
@@ -124,6 +126,7 @@ __all__ = [
     "PolicyError",
     "RateLimitExceeded",
     "RateLimitMiddleware",
+    "Reservation",
     "Rule",
     "SettingsError",
     "StoreUnavailable",

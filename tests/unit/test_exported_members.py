@@ -11,7 +11,7 @@ import tidegate
 NAMES = """
 Algorithm ApiKey ApiKeyExpired ApiKeyRevoked BadRequest Blocked CachedCatalog Catalog CatalogError CatalogUnavailable Charge Check
 CounterStore Decision Gate InvalidApiKey InvalidToken Limit Limiter LimiterUnavailable MemoryCounters MissingApiKey Observation
-Policy PolicyCatalog PolicyError RateLimitExceeded RateLimitMiddleware Rule SettingsError StoreUnavailable SyncLimiter
+Policy PolicyCatalog PolicyError RateLimitExceeded RateLimitMiddleware Reservation Rule SettingsError StoreUnavailable SyncLimiter
 TidegateError Tier TokenKeysUnavailable TooManyTokens TooManyUnknownKeys __version__ exempt limit load_policy
 """
 

@@ -39,6 +39,7 @@ assert "429" in client.get("/openapi.json").json()["paths"]["/items"]["get"]["re
     "Django": "",
     "WSGI": "assert callable(application)",
     "Without a framework": "",
+    "Waiting in order": "assert (place.wait_s, 59 < later.wait_s <= 60) == (0, True)",
     "Per user, else per address": 'assert TestClient(app).get("/search").headers["x-ratelimit-limit"] == "60"',
     "Per plan": """
 assert outcomes(lambda: export("ann"), 3)[2] is None

@@ -1,4 +1,5 @@
--- Twin of fixed_window.py. State: start in seconds, used. Parameters: window in seconds (0: the calendar month, -1: the year), amount.
+-- Twin of fixed_window.py. State: start in seconds, below 0 for a reserved window that has not begun; used.
+-- Parameters: window in seconds (0: the calendar month, -1: the year), amount.
 
 local function fixed_window_bounds(now, window)
   if window <= 0 then
@@ -13,6 +14,9 @@ local function fixed_window_decide(held, at, fresh, now, cost, window, amount)
   local used = 0
   if at then
     local held_start = held[at + 1] * 1000000
+    if held_start < 0 then
+      return decide_reserved(fixed_window_decide, held, at, fresh, now, cost, window, amount)
+    end
     if held_start >= start then
       if held_start > start then
         now = held_start
@@ -31,9 +35,10 @@ local function fixed_window_decide(held, at, fresh, now, cost, window, amount)
 end
 
 local function fixed_window_merge(mine, other)
-  if not mine or other[1] > mine[1] then
+  local begins = mine and math.abs(mine[1])
+  if not mine or other[1] > begins then
     return {other[1], math.max(other[2], 0)}
-  elseif other[1] < mine[1] then
+  elseif other[1] < begins then
     return mine
   end
   return {mine[1], math.max(mine[2] + other[2], 0)}

@@ -2,12 +2,13 @@
 
 Guarantee: in no window aligned to the epoch (for months and years, to the UTC calendar) is more than the amount admitted.
 Bound: across a window's border up to twice the amount may pass within one window's length.
-State: `(start, used)`.
+State: `(start, used)`; the start is below 0 while the window is reserved and has not begun (see `reservations`).
 """
 
 from __future__ import annotations
 
 from tidegate.algorithms.calendar import bounds_of
+from tidegate.algorithms.reserved_windows import decide_reserved
 from tidegate.policy.limits import MONTH_US, Limit
 
 
@@ -35,6 +36,8 @@ def decide(
             now = start = state[0]
             end = bounds_of(limit, start)[1] if calendar else start + window
         used = state[1]
+    elif state is not None and state[0] < 0:
+        return decide_reserved(decide, limit, state, now, cost)
     free = limit.amount - used
     if cost <= free or not cost:
         return (start, used + cost), max(free - cost, 0), end - now, 0
@@ -47,7 +50,8 @@ def expires_at(limit: Limit, state: tuple[int, int]) -> int:
     Returns:
         µs since the epoch.
     """
-    return bounds_of(limit, state[0])[1] if limit.is_calendar else state[0] + limit.window_us
+    start = abs(state[0])
+    return bounds_of(limit, start)[1] if limit.is_calendar else start + limit.window_us
 
 
 def merge(_: Limit, state: tuple[int, int] | None, other: tuple[int, int]) -> tuple[int, int]:
@@ -56,8 +60,8 @@ def merge(_: Limit, state: tuple[int, int] | None, other: tuple[int, int]) -> tu
     Args:
         other: the same, of another store; its units are below 0 for refunds.
     """
-    if state is None or other[0] > state[0]:
+    if state is None or other[0] > abs(state[0]):
         return other[0], max(other[1], 0)
-    if other[0] < state[0]:
+    if other[0] < abs(state[0]):
         return state
     return state[0], max(state[1] + other[1], 0)

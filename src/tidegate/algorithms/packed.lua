@@ -2,6 +2,30 @@
 -- A window is named by its seconds, a calendar month by 0, a year by -1; so a rule that gains or loses a window keeps what the others hold.
 -- Moments that are whole seconds are kept in seconds: five bytes instead of nine.
 
+-- Decides on the state of a window that is reserved and has not begun: its start is below 0. Until it begins nothing passes.
+local function decide_reserved(decide, held, at, fresh, now, cost, ...)
+  local start, n = -held[at + 1], #fresh
+  local begins = start * 1000000
+  held[at + 1] = start
+  local allowed, remaining, reset, retry
+  if now >= begins then
+    allowed, remaining, reset, retry = decide(held, at, fresh, now, cost, ...)
+  else
+    local _, _, empty = decide(held, at, fresh, begins, 0, ...)
+    fresh[n + 2] = -start
+    allowed, remaining, reset, retry = cost == 0, 0, begins - now + empty, 0
+    if not allowed then
+      for i = #fresh, n + 1, -1 do
+        fresh[i] = nil
+      end
+      local _, _, _, later = decide(held, at, {}, begins, cost, ...)
+      retry = later < 0 and -1 or begins - now + later
+    end
+  end
+  held[at + 1] = -start
+  return allowed, remaining, reset, retry
+end
+
 -- `carried` names an entry that is no window's and stays whatever is charged. `kept` has for a window how long its state is kept
 -- at least, ms. Both are optional, and so are the entries of `kept`.
 local function packed(name, width, parameters, decide, merge, carried, kept)
@@ -60,5 +84,7 @@ local function packed(name, width, parameters, decide, merge, carried, kept)
     end
   end
 
-  algorithms[name] = {parameters = parameters, load = load, find = find, decide = decide, save = save, absorb = absorb}
+  algorithms[name] = {
+    parameters = parameters, width = width, load = load, find = find, decide = decide, save = save, absorb = absorb
+  }
 end

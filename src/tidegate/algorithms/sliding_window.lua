@@ -1,4 +1,4 @@
--- Twin of sliding_window.py. State: start in seconds, current, previous. 
+-- Twin of sliding_window.py. State: start in seconds, below 0 for a reserved window that has not begun, current, previous.
 -- Parameters: window in seconds (0: the calendar month, -1: the year), amount.
 
 local function sliding_window_reset(current, previous, left, window, following)
@@ -28,6 +28,9 @@ end
 local function sliding_window_decide(held, at, fresh, now, cost, window, amount)
   local start, current, previous = nil, 0, 0
   local length, following
+  if at and held[at + 1] < 0 then
+    return decide_reserved(sliding_window_decide, held, at, fresh, now, cost, window, amount)
+  end
   if window <= 0 then
     local held_start = at and held[at + 1] * 1000000
     if held_start and now < held_start then
@@ -88,10 +91,12 @@ end
 
 local function sliding_window_merge(mine, other, window)
   mine = mine or {other[1], 0, 0}
+  local sign = mine[1] < 0 and -mine[1] >= other[1] and -1 or 1
+  mine[1] = math.abs(mine[1])
   local start = math.max(mine[1], other[1])
   local current, previous = sliding_window_at(mine, start, window)
   local more, more_before = sliding_window_at(other, start, window)
-  return {start, math.max(current + more, 0), math.max(previous + more_before, 0)}
+  return {sign * start, math.max(current + more, 0), math.max(previous + more_before, 0)}
 end
 
 packed('sliding_window', 3, 2, sliding_window_decide, sliding_window_merge)

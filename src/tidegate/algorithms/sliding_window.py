@@ -4,12 +4,14 @@ Guarantee: `current + floor(previous × (window − elapsed) / window)` never ex
 aligned to the epoch (or calendar month or year) holds more than the amount.
 Bound: the weight assumes that the previous window's requests were spread evenly; over an arbitrary window the count stays below
 twice the amount, and for evenly spread requests at the amount.
-State: `(start, current, previous)`. Source: the sliding window counter as Cloudflare described it in 2017, in integers.
+State: `(start, current, previous)`; the start is below 0 while the window is reserved and has not begun (see `reservations`).
+Source: the sliding window counter as Cloudflare described it in 2017, in integers.
 """
 
 from __future__ import annotations
 
 from tidegate.algorithms.calendar import bounds_of
+from tidegate.algorithms.reserved_windows import decide_reserved
 from tidegate.policy.limits import MONTH_US, Limit
 
 
@@ -34,6 +36,8 @@ def decide(
         start, current, previous = state
         elapsed = now - start
         if elapsed >= window:
+            if start < 0:
+                return decide_reserved(decide, limit, state, now, cost)
             previous = current if elapsed < 2 * window else 0
             current = 0
             start = now - now % window
@@ -58,8 +62,10 @@ def _decide_in_calendar(
     limit: Limit, state: tuple[int, int, int] | None, now: int, cost: int
 ) -> tuple[tuple[int, int, int] | None, int, int, int | None]:
     """`decide` for calendar months or years, whose lengths differ: each count is weighted over the window after its own."""
-    if state is not None and now < state[0]:
-        now = state[0]
+    if state is not None:
+        if state[0] < 0:
+            return decide_reserved(decide, limit, state, now, cost)
+        now = max(now, state[0])
     start, end = bounds_of(limit, now)
     current = previous = 0
     if state is not None:
@@ -116,7 +122,7 @@ def expires_at(limit: Limit, state: tuple[int, int, int]) -> int:
     Returns:
         µs since the epoch.
     """
-    start, current, previous = state
+    start, current, previous = abs(state[0]), state[1], state[2]
     if limit.is_calendar:
         end = bounds_of(limit, start)[1]
         following = bounds_of(limit, end)[1] - end
@@ -134,10 +140,12 @@ def merge(limit: Limit, state: tuple[int, int, int] | None, other: tuple[int, in
     """
     if state is None:
         state = (other[0], 0, 0)
+    sign = -1 if state[0] < 0 and -state[0] >= other[0] else 1
+    state = (abs(state[0]), state[1], state[2])
     start = max(state[0], other[0])
     current, previous = _seen_from(limit, state, start)
     more, more_before = _seen_from(limit, other, start)
-    return start, max(current + more, 0), max(previous + more_before, 0)
+    return sign * start, max(current + more, 0), max(previous + more_before, 0)
 
 
 def _seen_from(limit: Limit, state: tuple[int, int, int], start: int) -> tuple[int, int]:

@@ -9,6 +9,7 @@ from typing import Protocol
 from tidegate.counters import Charge, ChargeOutcome, Counters
 from tidegate.counters.holds import HoldHandle, HoldSettlement
 from tidegate.counters.memory import MemoryCounters
+from tidegate.counters.reservations import Reservation
 from tidegate.decision import Decision
 from tidegate.policy.limits import LimitSet
 
@@ -80,6 +81,24 @@ class BlockingMemory(MemoryCounters):
         """See `MemoryCounters`."""
         with self._lock:
             return await super().windows(counters)  # awaits nothing
+
+    def reserve_blocking(self, counters: Counters, cost: int, ahead_us: int) -> Reservation:
+        """See `BlockingReservingStore`."""
+        with self._lock:
+            return self._reserve(counters, cost, ahead_us)
+
+    def release_blocking(self, reservation: Reservation) -> bool:
+        """See `BlockingReservingStore`."""
+        with self._lock:
+            return self._release(reservation)
+
+    async def reserve(self, counters: Counters, cost: int, ahead_us: int) -> Reservation:
+        """See `ReservingCounterStore.reserve`."""
+        return self.reserve_blocking(counters, cost, ahead_us)
+
+    async def release(self, reservation: Reservation) -> bool:
+        """See `ReservingCounterStore.release`."""
+        return self.release_blocking(reservation)
 
     def reset_many(self, counters: Sequence[tuple[LimitSet, str]]) -> None:
         """See `BlockingCounterStore`."""

@@ -24,6 +24,7 @@ from tidegate.counters.holds import HoldHandle, HoldSettlement, new_id
 from tidegate.counters.redis import heartbeat
 from tidegate.counters.redis.blocking import BlockingRedisCounters
 from tidegate.counters.redis.blocking_connection import run_blocking
+from tidegate.counters.reservations import Reservation, decided_now
 from tidegate.decision import Decision
 from tidegate.errors import StoreUnavailable
 from tidegate.policy.limits import LimitSet, OnFailure
@@ -138,6 +139,29 @@ class BlockingRedis:
                 self._local.forget(limits, subject)
         run_blocking(self.store.reset(counters))
         run_blocking(heartbeat.announce_reset(self.store))
+
+    def reserve_blocking(self, counters: Counters, cost: int, ahead_us: int) -> Reservation:
+        """See `BlockingReservingStore`; while Redis is unavailable, the fallback decides whether the caller may go now."""
+        charge = Charge(counters, cost)
+        now = time.monotonic()
+        if now >= self._beat_due:
+            self._beat(now)
+        if self._breakers or self._local.owed:
+            outcome = self._charge_after_failure(charge)
+        else:
+            try:
+                return run_blocking(self.store.reserve(counters, cost, ahead_us))
+            except StoreUnavailable as error:
+                outcome = self._failed(charge, error)
+        if isinstance(outcome, StoreUnavailable):
+            raise outcome
+        return decided_now(outcome, counters, cost)
+
+    def release_blocking(self, reservation: Reservation) -> bool:
+        """See `BlockingReservingStore`; asynchronous instances drop their remembered denials within a second."""
+        whole = run_blocking(self.store.release(reservation))
+        run_blocking(heartbeat.announce_reset(self.store))
+        return whole
 
     def disconnect(self) -> None:
         """See `BlockingCounterStore`: what was admitted during an outage is added first, if Redis can be reached."""

@@ -31,6 +31,7 @@ from tidegate.counters.guarded_holds import GuardedHolds
 from tidegate.counters.holds import HoldHandle, HoldSettlement
 from tidegate.counters.redis import heartbeat
 from tidegate.counters.redis.store import RedisCounters
+from tidegate.counters.reservations import Reservation, decided_now
 from tidegate.decision import Decision
 from tidegate.errors import StoreUnavailable
 from tidegate.latency import LatencyHistogram
@@ -211,6 +212,32 @@ class GuardedCounters(DegradedDecisions):
         await self.store.reset(counters)
         self._clear_remembered()
         await heartbeat.announce_reset(self.store)
+
+    async def reserve(self, counters: Counters, cost: int, ahead_us: int) -> Reservation:
+        """See `ReservingCounterStore.reserve`; during an outage the fallback decides whether the caller may go now."""
+        if self._loop is not asyncio.get_running_loop():
+            await self.start()
+        charge = Charge(counters, cost)
+        if self.breakers or self._local.owed or self.late.prepaid or self._debts.on_the_way:
+            outcome = (await self._charge_many((charge,)))[0]
+        else:
+            self.store_calls += 1
+            try:
+                return await self.store.reserve(counters, cost, ahead_us)
+            except StoreUnavailable as error:
+                outcome = self._failed(charge, error, now_us())
+        if isinstance(outcome, StoreUnavailable):
+            raise outcome
+        return decided_now(outcome, counters, cost)
+
+    async def release(self, reservation: Reservation) -> bool:
+        """See `ReservingCounterStore.release`; all instances drop their remembered denials within a second."""
+        if self._loop is not asyncio.get_running_loop():
+            await self.start()
+        whole = await self.store.release(reservation)
+        self._clear_remembered()
+        await heartbeat.announce_reset(self.store)
+        return whole
 
     async def ping(self) -> None:
         """See `CounterStore.ping`: every shard decides checks, and no circuit breaker is open."""

@@ -23,9 +23,9 @@ from typing import Final
 import msgspec
 
 from tidegate.background import SUPERVISOR, stop
-from tidegate.counters import Charge, ChargeOutcome, GrantingDecision, LeaseGrantor
+from tidegate.counters import Charge, ChargeOutcome, Counters, GrantingDecision, LeaseGrantor
 from tidegate.counters.holds import HoldHandle, HoldSettlement, holding
-from tidegate.counters.lease_table import Counters, LeaseTable, covers
+from tidegate.counters.lease_table import LeaseTable, covers
 from tidegate.decision import Decision
 from tidegate.errors import StoreUnavailable
 from tidegate.policy.limits import LimitSet

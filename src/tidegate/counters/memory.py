@@ -6,16 +6,19 @@ Not thread-safe: use it from one event loop, or with a lock around it. Layout, e
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from tidegate.algorithms import MERGE, State
 from tidegate.counters import Charge
+from tidegate.counters.crossings import CrossingWatch
 from tidegate.counters.memory_holds import MemoryHolds
+from tidegate.counters.memory_reservations import MemoryReservations
 from tidegate.counters.memory_storage import SWEEP_STEPS
 from tidegate.decision import Decision
 from tidegate.policy.limits import LimitSet
 
 
-class MemoryCounters(MemoryHolds):
+class MemoryCounters(MemoryReservations, MemoryHolds):
     """Counters of one process. A subclass whose `charge` has to await something sets `immediate` to False.
 
     Args:
@@ -24,6 +27,8 @@ class MemoryCounters(MemoryHolds):
     """
 
     immediate = True
+    watch: CrossingWatch | None = None
+    """Finds thresholds that charges cross; None for none."""
 
     async def charge(self, charges: Sequence[Charge]) -> list[Decision]:
         """See `CounterStore.charge`; never raises `StoreUnavailable`."""
@@ -77,6 +82,8 @@ class MemoryCounters(MemoryHolds):
             The decision. The limit with the least left is reported; where some deny, the one of those, with the latest retry: all
             limits must pass.
         """
+        if self.watch is not None and cost and self.watch.watches(counters):
+            return self._charge_watched(self.watch, counters, cost)
         if len(counters) == 2:
             return self._charge_two(counters, cost)
         if len(counters) == 1 and counters[0][0].plain and len(counters[0][0].limits) == 1:
@@ -117,6 +124,26 @@ class MemoryCounters(MemoryHolds):
         if least < 0:
             return Decision(True, limit, 0, reset_after, 0, now, limits, overage=min(-least, cost or -least))
         return Decision(allowed, limit, least, reset_after, retry_after, now, limits)
+
+    def _charge_watched(self, watch: CrossingWatch, counters: tuple[tuple[LimitSet, str], ...], cost: int) -> Decision:
+        """As `charge_all`, and report the thresholds that are crossed."""
+        watched = [(limits, subject) for limits, subject in counters if watch.marks(limits)]
+        before = [self._stored(limits, subject) for limits, subject in watched]
+        decision = self._charge_several(counters, cost)
+        if decision.allowed:
+            for (limits, subject), old in zip(watched, before, strict=True):
+                stored = self._stored(limits, subject)
+                # A soft limit that was reached is not charged: its state is the same object.
+                if stored and stored is not old:
+                    compiled, now = self._prepare(limits), decision.at_us
+                    states = zip(limits.limits, compiled.unpack(stored), strict=True)
+                    left = [compiled.decide(limit, state, now, 0)[1] for limit, state in states]
+                    watch.note(limits, subject, left, cost, now)
+        return decision
+
+    def _stored(self, limits: LimitSet, subject: str) -> Any:
+        key = self._prepare(limits).token + subject
+        return self._shards[hash(key) & 255].get(key)
 
     def _charge_several(self, counters: tuple[tuple[LimitSet, str], ...], cost: int) -> Decision:
         now = self._clock()

@@ -184,7 +184,7 @@ class MemoryHolds(MemoryStorage):
         if hold is not None:
             del self._open[handle.id]
             for record in hold.records:
-                self._release(record)
+                self._release_hold(record)
                 if cost < hold.cost:
                     self._give_back(record, hold.cost - cost, now)
                 elif cost > hold.cost:
@@ -294,7 +294,7 @@ class MemoryHolds(MemoryStorage):
         elif stored:
             shard[key] = ()
 
-    def _release(self, record: _Record) -> None:
+    def _release_hold(self, record: _Record) -> None:
         if record.limits.algorithm is ConcurrencyAlgorithm.CONCURRENT and not record.reset:
             self._move_slots(record.key, -1, 0)
         left = self._open_by_key.get(record.key, 1) - 1
@@ -308,7 +308,7 @@ class MemoryHolds(MemoryStorage):
         del self._open[hold_id]
         self.expired_holds += 1
         for record in hold.records:
-            self._release(record)
+            self._release_hold(record)
             self._give_back(record, hold.cost, now)
         charged = tuple((record.limits, record.subject) for record in hold.records)
         self._end(hold_id, _EndedHold(hold.counters, charged, None, True), now + EXPIRED_KNOWN_US)

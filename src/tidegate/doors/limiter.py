@@ -11,6 +11,13 @@ from tidegate.counters import Charge, CounterStore
 from tidegate.counters.blocking import BlockingCounterStore
 from tidegate.counters.holds import DEFAULT_TTL_S, HoldHandle, blocking_holding, holding
 from tidegate.counters.memory import MemoryCounters
+from tidegate.counters.reservations import (
+    BlockingReservingStore,
+    Reservation,
+    ReservingCounterStore,
+    ahead_us_of,
+    can_reserve,
+)
 from tidegate.decision import MAX_COST, Decision, clip
 from tidegate.doors.hold import AsyncHold, SyncHold
 from tidegate.doors.stores import SWITCHES, open_blocking_store, open_memory_or_redis
@@ -23,6 +30,7 @@ from tidegate.policy.descriptors import entries_text
 from tidegate.policy.limits import Algorithm, Limit, LimitSet, OnFailure, member_of
 from tidegate.policy.namespaces import MAX_SUBJECT, CompiledNamespace
 from tidegate.policy.toml_reader import load_policy
+from tidegate.retry_pause import checked_wait_s
 from tidegate.timestamps import US_PER_S
 
 LONGEST_SUBJECT: Final = 128
@@ -96,6 +104,15 @@ class _Limits:
 
     def _charges(self, asked: Sequence[tuple[LimitedSubject, int]]) -> list[Charge]:
         return [Charge((self._counter(subject),), checked_cost(cost)) for subject, cost in asked]
+
+    def _not_reservable(self) -> BadRequest:
+        if not can_reserve((self._limits,)):
+            return BadRequest(
+                f"algorithm '{self._limits.algorithm}' gives no reservations; use fixed_window, sliding_window, token_bucket or "
+                "leaky_bucket, or `wait`",
+                field="algorithm",
+            )
+        return BadRequest("this counter store gives no reservations; give its URL as counters, or use `wait`", field="counters")
 
     def _reservation(
         self, subject: LimitedSubject, cost: int, ttl_s: int, clamp: bool
@@ -194,9 +211,10 @@ class Limiter(_Limits):
         return list(await self.counters.charge(charges))
 
     async def wait(self, subject: LimitedSubject, cost: int = 1, *, at_most_s: float) -> Decision:
-        """Check, and wait until it passes: about two calls of the store for each that passes, in one process.
+        """Check, and wait until it passes: one call of the store for each that passes, in the order of asking, in all processes.
 
-        Callers of one subject in this process pass in the order in which they came; several processes compete.
+        Who is cancelled gives its place back. An algorithm or a store without reservations is checked again instead, with about
+        two calls for each that passes; several processes compete then.
 
         Args:
             subject: as for `check`.
@@ -210,7 +228,58 @@ class Limiter(_Limits):
             BadRequest: as `check`, or if `at_most_s` is negative.
             StoreUnavailable: as `check`.
         """
-        return await self._waiting.wait(lambda: self.check(subject, cost), self._counter(subject)[1], at_most_s)
+        if not SWITCHES.enforced or not (can_reserve((self._limits,)) and isinstance(self.counters, ReservingCounterStore)):
+            return await self._waiting.wait(lambda: self.check(subject, cost), self._counter(subject)[1], at_most_s)
+        return await self._waiting.wait_reserved(
+            lambda ahead_s: self.reserve(subject, cost, at_most_s=ahead_s), self.cancel, at_most_s
+        )
+
+    async def reserve(self, subject: LimitedSubject, cost: int = 1, *, at_most_s: float) -> Reservation:
+        """Take a place in the order of asking, without waiting: for workers that put a job back until its moment.
+
+            place = await limiter.reserve("partner-api", at_most_s=3600)
+            if place.allowed:
+                queue.enqueue_at(place.at, send_order)
+
+        The units are charged at once, for the moment: until then checks of others are denied.
+
+        Args:
+            subject: as for `check`.
+            cost: as for `check`.
+            at_most_s: how far ahead the moment may be, s, 0 or more.
+
+        Returns:
+            The reservation: `allowed`, `at`, `wait_s`, and `decision`, whose `retry_after` says for a denial how far ahead the
+            moment would have been.
+
+        Raises:
+            BadRequest: as `check`, or if `at_most_s` is negative, or the algorithm is sliding_log.
+            StoreUnavailable: as `check`.
+        """
+        ahead_us, cost = ahead_us_of(checked_wait_s(at_most_s)), checked_cost(cost)
+        counter = self._counter(subject)
+        if not SWITCHES.enforced:
+            return Reservation(self._allowed_in_tests(), cost=cost)
+        if not isinstance(self.counters, ReservingCounterStore) or not can_reserve((self._limits,)):
+            raise self._not_reservable()
+        return await self.counters.reserve((counter,), cost, ahead_us)
+
+    async def cancel(self, reservation: Reservation) -> bool:
+        """Give a reservation back before its moment.
+
+        Args:
+            reservation: of this limiter.
+
+        Returns:
+            Whether all its units are available again: not after its moment, and for buckets not where others have taken places
+            behind it that depend on them.
+
+        Raises:
+            StoreUnavailable: if the store does not answer.
+        """
+        if not reservation.counters or not isinstance(self.counters, ReservingCounterStore):
+            return False
+        return await self.counters.release(reservation)
 
     def hold(self, subject: LimitedSubject, cost: int = 1, *, ttl_s: int = DEFAULT_TTL_S, clamp: bool = False) -> AsyncHold:
         """Reserve the most that something may cost while it runs, and charge what it did cost when it ends.
@@ -323,8 +392,26 @@ class SyncLimiter(_Limits):
         return list(self.counters.charge_many(charges))
 
     def wait(self, subject: LimitedSubject, cost: int = 1, *, at_most_s: float) -> Decision:
-        """Check, and wait until it passes; see `Limiter.wait`. Which thread is next, the system decides."""
-        return self._waiting.wait(lambda: self.check(subject, cost), self._counter(subject)[1], at_most_s)
+        """Check, and wait until it passes; see `Limiter.wait`."""
+        if not SWITCHES.enforced or not (can_reserve((self._limits,)) and isinstance(self.counters, BlockingReservingStore)):
+            return self._waiting.wait(lambda: self.check(subject, cost), self._counter(subject)[1], at_most_s)
+        return self._waiting.wait_reserved(lambda ahead_s: self.reserve(subject, cost, at_most_s=ahead_s), self.cancel, at_most_s)
+
+    def reserve(self, subject: LimitedSubject, cost: int = 1, *, at_most_s: float) -> Reservation:
+        """Take a place in the order of asking, without waiting; see `Limiter.reserve`."""
+        ahead_us, cost = ahead_us_of(checked_wait_s(at_most_s)), checked_cost(cost)
+        counter = self._counter(subject)
+        if not SWITCHES.enforced:
+            return Reservation(self._allowed_in_tests(), cost=cost)
+        if not isinstance(self.counters, BlockingReservingStore) or not can_reserve((self._limits,)):
+            raise self._not_reservable()
+        return self.counters.reserve_blocking((counter,), cost, ahead_us)
+
+    def cancel(self, reservation: Reservation) -> bool:
+        """Give a reservation back before its moment; see `Limiter.cancel`."""
+        if not reservation.counters or not isinstance(self.counters, BlockingReservingStore):
+            return False
+        return self.counters.release_blocking(reservation)
 
     def hold(self, subject: LimitedSubject, cost: int = 1, *, ttl_s: int = DEFAULT_TTL_S, clamp: bool = False) -> SyncHold:
         """Reserve a cost, for `with`; see `Limiter.hold`."""

@@ -23,6 +23,7 @@ from typing import Any, Final
 
 from tidegate.algorithms import State
 from tidegate.counters import Charge, ChargeOutcome, Counters, LateAnswer, LeaseReturn
+from tidegate.counters.crossings import CrossingWatch
 from tidegate.counters.holds import HoldHandle, HoldSettlement
 from tidegate.counters.redis.command_templates import (
     CommandTemplate,
@@ -31,13 +32,14 @@ from tidegate.counters.redis.command_templates import (
     charge_command,
     give_back_command,
 )
-from tidegate.counters.redis.commands import LATE_TIMEOUT_S, Command, RedisCommands, not_started, raise_first
+from tidegate.counters.redis.commands import LATE_TIMEOUT_S, Command, not_started, raise_first
 from tidegate.counters.redis.connection import Connection
 from tidegate.counters.redis.corrupt_counters import CorruptCounters
 from tidegate.counters.redis.error_replies import ScriptFailed, follow_redirection, reply_by, shown
 from tidegate.counters.redis.holds import RedisHolds
 from tidegate.counters.redis.keyspace import hash_tag, key_of, reset_key_of, slot_of_tag
 from tidegate.counters.redis.probe import PROBE, probe_tags
+from tidegate.counters.redis.reservations import RedisReservations
 from tidegate.counters.redis.resp import encode_command
 from tidegate.counters.redis.scripts import Script, script
 from tidegate.counters.redis.split_charge import charge_split
@@ -56,7 +58,7 @@ _RESET_KNOWN_MS: Final = "120000"
 """For how long it is known that a counter was reset, ms: no lease lives longer."""
 
 
-class RedisCounters(RedisCommands):
+class RedisCounters(RedisReservations):
     """Counters shared by all instances that use the same Redis.
 
     Args:
@@ -81,6 +83,17 @@ class RedisCounters(RedisCommands):
         """Split charges of which a part was refunded: a subject that was denied meanwhile may pass now."""
         self.corrupt = CorruptCounters(self._run_until)
         self.holds = RedisHolds(self._run_soon, self._run_late, self._template)
+        self._watch: CrossingWatch | None = None
+
+    @property
+    def watch(self) -> CrossingWatch | None:
+        """Finds thresholds that charges cross; None for none. While it is None, charges cost nothing more."""
+        return self._watch
+
+    @watch.setter
+    def watch(self, watch: CrossingWatch | None) -> None:
+        self._watch = watch
+        self._templates.clear()
 
     async def charge(self, charges: Sequence[Charge], started_ns: int = 0) -> list[ChargeOutcome]:
         """See `CounterStore.charge`: one write for each shard touched, and where there is but one, one call for every 50.
@@ -125,11 +138,11 @@ class RedisCounters(RedisCommands):
         try:
             reply = await future
         except LateAnswer as late:
-            late.decode = template.decision
+            late.decode = partial(self._decision, charge, template)
             raise
         if type(reply) is list:
             try:
-                return template.decision(reply)
+                return self._decision(charge, template, reply) if template.watched else template.decision(reply)
             except StoreUnavailable:
                 self._disconnect(charge)
                 raise
@@ -318,7 +331,9 @@ class RedisCounters(RedisCommands):
         if template is None or (template.until_s is not None and template.until_s <= time.time()):
             if len(self._templates) >= _MAX_TEMPLATES:
                 self._templates.clear()
-            template = self._templates[key] = CommandTemplate(tuple(limits for limits, _ in counters))
+            template = self._templates[key] = CommandTemplate(
+                tuple(limits for limits, _ in counters), self._watch is not None and self._watch.watches(counters)
+            )
         return template
 
     def _send(self, charge: Charge) -> tuple[asyncio.Future[Any], CommandTemplate]:
@@ -344,11 +359,11 @@ class RedisCounters(RedisCommands):
             if isinstance(reply, Decision):
                 return reply
             if type(reply) is list:
-                return self._template(charge.counters).decision(reply)
+                return self._decision(charge, self._template(charge.counters), reply)
             return await self._follow_reply(charge, reply, deadline)
         except StoreUnavailable as error:
             if isinstance(error, LateAnswer) and error.decode is None:
-                error.decode = self._template(charge.counters).decision
+                error.decode = partial(self._decision, charge, self._template(charge.counters))
             if error.details.get("reason") == "garbage":
                 self._disconnect(charge)
             return error
@@ -363,7 +378,8 @@ class RedisCounters(RedisCommands):
             for limits, subject in charge.counters:
                 keys.append(b"tg:{%b}%b" % (hash_tag(subject), self._template(((limits, subject),)).name))
                 layout.append(which.setdefault(limits, len(which) + 2))
-        work = script("charge_many", frozenset(limits.algorithm for limits in which))
+        watched = self._watch is not None and any(self._watch.marks(limits) for limits in which)
+        work = script("charge_many", frozenset(limits.algorithm for limits in which), watched=watched)
         command = batch_command(work, layout, keys, which)
         try:
             future = self._require_topology().connection_of(0).send(command)
@@ -399,9 +415,21 @@ class RedisCounters(RedisCommands):
 
     def _decision_at(self, charges: Sequence[Charge], place: int, reply: Any) -> Decision:
         """The decision of one charge of a batch."""
-        if type(reply) is not list or len(reply) != 5 * len(charges):
+        if type(reply) is not list or len(reply) not in (5 * len(charges), 6 * len(charges)):
             raise StoreUnavailable(f"unexpected reply from Redis to a batch of charges: {shown(reply)}", reason="garbage")
-        return self._template(charges[place].counters).decision(reply[5 * place : 5 * place + 5])
+        own = reply[5 * place : 5 * place + 5]
+        if len(reply) != 5 * len(charges):
+            own.append(reply[5 * len(charges) + place])
+        return self._decision(charges[place], self._template(charges[place].counters), own)
+
+    def _decision(self, charge: Charge, template: CommandTemplate, reply: Any) -> Decision:
+        """The decision in a reply to a charge; thresholds that it crossed are reported."""
+        decision = template.decision(reply)
+        if self._watch is not None and decision.allowed:
+            found = template.left(reply)
+            if found is not None and charge.cost + found[0]:
+                self._watch.note_all(charge.counters, found[1], charge.cost + found[0], decision.at_us)
+        return decision
 
     def _disconnect(self, charge: Charge) -> None:
         """A shard's reply has the wrong form: the replies that follow might be matched to the wrong commands."""
@@ -416,17 +444,18 @@ class RedisCounters(RedisCommands):
         topology = self._require_topology()
         try:
             try:
-                return template.decision(await follow_redirection(topology, slot, command, reply, work, deadline))
+                followed = await follow_redirection(topology, slot, command, reply, work, deadline)
+                return self._decision(charge, template, followed)
             except ScriptFailed:
                 # Tried again in any case: another check may have reset it first.
                 await self._reset_corrupt(charge.counters, charge.cost, deadline)
             connection = topology.connection_of(slot)
             again = await reply_by(connection.send(command), deadline, str(connection.endpoint))
-            return template.decision(
-                again if type(again) is list else await follow_redirection(topology, slot, command, again, work, deadline)
-            )
+            if type(again) is not list:
+                again = await follow_redirection(topology, slot, command, again, work, deadline)
+            return self._decision(charge, template, again)
         except LateAnswer as late:
-            late.decode = template.decision
+            late.decode = partial(self._decision, charge, template)
             raise
 
     async def _reset_corrupt(self, counters: Sequence[tuple[LimitSet, str]], cost: int, deadline: float) -> bool:

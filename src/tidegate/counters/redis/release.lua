@@ -1,0 +1,31 @@
+-- Cancels a reservation whose moment has not come. KEYS: its counters, then for each the key that says when it was reset. ARGV: for each
+-- counter its algorithm and parameters as in charge.lua; then the cost, when it was reserved and the moment.
+-- A counter that was reset since does not contain the units any more. Answers how many of its limits have all units available again.
+local count = #KEYS / 2
+local cost, reserved_at, moment = tonumber(ARGV[count + 1]), tonumber(ARGV[count + 2]), tonumber(ARGV[count + 3])
+local whole = 0
+if now >= moment then
+  return 0
+end
+for k = 1, count do
+  local config, reset_at = cmsgpack.unpack(ARGV[k]), redis.call('GET', KEYS[count + k])
+  local name, algorithm = config[1], algorithms[config[1]]
+  local held, changed = algorithm.load(KEYS[k]), false
+  for i = 2, #config, algorithm.parameters do
+    local at = algorithm.find(held, config[i])
+    if at and not (reset_at and tonumber(reset_at) >= reserved_at) then
+      local units
+      if name == 'token_bucket' then
+        units = release_bucket(held, at, now, moment, cost, config[i + 1], config[i + 2], config[i + 3])
+      else
+        units = release_window(name, held, at, moment, cost, config[i])
+      end
+      changed = changed or units > 0
+      whole = whole + (units == cost and 1 or 0)
+    end
+  end
+  if changed then
+    redis.call('SET', KEYS[k], cmsgpack.pack(unpack(held)), 'KEEPTTL')
+  end
+end
+return whole
