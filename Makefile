@@ -34,7 +34,7 @@ setup: $(VENV)/.dev ## prepare a checkout for changes: a virtual environment in 
 	else echo "no git checkout here: the checks are not installed as a git hook; run make check before you send a change"; fi
 
 unit: $(VENV)/.dev ## run the tests that need Python alone: no root, no Debian packages, no servers; about a minute
-	$(BIN)/python -m pytest tests/unit -m unit -n auto --dist worksteal -p no:schemathesis
+	$(BIN)/python -m pytest tests/unit -m unit -n auto --dist worksteal
 
 # Many tests wait for servers: five at a time keep two cores busy.
 TESTS_AT_ONCE ?= 5
@@ -45,6 +45,8 @@ test: $(VENV)/.dev ## install the servers that tests need, run all tests, print 
 	scripts/install-debian-packages $$(cat scripts/test-packages.txt)
 	scripts/fetch-opensearch $(VENV)/opensearch
 	$(BIN)/lint-imports --no-cache
+	@# In a fresh checkout pytest compiles all tests: once here, rather than in each of the processes that run them.
+	@printf '%s\n' tests/unit tests/integration | xargs -P 2 -n 1 $(BIN)/python -m pytest --collect-only -qq > /dev/null
 	TESTS_COVERAGE=$(TESTS_COVERAGE) $(BIN)/python -m pytest -n $(TESTS_AT_ONCE) --dist loadfile --no-loadscope-reorder
 
 check: $(VENV)/.dev ## check format, style, spelling, types, import layers and image digests; changes nothing

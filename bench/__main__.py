@@ -37,6 +37,7 @@ BENCHES = (
     "leases",
     "service_peers",
     "catalog",
+    "console",
     "capacity",
     "scaling",
 )

@@ -49,6 +49,7 @@ DEPLOY_FILES = frozenset(
         "test_redis_users.py",
         "test_reshard.py",
         "test_slow_tidegate.py",
+        "test_traefik_gateway.py",
     }
 )
 """Files of `tests/integration` whose subject is `deploy/`."""

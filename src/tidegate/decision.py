@@ -235,6 +235,22 @@ class Decision(msgspec.Struct, frozen=True, gc=False):
         return headers
 
 
+class ShadowDenial(msgspec.Struct, frozen=True, gc=False):
+    """A check that a shadow rule would have denied.
+
+    Args:
+        tier: of the rule.
+        rule: its name.
+        subject: whom it counted.
+        at_us: the counter store's clock, µs since the epoch.
+    """
+
+    tier: str
+    rule: str
+    subject: str
+    at_us: int
+
+
 class Observation(msgspec.Struct, frozen=True, gc=False):
     """What the gate saw while answering one check; telemetry reads it, nothing else does.
 
@@ -248,6 +264,7 @@ class Observation(msgspec.Struct, frozen=True, gc=False):
         cost: units of the check.
         key_id: id of the caller's API key; empty without one.
         customer: name of the customer that the caller belongs to; empty without one.
+        shadow_denials: what the shadow rules of `shadow_denied` would have denied, and to whom.
     """
 
     decision: Decision | None
@@ -259,6 +276,7 @@ class Observation(msgspec.Struct, frozen=True, gc=False):
     cost: int = 1
     key_id: str = ""
     customer: str = ""
+    shadow_denials: tuple[ShadowDenial, ...] = ()
 
 
 class RuleUsage(msgspec.Struct, frozen=True, gc=False):

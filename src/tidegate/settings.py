@@ -291,6 +291,24 @@ class LedgerSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     max_callers: Annotated[int, Range(10, 100_000)] = 1_000
 
 
+class NotificationSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """`[notifications]`: delivery to the URLs of `[[notify]]` in the policy.
+
+    Args:
+        retry_s: pause before the second attempt, s; it doubles from attempt to attempt, up to an hour.
+        give_up_s: how long delivery is attempted, s.
+        timeout_s: time limit of connecting, and of each read and write, s.
+        max_pending: number of notifications that may wait for delivery, in the whole catalog; further ones are dropped.
+        keep_days: how long delivered and failed notifications are kept, days.
+    """
+
+    retry_s: Annotated[float, Range(0.1, 3600)] = 5.0
+    give_up_s: Annotated[float, Range(60, 2_592_000)] = 86_400.0
+    timeout_s: Annotated[float, Range(0.1, 60)] = 10.0
+    max_pending: Annotated[int, Range(100, 10_000_000)] = 100_000
+    keep_days: Annotated[int, Range(1, 3650)] = 30
+
+
 class TracingSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """`[tracing]`: OpenTelemetry, with the extra `otel`.
 
@@ -340,6 +358,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     admin: AdminSettings = AdminSettings()
     violations: ViolationSettings = ViolationSettings()
     ledger: LedgerSettings = LedgerSettings()
+    notifications: NotificationSettings = NotificationSettings()
     tracing: TracingSettings = TracingSettings()
     envoy: EnvoySettings = EnvoySettings()
 

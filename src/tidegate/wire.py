@@ -169,6 +169,108 @@ class LimitBatchRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
     checks: list[LimitRequest]
 
 
+class HoldRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True, gc=False):
+    """The body of `POST /v1/holds`: the fields of a check, or those of a check with its own limits. Null counts as absent.
+
+    Args:
+        path: path of the request to decide; needed unless `namespace` is given.
+        method: as for `POST /v1/check`.
+        api_key: as there.
+        ip: as there.
+        cost: the most that the request may cost, units, also written as 1.0; 1 if absent.
+        attributes: as there.
+        tier: as there.
+        bearer: as there.
+        ttl_s: after how many seconds the hold expires unless it is settled, 1 to 3600; 60 if absent.
+        clamp: whether a cost above the most that the limits ever admit is lowered to that; refused otherwise.
+        namespace: as for `POST /v1/limit`, instead of a check.
+        subject: as there.
+        limits: as there.
+        algorithm: as there.
+    """
+
+    path: str | None = None
+    method: str | None = "GET"
+    api_key: str | None = None
+    ip: str | None = None
+    cost: int | float | None = 1
+    attributes: dict[str, str | None] | None = None
+    tier: str | None = None
+    bearer: str | None = None
+    ttl_s: int | float | None = 60
+    clamp: bool | None = False
+    namespace: str | None = None
+    subject: str | None = None
+    limits: tuple[str, ...] | None = ()
+    algorithm: str | None = None
+
+
+class HoldAnswer(DecisionBody, frozen=True, gc=False):
+    """The answer to `POST /v1/holds`: the decision, and the hold.
+
+    Args:
+        hold: its id; null where it was denied.
+        reserved: units reserved.
+        expires_after: seconds until it expires; null where it was denied.
+    """
+
+    hold: str | None = None
+    reserved: int = 0
+    expires_after: int | None = None
+
+
+class SettleRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, gc=False):
+    """The body of `POST /v1/holds/{id}/settle`.
+
+    Args:
+        cost: units that were used, also written as 1.0; 0 cancels the hold.
+    """
+
+    cost: int | float
+
+
+class HoldSettledBody(msgspec.Struct, frozen=True, gc=False):
+    """The answer to a settlement.
+
+    Args:
+        hold: id of the hold.
+        cost: units charged; those of the first settlement where it is repeated.
+        late: whether the hold had expired, so that they were charged only now.
+        limit: the most that can be had at once under the limit with the least left; null where no limit applies.
+        remaining: what is left of it; 0 as long as more was used than the limit admits.
+        reset_after: seconds until it is fully replenished.
+    """
+
+    hold: str
+    cost: int
+    late: bool
+    limit: int | None
+    remaining: int | None
+    reset_after: float | None
+
+
+class RenewRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, gc=False):
+    """The body of `POST /v1/holds/{id}/renew`.
+
+    Args:
+        ttl_s: after how many seconds from now the hold expires, 1 to 3600.
+    """
+
+    ttl_s: int | float
+
+
+class HoldRenewedBody(msgspec.Struct, frozen=True, gc=False):
+    """The answer to a renewal.
+
+    Args:
+        hold: id of the hold.
+        expires_after: seconds until it expires.
+    """
+
+    hold: str
+    expires_after: int
+
+
 def whole_cost(cost: float | None) -> float:
     """The cost of a request: 1 if absent; a JSON number such as 1.0 is the whole number that it equals.
 

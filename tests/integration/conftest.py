@@ -57,8 +57,7 @@ async def admin(catalog_url: str) -> AsyncIterator[Admin]:
     """The control plane of an empty catalog."""
     made = await open_admin(catalog_url)
     yield made
-    await made.http.aclose()
-    await made.catalog.close()
+    await made.close()
 
 
 @pytest.fixture(params=["sync", "async"])

@@ -133,8 +133,7 @@ async def admin(tmp_path: Path) -> Any:
         f"sqlite:///{tmp_path}/tidegate.db", trusted=TrustedProxies(["192.0.2.0/24"]), failed_rate="2/minute"
     )
     yield made
-    await made.http.aclose()
-    await made.catalog.close()
+    await made.close()
 
 
 @pytest.mark.parametrize("spellings", SAME_CLIENT)

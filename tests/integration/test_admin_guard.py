@@ -33,8 +33,7 @@ ANY = {"If-Match": "*"}
 async def admin(catalog_url: str) -> AsyncIterator[Admin]:
     made = await open_admin(catalog_url, trusted=TrustedProxies(["192.0.2.0/24"]))
     yield made
-    await made.http.aclose()
-    await made.catalog.close()
+    await made.close()
 
 
 async def _token(admin: Admin, role: str, name: str = "n", **fields: Any) -> dict[str, Any]:
@@ -122,7 +121,7 @@ async def test_each_token_has_its_limit(catalog_url: str) -> None:
     assert 0 < int(answer.headers["retry-after"]) <= 120
     async with admin.client(other["token"]) as http:
         assert (await http.get("/tiers")).status_code == 200
-    await admin.catalog.close()
+    await admin.close()
 
 
 async def test_guesses_are_stopped_for_each_address_and_the_right_token_passes(catalog_url: str) -> None:
@@ -143,7 +142,7 @@ async def test_guesses_are_stopped_for_each_address_and_the_right_token_passes(c
             assert (await other.get("/tiers")).status_code == 200
             await admin.http.delete(f"/tokens/{newest['id']}")
             assert (await other.get("/tiers")).status_code == 429
-    await admin.catalog.close()
+    await admin.close()
 
 
 @pytest.mark.parametrize("header", ["X-Real-IP", "X-Forwarded-For"])
@@ -153,7 +152,7 @@ async def test_untrusted_headers_do_not_change_the_address(catalog_url: str, hea
     async with admin.client("wrong-token-of-somebody") as http:
         statuses = [(await http.get("/tiers", headers={header: f"198.51.100.{number}"})).status_code for number in range(25)]
     assert statuses == [401] * 20 + [429] * 5
-    await admin.catalog.close()
+    await admin.close()
 
 
 async def test_proxies_of_the_control_plane_name_the_address(catalog_url: str) -> None:
@@ -171,7 +170,7 @@ async def test_proxies_of_the_control_plane_name_the_address(catalog_url: str) -
         assert [await guess(f"2001:db8::{number:x}") for number in range(4)] == [401, 401, 429, 429]
         assert [await guess(f"203.0.113.{number}") for number in range(8)] == [401] * 5 + [429] * 3  # nine from everywhere
     assert (await admin.http.get("/tiers")).status_code == 200
-    await admin.catalog.close()
+    await admin.close()
 
 
 @pytest.mark.parametrize(
@@ -193,7 +192,7 @@ async def test_header_values_that_cannot_be_read_are_refused(catalog_url: str, p
     assert (answer.status_code, answer.json()["error"]["code"]) == (400, "BAD_REQUEST")
     assert "tga_" not in answer.text, "tokens are not repeated"
     assert TOKEN not in answer.text
-    await admin.catalog.close()
+    await admin.close()
 
 
 async def test_many_guesses_share_a_query(catalog_url: str) -> None:
@@ -214,7 +213,7 @@ async def test_many_guesses_share_a_query(catalog_url: str) -> None:
         queries.clear()
         assert await asyncio.gather(*(guess(number) for number in range(100))) == [429] * 100
     assert len(queries) < 20
-    await admin.catalog.close()
+    await admin.close()
 
 
 @pytest.mark.parametrize(

@@ -27,8 +27,7 @@ def policy(rules: int, tier: str = "t") -> str:
 async def admin(catalog_url: str) -> AsyncIterator[Admin]:
     made = await open_admin(catalog_url)
     yield made
-    await made.http.aclose()
-    await made.catalog.close()
+    await made.close()
 
 
 async def _imported(admin: Admin, text: str, **parameters: bool) -> list[dict[str, Any]]:

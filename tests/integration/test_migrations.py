@@ -43,6 +43,8 @@ FILLING = {
     **dict(zip(("tiers", "rate_limit_rules", "api_keys", "policy_state"), first_version.ROWS, strict=True)),
     "rate_limit_violations": """INSERT INTO rate_limit_violations (minute_us, tier, rule, subject, blocked)
         VALUES (60000000, 't', 'r', 's', 3)""",
+    "shadow_violations": """INSERT INTO shadow_violations (minute_us, tier, rule, subject, blocked)
+        VALUES (60000000, 't', 'r', 's', 3)""",
     "admin_tokens": "INSERT INTO admin_tokens (name, sha256, role, created_at_us) VALUES ('n', 'digest', 'viewer', 5)",
     "audit_log": """INSERT INTO audit_log (at_us, actor, action, kind, target, before, after)
         VALUES (6, 'me', 'update', 'tier', 'free', '{"limits": []}', 'null')""",
@@ -68,6 +70,8 @@ FILLING = {
         VALUES ('session', 'digest', 5, 6)""",
     "what_if_runs": """INSERT INTO what_if_runs (id, actor, state, progress, created_at_us, changed_at_us, result)
         VALUES ('run', 'me', 'done', 1, 5, 6, '{"note": null}')""",
+    "notifications": """INSERT INTO notifications (id, event, subject, url, body, status, attempts, created_at_us, next_at_us,
+        give_up_at_us) VALUES ('msg_1', 'blocked', 'b:1', 'https://hooks.example', '{}', 'pending', 0, 5, 5, 9)""",
     "catalog_changes": "INSERT INTO catalog_changes (version, previous, kind, name) VALUES (7, 6, 'all', '')",
 }
 """A row or more for every table, as the step that made it would have it."""

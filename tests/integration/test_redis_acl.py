@@ -16,6 +16,7 @@ from tests.servers.tcp_proxy import TcpProxy
 from tidegate.counters import Charge
 from tidegate.counters.guarded import GuardedCounters
 from tidegate.counters.redis.channel import RedisChannel
+from tidegate.counters.redis.instances import InstanceState, InstanceStates
 from tidegate.counters.redis.store import RedisCounters
 from tidegate.decision import Decision
 from tidegate.errors import StoreUnavailable
@@ -49,6 +50,10 @@ async def everything(url: str) -> list[str]:
         await until(heard.is_set)
         assert await counters.store.call(b"x", "SET", b"tgc:{x}y", b"1", "PX", "1000") == b"OK"
         assert await counters.store.call(b"x", "GET", b"tgc:{x}y") == b"1"
+        states = InstanceStates(counters.store, lambda: InstanceState("one", "", "", 1, ""))
+        await states.exchange()
+        assert [each.name for each in states.known] == ["one"]
+        await states.leave()
         await counters.ping()
         assert not counters.degraded
         assert all(connection.up and connection._failed_attempts == 0 for connection in counters.store.connections())

@@ -177,23 +177,12 @@ def test_several_shards_are_added_and_slots_move_once(cluster: RedisCluster, two
     assert f"{second_replica} counts" in again.stdout, "whoever was promoted since is the master"
 
 
-def test_it_goes_on_where_it_was_killed(cluster: RedisCluster, new: list[RedisServer]) -> None:
+def test_two_pairs_go_on_where_they_were_killed(cluster: RedisCluster, two_pairs: list[RedisServer]) -> None:
+    """Twice: when one of them is met, and in the middle of the slots."""
     fill(cluster, 300)
-    killed_at(command(cluster, new), lambda: len(slots_of(new[0])) >= 50)
-    done = run(*command(cluster, new))
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert_grown(cluster, new)
-    assert keys_of([*cluster.nodes, new[0]]) == 300
-
-
-@pytest.mark.parametrize("moment", ["one is met", "the second has slots"])
-def test_two_pairs_go_on_where_they_were_killed(cluster: RedisCluster, two_pairs: list[RedisServer], moment: str) -> None:
-    fill(cluster, 300)
-    enough = {
-        "one is met": lambda: two_pairs[0].facts("CLUSTER", "INFO")["cluster_known_nodes"] != "1",
-        "the second has slots": lambda: all(len(slots_of(node)) >= 50 for node in two_pairs[::2]),
-    }[moment]
-    killed_at(command(cluster, two_pairs), enough)
+    killed_at(command(cluster, two_pairs), lambda: two_pairs[0].facts("CLUSTER", "INFO")["cluster_known_nodes"] != "1")
+    assert not any(slots_of(node) for node in two_pairs), "no slot has moved yet"
+    killed_at(command(cluster, two_pairs), lambda: all(len(slots_of(node)) >= 50 for node in two_pairs[::2]))
     assert sum(len(slots_of(node)) for node in two_pairs[::2]) < SLOTS * 2 // 5 - 100, "it was not in the middle any more"
     done = run(*command(cluster, two_pairs))
     assert done.returncode == 0, done.stdout + done.stderr
@@ -201,20 +190,24 @@ def test_two_pairs_go_on_where_they_were_killed(cluster: RedisCluster, two_pairs
     assert keys_of([*cluster.nodes, *two_pairs[::2]]) == 300
 
 
-def test_slots_that_were_left_open_are_finished(cluster: RedisCluster, new: list[RedisServer]) -> None:
+def test_it_goes_on_where_it_was_killed_and_finishes_slots_that_were_left_open(
+    cluster: RedisCluster, new: list[RedisServer]
+) -> None:
     slot = cluster.slot_of("{open}")
     source = cluster.owner_of(slot)
     for number in range(20):
         source.must("SET", f"{{open}}{number}", number)
+    fill(cluster, 280)
     target = next(node for node in cluster.nodes if node is not source)
     cluster.begin_migration(slot, target)
     cluster.move_keys(slot, target, most=5)
     dry = run(*command(cluster, new, "--dry-run"))
     assert "finish the slots that are open" in dry.stdout
+    killed_at(command(cluster, new), lambda: len(slots_of(new[0])) >= 50)
     done = run(*command(cluster, new))
     assert done.returncode == 0, done.stdout + done.stderr
     assert_grown(cluster, new)
-    assert keys_of([*cluster.nodes, new[0]]) == 20
+    assert keys_of([*cluster.nodes, new[0]]) == 300
 
 
 def test_what_it_rejects(cluster: RedisCluster, two_pairs: list[RedisServer]) -> None:

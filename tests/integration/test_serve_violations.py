@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 
 from tests.conftest import Serve
-from tests.moments import PATIENCE_S
+from tests.moments import PATIENCE_S, wait_until
 
 TOKEN = "token-of-the-settings"
 KEY = "demo-free-key-0001"
@@ -23,14 +23,21 @@ limits = ["5/hour"]
   endpoint = "/login"
   subject = "ip"
   limits = ["2/hour"]
+  [[tiers.rules]]
+  endpoint = "/login"
+  mode = "shadow"
+  limits = ["1/hour"]
+[[customers]]
+name = "acme"
+tier = "free"
 [[api_keys]]
 key = "{KEY}"
-tier = "free"
+customer = "acme"
 """
 
 
-def _shown(server: Serve) -> list[dict[str, Any]]:
-    url = f"http://127.0.0.1:{server.admin_port}/admin/v1/violations"
+def _shown(server: Serve, path: str = "") -> list[dict[str, Any]]:
+    url = f"http://127.0.0.1:{server.admin_port}/admin/v1/violations{path}"
     answer = httpx.get(url, headers={"Authorization": f"Bearer {TOKEN}"})
     assert answer.status_code == 200, answer.text
     return list(answer.json()["items"])
@@ -58,6 +65,13 @@ def test_violations_are_counted_for_whom_they_were(serve: Callable[..., Serve], 
         assert by_subject[("", f"k:{key_id}")] >= 1, by_subject
         assert by_subject[("/login", "i:203.0.113.7")] >= 2, by_subject
         assert sum(by_subject.values()) == 4, by_subject
+        # What the shadow rule would have blocked, which blocked nothing.
+        wait_until(lambda: sum(each["blocked"] for each in _shown(server, "?mode=shadow")) == 4)
+        watched = {(each["rule"], each["subject"]) for each in _shown(server, "?mode=shadow")}
+        assert watched == {("/login shadow", f"k:{key_id}")}
+        hit = _shown(server, "/top?mode=shadow&by=customer")
+        assert hit == [{"subject": None, "tier": None, "rule": None, "customer": "acme", "blocked": 4}]
+        assert [(each["customer"], each["blocked"]) for each in _shown(server, "/top?by=customer")] == [("acme", 1)]
         scraped = client.get("/metrics").text
         assert "rate_limiter_violations_written_total 4.0" in scraped
         assert "rate_limiter_violations_dropped_total 0.0" in scraped

@@ -385,6 +385,27 @@ async def test_a_key_that_is_deleted_is_unknown_at_once_and_never_stale(clock: S
     assert await cached.caller(digests[0]) is None
 
 
+async def test_a_change_made_here_is_not_invalidated_again_when_it_is_read(held: Held, clock: Seconds) -> None:
+    """The catalog may fail before it is loaded a third time: a revoked key is refused as revoked all the same."""
+    cached = CachedCatalog(held, clock=clock)
+    assert await cached.caller(FREE_KEY) is not None
+    held.set_key(FREE_KEY, status=KeyStatus.REVOKED)
+    cached.touched(7, [(KEY, FREE_KEY), (TIER, "free")])
+    assert await cached.caller(FREE_KEY) is not None
+    asked = len(held.asked)
+    held.failing = True
+    cached.changed(Changes(7, 0, ((7, (KEY, FREE_KEY)), (7, (TIER, "free")))))
+    caller = await cached.caller(FREE_KEY)
+    assert caller is not None
+    assert caller.api_key is not None
+    assert caller.api_key.status is KeyStatus.REVOKED
+    assert len(held.asked) == asked
+    # A change that somebody else made after it is.
+    cached.changed(Changes(8, 7, ((8, (KEY, FREE_KEY)),)))
+    with pytest.raises(CatalogUnavailable):
+        await cached.caller(FREE_KEY)
+
+
 # Bounds.
 
 

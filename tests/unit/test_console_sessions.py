@@ -24,8 +24,7 @@ SESSION = "/session"
 async def admin(tmp_path: Path) -> AsyncIterator[Admin]:
     made = await open_admin(f"sqlite:///{tmp_path}/tidegate.db", console=ConsoleOptions(demo_token=TOKEN))
     yield made
-    await made.http.aclose()
-    await made.catalog.close()
+    await made.close()
 
 
 def _browser(admin: Admin, peer: str = "192.0.2.1", host: str = "admin") -> httpx.AsyncClient:
@@ -144,7 +143,7 @@ async def test_sign_ins_are_bounded_as_bearer_tokens_are(tmp_path: Path) -> None
         for body in (b"", b"[]", b'{"token": 1}', b'{"token": ""}', b'{"token": "a", "x": 1}', b"\xff", b"x" * 9000):
             answer = await http.post(SESSION, content=body, headers={"Content-Type": "application/json"})
             _refused(answer, 400, "BAD_REQUEST")
-    await admin.catalog.close()
+    await admin.close()
 
 
 async def test_sessions_are_bounded(admin: Admin) -> None:
@@ -181,7 +180,7 @@ async def test_over_tls_the_cookie_is_for_this_host_alone(tmp_path: Path) -> Non
         assert cookie.endswith("; Secure")
         demo = await http.post(SESSION, json={"demo": True})
         _refused(demo, 400, "BAD_REQUEST")
-    await admin.catalog.close()
+    await admin.close()
 
 
 async def test_files_are_sent_with_their_type_and_nothing_else_is(admin: Admin) -> None:

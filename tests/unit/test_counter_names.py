@@ -41,8 +41,8 @@ def test_what_a_rule_counted_before_it_is_enforced_counts(clock: Clock, mode: st
 
     def check(mode: str) -> Decision:
         policy = parse_policy(
-            f'[[tiers]]\nname = "t"\n[[tiers.rules]]\nendpoint = "/x"\nlimits = ["3/day"]\nquotas = ["9/month"]\nmode = "{mode}"\n'
-            '[anonymous]\ntier = "t"\n'
+            '[[tiers]]\nname = "t"\n[[tiers.rules]]\nendpoint = "/x"\nlimits = ["3/day"]\nquotas = ["9/month"]\n'
+            f'mode = "{mode}"\n[anonymous]\ntier = "t"\n'
         )
         gate = Gate(CachedCatalog(PolicyCatalog(policy)), counters)
         return asyncio.run(gate.check(Check.of("/x", ip="192.0.2.1")))

@@ -12,7 +12,7 @@ from tidegate.catalog.changes import CUSTOMER, CUSTOMER_VALUE, KEY, Changes
 from tidegate.catalog.in_memory import PolicyCatalog
 from tidegate.counters.memory import MemoryCounters
 from tidegate.decision import Check
-from tidegate.errors import PolicyError
+from tidegate.errors import BadRequest, PolicyError
 from tidegate.gate.gate import Gate
 from tidegate.policy.customers import Customer, value_digest
 from tidegate.policy.key_format import hash_api_key
@@ -266,3 +266,74 @@ def test_the_file_refuses_overrides_of_quotas(old: str, new: str, reason: str) -
     assert old in QUOTAS
     with pytest.raises(PolicyError, match=reason):
         parse_policy(QUOTAS.replace(old, new))
+
+
+SOLD = f"""
+[[tiers]]
+name = "pro"
+quotas = ["20/month"]
+limits = ["15/day"]
+[[tiers.rules]]
+endpoint = "/all"
+subject = "customer"
+limits = ["10/day"]
+[[tiers.rules]]
+endpoint = "/each"
+limits = ["12/day"]
+quotas = ["9/year"]
+[[tiers]]
+name = "free"
+[[tiers.rules]]
+endpoint = "/all"
+subject = "customer"
+limits = ["1/day"]
+quotas = ["8/month"]
+[[customers]]
+name = "acme"
+tier = "pro"
+[[customers]]
+name = "none"
+[[api_keys]]
+key = "{FIRST}"
+customer = "acme"
+[[api_keys]]
+key = "{OTHER}"
+tier = "free"
+"""
+
+
+async def test_a_reset_of_a_key_keeps_what_its_customer_used_and_one_of_the_customer_what_the_key_used() -> None:
+    gate = _gate(parse_policy(SOLD))
+
+    async def left() -> dict[tuple[str | None, str], int | None]:
+        usage = await gate.usage(FIRST)
+        return {
+            (each.rule, str(limit)): window.remaining
+            for each in usage.rules
+            for limit, window in zip(each.limits, each.windows, strict=True)
+        }
+
+    full = {
+        (None, "15/day"): 15,
+        (None, "20/month"): 20,
+        ("/all", "10/day"): 10,
+        ("/each", "12/day"): 12,
+        ("/each", "9/year"): 9,
+    }
+    assert await left() == full
+    for path in ("/all", "/each"):
+        assert (await gate.check(Check.of(path, api_key=FIRST, cost=4))).allowed
+    used = {place: amount - (8 if place[0] is None else 4) for place, amount in full.items()}
+    assert await left() == used
+    by_key = {(None, "15/day"), ("/each", "12/day")}
+    assert await gate.reset(FIRST) == 2
+    assert await left() == {place: full[place] if place in by_key else used[place] for place in full}
+    assert await gate.reset(customer="acme") == 5, "the quotas of tiers and of two rules, and two rules by customer"
+    assert await left() == full
+    # A key without a customer is counted by the rules by customer itself.
+    assert (await gate.check(Check.of("/all", api_key=OTHER))).allowed
+    assert not (await gate.check(Check.of("/all", api_key=OTHER))).allowed
+    assert await gate.reset(OTHER) == 2
+    assert (await gate.check(Check.of("/all", api_key=OTHER))).remaining == 0
+    with pytest.raises(BadRequest, match="there is no customer 'nobody'"):
+        await gate.reset(customer="nobody")

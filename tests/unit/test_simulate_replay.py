@@ -15,6 +15,7 @@ from tidegate.errors import SettingsError
 from tidegate.policy.key_format import hash_api_key
 from tidegate.policy.model import Policy
 from tidegate.policy.toml_reader import parse_policy
+from tidegate.timestamps import format_timestamp, parse_timestamp
 from tidegate.tools.simulate.log_formats import Request
 from tidegate.tools.simulate.replay import Replay
 from tidegate.tools.simulate.tallies import MAX_SERIES, Series
@@ -377,3 +378,49 @@ def test_what_a_gateway_logged_of_the_caller_decides() -> None:
     assert blocked(lines(*[("", "", "gone")] * 5)) == {}
     # A tier that is named goes over what was logged.
     assert blocked(lines(*[("2" * 24, "other", "pro")] * 5), tier="free") == {}
+
+
+def test_customers_have_limits_periods_and_attribute_values_of_their_own() -> None:
+    end = AT + 120_000_000
+    policy = f"""
+[[tiers]]
+name = "free"
+[[tiers]]
+name = "pro"
+quotas = ["2/month"]
+  [[tiers.rules]]
+  endpoint = "/*"
+  subject = "customer"
+  algorithm = "fixed_window"
+  limits = ["1/minute"]
+[[customers]]
+name = "acme"
+tier = "pro"
+match = {{ org = "acme" }}
+anchor = "2023-11-16"
+  [[customers.overrides]]
+  rule = "/*"
+  limits = ["3/minute"]
+  until = "{format_timestamp(end)}"
+  [[customers.overrides]]
+  quotas = ["4/month"]
+  until = "{format_timestamp(end)}"
+[callers]
+default_tier = "free"
+"""
+
+    def replay_of(*at_us: int) -> list[int]:
+        replay = Replay(parse_policy(policy), None, True, attributes=("org",))
+        blocked = []
+        for each in at_us:
+            replay.decide(ask(at_us=each)._replace(attributes=("acme",)))
+            blocked.append(sum(tally.blocked for tally in replay.tallies.values()))
+        return blocked
+
+    # Three a minute and four a month, until these end.
+    assert replay_of(AT, AT, AT, AT) == [0, 0, 0, 1]
+    assert replay_of(AT, AT, AT, AT + 60_000_000, AT + 60_000_000) == [0, 0, 0, 0, 1]
+    assert replay_of(AT, end, end, end + 60_000_000) == [0, 0, 1, 2], "one a minute and two a month"
+    # The customer's month begins on the 16th.
+    month = parse_timestamp("2023-11-16T00:00:00Z", "at")
+    assert replay_of(AT, end, month - 1, month, month) == [0, 0, 1, 1, 2]

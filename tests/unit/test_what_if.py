@@ -25,8 +25,7 @@ async def admin(tmp_path: Path) -> AsyncIterator[Admin]:
     made = await open_admin(f"sqlite:///{tmp_path}/tidegate.db")
     await made.tier(limits=())
     yield made
-    await made.http.aclose()
-    await made.catalog.close()
+    await made.close()
 
 
 async def _ended(admin: Admin, run: dict[str, Any]) -> dict[str, Any]:

@@ -93,6 +93,7 @@ async def export_policy(editor: CatalogEditor, *, with_keys: bool = True) -> Pol
         tuple(
             _without_unused_overrides(customer_of(row, with_metadata=True), overridable | by_customer) for row in customer_list
         ),
+        callers.notify,
     )
 
 

@@ -286,6 +286,7 @@ class _Planner:
             given.access or existing.access,
             # Follows from the customers.
             existing.customer_attributes,
+            given.notify or existing.notify,
         )
         if taken == existing:
             return
@@ -293,8 +294,8 @@ class _Planner:
             if taken.anonymous_tier != existing.anonymous_tier:
                 raise ManagedByFile(f"the anonymous tier is {existing.anonymous_tier!r} by the policy file: change it there")
             raise ManagedByFile(
-                "[callers], [attributes], [jwt], [[namespaces]] or [[access]] differ from the policy file: change them there, "
-                "or leave them out here"
+                "[callers], [attributes], [jwt], [[namespaces]], [[access]] or [[notify]] differ from the policy file: change "
+                "them there, or leave them out here"
             )
         self._plan.caller_policy = taken
         self._plan.touched.append((ANONYMOUS, ""))
@@ -305,7 +306,7 @@ class _Planner:
         for kind in ("callers", "attributes", "jwt"):
             if before[kind] != after[kind]:
                 self._record("update", kind, kind, before[kind], after[kind])
-        for kind in ("namespaces", "access"):
+        for kind in ("namespaces", "access", "notify"):
             if before[kind] != after[kind]:
                 states = ({kind: state[kind] or []} for state in (before, after))
                 self._record("update", kind, kind, *states)

@@ -70,6 +70,8 @@ class CatalogEditor:
     def __init__(self, catalog: SqlCatalog, on_change: Callable[[int, Collection[Item]], None]) -> None:
         self.catalog = catalog
         self._on_change = on_change
+        # One text is parsed at a time: parsing takes up to 160 times its size in memory.
+        self.parsing = asyncio.Lock()
 
     @contextlib.asynccontextmanager
     async def changing(self, actor: str) -> AsyncIterator[AuditedTransaction]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from sqlalchemy import select
 
+from tidegate.admin.customers import get_customer
 from tidegate.admin.lists import key_row
 from tidegate.admin.rules import CatalogEditor
 from tidegate.admin.transaction import NotFound
@@ -11,9 +12,10 @@ from tidegate.catalog.cache_level import Caller
 from tidegate.catalog.sql.tables import api_keys
 from tidegate.decision import Usage, client_of, clip
 from tidegate.errors import BadRequest, MissingApiKey
+from tidegate.gate.customers import customer_caller
 from tidegate.gate.gate import Gate
-from tidegate.gate.quotas import own_quotas
-from tidegate.gate.usage import caller_usage, own_limits, reset_counters
+from tidegate.gate.quotas import key_counters
+from tidegate.gate.usage import caller_usage, reset_counters
 from tidegate.policy.attributes import is_name, parse_subject
 from tidegate.policy.descriptors import entries_subject
 from tidegate.timestamps import now_us
@@ -119,7 +121,7 @@ def attribute_names(text: str) -> tuple[str, ...]:
 
 
 async def reset_key(editor: CatalogEditor, gate: Gate, key_id: str) -> int:
-    """Reset the counters of an API key.
+    """Reset the counters of an API key; those of its customer stay.
 
     Returns:
         The number of counters reset.
@@ -130,6 +132,38 @@ async def reset_key(editor: CatalogEditor, gate: Gate, key_id: str) -> int:
         StoreUnavailable: if the counter store fails; some may have been reset.
     """
     caller = await caller_of(editor, gate, key_id)
-    return await reset_counters(
-        gate.counters, [*((limits, caller.subject) for limits in own_limits(caller.tier)), *own_quotas(caller)]
-    )
+    return await reset_counters(gate.counters, key_counters(caller))
+
+
+async def customer_usage(editor: CatalogEditor, gate: Gate, name: str, tier: str | None) -> tuple[Usage, str]:
+    """What is left to a customer: its quotas, and rules by customer.
+
+    Args:
+        tier: of its callers; None for the customer's own.
+
+    Returns:
+        The usage, and the subject as violations have it.
+
+    Raises:
+        NotFound: if there is no such customer.
+        BadRequest: if there is no such tier, or the customer has none and none was given.
+        CatalogUnavailable: if the catalog does not answer.
+    """
+    await get_customer(editor, name)
+    caller = await customer_caller(gate.catalog, name, tier)
+    return await caller_usage(gate.counters, caller, None), caller.customer_subject
+
+
+async def reset_customer(editor: CatalogEditor, gate: Gate, name: str) -> int:
+    """Reset the counters of a customer; those of its keys alone stay.
+
+    Returns:
+        The number of counters reset.
+
+    Raises:
+        NotFound: if there is no such customer.
+        CatalogUnavailable: if the catalog does not answer.
+        StoreUnavailable: if the counter store fails; some may have been reset.
+    """
+    await get_customer(editor, name)
+    return await gate.reset(customer=name)

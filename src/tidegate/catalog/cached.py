@@ -301,11 +301,14 @@ class CachedCatalog:
     def changed(self, changes: Changes) -> None:
         """Invalidate what was touched since `version`, or everything if that is unknown. Loads in progress are not cached."""
         everything = changes.version < self.version or changes.floor > self.version
+        # What this process changed itself was invalidated by `touched` and may have been loaded since. If that were dropped,
+        # checks of a key revoked here would get 503 should the catalog fail before the next load.
+        new = [item for at, item in changes.items if everything or not self._last.is_known(at, item)]
         self._last.note(changes)
         if everything:
             self.invalidate()
         items = [item for _, item in changes.items]
-        self._invalidate(items)
+        self._invalidate(new)
         if self.on_change is not None:
             self.on_change([*items, (ALL, "")] if everything else items)
         if self.caller_tokens is not None:

@@ -40,13 +40,22 @@ class CustomerCache:
         Raises:
             CatalogUnavailable: if the catalog fails and no usable entry is cached, or has just lost the customer.
         """
+        found = await self.find(name)
+        if found is None:
+            raise CatalogUnavailable(f"the catalog has a key or a value of the customer {name!r} but not the customer: try again")
+        return found
+
+    async def find(self, name: str) -> CachedCustomer | None:
+        """A customer, or None; loaded again if it changes meanwhile.
+
+        Raises:
+            CatalogUnavailable: if the catalog fails and no usable entry is cached.
+        """
         found = await self._customer(name)
         for _ in range(_MAX_ATTEMPTS):
             if found is None or found.current or self._cached.failing:
                 break
             found = await self._customer(name)
-        if found is None:
-            raise CatalogUnavailable(f"the catalog has a key or a value of the customer {name!r} but not the customer: try again")
         return found
 
     def cached_owner(self, values: Iterable[tuple[str, str]]) -> tuple[bool, CachedCustomer | None]:

@@ -31,6 +31,10 @@ class FreshnessTracker:
         """
         return max(self._at.get((kind, name), 0), self.floor)
 
+    def is_known(self, version: int, item: Item) -> bool:
+        """Whether the last change of an item was at this version. A later one may be of a lost primary."""
+        return self._at.get(item) == version
+
     def note(self, changes: Changes) -> None:
         """Add changes read from the catalog since `version`."""
         if changes.version < self.version or changes.floor > self.version:

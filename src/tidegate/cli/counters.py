@@ -1,4 +1,4 @@
-"""`tidegate counters restore`."""
+"""`tidegate counters …`."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from tidegate.cli import subjects
 from tidegate.cli.common import ConfigOption, JsonOption, print_json, read_settings, with_catalog
 from tidegate.cli.key_access import cli_actor
 from tidegate.errors import SettingsError
@@ -18,12 +19,8 @@ if TYPE_CHECKING:
     from tidegate.admin.restore import Restored
     from tidegate.catalog.sql.catalog import SqlCatalog
 
-app = typer.Typer(help="Restore counters from the usage ledger.", no_args_is_help=True)
-
-
-@app.callback()
-def _group() -> None:
-    pass  # with a single command typer would leave out its name
+app = typer.Typer(help="Reset counters, or restore them from the usage ledger.", no_args_is_help=True)
+app.command("reset")(subjects.reset)
 
 
 @app.command("restore")

@@ -1,4 +1,4 @@
-"""`tidegate usage export`: in the database, or with --url over the admin API. Both write the same."""
+"""`tidegate usage …`; the export: in the database, or with --url over the admin API. Both write the same."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import IO, Annotated, Final
 import typer
 
 from tidegate.catalog.sql.catalog import SqlCatalog
+from tidegate.cli import subjects
 from tidegate.cli.client_tls import CaOption, CertKeyOption, CertOption, ClientTls
 from tidegate.cli.common import ConfigOption, with_catalog
 from tidegate.cli.control_plane import ControlPlane
@@ -21,7 +22,11 @@ from tidegate.errors import SettingsError
 from tidegate.ledger.export import MAX_ROWS, LedgerFilter, read_days, read_ledger, render
 from tidegate.tools.charts import clean
 
-app = typer.Typer(help="Export the usage ledger: in the database, or with --url over the admin API.", no_args_is_help=True)
+app = typer.Typer(
+    help="Show the usage of one caller; export the usage ledger: in the database, or with --url over the admin API.",
+    no_args_is_help=True,
+)
+app.command("show")(subjects.show)
 
 _PROGRESS_S: Final = 0.5
 
@@ -31,11 +36,6 @@ class ExportFormat(enum.StrEnum):
 
     CSV = "csv"
     JSONL = "jsonl"
-
-
-@app.callback()
-def _group() -> None:
-    pass  # with a single command typer would leave out its name
 
 
 @app.command("export")

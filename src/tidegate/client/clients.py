@@ -150,12 +150,22 @@ class Client:
         """
         return self._run(self._core.limit_many(list(requests)))
 
-    def usage(self, api_key: str | None = None, ip: str | None = None) -> UsageBody:
+    def usage(
+        self,
+        api_key: str | None = None,
+        ip: str | None = None,
+        *,
+        attributes: Mapping[str, str] | None = None,
+        tier: str | None = None,
+    ) -> UsageBody:
         """Read the remaining quota of a caller under each rule; charges nothing.
 
         Args:
             api_key: API key of the caller.
-            ip: address of the caller; used only if the server trusts this host as a proxy, as it does on loopback.
+            ip: address of the caller; like the next two used only if the server trusts this host as a proxy, as it does on
+                loopback.
+            attributes: what else is known of the caller, such as `{"user": "42"}`.
+            tier: tier of the caller, for a caller without an API key.
 
         Returns:
             The response of `GET /v1/usage`.
@@ -164,7 +174,7 @@ class Client:
             MissingApiKey, InvalidApiKey, ApiKeyRevoked, ApiKeyExpired, BadRequest, StoreUnavailable: as returned by the server.
             LimiterUnavailable: if no server was available, whatever `on_failure` is.
         """
-        return self._run(self._core.usage(api_key, ip))
+        return self._run(self._core.usage(api_key, ip, attributes, tier))
 
     def wait(
         self,
@@ -290,9 +300,16 @@ class AsyncClient:
         """As `Client.limit_many`."""
         return await self._run(self._core.limit_many(list(requests)))
 
-    async def usage(self, api_key: str | None = None, ip: str | None = None) -> UsageBody:
+    async def usage(
+        self,
+        api_key: str | None = None,
+        ip: str | None = None,
+        *,
+        attributes: Mapping[str, str] | None = None,
+        tier: str | None = None,
+    ) -> UsageBody:
         """As `Client.usage`."""
-        return await self._run(self._core.usage(api_key, ip))
+        return await self._run(self._core.usage(api_key, ip, attributes, tier))
 
     async def wait(
         self,

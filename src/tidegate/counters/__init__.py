@@ -112,6 +112,8 @@ class LateAnswer(StoreUnavailable):
 
 
 ChargeOutcome: TypeAlias = Decision | StoreUnavailable
+Counters: TypeAlias = tuple[tuple[LimitSet, str], ...]
+"""Pairs of limits and the subject they count."""
 
 
 class CounterStore(Protocol):

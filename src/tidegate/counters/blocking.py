@@ -6,9 +6,10 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from tidegate.counters import Charge, ChargeOutcome
+from tidegate.counters import Charge, ChargeOutcome, Counters
+from tidegate.counters.holds import HoldHandle, HoldSettlement
 from tidegate.counters.memory import MemoryCounters
-from tidegate.counters.reservations import Counters, Reservation
+from tidegate.counters.reservations import Reservation
 from tidegate.decision import Decision
 from tidegate.policy.limits import LimitSet
 
@@ -54,6 +55,23 @@ class BlockingMemory(MemoryCounters):
         """See `MemoryCounters`."""
         with self._lock:
             return super().charge_all(counters, cost)
+
+    def open_hold_now(
+        self, counters: Counters, cost: int, ttl_us: int, rule: str | None = None
+    ) -> tuple[Decision, HoldHandle | None]:
+        """See `MemoryHolds`."""
+        with self._lock:
+            return super().open_hold_now(counters, cost, ttl_us, rule)
+
+    def settle_hold_now(self, handle: HoldHandle, cost: int) -> HoldSettlement:
+        """See `MemoryHolds`."""
+        with self._lock:
+            return super().settle_hold_now(handle, cost)
+
+    def renew_hold_now(self, handle: HoldHandle, ttl_us: int) -> None:
+        """See `MemoryHolds`."""
+        with self._lock:
+            super().renew_hold_now(handle, ttl_us)
 
     def charge_many(self, charges: Sequence[Charge]) -> list[Decision]:
         """See `BlockingCounterStore`."""

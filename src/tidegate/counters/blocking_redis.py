@@ -17,13 +17,14 @@ from collections.abc import Sequence
 from typing import Final
 
 from tidegate.breaker import Breaker
-from tidegate.counters import Charge, ChargeOutcome
+from tidegate.counters import Charge, ChargeOutcome, Counters
 from tidegate.counters.degraded import GuardOptions
 from tidegate.counters.fallback import LocalShares
+from tidegate.counters.holds import HoldHandle, HoldSettlement, new_id
 from tidegate.counters.redis import heartbeat
 from tidegate.counters.redis.blocking import BlockingRedisCounters
 from tidegate.counters.redis.blocking_connection import run_blocking
-from tidegate.counters.reservations import Counters, Reservation, decided_now
+from tidegate.counters.reservations import Reservation, decided_now
 from tidegate.decision import Decision
 from tidegate.errors import StoreUnavailable
 from tidegate.policy.limits import LimitSet, OnFailure
@@ -54,6 +55,8 @@ class BlockingRedis:
         self._process = 0
         self._instance = ""
         self._beat_due = 0.0
+        self._announce_due = False
+        """Whether units came back that remembered denials of other instances do not know of."""
 
     @property
     def owed(self) -> int:
@@ -84,6 +87,42 @@ class BlockingRedis:
                 for charge, outcome in zip(charges, outcomes, strict=True)
             ]
         return [self._charge_after_failure(charge) for charge in charges]
+
+    def open_hold_now(
+        self, counters: Counters, cost: int, ttl_us: int, rule: str | None = None
+    ) -> tuple[Decision, HoldHandle | None]:
+        """See `HoldingCounterStore.open_hold`; while Redis is unavailable as `guarded_holds` does it."""
+        now = time.monotonic()
+        if now >= self._beat_due:
+            self._beat(now)
+        charge = Charge(counters, cost)
+        if not self._breakers and not self._local.owed:
+            try:
+                return run_blocking(self.store.open_hold(counters, cost, ttl_us, rule))
+            except StoreUnavailable as error:
+                outcome = self._failed(charge, error)
+        else:
+            # A peek finds out whether the store answers again, and adds what is owed to it.
+            outcome = self._charge_after_failure(Charge(counters, 0))
+            if isinstance(outcome, Decision):
+                if not outcome.degraded:
+                    return run_blocking(self.store.open_hold(counters, cost, ttl_us, rule))
+                outcome = self._fallback(charge, None)
+        if isinstance(outcome, StoreUnavailable):
+            raise outcome
+        return outcome, HoldHandle(new_id(), cost, rule, counted=False) if outcome.allowed else None
+
+    def settle_hold_now(self, handle: HoldHandle, cost: int) -> HoldSettlement:
+        """See `HoldingCounterStore.settle_hold`; asynchronous instances drop their remembered denials within a second."""
+        refunds = self.store.refunds
+        settled = run_blocking(self.store.settle_hold(handle, cost))
+        if self.store.refunds != refunds:
+            self._announce_due = True
+        return settled
+
+    def renew_hold_now(self, handle: HoldHandle, ttl_us: int) -> None:
+        """See `HoldingCounterStore.renew_hold`."""
+        run_blocking(self.store.renew_hold(handle, ttl_us))
 
     def reset_many(self, counters: Sequence[tuple[LimitSet, str]]) -> None:
         """See `BlockingCounterStore`; asynchronous instances drop their remembered denials within a second."""
@@ -213,6 +252,9 @@ class BlockingRedis:
                 return
         before_us = time.monotonic_ns() // 1000
         try:
+            if self._announce_due:
+                self._announce_due = False
+                run_blocking(heartbeat.announce_reset(self.store))
             beat = run_blocking(heartbeat.beat(self.store, self._instance))
         except StoreUnavailable as error:
             # The charge that follows finds out by itself, and counts the failure.

@@ -24,12 +24,14 @@ from threading import get_ident
 from typing import Final
 
 from tidegate.background import SUPERVISOR, stop
-from tidegate.counters import Charge, ChargeOutcome, GrantingDecision, LeaseReturn
+from tidegate.counters import Charge, ChargeOutcome, Counters, GrantingDecision, LateAnswer, LeaseReturn
 from tidegate.counters.degraded import DegradedDecisions, GuardOptions, now_us
 from tidegate.counters.fallback import passes_without_end
+from tidegate.counters.guarded_holds import GuardedHolds
+from tidegate.counters.holds import HoldHandle, HoldSettlement
 from tidegate.counters.redis import heartbeat
 from tidegate.counters.redis.store import RedisCounters
-from tidegate.counters.reservations import Counters, Reservation, decided_now
+from tidegate.counters.reservations import Reservation, decided_now
 from tidegate.decision import Decision
 from tidegate.errors import StoreUnavailable
 from tidegate.latency import LatencyHistogram
@@ -66,6 +68,9 @@ class GuardedCounters(DegradedDecisions):
         self.store_calls = 0
         """Charges that were sent to the store."""
         self._refunds = 0
+        self._holds = GuardedHolds(
+            store, self._decide_before_store, self._hold_failed, self._hold_answered, self._clear_remembered
+        )
         self._background: list[asyncio.Task[None]] = []
         self._loop: asyncio.AbstractEventLoop | None = None
         """The loop in which it has started; None before."""
@@ -155,6 +160,42 @@ class GuardedCounters(DegradedDecisions):
     async def give_back(self, returns: Sequence[LeaseReturn]) -> list[bool]:
         """See `LeaseGrantor.give_back`."""
         return await self.store.give_back(returns)
+
+    async def open_hold(
+        self, counters: Counters, cost: int, ttl_us: int, rule: str | None = None
+    ) -> tuple[Decision, HoldHandle | None]:
+        """See `HoldingCounterStore.open_hold` and `guarded_holds`."""
+        if self._loop is not asyncio.get_running_loop():
+            await self.start()
+        return await self._holds.open(counters, cost, ttl_us, rule)
+
+    async def settle_hold(self, handle: HoldHandle, cost: int) -> HoldSettlement:
+        """See `HoldingCounterStore.settle_hold`."""
+        return await self._holds.settle(handle, cost)
+
+    async def renew_hold(self, handle: HoldHandle, ttl_us: int) -> None:
+        """See `HoldingCounterStore.renew_hold`."""
+        await self.store.renew_hold(handle, ttl_us)
+
+    async def _decide_before_store(self, charge: Charge, started_us: int) -> ChargeOutcome | None:
+        """What decides a hold instead of the store, while its breaker is open or usage is still to be added to it."""
+        if self.breakers and not self._breakers.admit(self._shards(charge), started_us / 1e6):
+            return self._fallback(charge, "breaker_open")
+        answers: list[ChargeOutcome | None] = [None]
+        if self._local.owed or self._debts.on_the_way:
+            await self._put_back_first([charge], [0], answers, started_us)
+        return answers[0]
+
+    def _hold_failed(self, charge: Charge, error: StoreUnavailable, started_us: int) -> ChargeOutcome:
+        if isinstance(error, LateAnswer):
+            # If the store opened it, nobody knows its id: it gives its units back when it expires.
+            return self._decide_uncharged(charge, "timeout", error)
+        return self._failed(charge, error, started_us)
+
+    def _hold_answered(self, charge: Charge) -> None:
+        if self.breakers:
+            for shard in self._shards(charge):
+                self._breakers.succeeded(shard, time.monotonic())
 
     async def windows(self, counters: Sequence[tuple[LimitSet, str]]) -> Sequence[Sequence[Decision] | None]:
         """See `CounterStore.windows`; from the store only: the fallback counts shares of the limits."""

@@ -19,13 +19,11 @@ from __future__ import annotations
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
-from typing import Final, TypeAlias
+from typing import Final
 
-from tidegate.counters import Charge, GrantingDecision, LeaseRequest, LeaseReturn
+from tidegate.counters import Charge, Counters, GrantingDecision, LeaseRequest, LeaseReturn
 from tidegate.decision import Decision
 from tidegate.policy.limits import Limit, LimitSet
-
-Counters: TypeAlias = tuple[tuple[LimitSet, str], ...]
 
 LIFE_MARGIN: Final = 1000
 """A lease ends here 1/1000 of its life, and 1 ms, before it ends in the store: clocks of machines differ by less than 0.1 %."""

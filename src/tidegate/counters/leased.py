@@ -23,8 +23,9 @@ from typing import Final
 import msgspec
 
 from tidegate.background import SUPERVISOR, stop
-from tidegate.counters import Charge, ChargeOutcome, GrantingDecision, LeaseGrantor
-from tidegate.counters.lease_table import Counters, LeaseTable, covers
+from tidegate.counters import Charge, ChargeOutcome, Counters, GrantingDecision, LeaseGrantor
+from tidegate.counters.holds import HoldHandle, HoldSettlement, holding
+from tidegate.counters.lease_table import LeaseTable, covers
 from tidegate.decision import Decision
 from tidegate.errors import StoreUnavailable
 from tidegate.policy.limits import LimitSet
@@ -105,6 +106,20 @@ class LeasedCounters:
         if isinstance(outcomes[0], Decision):
             self.table.accept(charge.counters, request, outcomes[0], sent_ns, self.store.session(charge.counters))
         return outcomes
+
+    async def open_hold(
+        self, counters: Counters, cost: int, ttl_us: int, rule: str | None = None
+    ) -> tuple[Decision, HoldHandle | None]:
+        """See `HoldingCounterStore.open_hold`: from the store, never from a lease."""
+        return await holding(self.store).open_hold(counters, cost, ttl_us, rule)
+
+    async def settle_hold(self, handle: HoldHandle, cost: int) -> HoldSettlement:
+        """See `HoldingCounterStore.settle_hold`."""
+        return await holding(self.store).settle_hold(handle, cost)
+
+    async def renew_hold(self, handle: HoldHandle, ttl_us: int) -> None:
+        """See `HoldingCounterStore.renew_hold`."""
+        await holding(self.store).renew_hold(handle, ttl_us)
 
     async def windows(self, counters: Sequence[tuple[LimitSet, str]]) -> Sequence[Sequence[Decision] | None]:
         """See `CounterStore.windows`; units leased by this instance count as not used, those of others as used."""

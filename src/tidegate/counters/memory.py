@@ -6,16 +6,19 @@ Not thread-safe: use it from one event loop, or with a lock around it. Layout, e
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from tidegate.algorithms import MERGE, State
 from tidegate.counters import Charge
+from tidegate.counters.crossings import CrossingWatch
+from tidegate.counters.memory_holds import MemoryHolds
 from tidegate.counters.memory_reservations import MemoryReservations
 from tidegate.counters.memory_storage import SWEEP_STEPS
 from tidegate.decision import Decision
 from tidegate.policy.limits import LimitSet
 
 
-class MemoryCounters(MemoryReservations):
+class MemoryCounters(MemoryReservations, MemoryHolds):
     """Counters of one process. A subclass whose `charge` has to await something sets `immediate` to False.
 
     Args:
@@ -24,6 +27,8 @@ class MemoryCounters(MemoryReservations):
     """
 
     immediate = True
+    watch: CrossingWatch | None = None
+    """Finds thresholds that charges cross; None for none."""
 
     async def charge(self, charges: Sequence[Charge]) -> list[Decision]:
         """See `CounterStore.charge`; never raises `StoreUnavailable`."""
@@ -45,6 +50,8 @@ class MemoryCounters(MemoryReservations):
         if limit is None:
             return self.charge_all(((limits, subject),), cost)
         now = self._clock()
+        if now >= self._next_hold_end:
+            self._expire_holds(now)
         key = compiled.token + subject
         shard = self._shards[hash(key) & 255]
         stored = shard.get(key)
@@ -61,7 +68,8 @@ class MemoryCounters(MemoryReservations):
             self._drop_expired_entries(compiled, shard, key, now)
         if now >= self._next_due:
             self.sweep(SWEEP_STEPS, now)
-        return Decision(state is not None, limit, remaining, reset, retry, now, limits)
+        decision = Decision(state is not None, limit, remaining, reset, retry, now, limits)
+        return decision if state is not None or not self._open else self._until_next_end(decision, ((limits, subject),))
 
     def charge_all(self, counters: tuple[tuple[LimitSet, str], ...], cost: int) -> Decision:
         """Decide several counters and charge all of them or none.
@@ -74,6 +82,8 @@ class MemoryCounters(MemoryReservations):
             The decision. The limit with the least left is reported; where some deny, the one of those, with the latest retry: all
             limits must pass.
         """
+        if self.watch is not None and cost and self.watch.watches(counters):
+            return self._charge_watched(self.watch, counters, cost)
         if len(counters) == 2:
             return self._charge_two(counters, cost)
         if len(counters) == 1 and counters[0][0].plain and len(counters[0][0].limits) == 1:
@@ -89,7 +99,7 @@ class MemoryCounters(MemoryReservations):
         key, other_key = compiled.token + subject, other.token + other_subject
         shard, other_shard = self._shards[hash(key) & 255], self._shards[hash(other_key) & 255]
         state, other_state = shard.get(key), other_shard.get(other_key)
-        if not state or not other_state:
+        if not state or not other_state or self._open:
             return self._charge_several(counters, cost)
         now = self._clock()
         limit, other_limit = compiled.limit, other.limit
@@ -115,8 +125,30 @@ class MemoryCounters(MemoryReservations):
             return Decision(True, limit, 0, reset_after, 0, now, limits, overage=min(-least, cost or -least))
         return Decision(allowed, limit, least, reset_after, retry_after, now, limits)
 
+    def _charge_watched(self, watch: CrossingWatch, counters: tuple[tuple[LimitSet, str], ...], cost: int) -> Decision:
+        """As `charge_all`, and report the thresholds that are crossed."""
+        watched = [(limits, subject) for limits, subject in counters if watch.marks(limits)]
+        before = [self._stored(limits, subject) for limits, subject in watched]
+        decision = self._charge_several(counters, cost)
+        if decision.allowed:
+            for (limits, subject), old in zip(watched, before, strict=True):
+                stored = self._stored(limits, subject)
+                # A soft limit that was reached is not charged: its state is the same object.
+                if stored and stored is not old:
+                    compiled, now = self._prepare(limits), decision.at_us
+                    states = zip(limits.limits, compiled.unpack(stored), strict=True)
+                    left = [compiled.decide(limit, state, now, 0)[1] for limit, state in states]
+                    watch.note(limits, subject, left, cost, now)
+        return decision
+
+    def _stored(self, limits: LimitSet, subject: str) -> Any:
+        key = self._prepare(limits).token + subject
+        return self._shards[hash(key) & 255].get(key)
+
     def _charge_several(self, counters: tuple[tuple[LimitSet, str], ...], cost: int) -> Decision:
         now = self._clock()
+        if now >= self._next_hold_end:
+            self._expire_holds(now)
         writes = []
         binding, least, reset_after, retry_after = counters[0][0].limits[0], -1, 0, 0
         never = denied = False
@@ -178,11 +210,13 @@ class MemoryCounters(MemoryReservations):
             self.sweep(SWEEP_STEPS, now)
         if over and not denied:
             return Decision(True, binding, 0, reset_after, 0, now, counters[0][0], overage=over)
-        return Decision(not denied, binding, least, reset_after, None if never else retry_after, now, counters[0][0])
+        decision = Decision(not denied, binding, least, reset_after, None if never else retry_after, now, counters[0][0])
+        return self._until_next_end(decision, counters) if denied and self._open else decision
 
     async def windows(self, counters: Sequence[tuple[LimitSet, str]]) -> list[tuple[Decision, ...]]:
         """See `CounterStore.windows`."""
         now = self._clock()
+        self._expire_holds(now)
         found = []
         for limits, subject in counters:
             compiled = self._prepare(limits)
@@ -207,6 +241,7 @@ class MemoryCounters(MemoryReservations):
             compiled = self._prepare(limits)
             for each in (compiled, *compiled.other_layouts):
                 self._empty(each, subject)
+                self._void_holds(each.token + subject)
 
     def take(self, limits: LimitSet, subject: str) -> tuple[State, ...] | None:
         """Take out what a subject consumed; afterwards it has consumed nothing here.

@@ -6,8 +6,9 @@ from typing import Any
 
 from tidegate.algorithms import AlgorithmResult
 from tidegate.algorithms.reservations import released, reserved
+from tidegate.counters import Counters
 from tidegate.counters.memory_storage import SWEEP_STEPS, CompiledLimits, MemoryStorage
-from tidegate.counters.reservations import Counters, Reservation
+from tidegate.counters.reservations import Reservation
 from tidegate.decision import Decision
 
 

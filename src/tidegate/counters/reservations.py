@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Sequence
-from typing import Final, Protocol, TypeAlias, runtime_checkable
+from typing import Final, Protocol, runtime_checkable
 
 import msgspec
 
 from tidegate.algorithms.reservations import RESERVABLE
+from tidegate.counters import Counters
 from tidegate.decision import Decision
 from tidegate.policy.limits import LimitSet
 from tidegate.timestamps import US_PER_S
-
-Counters: TypeAlias = tuple[tuple[LimitSet, str], ...]
-"""Pairs of limits and the subject they count, as those of a `Charge`."""
 
 MAX_AHEAD_US: Final = 366 * 86_400 * US_PER_S
 """How far ahead a moment may be, µs."""

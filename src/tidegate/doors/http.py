@@ -18,6 +18,7 @@ from tidegate.doors.bearer import refuse_bearer_key
 from tidegate.doors.callers_auth import CallersAuth, scope_of
 from tidegate.doors.client_address import TrustedProxies, address_or_none, peer_address
 from tidegate.doors.http_exchange import PlainRequest
+from tidegate.doors.http_holds import HOLDS, HoldRequests, is_holds
 from tidegate.doors.http_limits import LIMIT, LIMIT_BATCH, LimitRequests
 from tidegate.doors.http_requests import (
     AUTHORIZE,
@@ -103,6 +104,7 @@ class DataPlane:
         self.answered = 0
         self._gate = gate
         self._limits = LimitRequests(gate.request_limits, body_timeout_s)
+        self._holds = HoldRequests(gate, body_timeout_s, paths)
         self._pages = pages
         self._observe = observe
         self._trusted = trusted or TrustedProxies()
@@ -141,6 +143,8 @@ class DataPlane:
                 await self._batch(scope, proto)
             elif path in (LIMIT, LIMIT_BATCH):
                 await self._limit(scope, proto)
+            elif is_holds(path):
+                await self._hold(scope, proto)
             elif path == "/v1/usage":
                 await self._usage(scope, proto)
             else:
@@ -322,6 +326,14 @@ class DataPlane:
             if isinstance(each, TidegateError):
                 self._seen(each)
         self._respond(proto, await self._limits.answer(scope, checks))
+
+    async def _hold(self, scope: Scope, proto: Any) -> None:
+        try:
+            body = await self._holds.read(scope, proto)
+            opening = await self._holds.open_of(scope, body) if scope.path == HOLDS else None
+        except TidegateError as error:
+            raise self._seen(error) from None
+        self._respond(proto, await (self._holds.end(scope, body) if opening is None else self._holds.open(*opening)))
 
     async def _usage(self, scope: Scope, proto: Any) -> None:
         allow_methods(scope, ("GET", "HEAD"))

@@ -9,6 +9,7 @@ from typing import Any, Final, Self, TypeAlias
 
 from tidegate.counters import Charge, CounterStore
 from tidegate.counters.blocking import BlockingCounterStore
+from tidegate.counters.holds import DEFAULT_TTL_S, HoldHandle, blocking_holding, holding
 from tidegate.counters.memory import MemoryCounters
 from tidegate.counters.reservations import (
     BlockingReservingStore,
@@ -18,9 +19,11 @@ from tidegate.counters.reservations import (
     can_reserve,
 )
 from tidegate.decision import MAX_COST, Decision, clip
+from tidegate.doors.hold import AsyncHold, SyncHold
 from tidegate.doors.stores import SWITCHES, open_blocking_store, open_memory_or_redis
 from tidegate.doors.waiting import AsyncWaiting, BlockingWaiting
 from tidegate.errors import BadRequest, PolicyError, StoreUnavailable
+from tidegate.gate.holds import checked_ttl_s, fitting_cost
 from tidegate.gate.request_limits import counter_subject
 from tidegate.policy.attributes import checked_attributes
 from tidegate.policy.descriptors import entries_text
@@ -28,6 +31,7 @@ from tidegate.policy.limits import Algorithm, Limit, LimitSet, OnFailure, member
 from tidegate.policy.namespaces import MAX_SUBJECT, CompiledNamespace
 from tidegate.policy.toml_reader import load_policy
 from tidegate.retry_pause import checked_wait_s
+from tidegate.timestamps import US_PER_S
 
 LONGEST_SUBJECT: Final = 128
 _DIGEST: Final = "h:"
@@ -109,6 +113,13 @@ class _Limits:
                 field="algorithm",
             )
         return BadRequest("this counter store gives no reservations; give its URL as counters, or use `wait`", field="counters")
+
+    def _reservation(
+        self, subject: LimitedSubject, cost: int, ttl_s: int, clamp: bool
+    ) -> tuple[tuple[tuple[LimitSet, str], ...], int, int]:
+        """The counters of a hold, the units to reserve, and after how many µs it expires."""
+        counters = (self._counter(subject),)
+        return counters, fitting_cost(counters, checked_cost(cost), clamp), checked_ttl_s(ttl_s) * US_PER_S
 
     def _allowed_in_tests(self) -> Decision:
         """While `tidegate.testing.allow_all` holds."""
@@ -270,6 +281,37 @@ class Limiter(_Limits):
             return False
         return await self.counters.release(reservation)
 
+    def hold(self, subject: LimitedSubject, cost: int = 1, *, ttl_s: int = DEFAULT_TTL_S, clamp: bool = False) -> AsyncHold:
+        """Reserve the most that something may cost while it runs, and charge what it did cost when it ends.
+
+            async with limiter.hold("user-42", cost=4000) as hold:
+                answer = await complete(prompt)
+                hold.settle(answer.usage.total_tokens)
+
+        Without `settle` the reserved cost is charged at the end; nothing, where the block ends with an exception.
+
+        Args:
+            subject: as for `check`.
+            cost: units to reserve, 0 to 1,000,000,000.
+            ttl_s: after how many seconds the reservation expires, 1 to 3600, in case the process dies.
+            clamp: whether a cost above the most that the limits ever admit is lowered to that; refused otherwise.
+
+        Returns:
+            The hold, for `async with`, which raises `RateLimitExceeded` where it is denied.
+
+        Raises:
+            BadRequest: if an argument makes no sense, or the cost can never pass.
+        """
+        counters, cost, ttl_us = self._reservation(subject, cost, ttl_s, clamp)
+        store = holding(self.counters)
+
+        async def opens() -> tuple[Decision, HoldHandle | None]:
+            if not SWITCHES.enforced:
+                return self._allowed_in_tests(), None
+            return await store.open_hold(counters, cost, ttl_us, self._limits.rule)
+
+        return AsyncHold(self._limits.rule or "", cost, opens, store.settle_hold, store.renew_hold)
+
     async def reset(self, subject: LimitedSubject) -> None:
         """Forget what a subject consumed.
 
@@ -370,6 +412,18 @@ class SyncLimiter(_Limits):
         if not reservation.counters or not isinstance(self.counters, BlockingReservingStore):
             return False
         return self.counters.release_blocking(reservation)
+
+    def hold(self, subject: LimitedSubject, cost: int = 1, *, ttl_s: int = DEFAULT_TTL_S, clamp: bool = False) -> SyncHold:
+        """Reserve a cost, for `with`; see `Limiter.hold`."""
+        counters, cost, ttl_us = self._reservation(subject, cost, ttl_s, clamp)
+        store = blocking_holding(self.counters)
+
+        def opens() -> tuple[Decision, HoldHandle | None]:
+            if not SWITCHES.enforced:
+                return self._allowed_in_tests(), None
+            return store.open_hold_now(counters, cost, ttl_us, self._limits.rule)
+
+        return SyncHold(self._limits.rule or "", cost, opens, store.settle_hold_now, store.renew_hold_now)
 
     def reset(self, subject: LimitedSubject) -> None:
         """Forget what a subject consumed; see `Limiter.reset`."""

@@ -9,6 +9,7 @@ import msgspec
 
 from tidegate._version import __version__
 from tidegate.decision import MAX_COST
+from tidegate.doors.openapi_holds import HOLD_BODIES, describe_holds, hold_paths
 from tidegate.gate.usage import MAX_USAGE_RULES
 from tidegate.policy.namespaces import MAX_SUBJECT, NAME
 from tidegate.wire import MAX_BATCH, CheckRequest, DecisionBody, LimitRequest, UsageBody
@@ -22,6 +23,8 @@ _ERRORS: Final = {
     413: "The body is too large.",
     415: "Content-Encoding is not supported.",
     429: "The client address sent too many unknown API keys; see Retry-After.",
+    404: "The hold is not known.",
+    409: "The hold was settled or has expired.",
     431: "The headers are too large.",
     503: "The counter store or the catalog is unavailable.",
 }
@@ -51,7 +54,7 @@ _LIMIT_HEADERS: Final = {
 def data_plane_openapi() -> dict[str, Any]:
     """The OpenAPI 3.1 document, as JSON types; cached, so callers must not change it."""
     _, schemas = msgspec.json.schema_components(
-        (CheckRequest, LimitRequest, DecisionBody, UsageBody), ref_template="#/components/schemas/{name}"
+        (CheckRequest, LimitRequest, DecisionBody, UsageBody, *HOLD_BODIES), ref_template="#/components/schemas/{name}"
     )
     schemas["CheckRequest"]["properties"]["cost"].update(minimum=0, maximum=MAX_COST)
     schemas["CheckRequest"]["properties"]["path"].update(minLength=1, pattern="^/", examples=["/api/v1/items"])
@@ -60,6 +63,7 @@ def data_plane_openapi() -> dict[str, Any]:
     limit_fields["namespace"].update(pattern=f"^{NAME.pattern}$", examples=["emails"])
     limit_fields["subject"].update(minLength=1, maxLength=MAX_SUBJECT, examples=["user-42"])
     limit_fields["limits"].update(examples=[["10/minute"]])
+    describe_holds(schemas)
     schemas["BatchRequest"] = _batch_schema("CheckRequest")
     schemas["LimitBatchRequest"] = _batch_schema("LimitRequest")
     schemas["Error"] = _ERROR_SCHEMA
@@ -86,6 +90,7 @@ def data_plane_openapi() -> dict[str, Any]:
             "/v1/check/batch": {"post": _batch()},
             "/v1/limit": {"post": _limit()},
             "/v1/limit/batch": {"post": _limit_batch()},
+            **hold_paths(_errors, _headers),
             "/v1/authorize": {"get": _authorize("authorize"), "head": _authorize("authorizeHead")},
             "/v1/authorize/envoy": {
                 method: _authorize(f"authorizeEnvoy{method.title()}", "200")

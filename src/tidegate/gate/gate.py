@@ -20,8 +20,11 @@ from tidegate.errors import BadRequest, MissingApiKey, StoreUnavailable, Tidegat
 from tidegate.gate.access import AccessControl, uncounted
 from tidegate.gate.callers import LOOKUP_TIMEOUT_S, CallerLookup, Sender
 from tidegate.gate.charging import ChargeResult, CheckPlan, charge_all_or_none, charge_independently
-from tidegate.gate.quotas import counters_with_quotas, own_quotas
+from tidegate.gate.customers import customer_counters
+from tidegate.gate.holds import Holds
+from tidegate.gate.quotas import counters_with_quotas, key_counters
 from tidegate.gate.request_limits import RequestLimits
+from tidegate.gate.shadow import shadow_counters, shadow_denials
 from tidegate.gate.subjects import DescriptorCheck, attributes_subject, descriptor_subject, ip_needed, shadow_subject
 from tidegate.gate.usage import caller_usage, own_limits, reset_counters
 from tidegate.jwt.tokens import Tokens
@@ -51,6 +54,7 @@ class Gate:
     Attributes:
         access: denies checks, and exempts them from limits, before anything is counted.
         request_limits: decides checks that name their own limits.
+        holds: reserves costs that are known later.
         tokens: verifies bearer tokens of other issuers.
     """
 
@@ -69,6 +73,7 @@ class Gate:
         self.access = AccessControl(catalog, lookup_timeout_s)
         self._lists = self.access.lists
         self.request_limits = RequestLimits(counters, catalog.namespaces, observe, self.access)
+        self.holds = Holds(counters, self.plan, self._tell, self._tell_error)
         self._callers = CallerLookup(catalog, wall_clock_ns, lookup_timeout_s)
         self._caller = self._callers.find
         self._find_cached = self._callers.find_cached
@@ -271,32 +276,45 @@ class Gate:
         return await self._callers.find_unkeyed(tier, attributes)
 
     async def reset(
-        self, api_key: str | None = None, *, ip: str | None = None, tier: str | None = None, subject: str | None = None
+        self,
+        api_key: str | None = None,
+        *,
+        ip: str | None = None,
+        tier: str | None = None,
+        subject: str | None = None,
+        customer: str | None = None,
     ) -> int:
         """Forget what one subject consumed, under every rule that could count it. Give exactly one argument.
 
         Args:
-            api_key: a key, revoked and expired ones too: what its tier's rules by key and the tier's own limits counted.
+            api_key: a key, revoked and expired ones too: what its tier's rules by key and the tier's own limits counted, and its
+                quotas if it has no customer: those of a customer count all its keys.
             ip: an address; an IPv6 address counts as its /64: what the rules by ip of all tiers counted, and what the
                 anonymous tier counted for callers without a key.
             tier: name of a tier: what its rules by tier counted.
             subject: attributes such as `user=42`, or `org=acme&user=42`: what the rules of all tiers counted that count exactly
                 these.
+            customer: name of a customer: its quotas, and what the rules by customer of all tiers counted. What counts its keys
+                alone stays.
 
         Returns:
             How many counters were reset, one for each rule and one for a tier's own limits, whether they had consumption or not.
 
         Raises:
             InvalidApiKey: the key is mistyped or unknown.
-            BadRequest: not exactly one argument was given, the ip is no address, or there is no such tier.
+            BadRequest: not exactly one argument was given, the ip is no address, or there is no such tier or
+                customer.
             CatalogUnavailable: the catalog fails and no usable entry is cached; nothing was reset.
             StoreUnavailable: the counter store fails; some may have been reset: retry.
         """
-        if sum(given is not None for given in (api_key, ip, tier, subject)) != 1:
-            raise BadRequest("a reset needs exactly one of api_key, ip, tier and subject")
+        if sum(given is not None for given in (api_key, ip, tier, subject, customer)) != 1:
+            raise BadRequest("a reset needs exactly one of api_key, ip, tier, subject and customer")
         _require_text(api_key, "api_key")
         _require_text(tier, "tier")
         _require_text(subject, "subject")
+        _require_text(customer, "customer")
+        if customer is not None:
+            return await reset_counters(self.counters, await customer_counters(self.catalog, customer))
         if subject is not None:
             entries = parse_subject(subject)
             text = entries_subject(sorted(entries.items()), prefix="a:")
@@ -311,7 +329,7 @@ class Gate:
             return await reset_counters(self.counters, [(limits, text) for limits in sets])
         if api_key is not None:
             caller = await self._caller(api_key, None, refused_too=True)
-            counters = [*((limits, caller.subject) for limits in own_limits(caller.tier)), *own_quotas(caller)]
+            counters = list(key_counters(caller))
         elif ip is not None:
             client = f"i:{client_of(ip)}"
             counters = [(limits, client) for limits in await self._sets_by_ip()]
@@ -338,7 +356,8 @@ class Gate:
             if not policy.tier_from and tier.tier.name != own:
                 return by_ip
             by_ip += own_limits(tier)
-            by_ip += [rule.quotas.of(DEFAULT_ANCHOR) for rule in tier.rules if rule.quotas and rule.subject is Subject.API_KEY]
+            own_kinds = (Subject.API_KEY, Subject.CUSTOMER)
+            by_ip += [rule.quotas.of(DEFAULT_ANCHOR) for rule in tier.rules if rule.quotas and rule.subject in own_kinds]
             return by_ip if tier.quotas is None else [*by_ip, tier.quotas.of(DEFAULT_ANCHOR)]
 
         return await self._sets_of(counting)
@@ -402,15 +421,13 @@ class Gate:
         if plan.caller is not None:
             force_setattr(decision, "caller", plan.caller)
         if self._observe is not None:
-            shadow_denied: tuple[str, ...] = ()
-            if len(charged) > 1 or answer is not None:
-                shadow_outcomes = charged[1:] if answer is None else charged
-                # A shadow rule without an answer counts as one that would not have denied.
-                shadow_denied = tuple(
-                    each.rule or "" for each in shadow_outcomes if isinstance(each, Decision) and not each.allowed
-                )
+            denials = shadow_denials(plan, charged) if len(charged) > 1 or answer is not None else ()
+            shadow_denied = tuple(each.rule for each in denials)
             counters = () if answer is not None else plan.charges[0].counters
-            self._observe(_observation(decision, counters, latency_ns, shadow_denied, plan.cost, plan.key_id))
+            observed = _observation(decision, counters, latency_ns, shadow_denied, plan.cost, plan.key_id)
+            if denials:
+                force_setattr(observed, "shadow_denials", denials)
+            self._observe(observed)
         return decision
 
     def _tell_error(self, error: TidegateError, latency_ns: int) -> TidegateError:
@@ -464,7 +481,7 @@ class Gate:
                 counted = shadow_subject(check.attributes, caller, watcher, ip)
                 # A shadow rule that cannot be counted must not block the check that it only watches.
                 if counted is not None:
-                    charges.append(Charge(watcher.counters(counted, caller.anchor, check.attributes), check.cost))
+                    charges.append(Charge(shadow_counters(watcher, counted, caller, check.attributes), check.cost))
         answer = None if counters else Decision(True, unlimited_tier=tier.tier.name)
         return CheckPlan(answer, charges, check.cost, caller.key_id, caller.identity)
 

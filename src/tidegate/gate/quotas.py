@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TypeAlias
-
 from tidegate.catalog.cache_level import Caller
+from tidegate.counters import Counters
 from tidegate.decision import Check, clip
 from tidegate.gate.subjects import attributes_subject, ip_needed
+from tidegate.gate.usage import own_limits
 from tidegate.policy.limits import LimitSet
 from tidegate.policy.matching import CompiledRule, subject_of
 from tidegate.policy.model import Subject
-
-Counters: TypeAlias = tuple[tuple[LimitSet, str], ...]
 
 
 def counters_with_quotas(check: Check, caller: Caller, rule: CompiledRule | None, ip: str | None) -> Counters:
@@ -66,3 +64,14 @@ def own_quotas(caller: Caller) -> Counters:
     sets = [] if caller.quotas is None else [caller.quotas]
     sets += [rule.quotas.of(caller.anchor) for rule in caller.tier.rules if rule.quotas and rule.subject is Subject.API_KEY]
     return tuple((limits, caller.quota_subject) for limits in sets)
+
+
+def key_counters(caller: Caller) -> Counters:
+    """All counters that count a caller's API key alone, through its rotations; what counts its customer is left out."""
+    has_customer = bool(caller.customer_subject)
+    found = [(limits, caller.subject) for limits in own_limits(caller.tier, has_customer=has_customer)]
+    if not has_customer:
+        found += own_quotas(caller)
+        by_customer = [rule for rule in caller.tier.rules if rule.quotas and rule.subject is Subject.CUSTOMER]
+        found += [(rule.quotas.of(caller.anchor), caller.subject) for rule in by_customer if rule.quotas]
+    return tuple(found)

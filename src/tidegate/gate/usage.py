@@ -64,11 +64,13 @@ async def caller_usage(
         else:
             counts = counted_by(Subject.API_KEY if rule is None else rule.subject, has_key, bool(caller.customer_subject))
             kind, subject = counts.value, subject_of(counts, caller.subject, client, tier.tier.name, caller.customer_subject)
+        own = _customer_quotas(rule, caller) if subject is None else _counters(rule, caller, subject, attributes)
         if subject is None:
-            not_counted.append(None if rule is None else rule.rule.name)
-            continue
-        counted.append((rule, kind))
-        counters.append(_counters(rule, caller, subject, attributes))
+            kind = Subject.CUSTOMER.value
+            not_counted += [] if own else [None if rule is None else rule.rule.name]
+        if own:
+            counted.append((rule, kind))
+            counters.append(own)
     used_by_rule = [
         RuleUsage(
             None if rule is None else rule.rule.name,
@@ -95,6 +97,14 @@ def _counters(rule: CompiledRule | None, caller: Caller, subject: str, attribute
     limits = caller.tier.limits
     found: Counters = () if limits is None else ((limits, subject),)
     return found if caller.quotas is None else (*found, (caller.quotas, quota_subject))
+
+
+def _customer_quotas(rule: CompiledRule | None, caller: Caller) -> Counters:
+    """The quotas of a rule, or of the tier for None, that count the customer of a caller of which no more is known."""
+    quotas = caller.quotas if rule is None else None
+    if rule is not None and rule.quotas is not None and rule.subject is Subject.API_KEY:
+        quotas = rule.quotas.of(caller.anchor)
+    return () if quotas is None or not caller.customer_subject else ((quotas, caller.customer_subject),)
 
 
 def _by_attributes(
@@ -161,9 +171,15 @@ async def reset_counters(store: CounterStore, counters: Sequence[Counter]) -> in
     return len(counters)
 
 
-def own_limits(tier: CompiledTier) -> list[LimitSet]:
-    """The limits that count each caller of a tier separately: by its key, or by its address if it has none."""
-    found = [rule.limits for rule in tier.rules if rule.limited and rule.subject is Subject.API_KEY]
+def own_limits(tier: CompiledTier, *, has_customer: bool = False) -> list[LimitSet]:
+    """The limits that count each caller of a tier separately: by its key, or by its address if it has none.
+
+    Args:
+        tier: the tier.
+        has_customer: whether the caller is a customer's, which rules by customer count in its place.
+    """
+    kinds = (Subject.API_KEY,) if has_customer else (Subject.API_KEY, Subject.CUSTOMER)
+    found = [rule.limits for rule in tier.rules if rule.limited and rule.subject in kinds]
     return found if tier.limits is None else [tier.limits, *found]
 
 

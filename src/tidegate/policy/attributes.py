@@ -22,6 +22,7 @@ from tidegate.policy.descriptors import unescaped
 from tidegate.policy.jwt_policy import JwtPolicy
 from tidegate.policy.limits import short
 from tidegate.policy.namespaces import Namespace
+from tidegate.policy.notify import NotifyTarget
 
 MAX_NAME: Final = 32
 MAX_VALUE: Final = 256
@@ -129,6 +130,7 @@ class CallerPolicy(msgspec.Struct, frozen=True, gc=False):
         namespaces: the tables `[[namespaces]]`, for subjects that a back end names itself.
         access: the tables `[[access]]`: who is allowed or denied before anything is counted.
         customer_attributes: by whose values a caller may be a customer's, sorted.
+        notify: the tables `[[notify]]`.
     """
 
     anonymous_tier: str | None = None
@@ -138,6 +140,7 @@ class CallerPolicy(msgspec.Struct, frozen=True, gc=False):
     namespaces: tuple[Namespace, ...] = ()
     access: tuple[AccessEntry, ...] = ()
     customer_attributes: tuple[str, ...] = ()
+    notify: tuple[NotifyTarget, ...] = ()
 
     @property
     def default_tier(self) -> str | None:

@@ -185,6 +185,7 @@ class LimitSet:
         quotas: the value of the `RateLimit-Policy` header; of these limits alone where None.
         leases: whether instances may lease units, so that they decide without a call to the store.
         soft: whether a check that these limits deny passes all the same, reported as over.
+        shadow: whether they only watch: no notification is sent for them.
 
     Attributes:
         plain: whether a decision by these limits never has an overage.
@@ -194,7 +195,7 @@ class LimitSet:
         PolicyError: if the limits do not fit the algorithm or each other.
     """
 
-    __slots__ = ("algorithm", "leasable", "limits", "name", "on_failure", "plain", "quotas", "rule", "soft", "tier")
+    __slots__ = ("algorithm", "leasable", "limits", "name", "on_failure", "plain", "quotas", "rule", "shadow", "soft", "tier")
 
     def __init__(
         self,
@@ -208,6 +209,7 @@ class LimitSet:
         quotas: str | None = None,
         leases: bool = True,
         soft: bool = False,
+        shadow: bool = False,
     ) -> None:
         self.name = name
         self.algorithm = algorithm
@@ -216,6 +218,7 @@ class LimitSet:
         self.rule = rule
         self.tier = tier
         self.soft = soft
+        self.shadow = shadow
         self.plain = not soft and isinstance(algorithm, Algorithm)
         self.leasable = leases and self.plain and algorithm is not Algorithm.SLIDING_LOG
         self.quotas = quotas or ", ".join(quota_text(limit) for limit in self.limits)

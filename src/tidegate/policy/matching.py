@@ -231,6 +231,7 @@ def _limit_set(
         rule=rule.name,
         tier=tier.name,
         soft=rule.mode is Mode.SOFT,
+        shadow=rule.mode is Mode.SHADOW,
         leases=rule.leases,
     )
     made.quotas += suffix if quotas is None else f"{suffix}, {quotas.header}"
@@ -256,7 +257,8 @@ def _rule_quotas(tier: Tier, rule: Rule, quotas: tuple[Quota, ...], counter: str
         return None
     # Above a soft rule's quotas everything passes.
     overage = Overage() if rule.mode is Mode.SOFT else rule.overage
-    return CompiledQuotas(quotas, overage, rule.name, tier.name, rule.on_failure, counter)
+    shadow = rule.mode is Mode.SHADOW
+    return CompiledQuotas(quotas, overage, rule.name, tier.name, rule.on_failure, counter, shadow=shadow)
 
 
 def counted_by(kind: Subject, has_key: bool, has_customer: bool = False) -> Subject:

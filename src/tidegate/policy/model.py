@@ -24,6 +24,7 @@ from tidegate.policy.key_format import FORM, MAX_KEY, MIN_WRITTEN_KEY, hash_api_
 from tidegate.policy.key_hash import HMAC_SHA256, PLAIN, key_hash_as_set, key_hash_in_use
 from tidegate.policy.limits import Algorithm, Limit, OnFailure, fit_limits, is_zero, member_of, short
 from tidegate.policy.namespaces import Namespace
+from tidegate.policy.notify import NotifyTarget
 from tidegate.policy.overrides import Override, SubjectOverride
 from tidegate.policy.paths import PathRules, canonical_path
 from tidegate.policy.quotas import Overage, Quota, fit_quotas, require_quotas
@@ -354,6 +355,7 @@ class Policy(msgspec.Struct, frozen=True, gc=False):
         namespaces: names unique.
         access: who is allowed or denied before anything is counted.
         customers: names, external ids and attribute values unique; each tier exists.
+        notify: who is notified of thresholds, API keys and blocks; one secret for each URL.
     """
 
     tiers: tuple[Tier, ...]
@@ -365,12 +367,15 @@ class Policy(msgspec.Struct, frozen=True, gc=False):
     namespaces: tuple[Namespace, ...] = ()
     access: tuple[AccessEntry, ...] = ()
     customers: tuple[Customer, ...] = ()
+    notify: tuple[NotifyTarget, ...] = ()
 
     @property
     def caller_policy(self) -> CallerPolicy:
         """What it says of callers without an API key."""
         owned = customer_attributes(self.customers)
-        return CallerPolicy(self.anonymous_tier, self.callers, self.attributes, self.jwt, self.namespaces, self.access, owned)
+        return CallerPolicy(
+            self.anonymous_tier, self.callers, self.attributes, self.jwt, self.namespaces, self.access, owned, self.notify
+        )
 
 
 def canonical_pattern(endpoint: object) -> str:

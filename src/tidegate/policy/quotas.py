@@ -222,9 +222,10 @@ class CompiledQuotas:
         tier: name of the tier.
         on_failure: what is answered while the counter store is unavailable.
         counter: name of the rule's counter; that of the rule where empty.
+        shadow: whether they are those of a rule that only watches.
     """
 
-    __slots__ = ("_by_anchor", "_counter", "_on_failure", "overage", "quotas", "rule", "tier")
+    __slots__ = ("_by_anchor", "_counter", "_on_failure", "_shadow", "overage", "quotas", "rule", "tier")
 
     def __init__(
         self,
@@ -234,6 +235,8 @@ class CompiledQuotas:
         tier: str,
         on_failure: OnFailure = OnFailure.DEFAULT,
         counter: str = "",
+        *,
+        shadow: bool = False,
     ) -> None:
         self._counter = counter or rule
         self.quotas = quotas
@@ -241,6 +244,7 @@ class CompiledQuotas:
         self.rule = rule
         self.tier = tier
         self._on_failure = on_failure
+        self._shadow = shadow
         self._by_anchor: dict[PeriodAnchor, LimitSet] = {}
 
     @property
@@ -277,7 +281,15 @@ class CompiledQuotas:
             )
             for quota in self.quotas
         ]
-        return LimitSet(quota_name(self._counter), QuotaAlgorithm.QUOTA, limits, self._on_failure, rule=self.rule, tier=self.tier)
+        return LimitSet(
+            quota_name(self._counter),
+            QuotaAlgorithm.QUOTA,
+            limits,
+            self._on_failure,
+            rule=self.rule,
+            tier=self.tier,
+            shadow=self._shadow,
+        )
 
 
 MAX_ANCHORS: Final = 4096

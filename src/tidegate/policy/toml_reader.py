@@ -25,6 +25,7 @@ from tidegate.policy.toml_callers import read_access, read_anonymous, read_attri
 from tidegate.policy.toml_customers import read_customers
 from tidegate.policy.toml_lines import MAX_KEY_PARTS, LineIndex, line_of_deep_key
 from tidegate.policy.toml_lines import Path as KeyPath
+from tidegate.policy.toml_notify import read_notify
 from tidegate.policy.toml_overrides import read_overrides, read_subject_overrides
 from tidegate.policy.toml_tables import MAX_LIST, TableReader, nearest
 from tidegate.policy.warnings import policy_warnings
@@ -35,7 +36,18 @@ MAX_FILE_BYTES: Final = 10_000_000
 MAX_TIERS: Final = 1_000
 MAX_RULES: Final = 10_000
 """Most rules of one policy, over all its tiers."""
-_POLICY_FIELDS: Final = ("tiers", "api_keys", "anonymous", "attributes", "callers", "jwt", "namespaces", "access", "customers")
+_POLICY_FIELDS: Final = (
+    "tiers",
+    "api_keys",
+    "anonymous",
+    "attributes",
+    "callers",
+    "jwt",
+    "namespaces",
+    "access",
+    "customers",
+    "notify",
+)
 _TIER_FIELDS: Final = ("name", "limits", "rules", "quotas", "overage", "overrides")
 _RULE_FIELDS: Final = (
     "endpoint",
@@ -170,6 +182,7 @@ class _Reader:
             read_namespaces(self._tables, self._raw),
             read_access(self._tables, self._raw),
             tuple(customers.values()),
+            read_notify(self._tables, self._raw),
         )
 
     def _tier(self, table: dict[str, Any], at: KeyPath) -> Tier:

@@ -14,6 +14,7 @@ from tidegate.policy.model import ApiKey, KeyStatus, Mode, Policy, Rule, Subject
 from tidegate.policy.namespaces import Namespace
 from tidegate.policy.overrides import Override, SubjectOverride
 from tidegate.policy.toml_customers import customer_fields
+from tidegate.policy.toml_notify import notify_lines
 from tidegate.timestamps import format_timestamp
 
 
@@ -48,6 +49,8 @@ def policy_text(policy: Policy) -> str:
         lines += _key_lines(api_key)
     for namespace in policy.namespaces:
         lines += _namespace_lines(namespace)
+    for target in policy.notify:
+        lines += notify_lines(target)
     if policy.anonymous_tier is not None:
         lines += ["[anonymous]", f"tier = {_string(policy.anonymous_tier)}", ""]
     return "\n".join(lines)

@@ -24,6 +24,7 @@ from tidegate.catalog.unknown_keys import UnknownKeyLimit
 from tidegate.counters import CounterStore
 from tidegate.counters.factory import guard_of, open_counters
 from tidegate.counters.memory import MemoryCounters
+from tidegate.counters.redis.instances import InstanceStates
 from tidegate.doors.callers_auth import CallersAuth
 from tidegate.doors.client_address import TrustedProxies
 from tidegate.doors.http import DataPlane, Response
@@ -32,6 +33,7 @@ from tidegate.doors.probes import ProbePages
 from tidegate.doors.tls import ServerTls
 from tidegate.gate.gate import Gate, Observer
 from tidegate.listen_address import join_address, parse_address
+from tidegate.notifications.notifier import Notifier
 from tidegate.policy.paths import STRICT, PathRules
 from tidegate.server.addresses import admin_address, free_address, grpc_address, probes_address
 from tidegate.server.certificates import Certificates
@@ -40,13 +42,14 @@ from tidegate.server.listener import Listener
 from tidegate.server.observers import CheckRecorders, observe_all
 from tidegate.server.pages import probe_pages
 from tidegate.server.policy_file import PolicyFile
-from tidegate.server.system import system_report
+from tidegate.server.system import state_of, system_report
 from tidegate.server.wiring import (
     drop_leases_on_change,
     open_blocks,
     open_callers_auth,
     open_catalog,
     open_channel,
+    open_notifier,
     require_shared_counters,
     share_catalog,
 )
@@ -59,10 +62,13 @@ from tidegate.telemetry.collectors import (
     collect_connections,
     collect_counters,
     collect_log_lines,
+    collect_notifications,
     collect_tls,
 )
 from tidegate.telemetry.health import Health
+from tidegate.telemetry.holds import collect_holds
 from tidegate.telemetry.metrics import Metrics
+from tidegate.timestamps import format_timestamp, now_us
 
 if TYPE_CHECKING:
     from tidegate.doors.grpc.listener import GrpcListener
@@ -116,6 +122,8 @@ class Instance:
         self.grpc_address = ""
         self.probes_address = ""
         self.first_token: str | None = None
+        self.started_at = str(format_timestamp(now_us()))
+        self.states: InstanceStates | None = None
         self._listener: Listener | None = None
         self._admin: Listener | None = None
         self._grpc: GrpcListener | GrpcTlsListener | None = None
@@ -127,6 +135,7 @@ class Instance:
         self._stack = contextlib.AsyncExitStack()
         self._tasks: list[asyncio.Task[None]] = []
         self._reloads: list[Callable[[], None]] = []
+        self._flushes: list[Callable[[], Awaitable[None]]] = []
 
     async def start(self) -> None:
         """Open everything and listen.
@@ -181,11 +190,16 @@ class Instance:
             unknown_keys=UnknownKeyLimit(bound) if (bound := settings.catalog.unknown_keys_per_minute) else None,
         )
         drop_leases_on_change(self.cached, self.counters)
+        if store is not None:
+            self.states = InstanceStates(store, partial(state_of, self))
+            self._spawn("instance_states", self.states.run)
+            self._stack.push_async_callback(self.states.leave)
         self._callers = await open_callers_auth(settings, self.catalog, self.cached)
         if self.cached.caller_tokens is not None:
             self._spawn("caller_tokens", self.cached.caller_tokens.run)
         blocks = await open_blocks(settings, self.catalog, self.cached)
         self._spawn("blocks", blocks.run)
+        await self._notify()
         access = AccessLog(settings.server.access_log_sample) if settings.server.access_log_sample else None
         gate = Gate(self.cached, self._counted(), self._observer(access), lookup_timeout_s=2 * settings.catalog.timeout_s)
         self._stack.push_async_callback(gate.tokens.close)
@@ -205,6 +219,7 @@ class Instance:
         collect_cache(self.metrics, self.cached, shared, self.catalog.database)
         collect_counters(self.metrics, self.counters)
         collect_access(self.metrics, gate.access, blocks)
+        collect_holds(self.metrics, gate.holds.figures, self.counters)
         collect_background(self.metrics, SUPERVISOR)
         self.metrics.add_gauge("rate_limiter_policy_version", "Active version of the catalog.", lambda: self.cached.version)
         self.metrics.add_gauge("rate_limiter_in_flight", "Requests in flight.", lambda: self.in_flight)
@@ -280,8 +295,7 @@ class Instance:
         for name, work in recorders.tasks.items():
             self._spawn(name, work)
         if recorders.tasks:
-            # Opened after the catalog, so flushed before the catalog is closed.
-            self._stack.push_async_callback(recorders.flush)
+            self._flush_at_end(recorders.flush)
         if recorders.usage is not None:
             self.health.add("ledger", recorders.usage.ping)
         if access is not None:
@@ -289,6 +303,26 @@ class Instance:
         if self._tracing is not None:
             observers.append(self._tracing.observe)
         return observe_all(observers)
+
+    async def _notify(self) -> None:
+        def needed(notifier: Notifier) -> None:
+            self.health.add("notifications", notifier.ping)
+
+        notifier = await open_notifier(self.settings, self.catalog, self.cached, self.counters, needed)
+        collect_notifications(self.metrics, notifier)
+        self._spawn("notifications_writer", notifier.write)
+        self._spawn("notifications_delivery", notifier.deliver)
+        self._flush_at_end(notifier.flush_at_end)
+
+    def _flush_at_end(self, flush: Callable[[], Awaitable[None]]) -> None:
+        if not self._flushes:
+            # Opened after the catalog, so flushed before the catalog is closed.
+            self._stack.push_async_callback(self._flush)
+        self._flushes.append(flush)
+
+    async def _flush(self) -> None:
+        # At the same time: while the database does not answer, one after the other would take longer than a worker has to end.
+        await asyncio.gather(*(flush() for flush in self._flushes))
 
     def _counted(self) -> CounterStore:
         """The counter store for the gate, wrapped to record its calls if tracing is enabled."""

@@ -15,6 +15,7 @@ from tidegate.settings import Settings
 from tidegate.telemetry.collectors import collect_usage, collect_violations
 from tidegate.telemetry.metrics import Metrics
 from tidegate.violations.recorder import Violations, ViolationWriter
+from tidegate.violations.storage import SHADOW_TABLE
 
 
 class CheckRecorders:
@@ -37,12 +38,15 @@ class CheckRecorders:
         self.usage: UsageWriter | None = None
         self._flushes: list[Callable[[], Awaitable[None]]] = []
         if settings.violations.enabled:
-            violations = Violations(settings.violations.max_entries)
-            writer = ViolationWriter(violations, database, settings.violations.flush_s, settings.violations.keep_days)
-            collect_violations(metrics, writer)
+            shadow = Violations(settings.violations.max_entries)
+            violations = Violations(settings.violations.max_entries, shadow)
+            writing = database, settings.violations.flush_s, settings.violations.keep_days
+            writer, shadow_writer = ViolationWriter(violations, *writing), ViolationWriter(shadow, *writing, SHADOW_TABLE)
+            collect_violations(metrics, writer, shadow_writer)
             self.observers.append(violations.observe)
-            self.tasks["violations_writer"] = writer.run
-            self._flushes.append(writer.flush)
+            for name, each in (("violations_writer", writer), ("shadow_violations_writer", shadow_writer)):
+                self.tasks[name] = each.run
+                self._flushes.append(each.flush)
         ledger = settings.ledger
         if ledger.enabled:
             counts = UsageCounts(latency=metrics.latency)

@@ -14,6 +14,7 @@ from tidegate.doors.responses import encode
 from tidegate.errors import CatalogError, PolicyError
 from tidegate.policy.file_watcher import watch_policy
 from tidegate.policy.model import Policy
+from tidegate.policy.notify import require_secrets
 from tidegate.policy.toml_reader import load_policy
 from tidegate.telemetry.metrics import Metrics
 
@@ -45,6 +46,7 @@ class PolicyFile:
         """
         try:
             policy = load_policy(self._path)
+            require_secrets(policy.notify)
             await self._catalog.apply_policy(policy, _digest(policy))
         except (PolicyError, CatalogError) as error:
             if not await self._catalog.tier_names():
@@ -77,7 +79,9 @@ class PolicyFile:
 
         Raises:
             CatalogError: if the catalog refuses it.
+            PolicyError: if a secret that it names is not there.
         """
+        require_secrets(policy.notify)
         changed = await self._catalog.apply_policy(policy, _digest(policy))
         self._metrics.policy_valid = True
         self._error = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
@@ -13,8 +13,8 @@ from tidegate.counters import CounterStore
 from tidegate.counters.guarded import GuardedCounters
 from tidegate.counters.leased import LeasedCounters
 from tidegate.counters.memory import MemoryCounters
+from tidegate.counters.redis.instances import InstanceState
 from tidegate.settings import Settings
-from tidegate.timestamps import format_timestamp, now_us
 from tidegate.url_parts import without_secrets
 
 if TYPE_CHECKING:
@@ -34,7 +34,6 @@ def system_report(instance: Instance) -> Callable[[], Any]:
     Returns:
         A coroutine function that returns JSON types.
     """
-    started_at = format_timestamp(now_us())
     shown = settings_without_secrets(instance.settings)
 
     async def report() -> dict[str, Any]:
@@ -43,8 +42,9 @@ def system_report(instance: Instance) -> Callable[[], Any]:
         replicas = database.replicas
         return {
             "version": __version__,
-            "started_at": started_at,
+            "started_at": instance.started_at,
             "instance": _name(instance.counters),
+            "instances": [msgspec.to_builtins(each) for each in _instances(instance)],
             "health": msgspec.to_builtins(health),
             "catalog": {
                 "database": database.name,
@@ -65,6 +65,19 @@ def system_report(instance: Instance) -> Callable[[], Any]:
         }
 
     return report
+
+
+def state_of(instance: Instance) -> InstanceState:
+    """What an instance reports of itself to the others."""
+    name = _name(instance.counters) or "single"
+    return InstanceState(name, instance.address, __version__, instance.cached.version, instance.started_at)
+
+
+def _instances(instance: Instance) -> Sequence[InstanceState]:
+    """The instances that share the counter store; this one alone where none is shared."""
+    own = state_of(instance)
+    known = () if instance.states is None else instance.states.known
+    return [own, *(each for each in known if each.name != own.name)]
 
 
 def counters_report(counters: CounterStore) -> dict[str, Any]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator, Sequence
+import logging
+from collections.abc import AsyncIterator, Callable, Sequence
 
 from tidegate.catalog.blocks import Blocks
 from tidegate.catalog.cached import CachedCatalog
@@ -16,14 +17,21 @@ from tidegate.catalog.sql.database import DatabaseOptions
 from tidegate.catalog.sql.engine import is_postgres
 from tidegate.catalog.sql.key_hash import settle_key_hash
 from tidegate.counters import CounterStore
+from tidegate.counters.crossings import CrossingWatch
+from tidegate.counters.factory import guard_of
 from tidegate.counters.leased import LeasedCounters
+from tidegate.counters.memory import MemoryCounters
 from tidegate.counters.redis.channel import RedisChannel
 from tidegate.counters.redis.store import RedisCounters
 from tidegate.doors.callers_auth import CallersAuth, CertificateAuth, TokenAuth
-from tidegate.errors import SettingsError
+from tidegate.errors import CatalogUnavailable, SettingsError
+from tidegate.notifications.notifier import Notifier, NotifierOptions
 from tidegate.policy.key_hash import key_hash_of, use_key_hash
+from tidegate.policy.notify import NotifyTarget
 from tidegate.settings import CatalogSettings, Settings
 from tidegate.url_parts import scheme_of
+
+logger = logging.getLogger(__name__)
 
 
 async def _open(settings: Settings, options: DatabaseOptions) -> SqlCatalog:
@@ -170,6 +178,47 @@ async def open_blocks(settings: Settings, catalog: SqlCatalog, cached: CachedCat
     await blocks.load()
     cached.blocks = blocks
     return blocks
+
+
+async def open_notifier(
+    settings: Settings,
+    catalog: SqlCatalog,
+    cached: CachedCatalog,
+    counters: CounterStore,
+    when_needed: Callable[[Notifier], None],
+) -> Notifier:
+    """Notifications of this process; see `Notifier.write` and `Notifier.deliver`.
+
+    Args:
+        settings: all of them.
+        catalog: where notifications wait for delivery.
+        cached: has the active policy.
+        counters: the store, whose charges are watched.
+        when_needed: callback run once, when there are targets for the first time.
+
+    Returns:
+        The notifier, with the thresholds of the active policy.
+    """
+    guard = guard_of(counters)
+
+    def watch(found: CrossingWatch | None) -> None:
+        if guard is not None:
+            guard.store.watch = found
+        elif isinstance(counters, MemoryCounters):
+            counters.watch = found
+
+    async def read_targets() -> Sequence[NotifyTarget]:
+        return (await cached.caller_policy()).notify
+
+    given = settings.notifications
+    options = NotifierOptions(given.retry_s, given.give_up_s, given.timeout_s, given.max_pending, given.keep_days)
+    notifier = Notifier(catalog.database, read_targets, watch, options)
+    notifier.when_needed = lambda: when_needed(notifier)
+    try:
+        await notifier.load_targets()
+    except CatalogUnavailable as error:
+        logger.warning("the targets of notifications are not known yet, retrying: %s", error.message)
+    return notifier
 
 
 async def open_callers_auth(settings: Settings, catalog: SqlCatalog, cached: CachedCatalog) -> CallersAuth | None:

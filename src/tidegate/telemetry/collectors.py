@@ -19,6 +19,7 @@ from tidegate.counters.leased import LeasedCounters
 from tidegate.counters.memory import MemoryCounters
 from tidegate.gate.access import AccessControl
 from tidegate.ledger.writer import UsageWriter
+from tidegate.notifications.notifier import Notifier
 from tidegate.telemetry.logs import lines_dropped, lines_suppressed
 from tidegate.telemetry.metrics import Metrics
 from tidegate.violations.recorder import ViolationWriter
@@ -143,16 +144,18 @@ def collect_access(metrics: Metrics, access: AccessControl, blocks: Blocks) -> N
     )
 
 
-def collect_violations(metrics: Metrics, writer: ViolationWriter) -> None:
-    """Register the metrics of recorded violations."""
+def collect_violations(metrics: Metrics, writer: ViolationWriter, shadow: ViolationWriter) -> None:
+    """Register the metrics of recorded violations; what is lost or waits is that of both writers."""
     metrics.add_counter("rate_limiter_violations_written", "Blocked checks written to the database.", lambda: writer.written)
     metrics.add_counter(
         "rate_limiter_violations_dropped",
         "Blocked checks lost or possibly lost before they reached the database.",
-        lambda: writer.dropped,
+        lambda: writer.dropped + shadow.dropped,
     )
     metrics.add_gauge(
-        "rate_limiter_violations_pending", "Entries of blocked checks waiting to be written.", lambda: writer.pending
+        "rate_limiter_violations_pending",
+        "Entries of blocked checks waiting to be written.",
+        lambda: writer.pending + shadow.pending,
     )
 
 
@@ -174,6 +177,19 @@ def collect_usage(metrics: Metrics, writer: UsageWriter) -> None:
         "rate_limiter_traffic_rows_dropped",
         "Rows of the traffic history dropped because too many waited.",
         lambda: writer.dropped,
+    )
+
+
+def collect_notifications(metrics: Metrics, notifier: Notifier) -> None:
+    """Register the metrics of notifications."""
+    metrics.add_labelled_counter(
+        "rate_limiter_notifications",
+        "Notifications delivered, failed for good or dropped, and attempts that are retried.",
+        "result",
+        lambda: notifier.counts,
+    )
+    metrics.add_gauge(
+        "rate_limiter_notifications_pending", "Notifications waiting to be written to the database.", lambda: notifier.pending
     )
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Any, Final
 
 import msgspec
-from sqlalchemy import ColumnElement, and_, func, or_, select, tuple_
+from sqlalchemy import ColumnElement, Table, and_, case, func, or_, select, tuple_
 
 from tidegate.catalog.sql.database import Database
 from tidegate.catalog.sql.paging import Page, cursor_of, parse_cursor, rows_of
-from tidegate.catalog.sql.tables import rate_limit_violations
+from tidegate.catalog.sql.tables import api_keys, customers, rate_limit_violations, shadow_violations
 from tidegate.timestamps import format_timestamp
 from tidegate.violations.storage import OTHERS
 
@@ -25,6 +25,7 @@ class ViolationFilter(msgspec.Struct, frozen=True):
         subject: `k:` and a key's id, `i:` and an address, `t:` and a tier, or `a:` and attributes.
         attributes: names of which a subject of attributes must have exactly these, sorted; none for all subjects. Long subjects,
             which are stored as a digest, are not found.
+        shadow: what shadow rules would have blocked, in place of what was blocked.
     """
 
     since_us: int
@@ -33,6 +34,12 @@ class ViolationFilter(msgspec.Struct, frozen=True):
     rule: str | None = None
     subject: str | None = None
     attributes: tuple[str, ...] = ()
+    shadow: bool = False
+
+    @property
+    def table(self) -> Table:
+        """Where they are."""
+        return shadow_violations if self.shadow else rate_limit_violations
 
 
 class Violation(msgspec.Struct, frozen=True):
@@ -57,6 +64,7 @@ class Violator(msgspec.Struct, frozen=True):
     tier: str | None = None
     rule: str | None = None
     blocked: int = 0
+    customer: str | None = None
 
 
 async def list_violations(database: Database, limit: int, after: str | None, selected: ViolationFilter) -> Page[Violation]:
@@ -66,8 +74,8 @@ async def list_violations(database: Database, limit: int, after: str | None, sel
         BadRequest: if `after` is not valid.
         CatalogUnavailable: if the database does not answer.
     """
-    c = rate_limit_violations.c
-    query = select(rate_limit_violations).where(*_conditions(selected)).order_by(c.minute_us.desc(), c.tier, c.rule, c.subject)
+    c = selected.table.c
+    query = select(selected.table).where(*_conditions(selected)).order_by(c.minute_us.desc(), c.tier, c.rule, c.subject)
     if after is not None:
         minute_us, tier, rule, subject = parse_cursor(after, tuple[int, str, str, str])
         later = and_(c.minute_us == minute_us, tuple_(c.tier, c.rule, c.subject) > tuple_(tier, rule, subject))
@@ -86,21 +94,30 @@ async def top_violators(database: Database, limit: int, by: str, selected: Viola
     """What was blocked most, highest counts first.
 
     Args:
-        by: subject, rule or tier: the field to group by.
+        by: subject, rule, tier or customer: the field to group by; violations of no customer are left out of the latter.
 
     Raises:
         CatalogUnavailable: if the database does not answer.
     """
-    columns = {
-        "subject": (rate_limit_violations.c.subject,),
-        "rule": (rate_limit_violations.c.tier, rate_limit_violations.c.rule),
-        "tier": (rate_limit_violations.c.tier,),
+    c = selected.table.c
+    total = func.sum(c.blocked).label("blocked")
+    columns: tuple[ColumnElement[Any], ...] = {
+        "subject": (c.subject,),
+        "rule": (c.tier, c.rule),
+        "tier": (c.tier,),
+        "customer": (_customer_of(c.subject),),
     }[by]
-    total = func.sum(rate_limit_violations.c.blocked).label("blocked")
-    query = select(*columns, total).where(*_conditions(selected)).group_by(*columns).order_by(total.desc(), *columns)
+    query = select(*columns, total).where(*_conditions(selected))
+    if by == "customer":
+        # The customer of an API key now: of the first key of its chain of rotations, by which counters and rows are named.
+        owner = api_keys.outerjoin(customers, customers.c.id == api_keys.c.customer_id)
+        is_of_key = and_(c.subject.like("k:%"), api_keys.c.id == func.substr(c.subject, 3))
+        query = query.select_from(selected.table.outerjoin(owner, is_of_key))
+        query = query.where(columns[0].is_not(None))
+    query = query.group_by(*columns).order_by(total.desc(), *columns)
     if by == "subject":
         # `OTHERS` is not a subject; grouped by rule or tier it counts.
-        query = query.where(rate_limit_violations.c.subject != OTHERS)
+        query = query.where(c.subject != OTHERS)
     rows = await rows_of(database, query, limit - 1)
     return [Violator(**{**row, "blocked": int(row["blocked"])}) for row in rows]
 
@@ -111,13 +128,18 @@ async def blocked_total(database: Database, selected: ViolationFilter) -> int:
     Raises:
         CatalogUnavailable: if the database does not answer.
     """
-    query = select(func.coalesce(func.sum(rate_limit_violations.c.blocked), 0)).where(*_conditions(selected))
+    query = select(func.coalesce(func.sum(selected.table.c.blocked), 0)).where(*_conditions(selected))
     async with database.reading() as connection:
         return int((await connection.execute(query)).scalar_one())
 
 
+def _customer_of(subject: ColumnElement[str]) -> ColumnElement[Any]:
+    by_customer = subject.like("c:%")
+    return case((by_customer, func.substr(subject, 3)), else_=customers.c.name).label("customer")
+
+
 def _conditions(selected: ViolationFilter) -> list[ColumnElement[bool]]:
-    c = rate_limit_violations.c
+    c = selected.table.c
     conditions: list[ColumnElement[bool]] = [c.minute_us >= selected.since_us, c.minute_us < selected.until_us]
     for column, value in ((c.tier, selected.tier), (c.rule, selected.rule), (c.subject, selected.subject)):
         if value is not None:

@@ -17,12 +17,14 @@ from typing import Any, Final, TypeVar
 
 from tidegate.background import SUPERVISOR, stop
 from tidegate.catalog.sql.database import Database
+from tidegate.catalog.sql.partitions import PartitionedTable
 from tidegate.decision import Observation
 from tidegate.jitter import JITTER
 from tidegate.violations.space_saving import SpaceSaving
 from tidegate.violations.storage import (
     MAX_ROWS,
     OTHERS,
+    TABLE,
     ViolationKey,
     WriteUnconfirmed,
     maintain_table,
@@ -89,12 +91,15 @@ class Violations:
         max_entries: maximum number of subjects between two writes, each counted per minute and rule; beyond it `SpaceSaving`
             approximates.
 
+        shadow: counts the checks that shadow rules would have blocked; None where these are not counted.
+
     Attributes:
         dropped: blocked checks not counted because there were more than `MAX_SUMS` minutes and rules.
     """
 
-    def __init__(self, max_entries: int = MAX_ENTRIES) -> None:
+    def __init__(self, max_entries: int = MAX_ENTRIES, shadow: Violations | None = None) -> None:
         self.max_entries = max_entries
+        self._shadow = shadow
         self.dropped = 0
         self._interval = Interval(max_entries)
 
@@ -105,13 +110,25 @@ class Violations:
     def observe(self, observation: Observation) -> None:
         """Count a check if it was blocked. Costs 0.06 µs if it was not, otherwise about 1 µs; see `bench/violations.py`."""
         decision = observation.decision
+        if observation.shadow_denials and self._shadow is not None:
+            for denial in observation.shadow_denials:
+                self._shadow.add(denial.at_us, denial.tier, denial.rule, denial.subject)
         if decision is None or decision.allowed:
             return
         limits, subject = observation.denied_by, observation.subject
         if limits is None or not subject:
             return  # no rule applies, so none blocked it
-        at_us = decision.at_us
-        tier, rule = limits.tier or "", limits.rule or ""
+        self.add(decision.at_us, limits.tier or "", limits.rule or "", subject)
+
+    def add(self, at_us: int, tier: str, rule: str, subject: str) -> None:
+        """Count a check that was blocked.
+
+        Args:
+            at_us: when, µs since the epoch.
+            tier: of the rule.
+            rule: that blocked it; empty for the tier's own limits.
+            subject: whom it counted.
+        """
         group = (at_us - at_us % _MINUTE_US, tier, rule)
         interval = self._interval
         entry = interval.sums.get(group)
@@ -139,13 +156,22 @@ class ViolationWriter:
     Args:
         flush_s: write interval, s, varied by ±10 % so that instances do not write at the same time.
         keep_days: retention of violations, days.
+        table: where they are written.
 
     Attributes:
         written: blocked checks written to the database.
         failing: whether the last write failed.
     """
 
-    def __init__(self, violations: Violations, database: Database, flush_s: float = 5.0, keep_days: int = 30) -> None:
+    def __init__(
+        self,
+        violations: Violations,
+        database: Database,
+        flush_s: float = 5.0,
+        keep_days: int = 30,
+        table: PartitionedTable = TABLE,
+    ) -> None:
+        self._table = table
         self.written = 0
         self.failing = False
         self._violations = violations
@@ -170,7 +196,7 @@ class ViolationWriter:
 
     async def run(self) -> None:
         """Write, and maintain the table, until cancelled. A running operation continues until `flush` ends it."""
-        retention = SUPERVISOR.start("violations_retention", self._maintain_periodically)
+        retention = SUPERVISOR.start(f"{self._table.kind.replace(' ', '_')}_retention", self._maintain_periodically)
         try:
             await self._write_periodically()
         finally:
@@ -222,10 +248,10 @@ class ViolationWriter:
     async def _maintain(self, failing: bool) -> bool:
         """Run `maintain_table`; returns whether it failed."""
         try:
-            await maintain_table(self._database, self._keep_days)
+            await maintain_table(self._database, self._keep_days, None, self._table)
         except Exception as error:  # noqa: BLE001 - any error of a driver: writing must continue
             if not failing:
-                logger.warning("maintenance of the violations table failed, retrying every minute: %s", error)
+                logger.warning("maintenance of the %s table failed, retrying every minute: %s", self._table.kind, error)
             return True
         return False
 
@@ -247,7 +273,7 @@ class ViolationWriter:
             # In separate transactions: few rows are locked at a time, and few are unconfirmed if the connection is lost.
             rows = [(key, self._buffer[key]) for key in keys[start : start + MAX_ROWS]]
             try:
-                await write_violations(self._database, rows)
+                await write_violations(self._database, rows, self._table)
             except WriteUnconfirmed as error:
                 self._dropped += self._remove(rows)
                 self._failed(error)
@@ -258,7 +284,7 @@ class ViolationWriter:
             self.written += self._remove(rows)
             if self.failing:
                 self.failing = False
-                logger.info("writing violations works again")
+                logger.info("writing %s works again", self._table.kind)
 
     async def _collect(self) -> None:
         """Move counts into the buffer."""
@@ -315,7 +341,7 @@ class ViolationWriter:
 
     def _failed(self, error: Exception) -> None:
         if not self.failing:
-            logger.warning("writing violations failed, they are buffered in memory: %s", error)
+            logger.warning("writing %s failed, they are buffered in memory: %s", self._table.kind, error)
         self.failing = True
 
 

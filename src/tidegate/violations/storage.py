@@ -30,7 +30,15 @@ MAX_ROWS: Final = 500
 TABLE: Final = PartitionedTable("rate_limit_violations", "minute_us", 0x7669_6F6C_6174_696F, "violations")
 """The id of its advisory lock is "violatio" in ASCII."""
 
+SHADOW_TABLE: Final = PartitionedTable("shadow_violations", "minute_us", 0x7368_6164_6F77_7669, "shadow violations")
+"""What shadow rules would have blocked; the id of its lock is "shadowvi"."""
+
 _SQL: Final = load_statements("tidegate.violations", "storage.sql")
+_STATEMENTS: Final = {
+    (table.name, dialect): _SQL[f"add_{dialect}"].replace(TABLE.name, table.name)
+    for table in (TABLE, SHADOW_TABLE)
+    for dialect in ("postgresql", "sqlite")
+}
 _TEXTS: Final = [cast("String", rate_limit_violations.c[name].type).length or 0 for name in ("tier", "rule", "subject")]
 """Maximum length of each text, characters."""
 
@@ -39,10 +47,11 @@ class WriteUnconfirmed(CatalogUnavailable):
     """The connection was lost during a commit: the rows may or may not be written."""
 
 
-async def write_violations(database: Database, rows: Iterable[tuple[ViolationKey, int]]) -> None:
+async def write_violations(database: Database, rows: Iterable[tuple[ViolationKey, int]], table: PartitionedTable = TABLE) -> None:
     """Add counts to the table, in one transaction.
 
     Args:
+        table: `TABLE` or `SHADOW_TABLE`.
         rows: keys, each once, and the numbers of blocked checks to add; at most `MAX_ROWS`. Texts too long for their column are
             shortened to distinct values.
 
@@ -58,7 +67,7 @@ async def write_violations(database: Database, rows: Iterable[tuple[ViolationKey
         committing = False
         try:
             async with database.transaction() as connection:
-                await connection.execute(text(_SQL[f"add_{database.dialect}"]), {"parts": parts})
+                await connection.execute(text(_STATEMENTS[table.name, database.dialect]), {"parts": parts})
                 committing = True
         except Exception as error:
             if committing:
@@ -70,12 +79,13 @@ async def write_violations(database: Database, rows: Iterable[tuple[ViolationKey
             return
 
 
-async def maintain_table(database: Database, keep_days: int, now_us: int | None = None) -> bool:
+async def maintain_table(database: Database, keep_days: int, now_us: int | None = None, table: PartitionedTable = TABLE) -> bool:
     """Create the partitions of today and the next days, and delete expired violations; see `PartitionedTable.maintain`.
 
     Args:
         keep_days: retention of violations, days, 1 or more.
         now_us: µs since the epoch; None for the database's clock.
+        table: `TABLE` or `SHADOW_TABLE`.
 
     Returns:
         Whether it was done; False if another process is doing it.
@@ -83,7 +93,7 @@ async def maintain_table(database: Database, keep_days: int, now_us: int | None 
     Raises:
         CatalogUnavailable: if a step failed; the others were done.
     """
-    return await TABLE.maintain(database, keep_days, now_us)
+    return await table.maintain(database, keep_days, now_us)
 
 
 def partition_of(at_us: int) -> str:

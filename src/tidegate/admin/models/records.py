@@ -54,6 +54,7 @@ class ViolatorRead(ResponseModel):
     subject: str | None
     tier: str | None
     rule: str | None
+    customer: str | None
     blocked: int
 
 

@@ -7,6 +7,7 @@ from typing import Annotated
 from pydantic import Field
 
 from tidegate.admin.models.base import Plain, RequestModel, ResponseModel, TierName
+from tidegate.admin.models.customers import CustomerName
 
 
 class WindowUsageRead(ResponseModel):
@@ -46,11 +47,12 @@ class UsageRead(ResponseModel):
 
 
 class ResetRequest(RequestModel):
-    """Whose counters are reset: exactly one of `api_key_id`, `ip`, `tier` and `subject`; with `namespace`, `subject` is its."""
+    """Whose counters are reset: exactly one of these; with `namespace`, `subject` is its."""
 
     api_key_id: Annotated[str, Field(min_length=24, max_length=24), Plain] | None = None
     ip: Annotated[str, Field(min_length=1, max_length=45), Plain] | None = None
     tier: TierName | None = None
+    customer: CustomerName | None = None
     subject: Annotated[str, Field(min_length=1, max_length=5000, examples=["user=42"]), Plain] | None = None
     namespace: Annotated[str, Field(min_length=1, max_length=64, examples=["emails"]), Plain] | None = None
 

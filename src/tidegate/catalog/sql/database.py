@@ -22,9 +22,10 @@ from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 from sqlalchemy.pool import QueuePool, StaticPool
 
+from tidegate.catalog.sql.batch_loader import MAX_CONCURRENT
 from tidegate.catalog.sql.change_log import WriteTransaction, no_state
 from tidegate.catalog.sql.database_errors import READ_ONLY, cannot_write, is_transient, sqlstate_of
-from tidegate.catalog.sql.engine import BUSY_TIMEOUT_MS, is_postgres, open_engine, reason_of, redacted_url
+from tidegate.catalog.sql.engine import BUSY_TIMEOUT_MS, is_postgres, open_engine, reason_of, redacted_url, sqlite_reader
 from tidegate.catalog.sql.replicas import Replica, Replicas
 from tidegate.catalog.sql.schema import upgrade_schema
 from tidegate.catalog.sql.tables import policy_state
@@ -82,6 +83,7 @@ class Database:
         self._written_at_s = time.monotonic()
         self._reader = reader
         self._writer = writer
+        self._sqlite = sqlite_reader(reader, MAX_CONCURRENT)
 
     @classmethod
     async def open(cls, url: str, options: DatabaseOptions | None = None) -> Database:
@@ -130,9 +132,10 @@ class Database:
     def connections(self) -> dict[str, int]:
         """Read connections to the primary by state: `in_use`, `idle`."""
         pool = self._reader.pool
-        return (
-            {"in_use": pool.checkedout(), "idle": pool.checkedin()} if isinstance(pool, QueuePool) else {"in_use": 0, "idle": 0}
-        )
+        in_use, idle = (pool.checkedout(), pool.checkedin()) if isinstance(pool, QueuePool) else (0, 0)
+        if self._sqlite is not None:
+            in_use, idle = map(sum, zip((in_use, idle), self._sqlite.connections, strict=True))
+        return {"in_use": in_use, "idle": idle}
 
     @property
     def _in_memory(self) -> bool:
@@ -161,8 +164,7 @@ class Database:
             if replicated is not None:
                 return replicated
         try:
-            async with self.reading() as connection:
-                rows: Sequence[RowMapping] = (await connection.execute(query, parameters)).mappings().all()
+            rows = await self._read_primary(query, parameters)
         except CatalogUnavailable:
             replicated = None
             if self.replicas is not None:
@@ -173,6 +175,16 @@ class Database:
         if not rows:
             raise no_state()
         return rows
+
+    async def _read_primary(self, query: Select[Any], parameters: Mapping[str, Any] | None) -> Sequence[RowMapping]:
+        if self._sqlite is None:
+            async with self.reading() as connection:
+                rows: Sequence[RowMapping] = (await connection.execute(query, parameters)).mappings().all()
+                return rows
+        try:
+            return await self._sqlite.rows(query, parameters)
+        except (SQLAlchemyError, OSError) as error:
+            raise _not_answering(error) from error
 
     async def version(self) -> int:
         """The version of the catalog on the primary.
@@ -247,7 +259,7 @@ class Database:
             async with self._reader.connect() as connection:
                 yield connection
         except (SQLAlchemyError, OSError) as error:
-            raise CatalogUnavailable(f"the catalog's database does not answer: {reason_of(error)}") from error
+            raise _not_answering(error) from error
 
     @contextlib.asynccontextmanager
     async def transaction(self) -> AsyncIterator[AsyncConnection]:
@@ -301,6 +313,8 @@ class Database:
         """Close all connections."""
         if self.replicas is not None:
             await self.replicas.close()
+        if self._sqlite is not None:
+            await self._sqlite.close()
         await self._reader.dispose()
         if self._writer is not self._reader:
             await self._writer.dispose()
@@ -336,3 +350,7 @@ class Database:
             else:
                 return connection, make(connection, state_row.version, state_row.previous)
         raise AssertionError("the second attempt raises or returns")
+
+
+def _not_answering(error: Exception) -> CatalogUnavailable:
+    return CatalogUnavailable(f"the catalog's database does not answer: {reason_of(error)}")

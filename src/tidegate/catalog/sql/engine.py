@@ -11,12 +11,13 @@ from collections.abc import Callable
 from typing import Any, Final
 from urllib.parse import quote
 
-from sqlalchemy import event
+from sqlalchemy import create_engine, event
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.pool import StaticPool
 
+from tidegate.catalog.sql.sqlite_reader import SqliteReader
 from tidegate.errors import SettingsError
 from tidegate.url_parts import is_postgres_url, scheme_of, without_secrets
 
@@ -76,6 +77,20 @@ def open_engine(
             "or 'postgresql://user@host/name'"
         )
     return _sqlite(parsed, pool_size, timeout_s, inspect_only)
+
+
+def sqlite_reader(engine: AsyncEngine, threads: int) -> SqliteReader | None:
+    """What reads the same database for checks; None unless it is a SQLite file.
+
+    Args:
+        engine: from `open_engine`.
+        threads: maximum number of concurrent queries, 1 or more.
+    """
+    if engine.dialect.name != "sqlite" or isinstance(engine.pool, StaticPool):
+        return None
+    reader = create_engine(engine.url.set(drivername="sqlite+pysqlite"), pool_size=threads, max_overflow=0)
+    event.listen(reader, "connect", _prepare_sqlite)
+    return SqliteReader(reader, threads)
 
 
 def redacted_url(url: str) -> str:

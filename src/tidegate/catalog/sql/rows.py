@@ -14,6 +14,7 @@ from tidegate.policy.attributes import AttributeSource, CallerPolicy, CallerRule
 from tidegate.policy.jwt_policy import JwtPolicy
 from tidegate.policy.limits import Algorithm, Limit, OnFailure
 from tidegate.policy.model import ApiKey, KeyStatus, Mode, Rule, Subject, Tier
+from tidegate.policy.notify import target_of
 from tidegate.policy.overrides import Override
 from tidegate.policy.quotas import Overage, Quota
 
@@ -96,7 +97,16 @@ def subject_value_of(row: Mapping[Any, Any]) -> str | list[str]:
     return str(parts[0]) if len(parts) == 1 else list(parts)
 
 
-CALLER_POLICY_COLUMNS: Final = ("anonymous_tier", "callers", "attributes", "jwt", "namespaces", "access", "customer_attributes")
+CALLER_POLICY_COLUMNS: Final = (
+    "anonymous_tier",
+    "callers",
+    "attributes",
+    "jwt",
+    "namespaces",
+    "access",
+    "customer_attributes",
+    "notify",
+)
 
 
 def caller_policy_of(row: Mapping[Any, Any]) -> CallerPolicy:
@@ -110,6 +120,7 @@ def caller_policy_of(row: Mapping[Any, Any]) -> CallerPolicy:
         tuple(namespace_of(entry) for entry in row["namespaces"] or ()),
         tuple(_access_entry(each) for each in row["access"] or ()),
         tuple(row["customer_attributes"] or ()),
+        tuple(target_of(fields) for fields in row["notify"] or ()),
     )
 
 
@@ -123,6 +134,7 @@ def row_of_caller_policy(policy: CallerPolicy) -> dict[str, Any]:
         "jwt": None if policy.jwt is None else msgspec.to_builtins(policy.jwt),
         "namespaces": [namespace_fields(namespace) for namespace in policy.namespaces] or None,
         "access": [_access_row(entry) for entry in policy.access] or None,
+        "notify": [target.fields for target in policy.notify] or None,
     }
 
 

@@ -194,6 +194,8 @@ policy_state: Final = Table(
     Column("access", JSON(none_as_null=True), nullable=True),
     # The attributes by whose values callers may be a customer's; NULL without any.
     Column("customer_attributes", JSON(none_as_null=True), nullable=True),
+    # The tables [[notify]]; NULL without them. Secrets are environment variables, of which only the name is here.
+    Column("notify", JSON(none_as_null=True), nullable=True),
     CheckConstraint("id = 1", name="single_row"),
 )
 
@@ -220,6 +222,20 @@ rate_limit_violations: Final = Table(
     Column("blocked", BigInteger, nullable=False),
     PrimaryKeyConstraint("minute_us", "tier", "rule", "subject"),
     Index("idx_violations_subject_minute", "subject", "minute_us"),
+    postgresql_partition_by="RANGE (minute_us)",
+)
+
+# The same for minutes in which a shadow rule would have blocked a subject.
+shadow_violations: Final = Table(
+    "shadow_violations",
+    metadata,
+    Column("minute_us", BigInteger, nullable=False),
+    Column("tier", String(64), nullable=False),
+    Column("rule", String(256), nullable=False),
+    Column("subject", String(160), nullable=False),
+    Column("blocked", BigInteger, nullable=False),
+    PrimaryKeyConstraint("minute_us", "tier", "rule", "subject"),
+    Index("idx_shadow_violations_subject_minute", "subject", "minute_us"),
     postgresql_partition_by="RANGE (minute_us)",
 )
 
@@ -351,6 +367,35 @@ what_if_runs: Final = Table(
     Column("created_at_us", BigInteger, nullable=False),
     Column("changed_at_us", BigInteger, nullable=False),
     Column("result", JSON(none_as_null=True), nullable=True),
+)
+
+# Events to be sent to the URLs of [[notify]], and those that were sent. Rows of one event and URL have the same id, whichever
+# process writes them. A process claims a row by moving `next_at_us` to the end of its claim.
+notifications: Final = Table(
+    "notifications",
+    metadata,
+    Column("id", String(40), primary_key=True),
+    Column("event", String(16), nullable=False),
+    Column("subject", String(400), nullable=False),
+    Column("url", String(1000), nullable=False),
+    Column("body", Text, nullable=False),
+    Column("status", String(16), nullable=False),
+    Column("attempts", Integer, nullable=False),
+    Column("created_at_us", BigInteger, nullable=False),
+    Column("next_at_us", BigInteger, nullable=False),
+    Column("give_up_at_us", BigInteger, nullable=False),
+    # When the last attempt ended, what the receiver answered, and why it was not accepted.
+    Column("attempted_at_us", BigInteger, nullable=True),
+    Column("answer", Integer, nullable=True),
+    Column("error", String(300), nullable=True),
+    Index("idx_notifications_created", "created_at_us", "id"),
+    Index("idx_notifications_status", "status", "created_at_us", "id"),
+    Index(
+        "idx_notifications_due",
+        "next_at_us",
+        sqlite_where=text("status = 'pending'"),
+        postgresql_where=text("status = 'pending'"),
+    ),
 )
 
 # Whom operators stopped. A block that was removed or has ended keeps its row for a while, so that every process reads that.

@@ -29,17 +29,31 @@ class CommandTemplate:
 
     Attributes:
         until_s: until when it may be used, s since the epoch: it holds the periods of quotas around now. None without quotas.
+        watched: whether replies also have what is left of each limit.
     """
 
-    __slots__ = ("head", "lease_head", "lease_script", "limits", "limits_by_place", "name", "script", "suffix", "tail", "until_s")
+    __slots__ = (
+        "head",
+        "lease_head",
+        "lease_script",
+        "limits",
+        "limits_by_place",
+        "name",
+        "script",
+        "suffix",
+        "tail",
+        "until_s",
+        "watched",
+    )
 
-    def __init__(self, sets: tuple[LimitSet, ...]) -> None:
+    def __init__(self, sets: tuple[LimitSet, ...], watched: bool = False) -> None:
         now_us = time.time_ns() // 1000
         ends = [end for limits in sets if (end := boundaries_end_us(limits, now_us)) is not None]
         self.until_s = min(ends) / US_PER_S if ends else None
         algorithms = frozenset(limits.algorithm for limits in sets)
-        self.script = script("charge", algorithms)
-        self.lease_script = script("lease", algorithms)
+        self.watched = watched
+        self.script = script("charge", algorithms, watched=watched)
+        self.lease_script = script("lease", algorithms, watched=watched)
         self.limits = sets[0]
         self.limits_by_place: tuple[Limit, ...] = tuple(limit for limits in sets for limit in limits.limits)
         self.head = _script_head(self.script, len(sets), 2 * len(sets) + 1)
@@ -51,8 +65,10 @@ class CommandTemplate:
     def decision(self, reply: Any) -> Decision:
         """The decision in a script's reply."""
         try:
-            if len(reply) == 7:
-                return self._granting(*reply)
+            if len(reply) != 5:
+                if len(reply) >= 7:
+                    return self._granting(*reply[:7])
+                reply = _without_left(reply)
             binding, least, reset, retry, now = reply
             limit = self.limits_by_place[(binding if binding > 0 else -binding) - 1]
             if least < 0:
@@ -60,6 +76,12 @@ class CommandTemplate:
             return Decision(binding > 0, limit, least, reset, None if retry < 0 else retry, now, self.limits)
         except (TypeError, ValueError, IndexError):
             raise StoreUnavailable(f"unexpected reply from Redis to a charge: {str(reply)[:100]}", reason="garbage") from None
+
+    def left(self, reply: Any) -> tuple[int, Sequence[int | None]] | None:
+        """The units leased, and what is left of each limit after the charge; None where the reply does not have it."""
+        if len(reply) not in (6, 8) or not isinstance(reply[-1], list) or len(reply[-1]) != len(self.limits_by_place):
+            return None
+        return (reply[5] if len(reply) == 8 else 0), reply[-1]
 
     def script_of(self, charge: Charge) -> Script:
         """The script that a charge runs."""
@@ -71,6 +93,12 @@ class CommandTemplate:
         if not granted:
             return Decision(binding > 0, limit, least, reset, retry_after, now, self.limits)
         return GrantingDecision(binding > 0, limit, least, reset, retry_after, now, self.limits, granted=granted, ends_us=ends)
+
+
+def _without_left(reply: Any) -> Any:
+    if len(reply) != 6 or not isinstance(reply[5], list):
+        raise ValueError(reply)
+    return reply[:5]
 
 
 def charge_command(template: CommandTemplate, charge: Charge, tag: bytes) -> bytes:

@@ -144,8 +144,7 @@ class RedisCommands:
         Raises:
             StoreUnavailable: if there is none.
         """
-        command = encode_command("EVALSHA", work.sha, str(len(keys)), *keys, *arguments)
-        return raise_first(await self._each([(tag, command, work)], wait_late=True))[0]
+        return await self._run_late(tag, work, keys, [each.encode() for each in arguments])
 
     async def _run_until(
         self, tag: bytes, work: Script, keys: Sequence[bytes], arguments: Sequence[bytes], deadline: float
@@ -157,6 +156,15 @@ class RedisCommands:
         if isinstance(reply, hiredis.ReplyError):
             reply = await follow_redirection(self._require_topology(), slot_of_tag(tag), command, reply, work, deadline)
         return reply
+
+    async def _run_soon(self, tag: bytes, work: Script, keys: Sequence[bytes], arguments: Sequence[bytes]) -> Any:
+        """Run a script until the deadline of a check."""
+        return await self._run_until(tag, work, keys, arguments, self._deadline(0))
+
+    async def _run_late(self, tag: bytes, work: Script, keys: Sequence[bytes], arguments: Sequence[bytes]) -> Any:
+        """Run a script, and wait for a late reply."""
+        command = encode_command("EVALSHA", work.sha, str(len(keys)), *keys, *arguments)
+        return raise_first(await self._each([(tag, command, work)], wait_late=True))[0]
 
     async def _each(self, sent: Iterable[Command], wait_late: bool = False) -> list[Any]:
         """Run commands, each on the shard of its tag. All are written before anything is waited for.

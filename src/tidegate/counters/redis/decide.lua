@@ -4,6 +4,7 @@
 -- Gives binding, remaining, reset, retry, now: binding is the place of the limit that is reported, 1 for the first, negative where it
 -- denies; retry is -1 for never; microseconds. remaining is below 0 where the check passes as over: by the units that are above a quota
 -- or a soft limit; of a check of cost 0, by all that is above the quota so far.
+-- `left` is nil, or a table: then it gets what is left of each limit after the charge, false where it is not charged, and is given too.
 local function decide(keys, configs, cost)
   local place, binding, least, reset_after, retry_after = 0, 0, -1, 0, 0
   local denied, never, over = false, false, 0
@@ -20,6 +21,9 @@ local function decide(keys, configs, cost)
       local allowed, remaining, reset, retry = algorithm.decide(
         held, algorithm.find(held, window), fresh, now, cost, window, config[i + 1], config[i + 2], config[i + 3])
       place = place + 1
+      if left then
+        left[place] = remaining
+      end
       if soft and not allowed then
         allowed, uncharged, over = true, true, math.max(over, cost)
       elseif remaining < 0 then
@@ -43,6 +47,11 @@ local function decide(keys, configs, cost)
         longest = reset
       end
     end
+    if left and uncharged then
+      for i = place, place - (#config - 1) / algorithm.parameters + 1, -1 do
+        left[i] = false
+      end
+    end
     writes[k] = {algorithm, held, fresh, longest, uncharged}
   end
   local charged = cost > 0 and not denied
@@ -57,5 +66,5 @@ local function decide(keys, configs, cost)
   if over > 0 and not denied then
     least = -over
   end
-  return denied and -binding or binding, least, reset_after, never and -1 or retry_after, now
+  return denied and -binding or binding, least, reset_after, never and -1 or retry_after, now, left
 end

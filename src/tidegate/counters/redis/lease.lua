@@ -1,6 +1,7 @@
 -- One check that asks for a lease: where it passes, units are charged in advance in the same step. KEYS and ARGV as in charge.lua; then
 -- in MessagePack the units wanted, the divisor of what remains, and the life of the lease in microseconds.
--- Answers as charge.lua does, but for the reset, which counts the leased units; then the units and the moment at which the lease ends, 0 for none.
+-- Answers as charge.lua does, but for the reset, which counts the leased units; then the units and the moment at which the lease ends, 0 for none;
+-- and `left`, which counts the leased units as used.
 local configs = {}
 for k = 1, #KEYS do
   configs[k] = cmsgpack.unpack(ARGV[k])
@@ -12,10 +13,10 @@ for k = 1, #KEYS do
   life = lease_life(configs[k], now, life)
 end
 if units < 1 or life < MIN_LIFE then
-  return {binding, least, reset, retry, at, 0, 0}
+  return {binding, least, reset, retry, at, 0, 0, left}
 end
 local _, _, reset_with_lease = decide(KEYS, configs, units)
 for k = 1, #KEYS do
   lease_hold(KEYS[k], configs[k], now, units, now + life)
 end
-return {binding, least, reset_with_lease, retry, at, units, now + life}
+return {binding, least, reset_with_lease, retry, at, units, now + life, left}

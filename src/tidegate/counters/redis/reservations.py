@@ -10,12 +10,13 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from tidegate.counters import Counters
 from tidegate.counters.redis.commands import LATE_TIMEOUT_S, Command, RedisCommands
 from tidegate.counters.redis.error_replies import ScriptFailed, shown
 from tidegate.counters.redis.keyspace import hash_tag, key_of, reset_key_of, slot_of_tag
 from tidegate.counters.redis.resp import encode_command
 from tidegate.counters.redis.scripts import parameters, script
-from tidegate.counters.reservations import Counters, Reservation
+from tidegate.counters.reservations import Reservation
 from tidegate.decision import Decision
 from tidegate.errors import BadRequest, StoreUnavailable
 from tidegate.policy.limits import LimitSet

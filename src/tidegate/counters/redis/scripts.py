@@ -50,14 +50,15 @@ class Script(msgspec.Struct, frozen=True):
 
 
 @cache
-def script(work: str, algorithms: frozenset[AnyAlgorithm], clock: str = "store_clock") -> Script:
+def script(work: str, algorithms: frozenset[AnyAlgorithm], clock: str = "store_clock", watched: bool = False) -> Script:
     """Put a script together.
 
     Args:
-        work: `charge`, `charge_many`, `lease`, `give_back`, `reserve`, `release`, `absorb`, `reset`, `reset_corrupt` or
-            `heartbeat`.
+        work: `charge`, `charge_many`, `lease`, `give_back`, `reserve`, `release`, `hold`, `settle_hold`, `renew_hold`, `absorb`,
+            `reset`, `reset_corrupt`, `heartbeat` or `instances`.
         algorithms: those that its counters use.
         clock: name of the Lua file that defines `now`, or Lua source, for tests.
+        watched: whether a script that decides checks also replies what is left of each limit.
 
     Returns:
         The script.
@@ -72,8 +73,11 @@ def script(work: str, algorithms: frozenset[AnyAlgorithm], clock: str = "store_c
         parts.append(_read("tidegate.algorithms", "leases"))
     if work in ("reserve", "release"):
         parts.append(_read("tidegate.algorithms", "reservations"))
-    if work.startswith("charge") or work == "lease":
+    if work.startswith("charge") or work in ("lease", "hold", "settle_hold", "renew_hold"):
+        parts.append("local left = {}\n" if watched else "local left\n")
         parts.append(_read("tidegate.counters.redis", "decide"))
+        parts.append(_read("tidegate.algorithms", "holds"))
+        parts.append(_read("tidegate.counters.redis", "reclaim"))
     parts.append(_read("tidegate.counters.redis", work))
     source = "".join(parts).encode()
     return Script(source, hashlib.sha1(source, usedforsecurity=False).hexdigest())

@@ -22,7 +22,9 @@ from functools import partial
 from typing import Any, Final
 
 from tidegate.algorithms import State
-from tidegate.counters import Charge, ChargeOutcome, LateAnswer, LeaseReturn
+from tidegate.counters import Charge, ChargeOutcome, Counters, LateAnswer, LeaseReturn
+from tidegate.counters.crossings import CrossingWatch
+from tidegate.counters.holds import HoldHandle, HoldSettlement
 from tidegate.counters.redis.command_templates import (
     CommandTemplate,
     absorb_command,
@@ -34,6 +36,7 @@ from tidegate.counters.redis.commands import LATE_TIMEOUT_S, Command, not_starte
 from tidegate.counters.redis.connection import Connection
 from tidegate.counters.redis.corrupt_counters import CorruptCounters
 from tidegate.counters.redis.error_replies import ScriptFailed, follow_redirection, reply_by, shown
+from tidegate.counters.redis.holds import RedisHolds
 from tidegate.counters.redis.keyspace import hash_tag, key_of, reset_key_of, slot_of_tag
 from tidegate.counters.redis.probe import PROBE, probe_tags
 from tidegate.counters.redis.reservations import RedisReservations
@@ -79,6 +82,18 @@ class RedisCounters(RedisReservations):
         self.refunds = 0
         """Split charges of which a part was refunded: a subject that was denied meanwhile may pass now."""
         self.corrupt = CorruptCounters(self._run_until)
+        self.holds = RedisHolds(self._run_soon, self._run_late, self._template)
+        self._watch: CrossingWatch | None = None
+
+    @property
+    def watch(self) -> CrossingWatch | None:
+        """Finds thresholds that charges cross; None for none. While it is None, charges cost nothing more."""
+        return self._watch
+
+    @watch.setter
+    def watch(self, watch: CrossingWatch | None) -> None:
+        self._watch = watch
+        self._templates.clear()
 
     async def charge(self, charges: Sequence[Charge], started_ns: int = 0) -> list[ChargeOutcome]:
         """See `CounterStore.charge`: one write for each shard touched, and where there is but one, one call for every 50.
@@ -123,11 +138,11 @@ class RedisCounters(RedisReservations):
         try:
             reply = await future
         except LateAnswer as late:
-            late.decode = template.decision
+            late.decode = partial(self._decision, charge, template)
             raise
         if type(reply) is list:
             try:
-                return template.decision(reply)
+                return self._decision(charge, template, reply) if template.watched else template.decision(reply)
             except StoreUnavailable:
                 self._disconnect(charge)
                 raise
@@ -208,6 +223,27 @@ class RedisCounters(RedisReservations):
         for place, reply in zip(places, await self._each(sent, wait_late=True), strict=True):
             taken[place] = reply == len(returns[place].counters)
         return taken
+
+    async def open_hold(
+        self, counters: Counters, cost: int, ttl_us: int, rule: str | None = None
+    ) -> tuple[Decision, HoldHandle | None]:
+        """See `HoldingCounterStore.open_hold`."""
+        await self.start()
+        return await self.holds.open(counters, cost, ttl_us, rule, self._require_topology().sharded)
+
+    async def settle_hold(self, handle: HoldHandle, cost: int) -> HoldSettlement:
+        """See `HoldingCounterStore.settle_hold`."""
+        await self.start()
+        settled = await self.holds.settle(handle, cost)
+        if cost < handle.cost and not settled.repeated:
+            # What was denied for want of these units may pass now, on every instance.
+            self.refunds += 1
+        return settled
+
+    async def renew_hold(self, handle: HoldHandle, ttl_us: int) -> None:
+        """See `HoldingCounterStore.renew_hold`."""
+        await self.start()
+        await self.holds.renew(handle, ttl_us)
 
     async def absorb(self, states: Iterable[tuple[LimitSet, str, Sequence[State]]]) -> list[StoreUnavailable | None]:
         """Add what was admitted elsewhere, without asking any limit. All is written before anything is waited for, so that
@@ -291,7 +327,9 @@ class RedisCounters(RedisReservations):
         if template is None or (template.until_s is not None and template.until_s <= time.time()):
             if len(self._templates) >= _MAX_TEMPLATES:
                 self._templates.clear()
-            template = self._templates[key] = CommandTemplate(tuple(limits for limits, _ in counters))
+            template = self._templates[key] = CommandTemplate(
+                tuple(limits for limits, _ in counters), self._watch is not None and self._watch.watches(counters)
+            )
         return template
 
     def _send(self, charge: Charge) -> tuple[asyncio.Future[Any], CommandTemplate]:
@@ -317,11 +355,11 @@ class RedisCounters(RedisReservations):
             if isinstance(reply, Decision):
                 return reply
             if type(reply) is list:
-                return self._template(charge.counters).decision(reply)
+                return self._decision(charge, self._template(charge.counters), reply)
             return await self._follow_reply(charge, reply, deadline)
         except StoreUnavailable as error:
             if isinstance(error, LateAnswer) and error.decode is None:
-                error.decode = self._template(charge.counters).decision
+                error.decode = partial(self._decision, charge, self._template(charge.counters))
             if error.details.get("reason") == "garbage":
                 self._disconnect(charge)
             return error
@@ -336,7 +374,8 @@ class RedisCounters(RedisReservations):
             for limits, subject in charge.counters:
                 keys.append(b"tg:{%b}%b" % (hash_tag(subject), self._template(((limits, subject),)).name))
                 layout.append(which.setdefault(limits, len(which) + 2))
-        work = script("charge_many", frozenset(limits.algorithm for limits in which))
+        watched = self._watch is not None and any(self._watch.marks(limits) for limits in which)
+        work = script("charge_many", frozenset(limits.algorithm for limits in which), watched=watched)
         command = batch_command(work, layout, keys, which)
         try:
             future = self._require_topology().connection_of(0).send(command)
@@ -372,9 +411,21 @@ class RedisCounters(RedisReservations):
 
     def _decision_at(self, charges: Sequence[Charge], place: int, reply: Any) -> Decision:
         """The decision of one charge of a batch."""
-        if type(reply) is not list or len(reply) != 5 * len(charges):
+        if type(reply) is not list or len(reply) not in (5 * len(charges), 6 * len(charges)):
             raise StoreUnavailable(f"unexpected reply from Redis to a batch of charges: {shown(reply)}", reason="garbage")
-        return self._template(charges[place].counters).decision(reply[5 * place : 5 * place + 5])
+        own = reply[5 * place : 5 * place + 5]
+        if len(reply) != 5 * len(charges):
+            own.append(reply[5 * len(charges) + place])
+        return self._decision(charges[place], self._template(charges[place].counters), own)
+
+    def _decision(self, charge: Charge, template: CommandTemplate, reply: Any) -> Decision:
+        """The decision in a reply to a charge; thresholds that it crossed are reported."""
+        decision = template.decision(reply)
+        if self._watch is not None and decision.allowed:
+            found = template.left(reply)
+            if found is not None and charge.cost + found[0]:
+                self._watch.note_all(charge.counters, found[1], charge.cost + found[0], decision.at_us)
+        return decision
 
     def _disconnect(self, charge: Charge) -> None:
         """A shard's reply has the wrong form: the replies that follow might be matched to the wrong commands."""
@@ -389,17 +440,18 @@ class RedisCounters(RedisReservations):
         topology = self._require_topology()
         try:
             try:
-                return template.decision(await follow_redirection(topology, slot, command, reply, work, deadline))
+                followed = await follow_redirection(topology, slot, command, reply, work, deadline)
+                return self._decision(charge, template, followed)
             except ScriptFailed:
                 # Tried again in any case: another check may have reset it first.
                 await self._reset_corrupt(charge.counters, charge.cost, deadline)
             connection = topology.connection_of(slot)
             again = await reply_by(connection.send(command), deadline, str(connection.endpoint))
-            return template.decision(
-                again if type(again) is list else await follow_redirection(topology, slot, command, again, work, deadline)
-            )
+            if type(again) is not list:
+                again = await follow_redirection(topology, slot, command, again, work, deadline)
+            return self._decision(charge, template, again)
         except LateAnswer as late:
-            late.decode = template.decision
+            late.decode = partial(self._decision, charge, template)
             raise
 
     async def _reset_corrupt(self, counters: Sequence[tuple[LimitSet, str]], cost: int, deadline: float) -> bool:

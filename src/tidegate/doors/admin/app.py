@@ -29,6 +29,7 @@ from tidegate.doors.admin.explain import explain_routes
 from tidegate.doors.admin.guard import Guard, error_headers
 from tidegate.doors.admin.live import live_routes
 from tidegate.doors.admin.namespaces import caller_routes, namespace_routes
+from tidegate.doors.admin.notifications import notification_routes
 from tidegate.doors.admin.policy import policy_routes
 from tidegate.doors.admin.records import record_routes
 from tidegate.doors.admin.rules import rule_routes
@@ -103,22 +104,7 @@ def admin_app(deps: AdminDeps) -> FastAPI:
     """Create the control plane's ASGI app."""
     app = _App(title="Tidegate control plane", version=__version__, openapi_url=None, docs_url=None, redoc_url=None)
     app.router.redirect_slashes = False
-    tokens = TokenCheck(deps.editor, deps.settings_token)
-    cookies = sessions = None
-    if deps.console is not None:
-        options = deps.console
-        sessions = Sessions(deps.editor, tokens, options.idle_s)
-        cookies = SessionCookies(sessions, options.idle_s, secure=options.secure, demo_token=options.demo_token)
-    app.add_middleware(
-        Guard,
-        tokens=tokens,
-        trusted=deps.trusted,
-        rate=deps.rate,
-        failed_rate=deps.failed_rate,
-        failed_rate_overall=deps.failed_rate_overall,
-        body_timeout_s=deps.body_timeout_s,
-        cookies=cookies,
-    )
+    tokens, sessions, cookies = add_guard(app, deps)
     routes = APIRouter(prefix=PREFIX, responses=ERRORS, dependencies=[Depends(BEARER), WITH_ROLE, Depends(_require_known_query)])
     for router in (
         tier_routes(deps.editor, deps.gate),
@@ -140,6 +126,7 @@ def admin_app(deps: AdminDeps) -> FastAPI:
         live_routes(tokens, sessions),
         what_if_routes(deps.what_if or WhatIfRuns(deps.editor)),
         block_routes(deps.editor),
+        notification_routes(deps.editor),
     ):
         routes.include_router(router)
     app.include_router(routes)
@@ -152,6 +139,31 @@ def admin_app(deps: AdminDeps) -> FastAPI:
     app.add_exception_handler(RequestValidationError, _validation_error)
     app.add_exception_handler(HTTPException, _http_error)
     return app
+
+
+def add_guard(app: FastAPI, deps: AdminDeps) -> tuple[TokenCheck, Sessions | None, SessionCookies | None]:
+    """Put the middleware before the routes of an app.
+
+    Returns:
+        What checks tokens; the console's sessions and their cookies, None without it.
+    """
+    tokens = TokenCheck(deps.editor, deps.settings_token)
+    sessions = cookies = None
+    if deps.console is not None:
+        options = deps.console
+        sessions = Sessions(deps.editor, tokens, options.idle_s)
+        cookies = SessionCookies(sessions, options.idle_s, secure=options.secure, demo_token=options.demo_token)
+    app.add_middleware(
+        Guard,
+        tokens=tokens,
+        trusted=deps.trusted,
+        rate=deps.rate,
+        failed_rate=deps.failed_rate,
+        failed_rate_overall=deps.failed_rate_overall,
+        body_timeout_s=deps.body_timeout_s,
+        cookies=cookies,
+    )
+    return tokens, sessions, cookies
 
 
 class _App(FastAPI):

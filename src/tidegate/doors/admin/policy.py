@@ -37,8 +37,6 @@ _IMPORT_BODY: dict[str, Any] = {
 def policy_routes(editor: CatalogEditor) -> APIRouter:
     """The routes of the policy."""
     routes = APIRouter(prefix="/policy", tags=["policy"])
-    # One text is parsed at a time: parsing takes up to 160 times its size in memory.
-    parsing = asyncio.Lock()
 
     @routes.get("", summary="Export everything as a policy file", response_class=Response, responses=_EXPORT_RESPONSES)
     async def export(
@@ -71,7 +69,7 @@ def policy_routes(editor: CatalogEditor) -> APIRouter:
         ] = False,
     ) -> Response:
         body = await request.body()
-        async with parsing:
+        async with editor.parsing:
             policy, warnings = await asyncio.to_thread(_read, body)
         changes = await import_policy(editor, actor, policy, dry_run=dry_run, prune=prune)
         # Not through the model, whose validation of thousands of changes would block the event loop.

@@ -18,7 +18,10 @@ from tidegate.errors import BadRequest
 from tidegate.timestamps import now_us, parse_timestamp
 from tidegate.violations.queries import DAY_US, ViolationFilter, list_violations, top_violators
 
-By = Literal["subject", "rule", "tier"]
+By = Literal["subject", "rule", "tier", "customer"]
+ModeOf = Annotated[
+    Literal["enforce", "shadow"], Query(description="shadow: what shadow rules would have blocked, in place of what was blocked")
+]
 AttributeNames = Annotated[
     str | None,
     Query(max_length=300, description="only subjects of exactly these attributes, such as user, or org,user for both"),
@@ -40,6 +43,7 @@ def record_routes(editor: CatalogEditor) -> APIRouter:
         api_key_id: KeyId = None,
         ip: Ip = None,
         subject: SubjectText = None,
+        mode: ModeOf = "enforce",
     ) -> ViolationFilter:
         """The requested violations; without a time, those of the last 24 h."""
         if sum(sent is not None for sent in (api_key_id, ip, subject)) > 1:
@@ -54,7 +58,7 @@ def record_routes(editor: CatalogEditor) -> APIRouter:
             subject = attribute_subject_text(subject)
         else:
             subject = None if ip is None else f"i:{client_of(ip)}"
-        return ViolationFilter(since_us, until_us, tier, rule, subject)
+        return ViolationFilter(since_us, until_us, tier, rule, subject, shadow=mode == "shadow")
 
     # As a default, not in Annotated: FastAPI cannot resolve the annotation of a local function.
     selection = Depends(violation_filter)

@@ -8,17 +8,17 @@ from typing import Final
 
 import msgspec
 
+from tidegate.catalog.cache_level import Caller
 from tidegate.counters.memory import MemoryCounters
 from tidegate.counters.memory_storage import DEFAULT_MAX_SUBJECTS
 from tidegate.decision import client_of
 from tidegate.errors import BadRequest, SettingsError
 from tidegate.policy.attributes import NO_ATTRIBUTES, OnMissing
-from tidegate.policy.key_format import hash_api_key, is_possible_key
 from tidegate.policy.limits import LimitSet
 from tidegate.policy.matching import CompiledRule, CompiledTier, attribute_subject, subject_of
-from tidegate.policy.model import ApiKey, KeyStatus, Policy, Subject, Tier
+from tidegate.policy.model import Policy, Subject
 from tidegate.policy.paths import STRICT, PathRules, canonical_path
-from tidegate.policy.periods import DEFAULT_ANCHOR
+from tidegate.tools.simulate.callers import PolicyCallers, is_refused
 from tidegate.tools.simulate.log_formats import Request
 from tidegate.tools.simulate.tallies import MAX_TOP, MINUTE_US, RuleTally, Series
 from tidegate.violations.space_saving import SpaceSaving
@@ -26,28 +26,32 @@ from tidegate.violations.space_saving import SpaceSaving
 MAX_EXAMPLES: Final = 5
 _MAX_REMEMBERED: Final = 50_000
 _REMEMBERED_LENGTH: Final = 256
-_NEVER: Final = 1 << 62
-
-
-class _Caller(msgspec.Struct, frozen=True):
-    """A caller with an API key of the policy, which is rejected from `refused_from_us` on (µs since the epoch)."""
-
-    subject: str
-    tier: CompiledTier
-    refused_from_us: int
-    customer: str
 
 
 class _Match(msgspec.Struct, frozen=True):
-    """What applies to a method and a path in a tier: limits and quotas of the matching rule and of the tier, and shadow rules."""
+    """What applies to a method and a path in a tier: the matching rule, and shadow rules."""
 
     tally: RuleTally
-    limits: tuple[LimitSet, ...]
     rule: CompiledRule | None
-    kind: Subject
-    own: tuple[LimitSet, ...]
-    quotas: tuple[LimitSet, ...]
     shadow_rules: tuple[tuple[CompiledRule, RuleTally], ...]
+
+
+class _Charged(msgspec.Struct, frozen=True, gc=False):
+    """Whom a request is charged to.
+
+    Args:
+        caller: who sent it.
+        counted: whom the rule counts.
+        own: whom the tier's limits count.
+        owner: whom quotas count: the customer, else the caller.
+        attributes: of the request.
+    """
+
+    caller: Caller
+    counted: str
+    own: str
+    owner: str
+    attributes: Mapping[str, str]
 
 
 class Replay:
@@ -87,23 +91,17 @@ class Replay:
         self.refused_attributes = 0
         self.worst_minute: tuple[int, int] | None = None
         self.counters = MemoryCounters(max_subjects, clock=lambda: self.now_us)
-        self._tiers = {each.name: CompiledTier(_lasting(each)) for each in policy.tiers}
+        self._found = PolicyCallers(policy)
         self._attribute_names = tuple(attributes)
         # As live: a tier that is named comes before `[callers] tier_from`.
         self._tier_from = policy.caller_policy.tier_from if tier is None else ""
         self._matched_names: dict[CompiledTier, tuple[str, ...]] = {}
-        self._default_tier = self._tiers[_default_tier(policy, tier)]
-        self._add_rows(self._default_tier)
-        self._records = {key.sha256: key for key in policy.api_keys}
-        self._records_by_id = {key.id: key for key in policy.api_keys}
-        self._customer_tiers = {customer.name: customer.tier for customer in policy.customers}
+        self._default_tier = _default_tier(policy, tier)
+        self._add_rows(self._found.tiers[self._default_tier].compiled)
         # A tier that is named applies to all callers without a key of the policy.
         self._reads_tiers = tier is None
-        self._callers_by_id: dict[str, _Caller] = {}
-        self._labels: dict[str, str] = {}
         self._by_ip = by_ip
         self._paths = paths
-        self._callers: dict[str, _Caller | None] = {}
         self._matches: dict[tuple[CompiledTier, str, str, tuple[str | None, ...]], _Match] = {}
         self._minute = 0
         self._minute_blocked = 0
@@ -117,48 +115,43 @@ class Replay:
                 self.first_us = at_us
         if ":" in ip:
             ip = _client(ip)
-        tier = self._default_tier
         attributes: Mapping[str, str] = NO_ATTRIBUTES
         if values:
             attributes = {name: value for name, value in zip(self._attribute_names, values, strict=True) if value}
-            tier = self._planned_tier(attributes)
-        caller_record = self._caller_of(api_key) if api_key else None
-        customer = key_id = ""
-        if named and caller_record is None:
-            key_id, name, tier_name = named
-            caller_record = self._caller_of_id(key_id)
-            tier = self._named_tier(name, tier_name) or tier
-            customer = f"c:{name}" if name else ""
-        if caller_record is not None:
-            if caller_record.refused_from_us <= self.now_us:
-                self.refused_keys += 1
-                return
-            caller, tier, customer = caller_record.subject, caller_record.tier, caller_record.customer or customer
+        caller, customer = self._caller(api_key, named, attributes)
+        if is_refused(caller, self.now_us):
+            self.refused_keys += 1
+            return
+        caller.end_overrides(self.now_us)
+        if caller.subject:
+            counted = caller.subject
         elif subject and not self._by_ip:
-            caller = f"k:{subject}"
-        elif key_id:
-            caller = f"k:{key_id}"
+            counted = f"k:{subject}"
+        elif named and named[0]:
+            counted = f"k:{named[0]}"
         else:
-            caller = f"i:{ip}"
+            counted = f"i:{ip}"
             if not subject and not attributes:
                 self.without_subject += 1
+        tier = caller.tier
         matched = tuple(map(attributes.get, self._names_in_matches(tier))) if attributes else ()
         match = self._matches.get((tier, method, path, matched)) or self._match(tier, method, path, matched, attributes)
         if match is None:
             return
-        main: str | None = caller
-        if match.rule is not None and match.kind is not Subject.API_KEY:
-            main = _counted(match.rule, tier, caller, ip, attributes, customer)
+        main: str | None = counted
+        if match.rule is not None and match.rule.subject is not Subject.API_KEY:
+            main = _counted(match.rule, tier, counted, ip, attributes, customer)
             if main is None:
                 self.refused_attributes += 1
                 return
-        blocked = not self._charge(match, main or caller, caller, customer or caller, attributes)
+        blocked = not self._charge(match, _Charged(caller, main or counted, counted, customer or counted, attributes))
         self.series.add(self.now_us, blocked)
         for shadow_rule, tally in match.shadow_rules:
-            counted = _counted(shadow_rule, tier, caller, ip, attributes, customer)
-            if counted is None:
+            watched = _counted(shadow_rule, tier, counted, ip, attributes, customer)
+            if watched is None:
                 continue
-            if self.counters.charge_all(shadow_rule.counters(counted, attributes=attributes), 1).allowed:
+            charged = _Charged(caller, watched, counted, customer or counted, attributes)
+            if self.counters.charge_all(_rule_counters(shadow_rule, charged), 1).allowed:
                 tally.allowed += 1
             else:
                 tally.blocked += 1
@@ -171,17 +164,36 @@ class Replay:
         """Name of a subject in reports: of an API key (or its id), `tier NAME`, or the caller as logged."""
         if subject.startswith("t:"):
             return f"tier {subject[2:]}"
-        return self._labels.get(subject) or subject[2:]
+        return self._found.labels.get(subject) or subject[2:]
 
-    def _planned_tier(self, attributes: Mapping[str, str]) -> CompiledTier:
-        """The tier that `[callers] tier_from` names, else the default one."""
-        if not self._tier_from:
-            return self._default_tier
-        tier = self._tiers.get(attributes.get(self._tier_from, ""))
-        if tier is None:
-            return self._default_tier
-        self._add_rows(tier)
-        return tier
+    def _caller(self, api_key: str | None, named: tuple[str, ...], attributes: Mapping[str, str]) -> tuple[Caller, str]:
+        """Who a request is from, and whom rules by customer count; empty for the caller itself.
+
+        Args:
+            api_key: as logged.
+            named: id of the key, name of the customer and tier, as Tidegate named them to the gateway.
+            attributes: of the request.
+        """
+        caller = self._found.of_key(api_key) if api_key else None
+        if api_key and caller is None:
+            self.unknown_keys += 1
+        key_id, name, tier_name = named if named else ("", "", "")
+        if caller is None and key_id:
+            caller = self._found.of_id(key_id)
+        if caller is not None:
+            self._add_rows(caller.tier)
+            return caller, caller.customer_subject or (f"c:{name}" if name else "")
+        customer = self._found.customers.get(name) if name else self._found.owner(attributes) if attributes else None
+        tier = self._default_tier
+        if self._reads_tiers:
+            planned = attributes.get(self._tier_from, "") if self._tier_from else ""
+            own = "" if customer is None else customer.record.tier
+            # The first that the policy has.
+            tier = next((each for each in (planned, own, tier_name) if each in self._found.tiers), tier)
+        caller = self._found.unkeyed(tier, customer)
+        if tier != self._default_tier:
+            self._add_rows(caller.tier)
+        return caller, caller.customer_subject or (f"c:{name}" if name else "")
 
     def _names_in_matches(self, tier: CompiledTier) -> tuple[str, ...]:
         """The attributes that decide which rule of a tier answers."""
@@ -191,21 +203,14 @@ class Replay:
             self._matched_names[tier] = names
         return names
 
-    def _charge(self, match: _Match, counted: str, caller: str, owner: str, attributes: Mapping[str, str]) -> bool:
-        """Decide by the matching rule and the tier's own limits and quotas, in one step as the gate does.
-
-        Args:
-            match: what applies.
-            counted: whom the rule counts.
-            caller: whom the tier's limits count.
-            owner: whom the tier's quotas count: the customer, else the caller.
-            attributes: of the request.
-        """
-        if match.rule is not None and match.rule.overrides is not None:
-            own = match.rule.counters(counted, attributes=attributes)
-        else:
-            own = tuple((limits, counted) for limits in match.limits)
-        counters = (*own, *((limits, caller) for limits in match.own), *((limits, owner) for limits in match.quotas))
+    def _charge(self, match: _Match, charged: _Charged) -> bool:
+        """Decide by the matching rule and the tier's own limits and quotas, in one step as the gate does."""
+        caller = charged.caller
+        counters = () if match.rule is None else _rule_counters(match.rule, charged)
+        if caller.tier.limits is not None:
+            counters = (*counters, (caller.tier.limits, charged.own))
+        if caller.quotas is not None:
+            counters = (*counters, (caller.quotas, charged.owner))
         if not counters:
             match.tally.allowed += 1
             return True
@@ -213,7 +218,7 @@ class Replay:
             match.tally.allowed += 1
             return True
         match.tally.blocked += 1
-        self.top.add((counted, match.tally.rule))
+        self.top.add((charged.counted, match.tally.rule))
         minute = self.now_us // MINUTE_US
         if minute != self._minute:
             self._close_minute()
@@ -225,58 +230,6 @@ class Replay:
         if self._minute_blocked and (self.worst_minute is None or self._minute_blocked > self.worst_minute[1]):
             self.worst_minute = (self._minute * MINUTE_US, self._minute_blocked)
         self._minute_blocked = 0
-
-    def _caller_of(self, api_key: str) -> _Caller | None:
-        """The caller of an API key; None (and counted) if the policy does not contain it."""
-        try:
-            caller_record = self._callers[api_key]
-        except KeyError:
-            caller_record = self._look_up(api_key)
-            if len(api_key) <= _REMEMBERED_LENGTH:
-                if len(self._callers) >= _MAX_REMEMBERED:
-                    self._callers.clear()
-                self._callers[api_key] = caller_record
-        if caller_record is None:
-            self.unknown_keys += 1
-        return caller_record
-
-    def _look_up(self, api_key: str) -> _Caller | None:
-        record = self._records.get(hash_api_key(api_key)) if is_possible_key(api_key) else None
-        return None if record is None else self._caller_for(record)
-
-    def _caller_of_id(self, key_id: str) -> _Caller | None:
-        """The caller of a key's id; None if the policy does not contain the key."""
-        found = self._callers_by_id.get(key_id)
-        if found is None and (record := self._records_by_id.get(key_id)) is not None:
-            return self._caller_for(record)
-        return found
-
-    def _named_tier(self, customer: str, tier_name: str) -> CompiledTier | None:
-        """The tier of a caller whose key the policy does not contain: its customer's in the policy, else as logged."""
-        name = self._customer_tiers.get(customer) or tier_name
-        tier = self._tiers.get(name) if self._reads_tiers else None
-        if tier is not None:
-            self._add_rows(tier)
-        return tier
-
-    def _caller_for(self, record: ApiKey) -> _Caller:
-        caller_record = self._callers_by_id.get(record.id)
-        if caller_record is None:
-            tier = self._tiers[record.tier]
-            self._add_rows(tier)
-            # Whether an override that ends applied at the time of a request is not known.
-            lasting = [override for override in record.overrides if override.until_us is None]
-            own = CompiledTier(tier.tier, lasting, tier) if lasting else tier
-            refused_from_us = 0 if record.status is not KeyStatus.ACTIVE else record.expires_at_us
-            caller_record = _Caller(
-                f"k:{record.owner}",
-                own,
-                _NEVER if refused_from_us is None else refused_from_us,
-                f"c:{record.customer}" if record.customer else "",
-            )
-            self._callers_by_id[record.id] = caller_record
-            self._labels[caller_record.subject] = record.name
-        return caller_record
 
     def _match(
         self, tier: CompiledTier, method: str, path: str, matched: tuple[str | None, ...], attributes: Mapping[str, str]
@@ -297,11 +250,7 @@ class Replay:
             tally = self._tally(tier, "(no rule)", "", "none")
         match = _Match(
             tally,
-            () if rule is None else tuple(limits for limits, _ in rule.counters("")),
             rule,
-            Subject.API_KEY if rule is None else rule.subject,
-            () if tier.limits is None else (tier.limits,),
-            () if tier.quotas is None else (tier.quotas.of(DEFAULT_ANCHOR),),
             tuple(
                 (each, self._tally(tier, each.rule.name, each.rule.endpoint, "shadow"))
                 for each in tier.shadow_rules(method, canonical, attributes)
@@ -325,6 +274,17 @@ class Replay:
         if tally is None:
             tally = self.tallies[(name, rule)] = RuleTally(name, rule, endpoint, mode)
         return tally
+
+
+def _rule_counters(rule: CompiledRule, charged: _Charged) -> tuple[tuple[LimitSet, str], ...]:
+    """What a rule charges a request to: its limits, and its quotas by the anchor of the caller."""
+    if rule.action is not None:
+        return ()
+    limits = ((rule.limits_of(charged.counted, charged.attributes), charged.counted),) if rule.limited else ()
+    if rule.quotas is None:
+        return limits
+    owner = charged.owner if rule.subject is Subject.API_KEY else charged.counted
+    return (*limits, (rule.quotas.of(charged.caller.anchor), owner))
 
 
 def _default_tier(policy: Policy, tier: str | None) -> str:
@@ -361,8 +321,3 @@ def _client(ip: str) -> str:
         return client_of(ip)
     except BadRequest:
         return ip
-
-
-def _lasting(tier: Tier) -> Tier:
-    """A tier without the overrides for subjects that end: whether one applied at the time of a request is not known."""
-    return msgspec.structs.replace(tier, overrides=tuple(each for each in tier.overrides if each.until_us is None))

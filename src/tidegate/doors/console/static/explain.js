@@ -77,7 +77,7 @@ export function counters(items) {
   const rows = items.flatMap((each) => {
     const name = (each.rule ?? "(tier)") + (each.mode === "shadow" ? " (shadow)" : "");
     if (each.windows.length === 0) {
-      const state = each.problem ?? (each.remaining === null ? "the counter store did not answer" : `${number(each.remaining)} of ${number(each.limit)} left`);
+      const state = each.problem ?? (each.remaining === null ? "not known" : `${number(each.remaining)} of ${number(each.limit)} left`);
       return [[name, state, "", "", ""]];
     }
     return each.windows.map((window) => [
@@ -88,7 +88,10 @@ export function counters(items) {
       window.resets_at === null ? "full" : countdown(window.resets_at),
     ]);
   });
-  return table("Counters now", ["rule", "limit", "used", "#left", "#full again in"], rows);
+  const degraded = items.some((each) => each.degraded)
+    ? h("p.note", { role: "status" }, "The counter store does not answer: these are the counts of this instance alone.")
+    : null;
+  return [degraded, table("Counters now", ["rule", "limit", "used", "#left", "#full again in"], rows)];
 }
 
 function meter(used, limit) {

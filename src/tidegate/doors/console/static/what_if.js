@@ -1,20 +1,41 @@
 // What a change would have done to recorded traffic, before it is published.
 
-import { ApiError, get, send } from "./api.js";
-import { empty, field, fill, h, problem, select, table } from "./dom.js";
+import { get, send } from "./api.js";
+import { announce, empty, field, fill, h, problem, select, table } from "./dom.js";
 import { number } from "./format.js";
+import { listed } from "./overrides.js";
 
 const MAX_LOG_BYTES = 16_000_000;
 
 /** The form, and the result below it. */
-export function whatIf(view, tier, rules) {
+export function whatIf(view, tiers, tier, rules) {
   const result = h("div", { "aria-live": "polite" });
-  if (!view.operator || rules.length === 0) return null;
-  const rule = select(rules.map((each) => [String(each.id), each.name]), String(rules[0].id), {});
+  if (!view.operator) return null;
+  const what = select([["rule", "one rule"], ["policy", "the whole policy"]], rules.length ? "rule" : "policy", { onchange: showFields });
+  const rule = select(rules.map((each) => [String(each.id), each.name]), String(rules[0]?.id), {});
   const limits = h("input", { placeholder: "50/minute", spellcheck: "false" });
   const mode = select([["", "as it is"], ["enforce", "enforce"], ["shadow", "shadow"]], "", {});
+  const policy = h("textarea", { rows: "12", spellcheck: "false", placeholder: "[[tiers]]" });
+  const keyless = select([["", "as the policy says"], ...tiers], "", {});
+  const file = h("input", { type: "file", onchange: async () => (policy.value = (await file.files[0]?.text()) ?? policy.value) });
+  const current = h("button", { type: "button", onclick: takeCurrent }, "Begin with the policy as it is");
   const log = h("input", { type: "file" });
   const button = h("button.primary", { type: "submit" }, "Try");
+  const ofRule = h("div.inline", {}, field("Rule", rule), field("New limits", limits, "Empty: as they are"), field("New mode", mode));
+  const ofPolicy = h("div", {}, field("Policy file", policy, "As `tidegate policy` writes it; a log is needed"), h("div.inline", {}, field("From a file", file), field("Tier of requests without a key", keyless), current));
+  showFields();
+
+  function showFields() {
+    ofRule.hidden = what.value !== "rule";
+    ofPolicy.hidden = what.value !== "policy";
+  }
+  async function takeCurrent() {
+    try {
+      policy.value = await get("/policy", {}, { signal: view.signal });
+    } catch (error) {
+      if (!view.signal.aborted) fill(result, problem(error));
+    }
+  }
   async function submit(event) {
     event.preventDefault();
     button.disabled = true;
@@ -27,45 +48,58 @@ export function whatIf(view, tier, rules) {
     }
   }
   async function run() {
-    const file = log.files[0];
-    if (file && file.size > MAX_LOG_BYTES) throw new Error(`The log has more than ${number(MAX_LOG_BYTES)} bytes: take a part of it, or use tidegate simulate.`);
-    const given = limits.value.split(",").map((part) => part.trim()).filter(Boolean);
-    const change = { id: Number(rule.value), ...(given.length ? { limits: given } : {}), ...(mode.value ? { mode: mode.value } : {}) };
-    const body = { rule: change, tier: tier.name, ...(file ? { log: await file.text() } : {}) };
+    const recorded = log.files[0];
+    if (recorded && recorded.size > MAX_LOG_BYTES) throw new Error(`The log has more than ${number(MAX_LOG_BYTES)} bytes: take a part of it, or use tidegate simulate.`);
+    const body = { ...(what.value === "rule" ? changed() : { policy: policy.value, tier: keyless.value || null }), ...(recorded ? { log: await recorded.text() } : {}) };
     let { data: found } = await send("POST", "/what-if", { body, signal: view.signal });
+    const shown = progress(found.id);
+    fill(result, shown.element);
     while (found.state === "running") {
-      fill(result, progress(found));
       await new Promise((resolve) => setTimeout(resolve, 500));
       found = await get(`/what-if/${found.id}`, {}, { signal: view.signal });
+      shown.update(found.progress);
     }
     fill(result, report(found));
+  }
+  function changed() {
+    const given = listed(limits.value);
+    return { rule: { id: Number(rule.value), ...(given.length ? { limits: given } : {}), ...(mode.value ? { mode: mode.value } : {}) }, tier: tier.name };
   }
   return h(
     "section",
     {},
     h("h2", {}, "What would a change have done?"),
     h(
-      "form.inline",
+      "form",
       { onsubmit: submit },
-      field("Rule", rule),
-      field("New limits", limits, "Empty: as they are"),
-      field("New mode", mode),
-      field("Access log", log, "Any format that tidegate simulate reads, up to 16 MB; without one, the traffic history"),
-      button,
+      field("What changes", what),
+      ofRule,
+      ofPolicy,
+      h("div.inline", {}, field("Access log", log, "Any format that tidegate simulate reads, up to 16 MB; for one rule without a log, the traffic history"), button),
     ),
     result,
   );
 }
 
-function progress(found) {
-  const cancel = async () => {
+/** How far a run is, and a button that cancels it. */
+function progress(id) {
+  const bar = h("progress", { max: 1, value: 0, "aria-label": "Progress" });
+  const state = h("span", {}, "0 %");
+  const cancel = h("button", { type: "button", onclick: stop }, "Cancel");
+  async function stop() {
+    cancel.disabled = true;
     try {
-      await send("DELETE", `/what-if/${found.id}`);
+      await send("DELETE", `/what-if/${id}`);
     } catch (error) {
-      if (!(error instanceof ApiError)) throw error;
+      cancel.disabled = false;
+      announce(error.message);
     }
-  };
-  return h("div.row", {}, h("progress", { max: 1, value: found.progress, "aria-label": "Progress" }), h("button", { type: "button", onclick: cancel }, "Cancel"));
+  }
+  function update(part) {
+    bar.value = part;
+    fill(state, `${Math.round(part * 100)} %`);
+  }
+  return { element: h("div.row", {}, bar, state, cancel), update };
 }
 
 function report(found) {

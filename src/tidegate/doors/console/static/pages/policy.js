@@ -1,8 +1,8 @@
 // Tiers and rules: read, try and change them.
 
-import { all, send } from "../api.js";
+import { all, get, send } from "../api.js";
 import { confirm, form, saveChange } from "../dialogs.js";
-import { announce, empty, field, fill, h, link, select, table } from "../dom.js";
+import { announce, empty, field, fill, h, link, refill, select, table } from "../dom.js";
 import { explainer } from "../explain.js";
 import { whatIf } from "../what_if.js";
 import { listed } from "../overrides.js";
@@ -10,22 +10,25 @@ import { listed } from "../overrides.js";
 const MAX_SHOWN = 200;
 
 export default async function policy(root, view) {
-  const { items: tiers } = await all("/tiers", {}, { signal: view.signal });
+  const options = { signal: view.signal };
+  const [{ items: tiers }, { catalog }] = await Promise.all([all("/tiers", {}, options), get("/system", {}, options)]);
   if (tiers.length === 0) {
     const make = view.operator ? h("button.primary", { type: "button", onclick: () => createTier(view) }, "New tier") : null;
     fill(root, empty("There is no tier yet.", "A tier is a class of callers with its rules. Make one here, or import a policy file: tidegate policy."), make, explainer(view));
+    onNewVersion(view, catalog?.version, view.reload);
     return;
   }
   const names = tiers.map((each) => each.name);
   const tier = tiers.find((each) => each.name === view.parameters.tier) ?? tiers[0];
-  const { items: rules } = await all("/rate-limit-rules", { tier: tier.name }, { signal: view.signal }, 10_000);
+  let { items: rules } = await all("/rate-limit-rules", { tier: tier.name }, { signal: view.signal }, 10_000);
   const choice = select(names, tier.name, { id: "tier", onchange: () => view.set({ tier: choice.value, rule: null }) });
   const search = h("input", { type: "search", id: "rule", value: view.parameters.rule ?? "", placeholder: "name or endpoint", spellcheck: "false" });
   const list = h("div", {});
+  const ofTier = h("div", {});
   function showRules() {
     const text = search.value.trim().toLowerCase();
     const found = rules.filter((each) => `${each.name}\n${each.endpoint}`.toLowerCase().includes(text));
-    fill(list, ruleTable(view, tier, found, rules.length));
+    refill(list, ruleTable(view, tier, found, rules.length));
   }
   search.addEventListener("input", showRules);
   search.addEventListener("change", () => {
@@ -45,11 +48,37 @@ export default async function policy(root, view) {
       search,
       view.operator ? [h("button.primary", { type: "button", onclick: () => editRule(view, tier, null) }, "New rule"), h("button", { type: "button", onclick: () => createTier(view) }, "New tier")] : null,
     ),
-    tierFacts(view, tier, rules),
+    ofTier,
     list,
     explainer(view),
-    whatIf(view, tier, rules),
+    whatIf(view, names, tier, rules),
   );
+  fill(ofTier, tierFacts(view, tier, rules));
+  onNewVersion(view, catalog?.version, async () => {
+    const [{ items: newTiers }, { items: newRules }] = await Promise.all([
+      all("/tiers", {}, { signal: view.signal }),
+      all("/rate-limit-rules", { tier: tier.name }, { signal: view.signal }, 10_000),
+    ]);
+    const newTier = newTiers.find((each) => each.name === tier.name);
+    if (newTier === undefined || newTiers.length !== tiers.length) {
+      view.reload();
+      return;
+    }
+    rules = newRules;
+    refill(ofTier, tierFacts(view, newTier, rules));
+    showRules();
+  });
+}
+
+/** Run an action when the catalog has another version than what is shown: an operator or the policy file changed it. */
+function onNewVersion(view, version, action) {
+  let shown = version;
+  view.live(5000, async (options) => {
+    const found = (await get("/system", {}, options)).catalog?.version;
+    if (found === shown) return;
+    shown = found;
+    await action();
+  });
 }
 
 function tierFacts(view, tier, rules) {
@@ -57,7 +86,7 @@ function tierFacts(view, tier, rules) {
   return h(
     "div.toolbar",
     {},
-    h("p", {}, "Limits over all endpoints of the tier: ", h("strong", {}, [...tier.limits, ...quotaTexts(tier)].join(", ") || "none")),
+    h("p", {}, "Limits over all endpoints of the tier: ", h("strong", {}, [...tier.limits, ...quotaTexts(tier), ...(tier.overage ? [`overage ${overageText(tier.overage)}`] : [])].join(", ") || "none")),
     canDelete ? h("button", { type: "button", onclick: () => editTier(view, tier) }, "Change") : null,
     canDelete ? h("button.danger", { type: "button", onclick: () => deleteTier(view, tier, rules) }, "Delete tier") : null,
     tier.managed_by_file ? h("p.muted", {}, "The policy file owns this tier: change it there.") : null,
@@ -66,6 +95,11 @@ function tierFacts(view, tier, rules) {
 
 function quotaTexts(each) {
   return (each.quotas ?? []).map((text) => `quota ${text}`);
+}
+
+/** Overage as the form has it: empty, a share such as 20%, or unlimited. */
+function overageText(overage) {
+  return overage === true ? "unlimited" : overage ? overage.up_to : "";
 }
 
 function ruleTable(view, tier, rules, total) {
@@ -81,7 +115,7 @@ function ruleTable(view, tier, rules, total) {
     each.action ? `${each.action}, without counting` : [...each.limits, ...quotaTexts(each)].join(", "),
     each.action ? "" : each.algorithm.replaceAll("_", " "),
     Array.isArray(each.subject) ? each.subject.join(" + ") : each.subject,
-    h(`span.badge.${each.mode}`, {}, each.mode),
+    [h(`span.badge.${each.mode}`, {}, each.mode), each.mode === "shadow" ? [" ", link("/violations", { mode: "shadow", tier: tier.name, rule: each.name }, "what it would block")] : null],
     view.operator ? ruleActions(view, tier, each) : each.managed_by_file ? "in the policy file" : "",
   ]);
   return [
@@ -104,7 +138,7 @@ function ruleActions(view, tier, rule) {
 
 async function setMode(view, rule, mode) {
   const text = mode === "enforce"
-    ? `It blocks requests from now on. ${rule.name.endsWith(" shadow") ? "Its name was made from its fields and changes with its mode, so its counters begin at zero." : "What it counted in shadow mode counts."}`
+    ? "It blocks requests from now on. What it counted before counts."
     : "It blocks nothing from now on, and goes on counting.";
   const save = () => saveChange({ method: "PATCH", path: `/rate-limit-rules/${rule.id}`, read: `/rate-limit-rules/${rule.id}`, before: rule, body: { mode } });
   const changed = await form(`${mode === "enforce" ? "Enforce" : "Only watch with"} ${rule.name}?`, h("p", {}, text), { action: mode === "enforce" ? "Enforce" : "Shadow", danger: mode === "enforce", save });
@@ -132,15 +166,21 @@ async function deleteTier(view, tier, rules) {
 async function editTier(view, tier) {
   const limits = h("input", { value: tier.limits.join(", "), spellcheck: "false" });
   const quotas = h("input", { value: (tier.quotas ?? []).join(", "), spellcheck: "false" });
+  const overage = h("input", { value: overageText(tier.overage), spellcheck: "false" });
   const content = [
     field("Limits over all endpoints", limits, "Such as 20000/day; several separated by commas; empty for none"),
     field("Quotas", quotas, "What the plan sells in fixed periods, such as 100000/month"),
+    field("Overage", overage, "Empty: requests above the quotas are denied; 20%: they pass and are reported up to there; unlimited: all pass"),
   ];
   const path = `/tiers/${encodeURIComponent(tier.name)}`;
-  const body = () => ({ limits: listed(limits.value), quotas: listed(quotas.value) });
+  const body = () => ({ limits: listed(limits.value), quotas: listed(quotas.value), overage: sentOverage(overage.value.trim()) });
   const save = () => saveChange({ method: "PATCH", path, read: path, before: tier, body: body() });
   const saved = await form(`Limits of ${tier.name}`, content, { save });
   if (saved !== null) done(view, saved);
+}
+
+function sentOverage(text) {
+  return text === "" ? false : text === "unlimited" ? true : { up_to: text };
 }
 
 async function createTier(view) {

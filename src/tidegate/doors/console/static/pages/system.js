@@ -1,7 +1,7 @@
 // The process that answers: its components, its stores, and the settings in use.
 
 import { get } from "../api.js";
-import { empty, fill, h, table } from "../dom.js";
+import { empty, fill, h, refill, table } from "../dom.js";
 import { number, time } from "../format.js";
 
 export default async function system(root, view) {
@@ -11,7 +11,7 @@ export default async function system(root, view) {
   let shown = false;
   await view.live(2000, async (options) => {
     const found = await get("/system", {}, options);
-    fill(state, facts(found), components(found), counters(found.counters), catalog(found.catalog));
+    refill(state, facts(found), components(found), instances(found.instances ?? []), counters(found.counters), catalog(found.catalog));
     if (!shown) fill(settings, settingsList(found.settings));
     shown = true;
   });
@@ -30,6 +30,19 @@ function facts(found) {
     ["connections", number(requests.connections)],
     ["requests in flight", number(requests.in_flight)],
   ]);
+}
+
+function instances(items) {
+  const newest = Math.max(...items.map((each) => each.catalog_version));
+  const rows = items.map((each, place) => [
+    place === 0 ? `${each.name} (this one)` : each.name,
+    each.address,
+    each.version,
+    h(`span.badge.${each.catalog_version === newest ? "healthy" : "shadow"}`, {}, each.catalog_version === newest ? String(each.catalog_version) : `${each.catalog_version}, behind`),
+    time(each.started_at),
+  ]);
+  if (rows.length === 0) return null;
+  return h("section", {}, h("h2", {}, "Instances"), table("Instances", ["instance", "address", "Tidegate", "catalog version", "started"], rows));
 }
 
 function components(found) {
@@ -57,7 +70,7 @@ function counters(found) {
     {},
     title,
     list([
-      ["instances", number(found.instances)],
+      ["instances alive", number(found.instances)],
       ["connections up", `${number(found.connections_up)} of ${number(found.connections)}`],
       ["breakers open", number(found.breakers_open)],
       ["waiting to be put back", number(found.owed)],

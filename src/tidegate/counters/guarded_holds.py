@@ -1,0 +1,75 @@
+"""Holds while the store may be unavailable.
+
+A hold that the store cannot open in time is decided as a check of its cost is: by the rule's `on_failure`, degraded. Nothing is
+reserved then, what the fallback admitted stays charged, and settling it has no effect. A hold that is open in the store can be
+settled only there: until it answers, its settlement fails and may be tried again.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Coroutine
+from typing import Any, Protocol
+
+import msgspec
+
+from tidegate.counters import Charge, ChargeOutcome, Counters
+from tidegate.counters.holds import HoldHandle, HoldSettlement, new_id
+from tidegate.decision import Decision
+from tidegate.errors import StoreUnavailable
+
+
+class HoldsInRedis(Protocol):
+    """What this needs of the store."""
+
+    async def open_hold(
+        self, counters: Counters, cost: int, ttl_us: int, rule: str | None = None
+    ) -> tuple[Decision, HoldHandle | None]:
+        """See `HoldingCounterStore`."""
+        ...
+
+    async def settle_hold(self, handle: HoldHandle, cost: int) -> HoldSettlement:
+        """See `HoldingCounterStore`."""
+        ...
+
+
+class GuardedHolds(msgspec.Struct, frozen=True):
+    """Opens and settles the holds of a guarded store.
+
+    Args:
+        store: the store.
+        admit: says before a charge what decides it instead of the store; None where the store decides.
+        failed: what decides a charge that the store did not answer in time.
+        succeeded: called when the store has answered.
+        gave_back: called when units are free that were not before.
+    """
+
+    store: HoldsInRedis
+    admit: Callable[[Charge, int], Coroutine[Any, Any, ChargeOutcome | None]]
+    failed: Callable[[Charge, StoreUnavailable, int], ChargeOutcome]
+    succeeded: Callable[[Charge], None]
+    gave_back: Callable[[], None]
+
+    async def open(self, counters: Counters, cost: int, ttl_us: int, rule: str | None) -> tuple[Decision, HoldHandle | None]:
+        """See `HoldingCounterStore.open_hold`."""
+        charge = Charge(counters, cost)
+        started_us = time.monotonic_ns() // 1000
+        outcome = await self.admit(charge, started_us)
+        if outcome is None:
+            try:
+                opened = await self.store.open_hold(counters, cost, ttl_us, rule)
+            except StoreUnavailable as error:
+                outcome = self.failed(charge, error, started_us)
+            else:
+                self.succeeded(charge)
+                return opened
+        if isinstance(outcome, StoreUnavailable):
+            raise outcome
+        return outcome, HoldHandle(new_id(), cost, rule, counted=False) if outcome.allowed else None
+
+    async def settle(self, handle: HoldHandle, cost: int) -> HoldSettlement:
+        """See `HoldingCounterStore.settle_hold`."""
+        settled = await self.store.settle_hold(handle, cost)
+        if settled.cost < handle.cost and not settled.repeated:
+            self.gave_back()
+        return settled

@@ -1,0 +1,273 @@
+"""Holds of a counter store: what `open_hold` gives out, what `settle_hold` answers, and what can be wrong with an id.
+
+A hold reserves its cost under all counters of a check in one atomic step, until it is settled or expires by the store's clock.
+Its id says where the store finds it, so that any instance can settle it: nothing about open holds is kept in the process, except
+by counters in memory. The store remembers a settled hold for two minutes at least, and an expired one for an hour.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import re
+import secrets
+from typing import Final, Protocol, runtime_checkable
+
+import msgspec
+
+from tidegate.counters import Counters
+from tidegate.decision import Decision, clip
+from tidegate.errors import BadRequest, TidegateError
+from tidegate.policy.limits import MAX_AMOUNT
+
+MIN_TTL_S: Final = 1
+MAX_TTL_S: Final = 3600
+DEFAULT_TTL_S: Final = 60
+MAX_HOLDS: Final = 100_000
+"""Most open holds of one counter, unless the store is made with another number."""
+MAX_ID: Final = 8192
+"""Most characters of an id: one that names 64 limits with the names of their counters is shorter."""
+SETTLED_KNOWN_US: Final = 120_000_000
+"""How long a settled hold is known at least, µs; the same number is in the Lua."""
+EXPIRED_KNOWN_US: Final = 3_600_000_000
+"""How long an expired hold is known, µs; the same number is in the Lua."""
+
+
+class HoldNotFound(TidegateError):
+    """There is no hold of this id: it was made elsewhere, or ended too long ago."""
+
+    code = "HOLD_NOT_FOUND"
+    status = 404
+
+
+class HoldEnded(TidegateError):
+    """The hold was settled or has expired, and cannot be renewed."""
+
+    code = "HOLD_ENDED"
+    status = 409
+
+
+class TooManyHolds(TidegateError):
+    """The subject has as many open holds as one may have."""
+
+    code = "TOO_MANY_HOLDS"
+    status = 429
+
+
+class HeldCounter(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """A counter that a hold charged.
+
+    Args:
+        tag: hash tag of its subject.
+        name: the rest of its key.
+        parameters: of its limits, as the scripts take them.
+        record: what was charged; empty where nothing was.
+    """
+
+    tag: bytes
+    name: bytes
+    parameters: bytes
+    record: bytes
+
+
+class HoldHandle(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """What the id of a hold says.
+
+    Args:
+        id: 16 characters, drawn at random.
+        cost: units reserved.
+        rule: name of the rule that answered; None for none.
+        parts: its counters in Redis, those of one server together; none where the store finds it by its id alone.
+        counted: whether the store knows the hold. One that nothing limits, or that was opened while the store was unavailable,
+            ends without effect: what the fallback admitted stays charged.
+    """
+
+    id: str
+    cost: int
+    rule: str | None = None
+    parts: tuple[tuple[HeldCounter, ...], ...] = ()
+    counted: bool = True
+
+    @property
+    def text(self) -> str:
+        """The id as callers have it: letters, digits, `-` and `_`."""
+        return base64.urlsafe_b64encode(_ENCODER.encode(self)).rstrip(b"=").decode()
+
+    @classmethod
+    def of(cls, text: object) -> HoldHandle:
+        """Read an id.
+
+        Args:
+            text: as a caller sent it.
+
+        Returns:
+            The handle.
+
+        Raises:
+            BadRequest: if it is no id of a hold.
+        """
+        if type(text) is str and 0 < len(text) <= MAX_ID:
+            try:
+                raw = base64.b64decode(text + "=" * (-len(text) % 4), altchars=b"-_", validate=True)
+                handle = _DECODER.decode(raw)
+            except (binascii.Error, ValueError, msgspec.MsgspecError):
+                pass  # refused below
+            else:
+                if _is_plausible(handle) and handle.text == text:
+                    return handle
+        raise BadRequest(
+            f"hold {clip(text)} is not an id: send the value of 'hold' in the answer of POST /v1/holds", field="hold"
+        )
+
+
+_ID: Final = re.compile(r"[A-Za-z0-9_-]{16}", re.ASCII)
+_TAG: Final = re.compile(rb"[^{}]{1,64}", re.DOTALL)
+_NAME: Final = re.compile(rb"[A-Za-z0-9+/]{8}")
+_ENCODER: Final = msgspec.msgpack.Encoder()
+_DECODER: Final = msgspec.msgpack.Decoder(HoldHandle)
+
+
+def _is_plausible(handle: HoldHandle) -> bool:
+    """Whether a handle could have been made here: what it names is looked up in the store."""
+    counters = [each for part in handle.parts for each in part]
+    return (
+        _ID.fullmatch(handle.id) is not None
+        and 0 <= handle.cost <= MAX_AMOUNT
+        and all(handle.parts)
+        and all(_TAG.fullmatch(each.tag) and _NAME.fullmatch(each.name) for each in counters)
+    )
+
+
+def new_id() -> str:
+    """An id that nobody can guess: 96 bits in base64."""
+    return secrets.token_urlsafe(12)
+
+
+class HoldSettlement(msgspec.Struct, frozen=True, gc=False):
+    """What became of a hold.
+
+    Args:
+        cost: units charged.
+        late: whether it had expired, so that they were charged only now.
+        limit: the most that can be had at once under the limit with the least left; None where nothing limits it.
+        remaining: what is left of it.
+        reset_after_us: µs until it is fully replenished.
+        repeated: whether it had been settled before.
+    """
+
+    cost: int
+    late: bool = False
+    limit: int | None = None
+    remaining: int | None = None
+    reset_after_us: int | None = None
+    repeated: bool = False
+
+
+@runtime_checkable
+class HoldingCounterStore(Protocol):
+    """A counter store that keeps holds."""
+
+    async def open_hold(
+        self, counters: Counters, cost: int, ttl_us: int, rule: str | None = None
+    ) -> tuple[Decision, HoldHandle | None]:
+        """Decide several counters and reserve a cost under all of them or none.
+
+        Args:
+            counters: as those of a `Charge`.
+            cost: units, 0 or more.
+            ttl_us: after how many µs the hold expires.
+            rule: for the handle.
+
+        Returns:
+            The decision, and the hold; None where it was denied.
+
+        Raises:
+            StoreUnavailable: if the store does not answer.
+            TooManyHolds: if a counter has too many open holds.
+        """
+        ...
+
+    async def settle_hold(self, handle: HoldHandle, cost: int) -> HoldSettlement:
+        """End a hold and charge exactly what was used, also above the limits; nothing more happens the second time.
+
+        Args:
+            handle: the hold.
+            cost: units used, 0 or more.
+
+        Returns:
+            What became of it.
+
+        Raises:
+            StoreUnavailable: if the store does not answer; it is safe to try again.
+            HoldNotFound: if the store does not know the hold.
+        """
+        ...
+
+    async def renew_hold(self, handle: HoldHandle, ttl_us: int) -> None:
+        """Move the moment at which an open hold expires.
+
+        Args:
+            handle: the hold.
+            ttl_us: after how many µs from now it expires.
+
+        Raises:
+            StoreUnavailable: if the store does not answer.
+            HoldNotFound: if the store does not know the hold.
+            HoldEnded: if it was settled or has expired.
+        """
+        ...
+
+
+@runtime_checkable
+class BlockingHoldingStore(Protocol):
+    """`HoldingCounterStore` for threads."""
+
+    def open_hold_now(
+        self, counters: Counters, cost: int, ttl_us: int, rule: str | None = None
+    ) -> tuple[Decision, HoldHandle | None]:
+        """See `HoldingCounterStore.open_hold`."""
+        ...
+
+    def settle_hold_now(self, handle: HoldHandle, cost: int) -> HoldSettlement:
+        """See `HoldingCounterStore.settle_hold`."""
+        ...
+
+    def renew_hold_now(self, handle: HoldHandle, ttl_us: int) -> None:
+        """See `HoldingCounterStore.renew_hold`."""
+        ...
+
+
+def not_found() -> HoldNotFound:
+    """The error of an id that a store does not know."""
+    return HoldNotFound(
+        "the hold is not known: it was opened on another counter store, was settled more than two minutes ago, or expired more "
+        "than an hour ago; charge what was used with POST /v1/check"
+    )
+
+
+def has_ended() -> HoldEnded:
+    """The error of a renewal that comes too late."""
+    return HoldEnded("the hold was settled or has expired, so it cannot be renewed: open another one with POST /v1/holds")
+
+
+def too_many(most: int) -> TooManyHolds:
+    """The error of a subject that has as many open holds as it may have."""
+    return TooManyHolds(f"{most} holds are open for one subject, the most there may be: settle holds when their requests end")
+
+
+def holding(store: object) -> HoldingCounterStore:
+    """A counter store that keeps holds.
+
+    Raises:
+        BadRequest: if the store, which is not one of Tidegate's, keeps none.
+    """
+    if isinstance(store, HoldingCounterStore):
+        return store
+    raise BadRequest(f"the counter store {type(store).__name__} keeps no holds: use memory:// or Redis")
+
+
+def blocking_holding(store: object) -> BlockingHoldingStore:
+    """As `holding`, for a store for threads."""
+    if isinstance(store, BlockingHoldingStore):
+        return store
+    raise BadRequest(f"the counter store {type(store).__name__} keeps no holds: use memory:// or Redis")

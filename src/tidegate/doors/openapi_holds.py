@@ -1,0 +1,98 @@
+"""The OpenAPI description of holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Final
+
+from tidegate.counters.holds import MAX_ID, MAX_TTL_S, MIN_TTL_S
+from tidegate.decision import MAX_COST
+from tidegate.policy.namespaces import MAX_SUBJECT, NAME
+from tidegate.wire import HoldAnswer, HoldRenewedBody, HoldRequest, HoldSettledBody, RenewRequest, SettleRequest
+
+HOLD_BODIES: Final = (HoldRequest, HoldAnswer, SettleRequest, HoldSettledBody, RenewRequest, HoldRenewedBody)
+_ID: Final = {
+    "name": "id",
+    "in": "path",
+    "required": True,
+    "description": "Id of the hold.",
+    "schema": {"type": "string", "minLength": 1, "maxLength": MAX_ID, "pattern": "^[A-Za-z0-9_-]+$"},
+}
+
+
+def describe_holds(schemas: dict[str, Any]) -> None:
+    """Add to the schemas what types do not say.
+
+    Args:
+        schemas: by name; changed.
+    """
+    fields = schemas["HoldRequest"]["properties"]
+    fields["cost"].update(minimum=0, maximum=MAX_COST)
+    fields["ttl_s"].update(minimum=MIN_TTL_S, maximum=MAX_TTL_S)
+    fields["path"].update(pattern="^/", examples=["/v1/chat/completions"])
+    fields["namespace"].update(pattern=f"^{NAME.pattern}$", examples=["tokens"])
+    fields["subject"].update(minLength=1, maxLength=MAX_SUBJECT, examples=["user-42"])
+    schemas["SettleRequest"]["properties"]["cost"].update(minimum=0, maximum=MAX_COST)
+    schemas["RenewRequest"]["properties"]["ttl_s"].update(minimum=MIN_TTL_S, maximum=MAX_TTL_S)
+
+
+def hold_paths(errors: Callable[..., dict[str, Any]], headers: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """The paths of holds.
+
+    Args:
+        errors: describes the responses of statuses.
+        headers: describes the limit headers.
+
+    Returns:
+        The path items.
+    """
+    answer = _content("HoldAnswer")
+    error = {"$ref": "#/components/schemas/Error"}
+    denied = {"application/json": {"schema": {"anyOf": [answer["application/json"]["schema"], error]}}}
+    return {
+        "/v1/holds": {
+            "post": {
+                "operationId": "openHold",
+                "summary": "Reserve the most that a request may cost, until it is settled or the hold expires.",
+                "security": [{"ApiKey": []}, {}],
+                "requestBody": {"required": True, "content": _content("HoldRequest")},
+                "responses": {
+                    "200": {"description": "Reserved.", "headers": headers(), "content": answer},
+                    "429": {
+                        "description": "Denied, and nothing is reserved; or too many holds are open (TOO_MANY_HOLDS).",
+                        "headers": headers(),
+                        "content": denied,
+                    },
+                    **errors(400, 401, 403, 405, 408, 413, 415, 431, 503),
+                },
+            }
+        },
+        "/v1/holds/{id}/settle": {
+            "post": {
+                "operationId": "settleHold",
+                "summary": "End a hold and charge exactly what was used, also above the limits. Idempotent.",
+                "parameters": [_ID],
+                "requestBody": {"required": True, "content": _content("SettleRequest")},
+                "responses": {
+                    "200": {"description": "Settled.", "content": _content("HoldSettledBody")},
+                    **errors(400, 404, 405, 408, 413, 415, 431, 503),
+                },
+            }
+        },
+        "/v1/holds/{id}/renew": {
+            "post": {
+                "operationId": "renewHold",
+                "summary": "Let an open hold expire later.",
+                "parameters": [_ID],
+                "requestBody": {"required": True, "content": _content("RenewRequest")},
+                "responses": {
+                    "200": {"description": "Renewed.", "content": _content("HoldRenewedBody")},
+                    **errors(400, 404, 405, 408, 409, 413, 415, 431, 503),
+                },
+            }
+        },
+    }
+
+
+def _content(schema: str) -> dict[str, Any]:
+    return {"application/json": {"schema": {"$ref": f"#/components/schemas/{schema}"}}}

@@ -1,0 +1,130 @@
+"""Crossed thresholds on a real Redis: what the scripts report is what memory finds, on every way that a charge takes."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.conftest import Clock
+from tests.integration.test_lua_twins import CLOCK_BY_ARGUMENT, HELD, KEYS, asked, limit_set
+from tests.servers.redis_server import RedisServer
+from tidegate.counters import Charge, GrantingDecision, LeaseRequest
+from tidegate.counters.crossings import Crossing, CrossingWatch
+from tidegate.counters.memory import MemoryCounters
+from tidegate.counters.redis.scripts import parameters, script
+from tidegate.counters.redis.store import RedisCounters
+from tidegate.policy.limits import Algorithm, AnyAlgorithm, Limit, LimitSet, QuotaAlgorithm
+from tidegate.policy.periods import PeriodAnchor
+from tidegate.policy.quotas import CompiledQuotas, Overage, Quota
+
+PERCENTS = (1, 50, 80, 100)
+QUOTAS = CompiledQuotas((Quota.parse("9/day"), Quota.parse("30/month")), Overage(50), None, "pro").of(PeriodAnchor())
+
+
+def _seen(found: list[Crossing]) -> list[tuple[Any, ...]]:
+    return [(each.limits.name, each.limit.text, each.subject, each.percent, each.used) for each in found]
+
+
+@given(
+    st.sampled_from(list(Algorithm)),
+    st.booleans(),
+    st.lists(st.tuples(st.integers(0, 30_000_000), st.integers(0, 6)), min_size=1, max_size=15),
+)
+@settings(HELD, max_examples=60)
+def test_lua_and_python_find_the_same(
+    redis_server: RedisServer, algorithm: Algorithm, soft: bool, steps: list[tuple[int, int]]
+) -> None:
+    kinds: frozenset[AnyAlgorithm] = frozenset((algorithm, QuotaAlgorithm.QUOTA))
+    work = script("charge", kinds, CLOCK_BY_ARGUMENT, watched=True)
+    rule = LimitSet("rule", algorithm, [Limit.parse(text) for text in ("5/7s", "20/hour")], soft=soft)
+    sets, keys, clock = [rule, QUOTAS], [f"twin:{next(KEYS)}", f"twin:{next(KEYS)}"], Clock()
+    in_memory: list[Crossing] = []
+    in_lua: list[Crossing] = []
+    memory = MemoryCounters(clock=clock)
+    memory.watch = CrossingWatch(lambda limits, limit: PERCENTS, in_memory.append)
+    watch = CrossingWatch(lambda limits, limit: PERCENTS, in_lua.append)
+    for advance, cost in steps:
+        clock.now_us += advance
+        given_parameters = [parameters(limits, clock.now_us, charging=True) for limits in sets]
+        reply = asked(redis_server, work, keys, *given_parameters, cost, clock.now_us)
+        decision = memory.charge_all(tuple((limits, "s") for limits in sets), cost)
+        assert (reply[0] > 0, len(reply[5])) == (decision.allowed, 4)
+        if reply[0] > 0 and cost:
+            watch.note_all([(limits, "s") for limits in sets], reply[5], cost, clock.now_us)
+        assert _seen(in_lua) == _seen(in_memory)
+
+
+class Watched:
+    """Counters on Redis, and the crossings that they found."""
+
+    def __init__(self, url: str) -> None:
+        self.found: list[Crossing] = []
+        self.store = RedisCounters(url, 30)
+        self.store.watch = CrossingWatch(
+            lambda limits, limit: PERCENTS[1:] if limits.name != "unwatched" else (), self.found.append
+        )
+
+
+@pytest.fixture
+async def watched(redis_server: RedisServer) -> AsyncIterator[Watched]:
+    made = Watched(redis_server.url)
+    yield made
+    await made.store.close()
+
+
+def _percents(found: list[Crossing], subject: str) -> list[tuple[int, int]]:
+    return [(each.percent, each.used) for each in found if each.subject == subject]
+
+
+async def test_single_charges_batches_and_denials(watched: Watched) -> None:
+    store = watched.store
+    ten, plain = limit_set(Algorithm.FIXED_WINDOW, ["10/day"], "ten"), limit_set(Algorithm.FIXED_WINDOW, ["2/day"], "unwatched")
+    run = f"k:{next(KEYS)}-"
+    await store.start()
+    assert (await store.charge_one(Charge(((ten, run + "a"),), 5))).allowed
+    assert not (await store.charge_one(Charge(((ten, run + "a"), (plain, run + "a")), 3))).allowed
+    outcomes = await store.charge(
+        [Charge(((ten, run + "a"), (plain, run + "a")), 1), Charge(((plain, run + "b"),), 2), Charge(((ten, run + "a"),), 4)]
+    )
+    assert [getattr(each, "allowed", None) for each in outcomes] == [True, True, True]
+    assert _percents(watched.found, run + "a") == [(50, 5), (80, 10), (100, 10)]
+    assert _percents(watched.found, run + "b") == []
+    # Without a watch, the same counters go on, and nothing is reported.
+    store.watch = None
+    assert (await store.charge_one(Charge(((ten, run + "c"),), 10))).allowed
+    assert (await store.charge([Charge(((ten, run + "d"),), 10), Charge(((ten, run + "d"),), 10)]))[0] is not None
+    assert _percents(watched.found, run + "c") + _percents(watched.found, run + "d") == []
+
+
+@pytest.mark.parametrize("algorithm", [Algorithm.FIXED_WINDOW, Algorithm.SLIDING_WINDOW, Algorithm.TOKEN_BUCKET])
+async def test_leased_units_count_as_used(watched: Watched, algorithm: Algorithm) -> None:
+    limits, subject = limit_set(algorithm, ["100/day"], f"leased {algorithm}"), f"k:{next(KEYS)}"
+    await watched.store.start()
+    decision = await watched.store.charge_one(Charge(((limits, subject),), 40, LeaseRequest(1000, 2, 5_000_000)))
+    assert isinstance(decision, GrantingDecision)
+    assert decision.granted == 30
+    assert _percents(watched.found, subject) == [(50, 70)]
+    # A lease takes half of what is left at most: never the last unit.
+    decision = await watched.store.charge_one(Charge(((limits, subject),), 0, LeaseRequest(1000, 2, 5_000_000)))
+    assert isinstance(decision, GrantingDecision)
+    assert decision.granted == 15
+    assert _percents(watched.found, subject) == [(50, 70), (80, 85)]
+
+
+async def test_of_many_that_race_one_finds_each_crossing(redis_server: RedisServer) -> None:
+    stores = [Watched(redis_server.url) for _ in range(3)]
+    limits, subject = limit_set(Algorithm.SLIDING_WINDOW, ["50/day"], "race"), f"k:{next(KEYS)}"
+    for each in stores:
+        await each.store.start()
+    charges = [each.store.charge_one(Charge(((limits, subject),))) for _ in range(25) for each in stores]
+    decisions = await asyncio.gather(*charges)
+    assert sum(decision.allowed for decision in decisions) == 50
+    found = [crossing for each in stores for crossing in each.found]
+    assert sorted(_percents(found, subject)) == [(50, 25), (80, 40), (100, 50)]
+    for each in stores:
+        await each.store.close()

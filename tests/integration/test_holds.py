@@ -1,0 +1,235 @@
+"""Holds on real Redis servers: several processes, instances that die, several shards, and a server that is gone."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+from collections.abc import Awaitable, Callable
+
+import pytest
+
+from tests.moments import PATIENCE_S
+from tests.servers.redis_cluster import RedisCluster
+from tests.servers.redis_server import RedisServer
+from tidegate.counters import Charge
+from tidegate.counters.guarded import GuardedCounters
+from tidegate.counters.holds import HeldCounter, HoldHandle, HoldNotFound, TooManyHolds, new_id
+from tidegate.counters.redis.keyspace import hash_tag, key_of, name_of, slot_of
+from tidegate.counters.redis.store import RedisCounters
+from tidegate.decision import Decision
+from tidegate.doors.exceeded import RateLimitExceeded
+from tidegate.doors.limiter import SyncLimiter
+from tidegate.errors import StoreUnavailable
+from tidegate.policy.limits import Algorithm, Limit, LimitSet
+
+NAMES = iter(range(1_000_000))
+TIMEOUT_S = 5.0
+MINUTE_US = 60_000_000
+
+
+def limit_set(text: str, algorithm: Algorithm = Algorithm.FIXED_WINDOW) -> LimitSet:
+    return LimitSet(f"holds:{next(NAMES)}", algorithm, [Limit.parse(text)])
+
+
+async def remaining(store: GuardedCounters, *counters: tuple[LimitSet, str]) -> int | None:
+    [outcome] = await store.charge([Charge(counters, 0)])
+    assert isinstance(outcome, Decision)
+    return outcome.remaining
+
+
+def run_processes(arguments: list[list[str]]) -> list[int]:
+    """Start processes, let all begin at once, and end them without notice when each has said how many holds were allowed."""
+    command = [sys.executable, "-m", "tests.hold_process"]
+    processes = [
+        subprocess.Popen([*command, *each], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for each in arguments
+    ]
+    try:
+        for process in processes:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "ready\n"
+        for process in processes:
+            assert process.stdin is not None
+            process.stdin.write("go\n")
+            process.stdin.flush()
+        return [int(process.stdout.readline()) for process in processes if process.stdout is not None]
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+
+
+async def test_processes_reserve_exactly_the_limit_and_what_a_dead_one_held_goes_back(redis_server: RedisServer) -> None:
+    """Each of 5 opens 100 holds of 10 units at once, under a limit of 1,000; then all are killed, which settles nothing."""
+    subject = f"processes-{next(NAMES)}"
+    allowed = run_processes([[redis_server.url, "1000/day", subject, "100", "0", "10"]] * 5)
+    assert sum(allowed) == 100
+    store = GuardedCounters(RedisCounters(redis_server.url, TIMEOUT_S))
+    limits = LimitSet("hold_process", Algorithm.FIXED_WINDOW, [Limit.parse("1000/day")])
+    [decision] = await store.charge([Charge(((limits, subject),), 1000)])
+    assert isinstance(decision, Decision)
+    # On a busy machine they may have expired already; none gives back before.
+    assert decision.allowed or (decision.retry_after_us or 0) <= 10_000_000
+    await until_true(lambda: _passes(store, ((limits, subject),), 1000), decision.allowed)
+    await store.close()
+
+
+async def test_settled_holds_of_processes_charge_what_was_used(redis_server: RedisServer) -> None:
+    subject = f"processes-{next(NAMES)}"
+    allowed = run_processes([[redis_server.url, "1000/day", subject, "20", "20", "600"]] * 3)
+    assert allowed == [20] * 3
+    store = GuardedCounters(RedisCounters(redis_server.url, TIMEOUT_S))
+    limits = LimitSet("hold_process", Algorithm.FIXED_WINDOW, [Limit.parse("1000/day")])
+    assert await remaining(store, (limits, subject)) == 1000 - 60 * 4
+    await store.close()
+
+
+async def until_true(holds: Callable[[], Awaitable[bool]], already: bool = False) -> None:
+    """Ask again and again until something holds."""
+    async with asyncio.timeout(PATIENCE_S):
+        while not (already or await holds()):
+            await asyncio.sleep(0.05)
+
+
+async def test_holds_and_checks_share_the_limit(redis_server: RedisServer) -> None:
+    store = GuardedCounters(RedisCounters(redis_server.url, TIMEOUT_S))
+    counters = ((limit_set("100/day"), "k"), (limit_set("50/day", Algorithm.SLIDING_LOG), "k"))
+    decision, hold = await store.open_hold(counters, 50, MINUTE_US, "r")
+    assert (decision.allowed, decision.remaining, decision.binding) == (True, 0, counters[1][0].limits[0])
+    assert hold is not None
+    assert HoldHandle.of(hold.text) == hold
+    [denied] = await store.charge([Charge(counters, 1)])
+    assert isinstance(denied, Decision)
+    assert not denied.allowed
+    assert 0 < (denied.retry_after_us or 0) <= MINUTE_US
+    await store.renew_hold(hold, MINUTE_US * 60)
+    # Another instance settles it, twice.
+    other = GuardedCounters(RedisCounters(redis_server.url, TIMEOUT_S))
+    settled = await other.settle_hold(hold, 20)
+    assert (settled.cost, settled.late, settled.limit, settled.remaining, settled.repeated) == (20, False, 50, 30, False)
+    again = await store.settle_hold(hold, 0)
+    assert (again.cost, again.repeated, again.remaining) == (20, True, 30)
+    [allowed] = await other.charge([Charge(counters, 30)])
+    assert isinstance(allowed, Decision)
+    assert allowed.allowed
+    # The first instance forgets its denial when it hears of units that came back.
+    await until_true(lambda: _passes(store, counters[:1], 40))
+    for each in (store, other):
+        await each.close()
+
+
+async def _passes(store: GuardedCounters, counters: tuple[tuple[LimitSet, str], ...], cost: int) -> bool:
+    [outcome] = await store.charge([Charge(counters, cost)])
+    return isinstance(outcome, Decision) and outcome.allowed
+
+
+async def test_unknown_and_forged_ids(redis_server: RedisServer) -> None:
+    store = GuardedCounters(RedisCounters(redis_server.url, TIMEOUT_S))
+    limits = limit_set("100/day")
+    _, hold = await store.open_hold(((limits, "k"),), 50, MINUTE_US)
+    assert hold is not None
+    [[counter]] = hold.parts
+    forged = [
+        HoldHandle(new_id(), 50, None, hold.parts),
+        HoldHandle(hold.id, 50, None, ((HeldCounter(counter.tag, counter.name, counter.parameters, b"\x93\x01"),),)),
+        HoldHandle(hold.id, 50, None, ((HeldCounter(counter.tag, b"AAAAAAAA", counter.parameters, counter.record),),)),
+        HoldHandle(new_id(), 50, None, ((HeldCounter(counter.tag, counter.name, b"\xc1", counter.record),),)),
+        HoldHandle(new_id(), 50, None, ((HeldCounter(counter.tag, counter.name, b"\x91\xa5loops", counter.record),),)),
+    ]
+    for each in forged:
+        with pytest.raises(HoldNotFound):
+            await store.settle_hold(each, 10)
+    with pytest.raises(HoldNotFound):
+        await store.renew_hold(forged[0], MINUTE_US)
+    assert await remaining(store, (limits, "k")) == 50
+    assert (await store.settle_hold(hold, 10)).remaining == 90
+    await store.close()
+
+
+async def test_a_subject_has_a_bounded_number_of_holds(redis_server: RedisServer) -> None:
+    store = RedisCounters(redis_server.url, TIMEOUT_S)
+    store.holds.most = 3
+    counters = ((limit_set("100/day"), "k"),)
+    held = [(await store.open_hold(counters, 0, MINUTE_US))[1] for _ in range(3)]
+    with pytest.raises(TooManyHolds):
+        await store.open_hold(counters, 0, MINUTE_US)
+    assert held[0] is not None
+    await store.settle_hold(held[0], 0)
+    assert (await store.open_hold(counters, 0, MINUTE_US))[1] is not None
+    await store.close()
+
+
+async def test_several_shards(redis_cluster: RedisCluster) -> None:
+    store = GuardedCounters(RedisCounters(redis_cluster.url, TIMEOUT_S))
+    first = f"a{next(NAMES)}"
+    second = next(f"b{n}" for n in range(10_000) if (slot_of(f"b{n}") < 5000) != (slot_of(first) < 5000))
+    rule, tier = limit_set("100/day"), limit_set("50/day", Algorithm.TOKEN_BUCKET)
+    counters = ((rule, first), (tier, second))
+    decision, hold = await store.open_hold(counters, 40, MINUTE_US)
+    assert (decision.allowed, decision.remaining, decision.limits) == (True, 10, rule)
+    assert hold is not None
+    assert len(hold.parts) == 2
+    # What the first shard reserved goes back where the second denies.
+    decision, none = await store.open_hold(counters, 20, MINUTE_US)
+    assert (decision.allowed, decision.binding, none) == (False, tier.limits[0], None)
+    assert await remaining(store, (rule, first)) == 60
+    settled = await store.settle_hold(hold, 70)
+    assert (settled.cost, settled.remaining) == (70, 0)
+    assert await remaining(store, (rule, first)) == 30
+    await store.close()
+
+
+async def test_a_reset_forgets_what_holds_charged(redis_server: RedisServer) -> None:
+    store = GuardedCounters(RedisCounters(redis_server.url, TIMEOUT_S))
+    counter = (limit_set("100/day"), "k")
+    _, hold = await store.open_hold((counter,), 60, 3600 * 1_000_000)
+    await store.reset([counter])
+    key = key_of(*counter).decode()
+    assert redis_server.call("PTTL", f"{key}.reset") > 3600 * 1_000
+    assert await _passes(store, (counter,), 50)
+    assert hold is not None
+    assert (await store.settle_hold(hold, 0)).remaining == 50
+    await store.close()
+
+
+async def test_while_the_store_is_away_nothing_is_reserved(new_redis: Callable[[], RedisServer]) -> None:
+    server = new_redis()
+    store = GuardedCounters(RedisCounters(server.url, 0.5))
+    counters = ((limit_set("100/day"), "k"),)
+    _, known = await store.open_hold(counters, 10, MINUTE_US)
+    assert known is not None
+    server.kill()
+    decision, hold = await store.open_hold(counters, 60, MINUTE_US)
+    assert (decision.allowed, decision.degraded) == (True, True)
+    assert hold is not None
+    assert not hold.counted
+    with pytest.raises(StoreUnavailable):
+        await store.settle_hold(known, 5)
+    denied = LimitSet("holds:deny", Algorithm.FIXED_WINDOW, [Limit.parse("100/day")], counters[0][0].on_failure.DENY)
+    with pytest.raises(StoreUnavailable):
+        await store.open_hold(((denied, "k"),), 60, MINUTE_US)
+    await store.close()
+
+
+async def test_memory_of_open_holds(redis_server: RedisServer) -> None:
+    """At most 120 bytes a hold, where one subject has few; figures are in docs/holds.md."""
+    store = RedisCounters(redis_server.url, TIMEOUT_S)
+    limits = limit_set("100000/day")
+    await asyncio.gather(*(store.open_hold(((limits, "k"),), 5, MINUTE_US) for _ in range(100)))
+    key = f"tg:{{{hash_tag('k').decode()}}}{name_of(limits).decode()}.holds"
+    assert redis_server.call("ZCARD", key) == 100
+    assert redis_server.call("MEMORY", "USAGE", key) <= 120 * 100
+    await store.close()
+
+
+def test_threads_hold_together_with_event_loops(redis_server: RedisServer) -> None:
+    name = f"threads-{next(NAMES)}"
+    with SyncLimiter("100/day", counters=redis_server.url, name=name) as limiter:
+        with limiter.hold("u", cost=80) as hold:
+            assert limiter.check("u", 0).remaining == 20
+            hold.renew(120)
+            hold.settle(30)
+        assert hold.settlement is not None
+        assert (hold.settlement.remaining, hold.settlement.late) == (70, False)
+        with pytest.raises(RateLimitExceeded), limiter.hold("u", cost=71):
+            pass
