@@ -14,6 +14,7 @@ from tidegate.client.answer import Answer
 from tidegate.client.bodies import limit_texts
 from tidegate.client.connections import AsyncConnections, Connections
 from tidegate.client.core import BREAKER, TOKEN_HEADER, ClientCore, OnFailure
+from tidegate.client.holds import AsyncClientHold, ClientHold, hold_request
 from tidegate.client.steps import Pause, Steps
 from tidegate.decision import Check
 from tidegate.errors import TidegateError
@@ -150,12 +151,65 @@ class Client:
         """
         return self._run(self._core.limit_many(list(requests)))
 
-    def usage(self, api_key: str | None = None, ip: str | None = None) -> UsageBody:
+    def hold(
+        self,
+        path: str,
+        method: str = "GET",
+        *,
+        api_key: str | None = None,
+        ip: str | None = None,
+        cost: int = 1,
+        attributes: Mapping[str, str] | None = None,
+        tier: str | None = None,
+        bearer: str | None = None,
+        ttl_s: int = 60,
+        clamp: bool = False,
+    ) -> ClientHold:
+        """Reserve the most that a request may cost while it runs, and charge what it did cost when it ends (`POST /v1/holds`).
+
+            with client.hold("/v1/chat/completions", "POST", api_key=key, cost=4000) as hold:
+                if hold.allowed:
+                    hold.settle(complete(prompt).usage.total_tokens)
+
+        Without `settle` the reserved cost is charged at the end; nothing, where the block ends with an exception.
+
+        Args:
+            path: this and the next seven as for `check`; `cost` is the most that the request may cost.
+            method: HTTP method of the request.
+            api_key: API key of the caller.
+            ip: address of the caller.
+            cost: units.
+            attributes: what else is known of the caller.
+            tier: tier of the caller.
+            bearer: JSON Web Token of the caller.
+            ttl_s: seconds until the reservation expires, 1 to 3600, in case the process dies.
+            clamp: whether a cost above the most that the limits ever admit is lowered to that; refused otherwise.
+
+        Returns:
+            The hold, for `with`, which raises what `check` raises. A denial raises nothing: see `allowed` and `answer`.
+
+        Raises:
+            BadRequest: if the check is invalid.
+        """
+        check = Check.of(path, method, api_key, ip, cost, DEFERRED, attributes=attributes, tier=tier)
+        return ClientHold(self._core, hold_request(check, bearer, ttl_s, clamp), self._run)
+
+    def usage(
+        self,
+        api_key: str | None = None,
+        ip: str | None = None,
+        *,
+        attributes: Mapping[str, str] | None = None,
+        tier: str | None = None,
+    ) -> UsageBody:
         """Read the remaining quota of a caller under each rule; charges nothing.
 
         Args:
             api_key: API key of the caller.
-            ip: address of the caller; used only if the server trusts this host as a proxy, as it does on loopback.
+            ip: address of the caller; like the next two used only if the server trusts this host as a proxy, as it does on
+                loopback.
+            attributes: what else is known of the caller, such as `{"user": "42"}`.
+            tier: tier of the caller, for a caller without an API key.
 
         Returns:
             The response of `GET /v1/usage`.
@@ -164,7 +218,7 @@ class Client:
             MissingApiKey, InvalidApiKey, ApiKeyRevoked, ApiKeyExpired, BadRequest, StoreUnavailable: as returned by the server.
             LimiterUnavailable: if no server was available, whatever `on_failure` is.
         """
-        return self._run(self._core.usage(api_key, ip))
+        return self._run(self._core.usage(api_key, ip, attributes, tier))
 
     def wait(
         self,
@@ -290,9 +344,34 @@ class AsyncClient:
         """As `Client.limit_many`."""
         return await self._run(self._core.limit_many(list(requests)))
 
-    async def usage(self, api_key: str | None = None, ip: str | None = None) -> UsageBody:
+    def hold(
+        self,
+        path: str,
+        method: str = "GET",
+        *,
+        api_key: str | None = None,
+        ip: str | None = None,
+        cost: int = 1,
+        attributes: Mapping[str, str] | None = None,
+        tier: str | None = None,
+        bearer: str | None = None,
+        ttl_s: int = 60,
+        clamp: bool = False,
+    ) -> AsyncClientHold:
+        """As `Client.hold`, for `async with`."""
+        check = Check.of(path, method, api_key, ip, cost, DEFERRED, attributes=attributes, tier=tier)
+        return AsyncClientHold(self._core, hold_request(check, bearer, ttl_s, clamp), self._run)
+
+    async def usage(
+        self,
+        api_key: str | None = None,
+        ip: str | None = None,
+        *,
+        attributes: Mapping[str, str] | None = None,
+        tier: str | None = None,
+    ) -> UsageBody:
         """As `Client.usage`."""
-        return await self._run(self._core.usage(api_key, ip))
+        return await self._run(self._core.usage(api_key, ip, attributes, tier))
 
     async def wait(
         self,

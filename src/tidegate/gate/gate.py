@@ -198,6 +198,15 @@ class Gate:
             raise decided
         return decided
 
+    def may_need_slot(self, check: Check) -> bool:
+        """Whether the rule that answers a check may limit requests in progress: False only where that is certain.
+
+        Args:
+            check: the request.
+        """
+        caller = self._cached_caller_of(check)
+        return caller is None or caller.tier.has_slots
+
     async def check_many(self, checks: Sequence[Check]) -> list[Decision | TidegateError]:
         """Decide checks each on its own, in order, with one call to the counter store.
 

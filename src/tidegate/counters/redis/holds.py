@@ -29,7 +29,7 @@ from tidegate.counters.redis.keyspace import hash_tag, name_of, slot_of_tag
 from tidegate.counters.redis.scripts import Script, parameters, script
 from tidegate.decision import Decision
 from tidegate.errors import StoreUnavailable
-from tidegate.policy.limits import Algorithm, AnyAlgorithm, QuotaAlgorithm
+from tidegate.policy.limits import Algorithm, AnyAlgorithm, ConcurrencyAlgorithm, QuotaAlgorithm
 
 RunScript = Callable[[bytes, Script, Sequence[bytes], Sequence[bytes]], Awaitable[Any]]
 """Runs a script on the server of a hash tag, with keys and arguments; raises `StoreUnavailable` where there is no reply."""
@@ -37,6 +37,7 @@ RunScript = Callable[[bytes, Script, Sequence[bytes], Sequence[bytes]], Awaitabl
 _BY_LUA_NAME: Final[dict[str, AnyAlgorithm]] = {
     **{each.value: each for each in Algorithm if each is not Algorithm.LEAKY_BUCKET},
     QuotaAlgorithm.QUOTA.value: QuotaAlgorithm.QUOTA,
+    ConcurrencyAlgorithm.CONCURRENT.value: ConcurrencyAlgorithm.CONCURRENT,
 }
 
 
@@ -191,7 +192,7 @@ def _capacity(part: Sequence[HeldCounter], place: int) -> int | None:
     """The most that can be had at once under a limit, by its place among those of a part's counters, 1 for the first."""
     for each in part:
         algorithm, *numbers = _decoded(each)
-        width = 2 if "window" in algorithm or "log" in algorithm else 4
+        width = 4 if algorithm.endswith(("bucket", "quota")) else 2
         count = len(numbers) // width
         if place <= count:
             return int(numbers[(place - 1) * width + 1])
