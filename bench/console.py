@@ -3,8 +3,8 @@
     python -m bench.console [--smoke]
 
 10,000 API keys, 100 customers and 1,000 rules of one tier are in a SQLite catalog. Each interaction is timed inside the page,
-from the input to the frame that shows its result, with the request to the server where it needs one; the median of several rounds
-is printed. Nothing else uses the server.
+from the input to the frame that shows its result, with the request to the server where it needs one; the median of several
+rounds is printed. Nothing else uses the server.
 """
 
 from __future__ import annotations

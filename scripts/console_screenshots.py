@@ -69,14 +69,14 @@ async def _take(page: Page, url: str) -> None:
     await page.get_by_text("answers").first.wait_for()
     await page.set_viewport_size({"width": 1100, "height": 1180})
     await _shoot(page, None, "console-caller.png")
-    await page.set_viewport_size({"width": 1100, "height": 800})
+    await page.set_viewport_size({"width": 1100, "height": 1020})
     await _shoot(page, f"{url}/policy?tier=shop", "console-policy.png")
 
 
 async def _shoot(page: Page, url: str | None, name: str) -> None:
     if url is not None:
         await page.goto(url)
-    await page.wait_for_load_state("networkidle")
+    await page.locator("main:not([aria-busy])").wait_for()
     await page.wait_for_timeout(500)
     await page.screenshot(path=TARGET / name)
     print(f"{TARGET.relative_to(ROOT) / name}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests import line_coverage
+from tests import garbage, line_coverage
 
 # isort: split
 import asyncio
@@ -94,6 +94,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         item.add_marker(markers.kind_of(item.path, getattr(item, "fixturenames", ())))
     if "PYTEST_XDIST_TESTRUNUID" in os.environ:  # a worker's process
         items[:] = run_order.in_order(items)
+
+
+@pytest.hookimpl(tryfirst=True)  # also in the process that distributes the tests
+def pytest_runtestloop() -> None:
+    garbage.collect_from_now_on()
 
 
 @pytest.hookimpl(optionalhook=True)

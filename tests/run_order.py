@@ -28,7 +28,7 @@ WAITING_S: Final = {
     "test_postgres_failover.py": 65,
     "test_postgres_plans.py": 55,
     "test_prometheus_rules.py": 70,
-    "test_redis_cluster_scripts.py": 95,
+    "test_redis_cluster_scripts.py": 70,
     "test_replicas.py": 60,
     "test_reshard.py": 100,
     "test_stack.py": 45,

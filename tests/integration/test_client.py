@@ -98,6 +98,9 @@ async def test_what_is_left(gate: Gate, listen: Callable[..., Any], new_client: 
     assert usage.tier == "free"
     assert (left[None], left["/api/v1/*"], left["POST /login"]) == (19, 2, 2)
     assert (await asker.usage(ip="203.0.113.7")).tier == "open"
+    assert (await asker.usage(ip="203.0.113.7", attributes={"user": "42"}, tier="free")).tier == "free"
+    with pytest.raises(BadRequest, match="there is no tier"):
+        await asker.usage(ip="203.0.113.7", tier="gold")
     for key, error in ((REVOKED, ApiKeyRevoked), (EXPIRED, ApiKeyExpired), ("nobody-knows-this", InvalidApiKey)):
         with pytest.raises(error):
             await asker.usage(key)

@@ -14,7 +14,7 @@ from tests.raw_http import RawAnswer
 from tests.rsgi import call
 from tidegate.catalog.cached import CachedCatalog
 from tidegate.catalog.in_memory import PolicyCatalog
-from tidegate.client.bodies import check_body
+from tidegate.client.bodies import check_body, usage_query
 from tidegate.counters.memory import MemoryCounters
 from tidegate.decision import Check, Observation
 from tidegate.doors.asgi import RateLimitMiddleware
@@ -223,6 +223,12 @@ async def test_usage(app: DataPlane) -> None:
         "/*": ("user", 100),
         "big": ("user", 899),
     }
+    await check(app, path="/x", attributes={"user": "a&b=ü %"}, tier="pro", cost=7)
+    sent_by_the_client = usage_query({"user": "a&b=ü %"}, "pro").removeprefix("?")
+    assert left((await usage(app, sent_by_the_client))[1])["/*"] == ("user", 93)
+    assert usage_query({}, None) == ""
+    with pytest.raises(BadRequest, match="lone surrogate"):
+        usage_query({"user": "\ud800"}, None)
     assert left((await usage(app, "attribute=user=1&attribute=org=2", ("X-Real-IP", b"203.0.113.7")))[1])["/both"] == (
         "org,user",
         2,

@@ -23,7 +23,7 @@ class AccessLists:
         policy: entries of the policy; None while they have to be loaded.
         last: entries of the policy that was loaded last; None if none was.
         blocks: those that hold.
-        find_ipv4: `NetworkTable.find` of each table of IPv4 networks that has any.
+        ipv4: `NetworkTable.first_bits` and `NetworkTable.find` of each table of IPv4 networks that has any.
         find_ipv6: the same of IPv6 networks.
         names_attributes: whether attributes have to be compared.
         names_callers: whether API keys or customers have to be compared.
@@ -33,8 +33,8 @@ class AccessLists:
         "_entries",
         "active",
         "blocks",
-        "find_ipv4",
         "find_ipv6",
+        "ipv4",
         "last",
         "names_attributes",
         "names_callers",
@@ -46,7 +46,7 @@ class AccessLists:
         self.last: CompiledAccess | None = None
         self.blocks = BlockIndex()
         self.active = True
-        self.find_ipv4: tuple[Callable[[int], int], ...] = ()
+        self.ipv4: tuple[tuple[bytearray, Callable[[int], int]], ...] = ()
         self.find_ipv6: tuple[Callable[[int], int], ...] = ()
         self.names_attributes = self.names_callers = False
         self._entries: tuple[AccessEntry, ...] = ()
@@ -72,7 +72,7 @@ class AccessLists:
     def _note(self) -> None:
         policy, blocks = self.last or NOTHING, self.blocks
         named = (blocks.named, policy.denied, policy.allowed)
-        self.find_ipv4 = tuple(each.ipv4.find for each in named if each.ipv4)
+        self.ipv4 = tuple((each.ipv4.first_bits, each.ipv4.find) for each in named if each.ipv4)
         self.find_ipv6 = tuple(each.ipv6.find for each in named if each.ipv6)
         self.names_attributes = bool(blocks.attributes) or any(each.patterns for each in named)
         self.names_callers = any(each.api_keys or each.customers for each in named)

@@ -1,9 +1,13 @@
-"""Bodies of the client's requests as JSON: encoded once, validated as far as the server could not name the check at fault."""
+"""Bodies and queries of the client's requests.
+
+They are validated only as far as the server could not name the check at fault.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Final
+from urllib.parse import urlencode
 
 import msgspec
 
@@ -65,6 +69,23 @@ def limit_body(request: LimitRequest) -> bytes:
         return _encode(LimitRequest(request.namespace, request.subject, limits, request.algorithm, cost))
     except UnicodeEncodeError:
         raise BadRequest("a text has a lone surrogate, which is no character: send valid text", field="subject") from None
+
+
+def usage_query(attributes: Mapping[str, str] | None, tier: str | None) -> str:
+    """The query of `GET /v1/usage`, from `?` on; empty for a caller without attributes and tier.
+
+    Raises:
+        BadRequest: if a text has a lone surrogate.
+    """
+    fields = [("attribute", f"{name}={value}") for name, value in (attributes or {}).items()]
+    if tier is not None:
+        fields.append(("tier", tier))
+    try:
+        return "?" + urlencode(fields) if fields else ""
+    except UnicodeEncodeError:
+        raise BadRequest(
+            "an attribute has a lone surrogate, which is no character: send valid text", field="attributes"
+        ) from None
 
 
 def batches(pieces: Iterable[tuple[bytes, bool]]) -> Iterator[tuple[bytes, int, bool]]:

@@ -194,12 +194,22 @@ class Client:
         check = Check.of(path, method, api_key, ip, cost, DEFERRED, attributes=attributes, tier=tier)
         return ClientHold(self._core, hold_request(check, bearer, ttl_s, clamp), self._run)
 
-    def usage(self, api_key: str | None = None, ip: str | None = None) -> UsageBody:
+    def usage(
+        self,
+        api_key: str | None = None,
+        ip: str | None = None,
+        *,
+        attributes: Mapping[str, str] | None = None,
+        tier: str | None = None,
+    ) -> UsageBody:
         """Read the remaining quota of a caller under each rule; charges nothing.
 
         Args:
             api_key: API key of the caller.
-            ip: address of the caller; used only if the server trusts this host as a proxy, as it does on loopback.
+            ip: address of the caller; like the next two used only if the server trusts this host as a proxy, as it does on
+                loopback.
+            attributes: what else is known of the caller, such as `{"user": "42"}`.
+            tier: tier of the caller, for a caller without an API key.
 
         Returns:
             The response of `GET /v1/usage`.
@@ -208,7 +218,7 @@ class Client:
             MissingApiKey, InvalidApiKey, ApiKeyRevoked, ApiKeyExpired, BadRequest, StoreUnavailable: as returned by the server.
             LimiterUnavailable: if no server was available, whatever `on_failure` is.
         """
-        return self._run(self._core.usage(api_key, ip))
+        return self._run(self._core.usage(api_key, ip, attributes, tier))
 
     def wait(
         self,
@@ -352,9 +362,16 @@ class AsyncClient:
         check = Check.of(path, method, api_key, ip, cost, DEFERRED, attributes=attributes, tier=tier)
         return AsyncClientHold(self._core, hold_request(check, bearer, ttl_s, clamp), self._run)
 
-    async def usage(self, api_key: str | None = None, ip: str | None = None) -> UsageBody:
+    async def usage(
+        self,
+        api_key: str | None = None,
+        ip: str | None = None,
+        *,
+        attributes: Mapping[str, str] | None = None,
+        tier: str | None = None,
+    ) -> UsageBody:
         """As `Client.usage`."""
-        return await self._run(self._core.usage(api_key, ip))
+        return await self._run(self._core.usage(api_key, ip, attributes, tier))
 
     async def wait(
         self,

@@ -6,7 +6,7 @@ import logging
 import os
 import re
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from time import monotonic
 from typing import Final, Literal, TypeVar, get_args
 
@@ -15,7 +15,7 @@ import msgspec
 from tidegate._version import __version__
 from tidegate.breaker import Breaker, BreakerOptions, BreakerState
 from tidegate.client.answer import Answer
-from tidegate.client.bodies import batches, check_body, limit_body
+from tidegate.client.bodies import batches, check_body, limit_body, usage_query
 from tidegate.client.steps import HttpRequest, Pause, Reply, Steps, TransportFailure
 from tidegate.decision import Check, canonical_ip, clip
 from tidegate.errors import (
@@ -232,7 +232,13 @@ class ClientCore:
                 answers += [self._decide_failed(result.reason) if isinstance(result, TransportFailure) else result] * count
         return answers
 
-    def usage(self, api_key: str | None, ip: str | None) -> Steps[UsageBody]:
+    def usage(
+        self,
+        api_key: str | None,
+        ip: str | None,
+        attributes: Mapping[str, str] | None = None,
+        tier: str | None = None,
+    ) -> Steps[UsageBody]:
         """Steps of a usage request; see `Client.usage`."""
         headers = []
         if api_key:
@@ -241,7 +247,8 @@ class ClientCore:
             headers.append((b"X-API-Key", api_key.encode()))
         if ip is not None:
             headers.append((b"X-Real-IP", canonical_ip(ip).encode()))
-        result = yield from self._send(b"GET", "/v1/usage", _read_usage, b"", headers, repeatable=True)
+        path = "/v1/usage" + usage_query(attributes, tier)
+        result = yield from self._send(b"GET", path, _read_usage, b"", headers, repeatable=True)
         if isinstance(result, TransportFailure):
             raise _unavailable(result.reason)
         if isinstance(result, TidegateError):

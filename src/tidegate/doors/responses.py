@@ -34,17 +34,19 @@ def decision_body(decision: Decision) -> DecisionBody:
     Returns:
         The record to encode.
     """
+    # The properties of a decision, written out: each call costs as much as what it does.
+    binding, limits, caller, retry_us = decision.binding, decision.limits, decision.caller, decision.retry_after_us
     return DecisionBody(
         decision.allowed,
-        decision.limit,
+        None if binding is None else binding.capacity,
         decision.remaining,
-        None if decision.binding is None else decision.reset_after,
-        decision.retry_after,
-        decision.rule,
-        decision.tier,
+        None if binding is None else decision.reset_after_us / US_PER_S,
+        None if retry_us is None else retry_us / US_PER_S,
+        None if limits is None else limits.rule,
+        decision.unlimited_tier if limits is None else limits.tier,
         decision.degraded,
         decision.overage,
-        decision.customer,
+        None if caller is None else caller.customer,
     )
 
 
@@ -181,10 +183,14 @@ def authorize_lines(decision: Decision) -> bytes:
     Returns:
         The other header lines, and the empty one.
     """
-    caller = _caller_lines(decision.caller, decision.tier, decision.rule)
+    limits = decision.limits
+    if limits is None:
+        last = _last_lines(decision.caller, decision.unlimited_tier, None)
+    else:
+        last = _last_lines(decision.caller, limits.tier, limits.rule)
     if decision.overage:
-        return limit_lines(decision) + caller + b"x-tidegate-overage: %d\r\ncache-control: no-store\r\n\r\n" % decision.overage
-    return limit_lines(decision) + caller + b"cache-control: no-store\r\n\r\n"
+        return b"%bx-tidegate-overage: %d\r\n%b" % (limit_lines(decision), decision.overage, last)
+    return limit_lines(decision) + last
 
 
 def caller_headers(decision: Decision) -> Headers:
@@ -200,11 +206,12 @@ def caller_headers(decision: Decision) -> Headers:
 
 
 @lru_cache(maxsize=16_384)
-def _caller_lines(caller: CallerIdentity | None, tier: str | None, rule: str | None) -> bytes:
-    """What `caller_headers` gives, as lines of an HTTP/1.1 head. None of the values can contain a line break."""
+def _last_lines(caller: CallerIdentity | None, tier: str | None, rule: str | None) -> bytes:
+    """What `caller_headers` gives, as lines, and the end of an HTTP/1.1 head. None of the values can contain a line break."""
     headers = caller_headers(Decision(True, unlimited_tier=tier, caller=caller))
     lines = "".join(f"{name}: {value}\r\n" for name, value in headers)
-    return (lines if rule is None else f"{lines}x-tidegate-rule: {rule}\r\n").encode()
+    named = "" if rule is None else f"x-tidegate-rule: {rule}\r\n"
+    return f"{lines}{named}cache-control: no-store\r\n\r\n".encode()
 
 
 def overage_headers(decision: Decision) -> Headers:

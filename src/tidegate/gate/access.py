@@ -24,13 +24,14 @@ from tidegate.gate.subjects import DescriptorCheck
 from tidegate.policy.access import CompiledAccess
 from tidegate.policy.access_entries import AccessAction
 from tidegate.policy.matching import CompiledRule
-from tidegate.policy.networks import NOT_FOUND
+from tidegate.policy.networks import NOT_FOUND, NetworkTable
 from tidegate.time_slice import TimeSlice
 from tidegate.timestamps import now_us
 
 _from_bytes: Final = int.from_bytes
 _inet_pton: Final = socket.inet_pton
 _AF_INET: Final = int(socket.AF_INET)
+_FILTER_SHIFT: Final = NetworkTable.FILTER_SHIFT
 _MAX_ATTEMPTS: Final = 2
 _MESSAGE: Final = "access is denied: ask the operator of this API why"
 
@@ -114,14 +115,15 @@ class AccessControl:
         if ip is not None:
             if ":" in ip:
                 exempt = self._admit_ipv6(ip)
-            elif lists.find_ipv4:
+            elif lists.ipv4:
                 try:
-                    address = _from_bytes(_inet_pton(_AF_INET, ip), "big")
+                    address = _from_bytes(_inet_pton(_AF_INET, ip))
                 except OSError:
                     address = None  # the name of a peer without an address
                 if address is not None:
-                    for find in lists.find_ipv4:
-                        if find(address) != NOT_FOUND:
+                    first = address >> _FILTER_SHIFT
+                    for first_bits, find in lists.ipv4:
+                        if first_bits[first] and find(address) != NOT_FOUND:
                             exempt = self._judge(address, False)
                             break
         if attributes and lists.names_attributes:
@@ -189,13 +191,13 @@ class AccessControl:
 
     def _admit_ipv6(self, ip: str) -> bool:
         lists = self.lists
-        if not lists.find_ipv4 and not lists.find_ipv6:
+        if not lists.ipv4 and not lists.find_ipv6:
             return False
         address, embedded = _ipv6_addresses(ip)
         exempt = False
         if address is not None:
             exempt = any(find(address) != NOT_FOUND for find in lists.find_ipv6) and self._judge(address, True)
-        if embedded is not None and any(find(embedded) != NOT_FOUND for find in lists.find_ipv4):
+        if embedded is not None and any(find(embedded) != NOT_FOUND for _, find in lists.ipv4):
             return self._judge(embedded, False) or exempt
         return exempt
 

@@ -78,6 +78,7 @@ class NetworkTable:
     HEAD_BITS: Final = {32: 16, 128: 32}
 
     FILTER_BITS: Final = 20
+    FILTER_SHIFT: Final = 32 - FILTER_BITS
 
     __slots__ = ("_bits", "_counts", "_filter", "_filter_shift", "_head_shift", "_heads", "_lists", "_short", "_tables")
 
@@ -105,6 +106,13 @@ class NetworkTable:
     def __bool__(self) -> bool:
         """Whether there are networks."""
         return bool(self._heads or self._short)
+
+    @property
+    def first_bits(self) -> bytearray:
+        """By the first `FILTER_BITS` of an IPv4 address: 0 where no network contains it. The same object for the table's life."""
+        if self._filter is None:
+            self._filter = bytearray(1 << self.FILTER_BITS)
+        return self._filter
 
     def add(self, network: int, prefix: int, until_us: int = NEVER) -> None:
         """Add a network, or give it another end.
@@ -177,11 +185,10 @@ class NetworkTable:
         """Change the numbers of networks by one, for all first bits that a network has."""
         if self._bits != 32:
             return
-        if self._filter is None:
-            self._filter = bytearray(1 << self.FILTER_BITS)
         begin = network >> self._filter_shift
         end = begin + (1 << max(self.FILTER_BITS - prefix, 0))
-        self._filter[begin:end] = self._filter[begin:end].translate(change)
+        numbers = self.first_bits
+        numbers[begin:end] = numbers[begin:end].translate(change)
 
     def _list_short(self) -> None:
         self._short = tuple((shift, table) for shift, table in sorted(self._tables.items()) if shift > self._head_shift and table)

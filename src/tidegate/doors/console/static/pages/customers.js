@@ -7,7 +7,7 @@ import { confirm, form, saveChange } from "../dialogs.js";
 import { announce, empty, field, fill, h, link, refill, select, table } from "../dom.js";
 import { number, time } from "../format.js";
 import { override, overrides } from "../overrides.js";
-import { createKey, keyTable, pages, usageTable } from "./callers.js";
+import { createKey, keyTable, pages, reset, usageTable } from "./callers.js";
 
 const FIELDS = [
   ["external_id", "Id in other systems", "Such as that of the billing system"],
@@ -74,17 +74,18 @@ async function showCustomer(root, view, name) {
     stopped,
     h("p", {}, link("/audit", { kind: "customer", target: name }, "Changes of this customer")),
   );
-  let key = null;
   await view.live(5000, async (options) => {
     const page = await get("/api-keys", { limit: 50, customer: name, after: view.parameters.after }, options);
     const none = empty("It has no API keys.", "Without one, the attributes in its fields say which requests are its own.");
-    key = page.items.find((each) => each.status === "active") ?? null;
     refill(keys, page.items.length ? keyTable(view, page.items, true) : none, pages(view, view.parameters.after, page.next));
   });
   await view.live(2000, async (options) => {
-    // The quotas of a customer count all its keys together: any of them has the same ones.
-    if (key === null) fill(usage, empty("It has no active API key whose counters could be shown."));
-    else refill(usage, usageTable(await get("/usage", { api_key_id: key.id }, options)));
+    try {
+      refill(usage, usageTable(await get("/usage", { customer: name }, options)));
+    } catch (error) {
+      if (error.status !== 400 && error.status !== 404) throw error;
+      refill(usage, empty("Nothing is counted for this customer.", error.message));
+    }
   });
   await view.live(60_000, async ({ signal }) => fill(past, await month(name, signal)));
   await blocks(view, stopped, { kind: "customer", target: name });
@@ -111,6 +112,7 @@ function actions(view, record, path) {
     {},
     record.managed_by_file ? null : button("Override limits", () => override(view, record, { path, name: record.name, kind: "customer", quotas: true })),
     button("New key", () => createKey(view, record.name)),
+    button("Reset counters", () => reset(view, whom, `the customer ${record.name}`)),
     button("Block", () => block(view, whom, `the customer ${record.name}`)),
     record.managed_by_file ? null : button("Change", () => edit(view, record)),
     record.managed_by_file ? null : button("Delete", () => remove(view, record, path), { class: "danger" }),

@@ -2,7 +2,7 @@
 
 import { all, get, send } from "../api.js";
 import { confirm, form, saveChange } from "../dialogs.js";
-import { announce, empty, field, fill, h, refill, select, table } from "../dom.js";
+import { announce, empty, field, fill, h, link, refill, select, table } from "../dom.js";
 import { explainer } from "../explain.js";
 import { whatIf } from "../what_if.js";
 import { listed } from "../overrides.js";
@@ -115,7 +115,7 @@ function ruleTable(view, tier, rules, total) {
     each.action ? `${each.action}, without counting` : [...each.limits, ...quotaTexts(each)].join(", "),
     each.action ? "" : each.algorithm.replaceAll("_", " "),
     Array.isArray(each.subject) ? each.subject.join(" + ") : each.subject,
-    h(`span.badge.${each.mode}`, {}, each.mode),
+    [h(`span.badge.${each.mode}`, {}, each.mode), each.mode === "shadow" ? [" ", link("/violations", { mode: "shadow", tier: tier.name, rule: each.name }, "what it would block")] : null],
     view.operator ? ruleActions(view, tier, each) : each.managed_by_file ? "in the policy file" : "",
   ]);
   return [
@@ -138,7 +138,7 @@ function ruleActions(view, tier, rule) {
 
 async function setMode(view, rule, mode) {
   const text = mode === "enforce"
-    ? `It blocks requests from now on. ${rule.name.endsWith(" shadow") ? "Its name was made from its fields and changes with its mode, so its counters begin at zero." : "What it counted in shadow mode counts."}`
+    ? "It blocks requests from now on. What it counted before counts."
     : "It blocks nothing from now on, and goes on counting.";
   const save = () => saveChange({ method: "PATCH", path: `/rate-limit-rules/${rule.id}`, read: `/rate-limit-rules/${rule.id}`, before: rule, body: { mode } });
   const changed = await form(`${mode === "enforce" ? "Enforce" : "Only watch with"} ${rule.name}?`, h("p", {}, text), { action: mode === "enforce" ? "Enforce" : "Shadow", danger: mode === "enforce", save });
