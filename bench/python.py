@@ -7,6 +7,7 @@ in this process, without a network; 1,000 clients take turns on 1,000,000/minute
 costs is the CPU time of a request with it less that of one without; the headers of the limit are part of it, where the peer sends
 them. Rounds are interleaved; medians, and the median of the ratios round by round. 16 requests are in flight in the asyncio apps,
 one in the blocking ones. On Redis the process's own CPU time is counted, not that of Redis. fastapi-limiter counts on Redis only.
+Last, `Limiter.wait`: what 160 callers of four instances on one Redis ask of it until all have passed.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from fastapi import Depends, FastAPI, Request, Response
 
 from bench.measure import Goal, asked_for_smoke, report
 from bench.redis_server import redis_server
-from tidegate import limit
+from tidegate import Limiter, limit
+from tidegate.counters.guarded import GuardedCounters
 
 LIMIT = "1000000/minute"
 CLIENTS = [f"10.1.{number // 250}.{number % 250}" for number in range(1000)]
@@ -235,6 +237,35 @@ def rows(peer: str, store: str, found: dict[str, list[float]]) -> list[tuple[str
     ]
 
 
+async def waiting(url: str, permits: int) -> list[tuple[str, float, Goal | None]]:
+    """Store calls for each caller that waits until it passes, and how many places the callers changed in the order of asking."""
+    limiters = [Limiter("200/second burst 1", algorithm="token_bucket", name="wait", counters=url) for _ in range(4)]
+    stores = [limiter.counters for limiter in limiters if isinstance(limiter.counters, GuardedCounters)]
+    for limiter in limiters:
+        await limiter.check("warm-up")
+    before = sum(store.store_calls for store in stores)
+    passed: list[int] = []
+
+    async def one(number: int) -> None:
+        if not (await limiters[number % 4].wait("job", at_most_s=600)).allowed:
+            raise RuntimeError("a caller was denied")
+        passed.append(number)
+
+    callers = []
+    for number in range(permits):
+        callers.append(asyncio.ensure_future(one(number)))
+        await asyncio.sleep(0.001)
+    await asyncio.gather(*callers)
+    calls = sum(store.store_calls for store in stores) - before
+    for limiter in limiters:
+        await limiter.close()
+    moved = max(abs(place - number) for place, number in enumerate(passed))
+    return [
+        ("wait: store calls for each caller that passes", calls / permits, Goal(at_most=1.1)),
+        ("wait: largest change of places, 5 ms each", moved, Goal(at_most=2)),
+    ]
+
+
 def main() -> None:
     """Measure and print."""
     smoke = asked_for_smoke(__doc__)
@@ -263,12 +294,15 @@ def main() -> None:
                 await FastAPILimiter.close()
 
         figures += rows("fastapi-limiter", "Redis", run_async(with_fastapi_limiter))
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            waited = runner.run(waiting(redis.url, 20 if smoke else 160))
         caches = {
             "memory": {"BACKEND": "django.core.cache.backends.locmem.LocMemCache"},
             "Redis": {"BACKEND": "django.core.cache.backends.redis.RedisCache", "LOCATION": redis.url},
         }
         for store, url in (("memory", "memory://"), ("Redis", redis.url)):
             figures += rows("django-ratelimit", store, _django(url, caches[store], rounds, count))
+    figures += waited
     report("python", "One limited request inside its framework, CPU of the limit alone", figures, smoke=smoke)
 
 

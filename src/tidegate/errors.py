@@ -16,6 +16,9 @@
      ├── StoreUnavailable        503 STORE_UNAVAILABLE
      ├── CatalogUnavailable      503 CATALOG_UNAVAILABLE
      ├── LimiterUnavailable      503 LIMITER_UNAVAILABLE, raised by clients: no server answered in time
+     ├── HoldNotFound            404 HOLD_NOT_FOUND
+     ├── HoldEnded               409 HOLD_ENDED
+     ├── TooManyHolds            429 TOO_MANY_HOLDS
      ├── PolicyError             an invalid policy (file): file, line, reason
      ├── SettingsError           an invalid setting: name, value, remedy
      └── CatalogError            a refused change of the catalog
@@ -142,6 +145,27 @@ class LimiterUnavailable(TidegateError):
 
     code = "LIMITER_UNAVAILABLE"
     status = 503
+
+
+class HoldNotFound(TidegateError):
+    """There is no hold of this id: it was made elsewhere, or ended too long ago."""
+
+    code = "HOLD_NOT_FOUND"
+    status = 404
+
+
+class HoldEnded(TidegateError):
+    """The hold was settled or has expired, and cannot be renewed."""
+
+    code = "HOLD_ENDED"
+    status = 409
+
+
+class TooManyHolds(TidegateError):
+    """The subject has as many open holds as one may have."""
+
+    code = "TOO_MANY_HOLDS"
+    status = 429
 
 
 class PolicyError(TidegateError):

@@ -46,7 +46,7 @@ class WindowUsageBody(msgspec.Struct, frozen=True, gc=False):
 
     Args:
         limit: the most that can be had at once.
-        window: seconds that the limit is about; 2678400, the longest, for a calendar month.
+        window: seconds that the limit is about; 2678400, the longest, for a calendar month; 0 for requests in progress.
         used: what is consumed of it now; more than `limit` where units above a quota pass.
         remaining: what is left of it.
         resets_at: when it is fully replenished if nothing more is consumed, ISO 8601 in UTC; null where nothing is consumed. Of a

@@ -23,7 +23,7 @@ from tidegate.counters.redis.holds import RedisHolds
 from tidegate.counters.redis.keyspace import key_of, reset_key_of
 from tidegate.counters.redis.scripts import Script, parameters, script
 from tidegate.errors import TidegateError
-from tidegate.policy.limits import Algorithm, LimitSet
+from tidegate.policy.limits import Algorithm, AnyAlgorithm, ConcurrencyAlgorithm, Limit, LimitSet
 
 SUBJECTS = itertools.count()
 START_US = 1_699_920_000_000_000
@@ -74,7 +74,8 @@ class LuaHolds:
 
     def reset(self, counters: tuple[tuple[LimitSet, str], ...]) -> None:
         for counter in counters:
-            keys = [key_of(*counter), reset_key_of(*counter)]
+            slots = b".holds" if counter[0].algorithm is ConcurrencyAlgorithm.CONCURRENT else b""
+            keys = [key_of(*counter) + slots, reset_key_of(*counter)]
             asked(self.server, with_clock(script("reset", frozenset())), keys, 120_000, self.clock.now_us)  # type: ignore[arg-type]
 
 
@@ -86,10 +87,19 @@ def result_of(call: Callable[[], Any]) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("first", "second"), [*zip(Algorithm, [*Algorithm][1:] + [*Algorithm][:1], strict=True), (Algorithm.SLIDING_LOG, None)]
+    ("first", "second"),
+    [
+        *zip(Algorithm, [*Algorithm][1:] + [*Algorithm][:1], strict=True),
+        (Algorithm.SLIDING_LOG, None),
+        (Algorithm.FIXED_WINDOW, ConcurrencyAlgorithm.CONCURRENT),
+    ],
 )
-def test_twins(redis_server: RedisServer, first: Algorithm, second: Algorithm | None) -> None:
-    sets = [limit_set(each, TEXTS[each.is_bucket][:size], f"set{size}") for each, size in ((first, 2), (second, 1)) if each]
+def test_twins(redis_server: RedisServer, first: Algorithm, second: AnyAlgorithm | None) -> None:
+    sets = [limit_set(first, TEXTS[first.is_bucket][:2], "set2")]
+    if isinstance(second, Algorithm):
+        sets.append(limit_set(second, TEXTS[second.is_bucket][:1], "set1"))
+    elif second is not None:
+        sets.append(LimitSet("slots", second, [Limit.parse("3 concurrent")]))
     has_bucket = any(limits.algorithm.is_bucket for limits in sets)
 
     @settings(HELD, max_examples=60, phases=(Phase.explicit, Phase.reuse, Phase.generate))

@@ -13,15 +13,17 @@ from tests.moments import PATIENCE_S
 from tests.servers.redis_cluster import RedisCluster
 from tests.servers.redis_server import RedisServer
 from tidegate.counters import Charge
+from tidegate.counters.factory import open_blocking
 from tidegate.counters.guarded import GuardedCounters
-from tidegate.counters.holds import HeldCounter, HoldHandle, HoldNotFound, TooManyHolds, new_id
+from tidegate.counters.holds import HeldCounter, HoldHandle, new_id
 from tidegate.counters.redis.keyspace import hash_tag, key_of, name_of, slot_of
 from tidegate.counters.redis.store import RedisCounters
 from tidegate.decision import Decision
 from tidegate.doors.exceeded import RateLimitExceeded
 from tidegate.doors.limiter import SyncLimiter
-from tidegate.errors import StoreUnavailable
-from tidegate.policy.limits import Algorithm, Limit, LimitSet
+from tidegate.errors import HoldNotFound, StoreUnavailable, TooManyHolds
+from tidegate.policy.limits import Algorithm, ConcurrencyAlgorithm, Limit, LimitSet
+from tidegate.settings import CounterSettings
 
 NAMES = iter(range(1_000_000))
 TIMEOUT_S = 5.0
@@ -121,6 +123,28 @@ async def test_holds_and_checks_share_the_limit(redis_server: RedisServer) -> No
 async def _passes(store: GuardedCounters, counters: tuple[tuple[LimitSet, str], ...], cost: int) -> bool:
     [outcome] = await store.charge([Charge(counters, cost)])
     return isinstance(outcome, Decision) and outcome.allowed
+
+
+async def test_slots_of_an_instance_that_died_are_free_when_they_expire(redis_server: RedisServer) -> None:
+    dead = GuardedCounters(RedisCounters(redis_server.url, TIMEOUT_S))
+    store = GuardedCounters(RedisCounters(redis_server.url, TIMEOUT_S))
+    slots = LimitSet(f"holds:{next(NAMES)}", ConcurrencyAlgorithm.CONCURRENT, [Limit.parse("20 concurrent")])
+    counters = ((limit_set("1000/day"), "k"), (slots, "k"))
+    opened = await asyncio.gather(*(dead.open_hold(counters, 1, 2_000_000) for _ in range(30)))
+    assert sum(decision.allowed for decision, _ in opened) == 20
+    [denied] = await store.charge([Charge(counters, 1)])
+    assert isinstance(denied, Decision)
+    assert (denied.allowed, denied.binding) == (False, slots.limits[0])
+    assert await remaining(store, (slots, "k")) == 0
+    await until_true(lambda: _passes(store, counters, 1))
+    assert await remaining(store, (slots, "k")) == 20
+    _, hold = await store.open_hold(counters, 0, MINUTE_US)
+    assert hold is not None
+    for _ in range(2):
+        settled = await store.settle_hold(hold, 3)
+        assert (settled.cost, settled.limit, settled.remaining) == (3, 20, 20)
+    for each in (store, dead):
+        await each.close()
 
 
 async def test_unknown_and_forged_ids(redis_server: RedisServer) -> None:
@@ -224,7 +248,8 @@ async def test_memory_of_open_holds(redis_server: RedisServer) -> None:
 
 def test_threads_hold_together_with_event_loops(redis_server: RedisServer) -> None:
     name = f"threads-{next(NAMES)}"
-    with SyncLimiter("100/day", counters=redis_server.url, name=name) as limiter:
+    store = open_blocking(CounterSettings(url=redis_server.url, timeout_ms=10_000))
+    with SyncLimiter("100/day", counters=store, name=name) as limiter:
         with limiter.hold("u", cost=80) as hold:
             assert limiter.check("u", 0).remaining == 20
             hold.renew(120)

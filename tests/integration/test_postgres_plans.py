@@ -25,10 +25,12 @@ from tidegate.admin import lists as reading
 from tidegate.admin import tokens
 from tidegate.admin.lists import STRIDE
 from tidegate.admin.models import KeyCreate, KeyPatch, RevokeRequest
+from tidegate.admin.notifications import list_notifications
 from tidegate.admin.rules import CatalogEditor
 from tidegate.catalog.sql.catalog import SqlCatalog
 from tidegate.catalog.sql.paging import cursor_of
 from tidegate.ledger.export import LedgerFilter, read_ledger
+from tidegate.notifications.storage import claim
 from tidegate.policy.toml_reader import parse_policy
 from tidegate.violations.queries import DAY_US, ViolationFilter, blocked_total, list_violations, top_violators
 
@@ -76,6 +78,10 @@ INSERT INTO usage_ledger (day_us, customer, key_id, tier, rule, admitted, blocke
 SELECT {START_US} + n % 30 * 86400000000::bigint, 'customer ' || n % 1000, lpad((n % 5000)::text, 24, '0'), 'tier-1',
     'rule ' || n % 100, 1, 0, 0
 FROM generate_series(1, 60000) n ON CONFLICT DO NOTHING;
+INSERT INTO notifications (id, event, subject, url, body, status, attempts, created_at_us, next_at_us, give_up_at_us)
+SELECT 'msg_' || n, 'threshold', 'k:' || n % 5000, 'https://hooks.example/' || n % 3, '{{}}',
+    CASE WHEN n % 100 = 0 THEN 'pending' WHEN n % 1000 = 1 THEN 'failed' ELSE 'delivered' END, 1, n, n, 4000000000000000
+FROM generate_series(1, 50000) n;
 ANALYZE;
 """
 
@@ -155,6 +161,10 @@ MIDDLE = "8" * 24
 def _usage(after: str | None = None, **filters: Any) -> Callable[..., Awaitable[Any]]:
     selected = LedgerFilter(START_US, START_US + 31 * DAY_US, **filters)
     return lambda catalog, editor, server: read_ledger(catalog.database, selected, after, 100)
+
+
+def _notifications(after: str | None = None, **filters: Any) -> Callable[..., Awaitable[Any]]:
+    return lambda catalog, editor, server: list_notifications(editor, 100, after, **filters)
 
 
 USAGE_PLACE = cursor_of((START_US + 20 * DAY_US, "customer 5", "0" * 24, "tier-1", "rule 5"))
@@ -238,6 +248,14 @@ LOOK_UPS = {
     "usage after a place": LookUp(_usage(USAGE_PLACE), BY_DAY),
     "usage of a customer": LookUp(_usage(customer="customer 7"), BY_CUSTOMER),
     "usage of a key": LookUp(_usage(key_id="0" * 21 + "123"), ("usage_ledger_default_key_id_day_us_idx",)),
+    "notifications": LookUp(_notifications(), ("idx_notifications_created",)),
+    "notifications after a place": LookUp(
+        _notifications(cursor_of((25_000, "msg_25000"))), ("idx_notifications_created",)
+    ),
+    "failed notifications": LookUp(_notifications(status="failed"), ("idx_notifications_status",)),
+    "due notifications": LookUp(
+        lambda catalog, editor, server: claim(catalog.database, 25_000, 25_001, 8), ("idx_notifications_due",), 300
+    ),
     "how often a subject was blocked": LookUp(
         lambda catalog, editor, server: blocked_total(
             catalog.database, ViolationFilter(START_US, TODAY_US, subject=SUBJECT)

@@ -1,4 +1,4 @@
-"""Limits under the servers of Python apps: three processes on one Redis admit exactly the limit."""
+"""Limits under the servers of Python apps: all processes on one Redis, mostly three, admit exactly the limit."""
 
 from __future__ import annotations
 
@@ -60,6 +60,25 @@ app = FastAPI()
 def view():
     return os.getpid()
 """,
+    "litestar_app": """
+from litestar import Litestar, Request, get
+from litestar.middleware import DefineMiddleware
+from tidegate import RateLimitMiddleware, limit
+
+@get("/")
+@limit("30/day", key=lambda: "all")
+async def view(request: Request) -> str:
+    return "ran"
+
+app = Litestar([view], middleware=[DefineMiddleware(RateLimitMiddleware, default_limits=["1000/day"])])
+""",
+    "manage": """
+import sys
+import django_app
+from django.core.management import execute_from_command_line
+
+execute_from_command_line(sys.argv)
+""",
 }
 GUNICORN = ("gunicorn", "--workers", "3", "--no-control-socket", "--bind", "127.0.0.1:{port}")
 UVICORN = ("uvicorn", "--workers", "3", "--port", "{port}")
@@ -68,6 +87,8 @@ SERVERS = {
     "gunicorn gthread, Django": (*GUNICORN, "--threads", "4", "django_app:app"),
     "gunicorn uvicorn workers, FastAPI": (*GUNICORN, "--worker-class", "uvicorn.workers.UvicornWorker", "fastapi_app:app"),
     "uvicorn, FastAPI": (*UVICORN, "fastapi_app:app"),
+    "uvicorn --reload, Litestar": ("uvicorn", "--reload", "--port", "{port}", "litestar_app:app"),
+    "runserver, Django": ("manage", "runserver", "--noreload", "{port}"),
 }
 
 
@@ -94,7 +115,7 @@ def serving(command: tuple[str, ...], folder: Path, redis: RedisServer) -> Itera
 
 
 @pytest.mark.parametrize("name", SERVERS)
-def test_three_processes_admit_exactly_the_limit(name: str, redis_server: RedisServer, tmp_path: Path) -> None:
+def test_processes_together_admit_exactly_the_limit(name: str, redis_server: RedisServer, tmp_path: Path) -> None:
     redis_server.must("FLUSHALL")
     for module, text in APPS.items():
         (tmp_path / f"{module}.py").write_text(text)

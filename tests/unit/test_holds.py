@@ -15,13 +15,14 @@ from tests.raw_http import RawAnswer
 from tests.rsgi import call
 from tidegate.catalog.cached import CachedCatalog
 from tidegate.catalog.in_memory import PolicyCatalog
-from tidegate.counters.holds import HoldEnded, HoldHandle, HoldNotFound, TooManyHolds, new_id
+from tidegate.counters.holds import HoldHandle, new_id
 from tidegate.counters.memory import MemoryCounters
 from tidegate.decision import Check
+from tidegate.doors.asgi import RateLimitMiddleware
 from tidegate.doors.exceeded import RateLimitExceeded
 from tidegate.doors.http import DataPlane
 from tidegate.doors.limiter import Limiter, SyncLimiter
-from tidegate.errors import BadRequest
+from tidegate.errors import BadRequest, HoldEnded, HoldNotFound, PolicyError, TooManyHolds
 from tidegate.gate.gate import Gate
 from tidegate.policy.limits import Algorithm, Limit, LimitSet
 from tidegate.policy.toml_reader import parse_policy
@@ -359,3 +360,142 @@ def test_a_sync_limiter_holds_while_a_block_runs() -> None:
             limiter.hold("u", ttl_s=0)
         with pytest.raises(RateLimitExceeded), limiter.hold("u", cost=21):
             pass
+
+
+CONCURRENT = """
+[[tiers]]
+name = "free"
+  [[tiers.rules]]
+  endpoint = "/llm/*"
+  name = "tokens"
+  limits = ["1000/minute", "2 concurrent"]
+  [[tiers.rules]]
+  endpoint = "/export"
+  limits = ["1 concurrent"]
+
+[[api_keys]]
+key = "demo-free-key-0001"
+tier = "free"
+"""
+
+
+@pytest.fixture
+def slots(store: MemoryCounters) -> DataPlane:
+    return DataPlane(Gate(CachedCatalog(PolicyCatalog(parse_policy(CONCURRENT))), store), {})
+
+
+async def test_slots_are_taken_by_holds_and_freed_by_settlements(slots: DataPlane, clock: Clock) -> None:
+    opened = [await post(slots, "/v1/holds", {**KEY, "cost": 10, "ttl_s": 5}) for _ in range(3)]
+    assert [answer.status for answer, _ in opened] == [200, 200, 429]
+    assert [body["remaining"] for _, body in opened] == [1, 0, 0]
+    assert opened[0][0].headers["ratelimit-policy"] == '"1000/minute";q=1000;w=60, "2 concurrent";q=2;qu="concurrent-requests"'
+    assert opened[2][0].headers["retry-after"] == "1"
+    check = {**KEY, "cost": 1}
+    assert (await post(slots, "/v1/check", check))[0].status == 429
+    assert (await post(slots, "/v1/check", {**KEY, "cost": 0}))[0].status == 200
+    settled = await post(slots, f"/v1/holds/{opened[0][1]['hold']}/settle", {"cost": 300})
+    assert (settled[1]["limit"], settled[1]["remaining"]) == (2, 1)
+    # Twice frees nobody else's; a check takes none.
+    await post(slots, f"/v1/holds/{opened[0][1]['hold']}/settle", {"cost": 300})
+    for _ in range(3):
+        answer, decision = await post(slots, "/v1/check", check)
+        assert (answer.status, decision["remaining"], decision["limit"]) == (200, 1, 2)
+    usage = json.loads((await call(slots, "/v1/usage", headers=[("x-api-key", b"demo-free-key-0001")])).body)
+    windows = {
+        rule["rule"]: [(each["limit"], each["window"], each["used"]) for each in rule["windows"]] for rule in usage["rules"]
+    }
+    assert windows == {"/export": [(1, 0, 0)], "tokens": [(1000, 60, 313), (2, 0, 1)]}
+    clock.advance(5)
+    # The other one has expired: its slot is free, and its units are back.
+    assert (await post(slots, "/v1/holds", {**KEY, "cost": 0}))[1]["remaining"] == 1
+    late = await post(slots, f"/v1/holds/{opened[1][1]['hold']}/settle", {"cost": 20})
+    assert late[1]["late"]
+
+
+async def test_a_rule_with_slots_alone(slots: DataPlane) -> None:
+    export = {"api_key": "demo-free-key-0001", "path": "/export"}
+    answer, opened = await post(slots, "/v1/holds", {**export, "cost": 0})
+    assert (answer.status, opened["limit"], opened["remaining"]) == (200, 1, 0)
+    assert (await post(slots, "/v1/holds", {**export, "cost": 0}))[0].status == 429
+    assert (await post(slots, f"/v1/holds/{opened['hold']}/settle", {"cost": 0}))[1]["remaining"] == 1
+    answer, opened = await post(slots, "/v1/holds", export)
+    assert answer.status == 200
+
+
+async def test_a_reset_frees_slots(store: MemoryCounters) -> None:
+    gate = Gate(CachedCatalog(PolicyCatalog(parse_policy(CONCURRENT))), store)
+    opened = await gate.holds.open(Check.of("/export", "GET", "demo-free-key-0001"))
+    await gate.reset("demo-free-key-0001")
+    assert (await gate.holds.open(Check.of("/export", "GET", "demo-free-key-0001"))).hold is not None
+    # The first one frees nobody else's slot.
+    await gate.holds.settle(opened.hold, 1)
+    assert (await gate.holds.open(Check.of("/export", "GET", "demo-free-key-0001"))).hold is None
+
+
+@pytest.mark.parametrize(
+    ("policy", "message"),
+    [
+        (CONCURRENT.replace('"2 concurrent"', '"2 concurrent", "3 concurrent"'), "both count requests in progress"),
+        (CONCURRENT.replace('"2 concurrent"', '"0 concurrent"'), "must be a whole number from 1"),
+        (CONCURRENT.replace('name = "free"', 'name = "free"\nlimits = ["5 concurrent"]', 1), "only limits of rules can"),
+        (CONCURRENT.replace('"/export"', '"/export"\n  mode = "soft"'), "cannot be soft"),
+    ],
+)
+def test_bad_concurrency_limits(policy: str, message: str) -> None:
+    with pytest.raises(PolicyError, match=message):
+        parse_policy(policy)
+    with pytest.raises(PolicyError, match="only limits of rules can"):
+        Limiter("5 concurrent")
+
+
+def middleware(store: MemoryCounters, app: Any) -> RateLimitMiddleware:
+    gate = Gate(CachedCatalog(PolicyCatalog(parse_policy(CONCURRENT))), store)
+    return RateLimitMiddleware(app, gate=gate)
+
+
+async def request(app: Any, path: str = "/export", key: str = "demo-free-key-0001") -> list[dict[str, Any]]:
+    sent: list[dict[str, Any]] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    async def receive() -> Any:
+        return {"type": "http.request", "body": b""}
+
+    headers = [(b"x-api-key", key.encode())]
+    scope = {"type": "http", "method": "GET", "path": path, "raw_path": path.encode(), "query_string": b"", "headers": headers}
+    await app({**scope, "client": ("127.0.0.1", 5)}, receive, send)
+    return sent
+
+
+async def test_the_middleware_holds_a_slot_until_the_last_byte(store: MemoryCounters) -> None:
+    entered, go = asyncio.Event(), asyncio.Event()
+
+    async def inner(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        entered.set()
+        await go.wait()
+        await send({"type": "http.response.body", "body": b"x"})
+
+    app = middleware(store, inner)
+    first = asyncio.ensure_future(request(app))
+    await entered.wait()
+    assert (await request(app))[0]["status"] == 429
+    go.set()
+    assert (b"x-ratelimit-remaining", b"0") in (await first)[0]["headers"]
+    assert (await request(app))[0]["status"] == 200
+    # One that is cancelled, as a server does where the client disconnects, frees it too.
+    go.clear()
+    entered.clear()
+    cancelled = asyncio.ensure_future(request(app))
+    await entered.wait()
+    cancelled.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await cancelled
+    go.set()
+    assert (await request(app))[0]["status"] == 200
+    # Rules without slots, paths without rules, and refused callers are as before.
+    assert (await request(app, "/llm/x"))[0]["status"] == 200
+    assert (await request(app, "/other"))[0]["status"] == 200
+    assert (await request(app, key="nobody"))[0]["status"] == 401
+    assert store.open_holds == 0

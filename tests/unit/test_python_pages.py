@@ -35,6 +35,16 @@ assert [client.get("/items").status_code for _ in range(11)] == [200] * 10 + [42
 assert [client.post("/login").json() for _ in range(9)] == ["welcome"] * 9
 assert "429" in client.get("/openapi.json").json()["paths"]["/items"]["get"]["responses"]
 """,
+    "Litestar": """
+from litestar.testing import TestClient as LitestarClient
+with LitestarClient(app) as client:
+    answers = [client.get("/search", headers={"X-User": "ann"}) for _ in range(11)]
+    assert [each.status_code for each in answers] == [200] * 10 + [429]
+    assert (answers[0].headers["x-ratelimit-limit"], answers[10].headers["retry-after"] > "") == ("10", True)
+    assert "exceeded: try again in" in answers[10].json()["detail"]
+    assert client.get("/search", headers={"X-User": "bob"}).headers["x-ratelimit-remaining"] == "9"
+    assert client.get("/items").headers["x-ratelimit-limit"] == "100"
+""",
     "Flask": 'assert [app.test_client().get("/search").status_code for _ in range(11)] == [200] * 10 + [429]',
     "Django": "",
     "WSGI": "assert callable(application)",
@@ -62,9 +72,22 @@ assert spent["tokens"] == 12000
 assert outcomes(lambda: asyncio.run(complete("ann", "x")), 1) == [None]
 """,
     "Background jobs": """
-assert sync_order(Task(), 1) == "order 1 sent"
-partner_api.check("all", 299)
-assert sync_order(Task(), 2).startswith("again in")
+from celery.contrib.testing.worker import start_worker
+
+partner_api = SyncLimiter("1/2s", algorithm="leaky_bucket")
+app.conf.update(result_backend="cache+memory://", worker_hijack_root_logger=False)
+ran = []
+
+@app.task(name="another")
+def another():
+    ran.append("another")
+
+with start_worker(app, perform_ping_check=False, pool="solo", concurrency=1, loglevel="ERROR"):
+    orders = [send_order.delay(number) for number in range(2)]
+    another.delay().get(timeout=60)
+    assert orders[0].get(timeout=60) == "order 0 sent"
+    assert not orders[1].ready(), "the only worker is free while the order waits"
+    assert orders[1].get(timeout=60) == "order 1 sent"
 """,
     "Outgoing calls to another API": "assert asyncio.run(call('x')) == 'called x'",
 }

@@ -1,4 +1,5 @@
-"""The five algorithms and that of quotas, as pure functions: `(limit, state, now, cost) → (state', remaining, reset, retry)`.
+"""The algorithms of limits, quotas and concurrency, as pure functions:
+`(limit, state, now, cost) → (state', remaining, reset, retry)`.
 
 Each module has `decide` and `expires_at`, no I/O and no clock. Times are integer µs since the epoch, read off the
 counter store's clock. A state is a tuple of integers, or None where nothing was consumed that still counts; it never depends
@@ -26,8 +27,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, Final, TypeAlias
 
-from tidegate.algorithms import fixed_window, leaky_bucket, quota, sliding_log, sliding_window, token_bucket
-from tidegate.policy.limits import Algorithm, AnyAlgorithm, QuotaAlgorithm
+from tidegate.algorithms import concurrent, fixed_window, leaky_bucket, quota, sliding_log, sliding_window, token_bucket
+from tidegate.policy.limits import Algorithm, AnyAlgorithm, ConcurrencyAlgorithm, QuotaAlgorithm
 
 State: TypeAlias = tuple[Any, ...] | None
 AlgorithmResult: TypeAlias = tuple[State, int, int, int | None]
@@ -42,6 +43,7 @@ DECIDE: Final[Mapping[AnyAlgorithm, Decide]] = {
     Algorithm.TOKEN_BUCKET: token_bucket.decide,
     Algorithm.LEAKY_BUCKET: leaky_bucket.decide,
     QuotaAlgorithm.QUOTA: quota.decide,
+    ConcurrencyAlgorithm.CONCURRENT: concurrent.decide,
 }
 EXPIRES_AT: Final[Mapping[AnyAlgorithm, ExpiresAt]] = {
     Algorithm.FIXED_WINDOW: fixed_window.expires_at,
@@ -50,6 +52,7 @@ EXPIRES_AT: Final[Mapping[AnyAlgorithm, ExpiresAt]] = {
     Algorithm.TOKEN_BUCKET: token_bucket.expires_at,
     Algorithm.LEAKY_BUCKET: leaky_bucket.expires_at,
     QuotaAlgorithm.QUOTA: quota.expires_at,
+    ConcurrencyAlgorithm.CONCURRENT: concurrent.expires_at,
 }
 MERGE: Final[Mapping[AnyAlgorithm, Merge]] = {
     Algorithm.FIXED_WINDOW: fixed_window.merge,
@@ -58,4 +61,5 @@ MERGE: Final[Mapping[AnyAlgorithm, Merge]] = {
     Algorithm.TOKEN_BUCKET: token_bucket.merge,
     Algorithm.LEAKY_BUCKET: leaky_bucket.merge,
     QuotaAlgorithm.QUOTA: quota.merge,
+    ConcurrencyAlgorithm.CONCURRENT: concurrent.merge,
 }

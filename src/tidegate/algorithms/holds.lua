@@ -122,6 +122,9 @@ local function hold_functions()
       return
     end
     local name = algorithm_name(config)
+    if name == 'concurrent' then
+      return
+    end
     local held = algorithms[name].load(key)
     if name == 'sliding_log' then
       back_to_log(key, held, units, record[2])

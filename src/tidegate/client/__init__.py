@@ -22,14 +22,18 @@ from tidegate.breaker import BreakerOptions
 from tidegate.client.answer import Answer
 from tidegate.client.clients import AsyncClient, Client
 from tidegate.client.core import OnFailure
+from tidegate.client.holds import AsyncClientHold, ClientHold, HeldAnswer
 from tidegate.client.limit_headers import LimitHeaders, Quota, read_limit_headers
 from tidegate.wire import LimitRequest, RuleUsageBody, UsageBody, WindowUsageBody
 
 __all__ = [
     "Answer",
     "AsyncClient",
+    "AsyncClientHold",
     "BreakerOptions",
     "Client",
+    "ClientHold",
+    "HeldAnswer",
     "LimitHeaders",
     "LimitRequest",
     "OnFailure",

@@ -14,6 +14,7 @@ from tidegate.client.answer import Answer
 from tidegate.client.bodies import limit_texts
 from tidegate.client.connections import AsyncConnections, Connections
 from tidegate.client.core import BREAKER, TOKEN_HEADER, ClientCore, OnFailure
+from tidegate.client.holds import AsyncClientHold, ClientHold, hold_request
 from tidegate.client.steps import Pause, Steps
 from tidegate.decision import Check
 from tidegate.errors import TidegateError
@@ -149,6 +150,49 @@ class Client:
             In the order of `requests`: the answer, or the error that `limit` would have raised.
         """
         return self._run(self._core.limit_many(list(requests)))
+
+    def hold(
+        self,
+        path: str,
+        method: str = "GET",
+        *,
+        api_key: str | None = None,
+        ip: str | None = None,
+        cost: int = 1,
+        attributes: Mapping[str, str] | None = None,
+        tier: str | None = None,
+        bearer: str | None = None,
+        ttl_s: int = 60,
+        clamp: bool = False,
+    ) -> ClientHold:
+        """Reserve the most that a request may cost while it runs, and charge what it did cost when it ends (`POST /v1/holds`).
+
+            with client.hold("/v1/chat/completions", "POST", api_key=key, cost=4000) as hold:
+                if hold.allowed:
+                    hold.settle(complete(prompt).usage.total_tokens)
+
+        Without `settle` the reserved cost is charged at the end; nothing, where the block ends with an exception.
+
+        Args:
+            path: this and the next seven as for `check`; `cost` is the most that the request may cost.
+            method: HTTP method of the request.
+            api_key: API key of the caller.
+            ip: address of the caller.
+            cost: units.
+            attributes: what else is known of the caller.
+            tier: tier of the caller.
+            bearer: JSON Web Token of the caller.
+            ttl_s: seconds until the reservation expires, 1 to 3600, in case the process dies.
+            clamp: whether a cost above the most that the limits ever admit is lowered to that; refused otherwise.
+
+        Returns:
+            The hold, for `with`, which raises what `check` raises. A denial raises nothing: see `allowed` and `answer`.
+
+        Raises:
+            BadRequest: if the check is invalid.
+        """
+        check = Check.of(path, method, api_key, ip, cost, DEFERRED, attributes=attributes, tier=tier)
+        return ClientHold(self._core, hold_request(check, bearer, ttl_s, clamp), self._run)
 
     def usage(
         self,
@@ -299,6 +343,24 @@ class AsyncClient:
     async def limit_many(self, requests: Iterable[LimitRequest]) -> list[Answer | TidegateError]:
         """As `Client.limit_many`."""
         return await self._run(self._core.limit_many(list(requests)))
+
+    def hold(
+        self,
+        path: str,
+        method: str = "GET",
+        *,
+        api_key: str | None = None,
+        ip: str | None = None,
+        cost: int = 1,
+        attributes: Mapping[str, str] | None = None,
+        tier: str | None = None,
+        bearer: str | None = None,
+        ttl_s: int = 60,
+        clamp: bool = False,
+    ) -> AsyncClientHold:
+        """As `Client.hold`, for `async with`."""
+        check = Check.of(path, method, api_key, ip, cost, DEFERRED, attributes=attributes, tier=tier)
+        return AsyncClientHold(self._core, hold_request(check, bearer, ttl_s, clamp), self._run)
 
     async def usage(
         self,

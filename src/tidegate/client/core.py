@@ -24,6 +24,8 @@ from tidegate.errors import (
     BadRequest,
     Blocked,
     CatalogUnavailable,
+    HoldEnded,
+    HoldNotFound,
     InvalidApiKey,
     InvalidToken,
     LimiterUnavailable,
@@ -33,6 +35,7 @@ from tidegate.errors import (
     StoreUnavailable,
     TidegateError,
     TokenKeysUnavailable,
+    TooManyHolds,
     TooManyTokens,
     TooManyUnknownKeys,
 )
@@ -58,6 +61,9 @@ _ERRORS: Final[dict[str, type[TidegateError]]] = {
     **{
         error.code: error
         for error in (
+            HoldEnded,
+            HoldNotFound,
+            TooManyHolds,
             *(BadRequest, RequestTooLarge, MissingApiKey, InvalidApiKey),
             *(ApiKeyRevoked, ApiKeyExpired, Blocked, TooManyUnknownKeys, StoreUnavailable, CatalogUnavailable),
             *(InvalidToken, TooManyTokens, TokenKeysUnavailable),
@@ -179,8 +185,38 @@ class ClientCore:
         answers = iter((yield from self._decide_many("/v1/limit/batch", pieces)))
         return [errors[index] if index in errors else next(answers) for index in range(len(requests))]
 
-    def _decide(self, path: str, body: bytes, *, repeatable: bool) -> Steps[Answer]:
-        result = yield from self._send(b"POST", path, _read_check, body, repeatable=repeatable)
+    def decide_with(self, path: str, body: bytes, read: Callable[[Reply], Answer]) -> Steps[Answer]:
+        """Steps of a request that is decided by `on_failure` while no server is available.
+
+        Args:
+            path: path of the data plane.
+            body: JSON.
+            read: parses a response of 200 or 429.
+        """
+        return self._decide(path, body, read, repeatable=False)
+
+    def repeat(self, path: str, body: bytes, read: Callable[[Reply], T]) -> Steps[T]:
+        """Steps of a request that may be sent twice.
+
+        Args:
+            path: path of the data plane.
+            body: JSON.
+            read: parses a response of 200.
+
+        Raises:
+            TidegateError: as returned by the server; `LimiterUnavailable` if no server was available.
+        """
+        result = yield from self._send(b"POST", path, read, body, repeatable=True)
+        if isinstance(result, TransportFailure):
+            raise _unavailable(result.reason)
+        if isinstance(result, TidegateError):
+            raise result
+        return result
+
+    def _decide(
+        self, path: str, body: bytes, read: Callable[[Reply], Answer] | None = None, *, repeatable: bool
+    ) -> Steps[Answer]:
+        result = yield from self._send(b"POST", path, read or _read_check, body, repeatable=repeatable)
         answer = self._decide_failed(result.reason) if isinstance(result, TransportFailure) else result
         if isinstance(answer, TidegateError):
             raise answer
@@ -347,13 +383,17 @@ def _parse_reply(reply: Reply, read: Callable[[Reply], T]) -> T | TidegateError 
     return TransportFailure(f"answered {reply.status}: {result}", sent=True) if isinstance(result, str) else result
 
 
-def _read_check(reply: Reply) -> Answer:
-    headers = tuple(
+def headers_to_pass_on(reply: Reply) -> tuple[tuple[str, str], ...]:
+    """The limit headers of a response, names in lower case."""
+    return tuple(
         (lower.decode("latin-1"), value.decode("latin-1"))
         for name, value in reply.headers
         if (lower := name.lower()) in _LIMIT_HEADERS
     )
-    return _answer(_DECISION.decode(reply.body), headers)
+
+
+def _read_check(reply: Reply) -> Answer:
+    return _answer(_DECISION.decode(reply.body), headers_to_pass_on(reply))
 
 
 def _read_usage(reply: Reply) -> UsageBody:

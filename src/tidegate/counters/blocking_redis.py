@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 
 _SETTLE_BATCH: Final = 50
 _MAX_BREAKERS: Final = 1000
+_SETTLE_ATTEMPTS: Final = 3
 
 
 class BlockingRedis:
@@ -115,7 +116,14 @@ class BlockingRedis:
     def settle_hold_now(self, handle: HoldHandle, cost: int) -> HoldSettlement:
         """See `HoldingCounterStore.settle_hold`; asynchronous instances drop their remembered denials within a second."""
         refunds = self.store.refunds
-        settled = run_blocking(self.store.settle_hold(handle, cost))
+        for attempt in range(_SETTLE_ATTEMPTS):
+            try:
+                settled = run_blocking(self.store.settle_hold(handle, cost))
+                break
+            except StoreUnavailable:
+                # Safe to send again: what was settled is not settled twice.
+                if attempt == _SETTLE_ATTEMPTS - 1:
+                    raise
         if self.store.refunds != refunds:
             self._announce_due = True
         return settled

@@ -17,7 +17,7 @@ import msgspec
 
 from tidegate.counters import Counters
 from tidegate.decision import Decision, clip
-from tidegate.errors import BadRequest, TidegateError
+from tidegate.errors import BadRequest, HoldEnded, HoldNotFound, TooManyHolds
 from tidegate.policy.limits import MAX_AMOUNT
 
 MIN_TTL_S: Final = 1
@@ -31,27 +31,6 @@ SETTLED_KNOWN_US: Final = 120_000_000
 """How long a settled hold is known at least, µs; the same number is in the Lua."""
 EXPIRED_KNOWN_US: Final = 3_600_000_000
 """How long an expired hold is known, µs; the same number is in the Lua."""
-
-
-class HoldNotFound(TidegateError):
-    """There is no hold of this id: it was made elsewhere, or ended too long ago."""
-
-    code = "HOLD_NOT_FOUND"
-    status = 404
-
-
-class HoldEnded(TidegateError):
-    """The hold was settled or has expired, and cannot be renewed."""
-
-    code = "HOLD_ENDED"
-    status = 409
-
-
-class TooManyHolds(TidegateError):
-    """The subject has as many open holds as one may have."""
-
-    code = "TOO_MANY_HOLDS"
-    status = 429
 
 
 class HeldCounter(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):

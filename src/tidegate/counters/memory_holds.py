@@ -15,10 +15,10 @@ from tidegate.counters import Counters
 from tidegate.counters.holds import (
     EXPIRED_KNOWN_US,
     MAX_HOLDS,
+    MAX_TTL_S,
     SETTLED_KNOWN_US,
     HoldHandle,
     HoldSettlement,
-    TooManyHolds,
     has_ended,
     new_id,
     not_found,
@@ -26,7 +26,9 @@ from tidegate.counters.holds import (
 )
 from tidegate.counters.memory_storage import DEFAULT_MAX_SUBJECTS, MemoryStorage
 from tidegate.decision import Decision
-from tidegate.policy.limits import LimitSet
+from tidegate.errors import TooManyHolds
+from tidegate.policy.limits import ConcurrencyAlgorithm, LimitSet
+from tidegate.timestamps import US_PER_S
 
 _EXPIRE_STEPS: Final = 1000
 """Holds that one charge lets expire at most: 2 to 4 ms."""
@@ -127,6 +129,12 @@ class MemoryHolds(MemoryStorage):
             )
         if any(self._open_by_key.get(key, 0) >= self.max_holds for key in keys):
             raise too_many(self.max_holds)
+        slots = tuple(each for each in counters if each[0].algorithm is ConcurrencyAlgorithm.CONCURRENT)
+        if slots and not cost:
+            # A slot has to be free whatever the cost.
+            decision = self.charge_all(slots, 1)
+            if not decision.allowed:
+                return decision, None
         before = [self._shards[hash(key) & 255].get(key) for key in keys]
         decision = self.charge_all(counters, cost)
         if not decision.allowed:
@@ -143,6 +151,20 @@ class MemoryHolds(MemoryStorage):
                 for limit, state in zip(limits.limits, states, strict=True):
                     record.undrained[limit.window_name] = undrained_of(limits.algorithm, state)
             records.append(record)
+            if limits.algorithm is ConcurrencyAlgorithm.CONCURRENT:
+                self._move_slots(key, 1, now)
+        if slots:
+            peek = self.charge_all(counters, 0)
+            decision = Decision(
+                True,
+                peek.binding,
+                peek.remaining,
+                peek.reset_after_us,
+                0,
+                decision.at_us,
+                decision.limits,
+                overage=decision.overage,
+            )
         handle = HoldHandle(new_id(), cost, rule)
         self._open[handle.id] = _OpenHold(counters, cost, decision.at_us + ttl_us, records)
         self._file_hold(handle.id, decision.at_us + ttl_us, records)
@@ -260,7 +282,21 @@ class MemoryHolds(MemoryStorage):
             heap[:] = [each for each in heap if (hold := self._open.get(each[1])) is not None and hold.ends_us == each[0]]
             heapq.heapify(heap)
 
+    def _move_slots(self, key: str, by: int, now: int) -> None:
+        """Take or free slots of a counter."""
+        shard = self._shards[hash(key) & 255]
+        stored = shard.get(key)
+        taken = (stored[0] if stored else 0) + by
+        if taken > 0:
+            shard[key] = (taken,)
+            if stored is None:
+                self._file_new(key, now + MAX_TTL_S * US_PER_S, now)
+        elif stored:
+            shard[key] = ()
+
     def _release_hold(self, record: _Record) -> None:
+        if record.limits.algorithm is ConcurrencyAlgorithm.CONCURRENT and not record.reset:
+            self._move_slots(record.key, -1, 0)
         left = self._open_by_key.get(record.key, 1) - 1
         if left:
             self._open_by_key[record.key] = left
@@ -296,7 +332,7 @@ class MemoryHolds(MemoryStorage):
 
     def _give_back(self, record: _Record, units: int, now: int) -> None:
         """Return units to the counter, also where its states are those of a rule that has other windows now."""
-        if record.reset or not units:
+        if record.reset or not units or record.limits.algorithm is ConcurrencyAlgorithm.CONCURRENT:
             return
         compiled = self._prepare(record.limits)
         for each in (compiled, *compiled.other_layouts):
@@ -317,6 +353,8 @@ class MemoryHolds(MemoryStorage):
 
     def _charge_beyond(self, limits: LimitSet, subject: str, cost: int, now: int) -> None:
         """Charge units whatever the limits say."""
+        if limits.algorithm is ConcurrencyAlgorithm.CONCURRENT:
+            return
         compiled = self._prepare(limits)
         key = compiled.token + subject
         shard = self._shards[hash(key) & 255]

@@ -10,13 +10,14 @@ from tidegate.catalog.cached import CachedCatalog
 from tidegate.catalog.in_memory import PolicyCatalog
 from tidegate.counters import CounterStore
 from tidegate.counters.factory import open_counters
-from tidegate.decision import Check
+from tidegate.decision import Check, Decision
 from tidegate.doors.bearer import refuse_bearer_key
 from tidegate.doors.client_address import FORWARDING, TrustedProxies
 from tidegate.doors.default_limits import App, DefaultLimits, Message, Receive, Scope, Send, refuse
 from tidegate.doors.key_sources import DEFAULT_SOURCES, KeySources
 from tidegate.doors.limit import limit
 from tidegate.doors.request_headers import AsgiHeaders, read_attributes
+from tidegate.doors.request_slot import RequestSlot
 from tidegate.doors.responses import encode, error_body, exceeded_body, limit_headers, retry_headers
 from tidegate.doors.token_attributes import with_asgi_token
 from tidegate.errors import SettingsError, TidegateError
@@ -44,6 +45,9 @@ class RateLimitMiddleware:
     """Checks each HTTP request with a gate and answers denied ones with 429.
 
         app.add_middleware(RateLimitMiddleware, policy="tidegate.policy.toml")
+
+    Where the rule that answers limits requests in progress (`20 concurrent`), a request takes a slot until its last byte was
+    sent.
 
     Websockets pass untouched, and so does the lifespan, at whose shutdown a store made from a URL is closed. Decided answers
     carry the limit headers; denials and errors have the error form.
@@ -143,11 +147,22 @@ class RateLimitMiddleware:
             if check.api_key is None and not self._keys.bearer:
                 await refuse_bearer_key(self.gate, headers, check.ip)
             check = await with_asgi_token(self.gate, check, scope["headers"])
-            decision = await self.gate.check(check)
+            opened = await self.gate.holds.open_slot(check) if self.gate.may_need_slot(check) else None
+            decision = await self.gate.check(check) if opened is None else opened.decision
         except TidegateError as error:
             headers_sent = [("x-tidegate-error", error.code), *retry_headers(error), *exposed]
             await refuse(scope, send, error.status, headers_sent, encode(error_body(error)))
             return
+        if opened is None:
+            await self._answer(scope, receive, send, decision, exposed)
+            return
+        async with RequestSlot(self.gate.holds, opened):
+            await self._answer(scope, receive, send, decision, exposed)
+
+    async def _answer(
+        self, scope: Scope, receive: Receive, send: Send, decision: Decision, exposed: list[tuple[str, str]]
+    ) -> None:
+        """Refuse a request that was denied; let the app answer the others, with limit headers."""
         headers_sent = limit_headers(decision)
         if headers_sent:
             headers_sent += exposed

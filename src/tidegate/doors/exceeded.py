@@ -58,6 +58,12 @@ def starlette_error(decision: Decision, message: str | None, scope: str) -> Rate
     return made
 
 
+def litestar_error(decision: Decision, message: str | None, scope: str) -> RateLimitExceeded:
+    """The exception for Litestar."""
+    made: RateLimitExceeded = _litestar_class()(decision, message, scope)
+    return made
+
+
 def flask_error(decision: Decision, message: str | None, scope: str) -> RateLimitExceeded:
     """The exception for Flask."""
     made: RateLimitExceeded = _flask_class()(decision, message, scope)
@@ -80,6 +86,25 @@ def _starlette_class() -> Any:
 
     StarletteRateLimitExceeded.__name__ = StarletteRateLimitExceeded.__qualname__ = "RateLimitExceeded"
     return StarletteRateLimitExceeded
+
+
+@cache
+def _litestar_class() -> Any:
+    from litestar.exceptions import HTTPException
+
+    class LitestarRateLimitExceeded(RateLimitExceeded, HTTPException):
+        def __init__(self, decision: Decision, message: str | None = None, scope: str = "") -> None:
+            RateLimitExceeded.__init__(self, decision, message, scope)
+            self.status_code = 429
+            self.detail = self.message
+            self.headers = self.limit_headers
+            self.extra = None
+
+        def __str__(self) -> str:
+            return self.message
+
+    LitestarRateLimitExceeded.__name__ = LitestarRateLimitExceeded.__qualname__ = "RateLimitExceeded"
+    return LitestarRateLimitExceeded
 
 
 def use_json_answer(scope: Any) -> None:

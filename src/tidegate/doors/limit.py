@@ -444,6 +444,8 @@ def _take_response(wrapper: Any, function: Callable[..., Any]) -> None:
     parameters = list(signature.parameters.values())
     if _RESPONSE in signature.parameters:
         return  # of another limit of the same endpoint
+    if any(str(getattr(each.annotation, "__module__", "")).startswith("litestar") for each in parameters):
+        return  # an endpoint of Litestar in a program that uses both
     added = inspect.Parameter(_RESPONSE, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Response)
     place = next((i for i, each in enumerate(parameters) if each.kind is each.VAR_KEYWORD), len(parameters))
     parameters.insert(place, added)

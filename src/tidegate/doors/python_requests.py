@@ -10,7 +10,7 @@ from typing import Any, Final, Protocol
 
 from tidegate.decision import Decision
 from tidegate.doors.client_address import FORWARDING, TrustedProxies, counted_client
-from tidegate.doors.exceeded import RateLimitExceeded, flask_error, loaded, starlette_error, use_json_answer
+from tidegate.doors.exceeded import RateLimitExceeded, flask_error, litestar_error, loaded, starlette_error, use_json_answer
 from tidegate.doors.outward import outward
 from tidegate.doors.request_headers import AsgiHeaders, RequestHeaders
 from tidegate.doors.responses import Headers, encode, error_body, limit_headers
@@ -121,6 +121,8 @@ class AsgiRequest:
 
     def denied(self, decision: Decision, message: str | None, scope: str) -> RateLimitExceeded:
         """See `RequestView`."""
+        if "litestar_app" in self._scope:
+            return litestar_error(decision, message, scope)
         if loaded("starlette") is None:
             return RateLimitExceeded(decision, message, scope)
         use_json_answer(self._scope)
@@ -131,11 +133,17 @@ class AsgiRequest:
 
     def failure(self, error: TidegateError) -> Exception:
         """See `RequestView`."""
+        message, _ = outward(error)
+        made: Exception
+        if "litestar_app" in self._scope:
+            from litestar.exceptions import HTTPException
+
+            made = HTTPException(detail=message, status_code=error.status, headers={"x-tidegate-error": error.code})
+            return made
         exceptions = loaded("starlette.exceptions")
         if exceptions is None:
             return error
-        message, _ = outward(error)
-        made: Exception = exceptions.HTTPException(error.status, message, {"x-tidegate-error": error.code})
+        made = exceptions.HTTPException(error.status, message, {"x-tidegate-error": error.code})
         return made
 
 

@@ -72,7 +72,7 @@ def _rule_usage_body(usage: RuleUsage) -> RuleUsageBody:
         decision.limit,
         decision.remaining,
         None if binding is None else decision.reset_after,
-        None if binding is None else binding.window_us // US_PER_S,
+        None if binding is None else 0 if binding.concurrent else binding.window_us // US_PER_S,
         decision.degraded,
         tuple(map(_window_usage_body, usage.windows)),
     )
@@ -84,6 +84,9 @@ def _window_usage_body(decision: Decision) -> WindowUsageBody:
     assert remaining is not None, "a limit says what is left"
     capacity = binding.capacity
     used = max(capacity - remaining, 0) + decision.overage
+    if binding.concurrent:
+        # Requests end when they do.
+        return WindowUsageBody(capacity, 0, used, remaining, None)
     resets_at = format_timestamp(decision.at_us + decision.reset_after_us) if used or decision.reset_after_us else None
     period = binding.clock.period.value if isinstance(binding, QuotaLimit) else None
     return WindowUsageBody(capacity, binding.window_us // US_PER_S, used, remaining, resets_at, period)

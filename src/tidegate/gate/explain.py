@@ -15,7 +15,7 @@ from tidegate.counters import CounterStore
 from tidegate.decision import Check, Decision, ipv6_client
 from tidegate.errors import BadRequest, Blocked
 from tidegate.gate.access import AccessControl
-from tidegate.gate.gate import counters_of
+from tidegate.gate.planning import counters_of
 from tidegate.gate.subjects import shadow_subject
 from tidegate.gate.usage import CounterUsage, peek_windows
 from tidegate.policy.access_entries import AccessAction

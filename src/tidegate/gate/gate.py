@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, Self, TypeAlias
 
@@ -15,25 +15,23 @@ from tidegate.catalog.in_memory import PolicyCatalog
 from tidegate.counters import Charge, ChargeOutcome, CounterStore, ImmediateCounterStore, LeasingCounterStore
 from tidegate.counters.factory import open_counters
 from tidegate.counters.storage_uri import counters_url
-from tidegate.decision import MAX_COST, Check, Decision, Observation, Usage, client_of, clip, ipv6_client, require_tier
+from tidegate.decision import Check, Decision, Observation, Usage, client_of, ipv6_client, require_tier
 from tidegate.errors import BadRequest, MissingApiKey, StoreUnavailable, TidegateError
-from tidegate.gate.access import AccessControl, uncounted
+from tidegate.gate.access import AccessControl
 from tidegate.gate.callers import LOOKUP_TIMEOUT_S, CallerLookup, Sender
 from tidegate.gate.charging import ChargeResult, CheckPlan, charge_all_or_none, charge_independently
 from tidegate.gate.customers import customer_counters
 from tidegate.gate.holds import Holds
-from tidegate.gate.quotas import counters_with_quotas, key_counters
+from tidegate.gate.planning import counters_of, exempt_plan, observation_of, plan_of_descriptor, rule_of
+from tidegate.gate.quotas import key_counters
 from tidegate.gate.request_limits import RequestLimits
+from tidegate.gate.reset import counters_by_attributes, counters_by_ip, counters_by_tier
 from tidegate.gate.shadow import shadow_counters, shadow_denials
-from tidegate.gate.subjects import DescriptorCheck, attributes_subject, descriptor_subject, ip_needed, shadow_subject
-from tidegate.gate.usage import caller_usage, own_limits, reset_counters
+from tidegate.gate.subjects import DescriptorCheck, shadow_subject
+from tidegate.gate.usage import caller_usage, reset_counters
 from tidegate.jwt.tokens import Tokens
-from tidegate.policy.attributes import MAX_VALUE, NO_ATTRIBUTES, OnMissing, checked_attributes, long_value, parse_subject
-from tidegate.policy.descriptors import entries_subject
+from tidegate.policy.attributes import NO_ATTRIBUTES, checked_attributes
 from tidegate.policy.limits import LimitSet
-from tidegate.policy.matching import CompiledRule, CompiledTier, subject_of
-from tidegate.policy.model import Mode, Subject
-from tidegate.policy.periods import DEFAULT_ANCHOR
 from tidegate.policy.toml_reader import load_policy
 from tidegate.time_slice import TimeSlice
 
@@ -149,7 +147,7 @@ class Gate:
                 decided = self._tell(plan, charged, _clock_ns() - started_ns)
                 assert isinstance(decided, Decision), "an immediate store always answers"
                 return decided
-            counters = () if exempt else counters_of(check, caller, _rule_of(check, tier), ip)
+            counters = () if exempt else counters_of(check, caller, rule_of(check, tier), ip)
         except TidegateError as error:
             self._tell_error(error, _clock_ns() - started_ns)
             raise
@@ -166,7 +164,7 @@ class Gate:
                 subject, key_id = counters[0][1], caller.key_id
                 self._observe(Observation(decision, None, latency_ns, (), subject, None, check.cost, key_id, caller.customer))
             else:
-                self._observe(_observation(decision, counters, latency_ns, (), check.cost, caller.key_id))
+                self._observe(observation_of(decision, counters, latency_ns, (), check.cost, caller.key_id))
         return decision
 
     async def _charge_later(self, plan: CheckPlan, started_ns: int) -> Decision:
@@ -197,6 +195,15 @@ class Gate:
         if isinstance(decided, StoreUnavailable):
             raise decided
         return decided
+
+    def may_need_slot(self, check: Check) -> bool:
+        """Whether the rule that answers a check may limit requests in progress: False only where that is certain.
+
+        Args:
+            check: the request.
+        """
+        caller = self._cached_caller_of(check)
+        return caller is None or caller.tier.has_slots
 
     async def check_many(self, checks: Sequence[Check]) -> list[Decision | TidegateError]:
         """Decide checks each on its own, in order, with one call to the counter store.
@@ -313,63 +320,18 @@ class Gate:
         _require_text(tier, "tier")
         _require_text(subject, "subject")
         _require_text(customer, "customer")
-        if customer is not None:
-            return await reset_counters(self.counters, await customer_counters(self.catalog, customer))
-        if subject is not None:
-            entries = parse_subject(subject)
-            text = entries_subject(sorted(entries.items()), prefix="a:")
-            sets = await self._sets_of(
-                lambda tier: [
-                    limits
-                    for each in tier.attribute_rules
-                    if {*each.parts} == {*entries}
-                    for limits, _ in each.counters(text, attributes=entries)
-                ]
-            )
-            return await reset_counters(self.counters, [(limits, text) for limits in sets])
         if api_key is not None:
-            caller = await self._caller(api_key, None, refused_too=True)
-            counters = list(key_counters(caller))
+            counters = list(key_counters(await self._caller(api_key, None, refused_too=True)))
+        elif customer is not None:
+            counters = await customer_counters(self.catalog, customer)
+        elif subject is not None:
+            counters = await counters_by_attributes(self.catalog, subject)
         elif ip is not None:
-            client = f"i:{client_of(ip)}"
-            counters = [(limits, client) for limits in await self._sets_by_ip()]
+            counters = await counters_by_ip(self.catalog, ip)
         else:
             assert tier is not None
-            compiled = await self.catalog.tier(tier)
-            if compiled is None:
-                raise BadRequest(f"there is no tier {clip(tier)}: see 'tidegate tiers'", field="tier")
-            counters = [
-                (limits, f"t:{tier}") for limits in _sets(rule for rule in compiled.rules if rule.subject is Subject.TIER)
-            ]
+            counters = await counters_by_tier(self.catalog, tier)
         return await reset_counters(self.counters, counters)
-
-    async def _sets_by_ip(self) -> list[LimitSet]:
-        """All that can count an ip: rules by ip of every tier, and what counts callers without a key or an attribute."""
-        policy = await self.catalog.caller_policy()
-        anonymous = await self.catalog.anonymous()
-        # Callers without a key may be of any tier where their attributes name it.
-        own = "" if anonymous is None else anonymous.tier.tier.name
-
-        def counting(tier: CompiledTier) -> list[LimitSet]:
-            by_ip = _sets(rule for rule in tier.rules if rule.subject is Subject.IP)
-            by_ip += _sets(rule for rule in tier.attribute_rules if rule.rule.on_missing is OnMissing.IP)
-            if not policy.tier_from and tier.tier.name != own:
-                return by_ip
-            by_ip += own_limits(tier)
-            own_kinds = (Subject.API_KEY, Subject.CUSTOMER)
-            by_ip += [rule.quotas.of(DEFAULT_ANCHOR) for rule in tier.rules if rule.quotas and rule.subject in own_kinds]
-            return by_ip if tier.quotas is None else [*by_ip, tier.quotas.of(DEFAULT_ANCHOR)]
-
-        return await self._sets_of(counting)
-
-    async def _sets_of(self, counting: Callable[[CompiledTier], list[LimitSet]]) -> list[LimitSet]:
-        """Limits of every tier."""
-        found: list[LimitSet] = []
-        for name in await self.catalog.tier_names():
-            compiled = await self.catalog.tier(name)
-            if compiled is not None:
-                found.extend(counting(compiled))
-        return found
 
     async def close(self) -> None:
         """Give back what the counter store holds; `async with` does it at the end."""
@@ -424,7 +386,7 @@ class Gate:
             denials = shadow_denials(plan, charged) if len(charged) > 1 or answer is not None else ()
             shadow_denied = tuple(each.rule for each in denials)
             counters = () if answer is not None else plan.charges[0].counters
-            observed = _observation(decision, counters, latency_ns, shadow_denied, plan.cost, plan.key_id)
+            observed = observation_of(decision, counters, latency_ns, shadow_denied, plan.cost, plan.key_id)
             if denials:
                 force_setattr(observed, "shadow_denials", denials)
             self._observe(observed)
@@ -459,7 +421,7 @@ class Gate:
             exempt = self.access.admit(check.ip, check.attributes)
         caller = self._cached_caller_of(check) or await self._caller_of(check, ip)
         if self._lists.active and self.access.admit_caller(caller, exempt):
-            return _exempt_plan(check, caller)
+            return exempt_plan(check, caller)
         return self._plan_of(check, caller, ip)
 
     def _cached_caller_of(self, check: Check) -> Caller | None:
@@ -474,7 +436,7 @@ class Gate:
 
     def _plan_of(self, check: Check, caller: Caller, ip: str | None) -> CheckPlan:
         tier = caller.tier
-        counters = counters_of(check, caller, _rule_of(check, tier), ip)
+        counters = counters_of(check, caller, rule_of(check, tier), ip)
         charges = [Charge(counters, check.cost)] if counters else []
         if tier.has_shadow_rules:
             for watcher in tier.shadow_rules(check.method, check.path, check.attributes):
@@ -513,10 +475,10 @@ class Gate:
             caller = callers[sender] if isinstance(sender, Sender) else sender
             try:
                 if active and isinstance(caller, Caller) and self.access.admit_caller(caller, bool(exempt)):
-                    plans.append(_exempt_plan(each, caller))
+                    plans.append(exempt_plan(each, caller))
                     continue
                 if isinstance(each, DescriptorCheck):
-                    plans.append(None if isinstance(caller, MissingApiKey) else _plan_of_descriptor(each, caller, client))
+                    plans.append(None if isinstance(caller, MissingApiKey) else plan_of_descriptor(each, caller, client))
                 else:
                     plans.append(caller if isinstance(caller, TidegateError) else self._plan_of(each, caller, client))
             except TidegateError as error:
@@ -524,122 +486,8 @@ class Gate:
         return plans
 
 
-def _sets(rules: Iterable[CompiledRule]) -> list[LimitSet]:
-    """The limits and quotas of rules, for the default anchor: those of other anchors have the same counters."""
-    return [limits for rule in rules for limits, _ in rule.counters("")]
-
-
-def _exempt_plan(check: Check | DescriptorCheck, caller: Caller) -> CheckPlan:
-    return CheckPlan(Decision(True, unlimited_tier=caller.tier.tier.name), (), check.cost, caller.key_id)
-
-
 def _unanswered() -> Decision:
     raise AssertionError("an immediate store always answers")
-
-
-def _rule_of(check: Check, tier: CompiledTier) -> CompiledRule | None:
-    """The rule that answers a check."""
-    attributes = check.attributes
-    if not attributes:
-        return tier.match(check.method, check.path)
-    for name in tier.attribute_names:
-        # Not every door bounds values: some are there for other programs.
-        if name in attributes and len(attributes[name]) > MAX_VALUE:
-            raise long_value(name, attributes[name])
-    return tier.match(check.method, check.path, attributes)
-
-
-def counters_of(check: Check, caller: Caller, rule: CompiledRule | None, ip: str | None) -> tuple[tuple[LimitSet, str], ...]:
-    """What a check is charged to: the counter of the rule that answers it, and that of the tier's own limits."""
-    tier = caller.tier
-    if tier.has_actions and rule is not None and rule.action is not None:
-        return uncounted(rule)
-    if tier.has_quotas:
-        return counters_with_quotas(check, caller, rule, ip)
-    tier_limits = tier.limits
-    if rule is not None and rule.subject is Subject.ATTRIBUTES:
-        counted = attributes_subject(check, caller, rule, ip)
-        own = () if tier_limits is None else ((tier_limits, _caller_subject(check, caller, ip)),)
-        limits = rule.limits if rule.overrides is None else rule.overrides.of(counted, check.attributes, rule.limits)
-        return ((limits, counted), *own)
-    if rule is None and tier_limits is None:
-        return ()
-    if rule is not None and tier_limits is None and caller.customer_subject and rule.subject is Subject.CUSTOMER:
-        # No address is needed.
-        return ((rule.limits, caller.customer_subject),)
-    subject = caller.subject or _caller_subject(check, caller, ip)
-    if rule is None:
-        assert tier_limits is not None
-        return ((tier_limits, subject),)
-    counted = subject
-    if rule.subject is not Subject.API_KEY:
-        found = subject_of(rule.subject, subject, ip, tier.tier.name, caller.customer_subject)
-        if found is None:
-            raise ip_needed(check, f"the rule {clip(rule.rule.name)} counts by ip")
-        counted = found
-    if tier_limits is None:
-        return ((rule.limits, counted),)
-    return ((rule.limits, counted), (tier_limits, subject))
-
-
-def _caller_subject(check: Check, caller: Caller, ip: str | None) -> str:
-    if caller.subject:
-        return caller.subject
-    if ip is None:
-        raise ip_needed(check, "a check without an API key is counted by ip")
-    return f"i:{ip}"
-
-
-def _observation(
-    decision: Decision,
-    counters: tuple[tuple[LimitSet, str], ...],
-    latency_ns: int,
-    shadow_denied: tuple[str, ...],
-    cost: int,
-    key_id: str,
-) -> Observation:
-    """What telemetry reads of a decision by these counters, the rule's first; by none where nothing limits the check."""
-    customer = decision.customer or ""
-    if not counters:
-        return Observation(decision, None, latency_ns, shadow_denied, None, None, cost, key_id, customer)
-    if decision.allowed:
-        return Observation(decision, None, latency_ns, shadow_denied, counters[0][1], None, cost, key_id, customer)
-    denied_by, subject = counters[0]
-    # A decision names the rule that answered; the binding limit identifies the limit set that denied.
-    for limits, counted in counters[1:]:
-        if decision.binding in limits.limits:
-            denied_by, subject = limits, counted
-    return Observation(decision, None, latency_ns, shadow_denied, subject, denied_by, cost, key_id, customer)
-
-
-def _plan_of_descriptor(check: DescriptorCheck, caller: Caller | TidegateError, client: str | None) -> CheckPlan | None:
-    """The limits that apply to a descriptor without a path; None if there are none."""
-    if isinstance(caller, TidegateError):
-        raise caller
-    if not 0 <= check.cost <= MAX_COST:
-        raise BadRequest(f"cost {clip(check.cost)} must be a whole number from 0 to {MAX_COST}", field="cost")
-    entries = check.entries
-    matched = caller.tier.match_entries(entries)
-    answering = next((each.compiled for each in matched if each.compiled.rule.mode is not Mode.SHADOW), None)
-    if answering is not None and answering.action is not None:
-        uncounted(answering)
-        return _exempt_plan(check, caller)
-    charges = [
-        (
-            each.compiled.rule.mode,
-            Charge(each.compiled.counters(descriptor_subject(check, caller, each, client), caller.anchor, entries), check.cost),
-        )
-        for each in matched
-    ]
-    enforced = next((charge for mode, charge in charges if mode is not Mode.SHADOW), None)
-    shadow_outcomes = [charge for mode, charge in charges if mode is Mode.SHADOW]
-    if enforced is None and not shadow_outcomes:
-        return None
-    if enforced is None:
-        return CheckPlan(
-            Decision(True, unlimited_tier=caller.tier.tier.name), shadow_outcomes, check.cost, caller.key_id, caller.identity
-        )
-    return CheckPlan(None, [enforced, *shadow_outcomes], check.cost, caller.key_id, caller.identity)
 
 
 def _require_text(value: object, field: str) -> None:

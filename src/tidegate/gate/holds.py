@@ -26,7 +26,7 @@ from tidegate.decision import MAX_COST, Check, Decision, clip
 from tidegate.errors import BadRequest, TidegateError
 from tidegate.gate.charging import CheckPlan
 from tidegate.gate.request_limits import LimitCheck
-from tidegate.policy.limits import Limit
+from tidegate.policy.limits import ConcurrencyAlgorithm, Limit, LimitSet
 from tidegate.policy.quotas import UNBOUNDED, QuotaLimit
 from tidegate.timestamps import US_PER_S
 
@@ -129,12 +129,45 @@ class Holds:
         try:
             ttl = checked_ttl_s(ttl_s)
             plan = await self._plan(check)
+        except TidegateError as error:
+            self._report_error(error, time.perf_counter_ns() - started_ns)
+            raise
+        return await self._open_planned(plan, check.cost, ttl, clamp, started_ns)
+
+    async def open_slot(self, check: Check, ttl_s: int = DEFAULT_TTL_S) -> OpenedHold | None:
+        """As `open`, if the rule that answers limits requests in progress.
+
+        Args:
+            check: the request.
+            ttl_s: as for `open`.
+
+        Returns:
+            As `open`; None if no slot is needed, and nothing was charged then. The hold of a request is settled with what was
+            reserved.
+
+        Raises:
+            TidegateError: as `Gate.check`.
+            TooManyHolds: as `open`.
+        """
+        started_ns = time.perf_counter_ns()
+        try:
+            plan = await self._plan(check)
+        except TidegateError as error:
+            self._report_error(error, time.perf_counter_ns() - started_ns)
+            raise
+        if plan.answer is not None or not any(_is_slots(limits) for limits, _ in plan.charges[0].counters):
+            return None
+        return await self._open_planned(plan, check.cost, ttl_s, None, started_ns)
+
+    async def _open_planned(self, plan: CheckPlan, wanted: int, ttl: int, clamp: bool | None, started_ns: int) -> OpenedHold:
+        """Open the hold of a plan; where `clamp` is None, a cost that can never pass is denied as that of a check is."""
+        try:
             if plan.answer is not None:
                 shadow = await self._counters.charge(plan.charges) if plan.charges else ()
                 self._report(plan, shadow, time.perf_counter_ns() - started_ns)
-                return self._uncounted(plan.answer, check.cost, ttl)
+                return self._uncounted(plan.answer, wanted, ttl)
             counters = plan.charges[0].counters
-            cost = fitting_cost(counters, check.cost, clamp)
+            cost = wanted if clamp is None else fitting_cost(counters, wanted, clamp)
             decision, handle = await self._reserve(counters, cost, ttl)
             beside = [Charge(each.counters, cost) for each in plan.charges[1:]]
             outcomes = [decision, *(await self._counters.charge(beside) if beside else ())]
@@ -251,8 +284,8 @@ def fitting_cost(counters: Counters, cost: int, clamp: bool) -> int:
     """
     lowest: Limit | None = None
     for limits, _ in counters:
-        # A soft limit lets every cost pass.
-        for limit in () if limits.soft else limits.limits:
+        # A soft limit lets every cost pass, and a slot is one whatever the cost.
+        for limit in () if limits.soft or _is_slots(limits) else limits.limits:
             if lowest is None or _most(limit) < _most(lowest):
                 lowest = limit
     if lowest is None or cost <= _most(lowest):
@@ -265,6 +298,10 @@ def fitting_cost(counters: Counters, cost: int, clamp: bool) -> int:
         field="cost",
         most=_most(lowest),
     )
+
+
+def _is_slots(limits: LimitSet) -> bool:
+    return limits.algorithm is ConcurrencyAlgorithm.CONCURRENT
 
 
 def _most(limit: Limit) -> int:

@@ -52,6 +52,8 @@ def counters_with_quotas(check: Check, caller: Caller, rule: CompiledRule | None
         if rule.quotas is not None:
             own = (caller.quota_subject or counted) if rule.subject is Subject.API_KEY else counted
             charged.append((rule.quotas.of(caller.anchor), own))
+        if rule.slots is not None:
+            charged.append((rule.slots, counted))
     if tier.limits is not None:
         charged.append((tier.limits, subject))
     if quotas is not None:

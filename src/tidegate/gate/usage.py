@@ -93,7 +93,8 @@ def _counters(rule: CompiledRule | None, caller: Caller, subject: str, attribute
     if rule is not None:
         assert rule.quotas is not None, "a rule without quotas is above"
         own = (rule.quotas.of(caller.anchor), quota_subject)
-        return ((rule.limits, subject), own) if rule.limited else (own,)
+        slots: Counters = () if rule.slots is None else ((rule.slots, subject),)
+        return ((rule.limits, subject), own, *slots) if rule.limited else (own, *slots)
     limits = caller.tier.limits
     found: Counters = () if limits is None else ((limits, subject),)
     return found if caller.quotas is None else (*found, (caller.quotas, quota_subject))
@@ -179,7 +180,8 @@ def own_limits(tier: CompiledTier, *, has_customer: bool = False) -> list[LimitS
         has_customer: whether the caller is a customer's, which rules by customer count in its place.
     """
     kinds = (Subject.API_KEY,) if has_customer else (Subject.API_KEY, Subject.CUSTOMER)
-    found = [rule.limits for rule in tier.rules if rule.limited and rule.subject in kinds]
+    counted = [rule for rule in tier.rules if rule.subject in kinds]
+    found = [rule.limits for rule in counted if rule.limited] + [rule.slots for rule in counted if rule.slots is not None]
     return found if tier.limits is None else [tier.limits, *found]
 
 

@@ -38,6 +38,8 @@ _LIMIT: Final = re.compile(
     r"\s*([0-9_]+)(?:\s*/\s*|\s+per\s+)([0-9]*)\s*([A-Za-z]+)(?:\s+burst\s+([0-9_]+))?\s*", re.ASCII | re.IGNORECASE
 )
 
+_CONCURRENT: Final = re.compile(r"\s*([0-9_]+)\s+concurrent\s*", re.ASCII | re.IGNORECASE)
+
 
 _E = TypeVar("_E", bound=enum.StrEnum)
 
@@ -68,7 +70,18 @@ class QuotaAlgorithm(enum.StrEnum):
         return False
 
 
-AnyAlgorithm: TypeAlias = Algorithm | QuotaAlgorithm
+class ConcurrencyAlgorithm(enum.StrEnum):
+    """How requests in progress count. Not among the algorithms: no rule names it. See `tidegate.algorithms.concurrent`."""
+
+    CONCURRENT = "concurrent"
+
+    @property
+    def is_bucket(self) -> bool:
+        """Whether the algorithm takes a burst."""
+        return False
+
+
+AnyAlgorithm: TypeAlias = Algorithm | QuotaAlgorithm | ConcurrencyAlgorithm
 
 
 class OnFailure(enum.StrEnum):
@@ -92,6 +105,7 @@ class Limit(msgspec.Struct, frozen=True, gc=False):
         burst: capacity of a bucket, 1 to 1,000,000,000; None where the algorithm's default holds.
         label: what the limit is called in answers; its text where empty.
         calendar_year: whether the window is the UTC calendar year.
+        concurrent: whether `amount` requests may be in progress at once, whatever the time; `window_us` means nothing then.
     """
 
     amount: int
@@ -100,10 +114,11 @@ class Limit(msgspec.Struct, frozen=True, gc=False):
     burst: int | None = None
     label: str = ""
     calendar_year: bool = False
+    concurrent: bool = False
 
     @classmethod
     def parse(cls, text: object) -> Limit:
-        """Read `100/minute`, `100 per minute`, `30/90s`, `1000/month` or `100/minute burst 20`.
+        """Read `100/minute`, `100 per minute`, `30/90s`, `1000/month`, `100/minute burst 20` or `20 concurrent`.
 
         Args:
             text: the limit as written in a policy.
@@ -115,10 +130,12 @@ class Limit(msgspec.Struct, frozen=True, gc=False):
             PolicyError: naming the text and the forms that are understood.
         """
         match = _LIMIT.fullmatch(text) if isinstance(text, str) and len(text) <= 80 else None
+        if match is None and isinstance(text, str) and len(text) <= 80 and (slots := _CONCURRENT.fullmatch(text)):
+            return cls(_whole(slots[1], "number of requests", text), US_PER_S, concurrent=True)
         if match is None:
             raise PolicyError(
                 f"limit {short(text)} is not understood: write '100/minute', '30/90s', '1000/month', '500/week' "
-                "or '100/minute burst 20'"
+                "'100/minute burst 20' or '20 concurrent'"
             )
         amount_text, count_text, unit, burst_text = match.groups()
         amount = _whole(amount_text, "amount", str(text))
@@ -152,7 +169,7 @@ class Limit(msgspec.Struct, frozen=True, gc=False):
         """Which window this is, whatever its amount: `month`, `year` or its length like `60s`."""
         if self.is_calendar:
             return "month" if self.calendar_month else "year"
-        return f"{self.window_us // US_PER_S}s"
+        return "concurrent" if self.concurrent else f"{self.window_us // US_PER_S}s"
 
     @property
     def is_calendar(self) -> bool:
@@ -162,6 +179,8 @@ class Limit(msgspec.Struct, frozen=True, gc=False):
     @property
     def text(self) -> str:
         """The limit in the form that `parse` reads, shortest unit form first."""
+        if self.concurrent:
+            return f"{self.amount} concurrent"
         unit = self.window_name if self.is_calendar else _window_text(self.window_us // US_PER_S)
         return f"{self.amount}/{unit}" + ("" if self.burst is None else f" burst {self.burst}")
 
@@ -245,6 +264,8 @@ def _single_sets(limits: LimitSet) -> tuple[LimitSet, ...]:
 
 def quota_text(limit: Limit) -> str:
     """One quota of the `RateLimit-Policy` header (draft-ietf-httpapi-ratelimit-headers-10, section 3)."""
+    if limit.concurrent:
+        return f'"{limit.label or limit.text}";q={limit.capacity};qu="concurrent-requests"'
     return f'"{limit.label or limit.text}";q={limit.capacity};w={limit.window_us // US_PER_S}'
 
 
@@ -264,6 +285,10 @@ def fit_limits(algorithm: AnyAlgorithm, limits: Iterable[Limit]) -> tuple[Limit,
     fitted: dict[str, Limit] = {}
     for given in limits:
         limit = given
+        if limit.concurrent and algorithm is not ConcurrencyAlgorithm.CONCURRENT:
+            raise PolicyError(
+                f"limit {limit.text!r} counts requests in progress, which only limits of rules can: move it to a rule"
+            )
         if limit.burst is not None and not algorithm.is_bucket:
             raise PolicyError(
                 f"limit {limit.text!r} has a burst, which {algorithm} cannot give: "
@@ -288,6 +313,27 @@ def fit_limits(algorithm: AnyAlgorithm, limits: Iterable[Limit]) -> tuple[Limit,
     if not 1 <= len(fitted) <= 16:
         raise PolicyError(f'{len(fitted)} limits given: a rule takes 1 to 16, for example limits = ["100/minute"]')
     return tuple(sorted(fitted.values(), key=lambda each: each.window_us))
+
+
+def split_limits(limits: Iterable[Limit]) -> tuple[tuple[Limit, ...], Limit | None]:
+    """The limits of a rule by how they count.
+
+    Args:
+        limits: of the rule.
+
+    Returns:
+        The limits per window, and that of requests in progress; None where there is none.
+
+    Raises:
+        PolicyError: if there are two of the latter.
+    """
+    given = tuple(limits)
+    slots = [limit for limit in given if limit.concurrent]
+    if len(slots) > 1:
+        raise PolicyError(f"limits {slots[0].text!r} and {slots[1].text!r} both count requests in progress: keep the one meant")
+    if not slots:
+        return given, None
+    return tuple(limit for limit in given if not limit.concurrent), slots[0]
 
 
 def is_zero(limit: object) -> bool:

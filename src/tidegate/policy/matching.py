@@ -14,7 +14,7 @@ import msgspec
 from tidegate.policy.attributes import NO_ATTRIBUTES
 from tidegate.policy.counter_names import counter_names
 from tidegate.policy.descriptors import entries_subject, escaped, subject_of_text
-from tidegate.policy.limits import Algorithm, Limit, LimitSet
+from tidegate.policy.limits import Algorithm, ConcurrencyAlgorithm, Limit, LimitSet, quota_text, split_limits
 from tidegate.policy.match_index import MatchIndex
 from tidegate.policy.model import Mode, Rule, Subject, Tier
 from tidegate.policy.overrides import Override
@@ -82,7 +82,8 @@ class CompiledTier:
     Attributes:
         quotas: the tier's quotas; None where there are none.
         has_actions: whether one of its rules denies, or allows without counting.
-        has_quotas: whether it or one of its rules has quotas.
+        has_quotas: whether it or one of its rules has quotas, or limits of requests in progress.
+        has_slots: whether one of its rules limits requests in progress.
         has_shadow_rules: whether `shadow_rules` can give any.
         attribute_names: the attributes that its rules read.
         attribute_rules: the rules that count by attributes, those for descriptors too.
@@ -100,6 +101,7 @@ class CompiledTier:
         "has_actions",
         "has_quotas",
         "has_shadow_rules",
+        "has_slots",
         "limits",
         "quotas",
         "rules",
@@ -132,6 +134,8 @@ class CompiledTier:
             rule.name: _rule_quotas(tier, rule, sold.get(rule.name, rule.quotas), names[rule.name]) for rule in tier.rules
         }
         self.has_quotas = self.quotas is not None or any(rules_sold.values())
+        self.has_slots = any(limit.concurrent for rule in tier.rules for limit in rule.limits)
+        self.has_quotas = self.has_quotas or self.has_slots
         heads = {(rule.endpoint, rule.match, rule.mode) for rule in tier.rules if "HEAD" in rule.methods}
         compiled = [
             CompiledRule(
@@ -141,6 +145,7 @@ class CompiledTier:
                 (rule.endpoint, rule.match, rule.mode) in heads,
                 rules_sold[rule.name],
                 _overridden(tier, rule, self.subject_overrides.get(rule.name), suffix, rules_sold[rule.name], names[rule.name]),
+                _slots(tier, rule, suffix, names[rule.name]),
             )
             for order, rule in enumerate(tier.rules)
         ]
@@ -220,6 +225,7 @@ def _limit_set(
 ) -> LimitSet | None:
     if rule.action is not None:
         limits = (_UNCOUNTED,)
+    limits, _ = split_limits(limits)
     if not limits:
         return None
     # A tier's name holds no ':', so 'tier:rule' cannot be read two ways, nor equal a tier's own counter 'tier'.
@@ -234,7 +240,28 @@ def _limit_set(
         shadow=rule.mode is Mode.SHADOW,
         leases=rule.leases,
     )
+    _, slots = split_limits(rule.limits)
+    if slots is not None:
+        made.quotas += f", {quota_text(slots)}"
     made.quotas += suffix if quotas is None else f"{suffix}, {quotas.header}"
+    return made
+
+
+def _slots(tier: Tier, rule: Rule, suffix: str, counter: str) -> LimitSet | None:
+    """The limit of requests in progress of a rule: its own, also where its other limits are overridden."""
+    _, slots = split_limits(rule.limits)
+    if slots is None:
+        return None
+    # '/' is in no tier's name: no other counter has this name.
+    made = LimitSet(
+        f"slots/{tier.name}:{counter}",
+        ConcurrencyAlgorithm.CONCURRENT,
+        (slots,),
+        rule.on_failure,
+        rule=rule.name,
+        tier=tier.name,
+    )
+    made.quotas += suffix
     return made
 
 

@@ -22,7 +22,7 @@ from tidegate.policy.globs import Glob
 from tidegate.policy.jwt_policy import JwtPolicy
 from tidegate.policy.key_format import FORM, MAX_KEY, MIN_WRITTEN_KEY, hash_api_key, is_mistyped
 from tidegate.policy.key_hash import HMAC_SHA256, PLAIN, key_hash_as_set, key_hash_in_use
-from tidegate.policy.limits import Algorithm, Limit, OnFailure, fit_limits, is_zero, member_of, short
+from tidegate.policy.limits import Algorithm, Limit, OnFailure, fit_limits, is_zero, member_of, short, split_limits
 from tidegate.policy.namespaces import Namespace
 from tidegate.policy.notify import NotifyTarget
 from tidegate.policy.overrides import Override, SubjectOverride
@@ -159,8 +159,14 @@ class Rule(msgspec.Struct, frozen=True, gc=False):
         sold = fit_quotas(quotas)
         if acts is not None:
             _require_action_alone(acts, parsed, sold, mode)
-        elif parsed or not sold:
-            fit_limits(chosen, parsed)
+        else:
+            rates, slots = split_limits(parsed)
+            if rates or not (sold or slots):
+                fit_limits(chosen, rates)
+            if slots is not None and mode == Mode.SOFT:
+                raise PolicyError(
+                    f"limit {slots.text!r} cannot be soft, as slots that are not there cannot be taken: use enforce"
+                )
         above = overage if isinstance(overage, Overage) else Overage.parse(overage)
         require_quotas(above, sold)
         upper = tuple(sorted({_method(method) for method in methods}))

@@ -35,13 +35,14 @@ class CompiledRule:
         head_is_named: whether a rule of the same endpoint, match and mode names HEAD; see `counted_methods`.
         quotas: its quotas; None where it has none.
         overrides: other limits for some of its subjects; None where there are none.
+        slots: its limit of requests in progress; None where it has none.
 
     Attributes:
         action: what it does in place of counting; None where it counts.
-        limited: whether it has limits; else `limits` are its quotas, for the default anchor.
+        limited: whether it has limits per window; else `limits` are its quotas, for the default anchor, or its slots.
     """
 
-    __slots__ = ("action", "limited", "limits", "methods", "overrides", "parts", "quotas", "rank", "rule", "subject")
+    __slots__ = ("action", "limited", "limits", "methods", "overrides", "parts", "quotas", "rank", "rule", "slots", "subject")
 
     def __init__(
         self,
@@ -51,15 +52,17 @@ class CompiledRule:
         head_is_named: bool = False,
         quotas: CompiledQuotas | None = None,
         overrides: OverriddenLimits | None = None,
+        slots: LimitSet | None = None,
     ) -> None:
         self.rule = rule
         self.overrides = overrides
         self.quotas = quotas
         self.action = rule.action
         self.limited = limits is not None and rule.action is None
+        self.slots = slots
         if limits is None:
-            assert quotas is not None, "a rule has limits or quotas"
-            limits = quotas.of(DEFAULT_ANCHOR)
+            limits = slots if quotas is None else quotas.of(DEFAULT_ANCHOR)
+            assert limits is not None, "a rule has limits, quotas or slots"
         self.limits = limits
         self.subject = rule.subject
         # In one order, whatever that of the policy: it may change without a new counter.
@@ -91,10 +94,14 @@ class CompiledRule:
         """
         if self.action is not None:
             return ()
-        if self.quotas is None:
+        if self.quotas is None and self.slots is None:
             return ((self.limits_of(subject, attributes), subject),)
-        own = (self.quotas.of(anchor), subject)
-        return ((self.limits_of(subject, attributes), subject), own) if self.limited else (own,)
+        own = [(self.limits_of(subject, attributes), subject)] if self.limited else []
+        if self.quotas is not None:
+            own.append((self.quotas.of(anchor), subject))
+        if self.slots is not None:
+            own.append((self.slots, subject))
+        return tuple(own)
 
     def __repr__(self) -> str:
         return f"CompiledRule({self.rule.name!r})"

@@ -108,6 +108,6 @@ def _idle_limits(rule: Rule) -> Iterable[tuple[Limit, Limit]]:
         for shorter in rule.limits:
             # Twice the rate: a window counter may admit nearly twice its amount within one window's length.
             fits = -(-limit.window_us // shorter.window_us) + 1
-            if shorter.window_us < limit.window_us and shorter.amount * fits <= limit.amount:
+            if not shorter.concurrent and shorter.window_us < limit.window_us and shorter.amount * fits <= limit.amount:
                 yield limit, shorter
                 break

@@ -22,7 +22,6 @@ from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 from sqlalchemy.pool import QueuePool, StaticPool
 
-from tidegate.catalog.sql.batch_loader import MAX_CONCURRENT
 from tidegate.catalog.sql.change_log import WriteTransaction, no_state
 from tidegate.catalog.sql.database_errors import READ_ONLY, cannot_write, is_transient, sqlstate_of
 from tidegate.catalog.sql.engine import BUSY_TIMEOUT_MS, is_postgres, open_engine, reason_of, redacted_url, sqlite_reader
@@ -83,7 +82,7 @@ class Database:
         self._written_at_s = time.monotonic()
         self._reader = reader
         self._writer = writer
-        self._sqlite = sqlite_reader(reader, MAX_CONCURRENT)
+        self._sqlite = sqlite_reader(reader)
 
     @classmethod
     async def open(cls, url: str, options: DatabaseOptions | None = None) -> Database:

@@ -15,7 +15,7 @@ from sqlalchemy import create_engine, event
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
-from sqlalchemy.pool import StaticPool
+from sqlalchemy.pool import QueuePool, StaticPool
 
 from tidegate.catalog.sql.sqlite_reader import SqliteReader
 from tidegate.errors import SettingsError
@@ -79,15 +79,15 @@ def open_engine(
     return _sqlite(parsed, pool_size, timeout_s, inspect_only)
 
 
-def sqlite_reader(engine: AsyncEngine, threads: int) -> SqliteReader | None:
-    """What reads the same database for checks; None unless it is a SQLite file.
+def sqlite_reader(engine: AsyncEngine) -> SqliteReader | None:
+    """What reads the same database for checks, in as many queries at a time; None unless it is a SQLite file.
 
     Args:
         engine: from `open_engine`.
-        threads: maximum number of concurrent queries, 1 or more.
     """
-    if engine.dialect.name != "sqlite" or isinstance(engine.pool, StaticPool):
+    if engine.dialect.name != "sqlite" or not isinstance(engine.pool, QueuePool):
         return None
+    threads = engine.pool.size()
     reader = create_engine(engine.url.set(drivername="sqlite+pysqlite"), pool_size=threads, max_overflow=0)
     event.listen(reader, "connect", _prepare_sqlite)
     return SqliteReader(reader, threads)

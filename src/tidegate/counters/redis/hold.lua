@@ -9,6 +9,7 @@ end
 local cost = tonumber(ARGV[#KEYS + 1])
 local id, ttl, most = unpack(cmsgpack.unpack(ARGV[#KEYS + 2]))
 local functions, uncharged = hold_functions(), {}
+algorithms.slots_wanted = 1
 for k = 1, #KEYS do
   reclaim(KEYS[k], configs[k])
   if redis.call('ZCARD', KEYS[k] .. '.holds') >= most then

@@ -7,7 +7,9 @@ would have passed; more than a limit is never admitted.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Awaitable, Callable, Sequence
+from functools import lru_cache
 from typing import Any, Final, Protocol
 
 import msgspec
@@ -26,10 +28,10 @@ from tidegate.counters.holds import (
 from tidegate.counters.redis.command_templates import CommandTemplate
 from tidegate.counters.redis.error_replies import shown
 from tidegate.counters.redis.keyspace import hash_tag, name_of, slot_of_tag
-from tidegate.counters.redis.scripts import Script, parameters, script
+from tidegate.counters.redis.scripts import Script, boundaries_end_us, parameters, script
 from tidegate.decision import Decision
 from tidegate.errors import StoreUnavailable
-from tidegate.policy.limits import Algorithm, AnyAlgorithm, QuotaAlgorithm
+from tidegate.policy.limits import Algorithm, AnyAlgorithm, ConcurrencyAlgorithm, LimitSet, QuotaAlgorithm
 
 RunScript = Callable[[bytes, Script, Sequence[bytes], Sequence[bytes]], Awaitable[Any]]
 """Runs a script on the server of a hash tag, with keys and arguments; raises `StoreUnavailable` where there is no reply."""
@@ -37,6 +39,7 @@ RunScript = Callable[[bytes, Script, Sequence[bytes], Sequence[bytes]], Awaitabl
 _BY_LUA_NAME: Final[dict[str, AnyAlgorithm]] = {
     **{each.value: each for each in Algorithm if each is not Algorithm.LEAKY_BUCKET},
     QuotaAlgorithm.QUOTA.value: QuotaAlgorithm.QUOTA,
+    ConcurrencyAlgorithm.CONCURRENT.value: ConcurrencyAlgorithm.CONCURRENT,
 }
 
 
@@ -95,8 +98,9 @@ class RedisHolds:
     async def _open_part(self, counters: Counters, hold: str, cost: int, ttl_us: int) -> tuple[Decision, tuple[HeldCounter, ...]]:
         work = script("hold", frozenset(limits.algorithm for limits, _ in counters))
         tags = [hash_tag(subject) for _, subject in counters]
-        names = [name_of(limits) for limits, _ in counters]
-        sent = [parameters(limits, charging=True) for limits, _ in counters]
+        prepared = [_prepared(limits) for limits, _ in counters]
+        names = [name for name, _ in prepared]
+        sent = [own or parameters(limits, charging=True) for (limits, _), (_, own) in zip(counters, prepared, strict=True)]
         numbers = msgspec.msgpack.encode((hold, ttl_us, self.most))
         keys = [_key(tag, name) for tag, name in zip(tags, names, strict=True)]
         reply = await self._run(tags[0], work, keys, [*sent, b"%d" % cost, numbers])
@@ -152,6 +156,13 @@ class RedisHolds:
                 raise StoreUnavailable(f"unexpected reply from Redis to a renewal: {shown(reply)}", reason="garbage")
 
 
+@lru_cache(maxsize=4096)
+def _prepared(limits: LimitSet) -> tuple[bytes, bytes]:
+    """The name of a counter, and its parameters; empty where these change with time, as those of quotas do."""
+    changes = boundaries_end_us(limits, time.time_ns() // 1000) is not None
+    return name_of(limits), b"" if changes else parameters(limits, charging=True)
+
+
 def _key(tag: bytes, name: bytes) -> bytes:
     return b"tg:{%b}%b" % (tag, name)
 
@@ -191,7 +202,7 @@ def _capacity(part: Sequence[HeldCounter], place: int) -> int | None:
     """The most that can be had at once under a limit, by its place among those of a part's counters, 1 for the first."""
     for each in part:
         algorithm, *numbers = _decoded(each)
-        width = 2 if "window" in algorithm or "log" in algorithm else 4
+        width = 4 if algorithm.endswith(("bucket", "quota")) else 2
         count = len(numbers) // width
         if place <= count:
             return int(numbers[(place - 1) * width + 1])

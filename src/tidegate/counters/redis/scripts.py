@@ -16,7 +16,7 @@ import msgspec
 
 from tidegate.algorithms import State
 from tidegate.algorithms.token_bucket import scale_and_rate
-from tidegate.policy.limits import Algorithm, AnyAlgorithm, Limit, LimitSet, QuotaAlgorithm
+from tidegate.policy.limits import Algorithm, AnyAlgorithm, ConcurrencyAlgorithm, Limit, LimitSet, QuotaAlgorithm
 from tidegate.policy.periods import Period
 from tidegate.policy.quotas import QuotaLimit
 from tidegate.timestamps import US_PER_S
@@ -25,6 +25,7 @@ _LUA_NAME: Final[dict[AnyAlgorithm, str]] = {
     **{algorithm: algorithm.value for algorithm in Algorithm},
     Algorithm.LEAKY_BUCKET: Algorithm.TOKEN_BUCKET.value,
     QuotaAlgorithm.QUOTA: QuotaAlgorithm.QUOTA.value,
+    ConcurrencyAlgorithm.CONCURRENT: ConcurrencyAlgorithm.CONCURRENT.value,
 }
 _NEEDS: Final = {
     "fixed_window": ("calendar", "packed"),
@@ -32,6 +33,7 @@ _NEEDS: Final = {
     "sliding_log": (),
     "token_bucket": ("packed",),
     "quota": ("packed",),
+    "concurrent": (),
 }
 _PERIOD_NUMBER: Final = {period: number for number, period in enumerate(Period, 1)}
 _SHARED: Final = ("arithmetic", "calendar", "packed")

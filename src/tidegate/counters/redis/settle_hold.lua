@@ -47,7 +47,7 @@ for k = 1, count do
     elseif not late then
       more = 0
     end
-    if more > 0 then
+    if more > 0 and configs[k][1] ~= 'concurrent' then
       functions.charge(KEYS[k], configs[k], more)
     end
   end

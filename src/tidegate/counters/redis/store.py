@@ -46,7 +46,7 @@ from tidegate.counters.redis.split_charge import charge_split
 from tidegate.counters.redis.url import RedisUrl
 from tidegate.decision import Decision
 from tidegate.errors import StoreUnavailable
-from tidegate.policy.limits import LimitSet
+from tidegate.policy.limits import ConcurrencyAlgorithm, LimitSet
 
 logger = logging.getLogger(__name__)
 
@@ -165,7 +165,11 @@ class RedisCounters(RedisReservations):
         work = script("reset", frozenset())
         sent: list[Command] = []
         for limits, subject in counters:
-            keys = (key_of(limits, subject), reset_key_of(limits, subject))
+            counter = key_of(limits, subject)
+            if limits.algorithm is ConcurrencyAlgorithm.CONCURRENT:
+                # Its slots are its holds.
+                counter += b".holds"
+            keys = (counter, reset_key_of(limits, subject))
             sent.append((hash_tag(subject), encode_command("EVALSHA", work.sha, "2", *keys, _RESET_KNOWN_MS), work))
         raise_first(await self._each(sent, wait_late=True))
 

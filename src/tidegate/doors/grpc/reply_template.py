@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from tidegate.decision import Decision
 from tidegate.doors.grpc.messages import OK, RateLimitResponse
-from tidegate.doors.grpc.units import MONTH, YEAR, unit_of
+from tidegate.doors.grpc.units import MONTH, UNKNOWN, YEAR, unit_of
 from tidegate.doors.responses import limit_headers
 from tidegate.policy.limits import Limit, LimitSet
 from tidegate.timestamps import US_PER_S
@@ -86,6 +86,8 @@ def set_current_limit(message: Any, binding: Limit, name: str) -> None:
     message.requests_per_unit = min(binding.amount, MAX_REMAINING)
     if binding.is_calendar:
         message.unit, multiplier = (MONTH if binding.calendar_month else YEAR), 1
+    elif binding.concurrent:
+        message.unit, multiplier = UNKNOWN, 1
     else:
         message.unit, multiplier = unit_of(binding.window_us)
     if multiplier > 1:

@@ -8,7 +8,7 @@ from typing import Final
 from tidegate.policy.limits import Limit
 from tidegate.timestamps import US_PER_S
 
-SECOND, MINUTE, HOUR, DAY, MONTH, YEAR, WEEK = 1, 2, 3, 4, 5, 6, 7
+UNKNOWN, SECOND, MINUTE, HOUR, DAY, MONTH, YEAR, WEEK = range(8)
 UNITS_S: Final = {
     SECOND: 1,
     MINUTE: 60,
