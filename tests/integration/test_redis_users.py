@@ -149,6 +149,10 @@ def test_tidegate_needs_no_more_than_its_user_may(
         assert (told[0]["allowed"], told[2]["allowed"]) == (True, False)
     batch = {"checks": [{"path": f"/{algorithm}", "api_key": "demo-free-key-0001"} for algorithm in Algorithm]}
     assert {each["allowed"] for each in httpx.post(f"{other.url}/v1/check/batch", json=batch).json()["decisions"]} == {False}
+    own = {"namespace": "n", "subject": "s", "limits": ["100/day"], "cost": 90}
+    hold = httpx.post(f"{server.url}/v1/holds", json=own).json()["hold"]
+    assert httpx.post(f"{other.url}/v1/holds/{hold}/renew", json={"ttl_s": 600}).status_code == 200
+    assert httpx.post(f"{other.url}/v1/holds/{hold}/settle", json={"cost": 20}).json()["remaining"] == 80
     admin, headers = f"http://{HOST}:{server.admin_port}/admin/v1", {"Authorization": f"Bearer {TOKEN}"}
     assert httpx.post(f"{admin}/counters/reset", json={"ip": "203.0.113.7"}, headers=headers).status_code == 200
     assert httpx.post(f"{admin}/tiers", json={"name": "new"}, headers=headers).status_code == 201  # announced

@@ -12,7 +12,7 @@ from tests.unit.test_telemetry import values
 from tidegate.catalog.sql.column_text import shorten
 from tidegate.catalog.sql.database import Database
 from tidegate.catalog.sql.statements import load_statements
-from tidegate.decision import Decision, Observation
+from tidegate.decision import Decision, Observation, ShadowDenial
 from tidegate.policy.limits import Algorithm, Limit, LimitSet
 from tidegate.telemetry.collectors import collect_violations
 from tidegate.telemetry.metrics import Metrics
@@ -192,13 +192,18 @@ def test_statements_come_by_name_without_comments() -> None:
 
 def test_metrics() -> None:
     metrics = Metrics("x")
-    violations = Violations()
-    writer = ViolationWriter(violations, object.__new__(Database))
-    collect_violations(metrics, writer)
+    shadow = Violations()
+    violations = Violations(shadow=shadow)
+    database = object.__new__(Database)
+    writer = ViolationWriter(violations, database)
+    collect_violations(metrics, writer, ViolationWriter(shadow, database))
     violations.observe(blocked())
-    violations.dropped = 3
+    denials = (ShadowDenial("free", "/watched", "k:1", 60_000_000), ShadowDenial("free", "/watched too", "k:1", 60_000_000))
+    violations.observe(Observation(Decision(True), None, 0, shadow_denials=denials))
+    violations.dropped, shadow.dropped = 3, 4
     writer.written = 5
     found = values(metrics)
     assert found["rate_limiter_violations_written_total", ()] == 5
-    assert found["rate_limiter_violations_dropped_total", ()] == 3
-    assert found["rate_limiter_violations_pending", ()] == 1
+    assert found["rate_limiter_violations_dropped_total", ()] == 7, "of both writers"
+    assert found["rate_limiter_violations_pending", ()] == 3
+    assert len(violations) == 1

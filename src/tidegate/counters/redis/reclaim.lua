@@ -44,7 +44,7 @@ local decide_once = decide
 local function decide(keys, configs, cost)
   local binding, least, reset, retry, at = decide_once(keys, configs, cost)
   if binding > 0 and cost > 0 then
-    return binding, least, reset, retry, at
+    return binding, least, reset, retry, at, left
   end
   local any, next_end = false, nil
   for k = 1, #keys do
@@ -60,5 +60,5 @@ local function decide(keys, configs, cost)
   if next_end and binding < 0 and retry > 0 then
     retry = math.max(math.min(retry, next_end - now), 1)
   end
-  return binding, least, reset, retry, at
+  return binding, least, reset, retry, at, left
 end
