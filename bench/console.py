@@ -65,8 +65,8 @@ INTERACTIONS: Final = (
     ("one API key, opened", "/callers?q=key+0077", ("press", "tbody a", "key 0077"), "main h2", "key 0077"),
     ("list of customers, opened", "/system", ("press", "nav a", "Customers"), "tbody td", "customer-"),
     ("rules of a tier, opened", "/system", ("press", "nav a", "Policy"), "tbody td", "/api/0"),
-    ("rules of a tier, filtered by typing", "/policy", ("input", "#rule", "/api/777/"), "tbody tr:only-child td", "/api/777/"),
-    ("form of a rule, opened", "/policy?rule=/api/777/", ("press", "tbody button", "Edit"), "dialog h2", "Edit"),
+    ("rules of a tier, filtered by typing", "/policy", ("input", "#rule", "/api/77/"), "tbody tr:only-child td", "/api/77/"),
+    ("form of a rule, opened", "/policy?rule=/api/77/", ("press", "tbody button", "Edit"), "dialog h2", "Edit"),
 )
 
 
@@ -143,7 +143,7 @@ def main() -> None:
     if chromium is None:
         print("console: not measured, Chromium is not installed: apt install chromium")
         return
-    with console(*((1_000, 900) if smoke else (10_000, 1_000))) as base, sync_playwright() as driver:
+    with console(*((100, 80) if smoke else (10_000, 1_000))) as base, sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
         page: Any = browser.new_page()
         page.goto(base)
