@@ -35,6 +35,7 @@ BENCHES = (
     "redis_memory",
     "redis_http",
     "leases",
+    "holds",
     "service_peers",
     "catalog",
     "console",

@@ -1,0 +1,247 @@
+"""What holds cost beside checks, what an open hold takes in memory, and how much of a token budget they leave usable.
+
+    python -m bench.holds [--smoke]
+
+*Cost*: one hold with its settlement (`Limiter.hold`) beside one `Limiter.check`, in memory and on Redis, 64 in flight over 10,000
+subjects. CPU of the client is the process's own, CPU of Redis that of EVALSHA in its INFO commandstats. Rounds are interleaved;
+medians of the ratios round by round are printed. *Memory*: the growth of `used_memory` over the number of open holds; in process,
+what tracemalloc counts. *Replay*: requests of language models, drawn with a fixed seed: tokens log-normal around 600, answers of
+50 tokens a second, estimates 4 times too high, 1.5 times as much demand as budget. The same log is replayed with holds, and with
+checks that charge the estimate, on counters in memory with a clock of the bench's own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+import random
+import statistics
+import time
+import tracemalloc
+from collections.abc import Awaitable, Callable
+from typing import Final, NamedTuple
+
+import uvloop
+
+from bench.measure import Goal, asked_for_smoke, report
+from bench.redis_calls import IN_FLIGHT, limiter
+from bench.redis_peers import SUBJECTS
+from bench.redis_server import BenchRedis, info, redis_server
+from tidegate import Limiter
+from tidegate.counters.guarded import GuardedCounters
+from tidegate.counters.holds import HoldHandle
+from tidegate.counters.memory import MemoryCounters
+from tidegate.counters.redis.store import RedisCounters
+from tidegate.policy.limits import Algorithm, Limit, LimitSet
+
+TOO_HIGH: Final = 4
+TTL_US: Final = 3_600_000_000
+# A leaky bucket is a token bucket that admits one unit at once.
+ALGORITHMS: Final = (Algorithm.FIXED_WINDOW, Algorithm.SLIDING_WINDOW, Algorithm.SLIDING_LOG, Algorithm.TOKEN_BUCKET)
+STREAM_START_US, STREAM_TOKEN_US = 500_000, 20_000
+
+
+class Cost(NamedTuple):
+    """CPU of a check, and of a hold with its settlement, µs."""
+
+    check_us: float
+    hold_us: float
+
+
+class LoggedRequest(NamedTuple):
+    """A request of the replayed log.
+
+    Args:
+        at_us: when it arrives.
+        tokens: that it uses.
+        ends_us: when its answer ends.
+    """
+
+    at_us: int
+    tokens: int
+    ends_us: int
+
+
+async def _cpu_us(work: Callable[[str], Awaitable[object]], calls: int) -> float:
+    numbers = iter(range(calls))
+
+    async def take_turns() -> None:
+        for number in numbers:
+            await work(SUBJECTS[number % len(SUBJECTS)])
+
+    started = time.process_time()
+    await asyncio.gather(*(take_turns() for _ in range(IN_FLIGHT)))
+    return (time.process_time() - started) / calls * 1e6
+
+
+def _hold_and_settle(own: Limiter) -> Callable[[str], Awaitable[object]]:
+    async def work(subject: str) -> None:
+        async with own.hold(subject, cost=4) as hold:
+            hold.settle(1)
+
+    return work
+
+
+def in_memory(algorithm: str, calls: int) -> Cost:
+    """Counters in memory; a store of its own for each, so that ended holds do not burden the checks."""
+
+    async def measure() -> Cost:
+        checks, holds = (limiter("memory://", algorithm) for _ in range(2))
+        check_us = await _cpu_us(checks.check, calls)
+        return Cost(check_us, await _cpu_us(_hold_and_settle(holds), calls))
+
+    return uvloop.run(measure())
+
+
+def on_redis(server: BenchRedis, algorithm: str, calls: int) -> tuple[Cost, Cost]:
+    """Of the client and of Redis."""
+
+    async def measure() -> tuple[Cost, Cost]:
+        own = limiter(server.url, algorithm)
+        holds = _hold_and_settle(own)
+        client: list[float] = []
+        redis: list[float] = []
+        for work in (own.check, holds):
+            server.client.flushdb()
+            await _cpu_us(work, 20 * IN_FLIGHT)
+            server.client.config_resetstat()
+            client.append(await _cpu_us(work, calls))
+            redis.append(float(info(server, "commandstats")["cmdstat_evalsha"]["usec"]) / calls)
+        if not isinstance(own.counters, GuardedCounters) or own.counters.degraded:
+            raise RuntimeError("holds or checks were decided without Redis: the figure would be of another path")
+        await own.close()
+        return Cost(*client), Cost(*redis)
+
+    return uvloop.run(measure())
+
+
+def redis_bytes(server: BenchRedis, subjects: int, each: int, algorithm: Algorithm = Algorithm.SLIDING_WINDOW) -> float:
+    """Growth of `used_memory` per open hold: counters of `subjects` that exist already, with `each` holds each."""
+    limits = LimitSet("bench:holds", algorithm, [Limit.parse("1000000/day")])
+
+    async def fill() -> float:
+        store = RedisCounters(server.url, timeout_s=10)
+        await store.start()
+        for number in range(subjects):
+            _, first = await store.open_hold(((limits, f"user-{number:07}"),), 1, TTL_US)
+            if first is None:
+                raise RuntimeError("a hold was denied")
+        before = int(info(server, "memory")["used_memory"])
+        for number in range(subjects):
+            opened = (store.open_hold(((limits, f"user-{number:07}"),), 4, TTL_US) for _ in range(each))
+            if any(hold is None for _, hold in await asyncio.gather(*opened)):
+                raise RuntimeError("a hold was denied")
+        grown = int(info(server, "memory")["used_memory"]) - before
+        await store.close()
+        return grown / (subjects * each)
+
+    server.client.flushall()
+    return uvloop.run(fill())
+
+
+def process_bytes(count: int) -> float:
+    """What tracemalloc counts per open hold of a counter in memory."""
+    limits = LimitSet("bench:holds", Algorithm.SLIDING_WINDOW, [Limit.parse("1000000/day")])
+    store = MemoryCounters()
+    store.charge_one(limits, "user", 1)
+    tracemalloc.start()
+    try:
+        before = tracemalloc.get_traced_memory()[0]
+        for _ in range(count):
+            store.open_hold_now(((limits, "user"),), 4, TTL_US)
+        return (tracemalloc.get_traced_memory()[0] - before) / count
+    finally:
+        tracemalloc.stop()
+
+
+def requests_for(budget: int, period_us: int) -> list[LoggedRequest]:
+    """A log of requests that want 1.5 times a budget, spread evenly over its period."""
+    drawn = random.Random(22)
+    sizes: list[int] = []
+    wanted = 0
+    while wanted < budget * 1.5:
+        sizes.append(min(max(int(drawn.lognormvariate(6.4, 1.0)), 16), 16_000))
+        wanted += sizes[-1]
+    # The first moments of a day, so that a window of an hour or a day is the whole log.
+    start = 1_767_225_600_000_000
+    moments = sorted(start + drawn.randrange(period_us) for _ in sizes)
+    return [
+        LoggedRequest(at, tokens, at + STREAM_START_US + tokens * STREAM_TOKEN_US)
+        for at, tokens in zip(moments, sizes, strict=True)
+    ]
+
+
+def usable(limit: str, algorithm: Algorithm, budget: int, period_us: int, *, held: bool) -> float:
+    """The share of a budget that requests used, replayed with holds or with checks that charge the estimate."""
+    limits = LimitSet("replay", algorithm, [Limit.parse(limit)])
+    log = requests_for(budget, period_us)
+    now = log[0].at_us
+    store = MemoryCounters(clock=lambda: now)
+    counters = ((limits, "user-42"),)
+    ends: list[tuple[int, str, HoldHandle, int]] = []
+    used = 0
+
+    def settle_until(moment: int) -> None:
+        nonlocal now, used
+        while ends and ends[0][0] <= moment:
+            now, _, handle, tokens = heapq.heappop(ends)
+            store.settle_hold_now(handle, tokens)
+
+    for request in log:
+        settle_until(request.at_us)
+        now = request.at_us
+        estimate = request.tokens * TOO_HIGH
+        if held:
+            decision, handle = store.open_hold_now(counters, estimate, TTL_US)
+            if handle is not None:
+                heapq.heappush(ends, (request.ends_us, handle.id, handle, request.tokens))
+        else:
+            decision = store.charge_all(counters, estimate)
+        if decision.allowed:
+            used += request.tokens
+    return used / budget
+
+
+def main() -> None:
+    smoke = asked_for_smoke(__doc__)
+    rounds, calls, open_holds = (1, 500, 1_000) if smoke else (5, 20_000, 100_000)
+    day_us, hour_us = 86_400_000_000, 3_600_000_000
+    figures: list[tuple[str, float, Goal | None]] = []
+    with redis_server() as server:
+        for algorithm in ALGORITHMS:
+            memory = [in_memory(algorithm, calls) for _ in range(rounds)]
+            redis = [on_redis(server, algorithm, calls) for _ in range(rounds)]
+            sides = (
+                ("in memory, client", memory),
+                ("on Redis, client", [client for client, _ in redis]),
+                ("on Redis, Redis", [server_side for _, server_side in redis]),
+            )
+            for side, costs in sides:
+                name = f"{algorithm}, {side}"
+                figures.append((f"{name}: hold + settle, µs CPU", statistics.median(each.hold_us for each in costs), None))
+                ratio = statistics.median(each.hold_us / each.check_us for each in costs)
+                figures.append((f"{name}: ratio to a check", ratio, Goal(at_most=2.5)))
+        most = Goal(at_most=120)
+        for each in (10, 100, 1_000):
+            figures.append(
+                (f"bytes of an open hold in Redis, {each} a counter", redis_bytes(server, open_holds // each, each), most)
+            )
+        bucket = redis_bytes(server, open_holds // 1_000, 1_000, Algorithm.TOKEN_BUCKET)
+        figures.append(("bytes of an open hold in Redis, 1000 a counter, token bucket", bucket, most))
+    figures.append(("bytes of an open hold of a counter in memory", process_bytes(calls), most))
+    minutes = 5 if smoke else 24 * 60
+    replays = (
+        ("10,000,000 a day, fixed_window", "10000000/day", Algorithm.FIXED_WINDOW, 10_000_000, day_us),
+        ("10,000,000 an hour, fixed_window", "10000000/hour", Algorithm.FIXED_WINDOW, 10_000_000, hour_us),
+        ("600,000 a minute, token_bucket", "600000/minute", Algorithm.TOKEN_BUCKET, 600_000 * minutes, minutes * 60_000_000),
+    )
+    for name, limit, algorithm, budget, period_us in replays:
+        for held in (True, False):
+            share = usable(limit, algorithm, budget, period_us, held=held)
+            goal = Goal(at_least=99.9) if held else None
+            figures.append((f"% of {name} usable, {'holds' if held else 'charging the estimate'}", 100 * share, goal))
+    report("holds", "Holds", figures, smoke=smoke)
+
+
+if __name__ == "__main__":
+    main()
