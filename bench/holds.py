@@ -204,7 +204,7 @@ def usable(limit: str, algorithm: Algorithm, budget: int, period_us: int, *, hel
 
 def main() -> None:
     smoke = asked_for_smoke(__doc__)
-    rounds, calls, open_holds = (1, 500, 1_000) if smoke else (5, 20_000, 100_000)
+    rounds, calls, open_holds = (1, 500, 1_000) if smoke else (5, 10_000, 100_000)
     day_us, hour_us = 86_400_000_000, 3_600_000_000
     figures: list[tuple[str, float, Goal | None]] = []
     with redis_server() as server:

@@ -80,6 +80,7 @@ class AsyncHold(_Hold):
         opens: makes the reservation.
         settles: ends it.
         renews: lets it expire later.
+        settles_now: ends it without waiting for anything; None where the store cannot.
     """
 
     def __init__(
@@ -89,8 +90,10 @@ class AsyncHold(_Hold):
         opens: Callable[[], Awaitable[Opened]],
         settles: Callable[[HoldHandle, int], Awaitable[HoldSettlement]],
         renews: Callable[[HoldHandle, int], Awaitable[None]],
+        settles_now: Callable[[HoldHandle, int], HoldSettlement] | None = None,
     ) -> None:
         super().__init__(scope, cost)
+        self._settles_now = settles_now
         self._opens = opens
         self._settles = settles
         self._renews = renews
@@ -118,7 +121,14 @@ class AsyncHold(_Hold):
         handle = self._handle
         if handle is None or not handle.counted:
             return
-        ending = asyncio.ensure_future(self._end(handle, self._used_at(kind is not None)))
+        used = self._used_at(kind is not None)
+        if self._settles_now is not None:
+            try:
+                self.settlement = self._settles_now(handle, used)
+            except TidegateError as error:
+                self._failed(error)
+            return
+        ending = asyncio.ensure_future(self._end(handle, used))
         # Whoever is cancelled here must not take the settlement with them.
         await asyncio.shield(ending)
 

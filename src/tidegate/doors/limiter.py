@@ -310,7 +310,9 @@ class Limiter(_Limits):
                 return self._allowed_in_tests(), None
             return await store.open_hold(counters, cost, ttl_us, self._limits.rule)
 
-        return AsyncHold(self._limits.rule or "", cost, opens, store.settle_hold, store.renew_hold)
+        # A task of its own for the settlement costs more than the settlement in memory.
+        settles_now = self.counters.settle_hold_now if type(self.counters) is MemoryCounters else None
+        return AsyncHold(self._limits.rule or "", cost, opens, store.settle_hold, store.renew_hold, settles_now)
 
     async def reset(self, subject: LimitedSubject) -> None:
         """Forget what a subject consumed.

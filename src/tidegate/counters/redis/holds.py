@@ -186,14 +186,16 @@ def _of_check(decision: Decision, counters: Counters, overage: int | None = None
     return msgspec.structs.replace(decision, limits=limits, overage=overage)
 
 
-def _decoded(each: HeldCounter) -> list[Any]:
-    return msgspec.msgpack.decode(each.parameters, type=list)
+@lru_cache(maxsize=256)
+def _decoded(parameters: bytes) -> tuple[Any, ...]:
+    """Parameters of a counter; few differ, and each is read twice by a settlement."""
+    return msgspec.msgpack.decode(parameters, type=tuple)
 
 
 def _algorithms(part: Sequence[HeldCounter]) -> frozenset[AnyAlgorithm]:
     """The algorithms that a part's counters use; raises `HoldNotFound` for an id that no instance made."""
     try:
-        return frozenset(_BY_LUA_NAME[str(_decoded(each)[0]).removeprefix("soft:")] for each in part)
+        return frozenset(_BY_LUA_NAME[str(_decoded(each.parameters)[0]).removeprefix("soft:")] for each in part)
     except (msgspec.MsgspecError, KeyError, IndexError):
         raise not_found() from None
 
@@ -201,7 +203,7 @@ def _algorithms(part: Sequence[HeldCounter]) -> frozenset[AnyAlgorithm]:
 def _capacity(part: Sequence[HeldCounter], place: int) -> int | None:
     """The most that can be had at once under a limit, by its place among those of a part's counters, 1 for the first."""
     for each in part:
-        algorithm, *numbers = _decoded(each)
+        algorithm, *numbers = _decoded(each.parameters)
         width = 4 if algorithm.endswith(("bucket", "quota")) else 2
         count = len(numbers) // width
         if place <= count:
