@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +28,10 @@ def run() -> Iterator[Callable[..., str]]:
     """Runs an application of the examples on a free port; gives its URL."""
     started: list[subprocess.Popen[bytes]] = []
 
-    def start(interface: str, app: str, **environment: str) -> str:
+    def start(interface: str, app: str, *options: str, **environment: str) -> str:
         port = free_port()
         process = subprocess.Popen(
-            [sys.executable, "-m", "granian", "--interface", interface, "--port", str(port), app],
+            [sys.executable, "-m", "granian", "--interface", interface, "--port", str(port), *options, app],
             cwd=EXAMPLES,
             env={**os.environ, "TIDEGATE_DEADLINE_S": "20", **environment},  # which a busy machine keeps
             stdout=subprocess.DEVNULL,
@@ -121,3 +123,48 @@ def test_the_flask_app_asks_the_second_limiter(run: Callable[..., str], serve: C
     url = run("wsgi", "flask_app:app", TIDEGATE_URL=urls)
     answers = [httpx.get(f"{url}/api/items", headers=KEY, timeout=PATIENCE_S) for _ in range(6)]
     assert [answer.status_code for answer in answers] == [200] * 5 + [429]
+
+
+class StalledModel(BaseHTTPRequestHandler):
+    """An API of a language model that streams three chunks and then nothing until the test ends."""
+
+    released = threading.Event()
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["content-length"]))
+        self.send_response(200)
+        self.send_header("content-type", "text/event-stream")
+        self.end_headers()
+        self.wfile.write(b'data: {"choices": [{}]}\n\n' * 3)
+        self.wfile.flush()
+        self.released.wait(PATIENCE_S)
+
+    def log_message(self, *_: object) -> None:
+        """Nothing is printed."""
+
+
+def test_a_caller_of_the_llm_gateway_who_leaves_frees_the_reservation(run: Callable[..., str]) -> None:
+    model = ThreadingHTTPServer(("127.0.0.1", 0), StalledModel)
+    threading.Thread(target=model.serve_forever, daemon=True).start()
+    try:
+        upstream = f"http://127.0.0.1:{model.server_port}"
+        url = run("asgi", "llm_gateway:app", "--factory", UPSTREAM_URL=upstream, TOKEN_LIMIT="1000/day")
+        body = {"max_tokens": 500, "stream": True, "messages": [{"role": "user", "content": "Hello"}]}
+        with httpx.Client(base_url=url, headers={"authorization": "Bearer user-42"}, timeout=PATIENCE_S) as caller:
+            with caller.stream("POST", "/v1/chat/completions", json=body) as answer:
+                assert answer.status_code == 200, answer.read()
+                assert answer.headers["x-ratelimit-limit-tokens"] == "1000"
+                lines = answer.iter_lines()  # kept: when it is collected, httpx closes the connection
+                assert next(lines).startswith("data:")
+                # Two such reservations do not fit side by side.
+                assert caller.post("/v1/chat/completions", json=body).status_code == 429
+            deadline = time.monotonic() + PATIENCE_S
+            status = 429
+            while status == 429 and time.monotonic() < deadline:
+                with caller.stream("POST", "/v1/chat/completions", json=body) as answer:
+                    status = answer.status_code
+            assert status == 200
+    finally:
+        StalledModel.released.set()
+        model.shutdown()
+        model.server_close()
