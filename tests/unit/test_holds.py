@@ -286,9 +286,10 @@ async def test_bad_ids_and_settlements(app: DataPlane, store: MemoryCounters) ->
     assert store.open_holds == 1
 
 
-@pytest.mark.parametrize(
-    "text", ["", "=", "AAAA", None, 7, "é", new_id(), HoldHandle("short", 1).text, HoldHandle("x" * 16, -1).text]
-)
+NO_IDS = ("", "=", "AAAA", None, 7, "é", new_id(), HoldHandle("short", 1).text, HoldHandle("x" * 16, -1).text)
+
+
+@pytest.mark.parametrize("text", NO_IDS, ids=range(len(NO_IDS)))
 def test_what_is_no_id(text: Any) -> None:
     with pytest.raises(BadRequest, match="is not an id"):
         HoldHandle.of(text)
