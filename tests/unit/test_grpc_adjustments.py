@@ -17,6 +17,7 @@ from tidegate.doors.grpc.domains import FileDomain
 from tidegate.doors.grpc.messages import OK, OVER_LIMIT, RateLimitResponse
 from tidegate.doors.grpc.ratelimit_file import parse_ratelimit
 from tidegate.doors.grpc.service import RateLimitService
+from tidegate.doors.grpc.status import CallRefused
 from tidegate.errors import SettingsError
 from tidegate.gate.gate import Gate
 from tidegate.policy.limits import Algorithm, Limit, LimitSet
@@ -132,12 +133,30 @@ async def test_errors_and_what_is_not_limited(service: RateLimitService) -> None
         # A limit of requests in progress has no units.
         slots = await ask(service, request([("path", "/slots"), FORCED], own_hits=[5]), *negative)
         assert slots.overall_code == OK
+        with pytest.raises(CallRefused, match="66 entries"):
+            await ask(service, request([*[USER] * 65, FORCED], domain="tokens"), *negative)
     assert await left(service, ("path", "/v1/a")) == (OK, 100)
     watched = ("watched", "x")
     answer = await ask(service, request([watched, FORCED], domain="tokens", own_hits=[12]))
     assert (answer.overall_code, answer.statuses[0].limit_remaining) == (OK, 0)
     answer = await ask(service, request([watched], domain="tokens", own_hits=[5]), 0)
     assert answer.statuses[0].limit_remaining == 3
+
+
+async def test_a_store_that_cannot_adjust(clock: Clock) -> None:
+    class OtherStore:
+        """A store with what `CounterStore` has, and nothing else."""
+
+        def __init__(self) -> None:
+            self.immediate = False
+            memory = MemoryCounters(clock=clock)
+            self.charge, self.windows, self.reset = memory.charge, memory.windows, memory.reset
+            self.ping, self.close = memory.ping, memory.close
+
+    gate = Gate(CachedCatalog(PolicyCatalog(parse_policy(POLICY))), OtherStore())
+    answer = await ask(RateLimitService(gate, EnvoySettings()), request([("path", "/v1/a"), FORCED]))
+    assert (answer.overall_code, headers(answer)["x-tidegate-error"]) == (OVER_LIMIT, "BAD_REQUEST")
+    assert b"use memory:// or Redis" in answer.raw_body
 
 
 def test_the_entry_has_a_name_of_its_own() -> None:

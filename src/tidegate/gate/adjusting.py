@@ -12,7 +12,7 @@ from typing import Final
 from tidegate.counters import ChargeOutcome, Counters, CounterStore
 from tidegate.counters.adjustments import adjusting
 from tidegate.decision import Decision
-from tidegate.errors import StoreUnavailable, TidegateError
+from tidegate.errors import BadRequest, StoreUnavailable, TidegateError
 from tidegate.gate.charging import ChargeResult, CheckPlan
 from tidegate.policy.limits import ConcurrencyAlgorithm
 
@@ -35,7 +35,11 @@ async def adjust(store: CounterStore, plans: Sequence[tuple[CheckPlan | Tidegate
         if isinstance(plan, TidegateError):
             results.append(ChargeResult(plan))
             continue
-        outcomes = [await _adjust_counters(store, charge.counters, sign * charge.cost) for charge in plan.charges]
+        try:
+            outcomes = [await _adjust_counters(store, charge.counters, sign * charge.cost) for charge in plan.charges]
+        except BadRequest as error:  # a store that is not one of Tidegate's
+            results.append(ChargeResult(error))
+            continue
         if plan.answer is None:
             results.append(ChargeResult(outcomes[0], outcomes[1:]))
         else:

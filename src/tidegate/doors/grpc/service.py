@@ -16,7 +16,7 @@ from google.protobuf.message import DecodeError
 
 from tidegate.counters import ChargeOutcome
 from tidegate.decision import Check, Decision, Observation, canonical_ip, clip
-from tidegate.doors.grpc.adjustments import adjusts, take_sign
+from tidegate.doors.grpc.adjustments import MAX_ENTRIES, adjusts, take_sign
 from tidegate.doors.grpc.messages import RateLimitRequest
 from tidegate.doors.grpc.replies import Part, denied, reply, reply_to_one
 from tidegate.doors.grpc.request_cache import FileRequest, RequestCache
@@ -38,7 +38,6 @@ MAX_MESSAGE_BYTES: Final = 1024 * 1024
 """Far more than the 60 KB of headers that Envoy accepts by default, so that no client request exceeds it."""
 
 MAX_DESCRIPTORS: Final = 100
-MAX_ENTRIES: Final = 64
 
 _MAX_WARNED_DOMAINS: Final = 100
 
@@ -222,7 +221,7 @@ class RateLimitService:
         return await self._answer_checks(payload, checks)
 
     async def _answer_adjusting(self, request: Any) -> bytes:
-        """Answer a request with descriptors that record hits; those that ask for a decision are decided first, together."""
+        """Answer a request with descriptors that record hits; all others are decided first, together."""
         signs = [take_sign(each, self._forced_entry) for each in request.descriptors]
         limits = self._limits_of(request)
         sent: list[Entries] = []
@@ -238,11 +237,11 @@ class RateLimitService:
         else:
             self._warn_unlimited(_domain(request))
             return reply([Part(None, 0)] * len(request.descriptors), [])
-        asking = [part for part, sign in zip(parts, signs, strict=True) if not sign or not part.cost]
+        deciding = [part for part, sign in zip(parts, signs, strict=True) if not sign or not part.cost]
         if limits is not None:
-            decided = iter(await limits.settle(self._gate, asking))
+            decided = iter(await limits.settle(self._gate, deciding))
         else:
-            decided = iter(await self._gate.decide([part.plan for part in asking if part.plan is not None]))
+            decided = iter(await self._gate.decide([part.plan for part in deciding if part.plan is not None]))
         recorded = [(part.plan, sign) for part, sign in zip(parts, signs, strict=True) if sign and part.cost and part.plan]
         adjusted = iter(await self._gate.adjust(recorded))
         return reply(
