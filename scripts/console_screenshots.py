@@ -18,6 +18,7 @@ import msgspec
 from playwright.async_api import Page, async_playwright
 
 from tidegate.catalog.sql.tables import rate_limit_violations, traffic_latency, traffic_minutes
+from tidegate.server.demo_traffic import CUSTOMER
 from tidegate.server.instance import Instance
 from tidegate.settings import Settings
 from tidegate.timestamps import US_PER_S, now_us
@@ -71,6 +72,8 @@ async def _take(page: Page, url: str) -> None:
     await _shoot(page, None, "console-caller.png")
     await page.set_viewport_size({"width": 1100, "height": 1020})
     await _shoot(page, f"{url}/policy?tier=shop", "console-policy.png")
+    await page.set_viewport_size({"width": 1100, "height": 980})
+    await _shoot(page, f"{url}/customers?name={CUSTOMER}", "console-customer.png")
 
 
 async def _shoot(page: Page, url: str | None, name: str) -> None:

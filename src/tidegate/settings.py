@@ -330,6 +330,7 @@ class EnvoySettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         method_entry: name of the entry with the HTTP method; GET without one.
         path_entry: name of the entry with the path; a descriptor without one is matched against the rules for descriptors.
         ip_entry: name of the entry with the client's address.
+        forced_entry: name of the entry that marks hits to be charged whatever the limits say.
         config: file or directory of limits in the format of envoyproxy/ratelimit, for other domains; none if empty.
     """
 
@@ -338,6 +339,7 @@ class EnvoySettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     method_entry: str = "method"
     path_entry: str = "path"
     ip_entry: str = "remote_address"
+    forced_entry: str = "tidegate_forced"
     config: str = ""
 
 

@@ -80,7 +80,7 @@ def load_settings(file: Path | None, environment: Mapping[str, str]) -> Settings
     unix_mode(settings.server)
     _check_tls(settings.tls)
     _check_callers_auth(settings)
-    entries = [getattr(settings.envoy, f"{what}_entry") for what in ("api_key", "method", "path", "ip")]
+    entries = [getattr(settings.envoy, f"{what}_entry") for what in ("api_key", "method", "path", "ip", "forced")]
     if not all(entries) or len(set(entries)) < len(entries):
         raise SettingsError(f"settings envoy.*_entry = {', '.join(entries)}: the names must be distinct and not empty")
     if not settings.envoy.domain:

@@ -27,7 +27,12 @@ AXE = """async (rules) => {
 
 @pytest.fixture(scope="module")
 def console(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Console]:
-    server = Serve(tmp_path_factory.mktemp("console"), TIDEGATE_ADMIN__TOKEN=TOKEN, TIDEGATE_VIOLATIONS__FLUSH_S="0.2")
+    server = Serve(
+        tmp_path_factory.mktemp("console"),
+        TIDEGATE_ADMIN__TOKEN=TOKEN,
+        TIDEGATE_VIOLATIONS__FLUSH_S="0.2",
+        TIDEGATE_LEDGER__FLUSH_S="0.2",
+    )
     with opened(server) as made:
         yield made
 
@@ -202,6 +207,12 @@ def test_customer_over_its_quota_gets_a_higher_one_until_a_time(console: Console
     page.get_by_label("5 of 3 used").wait_for()
     see(page, "5 (2 over)")
     assert console.api.get("/customers/acme").json()["overrides"] == []
+    while '"admitted":5' not in console.api.get("/usage/export", params={"customer": "acme", "format": "jsonl"}).text:
+        page.wait_for_timeout(300)
+    page.reload()
+    see(page, "5 allowed, ")
+    page.get_by_role("region", name="Units by rule").wait_for()
+    assert page.get_by_role("alert").all_inner_texts() == []
     page.context.close()
 
 
@@ -226,6 +237,30 @@ def test_two_operators_edit_one_rule(console: Console) -> None:
     other.context.close()
 
 
+def test_a_long_list_of_rules_is_shown_in_parts_and_searched_as_a_whole(console: Console) -> None:
+    tier = console.post("/tiers", name="many-rules")
+    for number in range(60):
+        console.post("/rate-limit-rules", tier=tier["name"], endpoint=f"/many/{number}/*", limits=["1/hour"])
+    page = console.open("/policy?tier=many-rules")
+    rows = page.locator("tbody tr")
+    page.get_by_role("button", name="Show 10 more").wait_for()
+    assert rows.count() == 50
+    page.get_by_role("button", name="Show 10 more").click()
+    page.locator("tbody").get_by_text("/many/59/*").first.wait_for()
+    assert rows.count() == 60
+    assert page.get_by_role("button", name=re.compile("more$")).count() == 0
+    assert page.get_by_label("Rule", exact=True).locator("option").count() == 60
+    page.get_by_label("Rules with").fill("/58/")
+    page.locator("tbody tr:only-child").get_by_text("/many/58/*").first.wait_for()
+    # A link to a rule that is not among the first ones.
+    page.goto(f"{console.base}/policy?tier=many-rules&rule=/57/")
+    page.locator("tbody tr:only-child").get_by_text("/many/57/*").first.wait_for()
+    # A rule that another operator adds appears among the rows that are shown.
+    console.post("/rate-limit-rules", tier=tier["name"], endpoint="/many/57/added", limits=["1/hour"])
+    page.locator("tbody").get_by_text("/many/57/added").first.wait_for()
+    page.context.close()
+
+
 def test_a_whole_policy_is_tried_and_a_run_is_cancelled(console: Console, tmp_path: Path) -> None:
     console.any_key()
     log = tmp_path / "access.log"
@@ -234,7 +269,8 @@ def test_a_whole_policy_is_tried_and_a_run_is_cancelled(console: Console, tmp_pa
     page = console.open("/policy?tier=free")
     page.get_by_label("What changes").select_option("policy")
     page.get_by_role("button", name="Begin with the policy as it is").click()
-    page.wait_for_function("document.querySelector('textarea').value.includes('[[tiers]]')")
+    while "[[tiers]]" not in page.get_by_label("Policy file").input_value():
+        page.wait_for_timeout(100)
     page.get_by_label("Access log").set_input_files(str(log))
     page.get_by_label("Policy file").fill('[[tiers]]\nname = "free"\nlimits = ["1/fortnight"]\n')
     page.get_by_role("button", name="Try").click()
@@ -316,6 +352,8 @@ def test_a_viewer_sees_no_buttons_that_it_may_not_use(console: Console) -> None:
 
 def test_pages_are_accessible_and_fit_small_screens_light_and_dark(console: Console) -> None:
     key = console.any_key()
+    customer = console.post("/customers", name="small-screen", tier="free", external_id="crm-7", timezone="Europe/Berlin")
+    console.post("/api-keys", customer=customer["name"], name="key of a customer")
     page = console.open(viewport={"width": 360, "height": 700}, color_scheme="light")
     script = axe()
 
@@ -327,7 +365,7 @@ def test_pages_are_accessible_and_fit_small_screens_light_and_dark(console: Cons
         assert page.evaluate(AXE, ["color-contrast"]) == [], f"{what}, dark"
         page.emulate_media(color_scheme="light")
 
-    for path in (*PAGES, f"/callers?key={key['id']}&path=/api/x"):
+    for path in (*PAGES, f"/callers?key={key['id']}&path=/api/x", "/customers?name=small-screen"):
         page.goto(console.base + path)
         settled(page)
         page.locator("h1").first.wait_for()
@@ -425,6 +463,10 @@ def test_the_demo_opens_signed_in_with_example_traffic(console: Console, tmp_pat
         page.get_by_role("link", name="partner import").click()
         see(page, "Counters now")
         page.get_by_role("row").filter(has_text="/api/orders/*").filter(has=page.get_by_label(re.compile("^[1-9]"))).wait_for()
+        page.goto(f"http://127.0.0.1:{server.admin_port}/customers")
+        page.get_by_role("link", name="acme").click()
+        see(page, "100,000 / month (quota)")
+        page.get_by_role("link", name="reports").wait_for()
         page.close()
         out = server.stop()[1]
         assert f"http://127.0.0.1:{server.admin_port}/" in out

@@ -142,15 +142,21 @@ def test_what_the_gateway_got_wrong_is_an_error(address: str, message: Any, code
     assert said in refused.value.details()
 
 
-def test_negative_hits_and_limits_sent_along_are_rejected(address: str) -> None:
-    negative = request(entries("/api/a"))
-    negative.descriptors[0].is_negative_hits = True
+def test_limits_sent_along_are_rejected(address: str) -> None:
     limited = request(entries("/api/a"))
     limited.descriptors[0].limit.requests_per_unit = 1_000_000
-    for message, code in ((negative, "UNIMPLEMENTED"), (limited, "INVALID_ARGUMENT")):
-        with pytest.raises(grpc.RpcError) as refused:
-            ask(address, message)
-        assert refused.value.code().name == code
+    with pytest.raises(grpc.RpcError) as refused:
+        ask(address, limited)
+    assert refused.value.code().name == "INVALID_ARGUMENT"
+
+
+def test_forced_charges_and_negative_hits(address: str) -> None:
+    forced = request([*entries("/api/a"), ("tidegate_forced", "yes")], own_hits=[9])
+    assert (ask(address, forced).overall_code, ask(address, request(entries("/api/a"))).overall_code) == (OK, OVER_LIMIT)
+    negative = request(entries("/api/a"), own_hits=[6])
+    negative.descriptors[0].is_negative_hits = True
+    refunded = ask(address, negative)
+    assert (refunded.overall_code, refunded.statuses[0].limit_remaining) == (OK, 2)
 
 
 @pytest.mark.parametrize(

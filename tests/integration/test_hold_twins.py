@@ -30,7 +30,7 @@ START_US = 1_699_920_000_000_000
 TEXTS = {True: ["20/second burst 40", "300/minute burst 90"], False: ["40/second", "300/minute", "5000/month"]}
 STEPS = st.lists(
     st.tuples(
-        st.sampled_from(["charge", "open", "open", "settle", "settle", "renew", "reset"]),
+        st.sampled_from(["charge", "open", "open", "settle", "settle", "renew", "reset", "force", "refund"]),
         st.one_of(st.integers(0, 50_000), st.integers(0, 2_500_000), st.sampled_from([0, 1_000_000, 60_000_000])),
         st.integers(0, 45),
         st.integers(1, 4),
@@ -144,6 +144,11 @@ def test_twins(redis_server: RedisServer, first: Algorithm, second: AnyAlgorithm
                 left = result_of(lambda: asyncio.run(lua.holds.renew(mine, ttl_s * 1_000_000)))  # noqa: B023
                 right = result_of(lambda: memory.renew_hold_now(theirs, ttl_s * 1_000_000))  # noqa: B023
                 assert left == right or right == "HOLD_NOT_FOUND"
+            elif what in ("force", "refund") and cost:
+                units = cost if what == "force" else -cost
+                counted = tuple(each for each in counters if each[0].algorithm is not ConcurrencyAlgorithm.CONCURRENT)
+                left = asyncio.run(lua.holds.adjust(counted, units, False))
+                assert outcome(left) == outcome(memory.adjust_now(counted, units)), (what, advance, cost)
             elif what == "reset":
                 lua.reset(counters)
                 asyncio.run(memory.reset(counters))

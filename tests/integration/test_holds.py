@@ -16,6 +16,7 @@ from tidegate.counters import Charge
 from tidegate.counters.factory import open_blocking
 from tidegate.counters.guarded import GuardedCounters
 from tidegate.counters.holds import HeldCounter, HoldHandle, new_id
+from tidegate.counters.leased import LeasedCounters
 from tidegate.counters.redis.keyspace import hash_tag, key_of, name_of, slot_of
 from tidegate.counters.redis.store import RedisCounters
 from tidegate.decision import Decision
@@ -232,6 +233,27 @@ async def test_while_the_store_is_away_nothing_is_reserved(new_redis: Callable[[
     denied = LimitSet("holds:deny", Algorithm.FIXED_WINDOW, [Limit.parse("100/day")], counters[0][0].on_failure.DENY)
     with pytest.raises(StoreUnavailable):
         await store.open_hold(((denied, "k"),), 60, MINUTE_US)
+    await store.close()
+
+
+async def test_charges_above_the_limit_and_refunds(new_redis: Callable[[], RedisServer]) -> None:
+    server = new_redis()
+    store = GuardedCounters(RedisCounters(server.url, TIMEOUT_S))
+    counters = ((limit_set("100/day"), "k"), (limit_set("50/day", Algorithm.SLIDING_LOG), "k"))
+    assert (await store.adjust(counters, 70)).remaining == 0
+    assert (await store.adjust(counters[:1], 0)).remaining == 30
+    assert not await _passes(store, counters, 1)
+    # What was denied passes now: the denial is forgotten.
+    assert (await LeasedCounters(store).adjust(counters, -30)).remaining == 10
+    assert await _passes(store, counters, 10)
+    assert (await store.adjust(counters, -1000)).remaining == 50
+    server.kill()
+    # The fallback decides as it does a check, and gives nothing back.
+    degraded = await store.adjust(counters[:1], 20)
+    assert (degraded.allowed, degraded.degraded) == (True, True)
+    denied = LimitSet("holds:deny", Algorithm.FIXED_WINDOW, [Limit.parse("100/day")], counters[0][0].on_failure.DENY)
+    with pytest.raises(StoreUnavailable):
+        await store.adjust(((denied, "k"),), -5)
     await store.close()
 
 

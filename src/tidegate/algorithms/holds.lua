@@ -4,6 +4,7 @@
 
 local function hold_functions()
   local UNBOUNDED = 1125899906842624
+  local REFUND_ENTRIES = 1000
 
   local function algorithm_name(config)
     return algorithms[config[1]] and config[1] or string.sub(config[1], 6)
@@ -66,6 +67,27 @@ local function hold_functions()
     return cmsgpack.unpack(redis.call('LINDEX', key, index))
   end
 
+  -- Writes the head of a log after units left it.
+  local function save_log(key, held)
+    while held.entries > 0 do
+      local moment, cost = log_entry(key, -1)
+      if cost > 0 then
+        held.last = moment
+        break
+      end
+      redis.call('LTRIM', key, 0, -2)
+      held.entries = held.entries - 1
+    end
+    if held.entries == 0 then
+      redis.call('DEL', key)
+      return
+    end
+    for at = 1, #held, 3 do
+      held[at + 2] = math.min(held[at + 2], held.entries)
+    end
+    redis.call('LSET', key, 0, cmsgpack.pack(held.last, unpack(held)))
+  end
+
   -- Entries in the middle stay without units; those at the end go, because the last one says when all is over.
   local function back_to_log(key, held, units, charged_at)
     local low, high = 0, held.entries
@@ -93,26 +115,33 @@ local function hold_functions()
       end
       rest, low = rest - part, low + 1
     end
-    if rest == units then
-      return
+    if rest < units then
+      save_log(key, held)
     end
-    while held.entries > 0 do
+  end
+
+  -- The latest entries first; a bounded number of them.
+  local function refund_to_log(key, held, units)
+    local rest, steps = units, 0
+    while rest > 0 and held.entries > 0 and steps < REFUND_ENTRIES do
       local moment, cost = log_entry(key, -1)
-      if cost > 0 then
-        held.last = moment
-        break
+      local part = math.min(cost, rest)
+      for at = 1, #held, 3 do
+        if held[at + 2] < held.entries then
+          held[at + 1] = held[at + 1] - part
+        end
       end
-      redis.call('LTRIM', key, 0, -2)
-      held.entries = held.entries - 1
+      rest, steps = rest - part, steps + 1
+      if part < cost then
+        redis.call('LSET', key, -1, cmsgpack.pack(moment, cost - part))
+      else
+        redis.call('LTRIM', key, 0, -2)
+        held.entries = held.entries - 1
+      end
     end
-    if held.entries == 0 then
-      redis.call('DEL', key)
-      return
+    if rest < units then
+      save_log(key, held)
     end
-    for at = 1, #held, 3 do
-      held[at + 2] = math.min(held[at + 2], held.entries)
-    end
-    redis.call('LSET', key, 0, cmsgpack.pack(held.last, unpack(held)))
   end
 
   -- Returns units of a record that were not used. A counter that was reset since does not contain them any more.
@@ -138,6 +167,25 @@ local function hold_functions()
       end
       redis.call('SET', key, cmsgpack.pack(unpack(held)), 'KEEPTTL')
     end
+  end
+
+  -- Returns units that no hold charged: at most what counts now.
+  local function refund(key, config, units)
+    local name, record = algorithm_name(config), {units, now}
+    if name == 'sliding_log' then
+      refund_to_log(key, algorithms.sliding_log.load(key), units)
+      return
+    elseif name == 'token_bucket' then
+      local held = algorithms.token_bucket.load(key)
+      for i = 2, #config, 4 do
+        local at = find(held, 5, config[i])
+        if at then
+          local _, leased, _, later = bucket_live_leases(held, held[at + 4])
+          record[#record + 1], record[#record + 2] = config[i], divide(held[at + 1], held[at + 2]) - leased - later
+        end
+      end
+    end
+    give_back(key, config, units, record)
   end
 
   -- Charges units whatever the limits say.
@@ -194,5 +242,5 @@ local function hold_functions()
     return cmsgpack.pack(unpack(record))
   end
 
-  return {give_back = give_back, charge = charge, is_uncharged = is_uncharged, record_of = record_of}
+  return {give_back = give_back, refund = refund, charge = charge, is_uncharged = is_uncharged, record_of = record_of}
 end

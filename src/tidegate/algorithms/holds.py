@@ -26,6 +26,8 @@ from tidegate.timestamps import US_PER_S
 
 UNBOUNDED: Final = 2**50
 """Amount of a limit that is not applied; the same number is in the Lua."""
+REFUND_ENTRIES: Final = 1000
+"""Latest entries of a log that a refund reads at most; the same number is in the Lua."""
 
 
 def undrained_of(algorithm: AnyAlgorithm, state: State) -> int:
@@ -74,6 +76,24 @@ def give_back(algorithm: AnyAlgorithm, limit: Limit, state: State, now: int, uni
     if algorithm is Algorithm.FIXED_WINDOW:
         return fixed_window.merge(limit, state, (start, -units))
     return sliding_window.merge(limit, state, (start, -units, 0))
+
+
+def refund(algorithm: AnyAlgorithm, limit: Limit, state: State, now: int, units: int) -> State:
+    """Return units that no hold charged: at most what counts now in the current window, level or log.
+
+    Args:
+        algorithm: how the limit counts.
+        limit: the limit.
+        state: of it; None for nothing.
+        now: µs since the epoch.
+        units: to return, 1 or more.
+
+    Returns:
+        The new state.
+    """
+    if state is not None and algorithm is Algorithm.SLIDING_LOG:
+        return _refund_to_log(state, units)
+    return give_back(algorithm, limit, state, now, units, now, undrained_of(algorithm, state))
 
 
 def charge(algorithm: AnyAlgorithm, limit: Limit, state: State, now: int, cost: int) -> State:
@@ -127,3 +147,16 @@ def _give_back_to_log(state: tuple[int, tuple[int, ...], tuple[int, ...]], units
     if returned == costs[at]:
         return used - returned, times[:at] + times[at + 1 :], costs[:at] + costs[at + 1 :]
     return used - returned, times, (*costs[:at], costs[at] - returned, *costs[at + 1 :])
+
+
+def _refund_to_log(state: tuple[int, tuple[int, ...], tuple[int, ...]], units: int) -> State:
+    """The latest entries first."""
+    used, times, costs = state
+    kept, rest = len(times), units
+    oldest = max(kept - REFUND_ENTRIES, 0)
+    while kept > oldest and rest >= costs[kept - 1]:
+        kept -= 1
+        rest -= costs[kept]
+    if kept > oldest and rest:
+        return used - units, times[:kept], (*costs[: kept - 1], costs[kept - 1] - rest)
+    return used - units + rest, times[:kept], costs[:kept]

@@ -177,6 +177,12 @@ class GuardedCounters(DegradedDecisions):
         """See `HoldingCounterStore.renew_hold`."""
         await self.store.renew_hold(handle, ttl_us)
 
+    async def adjust(self, counters: Counters, units: int) -> Decision:
+        """See `AdjustingCounterStore.adjust` and `guarded_holds`."""
+        if self._loop is not asyncio.get_running_loop():
+            await self.start()
+        return await self._holds.adjust(counters, units)
+
     async def _decide_before_store(self, charge: Charge, started_us: int) -> ChargeOutcome | None:
         """What decides a hold instead of the store, while its breaker is open or usage is still to be added to it."""
         if self.breakers and not self._breakers.admit(self._shards(charge), started_us / 1e6):

@@ -3,6 +3,9 @@
 A hold that the store cannot open in time is decided as a check of its cost is: by the rule's `on_failure`, degraded. Nothing is
 reserved then, what the fallback admitted stays charged, and settling it has no effect. A hold that is open in the store can be
 settled only there: until it answers, its settlement fails and may be tried again.
+
+A charge above the limits is decided by the fallback as a check is, while the store does not answer; units are given back by the
+store only.
 """
 
 from __future__ import annotations
@@ -30,6 +33,10 @@ class HoldsInRedis(Protocol):
 
     async def settle_hold(self, handle: HoldHandle, cost: int) -> HoldSettlement:
         """See `HoldingCounterStore`."""
+        ...
+
+    async def adjust(self, counters: Counters, units: int) -> Decision:
+        """See `AdjustingCounterStore`."""
         ...
 
 
@@ -66,6 +73,25 @@ class GuardedHolds(msgspec.Struct, frozen=True):
         if isinstance(outcome, StoreUnavailable):
             raise outcome
         return outcome, HoldHandle(new_id(), cost, rule, counted=False) if outcome.allowed else None
+
+    async def adjust(self, counters: Counters, units: int) -> Decision:
+        """See `AdjustingCounterStore.adjust`."""
+        charge = Charge(counters, max(units, 0))
+        started_us = time.monotonic_ns() // 1000
+        outcome = await self.admit(charge, started_us)
+        if outcome is None:
+            try:
+                decision = await self.store.adjust(counters, units)
+            except StoreUnavailable as error:
+                outcome = self.failed(charge, error, started_us)
+            else:
+                self.succeeded(charge)
+                if units < 0:
+                    self.gave_back()
+                return decision
+        if isinstance(outcome, StoreUnavailable):
+            raise outcome
+        return outcome
 
     async def settle(self, handle: HoldHandle, cost: int) -> HoldSettlement:
         """See `HoldingCounterStore.settle_hold`."""

@@ -24,6 +24,7 @@ import msgspec
 
 from tidegate.background import SUPERVISOR, stop
 from tidegate.counters import Charge, ChargeOutcome, Counters, GrantingDecision, LeaseGrantor
+from tidegate.counters.adjustments import adjusting
 from tidegate.counters.holds import HoldHandle, HoldSettlement, holding
 from tidegate.counters.lease_table import LeaseTable, covers
 from tidegate.decision import Decision
@@ -120,6 +121,10 @@ class LeasedCounters:
     async def renew_hold(self, handle: HoldHandle, ttl_us: int) -> None:
         """See `HoldingCounterStore.renew_hold`."""
         await holding(self.store).renew_hold(handle, ttl_us)
+
+    async def adjust(self, counters: Counters, units: int) -> Decision:
+        """See `AdjustingCounterStore.adjust`; leases stay as they are."""
+        return await adjusting(self.store).adjust(counters, units)
 
     async def windows(self, counters: Sequence[tuple[LimitSet, str]]) -> Sequence[Sequence[Decision] | None]:
         """See `CounterStore.windows`; units leased by this instance count as not used, those of others as used."""

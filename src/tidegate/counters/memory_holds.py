@@ -10,8 +10,9 @@ from collections.abc import Callable
 from typing import Final
 
 from tidegate.algorithms import State
-from tidegate.algorithms.holds import charge, give_back, undrained_of
+from tidegate.algorithms.holds import charge, give_back, refund, undrained_of
 from tidegate.counters import Counters
+from tidegate.counters.adjustments import of_adjustment
 from tidegate.counters.holds import (
     EXPIRED_KNOWN_US,
     MAX_HOLDS,
@@ -227,6 +228,21 @@ class MemoryHolds(MemoryStorage):
         """See `HoldingCounterStore.renew_hold`."""
         self.renew_hold_now(handle, ttl_us)
 
+    def adjust_now(self, counters: Counters, units: int) -> Decision:
+        """See `AdjustingCounterStore.adjust`."""
+        now = self._clock()
+        self._expire_holds(now)
+        for limits, subject in counters:
+            if units > 0:
+                self._charge_beyond(limits, subject, units, now)
+            elif units < 0:
+                self._refund(limits, subject, -units, now)
+        return of_adjustment(self.charge_all(counters, 0), units)
+
+    async def adjust(self, counters: Counters, units: int) -> Decision:
+        """See `AdjustingCounterStore.adjust`."""
+        return self.adjust_now(counters, units)
+
     # For charges.
 
     def _expire_holds(self, now: int) -> None:
@@ -371,3 +387,20 @@ class MemoryHolds(MemoryStorage):
             self._file_new(key, compiled.expiry(value), now)
         if compiled.logs:
             self._count_log_entries(compiled.entries(value) - (compiled.entries(stored) if stored else 0), now)
+
+    def _refund(self, limits: LimitSet, subject: str, units: int, now: int) -> None:
+        compiled = self._prepare(limits)
+        key = compiled.token + subject
+        shard = self._shards[hash(key) & 255]
+        stored = shard.get(key)
+        if not stored and compiled.other_layouts:
+            stored = self._inherit(compiled, subject) or stored
+        if not stored:
+            return
+        states = [
+            refund(limits.algorithm, limit, state, now, units)
+            for limit, state in zip(limits.limits, compiled.unpack(stored), strict=True)
+        ]
+        value = shard[key] = compiled.pack(states)
+        if compiled.logs:
+            self._log_entries += compiled.entries(value) - compiled.entries(stored)

@@ -18,6 +18,7 @@ from tidegate.counters.storage_uri import counters_url
 from tidegate.decision import Check, Decision, Observation, Usage, client_of, ipv6_client, require_tier
 from tidegate.errors import BadRequest, MissingApiKey, StoreUnavailable, TidegateError
 from tidegate.gate.access import AccessControl
+from tidegate.gate.adjusting import adjust
 from tidegate.gate.callers import LOOKUP_TIMEOUT_S, CallerLookup, Sender
 from tidegate.gate.charging import ChargeResult, CheckPlan, charge_all_or_none, charge_independently
 from tidegate.gate.customers import customer_counters
@@ -236,6 +237,17 @@ class Gate:
         started_ns = _clock_ns()
         settled = await (charge_all_or_none if whole else charge_independently)(self.counters, plans)
         self._tell_all(plans, settled, started_ns)
+        return settled
+
+    async def adjust(self, plans: Sequence[tuple[CheckPlan | TidegateError, int]]) -> list[ChargeResult]:
+        """Record checks whose hits are charged whatever the limits say, or given back; see `adjusting.adjust`.
+
+        Refunds are not reported to telemetry: what was charged before was reported as allowed.
+        """
+        started_ns = _clock_ns()
+        settled = await adjust(self.counters, plans)
+        charged = [number for number, (_, sign) in enumerate(plans) if sign > 0]
+        self._tell_all([plans[number][0] for number in charged], [settled[number] for number in charged], started_ns)
         return settled
 
     async def usage(

@@ -15,6 +15,7 @@ from typing import Any, Final, Protocol
 import msgspec
 
 from tidegate.counters import Counters
+from tidegate.counters.adjustments import of_adjustment
 from tidegate.counters.holds import (
     MAX_HOLDS,
     HeldCounter,
@@ -139,6 +140,26 @@ class RedisHolds:
             return HoldSettlement(charged, late == 1, _capacity(part, abs(binding)), max(least, 0), reset, status == 2)
         except (TypeError, ValueError, IndexError):
             raise StoreUnavailable(f"unexpected reply from Redis to a settlement: {shown(reply)}", reason="garbage") from None
+
+    async def adjust(self, counters: Counters, units: int, sharded: bool) -> Decision:
+        """See `AdjustingCounterStore.adjust`; servers of a cluster are called one after the other.
+
+        Args:
+            counters: as there.
+            units: as there.
+            sharded: whether subjects may lie on several servers.
+        """
+        decided: list[Decision] = []
+        for part in _parts(counters, sharded):
+            work = script("adjust", frozenset(limits.algorithm for limits, _ in part))
+            tags = [hash_tag(subject) for _, subject in part]
+            prepared = [_prepared(limits) for limits, _ in part]
+            keys = [_key(tag, name) for tag, (name, _) in zip(tags, prepared, strict=True)]
+            sent = [own or parameters(limits, charging=True) for (limits, _), (_, own) in zip(part, prepared, strict=True)]
+            reply = await self._run(tags[0], work, keys, [*sent, b"%d" % units])
+            decided.append(self._template(part).decision(reply))
+        least = min(decided, key=lambda each: each.remaining or 0)
+        return of_adjustment(_of_check(least, counters, max(each.overage for each in decided)), units)
 
     async def renew(self, handle: HoldHandle, ttl_us: int) -> None:
         """See `HoldingCounterStore.renew_hold`."""

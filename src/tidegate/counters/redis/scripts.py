@@ -56,8 +56,8 @@ def script(work: str, algorithms: frozenset[AnyAlgorithm], clock: str = "store_c
     """Put a script together.
 
     Args:
-        work: `charge`, `charge_many`, `lease`, `give_back`, `reserve`, `release`, `hold`, `settle_hold`, `renew_hold`, `absorb`,
-            `reset`, `reset_corrupt`, `heartbeat` or `instances`.
+        work: `charge`, `charge_many`, `lease`, `give_back`, `reserve`, `release`, `hold`, `settle_hold`, `renew_hold`, `adjust`,
+            `absorb`, `reset`, `reset_corrupt`, `heartbeat` or `instances`.
         algorithms: those that its counters use.
         clock: name of the Lua file that defines `now`, or Lua source, for tests.
         watched: whether a script that decides checks also replies what is left of each limit.
@@ -75,7 +75,7 @@ def script(work: str, algorithms: frozenset[AnyAlgorithm], clock: str = "store_c
         parts.append(_read("tidegate.algorithms", "leases"))
     if work in ("reserve", "release"):
         parts.append(_read("tidegate.algorithms", "reservations"))
-    if work.startswith("charge") or work in ("lease", "hold", "settle_hold", "renew_hold"):
+    if work.startswith("charge") or work in ("lease", "hold", "settle_hold", "renew_hold", "adjust"):
         parts.append("local left = {}\n" if watched else "local left\n")
         parts.append(_read("tidegate.counters.redis", "decide"))
         parts.append(_read("tidegate.algorithms", "holds"))

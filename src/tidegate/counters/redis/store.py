@@ -244,6 +244,14 @@ class RedisCounters(RedisReservations):
             self.refunds += 1
         return settled
 
+    async def adjust(self, counters: Counters, units: int) -> Decision:
+        """See `AdjustingCounterStore.adjust`."""
+        await self.start()
+        decision = await self.holds.adjust(counters, units, self._require_topology().sharded)
+        if units < 0:
+            self.refunds += 1
+        return decision
+
     async def renew_hold(self, handle: HoldHandle, ttl_us: int) -> None:
         """See `HoldingCounterStore.renew_hold`."""
         await self.start()

@@ -16,6 +16,7 @@ from google.protobuf.message import DecodeError
 
 from tidegate.counters import ChargeOutcome
 from tidegate.decision import Check, Decision, Observation, canonical_ip, clip
+from tidegate.doors.grpc.adjustments import MAX_ENTRIES, adjusts, take_sign
 from tidegate.doors.grpc.messages import RateLimitRequest
 from tidegate.doors.grpc.replies import Part, denied, reply, reply_to_one
 from tidegate.doors.grpc.request_cache import FileRequest, RequestCache
@@ -37,7 +38,6 @@ MAX_MESSAGE_BYTES: Final = 1024 * 1024
 """Far more than the 60 KB of headers that Envoy accepts by default, so that no client request exceeds it."""
 
 MAX_DESCRIPTORS: Final = 100
-MAX_ENTRIES: Final = 64
 
 _MAX_WARNED_DOMAINS: Final = 100
 
@@ -91,7 +91,7 @@ class RateLimitService:
             settings.path_entry: "path",
             settings.ip_entry: "ip",
         }
-        self._path_entry = settings.path_entry
+        self._forced_entry = settings.forced_entry.encode()
         self._paths = paths
         self._observe = observe
         self._warned_domains: set[str] = set()
@@ -132,6 +132,8 @@ class RateLimitService:
                 message = f"the request has {len(payload)} bytes; at most {MAX_MESSAGE_BYTES} are accepted"
                 return denied(self._observed(RequestTooLarge(message)))
             request = self._parsed(payload)
+            if adjusts(request, self._forced_entry):
+                return self._answer_adjusting(request)
             if len(request.descriptors) != 1 or self._limits_of(request) is not None or not self._is_of_policy(request):
                 return self._answer_parsed(payload, request)
             check, cost = self._check_of(request.descriptors[0], request)
@@ -218,7 +220,45 @@ class RateLimitService:
             checks.append(self._check_of(each, request))
         return await self._answer_checks(payload, checks)
 
+    async def _answer_adjusting(self, request: Any) -> bytes:
+        """Answer a request with descriptors that record hits; all others are decided first, together."""
+        signs = [take_sign(each, self._forced_entry) for each in request.descriptors]
+        limits = self._limits_of(request)
+        sent: list[Entries] = []
+        if limits is not None:
+            entries = [(*self._entries(each, request), _override(each)) for each in request.descriptors]
+            sent = [each for each, _, _ in entries]
+            parts = await limits.parts(entries)
+            denial = await self._list_denial(sent)
+            if denial is not None:
+                return denial
+        elif self._is_of_policy(request):
+            parts = await self._parts([self._check_of(each, request) for each in request.descriptors])
+        else:
+            self._warn_unlimited(_domain(request))
+            return reply([Part(None, 0)] * len(request.descriptors), [])
+        deciding = [part for part, sign in zip(parts, signs, strict=True) if not sign or not part.cost]
+        if limits is not None:
+            decided = iter(await limits.settle(self._gate, deciding))
+        else:
+            decided = iter(await self._gate.decide([part.plan for part in deciding if part.plan is not None]))
+        recorded = [(part.plan, sign) for part, sign in zip(parts, signs, strict=True) if sign and part.cost and part.plan]
+        adjusted = iter(await self._gate.adjust(recorded))
+        return reply(
+            parts,
+            [
+                next(adjusted if sign and part.cost else decided)
+                for part, sign in zip(parts, signs, strict=True)
+                if part.plan is not None
+            ],
+        )
+
     async def _answer_parts(self, limits: DomainLimits, parts: list[Part], sent: list[Entries]) -> bytes:
+        denial = await self._list_denial(sent)
+        return denial or reply(parts, await limits.settle(self._gate, parts))
+
+    async def _list_denial(self, sent: list[Entries]) -> bytes | None:
+        """The answer to a request for a file's domain that the allow and deny lists refuse; None if they do not."""
         if self._gate.access.lists.active:
             # One blocked descriptor denies the request; an allowed one is counted as the file says.
             checks = [self._descriptor_check(entries, 0) for entries in sent]
@@ -228,7 +268,7 @@ class RateLimitService:
                     raise CallRefused(Status.UNAVAILABLE, outward(admitted)[0])
                 if isinstance(admitted, TidegateError):
                     return denied(self._observed(admitted))
-        return reply(parts, await limits.settle(self._gate, parts))
+        return None
 
     async def _answer_checks(
         self, payload: bytes | None, checks: Sequence[tuple[Check | DescriptorCheck | TidegateError, int]]
@@ -296,8 +336,6 @@ class RateLimitService:
 
     def _entries(self, descriptor: Any, request: Any) -> tuple[Entries, int]:
         """The entries of a descriptor as text, and its cost."""
-        if descriptor.is_negative_hits:
-            raise CallRefused(Status.UNIMPLEMENTED, "negative hits are not supported; send hits_addend of 0 or more")
         if len(descriptor.entries) > MAX_ENTRIES:
             raise self._refused(f"a descriptor has {len(descriptor.entries)} entries; at most {MAX_ENTRIES} are accepted")
         # By the protocol, hits_addend 0 of a request means 1; that of a descriptor may be 0.

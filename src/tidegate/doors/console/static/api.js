@@ -50,8 +50,9 @@ export async function send(method, path, { query, body, text, revision, poll, si
     if (signal?.aborted) throw error;
     throw new ApiError(0, "NO_ANSWER", "The server does not answer: check that it runs, and try again.", {});
   }
-  const type = answer.headers.get("Content-Type") ?? "";
-  const data = answer.status === 204 ? null : type.startsWith("application/json") ? await answer.json() : await answer.text();
+  // Exactly: exports are application/jsonl.
+  const type = (answer.headers.get("Content-Type") ?? "").split(";")[0].trim();
+  const data = answer.status === 204 ? null : type === "application/json" ? await answer.json() : await answer.text();
   if (!answer.ok) {
     const error = data?.error ?? { code: "UNKNOWN", message: `The server answered ${answer.status}.`, details: {} };
     if (answer.status === 401 && path !== "/session") onSignedOut();
@@ -75,10 +76,10 @@ export function sessionIsOver() {
   onSignedOut();
 }
 
-/** All items of a list that has pages, up to a bound. */
+/** All items of a list that has pages, up to a bound; of `query.after` those that follow it. */
 export async function all(path, query = {}, options = {}, most = 2000) {
   const items = [];
-  let after = null;
+  let after = query.after ?? null;
   do {
     const page = await get(path, { limit: 500, ...query, after }, options);
     items.push(...page.items);

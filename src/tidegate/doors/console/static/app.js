@@ -171,6 +171,8 @@ async function show({ focus = false } = {}) {
     },
     /** Run an action now and whenever what it reads changes, while the view is shown and visible; see Live.add. */
     live: (milliseconds, action) => live.add(milliseconds, action),
+    /** As `live`, until the action returns true; see Live.until. */
+    until: (milliseconds, action) => live.until(milliseconds, action),
   };
   fill(content, h("p.muted", {}, "Loading…"));
   main.setAttribute("aria-busy", "true");

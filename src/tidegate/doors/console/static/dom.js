@@ -58,15 +58,21 @@ function nameOf(element) {
  * @param {Array<Array>} rows cells: texts or elements
  */
 export function table(label, columns, rows) {
-  const names = columns.map((column) => column.replace(/^#/, ""));
-  const isNumber = columns.map((column) => column.startsWith("#"));
-  const heads = names.map((name, place) => h(isNumber[place] ? "th.number" : "th", { scope: "col" }, name));
-  const body = rows.map((row) => h("tr", {}, row.map((cell, place) => h(isNumber[place] ? "td.number" : "td", {}, cell))));
+  const heads = columns.map((column) => h(isNumber(column) ? "th.number" : "th", { scope: "col" }, column.replace(/^#/, "")));
   return h(
     "div.scroll",
     { role: "region", "aria-label": label, tabindex: "0" },
-    h("table", {}, h("thead", {}, h("tr", {}, heads)), h("tbody", {}, body)),
+    h("table", {}, h("thead", {}, h("tr", {}, heads)), h("tbody", {}, tableRows(columns, rows))),
   );
+}
+
+/** Rows for the body of a table with these columns. */
+export function tableRows(columns, rows) {
+  return rows.map((row) => h("tr", {}, row.map((cell, place) => h(isNumber(columns[place]) ? "td.number" : "td", {}, cell))));
+}
+
+function isNumber(column) {
+  return column.startsWith("#");
 }
 
 /** A labelled field. */

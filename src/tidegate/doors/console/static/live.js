@@ -42,14 +42,36 @@ export class Live {
    * @param {(options: object) => Promise<void>} action reads with `get(path, query, options)`
    */
   async add(milliseconds, action) {
-    const watcher = { milliseconds, action, paths: new Set(), running: false, again: false, timer: null, error: null };
+    await this.#run(this.#watch(milliseconds, action), true);
+  }
+
+  /**
+   * As `add`, until the action returns true; fails when the view is left before.
+   * @param {number} milliseconds see `add`
+   * @param {(options: object) => Promise<boolean>} action see `add`
+   */
+  async until(milliseconds, action) {
+    await new Promise((resolve, reject) => {
+      this.signal.addEventListener("abort", () => reject(this.signal.reason));
+      const watcher = this.#watch(milliseconds, async (options) => {
+        if (!(await action(options))) return;
+        this.watchers = this.watchers.filter((each) => each !== watcher);
+        watcher.done = true;
+        resolve();
+      });
+      this.#run(watcher, true);
+    });
+  }
+
+  #watch(milliseconds, action) {
+    const watcher = { milliseconds, action, paths: new Set(), running: false, again: false, done: false, timer: null, error: null };
     this.watchers.push(watcher);
-    await this.#run(watcher, true);
+    return watcher;
   }
 
   async #run(watcher, isFirst = false) {
     clearTimeout(watcher.timer);
-    if (this.signal.aborted) return;
+    if (this.signal.aborted || watcher.done) return;
     if (watcher.running) {
       watcher.again = true;
       return;
@@ -71,7 +93,7 @@ export class Live {
         if (watcher.again) {
           watcher.again = false;
           this.#run(watcher);
-        } else {
+        } else if (!watcher.done) {
           watcher.timer = setTimeout(() => this.#poll(watcher), watcher.milliseconds);
         }
       }

@@ -7,12 +7,17 @@ import { listed } from "./overrides.js";
 
 const MAX_LOG_BYTES = 16_000_000;
 
-/** The form, and the result below it. */
-export function whatIf(view, tiers, tier, rules) {
+/**
+ * The form, and the result below it.
+ * @param {object[]} rules of the tier
+ * @param {Promise<object[]>} rest further rules of the tier; the page reports if it fails
+ */
+export function whatIf(view, tiers, tier, rules, rest) {
   const result = h("div", { "aria-live": "polite" });
   if (!view.operator) return null;
   const what = select([["rule", "one rule"], ["policy", "the whole policy"]], rules.length ? "rule" : "policy", { onchange: showFields });
   const rule = select(rules.map((each) => [String(each.id), each.name]), String(rules[0]?.id), {});
+  rest.then((items) => rule.append(...items.map((each) => h("option", { value: String(each.id) }, each.name))), () => {});
   const limits = h("input", { placeholder: "50/minute", spellcheck: "false" });
   const mode = select([["", "as it is"], ["enforce", "enforce"], ["shadow", "shadow"]], "", {});
   const policy = h("textarea", { rows: "12", spellcheck: "false", placeholder: "[[tiers]]" });
@@ -54,12 +59,19 @@ export function whatIf(view, tiers, tier, rules) {
     let { data: found } = await send("POST", "/what-if", { body, signal: view.signal });
     const shown = progress(found.id);
     fill(result, shown.element);
-    while (found.state === "running") {
-      await new Promise((resolve) => setTimeout(resolve, 500));
-      found = await get(`/what-if/${found.id}`, {}, { signal: view.signal });
+    let missing = null;
+    await view.until(500, async (options) => {
+      try {
+        found = await get(`/what-if/${found.id}`, {}, options);
+      } catch (error) {
+        if (error.status !== 404) throw error;
+        missing = error;
+        return true;
+      }
       shown.update(found.progress);
-    }
-    fill(result, report(found));
+      return found.state !== "running";
+    });
+    fill(result, missing === null ? report(found) : problem(missing));
   }
   function changed() {
     const given = listed(limits.value);

@@ -2,40 +2,82 @@
 
 import { all, get, send } from "../api.js";
 import { confirm, form, saveChange } from "../dialogs.js";
-import { announce, empty, field, fill, h, link, refill, select, table } from "../dom.js";
+import { announce, empty, field, fill, h, link, problem, refill, select, table, tableRows } from "../dom.js";
 import { explainer } from "../explain.js";
 import { whatIf } from "../what_if.js";
 import { listed } from "../overrides.js";
 
-const MAX_SHOWN = 200;
+const ROWS_AT_ONCE = 50;
+const REST_AFTER_MS = 200;
+const MAX_RULES = 10_000;
 
 export default async function policy(root, view) {
   const options = { signal: view.signal };
-  const [{ items: tiers }, { catalog }] = await Promise.all([all("/tiers", {}, options), get("/system", {}, options)]);
+  const firstRules = (name) => get("/rate-limit-rules", { tier: name, limit: ROWS_AT_ONCE }, options);
+  const named = view.parameters.tier;
+  let refresh = view.reload;
+  onNewVersion(view, () => refresh());
+  const [{ items: tiers }, ofNamed] = await Promise.all([all("/tiers", {}, options), named ? firstRules(named) : null]);
   if (tiers.length === 0) {
     const make = view.operator ? h("button.primary", { type: "button", onclick: () => createTier(view) }, "New tier") : null;
     fill(root, empty("There is no tier yet.", "A tier is a class of callers with its rules. Make one here, or import a policy file: tidegate policy."), make, explainer(view));
-    onNewVersion(view, catalog?.version, view.reload);
     return;
   }
   const names = tiers.map((each) => each.name);
-  const tier = tiers.find((each) => each.name === view.parameters.tier) ?? tiers[0];
-  let { items: rules } = await all("/rate-limit-rules", { tier: tier.name }, { signal: view.signal }, 10_000);
+  const tier = tiers.find((each) => each.name === named) ?? tiers[0];
+  const { items: first, next } = tier.name === named ? ofNamed : await firstRules(tier.name);
+  let rules = first;
+  // A long list is read in two parts: what is shown at once and, after that is painted, what is searched and shown later.
+  const rest = next === null ? Promise.resolve([]) : readRest(view.parameters.rule ? 0 : REST_AFTER_MS);
+  let isComplete = next === null;
+  let rowsShown = ROWS_AT_ONCE;
   const choice = select(names, tier.name, { id: "tier", onchange: () => view.set({ tier: choice.value, rule: null }) });
   const search = h("input", { type: "search", id: "rule", value: view.parameters.rule ?? "", placeholder: "name or endpoint", spellcheck: "false" });
   const list = h("div", {});
+  const more = h("div", {});
   const ofTier = h("div", {});
-  function showRules() {
-    const text = search.value.trim().toLowerCase();
-    const found = rules.filter((each) => `${each.name}\n${each.endpoint}`.toLowerCase().includes(text));
-    refill(list, ruleTable(view, tier, found, rules.length));
+  async function readRest(delayMs) {
+    await new Promise((resolve) => setTimeout(resolve, delayMs));
+    const { items } = await all("/rate-limit-rules", { tier: tier.name, after: next }, options, MAX_RULES);
+    // Not if all rules were read again in the meantime, since the catalog has a new version.
+    if (!isComplete) rules = [...first, ...items];
+    isComplete = true;
+    return items;
   }
-  search.addEventListener("input", showRules);
+  function found() {
+    const text = search.value.trim().toLowerCase();
+    return rules.filter((each) => `${each.name}\n${each.endpoint}`.toLowerCase().includes(text));
+  }
+  function showRules() {
+    refill(list, isComplete || found().length ? ruleTable(view, tier, found().slice(0, rowsShown), rules.length) : null);
+    showMore();
+  }
+  function showMore() {
+    const hidden = found().length - rowsShown;
+    const button = h("button", { type: "button", onclick: addRows }, `Show ${Math.min(ROWS_AT_ONCE, isComplete ? hidden : ROWS_AT_ONCE)} more`);
+    refill(
+      more,
+      isComplete ? null : h("p.muted", {}, "Reading the other rules…"),
+      hidden > 0 || !isComplete ? h("div.buttons", {}, button, isComplete ? h("span.muted", {}, `${hidden} more rules; or search by a part of the name or the endpoint.`) : null) : null,
+    );
+  }
+  async function addRows() {
+    await rest;
+    const added = found().slice(rowsShown, rowsShown + ROWS_AT_ONCE);
+    rowsShown += ROWS_AT_ONCE;
+    list.querySelector("tbody")?.append(...tableRows(columns(view), added.map((each) => ruleRow(view, tier, each))));
+    showMore();
+  }
+  search.addEventListener("input", () => {
+    rowsShown = ROWS_AT_ONCE;
+    showRules();
+  });
   search.addEventListener("change", () => {
     const query = new URLSearchParams(window.location.search);
     query.set("rule", search.value);
     window.history.replaceState(null, "", `${window.location.pathname}?${query}`);
   });
+  if (search.value) await rest;
   showRules();
   fill(
     root,
@@ -50,14 +92,19 @@ export default async function policy(root, view) {
     ),
     ofTier,
     list,
+    more,
     explainer(view),
-    whatIf(view, names, tier, rules),
+    whatIf(view, names, tier, first, rest),
   );
-  fill(ofTier, tierFacts(view, tier, rules));
-  onNewVersion(view, catalog?.version, async () => {
+  fill(ofTier, tierFacts(view, tier, () => rules.length));
+  rest.then(
+    () => (search.value ? showRules() : showMore()),
+    (error) => view.signal.aborted || fill(more, problem(error)),
+  );
+  refresh = async () => {
     const [{ items: newTiers }, { items: newRules }] = await Promise.all([
       all("/tiers", {}, { signal: view.signal }),
-      all("/rate-limit-rules", { tier: tier.name }, { signal: view.signal }, 10_000),
+      all("/rate-limit-rules", { tier: tier.name }, { signal: view.signal }, MAX_RULES),
     ]);
     const newTier = newTiers.find((each) => each.name === tier.name);
     if (newTier === undefined || newTiers.length !== tiers.length) {
@@ -65,30 +112,31 @@ export default async function policy(root, view) {
       return;
     }
     rules = newRules;
-    refill(ofTier, tierFacts(view, newTier, rules));
+    isComplete = true;
+    refill(ofTier, tierFacts(view, newTier, () => rules.length));
     showRules();
-  });
+  };
 }
 
 /** Run an action when the catalog has another version than what is shown: an operator or the policy file changed it. */
-function onNewVersion(view, version, action) {
-  let shown = version;
+function onNewVersion(view, action) {
+  let shown = null;
   view.live(5000, async (options) => {
     const found = (await get("/system", {}, options)).catalog?.version;
-    if (found === shown) return;
+    const isNew = shown !== null && found !== shown;
     shown = found;
-    await action();
+    if (isNew) await action();
   });
 }
 
-function tierFacts(view, tier, rules) {
+function tierFacts(view, tier, countRules) {
   const canDelete = view.operator && !tier.managed_by_file;
   return h(
     "div.toolbar",
     {},
     h("p", {}, "Limits over all endpoints of the tier: ", h("strong", {}, [...tier.limits, ...quotaTexts(tier), ...(tier.overage ? [`overage ${overageText(tier.overage)}`] : [])].join(", ") || "none")),
     canDelete ? h("button", { type: "button", onclick: () => editTier(view, tier) }, "Change") : null,
-    canDelete ? h("button.danger", { type: "button", onclick: () => deleteTier(view, tier, rules) }, "Delete tier") : null,
+    canDelete ? h("button.danger", { type: "button", onclick: () => deleteTier(view, tier, countRules()) }, "Delete tier") : null,
     tier.managed_by_file ? h("p.muted", {}, "The policy file owns this tier: change it there.") : null,
   );
 }
@@ -108,7 +156,15 @@ function ruleTable(view, tier, rules, total) {
       ? empty(`The tier ${tier.name} has no rules.`, view.operator ? "Add one with New rule; in mode shadow it counts and never blocks." : "An operator adds them.")
       : empty("No rule matches.", "Search by a part of the name or the endpoint.");
   }
-  const rows = rules.slice(0, MAX_SHOWN).map((each) => [
+  return table(`Rules of ${tier.name}`, columns(view), rules.map((each) => ruleRow(view, tier, each)));
+}
+
+function columns(view) {
+  return ["name", "endpoint", "methods", "limits", "algorithm", "counts", "mode", view.operator ? "change" : "owner"];
+}
+
+function ruleRow(view, tier, each) {
+  return [
     each.name,
     h("code", {}, each.endpoint),
     each.methods.join(", ") || "all",
@@ -117,10 +173,6 @@ function ruleTable(view, tier, rules, total) {
     Array.isArray(each.subject) ? each.subject.join(" + ") : each.subject,
     [h(`span.badge.${each.mode}`, {}, each.mode), each.mode === "shadow" ? [" ", link("/violations", { mode: "shadow", tier: tier.name, rule: each.name }, "what it would block")] : null],
     view.operator ? ruleActions(view, tier, each) : each.managed_by_file ? "in the policy file" : "",
-  ]);
-  return [
-    table(`Rules of ${tier.name}`, ["name", "endpoint", "methods", "limits", "algorithm", "counts", "mode", view.operator ? "change" : "owner"], rows),
-    rules.length > MAX_SHOWN ? h("p.muted", {}, `${rules.length - MAX_SHOWN} more rules: search by a part of the name or the endpoint.`) : null,
   ];
 }
 
@@ -152,8 +204,8 @@ async function deleteRule(view, rule) {
   view.reload();
 }
 
-async function deleteTier(view, tier, rules) {
-  if (!(await confirm(`Delete the tier ${tier.name}?`, `Its ${rules.length} rules are deleted with it. A tier with API keys is refused.`, "Delete"))) return;
+async function deleteTier(view, tier, count) {
+  if (!(await confirm(`Delete the tier ${tier.name}?`, `Its ${count} rules are deleted with it. A tier with API keys is refused.`, "Delete"))) return;
   try {
     await send("DELETE", `/tiers/${encodeURIComponent(tier.name)}`, { revision: tier.revision });
   } catch (error) {
