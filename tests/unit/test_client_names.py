@@ -12,8 +12,11 @@ def test_public_names() -> None:
         *(
             "Answer",
             "AsyncClient",
+            "AsyncClientHold",
             "BreakerOptions",
             "Client",
+            "ClientHold",
+            "HeldAnswer",
             "LimitHeaders",
             "LimitRequest",
             "OnFailure",

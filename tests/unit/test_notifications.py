@@ -16,7 +16,7 @@ import msgspec
 import pytest
 from sqlalchemy import insert, select, update
 
-from tests.moments import until
+from tests.moments import PATIENCE_S, until
 from tests.servers.migrated import copy_sqlite
 from tests.servers.webhook_receiver import SECRET, Received, WebhookReceiver
 from tidegate.catalog.sql.catalog import SqlCatalog
@@ -217,7 +217,7 @@ async def test_a_url_or_a_secret_that_is_gone(
 
 
 async def test_a_receiver_that_answers_a_byte_at_a_time_ends_within_a_bound(catalog: SqlCatalog) -> None:
-    released = asyncio.Event()
+    released, ended = asyncio.Event(), asyncio.Event()
 
     async def drip(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(OSError):
@@ -227,6 +227,9 @@ async def test_a_receiver_that_answers_a_byte_at_a_time_ends_within_a_bound(cata
                 await writer.drain()
                 await asyncio.sleep(0.02)
         writer.close()
+        with contextlib.suppress(OSError):
+            await writer.wait_closed()
+        ended.set()
 
     server = await asyncio.start_server(drip, "127.0.0.1", 0)
     url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/"
@@ -237,6 +240,7 @@ async def test_a_receiver_that_answers_a_byte_at_a_time_ends_within_a_bound(cata
     assert await setup.notifier.deliver_due() == 1
     assert [row["error"] for row in await setup.rows()] == ["the receiver did not answer in time"]
     released.set()
+    await asyncio.wait_for(ended.wait(), PATIENCE_S)
     server.close()
     await server.wait_closed()
 
