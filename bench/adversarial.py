@@ -112,7 +112,7 @@ def _post(connection: http.client.HTTPConnection, path: str, body: bytes) -> Non
 
 
 def over_http(attacks: Sequence[Callable[[], bytes]], plain: Callable[[], bytes], path: str, count: int) -> Cost:
-    """Send bodies in turn; the attack that costs the most a KB counts. Each body is made anew, outside of what is measured."""
+    """Send bodies in turn; the attack that costs the most a KB counts. Bodies are made outside of what is measured."""
     bodies = (*attacks, plain)
     spent = [0.0] * len(bodies)
     sizes = [0] * len(bodies)

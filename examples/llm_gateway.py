@@ -128,7 +128,7 @@ async def read_request(request: Request) -> TokenRequest:
         raise InvalidRequest(400, "the body must be an object with a list 'messages'")
     choices = _whole_number(body, "n", 1, MAX_CHOICES)
     name = "max_completion_tokens" if "max_completion_tokens" in body else "max_tokens"
-    # Sent on also where the caller sent none: without it nobody knows the most that the request may use.
+    # Sent on also where the caller sent none: without it the most that the request may use is unknown.
     body[name] = _whole_number(body, name, DEFAULT_MAX_TOKENS, 1_000_000)
     if body.get("stream"):
         options = body.get("stream_options")

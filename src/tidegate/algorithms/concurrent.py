@@ -2,7 +2,7 @@
 
 Guarantee: never are more slots taken than the amount. A check takes none; it is denied while none is free.
 State: `(taken,)`. Stores count the holds that are open; nothing here changes the state. A slot becomes free when a request ends,
-which nobody knows in advance: a denial may be tried again after a second.
+which is unknown in advance: a denial may be retried after a second.
 """
 
 from __future__ import annotations

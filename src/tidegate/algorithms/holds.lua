@@ -1,4 +1,4 @@
--- Twin of holds.py. The functions are made only by scripts that need them: Redis makes those of a script anew on each call.
+-- Twin of holds.py. The functions are made only by scripts that need them: Redis makes those of a script on each call.
 -- A record is what a hold charged to a counter, in MessagePack: units, moment; of a bucket, for each window its name and its level in
 -- whole tokens just after.
 

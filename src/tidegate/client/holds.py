@@ -174,7 +174,7 @@ class AsyncClientHold(_ClientHold):
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self.id is not None:
-            # Whoever is cancelled here must not take the settlement with them.
+            # A cancellation here must not cancel the settlement.
             await asyncio.shield(asyncio.ensure_future(self._end(self.id, kind is not None)))
 
     async def _end(self, hold: str, failed: bool) -> None:

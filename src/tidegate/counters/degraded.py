@@ -66,7 +66,7 @@ class DegradedDecisions:
         self.on_late_grant: Callable[[Charge, GrantingDecision, int], None] | None = None
 
     def _remember_denial(self, charge: Charge, decision: Decision, started_us: int) -> None:
-        # Slots are freed when requests end: no denial for want of one is worth remembering.
+        # Slots are freed when requests end: a denial because none was free is not remembered.
         slots = any(limits.algorithm is ConcurrencyAlgorithm.CONCURRENT for limits, _ in charge.counters)
         if started_us >= self._cleared_us and not slots:
             leased = all(limits.leasable for limits, _ in charge.counters)

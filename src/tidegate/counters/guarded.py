@@ -194,7 +194,7 @@ class GuardedCounters(DegradedDecisions):
 
     def _hold_failed(self, charge: Charge, error: StoreUnavailable, started_us: int) -> ChargeOutcome:
         if isinstance(error, LateAnswer):
-            # If the store opened it, nobody knows its id: it gives its units back when it expires.
+            # If the store opened it, its id is unknown: it gives its units back when it expires.
             return self._decide_uncharged(charge, "timeout", error)
         return self._failed(charge, error, started_us)
 

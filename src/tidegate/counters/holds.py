@@ -119,7 +119,7 @@ def _is_plausible(handle: HoldHandle) -> bool:
 
 
 def new_id() -> str:
-    """An id that nobody can guess: 96 bits in base64."""
+    """An id that cannot be guessed: 96 bits in base64."""
     return secrets.token_urlsafe(12)
 
 

@@ -1,4 +1,4 @@
-"""Holds of counters in memory. Expired ones give their units back before the next charge, whoever it is for.
+"""Holds of counters in memory. Expired ones give their units back before the next charge of any subject.
 
 A hold costs about 600 bytes while it is open, and about 200 for two minutes after it was settled.
 """

@@ -129,7 +129,7 @@ class AsyncHold(_Hold):
                 self._failed(error)
             return
         ending = asyncio.ensure_future(self._end(handle, used))
-        # Whoever is cancelled here must not take the settlement with them.
+        # A cancellation here must not cancel the settlement.
         await asyncio.shield(ending)
 
     async def _end(self, handle: HoldHandle, used: int) -> None:

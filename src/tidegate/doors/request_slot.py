@@ -41,7 +41,7 @@ class RequestSlot:
             return
         if self._timer is not None:
             self._timer.cancel()
-        # Whoever is cancelled here must not take the release with them.
+        # A cancellation here must not cancel the release.
         await asyncio.shield(asyncio.ensure_future(self._release()))
 
     def _renew_later(self) -> None:

@@ -19,7 +19,7 @@ from tidegate.retry_pause import checked_wait_s, retry_pause_s
 logger = logging.getLogger(__name__)
 
 _TIMER_S: Final = 0.001
-"""Timers of event loops are rounded to so much: nobody may go before its moment."""
+"""Timers of event loops are rounded to so much: no caller may go before its moment."""
 _GIVE_BACK_S: Final = 2.0
 """How long a cancelled caller waits until its reservation is cancelled too, s; that goes on afterwards."""
 

@@ -31,7 +31,7 @@ from tidegate.policy.quotas import UNBOUNDED, QuotaLimit
 from tidegate.timestamps import US_PER_S
 
 Report: TypeAlias = Callable[[CheckPlan, Sequence[ChargeOutcome], int], object]
-"""Tells telemetry of a decided plan: its outcomes and the ns it took."""
+"""Reports a decided plan to telemetry: its outcomes and the ns it took."""
 ReportError: TypeAlias = Callable[[TidegateError, int], object]
 
 _RATIO_RULES: Final = 256

@@ -101,7 +101,7 @@ async def in_daemon_thread(work: Callable[[], _T]) -> _T:
             result = work()
         except BaseException as error:  # noqa: BLE001 - raised again where the result is awaited
             failure = error
-        # The loop may be closed: then nobody waits.
+        # The loop may be closed: then no task waits.
         with contextlib.suppress(RuntimeError):
             loop.call_soon_threadsafe(settle, result, failure)
 

@@ -29,7 +29,7 @@ class Event(msgspec.Struct, frozen=True):
 
     Args:
         type: what happened.
-        key: what tells it from other events of its type, the same on every instance.
+        key: what distinguishes it from other events of its type, the same on every instance.
         subject: whom it is about: `k:` and a key's id, `c:` and a customer, `i:` and an address, `t:` and a tier, `a:` and
             attributes, `b:` and a block's id.
         at_us: when, µs since the epoch.
@@ -82,7 +82,7 @@ def message_id(url: str, event: Event) -> str:
 
 
 def crossing_key(crossing: Crossing) -> tuple[str | int, ...]:
-    """What tells a crossing from others: counter, subject, limit, the window it is in, and the percentage.
+    """What distinguishes a crossing from others: counter, subject, limit, the window it is in, and the percentage.
 
     A limit that was changed is another limit: its thresholds are reported again.
     """

@@ -2,7 +2,7 @@
 
 Threads may share one: each call takes a socket from a pool. After a fork the child opens sockets of its own.
 
-A reply that does not come in time closes its socket: nobody waits for it any more, and whether the command was run is unknown.
+A reply that does not come in time closes its socket: no caller waits for it any more, and whether the command was run is unknown.
 A command on a pooled socket that the server had closed meanwhile is sent once more on a new one: at worst it is charged twice.
 """
 
@@ -76,7 +76,7 @@ class Answered:
         return self._reply
 
     def add_done_callback(self, _: object) -> None:
-        """Callbacks are for outcomes that nobody reads; here nothing is pending."""
+        """Callbacks are for outcomes that are not read; here nothing is pending."""
 
     def __await__(self) -> Generator[None, None, Any]:
         return self.result()

@@ -27,7 +27,7 @@ for k = 1, #KEYS do
   else
     local holds, record = KEYS[k] .. '.holds', functions.record_of(KEYS[k], configs[k], cost)
     redis.call('ZADD', holds, string.format('%.0f', now + ttl), id .. record)
-    -- As long as the units count, somebody may need them back.
+    -- As long as the units count, a later settlement may give them back.
     local kept = math.max(redis.call('PTTL', KEYS[k]), math.ceil(ttl / 1000) + ENDED_KNOWN)
     if redis.call('PTTL', holds) < kept then
       redis.call('PEXPIRE', holds, kept)

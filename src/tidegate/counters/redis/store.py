@@ -240,7 +240,7 @@ class RedisCounters(RedisReservations):
         await self.start()
         settled = await self.holds.settle(handle, cost)
         if cost < handle.cost and not settled.repeated:
-            # What was denied for want of these units may pass now, on every instance.
+            # What was denied because these units were used may pass now, on every instance.
             self.refunds += 1
         return settled
 

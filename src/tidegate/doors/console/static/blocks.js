@@ -23,7 +23,7 @@ export function blocks(view, root, query = {}) {
     ]);
     const list = rows.length
       ? table("Active blocks", ["who", "reason", "ends", "by", ...(view.operator ? ["change"] : [])], rows)
-      : empty("Nobody is blocked.", "A block stops a caller at once, whatever its limits: find the caller and choose Block.");
+      : empty("No caller is blocked.", "A block stops a caller at once, whatever its limits: find the caller and choose Block.");
     refill(root, h("h2", {}, "Active blocks"), list, page.next === null ? null : h("p.muted", {}, "There are more."));
   });
 }
