@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import Any
 
+import psycopg
 import pytest
 from sqlalchemy import event, func, select, text
 from sqlalchemy.exc import OperationalError
@@ -590,6 +591,35 @@ async def test_replicas_that_hang_are_left_out_however_busy(
     assert all(replica.ejections for replica in replicas.replicas)
     assert (await catalog.tier("free"))[1] is not None, "the primary is asked"
     await until(lambda: all(replica.ejected_because is None for replica in replicas.replicas))
+
+
+@pytest.mark.parametrize("role", ["primary", "replica"])
+async def test_a_query_whose_connection_is_cut_is_repeated(
+    postgres_cluster: PostgresCluster, database: str, open_catalog: Open, role: str
+) -> None:
+    """The cut says nothing about the server: a replica stays in rotation."""
+    catalog = await open_catalog(postgres_cluster, database, timeout_s=PATIENCE_S)
+    replicas = replicas_of(catalog)
+    server: PostgresServer = postgres_cluster.primary if role == "primary" else postgres_cluster.replicas[0]
+    waiting = "SELECT pid FROM pg_stat_activity WHERE wait_event = 'advisory' AND datname = %s"
+
+    def waiting_pids() -> list[int]:
+        return [pid for (pid,) in server.execute(waiting, "postgres", [database])]
+
+    # The query waits for a lock, so that it is still running when its connection is cut.
+    query = select(policy_state.c.version.label("read_version"), func.pg_advisory_xact_lock_shared(1))
+    async with await psycopg.AsyncConnection.connect(server.url(database)) as other:
+        await other.execute("SELECT pg_advisory_lock(1)")
+        from_primary, from_replica = catalog.database._read_primary, replicas._query
+        rows = asyncio.ensure_future(
+            from_primary(query, None) if role == "primary" else from_replica(replicas.replicas[0], query, None, PATIENCE_S)
+        )
+        await until(waiting_pids)
+        [pid] = waiting_pids()
+        await asyncio.to_thread(server.execute, "SELECT pg_terminate_backend(%s)", "postgres", [pid])
+        await other.execute("SELECT pg_advisory_unlock(1)")
+        assert (await rows)[0]["read_version"] == await catalog.database.version()
+    assert [replica.ejections for replica in replicas.replicas] == [0, 0]
 
 
 async def test_connections_that_are_cut_are_found(postgres_cluster: PostgresCluster, database: str, open_catalog: Open) -> None:

@@ -24,7 +24,15 @@ from sqlalchemy.pool import QueuePool, StaticPool
 
 from tidegate.catalog.sql.change_log import WriteTransaction, no_state
 from tidegate.catalog.sql.database_errors import READ_ONLY, cannot_write, is_transient, sqlstate_of
-from tidegate.catalog.sql.engine import BUSY_TIMEOUT_MS, is_postgres, open_engine, reason_of, redacted_url, sqlite_reader
+from tidegate.catalog.sql.engine import (
+    BUSY_TIMEOUT_MS,
+    is_postgres,
+    open_engine,
+    read_rows,
+    reason_of,
+    redacted_url,
+    sqlite_reader,
+)
 from tidegate.catalog.sql.replicas import Replica, Replicas
 from tidegate.catalog.sql.schema import upgrade_schema
 from tidegate.catalog.sql.tables import policy_state
@@ -176,11 +184,9 @@ class Database:
         return rows
 
     async def _read_primary(self, query: Select[Any], parameters: Mapping[str, Any] | None) -> Sequence[RowMapping]:
-        if self._sqlite is None:
-            async with self.reading() as connection:
-                rows: Sequence[RowMapping] = (await connection.execute(query, parameters)).mappings().all()
-                return rows
         try:
+            if self._sqlite is None:
+                return await read_rows(self._reader, query, parameters)
             return await self._sqlite.rows(query, parameters)
         except (SQLAlchemyError, OSError) as error:
             raise _not_answering(error) from error

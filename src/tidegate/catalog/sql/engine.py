@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 from urllib.parse import quote
 
-from sqlalchemy import create_engine, event
+from sqlalchemy import RowMapping, Select, create_engine, event
 from sqlalchemy.engine import URL, make_url
-from sqlalchemy.exc import ArgumentError
+from sqlalchemy.exc import ArgumentError, DBAPIError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.pool import QueuePool, StaticPool
 
@@ -191,3 +191,26 @@ def _prepare_inspection(connection: Any, _: Any) -> None:
     cursor.execute(f"PRAGMA busy_timeout = {BUSY_TIMEOUT_MS}")
     cursor.execute("PRAGMA query_only = ON")
     cursor.close()
+
+
+async def read_rows(engine: AsyncEngine, query: Select[Any], parameters: Mapping[str, Any] | None) -> Sequence[RowMapping]:
+    """The rows of a query; once more on another connection if the first one is cut while it runs.
+
+    An operator or a proxy that cuts a connection says nothing about the database: a new connection shows whether it answers.
+
+    Raises:
+        SQLAlchemyError: if the database does not answer, or rejects the query.
+        OSError: if it cannot be reached.
+    """
+    try:
+        return await _read_once(engine, query, parameters)
+    except DBAPIError as error:
+        if not error.connection_invalidated:
+            raise
+        return await _read_once(engine, query, parameters)
+
+
+async def _read_once(engine: AsyncEngine, query: Select[Any], parameters: Mapping[str, Any] | None) -> Sequence[RowMapping]:
+    async with engine.connect() as connection:
+        rows: Sequence[RowMapping] = (await connection.execute(query, parameters)).mappings().all()
+    return rows

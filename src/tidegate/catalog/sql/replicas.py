@@ -26,7 +26,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from tidegate.background import SUPERVISOR, stop
-from tidegate.catalog.sql.engine import reason_of
+from tidegate.catalog.sql.engine import read_rows, reason_of
 from tidegate.catalog.sql.tables import policy_state
 
 logger = logging.getLogger(__name__)
@@ -252,8 +252,6 @@ class _Busy(Exception):
 async def _rows(replica: Replica, query: Select[Any], parameters: Mapping[str, Any] | None) -> Sequence[RowMapping]:
     """Run the query on a free connection, and release its slot even if the answer is late."""
     try:
-        async with replica.engine.connect() as connection:
-            rows: Sequence[RowMapping] = (await connection.execute(query, parameters)).mappings().all()
+        return await read_rows(replica.engine, query, parameters)
     finally:
         replica.free.release()
-    return rows
