@@ -109,6 +109,7 @@ class Connection(RequestParser, asyncio.Protocol):
         self._stopped = self.closing = self.lost = True
         self._waiting.clear()
         current = self._current
+        self._last = None
         if type(current) is PlainRequest:
             self._current = None  # it refers to this connection, and garbage collection does not look at it
         elif isinstance(current, Exchange) and not current.complete and current.task is not None:
@@ -158,6 +159,14 @@ class Connection(RequestParser, asyncio.Protocol):
         self._waiting.append(request)
         if len(self._waiting) >= MAX_WAITING:
             self._pause(_LINE)
+
+    def repeat(self, request: PlainRequest) -> None:
+        """See `RequestParser.repeat`. The record is used again where nothing else uses it."""
+        if self._current is None and not self._waiting and request.exchange is None:
+            request.repeats = True
+        else:
+            request = PlainRequest(self, request.method, request.target, request.values, request.body, request.head_bytes)
+        self.enqueue(request)
 
     def _start(self, request: Exchange | PlainRequest) -> None:
         self._current = request

@@ -186,7 +186,7 @@ class CallerLookup:
         return default
 
     def find_cached(self, api_key: str | None) -> Caller | None:
-        """The caller that a key belongs to, where memory alone knows it. Costs 0.4 µs, 0.5 µs more for a key that is not among the last.
+        """The caller that a key belongs to, where memory alone knows it. Costs 0.4 µs; 0.5 µs more to hash a key.
 
         Args:
             api_key: as for `find`.
