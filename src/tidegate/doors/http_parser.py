@@ -86,6 +86,10 @@ class RequestParser:
         """Put a request in line, whose head has arrived."""
         raise NotImplementedError
 
+    def enqueue_plain(self, request: PlainRequest) -> None:
+        """Put a plain request in line."""
+        raise NotImplementedError
+
     def repeat(self, request: PlainRequest) -> None:
         """Put a request in line whose bytes are those of this one, the last of the connection."""
         raise NotImplementedError
@@ -254,7 +258,7 @@ class RequestParser:
                 self._body = None
                 self._target, self._values = b"", {}
                 self._part, self._began = BETWEEN, True
-                self.enqueue(request)
+                self.enqueue_plain(request)
                 return
         if self._receiving is None:
             self._open()
