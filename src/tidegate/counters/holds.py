@@ -106,7 +106,7 @@ _TAG: Final = re.compile(rb"[^{}]{1,64}", re.DOTALL)
 _NAME: Final = re.compile(rb"[A-Za-z0-9+/]{8}")
 _DRAWN: Final[list[str]] = []
 _DRAWN_AT_ONCE: Final = 64
-_TO_STANDARD: Final = {ord("-"): "+", ord("_"): "/"}
+_TO_STANDARD: Final = bytes.maketrans(b"-_", b"+/")
 # A process that is forked must not give out the same ids.
 os.register_at_fork(after_in_child=_DRAWN.clear)
 _ENCODER: Final = msgspec.msgpack.Encoder()
@@ -138,7 +138,7 @@ def new_id() -> str:
 
 def raw_id(text: str) -> bytes:
     """The 12 bytes of an id."""
-    return binascii.a2b_base64(text.translate(_TO_STANDARD))
+    return binascii.a2b_base64(text.encode().translate(_TO_STANDARD))
 
 
 class HoldSettlement(msgspec.Struct, frozen=True, gc=False):
