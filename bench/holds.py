@@ -3,9 +3,9 @@
     python -m bench.holds [--smoke]
 
 *Cost*: one hold with its settlement (`Limiter.hold`) beside one `Limiter.check`, in memory and on Redis, 64 in flight over 10,000
-subjects. CPU of the client is the process's own, CPU of Redis that of its process, with reading and answering: the times in its INFO
-commandstats are of the clock, and so of whatever else the machine does. Rounds are interleaved; medians of the ratios round by
-round are printed. *Memory*: the growth of `used_memory` over the number of open holds; in process,
+subjects. CPU of the client is its process's own. CPU of Redis is that of its process, reading and answering included: times in
+INFO commandstats are of the clock, and so of whatever else the machine does. Rounds are interleaved; medians of the ratios round
+by round are printed. *Memory*: the growth of `used_memory` over the number of open holds; in process,
 what tracemalloc counts. *Replay*: requests of language models, drawn with a fixed seed: tokens log-normal around 600, answers of
 50 tokens a second, estimates 4 times too high, 1.5 times as much demand as budget. The same log is replayed with holds, and with
 checks that charge the estimate, on counters in memory with a clock of the bench's own.
