@@ -138,7 +138,7 @@ def leased(server: BenchRedis, sets: tuple[LimitSet, ...], calls: int) -> tuple[
 
 def reads_and_writes(server: BenchRedis, sets: tuple[LimitSet, ...], calls: int) -> float:
     """CPU µs of Redis for a script that reads and writes the counters and decides nothing."""
-    sha = server.client.script_load(READS_AND_WRITES)
+    sha = str(server.client.script_load(READS_AND_WRITES))
     server.client.config_resetstat()
     for first in range(0, calls, IN_FLIGHT):
         pipeline = server.client.pipeline(transaction=False)
