@@ -98,6 +98,8 @@ class CommandTemplate:
     def _granting(self, binding: int, least: int, reset: int, retry: int, now: int, granted: int, ends: int) -> Decision:
         limit = self.limits_by_place[(binding if binding > 0 else -binding) - 1]
         retry_after = None if retry < 0 else retry
+        if least < 0:
+            return Decision(binding > 0, limit, 0, reset, 0, now, self.limits, overage=-least)
         if not granted:
             return Decision(binding > 0, limit, least, reset, retry_after, now, self.limits)
         return GrantingDecision(binding > 0, limit, least, reset, retry_after, now, self.limits, granted=granted, ends_us=ends)
