@@ -106,8 +106,7 @@ class DegradedDecisions:
             return denied
         if self._on_failure(charge) is not OnFailure.LOCAL:
             return self._fallback(charge, reason, error)
-        allowed = not charge.cost or self.late.may_admit(charge, self.instances)
-        if allowed:
+        if not charge.cost or self._may_admit(charge):
             return self._fallback(charge, reason, error)
         self.degraded[reason] = self.degraded.get(reason, 0) + 1
         share = self._local.charge(Charge(charge.counters, 0), self.instances)
@@ -127,7 +126,7 @@ class DegradedDecisions:
         else:
             self.degraded["timeout"] = self.degraded.get("timeout", 0) + 1
             share = self._local.charge(Charge(charge.counters, 0), self.instances)
-            allowed = not charge.cost or self.late.may_admit(charge, self.instances)
+            allowed = not charge.cost or self._may_admit(charge)
             admitted = allowed and charge.cost > 0
             outcome = msgspec.structs.replace(
                 share,
@@ -137,6 +136,9 @@ class DegradedDecisions:
             )
         self.late.track(charge, late, admitted, started_us)
         return outcome
+
+    def _may_admit(self, charge: Charge) -> bool:
+        return self.late.may_admit(charge, self.instances, self._local.used(charge, self.instances))
 
     def _answered_late(self, charge: Charge, admitted: bool, started_us: int, answer: Decision | StoreUnavailable) -> None:
         """A reply after the deadline, or the error that none will come."""

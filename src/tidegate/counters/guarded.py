@@ -134,6 +134,8 @@ class GuardedCounters(DegradedDecisions):
 
     def _remember(self, charge: Charge, decision: Decision, started_us: int) -> None:
         """Remember a denial, and that little remains, for later checks that reach their deadline."""
+        if self._local.unanswered:
+            self._local.answered(charge.counters)
         if not decision.allowed:
             self._remember_denial(charge, decision, started_us)
             self.late.observe(charge.counters, decision)
@@ -328,13 +330,14 @@ class GuardedCounters(DegradedDecisions):
             await asyncio.wait(set(coming.values()), timeout=max(deadline - time.monotonic(), 0))
         late = {counter for counter, done in coming.items() if not done.done()}
         owing = {counter for counter in counters if self._local.owes(*counter)}
-        error = StoreUnavailable("usage during the outage was not added to Redis within the deadline", reason="timeout")
+        late_error = StoreUnavailable("usage during the outage was not added to Redis within the deadline", reason="timeout")
+        error = late_error
         if owing:
             # Continues past the deadline of these checks: the debts are settled only when it ends.
             putting = asyncio.ensure_future(self._debts.put_back_of(list(owing)))
             putting.add_done_callback(lambda done: None if done.cancelled() else done.exception())
             await asyncio.wait((putting,), timeout=max(deadline - time.monotonic(), 0))
-            failure = putting.exception() if putting.done() else error
+            failure = putting.exception() if putting.done() else late_error
             if isinstance(failure, StoreUnavailable):
                 error = failure
             elif failure is not None:
@@ -348,6 +351,9 @@ class GuardedCounters(DegradedDecisions):
         for place in places:
             if owing.isdisjoint(charges[place].counters):
                 remaining.append(place)
+            elif error is late_error:
+                # Slow, not down: what was admitted before is neither in the share nor known to be in the store.
+                answers[place] = self._decide_uncharged(charges[place], "timeout", error)
             else:
                 answers[place] = self._failed(charges[place], error, started_us)
         return remaining

@@ -79,15 +79,16 @@ class LateAnswers:
             self._scarce.popitem(last=False)
         self._scarce[counters] = (self._now_us() + decision.reset_after_us, decision.remaining or 0)
 
-    def may_admit(self, charge: Charge, instances: int) -> bool:
+    def may_admit(self, charge: Charge, instances: int, uncharged: int = 0) -> bool:
         """Whether a check may pass at its deadline.
 
         Args:
             charge: the charge.
             instances: how many share the limits, 1 or more.
+            uncharged: units that this instance admitted without the store since it last answered, as far as no answer is awaited.
         """
         capacity = min(limit.capacity for limits, _ in charge.counters for limit in limits.limits)
-        outstanding = self._outstanding.get(charge.counters, 0)
+        outstanding = self._outstanding.get(charge.counters, 0) + uncharged
         # A single instance knows of all usage.
         reserve = capacity // 4 if instances > 1 else 0
         known = self._scarce.get(charge.counters)
