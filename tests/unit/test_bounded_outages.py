@@ -122,3 +122,24 @@ def test_where_slots_move_a_stale_answer_is_used_once_not_for_each_check(fleet: 
     assert fleet.ask(100) <= 13
     fleet.run(asyncio.sleep(2))
     assert fleet.counted == AMOUNT
+
+
+def test_close_to_a_limit_an_outage_admits_a_share_of_what_remained(fleet: _Fleet) -> None:
+    """Each instance was answered with 9, 8 or 7 left: of these, three, two and two."""
+    assert fleet.ask(33) == 33
+    fleet.store.alive = False
+    assert fleet.ask(100) == 7
+    fleet.store.alive = True
+    fleet.run(asyncio.sleep(2))
+    assert fleet.ask(100) == 0
+    assert fleet.counted == AMOUNT
+
+
+def test_debts_of_a_reset_counter_leave_its_share_unused(fleet: _Fleet) -> None:
+    guard = fleet.guards[0]
+    fleet.fail("out_of_memory")
+    charge = Charge(((DAY, "s"),))
+    assert sum(outcome.allowed for _ in range(30) for outcome in fleet.run(guard.charge([charge]))) == AMOUNT // INSTANCES
+    fleet.run(guard.reset([(DAY, "s")]))
+    assert not guard.owed
+    assert fleet.run(guard.charge([charge]))[0].allowed

@@ -175,11 +175,20 @@ class DegradedDecisions:
             (each.name, each.algorithm, s) in self._debts.on_the_way for each, s in charge.counters
         ):
             # What this instance admitted before is neither in its share nor known to be in the store: admit no more now.
-            share = self._local.charge(Charge(charge.counters, 0), self.instances)
-            return msgspec.structs.replace(
-                share, allowed=not charge.cost, remaining=0, retry_after_us=RETRY_US if charge.cost else 0
-            )
-        return self._local.charge(charge, self.instances)
+            return self._within(charge, 0)
+        remained = self.late.remaining(charge.counters)
+        if remained is None:
+            return self._local.charge(charge, self.instances)
+        # Close to the limit a share of what remained is less than a share of the limit.
+        return self._within(charge, max(remained // self.instances - self._local.used(charge, self.instances), 0))
+
+    def _within(self, charge: Charge, units: int) -> Decision:
+        """Decide a charge by the shares, and admit no more than some units."""
+        if charge.cost <= units:
+            decision = self._local.charge(charge, self.instances)
+            return msgspec.structs.replace(decision, remaining=min(decision.remaining or 0, units - charge.cost))
+        share = self._local.charge(Charge(charge.counters, 0), self.instances)
+        return msgspec.structs.replace(share, allowed=False, remaining=min(share.remaining or 0, units), retry_after_us=RETRY_US)
 
     def _store_now_us(self) -> int:
         """Estimate of the store's clock; never goes back."""

@@ -138,7 +138,7 @@ class GuardedCounters(DegradedDecisions):
             self._local.answered(charge.counters)
         if not decision.allowed:
             self._remember_denial(charge, decision, started_us)
-            self.late.observe(charge.counters, decision)
+            self.late.observe(charge.counters, decision, started_us)
             return
         if isinstance(decision, GrantingDecision):
             decision = decision.after_grant()
@@ -149,7 +149,7 @@ class GuardedCounters(DegradedDecisions):
             or (decision.overage and passes_without_end(decision))
         ):
             return
-        self.late.observe(charge.counters, decision)
+        self.late.observe(charge.counters, decision, started_us)
 
     def grants(self, counters: tuple[tuple[LimitSet, str], ...]) -> bool:
         """See `LeaseGrantor.grants`. Not while answers are late: what is admitted at a deadline relies on recent answers."""
