@@ -64,6 +64,8 @@ class GuardedCounters(DegradedDecisions):
         self._denied = self.denials.entries  # to test whether there are any: a `__len__` in Python costs ten times as much
         self._resets: int | None = None
         self.instances_known = False
+        self.peers_know_leases = False
+        """Whether no instance of an older version shares the store, by the last heartbeat."""
         self.on_reset: Callable[[], None] | None = None
         self.store_calls = 0
         """Charges that were sent to the store."""
@@ -152,8 +154,12 @@ class GuardedCounters(DegradedDecisions):
         self.late.observe(charge.counters, decision, started_us)
 
     def grants(self, counters: tuple[tuple[LimitSet, str], ...]) -> bool:
-        """See `LeaseGrantor.grants`. Not while answers are late: what is admitted at a deadline relies on recent answers."""
-        return self._loop is not None and not len(self.late) and not self.breakers and self.store.grants(counters)
+        """See `LeaseGrantor.grants`. Not while answers are late: what is admitted at a deadline relies on recent answers.
+
+        Not beside instances of a version without leases either: they let a bucket drain as if nothing were leased.
+        """
+        ready = self._loop is not None and self.peers_know_leases
+        return ready and not len(self.late) and not self.breakers and self.store.grants(counters)
 
     def session(self, counters: tuple[tuple[LimitSet, str], ...]) -> object:
         """See `LeaseGrantor.session`."""
@@ -377,11 +383,13 @@ class GuardedCounters(DegradedDecisions):
             self._local.sweep(_SWEEP_STEPS)
         self.instances = max(beat.instances, self.options.min_instances)
         self.instances_known = True
+        self.peers_know_leases = not beat.without_leases
         self._offset_us = beat.at_us - (before_us + now_us()) // 2
-        if self._resets is not None and beat.resets != self._resets:
+        reset = self._resets is not None and beat.resets != self._resets
+        if reset:
             self._clear_remembered()
-            if self.on_reset is not None:
-                self.on_reset()
+        if (reset or not self.peers_know_leases) and self.on_reset is not None:
+            self.on_reset()
         self._resets = beat.resets
 
     async def _recover(self) -> None:
