@@ -109,8 +109,7 @@ class DegradedDecisions:
         if not charge.cost or self._may_admit(charge):
             return self._fallback(charge, reason, error)
         self.degraded[reason] = self.degraded.get(reason, 0) + 1
-        share = self._local.charge(Charge(charge.counters, 0), self.instances)
-        return msgspec.structs.replace(share, allowed=False, remaining=0, retry_after_us=RETRY_US)
+        return self._within(charge, 0)
 
     def _decide_at_deadline(self, charge: Charge, late: LateAnswer, started_us: int) -> ChargeOutcome:
         """The shard has not answered yet: admit what it will most probably have charged, and process its reply later."""
@@ -188,7 +187,9 @@ class DegradedDecisions:
             decision = self._local.charge(charge, self.instances)
             return msgspec.structs.replace(decision, remaining=min(decision.remaining or 0, units - charge.cost))
         share = self._local.charge(Charge(charge.counters, 0), self.instances)
-        return msgspec.structs.replace(share, allowed=False, remaining=min(share.remaining or 0, units), retry_after_us=RETRY_US)
+        # More than the share ever admits: no later attempt passes.
+        retry_us = RETRY_US if charge.cost <= self._local.capacity(charge, self.instances) else None
+        return msgspec.structs.replace(share, allowed=False, remaining=min(share.remaining or 0, units), retry_after_us=retry_us)
 
     def _store_now_us(self) -> int:
         """Estimate of the store's clock; never goes back."""

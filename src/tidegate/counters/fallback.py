@@ -96,6 +96,15 @@ class LocalShares:
             return 0
         return decision.binding.capacity - (decision.remaining or 0) + decision.overage
 
+    def capacity(self, charge: Charge, instances: int) -> int:
+        """Most units that the shares can admit at once.
+
+        Args:
+            charge: for its counters.
+            instances: how many share the limits, 1 or more.
+        """
+        return min(limit.capacity for limits, _ in charge.counters for limit in self._share(limits, instances).limits)
+
     def owes(self, limits: LimitSet, subject: str) -> bool:
         """Whether a subject has a debt.
 
