@@ -313,7 +313,7 @@ def main() -> None:
 
         figures += rows("fastapi-limiter", "Redis", run_async(with_fastapi_limiter))
         waited = run_async(lambda: waiting(redis.url, 20 if smoke else 160))
-        caches = {
+        caches: dict[str, dict[str, Any]] = {
             "memory": {"BACKEND": "django.core.cache.backends.locmem.LocMemCache", "OPTIONS": {"MAX_ENTRIES": 100_000}},
             "Redis": {"BACKEND": "django.core.cache.backends.redis.RedisCache", "LOCATION": redis.url},
         }
