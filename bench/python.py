@@ -11,7 +11,8 @@ in the blocking ones.
 
 The three apps take turns every few hundred requests. For each app the median over all turns of the process's CPU time; the ratio
 is (peer - without) / (ours - without) of these. On Redis the CPU time of Redis itself is not counted. fastapi-limiter counts on
-Redis only, and sends no limit headers. Last, `Limiter.wait`: what 160 callers of four instances on one Redis ask of it until all
+Redis only, and sends no limit headers; beside it, what a dependency costs that waits for a PING: the floor for any limit on Redis
+under FastAPI. Last, `Limiter.wait`: what 160 callers of four instances on one Redis ask of it until all
 have passed.
 """
 
@@ -21,8 +22,10 @@ import asyncio
 import statistics
 import time
 import warnings
+from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
+from urllib.parse import urlsplit
 
 import uvloop
 from fastapi import Depends, FastAPI, Request, Response
@@ -36,6 +39,7 @@ LIMIT = "1000000/minute"
 CLIENTS = [f"10.1.{number // 250}.{number % 250}" for number in range(1000)]
 IN_FLIGHT = 16
 APPS = ("bare", "peer", "tidegate")
+PING = b"*1\r\n$4\r\nPING\r\n"
 PATH = "/items"
 Serve = Callable[[str, str], Any]
 """Answers one request: path and client's address."""
@@ -155,6 +159,51 @@ def fastapi_app(url: str, peer: str, which: str) -> FastAPI:
     return app
 
 
+class Pings(asyncio.Protocol):
+    """The least that waiting for Redis costs: commands of one turn of the loop in one write, nothing to build or to decode."""
+
+    def __init__(self) -> None:
+        self._waiting: deque[asyncio.Future[None]] = deque()
+        self._unsent = 0
+
+    def connection_made(self, transport: Any) -> None:
+        self._transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        for _ in range(data.count(b"\n")):
+            self._waiting.popleft().set_result(None)
+
+    def ping(self) -> asyncio.Future[None]:
+        loop = asyncio.get_running_loop()
+        self._waiting.append(loop.create_future())
+        if not self._unsent:
+            loop.call_soon(self._flush)
+        self._unsent += 1
+        return self._waiting[-1]
+
+    def _flush(self) -> None:
+        self._transport.write(PING * self._unsent)
+        self._unsent = 0
+
+
+async def pinging_app(url: str) -> FastAPI:
+    """FastAPI with a dependency that waits for a PING."""
+    address = urlsplit(url)
+    assert address.hostname is not None
+    assert address.port is not None
+    _, pings = await asyncio.get_running_loop().create_connection(Pings, address.hostname, address.port)
+    app = FastAPI()
+
+    async def ping(request: Request, response: Response) -> None:
+        await pings.ping()
+
+    async def endpoint() -> str:
+        return "ran"
+
+    app.get(PATH, dependencies=[Depends(ping)])(endpoint)
+    return app
+
+
 def flask_app(url: str, which: str) -> Any:
     """Flask with flask-limiter, with our limit, or without one."""
     from flask import Flask
@@ -243,7 +292,11 @@ def measure_blocking(apps: dict[str, Serve], turns: int, count: int) -> dict[str
 def rows(peer: str, store: str, found: dict[str, float]) -> list[tuple[str, float, Goal | None]]:
     """What the limits cost, and the ratio."""
     theirs, ours = found["peer"] - found["bare"], max(found["tidegate"] - found["bare"], 0.1)
+    floor = (
+        [(f"{peer}, {store}: waiting for a PING instead, µs CPU", found["ping"] - found["bare"], None)] if "ping" in found else []
+    )
     return [
+        *floor,
         (f"{peer}, {store}: the request without a limit, µs CPU", found["bare"], None),
         (f"{peer}, {store}: its limit, µs CPU", theirs, None),
         (f"{peer}, {store}: Tidegate's limit, µs CPU", ours, None),
@@ -284,7 +337,7 @@ def main() -> None:
     """Measure and print."""
     smoke = asked_for_smoke(__doc__)
     warnings.simplefilter("ignore")  # of the peers
-    turns, count = (2, 160) if smoke else (60, 320)
+    turns, count = (2, 160) if smoke else (30, 160)
     figures: list[tuple[str, float, Goal | None]] = []
 
     def fastapi_apps(url: str, peer: str) -> dict[str, Callable[[str, str], Awaitable[int]]]:
@@ -307,7 +360,8 @@ def main() -> None:
 
             await FastAPILimiter.init(from_url(redis.url))
             try:
-                return await measure_async(fastapi_apps(redis.url, "fastapi-limiter"), turns, count)
+                apps = fastapi_apps(redis.url, "fastapi-limiter") | {"ping": asgi_serve(await pinging_app(redis.url))}
+                return await measure_async(apps, turns, count)
             finally:
                 await FastAPILimiter.close()
 

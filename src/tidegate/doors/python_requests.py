@@ -426,7 +426,8 @@ def put_django_headers(response: Any, decision: Decision) -> None:
         decision: the decision.
     """
     headers = response.headers
-    if _keeps_pairs(type(headers)):
+    kind: Callable[..., Any] = type(headers)
+    if _keeps_pairs(kind):
         # Setting one by the other costs more than all else that a limit does: Django encodes each name and value and searches
         # it for line breaks. These are ASCII, and `header_parts` has searched them.
         headers._store.update({name: (name, value) for name, value in limit_headers(decision)})
