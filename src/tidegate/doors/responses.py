@@ -8,7 +8,7 @@ from typing import Any, Final
 
 import msgspec
 
-from tidegate.decision import CallerIdentity, Decision, RuleUsage, Usage
+from tidegate.decision import CallerIdentity, Decision, RuleUsage, Usage, header_parts
 from tidegate.doors.outward import outward
 from tidegate.errors import TidegateError
 from tidegate.policy.limits import Limit, LimitSet
@@ -150,6 +150,43 @@ def encode(body: object) -> bytes:
 def limit_headers(decision: Decision) -> Headers:
     """The headers of a decided answer, as `Decision.headers` has them; names in lower case, as HTTP/2 and RSGI want them."""
     return decision.headers
+
+
+def raw_limit_headers(decision: Decision) -> list[tuple[bytes, bytes]]:
+    """What `limit_headers` gives, as bytes: for ASGI.
+
+    Args:
+        decision: the decision.
+    """
+    binding, limits = decision.binding, decision.limits
+    if binding is None or limits is None:
+        return []
+    known = _RAW.get(limits)
+    if known is None or known[0] is not binding:
+        if len(_RAW) >= _MAX_TEMPLATES:
+            _RAW.clear()
+        policy, label, limit = header_parts(limits, binding)
+        known = _RAW[limits] = (
+            binding,
+            (b"ratelimit-policy", policy[1].encode()),
+            b"%b;r=%%d;t=%%d" % label.encode().replace(b"%", b"%%"),
+            (b"x-ratelimit-limit", limit[1].encode()),
+        )
+    remaining, reset_us = decision.remaining, decision.reset_after_us
+    assert remaining is not None, "a limit says what is left"
+    headers = [
+        known[1],
+        (b"ratelimit", known[2] % (remaining, -(-reset_us // US_PER_S))),
+        known[3],
+        (b"x-ratelimit-remaining", b"%d" % remaining),
+        (b"x-ratelimit-reset", b"%d" % -(-(decision.at_us + reset_us) // US_PER_S)),
+    ]
+    if not decision.allowed and decision.retry_after_us is not None:
+        headers.append((b"retry-after", b"%d" % ceil_s(decision.retry_after_us)))
+    return headers
+
+
+_RAW: Final[dict[LimitSet, tuple[Limit, tuple[bytes, bytes], bytes, tuple[bytes, bytes]]]] = {}
 
 
 def limit_lines(decision: Decision) -> bytes:

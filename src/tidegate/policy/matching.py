@@ -288,7 +288,7 @@ def _rule_quotas(tier: Tier, rule: Rule, quotas: tuple[Quota, ...], counter: str
     # Above a soft rule's quotas everything passes.
     overage = Overage() if rule.mode is Mode.SOFT else rule.overage
     shadow = rule.mode is Mode.SHADOW
-    return CompiledQuotas(quotas, overage, rule.name, tier.name, rule.on_failure, counter, shadow=shadow)
+    return CompiledQuotas(quotas, overage, rule.name, tier.name, rule.on_failure, counter, shadow=shadow, leases=rule.leases)
 
 
 def counted_by(kind: Subject, has_key: bool, has_customer: bool = False) -> Subject:
