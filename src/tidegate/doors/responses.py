@@ -211,23 +211,23 @@ def limit_lines(decision: Decision) -> bytes:
     return lines
 
 
-def authorize_lines(decision: Decision) -> bytes:
-    """What follows the Date header in the answer of `/v1/authorize` to a request that may pass: see `overage_headers` too.
+def authorize_answer(head: bytes, decision: Decision) -> bytes:
+    """The answer of `/v1/authorize` to a request that may pass: see `overage_headers` too.
 
     Args:
+        head: status line and Date header.
         decision: the decision.
 
     Returns:
-        The other header lines, and the empty one.
+        The whole answer.
     """
     limits = decision.limits
     if limits is None:
-        last = _last_lines(decision.caller, decision.unlimited_tier, None)
-    else:
-        last = _last_lines(decision.caller, limits.tier, limits.rule)
+        return head + _last_lines(decision.caller, decision.unlimited_tier, None)
+    last = _last_lines(decision.caller, limits.tier, limits.rule)
     if decision.overage:
-        return b"%bx-tidegate-overage: %d\r\n%b" % (limit_lines(decision), decision.overage, last)
-    return limit_lines(decision) + last
+        return b"%b%bx-tidegate-overage: %d\r\n%b" % (head, limit_lines(decision), decision.overage, last)
+    return head + limit_lines(decision) + last
 
 
 def caller_headers(decision: Decision) -> Headers:
