@@ -191,15 +191,13 @@ class CounterSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class LeaseSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """`[leases]`: units of busy subjects charged in advance, so that most checks need no call to Redis; not with `memory://`.
 
-    Off by default until the drills of a slow Redis have been repeated with leases on an idle machine.
-
     Args:
         enabled: whether instances lease.
         ttl_s: longest life of a lease, s.
         max_subjects: maximum number of leases of this process.
     """
 
-    enabled: bool = False
+    enabled: bool = True
     ttl_s: Annotated[float, Range(0.2, 60)] = 5.0
     max_subjects: Annotated[int, Range(1, 100_000_000)] = 100_000
 

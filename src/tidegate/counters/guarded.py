@@ -71,7 +71,7 @@ class GuardedCounters(DegradedDecisions):
         """Charges that were sent to the store."""
         self._refunds = 0
         self._holds = GuardedHolds(
-            store, self._decide_before_store, self._hold_failed, self._hold_answered, self._clear_remembered
+            store, self._decides, self._decide_before_store, self._hold_failed, self._hold_answered, self._clear_remembered
         )
         self._background: list[asyncio.Task[None]] = []
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -173,7 +173,8 @@ class GuardedCounters(DegradedDecisions):
         self, counters: Counters, cost: int, ttl_us: int, rule: str | None = None
     ) -> tuple[Decision, HoldHandle | None]:
         """See `HoldingCounterStore.open_hold` and `guarded_holds`."""
-        if self._loop is not asyncio.get_running_loop():
+        loop = self._loop
+        if loop is None or not loop.is_running() or get_ident() != self._thread:
             await self.start()
         return await self._holds.open(counters, cost, ttl_us, rule)
 
@@ -190,6 +191,10 @@ class GuardedCounters(DegradedDecisions):
         if self._loop is not asyncio.get_running_loop():
             await self.start()
         return await self._holds.adjust(counters, units)
+
+    def _decides(self) -> bool:
+        """Whether the store decides every charge: no breaker is open, and no usage is still to be added to it."""
+        return not (self.breakers or self._local.owed or self._debts.on_the_way)
 
     async def _decide_before_store(self, charge: Charge, started_us: int) -> ChargeOutcome | None:
         """What decides a hold instead of the store, while its breaker is open or usage is still to be added to it."""
