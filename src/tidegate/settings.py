@@ -197,7 +197,7 @@ class LeaseSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         max_subjects: maximum number of leases of this process.
     """
 
-    enabled: bool = True
+    enabled: bool = False
     ttl_s: Annotated[float, Range(0.2, 60)] = 5.0
     max_subjects: Annotated[int, Range(1, 100_000_000)] = 100_000
 
