@@ -9,7 +9,7 @@ import heapq
 from collections.abc import Callable
 from typing import Final
 
-from tidegate.algorithms import State
+from tidegate.algorithms import State, failures
 from tidegate.algorithms.holds import charge, give_back, refund, undrained_of
 from tidegate.counters import Counters
 from tidegate.counters.adjustments import of_adjustment
@@ -25,10 +25,10 @@ from tidegate.counters.holds import (
     not_found,
     too_many,
 )
-from tidegate.counters.memory_storage import DEFAULT_MAX_SUBJECTS, MemoryStorage
+from tidegate.counters.memory_storage import DEFAULT_MAX_SUBJECTS, CompiledLimits, MemoryStorage
 from tidegate.decision import Decision
 from tidegate.errors import TooManyHolds
-from tidegate.policy.limits import ConcurrencyAlgorithm, LimitSet
+from tidegate.policy.limits import IN_PROGRESS, ConcurrencyAlgorithm, LimitSet
 from tidegate.timestamps import US_PER_S
 
 _EXPIRE_STEPS: Final = 1000
@@ -74,6 +74,10 @@ class _EndedHold:
         self.uncharged = uncharged
         self.cost = cost
         self.late = late
+
+
+def _counts_failures(counters: Counters) -> bool:
+    return any(limits.failures is not None for limits, _ in counters)
 
 
 class MemoryHolds(MemoryStorage):
@@ -130,7 +134,7 @@ class MemoryHolds(MemoryStorage):
             )
         if any(self._open_by_key.get(key, 0) >= self.max_holds for key in keys):
             raise too_many(self.max_holds)
-        slots = tuple(each for each in counters if each[0].algorithm is ConcurrencyAlgorithm.CONCURRENT)
+        slots = tuple(each for each in counters if each[0].algorithm in IN_PROGRESS)
         if slots and not cost:
             # A slot has to be free whatever the cost.
             decision = self.charge_all(slots, 1)
@@ -152,8 +156,8 @@ class MemoryHolds(MemoryStorage):
                 for limit, state in zip(limits.limits, states, strict=True):
                     record.undrained[limit.window_name] = undrained_of(limits.algorithm, state)
             records.append(record)
-            if limits.algorithm is ConcurrencyAlgorithm.CONCURRENT:
-                self._move_slots(key, 1, now)
+            if limits.algorithm in IN_PROGRESS:
+                self._move_slots(record, 1, now)
         if slots:
             peek = self.charge_all(counters, 0)
             decision = Decision(
@@ -173,7 +177,7 @@ class MemoryHolds(MemoryStorage):
             self._open_by_key[record.key] = self._open_by_key.get(record.key, 0) + 1
         return decision, handle
 
-    def settle_hold_now(self, handle: HoldHandle, cost: int) -> HoldSettlement:
+    def settle_hold_now(self, handle: HoldHandle, cost: int, success: bool = False) -> HoldSettlement:
         """See `HoldingCounterStore.settle_hold`."""
         now = self._clock()
         self._expire_holds(now)
@@ -184,12 +188,15 @@ class MemoryHolds(MemoryStorage):
             hold = None
         if hold is not None:
             del self._open[handle.id]
+            used = hold.cost if _counts_failures(hold.counters) else cost
             for record in hold.records:
                 self._release_hold(record)
-                if cost < hold.cost:
-                    self._give_back(record, hold.cost - cost, now)
-                elif cost > hold.cost:
-                    self._charge_beyond(record.limits, record.subject, cost - hold.cost, now)
+                if record.limits.failures is not None:
+                    self._settle_failures(record.limits, record.subject, cost, success, now)
+                elif used < hold.cost:
+                    self._give_back(record, hold.cost - used, now)
+                elif used > hold.cost:
+                    self._charge_beyond(record.limits, record.subject, used - hold.cost, now)
             self._end(handle.id, _EndedHold(hold.counters, (), cost, False), max(hold.ends_us, now + SETTLED_KNOWN_US))
             return self._settlement(hold.counters, cost)
         ended = self._ended.get(handle.id)
@@ -197,9 +204,12 @@ class MemoryHolds(MemoryStorage):
             raise not_found()
         if ended.cost is not None:
             return self._settlement(ended.counters, ended.cost, ended.late, repeated=True)
-        if cost:
-            for limits, subject in ended.uncharged:
-                self._charge_beyond(limits, subject, cost, now)
+        used = handle.cost if _counts_failures(ended.uncharged) else cost
+        for limits, subject in ended.uncharged:
+            if limits.failures is not None:
+                self._settle_failures(limits, subject, cost, success, now)
+            elif used:
+                self._charge_beyond(limits, subject, used, now)
         self._end(handle.id, _EndedHold(ended.counters, (), cost, True), now + EXPIRED_KNOWN_US)
         return self._settlement(ended.counters, cost, late=True)
 
@@ -220,9 +230,9 @@ class MemoryHolds(MemoryStorage):
         """See `HoldingCounterStore.open_hold`."""
         return self.open_hold_now(counters, cost, ttl_us, rule)
 
-    async def settle_hold(self, handle: HoldHandle, cost: int) -> HoldSettlement:
+    async def settle_hold(self, handle: HoldHandle, cost: int, success: bool = False) -> HoldSettlement:
         """See `HoldingCounterStore.settle_hold`."""
-        return self.settle_hold_now(handle, cost)
+        return self.settle_hold_now(handle, cost, success)
 
     async def renew_hold(self, handle: HoldHandle, ttl_us: int) -> None:
         """See `HoldingCounterStore.renew_hold`."""
@@ -298,10 +308,16 @@ class MemoryHolds(MemoryStorage):
             heap[:] = [each for each in heap if (hold := self._open.get(each[1])) is not None and hold.ends_us == each[0]]
             heapq.heapify(heap)
 
-    def _move_slots(self, key: str, by: int, now: int) -> None:
+    def _move_slots(self, record: _Record, by: int, now: int) -> None:
         """Take or free slots of a counter."""
+        key = record.key
         shard = self._shards[hash(key) & 255]
         stored = shard.get(key)
+        if record.limits.failures is not None:
+            compiled = self._prepare(record.limits)
+            taken, *rest = compiled.unpack(stored)[0] or failures.FRESH
+            self._save_failures(compiled, key, (max(taken + by, 0), *rest), now)
+            return
         taken = (stored[0] if stored else 0) + by
         if taken > 0:
             shard[key] = (taken,)
@@ -310,9 +326,28 @@ class MemoryHolds(MemoryStorage):
         elif stored:
             shard[key] = ()
 
+    def _save_failures(self, compiled: CompiledLimits, key: str, state: State, now: int) -> None:
+        shard = self._shards[hash(key) & 255]
+        known = key in shard
+        # All limits of a counter of failures have one state.
+        shard[key] = compiled.pack([state] * len(compiled.limits.limits))
+        if not known:
+            self._file_new(key, now + MAX_TTL_S * US_PER_S, now)
+
+    def _settle_failures(self, limits: LimitSet, subject: str, failed: int, success: bool, now: int) -> None:
+        """Record the outcome of an attempt that is not in progress any more."""
+        assert limits.failures is not None
+        compiled = self._prepare(limits)
+        key = compiled.token + subject
+        stored = self._shards[hash(key) & 255].get(key)
+        if not stored and compiled.other_layouts:
+            stored = self._inherit(compiled, subject) or stored
+        state = compiled.unpack(stored)[0]
+        self._save_failures(compiled, key, failures.settle(limits.failures, limits.limits, state, now, failed, success), now)
+
     def _release_hold(self, record: _Record) -> None:
-        if record.limits.algorithm is ConcurrencyAlgorithm.CONCURRENT and not record.reset:
-            self._move_slots(record.key, -1, 0)
+        if record.limits.algorithm in IN_PROGRESS and not record.reset:
+            self._move_slots(record, -1, 0)
         left = self._open_by_key.get(record.key, 1) - 1
         if left:
             self._open_by_key[record.key] = left
@@ -348,7 +383,7 @@ class MemoryHolds(MemoryStorage):
 
     def _give_back(self, record: _Record, units: int, now: int) -> None:
         """Return units to the counter, also where its states are those of a rule that has other windows now."""
-        if record.reset or not units or record.limits.algorithm is ConcurrencyAlgorithm.CONCURRENT:
+        if record.reset or not units or record.limits.algorithm in IN_PROGRESS:
             return
         compiled = self._prepare(record.limits)
         for each in (compiled, *compiled.other_layouts):
@@ -371,6 +406,9 @@ class MemoryHolds(MemoryStorage):
         """Charge units whatever the limits say."""
         if limits.algorithm is ConcurrencyAlgorithm.CONCURRENT:
             return
+        if limits.failures is not None:
+            self._settle_failures(limits, subject, cost, False, now)
+            return
         compiled = self._prepare(limits)
         key = compiled.token + subject
         shard = self._shards[hash(key) & 255]
@@ -389,6 +427,8 @@ class MemoryHolds(MemoryStorage):
             self._count_log_entries(compiled.entries(value) - (compiled.entries(stored) if stored else 0), now)
 
     def _refund(self, limits: LimitSet, subject: str, units: int, now: int) -> None:
+        if limits.failures is not None:
+            return
         compiled = self._prepare(limits)
         key = compiled.token + subject
         shard = self._shards[hash(key) & 255]

@@ -47,7 +47,8 @@ class RateLimitMiddleware:
         app.add_middleware(RateLimitMiddleware, policy="tidegate.policy.toml")
 
     Where the rule that answers limits requests in progress (`20 concurrent`), a request takes a slot until its last byte was
-    sent.
+    sent. Where it counts failures, an attempt counts while it is in progress, and after it if its response has one of the
+    rule's statuses.
 
     Websockets pass untouched, and so does the lifespan, at whose shutdown a store made from a URL is closed. Decided answers
     carry the limit headers; denials and errors have the error form.
@@ -156,8 +157,14 @@ class RateLimitMiddleware:
         if opened is None:
             await self._answer(scope, receive, send, decision, exposed)
             return
-        async with RequestSlot(self.gate.holds, opened):
-            await self._answer(scope, receive, send, decision, exposed)
+        async with RequestSlot(self.gate.holds, opened) as slot:
+
+            async def send_noting_status(message: Message) -> None:
+                if message["type"] == "http.response.start":
+                    slot.status = message["status"]
+                await send(message)
+
+            await self._answer(scope, receive, send_noting_status, decision, exposed)
 
     async def _answer(
         self, scope: Scope, receive: Receive, send: Send, decision: Decision, exposed: list[tuple[str, str]]

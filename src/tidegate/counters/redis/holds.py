@@ -32,7 +32,14 @@ from tidegate.counters.redis.keyspace import hash_tag, name_of, slot_of_tag
 from tidegate.counters.redis.scripts import Script, boundaries_end_us, parameters, script
 from tidegate.decision import Decision
 from tidegate.errors import StoreUnavailable
-from tidegate.policy.limits import Algorithm, AnyAlgorithm, ConcurrencyAlgorithm, LimitSet, QuotaAlgorithm
+from tidegate.policy.limits import (
+    Algorithm,
+    AnyAlgorithm,
+    ConcurrencyAlgorithm,
+    FailureAlgorithm,
+    LimitSet,
+    QuotaAlgorithm,
+)
 
 RunScript = Callable[[bytes, Script, Sequence[bytes], Sequence[bytes]], Awaitable[Any]]
 """Runs a script on the server of a hash tag, with keys and arguments; raises `StoreUnavailable` where there is no reply."""
@@ -41,6 +48,7 @@ _BY_LUA_NAME: Final[dict[str, AnyAlgorithm]] = {
     **{each.value: each for each in Algorithm if each is not Algorithm.LEAKY_BUCKET},
     QuotaAlgorithm.QUOTA.value: QuotaAlgorithm.QUOTA,
     ConcurrencyAlgorithm.CONCURRENT.value: ConcurrencyAlgorithm.CONCURRENT,
+    FailureAlgorithm.FAILURES.value: FailureAlgorithm.FAILURES,
 }
 
 
@@ -120,19 +128,29 @@ class RedisHolds:
         for part in handle.parts:
             await self._settle_part(handle.id, part, 0)
 
-    async def settle(self, handle: HoldHandle, cost: int) -> HoldSettlement:
+    async def settle(self, handle: HoldHandle, cost: int, success: bool) -> HoldSettlement:
         """See `HoldingCounterStore.settle_hold`."""
-        settled = [each for part in handle.parts if (each := await self._settle_part(handle.id, part, cost)) is not None]
+        counts_failures = [FailureAlgorithm.FAILURES in _algorithms(part) for part in handle.parts]
+        settled = []
+        for part, counts in zip(handle.parts, counts_failures, strict=True):
+            # Where failures are counted, everything else is charged what was reserved.
+            used = cost if counts or not any(counts_failures) else handle.cost
+            each = await self._settle_part(handle.id, part, used, success)
+            if each is not None:
+                settled.append(each)
         if not settled:
             raise not_found()
-        return min(settled, key=lambda each: each.remaining or 0)
+        least = min(settled, key=lambda each: each.remaining or 0)
+        return least if len(settled) == 1 else msgspec.structs.replace(least, cost=settled[0].cost)
 
-    async def _settle_part(self, hold: str, part: Sequence[HeldCounter], cost: int) -> HoldSettlement | None:
+    async def _settle_part(
+        self, hold: str, part: Sequence[HeldCounter], cost: int, success: bool = False
+    ) -> HoldSettlement | None:
         """None for a hold that is not known."""
         arguments = [each.parameters for each in part] + [each.record for each in part]
         work = script("settle_hold", _algorithms(part))
         keys = [_key(each.tag, each.name) for each in part]
-        reply = await self._run_late(part[0].tag, work, keys, [*arguments, msgspec.msgpack.encode((hold, cost))])
+        reply = await self._run_late(part[0].tag, work, keys, [*arguments, msgspec.msgpack.encode((hold, cost, success))])
         try:
             if reply[0] == 0:
                 return None
@@ -225,7 +243,7 @@ def _capacity(part: Sequence[HeldCounter], place: int) -> int | None:
     """The most that can be had at once under a limit, by its place among those of a part's counters, 1 for the first."""
     for each in part:
         algorithm, *numbers = _decoded(each.parameters)
-        width = 4 if algorithm.endswith(("bucket", "quota")) else 2
+        width = 4 if algorithm.endswith(("bucket", "quota")) else 3 if algorithm == FailureAlgorithm.FAILURES else 2
         count = len(numbers) // width
         if place <= count:
             return int(numbers[(place - 1) * width + 1])

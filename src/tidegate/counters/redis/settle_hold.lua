@@ -1,11 +1,12 @@
 -- Ends a hold: what it did not use goes back, what it used beyond its cost is charged whatever the limits say. An expired hold has given back
 -- everything: all that was used is charged now. KEYS: its counters. ARGV: for each its algorithm and parameters as in charge.lua, then for
--- each its record; then in MessagePack the id and the units used.
+-- each its record; then in MessagePack the id, the units used, and whether the request succeeded. Where a counter counts failures, the units
+-- used say whether it failed, and other counters are charged what the hold reserved.
 -- Answers: 0 for an id that is not known, 1 for a hold that ended now, 2 for one that had been settled before; the units charged; whether that
 -- was after it expired; then what remains, as charge.lua answers a check of cost 0.
 local SETTLED_KNOWN = 120000
 local count = #KEYS
-local id, used = unpack(cmsgpack.unpack(ARGV[2 * count + 1]))
+local id, used, success = unpack(cmsgpack.unpack(ARGV[2 * count + 1]))
 local ended, known = ended_key(KEYS[1], id), nil
 
 local function member(k)
@@ -40,14 +41,18 @@ local functions = hold_functions()
 local late = known or tonumber(ends) <= now
 for k = 1, count do
   if ARGV[count + k] ~= '' then
-    local record, more = {cmsgpack.unpack(ARGV[count + k])}, used
+    local record = {cmsgpack.unpack(ARGV[count + k])}
+    local own = algorithms.failures and record[1] or used
+    local more = own
     if redis.call('ZREM', KEYS[k] .. '.holds', member(k)) == 1 then
-      functions.give_back(KEYS[k], configs[k], late and record[1] or record[1] - used, record)
-      more = late and used or used - record[1]
+      functions.give_back(KEYS[k], configs[k], late and record[1] or record[1] - own, record)
+      more = late and own or own - record[1]
     elseif not late then
       more = 0
     end
-    if more > 0 and configs[k][1] ~= 'concurrent' then
+    if configs[k][1] == 'failures' then
+      algorithms.failures.settle(KEYS[k], configs[k], used, success)
+    elseif more > 0 and configs[k][1] ~= 'concurrent' then
       functions.charge(KEYS[k], configs[k], more)
     end
   end
