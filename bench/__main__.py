@@ -38,6 +38,7 @@ BENCHES = (
     "holds",
     "service_peers",
     "catalog",
+    "key_import",
     "console",
     "capacity",
     "scaling",

@@ -1,6 +1,6 @@
 """Brings up a whole stack, does one bad or big thing to it under load, and prints what clients saw of it.
 
-    python -m drills [NAME ...] [--smoke] [--pictures DIRECTORY] [--list]
+    python -m drills [NAME ...] [--smoke] [--without-leases] [--pictures DIRECTORY] [--list]
 
 All drills where none is named. The exit code is 1 where a goal was missed; with --smoke the lengths are the smallest, goals that
 depend on how fast the machine is are printed and not judged, and where none is named, the other programs of drills/ run as well.
@@ -92,6 +92,7 @@ def main() -> None:
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"which drills: {', '.join(NAMES)}")
     parser.add_argument("--smoke", action="store_true", help="the smallest size of each")
     parser.add_argument("--pictures", type=Path, default=Path(__file__).parent / "results", help="where pictures go")
+    parser.add_argument("--without-leases", action="store_true", help="instances charge each check by itself, for comparison")
     parser.add_argument("--skip-missing", action="store_true", help="skip a drill whose servers are not installed, also if named")
     parser.add_argument("--list", action="store_true", help="name the drills and end")
     asked = parser.parse_args()
@@ -105,6 +106,7 @@ def main() -> None:
     if asked.smoke and not asked.names:
         # Goals that depend on the machine's speed are not judged: two at a time, since each waits most of the time.
         program = [sys.executable, "-m", "drills", "--smoke", "--pictures", str(asked.pictures), "--skip-missing"]
+        program += ["--without-leases"] if asked.without_leases else []
         others = {name: [sys.executable, "-m", f"drills.{name}", "--smoke"] for name in BESIDES}
         missed = run_all({**{name: [*program, name] for name in NAMES}, **others}, at_once=2)
     else:
@@ -118,7 +120,7 @@ def _one_by_one(asked: argparse.Namespace) -> list[str]:
     missed = []
     for name in asked.names or NAMES:
         try:
-            if not run(name, Size(asked.smoke), asked.pictures):
+            if not run(name, Size(asked.smoke, not asked.without_leases), asked.pictures):
                 missed.append(name)
         except pytest.skip.Exception as reason:
             # Where it was asked for by name, that is a failure; of all drills, the others go on.

@@ -125,6 +125,7 @@ class ChargeOutcome(NamedTuple):
             ("checks asked", f"{len(self.seen):,}"),
             ("client errors", f"{sum(self.failures.values()):,}  {dict(self.failures) or ''}".rstrip()),
             ("decided without Redis", f"{sum(each.degraded for each in self.seen):,}, {strays:,} of them before or after"),
+            *_decided(self.looks),
             ("longest time without an answer", f"{longest_gap_s(self.seen, 0, self.ended_s):.2f} s"),
         ]
         for name, since_s, until_s in self.spans():
@@ -148,6 +149,15 @@ class ChargeOutcome(NamedTuple):
         lines += self.notes
         text = [f"  {name:<34} {value}" for name, value in lines]
         return "\n".join(text + [goal.line(timed) for goal in self.goals])
+
+
+def _decided(looks: Sequence[Look]) -> list[tuple[str, str]]:
+    """What the instances said at the end of how checks were decided."""
+    if not looks:
+        return []
+    last = looks[-1]
+    reasons = ", ".join(f"{reason} {count:,}" for reason, count in sorted(last.fallbacks.items()) if count)
+    return [("decided from leases", f"{last.leased:,}"), ("reasons of decisions without Redis", reasons or "none")]
 
 
 def units_of(running: Running, policy_file: Path, limit: int) -> Units:

@@ -1,11 +1,13 @@
 """What Redis can do to a running limiter, and what it costs: answers, time and units admitted above the limits.
 
-    python -m drills.redis_failures [--smoke] [--leases] [NAME ...]
+    python -m drills.redis_failures [--smoke] [--leases both|on|off] [NAME ...]
 
 Three instances ask 900 times a second about 60 subjects, each of which may have fewer units than are asked for; the breaker's
 open time is 2 s, so that a drill is short. `over-admitted` counts units above the limits, all subjects together; while the store
 is well it must be 0. `excess by the checker` is the same figure as `drills.exactness` proves it from what each client saw. What a
-subject was admitted by shares is put back, so an outage costs at most the limit once more.
+subject was admitted by shares is put back, so an outage costs at most the limit once more. Each drill runs without leases and
+with them, in two columns; the exit code is 1 where the store alone, or all instances while it was available, admitted units above
+a limit, other than those that it lost.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import argparse
 import asyncio
 import logging
 import random
+import sys
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
 from types import MappingProxyType
@@ -277,18 +280,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"which drills; all where none is given: {', '.join(DRILLS)}")
     parser.add_argument("--smoke", action="store_true", help=f"the quickest ones: {', '.join(SMOKE)}")
-    parser.add_argument("--leases", action="store_true", help="with leases")
+    parser.add_argument("--leases", choices=("both", "on", "off"), default="both", help="whether units are leased; default both")
     asked = parser.parse_args()
-    LEASES[0] = asked.leases
     unknown = sorted(set(asked.names) - set(DRILLS))
     if unknown:
         parser.error(f"there is no drill {unknown[0]!r}: {', '.join(DRILLS)}")
+    choices = {"both": (False, True), "on": (True,), "off": (False,)}[asked.leases]
+    missed = []
     for name in asked.names or (SMOKE if asked.smoke else DRILLS):
-        summary = (DRILLS[name].__doc__ or "").strip()
-        print(f"\n{name}: {summary}", flush=True)
-        figures: dict[str, float] = asyncio.run(_awaited(DRILLS[name])).figures()
-        for label, value in figures.items():
-            print(f"  {label:<36} {value:>12,.2f}")
+        print(f"\n{name}: {(DRILLS[name].__doc__ or '').strip()}", flush=True)
+        columns = []
+        for LEASES[0] in choices:
+            result: Result = asyncio.run(_awaited(DRILLS[name]))
+            columns.append(result.figures())
+            if result.load.excess()[1] > result.load.uncounted or (not result.load.degraded and result.load.over_admitted):
+                missed.append(name)
+        print(f"  {'':<36}" + "".join(f" {'leases' if leases else 'no leases':>12}" for leases in choices))
+        for label in dict.fromkeys(label for column in columns for label in column):
+            print(f"  {label:<36}" + "".join(f" {column.get(label, 0.0):>12,.2f}" for column in columns))
+    if missed:
+        sys.exit(f"\nunits above a limit while the store was available: {', '.join(missed)}")
 
 
 if __name__ == "__main__":

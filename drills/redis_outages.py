@@ -32,9 +32,11 @@ class Size(NamedTuple):
 
     Args:
         smoke: whether it is the smallest.
+        leases: whether the instances lease units.
     """
 
     smoke: bool = False
+    leases: bool = True
 
     def of(self, full: float, smoke: float) -> float:
         """One of two lengths, s."""
@@ -56,6 +58,7 @@ def stacked(topology: Topology, size: Size, **options: Any) -> Iterator[Stack]:
     """A stack for one drill, with its limits."""
     with tempfile.TemporaryDirectory() as directory:
         policy = options.pop("policy", policy_of(f"{size.limit}/{FOREVER}"))
+        options["settings"] = {"TIDEGATE_LEASES__ENABLED": str(size.leases).lower()} | dict(options.get("settings", {}))
         with Stack(Path(directory), policy, topology, options.pop("sizes", size.sizes), **options) as stack:
             yield stack
 

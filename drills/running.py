@@ -6,7 +6,7 @@ import asyncio
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Final, NamedTuple, Self, TypeVar
 
 from tests.servers.ports import HOST
@@ -21,6 +21,7 @@ WARM_S: Final = 1.5
 LOOK_EVERY_S: Final = 0.25
 LOOK_WITHIN_S: Final = 2.0
 SETTLE_S: Final = 45.0
+_LEASED: Final = "rate_limiter_lease_decisions_total"
 
 
 class Look(NamedTuple):
@@ -31,12 +32,16 @@ class Look(NamedTuple):
         open_breakers: of each instance; None for one that did not answer.
         owed: counters to be put back, all instances together.
         latencies: how many checks took the instances no longer than so many s, all of them together, since they were started.
+        leased: checks decided from leases since the instances were started.
+        fallbacks: checks decided without Redis since then, by reason.
     """
 
     at_s: float
     open_breakers: tuple[int | None, ...]
     owed: int
     latencies: Mapping[float, int]
+    leased: int = 0
+    fallbacks: Mapping[str, int] = MappingProxyType({})
 
 
 class Mark(NamedTuple):
@@ -194,11 +199,15 @@ class Running:
 
     async def _look(self) -> Look:
         pages = await asyncio.gather(*(_metrics(each.port) for each in self.stack.instances))
+        answered = [page for page in pages if page is not None]
         return Look(
             self.now_s,
             tuple(None if page is None else _gauge(page, "rate_limiter_breakers_open") for page in pages),
-            sum(_gauge(page, "rate_limiter_counters_owed") for page in pages if page is not None),
-            _buckets([page for page in pages if page is not None]),
+            sum(_gauge(page, "rate_limiter_counters_owed") for page in answered),
+            _buckets(answered),
+            # Without leases there is no such metric.
+            sum(_gauge(page, _LEASED) for page in answered if f"\n{_LEASED} " in page),
+            _fallbacks(answered),
         )
 
 
@@ -257,4 +266,12 @@ def _buckets(pages: Sequence[str]) -> dict[float, int]:
     for page in pages:
         for bound, count in re.findall(r'^rate_limiter_latency_seconds_bucket\{le="([^"]+)"\} (\S+)$', page, re.MULTILINE):
             counts[float(bound)] = counts.get(float(bound), 0) + round(float(count))
+    return counts
+
+
+def _fallbacks(pages: Sequence[str]) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for page in pages:
+        for reason, count in re.findall(r'^rate_limiter_fallbacks_total\{reason="([^"]+)"\} (\S+)$', page, re.MULTILINE):
+            counts[reason] = counts.get(reason, 0) + round(float(count))
     return counts

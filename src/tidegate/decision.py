@@ -223,16 +223,47 @@ class Decision(msgspec.Struct, frozen=True, gc=False):
         if binding is None or self.limits is None:
             return []
         reset_us = self.reset_after_us
+        policy, label, limit = header_parts(self.limits, binding)
         headers = [
-            ("ratelimit-policy", self.limits.quotas),
-            ("ratelimit", f'"{binding.label or binding.text}";r={self.remaining};t={-(-reset_us // US_PER_S)}'),
-            ("x-ratelimit-limit", str(binding.capacity)),
+            policy,
+            ("ratelimit", f"{label};r={self.remaining};t={-(-reset_us // US_PER_S)}"),
+            limit,
             ("x-ratelimit-remaining", str(self.remaining)),
             ("x-ratelimit-reset", str(-(-(self.at_us + reset_us) // US_PER_S))),
         ]
         if not self.allowed and self.retry_after_us is not None:
             headers.append(("retry-after", str(-(-self.retry_after_us // US_PER_S))))
         return headers
+
+
+_HEADER_PARTS: Final[dict[LimitSet, tuple[Limit, tuple[tuple[str, str], str, tuple[str, str]]]]] = {}
+"""For each set the parts of the limit that was binding last: as a rule it is the same one."""
+_MAX_HEADER_PARTS: Final = 4096
+
+
+def header_parts(limits: LimitSet, binding: Limit) -> tuple[tuple[str, str], str, tuple[str, str]]:
+    """What the headers of all decisions by one limit have in common.
+
+    Args:
+        limits: of the decision.
+        binding: its limit.
+
+    Returns:
+        The header `RateLimit-Policy`, the first part of the value of `RateLimit`, and the header `X-RateLimit-Limit`.
+
+    Raises:
+        ValueError: if a text has a line break: it would end the header.
+    """
+    known = _HEADER_PARTS.get(limits)
+    if known is None or known[0] is not binding:
+        quotas, label = limits.quotas, binding.label or binding.text
+        if any(each in text for text in (quotas, label) for each in "\r\n"):
+            raise ValueError("a limit has a line break in its text")
+        if len(_HEADER_PARTS) >= _MAX_HEADER_PARTS:
+            _HEADER_PARTS.clear()
+        parts = ("ratelimit-policy", quotas), f'"{label}"', ("x-ratelimit-limit", str(binding.capacity))
+        known = _HEADER_PARTS[limits] = (binding, parts)
+    return known[1]
 
 
 class ShadowDenial(msgspec.Struct, frozen=True, gc=False):

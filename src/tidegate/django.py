@@ -22,8 +22,7 @@ from tidegate.doors.exceeded import RateLimitExceeded
 from tidegate.doors.limit import EXEMPT, LIMITS, exempt
 from tidegate.doors.limit import limit as _limit
 from tidegate.doors.limit_arguments import caller_place
-from tidegate.doors.python_requests import DECISION, DjangoRequest
-from tidegate.doors.responses import limit_headers
+from tidegate.doors.python_requests import DECISION, DjangoRequest, put_django_headers
 from tidegate.errors import TidegateError
 
 __all__ = ["RateLimitExceeded", "RateLimitMiddleware", "exempt", "limit"]
@@ -126,6 +125,5 @@ def _has_its_own(view: Callable[..., Any]) -> bool:
 def _with_headers(request: HttpRequest, response: Any) -> Any:
     decision = request.META.get(DECISION)
     if decision is not None and "RateLimit" not in response.headers:
-        for name, value in limit_headers(decision):
-            response.headers[name] = value
+        put_django_headers(response, decision)
     return response

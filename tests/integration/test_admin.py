@@ -237,9 +237,9 @@ async def test_one_of_many_changes_wins(admin: Admin) -> None:
     rule = await admin.rule()
     path = f"/rate-limit-rules/{rule['id']}"
     answers = await asyncio.gather(
-        *(admin.http.patch(path, json={"priority": number}, headers={"If-Match": '"1"'}) for number in range(50))
+        *(admin.http.patch(path, json={"priority": number}, headers={"If-Match": '"1"'}) for number in range(20))
     )
-    assert sorted(answer.status_code for answer in answers) == [200] + [412] * 49
+    assert sorted(answer.status_code for answer in answers) == [200] + [412] * 19
     assert (await admin.http.get(path)).json()["revision"] == 2
     log = (await admin.http.get("/audit-log", params={"kind": "rule"})).json()["items"]
     assert [each["action"] for each in log] == ["update", "create"]

@@ -197,7 +197,11 @@ class RequestSender:
             "TierPatch": [sold],
             "RuleCreate": [{"tier": "free", **rule}, {"tier": "free", **acting}, {"tier": "free", **failing}],
             "RuleFields": [rule, acting, failing],
-            "RulePatch": [rule, {**acting, "limits": [], "quotas": [], "overage": False}],
+            "RulePatch": [
+                rule,
+                {**failing, "quotas": [], "overage": False},
+                {**acting, "limits": [], "quotas": [], "overage": False, "count": "requests"},
+            ],
             "CustomerCreate": [{"name": f"new-{number}", **customer}],
             "CustomerPatch": [customer],
             "KeyCreate": [key, owned],

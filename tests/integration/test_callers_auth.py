@@ -153,6 +153,8 @@ def test_a_running_server(
     assert httpx.post(f"{server.url}/v1/check", json=CHECK).status_code == 401
     for path in ("/health", "/metrics", "/readyz", "/livez", "/openapi.json"):
         assert httpx.get(f"{server.url}{path}").status_code == 200
+    schemes = httpx.get(f"{server.url}/openapi.json").json()["components"]["securitySchemes"]
+    assert schemes["CallerToken"]["name"].lower() == HEADER.lower()
 
     # gRPC: the token is in the metadata, and health needs none.
     with grpc.insecure_channel(f"127.0.0.1:{server.grpc_port}") as channel:

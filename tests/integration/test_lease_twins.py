@@ -11,16 +11,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.cases.quotas import quotas_of
 from tests.conftest import Clock
 from tests.integration.test_lua_twins import CLOCK_BY_ARGUMENT, HELD, asked, limit_set
 from tests.model.lease_store import LeaseStore
 from tests.servers.redis_server import RedisServer
 from tidegate.counters import Charge, GrantingDecision, LeaseRequest, LeaseReturn
 from tidegate.counters.redis.scripts import parameters, script
-from tidegate.policy.limits import Algorithm, LimitSet
+from tidegate.policy.limits import Algorithm, AnyAlgorithm, LimitSet, QuotaAlgorithm
 
 KEYS = itertools.count()
-START_US = 1_699_920_000_000_000
+START_US = 1_700_002_800_000_000 - 20_000_000
+"""Shortly before an anchor in a time zone begins a month: 2023-11-15 00:00 in Berlin."""
 LEASED = [algorithm for algorithm in Algorithm if algorithm is not Algorithm.SLIDING_LOG]
 TEXTS = {True: ["20/second burst 40", "300/minute burst 90"], False: ["40/second", "300/minute", "5000/month"]}
 STEPS = st.lists(
@@ -38,13 +40,20 @@ STEPS = st.lists(
 
 
 @pytest.mark.parametrize(
-    ("first", "second"), [*zip(LEASED, LEASED[1:] + LEASED[:1], strict=True), (LEASED[0], None), (LEASED[2], None)]
+    ("first", "second"),
+    [
+        *zip(LEASED, LEASED[1:] + LEASED[:1], strict=True),
+        (LEASED[0], None),
+        (LEASED[2], None),
+        (LEASED[1], QuotaAlgorithm.QUOTA),
+        (QuotaAlgorithm.QUOTA, None),
+    ],
 )
-def test_twins(any_redis: RedisServer, first: Algorithm, second: Algorithm | None) -> None:
+def test_twins(any_redis: RedisServer, first: AnyAlgorithm, second: AnyAlgorithm | None) -> None:
     algorithms = frozenset({first} if second is None else {first, second})
     charge, lease, give_back = (script(work, algorithms, CLOCK_BY_ARGUMENT) for work in ("charge", "lease", "give_back"))
-    sets = [limit_set(each, TEXTS[each.is_bucket][:size], f"set{size}") for each, size in ((first, 2), (second, 1)) if each]
-    configs = [parameters(limits) for limits in sets]
+    sets = [leased_set(each, size) for each, size in ((first, 2), (second, 1)) if each]
+    configs = [parameters(limits, START_US) for limits in sets]
 
     @HELD
     @given(STEPS, st.integers(0, 30_000_000))
@@ -82,6 +91,13 @@ def test_twins(any_redis: RedisServer, first: Algorithm, second: Algorithm | Non
                 held.append(LeaseReturn(counters, decision.granted, 0, clock.now_us, decision.ends_us))
 
     hold()
+
+
+def leased_set(algorithm: AnyAlgorithm, size: int) -> LimitSet:
+    if algorithm is QuotaAlgorithm.QUOTA:
+        return quotas_of(("300/minute", "5000/month")[:size], None, "2023-11-15", "Europe/Berlin")
+    assert isinstance(algorithm, Algorithm)
+    return limit_set(algorithm, TEXTS[algorithm.is_bucket][:size], f"set{size}")
 
 
 def in_python(reply: Sequence[int], sets: Sequence[LimitSet]) -> tuple[Any, ...]:

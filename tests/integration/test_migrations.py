@@ -86,7 +86,7 @@ async def engine(catalog_url: str) -> AsyncIterator[AsyncEngine]:
 
 def _scripts() -> list[str]:
     """All revisions, oldest first."""
-    scripts = ScriptDirectory.from_config(migration_config(None))  # type: ignore[arg-type]
+    scripts = ScriptDirectory.from_config(migration_config(None))
     return [each.revision for each in scripts.walk_revisions()][::-1]
 
 

@@ -178,6 +178,50 @@ def test_what_operators_ask_is_not_to_be_had(tidegates: Callable[..., Serve], st
     assert "rate_limiter_requests_total{" in said
 
 
+def test_clients_read_their_own_usage_and_nothing_else(
+    tidegates: Callable[..., Serve], start: Callable[..., Nginx], api: Api
+) -> None:
+    policy = UNHURRIED + "[[tiers]]\nname = 'secret'\nquotas = ['7/month']\n"
+    server = tidegates(policy.replace("  [[tiers.rules]]", "quotas = ['1000/month']\n  [[tiers.rules]]", 1))
+    nginx = start([server.port])
+    # Off as shipped: the path is the API's.
+    assert httpx.get(nginx.url + "/usage", headers=KEY).json()["path"] == "/usage"
+    nginx.change({"# include snippets/tidegate-usage.conf;": "include snippets/tidegate-usage.conf;"})
+    nginx.stop()
+    nginx.start()
+    api.received.clear()
+
+    def used(query: str = "", **headers: str) -> tuple[str, int, int, str]:
+        answer = httpx.get(f"{nginx.url}/usage{query}", headers={**KEY, **headers})
+        assert (answer.status_code, answer.headers["content-type"]) == (200, "application/json")
+        assert answer.headers["cache-control"] == "no-store"
+        (window,) = answer.json()["rules"][0]["windows"]
+        return answer.json()["tier"], window["limit"], window["used"], window["period"]
+
+    mine = ("free", 1000, 1, "month")
+    assert used() == mine, "the one request to the API"
+    # A trusted gateway may name a tier and attributes in the query: a client must not.
+    assert used("?tier=secret&attribute=user=42") == mine, "reading it is not charged"
+    assert used(**{"X-Forwarded-For": "198.51.100.7", "X-User-Id": "42", "Authorization": "Bearer x"}) == mine
+    unknown = httpx.get(nginx.url + "/usage", headers={"X-API-Key": "demo-unknown-key-1"})
+    assert (unknown.status_code, unknown.json()["error"]["code"]) == (401, "INVALID_API_KEY")
+    assert httpx.head(nginx.url + "/usage", headers=KEY).status_code == 200
+    posted = httpx.post(nginx.url + "/usage", headers=KEY, json={"tier": "secret"})
+    assert (posted.status_code, posted.json()["error"]["code"]) == (405, "METHOD_NOT_ALLOWED")
+    assert api.received == []
+    others = ["/usage/", "/usage/v1/check", "/USAGE", "/v1/usage"]
+    assert [ask(nginx.port, path, headers=KEY).status for path in others] == [200] * 4
+    assert [each["path"] for each in api.received] == others, "they are the API's"
+
+    def refused(status: int) -> httpx.Response | None:
+        answer = httpx.get(nginx.url + "/usage", headers=KEY)
+        return answer if answer.status_code == status else None
+
+    assert wait_until(lambda: refused(429)).json()["error"]["code"] == "TOO_MANY_REQUESTS"
+    server.stop()
+    assert wait_until(lambda: refused(503)).json()["error"]["code"] == "LIMITER_UNAVAILABLE"
+
+
 def test_connections_to_tidegate_are_kept(tidegates: Callable[..., Serve], start: Callable[..., Nginx]) -> None:
     server = tidegates(UNHURRIED)
     nginx = start([server.port])

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -22,6 +23,7 @@ from tidegate.doors import plain_requests as reader
 from tidegate.doors.client_address import TrustedProxies
 from tidegate.doors.http import DataPlane
 from tidegate.doors.http_connection import Connection
+from tidegate.doors.http_exchange import PlainRequest
 from tidegate.doors.http_server import HttpServer
 from tidegate.doors.responses import limit_headers, limit_lines
 from tidegate.gate.gate import Gate
@@ -115,13 +117,14 @@ class Side:
             (repr(seen.decision), seen.error, seen.shadow_denied, seen.subject, seen.denied_by and seen.denied_by.name)
         )
 
-    async def answer(self, peer: tuple[str, int] | None, sent: bytes) -> bytes:
+    async def answer(self, peer: tuple[str, int] | None, sent: bytes, times: int) -> bytes:
         transport = Transport(peer)
         connection = Connection(self.server)
         connection.connection_made(transport)
-        connection.data_received(sent)
-        while connection._current is not None or connection._out:
-            await asyncio.sleep(0)
+        for _ in range(times):
+            connection.data_received(sent)
+            while connection._current is not None or connection._out:
+                await asyncio.sleep(0)
         connection.connection_lost(None)
         return transport.written
 
@@ -220,26 +223,32 @@ async def sides(request: pytest.FixtureRequest) -> Any:
 _VARYING = re.compile(rb"date: .*|.*request.id.*").fullmatch
 
 
-async def compare(sides: tuple[Side, Side], peer: tuple[str, int] | None, sent: bytes) -> None:
+async def compare(sides: tuple[Side, Side], peer: tuple[str, int] | None, sent: bytes, times: int = 1) -> None:
     plain, full = sides
-    answers = [[line for line in (await side.answer(peer, sent)).split(b"\r\n") if not _VARYING(line)] for side in sides]
+    answers = [[line for line in (await side.answer(peer, sent, times)).split(b"\r\n") if not _VARYING(line)] for side in sides]
     assert answers[0] == answers[1]
     assert plain.seen == full.seen
     assert plain.plane.answered == full.plane.answered
     assert (plain.plane.in_flight, full.plane.in_flight) == (0, 0)
 
 
-def in_loop(loop: asyncio.AbstractEventLoop, sides: tuple[Side, Side], peer: tuple[str, int] | None, sent: bytes) -> None:
-    asyncio.run_coroutine_threadsafe(compare(sides, peer, sent), loop).result(60)
+def in_loop(
+    loop: asyncio.AbstractEventLoop, sides: tuple[Side, Side], peer: tuple[str, int] | None, sent: bytes, times: int
+) -> None:
+    asyncio.run_coroutine_threadsafe(compare(sides, peer, sent, times), loop).result(60)
+
+
+TIMES = st.sampled_from([1, 1, 3])
+"""How often the same bytes come on one connection: a request that repeats is not parsed again."""
 
 
 async def test_authorize_is_answered_alike(sides: tuple[Side, Side]) -> None:
     loop = asyncio.get_running_loop()
 
     @settings(max_examples=400)
-    @given(st.sampled_from(PEERS), LINES, HEADERS)
-    def alike(peer: tuple[str, int] | None, line: bytes, headers: list[tuple[bytes, bytes]]) -> None:
-        in_loop(loop, sides, peer, request(line, headers))
+    @given(st.sampled_from(PEERS), LINES, HEADERS, TIMES)
+    def alike(peer: tuple[str, int] | None, line: bytes, headers: list[tuple[bytes, bytes]], times: int) -> None:
+        in_loop(loop, sides, peer, request(line, headers), times)
 
     await asyncio.to_thread(alike)
 
@@ -248,10 +257,10 @@ async def test_check_is_answered_alike(sides: tuple[Side, Side]) -> None:
     loop = asyncio.get_running_loop()
 
     @settings(max_examples=300)
-    @given(HEADERS, BODIES, st.booleans())
-    def alike(headers: list[tuple[bytes, bytes]], body: object, broken: bool) -> None:
+    @given(HEADERS, BODIES, st.booleans(), TIMES)
+    def alike(headers: list[tuple[bytes, bytes]], body: object, broken: bool, times: int) -> None:
         raw = json.dumps(body, ensure_ascii=False).encode() + (b"\xff" if broken else b"")
-        in_loop(loop, sides, PEERS[0], request(b"POST /v1/check HTTP/1.1", headers, raw))
+        in_loop(loop, sides, PEERS[0], request(b"POST /v1/check HTTP/1.1", headers, raw), times)
 
     await asyncio.to_thread(alike)
 
@@ -284,11 +293,31 @@ async def test_plain_requests_are_not_read_in_full(sides: tuple[Side, Side], num
     sent = list(plain_requests())[number]
     for side in sides:
         await side.gate.catalog.caller_policy()
-    for _ in range(3):
-        await compare(sides, PEERS[0], sent)
+    for times in (1, 3):
+        await compare(sides, PEERS[0], sent, times)
     assert sides[0].read_in_full == 0
     await compare(sides, PEERS[0], request(b"GET /v1/authorize HTTP/1.1", [*PLAIN, (b"X-Real-IP", b"203.0.113.8")]))
     assert sides[0].read_in_full == 1, "a header that came twice is"
+
+
+async def test_a_request_that_repeats_is_read_by_the_active_policy(sides: tuple[Side, Side]) -> None:
+    connection = Connection(sides[0].server)
+    connection.connection_made(Transport(PEERS[0]))
+    received: list[PlainRequest] = []
+    sides[0].server.decide = received.append  # type: ignore[assignment,method-assign]
+    for _ in range(2):
+        connection.data_received(request(b"GET /v1/authorize HTTP/1.1", [*PLAIN, (b"X-User-Id", b"42")]))
+        connection._current = None
+    first, again = received
+    assert first is again
+    assert again.repeats
+    policy = await sides[0].gate.catalog.caller_policy()
+    other = msgspec.structs.replace(policy, attributes=())
+    read = [reader.plain_authorize(again, TrustedProxies(), 8192, each) for each in (policy, policy, other)]
+    assert [each and dict(each.attributes) for each in read] == [{"user": "42"}, {"user": "42"}, {}]
+    assert read[0] is read[1]
+    connection.connection_lost(None)
+    assert connection._last is None, "it refers to the connection, and garbage collection does not look at it"
 
 
 async def test_a_percent_sign_in_a_limit_is_one_in_the_answer() -> None:

@@ -74,6 +74,8 @@ UPDATE policy_state SET (version, previous) = (SELECT max(version), max(previous
 INSERT INTO rate_limit_violations (minute_us, tier, rule, subject, blocked)
 SELECT {START_US} + n % 2880 * 60000000::bigint, 'tier-1', 'rule ' || n % 100, 'k:' || lpad((n % 5000)::text, 24, '0'), 1
 FROM generate_series(1, 300000) n ON CONFLICT DO NOTHING;
+INSERT INTO shadow_violations (minute_us, tier, rule, subject, blocked)
+SELECT minute_us, tier, rule, subject, blocked FROM rate_limit_violations WHERE minute_us < {START_US + HOUR_US};
 INSERT INTO usage_ledger (day_us, customer, key_id, tier, rule, admitted, blocked, over_limit)
 SELECT {START_US} + n % 30 * 86400000000::bigint, 'customer ' || n % 1000, lpad((n % 5000)::text, 24, '0'), 'tier-1',
     'rule ' || n % 100, 1, 0, 0
@@ -177,6 +179,9 @@ BY_TIER = ("idx_api_keys_tier_id",)
 BY_EITHER = ("idx_api_keys_tier_id", "pk_api_keys")
 RULES_OF_TIER = ("idx_rules_tier_id", "idx_rules_tier_endpoint", "uq_rate_limit_rules_tier_id_name")
 BY_MINUTE = ("rate_limit_violations_default_pkey", "pk_rate_limit_violations")
+BY_SHADOW_MINUTE = ("shadow_violations_default_pkey", "pk_shadow_violations")
+BY_SHADOW_SUBJECT = ("shadow_violations_default_subject_minute_us_idx", "idx_shadow_violations_subject_minute")
+PLACE_IN_SHADOW = cursor_of((START_US + HOUR_US // 2, "tier-1", "rule 5", "k:"))
 BY_SUBJECT = ("rate_limit_violations_default_subject_minute_us_idx", "idx_violations_subject_minute")
 
 LOOK_UPS = {
@@ -244,6 +249,15 @@ LOOK_UPS = {
     "violations after a place": LookUp(_violations(TODAY_US, PLACE), BY_MINUTE, 600),
     "violations of a subject": LookUp(_violations(TODAY_US, subject=SUBJECT), BY_SUBJECT),
     "violations of a rule": LookUp(_violations(TODAY_US, rule="rule 8"), BY_MINUTE, 400),
+    "shadow violations after a place": LookUp(_violations(TODAY_US, PLACE_IN_SHADOW, shadow=True), BY_SHADOW_MINUTE, 600),
+    "shadow violations of a subject": LookUp(_violations(TODAY_US, subject=SUBJECT, shadow=True), BY_SHADOW_SUBJECT),
+    "whom shadow rules would have blocked most": LookUp(
+        lambda catalog, editor, server: top_violators(
+            catalog.database, 10, "subject", ViolationFilter(START_US, START_US + HOUR_US // 6, shadow=True)
+        ),
+        BY_SHADOW_MINUTE,
+        1500,
+    ),
     "usage": LookUp(_usage(), BY_DAY),
     "usage after a place": LookUp(_usage(USAGE_PLACE), BY_DAY),
     "usage of a customer": LookUp(_usage(customer="customer 7"), BY_CUSTOMER),

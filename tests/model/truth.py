@@ -66,6 +66,8 @@ class Truth(Told):
         self.maybe: dict[Place, oracles.History] = defaultdict(list)
         """What it may have counted besides."""
         self.owed: list[dict[Place, list[Admitted]]] = [defaultdict(list) for _ in range(instances)]
+        self.unanswered: list[dict[Place, list[Admitted]]] = [defaultdict(list) for _ in range(instances)]
+        """What was put back, and may use up the instance's share until the store decides a charge."""
         self._replica: tuple[dict[Place, oracles.History], dict[Place, oracles.History]] = ({}, {})
         self.limit_of: dict[Place, Held] = {}
         self.asked = 0
@@ -90,6 +92,7 @@ class Truth(Told):
             self.maybe[held.place] += besides if answered else certain + besides
             if answered:
                 self.known[held.place] += certain
+                self.unanswered[instance][held.place] += debt
                 debt.clear()
 
     def wiped(self, counters: Iterable[tuple[LimitSet, str]]) -> None:
@@ -117,6 +120,7 @@ class Truth(Told):
             for held in held_by(Charge((counter,))):
                 self.maybe[held.place] += self.known.pop(held.place, [])
                 self.owed[instance].pop(held.place, None)
+                self.unanswered[instance].pop(held.place, None)
 
     # What is held against it.
 
@@ -139,6 +143,11 @@ class Truth(Told):
         """Units that an instance counts by itself."""
         history = [(each.at_us, each.cost) for each in self.owed[instance][held.place]]
         return oracles.used(held.limits.algorithm, self.share(held), sorted(history), now)
+
+    def most_of_share(self, instance: int, held: Held, now: int) -> int:
+        """Units that use up the share of an instance at most."""
+        debts = self.owed[instance][held.place] + self.unanswered[instance][held.place]
+        return oracles.used(held.limits.algorithm, self.share(held), sorted((each.at_us, each.cost) for each in debts), now)
 
     def drop_expired(self, instance: int, held: Held, now: int) -> None:
         """What an instance counts no more by itself it need not put back; a sliding window's last fraction of a unit goes so."""

@@ -8,6 +8,7 @@ gets the process id at once and the exit status at the end, 4 bytes each.
 from __future__ import annotations
 
 import gc
+import importlib
 import json
 import os
 import select
@@ -15,8 +16,9 @@ import signal
 import socket
 import struct
 import sys
-import threading
+from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 FILES = 4
 _MAX_FD = 1024
@@ -24,14 +26,30 @@ _MAX_FD = 1024
 
 def _load() -> None:
     """Import what commands need, so that copies share it."""
-    import tidegate.cli.doctor
-    import tidegate.doors.admin.app
-    import tidegate.doors.grpc.service
-    import tidegate.server.run
-    import tidegate.server.worker  # noqa: F401
+    import aiosqlite  # noqa: F401
+    import pygrpc_native  # noqa: F401
 
-    if threading.active_count() > 1:
-        raise RuntimeError(f"loading started threads, which a fork would lose: {threading.enumerate()}")
+    import tidegate.catalog.sql.postgres_channel
+    import tidegate.catalog.sql.postgres_connection
+    import tidegate.cli
+    import tidegate.doors.grpc.listener
+    import tidegate.doors.grpc.service
+    import tidegate.server.control_plane
+    import tidegate.server.grpc_door
+    import tidegate.server.run
+    import tidegate.server.supervisor
+    import tidegate.server.worker
+    from tidegate.catalog.sql.schema import head_revision
+    from tidegate.doors.admin.app import AdminDeps, admin_app
+
+    for command in tidegate.cli.COMMANDS.values():
+        importlib.import_module(command.partition(":")[0])
+    # Some modules are loaded by the first call: the migrations, and parts of FastAPI.
+    head_revision()
+    nothing = Mock()
+    admin_app(AdminDeps(nothing, nothing))
+    if len([*Path("/proc/self/task").iterdir()]) > 1:
+        raise RuntimeError("loading started threads, which a fork would lose")
     gc.collect()
     gc.freeze()
 

@@ -24,6 +24,7 @@ from tidegate.doors.callers_auth import (
     scope_of,
 )
 from tidegate.doors.http import DataPlane
+from tidegate.doors.openapi import data_plane_openapi
 from tidegate.errors import TidegateError
 from tidegate.gate.gate import Gate
 from tidegate.policy.toml_reader import parse_policy
@@ -104,6 +105,29 @@ async def test_every_request_that_decides_needs_a_token(method: str, path: str, 
     assert code(await ask(app, LIMIT.encode(), **fields)) == (403, "CALLER_FORBIDDEN")
     for _ in range(2):
         assert (await ask(app, CHECK.encode(), **fields)).status in (200, 204)
+
+
+@pytest.mark.parametrize(
+    ("mode", "name", "scheme"),
+    [
+        ("token", "CallerToken", {"type": "apiKey", "in": "header", "name": "X-Gateway"}),
+        ("mtls", "CallerCertificate", {"type": "mutualTLS"}),
+    ],
+)
+def test_the_description_names_what_callers_need(mode: str, name: str, scheme: dict[str, str]) -> None:
+    described, plain = data_plane_openapi(mode, "X-Gateway"), data_plane_openapi()
+    found = described["components"]["securitySchemes"][name]
+    assert scheme.items() <= found.items()
+    assert name not in plain["components"]["securitySchemes"]
+    assert described["paths"].keys() == plain["paths"].keys()
+    for path, operations in described["paths"].items():
+        for operation in operations.values():
+            needs = operation.get("security", [{}])
+            assert all((name in each) == path.startswith("/v1/") for each in needs), path
+            assert not path.startswith("/v1/") or {"401", "403"} <= operation["responses"].keys()
+    assert described["paths"]["/v1/check"]["post"]["security"] == [{"ApiKey": [], name: []}, {name: []}]
+    wrong = described["paths"]["/v1/limit"]["post"]["responses"]["401"]
+    assert wrong["content"]["application/json"]["schema"] == {"$ref": "#/components/schemas/Error"}
 
 
 async def test_probes_metrics_and_the_description_need_none() -> None:

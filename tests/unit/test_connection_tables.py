@@ -148,6 +148,27 @@ async def test_a_head_in_two_pieces_is_bounded_as_a_whole(side: Side) -> None:
     assert seen[1].head_bytes >= len(head)
 
 
+async def test_requests_that_repeat_are_each_answered_once(side: Side) -> None:
+    connection, transport = side.connect()
+    other = b"GET /b HTTP/1.1\r\nHost: a\r\n\r\n"
+    for read in (REQUEST, REQUEST, 2 * REQUEST, 2 * REQUEST, REQUEST + other[:9], other[9:], other[9:]):
+        connection.data_received(read)
+        for _ in range(2):
+            await asyncio.sleep(0)
+    assert transport.written.startswith(8 * ANSWER)
+    assert transport.written.count(b"HTTP/1.1 ") == 9
+    assert b" 400 " in transport.written[8 * len(ANSWER) :], "the end of a request is none, also where it came before"
+
+
+async def test_requests_that_repeat_before_they_are_answered_wait_in_line(side: Side) -> None:
+    connection, transport = side.connect()
+    for _ in range(4):
+        connection.data_received(REQUEST)
+    for _ in range(4):
+        await asyncio.sleep(0)
+    assert transport.written == 4 * ANSWER
+
+
 async def test_a_lost_connection_refers_to_no_request(side: Side) -> None:
     connection, transport = side.connect()
     connection.data_received(REQUEST)

@@ -51,6 +51,20 @@ def test_another_cost_is_asked_about_and_a_new_limit_set_too() -> None:
     assert memory.find(COUNTERS, 5, 1) is None
 
 
+def test_where_others_may_give_back_the_store_is_asked_less_and_less_often_until_the_retry() -> None:
+    memory, now, asked = DenialCache(), 0, []
+    while now < 60_000_000:
+        if memory.find(COUNTERS, 1, now) is None:
+            asked.append(now // 1_000_000)
+            memory.remember(COUNTERS, 1, denial(retry_us=60_000_000 - now), now, ttl_us=5_000_000)
+        now += 1_000_000
+    assert asked == [0, 5, 15, 35]
+    assert memory.find(COUNTERS, 1, now) is None
+    memory.remember(COUNTERS, 1, denial(retry_us=60_000_000), now, ttl_us=5_000_000)
+    assert memory.find(COUNTERS, 1, now + 5_000_000) is None, "in the next window it begins anew"
+    assert memory.find(COUNTERS, 1, now + 5_000_000, unanswered=True) is not None
+
+
 def test_what_never_passes_is_not_remembered() -> None:
     memory = DenialCache()
     memory.remember(COUNTERS, 5, denial(retry_us=None), 0)

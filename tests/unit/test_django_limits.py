@@ -32,10 +32,16 @@ from django.views import View
 from rest_framework.response import Response
 from rest_framework.views import APIView
 
-from tidegate import PolicyError
+from tidegate import Decision, PolicyError, SyncLimiter
 from tidegate.django import RateLimitMiddleware, exempt, limit
+from tidegate.doors.python_requests import put_django_headers
 from tidegate.doors.stores import SWITCHES
 from tidegate.drf import AnonRateThrottle, RateThrottle, ScopedRateThrottle, UserRateThrottle
+
+
+def decided(limits: str) -> Decision:
+    """A decision by some limits."""
+    return SyncLimiter(limits).check("one")
 
 
 @pytest.fixture(autouse=True)
@@ -243,3 +249,20 @@ def test_throttles_without_a_rate() -> None:
     with pytest.raises(NotImplementedError, match="needs a method get_key"):
         Nameless().get_key(None, None)
     assert ScopedRateThrottle().allow_request(None, None), "a view without throttle_scope is not limited"
+
+
+def test_headers_are_set_as_django_sets_them() -> None:
+    """`put_django_headers` writes several at once where the headers are kept as it expects; else one by one."""
+    decision = decided("1/minute")
+    quick, slow, by_hand = HttpResponse("a", headers={"RateLimit": "other"}), HttpResponse("a"), HttpResponse("a")
+    put_django_headers(quick, decision)
+    slow.headers = OtherHeaders(slow.headers)  # type: ignore[assignment]
+    put_django_headers(slow, decision)
+    for name, value in decision.headers:
+        by_hand.headers[name] = value
+    assert dict(quick.items()) == dict(by_hand.items()) == slow.headers
+    assert quick.serialize_headers().count(b"ratelimit: ") == 1
+
+
+class OtherHeaders(dict[str, str]):
+    """Headers of a class that keeps them in another way."""

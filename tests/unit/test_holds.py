@@ -167,12 +167,13 @@ def test_bounds(store: MemoryCounters, clock: Clock) -> None:
         store.settle_hold_now(HoldHandle(new_id(), 1), 1)
     clock.advance(7200)
     store.open_hold_now(counters, 0, 60_000_000)
-    assert (store.open_holds, len(store._ended)) == (1, 0)
+    assert (store.open_holds, len(store._forget), len(store._held)) == (1, 0, 1)
     for _ in range(1000):
         opened = store.open_hold_now(counters, 1, 60_000_000)[1]
         assert opened is not None
         store.settle_hold_now(opened, 0)
-    assert len(store._ends_of_holds) < 100
+    assert len(store._hold_ends) < 100
+    assert len(store._rows.mark) < 1100
 
 
 @settings(max_examples=60)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
+import msgspec
 import pytest
 
 from tidegate.counters import Charge, LateAnswer
@@ -141,3 +142,32 @@ async def test_what_has_not_come_at_the_end_is_lost() -> None:
     await settle()
     await made.late.close(0)
     assert [(admitted, type(answer)) for admitted, answer in made.settled] == [(True, StoreUnavailable)]
+
+
+async def test_what_others_use_until_the_deadline_is_kept_back() -> None:
+    """Four units a second are used: within two seconds, eight, and as many for safety."""
+    made = Made()
+    made.late.observe(charge().counters, said(True, 19))
+    assert made.late.may_admit(charge(), 3)
+    made.now_us += 1_000_000
+    made.late.observe(charge().counters, msgspec.structs.replace(said(True, 15), at_us=AT_US + 1_000_000))
+    assert made.late.may_admit(charge(), 3)
+    made.now_us += 2_000_000
+    assert not made.late.may_admit(charge(), 3)
+    assert made.late.may_admit(charge(), 1), "a single instance knows all that is used"
+    made.late.observe(charge().counters, said(True, 19))
+    assert not made.late.may_admit(charge(), 3), "an older answer that comes later says nothing new"
+
+
+async def test_what_remained_is_known_until_its_window_ends() -> None:
+    made = Made()
+    sliding = LimitSet("l", Algorithm.SLIDING_WINDOW, [Limit.parse("40/minute")])
+    bucket = LimitSet("l", Algorithm.TOKEN_BUCKET, [Limit.parse("40/minute")])
+    for limits in (sliding, bucket):
+        made.late.observe(charge(limits=limits).counters, said(True, 7, limits))
+    into_us = AT_US % 60_000_000
+    made.now_us += 60_000_000 - into_us - 1
+    assert made.late.remaining(charge(limits=sliding).counters) == 7
+    assert made.late.remaining(charge(limits=bucket).counters) is None, "a bucket fills all the time"
+    made.now_us += 1
+    assert made.late.remaining(charge(limits=sliding).counters) is None

@@ -16,11 +16,12 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 
+from tests.cases.quotas import quotas_of
 from tests.model.lease_store import LeaseStore
 from tidegate.counters import Charge, LeaseRequest
 from tidegate.counters.lease_table import LeaseTable
 from tidegate.decision import Decision
-from tidegate.policy.limits import Algorithm, Limit, LimitSet
+from tidegate.policy.limits import Algorithm, AnyAlgorithm, Limit, LimitSet, QuotaAlgorithm
 
 EXAMPLES = int(os.environ.get("MODEL_EXAMPLES", "30"))
 AMOUNTS = st.sampled_from([1, 5, 30, 100, 1_000])
@@ -28,6 +29,8 @@ STEPS = int(os.environ.get("MODEL_STEPS", "60"))
 START_US = 1_700_000_000_000_000 // 60_000_000 * 60_000_000
 TTL_US = 5_000_000
 LEASED = [algorithm for algorithm in Algorithm if algorithm is not Algorithm.SLIDING_LOG]
+PERIODS = {"second": "second", "7s": "hour", "minute": "minute"}
+"""Quotas in place of limits per window."""
 LEASED_DECISIONS: dict[Algorithm, int] = defaultdict(int)
 DRIFTS = (999_000, 999_500, 1_000_000, 1_000_700, 1_001_000)
 """How many µs of an instance's clock pass in a true second."""
@@ -49,6 +52,8 @@ class LeaseMachine(RuleBasedStateMachine):
     """Four instances, one or two limit sets, two subjects."""
 
     algorithm: Algorithm
+    tier_algorithm: AnyAlgorithm | None = None
+    """Of the tier's set; one at random, or none, where None."""
 
     @initialize(
         amount=AMOUNTS,
@@ -57,11 +62,11 @@ class LeaseMachine(RuleBasedStateMachine):
         tier=st.none() | st.sampled_from(LEASED),
         drifts=st.lists(st.sampled_from(DRIFTS), min_size=4, max_size=4),
     )
-    def begin(self, amount: int, windows: list[str], burst: int, tier: Algorithm | None, drifts: list[int]) -> None:
+    def begin(self, amount: int, windows: list[str], burst: int, tier: AnyAlgorithm | None, drifts: list[int]) -> None:
         self.now_us = START_US
         self.store = LeaseStore(lambda: self.now_us)
         self.windows = windows
-        self.tier = tier
+        self.tier = self.tier_algorithm or tier
         self.most: dict[str, tuple[int, int]] = {}
         self.change(amount, burst)
         self.instances = [_Instance(self, drift) for drift in drifts]
@@ -73,10 +78,13 @@ class LeaseMachine(RuleBasedStateMachine):
         self.resets: dict[str, int] = defaultdict(int)
         self.reset_us: dict[str, int] = {}
 
-    def _set(self, name: str, algorithm: Algorithm, amount: int, burst: int) -> LimitSet:
+    def _set(self, name: str, algorithm: AnyAlgorithm, amount: int, burst: int) -> LimitSet:
         text = f" burst {burst}" if algorithm.is_bucket else ""
         most = self.most.get(name, (0, 0))
         self.most[name] = (max(most[0], amount), max(most[1], burst))
+        if algorithm is QuotaAlgorithm.QUOTA:
+            quotas = quotas_of(tuple(f"{amount}/{PERIODS[window]}" for window in self.windows))
+            return LimitSet(name, algorithm, quotas.limits)
         return LimitSet(name, algorithm, [Limit.parse(f"{amount}/{window}{text}") for window in self.windows])
 
     def change(self, amount: int, burst: int) -> None:
@@ -229,6 +237,9 @@ class LeaseMachine(RuleBasedStateMachine):
         amount, burst = self.most[name]
         algorithm = self.algorithm if name == "rule" else self.tier
         assert algorithm is not None
+        if algorithm is QuotaAlgorithm.QUOTA:
+            # Without an anchor, the periods of these quotas are windows.
+            return LimitSet(name, Algorithm.FIXED_WINDOW, [Limit.parse(f"{amount}/{PERIODS[each]}") for each in self.windows])
         return self._set(name, algorithm, amount, burst)
 
     def teardown(self) -> None:
@@ -241,9 +252,10 @@ class LeaseMachine(RuleBasedStateMachine):
                 assert report.excess_units == 0, report
 
 
-@pytest.mark.parametrize("algorithm", LEASED)
-def test_never_more_than_the_limit(algorithm: Algorithm) -> None:
-    machine = type("Machine", (LeaseMachine,), {"algorithm": algorithm})
+@pytest.mark.parametrize(("algorithm", "tier"), [*((each, None) for each in LEASED), (LEASED[0], QuotaAlgorithm.QUOTA)])
+def test_never_more_than_the_limit(algorithm: Algorithm, tier: AnyAlgorithm | None) -> None:
+    LEASED_DECISIONS.clear()
+    machine = type("Machine", (LeaseMachine,), {"algorithm": algorithm, "tier_algorithm": tier})
     run_state_machine_as_test(machine, settings=settings(max_examples=EXAMPLES, stateful_step_count=STEPS))
     assert LEASED_DECISIONS[algorithm] > EXAMPLES
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tests.conftest import MOMENT_US
 from tidegate.client import LimitHeaders, Quota, read_limit_headers
 from tidegate.decision import Decision
-from tidegate.doors.responses import limit_headers
+from tidegate.doors.responses import limit_headers, raw_limit_headers
 from tidegate.policy.limits import Algorithm, Limit, LimitSet, OnFailure
 
 NOW_S = 1_700_000_000.0
@@ -92,3 +92,27 @@ def test_any_name_comes_back(name: str, amount: int, window_s: int, remaining: i
     quoted = '"' + name.replace("\\", r"\\").replace('"', r"\"") + '"'
     headers = [("ratelimit-policy", f"{quoted};q={amount};w={window_s}"), ("ratelimit", f"{quoted};r={remaining};t={reset}")]
     assert read_limit_headers(headers).quotas == (Quota(name, amount, window_s, remaining, float(reset)),)
+
+
+def test_headers_as_bytes_are_the_same() -> None:
+    """Also where one limit binds after the other, and for a denial."""
+    limits = LimitSet("100% of it", Algorithm.SLIDING_WINDOW, [Limit(9, 1_000_000), Limit(100, 60_000_000)])
+    first, second = limits.limits
+    denied = Decision(False, second, 0, 59_000_001, 1, MOMENT_US, limits)
+    for decision in (
+        Decision(True, first, 3, 1, 0, MOMENT_US, limits),
+        denied,
+        Decision(True, first, 2, 0, 0, MOMENT_US, limits),
+    ):
+        assert [(name.decode(), value.decode()) for name, value in raw_limit_headers(decision)] == limit_headers(decision)
+    assert ("retry-after", "1") in limit_headers(denied)
+    assert ("x-ratelimit-limit", "100") in limit_headers(denied)
+    assert raw_limit_headers(Decision(True)) == limit_headers(Decision(True)) == []
+
+
+def test_no_limit_ends_a_header() -> None:
+    limits = LimitSet("broken", Algorithm.FIXED_WINDOW, [Limit(9, 1_000_000)], quotas="a\r\nset-cookie: b")
+    decision = Decision(True, limits.limits[0], 3, 1, 0, MOMENT_US, limits)
+    for headers in (limit_headers, raw_limit_headers):
+        with pytest.raises(ValueError, match="line break"):
+            headers(decision)

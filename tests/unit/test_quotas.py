@@ -29,6 +29,7 @@ from tidegate.decision import Check, Decision, Observation
 from tidegate.errors import PolicyError
 from tidegate.gate.gate import Gate
 from tidegate.policy.limits import Algorithm, Limit, LimitSet
+from tidegate.policy.matching import CompiledTier
 from tidegate.policy.periods import Period, PeriodAnchor
 from tidegate.policy.quotas import Overage, Quota, QuotaLimit, fit_quotas
 from tidegate.policy.toml_reader import parse_policy, policy_warnings
@@ -173,6 +174,41 @@ def test_nothing_ever_admits_more_than_any_of_rule_tier_and_quotas(
         hour, day = clock.now_us // 3_600_000_000, clock.now_us // 86_400_000_000
         assert sum(units for at, units in admitted if at // 3_600_000_000 == hour) <= 9
         assert sum(units for at, units in admitted if at // 86_400_000_000 == day) <= 20
+
+
+def test_quotas_are_leased_unless_units_above_them_pass() -> None:
+    policy = parse_policy(
+        """
+        [[tiers]]
+        name = "t"
+        quotas = ["9/month"]
+        [[tiers.rules]]
+        endpoint = "/leased"
+        quotas = ["9/month"]
+        [[tiers.rules]]
+        endpoint = "/over"
+        quotas = ["9/month"]
+        overage = true
+        [[tiers.rules]]
+        endpoint = "/soft"
+        mode = "soft"
+        quotas = ["9/month"]
+        [[tiers.rules]]
+        endpoint = "/off"
+        leases = false
+        quotas = ["9/month"]
+        """
+    )
+    tier = CompiledTier(policy.tiers[0])
+    assert tier.quotas is not None
+    assert tier.quotas.of(PeriodAnchor()).leasable
+    leasable = {}
+    for path in ("/leased", "/over", "/soft", "/off"):
+        rule = tier.match("GET", path)
+        assert rule is not None
+        assert rule.quotas is not None
+        leasable[path] = rule.quotas.of(PeriodAnchor()).leasable
+    assert leasable == {"/leased": True, "/over": False, "/soft": False, "/off": False}
 
 
 def quotas_by_anchor(texts: tuple[str, ...], overage: int | None, anchor: PeriodAnchor) -> LimitSet:

@@ -5,6 +5,7 @@
 local function hold_functions()
   local UNBOUNDED = 1125899906842624
   local REFUND_ENTRIES = 1000
+  local LAST_ENTRIES = 8
 
   local function algorithm_name(config)
     return algorithms[config[1]] and config[1] or string.sub(config[1], 6)
@@ -14,6 +15,17 @@ local function hold_functions()
     for at = 1, #held, width do
       if held[at] == window then
         return at
+      end
+    end
+  end
+
+  -- Adds to a record of a bucket the level of each window, in whole tokens without leased units.
+  local function bucket_levels(record, held, config)
+    for i = 2, #config, 4 do
+      local at = algorithms.token_bucket.find(held, config[i])
+      if at then
+        local _, leased, _, later = bucket_live_leases(held, held[at + 4])
+        record[#record + 1], record[#record + 2] = config[i], divide(held[at + 1], held[at + 2]) - leased - later
       end
     end
   end
@@ -67,8 +79,9 @@ local function hold_functions()
     return cmsgpack.unpack(redis.call('LINDEX', key, index))
   end
 
-  -- Writes the head of a log after units left it.
+  -- Writes the head of a log after units left it. What was read of its entries may have changed.
   local function save_log(key, held)
+    held.chunk = {}
     while held.entries > 0 do
       local moment, cost = log_entry(key, -1)
       if cost > 0 then
@@ -88,9 +101,16 @@ local function hold_functions()
     redis.call('LSET', key, 0, cmsgpack.pack(held.last, unpack(held)))
   end
 
-  -- Entries in the middle stay without units; those at the end go, because the last one says when all is over.
-  local function back_to_log(key, held, units, charged_at)
+  -- The first entry of a moment or a later one. Most holds are settled while theirs is among the last.
+  local function log_place(key, held, charged_at)
     local low, high = 0, held.entries
+    local last = redis.call('LRANGE', key, math.max(high - LAST_ENTRIES, 0) + 1, -1)
+    while #last > 0 and cmsgpack.unpack(last[#last]) >= charged_at do
+      high, last[#last] = high - 1, nil
+    end
+    if #last > 0 then
+      return high
+    end
     while low < high do
       local middle = math.floor((low + high) / 2)
       local moment = log_entry(key, middle + 1)
@@ -100,6 +120,12 @@ local function hold_functions()
         high = middle
       end
     end
+    return low
+  end
+
+  -- Entries in the middle stay without units; those at the end go, because the last one says when all is over.
+  local function back_to_log(key, held, units, charged_at)
+    local low = log_place(key, held, charged_at)
     local rest = units
     while rest > 0 and low < held.entries do
       local moment, cost = log_entry(key, low + 1)
@@ -146,7 +172,7 @@ local function hold_functions()
 
   -- Returns units of a record that were not used. A counter that was reset since does not contain them any more.
   local function give_back(key, config, units, record)
-    local reset_at = redis.call('GET', key .. '.reset')
+    local reset_at = units > 0 and redis.call('GET', key .. '.reset')
     if units <= 0 or (reset_at and tonumber(reset_at) >= record[2]) then
       return
     end
@@ -179,14 +205,7 @@ local function hold_functions()
       refund_to_log(key, algorithms.sliding_log.load(key), units)
       return
     elseif name == 'token_bucket' then
-      local held = algorithms.token_bucket.load(key)
-      for i = 2, #config, 4 do
-        local at = find(held, 5, config[i])
-        if at then
-          local _, leased, _, later = bucket_live_leases(held, held[at + 4])
-          record[#record + 1], record[#record + 2] = config[i], divide(held[at + 1], held[at + 2]) - leased - later
-        end
-      end
+      bucket_levels(record, algorithms.token_bucket.load(key), config)
     end
     give_back(key, config, units, record)
   end
@@ -218,36 +237,5 @@ local function hold_functions()
     algorithm.save(key, held, fresh, math.ceil(longest / 1000), now, cost)
   end
 
-  -- Whether a soft limit lets a cost pass without charging it.
-  local function is_uncharged(key, config, cost)
-    if algorithms[config[1]] then
-      return false
-    end
-    local algorithm = algorithms[algorithm_name(config)]
-    local held = algorithm.load(key)
-    for i = 2, #config, algorithm.parameters do
-      local window = config[i]
-      if not algorithm.decide(
-        held, algorithm.find(held, window), {}, now, cost, window, config[i + 1], config[i + 2], config[i + 3]) then
-        return true
-      end
-    end
-    return false
-  end
-
-  -- The record of a hold that was charged just now.
-  local function record_of(key, config, cost)
-    local record = {cost, now}
-    if algorithm_name(config) == 'token_bucket' and cost > 0 then
-      local held = algorithms.token_bucket.load(key)
-      for i = 2, #config, 4 do
-        local at = find(held, 5, config[i])
-        local _, leased, _, later = bucket_live_leases(held, held[at + 4])
-        record[#record + 1], record[#record + 2] = config[i], divide(held[at + 1], held[at + 2]) - leased - later
-      end
-    end
-    return cmsgpack.pack(unpack(record))
-  end
-
-  return {give_back = give_back, refund = refund, charge = charge, is_uncharged = is_uncharged, record_of = record_of}
+  return {give_back = give_back, refund = refund, charge = charge, bucket_levels = bucket_levels}
 end

@@ -63,10 +63,10 @@ def give_back(algorithm: AnyAlgorithm, limit: Limit, state: State, now: int, uni
     """
     if state is None:
         return None
-    if algorithm.is_bucket:
-        return _give_back_to_bucket(state, now, units, at_us, undrained)
     if algorithm is Algorithm.SLIDING_LOG:
         return _give_back_to_log(state, units, at_us)
+    if algorithm.is_bucket:
+        return _give_back_to_bucket(state, now, units, at_us, undrained)
     if isinstance(limit, QuotaLimit):
         second = at_us - at_us % US_PER_S
         return state if second > state[0] else quota.merge(limit, state, (second, -units))

@@ -16,7 +16,12 @@ local function lease_life(config, now, ttl)
     return ttl
   end
   for i = 2, #config, algorithms[config[1]].parameters do
-    local _, ends = lease_window(now, config[i])
+    local _, ends
+    if config[1] == 'quota' then
+      _, ends = quota_period(now, config[i + 3])
+    else
+      _, ends = lease_window(now, config[i])
+    end
     ttl = math.min(ttl, ends - now)
   end
   return ttl
@@ -77,6 +82,19 @@ local function lease_back_to_windows(held, config, width, unused, charged_at)
   return changed
 end
 
+-- Gives back to the periods that the units were charged in.
+local function lease_back_to_quota(held, config, unused, charged_at)
+  local changed, second = false, divide(charged_at, 1000000)
+  for i = 2, #config, 4 do
+    local at = lease_find(held, 3, config[i])
+    if at and second <= held[at + 1] and second * 1000000 >= quota_period(held[at + 1] * 1000000, config[i + 3]) then
+      held[at + 2] = math.max(held[at + 2] - unused, 0)
+      changed = true
+    end
+  end
+  return changed
+end
+
 local function lease_back_to_bucket(held, now, units, unused, ends)
   for at = 1, #held, 5 do
     if held[at] ~= -2 then
@@ -113,6 +131,8 @@ local function lease_give_back(key, config, now, units, unused, charged_at, ends
   end
   if config[1] == 'token_bucket' then
     changed = lease_back_to_bucket(held, now, units, unused, ends)
+  elseif config[1] == 'quota' then
+    changed = lease_back_to_quota(held, config, unused, charged_at)
   else
     changed = lease_back_to_windows(held, config, config[1] == 'sliding_window' and 4 or 3, unused, charged_at)
   end

@@ -2,13 +2,14 @@
 
 A grant is a second charge in the same step as that of a check. What makes it strict depends on the algorithm:
 
-- *Windows*: a lease ends with its window. So a unit that is charged in a window is used in that window, or not at all.
+- *Windows* and *quotas*: a lease ends with its window or period. So a unit that is charged there is used there, or not at all.
+  Above a quota, where overage lets checks pass, nothing is leased.
 - *Buckets*: while a lease lives, the level does not drain below the units that are leased. So the units used and those still to
   be used together never exceed the level.
 
 `sliding_log` is never leased: its promise holds for any span of time, and a unit would count from its grant, not from its use.
 
-A return gives up a lease. Unused units of windows are subtracted from the window that they were charged in; those of buckets from
+A return gives up a lease. Unused units of windows and quotas are subtracted from where they were charged; those of buckets from
 the level, unless the lease has ended: then the level has drained as if they had been used, and they are lost.
 
 A bucket's state remembers two groups of leases: the earlier ones, which end together, and all later ones. So an instance that
@@ -22,16 +23,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Final, NamedTuple, TypeAlias
 
-from tidegate.algorithms import DECIDE, State, fixed_window, sliding_window
+from tidegate.algorithms import DECIDE, State, fixed_window, quota, sliding_window
 from tidegate.algorithms.calendar import bounds_of
 from tidegate.algorithms.token_bucket import level_at, live_leases
-from tidegate.policy.limits import Algorithm, Limit
+from tidegate.policy.limits import Algorithm, AnyAlgorithm, Limit
+from tidegate.policy.quotas import QuotaLimit
 from tidegate.timestamps import US_PER_S
 
 MIN_LIFE_US: Final = 20_000
 """Shorter leases are not granted: most of their life would be over when the reply arrives. The same number is in the Lua."""
 
-Counter: TypeAlias = tuple[Algorithm, Sequence[Limit], Sequence[State]]
+Counter: TypeAlias = tuple[AnyAlgorithm, Sequence[Limit], Sequence[State]]
 """How a counter counts, its limits, and a state for each of them."""
 
 
@@ -84,7 +86,7 @@ def grant(counters: Sequence[Counter], now: int, cost: int, want: int, divisor: 
 
 
 def give_back(
-    algorithm: Algorithm, limit: Limit, state: State, now: int, units: int, unused: int, at_us: int, ends_us: int
+    algorithm: AnyAlgorithm, limit: Limit, state: State, now: int, units: int, unused: int, at_us: int, ends_us: int
 ) -> State:
     """Give up a lease: take its units out of a state.
 
@@ -105,6 +107,9 @@ def give_back(
         return None
     if algorithm.is_bucket:
         return _give_back_to_bucket(state, now, units, unused, ends_us)
+    if isinstance(limit, QuotaLimit):
+        second = at_us - at_us % US_PER_S
+        return state if second > state[0] else quota.merge(limit, state, (second, -unused))
     start = bounds_of(limit, at_us)[0] if limit.is_calendar else at_us - at_us % limit.window_us
     if start > state[0]:
         return state
@@ -127,7 +132,9 @@ def _charge(counters: Sequence[Counter], now: int, cost: int) -> tuple[bool, int
 
 
 def _left(limit: Limit, now: int) -> int:
-    """µs until the window that contains `now` ends."""
+    """µs until the window or period that contains `now` ends."""
+    if isinstance(limit, QuotaLimit):
+        return limit.clock.bounds(now)[1] - now
     return bounds_of(limit, now)[1] - now if limit.is_calendar else limit.window_us - now % limit.window_us
 
 

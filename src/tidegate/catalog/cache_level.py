@@ -7,11 +7,12 @@ import weakref
 from collections import OrderedDict
 from typing import Final, Generic, TypeVar
 
+from tidegate.counters import Counters
 from tidegate.decision import CallerIdentity
 from tidegate.policy.attributes import CallerPolicy
 from tidegate.policy.customers import Customer
 from tidegate.policy.limits import LimitSet
-from tidegate.policy.matching import CompiledTier
+from tidegate.policy.matching import CompiledRule, CompiledTier
 from tidegate.policy.model import ApiKey, KeyStatus
 from tidegate.policy.namespaces import CompiledNamespace
 from tidegate.policy.overrides import Override, active_overrides, first_end_us, in_precedence
@@ -154,6 +155,7 @@ class Caller:
         customer: name of the customer; empty without one.
         customer_subject: whom rules by customer count; empty for the caller itself, where there is no customer.
         identity: who it is, for decisions; None where there is neither a key nor a customer.
+        last_counters: the rule that answered its last check, and the counters of that, where they depend on nothing else.
     """
 
     __slots__ = (
@@ -168,6 +170,7 @@ class Caller:
         "form_checked",
         "identity",
         "key_id",
+        "last_counters",
         "never_ends",
         "quota_subject",
         "recent",
@@ -224,6 +227,7 @@ class Caller:
     def _compile(self) -> None:
         tier = self.cached_tier
         self._end_us = first_end_us(tier.overrides, self._overrides)
+        self.last_counters: tuple[CompiledRule | None, Counters] | None = None
         # A key's own limits take precedence over its customer's.
         self.tier = tier.compiled
         if self._overrides:

@@ -17,7 +17,7 @@ from tidegate._version import __version__
 from tidegate.errors import TidegateError
 from tidegate.tools.terminal import OutputError, say, tolerant_output
 
-_COMMANDS: Final = {
+COMMANDS: Final = {
     "serve": "tidegate.cli.serve:serve",
     "check": "tidegate.cli.serve:check",
     "doctor": "tidegate.cli.doctor:doctor",
@@ -45,11 +45,11 @@ class _Commands(TyperGroup):
     """The commands, each imported on first use."""
 
     def list_commands(self, ctx: Any) -> list[str]:  # noqa: ARG002 - signature of the base class
-        return list(_COMMANDS)
+        return list(COMMANDS)
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:  # noqa: ARG002
-        if cmd_name in _COMMANDS and cmd_name not in self.commands:
-            module, _, attribute = _COMMANDS[cmd_name].partition(":")
+        if cmd_name in COMMANDS and cmd_name not in self.commands:
+            module, _, attribute = COMMANDS[cmd_name].partition(":")
             command = getattr(import_module(module), attribute)
             wrapper = typer.Typer(add_completion=False, rich_markup_mode=None)
             if isinstance(command, typer.Typer):
@@ -60,8 +60,8 @@ class _Commands(TyperGroup):
         return self.commands.get(cmd_name)
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        if args[0] not in _COMMANDS:
-            for name in _COMMANDS:  # the base class suggests the most similar name among the imported commands
+        if args[0] not in COMMANDS:
+            for name in COMMANDS:  # the base class suggests the most similar name among the imported commands
                 self.get_command(ctx, name)
         return super().resolve_command(ctx, args)
 

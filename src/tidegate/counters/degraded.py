@@ -106,12 +106,10 @@ class DegradedDecisions:
             return denied
         if self._on_failure(charge) is not OnFailure.LOCAL:
             return self._fallback(charge, reason, error)
-        allowed = not charge.cost or self.late.may_admit(charge, self.instances)
-        if allowed:
+        if not charge.cost or self._may_admit(charge):
             return self._fallback(charge, reason, error)
         self.degraded[reason] = self.degraded.get(reason, 0) + 1
-        share = self._local.charge(Charge(charge.counters, 0), self.instances)
-        return msgspec.structs.replace(share, allowed=False, remaining=0, retry_after_us=RETRY_US)
+        return self._within(charge, 0)
 
     def _decide_at_deadline(self, charge: Charge, late: LateAnswer, started_us: int) -> ChargeOutcome:
         """The shard has not answered yet: admit what it will most probably have charged, and process its reply later."""
@@ -127,7 +125,7 @@ class DegradedDecisions:
         else:
             self.degraded["timeout"] = self.degraded.get("timeout", 0) + 1
             share = self._local.charge(Charge(charge.counters, 0), self.instances)
-            allowed = not charge.cost or self.late.may_admit(charge, self.instances)
+            allowed = not charge.cost or self._may_admit(charge)
             admitted = allowed and charge.cost > 0
             outcome = msgspec.structs.replace(
                 share,
@@ -137,6 +135,9 @@ class DegradedDecisions:
             )
         self.late.track(charge, late, admitted, started_us)
         return outcome
+
+    def _may_admit(self, charge: Charge) -> bool:
+        return self.late.may_admit(charge, self.instances, self._local.used(charge, self.instances))
 
     def _answered_late(self, charge: Charge, admitted: bool, started_us: int, answer: Decision | StoreUnavailable) -> None:
         """A reply after the deadline, or the error that none will come."""
@@ -173,11 +174,22 @@ class DegradedDecisions:
             (each.name, each.algorithm, s) in self._debts.on_the_way for each, s in charge.counters
         ):
             # What this instance admitted before is neither in its share nor known to be in the store: admit no more now.
-            share = self._local.charge(Charge(charge.counters, 0), self.instances)
-            return msgspec.structs.replace(
-                share, allowed=not charge.cost, remaining=0, retry_after_us=RETRY_US if charge.cost else 0
-            )
-        return self._local.charge(charge, self.instances)
+            return self._within(charge, 0)
+        remained = self.late.remaining(charge.counters)
+        if remained is None:
+            return self._local.charge(charge, self.instances)
+        # Close to the limit a share of what remained is less than a share of the limit.
+        return self._within(charge, max(remained // self.instances - self._local.used(charge, self.instances), 0))
+
+    def _within(self, charge: Charge, units: int) -> Decision:
+        """Decide a charge by the shares, and admit no more than some units."""
+        if charge.cost <= units:
+            decision = self._local.charge(charge, self.instances)
+            return msgspec.structs.replace(decision, remaining=min(decision.remaining or 0, units - charge.cost))
+        share = self._local.charge(Charge(charge.counters, 0), self.instances)
+        # More than the share ever admits: no later attempt passes.
+        retry_us = RETRY_US if charge.cost <= self._local.capacity(charge, self.instances) else None
+        return msgspec.structs.replace(share, allowed=False, remaining=min(share.remaining or 0, units), retry_after_us=retry_us)
 
     def _store_now_us(self) -> int:
         """Estimate of the store's clock; never goes back."""

@@ -3,8 +3,8 @@
 A denial is remembered for its cost: a smaller cost may pass, a larger one passes later or never. The cache is never stricter than
 the store: the time counts from before the call, and until T nothing that others consume can make room. A raised limit or a
 re-loaded policy makes new limit sets, and a denial belongs to its own set; when a counter is reset, `clear` is called. Where
-units are leased, others may give some back before T: then the store is asked again after the life of a lease, and the denial is
-used until T only where the store does not answer.
+units are leased, others may give some back before T: then the store is asked again after the life of a lease, after twice as long
+where it denies again before T, and so on; the denial is used until T only where the store does not answer.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class DenialCache:
         self.max_entries = max_entries
         self.answered = 0
         # Ordered: finding the first key of a plain dict walks the gaps of all that were deleted before it.
-        self.entries: OrderedDict[tuple[_Counters, int], tuple[int, Decision, int]] = OrderedDict()
+        self.entries: OrderedDict[tuple[_Counters, int], tuple[int, Decision, int, int]] = OrderedDict()
 
     def __len__(self) -> int:
         """Number of denials, expired ones included."""
@@ -53,7 +53,7 @@ class DenialCache:
         entry = self.entries.get((counters, cost))
         if entry is None:
             return None
-        until_us, decision, retry_at_us = entry
+        until_us, decision, retry_at_us, _ = entry
         if until_us <= now_us and not (unanswered and now_us < retry_at_us):
             if retry_at_us <= now_us:
                 del self.entries[counters, cost]
@@ -79,16 +79,19 @@ class DenialCache:
             cost: of the charge.
             decision: the store's.
             started_us: monotonic µs before the call.
-            ttl_us: for how long, at most; until the retry where None.
+            ttl_us: for how long, at most, the first time; until the retry where None.
         """
         retry_us = decision.retry_after_us
         if not retry_us:
             return
-        self.entries.pop((counters, cost), None)
+        before = self.entries.pop((counters, cost), None)
+        if ttl_us is not None and before is not None and before[0] <= started_us < before[2]:
+            # What others had leased at the first denial has come back by now, and was used.
+            ttl_us = 2 * before[3]
         if len(self.entries) >= self.max_entries:
             self.entries.popitem(last=False)
         valid_us = retry_us if ttl_us is None else min(retry_us, ttl_us)
-        self.entries[counters, cost] = (started_us + valid_us, decision, started_us + retry_us)
+        self.entries[counters, cost] = (started_us + valid_us, decision, started_us + retry_us, valid_us)
 
     def sweep(self, now_us: int, steps: int = SWEEP_STEPS) -> None:
         """Drop expired denials, a bounded number at a time.

@@ -3,6 +3,10 @@
 A share is `limit / instances`, rounded down, at least 1. So all instances together admit at most the limit again from the moment
 the store was lost (more only where there are more instances than units). What was admitted is owed to the store: it is taken out
 by `take` and added there, before that subject's next charge.
+
+What was added there still uses up the share until the store has decided a charge of the same subject (`answered`). Otherwise a
+store that accepts debts and fails charges (its script is missing and it is too slow to load it, say) would renew the share
+with each debt, and everything would pass.
 """
 
 from __future__ import annotations
@@ -15,7 +19,7 @@ from typing import Final, TypeAlias
 import msgspec
 
 from tidegate.algorithms import DECIDE, State
-from tidegate.counters import Charge
+from tidegate.counters import Charge, Counters
 from tidegate.counters.memory import MemoryCounters
 from tidegate.decision import Decision
 from tidegate.errors import PolicyError
@@ -38,8 +42,13 @@ class LocalShares:
     def __init__(self, max_subjects: int, clock: Callable[[], int]) -> None:
         # Ordered: debts leave at the front, and finding the first key of a plain dict walks the gaps that they leave.
         self.owed: OrderedDict[_Debt, LimitSet] = OrderedDict()
+        self.unanswered: OrderedDict[_Debt, int] = OrderedDict()
+        """Debts that were taken out, and whose subjects the store has not decided since: until when they count, at least."""
         self._max_subjects = max_subjects
+        self._clock = clock
         self._counters = MemoryCounters(max_subjects, clock)
+        # What is owed of it.
+        self._debts = MemoryCounters(max_subjects, clock)
         self._instances = 1
         self._shares: dict[LimitSet, tuple[int, LimitSet]] = {}
 
@@ -57,6 +66,7 @@ class LocalShares:
         counters = tuple((self._share(limits, instances), subject) for limits, subject in charge.counters)
         decision = self._counters.charge_all(counters, charge.cost)
         if decision.allowed and charge.cost:
+            self._debts.charge_all(counters, charge.cost)
             for limits, subject in charge.counters:
                 self.owed[_debt(limits, subject)] = limits
             while len(self.owed) > self._max_subjects:
@@ -72,6 +82,28 @@ class LocalShares:
             degraded=True,
             overage=decision.overage,
         )
+
+    def used(self, charge: Charge, instances: int) -> int:
+        """Units of the shares that are used up, of the limit with the least left.
+
+        Args:
+            charge: for its counters.
+            instances: how many share the limits, 1 or more.
+        """
+        counters = tuple((self._share(limits, instances), subject) for limits, subject in charge.counters)
+        decision = self._counters.charge_all(counters, 0)
+        if decision.binding is None:
+            return 0
+        return decision.binding.capacity - (decision.remaining or 0) + decision.overage
+
+    def capacity(self, charge: Charge, instances: int) -> int:
+        """Most units that the shares can admit at once.
+
+        Args:
+            charge: for its counters.
+            instances: how many share the limits, 1 or more.
+        """
+        return min(limit.capacity for limits, _ in charge.counters for limit in self._share(limits, instances).limits)
 
     def owes(self, limits: LimitSet, subject: str) -> bool:
         """Whether a subject has a debt.
@@ -124,10 +156,11 @@ class LocalShares:
         for limits, subject in charge.counters:
             decide = DECIDE[limits.algorithm]
             states = [decide(limit, None, at_us, charge.cost)[0] for limit in limits.limits]
+            self._counters.add(self._share(limits, self._instances), subject, states)
             self.give_back(limits, subject, tuple(states))
 
     def take(self, limits: LimitSet, subject: str) -> tuple[State, ...] | None:
-        """Remove and return what a subject was admitted here.
+        """Remove and return what a subject owes; its share stays used up until `answered`.
 
         Args:
             limits: the rule's own.
@@ -136,8 +169,27 @@ class LocalShares:
         Returns:
             A state for each limit; None where nothing is owed, or nothing that still counts.
         """
-        self.owed.pop(_debt(limits, subject), None)
-        return self._counters.take(self._share(limits, 1), subject)
+        debt = _debt(limits, subject)
+        self.owed.pop(debt, None)
+        states = self._debts.take(self._share(limits, 1), subject)
+        if states is not None:
+            left = self._counters.charge_all(((self._share(limits, self._instances), subject),), 0)
+            self.unanswered[debt] = self._clock() + left.reset_after_us
+            while len(self.unanswered) > self._max_subjects:
+                self.unanswered.popitem(last=False)
+        return states
+
+    def answered(self, counters: Counters) -> None:
+        """The store has decided a charge: the shares of its counters begin anew, unless something is owed again.
+
+        Args:
+            counters: of the charge.
+        """
+        for limits, subject in counters:
+            debt = _debt(limits, subject)
+            if debt in self.unanswered and debt not in self.owed:
+                del self.unanswered[debt]
+                self._counters.take(self._share(limits, 1), subject)
 
     def give_back(self, limits: LimitSet, subject: str, states: tuple[State, ...]) -> None:
         """Undo `take`: it could not be added to the store.
@@ -148,7 +200,7 @@ class LocalShares:
             states: as `take` gave them.
         """
         # As a share: under the whole limit a bucket would drain faster than this instance's share of it.
-        self._counters.add(self._share(limits, self._instances), subject, states)
+        self._debts.add(self._share(limits, self._instances), subject, states)
         self.owed[_debt(limits, subject)] = limits
 
     def forget(self, limits: LimitSet, subject: str) -> None:
@@ -159,6 +211,8 @@ class LocalShares:
             subject: whom they count.
         """
         self.take(limits, subject)
+        self.unanswered.pop(_debt(limits, subject), None)
+        self._counters.take(self._share(limits, 1), subject)
 
     def sweep(self, steps: int) -> None:
         """Drop what has expired.
@@ -167,6 +221,13 @@ class LocalShares:
             steps: most counters to process.
         """
         self._counters.sweep(steps)
+        self._debts.sweep(steps)
+        now = self._clock()
+        for debt, until in list(islice(self.unanswered.items(), steps)):
+            if until > now:
+                self.unanswered.move_to_end(debt)
+            else:
+                del self.unanswered[debt]
 
     def _share(self, limits: LimitSet, instances: int) -> LimitSet:
         if instances == 1:

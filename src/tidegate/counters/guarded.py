@@ -64,12 +64,14 @@ class GuardedCounters(DegradedDecisions):
         self._denied = self.denials.entries  # to test whether there are any: a `__len__` in Python costs ten times as much
         self._resets: int | None = None
         self.instances_known = False
+        self.peers_know_leases = False
+        """Whether no instance of an older version shares the store, by the last heartbeat."""
         self.on_reset: Callable[[], None] | None = None
         self.store_calls = 0
         """Charges that were sent to the store."""
         self._refunds = 0
         self._holds = GuardedHolds(
-            store, self._decide_before_store, self._hold_failed, self._hold_answered, self._clear_remembered
+            store, self._decides, self._decide_before_store, self._hold_failed, self._hold_answered, self._clear_remembered
         )
         self._background: list[asyncio.Task[None]] = []
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -134,9 +136,11 @@ class GuardedCounters(DegradedDecisions):
 
     def _remember(self, charge: Charge, decision: Decision, started_us: int) -> None:
         """Remember a denial, and that little remains, for later checks that reach their deadline."""
+        if self._local.unanswered:
+            self._local.answered(charge.counters)
         if not decision.allowed:
             self._remember_denial(charge, decision, started_us)
-            self.late.observe(charge.counters, decision)
+            self.late.observe(charge.counters, decision, started_us)
             return
         if isinstance(decision, GrantingDecision):
             decision = decision.after_grant()
@@ -147,11 +151,15 @@ class GuardedCounters(DegradedDecisions):
             or (decision.overage and passes_without_end(decision))
         ):
             return
-        self.late.observe(charge.counters, decision)
+        self.late.observe(charge.counters, decision, started_us)
 
     def grants(self, counters: tuple[tuple[LimitSet, str], ...]) -> bool:
-        """See `LeaseGrantor.grants`. Not while answers are late: what is admitted at a deadline relies on recent answers."""
-        return self._loop is not None and not len(self.late) and not self.breakers and self.store.grants(counters)
+        """See `LeaseGrantor.grants`. Not while answers are late: what is admitted at a deadline relies on recent answers.
+
+        Not beside instances of a version without leases either: they let a bucket drain as if nothing were leased.
+        """
+        ready = self._loop is not None and self.peers_know_leases
+        return ready and not len(self.late) and not self.breakers and self.store.grants(counters)
 
     def session(self, counters: tuple[tuple[LimitSet, str], ...]) -> object:
         """See `LeaseGrantor.session`."""
@@ -165,7 +173,8 @@ class GuardedCounters(DegradedDecisions):
         self, counters: Counters, cost: int, ttl_us: int, rule: str | None = None
     ) -> tuple[Decision, HoldHandle | None]:
         """See `HoldingCounterStore.open_hold` and `guarded_holds`."""
-        if self._loop is not asyncio.get_running_loop():
+        loop = self._loop
+        if loop is None or not loop.is_running() or get_ident() != self._thread:
             await self.start()
         return await self._holds.open(counters, cost, ttl_us, rule)
 
@@ -182,6 +191,10 @@ class GuardedCounters(DegradedDecisions):
         if self._loop is not asyncio.get_running_loop():
             await self.start()
         return await self._holds.adjust(counters, units)
+
+    def _decides(self) -> bool:
+        """Whether the store decides every charge: no breaker is open, and no usage is still to be added to it."""
+        return not (self.breakers or self._local.owed or self._debts.on_the_way)
 
     async def _decide_before_store(self, charge: Charge, started_us: int) -> ChargeOutcome | None:
         """What decides a hold instead of the store, while its breaker is open or usage is still to be added to it."""
@@ -328,13 +341,14 @@ class GuardedCounters(DegradedDecisions):
             await asyncio.wait(set(coming.values()), timeout=max(deadline - time.monotonic(), 0))
         late = {counter for counter, done in coming.items() if not done.done()}
         owing = {counter for counter in counters if self._local.owes(*counter)}
-        error = StoreUnavailable("usage during the outage was not added to Redis within the deadline", reason="timeout")
+        late_error = StoreUnavailable("usage during the outage was not added to Redis within the deadline", reason="timeout")
+        error = late_error
         if owing:
             # Continues past the deadline of these checks: the debts are settled only when it ends.
             putting = asyncio.ensure_future(self._debts.put_back_of(list(owing)))
             putting.add_done_callback(lambda done: None if done.cancelled() else done.exception())
             await asyncio.wait((putting,), timeout=max(deadline - time.monotonic(), 0))
-            failure = putting.exception() if putting.done() else error
+            failure = putting.exception() if putting.done() else late_error
             if isinstance(failure, StoreUnavailable):
                 error = failure
             elif failure is not None:
@@ -348,6 +362,9 @@ class GuardedCounters(DegradedDecisions):
         for place in places:
             if owing.isdisjoint(charges[place].counters):
                 remaining.append(place)
+            elif error is late_error:
+                # Slow, not down: what was admitted before is neither in the share nor known to be in the store.
+                answers[place] = self._decide_uncharged(charges[place], "timeout", error)
             else:
                 answers[place] = self._failed(charges[place], error, started_us)
         return remaining
@@ -371,11 +388,13 @@ class GuardedCounters(DegradedDecisions):
             self._local.sweep(_SWEEP_STEPS)
         self.instances = max(beat.instances, self.options.min_instances)
         self.instances_known = True
+        self.peers_know_leases = not beat.without_leases
         self._offset_us = beat.at_us - (before_us + now_us()) // 2
-        if self._resets is not None and beat.resets != self._resets:
+        reset = self._resets is not None and beat.resets != self._resets
+        if reset:
             self._clear_remembered()
-            if self.on_reset is not None:
-                self.on_reset()
+        if (reset or not self.peers_know_leases) and self.on_reset is not None:
+            self.on_reset()
         self._resets = beat.resets
 
     async def _recover(self) -> None:

@@ -45,6 +45,7 @@ class GuardedHolds(msgspec.Struct, frozen=True):
 
     Args:
         store: the store.
+        healthy: whether the store decides every charge at present.
         admit: says before a charge what decides it instead of the store; None where the store decides.
         failed: what decides a charge that the store did not answer in time.
         succeeded: called when the store has answered.
@@ -52,6 +53,7 @@ class GuardedHolds(msgspec.Struct, frozen=True):
     """
 
     store: HoldsInRedis
+    healthy: Callable[[], bool]
     admit: Callable[[Charge, int], Coroutine[Any, Any, ChargeOutcome | None]]
     failed: Callable[[Charge, StoreUnavailable, int], ChargeOutcome]
     succeeded: Callable[[Charge], None]
@@ -61,7 +63,7 @@ class GuardedHolds(msgspec.Struct, frozen=True):
         """See `HoldingCounterStore.open_hold`."""
         charge = Charge(counters, cost)
         started_us = time.monotonic_ns() // 1000
-        outcome = await self.admit(charge, started_us)
+        outcome = None if self.healthy() else await self.admit(charge, started_us)
         if outcome is None:
             try:
                 opened = await self.store.open_hold(counters, cost, ttl_us, rule)
@@ -96,6 +98,6 @@ class GuardedHolds(msgspec.Struct, frozen=True):
     async def settle(self, handle: HoldHandle, cost: int, success: bool) -> HoldSettlement:
         """See `HoldingCounterStore.settle_hold`."""
         settled = await self.store.settle_hold(handle, cost, success)
-        if settled.cost < handle.cost and not settled.repeated:
+        if settled.cost < handle.cost:
             self.gave_back()
         return settled

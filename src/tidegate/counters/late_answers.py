@@ -11,7 +11,8 @@ A slow shard goes on counting: what was sent to it is charged or denied, and its
 What is admitted at a deadline has to be so little that the store will most probably charge it, whatever the other instances
 do at the same time. Each reply says what remains; while that is less than half of the limit it is remembered. At a deadline an
 instance admits, beyond what it knows to be charged, at most its share of what remained above a quarter of the limit: that
-quarter is a reserve for what other instances may have used since. Where nothing is remembered, half of the limit was left at
+quarter is a reserve for what other instances may have used since; where they used more, by the last two answers, twice as much as
+they use in the time since is the reserve. Where nothing is remembered, half of the limit was left at
 the last reply, if there was one: then it is a share of a quarter of the limit, and one check in any case. A single instance
 needs no reserve.
 """
@@ -19,9 +20,10 @@ needs no reserve.
 from __future__ import annotations
 
 import asyncio
+import math
 from collections import OrderedDict, deque
 from collections.abc import Callable
-from typing import Final, TypeAlias
+from typing import Final, NamedTuple, TypeAlias
 
 from tidegate.counters import Charge, GrantingDecision, LateAnswer
 from tidegate.counters.redis.split_charge import await_late_answer
@@ -34,8 +36,30 @@ MAX_PREPAID: Final = 10_000
 PREPAID_TTL_US: Final = 1_000_000
 RETRY_US: Final = 500_000
 """`Retry-After` of a check denied at its deadline, µs: by then the reply has come or the connection is dropped."""
+_RATE_OVER_US: Final = 100_000
+"""Answers closer together than this, µs, are not compared."""
 _WINDOWS: Final = (Algorithm.FIXED_WINDOW, Algorithm.SLIDING_WINDOW)
 _Counters: TypeAlias = tuple[tuple[LimitSet, str], ...]
+
+
+class _Scarce(NamedTuple):
+    """What an answer said of which less than half of the limit remained; moments are monotonic µs.
+
+    Args:
+        until_us: it is known until then.
+        remaining: units.
+        window_until_us: until then no more can remain, but for units that are given back.
+        sent_us: not later than the moment of the figure.
+        at_us: the same by the store's clock.
+        rate: units that all instances used in a second, by the last answers.
+    """
+
+    until_us: int
+    remaining: int
+    window_until_us: int
+    sent_us: int
+    at_us: int
+    rate: float
 
 
 class LateAnswers:
@@ -60,7 +84,7 @@ class LateAnswers:
         self.prepaid: OrderedDict[tuple[_Counters, int], deque[tuple[int, Decision]]] = OrderedDict()
         self._now_us = now_us
         self._settle = settle
-        self._scarce: OrderedDict[_Counters, tuple[int, int]] = OrderedDict()
+        self._scarce: OrderedDict[_Counters, _Scarce] = OrderedDict()
         self._outstanding: dict[_Counters, int] = {}
         self._waiting: set[asyncio.Task[None]] = set()
 
@@ -68,34 +92,63 @@ class LateAnswers:
         """Number of answers that are still to come."""
         return len(self._waiting)
 
-    def observe(self, counters: _Counters, decision: Decision) -> None:
+    def observe(self, counters: _Counters, decision: Decision, sent_us: int | None = None) -> None:
         """Remember that little remains; called for each such answer, in time or late.
 
         Args:
             counters: of the charge.
             decision: of the store.
+            sent_us: when the charge was sent, monotonic µs; now where None.
         """
         if len(self._scarce) >= MAX_SCARCE and counters not in self._scarce:
             self._scarce.popitem(last=False)
-        self._scarce[counters] = (self._now_us() + decision.reset_after_us, decision.remaining or 0)
+        now_us, at_us, remaining, rate = self._now_us(), decision.at_us, decision.remaining or 0, 0.0
+        before = self._scarce.get(counters)
+        if before is not None and now_us < before.until_us:
+            if before.at_us > at_us:
+                return
+            # Answers that come together say little of the rate: it does not fall at once.
+            used, passed_us = max(before.remaining - remaining, 0), at_us - before.at_us
+            rate = max(used * 1e6 / passed_us if passed_us >= _RATE_OVER_US else 0.0, before.rate / 2)
+        until_us = now_us + decision.reset_after_us
+        # A sliding window that has ended gives back more and more before all of it counts no longer.
+        window_until_us = min(until_us, now_us + _window_left_us(counters, decision))
+        sent_us = now_us if sent_us is None else sent_us
+        self._scarce[counters] = _Scarce(until_us, remaining, window_until_us, sent_us, at_us, rate)
 
-    def may_admit(self, charge: Charge, instances: int) -> bool:
+    def may_admit(self, charge: Charge, instances: int, uncharged: int = 0) -> bool:
         """Whether a check may pass at its deadline.
 
         Args:
             charge: the charge.
             instances: how many share the limits, 1 or more.
+            uncharged: units that this instance admitted without the store since it last answered, as far as no answer is awaited.
         """
         capacity = min(limit.capacity for limits, _ in charge.counters for limit in limits.limits)
-        outstanding = self._outstanding.get(charge.counters, 0)
+        outstanding = self._outstanding.get(charge.counters, 0) + uncharged
         # A single instance knows of all usage.
         reserve = capacity // 4 if instances > 1 else 0
         known = self._scarce.get(charge.counters)
-        if known is not None and known[0] > self._now_us():
-            return outstanding + charge.cost <= max(known[1] - reserve, 0) // instances
+        if known is not None and known.until_us > (now_us := self._now_us()):
+            if instances > 1:
+                reserve = max(reserve, math.ceil(2 * known.rate * (now_us - known.sent_us) / 1e6))
+            return outstanding + charge.cost <= max(known.remaining - reserve, 0) // instances
         if not outstanding:
             return charge.cost <= max(capacity // instances, 1)
         return outstanding + charge.cost <= (capacity // 2 - reserve) // instances
+
+    def remaining(self, counters: _Counters) -> int | None:
+        """What remained at the store's last answer, as far as it is known that no more can remain now.
+
+        Args:
+            counters: of a charge.
+
+        Returns:
+            Units; None where half of the limit or more remained, where there was no answer in the current window, and for
+            algorithms without windows.
+        """
+        known = self._scarce.get(counters)
+        return known.remaining if known is not None and self._now_us() < known.window_until_us else None
 
     def track(self, charge: Charge, late: LateAnswer, admitted: bool, started_us: int) -> None:
         """Process the answer when it comes.
@@ -183,7 +236,7 @@ class LateAnswers:
             self.answers["lost"] += 1
         else:
             self.answers["allowed" if answer.allowed else "denied"] += 1
-            self.observe(counters, answer.after_grant() if isinstance(answer, GrantingDecision) else answer)
+            self.observe(counters, answer.after_grant() if isinstance(answer, GrantingDecision) else answer, started_us)
             if answer.allowed and charge.cost and not admitted:
                 self._keep_prepaid(charge, answer)
         self._settle(charge, admitted, started_us, answer)
@@ -203,3 +256,13 @@ class LateAnswers:
         # The caller has taken the grant; the decision alone is used again.
         plain = decision.without_grant() if isinstance(decision, GrantingDecision) else decision
         entries.append((self._now_us() + left_us, plain))
+
+
+def _window_left_us(counters: _Counters, decision: Decision) -> int:
+    """µs until the window that a decision is about ends; 0 where not all limits count in plain windows."""
+    binding = decision.binding
+    if binding is None or any(limits.algorithm not in _WINDOWS or not limits.plain for limits, _ in counters):
+        return 0
+    if binding.is_calendar:
+        return decision.reset_after_us
+    return binding.window_us - decision.at_us % binding.window_us

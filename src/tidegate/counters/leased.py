@@ -214,7 +214,8 @@ class LeasedCounters:
         unused = self.table.unused(limits, subject)
         if not unused or decision.remaining is None or decision.binding is None:
             return decision
-        return msgspec.structs.replace(decision, remaining=min(decision.remaining + unused, decision.binding.capacity))
+        left = decision.remaining - decision.overage + unused
+        return msgspec.structs.replace(decision, remaining=min(max(left, 0), decision.binding.capacity), overage=max(-left, 0))
 
     # Renewals and returns.
 

@@ -93,27 +93,30 @@ class MemoryCounters(MemoryReservations, MemoryHolds):
     def _charge_two(self, counters: tuple[tuple[LimitSet, str], ...], cost: int) -> Decision:
         """Two counters, as those of a rule and its tier. Costs two thirds of `_charge_several` where each has one limit."""
         (limits, subject), (other_limits, other_subject) = counters
-        compiled, other = self._compiled.get(limits), self._compiled.get(other_limits)
-        if compiled is None or other is None or not compiled.simple or not other.simple:
+        try:
+            compiled, other = self._compiled[limits], self._compiled[other_limits]
+            key, other_key = compiled.token + subject, other.token + other_subject
+            shard, other_shard = self._shards[hash(key) & 255], self._shards[hash(other_key) & 255]
+            state, other_state = shard[key], other_shard[other_key]
+        except KeyError:
             return self._charge_several(counters, cost)
-        key, other_key = compiled.token + subject, other.token + other_subject
-        shard, other_shard = self._shards[hash(key) & 255], self._shards[hash(other_key) & 255]
-        state, other_state = shard.get(key), other_shard.get(other_key)
-        if not state or not other_state or self._open:
+        if not compiled.simple or not other.simple or not state or not other_state or self._open:
             return self._charge_several(counters, cost)
         now = self._clock()
         limit, other_limit = compiled.limit, other.limit
         state, least, reset_after, retry_after = compiled.decide(limit, state, now, cost)
         other_state, remaining, reset, retry = other.decide(other_limit, other_state, now, cost)
-        allowed = state is not None and other_state is not None
-        if allowed:
-            if cost:
-                shard[key] = state
-                other_shard[other_key] = other_state
-            if remaining < least:
-                limit, least, reset_after = other_limit, remaining, reset
-        elif state is not None:
-            limit, least, reset_after, retry_after = other_limit, remaining, reset, retry
+        allowed = False
+        if state is not None:
+            if other_state is not None:
+                allowed = True
+                if cost:
+                    shard[key] = state
+                    other_shard[other_key] = other_state
+                if remaining < least:
+                    limit, least, reset_after = other_limit, remaining, reset
+            else:
+                limit, least, reset_after, retry_after = other_limit, remaining, reset, retry
         elif other_state is None:
             if remaining < least:
                 limit, least, reset_after = other_limit, remaining, reset

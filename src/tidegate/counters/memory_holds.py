@@ -1,12 +1,12 @@
 """Holds of counters in memory. Expired ones give their units back before the next charge of any subject.
 
-A hold costs about 600 bytes while it is open, and about 200 for two minutes after it was settled.
+A hold costs about 110 bytes while it is open, and 90 for two minutes after it was settled: see `memory_hold_rows`.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Final
 
 from tidegate.algorithms import State, failures
@@ -21,10 +21,10 @@ from tidegate.counters.holds import (
     HoldHandle,
     HoldSettlement,
     has_ended,
-    new_id,
     not_found,
     too_many,
 )
+from tidegate.counters.memory_hold_rows import EXPIRED, OPEN, ROW_BITS, SETTLED, SETTLED_LATE, HeldCounter, HoldRows
 from tidegate.counters.memory_storage import DEFAULT_MAX_SUBJECTS, CompiledLimits, MemoryStorage
 from tidegate.decision import Decision
 from tidegate.errors import TooManyHolds
@@ -34,50 +34,10 @@ from tidegate.timestamps import US_PER_S
 _EXPIRE_STEPS: Final = 1000
 """Holds that one charge lets expire at most: 2 to 4 ms."""
 _FORGET_STEPS: Final = 16
-_MAX_STALE: Final = 64
-"""Entries of ended holds that a heap may have beside as many as there are open ones."""
+_NO_LEVELS: Final[dict[str, int]] = {}
+"""For a hold of one counter with one limit: its level is in its row."""
+_NO_BUCKET: Final[dict[str, int]] = {}
 _NEVER: Final = 1 << 62
-
-
-class _Record:
-    """What a hold charged to one counter; `undrained` by window, for buckets."""
-
-    __slots__ = ("at_us", "key", "limits", "reset", "subject", "undrained")
-
-    def __init__(self, limits: LimitSet, subject: str, key: str, at_us: int) -> None:
-        self.limits = limits
-        self.subject = subject
-        self.key = key
-        self.at_us = at_us
-        self.undrained: dict[str, int] = {}
-        self.reset = False
-
-
-class _OpenHold:
-    __slots__ = ("cost", "counters", "ends_us", "records")
-
-    def __init__(self, counters: Counters, cost: int, ends_us: int, records: list[_Record]) -> None:
-        self.counters = counters
-        self.cost = cost
-        self.ends_us = ends_us
-        self.records = records
-
-
-class _EndedHold:
-    """A hold that was settled, or, where `cost` is None, has expired."""
-
-    __slots__ = ("cost", "counters", "late", "uncharged", "until_us")
-
-    def __init__(self, counters: Counters, uncharged: Counters, cost: int | None, late: bool) -> None:
-        self.until_us = 0
-        self.counters = counters
-        self.uncharged = uncharged
-        self.cost = cost
-        self.late = late
-
-
-def _counts_failures(counters: Counters) -> bool:
-    return any(limits.failures is not None for limits, _ in counters)
 
 
 class MemoryHolds(MemoryStorage):
@@ -100,13 +60,12 @@ class MemoryHolds(MemoryStorage):
 
     def _no_holds(self) -> None:
         self.expired_holds = 0
-        self._open: dict[str, _OpenHold] = {}
-        self._ended: dict[str, _EndedHold] = {}
-        self._forget: list[tuple[int, str]] = []
-        # Heaps of (end, id), of all holds and of each counter's. Entries of holds that ended or were renewed stay for a while.
-        self._ends_of_holds: list[tuple[int, str]] = []
-        self._holds_by_key: dict[str, list[tuple[int, str]]] = {}
-        self._open_by_key: dict[str, int] = {}
+        self._open = 0
+        self._rows = HoldRows()
+        self._held: dict[str, HeldCounter] = {}
+        # Heaps of marks: of the open holds, and of the ended ones by when they are forgotten.
+        self._hold_ends: list[int] = []
+        self._forget: list[int] = []
         self._next_hold_end = _NEVER
 
     def clear(self) -> None:
@@ -117,22 +76,55 @@ class MemoryHolds(MemoryStorage):
     @property
     def open_holds(self) -> int:
         """Holds that are open."""
-        return len(self._open)
+        return self._open
+
+    def open_holds_of(self, limits: LimitSet, subject: str) -> int:
+        """Holds of a counter that are open."""
+        held = self._held.get(self._prepare(limits).token + subject)
+        return held.open if held else 0
 
     def open_hold_now(
         self, counters: Counters, cost: int, ttl_us: int, rule: str | None = None
     ) -> tuple[Decision, HoldHandle | None]:
         """See `HoldingCounterStore.open_hold`."""
         now = self._clock()
-        self._expire_holds(now)
-        self._forget_ended(now)
-        keys = [self._prepare(limits).token + subject for limits, subject in counters]
-        if len(self._open) >= self.max_subjects:
+        if now >= self._next_hold_end:
+            self._expire_holds(now)
+        if self._forget and self._forget[0] >> ROW_BITS <= now:
+            self._forget_ended(now)
+        if self._open >= self.max_subjects:
             raise TooManyHolds(
                 f"{self.max_subjects} holds are open in this process, as many as counters.max_subjects: settle holds when their "
                 "requests end"
             )
-        if any(self._open_by_key.get(key, 0) >= self.max_holds for key in keys):
+        if len(counters) != 1 or counters[0][0].soft or counters[0][0].algorithm in IN_PROGRESS:
+            return self._open_several(counters, cost, ttl_us, rule, now)
+        limits, subject = counters[0]
+        compiled = self._compiled.get(limits) or self._prepare(limits)
+        key = compiled.token + subject
+        held = self._held.get(key)
+        if held is not None and held.open >= self.max_holds:
+            raise too_many(self.max_holds)
+        decision = self.charge_all(counters, cost)
+        if not decision.allowed:
+            return decision, None
+        level, levels = 0, None
+        if cost and compiled.bucket:
+            if compiled.only is not None:
+                level = undrained_of(limits.algorithm, self._shards[hash(key) & 255][key])
+            else:
+                levels = self._levels(limits, key)
+        counter = self._hold_counter(held, limits, subject, key)
+        return decision, self._add_hold(
+            decision.at_us, ttl_us, cost, (counter,), rule, level, None if levels is None else [levels]
+        )
+
+    def _open_several(
+        self, counters: Counters, cost: int, ttl_us: int, rule: str | None, now: int
+    ) -> tuple[Decision, HoldHandle | None]:
+        """Several counters, soft ones, and slots."""
+        keys = [self._prepare(limits).token + subject for limits, subject in counters]
+        if any((held := self._held.get(key)) is not None and held.open >= self.max_holds for key in keys):
             raise too_many(self.max_holds)
         slots = tuple(each for each in counters if each[0].algorithm in IN_PROGRESS)
         if slots and not cost:
@@ -144,85 +136,77 @@ class MemoryHolds(MemoryStorage):
         decision = self.charge_all(counters, cost)
         if not decision.allowed:
             return decision, None
-        records = []
-        for (limits, subject), key, old in zip(counters, keys, before, strict=True):
-            stored = self._shards[hash(key) & 255].get(key)
+        details: list[dict[str, int] | None] = []
+        for (limits, _), key, old in zip(counters, keys, before, strict=True):
             # A soft limit that was reached was not charged.
-            if cost and stored is old and limits.soft:
+            if cost and limits.soft and self._shards[hash(key) & 255].get(key) is old:
+                details.append(None)
                 continue
-            record = _Record(limits, subject, key, decision.at_us)
-            if cost and limits.algorithm.is_bucket:
-                states = self._prepare(limits).unpack(stored)
-                for limit, state in zip(limits.limits, states, strict=True):
-                    record.undrained[limit.window_name] = undrained_of(limits.algorithm, state)
-            records.append(record)
+            details.append(self._levels(limits, key) if cost and limits.algorithm.is_bucket else _NO_BUCKET)
             if limits.algorithm in IN_PROGRESS:
-                self._move_slots(record, 1, now)
+                self._move_slots(limits, key, 1, now)
+        at_us = decision.at_us
         if slots:
             peek = self.charge_all(counters, 0)
             decision = Decision(
-                True,
-                peek.binding,
-                peek.remaining,
-                peek.reset_after_us,
-                0,
-                decision.at_us,
-                decision.limits,
-                overage=decision.overage,
+                True, peek.binding, peek.remaining, peek.reset_after_us, 0, at_us, decision.limits, overage=decision.overage
             )
-        handle = HoldHandle(new_id(), cost, rule)
-        self._open[handle.id] = _OpenHold(counters, cost, decision.at_us + ttl_us, records)
-        self._file_hold(handle.id, decision.at_us + ttl_us, records)
-        for record in records:
-            self._open_by_key[record.key] = self._open_by_key.get(record.key, 0) + 1
-        return decision, handle
+        kept = tuple(self._hold_counter(self._held.get(key), *counter, key) for counter, key in zip(counters, keys, strict=True))
+        return decision, self._add_hold(at_us, ttl_us, cost, kept, rule, 0, details)
 
     def settle_hold_now(self, handle: HoldHandle, cost: int, success: bool = False) -> HoldSettlement:
         """See `HoldingCounterStore.settle_hold`."""
         now = self._clock()
-        self._expire_holds(now)
-        self._forget_ended(now)
-        hold = self._open.get(handle.id)
-        if hold is not None and hold.ends_us <= now:
-            self._expire(handle.id, hold, now)
-            hold = None
-        if hold is not None:
-            del self._open[handle.id]
-            used = hold.cost if _counts_failures(hold.counters) else cost
-            for record in hold.records:
-                self._release_hold(record)
-                if record.limits.failures is not None:
-                    self._settle_failures(record.limits, record.subject, cost, success, now)
-                elif used < hold.cost:
-                    self._give_back(record, hold.cost - used, now)
-                elif used > hold.cost:
-                    self._charge_beyond(record.limits, record.subject, used - hold.cost, now)
-            self._end(handle.id, _EndedHold(hold.counters, (), cost, False), max(hold.ends_us, now + SETTLED_KNOWN_US))
-            return self._settlement(hold.counters, cost)
-        ended = self._ended.get(handle.id)
-        if ended is None:
+        if now >= self._next_hold_end:
+            self._expire_holds(now)
+        if self._forget and self._forget[0] >> ROW_BITS <= now:
+            self._forget_ended(now)
+        rows = self._rows
+        row = rows.find(handle.id)
+        if row is None:
             raise not_found()
-        if ended.cost is not None:
-            return self._settlement(ended.counters, ended.cost, ended.late, repeated=True)
-        used = handle.cost if _counts_failures(ended.uncharged) else cost
-        for limits, subject in ended.uncharged:
-            if limits.failures is not None:
-                self._settle_failures(limits, subject, cost, success, now)
-            elif used:
-                self._charge_beyond(limits, subject, used, now)
-        self._end(handle.id, _EndedHold(ended.counters, (), cost, True), now + EXPIRED_KNOWN_US)
-        return self._settlement(ended.counters, cost, late=True)
+        if rows.state[row] == OPEN and rows.moment(row) <= now:
+            self._expire(row, now)
+        state = rows.state[row]
+        if state == OPEN:
+            self._settle_open(row, cost, success, now)
+        elif state == EXPIRED:
+            used = handle.cost if self._counts_failures(row) else cost
+            for counter, levels in self._charged(row):
+                if counter.limits.failures is not None:
+                    self._settle_failures(counter.limits, counter.subject, cost, success, now)
+                elif used and levels is not None:
+                    self._charge_beyond(counter.limits, counter.subject, used, now)
+            self._end(row, SETTLED_LATE, cost, now + EXPIRED_KNOWN_US)
+        else:
+            return self._settlement(row, rows.cost[row], late=state == SETTLED_LATE, repeated=True)
+        return self._settlement(row, cost, late=state == EXPIRED)
+
+    def _settle_open(self, row: int, cost: int, success: bool, now: int) -> None:
+        reserved = self._rows.cost[row]
+        used = reserved if self._counts_failures(row) else cost
+        for counter, levels in self._charged(row):
+            self._release_hold(counter, levels is not None)
+            if levels is None:
+                continue
+            if counter.limits.failures is not None:
+                self._settle_failures(counter.limits, counter.subject, cost, success, now)
+            elif used < reserved:
+                self._give_back(counter, levels, row, reserved - used, now)
+            elif used > reserved:
+                self._charge_beyond(counter.limits, counter.subject, used - reserved, now)
+        self._open -= 1
+        self._end(row, SETTLED, cost, max(self._rows.moment(row), now + SETTLED_KNOWN_US))
 
     def renew_hold_now(self, handle: HoldHandle, ttl_us: int) -> None:
         """See `HoldingCounterStore.renew_hold`."""
-        now = self._clock()
-        hold = self._open.get(handle.id)
-        if hold is None or hold.ends_us <= now:
-            if hold is None and handle.id not in self._ended:
-                raise not_found()
+        now, rows = self._clock(), self._rows
+        row = rows.find(handle.id)
+        if row is None:
+            raise not_found()
+        if rows.state[row] != OPEN or rows.moment(row) <= now:
             raise has_ended()
-        hold.ends_us = now + ttl_us
-        self._file_hold(handle.id, hold.ends_us, hold.records)
+        self._file_hold(rows.move(row, now + ttl_us), rows.counters_of(row))
 
     async def open_hold(
         self, counters: Counters, cost: int, ttl_us: int, rule: str | None = None
@@ -257,15 +241,14 @@ class MemoryHolds(MemoryStorage):
 
     def _expire_holds(self, now: int) -> None:
         """Let holds expire that are due, a bounded number at a time."""
-        ends = self._ends_of_holds
+        ends = self._hold_ends
         for _ in range(_EXPIRE_STEPS):
-            if not ends or ends[0][0] > now:
+            if not ends or ends[0] >> ROW_BITS > now:
                 break
-            at, hold_id = heapq.heappop(ends)
-            hold = self._open.get(hold_id)
-            if hold is not None and hold.ends_us == at:
-                self._expire(hold_id, hold, now)
-        self._next_hold_end = ends[0][0] if ends else _NEVER
+            row = self._rows.live_row(heapq.heappop(ends))
+            if row is not None:
+                self._expire(row, now)
+        self._next_hold_end = ends[0] >> ROW_BITS if ends else _NEVER
 
     def _until_next_end(self, decision: Decision, counters: Counters) -> Decision:
         """A denial lasts until the next hold of its counters expires, at most."""
@@ -273,14 +256,13 @@ class MemoryHolds(MemoryStorage):
         if not retry_us:
             return decision
         for limits, subject in counters:
-            holds = self._holds_by_key.get(self._prepare(limits).token + subject)
-            while holds:
-                at, hold_id = holds[0]
-                hold = self._open.get(hold_id)
-                if hold is not None and hold.ends_us == at:
-                    retry_us = max(min(retry_us, at - decision.at_us), 1)
+            held = self._held.get(self._prepare(limits).token + subject)
+            marks = held.marks if held else None
+            while marks:
+                if self._rows.live_row(marks[0]) is not None:
+                    retry_us = max(min(retry_us, (marks[0] >> ROW_BITS) - decision.at_us), 1)
                     break
-                heapq.heappop(holds)
+                heapq.heappop(marks)
         if retry_us == decision.retry_after_us:
             return decision
         return Decision(
@@ -289,34 +271,66 @@ class MemoryHolds(MemoryStorage):
 
     def _void_holds(self, key: str) -> None:
         """A counter was reset: what holds charged to it before does not count any more."""
-        for _, hold_id in self._holds_by_key.get(key, ()):
-            hold = self._open.get(hold_id)
-            for record in () if hold is None else hold.records:
-                if record.key == key:
-                    record.reset = True
+        held = self._held.pop(key, None)
+        if held is not None:
+            held.reset = True
 
-    def _file_hold(self, hold_id: str, ends_us: int, records: list[_Record]) -> None:
-        self._push(self._ends_of_holds, ends_us, hold_id, len(self._open))
-        self._next_hold_end = self._ends_of_holds[0][0]
-        for record in records:
-            heap = self._holds_by_key.setdefault(record.key, [])
-            self._push(heap, ends_us, hold_id, self._open_by_key.get(record.key, 0))
+    def _levels(self, limits: LimitSet, key: str) -> dict[str, int]:
+        """The levels of a bucket's windows just after a charge."""
+        states = self._prepare(limits).unpack(self._shards[hash(key) & 255].get(key))
+        return {
+            limit.window_name: undrained_of(limits.algorithm, state) for limit, state in zip(limits.limits, states, strict=True)
+        }
 
-    def _push(self, heap: list[tuple[int, str]], ends_us: int, hold_id: str, live: int) -> None:
-        heapq.heappush(heap, (ends_us, hold_id))
-        if len(heap) > 2 * live + _MAX_STALE:
-            heap[:] = [each for each in heap if (hold := self._open.get(each[1])) is not None and hold.ends_us == each[0]]
-            heapq.heapify(heap)
+    def _hold_counter(self, held: HeldCounter | None, limits: LimitSet, subject: str, key: str) -> HeldCounter:
+        if held is None:
+            held = self._held[key] = HeldCounter(limits, subject, key)
+        held.limits = limits
+        held.open += 1
+        held.rows += 1
+        return held
 
-    def _move_slots(self, record: _Record, by: int, now: int) -> None:
+    def _add_hold(
+        self,
+        at_us: int,
+        ttl_us: int,
+        cost: int,
+        counters: tuple[HeldCounter, ...],
+        rule: str | None,
+        level: int,
+        details: list[dict[str, int] | None] | None,
+    ) -> HoldHandle:
+        rows = self._rows
+        row = rows.add(at_us, at_us + ttl_us, cost, counters, level)
+        if details is not None:
+            rows.details[row] = details
+        self._open += 1
+        self._file_hold(rows.mark[row], counters)
+        return HoldHandle(rows.id_of(row), cost, rule)
+
+    def _file_hold(self, mark: int, counters: tuple[HeldCounter, ...]) -> None:
+        self._rows.push(self._hold_ends, mark, self._open)
+        self._next_hold_end = self._hold_ends[0] >> ROW_BITS
+        for counter in counters:
+            self._rows.push(counter.marks, mark, counter.open)
+
+    def _charged(self, row: int) -> Iterable[tuple[HeldCounter, dict[str, int] | None]]:
+        """The counters of a hold, and for each the levels of its windows where they are not in the row; None if not charged."""
+        counters = self._rows.counters_of(row)
+        details = self._rows.details.get(row)
+        return ((counters[0], _NO_LEVELS),) if details is None else zip(counters, details, strict=True)
+
+    def _counts_failures(self, row: int) -> bool:
+        return any(counter.limits.failures is not None for counter in self._rows.counters_of(row))
+
+    def _move_slots(self, limits: LimitSet, key: str, by: int, now: int) -> None:
         """Take or free slots of a counter."""
-        key = record.key
         shard = self._shards[hash(key) & 255]
         stored = shard.get(key)
-        if record.limits.failures is not None:
-            compiled = self._prepare(record.limits)
-            taken, *rest = compiled.unpack(stored)[0] or failures.FRESH
-            self._save_failures(compiled, key, (max(taken + by, 0), *rest), now)
+        if limits.failures is not None:
+            compiled = self._prepare(limits)
+            in_progress, *rest = compiled.unpack(stored)[0] or failures.FRESH
+            self._save_failures(compiled, key, (max(in_progress + by, 0), *rest), now)
             return
         taken = (stored[0] if stored else 0) + by
         if taken > 0:
@@ -345,57 +359,66 @@ class MemoryHolds(MemoryStorage):
         state = compiled.unpack(stored)[0]
         self._save_failures(compiled, key, failures.settle(limits.failures, limits.limits, state, now, failed, success), now)
 
-    def _release_hold(self, record: _Record) -> None:
-        if record.limits.algorithm in IN_PROGRESS and not record.reset:
-            self._move_slots(record, -1, 0)
-        left = self._open_by_key.get(record.key, 1) - 1
-        if left:
-            self._open_by_key[record.key] = left
-        else:
-            self._open_by_key.pop(record.key, None)
-            self._holds_by_key.pop(record.key, None)
+    def _release_hold(self, counter: HeldCounter, charged: bool) -> None:
+        counter.open -= 1
+        if charged and not counter.reset and counter.limits.algorithm in IN_PROGRESS:
+            self._move_slots(counter.limits, counter.key, -1, 0)
 
-    def _expire(self, hold_id: str, hold: _OpenHold, now: int) -> None:
-        del self._open[hold_id]
+    def _expire(self, row: int, now: int) -> None:
         self.expired_holds += 1
-        for record in hold.records:
-            self._release_hold(record)
-            self._give_back(record, hold.cost, now)
-        charged = tuple((record.limits, record.subject) for record in hold.records)
-        self._end(hold_id, _EndedHold(hold.counters, charged, None, True), now + EXPIRED_KNOWN_US)
+        self._open -= 1
+        for counter, levels in self._charged(row):
+            self._release_hold(counter, levels is not None)
+            if levels is not None:
+                self._give_back(counter, levels, row, self._rows.cost[row], now)
+        self._end(row, EXPIRED, 0, now + EXPIRED_KNOWN_US)
 
-    def _end(self, hold_id: str, ended: _EndedHold, until_us: int) -> None:
-        ended.until_us = until_us
-        self._ended[hold_id] = ended
-        heapq.heappush(self._forget, (until_us, hold_id))
+    def _end(self, row: int, state: int, cost: int, until_us: int) -> None:
+        rows = self._rows
+        rows.state[row] = state
+        rows.cost[row] = cost
+        heapq.heappush(self._forget, rows.move(row, until_us))
 
     def _forget_ended(self, now: int) -> None:
+        rows = self._rows
         for _ in range(_FORGET_STEPS):
-            if not self._forget or self._forget[0][0] > now:
+            if not self._forget or self._forget[0] >> ROW_BITS > now:
                 return
-            until_us, hold_id = heapq.heappop(self._forget)
-            if self._ended[hold_id].until_us == until_us:
-                del self._ended[hold_id]
+            mark = heapq.heappop(self._forget)
+            row = rows.ended_row(mark)
+            if row is None:
+                continue
+            for counter in rows.counters_of(row):
+                counter.rows -= 1
+                if not counter.rows and self._held.get(counter.key) is counter:
+                    del self._held[counter.key]
+            rows.free(row)
 
-    def _settlement(self, counters: Counters, cost: int, late: bool = False, repeated: bool = False) -> HoldSettlement:
-        peek = self.charge_all(counters, 0)
+    def _settlement(self, row: int, cost: int, late: bool = False, repeated: bool = False) -> HoldSettlement:
+        counters = self._rows.counters_of(row)
+        peek = self.charge_all(tuple((each.limits, each.subject) for each in counters), 0)
         return HoldSettlement(cost, late, peek.limit, peek.remaining, peek.reset_after_us, repeated)
 
-    def _give_back(self, record: _Record, units: int, now: int) -> None:
+    def _give_back(self, counter: HeldCounter, levels: dict[str, int], row: int, units: int, now: int) -> None:
         """Return units to the counter, also where its states are those of a rule that has other windows now."""
-        if record.reset or not units or record.limits.algorithm in IN_PROGRESS:
+        if counter.reset or not units or counter.limits.algorithm in IN_PROGRESS:
             return
-        compiled = self._prepare(record.limits)
-        for each in (compiled, *compiled.other_layouts):
-            key = each.token + record.subject
+        compiled = self._prepare(counter.limits)
+        at_us, level = self._rows.at_us[row], self._rows.level[row]
+        algorithm = counter.limits.algorithm
+        for each in (compiled, *compiled.other_layouts) if compiled.other_layouts else (compiled,):
+            key = each.token + counter.subject
             shard = self._shards[hash(key) & 255]
             stored = shard.get(key)
-            if not stored or each.limits.algorithm is not record.limits.algorithm:
+            if not stored or each.limits.algorithm is not algorithm:
                 continue
+            if each.only is not None and not each.logs and levels is _NO_LEVELS and each is compiled:
+                shard[key] = give_back(algorithm, each.only, stored, now, units, at_us, level)
+                continue
+            if levels is _NO_LEVELS:
+                levels = {counter.limits.limits[0].window_name: level}
             states = [
-                give_back(
-                    each.limits.algorithm, limit, state, now, units, record.at_us, record.undrained.get(limit.window_name, 0)
-                )
+                give_back(algorithm, limit, state, now, units, at_us, levels.get(limit.window_name, 0))
                 for limit, state in zip(each.limits.limits, each.unpack(stored), strict=True)
             ]
             value = shard[key] = each.pack(states)

@@ -48,11 +48,12 @@ def store_clock() -> Callable[[], int]:
 class CompiledLimits:
     """What was prepared for one `LimitSet`."""
 
-    __slots__ = ("decide", "expires_at", "fresh", "limit", "limits", "logs", "only", "other_layouts", "simple", "token")
+    __slots__ = ("bucket", "decide", "expires_at", "fresh", "limit", "limits", "logs", "only", "other_layouts", "simple", "token")
 
     def __init__(self, limits: LimitSet, token: str) -> None:
         self.limits = limits
         self.token = token
+        self.bucket = limits.algorithm.is_bucket
         self.decide = DECIDE[limits.algorithm]
         self.expires_at = EXPIRES_AT[limits.algorithm]
         self.limit = limits.limits[0]

@@ -6,7 +6,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 from types import TracebackType
-from typing import Self, TypeAlias
+from typing import Final, Self, TypeAlias
 
 from tidegate.counters.holds import HoldHandle, HoldSettlement
 from tidegate.decision import Decision
@@ -17,6 +17,8 @@ from tidegate.timestamps import US_PER_S
 
 logger = logging.getLogger(__name__)
 
+_ENDING: Final[set[asyncio.Task[None]]] = set()
+"""Settlements of tasks that were cancelled."""
 Opened: TypeAlias = tuple[Decision, HoldHandle | None]
 
 
@@ -128,9 +130,14 @@ class AsyncHold(_Hold):
             except TidegateError as error:
                 self._failed(error)
             return
-        ending = asyncio.ensure_future(self._end(handle, used))
-        # A cancellation here must not cancel the settlement.
-        await asyncio.shield(ending)
+        try:
+            await self._end(handle, used)
+        except asyncio.CancelledError:
+            # It must not cancel the settlement: that is sent again, which is safe. A task for each would cost more than the rest.
+            task = asyncio.ensure_future(self._end(handle, used))
+            _ENDING.add(task)
+            task.add_done_callback(_ENDING.discard)
+            raise
 
     async def _end(self, handle: HoldHandle, used: int) -> None:
         try:

@@ -44,7 +44,7 @@ from tidegate.doors.refusals import InternalError, NotFound
 from tidegate.doors.request_headers import read_attributes, single
 from tidegate.doors.responses import (
     NO_STORE,
-    authorize_lines,
+    authorize_answer,
     check_lines,
     decision_body,
     encode,
@@ -175,26 +175,29 @@ class DataPlane:
         Returns:
             None where it was answered; else what answers its exchange when awaited.
         """
-        target = request.target
-        is_authorize = target == _AUTHORIZE_TARGET
+        is_authorize = request.target == _AUTHORIZE_TARGET
         check: Check | None = None
+        gate = self._gate
         try:
             callers = self._callers
             if self._access is None and (callers is None or callers.is_known(request.values, request.connection.peer_names)):
                 if is_authorize:
-                    policy = self._gate.catalog.active_policy
+                    policy = gate.catalog.active_policy
                     if policy is not None and self._keys.is_default and request.method in ("GET", "HEAD"):
-                        tokens = None if policy.jwt is None else self._gate.tokens
-                        check = plain_authorize(request, self._trusted, MAX_HEADER_BYTES, policy, tokens)
-                elif target == _CHECK_TARGET and request.method == "POST":
-                    check = plain_check(request, MAX_HEADER_BYTES, MAX_CHECK_BYTES, self._gate)
+                        check = plain_authorize(request, self._trusted, MAX_HEADER_BYTES, policy, gate.tokens)
+                elif request.target == _CHECK_TARGET and request.method == "POST":
+                    check = plain_check(request, MAX_HEADER_BYTES, MAX_CHECK_BYTES, gate)
             if check is None:
                 exchange = request.open()
                 return self.__rsgi__(exchange, exchange)
-            decision = self._gate.check_now(check)
+            decision = gate.check_now(check)
             if not isinstance(decision, Decision):
                 return self._answer_later(request, check, decision)
-            self._answer_decided(request, decision, is_authorize)
+            connection = request.connection
+            if is_authorize and decision.allowed and not self.draining and not connection.closing:
+                connection.answer_plain(request, authorize_answer(connection.server.heads[204], decision))
+            else:
+                self._answer_decided(request, decision, is_authorize)
         except Exception as error:  # noqa: BLE001 - raised again where the request is known to whoever logs it
             return self._answer_later(request, check, _fail(error))
         self.answered += 1
@@ -230,7 +233,7 @@ class DataPlane:
                 prepared = _check_response(decision)
             self._respond(exchange, prepared)
         elif is_authorize:
-            connection.answer_plain(request, connection.server.heads[204] + authorize_lines(decision))
+            connection.answer_plain(request, authorize_answer(connection.server.heads[204], decision))
         else:
             head = connection.server.heads[200 if decision.allowed else 429]
             connection.answer_plain(request, head + check_lines(decision))

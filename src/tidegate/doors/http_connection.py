@@ -109,6 +109,7 @@ class Connection(RequestParser, asyncio.Protocol):
         self._stopped = self.closing = self.lost = True
         self._waiting.clear()
         current = self._current
+        self._last = None
         if type(current) is PlainRequest:
             self._current = None  # it refers to this connection, and garbage collection does not look at it
         elif isinstance(current, Exchange) and not current.complete and current.task is not None:
@@ -149,15 +150,27 @@ class Connection(RequestParser, asyncio.Protocol):
     def enqueue(self, request: Exchange | PlainRequest) -> None:
         """See `RequestParser.enqueue`; it is decided after all that arrived in this turn of the loop was parsed."""
         if self._current is None and not self._pauses & _WRITE:
-            if type(request) is PlainRequest and not self.restricted:
-                self._current = request
-                self.server.decide(request)
-            else:
-                self._start(request)
+            self._start(request)
             return
         self._waiting.append(request)
         if len(self._waiting) >= MAX_WAITING:
             self._pause(_LINE)
+
+    def enqueue_plain(self, request: PlainRequest) -> None:
+        """See `enqueue`."""
+        if self._current is None and not self._pauses and not self.restricted:
+            self._current = request
+            self.server.decide(request)
+        else:
+            self.enqueue(request)
+
+    def repeat(self, request: PlainRequest) -> None:
+        """See `RequestParser.repeat`. The record is used again where nothing else uses it."""
+        if self._current is None and request.exchange is None and not self._waiting:
+            request.repeats = True
+        else:
+            request = PlainRequest(self, request.method, request.target, request.values, request.body, request.head_bytes)
+        self.enqueue_plain(request)
 
     def _start(self, request: Exchange | PlainRequest) -> None:
         self._current = request

@@ -17,7 +17,9 @@ from tidegate.doors.responses import Headers, encode, error_body
 from tidegate.errors import TidegateError
 
 if TYPE_CHECKING:
+    from tidegate.decision import Check
     from tidegate.doors.http_connection import Connection
+    from tidegate.policy.attributes import CallerPolicy
 
 logger = logging.getLogger(__name__)
 
@@ -104,6 +106,9 @@ class PlainRequest(msgspec.Struct, eq=False, gc=False):
         body: None where it has none.
         head_bytes: at least as many as its head has.
         exchange: the same request, once it was made.
+        repeats: whether the same bytes came on the connection before; then this is the same record too.
+        check: of the request, where it repeats and its check depends on its bytes, its connection and `policy` alone.
+        policy: what `check` was made by; None where it does not depend on one.
     """
 
     connection: Connection
@@ -113,6 +118,9 @@ class PlainRequest(msgspec.Struct, eq=False, gc=False):
     body: bytes | None
     head_bytes: int
     exchange: Exchange | None = None
+    repeats: bool = False
+    check: Check | None = None
+    policy: CallerPolicy | None = None
 
     @property
     def headers(self) -> RequestHeaders:

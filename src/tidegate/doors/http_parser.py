@@ -21,6 +21,8 @@ MAX_HEAD_BYTES: Final = 64 * 1024
 MAX_HEADERS: Final = 256
 MAX_CHUNK_OVERHEAD: Final = 64 * 1024
 """Most bytes of chunk sizes, extensions and trailers around one body."""
+MAX_REPEATED_BYTES: Final = 1024
+"""Most bytes of a request that is compared with the next one: so many are kept for each connection."""
 
 _VERSIONS: Final = ("1.1", "1.0")
 _METHODS: Final = {method.encode(): method for method in USUAL_METHODS}
@@ -46,10 +48,13 @@ class RequestParser:
         "_earlier_bytes",
         "_extra",
         "_head_bytes",
+        "_last",
+        "_last_bytes",
         "_lingers",
         "_overhead",
         "_parser",
         "_part",
+        "_plain",
         "_raw_left",
         "_receiving",
         "_repeated",
@@ -68,6 +73,9 @@ class RequestParser:
         self._extra = 0
         self._target = b""
         self._body: bytes | None = None
+        self._last: PlainRequest | None = None
+        self._last_bytes = b""  # the whole of the last read, where `_last` was all of it
+        self._plain = 0  # plain requests that began and ended within the bytes that are being parsed; 2 where there is another
         self._raw_left = 0
         self._chunk_bytes = self._overhead = 0
         self._head_bytes = self._earlier_bytes = 0  # of a head that is not whole: at least, and at most
@@ -76,6 +84,14 @@ class RequestParser:
 
     def enqueue(self, request: Exchange | PlainRequest) -> None:
         """Put a request in line, whose head has arrived."""
+        raise NotImplementedError
+
+    def enqueue_plain(self, request: PlainRequest) -> None:
+        """Put a plain request in line."""
+        raise NotImplementedError
+
+    def repeat(self, request: PlainRequest) -> None:
+        """Put a request in line whose bytes are those of this one, the last of the connection."""
         raise NotImplementedError
 
     def refuse(self, error: TidegateError) -> None:
@@ -91,8 +107,14 @@ class RequestParser:
         Returns:
             Whether it ended with a whole request.
         """
+        if self._last is not None and data == self._last_bytes:
+            # The state between two messages does not depend on those before. No request is read as another one: all bytes are
+            # compared.
+            self.repeat(self._last)
+            return True
         self._began = False
-        self._chunk_bytes = len(data)
+        self._plain = 0
+        self._chunk_bytes = size = len(data)
         if self._raw_left:
             self._feed(data)
         else:
@@ -103,8 +125,13 @@ class RequestParser:
             except httptools.HttpParserError as error:
                 self._refuse_syntax(error)
         if self._part == BETWEEN and self._began:
+            if self._plain == 1 and size <= MAX_REPEATED_BYTES:
+                self._last_bytes = data
+            else:
+                self._last = None
             return True
-        self._bound_part(len(data))
+        self._last = None
+        self._bound_part(size)
         return False
 
     def _bound_part(self, size: int) -> None:
@@ -219,13 +246,19 @@ class RequestParser:
                 and parser.should_keep_alive()
                 and (b"connection" not in values or parser.get_http_version() == "1.1")
             ):
-                # All that arrived since the read in which it began, and what else came in that one.
-                head_bytes = self._chunk_bytes if self._began else self._chunk_bytes + self._earlier_bytes
+                head_bytes = self._chunk_bytes
+                if self._began:
+                    self._plain += 1
+                else:
+                    # All that arrived since the read in which it began, and what else came in that one.
+                    head_bytes += self._earlier_bytes
+                    self._plain = 2
                 request = PlainRequest(self, method, self._target, values, self._body, head_bytes)  # type: ignore[arg-type]
+                self._last = request
                 self._body = None
                 self._target, self._values = b"", {}
                 self._part, self._began = BETWEEN, True
-                self.enqueue(request)
+                self.enqueue_plain(request)
                 return
         if self._receiving is None:
             self._open()
@@ -241,6 +274,7 @@ class RequestParser:
         """Put a request in line that is not plain, or whose body is still on the way."""
         if self._stopped:
             return  # it came in one piece with a request that ended the connection
+        self._plain = 2
         parser = self._parser
         target, values, repeated, extra = self._target, self._values, self._repeated, self._extra
         self._target, self._values = b"", {}

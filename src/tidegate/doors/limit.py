@@ -19,8 +19,7 @@ from tidegate.doors.limit_arguments import (
     request_parameters,
 )
 from tidegate.doors.limit_steps import LimitCall, LimitSteps
-from tidegate.doors.python_requests import DECISION, RequestView, flask_view, put_starlette_headers, view_of
-from tidegate.doors.responses import limit_headers
+from tidegate.doors.python_requests import RequestView, flask_view, put_starlette_headers, view_of
 from tidegate.errors import BadRequest, SettingsError, TidegateError
 from tidegate.policy.limits import Algorithm, OnFailure
 
@@ -193,13 +192,13 @@ class limit(LimitSteps):
                 response = kwargs.pop(_RESPONSE, None)
                 call = LimitCall(name, find(args, kwargs), args, kwargs, parameter)
                 try:
-                    await self._run_async(self._before(call))
+                    await self._decide_async(call)
                     if call.denied:
                         return await self._run_async(self._deny(call))
                 except TidegateError as error:
                     return _answered(call, error)
                 if response is not None and call.decision is not None:
-                    put_starlette_headers(response, limit_headers(_kept(call)))
+                    put_starlette_headers(response, call.kept)
                 try:
                     result = await (
                         function(*args, **kwargs, **{_RESPONSE: response}) if passes_on else function(*args, **kwargs)
@@ -222,13 +221,13 @@ class limit(LimitSteps):
                 response = kwargs.pop(_RESPONSE, None)
                 call = LimitCall(name, find(args, kwargs), args, kwargs, parameter)
                 try:
-                    self._run(self._before(call))
+                    self._decide(call)
                     if call.denied:
                         return self._run(self._deny(call))
                 except TidegateError as error:
                     return _answered(call, error)
                 if response is not None and call.decision is not None:
-                    put_starlette_headers(response, limit_headers(_kept(call)))
+                    put_starlette_headers(response, call.kept)
                 try:
                     result = function(*args, **kwargs, **{_RESPONSE: response}) if passes_on else function(*args, **kwargs)
                 except Exception as error:
@@ -336,11 +335,11 @@ class limit(LimitSteps):
         if view is None:
             raise BadRequest(f"{type(connection).__name__} is not a request of a framework that Tidegate knows", field="request")
         call = LimitCall(name or self._scope or _endpoint_name(connection, self._label), view, (connection,), {})
-        await self._run_async(self._before(call))
+        await self._decide_async(call)
         if call.denied:
             await self._run_async(self._deny(call))
         if response is not None and call.decision is not None:
-            put_starlette_headers(response, limit_headers(_kept(call)))
+            put_starlette_headers(response, call.kept)
         return call.decision
 
     async def close(self) -> None:
@@ -358,7 +357,7 @@ class limit(LimitSteps):
             RateLimitExceeded: if it is denied.
         """
         call = LimitCall(self._scope or name, view, (view.native,), {})
-        self._run(self._before(call))
+        self._decide(call)
         if call.denied:
             self._run(self._deny(call))
         return call.decision
@@ -397,14 +396,6 @@ def _answered(call: LimitCall, error: TidegateError) -> Any:
     if answer is None:
         raise error if isinstance(error, RateLimitExceeded) else call.view.failure(error) from error
     return answer
-
-
-def _kept(call: LimitCall) -> Decision:
-    """The decision whose headers a request gets: the strictest of its limits."""
-    assert call.decision is not None
-    scope = getattr(None if call.view is None else call.view.native, "scope", None) or {}
-    kept: Decision = scope.get(DECISION, call.decision)
-    return kept
 
 
 def _response_of(error: Exception) -> Any:

@@ -31,12 +31,20 @@ from tidegate.policy.limits import Algorithm, LimitSet, OnFailure, member_of
 Steps = Generator[Any, Any, Any]
 """Yields (limits, subject, cost) to be decided, or something to be awaited; receives the decision or the result."""
 _MAX_SETS: Final = 4096
+_MAX_CLIENTS: Final = 4096
 
 
 class LimitCall:
     """One call of a limited function, or one request of a dependency."""
 
-    __slots__ = ("args", "cost", "decision", "denied", "kwargs", "limits", "name", "parameter", "pending", "subject", "view")
+    __slots__ = (
+        "args", "cost", "decision", "denied", "kept", "kwargs", "limits", "name", "parameter", "pending", "subject", "view",
+    )  # fmt: skip
+    limits: LimitSet
+    subject: str
+    cost: int
+    kept: Decision
+    """The decision whose headers the request gets: of its limits the strictest. These four are set once there is a decision."""
 
     def __init__(
         self,
@@ -51,9 +59,6 @@ class LimitCall:
         self.args = args
         self.kwargs = kwargs
         self.parameter = parameter
-        self.limits: LimitSet | None = None
-        self.subject = ""
-        self.cost = 1
         self.pending = False
         self.denied = False
         self.decision: Decision | None = None
@@ -111,15 +116,45 @@ class LimitSteps:
         self._known: dict[str, LimitSet] = {}
         """By name of the limit, where the limits are always the same."""
         self._sets: dict[tuple[str, tuple[str, ...]], LimitSet] = {}
+        self._clients: dict[str, str] = {}
+        """By address of a peer that is no trusted proxy: how it is counted."""
+        functions = (self._limits_of, self._cost_of, self._exempt_when, self._deduct_when)
+        self._plain = not any(functions) and not (isinstance(self._key, UserFunction) and self._key.is_async)
+        """Whether the steps up to the decision need no function of the user that may be awaited, and charge once."""
 
     # The steps of a call.
 
-    def _before(self, call: LimitCall) -> Steps:
-        """Decide whether a call may run."""
+    def _skips(self, call: LimitCall) -> bool:
+        """Whether a call is not limited at all."""
         view = call.view
         if not SWITCHES.enforced or (view is not None and not view.enabled):
-            return
-        if self._methods is not None and view is not None and view.method not in self._methods:
+            return True
+        return self._methods is not None and view is not None and view.method not in self._methods
+
+    def _plain_limits(self, call: LimitCall) -> LimitSet | None:
+        """The limits of a call where nothing has to be awaited to know them and the subject, which it gets; None for none."""
+        if self._skips(call):
+            return None
+        assert self._texts is not None
+        call.limits = limits = self._known.get(call.name) or self._set_of(call.name, self._texts)
+        call.subject = self._counted(self._value(call), call)
+        return limits
+
+    def _decided(self, call: LimitCall, decision: Decision) -> None:
+        """Note the decision of a call."""
+        call.decision = call.kept = decision
+        call.denied = not decision.allowed
+        view = call.view
+        if view is not None:
+            call.kept = view.keep(decision)
+            if type(view) is DjangoRequest:
+                view.native.limited = call.denied or getattr(view.native, "limited", False)
+        if not self._block:
+            call.denied = False
+
+    def _before(self, call: LimitCall) -> Steps:
+        """Decide whether a call may run."""
+        if self._skips(call):
             return
         if self._exempt_when is not None and (yield from self._ask(self._exempt_when, call)):
             return
@@ -145,18 +180,10 @@ class LimitSteps:
                 call.pending = True
         else:
             decision = yield (limits, call.subject, call.cost)
-        call.decision = decision
-        call.denied = not decision.allowed
-        if view is not None:
-            view.keep(decision)
-            if type(view) is DjangoRequest:
-                view.native.limited = call.denied or getattr(view.native, "limited", False)
-        if not self._block:
-            call.denied = False
+        self._decided(call, decision)
 
     def _after(self, call: LimitCall, result: Any) -> Steps:
         """Charge a call that has run."""
-        assert call.limits is not None
         if self._deduct_when is not None:
             wanted = self._deduct_when.function(result)
             if self._deduct_when.is_async:
@@ -206,37 +233,65 @@ class LimitSteps:
                 texts = limit_texts(given)
                 parsed_limits(texts, self._algorithm)
         assert texts is not None
-        known = self._sets.get((call.name, texts))
+        return self._set_of(call.name, texts)
+
+    def _set_of(self, name: str, texts: tuple[str, ...]) -> LimitSet:
+        known = self._sets.get((name, texts))
         if known is None:
             if len(self._sets) >= _MAX_SETS:
                 self._sets.clear()
-            known = self._sets[(call.name, texts)] = LimitSet(
-                f"limit/{call.name}", self._algorithm, parsed_limits(texts, self._algorithm), self._on_failure, rule=call.name
+            known = self._sets[(name, texts)] = LimitSet(
+                f"limit/{name}", self._algorithm, parsed_limits(texts, self._algorithm), self._on_failure, rule=name
             )
         if self._limits_of is None:
             if len(self._known) >= _MAX_SETS:
                 self._known.clear()
-            self._known[call.name] = known
+            self._known[name] = known
         return known
 
     def _subject(self, call: LimitCall) -> Steps:
-        key, view = self._key, call.view
-        value: object = None
+        value = self._value(call)
+        if isinstance(self._key, UserFunction) and self._key.is_async:
+            value = yield value
+        return self._counted(value, call)
+
+    def _value(self, call: LimitCall) -> Any:
+        """What the key gives for a call, or an awaitable of it; None where the address is counted."""
+        key = self._key
+        if key is None or key == "ip":
+            return None
         if isinstance(key, UserFunction):
-            value = yield from self._ask(key, call)
-        elif key == "api_key":
-            value = None if view is None else view.header("x-api-key")
-            if value:
-                return fit_subject(f"h:{value}")  # by its digest: a key is a secret
-        elif key is not None and key != "ip":
-            value = self._named_value(key, call)
+            return call.ask(key)
+        if key == "api_key":
+            return None if call.view is None else call.view.header("x-api-key")
+        return self._named_value(key, call)
+
+    def _counted(self, value: object, call: LimitCall) -> str:
+        """The subject of a call.
+
+        Args:
+            value: what the key gave.
+            call: the call.
+        """
         if value is not None and value != "":
-            return fit_subject(f"={value}")
-        if view is not None:
-            return f"i:{client_ip(view, self._trusted)}"
-        if key == "ip":
+            # An API key by its digest: it is a secret.
+            return fit_subject(f"h:{value}" if self._key == "api_key" else f"={value}")
+        if call.view is not None:
+            return self._client(call.view)
+        if self._key == "ip":
             raise BadRequest(f"key 'ip': no request among the arguments of {call.name}", field="key")
         return "*"
+
+    def _client(self, view: RequestView) -> str:
+        peer = view.peer()
+        known = self._clients.get(peer)
+        if known is None:
+            known = f"i:{client_ip(view, self._trusted)}"
+            if not self._trusted.trusts(peer):
+                if len(self._clients) >= _MAX_CLIENTS:
+                    self._clients.clear()
+                self._clients[peer] = known
+        return known
 
     def _named_value(self, key: str, call: LimitCall) -> object:
         """The value of a header, of a parameter of the function, or of an attribute of the request."""
@@ -255,6 +310,30 @@ class LimitSteps:
         return (yield answer) if function.is_async else answer
 
     # Drivers.
+
+    def _decide(self, call: LimitCall) -> None:
+        """Decide whether a call may run, from a thread."""
+        if not self._plain:
+            self._run(self._before(call))
+            return
+        limits = self._plain_limits(call)
+        if limits is not None:
+            self._decided(call, self._store.decide(limits, call.subject, cast("int", self._cost)))
+
+    async def _decide_async(self, call: LimitCall) -> None:
+        """Decide whether a call may run, from an event loop."""
+        if not self._plain:
+            await self._run_async(self._before(call))
+            return
+        limits = self._plain_limits(call)
+        if limits is None:
+            return
+        cost, store = cast("int", self._cost), self._store
+        if store.memory is not None:
+            decision = store.memory.charge_one(limits, call.subject, cost)
+        else:
+            decision = await store.decide_async(limits, call.subject, cost)
+        self._decided(call, decision)
 
     def _run(self, steps: Steps) -> Any:
         decide = self._store.decide

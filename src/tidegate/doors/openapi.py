@@ -9,6 +9,7 @@ import msgspec
 
 from tidegate._version import __version__
 from tidegate.decision import MAX_COST
+from tidegate.doors.openapi_callers import describe_callers
 from tidegate.doors.openapi_holds import HOLD_BODIES, describe_holds, hold_paths
 from tidegate.gate.usage import MAX_USAGE_RULES
 from tidegate.policy.namespaces import MAX_SUBJECT, NAME
@@ -50,9 +51,21 @@ _LIMIT_HEADERS: Final = {
 }
 
 
-@lru_cache(maxsize=1)
-def data_plane_openapi() -> dict[str, Any]:
-    """The OpenAPI 3.1 document, as JSON types; cached, so callers must not change it."""
+@lru_cache(maxsize=4)
+def data_plane_openapi(callers: str = "open", token_header: str = "") -> dict[str, Any]:
+    """The OpenAPI 3.1 document, as JSON types; cached, so callers must not change it.
+
+    Args:
+        callers: `[callers_auth] mode`: open, token or mtls.
+        token_header: that carries a caller's token.
+    """
+    document = _open_document()
+    if callers != "open":
+        describe_callers(document, token_header if callers == "token" else None)
+    return document
+
+
+def _open_document() -> dict[str, Any]:
     _, schemas = msgspec.json.schema_components(
         (CheckRequest, LimitRequest, DecisionBody, UsageBody, *HOLD_BODIES), ref_template="#/components/schemas/{name}"
     )

@@ -62,6 +62,8 @@ def plain_authorize(
     Returns:
         The check; None where the request has to be read otherwise.
     """
+    if request.check is not None and request.policy is policy:
+        return request.check
     if request.head_bytes > max_header_bytes and request.headers.size > max_header_bytes:
         return None
     values = request.values
@@ -122,7 +124,10 @@ def plain_authorize(
         if sent is None:
             return None
         attributes = {**sent, **attributes} if attributes else sent
-    return Check(path, method, api_key, ip, attributes=attributes)
+    check = Check(path, method, api_key, ip, attributes=attributes)
+    if request.repeats and policy.jwt is None:
+        request.check, request.policy = check, policy
+    return check
 
 
 def plain_check(request: PlainRequest, max_header_bytes: int, max_body_bytes: int, gate: Gate) -> Check | None:
@@ -137,6 +142,8 @@ def plain_check(request: PlainRequest, max_header_bytes: int, max_body_bytes: in
     Returns:
         The check; None where the request has to be read otherwise.
     """
+    if request.check is not None:
+        return request.check
     body = request.body
     if body is None or len(body) > max_body_bytes:
         return None
@@ -179,7 +186,10 @@ def plain_check(request: PlainRequest, max_header_bytes: int, max_body_bytes: in
             return None
         claims = recalled
     if not sent.attributes and sent.tier is None:
-        return Check(path, method, api_key, ip, cost, None, claims)
+        check = Check(path, method, api_key, ip, cost, None, claims)
+        if request.repeats and not sent.bearer:
+            request.check = check
+        return check
     try:
         require_tier(sent.tier, api_key)
         attributes = checked_attributes(sent.attributes) if sent.attributes else NO_ATTRIBUTES

@@ -6,6 +6,7 @@ No framework is imported: a request is recognized by what it has, and Flask's on
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, MutableMapping
+from functools import cache
 from typing import Any, Final, Protocol
 
 from tidegate.decision import Decision
@@ -13,7 +14,7 @@ from tidegate.doors.client_address import FORWARDING, TrustedProxies, counted_cl
 from tidegate.doors.exceeded import RateLimitExceeded, flask_error, litestar_error, loaded, starlette_error, use_json_answer
 from tidegate.doors.outward import outward
 from tidegate.doors.request_headers import AsgiHeaders, RequestHeaders
-from tidegate.doors.responses import Headers, encode, error_body, limit_headers
+from tidegate.doors.responses import encode, error_body, limit_headers, raw_limit_headers
 from tidegate.errors import TidegateError
 
 DECISION: Final = "tidegate.decision"
@@ -49,8 +50,8 @@ class RequestView(Protocol):
         """What the application keeps under a name for this request: `request.state`, `flask.g`, the request itself."""
         ...
 
-    def keep(self, decision: Decision) -> None:
-        """Remember a decision: its headers are sent with the response where the framework lets us."""
+    def keep(self, decision: Decision) -> Decision:
+        """Remember a decision and return the strictest one so far: its headers are sent where the framework lets us."""
         ...
 
     def add_headers(self, result: Any, decision: Decision) -> None:
@@ -109,15 +110,16 @@ class AsgiRequest:
         found = state.get(name) if isinstance(state, Mapping) else getattr(state, name, None)
         return found if found is not None else self._scope.get("path_params", {}).get(name)
 
-    def keep(self, decision: Decision) -> None:
+    def keep(self, decision: Decision) -> Decision:
         """See `RequestView`."""
         known = self._scope.get(DECISION)
-        self._scope[DECISION] = decision if known is None else stricter(known, decision)
+        kept = self._scope[DECISION] = decision if known is None else stricter(known, decision)
+        return kept
 
     def add_headers(self, result: Any, decision: Decision) -> None:
         """See `RequestView`."""
         if hasattr(result, "raw_headers"):  # a response of Starlette
-            put_starlette_headers(result, limit_headers(self._scope.get(DECISION, decision)))
+            put_starlette_headers(result, self._scope.get(DECISION, decision))
 
     def denied(self, decision: Decision, message: str | None, scope: str) -> RateLimitExceeded:
         """See `RequestView`."""
@@ -183,16 +185,18 @@ class DjangoRequest:
             return match.kwargs.get(name)
         return found
 
-    def keep(self, decision: Decision) -> None:
+    def keep(self, decision: Decision) -> Decision:
         """See `RequestView`."""
-        known = self.native.META.get(DECISION)
-        self.native.META[DECISION] = decision if known is None else stricter(known, decision)
+        meta = self.native.META
+        known = meta.get(DECISION)
+        kept: Decision = decision if known is None else stricter(known, decision)
+        meta[DECISION] = kept
+        return kept
 
     def add_headers(self, result: Any, decision: Decision) -> None:
         """See `RequestView`."""
         if hasattr(result, "headers") and hasattr(result, "status_code"):
-            for name, value in limit_headers(self.native.META.get(DECISION, decision)):
-                result.headers[name] = value
+            put_django_headers(result, self.native.META.get(DECISION, decision))
 
     def denied(self, decision: Decision, message: str | None, scope: str) -> RateLimitExceeded:
         """See `RequestView`."""
@@ -218,7 +222,8 @@ class FlaskRequest:
 
     def __init__(self, flask: Any) -> None:
         self._flask = flask
-        self.native = flask.request
+        # The request itself: each attribute of the proxy costs as much as the proxy's whole look-up.
+        self.native = flask.request._get_current_object()
         self.enabled: bool = flask.current_app.config.get("RATELIMIT_ENABLED", True)
 
     @property
@@ -244,12 +249,14 @@ class FlaskRequest:
         found = self._flask.g.get(name)
         return found if found is not None else (self.native.view_args or {}).get(name)
 
-    def keep(self, decision: Decision) -> None:
+    def keep(self, decision: Decision) -> Decision:
         """See `RequestView`."""
-        known = self._flask.g.get("_tidegate_decision")
-        self._flask.g._tidegate_decision = decision if known is None else stricter(known, decision)
+        kept_here = self._flask.g._get_current_object()
+        known = kept_here.get("_tidegate_decision")
+        kept_here._tidegate_decision = kept = decision if known is None else stricter(known, decision)
         if known is None:
             self._flask.after_this_request(_add_flask_headers)
+        return kept
 
     def add_headers(self, result: Any, decision: Decision) -> None:
         """See `RequestView`: `keep` does it."""
@@ -305,9 +312,10 @@ class WsgiRequest:
         """See `RequestView`: a key of the environment."""
         return self.native.get(name)
 
-    def keep(self, decision: Decision) -> None:
+    def keep(self, decision: Decision) -> Decision:
         """See `RequestView`."""
         self.native[DECISION] = decision
+        return decision
 
     def add_headers(self, result: Any, decision: Decision) -> None:
         """See `RequestView`: the middleware does it."""
@@ -394,19 +402,49 @@ def client_ip(view: RequestView, trusted: TrustedProxies) -> str:
     return counted_client(trusted.client(peer, view.forwarding()) if trusted.trusts(peer) else peer or "unix", peer or "unix")
 
 
-def put_starlette_headers(response: Any, headers: Headers) -> None:
-    """Put limit headers on a response of Starlette, in place of those of another limit.
+def put_starlette_headers(response: Any, decision: Decision) -> None:
+    """Put the limit headers of a decision on a response of Starlette, in place of those of another limit.
 
     Args:
         response: the response.
-        headers: names in lower case, and values.
+        decision: the decision.
     """
     raw = response.raw_headers
-    if any(name == b"ratelimit" for name, _ in raw):
-        response.headers.update(dict(headers))
+    for name, _ in raw:
+        if name == b"ratelimit":
+            response.headers.update(dict(limit_headers(decision)))
+            return
+    # Setting them one by one costs three times as much.
+    raw.extend(raw_limit_headers(decision))
+
+
+def put_django_headers(response: Any, decision: Decision) -> None:
+    """Put the limit headers of a decision on a response of Django, in place of those of another limit.
+
+    Args:
+        response: the response.
+        decision: the decision.
+    """
+    headers = response.headers
+    kind: Callable[..., Any] = type(headers)
+    if _keeps_pairs(kind):
+        # Setting one by the other costs more than all else that a limit does: Django encodes each name and value and searches
+        # it for line breaks. These are ASCII, and `header_parts` has searched them.
+        headers._store.update({name: (name, value) for name, value in limit_headers(decision)})
     else:
-        # Setting them one by one costs three times as much.
-        raw.extend([(name.encode(), value.encode()) for name, value in headers])
+        for name, value in limit_headers(decision):
+            headers[name] = value
+
+
+@cache
+def _keeps_pairs(kind: Callable[..., Any]) -> bool:
+    """Whether headers of a class are kept as pairs of name and value, by name in lower case, as in Django 3.2 to 5.2."""
+    try:
+        probe: Any = kind({})
+        probe["A-b"] = "c"
+        return bool(probe._store == {"a-b": ("A-b", "c")})
+    except (AttributeError, TypeError, ValueError):
+        return False
 
 
 def stricter(one: Decision, other: Decision) -> Decision:

@@ -8,7 +8,7 @@ from typing import Any, Final
 
 import msgspec
 
-from tidegate.decision import CallerIdentity, Decision, RuleUsage, Usage
+from tidegate.decision import CallerIdentity, Decision, RuleUsage, Usage, header_parts
 from tidegate.doors.outward import outward
 from tidegate.errors import TidegateError
 from tidegate.policy.limits import Limit, LimitSet
@@ -152,6 +152,43 @@ def limit_headers(decision: Decision) -> Headers:
     return decision.headers
 
 
+def raw_limit_headers(decision: Decision) -> list[tuple[bytes, bytes]]:
+    """What `limit_headers` gives, as bytes: for ASGI.
+
+    Args:
+        decision: the decision.
+    """
+    binding, limits = decision.binding, decision.limits
+    if binding is None or limits is None:
+        return []
+    known = _RAW.get(limits)
+    if known is None or known[0] is not binding:
+        if len(_RAW) >= _MAX_TEMPLATES:
+            _RAW.clear()
+        policy, label, limit = header_parts(limits, binding)
+        known = _RAW[limits] = (
+            binding,
+            (b"ratelimit-policy", policy[1].encode()),
+            b"%b;r=%%d;t=%%d" % label.encode().replace(b"%", b"%%"),
+            (b"x-ratelimit-limit", limit[1].encode()),
+        )
+    remaining, reset_us = decision.remaining, decision.reset_after_us
+    assert remaining is not None, "a limit says what is left"
+    headers = [
+        known[1],
+        (b"ratelimit", known[2] % (remaining, -(-reset_us // US_PER_S))),
+        known[3],
+        (b"x-ratelimit-remaining", b"%d" % remaining),
+        (b"x-ratelimit-reset", b"%d" % -(-(decision.at_us + reset_us) // US_PER_S)),
+    ]
+    if not decision.allowed and decision.retry_after_us is not None:
+        headers.append((b"retry-after", b"%d" % ceil_s(decision.retry_after_us)))
+    return headers
+
+
+_RAW: Final[dict[LimitSet, tuple[Limit, tuple[bytes, bytes], bytes, tuple[bytes, bytes]]]] = {}
+
+
 def limit_lines(decision: Decision) -> bytes:
     """What `limit_headers` gives, as lines of an HTTP/1.1 head. Costs 0.5 µs.
 
@@ -174,23 +211,23 @@ def limit_lines(decision: Decision) -> bytes:
     return lines
 
 
-def authorize_lines(decision: Decision) -> bytes:
-    """What follows the Date header in the answer of `/v1/authorize` to a request that may pass: see `overage_headers` too.
+def authorize_answer(head: bytes, decision: Decision) -> bytes:
+    """The answer of `/v1/authorize` to a request that may pass: see `overage_headers` too.
 
     Args:
+        head: status line and Date header.
         decision: the decision.
 
     Returns:
-        The other header lines, and the empty one.
+        The whole answer.
     """
     limits = decision.limits
     if limits is None:
-        last = _last_lines(decision.caller, decision.unlimited_tier, None)
-    else:
-        last = _last_lines(decision.caller, limits.tier, limits.rule)
+        return head + _last_lines(decision.caller, decision.unlimited_tier, None)
+    last = _last_lines(decision.caller, limits.tier, limits.rule)
     if decision.overage:
-        return b"%bx-tidegate-overage: %d\r\n%b" % (limit_lines(decision), decision.overage, last)
-    return limit_lines(decision) + last
+        return b"%b%bx-tidegate-overage: %d\r\n%b" % (head, limit_lines(decision), decision.overage, last)
+    return head + limit_lines(decision) + last
 
 
 def caller_headers(decision: Decision) -> Headers:

@@ -124,9 +124,9 @@ class SharedStore:
 
     async def decide_async(self, limits: LimitSet, subject: str, cost: int) -> Decision:
         """Decide and charge, from an event loop."""
-        if self.memory is not None:
-            return self.memory.charge_one(limits, subject, cost)
         if self._shared is None:
+            if self.memory is not None:
+                return self.memory.charge_one(limits, subject, cost)
             with self._lock:
                 if self._shared is None:
                     assert self._url is not None

@@ -38,6 +38,8 @@ from tidegate.policy.model import KeyStatus
 LOOKUP_TIMEOUT_S: Final = 4.0
 """Twice what a database may take to answer by default: where a replica does not, the primary is queried."""
 
+MAX_DIGESTS: Final = 16_384
+"""Maximum number of API keys whose digests are kept in memory; hashing a key costs as much as the rest of its look-up."""
 
 Values: TypeAlias = tuple[tuple[str, str], ...]
 """Attributes by which a caller may be a customer's, and their values."""
@@ -76,6 +78,7 @@ class CallerLookup:
         self._wall_clock_ns = wall_clock_ns
         self._timeout_s = timeout_s
         self._start_hash = key_hash_in_use().start
+        self._digests: dict[str, str] = {}
 
     async def find(self, api_key: str | None, client: str | None, *, refused_too: bool = False) -> Caller:
         """The caller that a key belongs to.
@@ -183,7 +186,7 @@ class CallerLookup:
         return default
 
     def find_cached(self, api_key: str | None) -> Caller | None:
-        """The caller that a key belongs to, where memory alone knows it. Costs 1 µs.
+        """The caller that a key belongs to, where memory alone knows it. Costs 0.4 µs; 0.5 µs more to hash a key.
 
         Args:
             api_key: as for `find`.
@@ -197,9 +200,19 @@ class CallerLookup:
         """
         if api_key is None:
             return self._catalog.cached_anonymous()
-        if not api_key.isascii():
-            return None
-        caller = self._cached_caller(self._start_hash(api_key.encode()).hexdigest())
+        digest = self._digests.get(api_key)
+        if digest is None:
+            if not api_key.isascii():
+                return None
+            digest = self._digest(api_key)
+            caller = self._cached_caller(digest)
+            if caller is not None and caller.form_checked:
+                # Keys that are not known do not displace others.
+                if len(self._digests) >= MAX_DIGESTS:
+                    self._digests.clear()
+                self._digests[api_key] = digest
+        else:
+            caller = self._cached_caller(digest)
         if caller is None or not caller.form_checked:
             return None
         if not caller.never_ends:

@@ -12,7 +12,7 @@ from msgspec.structs import force_setattr
 from tidegate.catalog.cache_level import Caller
 from tidegate.catalog.cached import CachedCatalog
 from tidegate.catalog.in_memory import PolicyCatalog
-from tidegate.counters import Charge, ChargeOutcome, CounterStore, ImmediateCounterStore, LeasingCounterStore
+from tidegate.counters import Charge, ChargeOutcome, Counters, CounterStore, ImmediateCounterStore, LeasingCounterStore
 from tidegate.counters.factory import open_counters
 from tidegate.counters.storage_uri import counters_url
 from tidegate.decision import Check, Decision, Observation, Usage, client_of, ipv6_client, require_tier
@@ -132,23 +132,28 @@ class Gate:
             caller = self._cached_caller_of(check) if check.api_key is None else self._find_cached(check.api_key)
             if caller is None:
                 return self._check_later(check, shadow_outcomes)
-            ip = check.ip
-            if ip is not None and ":" in ip:
-                ip = ipv6_client(ip)
             tier = caller.tier
             if active and (exempt or self._lists.names_callers):
                 exempt = self.access.admit_caller(caller, exempt)
-            if tier.has_shadow_rules and not exempt:
+            if exempt:
+                counters: Counters = ()
+            elif tier.has_shadow_rules:
                 if not self.counters.immediate:
                     return self._check_later(check, shadow_outcomes)
-                plan = self._plan_of(check, caller, ip)
+                plan = self._plan_of(check, caller, _counted_ip(check))
                 charged = [charge(each.counters, each.cost) or _unanswered() for each in plan.charges]
                 if shadow_outcomes is not None:
                     shadow_outcomes.extend(plan.shadow_outcomes(charged))
                 decided = self._tell(plan, charged, _clock_ns() - started_ns)
                 assert isinstance(decided, Decision), "an immediate store always answers"
                 return decided
-            counters = () if exempt else counters_of(check, caller, rule_of(check, tier), ip)
+            else:
+                rule = rule_of(check, tier) if check.attributes else tier.match_path(check.method, check.path)
+                last = caller.last_counters
+                if last is not None and last[0] is rule:
+                    counters = last[1]
+                else:
+                    counters = counters_of(check, caller, rule, _counted_ip(check))
         except TidegateError as error:
             self._tell_error(error, _clock_ns() - started_ns)
             raise
@@ -162,8 +167,10 @@ class Gate:
         if self._observe is not None:
             latency_ns = _clock_ns() - started_ns
             if counters and decision.allowed:
-                subject, key_id = counters[0][1], caller.key_id
-                self._observe(Observation(decision, None, latency_ns, (), subject, None, check.cost, key_id, caller.customer))
+                subject = counters[0][1]
+                self._observe(
+                    Observation(decision, None, latency_ns, (), subject, None, check.cost, caller.key_id, caller.customer)
+                )
             else:
                 self._observe(observation_of(decision, counters, latency_ns, (), check.cost, caller.key_id))
         return decision
@@ -182,10 +189,7 @@ class Gate:
     async def _check_later(self, check: Check, shadow_outcomes: list[ChargeOutcome] | None = None) -> Decision:
         started_ns = _clock_ns()
         try:
-            ip = check.ip
-            if ip is not None and ":" in ip:
-                ip = ipv6_client(ip)
-            plan = await self._plan(check, ip)
+            plan = await self._plan(check, _counted_ip(check))
             charged = await self.counters.charge(plan.charges) if plan.charges else ()
             if shadow_outcomes is not None:
                 shadow_outcomes.extend(plan.shadow_outcomes(charged))
@@ -421,10 +425,7 @@ class Gate:
         Raises:
             TidegateError: as `check`, but for `StoreUnavailable`.
         """
-        ip = check.ip
-        if ip is not None and ":" in ip:
-            ip = ipv6_client(ip)
-        return await self._plan(check, ip)
+        return await self._plan(check, _counted_ip(check))
 
     async def _plan(self, check: Check, ip: str | None) -> CheckPlan:
         exempt = False
@@ -496,6 +497,12 @@ class Gate:
             except TidegateError as error:
                 plans.append(error)
         return plans
+
+
+def _counted_ip(check: Check) -> str | None:
+    """What counts as one client of the address of a check; None where none is known."""
+    ip = check.ip
+    return ipv6_client(ip) if ip is not None and ":" in ip else ip
 
 
 def _unanswered() -> Decision:

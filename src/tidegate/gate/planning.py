@@ -61,9 +61,10 @@ def counters_of(check: Check, caller: Caller, rule: CompiledRule | None, ip: str
         if found is None:
             raise ip_needed(check, f"the rule {clip(rule.rule.name)} counts by ip")
         counted = found
-    if tier_limits is None:
-        return ((rule.limits, counted),)
-    return ((rule.limits, counted), (tier_limits, subject))
+    charged = ((rule.limits, counted),) if tier_limits is None else ((rule.limits, counted), (tier_limits, subject))
+    if caller.subject and rule.subject is not Subject.IP:
+        caller.last_counters = rule, charged
+    return charged
 
 
 def _caller_subject(check: Check, caller: Caller, ip: str | None) -> str:

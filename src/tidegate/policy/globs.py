@@ -70,8 +70,11 @@ class GlobIndex(Generic[_T]):
             if entry is None:
                 continue
             end_lengths, by_end = entry
-            for end_length in end_lengths:
+            if len(end_lengths) == 1 and not found and "" in by_end:
                 # Most patterns have nothing behind their `*`.
+                found = by_end[""]
+                continue
+            for end_length in end_lengths:
                 if not end_length:
                     things = by_end.get("")
                 elif length + end_length > len(text):

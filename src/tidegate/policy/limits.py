@@ -228,7 +228,7 @@ class LimitSet:
 
     Attributes:
         plain: whether a decision by these limits never has an overage.
-        leasable: whether instances may lease units: they are allowed to, the limits are plain, and the algorithm allows it.
+        leasable: whether instances may lease units: they are allowed to, the algorithm allows it, and the limits are not soft.
 
     Raises:
         PolicyError: if the limits do not fit the algorithm or each other.
@@ -274,7 +274,7 @@ class LimitSet:
         self.shadow = shadow
         self.failures = failures
         self.plain = not soft and isinstance(algorithm, Algorithm)
-        self.leasable = leases and self.plain and algorithm is not Algorithm.SLIDING_LOG
+        self.leasable = leases and not soft and algorithm not in _UNLEASED
         self.quotas = quotas or ", ".join(quota_text(limit) for limit in self.limits)
 
     def single_sets(self) -> tuple[LimitSet, ...]:
@@ -287,6 +287,9 @@ class LimitSet:
 
     def __repr__(self) -> str:
         return f"LimitSet({self.name!r}, {self.algorithm}, {[limit.text for limit in self.limits]})"
+
+
+_UNLEASED: Final = frozenset((Algorithm.SLIDING_LOG, ConcurrencyAlgorithm.CONCURRENT))
 
 
 @lru_cache(maxsize=1024)

@@ -85,6 +85,7 @@ class CompiledTier:
         has_quotas: whether it or one of its rules has quotas, or limits of requests in progress.
         has_slots: whether one of its rules limits requests in progress, or failures.
         has_shadow_rules: whether `shadow_rules` can give any.
+        match_path: as `match`, for a check without attributes.
         attribute_names: the attributes that its rules read.
         attribute_rules: the rules that count by attributes, those for descriptors too.
         subject_overrides: other limits for some subjects, by the name of the rule.
@@ -103,6 +104,7 @@ class CompiledTier:
         "has_shadow_rules",
         "has_slots",
         "limits",
+        "match_path",
         "quotas",
         "rules",
         "subject_overrides",
@@ -158,6 +160,7 @@ class CompiledTier:
                 self._described.add((*each.rule.descriptor, *each.rule.required_entries), DescriptorRule(each))
         plain = [each for each in self.rules if not each.rule.required_entries]
         self._enforced = RuleIndex(each for each in plain if each.rule.mode is not Mode.SHADOW)
+        self.match_path = self._enforced.best
         self._watched = RuleIndex(each for each in plain if each.rule.mode is Mode.SHADOW)
         matching = [each for each in self.rules if each.rule.required_entries]
         self._enforced_by_attributes = AttributeRuleIndex.of(each for each in matching if each.rule.mode is not Mode.SHADOW)
@@ -287,7 +290,7 @@ def _rule_quotas(tier: Tier, rule: Rule, quotas: tuple[Quota, ...], counter: str
     # Above a soft rule's quotas everything passes.
     overage = Overage() if rule.mode is Mode.SOFT else rule.overage
     shadow = rule.mode is Mode.SHADOW
-    return CompiledQuotas(quotas, overage, rule.name, tier.name, rule.on_failure, counter, shadow=shadow)
+    return CompiledQuotas(quotas, overage, rule.name, tier.name, rule.on_failure, counter, shadow=shadow, leases=rule.leases)
 
 
 def counted_by(kind: Subject, has_key: bool, has_customer: bool = False) -> Subject:

@@ -223,9 +223,11 @@ class CompiledQuotas:
         on_failure: what is answered while the counter store is unavailable.
         counter: name of the rule's counter; that of the rule where empty.
         shadow: whether they are those of a rule that only watches.
+        leases: whether instances may lease units. They never lease those of quotas with overage: units that wait at one instance
+            would be reported as over at another.
     """
 
-    __slots__ = ("_by_anchor", "_counter", "_on_failure", "_shadow", "overage", "quotas", "rule", "tier")
+    __slots__ = ("_by_anchor", "_counter", "_leases", "_on_failure", "_shadow", "overage", "quotas", "rule", "tier")
 
     def __init__(
         self,
@@ -237,8 +239,10 @@ class CompiledQuotas:
         counter: str = "",
         *,
         shadow: bool = False,
+        leases: bool = True,
     ) -> None:
         self._counter = counter or rule
+        self._leases = leases and overage is None
         self.quotas = quotas
         self.overage = overage
         self.rule = rule
@@ -289,6 +293,7 @@ class CompiledQuotas:
             rule=self.rule,
             tier=self.tier,
             shadow=self._shadow,
+            leases=self._leases,
         )
 
 

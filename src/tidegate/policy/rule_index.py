@@ -143,6 +143,10 @@ class _PathPatterns(Generic[_T]):
         root = self._roots.get(path.count("/")) if self._roots else None
         return stars if root is None else itertools.chain(stars, _walk(root, path.split("/")))
 
+    def finder(self) -> Callable[[str], Iterable[tuple[_T, Callable[[str], bool] | None]]]:
+        """What does as `candidates`, for as long as nothing is added: without a call of its own where `*` are the only signs."""
+        return self.candidates if self._roots else self._stars.candidates
+
 
 class _Node(Generic[_T]):
     """A place in the trie of segment patterns."""
@@ -158,7 +162,7 @@ class _Node(Generic[_T]):
 class RuleIndex:
     """All rules of one kind that name no attributes, found by path."""
 
-    __slots__ = ("_first_pattern", "_literal", "_patterns")
+    __slots__ = ("_candidates", "_first_pattern", "_literal", "_patterns")
 
     def __init__(self, rules: Iterable[CompiledRule]) -> None:
         self._literal: dict[str, tuple[CompiledRule, ...]] = {}
@@ -172,6 +176,7 @@ class RuleIndex:
             else:
                 self._literal[endpoint] = (*self._literal.get(endpoint, ()), rule)
         self._first_pattern: _Rank | None = min((rule.rank for rule in patterns), default=None)
+        self._candidates = self._patterns.finder()
 
     def __bool__(self) -> bool:
         return bool(self._literal or self._patterns)
@@ -179,16 +184,17 @@ class RuleIndex:
     def best(self, method: str, path: str) -> CompiledRule | None:
         """The preferred rule that matches; None where none does."""
         found: CompiledRule | None = None
-        for rule in self._literal.get(path, ()):
-            if rule.methods is None or method in rule.methods:
-                found = rule
-                break
+        if path in self._literal:
+            for rule in self._literal[path]:
+                if rule.methods is None or method in rule.methods:
+                    found = rule
+                    break
         if self._first_pattern is None or (found is not None and found.rank < self._first_pattern):
             return found
-        for rule, matches in self._patterns.candidates(path):
+        for rule, matches in self._candidates(path):
             if (
-                (found is None or rule.rank < found.rank)
-                and (rule.methods is None or method in rule.methods)
+                (rule.methods is None or method in rule.methods)
+                and (found is None or rule.rank < found.rank)
                 and (matches is None or matches(path))
             ):
                 found = rule

@@ -204,7 +204,7 @@ class Instance:
         gate = Gate(self.cached, self._counted(), self._observer(access), lookup_timeout_s=2 * settings.catalog.timeout_s)
         self._stack.push_async_callback(gate.tokens.close)
         gate.tokens.when_needed = lambda: self.health.add("jwks", gate.tokens.ping)
-        pages = probe_pages(self.health, self._is_draining, self._exposition)
+        pages = probe_pages(self.health, self._is_draining, self._exposition, settings.callers_auth)
         self.data_plane = DataPlane(
             gate,
             pages,

@@ -8,13 +8,17 @@ from typing import Final
 from tidegate.doors.http import Response
 from tidegate.doors.openapi import data_plane_openapi
 from tidegate.doors.responses import encode
+from tidegate.settings import CallersAuthSettings
 from tidegate.telemetry.health import Health
 
 _METRICS_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 
 
 def probe_pages(
-    health: Health, draining: Callable[[], bool], exposition: Callable[[], Awaitable[bytes]]
+    health: Health,
+    draining: Callable[[], bool],
+    exposition: Callable[[], Awaitable[bytes]],
+    callers: CallersAuthSettings,
 ) -> Mapping[str, Callable[[], Awaitable[Response]]]:
     """The pages beside the checks.
 
@@ -22,6 +26,7 @@ def probe_pages(
         health: of the instance.
         draining: whether it shuts down.
         exposition: returns the content of `/metrics`.
+        callers: who may call the data plane.
 
     Returns:
         What answers each path.
@@ -42,7 +47,7 @@ def probe_pages(
         return Response(200, _METRICS_TYPE, await exposition())
 
     async def openapi_page() -> Response:
-        return Response(200, "application/json", encode(data_plane_openapi()))
+        return Response(200, "application/json", encode(data_plane_openapi(callers.mode, callers.header)))
 
     return {
         "/health": health_page,

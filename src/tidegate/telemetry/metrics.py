@@ -50,8 +50,6 @@ class Metrics:
     """Counts the observations of the gate, and collects the counts of other components."""
 
     def __init__(self, version: str) -> None:
-        self.allowed = 0
-        self.blocked = 0
         self.degraded = 0
         self.policy_reloads = 0
         self.policy_reload_errors = 0
@@ -60,6 +58,7 @@ class Metrics:
         self.shadow_blocked: dict[str, int] = {}
         self.latency = LatencyHistogram()
         # By tier and rule: [allowed, blocked]. By tier: allowed near the limit.
+        self._unlimited = [0, 0]
         self._by_rule: dict[tuple[str | None, str | None], list[int]] = {}
         self._by_limits: dict[LimitSet, list[int]] = {}
         self._near: dict[str, int] = {}
@@ -80,30 +79,23 @@ class Metrics:
             kind = _ERROR_TYPES.get(observation.error or "", (observation.error or "").lower())
             self.errors[kind] = self.errors.get(kind, 0) + 1
             return
-        allowed = decision.allowed
         limits = decision.limits
-        if limits is not None:
-            counts = self._by_limits.get(limits) or self._limits_counts(limits)
-            if allowed:
-                counts[0] += 1
-                binding, remaining = decision.binding, decision.remaining
-                if (
-                    binding is not None
-                    and remaining is not None
-                    and remaining * NEAR_LIMIT_DIVISOR <= (binding.burst or binding.amount)
-                ):
-                    tier = limits.tier or ""
-                    near = tier if tier in self._near or len(self._near) < MAX_RULE_LABELS else OTHER
-                    self._near[near] = self._near.get(near, 0) + 1
-                    # What is above a quota or a soft limit is near it too. A peek is not counted: it admits nothing.
-                    if decision.overage and observation.cost:
-                        self._add_overage(limits.tier, limits.rule, decision.overage)
-            else:
-                counts[1] += 1
-        if allowed:
-            self.allowed += 1
+        if limits is None:
+            counts = self._unlimited
         else:
-            self.blocked += 1
+            counts = self._by_limits.get(limits) or self._limits_counts(limits)
+        if decision.allowed:
+            counts[0] += 1
+            binding, remaining = decision.binding, decision.remaining
+            if (
+                remaining is not None
+                and binding is not None
+                and remaining * NEAR_LIMIT_DIVISOR <= (binding.burst or binding.amount)
+                and limits is not None
+            ):
+                self._count_near(limits, observation)
+        else:
+            counts[1] += 1
         if decision.degraded:
             self.degraded += 1
         # `LatencyHistogram.add`, written out: a call costs as much as what it does.
@@ -114,6 +106,19 @@ class Metrics:
             for rule in observation.shadow_denied:
                 name = rule if rule in self.shadow_blocked or len(self.shadow_blocked) < MAX_RULE_LABELS else OTHER
                 self.shadow_blocked[name] = self.shadow_blocked.get(name, 0) + 1
+
+    def _count_near(self, limits: LimitSet, observation: Observation) -> None:
+        tier = limits.tier or ""
+        near = tier if tier in self._near or len(self._near) < MAX_RULE_LABELS else OTHER
+        self._near[near] = self._near.get(near, 0) + 1
+        # What is above a quota or a soft limit is near it too. A peek is not counted: it admits nothing.
+        decision = observation.decision
+        if decision is not None and decision.overage and observation.cost:
+            self._add_overage(limits.tier, limits.rule, decision.overage)
+
+    def _decided(self, blocked: int) -> int:
+        """Checks that were allowed (0) or blocked (1)."""
+        return self._unlimited[blocked] + sum(counts[blocked] for counts in self._by_rule.values())
 
     def _add_overage(self, tier: str | None, rule: str | None, units: int) -> None:
         key = (tier, rule)
@@ -178,8 +183,8 @@ class Metrics:
     def collect(self) -> Iterator[Metric]:
         """All metric families, for a registry."""
         requests = CounterMetricFamily("rate_limiter_requests", "Checks decided.", labels=["status"])
-        requests.add_metric(["allowed"], self.allowed)
-        requests.add_metric(["blocked"], self.blocked)
+        requests.add_metric(["allowed"], self._decided(0))
+        requests.add_metric(["blocked"], self._decided(1))
         yield requests
         for name, text, latencies in self._histograms:
             yield _histogram(name, text, latencies)

@@ -109,7 +109,7 @@ async def downgrade(url: str, revision: str) -> str:
 
     def restore(connection: Connection) -> str:
         config = migration_config(connection)
-        known = [each.revision for each in ScriptDirectory.from_config(config).walk_revisions()]
+        known = [each.revision for each in _migrations().walk_revisions()]
         if revision not in known:
             raise SettingsError(f"there is no revision {revision[:20]!r} of the schema: there are {', '.join(sorted(known))}")
         current = MigrationContext.configure(connection).get_current_revision()
@@ -149,14 +149,27 @@ async def change_schema(url: str, engine: AsyncEngine, change: Callable[[Connect
     return await _run_with_retries(url, engine, _in_immediate_transaction(change), _UPGRADE_ATTEMPTS)
 
 
-def migration_config(connection: Connection) -> Config:
-    """Alembic's configuration for the shipped migrations."""
+def migration_config(connection: Connection | None) -> Config:
+    """Alembic's configuration for the shipped migrations, on a connection that is in use; None to read them only."""
     config = Config()
     config.set_main_option(
         "script_location", str(resources.files("tidegate.catalog.sql").joinpath("migrations")).replace("%", "%%")
     )
     config.attributes["connection"] = connection
     return config
+
+
+@functools.cache
+def _migrations() -> ScriptDirectory:
+    """The shipped migrations, whose modules are loaded once in a process."""
+    return ScriptDirectory.from_config(migration_config(None))
+
+
+def head_revision() -> str:
+    """The revision of the schema that this version makes."""
+    head = _migrations().get_current_head()
+    assert head is not None, "the package ships its migrations"
+    return head
 
 
 def _open_once(engine: AsyncEngine) -> None:
@@ -230,19 +243,17 @@ def _in_immediate_transaction(change: Callable[[Connection], str]) -> Callable[[
 
 def _usable(connection: Connection, url: str) -> str | None:
     """The database's revision, if this version works with it; None if it must be upgraded."""
-    config = migration_config(connection)
-    script = ScriptDirectory.from_config(config)
-    head = script.get_current_head()
+    head = head_revision()
     current = MigrationContext.configure(connection).get_current_revision()
     if current == head:
         return current
-    if current is None or current in {each.revision for each in script.walk_revisions()}:
+    if current is None or current in {each.revision for each in _migrations().walk_revisions()}:
         return None
     try:
         runs_from = connection.execute(text("SELECT runs_from FROM policy_state")).scalar()
     except SQLAlchemyError:
         runs_from = None
-    if head is None or runs_from is None or runs_from > head:
+    if runs_from is None or runs_from > head:
         raise SettingsError(
             f"the database {redacted_url(url)} was made by a newer Tidegate: run that version, or give another catalog.url"
         )
@@ -251,12 +262,10 @@ def _usable(connection: Connection, url: str) -> str | None:
 
 
 def _schema_state(connection: Connection, url: str) -> SchemaState:
-    head = ScriptDirectory.from_config(migration_config(connection)).get_current_head()
-    assert head is not None, "the package ships its migrations"
     usable = _usable(connection, url) is not None
     current = MigrationContext.configure(connection).get_current_revision()
     _require_free(connection, url, current)
-    return SchemaState(current, head, usable)
+    return SchemaState(current, head_revision(), usable)
 
 
 def _upgrade(connection: Connection, url: str) -> str:
@@ -264,12 +273,9 @@ def _upgrade(connection: Connection, url: str) -> str:
     usable = _usable(connection, url)
     if usable is not None:
         return usable
-    config = migration_config(connection)
     _require_free(connection, url, MigrationContext.configure(connection).get_current_revision())
-    command.upgrade(config, "head")
-    head = ScriptDirectory.from_config(config).get_current_head()
-    assert head is not None, "the package ships its migrations"
-    return head
+    command.upgrade(migration_config(connection), "head")
+    return head_revision()
 
 
 async def _open_error(url: str, error: Exception) -> SettingsError:

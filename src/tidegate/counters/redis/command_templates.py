@@ -30,15 +30,20 @@ class CommandTemplate:
     Attributes:
         until_s: until when it may be used, s since the epoch: it holds the periods of quotas around now. None without quotas.
         watched: whether replies also have what is left of each limit.
+        names: of the counters, and
+        parameters: of their limits, as the ids of holds name them.
     """
 
     __slots__ = (
         "head",
+        "hold_script",
         "lease_head",
         "lease_script",
         "limits",
         "limits_by_place",
         "name",
+        "names",
+        "parameters",
         "script",
         "suffix",
         "tail",
@@ -58,9 +63,12 @@ class CommandTemplate:
         self.limits_by_place: tuple[Limit, ...] = tuple(limit for limits in sets for limit in limits.limits)
         self.head = _script_head(self.script, len(sets), 2 * len(sets) + 1)
         self.lease_head = _script_head(self.lease_script, len(sets), 2 * len(sets) + 2)
-        self.name = name_of(sets[0])
-        self.suffix = tuple(b"}" + name_of(limits) + b"\r\n" for limits in sets)
-        self.tail = b"".join(_bulk(parameters(limits, now_us, charging=True)) for limits in sets)
+        self.hold_script = script("hold", algorithms)
+        self.names = tuple(name_of(limits) for limits in sets)
+        self.name = self.names[0]
+        self.suffix = tuple(b"}" + name + b"\r\n" for name in self.names)
+        self.parameters = tuple(parameters(limits, now_us, charging=True) for limits in sets)
+        self.tail = b"".join(map(_bulk, self.parameters))
 
     def decision(self, reply: Any) -> Decision:
         """The decision in a script's reply."""
@@ -90,6 +98,8 @@ class CommandTemplate:
     def _granting(self, binding: int, least: int, reset: int, retry: int, now: int, granted: int, ends: int) -> Decision:
         limit = self.limits_by_place[(binding if binding > 0 else -binding) - 1]
         retry_after = None if retry < 0 else retry
+        if least < 0:
+            return Decision(binding > 0, limit, 0, reset, 0, now, self.limits, overage=-least)
         if not granted:
             return Decision(binding > 0, limit, least, reset, retry_after, now, self.limits)
         return GrantingDecision(binding > 0, limit, least, reset, retry_after, now, self.limits, granted=granted, ends_us=ends)

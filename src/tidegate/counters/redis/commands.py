@@ -158,13 +158,25 @@ class RedisCommands:
         return reply
 
     async def _run_soon(self, tag: bytes, work: Script, keys: Sequence[bytes], arguments: Sequence[bytes]) -> Any:
-        """Run a script until the deadline of a check."""
-        return await self._run_until(tag, work, keys, arguments, self._deadline(0))
+        """Run a script until the deadline of a check, which the connection keeps."""
+        deadline = self._deadline(0)
+        command = encode_command("EVALSHA", work.sha, str(len(keys)), *keys, *arguments)
+        reply = await self._connection(tag).send(command)
+        if isinstance(reply, hiredis.ReplyError):
+            reply = await follow_redirection(self._require_topology(), slot_of_tag(tag), command, reply, work, deadline)
+        return reply
 
     async def _run_late(self, tag: bytes, work: Script, keys: Sequence[bytes], arguments: Sequence[bytes]) -> Any:
         """Run a script, and wait for a late reply."""
         command = encode_command("EVALSHA", work.sha, str(len(keys)), *keys, *arguments)
-        return raise_first(await self._each([(tag, command, work)], wait_late=True))[0]
+        deadline = time.monotonic() + LATE_TIMEOUT_S
+        try:
+            reply = await self._connection(tag).send(command)
+        except LateAnswer as late:
+            reply = await late.answer
+        if isinstance(reply, hiredis.ReplyError):
+            reply = await self._follow(tag, command, reply, work, deadline, True)
+        return reply
 
     async def _each(self, sent: Iterable[Command], wait_late: bool = False) -> list[Any]:
         """Run commands, each on the shard of its tag. All are written before anything is waited for.

@@ -5,6 +5,10 @@
 -- denies; retry is -1 for never; microseconds. remaining is below 0 where the check passes as over: by the units that are above a quota
 -- or a soft limit; of a check of cost 0, by all that is above the quota so far.
 -- `left` is nil, or a table: then it gets what is left of each limit after the charge, false where it is not charged, and is given too.
+-- `decided` is, for each counter: its algorithm, its state before, its state after, for how many microseconds that counts, and whether a soft
+-- limit let the cost pass uncharged.
+local decided
+
 local function decide(keys, configs, cost)
   local place, binding, least, reset_after, retry_after = 0, 0, -1, 0, 0
   local denied, never, over = false, false, 0
@@ -54,6 +58,7 @@ local function decide(keys, configs, cost)
     end
     writes[k] = {algorithm, held, fresh, longest, uncharged}
   end
+  decided = writes
   local charged = cost > 0 and not denied
   for k = 1, #keys do
     local algorithm, held, fresh, longest, uncharged = unpack(writes[k])

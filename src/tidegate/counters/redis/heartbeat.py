@@ -15,6 +15,8 @@ EXPIRY_S: Final = 5.0
 _TAG: Final = b"instances"
 _INSTANCES: Final = b"tg:{instances}"
 _RESETS: Final = b"tg:{instances}resets"
+_LEASING: Final = b"tg:{instances}leases"
+_KEYS: Final = (_INSTANCES, _RESETS, _LEASING)
 _RESETS_TTL_MS: Final = 86_400_000
 
 
@@ -25,11 +27,13 @@ class Beat(msgspec.Struct, frozen=True):
         instances: number that are alive, this one included.
         resets: number of resets so far, by all instances; only a change is significant.
         at_us: the store's clock, µs since the epoch.
+        without_leases: how many of the instances are of a version that does not know leases.
     """
 
     instances: int
     resets: int
     at_us: int
+    without_leases: int = 0
 
 
 async def beat(store: RedisCounters, instance: str) -> Beat:
@@ -48,13 +52,13 @@ async def beat(store: RedisCounters, instance: str) -> Beat:
     work = script("heartbeat", frozenset())
     arguments = (instance, str(round(EXPIRY_S * 1000)))
     try:
-        reply = await store.run(_TAG, work, (_INSTANCES, _RESETS), arguments)
+        reply = await store.run(_TAG, work, _KEYS, arguments)
     except StoreUnavailable as error:
         if "WRONGTYPE" not in error.message:
             raise
         # Another program wrote these keys: no heartbeat would work as long as they exist.
-        await store.call(_TAG, "UNLINK", _INSTANCES, _RESETS)
-        reply = await store.run(_TAG, work, (_INSTANCES, _RESETS), arguments)
+        await store.call(_TAG, "UNLINK", *_KEYS)
+        reply = await store.run(_TAG, work, _KEYS, arguments)
     try:
         return Beat(*(int(number) for number in reply))
     except (TypeError, ValueError):
@@ -71,7 +75,8 @@ async def leave(store: RedisCounters, instance: str) -> None:
     Raises:
         StoreUnavailable: if the store does not answer.
     """
-    await store.call(_TAG, "ZREM", _INSTANCES, instance)
+    for key in (_INSTANCES, _LEASING):
+        await store.call(_TAG, "ZREM", key, instance)
 
 
 async def announce_reset(store: RedisCounters) -> None:

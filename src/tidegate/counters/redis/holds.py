@@ -7,7 +7,6 @@ would have passed; more than a limit is never admitted.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Awaitable, Callable, Sequence
 from functools import lru_cache
 from typing import Any, Final, Protocol
@@ -24,22 +23,16 @@ from tidegate.counters.holds import (
     has_ended,
     new_id,
     not_found,
+    raw_id,
     too_many,
 )
 from tidegate.counters.redis.command_templates import CommandTemplate
 from tidegate.counters.redis.error_replies import shown
-from tidegate.counters.redis.keyspace import hash_tag, name_of, slot_of_tag
-from tidegate.counters.redis.scripts import Script, boundaries_end_us, parameters, script
+from tidegate.counters.redis.keyspace import hash_tag, slot_of_tag
+from tidegate.counters.redis.scripts import Script, script
 from tidegate.decision import Decision
 from tidegate.errors import StoreUnavailable
-from tidegate.policy.limits import (
-    Algorithm,
-    AnyAlgorithm,
-    ConcurrencyAlgorithm,
-    FailureAlgorithm,
-    LimitSet,
-    QuotaAlgorithm,
-)
+from tidegate.policy.limits import Algorithm, AnyAlgorithm, ConcurrencyAlgorithm, FailureAlgorithm, QuotaAlgorithm
 
 RunScript = Callable[[bytes, Script, Sequence[bytes], Sequence[bytes]], Awaitable[Any]]
 """Runs a script on the server of a hash tag, with keys and arguments; raises `StoreUnavailable` where there is no reply."""
@@ -88,9 +81,13 @@ class RedisHolds:
             rule: as there.
             sharded: whether subjects may lie on several servers.
         """
+        if not sharded or len(counters) == 1:
+            hold = new_id()
+            decision, held = await self._open_part(counters, hold, cost, ttl_us)
+            return decision, HoldHandle(hold, cost, rule, (held,)) if decision.allowed else None
         handle = HoldHandle(new_id(), cost, rule)
         decided: list[Decision] = []
-        for part in _parts(counters, sharded):
+        for part in _parts(counters):
             try:
                 decision, held = await self._open_part(part, handle.id, cost, ttl_us)
             except BaseException:
@@ -105,57 +102,63 @@ class RedisHolds:
         return _of_check(least, counters, max(each.overage for each in decided)), handle
 
     async def _open_part(self, counters: Counters, hold: str, cost: int, ttl_us: int) -> tuple[Decision, tuple[HeldCounter, ...]]:
-        work = script("hold", frozenset(limits.algorithm for limits, _ in counters))
-        tags = [hash_tag(subject) for _, subject in counters]
-        prepared = [_prepared(limits) for limits, _ in counters]
-        names = [name for name, _ in prepared]
-        sent = [own or parameters(limits, charging=True) for (limits, _), (_, own) in zip(counters, prepared, strict=True)]
-        numbers = msgspec.msgpack.encode((hold, ttl_us, self.most))
-        keys = [_key(tag, name) for tag, name in zip(tags, names, strict=True)]
-        reply = await self._run(tags[0], work, keys, [*sent, b"%d" % cost, numbers])
+        template = self._template(counters)
+        subject = counters[0][1]
+        tag = hash_tag(subject)
+        tags = [tag if each == subject else hash_tag(each) for _, each in counters]
+        keys = [_key(*each) for each in zip(tags, template.names, strict=True)]
+        arguments = (*template.parameters, b"%d" % cost, raw_id(hold), _numbers(ttl_us, self.most))
+        reply = await self._run(tag, template.hold_script, keys, arguments)
         if type(reply) is not list or len(reply) < 5:
             raise StoreUnavailable(f"unexpected reply from Redis to a hold: {shown(reply)}", reason="garbage")
         if reply[0] == 0:
             raise too_many(self.most)
-        decision = self._template(counters).decision(reply[:5])
+        decision = template.decision(reply[:5])
+        if not decision.allowed:
+            return decision, ()
         records = reply[5:]
-        if decision.allowed and (len(records) != len(counters) or not all(type(each) is bytes for each in records)):
+        if len(records) != len(counters) or not all(type(each) is bytes for each in records):
             raise StoreUnavailable(f"unexpected reply from Redis to a hold: {shown(reply)}", reason="garbage")
-        held = tuple(HeldCounter(*each) for each in zip(tags, names, sent, records, strict=False))
-        return decision, held
+        return decision, tuple(map(HeldCounter, tags, template.names, template.parameters, records))
 
     async def _cancel(self, handle: HoldHandle) -> None:
         for part in handle.parts:
             await self._settle_part(handle.id, part, 0)
 
-    async def settle(self, handle: HoldHandle, cost: int, success: bool) -> HoldSettlement:
+    async def settle(self, handle: HoldHandle, cost: int, success: bool = False) -> HoldSettlement:
         """See `HoldingCounterStore.settle_hold`."""
-        counts_failures = [FailureAlgorithm.FAILURES in _algorithms(part) for part in handle.parts]
+        if len(handle.parts) == 1:
+            settled_here = await self._settle_part(handle.id, handle.parts[0], cost, success)
+            if settled_here is None:
+                raise not_found()
+            return settled_here
+        counts_failures = [any(_counts_failures(each.parameters) for each in part) for part in handle.parts]
         settled = []
         for part, counts in zip(handle.parts, counts_failures, strict=True):
             # Where failures are counted, everything else is charged what was reserved.
             used = cost if counts or not any(counts_failures) else handle.cost
             each = await self._settle_part(handle.id, part, used, success)
             if each is not None:
-                settled.append(each)
+                settled.append((counts, each))
         if not settled:
             raise not_found()
-        least = min(settled, key=lambda each: each.remaining or 0)
-        return least if len(settled) == 1 else msgspec.structs.replace(least, cost=settled[0].cost)
+        least = min((each for _, each in settled), key=lambda each: each.remaining or 0)
+        outcome = next((each.cost for counts, each in settled if counts), least.cost)
+        return least if least.cost == outcome else msgspec.structs.replace(least, cost=outcome)
 
     async def _settle_part(
         self, hold: str, part: Sequence[HeldCounter], cost: int, success: bool = False
     ) -> HoldSettlement | None:
         """None for a hold that is not known."""
-        arguments = [each.parameters for each in part] + [each.record for each in part]
-        work = script("settle_hold", _algorithms(part))
+        sent = tuple(each.parameters for each in part)
         keys = [_key(each.tag, each.name) for each in part]
-        reply = await self._run_late(part[0].tag, work, keys, [*arguments, msgspec.msgpack.encode((hold, cost, success))])
+        arguments = (*sent, *(each.record for each in part), raw_id(hold), b"%d" % cost, b"%d" % success)
+        reply = await self._run_late(part[0].tag, _settle_script(sent), keys, arguments)
         try:
             if reply[0] == 0:
                 return None
             status, charged, late, binding, least, reset, _, _ = reply
-            return HoldSettlement(charged, late == 1, _capacity(part, abs(binding)), max(least, 0), reset, status == 2)
+            return HoldSettlement(charged, late == 1, _capacity(sent, abs(binding)), max(least, 0), reset, status == 2)
         except (TypeError, ValueError, IndexError):
             raise StoreUnavailable(f"unexpected reply from Redis to a settlement: {shown(reply)}", reason="garbage") from None
 
@@ -168,14 +171,12 @@ class RedisHolds:
             sharded: whether subjects may lie on several servers.
         """
         decided: list[Decision] = []
-        for part in _parts(counters, sharded):
+        for part in _parts(counters) if sharded else (counters,):
             work = script("adjust", frozenset(limits.algorithm for limits, _ in part))
-            tags = [hash_tag(subject) for _, subject in part]
-            prepared = [_prepared(limits) for limits, _ in part]
-            keys = [_key(tag, name) for tag, (name, _) in zip(tags, prepared, strict=True)]
-            sent = [own or parameters(limits, charging=True) for (limits, _), (_, own) in zip(part, prepared, strict=True)]
-            reply = await self._run(tags[0], work, keys, [*sent, b"%d" % units])
-            decided.append(self._template(part).decision(reply))
+            template = self._template(part)
+            keys = [_key(hash_tag(subject), name) for (_, subject), name in zip(part, template.names, strict=True)]
+            reply = await self._run(hash_tag(part[0][1]), work, keys, (*template.parameters, b"%d" % units))
+            decided.append(template.decision(reply))
         least = min(decided, key=lambda each: each.remaining or 0)
         return of_adjustment(_of_check(least, counters, max(each.overage for each in decided)), units)
 
@@ -183,9 +184,9 @@ class RedisHolds:
         """See `HoldingCounterStore.renew_hold`."""
         for part in handle.parts:
             keys = [_key(each.tag, each.name) for each in part]
-            numbers = msgspec.msgpack.encode((handle.id, ttl_us))
+            numbers = (raw_id(handle.id), b"%d" % ttl_us)
             work = script("renew_hold", frozenset())
-            reply = await self._run_late(part[0].tag, work, keys, [*(each.record for each in part), numbers])
+            reply = await self._run_late(part[0].tag, work, keys, [*(each.record for each in part), *numbers])
             status = reply[0] if type(reply) is list and reply else None
             if status == 0:
                 raise not_found()
@@ -195,21 +196,17 @@ class RedisHolds:
                 raise StoreUnavailable(f"unexpected reply from Redis to a renewal: {shown(reply)}", reason="garbage")
 
 
-@lru_cache(maxsize=4096)
-def _prepared(limits: LimitSet) -> tuple[bytes, bytes]:
-    """The name of a counter, and its parameters; empty where these change with time, as those of quotas do."""
-    changes = boundaries_end_us(limits, time.time_ns() // 1000) is not None
-    return name_of(limits), b"" if changes else parameters(limits, charging=True)
-
-
 def _key(tag: bytes, name: bytes) -> bytes:
     return b"tg:{%b}%b" % (tag, name)
 
 
-def _parts(counters: Counters, sharded: bool) -> list[Counters]:
-    """The counters of each server; of the first subject first."""
-    if not sharded or len(counters) == 1:
-        return [counters]
+@lru_cache(maxsize=1024)
+def _numbers(ttl_us: int, most: int) -> bytes:
+    return msgspec.msgpack.encode((ttl_us, most))
+
+
+def _parts(counters: Counters) -> list[Counters]:
+    """The counters of each server of a cluster; of the first subject first."""
     by_slot: dict[int, list[Any]] = {}
     for counter in counters:
         by_slot.setdefault(slot_of_tag(hash_tag(counter[1])), []).append(counter)
@@ -225,24 +222,29 @@ def _of_check(decision: Decision, counters: Counters, overage: int | None = None
     return msgspec.structs.replace(decision, limits=limits, overage=overage)
 
 
-@lru_cache(maxsize=256)
-def _decoded(parameters: bytes) -> tuple[Any, ...]:
-    """Parameters of a counter; few differ, and each is read twice by a settlement."""
-    return msgspec.msgpack.decode(parameters, type=tuple)
-
-
-def _algorithms(part: Sequence[HeldCounter]) -> frozenset[AnyAlgorithm]:
-    """The algorithms that a part's counters use; raises `HoldNotFound` for an id that no instance made."""
+@lru_cache(maxsize=1024)
+def _settle_script(parameters: tuple[bytes, ...]) -> Script:
+    """The script for counters with these parameters; raises `HoldNotFound` for an id that no instance made."""
     try:
-        return frozenset(_BY_LUA_NAME[str(_decoded(each.parameters)[0]).removeprefix("soft:")] for each in part)
-    except (msgspec.MsgspecError, KeyError, IndexError):
+        algorithms = frozenset(_BY_LUA_NAME[str(msgspec.msgpack.decode(each)[0]).removeprefix("soft:")] for each in parameters)
+    except (msgspec.MsgspecError, KeyError, IndexError, TypeError):
+        raise not_found() from None
+    return script("settle_hold", algorithms)
+
+
+@lru_cache(maxsize=1024)
+def _counts_failures(parameters: bytes) -> bool:
+    try:
+        return bool(msgspec.msgpack.decode(parameters)[0] == FailureAlgorithm.FAILURES)
+    except (msgspec.MsgspecError, KeyError, IndexError, TypeError):
         raise not_found() from None
 
 
-def _capacity(part: Sequence[HeldCounter], place: int) -> int | None:
+@lru_cache(maxsize=1024)
+def _capacity(parameters: tuple[bytes, ...], place: int) -> int | None:
     """The most that can be had at once under a limit, by its place among those of a part's counters, 1 for the first."""
-    for each in part:
-        algorithm, *numbers = _decoded(each.parameters)
+    for each in parameters:
+        algorithm, *numbers = msgspec.msgpack.decode(each)
         width = 4 if algorithm.endswith(("bucket", "quota")) else 3 if algorithm == FailureAlgorithm.FAILURES else 2
         count = len(numbers) // width
         if place <= count:

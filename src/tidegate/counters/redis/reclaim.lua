@@ -1,7 +1,7 @@
--- Holds of a counter lie beside it in a sorted set, <counter>.holds, by the moment at which they expire; a member is the id and the record
--- of holds.lua. The first script that needs the units of expired holds returns them: one that opens or ends a hold, a check that is denied
+-- Holds of a counter lie beside it in a sorted set, <counter>.holds, by the moment at which they expire; a member is the 12 bytes of the id
+-- and the record of holds.lua. The first script that needs the units of expired holds returns them: one that opens or ends a hold, a check that is denied
 -- without them, or one of cost 0. A hold that has ended is known by its id for some time: tg:{subject}ended.<id>.
-local HOLD_ID = 16
+local HOLD_ID = 12
 local ENDED_KNOWN = 3600000
 local RECLAIM_STEPS = 100
 

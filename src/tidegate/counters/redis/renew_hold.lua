@@ -1,7 +1,7 @@
--- Moves the moment at which a hold expires. KEYS: its counters. ARGV: for each its record; then in MessagePack the id, and after how many
--- microseconds from now it expires. Answers 0 for an id that is not known, 1 for a hold that was renewed, 2 for one that has ended; and the
+-- Moves the moment at which a hold expires. KEYS: its counters. ARGV: for each its record; then the id, and after how many microseconds
+-- from now it expires. Answers 0 for an id that is not known, 1 for a hold that was renewed, 2 for one that has ended; and the
 -- moment.
-local id, ttl = unpack(cmsgpack.unpack(ARGV[#KEYS + 1]))
+local id, ttl = ARGV[#KEYS + 1], tonumber(ARGV[#KEYS + 2])
 local ends = nil
 for k = 1, #KEYS do
   if ARGV[k] ~= '' then

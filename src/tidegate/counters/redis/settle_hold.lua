@@ -1,62 +1,95 @@
 -- Ends a hold: what it did not use goes back, what it used beyond its cost is charged whatever the limits say. An expired hold has given back
 -- everything: all that was used is charged now. KEYS: its counters. ARGV: for each its algorithm and parameters as in charge.lua, then for
--- each its record; then in MessagePack the id, the units used, and whether the request succeeded. Where a counter counts failures, the units
--- used say whether it failed, and other counters are charged what the hold reserved.
+-- each its record; then the id, the units used, and 1 where the request succeeded. Where a counter counts failures, the units used say whether
+-- it failed, and other counters are charged what the hold reserved.
 -- Answers: 0 for an id that is not known, 1 for a hold that ended now, 2 for one that had been settled before; the units charged; whether that
 -- was after it expired; then what remains, as charge.lua answers a check of cost 0.
 local SETTLED_KNOWN = 120000
 local count = #KEYS
-local id, used, success = unpack(cmsgpack.unpack(ARGV[2 * count + 1]))
+local id, used = ARGV[2 * count + 1], tonumber(ARGV[2 * count + 2])
 local ended, known = ended_key(KEYS[1], id), nil
+
+-- From now on a state is loaded once; what is given back changes the loaded one too. Gives those that were loaded, by key.
+local function load_once()
+  local loaded = {}
+  for name, algorithm in pairs(algorithms) do
+    local load = algorithm.load
+    if name ~= 'concurrent' and name ~= 'failures' then
+      algorithm.load = function(key)
+        loaded[key] = loaded[key] or load(key)
+        return loaded[key]
+      end
+    end
+  end
+  return loaded
+end
 
 local function member(k)
   return id .. ARGV[count + k]
 end
 
+local ends, due = nil, false
 for k = 1, count do
-  if k == 1 or ended_key(KEYS[k], id) ~= ended then
-    known = known or redis.call('GET', ended_key(KEYS[k], id))
+  local holds = KEYS[k] .. '.holds'
+  local first = redis.call('ZRANGE', holds, 0, 0, 'WITHSCORES')
+  if first[1] then
+    due = due or tonumber(first[2]) <= now
+    -- A record of a soft limit that charged nothing is empty.
+    if not ends and ARGV[count + k] ~= '' then
+      ends = first[1] == member(k) and first[2] or redis.call('ZSCORE', holds, member(k))
+    end
   end
 end
-local ends = nil
-for k = 1, count do
-  -- A record of a soft limit that charged nothing is empty.
-  if ARGV[count + k] ~= '' then
-    ends = ends or redis.call('ZSCORE', KEYS[k] .. '.holds', member(k))
+local late = not ends or tonumber(ends) <= now
+if late then
+  for k = 1, count do
+    if k == 1 or ended_key(KEYS[k], id) ~= ended then
+      known = known or redis.call('GET', ended_key(KEYS[k], id))
+    end
   end
-end
--- Only from here on it is certain that an instance made this id.
-if not ends and not known then
-  return {0}
+  -- Only from here on it is certain that an instance made this id.
+  if not ends and not known then
+    return {0}
+  end
 end
 local configs = {}
 for k = 1, count do
   configs[k] = cmsgpack.unpack(ARGV[k])
 end
 if known and known ~= 'expired' then
-  local charged, late = cmsgpack.unpack(known)
-  return {2, charged, late, decide(KEYS, configs, 0)}
+  local charged, was_late = cmsgpack.unpack(known)
+  return {2, charged, was_late, decide(KEYS, configs, 0)}
 end
-local functions = hold_functions()
-local late = known or tonumber(ends) <= now
+-- What is loaded to give units back need not be loaded again to say what remains.
+local loaded = load_once()
+local functions
 for k = 1, count do
   if ARGV[count + k] ~= '' then
     local record = {cmsgpack.unpack(ARGV[count + k])}
     local own = algorithms.failures and record[1] or used
-    local more = own
+    local more, unused = own, late and record[1] or record[1] - own
     if redis.call('ZREM', KEYS[k] .. '.holds', member(k)) == 1 then
-      functions.give_back(KEYS[k], configs[k], late and record[1] or record[1] - own, record)
-      more = late and own or own - record[1]
-    elseif not late then
-      more = 0
+      more = late and own or -unused
+    elseif late then
+      unused = 0
+    else
+      unused, more = 0, 0
     end
     if configs[k][1] == 'failures' then
-      algorithms.failures.settle(KEYS[k], configs[k], used, success)
-    elseif more > 0 and configs[k][1] ~= 'concurrent' then
-      functions.charge(KEYS[k], configs[k], more)
+      algorithms.failures.settle(KEYS[k], configs[k], used, ARGV[2 * count + 3] == '1')
+    elseif configs[k][1] ~= 'concurrent' and (unused > 0 or more > 0) then
+      functions = functions or hold_functions()
+      functions.give_back(KEYS[k], configs[k], unused, record)
+      if more > 0 then
+        functions.charge(KEYS[k], configs[k], more)
+        loaded[KEYS[k]] = nil
+      end
     end
   end
 end
 local remaining = late and math.ceil(ENDED_KNOWN) or math.max(math.ceil((tonumber(ends) - now) / 1000), SETTLED_KNOWN)
 redis.call('SET', ended, cmsgpack.pack(used, late and 1 or 0), 'PX', remaining)
-return {1, used, late and 1 or 0, decide(KEYS, configs, 0)}
+if due then
+  return {1, used, late and 1 or 0, decide(KEYS, configs, 0)}
+end
+return {1, used, late and 1 or 0, decide_once(KEYS, configs, 0)}

@@ -234,15 +234,18 @@ class RedisCounters(RedisReservations):
         self, counters: Counters, cost: int, ttl_us: int, rule: str | None = None
     ) -> tuple[Decision, HoldHandle | None]:
         """See `HoldingCounterStore.open_hold`."""
-        await self.start()
+        if not self._has_started():
+            await self.start()
         return await self.holds.open(counters, cost, ttl_us, rule, self._require_topology().sharded)
 
     async def settle_hold(self, handle: HoldHandle, cost: int, success: bool = False) -> HoldSettlement:
         """See `HoldingCounterStore.settle_hold`."""
-        await self.start()
+        if not self._has_started():
+            await self.start()
         settled = await self.holds.settle(handle, cost, success)
-        if cost < handle.cost and not settled.repeated:
-            # What was denied because these units were used may pass now, on every instance.
+        if cost < handle.cost:
+            # What was denied because these units were used may pass now, on every instance. Where it had been settled before, the
+            # answer to that may have reached nobody.
             self.refunds += 1
         return settled
 
@@ -334,6 +337,10 @@ class RedisCounters(RedisReservations):
     def _ready(self) -> bool:
         """Whether commands can be sent from here: connected, in the running event loop."""
         return self._topology is not None and self._loop is asyncio.get_running_loop()
+
+    def _has_started(self) -> bool:
+        """As `_ready`, and the first attempt to connect has ended."""
+        return self._ready() and self._starting is not None and self._starting.done()
 
     def _template(self, counters: tuple[tuple[LimitSet, str], ...]) -> CommandTemplate:
         key: Any = counters[0][0] if len(counters) == 1 else tuple(limits for limits, _ in counters)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from fastapi import APIRouter, Query, Response
+from fastapi import Query, Response
 
 from tidegate.admin import api_keys
 from tidegate.admin.key_import import KeyImportRequest, KeyImportResult, import_keys
@@ -22,7 +22,7 @@ from tidegate.admin.models import (
 )
 from tidegate.admin.over_limit import used_up_by_key
 from tidegate.admin.rules import CatalogEditor
-from tidegate.doors.admin.common import EDIT_ERRORS, Actor, After, Contains, Exactly, Limit, Revisions, tagged
+from tidegate.doors.admin.common import EDIT_ERRORS, Actor, AdminRouter, After, Contains, Exactly, Limit, Revisions, tagged
 from tidegate.errors import BadRequest
 from tidegate.gate.gate import Gate
 
@@ -30,9 +30,9 @@ Status = Literal["active", "expired", "revoked"]
 IdPrefix = Annotated[str | None, Query(pattern="^[0-9a-f]{1,24}$", description="filter: prefix of the id, 1 to 24 hex digits")]
 
 
-def key_routes(editor: CatalogEditor, gate: Gate) -> APIRouter:
+def key_routes(editor: CatalogEditor, gate: Gate) -> AdminRouter:
     """The routes of API keys."""
-    routes = APIRouter(prefix="/api-keys", tags=["API keys"])
+    routes = AdminRouter(prefix="/api-keys", tags=["API keys"])
 
     async def changed(response: Response, actor: str, key_id: str, request: KeyPatch, revisions: Revisions) -> KeyRead:
         key = tagged(response, await api_keys.edit_key(editor, actor, key_id, request, revisions))

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from fastapi import APIRouter, Path, Query
+from fastapi import Path, Query
 
 from tidegate.admin.block_models import BlockCreate, BlockKind, BlockPage, BlockRead, BlockStatus
 from tidegate.admin.blocks import create_block, get_block, list_blocks, remove_block
 from tidegate.admin.rules import CatalogEditor
-from tidegate.doors.admin.common import Actor, After, Exactly, Ip, Limit
+from tidegate.doors.admin.common import Actor, AdminRouter, After, Exactly, Ip, Limit
 
 BlockId = Annotated[int, Path(ge=1, le=2**53)]
 Status = Annotated[BlockStatus, Query(description="active, ended (expired or removed), or all")]
 Kind = Annotated[BlockKind | None, Query(description="filter: what is blocked")]
 
 
-def block_routes(editor: CatalogEditor) -> APIRouter:
+def block_routes(editor: CatalogEditor) -> AdminRouter:
     """The routes of blocks."""
-    routes = APIRouter(prefix="/blocks", tags=["blocks"])
+    routes = AdminRouter(prefix="/blocks", tags=["blocks"])
 
     @routes.get("", summary="List blocks, the newest first; ip: those of networks that contain an address")
     async def read_all(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from fastapi import APIRouter, Path, Response
+from fastapi import Path, Response
 
 from tidegate.admin import caller_tokens
 from tidegate.admin.caller_token_models import (
@@ -16,15 +16,15 @@ from tidegate.admin.caller_token_models import (
 )
 from tidegate.admin.models import RotateRequest
 from tidegate.admin.rules import CatalogEditor
-from tidegate.doors.admin.common import OPERATORS_ONLY, Actor, After, Limit
+from tidegate.doors.admin.common import OPERATORS_ONLY, Actor, AdminRouter, After, Limit
 from tidegate.timestamps import parse_timestamp
 
 TokenId = Annotated[int, Path(ge=1, le=2**53)]
 
 
-def caller_token_routes(editor: CatalogEditor) -> APIRouter:
+def caller_token_routes(editor: CatalogEditor) -> AdminRouter:
     """The routes of tokens of gateways and back ends."""
-    routes = APIRouter(prefix="/caller-tokens", tags=["caller tokens"], dependencies=[OPERATORS_ONLY])
+    routes = AdminRouter(prefix="/caller-tokens", tags=["caller tokens"], dependencies=[OPERATORS_ONLY])
 
     @routes.get("", summary="List the tokens of gateways and back ends, by id")
     async def read_all(limit: Limit = 100, after: After = None) -> CallerTokenPage:

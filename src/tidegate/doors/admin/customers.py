@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from fastapi import APIRouter, Path, Response
+from fastapi import Path, Response
 
 from tidegate.admin.customers import create_customer, delete_customer, edit_customer, get_customer, list_customers
 from tidegate.admin.models import CustomerCreate, CustomerPage, CustomerPatch, CustomerRead, Plain
 from tidegate.admin.rules import CatalogEditor
-from tidegate.doors.admin.common import EDIT_ERRORS, Actor, After, Exactly, Limit, Revisions, tagged
+from tidegate.doors.admin.common import EDIT_ERRORS, Actor, AdminRouter, After, Exactly, Limit, Revisions, tagged
 from tidegate.errors import BadRequest
 
 NameInPath = Annotated[str, Path(max_length=64), Plain]
 
 
-def customer_routes(editor: CatalogEditor) -> APIRouter:
+def customer_routes(editor: CatalogEditor) -> AdminRouter:
     """The routes of customers."""
-    routes = APIRouter(prefix="/customers", tags=["customers"])
+    routes = AdminRouter(prefix="/customers", tags=["customers"])
 
     @routes.get("", summary="List customers, by name")
     async def read_all(

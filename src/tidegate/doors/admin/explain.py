@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from fastapi import APIRouter, Query
+from fastapi import Query
 
 from tidegate.admin.explain import explain_request
 from tidegate.admin.models import Plain
 from tidegate.admin.models.explain import ExplainRead
 from tidegate.admin.rules import CatalogEditor
 from tidegate.decision import MAX_COST, Check
-from tidegate.doors.admin.common import Exactly, Ip, KeyId
+from tidegate.doors.admin.common import AdminRouter, Exactly, Ip, KeyId
 from tidegate.errors import BadRequest
 from tidegate.gate.gate import Gate
 from tidegate.policy.attributes import parse_subject
@@ -25,9 +25,9 @@ Method = Annotated[str, Query(max_length=32), Plain]
 Cost = Annotated[int, Query(ge=0, le=MAX_COST, description="units that the request costs")]
 
 
-def explain_routes(editor: CatalogEditor, gate: Gate, paths: PathRules) -> APIRouter:
+def explain_routes(editor: CatalogEditor, gate: Gate, paths: PathRules) -> AdminRouter:
     """The route of explanations."""
-    routes = APIRouter(tags=["usage"])
+    routes = AdminRouter(tags=["usage"])
 
     @routes.get("/explain", summary="Explain which rule answers a request, and what is left to its caller; charges nothing")
     async def explain(

@@ -15,13 +15,14 @@ from functools import partial
 from typing import Annotated, Any, Final, TypeAlias
 
 import msgspec
-from fastapi import APIRouter, Query, Request
+from fastapi import Query, Request
 from starlette.responses import Response
 
 from tidegate.admin.models import Plain
 from tidegate.admin.sessions import Sessions
 from tidegate.admin.tokens import Principal, TokenCheck
 from tidegate.decision import clip
+from tidegate.doors.admin.common import AdminRouter
 from tidegate.doors.admin.guard import INTERNAL, LIVE_PATH, InternalError, TooManyRequests
 from tidegate.doors.responses import encode, error_body
 from tidegate.errors import BadRequest, CatalogUnavailable
@@ -198,13 +199,13 @@ class EventStream(Response):
             await self._events.aclose()
 
 
-def live_routes(tokens: TokenCheck, sessions: Sessions | None) -> APIRouter:
+def live_routes(tokens: TokenCheck, sessions: Sessions | None) -> AdminRouter:
     """The route of live answers.
 
     Args:
         sessions: of the console; None without a console.
     """
-    routes = APIRouter(tags=["system"])
+    routes = AdminRouter(tags=["system"])
     reads = LiveReads()
 
     @routes.get(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from fastapi import APIRouter, Path, Response
+from fastapi import Path, Response
 
 from tidegate.admin.models import Plain
 from tidegate.admin.models.namespaces import (
@@ -24,15 +24,15 @@ from tidegate.admin.namespaces import (
     read_callers,
 )
 from tidegate.admin.rules import CatalogEditor
-from tidegate.doors.admin.common import EDIT_ERRORS, Actor, After, Contains, Limit, Revisions, tagged
+from tidegate.doors.admin.common import EDIT_ERRORS, Actor, AdminRouter, After, Contains, Limit, Revisions, tagged
 from tidegate.errors import BadRequest
 
 NameInPath = Annotated[str, Path(max_length=64), Plain]
 
 
-def namespace_routes(editor: CatalogEditor) -> APIRouter:
+def namespace_routes(editor: CatalogEditor) -> AdminRouter:
     """The routes of namespaces."""
-    routes = APIRouter(prefix="/namespaces", tags=["namespaces"])
+    routes = AdminRouter(prefix="/namespaces", tags=["namespaces"])
 
     @routes.get("", summary="List namespaces, by name")
     async def read_all(limit: Limit = 100, after: After = None, name: Contains = None) -> NamespacePage:
@@ -69,9 +69,9 @@ def namespace_routes(editor: CatalogEditor) -> APIRouter:
     return routes
 
 
-def caller_routes(editor: CatalogEditor) -> APIRouter:
+def caller_routes(editor: CatalogEditor) -> AdminRouter:
     """The route of what the policy says of callers without an API key."""
-    routes = APIRouter(prefix="/callers", tags=["policy"])
+    routes = AdminRouter(prefix="/callers", tags=["policy"])
 
     @routes.get("", summary="Read [anonymous], [callers], [attributes] and [jwt]; change them with a policy")
     async def read() -> CallersRead:

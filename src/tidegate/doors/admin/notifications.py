@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from fastapi import APIRouter, Path, Query
+from fastapi import Path, Query
 
 from tidegate.admin.models import Plain
 from tidegate.admin.notification_models import NotificationPage, NotificationRead, NotificationStatus
 from tidegate.admin.notifications import list_notifications, retry_notification
 from tidegate.admin.rules import CatalogEditor
-from tidegate.doors.admin.common import Actor, After, Limit
+from tidegate.doors.admin.common import Actor, AdminRouter, After, Limit
 
 NotificationId = Annotated[str, Path(max_length=40), Plain]
 Status = Annotated[NotificationStatus | None, Query(description="filter: pending, delivered or failed")]
 
 
-def notification_routes(editor: CatalogEditor) -> APIRouter:
+def notification_routes(editor: CatalogEditor) -> AdminRouter:
     """The routes of notifications."""
-    routes = APIRouter(prefix="/notifications", tags=["notifications"])
+    routes = AdminRouter(prefix="/notifications", tags=["notifications"])
 
     @routes.get("", summary="List notifications, the newest first")
     async def read_all(limit: Limit = 100, after: After = None, status: Status = None) -> NotificationPage:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Query, Request, Response
+from fastapi import Query, Request, Response
 
 from tidegate.admin.import_export import export_policy, import_policy
 from tidegate.admin.models import ImportRead
 from tidegate.admin.rules import CatalogEditor
 from tidegate.admin.tokens import OPERATOR
-from tidegate.doors.admin.common import Actor, Caller
+from tidegate.doors.admin.common import Actor, AdminRouter, Caller
 from tidegate.doors.admin.guard import require_operator
 from tidegate.doors.responses import encode
 from tidegate.errors import BadRequest
@@ -34,9 +34,9 @@ _IMPORT_BODY: dict[str, Any] = {
 }
 
 
-def policy_routes(editor: CatalogEditor) -> APIRouter:
+def policy_routes(editor: CatalogEditor) -> AdminRouter:
     """The routes of the policy."""
-    routes = APIRouter(prefix="/policy", tags=["policy"])
+    routes = AdminRouter(prefix="/policy", tags=["policy"])
 
     @routes.get("", summary="Export everything as a policy file", response_class=Response, responses=_EXPORT_RESPONSES)
     async def export(

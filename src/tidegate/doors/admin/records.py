@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Literal
 
 import msgspec
-from fastapi import APIRouter, Depends, Query
+from fastapi import Depends, Query
 
 from tidegate.admin.lists import list_audit
 from tidegate.admin.models import AuditPage, Timestamp, TopRead, ViolationPage, ViolationRead, ViolatorRead
@@ -13,7 +13,7 @@ from tidegate.admin.models.base import Plain
 from tidegate.admin.rules import CatalogEditor
 from tidegate.admin.usage import attribute_names, attribute_subject_text, subject_of_key
 from tidegate.decision import client_of
-from tidegate.doors.admin.common import After, Exactly, Ip, KeyId, Limit, SubjectText
+from tidegate.doors.admin.common import AdminRouter, After, Exactly, Ip, KeyId, Limit, SubjectText
 from tidegate.errors import BadRequest
 from tidegate.timestamps import now_us, parse_timestamp
 from tidegate.violations.queries import DAY_US, ViolationFilter, list_violations, top_violators
@@ -30,9 +30,9 @@ AttributeNames = Annotated[
 TopLimit = Annotated[int, Query(ge=1, le=100, description="maximum number of items")]
 
 
-def record_routes(editor: CatalogEditor) -> APIRouter:
+def record_routes(editor: CatalogEditor) -> AdminRouter:
     """The routes of violations and of the audit log."""
-    routes = APIRouter()
+    routes = AdminRouter()
     database = editor.catalog.database
 
     async def violation_filter(

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from fastapi import APIRouter, Path, Response
+from fastapi import Path, Response
 
 from tidegate.admin.lists import get_rule, list_rules
 from tidegate.admin.models import RuleCreate, RuleFields, RulePage, RulePatch, RuleRead
 from tidegate.admin.over_limit import used_up_in_tier
 from tidegate.admin.rules import CatalogEditor
-from tidegate.doors.admin.common import EDIT_ERRORS, Actor, After, Contains, Exactly, Limit, Revisions, tagged
+from tidegate.doors.admin.common import EDIT_ERRORS, Actor, AdminRouter, After, Contains, Exactly, Limit, Revisions, tagged
 from tidegate.errors import BadRequest
 from tidegate.gate.gate import Gate
 
 RuleId = Annotated[int, Path(ge=1, le=2**53)]
 
 
-def rule_routes(editor: CatalogEditor, gate: Gate) -> APIRouter:
+def rule_routes(editor: CatalogEditor, gate: Gate) -> AdminRouter:
     """The routes of rules."""
-    routes = APIRouter(prefix="/rate-limit-rules", tags=["rules"])
+    routes = AdminRouter(prefix="/rate-limit-rules", tags=["rules"])
 
     async def answer(response: Response, rule: RuleRead) -> RuleRead:
         warnings = rule.warnings + await used_up_in_tier(editor, gate, rule.tier, rule.name)

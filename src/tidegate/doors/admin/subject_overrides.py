@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from fastapi import APIRouter, Path, Query, Response
+from fastapi import Path, Query, Response
 
 from tidegate.admin.models import Plain
 from tidegate.admin.models.base import KeyId
@@ -16,7 +16,7 @@ from tidegate.admin.models.subject_overrides import (
 )
 from tidegate.admin.rules import CatalogEditor
 from tidegate.admin.subject_overrides import create_override, delete_override, edit_override, get_override, list_overrides
-from tidegate.doors.admin.common import EDIT_ERRORS, Actor, After, Exactly, Limit, Revisions, tagged
+from tidegate.doors.admin.common import EDIT_ERRORS, Actor, AdminRouter, After, Exactly, Limit, Revisions, tagged
 
 NameInPath = Annotated[str, Path(max_length=64), Plain]
 SubjectFilter = Annotated[
@@ -26,9 +26,9 @@ SubjectFilter = Annotated[
 ]
 
 
-def override_routes(editor: CatalogEditor) -> APIRouter:
+def override_routes(editor: CatalogEditor) -> AdminRouter:
     """The routes of overrides for subjects."""
-    routes = APIRouter(prefix="/tiers/{name}/overrides", tags=["tiers"])
+    routes = AdminRouter(prefix="/tiers/{name}/overrides", tags=["tiers"])
 
     @routes.get("", summary="List the overrides of a tier for subjects, by id")
     async def read_all(

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from fastapi import APIRouter
 from pydantic import ConfigDict
 
 from tidegate._version import __version__
 from tidegate.admin.models.base import JsonObject, ResponseModel
+from tidegate.doors.admin.common import AdminRouter
 
 
 class SystemRead(ResponseModel):
@@ -20,13 +20,13 @@ class SystemRead(ResponseModel):
     version: str
 
 
-def system_routes(report: Callable[[], Awaitable[JsonObject]] | None) -> APIRouter:
+def system_routes(report: Callable[[], Awaitable[JsonObject]] | None) -> AdminRouter:
     """The route of the system's state.
 
     Args:
         report: returns the state of this process; None where the control plane runs without a server.
     """
-    routes = APIRouter(tags=["system"])
+    routes = AdminRouter(tags=["system"])
 
     @routes.get("/system", summary="Read the health, stores and settings of the process that answers; secrets are hidden")
     async def read() -> SystemRead:

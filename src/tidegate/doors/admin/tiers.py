@@ -4,22 +4,22 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Path, Response
+from fastapi import Path, Response
 
 from tidegate.admin.lists import get_tier, list_tiers
 from tidegate.admin.models import Plain, TierCreate, TierLimits, TierPage, TierPatch, TierRead
 from tidegate.admin.over_limit import used_up_in_tier
 from tidegate.admin.rules import CatalogEditor
-from tidegate.doors.admin.common import EDIT_ERRORS, Actor, After, Contains, Limit, Revisions, tagged
+from tidegate.doors.admin.common import EDIT_ERRORS, Actor, AdminRouter, After, Contains, Limit, Revisions, tagged
 from tidegate.errors import BadRequest
 from tidegate.gate.gate import Gate
 
 NameInPath = Annotated[str, Path(max_length=64), Plain]
 
 
-def tier_routes(editor: CatalogEditor, gate: Gate) -> APIRouter:
+def tier_routes(editor: CatalogEditor, gate: Gate) -> AdminRouter:
     """The routes of tiers."""
-    routes = APIRouter(prefix="/tiers", tags=["tiers"])
+    routes = AdminRouter(prefix="/tiers", tags=["tiers"])
 
     async def changed(response: Response, actor: str, name: str, fields: dict[str, Any], revisions: Any) -> TierRead:
         tier = tagged(

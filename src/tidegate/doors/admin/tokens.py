@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from fastapi import APIRouter, Path, Response
+from fastapi import Path, Response
 
 from tidegate.admin import tokens
 from tidegate.admin.lists import list_tokens
 from tidegate.admin.models import TokenCreate, TokenMade, TokenPage, TokenRead
 from tidegate.admin.rules import CatalogEditor
-from tidegate.doors.admin.common import OPERATORS_ONLY, Actor, After, Limit
+from tidegate.doors.admin.common import OPERATORS_ONLY, Actor, AdminRouter, After, Limit
 from tidegate.timestamps import parse_timestamp
 
 TokenId = Annotated[int, Path(ge=1, le=2**53)]
 
 
-def token_routes(editor: CatalogEditor) -> APIRouter:
+def token_routes(editor: CatalogEditor) -> AdminRouter:
     """The routes of tokens."""
-    routes = APIRouter(prefix="/tokens", tags=["tokens"], dependencies=[OPERATORS_ONLY])
+    routes = AdminRouter(prefix="/tokens", tags=["tokens"], dependencies=[OPERATORS_ONLY])
 
     @routes.get("", summary="List tokens, by id")
     async def read_all(limit: Limit = 100, after: After = None) -> TokenPage:

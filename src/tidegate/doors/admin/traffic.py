@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Annotated, Final, Literal
 
-from fastapi import APIRouter, Depends, Query, Response
+from fastapi import Depends, Query, Response
 
 from tidegate.admin.models import Plain, Timestamp
 from tidegate.admin.models.traffic import TrafficCallerRead, TrafficCallersRead, TrafficRead
 from tidegate.admin.rules import CatalogEditor
 from tidegate.admin.usage import attribute_subject_text, subject_of_key
 from tidegate.decision import client_of
-from tidegate.doors.admin.common import Exactly, Ip, KeyId
+from tidegate.doors.admin.common import AdminRouter, Exactly, Ip, KeyId
 from tidegate.doors.responses import encode
 from tidegate.errors import BadRequest
 from tidegate.ledger.traffic import TrafficFilter, read_latency, read_traffic, top_callers
@@ -34,9 +34,9 @@ SubjectText = Annotated[
 ]
 
 
-def traffic_routes(editor: CatalogEditor) -> APIRouter:
+def traffic_routes(editor: CatalogEditor) -> AdminRouter:
     """The routes of the traffic history."""
-    routes = APIRouter(tags=["traffic"])
+    routes = AdminRouter(tags=["traffic"])
     database = editor.catalog.database
 
     async def traffic_filter(

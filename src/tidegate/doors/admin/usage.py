@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import Annotated, Final
 
 import msgspec
-from fastapi import APIRouter, Query
+from fastapi import Query
 
 from tidegate.admin.models import Plain, ResetRead, ResetRequest, UsageRead
 from tidegate.admin.rules import CatalogEditor
 from tidegate.admin.transaction import NotFound
 from tidegate.admin.usage import customer_usage, key_usage, reset_customer, reset_key, subject_of_key, subject_usage
 from tidegate.decision import Usage, client_of
-from tidegate.doors.admin.common import Actor, Exactly, Ip, KeyId, SubjectText
+from tidegate.doors.admin.common import Actor, AdminRouter, Exactly, Ip, KeyId, SubjectText
 from tidegate.doors.responses import usage_body
 from tidegate.errors import BadRequest, MissingApiKey
 from tidegate.gate.gate import Gate
@@ -106,9 +106,9 @@ async def reset_subject(editor: CatalogEditor, gate: Gate, actor: str, request: 
     return ResetRead(reset=count)
 
 
-def usage_routes(editor: CatalogEditor, gate: Gate) -> APIRouter:
+def usage_routes(editor: CatalogEditor, gate: Gate) -> AdminRouter:
     """The routes of usage and counters."""
-    routes = APIRouter(tags=["usage"])
+    routes = AdminRouter(tags=["usage"])
 
     @routes.get("/usage", summary="Read the remaining quota of a key, a customer, or a client without a key; charges nothing")
     async def usage(

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Final
 
-from fastapi import APIRouter, Query, Response
+from fastapi import Query, Response
 
 from tidegate.admin.models import Plain
 from tidegate.admin.rules import CatalogEditor
-from tidegate.doors.admin.common import After, KeyId
+from tidegate.doors.admin.common import AdminRouter, After, KeyId
 from tidegate.ledger.export import MAX_ROWS, Format, LedgerFilter, read_days, read_ledger, render
 
 NEXT_HEADER: Final = "X-Tidegate-Next"
@@ -37,9 +37,9 @@ Rows = Annotated[int, Query(ge=1, le=MAX_ROWS, description="maximum number of ro
 Customer = Annotated[str | None, Query(max_length=200, description="name of a customer; empty for rows without one"), Plain]
 
 
-def usage_export_routes(editor: CatalogEditor) -> APIRouter:
+def usage_export_routes(editor: CatalogEditor) -> AdminRouter:
     """The route of the usage ledger."""
-    routes = APIRouter(tags=["usage"])
+    routes = AdminRouter(tags=["usage"])
     database = editor.catalog.database
 
     @routes.get(

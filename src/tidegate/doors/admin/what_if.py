@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Annotated, Any, Final
 
 import msgspec
-from fastapi import APIRouter, Path, Request
+from fastapi import Path, Request
 
 from tidegate.admin.models import Plain
 from tidegate.admin.what_if import MAX_RULE_ID, WhatIf, WhatIfRuns
 from tidegate.admin.what_if_runs import WhatIfRead
-from tidegate.doors.admin.common import Actor
+from tidegate.doors.admin.common import Actor, AdminRouter
 from tidegate.errors import BadRequest
 
 RunId = Annotated[str, Path(max_length=32), Plain]
@@ -48,9 +48,9 @@ _BODY: Final[dict[str, Any]] = {
 }
 
 
-def what_if_routes(runs: WhatIfRuns) -> APIRouter:
+def what_if_routes(runs: WhatIfRuns) -> AdminRouter:
     """The routes of what-if."""
-    routes = APIRouter(prefix="/what-if", tags=["what-if"])
+    routes = AdminRouter(prefix="/what-if", tags=["what-if"])
 
     @routes.post(
         "", status_code=202, summary="Try a change of the policy on recorded traffic; changes nothing", openapi_extra=_BODY
