@@ -166,6 +166,14 @@ class RequestSender:
             "leases": False,
         }
         acting = {"endpoint": f"/acting/{number}", "action": "deny"}
+        failing = {
+            "endpoint": f"/failing/{number}",
+            "limits": ["5/15m"],
+            "count": "failures",
+            "statuses": [401, 422],
+            "clear_on_success": True,
+            "penalty": ["1m", "5m"],
+        }
         sold = {"limits": ["1/s"], "quotas": ["1000/month", "50/day"], "overage": {"up_to": "20%"}}
         override = {"rule": "/kept", "limits": ["2/s"], "quotas": ["9/month"], "until": "2100-01-01T00:00:00Z"}
         own = {"limits": ["9/day"], "overrides": [override]}
@@ -192,9 +200,13 @@ class RequestSender:
             "TierCreate": [{"name": f"new-{number}", **sold}],
             "TierLimits": [sold],
             "TierPatch": [sold],
-            "RuleCreate": [{"tier": "free", **rule}, {"tier": "free", **acting}],
-            "RuleFields": [rule, acting],
-            "RulePatch": [rule, {**acting, "limits": [], "quotas": [], "overage": False}],
+            "RuleCreate": [{"tier": "free", **rule}, {"tier": "free", **acting}, {"tier": "free", **failing}],
+            "RuleFields": [rule, acting, failing],
+            "RulePatch": [
+                rule,
+                {**failing, "quotas": [], "overage": False},
+                {**acting, "limits": [], "quotas": [], "overage": False, "count": "requests"},
+            ],
             "CustomerCreate": [{"name": f"new-{number}", **customer}],
             "CustomerPatch": [customer],
             "KeyCreate": [key, owned],
