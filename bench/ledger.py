@@ -32,7 +32,7 @@ from tidegate.catalog.cached import CachedCatalog
 from tidegate.catalog.in_memory import PolicyCatalog
 from tidegate.catalog.sql.database import Database
 from tidegate.counters.memory import MemoryCounters
-from tidegate.decision import Check, Decision, Observation
+from tidegate.decision import Check, Decision, Observation, UsageMemo
 from tidegate.gate.gate import Gate, Observer
 from tidegate.ledger.aggregate import UsageCounts
 from tidegate.ledger.buffer import DAY_US
@@ -52,22 +52,25 @@ name = "free"
 TOKEN = "token-of-the-bench-0001"
 
 
-def observations(keys: int, count: int) -> list[Observation]:
+def observations(keys: int, count: int, *, moving: bool = False) -> list[Observation]:
     """What the gate reports of checks of so many keys in turn, under 8 rules; one in ten was blocked.
 
-    As in the gate, the texts of a key are those of its cached caller: the same objects in all its checks.
+    As in the gate, the texts and the memo of a key are those of its cached caller: the same objects in all its checks.
+
+    Args:
+        moving: whether each check of a key is answered by another rule than the one before.
     """
     sets = [
         LimitSet(f"t:/{number}", Algorithm.FIXED_WINDOW, [Limit.parse("100/minute")], rule=f"/api/{number}", tier="free")
         for number in range(8)
     ]
-    callers = [(f"k:{number:024x}", f"{number:024x}") for number in range(keys)]
+    callers = [(f"k:{number:024x}", f"{number:024x}", UsageMemo()) for number in range(keys)]
     made = []
     for number in range(count):
-        limits = sets[number % keys % 8]
-        subject, key = callers[number % keys]
+        limits = sets[(number % keys + number // keys * moving) % 8]
+        subject, key, memo = callers[number % keys]
         decision = Decision(number % 10 > 0, limits.limits[0], 50, limits=limits, at_us=AT_US + number)
-        made.append(Observation(decision, None, 400_000, (), subject, None, 1, key))
+        made.append(Observation(decision, None, 400_000, (), subject, None, 1, key, memo=memo))
     return made
 
 
@@ -142,6 +145,7 @@ def recording(smoke: bool) -> list[tuple[str, float, Goal | None]]:
     """The figures of recording."""
     rounds, count = (2, 20_000) if smoke else (9, 200_000)
     kinds = {f"{keys:,} keys in turn": observations(keys, count) for keys in (1, 1_000, 10_000)}
+    kinds["1,000 keys in turn, other rules each time"] = observations(1_000, count, moving=True)
     kinds["every check of another key"] = observations(count, count)
     figures: list[tuple[str, float, Goal | None]] = []
     for label, checks in kinds.items():

@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 from sqlalchemy import delete, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tests.unit.test_telemetry import values
 from tidegate.catalog.sql.database import Database
 from tidegate.catalog.sql.tables import ledger_batches, traffic_callers, traffic_latency, traffic_minutes, usage_ledger
-from tidegate.decision import Decision, Observation
+from tidegate.decision import Decision, Observation, UsageMemo
 from tidegate.errors import CatalogUnavailable
 from tidegate.latency import BUCKETS_S, LatencyHistogram
 from tidegate.ledger import aggregate
@@ -163,6 +164,39 @@ async def test_a_flood_of_subjects_hides_no_key_and_no_heavy_caller() -> None:
     hour = NOON_US - NOON_US % HOUR_US
     assert 2_000 - 22_000 / 200 <= found["callers"][hour, "free", "r", "i:heavy"][0] <= 2_000
     assert sum(sum(units) for units in found["callers"].values()) == 22_000, "the rest is counted as others"
+
+
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 5), st.integers(0, 2), st.integers(0, 2), st.integers(1, 9), st.booleans(), st.booleans()),
+        max_size=60,
+    )
+)
+def test_what_a_caller_remembers_of_its_last_check_changes_no_sum(
+    steps: list[tuple[int, int, int, int, bool, bool]],
+) -> None:
+    rules = [limit_set(f"r{number}") for number in range(3)]
+    # Where entries are removed for others, more come than fit.
+    remembering, plain = UsageCounts(max_entries=3), UsageCounts(max_entries=3)
+    memos = [UsageMemo() for _ in range(6)]
+    for caller, rule, minute, cost, allowed, taken in steps:
+        one = check(
+            f"k:{caller}",
+            allowed=allowed,
+            cost=cost,
+            at_us=NOON_US + minute * MINUTE_US,
+            limits=rules[rule],
+            key_id=str(caller),
+        )
+        plain.observe(one)
+        remembering.observe(replace(one, memo=memos[caller]))
+        if taken:
+            assert units_of(remembering) == units_of(plain)
+    assert units_of(remembering) == units_of(plain)
+
+
+def units_of(counts: UsageCounts) -> dict[int, tuple[object, object]]:
+    return {at_us: (minute.table.entries, minute.sums) for at_us, minute in counts.take().items()}
 
 
 async def test_what_does_not_fit_keeps_its_sums(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ from collections import OrderedDict
 from typing import Final, Generic, TypeVar
 
 from tidegate.counters import Counters
-from tidegate.decision import CallerIdentity
+from tidegate.decision import CallerIdentity, UsageMemo
 from tidegate.policy.attributes import CallerPolicy
 from tidegate.policy.customers import Customer
 from tidegate.policy.limits import LimitSet
@@ -142,7 +142,7 @@ class TierNames:
         self.recent = False
 
 
-class Caller:
+class Caller(UsageMemo):
     """A caller and its rules. `api_key` is None for callers without a key.
 
     Attributes:
@@ -179,6 +179,7 @@ class Caller:
     )
 
     def __init__(self, api_key: ApiKey | None, cached_tier: CachedTier) -> None:
+        super().__init__()
         self.api_key = api_key
         self.cached_tier = cached_tier
         self.recent = False

@@ -168,8 +168,9 @@ class Gate:
             latency_ns = _clock_ns() - started_ns
             if counters and decision.allowed:
                 subject = counters[0][1]
+                key_id, customer = caller.key_id, caller.customer
                 self._observe(
-                    Observation(decision, None, latency_ns, (), subject, None, check.cost, caller.key_id, caller.customer)
+                    Observation(decision, None, latency_ns, (), subject, None, check.cost, key_id, customer, (), caller)
                 )
             else:
                 self._observe(observation_of(decision, counters, latency_ns, (), check.cost, caller.key_id))

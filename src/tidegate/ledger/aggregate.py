@@ -34,13 +34,15 @@ class Minute:
     Attributes:
         table: units by what answered, subject, API key and customer.
         sums: units of the entries that were removed from the table, by what answered, API key and customer.
+        token: identifies the table as long as no entry is removed from it: `UsageMemo` remembers entries by it.
     """
 
-    __slots__ = ("sums", "table")
+    __slots__ = ("sums", "table", "token")
 
     def __init__(self, max_entries: int) -> None:
         self.table: CallerTable[EntryKey] = CallerTable(max_entries)
         self.sums: dict[SumKey, list[int]] = {}
+        self.token = object()
 
 
 class UsageCounts:
@@ -48,8 +50,7 @@ class UsageCounts:
 
     Args:
         max_entries: maximum number of entries of a minute between two writes; if more come, those with the fewest units are
-        counted
-            without their subject.
+            counted without their subject.
         latency: durations of all checks.
 
     Attributes:
@@ -66,14 +67,14 @@ class UsageCounts:
         self._from_us = 0
         self._to_us = 0
         self._minute = Minute(max_entries)
-        self._entries = self._minute.table.entries
+        self._token = self._minute.token
 
     def __len__(self) -> int:
         """Number of entries counted since the last `take`."""
         return sum(len(minute.table.entries) + len(minute.sums) for minute in self._minutes.values())
 
     def observe(self, observation: Observation) -> None:
-        """Count the units of one check. Costs 0.2 µs if the minute has an entry for it; see `bench/ledger.py`."""
+        """Count the units of one check. Costs 0.2 µs if the caller's last check had the same entry; see `bench/ledger.py`."""
         decision = observation.decision
         if decision is None:
             return
@@ -83,10 +84,16 @@ class UsageCounts:
         at_us = decision.at_us or now_us()  # a check without limits has no time of the store
         if not self._from_us <= at_us < self._to_us:
             self._select(at_us)
-        key = (decision.limits or decision.unlimited_tier, observation.subject, observation.key_id, observation.customer)
-        entry = self._entries.get(key)
-        if entry is None:
-            entry = self._add_entry(key)
+        memo = observation.memo
+        if (
+            memo is not None
+            and memo.usage_token is self._token
+            and memo.usage_answer is (decision.limits or decision.unlimited_tier)
+            and memo.usage_subject is observation.subject
+        ):
+            entry = memo.usage_entry
+        else:
+            entry = self._entry(observation, decision.limits or decision.unlimited_tier)
         if decision.allowed:
             entry[0] += cost
             if decision.overage:
@@ -118,12 +125,26 @@ class UsageCounts:
             else:
                 minute = self._minutes[minute_us] = Minute(self.max_entries)
         self._minute = minute
-        self._entries = minute.table.entries
+        self._token = minute.token
         self._from_us, self._to_us = minute_us, minute_us + MINUTE_US
+
+    def _entry(self, observation: Observation, answer: Answer) -> list[int]:
+        """The entry of a check in the current minute."""
+        subject = observation.subject
+        key = (answer, subject, observation.key_id, observation.customer)
+        entry = self._minute.table.entries.get(key)
+        if entry is None:
+            entry = self._add_entry(key)
+        memo = observation.memo
+        if memo is not None:
+            memo.usage_token, memo.usage_answer, memo.usage_subject, memo.usage_entry = self._token, answer, subject, entry
+        return entry
 
     def _add_entry(self, key: EntryKey) -> list[int]:
         entry, replaced = self._minute.table.add_key(key)
         if replaced is not None:
+            # Nobody may add to the entry that was removed.
+            self._token = self._minute.token = object()
             (answer, _, key_id, customer), units = replaced
             sums = self._minute.sums
             at: SumKey = (answer, key_id, customer)
