@@ -5,10 +5,9 @@ from __future__ import annotations
 import asyncio
 import sys
 import time
-from collections.abc import Awaitable, Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Final
+from typing import Final
 
 import uvicorn
 from tests.servers.ports import free_port
@@ -22,6 +21,7 @@ from tidegate.counters.guarded import GuardedCounters
 from tidegate.counters.redis.store import RedisCounters
 from tidegate.decision import Decision
 from tidegate.doors.asgi import RateLimitMiddleware
+from tidegate.doors.default_limits import Receive, Scope, Send
 from tidegate.policy.limits import ConcurrencyAlgorithm, Limit, LimitSet
 
 SLOTS: Final = 1000
@@ -130,7 +130,7 @@ async def _disconnected(url: str) -> float:
             await serving
 
 
-async def _stream(_: dict[str, Any], receive: Callable[[], Awaitable[Any]], send: Callable[[Any], Awaitable[None]]) -> None:
+async def _stream(_: Scope, receive: Receive, send: Send) -> None:
     """Streams until its client disconnects."""
     await send({"type": "http.response.start", "status": 200, "headers": []})
     ended = asyncio.create_task(_disconnect(receive))
@@ -139,7 +139,7 @@ async def _stream(_: dict[str, Any], receive: Callable[[], Awaitable[Any]], send
         await asyncio.wait((ended,), timeout=0.05)
 
 
-async def _disconnect(receive: Callable[[], Awaitable[Any]]) -> None:
+async def _disconnect(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
 

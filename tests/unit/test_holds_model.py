@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from tests.conftest import Clock
-from tidegate.counters.holds import HoldHandle
+from tidegate.counters.holds import SETTLED_KNOWN_US, HoldHandle
 from tidegate.counters.memory import MemoryCounters
 from tidegate.errors import HoldEnded
 from tidegate.policy.limits import Algorithm, ConcurrencyAlgorithm, Limit, LimitSet
@@ -42,7 +42,7 @@ class HoldsAgainstModel(RuleBasedStateMachine):
         self.charged: dict[tuple[str, int], int] = {}
         self.excess: dict[tuple[str, int], int] = {}
         self.open: list[Open] = []
-        self.settled: list[tuple[Open, int, bool]] = []
+        self.settled: list[tuple[Open, int, bool, int]] = []
 
     @property
     def window(self) -> int:
@@ -96,13 +96,13 @@ class HoldsAgainstModel(RuleBasedStateMachine):
             key = (hold.subject, hold.window)
             self.charged[key] = self.charged.get(key, 0) + min(used, hold.cost)
             self.charge_now(hold.subject, max(used - hold.cost, 0), above=True)
-        self.settled.append((hold, used, late))
+        self.settled.append((hold, used, late, self.clock() + SETTLED_KNOWN_US))
 
     @precondition(lambda self: self.settled)
     @rule(which=st.integers(0, 9), used=COSTS)
     def settle_again(self, which: int, used: int) -> None:
-        hold, charged, late = self.settled[-1 - which % min(len(self.settled), 3)]
-        if hold.ends_us + MINUTE_US > self.clock():
+        hold, charged, late, known_until_us = self.settled[-1 - which % min(len(self.settled), 3)]
+        if self.clock() < known_until_us:
             answer = self.store.settle_hold_now(hold.handle, used)
             assert (answer.cost, answer.late, answer.repeated) == (charged, late, True)
             with pytest.raises(HoldEnded):
