@@ -24,6 +24,7 @@ import pytest
 from drills import balancer, handover, instance
 from drills.findings import Findings
 from drills.flood import DRILLS as FLOODS
+from drills.holds import DRILLS as HOLDS
 from drills.outcome import ChargeOutcome
 from drills.picture import draw
 from drills.postgres_failures import DRILLS as POSTGRES_FAILURES
@@ -37,7 +38,8 @@ Drill = Callable[[Size], Awaitable[ChargeOutcome | Findings]]
 PROGRAMS: Final = {"instance": instance, "handover": handover, "balancer": balancer}
 """Drills without a database, which have no table of this form: programs of their own."""
 DRILLS: Final[dict[str, Drill]] = {
-    drill.__name__.replace("_", "-"): drill for drill in (*REDIS_FAILURES, *REDIS_CHANGES, *POSTGRES_FAILURES, *FLOODS, *SOAKS)
+    drill.__name__.replace("_", "-"): drill
+    for drill in (*REDIS_FAILURES, *REDIS_CHANGES, *POSTGRES_FAILURES, *FLOODS, *HOLDS, *SOAKS)
 }
 NAMES: Final = (*DRILLS, *PROGRAMS)
 BESIDES: Final = ("redis_failures", "autoscale", "fleet")

@@ -178,6 +178,7 @@ class CounterSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         max_subjects: maximum number of counters in memory; with Redis, while it is unavailable.
         max_in_flight: maximum number of unanswered calls to one shard.
         min_instances: minimum number of instances that share the limits while the store is unavailable, even if fewer are known.
+        max_holds: maximum number of open holds of one counter.
     """
 
     url: str = "memory://"
@@ -186,6 +187,7 @@ class CounterSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     max_subjects: Annotated[int, Range(1, 1_000_000_000)] = 1_000_000
     max_in_flight: Annotated[int, Range(1, 1_000_000)] = 10_000
     min_instances: Annotated[int, Range(1, 10_000)] = 1
+    max_holds: Annotated[int, Range(1, 10_000_000)] = 100_000
 
 
 class LeaseSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -236,6 +236,44 @@ async def test_while_the_store_is_away_nothing_is_reserved(new_redis: Callable[[
     await store.close()
 
 
+async def test_a_promoted_replica_knows_all_holds(new_redis: Callable[[], RedisServer]) -> None:
+    """The server is killed while holds are open, settled and expired: nothing is lost or given back twice."""
+    server, replica = new_redis(), new_redis()
+    replica.must("REPLICAOF", "127.0.0.1", str(server.port))
+    first = GuardedCounters(RedisCounters(server.url, TIMEOUT_S))
+    slots = LimitSet(f"holds:{next(NAMES)}", ConcurrencyAlgorithm.CONCURRENT, [Limit.parse("4 concurrent")])
+    counters = ((limit_set("100/day"), "k"), (slots, "k"))
+    held = [(await first.open_hold(counters, 25, MINUTE_US))[1] for _ in range(4)]
+    assert held[0] is not None
+    await first.settle_hold(held[0], 5)
+    await until_true(lambda: _is_replicated(server))
+    server.kill()
+    await first.close()
+    replica.must("REPLICAOF", "NO", "ONE")
+    store = GuardedCounters(RedisCounters(replica.url, TIMEOUT_S))
+    again = await store.settle_hold(held[0], 25)
+    assert (again.cost, again.repeated) == (5, True)
+    assert await remaining(store, *counters[:1]) == 20
+    assert await remaining(store, (slots, "k")) == 1
+    for hold, used in zip(held[1:], (10, 25, 40), strict=True):
+        assert hold is not None
+        for _ in range(2):
+            assert (await store.settle_hold(hold, used)).cost == used
+    assert await remaining(store, *counters[:1]) == 20
+    assert await remaining(store, (slots, "k")) == 4
+    await store.close()
+
+
+async def _is_replicated(server: RedisServer) -> bool:
+    """WAIT is for what the same connection wrote; the replica applies all writes in order."""
+
+    def waited() -> bool:
+        server.must("SET", "last", "1")
+        return bool(server.must("WAIT", "1", "100"))
+
+    return await asyncio.to_thread(waited)
+
+
 async def test_charges_above_the_limit_and_refunds(new_redis: Callable[[], RedisServer]) -> None:
     server = new_redis()
     store = GuardedCounters(RedisCounters(server.url, TIMEOUT_S))

@@ -15,9 +15,11 @@ from tests.raw_http import RawAnswer
 from tests.rsgi import call
 from tidegate.catalog.cached import CachedCatalog
 from tidegate.catalog.in_memory import PolicyCatalog
+from tidegate.counters.blocking import BlockingMemory
+from tidegate.counters.factory import open_blocking, open_counters
 from tidegate.counters.holds import HoldHandle, new_id
 from tidegate.counters.memory import MemoryCounters
-from tidegate.decision import Check
+from tidegate.decision import Check, Observation
 from tidegate.doors.asgi import RateLimitMiddleware
 from tidegate.doors.exceeded import RateLimitExceeded
 from tidegate.doors.http import DataPlane
@@ -26,6 +28,7 @@ from tidegate.errors import BadRequest, HoldEnded, HoldNotFound, PolicyError, To
 from tidegate.gate.gate import Gate
 from tidegate.policy.limits import Algorithm, Limit, LimitSet
 from tidegate.policy.toml_reader import parse_policy
+from tidegate.settings import CounterSettings
 
 POLICY = """
 [[tiers]]
@@ -174,6 +177,37 @@ def test_bounds(store: MemoryCounters, clock: Clock) -> None:
         store.settle_hold_now(opened, 0)
     assert len(store._hold_ends) < 100
     assert len(store._rows.mark) < 1100
+
+
+def test_the_setting_bounds_the_holds_of_one_counter() -> None:
+    store = open_counters(CounterSettings(max_holds=2))
+    blocking = open_blocking(CounterSettings(max_holds=2))
+    assert isinstance(store, MemoryCounters)
+    assert isinstance(blocking, BlockingMemory)
+    counters = ((limits_of(Algorithm.FIXED_WINDOW, "100/minute"), "s"),)
+    for each in (store, blocking):
+        held = [each.open_hold_now(counters, 1, 60_000_000)[1] for _ in range(2)]
+        with pytest.raises(TooManyHolds, match=r"2 holds are open for one subject, as many as counters\.max_holds"):
+            each.open_hold_now(counters, 1, 60_000_000)
+        # Another subject has its own; a settled hold makes room.
+        assert each.open_hold_now(((counters[0][0], "other"),), 1, 60_000_000)[1] is not None
+        assert held[0] is not None
+        each.settle_hold_now(held[0], 1)
+        assert each.open_hold_now(counters, 1, 60_000_000)[1] is not None
+
+
+async def test_a_denied_hold_is_a_violation(store: MemoryCounters) -> None:
+    denied: list[tuple[str | None, int]] = []
+
+    def observe(observation: Observation) -> None:
+        if observation.denied_by is not None:
+            denied.append((observation.denied_by.rule, observation.cost))
+
+    gate = Gate(CachedCatalog(PolicyCatalog(parse_policy(POLICY))), store, observe=observe)
+    check = Check.of("/llm/x", "POST", "demo-free-key-0001", cost=800)
+    assert (await gate.holds.open(check)).hold is not None
+    assert (await gate.holds.open(check)).hold is None
+    assert denied == [("tokens", 800)]
 
 
 @settings(max_examples=60)

@@ -45,12 +45,15 @@ def open_counters(
     breaker = breaker or BreakerSettings()
     url = settings.url
     if url == "memory://":
-        return MemoryCounters(settings.max_subjects, clock)
+        memory = MemoryCounters(settings.max_subjects, clock)
+        memory.max_holds = settings.max_holds
+        return memory
     _require_redis(url)
     from tidegate.counters.guarded import GuardedCounters
     from tidegate.counters.redis.store import RedisCounters
 
     store = RedisCounters(url, settings.timeout_ms / 1000, settings.max_in_flight)
+    store.holds.most = settings.max_holds
     guarded = GuardedCounters(store, _guard_options(settings, breaker))
     if leases is None or not leases.enabled:
         return guarded
@@ -76,12 +79,16 @@ def open_blocking(settings: CounterSettings | str, clock: Callable[[], int] | No
         settings = CounterSettings(url=settings)
     url = settings.url
     if url == "memory://":
-        return BlockingMemory(settings.max_subjects, clock)
+        memory = BlockingMemory(settings.max_subjects, clock)
+        memory.max_holds = settings.max_holds
+        return memory
     _require_redis(url)
     from tidegate.counters.blocking_redis import BlockingRedis
     from tidegate.counters.redis.blocking import BlockingRedisCounters
 
-    return BlockingRedis(BlockingRedisCounters(url, settings.timeout_ms / 1000), _guard_options(settings, BreakerSettings()))
+    store = BlockingRedisCounters(url, settings.timeout_ms / 1000)
+    store.holds.most = settings.max_holds
+    return BlockingRedis(store, _guard_options(settings, BreakerSettings()))
 
 
 def _require_redis(url: str) -> None:

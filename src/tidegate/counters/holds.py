@@ -252,7 +252,9 @@ def has_ended() -> HoldEnded:
 
 def too_many(most: int) -> TooManyHolds:
     """The error of a subject that has as many open holds as it may have."""
-    return TooManyHolds(f"{most} holds are open for one subject, the most there may be: settle holds when their requests end")
+    return TooManyHolds(
+        f"{most} holds are open for one subject, as many as counters.max_holds: settle holds when their requests end"
+    )
 
 
 @lru_cache(maxsize=64)

@@ -48,7 +48,7 @@ class MemoryHolds(MemoryStorage):
         expired_holds: holds that expired unsettled.
     """
 
-    max_holds = MAX_HOLDS
+    max_holds: int = MAX_HOLDS
 
     def __init__(self, max_subjects: int = DEFAULT_MAX_SUBJECTS, clock: Callable[[], int] | None = None) -> None:
         super().__init__(max_subjects, clock)
