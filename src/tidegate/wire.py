@@ -219,14 +219,17 @@ class HoldAnswer(DecisionBody, frozen=True, gc=False):
     expires_after: int | None = None
 
 
-class SettleRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, gc=False):
+class SettleRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True, gc=False):
     """The body of `POST /v1/holds/{id}/settle`.
 
     Args:
-        cost: units that were used, also written as 1.0; 0 cancels the hold.
+        cost: units that were used, also written as 1.0; 0 cancels the hold. Where the rule counts failures: 1 for a failure, else
+            0.
+        success: whether the request succeeded; where the rule has `clear_on_success`, the failures before it are forgotten.
     """
 
     cost: int | float
+    success: bool | None = None
 
 
 class HoldSettledBody(msgspec.Struct, frozen=True, gc=False):

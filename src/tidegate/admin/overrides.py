@@ -108,7 +108,7 @@ async def _rules_of(transaction: AuditedTransaction, tier: RowMapping | None, na
     if tier is None or not names:
         return {}
     of_rule = rate_limit_rules.c
-    query = select(of_rule.name, of_rule.subject, of_rule.subject_attributes, of_rule.algorithm).where(
+    query = select(of_rule.name, of_rule.subject, of_rule.subject_attributes, of_rule.algorithm, of_rule.failures).where(
         of_rule.tier_id == tier["id"], of_rule.name.in_(list(names))
     )
     return {row["name"]: row for row in (await transaction.connection.execute(query)).mappings()}
@@ -124,7 +124,7 @@ def _require_fit(rule: RowMapping | None, override: Override, tier: str, owner: 
             f"rule {name!r} counts by {_subject_text(rule)}, not by {by}: a {owner} cannot have limits of its own there"
         )
     if not override.quotas:
-        fit_limits(Algorithm(rule["algorithm"]), override.limits)
+        fit_limits(policy_rows.counting_of(rule), override.limits)
 
 
 def _is_usable(override: Override, tier: RowMapping | None, rules: Mapping[str, RowMapping], counted: Collection[str]) -> bool:
@@ -137,7 +137,7 @@ def _is_usable(override: Override, tier: RowMapping | None, rules: Mapping[str, 
     if override.quotas:
         return True
     try:
-        fit_limits(Algorithm(rule["algorithm"]), override.limits)
+        fit_limits(policy_rows.counting_of(rule), override.limits)
     except PolicyError:
         return False
     return True

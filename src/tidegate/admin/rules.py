@@ -37,6 +37,7 @@ from tidegate.errors import CatalogError
 from tidegate.policy.coverage import coverage_warnings
 from tidegate.policy.model import Rule, Tier
 
+FAILURE_FIELDS: Final = ("count", "statuses", "clear_on_success", "penalty")
 RULE_FIELDS: Final = {
     "endpoint",
     "limits",
@@ -53,6 +54,7 @@ RULE_FIELDS: Final = {
     "overage",
     "leases",
     "action",
+    *FAILURE_FIELDS,
 }
 
 
@@ -209,6 +211,8 @@ class CatalogEditor:
         async with self.changing(actor) as transaction:
             row = await load_editable_rule_row(transaction, rule_id, expected_revisions)
             current = {} if replace else RuleRead.of_row(row).model_dump(include=RULE_FIELDS)
+            if fields.get("count") == "requests":
+                current = {field: value for field, value in current.items() if field not in FAILURE_FIELDS}
             if current and Rule.make(**{**current, "name": "any"}).default_name == row["name"]:
                 current["name"] = ""
             changed = await update_rule(transaction, row, Rule.make(**{**current, **fields}))

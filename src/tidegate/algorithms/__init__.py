@@ -27,8 +27,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, Final, TypeAlias
 
-from tidegate.algorithms import concurrent, fixed_window, leaky_bucket, quota, sliding_log, sliding_window, token_bucket
-from tidegate.policy.limits import Algorithm, AnyAlgorithm, ConcurrencyAlgorithm, QuotaAlgorithm
+from tidegate.algorithms import concurrent, failures, fixed_window, leaky_bucket, quota, sliding_log, sliding_window, token_bucket
+from tidegate.policy.limits import Algorithm, AnyAlgorithm, ConcurrencyAlgorithm, FailureAlgorithm, QuotaAlgorithm
 
 State: TypeAlias = tuple[Any, ...] | None
 AlgorithmResult: TypeAlias = tuple[State, int, int, int | None]
@@ -44,6 +44,7 @@ DECIDE: Final[Mapping[AnyAlgorithm, Decide]] = {
     Algorithm.LEAKY_BUCKET: leaky_bucket.decide,
     QuotaAlgorithm.QUOTA: quota.decide,
     ConcurrencyAlgorithm.CONCURRENT: concurrent.decide,
+    FailureAlgorithm.FAILURES: failures.decide,
 }
 EXPIRES_AT: Final[Mapping[AnyAlgorithm, ExpiresAt]] = {
     Algorithm.FIXED_WINDOW: fixed_window.expires_at,
@@ -53,6 +54,7 @@ EXPIRES_AT: Final[Mapping[AnyAlgorithm, ExpiresAt]] = {
     Algorithm.LEAKY_BUCKET: leaky_bucket.expires_at,
     QuotaAlgorithm.QUOTA: quota.expires_at,
     ConcurrencyAlgorithm.CONCURRENT: concurrent.expires_at,
+    FailureAlgorithm.FAILURES: failures.expires_at,
 }
 MERGE: Final[Mapping[AnyAlgorithm, Merge]] = {
     Algorithm.FIXED_WINDOW: fixed_window.merge,
@@ -62,4 +64,5 @@ MERGE: Final[Mapping[AnyAlgorithm, Merge]] = {
     Algorithm.LEAKY_BUCKET: leaky_bucket.merge,
     QuotaAlgorithm.QUOTA: quota.merge,
     ConcurrencyAlgorithm.CONCURRENT: concurrent.merge,
+    FailureAlgorithm.FAILURES: failures.merge,
 }

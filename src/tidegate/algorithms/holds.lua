@@ -177,7 +177,7 @@ local function hold_functions()
       return
     end
     local name = algorithm_name(config)
-    if name == 'concurrent' then
+    if name == 'concurrent' or name == 'failures' then
       return
     end
     local held = algorithms[name].load(key)
@@ -198,6 +198,9 @@ local function hold_functions()
   -- Returns units that no hold charged: at most what counts now.
   local function refund(key, config, units)
     local name, record = algorithm_name(config), {units, now}
+    if algorithms[name].settle then
+      return
+    end
     if name == 'sliding_log' then
       refund_to_log(key, algorithms.sliding_log.load(key), units)
       return
@@ -211,6 +214,10 @@ local function hold_functions()
   local function charge(key, config, cost)
     local name = algorithm_name(config)
     local algorithm = algorithms[name]
+    if algorithm.settle then
+      algorithm.settle(key, config, cost, false)
+      return
+    end
     local held, fresh, longest = algorithm.load(key), {}, 0
     for i = 2, #config, algorithm.parameters do
       local window, most = config[i], config[i + 2]

@@ -18,7 +18,8 @@ import msgspec
 from tidegate.errors import PolicyError
 from tidegate.policy.attributes import CallerPolicy
 from tidegate.policy.customers import Customer
-from tidegate.policy.limits import Algorithm, Limit, fit_limits
+from tidegate.policy.failures import FailureCount
+from tidegate.policy.limits import Algorithm, AnyAlgorithm, Limit, fit_limits
 from tidegate.policy.model import ApiKey, Rule, Tier
 from tidegate.policy.overrides import Override
 from tidegate.policy.quotas import Overage, Quota, fit_quotas, require_quotas
@@ -155,12 +156,21 @@ def require_valid_tier(tier: Tier, name: str) -> None:
     names = set()
     for rule in tier.rules:
         if rule.limits or not (rule.quotas or rule.action):
-            _require_valid_limits(rule.limits, rule.algorithm)
+            _require_valid_limits(rule.limits, rule.counting)
+        _require_valid_failures(rule.failures)
         _require_valid_quotas(rule)
         names.add(rule.name)
     if len(names) < len(tier.rules) or "" in names:
         raise InvalidEntry("two of its rules have the same name, or one has no name")
     _require_valid_subject_overrides(tier)
+
+
+def _require_valid_failures(failures: FailureCount | None) -> None:
+    try:
+        if failures is not None and FailureCount.of_stored(failures.stored) != failures:
+            raise InvalidEntry("what it says of failures does not match its text")
+    except PolicyError as error:
+        raise InvalidEntry(error.reason) from None
 
 
 def _require_valid_subject_overrides(tier: Tier) -> None:
@@ -201,7 +211,7 @@ def _require_valid_overrides(overrides: tuple[Override, ...]) -> None:
             raise InvalidEntry("a quota does not match its text")
 
 
-def _require_valid_limits(limits: tuple[Limit, ...], algorithm: Algorithm | None = None) -> None:
+def _require_valid_limits(limits: tuple[Limit, ...], algorithm: AnyAlgorithm | None = None) -> None:
     """Reject limits that differ from their own text: the database stores the texts."""
     try:
         for limit in limits:

@@ -69,6 +69,7 @@ class _ClientHold:
         self._core = core
         self._request = request
         self._used: int | None = None
+        self._success: bool | None = None
 
     @property
     def allowed(self) -> bool:
@@ -80,11 +81,12 @@ class _ClientHold:
         """Id of the hold; None where there is none."""
         return self.answer.hold if isinstance(self.answer, HeldAnswer) else None
 
-    def settle(self, cost: int) -> None:
+    def settle(self, cost: int, *, success: bool = False) -> None:
         """Set what was used: it is charged when the context ends. The last call counts.
 
         Args:
-            cost: units, 0 (cancels) to 1,000,000,000.
+            cost: units, 0 (cancels) to 1,000,000,000. Where the rule counts failures: 1 for a failure, else 0.
+            success: whether the request succeeded; a rule with `clear_on_success` then forgets the failures before it.
 
         Raises:
             BadRequest: if the cost is no such number.
@@ -92,6 +94,7 @@ class _ClientHold:
         if type(cost) is not int or not 0 <= cost <= MAX_COST:
             raise BadRequest(f"cost {clip(cost)} must be a whole number from 0 to {MAX_COST}", field="cost")
         self._used = cost
+        self._success = success or None
 
     def _open_steps(self) -> Steps[Answer]:
         try:
@@ -103,7 +106,7 @@ class _ClientHold:
     def _settle_steps(self, hold: str, failed: bool) -> Steps[HoldSettledBody]:
         reserved = self.answer.reserved if isinstance(self.answer, HeldAnswer) else 0
         used = (0 if failed else reserved) if self._used is None else self._used
-        return self._core.repeat(f"{_HOLDS}/{hold}/settle", _ENCODE(SettleRequest(used)), _decoded(_SETTLED))
+        return self._core.repeat(f"{_HOLDS}/{hold}/settle", _ENCODE(SettleRequest(used, self._success)), _decoded(_SETTLED))
 
     def _renew_steps(self, hold: str, ttl_s: int) -> Steps[HoldRenewedBody]:
         return self._core.repeat(f"{_HOLDS}/{hold}/renew", _ENCODE(RenewRequest(ttl_s)), _decoded(_RENEWED))

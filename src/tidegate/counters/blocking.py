@@ -63,10 +63,10 @@ class BlockingMemory(MemoryCounters):
         with self._lock:
             return super().open_hold_now(counters, cost, ttl_us, rule)
 
-    def settle_hold_now(self, handle: HoldHandle, cost: int) -> HoldSettlement:
+    def settle_hold_now(self, handle: HoldHandle, cost: int, success: bool = False) -> HoldSettlement:
         """See `MemoryHolds`."""
         with self._lock:
-            return super().settle_hold_now(handle, cost)
+            return super().settle_hold_now(handle, cost, success)
 
     def renew_hold_now(self, handle: HoldHandle, ttl_us: int) -> None:
         """See `MemoryHolds`."""

@@ -22,7 +22,7 @@ from tidegate.counters.recovery import Breakers, Debts
 from tidegate.counters.redis.store import RedisCounters
 from tidegate.decision import Decision
 from tidegate.errors import StoreUnavailable
-from tidegate.policy.limits import ConcurrencyAlgorithm, OnFailure
+from tidegate.policy.limits import IN_PROGRESS, OnFailure
 
 _SLOW: Final = frozenset(("migrating", "busy", "noscript"))
 """Reasons of a shard that is alive and could not charge within the deadline: its breaker stays closed."""
@@ -66,8 +66,8 @@ class DegradedDecisions:
         self.on_late_grant: Callable[[Charge, GrantingDecision, int], None] | None = None
 
     def _remember_denial(self, charge: Charge, decision: Decision, started_us: int) -> None:
-        # Slots are freed when requests end: a denial because none was free is not remembered.
-        slots = any(limits.algorithm is ConcurrencyAlgorithm.CONCURRENT for limits, _ in charge.counters)
+        # Slots are freed when requests end, and a success clears: a denial because none was free is not remembered.
+        slots = any(limits.algorithm in IN_PROGRESS for limits, _ in charge.counters)
         if started_us >= self._cleared_us and not slots:
             leased = all(limits.leasable for limits, _ in charge.counters)
             self.denials.remember(charge.counters, charge.cost, decision, started_us, self.denial_ttl_us if leased else None)

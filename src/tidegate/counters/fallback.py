@@ -244,6 +244,7 @@ class LocalShares:
             tier=limits.tier,
             quotas=limits.quotas,
             soft=limits.soft,
+            failures=limits.failures,
         )
         if len(self._shares) >= _MAX_SHARES:
             self._shares.clear()

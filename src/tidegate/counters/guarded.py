@@ -180,9 +180,9 @@ class GuardedCounters(DegradedDecisions):
             await self.start()
         return await self._holds.open(counters, cost, ttl_us, rule)
 
-    async def settle_hold(self, handle: HoldHandle, cost: int) -> HoldSettlement:
+    async def settle_hold(self, handle: HoldHandle, cost: int, success: bool = False) -> HoldSettlement:
         """See `HoldingCounterStore.settle_hold`."""
-        return await self._holds.settle(handle, cost)
+        return await self._holds.settle(handle, cost, success)
 
     async def renew_hold(self, handle: HoldHandle, ttl_us: int) -> None:
         """See `HoldingCounterStore.renew_hold`."""

@@ -31,7 +31,7 @@ class HoldsInRedis(Protocol):
         """See `HoldingCounterStore`."""
         ...
 
-    async def settle_hold(self, handle: HoldHandle, cost: int) -> HoldSettlement:
+    async def settle_hold(self, handle: HoldHandle, cost: int, success: bool = False) -> HoldSettlement:
         """See `HoldingCounterStore`."""
         ...
 
@@ -95,9 +95,9 @@ class GuardedHolds(msgspec.Struct, frozen=True):
             raise outcome
         return outcome
 
-    async def settle(self, handle: HoldHandle, cost: int) -> HoldSettlement:
+    async def settle(self, handle: HoldHandle, cost: int, success: bool) -> HoldSettlement:
         """See `HoldingCounterStore.settle_hold`."""
-        settled = await self.store.settle_hold(handle, cost)
+        settled = await self.store.settle_hold(handle, cost, success)
         if settled.cost < handle.cost:
             self.gave_back()
         return settled

@@ -185,12 +185,14 @@ class HoldingCounterStore(Protocol):
         """
         ...
 
-    async def settle_hold(self, handle: HoldHandle, cost: int) -> HoldSettlement:
+    async def settle_hold(self, handle: HoldHandle, cost: int, success: bool = False) -> HoldSettlement:
         """End a hold and charge exactly what was used, also above the limits; nothing more happens the second time.
 
         Args:
             handle: the hold.
-            cost: units used, 0 or more.
+            cost: units used, 0 or more. Where a counter of the hold counts failures, above 0 for a failure; then all others are
+                charged what the hold reserved.
+            success: whether the request succeeded, which may clear a counter of failures.
 
         Returns:
             What became of it.

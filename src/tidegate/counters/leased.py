@@ -114,9 +114,9 @@ class LeasedCounters:
         """See `HoldingCounterStore.open_hold`: from the store, never from a lease."""
         return await holding(self.store).open_hold(counters, cost, ttl_us, rule)
 
-    async def settle_hold(self, handle: HoldHandle, cost: int) -> HoldSettlement:
+    async def settle_hold(self, handle: HoldHandle, cost: int, success: bool = False) -> HoldSettlement:
         """See `HoldingCounterStore.settle_hold`."""
-        return await holding(self.store).settle_hold(handle, cost)
+        return await holding(self.store).settle_hold(handle, cost, success)
 
     async def renew_hold(self, handle: HoldHandle, ttl_us: int) -> None:
         """See `HoldingCounterStore.renew_hold`."""

@@ -9,7 +9,7 @@ import heapq
 from collections.abc import Callable, Iterable
 from typing import Final
 
-from tidegate.algorithms import State
+from tidegate.algorithms import State, failures
 from tidegate.algorithms.holds import charge, give_back, refund, undrained_of
 from tidegate.counters import Counters
 from tidegate.counters.adjustments import of_adjustment
@@ -25,10 +25,10 @@ from tidegate.counters.holds import (
     too_many,
 )
 from tidegate.counters.memory_hold_rows import EXPIRED, OPEN, ROW_BITS, SETTLED, SETTLED_LATE, HeldCounter, HoldRows
-from tidegate.counters.memory_storage import DEFAULT_MAX_SUBJECTS, MemoryStorage
+from tidegate.counters.memory_storage import DEFAULT_MAX_SUBJECTS, CompiledLimits, MemoryStorage
 from tidegate.decision import Decision
 from tidegate.errors import TooManyHolds
-from tidegate.policy.limits import ConcurrencyAlgorithm, LimitSet
+from tidegate.policy.limits import IN_PROGRESS, ConcurrencyAlgorithm, LimitSet
 from tidegate.timestamps import US_PER_S
 
 _EXPIRE_STEPS: Final = 1000
@@ -97,7 +97,7 @@ class MemoryHolds(MemoryStorage):
                 f"{self.max_subjects} holds are open in this process, as many as counters.max_subjects: settle holds when their "
                 "requests end"
             )
-        if len(counters) != 1 or counters[0][0].soft or counters[0][0].algorithm is ConcurrencyAlgorithm.CONCURRENT:
+        if len(counters) != 1 or counters[0][0].soft or counters[0][0].algorithm in IN_PROGRESS:
             return self._open_several(counters, cost, ttl_us, rule, now)
         limits, subject = counters[0]
         compiled = self._compiled.get(limits) or self._prepare(limits)
@@ -126,7 +126,7 @@ class MemoryHolds(MemoryStorage):
         keys = [self._prepare(limits).token + subject for limits, subject in counters]
         if any((held := self._held.get(key)) is not None and held.open >= self.max_holds for key in keys):
             raise too_many(self.max_holds)
-        slots = tuple(each for each in counters if each[0].algorithm is ConcurrencyAlgorithm.CONCURRENT)
+        slots = tuple(each for each in counters if each[0].algorithm in IN_PROGRESS)
         if slots and not cost:
             # A slot has to be free whatever the cost.
             decision = self.charge_all(slots, 1)
@@ -143,8 +143,8 @@ class MemoryHolds(MemoryStorage):
                 details.append(None)
                 continue
             details.append(self._levels(limits, key) if cost and limits.algorithm.is_bucket else _NO_BUCKET)
-            if limits.algorithm is ConcurrencyAlgorithm.CONCURRENT:
-                self._move_slots(key, 1, now)
+            if limits.algorithm in IN_PROGRESS:
+                self._move_slots(limits, key, 1, now)
         at_us = decision.at_us
         if slots:
             peek = self.charge_all(counters, 0)
@@ -154,7 +154,7 @@ class MemoryHolds(MemoryStorage):
         kept = tuple(self._hold_counter(self._held.get(key), *counter, key) for counter, key in zip(counters, keys, strict=True))
         return decision, self._add_hold(at_us, ttl_us, cost, kept, rule, 0, details)
 
-    def settle_hold_now(self, handle: HoldHandle, cost: int) -> HoldSettlement:
+    def settle_hold_now(self, handle: HoldHandle, cost: int, success: bool = False) -> HoldSettlement:
         """See `HoldingCounterStore.settle_hold`."""
         now = self._clock()
         if now >= self._next_hold_end:
@@ -169,27 +169,32 @@ class MemoryHolds(MemoryStorage):
             self._expire(row, now)
         state = rows.state[row]
         if state == OPEN:
-            self._settle_open(row, cost, now)
+            self._settle_open(row, cost, success, now)
         elif state == EXPIRED:
-            if cost:
-                for counter, levels in self._charged(row):
-                    if levels is not None:
-                        self._charge_beyond(counter.limits, counter.subject, cost, now)
+            used = handle.cost if self._counts_failures(row) else cost
+            for counter, levels in self._charged(row):
+                if counter.limits.failures is not None:
+                    self._settle_failures(counter.limits, counter.subject, cost, success, now)
+                elif used and levels is not None:
+                    self._charge_beyond(counter.limits, counter.subject, used, now)
             self._end(row, SETTLED_LATE, cost, now + EXPIRED_KNOWN_US)
         else:
             return self._settlement(row, rows.cost[row], late=state == SETTLED_LATE, repeated=True)
         return self._settlement(row, cost, late=state == EXPIRED)
 
-    def _settle_open(self, row: int, cost: int, now: int) -> None:
+    def _settle_open(self, row: int, cost: int, success: bool, now: int) -> None:
         reserved = self._rows.cost[row]
+        used = reserved if self._counts_failures(row) else cost
         for counter, levels in self._charged(row):
             self._release_hold(counter, levels is not None)
             if levels is None:
                 continue
-            if cost < reserved:
-                self._give_back(counter, levels, row, reserved - cost, now)
-            elif cost > reserved:
-                self._charge_beyond(counter.limits, counter.subject, cost - reserved, now)
+            if counter.limits.failures is not None:
+                self._settle_failures(counter.limits, counter.subject, cost, success, now)
+            elif used < reserved:
+                self._give_back(counter, levels, row, reserved - used, now)
+            elif used > reserved:
+                self._charge_beyond(counter.limits, counter.subject, used - reserved, now)
         self._open -= 1
         self._end(row, SETTLED, cost, max(self._rows.moment(row), now + SETTLED_KNOWN_US))
 
@@ -209,9 +214,9 @@ class MemoryHolds(MemoryStorage):
         """See `HoldingCounterStore.open_hold`."""
         return self.open_hold_now(counters, cost, ttl_us, rule)
 
-    async def settle_hold(self, handle: HoldHandle, cost: int) -> HoldSettlement:
+    async def settle_hold(self, handle: HoldHandle, cost: int, success: bool = False) -> HoldSettlement:
         """See `HoldingCounterStore.settle_hold`."""
-        return self.settle_hold_now(handle, cost)
+        return self.settle_hold_now(handle, cost, success)
 
     async def renew_hold(self, handle: HoldHandle, ttl_us: int) -> None:
         """See `HoldingCounterStore.renew_hold`."""
@@ -315,10 +320,18 @@ class MemoryHolds(MemoryStorage):
         details = self._rows.details.get(row)
         return ((counters[0], _NO_LEVELS),) if details is None else zip(counters, details, strict=True)
 
-    def _move_slots(self, key: str, by: int, now: int) -> None:
+    def _counts_failures(self, row: int) -> bool:
+        return any(counter.limits.failures is not None for counter in self._rows.counters_of(row))
+
+    def _move_slots(self, limits: LimitSet, key: str, by: int, now: int) -> None:
         """Take or free slots of a counter."""
         shard = self._shards[hash(key) & 255]
         stored = shard.get(key)
+        if limits.failures is not None:
+            compiled = self._prepare(limits)
+            in_progress, *rest = compiled.unpack(stored)[0] or failures.FRESH
+            self._save_failures(compiled, key, (max(in_progress + by, 0), *rest), now)
+            return
         taken = (stored[0] if stored else 0) + by
         if taken > 0:
             shard[key] = (taken,)
@@ -327,10 +340,29 @@ class MemoryHolds(MemoryStorage):
         elif stored:
             shard[key] = ()
 
+    def _save_failures(self, compiled: CompiledLimits, key: str, state: State, now: int) -> None:
+        shard = self._shards[hash(key) & 255]
+        known = key in shard
+        # All limits of a counter of failures have one state.
+        shard[key] = compiled.pack([state] * len(compiled.limits.limits))
+        if not known:
+            self._file_new(key, now + MAX_TTL_S * US_PER_S, now)
+
+    def _settle_failures(self, limits: LimitSet, subject: str, failed: int, success: bool, now: int) -> None:
+        """Record the outcome of an attempt that is not in progress any more."""
+        assert limits.failures is not None
+        compiled = self._prepare(limits)
+        key = compiled.token + subject
+        stored = self._shards[hash(key) & 255].get(key)
+        if not stored and compiled.other_layouts:
+            stored = self._inherit(compiled, subject) or stored
+        state = compiled.unpack(stored)[0]
+        self._save_failures(compiled, key, failures.settle(limits.failures, limits.limits, state, now, failed, success), now)
+
     def _release_hold(self, counter: HeldCounter, charged: bool) -> None:
         counter.open -= 1
-        if charged and not counter.reset and counter.limits.algorithm is ConcurrencyAlgorithm.CONCURRENT:
-            self._move_slots(counter.key, -1, 0)
+        if charged and not counter.reset and counter.limits.algorithm in IN_PROGRESS:
+            self._move_slots(counter.limits, counter.key, -1, 0)
 
     def _expire(self, row: int, now: int) -> None:
         self.expired_holds += 1
@@ -369,7 +401,7 @@ class MemoryHolds(MemoryStorage):
 
     def _give_back(self, counter: HeldCounter, levels: dict[str, int], row: int, units: int, now: int) -> None:
         """Return units to the counter, also where its states are those of a rule that has other windows now."""
-        if counter.reset or not units or counter.limits.algorithm is ConcurrencyAlgorithm.CONCURRENT:
+        if counter.reset or not units or counter.limits.algorithm in IN_PROGRESS:
             return
         compiled = self._prepare(counter.limits)
         at_us, level = self._rows.at_us[row], self._rows.level[row]
@@ -397,6 +429,9 @@ class MemoryHolds(MemoryStorage):
         """Charge units whatever the limits say."""
         if limits.algorithm is ConcurrencyAlgorithm.CONCURRENT:
             return
+        if limits.failures is not None:
+            self._settle_failures(limits, subject, cost, False, now)
+            return
         compiled = self._prepare(limits)
         key = compiled.token + subject
         shard = self._shards[hash(key) & 255]
@@ -415,6 +450,8 @@ class MemoryHolds(MemoryStorage):
             self._count_log_entries(compiled.entries(value) - (compiled.entries(stored) if stored else 0), now)
 
     def _refund(self, limits: LimitSet, subject: str, units: int, now: int) -> None:
+        if limits.failures is not None:
+            return
         compiled = self._prepare(limits)
         key = compiled.token + subject
         shard = self._shards[hash(key) & 255]

@@ -47,10 +47,12 @@ class RateLimitMiddleware:
         app.add_middleware(RateLimitMiddleware, policy="tidegate.policy.toml")
 
     Where the rule that answers limits requests in progress (`20 concurrent`), a request takes a slot until its last byte was
-    sent.
+    sent. Where it counts failures, an attempt counts while it is in progress, and after it if its response has one of the
+    rule's statuses.
 
-    Websockets pass untouched, and so does the lifespan, at whose shutdown a store made from a URL is closed. Decided answers
-    carry the limit headers; denials and errors have the error form.
+    A WebSocket takes a slot until it is closed, where the rule that answers its GET limits requests in progress; other WebSockets
+    pass untouched. So does the lifespan, at whose shutdown a store made from a URL is closed. Decided answers carry the limit
+    headers; denials and errors have the error form.
 
     Without a policy, `default_limits` hold for each caller at each endpoint that has no `limit` of its own and is not `exempt`;
     WebSockets count when they connect:
@@ -133,6 +135,9 @@ class RateLimitMiddleware:
             else:
                 await self._defaults.call(self.app, scope, receive, send)
             return
+        if scope["type"] == "websocket":
+            await self._call_websocket(scope, receive, send)
+            return
         if scope["type"] != "http":
             closes = scope["type"] == "lifespan" and self._owns_counters
             await self.app(scope, receive, _closing(send, self.gate.close) if closes else send)
@@ -156,8 +161,40 @@ class RateLimitMiddleware:
         if opened is None:
             await self._answer(scope, receive, send, decision, exposed)
             return
+        async with RequestSlot(self.gate.holds, opened) as slot:
+
+            async def send_noting_status(message: Message) -> None:
+                if message["type"] == "http.response.start":
+                    slot.status = message["status"]
+                await send(message)
+
+            await self._answer(scope, receive, send_noting_status, decision, exposed)
+
+    async def _call_websocket(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Let the app serve a WebSocket: with a slot, if the rule that answers limits requests in progress."""
+        headers = AsgiHeaders(scope["headers"], self._read)
+        try:
+            check = self._check_of(scope, headers, await self._attributes_of(scope))
+            opened = None
+            if self.gate.may_need_slot(check):
+                check = await with_asgi_token(self.gate, check, scope["headers"])
+                opened = await self.gate.holds.open_slot(check)
+        except TidegateError as error:
+            if error.status == 401:
+                # Browsers cannot send headers with a WebSocket: it is the app that knows who connects.
+                await self.app(scope, receive, send)
+                return
+            headers_sent = [("x-tidegate-error", error.code), *retry_headers(error)]
+            await refuse(scope, send, error.status, headers_sent, encode(error_body(error)))
+            return
+        if opened is None:
+            await self.app(scope, receive, send)
+            return
         async with RequestSlot(self.gate.holds, opened):
-            await self._answer(scope, receive, send, decision, exposed)
+            if opened.decision.allowed:
+                await self.app(scope, receive, send)
+            else:
+                await refuse(scope, send, 429, limit_headers(opened.decision), encode(exceeded_body(opened.decision)))
 
     async def _answer(
         self, scope: Scope, receive: Receive, send: Send, decision: Decision, exposed: list[tuple[str, str]]
@@ -198,7 +235,7 @@ class RateLimitMiddleware:
         path = _text(raw).partition("?")[0] if raw else quote_path(scope["path"])
         cost = 1 if self._cost is None else self._cost(scope)
         api_key = self._keys.read(headers, scope.get("query_string", b"").decode("latin-1"))
-        return Check.of(path, scope["method"], api_key, ip, cost, self._paths, strict_ip=False, attributes=attributes)
+        return Check.of(path, scope.get("method", "GET"), api_key, ip, cost, self._paths, strict_ip=False, attributes=attributes)
 
 
 def _closing(send: Send, close: Callable[[], Awaitable[None]]) -> Send:

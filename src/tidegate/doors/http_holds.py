@@ -111,8 +111,8 @@ class HoldRequests:
         """
         hold, _, action = scope.path[len(HOLDS) + 1 :].partition("/")
         if action == "settle":
-            used = decoded(_SETTLE, body, "a settlement").cost
-            return _settled(hold, await self._gate.holds.settle(hold, whole_cost(used)))
+            sent = decoded(_SETTLE, body, "a settlement")
+            return _settled(hold, await self._gate.holds.settle(hold, whole_cost(sent.cost), success=bool(sent.success)))
         if action == "renew":
             ttl_s = await self._gate.holds.renew(hold, decoded(_RENEW, body, "a renewal").ttl_s)
             return Prepared(200, [JSON], encode(HoldRenewedBody(hold, ttl_s)))

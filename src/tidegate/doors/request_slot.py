@@ -20,14 +20,21 @@ _RENEW_S: Final = TTL_S / 3
 class RequestSlot:
     """Keeps a hold open while an `async with` block runs, then settles it with what was reserved, also where that is cancelled.
 
+    Where the rule counts failures, it is settled with the outcome of the request. Without a response, because the request was
+    abandoned or its app raised an exception, that is neither a failure nor a success.
+
     Args:
         holds: where it was opened.
         opened: the hold; one that was denied is left as it is.
+
+    Attributes:
+        status: of the response; 0 while there is none.
     """
 
     def __init__(self, holds: Holds, opened: OpenedHold) -> None:
         self._holds = holds
         self._opened = opened
+        self.status = 0
         self._timer: asyncio.TimerHandle | None = None
         self._work: set[asyncio.Task[None]] = set()
 
@@ -61,6 +68,11 @@ class RequestSlot:
 
     async def _release(self) -> None:
         try:
-            await self._holds.settle(self._opened.hold, self._opened.reserved)
+            failures = self._opened.failures
+            if failures is None:
+                await self._holds.settle(self._opened.hold, self._opened.reserved)
+            else:
+                failed = self.status in failures.statuses
+                await self._holds.settle(self._opened.hold, int(failed), success=self.status > 0 and not failed)
         except TidegateError as error:
             logger.warning("slot of a request not freed, it is free when its hold expires: %s", error)

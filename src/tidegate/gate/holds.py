@@ -26,7 +26,8 @@ from tidegate.decision import MAX_COST, Check, Decision, clip
 from tidegate.errors import BadRequest, TidegateError
 from tidegate.gate.charging import CheckPlan
 from tidegate.gate.request_limits import LimitCheck
-from tidegate.policy.limits import ConcurrencyAlgorithm, Limit, LimitSet
+from tidegate.policy.failures import FailureCount
+from tidegate.policy.limits import IN_PROGRESS, Limit
 from tidegate.policy.quotas import UNBOUNDED, QuotaLimit
 from tidegate.timestamps import US_PER_S
 
@@ -45,12 +46,14 @@ class OpenedHold(msgspec.Struct, frozen=True, gc=False):
         hold: id of the hold; None where it was denied.
         reserved: units reserved; 0 where it was denied.
         ttl_s: after how many seconds it expires.
+        failures: where the rule counts failures, what they are: the hold is settled with 1 for a failure, else with 0.
     """
 
     decision: Decision
     hold: str | None
     reserved: int
     ttl_s: int
+    failures: FailureCount | None = None
 
 
 class HoldFigures:
@@ -135,7 +138,7 @@ class Holds:
         return await self._open_planned(plan, check.cost, ttl, clamp, started_ns)
 
     async def open_slot(self, check: Check, ttl_s: int = DEFAULT_TTL_S) -> OpenedHold | None:
-        """As `open`, if the rule that answers limits requests in progress.
+        """As `open`, if the rule that answers limits requests in progress, or failures.
 
         Args:
             check: the request.
@@ -143,7 +146,7 @@ class Holds:
 
         Returns:
             As `open`; None if no slot is needed, and nothing was charged then. The hold of a request is settled with what was
-            reserved.
+            reserved, or with its outcome.
 
         Raises:
             TidegateError: as `Gate.check`.
@@ -155,7 +158,7 @@ class Holds:
         except TidegateError as error:
             self._report_error(error, time.perf_counter_ns() - started_ns)
             raise
-        if plan.answer is not None or not any(_is_slots(limits) for limits, _ in plan.charges[0].counters):
+        if plan.answer is not None or not any(limits.algorithm in IN_PROGRESS for limits, _ in plan.charges[0].counters):
             return None
         return await self._open_planned(plan, check.cost, ttl_s, None, started_ns)
 
@@ -175,7 +178,7 @@ class Holds:
             self._report_error(error, time.perf_counter_ns() - started_ns)
             raise
         self._report(msgspec.structs.replace(plan, cost=cost), outcomes, time.perf_counter_ns() - started_ns)
-        return self._opened(decision, handle, cost, ttl)
+        return self._opened(decision, handle, cost, ttl, counters)
 
     async def open_limit(self, check: LimitCheck, ttl_s: object = DEFAULT_TTL_S, *, clamp: bool = False) -> OpenedHold:
         """As `open`, for a check that names its own limits.
@@ -206,28 +209,34 @@ class Holds:
             raise
         plan = CheckPlan(None, (Charge(counters, cost),), cost)
         self._report(plan, (decision,), time.perf_counter_ns() - started_ns)
-        return self._opened(decision, handle, cost, ttl)
+        return self._opened(decision, handle, cost, ttl, counters)
 
-    async def settle(self, hold: object, cost: object) -> HoldSettlement:
+    async def settle(self, hold: object, cost: object, *, success: bool = False) -> HoldSettlement:
         """End a hold and charge exactly what was used, also above the limits; 0 cancels it. Idempotent.
 
         Args:
             hold: its id.
-            cost: units used, 0 to 1,000,000,000.
+            cost: units used, 0 to 1,000,000,000. Where the rule counts failures, above 0 for a failure; the tier's own limits are
+                charged what was reserved.
+            success: whether the request succeeded: a rule with `clear_on_success` forgets the failures before it then.
 
         Returns:
             What became of it.
 
         Raises:
-            BadRequest: if the id or the cost is not valid.
+            BadRequest: if the id or the cost is not valid, or a success has a cost.
             HoldNotFound: if the hold is not known.
             StoreUnavailable: if the counter store does not answer; it is safe to try again.
         """
         handle = HoldHandle.of(hold)
         used = settled_cost(cost)
+        if success and used:
+            raise BadRequest(
+                f"cost {used} and success came together: a request that succeeded is no failure, send cost 0", field="cost"
+            )
         if not handle.counted:
             return HoldSettlement(used)
-        settled = await holding(self._counters).settle_hold(handle, used)
+        settled = await holding(self._counters).settle_hold(handle, used, success)
         self.figures.count_settled(handle, settled)
         return settled
 
@@ -262,13 +271,14 @@ class Holds:
             return OpenedHold(decision, None, 0, ttl_s)
         return OpenedHold(decision, HoldHandle(new_id(), cost, counted=False).text, cost, ttl_s)
 
-    def _opened(self, decision: Decision, handle: HoldHandle | None, cost: int, ttl_s: int) -> OpenedHold:
+    def _opened(self, decision: Decision, handle: HoldHandle | None, cost: int, ttl_s: int, counters: Counters) -> OpenedHold:
         if handle is None:
             self.figures.denied += 1
             return OpenedHold(decision, None, 0, ttl_s)
         self.figures.opened += 1
         self.figures.degraded += decision.degraded
-        return OpenedHold(decision, handle.text, cost, ttl_s)
+        failures = next((limits.failures for limits, _ in counters if limits.failures is not None), None)
+        return OpenedHold(decision, handle.text, cost, ttl_s, failures)
 
 
 def fitting_cost(counters: Counters, cost: int, clamp: bool) -> int:
@@ -285,7 +295,7 @@ def fitting_cost(counters: Counters, cost: int, clamp: bool) -> int:
     lowest: Limit | None = None
     for limits, _ in counters:
         # A soft limit lets every cost pass, and a slot is one whatever the cost.
-        for limit in () if limits.soft or _is_slots(limits) else limits.limits:
+        for limit in () if limits.soft or limits.algorithm in IN_PROGRESS else limits.limits:
             if lowest is None or _most(limit) < _most(lowest):
                 lowest = limit
     if lowest is None or cost <= _most(lowest):
@@ -298,10 +308,6 @@ def fitting_cost(counters: Counters, cost: int, clamp: bool) -> int:
         field="cost",
         most=_most(lowest),
     )
-
-
-def _is_slots(limits: LimitSet) -> bool:
-    return limits.algorithm is ConcurrencyAlgorithm.CONCURRENT
 
 
 def _most(limit: Limit) -> int:

@@ -7,15 +7,20 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
-from typing import Final, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Final, TypeAlias, TypeVar
 
 import msgspec
 
 from tidegate.errors import PolicyError
 from tidegate.timestamps import US_PER_S
 
+if TYPE_CHECKING:
+    from tidegate.policy.failures import FailureCount
+
 MAX_AMOUNT: Final = 1_000_000_000
 MAX_LOG_AMOUNT: Final = 100_000
+MAX_FAILURES: Final = 1_000
+"""Largest amount of a limit of failures."""
 MAX_WINDOW_US: Final = 366 * 86_400 * US_PER_S
 MONTH_US: Final = 31 * 86_400 * US_PER_S
 YEAR_US: Final = 366 * 86_400 * US_PER_S
@@ -38,6 +43,7 @@ _LIMIT: Final = re.compile(
     r"\s*([0-9_]+)(?:\s*/\s*|\s+per\s+)([0-9]*)\s*([A-Za-z]+)(?:\s+burst\s+([0-9_]+))?\s*", re.ASCII | re.IGNORECASE
 )
 
+_DURATION: Final = re.compile(r"\s*([0-9]{1,9})\s*([A-Za-z]+)\s*", re.ASCII)
 _CONCURRENT: Final = re.compile(r"\s*([0-9_]+)\s+concurrent\s*", re.ASCII | re.IGNORECASE)
 
 
@@ -81,7 +87,20 @@ class ConcurrencyAlgorithm(enum.StrEnum):
         return False
 
 
-AnyAlgorithm: TypeAlias = Algorithm | QuotaAlgorithm | ConcurrencyAlgorithm
+class FailureAlgorithm(enum.StrEnum):
+    """How failures count. Not among the algorithms: a rule names it by `count`. See `tidegate.algorithms.failures`."""
+
+    FAILURES = "failures"
+
+    @property
+    def is_bucket(self) -> bool:
+        """Whether the algorithm takes a burst."""
+        return False
+
+
+AnyAlgorithm: TypeAlias = Algorithm | QuotaAlgorithm | ConcurrencyAlgorithm | FailureAlgorithm
+IN_PROGRESS: Final = frozenset((ConcurrencyAlgorithm.CONCURRENT, FailureAlgorithm.FAILURES))
+"""Algorithms that count requests in progress: a hold takes one, and a check none."""
 
 
 class OnFailure(enum.StrEnum):
@@ -205,6 +224,7 @@ class LimitSet:
         leases: whether instances may lease units, so that they decide without a call to the store.
         soft: whether a check that these limits deny passes all the same, reported as over.
         shadow: whether they only watch: no notification is sent for them.
+        failures: for limits of failures, what follows them; None for others.
 
     Attributes:
         plain: whether a decision by these limits never has an overage.
@@ -214,7 +234,20 @@ class LimitSet:
         PolicyError: if the limits do not fit the algorithm or each other.
     """
 
-    __slots__ = ("algorithm", "leasable", "limits", "name", "on_failure", "plain", "quotas", "rule", "shadow", "soft", "tier")
+    __slots__ = (
+        "algorithm",
+        "failures",
+        "leasable",
+        "limits",
+        "name",
+        "on_failure",
+        "plain",
+        "quotas",
+        "rule",
+        "shadow",
+        "soft",
+        "tier",
+    )
 
     def __init__(
         self,
@@ -229,6 +262,7 @@ class LimitSet:
         leases: bool = True,
         soft: bool = False,
         shadow: bool = False,
+        failures: FailureCount | None = None,
     ) -> None:
         self.name = name
         self.algorithm = algorithm
@@ -238,6 +272,7 @@ class LimitSet:
         self.tier = tier
         self.soft = soft
         self.shadow = shadow
+        self.failures = failures
         self.plain = not soft and isinstance(algorithm, Algorithm)
         self.leasable = leases and not soft and algorithm not in _UNLEASED
         self.quotas = quotas or ", ".join(quota_text(limit) for limit in self.limits)
@@ -260,7 +295,15 @@ _UNLEASED: Final = frozenset((Algorithm.SLIDING_LOG, ConcurrencyAlgorithm.CONCUR
 @lru_cache(maxsize=1024)
 def _single_sets(limits: LimitSet) -> tuple[LimitSet, ...]:
     return tuple(
-        LimitSet(limits.name, limits.algorithm, (limit,), limits.on_failure, rule=limits.rule, tier=limits.tier)
+        LimitSet(
+            limits.name,
+            limits.algorithm,
+            (limit,),
+            limits.on_failure,
+            rule=limits.rule,
+            tier=limits.tier,
+            failures=limits.failures,
+        )
         for limit in limits.limits
     )
 
@@ -296,6 +339,11 @@ def fit_limits(algorithm: AnyAlgorithm, limits: Iterable[Limit]) -> tuple[Limit,
             raise PolicyError(
                 f"limit {limit.text!r} has a burst, which {algorithm} cannot give: "
                 "drop the burst or use token_bucket or leaky_bucket"
+            )
+        if algorithm is FailureAlgorithm.FAILURES and (limit.amount > MAX_FAILURES or limit.is_calendar):
+            raise PolicyError(
+                f"limit {limit.text!r} cannot count failures: their times are stored, so at most {MAX_FAILURES} in a window of "
+                "fixed length such as 15m, 1h or 30d"
             )
         if algorithm is Algorithm.SLIDING_LOG and limit.amount > MAX_LOG_AMOUNT:
             raise PolicyError(
@@ -354,6 +402,19 @@ def _whole(text: str, what: str, limit: str) -> int:
         remedy = "; to deny everything, use action = 'deny' on a rule, or a block" if is_zero(limit) else ""
         raise PolicyError(f"limit {limit!r}: the {what} must be a whole number from 1 to {MAX_AMOUNT}{remedy}")
     return value
+
+
+def duration_s(text: object) -> int | None:
+    """The seconds of a duration such as `90s` or `5m`; None for what is not one."""
+    match = _DURATION.fullmatch(text) if isinstance(text, str) and len(text) <= 20 else None
+    unit = None if match is None else _UNITS_US.get(match[2].lower())
+    return None if match is None or unit is None else int(match[1]) * unit // US_PER_S
+
+
+def duration_text(seconds: int) -> str:
+    """The shortest text of a duration that `duration_s` reads."""
+    text = _window_text(seconds)
+    return text if text[0].isdigit() else f"1{text[0]}"
 
 
 def _window_text(seconds: int) -> str:

@@ -83,7 +83,7 @@ class CompiledTier:
         quotas: the tier's quotas; None where there are none.
         has_actions: whether one of its rules denies, or allows without counting.
         has_quotas: whether it or one of its rules has quotas, or limits of requests in progress.
-        has_slots: whether one of its rules limits requests in progress.
+        has_slots: whether one of its rules limits requests in progress, or failures.
         has_shadow_rules: whether `shadow_rules` can give any.
         match_path: as `match`, for a check without attributes.
         attribute_names: the attributes that its rules read.
@@ -138,6 +138,7 @@ class CompiledTier:
         self.has_quotas = self.quotas is not None or any(rules_sold.values())
         self.has_slots = any(limit.concurrent for rule in tier.rules for limit in rule.limits)
         self.has_quotas = self.has_quotas or self.has_slots
+        self.has_slots = self.has_slots or any(rule.failures is not None for rule in tier.rules)
         heads = {(rule.endpoint, rule.match, rule.mode) for rule in tier.rules if "HEAD" in rule.methods}
         compiled = [
             CompiledRule(
@@ -234,7 +235,7 @@ def _limit_set(
     # A tier's name holds no ':', so 'tier:rule' cannot be read two ways, nor equal a tier's own counter 'tier'.
     made = LimitSet(
         f"{tier.name}:{counter}",
-        rule.algorithm,
+        rule.counting,
         limits,
         rule.on_failure,
         rule=rule.name,
@@ -242,6 +243,7 @@ def _limit_set(
         soft=rule.mode is Mode.SOFT,
         shadow=rule.mode is Mode.SHADOW,
         leases=rule.leases,
+        failures=rule.failures,
     )
     _, slots = split_limits(rule.limits)
     if slots is not None:

@@ -18,11 +18,23 @@ from tidegate.policy.attributes import AttributeSource, CallerPolicy, CallerRule
 from tidegate.policy.customers import Customer, customer_attributes
 from tidegate.policy.descriptors import PREFIX as DESCRIPTOR
 from tidegate.policy.descriptors import canonical_descriptor, descriptor_entries, entries_text
+from tidegate.policy.failures import FailureCount, require_countable
 from tidegate.policy.globs import Glob
 from tidegate.policy.jwt_policy import JwtPolicy
 from tidegate.policy.key_format import FORM, MAX_KEY, MIN_WRITTEN_KEY, hash_api_key, is_mistyped
 from tidegate.policy.key_hash import HMAC_SHA256, PLAIN, key_hash_as_set, key_hash_in_use
-from tidegate.policy.limits import Algorithm, Limit, OnFailure, fit_limits, is_zero, member_of, short, split_limits
+from tidegate.policy.limits import (
+    Algorithm,
+    AnyAlgorithm,
+    FailureAlgorithm,
+    Limit,
+    OnFailure,
+    fit_limits,
+    is_zero,
+    member_of,
+    short,
+    split_limits,
+)
 from tidegate.policy.namespaces import Namespace
 from tidegate.policy.notify import NotifyTarget
 from tidegate.policy.overrides import Override, SubjectOverride
@@ -87,6 +99,7 @@ class Rule(msgspec.Struct, frozen=True, gc=False):
         overage: what passes above its quotas; None for nothing.
         leases: whether instances may lease units of its limits.
         action: what it does in place of limits and quotas: allow without counting, or deny; None for a rule that counts.
+        failures: how it counts failures; None where it counts requests.
     """
 
     endpoint: str
@@ -105,6 +118,7 @@ class Rule(msgspec.Struct, frozen=True, gc=False):
     overage: Overage | None = None
     leases: bool = True
     action: AccessAction | None = None
+    failures: FailureCount | None = None
 
     @classmethod
     def make(
@@ -124,6 +138,10 @@ class Rule(msgspec.Struct, frozen=True, gc=False):
         overage: object = None,
         leases: object = True,
         action: str | None = None,
+        count: object = "requests",
+        statuses: object = None,
+        clear_on_success: object = None,
+        penalty: object = None,
     ) -> Rule:
         """Validate and normalise a rule.
 
@@ -143,6 +161,10 @@ class Rule(msgspec.Struct, frozen=True, gc=False):
             overage: an `Overage`, or what `Overage.parse` reads.
             leases: true or false.
             action: allow or deny, in place of limits and quotas; a limit of 0, such as `0/day`, means deny.
+            count: requests, or failures; the following are for failures, see `FailureCount.make`.
+            statuses: of responses that are failures.
+            clear_on_success: true or false.
+            penalty: durations.
 
         Returns:
             The rule.
@@ -157,7 +179,12 @@ class Rule(msgspec.Struct, frozen=True, gc=False):
             acts, given = AccessAction.DENY, ()
         parsed = tuple(limit if isinstance(limit, Limit) else Limit.parse(limit) for limit in given)
         sold = fit_quotas(quotas)
-        if acts is not None:
+        failures = FailureCount.make(count, statuses, clear_on_success, penalty)
+        if failures is not None:
+            rates, _ = split_limits(parsed)
+            require_countable(rates, mode, sold, acts, chosen)
+            fit_limits(FailureAlgorithm.FAILURES, rates)
+        elif acts is not None:
             _require_action_alone(acts, parsed, sold, mode)
         else:
             rates, slots = split_limits(parsed)
@@ -201,6 +228,7 @@ class Rule(msgspec.Struct, frozen=True, gc=False):
             overage=above,
             leases=leases,
             action=acts,
+            failures=failures,
         )
         if name:
             return rule
@@ -210,6 +238,11 @@ class Rule(msgspec.Struct, frozen=True, gc=False):
                 f"{len(rule.default_name)} characters, and at most {_MAX_RULE_NAME} are kept"
             )
         return msgspec.structs.replace(rule, name=rule.default_name)
+
+    @property
+    def counting(self) -> AnyAlgorithm:
+        """How its limits per window count."""
+        return self.algorithm if self.failures is None else FailureAlgorithm.FAILURES
 
     @property
     def descriptor(self) -> tuple[tuple[str, str], ...]:

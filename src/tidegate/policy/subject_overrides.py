@@ -56,7 +56,7 @@ def subject_override(rule: Rule, subject: object, limits: Iterable[Limit | str],
                 f"subject has the value {short(value)} for {name!r}: it must be 1 to {MAX_VALUE} printable characters, in quotes"
             )
     parsed = tuple(limit if isinstance(limit, Limit) else Limit.parse(limit) for limit in limits)
-    fit_limits(rule.algorithm, parsed)
+    fit_limits(rule.counting, parsed)
     return SubjectOverride(rule.name, tuple(sorted(subject.items())), parsed, until_us)
 
 
@@ -112,7 +112,7 @@ class OverrideFit:
         found = self._fits.get(known)
         if found is None:
             try:
-                fit_limits(rule.algorithm, override.limits)
+                fit_limits(rule.counting, override.limits)
                 found = True
             except PolicyError:
                 found = False

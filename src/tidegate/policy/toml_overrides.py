@@ -62,7 +62,7 @@ def read_overrides(
         if "limits" in override:
             limits_at = (*override_at, "limits")
             limits = reader.limits(override["limits"], limits_at)
-            algorithm = Algorithm.SLIDING_WINDOW if rule is None else rule.algorithm
+            algorithm = Algorithm.SLIDING_WINDOW if rule is None else rule.counting
             reader.placed(lambda algorithm=algorithm, limits=limits: fit_limits(algorithm, limits), limits_at)  # type: ignore[misc]
             made.append(Override(name, limits, until_us))
         for each in made:
@@ -97,7 +97,7 @@ def read_subject_overrides(
         rule = _named_rule(reader, override["rule"], override_at, rules, tier)
         limits_at = (*override_at, "limits")
         limits = reader.limits(override["limits"], limits_at)
-        reader.placed(lambda rule=rule, limits=limits: fit_limits(rule.algorithm, limits), limits_at)  # type: ignore[misc]
+        reader.placed(lambda rule=rule, limits=limits: fit_limits(rule.counting, limits), limits_at)  # type: ignore[misc]
         until_us = reader.moment_us(override["until"], (*override_at, "until")) if "until" in override else None
         subject_at = (*override_at, "subject")
         made = reader.placed(

@@ -66,6 +66,10 @@ _RULE_FIELDS: Final = (
     "overage",
     "leases",
     "action",
+    "count",
+    "statuses",
+    "clear_on_success",
+    "penalty",
 )
 _DIGEST_FIELDS: Final = ("key", "hmac_sha256", "sha256")
 _KEY_FIELDS: Final = (*_DIGEST_FIELDS, "tier", "customer", "name", "status", "expires_at", "limits", "quotas", "overrides")

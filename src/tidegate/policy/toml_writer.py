@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 from tidegate.policy.access_entries import AccessEntry
 from tidegate.policy.attributes import OnMissing
+from tidegate.policy.failures import FailureCount
 from tidegate.policy.jwt_policy import DEFAULT_ALGORITHMS, DEFAULT_HEADER, DEFAULT_LEEWAY_S, JwtPolicy
 from tidegate.policy.key_hash import key_hash_in_use
 from tidegate.policy.limits import Algorithm, Limit, OnFailure
@@ -157,7 +158,18 @@ def _rule_lines(rule: Rule) -> list[str]:
         lines.append(f"on_failure = {_string(rule.on_failure)}")
     if not rule.leases:
         lines.append("leases = false")
+    if rule.failures is not None:
+        lines += _failure_lines(rule.failures)
     return [*lines, f"name = {_string(rule.name)}"]
+
+
+def _failure_lines(failures: FailureCount) -> list[str]:
+    lines = ['count = "failures"', f"statuses = [{', '.join(map(str, failures.statuses))}]"]
+    if failures.clear_on_success:
+        lines.append("clear_on_success = true")
+    if failures.penalty_s:
+        lines.append(f"penalty = [{', '.join(map(_string, failures.penalty))}]")
+    return lines
 
 
 def _key_lines(api_key: ApiKey) -> list[str]:

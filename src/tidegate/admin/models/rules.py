@@ -25,6 +25,7 @@ from tidegate.admin.models.base import (
     TierName,
 )
 from tidegate.catalog.sql.rows import subject_value_of
+from tidegate.policy.failures import MAX_PENALTIES, MAX_STATUSES, NO_FAILURES, FailureCount
 
 
 class RuleFields(RequestModel):
@@ -47,6 +48,19 @@ class RuleFields(RequestModel):
     action: Annotated[
         Literal["allow", "deny"] | None, Field(description="in place of limits and quotas: allow without counting, or deny")
     ] = None
+    count: Annotated[
+        Literal["requests", "failures"],
+        Field(description="failures: an attempt counts while it is in progress, and after it where it failed"),
+    ] = "requests"
+    statuses: Annotated[
+        list[Annotated[int, Field(ge=100, le=599)]],
+        Field(max_length=MAX_STATUSES, description="of responses that are failures; 401 and 403 if empty"),
+    ] = []
+    clear_on_success: Annotated[bool, Field(description="whether a success forgets the failures before it")] = False
+    penalty: Annotated[
+        list[Annotated[str, Field(max_length=20, examples=["5m"]), Plain]],
+        Field(max_length=MAX_PENALTIES, description="for how long a caller is denied that reaches a limit of failures"),
+    ] = []
 
 
 class RuleCreate(RuleFields):
@@ -85,10 +99,15 @@ class RuleRead(Resource):
     overage: bool | dict[str, str] = False
     leases: bool = True
     action: str | None = None
+    count: str = "requests"
+    statuses: list[int] = []
+    clear_on_success: bool = False
+    penalty: list[str] = []
 
     @classmethod
     def of_row(cls, row: Row) -> RuleRead:
         """Of a row of `rate_limit_rules`, with the tier's name as `tier_name`."""
+        failures = FailureCount.of_stored(row["failures"])
         return cls._from_columns(
             row,
             tier=row["tier_name"],
@@ -99,6 +118,7 @@ class RuleRead(Resource):
             quotas=row["quotas"] or [],
             overage=row["overage"] or False,
             leases=row["leases"] in (None, True),
+            **(NO_FAILURES if failures is None else failures.fields),
         )
 
 

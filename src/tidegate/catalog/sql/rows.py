@@ -11,8 +11,9 @@ from tidegate.catalog.sql import override_rows as subject_rows
 from tidegate.catalog.sql.namespace_rows import namespace_fields, namespace_of
 from tidegate.policy.access_entries import AccessAction, AccessEntry
 from tidegate.policy.attributes import AttributeSource, CallerPolicy, CallerRules, OnMissing
+from tidegate.policy.failures import FailureCount
 from tidegate.policy.jwt_policy import JwtPolicy
-from tidegate.policy.limits import Algorithm, Limit, OnFailure
+from tidegate.policy.limits import Algorithm, AnyAlgorithm, FailureAlgorithm, Limit, OnFailure
 from tidegate.policy.model import ApiKey, KeyStatus, Mode, Rule, Subject, Tier
 from tidegate.policy.notify import target_of
 from tidegate.policy.overrides import Override
@@ -34,6 +35,7 @@ RULE_COLUMNS: Final = (
     "overage",
     "leases",
     "action",
+    "failures",
 )
 """Columns with the fields of a rule."""
 TIER_COLUMNS: Final = ("limits", "quotas", "overage")
@@ -80,7 +82,13 @@ def rule_of(row: Mapping[Any, Any]) -> Rule:
         quotas=tuple(Quota.parse(text) for text in row["quotas"] or ()),
         overage=Overage.parse(row["overage"]),
         action=None if row["action"] is None else AccessAction(row["action"]),
+        failures=FailureCount.of_stored(row["failures"]),
     )
+
+
+def counting_of(row: Mapping[Any, Any]) -> AnyAlgorithm:
+    """How the limits in a row of `rate_limit_rules` count."""
+    return Algorithm(row["algorithm"]) if row["failures"] is None else FailureAlgorithm.FAILURES
 
 
 def _subject_of(parts: list[str] | None, subject: str) -> Subject:
@@ -206,6 +214,7 @@ def row_of_rule(rule: Rule, tier_id: int, position: int) -> dict[str, Any]:
         "leases": None if rule.leases else False,
         **_quota_values(rule),
         "action": None if rule.action is None else rule.action.value,
+        "failures": None if rule.failures is None else rule.failures.stored,
     }
 
 

@@ -88,6 +88,8 @@ rate_limit_rules: Final = Table(
     # NULL: they may be leased.
     Column("leases", Boolean, nullable=True),
     Column("action", String(16), nullable=True),
+    # NULL: it counts requests.
+    Column("failures", JSON(none_as_null=True), nullable=True),
     Column("quotas", JSON(none_as_null=True), nullable=True),
     Column("overage", JSON(none_as_null=True), nullable=True),
     UniqueConstraint("tier_id", "name"),

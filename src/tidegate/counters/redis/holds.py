@@ -15,6 +15,7 @@ import msgspec
 
 from tidegate.counters import Counters
 from tidegate.counters.adjustments import of_adjustment
+from tidegate.counters.crossings import CrossingWatch
 from tidegate.counters.holds import (
     MAX_HOLDS,
     HeldCounter,
@@ -32,7 +33,7 @@ from tidegate.counters.redis.keyspace import hash_tag, slot_of_tag
 from tidegate.counters.redis.scripts import Script, script
 from tidegate.decision import Decision
 from tidegate.errors import StoreUnavailable
-from tidegate.policy.limits import Algorithm, AnyAlgorithm, ConcurrencyAlgorithm, QuotaAlgorithm
+from tidegate.policy.limits import Algorithm, AnyAlgorithm, ConcurrencyAlgorithm, FailureAlgorithm, QuotaAlgorithm
 
 RunScript = Callable[[bytes, Script, Sequence[bytes], Sequence[bytes]], Awaitable[Any]]
 """Runs a script on the server of a hash tag, with keys and arguments; raises `StoreUnavailable` where there is no reply."""
@@ -41,6 +42,7 @@ _BY_LUA_NAME: Final[dict[str, AnyAlgorithm]] = {
     **{each.value: each for each in Algorithm if each is not Algorithm.LEAKY_BUCKET},
     QuotaAlgorithm.QUOTA.value: QuotaAlgorithm.QUOTA,
     ConcurrencyAlgorithm.CONCURRENT.value: ConcurrencyAlgorithm.CONCURRENT,
+    FailureAlgorithm.FAILURES.value: FailureAlgorithm.FAILURES,
 }
 
 
@@ -60,10 +62,14 @@ class RedisHolds:
         run_late: for all others: waits for late replies.
         template: decodes replies.
         most: holds of one counter.
+
+    Attributes:
+        watch: finds the thresholds that opening a hold crosses; None for none. The templates must be of the same.
     """
 
     def __init__(self, run: RunScript, run_late: RunScript, template: TemplateOf, most: int = MAX_HOLDS) -> None:
         self.most = most
+        self.watch: CrossingWatch | None = None
         self._run = run
         self._run_late = run_late
         self._template = template
@@ -115,32 +121,46 @@ class RedisHolds:
         decision = template.decision(reply[:5])
         if not decision.allowed:
             return decision, ()
-        records = reply[5:]
-        if len(records) != len(counters) or not all(type(each) is bytes for each in records):
+        records = reply[5 : 5 + len(counters)]
+        left = reply[5 + len(counters) :]
+        if len(records) != len(counters) or len(left) != template.watched or not all(type(each) is bytes for each in records):
             raise StoreUnavailable(f"unexpected reply from Redis to a hold: {shown(reply)}", reason="garbage")
+        if left and cost and self.watch is not None:
+            self.watch.note_all(counters, left[0], cost, decision.at_us)
         return decision, tuple(map(HeldCounter, tags, template.names, template.parameters, records))
 
     async def _cancel(self, handle: HoldHandle) -> None:
         for part in handle.parts:
             await self._settle_part(handle.id, part, 0)
 
-    async def settle(self, handle: HoldHandle, cost: int) -> HoldSettlement:
+    async def settle(self, handle: HoldHandle, cost: int, success: bool = False) -> HoldSettlement:
         """See `HoldingCounterStore.settle_hold`."""
         if len(handle.parts) == 1:
-            settled_here = await self._settle_part(handle.id, handle.parts[0], cost)
+            settled_here = await self._settle_part(handle.id, handle.parts[0], cost, success)
             if settled_here is None:
                 raise not_found()
             return settled_here
-        settled = [each for part in handle.parts if (each := await self._settle_part(handle.id, part, cost)) is not None]
+        counts_failures = [any(_counts_failures(each.parameters) for each in part) for part in handle.parts]
+        settled = []
+        for part, counts in zip(handle.parts, counts_failures, strict=True):
+            # Where failures are counted, everything else is charged what was reserved.
+            used = cost if counts or not any(counts_failures) else handle.cost
+            each = await self._settle_part(handle.id, part, used, success)
+            if each is not None:
+                settled.append((counts, each))
         if not settled:
             raise not_found()
-        return min(settled, key=lambda each: each.remaining or 0)
+        least = min((each for _, each in settled), key=lambda each: each.remaining or 0)
+        outcome = next((each.cost for counts, each in settled if counts), least.cost)
+        return least if least.cost == outcome else msgspec.structs.replace(least, cost=outcome)
 
-    async def _settle_part(self, hold: str, part: Sequence[HeldCounter], cost: int) -> HoldSettlement | None:
+    async def _settle_part(
+        self, hold: str, part: Sequence[HeldCounter], cost: int, success: bool = False
+    ) -> HoldSettlement | None:
         """None for a hold that is not known."""
         sent = tuple(each.parameters for each in part)
         keys = [_key(each.tag, each.name) for each in part]
-        arguments = (*sent, *(each.record for each in part), raw_id(hold), b"%d" % cost)
+        arguments = (*sent, *(each.record for each in part), raw_id(hold), b"%d" % cost, b"%d" % success)
         reply = await self._run_late(part[0].tag, _settle_script(sent), keys, arguments)
         try:
             if reply[0] == 0:
@@ -221,11 +241,19 @@ def _settle_script(parameters: tuple[bytes, ...]) -> Script:
 
 
 @lru_cache(maxsize=1024)
+def _counts_failures(parameters: bytes) -> bool:
+    try:
+        return bool(msgspec.msgpack.decode(parameters)[0] == FailureAlgorithm.FAILURES)
+    except (msgspec.MsgspecError, KeyError, IndexError, TypeError):
+        raise not_found() from None
+
+
+@lru_cache(maxsize=1024)
 def _capacity(parameters: tuple[bytes, ...], place: int) -> int | None:
     """The most that can be had at once under a limit, by its place among those of a part's counters, 1 for the first."""
     for each in parameters:
         algorithm, *numbers = msgspec.msgpack.decode(each)
-        width = 4 if algorithm.endswith(("bucket", "quota")) else 2
+        width = 4 if algorithm.endswith(("bucket", "quota")) else 3 if algorithm == FailureAlgorithm.FAILURES else 2
         count = len(numbers) // width
         if place <= count:
             return int(numbers[(place - 1) * width + 1])

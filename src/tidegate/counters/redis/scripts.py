@@ -16,7 +16,15 @@ import msgspec
 
 from tidegate.algorithms import State
 from tidegate.algorithms.token_bucket import scale_and_rate
-from tidegate.policy.limits import Algorithm, AnyAlgorithm, ConcurrencyAlgorithm, Limit, LimitSet, QuotaAlgorithm
+from tidegate.policy.limits import (
+    Algorithm,
+    AnyAlgorithm,
+    ConcurrencyAlgorithm,
+    FailureAlgorithm,
+    Limit,
+    LimitSet,
+    QuotaAlgorithm,
+)
 from tidegate.policy.periods import Period
 from tidegate.policy.quotas import QuotaLimit
 from tidegate.timestamps import US_PER_S
@@ -26,6 +34,7 @@ _LUA_NAME: Final[dict[AnyAlgorithm, str]] = {
     Algorithm.LEAKY_BUCKET: Algorithm.TOKEN_BUCKET.value,
     QuotaAlgorithm.QUOTA: QuotaAlgorithm.QUOTA.value,
     ConcurrencyAlgorithm.CONCURRENT: ConcurrencyAlgorithm.CONCURRENT.value,
+    FailureAlgorithm.FAILURES: FailureAlgorithm.FAILURES.value,
 }
 _NEEDS: Final = {
     "fixed_window": ("calendar", "packed"),
@@ -34,6 +43,7 @@ _NEEDS: Final = {
     "token_bucket": ("packed",),
     "quota": ("packed",),
     "concurrent": (),
+    "failures": (),
 }
 _PERIOD_NUMBER: Final = {period: number for number, period in enumerate(Period, 1)}
 _SHARED: Final = ("arithmetic", "calendar", "packed")
@@ -103,7 +113,9 @@ def parameters(limits: LimitSet, now_us: int = 0, *, charging: bool = False) -> 
             values += _quota_parameters(limit, now_us or time.time_ns() // 1000)
             continue
         values.append(_window(limit))
-        if limits.algorithm.is_bucket:
+        if limits.failures is not None:
+            values += [limit.amount, [int(limits.failures.clear_on_success), *limits.failures.penalty_s]]
+        elif limits.algorithm.is_bucket:
             values += [limit.capacity, *scale_and_rate(limit)]
         else:
             values.append(limit.amount)

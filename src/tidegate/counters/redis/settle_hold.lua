@@ -1,6 +1,7 @@
 -- Ends a hold: what it did not use goes back, what it used beyond its cost is charged whatever the limits say. An expired hold has given back
 -- everything: all that was used is charged now. KEYS: its counters. ARGV: for each its algorithm and parameters as in charge.lua, then for
--- each its record; then the id, and the units used.
+-- each its record; then the id, the units used, and 1 where the request succeeded. Where a counter counts failures, the units used say whether
+-- it failed, and other counters are charged what the hold reserved.
 -- Answers: 0 for an id that is not known, 1 for a hold that ended now, 2 for one that had been settled before; the units charged; whether that
 -- was after it expired; then what remains, as charge.lua answers a check of cost 0.
 local SETTLED_KNOWN = 120000
@@ -13,7 +14,7 @@ local function load_once()
   local loaded = {}
   for name, algorithm in pairs(algorithms) do
     local load = algorithm.load
-    if name ~= 'concurrent' then
+    if name ~= 'concurrent' and name ~= 'failures' then
       algorithm.load = function(key)
         loaded[key] = loaded[key] or load(key)
         return loaded[key]
@@ -64,16 +65,19 @@ local loaded = load_once()
 local functions
 for k = 1, count do
   if ARGV[count + k] ~= '' then
-    local record, more = {cmsgpack.unpack(ARGV[count + k])}, used
-    local unused = late and record[1] or record[1] - used
+    local record = {cmsgpack.unpack(ARGV[count + k])}
+    local own = algorithms.failures and record[1] or used
+    local more, unused = own, late and record[1] or record[1] - own
     if redis.call('ZREM', KEYS[k] .. '.holds', member(k)) == 1 then
-      more = late and used or -unused
+      more = late and own or -unused
     elseif late then
       unused = 0
     else
       unused, more = 0, 0
     end
-    if configs[k][1] ~= 'concurrent' and (unused > 0 or more > 0) then
+    if configs[k][1] == 'failures' then
+      algorithms.failures.settle(KEYS[k], configs[k], used, ARGV[2 * count + 3] == '1')
+    elseif configs[k][1] ~= 'concurrent' and (unused > 0 or more > 0) then
       functions = functions or hold_functions()
       functions.give_back(KEYS[k], configs[k], unused, record)
       if more > 0 then

@@ -15,7 +15,7 @@ from tidegate.algorithms import DECIDE, State
 from tidegate.counters import Charge, LateAnswer
 from tidegate.decision import Decision
 from tidegate.errors import StoreUnavailable
-from tidegate.policy.limits import LimitSet
+from tidegate.policy.limits import IN_PROGRESS, LimitSet
 
 Counter: TypeAlias = tuple[LimitSet, str]
 ChargeOne: TypeAlias = Callable[[Charge], Awaitable[Decision]]
@@ -45,8 +45,9 @@ async def charge_split(charge: Charge, charge_one: ChargeOne, give_back: GiveBac
         for counter, outcome in zip(counters, outcomes, strict=True):
             if isinstance(outcome, Decision):
                 decisions.append(outcome)
-                # A soft limit that was reached was not charged.
-                if outcome.allowed and cost and not (counter[0].soft and outcome.overage):
+                # A soft limit that was reached was not charged, and limits of requests in progress never are.
+                limits = counter[0]
+                if outcome.allowed and cost and limits.algorithm not in IN_PROGRESS and not (limits.soft and outcome.overage):
                     charged.append((counter, outcome))
         failed = next((outcome for outcome in outcomes if isinstance(outcome, BaseException)), None)
         if failed is not None:

@@ -46,7 +46,7 @@ from tidegate.counters.redis.split_charge import charge_split
 from tidegate.counters.redis.url import RedisUrl
 from tidegate.decision import Decision
 from tidegate.errors import StoreUnavailable
-from tidegate.policy.limits import ConcurrencyAlgorithm, LimitSet
+from tidegate.policy.limits import IN_PROGRESS, LimitSet
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +92,7 @@ class RedisCounters(RedisReservations):
 
     @watch.setter
     def watch(self, watch: CrossingWatch | None) -> None:
-        self._watch = watch
+        self._watch = self.holds.watch = watch
         self._templates.clear()
 
     async def charge(self, charges: Sequence[Charge], started_ns: int = 0) -> list[ChargeOutcome]:
@@ -166,11 +166,13 @@ class RedisCounters(RedisReservations):
         sent: list[Command] = []
         for limits, subject in counters:
             counter = key_of(limits, subject)
-            if limits.algorithm is ConcurrencyAlgorithm.CONCURRENT:
-                # Its slots are its holds.
-                counter += b".holds"
-            keys = (counter, reset_key_of(limits, subject))
-            sent.append((hash_tag(subject), encode_command("EVALSHA", work.sha, "2", *keys, _RESET_KNOWN_MS), work))
+            # The slots that are taken are the holds of a counter.
+            names = [counter] if limits.algorithm not in IN_PROGRESS else [counter + b".holds"]
+            if limits.failures is not None:
+                names.append(counter)
+            for name in names:
+                keys = (name, reset_key_of(limits, subject))
+                sent.append((hash_tag(subject), encode_command("EVALSHA", work.sha, "2", *keys, _RESET_KNOWN_MS), work))
         raise_first(await self._each(sent, wait_late=True))
 
     def grants(self, counters: tuple[tuple[LimitSet, str], ...]) -> bool:
@@ -236,11 +238,11 @@ class RedisCounters(RedisReservations):
             await self.start()
         return await self.holds.open(counters, cost, ttl_us, rule, self._require_topology().sharded)
 
-    async def settle_hold(self, handle: HoldHandle, cost: int) -> HoldSettlement:
+    async def settle_hold(self, handle: HoldHandle, cost: int, success: bool = False) -> HoldSettlement:
         """See `HoldingCounterStore.settle_hold`."""
         if not self._has_started():
             await self.start()
-        settled = await self.holds.settle(handle, cost)
+        settled = await self.holds.settle(handle, cost, success)
         if cost < handle.cost:
             # What was denied because these units were used may pass now, on every instance. Where it had been settled before, the
             # answer to that may have reached nobody.

@@ -168,7 +168,7 @@ function ruleRow(view, tier, each) {
     each.name,
     h("code", {}, each.endpoint),
     each.methods.join(", ") || "all",
-    each.action ? `${each.action}, without counting` : [...each.limits, ...quotaTexts(each)].join(", "),
+    each.action ? `${each.action}, without counting` : [...each.limits, ...quotaTexts(each)].join(", ") + (each.count === "failures" ? " failures" : ""),
     each.action ? "" : each.algorithm.replaceAll("_", " "),
     Array.isArray(each.subject) ? each.subject.join(" + ") : each.subject,
     [h(`span.badge.${each.mode}`, {}, each.mode), each.mode === "shadow" ? [" ", link("/violations", { mode: "shadow", tier: tier.name, rule: each.name }, "what it would block")] : null],
